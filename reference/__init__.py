@@ -1,0 +1,1 @@
+"""The executable specification: readable pure PyTorch for every ternary rule and the ARB graph."""

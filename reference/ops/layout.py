@@ -1,0 +1,18 @@
+"""Layout: how an op set keeps a weight in memory. The reference computes on the canonical form itself.
+
+Both functions exist so that one graph can run on either op set; `optimized` converts to a device layout and back.
+"""
+
+from __future__ import annotations
+
+from arbitor.reference.types import TernaryWeight
+
+
+def from_spec(weight: TernaryWeight) -> TernaryWeight:
+    """Return the weight in the form that these ops compute on: the canonical form, unchanged."""
+    return weight
+
+
+def to_spec(weight: TernaryWeight) -> TernaryWeight:
+    """Return the weight in canonical form: unchanged, and the inverse of `from_spec`."""
+    return weight

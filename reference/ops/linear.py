@@ -1,0 +1,69 @@
+"""Ternary linear: y = x W^T, and the two gradients its backward pass needs. No bias.
+
+Legend: N outputs (rows of the weight), K inputs (columns), M = product of the leading dimensions.
+Products and sums run in float32, or float64 for float64 inputs, and are rounded once to the dtype that comes out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from arbitor.reference import checks
+from arbitor.reference.ops.scale import dequantize
+from arbitor.reference.types import TernaryWeight
+
+
+def linear(x: Tensor, weight: TernaryWeight) -> Tensor:
+    """Return x times the transposed weight.
+
+    Math:    y[m, n] = sum_k x[m, k] * W[n, k]
+    Shapes:  x float32, bfloat16 or float64 [..., K]; leading dimensions may be empty
+    Returns: dtype of x, [..., N]
+    Raises:  TypeError or ValueError for a dtype, shape or device that does not fit
+    Laws:    linear in x; negating every trit negates y; permuting rows of W permutes y
+    Source:  design section 3
+    """
+    checks.last_dim("x", x, weight.shape[1])
+    checks.same_device(weight=weight.packed, x=x)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide) @ dequantize(weight, dtype=wide).T).to(x.dtype)
+
+
+def linear_input_grad(grad: Tensor, weight: TernaryWeight) -> Tensor:
+    """Return the gradient of the loss with respect to the input of `linear`.
+
+    Math:    dx[m, k] = sum_n dy[m, n] * W[n, k]
+    Shapes:  grad float32, bfloat16 or float64 [..., N]
+    Returns: dtype of grad, [..., K]
+    Raises:  TypeError or ValueError for a dtype, shape or device that does not fit
+    Laws:    the adjoint of `linear`: <dy, linear(x)> = <linear_input_grad(dy), x>
+    Source:  design section 3
+    """
+    checks.last_dim("grad", grad, weight.shape[0])
+    checks.same_device(weight=weight.packed, grad=grad)
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    return (grad.to(wide) @ dequantize(weight, dtype=wide)).to(grad.dtype)
+
+
+def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
+    """Return the gradient of the loss with respect to the weight of `linear`, which is then voted with.
+
+    Math:    dW[n, k] = sum_m dy[m, n] * x[m, k]
+    Shapes:  grad [..., N] and x [..., K] of one dtype, float32, bfloat16 or float64, the same leading dimensions
+    Returns: float32 [N, K] (float64 for float64 inputs); zero when there is no row to sum over
+    Raises:  TypeError or ValueError for dtypes, shapes or devices that do not fit
+    Laws:    bilinear; independent of the weight
+    Source:  design section 3
+    """
+    checks.dtype_in("grad", grad, checks.FLOAT_DTYPES)
+    checks.same_dtype("x", x, "grad", grad)
+    checks.same_device(grad=grad, x=x)
+    if grad.ndim == 0 or grad.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, but its leading dimensions must match grad, {tuple(grad.shape)}"
+        )
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    grad_MN = grad.reshape(-1, grad.shape[-1]).to(dtype)
+    x_MK = x.reshape(-1, x.shape[-1]).to(dtype)
+    return grad_MN.T @ x_MK

@@ -1,0 +1,60 @@
+"""Packing: five trits to a byte, the canonical form of checkpoints and audits.
+
+Legend: n number of trits. byte = sum over j of (t_j + 1) * 3**j, the first trit least significant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from arbitor.reference import checks
+from arbitor.reference.types import MAX_PACKED_BYTE, TRITS_PER_BYTE, packed_bytes
+
+
+def pack_trits(trits: Tensor) -> Tensor:
+    """Return trits packed five to a byte, row-major.
+
+    Math:    byte = sum_j (t_j + 1) * 3**j, j = 0..4; a short last byte is filled with trit 0
+    Shapes:  trits int8 [...], any shape, in {-1, 0, 1}
+    Returns: uint8 [ceil(n / 5)], in 0..242
+    Raises:  TypeError for another dtype; ValueError for a value outside {-1, 0, 1}
+    Laws:    unpack_trits(pack_trits(t), t.shape) == t; a negated tensor packs to 242 - byte
+    Source:  design section 3
+    """
+    checks.dtype_in("trits", trits, (torch.int8,))
+    checks.values_between("trits", trits, -1, 1)
+    digits = trits.reshape(-1).to(torch.int16) + 1
+    padding = packed_bytes(digits.numel()) * TRITS_PER_BYTE - digits.numel()
+    digits = torch.cat([digits, digits.new_ones(padding)])  # digit 1 is trit 0
+    places = torch.tensor([3**j for j in range(TRITS_PER_BYTE)], dtype=torch.int16, device=trits.device)
+    return (digits.reshape(-1, TRITS_PER_BYTE) * places).sum(dim=1).to(torch.uint8)
+
+
+def unpack_trits(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the trits of `packed` in the given shape.
+
+    Math:    t_j = (byte // 3**j) mod 3 - 1
+    Shapes:  packed uint8 [ceil(n / 5)] with n = product of `shape`
+    Returns: int8 `shape`, in {-1, 0, 1}
+    Raises:  TypeError for another dtype; ValueError for a wrong length or a byte above 242. What fills a short last
+             byte is ignored, so a file that fills with another trit still reads
+    Laws:    pack_trits(unpack_trits(p, [5 * len(p)])) == p for every valid p
+    Source:  design section 3
+    """
+    num_trits = 1
+    for size in shape:
+        checks.integer("shape", size, 0, 2**63 - 1)
+        num_trits *= size
+    checks.tensor("packed", packed, torch.uint8, (packed_bytes(num_trits),))
+    checks.values_between("packed", packed, 0, MAX_PACKED_BYTE)
+    return digits_at(packed, torch.arange(num_trits, device=packed.device)).reshape(tuple(shape))
+
+
+def digits_at(packed: Tensor, positions: Tensor) -> Tensor:
+    """Return the trits at flat int64 `positions` of `packed`, int8 in the shape of `positions`."""
+    places = torch.tensor([3**j for j in range(TRITS_PER_BYTE)], dtype=torch.int16, device=packed.device)
+    byte = packed[positions // TRITS_PER_BYTE].to(torch.int16)
+    return ((byte // places[positions % TRITS_PER_BYTE]) % 3 - 1).to(torch.int8)

@@ -1,0 +1,231 @@
+"""Update: votes are counted in small integers, and a full count moves a trit or an exponent by one level.
+
+Order of a training step: every micro-batch accumulates; then one step moves the exponents, then the trits.
+Legend: N rows, K columns, G columns a group, KG groups a row, R selected rows, v votes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from arbitor.reference import checks
+from arbitor.reference.ops.dither import dither_bytes
+from arbitor.reference.ops.packing import pack_trits, unpack_trits
+from arbitor.reference.ops.votes import stochastic_votes
+from arbitor.reference.types import (
+    ACCUM_MAX,
+    DEFAULT_THETA,
+    DEFAULT_THETA_E,
+    SCORE_SHIFT,
+    TernaryWeight,
+    level_range,
+)
+
+EXPONENT_RULES = ("score", "sign", "frozen")
+"""How a group's score votes on its exponent: by size, by sign, or not at all."""
+
+ON_FLIP = ("reset", "carry")
+"""What a trit's accumulator holds after it reached theta: nothing, or what exceeds theta."""
+
+
+def accumulate(
+    weight: TernaryWeight,
+    votes_NK: Tensor,
+    *,
+    seed: int,
+    step: int | Tensor,
+    tensor_id: int,
+    exponent_rule: str = "score",
+    rows: Tensor | None = None,
+    out: TernaryWeight | None = None,
+) -> TernaryWeight:
+    """Return the weight with votes counted; no trit and no exponent moves yet.
+
+    Math:    T_accum <- sat(T_accum + v); score = sum of v * T over the group, with T as it is before any flip
+             `score`: E_accum <- sat(E_accum + ((score + (b_E >> 5)) >> 3)), b_E the group's exponent dither byte
+             `sign`: E_accum <- sat(E_accum + sign(score)); `frozen`: E_accum stays
+    Shapes:  votes_NK int8 [N, K], or [R, K] for the unique rows int64 [R] (-1: unused slot)
+    Returns: a new weight; or `out` (may be `weight` itself), overwritten. Rows not named keep every byte
+    Overflow: saturates at plus and minus 127; |score| <= 96 * 127 fits 16 bits
+    Raises:  TypeError or ValueError for a dtype, shape, device, rule, row or dither coordinate that is not allowed
+    Laws:    votes of 0 change nothing under `sign`; packed and exponents keep every byte
+    Source:  design section 3; REFACTOR7, REFACTOR12 (residual E_accum)
+    """
+    checks.row_ids(rows, weight.shape[0])
+    checks.gradient_of(weight, "votes_NK", votes_NK, rows, (torch.int8,))
+    checks.values_between("votes_NK", votes_NK, -ACCUM_MAX, ACCUM_MAX)
+    checks.one_of("exponent_rule", exponent_rule, EXPONENT_RULES)
+    checks.vote_clock(seed, step, tensor_id)
+    rows, votes_NK = _used_rows(weight, rows, votes_NK)
+    num_columns, groups = weight.shape[1], weight.exponents.shape[1]
+
+    trit_accum = weight.trit_accum.clone()
+    trit_accum[rows] = _saturate(trit_accum[rows].to(torch.int16) + votes_NK)
+
+    exponent_accum = weight.exponent_accum.clone()
+    if exponent_rule != "frozen":
+        signed = votes_NK.to(torch.int32) * weight.trits()[rows]
+        padded = torch.nn.functional.pad(signed, (0, groups * weight.group_size - num_columns))
+        score = padded.reshape(-1, groups, weight.group_size).sum(dim=2)
+        if exponent_rule == "score":
+            group_ids = rows[:, None] * groups + torch.arange(groups, device=rows.device)
+            dither = dither_bytes(
+                group_ids, group_size=weight.group_size, seed=seed, step=step, tensor_id=tensor_id
+            )
+            exponent_dither = dither[..., weight.group_size].to(torch.int32) >> (8 - SCORE_SHIFT)
+            exponent_vote = (score + exponent_dither) >> SCORE_SHIFT
+        else:
+            exponent_vote = torch.sign(score)
+        exponent_accum[rows] = _saturate(exponent_accum[rows] + exponent_vote)
+    return _deliver(weight.with_tensors(trit_accum=trit_accum, exponent_accum=exponent_accum), out)
+
+
+def apply_step(
+    weight: TernaryWeight,
+    *,
+    theta: int = DEFAULT_THETA,
+    theta_e: int = DEFAULT_THETA_E,
+    on_flip: str = "reset",
+    rows: Tensor | None = None,
+    out: TernaryWeight | None = None,
+) -> TernaryWeight:
+    """Return the weight after every full count has moved its exponent or trit by one level.
+
+    Math:    E_accum >= theta_e: E <- E - 1, E_accum <- E_accum - theta_e; E_accum <= -theta_e: E + 1, E_accum + theta_e
+             then T_accum >= theta: T <- max(T - 1, -1); T_accum <= -theta: T <- min(T + 1, 1); in both cases T_accum
+             becomes 0 (`reset`) or loses theta towards 0 (`carry`). E saturates to [-32, 15]
+    Shapes:  rows int64 [R], unique (-1: unused slot): step these rows only
+    Returns: a new weight; or `out` (may be `weight` itself), overwritten. Rows not named keep every byte
+    Range:   theta and theta_e in 1 .. 127
+    Raises:  TypeError or ValueError outside of that, or for an unknown on_flip
+    Laws:    a second step changes nothing under `reset`; a trit moves against its votes, by at most one level
+    Source:  design section 3
+    """
+    checks.threshold("theta", theta)
+    checks.threshold("theta_e", theta_e)
+    checks.one_of("on_flip", on_flip, ON_FLIP)
+    checks.row_ids(rows, weight.shape[0])
+    (rows,) = _used_rows(weight, rows)
+
+    exponent_accum, exponents = weight.exponent_accum.clone(), weight.exponents.clone()
+    count = exponent_accum[rows].to(torch.int16)
+    full = (count >= theta_e).to(torch.int16) - (count <= -theta_e).to(torch.int16)
+    low, high = level_range(weight.mantissa_bits)
+    exponents[rows] = (exponents[rows].to(torch.int16) - full).clamp(low, high).to(torch.int8)
+    exponent_accum[rows] = (count - full * theta_e).to(torch.int8)
+
+    trit_accum, trits = weight.trit_accum.clone(), weight.trits()
+    count = trit_accum[rows].to(torch.int16)
+    full = (count >= theta).to(torch.int16) - (count <= -theta).to(torch.int16)
+    trits[rows] = (trits[rows] - full).clamp(-1, 1).to(torch.int8)
+    kept = torch.zeros_like(count) if on_flip == "reset" else count - full * theta
+    trit_accum[rows] = torch.where(full != 0, kept, count).to(torch.int8)
+    return _deliver(
+        weight.with_tensors(
+            packed=pack_trits(trits),
+            exponents=exponents,
+            trit_accum=trit_accum,
+            exponent_accum=exponent_accum,
+        ),
+        out,
+    )
+
+
+def accumulate_gradient(
+    weight: TernaryWeight,
+    grad_NK: Tensor,
+    rate: float | Tensor,
+    *,
+    seed: int,
+    step: int | Tensor,
+    tensor_id: int,
+    exponent_rule: str = "score",
+    rows: Tensor | None = None,
+    faults: Tensor | None = None,
+    out: TernaryWeight | None = None,
+) -> TernaryWeight:
+    """Return the weight with the stochastic votes of a gradient counted; what a backward pass calls.
+
+    Math:    accumulate(weight, stochastic_votes(grad, rate)); the votes need never exist as a tensor
+    Shapes:  grad_NK float32 or bfloat16 [N, K], or [R, K] for the unique rows int64 [R] (-1: unused slot)
+             faults int64 [], grows by the number of gradient rows that are not finite
+    Returns: a new weight; or `out` (may be `weight` itself), overwritten
+    Raises:  as `stochastic_votes` and `accumulate`
+    Laws:    equal to its two parts; sum of g * dW <= 0 in expectation after a step
+    Source:  design section 3
+    """
+    checks.row_ids(rows, weight.shape[0])
+    checks.gradient_of(weight, "grad_NK", grad_NK, rows, checks.GRADIENT_DTYPES)
+    if faults is not None:
+        checks.tensor("faults", faults, torch.int64, ())
+        faults += count_nonfinite_rows(grad_NK)
+    votes = stochastic_votes(
+        grad_NK, rate, group_size=weight.group_size, seed=seed, step=step, tensor_id=tensor_id, rows=rows
+    )
+    return accumulate(
+        weight,
+        votes,
+        seed=seed,
+        step=step,
+        tensor_id=tensor_id,
+        exponent_rule=exponent_rule,
+        rows=rows,
+        out=out,
+    )
+
+
+def count_nonfinite_rows(grad_NK: Tensor) -> Tensor:
+    """Return how many rows of a gradient hold an infinity or a NaN, int64 []: the rows that were refused a vote.
+
+    Shapes:  grad_NK float32 or bfloat16 [N, K]
+    Raises:  TypeError or ValueError for another dtype or shape
+    Source:  design section 3, Faults
+    """
+    checks.matrix("grad_NK", grad_NK, checks.GRADIENT_DTYPES)
+    return (~grad_NK.isfinite().all(dim=1)).sum()
+
+
+def count_changed_trits(before: TernaryWeight, after: TernaryWeight) -> Tensor:
+    """Return how many trits differ between two states of a weight, int64 []; over N * K it is the flip rate.
+
+    Raises:  ValueError for weights of different shapes or devices
+    Laws:    0 for equal weights; symmetric
+    Source:  the flip rate that a trainer logs
+    """
+    if before.shape != after.shape:
+        raise ValueError(f"after has shape {after.shape}, but must match before, {before.shape}")
+    checks.same_device(before=before.packed, after=after.packed)
+    return (unpack_trits(before.packed, before.shape) != unpack_trits(after.packed, after.shape)).sum()
+
+
+def _saturate(count: Tensor) -> Tensor:
+    """Return a count as int8, held at plus and minus 127."""
+    return count.clamp(-ACCUM_MAX, ACCUM_MAX).to(torch.int8)
+
+
+def _used_rows(weight: TernaryWeight, rows: Tensor | None, *per_row: Tensor) -> tuple[Tensor, ...]:
+    """Return the named rows without unused slots, and what belongs to them; all rows when None."""
+    if rows is None:
+        return (torch.arange(weight.shape[0], device=weight.device), *per_row)
+    checks.same_device(weight=weight.packed, rows=rows)
+    checks.unique_rows(rows)
+    used = rows >= 0
+    return (rows[used], *(values[used] for values in per_row))
+
+
+def _deliver(result: TernaryWeight, out: TernaryWeight | None) -> TernaryWeight:
+    """Return `result`, or `out` after writing it there."""
+    if out is None:
+        return result
+    if (out.shape, out.group_size, out.mantissa_bits) != (
+        result.shape,
+        result.group_size,
+        result.mantissa_bits,
+    ):
+        raise ValueError(
+            f"out has shape {out.shape}, but must match weight, {result.shape}, in shape and format"
+        )
+    for name, tensor in out.tensors().items():
+        tensor.copy_(result.tensors()[name])
+    return out
