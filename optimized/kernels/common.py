@@ -1,0 +1,52 @@
+"""Device functions that several kernels share: trits from words, scales from levels, dither from Philox."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def lane_trits(words, lanes):
+    """Return the trits (int32) at two-bit `lanes` of int32 `words`: shift the lane to the top, then its sign down."""
+    return (words << (30 - 2 * lanes)) >> 30
+
+
+@triton.jit
+def level_scales(levels, MANTISSA_BITS: tl.constexpr):
+    """Return float32 scales of int8 levels E * 2**b + m: the level, rebiased, is the top of the float's bits."""
+    bits = (levels.to(tl.int32) + (127 << MANTISSA_BITS)) << (23 - MANTISSA_BITS)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def clock_step(step, STEP_ON_DEVICE: tl.constexpr):
+    """Return the dither step as a uint32, from an argument or from device memory."""
+    if STEP_ON_DEVICE:
+        word = tl.load(step).to(tl.uint32)
+    else:
+        word = step.to(tl.uint32, bitcast=True)
+    return word
+
+
+@triton.jit
+def philox_words(group_ids, block, step, tensor_id, seed_low, seed_high):
+    """Return the four uint32 words of one Philox4x32-10 call per group; `block` is an integer or broadcasts."""
+    c0 = group_ids.to(tl.uint32)
+    zero = c0 ^ c0
+    return tl.philox_impl(
+        c0,
+        zero + block.to(tl.uint32),
+        zero + step,
+        zero + tensor_id.to(tl.uint32, bitcast=True),
+        zero + seed_low.to(tl.uint32, bitcast=True),
+        zero + seed_high.to(tl.uint32, bitcast=True),
+    )
+
+
+@triton.jit
+def word_bytes(w0, w1, w2, w3, places):
+    """Return byte `places % 16` of four little-endian words, as int32."""
+    index = (places % 16) // 4
+    word = tl.where(index == 0, w0, tl.where(index == 1, w1, tl.where(index == 2, w2, w3)))
+    return ((word >> (8 * (places % 4)).to(tl.uint32)) & 0xFF).to(tl.int32)

@@ -1,0 +1,98 @@
+"""What every launch needs: that Triton can run here, and arguments that do not make it compile again.
+
+Triton compiles a kernel anew for each integer type and, unless told otherwise, for values of 1 and multiples of 16. Sizes
+that change from batch to batch are therefore passed through `do_not_specialize`, and 32-bit counters as signed words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from arbitor.optimized import settings
+from arbitor.reference import checks
+
+_WORD = 1 << 32
+
+
+def runs_here(tensor: Tensor) -> None:
+    """Refuse a tensor that Triton cannot reach, and say what would help."""
+    if tensor.device.type == "cuda" or (tensor.device.type == "cpu" and triton.knobs.runtime.interpret):
+        return
+    raise RuntimeError(
+        f"a tensor is on {tensor.device}, but Triton kernels run on CUDA; move it there, use arbitor.reference.ops, "
+        "or set TRITON_INTERPRET=1 before importing arbitor.optimized to run kernels in Triton's interpreter"
+    )
+
+
+def may_look_at_values(tensor: Tensor) -> bool:
+    """Return whether a value check may run: it waits for the device, which no graph capture survives."""
+    if not settings.value_checks():
+        return False
+    return not (tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+def values_between(name: str, value: Tensor, low: int, high: int) -> None:
+    """Refuse a tensor with an element outside [low, high], where looking is allowed."""
+    if may_look_at_values(value):
+        checks.values_between(name, value, low, high)
+
+
+def row_ids(rows: Tensor | None, num_rows: int) -> None:
+    """Refuse row ids that are not unique int64 [R]; -1 marks an unused slot. Values only where looking is allowed."""
+    if rows is None:
+        return
+    if may_look_at_values(rows):
+        checks.row_ids(rows, num_rows)
+        checks.unique_rows(rows)
+    else:
+        checks.dtype_in("rows", rows, (torch.int64,))
+
+
+def signed_word(value: int) -> int:
+    """Return a uint32 as the int32 with the same bits, so that every value has one kernel argument type."""
+    return value - _WORD if value >= _WORD // 2 else value
+
+
+def row_tile(size: int, most: int) -> tuple[int, int]:
+    """Return the elements of a tile along a row of `size`, a power of two of at most `most`, and the tiles of a row."""
+    block = min(most, triton.next_power_of_2(size))
+    return block, triton.cdiv(size, block)
+
+
+def dot_dtype(x: Tensor) -> tl.dtype:
+    """Return the Triton dtype in which `tl.dot` multiplies a tensor: its own.
+
+    The interpreter keeps bfloat16 as bits and multiplies those (triton-lang/triton#11584), so there the operands are
+    widened. That changes no result: a product of two bfloat16 numbers is exact in float32, which the sums are kept in.
+    """
+    narrow = x.dtype is torch.bfloat16 and not triton.knobs.runtime.interpret
+    return tl.bfloat16 if narrow else tl.float32
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Dither coordinates as kernel arguments. A step on the device lets a captured graph replay with fresh dither."""
+
+    seed_low: int
+    seed_high: int
+    step: int | Tensor
+    tensor_id: int
+    step_on_device: bool
+
+    @classmethod
+    def of(cls, seed: int, step: int | Tensor, tensor_id: int) -> Clock:
+        """Return the checked coordinates (see `arbitor.reference.ops.dither_bytes`)."""
+        checks.vote_clock(seed, step, tensor_id)
+        on_device = isinstance(step, Tensor)
+        return cls(
+            seed_low=signed_word(seed % _WORD),
+            seed_high=signed_word(seed // _WORD),
+            step=step if isinstance(step, Tensor) else signed_word(step),
+            tensor_id=signed_word(tensor_id),
+            step_on_device=on_device,
+        )

@@ -1,0 +1,160 @@
+"""RMSNorm kernels: one program a row; the weight is unpacked in the kernel.
+
+Legend: M activation rows, K channels, x^ = x / rms(x). All arithmetic in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from arbitor.optimized.kernels.common import lane_trits, level_scales
+from arbitor.optimized.kernels.launch import runs_here
+from arbitor.optimized.layouts import DeviceWeight
+
+BLOCK_COLUMNS = 1024
+BLOCK_ROWS = 32
+
+
+@triton.jit
+def norm_weight(
+    words_ptr, exponents_ptr, columns, mask, GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr
+):
+    """Return the float32 weight of the given channels."""
+    trits = lane_trits(tl.load(words_ptr + columns // 16, mask=mask, other=0), columns % 16)
+    levels = tl.load(exponents_ptr + columns // GROUP_SIZE, mask=mask, other=0)
+    return trits.to(tl.float32) * level_scales(levels, MANTISSA_BITS)
+
+
+@triton.jit
+def inverse_rms(x_ptr, row, num_columns, stride_m, stride_k, eps, BLOCK: tl.constexpr):
+    """Return 1 / sqrt(mean(x**2) + eps) of a row, float32."""
+    squares = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, num_columns, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row * stride_m + columns * stride_k, mask=columns < num_columns, other=0.0).to(
+            tl.float32
+        )
+        squares += x * x
+    return 1.0 / tl.sqrt_rn(tl.sum(squares, axis=0) / num_columns.to(tl.float32) + eps)
+
+
+@triton.jit(do_not_specialize=["num_columns"])
+def _rms_norm_kernel(
+    x_ptr, words_ptr, exponents_ptr, y_ptr, num_columns, stride_m, stride_k, eps,
+    GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    inverse = inverse_rms(x_ptr, row, num_columns, stride_m, stride_k, eps, BLOCK)
+    for start in range(0, num_columns, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = columns < num_columns
+        x = tl.load(x_ptr + row * stride_m + columns * stride_k, mask=mask, other=0.0).to(tl.float32)
+        w = norm_weight(words_ptr, exponents_ptr, columns, mask, GROUP_SIZE, MANTISSA_BITS)
+        tl.store(y_ptr + row * num_columns + columns, (x * inverse * w).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_columns"])
+def _rms_norm_input_grad_kernel(
+    grad_ptr, x_ptr, words_ptr, exponents_ptr, out_ptr, num_columns,
+    grad_stride_m, grad_stride_k, stride_m, stride_k, eps,
+    GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    inverse = inverse_rms(x_ptr, row, num_columns, stride_m, stride_k, eps, BLOCK)
+    products = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, num_columns, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = columns < num_columns
+        grad = tl.load(grad_ptr + row * grad_stride_m + columns * grad_stride_k, mask=mask, other=0.0).to(
+            tl.float32
+        )
+        x = tl.load(x_ptr + row * stride_m + columns * stride_k, mask=mask, other=0.0).to(tl.float32)
+        w = norm_weight(words_ptr, exponents_ptr, columns, mask, GROUP_SIZE, MANTISSA_BITS)
+        products += (x * inverse) * (grad * w)
+    mean = tl.sum(products, axis=0) / num_columns.to(tl.float32)
+    for start in range(0, num_columns, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = columns < num_columns
+        grad = tl.load(grad_ptr + row * grad_stride_m + columns * grad_stride_k, mask=mask, other=0.0).to(
+            tl.float32
+        )
+        x = tl.load(x_ptr + row * stride_m + columns * stride_k, mask=mask, other=0.0).to(tl.float32)
+        w = norm_weight(words_ptr, exponents_ptr, columns, mask, GROUP_SIZE, MANTISSA_BITS)
+        result = (grad * w - x * inverse * mean) * inverse
+        tl.store(out_ptr + row * num_columns + columns, result.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_columns"])
+def _inverse_rms_kernel(x_ptr, inverse_ptr, num_columns, stride_m, stride_k, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    tl.store(inverse_ptr + row, inverse_rms(x_ptr, row, num_columns, stride_m, stride_k, eps, BLOCK))
+
+
+@triton.jit(do_not_specialize=["num_m", "num_columns"])
+def _rms_norm_weight_grad_kernel(
+    grad_ptr, x_ptr, inverse_ptr, out_ptr, num_m, num_columns, grad_stride_m, grad_stride_k, stride_m, stride_k,
+    BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, num_m, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M).to(tl.int64)
+        mask = (rows < num_m)[:, None] & (columns < num_columns)[None, :]
+        grad_offsets = rows[:, None] * grad_stride_m + columns[None, :] * grad_stride_k
+        x_offsets = rows[:, None] * stride_m + columns[None, :] * stride_k
+        grad = tl.load(grad_ptr + grad_offsets, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(tl.float32)
+        inverse = tl.load(inverse_ptr + rows, mask=rows < num_m, other=0.0)
+        sums += tl.sum(grad * (x * inverse[:, None]), axis=0)
+    tl.store(out_ptr + columns, sums, mask=columns < num_columns)
+
+
+def _block(num_columns: int) -> int:
+    return min(BLOCK_COLUMNS, triton.next_power_of_2(num_columns))
+
+
+def normalize(x_MK: Tensor, weight: DeviceWeight, eps: float) -> Tensor:
+    """Launch `rms_norm` on x [M, K] of any strides."""
+    runs_here(x_MK)
+    num_m, num_columns = x_MK.shape
+    y = torch.empty(num_m, num_columns, dtype=x_MK.dtype, device=x_MK.device)
+    if num_m:
+        _rms_norm_kernel[(num_m,)](
+            x_MK, weight.words, weight.exponents, y, num_columns, *x_MK.stride(), eps,
+            GROUP_SIZE=weight.group_size, MANTISSA_BITS=weight.mantissa_bits, BLOCK=_block(num_columns),
+        )  # fmt: skip
+    return y
+
+
+def normalize_input_grad(grad_MK: Tensor, x_MK: Tensor, weight: DeviceWeight, eps: float) -> Tensor:
+    """Launch `rms_norm_input_grad` on tensors [M, K] of any strides."""
+    runs_here(x_MK)
+    num_m, num_columns = x_MK.shape
+    out = torch.empty(num_m, num_columns, dtype=x_MK.dtype, device=x_MK.device)
+    if num_m:
+        _rms_norm_input_grad_kernel[(num_m,)](
+            grad_MK, x_MK, weight.words, weight.exponents, out, num_columns, *grad_MK.stride(), *x_MK.stride(), eps,
+            GROUP_SIZE=weight.group_size, MANTISSA_BITS=weight.mantissa_bits, BLOCK=_block(num_columns),
+        )  # fmt: skip
+    return out
+
+
+def normalize_weight_grad(grad_MK: Tensor, x_MK: Tensor, eps: float) -> Tensor:
+    """Launch `rms_norm_weight_grad` on tensors [M, K] of any strides; returns float32 [1, K]."""
+    runs_here(x_MK)
+    num_m, num_columns = x_MK.shape
+    out = torch.empty(1, num_columns, dtype=torch.float32, device=x_MK.device)
+    inverse = torch.empty(num_m, dtype=torch.float32, device=x_MK.device)
+    if num_m:
+        _inverse_rms_kernel[(num_m,)](
+            x_MK, inverse, num_columns, *x_MK.stride(), eps, BLOCK=_block(num_columns)
+        )
+    block = min(64, triton.next_power_of_2(num_columns))
+    _rms_norm_weight_grad_kernel[(triton.cdiv(num_columns, block),)](
+        grad_MK, x_MK, inverse, out, num_m, num_columns, *grad_MK.stride(), *x_MK.stride(),
+        BLOCK_M=BLOCK_ROWS, BLOCK=block,
+    )  # fmt: skip
+    return out

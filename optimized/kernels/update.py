@@ -1,0 +1,209 @@
+"""Update kernels: counting votes, straight from a gradient where there is one, and moving trits and exponents.
+
+Legend: N rows, K columns, KG groups a row, KW words a row, R rows named by an update.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from arbitor.optimized.kernels.common import clock_step, lane_trits, philox_words, word_bytes
+from arbitor.optimized.kernels.launch import Clock, row_tile, runs_here
+from arbitor.optimized.kernels.votes import (
+    exponents_of_rows,
+    gradient_votes,
+    group_dither,
+    group_tile,
+    tile_of,
+)
+from arbitor.optimized.layouts import DeviceWeight
+from arbitor.reference.types import level_range
+
+BLOCK_WORDS = 64
+BLOCK_GROUPS = 1024
+
+
+@triton.jit
+def saturate(count):
+    """Return an int32 count held at plus and minus 127, as int8."""
+    return tl.minimum(tl.maximum(count, -127), 127).to(tl.int8)
+
+
+@triton.jit(do_not_specialize=["num_columns", "row_blocks", "seed_low", "seed_high", "step", "tensor_id"])
+def _accumulate_kernel(
+    source_ptr, row_exponents_ptr, rows_ptr, rate, words_ptr, trit_accum_ptr, exponent_accum_ptr,
+    num_columns, row_groups, row_words, row_blocks, row_stride, column_stride, seed_low, seed_high, step, tensor_id,
+    FROM_GRADIENT: tl.constexpr, HAS_ROWS: tl.constexpr, RATE_ON_DEVICE: tl.constexpr, STEP_ON_DEVICE: tl.constexpr,
+    EXPONENT_RULE: tl.constexpr, GROUP_SIZE: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    slot = (tl.program_id(0) // row_blocks).to(tl.int64)
+    row = slot
+    if HAS_ROWS:
+        row = tl.load(rows_ptr + slot)
+        if row < 0:  # an unused slot
+            return
+    groups, columns, mask = group_tile(tl.program_id(0) % row_blocks, num_columns, GROUP_SIZE, PLACES, BLOCK)
+    group_ids = row * row_groups + groups
+    source = tl.load(
+        source_ptr + slot * row_stride + columns.to(tl.int64) * column_stride, mask=mask, other=0
+    )
+
+    exponent_byte = tl.zeros([BLOCK], dtype=tl.int32)
+    if FROM_GRADIENT:
+        if RATE_ON_DEVICE:
+            rate = tl.load(rate)
+        row_exponent = tl.load(row_exponents_ptr + slot)
+        place_bytes, exponent_byte = group_dither(
+            group_ids, clock_step(step, STEP_ON_DEVICE), tensor_id, seed_low, seed_high, GROUP_SIZE, PLACES
+        )
+        votes = gradient_votes(source.to(tl.float32), row_exponent, rate, place_bytes)
+    else:
+        votes = source.to(tl.int32)
+        if EXPONENT_RULE == "score":
+            w0, w1, w2, w3 = philox_words(
+                group_ids, tl.full([BLOCK], GROUP_SIZE // 16, tl.int32), clock_step(step, STEP_ON_DEVICE),
+                tensor_id, seed_low, seed_high,
+            )  # fmt: skip
+            exponent_byte = word_bytes(w0, w1, w2, w3, tl.full([BLOCK], GROUP_SIZE, tl.int32))
+    votes = tl.where(mask, votes, 0)
+
+    trit_count = trit_accum_ptr + row * num_columns + columns
+    tl.store(trit_count, saturate(tl.load(trit_count, mask=mask, other=0).to(tl.int32) + votes), mask=mask)
+
+    if EXPONENT_RULE != "frozen":
+        words = tl.load(words_ptr + row * row_words + columns // 16, mask=mask, other=0)
+        score = tl.sum(votes * lane_trits(words, columns % 16), axis=1)
+        if EXPONENT_RULE == "score":
+            vote = (score + (exponent_byte >> 5)) >> 3
+        else:
+            vote = tl.where(score > 0, 1, 0) - tl.where(score < 0, 1, 0)
+        exponent_count = exponent_accum_ptr + group_ids
+        inside = groups < row_groups
+        count = tl.load(exponent_count, mask=inside, other=0).to(tl.int32)
+        tl.store(exponent_count, saturate(count + vote), mask=inside)
+
+
+@triton.jit
+def full_count(count, theta):
+    """Return +1 where an int32 count has reached theta, -1 where minus theta, else 0."""
+    return tl.where(count >= theta, 1, 0) - tl.where(count <= -theta, 1, 0)
+
+
+@triton.jit(do_not_specialize=["num_columns", "row_blocks", "theta"])
+def _step_trits_kernel(
+    rows_ptr, words_ptr, trit_accum_ptr, num_columns, row_words, row_blocks, theta,
+    HAS_ROWS: tl.constexpr, CARRY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) // row_blocks).to(tl.int64)
+    if HAS_ROWS:
+        row = tl.load(rows_ptr + row)
+        if row < 0:  # an unused slot
+            return
+    word_ids = (tl.program_id(0) % row_blocks) * BLOCK + tl.arange(0, BLOCK)
+    lanes = tl.arange(0, 16)[None, :]
+    columns = word_ids[:, None] * 16 + lanes
+    mask = columns < num_columns
+    accum = trit_accum_ptr + row * num_columns + columns
+    count = tl.load(accum, mask=mask, other=0).to(tl.int32)
+    full = full_count(count, theta)
+    kept = count - full * theta if CARRY else tl.where(full != 0, 0, count)
+    tl.store(accum, kept.to(tl.int8), mask=mask)
+    address = words_ptr + row * row_words + word_ids
+    words = tl.load(address, mask=word_ids < row_words, other=0)
+    trits = lane_trits(words[:, None], lanes) - full
+    trits = tl.minimum(tl.maximum(trits, -1), 1)
+    tl.store(address, tl.xor_sum((trits & 3) << (2 * lanes), axis=1), mask=word_ids < row_words)
+
+
+@triton.jit(do_not_specialize=["row_blocks", "theta"])
+def _step_exponents_kernel(
+    rows_ptr, exponents_ptr, exponent_accum_ptr, row_groups, row_blocks, theta,
+    LOW: tl.constexpr, HIGH: tl.constexpr, HAS_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) // row_blocks).to(tl.int64)
+    if HAS_ROWS:
+        row = tl.load(rows_ptr + row)
+        if row < 0:  # an unused slot
+            return
+    groups = (tl.program_id(0) % row_blocks) * BLOCK + tl.arange(0, BLOCK)
+    mask = groups < row_groups
+    offsets = row * row_groups + groups
+    count = tl.load(exponent_accum_ptr + offsets, mask=mask, other=0).to(tl.int32)
+    full = full_count(count, theta)
+    levels = tl.load(exponents_ptr + offsets, mask=mask, other=0).to(tl.int32) - full
+    tl.store(exponents_ptr + offsets, tl.minimum(tl.maximum(levels, LOW), HIGH).to(tl.int8), mask=mask)
+    tl.store(exponent_accum_ptr + offsets, (count - full * theta).to(tl.int8), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_words"])
+def _count_changed_kernel(before_ptr, after_ptr, counts_ptr, num_words, BLOCK: tl.constexpr):
+    word_ids = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = word_ids < num_words
+    differ = tl.load(before_ptr + word_ids, mask=mask, other=0) ^ tl.load(
+        after_ptr + word_ids, mask=mask, other=0
+    )
+    lanes = tl.arange(0, 16)[None, :]
+    changed = (differ[:, None] >> (2 * lanes)) & 3
+    tl.store(counts_ptr + tl.program_id(0), tl.sum(tl.sum(tl.where(changed != 0, 1, 0), axis=1), axis=0))
+
+
+def count_votes_(
+    weight: DeviceWeight,
+    source: Tensor,
+    rate: float | Tensor | None,
+    clock: Clock,
+    exponent_rule: str,
+    rows: Tensor | None,
+    faults: Tensor | None = None,
+) -> None:
+    """Launch `accumulate` (rate None: `source` holds votes) or `accumulate_gradient`, in place."""
+    runs_here(source)
+    from_gradient = rate is not None
+    row_exponents = exponents_of_rows(source, faults) if from_gradient else weight.exponents
+    groups = weight.exponents.shape[1]
+    places, block, row_blocks = tile_of(weight.group_size, groups)
+    num_slots = source.shape[0]
+    if num_slots == 0:
+        return
+    _accumulate_kernel[(num_slots * row_blocks,)](
+        source, row_exponents, row_exponents if rows is None else rows.contiguous(), rate if from_gradient else 0.0,
+        weight.words, weight.trit_accum, weight.exponent_accum,
+        weight.shape[1], groups, weight.words.shape[1], row_blocks, *source.stride(),
+        clock.seed_low, clock.seed_high, clock.step, clock.tensor_id,
+        FROM_GRADIENT=from_gradient, HAS_ROWS=rows is not None, RATE_ON_DEVICE=isinstance(rate, Tensor),
+        STEP_ON_DEVICE=clock.step_on_device, EXPONENT_RULE=exponent_rule, GROUP_SIZE=weight.group_size,
+        PLACES=places, BLOCK=block,
+    )  # fmt: skip
+
+
+def step_(weight: DeviceWeight, theta: int, theta_e: int, carry: bool, rows: Tensor | None) -> None:
+    """Launch `apply_step`, in place."""
+    runs_here(weight.words)
+    num_slots = weight.shape[0] if rows is None else rows.shape[0]
+    if num_slots == 0:
+        return
+    row_ids = weight.words if rows is None else rows.contiguous()
+    groups, words = weight.exponents.shape[1], weight.words.shape[1]
+    low, high = level_range(weight.mantissa_bits)
+    block, row_blocks = row_tile(groups, BLOCK_GROUPS)
+    _step_exponents_kernel[(num_slots * row_blocks,)](
+        row_ids, weight.exponents, weight.exponent_accum, groups, row_blocks, theta_e,
+        LOW=low, HIGH=high, HAS_ROWS=rows is not None, BLOCK=block,
+    )  # fmt: skip
+    block, row_blocks = row_tile(words, BLOCK_WORDS)
+    _step_trits_kernel[(num_slots * row_blocks,)](
+        row_ids, weight.words, weight.trit_accum, weight.shape[1], words, row_blocks, theta,
+        HAS_ROWS=rows is not None, CARRY=carry, BLOCK=block,
+    )  # fmt: skip
+
+
+def changed_trits(before: Tensor, after: Tensor) -> Tensor:
+    """Launch `count_changed_trits` on device words; returns int64 []."""
+    runs_here(before)
+    blocks = triton.cdiv(before.numel(), BLOCK_WORDS)
+    counts = torch.empty(blocks, dtype=torch.int32, device=before.device)
+    _count_changed_kernel[(blocks,)](before, after, counts, before.numel(), BLOCK=BLOCK_WORDS)
+    return counts.sum()

@@ -1,0 +1,94 @@
+"""The device layout of a weight: private to `optimized`, lossless, and fast to unpack.
+
+Legend: N rows, K columns, KW = ceil(K / 16) words a row, KG groups a row.
+
+The canonical form packs five trits to a byte across row ends, which costs a division by a power of three per trit and
+shares bytes between rows. Here a row starts on a word of its own and a trit is two bits of it: 0 is 00, +1 is 01, -1 is
+11, that is, a two-bit two's complement number. Lane l of word w of a row is column 16 * w + l; lanes past the last column
+hold 0. The three int8 tensors are those of the canonical form. Resident state: about 1/4 + 1 + 2/G bytes a weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arbitor.reference import checks
+from arbitor.reference.types import DEFAULT_GROUP_SIZE, TernaryWeight, groups_per_row
+
+TRITS_PER_WORD = 16
+"""Trits in one 32-bit word, two bits each."""
+
+MAX_COLUMNS = 2**31 - 2**16
+"""Most columns of a row: kernels count columns in 32 bits, and round up to whole tiles."""
+
+
+def words_per_row(num_columns: int) -> int:
+    """Return KW = ceil(K / 16), the 32-bit words that hold the trits of one row."""
+    return -(-num_columns // TRITS_PER_WORD)
+
+
+@dataclass(frozen=True)
+class DeviceWeight:
+    """A ternary weight in device layout. Fields as in `TernaryWeight`, with `words` int32 [N, KW] in place of `packed`.
+
+    Raises ValueError or TypeError when the tensors do not fit each other.
+    """
+
+    words: Tensor
+    exponents: Tensor
+    trit_accum: Tensor
+    exponent_accum: Tensor
+    shape: tuple[int, int]
+    group_size: int = DEFAULT_GROUP_SIZE
+    mantissa_bits: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse tensors whose shapes, dtypes or devices do not fit each other."""
+        num_rows, num_columns = self.shape
+        if num_columns > MAX_COLUMNS:
+            raise ValueError(f"shape is {self.shape}, but a row may have at most {MAX_COLUMNS} columns")
+        groups = groups_per_row(num_columns, self.group_size)
+        checks.tensor("words", self.words, torch.int32, (num_rows, words_per_row(num_columns)))
+        checks.tensor("exponents", self.exponents, torch.int8, (num_rows, groups))
+        checks.tensor("trit_accum", self.trit_accum, torch.int8, (num_rows, num_columns))
+        checks.tensor("exponent_accum", self.exponent_accum, torch.int8, (num_rows, groups))
+        checks.same_device(**self.tensors())
+        for name, tensor in self.tensors().items():
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name} has strides {tensor.stride()}, but must be contiguous")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the four state tensors by field name, in field order."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def with_tensors(self, **tensors: Tensor) -> DeviceWeight:
+        """Return this weight with some state tensors exchanged; the others are shared, not copied."""
+        changes: dict[str, Any] = dict(tensors)
+        return replace(self, **changes)
+
+    def to(self, device: torch.device | str) -> DeviceWeight:
+        """Return this weight on `device`."""
+        return self.with_tensors(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    def clone(self) -> DeviceWeight:
+        """Return a copy that shares no memory with this weight."""
+        return self.with_tensors(**{name: tensor.clone() for name, tensor in self.tensors().items()})
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the state tensors."""
+        return self.words.device
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the resident training state."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+
+AnyWeight = TernaryWeight | DeviceWeight
+"""What every optimized op takes; it returns the kind it was given."""

@@ -1,0 +1,48 @@
+"""Ternary conv1d. See `arbitor.reference.ops.conv`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import fold, pad
+
+from arbitor.optimized.layouts import AnyWeight
+from arbitor.optimized.ops.linear import linear, linear_input_grad, linear_weight_grad
+from arbitor.reference import checks
+
+
+def conv1d(
+    x_BCL: Tensor, weight: AnyWeight, *, kernel_size: int, stride: int = 1, padding: int = 0
+) -> Tensor:
+    """See reference; float64 is not supported."""
+    return linear(_windows(x_BCL, weight.shape[1], kernel_size, stride, padding), weight).transpose(1, 2)
+
+
+def conv1d_input_grad(
+    grad_BNP: Tensor, weight: AnyWeight, *, length: int, kernel_size: int, stride: int = 1, padding: int = 0
+) -> Tensor:
+    """See reference; float64 is not supported."""
+    positions = checks.conv_positions(length, kernel_size, stride, padding)
+    checks.conv_gradient(grad_BNP, weight.shape[0], positions)
+    checks.conv_columns(weight.shape[1], kernel_size)
+    taps_BKP = linear_input_grad(grad_BNP.transpose(1, 2), weight).transpose(1, 2)
+    # In float32: taps that overlap are summed, and a sum of rounded parts would round at every one of them.
+    image = fold(taps_BKP.float(), (1, length), (1, kernel_size), padding=(0, padding), stride=(1, stride))
+    return image[:, :, 0].to(grad_BNP.dtype)
+
+
+def conv1d_weight_grad(
+    grad_BNP: Tensor, x_BCL: Tensor, *, kernel_size: int, stride: int = 1, padding: int = 0
+) -> Tensor:
+    """See reference; float64 is not supported."""
+    num_columns = x_BCL.shape[1] * kernel_size if x_BCL.ndim == 3 else 0
+    windows_BPK = _windows(x_BCL, num_columns, kernel_size, stride, padding)
+    checks.conv_gradient(grad_BNP, None, windows_BPK.shape[1])
+    return linear_weight_grad(grad_BNP.transpose(1, 2), windows_BPK)
+
+
+def _windows(x_BCL: Tensor, num_columns: int, kernel_size: int, stride: int, padding: int) -> Tensor:
+    """Return the windows of x as rows [B, P, C * kernel_size]."""
+    checks.conv_input(x_BCL, num_columns, kernel_size)
+    positions = checks.conv_positions(x_BCL.shape[2], kernel_size, stride, padding)
+    windows_BCPJ = pad(x_BCL, (padding, padding)).unfold(2, kernel_size, stride)
+    return windows_BCPJ.transpose(1, 2).reshape(x_BCL.shape[0], positions, num_columns)

@@ -1,0 +1,63 @@
+"""Ternary linear. See `arbitor.reference.ops.linear`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from arbitor.optimized.kernels import linear as kernels
+from arbitor.optimized.kernels.scale import dense_rows
+from arbitor.optimized.layouts import AnyWeight, DeviceWeight
+from arbitor.optimized.ops.layout import from_spec
+from arbitor.optimized.ops.scale import DTYPES
+from arbitor.reference import checks
+
+FUSED_MAX_ROWS = 64
+"""Most activation rows for which the weight is unpacked inside the product; beyond, it is unpacked once beforehand."""
+
+
+def linear(x: Tensor, weight: AnyWeight) -> Tensor:
+    """See reference; float64 is not supported."""
+    checks.last_dim("x", x, weight.shape[1], DTYPES)
+    checks.same_device(weight=weight.exponents, x=x)
+    return _product(x, from_spec(weight), transposed=False)
+
+
+def linear_input_grad(grad: Tensor, weight: AnyWeight) -> Tensor:
+    """See reference; float64 is not supported."""
+    checks.last_dim("grad", grad, weight.shape[0], DTYPES)
+    checks.same_device(weight=weight.exponents, grad=grad)
+    return _product(grad, from_spec(weight), transposed=True)
+
+
+def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
+    """See reference; float64 is not supported. Nothing here is ternary, so it is the library's matrix product."""
+    checks.dtype_in("grad", grad, DTYPES)
+    checks.same_dtype("x", x, "grad", grad)
+    checks.same_device(grad=grad, x=x)
+    if grad.ndim == 0 or grad.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, but its leading dimensions must match grad, {tuple(grad.shape)}"
+        )
+    grad_MN, x_MK = _rows(grad), _rows(x)
+    if grad.device.type == "cuda" and grad.dtype is torch.bfloat16 and grad_MN.numel() and x_MK.numel():
+        return torch.mm(grad_MN.T, x_MK, out_dtype=torch.float32)
+    return torch.mm(grad_MN.T.float(), x_MK.float())
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return x as [M, last]; M is spelled out because an empty batch leaves nothing to infer it from."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _product(x: Tensor, weight: DeviceWeight, *, transposed: bool) -> Tensor:
+    """Return x W^T, or x W, in the dtype of x."""
+    x_MK = _rows(x)
+    if x_MK.shape[0] <= FUSED_MAX_ROWS:
+        y_MN = kernels.product(x_MK, weight, transposed=transposed)
+    else:
+        w_NK = dense_rows(weight, x.dtype)
+        y_MN = torch.mm(x_MK, w_NK if transposed else w_NK.T)
+    return y_MN.reshape(*x.shape[:-1], y_MN.shape[1])

@@ -1,0 +1,54 @@
+"""RMSNorm. See `arbitor.reference.ops.norm`."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from arbitor.optimized.kernels import norm
+from arbitor.optimized.layouts import AnyWeight
+from arbitor.optimized.ops.layout import from_spec
+from arbitor.optimized.ops.scale import DTYPES
+from arbitor.reference import checks
+
+DEFAULT_EPS = 1e-6
+"""See reference."""
+
+
+def rms_norm(x: Tensor, weight: AnyWeight, *, eps: float = DEFAULT_EPS) -> Tensor:
+    """See reference; float64 is not supported."""
+    _check(weight, eps, x)
+    return norm.normalize(_rows(x), from_spec(weight), eps).reshape(x.shape)
+
+
+def rms_norm_input_grad(grad: Tensor, x: Tensor, weight: AnyWeight, *, eps: float = DEFAULT_EPS) -> Tensor:
+    """See reference; float64 is not supported."""
+    _check(weight, eps, x, grad)
+    return norm.normalize_input_grad(_rows(grad), _rows(x), from_spec(weight), eps).reshape(x.shape)
+
+
+def rms_norm_weight_grad(grad: Tensor, x: Tensor, *, eps: float = DEFAULT_EPS) -> Tensor:
+    """See reference; float64 is not supported."""
+    _check(None, eps, x, grad)
+    return norm.normalize_weight_grad(_rows(grad), _rows(x), eps)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _check(weight: AnyWeight | None, eps: float, x: Tensor, grad: Tensor | None = None) -> None:
+    """Refuse what does not fit."""
+    checks.number("eps", eps, 0.0, 1.0, open_low=True)
+    checks.dtype_in("x", x, DTYPES)
+    if weight is not None:
+        checks.one_row("weight", weight)
+        checks.last_dim("x", x, weight.shape[1], DTYPES)
+        checks.same_device(weight=weight.exponents, x=x)
+    elif x.ndim == 0:
+        raise ValueError("x has shape (), but needs a last dimension")
+    if grad is not None:
+        checks.same_dtype("grad", grad, "x", x)
+        checks.same_shape("grad", grad, "x", x)
+        checks.same_device(x=x, grad=grad)

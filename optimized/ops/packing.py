@@ -1,0 +1,31 @@
+"""Packing. See `arbitor.reference.ops.packing`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from arbitor.optimized.kernels import packing
+from arbitor.optimized.kernels.launch import values_between
+from arbitor.reference import checks
+from arbitor.reference.types import MAX_PACKED_BYTE, packed_bytes
+
+
+def pack_trits(trits: Tensor) -> Tensor:
+    """See reference."""
+    checks.dtype_in("trits", trits, (torch.int8,))
+    values_between("trits", trits, -1, 1)
+    return packing.pack(trits)
+
+
+def unpack_trits(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """See reference."""
+    for size in shape:
+        checks.integer("shape", size, 0, 2**63 - 1)
+    num_trits = math.prod(shape)
+    checks.tensor("packed", packed, torch.uint8, (packed_bytes(num_trits),))
+    values_between("packed", packed, 0, MAX_PACKED_BYTE)
+    return packing.unpack(packed, num_trits).reshape(tuple(shape))

@@ -1,0 +1,96 @@
+"""Scale. See `arbitor.reference.ops.scale`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from arbitor.optimized.kernels import scale
+from arbitor.optimized.kernels.launch import values_between
+from arbitor.optimized.layouts import TRITS_PER_WORD, AnyWeight, DeviceWeight, words_per_row
+from arbitor.optimized.ops.layout import from_spec, to_spec
+from arbitor.reference import checks
+from arbitor.reference.types import (
+    DEFAULT_GROUP_SIZE,
+    EXPONENT_MAX,
+    EXPONENT_MIN,
+    RESERVED_STEP,
+    TernaryWeight,
+    groups_per_row,
+)
+
+INIT_NONZERO = 0.617
+"""Share of non-zero trits at the start, as the specification gives it."""
+
+DTYPES = (torch.float32, torch.bfloat16)
+"""Activation dtypes of the kernels; float64 is for the reference alone."""
+
+
+def group_scales(exponents: Tensor, *, mantissa_bits: int = 0) -> Tensor:
+    """See reference."""
+    checks.dtype_in("exponents", exponents, (torch.int8,))
+    checks.mantissa_bits(mantissa_bits)
+    return scale.scales_of(exponents, mantissa_bits)
+
+
+def dequantize(
+    weight: AnyWeight, *, dtype: torch.dtype = torch.float32, rows: Tensor | None = None
+) -> Tensor:
+    """See reference; float64 is not supported."""
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype is {checks.names((dtype,))}, but must be {checks.names(DTYPES)}")
+    if rows is not None:
+        checks.dtype_in("rows", rows, (torch.int64,))
+        values_between("rows", rows, 0, weight.shape[0] - 1)
+    return scale.dense_rows(from_spec(weight), dtype, rows)
+
+
+def initial_weight(
+    shape: Sequence[int],
+    *,
+    std: float,
+    seed: int,
+    tensor_id: int,
+    group_size: int = DEFAULT_GROUP_SIZE,
+    device: torch.device | str = "cpu",
+) -> TernaryWeight:
+    """See reference."""
+    num_rows, num_columns = checks.matrix_shape("shape", shape)
+    checks.number("std", std, 0.0, math.inf, open_low=True)
+    checks.group_size(group_size)
+    checks.group_ids_fit(num_rows, num_columns, group_size)
+    checks.vote_clock(seed, RESERVED_STEP, tensor_id)
+    exponent = min(max(round(math.log2(std / math.sqrt(INIT_NONZERO))), EXPONENT_MIN), EXPONENT_MAX)
+    groups = groups_per_row(num_columns, group_size)
+    words = scale.initial_words((num_rows, num_columns), groups, group_size, seed, tensor_id, device)
+    return _untrained(words, (num_rows, num_columns), exponent, group_size)
+
+
+def constant_weight(
+    shape: Sequence[int],
+    *,
+    trit: int,
+    exponent: int,
+    group_size: int = DEFAULT_GROUP_SIZE,
+    device: torch.device | str = "cpu",
+) -> TernaryWeight:
+    """See reference."""
+    num_rows, num_columns = checks.matrix_shape("shape", shape)
+    checks.integer("trit", trit, -1, 1)
+    checks.integer("exponent", exponent, EXPONENT_MIN, EXPONENT_MAX)
+    checks.group_size(group_size)
+    lanes = torch.arange(words_per_row(num_columns) * TRITS_PER_WORD).reshape(-1, TRITS_PER_WORD)
+    codes = torch.where(lanes < num_columns, trit & 3, 0) << (2 * (lanes % TRITS_PER_WORD))
+    words = codes.sum(dim=1).to(torch.int32).to(device).repeat(num_rows, 1)
+    return _untrained(words, (num_rows, num_columns), exponent, group_size)
+
+
+def _untrained(words: Tensor, shape: tuple[int, int], exponent: int, group_size: int) -> TernaryWeight:
+    """Return words as a canonical weight with one exponent everywhere and empty accumulators."""
+    exponents = torch.full((shape[0], groups_per_row(shape[1], group_size)), exponent, dtype=torch.int8)
+    exponents = exponents.to(words.device)
+    trit_accum = torch.zeros(shape, dtype=torch.int8, device=words.device)
+    return to_spec(DeviceWeight(words, exponents, trit_accum, torch.zeros_like(exponents), shape, group_size))

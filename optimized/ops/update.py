@@ -1,0 +1,105 @@
+"""Update. See `arbitor.reference.ops.update`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from arbitor.optimized.kernels import update
+from arbitor.optimized.kernels.launch import Clock, row_ids, values_between
+from arbitor.optimized.kernels.votes import exponents_of_rows
+from arbitor.optimized.layouts import AnyWeight
+from arbitor.optimized.ops.layout import deliver, from_spec, target_of
+from arbitor.reference import checks
+from arbitor.reference.types import ACCUM_MAX, DEFAULT_THETA, DEFAULT_THETA_E
+
+EXPONENT_RULES = ("score", "sign", "frozen")
+"""See reference."""
+
+ON_FLIP = ("reset", "carry")
+"""See reference."""
+
+
+def accumulate(
+    weight: AnyWeight,
+    votes_NK: Tensor,
+    *,
+    seed: int,
+    step: int | Tensor,
+    tensor_id: int,
+    exponent_rule: str = "score",
+    rows: Tensor | None = None,
+    out: AnyWeight | None = None,
+) -> AnyWeight:
+    """See reference."""
+    row_ids(rows, weight.shape[0])
+    checks.gradient_of(weight, "votes_NK", votes_NK, rows, (torch.int8,))
+    values_between("votes_NK", votes_NK, -ACCUM_MAX, ACCUM_MAX)
+    checks.one_of("exponent_rule", exponent_rule, EXPONENT_RULES)
+    clock = Clock.of(seed, step, tensor_id)
+    target = target_of(weight, out)
+    update.count_votes_(target, votes_NK, None, clock, exponent_rule, rows)
+    return deliver(target, weight, out)
+
+
+def apply_step(
+    weight: AnyWeight,
+    *,
+    theta: int = DEFAULT_THETA,
+    theta_e: int = DEFAULT_THETA_E,
+    on_flip: str = "reset",
+    rows: Tensor | None = None,
+    out: AnyWeight | None = None,
+) -> AnyWeight:
+    """See reference."""
+    checks.threshold("theta", theta)
+    checks.threshold("theta_e", theta_e)
+    checks.one_of("on_flip", on_flip, ON_FLIP)
+    row_ids(rows, weight.shape[0])
+    if rows is not None:
+        checks.same_device(weight=weight.exponents, rows=rows)
+    target = target_of(weight, out)
+    update.step_(target, theta, theta_e, on_flip == "carry", rows)
+    return deliver(target, weight, out)
+
+
+def accumulate_gradient(
+    weight: AnyWeight,
+    grad_NK: Tensor,
+    rate: float | Tensor,
+    *,
+    seed: int,
+    step: int | Tensor,
+    tensor_id: int,
+    exponent_rule: str = "score",
+    rows: Tensor | None = None,
+    faults: Tensor | None = None,
+    out: AnyWeight | None = None,
+) -> AnyWeight:
+    """See reference. Two passes over the gradient, one over the accumulators; the votes are never written out."""
+    row_ids(rows, weight.shape[0])
+    checks.gradient_of(weight, "grad_NK", grad_NK, rows, checks.GRADIENT_DTYPES)
+    if faults is not None:
+        checks.tensor("faults", faults, torch.int64, ())
+    checks.vote_rate(rate)
+    checks.one_of("exponent_rule", exponent_rule, EXPONENT_RULES)
+    clock = Clock.of(seed, step, tensor_id)
+    target = target_of(weight, out)
+    update.count_votes_(target, grad_NK, rate, clock, exponent_rule, rows, faults)
+    return deliver(target, weight, out)
+
+
+def count_nonfinite_rows(grad_NK: Tensor) -> Tensor:
+    """See reference."""
+    checks.matrix("grad_NK", grad_NK, checks.GRADIENT_DTYPES)
+    faults = torch.zeros((), dtype=torch.int64, device=grad_NK.device)
+    exponents_of_rows(grad_NK, faults)
+    return faults
+
+
+def count_changed_trits(before: AnyWeight, after: AnyWeight) -> Tensor:
+    """See reference."""
+    if before.shape != after.shape:
+        raise ValueError(f"after has shape {after.shape}, but must match before, {before.shape}")
+    checks.same_device(before=before.exponents, after=after.exponents)
+    return update.changed_trits(from_spec(before).words, from_spec(after).words)

@@ -1,0 +1,51 @@
+"""Votes. See `arbitor.reference.ops.votes`."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from arbitor.optimized.kernels import votes
+from arbitor.optimized.kernels.launch import Clock
+from arbitor.reference import checks
+from arbitor.reference.types import ACCUM_MAX, DEFAULT_GROUP_SIZE
+
+
+def row_exponents(grad_NK: Tensor) -> Tensor:
+    """See reference."""
+    checks.matrix("grad_NK", grad_NK, checks.GRADIENT_DTYPES)
+    return votes.exponents_of_rows(grad_NK)
+
+
+def stochastic_votes(
+    grad_NK: Tensor,
+    rate: float | Tensor,
+    *,
+    group_size: int = DEFAULT_GROUP_SIZE,
+    seed: int,
+    step: int | Tensor,
+    tensor_id: int,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """See reference."""
+    checks.matrix("grad_NK", grad_NK, checks.GRADIENT_DTYPES)
+    checks.vote_rate(rate)
+    checks.group_size(group_size)
+    checks.rows_of("rows", rows, grad_NK)
+    return votes.votes_of_gradient(grad_NK, rate, group_size, Clock.of(seed, step, tensor_id), rows)
+
+
+def sign_votes(grad_NK: Tensor, step_size: int) -> Tensor:
+    """See reference."""
+    checks.matrix("grad_NK", grad_NK, checks.GRADIENT_DTYPES)
+    checks.integer("step_size", step_size, 1, ACCUM_MAX)
+    return votes.votes_of_sign(grad_NK, step_size)
+
+
+def step_from_loss(loss: float, loss_ref: float, max_step: int) -> int:
+    """See reference. Host arithmetic: the loss is a number by the time it is asked for."""
+    checks.number("loss", loss, 0.0, math.inf)
+    checks.number("loss_ref", loss_ref, 0.0, math.inf, open_low=True)
+    checks.integer("max_step", max_step, 1, ACCUM_MAX)
+    return max(1, min(max_step, -math.floor(-(max_step * loss / loss_ref))))
