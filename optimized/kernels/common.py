@@ -20,6 +20,18 @@ def level_scales(levels, MANTISSA_BITS: tl.constexpr):
 
 
 @triton.jit
+def lane_weights(words, lanes, scales):
+    """Return float32 T * S for the trits at two-bit `lanes` of int32 `words`.
+
+    The low bit of a lane says that the trit is not zero, the high bit that it is negative, so the product is the scale's
+    bits, masked and signed: integer operations, where a conversion and a multiplication would take the slow pipes.
+    """
+    code = words >> (2 * lanes)
+    bits = scales.to(tl.int32, bitcast=True) | ((code & 2) << 30)
+    return (bits & -(code & 1)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def clock_step(step, STEP_ON_DEVICE: tl.constexpr):
     """Return the dither step as a uint32, from an argument or from device memory."""
     if STEP_ON_DEVICE:

@@ -16,7 +16,7 @@ BLOCK_POSITIONS = 32
 BLOCK_COLUMNS = 128
 
 
-@triton.jit(do_not_specialize=["num_columns"])
+@triton.jit
 def _segment_sum_kernel(
     grad_ptr, order_ptr, starts_ptr, out_ptr, num_columns, stride_r, stride_k,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from arbitor.optimized import settings
@@ -62,16 +61,6 @@ def row_tile(size: int, most: int) -> tuple[int, int]:
     """Return the elements of a tile along a row of `size`, a power of two of at most `most`, and the tiles of a row."""
     block = min(most, triton.next_power_of_2(size))
     return block, triton.cdiv(size, block)
-
-
-def dot_dtype(x: Tensor) -> tl.dtype:
-    """Return the Triton dtype in which `tl.dot` multiplies a tensor: its own.
-
-    The interpreter keeps bfloat16 as bits and multiplies those (triton-lang/triton#11584), so there the operands are
-    widened. That changes no result: a product of two bfloat16 numbers is exact in float32, which the sums are kept in.
-    """
-    narrow = x.dtype is torch.bfloat16 and not triton.knobs.runtime.interpret
-    return tl.bfloat16 if narrow else tl.float32
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.optimized.kernels.common import lane_trits, level_scales
+from arbitor.optimized.kernels.common import lane_weights, level_scales
 from arbitor.optimized.kernels.launch import runs_here
 from arbitor.optimized.layouts import DeviceWeight
 
@@ -23,9 +23,9 @@ def norm_weight(
     words_ptr, exponents_ptr, columns, mask, GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr
 ):
     """Return the float32 weight of the given channels."""
-    trits = lane_trits(tl.load(words_ptr + columns // 16, mask=mask, other=0), columns % 16)
+    words = tl.load(words_ptr + columns // 16, mask=mask, other=0)
     levels = tl.load(exponents_ptr + columns // GROUP_SIZE, mask=mask, other=0)
-    return trits.to(tl.float32) * level_scales(levels, MANTISSA_BITS)
+    return lane_weights(words, columns % 16, level_scales(levels, MANTISSA_BITS))
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def inverse_rms(x_ptr, row, num_columns, stride_m, stride_k, eps, BLOCK: tl.cons
     return 1.0 / tl.sqrt_rn(tl.sum(squares, axis=0) / num_columns.to(tl.float32) + eps)
 
 
-@triton.jit(do_not_specialize=["num_columns"])
+@triton.jit
 def _rms_norm_kernel(
     x_ptr, words_ptr, exponents_ptr, y_ptr, num_columns, stride_m, stride_k, eps,
     GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr,
@@ -56,7 +56,7 @@ def _rms_norm_kernel(
         tl.store(y_ptr + row * num_columns + columns, (x * inverse * w).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_columns"])
+@triton.jit
 def _rms_norm_input_grad_kernel(
     grad_ptr, x_ptr, words_ptr, exponents_ptr, out_ptr, num_columns,
     grad_stride_m, grad_stride_k, stride_m, stride_k, eps,
@@ -87,13 +87,13 @@ def _rms_norm_input_grad_kernel(
         tl.store(out_ptr + row * num_columns + columns, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_columns"])
+@triton.jit
 def _inverse_rms_kernel(x_ptr, inverse_ptr, num_columns, stride_m, stride_k, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     tl.store(inverse_ptr + row, inverse_rms(x_ptr, row, num_columns, stride_m, stride_k, eps, BLOCK))
 
 
-@triton.jit(do_not_specialize=["num_m", "num_columns"])
+@triton.jit(do_not_specialize=["num_m"])
 def _rms_norm_weight_grad_kernel(
     grad_ptr, x_ptr, inverse_ptr, out_ptr, num_m, num_columns, grad_stride_m, grad_stride_k, stride_m, stride_k,
     BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,

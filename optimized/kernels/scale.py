@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.optimized.kernels.common import lane_trits, level_scales, philox_words, word_bytes
+from arbitor.optimized.kernels.common import lane_weights, level_scales, philox_words, word_bytes
 from arbitor.optimized.kernels.launch import Clock, row_tile, runs_here
 from arbitor.optimized.layouts import DeviceWeight, words_per_row
 from arbitor.reference.types import RESERVED_STEP
@@ -27,7 +27,7 @@ def _group_scales_kernel(levels_ptr, scales_ptr, size, MANTISSA_BITS: tl.constex
     tl.store(scales_ptr + index, level_scales(levels, MANTISSA_BITS), mask=index < size)
 
 
-@triton.jit(do_not_specialize=["num_columns", "row_blocks"])
+@triton.jit
 def _dequantize_kernel(
     rows_ptr, words_ptr, exponents_ptr, out_ptr, num_columns, row_groups, row_words, row_blocks,
     HAS_ROWS: tl.constexpr, GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr,
@@ -38,11 +38,11 @@ def _dequantize_kernel(
     mask = columns < num_columns
     words = tl.load(words_ptr + row * row_words + columns // 16, mask=mask, other=0)
     levels = tl.load(exponents_ptr + row * row_groups + columns // GROUP_SIZE, mask=mask, other=0)
-    values = lane_trits(words, columns % 16).to(tl.float32) * level_scales(levels, MANTISSA_BITS)
+    values = lane_weights(words, columns % 16, level_scales(levels, MANTISSA_BITS))
     tl.store(out_ptr + slot * num_columns + columns, values.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_columns", "row_blocks", "seed_low", "seed_high", "step", "tensor_id"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "tensor_id"])
 def _initial_words_kernel(
     words_ptr, num_columns, row_groups, row_words, row_blocks, seed_low, seed_high, step, tensor_id,
     GROUP_SIZE: tl.constexpr, BLOCK: tl.constexpr,

@@ -21,7 +21,7 @@ BLOCK_COLUMNS = 1024
 TILE = 1024  # lanes of a tile of groups
 
 
-@triton.jit(do_not_specialize=["num_columns"])
+@triton.jit
 def _row_exponents_kernel(
     grad_ptr, exponents_ptr, faults_ptr, num_columns, row_stride, column_stride,
     COUNT_FAULTS: tl.constexpr, BLOCK: tl.constexpr,
@@ -97,7 +97,7 @@ def group_dither(
     return place_bytes, exponent_byte
 
 
-@triton.jit(do_not_specialize=["num_columns", "row_blocks", "seed_low", "seed_high", "step", "tensor_id"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "tensor_id"])
 def _stochastic_votes_kernel(
     grad_ptr, exponents_ptr, rows_ptr, rate, votes_ptr, num_columns, row_groups, row_blocks, row_stride, column_stride,
     seed_low, seed_high, step, tensor_id,
@@ -122,7 +122,7 @@ def _stochastic_votes_kernel(
     tl.store(votes_ptr + slot * num_columns + columns, votes.to(tl.int8), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_columns", "step_size"])
+@triton.jit(do_not_specialize=["step_size"])
 def _sign_votes_kernel(
     grad_ptr, exponents_ptr, votes_ptr, num_columns, row_stride, column_stride, step_size, BLOCK: tl.constexpr
 ):

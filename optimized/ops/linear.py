@@ -7,15 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from arbitor.optimized.kernels import linear as kernels
 from arbitor.optimized.kernels.scale import dense_rows
 from arbitor.optimized.layouts import AnyWeight, DeviceWeight
 from arbitor.optimized.ops.layout import from_spec
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
-
-FUSED_MAX_ROWS = 64
-"""Most activation rows for which the weight is unpacked inside the product; beyond, it is unpacked once beforehand."""
 
 
 def linear(x: Tensor, weight: AnyWeight) -> Tensor:
@@ -53,11 +49,10 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, weight: DeviceWeight, *, transposed: bool) -> Tensor:
-    """Return x W^T, or x W, in the dtype of x."""
-    x_MK = _rows(x)
-    if x_MK.shape[0] <= FUSED_MAX_ROWS:
-        y_MN = kernels.product(x_MK, weight, transposed=transposed)
-    else:
-        w_NK = dense_rows(weight, x.dtype)
-        y_MN = torch.mm(x_MK, w_NK if transposed else w_NK.T)
+    """Return x W^T, or x W, in the dtype of x: the kernel unpacks the weight, the library multiplies.
+
+    Unpacking inside the product would spare the dense copy; what that cost when it was tried is in docs/log.md.
+    """
+    w_NK = dense_rows(weight, x.dtype)
+    y_MN = torch.mm(_rows(x), w_NK if transposed else w_NK.T)
     return y_MN.reshape(*x.shape[:-1], y_MN.shape[1])

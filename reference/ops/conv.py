@@ -6,6 +6,7 @@ N channels out (rows of the weight), K = C * J columns: column c * J + j belongs
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from arbitor.reference import checks
@@ -50,12 +51,13 @@ def conv1d_input_grad(
     positions = checks.conv_positions(length, kernel_size, stride, padding)
     checks.conv_gradient(grad_BNP, weight.shape[0], positions)
     checks.conv_columns(weight.shape[1], kernel_size)
-    taps = linear_input_grad(grad_BNP.transpose(1, 2), weight)
+    wide = torch.promote_types(grad_BNP.dtype, torch.float32)  # taps that meet at a place are summed before rounding
+    taps = linear_input_grad(grad_BNP.transpose(1, 2).to(wide), weight)
     taps = taps.reshape(grad_BNP.shape[0], positions, weight.shape[1] // kernel_size, kernel_size)
     padded = taps.new_zeros(grad_BNP.shape[0], taps.shape[2], length + 2 * padding)
     for j in range(kernel_size):
         padded[:, :, j : j + (positions - 1) * stride + 1 : stride] += taps[..., j].transpose(1, 2)
-    return padded[:, :, padding : padding + length]
+    return padded[:, :, padding : padding + length].to(grad_BNP.dtype)
 
 
 def conv1d_weight_grad(
