@@ -1,0 +1,87 @@
+# `make` alone prints what there is. Each target creates .venv on first use and installs what it needs; it installs again
+# only when pyproject.toml or constraints.txt have changed.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+# Which Python makes the environment: the one named with PYTHON=..., else the first of these that is new enough.
+CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14)
+TORCH := $(shell sed -n 's/^torch==/&/p' constraints.txt)
+
+# Options of the demo, for example: make demo DEMO="--steps 200"
+DEMO ?=
+DEMO_RUN := runs/demo
+# Further pytest options, for example: make test PYTEST="-k linear -x"
+PYTEST ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+.NOTPARALLEL:  # two pips must not write to one environment
+.PHONY: help demo test lint format bench docs
+
+help: ## this list
+	@awk -F '## ' '/^[a-z]+:.*## / { split($$1, name, ":"); printf "  make %-8s %s\n", name[1], $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "Examples:"
+	@echo "  make demo DEMO=\"--steps 100\"             a shorter run; options of 'arb train' (see: $(BIN)/arb train --help)"
+	@echo "  make test PYTEST=\"-k linear -x\"          part of the suite"
+	@echo "  make test PYTEST=\"--impl some.module\"    the suite against another implementation"
+	@echo "  make lint                                ruff, ruff format, mypy, the import lint"
+	@echo "  make format                              let ruff mend what it can"
+	@echo "  make bench PYTEST=\"-k linear\"            one family of benchmarks"
+	@echo "  make docs                                the site, in site/index.html"
+	@echo "  make demo PYTHON=/opt/python3.12/bin/python3    choose the Python of the environment"
+
+demo: $(VENV)/.installed-arb ## train the tiny preset on Python's own sources, show the result (about 5 minutes)
+	rm -rf $(DEMO_RUN)
+	$(BIN)/arb train --preset tiny --data stdlib --device auto --seed 0 --run $(DEMO_RUN) $(DEMO)
+
+test: $(VENV)/.installed-test ## run the conformance suite
+	$(BIN)/python -m pytest conformance $(PYTEST)
+
+lint: $(VENV)/.installed-test $(VENV)/.installed-dev ## ruff, type check and import lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --quiet conformance/test_contract.py
+
+format: $(VENV)/.installed-dev ## let ruff mend what it can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.installed-test ## run the benchmarks (a small set where there is no GPU)
+	$(BIN)/python -m pytest bench $(PYTEST)
+
+docs: $(VENV)/.installed-docs ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+# --- installation ---------------------------------------------------------------------------------------------------
+
+# A failed attempt leaves nothing behind, so that the next one starts from the beginning.
+$(BIN)/pip:
+	@test -e $(VENV) && existed=yes; \
+	for python in $(CANDIDATES); do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	    echo "Creating $(VENV) with $$($$python --version) ($$python)"; \
+	    "$$python" -m venv $(VENV) && exit 0; \
+	    test "$$existed" || rm -rf $(VENV); \
+	    echo "Could not create $(VENV): the lines above say why (Debian and Ubuntu keep venv in the package python3-venv)." >&2; \
+	    exit 1; \
+	  fi; \
+	done; \
+	found=$$($(firstword $(CANDIDATES)) --version 2>/dev/null || echo missing); \
+	echo "ARB needs Python 3.11 or newer, but $(firstword $(CANDIDATES)) is $$found: install a newer one, or name it with 'make $(or $(MAKECMDGOALS),demo) PYTHON=/path/to/python3'." >&2; \
+	exit 1
+
+# torch first and alone: see constraints.txt.
+$(VENV)/.installed-torch: constraints.txt | $(BIN)/pip
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(VENV) holds $$($(BIN)/python --version), but ARB needs Python 3.11 or newer: delete $(VENV) and run make again." >&2; exit 1; }
+	$(PIP) install $(TORCH)
+	@touch $@
+
+# .installed-arb is the package alone, .installed-X the package with its extra X.
+$(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml constraints.txt
+	$(PIP) install --constraint constraints.txt --editable "$(if $(filter arb,$*),.,.[$*])"
+	@touch $@
