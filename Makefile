@@ -50,10 +50,11 @@ format: $(VENV)/.installed-dev ## let ruff mend what it can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(VENV)/.installed-test ## run the benchmarks (a small set where there is no GPU)
+bench: $(VENV)/.installed-test ## time every op, compare with peers (a small set where there is no GPU)
 	$(BIN)/python -m pytest bench $(PYTEST)
 
-docs: $(VENV)/.installed-docs ## build the documentation into site/
+docs: $(VENV)/.installed-bench $(VENV)/.installed-docs ## write the generated pages, build the documentation into site/
+	$(BIN)/python -m bench.report
 	$(BIN)/mkdocs build --strict
 
 # --- installation ---------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def _row_exponents_kernel(
     # finite means an element that is not, and the exponent can be read off the bits of a normal number.
     mean_square = tl.sum(squares, axis=0) / num_columns.to(tl.float64)
     bits = mean_square.to(tl.int64, bitcast=True)
-    biased = (bits >> 52).to(tl.int32)
+    biased = ((bits >> 52) & 0x7FF).to(tl.int32)  # a NaN may carry a sign
     finite = biased < 2047
     exponent = (biased - 1022) >> 1
     tl.store(exponents_ptr + row, tl.where(finite & (bits != 0), exponent, SILENT))

@@ -5,8 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import fold, pad
 
+from arbitor.optimized.kernels.scale import dense_rows
 from arbitor.optimized.layouts import AnyWeight
-from arbitor.optimized.ops.linear import linear, linear_input_grad, linear_weight_grad
+from arbitor.optimized.ops.layout import from_spec
+from arbitor.optimized.ops.linear import linear, linear_weight_grad, wide_product
+from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
 
@@ -22,11 +25,15 @@ def conv1d_input_grad(
 ) -> Tensor:
     """See reference; float64 is not supported."""
     positions = checks.conv_positions(length, kernel_size, stride, padding)
+    checks.dtype_in("grad_BNP", grad_BNP, DTYPES)
     checks.conv_gradient(grad_BNP, weight.shape[0], positions)
     checks.conv_columns(weight.shape[1], kernel_size)
-    taps_BKP = linear_input_grad(grad_BNP.transpose(1, 2), weight).transpose(1, 2)
+    checks.same_device(weight=weight.exponents, grad_BNP=grad_BNP)
     # In float32: taps that overlap are summed, and a sum of rounded parts would round at every one of them.
-    image = fold(taps_BKP.float(), (1, length), (1, kernel_size), padding=(0, padding), stride=(1, stride))
+    grad_MN = grad_BNP.transpose(1, 2).reshape(-1, weight.shape[0])
+    taps_MK = wide_product(grad_MN, dense_rows(from_spec(weight), grad_BNP.dtype))
+    taps_BKP = taps_MK.reshape(grad_BNP.shape[0], positions, weight.shape[1]).transpose(1, 2)
+    image = fold(taps_BKP, (1, length), (1, kernel_size), padding=(0, padding), stride=(1, stride))
     return image[:, :, 0].to(grad_BNP.dtype)
 
 

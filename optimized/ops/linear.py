@@ -37,10 +37,14 @@ def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
         raise ValueError(
             f"x has shape {tuple(x.shape)}, but its leading dimensions must match grad, {tuple(grad.shape)}"
         )
-    grad_MN, x_MK = _rows(grad), _rows(x)
-    if grad.device.type == "cuda" and grad.dtype is torch.bfloat16 and grad_MN.numel() and x_MK.numel():
-        return torch.mm(grad_MN.T, x_MK, out_dtype=torch.float32)
-    return torch.mm(grad_MN.T.float(), x_MK.float())
+    return wide_product(_rows(grad).T, _rows(x))
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b in float32 for two matrices in float32 or bfloat16, without rounding the sums to bfloat16."""
+    if a.device.type == "cuda" and a.dtype is torch.bfloat16 and a.numel() and b.numel():
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
 
 
 def _rows(x: Tensor) -> Tensor:

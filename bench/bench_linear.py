@@ -1,0 +1,15 @@
+"""Ternary linear: forward, input gradient, weight gradient; against cuBLAS in bfloat16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bench.cases import ids_of
+from bench.runner import Session, measure
+
+
+@pytest.mark.parametrize("case", ids_of("linear"))
+def test_linear(benchmark: Any, bench_session: Session, case: str) -> None:
+    measure(benchmark, bench_session, case)

@@ -1,0 +1,15 @@
+"""Counting votes and stepping; as a whole update step against fused AdamW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bench.cases import ids_of
+from bench.runner import Session, measure
+
+
+@pytest.mark.parametrize("case", ids_of("update"))
+def test_update(benchmark: Any, bench_session: Session, case: str) -> None:
+    measure(benchmark, bench_session, case)

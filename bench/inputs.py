@@ -1,0 +1,164 @@
+"""Random inputs for every op of the table, on the device that is timed. Never zeros: they hide mistakes and run faster.
+
+Legend: N rows, K columns, G columns a group, M activation rows, B batch, C channels, L length, J taps, P positions.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arbitor.reference.types import MAX_PACKED_BYTE, TernaryWeight, groups_per_row, packed_bytes
+
+Sizes = Mapping[str, int]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+CLOCK = {"seed": 20261121, "step": 7, "tensor_id": 3}
+"""Dither coordinates of all timed votes."""
+
+RATE = 1.25
+"""Rate of all timed votes: schedule rate 1 times the default gain."""
+
+FLOATS = {2: torch.bfloat16, 4: torch.float32}
+"""Activation dtype by `float_bytes` of a shape."""
+
+_NO_TRITS = 121  # a byte of five zero trits: what may follow the last trit of a weight is fixed
+
+
+class Maker:
+    """Draws tensors on a device from a seed of its own, so that every implementation of a case gets the same ones."""
+
+    def __init__(self, device: torch.device | str, name: str) -> None:
+        self.device = torch.device(device)
+        self.generator = torch.Generator(device=self.device).manual_seed(zlib.crc32(name.encode()))
+
+    def integers(self, low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return integers in low .. high."""
+        return torch.randint(low, high + 1, shape, generator=self.generator, dtype=dtype, device=self.device)
+
+    def normal(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return normal numbers."""
+        return torch.randn(shape, generator=self.generator, dtype=dtype, device=self.device)
+
+    def trits(self, shape: tuple[int, ...]) -> Tensor:
+        """Return int8 trits, each value as often as the others."""
+        return self.integers(-1, 1, shape, torch.int8)
+
+    def packed(self, num_rows: int, num_columns: int) -> Tensor:
+        """Return packed trits of a weight."""
+        packed = self.integers(0, MAX_PACKED_BYTE, (packed_bytes(num_rows * num_columns),), torch.uint8)
+        packed[-1] = _NO_TRITS
+        return packed
+
+    def weight(self, num_rows: int, num_columns: int, group_size: int) -> TernaryWeight:
+        """Return a weight in the midst of training: varied exponents, accumulators that are partly due for a step."""
+        groups = (num_rows, groups_per_row(num_columns, group_size))
+        return TernaryWeight(
+            packed=self.packed(num_rows, num_columns),
+            exponents=self.integers(-8, -4, groups, torch.int8),
+            trit_accum=self.integers(-17, 17, (num_rows, num_columns), torch.int8),
+            exponent_accum=self.integers(-127, 127, groups, torch.int8),
+            shape=(num_rows, num_columns),
+            group_size=group_size,
+        )
+
+
+def _weight(make: Maker, s: Sizes) -> TernaryWeight:
+    return make.weight(s["N"], s["K"], s["G"])
+
+
+def _gradient(make: Maker, s: Sizes) -> Tensor:
+    return make.normal((s["N"], s["K"]), torch.float32)
+
+
+def _activations(make: Maker, s: Sizes, width: str) -> Tensor:
+    return make.normal((s["M"], s[width]), FLOATS[s["float_bytes"]])
+
+
+def _initial(make: Maker, s: Sizes) -> Arguments:
+    at = {"seed": CLOCK["seed"], "tensor_id": CLOCK["tensor_id"]}
+    return ((s["N"], s["K"]),), {"std": s["K"] ** -0.5, **at, "group_size": s["G"], "device": make.device}
+
+
+def _constant(make: Maker, s: Sizes) -> Arguments:
+    return ((s["N"], s["K"]),), {"trit": 1, "exponent": 0, "group_size": s["G"], "device": make.device}
+
+
+def _in_place(weight: TernaryWeight, *rest: Any, **clock: Any) -> Arguments:
+    return (weight, *rest), {**clock, "out": weight}
+
+
+def positions(s: Sizes) -> int:
+    """Return P of a convolution."""
+    return (s["L"] + 2 * s["padding"] - s["J"]) // s["stride"] + 1
+
+
+def _geometry(s: Sizes) -> dict[str, int]:
+    return {"kernel_size": s["J"], "stride": s["stride"], "padding": s["padding"]}
+
+
+def _conv_x(make: Maker, s: Sizes) -> Tensor:
+    return make.normal((s["B"], s["C"], s["L"]), FLOATS[s["float_bytes"]])
+
+
+def _conv_grad(make: Maker, s: Sizes) -> Tensor:
+    return make.normal((s["B"], s["N"], positions(s)), FLOATS[s["float_bytes"]])
+
+
+def _conv_weight(make: Maker, s: Sizes) -> TernaryWeight:
+    return make.weight(s["N"], s["C"] * s["J"], s["G"])
+
+
+def _ids(make: Maker, s: Sizes) -> Tensor:
+    return make.integers(0, s["N"] - 1, (s["M"],), torch.int64)
+
+
+INPUTS: dict[str, Callable[[Maker, Sizes], Arguments]] = {
+    "pack_trits": lambda m, s: ((m.trits((s["N"], s["K"])),), {}),
+    "unpack_trits": lambda m, s: ((m.packed(s["N"], s["K"]), (s["N"], s["K"])), {}),
+    "dither_bytes": lambda m, s: (
+        (m.integers(0, 2**32 - 1, (s["groups"],), torch.int64),),
+        {"group_size": s["G"], **CLOCK},
+    ),
+    "group_scales": lambda m, s: ((_weight(m, s).exponents,), {}),
+    "dequantize": lambda m, s: ((_weight(m, s),), {}),
+    "initial_weight": _initial,
+    "constant_weight": _constant,
+    "row_exponents": lambda m, s: ((_gradient(m, s),), {}),
+    "stochastic_votes": lambda m, s: ((_gradient(m, s), RATE), {"group_size": s["G"], **CLOCK}),
+    "sign_votes": lambda m, s: ((_gradient(m, s), 3), {}),
+    "step_from_loss": lambda m, s: ((2.5, 5.693732138802635, 8), {}),
+    "accumulate": lambda m, s: _in_place(
+        _weight(m, s), m.integers(-4, 4, (s["N"], s["K"]), torch.int8), **CLOCK
+    ),
+    "apply_step": lambda m, s: _in_place(_weight(m, s)),
+    "accumulate_gradient": lambda m, s: _in_place(_weight(m, s), _gradient(m, s), RATE, **CLOCK),
+    "count_nonfinite_rows": lambda m, s: ((_gradient(m, s),), {}),
+    "count_changed_trits": lambda m, s: ((_weight(m, s), _weight(m, s)), {}),
+    "linear": lambda m, s: ((_activations(m, s, "K"), _weight(m, s)), {}),
+    "linear_input_grad": lambda m, s: ((_activations(m, s, "N"), _weight(m, s)), {}),
+    "linear_weight_grad": lambda m, s: ((_activations(m, s, "N"), _activations(m, s, "K")), {}),
+    "conv1d": lambda m, s: ((_conv_x(m, s), _conv_weight(m, s)), _geometry(s)),
+    "conv1d_input_grad": lambda m, s: (
+        (_conv_grad(m, s), _conv_weight(m, s)),
+        {"length": s["L"], **_geometry(s)},
+    ),
+    "conv1d_weight_grad": lambda m, s: ((_conv_grad(m, s), _conv_x(m, s)), _geometry(s)),
+    "rms_norm": lambda m, s: ((_activations(m, s, "K"), _weight(m, s)), {}),
+    "rms_norm_input_grad": lambda m, s: (
+        (_activations(m, s, "K"), _activations(m, s, "K"), _weight(m, s)),
+        {},
+    ),
+    "rms_norm_weight_grad": lambda m, s: ((_activations(m, s, "K"), _activations(m, s, "K")), {}),
+    "embedding": lambda m, s: ((_ids(m, s), _weight(m, s)), {"dtype": FLOATS[s["float_bytes"]]}),
+    "embedding_row_grads": lambda m, s: ((_ids(m, s), _activations(m, s, "K")), {}),
+    "denoise_step": lambda m, s: ((_activations(m, s, "K"), _activations(m, s, "K")), {"alpha": 0.7}),
+    "denoise_step_backward": lambda m, s: ((_activations(m, s, "K"),), {"alpha": 0.7}),
+    "from_spec": lambda m, s: ((_weight(m, s),), {}),
+    "to_spec": lambda m, s: ((_weight(m, s),), {}),
+}
+"""Arguments of an op for a shape, in canonical form, by op. An op of the table without an entry fails a test."""

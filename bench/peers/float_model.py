@@ -1,0 +1,125 @@
+"""The same graph with float weights: dense products, float32 masters and moments, fused AdamW. What a train step replaces.
+
+The graph asks an op set for everything it does with a weight; this one answers with dense matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from arbitor.reference import ops as reference_ops
+from arbitor.reference.config import preset
+from arbitor.reference.graph import ArbModel
+from bench.inputs import RATE, Arguments, Sizes
+from bench.peers import Peer
+
+EPS = 1e-6  # the default of the ops
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """A float weight: the copy that is computed with, and the float32 master that AdamW moves."""
+
+    value: Tensor
+    master: torch.nn.Parameter
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.value.shape[0], self.value.shape[1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"value": self.value}
+
+    def with_tensors(self, **tensors: Tensor) -> DenseWeight:
+        return replace(self, **tensors)
+
+
+class DenseOps:
+    """An op set of float weights: the names that the graph asks for, no others."""
+
+    initial_weight = staticmethod(reference_ops.initial_weight)
+    constant_weight = staticmethod(reference_ops.constant_weight)
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.weights: list[DenseWeight] = []
+
+    def from_spec(self, weight: Any) -> DenseWeight:
+        dense = weight.dense(torch.float32)
+        self.weights.append(DenseWeight(dense.to(self.dtype), torch.nn.Parameter(dense)))
+        return self.weights[-1]
+
+    def linear(self, x: Tensor, weight: DenseWeight) -> Tensor:
+        return F.linear(x, weight.value.to(x.dtype))
+
+    def linear_input_grad(self, grad: Tensor, weight: DenseWeight) -> Tensor:
+        return grad @ weight.value.to(grad.dtype)
+
+    def linear_weight_grad(self, grad: Tensor, x: Tensor) -> Tensor:
+        grad_MN, x_MK = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        if grad.device.type == "cuda" and grad.dtype is torch.bfloat16:
+            return torch.mm(grad_MN.T, x_MK, out_dtype=torch.float32)
+        return torch.mm(grad_MN.T, x_MK).float()
+
+    def rms_norm(self, x: Tensor, weight: DenseWeight) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], weight.value[0].to(x.dtype), EPS)
+
+    def rms_norm_input_grad(self, grad: Tensor, x: Tensor, weight: DenseWeight) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.rms_norm(x, weight), x, grad)[0]
+
+    def embedding(self, ids: Tensor, weight: DenseWeight, *, dtype: torch.dtype) -> Tensor:
+        return F.embedding(ids, weight.value.to(dtype))
+
+    def embedding_row_grads(self, ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return ids.reshape(-1), grad.reshape(-1, grad.shape[-1])
+
+    def accumulate_gradient(
+        self, weight: DenseWeight, grad: Tensor, rate: float, *, rows: Tensor | None, **clock: Any
+    ) -> None:
+        if rows is not None:
+            grad = torch.zeros_like(weight.master).index_add_(0, rows, grad.float())
+        weight.master.grad = grad if weight.master.grad is None else weight.master.grad + grad
+
+    def apply_step(self, weight: DenseWeight, **rule: Any) -> None:
+        """Leave the step to AdamW, which takes all weights at once."""
+
+
+def _train_step(arguments: Arguments, sizes: Sizes) -> Callable[[], Any]:
+    name, ids_BT = arguments[0]
+    dtype = torch.bfloat16 if ids_BT.device.type == "cuda" else torch.float32
+    ops = DenseOps(dtype)
+    model = ArbModel(preset(name), ops=ops, device=ids_BT.device, dtype=dtype, seed=0)  # type: ignore[arg-type]
+    trained = [module.weight for module in model.ternary_modules().values() if not module.frozen]
+    masters, values = [weight.master for weight in trained], [weight.value for weight in trained]
+    optimizer = torch.optim.AdamW(masters, lr=1e-3, fused=True)
+
+    def step() -> None:
+        model.backward(model.loss(ids_BT), rate=RATE, step=0)
+        model.step()
+        optimizer.step()
+        optimizer.zero_grad()
+        torch._foreach_copy_(values, [master.data for master in masters])
+
+    return step
+
+
+PEERS = {
+    "train_step": (
+        Peer(
+            "float weights, AdamW",
+            _train_step,
+            lambda s: 0,
+            note="the same graph with dense weights and AdamW: an equal number of weights, not equal results",
+            checked=False,
+        ),
+    ),
+}
+"""Peers by op."""

@@ -1,0 +1,277 @@
+"""One case: check it, build it, time it, and write down what came out."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from arbitor.reference import ops as reference_ops
+from arbitor.reference.config import NUM_BYTES, preset
+from arbitor.reference.graph import ArbModel
+from arbitor.reference.types import TernaryWeight
+from bench import cases, gate, machine, rooflines, timing
+from bench.cases import OURS, REFERENCE, Case
+from bench.inputs import CLOCK, INPUTS, RATE, Arguments, Maker
+from bench.peers import Peer, peers_of
+
+BUDGET_SECONDS = 0.2
+"""Device time that the rounds of a case may take."""
+
+PATIENCE_SECONDS = 1.0
+"""Device time that 50 rounds may take; a slower case gets fewer."""
+
+REFERENCE_SHARE = 0.3
+"""Share of both that the reference gets, for it is the oracle and no competitor; and everything on a CPU."""
+
+EAGER_ROUNDS = 50
+"""Rounds of the eager time beside a graph's, at most."""
+
+MEMORY_RESERVE = 2 * 2**30
+"""Bytes of GPU memory to leave free."""
+
+
+@dataclass
+class Session:
+    """What the cases of a run share.
+
+    Attributes:
+        timer:    of this device.
+        ceilings: of this device, or None for a CPU.
+        gate:     checks before numbers.
+        deadline: host time after which no further case starts.
+        log:      file that every result is appended to at once, or None.
+        rows:     results so far.
+    """
+
+    timer: timing.Timer
+    ceilings: rooflines.Ceilings | None
+    gate: gate.Gate
+    deadline: float
+    log: Path | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, *, budget: float, log: Path | None) -> Session:
+        """Return the session of this machine, its ceilings measured."""
+        began = time.monotonic()
+        gc.freeze()  # what start-up left is not searched again after every case
+        timer = timing.GpuTimer() if machine.on_gpu() else timing.HostTimer()
+        ceilings = rooflines.measure(timer, machine.device_name())
+        return cls(timer, ceilings, gate.Gate(timer.device), began + budget, log)
+
+
+def measure(benchmark: Any, session: Session, case_id: str) -> None:
+    """Time a case with the pytest-benchmark fixture; its `extra_info` is the result."""
+    case = cases.all_cases()[case_id]
+    if time.monotonic() > session.deadline:
+        pytest.skip("the time of --bench-budget is spent")
+    benchmark.group = f"{case.row.name} {case.shape}"
+    try:
+        with session.timer.current():
+            _measure(benchmark, session, case)
+    except gate.Red as red:
+        pytest.fail(f"no number: {red}", pytrace=False)
+    finally:
+        session.timer.free()
+
+
+def _measure(benchmark: Any, session: Session, case: Case) -> None:
+    peer = next((peer for peer in peers_of(case.row.name) if peer.name == case.implementation), None)
+    if case.implementation == OURS:
+        for op in case.row.gates:
+            session.gate.ours(op, _gate_sizes(case, op))
+    elif peer is not None:
+        session.gate.peer(case.row.name, peer, gate.small(case))
+    _refuse_without_memory(session, case)
+    call = _call(session, case, peer)
+    capturable = case.row.capturable and (peer.capturable if peer else case.implementation == OURS)
+    share = REFERENCE_SHARE if case.implementation == REFERENCE or not machine.on_gpu() else 1.0
+    if cases.interpreted() and case.implementation == OURS:
+        share = 0.0  # that the code runs is all there is to learn
+    info = _time(benchmark, session.timer, call, capturable=capturable, share=share)
+    if info is None:  # --benchmark-disable: it ran once, and that is all
+        return
+    row = {
+        "op": case.row.name,
+        "family": case.row.family,
+        "shape": case.shape,
+        "sizes": dict(case.sizes),
+        "implementation": case.implementation,
+        "note": (peer.note if peer else cases.NOTES.get(case.row.name, "")) or None,
+        "gate": "passed" if case.implementation == OURS or (peer and peer.checked) else None,
+        **info,
+        **_against_ceilings(session.ceilings, case, peer, info["p50_us"]),
+    }
+    benchmark.extra_info.update(row)
+    session.rows.append(row)
+    if session.log is not None:
+        with session.log.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _gate_sizes(case: Case, op: str) -> dict[str, int]:
+    """Return the sizes at which an op is checked before a case: the case's own, or the op's tiny shape for a compound."""
+    if op == case.row.name:
+        return dict(gate.small(case))
+    return dict(cases.rows()[op].shapes["tiny"])
+
+
+def _refuse_without_memory(session: Session, case: Case) -> None:
+    """Skip a case whose inputs and results alone don't fit."""
+    if session.timer.device.type != "cuda" or case.row.family != "update":
+        return
+    bytes_per_weight = 20 if case.implementation not in (OURS, REFERENCE) else 8
+    need = bytes_per_weight * case.sizes["N"] * case.sizes["K"] + MEMORY_RESERVE
+    free = torch.cuda.mem_get_info()[0]
+    if need > free:
+        pytest.skip(f"needs {need / 2**30:.0f} GiB of GPU memory, and {free / 2**30:.0f} GiB are free")
+
+
+def _call(session: Session, case: Case, peer: Peer | None) -> Callable[[], Any]:
+    """Return the call to time."""
+    if case.row.name == "train_step":
+        ids_BT = _ids(session, case)
+        return peer.build(((case.shape, ids_BT), {}), case.sizes) if peer else _train_step(case, ids_BT)
+    name = "accumulate_gradient" if case.row.name == "update_step" else case.row.name
+    arguments = INPUTS[name](Maker(session.timer.device, f"{case.row.name} {case.shape}"), case.sizes)
+    if peer is not None:
+        return peer.build(arguments, case.sizes)
+    ops = op_set(case.implementation)
+    if case.implementation == OURS and name != "from_spec":
+        arguments = _in_device_layout(ops, arguments)
+    args, kwargs = arguments
+    op = getattr(ops, name)
+    if case.row.name == "update_step":
+        return _update_step(ops, args[0], args[1])
+    return lambda: op(*args, **kwargs)
+
+
+def op_set(implementation: str) -> ModuleType:
+    """Return the ops of `ours` or of the `reference`."""
+    if implementation == REFERENCE:
+        return reference_ops
+    from arbitor.optimized import ops
+
+    return ops
+
+
+def _in_device_layout(ops: ModuleType, arguments: Arguments) -> Arguments:
+    """Return arguments with every weight in the layout of an op set; a weight named twice stays one object."""
+    moved: dict[int, Any] = {}
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, TernaryWeight):
+            return value
+        return moved.setdefault(id(value), ops.from_spec(value))
+
+    args, kwargs = arguments
+    return tuple(map(move, args)), {name: move(value) for name, value in kwargs.items()}
+
+
+def _update_step(ops: ModuleType, weight: Any, grad: torch.Tensor) -> Callable[[], Any]:
+    """Return what training does with a gradient: count its votes, then step, both in place."""
+
+    def step() -> Any:
+        ops.accumulate_gradient(weight, grad, RATE, **CLOCK, out=weight)
+        return ops.apply_step(weight, out=weight)
+
+    return step
+
+
+def _ids(session: Session, case: Case) -> torch.Tensor:
+    """Return random bytes for a train step."""
+    shape = (case.sizes["B"], case.sizes["T"])
+    return Maker(session.timer.device, "train_step").integers(0, NUM_BYTES - 1, shape, torch.int64)
+
+
+def _train_step(case: Case, ids_BT: torch.Tensor) -> Callable[[], Any]:
+    """Return one step of training: loss, backward pass with votes, step. bfloat16 on a GPU, float32 on a CPU."""
+    dtype = torch.bfloat16 if ids_BT.device.type == "cuda" else torch.float32
+    ops = op_set(case.implementation)
+    model = ArbModel(preset(case.shape), ops=ops, device=ids_BT.device, dtype=dtype, seed=0)
+    taken = iter(range(2**31))
+
+    def step() -> None:
+        if not model.backward(model.loss(ids_BT), rate=RATE, step=next(taken)):
+            raise gate.Red(f"the loss of preset {case.shape} is not finite")
+        model.step()
+
+    return step
+
+
+def _time(
+    benchmark: Any, timer: timing.Timer, call: Callable[[], Any], *, capturable: bool, share: float
+) -> dict[str, Any] | None:
+    """Return the times of a call: of the device alone where it can be recorded in a graph, and with its launch.
+
+    `share` of the usual time is spent on it; with none, one round and no warm-up.
+    """
+    if share == 0.0:
+        return _once(benchmark, call)
+    warm = timing.warm_up(timer, call)
+    replay, refused = None, None
+    if capturable and timer.device.type == "cuda":
+        try:
+            replay = timer.record(call)
+        except Exception as error:  # what it raises is the peer's or torch's affair; the eager time remains
+            refused = f"{type(error).__name__}: {error}".splitlines()[0]
+    budget, patience = BUDGET_SECONDS * share, PATIENCE_SECONDS * share
+    eager = None
+    if replay is not None:
+        rounds = min(EAGER_ROUNDS, timing.rounds_for(warm, budget=budget, patience=patience / 2))
+        eager = timing.quantiles_us(timing.sample(timer, call, ready=timer.idle, rounds=rounds))
+        warm = timing.warm_up(timer, replay)
+    rounds = timing.rounds_for(warm, budget=budget, patience=patience)
+    benchmark.pedantic(replay or call, setup=timer.behind if replay else timer.idle, rounds=rounds)
+    if benchmark.stats is None:
+        return None
+    times = timing.quantiles_us(benchmark.stats.stats.data)
+    return {
+        "mode": "graph" if replay else "eager",
+        **times,
+        "reps": rounds,
+        "graph": times if replay else None,
+        "eager": eager if replay else times,
+        "no_graph": refused,
+    }
+
+
+def _once(benchmark: Any, call: Callable[[], Any]) -> dict[str, Any] | None:
+    """Return the time of a single call, cold."""
+    benchmark.pedantic(call)
+    if benchmark.stats is None:
+        return None
+    times = timing.quantiles_us(benchmark.stats.stats.data)
+    return {"mode": "eager", **times, "reps": 1, "graph": None, "eager": times, "no_graph": None}
+
+
+def _against_ceilings(
+    ceilings: rooflines.Ceilings | None, case: Case, peer: Peer | None, p50_us: float
+) -> dict[str, Any]:
+    """Return bytes, operations and the rates reached, against what the machine can do at most."""
+    row, sizes = case.row, case.sizes
+    if row.bytes_min is None or row.ops_min is None:
+        tokens = sizes["B"] * sizes["T"]
+        return {"tokens_per_s": round(tokens / p50_us * 1e6)}
+    num_bytes = (peer.bytes_min if peer else row.bytes_min)(sizes)
+    num_ops = (peer.ops_min if peer and peer.ops_min else row.ops_min)(sizes)
+    found: dict[str, Any] = {
+        "bytes_min": num_bytes,
+        "ops_min": num_ops,
+        "gbps": round(num_bytes / p50_us / 1e3, 2),
+        "tflops": round(num_ops / p50_us / 1e6, 3),
+    }
+    if ceilings is not None:
+        floor, bound = ceilings.floor_us(num_bytes, num_ops)
+        share = 100 * floor / p50_us
+        found |= {"floor_us": round(floor, 4), "bound": bound, "percent_of_ceiling": round(share, 2)}
+    return found

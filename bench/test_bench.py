@@ -1,0 +1,289 @@
+"""Tests of the benchmarks themselves: that every op is timed, that the timer and the tables are right, what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from arbitor.reference import ops as reference_ops
+from arbitor.reference.op_table import OP_TABLE
+from bench import cases, gate, inputs, machine, report, rooflines, runner, timing
+from bench.peers import peers_of
+
+CEILINGS = rooflines.Ceilings(copy_gbps=4000.0, matmul_tflops=800.0, overhead_us=2.0)
+
+
+class PretendGpuTimer(timing.HostTimer):
+    """A timer that takes the paths of a GPU on the host: it records calls, and counts what it was asked."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, refuses: bool = False) -> None:
+        self.refuses, self.asked = refuses, []
+
+    @contextmanager
+    def current(self) -> Any:
+        yield
+
+    def idle(self) -> None:
+        self.asked.append("idle")
+
+    def behind(self) -> None:
+        self.asked.append("behind")
+
+    def record(self, call: timing.Call) -> timing.Call:
+        if self.refuses:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return call
+
+
+class PretendFixture:
+    """What the runner uses of pytest-benchmark's fixture."""
+
+    def __init__(self) -> None:
+        self.stats = self
+        self.data: list[float] = []
+
+    def pedantic(self, target: timing.Call, *, setup: timing.Call, rounds: int) -> None:
+        self.stats.data = timing.sample(timing.HostTimer(), target, ready=setup, rounds=rounds)
+        self.stats.stats = self
+
+
+def row(op: str, implementation: str, p50: float, **more: Any) -> dict[str, Any]:
+    times = {"p20_us": p50 * 0.99, "p50_us": p50, "p80_us": p50 * 1.01}
+    found = {"op": op, "family": "linear", "shape": "7168", "implementation": implementation, "mode": "graph"}
+    return {**found, **times, "graph": times, "eager": {**times, "p50_us": p50 + 10}, **more}
+
+
+def test_every_op_has_inputs_and_a_file() -> None:
+    assert set(inputs.INPUTS) == set(OP_TABLE)
+    families = {found.family for found in cases.rows().values()}
+    assert families == set(cases.FAMILIES)
+    files = {path.name for path in Path(__file__).parent.glob("bench_*.py")}
+    assert files == {f"bench_{family}.py" for family in families}
+    for path in Path(__file__).parent.glob("bench_*.py"):
+        assert f'ids_of("{path.stem.removeprefix("bench_")}")' in path.read_text()
+
+
+def test_linears_are_timed_at_every_width_and_number_of_tokens() -> None:
+    for op in cases.LINEARS:
+        found = {(s["M"], s["N"], s["K"]) for s in cases.rows()[op].shapes.values()}
+        assert {(m, n, n) for m in (1, 16, 64, 512, 4096) for n in (3072, 7168)} <= found
+
+
+def test_what_is_left_out_is_counted() -> None:
+    running = sum(len(cases.ids_of(family)) for family in cases.FAMILIES)
+    assert running + sum(cases.left_out().values()) == len(cases.all_cases())
+
+
+def test_inputs_do_not_depend_on_who_asks() -> None:
+    sizes = OP_TABLE["linear"].shapes["tiny"]
+    one, two = (inputs.INPUTS["linear"](inputs.Maker("cpu", "x"), sizes)[0] for _ in range(2))
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1].packed, two[1].packed)
+    assert one[1].trits().float().std() > 0.5
+
+
+def test_quantiles() -> None:
+    assert timing.quantile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert timing.quantile([0.0, 1.0], 0.2) == pytest.approx(0.2)
+    assert timing.quantiles_us([1e-6] * 5) == {"p20_us": 1.0, "p50_us": 1.0, "p80_us": 1.0}
+
+
+def test_rounds() -> None:
+    assert timing.rounds_for(1e-6, budget=0.2, patience=1.0) == timing.MAX_ROUNDS
+    assert timing.rounds_for(0.01, budget=0.2, patience=1.0) == timing.ENOUGH_ROUNDS
+    assert timing.rounds_for(0.05, budget=0.2, patience=1.0) == 20
+    assert timing.rounds_for(9.0, budget=0.2, patience=1.0) == timing.MIN_ROUNDS
+
+
+def test_a_recorded_call_is_timed_both_ways() -> None:
+    timer, fixture = PretendGpuTimer(), PretendFixture()
+    found = runner._time(fixture, timer, lambda: sum(range(1000)), capturable=True, share=1.0)
+    assert found is not None and found["mode"] == "graph" and found["no_graph"] is None
+    assert found["graph"]["p50_us"] == found["p50_us"] and found["eager"]["p50_us"] > 0
+    assert timer.asked.count("idle") <= runner.EAGER_ROUNDS and timer.asked.count("behind") == found["reps"]
+
+
+def test_a_call_that_cannot_be_recorded_keeps_its_eager_time() -> None:
+    timer = PretendGpuTimer(refuses=True)
+    found = runner._time(PretendFixture(), timer, lambda: sum(range(1000)), capturable=True, share=1.0)
+    assert found is not None and found["mode"] == "eager" and "capturing" in found["no_graph"]
+    assert found["graph"] is None and found["eager"]["p50_us"] == found["p50_us"]
+    assert "behind" not in timer.asked
+
+
+class PretendEvent:
+    """A CUDA event on the host's clock."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = timing.host_now()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, later: PretendEvent) -> float:
+        return (later.at - self.at) * 1e3
+
+
+@pytest.fixture
+def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> timing.GpuTimer:
+    """Return a GpuTimer whose CUDA is the host, so that its code runs everywhere."""
+
+    @contextmanager
+    def nothing(*args: Any, **kwargs: Any) -> Any:
+        yield
+
+    for name, value in {
+        "Event": PretendEvent,
+        "Stream": lambda: None,
+        "stream": nothing,
+        "graph": nothing,
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+        "mem_get_info": lambda: (2**24, 2**24),
+        "get_device_properties": lambda index: SimpleNamespace(L2_cache_size=2**16),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(timing, "MIN_FLUSH_BYTES", 2**16)
+    monkeypatch.setattr(rooflines, "MATMUL_SIZE", 64)
+    return timing.GpuTimer("cpu")
+
+
+def test_the_gpu_timer_and_the_ceilings(pretend_cuda: timing.GpuTimer) -> None:
+    assert pretend_cuda.buffer.nbytes == timing.FLUSH_FACTOR * 2**16
+    pretend_cuda.behind()
+    assert pretend_cuda.largest == pretend_cuda.buffer[-1]
+    assert timing.warm_up(pretend_cuda, lambda: None) > 0
+    assert len(timing.sample(pretend_cuda, lambda: None, ready=pretend_cuda.idle, rounds=7)) == 7
+    ceilings = rooflines.measure(pretend_cuda, "a device that has no data sheet here")
+    assert ceilings is not None and ceilings.copy_gbps > 0 and ceilings.overhead_us > 0
+    assert rooflines.measure(timing.HostTimer(), "CPU") is None
+
+
+def test_floors_are_the_larger_of_two() -> None:
+    assert CEILINGS.floor_us(4e9, 0) == (pytest.approx(1000.0), "bytes")
+    assert CEILINGS.floor_us(1, 8e14) == (pytest.approx(1e6), "ops")
+
+
+def test_ceilings_that_cannot_be_are_refused() -> None:
+    found = rooflines._checked("NVIDIA H200", 4.3e12, 788e12, 2.0)
+    assert (found.copy_of_vendor, found.matmul_of_vendor) == (0.896, 0.797)
+    assert rooflines._checked("another", 1.0, 1.0, 2.0).copy_of_vendor is None
+    with pytest.raises(RuntimeError, match=r"large copy is 1\.25 of the data sheet's of NVIDIA H200"):
+        rooflines._checked("NVIDIA H200", 6e12, 788e12, 2.0)
+    with pytest.raises(RuntimeError, match=r"matrix product is 0\.30"):
+        rooflines._checked("NVIDIA H100 80GB HBM3", 3e12, 300e12, 2.0)
+
+
+@pytest.mark.parametrize("op", [op for op in OP_TABLE if peers_of(op)])
+def test_a_wrong_peer_gets_no_number(op: str) -> None:
+    for peer in peers_of(op):
+        sizes = OP_TABLE[op].shapes["tiny"]
+        gate.Gate(torch.device("cpu")).peer(op, peer, sizes)
+        wrong = type(peer)(
+            **{**vars(peer), "build": lambda a, s, peer=peer: lambda: _doubled(peer.build(a, s)())}
+        )
+        with pytest.raises(gate.Red, match="is off by"):
+            gate.Gate(torch.device("cpu")).peer(op, wrong, sizes)
+
+
+def _doubled(value: Any) -> Any:
+    return tuple(map(_doubled, value)) if isinstance(value, tuple) else value * 2
+
+
+def test_a_wrong_op_gets_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = OP_TABLE["sign_votes"].shapes["tiny"]
+    checks = gate.Gate(torch.device("cpu"))
+    monkeypatch.setattr("arbitor.optimized.ops.sign_votes", reference_ops.sign_votes)
+    checks.ours("sign_votes", sizes)
+    monkeypatch.setattr(
+        "arbitor.optimized.ops.sign_votes", lambda grad, size: -reference_ops.sign_votes(grad, size)
+    )
+    with pytest.raises(gate.Red, match="sign_votes differs from the reference"):
+        gate.Gate(torch.device("cpu")).ours("sign_votes", sizes)
+
+
+def test_gates_keep_what_chooses_a_kernel() -> None:
+    linear, conv = cases.all_cases()["linear-7168_m16-ours"], cases.all_cases()["conv1d-7168-ours"]
+    assert {**gate.small(linear)} == {"M": 16, "N": 256, "K": 256, "G": 12, "float_bytes": 2}
+    assert gate.small(conv)["stride"] == 2 and gate.small(conv)["C"] == 64
+
+
+def test_ratios_compare_like_with_like() -> None:
+    ours = row("linear", "ours", 10.0, floor_us=5.0, percent_of_ceiling=50.0)
+    peer = row("linear", "cuBLAS bf16", 40.0, floor_us=35.0)
+    line = report.lines_of([ours, peer])[0]
+    assert report.cells(line)[-3:] == ("4.00x", "7.00x", "50")
+    line = report.lines_of([ours, {**peer, "graph": None, "mode": "eager"}])[0]
+    assert report.cells(line)[-3] == "2.50x"  # 50 over 20: both with the launch
+
+
+def test_a_change_needs_bands_that_are_apart() -> None:
+    before = {"case": {"extra_info": row("linear", "ours", 10.0)}}
+    assert "1 slower" in report.changes([row("linear", "ours", 11.0)], {"0001": before})[0]
+    assert "0 slower, 0 faster" in report.changes([row("linear", "ours", 10.4)], {"0001": before})[0]
+    wide = {**row("linear", "ours", 11.0), "p20_us": 9.0}
+    assert "0 slower" in report.changes([wide], {"0001": before})[0]
+
+
+def test_machine_info_names_no_host() -> None:
+    text = json.dumps(machine.machine_info())
+    assert "node" not in machine.machine_info() and "/" not in text.replace("n/a", "")
+    assert machine.slug_of("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+
+
+def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "bench/bench_votes.py", "-k", "step_from_loss", *arguments]
+    return subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_results_of_another_device_are_refused(tmp_path: Path) -> None:
+    stored = {
+        "machine_info": {"device": "NVIDIA X1"},
+        "commit_info": {},
+        "benchmarks": [],
+        "datetime": "2026",
+    }
+    path = tmp_path / "0001_x.json"
+    path.write_text(json.dumps(stored))
+    done = run_pytest(f"--benchmark-compare={path}")
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert "the stored results are of NVIDIA X1 and this is" in done.stderr
+
+
+def test_a_comparison_with_nothing_is_refused() -> None:
+    done = run_pytest("--benchmark-compare=9999_no_such_run")
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert "there is nothing to compare with" in done.stderr and "NVIDIA X1" not in done.stderr
+
+
+def test_results_are_stored_and_compared(tmp_path: Path) -> None:
+    storage = f"--benchmark-storage=file://{tmp_path}"
+    saved = run_pytest(storage, "--benchmark-save=first", "--bench-commit=abc")
+    assert saved.returncode == 0, saved.stdout + saved.stderr
+    stored = json.loads((tmp_path / "0001_first.json").read_text())
+    assert stored["commit_info"]["id"] == "abc" and stored["machine_info"]["device"] == machine.device_name()
+    result = stored["benchmarks"][0]["extra_info"]
+    median_us = stored["benchmarks"][0]["stats"]["median"] * 1e6
+    assert result["op"] == "step_from_loss" and result["p50_us"] == pytest.approx(median_us, rel=0.01)
+    again = run_pytest(storage, "--benchmark-compare=0001")
+    assert again.returncode == 0 and "cases in both" in again.stdout, again.stdout + again.stderr
+
+
+def test_generated_pages_are_fresh() -> None:
+    stale = [
+        path.name for path, text in report.pages().items() if not path.exists() or path.read_text() != text
+    ]
+    assert not stale, f"{', '.join(stale)}: run python -m bench.report"

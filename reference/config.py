@@ -1,0 +1,233 @@
+"""What a model is built from: the vocabulary, the configuration and its presets.
+
+Legend: E_b embedding width, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+
+from arbitor.reference import checks
+from arbitor.reference.ops.update import EXPONENT_RULES, ON_FLIP
+from arbitor.reference.types import ACCUM_MAX, DEFAULT_GROUP_SIZE, DEFAULT_THETA, DEFAULT_THETA_E, GROUP_SIZES
+
+NUM_BYTES = 256
+"""Ids 0 .. 255 are the bytes themselves."""
+
+SPECIALS = (
+    "PAD",
+    "EOS",
+    "BOS",
+    "SYSTEM",
+    "USER",
+    "ASSISTANT",
+    "SCRATCHPAD",
+    "PLAN",
+    "REFLECTION",
+    "SUMMARY",
+    "ACTION",
+    "TOOL",
+    "TOOL_RESULT",
+    "FUNCTION",
+    "CODE",
+    "CODE_BLOCK",
+    "PATCH",
+    "EXECUTION",
+    "SEARCH",
+    "RETRIEVAL",
+    "CONTEXT",
+    "CITATION",
+    "JSON",
+    "XML",
+    "TABLE",
+    "LIST",
+    "MARKDOWN",
+    "ERROR",
+    "WARNING",
+    "POLICY",
+    "STOP",
+    "RESERVED",
+)
+"""Names of the special ids, from 256 on, in order."""
+
+MODALITY_MARKS = (
+    "TEXT_START",
+    "TEXT_END",
+    "IMAGE_START",
+    "IMAGE_END",
+    "AUDIO_START",
+    "AUDIO_END",
+    "VIDEO_START",
+    "VIDEO_END",
+    "MODALITY_SEPARATOR",
+)
+"""Names of the ids that mark where a modality starts and ends, after the specials. The seeds count nine and name none."""
+
+SPECIAL_IDS = {name: NUM_BYTES + place for place, name in enumerate((*SPECIALS, *MODALITY_MARKS))}
+"""Id of each special and modality mark by name."""
+
+VOCABULARY_SIZE = NUM_BYTES + len(SPECIALS) + len(MODALITY_MARKS)
+"""V: 256 bytes, 32 specials and 9 modality marks are 297 ids."""
+
+NGRAM = 3
+"""Bytes in one position of the trigram sequencer."""
+
+VOTE_RULES = ("stochastic", "sign")
+"""How a gradient becomes votes: by size, or the seeds' way, by sign."""
+
+_MAX_SIZE = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class ArbConfig:
+    """Shape of a model and the rules it trains by.
+
+    Fields:
+        name:           what the configuration is called in run folders and audits.
+        embed_dim:      E_b, width of the byte embedding.
+        width:          D, width of a trigram position and of the residual stream.
+        num_layers:     attention and MoE pairs.
+        num_heads:      attention heads.
+        head_dim:       width of a head's query, key and value, the rotary part included.
+        rotary_dim:     leading part of a head's query and key that carries the position; even, below head_dim.
+        query_latent:   rank of the queries.
+        kv_latent:      width of the latent that keys and values are made from: what a cache holds, with rotary_dim.
+        shared_inner:   width of the hidden vector that all experts share.
+        num_experts:    experts of a MoE.
+        top_k:          experts that a position uses.
+        expert_rank:    rank of an expert's modulation.
+        head_inner:     width of the hidden vector of the byte head.
+        group_size:     columns per exponent, one of GROUP_SIZES.
+        theta:          votes that move a trit, 1 .. 127.
+        theta_e:        votes that move an exponent, 1 .. 127.
+        on_flip:        `reset` or `carry`: what a moved trit's accumulator keeps.
+        exponent_rule:  `score`, `sign` or `frozen`.
+        vote_rule:      `stochastic` or `sign`.
+        max_vote_step:  largest vote of the `sign` rule, 1 .. 127.
+
+    Raises TypeError or ValueError, one sentence, for a field that is not allowed.
+    Source: design section 3 (rules), docs/spec/graph.md (shape).
+    """
+
+    name: str
+    embed_dim: int
+    width: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    rotary_dim: int
+    query_latent: int
+    kv_latent: int
+    shared_inner: int
+    num_experts: int
+    top_k: int
+    expert_rank: int
+    head_inner: int
+    group_size: int = DEFAULT_GROUP_SIZE
+    theta: int = DEFAULT_THETA
+    theta_e: int = DEFAULT_THETA_E
+    on_flip: str = "reset"
+    exponent_rule: str = "score"
+    vote_rule: str = "stochastic"
+    max_vote_step: int = 8
+
+    def __post_init__(self) -> None:
+        """Refuse a field that is not allowed."""
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"name is {self.name!r}, but must be a string of at least one character")
+        for field in fields(self):
+            if field.type == "int":
+                checks.integer(field.name, getattr(self, field.name), 1, _MAX_SIZE)
+        checks.integer("top_k", self.top_k, 1, self.num_experts)
+        if self.rotary_dim % 2 or self.rotary_dim >= self.head_dim:
+            raise ValueError(
+                f"rotary_dim is {self.rotary_dim}, but must be even and below head_dim, which is {self.head_dim}"
+            )
+        checks.one_of("group_size", self.group_size, GROUP_SIZES)
+        checks.threshold("theta", self.theta)
+        checks.threshold("theta_e", self.theta_e)
+        checks.integer("max_vote_step", self.max_vote_step, 1, ACCUM_MAX)
+        checks.one_of("on_flip", self.on_flip, ON_FLIP)
+        checks.one_of("exponent_rule", self.exponent_rule, EXPONENT_RULES)
+        checks.one_of("vote_rule", self.vote_rule, VOTE_RULES)
+
+    def to_json(self) -> str:
+        """Return the configuration as a JSON object with one key a field, in field order."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> ArbConfig:
+        """Return the configuration that `to_json` wrote.
+
+        Raises ValueError for text that is no JSON object, or has an unknown or a missing field; a field that may be left
+        out takes its default.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"text is no JSON, but must be a JSON object with the fields of a config: {error}"
+            ) from None
+        if not isinstance(values, dict):
+            raise ValueError(f"text holds a JSON {type(values).__name__}, but must be an object")
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(
+                f"config has the unknown field {unknown[0]!r}, but must have none but {', '.join(sorted(known))}"
+            )
+        try:
+            return cls(**values)
+        except TypeError as error:
+            missing = sorted(known - set(values))
+            if "required" in str(error):
+                raise ValueError(
+                    f"config has no field {missing[0]!r}, but must name every one without a default"
+                ) from None
+            raise
+
+
+PRESETS = {
+    config.name: config
+    for config in (
+        ArbConfig(
+            name="tiny",
+            embed_dim=48,
+            width=144,
+            num_layers=2,
+            num_heads=4,
+            head_dim=36,
+            rotary_dim=12,
+            query_latent=72,
+            kv_latent=48,
+            shared_inner=192,
+            num_experts=4,
+            top_k=2,
+            expert_rank=12,
+            head_inner=192,
+        ),
+        ArbConfig(
+            name="small",
+            embed_dim=192,
+            width=512,
+            num_layers=6,
+            num_heads=8,
+            head_dim=64,
+            rotary_dim=32,
+            query_latent=256,
+            kv_latent=128,
+            shared_inner=1024,
+            num_experts=32,
+            top_k=2,
+            expert_rank=24,
+            head_inner=1024,
+        ),
+    )
+}
+"""Configurations by name: `tiny` for tests and the demo, in seconds on a CPU; `small`, the learning benchmark."""
+
+
+def preset(name: str) -> ArbConfig:
+    """Return the preset of that name; raises ValueError for another."""
+    checks.one_of("preset", name, tuple(PRESETS))
+    return PRESETS[name]

@@ -1,0 +1,40 @@
+"""Heads: from positions to what comes out.
+
+Legend: B batch, P positions, D width, V = 297 vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from arbitor.reference.config import VOCABULARY_SIZE
+from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm
+from arbitor.reference.graph.state import GraphContext
+
+
+class ByteHead(nn.Module):
+    """Logits of the next byte.
+
+    Math:    n = RMSNorm(x); u = x + W_down (silu(W_gate n) * (W_up n)); logits = W_vocabulary RMSNorm(u)
+    Shapes:  [B, P, D] -> float32 [B, P, V] (float64 for float64 inputs)
+    Source:  REFACTOR9 (297 logits), design of the graph
+    """
+
+    def __init__(self, context: GraphContext, *, output_gain: float = 1.0) -> None:
+        super().__init__()
+        config = context.config
+        self.norm = TernaryRMSNorm(context, config.width)
+        self.gate = TernaryLinear(context, config.width, config.head_inner)
+        self.up = TernaryLinear(context, config.width, config.head_inner)
+        self.down = TernaryLinear(context, config.head_inner, config.width, gain=output_gain)
+        self.vocabulary_norm = TernaryRMSNorm(context, config.width)
+        self.vocabulary = TernaryLinear(context, config.width, VOCABULARY_SIZE)
+
+    def forward(self, x_BPD: Tensor) -> Tensor:
+        """Return the logits of each position's next byte."""
+        n_BPD = self.norm(x_BPD)
+        u_BPD = x_BPD + self.down(F.silu(self.gate(n_BPD)) * self.up(n_BPD))
+        logits_BPV = self.vocabulary(self.vocabulary_norm(u_BPD))
+        return logits_BPV.to(torch.promote_types(logits_BPV.dtype, torch.float32))

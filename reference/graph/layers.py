@@ -1,0 +1,167 @@
+"""The three modules that own weights: linear, RMSNorm and embedding. Everything else in the graph is built from them.
+
+Each forward pass is one op; its backward pass computes the input gradient, then the weight gradient, and votes with it at
+once, so that the float gradient of no second weight exists beside it.
+Legend: N outputs (rows of a weight), K inputs (columns), R used rows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from arbitor.reference.graph.state import GraphContext, TernaryModule
+
+
+class TernaryLinear(TernaryModule):
+    """y = x W^T. No bias.
+
+    Shapes:  [..., K] -> [..., N]
+    Start:   standard deviation gain * K^-1/2, which keeps the variance of x for gain 1; `fan_in` stands in for K where
+             only some columns see a non-zero input
+    """
+
+    def __init__(
+        self,
+        context: GraphContext,
+        num_inputs: int,
+        num_outputs: int,
+        *,
+        gain: float = 1.0,
+        fan_in: int | None = None,
+    ) -> None:
+        std = gain / math.sqrt(fan_in or num_inputs)
+        shape = (num_outputs, num_inputs)
+        super().__init__(
+            context, lambda tensor_id: context.random_weight(shape, std=std, tensor_id=tensor_id)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `ops.linear` of x, in the dtype of x."""
+        return _LinearFunction.apply(x, self.anchor(), self)
+
+
+class TernaryRMSNorm(TernaryModule):
+    """y = x / rms(x) * W[0], with a weight of ones that is frozen unless said otherwise.
+
+    Shapes:  [..., K] -> [..., K]
+    """
+
+    def __init__(self, context: GraphContext, width: int, *, frozen: bool = True) -> None:
+        super().__init__(
+            context, lambda _: context.constant_weight((1, width), trit=1, exponent=0), frozen=frozen
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `ops.rms_norm` of x, in the dtype of x."""
+        return _RMSNormFunction.apply(x, self.anchor(), self)
+
+
+class TernaryEmbedding(TernaryModule):
+    """Rows of a table by id. Only the rows that a batch used vote and step; a row used several times votes once.
+
+    Shapes:  ids int64 [...] -> [..., K] in the model's dtype
+    """
+
+    def __init__(self, context: GraphContext, num_rows: int, width: int, *, std: float = 1.0) -> None:
+        shape = (num_rows, width)
+        super().__init__(
+            context, lambda tensor_id: context.random_weight(shape, std=std, tensor_id=tensor_id)
+        )
+        self.dtype = context.dtype
+        self.used_rows: list[Tensor] = []
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return `ops.embedding` of the ids."""
+        return _EmbeddingFunction.apply(ids, self.anchor(), self)
+
+    def vote(self, grad_NK: Tensor, rows: Tensor | None = None) -> None:
+        """Count the votes of a gradient of the used rows, and remember which they were."""
+        super().vote(grad_NK, rows)
+        if rows is not None:
+            self.used_rows.append(rows)
+
+    def step_weight(self) -> None:
+        """Apply the step rule to the rows that voted since the last step."""
+        if self.used_rows:
+            self.apply_step(rows=union_of_rows(self.used_rows))
+        self.used_rows.clear()
+
+    def load(self, weight: Any) -> None:
+        """Overwrite the table; rows that voted before are forgotten."""
+        super().load(weight)
+        self.used_rows.clear()
+
+
+def union_of_rows(row_lists: list[Tensor]) -> Tensor:
+    """Return the rows named in any of the lists, each once; slots that are left over hold -1, so that shapes stay fixed."""
+    if len(row_lists) == 1:
+        return row_lists[0]
+    rows = torch.cat(row_lists).sort().values
+    repeated = torch.zeros_like(rows, dtype=torch.bool)
+    repeated[1:] = rows[1:] == rows[:-1]
+    return torch.where(repeated, -1, rows)
+
+
+class _LinearFunction(torch.autograd.Function):
+    """`ops.linear` with a backward pass that votes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor | None, module: TernaryLinear) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.module, ctx.steps = module, module.steps
+        return module.ops.linear(x, module.weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+        (x,), module = ctx.saved_tensors, ctx.module
+        module.check_unchanged(ctx.steps)
+        grad_x = module.ops.linear_input_grad(grad, module.weight) if ctx.needs_input_grad[0] else None
+        if module.votes:
+            module.vote(module.ops.linear_weight_grad(grad, x))
+        return grad_x, None, None
+
+
+class _RMSNormFunction(torch.autograd.Function):
+    """`ops.rms_norm` with a backward pass that votes, unless frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor | None, module: TernaryRMSNorm) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.module, ctx.steps = module, module.steps
+        return module.ops.rms_norm(x, module.weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+        (x,), module = ctx.saved_tensors, ctx.module
+        module.check_unchanged(ctx.steps)
+        grad_x = module.ops.rms_norm_input_grad(grad, x, module.weight) if ctx.needs_input_grad[0] else None
+        if module.votes:
+            module.vote(module.ops.rms_norm_weight_grad(grad, x))
+        return grad_x, None, None
+
+
+class _EmbeddingFunction(torch.autograd.Function):
+    """`ops.embedding` with a backward pass in which the used rows vote."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, anchor: Tensor | None, module: TernaryEmbedding) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.module, ctx.steps = module, module.steps
+        return module.ops.embedding(ids, module.weight, dtype=module.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        (ids,), module = ctx.saved_tensors, ctx.module
+        module.check_unchanged(ctx.steps)
+        if module.votes:
+            rows, grad_RK = module.ops.embedding_row_grads(ids, grad)
+            module.vote(grad_RK, rows)
+        return None, None, None

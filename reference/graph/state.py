@@ -1,0 +1,215 @@
+"""What the modules of the graph share: the weights they hold, and the votes that a backward pass casts.
+
+A weight is held in the layout of the op set (`ops.from_spec`), its tensors registered as buffers: integers only, and no
+parameter. Gradients become votes inside the backward pass, layer by layer, and are gone after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from arbitor.reference import checks
+from arbitor.reference.config import ArbConfig
+from arbitor.reference.types import RESERVED_STEP, TernaryWeight
+
+
+class LaidOutWeight(Protocol):
+    """A ternary weight in the layout of some op set: `TernaryWeight` for the reference."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """State tensors by name."""
+
+    def with_tensors(self, **tensors: Tensor) -> Self:
+        """The same weight on other tensors."""
+
+
+class Voting:
+    """Whether, when and how the weights of one model vote in a backward pass; one object, shared by all of them.
+
+    Attributes:
+        active: weights vote only inside of `at`; a backward pass outside of it computes input gradients alone.
+        rate:   `rate` of `stochastic_votes`, a number or a 0-dim float32 tensor.
+        step:   dither step of the micro-batch, a number or a 0-dim int64 tensor.
+        size:   vote size of the `sign` rule, 1 .. 127.
+        faults: int64 [], gradient rows so far that were not finite and cast no votes.
+    """
+
+    def __init__(self, ops: ModuleType, config: ArbConfig, *, seed: int, device: torch.device | str) -> None:
+        self.ops = ops
+        self.vote_rule = config.vote_rule
+        self.exponent_rule = config.exponent_rule
+        self.seed = seed
+        self.active = False
+        self.rate: float | Tensor = 0.0
+        self.step: int | Tensor = 0
+        self.size = 1
+        self.faults = torch.zeros((), dtype=torch.int64, device=device)
+
+    @contextmanager
+    def at(self, *, rate: float | Tensor, step: int | Tensor, size: int = 1) -> Iterator[None]:
+        """Let weights vote in the backward passes run inside of this context.
+
+        Raises TypeError or ValueError for a rate, step or size that is not allowed, before anything ran.
+        """
+        checks.vote_rate(rate)
+        if isinstance(step, Tensor):
+            checks.vote_clock(self.seed, step, 0)
+        else:
+            checks.integer("step", step, 0, RESERVED_STEP - 1)
+        checks.threshold("size", size)
+        self.rate, self.step, self.size = rate, step, size
+        # At rate 0 nothing moves, under either rule; the stochastic rule needs no look at the rate for that.
+        self.active = self.vote_rule == "stochastic" or float(rate) > 0
+        try:
+            yield
+        finally:
+            self.active = False
+
+    def cast(self, weight: LaidOutWeight, grad_NK: Tensor, *, tensor_id: int, rows: Tensor | None) -> None:
+        """Count the votes of a gradient in the accumulators of `weight`, in place."""
+        if grad_NK.dtype == torch.float64:
+            grad_NK = grad_NK.to(torch.float32)
+        clock: dict[str, Any] = {
+            "seed": self.seed,
+            "step": self.step,
+            "tensor_id": tensor_id,
+            "exponent_rule": self.exponent_rule,
+            "rows": rows,
+            "out": weight,
+        }
+        if self.vote_rule == "stochastic":
+            self.ops.accumulate_gradient(weight, grad_NK, self.rate, faults=self.faults, **clock)
+        else:
+            self.faults += self.ops.count_nonfinite_rows(grad_NK)
+            self.ops.accumulate(weight, self.ops.sign_votes(grad_NK, self.size), **clock)
+
+
+class GraphContext:
+    """What every module of a model is built with: op set, config, device, dtype, and the numbering of the weights."""
+
+    def __init__(
+        self, ops: ModuleType, config: ArbConfig, *, device: torch.device | str, dtype: torch.dtype, seed: int
+    ) -> None:
+        self.ops = ops
+        self.config = config
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.seed = seed
+        self.voting = Voting(ops, config, seed=seed, device=device)
+        self.num_weights = 0
+
+    def next_tensor_id(self) -> int:
+        """Return the index of the next weight in definition order: the dither's tensor id."""
+        self.num_weights += 1
+        return self.num_weights - 1
+
+    def random_weight(self, shape: tuple[int, int], *, std: float, tensor_id: int) -> TernaryWeight:
+        """Return a weight of standard deviation `std` (to within half a power of two), in canonical form."""
+        group_size = self.config.group_size
+        return self.ops.initial_weight(
+            shape, std=std, seed=self.seed, tensor_id=tensor_id, group_size=group_size, device=self.device
+        )
+
+    def constant_weight(self, shape: tuple[int, int], *, trit: int, exponent: int) -> TernaryWeight:
+        """Return a weight that is trit * 2**exponent everywhere, in canonical form."""
+        group_size = self.config.group_size
+        return self.ops.constant_weight(
+            shape, trit=trit, exponent=exponent, group_size=group_size, device=self.device
+        )
+
+
+class TernaryModule(nn.Module):
+    """A module that holds one ternary weight.
+
+    Attributes:
+        weight:    the weight, in the layout of the op set; its tensors are this module's buffers.
+        tensor_id: index of the weight in definition order.
+        frozen:    a frozen weight never votes.
+        voted:     whether it voted since the last `step_weight`.
+        steps:     how often the weight was stepped or loaded; a backward pass refuses a weight changed since its forward.
+    """
+
+    def __init__(
+        self, context: GraphContext, make: Callable[[int], TernaryWeight], *, frozen: bool = False
+    ) -> None:
+        super().__init__()
+        self.ops = context.ops
+        self.config = context.config
+        self.voting = context.voting
+        self.frozen = frozen
+        self.voted = False
+        self.steps = 0
+        self.tensor_id = context.next_tensor_id()
+        self.weight: LaidOutWeight = self.ops.from_spec(make(self.tensor_id))
+        for name, tensor in self.weight.tensors().items():
+            self.register_buffer(name, tensor)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """Move the buffers as torch does, and the weight with them."""
+        super()._apply(fn, recurse)
+        self.weight = self.weight.with_tensors(
+            **{name: self.get_buffer(name) for name in self.weight.tensors()}
+        )
+        return self
+
+    def anchor(self) -> Tensor | None:
+        """Return what makes autograd visit this module although its input is detached or integer: an empty tensor."""
+        if self.frozen or not torch.is_grad_enabled():
+            return None
+        return torch.empty(0, device=self.device, requires_grad=True)
+
+    @property
+    def votes(self) -> bool:
+        """Whether a backward pass running now takes this weight's votes."""
+        return self.voting.active and not self.frozen
+
+    def vote(self, grad_NK: Tensor, rows: Tensor | None = None) -> None:
+        """Count the votes of a gradient of the weight, or of its `rows`. Each use in a forward pass votes on its own."""
+        self.voting.cast(self.weight, grad_NK, tensor_id=self.tensor_id, rows=rows)
+        self.voted = True
+
+    def check_unchanged(self, steps: int) -> None:
+        """Refuse a backward pass through a weight that was stepped or loaded since its forward pass."""
+        if steps != self.steps:
+            raise RuntimeError("weight was changed between forward and backward, but a step must follow both")
+
+    def step_weight(self) -> None:
+        """Apply the step rule to the weight, if it voted since the last step."""
+        if self.voted:
+            self.apply_step(rows=None)
+
+    def apply_step(self, *, rows: Tensor | None) -> None:
+        """Apply the step rule to the weight, or to its unique `rows` (-1: unused slot)."""
+        rule = self.config
+        self.ops.apply_step(
+            self.weight,
+            theta=rule.theta,
+            theta_e=rule.theta_e,
+            on_flip=rule.on_flip,
+            rows=rows,
+            out=self.weight,
+        )
+        self.voted = False
+        self.steps += 1
+
+    def load(self, weight: TernaryWeight) -> None:
+        """Overwrite the weight, in place, with one in canonical form; votes of an earlier state are forgotten."""
+        for name, tensor in self.ops.from_spec(weight.to(self.device)).tensors().items():
+            self.weight.tensors()[name].copy_(tensor)
+        self.voted = False
+        self.steps += 1
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weight."""
+        return next(iter(self.weight.tensors().values())).device
