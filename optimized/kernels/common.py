@@ -7,6 +7,18 @@ import triton.language as tl
 
 
 @triton.jit
+def widen(x):
+    """Return float32 or bfloat16 values as float32: bfloat16 is the upper half of float32's bits.
+
+    Spelled out because the interpreter's own conversion is wrong for subnormal numbers.
+    """
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x
+
+
+@triton.jit
 def lane_trits(words, lanes):
     """Return the trits (int32) at two-bit `lanes` of int32 `words`: shift the lane to the top, then its sign down."""
     return (words << (30 - 2 * lanes)) >> 30

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from arbitor.optimized.kernels.common import widen
 from arbitor.optimized.kernels.launch import runs_here
 
 BLOCK = 1024
@@ -18,8 +19,8 @@ BLOCK = 1024
 def _denoise_step_kernel(latent_ptr, pred_ptr, out_ptr, size, noise_share, root, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < size
-    latent = tl.load(latent_ptr + index, mask=mask, other=0.0).to(tl.float32)
-    pred = tl.load(pred_ptr + index, mask=mask, other=0.0).to(tl.float32)
+    latent = widen(tl.load(latent_ptr + index, mask=mask, other=0.0))
+    pred = widen(tl.load(pred_ptr + index, mask=mask, other=0.0))
     result = tl.div_rn(latent - noise_share * pred, root)
     tl.store(out_ptr + index, result.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -30,7 +31,7 @@ def _denoise_step_backward_kernel(
 ):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < size
-    grad = tl.load(grad_ptr + index, mask=mask, other=0.0).to(tl.float32)
+    grad = widen(tl.load(grad_ptr + index, mask=mask, other=0.0))
     dtype: tl.constexpr = grad_ptr.dtype.element_ty
     tl.store(grad_latent_ptr + index, tl.div_rn(grad, root).to(dtype), mask=mask)
     tl.store(grad_pred_ptr + index, (grad * factor).to(dtype), mask=mask)

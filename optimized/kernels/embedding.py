@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from arbitor.optimized.kernels.common import widen
 from arbitor.optimized.kernels.launch import runs_here
 
 BLOCK_POSITIONS = 32
@@ -34,7 +35,7 @@ def _segment_sum_kernel(
         grad = tl.load(
             grad_ptr + sources[:, None] * stride_r + columns[None, :] * stride_k, mask=mask, other=0.0
         )
-        sums += tl.sum(grad.to(tl.float64), axis=0)
+        sums += tl.sum(widen(grad).to(tl.float64), axis=0)
     tl.store(out_ptr + slot * num_columns + columns, sums.to(tl.float32), mask=columns < num_columns)
 
 

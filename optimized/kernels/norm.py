@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.optimized.kernels.common import lane_weights, level_scales
+from arbitor.optimized.kernels.common import lane_weights, level_scales, widen
 from arbitor.optimized.kernels.launch import runs_here
 from arbitor.optimized.layouts import DeviceWeight
 
@@ -29,14 +29,18 @@ def norm_weight(
 
 
 @triton.jit
+def load_row(x_ptr, row, columns, stride_m, stride_k, mask):
+    """Return columns of a row of activations as float32."""
+    return widen(tl.load(x_ptr + row * stride_m + columns.to(tl.int64) * stride_k, mask=mask, other=0.0))
+
+
+@triton.jit
 def inverse_rms(x_ptr, row, num_columns, stride_m, stride_k, eps, BLOCK: tl.constexpr):
     """Return 1 / sqrt(mean(x**2) + eps) of a row, float32."""
     squares = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + row * stride_m + columns * stride_k, mask=columns < num_columns, other=0.0).to(
-            tl.float32
-        )
+        x = load_row(x_ptr, row, columns, stride_m, stride_k, columns < num_columns)
         squares += x * x
     return 1.0 / tl.sqrt_rn(tl.sum(squares, axis=0) / num_columns.to(tl.float32) + eps)
 
@@ -51,7 +55,7 @@ def _rms_norm_kernel(
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < num_columns
-        x = tl.load(x_ptr + row * stride_m + columns * stride_k, mask=mask, other=0.0).to(tl.float32)
+        x = load_row(x_ptr, row, columns, stride_m, stride_k, mask)
         w = norm_weight(words_ptr, exponents_ptr, columns, mask, GROUP_SIZE, MANTISSA_BITS)
         tl.store(y_ptr + row * num_columns + columns, (x * inverse * w).to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -68,20 +72,16 @@ def _rms_norm_input_grad_kernel(
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < num_columns
-        grad = tl.load(grad_ptr + row * grad_stride_m + columns * grad_stride_k, mask=mask, other=0.0).to(
-            tl.float32
-        )
-        x = tl.load(x_ptr + row * stride_m + columns * stride_k, mask=mask, other=0.0).to(tl.float32)
+        grad = load_row(grad_ptr, row, columns, grad_stride_m, grad_stride_k, mask)
+        x = load_row(x_ptr, row, columns, stride_m, stride_k, mask)
         w = norm_weight(words_ptr, exponents_ptr, columns, mask, GROUP_SIZE, MANTISSA_BITS)
         products += (x * inverse) * (grad * w)
     mean = tl.sum(products, axis=0) / num_columns.to(tl.float32)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < num_columns
-        grad = tl.load(grad_ptr + row * grad_stride_m + columns * grad_stride_k, mask=mask, other=0.0).to(
-            tl.float32
-        )
-        x = tl.load(x_ptr + row * stride_m + columns * stride_k, mask=mask, other=0.0).to(tl.float32)
+        grad = load_row(grad_ptr, row, columns, grad_stride_m, grad_stride_k, mask)
+        x = load_row(x_ptr, row, columns, stride_m, stride_k, mask)
         w = norm_weight(words_ptr, exponents_ptr, columns, mask, GROUP_SIZE, MANTISSA_BITS)
         result = (grad * w - x * inverse * mean) * inverse
         tl.store(out_ptr + row * num_columns + columns, result.to(out_ptr.dtype.element_ty), mask=mask)
@@ -105,8 +105,8 @@ def _rms_norm_weight_grad_kernel(
         mask = (rows < num_m)[:, None] & (columns < num_columns)[None, :]
         grad_offsets = rows[:, None] * grad_stride_m + columns[None, :] * grad_stride_k
         x_offsets = rows[:, None] * stride_m + columns[None, :] * stride_k
-        grad = tl.load(grad_ptr + grad_offsets, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(tl.float32)
+        grad = widen(tl.load(grad_ptr + grad_offsets, mask=mask, other=0.0))
+        x = widen(tl.load(x_ptr + x_offsets, mask=mask, other=0.0))
         inverse = tl.load(inverse_ptr + rows, mask=rows < num_m, other=0.0)
         sums += tl.sum(grad * (x * inverse[:, None]), axis=0)
     tl.store(out_ptr + columns, sums, mask=columns < num_columns)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.optimized.kernels.common import clock_step, lane_trits, philox_words, word_bytes
+from arbitor.optimized.kernels.common import clock_step, lane_trits, philox_words, widen, word_bytes
 from arbitor.optimized.kernels.launch import Clock, row_tile, runs_here
 from arbitor.optimized.kernels.votes import (
     exponents_of_rows,
@@ -59,7 +59,7 @@ def _accumulate_kernel(
         place_bytes, exponent_byte = group_dither(
             group_ids, clock_step(step, STEP_ON_DEVICE), tensor_id, seed_low, seed_high, GROUP_SIZE, PLACES
         )
-        votes = gradient_votes(source.to(tl.float32), row_exponent, rate, place_bytes)
+        votes = gradient_votes(widen(source), row_exponent, rate, place_bytes)
     else:
         votes = source.to(tl.int32)
         if EXPONENT_RULE == "score":

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.optimized.kernels.common import clock_step, philox_words, word_bytes
+from arbitor.optimized.kernels.common import clock_step, philox_words, widen, word_bytes
 from arbitor.optimized.kernels.launch import Clock, runs_here
 from arbitor.reference.types import SILENT_ROW, groups_per_row
 
@@ -31,7 +31,7 @@ def _row_exponents_kernel(
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         address = grad_ptr + row * row_stride + columns.to(tl.int64) * column_stride
-        grad = tl.load(address, mask=columns < num_columns, other=0.0).to(tl.float64)
+        grad = widen(tl.load(address, mask=columns < num_columns, other=0.0)).to(tl.float64)
         squares += grad * grad
     # The squares of float32 numbers and their sums neither overflow nor vanish in float64, so a mean square that is not
     # finite means an element that is not, and the exponent can be read off the bits of a normal number.
@@ -118,7 +118,7 @@ def _stochastic_votes_kernel(
         row * row_groups + groups, clock_step(step, STEP_ON_DEVICE), tensor_id, seed_low, seed_high,
         GROUP_SIZE, PLACES,
     )  # fmt: skip
-    votes = gradient_votes(grad.to(tl.float32), exponent, rate, dither)
+    votes = gradient_votes(widen(grad), exponent, rate, dither)
     tl.store(votes_ptr + slot * num_columns + columns, votes.to(tl.int8), mask=mask)
 
 
@@ -129,7 +129,7 @@ def _sign_votes_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < num_columns
-    grad = tl.load(grad_ptr + row * row_stride + columns * column_stride, mask=mask, other=0.0).to(tl.float32)
+    grad = widen(tl.load(grad_ptr + row * row_stride + columns * column_stride, mask=mask, other=0.0))
     # A silent row has no sign to cast: it is zero everywhere, or holds an infinity or a NaN.
     speaks = tl.load(exponents_ptr + row) != SILENT
     sign = tl.where(grad > 0, 1, 0) - tl.where(grad < 0, 1, 0)

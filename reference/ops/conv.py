@@ -51,7 +51,8 @@ def conv1d_input_grad(
     positions = checks.conv_positions(length, kernel_size, stride, padding)
     checks.conv_gradient(grad_BNP, weight.shape[0], positions)
     checks.conv_columns(weight.shape[1], kernel_size)
-    wide = torch.promote_types(grad_BNP.dtype, torch.float32)  # taps that meet at a place are summed before rounding
+    # Taps that meet at a place are summed before they are rounded.
+    wide = torch.promote_types(grad_BNP.dtype, torch.float32)
     taps = linear_input_grad(grad_BNP.transpose(1, 2).to(wide), weight)
     taps = taps.reshape(grad_BNP.shape[0], positions, weight.shape[1] // kernel_size, kernel_size)
     padded = taps.new_zeros(grad_BNP.shape[0], taps.shape[2], length + 2 * padding)
