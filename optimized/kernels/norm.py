@@ -42,7 +42,7 @@ def inverse_rms(x_ptr, row, num_columns, stride_m, stride_k, eps, BLOCK: tl.cons
         columns = start + tl.arange(0, BLOCK)
         x = load_row(x_ptr, row, columns, stride_m, stride_k, columns < num_columns)
         squares += x * x
-    return 1.0 / tl.sqrt_rn(tl.sum(squares, axis=0) / num_columns.to(tl.float32) + eps)
+    return 1.0 / tl.sqrt_rn(tl.sum(squares, axis=0) / num_columns + eps)
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def _rms_norm_input_grad_kernel(
         x = load_row(x_ptr, row, columns, stride_m, stride_k, mask)
         w = norm_weight(words_ptr, exponents_ptr, columns, mask, GROUP_SIZE, MANTISSA_BITS)
         products += (x * inverse) * (grad * w)
-    mean = tl.sum(products, axis=0) / num_columns.to(tl.float32)
+    mean = tl.sum(products, axis=0) / num_columns
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < num_columns

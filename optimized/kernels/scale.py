@@ -27,7 +27,7 @@ def _group_scales_kernel(levels_ptr, scales_ptr, size, MANTISSA_BITS: tl.constex
     tl.store(scales_ptr + index, level_scales(levels, MANTISSA_BITS), mask=index < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_groups", "row_words", "row_blocks"])
 def _dequantize_kernel(
     rows_ptr, words_ptr, exponents_ptr, out_ptr, num_columns, row_groups, row_words, row_blocks,
     HAS_ROWS: tl.constexpr, GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr,
@@ -42,7 +42,9 @@ def _dequantize_kernel(
     tl.store(out_ptr + slot * num_columns + columns, values.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "tensor_id"])
+@triton.jit(
+    do_not_specialize=["row_groups", "row_words", "row_blocks", "seed_low", "seed_high", "step", "tensor_id"]
+)
 def _initial_words_kernel(
     words_ptr, num_columns, row_groups, row_words, row_blocks, seed_low, seed_high, step, tensor_id,
     GROUP_SIZE: tl.constexpr, BLOCK: tl.constexpr,

@@ -32,7 +32,9 @@ def saturate(count):
     return tl.minimum(tl.maximum(count, -127), 127).to(tl.int8)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "tensor_id"])
+@triton.jit(
+    do_not_specialize=["row_groups", "row_words", "row_blocks", "seed_low", "seed_high", "step", "tensor_id"]
+)
 def _accumulate_kernel(
     source_ptr, row_exponents_ptr, rows_ptr, rate, words_ptr, trit_accum_ptr, exponent_accum_ptr,
     num_columns, row_groups, row_words, row_blocks, row_stride, column_stride, seed_low, seed_high, step, tensor_id,
@@ -92,7 +94,7 @@ def full_count(count, theta):
     return tl.where(count >= theta, 1, 0) - tl.where(count <= -theta, 1, 0)
 
 
-@triton.jit(do_not_specialize=["theta"])
+@triton.jit(do_not_specialize=["row_words", "row_blocks", "theta"])
 def _step_trits_kernel(
     rows_ptr, words_ptr, trit_accum_ptr, num_columns, row_words, row_blocks, theta,
     HAS_ROWS: tl.constexpr, CARRY: tl.constexpr, BLOCK: tl.constexpr,
@@ -118,7 +120,7 @@ def _step_trits_kernel(
     tl.store(address, tl.xor_sum((trits & 3) << (2 * lanes), axis=1), mask=word_ids < row_words)
 
 
-@triton.jit(do_not_specialize=["theta"])
+@triton.jit(do_not_specialize=["row_groups", "row_blocks", "theta"])
 def _step_exponents_kernel(
     rows_ptr, exponents_ptr, exponent_accum_ptr, row_groups, row_blocks, theta,
     LOW: tl.constexpr, HIGH: tl.constexpr, HAS_ROWS: tl.constexpr, BLOCK: tl.constexpr,

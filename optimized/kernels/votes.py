@@ -35,7 +35,7 @@ def _row_exponents_kernel(
         squares += grad * grad
     # The squares of float32 numbers and their sums neither overflow nor vanish in float64, so a mean square that is not
     # finite means an element that is not, and the exponent can be read off the bits of a normal number.
-    mean_square = tl.sum(squares, axis=0) / num_columns.to(tl.float64)
+    mean_square = tl.sum(squares, axis=0) / num_columns
     bits = mean_square.to(tl.int64, bitcast=True)
     biased = ((bits >> 52) & 0x7FF).to(tl.int32)  # a NaN may carry a sign
     finite = biased < 2047
@@ -97,7 +97,7 @@ def group_dither(
     return place_bytes, exponent_byte
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "tensor_id"])
+@triton.jit(do_not_specialize=["row_groups", "row_blocks", "seed_low", "seed_high", "step", "tensor_id"])
 def _stochastic_votes_kernel(
     grad_ptr, exponents_ptr, rows_ptr, rate, votes_ptr, num_columns, row_groups, row_blocks, row_stride, column_stride,
     seed_low, seed_high, step, tensor_id,
