@@ -184,6 +184,7 @@ _SCALAR = _sizes(scalar={})
 # Output classes: k = 2 leaves room for another order of summation, no more; see docs/numerics.md.
 _TWICE = NoWorse(2.0)
 
+# fmt: off
 _LIST = (
     # packing. Not capturable: both look at every value, to refuse what is no trit, or no byte of five trits.
     OpRow(
@@ -360,6 +361,7 @@ _LIST = (
         capturable=False,
     ),
 )
+# fmt: on
 
 OP_TABLE: Mapping[str, OpRow] = MappingProxyType({row.name: row for row in _LIST})
 """The rows by name, in the order of the spec."""

@@ -19,6 +19,21 @@ def widen(x):
 
 
 @triton.jit
+def narrow(value, DTYPE: tl.constexpr):
+    """Return float32 values as DTYPE, float32 or bfloat16, rounded half to even; a NaN stays one.
+
+    Spelled out because the interpreter's own conversion cuts off what it should round.
+    """
+    if tl.bfloat16 == DTYPE:
+        bits = value.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        quiet = (bits >> 16) | 0x40
+        return tl.where(value == value, rounded, quiet).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return value
+
+
+@triton.jit
 def lane_trits(words, lanes):
     """Return the trits (int32) at two-bit `lanes` of int32 `words`: shift the lane to the top, then its sign down."""
     return (words << (30 - 2 * lanes)) >> 30

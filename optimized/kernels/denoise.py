@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.optimized.kernels.common import widen
+from arbitor.optimized.kernels.common import narrow, widen
 from arbitor.optimized.kernels.launch import runs_here
 
 BLOCK = 1024
@@ -22,7 +22,7 @@ def _denoise_step_kernel(latent_ptr, pred_ptr, out_ptr, size, noise_share, root,
     latent = widen(tl.load(latent_ptr + index, mask=mask, other=0.0))
     pred = widen(tl.load(pred_ptr + index, mask=mask, other=0.0))
     result = tl.div_rn(latent - noise_share * pred, root)
-    tl.store(out_ptr + index, result.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + index, narrow(result, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -33,8 +33,8 @@ def _denoise_step_backward_kernel(
     mask = index < size
     grad = widen(tl.load(grad_ptr + index, mask=mask, other=0.0))
     dtype: tl.constexpr = grad_ptr.dtype.element_ty
-    tl.store(grad_latent_ptr + index, tl.div_rn(grad, root).to(dtype), mask=mask)
-    tl.store(grad_pred_ptr + index, (grad * factor).to(dtype), mask=mask)
+    tl.store(grad_latent_ptr + index, narrow(tl.div_rn(grad, root), dtype), mask=mask)
+    tl.store(grad_pred_ptr + index, narrow(grad * factor, dtype), mask=mask)
 
 
 def denoised(latent: Tensor, pred: Tensor, alpha: float) -> Tensor:

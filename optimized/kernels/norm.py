@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.optimized.kernels.common import lane_weights, level_scales, widen
+from arbitor.optimized.kernels.common import lane_weights, level_scales, narrow, widen
 from arbitor.optimized.kernels.launch import runs_here
 from arbitor.optimized.layouts import DeviceWeight
 
@@ -57,7 +57,9 @@ def _rms_norm_kernel(
         mask = columns < num_columns
         x = load_row(x_ptr, row, columns, stride_m, stride_k, mask)
         w = norm_weight(words_ptr, exponents_ptr, columns, mask, GROUP_SIZE, MANTISSA_BITS)
-        tl.store(y_ptr + row * num_columns + columns, (x * inverse * w).to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(
+            y_ptr + row * num_columns + columns, narrow(x * inverse * w, y_ptr.dtype.element_ty), mask=mask
+        )
 
 
 @triton.jit
@@ -84,7 +86,7 @@ def _rms_norm_input_grad_kernel(
         x = load_row(x_ptr, row, columns, stride_m, stride_k, mask)
         w = norm_weight(words_ptr, exponents_ptr, columns, mask, GROUP_SIZE, MANTISSA_BITS)
         result = (grad * w - x * inverse * mean) * inverse
-        tl.store(out_ptr + row * num_columns + columns, result.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + row * num_columns + columns, narrow(result, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

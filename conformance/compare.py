@@ -1,0 +1,126 @@
+"""The only two comparers. Nothing is rounded before comparing, and no other tolerance exists.
+
+`exact` compares bits. `no_worse` counts errors in roundings: with `wide` the op in float64 on the same inputs,
+
+    one rounding of an element = half an ulp of its result in the output dtype   u(out) * |wide|
+                               + one ulp of the sum it came from, in float32     eps(float32) * magnitude
+                               + the smallest subnormal of the output dtype      (results may underflow)
+
+where `magnitude` is the sum of the absolute terms, so that cancellation neither hides an error nor invents one.
+The worst element of an implementation may be off by k times the roundings that the worst element of plain PyTorch
+in the same dtype is off by, plus one. docs/numerics.md says why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arbitor.reference.types import TernaryWeight
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def exact(got: Any, want: Any, what: str = "output") -> None:
+    """Fail unless `got` equals `want` in kind, dtype, shape and every bit; weights in all that they hold."""
+    if isinstance(want, Tensor):
+        _same_kind(got, want, what)
+        differs = bits_of(got) != bits_of(want)
+        assert not differs.any(), _where(differs, got, want, what)
+    elif isinstance(want, TernaryWeight):
+        assert isinstance(got, TernaryWeight), f"{what}: is a {type(got).__name__}, want a TernaryWeight"
+        for name in ("shape", "group_size", "mantissa_bits"):
+            exact(getattr(got, name), getattr(want, name), f"{what}.{name}")
+        for name, tensor in want.tensors().items():
+            exact(getattr(got, name), tensor, f"{what}.{name}")
+    elif isinstance(want, tuple):
+        assert isinstance(got, tuple) and len(got) == len(want), f"{what}: got {got!r}, want {want!r}"
+        for index, (one, other) in enumerate(zip(got, want, strict=True)):
+            exact(one, other, f"{what}[{index}]")
+    else:
+        assert type(got) is type(want) and got == want, f"{what}: got {got!r}, want {want!r}"
+
+
+def no_worse(
+    got: Tensor, *, twin: Tensor, wide: Tensor, magnitude: Tensor, k: float, what: str = "output"
+) -> None:
+    """Fail unless the floats `got` err at most k times as much as `twin`, plus one rounding.
+
+    twin:      the reference op, plain PyTorch, in the dtype of the implementation
+    wide:      the reference op in float64 on the same values
+    magnitude: float64, the sum of the absolute terms of each element
+    """
+    _same_kind(got, twin, what)
+    expected = wide.to(got.dtype)
+    for name, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
+        differs = test(got) != test(expected)
+        assert not differs.any(), f"{name} positions differ: {_where(differs, got, expected, what)}"
+    allowed = roundings(twin, wide, magnitude).amax().item() if twin.numel() else 0.0
+    allowed = k * allowed + 1.0
+    count = roundings(got, wide, magnitude)
+    differs = count > allowed
+    worst = f"worst {count.max().item() if count.numel() else 0.0:.3g} roundings, allowed {allowed:.3g}: "
+    assert not differs.any(), worst + _where(differs, got, wide, what)
+
+
+def roundings(value: Tensor, wide: Tensor, magnitude: Tensor) -> Tensor:
+    """Return the error of each element, in roundings of it; 0 where the result is not finite."""
+    one = one_rounding(value.dtype, wide, magnitude)
+    finite = wide.to(value.dtype).isfinite() & value.isfinite()
+    error = (value.to(torch.float64) - wide).abs() / one
+    return torch.where(finite, error, 0.0)
+
+
+def one_rounding(dtype: torch.dtype, wide: Tensor, magnitude: Tensor) -> Tensor:
+    """Return what one rounding may cost each element, float64."""
+    out = torch.finfo(dtype)
+    return (
+        wide.abs() * (out.eps / 2)
+        + magnitude * torch.finfo(torch.float32).eps
+        + out.smallest_normal * out.eps
+    )
+
+
+def unsigned_zeros(value: Any) -> Any:
+    """Return floats with every zero made +0: a sum that vanishes has no sign that its order would not change."""
+    if isinstance(value, tuple):
+        return tuple(map(unsigned_zeros, value))
+    return value + 0.0 if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def tensors_of(value: Any, path: str = "") -> dict[str, Tensor]:
+    """Return every tensor that a value holds, by path: in tuples, weights and device layouts."""
+    if isinstance(value, Tensor):
+        return {path or "value": value}
+    found: dict[str, Tensor] = {}
+    if isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            found |= tensors_of(item, f"{path}[{index}]")
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            found |= tensors_of(item, f"{path}.{name}" if path else str(name))
+    elif is_dataclass(value):
+        for field in fields(value):
+            found |= tensors_of(getattr(value, field.name), f"{path}.{field.name}")
+    return found
+
+
+def _same_kind(got: Any, want: Tensor, what: str) -> None:
+    assert isinstance(got, Tensor), f"{what}: is a {type(got).__name__}, want a tensor"
+    assert got.dtype == want.dtype, f"{what}: dtype {got.dtype}, want {want.dtype}"
+    assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, want {tuple(want.shape)}"
+
+
+def bits_of(value: Tensor) -> Tensor:
+    """Return the bits of a tensor, so that -0 differs from +0 and a NaN equals itself."""
+    return value.contiguous().view(_BITS[value.element_size()])
+
+
+def _where(differs: Tensor, got: Tensor, want: Tensor, what: str) -> str:
+    """Return the first difference in words."""
+    place = tuple(differs.nonzero()[0].tolist())
+    number = int(differs.sum())
+    return f"{what}{list(place)} is {got[place].item()!r}, want {want[place].item()!r} ({number} elements differ)"

@@ -1,0 +1,134 @@
+"""Options, profiles, poisoning and the summary of the suite.
+
+pytest conformance                                  # arbitor.optimized.ops: on CUDA, or in Triton's interpreter
+pytest conformance --impl arbitor.reference.ops     # any module with the names of the op table
+pytest conformance --device cuda --examples 200 --hypothesis-profile nightly
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+
+from conformance import report, strategies
+from conformance.subject import Subject
+
+COMMON = {
+    "deadline": None,  # the first call of a kernel compiles it
+    "database": None,  # the repo is not littered; a failure becomes a vector instead
+    "suppress_health_check": [
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+        HealthCheck.large_base_example,
+    ],
+    "print_blob": False,
+}
+settings.register_profile("ci", derandomize=True, **COMMON)
+settings.register_profile("nightly", derandomize=False, **COMMON)
+torch.set_printoptions(
+    threshold=40, edgeitems=2
+)  # hypothesis prints its counterexamples: enough to see, not pages
+EXAMPLES = {"interpreter": 10, "torch": 25, "cuda": 60}
+"""Examples per op and law where `--examples` does not say: the interpreter runs a kernel a thousand times slower."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("conformance")
+    group.addoption(
+        "--impl", default="arbitor.optimized.ops", metavar="MODULE", help="ops to compare with the reference"
+    )
+    group.addoption(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="where they run (auto: CUDA if any)"
+    )
+    group.addoption(
+        "--examples", type=int, default=0, metavar="N", help="examples per op and law (0: by device)"
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after hypothesis has loaded the profile of its own option
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the device; without CUDA, Triton must be told to interpret before anything imports it."""
+    wanted = config.getoption("--device")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+    if device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch sees no CUDA device here")
+    if device == "cpu":
+        if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+            raise pytest.UsageError("triton was imported before the suite could set TRITON_INTERPRET=1")
+        os.environ["TRITON_INTERPRET"] = "1"
+    name = config.getoption("--impl")
+    try:
+        config.stash[SUBJECT] = Subject(importlib.import_module(name), name, device)
+    except ImportError as error:  # the suites that need no ops still run; whoever asks for them is told
+        config.stash[SUBJECT] = f"--impl {name}: {error}"
+    kind = "cuda" if device == "cuda" else "interpreter" if uses_triton(name) else "torch"
+    config.stash[WHERE] = WHERE_IN_WORDS[kind]()
+    strategies.LIMITS.set_for(kind)
+    profile = config.getoption("--hypothesis-profile") or "ci"
+    examples = config.getoption("--examples") or EXAMPLES[kind]
+    chosen = {"max_examples": examples}
+    if (
+        kind == "interpreter"
+    ):  # shrinking a failure there takes minutes; `--device cuda` or `--impl` elsewhere shrinks
+        chosen["phases"] = [Phase.explicit, Phase.generate]
+    settings.register_profile("sized", settings.get_profile(profile), **chosen)
+    settings.load_profile("sized")
+
+
+SUBJECT = pytest.StashKey[Subject | str]()
+WHERE = pytest.StashKey[str]()
+WHERE_IN_WORDS = {
+    "cuda": lambda: f"CUDA, {torch.cuda.get_device_name()}",
+    "interpreter": lambda: "Triton's interpreter on the CPU",
+    "torch": lambda: "pure torch on the CPU",
+}
+
+
+def uses_triton(name: str) -> bool:
+    """Return whether an implementation's package holds Triton kernels."""
+    root = name.rpartition(".")[0] or name
+    return any(
+        module.startswith(root) and (hasattr(value, "triton") or hasattr(value, "tl"))
+        for module, value in list(sys.modules.items())
+    )
+
+
+@pytest.fixture(scope="session")
+def subject(request: pytest.FixtureRequest) -> Subject:
+    """Return the implementation under test."""
+    found = request.config.stash[SUBJECT]
+    if isinstance(found, str):
+        pytest.fail(found, pytrace=False)
+    return found
+
+
+@pytest.fixture(scope="session")
+def reference() -> Subject:
+    """Return the reference as a subject: what a test of the suite itself is tested with."""
+    from arbitor.reference import ops
+
+    return Subject(ops, "arbitor.reference.ops")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand the counts of a pytest-xdist worker to the process that prints the summary."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["conformance"] = report.LEDGER.counts()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object) -> None:
+    """Add the counts of a pytest-xdist worker."""
+    report.LEDGER.add(node.workeroutput["conformance"])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what was compared, where and how."""
+    terminalreporter.section("conformance")
+    for line in report.LEDGER.lines(config.getoption("--impl"), config.stash[WHERE]):
+        terminalreporter.write_line(line)

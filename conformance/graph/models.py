@@ -1,0 +1,79 @@
+"""Small models and watched op sets for the tests of the graph.
+
+Legend: B batch, T bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arbitor.reference import ops as reference_ops
+from arbitor.reference.config import ArbConfig
+from arbitor.reference.graph import ArbModel
+from arbitor.reference.types import TernaryWeight
+
+NANO = ArbConfig(
+    name="nano",
+    embed_dim=10,
+    width=24,
+    num_layers=2,
+    num_heads=2,
+    head_dim=12,
+    rotary_dim=4,
+    query_latent=14,
+    kv_latent=12,
+    shared_inner=20,
+    num_experts=4,
+    top_k=2,
+    expert_rank=5,
+    head_inner=36,
+)
+"""Every module, with widths that leave ragged groups, in under 20,000 weights."""
+
+RATE = 1.25
+"""Rate of the votes in these tests."""
+
+
+def nano(
+    *,
+    ops: ModuleType = reference_ops,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 3,
+    **fields: Any,
+) -> ArbModel:
+    """Return a nano model, with some fields of its config exchanged."""
+    return ArbModel(replace(NANO, **fields), ops=ops, device=device, dtype=dtype, seed=seed)
+
+
+def random_ids(batch: int, length: int, *, seed: int = 0) -> Tensor:
+    """Return bytes as ids, int64 [B, T]."""
+    return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def state_of(model: ArbModel) -> dict[str, TernaryWeight]:
+    """Return a copy of all weights."""
+    return {name: weight.clone() for name, weight in model.weights().items()}
+
+
+def changed_tensors(before: dict[str, TernaryWeight], model: ArbModel) -> set[tuple[str, str]]:
+    """Return (weight, tensor) of all state that is not as it was."""
+    return {
+        (name, field)
+        for name, weight in model.weights().items()
+        for field, tensor in weight.tensors().items()
+        if not torch.equal(tensor, before[name].tensors()[field])
+    }
+
+
+def ops_with(**overrides: Any) -> ModuleType:
+    """Return the reference ops with some of them exchanged."""
+    ops = ModuleType("watched_ops")
+    ops.__dict__.update(reference_ops.__dict__)
+    ops.__dict__.update(overrides)
+    return ops

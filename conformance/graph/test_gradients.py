@@ -1,0 +1,93 @@
+"""The model's logits, and the gradient that each weight votes with, are those of a plain torch model on dense matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from arbitor.reference import ops
+from arbitor.reference.types import RESERVED_STEP
+from conformance.graph import models, twin
+
+
+@pytest.fixture(scope="module")
+def double() -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return a float64 model, its weights as matrices, and the gradient each of them voted with."""
+    voted: dict[int, torch.Tensor] = {}
+
+    def record(
+        weight: Any, grad: torch.Tensor, rate: float, *, rows: Any = None, tensor_id: int, **_: Any
+    ) -> Any:
+        full = torch.zeros(weight.shape)
+        if rows is None:
+            full += grad
+        else:
+            full[rows[rows >= 0]] = grad[rows >= 0]
+        assert tensor_id not in voted, "a weight voted twice"
+        voted[tensor_id] = full
+        return weight
+
+    model = models.nano(ops=models.ops_with(accumulate_gradient=record), dtype=torch.float64)
+    matrices = {
+        name: weight.dense(torch.float64).requires_grad_() for name, weight in model.weights().items()
+    }
+    assert model.backward(model.loss(models.random_ids(2, 9)), rate=models.RATE, step=0)
+    names = {module.tensor_id: name for name, module in model.ternary_modules().items()}
+    return model, matrices, {names[tensor_id]: grad for tensor_id, grad in voted.items()}
+
+
+def test_logits_are_those_of_the_twin(double: Any) -> None:
+    model, matrices, _ = double
+    ids_BT = models.random_ids(2, 9)
+    with torch.no_grad():
+        want = torch.stack([twin.logits(matrices, model.config, ids_T) for ids_T in ids_BT])
+        torch.testing.assert_close(model(ids_BT), want, rtol=0, atol=1e-5)  # the rotary angles are float32
+        assert model.loss(ids_BT).item() == pytest.approx(
+            twin.loss(matrices, model.config, ids_BT).item(), abs=1e-6
+        )
+
+
+def test_every_weight_votes_with_the_gradient_of_the_twin(double: Any) -> None:
+    model, matrices, voted = double
+    twin.loss(matrices, model.config, models.random_ids(2, 9)).backward()
+    frozen = {name for name, module in model.ternary_modules().items() if module.frozen}
+    assert set(voted) == set(matrices) - frozen
+    for name, grad in voted.items():
+        want = matrices[name].grad
+        assert want is not None and want.abs().max() > 0, f"{name} has no gradient to be checked with"
+        error = (grad - want).norm() / want.norm()
+        assert error < 1e-5, f"{name} voted with a gradient {error:.1e} away from that of the twin"
+
+
+def test_a_step_goes_downhill() -> None:
+    """After one step the loss on the same bytes is lower: votes are cast against the gradient."""
+    model = models.nano(theta=1)
+    ids_BT = models.random_ids(4, 24)
+    before = model.loss(ids_BT)
+    model.backward(before, rate=0.2, step=0)
+    model.step()
+    with torch.no_grad():
+        assert model.loss(ids_BT) < before
+
+
+def test_input_gradient_needs_no_votes() -> None:
+    """A backward pass outside of `model.backward` moves nothing and still gives the gradient of the input."""
+    model = models.nano()
+    before = models.state_of(model)
+    layer = model.sequencer.project
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, layer.weight.shape[1], generator=generator).requires_grad_()
+    layer(x).square().sum().backward()
+    want = 2 * (x.detach() @ ops.dequantize(layer.weight).T) @ ops.dequantize(layer.weight)
+    torch.testing.assert_close(x.grad, want)
+    assert not models.changed_tensors(before, model)
+
+
+def test_the_initialisation_step_is_not_for_votes() -> None:
+    model = models.nano()
+    before = models.state_of(model)
+    with pytest.raises(ValueError, match=f"step is {RESERVED_STEP}"):
+        model.backward(model.loss(models.random_ids(1, 6)), rate=1.0, step=RESERVED_STEP)
+    assert not models.changed_tensors(before, model)

@@ -1,0 +1,149 @@
+"""Shapes, the alignment of targets, causality, and the refusals of a forward pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from arbitor.reference.config import PRESETS
+from arbitor.reference.graph import ArbModel
+from arbitor.reference.graph.attention import rotary_turns, rotate
+from arbitor.reference.graph.moe import expert_shares
+from conformance.graph import models
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 3), (2, 4), (3, 17)])
+def test_logits_have_one_row_a_trigram(batch: int, length: int) -> None:
+    logits_BPV = models.nano()(models.random_ids(batch, length))
+    assert logits_BPV.shape == (batch, length - 2, 297)
+    assert logits_BPV.dtype == torch.float32
+
+
+def test_specials_and_marks_are_ids() -> None:
+    ids = torch.arange(297).reshape(1, -1)
+    assert models.nano()(ids).isfinite().all()
+
+
+def test_position_p_predicts_byte_p_plus_3() -> None:
+    model, ids_BT = models.nano(), models.random_ids(2, 12)
+    with torch.no_grad():
+        log_p = model(ids_BT).log_softmax(dim=-1)
+        terms = [-log_p[b, p, ids_BT[b, p + 3]] for b in range(2) for p in range(9)]
+        assert model.loss(ids_BT).item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-6)
+
+
+def test_the_last_byte_is_a_target_and_no_input_of_the_loss() -> None:
+    """Changing it changes the loss by its own term alone."""
+    model, ids_BT = models.nano(), models.random_ids(1, 8)
+    other = ids_BT.clone()
+    other[0, -1] = (ids_BT[0, -1] + 1) % 256
+    with torch.no_grad():
+        logits_V = model(ids_BT)[0, -2]
+        term = F.cross_entropy(logits_V, other[0, -1]) - F.cross_entropy(logits_V, ids_BT[0, -1])
+        assert (model.loss(other) - model.loss(ids_BT)).item() == pytest.approx(term.item() / 5, abs=1e-6)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3, 9, 15])
+def test_a_byte_changes_no_logits_before_its_first_trigram(place: int) -> None:
+    model, ids_BT = models.nano(), models.random_ids(1, 16)
+    other = ids_BT.clone()
+    other[0, place] = (other[0, place] + 7) % 256
+    with torch.no_grad():
+        before, after = model(ids_BT)[0], model(other)[0]
+    first = max(place - 2, 0)
+    assert torch.equal(before[:first], after[:first])
+    assert not torch.equal(before[first], after[first])
+
+
+def test_every_earlier_byte_reaches_the_last_position() -> None:
+    """Attention sees the whole past: changing any byte changes the last logits."""
+    model, ids_BT = models.nano(), models.random_ids(1, 16)
+    with torch.no_grad():
+        last = model(ids_BT)[0, -1]
+        for place in range(16):
+            other = ids_BT.clone()
+            other[0, place] = (other[0, place] + 7) % 256
+            assert not torch.equal(model(other)[0, -1], last), f"byte {place} has no influence"
+
+
+def test_sequences_of_a_batch_do_not_see_each_other() -> None:
+    model, ids_BT = models.nano(), models.random_ids(3, 10)
+    with torch.no_grad():
+        together = model(ids_BT)
+        for b in range(3):
+            torch.testing.assert_close(model(ids_BT[b : b + 1])[0], together[b], rtol=0, atol=1e-4)
+
+
+def test_ties_between_experts_go_to_the_lowest_index() -> None:
+    shares = expert_shares(torch.tensor([[[1.0, 3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0]]]), 2)
+    assert shares.tolist() == [[[0.0, 0.5, 0.5, 0.0], [0.5, 0.5, 0.0, 0.0]]]
+
+
+def test_shares_are_a_softmax_over_the_chosen_experts() -> None:
+    logits = torch.randn(5, 7, 6, generator=torch.Generator().manual_seed(1))
+    shares = expert_shares(logits, 3)
+    values, indices = logits.topk(3, dim=-1)
+    want = torch.zeros_like(logits).scatter(-1, indices, values.softmax(dim=-1))
+    torch.testing.assert_close(shares, want)
+    assert ((shares > 0).sum(dim=-1) == 3).all()
+
+
+def test_rotary_scores_depend_on_distance_alone() -> None:
+    turns = rotary_turns(12, 8, device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(2)
+    q, k = (torch.randn(8, generator=generator, dtype=torch.float64).expand(1, 12, 1, 8) for _ in range(2))
+    scores = rotate(q, turns)[0, :, 0] @ rotate(k, turns)[0, :, 0].T
+    for distance in range(12):
+        diagonal = scores.diagonal(-distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=0, atol=1e-5)
+
+
+def test_activation_dtype_is_the_model_s() -> None:
+    """bfloat16 activations, float32 logits and loss."""
+    model = models.nano(dtype=torch.bfloat16)
+    ids_BT = models.random_ids(2, 8)
+    assert model.sequencer(model.embedding(ids_BT)).dtype == torch.bfloat16
+    assert model(ids_BT).dtype == torch.float32
+    assert model.loss(ids_BT).dtype == torch.float32
+    assert model.backward(model.loss(ids_BT), rate=models.RATE, step=0)
+
+
+def test_variance_is_kept_at_the_start() -> None:
+    """The residual stream starts near unit scale and the loss near that of a uniform guess, ln 297 = 5.69."""
+    model = ArbModel(PRESETS["tiny"])
+    ids_BT = models.random_ids(4, 32)
+    with torch.no_grad():
+        h_BPD = model.sequencer(model.embedding(ids_BT))
+        for layer in model.layers:
+            h_BPD = layer(h_BPD)
+        assert 0.7 < h_BPD.square().mean().sqrt() < 2.5
+        assert model.loss(ids_BT) < 7.0
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        (torch.zeros(1, 2, dtype=torch.int64), ValueError, r"ids_BT has shape \(1, 2\)"),
+        (torch.zeros(6, dtype=torch.int64), ValueError, r"ids_BT has shape \(6,\)"),
+        (torch.zeros(1, 6, dtype=torch.int32), TypeError, "ids_BT has dtype int32"),
+        (torch.full((1, 6), 297), ValueError, "holds 297"),
+        (torch.full((1, 6), -1), ValueError, "holds -1"),
+    ],
+)
+def test_bad_ids_are_refused(ids: torch.Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        models.nano()(ids)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (0, 8), (8,)])
+def test_a_loss_needs_a_byte_to_predict(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="at least 4 bytes"):
+        models.nano().loss(torch.zeros(shape, dtype=torch.int64))
+
+
+def test_bad_arguments_of_a_model_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"dtype is torch\.float16"):
+        ArbModel(models.NANO, dtype=torch.float16)
+    with pytest.raises(ValueError, match="seed is -1"):
+        ArbModel(models.NANO, seed=-1)

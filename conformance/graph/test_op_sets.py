@@ -1,0 +1,108 @@
+"""The same graph on the op set under test: forward no worse than plain torch, and one vote and step exact.
+
+Legend: M rows of activations, N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from arbitor.reference import ops as reference_ops
+from arbitor.reference.graph import ArbModel, TernaryEmbedding, TernaryLinear, TernaryRMSNorm
+from arbitor.reference.graph.state import GraphContext
+from conformance.compare import exact, no_worse, unsigned_zeros
+from conformance.graph import models
+from conformance.subject import Subject
+
+
+def contexts(subject: Subject, **fields: Any) -> list[GraphContext]:
+    """Return the reference's context and the subject's."""
+    config = models.nano(theta=5, theta_e=3, **fields).config
+    sets = ((reference_ops, torch.device("cpu")), (subject.ops, subject.device))
+    return [GraphContext(ops, config, device=device, dtype=torch.float32, seed=7) for ops, device in sets]
+
+
+def integers(*shape: int, seed: int) -> Tensor:
+    """Return floats whose products and sums are exact."""
+    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).to(torch.float32)
+
+
+@pytest.mark.parametrize("vote_rule", ["stochastic", "sign"])
+@pytest.mark.parametrize("exponent_rule", ["score", "frozen"])
+def test_a_linear_votes_and_steps_alike(subject: Subject, vote_rule: str, exponent_rule: str) -> None:
+    results = []
+    for parts in contexts(subject, vote_rule=vote_rule, exponent_rule=exponent_rule):
+        layer = TernaryLinear(parts, 29, 17)
+        outputs: list[Any] = []
+        for step in range(3):
+            x = integers(3, 5, 29, seed=step).to(parts.device).requires_grad_()
+            y = layer(x)
+            with parts.voting.at(rate=2.0, step=step, size=2):
+                (y * integers(3, 5, 17, seed=9).to(parts.device)).sum().backward()
+            outputs += [y.detach().cpu(), x.grad.cpu()]
+            layer.step_weight()
+        results.append((unsigned_zeros(tuple(outputs)), parts.ops.to_spec(layer.weight).to("cpu")))
+    exact(results[1], results[0])
+    start = reference_ops.to_spec(TernaryLinear(contexts(subject)[0], 29, 17).weight)
+    assert results[0][1].trit_accum.any() and not torch.equal(results[0][1].packed, start.packed)
+
+
+def test_a_table_votes_and_steps_alike(subject: Subject) -> None:
+    results = []
+    for parts in contexts(subject):
+        table = TernaryEmbedding(parts, 40, 19)
+        for step in range(2):
+            ids = torch.tensor([[3, 39, 3], [0, 17, 3]], device=parts.device) + step
+            with parts.voting.at(rate=1.0, step=step):
+                (table(ids % 40) * integers(2, 3, 19, seed=step).to(parts.device)).sum().backward()
+        table.step_weight()
+        results.append(parts.ops.to_spec(table.weight).to("cpu"))
+    exact(results[1], results[0])
+    assert results[0].trit_accum.any()
+
+
+def test_a_norm_that_votes_steps_alike(subject: Subject) -> None:
+    """Rows of equal magnitude: their root mean square is a power of two, so that every quotient is exact."""
+    results = []
+    for parts in contexts(subject):
+        norm = TernaryRMSNorm(parts, 24, frozen=False)
+        x = torch.where(integers(6, 24, seed=1) < 0, -4.0, 4.0).to(parts.device)
+        with parts.voting.at(rate=1.0, step=0):
+            (norm(x) * integers(6, 24, seed=2).to(parts.device)).sum().backward()
+        norm.step_weight()
+        results.append(parts.ops.to_spec(norm.weight).to("cpu"))
+    exact(results[1].packed, results[0].packed)
+    exact(results[1].exponents, results[0].exponents)
+
+
+def test_the_whole_model_is_no_worse_than_plain_torch(subject: Subject) -> None:
+    ids_BT = models.random_ids(1, 9)
+    with torch.no_grad():
+        wide = models.nano(num_layers=1, dtype=torch.float64)(ids_BT)
+        plain = models.nano(num_layers=1)(ids_BT)
+        tested = on_subject(subject)
+        got = tested(ids_BT.to(subject.device)).cpu()
+    start = tuple(models.nano(num_layers=1).weights().values())
+    exact(tuple(weight.to("cpu") for weight in tested.weights().values()), start)
+    no_worse(got, twin=plain, wide=wide, magnitude=wide.abs().amax().expand_as(wide), k=4.0, what="logits")
+
+
+def test_the_whole_model_trains(subject: Subject) -> None:
+    """A backward pass and a step on the op set under test: every weight that may vote did, and no row was refused."""
+    model = on_subject(subject)
+    ids_BT = models.random_ids(1, 6).to(subject.device)
+    assert model.backward(model.loss(ids_BT), rate=models.RATE, step=0)
+    for name, weight in model.weights().items():
+        voted, module = bool(weight.trit_accum.any()), model.ternary_modules()[name]
+        assert voted != module.frozen, f"{name} {'voted' if voted else 'did not vote'}"
+    model.step()
+    assert model.voting.faults == 0
+
+
+def on_subject(subject: Subject) -> ArbModel:
+    """Return a nano model of one layer on the op set under test."""
+    return models.nano(num_layers=1, ops=subject.ops, device=subject.device)

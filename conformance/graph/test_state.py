@@ -1,0 +1,176 @@
+"""What a model holds: integers only, by stable names, loaded and compared as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from arbitor.reference.config import PRESETS, preset
+from arbitor.reference.graph import ArbModel
+from arbitor.reference.types import TernaryWeight
+from conformance.compare import exact
+from conformance.graph import models
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_preset_holds_no_parameter_and_no_float(name: str) -> None:
+    model = ArbModel(preset(name), device="meta")
+    assert not list(model.parameters())
+    assert {buffer.dtype for buffer in model.buffers()} == {torch.uint8, torch.int8}
+
+
+def test_no_float_stays_after_training() -> None:
+    model = models.nano()
+    model.backward(model.loss(models.random_ids(2, 8)), rate=models.RATE, step=0)
+    model.step()
+    assert not list(model.parameters())
+    assert not any(tensor.is_floating_point() for tensor in model.state_dict().values())
+    held = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, torch.Tensor)
+    ]
+    assert not any(tensor.is_floating_point() for tensor in held)
+
+
+def test_tensor_ids_follow_the_definition_order() -> None:
+    model = models.nano()
+    modules = list(model.ternary_modules().values())
+    assert [module.tensor_id for module in modules] == list(range(len(modules)))
+    assert list(model.weights()) == list(model.ternary_modules())
+
+
+def test_the_names_of_the_weights() -> None:
+    """Checkpoints depend on them: a change here is a change of format."""
+    names = list(models.nano(num_layers=1).weights())
+    assert names == [
+        "embedding.table",
+        "sequencer.project",
+        "sequencer.norm",
+        "layers.0.attention_norm",
+        "layers.0.attention.query_down",
+        "layers.0.attention.query_norm",
+        "layers.0.attention.query_up",
+        "layers.0.attention.latent_down",
+        "layers.0.attention.latent_norm",
+        "layers.0.attention.latent_up",
+        "layers.0.attention.output",
+        "layers.0.moe_norm",
+        "layers.0.moe.router",
+        "layers.0.moe.gate",
+        "layers.0.moe.up",
+        "layers.0.moe.expert_down",
+        "layers.0.moe.expert_up",
+        "layers.0.moe.down",
+        "byte_head.norm",
+        "byte_head.gate",
+        "byte_head.up",
+        "byte_head.down",
+        "byte_head.vocabulary_norm",
+        "byte_head.vocabulary",
+    ]
+
+
+def test_the_seed_decides_the_start() -> None:
+    one, same, other = (tuple(models.nano(seed=seed).weights().values()) for seed in (1, 1, 2))
+    exact(one, same)
+    assert not torch.equal(one[0].packed, other[0].packed)
+
+
+def test_buffers_are_the_weight() -> None:
+    """What torch sees of a module is what the ops compute on, also after a move."""
+    model = models.nano()
+    for model_now in (model, model.to("cpu"), model.to(torch.bfloat16)):
+        for module in model_now.ternary_modules().values():
+            for name, tensor in module.weight.tensors().items():
+                assert module.get_buffer(name) is tensor
+
+
+def test_weights_round_trip() -> None:
+    trained, other = models.nano(theta=2, theta_e=6), models.nano(theta=2, theta_e=6, seed=9)
+    for step in range(2):
+        trained.backward(trained.loss(models.random_ids(2, 8)), rate=models.RATE, step=step)
+        trained.step()
+    addresses = [tensor.data_ptr() for tensor in other.buffers()]
+    other.load_weights(models.state_of(trained))
+    exact(tuple(other.weights().values()), tuple(trained.weights().values()))
+    assert [tensor.data_ptr() for tensor in other.buffers()] == addresses
+    with torch.no_grad():
+        assert torch.equal(other(models.random_ids(1, 9)), trained(models.random_ids(1, 9)))
+
+
+def test_loading_shares_no_memory() -> None:
+    model, weights = models.nano(), models.state_of(models.nano(seed=9))
+    model.load_weights(weights)
+    model.backward(model.loss(models.random_ids(2, 8)), rate=models.RATE, step=0)
+    assert not weights["byte_head.vocabulary"].trit_accum.any()
+
+
+def spoiled(weights: dict[str, TernaryWeight], how: str) -> dict[str, TernaryWeight]:
+    """Return weights with one thing wrong."""
+    name = "byte_head.gate"
+    weight = weights[name]
+    if how == "missing":
+        return {key: value for key, value in weights.items() if key != name}
+    if how == "unknown":
+        return {**weights, "byte_head.grate": weight}
+    if how == "not a weight":
+        changed: Any = weight.packed
+    elif how == "shape":
+        changed = weights["byte_head.vocabulary"]
+    elif how == "group_size":
+        changed = TernaryWeight.from_trits(weight.trits(), weight.exponents[:, :1], 24)
+    elif how == "mantissa_bits":
+        changed = replace(weight, mantissa_bits=1)
+    else:
+        field, value = how.split("=")
+        tensor = weight.tensors()[field].clone()
+        tensor.view(-1)[-1] = int(value)
+        changed = weight.with_tensors(**{field: tensor})
+    return {**weights, name: changed}
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        ("missing", ValueError, "weights has no 'byte_head.gate'"),
+        ("unknown", ValueError, "weights has 'byte_head.grate'"),
+        ("not a weight", TypeError, "byte_head.gate is a Tensor"),
+        ("shape", ValueError, r"byte_head.gate has shape \(297, 24\)"),
+        ("group_size", ValueError, "byte_head.gate has group_size 24"),
+        ("mantissa_bits", ValueError, "byte_head.gate has mantissa_bits 1"),
+        ("packed=243", ValueError, "byte_head.gate.packed holds 243"),
+        ("exponents=16", ValueError, "byte_head.gate.exponents holds 16"),
+        ("trit_accum=-128", ValueError, "byte_head.gate.trit_accum holds -128"),
+        ("exponent_accum=-128", ValueError, "byte_head.gate.exponent_accum holds -128"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_and_nothing_is_loaded(
+    how: str, error: type[Exception], message: str
+) -> None:
+    model = models.nano()
+    before = models.state_of(model)
+    with pytest.raises(error, match=message):
+        model.load_weights(spoiled(models.state_of(models.nano(seed=9)), how))
+    assert not models.changed_tensors(before, model)
+
+
+def test_flip_rate_counts_changed_trits() -> None:
+    model = models.nano(theta=1)
+    snapshot = model.snapshot_trits()
+    assert model.flip_rate(snapshot) == 0.0
+    before = models.state_of(model)
+    model.backward(model.loss(models.random_ids(2, 8)), rate=models.RATE, step=0)
+    assert model.flip_rate(snapshot) == 0.0
+    model.step()
+    changed = total = 0
+    for name, module in model.ternary_modules().items():
+        if not module.frozen:
+            now = model.weights()[name].trits()
+            changed += int((now != before[name].trits()).sum())
+            total += now.numel()
+    assert model.flip_rate(snapshot) == changed / total > 0

@@ -1,0 +1,104 @@
+"""The model once more, in plain torch on dense float64 matrices, with autograd: what the graph's gradients are checked with.
+
+Written from docs/spec/graph.md, one sequence and one expert at a time; shares no code with `reference/graph`.
+Legend: P positions, D width, H heads, C head width, R rotary width.
+"""
+
+from __future__ import annotations
+
+import cmath
+
+import torch
+from torch import Tensor
+
+from arbitor.reference.config import ArbConfig
+
+Matrices = dict[str, Tensor]
+
+
+def loss(matrices: Matrices, config: ArbConfig, ids_BT: Tensor) -> Tensor:
+    """Return the mean of -log p(byte t) over the bytes from the fourth on."""
+    terms = []
+    for ids_T in ids_BT:
+        log_p = logits(matrices, config, ids_T).log_softmax(dim=-1)
+        terms += [-log_p[place - 3, ids_T[place]] for place in range(3, len(ids_T))]
+    return torch.stack(terms).mean()
+
+
+def logits(matrices: Matrices, config: ArbConfig, ids_T: Tensor) -> Tensor:
+    """Return the logits of one sequence, [P, 297]."""
+    e_TE = matrices["embedding.table"][ids_T]
+    trigrams = torch.stack([torch.cat(list(e_TE[place : place + 3])) for place in range(len(ids_T) - 2)])
+    h = norm(trigrams @ matrices["sequencer.project"].T, matrices["sequencer.norm"])
+    for place in range(config.num_layers):
+        own = {name.removeprefix(f"layers.{place}."): value for name, value in matrices.items()}
+        h = h + attention(own, config, norm(h, own["attention_norm"]))
+        h = h + mixture(own, config, norm(h, own["moe_norm"]))
+    n = norm(h, matrices["byte_head.norm"])
+    u = (
+        h
+        + (swish(n @ matrices["byte_head.gate"].T) * (n @ matrices["byte_head.up"].T))
+        @ matrices["byte_head.down"].T
+    )
+    return norm(u, matrices["byte_head.vocabulary_norm"]) @ matrices["byte_head.vocabulary"].T
+
+
+def attention(own: Matrices, config: ArbConfig, x_PD: Tensor) -> Tensor:
+    """Return causal latent attention, one head at a time."""
+    head, rotary = config.head_dim, config.rotary_dim
+    queries = (
+        norm(x_PD @ own["attention.query_down"].T, own["attention.query_norm"]) @ own["attention.query_up"].T
+    )
+    latent_and_key = x_PD @ own["attention.latent_down"].T
+    latent = norm(latent_and_key[:, : config.kv_latent], own["attention.latent_norm"])
+    shared_key = turned(latent_and_key[:, config.kv_latent :])
+    keys_values = latent @ own["attention.latent_up"].T
+    gathered = []
+    for place in range(config.num_heads):
+        q = queries[:, place * head : (place + 1) * head]
+        q = torch.cat([turned(q[:, :rotary]), q[:, rotary:]], dim=1)
+        both = keys_values[:, place * (2 * head - rotary) : (place + 1) * (2 * head - rotary)]
+        k = torch.cat([shared_key, both[:, : head - rotary]], dim=1)
+        scores = q @ k.T / head**0.5
+        future = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        gathered.append(scores.masked_fill(future, -torch.inf).softmax(dim=1) @ both[:, head - rotary :])
+    return torch.cat(gathered, dim=1) @ own["attention.output"].T
+
+
+def turned(x_PR: Tensor) -> Tensor:
+    """Return pairs (i, i + R / 2) as complex numbers, turned by e^(i p base^(-2 i / R))."""
+    half = x_PR.shape[1] // 2
+    angles = [[p * 10_000.0 ** (-2 * i / (2 * half)) for i in range(half)] for p in range(x_PR.shape[0])]
+    turns = torch.tensor([[cmath.exp(1j * angle) for angle in row] for row in angles], dtype=torch.complex128)
+    spun = torch.complex(x_PR[:, :half], x_PR[:, half:]) * turns
+    return torch.cat([spun.real, spun.imag], dim=1)
+
+
+def mixture(own: Matrices, config: ArbConfig, x_PD: Tensor) -> Tensor:
+    """Return the mixture of experts, one position and one chosen expert at a time."""
+    outputs = []
+    rank = config.expert_rank
+    for x in x_PD:
+        scores = own["moe.router"] @ x
+        chosen = sorted(range(config.num_experts), key=lambda e: (-scores[e].item(), e))[: config.top_k]
+        shares = torch.stack([scores[e] for e in chosen]).softmax(dim=0)
+        modulation = torch.ones(config.shared_inner, dtype=x.dtype)
+        for share, e in zip(shares, chosen, strict=True):
+            a, b = (
+                own["moe.expert_down"][e * rank : (e + 1) * rank],
+                own["moe.expert_up"][:, e * rank : (e + 1) * rank],
+            )
+            modulation = modulation + share * (b @ (a @ x))
+        hidden = swish(own["moe.gate"] @ x) * (own["moe.up"] @ x)
+        outputs.append(own["moe.down"] @ (hidden * modulation))
+    return torch.stack(outputs)
+
+
+def norm(x: Tensor, weight_1K: Tensor) -> Tensor:
+    """Return x / rms(x) * w."""
+    return x * (x.pow(2).mean(dim=-1, keepdim=True) + 1e-6).rsqrt() * weight_1K[0]
+
+
+def swish(x: Tensor) -> Tensor:
+    """Return x * sigmoid(x)."""
+    return x / (1 + (-x).exp())

@@ -1,0 +1,1 @@
+"""Laws and comparisons, one file a family of ops."""

@@ -1,0 +1,173 @@
+"""Laws of the ternary linear: exact where sums are exact, and votes that disagree only at rounding boundaries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from arbitor.reference import ops as reference_ops
+from arbitor.reference.op_table import OP_TABLE
+from arbitor.reference.types import SILENT_ROW, TernaryWeight
+from conformance import oracle
+from conformance import strategies as ss
+from conformance.cases import NARROW, leading
+from conformance.compare import exact, no_worse, one_rounding, roundings, unsigned_zeros
+from conformance.law import law
+from conformance.subject import Subject
+
+WEIGHTS = ss.weights(limit=70, levels=NARROW, mantissa=False)
+
+
+def dense(weight: TernaryWeight) -> Tensor:
+    """Return W in float64 by the plain-Python oracle."""
+    trits = torch.tensor(
+        oracle.unpack(weight.packed.tolist(), weight.shape[0] * weight.shape[1]), dtype=torch.float64
+    )
+    scales = weight.exponents.to(torch.float64).exp2().repeat_interleave(weight.group_size, dim=1)
+    return trits.reshape(weight.shape) * scales[:, : weight.shape[1]]
+
+
+def _floats(data: st.DataObject, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return data.draw(ss.activations(shape, dtype, exact=True))
+
+
+def _equal(got: Tensor, want: Tensor, what: str = "output") -> None:
+    """Compare sums that are exact in any order: equal bits, once their zeros have no sign."""
+    exact(unsigned_zeros(got), unsigned_zeros(want.to(got.dtype)), what)
+
+
+@law(weight=WEIGHTS, lead=leading(), dtype=ss.DTYPES, data=st.data())
+def test_linear_by_exact_sums(
+    ops: Subject, weight: TernaryWeight, lead: tuple[int, ...], dtype: torch.dtype, data: st.DataObject
+) -> None:
+    """Forward and input gradient are the matrix products with W and its transpose, rounded once to the dtype."""
+    x = _floats(data, *lead, weight.shape[1], dtype=dtype)
+    dy = _floats(data, *lead, weight.shape[0], dtype=dtype)
+    y, dx = ops.linear(x, weight), ops.linear_input_grad(dy, weight)
+    assert y.dtype == dx.dtype == dtype
+    _equal(y, x.to(torch.float64) @ dense(weight).T, "y")
+    _equal(dx, dy.to(torch.float64) @ dense(weight), "dx")
+
+
+@law(lead=leading(), shape=ss.matrix_shapes(70), dtype=ss.DTYPES, data=st.data())
+def test_linear_weight_grad_by_exact_sums(
+    ops: Subject, lead: tuple[int, ...], shape: tuple[int, int], dtype: torch.dtype, data: st.DataObject
+) -> None:
+    """The weight gradient sums over every leading dimension, in float32 for both dtypes; no row to sum gives zeros."""
+    dy, x = _floats(data, *lead, shape[0], dtype=dtype), _floats(data, *lead, shape[1], dtype=dtype)
+    got = ops.linear_weight_grad(dy, x)
+    assert got.dtype == torch.float32
+    _equal(got, dy.reshape(-1, shape[0]).to(torch.float64).T @ x.reshape(-1, shape[1]).to(torch.float64))
+
+
+@law(weight=WEIGHTS, data=st.data())
+def test_linear_is_linear(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
+    a, b = ss.float_values((5, weight.shape[1]), "small integers", 1), _floats(data, 5, weight.shape[1])
+    b = torch.round(b * 1024) / 1024
+    _equal(ops.linear(a + b.clamp(-8, 8), weight), ops.linear(a, weight) + ops.linear(b.clamp(-8, 8), weight))
+
+
+@law(weight=WEIGHTS, data=st.data())
+def test_linear_negation(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
+    """Negating every trit negates the output."""
+    x = _floats(data, 7, weight.shape[1])
+    negated = weight.with_tensors(packed=ops.pack_trits(-ops.unpack_trits(weight.packed, weight.shape)))
+    _equal(ops.linear(x, negated), -ops.linear(x, weight))
+
+
+@law(weight=WEIGHTS, data=st.data())
+def test_linear_adjoint(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
+    """<dy, linear(x)> = <linear_input_grad(dy), x> = <linear_weight_grad(dy, x), W>, exactly."""
+    x, dy = _floats(data, 3, 5, weight.shape[1]), _floats(data, 3, 5, weight.shape[0])
+    dot = lambda a, b: (a.to(torch.float64) * b.to(torch.float64)).sum().item()  # noqa: E731
+    forward = dot(dy, ops.linear(x, weight))
+    assert forward == dot(ops.linear_input_grad(dy, weight), x)
+    assert forward == dot(ops.linear_weight_grad(dy, x), ops.dequantize(weight))
+
+
+@law(weight=WEIGHTS, data=st.data())
+def test_linear_rows_are_independent(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
+    """A row of activations gives the same output alone, and a NaN in it stays in its row."""
+    x = _floats(data, 17, weight.shape[1]).clone()
+    y = ops.linear(x, weight)
+    _equal(ops.linear(x[3], weight), y[3], "alone")
+    x[3, -1] = float("nan")
+    spoiled = ops.linear(x, weight)
+    assert spoiled[3].isnan().all(), "a NaN times a trit of 0 is a NaN"
+    keep = torch.arange(17) != 3
+    _equal(spoiled[keep], y[keep], "beside a NaN")
+
+
+@law(weight=WEIGHTS, lead=st.sampled_from(((0,), (2, 0), (0, 3))), dtype=ss.DTYPES)
+def test_linear_of_an_empty_batch(
+    ops: Subject, weight: TernaryWeight, lead: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    num_rows, num_columns = weight.shape
+    x, dy = torch.zeros(*lead, num_columns, dtype=dtype), torch.zeros(*lead, num_rows, dtype=dtype)
+    exact(ops.linear(x, weight), dy)
+    exact(ops.linear_input_grad(dy, weight), x)
+    exact(ops.linear_weight_grad(dy, x), torch.zeros(num_rows, num_columns))
+
+
+@law(
+    shape=ss.matrix_shapes(40),
+    num_rows=st.sampled_from((1, 5, 33, 70)),
+    dtype=ss.DTYPES,
+    rate=st.sampled_from((0.25, 1.0, 1.25)),
+    clock=ss.clocks(),
+    data=st.data(),
+)
+def test_linear_backward_votes_disagree_only_at_boundaries(
+    ops: Subject,
+    shape: tuple[int, int],
+    num_rows: int,
+    dtype: torch.dtype,
+    rate: float,
+    clock: dict[str, Any],
+    data: st.DataObject,
+) -> None:
+    """Votes from real activations are those of some gradient within its own error of the true one.
+
+    Each vote lies between the votes of the true gradient less and plus that error; so where the error crosses no
+    rounding boundary, the vote is the reference's. Rows whose exponent the error could change are exempt.
+    """
+    kinds = ("normal", "wild", "constant")
+    dy = data.draw(ss.activations((num_rows, shape[0]), dtype, exact=False, kinds=kinds))
+    x = data.draw(ss.activations((num_rows, shape[1]), dtype, exact=False, kinds=kinds))
+    grad = ops.linear_weight_grad(dy, x)
+    twin = reference_ops.linear_weight_grad(dy, x)
+    wide = reference_ops.linear_weight_grad(dy.to(torch.float64), x.to(torch.float64))
+    terms = reference_ops.linear_weight_grad(dy.to(torch.float64).abs(), x.to(torch.float64).abs())
+    k = OP_TABLE["linear_weight_grad"].output.k
+    no_worse(grad, twin=twin, wide=wide, magnitude=terms, k=k, what="the gradient")
+    allowed = k * roundings(twin, wide, terms).max().item() + 1.0
+    error = allowed * one_rounding(torch.float32, wide, terms)
+
+    votes = ops.stochastic_votes(grad, rate, group_size=12, **clock).to(torch.int64)
+    least = _row_exponent((wide.abs() - error).clamp(min=0.0))
+    exponent = _row_exponent(wide.abs() + error)
+    sure = least == exponent
+    ids = torch.arange(shape[0] * -(-shape[1] // 12)).reshape(shape[0], -1)
+    dither = reference_ops.dither_bytes(ids, group_size=12, **clock)[..., :12].reshape(shape[0], -1)[
+        :, : shape[1]
+    ]
+    low, high = (_votes(value, exponent, rate, dither) for value in (wide - error, wide + error))
+    outside = ((votes < low) | (votes > high)) & sure[:, None]
+    assert not outside.any(), f"votes beyond the gradient's error at {outside.nonzero()[0].tolist()}"
+
+
+def _row_exponent(grad: Tensor) -> Tensor:
+    """Return V of float64 rows; SILENT_ROW for rows of zeros."""
+    found = [oracle.row_exponent(row) for row in grad.tolist()]
+    return torch.tensor([SILENT_ROW if exponent is None else exponent for exponent in found])
+
+
+def _votes(value: Tensor, exponent: Tensor, rate: float, dither: Tensor) -> Tensor:
+    """Return the votes of a float64 gradient under known dither; silent rows vote 0."""
+    scaled = torch.ldexp(value, 8 - exponent[:, None]) * rate
+    q = scaled.to(torch.float32).clamp(-32768.0, 32767.0).round().to(torch.int64)
+    votes = torch.div(q + dither, 256, rounding_mode="floor").clamp(-127, 127)
+    return torch.where(exponent[:, None] == SILENT_ROW, 0, votes)

@@ -1,0 +1,99 @@
+"""Laws of RMSNorm: torch's own, and its autograd, in float64."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from arbitor.reference.op_table import OP_TABLE
+from arbitor.reference.types import TernaryWeight
+from conformance import strategies as ss
+from conformance.cases import Case, leading, magnitude_of_norm_input_grad
+from conformance.compare import exact, no_worse, unsigned_zeros
+from conformance.law import law
+from conformance.subject import Subject
+
+WEIGHTS = st.deferred(ss.sizes).flatmap(lambda width: ss.weights((1, width)))
+LEADING = leading(empty=False)
+EPS = st.sampled_from((1e-6, 1e-3, 1.0))
+KINDS = ("normal", "wild", "faint")
+
+
+def _draw(
+    data: st.DataObject, shape: tuple[int, ...], dtype: torch.dtype, kinds: tuple[str, ...] = KINDS
+) -> Tensor:
+    return data.draw(ss.activations(shape, dtype, exact=False, kinds=kinds))
+
+
+@law(weight=WEIGHTS, lead=LEADING, dtype=ss.DTYPES, eps=EPS, data=st.data())
+def test_rms_norm_by_torch(
+    ops: Subject,
+    weight: TernaryWeight,
+    lead: tuple[int, ...],
+    dtype: torch.dtype,
+    eps: float,
+    data: st.DataObject,
+) -> None:
+    """Forward and both gradients are no worse than autograd through torch.nn.functional.rms_norm."""
+    x = _draw(data, (*lead, weight.shape[1]), dtype)
+    grad = _draw(data, x.shape, dtype, ("normal",))
+    wide, twin = (_by_torch(grad, x, weight, eps, to) for to in (torch.float64, torch.float32))
+    got = (
+        ops.rms_norm(x, weight, eps=eps),
+        ops.rms_norm_input_grad(grad, x, weight, eps=eps),
+        ops.rms_norm_weight_grad(grad, x, eps=eps),
+    )
+    unit = x.to(torch.float64) / (x.to(torch.float64).square().mean(dim=-1, keepdim=True) + eps).sqrt()
+    terms = (
+        wide[0].abs(),
+        magnitude_of_norm_input_grad(ops.rms_norm, Case((grad, x, weight), {"eps": eps})),
+        (grad.to(torch.float64) * unit).abs().reshape(-1, x.shape[-1]).sum(dim=0, keepdim=True),
+    )
+    names = ("rms_norm", "rms_norm_input_grad", "rms_norm_weight_grad")
+    for index, name in enumerate(names):
+        plain = twin[index].to(got[index].dtype)
+        k = OP_TABLE[name].output.k
+        no_worse(got[index], twin=plain, wide=wide[index], magnitude=terms[index], k=k, what=name)
+
+
+def _by_torch(
+    grad: Tensor, x: Tensor, weight: TernaryWeight, eps: float, to: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    x_leaf = x.to(to).detach().requires_grad_()
+    w_leaf = weight.dense(to)[0].requires_grad_()
+    y = functional.rms_norm(x_leaf, (x.shape[-1],), w_leaf, eps)
+    dx, dw = torch.autograd.grad(y, (x_leaf, w_leaf), grad.to(to))
+    return y.detach(), dx, dw.reshape(1, -1)
+
+
+@law(weight=WEIGHTS, dtype=ss.DTYPES, power=st.integers(10, 40), data=st.data())
+def test_rms_norm_ignores_the_scale(
+    ops: Subject, weight: TernaryWeight, dtype: torch.dtype, power: int, data: st.DataObject
+) -> None:
+    """A power of two on x changes not one bit, once eps is too small to count beside the mean square."""
+    x = ss.float_values((5, weight.shape[1]), "small integers", data.draw(ss.GENERATOR_SEEDS))
+    x = torch.where(x == 0, 1.0, x).to(dtype)
+    exact(ops.rms_norm(x * 2.0**power, weight, eps=1e-12), ops.rms_norm(x * 2.0**9, weight, eps=1e-12))
+
+
+@law(weight=WEIGHTS, dtype=ss.DTYPES, eps=EPS)
+def test_rms_norm_of_zeros(ops: Subject, weight: TernaryWeight, dtype: torch.dtype, eps: float) -> None:
+    """Zeros stay zeros, and their gradients stay finite."""
+    x = torch.zeros(3, weight.shape[1], dtype=dtype)
+    exact(unsigned_zeros(ops.rms_norm(x, weight, eps=eps)), x)
+    assert ops.rms_norm_input_grad(torch.ones_like(x), x, weight, eps=eps).isfinite().all()
+    exact(unsigned_zeros(ops.rms_norm_weight_grad(torch.ones_like(x), x, eps=eps)), x[:1].to(torch.float32))
+
+
+@law(width=st.deferred(ss.sizes), dtype=ss.DTYPES, power=st.integers(-8, 8), data=st.data())
+def test_rms_norm_weight_grad_scales_with_grad(
+    ops: Subject, width: int, dtype: torch.dtype, power: int, data: st.DataObject
+) -> None:
+    """Linear in the gradient: a power of two, and a sign, come out bit for bit."""
+    x, grad = (
+        ss.float_values((9, width), "normal", data.draw(ss.GENERATOR_SEEDS)).to(dtype) for _ in range(2)
+    )
+    first = ops.rms_norm_weight_grad(grad, x)
+    exact(ops.rms_norm_weight_grad(grad * -(2.0**power), x), first * -(2.0**power))

@@ -1,0 +1,189 @@
+"""Laws of votes: small integers that estimate the gradient without bias, in units of its row's scale."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from hypothesis import assume
+from hypothesis import strategies as st
+from torch import Tensor
+
+from arbitor.reference.types import SILENT_ROW
+from conformance import oracle
+from conformance import strategies as ss
+from conformance.compare import exact
+from conformance.law import law
+from conformance.subject import Subject
+
+SMALL = ss.matrix_shapes(40)
+GRADIENTS = SMALL.flatmap(ss.gradients)
+FINITE = SMALL.flatmap(
+    lambda shape: ss.gradients(shape, faults=False, kinds=("normal", "ties", "spikes", "boundary"))
+)
+
+
+@law(grad=GRADIENTS)
+def test_row_exponents_by_fractions(ops: Subject, grad: Tensor) -> None:
+    """2**(2V - 1) <= mean square < 2**(2V + 1), in exact fractions; silent where zero or not finite."""
+    found = [oracle.row_exponent(row) for row in grad.tolist()]
+    want = [SILENT_ROW if exponent is None else exponent for exponent in found]
+    exact(ops.row_exponents(grad), torch.tensor(want, dtype=torch.int32))
+
+
+@law(grad=FINITE, power=st.integers(-40, 40))
+def test_row_exponents_follow_the_scale(ops: Subject, grad: Tensor, power: int) -> None:
+    """2 * g raises V by one, and the order of columns does not matter."""
+    exponents = ops.row_exponents(grad)
+    shifted = torch.where(exponents == SILENT_ROW, SILENT_ROW, exponents + power).to(torch.int32)
+    exact(ops.row_exponents(grad * 2.0**power), shifted)
+    exact(ops.row_exponents(grad.flip(1)), exponents)
+
+
+def _vote(ops: Subject, grad: Tensor, rate: float | Tensor, group_size: int, clock: dict[str, Any]) -> Tensor:
+    return ops.stochastic_votes(grad, rate, group_size=group_size, **clock)
+
+
+@law(grad=GRADIENTS, rate=ss.RATES, group_size=ss.GROUPS, clock=ss.clocks())
+def test_stochastic_votes_by_fractions(
+    ops: Subject, grad: Tensor, rate: float, group_size: int, clock: dict[str, Any]
+) -> None:
+    """q in exact fractions, one rounding to float32, half to even, then the floor of (q + byte) / 256."""
+    groups = -(-grad.shape[1] // group_size)
+    numbers = {name: int(value) for name, value in clock.items()}
+    rate = torch.tensor(rate, dtype=torch.float32).item()
+    got = _vote(ops, grad, rate, group_size, clock)
+    assert got.dtype == torch.int8
+    for index, row in enumerate(grad.tolist()):
+        dither: list[int] = []
+        for group in range(index * groups, (index + 1) * groups):
+            dither += oracle.dither(group, group_size, **numbers)[:group_size]
+        want = oracle.votes(row, rate, dither[: len(row)])
+        assert got[index].tolist() == want, f"row {index} of {grad.dtype}: {got[index].tolist()}, want {want}"
+
+
+@law(
+    share=0.3,
+    q=st.one_of(st.integers(-700, 700), st.sampled_from((-1, 1, 128, -128, 255, 256, -257))),
+    seed=ss.SEEDS,
+)
+def test_stochastic_votes_are_unbiased(ops: Subject, q: int, seed: int) -> None:
+    """Over all 256 dither bytes, votes for a gradient of q / 256 sum to exactly q."""
+    total = _votes_over_all_bytes(ops, math.copysign(1.0, q), abs(q) / 256, seed)
+    assert total == q, f"votes for {q} / 256 sum to {total} over all bytes"
+
+
+@law(share=0.3, half=st.integers(-300, 300), seed=ss.SEEDS)
+def test_stochastic_votes_round_half_to_even(ops: Subject, half: int, seed: int) -> None:
+    """A gradient halfway between two values of q takes the even one, of either sign."""
+    odd = 2 * half + 1
+    total = _votes_over_all_bytes(ops, math.copysign(1.0, odd), abs(odd) / 512, seed)
+    assert total == round(odd / 2), f"votes for {odd} / 512 sum to {total} over all bytes"
+
+
+def _votes_over_all_bytes(ops: Subject, g: float, rate: float, seed: int) -> int:
+    """Return the sum of the votes at 256 places, chosen so that every dither byte occurs once."""
+    grad = torch.full((128, 60), g)  # a mean square of 1: V = 0, and q is g * 256 * rate
+    clock = {"seed": seed, "step": 5, "tensor_id": 6}
+    dither = ops.dither_bytes(torch.arange(128 * 5).reshape(128, 5), group_size=12, **clock)[..., :12]
+    places = {byte: place for place, byte in enumerate(dither.reshape(-1).tolist())}
+    assert len(places) == 256
+    votes = _vote(ops, grad, rate, 12, clock).reshape(-1)
+    return votes[torch.tensor(list(places.values()))].sum(dtype=torch.int64).item()
+
+
+@law(grad=FINITE, power=st.integers(-30, 30), rate=ss.RATES, clock=ss.clocks())
+def test_stochastic_votes_ignore_the_scale(
+    ops: Subject, grad: Tensor, power: int, rate: float, clock: dict[str, Any]
+) -> None:
+    """Scaling the gradient by a power of two changes nothing: votes are in units of the row's scale."""
+    exact(_vote(ops, grad * 2.0**power, rate, 12, clock), _vote(ops, grad, rate, 12, clock))
+
+
+@law(grad=GRADIENTS, clock=ss.clocks())
+def test_stochastic_votes_at_rate_zero(ops: Subject, grad: Tensor, clock: dict[str, Any]) -> None:
+    votes = _vote(ops, grad, 0.0, 12, clock)
+    assert not votes.any(), "rate 0 votes"
+
+
+@law(grad=GRADIENTS, clock=ss.clocks())
+def test_stochastic_votes_saturate(ops: Subject, grad: Tensor, clock: dict[str, Any]) -> None:
+    """At the highest rate an element above its row's scale votes 127, with its own sign; -128 never occurs."""
+    votes = _vote(ops, grad, 127.0, 12, clock).to(torch.int32)
+    assert votes.min() >= -127, "a vote of -128"
+    exponents = [oracle.row_exponent(row) for row in grad.tolist()]
+    for row, exponent in enumerate(exponents):
+        if exponent is not None:
+            large = (grad[row].to(torch.float64) * 2.0**-exponent).abs() >= 1.1
+            assert (votes[row][large] == 127 * grad[row][large].sign()).all(), f"row {row} does not saturate"
+
+
+@law(grad=GRADIENTS, rate=ss.RATES, clock=ss.clocks())
+def test_stochastic_votes_of_silent_rows(
+    ops: Subject, grad: Tensor, rate: float, clock: dict[str, Any]
+) -> None:
+    """A row of zeros, or one with an infinity or a NaN, casts no votes, and takes no other row with it."""
+    grad = grad.clone()
+    grad[0, -1] = float("nan")
+    votes = _vote(ops, grad, rate, 12, clock)
+    assert not votes[0].any(), "a row with a NaN votes"
+    if grad.shape[0] > 1:
+        grad[0] = 1.0
+        exact(_vote(ops, grad, rate, 12, clock)[1:], votes[1:], "rows beside it")
+
+
+@law(grad=FINITE, rate=ss.RATES, clock=ss.clocks(), data=st.data())
+def test_stochastic_votes_of_some_rows(
+    ops: Subject, grad: Tensor, rate: float, clock: dict[str, Any], data: st.DataObject
+) -> None:
+    """Rows keep the dither of their true place in the weight; unused slots vote nothing."""
+    rows = data.draw(ss.row_choices(grad.shape[0]).filter(len))
+    some = ops.stochastic_votes(grad[rows], rate, group_size=12, rows=rows, **clock)
+    exact(some, torch.where(rows[:, None] >= 0, _vote(ops, grad, rate, 12, clock)[rows], 0).to(torch.int8))
+
+
+@law(grad=FINITE, rate=ss.RATES, clock=ss.clocks())
+def test_stochastic_votes_take_device_scalars(
+    ops: Subject, grad: Tensor, rate: float, clock: dict[str, Any]
+) -> None:
+    """A rate and a step that live on the device count like numbers."""
+    step = int(clock["step"])
+    numbers = _vote(ops, grad, rate, 12, {**clock, "step": step})
+    exact(_vote(ops, grad, torch.tensor(rate), 12, {**clock, "step": torch.tensor(step)}), numbers)
+
+
+@law(grad=FINITE, clock=ss.clocks())
+def test_stochastic_votes_differ_between_steps(ops: Subject, grad: Tensor, clock: dict[str, Any]) -> None:
+    """The next step rolls other dice: over 128 elements near half a vote, equal votes by chance are 2**-128."""
+    half = torch.ones(4, 32)
+    step = int(clock["step"])
+    assume(step < 2**32 - 2)
+    one, other = (_vote(ops, half, 0.5, 12, {**clock, "step": s}) for s in (step, step + 1))
+    assert not torch.equal(one, other)
+
+
+@law(grad=GRADIENTS, step_size=st.integers(1, 127))
+def test_sign_votes_by_sign(ops: Subject, grad: Tensor, step_size: int) -> None:
+    want = [
+        [step_size * ((g > 0) - (g < 0)) if all(map(math.isfinite, row)) else 0 for g in row]
+        for row in grad.tolist()
+    ]
+    exact(ops.sign_votes(grad, step_size), torch.tensor(want, dtype=torch.int8))
+
+
+@law(grad=FINITE, step_size=st.integers(1, 127))
+def test_sign_votes_negation(ops: Subject, grad: Tensor, step_size: int) -> None:
+    exact(ops.sign_votes(-grad, step_size), -ops.sign_votes(grad, step_size))
+
+
+@law(loss=st.floats(0.0, 20.0), more=st.floats(0.0, 20.0), most=st.integers(1, 127))
+def test_step_from_loss_by_ceiling(ops: Subject, loss: float, more: float, most: int) -> None:
+    """The smallest s with s >= s_max * loss / ln 256, within 1 .. s_max; it never decreases with the loss."""
+    reference = math.log(256)
+    step = ops.step_from_loss(loss, reference, most)
+    assert isinstance(step, int) and 1 <= step <= most
+    assert step == most or step >= most * loss / reference
+    assert step == 1 or step - 1 < most * loss / reference
+    assert ops.step_from_loss(loss + more, reference, most) >= step
+    assert ops.step_from_loss(reference, reference, most) == most

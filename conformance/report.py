@@ -1,0 +1,56 @@
+"""What the suite did: which ops were compared, where, how, on how many examples, and what was left out and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NoReturn
+
+import pytest
+
+from arbitor.reference.op_table import OP_TABLE
+
+
+class Ledger:
+    """Counts of one run of the suite."""
+
+    def __init__(self) -> None:
+        self.compared: Counter[str] = Counter()
+        self.law_examples: Counter[str] = Counter()
+        self.skipped: dict[str, str] = {}
+
+    def counts(self) -> dict[str, dict]:
+        """Return the counts as plain dictionaries, for another process."""
+        return {name: dict(value) for name, value in vars(self).items()}
+
+    def add(self, counts: dict[str, dict]) -> None:
+        """Add the counts of another process of this run."""
+        self.compared.update(counts["compared"])
+        self.law_examples.update(counts["law_examples"])
+        self.skipped.update(counts["skipped"])
+
+    def lines(self, implementation: str, where: str) -> list[str]:
+        """Return the summary."""
+        missing = [name for name in OP_TABLE if not self.compared[name]]
+        kinds = Counter(str(OP_TABLE[name].output) for name in self.compared)
+        how = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none"
+        lines = [
+            f"implementation: {implementation}",
+            f"where:          {where}",
+            f"compared:       {len(self.compared)} of {len(OP_TABLE)} ops ({how})"
+            f" on {self.compared.total()} examples",
+            f"laws:           {len(self.law_examples)} on {self.law_examples.total()} examples",
+        ]
+        if missing:
+            lines.append(f"not compared:   {', '.join(missing)}")
+        lines += [f"skipped:        {what}: {reason}" for what, reason in self.skipped.items()]
+        return lines
+
+
+LEDGER = Ledger()
+"""The ledger of this process."""
+
+
+def skip(what: str, reason: str) -> NoReturn:
+    """Leave a test out, with a reason that the summary prints."""
+    LEDGER.skipped[what] = reason
+    pytest.skip(reason)

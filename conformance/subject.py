@@ -1,0 +1,146 @@
+"""The implementation under test, called the way a careful user would call it, and watched.
+
+Tests hand over and get back CPU tensors and canonical weights. In between, a `Subject` moves them to the device under test
+(with their strides and offsets), gives weights in canonical or in device layout, poisons what the implementation allocates,
+and checks that inputs were not written and that weights come back in the layout that they were given in. Which layout and
+which poison follow from the inputs' bytes, so that an example always runs in the same way.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arbitor.reference.types import TernaryWeight
+from conformance.compare import bits_of, tensors_of
+from conformance.poison import PATTERNS, poisoned
+
+WRITTEN = ("out", "faults")
+"""Arguments that an op may write."""
+
+MAKERS = ("initial_weight", "constant_weight")
+"""Ops that make something of nothing: they are told where."""
+
+
+class Subject:
+    """Ops of an implementation, on a device, poisoned and checked for purity."""
+
+    def __init__(self, ops: ModuleType | SimpleNamespace, name: str, device: str = "cpu") -> None:
+        self.ops, self.name, self.device = ops, name, torch.device(device)
+
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        """Return an op of the implementation, wrapped."""
+        return lambda *args, **kwargs: self.call(op, *args, **kwargs)
+
+    def raw(self, op: str) -> Callable[..., Any]:
+        """Return an op as the implementation has it; one that is missing fails when it is used, not before."""
+        found = getattr(self.ops, op, None)
+        if callable(found):
+            return found
+
+        def stub(*args: Any, **kwargs: Any) -> Any:
+            raise AssertionError(f"{self.name} has no op `{op}`")
+
+        return stub
+
+    def call(self, op: str, *args: Any, **kwargs: Any) -> Any:
+        """Call an op on the device under test and return its result on the CPU."""
+        digest = fingerprint((args, kwargs))
+        return self.call_with(op, args, kwargs, PATTERNS[digest & 1], device_layout=bool(digest & 2))
+
+    def call_with(
+        self, op: str, args: tuple[Any, ...], kwargs: dict[str, Any], pattern: int, *, device_layout: bool
+    ) -> Any:
+        """Call an op under one poison and one layout."""
+        moved: dict[int, Any] = {}  # by identity, so that `out=weight` stays one object
+        device_args = tuple(self.to_device(value, device_layout, moved) for value in args)
+        device_kwargs = {name: self.to_device(value, device_layout, moved) for name, value in kwargs.items()}
+        if op in MAKERS:
+            device_kwargs.setdefault("device", self.device)
+        writable = {id(device_kwargs[name]) for name in WRITTEN if device_kwargs.get(name) is not None}
+        inputs = [value for value in (*device_args, *device_kwargs.values()) if id(value) not in writable]
+        before = {path: tensor.clone() for path, tensor in tensors_of(inputs).items()}
+        with poisoned(pattern):
+            result = self.raw(op)(*device_args, **device_kwargs)
+        for path, tensor in tensors_of(inputs).items():
+            assert same_bytes(tensor, before[path]), f"{op} wrote to its input {path}"
+        if device_kwargs.get("out") is not None:
+            assert result is device_kwargs["out"], f"{op} returned something else than its `out`"
+        given = {type(value) for value in (*device_args, *device_kwargs.values()) if is_weight(value)}
+        if is_weight(result) and given and op not in ("from_spec", "to_spec"):
+            assert type(result) in given, f"{op} was given a {given} and returned a {type(result).__name__}"
+        for name in WRITTEN:
+            if isinstance(device_kwargs.get(name), Tensor):
+                kwargs[name].copy_(device_kwargs[name])
+        return self.to_cpu(result)
+
+    def refuses(self, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
+        """Return what an op raises, None if nothing; canonical weights, as content may be invalid."""
+        moved: dict[int, Any] = {}
+        device_args = [self.to_device(value, False, moved) for value in args]
+        device_kwargs = {name: self.to_device(value, False, moved) for name, value in kwargs.items()}
+        try:
+            self.raw(op)(*device_args, **device_kwargs)
+        except Exception as error:
+            return error
+        return None
+
+    def to_device(self, value: Any, device_layout: bool, moved: dict[int, Any]) -> Any:
+        """Return a value on the device under test; what is the same object here is one object there, by `moved`."""
+        if id(value) in moved:
+            return moved[id(value)]
+        if isinstance(value, Tensor):
+            result: Any = move(value, self.device)
+        elif isinstance(value, TernaryWeight):
+            result = value.to(self.device) if value.device.type == "cpu" else value
+            if device_layout:
+                result = self.raw("from_spec")(result)
+        else:
+            return value
+        moved[id(value)] = result
+        return result
+
+    def to_cpu(self, value: Any) -> Any:
+        """Return a result on the CPU, weights in canonical form."""
+        if isinstance(value, Tensor):
+            return value.cpu()
+        if isinstance(value, tuple):
+            return tuple(self.to_cpu(item) for item in value)
+        if is_weight(value):
+            canonical = value if isinstance(value, TernaryWeight) else self.raw("to_spec")(value)
+            return canonical.to("cpu")
+        return value
+
+
+def is_weight(value: Any) -> bool:
+    """Return whether a value is a weight, in either layout."""
+    return not isinstance(value, Tensor) and all(hasattr(value, name) for name in ("shape", "group_size"))
+
+
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a CPU tensor on `device` with the same strides and the same offset into its storage."""
+    if tensor.device.type != "cpu" or device.type == "cpu":
+        return tensor
+    flat = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    return flat.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors of one dtype hold the same bytes (a NaN equals itself)."""
+    if one.device.type == "meta":
+        return True
+    return torch.equal(bits_of(one), bits_of(other))
+
+
+def fingerprint(value: Any) -> int:
+    """Return a number that follows from the content of all tensors in a value, the same on every run."""
+    digest = 0
+    for tensor in tensors_of(value).values():
+        if tensor.device.type == "cpu":
+            digest = zlib.crc32(bits_of(tensor).numpy().tobytes(), digest)
+    return digest

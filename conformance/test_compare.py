@@ -1,0 +1,192 @@
+"""The comparers, tested with outputs that were tampered with; and the poison, with memory that was not written."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from arbitor.reference.types import TernaryWeight
+from conformance.compare import exact, no_worse, one_rounding, roundings, unsigned_zeros
+from conformance.poison import PATTERNS, poisoned
+from conformance.subject import Subject
+
+
+def _weight() -> TernaryWeight:
+    return TernaryWeight.from_trits(torch.ones(2, 13, dtype=torch.int8), torch.zeros(2, 2, dtype=torch.int8))
+
+
+@pytest.mark.parametrize(
+    ("got", "want"),
+    [
+        (torch.tensor([1000]), torch.tensor([1001])),
+        (torch.tensor([1], dtype=torch.int32), torch.tensor([1], dtype=torch.int64)),
+        (torch.tensor([[1]]), torch.tensor([1])),
+        (torch.tensor([-0.0]), torch.tensor([0.0])),
+        (torch.tensor([1.0]), torch.tensor([1.0 + 2.0**-23])),
+        (torch.tensor([math.nan]), torch.tensor([0.0])),
+        ([torch.tensor([1])], torch.tensor([1])),
+        ((torch.tensor([1]),), (torch.tensor([1]), torch.tensor([1]))),
+        (1, True),
+        (3, 3.0),
+    ],
+)
+def test_exact_rejects(got: object, want: object) -> None:
+    with pytest.raises(AssertionError):
+        exact(got, want)
+
+
+@pytest.mark.parametrize("name", ["packed", "exponents", "trit_accum", "exponent_accum"])
+def test_exact_rejects_one_byte_of_a_weight(name: str) -> None:
+    weight = _weight()
+    other = weight.clone()
+    exact(other, weight)
+    other.tensors()[name].view(-1)[-1] += 1
+    with pytest.raises(AssertionError, match=name):
+        exact(other, weight)
+
+
+def test_exact_accepts_equal_bits() -> None:
+    exact(torch.tensor([math.nan, -0.0]), torch.tensor([math.nan, -0.0]))
+    exact(torch.zeros(0, 3), torch.zeros(0, 3))
+    exact((1, torch.tensor(2)), (1, torch.tensor(2)))
+    exact(unsigned_zeros(torch.tensor([-0.0])), torch.tensor([0.0]))
+
+
+def _sum_case(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a twin, the true value and the magnitude of row sums."""
+    x = torch.randn(33, 200, generator=torch.Generator().manual_seed(3)).to(dtype)
+    wide = x.to(torch.float64)
+    return x.float().sum(dim=1).to(dtype), wide.sum(dim=1), wide.abs().sum(dim=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_worse_accepts_the_twin_and_another_order(dtype: torch.dtype) -> None:
+    twin, wide, magnitude = _sum_case(dtype)
+    no_worse(twin, twin=twin, wide=wide, magnitude=magnitude, k=2.0)
+    no_worse(wide.to(dtype), twin=twin, wide=wide, magnitude=magnitude, k=2.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "tamper", ["zeros", "one element", "nan", "inf", "lower precision", "dtype", "shape"]
+)
+def test_no_worse_rejects(dtype: torch.dtype, tamper: str) -> None:
+    twin, wide, magnitude = _sum_case(dtype)
+    got = twin.clone()
+    if tamper == "zeros":
+        got = torch.zeros_like(twin)
+    elif tamper == "one element":
+        got[7] += 8 * one_rounding(dtype, wide, magnitude)[7].to(dtype)
+    elif tamper in ("nan", "inf"):
+        got[7] = float(tamper)
+    elif tamper == "lower precision":  # bfloat16 for float32; seven bits of it for bfloat16
+        got = twin.to(torch.bfloat16).to(dtype) if dtype == torch.float32 else (twin * 1.02).to(dtype)
+    elif tamper == "dtype":
+        got = twin.to(torch.float64)
+    else:
+        got = twin[None]
+    with pytest.raises(AssertionError):
+        no_worse(got, twin=twin, wide=wide, magnitude=magnitude, k=2.0)
+
+
+def test_no_worse_rejects_sums_kept_in_bfloat16() -> None:
+    x = torch.randn(33, 200, generator=torch.Generator().manual_seed(4)).to(torch.bfloat16)
+    wide = x.to(torch.float64)
+    narrow = torch.zeros(33, dtype=torch.bfloat16)
+    for column in x.T:
+        narrow = narrow + column
+    twin = x.float().sum(dim=1).to(torch.bfloat16)
+    with pytest.raises(AssertionError):
+        no_worse(narrow, twin=twin, wide=wide.sum(dim=1), magnitude=wide.abs().sum(dim=1), k=2.0)
+
+
+def test_no_worse_looks_at_every_row() -> None:
+    """A row a billion times smaller is held to its own size: an error of its largest neighbour's would hide it."""
+    twin, wide, magnitude = _sum_case(torch.float32)
+    scale = torch.ones(33)
+    scale[5] = 1e-9
+    got = twin * scale
+    got[5] *= 1.001
+    with pytest.raises(AssertionError):
+        no_worse(got, twin=twin * scale, wide=wide * scale, magnitude=magnitude * scale, k=2.0)
+
+
+def test_no_worse_agrees_on_what_is_not_finite() -> None:
+    wide = torch.tensor([math.nan, math.inf, -math.inf, 1e39, 1.0], dtype=torch.float64)
+    twin = wide.to(torch.float32)  # 1e39 is infinite in float32
+    no_worse(twin, twin=twin, wide=wide, magnitude=wide.abs(), k=2.0)
+    for index, value in ((0, 1.0), (1, -math.inf), (2, math.nan), (3, 3e38), (4, math.inf)):
+        got = twin.clone()
+        got[index] = value
+        with pytest.raises(AssertionError):
+            no_worse(got, twin=twin, wide=wide, magnitude=wide.abs(), k=2.0)
+
+
+def test_roundings_count_half_an_ulp_as_at_most_one() -> None:
+    wide = torch.rand(1000, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 1.0
+    for dtype in (torch.float32, torch.bfloat16):
+        assert roundings(wide.to(dtype), wide, torch.zeros_like(wide)).max() <= 1.0
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.int8, torch.uint8, torch.int64, torch.bool]
+)
+def test_poison_fills_every_allocator(pattern: int, dtype: torch.dtype) -> None:
+    like = torch.zeros(2, 3, dtype=dtype)
+    with poisoned(pattern):
+        fresh = (
+            torch.empty(2, 3, dtype=dtype),
+            torch.empty_like(like),
+            torch.empty_strided((2, 3), (3, 1), dtype=dtype),
+            like.new_empty(2, 3),
+            like.new_empty_strided((2, 3), (3, 1)),
+        )
+    for tensor in fresh:
+        assert tensor.isnan().all() if tensor.is_floating_point() else (tensor == fresh[0]).all()
+        if dtype in (torch.uint8, torch.int8):
+            assert (tensor.view(torch.uint8) == pattern).all()
+    assert torch.empty(2).dtype == torch.float32 and torch.empty.__name__ == "empty", (
+        "poison outlives its block"
+    )
+
+
+class _Ops:
+    """An implementation with three faults that only a watched call shows."""
+
+    @staticmethod
+    def pack_trits(trits: Tensor) -> Tensor:
+        trits += 1
+        return trits
+
+    @staticmethod
+    def apply_step(weight: TernaryWeight, *, out: TernaryWeight | None = None) -> TernaryWeight:
+        return weight
+
+    @staticmethod
+    def linear(x: Tensor, weight: TernaryWeight) -> Tensor:
+        return torch.empty(x.shape[0], 2)
+
+    from_spec = to_spec = staticmethod(lambda weight: weight)
+
+
+def test_subject_notices_a_written_input() -> None:
+    with pytest.raises(AssertionError, match="wrote to its input"):
+        Subject(_Ops, "faulty").pack_trits(torch.zeros(3, dtype=torch.int8))
+
+
+def test_subject_notices_an_ignored_out() -> None:
+    with pytest.raises(AssertionError, match="something else than its `out`"):
+        Subject(_Ops, "faulty").apply_step(_weight(), out=_weight())
+
+
+def test_subject_poisons_outputs() -> None:
+    assert Subject(_Ops, "faulty").linear(torch.zeros(3, 13), _weight()).isnan().all()
+
+
+def test_subject_names_a_missing_op() -> None:
+    with pytest.raises(AssertionError, match="has no op `rms_norm`"):
+        Subject(_Ops, "faulty").rms_norm(torch.zeros(3))

@@ -1,0 +1,294 @@
+"""What holds for an implementation as a whole: names, signatures, imports, repeatability, graphs, compilation, addressing."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from arbitor.reference import ops as reference_ops
+from arbitor.reference.op_table import OP_TABLE
+from conformance import import_lint
+from conformance.cases import CASES, Case
+from conformance.compare import exact, unsigned_zeros
+from conformance.poison import PATTERNS
+from conformance.report import skip
+from conformance.subject import Subject
+
+CAPTURABLE = [name for name, row in OP_TABLE.items() if row.capturable]
+
+
+def needs_cuda(subject: Subject, what: str) -> None:
+    """Leave a test out where there is no GPU, and say so in the summary."""
+    if subject.device.type != "cuda":
+        skip(what, f"needs CUDA; this run is on {subject.device}")
+
+
+def test_names_mirror_the_reference(subject: Subject) -> None:
+    assert sorted(subject.ops.__all__) == sorted(reference_ops.__all__)
+
+
+@pytest.mark.parametrize("name", OP_TABLE)
+def test_signature_mirrors_the_reference(subject: Subject, name: str) -> None:
+    """Same arguments, same order, same defaults; annotations may differ, as layouts do."""
+    shape = lambda op: [(p.name, p.kind, p.default) for p in inspect.signature(op).parameters.values()]  # noqa: E731
+    assert shape(subject.raw(name)) == shape(getattr(reference_ops, name))
+
+
+@pytest.mark.parametrize("name", OP_TABLE)
+def test_op_is_documented(subject: Subject, name: str) -> None:
+    assert inspect.getdoc(subject.raw(name)), f"{name} has no docstring"
+
+
+@pytest.mark.parametrize("name", OP_TABLE)
+def test_reference_docstring_has_its_headings(name: str) -> None:
+    """A sentence, then what it raises and where the rule comes from; layouts refuse nothing and have no rule."""
+    doc = inspect.getdoc(getattr(reference_ops, name)) or ""
+    assert doc.splitlines()[0].endswith((".", ":")), f"{name}: the first line is no sentence"
+    if OP_TABLE[name].family != "layout":
+        missing = [heading for heading in ("Raises:", "Source:") if heading not in doc]
+        assert not missing, f"{name} lacks {missing}"
+
+
+@pytest.mark.parametrize("name", [name for name in OP_TABLE if name != "step_from_loss"])
+def test_repeat_runs_give_identical_bits(subject: Subject, name: str) -> None:
+    """The same call under both poisons and in both layouts: no order of threads, no old memory shows."""
+
+    @settings(max_examples=max(2, settings.default.max_examples // 5))
+    @given(case=CASES[name])
+    def run(case: Case) -> None:
+        for device_layout in (False, True):
+            results = []
+            for pattern in (*PATTERNS, PATTERNS[0]):
+                fresh = case.copy()
+                results.append(
+                    subject.call_with(name, fresh.args, fresh.kwargs, pattern, device_layout=device_layout)
+                )
+            exact(results[1], results[0], f"{name} under another poison")
+            exact(results[2], results[0], f"{name} once more")
+
+    run()
+
+
+def test_import_does_not_touch_cuda() -> None:
+    """Neither package looks for a GPU when it is imported, nor initialises one."""
+    script = (
+        "import torch\n"
+        "def refuse(*_): raise SystemExit('import asked CUDA')\n"
+        "torch._C._cuda_getDeviceCount = refuse\n"
+        "torch.cuda._lazy_init = refuse\n"
+        "import arbitor.reference.ops, arbitor.optimized, arbitor.optimized.ops\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_imports_keep_the_rules() -> None:
+    found = import_lint.breaches()
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("reference/a.py", "import numpy"),
+        ("reference/a.py", "from arbitor.optimized import settings"),
+        ("reference/ops/a.py", "from conformance import compare"),
+        ("optimized/a.py", "from arbitor.reference.ops.votes import row_exponents"),
+        ("optimized/a.py", "from arbitor.reference import ops"),
+        ("optimized/a.py", "import arbitor.reference.ops.votes as v"),
+        ("optimized/a.py", "import importlib; importlib.import_module('arbitor.reference.ops')"),
+        ("optimized/ops/a.py", "from ...reference import ops"),
+        ("optimized/a.py", "def f(weight): return weight.dense()"),
+        ("optimized/a.py", "def f(weight): return weight.trits()"),
+        ("optimized/a.py", "import os; os.environ['ARB_X']"),
+        ("conformance/a.py", "import bench"),
+    ],
+)
+def test_import_lint_rejects(path: str, source: str) -> None:
+    assert list(import_lint.breaches_of(source, Path(path)))
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("reference/a.py", "import math, torch; from arbitor.reference.types import TernaryWeight"),
+        ("optimized/a.py", "from arbitor.reference import checks, types; import triton, numpy"),
+        ("optimized/settings.py", "import os; os.environ.get('ARB_X')"),
+        ("bench/a.py", "from conformance.compare import exact; from arbitor.reference import ops"),
+    ],
+)
+def test_import_lint_accepts(path: str, source: str) -> None:
+    assert not list(import_lint.breaches_of(source, Path(path)))
+
+
+def _weight(subject: Subject, num_rows: int, num_columns: int) -> object:
+    weight = reference_ops.initial_weight((num_rows, num_columns), std=0.05, seed=1, tensor_id=2)
+    return subject.raw("from_spec")(weight.to(subject.device))
+
+
+def test_no_kernel_compiles_again_for_another_batch(subject: Subject) -> None:
+    """Odd, even, one, a multiple of sixteen: a token count is no reason to compile."""
+    needs_cuda(subject, "recompilation")
+    import triton
+
+    compiled: list[str] = []
+    weight, norm = _weight(subject, 96, 160), _weight(subject, 1, 160)
+    table = _weight(subject, 300, 160)
+
+    def everything(count: int) -> None:
+        device = subject.device
+        x = torch.randn(count, 160, device=device, dtype=torch.bfloat16)
+        dy = torch.randn(count, 96, device=device, dtype=torch.bfloat16)
+        ids = torch.arange(count, device=device) % 300
+        op = subject.raw
+        op("linear")(x, weight)
+        op("linear_input_grad")(dy, weight)
+        op("linear_weight_grad")(dy, x)
+        op("rms_norm")(x, norm)
+        op("rms_norm_input_grad")(x, x, norm)
+        op("rms_norm_weight_grad")(x, x)
+        op("denoise_step")(x, x, alpha=0.5)
+        op("denoise_step_backward")(x, alpha=0.5)
+        op("embedding")(ids, table)
+        rows, grads = op("embedding_row_grads")(ids, x)
+        op("accumulate_gradient")(table, grads, 1.0, seed=1, step=count, tensor_id=2, rows=rows)
+        op("apply_step")(table, rows=rows)
+
+    for count in (
+        1,
+        16,
+        64,
+        4096,
+    ):  # what may depend on size: a choice of tiles for decoding, small and large batches
+        everything(count)
+    hook = lambda *args, **kwargs: compiled.append(str(kwargs.get("repr") or kwargs.get("key")))  # noqa: E731
+    previous, triton.knobs.runtime.jit_cache_hook = triton.knobs.runtime.jit_cache_hook, hook
+    try:
+        for count in (2, 15, 33, 48, 65, 100, 1000, 2047, 3072):
+            everything(count)
+    finally:
+        triton.knobs.runtime.jit_cache_hook = previous
+    assert not compiled, f"compiled again: {compiled}"
+
+
+@pytest.mark.parametrize("name", CAPTURABLE)
+def test_op_replays_from_a_cuda_graph(subject: Subject, name: str) -> None:
+    """A captured call replays to the same bits as an eager one."""
+    needs_cuda(subject, "CUDA graphs")
+
+    @settings(max_examples=4)
+    @given(case=CASES[name])
+    def run(case: Case) -> None:
+        moved: dict[int, object] = {}
+        args = tuple(subject.to_device(value, False, moved) for value in case.args)
+        written = ("out", "faults")  # each replay would write them again
+        kwargs = {
+            key: subject.to_device(v, False, moved) for key, v in case.kwargs.items() if key not in written
+        }
+        op = subject.raw(name)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            want = op(*args, **kwargs)  # on the very same memory; compiles outside of the capture
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = op(*args, **kwargs)
+        graph.replay()
+        torch.cuda.synchronize()
+        exact(unsigned_zeros(subject.to_cpu(result)), unsigned_zeros(subject.to_cpu(want)), name)
+
+    run()
+
+
+def test_captured_update_draws_fresh_dither(subject: Subject) -> None:
+    """A step that lives on the device: each replay votes as an eager call at that step does."""
+    needs_cuda(subject, "fresh dither in a CUDA graph")
+    weight = _weight(subject, 40, 50)
+    grad = torch.randn(40, 50, device=subject.device)
+    step = torch.tensor(7, device=subject.device)
+    votes = lambda step: subject.raw("stochastic_votes")(grad, 0.4, seed=1, step=step, tensor_id=2)  # noqa: E731
+    votes(step)
+    subject.raw("accumulate_gradient")(weight, grad, 0.4, seed=1, step=step, tensor_id=2)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = votes(step)
+    for value in (8, 9, 2**32 - 2):
+        step.fill_(value)
+        graph.replay()
+        exact(captured.cpu(), votes(value).cpu(), f"step {value}")
+
+
+BIG = 2**31
+"""Elements from which 32-bit offsets overflow."""
+
+
+def test_pack_trits_beyond_32_bits(subject: Subject) -> None:
+    needs_cuda(subject, "addressing beyond 2**31 trits")
+    trits = torch.zeros(BIG + 25, dtype=torch.int8, device=subject.device)
+    trits[-25:] = torch.arange(25, device=subject.device) % 3 - 1
+    packed = subject.raw("pack_trits")(trits)
+    tail = BIG + 25 - (BIG + 25) % 5 - 20
+    exact(packed[tail // 5 :].cpu(), reference_ops.pack_trits(trits[tail:].cpu()))
+    exact(subject.raw("unpack_trits")(packed, (BIG + 25,))[-25:].cpu(), trits[-25:].cpu())
+
+
+def test_votes_beyond_32_bits(subject: Subject) -> None:
+    """The last rows of a gradient of more than 2**31 elements vote as they do alone."""
+    needs_cuda(subject, "addressing beyond 2**31 gradients")
+    num_columns = 4096
+    num_rows = BIG // num_columns + 3
+    grad = torch.zeros(num_rows, num_columns, device=subject.device, dtype=torch.bfloat16)
+    grad[-3:] = torch.randn(3, num_columns, device=subject.device)
+    clock = {"seed": 1, "step": 2, "tensor_id": 3}
+    votes = subject.raw("stochastic_votes")(grad, 1.0, **clock)
+    rows = torch.arange(num_rows - 3, num_rows)
+    exact(votes[-3:].cpu(), reference_ops.stochastic_votes(grad[-3:].cpu(), 1.0, rows=rows, **clock))
+    assert not votes[:-3].any()
+    exact(subject.raw("sign_votes")(grad, 3)[-3:].cpu(), reference_ops.sign_votes(grad[-3:].cpu(), 3))
+
+
+def test_linear_beyond_32_bits(subject: Subject) -> None:
+    """The last rows of activations of more than 2**31 elements give what they give alone."""
+    needs_cuda(subject, "addressing beyond 2**31 activations")
+    num_columns = 1024
+    count = BIG // num_columns + 5
+    weight = _weight(subject, 24, num_columns)
+    x = torch.zeros(count, num_columns, device=subject.device, dtype=torch.bfloat16)
+    x[-5:] = torch.randint(-8, 9, (5, num_columns), device=subject.device)
+    op = subject.raw("linear")
+    exact(op(x, weight)[-5:], op(x[-5:].clone(), weight))
+    norm = _weight(subject, 1, num_columns)
+    exact(subject.raw("rms_norm")(x, norm)[-5:], subject.raw("rms_norm")(x[-5:].clone(), norm))
+
+
+def test_update_beyond_32_bits(subject: Subject) -> None:
+    """The last rows of a weight of more than 2**31 elements count and step."""
+    needs_cuda(subject, "addressing beyond 2**31 weights")
+    num_columns = 4096
+    num_rows = BIG // num_columns + 3
+    weight = subject.raw("constant_weight")(
+        (num_rows, num_columns), trit=1, exponent=0, device=subject.device
+    )
+    rows = torch.tensor([0, num_rows - 1], device=subject.device)
+    votes = torch.full((2, num_columns), 20, dtype=torch.int8, device=subject.device)
+    clock = {"seed": 1, "step": 2, "tensor_id": 3}
+    subject.raw("accumulate")(weight, votes, rows=rows, out=weight, **clock)
+    canonical = subject.raw("to_spec")(weight)
+    exact(canonical.trit_accum[rows].cpu(), votes.cpu())
+    assert not canonical.trit_accum[1:-1].any()
+    subject.raw("apply_step")(weight, out=weight)
+    dense = subject.raw("dequantize")(
+        weight, rows=torch.tensor([0, 1, num_rows - 2, num_rows - 1], device=rows.device)
+    )
+    exact(dense[:, 0].cpu(), torch.tensor([0.0, 1.0, 1.0, 0.0]))
+    exact(dense[:, -1].cpu(), torch.tensor([0.0, 1.0, 1.0, 0.0]))

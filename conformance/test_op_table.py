@@ -1,0 +1,77 @@
+"""The op table is complete, and its classes are the strictest that the outputs allow."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from arbitor.reference import ops
+from arbitor.reference.op_table import EXACT, OP_TABLE, OpRow
+from conformance.cases import CASES, Case
+from conformance.compare import tensors_of
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_every_op_has_a_row_and_cases() -> None:
+    assert set(OP_TABLE) == set(ops.__all__)
+    assert set(CASES) == set(OP_TABLE)
+
+
+@pytest.mark.parametrize("row", OP_TABLE.values(), ids=OP_TABLE)
+def test_row_names_its_family(row: OpRow) -> None:
+    assert inspect.getmodule(getattr(ops, row.name)).__name__ == f"arbitor.reference.ops.{row.family}"
+
+
+@pytest.mark.parametrize("row", OP_TABLE.values(), ids=OP_TABLE)
+def test_integer_outputs_are_exact(row: OpRow) -> None:
+    """An op whose outputs are all integers is EXACT, and no other class is given to it."""
+    floats = []
+
+    @settings(max_examples=5)
+    @given(case=CASES[row.name])
+    def run(case: Case) -> None:
+        result = getattr(ops, row.name)(*case.args, **case.kwargs)
+        tensors = tensors_of(result).values()
+        floats.append(any(isinstance(t, Tensor) and t.is_floating_point() for t in tensors))
+
+    run()
+    if not any(floats):
+        assert row.output is EXACT
+
+
+@pytest.mark.parametrize("row", OP_TABLE.values(), ids=OP_TABLE)
+def test_work_models_grow_with_the_shape(row: OpRow) -> None:
+    """Work is a whole number, and no larger shape moves fewer bytes than the tiny one."""
+    assert row.shapes
+    work = {name: (row.bytes_min(shape), row.ops_min(shape)) for name, shape in row.shapes.items()}
+    assert all(type(amount) is int and amount >= 0 for pair in work.values() for amount in pair)
+    if "tiny" in work:
+        assert all(work["tiny"] <= pair for pair in work.values())
+
+
+def test_work_model_counts_canonical_bytes() -> None:
+    """The state of a weight is 1/5 + 1 + 2/G bytes an element: apply_step reads and writes all of it."""
+    shape = {"N": 5, "K": 24, "G": 12}
+    assert OP_TABLE["apply_step"].bytes_min(shape) == 2 * (24 + 10 + 120 + 10)
+    weight = ops.constant_weight((5, 24), trit=1, exponent=0)
+    assert weight.state_bytes == 164 == sum(t.numel() * t.element_size() for t in weight.tensors().values())
+    assert (
+        OP_TABLE["linear"].bytes_min({"M": 2, "N": 5, "K": 24, "G": 12, "float_bytes": 2})
+        == 24 + 10 + 2 * 2 * 29
+    )
+    assert torch.int8.itemsize == 1
+
+
+@pytest.mark.parametrize("row", OP_TABLE.values(), ids=OP_TABLE)
+def test_row_has_its_prose(row: OpRow) -> None:
+    path, _, anchor = row.doc.partition("#")
+    headings = [
+        line.strip("# `\n") for line in (ROOT / path).read_text().splitlines() if line.startswith("#")
+    ]
+    assert anchor in headings, f"{path} has no heading {anchor}"

@@ -1,0 +1,91 @@
+"""Golden vectors: cases as data, most of them derived by hand, run against the reference and the implementation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from arbitor.reference.op_table import OP_TABLE
+from arbitor.reference.ops.dither import philox
+from arbitor.reference.types import TernaryWeight
+from conformance import oracle
+from conformance.compare import exact
+from conformance.subject import Subject
+
+FOLDER = Path(__file__).parent / "vectors"
+FILES = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
+CASES = [(content["op"], case) for content in FILES.values() for case in content["cases"]]
+OPS = [(op, case) for op, case in CASES if op != "philox"]
+LEAST_VECTORS = 40
+"""A floor, so that a lost file shows."""
+
+
+def value_of(data: Any) -> Any:
+    """Return what a JSON value stands for."""
+    if not isinstance(data, dict):
+        return data
+    if "tuple" in data:
+        return tuple(map(value_of, data["tuple"]))
+    if "dtype" in data:
+        return torch.tensor(_numbers(data["data"]), dtype=getattr(torch, data["dtype"]))
+    trits, exponents = (torch.tensor(data[name], dtype=torch.int8) for name in ("trits", "exponents"))
+    weight = TernaryWeight.from_trits(
+        trits, exponents, data.get("group_size", 12), mantissa_bits=data.get("mantissa_bits", 0)
+    )
+    counts = {
+        name: torch.tensor(data[name], dtype=torch.int8)
+        for name in ("trit_accum", "exponent_accum")
+        if name in data
+    }
+    return weight.with_tensors(**counts)
+
+
+def _numbers(data: Any) -> Any:
+    if isinstance(data, list):
+        return [_numbers(item) for item in data]
+    return float(data) if isinstance(data, str) else data
+
+
+def _ids(cases: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    return [f"{op}-{case['name']}".replace(" ", "_") for op, case in cases]
+
+
+def _run(ops: Subject, op: str, case: dict[str, Any]) -> None:
+    args = tuple(map(value_of, case["args"]))
+    kwargs = {name: value_of(value) for name, value in case.get("kwargs", {}).items()}
+    if "raises" in case:
+        error = ops.refuses(op, args, kwargs)
+        assert type(error).__name__ == case["raises"], f"{op} on {case['name']}: {error!r}"
+    else:
+        exact(ops.call(op, *args, **kwargs), value_of(case["want"]), case["why"])
+
+
+@pytest.mark.parametrize(("op", "case"), OPS, ids=_ids(OPS))
+def test_vector_of_the_reference(reference: Subject, op: str, case: dict[str, Any]) -> None:
+    _run(reference, op, case)
+
+
+@pytest.mark.parametrize(("op", "case"), OPS, ids=_ids(OPS))
+def test_vector(subject: Subject, op: str, case: dict[str, Any]) -> None:
+    _run(subject, op, case)
+
+
+@pytest.mark.parametrize("case", FILES["philox"]["cases"], ids=lambda case: case["name"].replace(" ", "_"))
+def test_philox_known_answer(case: dict[str, Any]) -> None:
+    """The generator itself, in the reference and in the oracle of the laws, against Random123's known answers."""
+    counter, key, want = ([int(word, 16) for word in case[name]] for name in ("counter", "key", "want"))
+    assert oracle.philox(counter, key) == want
+    words = philox(tuple(torch.tensor(word) for word in counter), (key[0], key[1]))
+    assert [int(word) for word in words] == want
+
+
+def test_vectors_are_well_formed() -> None:
+    """Each case says where its numbers come from, and each file names an op."""
+    assert len(CASES) >= LEAST_VECTORS
+    for op, case in CASES:
+        assert op in OP_TABLE or op == "philox"
+        assert len(case["why"]) > 10, f"{op}, {case['name']}: say why"
