@@ -40,11 +40,12 @@ demo: $(VENV)/.installed-arb ## train the tiny preset on Python's own sources, s
 test: $(VENV)/.installed-test ## run the conformance suite
 	$(BIN)/python -m pytest conformance $(PYTEST)
 
-lint: $(VENV)/.installed-test $(VENV)/.installed-dev ## ruff, type check and import lint
+lint: $(VENV)/.installed-test $(VENV)/.installed-dev ## ruff, type check, import lint, freshness of generated pages
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --quiet conformance/test_contract.py
+	$(BIN)/python -m conformance.import_lint
+	$(BIN)/python -m bench.report --check
 
 format: $(VENV)/.installed-dev ## let ruff mend what it can
 	$(BIN)/ruff check --fix

@@ -107,7 +107,7 @@ class ArbConfig:
         max_vote_step:  largest vote of the `sign` rule, 1 .. 127.
 
     Raises TypeError or ValueError, one sentence, for a field that is not allowed.
-    Source: design section 3 (rules), docs/spec/graph.md (shape).
+    Source: docs/spec/update.md (rules), docs/spec/graph.md (shape).
     """
 
     name: str

@@ -75,7 +75,7 @@ class TernaryWeight:
 
     Raises ValueError or TypeError when the tensors do not fit each other; the values inside them are checked where
     they enter the system (`pack_trits`, `unpack_trits`, checkpoints), not on every construction.
-    Source: design section 3; state of 1/5 + 1 + 2/G bytes a weight as in REFACTOR12.
+    Source: docs/spec/update.md; state of 1/5 + 1 + 2/G bytes a weight as in REFACTOR12.
     """
 
     packed: Tensor

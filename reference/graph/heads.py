@@ -19,7 +19,7 @@ class ByteHead(nn.Module):
 
     Math:    n = RMSNorm(x); u = x + W_down (silu(W_gate n) * (W_up n)); logits = W_vocabulary RMSNorm(u)
     Shapes:  [B, P, D] -> float32 [B, P, V] (float64 for float64 inputs)
-    Source:  REFACTOR9 (297 logits), design of the graph
+    Source:  REFACTOR9 (297 logits); docs/spec/graph.md
     """
 
     def __init__(self, context: GraphContext, *, output_gain: float = 1.0) -> None:

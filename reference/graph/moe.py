@@ -25,7 +25,7 @@ class SharedProjectionMoE(nn.Module):
     Ties:    of experts with equal logits, the one of lowest index is chosen
     Path:    dense and of fixed shape: all A_e are one weight [E r, D], all B_e one weight [I, E r], and an expert that a
              position did not choose enters with p_e = 0
-    Source:  REFACTOR7 (dense dispatch), design of the graph; why 1 + m: docs/spec/graph.md
+    Source:  REFACTOR7 (dense dispatch); docs/spec/graph.md, also for why 1 + m
     """
 
     def __init__(self, context: GraphContext, *, output_gain: float = 1.0) -> None:

@@ -24,7 +24,7 @@ def conv1d(
     Returns: dtype of x, [B, N, P]
     Raises:  TypeError or ValueError for a dtype, shape, device or geometry that does not fit
     Laws:    kernel_size 1, stride 1 is `linear` over channels; linear in x
-    Source:  design section 3; REFACTOR9 (TernaryConv1d)
+    Source:  docs/spec/conv.md; REFACTOR9 (TernaryConv1d)
     """
     columns_BPK = unfold(x_BCL, weight.shape[1], kernel_size=kernel_size, stride=stride, padding=padding)
     return linear(columns_BPK, weight).transpose(1, 2)
@@ -46,7 +46,7 @@ def conv1d_input_grad(
     Returns: dtype of grad, [B, C, L]
     Raises:  TypeError or ValueError for a dtype, shape, device or geometry that does not fit
     Laws:    the adjoint of `conv1d`
-    Source:  design section 3
+    Source:  docs/spec/conv.md
     """
     positions = checks.conv_positions(length, kernel_size, stride, padding)
     checks.conv_gradient(grad_BNP, weight.shape[0], positions)
@@ -71,7 +71,7 @@ def conv1d_weight_grad(
     Returns: float32 [N, C * J] (float64 for float64 inputs)
     Raises:  TypeError or ValueError for dtypes, shapes, devices or a geometry that do not fit
     Laws:    bilinear
-    Source:  design section 3
+    Source:  docs/spec/conv.md
     """
     num_columns = x_BCL.shape[1] * kernel_size if x_BCL.ndim == 3 else 0
     columns_BPK = unfold(x_BCL, num_columns, kernel_size=kernel_size, stride=stride, padding=padding)

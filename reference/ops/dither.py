@@ -56,7 +56,7 @@ def dither_bytes(
     Returns: uint8 [..., G + 1]; place i uses byte i, the exponent uses byte G
     Raises:  ValueError for a group size, seed, step or tensor id out of range
     Laws:    a group's bytes depend on its own id alone, not on the tensor it is asked for in
-    Source:  design section 3; known answers from the Random123 distribution
+    Source:  docs/spec/dither.md; known answers from the Random123 distribution
     """
     checks.dtype_in("group_ids", group_ids, (torch.int64,))
     checks.values_between("group_ids", group_ids, 0, _WORD)

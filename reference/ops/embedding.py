@@ -20,7 +20,7 @@ def embedding(ids: Tensor, weight: TernaryWeight, *, dtype: torch.dtype = torch.
     Shapes:  ids int64 [...], each in 0 .. N - 1
     Returns: `dtype` [..., K], exact
     Raises:  TypeError or ValueError for a dtype, device or id that is not allowed
-    Source:  design section 3; REFACTOR7 (ByteEmbedding), REFACTOR14 (sparse rows)
+    Source:  docs/spec/embedding.md; REFACTOR7 (ByteEmbedding), REFACTOR14 (sparse rows)
     """
     checks.dtype_in("ids", ids, (torch.int64,))
     checks.same_device(weight=weight.packed, ids=ids)
@@ -37,7 +37,7 @@ def embedding_row_grads(ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
              Slots that duplicates left over hold -1 and zeros, so that shapes depend on shapes alone
     Raises:  TypeError or ValueError for a dtype, shape, device or id that is not allowed
     Laws:    permuting positions changes nothing when sums are exact; sums over all slots and all positions agree
-    Source:  design section 3, Tables
+    Source:  docs/spec/embedding.md
     """
     checks.dtype_in("ids", ids, (torch.int64,))
     checks.dtype_in("grad", grad, checks.FLOAT_DTYPES)

@@ -22,7 +22,7 @@ def linear(x: Tensor, weight: TernaryWeight) -> Tensor:
     Returns: dtype of x, [..., N]
     Raises:  TypeError or ValueError for a dtype, shape or device that does not fit
     Laws:    linear in x; negating every trit negates y; permuting rows of W permutes y
-    Source:  design section 3
+    Source:  docs/spec/linear.md
     """
     checks.last_dim("x", x, weight.shape[1])
     checks.same_device(weight=weight.packed, x=x)
@@ -38,7 +38,7 @@ def linear_input_grad(grad: Tensor, weight: TernaryWeight) -> Tensor:
     Returns: dtype of grad, [..., K]
     Raises:  TypeError or ValueError for a dtype, shape or device that does not fit
     Laws:    the adjoint of `linear`: <dy, linear(x)> = <linear_input_grad(dy), x>
-    Source:  design section 3
+    Source:  docs/spec/linear.md
     """
     checks.last_dim("grad", grad, weight.shape[0])
     checks.same_device(weight=weight.packed, grad=grad)
@@ -54,7 +54,7 @@ def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     Returns: float32 [N, K] (float64 for float64 inputs); zero when there is no row to sum over
     Raises:  TypeError or ValueError for dtypes, shapes or devices that do not fit
     Laws:    bilinear; independent of the weight
-    Source:  design section 3
+    Source:  docs/spec/linear.md
     """
     checks.dtype_in("grad", grad, checks.FLOAT_DTYPES)
     checks.same_dtype("x", x, "grad", grad)

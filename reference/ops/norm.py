@@ -24,7 +24,7 @@ def rms_norm(x: Tensor, weight: TernaryWeight, *, eps: float = DEFAULT_EPS) -> T
     Returns: dtype and shape of x
     Raises:  TypeError or ValueError for a dtype, shape, device or eps that is not allowed
     Laws:    scaling x by a power of two changes nothing but the influence of eps; zeros stay zeros
-    Source:  design section 3
+    Source:  docs/spec/norm.md
     """
     dtype = _check(weight, eps, x=x)
     x_wide = x.to(dtype)
@@ -41,7 +41,7 @@ def rms_norm_input_grad(
     Returns: dtype and shape of x
     Raises:  TypeError or ValueError for a dtype, shape, device or eps that is not allowed
     Laws:    orthogonal to x, but for eps
-    Source:  design section 3
+    Source:  docs/spec/norm.md
     """
     dtype = _check(weight, eps, x=x, grad=grad)
     x_wide, grad_wide = x.to(dtype), grad.to(dtype)
@@ -59,7 +59,7 @@ def rms_norm_weight_grad(grad: Tensor, x: Tensor, *, eps: float = DEFAULT_EPS) -
     Returns: float32 [1, K] (float64 for float64 inputs)
     Raises:  TypeError or ValueError for a dtype, shape, device or eps that is not allowed
     Laws:    linear in grad; unchanged when x is scaled by a power of two, but for eps
-    Source:  design section 3
+    Source:  docs/spec/norm.md
     """
     dtype = _check(None, eps, x=x, grad=grad)
     x_wide = x.to(dtype)

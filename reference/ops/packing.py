@@ -22,7 +22,7 @@ def pack_trits(trits: Tensor) -> Tensor:
     Returns: uint8 [ceil(n / 5)], in 0..242
     Raises:  TypeError for another dtype; ValueError for a value outside {-1, 0, 1}
     Laws:    unpack_trits(pack_trits(t), t.shape) == t; a negated tensor packs to 242 - byte
-    Source:  design section 3
+    Source:  docs/spec/packing.md
     """
     checks.dtype_in("trits", trits, (torch.int8,))
     checks.values_between("trits", trits, -1, 1)
@@ -42,7 +42,7 @@ def unpack_trits(packed: Tensor, shape: Sequence[int]) -> Tensor:
     Raises:  TypeError for another dtype; ValueError for a wrong length or a byte above 242. What fills a short last
              byte is ignored, so a file that fills with another trit still reads
     Laws:    pack_trits(unpack_trits(p, [5 * len(p)])) == p for every valid p
-    Source:  design section 3
+    Source:  docs/spec/packing.md
     """
     num_trits = 1
     for size in shape:

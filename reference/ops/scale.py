@@ -38,7 +38,7 @@ def group_scales(exponents: Tensor, *, mantissa_bits: int = 0) -> Tensor:
     Returns: float32, same shape, exact
     Raises:  TypeError for another dtype; ValueError for mantissa bits that are not allowed
     Laws:    one level up multiplies by 2 (b = 0), or by at most 1 + 2**-b; S grows with the level
-    Source:  design section 3; the mantissa answers REFACTOR7's wish for scales such as 99.9
+    Source:  docs/spec/scale.md; the mantissa answers REFACTOR7's wish for scales such as 99.9
     """
     checks.dtype_in("exponents", exponents, (torch.int8,))
     checks.mantissa_bits(mantissa_bits)
@@ -57,7 +57,7 @@ def dequantize(
     Shapes:  rows int64 [R] in 0 .. N - 1, may repeat; all rows when None
     Returns: `dtype` [N, K] or [R, K], exact in float64, float32 and bfloat16
     Raises:  TypeError for another dtype; ValueError for a row that does not exist
-    Source:  design section 3
+    Source:  docs/spec/scale.md
     """
     if dtype not in checks.FLOAT_DTYPES:
         raise TypeError(f"dtype is {checks.names((dtype,))}, but must be {checks.names(checks.FLOAT_DTYPES)}")
@@ -89,7 +89,7 @@ def initial_weight(
     Returns: weight with empty accumulators
     Raises:  ValueError for a std that is not positive and finite, or a shape, group size, seed or id out of range
     Laws:    the same on every device; W has standard deviation std to within half a power of two
-    Source:  design section 3. Philox in place of a normal sampler makes tables of any size start straight in packed form
+    Source:  docs/spec/scale.md. Philox in place of a normal sampler makes tables of any size start straight in packed form
     """
     num_rows, num_columns = checks.matrix_shape("shape", shape)
     checks.number("std", std, 0.0, math.inf, open_low=True)
@@ -122,7 +122,7 @@ def constant_weight(
     Shapes:  shape (N, K)
     Returns: weight with empty accumulators
     Raises:  ValueError for a trit outside {-1, 0, 1}, an exponent outside [-32, 15], or a bad shape or group size
-    Source:  design section 3, RMSNorm
+    Source:  docs/spec/scale.md
     """
     num_rows, num_columns = checks.matrix_shape("shape", shape)
     checks.integer("trit", trit, -1, 1)

@@ -50,7 +50,7 @@ def accumulate(
     Overflow: saturates at plus and minus 127; |score| <= 96 * 127 fits 16 bits
     Raises:  TypeError or ValueError for a dtype, shape, device, rule, row or dither coordinate that is not allowed
     Laws:    votes of 0 change nothing under `sign`; packed and exponents keep every byte
-    Source:  design section 3; REFACTOR7, REFACTOR12 (residual E_accum)
+    Source:  docs/spec/update.md; REFACTOR7, REFACTOR12 (residual E_accum)
     """
     checks.row_ids(rows, weight.shape[0])
     checks.gradient_of(weight, "votes_NK", votes_NK, rows, (torch.int8,))
@@ -100,7 +100,7 @@ def apply_step(
     Range:   theta and theta_e in 1 .. 127
     Raises:  TypeError or ValueError outside of that, or for an unknown on_flip
     Laws:    a second step changes nothing under `reset`; a trit moves against its votes, by at most one level
-    Source:  design section 3
+    Source:  docs/spec/update.md
     """
     checks.threshold("theta", theta)
     checks.threshold("theta_e", theta_e)
@@ -153,7 +153,7 @@ def accumulate_gradient(
     Returns: a new weight; or `out` (may be `weight` itself), overwritten
     Raises:  as `stochastic_votes` and `accumulate`
     Laws:    equal to its two parts; sum of g * dW <= 0 in expectation after a step
-    Source:  design section 3
+    Source:  docs/spec/update.md
     """
     checks.row_ids(rows, weight.shape[0])
     checks.gradient_of(weight, "grad_NK", grad_NK, rows, checks.GRADIENT_DTYPES)
@@ -180,7 +180,7 @@ def count_nonfinite_rows(grad_NK: Tensor) -> Tensor:
 
     Shapes:  grad_NK float32 or bfloat16 [N, K]
     Raises:  TypeError or ValueError for another dtype or shape
-    Source:  design section 3, Faults
+    Source:  docs/spec/update.md
     """
     checks.matrix("grad_NK", grad_NK, checks.GRADIENT_DTYPES)
     return (~grad_NK.isfinite().all(dim=1)).sum()

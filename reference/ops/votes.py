@@ -23,7 +23,7 @@ def row_exponents(grad_NK: Tensor) -> Tensor:
     Returns: int32 [N] in [-149, 128], or SILENT_ROW where ms is 0 or not finite
     Raises:  TypeError for another dtype; ValueError for an empty or not two-dimensional gradient
     Laws:    2 * g raises V by 1; the order of columns does not matter
-    Source:  design section 3. float64 so that the order of summation cannot show
+    Source:  docs/spec/votes.md. float64 so that the order of summation cannot show
     """
     checks.matrix("grad_NK", grad_NK, checks.GRADIENT_DTYPES)
     mean_square = grad_NK.to(torch.float64).square().mean(dim=1)
@@ -52,7 +52,7 @@ def stochastic_votes(
     Laws:    mean over all dither bytes is q / 256, short of saturation; sign(v) never opposes sign(g) by more than the
              rounding; rate 0 votes nothing; scaling g by a power of two changes nothing
     Raises:  TypeError or ValueError for a dtype, shape, rate or dither coordinate that is not allowed
-    Source:  design section 3; why this rule: docs/spec/votes.md
+    Source:  docs/spec/votes.md, which also says why this rule
     """
     row_exponent = row_exponents(grad_NK)
     checks.vote_rate(rate)
