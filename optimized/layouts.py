@@ -10,14 +10,13 @@ hold 0. The three int8 tensors are those of the canonical form. Resident state: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from arbitor.reference import checks
-from arbitor.reference.types import DEFAULT_GROUP_SIZE, TernaryWeight, groups_per_row
+from arbitor.reference.types import DEFAULT_GROUP_SIZE, StateTensors, TernaryWeight, groups_per_row
 
 TRITS_PER_WORD = 16
 """Trits in one 32-bit word, two bits each."""
@@ -32,7 +31,7 @@ def words_per_row(num_columns: int) -> int:
 
 
 @dataclass(frozen=True)
-class DeviceWeight:
+class DeviceWeight(StateTensors):
     """A ternary weight in device layout. Fields as in `TernaryWeight`, with `words` int32 [N, KW] in place of `packed`.
 
     Raises ValueError or TypeError when the tensors do not fit each other.
@@ -48,6 +47,9 @@ class DeviceWeight:
 
     def __post_init__(self) -> None:
         """Refuse tensors whose shapes, dtypes or devices do not fit each other."""
+        object.__setattr__(self, "shape", checks.matrix_shape("shape", self.shape))
+        checks.group_size(self.group_size)
+        checks.mantissa_bits(self.mantissa_bits)
         num_rows, num_columns = self.shape
         if num_columns > MAX_COLUMNS:
             raise ValueError(f"shape is {self.shape}, but a row may have at most {MAX_COLUMNS} columns")
@@ -60,34 +62,6 @@ class DeviceWeight:
         for name, tensor in self.tensors().items():
             if not tensor.is_contiguous():
                 raise ValueError(f"{name} has strides {tensor.stride()}, but must be contiguous")
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the four state tensors by field name, in field order."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-    def with_tensors(self, **tensors: Tensor) -> DeviceWeight:
-        """Return this weight with some state tensors exchanged; the others are shared, not copied."""
-        changes: dict[str, Any] = dict(tensors)
-        return replace(self, **changes)
-
-    def to(self, device: torch.device | str) -> DeviceWeight:
-        """Return this weight on `device`."""
-        return self.with_tensors(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
-
-    def clone(self) -> DeviceWeight:
-        """Return a copy that shares no memory with this weight."""
-        return self.with_tensors(**{name: tensor.clone() for name, tensor in self.tensors().items()})
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the state tensors."""
-        return self.words.device
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of the resident training state."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
 
 AnyWeight = TernaryWeight | DeviceWeight

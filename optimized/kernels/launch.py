@@ -13,7 +13,12 @@ import triton
 from torch import Tensor
 
 from arbitor.optimized import settings
+from arbitor.optimized.layouts import MAX_COLUMNS
 from arbitor.reference import checks
+from arbitor.reference.types import RESERVED_STEP
+
+MAX_PROGRAMS = 2**31 - 1
+"""Programs that one launch can have along its first axis."""
 
 _WORD = 1 << 32
 
@@ -41,15 +46,39 @@ def values_between(name: str, value: Tensor, low: int, high: int) -> None:
         checks.values_between(name, value, low, high)
 
 
-def row_ids(rows: Tensor | None, num_rows: int) -> None:
+def row_ids(rows: Tensor | None, num_rows: int, device: torch.device) -> None:
     """Refuse row ids that are not unique int64 [R]; -1 marks an unused slot. Values only where looking is allowed."""
-    if rows is None:
-        return
-    if may_look_at_values(rows):
-        checks.row_ids(rows, num_rows)
-        checks.unique_rows(rows)
-    else:
-        checks.dtype_in("rows", rows, (torch.int64,))
+    checks.row_ids(rows, device)
+    if rows is not None and may_look_at_values(rows):
+        checks.row_values(rows, num_rows)
+
+
+def vote_rate(rate: float | Tensor, device: torch.device) -> None:
+    """Refuse a rate that is not allowed, or a tensor elsewhere. A tensor's value only where looking is allowed."""
+    look = not isinstance(rate, Tensor) or may_look_at_values(rate)
+    checks.vote_rate(rate, values=look)
+    same_device("rate", rate, device)
+
+
+def same_device(name: str, value: object, device: torch.device) -> None:
+    """Refuse a tensor on another device than the kernel's."""
+    if isinstance(value, Tensor) and value.device != device:
+        raise ValueError(f"{name} is on {value.device}, but must be on {device}")
+
+
+def row_grid(num_rows: int, row_blocks: int) -> tuple[int]:
+    """Return the grid of a kernel that gives each row `row_blocks` programs; refuse more than a launch can have."""
+    if num_rows * row_blocks > MAX_PROGRAMS:
+        raise ValueError(
+            f"{num_rows} rows need {num_rows * row_blocks} programs, but a launch has at most {MAX_PROGRAMS}"
+        )
+    return (num_rows * row_blocks,)
+
+
+def gradient_columns(num_columns: int) -> None:
+    """Refuse a gradient whose columns a kernel cannot count in 32 bits."""
+    if num_columns > MAX_COLUMNS:
+        raise ValueError(f"grad_NK has {num_columns} columns, but may have at most {MAX_COLUMNS}")
 
 
 def signed_word(value: int) -> int:
@@ -74,9 +103,19 @@ class Clock:
     step_on_device: bool
 
     @classmethod
-    def of(cls, seed: int, step: int | Tensor, tensor_id: int) -> Clock:
-        """Return the checked coordinates (see `arbitor.reference.ops.dither_bytes`)."""
-        checks.vote_clock(seed, step, tensor_id)
+    def of(
+        cls,
+        seed: int,
+        step: int | Tensor,
+        tensor_id: int,
+        device: torch.device,
+        *,
+        last_step: int = RESERVED_STEP - 1,
+    ) -> Clock:
+        """Return the checked coordinates. The value of a step on the device is looked at where that is allowed."""
+        look = not isinstance(step, Tensor) or may_look_at_values(step)
+        checks.vote_clock(seed, step, tensor_id, last_step=last_step, values=look)
+        same_device("step", step, device)
         on_device = isinstance(step, Tensor)
         return cls(
             seed_low=signed_word(seed % _WORD),

@@ -11,9 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.optimized.kernels.common import lane_weights, level_scales, philox_words, word_bytes
-from arbitor.optimized.kernels.launch import Clock, row_tile, runs_here
+from arbitor.optimized.kernels.launch import Clock, row_grid, row_tile, runs_here
 from arbitor.optimized.layouts import DeviceWeight, words_per_row
-from arbitor.reference.types import RESERVED_STEP
+from arbitor.reference.types import INIT_HIGH_BYTE, INIT_LOW_BYTE, RESERVED_STEP
+
+LOW_BYTE, HIGH_BYTE = tl.constexpr(INIT_LOW_BYTE), tl.constexpr(INIT_HIGH_BYTE)
 
 BLOCK = 256
 BLOCK_COLUMNS = 2048
@@ -60,7 +62,7 @@ def _initial_words_kernel(
         group_ids, places // 16, step.to(tl.uint32, bitcast=True), tensor_id, seed_low, seed_high
     )
     value = word_bytes(w0, w1, w2, w3, places)
-    trits = tl.where(value >= 177, 1, 0) - tl.where(value < 79, 1, 0)
+    trits = tl.where(value >= HIGH_BYTE, 1, 0) - tl.where(value < LOW_BYTE, 1, 0)
     trits = tl.where(columns < num_columns, trits, 0)
     words = tl.xor_sum((trits & 3) << (2 * lanes), axis=1)
     tl.store(words_ptr + row * row_words + word_ids, words, mask=word_ids < row_words)
@@ -85,7 +87,7 @@ def dense_rows(weight: DeviceWeight, dtype: torch.dtype, rows: Tensor | None = N
     out = torch.empty(num_slots, num_columns, dtype=dtype, device=weight.device)
     if num_slots:
         block, row_blocks = row_tile(num_columns, BLOCK_COLUMNS)
-        _dequantize_kernel[(num_slots * row_blocks,)](
+        _dequantize_kernel[row_grid(num_slots, row_blocks)](
             weight.words if rows is None else rows.contiguous(), weight.words, weight.exponents, out,
             num_columns, weight.exponents.shape[1], weight.words.shape[1], row_blocks,
             HAS_ROWS=rows is not None, GROUP_SIZE=weight.group_size, MANTISSA_BITS=weight.mantissa_bits, BLOCK=block,
@@ -102,12 +104,12 @@ def initial_words(
     device: torch.device | str,
 ) -> Tensor:
     """Launch the random trits of `initial_weight`; returns device words int32 [N, KW]."""
-    clock = Clock.of(seed, RESERVED_STEP, tensor_id)
+    clock = Clock.of(seed, RESERVED_STEP, tensor_id, torch.device(device), last_step=RESERVED_STEP)
     num_rows, num_columns = shape
     words = torch.empty(num_rows, words_per_row(num_columns), dtype=torch.int32, device=device)
     runs_here(words)
     block, row_blocks = row_tile(words.shape[1], BLOCK_WORDS)
-    _initial_words_kernel[(num_rows * row_blocks,)](
+    _initial_words_kernel[row_grid(num_rows, row_blocks)](
         words, num_columns, row_groups, words.shape[1], row_blocks,
         clock.seed_low, clock.seed_high, clock.step, clock.tensor_id, GROUP_SIZE=group_size, BLOCK=block,
     )  # fmt: skip

@@ -11,12 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.optimized.kernels.common import clock_step, lane_trits, philox_words, widen, word_bytes
-from arbitor.optimized.kernels.launch import Clock, row_tile, runs_here
+from arbitor.optimized.kernels.launch import Clock, row_grid, row_tile, runs_here
 from arbitor.optimized.kernels.votes import (
     exponents_of_rows,
     gradient_votes,
     group_dither,
     group_tile,
+    rate_argument,
     tile_of,
 )
 from arbitor.optimized.layouts import DeviceWeight
@@ -33,11 +34,20 @@ def saturate(count):
 
 
 @triton.jit(
-    do_not_specialize=["row_groups", "row_words", "row_blocks", "seed_low", "seed_high", "step", "tensor_id"]
+    do_not_specialize=[
+        "rate",
+        "row_groups",
+        "row_words",
+        "row_blocks",
+        "seed_low",
+        "seed_high",
+        "step",
+        "tensor_id",
+    ]
 )
 def _accumulate_kernel(
     source_ptr, row_exponents_ptr, rows_ptr, rate, words_ptr, trit_accum_ptr, exponent_accum_ptr,
-    num_columns, row_groups, row_words, row_blocks, row_stride, column_stride, seed_low, seed_high, step, tensor_id,
+    num_columns, row_groups, row_words, row_blocks, seed_low, seed_high, step, tensor_id,
     FROM_GRADIENT: tl.constexpr, HAS_ROWS: tl.constexpr, RATE_ON_DEVICE: tl.constexpr, STEP_ON_DEVICE: tl.constexpr,
     EXPONENT_RULE: tl.constexpr, GROUP_SIZE: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -49,9 +59,7 @@ def _accumulate_kernel(
             return
     groups, columns, mask = group_tile(tl.program_id(0) % row_blocks, num_columns, GROUP_SIZE, PLACES, BLOCK)
     group_ids = row * row_groups + groups
-    source = tl.load(
-        source_ptr + slot * row_stride + columns.to(tl.int64) * column_stride, mask=mask, other=0
-    )
+    source = tl.load(source_ptr + slot * num_columns + columns, mask=mask, other=0)
 
     exponent_byte = tl.zeros([BLOCK], dtype=tl.int32)
     if FROM_GRADIENT:
@@ -163,6 +171,7 @@ def count_votes_(
 ) -> None:
     """Launch `accumulate` (rate None: `source` holds votes) or `accumulate_gradient`, in place."""
     runs_here(source)
+    source = source.contiguous()
     from_gradient = rate is not None
     row_exponents = exponents_of_rows(source, faults) if from_gradient else weight.exponents
     groups = weight.exponents.shape[1]
@@ -170,10 +179,10 @@ def count_votes_(
     num_slots = source.shape[0]
     if num_slots == 0:
         return
-    _accumulate_kernel[(num_slots * row_blocks,)](
-        source, row_exponents, row_exponents if rows is None else rows.contiguous(), rate if from_gradient else 0.0,
+    _accumulate_kernel[row_grid(num_slots, row_blocks)](
+        source, row_exponents, row_exponents if rows is None else rows.contiguous(), 0.0 if rate is None else rate_argument(rate),
         weight.words, weight.trit_accum, weight.exponent_accum,
-        weight.shape[1], groups, weight.words.shape[1], row_blocks, *source.stride(),
+        weight.shape[1], groups, weight.words.shape[1], row_blocks,
         clock.seed_low, clock.seed_high, clock.step, clock.tensor_id,
         FROM_GRADIENT=from_gradient, HAS_ROWS=rows is not None, RATE_ON_DEVICE=isinstance(rate, Tensor),
         STEP_ON_DEVICE=clock.step_on_device, EXPONENT_RULE=exponent_rule, GROUP_SIZE=weight.group_size,
@@ -191,12 +200,12 @@ def step_(weight: DeviceWeight, theta: int, theta_e: int, carry: bool, rows: Ten
     groups, words = weight.exponents.shape[1], weight.words.shape[1]
     low, high = level_range(weight.mantissa_bits)
     block, row_blocks = row_tile(groups, BLOCK_GROUPS)
-    _step_exponents_kernel[(num_slots * row_blocks,)](
+    _step_exponents_kernel[row_grid(num_slots, row_blocks)](
         row_ids, weight.exponents, weight.exponent_accum, groups, row_blocks, theta_e,
         LOW=low, HIGH=high, HAS_ROWS=rows is not None, BLOCK=block,
     )  # fmt: skip
     block, row_blocks = row_tile(words, BLOCK_WORDS)
-    _step_trits_kernel[(num_slots * row_blocks,)](
+    _step_trits_kernel[row_grid(num_slots, row_blocks)](
         row_ids, weight.words, weight.trit_accum, weight.shape[1], words, row_blocks, theta,
         HAS_ROWS=rows is not None, CARRY=carry, BLOCK=block,
     )  # fmt: skip

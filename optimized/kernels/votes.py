@@ -13,24 +13,24 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.optimized.kernels.common import clock_step, philox_words, widen, word_bytes
-from arbitor.optimized.kernels.launch import Clock, runs_here
+from arbitor.optimized.kernels.launch import Clock, gradient_columns, row_grid, row_tile, runs_here
 from arbitor.reference.types import SILENT_ROW, groups_per_row
 
 SILENT = tl.constexpr(SILENT_ROW)
 BLOCK_COLUMNS = 1024
-TILE = 2048  # lanes of a tile of groups; at 7168 x 7168 on an H200, 512 to 4096 took 336, 271, 233 and 268 us
+TILE = 2048  # lanes of a tile of groups: see docs/log.md
 
 
 @triton.jit
 def _row_exponents_kernel(
-    grad_ptr, exponents_ptr, faults_ptr, num_columns, row_stride, column_stride,
+    grad_ptr, exponents_ptr, faults_ptr, num_columns,
     COUNT_FAULTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     squares = tl.zeros([BLOCK], dtype=tl.float64)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        address = grad_ptr + row * row_stride + columns.to(tl.int64) * column_stride
+        address = grad_ptr + row * num_columns + columns
         grad = widen(tl.load(address, mask=columns < num_columns, other=0.0)).to(tl.float64)
         squares += grad * grad
     # The squares of float32 numbers and their sums neither overflow nor vanish in float64, so a mean square that is not
@@ -42,7 +42,7 @@ def _row_exponents_kernel(
     exponent = (biased - 1022) >> 1
     tl.store(exponents_ptr + row, tl.where(finite & (bits != 0), exponent, SILENT))
     if COUNT_FAULTS:
-        tl.atomic_add(faults_ptr, tl.where(finite, 0, 1).to(tl.int64))  # integers: the order cannot matter
+        tl.atomic_add(faults_ptr, 1, mask=biased == 2047)  # integers: the order cannot matter
 
 
 @triton.jit
@@ -55,7 +55,8 @@ def power_of_two(exponents):
 def gradient_votes(grad, row_exponents, rate, dither):
     """Return int32 votes of float32 gradients; row exponents and dither bytes broadcast against them.
 
-    2**(8 - V) reaches 2**157, so it is applied in two exact factors; only the product with the rate rounds.
+    2**(8 - V) is too large for float32 where gradients are tiny, so it is applied in two factors. Both are exact, unless the
+    result is so small that its vote is 0 anyhow; only the product with the rate rounds.
     """
     speaks = row_exponents != SILENT
     power = tl.where(speaks, 8 - row_exponents, 0)
@@ -97,9 +98,11 @@ def group_dither(
     return place_bytes, exponent_byte
 
 
-@triton.jit(do_not_specialize=["row_groups", "row_blocks", "seed_low", "seed_high", "step", "tensor_id"])
+@triton.jit(
+    do_not_specialize=["rate", "row_groups", "row_blocks", "seed_low", "seed_high", "step", "tensor_id"]
+)
 def _stochastic_votes_kernel(
-    grad_ptr, exponents_ptr, rows_ptr, rate, votes_ptr, num_columns, row_groups, row_blocks, row_stride, column_stride,
+    grad_ptr, exponents_ptr, rows_ptr, rate, votes_ptr, num_columns, row_groups, row_blocks,
     seed_low, seed_high, step, tensor_id,
     HAS_ROWS: tl.constexpr, RATE_ON_DEVICE: tl.constexpr, STEP_ON_DEVICE: tl.constexpr,
     GROUP_SIZE: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr,
@@ -113,7 +116,7 @@ def _stochastic_votes_kernel(
         exponent = tl.where(row >= 0, exponent, SILENT)
     if RATE_ON_DEVICE:
         rate = tl.load(rate)
-    grad = tl.load(grad_ptr + slot * row_stride + columns.to(tl.int64) * column_stride, mask=mask, other=0.0)
+    grad = tl.load(grad_ptr + slot * num_columns + columns, mask=mask, other=0.0)
     dither, _ = group_dither(
         row * row_groups + groups, clock_step(step, STEP_ON_DEVICE), tensor_id, seed_low, seed_high,
         GROUP_SIZE, PLACES,
@@ -122,20 +125,19 @@ def _stochastic_votes_kernel(
     tl.store(votes_ptr + slot * num_columns + columns, votes.to(tl.int8), mask=mask)
 
 
-@triton.jit(do_not_specialize=["step_size"])
+@triton.jit(do_not_specialize=["row_blocks", "step_size"])
 def _sign_votes_kernel(
-    grad_ptr, exponents_ptr, votes_ptr, num_columns, row_stride, column_stride, step_size, BLOCK: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    grad_ptr, exponents_ptr, votes_ptr, num_columns, row_blocks, step_size, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = (tl.program_id(0) // row_blocks).to(tl.int64)
+    columns = (tl.program_id(0) % row_blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < num_columns
-    grad = widen(tl.load(grad_ptr + row * row_stride + columns * column_stride, mask=mask, other=0.0))
+    grad = widen(tl.load(grad_ptr + row * num_columns + columns, mask=mask, other=0.0))
     # A silent row has no sign to cast: it is zero everywhere, or holds an infinity or a NaN.
     speaks = tl.load(exponents_ptr + row) != SILENT
     sign = tl.where(grad > 0, 1, 0) - tl.where(grad < 0, 1, 0)
-    tl.store(
-        votes_ptr + row * num_columns + columns, tl.where(speaks, sign * step_size, 0).to(tl.int8), mask=mask
-    )
+    votes = tl.where(speaks, sign * step_size, 0).to(tl.int8)
+    tl.store(votes_ptr + row * num_columns + columns, votes, mask=mask)
 
 
 def tile_of(group_size: int, row_groups: int) -> tuple[int, int, int]:
@@ -149,12 +151,12 @@ def exponents_of_rows(grad_NK: Tensor, faults: Tensor | None = None) -> Tensor:
     """Launch `row_exponents`; returns int32 [N] and adds the rows that are not finite to `faults`, if given."""
     runs_here(grad_NK)
     num_rows, num_columns = grad_NK.shape
+    gradient_columns(num_columns)
     exponents = torch.empty(num_rows, dtype=torch.int32, device=grad_NK.device)
     if num_rows:
-        block = min(BLOCK_COLUMNS, triton.next_power_of_2(num_columns))
         _row_exponents_kernel[(num_rows,)](
-            grad_NK, exponents, exponents if faults is None else faults, num_columns, *grad_NK.stride(),
-            COUNT_FAULTS=faults is not None, BLOCK=block,
+            grad_NK.contiguous(), exponents, exponents if faults is None else faults, num_columns,
+            COUNT_FAULTS=faults is not None, BLOCK=min(BLOCK_COLUMNS, triton.next_power_of_2(num_columns)),
         )  # fmt: skip
     return exponents
 
@@ -163,16 +165,16 @@ def votes_of_gradient(
     grad_NK: Tensor, rate: float | Tensor, group_size: int, clock: Clock, rows: Tensor | None
 ) -> Tensor:
     """Launch `stochastic_votes`; returns int8 [N, K]."""
+    grad_NK = grad_NK.contiguous()
     exponents = exponents_of_rows(grad_NK)
     num_rows, num_columns = grad_NK.shape
     votes = torch.empty(num_rows, num_columns, dtype=torch.int8, device=grad_NK.device)
     groups = groups_per_row(num_columns, group_size)
     places, block, row_blocks = tile_of(group_size, groups)
     if num_rows:
-        _stochastic_votes_kernel[(num_rows * row_blocks,)](
-            grad_NK, exponents, exponents if rows is None else rows.contiguous(), rate, votes,
-            num_columns, groups, row_blocks, *grad_NK.stride(),
-            clock.seed_low, clock.seed_high, clock.step, clock.tensor_id,
+        _stochastic_votes_kernel[row_grid(num_rows, row_blocks)](
+            grad_NK, exponents, exponents if rows is None else rows.contiguous(), rate_argument(rate), votes,
+            num_columns, groups, row_blocks, clock.seed_low, clock.seed_high, clock.step, clock.tensor_id,
             HAS_ROWS=rows is not None, RATE_ON_DEVICE=isinstance(rate, Tensor), STEP_ON_DEVICE=clock.step_on_device,
             GROUP_SIZE=group_size, PLACES=places, BLOCK=block,
         )  # fmt: skip
@@ -181,12 +183,18 @@ def votes_of_gradient(
 
 def votes_of_sign(grad_NK: Tensor, step_size: int) -> Tensor:
     """Launch `sign_votes`; returns int8 [N, K]."""
+    grad_NK = grad_NK.contiguous()
     exponents = exponents_of_rows(grad_NK)
     num_rows, num_columns = grad_NK.shape
     votes = torch.empty(num_rows, num_columns, dtype=torch.int8, device=grad_NK.device)
+    block, row_blocks = row_tile(num_columns, BLOCK_COLUMNS)
     if num_rows:
-        block = min(BLOCK_COLUMNS, triton.next_power_of_2(num_columns))
-        _sign_votes_kernel[(num_rows, triton.cdiv(num_columns, block))](
-            grad_NK, exponents, votes, num_columns, *grad_NK.stride(), step_size, BLOCK=block
+        _sign_votes_kernel[row_grid(num_rows, row_blocks)](
+            grad_NK, exponents, votes, num_columns, row_blocks, step_size, BLOCK=block
         )
     return votes
+
+
+def rate_argument(rate: float | Tensor) -> float | Tensor:
+    """Return a rate as a kernel takes it: an integer would have an argument type, and a compilation, of its own."""
+    return rate if isinstance(rate, Tensor) else float(rate)

@@ -7,7 +7,7 @@ from torch.nn.functional import fold, pad
 
 from arbitor.optimized.kernels.scale import dense_rows
 from arbitor.optimized.layouts import AnyWeight
-from arbitor.optimized.ops.layout import from_spec
+from arbitor.optimized.ops.layout import on_device
 from arbitor.optimized.ops.linear import linear, linear_weight_grad, wide_product
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
@@ -31,7 +31,7 @@ def conv1d_input_grad(
     checks.same_device(weight=weight.exponents, grad_BNP=grad_BNP)
     # In float32: taps that overlap are summed, and a sum of rounded parts would round at every one of them.
     grad_MN = grad_BNP.transpose(1, 2).reshape(-1, weight.shape[0])
-    taps_MK = wide_product(grad_MN, dense_rows(from_spec(weight), grad_BNP.dtype))
+    taps_MK = wide_product(grad_MN, dense_rows(on_device(weight), grad_BNP.dtype))
     taps_BKP = taps_MK.reshape(grad_BNP.shape[0], positions, weight.shape[1]).transpose(1, 2)
     image = fold(taps_BKP, (1, length), (1, kernel_size), padding=(0, padding), stride=(1, stride))
     return image[:, :, 0].to(grad_BNP.dtype)

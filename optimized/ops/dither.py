@@ -8,6 +8,7 @@ from torch import Tensor
 from arbitor.optimized.kernels import dither
 from arbitor.optimized.kernels.launch import Clock, values_between
 from arbitor.reference import checks
+from arbitor.reference.types import RESERVED_STEP
 
 
 def dither_bytes(
@@ -17,4 +18,6 @@ def dither_bytes(
     checks.dtype_in("group_ids", group_ids, (torch.int64,))
     values_between("group_ids", group_ids, 0, 2**32 - 1)
     checks.group_size(group_size)
-    return dither.dither(group_ids, group_size, Clock.of(seed, step, tensor_id))
+    return dither.dither(
+        group_ids, group_size, Clock.of(seed, step, tensor_id, group_ids.device, last_step=RESERVED_STEP)
+    )

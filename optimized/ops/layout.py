@@ -11,7 +11,25 @@ from arbitor.reference.types import MAX_PACKED_BYTE, TernaryWeight
 
 
 def from_spec(weight: AnyWeight) -> DeviceWeight:
-    """See reference. Returns device layout; the three int8 tensors are shared where they are contiguous."""
+    """See reference. Returns the device layout, which shares no memory with a weight in canonical form."""
+    if isinstance(weight, DeviceWeight):
+        return weight
+    shared = on_device(weight)
+    copies = {name: tensor.clone() for name, tensor in shared.tensors().items() if name != "words"}
+    return shared.with_tensors(**copies)
+
+
+def to_spec(weight: AnyWeight) -> TernaryWeight:
+    """See reference. Returns the canonical form, which shares no memory with a weight in device layout."""
+    if isinstance(weight, TernaryWeight):
+        return weight
+    shared = canonical(weight)
+    copies = {name: tensor.clone() for name, tensor in shared.tensors().items() if name != "packed"}
+    return shared.with_tensors(**copies)
+
+
+def on_device(weight: AnyWeight) -> DeviceWeight:
+    """Return a weight to compute with: the int8 tensors of a canonical one are shared, so it must not be updated."""
     if isinstance(weight, DeviceWeight):
         return weight
     runs_here(weight.packed)
@@ -27,10 +45,8 @@ def from_spec(weight: AnyWeight) -> DeviceWeight:
     )
 
 
-def to_spec(weight: AnyWeight) -> TernaryWeight:
-    """See reference. Returns the canonical form; the three int8 tensors are shared, not copied."""
-    if isinstance(weight, TernaryWeight):
-        return weight
+def canonical(weight: DeviceWeight) -> TernaryWeight:
+    """Return a weight in canonical form that shares the int8 tensors: for one that nobody else keeps."""
     return TernaryWeight(
         packed=packing.packed_from_words(weight.words, weight.shape),
         exponents=weight.exponents,
@@ -44,27 +60,20 @@ def to_spec(weight: AnyWeight) -> TernaryWeight:
 
 def target_of(weight: AnyWeight, out: AnyWeight | None) -> DeviceWeight:
     """Return what an update's kernels may overwrite: the memory of `out` where it can be, else a copy of `weight`."""
-    if out is not None and (out.shape, out.group_size, out.mantissa_bits) != (
-        weight.shape, weight.group_size, weight.mantissa_bits
-    ):  # fmt: skip
-        raise ValueError(
-            f"out has shape {out.shape}, but must match weight, {weight.shape}, in shape and format"
-        )
     if out is weight and isinstance(weight, DeviceWeight):
         return weight
-    source = from_spec(weight)
     if isinstance(out, DeviceWeight):
-        copy_(source, out)
+        copy_(on_device(weight), out)
         return out
-    return source.clone()
+    return from_spec(weight) if isinstance(weight, TernaryWeight) else weight.clone()
 
 
 def deliver(result: DeviceWeight, weight: AnyWeight, out: AnyWeight | None) -> AnyWeight:
     """Return an updated weight in `out`, or as the kind of weight that came in."""
     if out is None:
-        return result if isinstance(weight, DeviceWeight) else to_spec(result)
+        return result if isinstance(weight, DeviceWeight) else canonical(result)
     if isinstance(out, TernaryWeight):
-        copy_(to_spec(result), out)
+        copy_(canonical(result), out)
     return out
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from arbitor.optimized.kernels.scale import dense_rows
 from arbitor.optimized.layouts import AnyWeight, DeviceWeight
-from arbitor.optimized.ops.layout import from_spec
+from arbitor.optimized.ops.layout import on_device
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
@@ -18,14 +18,14 @@ def linear(x: Tensor, weight: AnyWeight) -> Tensor:
     """See reference; float64 is not supported."""
     checks.last_dim("x", x, weight.shape[1], DTYPES)
     checks.same_device(weight=weight.exponents, x=x)
-    return _product(x, from_spec(weight), transposed=False)
+    return _product(x, on_device(weight), transposed=False)
 
 
 def linear_input_grad(grad: Tensor, weight: AnyWeight) -> Tensor:
     """See reference; float64 is not supported."""
     checks.last_dim("grad", grad, weight.shape[0], DTYPES)
     checks.same_device(weight=weight.exponents, grad=grad)
-    return _product(grad, from_spec(weight), transposed=True)
+    return _product(grad, on_device(weight), transposed=True)
 
 
 def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
@@ -33,11 +33,11 @@ def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     checks.dtype_in("grad", grad, DTYPES)
     checks.same_dtype("x", x, "grad", grad)
     checks.same_device(grad=grad, x=x)
-    if grad.ndim == 0 or grad.shape[:-1] != x.shape[:-1]:
+    if 0 in (grad.ndim, x.ndim) or grad.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"x has shape {tuple(x.shape)}, but its leading dimensions must match grad, {tuple(grad.shape)}"
         )
-    return wide_product(_rows(grad).T, _rows(x))
+    return wide_product(matrix_of(grad).T, matrix_of(x))
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
@@ -47,9 +47,9 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a.float(), b.float())
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Return x as [M, last]; M is spelled out because an empty batch leaves nothing to infer it from."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+def matrix_of(x: Tensor) -> Tensor:
+    """Return x as contiguous rows [M, last]; M is spelled out because an empty batch leaves nothing to infer it from."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
 
 
 def _product(x: Tensor, weight: DeviceWeight, *, transposed: bool) -> Tensor:
@@ -58,5 +58,5 @@ def _product(x: Tensor, weight: DeviceWeight, *, transposed: bool) -> Tensor:
     Unpacking inside the product would spare the dense copy; what that cost when it was tried is in docs/log.md.
     """
     w_NK = dense_rows(weight, x.dtype)
-    y_MN = torch.mm(_rows(x), w_NK if transposed else w_NK.T)
+    y_MN = torch.mm(matrix_of(x), w_NK if transposed else w_NK.T)
     return y_MN.reshape(*x.shape[:-1], y_MN.shape[1])

@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from arbitor.optimized.kernels import norm
 from arbitor.optimized.layouts import AnyWeight
-from arbitor.optimized.ops.layout import from_spec
+from arbitor.optimized.ops.layout import on_device
+from arbitor.optimized.ops.linear import matrix_of
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
-
-DEFAULT_EPS = 1e-6
-"""See reference."""
+from arbitor.reference.types import DEFAULT_EPS
 
 
 def rms_norm(x: Tensor, weight: AnyWeight, *, eps: float = DEFAULT_EPS) -> Tensor:
     """See reference; float64 is not supported."""
     _check(weight, eps, x)
-    return norm.normalize(_rows(x), from_spec(weight), eps).reshape(x.shape)
+    return norm.normalize(matrix_of(x), on_device(weight), eps).reshape(x.shape)
 
 
 def rms_norm_input_grad(grad: Tensor, x: Tensor, weight: AnyWeight, *, eps: float = DEFAULT_EPS) -> Tensor:
     """See reference; float64 is not supported."""
     _check(weight, eps, x, grad)
-    return norm.normalize_input_grad(_rows(grad), _rows(x), from_spec(weight), eps).reshape(x.shape)
+    return norm.normalize_input_grad(matrix_of(grad), matrix_of(x), on_device(weight), eps).reshape(x.shape)
 
 
 def rms_norm_weight_grad(grad: Tensor, x: Tensor, *, eps: float = DEFAULT_EPS) -> Tensor:
     """See reference; float64 is not supported."""
     _check(None, eps, x, grad)
-    return norm.normalize_weight_grad(_rows(grad), _rows(x), eps)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return norm.normalize_weight_grad(matrix_of(grad), matrix_of(x), eps)
 
 
 def _check(weight: AnyWeight | None, eps: float, x: Tensor, grad: Tensor | None = None) -> None:
@@ -46,8 +39,8 @@ def _check(weight: AnyWeight | None, eps: float, x: Tensor, grad: Tensor | None 
         checks.one_row("weight", weight)
         checks.last_dim("x", x, weight.shape[1], DTYPES)
         checks.same_device(weight=weight.exponents, x=x)
-    elif x.ndim == 0:
-        raise ValueError("x has shape (), but needs a last dimension")
+    else:
+        checks.last_dim_not_empty("x", x)
     if grad is not None:
         checks.same_dtype("grad", grad, "x", x)
         checks.same_shape("grad", grad, "x", x)

@@ -11,19 +11,18 @@ from torch import Tensor
 from arbitor.optimized.kernels import scale
 from arbitor.optimized.kernels.launch import values_between
 from arbitor.optimized.layouts import TRITS_PER_WORD, AnyWeight, DeviceWeight, words_per_row
-from arbitor.optimized.ops.layout import from_spec, to_spec
+from arbitor.optimized.ops.layout import canonical, on_device
 from arbitor.reference import checks
 from arbitor.reference.types import (
     DEFAULT_GROUP_SIZE,
     EXPONENT_MAX,
     EXPONENT_MIN,
+    INIT_NONZERO,
     RESERVED_STEP,
     TernaryWeight,
     groups_per_row,
+    level_range,
 )
-
-INIT_NONZERO = 0.617
-"""Share of non-zero trits at the start, as the specification gives it."""
 
 DTYPES = (torch.float32, torch.bfloat16)
 """Activation dtypes of the kernels; float64 is for the reference alone."""
@@ -33,6 +32,7 @@ def group_scales(exponents: Tensor, *, mantissa_bits: int = 0) -> Tensor:
     """See reference."""
     checks.dtype_in("exponents", exponents, (torch.int8,))
     checks.mantissa_bits(mantissa_bits)
+    values_between("exponents", exponents, *level_range(mantissa_bits))
     return scale.scales_of(exponents, mantissa_bits)
 
 
@@ -43,9 +43,9 @@ def dequantize(
     if dtype not in DTYPES:
         raise TypeError(f"dtype is {checks.names((dtype,))}, but must be {checks.names(DTYPES)}")
     if rows is not None:
-        checks.dtype_in("rows", rows, (torch.int64,))
+        checks.row_ids(rows, weight.device)
         values_between("rows", rows, 0, weight.shape[0] - 1)
-    return scale.dense_rows(from_spec(weight), dtype, rows)
+    return scale.dense_rows(on_device(weight), dtype, rows)
 
 
 def initial_weight(
@@ -62,7 +62,7 @@ def initial_weight(
     checks.number("std", std, 0.0, math.inf, open_low=True)
     checks.group_size(group_size)
     checks.group_ids_fit(num_rows, num_columns, group_size)
-    checks.vote_clock(seed, RESERVED_STEP, tensor_id)
+    checks.vote_clock(seed, RESERVED_STEP, tensor_id, last_step=RESERVED_STEP)
     exponent = min(max(round(math.log2(std / math.sqrt(INIT_NONZERO))), EXPONENT_MIN), EXPONENT_MAX)
     groups = groups_per_row(num_columns, group_size)
     words = scale.initial_words((num_rows, num_columns), groups, group_size, seed, tensor_id, device)
@@ -93,4 +93,6 @@ def _untrained(words: Tensor, shape: tuple[int, int], exponent: int, group_size:
     exponents = torch.full((shape[0], groups_per_row(shape[1], group_size)), exponent, dtype=torch.int8)
     exponents = exponents.to(words.device)
     trit_accum = torch.zeros(shape, dtype=torch.int8, device=words.device)
-    return to_spec(DeviceWeight(words, exponents, trit_accum, torch.zeros_like(exponents), shape, group_size))
+    return canonical(
+        DeviceWeight(words, exponents, trit_accum, torch.zeros_like(exponents), shape, group_size)
+    )

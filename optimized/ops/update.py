@@ -6,18 +6,12 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.kernels import update
-from arbitor.optimized.kernels.launch import Clock, row_ids, values_between
+from arbitor.optimized.kernels.launch import Clock, row_ids, values_between, vote_rate
 from arbitor.optimized.kernels.votes import exponents_of_rows
 from arbitor.optimized.layouts import AnyWeight
-from arbitor.optimized.ops.layout import deliver, from_spec, target_of
+from arbitor.optimized.ops.layout import deliver, on_device, target_of
 from arbitor.reference import checks
-from arbitor.reference.types import ACCUM_MAX, DEFAULT_THETA, DEFAULT_THETA_E
-
-EXPONENT_RULES = ("score", "sign", "frozen")
-"""See reference."""
-
-ON_FLIP = ("reset", "carry")
-"""See reference."""
+from arbitor.reference.types import ACCUM_MAX, DEFAULT_THETA, DEFAULT_THETA_E, EXPONENT_RULES, ON_FLIP
 
 
 def accumulate(
@@ -32,11 +26,12 @@ def accumulate(
     out: AnyWeight | None = None,
 ) -> AnyWeight:
     """See reference."""
-    row_ids(rows, weight.shape[0])
+    row_ids(rows, weight.shape[0], weight.device)
+    checks.out_weight(out, weight)
     checks.gradient_of(weight, "votes_NK", votes_NK, rows, (torch.int8,))
     values_between("votes_NK", votes_NK, -ACCUM_MAX, ACCUM_MAX)
     checks.one_of("exponent_rule", exponent_rule, EXPONENT_RULES)
-    clock = Clock.of(seed, step, tensor_id)
+    clock = Clock.of(seed, step, tensor_id, weight.device)
     target = target_of(weight, out)
     update.count_votes_(target, votes_NK, None, clock, exponent_rule, rows)
     return deliver(target, weight, out)
@@ -55,9 +50,8 @@ def apply_step(
     checks.threshold("theta", theta)
     checks.threshold("theta_e", theta_e)
     checks.one_of("on_flip", on_flip, ON_FLIP)
-    row_ids(rows, weight.shape[0])
-    if rows is not None:
-        checks.same_device(weight=weight.exponents, rows=rows)
+    row_ids(rows, weight.shape[0], weight.device)
+    checks.out_weight(out, weight)
     target = target_of(weight, out)
     update.step_(target, theta, theta_e, on_flip == "carry", rows)
     return deliver(target, weight, out)
@@ -77,13 +71,13 @@ def accumulate_gradient(
     out: AnyWeight | None = None,
 ) -> AnyWeight:
     """See reference. Two passes over the gradient, one over the accumulators; the votes are never written out."""
-    row_ids(rows, weight.shape[0])
+    row_ids(rows, weight.shape[0], weight.device)
+    checks.out_weight(out, weight)
     checks.gradient_of(weight, "grad_NK", grad_NK, rows, checks.GRADIENT_DTYPES)
-    if faults is not None:
-        checks.tensor("faults", faults, torch.int64, ())
-    checks.vote_rate(rate)
+    checks.fault_counter(faults, grad_NK)
+    vote_rate(rate, weight.device)
     checks.one_of("exponent_rule", exponent_rule, EXPONENT_RULES)
-    clock = Clock.of(seed, step, tensor_id)
+    clock = Clock.of(seed, step, tensor_id, weight.device)
     target = target_of(weight, out)
     update.count_votes_(target, grad_NK, rate, clock, exponent_rule, rows, faults)
     return deliver(target, weight, out)
@@ -91,7 +85,7 @@ def accumulate_gradient(
 
 def count_nonfinite_rows(grad_NK: Tensor) -> Tensor:
     """See reference."""
-    checks.matrix("grad_NK", grad_NK, checks.GRADIENT_DTYPES)
+    checks.gradient_matrix("grad_NK", grad_NK)
     faults = torch.zeros((), dtype=torch.int64, device=grad_NK.device)
     exponents_of_rows(grad_NK, faults)
     return faults
@@ -102,4 +96,4 @@ def count_changed_trits(before: AnyWeight, after: AnyWeight) -> Tensor:
     if before.shape != after.shape:
         raise ValueError(f"after has shape {after.shape}, but must match before, {before.shape}")
     checks.same_device(before=before.exponents, after=after.exponents)
-    return update.changed_trits(from_spec(before).words, from_spec(after).words)
+    return update.changed_trits(on_device(before).words, on_device(after).words)

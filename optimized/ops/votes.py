@@ -7,14 +7,14 @@ import math
 from torch import Tensor
 
 from arbitor.optimized.kernels import votes
-from arbitor.optimized.kernels.launch import Clock
+from arbitor.optimized.kernels.launch import Clock, row_ids, vote_rate
 from arbitor.reference import checks
-from arbitor.reference.types import ACCUM_MAX, DEFAULT_GROUP_SIZE
+from arbitor.reference.types import ACCUM_MAX, DEFAULT_GROUP_SIZE, groups_per_row
 
 
 def row_exponents(grad_NK: Tensor) -> Tensor:
     """See reference."""
-    checks.matrix("grad_NK", grad_NK, checks.GRADIENT_DTYPES)
+    checks.gradient_matrix("grad_NK", grad_NK)
     return votes.exponents_of_rows(grad_NK)
 
 
@@ -29,16 +29,18 @@ def stochastic_votes(
     rows: Tensor | None = None,
 ) -> Tensor:
     """See reference."""
-    checks.matrix("grad_NK", grad_NK, checks.GRADIENT_DTYPES)
-    checks.vote_rate(rate)
+    checks.gradient_matrix("grad_NK", grad_NK)
+    vote_rate(rate, grad_NK.device)
     checks.group_size(group_size)
-    checks.rows_of("rows", rows, grad_NK)
-    return votes.votes_of_gradient(grad_NK, rate, group_size, Clock.of(seed, step, tensor_id), rows)
+    clock = Clock.of(seed, step, tensor_id, grad_NK.device)
+    checks.rows_of(rows, grad_NK)
+    row_ids(rows, 2**32 // groups_per_row(grad_NK.shape[1], group_size), grad_NK.device)
+    return votes.votes_of_gradient(grad_NK, rate, group_size, clock, rows)
 
 
 def sign_votes(grad_NK: Tensor, step_size: int) -> Tensor:
     """See reference."""
-    checks.matrix("grad_NK", grad_NK, checks.GRADIENT_DTYPES)
+    checks.gradient_matrix("grad_NK", grad_NK)
     checks.integer("step_size", step_size, 1, ACCUM_MAX)
     return votes.votes_of_sign(grad_NK, step_size)
 
@@ -48,4 +50,4 @@ def step_from_loss(loss: float, loss_ref: float, max_step: int) -> int:
     checks.number("loss", loss, 0.0, math.inf)
     checks.number("loss_ref", loss_ref, 0.0, math.inf, open_low=True)
     checks.integer("max_step", max_step, 1, ACCUM_MAX)
-    return max(1, min(max_step, -math.floor(-(max_step * loss / loss_ref))))
+    return max(1, -math.floor(-min(max_step * loss / loss_ref, max_step)))

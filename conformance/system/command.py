@@ -1,0 +1,83 @@
+"""Runs ``arb`` in processes of its own, for the tests of the whole system."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from arbitor.optimized import cli
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+"""Where the processes run."""
+
+TIMEOUT = 300
+"""Seconds after which a process hangs."""
+
+
+def environment() -> dict[str, str]:
+    """The environment of a user with one core and no settings."""
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("ARB_", "TRITON_INTERPRET"))
+    }
+    paths = [str(REPOSITORY), str(REPOSITORY / ".links"), os.environ.get("PYTHONPATH", "")]
+    return {
+        **kept,
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "100",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
+
+
+def start(
+    arguments: Sequence[str], *, module: str = "conformance.system.nano_arb"
+) -> subprocess.Popen[bytes]:
+    """Start ``arb`` with the preset nano, or another module."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        cwd=REPOSITORY,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish(process: subprocess.Popen[bytes]) -> subprocess.CompletedProcess[bytes]:
+    """Wait for the end of a process."""
+    out, err = process.communicate(timeout=TIMEOUT)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def arb(*arguments: str, module: str = "conformance.system.nano_arb") -> subprocess.CompletedProcess[bytes]:
+    """Run ``arb`` to its end."""
+    return finish(start(arguments, module=module))
+
+
+class Here:
+    """Runs ``arb`` in this process, where torch is imported already: for the many cases that need no other one."""
+
+    def __init__(self, capture: pytest.CaptureFixture[bytes]) -> None:
+        self.capture = capture
+
+    def __call__(self, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+        self.capture.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main(arguments)
+        out, err = self.capture.readouterr()
+        assert isinstance(end.value.code, int)
+        return subprocess.CompletedProcess(arguments, end.value.code, out, err)
+
+
+def check_refused(result: subprocess.CompletedProcess[bytes], code: int, *parts: str) -> None:
+    """One sentence on stderr with each of the parts, the exit code, and no traceback."""
+    err = result.stderr.decode()
+    assert result.returncode == code, (result.returncode, err)
+    assert err.startswith("arb: ") and err.count("\n") == 1 and err.rstrip().endswith((".", ")")), err
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in err, (part, err)

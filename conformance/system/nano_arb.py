@@ -1,0 +1,74 @@
+"""The ``arb`` command as a user runs it, with the preset ``nano`` added and, if asked, something made to go wrong.
+
+    python -m conformance.system.nano_arb [slow-disk] [full-disk=BYTES] [nan=FROM] ARGUMENTS OF ARB...
+
+``slow-disk`` makes every flush and rename take a while, so that a kill at a random moment often falls into the writing
+of a checkpoint. ``full-disk=BYTES`` lets no file grow beyond so many bytes (RLIMIT_FSIZE: the kernel itself refuses).
+``nan=FROM`` makes the loss of every training micro-batch from that one on not finite.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import resource
+import sys
+import time
+from typing import Any
+
+import pytest
+
+from conformance.training import nano
+
+SLOW_DISK_SECONDS = 0.03
+"""What a flush or a rename takes on the slow disk."""
+
+
+def make_disk_slow() -> None:
+    def slow(real: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            time.sleep(SLOW_DISK_SECONDS)
+            result = real(*arguments)
+            time.sleep(SLOW_DISK_SECONDS)
+            return result
+
+        return call
+
+    os.fsync = slow(os.fsync)
+    os.replace = slow(os.replace)
+
+
+def make_loss_nan(first: int) -> None:
+    import torch
+
+    from arbitor.reference.graph import ArbModel
+
+    real, count = ArbModel.loss, itertools.count()
+
+    def loss(model: ArbModel, ids: torch.Tensor) -> torch.Tensor:
+        result = real(model, ids)
+        return result * float("nan") if torch.is_grad_enabled() and next(count) >= first else result
+
+    ArbModel.loss = loss  # type: ignore[method-assign]
+
+
+def main(arguments: list[str]) -> None:
+    while arguments:
+        fault, _, value = arguments[0].partition("=")
+        if fault == "slow-disk":
+            make_disk_slow()
+        elif fault == "full-disk":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(value), int(value)))
+        elif fault == "nan":
+            make_loss_nan(int(value))
+        else:
+            break
+        arguments = arguments[1:]
+    nano.register(pytest.MonkeyPatch())
+    from arbitor.optimized.cli import main as arb
+
+    arb(arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,227 @@
+"""The command line: what it prints, what it refuses, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conformance.system.command import REPOSITORY, Here, arb, check_refused, environment
+from conformance.training.nano import TEXT
+
+PLAIN = "arbitor.optimized.cli"
+"""The command without the preset nano and without torch, until a command needs it."""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], [], ["train", "--help"], ["audit", "--help"]])
+def test_help_needs_no_torch(arguments: list[str]) -> None:
+    """Help is quick because nothing heavy is imported for it: counted, not timed."""
+    code = (
+        "import sys\nfrom arbitor.optimized.cli import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print(sorted({'torch', 'numpy', 'rich', 'matplotlib', 'tensorboard', 'triton'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=REPOSITORY, capture_output=True)
+    assert out.returncode == 0, out.stderr.decode()
+    assert out.stdout.decode().splitlines()[-1] == "[]"
+    assert b"Usage: " in out.stdout
+
+
+def test_help_is_quick() -> None:
+    """Under half a second of processor time, interpreter start included, in the best of three."""
+    seconds = []
+    for _ in range(3):
+        before = os.times()
+        assert arb("--help", module=PLAIN).returncode == 0
+        after = os.times()
+        seconds.append(
+            after.children_user + after.children_system - before.children_user - before.children_system
+        )
+    assert min(seconds) < 0.5
+
+
+def test_version() -> None:
+    result = arb("--version", module=PLAIN)
+    assert result.returncode == 0
+    name, version = result.stdout.decode().split()
+    assert name == "arb" and (version == "unknown" or version[0].isdigit())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["fly"], ["No such command 'fly'"]),
+        (["train", "--bogus"], ["No such option", "--bogus"]),
+        (["train", "--steps", "0"], ["--steps", "0 is not in the range"]),
+        (["train", "--context", "3"], ["--context"]),
+        (["train", "--batch", "many"], ["--batch", "'many' is not a valid integer"]),
+        (["train", "--device", "tpu"], ["--device", "'tpu'"]),
+        (["train", "--seed", "-1"], ["--seed"]),
+        (["train", "--resume"], ["--resume needs --run"]),
+        (["generate"], ["--run"]),
+        (["generate", "--run", "x", "--temperature", "-1"], ["--temperature"]),
+        (["smoke", "--ctx", "3"], ["--ctx"]),
+    ],
+    ids=lambda value: " ".join(value[:2]),
+)
+def test_usage_errors(arguments: list[str], parts: list[str]) -> None:
+    check_refused(arb(*arguments, module=PLAIN), 2, *parts)
+
+
+def train(text: Path, run: Path, *more: str) -> list[str]:
+    return ["train", "--preset", "nano", "--data", str(text), "--device", "cpu", "--run", str(run), *more]
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "code", "parts"),
+    [
+        (None, [], 1, ["cannot read the data", "No such file"]),
+        (b"", [], 1, ["is empty"]),
+        (TEXT[:100], ["--context", "64"], 1, ["has 100 bytes", "context of 64", "128 bytes"]),
+        (TEXT, ["--preset", "huge"], 2, ["'huge'", "'tiny'"]),
+        (TEXT, ["--backend", "triton"], 1, ["TRITON_INTERPRET"]),
+    ],
+    ids=["missing", "empty", "short", "preset", "backend"],
+)
+def test_train_refuses(
+    here: Here, tmp_path: Path, content: bytes | None, more: list[str], code: int, parts: list[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "data").write_bytes(content)
+    check_refused(here(*train(tmp_path / "data", tmp_path / "run", *more)), code, *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_refuses_a_folder_without_text(here: Here, tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\0\1\2")
+    check_refused(here(*train(tmp_path, tmp_path / "run")), 1, "holds no text")
+
+
+def test_train_takes_bytes_that_are_no_text(here: Here, tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(bytes(range(255, -1, -1)) * 8)
+    result = here(*train(tmp_path / "data", tmp_path / "run", "--steps", "1", "--no-save"))
+    assert result.returncode == 0, result.stderr.decode()
+    sample = (tmp_path / "run" / "sample.txt").read_bytes()
+    with pytest.raises(UnicodeDecodeError):
+        sample.decode()
+    result.stdout.decode()  # while what is printed can be read
+
+
+def test_train_prints_a_table_and_a_sample(finished: Path) -> None:
+    out = (finished / "stdout").read_text()
+    summary = json.loads((finished / "summary.json").read_text())
+    for name, bpb in (*summary["baselines"].items(), ("arb nano", summary["val_bpb"])):
+        assert any(name in line and f"{bpb:.3f}" in line for line in out.splitlines()), name
+    assert "step 15/15" in out and "\x1b" not in out
+    assert "sample" in out and str(finished) in out
+
+
+def test_train_refuses_to_start_twice(here: Here, finished: Path, text: Path) -> None:
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in finished.iterdir())
+    check_refused(here(*train(text, finished)), 1, "already holds a run", "--resume")
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in finished.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "was"), [("--steps", "25", "15"), ("--batch", "3", "2"), ("--preset", "tiny", "nano")]
+)
+def test_resume_refuses_another_run(here: Here, finished: Path, option: str, value: str, was: str) -> None:
+    result = here("train", "--run", str(finished), "--resume", option, value)
+    check_refused(result, 1, f"started with {option[2:]} {was}", f"with {option[2:]} {value}")
+
+
+def generate(run: Path, *more: str) -> list[str]:
+    return ["generate", "--run", str(run), "--device", "cpu", *more]
+
+
+def test_generate_is_deterministic(here: Here, finished: Path) -> None:
+    arguments = ["--prompt", "7 squared", "--bytes", "20", "--temperature", "1", "--seed", "5"]
+    first = arb(*generate(finished, *arguments))
+    assert first.returncode == 0, first.stderr.decode()
+    assert first.stdout.startswith(b"7 squared") and len(first.stdout) == 9 + 20
+    assert here(*generate(finished, *arguments)).stdout == first.stdout
+    assert here(*generate(finished, *arguments[:-1], "6")).stdout != first.stdout
+
+
+def test_generate_passes_bytes_through_a_pipe_and_cleans_them_for_a_terminal(
+    here: Here, finished: Path
+) -> None:
+    raw = "\udcff\x1b["  # a byte that is no UTF-8, and the start of an escape sequence
+    assert here(*generate(finished, "--prompt", raw, "--bytes", "0")).stdout == b"\xff\x1b["
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-m", PLAIN, "generate", "--run", str(finished), "--device", "cpu"]
+    done = subprocess.run(
+        [*command, "--prompt", raw, "--bytes", "0"], env=environment(), cwd=REPOSITORY, stdout=follower
+    )
+    os.close(follower)
+    assert done.returncode == 0
+    assert os.read(leader, 1000).decode() == "\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}[\r\n"
+    os.close(leader)
+
+
+def test_generate_refuses_a_folder_without_a_checkpoint(here: Here, tmp_path: Path) -> None:
+    check_refused(here(*generate(tmp_path)), 1, "holds no checkpoint")
+
+
+def test_generate_says_so_where_the_best_checkpoint_is_damaged(
+    here: Here, finished: Path, tmp_path: Path
+) -> None:
+    content = (finished / "best.safetensors").read_bytes()
+    (tmp_path / "best.safetensors").write_bytes(content[:-1])
+    (tmp_path / "latest.safetensors").write_bytes(content)
+    result = here(*generate(tmp_path, "--bytes", "3"))
+    assert result.returncode == 0 and len(result.stdout) == 3
+    assert b"best.safetensors' is damaged" in result.stderr
+    (tmp_path / "latest.safetensors").unlink()
+    result = here(*generate(tmp_path, "--bytes", "3"))
+    assert result.returncode == 1 and b"Traceback" not in result.stderr
+
+
+def test_audit_counts_weights_and_no_floats(here: Here) -> None:
+    result = here("audit", "--preset", "tiny", "--json")
+    assert result.returncode == 0, result.stderr.decode()
+    report = json.loads(result.stdout)
+    assert report["weights"] == sum(area["weights"] for area in report["areas"]) > 100_000
+    assert report["trainable_float_params"] == report["float_buffers"] == 0
+    for area in report["areas"]:
+        assert 1.3 < area["canonical_bytes"] / area["weights"] < 1.5
+        assert area["canonical_bytes"] < area["resident_bytes"] < 1.2 * area["canonical_bytes"]
+    table = here("audit", "--preset", "tiny").stdout.decode()
+    assert f"{report['weights']:,}" in table
+    check_refused(here("audit", "--preset", "huge"), 2, "'huge'")
+
+
+def test_smoke_reports_what_refactor_12_reports(here: Here) -> None:
+    result = here("smoke", "--preset", "nano", "--device", "cpu", "--ctx", "5", "--batch", "2", "--backward")
+    assert result.returncode == 0, result.stderr.decode()
+    lines = dict(line.split(": ", 1) for line in result.stdout.decode().splitlines()[1:])
+    assert list(lines) == ["logical ternary weights", "training state", "loss", "forward", "backward/update"]
+    assert lines["training state"].endswith(" MiB") and lines["forward"].endswith(" s")
+    assert "backward" not in here("smoke", "--preset", "nano", "--device", "cpu").stdout.decode()
+
+
+def test_smoke_of_a_loss_that_is_not_finite() -> None:
+    check_refused(arb("nan=0", "smoke", "--preset", "nano", "--device", "cpu", "--backward"), 1, "not finite")
+
+
+def test_a_reader_that_goes_away_is_told_nothing() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", PLAIN, "--help"]
+    done = subprocess.run(command, env=environment(), cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.returncode == 1 and done.stderr == b""
+
+
+def test_an_unforeseen_error_is_one_sentence_too() -> None:
+    """A full standard output, which nothing in the program expects; ``--traceback`` tells more."""
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", PLAIN, "--version"]
+        done = subprocess.run(command, env=environment(), cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    assert b"No space left on device" in done.stderr and b"Traceback" not in done.stderr

@@ -1,0 +1,168 @@
+"""A run survives what happens to real ones: SIGKILL, SIGINT, SIGTERM, a full disk, a second process."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from arbitor.optimized.training.checkpoint import load_checkpoint
+from arbitor.optimized.training.checkpoint_folder import CheckpointFolder
+from arbitor.optimized.training.monitor import read_metrics
+from conformance.system.command import TIMEOUT, Here, arb, check_refused, finish, start
+
+STEPS = "15"
+
+
+def arguments(text: Path, run: Path, *more: str) -> list[str]:
+    return [
+        "train", "--preset", "nano", "--data", str(text), "--device", "cpu", "--run", str(run),
+        "--steps", STEPS, *more
+    ]  # fmt: skip
+
+
+def digest(run: Path) -> str:
+    return json.loads((run / "summary.json").read_text())["state_sha256"]
+
+
+def wait_for(process: subprocess.Popen[bytes], path: Path, lines: int) -> bool:
+    """Wait until a file has so many lines; False where the process ended before."""
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline:
+        if path.exists() and path.read_bytes().count(b"\n") >= lines:
+            return True
+        if process.poll() is not None:
+            return False
+        time.sleep(0.002)
+    raise AssertionError(f"{path} never had {lines} lines")
+
+
+def resume(run: Path) -> list[str]:
+    return ["train", "--run", str(run), "--resume"]
+
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_same_seed_same_hash_in_another_process(
+    here: Here, finished: Path, text: Path, tmp_path: Path, device: str
+) -> None:
+    if device == "cpu":  # the other process is this one
+        assert here(*arguments(text, tmp_path / "run")).returncode == 0
+        assert digest(tmp_path / "run") == digest(finished)
+        return
+    for name in ("a", "b"):
+        result = arb(*arguments(text, tmp_path / name, "--device", device))
+        assert result.returncode == 0, result.stderr.decode()
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sigkill_at_random_moments(finished: Path, text: Path, tmp_path: Path, device: str) -> None:
+    """Killed three times, on a disk so slow that a checkpoint is being written most of the time."""
+    run, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+    moments = random.Random(20261121)
+    often = ("--save-interval", "1", "--log-interval", "1", "--device", device)
+    process = start(["slow-disk", *arguments(text, run, *often)])
+    for kills in range(1, 4):
+        lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        assert wait_for(process, metrics, lines + moments.randint(1, 3)), finish(process).stderr.decode()
+        time.sleep(moments.uniform(0, 0.4))
+        process.kill()
+        assert finish(process).returncode == -signal.SIGKILL
+        checkpoint, refusals = CheckpointFolder(run).load_newest()
+        assert not refusals and (checkpoint is not None or kills == 1)
+        process = start(["slow-disk", *resume(run)])
+    result = finish(process)
+    assert result.returncode == 0, result.stderr.decode()
+    assert b"resuming" in result.stdout
+    if device == "cpu":
+        expected = digest(finished)
+    else:
+        assert arb(*arguments(text, tmp_path / "whole", "--device", device)).returncode == 0
+        expected = digest(tmp_path / "whole")
+    assert digest(run) == expected
+    assert [line["step"] for line in read_metrics(metrics)] == list(range(int(STEPS) + 1))
+    assert not list(run.glob(".*"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_exit(
+    here: Here, finished: Path, text: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    run = tmp_path / "run"
+    process = start(arguments(text, run, "--save-interval", "1000"))
+    assert wait_for(process, run / "metrics.jsonl", 3)
+    process.send_signal(number)
+    check_refused(finish(process), code, f"stopped by {number.name}", "--resume")
+    assert load_checkpoint(run / "latest.safetensors").step >= 4
+    if number == signal.SIGTERM:
+        check_full_disk_while_resuming(run)
+    assert here(*resume(run)).returncode == 0
+    assert digest(run) == digest(finished)
+
+
+def check_full_disk_while_resuming(run: Path) -> None:
+    """A run that meets a full disk ends with a sentence, and leaves what was saved before and nothing else."""
+    before = {path.name: path.read_bytes() for path in run.glob("*.safetensors")}
+    assert {"latest.safetensors", "previous.safetensors"} <= before.keys()
+    check_refused(
+        arb("full-disk=8000", *resume(run)), 1, "cannot write the checkpoint", "too large", "intact"
+    )
+    assert {path.name: path.read_bytes() for path in run.glob("*.safetensors")} == before
+    assert not list(run.glob(".*"))
+
+
+def test_two_processes_do_not_share_a_run(here: Here, text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(["slow-disk", *arguments(text, run, "--save-interval", "1")])
+    try:
+        assert wait_for(process, run / "metrics.jsonl", 1)
+        check_refused(here(*resume(run)), 1, "another process is training")
+        assert process.poll() is None
+    finally:
+        process.kill()
+        finish(process)
+
+
+def test_full_disk_from_the_start(text: Path, tmp_path: Path) -> None:
+    result = arb("full-disk=8000", *arguments(text, tmp_path / "run"))
+    check_refused(result, 1, "cannot write the checkpoint", "latest.safetensors", "File too large")
+    assert not [name for name in os.listdir(tmp_path / "run") if "safetensors" in name]
+
+
+def test_damaged_checkpoints(here: Here, finished: Path, tmp_path: Path) -> None:
+    """The newest is refused with a sentence and the one before it goes on; with neither, nothing is done."""
+    for path in finished.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    latest = tmp_path / "latest.safetensors"
+    latest.write_bytes(latest.read_bytes()[:-100])
+    (tmp_path / "summary.json").unlink()
+    result = here(*resume(tmp_path))
+    assert result.returncode == 0
+    assert result.stderr.count(b"\n") == 1
+    assert (
+        b"latest.safetensors' is damaged" in result.stderr
+        and b"going on from the one before" in result.stderr
+    )
+    assert b"at step 12" in result.stdout
+    assert digest(tmp_path) == digest(finished)
+    for name in ("latest", "previous"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"\0" * 10)
+    check_refused(here(*resume(tmp_path)), 1, "no checkpoint is left to resume from")
+
+
+def test_resume_of_a_run_that_never_began(here: Here, finished: Path, text: Path, tmp_path: Path) -> None:
+    """Killed before its first file, a run is started by the command that would have resumed it."""
+    result = here(*arguments(text, tmp_path / "run", "--resume"))
+    assert result.returncode == 0, result.stderr.decode()
+    assert b"starting at step 0" in result.stdout
+    assert digest(tmp_path / "run") == digest(finished)

@@ -1,0 +1,33 @@
+"""What the tests of the trainer share: one thread, the preset ``nano``, and a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from conformance.training import nano
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread() -> Iterator[None]:
+    """Tensors are so small here that a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def nano_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    nano.register(monkeypatch)
+    monkeypatch.delenv("ARB_BACKEND", raising=False)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_bytes(nano.TEXT)
+    return path

@@ -1,0 +1,35 @@
+"""A preset and a text so small that a whole run takes a second, for the tests of the trainer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from arbitor.optimized.training import defaults
+from arbitor.reference.config import PRESETS
+from conformance.graph.models import NANO as GRAPH_NANO
+
+NANO = replace(GRAPH_NANO, num_layers=1, num_experts=2, top_k=1)
+"""The nano model of the graph's tests with one layer, so that a step takes a few hundredths of a second."""
+
+NANO_DEFAULTS = defaults.TrainerDefaults(
+    steps=8,
+    batch=2,
+    context=16,
+    eval_interval=4,
+    save_interval=3,
+    log_interval=2,
+    eval_windows=8,
+    sample_bytes=8,
+)
+"""Trainer settings of the preset ``nano``."""
+
+TEXT = b"".join(b"%d squared is %d, and its cube is %d.\n" % (i, i * i, i**3) for i in range(120))
+"""About four kilobytes to learn from."""
+
+
+def register(patch: pytest.MonkeyPatch) -> None:
+    """Make ``nano`` a preset like any other."""
+    patch.setitem(PRESETS, "nano", NANO)
+    patch.setitem(defaults._BY_PRESET, "nano", NANO_DEFAULTS)

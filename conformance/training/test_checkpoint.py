@@ -1,0 +1,350 @@
+"""Checkpoints: what is written can be read by anyone, and nothing else is accepted."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+
+from arbitor.optimized.training import checkpoint as checkpoints
+from arbitor.optimized.training.checkpoint import CheckpointError, load_checkpoint
+from arbitor.optimized.training.checkpoint_folder import CheckpointFolder
+from arbitor.optimized.training.errors import TrainingError
+from arbitor.reference.types import TernaryWeight
+from conformance.graph.models import NANO, nano, random_ids
+
+CONFIG = json.loads(NANO.to_json())
+METADATA: dict[str, Any] = {
+    "config": CONFIG,
+    "seed": 3,
+    "best_bpb": 2.5,
+    "run": {"preset": "nano", "steps": 9},
+    "progress": {"seconds": 1.5},
+}
+
+
+@functools.cache
+def trained_weights() -> dict[str, TernaryWeight]:
+    """Weights after two steps, so that no part of them is all zeros. Not to be written to."""
+    model = nano()
+    for step in range(2):
+        assert model.backward(model.loss(random_ids(2, 12, seed=step)), rate=1.25, step=step)
+        model.step()
+    return model.weights()
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "one.safetensors"
+    checkpoints.save_checkpoint(path, trained_weights(), step=2, **METADATA)
+    return path
+
+
+def tensors_of(weights: dict[str, TernaryWeight]) -> dict[str, torch.Tensor]:
+    return {f"{name}.{part}": t for name, weight in weights.items() for part, t in weight.tensors().items()}
+
+
+def forged(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]) -> Path:
+    """Rewrite a checkpoint with something changed and every digest made to fit, as a careful forger would."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["arbitor"])
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    change(tensors, header)
+    header["state_sha256"] = checkpoints._tensors_sha256(tensors)
+    header["content_sha256"] = checkpoints._content_sha256(header)
+    safetensors.torch.save_file(tensors, path, metadata={"arbitor": json.dumps(header)})
+    return path
+
+
+def test_checkpoint_round_trip(saved: Path) -> None:
+    weights = trained_weights()
+    loaded = load_checkpoint(saved)
+    assert {"step": loaded.step, "seed": loaded.seed, "best_bpb": loaded.best_bpb} == {
+        "step": 2,
+        "seed": 3,
+        "best_bpb": 2.5,
+    }
+    assert (loaded.config, loaded.run, loaded.progress) == (CONFIG, METADATA["run"], METADATA["progress"])
+    expected, found = tensors_of(weights), tensors_of(loaded.weights)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype, name
+    other = nano(seed=99)
+    other.load_weights(loaded.weights)
+    assert checkpoints.state_sha256(other.weights()) == loaded.state_sha256
+
+
+def test_checkpoint_is_a_plain_safetensors_file(saved: Path) -> None:
+    """The library reads it, byte for byte as the library would have it."""
+    tensors = safetensors.torch.load_file(saved)
+    assert tensors.keys() == tensors_of(nano().weights()).keys()
+    with safetensors.safe_open(saved, framework="pt") as file:
+        metadata = file.metadata()
+    assert list(metadata) == ["arbitor"]
+    length = int.from_bytes(saved.read_bytes()[:8], "little")
+    assert length % 8 == 0
+    assert saved.stat().st_size == 8 + length + sum(tensor.numel() for tensor in tensors.values())
+
+
+def test_checkpoint_files_of_equal_runs_are_equal(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        checkpoints.save_checkpoint(tmp_path / name, trained_weights(), step=2, **METADATA)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def bytes_of_one_shape(shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Tensors of 24 weights that differ in nothing but their shape."""
+    groups = torch.zeros(shape[0], shape[1] // 12, dtype=torch.int8)
+    return {
+        "packed": torch.full((5,), 121, dtype=torch.uint8),
+        "exponents": groups,
+        "trit_accum": torch.zeros(shape, dtype=torch.int8),
+        "exponent_accum": groups,
+    }
+
+
+def test_state_sha256_sees_every_part_of_every_weight() -> None:
+    weights = trained_weights()
+    digests = {checkpoints.state_sha256(weights)}
+    count = 1
+    for name, weight in weights.items():
+        for part, tensor in weight.tensors().items():
+            changed = tensor.clone()
+            changed.view(-1)[-1] += 1 if int(changed.view(-1)[-1]) < 100 else -1
+            digests.add(checkpoints.state_sha256({**weights, name: weight.with_tensors(**{part: changed})}))
+            count += 1
+    renamed = dict(weights)
+    renamed["other"] = renamed.pop(next(iter(renamed)))
+    digests.add(checkpoints.state_sha256(renamed))
+    row = {"w": TernaryWeight(**bytes_of_one_shape((1, 24)), shape=(1, 24))}
+    column = {"w": TernaryWeight(**bytes_of_one_shape((2, 12)), shape=(2, 12))}
+    digests |= {checkpoints.state_sha256(row), checkpoints.state_sha256(column)}
+    assert len(digests) == count + 3
+    assert checkpoints.state_sha256(dict(reversed(weights.items()))) == checkpoints.state_sha256(weights)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 7, 8, 100, 5000, -1])
+def test_checkpoint_truncated_anywhere_is_refused(saved: Path, keep: int) -> None:
+    content = saved.read_bytes()
+    saved.write_bytes(content[:keep])
+    with pytest.raises(CheckpointError, match="damaged or not a safetensors file"):
+        load_checkpoint(saved)
+
+
+def test_checkpoint_with_any_byte_flipped_is_refused(saved: Path) -> None:
+    content = bytearray(saved.read_bytes())
+    places = [*range(0, 16), *range(16, len(content), max(1, len(content) // 150)), len(content) - 1]
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 0x01
+        saved.write_bytes(damaged)
+        with pytest.raises(CheckpointError):
+            load_checkpoint(saved)
+            pytest.fail(f"byte {place} was changed and nobody noticed")
+
+
+def _set(name: str, value: int) -> Callable[[dict[str, torch.Tensor], dict[str, Any]], None]:
+    def change(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
+        tensors[name].view(-1)[0] = value
+
+    return change
+
+
+def _reshape(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
+    tensors["embedding.table.trit_accum"] = tensors["embedding.table.trit_accum"].t().contiguous()
+
+
+def _lose(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
+    del tensors["embedding.table.exponents"]
+
+
+def _add(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
+    tensors["extra.packed"] = torch.zeros(1, dtype=torch.uint8)
+
+
+def _widen(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
+    tensors["embedding.table.trit_accum"] = tensors["embedding.table.trit_accum"].to(torch.int16)
+
+
+def _field(name: str, value: Any) -> Callable[[dict[str, torch.Tensor], dict[str, Any]], None]:
+    def change(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
+        header[name] = value
+
+    return change
+
+
+def _drop_field(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
+    del header["seed"]
+
+
+EMBEDDING = "embedding.table"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (_set("embedding.table.packed", 243), "embedding.table.packed holds 243, outside 0 to 242"),
+        (_set("embedding.table.exponents", 16), "embedding.table.exponents holds 16, outside -32 to 15"),
+        (_set("embedding.table.exponents", -33), "embedding.table.exponents holds -33, outside -32 to 15"),
+        (
+            _set("embedding.table.trit_accum", -128),
+            "embedding.table.trit_accum holds -128, outside -127 to 127",
+        ),
+        (
+            _set("embedding.table.exponent_accum", -128),
+            "embedding.table.exponent_accum holds -128, outside -127 to 127",
+        ),
+        (_reshape, "'embedding.table' does not have the shape its header states"),
+        (_widen, "'embedding.table' does not have the shape its header states"),
+        (_lose, "embedding.table.exponents is missing"),
+        (_add, "tensors that belong to no weight"),
+        (_field("format", 2), "format version is 2"),
+        (_field("weights", []), r"has \[\] for weights"),
+        (_field("step", "2"), "has '2' for step"),
+        (_field("best_bpb", True), "has True for best_bpb"),
+        (_field("weights", {"embedding.table": {}}), "malformed"),
+        (_drop_field, "malformed"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_checkpoint_forged_is_refused(
+    saved: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None], sentence: str
+) -> None:
+    with pytest.raises(CheckpointError, match=sentence) as caught:
+        load_checkpoint(forged(saved, change))
+    assert "one.safetensors" in str(caught.value)
+
+
+def test_forged_with_nothing_changed_is_accepted(saved: Path) -> None:
+    """The forger above forges well: what is refused is refused for what was changed."""
+    before = load_checkpoint(saved).state_sha256
+    assert load_checkpoint(forged(saved, lambda tensors, header: None)).state_sha256 == before
+
+
+def test_checkpoint_of_another_program_is_refused(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"w": torch.zeros(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="not of this program"):
+        load_checkpoint(tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        load_checkpoint(tmp_path / "missing.safetensors")
+
+
+def test_check_fits_names_the_difference(saved: Path) -> None:
+    loaded = load_checkpoint(saved)
+    weights = nano().weights()
+    checkpoints.check_fits(loaded, CONFIG, weights)
+    with pytest.raises(CheckpointError, match="theta is 16 there and 17 here"):
+        checkpoints.check_fits(loaded, {**CONFIG, "theta": 17}, weights)
+    with pytest.raises(CheckpointError, match=r"'embedding.table' is there but not here"):
+        checkpoints.check_fits(loaded, CONFIG, {k: v for k, v in weights.items() if k != EMBEDDING})
+    with pytest.raises(CheckpointError, match=r"'embedding.table' is .* there and .* here"):
+        checkpoints.check_fits(
+            loaded, CONFIG, {**weights, EMBEDDING: nano(embed_dim=12).weights()[EMBEDDING]}
+        )
+
+
+class Crash(BaseException):
+    """Stands for SIGKILL at a chosen moment: no handler of the code under test may run."""
+
+
+@pytest.mark.parametrize("moment", range(1, 8))
+def test_save_latest_crashed_at_any_moment_leaves_a_loadable_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    """Three saves; the third dies before its first, second, ... system call. Then a resume, and another save."""
+    weights = trained_weights()
+    folder = CheckpointFolder(tmp_path)
+    for step in (1, 2):
+        folder.save_latest(weights, step=step, **METADATA)
+    calls = 0
+    real = {name: getattr(os, name) for name in ("fsync", "replace")}
+
+    def dying(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == moment:
+                raise Crash
+            return real[name](*arguments)
+
+        return call
+
+    for name in real:
+        monkeypatch.setattr(os, name, dying(name))
+    crashed = False
+    try:
+        folder.save_latest(weights, step=3, **METADATA)
+    except Crash:
+        crashed = True
+    monkeypatch.undo()
+    assert crashed == (moment <= 5)  # the file, two renames, and the folder after each
+
+    again = CheckpointFolder(tmp_path)
+    assert sorted(os.listdir(tmp_path)) in (
+        ["latest.safetensors", "previous.safetensors"],
+        ["previous.safetensors"],
+    )
+    checkpoint, refusals = again.load_newest()
+    assert checkpoint is not None and not refusals
+    assert checkpoint.step in (2, 3)
+    again.save_latest(weights, step=4, **METADATA)
+    assert load_checkpoint(tmp_path / "latest.safetensors").step == 4
+    assert load_checkpoint(tmp_path / "previous.safetensors").step in (2, 3)
+
+
+def test_load_newest_falls_back_and_the_next_save_keeps_what_is_good(tmp_path: Path) -> None:
+    weights = trained_weights()
+    folder = CheckpointFolder(tmp_path)
+    assert folder.load_newest() == (None, [])
+    for step in (1, 2):
+        folder.save_latest(weights, step=step, **METADATA)
+    (tmp_path / "latest.safetensors").write_bytes(b"\0" * 100)
+    again = CheckpointFolder(tmp_path)
+    checkpoint, refusals = again.load_newest()
+    assert checkpoint is not None and checkpoint.step == 1
+    assert len(refusals) == 1 and "latest.safetensors" in refusals[0]
+    again.save_latest(weights, step=2, **METADATA)
+    assert load_checkpoint(tmp_path / "previous.safetensors").step == 1  # not the damaged one
+    for name in ("latest", "previous"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"latest.*previous.*no checkpoint is left"):
+        CheckpointFolder(tmp_path).load_newest()
+
+
+def test_save_checkpoint_on_a_broken_disk_leaves_everything_as_it_was(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = saved.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(TrainingError, match=r"cannot write .*No space left on device.*intact$"):
+        checkpoints.save_checkpoint(saved, nano(seed=5).weights(), step=3, **METADATA)
+    assert saved.read_bytes() == before
+    assert os.listdir(saved.parent) == [saved.name]
+
+
+def test_checkpoint_keeps_scale_mantissas(tmp_path: Path) -> None:
+    """With b mantissa bits the stored levels reach from -32 * 2**b to 16 * 2**b - 1."""
+    weight = next(iter(nano().weights().values()))
+    exponents = torch.full_like(weight.exponents, 63)
+    exponents[0] = -128
+    weights = {"w": replace(weight, mantissa_bits=2, exponents=exponents)}
+    path = tmp_path / "m.safetensors"
+    checkpoints.save_checkpoint(path, weights, step=0, **METADATA)
+    assert torch.equal(load_checkpoint(path).weights["w"].exponents, exponents)
+    weights = {"w": replace(weight, mantissa_bits=2, exponents=exponents + 1)}
+    checkpoints.save_checkpoint(path, weights, step=0, **METADATA)
+    with pytest.raises(CheckpointError, match="holds 64, outside -128 to 63"):
+        load_checkpoint(path)

@@ -1,0 +1,359 @@
+"""Whole runs of the trainer, in this process."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from arbitor.optimized.training import loop
+from arbitor.optimized.training.baselines import NAMES
+from arbitor.optimized.training.checkpoint import load_checkpoint, state_sha256
+from arbitor.optimized.training.data import load_corpus, split_corpus, training_batch, validation_windows
+from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.evaluate import validation_bpb
+from arbitor.optimized.training.loop import train
+from arbitor.optimized.training.monitor import read_metrics
+from arbitor.optimized.training.plan import TrainOptions
+from arbitor.optimized.training.runtime import Stopped
+from arbitor.optimized.training.schedule import rate
+from arbitor.reference.graph import ArbModel
+from conformance.training.nano import NANO, NANO_DEFAULTS, TEXT
+
+
+def options(text: Path, run: Path | None, **changes: Any) -> TrainOptions:
+    return replace(TrainOptions(preset="nano", data=str(text), device="cpu", run=run), **changes)
+
+
+def test_train_is_the_plain_recipe(text: Path) -> None:
+    """The same eight steps, written out: a vote from every micro-batch, then one step."""
+    result = train(options(text, None, accum=2, seed=7, save=False))
+    corpus = load_corpus(str(text))
+    split = split_corpus(corpus, 16)
+    model = ArbModel(NANO, seed=7)
+    for step in range(8):
+        for micro_step in (2 * step, 2 * step + 1):
+            ids = training_batch(corpus, split, batch=2, context=16, seed=7, micro_step=micro_step)
+            model.backward(model.loss(ids), rate=rate(step, 8), step=micro_step)
+        model.step()
+    assert result.summary["state_sha256"] == state_sha256(model.weights())
+    assert result.folder is None
+
+
+def test_train_writes_its_folder(text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    result = train(options(text, folder))
+    events = [name for name in os.listdir(folder) if name.startswith("events.out.tfevents.")]
+    assert len(events) == 1
+    assert sorted(set(os.listdir(folder)) - set(events)) == [
+        "best.safetensors",
+        "config.json",
+        "final.safetensors",
+        "latest.safetensors",
+        "loss.png",
+        "metrics.jsonl",
+        "previous.safetensors",
+        "sample.txt",
+        "summary.json",
+    ]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary == result.summary
+    assert tuple(summary["baselines"]) == NAMES
+    assert (summary["steps"], summary["preset"], summary["seed"], summary["skipped"]) == (8, "nano", 0, 0)
+    assert summary["seconds"] > 0
+    final = load_checkpoint(folder / "final.safetensors")
+    assert final.state_sha256 == summary["state_sha256"]
+    assert load_checkpoint(folder / "latest.safetensors").state_sha256 == summary["state_sha256"]
+    assert load_checkpoint(folder / "previous.safetensors").step == 6
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model"] == json.loads(NANO.to_json())
+    assert config["run"]["context"] == NANO_DEFAULTS.context
+    metrics = read_metrics(folder / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [0, 2, 4, 6, 8]
+    assert [line["step"] for line in metrics if "val_bpb" in line] == [0, 4, 8]
+    assert (folder / "sample.txt").read_bytes() == result.prompt + result.sample
+    assert len(result.sample) == NANO_DEFAULTS.sample_bytes
+
+
+def test_train_reports_bits_per_byte_of_the_final_and_of_the_best_model(text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    summary = train(options(text, folder)).summary
+    corpus = load_corpus(str(text))
+    windows = validation_windows(corpus, split_corpus(corpus, 16), count=8, context=16)
+    for name, expected in (("final", summary["val_bpb"]), ("best", summary["best_bpb"])):
+        model = ArbModel(NANO)
+        model.load_weights(load_checkpoint(folder / f"{name}.safetensors").weights)
+        with torch.no_grad():
+            nats = torch.stack([model.loss(window[None]) for window in windows]).double().mean().item()
+        assert expected == pytest.approx(nats / math.log(2), rel=1e-6)
+    assert validation_bpb(model, windows, batch=3, device="cpu") == pytest.approx(
+        summary["best_bpb"], rel=1e-6
+    )
+    seen = [line["val_bpb"] for line in read_metrics(folder / "metrics.jsonl") if line.get("val_bpb")]
+    assert summary["best_bpb"] == min(seen[1:])
+
+
+def test_train_learns(text: Path) -> None:
+    summary = train(options(text, None, save=False, steps=40, batch=8)).summary
+    assert summary["val_bpb"] < summary["baselines"]["unigram"] < 5
+
+
+def test_train_is_deterministic(text: Path) -> None:
+    def digest(seed: int) -> str:
+        return train(options(text, None, save=False, seed=seed)).summary["state_sha256"]
+
+    first = digest(3)
+    torch.manual_seed(5)
+    torch.rand(7)
+    assert digest(3) == first
+    assert digest(4) != first
+
+
+def test_train_does_not_depend_on_how_it_is_watched(text: Path, tmp_path: Path) -> None:
+    plain = train(options(text, None, save=False)).summary
+    watched = train(
+        options(text, tmp_path / "run", log_interval=1, eval_interval=1, save_interval=1),
+        console=Console(file=io.StringIO(), force_terminal=True),
+    ).summary
+    assert watched["state_sha256"] == plain["state_sha256"]
+    assert watched["val_bpb"] == plain["val_bpb"]
+
+
+def fault(monkeypatch: pytest.MonkeyPatch, faulty: set[int] | range, value: float) -> None:
+    """Make the loss of some micro-batches not finite, as an overflow would: through the graph, not beside it."""
+    real, count = ArbModel.loss, iter(range(10**6))
+
+    def loss(model: ArbModel, ids: torch.Tensor) -> torch.Tensor:
+        result = real(model, ids)
+        return result * value if torch.is_grad_enabled() and next(count) in faulty else result
+
+    monkeypatch.setattr(ArbModel, "loss", loss)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_train_skips_a_loss_that_is_not_finite(
+    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: float
+) -> None:
+    """Micro-batches 3, 8 and 9 of 16 fail: the run equals one in which they never were."""
+    corpus = load_corpus(str(text))
+    split = split_corpus(corpus, 16)
+    model = ArbModel(NANO, seed=0)
+    for step in range(8):
+        for micro_step in (2 * step, 2 * step + 1):
+            if micro_step not in (3, 8, 9):
+                ids = training_batch(corpus, split, batch=2, context=16, seed=0, micro_step=micro_step)
+                model.backward(model.loss(ids), rate=rate(step, 8), step=micro_step)
+        model.step()
+    expected = state_sha256(model.weights())
+    fault(monkeypatch, {3, 8, 9}, value)
+    summary = train(options(text, None, save=False, accum=2), console=Console(file=io.StringIO())).summary
+    assert summary["state_sha256"] == expected
+    assert summary["skipped"] == 3
+    assert capsys.readouterr().err.count("the loss is not finite") == 1
+
+
+def test_train_with_nothing_but_nan_changes_no_byte_and_gives_up(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault(monkeypatch, range(10**6), math.nan)
+    folder = tmp_path / "run"
+    untouched = state_sha256(ArbModel(NANO, seed=0).weights())
+    assert train(options(text, folder)).summary["state_sha256"] == untouched
+    with pytest.raises(
+        TrainingError, match="not finite in 100 micro-batches in a row, up to step 100; they changed"
+    ):
+        train(options(text, tmp_path / "long", steps=150))
+    assert load_checkpoint(tmp_path / "long" / "latest.safetensors").state_sha256 == untouched
+
+
+def test_train_gives_up_only_where_nothing_finite_comes_between(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "MAX_SKIPPED_IN_A_ROW", 3)
+    fault(monkeypatch, {0, 1, 3, 4, 6, 7, 9, 10}, math.nan)
+    assert train(options(text, None, save=False, accum=2)).summary["skipped"] == 8
+
+
+def test_train_remembers_the_best_model_from_before_it_was_killed(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    script = {0: 1.0, 2: 4.0, 4: 5.0, 6: 4.5, 8: 4.25}  # the untrained model is no candidate
+
+    def scripted(*arguments: object, **named: object) -> float:
+        return script[len(steps_taken)]
+
+    steps_taken: list[int] = []
+    real = loop._step
+
+    def counted(state: Any, *, measure_flips: bool) -> float | None:
+        result = real(state, measure_flips=measure_flips)
+        steps_taken.append(1)
+        return result
+
+    monkeypatch.setattr(loop, "validation_bpb", scripted)
+    monkeypatch.setattr(loop, "_step", counted)
+    with monkeypatch.context() as patch:
+        kill_at(patch, 5)
+        with pytest.raises(Killed):
+            train(options(text, run, eval_interval=2, save_interval=5))
+    assert load_checkpoint(run / "latest.safetensors").best_bpb == 4.0
+    summary = train(TrainOptions(run=run, resume=True)).summary
+    assert (summary["best_bpb"], summary["val_bpb"]) == (4.0, 4.25)
+    assert load_checkpoint(run / "best.safetensors").step == 2
+
+
+def test_train_refuses_a_folder_that_holds_a_run(text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(options(text, folder, steps=1))
+    before = (folder / "latest.safetensors").read_bytes()
+    with pytest.raises(TrainingError, match="already holds a run: continue it with --resume"):
+        train(options(text, folder, steps=1))
+    assert (folder / "latest.safetensors").read_bytes() == before
+
+
+def test_train_creates_no_folder_for_a_run_it_refuses(text: Path, tmp_path: Path) -> None:
+    for changes, error in (
+        ({"preset": "none"}, ValueError),
+        ({"data": str(tmp_path / "missing")}, TrainingError),
+        ({"context": 4000}, TrainingError),
+        ({"steps": 0}, ValueError),
+    ):
+        with pytest.raises(error):
+            train(options(text, tmp_path / "run", **changes))
+        assert not (tmp_path / "run").exists()
+
+
+def test_train_refuses_a_folder_that_is_no_folder(text: Path) -> None:
+    with pytest.raises(TrainingError, match="cannot use the run folder"):
+        train(options(text, text))
+    with pytest.raises(TrainingError, match="cannot use the run folder"):
+        train(options(text, text / "below"))
+
+
+class Killed(BaseException):
+    """Ends a run as SIGKILL would: between two steps, with no last words."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    real = loop._step
+
+    def dying(run: Any, *, measure_flips: bool) -> float | None:
+        if run.step == step:
+            raise Killed
+        return real(run, measure_flips=measure_flips)
+
+    monkeypatch.setattr(loop, "_step", dying)
+
+
+def test_train_killed_and_resumed_ends_the_same(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns = ("step", "train_bpb", "val_bpb", "rate", "flip_rate")
+
+    def outcome(folder: Path, summary: dict[str, Any]) -> tuple[object, ...]:
+        metrics = [[line.get(name) for name in columns] for line in read_metrics(folder / "metrics.jsonl")]
+        best = load_checkpoint(folder / "best.safetensors").state_sha256
+        return {**summary, "seconds": 0}, metrics, best
+
+    whole = outcome(tmp_path / "whole", train(options(text, tmp_path / "whole", accum=2)).summary)
+    for step in (0, 1, 4, 7):  # before any save but the first, after it, just after one, and in the last step
+        folder = tmp_path / f"killed-{step}"
+        with monkeypatch.context() as patch:
+            kill_at(patch, step)
+            with pytest.raises(Killed):
+                train(options(text, folder, accum=2))
+        assert outcome(folder, train(TrainOptions(run=folder, resume=True)).summary) == whole
+
+
+def test_train_resumed_after_its_end_changes_nothing(text: Path, tmp_path: Path) -> None:
+    first = train(options(text, tmp_path / "run")).summary
+    again = train(TrainOptions(run=tmp_path / "run", resume=True)).summary
+    assert {**again, "seconds": 0} == {**first, "seconds": 0}
+
+
+def test_train_resumes_from_the_previous_checkpoint_where_the_latest_is_damaged(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    first = train(options(text, folder)).summary
+    content = bytearray((folder / "latest.safetensors").read_bytes())
+    content[-5] ^= 1
+    (folder / "latest.safetensors").write_bytes(content)
+    out = io.StringIO()
+    again = train(TrainOptions(run=folder, resume=True), console=Console(file=out, width=300)).summary
+    assert again["state_sha256"] == first["state_sha256"]
+    assert "at step 6" in out.getvalue()
+    assert "latest.safetensors' is refused" in capsys.readouterr().err
+    assert load_checkpoint(folder / "previous.safetensors").step == 6
+
+
+def test_train_with_no_checkpoint_left_refuses(text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(options(text, folder))
+    for name in ("latest", "previous"):
+        (folder / f"{name}.safetensors").write_bytes(b"nothing")
+    with pytest.raises(TrainingError, match="no checkpoint is left to resume from"):
+        train(TrainOptions(run=folder, resume=True))
+
+
+def test_train_refuses_to_resume_with_other_data(text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(options(text, folder))
+    same = tmp_path / "same.txt"
+    same.write_bytes(TEXT)
+    train(TrainOptions(run=folder, resume=True, data=str(same)))
+    text.write_bytes(TEXT[:-1] + b"!")
+    with pytest.raises(TrainingError, match=r"started with data .*text\.txt.* and cannot go on with data"):
+        train(TrainOptions(run=folder, resume=True, data=str(text)))
+
+
+def test_train_refuses_to_resume_another_model(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from arbitor.reference.config import PRESETS
+
+    train(options(text, tmp_path / "run"))
+    monkeypatch.setitem(PRESETS, "nano", replace(NANO, theta=17))
+    with pytest.raises(TrainingError, match="theta is 16 there and 17 here"):
+        train(TrainOptions(run=tmp_path / "run", resume=True))
+
+
+def test_train_without_saving_writes_no_checkpoint(text: Path, tmp_path: Path) -> None:
+    train(options(text, tmp_path / "run", save=False))
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_train_stops_between_two_steps_on_a_signal(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    real = loop._step
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+
+    def signalled(run: Any, *, measure_flips: bool) -> float | None:
+        if run.step == 4:
+            os.kill(os.getpid(), number)
+        return real(run, measure_flips=measure_flips)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_step", signalled)
+        with pytest.raises(
+            Stopped, match=rf"stopped by {number.name} after step 5 of 8; the checkpoint"
+        ) as caught:
+            train(options(text, tmp_path / "run"))
+    assert caught.value.signal_number == number
+    assert load_checkpoint(tmp_path / "run" / "latest.safetensors").step == 5
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    resumed = train(TrainOptions(run=tmp_path / "run", resume=True)).summary
+    assert resumed["state_sha256"] == train(options(text, None, save=False)).summary["state_sha256"]

@@ -1,0 +1,111 @@
+"""Metrics, events and plot of a run, fresh and resumed."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.monitor import METRICS, Monitor, cut_metrics, plot_loss, read_metrics
+
+
+def events_of(folder: Path, tag: str) -> list[tuple[int, float]]:
+    """Scalars as TensorBoard itself reads them, purged steps left out."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(folder))
+    reader.Reload()
+    return [(event.step, event.value) for event in reader.Scalars(tag)]
+
+
+def test_monitor_writes_metrics_and_events(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, steps=4)
+    monitor.log(0, {"val_bpb": 8.5})
+    monitor.log(2, {"train_bpb": 4.25, "val_bpb": None, "skipped": 0})
+    lines = (tmp_path / METRICS).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 0, "val_bpb": 8.5},
+        {"step": 2, "train_bpb": 4.25, "val_bpb": None, "skipped": 0},
+    ]  # readable before the monitor is closed
+    assert events_of(tmp_path, "train_bpb") == [(2, 4.25)]
+    assert events_of(tmp_path, "val_bpb") == [(0, 8.5)]
+    monitor.close()
+    monitor.close()
+
+
+def test_monitor_of_a_resumed_run_cuts_what_comes_again(tmp_path: Path) -> None:
+    first = Monitor(tmp_path, steps=9)
+    for step in range(1, 8):
+        first.log(step, {"train_bpb": float(step)})
+    first.close()
+    with open(tmp_path / METRICS, "a") as file:
+        file.write('{"step": 3, "train_')  # torn by a crash
+    second = Monitor(tmp_path, steps=9, start_step=5)
+    assert [line["step"] for line in read_metrics(tmp_path / METRICS)] == [1, 2, 3, 4, 5]
+    second.log(6, {"train_bpb": 60.0})
+    second.close()
+    assert events_of(tmp_path, "train_bpb") == [*((float(s), float(s)) for s in range(1, 6)), (6, 60.0)]
+
+
+def test_cut_metrics_keeps_the_lines_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / METRICS
+    cut_metrics(path, 3)
+    assert not path.exists()
+    path.write_text('{"step": 1,   "a": 0.10}\n[]\n{"step": "2"}\n{"step": 4}\n{"step": 3}\n')
+    cut_metrics(path, 3)
+    assert path.read_text() == '{"step": 1,   "a": 0.10}\n{"step": 3}\n'
+
+
+def test_monitor_prints_plain_lines_where_there_is_no_terminal() -> None:
+    out = io.StringIO()
+    monitor = Monitor(None, steps=100, console=Console(file=out, width=40))
+    monitor.log(0, {"val_bpb": 8.0})
+    values = {"train_bpb": 3.21987, "val_bpb": 3.5, "tokens_per_second": 12345.6, "flip_rate": 0.00123}
+    monitor.log(50, {**values, "rate": 1.25})
+    monitor.log(100, {"train_bpb": None})
+    monitor.close()
+    zero, fifty, end = out.getvalue().splitlines()
+    assert zero == "step 0/100  val 8.000"
+    assert fifty.startswith("step 50/100  bpb 3.220  val 3.500  12,346 tokens/s  flips 0.123%  eta 0:0")
+    assert end.startswith("step 100/100")
+
+
+def test_monitor_draws_a_bar_on_a_terminal() -> None:
+    out = io.StringIO()
+    monitor = Monitor(None, steps=100, console=Console(file=out, width=120, force_terminal=True))
+    monitor.log(50, {"train_bpb": 3.21987, "flip_rate": 0.00123, "tokens_per_second": 10.0})
+    monitor.close()
+    for part in ("50/100", "bpb 3.220", "10 tokens/s", "flips 0.123%", "eta"):
+        assert part in out.getvalue()
+
+
+def test_monitor_reports_a_full_disk_in_one_sentence(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, steps=4)
+    assert monitor._metrics is not None
+    monitor._metrics.close()
+    monitor._metrics = open("/dev/full", "a")  # noqa: SIM115
+    with pytest.raises(TrainingError, match=r"cannot write .*No space left on device"):
+        monitor.log(1, {"train_bpb": 1.0})
+    monitor.close()
+
+
+def test_monitor_refuses_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="cannot write"):
+        Monitor(tmp_path / "missing", steps=1)
+
+
+def test_plot_loss_draws_curves_and_baselines(tmp_path: Path) -> None:
+    def size(*arguments: object) -> bytes:
+        plot_loss(tmp_path / "loss.png", *arguments)  # type: ignore[arg-type]
+        return (tmp_path / "loss.png").read_bytes()
+
+    metrics = [{"step": 0, "val_bpb": 8.0}, {"step": 5, "train_bpb": 5.0, "val_bpb": None}]
+    full = size(metrics, {"uniform": 8.0, "bigram": 3.5})
+    assert full.startswith(b"\x89PNG\r\n\x1a\n")
+    assert (
+        len({full, size(metrics, {}), size(metrics[:1], {"uniform": 8.0, "bigram": 3.5}), size([], {})}) == 4
+    )

@@ -1,0 +1,110 @@
+"""Environment variables, devices and op sets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from arbitor.optimized import settings
+from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.plan import TrainOptions, decide
+from arbitor.optimized.training.runtime import choose_runtime, deterministic
+from conformance.training.nano import NANO_DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(None, True), ("", True), ("1", True), ("0", False), (" 0 ", False)]
+)
+def test_value_checks(monkeypatch: pytest.MonkeyPatch, value: str | None, expected: bool) -> None:
+    monkeypatch.delenv("ARB_VALUE_CHECKS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("ARB_VALUE_CHECKS", value)
+    assert settings.value_checks() is expected
+
+
+def test_settings_refuse_what_they_do_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARB_VALUE_CHECKS", "yes")
+    monkeypatch.setenv("ARB_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="ARB_VALUE_CHECKS is 'yes'"):
+        settings.value_checks()
+    with pytest.raises(ValueError, match="ARB_BACKEND is 'cuda'"):
+        choose_runtime("cpu")
+
+
+def test_choose_runtime_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_runtime("cpu").backend == "reference"
+    assert choose_runtime("cpu").dtype == torch.float32
+    assert choose_runtime("cpu").ops().__name__ == "arbitor.reference.ops"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_runtime("cpu", "triton").backend == "triton"
+    monkeypatch.setenv("ARB_BACKEND", "triton")
+    assert choose_runtime("cpu").backend == "triton"
+    assert choose_runtime("cpu", "reference").backend == "reference"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(TrainingError, match="TRITON_INTERPRET"):
+        choose_runtime("cpu")
+
+
+def test_choose_runtime_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert (choose_runtime().device, choose_runtime().backend) == ("cuda", "triton")
+    assert choose_runtime().dtype == torch.bfloat16
+    assert choose_runtime("cuda", "reference").dtype == torch.float32
+    assert choose_runtime(dtype="float32").dtype == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_runtime().device == "cpu"
+    with pytest.raises(TrainingError, match="no CUDA device"):
+        choose_runtime("cuda")
+
+
+@pytest.mark.parametrize("options", [{"device": "tpu"}, {"backend": "numpy"}, {"dtype": "float16"}])
+def test_choose_runtime_refuses_names(options: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(options))} is"):
+        choose_runtime(**options)
+
+
+def test_deterministic_puts_everything_back() -> None:
+    before = (torch.are_deterministic_algorithms_enabled(), torch.get_num_threads())
+    with deterministic(threads=2):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.get_num_threads() == 2
+    assert (torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()) == before
+
+
+def recorded() -> dict[str, object]:
+    return {**decide(TrainOptions(preset="nano", steps=5, seed=4), None).as_json(), "device": "cpu"}
+
+
+def test_decide_takes_what_was_asked_then_what_was_recorded_then_the_default() -> None:
+    fresh = decide(TrainOptions(preset="nano", batch=7), None)
+    assert (fresh.batch, fresh.context, fresh.seed, fresh.data) == (7, NANO_DEFAULTS.context, 0, "stdlib")
+    resumed = decide(TrainOptions(log_interval=9), recorded())
+    assert (resumed.preset, resumed.steps, resumed.seed, resumed.log_interval) == ("nano", 5, 4, 9)
+
+
+@pytest.mark.parametrize("name", ["preset", "steps", "batch", "context", "accum", "seed"])
+def test_decide_refuses_another_run(name: str) -> None:
+    was = recorded()[name]
+    other = "tiny" if name == "preset" else int(str(was)) + 1
+    same = {name: was}
+    decide(TrainOptions(**same), recorded())  # type: ignore[arg-type]
+    with pytest.raises(
+        TrainingError, match=f"started with {name} {was} and cannot go on with {name} {other}"
+    ):
+        decide(TrainOptions(**{name: other}), recorded())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"batch": -1}, "batch"),
+        ({"log_interval": 0}, "log_interval"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"steps": 2**31, "accum": 2}, "steps times accum"),
+    ],
+)
+def test_decide_refuses_numbers_out_of_range(options: dict[str, int], named: str) -> None:
+    with pytest.raises(ValueError, match=f"^{named} is"):
+        decide(TrainOptions(preset="nano", **options), None)

@@ -1,0 +1,306 @@
+"""The ``arb`` command: train, generate, audit, smoke.
+
+Exit codes: 0 done, 1 it could not be done, 2 the command line makes no sense, 130 and 143 stopped by SIGINT and
+SIGTERM. Whatever goes wrong is one sentence on stderr; ``arb --traceback ...`` shows where it came from.
+Everything heavy is imported inside the commands, so that ``arb --help`` is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback as traceback_module
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from arbitor.optimized.version import package_version
+
+if TYPE_CHECKING:
+    from arbitor.optimized.training.checkpoint import Checkpoint
+    from arbitor.optimized.training.loop import TrainResult
+    from arbitor.reference.types import TernaryWeight
+
+MIB = 2**20
+"""Bytes of a mebibyte, the seeds' unit of state."""
+
+_COUNT = click.IntRange(min=1)
+_SEED = click.IntRange(0, 2**63 - 1)
+_device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to run [auto].")
+_backend = click.option(
+    "--backend", type=click.Choice(["reference", "triton"]), help="Op set [reference on cpu, triton on cuda]."
+)
+_dtype = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="Activations [float32 on cpu, bfloat16 on cuda].",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit.
+
+    Args:
+        argv: arguments, or None for those of the process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # Read when torch is imported: a waiting thread spins for microseconds and then sleeps. Spinning longer gains a
+    # tenth on idle cores, and makes training five times slower on two cores that something else uses too.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    try:
+        cli(arguments, prog_name="arb", standalone_mode=False)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("stopped by SIGINT", 130)
+    except click.UsageError as error:
+        hint = f" (try: {error.ctx.command_path} --help)" if error.ctx is not None else ""
+        _fail(error.format_message().rstrip(".") + hint, 2)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
+    except Exception as error:
+        if "--traceback" in arguments:
+            traceback_module.print_exc()
+        _fail(*_explained(error))
+    sys.exit(0)
+
+
+@click.group(
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(package_version(), message="arb %(version)s")
+@click.option("--traceback", is_flag=True, expose_value=False, help="Show where an error came from.")
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Train and run true-ternary models: every weight a trit, trained in place with small integers."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@cli.command()
+@click.option("--preset", help="What to train: tiny, small, ... [tiny].")
+@click.option("--data", help="stdlib (the sources of this Python), a file or a folder [stdlib].")
+@click.option("--steps", type=_COUNT, help="Optimisation steps [of the preset].")
+@click.option("--batch", type=_COUNT, help="Windows of a micro-batch [of the preset].")
+@click.option("--context", type=click.IntRange(min=4), help="Bytes of a window [of the preset].")
+@click.option("--accum", type=_COUNT, help="Micro-batches of a step [of the preset].")
+@click.option("--seed", type=_SEED, help="Of weights, batches and dither [0].")
+@_device
+@_backend
+@_dtype
+@click.option("--run", type=click.Path(path_type=Path), help="Run folder [runs/<preset>-<number>].")
+@click.option("--resume", is_flag=True, help="Go on with the run in --run, with its own settings.")
+@click.option("--no-save", is_flag=True, help="Write no checkpoints; without --run, write nothing.")
+@click.option("--eval-interval", type=_COUNT, help="Steps between validations [of the preset].")
+@click.option("--save-interval", type=_COUNT, help="Steps between checkpoints [of the preset].")
+@click.option("--log-interval", type=_COUNT, help="Steps between lines of metrics [of the preset].")
+def train(no_save: bool, **options: Any) -> None:
+    """Train a model on bytes, and compare it with what counting alone achieves."""
+    if options["resume"] and options["run"] is None:
+        raise click.UsageError("--resume needs --run, the folder of the run to go on with")
+    from rich.console import Console
+
+    from arbitor.optimized.training.loop import train as run_training
+    from arbitor.optimized.training.plan import TrainOptions
+
+    console = Console()
+    result = run_training(TrainOptions(save=not no_save, **options), console=console)
+    _print_result(console, result)
+
+
+@cli.command()
+@click.option("--run", type=click.Path(path_type=Path), required=True, help="Folder of a run.")
+@click.option("--prompt", default="", help="Text to continue.")
+@click.option("--bytes", "num_bytes", type=click.IntRange(min=0), default=256, show_default=True)
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0: likeliest."
+)
+@click.option("--seed", type=_SEED, default=0, show_default=True)
+@_device
+@_backend
+@_dtype
+def generate(
+    run: Path,
+    prompt: str,
+    num_bytes: int,
+    temperature: float,
+    seed: int,
+    device: str | None,
+    backend: str | None,
+    dtype: str | None,
+) -> None:
+    """Continue a prompt with the best model of a run. A pipe gets the bytes as they are."""
+    import json
+
+    from arbitor.optimized.training.checkpoint import check_fits
+    from arbitor.optimized.training.generate import generate as continue_prompt
+    from arbitor.optimized.training.runtime import choose_runtime, deterministic
+    from arbitor.reference.config import ArbConfig
+    from arbitor.reference.graph import ArbModel
+
+    runtime = choose_runtime(device or "auto", backend, dtype)
+    checkpoint = _best_checkpoint(run)
+    config = ArbConfig.from_json(json.dumps(checkpoint.config))
+    given = os.fsencode(prompt)
+    with deterministic():
+        model = ArbModel(config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=0)
+        check_fits(checkpoint, checkpoint.config, model.weights())
+        model.load_weights(checkpoint.weights)
+        added = continue_prompt(
+            model, given, num_bytes, temperature=temperature, seed=seed, context=checkpoint.run["context"]
+        )
+    if sys.stdout.isatty():
+        click.echo(_printable(given + added))
+    else:
+        sys.stdout.buffer.write(given + added)
+        sys.stdout.buffer.flush()
+
+
+@cli.command()
+@click.option("--preset", default="tiny", show_default=True, help="What to look at.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def audit(preset: str, as_json: bool) -> None:
+    """Count the weights and bytes of a preset, area by area, without building it."""
+    from arbitor.reference.audit import audit as audit_config
+    from arbitor.reference.config import preset as preset_config
+
+    report = audit_config(preset_config(preset), resident_bytes=_resident_bytes)
+    if as_json:
+        click.echo(report.to_json(), nl=False)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("area", title=f"preset {preset}")
+    for heading in ("ternary weights", "canonical MiB", "on a GPU MiB"):
+        table.add_column(heading, justify="right")
+    rows = [(area.name, area.weights, area.canonical_bytes, area.resident_bytes) for area in report.areas]
+    for name, weights, canonical, resident in rows:
+        table.add_row(name, f"{weights:,}", f"{canonical / MIB:.2f}", f"{resident / MIB:.2f}")
+    table.add_section()
+    canonical, resident = report.canonical_bytes, report.resident_bytes
+    table.add_row("total", f"{report.weights:,}", f"{canonical / MIB:.2f}", f"{resident / MIB:.2f}")
+    console = Console()
+    console.print(table)
+    console.print(f"trainable float parameters: {report.trainable_float_params}", highlight=False)
+    console.print(f"float buffers: {report.float_buffers}", highlight=False)
+
+
+@cli.command()
+@click.option("--preset", default="tiny", show_default=True, help="What to run.")
+@click.option("--ctx", "context", type=click.IntRange(min=4), default=4, show_default=True, help="Bytes.")
+@click.option("--batch", type=_COUNT, default=1, show_default=True, help="Windows.")
+@click.option("--backward", is_flag=True, help="Also run a backward pass and one update.")
+@click.option("--seed", type=_SEED, default=0, show_default=True)
+@_device
+@_backend
+@_dtype
+def smoke(
+    preset: str,
+    context: int,
+    batch: int,
+    backward: bool,
+    seed: int,
+    device: str | None,
+    backend: str | None,
+    dtype: str | None,
+) -> None:
+    """Run a preset once, and report time and memory. Warms the kernel cache for a real run."""
+    from arbitor.optimized.training.runtime import choose_runtime
+    from arbitor.optimized.training.smoke import smoke as run_once
+
+    runtime = choose_runtime(device or "auto", backend, dtype)
+    report = run_once(preset, runtime, context=context, batch=batch, backward=backward, seed=seed)
+    click.echo(f"preset {preset}, {runtime.backend} on {runtime.device}, ctx {context}, batch {batch}")
+    click.echo(f"logical ternary weights: {report.weights:,}")
+    click.echo(f"training state: {report.state_bytes / MIB:.2f} MiB")
+    click.echo(f"loss: {report.bpb:.3f} bits per byte")
+    click.echo(f"forward: {report.forward_seconds:.3f} s")
+    if report.update_seconds is not None:
+        click.echo(f"backward/update: {report.update_seconds:.3f} s")
+    if report.peak_bytes is not None:
+        click.echo(f"CUDA peak: {report.peak_bytes / MIB:.2f} MiB")
+
+
+def _print_result(console: Any, result: TrainResult) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    summary = result.summary
+    table = Table("model")
+    table.add_column("validation bits per byte", justify="right")
+    for name, bpb in summary["baselines"].items():
+        table.add_row(name, f"{bpb:.3f}")
+    table.add_section()
+    value = summary["val_bpb"]
+    table.add_row(f"arb {summary['preset']}", "not finite" if value is None else f"{value:.3f}", style="bold")
+    console.print(table)
+    console.print("sample, prompt first:", highlight=False)
+    console.print(Text(_printable(result.prompt), style="dim") + Text(_printable(result.sample)))
+    console.print(
+        f"{summary['steps']} steps in {summary['seconds']:.0f} s, state {summary['state_sha256'][:16]}",
+        highlight=False,
+    )
+    if result.folder is not None:
+        console.print(f"run folder: {result.folder}", highlight=False, soft_wrap=True)
+
+
+def _best_checkpoint(folder: Path) -> Checkpoint:
+    """The best checkpoint of a run, or the newest of its others where that one is missing or refused."""
+    from arbitor.optimized.training.checkpoint import CheckpointError, load_checkpoint
+    from arbitor.optimized.training.checkpoint_folder import BEST, FINAL, LATEST, PREVIOUS
+    from arbitor.optimized.training.errors import TrainingError
+
+    for name in (BEST, FINAL, LATEST, PREVIOUS):
+        if not (folder / name).exists():
+            continue
+        try:
+            return load_checkpoint(folder / name)
+        except CheckpointError as error:
+            click.echo(f"arb: {error}; trying another one", err=True)
+    raise TrainingError(f"the folder {str(folder)!r} holds no checkpoint that can be used")
+
+
+def _resident_bytes(weight: TernaryWeight) -> int:
+    """Bytes of a weight's training state in the layout of the Triton op set."""
+    from arbitor.optimized.layouts import words_per_row
+
+    num_rows, num_columns = weight.shape
+    return weight.state_bytes - weight.packed.numel() + 4 * num_rows * words_per_row(num_columns)
+
+
+def _printable(content: bytes) -> str:
+    """Bytes as text for a terminal: UTF-8 where it is, and no control characters but newline and tab."""
+    text = content.decode("utf-8", errors="replace")
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """What to tell the user about an error, and the exit code."""
+    from arbitor.optimized.training.errors import TrainingError
+    from arbitor.optimized.training.runtime import Stopped
+
+    if isinstance(error, Stopped):
+        return str(error), 128 + error.signal_number
+    if isinstance(error, TrainingError):
+        return str(error), 1
+    if isinstance(error, ValueError):
+        return str(error), 2
+    if isinstance(error, OSError):
+        where = f" {str(error.filename)!r}" if error.filename else ""
+        return f"the system refused{where}: {error.strerror or error}", 1
+    if isinstance(error, MemoryError):
+        return "there is not enough memory", 1
+    return f"{type(error).__name__}: {error} (arb --traceback shows where)", 1
+
+
+def _fail(sentence: str, code: int) -> NoReturn:
+    sentence = " ".join(sentence.split())
+    click.echo(f"arb: {sentence}{'' if sentence.endswith(('.', ')')) else '.'}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The trainer: corpora, baselines, schedule, checkpoints, monitoring, the loop, and generation."""

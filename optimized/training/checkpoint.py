@@ -1,0 +1,376 @@
+"""Checkpoints: the integers of a run in one safetensors file, written atomically and read with suspicion.
+
+A file holds the canonical form of every weight as ``<name>.packed``, ``.exponents``, ``.trit_accum`` and
+``.exponent_accum``, and one JSON object in the header under ``arbitor``: format version, model configuration,
+step, seed, best bits per byte, the settings of the run, the shape of every weight, and two digests.
+``state_sha256`` is over the tensors alone (two runs that agree in it hold the same model); ``content_sha256``
+is over everything else in the object, that digest included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from arbitor.optimized.training.errors import TrainingError
+from arbitor.reference.types import ACCUM_MAX, MAX_PACKED_BYTE, TernaryWeight, level_range
+
+FORMAT_VERSION = 1
+"""Version of the file format; another one is refused."""
+
+METADATA_KEY = "arbitor"
+"""Key of the safetensors header under which the JSON object stands."""
+
+PARTS = ("packed", "exponents", "trit_accum", "exponent_accum")
+"""The tensors of a weight, by their name in `TernaryWeight`."""
+
+_DTYPE_CODES = {torch.uint8: "U8", torch.int8: "I8"}
+"""The dtypes of a ternary weight, one byte an element, as the format names them."""
+
+
+_FIELD_TYPES: dict[str, Any] = {
+    "config": dict,
+    "step": int,
+    "seed": int,
+    "best_bpb": (int, float, type(None)),
+    "run": dict,
+    "progress": dict,
+    "weights": dict,
+}
+"""What the fields of the header must be."""
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint that cannot be trusted, or that belongs to something else."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as read and verified.
+
+    Attributes:
+        weights: by name, in canonical form, on the CPU.
+        config: the model configuration as JSON data.
+        step: optimisation steps taken.
+        seed: the seed of the run.
+        best_bpb: lowest validation bits per byte so far, or None before the first validation.
+        run: the settings of the run as JSON data; what a resumed run must agree with.
+        progress: counters that a resumed run carries on, as JSON data.
+        state_sha256: hex digest over the weights.
+    """
+
+    weights: dict[str, TernaryWeight]
+    config: dict[str, Any]
+    step: int
+    seed: int
+    best_bpb: float | None
+    run: dict[str, Any]
+    progress: dict[str, Any]
+    state_sha256: str
+
+
+def state_sha256(weights: Mapping[str, TernaryWeight]) -> str:
+    """Digest of a model's state: every tensor's name, dtype, shape and bytes, in order of name.
+
+    Args:
+        weights: by name, in canonical form, on any device.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    return _tensors_sha256(_named_tensors(weights))
+
+
+def save_checkpoint(
+    path: Path,
+    weights: Mapping[str, TernaryWeight],
+    *,
+    config: Mapping[str, Any],
+    step: int,
+    seed: int,
+    best_bpb: float | None,
+    run: Mapping[str, Any],
+    progress: Mapping[str, Any],
+) -> str:
+    """Write a checkpoint so that ``path`` holds what it held before or all of the new one, never a part.
+
+    The file is written beside ``path``, flushed to the disk, and renamed over it.
+
+    Returns:
+        The ``state_sha256`` of what was written.
+
+    Raises:
+        TrainingError: the disk is full or cannot be written; ``path`` is as before and nothing is left beside
+            it.
+    """
+    temporary, digest = write_beside(
+        path, weights, config=config, step=step, seed=seed, best_bpb=best_bpb, run=run, progress=progress
+    )
+    rename(temporary, path)
+    return digest
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint and verify all of it: structure, digests, shapes and the range of every integer.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, tampered with, of another format, or holds what no
+            run can have written.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no checkpoint {str(path)!r}") from error
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"the checkpoint {str(path)!r} is damaged or not a safetensors file: {error}"
+        ) from error
+    try:
+        return _verified(text, tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"the checkpoint {str(path)!r} is refused: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = str(error) or type(error).__name__
+        raise CheckpointError(
+            f"the checkpoint {str(path)!r} is refused: its header is malformed ({reason})"
+        ) from error
+
+
+def check_fits(
+    checkpoint: Checkpoint, config: Mapping[str, Any], weights: Mapping[str, TernaryWeight]
+) -> None:
+    """Refuse a checkpoint of another model, before anything of it is used.
+
+    Args:
+        checkpoint: as read.
+        config: configuration of the model it should fit, as JSON data.
+        weights: that model's weights.
+
+    Raises:
+        CheckpointError: a field of the configuration, a name, a shape or a group size differs; the message
+            names it.
+    """
+    theirs = json.loads(json.dumps(checkpoint.config))
+    ours = json.loads(json.dumps(dict(config)))
+    for field in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(field) != ours.get(field):
+            raise CheckpointError(
+                f"the checkpoint is of another model: {field} is {theirs.get(field)!r} there "
+                f"and {ours.get(field)!r} here"
+            )
+    if checkpoint.weights.keys() != weights.keys():
+        name = sorted(checkpoint.weights.keys() ^ weights.keys())[0]
+        where = "there but not here" if name in checkpoint.weights else "here but not there"
+        raise CheckpointError(f"the checkpoint is of another model: the weight {name!r} is {where}")
+    for name, weight in weights.items():
+        there, here = _layout(checkpoint.weights[name]), _layout(weight)
+        if there != here:
+            raise CheckpointError(
+                f"the checkpoint is of another model: the weight {name!r} is {there} there and {here} here"
+            )
+
+
+def _layout(weight: TernaryWeight) -> dict[str, Any]:
+    return {
+        "shape": list(weight.shape),
+        "group_size": weight.group_size,
+        "mantissa_bits": weight.mantissa_bits,
+    }
+
+
+def _named_tensors(weights: Mapping[str, TernaryWeight]) -> dict[str, Tensor]:
+    return {
+        f"{name}.{part}": tensor.detach().to("cpu").contiguous()
+        for name, weight in weights.items()
+        for part, tensor in weight.tensors().items()
+    }
+
+
+def _tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+        digest.update(_bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def _canonical_json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _content_sha256(metadata: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in metadata.items() if key != "content_sha256"}
+    return hashlib.sha256(_canonical_json(rest).encode()).hexdigest()
+
+
+def partial_of(path: Path) -> Path:
+    """Where a file is written before it is renamed to ``path``."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def write_beside(path: Path, weights: Mapping[str, TernaryWeight], **metadata: Any) -> tuple[Path, str]:
+    """Write a checkpoint next to where it belongs, and flush it to the disk.
+
+    Args:
+        path: where it belongs.
+        weights: by name, in canonical form.
+        metadata: as for ``save_checkpoint``.
+
+    Returns:
+        The file written, for ``rename``, and its ``state_sha256``.
+
+    Raises:
+        TrainingError: the disk is full or cannot be written; nothing is left.
+    """
+    tensors = _named_tensors(weights)
+    digest = _tensors_sha256(tensors)
+    header: dict[str, Any] = {
+        "format": FORMAT_VERSION,
+        **{key: dict(value) if isinstance(value, Mapping) else value for key, value in metadata.items()},
+        "weights": {name: _layout(weight) for name, weight in weights.items()},
+        "state_sha256": digest,
+    }
+    header["content_sha256"] = _content_sha256(header)
+    temporary = partial_of(path)
+    with _writing(path, temporary), open(temporary, "wb") as file:
+        _write_safetensors(file, tensors, {METADATA_KEY: _canonical_json(header)})
+        file.flush()
+        os.fsync(file.fileno())
+    return temporary, digest
+
+
+def _write_safetensors(file: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors one after the other, so that a model is never held twice.
+
+    The library's own writer makes a temporary file of a random name, which a killed run would leave behind.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        end = offset + tensor.numel()
+        header[name] = {
+            "dtype": _DTYPE_CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little"))
+    file.write(text)
+    for name in sorted(tensors):
+        file.write(_bytes_of(tensors[name]))
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.numpy().data).cast("B")
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a file over another, and flush the folder, so that the new name survives a loss of power.
+
+    Raises:
+        TrainingError: it cannot be done.
+    """
+    with _writing(target, source):
+        os.replace(source, target)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextlib.contextmanager
+def _writing(path: Path, source: Path) -> Iterator[None]:
+    """Turn what a full or broken disk raises into one sentence, and leave no half-written file."""
+    try:
+        yield
+    except OSError as error:
+        if source.name.endswith(".partial"):
+            with contextlib.suppress(OSError):
+                source.unlink(missing_ok=True)
+        raise TrainingError(
+            f"cannot write the checkpoint {str(path)!r}: {error.strerror or error}; "
+            "the checkpoints written before are intact"
+        ) from error
+
+
+def _verified(text: str | None, tensors: dict[str, Tensor]) -> Checkpoint:
+    if text is None:
+        raise CheckpointError("it is a safetensors file, but not of this program")
+    header = json.loads(text)
+    if header["format"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"its format version is {header['format']!r} and this program reads {FORMAT_VERSION}"
+        )
+    if header["content_sha256"] != _content_sha256(header):
+        raise CheckpointError("its header does not match its digest, so it was changed or damaged")
+    for field, kinds in _FIELD_TYPES.items():
+        if not isinstance(header[field], kinds) or isinstance(header[field], bool):
+            raise CheckpointError(f"its header has {header[field]!r} for {field}")
+    weights = {name: _weight(name, layout, tensors) for name, layout in header["weights"].items()}
+    if len(tensors) != 4 * len(weights):
+        raise CheckpointError("it holds tensors that belong to no weight")
+    if header["state_sha256"] != _tensors_sha256(tensors):
+        raise CheckpointError("its tensors do not match their digest, so it was changed or damaged")
+    return Checkpoint(
+        weights=weights,
+        config=header["config"],
+        step=header["step"],
+        seed=header["seed"],
+        best_bpb=header["best_bpb"],
+        run=header["run"],
+        progress=header["progress"],
+        state_sha256=header["state_sha256"],
+    )
+
+
+def _weight(name: str, layout: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TernaryWeight:
+    missing = [part for part in PARTS if f"{name}.{part}" not in tensors]
+    if missing:
+        raise CheckpointError(f"{name}.{missing[0]} is missing")
+    num_rows, num_columns = layout["shape"]
+    try:
+        weight = TernaryWeight(
+            packed=tensors[f"{name}.packed"],
+            exponents=tensors[f"{name}.exponents"],
+            trit_accum=tensors[f"{name}.trit_accum"],
+            exponent_accum=tensors[f"{name}.exponent_accum"],
+            shape=(num_rows, num_columns),
+            group_size=layout["group_size"],
+            mantissa_bits=layout["mantissa_bits"],
+        )
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the weight {name!r} does not have the shape its header states: {error}"
+        ) from error
+    low, high = level_range(weight.mantissa_bits)
+    _check_range(f"{name}.packed", weight.packed, 0, MAX_PACKED_BYTE)
+    _check_range(f"{name}.exponents", weight.exponents, low, high)
+    _check_range(f"{name}.trit_accum", weight.trit_accum, -ACCUM_MAX, ACCUM_MAX)
+    _check_range(f"{name}.exponent_accum", weight.exponent_accum, -ACCUM_MAX, ACCUM_MAX)
+    return weight
+
+
+def _check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
+    smallest, largest = (int(bound) for bound in torch.aminmax(tensor))
+    if smallest < low or largest > high:
+        raise CheckpointError(
+            f"{name} holds {smallest if smallest < low else largest}, outside {low} to {high}"
+        )

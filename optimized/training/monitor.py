@@ -1,0 +1,267 @@
+"""What a run shows while it goes: metrics.jsonl, TensorBoard events, a progress bar or plain lines, and loss.png.
+
+Units: bits per byte (bpb), bytes per second (a token is a byte), share of trits changed by one step (flip
+rate).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from arbitor.optimized.training.errors import TrainingError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+METRICS, LOSS_PLOT = "metrics.jsonl", "loss.png"
+"""File names in the run folder."""
+
+EVENT_FILE_VERSION = "brain.Event:2"
+"""What the first record of a TensorBoard event file has to say."""
+
+
+class Monitor:
+    """Reports the progress of one run to its folder and to the console.
+
+    Every call of ``log`` adds one line to ``metrics.jsonl`` and one record for each number to the event file.
+    Both files are written at once, so that a killed run loses nothing that was reported.
+    """
+
+    def __init__(
+        self, folder: Path | None, *, steps: int, start_step: int = 0, console: Console | None = None
+    ) -> None:
+        """Open the files of a run, cutting what a resumed run will report again.
+
+        Args:
+            folder: the run folder, or None to write no files.
+            steps: length of the whole run.
+            start_step: steps taken before; what the files say about later ones is dropped.
+            console: where to print, or None to print nothing. A bar on a terminal, plain lines elsewhere.
+
+        Raises:
+            TrainingError: a file cannot be written.
+        """
+        self._steps = steps
+        self._step = start_step
+        self._console = console
+        self._val_bpb: float | int | None = None
+        self._clock: tuple[float, int] | None = None
+        self._metrics: IO[str] | None = None
+        self._events: _EventFile | None = None
+        self._progress: tuple[Progress, TaskID] | None = None
+        if folder is not None:
+            try:
+                last_kept = start_step if start_step > 0 else -1  # a run from step 0 reports that step again
+                cut_metrics(folder / METRICS, last_kept)
+                self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115
+                self._events = _EventFile(folder, purge_step=last_kept + 1)
+            except OSError as error:
+                raise _write_error(folder, error) from error
+        if console is not None and console.is_terminal:
+            self._progress = _progress_bar(console, steps, start_step)
+
+    def say(self, sentence: str) -> None:
+        """Print one sentence."""
+        if self._console is not None:
+            self._console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+    def warn(self, sentence: str) -> None:
+        """Print one sentence on stderr, without end mark: something the user should know about."""
+        if self._console is not None:
+            print(f"arb: {sentence}.", file=sys.stderr, flush=True)
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar to a step."""
+        self._step = step
+        if self._clock is None:
+            self._clock = (time.monotonic(), step)
+        if self._progress is not None:
+            bar, task = self._progress
+            bar.update(task, completed=step)
+
+    def log(self, step: int, values: Mapping[str, float | int | None]) -> None:
+        """Report the numbers of a step.
+
+        Args:
+            step: steps taken.
+            values: by name; None stands for a number that is not finite or not known.
+
+        Raises:
+            TrainingError: a file cannot be written.
+        """
+        self.advance(step)
+        try:
+            if self._metrics is not None:
+                self._metrics.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+                self._metrics.flush()
+            if self._events is not None:
+                self._events.add(step, {name: value for name, value in values.items() if value is not None})
+        except OSError as error:
+            raise _write_error(None, error) from error
+        if values.get("val_bpb") is not None:
+            self._val_bpb = values["val_bpb"]
+        text = _readable(values)
+        if self._progress is not None:
+            bar, task = self._progress
+            bar.update(task, numbers=_readable({"val_bpb": self._val_bpb, **values}, gap=" "))
+        elif self._console is not None:
+            self.say(f"step {step}/{self._steps}  {text}{self._remaining(step)}")
+
+    def close(self) -> None:
+        """Close the files and the bar. Safe to call more than once, and after a failed write."""
+        if self._progress is not None:
+            self._progress[0].stop()
+            self._progress = None
+        for file in (self._metrics, self._events):
+            try:
+                if file is not None:
+                    file.close()
+            except OSError:
+                continue  # the write that filled the disk has been reported already
+        self._metrics = self._events = None
+
+    def _remaining(self, step: int) -> str:
+        if self._clock is None or step <= self._clock[1] or step >= self._steps:
+            return ""
+        began, first = self._clock
+        seconds = (time.monotonic() - began) / (step - first) * (self._steps - step)
+        return f"  eta {int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop every line of a metrics file about a step after ``step``, and any line torn by a crash.
+
+    Args:
+        path: the file; nothing happens where there is none.
+        step: last step to keep.
+
+    Raises:
+        OSError: the file cannot be read or written; it is replaced at once or not at all.
+    """
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, in order; empty where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def plot_loss(path: Path, metrics: list[dict[str, Any]], baselines: Mapping[str, float]) -> None:
+    """Draw training and validation bits per byte over steps, with each baseline as a horizontal line.
+
+    Args:
+        path: PNG file to write.
+        metrics: as ``read_metrics`` gives them.
+        baselines: name to bits per byte.
+
+    Raises:
+        TrainingError: the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, label, style in (("train_bpb", "training", "-"), ("val_bpb", "validation", "o-")):
+        points = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=3, linewidth=1)
+    for i, (name, bpb) in enumerate(baselines.items()):
+        axes.axhline(bpb, linestyle="--", linewidth=0.8, color=f"C{i + 2}", label=f"{name} {bpb:.2f}")
+    axes.set(xlabel="step", ylabel="bits per byte")
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise _write_error(path, error) from error
+
+
+class _EventFile:
+    """A TensorBoard event file, written at once: no thread that could fail unseen when the disk is full."""
+
+    def __init__(self, folder: Path, *, purge_step: int) -> None:
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event_pb2 = event_pb2
+        self._file = open(folder / f"events.out.tfevents.{time.time_ns()}.arb", "xb", buffering=0)  # noqa: SIM115
+        self._records = RecordWriter(self._file)
+        self._write(file_version=EVENT_FILE_VERSION)
+        log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(
+            step=purge_step, session_log=log
+        )  # readers drop what they know of this step and later ones
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(step=step, summary=Summary(value=scalars))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, **fields: Any) -> None:
+        event = self._event_pb2.Event(wall_time=time.time(), **fields)
+        self._records.write(event.SerializeToString())
+
+
+def _progress_bar(console: Console, steps: int, start_step: int) -> tuple[Progress, TaskID]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        BarColumn(bar_width=10),  # with all the numbers, a line still fits 80 columns
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TextColumn("eta"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+    )
+    task = bar.add_task("training", total=steps, completed=start_step, numbers="")
+    bar.start()
+    return bar, task
+
+
+def _readable(values: Mapping[str, float | int | None], gap: str = "  ") -> str:
+    """The numbers of a step as a reader wants them, in a fixed order."""
+    forms = (
+        ("train_bpb", "bpb {:.3f}"),
+        ("val_bpb", "val {:.3f}"),
+        ("tokens_per_second", "{:,.0f} tokens/s"),
+        ("flip_rate", "flips {:.3%}"),
+    )
+    return gap.join(form.format(values[name]) for name, form in forms if values.get(name) is not None)
+
+
+def _step_of(line: str) -> float:
+    """The step that a line of metrics is about; infinity where the line is torn."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+    return step if isinstance(step, int) else float("inf")
+
+
+def _write_error(path: Path | None, error: OSError) -> TrainingError:
+    where = repr(str(path or error.filename or "the run folder"))
+    return TrainingError(f"cannot write {where}: {error.strerror or error}")

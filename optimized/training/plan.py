@@ -1,0 +1,127 @@
+"""What a run is going to do: the settings asked for, the defaults of the preset, and what the folder says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from arbitor.optimized.training.defaults import trainer_defaults
+from arbitor.optimized.training.errors import TrainingError
+
+BOUND = ("preset", "data", "steps", "batch", "context", "accum", "seed")
+"""Settings that decide what a run computes: a resumed run must agree with them."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What the user asked for; None leaves a setting to the run that is resumed, or to the preset's defaults.
+
+    Attributes:
+        preset: name of a preset; ``tiny`` by default.
+        data: ``stdlib``, a file or a folder.
+        steps, batch, context, accum: length of the run, windows a micro-batch, bytes a window, micro-batches
+            a step.
+        seed: of initial weights, batches and dither; 0 by default.
+        eval_interval, save_interval, log_interval: in steps.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        backend: ``reference`` or ``triton``.
+        dtype: of activations, ``float32`` or ``bfloat16``.
+        run: the run folder.
+        resume: continue what the run folder holds.
+        save: whether to write checkpoints.
+    """
+
+    preset: str | None = None
+    data: str | None = None
+    steps: int | None = None
+    batch: int | None = None
+    context: int | None = None
+    accum: int | None = None
+    seed: int | None = None
+    eval_interval: int | None = None
+    save_interval: int | None = None
+    log_interval: int | None = None
+    device: str | None = None
+    backend: str | None = None
+    dtype: str | None = None
+    run: Path | None = None
+    resume: bool = False
+    save: bool = True
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of a run, decided. Written to ``config.json`` and into each checkpoint as plain data."""
+
+    preset: str
+    data: str
+    steps: int
+    batch: int
+    context: int
+    accum: int
+    seed: int
+    eval_interval: int
+    save_interval: int
+    log_interval: int
+    eval_windows: int
+    device: str
+    backend: str | None
+    dtype: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings as JSON data."""
+        return asdict(self)
+
+
+def decide(options: TrainOptions, recorded: Mapping[str, Any] | None) -> Settings:
+    """Settle every setting: what is asked for, else what the resumed run has, else the preset's default.
+
+    Args:
+        options: what the user asked for.
+        recorded: settings of the run that is resumed, or None for a new run.
+
+    Raises:
+        TrainingError: a setting asked for differs from the resumed run's, and the result would be another
+            run.
+        ValueError: a number is out of range.
+    """
+    asked = {field.name: getattr(options, field.name) for field in fields(options)}
+    if recorded is not None:
+        for name in BOUND:
+            if name != "data" and asked[name] is not None and asked[name] != recorded[name]:
+                raise TrainingError(
+                    f"the run was started with {name} {recorded[name]} and cannot go on with {name} {asked[name]}"
+                )
+    preset = asked["preset"] or (recorded or {}).get("preset") or "tiny"
+    if asked["data"] not in (None, "stdlib"):
+        asked["data"] = os.path.abspath(asked["data"])  # so that a run can be resumed from another folder
+    if recorded is not None and asked["device"] == "auto":
+        asked["device"] = None
+    if recorded is not None and asked["device"] not in (None, recorded["device"]):
+        recorded = {**recorded, "backend": None, "dtype": None}  # those suited the other device
+    defaults: dict[str, Any] = {
+        **asdict(trainer_defaults(preset)),
+        "data": "stdlib",
+        "seed": 0,
+        "device": "auto",
+        "backend": None,
+        "dtype": None,
+        **(recorded or {}),
+        "preset": preset,
+    }
+    decided: dict[str, Any] = {}
+    for field in fields(Settings):
+        value = asked.get(field.name)
+        decided[field.name] = defaults[field.name] if value is None else value
+    settings = Settings(**decided)
+    for name in ("steps", "batch", "accum", "eval_interval", "save_interval", "log_interval"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} is {getattr(settings, name)}, but must be at least 1")
+    if not 0 <= settings.seed < 2**63:
+        raise ValueError(f"seed is {settings.seed}, but must be from 0 to 2**63 - 1")
+    if settings.steps * settings.accum >= 2**32:
+        raise ValueError(f"steps times accum is {settings.steps * settings.accum}, but must be below 2**32")
+    return settings
