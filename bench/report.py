@@ -208,8 +208,8 @@ def ops_page() -> str:
         "# Ops",
         "",
         "Every op has the same name and signature in `arbitor.reference.ops`, which is the specification, and in "
-        "`arbitor.optimized.ops`. EXACT: equal in every bit. NO_WORSE(k): floats that err at most k times as much as plain "
-        "PyTorch in that dtype, plus one rounding ([numerics](numerics.md)).",
+        "`arbitor.optimized.ops`. EXACT: equal in every bit. NO_WORSE(k): floats that err at most k times as much as the "
+        "reference in that dtype, plus one rounding ([numerics](numerics.md)).",
     ]
     for family in dict.fromkeys(row.family for row in OP_TABLE.values()):
         page = f"spec/{family}.md"

@@ -1,14 +1,16 @@
-"""The only two comparers. Nothing is rounded before comparing, and no other tolerance exists.
+"""The comparers: `exact` and `no_worse` for ops, `alike` for whole models. No other tolerance exists.
 
-`exact` compares bits. `no_worse` counts errors in roundings: with `wide` the op in float64 on the same inputs,
+Nothing is rounded before comparing. `exact` compares bits. `no_worse` counts errors in roundings: with `wide` the op in
+float64 on the same inputs,
 
     one rounding of an element = half an ulp of its result in the output dtype   u(out) * |wide|
                                + one ulp of the sum it came from, in float32     eps(float32) * magnitude
                                + the smallest subnormal of the output dtype      (results may underflow)
 
 where `magnitude` is the sum of the absolute terms, so that cancellation neither hides an error nor invents one.
-The worst element of an implementation may be off by k times the roundings that the worst element of plain PyTorch
-in the same dtype is off by, plus one. docs/numerics.md says why.
+The worst element of an implementation may be off by k times the roundings that the worst element of the reference op is
+off by, plus one. The reference op is plain PyTorch on the same inputs: it works in float32 or wider, and rounds once
+to the dtype that comes out. `alike` bounds the norm of a difference. docs/numerics.md says why.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ import torch
 from torch import Tensor
 
 from arbitor.reference.types import TernaryWeight
+
+ALIKE = 2.0**-16
+"""How far two whole models may be apart: 128 roundings of float32, relative to the norm of the output."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -49,7 +54,7 @@ def no_worse(
 ) -> None:
     """Fail unless the floats `got` err at most k times as much as `twin`, plus one rounding.
 
-    twin:      the reference op, plain PyTorch, in the dtype of the implementation
+    twin:      the reference op, plain PyTorch, on the inputs of the implementation
     wide:      the reference op in float64 on the same values
     magnitude: float64, the sum of the absolute terms of each element
     """
@@ -64,6 +69,18 @@ def no_worse(
     differs = count > allowed
     worst = f"worst {count.max().item() if count.numel() else 0.0:.3g} roundings, allowed {allowed:.3g}: "
     assert not differs.any(), worst + _where(differs, got, wide, what)
+
+
+def alike(got: Tensor, want: Tensor, what: str = "output") -> None:
+    """Fail unless the norm of the difference is at most ALIKE times the norm of `want`.
+
+    For outputs that many ops together have made, each of which is held to its own class elsewhere.
+    """
+    assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, want {tuple(want.shape)}"
+    got, want = got.detach().to(torch.float64), want.detach().to(torch.float64)
+    assert want.isfinite().all() and got.isfinite().all(), f"{what} is not finite"
+    error, size = (got - want).norm().item(), want.norm().item()
+    assert error <= ALIKE * size, f"{what}: off by {error:.3g}, allowed {ALIKE * size:.3g}"
 
 
 def roundings(value: Tensor, wide: Tensor, magnitude: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ _DITHER = (
     _m("exponent_byte_first", "dither", "torch.stack(blocks[: group_size + 1], dim=-1)",
        "torch.stack(blocks[1 : group_size + 1] + blocks[:1], dim=-1)",
        "dither_bytes_by_scalar_philox", "dither_bytes_of_a_larger_group_continue", compared="dither_bytes"),
-    _m("seed_unchecked", "dither", "checks.vote_clock(seed, step, tensor_id)", "pass",
+    _m("seed_unchecked", "dither", "checks.vote_clock(seed, step, tensor_id, last_step=RESERVED_STEP)", "pass",
        "refusals_of_dither_and_scale"),
 )
 
@@ -202,7 +202,7 @@ _VOTES = (
        "stochastic_votes_of_some_rows", compared="stochastic_votes"),
     _m("ascent", "votes", "return votes.to(torch.int8)", "return -votes.to(torch.int8)",
        "update_descends", "stochastic_votes_are_unbiased", "stochastic_votes_by_fractions",
-       "linear_backward_votes_disagree_only_at_boundaries", compared="stochastic_votes"),
+       "stochastic_votes_never_oppose", "linear_backward_votes_disagree_only_at_boundaries", compared="stochastic_votes"),
     _m("rate_tensor_ignored", "votes", "torch.as_tensor(rate, dtype=torch.float32, device=grad_NK.device)",
        "torch.as_tensor(1.0 if isinstance(rate, torch.Tensor) else rate, dtype=torch.float32)",
        "stochastic_votes_take_device_scalars", compared="stochastic_votes"),
@@ -210,7 +210,7 @@ _VOTES = (
        "sign_votes_by_sign", "sign_votes_negation", compared="sign_votes"),
     _m("sign_votes_for_nan", "votes", "finite = grad_NK.isfinite().all(dim=1, keepdim=True)",
        "finite = grad_NK.isfinite()", "sign_votes_by_sign", compared="sign_votes"),
-    _m("step_floor", "votes", "math.ceil(max_step * loss / loss_ref)", "math.floor(max_step * loss / loss_ref)",
+    _m("step_floor", "votes", "math.ceil(min(", "math.floor(min(",
        "step_from_loss_by_ceiling", compared="step_from_loss"),
     _m("rate_unchecked", "votes", "checks.vote_rate(rate)", "pass", "refusals_of_votes", "refusals_of_update"),
 )
@@ -299,14 +299,18 @@ _UPDATE = (
        "(before.packed != after.packed).sum()",
        "count_changed_trits_by_trit", compared="count_changed_trits"),
     _m("theta_unchecked", "update", 'checks.threshold("theta", theta)', "pass", "refusals_of_update"),
-    _m("duplicates_unchecked", "update", "checks.unique_rows(rows)", "pass", "refusals_of_update"),
+    _m("rows_unchecked", "update", "checks.row_values(rows, weight.shape[0])", "pass", "refusals_of_update", times=3),
+    _m("counts_before_it_refuses", "update", "    votes = stochastic_votes(",
+       "    if faults is not None:\n        faults += 1\n    votes = stochastic_votes(",
+       "refusals_of_update", "accumulate_gradient_counts_faults", compared="accumulate_gradient"),
+    _m("reserved_step_votes", "votes", "checks.vote_clock(seed, step, tensor_id)", "pass", "refusals_of_votes"),
 )
 
 _FORWARD = "return (x.to(wide) @ dequantize(weight, dtype=wide).T).to(x.dtype)"
 _FLOATS = (
     _m("transposed_weight", "linear", _FORWARD,
        "return x @ dequantize(weight, dtype=x.dtype).reshape(weight.shape[1], weight.shape[0])",
-       "linear_by_exact_sums", "linear_adjoint", compared="linear"),
+       "linear_permutation", "linear_by_exact_sums", "linear_adjoint", compared="linear"),
     _m("sums_in_bfloat16", "linear", _FORWARD,
        "w = dequantize(weight, dtype=x.dtype)\n"
        "    y = x.new_zeros(*x.shape[:-1], weight.shape[0], dtype=torch.bfloat16)\n"
@@ -369,12 +373,12 @@ _FLOATS = (
        "rms_norm_by_torch", compared=("rms_norm", "rms_norm_weight_grad")),
     _m("norm_forgets_the_root", "norm", "(x_wide.square().mean(dim=-1, keepdim=True) + eps).sqrt()",
        "(x_wide.square().mean(dim=-1, keepdim=True) + eps)",
-       "rms_norm_ignores_the_scale", compared="rms_norm"),
+       "rms_norm_weight_grad_ignores_the_scale", "rms_norm_ignores_the_scale", compared="rms_norm"),
     _m("norm_without_eps", "norm", "(x_wide.square().mean(dim=-1, keepdim=True) + eps).sqrt()",
        "x_wide.square().mean(dim=-1, keepdim=True).sqrt()",
        "rms_norm_of_zeros"),
     _m("norm_grad_without_projection", "norm", "unit * (unit * scaled).mean(dim=-1, keepdim=True)", "0",
-       "rms_norm_by_torch", compared="rms_norm_input_grad"),
+       "rms_norm_input_grad_is_orthogonal", "rms_norm_by_torch", compared="rms_norm_input_grad"),
     _m("norm_weight_grad_rectified", "norm", "reshape(-1, x.shape[-1]).sum(dim=0", "reshape(-1, x.shape[-1]).relu().sum(dim=0",
        "rms_norm_weight_grad_scales_with_grad", compared="rms_norm_weight_grad"),
     _m("norm_eps_unchecked", "norm", 'checks.number("eps", eps, 0.0, 1.0, open_low=True)', "pass",

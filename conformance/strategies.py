@@ -235,12 +235,12 @@ def gradients(
         values *= torch.randint(0, 2, shape, generator=rng) * 2 - 1
     else:
         values = float_values(shape, kind, seed)
-    if faults:
-        for row, value in enumerate((0.0, float("nan"), float("inf"), float("-inf"))):
+    if faults and num_rows:
+        for value in (0.0, float("nan"), float("inf"), float("-inf")):
             if draw(st.booleans(), label=f"row of {value}"):
                 target = int(torch.randint(num_rows, (), generator=rng))
                 if value == 0.0:
-                    values[target] = -0.0 if row % 2 else 0.0
+                    values[target] = draw(st.sampled_from((0.0, -0.0)), label="zero")
                 else:
                     values[target, int(torch.randint(num_columns, (), generator=rng))] = value
     dtype = draw(DTYPES, label="dtype")

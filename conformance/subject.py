@@ -80,13 +80,19 @@ class Subject:
         return self.to_cpu(result)
 
     def refuses(self, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
-        """Return what an op raises, None if nothing; canonical weights, as content may be invalid."""
+        """Return what an op raises, None if nothing; canonical weights, as content may be invalid.
+
+        A call that is refused has written nothing, not even to `out` and `faults`.
+        """
         moved: dict[int, Any] = {}
         device_args = [self.to_device(value, False, moved) for value in args]
         device_kwargs = {name: self.to_device(value, False, moved) for name, value in kwargs.items()}
+        before = {path: tensor.clone() for path, tensor in tensors_of([device_args, device_kwargs]).items()}
         try:
             self.raw(op)(*device_args, **device_kwargs)
         except Exception as error:
+            for path, tensor in tensors_of([device_args, device_kwargs]).items():
+                assert same_bytes(tensor, before[path]), f"{op} wrote to {path}, then raised {error!r}"
             return error
         return None
 

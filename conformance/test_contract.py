@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
+from torch import Tensor
 
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.op_table import OP_TABLE
@@ -136,32 +138,52 @@ def _weight(subject: Subject, num_rows: int, num_columns: int) -> object:
 
 
 def test_no_kernel_compiles_again_for_another_batch(subject: Subject) -> None:
-    """Odd, even, one, a multiple of sixteen: a token count is no reason to compile."""
+    """Odd, even, one, a multiple of sixteen: a token count is no reason to compile; nor are strides and offsets."""
     needs_cuda(subject, "recompilation")
     import triton
 
     compiled: list[str] = []
     weight, norm = _weight(subject, 96, 160), _weight(subject, 1, 160)
-    table = _weight(subject, 300, 160)
+    table, taps = _weight(subject, 300, 160), _weight(subject, 24, 5 * 4)
+    rates = torch.linspace(0.5, 3.0, 5000, device=subject.device)  # 0-dim views of it lie at any address
+    steps = torch.arange(5000, device=subject.device)
 
     def everything(count: int) -> None:
         device = subject.device
-        x = torch.randn(count, 160, device=device, dtype=torch.bfloat16)
         dy = torch.randn(count, 96, device=device, dtype=torch.bfloat16)
         ids = torch.arange(count, device=device) % 300
+        rate, step = rates[count], steps[count]
         op = subject.raw
-        op("linear")(x, weight)
-        op("linear_input_grad")(dy, weight)
-        op("linear_weight_grad")(dy, x)
-        op("rms_norm")(x, norm)
-        op("rms_norm_input_grad")(x, x, norm)
-        op("rms_norm_weight_grad")(x, x)
-        op("denoise_step")(x, x, alpha=0.5)
-        op("denoise_step_backward")(x, alpha=0.5)
-        op("embedding")(ids, table)
-        rows, grads = op("embedding_row_grads")(ids, x)
-        op("accumulate_gradient")(table, grads, 1.0, seed=1, step=count, tensor_id=2, rows=rows)
-        op("apply_step")(table, rows=rows)
+        layouts = (
+            torch.randn(count, 160, device=device, dtype=torch.bfloat16),
+            torch.randn(160, count, device=device, dtype=torch.bfloat16).T,
+            torch.randn(count, 3, 160, device=device, dtype=torch.bfloat16)[:, -1],
+        )
+        for x in layouts:
+            op("linear")(x, weight)
+            op("linear_input_grad")(dy, weight)
+            op("linear_weight_grad")(dy, x)
+            op("rms_norm")(x, norm)
+            op("rms_norm_input_grad")(x, x, norm)
+            op("rms_norm_weight_grad")(x, x)
+            op("denoise_step")(x, x, alpha=0.5)
+            op("denoise_step_backward")(x, alpha=0.5)
+            op("embedding")(ids, table)
+            rows, grads = op("embedding_row_grads")(ids, x)
+            op("stochastic_votes")(grads, rate, seed=1, step=step, tensor_id=2)
+            op("stochastic_votes")(x, rate, seed=1, step=step, tensor_id=2)
+            op("sign_votes")(x, 3)
+            op("accumulate_gradient")(table, grads, rate, seed=1, step=step, tensor_id=2, rows=rows)
+            op("accumulate_gradient")(table, grads, 1.0, seed=1, step=count, tensor_id=2, rows=rows)
+            op("apply_step")(table, rows=rows)
+        signals = (
+            torch.randn(2, 5, count + 3, device=device, dtype=torch.bfloat16),
+            torch.randn(2, count + 3, 5, device=device, dtype=torch.bfloat16).transpose(1, 2),
+        )
+        for x_BCL in signals:
+            y = op("conv1d")(x_BCL, taps, kernel_size=4)
+            op("conv1d_input_grad")(y, taps, length=count + 3, kernel_size=4)
+            op("conv1d_weight_grad")(y, x_BCL, kernel_size=4)
 
     for count in (
         1,
@@ -190,7 +212,10 @@ def test_op_replays_from_a_cuda_graph(subject: Subject, name: str) -> None:
     def run(case: Case) -> None:
         moved: dict[int, object] = {}
         args = tuple(subject.to_device(value, False, moved) for value in case.args)
-        written = ("out", "faults")  # each replay would write them again
+        written = (
+            "out",
+            "faults",
+        )  # each replay would write them again; the test of a captured update has them
         kwargs = {
             key: subject.to_device(v, False, moved) for key, v in case.kwargs.items() if key not in written
         }
@@ -209,15 +234,13 @@ def test_op_replays_from_a_cuda_graph(subject: Subject, name: str) -> None:
     run()
 
 
-def test_captured_update_draws_fresh_dither(subject: Subject) -> None:
+def test_captured_votes_draw_fresh_dither(subject: Subject) -> None:
     """A step that lives on the device: each replay votes as an eager call at that step does."""
     needs_cuda(subject, "fresh dither in a CUDA graph")
-    weight = _weight(subject, 40, 50)
     grad = torch.randn(40, 50, device=subject.device)
     step = torch.tensor(7, device=subject.device)
     votes = lambda step: subject.raw("stochastic_votes")(grad, 0.4, seed=1, step=step, tensor_id=2)  # noqa: E731
     votes(step)
-    subject.raw("accumulate_gradient")(weight, grad, 0.4, seed=1, step=step, tensor_id=2)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -226,6 +249,55 @@ def test_captured_update_draws_fresh_dither(subject: Subject) -> None:
         step.fill_(value)
         graph.replay()
         exact(captured.cpu(), votes(value).cpu(), f"step {value}")
+
+
+@pytest.mark.parametrize("some_rows", [False, True], ids=["matrix", "table"])
+def test_captured_update_replays_to_the_eager_weight(subject: Subject, some_rows: bool) -> None:
+    """What training captures: votes counted in place, then a step in place, with gradient, rate and step on the device.
+
+    After each of several replays the weight holds the bytes that as many eager updates leave, and faults count on.
+    """
+    needs_cuda(subject, "in-place updates in a CUDA graph")
+    device, num_steps = subject.device, 6
+    rng = torch.Generator().manual_seed(1)
+    grads = torch.randn(num_steps, 40, 50, generator=rng)
+    grads[2, 7, 3] = float("nan")
+    choices = torch.stack([torch.randperm(90, generator=rng)[:40] for _ in range(num_steps)])
+    choices[:, -2:] = -1  # unused slots
+    rates = torch.linspace(0.5, 3.0, num_steps)
+
+    def update(state: tuple[Any, Tensor], grad: Tensor, rows: Tensor, rate: Tensor, step: Any) -> None:
+        weight, faults = state
+        named = rows if some_rows else None
+        subject.raw("accumulate_gradient")(
+            weight, grad, rate, seed=3, step=step, tensor_id=2, rows=named, faults=faults, out=weight
+        )
+        subject.raw("apply_step")(weight, theta=2, theta_e=3, on_flip="carry", rows=named, out=weight)
+
+    def start() -> tuple[Any, Tensor]:
+        return _weight(subject, 90 if some_rows else 40, 50), torch.zeros(
+            (), dtype=torch.int64, device=device
+        )
+
+    grad, rows, rate = grads[0].to(device), choices[0].to(device), rates[0].to(device)
+    step = torch.tensor(0, device=device)
+    update(start(), grad, rows, rate, step)  # compiles outside of the capture
+    captured, eager = start(), start()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        update(captured, grad, rows, rate, step)
+    first = subject.to_cpu(eager[0]).clone()
+    for count in range(num_steps):
+        clock = 2**32 - 1 - num_steps + count  # up to the last step that votes may use
+        for target, value in ((grad, grads), (rows, choices), (rate, rates)):
+            target.copy_(value[count])
+        step.fill_(clock)
+        graph.replay()
+        update(eager, grads[count].to(device), choices[count].to(device), float(rates[count]), clock)
+        exact(subject.to_cpu(captured), subject.to_cpu(eager), f"after update {count}")
+    assert eager[1].item() == 1
+    assert not torch.equal(subject.to_cpu(eager[0]).packed, first.packed), "no trit moved"
 
 
 BIG = 2**31

@@ -21,7 +21,6 @@ from arbitor.optimized.version import package_version
 if TYPE_CHECKING:
     from arbitor.optimized.training.checkpoint import Checkpoint
     from arbitor.optimized.training.loop import TrainResult
-    from arbitor.reference.types import TernaryWeight
 
 MIB = 2**20
 """Bytes of a mebibyte, the seeds' unit of state."""
@@ -163,10 +162,11 @@ def generate(
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def audit(preset: str, as_json: bool) -> None:
     """Count the weights and bytes of a preset, area by area, without building it."""
+    from arbitor.optimized.layouts import resident_bytes
     from arbitor.reference.audit import audit as audit_config
     from arbitor.reference.config import preset as preset_config
 
-    report = audit_config(preset_config(preset), resident_bytes=_resident_bytes)
+    report = audit_config(preset_config(preset), resident_bytes=resident_bytes)
     if as_json:
         click.echo(report.to_json(), nl=False)
         return
@@ -261,14 +261,6 @@ def _best_checkpoint(folder: Path) -> Checkpoint:
         except CheckpointError as error:
             click.echo(f"arb: {error}; trying another one", err=True)
     raise TrainingError(f"the folder {str(folder)!r} holds no checkpoint that can be used")
-
-
-def _resident_bytes(weight: TernaryWeight) -> int:
-    """Bytes of a weight's training state in the layout of the Triton op set."""
-    from arbitor.optimized.layouts import words_per_row
-
-    num_rows, num_columns = weight.shape
-    return weight.state_bytes - weight.packed.numel() + 4 * num_rows * words_per_row(num_columns)
 
 
 def _printable(content: bytes) -> str:

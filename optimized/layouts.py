@@ -64,5 +64,11 @@ class DeviceWeight(StateTensors):
                 raise ValueError(f"{name} has strides {tensor.stride()}, but must be contiguous")
 
 
+def resident_bytes(weight: TernaryWeight) -> int:
+    """Return the bytes that the training state of a canonical weight takes in device layout; the meta device will do."""
+    num_rows, num_columns = weight.shape
+    return weight.state_bytes - weight.packed.numel() + 4 * num_rows * words_per_row(num_columns)
+
+
 AnyWeight = TernaryWeight | DeviceWeight
 """What every optimized op takes; it returns the kind it was given."""

@@ -1,10 +1,9 @@
-"""The settings that come from the environment. No other file reads an ``ARB_*`` variable.
+"""The settings that come from the environment. No other file reads an `ARB_*` variable.
 
-| variable | values | meaning |
-|---|---|---|
-| ``ARB_VALUE_CHECKS`` | ``1`` (default), ``0`` | whether ops look at values (packed bytes above 242, ids out
-of range) before they run | | ``ARB_BACKEND`` | ``reference``, ``triton`` | the op set to use where
-``--backend`` is not given |
+`ARB_VALUE_CHECKS`, 1 (default) or 0: whether ops look at values (packed bytes above 242, ids and rows out of range) before they
+run, for which they wait for the device. With 0 it is the caller who vouches for them: a bad id then reads, and a bad row writes,
+outside of the table.
+`ARB_BACKEND`, `reference` or `triton`: the op set to use where `--backend` is not given.
 
 Variables are read at each call, so a change made in a running process is seen.
 """

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -76,6 +76,15 @@ def matrix(name: str, value: Tensor, allowed: Sequence[torch.dtype]) -> None:
     if value.ndim != 2 or 0 in value.shape:
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}, but must be [rows, columns] with at least one of each"
+        )
+
+
+def gradient_matrix(name: str, value: Tensor) -> None:
+    """Refuse anything but a 2-D gradient with at least one column; a batch that used no row of a table has no rows."""
+    dtype_in(name, value, GRADIENT_DTYPES)
+    if value.ndim != 2 or value.shape[1] == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, but must be [rows, columns] with at least one column"
         )
 
 
@@ -148,7 +157,11 @@ def number(name: str, value: float, low: float, high: float, *, open_low: bool =
     """Refuse anything but a finite number in [low, high], or (low, high] with `open_low`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is a {type(value).__name__}, but must be a number")
-    if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an integer beyond float64
+        finite = False
+    if not finite or not low <= value <= high or (open_low and value == low):
         relation = "above" if open_low else "from"
         raise ValueError(f"{name} is {value}, but must be finite, {relation} {low} to {high}")
 
@@ -158,22 +171,34 @@ def threshold(name: str, value: int) -> None:
     integer(name, value, 1, ACCUM_MAX)
 
 
-def vote_clock(seed: int, step: int | Tensor, tensor_id: int) -> None:
-    """Refuse dither coordinates that do not fit Philox: a 64-bit seed and two 32-bit counters."""
+def vote_clock(
+    seed: int, step: int | Tensor, tensor_id: int, *, last_step: int = RESERVED_STEP - 1, values: bool = True
+) -> None:
+    """Refuse dither coordinates that do not fit Philox, a 64-bit seed and two 32-bit counters, or a step past the last.
+
+    The value of a step that is a tensor is looked at unless `values` is False.
+    """
     integer("seed", seed, 0, 2**64 - 1)
     integer("tensor_id", tensor_id, 0, 2**32 - 1)
     if isinstance(step, Tensor):
         tensor("step", step, torch.int64, ())
+        if values:
+            values_between("step", step, 0, last_step)
     else:
-        integer("step", step, 0, RESERVED_STEP)
+        integer("step", step, 0, last_step)
 
 
-def vote_rate(rate: float | Tensor) -> None:
-    """Refuse a rate that is neither a number in [0, 127] nor a 0-dim float32 tensor."""
+def vote_rate(rate: float | Tensor, *, values: bool = True) -> None:
+    """Refuse a rate that is neither a number in [0, 127] nor a 0-dim float32 tensor.
+
+    The value of a rate that is a tensor is looked at unless `values` is False.
+    """
     if isinstance(rate, Tensor):
         tensor("rate", rate, torch.float32, ())
-    else:
-        number("rate", rate, 0.0, MAX_RATE)
+        if not values or rate.device.type == "meta":
+            return
+        rate = float(rate)
+    number("rate", rate, 0.0, MAX_RATE)
 
 
 def group_ids_fit(num_rows: int, num_columns: int, size: int) -> None:
@@ -206,18 +231,22 @@ def gradient_of(
     same_device(weight=weight.exponents, **{name: value})
 
 
-def row_ids(rows: Tensor | None, num_rows: int) -> None:
-    """Refuse row ids that are not int64 [R]; -1 marks an unused slot."""
+def row_ids(rows: Tensor | None, device: torch.device) -> None:
+    """Refuse row ids that are not int64 [R] on the device of the weight or gradient."""
     if rows is None:
         return
     dtype_in("rows", rows, (torch.int64,))
     if rows.ndim != 1:
         raise ValueError(f"rows has shape {tuple(rows.shape)}, but must be one-dimensional")
+    if rows.device != device:
+        raise ValueError(f"rows is on {rows.device}, but must be on {device}")
+
+
+def row_values(rows: Tensor | None, num_rows: int) -> None:
+    """Refuse row ids outside -1 .. num_rows - 1, or one named twice: its gradients must be summed before it votes."""
+    if rows is None or rows.device.type == "meta":
+        return
     values_between("rows", rows, -1, num_rows - 1)
-
-
-def unique_rows(rows: Tensor) -> None:
-    """Refuse row ids in which a row is named twice: its gradients must be summed before it votes."""
     used = rows[rows >= 0]
     if used.unique().numel() != used.numel():
         raise ValueError("rows names a row more than once, but each must be unique; sum its gradients first")
@@ -270,13 +299,34 @@ def one_row(name: str, weight: Weight) -> None:
         raise ValueError(f"{name} has shape {weight.shape}, but must have one row")
 
 
-def rows_of(name: str, rows: Tensor | None, grad: Tensor) -> None:
+def rows_of(rows: Tensor | None, grad: Tensor) -> None:
     """Refuse row ids that are not one int64 a gradient row, on the gradient's device."""
-    if rows is None:
-        return
-    dtype_in(name, rows, (torch.int64,))
-    if tuple(rows.shape) != (grad.shape[0],):
+    row_ids(rows, grad.device)
+    if rows is not None and rows.shape[0] != grad.shape[0]:
         raise ValueError(
-            f"{name} has shape {tuple(rows.shape)}, but must be {(grad.shape[0],)}, one id a gradient row"
+            f"rows has shape {tuple(rows.shape)}, but must be {(grad.shape[0],)}, one id a gradient row"
         )
-    same_device(grad=grad, **{name: rows})
+
+
+def out_weight(out: Any, weight: Any) -> None:
+    """Refuse a weight to write into that differs from the one updated in shape, format or device."""
+    if out is None:
+        return
+    for field in ("shape", "group_size", "mantissa_bits", "device"):
+        if getattr(out, field) != getattr(weight, field):
+            raise ValueError(
+                f"out has {field} {getattr(out, field)}, but must match weight, {getattr(weight, field)}"
+            )
+
+
+def fault_counter(faults: Tensor | None, grad: Tensor) -> None:
+    """Refuse a counter of faulty rows that is not int64 [] on the gradient's device."""
+    if faults is not None:
+        tensor("faults", faults, torch.int64, ())
+        same_device(grad=grad, faults=faults)
+
+
+def last_dim_not_empty(name: str, value: Tensor) -> None:
+    """Refuse a tensor without a last dimension, or with an empty one."""
+    if value.ndim == 0 or value.shape[-1] == 0:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, but needs a last dimension of at least 1")

@@ -6,11 +6,18 @@ Legend: E_b embedding width, D width, V vocabulary.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 
 from arbitor.reference import checks
-from arbitor.reference.ops.update import EXPONENT_RULES, ON_FLIP
-from arbitor.reference.types import ACCUM_MAX, DEFAULT_GROUP_SIZE, DEFAULT_THETA, DEFAULT_THETA_E, GROUP_SIZES
+from arbitor.reference.types import (
+    ACCUM_MAX,
+    DEFAULT_GROUP_SIZE,
+    DEFAULT_THETA,
+    DEFAULT_THETA_E,
+    EXPONENT_RULES,
+    GROUP_SIZES,
+    ON_FLIP,
+)
 
 NUM_BYTES = 256
 """Ids 0 .. 255 are the bytes themselves."""
@@ -176,15 +183,12 @@ class ArbConfig:
             raise ValueError(
                 f"config has the unknown field {unknown[0]!r}, but must have none but {', '.join(sorted(known))}"
             )
-        try:
-            return cls(**values)
-        except TypeError as error:
-            missing = sorted(known - set(values))
-            if "required" in str(error):
-                raise ValueError(
-                    f"config has no field {missing[0]!r}, but must name every one without a default"
-                ) from None
-            raise
+        missing = [
+            field.name for field in fields(cls) if field.default is MISSING and field.name not in values
+        ]
+        if missing:
+            raise ValueError(f"config has no field {missing[0]!r}, but must name every one without a default")
+        return cls(**values)
 
 
 PRESETS = {

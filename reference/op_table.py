@@ -36,7 +36,7 @@ class Exact:
 
 @dataclass(frozen=True)
 class NoWorse:
-    """Floats err at most k times as much as plain PyTorch in that dtype, plus one rounding; integers equal."""
+    """Floats err at most k times as much as the reference op, plus one rounding; integers equal."""
 
     k: float
 
@@ -191,20 +191,17 @@ _LIST = (
         "pack_trits", "packing", EXACT, _MATRIX,
         bytes_min=lambda s: _elements(s) + _packed(s),
         ops_min=lambda s: 2 * _elements(s),
-        capturable=False,
     ),
     OpRow(
         "unpack_trits", "packing", EXACT, _MATRIX,
         bytes_min=lambda s: _elements(s) + _packed(s),
         ops_min=lambda s: 3 * _elements(s),
-        capturable=False,
     ),
     # dither. Not capturable: looks at every group id; the ops that use dither inside know their ids.
     OpRow(
         "dither_bytes", "dither", EXACT, _DITHER,
         bytes_min=lambda s: s["groups"] * (8 + s["G"] + 1),
         ops_min=lambda s: _dither_ops(s["groups"], s["G"]),
-        capturable=False,
     ),
     # scale. The makers of weights run once, before any graph is recorded.
     OpRow(
@@ -352,13 +349,11 @@ _LIST = (
         "from_spec", "layout", EXACT, _MATRIX,
         bytes_min=lambda s: 2 * _state(s),
         ops_min=lambda s: 3 * _elements(s),
-        capturable=False,
     ),
     OpRow(
         "to_spec", "layout", EXACT, _MATRIX,
         bytes_min=lambda s: 2 * _state(s),
         ops_min=lambda s: 3 * _elements(s),
-        capturable=False,
     ),
 )
 # fmt: on

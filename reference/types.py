@@ -6,7 +6,7 @@ Legend: N rows (outputs, or table entries), K columns (inputs, or width), G colu
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -41,6 +41,21 @@ DEFAULT_THETA_E = 127
 SCORE_SHIFT = 3
 """k of the score rule: a group's score counts for 2**-k votes on its exponent."""
 
+EXPONENT_RULES = ("score", "sign", "frozen")
+"""How a group's score votes on its exponent: by size, by sign, or not at all."""
+
+ON_FLIP = ("reset", "carry")
+"""What a trit's accumulator holds after it reached theta: nothing, or what exceeds theta."""
+
+INIT_NONZERO = 0.617
+"""Share of non-zero trits at the start: P(|z| > 0.5) for z ~ N(0, 1)."""
+
+INIT_LOW_BYTE, INIT_HIGH_BYTE = 79, 177
+"""A dither byte below the first starts a trit at -1, from the second on at +1: 79 + 79 of 256 values, 61.7 %."""
+
+DEFAULT_EPS = 1e-6
+"""Added to the mean square of RMSNorm, so that a row of zeros stays a row of zeros."""
+
 SILENT_ROW = 1 << 15
 """Row exponent of a gradient row that casts no votes because its mean square is zero or not finite."""
 
@@ -59,7 +74,40 @@ def packed_bytes(num_trits: int) -> int:
 
 
 @dataclass(frozen=True)
-class TernaryWeight:
+class StateTensors:
+    """What a weight can do with its state tensors, in canonical form or in a device layout."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the state tensors by field name, in field order."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def with_tensors(self, **tensors: Tensor) -> Self:
+        """Return this weight with some state tensors exchanged; the others are shared, not copied."""
+        changes: dict[str, Any] = dict(tensors)
+        return replace(self, **changes)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return this weight on `device`."""
+        return self.with_tensors(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    def clone(self) -> Self:
+        """Return a copy that shares no memory with this weight."""
+        return self.with_tensors(**{name: tensor.clone() for name, tensor in self.tensors().items()})
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the state tensors."""
+        return next(iter(self.tensors().values())).device
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the training state: trits, exponents and both accumulators."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+
+@dataclass(frozen=True)
+class TernaryWeight(StateTensors):
     """A matrix of trits with one power-of-two scale per group, and the integers it trains with.
 
     W[n, k] = T[n, k] * 2**E[n, k // G], exact in bfloat16 and float32.
@@ -140,34 +188,6 @@ class TernaryWeight:
         from arbitor.reference.ops.scale import dequantize
 
         return dequantize(self, dtype=dtype)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the four state tensors by field name, in field order."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-    def with_tensors(self, **tensors: Tensor) -> TernaryWeight:
-        """Return this weight with some state tensors exchanged; the others are shared, not copied."""
-        changes: dict[str, Any] = dict(tensors)
-        return replace(self, **changes)
-
-    def to(self, device: torch.device | str) -> TernaryWeight:
-        """Return this weight on `device`."""
-        return self.with_tensors(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
-
-    def clone(self) -> TernaryWeight:
-        """Return a copy that shares no memory with this weight."""
-        return self.with_tensors(**{name: tensor.clone() for name, tensor in self.tensors().items()})
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the state tensors."""
-        return self.packed.device
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of the canonical training state: trits, exponents and both accumulators."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
 
 def level_range(mantissa_bits: int) -> tuple[int, int]:

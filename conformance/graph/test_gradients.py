@@ -9,6 +9,7 @@ import torch
 
 from arbitor.reference import ops
 from arbitor.reference.types import RESERVED_STEP
+from conformance.compare import alike
 from conformance.graph import models, twin
 
 
@@ -43,10 +44,8 @@ def test_logits_are_those_of_the_twin(double: Any) -> None:
     ids_BT = models.random_ids(2, 9)
     with torch.no_grad():
         want = torch.stack([twin.logits(matrices, model.config, ids_T) for ids_T in ids_BT])
-        torch.testing.assert_close(model(ids_BT), want, rtol=0, atol=1e-5)  # the rotary angles are float32
-        assert model.loss(ids_BT).item() == pytest.approx(
-            twin.loss(matrices, model.config, ids_BT).item(), abs=1e-6
-        )
+        alike(model(ids_BT), want, "logits")
+        alike(model.loss(ids_BT), twin.loss(matrices, model.config, ids_BT), "loss")
 
 
 def test_every_weight_votes_with_the_gradient_of_the_twin(double: Any) -> None:
@@ -57,8 +56,7 @@ def test_every_weight_votes_with_the_gradient_of_the_twin(double: Any) -> None:
     for name, grad in voted.items():
         want = matrices[name].grad
         assert want is not None and want.abs().max() > 0, f"{name} has no gradient to be checked with"
-        error = (grad - want).norm() / want.norm()
-        assert error < 1e-5, f"{name} voted with a gradient {error:.1e} away from that of the twin"
+        alike(grad, want, f"the gradient that {name} voted with")
 
 
 def test_a_step_goes_downhill() -> None:
@@ -81,7 +79,7 @@ def test_input_gradient_needs_no_votes() -> None:
     x = torch.randn(3, layer.weight.shape[1], generator=generator).requires_grad_()
     layer(x).square().sum().backward()
     want = 2 * (x.detach() @ ops.dequantize(layer.weight).T) @ ops.dequantize(layer.weight)
-    torch.testing.assert_close(x.grad, want)
+    alike(x.grad, want)
     assert not models.changed_tensors(before, model)
 
 

@@ -10,6 +10,7 @@ from arbitor.reference.config import PRESETS
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.attention import rotary_turns, rotate
 from arbitor.reference.graph.moe import expert_shares
+from conformance.compare import alike
 from conformance.graph import models
 
 
@@ -30,18 +31,18 @@ def test_position_p_predicts_byte_p_plus_3() -> None:
     with torch.no_grad():
         log_p = model(ids_BT).log_softmax(dim=-1)
         terms = [-log_p[b, p, ids_BT[b, p + 3]] for b in range(2) for p in range(9)]
-        assert model.loss(ids_BT).item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-6)
+        alike(model.loss(ids_BT), torch.stack(terms).mean())
 
 
 def test_the_last_byte_is_a_target_and_no_input_of_the_loss() -> None:
     """Changing it changes the loss by its own term alone."""
-    model, ids_BT = models.nano(), models.random_ids(1, 8)
+    model, ids_BT = models.nano(dtype=torch.float64), models.random_ids(1, 8)
     other = ids_BT.clone()
     other[0, -1] = (ids_BT[0, -1] + 1) % 256
     with torch.no_grad():
         logits_V = model(ids_BT)[0, -2]
         term = F.cross_entropy(logits_V, other[0, -1]) - F.cross_entropy(logits_V, ids_BT[0, -1])
-        assert (model.loss(other) - model.loss(ids_BT)).item() == pytest.approx(term.item() / 5, abs=1e-6)
+        alike(model.loss(other) - model.loss(ids_BT), term / 5)
 
 
 @pytest.mark.parametrize("place", [0, 1, 2, 3, 9, 15])
@@ -72,7 +73,7 @@ def test_sequences_of_a_batch_do_not_see_each_other() -> None:
     with torch.no_grad():
         together = model(ids_BT)
         for b in range(3):
-            torch.testing.assert_close(model(ids_BT[b : b + 1])[0], together[b], rtol=0, atol=1e-4)
+            alike(model(ids_BT[b : b + 1])[0], together[b])
 
 
 def test_ties_between_experts_go_to_the_lowest_index() -> None:
@@ -85,7 +86,7 @@ def test_shares_are_a_softmax_over_the_chosen_experts() -> None:
     shares = expert_shares(logits, 3)
     values, indices = logits.topk(3, dim=-1)
     want = torch.zeros_like(logits).scatter(-1, indices, values.softmax(dim=-1))
-    torch.testing.assert_close(shares, want)
+    alike(shares, want)
     assert ((shares > 0).sum(dim=-1) == 3).all()
 
 
@@ -96,7 +97,7 @@ def test_rotary_scores_depend_on_distance_alone() -> None:
     scores = rotate(q, turns)[0, :, 0] @ rotate(k, turns)[0, :, 0].T
     for distance in range(12):
         diagonal = scores.diagonal(-distance)
-        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=0, atol=1e-5)
+        alike(diagonal, diagonal[:1].expand_as(diagonal))
 
 
 def test_activation_dtype_is_the_model_s() -> None:

@@ -1,6 +1,6 @@
 """What must be refused, one line a case: the call, the exception, and the argument that its sentence names.
 
-One call in five in this suite is a bad one. Every implementation raises the same exception for the same reason.
+Every implementation raises the same exception for the same reason, and has written nothing when it does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arbitor.reference.types import TernaryWeight
+from arbitor.reference.types import RESERVED_STEP, TernaryWeight
 from conformance.subject import Subject
 
 CLOCK: dict[str, Any] = {"seed": 1, "step": 2, "tensor_id": 3}
@@ -67,7 +67,17 @@ def with_byte(value: int) -> Callable[[], Tensor]:
     return lambda: torch.tensor([121, value], dtype=torch.uint8)
 
 
-I8, F16 = torch.int8, torch.float16
+def scalar(value: float, dtype: torch.dtype = torch.int64) -> Callable[[], Tensor]:
+    """Return a maker of a 0-dim tensor."""
+    return lambda: torch.tensor(value, dtype=dtype)
+
+
+def faulty(*shape: int) -> Callable[[], Tensor]:
+    """Return a maker of a gradient of ones whose last element is a NaN, so that it would be counted."""
+    return lambda: torch.ones(shape).index_fill_(-1, torch.tensor([shape[-1] - 1]), float("nan"))
+
+
+I8, F16, F32 = torch.int8, torch.float16, torch.float32
 _VOTES = {"group_size": 12, **CLOCK}
 
 REFUSALS = (
@@ -91,12 +101,22 @@ REFUSALS = (
     refused("dither_bytes", "step 2**32", ValueError, "step", ids(0), **{**_VOTES, "step": 2**32}),
     refused("dither_bytes", "step 1.0", TypeError, "step", ids(0), **{**_VOTES, "step": 1.0}),
     refused("dither_bytes", "float step", TypeError, "step", ids(0), **{**_VOTES, "step": torch.tensor(1.0)}),
+    refused("dither_bytes", "step tensor 2**32 + 5", ValueError, "step", ids(0), **{**_VOTES, "step": scalar(2**32 + 5)}),
+    refused("dither_bytes", "step tensor -1", ValueError, "step", ids(0), **{**_VOTES, "step": scalar(-1)}),
     refused("dither_bytes", "tensor id -1", ValueError, "tensor_id", ids(0), **{**_VOTES, "tensor_id": -1}),
     refused("group_scales", "int16", TypeError, "exponents", ones(2, dtype=torch.int16)),
+    refused("group_scales", "level 16", ValueError, "exponents", scalar(16, I8)),
+    refused("group_scales", "level -33", ValueError, "exponents", scalar(-33, I8)),
+    refused("group_scales", "level 64 of 2 mantissa bits", ValueError, "exponents", scalar(64, I8), mantissa_bits=2),
     refused("group_scales", "3 mantissa bits", ValueError, "mantissa_bits", ones(2, dtype=I8), mantissa_bits=3),
     refused("dequantize", "float16", TypeError, "dtype", weight, dtype=lambda: F16),
+    refused("dequantize", "two-dimensional rows", ValueError, "rows", weight, rows=lambda: torch.zeros(2, 1, dtype=torch.int64)),
+    refused("dequantize", "a list of rows", TypeError, "rows", weight, rows=[0, 1]),
+    refused("dequantize", "row N", ValueError, "rows", weight, rows=ids(3)),
+    refused("dequantize", "row -1", ValueError, "rows", weight, rows=ids(-1)),
     refused("initial_weight", "std 0", ValueError, "std", (2, 3), std=0.0, seed=0, tensor_id=0),
     refused("initial_weight", "std NaN", ValueError, "std", (2, 3), std=float("nan"), seed=0, tensor_id=0),
+    refused("initial_weight", "std 10**400", ValueError, "std", (2, 3), std=10**400, seed=0, tensor_id=0),
     refused("initial_weight", "no rows", ValueError, "shape", (0, 3), std=1.0, seed=0, tensor_id=0),
     refused("initial_weight", "2**33 groups", ValueError, "shape", (2**31, 48), std=1.0, seed=0, tensor_id=0),
     refused("constant_weight", "trit 2", ValueError, "trit", (2, 3), trit=2, exponent=0),
@@ -111,6 +131,18 @@ REFUSALS = (
     refused("stochastic_votes", "rate NaN", ValueError, "rate", ones(2, 3), float("nan"), **_VOTES),
     refused("stochastic_votes", "float64 rate", TypeError, "rate", ones(2, 3), ones(dtype=torch.float64), **_VOTES),
     refused("stochastic_votes", "rate of shape [1]", ValueError, "rate", ones(2, 3), ones(1), **_VOTES),
+    refused("stochastic_votes", "rate tensor -1", ValueError, "rate", ones(2, 3), scalar(-1.0, F32), **_VOTES),
+    refused("stochastic_votes", "rate tensor 128", ValueError, "rate", ones(2, 3), scalar(128.0, F32), **_VOTES),
+    refused("stochastic_votes", "rate tensor NaN", ValueError, "rate", ones(2, 3), scalar(float("nan"), F32), **_VOTES),
+    refused("stochastic_votes", "step tensor 2**32 + 5", ValueError,
+            "step", ones(2, 3), 1.0, **{**_VOTES, "step": scalar(2**32 + 5)}),
+    refused("stochastic_votes", "step tensor -1", ValueError, "step", ones(2, 3), 1.0, **{**_VOTES, "step": scalar(-1)}),
+    refused("stochastic_votes", "the reserved step", ValueError, "step", ones(2, 3), 1.0, **{**_VOTES, "step": RESERVED_STEP}),
+    refused("stochastic_votes", "a tensor of the reserved step", ValueError,
+            "step", ones(2, 3), 1.0, **{**_VOTES, "step": scalar(RESERVED_STEP)}),
+    refused("stochastic_votes", "a list of rows", TypeError, "rows", ones(2, 3), 1.0, rows=[0, 1], **_VOTES),
+    refused("stochastic_votes", "rows elsewhere", ValueError,
+            "rows", ones(2, 3), 1.0, rows=meta(2, dtype=torch.int64), **_VOTES),
     refused("stochastic_votes", "group size 10", ValueError, "group_size", ones(2, 3), 1.0, group_size=10, **CLOCK),
     refused("stochastic_votes", "float16", TypeError, "grad_NK", ones(2, 3, dtype=F16), 1.0, **_VOTES),
     refused("stochastic_votes", "int32 rows", TypeError, "rows", ones(2, 3), 1.0, rows=ones(2, dtype=torch.int32), **_VOTES),
@@ -133,6 +165,14 @@ REFUSALS = (
     refused("accumulate", "row N", ValueError, "rows", weight, ones(1, 14, dtype=I8), rows=ids(3), **CLOCK),
     refused("accumulate", "row -2", ValueError, "rows", weight, ones(1, 14, dtype=I8), rows=ids(-2), **CLOCK),
     refused("accumulate", "another out", ValueError, "out", weight, ones(3, 14, dtype=I8), out=lambda: weight(4), **CLOCK),
+    refused("accumulate", "an out elsewhere", ValueError,
+            "out", weight, ones(3, 14, dtype=I8), out=lambda: weight().to("meta"), **CLOCK),
+    refused("accumulate", "the reserved step", ValueError,
+            "step", weight, ones(3, 14, dtype=I8), **{**CLOCK, "step": RESERVED_STEP}),
+    refused("accumulate", "step tensor -1", ValueError, "step", weight, ones(3, 14, dtype=I8), **{**CLOCK, "step": scalar(-1)}),
+    refused("accumulate", "a list of rows", TypeError, "rows", weight, ones(2, 14, dtype=I8), rows=[0, 1], **CLOCK),
+    refused("accumulate", "a row named twice, with an out", ValueError,
+            "rows", weight, ones(2, 14, dtype=I8), rows=ids(1, 1), out=weight, **CLOCK),
     refused("apply_step", "theta 0", ValueError, "theta", weight, theta=0),
     refused("apply_step", "theta 128", ValueError, "theta", weight, theta=128),
     refused("apply_step", "theta 1.0", TypeError, "theta", weight, theta=1.0),
@@ -141,9 +181,30 @@ REFUSALS = (
     refused("apply_step", "an unknown on_flip", ValueError, "on_flip", weight, on_flip="keep"),
     refused("apply_step", "row N", ValueError, "rows", weight, rows=ids(3)),
     refused("apply_step", "a row named twice", ValueError, "rows", weight, rows=ids(0, 2, 0)),
+    refused("apply_step", "a list of rows", TypeError, "rows", weight, rows=[0, 1]),
+    refused("apply_step", "an out elsewhere", ValueError, "out", weight, out=lambda: weight().to("meta")),
+    refused("apply_step", "another out", ValueError, "out", weight, out=lambda: weight(4)),
     refused("accumulate_gradient", "float64", TypeError, "grad_NK", weight, ones(3, 14, dtype=torch.float64), 1.0, **CLOCK),
     refused("accumulate_gradient", "another shape", ValueError, "grad_NK", weight, ones(14, 3), 1.0, **CLOCK),
     refused("accumulate_gradient", "rate 200", ValueError, "rate", weight, ones(3, 14), 200.0, **CLOCK),
+    refused("accumulate_gradient", "rate tensor -1", ValueError, "rate", weight, ones(3, 14), scalar(-1.0, F32), **CLOCK),
+    refused("accumulate_gradient", "rate tensor NaN", ValueError,
+            "rate", weight, ones(3, 14), scalar(float("nan"), F32), **CLOCK),
+    refused("accumulate_gradient", "step tensor 2**32 + 5", ValueError,
+            "step", weight, ones(3, 14), 1.0, **{**CLOCK, "step": scalar(2**32 + 5)}),
+    refused("accumulate_gradient", "the reserved step", ValueError,
+            "step", weight, ones(3, 14), 1.0, **{**CLOCK, "step": RESERVED_STEP}),
+    refused("accumulate_gradient", "a list of rows", TypeError, "rows", weight, ones(2, 14), 1.0, rows=[0, 1], **CLOCK),
+    refused("accumulate_gradient", "an out elsewhere", ValueError,
+            "out", weight, faulty(3, 14), 1.0, faults=scalar(0), out=lambda: weight().to("meta"), **CLOCK),
+    refused("accumulate_gradient", "faults elsewhere", ValueError,
+            "faults", weight, faulty(3, 14), 1.0, faults=meta(dtype=torch.int64), out=weight, **CLOCK),
+    refused("accumulate_gradient", "an unknown rule, with faults", ValueError,
+            "exponent_rule", weight, faulty(3, 14), 1.0, exponent_rule="ema", faults=scalar(5), out=weight, **CLOCK),
+    refused("accumulate_gradient", "seed -1, with faults", ValueError,
+            "seed", weight, faulty(3, 14), 1.0, faults=scalar(5), out=weight, **{**CLOCK, "seed": -1}),
+    refused("accumulate_gradient", "a row named twice, with faults", ValueError,
+            "rows", weight, faulty(2, 14), 1.0, rows=ids(1, 1), faults=scalar(5), out=weight, **CLOCK),
     refused("accumulate_gradient", "a row named twice", ValueError,
             "rows", weight, ones(2, 14), 1.0, rows=ids(1, 1), **CLOCK),
     refused("accumulate_gradient", "int32 faults", TypeError,
@@ -163,6 +224,8 @@ REFUSALS = (
     refused("linear_weight_grad", "other rows", ValueError, "x", ones(2, 3), ones(3, 14)),
     refused("linear_weight_grad", "two dtypes", TypeError, "x", ones(2, 3), ones(2, 14, dtype=torch.bfloat16)),
     refused("linear_weight_grad", "two devices", ValueError, "x", ones(2, 3), meta(2, 14)),
+    refused("linear_weight_grad", "a scalar x", ValueError, "x", ones(3), ones()),
+    refused("linear_weight_grad", "a scalar grad", ValueError, "grad", ones(), ones(14)),
     refused("conv1d", "channels that do not fit", ValueError, "x_BCL", ones(1, 3, 9), weight, kernel_size=7),
     refused("conv1d", "two dimensions", ValueError, "x_BCL", ones(2, 9), weight, kernel_size=7),
     refused("conv1d", "kernel 0", ValueError, "kernel_size", ones(1, 2, 9), weight, kernel_size=0),
@@ -179,6 +242,7 @@ REFUSALS = (
     refused("rms_norm", "eps 2", ValueError, "eps", ones(2, 14), lambda: weight(1), eps=2.0),
     refused("rms_norm", "three rows", ValueError, "weight", ones(2, 14), weight),
     refused("rms_norm", "13 channels", ValueError, "x", ones(2, 13), lambda: weight(1)),
+    refused("rms_norm", "no channels", ValueError, "x", ones(2, 0), lambda: weight(1)),
     refused("rms_norm", "float16", TypeError, "x", ones(2, 14, dtype=F16), lambda: weight(1)),
     refused("rms_norm", "another device", ValueError, "x", meta(2, 14), lambda: weight(1)),
     refused("rms_norm_input_grad", "two shapes", ValueError, "grad", ones(3, 14), ones(2, 14), lambda: weight(1)),
@@ -186,6 +250,7 @@ REFUSALS = (
             "grad", ones(2, 14, dtype=torch.bfloat16), ones(2, 14), lambda: weight(1)),
     refused("rms_norm_weight_grad", "two shapes", ValueError, "grad", ones(3, 14), ones(2, 14)),
     refused("rms_norm_weight_grad", "a scalar", ValueError, "x", ones(), ones()),
+    refused("rms_norm_weight_grad", "no channels", ValueError, "x", ones(2, 0), ones(2, 0)),
     refused("embedding", "id N", ValueError, "ids", ids(3), weight),
     refused("embedding", "id -1", ValueError, "ids", ids(-1), weight),
     refused("embedding", "int32 ids", TypeError, "ids", ones(2, dtype=torch.int32), weight),

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
+from arbitor.reference import ops as reference_ops
 from arbitor.reference.types import TernaryWeight
 from conformance import strategies as ss
 from conformance.compare import exact
 from conformance.law import law
 from conformance.poison import PATTERNS
+from conformance.report import skip
 from conformance.subject import Subject
 
 
@@ -28,3 +34,31 @@ def test_layout_does_not_show(ops: Subject, weight: TernaryWeight) -> None:
             ops.call_with(op, (weight,), kwargs, PATTERNS[0], device_layout=flag) for flag in (False, True)
         ]
         exact(results[0], results[1], op)
+
+
+def test_layouts_share_no_memory(subject: Subject) -> None:
+    """A weight that was converted and what it was converted to are two weights: an update in place moves one of them."""
+    canonical = reference_ops.initial_weight((7, 31), std=0.1, seed=1, tensor_id=2).to(subject.device)
+    device_weight = subject.raw("from_spec")(canonical)
+    if device_weight is canonical:
+        skip("shared memory of layouts", f"{subject.name} has one layout: from_spec is the identity")
+    before = subject.to_cpu(canonical.clone())
+    _update_in_place(subject, device_weight)
+    exact(subject.to_cpu(canonical), before, "the weight given to from_spec")
+
+    returned = subject.raw("to_spec")(device_weight)
+    before = subject.to_cpu(returned.clone())
+    _update_in_place(subject, device_weight)
+    exact(subject.to_cpu(returned), before, "the weight that to_spec returned")
+    after = subject.to_cpu(subject.raw("to_spec")(device_weight))
+    for name, tensor in after.tensors().items():
+        assert not torch.equal(tensor, before.tensors()[name]), f"the update left {name} as it was"
+
+
+def _update_in_place(subject: Subject, weight: Any) -> None:
+    """Change all four tensors of a weight."""
+    votes = torch.full(weight.shape, 20, dtype=torch.int8, device=subject.device)
+    votes[:, ::2] = -7
+    for step in range(2):
+        subject.raw("accumulate")(weight, votes, seed=1, step=step, tensor_id=2, out=weight)
+        subject.raw("apply_step")(weight, theta=16, theta_e=3, out=weight)

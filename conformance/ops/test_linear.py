@@ -88,6 +88,16 @@ def test_linear_adjoint(ops: Subject, weight: TernaryWeight, data: st.DataObject
     assert forward == dot(ops.linear_weight_grad(dy, x), ops.dequantize(weight))
 
 
+@law(weight=WEIGHTS, seed=ss.GENERATOR_SEEDS, data=st.data())
+def test_linear_permutation(ops: Subject, weight: TernaryWeight, seed: int, data: st.DataObject) -> None:
+    """Permuting the rows of W permutes the outputs."""
+    order = torch.randperm(weight.shape[0], generator=ss.generator(seed))
+    trits, exponents = weight.trits()[order], weight.exponents[order]
+    permuted = TernaryWeight.from_trits(trits, exponents, weight.group_size)
+    x = _floats(data, 5, weight.shape[1])
+    _equal(ops.linear(x, permuted), ops.linear(x, weight)[:, order])
+
+
 @law(weight=WEIGHTS, data=st.data())
 def test_linear_rows_are_independent(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
     """A row of activations gives the same output alone, and a NaN in it stays in its row."""

@@ -11,7 +11,7 @@ from arbitor.reference.op_table import OP_TABLE
 from arbitor.reference.types import TernaryWeight
 from conformance import strategies as ss
 from conformance.cases import Case, leading, magnitude_of_norm_input_grad
-from conformance.compare import exact, no_worse, unsigned_zeros
+from conformance.compare import exact, no_worse, one_rounding, roundings, unsigned_zeros
 from conformance.law import law
 from conformance.subject import Subject
 
@@ -97,3 +97,41 @@ def test_rms_norm_weight_grad_scales_with_grad(
     )
     first = ops.rms_norm_weight_grad(grad, x)
     exact(ops.rms_norm_weight_grad(grad * -(2.0**power), x), first * -(2.0**power))
+
+
+@law(width=st.deferred(ss.sizes), dtype=ss.DTYPES, power=st.integers(10, 40), data=st.data())
+def test_rms_norm_weight_grad_ignores_the_scale(
+    ops: Subject, width: int, dtype: torch.dtype, power: int, data: st.DataObject
+) -> None:
+    """A power of two on x changes not one bit, once eps is too small to count beside the mean square."""
+    x, grad = (ss.float_values((5, width), "small integers", data.draw(ss.GENERATOR_SEEDS)) for _ in range(2))
+    x, grad = torch.where(x == 0, 1.0, x).to(dtype), grad.to(dtype)
+    exact(
+        ops.rms_norm_weight_grad(grad, x * 2.0**power, eps=1e-12),
+        ops.rms_norm_weight_grad(grad, x * 2.0**9, eps=1e-12),
+    )
+
+
+@law(weight=WEIGHTS, lead=LEADING, dtype=ss.DTYPES, eps=EPS, data=st.data())
+def test_rms_norm_input_grad_is_orthogonal(
+    ops: Subject,
+    weight: TernaryWeight,
+    lead: tuple[int, ...],
+    dtype: torch.dtype,
+    eps: float,
+    data: st.DataObject,
+) -> None:
+    """<dx, x> = eps <dy w, x> / rms**3, which vanishes with eps, as far as the errors of dx allow."""
+    x = _draw(data, (*lead, weight.shape[1]), dtype)
+    grad = _draw(data, x.shape, dtype, ("normal",))
+    terms = magnitude_of_norm_input_grad(ops.rms_norm, Case((grad, x, weight), {"eps": eps}))
+    wide, twin = (_by_torch(grad, x, weight, eps, to)[1] for to in (torch.float64, torch.float32))
+    allowed = OP_TABLE["rms_norm_input_grad"].output.k * roundings(twin.to(dtype), wide, terms).max() + 1.0
+    x_wide = x.to(torch.float64)
+    slack = (x_wide.abs() * allowed * one_rounding(dtype, wide, terms)).sum(dim=-1)
+
+    rms = (x_wide.square().mean(dim=-1) + eps).sqrt()
+    along = (grad.to(torch.float64) * weight.dense(torch.float64)[0] * x_wide).sum(dim=-1)
+    dx = ops.rms_norm_input_grad(grad, x, weight, eps=eps).to(torch.float64)
+    beyond = ((dx * x_wide).sum(dim=-1) - eps * along / rms**3).abs() > slack
+    assert not beyond.any(), f"<dx, x> is off in {int(beyond.sum())} rows"

@@ -90,8 +90,8 @@ def constant_weight(
 
 def _untrained(words: Tensor, shape: tuple[int, int], exponent: int, group_size: int) -> TernaryWeight:
     """Return words as a canonical weight with one exponent everywhere and empty accumulators."""
-    exponents = torch.full((shape[0], groups_per_row(shape[1], group_size)), exponent, dtype=torch.int8)
-    exponents = exponents.to(words.device)
+    groups = groups_per_row(shape[1], group_size)
+    exponents = torch.full((shape[0], groups), exponent, dtype=torch.int8, device=words.device)
     trit_accum = torch.zeros(shape, dtype=torch.int8, device=words.device)
     return canonical(
         DeviceWeight(words, exponents, trit_accum, torch.zeros_like(exponents), shape, group_size)

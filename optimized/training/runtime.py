@@ -136,6 +136,9 @@ def deterministic(threads: int | None = None) -> Iterator[None]:
     mode_before = torch.are_deterministic_algorithms_enabled()
     fill_before = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
+    matmul = torch.backends.cuda.matmul
+    reduced_before = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = False  # the specification sums in float32
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if threads is not None:
         torch.set_num_threads(threads)
@@ -143,6 +146,7 @@ def deterministic(threads: int | None = None) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(mode_before)
+        matmul.allow_bf16_reduced_precision_reduction = reduced_before
         torch.utils.deterministic.fill_uninitialized_memory = fill_before  # type: ignore[attr-defined]
         torch.set_num_threads(threads_before)
 

@@ -19,10 +19,11 @@ ROTARY_BASE = 10_000.0
 class LatentAttention(nn.Module):
     """Causal attention whose cache is one latent and one rotary key a position, shared by all heads.
 
-    Math:    [l_p; k^R_p] = W_latent x_p; l^_p = RMSNorm(l_p); q_p = W_query RMSNorm(W_rank x_p), H heads of C
+    Math:    [l_p; k^R_p] = W_latent_down x_p; l^_p = RMSNorm(l_p)
+             q_p = W_query_up RMSNorm(W_query_down x_p), H heads of C
              each head: its first R query columns and k^R are turned by the position; the other C - R key columns and the
-             C value columns are rows of W_up l^_p
-             y_p = W_out [softmax over s <= p of (q_p . k_s / sqrt(C)) v_s, all heads]
+             C value columns are rows of W_latent_up l^_p
+             y_p = W_output [softmax over s <= p of (q_p . k_s / sqrt(C)) v_s, all heads]
     Shapes:  [B, P, D] -> [B, P, D]
     Source:  DeepSeek-V2 (2024), section 2.1; keys and values of one width C, so that fused attention kernels apply
     """

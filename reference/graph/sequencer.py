@@ -1,6 +1,6 @@
 """From bytes to positions: the byte embedding and the trigram sequencer.
 
-Legend: B batch, T bytes, P = T - 2 positions, E_b embedding width (`embed_dim`), D width.
+Legend: B batch, T bytes, P = T - 2 positions, E_b embedding width (`embed_dim`; Eb in suffixes), D width.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class TrigramSequencer(nn.Module):
         self.project = TernaryLinear(context, NGRAM * config.embed_dim, config.width)
         self.norm = TernaryRMSNorm(context, config.width)
 
-    def forward(self, e_BTE: Tensor) -> Tensor:
+    def forward(self, e_BTEb: Tensor) -> Tensor:
         """Return one vector for each run of three bytes."""
-        positions = e_BTE.shape[1] - NGRAM + 1
-        windows = torch.cat([e_BTE[:, place : place + positions] for place in range(NGRAM)], dim=-1)
+        positions = e_BTEb.shape[1] - NGRAM + 1
+        windows = torch.cat([e_BTEb[:, place : place + positions] for place in range(NGRAM)], dim=-1)
         return self.norm(self.project(windows))

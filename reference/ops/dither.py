@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
+from arbitor.reference.types import RESERVED_STEP
 
 PHILOX_ROUNDS = 10
 """Rounds of the Philox4x32-10 generator."""
@@ -61,7 +62,7 @@ def dither_bytes(
     checks.dtype_in("group_ids", group_ids, (torch.int64,))
     checks.values_between("group_ids", group_ids, 0, _WORD)
     checks.group_size(group_size)
-    checks.vote_clock(seed, step, tensor_id)
+    checks.vote_clock(seed, step, tensor_id, last_step=RESERVED_STEP)
     key = (seed & _WORD, seed >> 32)
     step_word = torch.as_tensor(step, device=group_ids.device).expand_as(group_ids)
     tensor_word = torch.full_like(group_ids, tensor_id)

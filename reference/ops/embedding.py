@@ -42,7 +42,8 @@ def embedding_row_grads(ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     checks.dtype_in("ids", ids, (torch.int64,))
     checks.dtype_in("grad", grad, checks.FLOAT_DTYPES)
     checks.same_device(ids=ids, grad=grad)
-    if grad.ndim == 0 or grad.shape[:-1] != ids.shape:
+    checks.last_dim_not_empty("grad", grad)
+    if grad.shape[:-1] != ids.shape:
         raise ValueError(
             f"grad has shape {tuple(grad.shape)}, but its leading dimensions must match ids, {tuple(ids.shape)}"
         )

@@ -53,13 +53,13 @@ def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     Shapes:  grad [..., N] and x [..., K] of one dtype, float32, bfloat16 or float64, the same leading dimensions
     Returns: float32 [N, K] (float64 for float64 inputs); zero when there is no row to sum over
     Raises:  TypeError or ValueError for dtypes, shapes or devices that do not fit
-    Laws:    bilinear; independent of the weight
+    Laws:    adjoint to `linear`: <linear_weight_grad(dy, x), W> = <dy, linear(x)>
     Source:  docs/spec/linear.md
     """
     checks.dtype_in("grad", grad, checks.FLOAT_DTYPES)
     checks.same_dtype("x", x, "grad", grad)
     checks.same_device(grad=grad, x=x)
-    if grad.ndim == 0 or grad.shape[:-1] != x.shape[:-1]:
+    if 0 in (grad.ndim, x.ndim) or grad.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"x has shape {tuple(x.shape)}, but its leading dimensions must match grad, {tuple(grad.shape)}"
         )

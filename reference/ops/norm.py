@@ -10,10 +10,7 @@ from torch import Tensor
 
 from arbitor.reference import checks
 from arbitor.reference.ops.scale import dequantize
-from arbitor.reference.types import TernaryWeight
-
-DEFAULT_EPS = 1e-6
-"""Added to the mean square, so that a row of zeros stays a row of zeros."""
+from arbitor.reference.types import DEFAULT_EPS, TernaryWeight
 
 
 def rms_norm(x: Tensor, weight: TernaryWeight, *, eps: float = DEFAULT_EPS) -> Tensor:
@@ -40,7 +37,7 @@ def rms_norm_input_grad(
     Shapes:  grad and x of one dtype, [..., K]; weight (1, K)
     Returns: dtype and shape of x
     Raises:  TypeError or ValueError for a dtype, shape, device or eps that is not allowed
-    Laws:    orthogonal to x, but for eps
+    Laws:    <dx, x> = eps * <dy * w, x> / rms**3: orthogonal to x, but for eps
     Source:  docs/spec/norm.md
     """
     dtype = _check(weight, eps, x=x, grad=grad)
@@ -79,8 +76,8 @@ def _check(weight: TernaryWeight | None, eps: float, *, x: Tensor, grad: Tensor 
         checks.one_row("weight", weight)
         checks.last_dim("x", x, weight.shape[1])
         checks.same_device(weight=weight.packed, x=x)
-    elif x.ndim == 0:
-        raise ValueError("x has shape (), but needs a last dimension")
+    else:
+        checks.last_dim_not_empty("x", x)
     if grad is not None:
         checks.same_dtype("grad", grad, "x", x)
         checks.same_shape("grad", grad, "x", x)

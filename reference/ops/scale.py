@@ -18,30 +18,29 @@ from arbitor.reference.types import (
     DEFAULT_GROUP_SIZE,
     EXPONENT_MAX,
     EXPONENT_MIN,
+    INIT_HIGH_BYTE,
+    INIT_LOW_BYTE,
+    INIT_NONZERO,
     RESERVED_STEP,
     TernaryWeight,
     groups_per_row,
+    level_range,
 )
-
-INIT_NONZERO = 0.617
-"""Share of non-zero trits at the start: P(|z| > 0.5) for z ~ N(0, 1)."""
-
-INIT_LOW_BYTE, INIT_HIGH_BYTE = 79, 177
-"""A Philox byte below the first starts a trit at -1, from the second on at +1: 79 + 79 of 256 values, 61.7 %."""
 
 
 def group_scales(exponents: Tensor, *, mantissa_bits: int = 0) -> Tensor:
     """Return the scale of each group.
 
     Math:    S = 2**E; with b mantissa bits the stored level is E * 2**b + m and S = 2**E * (1 + m / 2**b)
-    Shapes:  exponents int8 [...]
+    Shapes:  exponents int8 [...], levels from -32 * 2**b to 16 * 2**b - 1
     Returns: float32, same shape, exact
-    Raises:  TypeError for another dtype; ValueError for mantissa bits that are not allowed
+    Raises:  TypeError for another dtype; ValueError for mantissa bits or a level that is not allowed
     Laws:    one level up multiplies by 2 (b = 0), or by at most 1 + 2**-b; S grows with the level
     Source:  docs/spec/scale.md; the mantissa answers REFACTOR7's wish for scales such as 99.9
     """
     checks.dtype_in("exponents", exponents, (torch.int8,))
     checks.mantissa_bits(mantissa_bits)
+    checks.values_between("exponents", exponents, *level_range(mantissa_bits))
     level = exponents.to(torch.int32)
     exponent = level >> mantissa_bits
     mantissa = level - (exponent << mantissa_bits)
@@ -64,7 +63,7 @@ def dequantize(
     num_rows, num_columns = weight.shape
     if rows is None:
         rows = torch.arange(num_rows, device=weight.device)
-    checks.dtype_in("rows", rows, (torch.int64,))
+    checks.row_ids(rows, weight.device)
     checks.values_between("rows", rows, 0, num_rows - 1)
     columns = torch.arange(num_columns, device=weight.device)
     trits = digits_at(weight.packed, rows[:, None] * num_columns + columns)
@@ -89,13 +88,13 @@ def initial_weight(
     Returns: weight with empty accumulators
     Raises:  ValueError for a std that is not positive and finite, or a shape, group size, seed or id out of range
     Laws:    the same on every device; W has standard deviation std to within half a power of two
-    Source:  docs/spec/scale.md. Philox in place of a normal sampler makes tables of any size start straight in packed form
+    Source:  docs/spec/scale.md. Philox in place of a normal sampler, so that a device can start a table in packed form
     """
     num_rows, num_columns = checks.matrix_shape("shape", shape)
     checks.number("std", std, 0.0, math.inf, open_low=True)
     checks.group_size(group_size)
     checks.group_ids_fit(num_rows, num_columns, group_size)
-    checks.vote_clock(seed, RESERVED_STEP, tensor_id)
+    checks.vote_clock(seed, RESERVED_STEP, tensor_id, last_step=RESERVED_STEP)
     groups = groups_per_row(num_columns, group_size)
     exponent = min(max(round(math.log2(std / math.sqrt(INIT_NONZERO))), EXPONENT_MIN), EXPONENT_MAX)
     exponents = torch.full((num_rows, groups), exponent, dtype=torch.int8, device=device)

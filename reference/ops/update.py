@@ -17,16 +17,12 @@ from arbitor.reference.types import (
     ACCUM_MAX,
     DEFAULT_THETA,
     DEFAULT_THETA_E,
+    EXPONENT_RULES,
+    ON_FLIP,
     SCORE_SHIFT,
     TernaryWeight,
     level_range,
 )
-
-EXPONENT_RULES = ("score", "sign", "frozen")
-"""How a group's score votes on its exponent: by size, by sign, or not at all."""
-
-ON_FLIP = ("reset", "carry")
-"""What a trit's accumulator holds after it reached theta: nothing, or what exceeds theta."""
 
 
 def accumulate(
@@ -49,10 +45,12 @@ def accumulate(
     Returns: a new weight; or `out` (may be `weight` itself), overwritten. Rows not named keep every byte
     Overflow: saturates at plus and minus 127; |score| <= 96 * 127 fits 16 bits
     Raises:  TypeError or ValueError for a dtype, shape, device, rule, row or dither coordinate that is not allowed
-    Laws:    votes of 0 change nothing under `sign`; packed and exponents keep every byte
+    Laws:    votes of 0 change nothing; packed and exponents keep every byte
     Source:  docs/spec/update.md; REFACTOR7, REFACTOR12 (residual E_accum)
     """
-    checks.row_ids(rows, weight.shape[0])
+    checks.row_ids(rows, weight.device)
+    checks.row_values(rows, weight.shape[0])
+    checks.out_weight(out, weight)
     checks.gradient_of(weight, "votes_NK", votes_NK, rows, (torch.int8,))
     checks.values_between("votes_NK", votes_NK, -ACCUM_MAX, ACCUM_MAX)
     checks.one_of("exponent_rule", exponent_rule, EXPONENT_RULES)
@@ -99,13 +97,16 @@ def apply_step(
     Returns: a new weight; or `out` (may be `weight` itself), overwritten. Rows not named keep every byte
     Range:   theta and theta_e in 1 .. 127
     Raises:  TypeError or ValueError outside of that, or for an unknown on_flip
-    Laws:    a second step changes nothing under `reset`; a trit moves against its votes, by at most one level
+    Laws:    a second step changes nothing under `reset`, if theta_e >= 64 (a smaller one may leave a full count); a
+             trit moves against its votes, by at most one level
     Source:  docs/spec/update.md
     """
     checks.threshold("theta", theta)
     checks.threshold("theta_e", theta_e)
     checks.one_of("on_flip", on_flip, ON_FLIP)
-    checks.row_ids(rows, weight.shape[0])
+    checks.row_ids(rows, weight.device)
+    checks.row_values(rows, weight.shape[0])
+    checks.out_weight(out, weight)
     (rows,) = _used_rows(weight, rows)
 
     exponent_accum, exponents = weight.exponent_accum.clone(), weight.exponents.clone()
@@ -151,19 +152,18 @@ def accumulate_gradient(
     Shapes:  grad_NK float32 or bfloat16 [N, K], or [R, K] for the unique rows int64 [R] (-1: unused slot)
              faults int64 [], grows by the number of gradient rows that are not finite
     Returns: a new weight; or `out` (may be `weight` itself), overwritten
-    Raises:  as `stochastic_votes` and `accumulate`
+    Raises:  as `stochastic_votes` and `accumulate`; a refused call writes neither `out` nor `faults`
     Laws:    equal to its two parts; sum of g * dW <= 0 in expectation after a step
     Source:  docs/spec/update.md
     """
-    checks.row_ids(rows, weight.shape[0])
+    checks.row_ids(rows, weight.device)
+    checks.row_values(rows, weight.shape[0])
     checks.gradient_of(weight, "grad_NK", grad_NK, rows, checks.GRADIENT_DTYPES)
-    if faults is not None:
-        checks.tensor("faults", faults, torch.int64, ())
-        faults += count_nonfinite_rows(grad_NK)
+    checks.fault_counter(faults, grad_NK)
     votes = stochastic_votes(
         grad_NK, rate, group_size=weight.group_size, seed=seed, step=step, tensor_id=tensor_id, rows=rows
     )
-    return accumulate(
+    counted = accumulate(
         weight,
         votes,
         seed=seed,
@@ -173,6 +173,9 @@ def accumulate_gradient(
         rows=rows,
         out=out,
     )
+    if faults is not None:
+        faults += count_nonfinite_rows(grad_NK)
+    return counted
 
 
 def count_nonfinite_rows(grad_NK: Tensor) -> Tensor:
@@ -182,7 +185,7 @@ def count_nonfinite_rows(grad_NK: Tensor) -> Tensor:
     Raises:  TypeError or ValueError for another dtype or shape
     Source:  docs/spec/update.md
     """
-    checks.matrix("grad_NK", grad_NK, checks.GRADIENT_DTYPES)
+    checks.gradient_matrix("grad_NK", grad_NK)
     return (~grad_NK.isfinite().all(dim=1)).sum()
 
 
@@ -208,8 +211,6 @@ def _used_rows(weight: TernaryWeight, rows: Tensor | None, *per_row: Tensor) -> 
     """Return the named rows without unused slots, and what belongs to them; all rows when None."""
     if rows is None:
         return (torch.arange(weight.shape[0], device=weight.device), *per_row)
-    checks.same_device(weight=weight.packed, rows=rows)
-    checks.unique_rows(rows)
     used = rows >= 0
     return (rows[used], *(values[used] for values in per_row))
 
@@ -218,14 +219,6 @@ def _deliver(result: TernaryWeight, out: TernaryWeight | None) -> TernaryWeight:
     """Return `result`, or `out` after writing it there."""
     if out is None:
         return result
-    if (out.shape, out.group_size, out.mantissa_bits) != (
-        result.shape,
-        result.group_size,
-        result.mantissa_bits,
-    ):
-        raise ValueError(
-            f"out has shape {out.shape}, but must match weight, {result.shape}, in shape and format"
-        )
     for name, tensor in out.tensors().items():
         tensor.copy_(result.tensors()[name])
     return out

@@ -20,12 +20,13 @@ def row_exponents(grad_NK: Tensor) -> Tensor:
 
     Math:    ms = mean of g**2 over the row, in float64; 2**e <= ms < 2**(e + 1); V = floor((e + 1) / 2)
     Shapes:  grad_NK float32 or bfloat16 [N, K]
-    Returns: int32 [N] in [-149, 128], or SILENT_ROW where ms is 0 or not finite
-    Raises:  TypeError for another dtype; ValueError for an empty or not two-dimensional gradient
-    Laws:    2 * g raises V by 1; the order of columns does not matter
-    Source:  docs/spec/votes.md. float64 so that the order of summation cannot show
+    Returns: int32 [N] from -149 - ceil(log2(K) / 2) to 128, or SILENT_ROW where ms is 0 or not finite
+    Raises:  TypeError for another dtype; ValueError for a gradient that is not two-dimensional or has no column
+    Laws:    2 * g raises V by 1; the order of columns does not matter, unless ms is within K * 2**-53 (relative) of an odd
+             power of two, where the last bits of the sum decide
+    Source:  docs/spec/votes.md. float64 so that the order of summation does not show in practice
     """
-    checks.matrix("grad_NK", grad_NK, checks.GRADIENT_DTYPES)
+    checks.gradient_matrix("grad_NK", grad_NK)
     mean_square = grad_NK.to(torch.float64).square().mean(dim=1)
     votes = mean_square.isfinite() & (mean_square > 0)
     _, frexp_exponent = torch.frexp(torch.where(votes, mean_square, 1.0))  # ms = m * 2**x with 0.5 <= m < 1
@@ -49,28 +50,30 @@ def stochastic_votes(
     Returns: int8, same shape; rows whose mean square is 0 or not finite, and unused slots, are all 0
     Range:   rate in [0, 127], a number or a 0-dim float32 tensor; step an integer or a 0-dim int64 tensor
     Rounding: g * 2**(8 - V) is exact and times r is rounded once, to float32; then clamp, then half to even
-    Laws:    mean over all dither bytes is q / 256, short of saturation; sign(v) never opposes sign(g) by more than the
-             rounding; rate 0 votes nothing; scaling g by a power of two changes nothing
+    Laws:    mean over all dither bytes is q / 256, short of saturation; v never has the sign opposite to
+             that of g; rate 0 votes nothing; scaling g by a power of two changes nothing
     Raises:  TypeError or ValueError for a dtype, shape, rate or dither coordinate that is not allowed
     Source:  docs/spec/votes.md, which also says why this rule
     """
     row_exponent = row_exponents(grad_NK)
     checks.vote_rate(rate)
     checks.group_size(group_size)
+    checks.vote_clock(seed, step, tensor_id)
+    checks.rows_of(rows, grad_NK)
     num_rows, num_columns = grad_NK.shape
+    groups = groups_per_row(num_columns, group_size)
+    checks.row_values(rows, 2**32 // groups)
     if rows is None:
         rows = torch.arange(num_rows, device=grad_NK.device)
-    checks.rows_of("rows", rows, grad_NK)
 
     # The product of two 24-bit significands is exact in float64, so the one rounding is the conversion to float32.
     rate_64 = torch.as_tensor(rate, dtype=torch.float32, device=grad_NK.device).to(torch.float64)
     scaled = torch.ldexp(grad_NK.to(torch.float64), (8 - row_exponent)[:, None]) * rate_64
     quotient = scaled.to(torch.float32).clamp(-32768.0, 32767.0).round()
 
-    groups = groups_per_row(num_columns, group_size)
     group_ids = rows.clamp(min=0)[:, None] * groups + torch.arange(groups, device=grad_NK.device)
     dither = dither_bytes(group_ids, group_size=group_size, seed=seed, step=step, tensor_id=tensor_id)
-    dither_NK = dither[..., :group_size].reshape(num_rows, -1)[:, :num_columns]
+    dither_NK = dither[..., :group_size].reshape(num_rows, groups * group_size)[:, :num_columns]
 
     speaks = (row_exponent != SILENT_ROW) & (rows >= 0)
     quotient = torch.where(speaks[:, None], quotient, 0.0).to(torch.int32)
@@ -89,7 +92,7 @@ def sign_votes(grad_NK: Tensor, step_size: int) -> Tensor:
     Laws:    scaling g by a positive number changes nothing; -g votes -v
     Source:  REFACTOR7, with the sign of descent (docs/spec/votes.md)
     """
-    checks.matrix("grad_NK", grad_NK, checks.GRADIENT_DTYPES)
+    checks.gradient_matrix("grad_NK", grad_NK)
     checks.integer("step_size", step_size, 1, ACCUM_MAX)
     finite = grad_NK.isfinite().all(dim=1, keepdim=True)
     return torch.where(finite, torch.sign(grad_NK) * step_size, 0.0).to(torch.int8)
@@ -107,4 +110,4 @@ def step_from_loss(loss: float, loss_ref: float, max_step: int) -> int:
     checks.number("loss", loss, 0.0, math.inf)
     checks.number("loss_ref", loss_ref, 0.0, math.inf, open_low=True)
     checks.integer("max_step", max_step, 1, ACCUM_MAX)
-    return min(max(math.ceil(max_step * loss / loss_ref), 1), max_step)
+    return min(max(math.ceil(min(max_step * loss / loss_ref, max_step)), 1), max_step)
