@@ -186,7 +186,7 @@ _TWICE = NoWorse(2.0)
 
 # fmt: off
 _LIST = (
-    # packing. Not capturable: both look at every value, to refuse what is no trit, or no byte of five trits.
+    # packing
     OpRow(
         "pack_trits", "packing", EXACT, _MATRIX,
         bytes_min=lambda s: _elements(s) + _packed(s),
@@ -197,7 +197,7 @@ _LIST = (
         bytes_min=lambda s: _elements(s) + _packed(s),
         ops_min=lambda s: 3 * _elements(s),
     ),
-    # dither. Not capturable: looks at every group id; the ops that use dither inside know their ids.
+    # dither
     OpRow(
         "dither_bytes", "dither", EXACT, _DITHER,
         bytes_min=lambda s: s["groups"] * (8 + s["G"] + 1),
