@@ -83,6 +83,15 @@ NGRAM = 3
 VOTE_RULES = ("stochastic", "sign")
 """How a gradient becomes votes: by size, or the seeds' way, by sign."""
 
+CODE_SEARCHES = ("exact", "candidates")
+"""How the nearest code is looked for: in the whole table, or in the buckets that the signs of a vector name."""
+
+MAX_MOE_ITERS = 16
+"""Most turns that the loop of the last layer may be asked to take."""
+
+HALT_THRESHOLD = 0.99
+"""Halting probability at which a position leaves the loop of the last layer."""
+
 _MAX_SIZE = 2**31 - 1
 
 
@@ -105,6 +114,36 @@ class ArbConfig:
         top_k:          experts that a position uses.
         expert_rank:    rank of an expert's modulation.
         head_inner:     width of the hidden vector of the byte head.
+
+    What follows is off at its default; counts of 0 leave a module out:
+        num_codes:      entries of the shared codebook; 0: no codes, and then no graph, memory or composites either.
+        code_dim:       C, width of a code.
+        motif_residual: whether a position's own vector is added to its motif.
+        code_search:    `exact`, or `candidates`: which codes a position is compared with.
+        sign_bits:      columns of a code whose signs name its bucket, for the candidate search; 0: no buckets.
+        num_probes:     buckets that the candidate search looks into.
+        num_hops:       hops of the graph; 0: no graph.
+        hop_rank:       rank of a hop's adapter.
+        num_neighbours: neighbours that a code keeps.
+        use_moe:        whether there are experts.
+        max_moe_iters:  most turns of the last layer's loop, 1 .. 16.
+        window:         positions that attention sees one by one; a multiple of `block`.
+        block:          positions of the smallest summary.
+        num_summaries:  summaries of a size that attention sees, at least.
+        memory_rows:    rows of each memory table; 0: no memory.
+        memory_dim:     width of a memory row.
+        composite_codes: entries of the composite codebook; 0: no proposals.
+        composite_inner: width between a position and its proposal.
+        image_features: width of an image patch's features; 0: no images.
+        image_codes:    entries of the image codebook.
+        audio_features: width of an audio frame's features; 0: no audio.
+        audio_codes:    entries of the audio codebook.
+        router_inner:   width inside the output router; 0: no router.
+        video_latent:   numbers of a video latent (channels * frames * height * width); 0: no video head.
+        video_steps:    most denoising steps.
+        talker_tokens:  audio tokens that the talker head chooses from; 0: no talker head.
+
+    Rules:
         group_size:     columns per exponent, one of GROUP_SIZES.
         theta:          votes that move a trit, 1 .. 127.
         theta_e:        votes that move an exponent, 1 .. 127.
@@ -131,6 +170,32 @@ class ArbConfig:
     top_k: int
     expert_rank: int
     head_inner: int
+    num_codes: int = 0
+    code_dim: int = 64
+    motif_residual: bool = True
+    code_search: str = "exact"
+    sign_bits: int = 0
+    num_probes: int = 0
+    num_hops: int = 0
+    hop_rank: int = 64
+    num_neighbours: int = 10
+    use_moe: bool = True
+    max_moe_iters: int = 1
+    window: int = 512
+    block: int = 64
+    num_summaries: int = 16
+    memory_rows: int = 0
+    memory_dim: int = 64
+    composite_codes: int = 0
+    composite_inner: int = 1280
+    image_features: int = 0
+    image_codes: int = 0
+    audio_features: int = 0
+    audio_codes: int = 0
+    router_inner: int = 0
+    video_latent: int = 0
+    video_steps: int = 3
+    talker_tokens: int = 0
     group_size: int = DEFAULT_GROUP_SIZE
     theta: int = DEFAULT_THETA
     theta_e: int = DEFAULT_THETA_E
@@ -145,7 +210,24 @@ class ArbConfig:
             raise ValueError(f"name is {self.name!r}, but must be a string of at least one character")
         for field in fields(self):
             if field.type == "int":
-                checks.integer(field.name, getattr(self, field.name), 1, _MAX_SIZE)
+                low = 0 if field.default == 0 else 1
+                checks.integer(field.name, getattr(self, field.name), low, _MAX_SIZE)
+            if field.type == "bool" and not isinstance(getattr(self, field.name), bool):
+                raise TypeError(f"{field.name} is {getattr(self, field.name)!r}, but must be true or false")
+        checks.integer("max_moe_iters", self.max_moe_iters, 1, MAX_MOE_ITERS)
+        checks.one_of("code_search", self.code_search, CODE_SEARCHES)
+        if self.window % self.block:
+            raise ValueError(
+                f"window is {self.window}, but must be a multiple of block, which is {self.block}"
+            )
+        for name in ("num_hops", "memory_rows", "composite_codes"):
+            if getattr(self, name) and not self.num_codes:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be 0 without num_codes")
+        for kind in ("image", "audio"):
+            if bool(getattr(self, f"{kind}_codes")) > bool(getattr(self, f"{kind}_features")):
+                raise ValueError(
+                    f"{kind}_codes is {getattr(self, f'{kind}_codes')}, but must be 0 without {kind}_features"
+                )
         checks.integer("top_k", self.top_k, 1, self.num_experts)
         if self.rotary_dim % 2 or self.rotary_dim >= self.head_dim:
             raise ValueError(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from conformance import strategies as ss
-from conformance.cases import NARROW, geometries
+from conformance.cases.core import NARROW, geometries
 from conformance.compare import exact, unsigned_zeros
 from conformance.law import law
 from conformance.ops.test_linear import dense

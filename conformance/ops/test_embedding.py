@@ -11,7 +11,7 @@ from torch import Tensor
 from arbitor.reference.types import TernaryWeight
 from conformance import oracle
 from conformance import strategies as ss
-from conformance.cases import id_tensors
+from conformance.cases.core import id_tensors
 from conformance.compare import exact, unsigned_zeros
 from conformance.law import law
 from conformance.subject import Subject

@@ -13,7 +13,7 @@ from arbitor.reference.op_table import OP_TABLE
 from arbitor.reference.types import SILENT_ROW, TernaryWeight
 from conformance import oracle
 from conformance import strategies as ss
-from conformance.cases import NARROW, leading
+from conformance.cases.core import NARROW, leading
 from conformance.compare import exact, no_worse, one_rounding, roundings, unsigned_zeros
 from conformance.law import law
 from conformance.subject import Subject

@@ -10,7 +10,8 @@ from torch.nn import functional
 from arbitor.reference.op_table import OP_TABLE
 from arbitor.reference.types import TernaryWeight
 from conformance import strategies as ss
-from conformance.cases import Case, leading, magnitude_of_norm_input_grad
+from conformance.cases.case import Case
+from conformance.cases.core import leading, magnitude_of_norm_input_grad
 from conformance.compare import exact, no_worse, one_rounding, roundings, unsigned_zeros
 from conformance.law import law
 from conformance.subject import Subject

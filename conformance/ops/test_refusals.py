@@ -43,6 +43,16 @@ def test_refusals_of_norm_embedding_denoise(ops: Subject) -> None:
     _all_of(ops, "norm", "embedding", "denoise")
 
 
+@law()
+def test_refusals_of_codebook_and_edges(ops: Subject) -> None:
+    _all_of(ops, "codebook", "edges")
+
+
+@law()
+def test_refusals_of_experts_attention_memory(ops: Subject) -> None:
+    _all_of(ops, "experts", "attention", "memory")
+
+
 def _all_of(ops: Subject, *families: str) -> None:
     """Fail with every call of some families that is not refused as it must be."""
     failures = []

@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
@@ -126,6 +127,53 @@ class GraphContext:
         return self.ops.constant_weight(
             shape, trit=trit, exponent=exponent, group_size=group_size, device=self.device
         )
+
+
+class TableModule(nn.Module):
+    """A module that keeps integers beside its weights: counters of use, neighbours, strengths.
+
+    What a forward pass saw is handed over by `when_voting` in an accepted backward pass, kept until `step_tables`, and
+    counted there: a pass without a backward pass, or with a loss that is refused, leaves no trace.
+    """
+
+    def add_table(self, name: str, tensor: Tensor) -> None:
+        """Register an integer tensor under a name: it moves with the module and is saved with the model."""
+        self.register_buffer(name, tensor)
+        self.__dict__.setdefault("_tables", []).append(name)
+
+    def tables(self) -> dict[str, Tensor]:
+        """Return the integer tensors by name."""
+        return {name: self.get_buffer(name) for name in self.__dict__.get("_tables", ())}
+
+    def step_tables(self) -> None:
+        """Count what was recorded since the last step, in place, and forget it."""
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        """Drop what was recorded since the last step: the tables, or the weights behind it, were loaded."""
+        raise NotImplementedError
+
+
+def when_voting(x: Tensor, voting: Voting, record: Callable[..., None], *seen: Tensor) -> Tensor:
+    """Return x; when a backward pass that votes comes through it, call `record(*seen)`, `seen` detached."""
+    return _WhenVoting.apply(x, voting, record, *seen)
+
+
+class _WhenVoting(torch.autograd.Function):
+    """The identity, with a backward pass that hands over what its forward pass saw."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, voting: Voting, record: Callable[..., None], *seen: Tensor) -> Tensor:
+        ctx.voting, ctx.record = voting, record
+        ctx.save_for_backward(*seen)
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.voting.active:
+            ctx.record(*ctx.saved_tensors)
+        return grad, None, None, *(None for _ in ctx.saved_tensors)
 
 
 class TernaryModule(nn.Module):

@@ -1,83 +1,25 @@
-"""What must be refused, one line a case: the call, the exception, and the argument that its sentence names.
-
-Every implementation raises the same exception for the same reason, and has written nothing when it does.
-"""
+"""Calls of the core's ops that must be refused: packing to layout."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
-
 import torch
-from torch import Tensor
 
-from arbitor.reference.types import RESERVED_STEP, TernaryWeight
-from conformance.subject import Subject
+from arbitor.reference.types import RESERVED_STEP
+from conformance.ops.refusals.refusal import (
+    CLOCK,
+    F16,
+    F32,
+    I8,
+    faulty,
+    ids,
+    meta,
+    ones,
+    refused,
+    scalar,
+    weight,
+    with_byte,
+)
 
-CLOCK: dict[str, Any] = {"seed": 1, "step": 2, "tensor_id": 3}
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A call that must raise: `says` is the argument that the message must name."""
-
-    op: str
-    why: str
-    error: type[Exception]
-    says: str
-    call: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
-
-
-def refused(op: str, why: str, error: type[Exception], says: str, *args: Any, **kwargs: Any) -> Refusal:
-    """Return a refusal of one call; callables among the arguments are called each time, so none shares memory."""
-    build = lambda value: value() if callable(value) and not isinstance(value, type) else value  # noqa: E731
-    return Refusal(
-        op,
-        why,
-        error,
-        says,
-        lambda: (tuple(map(build, args)), {name: build(value) for name, value in kwargs.items()}),
-    )
-
-
-def weight(num_rows: int = 3, num_columns: int = 14) -> TernaryWeight:
-    """Return a small weight of ones."""
-    trits = torch.ones(num_rows, num_columns, dtype=torch.int8)
-    return TernaryWeight.from_trits(trits, torch.zeros(num_rows, -(-num_columns // 12), dtype=torch.int8))
-
-
-def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
-    """Return a maker of a tensor on another device."""
-    return lambda: torch.zeros(shape, dtype=dtype, device="meta")
-
-
-def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
-    """Return a maker of a tensor of ones."""
-    return lambda: torch.ones(shape, dtype=dtype)
-
-
-def ids(*values: int) -> Callable[[], Tensor]:
-    """Return a maker of int64 ids."""
-    return lambda: torch.tensor(values, dtype=torch.int64)
-
-
-def with_byte(value: int) -> Callable[[], Tensor]:
-    """Return a maker of two packed bytes, the second of them `value`."""
-    return lambda: torch.tensor([121, value], dtype=torch.uint8)
-
-
-def scalar(value: float, dtype: torch.dtype = torch.int64) -> Callable[[], Tensor]:
-    """Return a maker of a 0-dim tensor."""
-    return lambda: torch.tensor(value, dtype=dtype)
-
-
-def faulty(*shape: int) -> Callable[[], Tensor]:
-    """Return a maker of a gradient of ones whose last element is a NaN, so that it would be counted."""
-    return lambda: torch.ones(shape).index_fill_(-1, torch.tensor([shape[-1] - 1]), float("nan"))
-
-
-I8, F16, F32 = torch.int8, torch.float16, torch.float32
 _VOTES = {"group_size": 12, **CLOCK}
 
 REFUSALS = (
@@ -268,18 +210,3 @@ REFUSALS = (
     refused("denoise_step_backward", "float16", TypeError, "grad", ones(2, dtype=F16), alpha=0.5),
 )  # fmt: skip
 """Every call that must be refused."""
-
-
-def check(ops: Subject, case: Refusal) -> None:
-    """Fail unless the call raises the exception with a sentence that names the argument."""
-    args, kwargs = case.call()
-    error = ops.refuses(case.op, args, kwargs)
-    assert error is not None, f"{case.op} accepts {case.why}"
-    assert type(error) is case.error, f"{case.op} on {case.why}: {error!r}, want a {case.error.__name__}"
-    assert case.says in str(error), f"{case.op} on {case.why} does not name {case.says}: {error}"
-    assert len(str(error).splitlines()) == 1, f"{case.op} on {case.why} takes more than a sentence: {error}"
-
-
-def bad_weight(**tensors: Tensor) -> TernaryWeight:
-    """Build a weight with some tensors exchanged, which its constructor must refuse."""
-    return replace(weight(), **tensors)

@@ -1,0 +1,8 @@
+"""Broken implementations of the family denoise_loop."""
+
+from __future__ import annotations
+
+from conformance.mutants.mutant import Mutant
+
+MUTANTS: tuple[Mutant, ...] = ()
+"""Every broken implementation."""

@@ -1,0 +1,8 @@
+"""Calls of the family codebook that must be refused."""
+
+from __future__ import annotations
+
+from conformance.ops.refusals.refusal import Refusal
+
+REFUSALS: tuple[Refusal, ...] = ()
+"""Every call that must be refused."""
