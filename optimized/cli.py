@@ -37,6 +37,21 @@ _dtype = click.option(
     help="Activations [float32 on cpu, bfloat16 on cuda].",
 )
 
+_MODULE_OPTIONS = (
+    click.option("--disable-vq", is_flag=True, default=None, help="No codes, and nothing that needs them."),
+    click.option("--disable-graph", is_flag=True, default=None, help="No graph over the codes."),
+    click.option("--disable-moe", is_flag=True, default=None, help="No experts."),
+    click.option("--enable-memory", is_flag=True, default=None, help="Tables of code n-grams."),
+    click.option("--max-moe-iters", type=click.IntRange(1, 16), help="Most turns of the last layer's loop."),
+)
+
+
+def _modules(command: Any) -> Any:
+    """Give a command the options that switch modules of a preset off or on."""
+    for option in reversed(_MODULE_OPTIONS):
+        command = option(command)
+    return command
+
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit.
@@ -89,6 +104,7 @@ def cli(context: click.Context) -> None:
 @_device
 @_backend
 @_dtype
+@_modules
 @click.option("--run", type=click.Path(path_type=Path), help="Run folder [runs/<preset>-<number>].")
 @click.option("--resume", is_flag=True, help="Go on with the run in --run, with its own settings.")
 @click.option("--no-save", is_flag=True, help="Write no checkpoints; without --run, write nothing.")
@@ -145,8 +161,8 @@ def generate(
     given = os.fsencode(prompt)
     with deterministic():
         model = ArbModel(config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=0)
-        check_fits(checkpoint, checkpoint.config, model.weights())
-        model.load_weights(checkpoint.weights)
+        check_fits(checkpoint, checkpoint.config, model.state())
+        model.load_state(checkpoint.state)
         added = continue_prompt(
             model, given, num_bytes, temperature=temperature, seed=seed, context=checkpoint.run["context"]
         )
@@ -190,6 +206,7 @@ def audit(preset: str, as_json: bool) -> None:
 
 @cli.command()
 @click.option("--preset", default="tiny", show_default=True, help="What to run.")
+@_modules
 @click.option("--ctx", "context", type=click.IntRange(min=4), default=4, show_default=True, help="Bytes.")
 @click.option("--batch", type=_COUNT, default=1, show_default=True, help="Windows.")
 @click.option("--backward", is_flag=True, help="Also run a backward pass and one update.")
@@ -206,20 +223,25 @@ def smoke(
     device: str | None,
     backend: str | None,
     dtype: str | None,
+    **modules: Any,
 ) -> None:
-    """Run a preset once, and report time and memory. Warms the kernel cache for a real run."""
+    """Run a preset twice, and report time and memory. Warms the kernel cache for a real run."""
+    from arbitor.optimized.training.plan import model_config
     from arbitor.optimized.training.runtime import choose_runtime
-    from arbitor.optimized.training.smoke import smoke as run_once
+    from arbitor.optimized.training.smoke import smoke as run_twice
 
     runtime = choose_runtime(device or "auto", backend, dtype)
-    report = run_once(preset, runtime, context=context, batch=batch, backward=backward, seed=seed)
+    config = model_config(preset, **modules)
+    report = run_twice(config, runtime, context=context, batch=batch, backward=backward, seed=seed)
     click.echo(f"preset {preset}, {runtime.backend} on {runtime.device}, ctx {context}, batch {batch}")
     click.echo(f"logical ternary weights: {report.weights:,}")
     click.echo(f"training state: {report.state_bytes / MIB:.2f} MiB")
     click.echo(f"loss: {report.bpb:.3f} bits per byte")
-    click.echo(f"forward: {report.forward_seconds:.3f} s")
-    if report.update_seconds is not None:
-        click.echo(f"backward/update: {report.update_seconds:.3f} s")
+    click.echo(f"build: {report.build_seconds:.3f} s")
+    for name, times in (("cold", report.cold), ("warm", report.warm)):
+        click.echo(f"forward, {name}: {times.forward:.3f} s")
+        if times.update is not None:
+            click.echo(f"backward/update, {name}: {times.update:.3f} s")
     if report.peak_bytes is not None:
         click.echo(f"CUDA peak: {report.peak_bytes / MIB:.2f} MiB")
 

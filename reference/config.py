@@ -6,7 +6,8 @@ Legend: E_b embedding width, D width, V vocabulary.
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from typing import Any
 
 from arbitor.reference import checks
 from arbitor.reference.types import (
@@ -317,3 +318,41 @@ def preset(name: str) -> ArbConfig:
     """Return the preset of that name; raises ValueError for another."""
     checks.one_of("preset", name, tuple(PRESETS))
     return PRESETS[name]
+
+
+MEMORY_ROWS = 16_384
+"""Rows of each memory table where memory is switched on and the preset names no number."""
+
+
+def with_modules(
+    config: ArbConfig,
+    *,
+    vq: bool = True,
+    graph: bool = True,
+    moe: bool = True,
+    memory: bool | None = None,
+    max_moe_iters: int | None = None,
+) -> ArbConfig:
+    """Return a configuration with modules switched off, or memory on (REFACTOR12's options of the trainer).
+
+    Args:
+        vq:            False leaves out the codebooks, and what needs codes: graph, memory and composites.
+        graph:         False leaves out the graph and the composites, which speak through it.
+        moe:           False leaves out the experts.
+        memory:        True or False switches memory on or off; None leaves it as it is.
+        max_moe_iters: most turns of the last layer's loop; None leaves it as it is.
+
+    Raises ValueError for memory without codes, or turns out of range.
+    """
+    changes: dict[str, Any] = {}
+    if not vq:
+        changes |= {"num_codes": 0, "image_codes": 0, "audio_codes": 0, "memory_rows": 0}
+    if not (vq and graph):
+        changes |= {"num_hops": 0, "composite_codes": 0}
+    if not moe:
+        changes["use_moe"] = False
+    if memory is not None:
+        changes["memory_rows"] = (config.memory_rows or MEMORY_ROWS) if memory else 0
+    if max_moe_iters is not None:
+        changes["max_moe_iters"] = max_moe_iters
+    return replace(config, **changes)

@@ -33,7 +33,7 @@ def logits(matrices: Matrices, config: ArbConfig, ids_T: Tensor) -> Tensor:
     for place in range(config.num_layers):
         own = {name.removeprefix(f"layers.{place}."): value for name, value in matrices.items()}
         h = h + attention(own, config, norm(h, own["attention_norm"]))
-        h = h + mixture(own, config, norm(h, own["moe_norm"]))
+        h = h + mixture(own, config, norm(h, own["moe_graph.moe_norm"]))
     n = norm(h, matrices["byte_head.norm"])
     u = (
         h
@@ -79,18 +79,18 @@ def mixture(own: Matrices, config: ArbConfig, x_PD: Tensor) -> Tensor:
     outputs = []
     rank = config.expert_rank
     for x in x_PD:
-        scores = own["moe.router"] @ x
+        scores = own["moe_graph.moe.router"] @ x
         chosen = sorted(range(config.num_experts), key=lambda e: (-scores[e].item(), e))[: config.top_k]
         shares = torch.stack([scores[e] for e in chosen]).softmax(dim=0)
         modulation = torch.ones(config.shared_inner, dtype=x.dtype)
         for share, e in zip(shares, chosen, strict=True):
             a, b = (
-                own["moe.expert_down"][e * rank : (e + 1) * rank],
-                own["moe.expert_up"][:, e * rank : (e + 1) * rank],
+                own["moe_graph.moe.expert_down"][e * rank : (e + 1) * rank],
+                own["moe_graph.moe.expert_up"][:, e * rank : (e + 1) * rank],
             )
             modulation = modulation + share * (b @ (a @ x))
-        hidden = swish(own["moe.gate"] @ x) * (own["moe.up"] @ x)
-        outputs.append(own["moe.down"] @ (hidden * modulation))
+        hidden = swish(own["moe_graph.moe.gate"] @ x) * (own["moe_graph.moe.up"] @ x)
+        outputs.append(own["moe_graph.moe.down"] @ (hidden * modulation))
     return torch.stack(outputs)
 
 

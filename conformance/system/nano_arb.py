@@ -43,13 +43,15 @@ def make_loss_nan(first: int) -> None:
 
     from arbitor.reference.graph import ArbModel
 
-    real, count = ArbModel.loss, itertools.count()
+    real, count = ArbModel.losses, itertools.count()
 
-    def loss(model: ArbModel, ids: torch.Tensor) -> torch.Tensor:
+    def losses(model: ArbModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         result = real(model, ids)
-        return result * float("nan") if torch.is_grad_enabled() and next(count) >= first else result
+        if torch.is_grad_enabled() and next(count) >= first:
+            result["bytes"] = result["bytes"] * float("nan")
+        return result
 
-    ArbModel.loss = loss  # type: ignore[method-assign]
+    ArbModel.losses = losses  # type: ignore[method-assign]
 
 
 def main(arguments: list[str]) -> None:

@@ -74,12 +74,12 @@ def test_checkpoint_round_trip(saved: Path) -> None:
         "best_bpb": 2.5,
     }
     assert (loaded.config, loaded.run, loaded.progress) == (CONFIG, METADATA["run"], METADATA["progress"])
-    expected, found = tensors_of(weights), tensors_of(loaded.weights)
+    expected, found = tensors_of(weights), tensors_of(loaded.state)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype, name
     other = nano(seed=99)
-    other.load_weights(loaded.weights)
+    other.load_weights(loaded.state)
     assert checkpoints.state_sha256(other.weights()) == loaded.state_sha256
 
 
@@ -207,7 +207,7 @@ EMBEDDING = "embedding.table"
         (_widen, "'embedding.table' does not have the shape its header states"),
         (_lose, "embedding.table.exponents is missing"),
         (_add, "tensors that belong to no weight"),
-        (_field("format", 2), "format version is 2"),
+        (_field("format", 3), "format version is 3"),
         (_field("weights", []), r"has \[\] for weights"),
         (_field("step", "2"), "has '2' for step"),
         (_field("best_bpb", True), "has True for best_bpb"),
@@ -343,7 +343,7 @@ def test_checkpoint_keeps_scale_mantissas(tmp_path: Path) -> None:
     weights = {"w": replace(weight, mantissa_bits=2, exponents=exponents)}
     path = tmp_path / "m.safetensors"
     checkpoints.save_checkpoint(path, weights, step=0, **METADATA)
-    assert torch.equal(load_checkpoint(path).weights["w"].exponents, exponents)
+    assert torch.equal(load_checkpoint(path).state["w"].exponents, exponents)
     weights = {"w": replace(weight, mantissa_bits=2, exponents=exponents + 1)}
     checkpoints.save_checkpoint(path, weights, step=0, **METADATA)
     with pytest.raises(CheckpointError, match="holds 64, outside -128 to 63"):

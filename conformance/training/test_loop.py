@@ -43,9 +43,9 @@ def test_train_is_the_plain_recipe(text: Path) -> None:
     for step in range(8):
         for micro_step in (2 * step, 2 * step + 1):
             ids = training_batch(corpus, split, batch=2, context=16, seed=7, micro_step=micro_step)
-            model.backward(model.loss(ids), rate=rate(step, 8), step=micro_step)
+            model.backward(model.losses(ids), rate=rate(step, 8), step=micro_step)
         model.step()
-    assert result.summary["state_sha256"] == state_sha256(model.weights())
+    assert result.summary["state_sha256"] == state_sha256(model.state())
     assert result.folder is None
 
 
@@ -91,7 +91,7 @@ def test_train_reports_bits_per_byte_of_the_final_and_of_the_best_model(text: Pa
     windows = validation_windows(corpus, split_corpus(corpus, 16), count=8, context=16)
     for name, expected in (("final", summary["val_bpb"]), ("best", summary["best_bpb"])):
         model = ArbModel(NANO)
-        model.load_weights(load_checkpoint(folder / f"{name}.safetensors").weights)
+        model.load_state(load_checkpoint(folder / f"{name}.safetensors").state)
         with torch.no_grad():
             nats = torch.stack([model.loss(window[None]) for window in windows]).double().mean().item()
         assert expected == pytest.approx(nats / math.log(2), rel=1e-6)
@@ -130,13 +130,15 @@ def test_train_does_not_depend_on_how_it_is_watched(text: Path, tmp_path: Path) 
 
 def fault(monkeypatch: pytest.MonkeyPatch, faulty: set[int] | range, value: float) -> None:
     """Make the loss of some micro-batches not finite, as an overflow would: through the graph, not beside it."""
-    real, count = ArbModel.loss, iter(range(10**6))
+    real, count = ArbModel.losses, iter(range(10**6))
 
-    def loss(model: ArbModel, ids: torch.Tensor) -> torch.Tensor:
+    def losses(model: ArbModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         result = real(model, ids)
-        return result * value if torch.is_grad_enabled() and next(count) in faulty else result
+        if torch.is_grad_enabled() and next(count) in faulty:
+            result["bytes"] = result["bytes"] * value
+        return result
 
-    monkeypatch.setattr(ArbModel, "loss", loss)
+    monkeypatch.setattr(ArbModel, "losses", losses)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -151,9 +153,9 @@ def test_train_skips_a_loss_that_is_not_finite(
         for micro_step in (2 * step, 2 * step + 1):
             if micro_step not in (3, 8, 9):
                 ids = training_batch(corpus, split, batch=2, context=16, seed=0, micro_step=micro_step)
-                model.backward(model.loss(ids), rate=rate(step, 8), step=micro_step)
+                model.backward(model.losses(ids), rate=rate(step, 8), step=micro_step)
         model.step()
-    expected = state_sha256(model.weights())
+    expected = state_sha256(model.state())
     fault(monkeypatch, {3, 8, 9}, value)
     summary = train(options(text, None, save=False, accum=2), console=Console(file=io.StringIO())).summary
     assert summary["state_sha256"] == expected
@@ -166,7 +168,7 @@ def test_train_with_nothing_but_nan_changes_no_byte_and_gives_up(
 ) -> None:
     fault(monkeypatch, range(10**6), math.nan)
     folder = tmp_path / "run"
-    untouched = state_sha256(ArbModel(NANO, seed=0).weights())
+    untouched = state_sha256(ArbModel(NANO, seed=0).state())
     assert train(options(text, folder)).summary["state_sha256"] == untouched
     with pytest.raises(
         TrainingError, match="not finite in 100 micro-batches in a row, up to step 100; they changed"

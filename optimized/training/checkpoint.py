@@ -1,8 +1,9 @@
 """Checkpoints: the integers of a run in one safetensors file, written atomically and read with suspicion.
 
 A file holds the canonical form of every weight as ``<name>.packed``, ``.exponents``, ``.trit_accum`` and
-``.exponent_accum``, and one JSON object in the header under ``arbitor``: format version, model configuration,
-step, seed, best bits per byte, the settings of the run, the shape of every weight, and two digests.
+``.exponent_accum``, every integer table (counters, neighbours) under its name, and one JSON object in the header under
+``arbitor``: format version, model configuration, step, seed, best bits per byte, the settings of the run, the shape of
+every weight and table, and two digests.
 ``state_sha256`` is over the tensors alone (two runs that agree in it hold the same model); ``content_sha256``
 is over everything else in the object, that digest included.
 """
@@ -24,7 +25,7 @@ from torch import Tensor
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.reference.types import ACCUM_MAX, MAX_PACKED_BYTE, TernaryWeight, level_range
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the file format; another one is refused."""
 
 METADATA_KEY = "arbitor"
@@ -33,9 +34,17 @@ METADATA_KEY = "arbitor"
 PARTS = ("packed", "exponents", "trit_accum", "exponent_accum")
 """The tensors of a weight, by their name in `TernaryWeight`."""
 
-_DTYPE_CODES = {torch.uint8: "U8", torch.int8: "I8"}
-"""The dtypes of a ternary weight, one byte an element, as the format names them."""
+_DTYPE_CODES = {
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
+"""The dtypes of weights and tables, all of them integers, as the format names them."""
 
+State = Mapping[str, TernaryWeight | Tensor]
+"""What ``ArbModel.state`` returns: weights in canonical form and integer tables, by name."""
 
 _FIELD_TYPES: dict[str, Any] = {
     "config": dict,
@@ -45,6 +54,7 @@ _FIELD_TYPES: dict[str, Any] = {
     "run": dict,
     "progress": dict,
     "weights": dict,
+    "tables": dict,
 }
 """What the fields of the header must be."""
 
@@ -58,17 +68,17 @@ class Checkpoint:
     """A checkpoint as read and verified.
 
     Attributes:
-        weights: by name, in canonical form, on the CPU.
+        state: weights in canonical form and integer tables by name, on the CPU.
         config: the model configuration as JSON data.
         step: optimisation steps taken.
         seed: the seed of the run.
         best_bpb: lowest validation bits per byte so far, or None before the first validation.
         run: the settings of the run as JSON data; what a resumed run must agree with.
         progress: counters that a resumed run carries on, as JSON data.
-        state_sha256: hex digest over the weights.
+        state_sha256: hex digest over the state.
     """
 
-    weights: dict[str, TernaryWeight]
+    state: dict[str, TernaryWeight | Tensor]
     config: dict[str, Any]
     step: int
     seed: int
@@ -78,21 +88,21 @@ class Checkpoint:
     state_sha256: str
 
 
-def state_sha256(weights: Mapping[str, TernaryWeight]) -> str:
+def state_sha256(state: State) -> str:
     """Digest of a model's state: every tensor's name, dtype, shape and bytes, in order of name.
 
     Args:
-        weights: by name, in canonical form, on any device.
+        state: as of ``ArbModel.state``, on any device.
 
     Returns:
         64 hexadecimal digits.
     """
-    return _tensors_sha256(_named_tensors(weights))
+    return _tensors_sha256(_named_tensors(state))
 
 
 def save_checkpoint(
     path: Path,
-    weights: Mapping[str, TernaryWeight],
+    state: State,
     *,
     config: Mapping[str, Any],
     step: int,
@@ -113,7 +123,7 @@ def save_checkpoint(
             it.
     """
     temporary, digest = write_beside(
-        path, weights, config=config, step=step, seed=seed, best_bpb=best_bpb, run=run, progress=progress
+        path, state, config=config, step=step, seed=seed, best_bpb=best_bpb, run=run, progress=progress
     )
     rename(temporary, path)
     return digest
@@ -149,15 +159,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ) from error
 
 
-def check_fits(
-    checkpoint: Checkpoint, config: Mapping[str, Any], weights: Mapping[str, TernaryWeight]
-) -> None:
+def check_fits(checkpoint: Checkpoint, config: Mapping[str, Any], state: State) -> None:
     """Refuse a checkpoint of another model, before anything of it is used.
 
     Args:
         checkpoint: as read.
         config: configuration of the model it should fit, as JSON data.
-        weights: that model's weights.
+        state: that model's state.
 
     Raises:
         CheckpointError: a field of the configuration, a name, a shape or a group size differs; the message
@@ -171,32 +179,36 @@ def check_fits(
                 f"the checkpoint is of another model: {field} is {theirs.get(field)!r} there "
                 f"and {ours.get(field)!r} here"
             )
-    if checkpoint.weights.keys() != weights.keys():
-        name = sorted(checkpoint.weights.keys() ^ weights.keys())[0]
-        where = "there but not here" if name in checkpoint.weights else "here but not there"
-        raise CheckpointError(f"the checkpoint is of another model: the weight {name!r} is {where}")
-    for name, weight in weights.items():
-        there, here = _layout(checkpoint.weights[name]), _layout(weight)
+    if checkpoint.state.keys() != state.keys():
+        name = sorted(checkpoint.state.keys() ^ state.keys())[0]
+        where = "there but not here" if name in checkpoint.state else "here but not there"
+        raise CheckpointError(f"the checkpoint is of another model: {name!r} is {where}")
+    for name, value in state.items():
+        there, here = _layout(checkpoint.state[name]), _layout(value)
         if there != here:
             raise CheckpointError(
-                f"the checkpoint is of another model: the weight {name!r} is {there} there and {here} here"
+                f"the checkpoint is of another model: {name!r} is {there} there and {here} here"
             )
 
 
-def _layout(weight: TernaryWeight) -> dict[str, Any]:
+def _layout(value: TernaryWeight | Tensor) -> dict[str, Any]:
+    if isinstance(value, Tensor):
+        return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
     return {
-        "shape": list(weight.shape),
-        "group_size": weight.group_size,
-        "mantissa_bits": weight.mantissa_bits,
+        "shape": list(value.shape),
+        "group_size": value.group_size,
+        "mantissa_bits": value.mantissa_bits,
     }
 
 
-def _named_tensors(weights: Mapping[str, TernaryWeight]) -> dict[str, Tensor]:
-    return {
-        f"{name}.{part}": tensor.detach().to("cpu").contiguous()
-        for name, weight in weights.items()
-        for part, tensor in weight.tensors().items()
-    }
+def _named_tensors(state: State) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            named[name] = value
+        else:
+            named |= {f"{name}.{part}": tensor for part, tensor in value.tensors().items()}
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in named.items()}
 
 
 def _tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
@@ -222,12 +234,12 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def write_beside(path: Path, weights: Mapping[str, TernaryWeight], **metadata: Any) -> tuple[Path, str]:
+def write_beside(path: Path, state: State, **metadata: Any) -> tuple[Path, str]:
     """Write a checkpoint next to where it belongs, and flush it to the disk.
 
     Args:
         path: where it belongs.
-        weights: by name, in canonical form.
+        state: as of ``ArbModel.state``.
         metadata: as for ``save_checkpoint``.
 
     Returns:
@@ -236,12 +248,13 @@ def write_beside(path: Path, weights: Mapping[str, TernaryWeight], **metadata: A
     Raises:
         TrainingError: the disk is full or cannot be written; nothing is left.
     """
-    tensors = _named_tensors(weights)
+    tensors = _named_tensors(state)
     digest = _tensors_sha256(tensors)
     header: dict[str, Any] = {
         "format": FORMAT_VERSION,
         **{key: dict(value) if isinstance(value, Mapping) else value for key, value in metadata.items()},
-        "weights": {name: _layout(weight) for name, weight in weights.items()},
+        "weights": {name: _layout(value) for name, value in state.items() if not isinstance(value, Tensor)},
+        "tables": {name: _layout(value) for name, value in state.items() if isinstance(value, Tensor)},
         "state_sha256": digest,
     }
     header["content_sha256"] = _content_sha256(header)
@@ -262,7 +275,7 @@ def _write_safetensors(file: IO[bytes], tensors: Mapping[str, Tensor], metadata:
     offset = 0
     for name in sorted(tensors):
         tensor = tensors[name]
-        end = offset + tensor.numel()
+        end = offset + tensor.nbytes
         header[name] = {
             "dtype": _DTYPE_CODES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -325,12 +338,13 @@ def _verified(text: str | None, tensors: dict[str, Tensor]) -> Checkpoint:
         if not isinstance(header[field], kinds) or isinstance(header[field], bool):
             raise CheckpointError(f"its header has {header[field]!r} for {field}")
     weights = {name: _weight(name, layout, tensors) for name, layout in header["weights"].items()}
-    if len(tensors) != 4 * len(weights):
-        raise CheckpointError("it holds tensors that belong to no weight")
+    tables = {name: _table(name, layout, tensors) for name, layout in header["tables"].items()}
+    if len(tensors) != len(PARTS) * len(weights) + len(tables):
+        raise CheckpointError("it holds tensors that belong to no weight and are no table")
     if header["state_sha256"] != _tensors_sha256(tensors):
         raise CheckpointError("its tensors do not match their digest, so it was changed or damaged")
     return Checkpoint(
-        weights=weights,
+        state={**weights, **tables},
         config=header["config"],
         step=header["step"],
         seed=header["seed"],
@@ -366,6 +380,16 @@ def _weight(name: str, layout: Mapping[str, Any], tensors: Mapping[str, Tensor])
     _check_range(f"{name}.trit_accum", weight.trit_accum, -ACCUM_MAX, ACCUM_MAX)
     _check_range(f"{name}.exponent_accum", weight.exponent_accum, -ACCUM_MAX, ACCUM_MAX)
     return weight
+
+
+def _table(name: str, layout: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
+    if name not in tensors:
+        raise CheckpointError(f"{name} is missing")
+    if _layout(tensors[name]) != dict(layout):
+        raise CheckpointError(
+            f"the table {name!r} is {_layout(tensors[name])}, but its header states {dict(layout)}"
+        )
+    return tensors[name]
 
 
 def _check_range(name: str, tensor: Tensor, low: int, high: int) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from arbitor.optimized.training.checkpoint import (
     Checkpoint,
     CheckpointError,
+    State,
     load_checkpoint,
     partial_of,
     rename,
     write_beside,
 )
-from arbitor.reference.types import TernaryWeight
 
 LATEST, PREVIOUS, BEST, FINAL = (f"{name}.safetensors" for name in ("latest", "previous", "best", "final"))
 """Files of a run folder: the newest state, the one before it, the best by validation, the end of the run."""
@@ -30,14 +29,14 @@ class CheckpointFolder:
         for name in (LATEST, PREVIOUS, BEST, FINAL):
             partial_of(folder / name).unlink(missing_ok=True)
 
-    def save_latest(self, weights: Mapping[str, TernaryWeight], **metadata: Any) -> str:
+    def save_latest(self, state: State, **metadata: Any) -> str:
         """Write ``latest``; what it held becomes ``previous``, unless it was found damaged.
 
         Between the two renames there is no ``latest``, and ``previous`` is what it was: a run killed there
         resumes from it.
 
         Args:
-            weights: by name, in canonical form.
+            state: as of ``ArbModel.state``.
             metadata: as for ``save_checkpoint``.
 
         Returns:
@@ -47,7 +46,7 @@ class CheckpointFolder:
             TrainingError: the disk is full or cannot be written; ``latest`` and ``previous`` are as before.
         """
         latest = self.folder / LATEST
-        temporary, digest = write_beside(latest, weights, **metadata)
+        temporary, digest = write_beside(latest, state, **metadata)
         if self._latest_is_good:
             rename(latest, self.folder / PREVIOUS)
         rename(temporary, latest)

@@ -132,7 +132,7 @@ class _Run:
 
     def save_latest(self) -> None:
         if self.store is not None:
-            self.store.save_latest(self.model.weights(), **self.checkpoint_metadata())
+            self.store.save_latest(self.model.state(), **self.checkpoint_metadata())
 
 
 def train(options: TrainOptions, *, console: Console | None = None) -> TrainResult:
@@ -175,8 +175,8 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
         windows_WT = validation_windows(corpus, split, count=settings.eval_windows, context=settings.context)
         model, config = _build(settings, runtime)
         if found.checkpoint is not None:
-            check_fits(found.checkpoint, config, model.weights())
-            model.load_weights(found.checkpoint.weights)
+            check_fits(found.checkpoint, config, model.state())
+            model.load_state(found.checkpoint.state)
         if folder is not None and not options.resume:  # created only now that nothing can be refused any more
             stack.enter_context(run_folder.owned(folder))
             run_folder.refuse_other_run(folder)
@@ -228,10 +228,9 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
 
 
 def _build(settings: Settings, runtime: Runtime) -> tuple[ArbModel, dict[str, Any]]:
-    from arbitor.reference.config import preset
     from arbitor.reference.graph import ArbModel
 
-    config = preset(settings.preset)
+    config = settings.model_config()
     model = ArbModel(
         config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=settings.seed
     )
@@ -294,9 +293,9 @@ def _step(run: _Run, *, measure_flips: bool) -> float | None:
             seed=settings.seed,
             micro_step=micro_step,
         ).to(run.runtime.device)
-        loss = run.model.loss(ids_BT)
-        if run.model.backward(loss, rate=step_rate, step=micro_step):
-            progress.nats += loss.item()
+        losses = run.model.losses(ids_BT)
+        if run.model.backward(losses, rate=step_rate, step=micro_step):
+            progress.nats += losses["bytes"].item()
             progress.losses += 1
             progress.skipped_in_a_row = 0
             continue
@@ -323,7 +322,7 @@ def _validate(run: _Run) -> None:
         run.best_bpb = run.val_bpb
         if run.store is not None and run.folder is not None:
             path = run.folder / BEST
-            save_checkpoint(path, run.model.weights(), **run.checkpoint_metadata())
+            save_checkpoint(path, run.model.state(), **run.checkpoint_metadata())
 
 
 def _stop_if_asked(run: _Run) -> None:
@@ -342,10 +341,10 @@ def _finish(run: _Run, baselines: Mapping[str, float]) -> TrainResult:
     settings, runtime = run.settings, run.runtime
     if run.val_bpb is None:
         _validate(run)
-    weights = run.model.weights()
+    state = run.model.state()
     metadata = run.checkpoint_metadata()
     if run.store is not None and run.folder is not None:
-        save_checkpoint(run.folder / FINAL, weights, **metadata)
+        save_checkpoint(run.folder / FINAL, state, **metadata)
     summary = {
         "preset": settings.preset,
         "val_bpb": run.val_bpb,
@@ -353,7 +352,7 @@ def _finish(run: _Run, baselines: Mapping[str, float]) -> TrainResult:
         "baselines": dict(baselines),
         "steps": run.step,
         "seconds": round(run.progress.seconds, 3),
-        "state_sha256": state_sha256(weights),
+        "state_sha256": state_sha256(state),
         "skipped": run.progress.skipped,
         "faulty_rows": run.faulty_rows(),
         **{name: value for name, value in run.metadata["run"].items() if name not in ("preset", "steps")},

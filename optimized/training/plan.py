@@ -10,8 +10,13 @@ from typing import Any
 
 from arbitor.optimized.training.defaults import trainer_defaults
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.reference.config import ArbConfig, with_modules
+from arbitor.reference.config import preset as preset_config
 
-BOUND = ("preset", "data", "steps", "batch", "context", "accum", "seed")
+MODULES = ("disable_vq", "disable_graph", "disable_moe", "enable_memory", "max_moe_iters")
+"""Settings that switch modules of the preset off or on."""
+
+BOUND = ("preset", "data", "steps", "batch", "context", "accum", "seed", *MODULES)
 """Settings that decide what a run computes: a resumed run must agree with them."""
 
 
@@ -25,6 +30,8 @@ class TrainOptions:
         steps, batch, context, accum: length of the run, windows a micro-batch, bytes a window, micro-batches
             a step.
         seed: of initial weights, batches and dither; 0 by default.
+        disable_vq, disable_graph, disable_moe, enable_memory, max_moe_iters: modules other than the preset has, see
+            ``arbitor.reference.config.with_modules``.
         eval_interval, save_interval, log_interval: in steps.
         device: ``auto``, ``cpu`` or ``cuda``.
         backend: ``reference`` or ``triton``.
@@ -41,6 +48,11 @@ class TrainOptions:
     context: int | None = None
     accum: int | None = None
     seed: int | None = None
+    disable_vq: bool | None = None
+    disable_graph: bool | None = None
+    disable_moe: bool | None = None
+    enable_memory: bool | None = None
+    max_moe_iters: int | None = None
     eval_interval: int | None = None
     save_interval: int | None = None
     log_interval: int | None = None
@@ -63,6 +75,11 @@ class Settings:
     context: int
     accum: int
     seed: int
+    disable_vq: bool
+    disable_graph: bool
+    disable_moe: bool
+    enable_memory: bool
+    max_moe_iters: int | None
     eval_interval: int
     save_interval: int
     log_interval: int
@@ -74,6 +91,30 @@ class Settings:
     def as_json(self) -> dict[str, Any]:
         """The settings as JSON data."""
         return asdict(self)
+
+    def model_config(self) -> ArbConfig:
+        """The configuration of the model: the preset's, with the modules asked for."""
+        return model_config(self.preset, **{name: getattr(self, name) for name in MODULES})
+
+
+def model_config(
+    preset: str,
+    *,
+    disable_vq: bool | None = None,
+    disable_graph: bool | None = None,
+    disable_moe: bool | None = None,
+    enable_memory: bool | None = None,
+    max_moe_iters: int | None = None,
+) -> ArbConfig:
+    """The configuration of a preset with modules switched off or on, as the command line names them."""
+    return with_modules(
+        preset_config(preset),
+        vq=not disable_vq,
+        graph=not disable_graph,
+        moe=not disable_moe,
+        memory=True if enable_memory else None,
+        max_moe_iters=max_moe_iters,
+    )
 
 
 def decide(options: TrainOptions, recorded: Mapping[str, Any] | None) -> Settings:
@@ -106,6 +147,11 @@ def decide(options: TrainOptions, recorded: Mapping[str, Any] | None) -> Setting
         **asdict(trainer_defaults(preset)),
         "data": "stdlib",
         "seed": 0,
+        "disable_vq": False,
+        "disable_graph": False,
+        "disable_moe": False,
+        "enable_memory": False,
+        "max_moe_iters": None,
         "device": "auto",
         "backend": None,
         "dtype": None,

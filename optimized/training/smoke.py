@@ -1,4 +1,4 @@
-"""One forward pass, and one update: does a preset run here, how long does it take, how much memory (REFACTOR12).
+"""One training step, twice: does a model run here, how long does it take cold and warm, how much memory (REFACTOR12).
 
 Shape legend: B windows of a batch, T bytes of a window.
 """
@@ -14,36 +14,54 @@ from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import NATS_PER_BIT
 from arbitor.optimized.training.runtime import Runtime
 from arbitor.optimized.training.schedule import GAIN
+from arbitor.reference.audit import audit
+from arbitor.reference.config import NUM_BYTES, ArbConfig
+from arbitor.reference.graph import ArbModel
+
+
+@dataclass(frozen=True)
+class PassTimes:
+    """Seconds of one pass.
+
+    Attributes:
+        forward: the forward pass and the loss.
+        update: the backward pass and the step, or None where none was asked for.
+    """
+
+    forward: float
+    update: float | None
 
 
 @dataclass(frozen=True)
 class SmokeReport:
-    """What one pass came to.
+    """What two passes came to.
 
     Attributes:
         weights: logical ternary weights.
         state_bytes: canonical training state: trits, exponents and both accumulators.
         bpb: loss of the untrained model on random bytes, in bits per byte.
-        forward_seconds: first forward pass; kernels are compiled in it.
-        update_seconds: first backward pass and step, or None where none was asked for.
-        peak_bytes: most CUDA memory that was allocated, or None on a CPU.
+        build_seconds: drawing the weights.
+        cold: the first pass; kernels are compiled in it, or fetched from Triton's cache.
+        warm: the second.
+        peak_bytes: most CUDA memory that was allocated in the passes, weights included, or None on a CPU.
     """
 
     weights: int
     state_bytes: int
     bpb: float
-    forward_seconds: float
-    update_seconds: float | None
+    build_seconds: float
+    cold: PassTimes
+    warm: PassTimes
     peak_bytes: int | None
 
 
 def smoke(
-    preset: str, runtime: Runtime, *, context: int, batch: int, backward: bool, seed: int
+    config: ArbConfig, runtime: Runtime, *, context: int, batch: int, backward: bool, seed: int
 ) -> SmokeReport:
-    """Build a preset and run it once on random bytes.
+    """Build a model and run it twice on random bytes.
 
     Args:
-        preset: name of a preset.
+        config: what to build.
         runtime: where and how.
         context: T, at least 4.
         batch: B, at least 1.
@@ -51,45 +69,53 @@ def smoke(
         seed: of weights, bytes and dither.
 
     Raises:
-        ValueError: an unknown preset, or a shape that the model can't take.
+        ValueError: a shape that the model can't take.
         TrainingError: the loss is not finite.
     """
-    from arbitor.reference.config import NUM_BYTES
-    from arbitor.reference.config import preset as preset_config
-    from arbitor.reference.graph import ArbModel
-
-    if runtime.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    config = preset_config(preset)
+    began = time.perf_counter()
     model = ArbModel(config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=seed)
-    weights = model.weights().values()
-    num_weights = sum(weight.shape[0] * weight.shape[1] for weight in weights)
-    state_bytes = sum(weight.state_bytes for weight in weights)
-    del weights
+    runtime.synchronize()
+    build_seconds = time.perf_counter() - began
+    shapes = [module.weight.shape for module in model.ternary_modules().values()]
+    state_bytes = audit(config).canonical_bytes
     generator = torch.Generator().manual_seed(seed)
     ids_BT = torch.randint(NUM_BYTES, (batch, context), generator=generator).to(runtime.device)
+    if runtime.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
 
+    losses, passes = [], []
+    for step in range(2):
+        loss, times = _one_pass(model, ids_BT, runtime, backward=backward, step=step)
+        losses.append(loss)
+        passes.append(times)
+    return SmokeReport(
+        weights=sum(rows * columns for rows, columns in shapes),
+        state_bytes=state_bytes,
+        bpb=losses[0] / NATS_PER_BIT,
+        build_seconds=build_seconds,
+        cold=passes[0],
+        warm=passes[1],
+        peak_bytes=torch.cuda.max_memory_allocated() if runtime.device == "cuda" else None,
+    )
+
+
+def _one_pass(
+    model: ArbModel, ids_BT: torch.Tensor, runtime: Runtime, *, backward: bool, step: int
+) -> tuple[float, PassTimes]:
+    """Run one step; return the loss in nats per byte, and the times."""
     runtime.synchronize()
     began = time.perf_counter()
     with torch.set_grad_enabled(backward):
-        loss = model.loss(ids_BT)
+        losses = model.losses(ids_BT)
     runtime.synchronize()
     forward_seconds = time.perf_counter() - began
-
     update_seconds = None
     if backward:
         began = time.perf_counter()
-        voted = model.backward(loss, rate=GAIN, step=0)
+        voted = model.backward(losses, rate=GAIN, step=step)
         model.step()
         runtime.synchronize()
         update_seconds = time.perf_counter() - began
         if not voted:
-            raise TrainingError(f"the loss of preset {preset} on random bytes is not finite")
-    return SmokeReport(
-        weights=num_weights,
-        state_bytes=state_bytes,
-        bpb=loss.item() / NATS_PER_BIT,
-        forward_seconds=forward_seconds,
-        update_seconds=update_seconds,
-        peak_bytes=torch.cuda.max_memory_allocated() if runtime.device == "cuda" else None,
-    )
+            raise TrainingError(f"the loss of {model.config.name} on random bytes is not finite")
+    return losses["bytes"].item(), PassTimes(forward_seconds, update_seconds)

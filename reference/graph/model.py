@@ -6,7 +6,8 @@ Legend: B batch, T bytes, P = T - 2 positions, D width, V = 297 vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Self
 
@@ -20,35 +21,55 @@ from arbitor.reference.config import NGRAM, VOCABULARY_SIZE, ArbConfig
 from arbitor.reference.graph.attention import LatentAttention
 from arbitor.reference.graph.heads import ByteHead
 from arbitor.reference.graph.layers import TernaryRMSNorm
-from arbitor.reference.graph.moe import SharedProjectionMoE
+from arbitor.reference.graph.moe_graph import MoEGraph, RecurrentMoEGraph
 from arbitor.reference.graph.sequencer import ByteEmbedding, TrigramSequencer
-from arbitor.reference.graph.state import GraphContext, TernaryModule
+from arbitor.reference.graph.state import GraphContext, TableModule, TernaryModule
 from arbitor.reference.types import ACCUM_MAX, MAX_PACKED_BYTE, TernaryWeight, level_range
 
 LOSS_REFERENCE = math.log(VOCABULARY_SIZE)
 """Loss of a uniform guess, in nats per byte: what the `sign` rule's vote size is measured against."""
 
+LOSS_WEIGHTS = {"bytes": 1.0, "commitment": 0.25, "codebook": 1.0, "composite_commitment": 0.25, "composite_codebook": 1.0}
+"""What each component of the loss counts in the sum that drives the votes, unless `backward` is told otherwise."""
+
+MODALITIES = ("text", "video", "audio")
+"""What the output router chooses from, in the order of its logits."""
+
 
 class ArbLayer(nn.Module):
-    """One attention and one mixture of experts, each on a normed residual stream.
+    """Attention, then the experts, each on a normed residual stream; the last layer also has the nodes and the loop.
 
-    Math:    h <- h + Attention(RMSNorm(h)); h <- h + MoE(RMSNorm(h))
+    Math:    e = h + Attention(RMSNorm(h)); h <- MoEGraph(e)
     Shapes:  [B, P, D] -> [B, P, D]
     """
 
-    def __init__(self, context: GraphContext) -> None:
+    def __init__(self, context: GraphContext, *, last: bool) -> None:
         super().__init__()
         config = context.config
         output_gain = 1.0 / math.sqrt(2 * config.num_layers)
         self.attention_norm = TernaryRMSNorm(context, config.width)
         self.attention = LatentAttention(context, output_gain=output_gain)
-        self.moe_norm = TernaryRMSNorm(context, config.width)
-        self.moe = SharedProjectionMoE(context, output_gain=output_gain)
+        kind = RecurrentMoEGraph if last else MoEGraph
+        self.moe_graph = kind(context, output_gain=output_gain)
 
-    def forward(self, h_BPD: Tensor) -> Tensor:
+    def forward(self, h_BPD: Tensor, nodes_BPD: Tensor | None = None) -> Tensor:
         """Return the residual stream after this layer."""
-        h_BPD = h_BPD + self.attention(self.attention_norm(h_BPD))
-        return h_BPD + self.moe(self.moe_norm(h_BPD))
+        return self.moe_graph(h_BPD + self.attention(self.attention_norm(h_BPD)), nodes_BPD)
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """What the model knows before a head looks at it.
+
+    Fields:
+        h_BPD:  the stream of every position: images first, then audio, then text.
+        codes:  int64 [B, P], the code of each position in the id space of all modalities; None without codes.
+        losses: scalars, the losses of codebooks by name.
+    """
+
+    h_BPD: Tensor
+    codes: Tensor | None
+    losses: dict[str, Tensor]
 
 
 class ArbModel(nn.Module):
@@ -61,7 +82,8 @@ class ArbModel(nn.Module):
         dtype:  activations: float32, bfloat16, or float64 with the reference.
         seed:   64-bit seed of the starting weights and of the dither.
 
-    Math:    h = layers(sequencer(embedding(ids))); logits = byte_head(h); position p predicts byte p + 3
+    Math:    s = sequencer(embedding(ids)); x = shared_vq(s); h = layers(memory(x), nodes = graph(codes));
+             logits = byte_head(h); position p predicts byte p + 3
     Raises:  TypeError or ValueError for a dtype or seed that is not allowed
     """
 
@@ -83,50 +105,117 @@ class ArbModel(nn.Module):
         self.voting = context.voting
         self.embedding = ByteEmbedding(context)
         self.sequencer = TrigramSequencer(context)
-        self.layers = nn.ModuleList(ArbLayer(context) for _ in range(config.num_layers))
+        self.image_sequencer = None
+        self.audio_sequencer = None
+        self.shared_vq = None
+        self.graph = None
+        self.memory = None
+        self.composite = None
+        last = config.num_layers - 1
+        self.layers = nn.ModuleList(ArbLayer(context, last=i == last) for i in range(config.num_layers))
+        self.router = None
         self.byte_head = ByteHead(context)
+        self.video_head = None
+        self.talker_head = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the weights as torch does, and the count of faults with them."""
         self.voting.faults = fn(self.voting.faults)
         return super()._apply(fn, recurse)
 
-    def forward(self, ids_BT: Tensor) -> Tensor:
-        """Return the logits of every position, float32 [B, P, V], for ids int64 [B, T] with T >= 3."""
+    def trunk(
+        self, ids_BT: Tensor, *, image_BNF: Tensor | None = None, audio_BNF: Tensor | None = None
+    ) -> Trunk:
+        """Return the stream of every position, for ids int64 [B, T] with T >= 3 and, before them, features of media.
+
+        Shapes:  image_BNF and audio_BNF float [B, N, features], N >= 3, for N - 2 positions each
+        Raises:  TypeError or ValueError for ids or features that do not fit, or media that the model was not built for
+        """
         checks.dtype_in("ids_BT", ids_BT, (torch.int64,))
         if ids_BT.ndim != 2 or ids_BT.shape[1] < NGRAM:
             raise ValueError(
                 f"ids_BT has shape {tuple(ids_BT.shape)}, but must be [batch, bytes] with at least {NGRAM} bytes"
             )
-        h_BPD = self.sequencer(self.embedding(ids_BT))
-        for layer in self.layers:
+        parts = {
+            "image": _sequence("image", self.image_sequencer, image_BNF),
+            "audio": _sequence("audio", self.audio_sequencer, audio_BNF),
+            "text": self.sequencer(self.embedding(ids_BT)),
+        }
+        present = {name: s_BPD for name, s_BPD in parts.items() if s_BPD is not None}
+        h_BPD, codes_BP, losses = self._coded(present)
+        nodes_BPD = None
+        if codes_BP is not None:
+            if self.memory is not None:
+                h_BPD = self.memory(h_BPD, codes_BP)
+            if self.graph is not None:
+                extra_BPC = self.composite.read(codes_BP) if self.composite is not None else None
+                nodes_BPD = self.graph(codes_BP, extra_BPC)
+        *first, last = self.layers
+        for layer in first:
             h_BPD = layer(h_BPD)
-        return self.byte_head(h_BPD)
+        h_BPD = last(h_BPD, nodes_BPD)
+        if codes_BP is not None and self.composite is not None:
+            losses |= self.composite(h_BPD, codes_BP)
+        return Trunk(h_BPD, codes_BP, losses)
 
-    def loss(self, ids_BT: Tensor) -> Tensor:
-        """Return the mean loss of the bytes from the fourth on, float32 [], in nats per byte; needs T >= 4.
+    def _coded(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Return the positions of all modalities one after the other, their codes, and the losses of the codebooks."""
+        if self.shared_vq is None:
+            return torch.cat(list(parts.values()), dim=1), None, {}
+        streams, codes, losses = [], [], {}
+        for name, s_BPD in parts.items():
+            x_BPD, codes_BP, of_this = self.shared_vq(s_BPD, name)
+            streams.append(x_BPD)
+            codes.append(codes_BP)
+            for loss, value in of_this.items():
+                losses[loss] = losses.get(loss, 0.0) + value / len(parts)
+        return torch.cat(streams, dim=1), torch.cat(codes, dim=1), losses
 
-        The last position's byte is not known, so its logits are left out.
+    def forward(self, ids_BT: Tensor, **media: Tensor | None) -> Tensor:
+        """Return the logits of every text position, float32 [B, P, V], for ids int64 [B, T] with T >= 3; see `trunk`."""
+        return self._logits(self.trunk(ids_BT, **media), ids_BT)
+
+    def _logits(self, trunk: Trunk, ids_BT: Tensor) -> Tensor:
+        return self.byte_head(trunk.h_BPD[:, 2 - ids_BT.shape[1] :])
+
+    def losses(self, ids_BT: Tensor, **media: Tensor | None) -> dict[str, Tensor]:
+        """Return the components of the loss, float32 [], by the names of LOSS_WEIGHTS.
+
+        `bytes`: the mean loss of the bytes from the fourth on, in nats per byte; needs T >= 4. The last position's byte
+        is not known, so its logits are left out. With targets there is no choice of a head: it is always the ByteHead.
         """
         if ids_BT.ndim != 2 or ids_BT.shape[0] == 0 or ids_BT.shape[1] <= NGRAM:
             raise ValueError(
                 f"ids_BT has shape {tuple(ids_BT.shape)}, but must be [batch, bytes] with at least {NGRAM + 1} bytes"
             )
-        logits_BPV = self(ids_BT)[:, :-1]
-        return F.cross_entropy(logits_BPV.flatten(0, 1), ids_BT[:, NGRAM:].flatten())
+        trunk = self.trunk(ids_BT, **media)
+        logits_BPV = self._logits(trunk, ids_BT)[:, :-1]
+        loss = F.cross_entropy(logits_BPV.flatten(0, 1), ids_BT[:, NGRAM:].flatten())
+        return {"bytes": loss, **trunk.losses}
 
-    def backward(self, loss: Tensor, *, rate: float | Tensor, step: int | Tensor) -> bool:
+    def loss(self, ids_BT: Tensor, **media: Tensor | None) -> Tensor:
+        """Return the component `bytes` of `losses` alone: what a model is judged by."""
+        return self.losses(ids_BT, **media)["bytes"]
+
+    def backward(
+        self, loss: Tensor | Mapping[str, Tensor], *, rate: float | Tensor, step: int | Tensor
+    ) -> bool:
         """Run the backward pass of one micro-batch, in which every weight behind the loss votes.
 
         Args:
-            loss: what `loss` returned, or any scalar computed with this model.
+            loss: a scalar computed with this model, as `loss` returns; or its components by name, as `losses` returns:
+                their sum, each weighted by LOSS_WEIGHTS (1 for another name), drives the votes.
             rate: schedule rate times gain, 0 .. 127, a number or a 0-dim float32 tensor. The `sign` rule asks only
                 whether it is 0.
             step: number of this micro-batch, a coordinate of the dither; a number or a 0-dim int64 tensor.
 
         Returns:
-            True; or False when the loss is not finite, in which case not one byte has changed.
+            True; or False when the loss, or a component of it, is not finite, in which case not one byte has changed.
         """
+        if isinstance(loss, Mapping):
+            if not loss:
+                raise ValueError("loss has no components, but must have at least one")
+            loss = torch.stack([LOSS_WEIGHTS.get(name, 1.0) * value for name, value in loss.items()]).sum()
         if loss.numel() != 1:
             raise ValueError(f"loss has shape {tuple(loss.shape)}, but must be a scalar")
         value = float(loss.detach())
@@ -140,13 +229,47 @@ class ArbModel(nn.Module):
         return True
 
     def step(self) -> None:
-        """Apply the step rule to every weight, or row of a table, that voted since the last step."""
+        """Apply the step rule to every weight, or row of a table, that voted since the last step; then count tables."""
         for module in self.ternary_modules().values():
             module.step_weight()
+        for keeper in self.table_modules().values():
+            keeper.step_tables()
 
     def ternary_modules(self) -> dict[str, TernaryModule]:
         """Return the modules that hold a weight by name, in definition order: the order of their tensor ids."""
         return {name: module for name, module in self.named_modules() if isinstance(module, TernaryModule)}
+
+    def table_modules(self) -> dict[str, TableModule]:
+        """Return the modules that keep integer tables by name, in definition order."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, TableModule)}
+
+    def tables(self) -> dict[str, Tensor]:
+        """Return every integer table by name. They are the model's own tensors, not copies."""
+        return {
+            f"{name}.{table}": tensor
+            for name, module in self.table_modules().items()
+            for table, tensor in module.tables().items()
+        }
+
+    def state(self) -> dict[str, TernaryWeight | Tensor]:
+        """Return all that training changes: the weights in canonical form, and the integer tables."""
+        return {**self.weights(), **self.tables()}
+
+    def load_state(self, state: Mapping[str, TernaryWeight | Tensor]) -> None:
+        """Overwrite weights and tables, in place; nothing changes unless all of them fit."""
+        tables = self.tables()
+        given = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        for name, table in tables.items():
+            if name not in given:
+                raise ValueError(f"state has no {name!r}, but must name every table of the model")
+            checks.tensor(name, given[name], table.dtype, table.shape)
+        for name in given.keys() - tables.keys():
+            raise ValueError(f"state has {name!r}, but the model has no table of that name")
+        self.load_weights({name: value for name, value in state.items() if isinstance(value, TernaryWeight)})
+        for name, table in tables.items():
+            table.copy_(given[name])
+        for keeper in self.table_modules().values():
+            keeper.forget()
 
     def weights(self) -> dict[str, TernaryWeight]:
         """Return every weight by name in canonical form, in definition order. May share memory with the model."""
@@ -184,6 +307,15 @@ class ArbModel(nn.Module):
             changed += self.ops.count_changed_trits(after.with_tensors(packed=packed), after)
             total += math.prod(after.shape)
         return float(changed) / total
+
+
+def _sequence(name: str, sequencer: nn.Module | None, features_BNF: Tensor | None) -> Tensor | None:
+    """Return the positions of a medium, or None without features; refuse features that no sequencer reads."""
+    if features_BNF is None:
+        return None
+    if sequencer is None:
+        raise ValueError(f"{name}_BNF is given, but must be None: the model has no {name} sequencer")
+    return sequencer(features_BNF)
 
 
 def _check_loadable(name: str, weight: TernaryWeight, current: TernaryWeight) -> None:

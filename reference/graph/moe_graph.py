@@ -1,0 +1,98 @@
+"""MoEGraph: what follows attention in a layer. Experts, the nodes of the graph, and in the last layer a loop around both.
+
+Legend: B batch, P positions, D width, I turns of the loop.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from arbitor.reference.config import HALT_THRESHOLD
+from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm
+from arbitor.reference.graph.moe import SharedProjectionMoE
+from arbitor.reference.graph.state import GraphContext, TableModule
+
+LEAK_SHIFTS = (1, 2, 3, 4)
+"""k of the channels, in turn: a channel keeps 1 - 2**-k of its state from one turn to the next."""
+
+
+class MoEGraph(nn.Module):
+    """Experts that read the stream and the node of each position's code.
+
+    Math:    one turn: g = h + node; h <- h + MoE(RMSNorm(g)); without experts h <- g
+    Shapes:  e [B, P, D], nodes [B, P, D] or None -> [B, P, D]
+    Source:  REFACTOR14 (MoEGraph); docs/spec/graph.md
+    """
+
+    def __init__(self, context: GraphContext, *, output_gain: float = 1.0) -> None:
+        super().__init__()
+        self.has_moe = context.config.use_moe
+        if self.has_moe:
+            self.moe_norm = TernaryRMSNorm(context, context.config.width)
+            self.moe = SharedProjectionMoE(context, output_gain=output_gain)
+
+    def forward(self, e_BPD: Tensor, nodes_BPD: Tensor | None = None) -> Tensor:
+        """Return the stream after one turn."""
+        return self.turn(e_BPD, nodes_BPD)
+
+    def turn(self, h_BPD: Tensor, nodes_BPD: Tensor | None) -> Tensor:
+        """Return the stream after the experts have read it."""
+        g_BPD = h_BPD if nodes_BPD is None else h_BPD + nodes_BPD
+        return h_BPD + self.moe(self.moe_norm(g_BPD)) if self.has_moe else g_BPD
+
+
+class RecurrentMoEGraph(MoEGraph, TableModule):
+    """The last layer's MoEGraph: the same weights for several turns, as many as each position asks for.
+
+    Math:    h_0 = e; turn i: h~ = a h + (1 - a) e with a = 1 - 2**-k per channel (linear time-invariant injection), then
+             the turn of MoEGraph on h~; halting p_i = sigmoid(w . RMSNorm(h_i)); a position halts at the first turn at
+             which its p add up to HALT_THRESHOLD, at the latest at the last one, which gets what is left of 1
+             output: the sum of h_i times its share
+    Range:   k int8 in LEAK_SHIFTS, a table of the model that nothing changes; shares add up to 1
+    Source:  adaptive computation time (Graves 2016); REFACTOR12 (4 turns, 0.99), REFACTOR14 (LTI)
+    """
+
+    def __init__(self, context: GraphContext, *, output_gain: float = 1.0) -> None:
+        super().__init__(context, output_gain=output_gain)
+        self.max_turns = context.config.max_moe_iters if self.has_moe else 1
+        if self.max_turns > 1:
+            channels = torch.arange(context.config.width, device=context.device)
+            shifts = channels % len(LEAK_SHIFTS) + LEAK_SHIFTS[0]
+            self.add_table("leak_shifts", shifts.to(torch.int8))
+            self.halt_norm = TernaryRMSNorm(context, context.config.width)
+            self.halt = TernaryLinear(context, context.config.width, 1)
+
+    def forward(self, e_BPD: Tensor, nodes_BPD: Tensor | None = None) -> Tensor:
+        """Return the mean of the turns, each position's weighted by its halting."""
+        if self.max_turns == 1:
+            return self.turn(e_BPD, nodes_BPD)
+        shifts_D = self.get_buffer("leak_shifts")
+        keep_D = (1 - torch.ldexp(torch.ones_like(shifts_D, dtype=torch.float32), -shifts_D)).to(e_BPD.dtype)
+        states, halts, h_BPD = [], [], e_BPD
+        for turn in range(self.max_turns):
+            if turn:
+                h_BPD = e_BPD + keep_D * (h_BPD - e_BPD)
+            h_BPD = self.turn(h_BPD, nodes_BPD)
+            states.append(h_BPD)
+            if turn + 1 < self.max_turns:
+                halts.append(self.halt(self.halt_norm(h_BPD)).squeeze(-1))
+        shares_IBP = halting_shares(torch.stack(halts))
+        mean_BPD = sum(share[..., None] * h for share, h in zip(shares_IBP, states, strict=True))
+        return mean_BPD.to(e_BPD.dtype)
+
+
+def halting_shares(logits: Tensor) -> Tensor:
+    """Return the share of each turn, for the halting logits of all turns but the last.
+
+    Math:    p = sigmoid(logits); with c_i = p_1 + .. + p_i: share_i = p_i while c_i < HALT_THRESHOLD, 1 - c_{i-1} at the
+             first turn where it is not, and at the last turn if there was none; 0 after that
+    Shapes:  [I - 1, ...] -> [I, ...], float32 or better, each >= 0; the sum over turns is 1
+    """
+    p = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+    after = p.cumsum(dim=0)
+    none = torch.zeros_like(p[:1])
+    before = torch.cat([none, after])
+    running = torch.cat([torch.ones_like(none), (after < HALT_THRESHOLD).to(p.dtype).cumprod(dim=0)])
+    goes_on = torch.cat([running[1:], none])
+    return running * (goes_on * torch.cat([p, none]) + (1 - goes_on) * (1 - before))
