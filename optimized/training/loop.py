@@ -336,6 +336,11 @@ def _stop_if_asked(run: _Run) -> None:
     raise Stopped(run.request.signal_number, f"{done}; the checkpoint is written, go on with --resume")
 
 
+def _shapes(model: ArbModel) -> list[tuple[int, int]]:
+    """Shapes of the model's weights."""
+    return [module.weight.shape for module in model.ternary_modules().values()]
+
+
 def _finish(run: _Run, baselines: Mapping[str, float]) -> TrainResult:
     """Write what remains of a run: the final checkpoint, summary, plot and sample."""
     settings, runtime = run.settings, run.runtime
@@ -347,6 +352,7 @@ def _finish(run: _Run, baselines: Mapping[str, float]) -> TrainResult:
         save_checkpoint(run.folder / FINAL, state, **metadata)
     summary = {
         "preset": settings.preset,
+        "weights": sum(rows * columns for rows, columns in _shapes(run.model)),
         "val_bpb": run.val_bpb,
         "best_bpb": run.best_bpb,
         "baselines": dict(baselines),
