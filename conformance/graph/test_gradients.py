@@ -13,10 +13,11 @@ from conformance.compare import alike
 from conformance.graph import models, twin
 
 
-@pytest.fixture(scope="module")
-def double() -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+@pytest.fixture(scope="module", params=[1, 3], ids=["one turn", "three turns"])
+def double(request: pytest.FixtureRequest) -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return a float64 model, its weights as matrices, and the gradient each of them voted with."""
     voted: dict[int, torch.Tensor] = {}
+    uses: list[int] = []
 
     def record(
         weight: Any, grad: torch.Tensor, rate: float, *, rows: Any = None, tensor_id: int, **_: Any
@@ -26,15 +27,18 @@ def double() -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
             full += grad
         else:
             full[rows[rows >= 0]] = grad[rows >= 0]
-        assert tensor_id not in voted, "a weight voted twice"
-        voted[tensor_id] = full
+        uses.append(tensor_id)
+        voted[tensor_id] = voted.get(tensor_id, 0) + full  # a weight of the loop votes once a turn
         return weight
 
-    model = models.nano(ops=models.ops_with(accumulate_gradient=record), dtype=torch.float64)
+    model = models.nano(
+        ops=models.ops_with(accumulate_gradient=record), dtype=torch.float64, max_moe_iters=request.param
+    )
     matrices = {
         name: weight.dense(torch.float64).requires_grad_() for name, weight in model.weights().items()
     }
     assert model.backward(model.loss(models.random_ids(2, 9)), rate=models.RATE, step=0)
+    assert request.param > 1 or len(uses) == len(voted), "a weight voted twice"
     names = {module.tensor_id: name for name, module in model.ternary_modules().items()}
     return model, matrices, {names[tensor_id]: grad for tensor_id, grad in voted.items()}
 

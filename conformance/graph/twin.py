@@ -33,7 +33,8 @@ def logits(matrices: Matrices, config: ArbConfig, ids_T: Tensor) -> Tensor:
     for place in range(config.num_layers):
         own = {name.removeprefix(f"layers.{place}."): value for name, value in matrices.items()}
         h = h + attention(own, config, norm(h, own["attention_norm"]))
-        h = h + mixture(own, config, norm(h, own["moe_graph.moe_norm"]))
+        turns = config.max_moe_iters if place == config.num_layers - 1 else 1
+        h = torch.stack([turned_around(own, config, e, turns) for e in h])
     n = norm(h, matrices["byte_head.norm"])
     u = (
         h
@@ -72,6 +73,22 @@ def turned(x_PR: Tensor) -> Tensor:
     turns = torch.tensor([[cmath.exp(1j * angle) for angle in row] for row in angles], dtype=torch.complex128)
     spun = torch.complex(x_PR[:, :half], x_PR[:, half:]) * turns
     return torch.cat([spun.real, spun.imag], dim=1)
+
+
+def turned_around(own: Matrices, config: ArbConfig, e_D: Tensor, turns: int) -> Tensor:
+    """Return the mean of a position's turns through the experts, weighted by its halting, as ACT is told."""
+    keep = torch.tensor([1 - 2.0 ** -(1 + channel % 4) for channel in range(len(e_D))], dtype=e_D.dtype)
+    h, left, total = e_D, torch.ones((), dtype=e_D.dtype), torch.zeros_like(e_D)
+    for turn in range(turns):
+        h = keep * h + (1 - keep) * e_D
+        h = h + mixture(own, config, norm(h, own["moe_graph.moe_norm"])[None])[0]
+        if turn == turns - 1:
+            return total + left * h
+        p = torch.sigmoid(own["moe_graph.halt"][0] @ norm(h, own["moe_graph.halt_norm"]))
+        if 1 - left + p >= 0.99:
+            return total + left * h
+        total, left = total + p * h, left - p
+    return total
 
 
 def mixture(own: Matrices, config: ArbConfig, x_PD: Tensor) -> Tensor:

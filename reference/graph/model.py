@@ -215,9 +215,9 @@ class ArbModel(nn.Module):
         if isinstance(loss, Mapping):
             if not loss:
                 raise ValueError("loss has no components, but must have at least one")
-            loss = torch.stack([LOSS_WEIGHTS.get(name, 1.0) * value for name, value in loss.items()]).sum()
-        if loss.numel() != 1:
-            raise ValueError(f"loss has shape {tuple(loss.shape)}, but must be a scalar")
+            parts = [LOSS_WEIGHTS.get(name, 1.0) * _scalar(value) for name, value in loss.items()]
+            loss = torch.stack(parts).sum()
+        loss = _scalar(loss)
         value = float(loss.detach())
         if not math.isfinite(value):
             return False
@@ -307,6 +307,13 @@ class ArbModel(nn.Module):
             changed += self.ops.count_changed_trits(after.with_tensors(packed=packed), after)
             total += math.prod(after.shape)
         return float(changed) / total
+
+
+def _scalar(loss: Tensor) -> Tensor:
+    """Return a loss of one element without dimensions; refuse another."""
+    if loss.numel() != 1:
+        raise ValueError(f"loss has shape {tuple(loss.shape)}, but must be a scalar")
+    return loss.reshape(())
 
 
 def _sequence(name: str, sequencer: nn.Module | None, features_BNF: Tensor | None) -> Tensor | None:

@@ -1,0 +1,103 @@
+"""Integer tables: written by a step alone, from what accepted backward passes had seen."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from arbitor.reference.graph.state import GraphContext, TableModule, when_voting
+from conformance.graph import models
+
+
+class Counter(TableModule):
+    """Counts what it saw."""
+
+    def __init__(self, context: GraphContext) -> None:
+        super().__init__()
+        self.voting = context.voting
+        self.add_table("count", torch.zeros(4, dtype=torch.int16))
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        return when_voting(x, self.voting, self.seen.append, ids)
+
+    def step_tables(self) -> None:
+        for ids in self.seen:
+            self.tables()["count"].index_add_(0, ids, torch.ones_like(ids, dtype=torch.int16))
+        self.forget()
+
+    def forget(self) -> None:
+        self.seen.clear()
+
+
+def parts() -> tuple[Counter, Tensor]:
+    """Return a counter, and an input that requires a gradient."""
+    context = models.nano().voting
+    holder = type("Holder", (), {"voting": context})()
+    return Counter(holder), torch.ones(2, requires_grad=True)
+
+
+def test_a_table_counts_what_accepted_passes_saw() -> None:
+    counter, x = parts()
+    ids = torch.tensor([1, 3])
+    for _ in range(2):
+        with counter.voting.at(rate=1.0, step=0):
+            counter(x, ids).sum().backward()
+    assert counter.tables()["count"].tolist() == [0, 0, 0, 0]
+    counter.step_tables()
+    assert counter.tables()["count"].tolist() == [0, 2, 0, 2]
+    counter.step_tables()
+    assert counter.tables()["count"].tolist() == [0, 2, 0, 2]
+    assert x.grad is not None and x.grad.tolist() == [2.0, 2.0]
+
+
+def test_a_pass_that_does_not_vote_leaves_no_trace() -> None:
+    counter, x = parts()
+    counter(x, torch.tensor([0]))  # no backward pass
+    counter(x, torch.tensor([0])).sum().backward()  # one that does not vote
+    with torch.no_grad():
+        counter(x, torch.tensor([0]))
+    counter.step_tables()
+    assert not counter.tables()["count"].any()
+
+
+def test_tables_are_state() -> None:
+    """They are listed by name, saved with the weights, and loaded all or not at all."""
+    model = models.nano(max_moe_iters=2)
+    name = "layers.1.moe_graph.leak_shifts"
+    state = {key: value.clone() for key, value in model.state().items()}
+    assert name in state and name in model.tables() and name not in model.weights()
+    changed = {**state, name: state[name] + 1}
+    model.load_state(changed)
+    assert torch.equal(model.tables()[name], changed[name])
+    for wrong, says in (
+        ({key: value for key, value in state.items() if key != name}, "has no 'layers.1"),
+        ({**state, "more": torch.zeros(1)}, "no table of that name"),
+        ({**state, name: state[name][:-1]}, "leak_shifts"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            model.load_state(wrong)
+        assert torch.equal(model.tables()[name], changed[name])
+
+
+@pytest.mark.parametrize("fault", [math.nan, math.inf])
+def test_components_of_a_loss_drive_the_votes_unless_one_is_not_finite(fault: float) -> None:
+    model, ids_BT = models.nano(), models.random_ids(2, 9)
+    before = models.state_of(model)
+    losses = {**model.losses(ids_BT), "more": torch.tensor(fault)}
+    assert not model.backward(losses, rate=models.RATE, step=0)
+    assert not models.changed_tensors(before, model)
+    assert model.backward(model.losses(ids_BT), rate=models.RATE, step=0)
+    signal = models.nano()
+    assert signal.backward(signal.loss(ids_BT), rate=models.RATE, step=0)
+    assert models.changed_tensors(before, model)
+    assert not models.changed_tensors(models.state_of(signal), model)
+
+
+@pytest.mark.parametrize("loss", [{}, {"bytes": torch.ones(2)}, torch.ones(2)])
+def test_a_loss_that_is_no_scalar_is_refused(loss: object) -> None:
+    with pytest.raises(ValueError, match="loss"):
+        models.nano().backward(loss, rate=1.0, step=0)
