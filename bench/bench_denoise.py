@@ -1,4 +1,4 @@
-"""The denoise step and its backward pass; against torch elementwise."""
+"""The denoise step, its backward pass, and the whole loop; against torch elementwise, and torch on dense weights."""
 
 from __future__ import annotations
 

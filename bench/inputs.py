@@ -5,6 +5,7 @@ Legend: N rows, K columns, G columns a group, M activation rows, B batch, C chan
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -117,6 +118,110 @@ def _ids(make: Maker, s: Sizes) -> Tensor:
     return make.integers(0, s["N"] - 1, (s["M"],), torch.int64)
 
 
+def _codebook(make: Maker, s: Sizes) -> Arguments:
+    at = {"seed": CLOCK["seed"], "tensor_id": CLOCK["tensor_id"]}
+    sizes = {"sign_bits": s["sign_bits"], "group_size": s["G"]}
+    return ((s["N"], s["K"]),), {**sizes, **at, "device": make.device}
+
+
+def _codes(make: Maker, s: Sizes) -> TernaryWeight:
+    """Return codes in the midst of training, with the exponents that they have there."""
+    weight = _weight(make, s)
+    return weight.with_tensors(exponents=make.integers(-2, 1, tuple(weight.exponents.shape), torch.int8))
+
+
+def _candidates(make: Maker, s: Sizes) -> Tensor:
+    width = s["probes"] * -(-s["N"] // 2 ** s["sign_bits"])
+    return make.integers(-1, s["N"] - 1, (s["M"], width), torch.int64)
+
+
+def _usage(make: Maker, s: Sizes, most: int) -> Tensor:
+    return make.integers(0, most, (s["N"],), torch.int16)
+
+
+def _count(make: Maker, s: Sizes) -> Arguments:
+    usage = _usage(make, s, 100)
+    return (usage, _ids(make, s)), {"out": usage}
+
+
+def _revive(make: Maker, s: Sizes) -> Arguments:
+    codes = _codes(make, s)
+    at = {"first": s["N"] // 2, "window": s["window"], **CLOCK, "sign_bits": s["sign_bits"], "out": codes}
+    return (codes, _usage(make, s, 0), _activations(make, s, "K")), at
+
+
+def _age(make: Maker, s: Sizes) -> Arguments:
+    usage = _usage(make, s, 100)
+    return (usage,), {"first": s["N"] // 2, "window": s["window"], "out": usage}
+
+
+def _stacked(make: Maker, s: Sizes) -> TernaryWeight:
+    return make.weight(s["E"] * s["N"], s["K"], s["G"])
+
+
+def _dealt(make: Maker, s: Sizes) -> Tensor:
+    """Return experts dealt out in turn, shuffled: as many as can be are used, equally often."""
+    order = torch.randperm(s["M"], generator=make.generator, device=make.device)
+    return torch.arange(s["M"], device=make.device)[order] % s["E"]
+
+
+def _grouped(make: Maker, s: Sizes, width: str) -> Arguments:
+    return (_activations(make, s, width), _stacked(make, s), _dealt(make, s)), {"num_groups": s["E"]}
+
+
+def _ngrams(make: Maker, s: Sizes) -> Arguments:
+    shape = (s["B"], s["M"] // s["B"])
+    codes, before = (make.integers(0, 34_107, (s["B"], width), torch.int64) for width in (shape[1], s["order"] - 1))
+    return (codes,), {"order": s["order"], "num_rows": s["N"], "salt": 3, "previous": before}
+
+
+def _touch(make: Maker, s: Sizes) -> Arguments:
+    strengths = make.integers(0, 127, (s["N"],), torch.int8)
+    at = {"gain": 8, "first": s["N"] // 2, "window": s["window"], "shift": 2, "out": strengths}
+    return (strengths, make.integers(-1, s["N"] - 1, (s["M"],), torch.int64)), at
+
+
+def _slots(make: Maker, s: Sizes) -> Arguments:
+    dtype, columns = FLOATS[s["float_bytes"]], s["L"] + s["R"]
+    bias = make.integers(0, 1, (s["B"], s["S"]), torch.int64).to(torch.float32) * math.log(64)
+    q, keys = (make.normal((s["B"], s[rows], columns), dtype) for rows in ("H", "S"))
+    return (q, keys, bias), {"value_width": s["L"], "scale": columns**-0.5}
+
+
+def _denoise_loop(make: Maker, s: Sizes) -> Arguments:
+    floats = FLOATS[s["float_bytes"]]
+    shapes = ((s["D"], s["L"]), (s["D"], s["D"]), (s["T"], s["D"]), (s["L"], s["D"]))
+    weights = (make.weight(*shape, s["G"]) for shape in shapes)
+    latent, tokens = make.normal((s["B"], s["L"]), floats), make.normal((s["B"], s["P"], s["D"]), floats)
+    return (latent, tokens, *weights), {"alphas": (0.153, 0.497, 0.819)[: s["T"]]}
+
+
+def _slots(make: Maker, s: Sizes) -> Tensor:
+    """Return the neighbours of M rows, one in ten of them an empty slot."""
+    named = make.integers(0, s["N"] - 1, (s["M"], s["J"]), torch.int32)
+    return torch.where(make.integers(0, 9, (s["M"], s["J"]), torch.int32) == 0, -1, named)
+
+
+def _signs(make: Maker, s: Sizes) -> Tensor:
+    return make.trits((s["M"], s["J"])).to(FLOATS[s["float_bytes"]])
+
+
+def _nodes(make: Maker, s: Sizes) -> Tensor:
+    return make.normal((s["N"], s["K"]), FLOATS[s["float_bytes"]])
+
+
+def _neighbours(make: Maker, s: Sizes) -> Arguments:
+    """Return tables in the midst of training and pairs of which some are frequent, to be counted in place."""
+    shape = (s["N"], s["J"])
+    neighbours = make.integers(0, s["N"] - 1, shape, torch.int32)
+    scores = make.integers(0, 20, shape, torch.int8)
+    tables = (neighbours, scores, make.weight(*shape, s["G"]))
+    skewed = lambda: (  # noqa: E731
+        make.normal((s["M"],), torch.float32).abs().pow(3).mul(s["N"] / 64).long().clamp(max=s["N"] - 1)
+    )
+    return (*tables, skewed(), skewed()), {"out": tables}
+
+
 INPUTS: dict[str, Callable[[Maker, Sizes], Arguments]] = {
     "pack_trits": lambda m, s: ((m.trits((s["N"], s["K"])),), {}),
     "unpack_trits": lambda m, s: ((m.packed(s["N"], s["K"]), (s["N"], s["K"])), {}),
@@ -158,6 +263,34 @@ INPUTS: dict[str, Callable[[Maker, Sizes], Arguments]] = {
     "embedding_row_grads": lambda m, s: ((_ids(m, s), _activations(m, s, "K")), {}),
     "denoise_step": lambda m, s: ((_activations(m, s, "K"), _activations(m, s, "K")), {"alpha": 0.7}),
     "denoise_step_backward": lambda m, s: ((_activations(m, s, "K"),), {"alpha": 0.7}),
+    "denoise_loop": _denoise_loop,
+    "initial_codebook": _codebook,
+    "nearest_codes": lambda m, s: ((_activations(m, s, "K"), _codes(m, s)), {}),
+    "candidate_codes": lambda m, s: (
+        (_activations(m, s, "K"),),
+        {"num_codes": s["N"], "sign_bits": s["sign_bits"], "num_probes": s["probes"]},
+    ),
+    "nearest_candidates": lambda m, s: ((_activations(m, s, "K"), _codes(m, s), _candidates(m, s)), {}),
+    "count_codes": _count,
+    "revive_codes": _revive,
+    "age_codes": _age,
+    "grouped_linear": lambda m, s: _grouped(m, s, "K"),
+    "grouped_linear_input_grad": lambda m, s: _grouped(m, s, "N"),
+    "grouped_linear_weight_grad": lambda m, s: (
+        (_activations(m, s, "N"), _activations(m, s, "K"), _dealt(m, s)),
+        {"num_groups": s["E"]},
+    ),
+    "expert_load": lambda m, s: ((_dealt(m, s),), {"num_groups": s["E"]}),
+    "ngram_rows": _ngrams,
+    "touch_strengths": _touch,
+    "decode_attention": _slots,
+    "edge_sum": lambda m, s: ((_nodes(m, s), _slots(m, s), _signs(m, s)), {}),
+    "edge_sum_input_grad": lambda m, s: (
+        (_activations(m, s, "K"), _slots(m, s), _signs(m, s)),
+        {"num_nodes": s["N"]},
+    ),
+    "edge_sum_sign_grad": lambda m, s: ((_activations(m, s, "K"), _nodes(m, s), _slots(m, s)), {}),
+    "update_neighbours": _neighbours,
     "from_spec": lambda m, s: ((_weight(m, s),), {}),
     "to_spec": lambda m, s: ((_weight(m, s),), {}),
 }

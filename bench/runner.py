@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from arbitor.reference import ops as reference_ops
-from arbitor.reference.config import NUM_BYTES, preset
+from arbitor.reference.config import NUM_BYTES
 from arbitor.reference.graph import ArbModel
+from arbitor.reference.presets import preset
 from arbitor.reference.types import TernaryWeight
 from bench import cases, gate, machine, rooflines, timing
 from bench.cases import OURS, REFERENCE, Case
@@ -169,6 +170,8 @@ def _in_device_layout(ops: ModuleType, arguments: Arguments) -> Arguments:
     moved: dict[int, Any] = {}
 
     def move(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(move, value))
         if not isinstance(value, TernaryWeight):
             return value
         return moved.setdefault(id(value), ops.from_spec(value))

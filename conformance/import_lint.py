@@ -3,7 +3,7 @@
     python -m conformance.import_lint        # prints file:line for each breach, exit status 1 if there is one
 
 reference imports torch, the standard library and itself. optimized imports of reference what holds no op: types, checks,
-config, op_table, graph, audit; and never decodes a weight by the reference's methods. Nothing that is installed imports
+config, presets, op_table, graph, audit; and never decodes a weight by the reference's methods. Nothing that is installed imports
 conformance or bench. Environment variables named ARB_* are read in optimized/settings.py.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-REFERENCE_FOR_OPTIMIZED = ("types", "checks", "config", "op_table", "graph", "audit")
+REFERENCE_FOR_OPTIMIZED = ("types", "checks", "config", "presets", "op_table", "graph", "audit")
 DECODERS = ("trits", "dense", "from_trits")
 SETTINGS = Path("optimized/settings.py")
 TEST_PACKAGES = ("conformance", "bench")

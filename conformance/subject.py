@@ -23,7 +23,7 @@ from conformance.poison import PATTERNS, poisoned
 WRITTEN = ("out", "faults")
 """Arguments that an op may write."""
 
-MAKERS = ("initial_weight", "constant_weight")
+MAKERS = ("initial_weight", "constant_weight", "initial_codebook")
 """Ops that make something of nothing: they are told where."""
 
 
@@ -62,7 +62,8 @@ class Subject:
         device_kwargs = {name: self.to_device(value, device_layout, moved) for name, value in kwargs.items()}
         if op in MAKERS:
             device_kwargs.setdefault("device", self.device)
-        writable = {id(device_kwargs[name]) for name in WRITTEN if device_kwargs.get(name) is not None}
+        written = [device_kwargs[name] for name in WRITTEN if device_kwargs.get(name) is not None]
+        writable = {id(part) for value in written for part in (value, *parts_of(value))}
         inputs = [value for value in (*device_args, *device_kwargs.values()) if id(value) not in writable]
         before = {path: tensor.clone() for path, tensor in tensors_of(inputs).items()}
         with poisoned(pattern):
@@ -106,6 +107,8 @@ class Subject:
             result = value.to(self.device) if value.device.type == "cpu" else value
             if device_layout:
                 result = self.raw("from_spec")(result)
+        elif isinstance(value, tuple):
+            return tuple(self.to_device(part, device_layout, moved) for part in value)
         else:
             return value
         moved[id(value)] = result
@@ -121,6 +124,11 @@ class Subject:
             canonical = value if isinstance(value, TernaryWeight) else self.raw("to_spec")(value)
             return canonical.to("cpu")
         return value
+
+
+def parts_of(value: Any) -> tuple[Any, ...]:
+    """Return the items of a tuple; nothing of anything else."""
+    return value if isinstance(value, tuple) else ()
 
 
 def is_weight(value: Any) -> bool:

@@ -21,6 +21,7 @@ from arbitor.optimized.version import package_version
 if TYPE_CHECKING:
     from arbitor.optimized.training.checkpoint import Checkpoint
     from arbitor.optimized.training.loop import TrainResult
+    from arbitor.reference.audit import AuditReport
 
 MIB = 2**20
 """Bytes of a mebibyte, the seeds' unit of state."""
@@ -175,33 +176,19 @@ def generate(
 
 @cli.command()
 @click.option("--preset", default="tiny", show_default=True, help="What to look at.")
+@_modules
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def audit(preset: str, as_json: bool) -> None:
+def audit(preset: str, as_json: bool, **modules: Any) -> None:
     """Count the weights and bytes of a preset, area by area, without building it."""
     from arbitor.optimized.layouts import resident_bytes
+    from arbitor.optimized.training.plan import model_config
     from arbitor.reference.audit import audit as audit_config
-    from arbitor.reference.config import preset as preset_config
 
-    report = audit_config(preset_config(preset), resident_bytes=resident_bytes)
+    report = audit_config(model_config(preset, **modules), resident_bytes=resident_bytes)
     if as_json:
         click.echo(report.to_json(), nl=False)
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("area", title=f"preset {preset}")
-    for heading in ("ternary weights", "canonical MiB", "on a GPU MiB"):
-        table.add_column(heading, justify="right")
-    rows = [(area.name, area.weights, area.canonical_bytes, area.resident_bytes) for area in report.areas]
-    for name, weights, canonical, resident in rows:
-        table.add_row(name, f"{weights:,}", f"{canonical / MIB:.2f}", f"{resident / MIB:.2f}")
-    table.add_section()
-    canonical, resident = report.canonical_bytes, report.resident_bytes
-    table.add_row("total", f"{report.weights:,}", f"{canonical / MIB:.2f}", f"{resident / MIB:.2f}")
-    console = Console()
-    console.print(table)
-    console.print(f"trainable float parameters: {report.trainable_float_params}", highlight=False)
-    console.print(f"float buffers: {report.float_buffers}", highlight=False)
+    else:
+        _print_audit(report)
 
 
 @cli.command()
@@ -244,6 +231,47 @@ def smoke(
             click.echo(f"backward/update, {name}: {times.update:.3f} s")
     if report.peak_bytes is not None:
         click.echo(f"CUDA peak: {report.peak_bytes / MIB:.2f} MiB")
+
+
+def _print_audit(report: AuditReport) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("area", title=f"preset {report.config_name}")
+    for heading in ("ternary weights", "canonical MiB", "on a GPU MiB"):
+        table.add_column(heading, justify="right")
+    total = ("total", report.weights, report.canonical_bytes, report.resident_bytes)
+    for section in (report.areas, None, report.apart):
+        rows = [(a.name, a.weights, a.canonical_bytes, a.resident_bytes) for a in section or ()]
+        for name, weights, canonical, resident in rows if section is not None else [total]:
+            table.add_row(name, f"{weights:,}", f"{canonical / MIB:.2f}", f"{resident / MIB:.2f}")
+        table.add_section()
+    tables = Table("integer table, apart", "dtype", "shape")
+    tables.add_column("MiB", justify="right")
+    for entry in report.tables:
+        shape = " x ".join(f"{size:,}" for size in entry.shape)
+        tables.add_row(entry.name, entry.dtype, shape, f"{entry.bytes / MIB:.2f}")
+    tables.add_section()
+    tables.add_row("total", "", "", f"{report.table_bytes / MIB:.2f}")
+    figures = Table("figure", "source")
+    for heading in ("seed", "ours", "difference"):
+        figures.add_column(heading, justify="right")
+    figures.add_column()
+    for figure in report.figures:
+        numbers = [f"{figure.seed:,}", f"{figure.ours:,}", f"{figure.difference:+,}"]
+        figures.add_row(figure.what, figure.source, *numbers, "" if figure.agrees else "(!)")
+
+    console = Console()
+    console.print(table)
+    if report.tables:
+        console.print(tables)
+    if report.figures:
+        console.print(figures)
+    if not all(figure.agrees for figure in report.figures):
+        console.print("(!) ours does not round to the seed's figure", highlight=False)
+    console.print(f"trainable float parameters: {report.trainable_float_params}", highlight=False)
+    console.print(f"float buffers: {report.float_buffers}", highlight=False)
+    console.print("sidecars: none (a model does not hold frozen encoders of other projects)", highlight=False)
 
 
 def _print_result(console: Any, result: TrainResult) -> None:

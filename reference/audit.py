@@ -8,25 +8,48 @@ K is a multiple of 12.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from arbitor.reference import inventory as areas
+from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import ArbConfig
+from arbitor.reference.graph.audio import AudioVQEncoder
 from arbitor.reference.graph.model import ArbModel
+from arbitor.reference.graph.state import GraphContext, TableModule, TernaryModule
+from arbitor.reference.seed_figures import AUDIO_ENCODER, MIB, TOTAL, TOTAL_MIB, SeedFigure, seed_figures
 from arbitor.reference.types import TernaryWeight
 
+EDGE_SIGNS = "edge signs"
+"""Area of the signs of edges."""
+
 AREA_OF = {
-    "embedding": "embedding and sequencer",
-    "sequencer": "embedding and sequencer",
-    "attention_norm": "attention",
-    "attention": "attention",
-    "moe_norm": "mixture of experts",
-    "moe": "mixture of experts",
-    "byte_head": "byte head",
+    "embedding": areas.EMBEDDING,
+    "sequencer": areas.EMBEDDING,
+    "shared_vq": areas.SHARED_VQ,
+    "edges": EDGE_SIGNS,
+    "graph": areas.MOE_GRAPH,
+    "moe_graph": areas.MOE_GRAPH,
+    "composite": areas.COMPOSITE,
+    "router": areas.ROUTER,
+    "byte_head": areas.BYTE_HEAD,
+    "video_head": areas.MEDIA_HEADS,
+    "talker_head": areas.MEDIA_HEADS,
+    "attention_norm": areas.ATTENTION,
+    "attention": areas.ATTENTION,
+    "image_sequencer": areas.MEDIA,
+    "audio_sequencer": areas.MEDIA,
+    "memory": areas.MEMORY,
+    AUDIO_ENCODER: AUDIO_ENCODER,
 }
-"""Area of a module by its name in the model, the place of a layer left out. Areas are listed in this order."""
+"""Area of a module by its name in the model: REFACTOR14's areas in its order, then those that its table does not have."""
+
+APART = (EDGE_SIGNS, AUDIO_ENCODER)
+"""Areas that no total holds. To the seeds an edge's sign is an attribute of the edge, not a weight; the audio encoder makes
+targets for the talker head, and no forward pass of the model goes through it."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +70,64 @@ class AuditArea:
 
 
 @dataclass(frozen=True)
+class AuditTable:
+    """An integer table beside the weights: counters of use, neighbours, scores, strengths, loads.
+
+    Fields:
+        name:  where it is in the model.
+        dtype: `int8`, `int16`, ...
+        shape: its sizes.
+        bytes: what it takes, in a checkpoint and in memory.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ComparedFigure:
+    """A figure of a seed beside ours.
+
+    Fields:
+        what:       `total`, `total MiB`, or the name of an area.
+        seed:       the figure as the seed gives it.
+        ours:       weights, or MiB.
+        difference: ours less the seed's, in the same unit.
+        agrees:     whether ours, rounded as the seed rounds, is the seed's.
+        source:     which seed.
+    """
+
+    what: str
+    seed: float
+    ours: float
+    difference: float
+    agrees: bool
+    source: str
+
+
+@dataclass(frozen=True)
 class AuditReport:
     """What a model is made of.
 
     Fields:
         config_name:            name of the configuration.
-        areas:                  parts of the model, in the order of the graph.
+        areas:                  parts of the model, in the order of AREA_OF.
+        apart:                  ternary state that the totals leave out, see APART.
+        tables:                 integer tables, in the order of the graph; the totals leave them out too.
         trainable_float_params: elements of floating-point parameters: 0.
         float_buffers:          elements of floating-point buffers: 0.
+        figures:                what a seed reports of this configuration, beside ours; empty where none does.
     """
 
     config_name: str
     areas: tuple[AuditArea, ...]
+    apart: tuple[AuditArea, ...]
+    tables: tuple[AuditTable, ...]
     trainable_float_params: int
     float_buffers: int
+    figures: tuple[ComparedFigure, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -77,14 +144,15 @@ class AuditReport:
         """Training state of all areas in memory, in bytes."""
         return sum(area.resident_bytes for area in self.areas)
 
+    @property
+    def table_bytes(self) -> int:
+        """Integer tables, in bytes."""
+        return sum(table.bytes for table in self.tables)
+
     def to_json(self) -> str:
         """Return the report with its totals as a JSON object."""
-        totals = {
-            "weights": self.weights,
-            "canonical_bytes": self.canonical_bytes,
-            "resident_bytes": self.resident_bytes,
-        }
-        return json.dumps({**asdict(self), **totals}, indent=2) + "\n"
+        names = ("weights", "canonical_bytes", "resident_bytes", "table_bytes")
+        return json.dumps({**asdict(self), **{name: getattr(self, name) for name in names}}, indent=2) + "\n"
 
 
 def audit(config: ArbConfig, *, resident_bytes: Callable[[TernaryWeight], int] | None = None) -> AuditReport:
@@ -95,28 +163,69 @@ def audit(config: ArbConfig, *, resident_bytes: Callable[[TernaryWeight], int] |
         resident_bytes: bytes that an op set's layout takes for a weight given in canonical form on the meta device; the
             canonical bytes when None, which is what the reference holds.
     """
-    model = ArbModel(config, device="meta")
-    weights, canonical, resident = ({area: 0 for area in AREA_OF.values()} for _ in range(3))
-    for name, weight in model.weights().items():
-        area = area_of(name)
-        weights[area] += weight.shape[0] * weight.shape[1]
-        canonical[area] += weight.state_bytes
-        resident[area] += resident_bytes(weight) if resident_bytes else weight.state_bytes
-    float_params, float_buffers = count_floats(model)
+    modules: dict[str, nn.Module] = {"": ArbModel(config, device="meta")}
+    if config.talker_tokens:
+        context = GraphContext(reference_ops, config, device="meta", dtype=torch.float32, seed=0)
+        modules[AUDIO_ENCODER] = AudioVQEncoder(context)
+    names = tuple(dict.fromkeys(AREA_OF.values()))
+    weights, canonical, resident = ({name: 0 for name in names} for _ in range(3))
+    tables: list[AuditTable] = []
+    for name, module in named_modules(modules):
+        if isinstance(module, TernaryModule):
+            weight, area = module.ops.to_spec(module.weight), area_of(name)
+            weights[area] += weight.shape[0] * weight.shape[1]
+            canonical[area] += weight.state_bytes
+            resident[area] += resident_bytes(weight) if resident_bytes else weight.state_bytes
+        if isinstance(module, TableModule):
+            tables += [audited(f"{name}.{table}", tensor) for table, tensor in module.tables().items()]
+    parts = tuple(
+        AuditArea(name, weights[name], canonical[name], resident[name]) for name in names if weights[name]
+    )
+    floats = [count_floats(module) for module in modules.values()]
     return AuditReport(
         config_name=config.name,
-        areas=tuple(AuditArea(area, weights[area], canonical[area], resident[area]) for area in weights),
-        trainable_float_params=float_params,
-        float_buffers=float_buffers,
+        areas=tuple(area for area in parts if area.name not in APART),
+        apart=tuple(area for area in parts if area.name in APART),
+        tables=tuple(tables),
+        trainable_float_params=sum(params for params, _ in floats),
+        float_buffers=sum(buffers for _, buffers in floats),
+        figures=tuple(compared(figure, parts) for figure in seed_figures(config)),
     )
+
+
+def named_modules(modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every module inside of those given, by the name of the one that it is in and its name there."""
+    for outer, module in modules.items():
+        for name, inner in module.named_modules():
+            yield f"{outer}.{name}".strip("."), inner
+
+
+def audited(name: str, table: Tensor) -> AuditTable:
+    """Return what there is to say about an integer table."""
+    return AuditTable(name, str(table.dtype).removeprefix("torch."), tuple(table.shape), table.nbytes)
+
+
+def compared(figure: SeedFigure, parts: tuple[AuditArea, ...]) -> ComparedFigure:
+    """Return a seed's figure beside ours."""
+    ours: float
+    inside = [area for area in parts if area.name not in APART]
+    if figure.what == TOTAL:
+        ours = sum(area.weights for area in inside)
+    elif figure.what == TOTAL_MIB:
+        ours = round(sum(area.canonical_bytes for area in inside) / MIB, 2)
+    else:
+        ours = sum(area.weights for area in parts if area.name == figure.what)
+    difference = round(ours - figure.value, 2)
+    agrees = 2 * abs(difference) <= figure.step
+    return ComparedFigure(figure.what, figure.value, ours, difference, agrees, figure.source)
 
 
 def area_of(weight_name: str) -> str:
     """Return the area of a weight by its name in the model; raises ValueError for a module that belongs to none."""
-    for part in weight_name.split("."):
-        if part in AREA_OF:
-            return AREA_OF[part]
-    raise ValueError(f"weight_name is {weight_name!r}, but must name a module of {', '.join(AREA_OF)}")
+    found = [AREA_OF[part] for part in weight_name.split(".") if part in AREA_OF]
+    if not found:
+        raise ValueError(f"weight_name is {weight_name!r}, but must name a module of {', '.join(AREA_OF)}")
+    return EDGE_SIGNS if EDGE_SIGNS in found else found[0]
 
 
 def count_floats(model: nn.Module) -> tuple[int, int]:

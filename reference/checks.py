@@ -16,7 +16,12 @@ from arbitor.reference.types import (
     ACCUM_MAX,
     GROUP_SIZES,
     MANTISSA_BITS,
+    MAX_CODE_DIM,
+    MAX_NEIGHBOURS,
+    MAX_ORDER,
+    MAX_SIGN_BITS,
     RESERVED_STEP,
+    STRENGTH_MAX,
     groups_per_row,
 )
 
@@ -330,3 +335,267 @@ def last_dim_not_empty(name: str, value: Tensor) -> None:
     """Refuse a tensor without a last dimension, or with an empty one."""
     if value.ndim == 0 or value.shape[-1] == 0:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, but needs a last dimension of at least 1")
+
+
+def code_columns(name: str, num_columns: int) -> None:
+    """Refuse codes so wide that the sums of a search would round."""
+    if num_columns > MAX_CODE_DIM:
+        raise ValueError(f"{name} has {num_columns} columns, but a codebook may have at most {MAX_CODE_DIM}")
+
+
+def codebook(weight: Any) -> None:
+    """Refuse a weight whose rows cannot be searched exactly: too wide, or with mantissa bits."""
+    code_columns("weight", weight.shape[1])
+    if weight.mantissa_bits:
+        raise ValueError(f"weight has mantissa_bits {weight.mantissa_bits}, but a codebook must have 0")
+
+
+def buckets(num_codes: int, num_columns: int, sign_bits: int) -> None:
+    """Refuse a number of sign bits for which there are too few columns, or too few codes to put one into each bucket."""
+    integer("sign_bits", sign_bits, 0, min(num_columns, MAX_SIGN_BITS))
+    if num_codes < 2**sign_bits:
+        raise ValueError(
+            f"sign_bits is {sign_bits}, but {2**sign_bits} buckets need as many codes, and there are {num_codes}"
+        )
+
+
+def usage_of(num_codes: int | None, usage: Tensor, out: Tensor | None) -> None:
+    """Refuse counters of use that are not int16 [N], or an `out` that they do not fit."""
+    dtype_in("usage", usage, (torch.int16,))
+    if usage.ndim != 1 or usage.numel() == 0 or num_codes not in (None, usage.numel()):
+        expected = f"({'codes' if num_codes is None else num_codes},)"
+        raise ValueError(f"usage has shape {tuple(usage.shape)}, but must be {expected} with at least one code")
+    if out is not None:
+        tensor("out", out, torch.int16, usage.shape)
+        same_device(usage=usage, out=out)
+
+
+def code_window(num_codes: int, first: int | Tensor, window: int, *, values: bool = True) -> None:
+    """Refuse a window that is longer than the table, or one whose start is negative.
+
+    The value of a start that is a tensor is looked at unless `values` is False.
+    """
+    integer("window", window, 0, num_codes)
+    if isinstance(first, Tensor):
+        tensor("first", first, torch.int64, ())
+        if values:
+            values_between("first", first, 0, 2**62)
+    else:
+        integer("first", first, 0, 2**62)
+
+
+def expert_matrix(name: str, value: Tensor, allowed: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
+    """Refuse activations that are not [slots, columns] of an allowed dtype; there may be no slots."""
+    dtype_in(name, value, allowed)
+    if value.ndim != 2 or value.shape[1] == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, but must be [slots, columns] with at least one column"
+        )
+
+
+def expert_pair(grad_MN: Tensor, x_MK: Tensor, allowed: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
+    """Refuse the gradient of an output and the input that it came from, unless they are of one dtype and as many slots."""
+    expert_matrix("grad_MN", grad_MN, allowed)
+    expert_matrix("x_MK", x_MK, allowed)
+    same_dtype("x_MK", x_MK, "grad_MN", grad_MN)
+    if x_MK.shape[0] != grad_MN.shape[0]:
+        raise ValueError(
+            f"x_MK has shape {tuple(x_MK.shape)}, but must have as many slots as grad_MN, {tuple(grad_MN.shape)}"
+        )
+
+
+def expert_slots(experts_M: Tensor, num_slots: int, **beside: Tensor) -> None:
+    """Refuse expert ids that are not int64 with one entry a slot of the activations, on their device."""
+    dtype_in("experts_M", experts_M, (torch.int64,))
+    if tuple(experts_M.shape) != (num_slots,):
+        raise ValueError(
+            f"experts_M has shape {tuple(experts_M.shape)}, but must be {(num_slots,)}, one expert a slot"
+        )
+    same_device(**beside, experts_M=experts_M)
+
+
+def expert_rows(weight: Weight, num_groups: int) -> int:
+    """Return the rows of one expert; refuse a stacked weight whose rows are not a whole number for each."""
+    integer("num_groups", num_groups, 1, 2**31 - 1)
+    if weight.shape[0] % num_groups:
+        raise ValueError(
+            f"num_groups is {num_groups}, but must divide the rows of weight, which has {weight.shape[0]}"
+        )
+    return weight.shape[0] // num_groups
+
+
+def decode_slots(
+    q_BHK: Tensor, keys_BSK: Tensor, bias_BS: Tensor, *, value_width: int, scale: float
+) -> None:
+    """Refuse queries, slots and biases that do not fit each other, a value width beyond the slots, or a bad scale."""
+    dtype_in("q_BHK", q_BHK, FLOAT_DTYPES)
+    if q_BHK.ndim != 3 or q_BHK.shape[2] == 0:
+        raise ValueError(
+            f"q_BHK has shape {tuple(q_BHK.shape)}, but must be [batch, heads, columns] with at least one column"
+        )
+    is_tensor("keys_BSK", keys_BSK)
+    same_dtype("keys_BSK", keys_BSK, "q_BHK", q_BHK)
+    batch, _, columns = q_BHK.shape
+    if keys_BSK.ndim != 3 or keys_BSK.shape[0] != batch or keys_BSK.shape[2] != columns:
+        raise ValueError(
+            f"keys_BSK has shape {tuple(keys_BSK.shape)}, but must be [{batch}, slots, {columns}], as q_BHK has it"
+        )
+    tensor("bias_BS", bias_BS, torch.promote_types(q_BHK.dtype, torch.float32), keys_BSK.shape[:2])
+    same_device(q_BHK=q_BHK, keys_BSK=keys_BSK, bias_BS=bias_BS)
+    integer("value_width", value_width, 1, columns)
+    number("scale", scale, 0.0, 2.0**15, open_low=True)
+
+
+def slot_bias(bias_BS: Tensor) -> None:
+    """Refuse a bias that is NaN or +inf; -inf hides its slot."""
+    if bias_BS.device.type != "meta" and not bool((bias_BS < math.inf).all()):
+        raise ValueError("bias_BS holds NaN or +inf, but its elements must be finite or -inf")
+
+
+def denoise_loop(
+    latent_BL: Tensor,
+    tokens_BPD: Tensor,
+    weights: dict[str, Any],
+    alphas: Sequence[float],
+    halt_threshold: float | None,
+    allowed: Sequence[torch.dtype] = FLOAT_DTYPES,
+) -> None:
+    """Refuse latents, tokens, weights (by the names of the arguments), alphas or a threshold that do not fit each other."""
+    if not isinstance(alphas, Sequence) or isinstance(alphas, str):
+        raise TypeError(f"alphas is a {type(alphas).__name__}, but must be a sequence of numbers")
+    if not alphas:
+        raise ValueError("alphas has no numbers, but must have one a step, at least one")
+    for alpha in alphas:
+        number("alphas", alpha, 0.0, 1.0, open_low=True)
+    if halt_threshold is not None:
+        number("halt_threshold", halt_threshold, 0.0, 1.0, open_low=True)
+    width, size = weights["latent_in"].shape
+    shapes = {"query": (width, width), "latent_out": (size, width)}
+    for name, shape in shapes.items():
+        if weights[name].shape != shape:
+            raise ValueError(f"{name} has shape {weights[name].shape}, but must be {shape}")
+    rows, columns = weights["step_rows"].shape
+    if rows < len(alphas) or columns != width:
+        raise ValueError(
+            f"step_rows has shape {(rows, columns)}, but must have {width} columns and a row for each of {len(alphas)} steps"
+        )
+    dtype_in("latent_BL", latent_BL, allowed)
+    if latent_BL.ndim != 2 or latent_BL.shape[1] != size:
+        raise ValueError(f"latent_BL has shape {tuple(latent_BL.shape)}, but must be [samples, {size}]")
+    same_dtype("tokens_BPD", tokens_BPD, "latent_BL", latent_BL)
+    fits = tokens_BPD.ndim == 3 and tokens_BPD.shape[0] == latent_BL.shape[0] and tokens_BPD.shape[2] == width
+    if not fits or tokens_BPD.shape[1] == 0:
+        raise ValueError(
+            f"tokens_BPD has shape {tuple(tokens_BPD.shape)}, but must be [{latent_BL.shape[0]}, tokens, {width}] "
+            "with at least one token"
+        )
+    same_device(
+        latent_BL=latent_BL,
+        tokens_BPD=tokens_BPD,
+        **{name: weight.exponents for name, weight in weights.items()},
+    )
+
+
+def flag(name: str, value: object) -> None:
+    """Refuse anything but True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, but must be True or False")
+
+
+def node_matrix(name: str, value: Tensor) -> None:
+    """Refuse vectors of nodes that are not float [N, D] with at least one of each."""
+    matrix(name, value, FLOAT_DTYPES)
+
+
+def edge_slots(neighbours_RJ: Tensor, **beside: Tensor) -> None:
+    """Refuse neighbours that are not int32 or int64 [R, J] with at least one slot, on the device of what is beside them."""
+    dtype_in("neighbours_RJ", neighbours_RJ, (torch.int32, torch.int64))
+    if neighbours_RJ.ndim != 2 or neighbours_RJ.shape[1] == 0:
+        raise ValueError(
+            f"neighbours_RJ has shape {tuple(neighbours_RJ.shape)}, but must be [rows, slots] with at least one slot"
+        )
+    same_device(**beside, neighbours_RJ=neighbours_RJ)
+
+
+def edge_signs(signs_RJ: Tensor, neighbours_RJ: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuse signs that are not one a slot, in the dtype and on the device of what they multiply."""
+    is_tensor("signs_RJ", signs_RJ)
+    same_dtype("signs_RJ", signs_RJ, other_name, other)
+    same_shape("signs_RJ", signs_RJ, "neighbours_RJ", neighbours_RJ)
+    same_device(**{other_name: other}, signs_RJ=signs_RJ)
+
+
+def edge_gradient(name: str, grad_RD: Tensor, neighbours_RJ: Tensor) -> None:
+    """Refuse a gradient of gathered rows that is not float [R, D], one row for each row of neighbours."""
+    dtype_in(name, grad_RD, FLOAT_DTYPES)
+    edge_slots(neighbours_RJ, **{name: grad_RD})
+    if grad_RD.ndim != 2 or grad_RD.shape[1] == 0 or grad_RD.shape[0] != neighbours_RJ.shape[0]:
+        raise ValueError(
+            f"{name} has shape {tuple(grad_RD.shape)}, but must be [{neighbours_RJ.shape[0]}, width], "
+            "one row for each row of neighbours_RJ"
+        )
+
+
+def neighbour_tables(
+    neighbours_NJ: Tensor, scores_NJ: Tensor, signs: Any, out: tuple[Tensor, Tensor, Any] | None
+) -> None:
+    """Refuse tables of neighbours, scores and signs that do not fit each other, or an `out` that they do not fit."""
+    matrix("neighbours_NJ", neighbours_NJ, (torch.int32,))
+    num_slots = neighbours_NJ.shape[1]
+    if num_slots > MAX_NEIGHBOURS:
+        raise ValueError(f"neighbours_NJ has {num_slots} slots a row, but may have at most {MAX_NEIGHBOURS}")
+    tensor("scores_NJ", scores_NJ, torch.int8, neighbours_NJ.shape)
+    if tuple(signs.shape) != tuple(neighbours_NJ.shape):
+        raise ValueError(
+            f"signs has shape {tuple(signs.shape)}, but must match neighbours_NJ, {tuple(neighbours_NJ.shape)}"
+        )
+    same_device(neighbours_NJ=neighbours_NJ, scores_NJ=scores_NJ, signs=signs.exponents)
+    if out is None:
+        return
+    if not isinstance(out, tuple) or len(out) != 3:
+        raise TypeError(f"out is a {type(out).__name__}, but must be a tuple of neighbours, scores and signs")
+    tensor("out[0]", out[0], torch.int32, neighbours_NJ.shape)
+    tensor("out[1]", out[1], torch.int8, neighbours_NJ.shape)
+    same_device(neighbours_NJ=neighbours_NJ, **{"out[0]": out[0], "out[1]": out[1]})
+    out_weight(out[2], signs)
+
+
+def edge_pairs(sources_M: Tensor, targets_M: Tensor, neighbours_NJ: Tensor) -> None:
+    """Refuse pairs that are not two int64 vectors of one length, on the device of the table."""
+    for name, value in (("sources_M", sources_M), ("targets_M", targets_M)):
+        dtype_in(name, value, (torch.int64,))
+        if value.ndim != 1:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, but must be one-dimensional")
+    same_shape("targets_M", targets_M, "sources_M", sources_M)
+    same_device(neighbours_NJ=neighbours_NJ, sources_M=sources_M, targets_M=targets_M)
+
+
+def ngrams(codes_BP: Tensor, order: int, num_rows: int, salt: int, previous: Tensor | None) -> None:
+    """Refuse codes that are not int64 [B, P], an order or a table that is out of range, or codes before them that do not fit."""
+    dtype_in("codes_BP", codes_BP, (torch.int64,))
+    if codes_BP.ndim != 2:
+        raise ValueError(f"codes_BP has shape {tuple(codes_BP.shape)}, but must be [batch, positions]")
+    integer("order", order, 1, MAX_ORDER)
+    integer("num_rows", num_rows, 1, 2**31 - 1)
+    integer("salt", salt, 0, 2**32 - 1)
+    if previous is not None:
+        tensor("previous", previous, torch.int64, (codes_BP.shape[0], order - 1))
+        same_device(codes_BP=codes_BP, previous=previous)
+
+
+def strengths_of(strengths: Tensor, out: Tensor | None) -> None:
+    """Refuse strengths that are not int8 [N], or an `out` that they do not fit."""
+    dtype_in("strengths", strengths, (torch.int8,))
+    if strengths.ndim != 1 or strengths.numel() == 0:
+        raise ValueError(
+            f"strengths has shape {tuple(strengths.shape)}, but must be one-dimensional with at least one row"
+        )
+    if out is not None:
+        tensor("out", out, torch.int8, strengths.shape)
+        same_device(strengths=strengths, out=out)
+
+
+def strength_rule(gain: int, shift: int) -> None:
+    """Refuse a gain or a shift that is out of range."""
+    integer("gain", gain, 0, STRENGTH_MAX)
+    integer("shift", shift, 0, 7)

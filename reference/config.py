@@ -1,4 +1,4 @@
-"""What a model is built from: the vocabulary, the configuration and its presets.
+"""What a model is built from: the vocabulary and the configuration. Named configurations are in presets.py.
 
 Legend: E_b embedding width, D width, V vocabulary.
 """
@@ -127,6 +127,8 @@ class ArbConfig:
         hop_rank:       rank of a hop's adapter.
         num_neighbours: neighbours that a code keeps.
         use_moe:        whether there are experts.
+        dense_dispatch_max_tokens: positions up to which every expert is asked, and those not chosen count for nothing;
+                        beyond, a position asks the experts that it chose. Both give the same.
         max_moe_iters:  most turns of the last layer's loop, 1 .. 16.
         window:         positions that attention sees one by one; a multiple of `block`.
         block:          positions of the smallest summary.
@@ -181,6 +183,7 @@ class ArbConfig:
     hop_rank: int = 64
     num_neighbours: int = 10
     use_moe: bool = True
+    dense_dispatch_max_tokens: int = 0
     max_moe_iters: int = 1
     window: int = 512
     block: int = 64
@@ -217,6 +220,9 @@ class ArbConfig:
                 raise TypeError(f"{field.name} is {getattr(self, field.name)!r}, but must be true or false")
         checks.integer("max_moe_iters", self.max_moe_iters, 1, MAX_MOE_ITERS)
         checks.one_of("code_search", self.code_search, CODE_SEARCHES)
+        for name in ("sign_bits", "num_probes"):
+            if self.code_search == "candidates" and not getattr(self, name):
+                raise ValueError(f"{name} is 0, but must be at least 1 for the candidate search")
         if self.window % self.block:
             raise ValueError(
                 f"window is {self.window}, but must be a multiple of block, which is {self.block}"
@@ -272,52 +278,6 @@ class ArbConfig:
         if missing:
             raise ValueError(f"config has no field {missing[0]!r}, but must name every one without a default")
         return cls(**values)
-
-
-PRESETS = {
-    config.name: config
-    for config in (
-        ArbConfig(
-            name="tiny",
-            embed_dim=48,
-            width=144,
-            num_layers=2,
-            num_heads=4,
-            head_dim=36,
-            rotary_dim=12,
-            query_latent=72,
-            kv_latent=48,
-            shared_inner=192,
-            num_experts=4,
-            top_k=2,
-            expert_rank=12,
-            head_inner=192,
-        ),
-        ArbConfig(
-            name="small",
-            embed_dim=192,
-            width=512,
-            num_layers=6,
-            num_heads=8,
-            head_dim=64,
-            rotary_dim=32,
-            query_latent=256,
-            kv_latent=128,
-            shared_inner=1024,
-            num_experts=32,
-            top_k=2,
-            expert_rank=24,
-            head_inner=1024,
-        ),
-    )
-}
-"""Configurations by name: `tiny` for tests and the demo, in seconds on a CPU; `small`, the learning benchmark."""
-
-
-def preset(name: str) -> ArbConfig:
-    """Return the preset of that name; raises ValueError for another."""
-    checks.one_of("preset", name, tuple(PRESETS))
-    return PRESETS[name]
 
 
 MEMORY_ROWS = 16_384

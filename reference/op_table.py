@@ -1,7 +1,7 @@
 """One row an op: the table of contents of the repo. Conformance, bench and docs are driven by it.
 
 Legend of sizes: N rows, K columns, G columns a group, M activation rows, B batch, C channels, L length,
-J taps, `groups` groups of dither, `float_bytes` bytes of one activation (2: bfloat16, 4: float32).
+J taps, E experts, `groups` groups of dither, `float_bytes` bytes of one activation (2: bfloat16, 4: float32).
 
 The work models are floors, for rooflines: `bytes_min` reads each input once and writes each output once,
 weights in their canonical bytes; `ops_min` counts the arithmetic of the formula, a multiply-add as two.
@@ -137,6 +137,21 @@ def _linear_ops(s: Shape) -> int:
     return 2 * s["M"] * s["N"] * s["K"]
 
 
+def _touched(s: Shape) -> int:
+    """Return the experts that the slots of a timed call use: the inputs deal them out in turn."""
+    return min(s["E"], s["M"])
+
+
+def _grouped_bytes(s: Shape) -> int:
+    """Return the bytes of a grouped linear's slots, and of the matrices of the experts that are used."""
+    return 8 * s["M"] + _linear_activations(s) + _touched(s) * _values(s)
+
+
+def _denoise_weights(s: Shape) -> tuple[tuple[int, int], ...]:
+    """Return the shapes of latent_in, query, latent_out and step_rows."""
+    return (s["D"], s["L"]), (s["D"], s["D"]), (s["L"], s["D"]), (s["T"], s["D"])
+
+
 def _vote_ops(s: Shape) -> int:
     """Return the operations of stochastic votes: square, sum, scale, clamp, round, dither, shift, clamp."""
     return 8 * _elements(s) + _dither_ops(_groups(s), s["G"])
@@ -180,6 +195,86 @@ _TABLE = _sizes(
     _7168={"M": 4096, "N": 65536, "K": 7168, "G": 12, "float_bytes": 2},
 )
 _SCALAR = _sizes(scalar={})
+# B samples of L numbers, P tokens of width D, T steps; the other two generate on the heads of the presets of those names.
+_DENOISE_LOOP = _sizes(
+    tiny={"B": 2, "L": 64, "P": 16, "D": 32, "T": 3, "G": 12, "float_bytes": 4},
+    r9={"B": 1, "L": 16384, "P": 298, "D": 512, "T": 3, "G": 12, "float_bytes": 4},
+    r14={"B": 1, "L": 4096, "P": 1024, "D": 7168, "T": 3, "G": 12, "float_bytes": 4},
+)
+# Slots of experts: N rows for each of E experts. `small` is a batch of the preset of that name; the others decode and train
+# on the upper expert matrices of the largest presets.
+_EXPERTS = _sizes(
+    tiny={"M": 64, "E": 4, "N": 64, "K": 48, "G": 12, "float_bytes": 2},
+    small={"M": 32768, "E": 32, "N": 1024, "K": 24, "G": 12, "float_bytes": 2},
+    _21216_m4={"M": 4, "E": 32, "N": 21216, "K": 1024, "G": 12, "float_bytes": 2},
+    _21216_m256={"M": 256, "E": 32, "N": 21216, "K": 1024, "G": 12, "float_bytes": 2},
+    _21216_m2048={"M": 2048, "E": 32, "N": 21216, "K": 1024, "G": 12, "float_bytes": 2},
+)
+_LOADS = _sizes(tiny={"M": 64, "E": 4}, small={"M": 32768, "E": 32})
+
+_SLOTS = _sizes(  # B sequences, H heads, S slots of L latent and R rotary columns: 727 is what a window of 512 sees
+    tiny={"B": 2, "H": 4, "S": 64, "L": 32, "R": 16, "float_bytes": 2},
+    _3072={"B": 16, "H": 24, "S": 727, "L": 512, "R": 64, "float_bytes": 2},
+    _7168_decode={"B": 1, "H": 56, "S": 727, "L": 512, "R": 64, "float_bytes": 2},
+    _7168={"B": 16, "H": 56, "S": 4096, "L": 512, "R": 64, "float_bytes": 2},
+)
+_CODES = _sizes(  # M vectors, candidates of 2**sign_bits buckets, `window` codes that may be revived
+    tiny={"M": 16, "N": 512, "K": 64, "G": 12, "float_bytes": 2, "sign_bits": 4, "probes": 2, "window": 16},
+    _4096_m16384={
+        "M": 16384, "N": 4096, "K": 64, "G": 12, "float_bytes": 2, "sign_bits": 6, "probes": 4, "window": 256,
+    },
+    _34108_m256={
+        "M": 256, "N": 34108, "K": 64, "G": 12, "float_bytes": 2, "sign_bits": 8, "probes": 8, "window": 16,
+    },
+    _10M_m16={
+        "M": 16, "N": 10_000_000, "K": 64, "G": 12, "float_bytes": 2, "sign_bits": 14, "probes": 16, "window": 16,
+    },
+    _10M_m1024={
+        "M": 1024, "N": 10_000_000, "K": 64, "G": 12, "float_bytes": 2, "sign_bits": 14, "probes": 16, "window": 16,
+    },
+)  # fmt: skip
+_NEW_CODES = _sizes(tiny=_CODES["tiny"], _34108=_CODES["34108_m256"], _10M=_CODES["10M_m16"])
+
+
+def _vectors(s: Shape) -> int:
+    """Return the bytes of M vectors and of the id of each."""
+    return s["M"] * (s["float_bytes"] * s["K"] + 8)
+
+
+def _candidates(s: Shape) -> int:
+    """Return the number of all candidates of M vectors."""
+    return s["M"] * s["probes"] * -(-s["N"] // 2 ** s["sign_bits"])
+
+
+_EDGES = _sizes(  # M rows gather from N nodes of K columns by J slots each
+    tiny={"M": 64, "N": 48, "K": 48, "J": 10, "float_bytes": 2},
+    _512={"M": 16384, "N": 4096, "K": 512, "J": 10, "float_bytes": 2},
+    _512_n58684={"M": 16384, "N": 58684, "K": 512, "J": 10, "float_bytes": 2},
+    _7168={"M": 1024, "N": 4096, "K": 7168, "J": 10, "float_bytes": 2},
+    _7168_n58684={"M": 1024, "N": 58684, "K": 7168, "J": 10, "float_bytes": 2},
+)
+_NEIGHBOURS = _sizes(  # M pairs into a table of N rows of J slots
+    tiny={"M": 64, "N": 48, "J": 10, "G": 12},
+    _4096={"M": 16384, "N": 4096, "J": 10, "G": 12},
+    _10M={"M": 16384, "N": 10_000_000, "J": 10, "G": 12},
+)
+_NGRAMS = _sizes(  # M positions of B sequences, n-grams of `order` codes, N rows
+    tiny={"M": 252, "B": 2, "order": 3, "N": 512},
+    small={"M": 16256, "B": 64, "order": 8, "N": 16384},
+    _10M={"M": 16384, "B": 16, "order": 8, "N": 10_000_000},
+)
+_STRENGTHS = _sizes(  # M rows named of N, `window` rows that decay
+    tiny={"M": 64, "N": 512, "window": 32},
+    small={"M": 32512, "N": 16384, "window": 16256},
+    _10M={"M": 32768, "N": 10_000_000, "window": 16384},
+)
+
+
+def _edges(s: Shape) -> int:
+    """Return the bytes of neighbours, signs and gathered sums, with the nodes that slots can name at most."""
+    nodes = min(s["N"], s["M"] * s["J"])
+    return s["M"] * s["J"] * (4 + s["float_bytes"]) + s["float_bytes"] * s["K"] * (s["M"] + nodes)
+
 
 # Output classes: k = 2 leaves room for another order of summation, no more; see docs/numerics.md.
 _TWICE = NoWorse(2.0)
@@ -344,6 +439,12 @@ _LIST = (
         bytes_min=lambda s: 3 * s["float_bytes"] * s["M"] * s["K"],
         ops_min=lambda s: 2 * s["M"] * s["K"],
     ),
+    OpRow(  # latents and tokens in and latents out, and every weight once, however many steps
+        "denoise_loop", "denoise", _TWICE, _DENOISE_LOOP,
+        bytes_min=lambda s: s["float_bytes"] * s["B"] * (2 * s["L"] + s["P"] * s["D"])
+        + sum(_values({**s, "N": n, "K": k}) for n, k in _denoise_weights(s)),
+        ops_min=lambda s: s["T"] * s["B"] * (sum(2 * n * k for n, k in _denoise_weights(s)[:3]) + 4 * s["P"] * s["D"]),
+    ),
     # layout: the canonical side of a conversion; the device side is the business of the op set
     OpRow(
         "from_spec", "layout", EXACT, _MATRIX,
@@ -354,6 +455,104 @@ _LIST = (
         "to_spec", "layout", EXACT, _MATRIX,
         bytes_min=lambda s: 2 * _state(s),
         ops_min=lambda s: 3 * _elements(s),
+    ),
+    # codebook: a search reads the packed table once; candidates and upkeep read the rows they name
+    OpRow(
+        "initial_codebook", "codebook", EXACT, _NEW_CODES,
+        bytes_min=_state,
+        ops_min=lambda s: _dither_ops(_groups(s), s["G"]) + 4 * _elements(s),
+        capturable=False,
+    ),
+    OpRow(
+        "nearest_codes", "codebook", EXACT, _CODES,
+        bytes_min=lambda s: _values(s) + _vectors(s),
+        ops_min=lambda s: 2 * s["M"] * s["N"] * s["K"],
+    ),
+    OpRow(
+        "candidate_codes", "codebook", EXACT, _CODES,
+        bytes_min=lambda s: s["M"] * s["float_bytes"] * s["sign_bits"] + 8 * _candidates(s),
+        ops_min=_candidates,
+    ),
+    OpRow(
+        "nearest_candidates", "codebook", EXACT, _CODES,
+        bytes_min=lambda s: _vectors(s) + _candidates(s) * (8 + _values({**s, "N": 1})),
+        ops_min=lambda s: 2 * _candidates(s) * s["K"],
+    ),
+    OpRow(
+        "count_codes", "codebook", EXACT, _CODES,
+        bytes_min=lambda s: s["M"] * (8 + 4),
+        ops_min=lambda s: s["M"],
+    ),
+    OpRow(
+        "revive_codes", "codebook", EXACT, _CODES,
+        bytes_min=lambda s: s["window"] * (2 + s["float_bytes"] * s["K"] + _state({**s, "N": 1})),
+        ops_min=lambda s: s["window"] * (PHILOX_OPS + 4 * s["K"]),
+    ),
+    OpRow(
+        "age_codes", "codebook", EXACT, _CODES,
+        bytes_min=lambda s: 4 * s["window"],
+        ops_min=lambda s: 2 * s["window"],
+    ),
+    # experts: of the weight, what the slots touch
+    OpRow(
+        "grouped_linear", "experts", _TWICE, _EXPERTS,
+        bytes_min=_grouped_bytes,
+        ops_min=_linear_ops,
+    ),
+    OpRow(
+        "grouped_linear_input_grad", "experts", _TWICE, _EXPERTS,
+        bytes_min=_grouped_bytes,
+        ops_min=_linear_ops,
+    ),
+    OpRow(
+        "grouped_linear_weight_grad", "experts", _TWICE, _EXPERTS,
+        bytes_min=lambda s: 8 * s["M"] + _linear_activations(s) + 4 * s["E"] * _elements(s),
+        ops_min=_linear_ops,
+    ),
+    OpRow(
+        "expert_load", "experts", EXACT, _LOADS,
+        bytes_min=lambda s: 8 * (s["M"] + s["E"]),
+        ops_min=lambda s: s["M"],
+    ),
+    # attention
+    OpRow(
+        "decode_attention", "attention", _TWICE, _SLOTS,
+        bytes_min=lambda s: s["B"] * (
+            s["float_bytes"] * (s["H"] * (2 * s["L"] + s["R"]) + s["S"] * (s["L"] + s["R"])) + 4 * s["S"]
+        ),
+        ops_min=lambda s: s["B"] * s["H"] * s["S"] * (2 * (2 * s["L"] + s["R"]) + 5),
+    ),
+    # edges
+    OpRow(
+        "edge_sum", "edges", _TWICE, _EDGES,
+        bytes_min=_edges,
+        ops_min=lambda s: 2 * s["M"] * s["J"] * s["K"],
+    ),
+    OpRow(
+        "edge_sum_input_grad", "edges", _TWICE, _EDGES,
+        bytes_min=lambda s: s["M"] * s["J"] * (4 + s["float_bytes"]) + s["float_bytes"] * s["K"] * (s["M"] + s["N"]),
+        ops_min=lambda s: 2 * s["M"] * s["J"] * s["K"],
+    ),
+    OpRow(
+        "edge_sum_sign_grad", "edges", _TWICE, _EDGES,
+        bytes_min=lambda s: _edges(s) + s["M"] * s["J"] * (4 - s["float_bytes"]),
+        ops_min=lambda s: 2 * s["M"] * s["J"] * s["K"],
+    ),
+    OpRow(
+        "update_neighbours", "edges", EXACT, _NEIGHBOURS,
+        bytes_min=lambda s: 16 * s["M"] + min(s["M"], s["N"]) * 2 * s["J"] * (4 + 1 + 1),
+        ops_min=lambda s: 4 * s["M"] * s["J"],
+    ),
+    # memory: mixing a word is three shifts, three exclusive ors and two products
+    OpRow(
+        "ngram_rows", "memory", EXACT, _NGRAMS,
+        bytes_min=lambda s: 16 * s["M"],
+        ops_min=lambda s: s["M"] * (10 * s["order"] + 1),
+    ),
+    OpRow(
+        "touch_strengths", "memory", EXACT, _STRENGTHS,
+        bytes_min=lambda s: 8 * s["M"] + 2 * min(s["M"], s["N"]) + 2 * s["window"],
+        ops_min=lambda s: 3 * s["M"] + 3 * s["window"],
     ),
 )
 # fmt: on

@@ -63,6 +63,40 @@ RESERVED_STEP = 0xFFFFFFFF
 """Dither step of the initialisation; updates use the steps below it."""
 
 
+MAX_CODE_DIM = 128
+"""Most columns of a codebook: up to there every sum of the search is exact in float32, in any order."""
+
+CODE_EXPONENT_MIN, CODE_EXPONENT_MAX = -5, 2
+"""Exponents as the search sees them: those of a codebook are clamped to this range."""
+
+QUERY_STEPS, QUERY_MAX = 16, 127
+"""A vector is searched for in whole sixteenths, from -127 to 127 of them."""
+
+MAX_SIGN_BITS = 30
+"""Most columns whose signs may number the buckets of a codebook."""
+
+USAGE_MAX = 32767
+"""Counts of use saturate here."""
+
+STRENGTH_MAX = 127
+"""Strengths of memory rows saturate here."""
+
+MAX_ORDER = 16
+"""Most codes of an n-gram."""
+
+ALIVE_QUERY = 8
+"""Sixteenths from which on a revived code takes the sign of the vector that it is made from, and below which it takes 0."""
+
+REVIVAL_BLOCK = 255
+"""Philox block of the draws that revive codes; dither uses blocks 0 to 6."""
+
+MAX_NEIGHBOURS = 16
+"""Most neighbours of a node in a table that keeps them: the signs of a row are then one word."""
+
+SCORE_MAX = 127
+"""Scores of neighbours saturate here."""
+
+
 def groups_per_row(num_columns: int, group_size: int) -> int:
     """Return KG = ceil(K / G), the number of exponents of a row of K columns."""
     return -(-num_columns // group_size)

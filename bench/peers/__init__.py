@@ -41,9 +41,10 @@ class Peer:
 
 def peers_of(op: str) -> tuple[Peer, ...]:
     """Return the peers of an op."""
-    from bench.peers import adamw, cublas, float_model, functional
+    from bench.peers import adamw, attention, codebook, cublas, edges, experts, float_model, functional
 
-    return {**cublas.PEERS, **functional.PEERS, **adamw.PEERS, **float_model.PEERS}.get(op, ())
+    families = (cublas, functional, adamw, attention, codebook, edges, experts, float_model)
+    return {name: peers for family in families for name, peers in family.PEERS.items()}.get(op, ())
 
 
 def dense(weight: Any, dtype: Any) -> Any:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arbitor.reference import ops as reference_ops
-from arbitor.reference.config import preset
 from arbitor.reference.graph import ArbModel
+from arbitor.reference.presets import preset
 from bench.inputs import RATE, Arguments, Sizes
 from bench.peers import Peer
 
@@ -66,6 +66,36 @@ class DenseOps:
         if grad.device.type == "cuda" and grad.dtype is torch.bfloat16:
             return torch.mm(grad_MN.T, x_MK, out_dtype=torch.float32)
         return torch.mm(grad_MN.T, x_MK).float()
+
+    def grouped_linear(
+        self, x: Tensor, weight: DenseWeight, experts: Tensor, *, num_groups: int
+    ) -> Tensor:
+        w_ENK = weight.value.to(x.dtype).unflatten(0, (num_groups, -1))
+        return self._grouped(x, experts, w_ENK.transpose(1, 2))
+
+    def grouped_linear_input_grad(
+        self, grad: Tensor, weight: DenseWeight, experts: Tensor, *, num_groups: int
+    ) -> Tensor:
+        return self._grouped(grad, experts, weight.value.to(grad.dtype).unflatten(0, (num_groups, -1)))
+
+    def grouped_linear_weight_grad(
+        self, grad: Tensor, x: Tensor, experts: Tensor, *, num_groups: int
+    ) -> Tensor:
+        """Sum by expert, as a loop would that does not know which slots are whose: masked, without waiting for the device."""
+        parts = [
+            self.linear_weight_grad(torch.where((experts == expert)[:, None], grad, 0), x)
+            for expert in range(num_groups)
+        ]
+        return torch.cat(parts)
+
+    def _grouped(self, x: Tensor, experts: Tensor, w: Tensor) -> Tensor:
+        """Return each slot times the matrix [K, N] of its expert; every slot has one here."""
+        order = experts.argsort(stable=True)
+        ends = torch.searchsorted(experts[order], torch.arange(len(w), device=x.device), right=True)
+        y = F.grouped_mm(x[order], w, offs=ends.to(torch.int32))
+        return torch.empty_like(y).index_copy_(0, order, y)
+
+    expert_load = staticmethod(reference_ops.expert_load)
 
     def rms_norm(self, x: Tensor, weight: DenseWeight) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], weight.value[0].to(x.dtype), EPS)

@@ -117,6 +117,28 @@ def _denoise_backward(arguments: Arguments, sizes: Sizes) -> Callable[[], Any]:
     return lambda: (grad / root, grad * (-(1.0 - options["alpha"]) / root))
 
 
+def _denoise_loop(arguments: Arguments, sizes: Sizes) -> Callable[[], Any]:
+    (latent, tokens, *weights), options = arguments
+    w_in, w_query, w_steps, w_out = (dense(weight, latent.dtype) for weight in weights)
+
+    def loop() -> torch.Tensor:
+        z = latent
+        for step, alpha in enumerate(options["alphas"]):
+            n = F.rms_norm(z @ w_in.T, (w_in.shape[0],), eps=EPS)
+            q = n @ w_query.T + w_steps[step]
+            c = F.scaled_dot_product_attention(q[:, None], tokens, tokens)[:, 0]
+            z = (z - (1.0 - alpha) * (F.silu(n + c) @ w_out.T)) / math.sqrt(alpha)
+        return z
+
+    return loop
+
+
+def _denoise_loop_bytes(s: Sizes) -> int:
+    """Return latents and tokens once, and every dense weight once a step: they do not fit a cache."""
+    weights = s["T"] * (2 * s["L"] + s["D"]) * s["D"]
+    return s["float_bytes"] * (s["B"] * (2 * s["L"] + s["P"] * s["D"]) + weights)
+
+
 def _elementwise_bytes(s: Sizes) -> int:
     return 3 * s["float_bytes"] * s["M"] * s["K"]
 
@@ -146,6 +168,7 @@ PEERS = {
         ),
         Peer("index_add", _index_add, _table_grad_bytes, note=_DENSE_TABLE, matched=_used_rows),
     ),
+    "denoise_loop": (Peer("torch dense float32", _denoise_loop, _denoise_loop_bytes),),
     "denoise_step": (Peer("torch elementwise", _denoise, _elementwise_bytes),),
     "denoise_step_backward": (Peer("torch elementwise", _denoise_backward, _elementwise_bytes),),
 }

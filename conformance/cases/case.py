@@ -27,7 +27,7 @@ class Case:
         def copy(value: Any) -> Any:
             if isinstance(value, (Tensor, TernaryWeight)):
                 return copies.setdefault(id(value), value.clone())
-            return value
+            return tuple(map(copy, value)) if isinstance(value, tuple) else value
 
         kwargs = {name: copy(value) for name, value in self.kwargs.items()}
         return replace(self, args=tuple(map(copy, self.args)), kwargs=kwargs)

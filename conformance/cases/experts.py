@@ -1,16 +1,92 @@
-"""Calls to compare of the family experts."""
+"""Calls to compare of the family experts.
+
+Legend: E experts, N outputs of an expert, K inputs, M slots.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
+from torch import Tensor
 
+from conformance import strategies as ss
 from conformance.cases.case import Case
-
-CASES: dict[str, SearchStrategy[Case]] = {}
-"""Calls to compare, by op."""
+from conformance.cases.core import NARROW
 
 MAGNITUDES: dict[str, Callable[..., Any]] = {}
 """Sums of absolute terms of the ops that subtract."""
+
+EXPERTS = st.sampled_from((1, 2, 5, 8))
+"""Numbers of experts worth trying."""
+
+
+@st.composite
+def expert_ids(draw: st.DrawFn, num_groups: int, num_slots: int | None = None) -> Tensor:
+    """Draw the expert of each slot: dealt out, all on one expert, few of them used, or unused slots among them."""
+    if num_slots is None:  # the first few are few for eight experts
+        num_slots = draw(st.sampled_from((0, 1, 2, 4, 17, 40, 70)), label="M")
+    rng = ss.generator(draw(ss.GENERATOR_SEEDS))
+    kind = draw(st.sampled_from(("some unused", "any", "one", "none")), label="experts")
+    if kind == "none":
+        return torch.full((num_slots,), -1)
+    one = int(torch.randint(num_groups, (), generator=rng))
+    if kind == "one":
+        return torch.full((num_slots,), one)
+    return torch.randint(-1 if kind == "some unused" else 0, num_groups, (num_slots,), generator=rng)
+
+
+@st.composite
+def sizes(draw: st.DrawFn, limit: int = 40) -> tuple[int, int, int]:
+    """Draw (E, N, K) of a stacked weight."""
+    num_groups = draw(EXPERTS, label="E")
+    num_rows, num_columns = draw(ss.matrix_shapes(limit))
+    return num_groups, max(1, min(num_rows, 120 // num_groups)), num_columns
+
+
+@st.composite
+def grouped_linear_case(draw: st.DrawFn, *, backward: bool) -> Case:
+    exact_sums, dtype = draw(st.booleans(), label="exact"), draw(ss.DTYPES)
+    num_groups, num_rows, num_columns = draw(sizes())
+    levels = NARROW if exact_sums else None
+    shape = (num_groups * num_rows, num_columns)
+    weight = draw(ss.weights(shape, levels=levels, mantissa=not exact_sums))
+    experts = draw(expert_ids(num_groups))
+    # a product of 1e30 with 2**15 fits float32, and so does the sum of a row of them
+    given_shape = (experts.numel(), num_rows if backward else num_columns)
+    values = draw(ss.activations(given_shape, dtype, exact=exact_sums))
+    return Case((values, weight, experts), {"num_groups": num_groups}, sums_exact=exact_sums)
+
+
+@st.composite
+def grouped_linear_weight_grad(draw: st.DrawFn) -> Case:
+    exact_sums, dtype = draw(st.booleans(), label="exact"), draw(ss.DTYPES)
+    num_groups, num_rows, num_columns = draw(sizes())
+    experts = draw(expert_ids(num_groups))
+    kinds = ("normal", "wild", "faint", "constant")
+    both = [
+        draw(ss.activations((experts.numel(), width), dtype, exact=exact_sums, kinds=kinds))
+        for width in (num_rows, num_columns)
+    ]
+    return Case((*both, experts), {"num_groups": num_groups}, sums_exact=exact_sums)
+
+
+@st.composite
+def expert_load(draw: st.DrawFn) -> Case:
+    num_groups = draw(st.one_of(EXPERTS, st.just(64)))
+    experts = draw(expert_ids(num_groups, draw(st.sampled_from((0, 1, 12, 300)))))
+    if draw(st.booleans(), label="matrix"):
+        experts = experts.repeat(2).reshape(2, experts.numel()).T
+    return Case((experts,), {"num_groups": num_groups})
+
+
+CASES: dict[str, SearchStrategy[Case]] = {
+    "grouped_linear": grouped_linear_case(backward=False),
+    "grouped_linear_input_grad": grouped_linear_case(backward=True),
+    "grouped_linear_weight_grad": grouped_linear_weight_grad(),
+    "expert_load": expert_load(),
+}
+"""Calls to compare, by op."""

@@ -35,6 +35,32 @@ NANO = ArbConfig(
 )
 """Every module, with widths that leave ragged groups, in under 20,000 weights."""
 
+WHOLE = replace(
+    NANO,
+    name="whole",
+    num_codes=40,
+    code_dim=18,
+    num_hops=2,
+    hop_rank=6,
+    num_neighbours=3,
+    max_moe_iters=2,
+    window=8,
+    block=4,
+    num_summaries=2,
+    memory_rows=50,
+    memory_dim=14,
+    composite_codes=30,
+    composite_inner=16,
+    image_features=10,
+    image_codes=20,
+    audio_features=7,
+    audio_codes=10,
+    router_inner=8,
+    video_latent=32,
+    talker_tokens=9,
+)
+"""Every module of the graph."""
+
 RATE = 1.25
 """Rate of the votes in these tests."""
 
@@ -49,6 +75,16 @@ def nano(
 ) -> ArbModel:
     """Return a nano model, with some fields of its config exchanged."""
     return ArbModel(replace(NANO, **fields), ops=ops, device=device, dtype=dtype, seed=seed)
+
+
+def whole(**options: Any) -> ArbModel:
+    """Return a model of every module, after two steps: codes have neighbours and composites by then."""
+    model = ArbModel(WHOLE, seed=3, **options)
+    device = model.voting.faults.device
+    for step in range(2):
+        model.backward(model.losses(random_ids(3, 24, seed=step).to(device)), rate=RATE, step=step)
+        model.step()
+    return model
 
 
 def random_ids(batch: int, length: int, *, seed: int = 0) -> Tensor:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from arbitor.reference.audit import audit
-from arbitor.reference.config import PRESETS, SPECIAL_IDS, VOCABULARY_SIZE, ArbConfig, preset
+from arbitor.reference.config import SPECIAL_IDS, VOCABULARY_SIZE, ArbConfig
+from arbitor.reference.presets import PRESETS, preset
 from conformance.graph.models import NANO
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from arbitor.reference.config import PRESETS
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.attention import rotary_turns, rotate
 from arbitor.reference.graph.moe import expert_shares
+from arbitor.reference.presets import PRESETS
 from conformance.compare import alike
 from conformance.graph import models
 

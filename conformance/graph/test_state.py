@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from arbitor.reference.config import PRESETS, preset
 from arbitor.reference.graph import ArbModel
+from arbitor.reference.presets import PRESETS, preset
 from arbitor.reference.types import TernaryWeight
 from conformance.compare import exact
 from conformance.graph import models
@@ -19,7 +19,9 @@ from conformance.graph import models
 def test_a_preset_holds_no_parameter_and_no_float(name: str) -> None:
     model = ArbModel(preset(name), device="meta")
     assert not list(model.parameters())
-    assert {buffer.dtype for buffer in model.buffers()} == {torch.uint8, torch.int8}
+    tables = {id(table) for table in model.tables().values()}
+    assert {buffer.dtype for buffer in model.buffers() if id(buffer) not in tables} == {torch.uint8, torch.int8}
+    assert not any(table.is_floating_point() for table in model.tables().values())
 
 
 def test_no_float_stays_after_training() -> None:
@@ -57,7 +59,8 @@ def test_the_names_of_the_weights() -> None:
         "layers.0.attention.query_up",
         "layers.0.attention.latent_down",
         "layers.0.attention.latent_norm",
-        "layers.0.attention.latent_up",
+        "layers.0.attention.key_up",
+        "layers.0.attention.value_up",
         "layers.0.attention.output",
         "layers.0.moe_graph.moe_norm",
         "layers.0.moe_graph.moe.router",

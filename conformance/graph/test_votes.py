@@ -187,9 +187,9 @@ def test_no_two_weight_gradients_live_at_once_and_none_after() -> None:
     alive: list[weakref.ref[torch.Tensor]] = []
 
     def watched(op: Any) -> Any:
-        def run(*args: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
             assert not [ref for ref in alive if ref() is not None], "an earlier weight gradient is still held"
-            result = op(*args)
+            result = op(*args, **kwargs)
             alive.append(weakref.ref(result[1] if isinstance(result, tuple) else result))
             return result
 
@@ -197,6 +197,7 @@ def test_no_two_weight_gradients_live_at_once_and_none_after() -> None:
 
     watched_ops = models.ops_with(
         linear_weight_grad=watched(ops.linear_weight_grad),
+        grouped_linear_weight_grad=watched(ops.grouped_linear_weight_grad),
         embedding_row_grads=watched(ops.embedding_row_grads),
     )
     model = models.nano(ops=watched_ops)

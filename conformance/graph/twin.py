@@ -53,16 +53,16 @@ def attention(own: Matrices, config: ArbConfig, x_PD: Tensor) -> Tensor:
     latent_and_key = x_PD @ own["attention.latent_down"].T
     latent = norm(latent_and_key[:, : config.kv_latent], own["attention.latent_norm"])
     shared_key = turned(latent_and_key[:, config.kv_latent :])
-    keys_values = latent @ own["attention.latent_up"].T
+    keys, values = latent @ own["attention.key_up"].T, latent @ own["attention.value_up"].T
     gathered = []
     for place in range(config.num_heads):
         q = queries[:, place * head : (place + 1) * head]
         q = torch.cat([turned(q[:, :rotary]), q[:, rotary:]], dim=1)
-        both = keys_values[:, place * (2 * head - rotary) : (place + 1) * (2 * head - rotary)]
-        k = torch.cat([shared_key, both[:, : head - rotary]], dim=1)
+        k = torch.cat([shared_key, keys[:, place * (head - rotary) : (place + 1) * (head - rotary)]], dim=1)
+        v = values[:, place * head : (place + 1) * head]
         scores = q @ k.T / head**0.5
         future = torch.ones_like(scores, dtype=torch.bool).triu(1)
-        gathered.append(scores.masked_fill(future, -torch.inf).softmax(dim=1) @ both[:, head - rotary :])
+        gathered.append(scores.masked_fill(future, -torch.inf).softmax(dim=1) @ v)
     return torch.cat(gathered, dim=1) @ own["attention.output"].T
 
 
@@ -94,7 +94,7 @@ def turned_around(own: Matrices, config: ArbConfig, e_D: Tensor, turns: int) -> 
 def mixture(own: Matrices, config: ArbConfig, x_PD: Tensor) -> Tensor:
     """Return the mixture of experts, one position and one chosen expert at a time."""
     outputs = []
-    rank = config.expert_rank
+    rank, inner = config.expert_rank, config.shared_inner
     for x in x_PD:
         scores = own["moe_graph.moe.router"] @ x
         chosen = sorted(range(config.num_experts), key=lambda e: (-scores[e].item(), e))[: config.top_k]
@@ -103,7 +103,7 @@ def mixture(own: Matrices, config: ArbConfig, x_PD: Tensor) -> Tensor:
         for share, e in zip(shares, chosen, strict=True):
             a, b = (
                 own["moe_graph.moe.expert_down"][e * rank : (e + 1) * rank],
-                own["moe_graph.moe.expert_up"][:, e * rank : (e + 1) * rank],
+                own["moe_graph.moe.expert_up"][e * inner : (e + 1) * inner],
             )
             modulation = modulation + share * (b @ (a @ x))
         hidden = swish(own["moe_graph.moe.gate"] @ x) * (own["moe_graph.moe.up"] @ x)

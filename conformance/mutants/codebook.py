@@ -2,7 +2,109 @@
 
 from __future__ import annotations
 
-from conformance.mutants.mutant import Mutant
+from conformance.mutants.mutant import Mutant, m
 
-MUTANTS: tuple[Mutant, ...] = ()
+# fmt: off
+_SEARCH = (
+    m("search_without_the_square", "codebook",
+       "score_Qn = codes_nC.square().sum(dim=1) / 2 - ", "score_Qn = 0 - ",
+       "nearest_codes_by_fractions", "nearest_codes_shift_with_zero_rows", compared="nearest_codes"),
+    m("search_by_the_whole_square", "codebook",
+       "score_Qn = codes_nC.square().sum(dim=1) / 2 - ", "score_Qn = codes_nC.square().sum(dim=1) - ",
+       "nearest_codes_by_fractions", compared="nearest_codes"),
+    m("search_takes_the_last", "codebook", "places, _NO_ID).amin(dim=1)", "places, -1).amax(dim=1)",
+       "nearest_codes_by_fractions", "nearest_codes_lowest_on_ties", compared="nearest_codes"),
+    m("a_later_tile_wins_ties", "codebook", "places, _NO_ID).amin(dim=1)",
+       "places - places // 64 * 128, _NO_ID).amin(dim=1)\n        lowest = lowest % 64 * 2 - lowest",
+       "nearest_codes_lowest_on_ties", compared="nearest_codes"),
+    m("search_in_bfloat16", "codebook", "least = score_Qn.amin(dim=1)",
+       "score_Qn = score_Qn.to(torch.bfloat16).to(torch.float32)\n        least = score_Qn.amin(dim=1)",
+       "nearest_codes_keep_the_last_bit", compared="nearest_codes"),
+    m("search_clamps_no_exponents", "codebook", "weight.exponents.clamp(CODE_EXPONENT_MIN, CODE_EXPONENT_MAX)",
+       "weight.exponents.clamp(-32, 15)",
+       "nearest_codes_by_fractions", "nearest_candidates_by_fractions", compared=("nearest_codes", "nearest_candidates")),
+    m("search_clamps_no_vectors", "codebook", ".clamp(-QUERY_MAX, QUERY_MAX).round()", ".clamp(-32768, 32767).round()",
+       "nearest_codes_by_fractions", compared=("nearest_codes", "nearest_candidates")),
+    m("search_rounds_up", "codebook", ".clamp(-QUERY_MAX, QUERY_MAX).round()",
+       ".clamp(-QUERY_MAX, QUERY_MAX).add(0.5).floor()",
+       "revive_codes_by_scalar_philox", compared=("candidate_codes", "revive_codes")),
+    m("a_short_last_chunk_is_lost", "codebook", "last = min(first + rows_at_a_time, weight.shape[0])",
+       "last = max(first + 1, weight.shape[0] // 128 * 128)",
+       "nearest_codes_by_fractions", "nearest_codes_shift_with_zero_rows", compared="nearest_codes"),
+    m("unused_slots_are_code_0", "codebook", "named_qM = named_QM[some]", "named_qM = named_QM[some].clamp(min=0)",
+       "nearest_candidates_by_fractions", compared="nearest_candidates"),
+    m("candidates_in_their_order", "codebook",
+       "lowest = torch.where(is_least, named_qM, _NO_ID).amin(dim=1)",
+       "lowest = named_qM.gather(1, is_least.to(torch.int8).argmax(dim=1, keepdim=True)).squeeze(1)\n"
+       "        lowest = torch.where(is_least.any(dim=1), lowest, _NO_ID)",
+       "nearest_candidates_by_fractions", "nearest_candidates_of_all_codes", compared="nearest_candidates"),
+    m("no_candidate_is_code_0", "codebook", "torch.where(lowest == _NO_ID, -1, lowest)", "torch.where(lowest == _NO_ID, 0, lowest)",
+       "nearest_candidates_by_fractions", compared="nearest_candidates"),
+    m("wide_codes_searched", "codebook", "    checks.codebook(weight)\n    checks.last_dim(\"z\"",
+       "    checks.last_dim(\"z\"", "refusals_of_codebook_and_edges", times=2),
+)
+
+_BUCKETS = (
+    m("zero_has_a_positive_sign", "codebook", "own = ((z_q > 0)", "own = ((z_q >= 0)",
+       "candidate_codes_by_hand", compared="candidate_codes"),
+    m("the_largest_flip_first", "codebook", "columns_by_rank = z_q.abs().sort(", "columns_by_rank = z_q.abs().neg().sort(",
+       "candidate_codes_by_hand", compared="candidate_codes"),
+    m("probes_by_number", "codebook", "sets = _sets_of_ranks(sign_bits)", "sets = iter(range(2**sign_bits))",
+       "candidate_codes_by_hand", compared="candidate_codes"),
+    m("buckets_drop_the_rest", "codebook", "num_codes + 2**sign_bits - 1) >> sign_bits", "num_codes) >> sign_bits",
+       "candidate_codes_by_hand", compared="candidate_codes"),
+    m("equal_buckets_alone", "codebook", "    return -(-num_codes // 2**sign_bits)", "    return num_codes // 2**sign_bits",
+       "candidate_codes_of_every_bucket", "candidate_codes_by_hand", compared="candidate_codes"),
+    m("bucket_signs_reversed", "codebook", "return (2 * bits - 1).to(torch.int8)", "return (1 - 2 * bits).to(torch.int8)",
+       "initial_codebook_is_found", "initial_codebook_by_scalar_philox", "revive_codes_by_scalar_philox",
+       compared=("initial_codebook", "revive_codes")),
+    m("buckets_take_turns", "codebook", "numbers = (ids << sign_bits) // num_codes", "numbers = ids % 2**sign_bits",
+       "initial_codebook_is_found", "initial_codebook_by_scalar_philox", compared="initial_codebook"),
+    m("codes_start_at_their_scale", "codebook", "std=math.sqrt(INIT_NONZERO)", "std=0.1",
+       "initial_codebook_by_scalar_philox", compared="initial_codebook"),
+)
+
+_USE = (
+    m("duplicates_count_once", "codebook", "counted[used] + counts)", "counted[used] + counts.clamp(max=1))",
+       "count_codes_one_by_one", compared="count_codes"),
+    m("counters_wrap", "codebook", ".clamp(max=USAGE_MAX).to(torch.int16)", ".to(torch.int16)",
+       "count_codes_one_by_one", compared="count_codes"),
+    m("unused_slots_count", "codebook", "ids[ids >= 0].unique(", "ids.unique(",
+       "count_codes_one_by_one", compared="count_codes"),
+    m("count_ids_unchecked", "codebook", 'checks.values_between("ids", ids, -1, usage.numel() - 1)', "pass",
+       "refusals_of_codebook_and_edges"),
+    m("window_stops_at_the_end", "codebook", "rows = (first + torch.arange(window, device=usage.device)) % num_codes",
+       "rows = (first % num_codes + torch.arange(window, device=usage.device)).clamp(max=num_codes - 1).unique()",
+       "revive_codes_by_scalar_philox", compared="revive_codes"),
+    m("codes_in_use_revived", "codebook", "rows[(usage[rows] == 0)", "rows[(usage[rows] <= 1)",
+       "revive_codes_by_scalar_philox", compared="revive_codes"),
+    m("revived_from_nothing", "codebook", "dead = rows[(usage[rows] == 0) & (num_vectors > 0)]",
+       "dead = rows[usage[rows] == 0]\n    z_RC = z_RC if num_vectors else z_RC.new_zeros(1, z_RC.shape[1])",
+       "revive_codes_from_no_vectors", compared="revive_codes"),
+    m("draws_of_the_dither", "codebook", "torch.full_like(dead, REVIVAL_BLOCK)", "torch.zeros_like(dead)",
+       "revive_codes_by_scalar_philox", compared="revive_codes"),
+    m("draws_by_remainder", "codebook", "(word * num_vectors) >> 32]", "word % num_vectors]",
+       "revive_codes_by_scalar_philox", compared="revive_codes"),
+    m("draws_from_the_first_half", "codebook", "(word * num_vectors) >> 32]", "(word * num_vectors) >> 33]",
+       "revive_codes_by_scalar_philox", compared="revive_codes"),
+    m("a_half_is_too_little", "codebook", "z_q.abs() >= ALIVE_QUERY", "z_q.abs() > ALIVE_QUERY",
+       "revive_codes_by_scalar_philox", compared="revive_codes"),
+    m("counts_survive_revival", "codebook", "    for tensor in tensors.values():\n        tensor[dead] = 0\n",
+       "    tensors[\"exponents\"][dead] = 0\n",
+       "revive_codes_by_scalar_philox", compared="revive_codes"),
+    m("buckets_forgotten_at_revival", "codebook", "new[:, :sign_bits] = bucket_signs(dead, num_codes, sign_bits)", "pass",
+       "revive_codes_by_scalar_philox", compared="revive_codes"),
+    m("revived_codes_stay_at_0", "codebook", "torch.where(usage[rows] == 0, 1, usage[rows] >> 1)", "usage[rows] >> 1",
+       "age_codes_one_by_one", compared="age_codes"),
+    m("use_is_not_forgotten", "codebook", "torch.where(usage[rows] == 0, 1, usage[rows] >> 1)",
+       "torch.where(usage[rows] == 0, 1, usage[rows])",
+       "age_codes_one_by_one", compared="age_codes"),
+    m("all_counters_age", "codebook", "aged = usage.clone()", "aged = usage >> 1",
+       "age_codes_one_by_one", compared="age_codes"),
+    m("window_unchecked", "codebook", "checks.code_window(usage.numel(), first, window)", "pass",
+       "refusals_of_codebook_and_edges"),
+)
+# fmt: on
+
+MUTANTS: tuple[Mutant, ...] = (*_SEARCH, *_BUCKETS, *_USE)
 """Every broken implementation."""

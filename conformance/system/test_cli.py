@@ -196,6 +196,17 @@ def test_audit_counts_weights_and_no_floats(here: Here) -> None:
     check_refused(here("audit", "--preset", "huge"), 2, "'huge'")
 
 
+def test_audit_shows_the_seeds_figures(here: Here) -> None:
+    whole = here("audit", "--preset", "r14").stdout.decode()
+    for text in ("MoEGraph", "3,011,944,672", "edge signs", "int32", "REFACTOR14", "+24,736", "sidecars"):
+        assert text in whole
+    off = ("--disable-vq", "--disable-graph", "--disable-moe")
+    core = here("audit", "--preset", "r12", *off).stdout.decode()
+    for text in ("124,145,088", "123,996,160", "+148,928", "(!)"):
+        assert text in core
+    assert "(!)" not in whole and "MoEGraph" not in core
+
+
 def test_smoke_reports_what_refactor_12_reports(here: Here) -> None:
     result = here("smoke", "--preset", "nano", "--device", "cpu", "--ctx", "5", "--batch", "2", "--backward")
     assert result.returncode == 0, result.stderr.decode()

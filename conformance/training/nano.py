@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from arbitor.optimized.training import defaults
-from arbitor.reference.config import PRESETS
+from arbitor.reference.presets import PRESETS
 from conformance.graph.models import NANO as GRAPH_NANO
 
 NANO = replace(GRAPH_NANO, num_layers=1, num_experts=2, top_k=1)

@@ -1,40 +1,52 @@
-"""Generation: deterministic, bytes only, and never beyond the window."""
+"""Generation: deterministic, bytes only, each byte read once, and many prompts as each alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 
-from arbitor.optimized.training.generate import first_window, generate
+from arbitor.optimized.training import generate as module
+from arbitor.optimized.training.generate import first_window, generate, generate_batch
 from arbitor.reference.config import SPECIAL_IDS
 from arbitor.reference.graph import ArbModel
-from conformance.graph.models import nano
+from arbitor.reference.graph.ledger import KVLedger
+from conformance.compare import alike
+from conformance.graph.models import NANO, nano
 
 BOS, PAD = SPECIAL_IDS["BOS"], SPECIAL_IDS["PAD"]
 
 
 class Scripted:
-    """Stands for a model: logits are a function of the window, and the windows are kept."""
+    """Stands for a model: logits are a function of the last bytes, and what each pass read is kept."""
 
     def __init__(self, logits_of: Callable[[list[int]], torch.Tensor]) -> None:
         self.logits_of = logits_of
         self.windows: list[list[int]] = []
 
-    def __call__(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        self.windows.append(ids_BT[0].tolist())
-        logits = torch.full((1, ids_BT.shape[1] - 2, 297), -50.0)
-        logits[0, -1] = self.logits_of(self.windows[-1])
+    def __call__(
+        self, ids_BT: torch.Tensor | None, *, ledger: KVLedger, choose: Callable[..., torch.Tensor] | None
+    ) -> torch.Tensor:
+        window_BT = ledger.begin(ids_BT)
+        self.windows.append(window_BT[0].tolist())
+        logits = torch.full((ledger.batch, window_BT.shape[1] - 2, 297), -50.0)
+        for row in range(ledger.batch):
+            logits[row, -1] = self.logits_of(window_BT[row].tolist())
+        last = logits[:, -1]
+        ledger.end(last.argmax(dim=-1) if choose is None else choose(last))
         return logits
+
+    def new_ledger(self, batch: int = 1) -> KVLedger:
+        return KVLedger(NANO, batch)
 
     def buffers(self) -> Iterator[torch.Tensor]:
         return iter([torch.zeros(1)])
 
 
-def run(script: Scripted, prompt: bytes, num_bytes: int, **options: float) -> bytes:
-    settings = {"temperature": 0.0, "seed": 0, "context": 8, **options}
+def run(script: Scripted, prompt: bytes, num_bytes: int, **options: Any) -> bytes:
+    settings: dict[str, Any] = {"temperature": 0.0, "seed": 0, **options}
     return generate(cast(ArbModel, script), prompt, num_bytes, **settings)
 
 
@@ -54,17 +66,23 @@ def test_first_window_of_a_short_prompt(prompt: bytes, window: list[int]) -> Non
     assert first_window(prompt) == window
 
 
-def test_generate_slides_its_window_and_takes_the_likeliest_byte() -> None:
+def test_generate_reads_each_byte_once_and_takes_the_likeliest() -> None:
     script = Scripted(next_byte)
     assert run(script, b"ab", 7) == b"cdefghi"
     assert script.windows[0] == [BOS, *b"ab"]
-    assert script.windows[5] == [BOS, *b"abcdefg"]
-    assert script.windows[6] == [*b"abcdefgh"]
+    assert script.windows[1:] == [[*b"abc"], [*b"bcd"], [*b"cde"], [*b"def"], [*b"efg"], [*b"fgh"]]
 
 
-def test_generate_sees_the_end_of_a_long_prompt_only() -> None:
+def test_generate_reads_a_long_prompt_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PIECE", 4)
     script = Scripted(next_byte)
-    assert run(script, b"0123456789abcdef", 1) == b"g"
+    assert run(script, b"0123456789", 2) == b":;"
+    assert script.windows == [[*b"0123"], [*b"234567"], [*b"6789"], [*b"89:"]]
+
+
+def test_generate_reads_the_end_of_a_prompt_where_that_is_asked_for() -> None:
+    script = Scripted(next_byte)
+    assert run(script, b"0123456789abcdef", 1, context=8) == b"g"
     assert script.windows == [[*b"89abcdef"]]
 
 
@@ -103,7 +121,7 @@ def test_generate_is_deterministic() -> None:
     model = nano()
 
     def text(seed: int, temperature: float = 1.0) -> bytes:
-        return generate(model, b"one two", 24, temperature=temperature, seed=seed, context=12)
+        return generate(model, b"one two", 24, temperature=temperature, seed=seed)
 
     first = text(5)
     torch.manual_seed(1)
@@ -112,15 +130,77 @@ def test_generate_is_deterministic() -> None:
     assert text(6) != first
     assert text(5, 0.0) == text(6, 0.0)
     assert len(first) == 24
-    assert generate(model, b"one", 0, temperature=1.0, seed=0, context=12) == b""
+    assert generate(model, b"one", 0, temperature=1.0, seed=0) == b""
 
 
 def test_generate_changes_no_weight() -> None:
     model = nano()
     before = {name: weight.clone() for name, weight in model.weights().items()}
-    generate(model, b"", 5, temperature=1.0, seed=0, context=12)
+    generate(model, b"", 5, temperature=1.0, seed=0)
     for name, weight in model.weights().items():
         assert all(torch.equal(t, before[name].tensors()[part]) for part, t in weight.tensors().items())
+
+
+PROMPTS = [b"", b"x", b"one two three four five six seven", b"0123456789"]
+"""Prompts on both sides of a window of 8."""
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_generate_many_as_each_alone(temperature: float) -> None:
+    """Byte for byte, at temperature 0 and with seeds."""
+    model = nano(window=8, block=2, num_summaries=1)
+    seeds = list(range(len(PROMPTS)))
+    together = generate_batch(model, PROMPTS, 16, temperature=temperature, seeds=seeds)
+    alone = [
+        generate(model, prompt, 16, temperature=temperature, seed=seed)
+        for prompt, seed in zip(PROMPTS, seeds, strict=True)
+    ]
+    assert together == alone
+    assert generate_batch(model, [], 5, temperature=temperature, seeds=[]) == []
+    assert generate_batch(model, PROMPTS, 0, temperature=temperature, seeds=seeds) == [b""] * 4
+
+
+def test_generate_draws_from_the_logits_of_the_whole_text() -> None:
+    """The logits of each step, with a ledger and in company, are those of one pass over all bytes."""
+    model = nano(window=8, block=2, num_summaries=1)
+    seen: list[torch.Tensor] = []
+    byte_head = model.byte_head.forward
+    model.byte_head.forward = lambda h_BPD: seen.append(byte_head(h_BPD)) or seen[-1]  # type: ignore[func-returns-value]
+    added = generate_batch(model, PROMPTS, 14, temperature=1.0, seeds=[1, 2, 3, 4])
+    for row, (prompt, text) in enumerate(zip(PROMPTS, added, strict=True)):
+        drawn_from = torch.stack([seen[row][0, -1], *(logits_BPV[row, -1] for logits_BPV in seen[4:])])
+        ids = [*first_window(prompt), *text]
+        with torch.no_grad():
+            whole = byte_head_of(nano(window=8, block=2, num_summaries=1), ids)
+        alike(drawn_from, whole[-15:-1], f"logits of {prompt!r}")
+
+
+def byte_head_of(model: ArbModel, ids: list[int]) -> torch.Tensor:
+    return model(torch.tensor([ids]))[0]
+
+
+def test_generate_costs_the_same_however_long_the_text() -> None:
+    """A step looks at as many rows after 600 bytes as after 60: the shapes of all that it computes are equal."""
+    model = nano(window=8, block=2, num_summaries=1)
+    shapes: list[list[tuple[int, ...]]] = []
+    ops = model.layers[0].attention.ops
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            op = getattr(ops, name)
+
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                shapes[-1] += [tuple(value.shape) for value in args if isinstance(value, torch.Tensor)]
+                return op(*args, **kwargs)
+
+            return watched
+
+    for layer in model.layers:
+        layer.attention.ops = Watched()
+    for length in (60, 600):
+        shapes.append([])
+        generate(model, bytes(range(60)) * (length // 60), 2, temperature=0.0, seed=0)
+    assert len(shapes[0]) and shapes[0] == shapes[1]
 
 
 @pytest.mark.parametrize(
@@ -130,12 +210,13 @@ def test_generate_changes_no_weight() -> None:
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"context": 2}, "context"),
+        ({"seeds": [1, 2]}, "seeds"),
     ],
 )
-def test_generate_refuses(options: dict[str, float], named: str) -> None:
-    settings = {"num_bytes": 1, "temperature": 1.0, "seed": 0, "context": 8, **options}
-    with pytest.raises(ValueError, match=f"^{named} is"):
-        generate(nano(), b"abc", **settings)
+def test_generate_refuses(options: dict[str, Any], named: str) -> None:
+    settings = {"num_bytes": 1, "temperature": 1.0, "seeds": [0], "context": 8, **options}
+    with pytest.raises(ValueError, match=f"^{named} (is|has)"):
+        generate_batch(nano(), [b"abc"], **settings)
 
 
 def test_generate_refuses_logits_that_are_not_finite() -> None:

@@ -322,7 +322,7 @@ def test_train_refuses_to_resume_with_other_data(text: Path, tmp_path: Path) -> 
 def test_train_refuses_to_resume_another_model(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from arbitor.reference.config import PRESETS
+    from arbitor.reference.presets import PRESETS
 
     train(options(text, tmp_path / "run"))
     monkeypatch.setitem(PRESETS, "nano", replace(NANO, theta=17))

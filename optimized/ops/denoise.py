@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from arbitor.optimized.kernels import denoise
+from arbitor.optimized.kernels.scale import dense_rows
+from arbitor.optimized.layouts import AnyWeight
+from arbitor.optimized.ops.layout import on_device
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
@@ -24,3 +30,33 @@ def denoise_step_backward(grad: Tensor, *, alpha: float) -> tuple[Tensor, Tensor
     checks.number("alpha", alpha, 0.0, 1.0, open_low=True)
     checks.dtype_in("grad", grad, DTYPES)
     return denoise.denoised_backward(grad, alpha)
+
+
+def denoise_loop(
+    latent_BL: Tensor,
+    tokens_BPD: Tensor,
+    latent_in: AnyWeight,
+    query: AnyWeight,
+    step_rows: AnyWeight,
+    latent_out: AnyWeight,
+    *,
+    alphas: Sequence[float],
+    halt_threshold: float | None = None,
+) -> Tensor:
+    """See reference; float64 is not supported. Weights are unpacked once, not once a step."""
+    weights = {"latent_in": latent_in, "query": query, "step_rows": step_rows, "latent_out": latent_out}
+    checks.denoise_loop(latent_BL, tokens_BPD, weights, alphas, halt_threshold, DTYPES)
+    if latent_BL.shape[0] == 0:
+        return latent_BL.clone()
+    w_in, w_query, rows_TD, w_out = (
+        dense_rows(on_device(weight), torch.float32) for weight in weights.values()
+    )
+    latent = latent_BL.to(torch.float32).contiguous()
+    loop = denoise.DenoiseLoop(latent, tokens_BPD.contiguous(), rows_TD)
+    for step, alpha in enumerate(alphas):
+        n_BD = loop.unit_rows(torch.mm(latent, w_in.T))
+        m_BD = loop.mixed(n_BD, torch.mm(n_BD, w_query.T), step)
+        latent = loop.step(latent, torch.mm(m_BD, w_out.T), alpha, halts=halt_threshold is not None)
+        if halt_threshold is not None:
+            total = loop.halt(latent, halt_threshold, first=step == 0, last=step + 1 == len(alphas))
+    return (latent if halt_threshold is None else total).to(latent_BL.dtype)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,12 @@ from arbitor.optimized.layouts import AnyWeight, DeviceWeight
 from arbitor.optimized.ops.layout import on_device
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
+
+DENSE_ELEMENTS = 2**27
+"""Most elements of a weight that are unpacked at a time: 256 MiB of bfloat16."""
+
+ROW_MULTIPLE = 16
+"""Rows that a part is a multiple of, so that no part starts at an address for which a kernel would compile anew."""
 
 
 def linear(x: Tensor, weight: AnyWeight) -> Tensor:
@@ -55,8 +63,38 @@ def matrix_of(x: Tensor) -> Tensor:
 def _product(x: Tensor, weight: DeviceWeight, *, transposed: bool) -> Tensor:
     """Return x W^T, or x W, in the dtype of x: the kernel unpacks the weight, the library multiplies.
 
-    Unpacking inside the product would spare the dense copy; what that cost when it was tried is in docs/log.md.
+    Unpacking inside the product would spare the dense copy; what that cost when it was tried is in docs/log.md. Of a large
+    weight some rows are unpacked at a time. Forward, each gives some outputs; backward, each a part of every sum, and those
+    are added in float32 and rounded once, as one product would.
     """
-    w_NK = dense_rows(weight, x.dtype)
-    y_MN = torch.mm(matrix_of(x), w_NK if transposed else w_NK.T)
-    return y_MN.reshape(*x.shape[:-1], y_MN.shape[1])
+    x_MK = matrix_of(x)
+    num_outputs = weight.shape[1 if transposed else 0]
+    parts = row_ranges(*weight.shape)
+    if len(parts) == 1:
+        w_NK = dense_rows(weight, x.dtype)
+        return torch.mm(x_MK, w_NK if transposed else w_NK.T).reshape(*x.shape[:-1], num_outputs)
+    wide = torch.float32 if transposed else x.dtype
+    y_MN = torch.empty(x_MK.shape[0], num_outputs, dtype=wide, device=x.device)
+    for rows in parts:
+        w_NK = dense_rows(rows_of(weight, rows), x.dtype)
+        part = slice(rows.start, rows.stop)
+        if not transposed:
+            y_MN[:, part] = torch.mm(x_MK, w_NK.T)
+        elif rows.start == 0:
+            y_MN.copy_(wide_product(x_MK[:, part], w_NK))
+        else:
+            y_MN += wide_product(x_MK[:, part], w_NK)
+        del w_NK  # before the next rows are unpacked
+    return y_MN.to(x.dtype).reshape(*x.shape[:-1], num_outputs)
+
+
+def row_ranges(num_rows: int, num_columns: int) -> list[range]:
+    """Return ranges of rows that unpack at most DENSE_ELEMENTS each, in multiples of ROW_MULTIPLE."""
+    step = max(DENSE_ELEMENTS // num_columns // ROW_MULTIPLE, 1) * ROW_MULTIPLE
+    return [range(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+
+
+def rows_of(weight: DeviceWeight, rows: range) -> DeviceWeight:
+    """Return some rows of a weight, on its own memory."""
+    part: dict[str, Any] = {n: tensor[rows.start : rows.stop] for n, tensor in weight.tensors().items()}
+    return replace(weight, **part, shape=(len(rows), weight.shape[1]))

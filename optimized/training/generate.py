@@ -1,40 +1,71 @@
-"""Text from a model: one byte at a time, each drawn from what the last bytes make likely.
+"""Text from a model: one byte at a time, each drawn from what all bytes before it make likely.
 
-Shape legend: T bytes of a window, P = T - 2 positions, V ids of the vocabulary.
+The model keeps a ledger of what it read, so that a byte costs the same however many came before it.
+Shape legend: B sequences, T bytes, V ids of the vocabulary.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from arbitor.reference.config import NGRAM, NUM_BYTES, SPECIAL_IDS
+from arbitor.reference.graph.ledger import KVLedger
 
 if TYPE_CHECKING:
     from arbitor.reference.graph import ArbModel
 
+PIECE = 4096
+"""Bytes of a prompt that are read in one pass: activations of no more are held at a time."""
+
 
 def generate(
-    model: ArbModel, prompt: bytes, num_bytes: int, *, temperature: float, seed: int, context: int
+    model: ArbModel,
+    prompt: bytes,
+    num_bytes: int,
+    *,
+    temperature: float,
+    seed: int,
+    context: int | None = None,
 ) -> bytes:
-    """Continue a prompt.
+    """Continue a prompt: `generate_batch` of one."""
+    [added] = generate_batch(
+        model, [prompt], num_bytes, temperature=temperature, seeds=[seed], context=context
+    )
+    return added
 
-    The model sees a window that slides over the last ``context`` bytes, and draws bytes only: specials and
-    marks have no chance. Before it has seen three, the window is filled from the left: BOS stands right
-    before the prompt, and PAD before BOS.
+
+def generate_batch(
+    model: ArbModel,
+    prompts: Sequence[bytes],
+    num_bytes: int,
+    *,
+    temperature: float,
+    seeds: Sequence[int],
+    context: int | None = None,
+) -> list[bytes]:
+    """Continue several prompts of any lengths, in lockstep.
+
+    Each prompt is read on its own, then all go on together. Only bytes are drawn: specials and marks have no
+    chance. A prompt of fewer than three bytes is filled up from the left: BOS stands right before it, and PAD
+    before BOS. A sequence sees nothing of the others, and its bytes are drawn with a generator of its own: it
+    is continued as it would be alone. (Its logits are alike, not equal in bits: libraries add up in another
+    order when there are more rows. A draw on the very edge between two bytes may then fall to the other side.)
 
     Args:
         model: a model; its weights are only read.
-        prompt: bytes to continue; may be empty.
-        num_bytes: how many bytes to add, at least 0.
+        prompts: bytes to continue; may be empty.
+        num_bytes: how many bytes to add to each, at least 0.
         temperature: 0 takes the likeliest byte (the lowest of several); otherwise logits are divided by it.
-        seed: of the CPU generator that draws; the same seed gives the same bytes on the same device.
-        context: bytes of the window, at least 3.
+        seeds: of the CPU generators that draw, one a prompt; the same seed gives the same bytes on the same device.
+        context: bytes at the end of a prompt that are read, at least 3; None: all.
 
     Returns:
-        The added bytes, without the prompt.
+        The added bytes, without the prompts.
 
     Raises:
         ValueError: an argument is out of range, or the model's logits are not finite.
@@ -43,17 +74,38 @@ def generate(
         raise ValueError(f"num_bytes is {num_bytes}, but must be at least 0")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature is {temperature}, but must be finite and at least 0")
-    if context < NGRAM:
+    if context is not None and context < NGRAM:
         raise ValueError(f"context is {context}, but must be at least {NGRAM}")
-    generator = torch.Generator().manual_seed(seed)
-    device = next(model.buffers()).device
-    ids = first_window(prompt)
+    if len(seeds) != len(prompts):
+        raise ValueError(
+            f"seeds has {len(seeds)} entries, but must have one for each of {len(prompts)} prompts"
+        )
+    if not prompts or not num_bytes:
+        return [b""] * len(prompts)
+    draws = [_drawer(temperature, seed) for seed in seeds]
     with torch.no_grad():
-        for _ in range(num_bytes):
-            window_1T = torch.tensor([ids[-context:]], dtype=torch.int64, device=device)
-            logits_V = model(window_1T)[0, -1, :NUM_BYTES].to("cpu", torch.float64)
-            ids.append(_draw(logits_V, temperature, generator))
-    return bytes(ids[len(ids) - num_bytes :])
+        ledger = KVLedger.stack(
+            [
+                read_prompt(model, first_window(prompt)[-(context or 0) :], choose=_chooser([draw]))
+                for prompt, draw in zip(prompts, draws, strict=True)
+            ]
+        )
+        choose = _chooser(draws)
+        for _ in range(num_bytes - 1):
+            model(None, ledger=ledger, choose=choose)
+    return [bytes(ledger.ids(row)[-num_bytes:].tolist()) for row in range(len(prompts))]
+
+
+def read_prompt(model: ArbModel, ids: list[int], *, choose: Callable[[Tensor], Tensor]) -> KVLedger:
+    """Return a ledger that has read some ids, a piece at a time, and to which the chosen next one was appended."""
+    ledger = model.new_ledger()
+    device = next(model.buffers()).device
+    for start in range(0, len(ids), PIECE):
+        ledger.retract()  # what was predicted after the piece before is known
+        piece_1T = torch.tensor([ids[start : start + PIECE]], dtype=torch.int64, device=device)
+        is_last = start + PIECE >= len(ids)
+        model(piece_1T, ledger=ledger, choose=choose if is_last else None)
+    return ledger
 
 
 def first_window(prompt: bytes) -> list[int]:
@@ -63,11 +115,27 @@ def first_window(prompt: bytes) -> list[int]:
     return lead + list(prompt)
 
 
-def _draw(logits_V: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
-    if not bool(logits_V.isfinite().all()):
-        raise ValueError("the model's logits are not finite, so no byte can be drawn from them")
-    if temperature == 0:
-        return int(logits_V.argmax())
-    # The largest logit is 0 after the shift, so that no temperature can overflow.
-    weights_V = ((logits_V - logits_V.max()) / temperature).exp()
-    return int(torch.multinomial(weights_V, 1, generator=generator))
+def _chooser(draws: Sequence[Callable[[Tensor], int]]) -> Callable[[Tensor], Tensor]:
+    """What draws a byte for each sequence from logits [B, V]."""
+
+    def choose(logits_BV: Tensor) -> Tensor:
+        bytes_BV = logits_BV[:, :NUM_BYTES].to("cpu", torch.float64)
+        if not bool(bytes_BV.isfinite().all()):
+            raise ValueError("the model's logits are not finite, so no byte can be drawn from them")
+        return torch.tensor([draw(logits_V) for draw, logits_V in zip(draws, bytes_BV, strict=True)])
+
+    return choose
+
+
+def _drawer(temperature: float, seed: int) -> Callable[[Tensor], int]:
+    """What draws a byte from its logits, with a generator of its own."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(logits_V: Tensor) -> int:
+        if temperature == 0:
+            return int(logits_V.argmax())
+        # The largest logit is 0 after the shift, so that no temperature can overflow.
+        weights_V = ((logits_V - logits_V.max()) / temperature).exp()
+        return int(torch.multinomial(weights_V, 1, generator=generator))
+
+    return draw

@@ -11,7 +11,7 @@ from typing import Any
 from arbitor.optimized.training.defaults import trainer_defaults
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.reference.config import ArbConfig, with_modules
-from arbitor.reference.config import preset as preset_config
+from arbitor.reference.presets import preset as preset_config
 
 MODULES = ("disable_vq", "disable_graph", "disable_moe", "enable_memory", "max_moe_iters")
 """Settings that switch modules of the preset off or on."""

@@ -1,29 +1,42 @@
 """Multi-head latent attention (MLA): keys and values of a position are made from one small latent.
 
-Legend: B batch, P positions, D width, H heads, C head width, R rotary width, Q query latent, L key-value latent.
+Legend: B batch, P positions, D width, H heads, C head width, R rotary width, L key-value latent, S slots that are seen,
+N rows of a log, K columns of its rows.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm
+from arbitor.reference.graph.ledger_rows import LayerLedger, mean_of_parts, rows_at
+from arbitor.reference.graph.rotary import Turns, rotary_turns, rotate, turns_at, with_turned_key
+from arbitor.reference.graph.scheduler import ContextAttentionScheduler, Seen
 from arbitor.reference.graph.state import GraphContext
 
-ROTARY_BASE = 10_000.0
-"""Base of the geometric series of rotary wavelengths, in positions."""
+__all__ = ["LatentAttention", "rotary_turns", "rotate"]
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of all heads, [B, S, H, C] each."""
 
 
 class LatentAttention(nn.Module):
-    """Causal attention whose cache is one latent and one rotary key a position, shared by all heads.
+    """Attention whose cache is one latent and one rotary key a position, shared by all heads; old positions as summaries.
 
     Math:    [l_p; k^R_p] = W_latent_down x_p; l^_p = RMSNorm(l_p)
              q_p = W_query_up RMSNorm(W_query_down x_p), H heads of C
-             each head: its first R query columns and k^R are turned by the position; the other C - R key columns and the
-             C value columns are rows of W_latent_up l^_p
-             y_p = W_output [softmax over s <= p of (q_p . k_s / sqrt(C)) v_s, all heads]
+             each head: its first R query columns and k^R are turned by the position; the other C - R key columns are rows
+             of W_key_up l^_p and its C value columns rows of W_value_up l^_p
+             y_p = W_output [softmax over what p sees of (q_p . k_s / sqrt(C) + ln n_s) v_s, all heads]
+             p sees what ContextAttentionScheduler says: a position s <= p (n = 1), or a block of n positions, by the mean
+             of its l^ and of its k^R turned to its middle
+    Absorbed: one position with a ledger is read without keys and values of heads: q . k_s = (W_key_up^T q^C) . l^_s +
+             q^R . k^R_s, and the values are W_value_up applied to the mean of the latents
     Shapes:  [B, P, D] -> [B, P, D]
     Source:  DeepSeek-V2 (2024), section 2.1; keys and values of one width C, so that fused attention kernels apply
     """
@@ -31,56 +44,159 @@ class LatentAttention(nn.Module):
     def __init__(self, context: GraphContext, *, output_gain: float = 1.0) -> None:
         super().__init__()
         config = context.config
+        self.ops = context.ops
         self.num_heads, self.head_dim, self.rotary_dim = config.num_heads, config.head_dim, config.rotary_dim
-        self.kv_latent = config.kv_latent
+        self.plain_dim, self.kv_latent = config.head_dim - config.rotary_dim, config.kv_latent
+        self.scale = 1 / math.sqrt(config.head_dim)
+        self.scheduler = ContextAttentionScheduler(config)
         heads_width = config.num_heads * config.head_dim
-        keys_values = config.num_heads * (2 * config.head_dim - config.rotary_dim)
         self.query_down = TernaryLinear(context, config.width, config.query_latent)
         self.query_norm = TernaryRMSNorm(context, config.query_latent)
         self.query_up = TernaryLinear(context, config.query_latent, heads_width)
         self.latent_down = TernaryLinear(context, config.width, config.kv_latent + config.rotary_dim)
         self.latent_norm = TernaryRMSNorm(context, config.kv_latent)
-        self.latent_up = TernaryLinear(context, config.kv_latent, keys_values)
+        self.key_up = TernaryLinear(context, config.kv_latent, config.num_heads * self.plain_dim)
+        self.value_up = TernaryLinear(context, config.kv_latent, heads_width)
         self.output = TernaryLinear(context, heads_width, config.width, gain=output_gain)
 
-    def forward(self, x_BPD: Tensor) -> Tensor:
-        """Return what each position gathers from itself and the positions before it."""
-        batch, positions, _ = x_BPD.shape
-        plain_dim = self.head_dim - self.rotary_dim
-        q_BPHC = self.query_up(self.query_norm(self.query_down(x_BPD))).unflatten(
-            -1, (self.num_heads, self.head_dim)
+    def forward(self, x_BPD: Tensor, cache: LayerLedger | None = None) -> Tensor:
+        """Return what each position gathers from itself and the positions before it, those of the cache among them.
+
+        The cache gets the rows of these positions. A gradient reaches the positions of this pass, not older ones.
+        """
+        positions = torch.arange(x_BPD.shape[1], device=x_BPD.device)
+        if cache is not None:
+            positions = positions + cache.first_B[:, None]
+        turns = turns_at(positions, self.rotary_dim)
+        q_BPHC = self._queries(x_BPD, turns)
+        key_BPR, latent_BPL = self._latents(x_BPD)
+        fits = x_BPD.shape[1] <= self.scheduler.window
+        if fits and (cache is None or cache.is_empty):
+            if cache is not None:
+                cache.append(_rows(key_BPR, latent_BPL, turns))
+            heads_BPHC = self._causal(q_BPHC, latent_BPL, rotate(key_BPR[:, :, None], turns)[:, :, 0])
+        elif cache is None:
+            log_BNK = self._log_of(_rows(key_BPR, latent_BPL, turns))
+            heads_BPHC = self._over_past(q_BPHC, self._seen_from_start, self._picker(log_BNK))
+        else:
+            rows_BPK = _rows(key_BPR, latent_BPL, turns)
+            cache.append(rows_BPK)
+            if x_BPD.shape[1] == 1 and not torch.is_grad_enabled():
+                heads_BPHC = self._absorbed(q_BPHC[:, 0], cache)[:, None]
+            else:
+                heads_BPHC = self._over_past(q_BPHC, cache.seen, self._reader(cache, rows_BPK, positions))
+        return self.output(heads_BPHC.flatten(-2))
+
+    def _queries(self, x_BPD: Tensor, turns: Turns) -> Tensor:
+        """Return the queries of all heads, their rotary columns turned."""
+        q_BPHC = self.query_up(self.query_norm(self.query_down(x_BPD)))
+        q_BPHC = q_BPHC.unflatten(-1, (self.num_heads, self.head_dim))
+        q_rotary, q_plain = q_BPHC.split([self.rotary_dim, self.plain_dim], dim=-1)
+        return torch.cat([rotate(q_rotary, turns), q_plain], dim=-1)
+
+    def _latents(self, x_BPD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rotary key of each position, not turned, and its normed latent."""
+        latent_BPL, key_BPR = self.latent_down(x_BPD).split([self.kv_latent, self.rotary_dim], dim=-1)
+        return key_BPR, self.latent_norm(latent_BPL)
+
+    def _heads(self, latent_BSL: Tensor, turned_BSR: Tensor) -> KeysValues:
+        """Return keys and values of all heads for normed latents and turned rotary keys."""
+        plain_BSHC = self.key_up(latent_BSL).unflatten(-1, (self.num_heads, self.plain_dim))
+        turned_BSHR = turned_BSR[:, :, None].expand(-1, -1, self.num_heads, -1)
+        values_BSHC = self.value_up(latent_BSL).unflatten(-1, (self.num_heads, self.head_dim))
+        return torch.cat([turned_BSHR, plain_BSHC], dim=-1), values_BSHC
+
+    def _heads_of_rows(self, rows_BSK: Tensor) -> KeysValues:
+        """Return keys and values of all heads for rows of a log."""
+        latent_BSL, turned_BSR = rows_BSK[..., self.rotary_dim :].split(
+            [self.kv_latent, self.rotary_dim], dim=-1
         )
-        latent_BPL, rotary_key_BPR = self.latent_down(x_BPD).split([self.kv_latent, self.rotary_dim], dim=-1)
-        keys_values = self.latent_up(self.latent_norm(latent_BPL)).unflatten(-1, (self.num_heads, -1))
-        plain_key, v_BPHC = keys_values.split([plain_dim, self.head_dim], dim=-1)
+        return self._heads(latent_BSL, turned_BSR)
 
-        q_rotary, q_plain = q_BPHC.split([self.rotary_dim, plain_dim], dim=-1)
-        turns = rotary_turns(positions, self.rotary_dim, device=x_BPD.device)
-        q_BPHC = torch.cat([rotate(q_rotary, turns), q_plain], dim=-1)
-        rotary_key = rotate(rotary_key_BPR[:, :, None], turns).expand(-1, -1, self.num_heads, -1)
-        k_BPHC = torch.cat([rotary_key, plain_key], dim=-1)
+    def _causal(self, q_BPHC: Tensor, latent_BPL: Tensor, turned_BPR: Tensor) -> Tensor:
+        """Attend where every position sees all before it: the kernels for causal attention apply."""
+        q, k, v = (each.transpose(1, 2) for each in (q_BPHC, *self._heads(latent_BPL, turned_BPR)))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
-        heads_BHPC = F.scaled_dot_product_attention(
-            q_BPHC.transpose(1, 2), k_BPHC.transpose(1, 2), v_BPHC.transpose(1, 2), is_causal=True
+    def _over_past(
+        self, q_BPHC: Tensor, seen: Callable[[int, int], Seen], pick: Callable[[Tensor], KeysValues]
+    ) -> Tensor:
+        """Attend a window of queries at a time, each to the rows that one of them sees, in float32 or better.
+
+        In bfloat16, ln n would be off by up to a percent of a summary's weight.
+        """
+        wide = torch.promote_types(q_BPHC.dtype, torch.float32)
+        gathered = []
+        for skipped in range(0, q_BPHC.shape[1], self.scheduler.window):
+            some_BQHC = q_BPHC[:, skipped : skipped + self.scheduler.window]
+            view = seen(some_BQHC.shape[1], skipped)
+            q, k, v = (each.transpose(1, 2).to(wide) for each in (some_BQHC, *pick(view.places_BS)))
+            mask_B1QS = view.bias_BQS[:, None].to(wide)
+            gathered.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1QS).transpose(1, 2))
+        return torch.cat(gathered, dim=1).to(q_BPHC.dtype)
+
+    def _absorbed(self, q_BHC: Tensor, cache: LayerLedger) -> Tensor:
+        """Attend with one position of each sequence, to the latents themselves."""
+        batch = q_BHC.shape[0]
+        view = cache.seen(1)
+        q_rotary, q_plain = q_BHC.split([self.rotary_dim, self.plain_dim], dim=-1)
+        heads_M = torch.arange(self.num_heads, device=q_BHC.device).repeat(batch)
+        q_latent = self.ops.grouped_linear_input_grad(
+            q_plain.flatten(0, 1), self.key_up.weight, heads_M, num_groups=self.num_heads
         )
-        return self.output(heads_BHPC.transpose(1, 2).reshape(batch, positions, -1))
+        mean_BHL = self.ops.decode_attention(
+            torch.cat([q_latent.unflatten(0, (batch, self.num_heads)), q_rotary], dim=-1),
+            rows_at(cache.log.rows[..., self.rotary_dim :], view.places_BS),
+            view.bias_BQS[:, 0].to(torch.promote_types(q_BHC.dtype, torch.float32)),
+            value_width=self.kv_latent,
+            scale=self.scale,
+        )
+        values_MC = self.ops.grouped_linear(
+            mean_BHL.flatten(0, 1), self.value_up.weight, heads_M, num_groups=self.num_heads
+        )
+        return values_MC.unflatten(0, (batch, self.num_heads))
+
+    def _seen_from_start(self, num_queries: int, skipped: int) -> Seen:
+        """Return what the positions from `skipped` on see when nothing was read before this pass."""
+        return self.scheduler.seen(torch.tensor([skipped], device=self.key_up.device), num_queries)
+
+    def _log_of(self, rows_BPK: Tensor) -> Tensor:
+        """Return the log [B, N, K] of some positions from 0 on, differentiably."""
+        scheduler, positions = self.scheduler, torch.arange(rows_BPK.shape[1], device=rows_BPK.device)
+        parts, places = [rows_BPK], [scheduler.place_of_position(positions)]
+        for level, size in enumerate(scheduler.sizes):
+            width = size // scheduler.sizes[level - 1] if level else size
+            blocks = positions[: parts[-1].shape[1] // width]
+            averaged = parts[-1][:, : len(blocks) * width, : -self.rotary_dim].unflatten(
+                1, (len(blocks), width)
+            )
+            parts.append(
+                with_turned_key(
+                    mean_of_parts(averaged), turns_at(scheduler.middle(level, blocks), self.rotary_dim)
+                )
+            )
+            places.append(scheduler.place_of_block(level, blocks))
+            if not len(blocks):
+                break
+        return torch.cat(parts, dim=1)[:, torch.cat(places).argsort()]
+
+    def _picker(self, log_BNK: Tensor) -> Callable[[Tensor], KeysValues]:
+        """Return what gives keys and values by place; each row of the log is expanded once, and the weights vote once."""
+        keys_BNHC, values_BNHC = self._heads_of_rows(log_BNK)
+        return lambda places_1S: (keys_BNHC[:, places_1S[0]], values_BNHC[:, places_1S[0]])
+
+    def _reader(
+        self, cache: LayerLedger, rows_BPK: Tensor, positions_BP: Tensor
+    ) -> Callable[[Tensor], KeysValues]:
+        """Return what gives keys and values by place in the cache; the rows of this pass keep their gradient."""
+        if not (torch.is_grad_enabled() and rows_BPK.requires_grad):
+            return lambda places_BS: self._heads_of_rows(cache.log.read(places_BS))
+        each_B1 = torch.arange(rows_BPK.shape[0], device=rows_BPK.device)[:, None]
+        places_BP = self.scheduler.place_of_position(positions_BP)
+        log_BNK = cache.log.rows.index_put((each_B1, places_BP), rows_BPK)
+        return lambda places_BS: self._heads_of_rows(rows_at(log_BNK, places_BS))
 
 
-def rotary_turns(positions: int, rotary_dim: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine of every position's angles, float32 [P, 1, R / 2].
-
-    Math:    angle[p, i] = p * base**(-2 i / R)
-    """
-    wavelengths = torch.arange(0, rotary_dim, 2, device=device, dtype=torch.float32) / rotary_dim
-    angles = torch.arange(positions, device=device, dtype=torch.float32)[:, None] * ROTARY_BASE**-wavelengths
-    return angles.cos()[:, None], angles.sin()[:, None]
-
-
-def rotate(x_BPHR: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
-    """Return x with its column pairs (i, i + R / 2) turned by the angles of their position, in the dtype of x.
-
-    Math:    (a, b) -> (a cos - b sin, a sin + b cos)
-    """
-    cosine, sine = turns
-    a, b = x_BPHR.to(torch.promote_types(x_BPHR.dtype, torch.float32)).chunk(2, dim=-1)
-    return torch.cat([a * cosine - b * sine, a * sine + b * cosine], dim=-1).to(x_BPHR.dtype)
+def _rows(key_BPR: Tensor, latent_BPL: Tensor, turns: Turns) -> Tensor:
+    """Return what is kept of each position: [rotary key; normed latent; rotary key turned to the position]."""
+    return with_turned_key(torch.cat([key_BPR, latent_BPL], dim=-1), turns)

@@ -1,13 +1,14 @@
-"""The three modules that own weights: linear, RMSNorm and embedding. Everything else in the graph is built from them.
+"""The three modules that own one matrix: linear, RMSNorm and embedding. Most of the graph is built from them.
 
 Each forward pass is one op; its backward pass computes the input gradient, then the weight gradient, and votes with it at
-once, so that the float gradient of no second weight exists beside it.
+once, so that the float gradient of no second weight exists beside it, and of a large weight only some rows at a time.
 Legend: N outputs (rows of a weight), K inputs (columns), R used rows.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from arbitor.reference.graph.state import GraphContext, TernaryModule
+
+VOTE_ELEMENTS = 2**27
+"""Most elements of a weight gradient that exist at a time: 512 MiB of float32. Rows vote on their own, so parts of them may."""
 
 
 class TernaryLinear(TernaryModule):
@@ -46,14 +50,14 @@ class TernaryLinear(TernaryModule):
 
 
 class TernaryRMSNorm(TernaryModule):
-    """y = x / rms(x) * W[0], with a weight of ones that is frozen unless said otherwise.
+    """y = x / rms(x) * W[0], with a weight of 2**exponent that is frozen unless said otherwise.
 
     Shapes:  [..., K] -> [..., K]
     """
 
-    def __init__(self, context: GraphContext, width: int, *, frozen: bool = True) -> None:
+    def __init__(self, context: GraphContext, width: int, *, frozen: bool = True, exponent: int = 0) -> None:
         super().__init__(
-            context, lambda _: context.constant_weight((1, width), trit=1, exponent=0), frozen=frozen
+            context, lambda _: context.constant_weight((1, width), trit=1, exponent=exponent), frozen=frozen
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,8 +127,28 @@ class _LinearFunction(torch.autograd.Function):
         module.check_unchanged(ctx.steps)
         grad_x = module.ops.linear_input_grad(grad, module.weight) if ctx.needs_input_grad[0] else None
         if module.votes:
-            module.vote(module.ops.linear_weight_grad(grad, x))
+            for rows in row_ranges(*module.weight.shape):
+                part = grad[..., rows.start : rows.stop]
+                module.vote(module.ops.linear_weight_grad(part, x), named_rows(rows, module))
         return grad_x, None, None
+
+
+def row_ranges(num_rows: int, row_elements: int) -> Iterator[range]:
+    """Yield ranges of rows whose gradient has at most VOTE_ELEMENTS elements, or a single row each.
+
+    Multiples of 16 rows where there are as many: kernels are compiled for widths that are, and for those that are not.
+    """
+    step = max(VOTE_ELEMENTS // row_elements, 1)
+    step -= step % 16 if step > 16 else 0
+    for start in range(0, num_rows, step):
+        yield range(start, min(start + step, num_rows))
+
+
+def named_rows(rows: range, module: TernaryModule) -> Tensor | None:
+    """Return rows as ids, or None for all rows of a module's weight."""
+    if len(rows) == module.weight.shape[0]:
+        return None
+    return torch.arange(rows.start, rows.stop, device=module.device)
 
 
 class _RMSNormFunction(torch.autograd.Function):

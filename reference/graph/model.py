@@ -19,18 +19,26 @@ from arbitor.reference import checks
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import NGRAM, VOCABULARY_SIZE, ArbConfig
 from arbitor.reference.graph.attention import LatentAttention
+from arbitor.reference.graph.codebook import SharedVQ
+from arbitor.reference.graph.composite import CompositeProposalHead
 from arbitor.reference.graph.heads import ByteHead
 from arbitor.reference.graph.layers import TernaryRMSNorm
+from arbitor.reference.graph.ledger import KVLedger, LayerLedger
+from arbitor.reference.graph.memory import MemGram
 from arbitor.reference.graph.moe_graph import MoEGraph, RecurrentMoEGraph
-from arbitor.reference.graph.sequencer import ByteEmbedding, TrigramSequencer
+from arbitor.reference.graph.router import OutputRouter
+from arbitor.reference.graph.sequencer import AudioSequencer, ByteEmbedding, ImageSequencer, TrigramSequencer
 from arbitor.reference.graph.state import GraphContext, TableModule, TernaryModule
+from arbitor.reference.graph.talker import TalkerHead
+from arbitor.reference.graph.ternary_graph import TernaryGraph
+from arbitor.reference.graph.video import VideoHead
 from arbitor.reference.types import ACCUM_MAX, MAX_PACKED_BYTE, TernaryWeight, level_range
 
 LOSS_REFERENCE = math.log(VOCABULARY_SIZE)
 """Loss of a uniform guess, in nats per byte: what the `sign` rule's vote size is measured against."""
 
-LOSS_WEIGHTS = {"bytes": 1.0, "commitment": 0.25, "codebook": 1.0, "composite_commitment": 0.25, "composite_codebook": 1.0}
-"""What each component of the loss counts in the sum that drives the votes, unless `backward` is told otherwise."""
+LOSS_WEIGHTS = {"commitment": 0.25, "composite_commitment": 0.25}
+"""What a component of the loss counts in the sum that drives the votes; 1 for those not named."""
 
 MODALITIES = ("text", "video", "audio")
 """What the output router chooses from, in the order of its logits."""
@@ -52,9 +60,11 @@ class ArbLayer(nn.Module):
         kind = RecurrentMoEGraph if last else MoEGraph
         self.moe_graph = kind(context, output_gain=output_gain)
 
-    def forward(self, h_BPD: Tensor, nodes_BPD: Tensor | None = None) -> Tensor:
-        """Return the residual stream after this layer."""
-        return self.moe_graph(h_BPD + self.attention(self.attention_norm(h_BPD)), nodes_BPD)
+    def forward(
+        self, h_BPD: Tensor, nodes_BPD: Tensor | None = None, cache: LayerLedger | None = None
+    ) -> Tensor:
+        """Return the residual stream after this layer; with a cache, positions also see what it holds."""
+        return self.moe_graph(h_BPD + self.attention(self.attention_norm(h_BPD), cache), nodes_BPD)
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,23 @@ class Trunk:
     h_BPD: Tensor
     codes: Tensor | None
     losses: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Response:
+    """What the model answers, by the head that the router chose for each sequence.
+
+    Fields:
+        modality_B: int64, index into MODALITIES.
+        logits_BPV: of the bytes, for every sequence.
+        latent:     of the sequences that video answers, in their order; None if there are none.
+        tokens:     int64, of the sequences that audio answers, in their order; None if there are none.
+    """
+
+    modality_B: Tensor
+    logits_BPV: Tensor
+    latent: Tensor | None
+    tokens: Tensor | None
 
 
 class ArbModel(nn.Module):
@@ -105,18 +132,18 @@ class ArbModel(nn.Module):
         self.voting = context.voting
         self.embedding = ByteEmbedding(context)
         self.sequencer = TrigramSequencer(context)
-        self.image_sequencer = None
-        self.audio_sequencer = None
-        self.shared_vq = None
-        self.graph = None
-        self.memory = None
-        self.composite = None
+        self.image_sequencer = ImageSequencer(context) if config.image_features else None
+        self.audio_sequencer = AudioSequencer(context) if config.audio_features else None
+        self.shared_vq = SharedVQ(context) if config.num_codes else None
+        self.graph = TernaryGraph(context, self.shared_vq.bridge) if config.num_hops else None
+        self.memory = MemGram(context) if config.memory_rows else None
+        self.composite = CompositeProposalHead(context) if config.composite_codes else None
         last = config.num_layers - 1
         self.layers = nn.ModuleList(ArbLayer(context, last=i == last) for i in range(config.num_layers))
-        self.router = None
+        self.router = OutputRouter(context) if config.router_inner else None
         self.byte_head = ByteHead(context)
-        self.video_head = None
-        self.talker_head = None
+        self.video_head = VideoHead(context) if config.video_latent else None
+        self.talker_head = TalkerHead(context) if config.talker_tokens else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the weights as torch does, and the count of faults with them."""
@@ -124,9 +151,16 @@ class ArbModel(nn.Module):
         return super()._apply(fn, recurse)
 
     def trunk(
-        self, ids_BT: Tensor, *, image_BNF: Tensor | None = None, audio_BNF: Tensor | None = None
+        self,
+        ids_BT: Tensor,
+        *,
+        image_BNF: Tensor | None = None,
+        audio_BNF: Tensor | None = None,
+        ledger: KVLedger | None = None,
     ) -> Trunk:
         """Return the stream of every position, for ids int64 [B, T] with T >= 3 and, before them, features of media.
+
+        With a ledger, within its `begin` and `end`, the positions follow those that it holds.
 
         Shapes:  image_BNF and audio_BNF float [B, N, features], N >= 3, for N - 2 positions each
         Raises:  TypeError or ValueError for ids or features that do not fit, or media that the model was not built for
@@ -146,16 +180,21 @@ class ArbModel(nn.Module):
         nodes_BPD = None
         if codes_BP is not None:
             if self.memory is not None:
-                h_BPD = self.memory(h_BPD, codes_BP)
+                previous_Bn = None if ledger is None else ledger.previous_codes(self.memory.context)
+                h_BPD = self.memory(h_BPD, codes_BP, previous_Bn)
             if self.graph is not None:
                 extra_BPC = self.composite.read(codes_BP) if self.composite is not None else None
                 nodes_BPD = self.graph(codes_BP, extra_BPC)
-        *first, last = self.layers
-        for layer in first:
-            h_BPD = layer(h_BPD)
-        h_BPD = last(h_BPD, nodes_BPD)
-        if codes_BP is not None and self.composite is not None:
-            losses |= self.composite(h_BPD, codes_BP)
+            if ledger is not None:
+                ledger.record_codes(codes_BP)
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            cache = None if ledger is None else ledger.layer(index)
+            h_BPD = layer(h_BPD, nodes_BPD if index == last else None, cache)
+        if codes_BP is not None and self.composite is not None and self.shared_vq is not None:
+            with torch.no_grad():
+                motifs_BPC = self.shared_vq.rows(codes_BP)
+            losses |= self.composite(h_BPD, codes_BP, motifs_BPC)
         return Trunk(h_BPD, codes_BP, losses)
 
     def _coded(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
@@ -171,15 +210,81 @@ class ArbModel(nn.Module):
                 losses[loss] = losses.get(loss, 0.0) + value / len(parts)
         return torch.cat(streams, dim=1), torch.cat(codes, dim=1), losses
 
-    def forward(self, ids_BT: Tensor, **media: Tensor | None) -> Tensor:
-        """Return the logits of every text position, float32 [B, P, V], for ids int64 [B, T] with T >= 3; see `trunk`."""
-        return self._logits(self.trunk(ids_BT, **media), ids_BT)
+    def forward(
+        self,
+        ids_BT: Tensor | None,
+        *,
+        ledger: KVLedger | None = None,
+        choose: Callable[[Tensor], Tensor] | None = None,
+        **media: Tensor | None,
+    ) -> Tensor:
+        """Return the logits of every text position, float32 [B, P, V].
 
-    def _logits(self, trunk: Trunk, ids_BT: Tensor) -> Tensor:
-        return self.byte_head(trunk.h_BPD[:, 2 - ids_BT.shape[1] :])
+        Args:
+            ids_BT: bytes int64 [B, T]; T >= 3 without a ledger, and for an empty one.
+            ledger: a transcript that the bytes follow. What it holds unread is read first, then `ids_BT`, which may be
+                None; there is a position for every byte read (two fewer in the first pass). The id predicted at the last
+                position of each sequence is appended to it, unread (REFACTOR14).
+            choose: what is predicted from logits [B, V]: int64 [B]; the likeliest id when None.
+            media:  features, see `trunk`.
+        """
+        if ledger is None:
+            if ids_BT is None:
+                raise ValueError("ids_BT is None, but must be bytes without a ledger")
+            return self.byte_head(self._text(self.trunk(ids_BT, **media), ids_BT))
+        window_BT = ledger.begin(ids_BT)
+        logits_BPV = self.byte_head(self._text(self.trunk(window_BT, ledger=ledger, **media), window_BT))
+        last_BV = logits_BPV[:, -1].detach()
+        ledger.end(last_BV.argmax(dim=-1) if choose is None else choose(last_BV))
+        return logits_BPV
+
+    def respond(
+        self, ids_BT: Tensor | None, *, ledger: KVLedger | None = None, **media: Tensor | None
+    ) -> Response:
+        """Return what the head that the router chooses for each sequence makes of it; nothing votes.
+
+        Args:
+            ids_BT, ledger, media: as for `forward`; the ledger grows by the ids predicted, whatever head answers.
+
+        Raises RuntimeError for a model without a router.
+        """
+        if self.router is None:
+            raise RuntimeError("respond was called, but the model must have a router: router_inner is 0")
+        with torch.no_grad():
+            window_BT = ids_BT if ledger is None else ledger.begin(ids_BT)
+            trunk = self.trunk(window_BT, ledger=ledger, **media)
+            h_BPD = self._text(trunk, window_BT)
+            logits_BPV = self.byte_head(h_BPD)
+            if ledger is not None:
+                ledger.end(logits_BPV[:, -1].argmax(dim=-1))
+            scores_B3 = self.router(h_BPD)
+            present = (True, self.video_head is not None, self.talker_head is not None)
+            absent_3 = ~torch.tensor(present, device=scores_B3.device)
+            chosen_B = scores_B3.masked_fill(absent_3, -torch.inf).argmax(dim=-1)
+            video = (chosen_B == MODALITIES.index("video")).nonzero().squeeze(1)
+            audio = (chosen_B == MODALITIES.index("audio")).nonzero().squeeze(1)
+            return Response(
+                modality_B=chosen_B,
+                logits_BPV=logits_BPV,
+                latent=self.video_head(h_BPD[video]) if self.video_head is not None and len(video) else None,
+                tokens=self.talker_head(h_BPD[audio])
+                if self.talker_head is not None and len(audio)
+                else None,
+            )
+
+    def new_ledger(self, batch: int = 1) -> KVLedger:
+        """Return an empty transcript of some sequences for this model."""
+        return KVLedger(
+            self.config, batch, device=self.voting.faults.device, dtype=self.embedding.table.dtype
+        )
+
+    @staticmethod
+    def _text(trunk: Trunk, ids_BT: Tensor) -> Tensor:
+        """Return the stream of the text positions, the last of the trunk."""
+        return trunk.h_BPD[:, 2 - ids_BT.shape[1] :]
 
     def losses(self, ids_BT: Tensor, **media: Tensor | None) -> dict[str, Tensor]:
-        """Return the components of the loss, float32 [], by the names of LOSS_WEIGHTS.
+        """Return the components of the loss, float32 [], by name.
 
         `bytes`: the mean loss of the bytes from the fourth on, in nats per byte; needs T >= 4. The last position's byte
         is not known, so its logits are left out. With targets there is no choice of a head: it is always the ByteHead.
@@ -189,7 +294,7 @@ class ArbModel(nn.Module):
                 f"ids_BT has shape {tuple(ids_BT.shape)}, but must be [batch, bytes] with at least {NGRAM + 1} bytes"
             )
         trunk = self.trunk(ids_BT, **media)
-        logits_BPV = self._logits(trunk, ids_BT)[:, :-1]
+        logits_BPV = self.byte_head(self._text(trunk, ids_BT))[:, :-1]
         loss = F.cross_entropy(logits_BPV.flatten(0, 1), ids_BT[:, NGRAM:].flatten())
         return {"bytes": loss, **trunk.losses}
 
@@ -204,7 +309,7 @@ class ArbModel(nn.Module):
 
         Args:
             loss: a scalar computed with this model, as `loss` returns; or its components by name, as `losses` returns:
-                their sum, each weighted by LOSS_WEIGHTS (1 for another name), drives the votes.
+                their sum, each weighted by LOSS_WEIGHTS, drives the votes.
             rate: schedule rate times gain, 0 .. 127, a number or a 0-dim float32 tensor. The `sign` rule asks only
                 whether it is 0.
             step: number of this micro-batch, a coordinate of the dither; a number or a 0-dim int64 tensor.

@@ -1,63 +1,110 @@
 """Mixture of experts with a shared projection: experts modulate one hidden vector instead of each having its own.
 
-Legend: B batch, P positions, D width, I shared inner width, E experts, r expert rank.
+Legend: B batch, P positions, M = B P of them, D width, I shared inner width, E experts, k experts of a position, r expert rank.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from arbitor.reference.graph.grouped import TernaryGroupedLinear
 from arbitor.reference.graph.layers import TernaryLinear
-from arbitor.reference.graph.state import GraphContext
+from arbitor.reference.graph.state import GraphContext, TableModule, when_voting
 
 MODULATION_GAIN = 0.25
 """Scale of the experts' modulation at the start, where 1 would give m_e the variance of x."""
 
 
-class SharedProjectionMoE(nn.Module):
+class SharedProjectionMoE(TableModule):
     """A SwiGLU whose hidden vector the chosen experts modulate, each by a matrix of rank r.
 
     Math:    h = silu(W_gate x) * (W_up x); m_e = B_e A_e x; p = softmax of the router's logits over the top k experts
              y = W_down (h * (1 + sum over the top k of p_e m_e))
     Shapes:  [B, P, D] -> [B, P, D]
     Ties:    of experts with equal logits, the one of lowest index is chosen
-    Path:    dense and of fixed shape: all A_e are one weight [E r, D], all B_e one weight [I, E r], and an expert that a
-             position did not choose enters with p_e = 0
-    Source:  REFACTOR7 (dense dispatch); docs/spec/graph.md, also for why 1 + m
+    Paths:   grouped, a slot for each of a position's k experts; or dense, a slot for each expert, those that a position did not
+             choose with p_e = 0, for up to `dense_dispatch_max_tokens` positions. Of fixed shape both, and equal
+    Tables:  load int64 [E], how often each expert was chosen in backward passes that voted
+    Source:  REFACTOR7 (dense dispatch), REFACTOR12 (grouped); docs/spec/experts.md, docs/spec/graph.md for 1 + m
     """
 
     def __init__(self, context: GraphContext, *, output_gain: float = 1.0) -> None:
         super().__init__()
         config = context.config
+        self.ops, self.voting = context.ops, context.voting
         self.num_experts, self.top_k, self.expert_rank = config.num_experts, config.top_k, config.expert_rank
-        stacked_rank = config.num_experts * config.expert_rank
+        self.dense_max = config.dense_dispatch_max_tokens
         self.router = TernaryLinear(context, config.width, config.num_experts)
         self.gate = TernaryLinear(context, config.width, config.shared_inner)
         self.up = TernaryLinear(context, config.width, config.shared_inner)
-        self.expert_down = TernaryLinear(context, config.width, stacked_rank)
-        self.expert_up = TernaryLinear(
-            context, stacked_rank, config.shared_inner, gain=MODULATION_GAIN, fan_in=config.expert_rank
+        self.expert_down = TernaryGroupedLinear(context, config.num_experts, config.width, config.expert_rank)
+        self.expert_up = TernaryGroupedLinear(
+            context, config.num_experts, config.expert_rank, config.shared_inner, gain=MODULATION_GAIN
         )
         self.down = TernaryLinear(context, config.shared_inner, config.width, gain=output_gain)
+        self.add_table("load", torch.zeros(config.num_experts, dtype=torch.int64, device=context.device))
+        self.recorded: list[Tensor] = []
 
     def forward(self, x_BPD: Tensor) -> Tensor:
         """Return the output of the chosen experts."""
-        p_BPE = expert_shares(self.router(x_BPD), self.top_k)
-        ranks_BPEr = self.expert_down(x_BPD).unflatten(-1, (self.num_experts, self.expert_rank))
-        modulation_BPI = self.expert_up((ranks_BPEr * p_BPE[..., None]).flatten(-2))
+        experts_BPk, shares_BPk = chosen_experts(self.router(x_BPD), self.top_k)
+        x_MD = x_BPD.flatten(0, 1)
+        modulation_MI = self.modulation(x_MD, experts_BPk.flatten(0, 1), shares_BPk.flatten(0, 1))
         h_BPI = F.silu(self.gate(x_BPD)) * self.up(x_BPD)
-        return self.down(h_BPI * (1 + modulation_BPI))
+        y_BPD = self.down(h_BPI * (1 + modulation_MI.unflatten(0, x_BPD.shape[:2])))
+        return when_voting(y_BPD, self.voting, self.record, experts_BPk)
+
+    def modulation(self, x_MD: Tensor, experts_Mk: Tensor, shares_Mk: Tensor) -> Tensor:
+        """Return the sum over each position's experts of share times m_e, [M, I]."""
+        if len(x_MD) <= self.dense_max:  # every expert, in its order
+            shares_Mk = all_shares(experts_Mk, shares_Mk, self.num_experts)
+            experts_Mk = torch.arange(self.num_experts, device=x_MD.device).expand(shares_Mk.shape)
+        slots = experts_Mk.flatten()
+        x_SD = x_MD[:, None, :].expand(*experts_Mk.shape, -1).flatten(0, 1)
+        ranks_Sr = self.expert_down(x_SD, slots) * shares_Mk.flatten()[:, None]
+        return self.expert_up(ranks_Sr, slots).unflatten(0, experts_Mk.shape).sum(dim=1)
+
+    def record(self, experts_BPk: Tensor) -> None:
+        """Remember how often a pass that votes chose each expert."""
+        self.recorded.append(self.ops.expert_load(experts_BPk, num_groups=self.num_experts))
+
+    def step_tables(self) -> None:
+        """Add what was recorded to the load."""
+        for load_E in self.recorded:
+            self.get_buffer("load").add_(load_E)
+        self.recorded.clear()
+
+    def forget(self) -> None:
+        """Drop what was recorded."""
+        self.recorded.clear()
+
+    def load_shares(self) -> Tensor:
+        """Return each expert's part of all choices counted so far, float64 [E]; zeros before the first step."""
+        load_E = self.get_buffer("load")
+        return load_E / load_E.sum().clamp(min=1).to(torch.float64)
+
+
+def chosen_experts(logits_BPE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Return the experts of the `top_k` largest logits, int64 [B, P, k] in ascending order, and a softmax over their logits.
+
+    Ties:    lowest index first
+    Returns: shares in the dtype of the logits; the softmax runs in float32 or better
+    """
+    order = logits_BPE.detach().sort(dim=-1, descending=True, stable=True).indices
+    experts_BPk = order[..., :top_k].sort(dim=-1).values
+    wide_BPk = logits_BPE.gather(-1, experts_BPk).to(torch.promote_types(logits_BPE.dtype, torch.float32))
+    return experts_BPk, wide_BPk.softmax(dim=-1).to(logits_BPE.dtype)
+
+
+def all_shares(experts_k: Tensor, shares_k: Tensor, num_experts: int) -> Tensor:
+    """Return shares [..., k] of chosen experts as shares of all experts [..., E], zero for the others."""
+    zeros = shares_k.new_zeros(*shares_k.shape[:-1], num_experts)
+    return zeros.scatter(-1, experts_k, shares_k)
 
 
 def expert_shares(logits_BPE: Tensor, top_k: int) -> Tensor:
-    """Return each expert's share: a softmax over the `top_k` largest logits, zero for the others.
-
-    Ties:    lowest index first
-    Returns: dtype of the logits; the softmax runs in float32 or better
-    """
-    order = logits_BPE.detach().sort(dim=-1, descending=True, stable=True).indices
-    chosen = torch.zeros_like(logits_BPE, dtype=torch.bool).scatter(-1, order[..., :top_k], True)
-    wide = logits_BPE.to(torch.promote_types(logits_BPE.dtype, torch.float32))
-    return wide.masked_fill(~chosen, -torch.inf).softmax(dim=-1).to(logits_BPE.dtype)
+    """Return each expert's share: a softmax over the `top_k` largest logits, zero for the others; see `chosen_experts`."""
+    experts_BPk, shares_BPk = chosen_experts(logits_BPE, top_k)
+    return all_shares(experts_BPk, shares_BPk, logits_BPE.shape[-1])

@@ -1,16 +1,21 @@
-"""Denoise: one step of the video head's diffusion loop.
+"""Denoise: one step of the video head's diffusion loop, its backward pass, and the whole loop.
 
-Legend: latents of any shape; alpha the share of signal that the step keeps.
+Legend: B samples, L numbers of a latent, P tokens, D width; alpha the share of signal that a step keeps.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from arbitor.reference import checks
+from arbitor.reference.ops.linear import linear
+from arbitor.reference.ops.scale import dequantize
+from arbitor.reference.types import DEFAULT_EPS, TernaryWeight
 
 
 def denoise_step(latent: Tensor, pred: Tensor, *, alpha: float) -> Tensor:
@@ -47,3 +52,66 @@ def denoise_step_backward(grad: Tensor, *, alpha: float) -> tuple[Tensor, Tensor
     grad_wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
     factor = -(1.0 - alpha) / math.sqrt(alpha)
     return (grad_wide / math.sqrt(alpha)).to(grad.dtype), (grad_wide * factor).to(grad.dtype)
+
+
+def denoise_loop(
+    latent_BL: Tensor,
+    tokens_BPD: Tensor,
+    latent_in: TernaryWeight,
+    query: TernaryWeight,
+    step_rows: TernaryWeight,
+    latent_out: TernaryWeight,
+    *,
+    alphas: Sequence[float],
+    halt_threshold: float | None = None,
+) -> Tensor:
+    """Return the latent after all steps of the video head, or the mean of the steps, each sample's weighted by its halting.
+
+    Math:    step t: n = W_in latent / rms; q = W_query n + W_steps[t]; c = sum over tokens of softmax(q . token / sqrt(D)) token
+             pred = W_out silu(n + c); latent <- denoise_step(latent, pred, alpha_t)
+             halting: p_t = signal / (signal + noise), of latent and pred after step t; a sample halts at the first step at
+             which its p add up to halt_threshold, at the latest at the last, which gets what is left of 1; output: the
+             sum of latents times p. With halt_threshold None: the last latent
+    Shapes:  latent_BL and tokens_BPD of one dtype, float32, bfloat16 or float64, P >= 1; latent_in (D, L), query (D, D),
+             step_rows (at least one row a step, D), latent_out (L, D); alphas in (0, 1], at least one; halt_threshold in (0, 1]
+    Returns: dtype of latent_BL, [B, L]; the steps between run in float32 or better, so it is rounded once
+    Raises:  TypeError or ValueError for dtypes, shapes, devices, alphas or a threshold that are not allowed
+    Laws:    with one step both forms agree; a prediction of zero halts at once; samples do not see one another
+    Source:  docs/spec/denoise.md; REFACTOR9 (fixed steps without a break); halting after Graves 2016
+    """
+    weights = {"latent_in": latent_in, "query": query, "step_rows": step_rows, "latent_out": latent_out}
+    checks.denoise_loop(latent_BL, tokens_BPD, weights, alphas, halt_threshold)
+    dtype = torch.promote_types(latent_BL.dtype, torch.float32)
+    latent, tokens = latent_BL.to(dtype), tokens_BPD.to(dtype)
+    rows_TD = dequantize(step_rows, dtype=dtype)
+    total, left_B1 = torch.zeros_like(latent), torch.ones_like(latent[:, :1])
+    for step, alpha in enumerate(alphas):
+        n_BD = unit_rows(linear(latent, latent_in))
+        c_BD = attended(linear(n_BD, query) + rows_TD[step], tokens)
+        pred = linear(F.silu(n_BD + c_BD), latent_out)
+        latent = denoise_step(latent, pred, alpha=alpha)
+        if halt_threshold is not None:
+            p_B1 = signal_share(latent, pred)
+            goes_on = (1 - left_B1 + p_B1 < halt_threshold) & (step + 1 < len(alphas))
+            share_B1 = torch.where(goes_on, p_B1, left_B1)
+            # what a sample computes after it has halted does not count, not even an infinity
+            total = torch.where(left_B1 > 0, total + share_B1 * latent, total)
+            left_B1 = torch.where(goes_on, left_B1 - p_B1, 0.0)
+    return (latent if halt_threshold is None else total).to(latent_BL.dtype)
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Return x with rows of root mean square 1: RMSNorm without a weight."""
+    return x / (x.square().mean(dim=-1, keepdim=True) + DEFAULT_EPS).sqrt()
+
+
+def attended(q_BD: Tensor, tokens_BPD: Tensor) -> Tensor:
+    """Return the mean of each sample's tokens, weighted by the softmax of how well they fit its query."""
+    scores_BP = (tokens_BPD @ q_BD[:, :, None]).squeeze(-1) / math.sqrt(q_BD.shape[-1])
+    return (scores_BP.softmax(dim=-1)[:, None] @ tokens_BPD).squeeze(1)
+
+
+def signal_share(latent_BL: Tensor, pred_BL: Tensor) -> Tensor:
+    """Return signal / (signal + noise), [B, 1]: the sigmoid of the log signal-to-noise ratio that the head itself sees."""
+    signal, noise = (value.square().mean(dim=-1, keepdim=True) for value in (latent_BL, pred_BL))
+    return (signal + DEFAULT_EPS) / (signal + noise + DEFAULT_EPS)

@@ -1,0 +1,183 @@
+"""The ledger as a transcript: what is appended, what is read, and what a pass that fails leaves behind: nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from arbitor.reference.graph.ledger import KVLedger
+from conformance.graph import models
+
+ids = models.random_ids
+
+
+def read(ledger: KVLedger, given: Tensor | None, predicted: int = 7) -> Tensor:
+    """Run a pass that attends to nothing, with rows that number the positions; return what it was given to read."""
+    window_BT = ledger.begin(given)
+    count = window_BT.shape[1] - 2
+    columns = ledger.config.kv_latent + 2 * ledger.config.rotary_dim
+    rows = ledger.first_B[:, None, None] + torch.arange(count)[:, None] + torch.arange(columns) / 100
+    for layer in range(ledger.config.num_layers):
+        ledger.layer(layer).append(rows.to(ledger.dtype))
+    ledger.record_codes(1000 + ledger.first_B[:, None] + torch.arange(count))
+    ledger.end(torch.full((ledger.batch,), predicted))
+    return window_BT
+
+
+def small(batch: int = 1, **fields: int) -> KVLedger:
+    return KVLedger(models.nano(**{"window": 4, "block": 2, "num_summaries": 1, **fields}).config, batch)
+
+
+def test_a_ledger_is_a_transcript() -> None:
+    """Prompt, prediction, more ids, prediction: each id is read once, after the two before it."""
+    ledger, prompt, more = small(2), ids(2, 5), ids(2, 3, seed=1)
+    assert read(ledger, prompt).tolist() == prompt.tolist()
+    assert read(ledger, more, predicted=8).tolist() == [
+        [*one[-2:].tolist(), 7, *other.tolist()] for one, other in zip(prompt, more, strict=True)
+    ]
+    assert read(ledger, None, predicted=9)[:, -1].tolist() == [8, 8]
+    for sequence in range(2):
+        want = [*prompt[sequence].tolist(), 7, *more[sequence].tolist(), 8, 9]
+        assert ledger.ids(sequence).tolist() == want
+    assert ledger.lengths == [11, 11] and len(ledger) == 11
+    assert ledger.positions == [8, 8] and ledger.unread == 1
+
+
+def test_retracted_ids_were_never_there() -> None:
+    ledger, prompt = small(), ids(1, 6)
+    read(ledger, prompt[:, :4])
+    ledger.retract()
+    assert ledger.ids().tolist() == prompt[0, :4].tolist()
+    read(ledger, prompt[:, 4:])
+    assert ledger.ids().tolist() == [*prompt[0].tolist(), 7]
+    with pytest.raises(ValueError, match="leaves 0 bytes to read"):
+        ledger.retract()
+        ledger.begin(None)
+
+
+def test_a_pass_that_fails_leaves_no_trace() -> None:
+    ledger, prompt = small(), ids(1, 9)
+    read(ledger, prompt[:, :5])
+    ledger.carry["memory"] = torch.ones(1, 2)
+    kept = ledger.copy()
+    ledger.begin(prompt[:, 5:])
+    ledger.layer(0).append(torch.full((1, 5, kept.layer(0).log.rows.shape[-1]), 99.0))
+    ledger.carry["memory"] = torch.zeros(1, 2)
+    assert torch.equal(read(ledger, prompt[:, 5:7]), read(kept, prompt[:, 5:7]))
+    assert torch.equal(ledger.ids(), kept.ids()) and ledger.positions == kept.positions
+    assert torch.equal(ledger.carry["memory"], torch.ones(1, 2))
+    used = ledger.scheduler.log_size(ledger.positions[0])
+    for layer in range(2):
+        one, other = ledger.layer(layer).log.rows, kept.layer(layer).log.rows
+        assert torch.equal(one[:, :used], other[:, :used])
+
+
+@pytest.mark.parametrize("pieces", [[40], [3, 1, 1, 1, 34], [10, 20, 7, 3], [3, *[1] * 37]])
+def test_the_log_does_not_depend_on_the_passes(pieces: list[int]) -> None:
+    """Rows in the order in which they become known: a position, then the means of the blocks that it completes."""
+    ledger, text = small(), ids(1, 42)
+    done = 0
+    for piece in pieces:
+        count = piece + (0 if done else 2)
+        read(ledger, text[:, done : done + count])
+        ledger.retract()
+        done += count
+    rows = ledger.layer(1).log.rows[0]
+    assert torch.allclose(rows[:4, 0], torch.tensor([0.0, 1.0, 0.5, 2.0]))
+    size = ledger.scheduler.log_size(40)
+    for level, block in enumerate(ledger.scheduler.sizes):
+        blocks = torch.arange(40 // block)
+        means = rows[ledger.scheduler.place_of_block(level, blocks), 0]
+        assert torch.allclose(means, blocks * block + (block - 1) / 2)
+    whole = small()
+    read(whole, text)
+    assert torch.equal(rows[:size], whole.layer(1).log.rows[0, :size])
+
+
+def test_codes_are_kept_beside_the_ids() -> None:
+    ledger = small(2)
+    ledger.begin(ids(2, 6))
+    assert (ledger.previous_codes(2) == -1).all()
+    read(ledger, ids(2, 6))
+    ledger.begin(None)
+    assert ledger.previous_codes(3).tolist() == [[1001, 1002, 1003]] * 2
+    assert ledger.previous_codes(6).tolist() == [[-1, -1, 1000, 1001, 1002, 1003]] * 2
+    assert ledger.codes(1).tolist() == [1000, 1001, 1002, 1003]
+
+
+def test_sequences_of_different_lengths_side_by_side() -> None:
+    """Stacked, they are read in lockstep and each stays what it is alone."""
+    alone = [small(), small()]
+    for ledger, count in zip(alone, (5, 23), strict=True):
+        read(ledger, ids(1, count, seed=count))
+        ledger.carry["memory"] = torch.full((1, 2), float(count))
+    stacked = KVLedger.stack(alone)
+    assert stacked.lengths == [6, 24] and stacked.positions == [3, 21]
+    assert stacked.carry["memory"][:, 0].tolist() == [5, 23]
+    for _ in range(20):
+        windows = read(stacked, None)
+        assert torch.equal(windows, torch.cat([read(ledger, None) for ledger in alone]))
+    for sequence, ledger in enumerate(alone):
+        assert torch.equal(stacked.ids(sequence), ledger.ids())
+        assert torch.equal(stacked.codes(sequence), ledger.codes())
+        used = ledger.scheduler.log_size(ledger.positions[0])
+        one, other = stacked.layer(0).log.rows[sequence, :used], ledger.layer(0).log.rows[0, :used]
+        assert torch.equal(one, other)
+
+
+def test_a_copy_and_a_selection_live_on_their_own() -> None:
+    ledger = small(3)
+    read(ledger, ids(3, 8))
+    ledger.carry["memory"] = torch.arange(3.0)[:, None]
+    chosen, copied = ledger.select([2, 0, 0]), ledger.copy()
+    before = [ledger.ids(sequence) for sequence in range(3)]
+    read(ledger, ids(3, 4, seed=5), predicted=1)
+    for sequence, source in enumerate([2, 0, 0]):
+        assert torch.equal(chosen.ids(sequence), before[source])
+    assert chosen.carry["memory"][:, 0].tolist() == [2, 0, 0]
+    assert torch.equal(copied.ids(1), before[1]) and copied.positions == [6, 6, 6]
+    assert read(chosen, None)[:, -1].tolist() == [7, 7, 7]
+
+
+def test_storage_grows_by_doubling() -> None:
+    """So that a hundred thousand steps copy each row about once."""
+    ledger, capacities = small(), set()
+    read(ledger, ids(1, 3))
+    for _ in range(200):
+        read(ledger, None)
+        capacities.add(ledger.layer(0).log.rows.shape[1])
+    assert len(capacities) <= 9
+
+
+def _twice(ledger: KVLedger) -> None:
+    ledger.begin(ids(1, 5))
+    ledger.layer(0).append(torch.zeros(1, 3, ledger.layer(0).log.rows.shape[-1]))
+    ledger.layer(1).append(torch.zeros(1, 2, ledger.layer(0).log.rows.shape[-1]))
+
+
+@pytest.mark.parametrize(
+    ("act", "error", "message"),
+    [
+        (lambda ledger: ledger.begin(ids(1, 2)), ValueError, "at least 3"),
+        (lambda ledger: ledger.begin(None), ValueError, "leaves 0 bytes"),
+        (lambda ledger: ledger.begin(ids(2, 5)), ValueError, "ids_BT has shape"),
+        (lambda ledger: ledger.begin(ids(1, 5)[0]), ValueError, "ids_BT has shape"),
+        (lambda ledger: ledger.begin(ids(1, 5) + 300), ValueError, "ids_BT holds"),
+        (lambda ledger: ledger.begin(ids(1, 5).float()), TypeError, "ids_BT has dtype"),
+        (lambda ledger: ledger.end(torch.tensor([1])), RuntimeError, "must follow a begin"),
+        (lambda ledger: ledger.layer(0).append(torch.zeros(1, 3, 20)), RuntimeError, "a pass must begin"),
+        (lambda ledger: ledger.layer(0).seen(1), RuntimeError, "a pass must begin"),
+        (_twice, ValueError, "appends 2 positions"),
+        (lambda ledger: KVLedger(ledger.config, 0), ValueError, "batch is 0"),
+        (lambda ledger: KVLedger(ledger.config, dtype=torch.float16), ValueError, "dtype is"),
+        (lambda ledger: KVLedger.stack([ledger, small(window=8)]), ValueError, "differ in config"),
+    ],
+)
+def test_misuse_is_refused(act: Callable[[KVLedger], object], error: type[Exception], message: str) -> None:
+    ledger = small()
+    with pytest.raises(error, match=message):
+        act(ledger)
+    assert ledger.retract() is None and ledger.lengths == [0]

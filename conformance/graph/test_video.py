@@ -1,0 +1,234 @@
+"""The video head: weights, noise, halting, what votes, and that training and generation compute the same latent.
+
+Legend: B samples, P tokens, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from arbitor.reference import ops
+from arbitor.reference.config import HALT_THRESHOLD
+from arbitor.reference.graph.state import GraphContext, TernaryModule
+from arbitor.reference.graph.video import FIRST_SIGNAL, NOISE_TENSOR, VideoHead, cosine_alphas, stop_shares
+from arbitor.reference.types import DEFAULT_EPS
+from conformance import oracle
+from conformance.compare import alike, exact
+from conformance.graph import models
+from conformance.graph.test_op_sets import contexts, integers
+from conformance.graph.test_votes import context
+from conformance.subject import Subject
+
+FIELDS: dict[str, Any] = {"video_latent": 20, "video_steps": 3}
+
+
+def tokens(*, batch: int = 2, seed: int = 0) -> Tensor:
+    """Return tokens [B, 5, D] of a nano model."""
+    return torch.randn(batch, 5, models.NANO.width, generator=torch.Generator().manual_seed(seed))
+
+
+def on_meta(**fields: Any) -> GraphContext:
+    """Return the context of a model of any size, which takes no memory."""
+    config = replace(models.NANO, **fields)
+    return GraphContext(ops, config, device="meta", dtype=torch.float32, seed=5)
+
+
+def weights_of(module: torch.nn.Module) -> dict[str, TernaryModule]:
+    """Return the modules with a weight by name."""
+    return {name: part for name, part in module.named_modules() if isinstance(part, TernaryModule)}
+
+
+def count_weights(module: torch.nn.Module) -> int:
+    """Return the number of ternary weights in a module."""
+    return sum(math.prod(part.weight.shape) for part in weights_of(module).values())
+
+
+@pytest.mark.parametrize(
+    ("width", "latent", "wanted"), [(512, 16 * 32 * 32, 17_040_896), (7168, 4096, 110_121_984)]
+)
+def test_weights_are_as_many_as_the_seeds_count(width: int, latent: int, wanted: int) -> None:
+    """REFACTOR9's figure, and REFACTOR14's 112,193,536 less 289 * 7168 of the talker head; on the meta device."""
+    head = VideoHead(on_meta(width=width, video_latent=latent))
+    assert count_weights(head) == wanted == 2 * width * latent + width**2 + 3 * width
+    assert not [buffer for buffer in head.buffers() if buffer.is_floating_point()] and not list(
+        head.parameters()
+    )
+
+
+@given(st.integers(1, 50))
+def test_alphas_keep_the_same_share_whatever_the_steps(num_steps: int) -> None:
+    alphas = cosine_alphas(num_steps)
+    assert len(alphas) == num_steps and all(0 < alpha <= 1 for alpha in alphas)
+    assert math.prod(alphas) == pytest.approx(FIRST_SIGNAL)
+    assert list(alphas) == sorted(alphas), "the noisiest step comes first"
+
+
+def test_noise_is_a_sum_of_bytes_by_scalar_philox() -> None:
+    head = VideoHead(context(**FIELDS))
+    noise = head.noise(torch.tensor([0, 7]), draw=3)
+    assert noise.shape == (2, 20)
+    for row, sample in enumerate((0, 7)):
+        for place in (0, 19):
+            drawn = oracle.philox([sample * 20 + place, 0, 3, NOISE_TENSOR], [5, 0])
+            data = b"".join(word.to_bytes(4, "little") for word in drawn)[:12]
+            assert noise[row, place].item() == (sum(data) - 1530) / 256
+    many = head.noise(torch.arange(500))
+    assert abs(many.mean()) < 0.05 and abs(many.std() - 1) < 0.05
+    assert not torch.equal(head.noise(torch.tensor([0]), draw=4), noise[:1])
+
+
+def test_noise_and_latents_of_both_op_sets_are_equal(subject: Subject) -> None:
+    noises = [
+        VideoHead(parts).noise(torch.tensor([0, 3], device=parts.device), draw=2).cpu()
+        for parts in contexts(subject, **FIELDS)
+    ]
+    exact(noises[1], noises[0])
+
+
+@given(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=6), st.sampled_from((0.99, 0.5)))
+def test_halting_shares_by_hand(p: list[float], threshold: float) -> None:
+    shares, left = [], 1.0
+    for place, each in enumerate(p):
+        if place == len(p) - 1 or 1 - left + each >= threshold:
+            break
+        shares.append(each)
+        left -= each
+    shares += [left] + [0.0] * (len(p) - len(shares) - 1)
+    got = [
+        share.item()
+        for share in stop_shares([torch.tensor([[x]], dtype=torch.float64) for x in p], threshold)
+    ]
+    assert got == pytest.approx(shares, abs=1e-12) and sum(got) == pytest.approx(1.0) and min(got) >= 0
+
+
+@pytest.mark.parametrize("halt_threshold", [None, 0.5, HALT_THRESHOLD])
+def test_training_and_generation_give_the_same_latent(halt_threshold: float | None) -> None:
+    """The steps one by one under autograd, and the op: the same bits in the reference."""
+    head = VideoHead(context(**FIELDS))
+    trained = head(tokens(), halt_threshold=halt_threshold)
+    assert trained.requires_grad
+    with torch.no_grad():
+        exact(head(tokens(), halt_threshold=halt_threshold), trained.detach())
+
+
+@pytest.mark.parametrize("halt_threshold", [None, 0.5])
+def test_latents_are_those_of_the_reference(subject: Subject, halt_threshold: float | None) -> None:
+    """On the op set under test, in both ways, against the reference in float64."""
+    wide, tested = (VideoHead(parts) for parts in contexts(subject, **FIELDS))
+    latent, seen = tokens().flatten(1)[:, :20], tokens(seed=1)
+    with torch.no_grad():
+        want = wide(seen.double(), latent.double(), halt_threshold=halt_threshold)
+        got = tested(seen.to(subject.device), latent.to(subject.device), halt_threshold=halt_threshold)
+    alike(got.cpu(), want, "generated")
+    got = tested(seen.to(subject.device), latent.to(subject.device), halt_threshold=halt_threshold)
+    alike(got.cpu(), want, "trained")
+
+
+def test_a_sample_does_not_see_the_batch() -> None:
+    """Noise is the same for every sample, and a sample halts on its own."""
+    head = VideoHead(context(**FIELDS))
+    seen = tokens(batch=3)
+    with torch.no_grad():
+        together = head(seen)
+        for place in range(3):
+            alike(head(seen[place : place + 1])[0], together[place])
+
+
+def test_a_latent_keeps_its_shape() -> None:
+    head = VideoHead(context(**FIELDS))
+    latent = torch.randn(2, 5, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        out = head(tokens(), latent)
+    assert out.shape == latent.shape
+    alike(out.flatten(1), head(tokens(), latent.flatten(1)))
+
+
+def test_detached_tokens_still_let_the_weights_vote() -> None:
+    """REFACTOR11: the first latent requires a gradient, so the query behind it gets one although tokens are frozen."""
+    parts = context(**FIELDS)
+    head = VideoHead(parts)
+    with parts.voting.at(rate=1.0, step=0):
+        head(tokens().detach()).square().mean().backward()
+    for name, module in weights_of(head).items():
+        assert module.weight.trit_accum.any(), f"{name} did not vote"
+
+
+def test_what_lies_before_the_first_latent_gets_a_gradient() -> None:
+    head = VideoHead(context(**FIELDS))
+    latent = torch.randn(2, 20, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    head(tokens(), latent).square().sum().backward()
+    assert latent.grad is not None and latent.grad.any()
+
+
+def test_gradients_are_the_slopes_of_the_loss() -> None:
+    """Through norm, attention, denoising and halting, against differences in float64."""
+    head = VideoHead(context(**FIELDS))
+    latent, seen = tokens().double().flatten(1)[:, :20], tokens(seed=1).double()
+    latent.requires_grad_()
+    seen.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda z, s: head(s, z, halt_threshold=0.9), (latent, seen), eps=1e-6, atol=1e-6
+    )
+
+
+def test_weight_gradients_are_those_of_plain_autograd() -> None:
+    """What the weights vote with, against dense float64 matrices and the loop written out once more in plain torch."""
+    found: dict[tuple[int, ...], Tensor] = {}
+
+    def kept(op: Any) -> Any:
+        def run(*args: Any) -> Any:
+            result = op(*args)
+            grad = result[1] if isinstance(result, tuple) else result
+            found[tuple(grad.shape)] = found.get(tuple(grad.shape), 0) + grad.double()
+            return result
+
+        return run
+
+    watched = models.ops_with(
+        linear_weight_grad=kept(ops.linear_weight_grad), embedding_row_grads=kept(ops.embedding_row_grads)
+    )
+    parts = context(watched, **FIELDS)
+    head = VideoHead(parts)
+    latent, seen = tokens().double().flatten(1)[:, :20], tokens(seed=1).double()
+    matrices = {
+        name: part.weight.dense(torch.float64).requires_grad_() for name, part in weights_of(head).items()
+    }
+    left, total, z = torch.ones(2, 1).double(), 0.0, latent
+    for step, alpha in enumerate(cosine_alphas(3)):
+        n = torch.nn.functional.rms_norm(z @ matrices["latent_in"].T, (24,), eps=DEFAULT_EPS)
+        q = n @ matrices["query"].T + matrices["steps"][step]
+        a = torch.einsum("bd,bpd->bp", q, seen).div(24**0.5).softmax(-1)
+        u = n + torch.einsum("bp,bpd->bd", a, seen)
+        pred = (u * u.sigmoid()) @ matrices["latent_out"].T
+        z = (z - (1 - alpha) * pred) / alpha**0.5
+        signal, noise = z.square().mean(1, keepdim=True) + DEFAULT_EPS, pred.square().mean(1, keepdim=True)
+        p = signal / (signal + noise)
+        p = left if step == 2 else torch.where(1 - left + p >= HALT_THRESHOLD, left, p)
+        total, left = total + p * z, left - p
+    total.square().sum().backward()
+    with parts.voting.at(rate=1.0, step=0):
+        head(seen, latent).square().sum().backward()
+    for name, matrix in matrices.items():  # four weights, four shapes
+        alike(found[tuple(matrix.shape)], matrix.grad, name)
+
+
+def test_votes_and_steps_of_both_op_sets(subject: Subject) -> None:
+    """The part whose sums are exact: a gradient that comes to latent_out and through it, on small integers."""
+    results = []
+    for parts in contexts(subject, **FIELDS):
+        head = VideoHead(parts)
+        x = integers(3, models.NANO.width, seed=1).to(parts.device)
+        with parts.voting.at(rate=2.0, step=0):
+            (head.latent_out(x) * integers(3, 20, seed=2).to(parts.device)).sum().backward()
+        head.latent_out.step_weight()
+        results.append(parts.ops.to_spec(head.latent_out.weight).to("cpu"))
+    exact(results[1], results[0])
+    assert results[0].trit_accum.any()

@@ -1,0 +1,191 @@
+"""Laws of the experts: each slot meets the matrix of its own expert, and of no other, in any order of slots.
+
+Legend: E experts, N outputs of an expert, K inputs, M slots.
+"""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from arbitor.reference import ops as reference_ops
+from arbitor.reference.types import TernaryWeight
+from conformance import oracle
+from conformance import strategies as ss
+from conformance.cases.core import NARROW
+from conformance.cases.experts import EXPERTS, expert_ids, sizes
+from conformance.compare import exact, unsigned_zeros
+from conformance.law import law
+from conformance.report import skip
+from conformance.subject import Subject
+
+
+@st.composite
+def stacked(draw: st.DrawFn) -> tuple[TernaryWeight, int]:
+    """Draw a stacked weight whose sums are exact, and its number of experts."""
+    num_groups, num_rows, num_columns = draw(sizes())
+    shape = (num_groups * num_rows, num_columns)
+    return draw(ss.weights(shape, levels=NARROW, mantissa=False)), num_groups
+
+
+def matrices(weight: TernaryWeight, num_groups: int) -> Tensor:
+    """Return the matrices of all experts in float64, [E, N, K], by the plain-Python oracle."""
+    num_rows, num_columns = weight.shape
+    trits = torch.tensor(oracle.unpack(weight.packed.tolist(), num_rows * num_columns), dtype=torch.float64)
+    scales = weight.exponents.to(torch.float64).exp2().repeat_interleave(weight.group_size, dim=1)
+    return (trits.reshape(weight.shape) * scales[:, :num_columns]).reshape(num_groups, -1, num_columns)
+
+
+def _equal(got: Tensor, want: Tensor, what: str = "output") -> None:
+    """Compare sums that are exact in any order: equal bits, once their zeros have no sign."""
+    exact(unsigned_zeros(got), unsigned_zeros(want.to(got.dtype)), what)
+
+
+def _floats(data: st.DataObject, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return data.draw(ss.activations(shape, dtype, exact=True))
+
+
+@law(made=stacked(), dtype=ss.DTYPES, data=st.data())
+def test_grouped_linear_by_slot(
+    ops: Subject, made: tuple[TernaryWeight, int], dtype: torch.dtype, data: st.DataObject
+) -> None:
+    """Slot by slot: the product with the matrix of the slot's expert, forward and backward; zeros for unused slots."""
+    weight, num_groups = made
+    experts = data.draw(expert_ids(num_groups))
+    w_ENK = matrices(weight, num_groups)
+    x = _floats(data, experts.numel(), w_ENK.shape[2], dtype=dtype)
+    dy = _floats(data, experts.numel(), w_ENK.shape[1], dtype=dtype)
+    y, dx = torch.zeros_like(dy, dtype=torch.float64), torch.zeros_like(x, dtype=torch.float64)
+    for slot, expert in enumerate(experts.tolist()):
+        if expert >= 0:
+            y[slot] = w_ENK[expert] @ x[slot].to(torch.float64)
+            dx[slot] = dy[slot].to(torch.float64) @ w_ENK[expert]
+    _equal(ops.grouped_linear(x, weight, experts, num_groups=num_groups), y.to(dtype), "y")
+    _equal(ops.grouped_linear_input_grad(dy, weight, experts, num_groups=num_groups), dx.to(dtype), "dx")
+
+
+@law(shape=sizes(), dtype=ss.DTYPES, data=st.data())
+def test_grouped_linear_weight_grad_by_slot(
+    ops: Subject, shape: tuple[int, int, int], dtype: torch.dtype, data: st.DataObject
+) -> None:
+    """Every slot adds its outer product to its expert, in float32; experts that no slot uses have zeros."""
+    experts = data.draw(expert_ids(shape[0]))
+    dy, x = (_floats(data, experts.numel(), width, dtype=dtype) for width in shape[1:])
+    want = torch.zeros(shape, dtype=torch.float64)
+    for slot, expert in enumerate(experts.tolist()):
+        if expert >= 0:
+            want[expert] += torch.outer(dy[slot].to(torch.float64), x[slot].to(torch.float64))
+    got = ops.grouped_linear_weight_grad(dy, x, experts, num_groups=shape[0])
+    _equal(got, want.flatten(0, 1).to(torch.float32))
+
+
+@law(made=stacked(), data=st.data(), share=0.5)
+def test_grouped_linear_adjoint(ops: Subject, made: tuple[TernaryWeight, int], data: st.DataObject) -> None:
+    """<dy, grouped_linear(x)> = <grouped_linear_input_grad(dy), x> = <grouped_linear_weight_grad(dy, x), W>, exactly."""
+    weight, num_groups = made
+    experts = data.draw(expert_ids(num_groups))
+    x = _floats(data, experts.numel(), weight.shape[1])
+    dy = _floats(data, experts.numel(), weight.shape[0] // num_groups)
+    dot = lambda a, b: (a.to(torch.float64) * b.to(torch.float64)).sum().item()  # noqa: E731
+    forward = dot(dy, ops.grouped_linear(x, weight, experts, num_groups=num_groups))
+    assert forward == dot(ops.grouped_linear_input_grad(dy, weight, experts, num_groups=num_groups), x)
+    grad = ops.grouped_linear_weight_grad(dy, x, experts, num_groups=num_groups)
+    assert forward == dot(grad, ops.dequantize(weight))
+
+
+@law(made=stacked(), seed=ss.GENERATOR_SEEDS, data=st.data())
+def test_grouped_linear_ignores_the_order_of_slots(
+    ops: Subject, made: tuple[TernaryWeight, int], seed: int, data: st.DataObject
+) -> None:
+    weight, num_groups = made
+    experts = data.draw(expert_ids(num_groups))
+    order = torch.randperm(experts.numel(), generator=ss.generator(seed))
+    x = _floats(data, experts.numel(), weight.shape[1])
+    y = ops.grouped_linear(x, weight, experts, num_groups=num_groups)
+    _equal(ops.grouped_linear(x[order], weight, experts[order], num_groups=num_groups), y[order])
+    dy = _floats(data, experts.numel(), weight.shape[0] // num_groups)
+    grad = ops.grouped_linear_weight_grad(dy, x, experts, num_groups=num_groups)
+    permuted = ops.grouped_linear_weight_grad(dy[order], x[order], experts[order], num_groups=num_groups)
+    _equal(permuted, grad)
+
+
+@law(made=stacked(), count=st.sampled_from((2, 17)), data=st.data(), share=0.4)
+def test_grouped_linear_slots_are_independent(
+    ops: Subject, made: tuple[TernaryWeight, int], count: int, data: st.DataObject
+) -> None:
+    """A NaN stays in its slot and in the gradient of its expert; an unused slot may hold one and shows nothing of it."""
+    weight, num_groups = made
+    experts = torch.arange(count) % num_groups
+    x = _floats(data, count, weight.shape[1]).clone()
+    dy = _floats(data, count, weight.shape[0] // num_groups).clone()
+    y = ops.grouped_linear(x, weight, experts, num_groups=num_groups)
+    dx = ops.grouped_linear_input_grad(dy, weight, experts, num_groups=num_groups)
+    x[1, -1] = dy[1, -1] = float("nan")
+    spoiled = ops.grouped_linear(x, weight, experts, num_groups=num_groups)
+    assert spoiled[1].isnan().all(), "a NaN times a trit of 0 is a NaN"
+    keep = torch.arange(count) != 1
+    _equal(spoiled[keep], y[keep], "y beside a NaN")
+    back = ops.grouped_linear_input_grad(dy, weight, experts, num_groups=num_groups)
+    _equal(back[keep], dx[keep], "dx beside a NaN")
+    experts[1] = -1
+    without = ops.grouped_linear(x, weight, experts, num_groups=num_groups)
+    assert not without[1].any(), "an unused slot is not zero"
+    grad = ops.grouped_linear_weight_grad(dy, x, experts, num_groups=num_groups)
+    assert grad.isfinite().all(), "an unused slot shows in a gradient"
+
+
+@law(num_groups=EXPERTS, count=st.sampled_from((0, 1, 40)), data=st.data())
+def test_expert_load_counts(ops: Subject, num_groups: int, count: int, data: st.DataObject) -> None:
+    """As counted one by one, unused slots left out, in any shape."""
+    experts = data.draw(expert_ids(num_groups, count))
+    want = torch.tensor([experts.tolist().count(expert) for expert in range(num_groups)])
+    exact(ops.expert_load(experts, num_groups=num_groups), want)
+    exact(ops.expert_load(experts.reshape(count, 1).flip(0), num_groups=num_groups), want)
+
+
+@law(made=stacked(), dtype=ss.DTYPES)
+def test_grouped_linear_of_no_slots(
+    ops: Subject, made: tuple[TernaryWeight, int], dtype: torch.dtype
+) -> None:
+    weight, num_groups = made
+    none = torch.zeros(0, dtype=torch.int64)
+    x = torch.zeros(0, weight.shape[1], dtype=dtype)
+    dy = torch.zeros(0, weight.shape[0] // num_groups, dtype=dtype)
+    exact(ops.grouped_linear(x, weight, none, num_groups=num_groups), dy)
+    exact(ops.grouped_linear_input_grad(dy, weight, none, num_groups=num_groups), x)
+    grad = ops.grouped_linear_weight_grad(dy, x, none, num_groups=num_groups)
+    exact(grad, torch.zeros(weight.shape))
+
+
+def test_experts_compile_no_kernel_again(subject: Subject) -> None:
+    """However many slots there are and however they fall on experts; few and many slots, aligned widths and ragged ones."""
+    if subject.device.type != "cuda":
+        skip("recompilation of expert kernels", f"needs CUDA; this run is on {subject.device}")
+    import triton
+
+    compiled: list[str] = []
+    makes = ((48, 64), (25, 36))  # the library multiplies the first in bfloat16
+    made = [reference_ops.initial_weight((8 * n, k), std=0.1, seed=1, tensor_id=2) for n, k in makes]
+    weights = [subject.raw("from_spec")(weight.to(subject.device)) for weight in made]
+
+    def everything(count: int, experts: Tensor) -> None:
+        for weight, (num_rows, num_columns) in zip(weights, makes, strict=True):
+            for dtype in (torch.float32, torch.bfloat16):
+                x = torch.ones(count, num_columns, dtype=dtype, device=subject.device)
+                dy = torch.ones(count, num_rows, dtype=dtype, device=subject.device)
+                subject.raw("grouped_linear")(x, weight, experts, num_groups=8)
+                subject.raw("grouped_linear_input_grad")(dy, weight, experts, num_groups=8)
+                subject.raw("grouped_linear_weight_grad")(dy, x, experts, num_groups=8)
+
+    for count in (1, 2, 16, 64, 4096):
+        everything(count, torch.arange(count, device=subject.device) % 8)
+    hook = lambda *args, **kwargs: compiled.append(str(kwargs.get("repr") or kwargs.get("key")))  # noqa: E731
+    previous, triton.knobs.runtime.jit_cache_hook = triton.knobs.runtime.jit_cache_hook, hook
+    try:
+        for count in (3, 4, 5, 15, 128, 129, 1000, 3072):
+            for experts in (torch.arange(count) % 8, torch.full((count,), 5), torch.full((count,), -1)):
+                everything(count, experts.to(subject.device))
+    finally:
+        triton.knobs.runtime.jit_cache_hook = previous
+    assert not compiled, f"compiled again: {compiled}"

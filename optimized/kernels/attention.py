@@ -1,0 +1,185 @@
+"""Attention kernels: one position of a sequence against slots that all heads share, split over the slots.
+
+Each program takes some heads and a run of slots and leaves a partial softmax; a second kernel adds the runs up in their
+order, so that every launch gives the same bits. A slot is loaded once for all heads of a tile, as key and as value.
+Legend: B batch, H heads, S slots, L latent columns (the values), R rotary columns, J runs of slots.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from arbitor.optimized.kernels.common import narrow, widen
+from arbitor.optimized.kernels.launch import row_grid, row_tile, runs_here
+
+BLOCK_HEADS = 16
+BLOCK_SLOTS = 32
+RUN = 128
+"""Slots of one program. It depends on nothing: a sequence gives the same bits whatever else is in the batch."""
+BLOCK_COLUMNS = 128
+NUM_WARPS = 4
+
+
+@triton.jit
+def shares_dot(shares, values, sums, NATIVE: tl.constexpr):
+    """Return sums + shares @ values in float32.
+
+    Natively for bfloat16 values: the shares as three bfloat16 numbers each, which lose nothing of their 24 bits.
+    """
+    if NATIVE:
+        high = shares.to(tl.bfloat16)
+        rest = shares - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        sums = tl.dot(low, values, sums)
+        sums = tl.dot(middle, values, sums)
+        sums = tl.dot(high, values, sums)
+    else:
+        sums = tl.dot(shares, values, sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
+def slots_dot(queries, slots, NATIVE: tl.constexpr):
+    """Return queries @ slots^T in float32; products of bfloat16 numbers are exact there."""
+    if NATIVE:
+        dots = tl.dot(queries, tl.trans(slots))
+    else:
+        dots = tl.dot(queries, tl.trans(slots), input_precision="ieee")
+    return dots
+
+
+@triton.jit
+def operand(values, NATIVE: tl.constexpr):
+    """Return what a product is made from: bfloat16 as it is, or float32."""
+    if NATIVE:
+        return values
+    else:
+        return widen(values)
+
+
+@triton.jit(do_not_specialize=["num_heads", "num_slots", "head_blocks", "num_runs"])
+def _decode_attention_kernel(
+    q_ptr, keys_ptr, bias_ptr, sums_ptr, tops_ptr, totals_ptr,
+    num_heads, num_slots, head_blocks, num_runs, num_latent, num_rotary, scale,
+    RUN: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, HAS_ROTARY: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    run = tl.program_id(0) % num_runs
+    sequence = (tl.program_id(0) // num_runs // head_blocks).to(tl.int64)
+    heads = (tl.program_id(0) // num_runs % head_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
+    num_columns = num_latent + num_rotary
+    latents, rotaries = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_R)
+    is_head, is_latent, is_rotary = heads < num_heads, latents < num_latent, rotaries < num_rotary
+
+    q_rows = (sequence * num_heads + heads)[:, None] * num_columns
+    q_latent = tl.load(
+        q_ptr + q_rows + latents[None, :], mask=is_head[:, None] & is_latent[None, :], other=0.0
+    )
+    q_latent = operand(q_latent, NATIVE)
+    if HAS_ROTARY:
+        mask = is_head[:, None] & is_rotary[None, :]
+        q_rotary = tl.load(q_ptr + q_rows + num_latent + rotaries[None, :], mask=mask, other=0.0)
+        q_rotary = operand(q_rotary, NATIVE)
+
+    top = tl.full([BLOCK_H], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_H], dtype=tl.float32)
+    sums = tl.zeros([BLOCK_H, BLOCK_L], dtype=tl.float32)
+    for start in range(0, RUN, BLOCK_S):
+        slots = run * RUN + start + tl.arange(0, BLOCK_S)
+        bias = tl.load(bias_ptr + sequence * num_slots + slots, mask=slots < num_slots, other=float("-inf"))
+        visible = bias > float("-inf")
+        rows = (sequence * num_slots + slots)[:, None] * num_columns
+        mask = visible[:, None] & is_latent[None, :]
+        latent = operand(tl.load(keys_ptr + rows + latents[None, :], mask=mask, other=0.0), NATIVE)
+        scores = slots_dot(q_latent, latent, NATIVE)
+        if HAS_ROTARY:
+            mask = visible[:, None] & is_rotary[None, :]
+            rotary = tl.load(keys_ptr + rows + num_latent + rotaries[None, :], mask=mask, other=0.0)
+            scores += slots_dot(q_rotary, operand(rotary, NATIVE), NATIVE)
+        scores = tl.where(visible[None, :], scores * scale + bias[None, :], float("-inf"))
+        # Until something is visible the largest score is -inf, and so are all: subtract 0 from them.
+        higher = tl.maximum(top, tl.max(scores, axis=1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        shares = tl.exp(scores - base[:, None])
+        shrink = tl.exp(top - base)
+        total = total * shrink + tl.sum(shares, axis=1)
+        sums = shares_dot(shares, latent, sums * shrink[:, None], NATIVE)
+        top = higher
+
+    partials = (sequence * num_heads + heads) * num_runs + run
+    tl.store(tops_ptr + partials, top, mask=is_head)
+    tl.store(totals_ptr + partials, total, mask=is_head)
+    mask = is_head[:, None] & is_latent[None, :]
+    tl.store(sums_ptr + partials[:, None] * num_latent + latents[None, :], sums, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_runs", "row_blocks"])
+def _decode_attention_combine_kernel(
+    sums_ptr, tops_ptr, totals_ptr, y_ptr, num_runs, num_latent, row_blocks, BLOCK: tl.constexpr
+):
+    row = (tl.program_id(0) // row_blocks).to(tl.int64)
+    columns = (tl.program_id(0) % row_blocks) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < num_latent
+    top = tl.load(tops_ptr + row * num_runs)
+    for run in range(1, num_runs):
+        top = tl.maximum(top, tl.load(tops_ptr + row * num_runs + run))
+    base = tl.where(top == float("-inf"), 0.0, top)
+    total = base - base
+    sums = tl.zeros([BLOCK], dtype=tl.float32)
+    for run in range(0, num_runs):
+        partial = row * num_runs + run
+        weight = tl.exp(tl.load(tops_ptr + partial) - base)
+        total += weight * tl.load(totals_ptr + partial)
+        sums += weight * tl.load(sums_ptr + partial * num_latent + columns, mask=mask, other=0.0)
+    y = tl.where(total > 0.0, sums / tl.where(total > 0.0, total, 1.0), 0.0)
+    # A NaN in a visible slot stays one.
+    y = tl.where(total == total, y, total)
+    tl.store(y_ptr + row * num_latent + columns, narrow(y, y_ptr.dtype.element_ty), mask=mask)
+
+
+def attended(q_BHK: Tensor, keys_BSK: Tensor, bias_BS: Tensor, num_latent: int, scale: float) -> Tensor:
+    """Launch `decode_attention` on checked arguments."""
+    runs_here(q_BHK)
+    batch, num_heads, num_columns = q_BHK.shape
+    num_slots, num_rotary = keys_BSK.shape[1], num_columns - num_latent
+    shape = (batch, num_heads, num_latent)
+    if not (batch and num_heads and num_slots):
+        return torch.zeros(shape, dtype=q_BHK.dtype, device=q_BHK.device)
+    y_BHL = torch.empty(shape, dtype=q_BHK.dtype, device=q_BHK.device)
+    head_blocks, num_runs = triton.cdiv(num_heads, BLOCK_HEADS), triton.cdiv(num_slots, RUN)
+    sums = torch.empty(batch, num_heads, num_runs, num_latent, dtype=torch.float32, device=q_BHK.device)
+    tops = torch.empty(batch, num_heads, num_runs, dtype=torch.float32, device=q_BHK.device)
+    totals = torch.empty(batch, num_heads, num_runs, dtype=torch.float32, device=q_BHK.device)
+    _decode_attention_kernel[row_grid(batch * head_blocks, num_runs)](
+        q_BHK.contiguous(),
+        keys_BSK.contiguous(),
+        bias_BS.contiguous(),
+        sums,
+        tops,
+        totals,
+        num_heads,
+        num_slots,
+        head_blocks,
+        num_runs,
+        num_latent,
+        num_rotary,
+        scale,
+        RUN=RUN,
+        BLOCK_H=BLOCK_HEADS,
+        BLOCK_S=BLOCK_SLOTS,
+        BLOCK_L=max(16, triton.next_power_of_2(num_latent)),
+        BLOCK_R=max(16, triton.next_power_of_2(max(num_rotary, 1))),
+        HAS_ROTARY=num_rotary > 0,
+        # The interpreter's products of bfloat16 are wrong.
+        NATIVE=q_BHK.dtype == torch.bfloat16 and q_BHK.device.type == "cuda",
+        num_warps=NUM_WARPS,
+    )
+    block, row_blocks = row_tile(num_latent, BLOCK_COLUMNS)
+    _decode_attention_combine_kernel[row_grid(batch * num_heads, row_blocks)](
+        sums, tops, totals, y_BHL, num_runs, num_latent, row_blocks, BLOCK=block
+    )
+    return y_BHL

@@ -1,0 +1,272 @@
+"""Codebook kernels: the nearest row of a packed table, and upkeep of the rows.
+
+Legend: N codes, C code width, Q vectors, M candidates of a vector, R vectors of a batch, s sign bits.
+
+The search keeps a tile of queries, streams a split of the codes past it, and unpacks a tile of codes at a time to float16, in
+which every value is exact. The codes are the rows of the product and the queries its columns, so that few queries still fill
+the instruction. Every lane keeps its own best score and the tile that it came from, in the order of the codes; lanes,
+then splits, are compared at the end. All sums are exact (docs/spec/codebook.md), so splits and tiles leave no trace.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from arbitor.optimized.kernels.codebook_rows import code_values, query_values
+from arbitor.optimized.kernels.launch import MAX_PROGRAMS, row_grid, runs_here
+from arbitor.optimized.layouts import DeviceWeight
+
+NOTHING = tl.constexpr(-3.0e38)
+"""A score below all scores. What is maximised is 16 times the negative score: z_q . c' - 8 |c'|**2."""
+
+NO_ID = tl.constexpr(2**63 - 1)
+
+TILES = {16: (128, 4, 3), 64: (128, 4, 3), 128: (128, 8, 3)}
+"""Codes of a tile, warps and stages by queries of a tile."""
+
+PROGRAMS_PER_SM = 2
+BLOCK_CANDIDATES = 64
+BLOCK_SLOTS = 256
+BLOCK_SPLITS = 32
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_queries",
+        "num_codes",
+        "row_groups",
+        "row_words",
+        "query_tiles",
+        "code_tiles",
+        "num_splits",
+    ]
+)
+def _nearest_codes_kernel(
+    z_ptr, words_ptr, exponents_ptr, scores_ptr, ids_ptr,
+    num_queries, num_codes, num_columns, row_groups, row_words, query_tiles, code_tiles, num_splits,
+    GROUP_SIZE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    # Programs of one split lie side by side, so that its codes come from the cache for all but the first.
+    split = (tl.program_id(0) // query_tiles).to(tl.int64)
+    begin = (split * code_tiles // num_splits).to(tl.int32)
+    end = ((split + 1) * code_tiles // num_splits).to(tl.int32)
+    queries = (tl.program_id(0) % query_tiles).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    columns = tl.arange(0, BLOCK_C)
+    z_mask = (columns < num_columns)[:, None] & (queries < num_queries)[None, :]
+    z = tl.load(z_ptr + queries[None, :] * num_columns + columns[:, None], mask=z_mask, other=0.0)
+    z = query_values(z).to(tl.float16)
+
+    lanes = tl.arange(0, BLOCK_N)
+    best = tl.full([BLOCK_N, BLOCK_Q], NOTHING, dtype=tl.float32)
+    tiles = tl.zeros([BLOCK_N, BLOCK_Q], dtype=tl.int32)
+    for tile in range(begin, end):
+        codes = tile * BLOCK_N + lanes.to(tl.int64)
+        inside = codes < num_codes
+        mask = inside[:, None] & (columns < num_columns)[None, :]
+        words = tl.load(words_ptr + codes[:, None] * row_words + (columns // 16)[None, :], mask=mask, other=0)
+        levels = tl.load(
+            exponents_ptr + codes[:, None] * row_groups + (columns // GROUP_SIZE)[None, :], mask=mask, other=0
+        )
+        values = code_values(words, (columns % 16)[None, :], levels)
+        wide = values.to(tl.float32)
+        halves = tl.where(inside, 8.0 * tl.sum(wide * wide, axis=1), -NOTHING)
+        scores = tl.dot(values, z) - halves[:, None]
+        better = scores > best  # not where equal: the earlier tile has the lower codes
+        best = tl.where(better, scores, best)
+        tiles = tl.where(better, tile - begin, tiles)
+    top = tl.max(best, axis=0)
+    places = tl.where(best == top[None, :], tiles * BLOCK_N + lanes[:, None], 2147483647)
+    code = begin.to(tl.int64) * BLOCK_N + tl.min(places, axis=0)
+    slots = split * num_queries + queries
+    tl.store(scores_ptr + slots, top, mask=queries < num_queries)
+    tl.store(ids_ptr + slots, code, mask=queries < num_queries)
+
+
+@triton.jit(do_not_specialize=["num_candidates", "row_groups", "row_words", "num_queries", "num_splits"])
+def _nearest_candidates_kernel(
+    z_ptr, words_ptr, exponents_ptr, candidates_ptr, scores_ptr, ids_ptr,
+    num_candidates, num_columns, row_groups, row_words, num_queries, num_splits,
+    GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    query = (tl.program_id(0) // num_splits).to(tl.int64)
+    split = (tl.program_id(0) % num_splits).to(tl.int64)
+    begin, end = split * num_candidates // num_splits, (split + 1) * num_candidates // num_splits
+    columns = tl.arange(0, BLOCK_C)
+    z = tl.load(z_ptr + query * num_columns + columns, mask=columns < num_columns, other=0.0)
+    z = query_values(z)[None, :]
+    best = tl.full([BLOCK_M], NOTHING, dtype=tl.float32)
+    found = tl.full([BLOCK_M], NO_ID, dtype=tl.int64)
+    for start in range(begin, end, BLOCK_M):
+        places = start + tl.arange(0, BLOCK_M)
+        codes = tl.load(candidates_ptr + query * num_candidates + places, mask=places < end, other=-1)
+        mask = (codes >= 0)[:, None] & (columns < num_columns)[None, :]
+        words = tl.load(words_ptr + codes[:, None] * row_words + (columns // 16)[None, :], mask=mask, other=0)
+        levels = tl.load(
+            exponents_ptr + codes[:, None] * row_groups + (columns // GROUP_SIZE)[None, :], mask=mask, other=0
+        )
+        values = code_values(words, (columns % 16)[None, :], levels).to(tl.float32)
+        scores = tl.sum(values * z - 8.0 * (values * values), axis=1)
+        better = (codes >= 0) & ((scores > best) | ((scores == best) & (codes < found)))
+        best = tl.where(better, scores, best)
+        found = tl.where(better, codes, found)
+    top = tl.max(best, axis=0)
+    tl.store(scores_ptr + split * num_queries + query, top)
+    tl.store(ids_ptr + split * num_queries + query, tl.min(tl.where(best == top, found, NO_ID), axis=0))
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_splits"])
+def _best_of_splits_kernel(
+    scores_ptr, ids_ptr, out_ptr, num_queries, num_splits, BLOCK_S: tl.constexpr, BLOCK_Q: tl.constexpr
+):
+    queries = tl.program_id(0).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    best = tl.full([BLOCK_S, BLOCK_Q], NOTHING, dtype=tl.float32)
+    found = tl.full([BLOCK_S, BLOCK_Q], NO_ID, dtype=tl.int64)
+    for start in range(0, num_splits, BLOCK_S):
+        splits = start + tl.arange(0, BLOCK_S)
+        mask = (splits < num_splits)[:, None] & (queries < num_queries)[None, :]
+        slots = splits.to(tl.int64)[:, None] * num_queries + queries[None, :]
+        scores = tl.load(scores_ptr + slots, mask=mask, other=NOTHING)
+        codes = tl.load(ids_ptr + slots, mask=mask, other=NO_ID)
+        better = (scores > best) | ((scores == best) & (codes < found))
+        best = tl.where(better, scores, best)
+        found = tl.where(better, codes, found)
+    top = tl.max(best, axis=0)
+    code = tl.min(tl.where(best == top[None, :], found, NO_ID), axis=0)
+    tl.store(out_ptr + queries, tl.where(code == NO_ID, -1, code), mask=queries < num_queries)
+
+
+@triton.jit(do_not_specialize=["num_codes", "num_probes", "bucket", "slot_blocks"])
+def _candidate_codes_kernel(
+    z_ptr, probes_ptr, out_ptr, num_codes, num_columns, num_probes, bucket, slot_blocks,
+    SIGN_BITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    probe_of_query = (tl.program_id(0) // slot_blocks).to(tl.int64)
+    query, probe = probe_of_query // num_probes, probe_of_query % num_probes
+    column, other = tl.arange(0, 32), tl.arange(0, 32)[None, :]
+    z = query_values(tl.load(z_ptr + query * num_columns + column, mask=column < SIGN_BITS, other=0.0))
+    others = query_values(tl.load(z_ptr + query * num_columns + other, mask=other < SIGN_BITS, other=0.0))
+    mine, theirs = tl.abs(z)[:, None], tl.abs(others)
+    before = (theirs < mine) | ((theirs == mine) & (other < column[:, None]))
+    rank = tl.sum(tl.where(before & (other < SIGN_BITS), 1, 0), axis=1)
+    flip = (tl.load(probes_ptr + probe) >> rank) & 1
+    bit = tl.where(z > 0.0, 1, 0) ^ flip
+    number = tl.sum(tl.where(column < SIGN_BITS, bit << column, 0), axis=0).to(tl.int64)
+    begin = (number * num_codes + ((1 << SIGN_BITS) - 1)) >> SIGN_BITS
+    end = ((number + 1) * num_codes + ((1 << SIGN_BITS) - 1)) >> SIGN_BITS
+    slots = (tl.program_id(0) % slot_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    codes = tl.where(begin + slots < end, begin + slots, -1)
+    tl.store(out_ptr + probe_of_query * bucket + slots, codes, mask=slots < bucket)
+
+
+@functools.lru_cache(maxsize=64)
+def probe_sets(sign_bits: int, num_probes: int, device: torch.device) -> Tensor:
+    """Return the first sets of ranks as int32 masks: by the sum of (rank + 1), then by the mask.
+
+    Kept on the device: a copy from the host waits, and cannot be recorded.
+    """
+    found: list[int] = []
+    queue = [(0, 0)]
+    while len(found) < num_probes:
+        total, mask = heapq.heappop(queue)
+        found.append(mask)
+        # Each set comes once: from the one without its largest rank if the rank below is taken or none is, else shifted.
+        largest = mask.bit_length()  # that rank plus 1
+        if largest < sign_bits:
+            heapq.heappush(queue, (total + largest + 1, mask | 1 << largest))
+            if mask:
+                heapq.heappush(queue, (total + 1, mask ^ (3 << (largest - 1))))
+    return torch.tensor(found, dtype=torch.int32, device=device)
+
+
+def splits_for(query_tiles: int, most: int, device: torch.device) -> int:
+    """Return into how many parts to split the codes so that the device is full, at most `most`.
+
+    Few tiles of queries get one wave of programs; many get several waves, of which the last may be short.
+    """
+    processors = (
+        torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    )
+    at_once = PROGRAMS_PER_SM * processors
+    wanted = at_once // query_tiles if 2 * query_tiles <= at_once else -(-4 * at_once // query_tiles)
+    return max(1, min(wanted, most, MAX_PROGRAMS // query_tiles))
+
+
+def block_columns(num_columns: int) -> int:
+    """Return the columns of a tile: a power of two that holds a code, and at least what one product takes."""
+    return max(16, triton.next_power_of_2(num_columns))
+
+
+def nearest(z_QC: Tensor, weight: DeviceWeight) -> Tensor:
+    """Launch `nearest_codes`; returns int64 [Q]."""
+    runs_here(z_QC)
+    (num_queries, num_columns), num_codes = z_QC.shape, weight.shape[0]
+    block_q = next(size for size in TILES if num_queries <= size or size == max(TILES))
+    block_n, warps, stages = TILES[block_q]
+    query_tiles, code_tiles = triton.cdiv(num_queries, block_q), triton.cdiv(num_codes, block_n)
+    if num_queries == 0:
+        return torch.empty(0, dtype=torch.int64, device=z_QC.device)
+    splits = splits_for(query_tiles, code_tiles, z_QC.device)
+    scores, ids = _slots(splits, num_queries, z_QC.device)
+    _nearest_codes_kernel[(query_tiles * splits,)](
+        z_QC.contiguous(), weight.words, weight.exponents, scores, ids,
+        num_queries, num_codes, num_columns, weight.exponents.shape[1], weight.words.shape[1],
+        query_tiles, code_tiles, splits,
+        GROUP_SIZE=weight.group_size, BLOCK_Q=block_q, BLOCK_N=block_n, BLOCK_C=block_columns(num_columns),
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return _best_of(scores, ids)
+
+
+def nearest_of(z_QC: Tensor, weight: DeviceWeight, candidates_QM: Tensor) -> Tensor:
+    """Launch `nearest_candidates`; returns int64 [Q]."""
+    runs_here(z_QC)
+    (num_queries, num_columns), num_candidates = z_QC.shape, candidates_QM.shape[1]
+    if num_queries == 0:
+        return torch.empty(0, dtype=torch.int64, device=z_QC.device)
+    splits = splits_for(num_queries, triton.cdiv(num_candidates, BLOCK_CANDIDATES), z_QC.device)
+    scores, ids = _slots(splits, num_queries, z_QC.device)
+    _nearest_candidates_kernel[row_grid(num_queries, splits)](
+        z_QC.contiguous(), weight.words, weight.exponents, candidates_QM.contiguous(), scores, ids,
+        num_candidates, num_columns, weight.exponents.shape[1], weight.words.shape[1], num_queries, splits,
+        GROUP_SIZE=weight.group_size, BLOCK_M=BLOCK_CANDIDATES, BLOCK_C=block_columns(num_columns),
+    )  # fmt: skip
+    return _best_of(scores, ids)
+
+
+def candidates(z_QC: Tensor, num_codes: int, sign_bits: int, num_probes: int) -> Tensor:
+    """Launch `candidate_codes`; returns int64 [Q, probes * bucket]."""
+    runs_here(z_QC)
+    bucket = -(-num_codes // 2**sign_bits)
+    out = torch.empty(z_QC.shape[0], num_probes * bucket, dtype=torch.int64, device=z_QC.device)
+    if out.numel():
+        slot_blocks = triton.cdiv(bucket, BLOCK_SLOTS)
+        _candidate_codes_kernel[row_grid(z_QC.shape[0] * num_probes, slot_blocks)](
+            z_QC.contiguous(), probe_sets(sign_bits, num_probes, z_QC.device), out,
+            num_codes, z_QC.shape[1], num_probes, bucket, slot_blocks,
+            SIGN_BITS=sign_bits, BLOCK=BLOCK_SLOTS,
+        )  # fmt: skip
+    return out
+
+
+def _slots(splits: int, num_queries: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return room for the best score and code of each split."""
+    return (
+        torch.empty(splits, num_queries, dtype=torch.float32, device=device),
+        torch.empty(splits, num_queries, dtype=torch.int64, device=device),
+    )
+
+
+def _best_of(scores_SQ: Tensor, ids_SQ: Tensor) -> Tensor:
+    """Return the best code of all splits, -1 where there is none."""
+    splits, num_queries = scores_SQ.shape
+    out = torch.empty(num_queries, dtype=torch.int64, device=scores_SQ.device)
+    _best_of_splits_kernel[(triton.cdiv(num_queries, BLOCK_SPLITS),)](
+        scores_SQ, ids_SQ, out, num_queries, splits, BLOCK_S=BLOCK_SPLITS, BLOCK_Q=BLOCK_SPLITS
+    )
+    return out

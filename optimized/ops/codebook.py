@@ -1,0 +1,147 @@
+"""Codebook. See `arbitor.reference.ops.codebook`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from arbitor.optimized.kernels import codebook, codebook_rows, scale
+from arbitor.optimized.kernels.launch import Clock, may_look_at_values, same_device, values_between
+from arbitor.optimized.layouts import AnyWeight, DeviceWeight
+from arbitor.optimized.ops.layout import canonical, deliver, on_device, target_of
+from arbitor.optimized.ops.scale import DTYPES
+from arbitor.reference import checks
+from arbitor.reference.types import DEFAULT_GROUP_SIZE, RESERVED_STEP, TernaryWeight, groups_per_row
+
+
+def initial_codebook(
+    shape: Sequence[int],
+    *,
+    sign_bits: int,
+    seed: int,
+    tensor_id: int,
+    group_size: int = DEFAULT_GROUP_SIZE,
+    device: torch.device | str = "cpu",
+) -> TernaryWeight:
+    """See reference."""
+    num_codes, num_columns = checks.matrix_shape("shape", shape)
+    checks.code_columns("shape", num_columns)
+    checks.buckets(num_codes, num_columns, sign_bits)
+    checks.group_size(group_size)
+    checks.group_ids_fit(num_codes, num_columns, group_size)
+    checks.vote_clock(seed, RESERVED_STEP, tensor_id, last_step=RESERVED_STEP)
+    shape, groups = (num_codes, num_columns), groups_per_row(num_columns, group_size)
+    words = scale.initial_words(shape, groups, group_size, seed, tensor_id, device)
+    codebook_rows.sign_words_(words, sign_bits)
+    zeros = lambda width: torch.zeros(num_codes, width, dtype=torch.int8, device=words.device)  # noqa: E731
+    return canonical(DeviceWeight(words, zeros(groups), zeros(num_columns), zeros(groups), shape, group_size))
+
+
+def nearest_codes(z: Tensor, weight: AnyWeight) -> Tensor:
+    """See reference; float64 is not supported."""
+    checks.codebook(weight)
+    checks.last_dim("z", z, weight.shape[1], DTYPES)
+    checks.same_device(weight=weight.exponents, z=z)
+    return codebook.nearest(_vectors(z), on_device(weight)).reshape(z.shape[:-1])
+
+
+def candidate_codes(z: Tensor, *, num_codes: int, sign_bits: int, num_probes: int) -> Tensor:
+    """See reference; float64 is not supported."""
+    checks.dtype_in("z", z, DTYPES)
+    checks.last_dim_not_empty("z", z)
+    checks.integer("num_codes", num_codes, 1, 2**32)
+    checks.buckets(num_codes, z.shape[-1], sign_bits)
+    checks.integer("num_probes", num_probes, 1, 2**sign_bits)
+    found = codebook.candidates(_vectors(z), num_codes, sign_bits, num_probes)
+    return found.reshape(*z.shape[:-1], found.shape[1])
+
+
+def nearest_candidates(z: Tensor, weight: AnyWeight, candidates: Tensor) -> Tensor:
+    """See reference; float64 is not supported."""
+    checks.codebook(weight)
+    checks.last_dim("z", z, weight.shape[1], DTYPES)
+    checks.dtype_in("candidates", candidates, (torch.int64,))
+    if candidates.ndim != z.ndim or candidates.shape[:-1] != z.shape[:-1]:
+        raise ValueError(
+            f"candidates has shape {tuple(candidates.shape)}, but must be one row for each vector of z, {tuple(z.shape)}"
+        )
+    checks.same_device(weight=weight.exponents, z=z, candidates=candidates)
+    values_between("candidates", candidates, -1, weight.shape[0] - 1)
+    vectors = _vectors(z)
+    named = candidates.reshape(vectors.shape[0], candidates.shape[-1])
+    return codebook.nearest_of(vectors, on_device(weight), named).reshape(z.shape[:-1])
+
+
+def count_codes(usage: Tensor, ids: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """See reference."""
+    checks.usage_of(None, usage, out)
+    checks.dtype_in("ids", ids, (torch.int64,))
+    checks.same_device(usage=usage, ids=ids)
+    values_between("ids", ids, -1, usage.numel() - 1)
+    target = _target(usage, out)
+    codebook_rows.count_(target, ids.reshape(-1))
+    return _delivered(target, out)
+
+
+def revive_codes(
+    weight: AnyWeight,
+    usage: Tensor,
+    z_RC: Tensor,
+    *,
+    first: int | Tensor,
+    window: int,
+    seed: int,
+    step: int | Tensor,
+    tensor_id: int,
+    sign_bits: int = 0,
+    out: AnyWeight | None = None,
+) -> AnyWeight:
+    """See reference; float64 is not supported."""
+    checks.codebook(weight)
+    checks.usage_of(weight.shape[0], usage, None)
+    checks.last_dim("z_RC", z_RC, weight.shape[1], DTYPES)
+    if z_RC.ndim != 2:
+        raise ValueError(f"z_RC has shape {tuple(z_RC.shape)}, but must be [vectors, columns]")
+    checks.same_device(weight=weight.exponents, usage=usage, z_RC=z_RC)
+    _check_window(weight.shape[0], first, window, usage.device)
+    clock = Clock.of(seed, step, tensor_id, weight.device)
+    checks.buckets(*weight.shape, sign_bits)
+    checks.out_weight(out, weight)
+    target = target_of(weight, out)
+    codebook_rows.revive_(target, usage, z_RC, first, window, sign_bits, clock)
+    return deliver(target, weight, out)
+
+
+def age_codes(usage: Tensor, *, first: int | Tensor, window: int, out: Tensor | None = None) -> Tensor:
+    """See reference."""
+    checks.usage_of(None, usage, out)
+    _check_window(usage.numel(), first, window, usage.device)
+    target = _target(usage, out)
+    codebook_rows.age_(target, first, window)
+    return _delivered(target, out)
+
+
+def _vectors(z: Tensor) -> Tensor:
+    """Return vectors as [Q, C]."""
+    return z.reshape(z.numel() // z.shape[-1], z.shape[-1])
+
+
+def _check_window(num_codes: int, first: int | Tensor, window: int, device: torch.device) -> None:
+    """Refuse a window that is not allowed. The value of a start on the device only where looking is allowed."""
+    look = not isinstance(first, Tensor) or may_look_at_values(first)
+    checks.code_window(num_codes, first, window, values=look)
+    same_device("first", first, device)
+
+
+def _target(usage: Tensor, out: Tensor | None) -> Tensor:
+    """Return contiguous counters that a kernel may overwrite: `out` where it can be, else a copy."""
+    if out is not None and out.is_contiguous():
+        return out if out is usage else out.copy_(usage)
+    return usage.clone(memory_format=torch.contiguous_format)
+
+
+def _delivered(target: Tensor, out: Tensor | None) -> Tensor:
+    """Return the counters, in `out` if there is one."""
+    return target if out is None or out is target else out.copy_(target)

@@ -1,0 +1,48 @@
+"""Memory. See `arbitor.reference.ops.memory`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from arbitor.optimized.kernels import memory as kernels
+from arbitor.optimized.kernels.launch import may_look_at_values, same_device, values_between
+from arbitor.reference import checks
+
+
+def ngram_rows(
+    codes_BP: Tensor, *, order: int, num_rows: int, salt: int, previous: Tensor | None = None
+) -> Tensor:
+    """See reference."""
+    checks.ngrams(codes_BP, order, num_rows, salt, previous)
+    for name, codes in (("codes_BP", codes_BP), ("previous", previous)):
+        if codes is not None:
+            values_between(name, codes, -1, 2**32 - 1)
+    return kernels.ngram_rows(codes_BP, previous, order, num_rows, salt)
+
+
+def touch_strengths(
+    strengths: Tensor,
+    rows: Tensor,
+    *,
+    gain: int,
+    first: int | Tensor,
+    window: int,
+    shift: int,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See reference."""
+    checks.strengths_of(strengths, out)
+    checks.dtype_in("rows", rows, (torch.int64,))
+    checks.same_device(strengths=strengths, rows=rows)
+    checks.strength_rule(gain, shift)
+    look = not isinstance(first, Tensor) or may_look_at_values(first)
+    checks.code_window(strengths.numel(), first, window, values=look)
+    same_device("first", first, strengths.device)
+    values_between("rows", rows, -1, strengths.numel() - 1)
+    if out is not None and out.is_contiguous():
+        target = out if out is strengths else out.copy_(strengths)
+    else:
+        target = strengths.clone(memory_format=torch.contiguous_format)
+    kernels.touch_(target, rows.reshape(-1), gain, first, window, shift)
+    return target if out is None or out is target else out.copy_(target)

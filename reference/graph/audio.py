@@ -1,0 +1,132 @@
+"""AudioVQEncoder: raw audio becomes tokens, which are what the talker head is taught to say. And the convolution it is made of.
+
+Legend: B batch, T samples, C channels in, L length, N channels out, J taps, F frames, V = 289 codes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from arbitor.reference.graph.codebook import TernaryVQCodebook
+from arbitor.reference.graph.layers import TernaryLinear
+from arbitor.reference.graph.sequencer import audio_batch
+from arbitor.reference.graph.state import GraphContext, TernaryModule
+from arbitor.reference.graph.units import unit_rows, widened
+
+AUDIO_CODES = 289
+"""V: entries of the encoder's codebook, and tokens of the talker head that learns from it."""
+
+CODE_WIDTH = 128
+"""Width of a code."""
+
+CHANNELS = (128, 256)
+"""Channels out of the two convolutions."""
+
+FIRST = {"kernel_size": 25, "stride": 20, "padding": 3}
+SECOND = {"kernel_size": 9, "stride": 8, "padding": 1}
+"""The two convolutions: together a frame each 160 samples, 10 ms at 16 kHz, with kernels a little longer than their strides."""
+
+SAMPLES_PER_FRAME = FIRST["stride"] * SECOND["stride"]
+"""160 n samples give n frames."""
+
+
+class TernaryConv1d(TernaryModule):
+    """One-dimensional convolution. No bias.
+
+    Shapes:  [B, C, L] -> [B, N, floor((L + 2 padding - J) / stride) + 1]; the weight is [N, C J]
+    Start:   standard deviation gain * (C J)^-1/2
+    Source:  REFACTOR9 (TernaryConv1d)
+    """
+
+    def __init__(
+        self,
+        context: GraphContext,
+        num_inputs: int,
+        num_outputs: int,
+        *,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        gain: float = 1.0,
+    ) -> None:
+        shape = (num_outputs, num_inputs * kernel_size)
+        std = gain / math.sqrt(shape[1])
+        super().__init__(
+            context, lambda tensor_id: context.random_weight(shape, std=std, tensor_id=tensor_id)
+        )
+        self.geometry = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
+
+    def forward(self, x_BCL: Tensor) -> Tensor:
+        """Return `ops.conv1d` of x, in the dtype of x."""
+        return _ConvFunction.apply(x_BCL, self.anchor(), self)
+
+
+class _ConvFunction(torch.autograd.Function):
+    """`ops.conv1d` with a backward pass that votes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor | None, module: TernaryConv1d) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.module, ctx.steps = module, module.steps
+        return module.ops.conv1d(x, module.weight, **module.geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+        (x,), module = ctx.saved_tensors, ctx.module
+        module.check_unchanged(ctx.steps)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            at = {"length": x.shape[2], **module.geometry}
+            grad_x = module.ops.conv1d_input_grad(grad, module.weight, **at)
+        if module.votes:
+            module.vote(module.ops.conv1d_weight_grad(grad, x, **module.geometry))
+        return grad_x, None, None
+
+
+class AudioVQEncoder(nn.Module):
+    """Raw audio to tokens: no part of the model's forward pass, but where the targets of its talker head come from.
+
+    Args:
+        channels: channels out of the two convolutions; tests take fewer.
+
+    Math:    h = silu(conv2(silu(conv1(audio)))); z = unit(W_project h) per frame; token = nearest code
+             logits = W_out code, straight through: the gradient that reaches the code goes on to z
+    Shapes:  audio [T], [B, T] or [B, 1, T], at least 160 samples -> logits float32 [B, F, 289], tokens int64 [B, F]
+    Range:   404,864 weights: 3,200 + 294,912 + 32,768 + 36,992 + 36,992
+    Raises:  TypeError or ValueError for audio that is not allowed
+    Source:  REFACTOR9 (404,864 weights), REFACTOR12 (logits, tokens); docs/spec/heads.md
+    """
+
+    def __init__(self, context: GraphContext, *, channels: tuple[int, int] = CHANNELS) -> None:
+        super().__init__()
+        self.dtype = context.dtype
+        self.first = TernaryConv1d(context, 1, channels[0], **FIRST)
+        self.second = TernaryConv1d(context, channels[0], channels[1], **SECOND)
+        self.project = TernaryLinear(context, channels[1], CODE_WIDTH)
+        self.codebook = TernaryVQCodebook(context, AUDIO_CODES, CODE_WIDTH)
+        self.out = TernaryLinear(context, CODE_WIDTH, AUDIO_CODES)
+
+    def forward(self, audio: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and tokens of each frame."""
+        logits_BFV, ids_BF, _ = self.encode(audio)
+        return logits_BFV, ids_BF
+
+    def encode(self, audio: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return logits and tokens of each frame, and the two losses of the codebook by name."""
+        audio_BT = audio_batch(audio)
+        if audio_BT.shape[1] < SAMPLES_PER_FRAME:
+            raise ValueError(
+                f"audio has {audio_BT.shape[1]} samples, but must have at least {SAMPLES_PER_FRAME}, for one frame"
+            )
+        h_BCL = F.silu(self.first(audio_BT[:, None].to(self.dtype)))
+        h_BCF = F.silu(self.second(h_BCL))
+        z_BFC = unit_rows(self.project(h_BCF.transpose(1, 2)))
+        ids_BF, code_BFC, losses = self.codebook.quantize(z_BFC)
+        return widened(self.out(code_BFC)), ids_BF, losses

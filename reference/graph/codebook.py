@@ -1,0 +1,241 @@
+"""Codebooks of the graph: vectors become codes, codes become motifs, and three modalities share one space of ids.
+
+Legend: B batch, P positions, D width, C code width, N codes, R vectors since the last step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from arbitor.reference import checks
+from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
+from arbitor.reference.graph.state import GraphContext, TableModule, TernaryModule, when_voting
+
+MOTIF_EXPONENT = -2
+"""A motif that is added to its position has a quarter of the position's scale: docs/spec/codebook.md has the measurement."""
+
+POSITIONS_PER_REVIVAL = 64
+"""Positions for which one code is looked at after a step: a code sees about this many positions for each time it is."""
+
+
+class TernaryVQCodebook(TernaryEmbedding, TableModule):
+    """A table of codes that vectors are compared with, and a count of how often each was the nearest.
+
+    Math:    search: the nearest code, of all of them or of those in the buckets that the signs of z name
+             after a step: u_n += uses of code n in accepted backward passes; then, for a window of the codes that moves on
+             with the steps, codes with u_n = 0 become vectors of the batch, and the counts of the others halve
+    Shapes:  search [..., C] -> int64 [...]; forward int64 [...] -> [..., C]; usage int16 [N]
+    Start:   buckets by sign, exponents 0, counts 1
+    Source:  docs/spec/codebook.md; REFACTOR14 (TernaryVQCodebook)
+    """
+
+    def __init__(self, context: GraphContext, num_codes: int, width: int) -> None:
+        config = context.config
+        # As many buckets as the table can fill.
+        sign_bits = min(config.sign_bits, num_codes.bit_length() - 1, width)
+        TernaryModule.__init__(
+            self,
+            context,
+            lambda tensor_id: context.ops.initial_codebook(
+                (num_codes, width),
+                sign_bits=sign_bits,
+                seed=context.seed,
+                tensor_id=tensor_id,
+                group_size=config.group_size,
+                device=context.device,
+            ),
+        )
+        self.dtype = context.dtype
+        self.used_rows: list[Tensor] = []
+        self.num_codes, self.sign_bits = num_codes, sign_bits
+        self.num_probes = min(max(config.num_probes, 1), 2**sign_bits)
+        self.by_candidates = config.code_search == "candidates" and sign_bits > 0
+        self.seen: list[tuple[Tensor, Tensor]] = []
+        self.add_table("usage", torch.ones(num_codes, dtype=torch.int16, device=context.device))
+
+    def search(self, z: Tensor) -> Tensor:
+        """Return the code of each vector, int64 [...]."""
+        z = z.detach()
+        if not self.by_candidates:
+            return self.ops.nearest_codes(z, self.weight)
+        buckets: dict[str, Any] = {"sign_bits": self.sign_bits, "num_probes": self.num_probes}
+        candidates = self.ops.candidate_codes(z, num_codes=self.num_codes, **buckets)
+        return self.ops.nearest_candidates(z, self.weight, candidates)
+
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the codes int64 [...], the straight-through vectors [..., C] in the dtype of z, and the two losses.
+
+        Math:    c = table(code); straight through: c, with the gradient of z and none to the table
+                 commitment: mean of (z - c)^2, c held; codebook: the same, z held. float32 or better, []
+        """
+        ids = self.search(z)
+        z = when_voting(z, self.voting, self.record, z.detach(), ids)
+        c = self(ids)
+        # Not z + (c - z): that rounds, and what follows would see a vector that is no code.
+        return ids, c.detach().to(z.dtype) + (z - z.detach()), commitment(z, c)
+
+    def record(self, z: Tensor, ids: Tensor) -> None:
+        """Keep what a backward pass came through, until the step that counts it."""
+        self.seen.append((z.reshape(-1, z.shape[-1]), ids.reshape(-1)))
+
+    def step_tables(self) -> None:
+        """Count the codes of the passes since the last step, then revive dead ones in the window of this step."""
+        if not self.seen:
+            return
+        passes = len(self.seen)
+        z_RC, ids_R = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
+        self.seen.clear()
+        self.ops.count_codes(self.usage, ids_R, out=self.usage)
+        window = min(self.num_codes, max(1, ids_R.numel() // POSITIONS_PER_REVIVAL))
+        # `step` counts passes, so that windows of consecutive steps follow each other. Nothing else is kept.
+        place: dict[str, Any] = {"first": self.voting.step * window // passes, "window": window}
+        self.ops.revive_codes(
+            self.weight,
+            self.usage,
+            z_RC,
+            **place,
+            seed=self.voting.seed,
+            step=self.voting.step,
+            tensor_id=self.tensor_id,
+            sign_bits=self.sign_bits if self.by_candidates else 0,
+            out=self.weight,
+        )
+        self.ops.age_codes(self.usage, **place, out=self.usage)
+        self.steps += 1
+
+    def forget(self) -> None:
+        """Drop the passes since the last step."""
+        self.seen.clear()
+
+    def load(self, weight: Any) -> None:
+        """Overwrite the table; passes before it are forgotten."""
+        super().load(weight)
+        self.forget()
+
+
+class MultimodalVQBridge(nn.Module):
+    """The codebooks of all modalities behind one space of ids: text first, then image, then audio.
+
+    Math:    global id = offset of the modality + code; offsets are the sizes of the tables before it
+    Shapes:  quantize [..., C] -> global ids int64 [...], [..., C]; rows: global ids [...] -> [..., C]
+    Attributes:
+        tables:    the codebook of each modality by name, those that the config has codes for.
+        offsets:   the first global id of each.
+        num_codes: ids in all: the vocabulary of the graph.
+    Source:  docs/spec/codebook.md; REFACTOR11 (34,108 text codes and 24,576 others are 58,684)
+    """
+
+    def __init__(self, context: GraphContext) -> None:
+        super().__init__()
+        config = context.config
+        sizes = {"text": config.num_codes, "image": config.image_codes, "audio": config.audio_codes}
+        self.tables = nn.ModuleDict()
+        self.offsets: dict[str, int] = {}
+        self.num_codes = 0
+        for name, size in sizes.items():
+            if size:
+                self.tables[name] = TernaryVQCodebook(context, size, config.code_dim)
+                self.offsets[name] = self.num_codes
+                self.num_codes += size
+
+    def quantize(self, z: Tensor, modality: str = "text") -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return what `TernaryVQCodebook.quantize` does, searched among the codes of one modality, with global ids."""
+        checks.one_of("modality", modality, tuple(self.tables))
+        ids, c, losses = self.codebooks[modality].quantize(z)
+        return ids + self.offsets[modality], c, losses
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return the codes of global ids, in the model's dtype. In a backward pass the codes that were named vote."""
+        if len(self.tables) == 1:
+            (only,) = self.codebooks.values()
+            return only(ids)
+        parts = []
+        for name, table in self.codebooks.items():
+            local = ids - self.offsets[name]
+            inside = (local >= 0) & (local < table.num_codes)
+            parts.append(_SomeRowsFunction.apply(local, inside, table.anchor(), table))
+        return sum(parts[1:], parts[0])
+
+    @property
+    def codebooks(self) -> dict[str, TernaryVQCodebook]:
+        """The codebooks by modality, in the order of their ids."""
+        return {name: table for name, table in self.tables.items() if isinstance(table, TernaryVQCodebook)}
+
+
+class SharedVQ(nn.Module):
+    """A position becomes a code, and the code a motif: what the layers see of it.
+
+    Math:    z = RMSNorm(W_down s); code = nearest; c = table(code), straight through; u = RMSNorm(W_up c)
+             s + u / 4 with `motif_residual`, else u
+    Shapes:  [B, P, D] -> [B, P, D], global ids int64 [B, P], losses [] by name
+    Source:  REFACTOR14 (SharedVQ, motifs of width 64); docs/spec/codebook.md
+    """
+
+    def __init__(self, context: GraphContext) -> None:
+        super().__init__()
+        config = context.config
+        self.motif_residual = config.motif_residual
+        self.down = TernaryLinear(context, config.width, config.code_dim)
+        self.down_norm = TernaryRMSNorm(context, config.code_dim)
+        self.bridge = MultimodalVQBridge(context)
+        self.up = TernaryLinear(context, config.code_dim, config.width)
+        exponent = MOTIF_EXPONENT if config.motif_residual else 0
+        self.up_norm = TernaryRMSNorm(context, config.width, exponent=exponent)
+
+    def forward(self, s_BPD: Tensor, modality: str = "text") -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the stream after the codebook, the code of each position, and the losses of the codebook."""
+        z_BPC = self.down_norm(self.down(s_BPD))
+        codes_BP, c_BPC, losses = self.bridge.quantize(z_BPC, modality)
+        u_BPD = self.up_norm(self.up(c_BPC))
+        return (u_BPD + s_BPD if self.motif_residual else u_BPD), codes_BP, losses
+
+    @property
+    def num_codes(self) -> int:
+        """Ids in all."""
+        return self.bridge.num_codes
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return the codes of global ids; see `MultimodalVQBridge.rows`."""
+        return self.bridge.rows(ids)
+
+
+def commitment(z: Tensor, c: Tensor) -> dict[str, Tensor]:
+    """Return the mean squared distances that pull vectors to their codes and codes to their vectors, by loss."""
+    wide = torch.promote_types(z.dtype, torch.float32)
+    z, c = z.to(wide), c.to(wide)
+    return {
+        "commitment": (z - c.detach()).square().mean(),
+        "codebook": (c - z.detach()).square().mean(),
+    }
+
+
+class _SomeRowsFunction(torch.autograd.Function):
+    """`ops.embedding` of the ids that belong to a table, zeros elsewhere; only those that belong to it vote.
+
+    What does not belong is looked up as one that does, with a gradient of 0, so that shapes depend on shapes alone. If none
+    does, row 0 stands in, and its slots are then marked unused.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, ids: Tensor, inside: Tensor, anchor: Tensor | None, module: TernaryVQCodebook
+    ) -> Tensor:
+        stand_in = torch.where(inside, ids, 0).amax() if ids.numel() else 0
+        ids = torch.where(inside, ids, stand_in)
+        ctx.save_for_backward(ids, inside)
+        ctx.module, ctx.steps = module, module.steps
+        return module.ops.embedding(ids, module.weight, dtype=module.dtype) * inside[..., None]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        (ids, inside), module = ctx.saved_tensors, ctx.module
+        module.check_unchanged(ctx.steps)
+        if module.votes:
+            rows, grad_RC = module.ops.embedding_row_grads(ids, grad * inside[..., None])
+            module.vote(grad_RC, torch.where(inside.any(), rows, -1))
+        return None, None, None, None

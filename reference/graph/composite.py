@@ -1,0 +1,115 @@
+"""Composites: what a position's stream proposes to remember of its code, and what codes have stored of earlier proposals.
+
+Legend: B batch, P positions, D width, C code width, N codes of the graph, J slots of a code, R = B P positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from arbitor.reference import checks
+from arbitor.reference.graph.codebook import TernaryVQCodebook
+from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm
+from arbitor.reference.graph.memory import rows_or_zeros
+from arbitor.reference.graph.state import GraphContext, when_voting
+from arbitor.reference.graph.ternary_graph import EdgeTable, _EdgeSumFunction
+
+COMPOSITES_PER_CODE = 4
+"""J: composites that a code keeps."""
+
+
+class CompositeProposalHead(nn.Module):
+    """Proposes a composite for a position's code: a code of a table of its own, trained to foretell the next motif.
+
+    Math:    n = RMSNorm(h), h held; z = RMSNorm(W_code silu(W_inner n)); id = nearest composite, c = its vector
+             open where w . n > 0: the pair (code of the position, id) is counted after the step, and read from then on
+             read: sum over the slots of a code of a_j * composite_j, a_j the learned sign of a slot
+             composite_prediction: mean of (c - motif of the next position)^2, straight through to z
+             composite_commitment, composite_codebook: mean of (z - c)^2 over open positions, c or z held
+             composite_gate: mean over positions of open * (error of its prediction - mean error), straight through to
+             sigmoid(w . n), errors held
+    Shapes:  h [B, P, D], codes int64 [B, P] of N in all, motifs [B, P, C], the vectors of the codes -> losses, float32 or
+             better, []; read: codes int64 [B, P] -> [B, P, C]
+    Source:  docs/spec/memory.md, also for why h is held; REFACTOR14 (CompositeProposalHead, 5 M composites)
+    """
+
+    def __init__(self, context: GraphContext) -> None:
+        super().__init__()
+        config = context.config
+        self.voting = context.voting
+        self.norm = TernaryRMSNorm(context, config.width)
+        self.inner = TernaryLinear(context, config.width, config.composite_inner)
+        self.code = TernaryLinear(context, config.composite_inner, config.code_dim)
+        self.code_norm = TernaryRMSNorm(context, config.code_dim)
+        self.gate = TernaryLinear(context, config.width, 1)
+        self.codebook = TernaryVQCodebook(context, config.composite_codes, config.code_dim)
+        num_codes = config.num_codes + config.image_codes + config.audio_codes
+        self.edges = EdgeTable(context, num_codes, COMPOSITES_PER_CODE, allow_loops=True)
+
+    def read(self, codes_BP: Tensor) -> Tensor:
+        """Return the sum of the composites that each position's code keeps, in code space; zeros where it keeps none.
+
+        Each composite counts with the sign of its slot. In a backward pass both signs and composites vote.
+        """
+        codes_R = codes_BP.flatten()
+        kept_RJ = self.edges.get_buffer("neighbours")[codes_R]
+        # The slots' composites side by side: the table is never decoded, only what the codes name.
+        c_RJC = rows_or_zeros(self.codebook, kept_RJ.to(torch.int64))
+        places_RJ = torch.arange(kept_RJ.numel(), dtype=torch.int32, device=kept_RJ.device).view_as(kept_RJ)
+        slots_RJ = torch.where(kept_RJ >= 0, places_RJ, -1)
+        sums_RC = _EdgeSumFunction.apply(
+            c_RJC.flatten(0, 1), slots_RJ, self.edges(codes_R), self.codebook.ops
+        )
+        return sums_RC.unflatten(0, codes_BP.shape)
+
+    def forward(self, h_BPD: Tensor, codes_BP: Tensor, motifs_BPC: Tensor) -> dict[str, Tensor]:
+        """Return the losses of the proposals by name; an accepted backward pass through them leaves its pairs."""
+        checks.last_dim("motifs_BPC", motifs_BPC, self.codebook.weight.shape[1])
+        n_BPD = self.norm(h_BPD.detach())
+        logits_BP = self.gate(n_BPD).squeeze(-1)
+        open_BP = logits_BP.detach() > 0
+        z_BPC = self.code_norm(self.code(F.silu(self.inner(n_BPD))))
+        ids_BP = self.codebook.search(z_BPC)
+        kept_BP = torch.where(open_BP, ids_BP, -1)
+        z_BPC = when_voting(z_BPC, self.voting, self._record, z_BPC.detach(), codes_BP, kept_BP)
+        c_BPC = self.codebook.ops.embedding(ids_BP, self.codebook.weight, dtype=self.codebook.dtype)
+        through_BPC = c_BPC + (z_BPC - z_BPC.detach())
+        # The last position's next motif is not known.
+        errors_BP = _distances(through_BPC[:, :-1], motifs_BPC[:, 1:].detach())
+        rows_BPC = rows_or_zeros(self.codebook, kept_BP)
+        return {
+            "composite_commitment": _mean_of(_distances(z_BPC, c_BPC), open_BP),
+            "composite_codebook": _mean_of(_distances(rows_BPC, z_BPC.detach()), open_BP),
+            "composite_prediction": _mean_of(errors_BP, torch.ones_like(open_BP[:, 1:])),
+            "composite_gate": gate_loss(logits_BP[:, :-1], errors_BP.detach()),
+        }
+
+    def _record(self, z_BPC: Tensor, codes_BP: Tensor, kept_BP: Tensor) -> None:
+        """Keep what a backward pass came through."""
+        self.codebook.record(z_BPC, kept_BP)
+        self.edges.record(codes_BP, kept_BP)
+
+
+def gate_loss(logits: Tensor, errors: Tensor) -> Tensor:
+    """Return what opens a gate where the error is below the mean, and closes it where it is above.
+
+    Math:    mean of open * (error - mean error), open = 1 where logit > 0, else 0; its gradient is that of sigmoid(logit)
+    Shapes:  logits and errors [...], held -> [], float32 or better; 0 for no positions
+    """
+    p = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+    opened = (logits.detach() > 0).to(p.dtype) + (p - p.detach())
+    count = max(errors.numel(), 1)
+    return (opened * (errors - errors.sum() / count)).sum() / count
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    """Return the mean squared difference over the last dimension, in float32 or better."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return (a.to(wide) - b.to(wide)).square().mean(dim=-1)
+
+
+def _mean_of(values: Tensor, chosen: Tensor) -> Tensor:
+    """Return the mean of the chosen values; 0 where none is chosen."""
+    return torch.where(chosen, values, 0.0).sum() / chosen.sum().clamp(min=1)

@@ -1,0 +1,102 @@
+"""The module that owns a stack of matrices, one an expert: grouped linear. As in layers.py, its backward pass votes at once.
+
+Legend: E experts, N outputs of an expert, K inputs, M slots (rows of activations).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from arbitor.reference.graph.layers import row_ranges
+from arbitor.reference.graph.state import GraphContext, TernaryModule
+
+
+class TernaryGroupedLinear(TernaryModule):
+    """y = x W_e^T, e the expert of each slot: `num_groups` linears of one shape, stacked in one weight of E N rows.
+
+    Shapes:  x [M, K], experts int64 [M] in -1 .. E - 1 -> [M, N]; zeros where the expert is -1
+    Start:   standard deviation gain * K^-1/2, as a linear
+    """
+
+    def __init__(
+        self, context: GraphContext, num_groups: int, num_inputs: int, num_outputs: int, *, gain: float = 1.0
+    ) -> None:
+        self.num_groups = num_groups
+        shape, std = (num_groups * num_outputs, num_inputs), gain / math.sqrt(num_inputs)
+        super().__init__(
+            context, lambda tensor_id: context.random_weight(shape, std=std, tensor_id=tensor_id)
+        )
+
+    def forward(self, x_MK: Tensor, experts_M: Tensor) -> Tensor:
+        """Return `ops.grouped_linear` of x, in the dtype of x."""
+        return _GroupedLinearFunction.apply(x_MK, experts_M, self.anchor(), self)
+
+
+class _GroupedLinearFunction(torch.autograd.Function):
+    """`ops.grouped_linear` with a backward pass that votes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_MK: Tensor, experts_M: Tensor, anchor: Tensor | None, module: TernaryGroupedLinear
+    ) -> Tensor:
+        ctx.save_for_backward(x_MK, experts_M)
+        ctx.module, ctx.steps = module, module.steps
+        return module.ops.grouped_linear(x_MK, module.weight, experts_M, num_groups=module.num_groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (x_MK, experts_M), module = ctx.saved_tensors, ctx.module
+        module.check_unchanged(ctx.steps)
+        ops, num_groups, grad_x = module.ops, module.num_groups, None
+        if ctx.needs_input_grad[0]:
+            grad_x = ops.grouped_linear_input_grad(grad_MN, module.weight, experts_M, num_groups=num_groups)
+        if module.votes:
+            _vote_by_expert(module, grad_MN, x_MK, experts_M)
+        return grad_x, None, None, None
+
+
+def _vote_by_expert(module: TernaryGroupedLinear, grad_MN: Tensor, x_MK: Tensor, experts_M: Tensor) -> None:
+    """Let the experts that slots use vote, some of the outputs of each at a time.
+
+    Fewer slots than experts cannot use them all: then only as many gradients are made as there are slots. Which experts
+    those are, the host is not told; rows that are left over are named -1.
+    """
+    num_slots, num_outputs = grad_MN.shape
+    groups_M, used_E = experts_M, None
+    if num_slots < module.num_groups:
+        groups_M, used_E = numbered(experts_M)
+    num_groups = module.num_groups if used_E is None else num_slots
+    if num_groups == 0:
+        return
+    for outputs in row_ranges(num_outputs, num_groups * x_MK.shape[1]):
+        part = grad_MN[:, outputs.start : outputs.stop]
+        grad = module.ops.grouped_linear_weight_grad(part, x_MK, groups_M, num_groups=num_groups)
+        if used_E is None and len(outputs) == num_outputs:
+            module.vote(grad)
+            continue
+        if used_E is None:
+            used_E = torch.arange(num_groups, device=module.device)
+        offsets = torch.arange(outputs.start, outputs.stop, device=module.device)
+        rows_EN = torch.where(used_E[:, None] < 0, -1, used_E[:, None] * num_outputs + offsets)
+        module.vote(grad, rows_EN.flatten())
+
+
+def numbered(experts_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the slots' experts numbered anew from 0, -1 for unused slots, and the expert that each number stands for.
+
+    As many numbers as slots, -1 for those left over, so that shapes stay fixed.
+    """
+    sorted_M, order = experts_M.sort(stable=True)
+    starts = sorted_M >= 0
+    starts[1:] &= sorted_M[1:] != sorted_M[:-1]
+    numbers = starts.cumsum(0) - 1  # -1 before the first used slot
+    groups_M = torch.empty_like(experts_M).scatter_(0, order, numbers)
+    places = torch.where(starts, numbers, len(numbers))
+    used = torch.full((len(numbers) + 1,), -1, dtype=experts_M.dtype, device=experts_M.device)
+    return groups_M, used.scatter_(0, places, torch.where(starts, sorted_M, -1))[:-1]

@@ -1,0 +1,258 @@
+"""The KV ledger: what a model has read, byte by byte, and what its attention keeps of it. It only grows.
+
+The ledger is a transcript. Ids are given or predicted, and later read; what was read is never read again. It holds
+activations, no state of the model: it may be thrown away and made anew from its ids.
+
+Legend: B batch (sequences), T bytes, P positions of one pass, V vocabulary, K columns of a row, S slots, Q queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from arbitor.reference import checks
+from arbitor.reference.config import NGRAM, VOCABULARY_SIZE, ArbConfig
+from arbitor.reference.graph.ledger_rows import GrowingRows, LayerLedger
+from arbitor.reference.graph.scheduler import ContextAttentionScheduler, Seen
+
+__all__ = ["KVLedger", "LayerLedger"]
+
+CONTEXT = NGRAM - 1
+"""Bytes before a new one that its position reads."""
+
+
+class KVLedger:
+    """The transcript of some sequences that are read in lockstep; they may differ in length.
+
+    A pass of the model is `begin`, the layers, `end`. A pass that raises in between leaves no trace: the next `begin`
+    takes back what it had added.
+
+    Attributes:
+        positions: positions that attention has read, of each sequence.
+        unread:    ids at the end of every transcript that no pass has read yet.
+        carry:     what modules keep from pass to pass, [B, ...] tensors by name: assigned anew, never written in place.
+
+    Args:
+        config: of the model that reads; the attention widths, and what a position sees.
+        batch:  sequences, at least 1.
+        device: where it lives.
+        dtype:  activations of the model.
+
+    Source:  REFACTOR14 (seeded with the prompt, appended to by each forward pass); docs/spec/attention.md
+    """
+
+    def __init__(
+        self,
+        config: ArbConfig,
+        batch: int = 1,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        checks.integer("batch", batch, 1, 2**31 - 1)
+        checks.one_of("dtype", dtype, checks.FLOAT_DTYPES)
+        self.config, self.batch, self.device, self.dtype = config, batch, torch.device(device), dtype
+        self.scheduler = ContextAttentionScheduler(config)
+        self.lengths = [0] * batch
+        self.positions = [0] * batch
+        self.unread = 0
+        self.carry: dict[str, Tensor] = {}
+        self._ids = self._growing((), torch.int64)
+        self._codes = self._growing((), torch.int64)
+        self._layers = [LayerLedger(self) for _ in range(config.num_layers)]
+        self._first_B = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self._pass: _Pass | None = None
+
+    def __len__(self) -> int:
+        """Return the bytes of the longest transcript."""
+        return max(self.lengths)
+
+    def ids(self, sequence: int = 0) -> Tensor:
+        """Return the transcript of a sequence, int64 [length], read or not."""
+        return self._ids.rows[sequence, : self.lengths[sequence]].clone()
+
+    def codes(self, sequence: int = 0) -> Tensor:
+        """Return the codes of the positions that a sequence has read, int64; they are recorded where there are codes."""
+        return self._codes.rows[sequence, : self.positions[sequence]].clone()
+
+    def layer(self, index: int) -> LayerLedger:
+        """Return what the attention of a layer reads and appends to."""
+        return self._layers[index]
+
+    def retract(self) -> None:
+        """Take back the ids that were not read yet."""
+        self._roll_back()
+        self.lengths = [length - self.unread for length in self.lengths]
+        self.unread = 0
+
+    def begin(self, ids_BT: Tensor | None) -> Tensor:
+        """Start a pass: append ids to the transcripts, and return all that is to be read, after the bytes before it.
+
+        Args:
+            ids_BT: int64 [B, T], or None to read what was predicted.
+
+        Returns:
+            int64 [B, C + unread]: the C = 2 bytes read last, none of them in the first pass, then all unread ids.
+
+        Raises:
+            TypeError or ValueError: ids that do not fit, nothing to read, or fewer than three bytes in the first pass.
+        """
+        self._roll_back()
+        given = 0
+        if ids_BT is not None:
+            checks.dtype_in("ids_BT", ids_BT, (torch.int64,))
+            if ids_BT.ndim != 2 or ids_BT.shape[0] != self.batch:
+                raise ValueError(
+                    f"ids_BT has shape {tuple(ids_BT.shape)}, but must be [batch, bytes] with the ledger's batch, "
+                    f"{self.batch}"
+                )
+            checks.values_between("ids_BT", ids_BT, 0, VOCABULARY_SIZE - 1)
+            given = ids_BT.shape[1]
+        read = min(self.lengths) - self.unread
+        wanted = 1 if read else NGRAM
+        if self.unread + given < wanted:
+            raise ValueError(
+                f"ids_BT leaves {self.unread + given} bytes to read, but a pass must read at least {wanted}"
+            )
+        self._pass = _Pass(self)
+        if ids_BT is not None:
+            self._append(ids_BT)
+        count = self.unread + (CONTEXT if read else 0)
+        return self._ids.read(self._lengths_B1() - count + self.ahead(count))
+
+    def end(self, predicted_B: Tensor) -> None:
+        """Finish a pass: what was unread is read, and the predicted ids, int64 [B], are appended, unread."""
+        if self._pass is None:
+            raise RuntimeError("end was called, but must follow a begin")
+        checks.tensor("predicted_B", predicted_B, torch.int64, (self.batch,))
+        self.positions = [position + self._pass.count for position in self.positions]
+        self._first_B = self._first_B + self._pass.count
+        self._pass = None
+        self.unread = 0
+        self._append(predicted_B[:, None].to(self.device))
+
+    def previous_codes(self, count: int) -> Tensor:
+        """Return the codes of the `count` positions before this pass, int64 [B, count]; -1 where there was none."""
+        places_Bn = self._first_B[:, None] - count + self.ahead(count)
+        if not any(self.positions):
+            return torch.full_like(places_Bn, -1)
+        return torch.where(places_Bn < 0, -1, self._codes.read(places_Bn.clamp(min=0)))
+
+    def record_codes(self, codes_BP: Tensor) -> None:
+        """Append the codes of the positions of this pass."""
+        count = codes_BP.shape[1]
+        self.expect(count)
+        places_BP = self._first_B[:, None] + self.ahead(count)
+        self._codes.write(places_BP, codes_BP, max(self.positions) + count)
+
+    def copy(self) -> Self:
+        """Return the same ledger on memory of its own."""
+        return self.select(range(self.batch))
+
+    def select(self, rows: Sequence[int]) -> Self:
+        """Return a ledger of some of the sequences, in the given order, on memory of its own."""
+        index = torch.tensor(list(rows), dtype=torch.int64, device=self.device)
+        chosen = type(self)(self.config, len(index), device=self.device, dtype=self.dtype)
+        chosen.lengths = [self.lengths[row] for row in rows]
+        chosen.positions = [self.positions[row] for row in rows]
+        chosen.unread = self.unread
+        chosen.carry = {name: value[index] for name, value in self.carry.items()}
+        chosen._first_B = self._first_B[index]
+        for own, other in zip(chosen._stores(), self._stores(), strict=True):
+            own.rows = other.rows[index]
+        return chosen
+
+    @classmethod
+    def stack(cls, ledgers: Sequence[KVLedger]) -> KVLedger:
+        """Return one ledger of the sequences of several, side by side, on memory of its own.
+
+        Raises ValueError where they differ in config, dtype, device, unread ids, or in what modules carry.
+        """
+        first = ledgers[0]
+        for other in ledgers[1:]:
+            for name in ("config", "dtype", "device", "unread"):
+                if getattr(other, name) != getattr(first, name):
+                    raise ValueError(
+                        f"ledgers differ in {name}, {getattr(first, name)} and {getattr(other, name)}, but must agree"
+                    )
+            if any(other.positions) != any(first.positions):
+                raise ValueError("ledgers were read and not, but must both be empty or neither")
+            if other.carry.keys() != first.carry.keys():
+                raise ValueError("ledgers differ in what they carry, but must agree")
+        stacked = cls(first.config, sum(one.batch for one in ledgers), device=first.device, dtype=first.dtype)
+        stacked.lengths = [length for one in ledgers for length in one.lengths]
+        stacked.positions = [position for one in ledgers for position in one.positions]
+        stacked.unread = first.unread
+        stacked.carry = {name: torch.cat([one.carry[name] for one in ledgers]) for name in first.carry}
+        stacked._first_B = torch.cat([one._first_B for one in ledgers])
+        for own, *parts in zip(stacked._stores(), *(one._stores() for one in ledgers), strict=True):
+            capacity = max(part.rows.shape[1] for part in parts)
+            padded = [
+                part.rows.new_zeros(part.rows.shape[0], capacity, *part.rows.shape[2:]) for part in parts
+            ]
+            for whole, part in zip(padded, parts, strict=True):
+                whole[:, : part.rows.shape[1]] = part.rows
+            own.rows = torch.cat(padded)
+        return stacked
+
+    @property
+    def first_B(self) -> Tensor:
+        """Return the first position of this pass, of each sequence, int64."""
+        return self._first_B
+
+    def ahead(self, count: int) -> Tensor:
+        """Return 0 .. count - 1, int64 on the ledger's device."""
+        return torch.arange(count, device=self.device)
+
+    def expect(self, count: int) -> None:
+        """Note that this pass has so many positions; refuse a layer or codes with another number of them."""
+        if self._pass is None:
+            raise RuntimeError("the ledger was written to, but a pass must begin first")
+        if self._pass.count not in (0, count):
+            raise ValueError(
+                f"a layer appends {count} positions, but this pass has {self._pass.count} in another one"
+            )
+        self._pass.count = count
+
+    def seen(self, num_queries: int, skipped: int) -> Seen:
+        """Return what the positions from first_B + skipped on see; found once a pass, for all layers."""
+        if self._pass is None:
+            raise RuntimeError("the ledger was looked at, but a pass must begin first")
+        found = self._pass.seen
+        if (num_queries, skipped) not in found:
+            found[num_queries, skipped] = self.scheduler.seen(self._first_B + skipped, num_queries)
+        return found[num_queries, skipped]
+
+    def _growing(self, shape: tuple[int, ...], dtype: torch.dtype) -> GrowingRows:
+        return GrowingRows(self.batch, shape, dtype=dtype, device=self.device)
+
+    def _stores(self) -> list[GrowingRows]:
+        return [self._ids, self._codes, *(layer.log for layer in self._layers)]
+
+    def _lengths_B1(self) -> Tensor:
+        return torch.tensor(self.lengths, device=self.device)[:, None]
+
+    def _append(self, ids_BT: Tensor) -> None:
+        count = ids_BT.shape[1]
+        self._ids.write(self._lengths_B1() + self.ahead(count), ids_BT, len(self) + count)
+        self.lengths = [length + count for length in self.lengths]
+        self.unread += count
+
+    def _roll_back(self) -> None:
+        """Take back a pass that began and did not end."""
+        if self._pass is not None:
+            self.lengths, self.unread, self.carry = self._pass.lengths, self._pass.unread, self._pass.carry
+            self._pass = None
+
+
+class _Pass:
+    """A pass that has begun: what to go back to if it does not end, and what it found out."""
+
+    def __init__(self, ledger: KVLedger) -> None:
+        self.lengths, self.unread, self.carry = ledger.lengths, ledger.unread, dict(ledger.carry)
+        self.count = 0
+        self.seen: dict[tuple[int, int], Seen] = {}

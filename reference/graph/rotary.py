@@ -1,0 +1,46 @@
+"""Rotary turns: positions in queries and keys, so that their products depend on the distance alone.
+
+Legend: B batch, P positions, H heads, R rotary width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ROTARY_BASE = 10_000.0
+"""Base of the geometric series of rotary wavelengths, in positions."""
+
+Turns = tuple[Tensor, Tensor]
+"""Cosine and sine."""
+
+
+def rotary_turns(positions: int, rotary_dim: int, *, device: torch.device) -> Turns:
+    """Return cosine and sine of the angles of positions 0, 1, ..., float32 [P, 1, R / 2]; see `turns_at`."""
+    return turns_at(torch.arange(positions, device=device), rotary_dim)
+
+
+def turns_at(positions: Tensor, rotary_dim: int) -> Turns:
+    """Return cosine and sine of the angles of positions int64 [..., P], float32 [..., P, 1, R / 2].
+
+    Math:    angle[p, i] = p * base**(-2 i / R), in float64: a ledger may hold a million positions
+    """
+    steps = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float64) / rotary_dim
+    angles = positions[..., None, None].to(torch.float64) * ROTARY_BASE**-steps
+    return angles.cos().to(torch.float32), angles.sin().to(torch.float32)
+
+
+def rotate(x_BPHR: Tensor, turns: Turns) -> Tensor:
+    """Return x with its column pairs (i, i + R / 2) turned by the angles of their position, in the dtype of x.
+
+    Math:    (a, b) -> (a cos - b sin, a sin + b cos)
+    """
+    cosine, sine = turns
+    a, b = x_BPHR.to(torch.promote_types(x_BPHR.dtype, torch.float32)).chunk(2, dim=-1)
+    return torch.cat([a * cosine - b * sine, a * sine + b * cosine], dim=-1).to(x_BPHR.dtype)
+
+
+def with_turned_key(rows_BPK: Tensor, turns: Turns) -> Tensor:
+    """Return rows with their first R columns, a rotary key, appended once more, turned."""
+    key_BP1R = rows_BPK[..., None, : 2 * turns[0].shape[-1]]
+    return torch.cat([rows_BPK, rotate(key_BP1R, turns)[..., 0, :]], dim=-1)

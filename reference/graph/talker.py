@@ -1,0 +1,53 @@
+"""TalkerHead: from positions to audio tokens.
+
+Legend: B batch, P positions, D width, V audio tokens to choose from.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from arbitor.reference import checks
+from arbitor.reference.graph.layers import TernaryLinear
+from arbitor.reference.graph.state import GraphContext
+from arbitor.reference.graph.units import unit_rows, widened
+
+MAX_TOKENS = 2**31 - 1
+"""Most tokens that may be asked for."""
+
+
+class TalkerHead(nn.Module):
+    """Audio tokens of each position, all at once.
+
+    Math:    logits = W unit(x); token = argmax, each `stride` times, then cut or padded to `length`
+    Shapes:  [B, P, D] -> int64 [B, length], or [B, P stride] without a length
+    Ties:    the lowest token
+    Source:  REFACTOR9 (one call, stride, pad and truncate), REFACTOR11 (token_logits); docs/spec/heads.md
+    """
+
+    def __init__(self, context: GraphContext) -> None:
+        super().__init__()
+        self.tokens = TernaryLinear(context, context.config.width, context.config.talker_tokens)
+
+    def token_logits(self, x_BPD: Tensor) -> Tensor:
+        """Return the logits of each position's token, float32 [B, P, V]: what cross-entropy trains."""
+        return widened(self.tokens(unit_rows(x_BPD)))
+
+    def forward(
+        self, x_BPD: Tensor, *, stride: int = 1, length: int | None = None, pad_token: int = 0
+    ) -> Tensor:
+        """Return the likeliest token of each position.
+
+        Args:
+            stride:    how often each token is repeated.
+            length:    tokens that come out; None: as many as there are.
+            pad_token: what follows the last token up to `length`.
+        """
+        checks.integer("stride", stride, 1, MAX_TOKENS)
+        checks.integer("pad_token", pad_token, 0, self.tokens.weight.shape[0] - 1)
+        ids_BP = self.token_logits(x_BPD).argmax(dim=-1).repeat_interleave(stride, dim=1)
+        if length is None:
+            return ids_BP
+        checks.integer("length", length, 0, MAX_TOKENS)
+        return F.pad(ids_BP[:, :length], (0, max(0, length - ids_BP.shape[1])), value=pad_token)

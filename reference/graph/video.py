@@ -1,0 +1,178 @@
+"""VideoHead: a latent that a few denoising steps draw out of noise, each looking at the tokens of the graph.
+
+Legend: B samples, L numbers of a latent, P tokens, D width, T steps.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from arbitor.reference import checks
+from arbitor.reference.config import HALT_THRESHOLD
+from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear
+from arbitor.reference.graph.state import GraphContext
+from arbitor.reference.graph.units import unit_rows, widened
+from arbitor.reference.types import DEFAULT_EPS
+
+FIRST_SIGNAL = 1 / 16
+"""Share of signal in the energy of the first latent: the loop as a whole divides by the root of this, whatever its steps."""
+
+NOISE_TENSOR = 2**32 - 1
+"""Tensor id of the noise that latents start from: the last one, far from those of the weights."""
+
+_BYTES = 12
+"""Random bytes that are summed for one number of noise."""
+
+
+def cosine_alphas(num_steps: int) -> tuple[float, ...]:
+    """Return alpha of each step.
+
+    Math:    abar(t) = cos^2 of an angle that falls evenly from arccos(sqrt(FIRST_SIGNAL)) to 0 over T steps
+             alpha_t = abar(t) / abar(t + 1), so that the product of all is FIRST_SIGNAL
+    Source:  Nichol and Dhariwal 2021, from where some signal is left: at abar = 0 a step would divide by 0
+    """
+    most = math.acos(math.sqrt(FIRST_SIGNAL))
+    abar = [math.cos(most * (1 - step / num_steps)) ** 2 for step in range(num_steps + 1)]
+    return tuple(abar[step] / abar[step + 1] for step in range(num_steps))
+
+
+class VideoHead(nn.Module):
+    """Denoising steps with shared weights over one latent, as many as each sample asks for.
+
+    Math:    step t: n = unit(W_in latent); q = W_query n + W_steps[t]; c = softmax(q . s / sqrt(D)) s over the tokens s
+             pred = W_out silu(n + c); latent <- (latent - (1 - alpha_t) pred) / sqrt(alpha_t)
+             p_t = signal / (signal + noise), of latent and pred after the step; halting as in MoEGraph, by these p
+    Shapes:  tokens [B, P, D], latent [B, ...] of L numbers, any float dtype -> float32, shape of the latent
+    Range:   2 D L + D^2 + T D weights. Norm and halting have none: REFACTOR9 counts T D beside the matrices, and its
+             table of steps takes them all
+    Source:  REFACTOR9 (17,040,896 weights), REFACTOR11 (the first latent requires a gradient); docs/spec/heads.md
+    """
+
+    def __init__(self, context: GraphContext) -> None:
+        super().__init__()
+        config = context.config
+        self.ops, self.seed, self.device = context.ops, context.seed, context.device
+        self.size, self.width, self.num_steps = config.video_latent, config.width, config.video_steps
+        self.alphas = cosine_alphas(config.video_steps)
+        self.latent_in = TernaryLinear(context, self.size, self.width)
+        self.query = TernaryLinear(context, self.width, self.width)
+        self.steps = TernaryEmbedding(context, self.num_steps, self.width)
+        self.latent_out = TernaryLinear(context, self.width, self.size)
+
+    def noise(self, samples: Tensor, *, draw: int | Tensor = 0) -> Tensor:
+        """Return standard normal noise for each sample, float32 [B, L], the same on every device.
+
+        Math:    (the sum of 12 bytes - 1530) / 256, of variance 1 to within 2^-16; bytes as `dither_bytes` gives them for
+                 group = sample L + place, step = draw, and a tensor id of its own
+        Shapes:  samples int64 [B], numbers of the samples, each below 2^32 / L; draw 0 .. 2^32 - 2, a number or int64 []
+        """
+        checks.dtype_in("samples", samples, (torch.int64,))
+        groups_BL = samples[:, None] * self.size + torch.arange(self.size, device=samples.device)
+        clock: dict[str, Any] = {"seed": self.seed, "step": draw, "tensor_id": NOISE_TENSOR}
+        dither = self.ops.dither_bytes(groups_BL, group_size=_BYTES, **clock)
+        sums = dither[..., :_BYTES].to(torch.int32).sum(dim=-1)
+        return (sums - _BYTES * 255 // 2).to(torch.float32) / 256
+
+    def forward(
+        self,
+        tokens_BPD: Tensor,
+        latent: Tensor | None = None,
+        *,
+        draw: int | Tensor = 0,
+        halt_threshold: float | None = HALT_THRESHOLD,
+    ) -> Tensor:
+        """Return the latent that is left when the noise is out.
+
+        Args:
+            tokens_BPD:     what the steps look at.
+            latent:         where the loop starts; None: noise, the same for every sample of the batch, so that a sample does
+                            not depend on its place in it. `noise` gives others.
+            draw:           number of the draw, where the noise is drawn here.
+            halt_threshold: halting probability at which a sample stops; None: every sample takes all steps.
+        """
+        if latent is None:
+            one_L = self.noise(torch.zeros(1, dtype=torch.int64, device=tokens_BPD.device), draw=draw)
+            latent = one_L.expand(tokens_BPD.shape[0], self.size)
+        flat_BL = widened(latent).flatten(1)
+        if torch.is_grad_enabled():
+            out_BL = self._composed(flat_BL, tokens_BPD.to(flat_BL.dtype), halt_threshold)
+        else:
+            weights = (self.latent_in.weight, self.query.weight, self.steps.weight, self.latent_out.weight)
+            tokens = tokens_BPD.to(flat_BL.dtype)
+            out_BL = self.ops.denoise_loop(
+                flat_BL, tokens, *weights, alphas=self.alphas, halt_threshold=halt_threshold
+            )
+        return out_BL.reshape(latent.shape)
+
+    def _composed(self, latent: Tensor, tokens: Tensor, halt_threshold: float | None) -> Tensor:
+        """Return what `denoise_loop` does, step by step under autograd, so that weights vote."""
+        if not latent.requires_grad:
+            latent = latent.detach().requires_grad_()
+        rows_TD = self.steps(torch.arange(self.num_steps, device=latent.device)).to(latent.dtype)
+        latents, stops = [], []
+        for step, alpha in enumerate(self.alphas):
+            n_BD = unit_rows(self.latent_in(latent))
+            c_BD = attended(self.query(n_BD) + rows_TD[step], tokens)
+            pred = self.latent_out(F.silu(n_BD + c_BD))
+            latent = _DenoiseStep.apply(latent, pred, self.ops, alpha)
+            latents.append(latent)
+            stops.append(signal_share(latent, pred))
+        if halt_threshold is None:
+            return latent
+        return halting_mean(latents, stops, halt_threshold)
+
+
+def attended(q_BD: Tensor, tokens_BPD: Tensor) -> Tensor:
+    """Return the mean of each sample's tokens, weighted by the softmax of how well they fit its query."""
+    scores_BP = (tokens_BPD @ q_BD[:, :, None]).squeeze(-1) / math.sqrt(q_BD.shape[-1])
+    return (scores_BP.softmax(dim=-1)[:, None] @ tokens_BPD).squeeze(1)
+
+
+def signal_share(latent_BL: Tensor, pred_BL: Tensor) -> Tensor:
+    """Return signal / (signal + noise), [B, 1]: the sigmoid of the log signal-to-noise ratio that the head itself sees."""
+    signal, noise = (value.square().mean(dim=-1, keepdim=True) for value in (latent_BL, pred_BL))
+    return (signal + DEFAULT_EPS) / (signal + noise + DEFAULT_EPS)
+
+
+def stop_shares(stops: list[Tensor], threshold: float) -> list[Tensor]:
+    """Return the share of each step, for the probability p of stopping after each.
+
+    Math:    share_t = p_t while p_1 + .. + p_t < threshold; what is left of 1 at the first step where they are not, or at
+             the last; 0 after that
+    Shapes:  as many [B, 1] as come in; they add up to 1
+    """
+    left, shares = torch.ones_like(stops[0]), []
+    for step, p in enumerate(stops):
+        goes_on = (1 - left + p < threshold) & (step + 1 < len(stops))
+        shares.append(torch.where(goes_on, p, left))
+        left = torch.where(goes_on, left - p, 0.0)
+    return shares
+
+
+def halting_mean(latents: list[Tensor], stops: list[Tensor], threshold: float) -> Tensor:
+    """Return the sum of latents times their shares; what a sample computes after it has stopped does not count."""
+    total = torch.zeros_like(latents[0])
+    for share, latent in zip(stop_shares(stops, threshold), latents, strict=True):
+        total = total + share * torch.where(share > 0, latent, 0.0)
+    return total
+
+
+class _DenoiseStep(torch.autograd.Function):
+    """`ops.denoise_step` with its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, pred: Tensor, ops: Any, alpha: float) -> Tensor:
+        ctx.ops, ctx.alpha = ops, alpha
+        return ops.denoise_step(latent, pred, alpha=alpha)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_latent, grad_pred = ctx.ops.denoise_step_backward(grad, alpha=ctx.alpha)
+        return grad_latent, grad_pred, None, None

@@ -1,0 +1,115 @@
+"""Experts: a linear whose rows of activations each use one of several matrices, and how often each is used.
+
+Legend: E experts (`num_groups`), N outputs of an expert, K inputs, M slots (rows of activations).
+The matrices of all experts are one stacked weight of E N rows: expert e owns rows e N .. e N + N - 1.
+Products and sums run in float32, or float64 for float64 inputs, and are rounded once to the dtype that comes out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from arbitor.reference import checks
+from arbitor.reference.ops.scale import dequantize
+from arbitor.reference.types import TernaryWeight
+
+
+def grouped_linear(x_MK: Tensor, weight: TernaryWeight, experts_M: Tensor, *, num_groups: int) -> Tensor:
+    """Return each slot times the transposed matrix of its expert.
+
+    Math:    y[m, n] = sum_k x[m, k] * W[experts[m] * N + n, k]; zero where experts[m] = -1
+    Shapes:  x float32, bfloat16 or float64 [M, K], weight [E N, K], experts int64 [M] in -1 .. E - 1; M may be 0
+    Returns: dtype of x, [M, N]
+    Raises:  TypeError or ValueError for a dtype, shape, device or expert that is not allowed
+    Laws:    a slot gives what `linear` gives with its expert's rows; slots are independent and may come in any order
+    Source:  docs/spec/experts.md; REFACTOR12 (grouped dispatch)
+    """
+    num_rows = checks.expert_rows(weight, num_groups)
+    checks.expert_matrix("x_MK", x_MK)
+    checks.last_dim("x_MK", x_MK, weight.shape[1])
+    checks.expert_slots(experts_M, x_MK.shape[0], weight=weight.packed, x_MK=x_MK)
+    checks.values_between("experts_M", experts_M, -1, num_groups - 1)
+    wide = torch.promote_types(x_MK.dtype, torch.float32)
+    y_MN = torch.zeros(x_MK.shape[0], num_rows, dtype=x_MK.dtype, device=x_MK.device)
+    for expert in _used(experts_M):
+        slots = experts_M == expert
+        y_MN[slots] = (x_MK[slots].to(wide) @ _matrix(weight, expert, num_rows, wide).T).to(x_MK.dtype)
+    return y_MN
+
+
+def grouped_linear_input_grad(
+    grad_MN: Tensor, weight: TernaryWeight, experts_M: Tensor, *, num_groups: int
+) -> Tensor:
+    """Return the gradient of the loss with respect to the input of `grouped_linear`.
+
+    Math:    dx[m, k] = sum_n dy[m, n] * W[experts[m] * N + n, k]; zero where experts[m] = -1
+    Shapes:  grad float32, bfloat16 or float64 [M, N], weight [E N, K], experts int64 [M] in -1 .. E - 1; M may be 0
+    Returns: dtype of grad, [M, K]
+    Raises:  TypeError or ValueError for a dtype, shape, device or expert that is not allowed
+    Laws:    the adjoint of `grouped_linear`: <dy, grouped_linear(x)> = <grouped_linear_input_grad(dy), x>
+    Source:  docs/spec/experts.md
+    """
+    num_rows = checks.expert_rows(weight, num_groups)
+    checks.expert_matrix("grad_MN", grad_MN)
+    checks.last_dim("grad_MN", grad_MN, num_rows)
+    checks.expert_slots(experts_M, grad_MN.shape[0], weight=weight.packed, grad_MN=grad_MN)
+    checks.values_between("experts_M", experts_M, -1, num_groups - 1)
+    wide = torch.promote_types(grad_MN.dtype, torch.float32)
+    dx_MK = torch.zeros(grad_MN.shape[0], weight.shape[1], dtype=grad_MN.dtype, device=grad_MN.device)
+    for expert in _used(experts_M):
+        slots = experts_M == expert
+        dx_MK[slots] = (grad_MN[slots].to(wide) @ _matrix(weight, expert, num_rows, wide)).to(grad_MN.dtype)
+    return dx_MK
+
+
+def grouped_linear_weight_grad(
+    grad_MN: Tensor, x_MK: Tensor, experts_M: Tensor, *, num_groups: int
+) -> Tensor:
+    """Return the gradient of the loss with respect to the stacked weight of `grouped_linear`.
+
+    Math:    dW[e N + n, k] = sum over slots m with experts[m] = e of dy[m, n] * x[m, k]
+    Shapes:  grad [M, N] and x [M, K] of one dtype, float32, bfloat16 or float64, experts int64 [M] in -1 .. E - 1
+    Returns: float32 [E N, K] (float64 for float64 inputs); zeros, which cast no votes, for an expert that no slot uses
+    Raises:  TypeError or ValueError for a dtype, shape, device or expert that is not allowed
+    Laws:    adjoint to `grouped_linear`: <grouped_linear_weight_grad(dy, x), W> = <dy, grouped_linear(x)>
+    Source:  docs/spec/experts.md
+    """
+    checks.integer("num_groups", num_groups, 1, 2**31 - 1)
+    checks.expert_pair(grad_MN, x_MK)
+    checks.expert_slots(experts_M, grad_MN.shape[0], grad_MN=grad_MN, x_MK=x_MK)
+    checks.values_between("experts_M", experts_M, -1, num_groups - 1)
+    wide = torch.promote_types(grad_MN.dtype, torch.float32)
+    shape = (num_groups, grad_MN.shape[1], x_MK.shape[1])
+    grads_ENK = torch.zeros(shape, dtype=wide, device=grad_MN.device)
+    for expert in _used(experts_M):
+        slots = experts_M == expert
+        grads_ENK[expert] = grad_MN[slots].to(wide).T @ x_MK[slots].to(wide)
+    return grads_ENK.flatten(0, 1)
+
+
+def expert_load(experts: Tensor, *, num_groups: int) -> Tensor:
+    """Return how many slots use each expert.
+
+    Math:    load[e] = number of slots with experts[...] = e; slots of -1 are not counted
+    Shapes:  experts int64 [...], each in -1 .. E - 1
+    Returns: int64 [E]
+    Raises:  TypeError or ValueError for a dtype or expert that is not allowed
+    Laws:    the order of the slots does not matter; the loads add up to the slots that are used
+    Source:  docs/spec/experts.md
+    """
+    checks.integer("num_groups", num_groups, 1, 2**31 - 1)
+    checks.dtype_in("experts", experts, (torch.int64,))
+    checks.values_between("experts", experts, -1, num_groups - 1)
+    return torch.bincount(experts.flatten() + 1, minlength=num_groups + 1)[1:]
+
+
+def _used(experts_M: Tensor) -> list[int]:
+    """Return the experts that at least one slot uses."""
+    return [expert for expert in experts_M.unique().tolist() if expert >= 0]
+
+
+def _matrix(weight: TernaryWeight, expert: int, num_rows: int, dtype: torch.dtype) -> Tensor:
+    """Return the matrix of one expert as floats."""
+    rows = torch.arange(expert * num_rows, (expert + 1) * num_rows, device=weight.device)
+    return dequantize(weight, dtype=dtype, rows=rows)
