@@ -171,7 +171,9 @@ def _grouped(make: Maker, s: Sizes, width: str) -> Arguments:
 
 def _ngrams(make: Maker, s: Sizes) -> Arguments:
     shape = (s["B"], s["M"] // s["B"])
-    codes, before = (make.integers(0, 34_107, (s["B"], width), torch.int64) for width in (shape[1], s["order"] - 1))
+    codes, before = (
+        make.integers(0, 34_107, (s["B"], width), torch.int64) for width in (shape[1], s["order"] - 1)
+    )
     return (codes,), {"order": s["order"], "num_rows": s["N"], "salt": 3, "previous": before}
 
 

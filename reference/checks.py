@@ -364,7 +364,9 @@ def usage_of(num_codes: int | None, usage: Tensor, out: Tensor | None) -> None:
     dtype_in("usage", usage, (torch.int16,))
     if usage.ndim != 1 or usage.numel() == 0 or num_codes not in (None, usage.numel()):
         expected = f"({'codes' if num_codes is None else num_codes},)"
-        raise ValueError(f"usage has shape {tuple(usage.shape)}, but must be {expected} with at least one code")
+        raise ValueError(
+            f"usage has shape {tuple(usage.shape)}, but must be {expected} with at least one code"
+        )
     if out is not None:
         tensor("out", out, torch.int16, usage.shape)
         same_device(usage=usage, out=out)
@@ -424,9 +426,7 @@ def expert_rows(weight: Weight, num_groups: int) -> int:
     return weight.shape[0] // num_groups
 
 
-def decode_slots(
-    q_BHK: Tensor, keys_BSK: Tensor, bias_BS: Tensor, *, value_width: int, scale: float
-) -> None:
+def decode_slots(q_BHK: Tensor, keys_BSK: Tensor, bias_BS: Tensor, *, value_width: int, scale: float) -> None:
     """Refuse queries, slots and biases that do not fit each other, a value width beyond the slots, or a bad scale."""
     dtype_in("q_BHK", q_BHK, FLOAT_DTYPES)
     if q_BHK.ndim != 3 or q_BHK.shape[2] == 0:

@@ -67,9 +67,7 @@ class DenseOps:
             return torch.mm(grad_MN.T, x_MK, out_dtype=torch.float32)
         return torch.mm(grad_MN.T, x_MK).float()
 
-    def grouped_linear(
-        self, x: Tensor, weight: DenseWeight, experts: Tensor, *, num_groups: int
-    ) -> Tensor:
+    def grouped_linear(self, x: Tensor, weight: DenseWeight, experts: Tensor, *, num_groups: int) -> Tensor:
         w_ENK = weight.value.to(x.dtype).unflatten(0, (num_groups, -1))
         return self._grouped(x, experts, w_ENK.transpose(1, 2))
 

@@ -223,7 +223,7 @@ def test_shared_vq_by_dense_matrices(residual: bool) -> None:
     exact(codes, reference_ops.nearest_codes(z, text))
     c = text.dense(torch.float64)[codes]
     motif = norm(c @ module.up.weight.dense(torch.float64).T)
-        alike(u, s + motif / 4 if residual else motif)
+    alike(u, s + motif / 4 if residual else motif)
     alike(losses["commitment"], (z - c).square().mean())
     assert set(losses) == {"commitment", "codebook"}
     exact(module.rows(codes), c)

@@ -123,7 +123,9 @@ def test_every_weight_behind_the_loss_votes_and_no_other(model: ArbModel) -> Non
 
 @pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("component", ["bytes", "commitment"])
-def test_a_loss_that_is_not_finite_changes_not_one_byte(model: ArbModel, fault: float, component: str) -> None:
+def test_a_loss_that_is_not_finite_changes_not_one_byte(
+    model: ArbModel, fault: float, component: str
+) -> None:
     before = full_state(model)
     losses = model.losses(models.random_ids(2, 9))
     losses[component] = losses[component] * fault

@@ -20,7 +20,10 @@ def test_a_preset_holds_no_parameter_and_no_float(name: str) -> None:
     model = ArbModel(preset(name), device="meta")
     assert not list(model.parameters())
     tables = {id(table) for table in model.tables().values()}
-    assert {buffer.dtype for buffer in model.buffers() if id(buffer) not in tables} == {torch.uint8, torch.int8}
+    assert {buffer.dtype for buffer in model.buffers() if id(buffer) not in tables} == {
+        torch.uint8,
+        torch.int8,
+    }
     assert not any(table.is_floating_point() for table in model.tables().values())
 
 

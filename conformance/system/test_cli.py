@@ -211,8 +211,9 @@ def test_smoke_reports_what_refactor_12_reports(here: Here) -> None:
     result = here("smoke", "--preset", "nano", "--device", "cpu", "--ctx", "5", "--batch", "2", "--backward")
     assert result.returncode == 0, result.stderr.decode()
     lines = dict(line.split(": ", 1) for line in result.stdout.decode().splitlines()[1:])
-    assert list(lines) == ["logical ternary weights", "training state", "loss", "forward", "backward/update"]
-    assert lines["training state"].endswith(" MiB") and lines["forward"].endswith(" s")
+    passes = [f"{part}, {when}" for when in ("cold", "warm") for part in ("forward", "backward/update")]
+    assert list(lines) == ["logical ternary weights", "training state", "loss", "build", *passes]
+    assert lines["training state"].endswith(" MiB") and lines["forward, cold"].endswith(" s")
     assert "backward" not in here("smoke", "--preset", "nano", "--device", "cpu").stdout.decode()
 
 

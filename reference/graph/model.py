@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -135,7 +135,9 @@ class ArbModel(nn.Module):
         self.image_sequencer = ImageSequencer(context) if config.image_features else None
         self.audio_sequencer = AudioSequencer(context) if config.audio_features else None
         self.shared_vq = SharedVQ(context) if config.num_codes else None
-        self.graph = TernaryGraph(context, self.shared_vq.bridge) if config.num_hops else None
+        self.graph = None
+        if self.shared_vq is not None and config.num_hops:
+            self.graph = TernaryGraph(context, self.shared_vq.bridge)
         self.memory = MemGram(context) if config.memory_rows else None
         self.composite = CompositeProposalHead(context) if config.composite_codes else None
         last = config.num_layers - 1
@@ -201,13 +203,15 @@ class ArbModel(nn.Module):
         """Return the positions of all modalities one after the other, their codes, and the losses of the codebooks."""
         if self.shared_vq is None:
             return torch.cat(list(parts.values()), dim=1), None, {}
-        streams, codes, losses = [], [], {}
+        streams, codes = [], []
+        losses: dict[str, Tensor] = {}
         for name, s_BPD in parts.items():
             x_BPD, codes_BP, of_this = self.shared_vq(s_BPD, name)
             streams.append(x_BPD)
             codes.append(codes_BP)
             for loss, value in of_this.items():
-                losses[loss] = losses.get(loss, 0.0) + value / len(parts)
+                share = value / len(parts)
+                losses[loss] = losses[loss] + share if loss in losses else share
         return torch.cat(streams, dim=1), torch.cat(codes, dim=1), losses
 
     def forward(
@@ -216,7 +220,7 @@ class ArbModel(nn.Module):
         *,
         ledger: KVLedger | None = None,
         choose: Callable[[Tensor], Tensor] | None = None,
-        **media: Tensor | None,
+        **media: Any,
     ) -> Tensor:
         """Return the logits of every text position, float32 [B, P, V].
 
@@ -238,9 +242,7 @@ class ArbModel(nn.Module):
         ledger.end(last_BV.argmax(dim=-1) if choose is None else choose(last_BV))
         return logits_BPV
 
-    def respond(
-        self, ids_BT: Tensor | None, *, ledger: KVLedger | None = None, **media: Tensor | None
-    ) -> Response:
+    def respond(self, ids_BT: Tensor | None, *, ledger: KVLedger | None = None, **media: Any) -> Response:
         """Return what the head that the router chooses for each sequence makes of it; nothing votes.
 
         Args:
@@ -250,8 +252,11 @@ class ArbModel(nn.Module):
         """
         if self.router is None:
             raise RuntimeError("respond was called, but the model must have a router: router_inner is 0")
+        if ledger is None and ids_BT is None:
+            raise ValueError("ids_BT is None, but must be bytes without a ledger")
         with torch.no_grad():
             window_BT = ids_BT if ledger is None else ledger.begin(ids_BT)
+            assert window_BT is not None
             trunk = self.trunk(window_BT, ledger=ledger, **media)
             h_BPD = self._text(trunk, window_BT)
             logits_BPV = self.byte_head(h_BPD)
@@ -283,7 +288,7 @@ class ArbModel(nn.Module):
         """Return the stream of the text positions, the last of the trunk."""
         return trunk.h_BPD[:, 2 - ids_BT.shape[1] :]
 
-    def losses(self, ids_BT: Tensor, **media: Tensor | None) -> dict[str, Tensor]:
+    def losses(self, ids_BT: Tensor, **media: Any) -> dict[str, Tensor]:
         """Return the components of the loss, float32 [], by name.
 
         `bytes`: the mean loss of the bytes from the fourth on, in nats per byte; needs T >= 4. The last position's byte
@@ -298,7 +303,7 @@ class ArbModel(nn.Module):
         loss = F.cross_entropy(logits_BPV.flatten(0, 1), ids_BT[:, NGRAM:].flatten())
         return {"bytes": loss, **trunk.losses}
 
-    def loss(self, ids_BT: Tensor, **media: Tensor | None) -> Tensor:
+    def loss(self, ids_BT: Tensor, **media: Any) -> Tensor:
         """Return the component `bytes` of `losses` alone: what a model is judged by."""
         return self.losses(ids_BT, **media)["bytes"]
 
