@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from arbitor.reference import ops as reference_ops
-from arbitor.reference.config import NUM_BYTES
+from arbitor.reference.config import NUM_BYTES, ArbConfig, with_modules
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.presets import preset
 from arbitor.reference.types import TernaryWeight
@@ -196,11 +196,16 @@ def _ids(session: Session, case: Case) -> torch.Tensor:
     return Maker(session.timer.device, "train_step").integers(0, NUM_BYTES - 1, shape, torch.int64)
 
 
+def trunk(name: str) -> ArbConfig:
+    """Return a preset without codes and loop: what a model of float weights can do as well."""
+    return with_modules(preset(name), vq=False, max_moe_iters=1)
+
+
 def _train_step(case: Case, ids_BT: torch.Tensor) -> Callable[[], Any]:
     """Return one step of training: loss, backward pass with votes, step. bfloat16 on a GPU, float32 on a CPU."""
     dtype = torch.bfloat16 if ids_BT.device.type == "cuda" else torch.float32
     ops = op_set(case.implementation)
-    model = ArbModel(preset(case.shape), ops=ops, device=ids_BT.device, dtype=dtype, seed=0)
+    model = ArbModel(trunk(case.shape), ops=ops, device=ids_BT.device, dtype=dtype, seed=0)
     taken = iter(range(2**31))
 
     def step() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arbitor.reference import ops as reference_ops
+from arbitor.reference.config import with_modules
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.presets import preset
 from bench.inputs import RATE, Arguments, Sizes
@@ -124,7 +125,13 @@ def _train_step(arguments: Arguments, sizes: Sizes) -> Callable[[], Any]:
     name, ids_BT = arguments[0]
     dtype = torch.bfloat16 if ids_BT.device.type == "cuda" else torch.float32
     ops = DenseOps(dtype)
-    model = ArbModel(preset(name), ops=ops, device=ids_BT.device, dtype=dtype, seed=0)  # type: ignore[arg-type]
+    model = ArbModel(
+        with_modules(preset(name), vq=False, max_moe_iters=1),
+        ops=ops,
+        device=ids_BT.device,
+        dtype=dtype,
+        seed=0,
+    )  # type: ignore[arg-type]
     trained = [module.weight for module in model.ternary_modules().values() if not module.frozen]
     masters, values = [weight.master for weight in trained], [weight.value for weight in trained]
     optimizer = torch.optim.AdamW(masters, lr=1e-3, fused=True)
