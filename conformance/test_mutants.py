@@ -17,7 +17,7 @@ from conformance.subject import Subject
 for _file in sorted((Path(__file__).parent / "ops").glob("test_*.py")):  # importing files the laws
     importlib.import_module(f"conformance.ops.{_file.stem}")
 
-LAW_EXAMPLES, COMPARISON_EXAMPLES = 30, 1000
+LAW_EXAMPLES, COMPARISON_EXAMPLES = 200, 1000
 """Examples that a law or a comparison gets to find the fault; it stops at the first. A comparison draws whatever fits the
 device, so that a rare coincidence (two infinities in one row) can take a while to turn up.
 """

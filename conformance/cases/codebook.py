@@ -27,20 +27,25 @@ WIDTHS = (1, 5, 12, 13, 16, 33, 64, 65, MAX_CODE_DIM)
 
 @st.composite
 def codebooks(draw: st.DrawFn, *, limit: int = 130) -> TernaryWeight:
-    """Draw codes, sometimes with the same row many times and with rows of zeros."""
+    """Draw codes, sometimes with the same row many times, with rows of zeros, or with rows that are nearly equal."""
     width = draw(st.sampled_from(WIDTHS), label="C")
     most = max(1, min(limit, ss.LIMITS.elements // width))
     count = draw(st.sampled_from([n for n in (1, 2, 5, 17, 64, 130, 513) if n <= most]), label="N")
     weight = draw(ss.weights((count, width), levels=LEVELS, mantissa=False))
-    period = draw(st.sampled_from((count, 1, 3)), label="different rows")
-    if period < count:
-        rows = torch.arange(count) % period
+    kind = draw(st.sampled_from(("free", "repeated", "one trit apart")), label="rows")
+    if kind == "free":
+        return weight
+    if kind == "repeated":
+        rows = torch.arange(count) % draw(st.sampled_from((1, 3)), label="different rows")
         trits, exponents = weight.trits()[rows], weight.exponents[rows]
         if draw(st.booleans(), label="a row of zeros"):
-            trits[torch.arange(count) % period == 0] = 0
-        counts = {name: weight.tensors()[name] for name in ("trit_accum", "exponent_accum")}
-        weight = TernaryWeight.from_trits(trits, exponents, weight.group_size).with_tensors(**counts)
-    return weight
+            trits[rows == 0] = 0
+    else:  # scores that differ in their last bits alone: what a search in few bits takes for ties
+        trits, exponents = weight.trits()[:1].repeat(count, 1), weight.exponents[:1].repeat(count, 1)
+        places = (torch.arange(count), torch.arange(count) % width)
+        trits[places] = (trits[places] + 2) % 3 - 1
+    counts = {name: weight.tensors()[name] for name in ("trit_accum", "exponent_accum")}
+    return TernaryWeight.from_trits(trits, exponents, weight.group_size).with_tensors(**counts)
 
 
 @st.composite
@@ -147,10 +152,15 @@ def count_codes(draw: st.DrawFn) -> Case:
 @st.composite
 def windows(draw: st.DrawFn, num_codes: int) -> dict[str, Any]:
     """Draw a window: from the first code on, across the end, the whole table, nothing; the start as a tensor too."""
-    first = draw(
-        st.one_of(st.sampled_from((0, num_codes - 1, 10**15)), st.integers(0, 3 * num_codes)), label="first"
-    )
-    window = draw(st.one_of(st.sampled_from((0, 1, num_codes)), st.integers(0, num_codes)), label="window")
+    if num_codes > 1 and draw(st.booleans(), label="across the end"):
+        first = draw(st.integers(1, num_codes - 1), label="first")
+        window = draw(st.integers(num_codes - first + 1, num_codes), label="window")
+    else:
+        starts = st.one_of(st.sampled_from((0, num_codes - 1, 10**15)), st.integers(0, 3 * num_codes))
+        first = draw(starts, label="first")
+        window = draw(
+            st.one_of(st.sampled_from((0, 1, num_codes)), st.integers(0, num_codes)), label="window"
+        )
     as_tensor = draw(st.booleans(), label="first as a tensor")
     return {"first": torch.tensor(first) if as_tensor else first, "window": window}
 
