@@ -1,66 +1,112 @@
-"""Train one preset with each module off in turn, on the same bytes, and print what each is worth.
+"""Train one model with each module off in turn, on the same bytes, and print what each is worth.
 
     python -m bench.ablation --preset small --steps 1000 --out docs/runs/ablation-small
 
-Every variant is a run of `arb train` with its own options and seed; several run side by side, since a small model leaves a
-GPU waiting for the host. Writes one JSON object (variants, settings, versions) and prints it as a Markdown table.
+The model is the preset with every module that the loss of bytes reaches; what a preset leaves out comes from `EVERY_MODULE`.
+Every variant is a run of `arb train` with that preset's settings and a seed; several run side by side, since a small model
+leaves a GPU waiting for the host. Each run is added to the JSON file (variants, settings, versions) when it ends, in case the
+time is cut short, and the whole is printed as a Markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-VARIANTS: Mapping[str, tuple[str, ...]] = {
-    "all modules": (),
-    "no graph": ("--disable-graph",),
-    "no codes": ("--disable-vq",),
-    "no experts": ("--disable-moe",),
-    "one turn": ("--max-moe-iters", "1"),
-    "two turns": ("--max-moe-iters", "2"),
-    "with memory": ("--enable-memory",),
-    "trunk alone": ("--disable-vq", "--max-moe-iters", "1"),
+import torch
+
+from arbitor.optimized.training.plan import preset_config
+from arbitor.reference.config import ArbConfig, with_modules
+
+EVERY_MODULE = {
+    "num_codes": 4096,
+    "num_hops": 2,
+    "hop_rank": 24,
+    "memory_rows": 16_384,
+    "max_moe_iters": 2,
 }
-"""Options of `arb train` by the name of a variant."""
+"""What a preset gets that leaves these modules out; a preset that has codes already is taken as it is."""
+
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "every module": {},
+    "no memory": {"memory": False},
+    "no graph": {"graph": False},
+    "no codes": {"vq": False},
+    "no experts": {"moe": False},
+    "one turn": {"max_moe_iters": 1},
+    "four turns": {"max_moe_iters": 4},
+    "trunk alone": {"vq": False, "max_moe_iters": 1},
+}
+"""Arguments of `with_modules` by the name of a variant. Without codes there is neither graph nor memory."""
+
+
+def full(config: ArbConfig) -> ArbConfig:
+    """Return a configuration with every module on."""
+    return config if config.num_codes else replace(config, **EVERY_MODULE)
 
 
 def train(
-    preset: str, options: Sequence[str], *, steps: int | None, seed: int, extra: Sequence[str]
+    config: ArbConfig, *, steps: int | None, seed: int, device: int | None, extra: Sequence[str]
 ) -> dict[str, Any]:
-    """Run `arb train` and return its summary."""
+    """Run `arb train`, on one of several GPUs if a number is given, and return its summary."""
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        command = [
-            sys.executable,
-            "-m",
-            "arbitor.optimized.cli",
-            "train",
-            "--preset",
-            preset,
-            "--seed",
-            str(seed),
-        ]
-        command += ["--run", str(run), "--no-save", *options, *extra]
+        file, run = Path(folder) / "config.json", Path(folder) / "run"
+        file.write_text(config.to_json())
+        command = [sys.executable, "-m", "arbitor.optimized.cli", "train", "--preset", str(file)]
+        command += ["--seed", str(seed), "--run", str(run), "--no-save", *extra]
         if steps is not None:
             command += ["--steps", str(steps)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        environment = (
+            dict(os.environ) if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": str(device)}
+        )
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()}")
-        return json.loads((run / "summary.json").read_text())
+        summary = json.loads((run / "summary.json").read_text())
+        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        curve = [(line["step"], line["val_bpb"]) for line in metrics if line.get("val_bpb") is not None]
+        return {**summary, "preset": config.name, "model": json.loads(config.to_json()), "curve": curve}
+
+
+def runs(
+    config: ArbConfig, jobs: Sequence[tuple[str, int]], *, side_by_side: int, **options: Any
+) -> Iterator[dict[str, Any]]:
+    """Yield the summary of each variant and seed as soon as it is there; one that failed is said on stderr."""
+    devices = torch.cuda.device_count()
+    with ThreadPoolExecutor(side_by_side) as pool:
+        waiting = {
+            pool.submit(
+                train,
+                with_modules(config, **VARIANTS[name]),
+                seed=seed,
+                device=number % devices if devices > 1 else None,
+                **options,
+            ): name
+            for number, (name, seed) in enumerate(jobs)
+        }
+        for done in as_completed(waiting):
+            try:
+                yield {"variant": waiting[done], **done.result()}
+            except RuntimeError as error:
+                print(f"{waiting[done]}: {error}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the variants asked for, write the JSON file, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.ablation", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--preset", default="small")
     parser.add_argument("--steps", type=int, help="optimisation steps [of the preset]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -72,37 +118,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("extra", nargs="*", help="further options of arb train, after --")
     args = parser.parse_args(argv)
 
-    jobs = [(name, seed) for name in args.variants for seed in args.seeds]
+    jobs = [(name, seed) for seed in args.seeds for name in args.variants]
     began = time.monotonic()
-    with ThreadPoolExecutor(args.side_by_side) as pool:
-        summaries = list(
-            pool.map(
-                lambda job: train(
-                    args.preset, VARIANTS[job[0]], steps=args.steps, seed=job[1], extra=args.extra
-                ),
-                jobs,
-            )
-        )
-    results: dict[str, list[dict[str, Any]]] = {}
-    for (name, _), summary in zip(jobs, summaries, strict=True):
-        results.setdefault(name, []).append(summary)
+    results: list[dict[str, Any]] = []
+    for result in runs(
+        full(preset_config(args.preset)),
+        jobs,
+        side_by_side=args.side_by_side,
+        steps=args.steps,
+        extra=args.extra,
+    ):
+        results.append(result)
+        if args.out is not None:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
-    print(f"{len(jobs)} runs, {args.side_by_side} side by side, {time.monotonic() - began:.0f} s")
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
+    print(
+        f"{len(results)} of {len(jobs)} runs, {args.side_by_side} side by side, {time.monotonic() - began:.0f} s"
+    )
 
 
-def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Return validation bits per byte by variant as a Markdown table."""
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return validation bits per byte by variant, in the order of VARIANTS, as a Markdown table."""
     lines = ["| variant | weights | val bpb | by seed | against the first |", "|---|---:|---:|---|---:|"]
     first = None
-    for name, summaries in results.items():
-        values = [float("nan") if s["val_bpb"] is None else s["val_bpb"] for s in summaries]
+    for name in VARIANTS:
+        found = sorted((r for r in results if r["variant"] == name), key=lambda r: r["seed"])
+        if not found:
+            continue
+        values = [float("nan") if r["val_bpb"] is None else r["val_bpb"] for r in found]
         first = mean(values) if first is None else first
         by_seed = ", ".join(f"{value:.3f}" for value in values)
         lines.append(
-            f"| {name} | {summaries[0]['weights']:,} | {mean(values):.3f} | {by_seed} | {mean(values) - first:+.3f} |"
+            f"| {name} | {found[0]['weights']:,} | {mean(values):.3f} | {by_seed} | {mean(values) - first:+.3f} |"
         )
     return "\n".join(lines)
 

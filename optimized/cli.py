@@ -95,7 +95,7 @@ def cli(context: click.Context) -> None:
 
 
 @cli.command()
-@click.option("--preset", help="What to train: tiny, small, ... [tiny].")
+@click.option("--preset", help="What to train: tiny, small, ... or FILE.json [tiny].")
 @click.option("--data", help="stdlib (the sources of this Python), a file or a folder [stdlib].")
 @click.option("--steps", type=_COUNT, help="Optimisation steps [of the preset].")
 @click.option("--batch", type=_COUNT, help="Windows of a micro-batch [of the preset].")
@@ -175,7 +175,7 @@ def generate(
 
 
 @cli.command()
-@click.option("--preset", default="tiny", show_default=True, help="What to look at.")
+@click.option("--preset", default="tiny", show_default=True, help="What to look at; FILE.json too.")
 @_modules
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def audit(preset: str, as_json: bool, **modules: Any) -> None:
@@ -192,7 +192,7 @@ def audit(preset: str, as_json: bool, **modules: Any) -> None:
 
 
 @cli.command()
-@click.option("--preset", default="tiny", show_default=True, help="What to run.")
+@click.option("--preset", default="tiny", show_default=True, help="What to run; FILE.json too.")
 @_modules
 @click.option("--ctx", "context", type=click.IntRange(min=4), default=4, show_default=True, help="Bytes.")
 @click.option("--batch", type=_COUNT, default=1, show_default=True, help="Windows.")

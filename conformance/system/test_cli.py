@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from arbitor.reference.audit import audit
 from conformance.system.command import REPOSITORY, Here, arb, check_refused, environment
-from conformance.training.nano import TEXT
+from conformance.training.nano import NANO, TEXT
 
 PLAIN = "arbitor.optimized.cli"
 """The command without the preset nano and without torch, until a command needs it."""
@@ -213,6 +214,7 @@ def test_smoke_reports_what_refactor_12_reports(here: Here) -> None:
     lines = dict(line.split(": ", 1) for line in result.stdout.decode().splitlines()[1:])
     passes = [f"{part}, {when}" for when in ("cold", "warm") for part in ("forward", "backward/update")]
     assert list(lines) == ["logical ternary weights", "training state", "loss", "build", *passes]
+    assert lines["logical ternary weights"] == f"{audit(NANO).weights:,}"
     assert lines["training state"].endswith(" MiB") and lines["forward, cold"].endswith(" s")
     assert "backward" not in here("smoke", "--preset", "nano", "--device", "cpu").stdout.decode()
 

@@ -26,6 +26,7 @@ from arbitor.optimized.training.monitor import read_metrics
 from arbitor.optimized.training.plan import TrainOptions
 from arbitor.optimized.training.runtime import Stopped
 from arbitor.optimized.training.schedule import rate
+from arbitor.reference.audit import audit
 from arbitor.reference.graph import ArbModel
 from conformance.training.nano import NANO, NANO_DEFAULTS, TEXT
 
@@ -69,7 +70,7 @@ def test_train_writes_its_folder(text: Path, tmp_path: Path) -> None:
     assert summary == result.summary
     assert tuple(summary["baselines"]) == NAMES
     assert (summary["steps"], summary["preset"], summary["seed"], summary["skipped"]) == (8, "nano", 0, 0)
-    assert summary["seconds"] > 0
+    assert summary["seconds"] > 0 and summary["weights"] == audit(NANO).weights
     final = load_checkpoint(folder / "final.safetensors")
     assert final.state_sha256 == summary["state_sha256"]
     assert load_checkpoint(folder / "latest.safetensors").state_sha256 == summary["state_sha256"]

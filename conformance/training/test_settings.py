@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
 from arbitor.optimized import settings
+from arbitor.optimized.training.defaults import trainer_defaults
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.plan import TrainOptions, decide
 from arbitor.optimized.training.runtime import choose_runtime, deterministic
-from conformance.training.nano import NANO_DEFAULTS
+from conformance.training.nano import NANO, NANO_DEFAULTS
 
 
 @pytest.mark.parametrize(
@@ -108,3 +112,32 @@ def test_decide_refuses_another_run(name: str) -> None:
 def test_decide_refuses_numbers_out_of_range(options: dict[str, int], named: str) -> None:
     with pytest.raises(ValueError, match=f"^{named} is"):
         decide(TrainOptions(preset="nano", **options), None)
+
+
+def test_a_preset_may_be_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.json").write_text(replace(NANO, name="mine", width=NANO.width + 12).to_json())
+    monkeypatch.chdir(tmp_path)
+    settings = decide(TrainOptions(preset="mine.json", disable_moe=True), None)
+    assert settings.preset == str(tmp_path / "mine.json")  # so that a run can be resumed from another folder
+    assert settings.model_config() == replace(NANO, name="mine", width=NANO.width + 12, use_moe=False)
+    assert settings.batch == trainer_defaults("mine").batch
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "sentence"),
+    [
+        (None, TrainingError, "can't be read: No such file"),
+        (b"\xff", ValueError, "is no text"),
+        (b"[1", ValueError, "text is no JSON"),
+        (b'{"name": "mine"}', ValueError, "config has no field"),
+    ],
+)
+def test_a_preset_file_is_refused_in_a_sentence(
+    tmp_path: Path, content: bytes | None, error: type[Exception], sentence: str
+) -> None:
+    path = tmp_path / "mine.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(error, match=sentence) as caught:
+        decide(TrainOptions(preset=str(path)), None)
+    assert str(caught.value).startswith(f"preset is the file {str(path)!r}") and "\n" not in str(caught.value)

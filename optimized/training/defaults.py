@@ -42,6 +42,6 @@ def trainer_defaults(preset: str) -> TrainerDefaults:
     """The settings for a preset; large ones share a cautious set, as one step of theirs fills a GPU.
 
     Args:
-        preset: a name of ``arbitor.reference.presets.PRESETS``.
+        preset: name of a configuration; one that is no preset gets the cautious set too.
     """
     return _BY_PRESET.get(preset, TrainerDefaults(batch=1, accum=4, context=128))

@@ -46,6 +46,7 @@ from arbitor.optimized.training.runtime import (
     versions,
 )
 from arbitor.optimized.training.schedule import rate
+from arbitor.reference.audit import audit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -157,7 +158,7 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
         raise ValueError("run is not set, but must name the folder of the run to resume")
     folder = options.run
     if folder is None and options.save:
-        folder = run_folder.new_run_folder(options.preset or "tiny")
+        folder = run_folder.new_run_folder(Path(options.preset or "tiny").stem)
     with ExitStack() as stack:
         request = stack.enter_context(StopRequest().listening())
         found = Found()
@@ -336,11 +337,6 @@ def _stop_if_asked(run: _Run) -> None:
     raise Stopped(run.request.signal_number, f"{done}; the checkpoint is written, go on with --resume")
 
 
-def _shapes(model: ArbModel) -> list[tuple[int, int]]:
-    """Shapes of the model's weights."""
-    return [module.weight.shape for module in model.ternary_modules().values()]
-
-
 def _finish(run: _Run, baselines: Mapping[str, float]) -> TrainResult:
     """Write what remains of a run: the final checkpoint, summary, plot and sample."""
     settings, runtime = run.settings, run.runtime
@@ -352,7 +348,7 @@ def _finish(run: _Run, baselines: Mapping[str, float]) -> TrainResult:
         save_checkpoint(run.folder / FINAL, state, **metadata)
     summary = {
         "preset": settings.preset,
-        "weights": sum(rows * columns for rows, columns in _shapes(run.model)),
+        "weights": audit(run.model.config).weights,
         "val_bpb": run.val_bpb,
         "best_bpb": run.best_bpb,
         "baselines": dict(baselines),
@@ -369,7 +365,7 @@ def _finish(run: _Run, baselines: Mapping[str, float]) -> TrainResult:
     sample = generate(
         run.model,
         prompt,
-        trainer_defaults(settings.preset).sample_bytes,
+        trainer_defaults(run.model.config.name).sample_bytes,
         temperature=SAMPLE_TEMPERATURE,
         seed=settings.seed,
         context=settings.context,

@@ -11,7 +11,10 @@ from typing import Any
 from arbitor.optimized.training.defaults import trainer_defaults
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.reference.config import ArbConfig, with_modules
-from arbitor.reference.presets import preset as preset_config
+from arbitor.reference.presets import preset as named_preset
+
+CONFIG_SUFFIX = ".json"
+"""How a preset that is a file ends: a configuration as ``ArbConfig.to_json`` writes it."""
 
 MODULES = ("disable_vq", "disable_graph", "disable_moe", "enable_memory", "max_moe_iters")
 """Settings that switch modules of the preset off or on."""
@@ -25,7 +28,7 @@ class TrainOptions:
     """What the user asked for; None leaves a setting to the run that is resumed, or to the preset's defaults.
 
     Attributes:
-        preset: name of a preset; ``tiny`` by default.
+        preset: name of a preset, or a JSON file with a configuration; ``tiny`` by default.
         data: ``stdlib``, a file or a folder.
         steps, batch, context, accum: length of the run, windows a micro-batch, bytes a window, micro-batches
             a step.
@@ -97,6 +100,30 @@ class Settings:
         return model_config(self.preset, **{name: getattr(self, name) for name in MODULES})
 
 
+def preset_config(preset: str) -> ArbConfig:
+    """The configuration of a preset, or the one that a JSON file holds.
+
+    Args:
+        preset: a name, or the path of a file that ends in ``.json``.
+
+    Raises:
+        TrainingError: the file can't be read.
+        ValueError: no preset of that name, or a file that holds no configuration.
+    """
+    if not preset.endswith(CONFIG_SUFFIX):
+        return named_preset(preset)
+    try:
+        text = Path(preset).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"preset is the file {preset!r}, which is no text, but must hold JSON") from None
+    except OSError as error:
+        raise TrainingError(f"preset is the file {preset!r}, which can't be read: {error.strerror}") from None
+    try:
+        return ArbConfig.from_json(text)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"preset is the file {preset!r}: {error}") from None
+
+
 def model_config(
     preset: str,
     *,
@@ -130,6 +157,8 @@ def decide(options: TrainOptions, recorded: Mapping[str, Any] | None) -> Setting
         ValueError: a number is out of range.
     """
     asked = {field.name: getattr(options, field.name) for field in fields(options)}
+    if (asked["preset"] or "").endswith(CONFIG_SUFFIX):
+        asked["preset"] = os.path.abspath(asked["preset"])
     if recorded is not None:
         for name in BOUND:
             if name != "data" and asked[name] is not None and asked[name] != recorded[name]:
@@ -144,7 +173,7 @@ def decide(options: TrainOptions, recorded: Mapping[str, Any] | None) -> Setting
     if recorded is not None and asked["device"] not in (None, recorded["device"]):
         recorded = {**recorded, "backend": None, "dtype": None}  # those suited the other device
     defaults: dict[str, Any] = {
-        **asdict(trainer_defaults(preset)),
+        **asdict(trainer_defaults(preset_config(preset).name)),
         "data": "stdlib",
         "seed": 0,
         "disable_vq": False,

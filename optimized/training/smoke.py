@@ -1,4 +1,4 @@
-"""One training step, twice: does a model run here, how long does it take cold and warm, how much memory (REFACTOR12).
+"""A few training steps: does a model run here, how long does one take cold and warm, how much memory (REFACTOR12).
 
 Shape legend: B windows of a batch, T bytes of a window.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 
@@ -34,15 +35,15 @@ class PassTimes:
 
 @dataclass(frozen=True)
 class SmokeReport:
-    """What two passes came to.
+    """What the passes came to.
 
     Attributes:
-        weights: logical ternary weights.
-        state_bytes: canonical training state: trits, exponents and both accumulators.
+        weights: logical ternary weights, as the audit counts them.
+        state_bytes: their canonical training state: trits, exponents and both accumulators.
         bpb: loss of the untrained model on random bytes, in bits per byte.
         build_seconds: drawing the weights.
         cold: the first pass; kernels are compiled in it, or fetched from Triton's cache.
-        warm: the second.
+        warm: medians of the others.
         peak_bytes: most CUDA memory that was allocated in the passes, weights included, or None on a CPU.
     """
 
@@ -56,9 +57,16 @@ class SmokeReport:
 
 
 def smoke(
-    config: ArbConfig, runtime: Runtime, *, context: int, batch: int, backward: bool, seed: int
+    config: ArbConfig,
+    runtime: Runtime,
+    *,
+    context: int,
+    batch: int,
+    backward: bool,
+    seed: int,
+    passes: int = 2,
 ) -> SmokeReport:
-    """Build a model and run it twice on random bytes.
+    """Build a model and run it on random bytes.
 
     Args:
         config: what to build.
@@ -67,6 +75,7 @@ def smoke(
         batch: B, at least 1.
         backward: whether to run a backward pass and a step too.
         seed: of weights, bytes and dither.
+        passes: how many steps to take, at least 2.
 
     Raises:
         ValueError: a shape that the model can't take.
@@ -76,25 +85,22 @@ def smoke(
     model = ArbModel(config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=seed)
     runtime.synchronize()
     build_seconds = time.perf_counter() - began
-    shapes = [module.weight.shape for module in model.ternary_modules().values()]
-    state_bytes = audit(config).canonical_bytes
+    counted = audit(config)
     generator = torch.Generator().manual_seed(seed)
     ids_BT = torch.randint(NUM_BYTES, (batch, context), generator=generator).to(runtime.device)
     if runtime.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
-    losses, passes = [], []
-    for step in range(2):
-        loss, times = _one_pass(model, ids_BT, runtime, backward=backward, step=step)
-        losses.append(loss)
-        passes.append(times)
+    taken = [_one_pass(model, ids_BT, runtime, backward=backward, step=step) for step in range(passes)]
+    (loss, cold), warm = taken[0], [times for _, times in taken[1:]]
+    updates = [times.update for times in warm if times.update is not None]
     return SmokeReport(
-        weights=sum(rows * columns for rows, columns in shapes),
-        state_bytes=state_bytes,
-        bpb=losses[0] / NATS_PER_BIT,
+        weights=counted.weights,
+        state_bytes=counted.canonical_bytes,
+        bpb=loss / NATS_PER_BIT,
         build_seconds=build_seconds,
-        cold=passes[0],
-        warm=passes[1],
+        cold=cold,
+        warm=PassTimes(median(times.forward for times in warm), median(updates) if updates else None),
         peak_bytes=torch.cuda.max_memory_allocated() if runtime.device == "cuda" else None,
     )
 
