@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
 from arbitor.reference.op_table import OP_TABLE
+
+if TYPE_CHECKING:
+    from conformance.subject import Subject
 
 
 class Ledger:
@@ -54,3 +57,9 @@ def skip(what: str, reason: str) -> NoReturn:
     """Leave a test out, with a reason that the summary prints."""
     LEDGER.skipped[what] = reason
     pytest.skip(reason)
+
+
+def needs_cuda(subject: Subject, what: str) -> None:
+    """Leave a test out where there is no GPU, and say so in the summary."""
+    if subject.device.type != "cuda":
+        skip(what, f"needs CUDA; this run is on {subject.device}")

@@ -1,4 +1,4 @@
-"""What holds for an implementation as a whole: names, signatures, imports, repeatability, graphs, compilation, addressing."""
+"""What holds for an implementation as a whole: names, signatures, imports, repeatability, graphs, compilation."""
 
 from __future__ import annotations
 
@@ -20,16 +20,10 @@ from conformance import import_lint
 from conformance.cases import CASES, Case
 from conformance.compare import exact, unsigned_zeros
 from conformance.poison import PATTERNS
-from conformance.report import skip
+from conformance.report import needs_cuda
 from conformance.subject import Subject
 
 CAPTURABLE = [name for name, row in OP_TABLE.items() if row.capturable]
-
-
-def needs_cuda(subject: Subject, what: str) -> None:
-    """Leave a test out where there is no GPU, and say so in the summary."""
-    if subject.device.type != "cuda":
-        skip(what, f"needs CUDA; this run is on {subject.device}")
 
 
 def test_names_mirror_the_reference(subject: Subject) -> None:
@@ -132,7 +126,8 @@ def test_import_lint_accepts(path: str, source: str) -> None:
     assert not list(import_lint.breaches_of(source, Path(path)))
 
 
-def _weight(subject: Subject, num_rows: int, num_columns: int) -> object:
+def weight_of(subject: Subject, num_rows: int, num_columns: int) -> object:
+    """Return a random weight in the layout of the implementation under test."""
     weight = reference_ops.initial_weight((num_rows, num_columns), std=0.05, seed=1, tensor_id=2)
     return subject.raw("from_spec")(weight.to(subject.device))
 
@@ -143,8 +138,8 @@ def test_no_kernel_compiles_again_for_another_batch(subject: Subject) -> None:
     import triton
 
     compiled: list[str] = []
-    weight, norm = _weight(subject, 96, 160), _weight(subject, 1, 160)
-    table, taps = _weight(subject, 300, 160), _weight(subject, 24, 5 * 4)
+    weight, norm = weight_of(subject, 96, 160), weight_of(subject, 1, 160)
+    table, taps = weight_of(subject, 300, 160), weight_of(subject, 24, 5 * 4)
     rates = torch.linspace(0.5, 3.0, 5000, device=subject.device)  # 0-dim views of it lie at any address
     steps = torch.arange(5000, device=subject.device)
 
@@ -275,7 +270,7 @@ def test_captured_update_replays_to_the_eager_weight(subject: Subject, some_rows
         subject.raw("apply_step")(weight, theta=2, theta_e=3, on_flip="carry", rows=named, out=weight)
 
     def start() -> tuple[Any, Tensor]:
-        return _weight(subject, 90 if some_rows else 40, 50), torch.zeros(
+        return weight_of(subject, 90 if some_rows else 40, 50), torch.zeros(
             (), dtype=torch.int64, device=device
         )
 
@@ -298,69 +293,3 @@ def test_captured_update_replays_to_the_eager_weight(subject: Subject, some_rows
         exact(subject.to_cpu(captured), subject.to_cpu(eager), f"after update {count}")
     assert eager[1].item() == 1
     assert not torch.equal(subject.to_cpu(eager[0]).packed, first.packed), "no trit moved"
-
-
-BIG = 2**31
-"""Elements from which 32-bit offsets overflow."""
-
-
-def test_pack_trits_beyond_32_bits(subject: Subject) -> None:
-    needs_cuda(subject, "addressing beyond 2**31 trits")
-    trits = torch.zeros(BIG + 25, dtype=torch.int8, device=subject.device)
-    trits[-25:] = torch.arange(25, device=subject.device) % 3 - 1
-    packed = subject.raw("pack_trits")(trits)
-    tail = BIG + 25 - (BIG + 25) % 5 - 20
-    exact(packed[tail // 5 :].cpu(), reference_ops.pack_trits(trits[tail:].cpu()))
-    exact(subject.raw("unpack_trits")(packed, (BIG + 25,))[-25:].cpu(), trits[-25:].cpu())
-
-
-def test_votes_beyond_32_bits(subject: Subject) -> None:
-    """The last rows of a gradient of more than 2**31 elements vote as they do alone."""
-    needs_cuda(subject, "addressing beyond 2**31 gradients")
-    num_columns = 4096
-    num_rows = BIG // num_columns + 3
-    grad = torch.zeros(num_rows, num_columns, device=subject.device, dtype=torch.bfloat16)
-    grad[-3:] = torch.randn(3, num_columns, device=subject.device)
-    clock = {"seed": 1, "step": 2, "tensor_id": 3}
-    votes = subject.raw("stochastic_votes")(grad, 1.0, **clock)
-    rows = torch.arange(num_rows - 3, num_rows)
-    exact(votes[-3:].cpu(), reference_ops.stochastic_votes(grad[-3:].cpu(), 1.0, rows=rows, **clock))
-    assert not votes[:-3].any()
-    exact(subject.raw("sign_votes")(grad, 3)[-3:].cpu(), reference_ops.sign_votes(grad[-3:].cpu(), 3))
-
-
-def test_linear_beyond_32_bits(subject: Subject) -> None:
-    """The last rows of activations of more than 2**31 elements give what they give alone."""
-    needs_cuda(subject, "addressing beyond 2**31 activations")
-    num_columns = 1024
-    count = BIG // num_columns + 5
-    weight = _weight(subject, 24, num_columns)
-    x = torch.zeros(count, num_columns, device=subject.device, dtype=torch.bfloat16)
-    x[-5:] = torch.randint(-8, 9, (5, num_columns), device=subject.device)
-    op = subject.raw("linear")
-    exact(op(x, weight)[-5:], op(x[-5:].clone(), weight))
-    norm = _weight(subject, 1, num_columns)
-    exact(subject.raw("rms_norm")(x, norm)[-5:], subject.raw("rms_norm")(x[-5:].clone(), norm))
-
-
-def test_update_beyond_32_bits(subject: Subject) -> None:
-    """The last rows of a weight of more than 2**31 elements count and step."""
-    needs_cuda(subject, "addressing beyond 2**31 weights")
-    num_columns = 4096
-    num_rows = BIG // num_columns + 3
-    weight = subject.raw("constant_weight")(
-        (num_rows, num_columns), trit=1, exponent=0, device=subject.device
-    )
-    rows = torch.tensor([0, num_rows - 1], device=subject.device)
-    votes = torch.full((2, num_columns), 20, dtype=torch.int8, device=subject.device)
-    clock = {"seed": 1, "step": 2, "tensor_id": 3}
-    subject.raw("accumulate")(weight, votes, rows=rows, out=weight, **clock)
-    canonical = subject.raw("to_spec")(weight)
-    exact(canonical.trit_accum[rows].cpu(), votes.cpu())
-    assert not canonical.trit_accum[1:-1].any()
-    subject.raw("apply_step")(weight, out=weight)
-    dense = subject.raw("dequantize")(
-        weight, rows=torch.tensor([0, 1, num_rows - 2, num_rows - 1], device=rows.device)
-    )
-    exact(dense[:, 0].cpu(), torch.tensor([0.0, 1.0, 1.0, 0.0]))
-    exact(dense[:, -1].cpu(), torch.tensor([0.0, 1.0, 1.0, 0.0]))

@@ -128,10 +128,14 @@ def train(no_save: bool, **options: Any) -> None:
 
 @cli.command()
 @click.option("--run", type=click.Path(path_type=Path), required=True, help="Folder of a run.")
-@click.option("--prompt", default="", help="Text to continue.")
+@click.option("--prompt", help="Text to continue [none].")
+@click.option("--prompt-file", type=click.Path(path_type=Path), help="A file with the bytes to continue.")
 @click.option("--bytes", "num_bytes", type=click.IntRange(min=0), default=256, show_default=True)
 @click.option(
     "--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0: likeliest."
+)
+@click.option(
+    "--context", type=click.IntRange(min=3), help="Bytes at the end of the prompt that are read [as trained]."
 )
 @click.option("--seed", type=_SEED, default=0, show_default=True)
 @_device
@@ -139,15 +143,21 @@ def train(no_save: bool, **options: Any) -> None:
 @_dtype
 def generate(
     run: Path,
-    prompt: str,
+    prompt: str | None,
+    prompt_file: Path | None,
     num_bytes: int,
     temperature: float,
+    context: int | None,
     seed: int,
     device: str | None,
     backend: str | None,
     dtype: str | None,
 ) -> None:
     """Continue a prompt with the best model of a run. A pipe gets the bytes as they are."""
+    if prompt is not None and prompt_file is not None:
+        raise click.UsageError(
+            f"--prompt-file {str(prompt_file)!r} was given with --prompt, but only one may be"
+        )
     import json
 
     from arbitor.optimized.training.checkpoint import check_fits
@@ -157,15 +167,20 @@ def generate(
     from arbitor.reference.graph import ArbModel
 
     runtime = choose_runtime(device or "auto", backend, dtype)
+    given = os.fsencode(prompt or "") if prompt_file is None else _prompt_of(prompt_file)
     checkpoint = _best_checkpoint(run)
     config = ArbConfig.from_json(json.dumps(checkpoint.config))
-    given = os.fsencode(prompt)
     with deterministic():
         model = ArbModel(config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=0)
-        check_fits(checkpoint, checkpoint.config, model.state())
+        check_fits(checkpoint, checkpoint.config, model)
         model.load_state(checkpoint.state)
         added = continue_prompt(
-            model, given, num_bytes, temperature=temperature, seed=seed, context=checkpoint.run["context"]
+            model,
+            given,
+            num_bytes,
+            temperature=temperature,
+            seed=seed,
+            context=context or checkpoint.run["context"],
         )
     if sys.stdout.isatty():
         click.echo(_printable(given + added))
@@ -311,6 +326,16 @@ def _best_checkpoint(folder: Path) -> Checkpoint:
         except CheckpointError as error:
             click.echo(f"arb: {error}; trying another one", err=True)
     raise TrainingError(f"the folder {str(folder)!r} holds no checkpoint that can be used")
+
+
+def _prompt_of(path: Path) -> bytes:
+    """The bytes of a prompt file."""
+    from arbitor.optimized.training.errors import TrainingError
+
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise TrainingError(f"cannot read the prompt {str(path)!r}: {error.strerror or error}") from error
 
 
 def _printable(content: bytes) -> str:

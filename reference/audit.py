@@ -20,7 +20,15 @@ from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.audio import AudioVQEncoder
 from arbitor.reference.graph.model import ArbModel
 from arbitor.reference.graph.state import GraphContext, TableModule, TernaryModule
-from arbitor.reference.seed_figures import AUDIO_ENCODER, MIB, TOTAL, TOTAL_MIB, SeedFigure, seed_figures
+from arbitor.reference.seed_figures import (
+    AUDIO_ENCODER,
+    MIB,
+    TOTAL,
+    TOTAL_MIB,
+    VIDEO_HEAD,
+    SeedFigure,
+    seed_figures,
+)
 from arbitor.reference.types import TernaryWeight
 
 EDGE_SIGNS = "edge signs"
@@ -169,11 +177,13 @@ def audit(config: ArbConfig, *, resident_bytes: Callable[[TernaryWeight], int] |
         modules[AUDIO_ENCODER] = AudioVQEncoder(context)
     names = tuple(dict.fromkeys(AREA_OF.values()))
     weights, canonical, resident = ({name: 0 for name in names} for _ in range(3))
+    video_weights = 0
     tables: list[AuditTable] = []
     for name, module in named_modules(modules):
         if isinstance(module, TernaryModule):
             weight, area = module.ops.to_spec(module.weight), area_of(name)
             weights[area] += weight.shape[0] * weight.shape[1]
+            video_weights += weight.shape[0] * weight.shape[1] if name.startswith("video_head.") else 0
             canonical[area] += weight.state_bytes
             resident[area] += resident_bytes(weight) if resident_bytes else weight.state_bytes
         if isinstance(module, TableModule):
@@ -189,7 +199,7 @@ def audit(config: ArbConfig, *, resident_bytes: Callable[[TernaryWeight], int] |
         tables=tuple(tables),
         trainable_float_params=sum(params for params, _ in floats),
         float_buffers=sum(buffers for _, buffers in floats),
-        figures=tuple(compared(figure, parts) for figure in seed_figures(config)),
+        figures=tuple(compared(figure, parts, video_weights) for figure in seed_figures(config)),
     )
 
 
@@ -205,14 +215,16 @@ def audited(name: str, table: Tensor) -> AuditTable:
     return AuditTable(name, str(table.dtype).removeprefix("torch."), tuple(table.shape), table.nbytes)
 
 
-def compared(figure: SeedFigure, parts: tuple[AuditArea, ...]) -> ComparedFigure:
-    """Return a seed's figure beside ours."""
+def compared(figure: SeedFigure, parts: tuple[AuditArea, ...], video_weights: int) -> ComparedFigure:
+    """Return a seed's figure beside ours; the video head's is the one figure of less than an area."""
     ours: float
     inside = [area for area in parts if area.name not in APART]
     if figure.what == TOTAL:
         ours = sum(area.weights for area in inside)
     elif figure.what == TOTAL_MIB:
         ours = round(sum(area.canonical_bytes for area in inside) / MIB, 2)
+    elif figure.what == VIDEO_HEAD:
+        ours = video_weights
     else:
         ours = sum(area.weights for area in parts if area.name == figure.what)
     difference = round(ours - figure.value, 2)

@@ -235,6 +235,11 @@ class ArbConfig:
                 raise ValueError(
                     f"{kind}_codes is {getattr(self, f'{kind}_codes')}, but must be 0 without {kind}_features"
                 )
+        for kind in ("image", "audio"):
+            if self.num_codes and getattr(self, f"{kind}_features") and not getattr(self, f"{kind}_codes"):
+                raise ValueError(
+                    f"{kind}_codes is 0, but must be at least 1 with {kind}_features and num_codes: every position has a code"
+                )
         checks.integer("top_k", self.top_k, 1, self.num_experts)
         if self.rotary_dim % 2 or self.rotary_dim >= self.head_dim:
             raise ValueError(

@@ -130,7 +130,10 @@ def search_r11() -> ArbConfig:
 
 
 def search_r14() -> ArbConfig:
-    """REFACTOR14: every area to the digits of its table, and the total of the page that followed it."""
+    """REFACTOR14: every area to the digits of its table, and the total of the page that followed it.
+
+    Two hops, as in REFACTOR12: 10 M codes take the active path, whose nodes a position are J to the power of the hops.
+    """
     wish = replace(
         _R12_WISH,
         name="r14",
@@ -151,7 +154,6 @@ def search_r14() -> ArbConfig:
         memory_rows=512,
     )
     experts = {
-        "num_hops": range(1, 5),
         "hop_rank": range(16, 129, 8),
         "shared_inner": range(1024, 4097, 64),
         "expert_rank": range(16, 129, 8),
@@ -159,7 +161,7 @@ def search_r14() -> ArbConfig:
     by_area = {
         ATTENTION: offers(wish, ATTENTION, {"query_latent": range(1024, 8193, 8)}, _millions(826.8)),
         MOE_GRAPH: offers(wish, MOE_GRAPH, experts, _millions(429.0)),
-        BYTE_HEAD: offers(wish, BYTE_HEAD, {"head_inner": range(28_672, 30_720)}, _millions(626.9)),
+        BYTE_HEAD: offers(wish, BYTE_HEAD, {"head_inner": range(28_672, 30_720, 4)}, _millions(626.9)),
         MEMORY: offers(wish, MEMORY, {"memory_dim": (64, 32, 16), "memory_rows": range(64, 16_385)}),
     }
     return exactly(wish, 3_011_944_672, by_area)

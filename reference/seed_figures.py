@@ -20,13 +20,16 @@ TOTAL_MIB = "total MiB"
 AUDIO_ENCODER = "AudioVQEncoder"
 """Weights of the encoder of raw audio, which is no part of the model and is counted apart."""
 
+VIDEO_HEAD = "VideoHead"
+"""Weights of the video head alone, which shares an area with the talker head."""
+
 
 @dataclass(frozen=True)
 class SeedFigure:
     """One figure of a seed.
 
     Fields:
-        what:   TOTAL, TOTAL_MIB, AUDIO_ENCODER or the name of an area.
+        what:   TOTAL, TOTAL_MIB, AUDIO_ENCODER, VIDEO_HEAD or the name of an area.
         value:  weights, or MiB.
         step:   unit of the last digit that the seed gives.
         source: which seed.
@@ -65,6 +68,7 @@ _FIGURES: tuple[tuple[str, dict[str, bool], tuple[SeedFigure, ...]], ...] = (
         (
             _exact(TOTAL, 41_087_552, "REFACTOR9"),
             _mib(53.65, "REFACTOR9"),
+            _exact(VIDEO_HEAD, 17_040_896, "REFACTOR9"),
             _exact(AUDIO_ENCODER, 404_864, "REFACTOR9"),
         ),
     ),

@@ -11,7 +11,7 @@ import pytest
 from arbitor.reference.audit import audit
 from arbitor.reference.config import SPECIAL_IDS, VOCABULARY_SIZE, ArbConfig
 from arbitor.reference.presets import PRESETS, preset
-from conformance.graph.models import NANO
+from conformance.graph.models import NANO, WHOLE
 
 
 def test_the_vocabulary_is_256_bytes_32_specials_and_9_marks() -> None:
@@ -73,6 +73,14 @@ def test_a_field_that_is_not_allowed_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         replace(NANO, **{field: value})
+
+
+@pytest.mark.parametrize("kind", ["image", "audio"])
+def test_media_without_codes_of_their_own_are_refused(kind: str) -> None:
+    """Every position has a code, or none has."""
+    with pytest.raises(ValueError, match=f"{kind}_codes is 0, but must be at least 1 with {kind}_features"):
+        replace(WHOLE, **{f"{kind}_codes": 0})
+    replace(NANO, **{f"{kind}_features": 7})
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Legend: B batch, P positions, D width, M memory width.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -163,6 +164,7 @@ def test_only_named_rows_change() -> None:
 
 
 def test_the_gradient_of_a_row_named_twice_is_summed() -> None:
+    """And that of a slot without a row, here NaN, reaches none."""
     voted: list[tuple[Tensor, Tensor]] = []
 
     def record(weight: Any, grad: Tensor, rate: float, *, rows: Tensor, **_: Any) -> Any:
@@ -170,7 +172,7 @@ def test_the_gradient_of_a_row_named_twice_is_summed() -> None:
         return weight
 
     each = table(context(models.ops_with(accumulate_gradient=record)))
-    ids, scale = torch.tensor([3, -1, 5, 3]), torch.tensor([1.0, 64.0, 2.0, -4.0])
+    ids, scale = torch.tensor([3, -1, 5, 3]), torch.tensor([1.0, math.nan, 2.0, -4.0])
     with each.voting.at(rate=1.0, step=0):
         (rows_or_zeros(each, ids) * scale[:, None]).sum().backward()
     ((rows, grad),) = voted

@@ -19,7 +19,7 @@ from arbitor.reference.graph.moe import SharedProjectionMoE, chosen_experts
 from arbitor.reference.graph.state import GraphContext
 from conformance.compare import alike, exact, unsigned_zeros
 from conformance.graph import models
-from conformance.report import skip
+from conformance.report import needs_cuda, skip
 from conformance.subject import Subject
 
 
@@ -223,3 +223,46 @@ def test_large_weights_are_unpacked_in_parts(subject: Subject, monkeypatch: pyte
                 results.append(unsigned_zeros(subject.call(name, values.to(dtype), *rest, **kwargs)))
             exact(results[1], results[0], name)
     assert len(linear.row_ranges(40, 36)) == 3 and len(list(experts.windows(36, 40))) == 3
+
+
+def test_a_step_waits_for_nothing_and_compiles_nothing_again(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However positions fall on experts: once its kernels are compiled, neither pass of the module waits for the device."""
+    needs_cuda(subject, "waiting of experts")
+    import triton
+
+    monkeypatch.setenv("ARB_VALUE_CHECKS", "0")
+    config = models.nano(shared_inner=48, expert_rank=16, width=32, head_dim=16).config
+    parts = GraphContext(subject.ops, config, device=subject.device, dtype=torch.bfloat16, seed=11)
+    moe = SharedProjectionMoE(parts)
+    rng = torch.Generator().manual_seed(1)
+    scattered = torch.randn(2, 64, 32, generator=rng)
+    batches = [
+        each.to(
+            subject.device, torch.bfloat16
+        )  # positions all over the experts, all on the same, and most on one
+        for each in (scattered, scattered[:, :1].expand(2, 64, 32), scattered[:, :1] + scattered / 4)
+    ]
+    compiled: list[str] = []
+    loads = []
+
+    def step(number: int, x_BPD: Tensor) -> None:
+        x_BPD = x_BPD.clone().requires_grad_()
+        with parts.voting.at(rate=1.0, step=number):
+            moe(x_BPD).sum().backward()
+
+    step(0, batches[0])
+    hook = lambda *args, **kwargs: compiled.append(str(kwargs.get("repr") or kwargs.get("key")))  # noqa: E731
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", hook)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number, x_BPD in enumerate(batches, start=1):
+            step(number, x_BPD)
+            loads.append(moe.recorded[-1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not compiled, f"compiled again: {compiled}"
+    assert len({tuple(load.tolist()) for load in loads}) == len(loads), "the batches fell on experts alike"
+    assert any((load == 0).any() for load in loads), "no expert was empty"

@@ -13,6 +13,7 @@ from arbitor.reference.presets import PRESETS, preset
 from arbitor.reference.types import TernaryWeight
 from conformance.compare import exact
 from conformance.graph import models
+from conformance.subject import Subject
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -165,6 +166,21 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_is_loaded(
     assert not models.changed_tensors(before, model)
 
 
+def test_nothing_is_copied_only_to_be_looked_at() -> None:
+    """Neither a comparison of layouts nor the flip rate makes a weight's canonical form; a snapshot is of trits alone."""
+
+    def refuse(weight: TernaryWeight) -> TernaryWeight:
+        raise AssertionError("a weight was brought to its canonical form")
+
+    model = models.nano(ops=models.ops_with(to_spec=refuse))
+    snapshot = model.snapshot_trits()
+    model.load_weights(models.state_of(models.nano(seed=9)))
+    assert model.flip_rate(snapshot) > 0
+    held = {name: module.weight for name, module in model.ternary_modules().items() if not module.frozen}
+    assert {name: list(parts) for name, parts in snapshot.items()} == {name: ["packed"] for name in held}
+    assert all(snapshot[name]["packed"].data_ptr() != held[name].packed.data_ptr() for name in held)
+
+
 def test_flip_rate_counts_changed_trits() -> None:
     model = models.nano(theta=1)
     snapshot = model.snapshot_trits()
@@ -180,3 +196,22 @@ def test_flip_rate_counts_changed_trits() -> None:
             changed += int((now != before[name].trits()).sum())
             total += now.numel()
     assert model.flip_rate(snapshot) == changed / total > 0
+
+
+def test_the_flip_rate_of_an_op_set_is_that_of_the_trits(subject: Subject) -> None:
+    """Counted in the layout of the op set, from a snapshot of less than half of the state."""
+    layout = (
+        "from_spec",
+        "to_spec",
+        "count_changed_trits",
+    )  # the start is the reference's: faster in an interpreter
+    ops = models.ops_with(**{name: getattr(subject.ops, name) for name in layout})
+    model, other = models.nano(ops=ops, device=subject.device), models.nano(seed=9)
+    snapshot, before = model.snapshot_trits(), models.nano().weights()
+    assert model.flip_rate(snapshot) == 0.0
+    model.load_weights(other.weights())
+    pairs = [(before[name].trits(), other.weights()[name].trits()) for name in snapshot]
+    changed = sum(int((was != now).sum()) for was, now in pairs)
+    assert model.flip_rate(snapshot) == changed / sum(now.numel() for _, now in pairs) > 0
+    kept = sum(tensor.nbytes for parts in snapshot.values() for tensor in parts.values())
+    assert 2 * kept < sum(weight.state_bytes for weight in other.weights().values())

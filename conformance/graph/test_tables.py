@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 
 import pytest
 import torch
 from torch import Tensor
 
+from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.state import GraphContext, TableModule, when_voting
+from arbitor.reference.types import TernaryWeight
+from conformance.compare import exact
 from conformance.graph import models
 
 
@@ -18,7 +23,7 @@ class Counter(TableModule):
     def __init__(self, context: GraphContext) -> None:
         super().__init__()
         self.voting = context.voting
-        self.add_table("count", torch.zeros(4, dtype=torch.int16))
+        self.add_table("count", torch.zeros(4, dtype=torch.int16), 0, 99)
         self.seen: list[Tensor] = []
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
@@ -70,7 +75,7 @@ def test_tables_are_state() -> None:
     name = "layers.1.moe_graph.leak_shifts"
     state = {key: value.clone() for key, value in model.state().items()}
     assert name in state and name in model.tables() and name not in model.weights()
-    changed = {**state, name: state[name] + 1}
+    changed = {**state, name: state[name].flip(0)}
     model.load_state(changed)
     assert torch.equal(model.tables()[name], changed[name])
     for wrong, says in (
@@ -81,6 +86,61 @@ def test_tables_are_state() -> None:
         with pytest.raises(ValueError, match=says):
             model.load_state(wrong)
         assert torch.equal(model.tables()[name], changed[name])
+
+
+@functools.cache
+def trained_state() -> dict[str, TernaryWeight | Tensor]:
+    """The state of a model of every module after two steps. Not to be written to."""
+    return models.whole().state()
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high", "wrong"),
+    [
+        ("shared_vq.bridge.tables.text.usage", 0, 32767, [-1, -5]),
+        ("shared_vq.bridge.tables.image.usage", 0, 32767, [-1]),
+        ("composite.codebook.usage", 0, 32767, [-1]),
+        ("graph.edges.neighbours", -1, 69, [-2, 70, 10**9]),
+        ("graph.edges.scores", 0, 127, [-1]),
+        ("composite.edges.neighbours", -1, 29, [-2, 30]),
+        ("composite.edges.scores", 0, 127, [-128]),
+        ("memory.structure.strengths", 0, 127, [-1]),
+        ("memory.conversation.strengths", 0, 127, [-1]),
+        ("layers.0.moe_graph.moe.load", 0, 2**63 - 1, [-1]),
+        ("layers.1.moe_graph.leak_shifts", 1, 4, [0, 5]),
+    ],
+)
+def test_a_table_out_of_range_is_refused_and_nothing_is_loaded(
+    name: str, low: int, high: int, wrong: list[int]
+) -> None:
+    """What a step writes fits, and so do both ends of the range; one beyond either does not."""
+    model = ArbModel(models.WHOLE, seed=9)
+    before = tuple(value.clone() for value in model.state().values())
+
+    def forged(value: int) -> dict[str, TernaryWeight | Tensor]:
+        table = trained_state()[name].clone()
+        assert isinstance(table, Tensor)
+        table.view(-1)[-1] = value
+        return {**trained_state(), name: table}
+
+    for value in wrong:
+        says = f"{name} holds {value}, but its elements must lie from {low} to {high}"
+        with pytest.raises(ValueError, match=f"^{re.escape(says)}$"):
+            model.load_state(forged(value))
+        exact(tuple(model.state().values()), before)
+    for value in (low, high):
+        model.load_state(forged(value))
+        assert model.tables()[name].view(-1)[-1] == value
+    assert model.table_ranges()[name] == (low, high)
+
+
+def test_every_table_has_a_range() -> None:
+    """The cases above leave out the tables that are made like one of them, and no other."""
+    model = ArbModel(models.WHOLE, seed=9)
+    assert model.table_ranges().keys() == model.tables().keys()
+    model.load_state(trained_state())
+    assert list(model.state()) == list(trained_state())
+    exact(tuple(model.state().values()), tuple(trained_state().values()))
 
 
 @pytest.mark.parametrize("fault", [math.nan, math.inf])

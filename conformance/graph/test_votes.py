@@ -109,6 +109,17 @@ def test_at_rate_0_nothing_moves(vote_rule: str) -> None:
     assert not models.changed_tensors(before, model)
 
 
+@pytest.mark.parametrize("rate", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
+def test_at_rate_0_no_table_moves(rate: float | torch.Tensor) -> None:
+    """Neither counters nor neighbours, strengths or loads; and no code that died is revived."""
+    model = models.whole()
+    model.get_buffer("shared_vq.bridge.tables.text.usage").zero_()
+    before = {name: value.clone() for name, value in model.state().items()}
+    assert model.backward(model.losses(models.random_ids(2, 24)), rate=rate, step=5)
+    model.step()
+    exact(tuple(model.state().values()), tuple(before.values()))
+
+
 def test_rate_and_step_may_be_device_scalars() -> None:
     ids_BT, states = models.random_ids(2, 10), []
     for rate, step in ((models.RATE, 7), (torch.tensor(models.RATE), torch.tensor(7))):

@@ -17,7 +17,7 @@ from conformance.cases.core import NARROW
 from conformance.cases.experts import EXPERTS, expert_ids, sizes
 from conformance.compare import exact, unsigned_zeros
 from conformance.law import law
-from conformance.report import skip
+from conformance.report import needs_cuda
 from conformance.subject import Subject
 
 
@@ -160,8 +160,7 @@ def test_grouped_linear_of_no_slots(
 
 def test_experts_compile_no_kernel_again(subject: Subject) -> None:
     """However many slots there are and however they fall on experts; few and many slots, aligned widths and ragged ones."""
-    if subject.device.type != "cuda":
-        skip("recompilation of expert kernels", f"needs CUDA; this run is on {subject.device}")
+    needs_cuda(subject, "recompilation of expert kernels")
     import triton
 
     compiled: list[str] = []

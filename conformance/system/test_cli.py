@@ -7,13 +7,25 @@ import os
 import pty
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from arbitor.optimized.training import generate as generation
+from arbitor.optimized.training.checkpoint import load_checkpoint
+from arbitor.optimized.training.plan import MODULES
 from arbitor.reference.audit import audit
+from arbitor.reference.config import MEMORY_ROWS
+from arbitor.reference.graph import ArbModel
+from arbitor.reference.presets import PRESETS
 from conformance.system.command import REPOSITORY, Here, arb, check_refused, environment
-from conformance.training.nano import NANO, TEXT
+from conformance.training.forge import first_element, forged
+from conformance.training.nano import NANO, TEXT, WHOLE
+
+NO_GRAPH = {"num_hops": 0, "composite_codes": 0}
+"""What is left out of a configuration without the graph."""
 
 PLAIN = "arbitor.optimized.cli"
 """The command without the preset nano and without torch, until a command needs it."""
@@ -66,6 +78,11 @@ def test_version() -> None:
         (["train", "--resume"], ["--resume needs --run"]),
         (["generate"], ["--run"]),
         (["generate", "--run", "x", "--temperature", "-1"], ["--temperature"]),
+        (["generate", "--context", "2", "--run", "x"], ["--context", "2 is not in the range"]),
+        (
+            ["generate", "--prompt-file", "b", "--prompt", "", "--run", "x"],
+            ["--prompt-file 'b'", "--prompt, but only one may be"],
+        ),
         (["smoke", "--ctx", "3"], ["--ctx"]),
     ],
     ids=lambda value: " ".join(value[:2]),
@@ -136,6 +153,84 @@ def test_resume_refuses_another_run(here: Here, finished: Path, option: str, val
     check_refused(result, 1, f"started with {option[2:]} {was}", f"with {option[2:]} {value}")
 
 
+@pytest.mark.parametrize(
+    ("flags", "fields", "settings"),
+    [
+        (
+            ["--disable-vq"],
+            {"num_codes": 0, "image_codes": 0, "audio_codes": 0, "memory_rows": 0, **NO_GRAPH},
+            {"disable_vq": True},
+        ),
+        (["--disable-graph"], NO_GRAPH, {"disable_graph": True}),
+        (["--disable-moe"], {"use_moe": False}, {"disable_moe": True}),
+        (["--enable-memory"], {"memory_rows": MEMORY_ROWS}, {"enable_memory": True}),
+        (["--max-moe-iters", "3"], {"max_moe_iters": 3}, {"max_moe_iters": 3}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_train_trains_the_model_that_its_options_name(
+    here: Here,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    fields: dict[str, Any],
+    settings: dict[str, Any],
+) -> None:
+    preset = replace(WHOLE, memory_rows=0) if "--enable-memory" in flags else WHOLE
+    monkeypatch.setitem(PRESETS, "whole", preset)
+    run, expected = tmp_path / "run", replace(preset, **fields)
+    result = here(*train(text, run, "--preset", "whole", "--steps", "1", *flags))
+    assert result.returncode == 0, result.stderr.decode()
+    summary, config = (json.loads((run / name).read_text()) for name in ("summary.json", "config.json"))
+    assert summary["weights"] == audit(expected).weights
+    assert config["model"] == json.loads(expected.to_json()) != json.loads(preset.to_json())
+    unset = {**dict.fromkeys(MODULES, False), "max_moe_iters": None}
+    assert {name: config["run"][name] for name in MODULES} == {**unset, **settings}
+    trained = load_checkpoint(run / "final.safetensors")
+    assert trained.state.keys() == ArbModel(expected, device="meta").state().keys()
+
+    same = resume_with(run, *flags)
+    assert here(*same).returncode == 0
+    off = "moe" if "--disable-graph" in flags else "graph"
+    says = f"started with disable_{off} False and cannot go on with disable_{off} True"
+    check_refused(here(*same, f"--disable-{off}"), 1, says)
+    says = f"started with max_moe_iters {settings.get('max_moe_iters')} and cannot go on with max_moe_iters 2"
+    check_refused(here(*same, "--max-moe-iters", "2"), 1, says)
+
+
+def resume_with(run: Path, *more: str) -> list[str]:
+    return ["train", "--run", str(run), "--resume", *more]
+
+
+def test_a_checkpoint_with_a_table_out_of_range_is_used_by_nobody(
+    here: Here, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every digest fits. Neither the trainer nor ``arb generate`` loads it, and the run folder stays as it is."""
+    run = tmp_path / "run"
+    assert here(*train(text, run, "--preset", "whole", "--steps", "1")).returncode == 0
+    sound = {name: (run / name).read_bytes() for name in ("latest.safetensors", "best.safetensors")}
+
+    def load_state(*arguments: object) -> None:
+        raise AssertionError("it was loaded")
+
+    monkeypatch.setattr(ArbModel, "load_state", load_state)
+    for name, value, low, high in (
+        ("graph.edges.neighbours", 10**9, -1, 69),
+        ("composite.edges.neighbours", 30, -1, 29),
+        ("shared_vq.bridge.tables.text.usage", -5, 0, 32767),
+        ("memory.structure.strengths", -1, 0, 127),
+    ):
+        for file, content in sound.items():
+            (run / file).write_bytes(content)
+            forged(run / file, first_element(name, value))
+        before = {path.name: path.read_bytes() for path in run.iterdir()}
+        says = f"the checkpoint's {name} holds {value}, outside {low} to {high}"
+        check_refused(here(*generate(run)), 1, says)
+        check_refused(here(*resume_with(run)), 1, says)
+        assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
 def generate(run: Path, *more: str) -> list[str]:
     return ["generate", "--run", str(run), "--device", "cpu", *more]
 
@@ -163,6 +258,38 @@ def test_generate_passes_bytes_through_a_pipe_and_cleans_them_for_a_terminal(
     assert done.returncode == 0
     assert os.read(leader, 1000).decode() == "\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}[\r\n"
     os.close(leader)
+
+
+def test_generate_reads_as_much_of_a_prompt_as_asked_for(
+    here: Here, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As trained, or any number of bytes; the prompt may be a file, of any bytes."""
+    read: list[bytes] = []
+    real = generation.read_prompt
+
+    def watched(model: ArbModel, ids: list[int], **named: Any) -> Any:
+        read.append(bytes(ids))
+        return real(model, ids, **named)
+
+    monkeypatch.setattr(generation, "read_prompt", watched)
+    prompt = bytes(range(256)) * 20
+    (tmp_path / "prompt").write_bytes(prompt)
+    file = generate(finished, "--bytes", "2", "--prompt-file", str(tmp_path / "prompt"))
+    for more, length in (([], 16), (["--context", "40"], 40), (["--context", "6000"], 5120)):
+        result = here(*file, *more)
+        assert result.returncode == 0, result.stderr.decode()
+        assert result.stdout[:-2] == prompt
+        assert read.pop() == prompt[-length:]
+    text = ["--prompt", "7 squared is 49.", "--context", "9", "--bytes", "5"]
+    (tmp_path / "prompt").write_bytes(b"7 squared is 49.")
+    assert here(*generate(finished, *text)).stdout == here(*file, *text[2:]).stdout
+    assert read == [b"ed is 49."] * 2
+
+
+def test_generate_refuses_a_prompt_that_it_cannot_read(here: Here, finished: Path, tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    result = here(*generate(finished, "--prompt-file", missing))
+    check_refused(result, 1, f"cannot read the prompt {missing!r}: No such file")
 
 
 def test_generate_refuses_a_folder_without_a_checkpoint(here: Here, tmp_path: Path) -> None:

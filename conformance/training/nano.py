@@ -1,4 +1,4 @@
-"""A preset and a text so small that a whole run takes a second, for the tests of the trainer."""
+"""Presets and a text so small that a whole run takes a second, for the tests of the trainer."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import pytest
 from arbitor.optimized.training import defaults
 from arbitor.reference.presets import PRESETS
 from conformance.graph.models import NANO as GRAPH_NANO
+from conformance.graph.models import WHOLE as GRAPH_WHOLE
 
 NANO = replace(GRAPH_NANO, num_layers=1, num_experts=2, top_k=1)
 """The nano model of the graph's tests with one layer, so that a step takes a few hundredths of a second."""
+
+WHOLE = replace(GRAPH_WHOLE, num_layers=1)
+"""A model of every module, of one layer too."""
 
 NANO_DEFAULTS = defaults.TrainerDefaults(
     steps=8,
@@ -23,13 +27,14 @@ NANO_DEFAULTS = defaults.TrainerDefaults(
     eval_windows=8,
     sample_bytes=8,
 )
-"""Trainer settings of the preset ``nano``."""
+"""Trainer settings of the presets ``nano`` and ``whole``."""
 
 TEXT = b"".join(b"%d squared is %d, and its cube is %d.\n" % (i, i * i, i**3) for i in range(120))
 """About four kilobytes to learn from."""
 
 
 def register(patch: pytest.MonkeyPatch) -> None:
-    """Make ``nano`` a preset like any other."""
-    patch.setitem(PRESETS, "nano", NANO)
-    patch.setitem(defaults._BY_PRESET, "nano", NANO_DEFAULTS)
+    """Make ``nano`` and ``whole`` presets like any other."""
+    for name, config in (("nano", NANO), ("whole", WHOLE)):
+        patch.setitem(PRESETS, name, config)
+        patch.setitem(defaults._BY_PRESET, name, NANO_DEFAULTS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from arbitor.optimized.training.checkpoint import CheckpointError, load_checkpoi
 from arbitor.optimized.training.checkpoint_folder import CheckpointFolder
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.reference.types import TernaryWeight
-from conformance.graph.models import NANO, nano, random_ids
+from conformance.graph.models import NANO, nano, ops_with, random_ids
+from conformance.training.forge import Change, first_element, forged
 
 CONFIG = json.loads(NANO.to_json())
 METADATA: dict[str, Any] = {
@@ -51,18 +53,6 @@ def saved(tmp_path: Path) -> Path:
 
 def tensors_of(weights: dict[str, TernaryWeight]) -> dict[str, torch.Tensor]:
     return {f"{name}.{part}": t for name, weight in weights.items() for part, t in weight.tensors().items()}
-
-
-def forged(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]) -> Path:
-    """Rewrite a checkpoint with something changed and every digest made to fit, as a careful forger would."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()["arbitor"])
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    change(tensors, header)
-    header["state_sha256"] = checkpoints._tensors_sha256(tensors)
-    header["content_sha256"] = checkpoints._content_sha256(header)
-    safetensors.torch.save_file(tensors, path, metadata={"arbitor": json.dumps(header)})
-    return path
 
 
 def test_checkpoint_round_trip(saved: Path) -> None:
@@ -152,13 +142,6 @@ def test_checkpoint_with_any_byte_flipped_is_refused(saved: Path) -> None:
             pytest.fail(f"byte {place} was changed and nobody noticed")
 
 
-def _set(name: str, value: int) -> Callable[[dict[str, torch.Tensor], dict[str, Any]], None]:
-    def change(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
-        tensors[name].view(-1)[0] = value
-
-    return change
-
-
 def _reshape(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
     tensors["embedding.table.trit_accum"] = tensors["embedding.table.trit_accum"].t().contiguous()
 
@@ -175,7 +158,7 @@ def _widen(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
     tensors["embedding.table.trit_accum"] = tensors["embedding.table.trit_accum"].to(torch.int16)
 
 
-def _field(name: str, value: Any) -> Callable[[dict[str, torch.Tensor], dict[str, Any]], None]:
+def _field(name: str, value: Any) -> Change:
     def change(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
         header[name] = value
 
@@ -186,21 +169,27 @@ def _drop_field(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> Non
     del header["seed"]
 
 
-EMBEDDING = "embedding.table"
+EMBEDDING, LOAD = "embedding.table", "layers.0.moe_graph.moe.load"
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (_set("embedding.table.packed", 243), "embedding.table.packed holds 243, outside 0 to 242"),
-        (_set("embedding.table.exponents", 16), "embedding.table.exponents holds 16, outside -32 to 15"),
-        (_set("embedding.table.exponents", -33), "embedding.table.exponents holds -33, outside -32 to 15"),
+        (first_element("embedding.table.packed", 243), "embedding.table.packed holds 243, outside 0 to 242"),
         (
-            _set("embedding.table.trit_accum", -128),
+            first_element("embedding.table.exponents", 16),
+            "embedding.table.exponents holds 16, outside -32 to 15",
+        ),
+        (
+            first_element("embedding.table.exponents", -33),
+            "embedding.table.exponents holds -33, outside -32 to 15",
+        ),
+        (
+            first_element("embedding.table.trit_accum", -128),
             "embedding.table.trit_accum holds -128, outside -127 to 127",
         ),
         (
-            _set("embedding.table.exponent_accum", -128),
+            first_element("embedding.table.exponent_accum", -128),
             "embedding.table.exponent_accum holds -128, outside -127 to 127",
         ),
         (_reshape, "'embedding.table' does not have the shape its header states"),
@@ -216,9 +205,7 @@ EMBEDDING = "embedding.table"
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_checkpoint_forged_is_refused(
-    saved: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None], sentence: str
-) -> None:
+def test_checkpoint_forged_is_refused(saved: Path, change: Change, sentence: str) -> None:
     with pytest.raises(CheckpointError, match=sentence) as caught:
         load_checkpoint(forged(saved, change))
     assert "one.safetensors" in str(caught.value)
@@ -238,18 +225,55 @@ def test_checkpoint_of_another_program_is_refused(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "missing.safetensors")
 
 
-def test_check_fits_names_the_difference(saved: Path) -> None:
-    loaded = load_checkpoint(saved)
-    weights = nano().weights()
-    checkpoints.check_fits(loaded, CONFIG, weights)
+def refuse_to_copy(weight: TernaryWeight) -> TernaryWeight:
+    raise AssertionError("a weight was brought to its canonical form")
+
+
+@pytest.fixture
+def saved_state(tmp_path: Path) -> Path:
+    """A checkpoint with tables, as a run writes it."""
+    path = tmp_path / "one.safetensors"
+    checkpoints.save_checkpoint(path, nano(seed=4).state(), step=2, **METADATA)
+    return path
+
+
+def test_check_fits_names_the_difference(saved_state: Path) -> None:
+    loaded = load_checkpoint(saved_state)
+    checkpoints.check_fits(loaded, CONFIG, nano(ops=ops_with(to_spec=refuse_to_copy)))
     with pytest.raises(CheckpointError, match="theta is 16 there and 17 here"):
-        checkpoints.check_fits(loaded, {**CONFIG, "theta": 17}, weights)
-    with pytest.raises(CheckpointError, match=r"'embedding.table' is there but not here"):
-        checkpoints.check_fits(loaded, CONFIG, {k: v for k, v in weights.items() if k != EMBEDDING})
-    with pytest.raises(CheckpointError, match=r"'embedding.table' is .* there and .* here"):
-        checkpoints.check_fits(
-            loaded, CONFIG, {**weights, EMBEDDING: nano(embed_dim=12).weights()[EMBEDDING]}
-        )
+        checkpoints.check_fits(loaded, {**CONFIG, "theta": 17}, nano())
+    for fields, sentence in (
+        ({"num_layers": 1}, r"'layers\.1\.attention\.key_up' is there but not here"),
+        ({"num_layers": 3}, r"'layers\.2\.attention\.key_up' is here but not there"),
+        ({"max_moe_iters": 2}, r"'layers\.1\.moe_graph\.halt' is here but not there"),
+        ({"embed_dim": 12}, r"'embedding\.table' is .*297, 10\].* there and .*297, 12\].* here"),
+        (
+            {"group_size": 24},
+            r"'embedding\.table' is .*'group_size': 12.* there and .*'group_size': 24.* here",
+        ),
+        ({"num_experts": 5}, r"'layers\.0\.moe_graph\.moe\.router' is .* there and .* here"),
+    ):
+        with pytest.raises(CheckpointError, match=sentence):
+            checkpoints.check_fits(loaded, CONFIG, nano(**fields))
+
+
+@pytest.mark.parametrize("kind", ["weight", "dtype", "shape"])
+def test_check_fits_compares_tables_too(saved_state: Path, kind: str) -> None:
+    loaded = load_checkpoint(saved_state)
+    load, table = loaded.state[LOAD], loaded.state[EMBEDDING]
+    assert isinstance(load, torch.Tensor)
+    other = {"weight": table, "dtype": load.to(torch.int32), "shape": load[:-1]}[kind]
+    with pytest.raises(CheckpointError, match=rf"'{re.escape(LOAD)}' is .* there and .*'int64'.* here"):
+        checkpoints.check_fits(replace(loaded, state={**loaded.state, LOAD: other}), CONFIG, nano())
+
+
+def test_check_fits_refuses_a_table_out_of_range(saved_state: Path) -> None:
+    """Forged with digests that fit: the file is sound in itself, and no model can have written it."""
+    loaded = load_checkpoint(forged(saved_state, first_element(LOAD, -5)))
+    with pytest.raises(
+        CheckpointError, match=rf"^the checkpoint's {re.escape(LOAD)} holds -5, outside 0 to {2**63 - 1}$"
+    ):
+        checkpoints.check_fits(loaded, CONFIG, nano())
 
 
 class Crash(BaseException):

@@ -14,7 +14,7 @@ from arbitor.reference.config import SPECIAL_IDS
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.ledger import KVLedger
 from conformance.compare import alike
-from conformance.graph.models import NANO, nano
+from conformance.graph.models import NANO, nano, whole
 
 BOS, PAD = SPECIAL_IDS["BOS"], SPECIAL_IDS["PAD"]
 
@@ -145,10 +145,16 @@ PROMPTS = [b"", b"x", b"one two three four five six seven", b"0123456789"]
 """Prompts on both sides of a window of 8."""
 
 
+def windowed() -> ArbModel:
+    """A nano model that sees bytes beyond 8 in summaries."""
+    return nano(window=8, block=2, num_summaries=1)
+
+
+@pytest.mark.parametrize("make", [windowed, whole])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_generate_many_as_each_alone(temperature: float) -> None:
-    """Byte for byte, at temperature 0 and with seeds."""
-    model = nano(window=8, block=2, num_summaries=1)
+def test_generate_many_as_each_alone(make: Callable[[], ArbModel], temperature: float) -> None:
+    """Byte for byte, at temperature 0 and with seeds; also with codes, nodes, memory and a loop."""
+    model = make()
     seeds = list(range(len(PROMPTS)))
     together = generate_batch(model, PROMPTS, 16, temperature=temperature, seeds=seeds)
     alone = [
@@ -162,7 +168,7 @@ def test_generate_many_as_each_alone(temperature: float) -> None:
 
 def test_generate_draws_from_the_logits_of_the_whole_text() -> None:
     """The logits of each step, with a ledger and in company, are those of one pass over all bytes."""
-    model = nano(window=8, block=2, num_summaries=1)
+    model = windowed()
     seen: list[torch.Tensor] = []
     byte_head = model.byte_head.forward
     model.byte_head.forward = lambda h_BPD: seen.append(byte_head(h_BPD)) or seen[-1]  # type: ignore[func-returns-value]
@@ -171,7 +177,7 @@ def test_generate_draws_from_the_logits_of_the_whole_text() -> None:
         drawn_from = torch.stack([seen[row][0, -1], *(logits_BPV[row, -1] for logits_BPV in seen[4:])])
         ids = [*first_window(prompt), *text]
         with torch.no_grad():
-            whole = byte_head_of(nano(window=8, block=2, num_summaries=1), ids)
+            whole = byte_head_of(windowed(), ids)
         alike(drawn_from, whole[-15:-1], f"logits of {prompt!r}")
 
 
@@ -181,7 +187,7 @@ def byte_head_of(model: ArbModel, ids: list[int]) -> torch.Tensor:
 
 def test_generate_costs_the_same_however_long_the_text() -> None:
     """A step looks at as many rows after 600 bytes as after 60: the shapes of all that it computes are equal."""
-    model = nano(window=8, block=2, num_summaries=1)
+    model = windowed()
     shapes: list[list[tuple[int, ...]]] = []
     ops = model.layers[0].attention.ops
 

@@ -26,9 +26,12 @@ from arbitor.optimized.training.monitor import read_metrics
 from arbitor.optimized.training.plan import TrainOptions
 from arbitor.optimized.training.runtime import Stopped
 from arbitor.optimized.training.schedule import rate
+from arbitor.reference import ops as reference_ops
 from arbitor.reference.audit import audit
 from arbitor.reference.graph import ArbModel
-from conformance.training.nano import NANO, NANO_DEFAULTS, TEXT
+from arbitor.reference.presets import PRESETS
+from arbitor.reference.types import TernaryWeight
+from conformance.training.nano import NANO, NANO_DEFAULTS, TEXT, WHOLE
 
 
 def options(text: Path, run: Path | None, **changes: Any) -> TrainOptions:
@@ -106,6 +109,15 @@ def test_train_reports_bits_per_byte_of_the_final_and_of_the_best_model(text: Pa
 def test_train_learns(text: Path) -> None:
     summary = train(options(text, None, save=False, steps=40, batch=8)).summary
     assert summary["val_bpb"] < summary["baselines"]["unigram"] < 5
+
+
+def test_train_of_every_module_beats_a_bigram_model(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice as wide as the other tests have it, so that a few steps are enough."""
+    wider = replace(WHOLE, embed_dim=24, width=48, shared_inner=40, head_inner=64)
+    monkeypatch.setitem(PRESETS, "whole", wider)
+    more = {"preset": "whole", "steps": 32, "batch": 8, "context": 34, "eval_interval": 32}
+    summary = train(options(text, None, save=False, **more)).summary
+    assert summary["val_bpb"] < summary["baselines"]["bigram"] < 2.1
 
 
 def test_train_is_deterministic(text: Path) -> None:
@@ -258,16 +270,17 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(loop, "_step", dying)
 
 
+def outcome(folder: Path, summary: dict[str, Any]) -> tuple[object, ...]:
+    """What two runs that are the same must agree in."""
+    columns = ("step", "train_bpb", "val_bpb", "rate", "flip_rate")
+    metrics = [[line.get(name) for name in columns] for line in read_metrics(folder / "metrics.jsonl")]
+    best = load_checkpoint(folder / "best.safetensors").state_sha256
+    return {**summary, "seconds": 0}, metrics, best
+
+
 def test_train_killed_and_resumed_ends_the_same(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    columns = ("step", "train_bpb", "val_bpb", "rate", "flip_rate")
-
-    def outcome(folder: Path, summary: dict[str, Any]) -> tuple[object, ...]:
-        metrics = [[line.get(name) for name in columns] for line in read_metrics(folder / "metrics.jsonl")]
-        best = load_checkpoint(folder / "best.safetensors").state_sha256
-        return {**summary, "seconds": 0}, metrics, best
-
     whole = outcome(tmp_path / "whole", train(options(text, tmp_path / "whole", accum=2)).summary)
     for step in (0, 1, 4, 7):  # before any save but the first, after it, just after one, and in the last step
         folder = tmp_path / f"killed-{step}"
@@ -276,6 +289,40 @@ def test_train_killed_and_resumed_ends_the_same(
             with pytest.raises(Killed):
                 train(options(text, folder, accum=2))
         assert outcome(folder, train(TrainOptions(run=folder, resume=True)).summary) == whole
+
+
+def test_train_killed_and_resumed_ends_the_same_with_every_module(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counters, neighbours, strengths and loads come back; codes are revived before the kill and after it."""
+    more = {"preset": "whole", "steps": 9, "batch": 16, "context": 34}
+    expected = outcome(tmp_path / "whole", train(options(text, tmp_path / "whole", **more)).summary)
+    final = load_checkpoint(tmp_path / "whole" / "final.safetensors").state
+    still = {name for name, table in ArbModel(WHOLE).tables().items() if torch.equal(final[name], table)}
+    untouched = ("tables.image.usage", "tables.audio.usage", "leak_shifts")
+    assert len(still) == 3 and all(name.endswith(untouched) for name in still)
+
+    revived: list[int] = []
+    real = reference_ops.revive_codes
+
+    def watched(weight: TernaryWeight, *arguments: Any, out: TernaryWeight, **named: Any) -> TernaryWeight:
+        before = weight.packed.clone()
+        result = real(weight, *arguments, out=out, **named)
+        if not torch.equal(before, out.packed):
+            revived.append(named["step"])
+        return result
+
+    monkeypatch.setattr(reference_ops, "revive_codes", watched)
+    folder = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        kill_at(patch, 7)
+        with pytest.raises(Killed):
+            train(options(text, folder, **more))
+    assert load_checkpoint(folder / "latest.safetensors").step == 6
+    assert revived and min(revived) < 6
+    revived.clear()
+    assert outcome(folder, train(TrainOptions(run=folder, resume=True)).summary) == expected
+    assert revived and min(revived) >= 6
 
 
 def test_train_resumed_after_its_end_changes_nothing(text: Path, tmp_path: Path) -> None:
@@ -323,8 +370,6 @@ def test_train_refuses_to_resume_with_other_data(text: Path, tmp_path: Path) -> 
 def test_train_refuses_to_resume_another_model(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from arbitor.reference.presets import PRESETS
-
     train(options(text, tmp_path / "run"))
     monkeypatch.setitem(PRESETS, "nano", replace(NANO, theta=17))
     with pytest.raises(TrainingError, match="theta is 16 there and 17 here"):

@@ -26,6 +26,21 @@ def test_value_checks(monkeypatch: pytest.MonkeyPatch, value: str | None, expect
     assert settings.value_checks() is expected
 
 
+@pytest.mark.parametrize(("value", "expected"), [(None, False), ("1", True), ("0", False)])
+def test_values_are_not_looked_at_where_they_are_vouched_for(
+    monkeypatch: pytest.MonkeyPatch, value: str | None, expected: bool
+) -> None:
+    monkeypatch.delenv("ARB_VALUE_CHECKS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("ARB_VALUE_CHECKS", value)
+    with pytest.raises(ZeroDivisionError), settings.values_vouched_for():
+        with settings.values_vouched_for():
+            pass
+        assert settings.value_checks() is expected
+        raise ZeroDivisionError
+    assert settings.value_checks() is (value != "0")
+
+
 def test_settings_refuse_what_they_do_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ARB_VALUE_CHECKS", "yes")
     monkeypatch.setenv("ARB_BACKEND", "cuda")

@@ -81,8 +81,9 @@ def _decode_attention_kernel(
     )
     q_latent = operand(q_latent, NATIVE)
     if HAS_ROTARY:
-        mask = is_head[:, None] & is_rotary[None, :]
-        q_rotary = tl.load(q_ptr + q_rows + num_latent + rotaries[None, :], mask=mask, other=0.0)
+        # A name of its own: a loop may not change the shape of what was assigned before it.
+        q_mask = is_head[:, None] & is_rotary[None, :]
+        q_rotary = tl.load(q_ptr + q_rows + num_latent + rotaries[None, :], mask=q_mask, other=0.0)
         q_rotary = operand(q_rotary, NATIVE)
 
     top = tl.full([BLOCK_H], float("-inf"), dtype=tl.float32)

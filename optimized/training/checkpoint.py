@@ -17,13 +17,17 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.reference.types import ACCUM_MAX, MAX_PACKED_BYTE, TernaryWeight, level_range
+
+if TYPE_CHECKING:
+    from arbitor.reference.graph import ArbModel
+    from arbitor.reference.graph.state import LaidOutWeight
 
 FORMAT_VERSION = 2
 """Version of the file format; another one is refused."""
@@ -130,7 +134,9 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint and verify all of it: structure, digests, shapes and the range of every integer.
+    """Read a checkpoint and verify what it says of itself: structure, digests, shapes, and the integers of weights.
+
+    What the integers of a table may be depends on the model, so that ``check_fits`` looks at them.
 
     Raises:
         CheckpointError: the file is missing, truncated, tampered with, of another format, or holds what no
@@ -159,17 +165,17 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ) from error
 
 
-def check_fits(checkpoint: Checkpoint, config: Mapping[str, Any], state: State) -> None:
-    """Refuse a checkpoint of another model, before anything of it is used.
+def check_fits(checkpoint: Checkpoint, config: Mapping[str, Any], model: ArbModel) -> None:
+    """Refuse a checkpoint of another model, or with tables that no model can have, before anything of it is used.
 
     Args:
         checkpoint: as read.
         config: configuration of the model it should fit, as JSON data.
-        state: that model's state.
+        model: that model; only the layout of its weights and tables is looked at.
 
     Raises:
-        CheckpointError: a field of the configuration, a name, a shape or a group size differs; the message
-            names it.
+        CheckpointError: a field of the configuration, a name, a shape or a group size differs, or an integer
+            of a table is out of its range; the message names it.
     """
     theirs = json.loads(json.dumps(checkpoint.config))
     ours = json.loads(json.dumps(dict(config)))
@@ -179,19 +185,27 @@ def check_fits(checkpoint: Checkpoint, config: Mapping[str, Any], state: State) 
                 f"the checkpoint is of another model: {field} is {theirs.get(field)!r} there "
                 f"and {ours.get(field)!r} here"
             )
-    if checkpoint.state.keys() != state.keys():
-        name = sorted(checkpoint.state.keys() ^ state.keys())[0]
+    held: dict[str, LaidOutWeight | Tensor] = {
+        **{name: module.weight for name, module in model.ternary_modules().items()},
+        **model.tables(),
+    }
+    if checkpoint.state.keys() != held.keys():
+        name = sorted(checkpoint.state.keys() ^ held.keys())[0]
         where = "there but not here" if name in checkpoint.state else "here but not there"
         raise CheckpointError(f"the checkpoint is of another model: {name!r} is {where}")
-    for name, value in state.items():
+    for name, value in held.items():
         there, here = _layout(checkpoint.state[name]), _layout(value)
         if there != here:
             raise CheckpointError(
                 f"the checkpoint is of another model: {name!r} is {there} there and {here} here"
             )
+    for name, (low, high) in model.table_ranges().items():
+        table = checkpoint.state[name]
+        assert isinstance(table, Tensor)  # its layout is that of a table
+        _check_range(f"the checkpoint's {name}", table, low, high)
 
 
-def _layout(value: TernaryWeight | Tensor) -> dict[str, Any]:
+def _layout(value: LaidOutWeight | Tensor) -> dict[str, Any]:
     if isinstance(value, Tensor):
         return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
     return {

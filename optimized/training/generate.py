@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from arbitor.optimized.settings import values_vouched_for
 from arbitor.reference.config import NGRAM, NUM_BYTES, SPECIAL_IDS
 from arbitor.reference.graph.ledger import KVLedger
 
@@ -83,7 +84,7 @@ def generate_batch(
     if not prompts or not num_bytes:
         return [b""] * len(prompts)
     draws = [_drawer(temperature, seed) for seed in seeds]
-    with torch.no_grad():
+    with torch.no_grad(), values_vouched_for():
         ledger = KVLedger.stack(
             [
                 read_prompt(model, first_window(prompt)[-(context or 0) :], choose=_chooser([draw]))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training import run_folder
 from arbitor.optimized.training.baselines import baseline_bpb
 from arbitor.optimized.training.checkpoint import check_fits, save_checkpoint, state_sha256
@@ -170,13 +171,14 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
         settings = decide(options, found.settings)
         runtime = choose_runtime(settings.device, settings.backend, settings.dtype)
         stack.enter_context(deterministic((found.settings or {}).get("threads")))
+        stack.enter_context(values_vouched_for())
         corpus = load_corpus(settings.data)
         check_data(corpus, settings, found.settings)
         split = split_corpus(corpus, settings.context)
         windows_WT = validation_windows(corpus, split, count=settings.eval_windows, context=settings.context)
         model, config = _build(settings, runtime)
         if found.checkpoint is not None:
-            check_fits(found.checkpoint, config, model.state())
+            check_fits(found.checkpoint, config, model)
             model.load_state(found.checkpoint.state)
         if folder is not None and not options.resume:  # created only now that nothing can be refused any more
             stack.enter_context(run_folder.owned(folder))

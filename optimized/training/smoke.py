@@ -11,6 +11,7 @@ from statistics import median
 
 import torch
 
+from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import NATS_PER_BIT
 from arbitor.optimized.training.runtime import Runtime
@@ -91,7 +92,8 @@ def smoke(
     if runtime.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
-    taken = [_one_pass(model, ids_BT, runtime, backward=backward, step=step) for step in range(passes)]
+    with values_vouched_for():
+        taken = [_one_pass(model, ids_BT, runtime, backward=backward, step=step) for step in range(passes)]
     (loss, cold), warm = taken[0], [times for _, times in taken[1:]]
     updates = [times.update for times in warm if times.update is not None]
     return SmokeReport(

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from arbitor.reference import checks
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
 from arbitor.reference.graph.state import GraphContext, TableModule, TernaryModule, when_voting
+from arbitor.reference.types import USAGE_MAX
 
 MOTIF_EXPONENT = -2
 """A motif that is added to its position has a quarter of the position's scale: docs/spec/codebook.md has the measurement."""
@@ -55,7 +56,8 @@ class TernaryVQCodebook(TernaryEmbedding, TableModule):
         self.num_probes = min(max(config.num_probes, 1), 2**sign_bits)
         self.by_candidates = config.code_search == "candidates" and sign_bits > 0
         self.seen: list[tuple[Tensor, Tensor]] = []
-        self.add_table("usage", torch.ones(num_codes, dtype=torch.int16, device=context.device))
+        ones_N = torch.ones(num_codes, dtype=torch.int16, device=context.device)
+        self.add_table("usage", ones_N, 0, USAGE_MAX)
 
     def search(self, z: Tensor) -> Tensor:
         """Return the code of each vector, int64 [...]."""
@@ -236,6 +238,7 @@ class _SomeRowsFunction(torch.autograd.Function):
         (ids, inside), module = ctx.saved_tensors, ctx.module
         module.check_unchanged(ctx.steps)
         if module.votes:
-            rows, grad_RC = module.ops.embedding_row_grads(ids, grad * inside[..., None])
+            # Not a product: the gradient of what is not in this table may be NaN, and its row is another's.
+            rows, grad_RC = module.ops.embedding_row_grads(ids, torch.where(inside[..., None], grad, 0.0))
             module.vote(grad_RC, torch.where(inside.any(), rows, -1))
         return None, None, None, None

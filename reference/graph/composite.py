@@ -46,7 +46,9 @@ class CompositeProposalHead(nn.Module):
         self.gate = TernaryLinear(context, config.width, 1)
         self.codebook = TernaryVQCodebook(context, config.composite_codes, config.code_dim)
         num_codes = config.num_codes + config.image_codes + config.audio_codes
-        self.edges = EdgeTable(context, num_codes, COMPOSITES_PER_CODE, allow_loops=True)
+        self.edges = EdgeTable(
+            context, num_codes, COMPOSITES_PER_CODE, num_targets=config.composite_codes, allow_loops=True
+        )
 
     def read(self, codes_BP: Tensor) -> Tensor:
         """Return the sum of the composites that each position's code keeps, in code space; zeros where it keeps none.

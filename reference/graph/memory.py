@@ -40,7 +40,8 @@ class MemoryTable(TernaryEmbedding, TableModule):
         self.num_rows, self.orders = context.config.memory_rows, orders
         self.gain, self.shift = rule
         self.seen: list[Tensor] = []
-        self.add_table("strengths", torch.zeros(self.num_rows, dtype=torch.int8, device=context.device))
+        zeros_N = torch.zeros(self.num_rows, dtype=torch.int8, device=context.device)
+        self.add_table("strengths", zeros_N, 0, STRENGTH_MAX)
 
     def rows(self, codes_BP: Tensor, previous: Tensor | None) -> Tensor:
         """Return the row of each order's n-gram that ends at each position, int64 [O, B, P]; -1 for none.
@@ -155,6 +156,7 @@ class _RowsOrZerosFunction(torch.autograd.Function):
         (ids, named), module = ctx.saved_tensors, ctx.module
         module.check_unchanged(ctx.steps)
         if module.votes:
-            rows, grad_RK = module.ops.embedding_row_grads(ids, grad * named[..., None])
+            # Not a product: the gradient of an unused slot may be NaN, and its row is another's.
+            rows, grad_RK = module.ops.embedding_row_grads(ids, torch.where(named[..., None], grad, 0.0))
             module.vote(grad_RK, torch.where(named.any(), rows, -1))
         return None, None, None

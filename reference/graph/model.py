@@ -28,7 +28,7 @@ from arbitor.reference.graph.memory import MemGram
 from arbitor.reference.graph.moe_graph import MoEGraph, RecurrentMoEGraph
 from arbitor.reference.graph.router import OutputRouter
 from arbitor.reference.graph.sequencer import AudioSequencer, ByteEmbedding, ImageSequencer, TrigramSequencer
-from arbitor.reference.graph.state import GraphContext, TableModule, TernaryModule
+from arbitor.reference.graph.state import GraphContext, LaidOutWeight, TableModule, TernaryModule
 from arbitor.reference.graph.talker import TalkerHead
 from arbitor.reference.graph.ternary_graph import TernaryGraph
 from arbitor.reference.graph.video import VideoHead
@@ -39,6 +39,9 @@ LOSS_REFERENCE = math.log(VOCABULARY_SIZE)
 
 LOSS_WEIGHTS = {"commitment": 0.25, "composite_commitment": 0.25}
 """What a component of the loss counts in the sum that drives the votes; 1 for those not named."""
+
+BESIDE_TRITS = ("exponents", "trit_accum", "exponent_accum")
+"""The tensors of a weight that every layout has; what is left of a weight are its trits."""
 
 MODALITIES = ("text", "video", "audio")
 """What the output router chooses from, in the order of its logits."""
@@ -193,10 +196,6 @@ class ArbModel(nn.Module):
         for index, layer in enumerate(self.layers):
             cache = None if ledger is None else ledger.layer(index)
             h_BPD = layer(h_BPD, nodes_BPD if index == last else None, cache)
-        if codes_BP is not None and self.composite is not None and self.shared_vq is not None:
-            with torch.no_grad():
-                motifs_BPC = self.shared_vq.rows(codes_BP)
-            losses |= self.composite(h_BPD, codes_BP, motifs_BPC)
         return Trunk(h_BPD, codes_BP, losses)
 
     def _coded(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
@@ -294,18 +293,33 @@ class ArbModel(nn.Module):
         `bytes`: the mean loss of the bytes from the fourth on, in nats per byte; needs T >= 4. The last position's byte
         is not known, so its logits are left out. With targets there is no choice of a head: it is always the ByteHead.
         """
+        trunk = self._trunk_with_targets(ids_BT, media)
+        return {"bytes": self._byte_loss(trunk, ids_BT), **trunk.losses, **self._proposal_losses(trunk)}
+
+    def loss(self, ids_BT: Tensor, **media: Any) -> Tensor:
+        """Return the component `bytes` of `losses` alone: what a model is judged by. It costs no proposals."""
+        return self._byte_loss(self._trunk_with_targets(ids_BT, media), ids_BT)
+
+    def _trunk_with_targets(self, ids_BT: Tensor, media: dict[str, Any]) -> Trunk:
+        """Return the trunk of ids that hold at least one target."""
         if ids_BT.ndim != 2 or ids_BT.shape[0] == 0 or ids_BT.shape[1] <= NGRAM:
             raise ValueError(
                 f"ids_BT has shape {tuple(ids_BT.shape)}, but must be [batch, bytes] with at least {NGRAM + 1} bytes"
             )
-        trunk = self.trunk(ids_BT, **media)
-        logits_BPV = self.byte_head(self._text(trunk, ids_BT))[:, :-1]
-        loss = F.cross_entropy(logits_BPV.flatten(0, 1), ids_BT[:, NGRAM:].flatten())
-        return {"bytes": loss, **trunk.losses}
+        return self.trunk(ids_BT, **media)
 
-    def loss(self, ids_BT: Tensor, **media: Any) -> Tensor:
-        """Return the component `bytes` of `losses` alone: what a model is judged by."""
-        return self.losses(ids_BT, **media)["bytes"]
+    def _byte_loss(self, trunk: Trunk, ids_BT: Tensor) -> Tensor:
+        """Return the mean loss of the bytes from the fourth on."""
+        logits_BPV = self.byte_head(self._text(trunk, ids_BT))[:, :-1]
+        return F.cross_entropy(logits_BPV.flatten(0, 1), ids_BT[:, NGRAM:].flatten())
+
+    def _proposal_losses(self, trunk: Trunk) -> dict[str, Tensor]:
+        """Return the losses of the composites that the positions propose."""
+        if trunk.codes is None or self.composite is None or self.shared_vq is None:
+            return {}
+        with torch.no_grad():
+            motifs_BPC = self.shared_vq.rows(trunk.codes)
+        return self.composite(trunk.h_BPD, trunk.codes, motifs_BPC)
 
     def backward(
         self, loss: Tensor | Mapping[str, Tensor], *, rate: float | Tensor, step: int | Tensor
@@ -361,18 +375,30 @@ class ArbModel(nn.Module):
             for table, tensor in module.tables().items()
         }
 
+    def table_ranges(self) -> dict[str, tuple[int, int]]:
+        """Return the least and the largest element that each integer table may hold, by name."""
+        return {
+            f"{name}.{table}": bounds
+            for name, module in self.table_modules().items()
+            for table, bounds in module.table_ranges().items()
+        }
+
     def state(self) -> dict[str, TernaryWeight | Tensor]:
         """Return all that training changes: the weights in canonical form, and the integer tables."""
         return {**self.weights(), **self.tables()}
 
     def load_state(self, state: Mapping[str, TernaryWeight | Tensor]) -> None:
-        """Overwrite weights and tables, in place; nothing changes unless all of them fit."""
-        tables = self.tables()
+        """Overwrite weights and tables, in place; nothing changes unless all of them fit.
+
+        Raises TypeError or ValueError for a missing or unknown name, another shape or format, or a value out of range.
+        """
+        tables, ranges = self.tables(), self.table_ranges()
         given = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         for name, table in tables.items():
             if name not in given:
                 raise ValueError(f"state has no {name!r}, but must name every table of the model")
             checks.tensor(name, given[name], table.dtype, table.shape)
+            checks.values_between(name, given[name], *ranges[name])
         for name in given.keys() - tables.keys():
             raise ValueError(f"state has {name!r}, but the model has no table of that name")
         self.load_weights({name: value for name, value in state.items() if isinstance(value, TernaryWeight)})
@@ -396,25 +422,30 @@ class ArbModel(nn.Module):
                 raise ValueError(f"weights has no {name!r}, but must name every weight of the model")
             if name not in modules:
                 raise ValueError(f"weights has {name!r}, but the model has no weight of that name")
-        for name, weight in self.weights().items():
-            _check_loadable(name, weights[name], weight)
+        for name, module in modules.items():
+            _check_loadable(name, weights[name], module.weight)
         for name, module in modules.items():
             module.load(weights[name])
 
-    def snapshot_trits(self) -> dict[str, Tensor]:
-        """Return a copy of the packed trits of every weight that can vote."""
-        spec = {
-            name: self.ops.to_spec(m.weight) for name, m in self.ternary_modules().items() if not m.frozen
+    def snapshot_trits(self) -> dict[str, dict[str, Tensor]]:
+        """Return a copy of the trits of every weight that can vote, as the op set keeps them, and of nothing else."""
+        return {
+            name: {
+                part: tensor.clone()
+                for part, tensor in module.weight.tensors().items()
+                if part not in BESIDE_TRITS
+            }
+            for name, module in self.ternary_modules().items()
+            if not module.frozen
         }
-        return {name: weight.packed.clone() for name, weight in spec.items()}
 
-    def flip_rate(self, snapshot: dict[str, Tensor]) -> float:
+    def flip_rate(self, snapshot: Mapping[str, Mapping[str, Tensor]]) -> float:
         """Return the share of trits that differ from those of `snapshot_trits`, among the weights that can vote."""
         changed, total = torch.zeros((), dtype=torch.int64, device=self.voting.faults.device), 0
         modules = self.ternary_modules()
-        for name, packed in snapshot.items():
-            after = self.ops.to_spec(modules[name].weight)
-            changed += self.ops.count_changed_trits(after.with_tensors(packed=packed), after)
+        for name, trits in snapshot.items():
+            after = modules[name].weight
+            changed += self.ops.count_changed_trits(after.with_tensors(**trits), after)
             total += math.prod(after.shape)
         return float(changed) / total
 
@@ -435,7 +466,7 @@ def _sequence(name: str, sequencer: nn.Module | None, features_BNF: Tensor | Non
     return sequencer(features_BNF)
 
 
-def _check_loadable(name: str, weight: TernaryWeight, current: TernaryWeight) -> None:
+def _check_loadable(name: str, weight: TernaryWeight, current: LaidOutWeight) -> None:
     """Refuse a weight that does not fit the current one of that name, or holds values out of range."""
     if not isinstance(weight, TernaryWeight):
         raise TypeError(f"{name} is a {type(weight).__name__}, but must be a TernaryWeight")

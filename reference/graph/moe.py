@@ -13,6 +13,9 @@ from arbitor.reference.graph.grouped import TernaryGroupedLinear
 from arbitor.reference.graph.layers import TernaryLinear
 from arbitor.reference.graph.state import GraphContext, TableModule, when_voting
 
+LOAD_MAX = 2**63 - 1
+"""Most choices that an expert's load can count: what an int64 holds."""
+
 MODULATION_GAIN = 0.25
 """Scale of the experts' modulation at the start, where 1 would give m_e the variance of x."""
 
@@ -44,7 +47,8 @@ class SharedProjectionMoE(TableModule):
             context, config.num_experts, config.expert_rank, config.shared_inner, gain=MODULATION_GAIN
         )
         self.down = TernaryLinear(context, config.shared_inner, config.width, gain=output_gain)
-        self.add_table("load", torch.zeros(config.num_experts, dtype=torch.int64, device=context.device))
+        zeros_E = torch.zeros(config.num_experts, dtype=torch.int64, device=context.device)
+        self.add_table("load", zeros_E, 0, LOAD_MAX)
         self.recorded: list[Tensor] = []
 
     def forward(self, x_BPD: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class RecurrentMoEGraph(MoEGraph, TableModule):
         if self.max_turns > 1:
             channels = torch.arange(context.config.width, device=context.device)
             shifts = channels % len(LEAK_SHIFTS) + LEAK_SHIFTS[0]
-            self.add_table("leak_shifts", shifts.to(torch.int8))
+            self.add_table("leak_shifts", shifts.to(torch.int8), LEAK_SHIFTS[0], LEAK_SHIFTS[-1])
             self.halt_norm = TernaryRMSNorm(context, context.config.width)
             self.halt = TernaryLinear(context, context.config.width, 1)
 
@@ -89,10 +89,11 @@ def halting_shares(logits: Tensor) -> Tensor:
              first turn where it is not, and at the last turn if there was none; 0 after that
     Shapes:  [I - 1, ...] -> [I, ...], float32 or better, each >= 0; the sum over turns is 1
     """
-    p = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
-    after = p.cumsum(dim=0)
-    none = torch.zeros_like(p[:1])
-    before = torch.cat([none, after])
-    running = torch.cat([torch.ones_like(none), (after < HALT_THRESHOLD).to(p.dtype).cumprod(dim=0)])
-    goes_on = torch.cat([running[1:], none])
-    return running * (goes_on * torch.cat([p, none]) + (1 - goes_on) * (1 - before))
+    p_IBP = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+    shares, before = [], torch.zeros_like(p_IBP[0])
+    running = torch.ones_like(before)
+    for p in p_IBP:  # turn by turn, because a cumulative sum of floats has no deterministic form on CUDA
+        goes_on = running * (before + p < HALT_THRESHOLD)
+        shares.append(running * torch.where(goes_on > 0, p, 1 - before))
+        before, running = before + p, goes_on
+    return torch.stack([*shares, running * (1 - before)])

@@ -27,6 +27,14 @@ class LaidOutWeight(Protocol):
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
 
+    @property
+    def group_size(self) -> int:
+        """Columns per exponent."""
+
+    @property
+    def mantissa_bits(self) -> int:
+        """Mantissa bits of a scale."""
+
     def tensors(self) -> dict[str, Tensor]:
         """State tensors by name."""
 
@@ -69,8 +77,7 @@ class Voting:
             checks.integer("step", step, 0, RESERVED_STEP - 1)
         checks.threshold("size", size)
         self.rate, self.step, self.size = rate, step, size
-        # At rate 0 nothing moves, under either rule; the stochastic rule needs no look at the rate for that.
-        self.active = self.vote_rule == "stochastic" or float(rate) > 0
+        self.active = float(rate) > 0  # at rate 0 nothing moves: no vote, no counter, no revival
         try:
             yield
         finally:
@@ -136,14 +143,21 @@ class TableModule(nn.Module):
     counted there: a pass without a backward pass, or with a loss that is refused, leaves no trace.
     """
 
-    def add_table(self, name: str, tensor: Tensor) -> None:
-        """Register an integer tensor under a name: it moves with the module and is saved with the model."""
+    def add_table(self, name: str, tensor: Tensor, low: int, high: int) -> None:
+        """Register integers from `low` to `high` under a name: they move with the module and are saved with the model.
+
+        The range is what a state that is loaded must keep to: ops index with some tables and trust them all.
+        """
         self.register_buffer(name, tensor)
-        self.__dict__.setdefault("_tables", []).append(name)
+        self.__dict__.setdefault("_tables", {})[name] = (low, high)
 
     def tables(self) -> dict[str, Tensor]:
         """Return the integer tensors by name."""
         return {name: self.get_buffer(name) for name in self.__dict__.get("_tables", ())}
+
+    def table_ranges(self) -> dict[str, tuple[int, int]]:
+        """Return the least and the largest element that each table may hold, by name."""
+        return dict(self.__dict__.get("_tables", {}))
 
     def step_tables(self) -> None:
         """Count what was recorded since the last step, in place, and forget it. Nothing where nothing is counted."""

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from arbitor.reference import checks
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
 from arbitor.reference.graph.state import GraphContext, TableModule, TernaryModule, when_voting
-from arbitor.reference.types import MAX_NEIGHBOURS
+from arbitor.reference.types import MAX_NEIGHBOURS, SCORE_MAX
 
 FULL_PATH_MAX_CODES = 4096
 """Most codes of which the nodes of all are computed; of larger tables only what a batch needs."""
@@ -42,12 +42,19 @@ class EdgeTable(TernaryEmbedding, TableModule):
 
     Math:    step: `update_neighbours` with the pairs of accepted backward passes since the last step
     Shapes:  neighbours int32 [N, J], scores int8 [N, J]; forward: ids int64 [...] -> signs [..., J]
+    Targets: rows of this table, or `num_targets` rows of another one
     Start:   no neighbours, scores 0, signs +1
     Source:  docs/spec/edges.md; REFACTOR14 (neighbour tables)
     """
 
     def __init__(
-        self, context: GraphContext, num_rows: int, num_neighbours: int, *, allow_loops: bool = False
+        self,
+        context: GraphContext,
+        num_rows: int,
+        num_neighbours: int,
+        *,
+        num_targets: int | None = None,
+        allow_loops: bool = False,
     ) -> None:
         checks.integer("num_neighbours", num_neighbours, 1, MAX_NEIGHBOURS)
         shape = (num_rows, num_neighbours)
@@ -57,8 +64,8 @@ class EdgeTable(TernaryEmbedding, TableModule):
         self.used_rows: list[Tensor] = []
         self.seen: list[tuple[Tensor, Tensor]] = []
         empty = torch.full(shape, -1, dtype=torch.int32, device=context.device)
-        self.add_table("neighbours", empty)
-        self.add_table("scores", torch.zeros(shape, dtype=torch.int8, device=context.device))
+        self.add_table("neighbours", empty, -1, (num_rows if num_targets is None else num_targets) - 1)
+        self.add_table("scores", torch.zeros(shape, dtype=torch.int8, device=context.device), 0, SCORE_MAX)
 
     def record(self, sources: Tensor, targets: Tensor) -> None:
         """Keep pairs of ids, -1 for none, until the step that counts them."""

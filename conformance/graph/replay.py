@@ -1,0 +1,96 @@
+"""A training step of one op set, played again on another with the same inputs wherever floats become integers.
+
+Two op sets agree on activations and gradients up to rounding, so votes and codes may differ where a value lies on an edge. Here
+the first model records what such ops were given, rounded to small integers times a power of two, on which every sum is exact;
+the second runs the same step, but these ops get what was recorded. All state must then be equal in every bit.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REPLAYED = {
+    "linear_weight_grad": (0, 1),
+    "grouped_linear_weight_grad": (0, 1, 2),
+    "conv1d_weight_grad": (0, 1),
+    "rms_norm_weight_grad": (0, 1),
+    "embedding_row_grads": (0, 1),
+    "edge_sum_sign_grad": (0, 1, 2),
+    "nearest_codes": (0,),
+    "candidate_codes": (0,),
+    "nearest_candidates": (0, 2),
+    "expert_load": (0,),
+    "ngram_rows": (0,),
+    "count_codes": (1,),
+    "revive_codes": (2,),
+    "update_neighbours": (3, 4),
+    "touch_strengths": (1,),
+}
+"""Ops that make integers of activations and gradients, and the places of these among their arguments."""
+
+LEVELS = 8
+"""Largest integer that a recorded value is rounded to."""
+
+
+def recording(ops: ModuleType, calls: list[tuple[str, tuple[Tensor, ...]]]) -> ModuleType:
+    """Return ops that work on rounded inputs where integers come out, and keep these inputs in `calls`."""
+
+    def wrapped(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = tuple(rounded(args[place]) for place in REPLAYED[name])
+            calls.append((name, tuple(value.detach().cpu().clone() for value in given)))
+            return getattr(ops, name)(*exchanged(args, name, given), **kwargs)
+
+        return call
+
+    return with_ops(ops, wrapped)
+
+
+def replaying(ops: ModuleType, calls: list[tuple[str, tuple[Tensor, ...]]]) -> ModuleType:
+    """Return ops that work on what `recording` kept, call by call, in place of their own inputs."""
+    left = iter(calls)
+
+    def wrapped(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            recorded, values = next(left)
+            shapes = tuple(args[place].shape for place in REPLAYED[name])
+            assert (recorded, tuple(value.shape for value in values)) == (name, shapes), (
+                f"{name} of {shapes} is called where the first model called {recorded}"
+            )
+            given = tuple(
+                value.to(args[place].device, args[place].dtype)
+                for value, place in zip(values, REPLAYED[name], strict=True)
+            )
+            return getattr(ops, name)(*exchanged(args, name, given), **kwargs)
+
+        return call
+
+    return with_ops(ops, wrapped)
+
+
+def exchanged(args: tuple[Any, ...], name: str, given: tuple[Tensor, ...]) -> list[Any]:
+    """Return the arguments of a call with those that are replayed exchanged."""
+    changed = list(args)
+    for place, value in zip(REPLAYED[name], given, strict=True):
+        changed[place] = value
+    return changed
+
+
+def with_ops(ops: ModuleType, wrapped: Any) -> ModuleType:
+    """Return an op set with the replayed ops wrapped."""
+    module = ModuleType(f"{ops.__name__}_replay")
+    module.__dict__.update(ops.__dict__)
+    module.__dict__.update({name: wrapped(name) for name in REPLAYED})
+    return module
+
+
+def rounded(value: Tensor) -> Tensor:
+    """Return integers as they are, and floats as whole multiples, -LEVELS .. LEVELS, of a power of two."""
+    if not value.is_floating_point() or not value.numel() or not value.any():
+        return value
+    unit = 2.0 ** (torch.frexp(value.detach().abs().max().double()).exponent.item() - 3)
+    return (value / unit).round().clamp(-LEVELS, LEVELS) * unit

@@ -1,0 +1,107 @@
+"""Tensors of more than 2**31 elements: offsets of 32 bits would wrap, and the last rows would be others."""
+
+from __future__ import annotations
+
+import torch
+
+from arbitor.reference import ops as reference_ops
+from conformance.compare import exact
+from conformance.report import needs_cuda
+from conformance.subject import Subject
+
+BIG = 2**31
+"""Elements from which 32-bit offsets overflow."""
+
+
+def weight_of(subject: Subject, num_rows: int, num_columns: int) -> object:
+    """Return a random weight in the layout of the implementation under test."""
+    weight = reference_ops.initial_weight((num_rows, num_columns), std=0.05, seed=1, tensor_id=2)
+    return subject.raw("from_spec")(weight.to(subject.device))
+
+
+def test_pack_trits_beyond_32_bits(subject: Subject) -> None:
+    needs_cuda(subject, "addressing beyond 2**31 trits")
+    trits = torch.zeros(BIG + 25, dtype=torch.int8, device=subject.device)
+    trits[-25:] = torch.arange(25, device=subject.device) % 3 - 1
+    packed = subject.raw("pack_trits")(trits)
+    tail = BIG + 25 - (BIG + 25) % 5 - 20
+    exact(packed[tail // 5 :].cpu(), reference_ops.pack_trits(trits[tail:].cpu()))
+    exact(subject.raw("unpack_trits")(packed, (BIG + 25,))[-25:].cpu(), trits[-25:].cpu())
+
+
+def test_votes_beyond_32_bits(subject: Subject) -> None:
+    """The last rows of a gradient of more than 2**31 elements vote as they do alone."""
+    needs_cuda(subject, "addressing beyond 2**31 gradients")
+    num_columns = 4096
+    num_rows = BIG // num_columns + 3
+    grad = torch.zeros(num_rows, num_columns, device=subject.device, dtype=torch.bfloat16)
+    grad[-3:] = torch.randn(3, num_columns, device=subject.device)
+    clock = {"seed": 1, "step": 2, "tensor_id": 3}
+    votes = subject.raw("stochastic_votes")(grad, 1.0, **clock)
+    rows = torch.arange(num_rows - 3, num_rows)
+    exact(votes[-3:].cpu(), reference_ops.stochastic_votes(grad[-3:].cpu(), 1.0, rows=rows, **clock))
+    assert not votes[:-3].any()
+    exact(subject.raw("sign_votes")(grad, 3)[-3:].cpu(), reference_ops.sign_votes(grad[-3:].cpu(), 3))
+
+
+def test_linear_beyond_32_bits(subject: Subject) -> None:
+    """The last rows of activations of more than 2**31 elements give what they give alone."""
+    needs_cuda(subject, "addressing beyond 2**31 activations")
+    num_columns = 1024
+    count = BIG // num_columns + 5
+    weight = weight_of(subject, 24, num_columns)
+    x = torch.zeros(count, num_columns, device=subject.device, dtype=torch.bfloat16)
+    x[-5:] = torch.randint(-8, 9, (5, num_columns), device=subject.device)
+    op = subject.raw("linear")
+    exact(op(x, weight)[-5:], op(x[-5:].clone(), weight))
+    norm = weight_of(subject, 1, num_columns)
+    exact(subject.raw("rms_norm")(x, norm)[-5:], subject.raw("rms_norm")(x[-5:].clone(), norm))
+
+
+def test_update_beyond_32_bits(subject: Subject) -> None:
+    """The last rows of a weight of more than 2**31 elements count and step."""
+    needs_cuda(subject, "addressing beyond 2**31 weights")
+    num_columns = 4096
+    num_rows = BIG // num_columns + 3
+    weight = subject.raw("constant_weight")(
+        (num_rows, num_columns), trit=1, exponent=0, device=subject.device
+    )
+    rows = torch.tensor([0, num_rows - 1], device=subject.device)
+    votes = torch.full((2, num_columns), 20, dtype=torch.int8, device=subject.device)
+    clock = {"seed": 1, "step": 2, "tensor_id": 3}
+    subject.raw("accumulate")(weight, votes, rows=rows, out=weight, **clock)
+    canonical = subject.raw("to_spec")(weight)
+    exact(canonical.trit_accum[rows].cpu(), votes.cpu())
+    assert not canonical.trit_accum[1:-1].any()
+    subject.raw("apply_step")(weight, out=weight)
+    dense = subject.raw("dequantize")(
+        weight, rows=torch.tensor([0, 1, num_rows - 2, num_rows - 1], device=rows.device)
+    )
+    exact(dense[:, 0].cpu(), torch.tensor([0.0, 1.0, 1.0, 0.0]))
+    exact(dense[:, -1].cpu(), torch.tensor([0.0, 1.0, 1.0, 0.0]))
+
+
+def test_codes_beyond_32_bits(subject: Subject) -> None:
+    """The last code of a table of more than 2**31 trits is revived, found by both searches, looked up and counted."""
+    needs_cuda(subject, "addressing beyond 2**31 trits of codes")
+    width, op = 64, subject.raw
+    num_codes = BIG // width + 3
+    last, clock = num_codes - 1, {"seed": 1, "step": 2, "tensor_id": 3}
+    empty = op("constant_weight")((num_codes, width), trit=0, exponent=0, device=subject.device)
+    weight = op("from_spec")(empty)
+    usage = torch.zeros(num_codes, dtype=torch.int16, device=subject.device)
+    z = torch.ones(1, width, device=subject.device)
+    op("revive_codes")(weight, usage, z, first=last, window=1, out=weight, **clock)
+    exact(op("nearest_codes")(z, weight).cpu(), torch.tensor([last]))
+    buckets = {"num_codes": num_codes, "sign_bits": 20, "num_probes": 2}
+    candidates = op("candidate_codes")(z, **buckets)
+    exact(op("nearest_candidates")(z, weight, candidates).cpu(), torch.tensor([last]))
+    ids = torch.tensor([last, last - 1], device=subject.device)
+    exact(op("embedding")(ids, weight).cpu(), torch.cat([torch.ones(1, width), torch.zeros(1, width)]))
+    op("count_codes")(usage, ids[:1], out=usage)
+    op("age_codes")(usage, first=last - 1, window=2, out=usage)
+    exact(usage[-3:].cpu(), torch.tensor([0, 1, 0], dtype=torch.int16))
+    votes = torch.full((1, width), 20, dtype=torch.int8, device=subject.device)
+    op("accumulate")(weight, votes, rows=ids[:1], out=weight, **clock)
+    op("apply_step")(weight, rows=ids[:1], out=weight)
+    exact(op("embedding")(ids, weight).cpu(), torch.zeros(2, width))
