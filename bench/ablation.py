@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -28,12 +29,15 @@ import torch
 
 from arbitor.optimized.training.plan import preset_config
 from arbitor.reference.config import ArbConfig, with_modules
+from bench import parts
 
 EVERY_MODULE = {
     "num_codes": 4096,
     "num_hops": 2,
     "hop_rank": 24,
     "memory_rows": 16_384,
+    "composite_codes": 4096,
+    "composite_inner": 256,
     "max_moe_iters": 2,
 }
 """What a preset gets that leaves these modules out; a preset that has codes already is taken as it is."""
@@ -42,18 +46,30 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "every module": {},
     "no memory": {"memory": False},
     "no graph": {"graph": False},
+    "no composites": {"composite_codes": 0},
     "no codes": {"vq": False},
     "no experts": {"moe": False},
     "one turn": {"max_moe_iters": 1},
     "four turns": {"max_moe_iters": 4},
     "trunk alone": {"vq": False, "max_moe_iters": 1},
 }
-"""Arguments of `with_modules` by the name of a variant. Without codes there is neither graph nor memory."""
+"""Arguments of `with_modules`, or fields of the config, by the name of a variant. Without codes there is neither graph nor
+memory, and without a graph there are no composites."""
+
+MODULES = frozenset(signature(with_modules).parameters) - {"config"}
+"""Names of those arguments."""
 
 
 def full(config: ArbConfig) -> ArbConfig:
     """Return a configuration with every module on."""
     return config if config.num_codes else replace(config, **EVERY_MODULE)
+
+
+def variant(config: ArbConfig, changes: Mapping[str, Any]) -> ArbConfig:
+    """Return a configuration with the changes of a variant."""
+    modules = {name: value for name, value in changes.items() if name in MODULES}
+    fields = {name: value for name, value in changes.items() if name not in MODULES}
+    return replace(with_modules(config, **modules), **fields)
 
 
 def train(
@@ -88,7 +104,7 @@ def runs(
         waiting = {
             pool.submit(
                 train,
-                with_modules(config, **VARIANTS[name]),
+                variant(config, VARIANTS[name]),
                 seed=seed,
                 device=number % devices if devices > 1 else None,
                 **options,
@@ -98,12 +114,12 @@ def runs(
         for done in as_completed(waiting):
             try:
                 yield {"variant": waiting[done], **done.result()}
-            except RuntimeError as error:
+            except Exception as error:  # whatever it is, the other runs are worth keeping
                 print(f"{waiting[done]}: {error}", file=sys.stderr)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the variants asked for, write the JSON file, print the table."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the variants asked for, write the JSON file, print the table; return 1 if a run failed."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.ablation", description=(__doc__ or "").splitlines()[0]
     )
@@ -120,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     jobs = [(name, seed) for seed in args.seeds for name in args.variants]
     began = time.monotonic()
+    out = None if args.out is None else args.out.with_suffix(".json")
     results: list[dict[str, Any]] = []
     for result in runs(
         full(preset_config(args.preset)),
@@ -129,13 +146,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         extra=args.extra,
     ):
         results.append(result)
-        if args.out is not None:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+        parts.write(out, results)
     print(table(results))
     print(
         f"{len(results)} of {len(jobs)} runs, {args.side_by_side} side by side, {time.monotonic() - began:.0f} s"
     )
+    return int(len(results) < len(jobs))
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -156,4 +172,4 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 from arbitor.reference.op_table import OP_TABLE, Shape
@@ -57,6 +57,35 @@ UPDATE_SHAPES: Mapping[str, Shape] = {
 
 TRAIN_SHAPES: Mapping[str, Shape] = {"tiny": {"B": 16, "T": 128}, "small": {"B": 64, "T": 256}}
 """Windows B of T bytes in a train step, by preset: what `arb train` uses."""
+
+STEP_OPS = (
+    *LINEARS,
+    "grouped_linear",
+    "grouped_linear_input_grad",
+    "grouped_linear_weight_grad",
+    "expert_load",
+    "rms_norm",
+    "rms_norm_input_grad",
+    "embedding",
+    "embedding_row_grads",
+    "accumulate_gradient",
+    "apply_step",
+)
+"""Ops of a train step."""
+
+MODULE_OPS = (
+    "nearest_codes",
+    "count_codes",
+    "revive_codes",
+    "age_codes",
+    "edge_sum",
+    "edge_sum_input_grad",
+    "edge_sum_sign_grad",
+    "update_neighbours",
+    "ngram_rows",
+    "touch_strengths",
+)
+"""What a train step uses besides if the model has every module."""
 
 REFERENCE_MAX_WEIGHTS = 7168 * 7168
 """Largest weight that the reference is timed with; its temporaries are int64, some of them a dozen numbers a group."""
@@ -138,17 +167,10 @@ def rows() -> Mapping[str, BenchRow]:
         bytes_min=None,
         ops_min=None,
         capturable=False,  # looks at the loss, to refuse one that is not finite
-        gates=(
-            *LINEARS,
-            "rms_norm",
-            "rms_norm_input_grad",
-            "embedding",
-            "embedding_row_grads",
-            count.name,
-            step.name,
-        ),
+        gates=STEP_OPS,
     )
-    return {**table, update.name: update, train.name: train}
+    whole = replace(train, name="train_step_every_module", gates=(*STEP_OPS, *MODULE_OPS))
+    return {**table, **{row.name: row for row in (update, train, whole)}}
 
 
 def _with_tokens(shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
@@ -195,7 +217,7 @@ def why_left_out(case: Case) -> str | None:
             return "shapes beyond tiny are for a GPU"
         if case.implementation == OURS and not interpreted():
             return "Triton kernels need CUDA"
-        if case.implementation == OURS and case.row.name == "train_step":
+        if case.implementation == OURS and case.row.family == "train_step":
             return "a train step takes minutes in Triton's interpreter"
     large = sizes.get("N", 0) * sizes.get("K", 0) > REFERENCE_MAX_WEIGHTS
     if case.implementation == REFERENCE and case.row.family == "update" and large:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -206,7 +207,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Leave no empty folder behind where nothing was saved."""
+    """Leave no empty folder behind where nothing was saved, and nothing that is never freed."""
+    gc.unfreeze()  # Triton's bindings would call what a session froze a leak
     folder = machine.RESULTS / machine.slug()
     for path in (folder, machine.RESULTS):
         if path.is_dir() and not any(path.iterdir()):

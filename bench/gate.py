@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from arbitor.reference import ops as reference_ops
-from bench.cases import Case
+from bench import cases
+from bench.cases import BenchRow, Case
 from bench.inputs import INPUTS, Maker, Sizes
 from bench.peers import Peer
 
-KEPT = ("G", "J", "stride", "padding", "float_bytes")
+KEPT = ("G", "J", "E", "R", "order", "stride", "padding", "probes", "sign_bits", "halting", "float_bytes")
 """Sizes that choose a code path rather than an amount of work."""
 
 MAX_TOKENS = 512
-"""Activation rows of a check, at most; up to there M is the case's own, because kernels are chosen by it."""
+"""Activation rows of a check, at most, unless MOST says otherwise; up to there M is the case's own: kernels are chosen by it."""
+
+MOST: Mapping[str, Mapping[str, int]] = {
+    "attention": {"H": 128, "S": 1024, "L": 512},
+    "codebook": {"M": 1024, "N": 2**17},
+    "conv": {"C": 768},
+    "denoise": {"D": 1088, "L": 16_384, "P": 298},
+    "edges": {"K": 640},
+    "embedding": {"K": 2304},
+    "experts": {"M": 1024, "N": 640, "K": 1024},
+    "linear": {"K": 2304},
+    "norm": {"K": 2304},
+    "scale": {"K": 2304},
+    "update": {"K": 12_480},
+    "votes": {"K": 2304},
+}
+"""Largest sizes of a check by family, where the tiny shape's would not do; up to there a size is the case's own. Beyond them
+no other path is left: tiles have their full width, the last is ragged, sums are split, a program takes more than one tile."""
+
+UNPACKS = ("linear", "experts")
+"""Families whose ops split a weight of more than their DENSE_ELEMENTS. What is checked is smaller, and so is the limit then."""
 
 PEER_ERROR = 1e-2
 """Norm of a peer's error over the norm of the result: bfloat16 operands stay below it, another function does not."""
@@ -26,16 +52,24 @@ class Red(Exception):
     """An implementation does not compute what it should; its message says where."""
 
 
-def small(case: Case) -> Sizes:
-    """Return the sizes at which a case is checked: the tiny shape's, with what chooses a code path from the case."""
-    tiny = case.row.shapes.get("tiny", case.sizes)
-    return {name: _small(name, size, tiny.get(name, size)) for name, size in case.sizes.items()}
+def small(row: BenchRow, sizes: Sizes) -> Sizes:
+    """Return the sizes at which an op is checked: the tiny shape's, with what chooses a code path from those that are timed."""
+    tiny = row.shapes.get("tiny", sizes)
+    most = {**tiny, **MOST.get(row.family, {})}
+    if "M" in sizes:
+        most["M"] = max(MAX_TOKENS, most["M"])
+    return {name: size if name in KEPT else min(size, most[name]) for name, size in sizes.items()}
 
 
-def _small(name: str, size: int, tiny: int) -> int:
-    if name in KEPT:
-        return size
-    return min(size, MAX_TOKENS if name == "M" else tiny)
+def called_with(case: Case, op: str) -> Sizes:
+    """Return the sizes that a case calls an op with.
+
+    A compound calls it with its own if the op has the same ones; else with the op's shape of that name, or its tiny one.
+    """
+    shapes = cases.rows()[op].shapes
+    if op == case.row.name or set(shapes["tiny"]) == set(case.sizes):
+        return case.sizes
+    return shapes.get(case.shape, shapes["tiny"])
 
 
 class Gate:
@@ -43,15 +77,23 @@ class Gate:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.verdicts: dict[tuple[str, tuple[tuple[str, int], ...]], str | None] = {}
+        self.verdicts: dict[tuple[str, tuple[tuple[str, int], ...], int], str | None] = {}
 
     def ours(self, op: str, sizes: Sizes) -> None:
-        """Raise Red unless our op agrees with the reference, in the way that its row of the table says."""
-        key = (op, tuple(sorted(sizes.items())))
+        """Raise Red unless our op agrees with the reference, in the way that its row of the table says.
+
+        Args:
+            sizes: those that are timed; what is checked is `small` of them.
+        """
+        row = cases.rows()[op]
+        checked = small(row, sizes)
+        shrunk = elements(sizes) // elements(checked) if row.family in UNPACKS else 1
+        key = (op, tuple(sorted(checked.items())), shrunk)
         if key not in self.verdicts:
-            self.verdicts[key] = self._compare(op, sizes)
+            with unpacking_less(row.family, shrunk):
+                self.verdicts[key] = self._compare(op, checked)
         if self.verdicts[key] is not None:
-            raise Red(f"{op} differs from the reference at {dict(sizes)}: {self.verdicts[key]}")
+            raise Red(f"{op} differs from the reference at {dict(checked)}: {self.verdicts[key]}")
 
     def _compare(self, op: str, sizes: Sizes) -> str | None:
         from arbitor.optimized import ops as optimized_ops
@@ -70,9 +112,10 @@ class Gate:
         return None
 
     def peer(self, op: str, peer: Peer, sizes: Sizes) -> None:
-        """Raise Red unless a peer computes the op, within the rounding of its own dtype."""
+        """Raise Red unless a peer computes the op, within the rounding of its own dtype; `sizes` as for `ours`."""
         if not peer.checked:
             return
+        sizes = small(cases.rows()[op], sizes)
         arguments = INPUTS[op](Maker(self.device, f"gate {op}"), sizes)
         output = peer.build(arguments, sizes)()
         args, kwargs = arguments
@@ -85,6 +128,22 @@ class Gate:
             error = relative_error(got, want)
             if not error <= PEER_ERROR:
                 raise Red(f"peer {peer.name} of {op} is off by {error:.2g} of the result at {dict(sizes)}")
+
+
+def elements(sizes: Sizes) -> int:
+    """Return the elements of the weight that an op of these sizes unpacks."""
+    return math.prod(sizes.get(name, 1) for name in ("E", "N", "K"))
+
+
+@contextmanager
+def unpacking_less(family: str, shrunk: int) -> Iterator[None]:
+    """Let the ops of a family unpack so many times fewer elements at a time: a weight is split as the one timed is."""
+    if shrunk == 1:
+        yield
+        return
+    module = import_module(f"arbitor.optimized.ops.{family}")
+    with patch.object(module, "DENSE_ELEMENTS", module.DENSE_ELEMENTS // shrunk):
+        yield
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

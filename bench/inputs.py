@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arbitor.reference.config import HALT_THRESHOLD
 from arbitor.reference.types import MAX_PACKED_BYTE, TernaryWeight, groups_per_row, packed_bytes
 
 Sizes = Mapping[str, int]
@@ -183,7 +184,7 @@ def _touch(make: Maker, s: Sizes) -> Arguments:
     return (strengths, make.integers(-1, s["N"] - 1, (s["M"],), torch.int64)), at
 
 
-def _slots(make: Maker, s: Sizes) -> Arguments:
+def _decode_attention(make: Maker, s: Sizes) -> Arguments:
     dtype, columns = FLOATS[s["float_bytes"]], s["L"] + s["R"]
     bias = make.integers(0, 1, (s["B"], s["S"]), torch.int64).to(torch.float32) * math.log(64)
     q, keys = (make.normal((s["B"], s[rows], columns), dtype) for rows in ("H", "S"))
@@ -195,10 +196,14 @@ def _denoise_loop(make: Maker, s: Sizes) -> Arguments:
     shapes = ((s["D"], s["L"]), (s["D"], s["D"]), (s["T"], s["D"]), (s["L"], s["D"]))
     weights = (make.weight(*shape, s["G"]) for shape in shapes)
     latent, tokens = make.normal((s["B"], s["L"]), floats), make.normal((s["B"], s["P"], s["D"]), floats)
-    return (latent, tokens, *weights), {"alphas": (0.153, 0.497, 0.819)[: s["T"]]}
+    at = {
+        "alphas": (0.153, 0.497, 0.819)[: s["T"]],
+        "halt_threshold": HALT_THRESHOLD if s["halting"] else None,
+    }
+    return (latent, tokens, *weights), at
 
 
-def _slots(make: Maker, s: Sizes) -> Tensor:
+def _edge_slots(make: Maker, s: Sizes) -> Tensor:
     """Return the neighbours of M rows, one in ten of them an empty slot."""
     named = make.integers(0, s["N"] - 1, (s["M"], s["J"]), torch.int32)
     return torch.where(make.integers(0, 9, (s["M"], s["J"]), torch.int32) == 0, -1, named)
@@ -285,13 +290,13 @@ INPUTS: dict[str, Callable[[Maker, Sizes], Arguments]] = {
     "expert_load": lambda m, s: ((_dealt(m, s),), {"num_groups": s["E"]}),
     "ngram_rows": _ngrams,
     "touch_strengths": _touch,
-    "decode_attention": _slots,
-    "edge_sum": lambda m, s: ((_nodes(m, s), _slots(m, s), _signs(m, s)), {}),
+    "decode_attention": _decode_attention,
+    "edge_sum": lambda m, s: ((_nodes(m, s), _edge_slots(m, s), _signs(m, s)), {}),
     "edge_sum_input_grad": lambda m, s: (
-        (_activations(m, s, "K"), _slots(m, s), _signs(m, s)),
+        (_activations(m, s, "K"), _edge_slots(m, s), _signs(m, s)),
         {"num_nodes": s["N"]},
     ),
-    "edge_sum_sign_grad": lambda m, s: ((_activations(m, s, "K"), _nodes(m, s), _slots(m, s)), {}),
+    "edge_sum_sign_grad": lambda m, s: ((_activations(m, s, "K"), _nodes(m, s), _edge_slots(m, s)), {}),
     "update_neighbours": _neighbours,
     "from_spec": lambda m, s: ((_weight(m, s),), {}),
     "to_spec": lambda m, s: ((_weight(m, s),), {}),

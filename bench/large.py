@@ -2,10 +2,11 @@
 
     python -m bench.large --presets r12 r11 r14 --ctx 4 128 1024 --out docs/runs/large
 
-The first pass at the first length is cold: with an empty cache of compiled kernels (--cold gives every preset one of its own) it
-compiles all that the model needs. The seeds' figures, of an RTX 4060, stand beside ours where they ran the same model at the same
-length. With --checkpoint the trained state is written, read back and compared by digest; peak memory is said for every stage.
-Writes one JSON object and prints it as Markdown.
+With --cold every model gets an empty cache of compiled kernels, and its first pass at the first length compiles all that the model
+needs; without it, that pass takes kernels from the cache where it finds them. The seeds' figures, of an RTX 4060, stand beside ours
+where they ran the same model at the same length. With --checkpoint the trained state is written, read back and compared by digest;
+peak memory is said for every stage. Writes one JSON object, again after each length, and prints it as Markdown; what does not fit
+the device is said, and costs no other row.
 """
 
 from __future__ import annotations
@@ -14,22 +15,26 @@ import argparse
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
+from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training.checkpoint import load_checkpoint, save_checkpoint, state_sha256
 from arbitor.optimized.training.plan import model_config
 from arbitor.optimized.training.runtime import choose_runtime
 from arbitor.optimized.training.smoke import smoke
 from arbitor.reference.graph import ArbModel
-from bench import machine
+from bench import machine, parts
 
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "r9": {"preset": "r9"},
@@ -54,40 +59,39 @@ SEED_FIGURES: Mapping[tuple[str, int], str] = {
 """What the seeds measured on an RTX 4060, by model and length."""
 
 PASSES = 6
-"""Passes at each length: one cold, the median of the others."""
+"""Passes at each length: the first, and the median of the others."""
 
 
-def measured(name: str, lengths: Sequence[int], *, device: str, seed: int) -> list[dict[str, Any]]:
-    """Return the figures of a model at each length."""
+def measured(name: str, context: int, *, device: str, seed: int) -> dict[str, Any]:
+    """Return the figures of a model at a length."""
     runtime, config = choose_runtime(device, None, None), model_config(**MODELS[name])
-    rows = []
-    for context in lengths:
-        report = smoke(config, runtime, context=context, batch=1, backward=True, seed=seed, passes=PASSES)
-        assert report.cold.update is not None and report.warm.update is not None
-        rows.append(
-            {
-                "model": name,
-                "context": context,
-                "weights": report.weights,
-                "canonical_bytes": report.state_bytes,
-                "build_seconds": report.build_seconds,
-                "cold_forward_seconds": report.cold.forward,
-                "cold_update_seconds": report.cold.update,
-                "forward_seconds": report.warm.forward,
-                "update_seconds": report.warm.update,
-                "peak_bytes": report.peak_bytes,
-                "seed": SEED_FIGURES.get((name, context)),
-            }
-        )
-        if runtime.device == "cuda":
-            torch.cuda.empty_cache()
-    return rows
+    report = smoke(config, runtime, context=context, batch=1, backward=True, seed=seed, passes=PASSES)
+    if runtime.device == "cuda":
+        torch.cuda.empty_cache()
+    return {
+        "weights": report.weights,
+        "canonical_bytes": report.state_bytes,
+        "build_seconds": report.build_seconds,
+        "cold_forward_seconds": report.cold.forward,
+        "cold_update_seconds": report.cold.update,
+        "forward_seconds": report.warm.forward,
+        "update_seconds": report.warm.update,
+        "peak_bytes": report.peak_bytes,
+        "seed": SEED_FIGURES.get((name, context)),
+    }
 
 
 def through_a_checkpoint(name: str, *, device: str, seed: int) -> dict[str, Any]:
+    """Return the stages of a model on its way through a checkpoint; if one fails, those before it, and why."""
+    stages: dict[str, Any] = {}
+    way = partial(_through_a_checkpoint, name, stages, device=device, seed=seed)
+    return {**parts.attempt(way), "stages": stages}
+
+
+@values_vouched_for()
+def _through_a_checkpoint(name: str, stages: dict[str, Any], *, device: str, seed: int) -> dict[str, Any]:
     """Build a model, train it for two steps, write its state, read it into another model, and compare the two by digest."""
     runtime, config = choose_runtime(device, None, None), model_config(**MODELS[name])
-    stages: dict[str, Any] = {}
 
     def stage(what: str, began: float) -> None:
         runtime.synchronize()
@@ -129,44 +133,63 @@ def through_a_checkpoint(name: str, *, device: str, seed: int) -> dict[str, Any]
         stage("checkpoint read into another model", began)
         size = path.stat().st_size
     same = state_sha256(other.state()) == digest
-    return {"model": name, "stages": stages, "file_bytes": size, "same_state": same}
+    return {"file_bytes": size, "same_state": same}
 
 
-def in_a_process(function: Callable[..., Any], *arguments: Any, cold: bool = False, **options: Any) -> Any:
-    """Call a function in a process of its own, so that nothing of another model is left; with no compiled kernels if `cold`."""
+@contextmanager
+def a_process(*, cold: bool) -> Iterator[ProcessPoolExecutor]:
+    """Give a model a process of its own, so that nothing of another is left; with no compiled kernels if `cold`."""
     with tempfile.TemporaryDirectory() as folder:
         changed = {"TRITON_CACHE_DIR": folder} if cold else {}
         with (
             patch.dict(os.environ, changed),
             ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
         ):
-            return pool.submit(function, *arguments, **options).result()
+            yield pool
+
+
+def remotely(
+    pool: ProcessPoolExecutor, function: Callable[..., dict[str, Any]], *arguments: Any, **options: Any
+) -> dict[str, Any]:
+    """Return what a function measured in another process, or why it failed: there, where memory must be freed, or as a whole."""
+    part = partial(parts.attempt, partial(function, *arguments, **options))
+    return parts.attempt(lambda: pool.submit(part).result())
 
 
 def tables(report: Mapping[str, Any]) -> str:
     """Return a report as Markdown."""
+    first = "cold" if report["cold"] else "first"
     lines = [
-        "| model | ctx | forward s | update s | cold forward s | cold update s | peak MiB | the seed's |",
+        f"| model | ctx | forward s | update s | {first} forward s | {first} update s | peak MiB | the seed's |",
         "|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in report["rows"]:
+        lead = f"| {row['model']} | {row['context']:,} |"
+        if "failed" in row:
+            lines.append(f"{lead} {row['failed']} | | | | | |")
+            continue
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}"
         lines.append(
-            f"| {row['model']} | {row['context']:,} | {row['forward_seconds']:.3f} | {row['update_seconds']:.3f} "
+            f"{lead} {row['forward_seconds']:.3f} | {row['update_seconds']:.3f} "
             f"| {row['cold_forward_seconds']:.2f} | {row['cold_update_seconds']:.2f} | {peak} | {row['seed'] or ''} |"
         )
+    if not report["cold"]:
+        lines += ["", "First: a pass whose kernels may have been compiled before."]
     for entry in report["checkpoints"]:
         lines += ["", "| stage of " + entry["model"] + " | s | peak MiB |", "|---|---:|---:|"]
-        for what, figures in entry["stages"].items():
+        for what, figures in entry.get("stages", {}).items():
             peak = "" if figures["peak_bytes"] is None else f"{figures['peak_bytes'] / 2**20:,.0f}"
             lines.append(f"| {what} | {figures['seconds']:.2f} | {peak} |")
+        if "failed" in entry:
+            lines.append(f"\nNo further: {entry['failed']}.")
+            continue
         same = "the same state came back" if entry["same_state"] else "ANOTHER STATE CAME BACK"
         lines.append(f"\nFile of {entry['file_bytes'] / 2**20:,.0f} MiB; {same}.")
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure every model, write the JSON file, print the tables."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure every model, write the JSON file, print the tables; return 1 if a part failed."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.large", description=(__doc__ or "").splitlines()[0]
     )
@@ -175,7 +198,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--ctx", type=int, nargs="+", default=[4, 128, 1024], help="bytes of a window")
     parser.add_argument(
-        "--checkpoint", nargs="*", default=[], metavar="NAME", help="models to write and read back"
+        "--checkpoint",
+        nargs="*",
+        default=[],
+        choices=list(MODELS),
+        metavar="NAME",
+        help="models to write and read back",
     )
     parser.add_argument("--cold", action="store_true", help="give every model an empty cache of kernels")
     parser.add_argument("--device", default="auto")
@@ -187,21 +215,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         "torch": torch.__version__,
         "seed": arguments.seed,
     }
-    report |= {"passes": PASSES, "rows": [], "checkpoints": []}
+    report |= {"passes": PASSES, "cold": arguments.cold, "rows": [], "checkpoints": []}
     options = {"device": arguments.device, "seed": arguments.seed}
-
-    def keep(kind: str, found: list[dict[str, Any]]) -> None:
-        report[kind] += found
-        if arguments.out is not None:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-
+    out = None if arguments.out is None else arguments.out.with_suffix(".json")
     for name in arguments.presets:
-        keep("rows", in_a_process(measured, name, arguments.ctx, cold=arguments.cold, **options))
+        with a_process(cold=arguments.cold) as pool:
+            for context in arguments.ctx:
+                row = remotely(pool, measured, name, context, **options)
+                report["rows"].append({"model": name, "context": context, **row})
+                parts.write(out, report)
     for name in arguments.checkpoint:
-        keep("checkpoints", [in_a_process(through_a_checkpoint, name, **options)])
+        with a_process(cold=False) as pool:
+            entry = remotely(pool, through_a_checkpoint, name, **options)
+        report["checkpoints"].append({"model": name, **entry})
+        parts.write(out, report)
     print(tables(report))
+    return parts.exit_status([*report["rows"], *report["checkpoints"]])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

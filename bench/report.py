@@ -105,7 +105,7 @@ def text_table(results: Iterable[Row], *, skip_tiny: bool) -> list[str]:
     lines = [
         line
         for line in lines_of(results)
-        if not (skip_tiny and line["shape"] in ("tiny", "scalar")) or line["op"] == "train_step"
+        if not (skip_tiny and line["shape"] in ("tiny", "scalar")) or line["op"].startswith("train_step")
     ]
     table = [HEADER, *map(cells, lines)]
     widths = [max(len(row[column]) for row in table) for column in range(len(HEADER))]

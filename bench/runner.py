@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+from arbitor.optimized.settings import values_vouched_for
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import NUM_BYTES, ArbConfig, with_modules
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.presets import preset
 from arbitor.reference.types import TernaryWeight
 from bench import cases, gate, machine, rooflines, timing
+from bench.ablation import full
 from bench.cases import OURS, REFERENCE, Case
 from bench.inputs import CLOCK, INPUTS, RATE, Arguments, Maker
 from bench.peers import Peer, peers_of
@@ -89,9 +91,9 @@ def _measure(benchmark: Any, session: Session, case: Case) -> None:
     peer = next((peer for peer in peers_of(case.row.name) if peer.name == case.implementation), None)
     if case.implementation == OURS:
         for op in case.row.gates:
-            session.gate.ours(op, _gate_sizes(case, op))
+            session.gate.ours(op, gate.called_with(case, op))
     elif peer is not None:
-        session.gate.peer(case.row.name, peer, gate.small(case))
+        session.gate.peer(case.row.name, peer, case.sizes)
     _refuse_without_memory(session, case)
     call = _call(session, case, peer)
     capturable = case.row.capturable and (peer.capturable if peer else case.implementation == OURS)
@@ -119,13 +121,6 @@ def _measure(benchmark: Any, session: Session, case: Case) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def _gate_sizes(case: Case, op: str) -> dict[str, int]:
-    """Return the sizes at which an op is checked before a case: the case's own, or the op's tiny shape for a compound."""
-    if op == case.row.name:
-        return dict(gate.small(case))
-    return dict(cases.rows()[op].shapes["tiny"])
-
-
 def _refuse_without_memory(session: Session, case: Case) -> None:
     """Skip a case whose inputs and results alone don't fit."""
     if session.timer.device.type != "cuda" or case.row.family != "update":
@@ -139,7 +134,7 @@ def _refuse_without_memory(session: Session, case: Case) -> None:
 
 def _call(session: Session, case: Case, peer: Peer | None) -> Callable[[], Any]:
     """Return the call to time."""
-    if case.row.name == "train_step":
+    if case.row.family == "train_step":
         ids_BT = _ids(session, case)
         return peer.build(((case.shape, ids_BT), {}), case.sizes) if peer else _train_step(case, ids_BT)
     name = "accumulate_gradient" if case.row.name == "update_step" else case.row.name
@@ -196,20 +191,24 @@ def _ids(session: Session, case: Case) -> torch.Tensor:
     return Maker(session.timer.device, "train_step").integers(0, NUM_BYTES - 1, shape, torch.int64)
 
 
-def trunk(name: str) -> ArbConfig:
-    """Return a preset without codes and loop: what a model of float weights can do as well."""
-    return with_modules(preset(name), vq=False, max_moe_iters=1)
+def trained(case: Case) -> ArbConfig:
+    """Return the model of a train step: of a preset with every module, or without codes and loop, as float weights can do."""
+    config = preset(case.shape)
+    if case.row.name == "train_step_every_module":
+        return full(config)
+    return with_modules(config, vq=False, max_moe_iters=1)
 
 
 def _train_step(case: Case, ids_BT: torch.Tensor) -> Callable[[], Any]:
     """Return one step of training: loss, backward pass with votes, step. bfloat16 on a GPU, float32 on a CPU."""
     dtype = torch.bfloat16 if ids_BT.device.type == "cuda" else torch.float32
     ops = op_set(case.implementation)
-    model = ArbModel(trunk(case.shape), ops=ops, device=ids_BT.device, dtype=dtype, seed=0)
+    model = ArbModel(trained(case), ops=ops, device=ids_BT.device, dtype=dtype, seed=0)
     taken = iter(range(2**31))
 
+    @values_vouched_for()  # as the trainer does
     def step() -> None:
-        if not model.backward(model.loss(ids_BT), rate=RATE, step=next(taken)):
+        if not model.backward(model.losses(ids_BT), rate=RATE, step=next(taken)):
             raise gate.Red(f"the loss of preset {case.shape} is not finite")
         model.step()
 

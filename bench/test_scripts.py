@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import weakref
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from arbitor.reference.config import with_modules
+from arbitor.reference.audit import audit
+from arbitor.reference.graph import ArbModel
 from arbitor.reference.presets import preset
-from bench import ablation, large, machine
+from bench import ablation, generation, large, machine, parts, recall
 from conformance.graph.models import NANO
 
 
 def test_variants_of_the_ablation_differ_in_the_module_they_name() -> None:
     whole = ablation.full(preset("small"))
     assert (whole.num_codes, whole.num_hops, whole.memory_rows, whole.max_moe_iters) == (4096, 2, 16_384, 2)
-    configs = [with_modules(whole, **changes) for changes in ablation.VARIANTS.values()]
-    assert len(set(configs)) == len(configs), "two variants are one model"
+    configs = {name: ablation.variant(whole, changes) for name, changes in ablation.VARIANTS.items()}
+    assert len(set(configs.values())) == len(configs), "two variants are one model"
+    assert configs["no composites"] == replace(whole, composite_codes=0) and whole.composite_codes == 4096
+    assert configs["no graph"].composite_codes == configs["no graph"].num_hops == 0
     assert ablation.full(preset("tiny")) == preset("tiny")
 
 
@@ -54,26 +62,153 @@ def test_a_failed_run_of_the_ablation_is_said(capsys: pytest.CaptureFixture[str]
     assert "no graph" in (said := capsys.readouterr().err) and "no such file" in said
 
 
-def test_large_measures_cold_and_warm_and_a_checkpoint(
+def test_large_measures_each_length_and_a_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A window of two bytes is refused, and costs no other row."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    large.main(
+    status = large.main(
         [
-            *("--presets", "tiny", "--ctx", "4", "--checkpoint", "tiny", "--device", "cpu"),
+            *("--presets", "tiny", "--ctx", "2", "4", "--checkpoint", "tiny", "--device", "cpu"),
             *("--out", str(tmp_path / "large")),
         ]
     )
     report = json.loads((tmp_path / "large.json").read_text())
-    [row] = report["rows"]
-    assert row["context"] == 4 and row["weights"] == 810_780 and row["seed"] is None
+    refused, row = report["rows"]
+    assert status == 1 and "at least 4 bytes" in refused["failed"] and refused["context"] == 2
+    assert row["context"] == 4 and row["weights"] == audit(preset("tiny")).weights and row["seed"] is None
     assert min(row[name] for name in row if name.endswith("_seconds")) > 0
     [entry] = report["checkpoints"]
     assert entry["same_state"] and len(entry["stages"]) == 5
     assert 1.36 < entry["file_bytes"] / row["weights"] < 1.7  # the canonical state, and integer tables
     shown = capsys.readouterr().out
-    assert "| tiny | 4 |" in shown and "the same state came back" in shown
+    assert (
+        "| tiny | 2 | ValueError" in shown and "| tiny | 4 |" in shown and "the same state came back" in shown
+    )
+    assert "| first forward s |" in shown and "| cold forward s |" in large.tables({**report, "cold": True})
+
+
+def test_stages_before_one_that_fails_are_kept() -> None:
+    entry = {"model": "r14", "stages": {"initialise": {"seconds": 1.0, "peak_bytes": 2**30}}}
+    report = {"cold": False, "rows": [], "checkpoints": [{**entry, "failed": parts.OUT_OF_MEMORY}]}
+    assert large.tables(report).splitlines()[-3:] == [
+        "| initialise | 1.00 | 1,024 |",
+        "",
+        "No further: out of memory.",
+    ]
 
 
 def test_every_seed_figure_is_of_a_model_that_is_measured() -> None:
     assert {name for name, _ in large.SEED_FIGURES} <= set(large.MODELS)
+
+
+def test_a_part_that_fails_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(error: Exception) -> dict[str, Any]:
+        raise error
+
+    full = parts.attempt(lambda: fails(torch.cuda.OutOfMemoryError("tried to allocate")))
+    wrong = parts.attempt(lambda: fails(KeyError("N")))
+    assert (full, wrong) == ({"failed": "out of memory"}, {"failed": "KeyError: 'N'"})
+    assert parts.exit_status([{"seconds": 1}]) == 0 and parts.exit_status([{"seconds": 1}, full]) == 1
+    said = capsys.readouterr().err
+    assert "1 of 2 parts failed" in said and "Traceback" in said and "tried to allocate" not in said
+
+
+def test_a_report_is_whole_or_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "report.json"
+    parts.write(path, {"rows": [1]})
+    with pytest.raises(TypeError):
+        parts.write(path, {"rows": [1, object()]})
+    assert json.loads(path.read_text()) == {"rows": [1]}
+    parts.write(None, {})
+
+
+def test_generation_takes_a_file_and_adds_modules(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the lengths fails, and costs no other."""
+    file = tmp_path / "nano.json"
+    file.write_text(NANO.to_json())
+    measured = generation.measured
+
+    def some(model: ArbModel, length: int, **options: Any) -> dict[str, Any]:
+        return measured(model, length if length == 40 else -1, **options)
+
+    monkeypatch.setattr(generation, "measured", some)
+    status = generation.main(
+        [
+            *("--preset", str(file), "--every-module", "--lengths", "7", "40", "--bytes", "3"),
+            *("--device", "cpu", "--out", str(tmp_path / "generation")),
+        ]
+    )
+    report = json.loads((tmp_path / "generation.json").read_text())
+    assert report["model"] == json.loads(ablation.full(NANO).to_json()) and report["model"]["composite_codes"]
+    failed, row = report["with_ledger"]
+    assert status == 1 and failed["length"] == 7 and "failed" in failed
+    assert row["length"] == 40 and min(row["seconds_a_byte"], report["without_ledger"]["seconds_a_byte"]) > 0
+    shown = capsys.readouterr().out
+    assert "| 7 | 1 | RuntimeError" in shown and "| 40 | 1 |" in shown and "the last 512" in shown
+
+
+@pytest.mark.parametrize(
+    ("codes", "chosen"),
+    [(2048, (512, 512, 40)), (34_108, (8527, 8527, 40)), (10_000_000, (200_000, 65_536, 300))],
+)
+def test_training_of_a_table_follows_from_its_size(codes: int, chosen: tuple[int, int, int]) -> None:
+    open_options = {"codes": codes, "clusters": None, "batch": None, "steps": None}
+    settled = recall.settled(Namespace(**open_options))
+    assert (settled.clusters, settled.batch, settled.steps) == chosen
+    assert recall.settled(Namespace(**{**open_options, "steps": 7})).steps == 7
+
+
+def test_recall_holds_one_table_at_a_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second table fails after the first, and costs none of its rows."""
+    built: list[weakref.ref[Any]] = []
+
+    def codebook(options: Namespace, sign_bits: int) -> Any:
+        assert all(table() is None for table in built), "the table before is still there"
+        if sign_bits == 3:
+            raise torch.cuda.OutOfMemoryError
+        table = make(options, sign_bits)
+        built.append(weakref.ref(table))
+        return table
+
+    make = recall.codebook
+    monkeypatch.setattr(recall, "codebook", codebook)
+    status = recall.main(
+        [
+            *("--codes", "64", "--width", "12", "--vectors", "9", "--sign-bits", "2", "3", "4"),
+            *(
+                "--probes",
+                "1",
+                "4",
+                "--steps",
+                "4",
+                "--repeats",
+                "2",
+                "--json",
+                str(tmp_path / "recall.json"),
+            ),
+        ]
+    )
+    result = json.loads((tmp_path / "recall.json").read_text())
+    assert status == 1 and len(built) == 2
+    assert [row["sign_bits"] for row in result["rows"]] == [2] * 4 + [4] * 4
+    assert all(row["recall"] == 1 for row in result["rows"] if row["candidates"] == 64)
+    trained, failed, other = result["tables"]
+    assert failed["failed"] == "out of memory" and set(other["stages"]) == {"initialise", "train"}
+    assert 0 < trained["in_use"] <= trained["found"] <= 1
+    assert "| 3 |  |  |  |  |  |  | out of memory |  |" in capsys.readouterr().out
+
+
+def test_codes_are_in_use_if_the_last_half_of_training_found_them() -> None:
+    options = Namespace(codes=32, width=8, probes=[1], seed=0)
+    table = recall.codebook(options, 1)
+    one, other = (torch.full((5, 8), value) for value in (1.0, -1.0))
+    drawn = iter((one, one, other, other))
+    found_by = {value: int(table.search(value[:1])) for value in (one, other)}
+    assert len(set(found_by.values())) == 2
+    shares = recall.train(table, lambda: next(drawn).clone(), 4)
+    assert shares["in_use"] < shares["found"]

@@ -195,11 +195,15 @@ _TABLE = _sizes(
     _7168={"M": 4096, "N": 65536, "K": 7168, "G": 12, "float_bytes": 2},
 )
 _SCALAR = _sizes(scalar={})
-# B samples of L numbers, P tokens of width D, T steps; the other two generate on the heads of the presets of those names.
+# B samples of L numbers, P tokens of width D, T steps; the others generate on the heads of the presets of those names: all
+# steps, or with `halting` as many as a sample asks for, which is what a head does unless it is told otherwise.
+_LOOP = {"T": 3, "G": 12, "float_bytes": 4}
 _DENOISE_LOOP = _sizes(
-    tiny={"B": 2, "L": 64, "P": 16, "D": 32, "T": 3, "G": 12, "float_bytes": 4},
-    r9={"B": 1, "L": 16384, "P": 298, "D": 512, "T": 3, "G": 12, "float_bytes": 4},
-    r14={"B": 1, "L": 4096, "P": 1024, "D": 7168, "T": 3, "G": 12, "float_bytes": 4},
+    tiny={"B": 2, "L": 64, "P": 16, "D": 32, **_LOOP, "halting": 0},
+    r9={"B": 1, "L": 16384, "P": 298, "D": 512, **_LOOP, "halting": 0},
+    r9_halting={"B": 1, "L": 16384, "P": 298, "D": 512, **_LOOP, "halting": 1},
+    r14={"B": 1, "L": 4096, "P": 1024, "D": 7168, **_LOOP, "halting": 0},
+    r14_halting={"B": 1, "L": 4096, "P": 1024, "D": 7168, **_LOOP, "halting": 1},
 )
 # Slots of experts: N rows for each of E experts. `small` is a batch of the preset of that name; the others decode and train
 # on the upper expert matrices of the largest presets.
@@ -217,6 +221,7 @@ _SLOTS = _sizes(  # B sequences, H heads, S slots of L latent and R rotary colum
     _3072={"B": 16, "H": 24, "S": 727, "L": 512, "R": 64, "float_bytes": 2},
     _7168_decode={"B": 1, "H": 56, "S": 727, "L": 512, "R": 64, "float_bytes": 2},
     _7168={"B": 16, "H": 56, "S": 4096, "L": 512, "R": 64, "float_bytes": 2},
+    r14_decode={"B": 1, "H": 128, "S": 727, "L": 512, "R": 64, "float_bytes": 2},
 )
 _CODES = _sizes(  # M vectors, candidates of 2**sign_bits buckets, `window` codes that may be revived
     tiny={"M": 16, "N": 512, "K": 64, "G": 12, "float_bytes": 2, "sign_bits": 4, "probes": 2, "window": 16},

@@ -137,7 +137,7 @@ def _train_step(arguments: Arguments, sizes: Sizes) -> Callable[[], Any]:
     optimizer = torch.optim.AdamW(masters, lr=1e-3, fused=True)
 
     def step() -> None:
-        model.backward(model.loss(ids_BT), rate=RATE, step=0)
+        model.backward(model.losses(ids_BT), rate=RATE, step=0)
         model.step()
         optimizer.step()
         optimizer.zero_grad()

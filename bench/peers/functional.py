@@ -120,15 +120,23 @@ def _denoise_backward(arguments: Arguments, sizes: Sizes) -> Callable[[], Any]:
 def _denoise_loop(arguments: Arguments, sizes: Sizes) -> Callable[[], Any]:
     (latent, tokens, *weights), options = arguments
     w_in, w_query, w_steps, w_out = (dense(weight, latent.dtype) for weight in weights)
+    alphas, threshold = options["alphas"], options["halt_threshold"]
 
     def loop() -> torch.Tensor:
-        z = latent
-        for step, alpha in enumerate(options["alphas"]):
+        z, total, left = latent, torch.zeros_like(latent), torch.ones_like(latent[:, :1])
+        for step, alpha in enumerate(alphas):
             n = F.rms_norm(z @ w_in.T, (w_in.shape[0],), eps=EPS)
             q = n @ w_query.T + w_steps[step]
             c = F.scaled_dot_product_attention(q[:, None], tokens, tokens)[:, 0]
-            z = (z - (1.0 - alpha) * (F.silu(n + c) @ w_out.T)) / math.sqrt(alpha)
-        return z
+            pred = F.silu(n + c) @ w_out.T
+            z = (z - (1.0 - alpha) * pred) / math.sqrt(alpha)
+            if threshold is not None:
+                signal, noise = (value.square().mean(dim=1, keepdim=True) for value in (z, pred))
+                p = (signal + EPS) / (signal + noise + EPS)
+                goes_on = (1.0 - left + p < threshold) & (step + 1 < len(alphas))
+                total = total + torch.where(goes_on, p, left) * z
+                left = torch.where(goes_on, left - p, 0.0)
+        return z if threshold is None else total
 
     return loop
 

@@ -1,0 +1,210 @@
+"""Tests of the gate: what it checks takes the path through the code that is then timed, and misses no op that a case uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from arbitor.optimized.kernels import (
+    attention,
+    codebook,
+    denoise,
+    edges,
+    embedding,
+    experts,
+    norm,
+    scale,
+    update,
+    votes,
+)
+from arbitor.optimized.kernels.launch import row_tile
+from arbitor.optimized.layouts import words_per_row
+from arbitor.reference import ops as reference_ops
+from arbitor.reference.graph import ArbModel
+from arbitor.reference.op_table import OP_TABLE
+from arbitor.reference.types import groups_per_row
+from bench import cases, gate, inputs, runner
+from bench.inputs import Sizes
+from bench.peers import peers_of
+
+PROGRAMS = 2 * 132
+"""Programs that an H100 or H200 runs at once, as the codebook's kernels count them."""
+
+expert_ops = import_module(
+    "arbitor.optimized.ops.experts"
+)  # not by name: `ops` has ops of the names of its files
+
+
+def tile(size: int, most: int) -> tuple[int, bool]:
+    """Return the width of a tile, and whether there are several."""
+    block, tiles = row_tile(size, most)
+    return block, tiles > 1
+
+
+def columns(*most: int) -> Callable[[Sizes], Any]:
+    return lambda s: [tile(s["K"], at_most) for at_most in most]
+
+
+def voting(s: Sizes) -> Any:
+    places, block, tiles = votes.tile_of(s["G"], groups_per_row(s["K"], s["G"]))
+    return places, block, tiles > 1, tile(s["K"], votes.BLOCK_COLUMNS)
+
+
+def stepping(s: Sizes) -> Any:
+    groups = groups_per_row(s["K"], s["G"])
+    return tile(groups, update.BLOCK_GROUPS), tile(words_per_row(s["K"]), update.BLOCK_WORDS)
+
+
+def few(s: Sizes) -> bool:
+    return expert_ops.FEW_SLOTS * s["M"] <= s["E"]
+
+
+def grouped(s: Sizes) -> Any:
+    return few(s), s["M"] <= 16 * s["E"], tile(s["N"], 128), tile(s["K"], 64), s["N"] % 8, s["K"] % 8
+
+
+def nearest(s: Sizes) -> Any:
+    queries = next((size for size in codebook.TILES if s["M"] <= size), max(codebook.TILES))
+    code_tiles = -(-s["N"] // codebook.TILES[queries][0])
+    return queries, s["M"] > queries, code_tiles > PROGRAMS
+
+
+def among(s: Sizes) -> Any:
+    candidates = s["probes"] * -(-s["N"] // 2 ** s["sign_bits"])
+    return candidates > codebook.BLOCK_CANDIDATES, 2 * s["M"] <= PROGRAMS
+
+
+def attending(s: Sizes) -> Any:
+    return tile(s["L"], 2**30), s["R"], s["S"] > attention.RUN, s["H"] > attention.BLOCK_HEADS
+
+
+def looping(s: Sizes) -> Any:
+    widths = (denoise.BLOCK, denoise.BLOCK_COLUMNS, denoise.BLOCK_MIXED)
+    tokens = s["P"] > denoise.BLOCK_MIXED_TOKENS
+    return tile(s["L"], denoise.BLOCK), [tile(s["D"], width) for width in widths], tokens, s["halting"]
+
+
+PATHS: dict[str, Callable[[Sizes], Any]] = {
+    "dequantize": columns(scale.BLOCK_COLUMNS),
+    "initial_weight": lambda s: tile(words_per_row(s["K"]), scale.BLOCK_WORDS),
+    "row_exponents": columns(votes.BLOCK_COLUMNS),
+    "count_nonfinite_rows": columns(votes.BLOCK_COLUMNS),
+    "sign_votes": columns(votes.BLOCK_COLUMNS),
+    "stochastic_votes": voting,
+    "accumulate": voting,
+    "accumulate_gradient": voting,
+    "apply_step": stepping,
+    "linear": columns(scale.BLOCK_COLUMNS),
+    "linear_input_grad": columns(scale.BLOCK_COLUMNS),
+    "conv1d": lambda s: tile(s["C"] * s["J"], scale.BLOCK_COLUMNS),
+    "conv1d_input_grad": lambda s: tile(s["C"] * s["J"], scale.BLOCK_COLUMNS),
+    "rms_norm": columns(norm.BLOCK_COLUMNS),
+    "rms_norm_input_grad": columns(norm.BLOCK_COLUMNS),
+    "rms_norm_weight_grad": columns(norm.BLOCK_COLUMNS, 64),
+    "embedding": columns(scale.BLOCK_COLUMNS),
+    "embedding_row_grads": columns(embedding.BLOCK_COLUMNS),
+    "denoise_loop": looping,
+    "initial_codebook": lambda s: s["sign_bits"],
+    "candidate_codes": lambda s: s["sign_bits"],
+    "revive_codes": lambda s: s["sign_bits"],
+    "nearest_codes": nearest,
+    "nearest_candidates": among,
+    "grouped_linear": grouped,
+    "grouped_linear_input_grad": lambda s: (*grouped(s), few(s) and s["N"] > experts.PART),
+    "grouped_linear_weight_grad": lambda s: (tile(s["N"], 128), tile(s["K"], 128)),
+    "decode_attention": attending,
+    "edge_sum": lambda s: (s["J"], columns(edges.BLOCK_COLUMNS)(s)),
+    "edge_sum_input_grad": columns(edges.BLOCK_EDGE_COLUMNS),
+    "edge_sum_sign_grad": columns(edges.BLOCK_SIGN_COLUMNS),
+    "ngram_rows": lambda s: s["order"],
+}
+"""What the code of an op chooses by its sizes: tiles, and whether there are several of them."""
+
+
+@pytest.mark.parametrize("op", PATHS)
+def test_what_is_checked_takes_the_path_that_is_timed(op: str) -> None:
+    row = cases.rows()[op]
+    for sizes in row.shapes.values():
+        assert PATHS[op](gate.small(row, sizes)) == PATHS[op](sizes), sizes
+
+
+def test_a_weight_that_is_unpacked_in_parts_is_checked_in_parts() -> None:
+    row = cases.rows()["grouped_linear"]
+
+    def parts(s: Sizes, outputs: int) -> int:
+        return len(list(expert_ops.windows(outputs, gate.elements(s) // outputs)))
+
+    for sizes in row.shapes.values():
+        checked = gate.small(row, sizes)
+        for name in ("N", "K"):
+            timed = parts(sizes, sizes[name])
+            with gate.unpacking_less("experts", gate.elements(sizes) // gate.elements(checked)):
+                assert (parts(checked, checked[name]) > 1) == (timed > 1), (sizes, name)
+    most = expert_ops.DENSE_ELEMENTS
+    assert gate.elements(row.shapes["21216_m4"]) > most >= gate.elements(row.shapes["small"])
+
+
+def test_few_slots_are_checked_as_few() -> None:
+    case = cases.all_cases()["grouped_linear-21216_m4-ours"]
+    checked = gate.small(case.row, case.sizes)
+    assert few(case.sizes) and few(checked) and checked["E"] == 32
+
+
+def test_a_compound_is_checked_at_its_own_sizes_where_its_ops_have_them() -> None:
+    update_step, train_step = (
+        cases.all_cases()[name] for name in ("update_step-2^30-ours", "train_step-small-ours")
+    )
+    assert gate.called_with(update_step, "apply_step") == cases.UPDATE_SHAPES["2^30"]
+    assert gate.called_with(train_step, "grouped_linear") == OP_TABLE["grouped_linear"].shapes["small"]
+    assert gate.called_with(train_step, "linear") == OP_TABLE["linear"].shapes["tiny"]
+
+
+@pytest.mark.parametrize("name", ["train_step", "train_step_every_module"])
+def test_a_train_step_is_timed_after_all_of_its_ops_are_checked(name: str) -> None:
+    used: set[str] = set()
+
+    def watched(op: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            used.add(op)
+            return getattr(reference_ops, op)(*args, **kwargs)
+
+        return call
+
+    ops = ModuleType("watched_ops")
+    ops.__dict__.update({op: watched(op) for op in reference_ops.__all__})
+    case = cases.all_cases()[f"{name}-tiny-reference"]
+    model = ArbModel(runner.trained(case), ops=ops)
+    used.clear()  # what only makes the weights is not timed
+    ids_BT = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
+    for step in range(2):
+        assert model.backward(model.losses(ids_BT), rate=1.25, step=step)
+        model.step()
+    assert used == set(case.row.gates)
+
+
+@pytest.mark.parametrize("op", OP_TABLE)
+def test_every_op_takes_its_inputs(op: str) -> None:
+    """At the smallest shape of the table. Of the others the gate makes sizes that fit: as many codes as there are buckets."""
+    row = cases.rows()[op]
+    first = next(iter(row.shapes.values()))
+    args, kwargs = inputs.INPUTS[op](inputs.Maker("cpu", op), first)
+    getattr(reference_ops, op)(*args, **kwargs)
+    for sizes in row.shapes.values():
+        checked = gate.small(row, sizes)
+        assert checked.get("N", 2**30) >= 2 ** checked.get("sign_bits", 0)
+        assert all(size <= sizes[name] for name, size in checked.items())
+
+
+@pytest.mark.parametrize("halting", [0, 1])
+def test_the_peer_of_the_loop_halts_too(halting: int) -> None:
+    [peer] = peers_of("denoise_loop")
+    sizes = {**OP_TABLE["denoise_loop"].shapes["tiny"], "halting": halting}
+    gate.Gate(torch.device("cpu")).peer("denoise_loop", peer, sizes)
+    arguments = inputs.INPUTS["denoise_loop"](inputs.Maker("cpu", "loop"), sizes)
+    other = inputs.INPUTS["denoise_loop"](inputs.Maker("cpu", "loop"), {**sizes, "halting": 1 - halting})
+    assert gate.relative_error(peer.build(arguments, sizes)(), peer.build(other, sizes)()) > gate.PEER_ERROR
