@@ -238,11 +238,10 @@ def test_a_step_waits_for_nothing_and_compiles_nothing_again(
     moe = SharedProjectionMoE(parts)
     rng = torch.Generator().manual_seed(1)
     scattered = torch.randn(2, 64, 32, generator=rng)
+    alike_BPD = scattered[:1, :1].expand(2, 64, 32)
+    # Positions all over the experts, all on the same, and most on one.
     batches = [
-        each.to(
-            subject.device, torch.bfloat16
-        )  # positions all over the experts, all on the same, and most on one
-        for each in (scattered, scattered[:, :1].expand(2, 64, 32), scattered[:, :1] + scattered / 4)
+        each.to(subject.device, torch.bfloat16) for each in (scattered, alike_BPD, alike_BPD + scattered / 4)
     ]
     compiled: list[str] = []
     loads = []

@@ -10,6 +10,7 @@ from torch.nn import functional
 from arbitor.reference.op_table import OP_TABLE
 from arbitor.reference.types import TernaryWeight
 from conformance import strategies as ss
+from conformance.cases import compare
 from conformance.cases.case import Case
 from conformance.cases.core import leading, magnitude_of_norm_input_grad
 from conformance.compare import exact, no_worse, one_rounding, roundings, unsigned_zeros
@@ -136,3 +137,12 @@ def test_rms_norm_input_grad_is_orthogonal(
     dx = ops.rms_norm_input_grad(grad, x, weight, eps=eps).to(torch.float64)
     beyond = ((dx * x_wide).sum(dim=-1) - eps * along / rms**3).abs() > slack
     assert not beyond.any(), f"<dx, x> is off in {int(beyond.sum())} rows"
+
+
+def test_rms_norm_input_grad_of_one_channel_cancels(subject: Subject) -> None:
+    """Found by a draw on CUDA: with one channel nothing is left but eps, and x times 1 / rms is one rounding too many."""
+    weight = TernaryWeight.from_trits(
+        torch.ones(1, 1, dtype=torch.int8), torch.full((1, 1), 15, dtype=torch.int8)
+    )
+    x = torch.linspace(-3.0, 3.0, 64).to(torch.bfloat16)[:, None]
+    compare(subject, "rms_norm_input_grad", Case((x.flip(0), x, weight), {"eps": 1e-12}))

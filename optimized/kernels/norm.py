@@ -35,14 +35,20 @@ def load_row(x_ptr, row, columns, num_columns, mask):
 
 
 @triton.jit
-def inverse_rms(x_ptr, row, num_columns, eps, BLOCK: tl.constexpr):
-    """Return 1 / sqrt(mean(x**2) + eps) of a row, float32."""
+def root_mean_square(x_ptr, row, num_columns, eps, BLOCK: tl.constexpr):
+    """Return sqrt(mean(x**2) + eps) of a row, float32."""
     squares = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         x = load_row(x_ptr, row, columns, num_columns, columns < num_columns)
         squares += x * x
-    return 1.0 / tl.sqrt_rn(tl.sum(squares, axis=0) / num_columns + eps)
+    return tl.sqrt_rn(tl.div_rn(tl.sum(squares, axis=0), tl.cast(num_columns, tl.float32)) + eps)
+
+
+@triton.jit
+def inverse_rms(x_ptr, row, num_columns, eps, BLOCK: tl.constexpr):
+    """Return 1 / sqrt(mean(x**2) + eps) of a row, float32."""
+    return 1.0 / root_mean_square(x_ptr, row, num_columns, eps, BLOCK)
 
 
 @triton.jit
@@ -68,7 +74,7 @@ def _rms_norm_input_grad_kernel(
     GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    inverse = inverse_rms(x_ptr, row, num_columns, eps, BLOCK)
+    rms = root_mean_square(x_ptr, row, num_columns, eps, BLOCK)
     products = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
@@ -76,15 +82,16 @@ def _rms_norm_input_grad_kernel(
         grad = load_row(grad_ptr, row, columns, num_columns, mask)
         x = load_row(x_ptr, row, columns, num_columns, mask)
         w = norm_weight(words_ptr, exponents_ptr, columns, mask, GROUP_SIZE, MANTISSA_BITS)
-        products += (x * inverse) * (grad * w)
-    mean = tl.sum(products, axis=0) / num_columns
+        # Divided, not multiplied by an inverse: where the two terms below cancel, a rounding more is all that is left.
+        products += tl.div_rn(x, rms) * (grad * w)
+    mean = tl.div_rn(tl.sum(products, axis=0), tl.cast(num_columns, tl.float32))
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < num_columns
         grad = load_row(grad_ptr, row, columns, num_columns, mask)
         x = load_row(x_ptr, row, columns, num_columns, mask)
         w = norm_weight(words_ptr, exponents_ptr, columns, mask, GROUP_SIZE, MANTISSA_BITS)
-        result = (grad * w - x * inverse * mean) * inverse
+        result = (grad * w - tl.div_rn(x, rms) * mean) / rms
         tl.store(out_ptr + row * num_columns + columns, narrow(result, out_ptr.dtype.element_ty), mask=mask)
 
 

@@ -1,0 +1,213 @@
+"""Compile every kernel for a GPU, on a machine without one: Triton's interpreter runs what no compiler would take.
+
+    python -m conformance.compile_kernels               # a line for each kernel; exit status 1 if something is wrong
+    python -m conformance.compile_kernels attention     # ops and kernels of some families
+
+Ops are called on drawn and on preset-like inputs while a GPU is
+pretended; their launches are stopped where Triton would compile, and some of the specialisations that they ask for are
+compiled afterwards: all those of preset-like inputs, and of the drawn a few that differ most.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from hypothesis import HealthCheck, Phase, given, settings
+from triton.compiler.errors import CompilationError
+from triton.runtime.jit import JITFunction
+
+from arbitor.optimized import kernels as kernel_package
+from arbitor.optimized import ops
+from arbitor.reference.op_table import OP_TABLE
+from conformance import preset_calls, strategies
+from conformance.cases import CASES
+from conformance.cases.case import Case
+from conformance.pretend_cuda import DEVICE, pretended
+from conformance.subject import Subject
+
+EXAMPLES = 10
+"""Drawn calls of an op."""
+
+MOST_DRAWN = 2
+"""Specialisations of a kernel that are compiled for drawn calls alone."""
+
+SHARED_MEMORY = 227 * 1024
+"""Bytes of shared memory that a program may have on the target."""
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """A kernel for some types and constants.
+
+    cause:   the op that launched it
+    drawn:   whether only drawn calls did
+    data:    what Triton compiles it from
+    traits:  its types, constants and options, one by one
+    """
+
+    kernel: JITFunction
+    cause: str
+    drawn: bool
+    data: str
+    traits: frozenset[str]
+
+
+class Recorder:
+    """Notes what Triton is asked to compile, and has it not compiled, so that nothing is launched."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str, str, str], Specialisation] = {}
+        self.cause, self.drawn = "", False
+
+    def __call__(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        """Note a specialisation once; the name is that of a hook of Triton, which stops where this returns True."""
+        kernel = fn.jit_function
+        name_of = dict(enumerate(kernel.arg_names))
+        traits = {f"{name}: {kind}" for name, kind in compile["signature"].items() if kind != "constexpr"}
+        traits |= {f"{name_of[place]}={value}" for (place, *_), value in compile["constants"].items()}
+        for attributes in compile["configs"]:
+            for (place, *_), of in attributes.items():
+                traits |= {f"{name_of[place]}: {kind}={number}" for kind, number in of}
+        traits |= {f"{option}={compile[option]}" for option in ("num_warps", "num_stages")}
+        data = compile["specialization_data"]
+        one = Specialisation(kernel, self.cause, self.drawn, data, frozenset(traits))
+        self.found.setdefault((fn.module, fn.name, compile["key"]), one)
+        return True
+
+
+def kernels(families: list[str]) -> list[JITFunction]:
+    """Return every kernel of the package, or those in the files of some families."""
+    found = []
+    for module_info in pkgutil.iter_modules(kernel_package.__path__):
+        if families and module_info.name not in families:
+            continue
+        module = importlib.import_module(f"{kernel_package.__name__}.{module_info.name}")
+        for name, value in vars(module).items():
+            is_kernel = isinstance(value, JITFunction) and re.fullmatch(r"_\w+_kernel", name)
+            if is_kernel and value.__module__ == module.__name__:
+                found.append(value)
+    return found
+
+
+def recorded(families: list[str]) -> list[Specialisation]:
+    """Return what the ops, or those of some families, would have Triton compile; preset-like calls first."""
+    names = [name for name, row in OP_TABLE.items() if not families or row.family in families]
+    subject, recorder = Subject(ops, ops.__name__, str(DEVICE)), Recorder()
+    preset_like = [(name, case) for name, case in preset_calls.calls() if name in names]
+    drawn = [(name, case) for name in names for case in drawn_calls(name)]
+    hook, triton.knobs.runtime.jit_cache_hook = triton.knobs.runtime.jit_cache_hook, recorder
+    try:
+        with pretended():
+            for recorder.drawn, calls in ((False, preset_like), (True, drawn)):
+                for recorder.cause, case in calls:
+                    subject.call(recorder.cause, *case.args, **case.kwargs)
+    finally:
+        triton.knobs.runtime.jit_cache_hook = hook
+    return list(recorder.found.values())
+
+
+def drawn_calls(name: str) -> list[Case]:
+    """Return drawn calls of an op, the same on every run."""
+    drawn: list[Case] = []
+
+    @settings(
+        max_examples=EXAMPLES,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=CASES[name])
+    def draw(case: Case) -> None:
+        drawn.append(case)
+
+    draw()
+    return drawn
+
+
+def chosen(found: list[Specialisation]) -> Iterator[Specialisation]:
+    """Yield the preset-like specialisations of one kernel, then drawn ones, each with the most traits not seen before."""
+    seen: set[str] = set()
+    for one in found:
+        if not one.drawn:
+            seen |= one.traits
+            yield one
+    drawn = [one for one in found if one.drawn]
+    for _ in range(min(MOST_DRAWN, len(drawn))):
+        best = max(drawn, key=lambda one: len(one.traits - seen))
+        drawn.remove(best)
+        seen |= best.traits
+        yield best
+
+
+def complaint(one: Specialisation) -> tuple[str, str] | None:
+    """Compile a specialisation; return what is wrong with it, and how it came about, None if nothing is."""
+    try:
+        shared = one.kernel.preload(one.data).metadata.shared
+    except Exception as error:  # whatever a compiler fails with
+        what = f"{place(one.kernel, error)} does not compile"
+        reason = reason_of(error)
+    else:
+        if shared <= SHARED_MEMORY:
+            return None
+        what = f"{place(one.kernel)} wants too much shared memory"
+        reason = f"{shared} bytes of {SHARED_MEMORY}"
+    return what, f"{reason}\nas {one.cause} launches it, with {', '.join(sorted(one.traits))}"
+
+
+def place(kernel: JITFunction, error: Exception | None = None) -> str:
+    """Return file and line of a kernel, of the statement in it where an error says so, and its name."""
+    lines, line = inspect.getsourcelines(kernel.fn)
+    line += next(index for index, text in enumerate(lines) if text.startswith("def "))
+    if isinstance(error, CompilationError):  # counts from the `def`, which is its line 1
+        line += getattr(error.node, "lineno", 1) - 1
+    return f"{inspect.getsourcefile(kernel.fn)}:{line}: {kernel.__name__}"
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what an error says; of one in a function that the kernel calls, with the lines before it."""
+    first = error
+    while first.__cause__ is not None:
+        first = first.__cause__
+    if first is error and isinstance(error, CompilationError) and error.error_message:
+        return error.error_message
+    return f"{type(first).__name__}: {first}"
+
+
+def main(families: list[str]) -> int:
+    """Compile, print; return the exit status."""
+    known = sorted({row.family for row in OP_TABLE.values()})
+    if unknown := sorted(set(families) - set(known)):
+        sys.exit(f"no family is called {', '.join(unknown)}: there are {', '.join(known)}")
+    if triton.knobs.runtime.interpret:
+        sys.exit("with TRITON_INTERPRET=1 there is nothing to compile: unset it")
+    torch.set_num_threads(1)
+    strategies.LIMITS.set_for("interpreter")
+    found = recorded(families)
+    complaints: dict[str, str] = {}
+    for kernel in kernels(families):
+        print(kernel.__name__, end=": ", flush=True)  # first, so that a compiler that aborts leaves the name
+        tried = list(chosen([one for one in found if one.kernel is kernel]))
+        outcomes = [complaint(one) for one in tried]
+        print(f"{outcomes.count(None)} of {len(tried)} specialisations are fine")
+        for what, why in filter(None, outcomes):
+            complaints.setdefault(what, why)  # once, not for each specialisation
+        if not tried:
+            complaints[f"{place(kernel)} was not compiled"] = "no call of an op launches it"
+    for what, why in complaints.items():
+        print(f"\n{what}\n{why}")
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

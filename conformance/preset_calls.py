@@ -1,0 +1,105 @@
+"""Calls in the sizes of presets, for specialisations that small drawn calls miss: the largest tiles, multiples of 16.
+
+Values do not matter, as nothing runs. Nor do sizes beyond the largest tile, except for being multiples of 16: where a preset's
+would fill much memory, they are cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from arbitor.reference.ops import constant_weight
+from arbitor.reference.types import TernaryWeight
+from conformance.cases.case import Case
+
+WIDTH = 3072
+BF16, F32 = torch.bfloat16, torch.float32
+CLOCK = {"seed": 1, "step": 2, "tensor_id": 3}
+
+
+def calls() -> Iterator[tuple[str, Case]]:
+    """Yield op and call."""
+    for family in (of_attention, of_codebooks, of_experts, of_rows, of_loops, of_updates):
+        yield from family()
+
+
+def weight(num_rows: int, num_columns: int) -> TernaryWeight:
+    return constant_weight((num_rows, num_columns), trit=1, exponent=0)
+
+
+def dealt(num_slots: int, num_groups: int) -> Tensor:
+    return torch.arange(num_slots) % num_groups
+
+
+def of_attention() -> Iterator[tuple[str, Case]]:
+    # r14, r9, r12; no rotary columns; and the one that holds most, which is in float32
+    sizes = (
+        (128, 512, 64, BF16),
+        (8, 128, 32, BF16),
+        (8, 64, 64, BF16),
+        (24, 512, 0, BF16),
+        (128, 512, 64, F32),
+    )
+    for heads, latent, rotary, dtype in sizes:
+        q, keys = (torch.zeros(2, rows, latent + rotary, dtype=dtype) for rows in (heads, 727))
+        yield "decode_attention", Case((q, keys, torch.zeros(2, 727)), {"value_width": latent, "scale": 0.1})
+
+
+def of_codebooks() -> Iterator[tuple[str, Case]]:
+    for queries, code_dim in ((16, 64), (1024, 64), (1024, 128)):
+        yield "nearest_codes", Case((torch.zeros(queries, code_dim, dtype=BF16), weight(4096, code_dim)))
+    z, codes = torch.zeros(16, 64, dtype=BF16), weight(4096, 64)
+    yield "nearest_candidates", Case((z, codes, dealt(16 * 4096, 4096).reshape(16, 4096)))
+    yield "candidate_codes", Case((z,), {"num_codes": 10_000_000, "sign_bits": 14, "num_probes": 16})
+    window = {"first": 0, "window": 16, **CLOCK}
+    yield "revive_codes", Case((codes, torch.zeros(4096, dtype=torch.int16), z), window)
+
+
+def of_experts() -> Iterator[tuple[str, Case]]:
+    groups = {"num_groups": 32}
+    for rows, columns in ((1192, 192), (128, 512)):  # r12, its width cut; r9
+        stacked = weight(groups["num_groups"] * rows, columns)
+        for slots in (4, 256, 2048):
+            x, grad = (torch.zeros(slots, width, dtype=BF16) for width in (columns, rows))
+            experts = dealt(slots, groups["num_groups"])
+            yield "grouped_linear", Case((x, stacked, experts), groups)
+            yield "grouped_linear_input_grad", Case((grad, stacked, experts), groups)
+            yield "grouped_linear_weight_grad", Case((grad, x, experts), groups)
+
+
+def of_rows() -> Iterator[tuple[str, Case]]:
+    x, ids = torch.zeros(64, WIDTH, dtype=BF16), dealt(64, 16)
+    gain, table = weight(1, WIDTH), weight(64, WIDTH)
+    yield "rms_norm", Case((x, gain))
+    yield "rms_norm_input_grad", Case((x, x, gain))
+    yield "rms_norm_weight_grad", Case((x, x))
+    yield "dequantize", Case((table,), {"dtype": BF16})
+    yield "embedding", Case((ids, table), {"dtype": BF16})
+    yield "embedding_row_grads", Case((ids, x))
+    neighbours, signs = dealt(640, 64).reshape(64, 10).to(torch.int32), torch.ones(64, 10, dtype=BF16)
+    yield "edge_sum", Case((x, neighbours, signs))
+    yield "edge_sum_input_grad", Case((x, neighbours, signs), {"num_nodes": 64})
+    yield "edge_sum_sign_grad", Case((x, x, neighbours))
+
+
+def of_loops() -> Iterator[tuple[str, Case]]:
+    latent, width, alphas = 4096, 512, (0.9, 0.5, 0.1)
+    weights = (weight(width, latent), weight(width, width), weight(len(alphas), width), weight(latent, width))
+    given = (torch.zeros(2, latent, dtype=BF16), torch.zeros(2, 298, width, dtype=BF16), *weights)
+    yield "denoise_loop", Case(given, {"alphas": alphas, "halt_threshold": 0.5})
+
+
+def of_updates() -> Iterator[tuple[str, Case]]:
+    matrix, grad = weight(64, WIDTH), torch.zeros(64, WIDTH)
+    votes = grad.to(torch.int8)
+    yield "row_exponents", Case((grad,))
+    yield "sign_votes", Case((grad, 3))
+    yield "stochastic_votes", Case((grad, 0.5), CLOCK)
+    yield "accumulate", Case((matrix, votes), CLOCK)
+    yield "accumulate", Case((matrix, votes), {"exponent_rule": "sign", **CLOCK})
+    yield "accumulate_gradient", Case((matrix, grad, 0.5), CLOCK)
+    yield "apply_step", Case((matrix,))
+    yield "initial_weight", Case(((64, WIDTH),), {"std": 0.1, "seed": 1, "tensor_id": 3})

@@ -1,0 +1,72 @@
+"""Every kernel compiles for a GPU, whether or not there is one here: the interpreter runs what a compiler refuses."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from conformance.import_lint import ROOT
+from conformance.report import skip
+from conformance.subject import Subject
+
+BREAKS = {
+    "q_mask": "mask",  # to which a loop then assigns another shape
+    "\nBLOCK_SLOTS = 32\n": "\nBLOCK_SLOTS = 256\n",
+}
+"""Changes to kernels/attention.py after which a kernel does not compile, or wants too much shared memory."""
+
+ORPHAN = """
+
+@triton.jit
+def _orphan_kernel(x_ptr):
+    tl.store(x_ptr, 0)
+"""
+
+
+def package_of(subject: Subject) -> Path:
+    """Return the folder of the package whose kernels are compiled; leave the test out for another."""
+    if subject.name != "arbitor.optimized.ops":
+        skip("compilation of kernels", f"it knows those of arbitor.optimized.ops, not of {subject.name}")
+    return Path(str(subject.ops.__file__)).parents[1]
+
+
+def compiled(cache: Path, *families: str, first: tuple[Path, ...] = ()) -> tuple[int, str]:
+    """Run compile_kernels; return its exit status and output. `first`: where packages are looked for before elsewhere."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = (*map(str, first), str(ROOT), environment.get("PYTHONPATH", ""))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is here changes nothing
+    command = (sys.executable, "-W", "ignore", "-m", "conformance.compile_kernels", *families)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_every_kernel_compiles(subject: Subject, tmp_path: Path) -> None:
+    package_of(subject)
+    status, output = compiled(tmp_path)
+    assert status == 0, output
+
+
+def test_broken_kernels_are_found(subject: Subject, tmp_path: Path) -> None:
+    """In a copy of the package one kernel is broken in two ways, and one is launched by nothing."""
+    package, copy = package_of(subject), tmp_path / "arbitor" / "optimized"
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    file = copy / "kernels" / "attention.py"
+    source = file.read_text()
+    for text, broken in BREAKS.items():
+        assert text in source, f"{text} is not in {package}/kernels/attention.py: break something else here"
+        source = source.replace(text, broken)
+    file.write_text(source + ORPHAN)
+    status, output = compiled(tmp_path / "cache", "attention", first=(tmp_path,))
+    assert status == 1, output
+    loop = 1 + source.splitlines().index("    for start in range(0, RUN, BLOCK_S):")
+    for complaint in (
+        f'{file}:{loop}: _decode_attention_kernel does not compile\nAssertionError("Loop-carried variable mask',
+        "_decode_attention_kernel wants too much shared memory",
+        "_orphan_kernel was not compiled",
+    ):
+        assert complaint in output, output
