@@ -55,6 +55,19 @@ def test_one_turn_is_the_plain_layer() -> None:
     assert always is not None
 
 
+def test_positions_start_undecided_and_learn_when_to_halt() -> None:
+    """The halting weight starts at zero, where every p is a half, and votes move it."""
+    model = models.nano(max_moe_iters=2, theta=1)
+    halt, seen = model.layers[-1].moe_graph.halt, []
+    assert not halt.weight.trits().any() and halt.weight.exponents.eq(-2).all()  # the scale of 24 inputs
+    ask = halt.forward
+    halt.forward = lambda x: seen.append(ask(x)) or seen[-1]
+    for step in range(3):
+        model.backward(model.losses(models.random_ids(2, 12)), rate=models.RATE, step=step)
+        model.step()
+    assert not seen[0].any() and seen[-1].any()
+
+
 def test_the_leak_is_an_integer_of_each_channel() -> None:
     table = models.nano(max_moe_iters=2).tables()["layers.1.moe_graph.leak_shifts"]
     assert table.dtype == torch.int8

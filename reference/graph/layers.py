@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from arbitor.reference.graph.state import GraphContext, TernaryModule
+from arbitor.reference.types import TernaryWeight
 
 VOTE_ELEMENTS = 2**27
 """Most elements of a weight gradient that exist at a time: 512 MiB of float32. Rows vote on their own, so parts of them may."""
@@ -26,7 +27,7 @@ class TernaryLinear(TernaryModule):
 
     Shapes:  [..., K] -> [..., N]
     Start:   standard deviation gain * K^-1/2, which keeps the variance of x for gain 1; `fan_in` stands in for K where
-             only some columns see a non-zero input
+             only some columns see a non-zero input. For gain 0 every trit is 0, at the scale of gain 1
     """
 
     def __init__(
@@ -38,11 +39,14 @@ class TernaryLinear(TernaryModule):
         gain: float = 1.0,
         fan_in: int | None = None,
     ) -> None:
-        std = gain / math.sqrt(fan_in or num_inputs)
-        shape = (num_outputs, num_inputs)
-        super().__init__(
-            context, lambda tensor_id: context.random_weight(shape, std=std, tensor_id=tensor_id)
-        )
+        scale, shape = 1.0 / math.sqrt(fan_in or num_inputs), (num_outputs, num_inputs)
+
+        def start(tensor_id: int) -> TernaryWeight:
+            if gain:
+                return context.random_weight(shape, std=gain * scale, tensor_id=tensor_id)
+            return context.constant_weight(shape, trit=0, exponent=round(math.log2(scale)))
+
+        super().__init__(context, start)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `ops.linear` of x, in the dtype of x."""

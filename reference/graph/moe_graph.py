@@ -61,7 +61,8 @@ class RecurrentMoEGraph(MoEGraph, TableModule):
             shifts = channels % len(LEAK_SHIFTS) + LEAK_SHIFTS[0]
             self.add_table("leak_shifts", shifts.to(torch.int8), LEAK_SHIFTS[0], LEAK_SHIFTS[-1])
             self.halt_norm = TernaryRMSNorm(context, context.config.width)
-            self.halt = TernaryLinear(context, context.config.width, 1)
+            # Zeros: a position starts undecided. Random trits would mix its turns at random, which is noise to learn away.
+            self.halt = TernaryLinear(context, context.config.width, 1, gain=0.0)
 
     def forward(self, e_BPD: Tensor, nodes_BPD: Tensor | None = None) -> Tensor:
         """Return the mean of the turns, each position's weighted by its halting."""
