@@ -25,6 +25,7 @@ from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training.generate import read_prompt
 from arbitor.optimized.training.plan import preset_config
 from arbitor.optimized.training.runtime import choose_runtime
+from arbitor.reference.config import NUM_BYTES
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.ledger import KVLedger
 from bench import machine, parts
@@ -39,7 +40,7 @@ WARM_UP = 8
 
 def choose(logits_BV: Tensor) -> Tensor:
     """Return the likeliest byte of each sequence; fetching it waits for the device, as drawing does."""
-    return logits_BV[:, :256].to("cpu", torch.float64).argmax(dim=-1)
+    return logits_BV[:, :NUM_BYTES].to("cpu", torch.float64).argmax(dim=-1)
 
 
 def seconds_of(step: Callable[[], Any], count: int) -> list[float]:
@@ -57,7 +58,7 @@ def seconds_of(step: Callable[[], Any], count: int) -> list[float]:
 def measured(model: ArbModel, length: int, *, batch: int, count: int) -> dict[str, Any]:
     """Return the seconds of a byte after a text of some length, and of reading that text."""
     generator = torch.Generator().manual_seed(length)
-    ids = torch.randint(0, 256, (length,), generator=generator).tolist()
+    ids = torch.randint(NUM_BYTES, (length,), generator=generator).tolist()
     began = time.perf_counter()
     ledger = read_prompt(model, ids, choose=choose)
     prompt_seconds = time.perf_counter() - began
@@ -75,7 +76,7 @@ def measured(model: ArbModel, length: int, *, batch: int, count: int) -> dict[st
 def without_ledger(model: ArbModel, *, count: int) -> dict[str, Any]:
     """Return the seconds of a byte that is drawn after a pass over a whole window."""
     device = model.voting.faults.device
-    ids_1T = torch.randint(0, 256, (1, model.config.window), device=device)
+    ids_1T = torch.randint(NUM_BYTES, (1, model.config.window), device=device)
     taken = seconds_of(lambda: choose(model(ids_1T)[:, -1]), count)
     return {"seconds_a_byte": median(taken)}
 

@@ -33,6 +33,7 @@ from arbitor.optimized.training.checkpoint import load_checkpoint, save_checkpoi
 from arbitor.optimized.training.plan import model_config
 from arbitor.optimized.training.runtime import choose_runtime
 from arbitor.optimized.training.smoke import smoke
+from arbitor.reference.config import NUM_BYTES
 from arbitor.reference.graph import ArbModel
 from bench import machine, parts
 
@@ -109,10 +110,10 @@ def _through_a_checkpoint(name: str, stages: dict[str, Any], *, device: str, see
     model = built(seed)
     stage("initialise", began)
     generator = torch.Generator().manual_seed(seed)
-    ids_BT = torch.randint(0, 256, (1, 128), generator=generator).to(runtime.device)
+    ids_BT = torch.randint(NUM_BYTES, (1, 128), generator=generator).to(runtime.device)
     began = time.perf_counter()
     with torch.no_grad():
-        model.loss(ids_BT)
+        model.losses(ids_BT)
     stage("forward, and with it the search of every codebook", began)
     began = time.perf_counter()
     for step in range(2):

@@ -197,7 +197,6 @@ def test_every_op_takes_its_inputs(op: str) -> None:
     for sizes in row.shapes.values():
         checked = gate.small(row, sizes)
         assert checked.get("N", 2**30) >= 2 ** checked.get("sign_bits", 0)
-        assert all(size <= sizes[name] for name, size in checked.items())
 
 
 @pytest.mark.parametrize("halting", [0, 1])

@@ -3,9 +3,9 @@
     python -m conformance.compile_kernels               # a line for each kernel; exit status 1 if something is wrong
     python -m conformance.compile_kernels attention     # ops and kernels of some families
 
-Ops are called on drawn and on preset-like inputs while a GPU is
-pretended; their launches are stopped where Triton would compile, and some of the specialisations that they ask for are
-compiled afterwards: all those of preset-like inputs, and of the drawn a few that differ most.
+Ops are called on drawn and on preset-like inputs while a GPU is pretended; their launches are stopped where Triton would
+compile, and some of the specialisations that they ask for are compiled afterwards: all those of preset-like inputs, and of the
+drawn a few that differ most.
 """
 
 from __future__ import annotations

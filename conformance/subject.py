@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arbitor.reference import ops as reference_ops
 from arbitor.reference.types import TernaryWeight
 from conformance.compare import bits_of, tensors_of
 from conformance.poison import PATTERNS, poisoned
@@ -158,3 +159,9 @@ def fingerprint(value: Any) -> int:
         if tensor.device.type == "cpu":
             digest = zlib.crc32(bits_of(tensor).numpy().tobytes(), digest)
     return digest
+
+
+def weight_of(subject: Subject, num_rows: int, num_columns: int) -> Any:
+    """Return a random weight on the device under test, in the layout of the implementation."""
+    weight = reference_ops.initial_weight((num_rows, num_columns), std=0.05, seed=1, tensor_id=2)
+    return subject.raw("from_spec")(weight.to(subject.device))

@@ -7,16 +7,10 @@ import torch
 from arbitor.reference import ops as reference_ops
 from conformance.compare import exact
 from conformance.report import needs_cuda
-from conformance.subject import Subject
+from conformance.subject import Subject, weight_of
 
 BIG = 2**31
 """Elements from which 32-bit offsets overflow."""
-
-
-def weight_of(subject: Subject, num_rows: int, num_columns: int) -> object:
-    """Return a random weight in the layout of the implementation under test."""
-    weight = reference_ops.initial_weight((num_rows, num_columns), std=0.05, seed=1, tensor_id=2)
-    return subject.raw("from_spec")(weight.to(subject.device))
 
 
 def test_pack_trits_beyond_32_bits(subject: Subject) -> None:

@@ -21,7 +21,7 @@ from conformance.cases import CASES, Case
 from conformance.compare import exact, unsigned_zeros
 from conformance.poison import PATTERNS
 from conformance.report import needs_cuda
-from conformance.subject import Subject
+from conformance.subject import Subject, weight_of
 
 CAPTURABLE = [name for name, row in OP_TABLE.items() if row.capturable]
 
@@ -124,12 +124,6 @@ def test_import_lint_rejects(path: str, source: str) -> None:
 )
 def test_import_lint_accepts(path: str, source: str) -> None:
     assert not list(import_lint.breaches_of(source, Path(path)))
-
-
-def weight_of(subject: Subject, num_rows: int, num_columns: int) -> object:
-    """Return a random weight in the layout of the implementation under test."""
-    weight = reference_ops.initial_weight((num_rows, num_columns), std=0.05, seed=1, tensor_id=2)
-    return subject.raw("from_spec")(weight.to(subject.device))
 
 
 def test_no_kernel_compiles_again_for_another_batch(subject: Subject) -> None:

@@ -206,7 +206,7 @@ _DENOISE_LOOP = _sizes(
     r14_halting={"B": 1, "L": 4096, "P": 1024, "D": 7168, **_LOOP, "halting": 1},
 )
 # Slots of experts: N rows for each of E experts. `small` is a batch of the preset of that name; the others decode and train
-# on the upper expert matrices of the largest presets.
+# on the upper expert matrices of the largest presets, at rank 1,024 where they have 1,192.
 _EXPERTS = _sizes(
     tiny={"M": 64, "E": 4, "N": 64, "K": 48, "G": 12, "float_bytes": 2},
     small={"M": 32768, "E": 32, "N": 1024, "K": 24, "G": 12, "float_bytes": 2},

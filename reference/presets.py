@@ -164,7 +164,7 @@ PRESETS = {
         ),
     )
 }
-"""Configurations by name: `tiny` for tests and the demo, in seconds on a CPU; `small`, the learning benchmark; `r9` to `r14`, the
+"""Configurations by name: `tiny` for tests and the demo, in minutes on a CPU; `small`, the learning benchmark; `r9` to `r14`, the
 models of REFACTOR9, 11, 12 and 14."""
 
 

@@ -84,7 +84,7 @@ def trained_once(model: ArbModel, *, step: int, length: int = 8) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_outputs_are_alike(subject: Subject, name: str) -> None:
-    """The stream, the losses of the codebooks, and what every head makes of it."""
+    """The stream, the losses of the codebooks, and what every head makes of it. Proposals are compared in test_composite.py."""
     config = the_config(subject, name)
     found = []
     for ops, device, dtype in (
