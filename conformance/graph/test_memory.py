@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import ops as reference_ops
-from arbitor.reference.graph.memory import MemGram, MemoryTable, rows_or_zeros
+from arbitor.reference.graph.memory import MemGram, MemoryTable
 from arbitor.reference.graph.state import GraphContext, when_voting
 from conformance.compare import alike, exact
 from conformance.graph import models
@@ -58,7 +58,7 @@ def train(each: MemoryTable, codes: Tensor, *, step: int, rate: float = 1.0) -> 
     codes = codes.to(each.device)
     with each.voting.at(rate=rate, step=step):
         rows = each.rows(codes, None)
-        values = when_voting(rows_or_zeros(each, rows), each.voting, each.record, rows)
+        values = when_voting(each.rows_or_zeros(rows), each.voting, each.record, rows)
         scale = torch.arange(values.numel(), device=each.device).reshape(values.shape) % 7 - 3
         (values * scale).sum().backward()
     return rows
@@ -174,7 +174,7 @@ def test_the_gradient_of_a_row_named_twice_is_summed() -> None:
     each = table(context(models.ops_with(accumulate_gradient=record)))
     ids, scale = torch.tensor([3, -1, 5, 3]), torch.tensor([1.0, math.nan, 2.0, -4.0])
     with each.voting.at(rate=1.0, step=0):
-        (rows_or_zeros(each, ids) * scale[:, None]).sum().backward()
+        (each.rows_or_zeros(ids) * scale[:, None]).sum().backward()
     ((rows, grad),) = voted
     used = rows >= 0
     assert rows[used].tolist() == [3, 5] and rows.shape == (4,)
@@ -183,7 +183,7 @@ def test_the_gradient_of_a_row_named_twice_is_summed() -> None:
 
 def test_strengths_count_accepted_passes_after_a_step() -> None:
     each, codes = table(), random_codes(2, 9)
-    rows_or_zeros(each, each.rows(codes, None)).sum().backward()  # votes nothing
+    each.rows_or_zeros(each.rows(codes, None)).sum().backward()  # votes nothing
     steps(each)
     assert each.strengths.eq(0).all()
     rows = train(each, codes, step=0)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from arbitor.reference import checks
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
@@ -159,7 +158,7 @@ class MultimodalVQBridge(nn.Module):
         for name, table in self.codebooks.items():
             local = ids - self.offsets[name]
             inside = (local >= 0) & (local < table.num_codes)
-            parts.append(_SomeRowsFunction.apply(local, inside, table.anchor(), table))
+            parts.append(table.rows_or_zeros(local, inside))
         return sum(parts[1:], parts[0])
 
     @property
@@ -213,32 +212,3 @@ def commitment(z: Tensor, c: Tensor) -> dict[str, Tensor]:
         "commitment": (z - c.detach()).square().mean(),
         "codebook": (c - z.detach()).square().mean(),
     }
-
-
-class _SomeRowsFunction(torch.autograd.Function):
-    """`ops.embedding` of the ids that belong to a table, zeros elsewhere; only those that belong to it vote.
-
-    What does not belong is looked up as one that does, with a gradient of 0, so that shapes depend on shapes alone. If none
-    does, row 0 stands in, and its slots are then marked unused.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, ids: Tensor, inside: Tensor, anchor: Tensor | None, module: TernaryVQCodebook
-    ) -> Tensor:
-        stand_in = torch.where(inside, ids, 0).amax() if ids.numel() else 0
-        ids = torch.where(inside, ids, stand_in)
-        ctx.save_for_backward(ids, inside)
-        ctx.module, ctx.steps = module, module.steps
-        return module.ops.embedding(ids, module.weight, dtype=module.dtype) * inside[..., None]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-        (ids, inside), module = ctx.saved_tensors, ctx.module
-        module.check_unchanged(ctx.steps)
-        if module.votes:
-            # Not a product: the gradient of what is not in this table may be NaN, and its row is another's.
-            rows, grad_RC = module.ops.embedding_row_grads(ids, torch.where(inside[..., None], grad, 0.0))
-            module.vote(grad_RC, torch.where(inside.any(), rows, -1))
-        return None, None, None, None

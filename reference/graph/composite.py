@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from arbitor.reference import checks
 from arbitor.reference.graph.codebook import TernaryVQCodebook
 from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm
-from arbitor.reference.graph.memory import rows_or_zeros
 from arbitor.reference.graph.state import GraphContext, when_voting
 from arbitor.reference.graph.ternary_graph import EdgeTable, _EdgeSumFunction
 
@@ -58,7 +57,7 @@ class CompositeProposalHead(nn.Module):
         codes_R = codes_BP.flatten()
         kept_RJ = self.edges.get_buffer("neighbours")[codes_R]
         # The slots' composites side by side: the table is never decoded, only what the codes name.
-        c_RJC = rows_or_zeros(self.codebook, kept_RJ.to(torch.int64))
+        c_RJC = self.codebook.rows_or_zeros(kept_RJ.to(torch.int64))
         places_RJ = torch.arange(kept_RJ.numel(), dtype=torch.int32, device=kept_RJ.device).view_as(kept_RJ)
         slots_RJ = torch.where(kept_RJ >= 0, places_RJ, -1)
         sums_RC = _EdgeSumFunction.apply(
@@ -80,7 +79,7 @@ class CompositeProposalHead(nn.Module):
         through_BPC = c_BPC + (z_BPC - z_BPC.detach())
         # The last position's next motif is not known.
         errors_BP = _distances(through_BPC[:, :-1], motifs_BPC[:, 1:].detach())
-        rows_BPC = rows_or_zeros(self.codebook, kept_BP)
+        rows_BPC = self.codebook.rows_or_zeros(kept_BP)
         return {
             "composite_commitment": _mean_of(_distances(z_BPC, c_BPC), open_BP),
             "composite_codebook": _mean_of(_distances(rows_BPC, z_BPC.detach()), open_BP),

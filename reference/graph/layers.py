@@ -87,6 +87,14 @@ class TernaryEmbedding(TernaryModule):
         """Return `ops.embedding` of the ids."""
         return _EmbeddingFunction.apply(ids, self.anchor(), self)
 
+    def rows_or_zeros(self, ids: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Return the rows of the ids that are chosen, those from 0 on if nothing is said, and zeros elsewhere.
+
+        Only rows that are chosen vote and step. The other ids may be anything.
+        Shapes:  ids int64 [...], chosen bool [...] -> [..., K] in the model's dtype
+        """
+        return _SomeRowsFunction.apply(ids, ids >= 0 if chosen is None else chosen, self.anchor(), self)
+
     def vote(self, grad_NK: Tensor, rows: Tensor | None = None) -> None:
         """Count the votes of a gradient of the used rows, and remember which they were."""
         super().vote(grad_NK, rows)
@@ -193,3 +201,32 @@ class _EmbeddingFunction(torch.autograd.Function):
             rows, grad_RK = module.ops.embedding_row_grads(ids, grad)
             module.vote(grad_RK, rows)
         return None, None, None
+
+
+class _SomeRowsFunction(torch.autograd.Function):
+    """`ops.embedding` of the ids that are chosen, zeros elsewhere; only those that are chosen vote.
+
+    The others are looked up as one that is chosen, with a gradient of 0, so that shapes depend on shapes alone. If none is
+    chosen, row 0 stands in, and its slot is then marked unused.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, ids: Tensor, chosen: Tensor, anchor: Tensor | None, module: TernaryEmbedding
+    ) -> Tensor:
+        stand_in = torch.where(chosen, ids, 0).amax() if ids.numel() else 0
+        ids = torch.where(chosen, ids, stand_in)
+        ctx.save_for_backward(ids, chosen)
+        ctx.module, ctx.steps = module, module.steps
+        return module.ops.embedding(ids, module.weight, dtype=module.dtype) * chosen[..., None]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        (ids, chosen), module = ctx.saved_tensors, ctx.module
+        module.check_unchanged(ctx.steps)
+        if module.votes:
+            # Not a product: the gradient of what was not chosen may be NaN, and its row is another's.
+            rows, grad_RK = module.ops.embedding_row_grads(ids, torch.where(chosen[..., None], grad, 0.0))
+            module.vote(grad_RK, torch.where(chosen.any(), rows, -1))
+        return None, None, None, None

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
 from arbitor.reference.graph.state import GraphContext, TableModule, when_voting
@@ -57,7 +56,7 @@ class MemoryTable(TernaryEmbedding, TableModule):
 
     def read(self, rows: Tensor, norm: TernaryRMSNorm) -> Tensor:
         """Return the rows, normed, each times the share that its strength gives it; zeros for a row of -1."""
-        values = when_voting(rows_or_zeros(self, rows), self.voting, self.record, rows)
+        values = when_voting(self.rows_or_zeros(rows), self.voting, self.record, rows)
         strengths = self.get_buffer("strengths")[rows.clamp(min=0)].to(torch.float32)
         shares = torch.where(rows >= 0, (1 + strengths) / (1 + STRENGTH_MAX), 0.0)
         return norm(values) * shares[..., None].to(values.dtype)
@@ -124,39 +123,3 @@ class MemGram(nn.Module):
         m_BPM = sum(table.read(table.rows(codes_BP, previous), self.row_norm).sum(dim=0) for table in tables)
         gate_BP1 = torch.sigmoid(self.gate(self.gate_norm(e_BPD)))
         return e_BPD + gate_BP1 * self.output(m_BPM)
-
-
-def rows_or_zeros(table: TernaryEmbedding, ids: Tensor) -> Tensor:
-    """Return the rows of a table by id, zeros for an id of -1. Only the rows that are named vote and step.
-
-    Shapes:  ids int64 [...], each in 0 .. N - 1, or -1 -> [..., K] in the model's dtype
-    """
-    return _RowsOrZerosFunction.apply(ids, table.anchor(), table)
-
-
-class _RowsOrZerosFunction(torch.autograd.Function):
-    """`ops.embedding` of the ids that are not -1.
-
-    The others are looked up as one that is named, with a gradient of 0, so that shapes depend on shapes alone. If none is
-    named, row 0 stands in, and its slot is then marked unused.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, ids: Tensor, anchor: Tensor | None, module: TernaryEmbedding) -> Tensor:
-        stand_in = ids.amax().clamp(min=0) if ids.numel() else 0
-        named = ids >= 0
-        ids = torch.where(named, ids, stand_in)
-        ctx.save_for_backward(ids, named)
-        ctx.module, ctx.steps = module, module.steps
-        return module.ops.embedding(ids, module.weight, dtype=module.dtype) * named[..., None]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
-        (ids, named), module = ctx.saved_tensors, ctx.module
-        module.check_unchanged(ctx.steps)
-        if module.votes:
-            # Not a product: the gradient of an unused slot may be NaN, and its row is another's.
-            rows, grad_RK = module.ops.embedding_row_grads(ids, torch.where(named[..., None], grad, 0.0))
-            module.vote(grad_RK, torch.where(named.any(), rows, -1))
-        return None, None, None
