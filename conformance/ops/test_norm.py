@@ -140,9 +140,15 @@ def test_rms_norm_input_grad_is_orthogonal(
 
 
 def test_rms_norm_input_grad_of_one_channel_cancels(subject: Subject) -> None:
-    """Found by a draw on CUDA: with one channel nothing is left but eps, and x times 1 / rms is one rounding too many."""
+    """With one channel nothing is left but eps, and x times 1 / rms is one rounding too many where division is approximate.
+
+    The first row is the draw that showed it on a GPU, alone, as the worst element decides. The interpreter divides exactly, so that
+    there the test cannot fail for this reason.
+    """
     weight = TernaryWeight.from_trits(
         torch.ones(1, 1, dtype=torch.int8), torch.full((1, 1), 15, dtype=torch.int8)
     )
-    x = torch.linspace(-3.0, 3.0, 64).to(torch.bfloat16)[:, None]
-    compare(subject, "rms_norm_input_grad", Case((x.flip(0), x, weight), {"eps": 1e-12}))
+    x = torch.linspace(-3.0, 3.0, 64)[:, None]
+    for grad, row in ((torch.tensor([[1.5390625]]), torch.tensor([[0.92578125]])), (x.flip(0), x)):
+        case = Case((grad.to(torch.bfloat16), row.to(torch.bfloat16), weight), {"eps": 1e-12})
+        compare(subject, "rms_norm_input_grad", case)
