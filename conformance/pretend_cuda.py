@@ -25,8 +25,6 @@ DEVICE, HOST = torch.device("cuda", 0), torch.device("cpu")
 PROPERTIES: dict[str, Any] = {
     "is_current_stream_capturing": lambda: False,
     "get_device_properties": lambda *_: SimpleNamespace(multi_processor_count=132),
-    # Below every GPU whose library has grouped products: without them ours are launched for all shapes.
-    "get_device_capability": lambda *_: (0, 0),
 }
 """What `torch.cuda` says of the GPU."""
 

@@ -52,6 +52,32 @@ def test_linear_beyond_32_bits(subject: Subject) -> None:
     exact(subject.raw("rms_norm")(x, norm)[-5:], subject.raw("rms_norm")(x[-5:].clone(), norm))
 
 
+def test_experts_beyond_32_bits(subject: Subject) -> None:
+    """The last slots and the last row of an expert, where weight, outputs and their gradient have more than 2**31 elements."""
+    needs_cuda(subject, "addressing beyond 2**31 trits of experts")
+    num_columns, num_groups = 4096, 2
+    num_rows = BIG // num_columns // num_groups + 3
+    count, clock = BIG // num_rows + 5, {"seed": 1, "step": 2, "tensor_id": 3}
+    ones = subject.raw("constant_weight")(
+        (num_groups * num_rows, num_columns), trit=1, exponent=0, device=subject.device
+    )
+    weight = subject.raw("from_spec")(ones)
+    del ones
+    last = torch.tensor([num_groups * num_rows - 1], device=subject.device)
+    votes = torch.full((1, num_columns), 20, dtype=torch.int8, device=subject.device)
+    subject.raw("accumulate")(weight, votes, rows=last, out=weight, **clock)
+    subject.raw("apply_step")(weight, rows=last, out=weight)  # the last row's trits are zero now
+    experts = torch.zeros(count, dtype=torch.int64, device=subject.device)
+    experts[-5:] = 1
+    x = torch.zeros(count, num_columns, device=subject.device, dtype=torch.bfloat16)
+    x[-5:, -5:] = torch.eye(5, device=subject.device)
+    y = subject.raw("grouped_linear")(x, weight, experts, num_groups=num_groups)
+    assert not y[:-5].any() and not y[-5:, -1].any() and (y[-5:, :-1] == 1).all()
+    y.zero_()[-5:, -3:] = torch.tensor([1.0, 2.0, 4.0], device=subject.device)
+    dx = subject.raw("grouped_linear_input_grad")(y, weight, experts, num_groups=num_groups)
+    assert not dx[:-5].any() and (dx[-5:] == 3).all()
+
+
 def test_update_beyond_32_bits(subject: Subject) -> None:
     """The last rows of a weight of more than 2**31 elements count and step."""
     needs_cuda(subject, "addressing beyond 2**31 weights")

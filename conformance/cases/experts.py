@@ -27,8 +27,8 @@ EXPERTS = st.sampled_from((1, 2, 5, 8))
 @st.composite
 def expert_ids(draw: st.DrawFn, num_groups: int, num_slots: int | None = None) -> Tensor:
     """Draw the expert of each slot: dealt out, all on one expert, few of them used, or unused slots among them."""
-    if num_slots is None:  # the first few are few for eight experts
-        num_slots = draw(st.sampled_from((0, 1, 2, 4, 17, 40, 70)), label="M")
+    if num_slots is None:  # 1 is few for eight experts; the last fills another tile for one
+        num_slots = draw(st.sampled_from((0, 1, 2, 4, 17, 40, 70, 200)), label="M")
     rng = ss.generator(draw(ss.GENERATOR_SEEDS))
     kind = draw(st.sampled_from(("some unused", "any", "one", "none")), label="experts")
     if kind == "none":

@@ -116,6 +116,8 @@ def test_grouped_linear_slots_are_independent(
 ) -> None:
     """A NaN stays in its slot and in the gradient of its expert; an unused slot may hold one and shows nothing of it."""
     weight, num_groups = made
+    if count == 2:  # an expert a row: two slots are few
+        num_groups = weight.shape[0]
     experts = torch.arange(count) % num_groups
     x = _floats(data, count, weight.shape[1]).clone()
     dy = _floats(data, count, weight.shape[0] // num_groups).clone()
@@ -164,7 +166,7 @@ def test_experts_compile_no_kernel_again(subject: Subject) -> None:
     import triton
 
     compiled: list[str] = []
-    makes = ((48, 64), (25, 36))  # the library multiplies the first in bfloat16
+    makes = ((48, 64), (25, 36))
     made = [reference_ops.initial_weight((8 * n, k), std=0.1, seed=1, tensor_id=2) for n, k in makes]
     weights = [subject.raw("from_spec")(weight.to(subject.device)) for weight in made]
 
@@ -177,7 +179,7 @@ def test_experts_compile_no_kernel_again(subject: Subject) -> None:
                 subject.raw("grouped_linear_input_grad")(dy, weight, experts, num_groups=8)
                 subject.raw("grouped_linear_weight_grad")(dy, x, experts, num_groups=8)
 
-    for count in (1, 2, 16, 64, 4096):
+    for count in (1, 2, 64, 512, 1024, 4096):  # few slots, and each height of a tile
         everything(count, torch.arange(count, device=subject.device) % 8)
     hook = lambda *args, **kwargs: compiled.append(str(kwargs.get("repr") or kwargs.get("key")))  # noqa: E731
     previous, triton.knobs.runtime.jit_cache_hook = triton.knobs.runtime.jit_cache_hook, hook

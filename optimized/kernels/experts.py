@@ -1,14 +1,19 @@
-"""Expert kernels: products of slots with the matrix of their expert, from packed words or from dense matrices.
+"""Expert kernels: products of slots with the matrix of their expert, which is read as packed words.
 
 Legend: E experts, N outputs of an expert, K inputs, M slots, S parts of a sum; KW words a row, KG groups a row.
 
 Slots come in any order. Where there are many, they are sorted by expert (`Plan`) and cut into tiles of one expert each: a launch
 has as many programs as tiles there could be, and those without a tile leave. Where there are few, each reads the packed rows
 of its own expert. Which of the two, and every grid, follow from shapes alone, so that nothing waits for the device.
+
+Both unpack on their way into the product. For `tl.dot` a thread takes a word and makes its sixteen weights, so that they lie in
+a row and go to shared memory sixteen bytes at a time. Left to itself, Triton spreads the lanes of a word over threads, and the
+tile then costs more to lay out than to multiply.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +23,7 @@ from torch import Tensor
 
 from arbitor.optimized.kernels.common import lane_weights, level_scales, narrow, widen
 from arbitor.optimized.kernels.launch import row_grid, row_tile, runs_here
-from arbitor.optimized.layouts import DeviceWeight
-
-BLOCK_COLUMNS = 1024
-"""Columns of a tile when matrices are unpacked."""
+from arbitor.optimized.layouts import TRITS_PER_WORD, DeviceWeight
 
 FEW_OUTPUTS, FEW_INPUTS = 8, 256
 """Tile of a weight, rows and columns, when few slots read packed rows and sum over columns."""
@@ -32,30 +34,93 @@ FEW_SUMMED, FEW_COLUMNS, PART = 16, 128, 512
 MOST_PARTS = 64
 
 
-@triton.jit(do_not_specialize=["num_rows", "window_rows", "first_row", "first_column", "row_blocks"])
-def _dense_window_kernel(
-    words_ptr, exponents_ptr, out_ptr, num_rows, window_rows, first_row, first_column, window_columns,
-    row_groups, row_words, row_blocks, GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _lane_pairs(
+    words, s0, s1, s2, s3, offsets, LANE: tl.constexpr, STEP: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    slot = (tl.program_id(0) // row_blocks).to(tl.int64)
-    row = slot // window_rows * num_rows + first_row + slot % window_rows
-    places = (tl.program_id(0) % row_blocks) * BLOCK + tl.arange(0, BLOCK)
-    columns = first_column + places
-    mask = places < window_columns
-    words = tl.load(words_ptr + row * row_words + columns // 16, mask=mask, other=0)
-    levels = tl.load(exponents_ptr + row * row_groups + columns // GROUP_SIZE, mask=mask, other=0)
-    values = lane_weights(words, columns % 16, level_scales(levels, MANTISSA_BITS))
-    tl.store(out_ptr + slot * window_columns + places, values.to(out_ptr.dtype.element_ty), mask=mask)
+    """Return two weights each, as bfloat16 in the halves of an int32, of the lanes LANE, LANE + STEP, ... of words.
+
+    Their axes of two come after those of `words`, the lane's highest bit first, and stay in the thread that has the word.
+    s0 .. s3: bits of the scales of a word's groups, as bfloat16; offsets: columns of the first that lie before the word.
+    """
+    if STEP < 16:
+        even = _lane_pairs(words, s0, s1, s2, s3, offsets, LANE, 2 * STEP, GROUP_SIZE, RUN)
+        odd = _lane_pairs(words, s0, s1, s2, s3, offsets, LANE + STEP, 2 * STEP, GROUP_SIZE, RUN)
+        return tl.join(even, odd)
+    else:
+        # A group starts every RUN lanes at most, and before a word at most GROUP_SIZE - RUN columns.
+        first: tl.constexpr = LANE // RUN * RUN
+        scales = s0
+        if first + GROUP_SIZE - RUN >= GROUP_SIZE:
+            scales = tl.where(offsets + first >= GROUP_SIZE, s1, scales)
+        if first + GROUP_SIZE - RUN >= 2 * GROUP_SIZE:
+            scales = tl.where(offsets + first >= 2 * GROUP_SIZE, s2, scales)
+        if first + GROUP_SIZE - RUN >= 3 * GROUP_SIZE:
+            scales = tl.where(offsets + first >= 3 * GROUP_SIZE, s3, scales)
+        # The lanes' low bits, that say nonzero, go to bits 0 and 16, their high bits, the signs, to bits 1 and 17.
+        codes = ((words >> (2 * LANE)) & 15) * 0x4001
+        return (codes & 0x10001) * scales + ((codes & 0x20002) << 14)
 
 
-@triton.jit(do_not_specialize=["column_blocks"])
+@triton.jit
+def _weight_tile(
+    words, l0, l1, l2, l3, offsets, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, RUN: tl.constexpr, MANTISSA_BITS: tl.constexpr,
+):  # fmt: skip
+    """Return the bfloat16 weights [ROWS, COLUMNS] of words [ROWS, COLUMNS / 16] and of the levels of their groups.
+
+    Exact: a scale has two mantissa bits at most, and the exponents of bfloat16 are those of float32.
+    """
+    s0, s1 = _scale_bits(l0, MANTISSA_BITS), _scale_bits(l1, MANTISSA_BITS)
+    s2, s3 = _scale_bits(l2, MANTISSA_BITS), _scale_bits(l3, MANTISSA_BITS)
+    pairs = _lane_pairs(words, s0, s1, s2, s3, offsets, 0, 2, GROUP_SIZE, RUN)
+    bits = tl.reshape(tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16)), [ROWS, COLUMNS])
+    # After the reshape, which Triton 3.6 cannot move past the copy to shared memory and would try to.
+    return bits.to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _scale_bits(levels, MANTISSA_BITS: tl.constexpr):
+    """Return the bits of int8 levels' scales as bfloat16, in int32: `level_scales`, sixteen bits lower."""
+    return (levels.to(tl.int32) + (127 << MANTISSA_BITS)) << (7 - MANTISSA_BITS)
+
+
+@triton.jit
+def _word_levels(rows_ptr, first, row_groups, SPAN: tl.constexpr):
+    """Return the levels of the groups that a word can have a part of: `first` and SPAN - 1 more, of four in all."""
+    l0 = _levels(rows_ptr, first, row_groups)
+    l1, l2, l3 = l0, l0, l0
+    if SPAN > 1:
+        l1 = _levels(rows_ptr, first + 1, row_groups)
+    if SPAN > 2:
+        l2, l3 = _levels(rows_ptr, first + 2, row_groups), _levels(rows_ptr, first + 3, row_groups)
+    return l0, l1, l2, l3
+
+
+@triton.jit
+def _levels(rows_ptr, group, row_groups):
+    """Return the level of a group of each row, where there is one.
+
+    Groups of neighbouring words are near each other, which Triton 3.6 does not see: the hint has it give levels to the threads
+    that have the words. Loads stay single bytes, as nothing is known of a row's alignment (`row_groups` is not specialised).
+    """
+    return tl.load(tl.max_contiguous(rows_ptr + group, [1, 2]), mask=group < row_groups, other=0)
+
+
+@triton.jit(do_not_specialize=["num_rows", "row_words", "row_groups", "column_blocks"])
 def _grouped_product_kernel(
-    x_ptr, w_ptr, out_ptr, order_ptr, starts_ptr, tile_ends_ptr, num_inputs, num_outputs, out_width, column_blocks,
-    GROUPS: tl.constexpr, GROUP_BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr,
+    x_ptr, words_ptr, exponents_ptr, out_ptr, order_ptr, starts_ptr, tile_ends_ptr,
+    input_parts, output_parts, num_rows, row_words, row_groups, column_blocks,
+    GROUPS: tl.constexpr, GROUP_BLOCK: tl.constexpr, INPUT_PART: tl.constexpr, OUTPUT_PART: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, RUN: tl.constexpr, SPAN: tl.constexpr, MANTISSA_BITS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, WIDE: tl.constexpr, WEIGHT_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    num_inputs, num_outputs = input_parts * INPUT_PART, output_parts * OUTPUT_PART
     tile = tl.program_id(0) // column_blocks
-    outputs = (tl.program_id(0) % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_output = (tl.program_id(0) % column_blocks) * BLOCK_N
+    outputs = first_output + tl.arange(0, BLOCK_N)
     groups = tl.arange(0, GROUP_BLOCK)
     tile_ends = tl.load(tile_ends_ptr + groups, mask=groups <= GROUPS, other=2147483647)
     group = tl.sum((tile_ends <= tile).to(tl.int32), axis=0)
@@ -66,26 +131,63 @@ def _grouped_product_kernel(
     places = tl.load(starts_ptr + group) + first * BLOCK_M + tl.arange(0, BLOCK_M)
     used = places < tl.load(starts_ptr + group + 1)
     slots = tl.load(order_ptr + places, mask=used, other=0)
-    sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    sums = tl.zeros([BLOCK_N, BLOCK_M] if WEIGHT_FIRST else [BLOCK_M, BLOCK_N], dtype=tl.float32)
     if group < GROUPS:  # the group past the last holds the unused slots, whose output is zero
-        matrix = w_ptr + group.to(tl.int64) * num_inputs * num_outputs
+        inputs = tl.arange(0, BLOCK_K)
+        x_tile_ptr = x_ptr + slots[:, None] * num_inputs + inputs[None, :]
+        first_row = group.to(tl.int64) * num_rows
+        # A tile of the weight has rows and columns as the weight has: summed over its columns, or over its rows.
+        if TRANSPOSED:
+            rows, word = inputs, first_output // 16 + tl.arange(0, BLOCK_N // 16)[None, :]
+        else:
+            rows, word = outputs, tl.arange(0, BLOCK_K // 16)[None, :]
+        level = word * 16 // GROUP_SIZE
+        offsets = word * 16 - level * GROUP_SIZE
+        # Rows past the last are the last again: their sums are not stored, or their x is zero.
+        row = first_row + tl.minimum(rows, num_rows - 1)[:, None]
+        words_row_ptr, levels_row_ptr = words_ptr + row * row_words, exponents_ptr + row * row_groups
+        # What the next tile unpacks is read before this one is multiplied.
+        words = tl.load(words_row_ptr + word, mask=word < row_words, other=0)
+        l0, l1, l2, l3 = _word_levels(levels_row_ptr, level, row_groups, SPAN)
         for start in range(0, num_inputs, BLOCK_K):
-            inputs = start + tl.arange(0, BLOCK_K)
-            inside = inputs < num_inputs
-            x_mask = used[:, None] & inside[None, :]
-            x = tl.load(x_ptr + slots[:, None] * num_inputs + inputs[None, :], mask=x_mask, other=0.0)
             if TRANSPOSED:
-                at = inputs[:, None].to(tl.int64) * num_outputs + outputs[None, :]
+                w = _weight_tile(
+                    words, l0, l1, l2, l3, offsets, BLOCK_K, BLOCK_N, GROUP_SIZE, RUN, MANTISSA_BITS
+                )
+                row = first_row + tl.minimum(start + BLOCK_K + rows, num_rows - 1)[:, None]
+                words_row_ptr, levels_row_ptr = words_ptr + row * row_words, exponents_ptr + row * row_groups
+                next_word = word
             else:
-                at = outputs[None, :].to(tl.int64) * num_inputs + inputs[:, None]
-            w = tl.load(matrix + at, mask=inside[:, None] & (outputs < num_outputs)[None, :], other=0.0)
+                w = _weight_tile(
+                    words, l0, l1, l2, l3, offsets, BLOCK_N, BLOCK_K, GROUP_SIZE, RUN, MANTISSA_BITS
+                )
+                next_word = word + (start + BLOCK_K) // 16
+                offsets += BLOCK_K % GROUP_SIZE
+                over = offsets >= GROUP_SIZE
+                level += tl.where(over, BLOCK_K // GROUP_SIZE + 1, BLOCK_K // GROUP_SIZE)
+                offsets = tl.where(over, offsets - GROUP_SIZE, offsets)
+            words = tl.load(words_row_ptr + next_word, mask=next_word < row_words, other=0)
+            l0, l1, l2, l3 = _word_levels(levels_row_ptr, level, row_groups, SPAN)
+            x_mask = used[:, None] & (start + inputs < num_inputs)[None, :]
+            x = tl.load(x_tile_ptr + start, mask=x_mask, other=0.0)
             if WIDE:
-                sums += tl.dot(widen(x), widen(w), input_precision="ieee")
+                x, w = widen(x), widen(w)
+            if WEIGHT_FIRST:
+                if TRANSPOSED:
+                    w = tl.trans(w)
+                sums = tl.dot(w, tl.trans(x), sums)
             else:
-                sums = tl.dot(x, w, sums)
+                if not TRANSPOSED:
+                    w = tl.trans(w)
+                if WIDE:
+                    sums += tl.dot(x, w, input_precision="ieee")
+                else:
+                    sums = tl.dot(x, w, sums)
+    if WEIGHT_FIRST:
+        sums = tl.trans(sums)
     out_mask = used[:, None] & (outputs < num_outputs)[None, :]
     values = narrow(sums, out_ptr.dtype.element_ty)
-    tl.store(out_ptr + slots[:, None] * out_width + outputs[None, :], values, mask=out_mask)
+    tl.store(out_ptr + slots[:, None] * num_outputs + outputs[None, :], values, mask=out_mask)
 
 
 @triton.jit(do_not_specialize=["row_blocks", "column_blocks"])
@@ -190,43 +292,66 @@ class Plan:
     def tile_ends(self, block: int) -> Tensor:
         """Return where each expert's tiles of `block` slots end, int32 [E + 1], the unused slots' last."""
         tiles = (self.starts.diff() + (block - 1)) // block
-        return tiles.cumsum(0).to(torch.int32)
+        return tiles.cumsum(0, dtype=torch.int32)
 
 
-def dense_window(
-    weight: DeviceWeight, num_groups: int, rows: range, columns: range, dtype: torch.dtype
+@dataclass(frozen=True)
+class Tiling:
+    """Tile of a grouped product, how many warps work on it, and which operand comes first."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    weight_first: bool = False
+
+    @classmethod
+    def of(cls, num_slots: int, num_groups: int, *, transposed: bool, wide: bool) -> Tiling:
+        """Return the tile for the slots that an expert has on average; widths of a matrix may be less.
+
+        Each tile of slots unpacks its matrix again, so it is as high as the slots can fill. Of the tiles tried on an H100, with
+        groups of 12, these were the fastest, or near it and far from spilling registers.
+        """
+        average = triton.cdiv(num_slots, num_groups)
+        if wide:
+            return cls(16 if average <= 16 else 32, 64, 32, 4)
+        if average <= 16:  # the weight's rows fill the 64 of a warp group's product, which 16 slots would not
+            return cls(16, 128, 64, 4, weight_first=True)
+        if average <= 64:
+            return cls(64, 128, 64, 8 if transposed else 4)
+        return cls(128, 128, 64, 4) if average <= 128 else cls(256, 64, 64, 8)
+
+
+def grouped_product(
+    x: Tensor, weight: DeviceWeight, plan: Plan, num_groups: int, *, transposed: bool
 ) -> Tensor:
-    """Return some rows and columns of every expert's matrix, `dtype` [E, rows, columns]."""
-    runs_here(weight.words)
-    num_rows = weight.shape[0] // num_groups
-    out = torch.empty(num_groups, len(rows), len(columns), dtype=dtype, device=weight.device)
-    block, row_blocks = row_tile(len(columns), BLOCK_COLUMNS)
-    _dense_window_kernel[row_grid(num_groups * len(rows), row_blocks)](
-        weight.words, weight.exponents, out, num_rows, len(rows), rows.start, columns.start, len(columns),
-        weight.exponents.shape[1], weight.words.shape[1], row_blocks,
-        GROUP_SIZE=weight.group_size, MANTISSA_BITS=weight.mantissa_bits, BLOCK=block,
+    """Return x W_e^T, or x W_e, of each slot, in the dtype of x [M, outputs]; zeros for unused slots. One launch."""
+    runs_here(x)
+    num_slots, num_inputs = x.shape
+    num_rows, num_columns = weight.shape[0] // num_groups, weight.shape[1]
+    num_outputs = num_columns if transposed else num_rows
+    out = torch.empty(num_slots, num_outputs, dtype=x.dtype, device=x.device)
+    wide = multiplies_wide(x)
+    tiling = Tiling.of(num_slots, num_groups, transposed=transposed, wide=wide)
+    block_n, block_k = _block(num_outputs, tiling.block_n), _block(num_inputs, tiling.block_k)
+    tiles, column_blocks = (
+        triton.cdiv(num_slots, tiling.block_m) + num_groups + 1,
+        triton.cdiv(num_outputs, block_n),
+    )
+    # Widths as parts of 16 bytes where they are: Triton would see that of multiples of 16 columns only.
+    input_part, output_part = math.gcd(num_inputs, 8), math.gcd(num_outputs, 8)
+    run = math.gcd(weight.group_size, TRITS_PER_WORD)
+    _grouped_product_kernel[row_grid(tiles, column_blocks)](
+        x, weight.words, weight.exponents, out, plan.order, plan.starts, plan.tile_ends(tiling.block_m),
+        num_inputs // input_part, num_outputs // output_part, num_rows,
+        weight.words.shape[1], weight.exponents.shape[1], column_blocks,
+        GROUPS=num_groups, GROUP_BLOCK=triton.next_power_of_2(num_groups + 1),
+        INPUT_PART=input_part, OUTPUT_PART=output_part, GROUP_SIZE=weight.group_size, RUN=run,
+        SPAN=triton.cdiv(weight.group_size - run + TRITS_PER_WORD, weight.group_size),
+        MANTISSA_BITS=weight.mantissa_bits, TRANSPOSED=transposed, WIDE=wide, WEIGHT_FIRST=tiling.weight_first,
+        BLOCK_M=tiling.block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=tiling.num_warps, num_stages=3,
     )  # fmt: skip
     return out
-
-
-def grouped_product(x_MK: Tensor, w: Tensor, plan: Plan, out: Tensor, *, transposed: bool) -> None:
-    """Write x W_e^T, or x W_e, of each slot into `out` [M, columns], a view of whole rows; unused slots become zero.
-
-    w: [E, outputs, inputs], or [E, inputs, outputs] with `transposed`, in the dtype of x.
-    """
-    num_groups, num_inputs = w.shape[0], w.shape[1 if transposed else 2]
-    num_outputs = w.shape[2 if transposed else 1]
-    num_slots, wide = x_MK.shape[0], multiplies_wide(x_MK)
-    block_m = 16 if num_slots <= 16 * num_groups else 32 if wide else 64
-    block_n = _block(num_outputs, 64 if wide else 128)
-    column_blocks = triton.cdiv(num_outputs, block_n)
-    tiles = triton.cdiv(num_slots, block_m) + num_groups + 1
-    _grouped_product_kernel[row_grid(tiles, column_blocks)](
-        x_MK, w, out, plan.order, plan.starts, plan.tile_ends(block_m),
-        num_inputs, num_outputs, out.stride(0), column_blocks,
-        GROUPS=num_groups, GROUP_BLOCK=triton.next_power_of_2(num_groups + 1), TRANSPOSED=transposed, WIDE=wide,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=_block(num_inputs, 32 if wide else 64),
-    )  # fmt: skip
 
 
 def weight_grad(grad_MN: Tensor, x_MK: Tensor, plan: Plan, num_groups: int) -> Tensor:
