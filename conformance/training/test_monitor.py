@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.optimized.training.monitor import METRICS, Monitor, cut_metrics, plot_loss, read_metrics
+from arbitor.optimized.training.monitor import METRICS, Monitor, cut_metrics, read_metrics
 
 
 def events_of(folder: Path, tag: str) -> list[tuple[int, float]]:
@@ -98,14 +98,35 @@ def test_monitor_refuses_a_folder_that_cannot_be_written(tmp_path: Path) -> None
         Monitor(tmp_path / "missing", steps=1)
 
 
-def test_plot_loss_draws_curves_and_baselines(tmp_path: Path) -> None:
-    def size(*arguments: object) -> bytes:
-        plot_loss(tmp_path / "loss.png", *arguments)  # type: ignore[arg-type]
-        return (tmp_path / "loss.png").read_bytes()
+def test_monitor_writes_groups_of_numbers(tmp_path: Path) -> None:
+    """In the lines as they are; in events what is measured comes first, and counts are histograms."""
+    from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, EventAccumulator
 
-    metrics = [{"step": 0, "val_bpb": 8.0}, {"step": 5, "train_bpb": 5.0, "val_bpb": None}]
-    full = size(metrics, {"uniform": 8.0, "bigram": 3.5})
-    assert full.startswith(b"\x89PNG\r\n\x1a\n")
-    assert (
-        len({full, size(metrics, {}), size(metrics[:1], {"uniform": 8.0, "bigram": 3.5}), size([], {})}) == 4
-    )
+    exponents = {"min": -4, "mean": -3.5, "max": -2, "counts": {"-4": 6, "-2": 2}}
+    groups = {
+        "kinds": {"head": {"weights": 96, "flip_rate": 0.25, "exponents": exponents}},
+        "codebooks": {"text": {"codes": 8, "used": 3, "dead": 1}},
+        "experts": {"layers.0": {"load": [5, 0, 1], "max_over_mean": 2.5}},
+    }
+    monitor = Monitor(tmp_path, steps=4)
+    monitor.log(1, {"train_bpb": None, "flip_rate": 0.5, **groups})
+    monitor.close()
+    assert read_metrics(tmp_path / METRICS) == [{"step": 1, "train_bpb": None, "flip_rate": 0.5, **groups}]
+    reader = EventAccumulator(str(tmp_path), size_guidance={HISTOGRAMS: 0})
+    reader.Reload()
+    tags = {tag: reader.Scalars(tag)[0].value for tag in reader.Tags()["scalars"]}
+    assert tags == {
+        "flip_rate": 0.5,
+        "flip_rate/head": 0.25,
+        "exponent_min/head": -4,
+        "exponent_mean/head": -3.5,
+        "exponent_max/head": -2,
+        "codes_used/text": 3,
+        "codes_dead/text": 1,
+        "expert_max_over_mean/layers.0": 2.5,
+    }
+    assert sorted(reader.Tags()["histograms"]) == ["expert_load/layers.0", "exponents/head"]
+    spread = reader.Histograms("exponents/head")[0].histogram_value
+    assert (spread.min, spread.max, spread.num, spread.sum, spread.sum_squares) == (-4, -2, 8, -28, 104)
+    assert spread.bucket_limit == [-4.5, -3.5, -2.5, -1.5] and spread.bucket == [0, 6, 0, 2]
+    assert reader.Histograms("expert_load/layers.0")[0].histogram_value.bucket == [0, 5, 0, 1]

@@ -10,7 +10,7 @@ import json
 import signal
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ import torch
 from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training import run_folder
 from arbitor.optimized.training.baselines import baseline_bpb
+from arbitor.optimized.training.census import Census
 from arbitor.optimized.training.checkpoint import check_fits, save_checkpoint, state_sha256
 from arbitor.optimized.training.checkpoint_folder import BEST, FINAL, CheckpointFolder
 from arbitor.optimized.training.data import (
@@ -34,8 +35,9 @@ from arbitor.optimized.training.defaults import trainer_defaults
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import NATS_PER_BIT, validation_bpb
 from arbitor.optimized.training.generate import generate
-from arbitor.optimized.training.monitor import LOSS_PLOT, METRICS, Monitor, plot_loss, read_metrics
+from arbitor.optimized.training.monitor import METRICS, Monitor, read_metrics
 from arbitor.optimized.training.plan import Settings, TrainOptions, decide
+from arbitor.optimized.training.report import LOSS_PLOT, REPORT, plot_loss, write_report
 from arbitor.optimized.training.resume import Found, check_data, look_into
 from arbitor.optimized.training.runtime import (
     Runtime,
@@ -110,6 +112,8 @@ class _Run:
     corpus: Corpus
     split: Split
     windows_WT: torch.Tensor
+    baselines: Mapping[str, float]
+    census: Census
     monitor: Monitor
     request: StopRequest
     folder: Path | None
@@ -120,6 +124,7 @@ class _Run:
     val_bpb: float | None = None
     progress: Progress = field(default_factory=Progress)
     clock: float = 0.0
+    saved: tuple[int, str] | None = None  # step and state_sha256 of the newest checkpoint
 
     def checkpoint_metadata(self) -> dict[str, Any]:
         now = time.monotonic()
@@ -134,7 +139,7 @@ class _Run:
 
     def save_latest(self) -> None:
         if self.store is not None:
-            self.store.save_latest(self.model.state(), **self.checkpoint_metadata())
+            self.saved = self.step, self.store.save_latest(self.model.state(), **self.checkpoint_metadata())
 
 
 def train(options: TrainOptions, *, console: Console | None = None) -> TrainResult:
@@ -214,6 +219,8 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
             corpus=corpus,
             split=split,
             windows_WT=windows_WT,
+            baselines=baseline_bpb(corpus, split.train, windows_WT),
+            census=Census(model),
             monitor=monitor,
             request=request,
             folder=folder,
@@ -225,9 +232,14 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
             run.step = checkpoint.step
             run.best_bpb = checkpoint.best_bpb
             run.progress = Progress(**checkpoint.progress)
-        baselines = baseline_bpb(corpus, split.train, windows_WT)
-        _steps(run)
-        return _finish(run, baselines)
+        try:
+            _steps(run)
+        except (Stopped, TrainingError):
+            # What ended the run says more than why its report, or a line of it that a full disk has torn, can't be had.
+            with suppress(TrainingError, OSError, ValueError):
+                _report(run)
+            raise
+        return _finish(run)
 
 
 def _build(settings: Settings, runtime: Runtime) -> tuple[ArbModel, dict[str, Any]]:
@@ -251,20 +263,20 @@ def _steps(run: _Run) -> None:
     while run.step < settings.steps:
         _stop_if_asked(run)
         now_logging = (run.step + 1) % settings.log_interval == 0 or run.step + 1 == settings.steps
-        flip_rate = _step(run, measure_flips=now_logging)
+        counted = _step(run, measured=now_logging)
         run.step += 1
         run.monitor.advance(run.step)
         now_validating = run.step % settings.eval_interval == 0 or run.step == settings.steps
-        values: dict[str, float | int | None] = {}
-        if now_logging:
+        values: dict[str, Any] = {}
+        if counted is not None:
             seconds = time.monotonic() - logged_at
             taken = (run.step - logged_step) * settings.accum * settings.batch * settings.context
             values = {
                 "train_bpb": run.progress.nats / run.progress.losses / NATS_PER_BIT
                 if run.progress.losses
                 else None,
-                "rate": rate(run.step - 1, settings.steps),
-                "flip_rate": flip_rate,
+                "rate": rate(run.step - 1, settings.steps, theta=run.model.config.theta),
+                "flip_rate": counted.pop("flip_rate"),
                 "tokens_per_second": taken / seconds if seconds > 0 else None,
                 "seconds": run.progress.seconds + time.monotonic() - run.clock,
                 "skipped": run.progress.skipped,
@@ -275,18 +287,17 @@ def _steps(run: _Run) -> None:
             _validate(run)
             values["val_bpb"] = run.val_bpb
         if values:
-            run.monitor.log(run.step, values)
+            run.monitor.log(run.step, {**values, **(counted or {})})
         if now_logging:
             logged_at, logged_step = time.monotonic(), run.step
         if run.step % settings.save_interval == 0 or run.step == settings.steps:
             run.save_latest()
 
 
-def _step(run: _Run, *, measure_flips: bool) -> float | None:
-    """Take one step: a vote from every micro-batch, then the step rule. Returns the share of trits it changed."""
+def _step(run: _Run, *, measured: bool) -> dict[str, Any] | None:
+    """Take one step: a vote from every micro-batch, then the step rule. Returns the census of it, if asked for."""
     settings, progress = run.settings, run.progress
-    step_rate = rate(run.step, settings.steps)
-    before = run.model.snapshot_trits() if measure_flips else None
+    step_rate = rate(run.step, settings.steps, theta=run.model.config.theta)
     for micro_step in range(run.step * settings.accum, (run.step + 1) * settings.accum):
         ids_BT = training_batch(
             run.corpus,
@@ -311,8 +322,12 @@ def _step(run: _Run, *, measure_flips: bool) -> float | None:
                 f"the loss was not finite in {MAX_SKIPPED_IN_A_ROW} micro-batches in a row, up to step "
                 f"{run.step + 1}; they changed nothing, and the run stops here"
             )
+    if not measured:
+        run.model.step()
+        return None
+    run.census.before_step()
     run.model.step()
-    return run.model.flip_rate(before) if before is not None else None
+    return run.census.after_step()
 
 
 def _validate(run: _Run) -> None:
@@ -339,8 +354,42 @@ def _stop_if_asked(run: _Run) -> None:
     raise Stopped(run.request.signal_number, f"{done}; the checkpoint is written, go on with --resume")
 
 
-def _finish(run: _Run, baselines: Mapping[str, float]) -> TrainResult:
-    """Write what remains of a run: the final checkpoint, summary, plot and sample."""
+def _report(run: _Run) -> None:
+    """Draw the page of a run that has lines of metrics, as far as it has come."""
+    metrics = read_metrics(run.folder / METRICS) if run.folder is not None else []
+    if run.folder is None or not metrics:
+        return
+    settings, made_of = run.settings, audit(run.model.config)
+    tokens = run.step * settings.accum * settings.batch * settings.context
+    seconds = run.progress.seconds + time.monotonic() - run.clock
+    facts = {
+        "preset": settings.preset,
+        "weights": f"{made_of.weights:,}",
+        "state": f"{made_of.canonical_bytes:,} bytes",
+        "tables": f"{sum(table.bytes for table in made_of.tables):,} bytes",
+        "steps": f"{run.step:,} of {settings.steps:,}",
+        "tokens": f"{tokens:,} bytes read",
+        "time": f"{seconds:,.0f} s",
+        "validation": "not measured" if run.val_bpb is None else f"{run.val_bpb:.4f} bpb",
+        "best": "not measured" if run.best_bpb is None else f"{run.best_bpb:.4f} bpb",
+        "seed": f"{settings.seed}",
+        "data": f"{Path(settings.data).name} ({run.corpus.data_N.numel():,} bytes)",
+        "device": f"{settings.device}, {settings.backend}, {settings.dtype}",
+    }
+    if run.saved is not None and run.saved[0] == run.step:
+        facts["state_sha256"] = run.saved[1]
+    write_report(
+        run.folder / REPORT,
+        metrics,
+        facts,
+        baselines=run.baselines,
+        steps=settings.steps,
+        theta=run.model.config.theta,
+    )
+
+
+def _finish(run: _Run) -> TrainResult:
+    """Write what remains of a run: the final checkpoint, summary, plots and sample."""
     settings, runtime = run.settings, run.runtime
     if run.val_bpb is None:
         _validate(run)
@@ -348,15 +397,17 @@ def _finish(run: _Run, baselines: Mapping[str, float]) -> TrainResult:
     metadata = run.checkpoint_metadata()
     if run.store is not None and run.folder is not None:
         save_checkpoint(run.folder / FINAL, state, **metadata)
+    digest = state_sha256(state)
+    run.saved = run.step, digest
     summary = {
         "preset": settings.preset,
         "weights": audit(run.model.config).weights,
         "val_bpb": run.val_bpb,
         "best_bpb": run.best_bpb,
-        "baselines": dict(baselines),
+        "baselines": dict(run.baselines),
         "steps": run.step,
         "seconds": round(run.progress.seconds, 3),
-        "state_sha256": state_sha256(state),
+        "state_sha256": digest,
         "skipped": run.progress.skipped,
         "faulty_rows": run.faulty_rows(),
         **{name: value for name, value in run.metadata["run"].items() if name not in ("preset", "steps")},
@@ -373,7 +424,8 @@ def _finish(run: _Run, baselines: Mapping[str, float]) -> TrainResult:
         context=settings.context,
     )
     if run.folder is not None:
-        plot_loss(run.folder / LOSS_PLOT, read_metrics(run.folder / METRICS), baselines)
+        plot_loss(run.folder / LOSS_PLOT, read_metrics(run.folder / METRICS), run.baselines)
+        _report(run)
         run_folder.write_file(run.folder / run_folder.SAMPLE, prompt + sample)
         run_folder.write_json(run.folder / run_folder.SUMMARY, summary)
     run.monitor.close()

@@ -1,4 +1,4 @@
-"""What a run shows while it goes: metrics.jsonl, TensorBoard events, a progress bar or plain lines, and loss.png.
+"""What a run shows while it goes: metrics.jsonl, TensorBoard events, and a progress bar or plain lines.
 
 Units: bits per byte (bpb), bytes per second (a token is a byte), share of trits changed by one step (flip
 rate).
@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.events import EventFile
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
-METRICS, LOSS_PLOT = "metrics.jsonl", "loss.png"
-"""File names in the run folder."""
-
-EVENT_FILE_VERSION = "brain.Event:2"
-"""What the first record of a TensorBoard event file has to say."""
+METRICS = "metrics.jsonl"
+"""File name in the run folder."""
 
 
 class Monitor:
@@ -53,14 +51,14 @@ class Monitor:
         self._val_bpb: float | int | None = None
         self._clock: tuple[float, int] | None = None
         self._metrics: IO[str] | None = None
-        self._events: _EventFile | None = None
+        self._events: EventFile | None = None
         self._progress: tuple[Progress, TaskID] | None = None
         if folder is not None:
             try:
                 last_kept = start_step if start_step > 0 else -1  # a run from step 0 reports that step again
                 cut_metrics(folder / METRICS, last_kept)
                 self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115
-                self._events = _EventFile(folder, purge_step=last_kept + 1)
+                self._events = EventFile(folder, purge_step=last_kept + 1)
             except OSError as error:
                 raise _write_error(folder, error) from error
         if console is not None and console.is_terminal:
@@ -85,12 +83,13 @@ class Monitor:
             bar, task = self._progress
             bar.update(task, completed=step)
 
-    def log(self, step: int, values: Mapping[str, float | int | None]) -> None:
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Report the numbers of a step.
 
         Args:
             step: steps taken.
-            values: by name; None stands for a number that is not finite or not known.
+            values: by name; None stands for a number that is not finite or not known. ``kinds``, ``codebooks`` and
+                ``experts`` are groups of numbers, as a census makes them.
 
         Raises:
             TrainingError: a file cannot be written.
@@ -101,7 +100,7 @@ class Monitor:
                 self._metrics.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
                 self._metrics.flush()
             if self._events is not None:
-                self._events.add(step, {name: value for name, value in values.items() if value is not None})
+                self._events.add(step, values)
         except OSError as error:
             raise _write_error(None, error) from error
         if values.get("val_bpb") is not None:
@@ -163,69 +162,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def plot_loss(path: Path, metrics: list[dict[str, Any]], baselines: Mapping[str, float]) -> None:
-    """Draw training and validation bits per byte over steps, with each baseline as a horizontal line.
-
-    Args:
-        path: PNG file to write.
-        metrics: as ``read_metrics`` gives them.
-        baselines: name to bits per byte.
-
-    Raises:
-        TrainingError: the file cannot be written.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for name, label, style in (("train_bpb", "training", "-"), ("val_bpb", "validation", "o-")):
-        points = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=3, linewidth=1)
-    for i, (name, bpb) in enumerate(baselines.items()):
-        axes.axhline(bpb, linestyle="--", linewidth=0.8, color=f"C{i + 2}", label=f"{name} {bpb:.2f}")
-    axes.set(xlabel="step", ylabel="bits per byte")
-    axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend()
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise _write_error(path, error) from error
-
-
-class _EventFile:
-    """A TensorBoard event file, written at once: no thread that could fail unseen when the disk is full."""
-
-    def __init__(self, folder: Path, *, purge_step: int) -> None:
-        from tensorboard.compat.proto import event_pb2
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        self._event_pb2 = event_pb2
-        self._file = open(folder / f"events.out.tfevents.{time.time_ns()}.arb", "xb", buffering=0)  # noqa: SIM115
-        self._records = RecordWriter(self._file)
-        self._write(file_version=EVENT_FILE_VERSION)
-        log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._write(
-            step=purge_step, session_log=log
-        )  # readers drop what they know of this step and later ones
-
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._write(step=step, summary=Summary(value=scalars))
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _write(self, **fields: Any) -> None:
-        event = self._event_pb2.Event(wall_time=time.time(), **fields)
-        self._records.write(event.SerializeToString())
-
-
 def _progress_bar(console: Console, steps: int, start_step: int) -> tuple[Progress, TaskID]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -242,7 +178,7 @@ def _progress_bar(console: Console, steps: int, start_step: int) -> tuple[Progre
     return bar, task
 
 
-def _readable(values: Mapping[str, float | int | None], gap: str = "  ") -> str:
+def _readable(values: Mapping[str, Any], gap: str = "  ") -> str:
     """The numbers of a step as a reader wants them, in a fixed order."""
     forms = (
         ("train_bpb", "bpb {:.3f}"),

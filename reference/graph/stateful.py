@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from arbitor.reference import checks
+from arbitor.reference.graph.parts import row_parts
 from arbitor.reference.graph.state import LaidOutWeight, TableModule, TernaryModule, Voting
 from arbitor.reference.types import ACCUM_MAX, MAX_PACKED_BYTE, TernaryWeight, level_range
 
@@ -115,15 +116,20 @@ class Stateful(nn.Module):
             if not module.frozen
         }
 
-    def flip_rate(self, snapshot: Mapping[str, Mapping[str, Tensor]]) -> float:
-        """Return the share of trits that differ from those of `snapshot_trits`, among the weights that can vote."""
-        changed, total = torch.zeros((), dtype=torch.int64, device=self.voting.faults.device), 0
-        modules = self.ternary_modules()
+    def changed_trits(self, snapshot: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Return how many trits of each weight of `snapshot_trits` differ from it, int64 [] by name, counted part by part."""
+        modules, changed = self.ternary_modules(), {}
         for name, trits in snapshot.items():
             after = modules[name].weight
-            changed += self.ops.count_changed_trits(after.with_tensors(**trits), after)
-            total += math.prod(after.shape)
-        return float(changed) / total
+            pairs = zip(row_parts(after.with_tensors(**trits)), row_parts(after), strict=True)
+            changed[name] = torch.stack([self.ops.count_changed_trits(*pair) for pair in pairs]).sum()
+        return changed
+
+    def flip_rate(self, snapshot: Mapping[str, Mapping[str, Tensor]]) -> float:
+        """Return the share of trits that differ from those of `snapshot_trits`, among the weights that can vote."""
+        changed, modules = self.changed_trits(snapshot), self.ternary_modules()
+        total = sum(math.prod(modules[name].weight.shape) for name in changed)
+        return float(torch.stack(list(changed.values())).sum()) / total
 
 
 def _check_loadable(name: str, weight: TernaryWeight, current: LaidOutWeight) -> None:

@@ -1,0 +1,199 @@
+"""What one step did to each kind of weight, and how codes and experts are used: counted on the device, at log intervals only.
+
+The definitions are those of docs/training.md, "What a line of metrics says". Everything is a count of integers; the host divides.
+Nothing of the model is written, nothing random is drawn, and steps that no line is about cost nothing.
+Legend: N rows, K columns, E experts, R vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arbitor.optimized.training.kinds import KINDS, kind_of
+from arbitor.reference.graph.codebook import TernaryVQCodebook
+from arbitor.reference.graph.model import ArbModel
+from arbitor.reference.graph.moe import SharedProjectionMoE
+from arbitor.reference.graph.parts import row_parts
+from arbitor.reference.graph.state import LaidOutWeight, TernaryModule
+from arbitor.reference.types import ACCUM_MAX, EXPONENT_MAX, EXPONENT_MIN
+
+NUM_EXPONENTS = EXPONENT_MAX - EXPONENT_MIN + 1
+"""Exponents that a group can have."""
+
+
+class Census:
+    """Looks at a model twice in a step that is to be reported: before the step rule and after it.
+
+    Memory: one copy of the trits as the op set keeps them (1/4 byte a weight on a device, 1/5 in canonical form), from the first
+    reported step on; and, while it looks, what `row_parts` says of one part of a weight. No weight is decoded whole.
+    """
+
+    def __init__(self, model: ArbModel) -> None:
+        """Begin with a model as it was built or loaded; loads of experts count from here on."""
+        self._model = model
+        self._snapshot: dict[str, dict[str, Tensor]] = {}
+        self._drift: dict[str, Tensor] = {}
+        self._accumulators: dict[str, dict[str, Tensor]] = {}
+        self._chosen: dict[str, Tensor] = {}
+        self._load = {name: moe.get_buffer("load").clone() for name, moe in self._experts().items()}
+
+    def before_step(self) -> None:
+        """Look at what the votes of the step have come to, before the step rule acts on them."""
+        model = self._model
+        self._drift = model.changed_trits(self._snapshot)  # empty the first time
+        self._snapshot = {}  # let go of it before the next one is made, so that there is never a second
+        self._snapshot = model.snapshot_trits()
+        self._accumulators = {
+            name: count_accumulators(module, model.ops) for name, module in self._voting_modules().items()
+        }
+        self._chosen = {
+            name: torch.cat([ids_R for _, ids_R in module.seen])
+            for name, module in self._codebooks().items()
+            if module.seen
+        }
+
+    def after_step(self) -> dict[str, Any]:
+        """Look at what the step rule has done, and report it.
+
+        Returns:
+            ``flip_rate``, and ``kinds``, ``codebooks`` and ``experts``, each by name and only where the model has any, as
+            docs/training.md lists them. Numbers, lists and mappings: what JSON can hold.
+        """
+        model, modules = self._model, self._voting_modules()
+        flips = model.changed_trits(self._snapshot)
+        kinds, flipped, total = {}, 0, 0
+        for kind, names in by_kind(modules).items():
+            size = sum(math.prod(modules[name].weight.shape) for name in names)
+            states = [count_state(modules[name].weight, model.ops) for name in names]
+            count = {
+                "flips": added(flips[name] for name in names),
+                "rail": added(self._accumulators[name]["rail"] for name in names),
+                "saturated": added(self._accumulators[name]["saturated"] for name in names),
+                "zeros": added(state["zeros"] for state in states),
+            }
+            kinds[kind] = {
+                "weights": size,
+                "flip_rate": count["flips"] / size,
+                **({"drift": added(self._drift[name] for name in names) / size} if self._drift else {}),
+                "zero_share": count["zeros"] / size,
+                "rail_share": count["rail"] / size,
+                "saturation": count["saturated"] / size,
+                "exponents": summed_up(torch.stack([state["exponents"] for state in states]).sum(0).tolist()),
+            }
+            flipped, total = flipped + count["flips"], total + size
+        groups = {
+            "kinds": kinds,
+            "codebooks": {
+                name: code_use(ids_R, self._codebooks()[name].get_buffer("usage"))
+                for name, ids_R in self._chosen.items()
+            },
+            "experts": self._expert_loads(),
+        }
+        self._chosen, self._accumulators, self._drift = {}, {}, {}
+        return {"flip_rate": flipped / total, **{name: group for name, group in groups.items() if group}}
+
+    def _voting_modules(self) -> dict[str, TernaryModule]:
+        """Every module whose weight can vote, by name."""
+        return {name: module for name, module in self._model.ternary_modules().items() if not module.frozen}
+
+    def _codebooks(self) -> dict[str, TernaryVQCodebook]:
+        keepers = self._model.table_modules()
+        return {name: keeper for name, keeper in keepers.items() if isinstance(keeper, TernaryVQCodebook)}
+
+    def _experts(self) -> dict[str, SharedProjectionMoE]:
+        keepers = self._model.table_modules()
+        return {name: keeper for name, keeper in keepers.items() if isinstance(keeper, SharedProjectionMoE)}
+
+    def _expert_loads(self) -> dict[str, Any]:
+        """The loads since the last report, of layers that chose experts at all."""
+        loads = {}
+        for name, moe in self._experts().items():
+            now_E = moe.get_buffer("load")
+            since: list[int] = (now_E - self._load[name]).tolist()
+            self._load[name] = now_E.clone()
+            if sum(since):
+                mean = sum(since) / len(since)
+                loads[name] = {
+                    "load": since,
+                    "max_over_mean": max(since) / mean,
+                    "min_over_mean": min(since) / mean,
+                }
+        return loads
+
+
+def by_kind(modules: Iterable[str]) -> dict[str, list[str]]:
+    """The names of weights by kind, kinds that there are none of left out, in the order of KINDS."""
+    names: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for name in modules:
+        names[kind_of(name)].append(name)
+    return {kind: of_kind for kind, of_kind in names.items() if of_kind}
+
+
+def count_accumulators(module: TernaryModule, ops: Any) -> dict[str, Tensor]:
+    """Count accumulators of a weight: ``rail`` and ``saturated``, int64 [] on its device.
+
+    ``rail`` are those with 2 T T_accum <= -theta: half of what would move the trit, in the direction in which it can't go.
+    """
+    limit = -(-module.config.theta // 2)
+    rail = saturated = torch.zeros((), dtype=torch.int64, device=module.device)
+    for part in row_parts(module.weight):
+        accum_NK = part.tensors()["trit_accum"]
+        rail = rail + torch.count_nonzero(trits_of(part, ops) * accum_NK <= -limit)  # fits int8: |T| <= 1
+        saturated = saturated + torch.count_nonzero(accum_NK.abs() == ACCUM_MAX)
+    return {"rail": rail, "saturated": saturated}
+
+
+def count_state(weight: LaidOutWeight, ops: Any) -> dict[str, Tensor]:
+    """Count ``zeros``, int64 [], and groups by exponent, ``exponents`` int64 [48] from -32 on, both on the weight's device."""
+    exponents = weight.tensors()["exponents"]
+    zeros = torch.zeros((), dtype=torch.int64, device=exponents.device)
+    counts = torch.zeros(NUM_EXPONENTS, dtype=torch.int64, device=exponents.device)
+    for part in row_parts(weight):
+        trits_NK = trits_of(part, ops)
+        zeros = zeros + trits_NK.numel() - torch.count_nonzero(trits_NK)
+        levels = part.tensors()["exponents"] >> weight.mantissa_bits
+        counts = counts + torch.bincount((levels - EXPONENT_MIN).flatten(), minlength=NUM_EXPONENTS)
+    return {"zeros": zeros, "exponents": counts}
+
+
+def trits_of(part: LaidOutWeight, ops: Any) -> Tensor:
+    """The trits of a part of a weight, int8 [N, K], in whatever layout it is."""
+    canonical = ops.to_spec(part)
+    return ops.unpack_trits(canonical.packed, canonical.shape)
+
+
+def added(counts: Iterable[Tensor]) -> int:
+    """The sum of counts on a device, read once."""
+    return int(torch.stack(list(counts)).sum())
+
+
+def summed_up(counts: list[int]) -> dict[str, Any]:
+    """Least, mean and greatest exponent of groups counted by exponent, and the counts that are not 0."""
+    held = {EXPONENT_MIN + i: count for i, count in enumerate(counts) if count}
+    mean = sum(exponent * count for exponent, count in held.items()) / sum(held.values())
+    return {"min": min(held), "mean": mean, "max": max(held), "counts": {str(e): n for e, n in held.items()}}
+
+
+def code_use(ids_R: Tensor, usage_N: Tensor) -> Mapping[str, float | int]:
+    """How a step used a codebook.
+
+    Args:
+        ids_R: int64, the code of each vector of its passes; below 0 for a vector that stays without.
+        usage_N: the counters after the step.
+    """
+    uses = torch.unique(ids_R[ids_R >= 0], return_counts=True)[1].to(torch.float64)
+    shares = uses / uses.sum()
+    use = {
+        "codes": usage_N.numel(),
+        "vectors": int(uses.sum()),
+        "used": uses.numel(),
+        "dead": int((usage_N == 0).sum()),
+    }
+    if not uses.numel():
+        return use
+    return {**use, "perplexity": math.exp(-float((shares * shares.log()).sum()))}

@@ -1,0 +1,38 @@
+"""A weight in parts of whole rows, so that what looks at a large table never decodes all of it at once.
+
+Legend: N rows, K columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor
+
+from arbitor.reference.types import TRITS_PER_BYTE, packed_bytes
+
+if TYPE_CHECKING:
+    from arbitor.reference.graph.state import LaidOutWeight
+
+PART_TRITS = 2**23
+"""Most trits of a part. To look at one takes the reference some 40 bytes a trit, a device layout about 6: 320 or 50 MiB."""
+
+
+def row_parts(weight: LaidOutWeight, max_trits: int = PART_TRITS) -> Iterator[LaidOutWeight]:
+    """Yield a weight of any layout in parts of whole rows, first rows first; views, so nothing is copied.
+
+    A part has at most `max_trits` trits, or five rows where five have more: five rows end on a byte of the canonical form.
+    """
+    num_rows, num_columns = weight.shape
+    step = max(max_trits // (TRITS_PER_BYTE * num_columns), 1) * TRITS_PER_BYTE
+    for first in range(0, num_rows, step):
+        last = min(first + step, num_rows)
+        bytes_ = slice(first * num_columns // TRITS_PER_BYTE, packed_bytes(last * num_columns))
+        tensors: dict[str, Tensor] = {
+            name: tensor[first:last] if tensor.ndim == 2 else tensor[bytes_]
+            for name, tensor in weight.tensors().items()
+        }
+        # Both kinds of weight are dataclasses; the protocol does not say so because nothing else asks.
+        yield replace(cast(Any, weight), shape=(last - first, num_columns), **tensors)
