@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from arbitor.optimized.training.data import Corpus, split_corpus, training_batch, validation_windows
 from arbitor.reference.audit import audit
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.presets import preset
 from bench import ablation, generation, large, machine, parts, recall
+from bench.learning import __main__ as learning
+from bench.learning import learner
 from conformance.graph.models import NANO
 
 
@@ -212,3 +215,68 @@ def test_codes_are_in_use_if_the_last_half_of_training_found_them() -> None:
     assert len(set(found_by.values())) == 2
     shares = recall.train(table, lambda: next(drawn).clone(), 4)
     assert shares["in_use"] < shares["found"]
+
+
+def _job(rule: str, **changes: Any) -> learning.Job:
+    return replace(learning.Job("toy", "toy", rule, 0, 4, "stdlib"), **changes)
+
+
+@pytest.mark.parametrize("rule", learning.RULES)
+def test_every_rule_learns_from_the_same_windows(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights move, the curve is of the fixed windows, and a rule sees the windows of the seed and no others."""
+    architecture = replace(learning.SIZES["toy"], batch=2, context=32)
+    seen: list[torch.Tensor] = []
+    whole = learner.Learner.step
+
+    def step(self: Any, ids_BT: torch.Tensor, share: float) -> None:
+        seen.append(ids_BT)
+        whole(self, ids_BT, share)
+
+    monkeypatch.setattr(learner.Learner, "step", step)
+    corpus = Corpus("text", torch.arange(4000, dtype=torch.int64).remainder(251).to(torch.uint8), "", 1)
+    split = split_corpus(corpus, 32)
+    windows = validation_windows(corpus, split, count=4, context=32)
+    given = (architecture, learning.RULES[rule], corpus, split, windows)
+    result = learner.train(*given, seed=3, steps=12, device="cpu", evaluations=2)
+    want = [training_batch(corpus, split, batch=2, context=32, seed=3, micro_step=n) for n in range(12)]
+    assert all(torch.equal(one, other) for one, other in zip(seen, want, strict=True))
+    assert [step for step, _ in result["curve"]] == [0, 6, 12]
+    assert result["curve"][-1][1] == result["val_bpb"] < result["curve"][0][1], "12 steps on one sequence"
+    width = 64
+    assert result["weights"] == 12 * width**2 + (256 + 32 + 256) * width
+    per_weight = result["state_bytes"] / result["weights"]
+    if learning.RULES[rule].kind == "integer":  # 2 / 12 for whole groups; rows of 64 columns have six
+        assert 1.2 + 2 / 12 < per_weight < 1.2 + 2 * 6 / 64 + 1e-4
+    else:
+        assert per_weight == 16
+
+
+def test_straight_through_weights_are_ternary_in_products_and_float_behind_them() -> None:
+    rule, architecture = learning.RULES["straight-through"], learning.SIZES["toy"]
+    model = learner.Learner(replace(architecture, batch=2, context=16), rule, seed=0, device="cpu")
+    for _ in range(2):
+        model.step(torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0)), 1.0)
+    for weight in model.ops.weights:
+        assert weight.value.unique().numel() <= 3 and weight.master.unique().numel() > 3
+        scale = weight.master.detach().abs().mean()
+        assert torch.equal(weight.value, (weight.master.detach() / scale).round().clamp(-1, 1) * scale)
+
+
+def test_learning_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes((machine.ROOT / "README.md").read_bytes() * 9)
+    options = ["--suite", "toy", "--steps", "2", "--rules", "integer", "sign", "--data", str(text)]
+    options += ["--device", "cpu", "--seeds", "0", "1"]
+    for worker in ("0", "1"):
+        assert learning.main([*options, "--worker", f"{worker}/2", "--out", str(tmp_path / worker)]) == 0
+    parts_of_it = [str(tmp_path / f"{worker}.json") for worker in ("0", "1")]
+    capsys.readouterr()
+    assert learning.main(["--report", *parts_of_it, "--out", str(tmp_path / "both")]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    runs = json.loads((tmp_path / "both.json").read_text())["runs"]
+    assert [(row[4], row[8]) for row in rows] == [("integer", "2"), ("sign", "2")]
+    for row in rows:
+        values = [run["val_bpb"] for run in runs if run["rule"] == row[4]]
+        assert row[6] == f"{sum(values) / 2:.3f}" and row[7] == f"{max(values) - min(values):.3f}"
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    assert {run["data"] for run in runs} == {"text.txt"}, "no path of this machine"

@@ -53,7 +53,7 @@ class DenseOps:
 
     def from_spec(self, weight: Any) -> DenseWeight:
         dense = weight.dense(torch.float32)
-        self.weights.append(DenseWeight(dense.to(self.dtype), torch.nn.Parameter(dense)))
+        self.weights.append(DenseWeight(dense.to(self.dtype, copy=True), torch.nn.Parameter(dense)))
         return self.weights[-1]
 
     def linear(self, x: Tensor, weight: DenseWeight) -> Tensor:

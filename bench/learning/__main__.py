@@ -1,0 +1,188 @@
+"""Train one architecture by several rules on the same bytes, and print bits per byte with seeds and spread.
+
+    python -m bench.learning --out bench/results/<gpu>/learning                # every rule, three seeds
+    python -m bench.learning --suite long wide memory sweep --out ...          # what the claims about scale rest on
+    python -m bench.learning --suite graph --out ...                           # the preset `small`
+    python -m bench.learning --worker 0/2 ...                                  # half of the runs, for one of two GPUs
+    python -m bench.learning --report A.json B.json --out ...                  # table and curves of what was measured
+
+Every rule sees the same windows in the same order for a seed, and is judged on the same validation windows. Each run is written
+when it ends, in case the time is cut short. Curves go to a PNG beside the JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress, TaskID
+
+from arbitor.optimized.training.data import load_corpus, split_corpus, validation_windows
+from bench import machine, parts
+from bench.learning.learner import Architecture, train
+from bench.learning.report import curves, table
+from bench.learning.rules import RULES, Rule
+
+SIZES: Mapping[str, Architecture] = {
+    "7 M": Architecture("7 M"),
+    "29 M": Architecture("29 M", width=768),
+    "0.7 M": Architecture("0.7 M", width=128, num_layers=3),
+    "small": Architecture("small", preset="small"),
+    "toy": Architecture("toy", width=64, num_layers=1, context=64, batch=8),
+}
+"""Architectures by name: the benchmark; four times its weights; float weights in the memory that ternary ones of the benchmark
+take; the graph; and one for a quick look."""
+
+BEST = ("integer", "straight-through", "float AdamW")
+SWEPT = {
+    "straight-through": (1e-3, 1.5e-3, 3e-3, 4e-3),
+    "float AdamW": (1e-3, 2e-3, 3e-3),
+    "integer": (4 / 64, 8 / 64),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to train."""
+
+    suite: str
+    size: str
+    rule: str
+    seed: int
+    steps: int
+    data: str
+    rate: float | None = None
+
+
+def jobs_of(suite: str, *, seeds: Sequence[int], steps: int, data: str) -> Iterator[Job]:
+    """Yield the runs of a suite, the first seed of all rules before the second of any."""
+    plans: Mapping[str, tuple[str, Sequence[str], int]] = {
+        "table": ("7 M", tuple(RULES), steps),
+        "long": ("7 M", BEST, 4 * steps),
+        "wide": ("29 M", BEST, steps),
+        "memory": ("0.7 M", ("float AdamW",), steps),
+        "graph": ("small", BEST, steps),
+        "toy": ("toy", tuple(RULES), steps),
+    }
+    if suite == "sweep":
+        for name, rates in SWEPT.items():
+            for rate in rates:
+                yield Job(suite, "7 M", name, seeds[0], steps, data, rate)
+        return
+    size, rules, length = plans[suite]
+    for seed in seeds:
+        for name in rules:
+            yield Job(suite, size, name, seed, length, data)
+
+
+def run(job: Job, *, device: str, progress: Any) -> dict[str, Any]:
+    """Train one model."""
+    architecture, rule = SIZES[job.size], rule_of(job)
+    corpus = load_corpus(job.data)
+    split = split_corpus(corpus, architecture.context)
+    windows_WT = validation_windows(corpus, split, count=512, context=architecture.context)
+    result = train(
+        architecture, rule, corpus, split, windows_WT, seed=job.seed, steps=job.steps, device=device, progress=progress,
+    )  # fmt: skip
+    facts = {"data_bytes": corpus.data_N.numel(), "data_sha256": corpus.sha256}
+    return {**facts, "learning_rate": rule.rate, "decay": rule.decay, **result}
+
+
+def data_name(data: str) -> str:
+    """Return what results call a data set: paths are of one machine."""
+    return data if data == "stdlib" else Path(data).name
+
+
+def rule_of(job: Job) -> Rule:
+    """Return the rule of a job, at the rate asked for."""
+    rule = RULES[job.rule]
+    return rule if job.rate is None else replace(rule, rate=job.rate)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the suites asked for; return 1 if a run failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.learning",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    suites = ("table", "long", "wide", "memory", "sweep", "graph", "toy")
+    parser.add_argument("--suite", nargs="+", default=["table"], choices=suites)
+    parser.add_argument("--rules", nargs="+", choices=list(RULES), metavar="RULE", help="only these")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--steps", type=int, default=1500, help="of the suites but `long`, which takes four times as many"
+    )
+    parser.add_argument("--data", nargs="+", default=["stdlib"], help="`stdlib`, files or folders [stdlib]")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--worker", default="0/1", metavar="I/N", help="take every N-th run from the I-th on [0/1]"
+    )
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after so many")
+    parser.add_argument("--report", nargs="+", type=Path, metavar="JSON", help="measure nothing, merge these")
+    parser.add_argument("--out", type=Path, help="where to write JSON and PNG, without their suffix")
+    args = parser.parse_args(argv)
+
+    path = None if args.out is None else args.out.with_suffix(".json")
+    if args.report:
+        read = [json.loads(file.read_text()) for file in args.report]
+        document = {**read[0], "runs": [run for each in read for run in each["runs"]]}
+        return publish(document, path)
+    worker, workers = map(int, args.worker.split("/"))
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    jobs = [
+        job
+        for suite in args.suite
+        for data in args.data
+        for job in jobs_of(suite, seeds=args.seeds, steps=args.steps, data=data)
+        if args.rules is None or job.rule in args.rules
+    ][worker::workers]
+    runs: list[dict[str, Any]] = []
+    command = ["python -m bench.learning", *(sys.argv[1:] if argv is None else argv)]
+    document = {"machine": machine.machine_info(), "command": " ".join(command), "runs": runs}
+    began = time.monotonic()
+    with Progress(transient=True) as bar:
+        for job in jobs:
+            if time.monotonic() - began > args.seconds:
+                print(
+                    f"{len(jobs) - len(runs)} of {len(jobs)} runs not started: time is over", file=sys.stderr
+                )
+                break
+            task = bar.add_task(f"{job.suite}: {job.rule}, seed {job.seed}", total=job.steps)
+            progress = partial(_show, bar, task)
+            done = parts.attempt(partial(run, job, device=device, progress=progress))
+            bar.remove_task(task)
+            runs.append({**asdict(job), "data": data_name(job.data), **done})
+            parts.write(path, document)
+            line = f"{job.suite:7} {job.size:6} {job.rule:17} seed {job.seed}"
+            result = done.get("failed") or f"{done['val_bpb']:.4f} in {done['seconds']} s"
+            print(f"{line}  {result}", flush=True)
+            parts.free()
+    return publish(document, path) or parts.exit_status(runs)
+
+
+def _show(bar: Progress, task: TaskID, step: int) -> None:
+    bar.update(task, completed=step)
+
+
+def publish(document: Mapping[str, Any], path: Path | None) -> int:
+    """Write the runs and their curves, print the table."""
+    parts.write(path, document)
+    print(table(document["runs"]))
+    if path is not None:
+        curves(document["runs"], path.with_suffix(".png"), title=document["machine"]["device"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

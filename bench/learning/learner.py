@@ -1,0 +1,235 @@
+"""One model, trained by one rule: on a GPU the whole step is a CUDA graph, so that the host's speed does not count.
+
+Legend: B batch, T bytes of a window, W validation windows.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arbitor.optimized.settings import values_vouched_for
+from arbitor.optimized.training.data import Corpus, Split, training_batch
+from arbitor.reference.config import ArbConfig
+from arbitor.reference.graph import ArbModel
+from arbitor.reference.graph.state import GraphContext
+from arbitor.reference.graph.stateful import Stateful
+from arbitor.reference.presets import preset
+from bench.learning.rules import FLOAT_BYTES, FloatOps, Rule, StraightThroughOps, integer_bytes
+from bench.learning.transformer import ByteTransformer
+
+WARMUP = 0.03
+"""Share of the steps over which every rule's rate climbs."""
+
+BETAS = (0.9, 0.95)
+"""Of AdamW."""
+
+EAGER_STEPS = 3
+"""Steps before the first that is recorded: libraries set themselves up, kernels are compiled."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is trained: a byte transformer of so many layers and so wide, or a preset of the graph."""
+
+    name: str
+    width: int = 384
+    num_layers: int = 4
+    context: int = 256
+    batch: int = 64
+    preset: str | None = None
+
+
+def schedule(step: int, steps: int, decay: float) -> float:
+    """Return the rate of a step in parts of its height: warm-up, flat, and down to 0 in a line."""
+    warm = min(1.0, (step + 1) / math.ceil(WARMUP * steps))
+    return min(warm, (steps - step) / math.ceil(decay * steps))
+
+
+class Learner:
+    """A model and how it takes a step.
+
+    Attributes:
+        model:       on the op set of its rule.
+        num_weights: trainable ones.
+        state_bytes: what training keeps between steps.
+    """
+
+    def __init__(
+        self, architecture: Architecture, rule: Rule, *, seed: int, device: str, capture: bool = True
+    ) -> None:
+        self.architecture, self.rule, self.device = architecture, rule, device
+        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.ops = self._op_set()
+        self.config = self._config()
+        self.model = self._model(seed)
+        self.rate = torch.zeros((), device=device)
+        self.step_number = torch.zeros((), dtype=torch.int64, device=device)
+        self.ids_BT = torch.zeros(architecture.batch, architecture.context, dtype=torch.int64, device=device)
+        self.optimizer = self._optimizer()
+        self.recorded: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.capture = capture and device == "cuda" and architecture.preset is None
+        self.taken, self.last_loss = 0, math.log(256)
+        trained = {name: m.weight for name, m in self.model.ternary_modules().items() if not m.frozen}
+        self.num_weights = sum(math.prod(weight.shape) for weight in trained.values())
+        integer = rule.kind == "integer"
+        self.state_bytes = integer_bytes(trained) if integer else float(FLOAT_BYTES * self.num_weights)
+
+    def step(self, ids_BT: Tensor, share: float) -> None:
+        """Take one step at a share of the rule's rate."""
+        self.ids_BT.copy_(ids_BT)
+        height = self.rule.rate * (self.config.theta if self.optimizer is None else 1.0)
+        self.rate.fill_(share * height)
+        self.step_number.fill_(self.taken)
+        size = self._vote_size()
+        if not self.capture or self.taken < EAGER_STEPS:
+            loss = self._take(size)
+        else:
+            if size not in self.recorded:
+                self.recorded[size] = self._record(size)
+            graph, loss = self.recorded[size]
+            graph.replay()
+        if self.config.vote_rule == "sign":  # only this rule asks for the loss
+            self.last_loss = loss.item()
+        self.taken += 1
+
+    def bits_per_byte(self, windows_WT: Tensor) -> float:
+        """Return the mean over validation windows."""
+        nats = 0.0
+        with torch.no_grad():
+            for windows_BT in windows_WT.split(self.architecture.batch):
+                nats += self._loss(windows_BT.to(self.device)).item() * windows_BT.shape[0]
+        return nats / windows_WT.shape[0] / math.log(2)
+
+    def _take(self, size: int) -> Tensor:
+        loss = self._loss(self.ids_BT)
+        with self._voting(size):
+            loss.backward()
+        self.model.step()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.ops.refresh()
+        return loss.detach()
+
+    def _record(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            loss = self._take(size)
+        return graph, loss
+
+    def _voting(self, size: int) -> AbstractContextManager[None]:
+        voting = self.model.voting
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            # The rate is on the device, and `at` would look whether it is 0: it never is while a graph is recorded.
+            voting.rate, voting.step, voting.size, voting.active = self.rate, self.step_number, size, True
+            return nullcontext()
+        return voting.at(rate=self.rate, step=self.step_number, size=size)
+
+    def _vote_size(self) -> int:
+        if self.config.vote_rule != "sign":
+            return 1
+        from arbitor.reference.ops import step_from_loss
+
+        return step_from_loss(self.last_loss, math.log(256), self.config.max_vote_step)
+
+    def _loss(self, ids_BT: Tensor) -> Tensor:
+        return self.model.loss(ids_BT)
+
+    def _op_set(self) -> Any:
+        if self.rule.kind == "float":
+            return FloatOps(self.dtype)
+        if self.rule.kind == "straight-through":
+            return StraightThroughOps(self.dtype)
+        if self.device == "cuda":
+            from arbitor.optimized import ops as optimized_ops
+
+            return optimized_ops
+        from arbitor.reference import ops as reference_ops
+
+        return reference_ops
+
+    def _config(self) -> ArbConfig:
+        changes = dict(self.rule.config)
+        if self.rule.kind != "integer":
+            changes |= {"vote_rule": "stochastic", "orthogonal_steps": 0}
+        return replace(preset(self.architecture.preset or "tiny"), **changes)
+
+    def _model(self, seed: int) -> Stateful:
+        parts: dict[str, Any] = {"device": self.device, "dtype": self.dtype, "seed": seed}
+        if self.architecture.preset is not None:
+            return ArbModel(self.config, ops=self.ops, **parts)
+        context = GraphContext(self.ops, self.config, **parts)
+        shape = self.architecture
+        return ByteTransformer(context, width=shape.width, num_layers=shape.num_layers, length=shape.context)
+
+    def _optimizer(self) -> torch.optim.AdamW | None:
+        if self.rule.kind == "integer":
+            return None
+        masters = [
+            module.weight.master for module in self.model.ternary_modules().values() if not module.frozen
+        ]  # type: ignore[attr-defined]
+        on_gpu = self.device == "cuda"
+        return torch.optim.AdamW(
+            masters,
+            lr=self.rate,
+            betas=BETAS,
+            weight_decay=0.0,
+            fused=on_gpu,
+            foreach=False,
+            capturable=on_gpu,
+        )
+
+
+def train(
+    architecture: Architecture,
+    rule: Rule,
+    corpus: Corpus,
+    split: Split,
+    windows_WT: Tensor,
+    *,
+    seed: int,
+    steps: int,
+    device: str,
+    evaluations: int = 10,
+    progress: Callable[[int], None] = lambda step: None,
+) -> dict[str, Any]:
+    """Train one model and return what came of it: the curve, the time of the steps alone, the bytes of its state."""
+    with values_vouched_for(), _side_stream(device):
+        learner = Learner(architecture, rule, seed=seed, device=device)
+        every = max(1, math.ceil(steps / evaluations))
+        curve, seconds = [(0, learner.bits_per_byte(windows_WT))], 0.0
+        while learner.taken < steps:
+            began, until = time.perf_counter(), min(learner.taken + every, steps)
+            while learner.taken < until:
+                ids_BT = training_batch(
+                    corpus, split, batch=architecture.batch, context=architecture.context, seed=seed, micro_step=learner.taken,
+                )  # fmt: skip
+                learner.step(ids_BT, schedule(learner.taken, steps, rule.decay))
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds += time.perf_counter() - began
+            curve.append((learner.taken, learner.bits_per_byte(windows_WT)))
+            progress(learner.taken)
+    return {
+        "weights": learner.num_weights,
+        "state_bytes": learner.state_bytes,
+        "steps": steps,
+        "tokens": steps * architecture.batch * architecture.context,
+        "seconds": round(seconds, 2),
+        "val_bpb": curve[-1][1],
+        "curve": curve,
+    }
+
+
+def _side_stream(device: str) -> AbstractContextManager[Any]:
+    """Return a context in which work goes to a stream that a graph can be recorded on."""
+    return torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext()

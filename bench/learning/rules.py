@@ -1,0 +1,100 @@
+"""The rules that are compared, each as an op set that the graph runs on, and what it keeps between steps.
+
+The integer rules are the product's own: its ops on its weights. The float rules answer the same calls with dense matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arbitor.reference.types import groups_per_row
+from bench.peers.float_model import DenseOps, DenseWeight
+
+FLOAT_BYTES = 16
+"""What mixed precision with AdamW keeps for a weight: bfloat16 value and gradient, float32 master and two moments."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A way to train.
+
+    Attributes:
+        kind:   `integer`, `float` or `straight-through`.
+        rate:   learning rate of AdamW, or for integers the gain of the schedule, in parts of theta.
+        decay:  share of the steps, at the end, over which the rate falls to 0.
+        config: fields of the model's configuration that differ from the preset's.
+    """
+
+    kind: str
+    rate: float
+    decay: float = 0.4
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+RULES: Mapping[str, Rule] = {
+    "integer": Rule("integer", 6 / 64, 0.6),
+    "rows alone": Rule("integer", 1.25 / 16, 0.4, {"theta": 16, "orthogonal_steps": 0}),
+    "sign": Rule("integer", 1 / 32, 0.4, {"theta": 32, "vote_rule": "sign", "max_vote_step": 8}),
+    "straight-through": Rule("straight-through", 2e-3),
+    "float AdamW": Rule("float", 1.5e-3),
+}
+"""Rules by name: the default of every preset; stochastic votes of plain gradients with coarse counters; the seeds' votes;
+float latent weights behind ternary ones; and float weights."""
+
+
+class GaussianSpec:
+    """A float weight in the making: what `DenseOps.from_spec` asks for."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.values.to(dtype)
+
+
+class FloatOps(DenseOps):
+    """Float weights that start Gaussian, with the standard deviation that the ternary ones start with."""
+
+    def initial_weight(  # type: ignore[override]
+        self, shape: tuple[int, int], *, std: float, seed: int, tensor_id: int, group_size: int, device: Any
+    ) -> GaussianSpec:
+        generator = torch.Generator().manual_seed((seed << 20) + tensor_id)
+        return GaussianSpec((torch.randn(shape, generator=generator) * std).to(device))
+
+    def refresh(self) -> None:
+        """Make the copies that are computed with from the masters."""
+        for weight in self.weights:
+            weight.value.copy_(self.value_of(weight.master.detach()))
+
+    def value_of(self, master: Tensor) -> Tensor:
+        """Return what a master is computed with."""
+        return master
+
+    def from_spec(self, weight: Any) -> DenseWeight:
+        made = super().from_spec(weight)
+        made.value.copy_(self.value_of(made.master.detach()))
+        return made
+
+
+class StraightThroughOps(FloatOps):
+    """Float latent weights, ternary in every product; gradients pass as if they were not (BitNet b1.58)."""
+
+    def value_of(self, master: Tensor) -> Tensor:
+        scale = master.abs().mean().clamp(min=1e-8)
+        return (master / scale).round().clamp(-1, 1) * scale
+
+
+def integer_bytes(weights: Mapping[str, Any]) -> float:
+    """Return the bytes of training state of ternary weights, in canonical form."""
+    total = 0.0
+    for weight in weights.values():
+        rows, columns = weight.shape
+        total += math.ceil(rows * columns / 5) + rows * columns
+        total += 2 * rows * groups_per_row(columns, weight.group_size)
+    return total
