@@ -18,6 +18,7 @@ from bench.peers import peers_of
 OURS, REFERENCE = "ours", "reference"
 
 FAMILIES = (
+    "orthogonal",
     "linear",
     "update",
     "train_step",
@@ -68,6 +69,7 @@ STEP_OPS = (
     "rms_norm_input_grad",
     "embedding",
     "embedding_row_grads",
+    "orthogonalize",
     "accumulate_gradient",
     "apply_step",
 )

@@ -31,7 +31,8 @@ MOST: Mapping[str, Mapping[str, int]] = {
     "denoise": {"D": 1088, "L": 16_384, "P": 298},
     "edges": {"K": 640},
     "embedding": {"K": 2304},
-    "experts": {"M": 1024, "N": 640, "K": 1024},
+    "experts": {"M": 8192, "N": 640, "K": 1024},
+    "orthogonal": {"N": 2304, "K": 2304},
     "linear": {"K": 2304},
     "norm": {"K": 2304},
     "scale": {"K": 2304},
@@ -41,7 +42,7 @@ MOST: Mapping[str, Mapping[str, int]] = {
 """Largest sizes of a check by family, where the tiny shape's would not do; up to there a size is the case's own. Beyond them
 no other path is left: tiles have their full width, the last is ragged, sums are split, a program takes more than one tile."""
 
-UNPACKS = ("linear", "experts")
+UNPACKS = ("linear",)
 """Families whose ops split a weight of more than their DENSE_ELEMENTS. What is checked is smaller, and so is the limit then."""
 
 PEER_ERROR = 1e-2

@@ -251,6 +251,10 @@ INPUTS: dict[str, Callable[[Maker, Sizes], Arguments]] = {
     "accumulate_gradient": lambda m, s: _in_place(_weight(m, s), _gradient(m, s), RATE, **CLOCK),
     "count_nonfinite_rows": lambda m, s: ((_gradient(m, s),), {}),
     "count_changed_trits": lambda m, s: ((_weight(m, s), _weight(m, s)), {}),
+    "orthogonalize": lambda m, s: (
+        (m.normal((s["N"], s["K"]), FLOATS[s["float_bytes"]]),),
+        {"iterations": s["iterations"], "num_groups": s["E"]},
+    ),
     "linear": lambda m, s: ((_activations(m, s, "K"), _weight(m, s)), {}),
     "linear_input_grad": lambda m, s: ((_activations(m, s, "N"), _weight(m, s)), {}),
     "linear_weight_grad": lambda m, s: ((_activations(m, s, "N"), _activations(m, s, "K")), {}),

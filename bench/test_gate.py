@@ -18,6 +18,7 @@ from arbitor.optimized.kernels import (
     embedding,
     experts,
     norm,
+    orthogonal,
     scale,
     update,
     votes,
@@ -64,8 +65,9 @@ def few(s: Sizes) -> bool:
     return expert_ops.FEW_SLOTS * s["M"] <= s["E"]
 
 
-def grouped(s: Sizes) -> Any:
-    return few(s), s["M"] <= 16 * s["E"], tile(s["N"], 128), tile(s["K"], 64), s["N"] % 8, s["K"] % 8
+def grouped(s: Sizes, *, transposed: bool = False) -> Any:
+    tiling = experts.Tiling.of(s["M"], s["E"], transposed=transposed, wide=s["float_bytes"] == 4)
+    return few(s), tiling, tile(s["N"], 128), tile(s["K"], 128), s["N"] % 8, s["K"] % 8
 
 
 def nearest(s: Sizes) -> Any:
@@ -115,7 +117,8 @@ PATHS: dict[str, Callable[[Sizes], Any]] = {
     "nearest_codes": nearest,
     "nearest_candidates": among,
     "grouped_linear": grouped,
-    "grouped_linear_input_grad": lambda s: (*grouped(s), few(s) and s["N"] > experts.PART),
+    "grouped_linear_input_grad": lambda s: (*grouped(s, transposed=True), few(s) and s["N"] > experts.PART),
+    "orthogonalize": lambda s: (tile(s["K"], orthogonal.BLOCK_COLUMNS), s["N"] // s["E"] > s["K"]),
     "grouped_linear_weight_grad": lambda s: (tile(s["N"], 128), tile(s["K"], 128)),
     "decode_attention": attending,
     "edge_sum": lambda s: (s["J"], columns(edges.BLOCK_COLUMNS)(s)),
@@ -131,22 +134,6 @@ def test_what_is_checked_takes_the_path_that_is_timed(op: str) -> None:
     row = cases.rows()[op]
     for sizes in row.shapes.values():
         assert PATHS[op](gate.small(row, sizes)) == PATHS[op](sizes), sizes
-
-
-def test_a_weight_that_is_unpacked_in_parts_is_checked_in_parts() -> None:
-    row = cases.rows()["grouped_linear"]
-
-    def parts(s: Sizes, outputs: int) -> int:
-        return len(list(expert_ops.windows(outputs, gate.elements(s) // outputs)))
-
-    for sizes in row.shapes.values():
-        checked = gate.small(row, sizes)
-        for name in ("N", "K"):
-            timed = parts(sizes, sizes[name])
-            with gate.unpacking_less("experts", gate.elements(sizes) // gate.elements(checked)):
-                assert (parts(checked, checked[name]) > 1) == (timed > 1), (sizes, name)
-    most = expert_ops.DENSE_ELEMENTS
-    assert gate.elements(row.shapes["21216_m4"]) > most >= gate.elements(row.shapes["small"])
 
 
 def test_few_slots_are_checked_as_few() -> None:

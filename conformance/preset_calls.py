@@ -62,7 +62,7 @@ def of_experts() -> Iterator[tuple[str, Case]]:
     groups = {"num_groups": 32}
     for rows, columns in ((1192, 192), (128, 512)):  # r12, its width cut; r9
         stacked = weight(groups["num_groups"] * rows, columns)
-        for slots in (4, 256, 2048):
+        for slots in (4, 256, 2048, 4096, 16384):  # a tile each
             x, grad = (torch.zeros(slots, width, dtype=BF16) for width in (columns, rows))
             experts = dealt(slots, groups["num_groups"])
             yield "grouped_linear", Case((x, stacked, experts), groups)
@@ -95,6 +95,7 @@ def of_loops() -> Iterator[tuple[str, Case]]:
 def of_updates() -> Iterator[tuple[str, Case]]:
     matrix, grad = weight(64, WIDTH), torch.zeros(64, WIDTH)
     votes = grad.to(torch.int8)
+    yield "orthogonalize", Case((grad.to(BF16),))
     yield "row_exponents", Case((grad,))
     yield "sign_votes", Case((grad, 3))
     yield "stochastic_votes", Case((grad, 0.5), CLOCK)

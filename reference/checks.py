@@ -84,9 +84,9 @@ def matrix(name: str, value: Tensor, allowed: Sequence[torch.dtype]) -> None:
         )
 
 
-def gradient_matrix(name: str, value: Tensor) -> None:
+def gradient_matrix(name: str, value: Tensor, allowed: Sequence[torch.dtype] = GRADIENT_DTYPES) -> None:
     """Refuse anything but a 2-D gradient with at least one column; a batch that used no row of a table has no rows."""
-    dtype_in(name, value, GRADIENT_DTYPES)
+    dtype_in(name, value, allowed)
     if value.ndim != 2 or value.shape[1] == 0:
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}, but must be [rows, columns] with at least one column"
@@ -414,6 +414,15 @@ def expert_slots(experts_M: Tensor, num_slots: int, **beside: Tensor) -> None:
             f"experts_M has shape {tuple(experts_M.shape)}, but must be {(num_slots,)}, one expert a slot"
         )
     same_device(**beside, experts_M=experts_M)
+
+
+def stacked_rows(name: str, value: Tensor, num_groups: int) -> None:
+    """Refuse a stack of matrices whose rows are not a whole number for each."""
+    integer("num_groups", num_groups, 1, 2**31 - 1)
+    if value.shape[0] % num_groups:
+        raise ValueError(
+            f"num_groups is {num_groups}, but must divide the rows of {name}, which has {value.shape[0]}"
+        )
 
 
 def expert_rows(weight: Weight, num_groups: int) -> int:

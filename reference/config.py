@@ -13,10 +13,12 @@ from arbitor.reference import checks
 from arbitor.reference.types import (
     ACCUM_MAX,
     DEFAULT_GROUP_SIZE,
+    DEFAULT_ORTHOGONAL_STEPS,
     DEFAULT_THETA,
     DEFAULT_THETA_E,
     EXPONENT_RULES,
     GROUP_SIZES,
+    MAX_ORTHOGONAL_STEPS,
     ON_FLIP,
 )
 
@@ -153,6 +155,7 @@ class ArbConfig:
         on_flip:        `reset` or `carry`: what a moved trit's accumulator keeps.
         exponent_rule:  `score`, `sign` or `frozen`.
         vote_rule:      `stochastic` or `sign`.
+        orthogonal_steps: iterations of `orthogonalize` before the gradient of a matrix casts stochastic votes; 0: none.
         max_vote_step:  largest vote of the `sign` rule, 1 .. 127.
 
     Raises TypeError or ValueError, one sentence, for a field that is not allowed.
@@ -204,8 +207,9 @@ class ArbConfig:
     theta: int = DEFAULT_THETA
     theta_e: int = DEFAULT_THETA_E
     on_flip: str = "reset"
-    exponent_rule: str = "score"
+    exponent_rule: str = "frozen"
     vote_rule: str = "stochastic"
+    orthogonal_steps: int = DEFAULT_ORTHOGONAL_STEPS
     max_vote_step: int = 8
 
     def __post_init__(self) -> None:
@@ -214,7 +218,7 @@ class ArbConfig:
             raise ValueError(f"name is {self.name!r}, but must be a string of at least one character")
         for field in fields(self):
             if field.type == "int":
-                low = 0 if field.default == 0 else 1
+                low = 0 if field.default == 0 or field.name == "orthogonal_steps" else 1
                 checks.integer(field.name, getattr(self, field.name), low, _MAX_SIZE)
             if field.type == "bool" and not isinstance(getattr(self, field.name), bool):
                 raise TypeError(f"{field.name} is {getattr(self, field.name)!r}, but must be true or false")
@@ -248,6 +252,7 @@ class ArbConfig:
         checks.one_of("group_size", self.group_size, GROUP_SIZES)
         checks.threshold("theta", self.theta)
         checks.threshold("theta_e", self.theta_e)
+        checks.integer("orthogonal_steps", self.orthogonal_steps, 0, MAX_ORTHOGONAL_STEPS)
         checks.integer("max_vote_step", self.max_vote_step, 1, ACCUM_MAX)
         checks.one_of("on_flip", self.on_flip, ON_FLIP)
         checks.one_of("exponent_rule", self.exponent_rule, EXPONENT_RULES)

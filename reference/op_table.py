@@ -137,6 +137,13 @@ def _linear_ops(s: Shape) -> int:
     return 2 * s["M"] * s["N"] * s["K"]
 
 
+def _orthogonal_ops(s: Shape) -> int:
+    """Return the operations of one step: S, S S and the product with X, each in full."""
+    rows, columns = s["N"] // s["E"], s["K"]
+    side = min(rows, columns)
+    return s["E"] * (4 * rows * columns * side + 2 * side**3)
+
+
 def _touched(s: Shape) -> int:
     """Return the experts that the slots of a timed call use: the inputs deal them out in turn."""
     return min(s["E"], s["M"])
@@ -166,6 +173,13 @@ _MATRIX = _sizes(
     tiny={"N": 256, "K": 256, "G": 12},
     _3072={"N": 3072, "K": 3072, "G": 12},
     _7168={"N": 7168, "K": 7168, "G": 12},
+)
+_GRADIENTS = _sizes(  # gradients of a stack of E matrices of N / E rows
+    tiny={"N": 256, "K": 256, "E": 1, "iterations": 3, "float_bytes": 2},
+    small={"N": 1024, "K": 384, "E": 1, "iterations": 3, "float_bytes": 2},
+    _3072={"N": 3072, "K": 3072, "E": 1, "iterations": 3, "float_bytes": 2},
+    _1408_e64={"N": 64 * 1408, "K": 2048, "E": 64, "iterations": 3, "float_bytes": 2},
+    _7168={"N": 7168, "K": 7168, "E": 1, "iterations": 3, "float_bytes": 2},
 )
 _DITHER = _sizes(
     tiny={"groups": 256 * 22, "G": 12},
@@ -373,6 +387,12 @@ _LIST = (
         "count_changed_trits", "update", EXACT, _MATRIX,
         bytes_min=lambda s: 2 * _packed(s) + 8,
         ops_min=lambda s: 2 * _elements(s),
+    ),
+    # orthogonal: two products with the smaller side, and one of it with itself, an iteration
+    OpRow(
+        "orthogonalize", "orthogonal", _TWICE, _GRADIENTS,
+        bytes_min=lambda s: 2 * s["float_bytes"] * _elements(s),
+        ops_min=lambda s: s["iterations"] * _orthogonal_ops(s),
     ),
     # linear
     OpRow(

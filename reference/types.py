@@ -32,11 +32,20 @@ MANTISSA_BITS = (0, 1, 2)
 ACCUM_MAX = 127
 """Accumulators saturate at plus and minus this many votes, so -128 never occurs."""
 
-DEFAULT_THETA = 16
+DEFAULT_THETA = 64
 """Votes after which a trit moves by one level."""
 
 DEFAULT_THETA_E = 127
 """Votes after which an exponent moves by one."""
+
+DEFAULT_ORTHOGONAL_STEPS = 3
+"""Newton-Schulz steps that orthogonalise the gradient of a matrix before it votes."""
+
+MAX_ORTHOGONAL_STEPS = 10
+"""Most of them: after ten, the smallest of float32's directions has grown to 1."""
+
+MIN_ORTHOGONAL_RANK = 32
+"""Smaller side from which the gradient of a matrix is orthogonalised; a narrower one has few directions to even out."""
 
 SCORE_SHIFT = 3
 """k of the score rule: a group's score counts for 2**-k votes on its exponent."""

@@ -72,6 +72,23 @@ def _norm_weight_grad(arguments: Arguments, sizes: Sizes) -> Callable[[], Any]:
     return lambda: torch.autograd.grad(y, w, grad, retain_graph=True)[0][None]
 
 
+def _newton_schulz(arguments: Arguments, sizes: Sizes) -> Callable[[], Any]:
+    """Return Muon's iteration as it is commonly written: bfloat16 throughout."""
+    (grad,), options = arguments
+    matrices = grad.unflatten(0, (options["num_groups"], -1))
+    tall = matrices.shape[1] > matrices.shape[2]
+
+    def run() -> torch.Tensor:
+        x = matrices.mT if tall else matrices
+        x = x / x.float().square().sum(dim=(1, 2), keepdim=True).sqrt().to(x.dtype)
+        for _ in range(options["iterations"]):
+            s = x @ x.mT
+            x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
+        return (x.mT if tall else x).reshape(grad.shape)
+
+    return run
+
+
 def _norm_bytes(activations: int) -> Callable[[Sizes], int]:
     return lambda s: s["float_bytes"] * (activations * s["M"] + 1) * s["K"]
 
@@ -158,6 +175,15 @@ PEERS = {
     "conv1d_input_grad": (Peer("conv1d_input bf16", _conv_input_grad, _conv_bytes),),
     "conv1d_weight_grad": (
         Peer("conv1d_weight bf16", _conv_weight_grad, _conv_bytes, note="writes bfloat16, the op float32"),
+    ),
+    "orthogonalize": (
+        Peer(
+            "Muon's iteration, bf16",
+            _newton_schulz,
+            lambda s: 2 * s["float_bytes"] * s["N"] * s["K"],
+            note="rounds more often",
+            checked=False,
+        ),
     ),
     "rms_norm": (Peer("F.rms_norm bf16", _norm, _norm_bytes(2)),),
     "rms_norm_input_grad": (Peer("F.rms_norm backward", _norm_input_grad, _norm_bytes(3)),),

@@ -12,13 +12,13 @@ from torch import Tensor
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.op_table import OP_TABLE, NoWorse
 from arbitor.reference.types import TernaryWeight
-from conformance.cases import attention, codebook, core, denoise_loop, edges, experts, memory
+from conformance.cases import attention, codebook, core, denoise_loop, edges, experts, memory, orthogonal
 from conformance.cases.case import Case, magnitude_of, widened
 from conformance.compare import exact, no_worse, unsigned_zeros
 from conformance.report import LEDGER
 from conformance.subject import Subject
 
-_FAMILIES = (core, codebook, edges, experts, attention, memory, denoise_loop)
+_FAMILIES = (core, codebook, edges, experts, attention, memory, denoise_loop, orthogonal)
 
 CASES: dict[str, SearchStrategy[Case]] = {
     name: cases for family in _FAMILIES for name, cases in family.CASES.items()

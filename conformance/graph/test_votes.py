@@ -11,15 +11,16 @@ import torch
 
 from arbitor.reference import ops
 from arbitor.reference.graph import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
+from arbitor.reference.graph.grouped import TernaryGroupedLinear
 from arbitor.reference.graph.layers import union_of_rows
 from arbitor.reference.graph.state import GraphContext
 from conformance.compare import exact
 from conformance.graph import models
 
 
-def context(ops_set: Any = ops, **fields: Any) -> GraphContext:
+def context(ops_set: Any = ops, dtype: torch.dtype = torch.float32, **fields: Any) -> GraphContext:
     config = models.nano(**fields).config
-    return GraphContext(ops_set, config, device="cpu", dtype=torch.float32, seed=5)
+    return GraphContext(ops_set, config, device="cpu", dtype=dtype, seed=5)
 
 
 def test_backward_counts_votes_and_moves_no_weight() -> None:
@@ -265,6 +266,60 @@ def test_each_use_of_a_weight_votes_on_its_own() -> None:
     want = ops.accumulate_gradient(fresh, ops.linear_weight_grad(outer, y), 1.0, **clock)
     want = ops.accumulate_gradient(want, ops.linear_weight_grad(inner, x), 1.0, **clock)
     exact(layer.weight, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_a_matrix_is_made_orthogonal_before_it_votes(dtype: torch.dtype) -> None:
+    """In the dtype of the activations; rows of classes, narrow matrices and a model without it vote with it as it is."""
+    clock: dict[str, Any] = {"seed": 5, "step": 0, "tensor_id": 0, "exponent_rule": "score"}
+    cases = (
+        ({}, 32, {}, True),
+        ({}, 31, {}, False),
+        ({}, 32, {"orthogonal": False}, False),
+        ({"orthogonal_steps": 0}, 32, {}, False),
+        ({"orthogonal_steps": 1}, 32, {}, True),
+    )
+    for config, width, options, made_so in cases:
+        parts = context(dtype=dtype, **config)
+        layer = TernaryLinear(parts, 40, width, **options)
+        fresh, x = (
+            layer.weight.clone(),
+            torch.randn(50, 40, generator=torch.Generator().manual_seed(1)).to(dtype),
+        )
+        with parts.voting.at(rate=1.0, step=0):
+            layer(x).pow(3).sum().backward()
+        grad = ops.linear_weight_grad(3 * ops.linear(x, fresh).square(), x)
+        if made_so:
+            grad = ops.orthogonalize(grad.to(dtype), iterations=config.get("orthogonal_steps", 3))
+        exact(layer.weight, ops.accumulate_gradient(fresh, grad, 1.0, **clock))
+
+
+def test_each_expert_is_made_orthogonal_on_its_own() -> None:
+    parts = context()
+    layer = TernaryGroupedLinear(parts, 3, 40, 32)
+    fresh, x = layer.weight.clone(), torch.randn(60, 40, generator=torch.Generator().manual_seed(1))
+    experts = torch.arange(60) % 2  # the third is not used
+    with parts.voting.at(rate=1.0, step=0):
+        layer(x, experts).pow(3).sum().backward()
+    y = ops.grouped_linear(x, fresh, experts, num_groups=3)
+    grad = ops.grouped_linear_weight_grad(3 * y.square(), x, experts, num_groups=3)
+    alone = [ops.orthogonalize(part) for part in grad.unflatten(0, (3, -1))]
+    clock: dict[str, Any] = {"seed": 5, "step": 0, "tensor_id": 0, "exponent_rule": "score"}
+    exact(layer.weight, ops.accumulate_gradient(fresh, torch.cat(alone), 1.0, **clock))
+    assert layer.weight.trit_accum[:64].any() and not layer.weight.trit_accum[64:].any()
+
+
+def test_rows_that_are_not_finite_are_counted_where_gradients_are_made_orthogonal() -> None:
+    parts = context()
+    layer = TernaryLinear(parts, 40, 33)
+    x = torch.randn(50, 40, generator=torch.Generator().manual_seed(1))
+    y, grad = layer(x), torch.ones(50, 33)
+    grad[3, 7] = math.nan
+    with parts.voting.at(rate=1.0, step=0):
+        y.backward(grad)
+    silent = torch.arange(33) == 7
+    assert int(parts.voting.faults) == 1
+    assert not layer.weight.trit_accum[silent].any() and layer.weight.trit_accum[~silent].any(dim=1).all()
 
 
 def test_the_sign_rule_votes_with_the_step_of_the_loss() -> None:

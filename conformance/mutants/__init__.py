@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from conformance.mutants import attention, codebook, core, denoise_loop, edges, experts, memory
+from conformance.mutants import attention, codebook, core, denoise_loop, edges, experts, memory, orthogonal
 from conformance.mutants.mutant import Mutant, build
 
 __all__ = ["MUTANTS", "Mutant", "build"]
 
-_FAMILIES = (core, codebook, edges, experts, attention, memory, denoise_loop)
+_FAMILIES = (core, codebook, edges, experts, attention, memory, denoise_loop, orthogonal)
 
 MUTANTS: tuple[Mutant, ...] = tuple(mutant for family in _FAMILIES for mutant in family.MUTANTS)
 """Every broken implementation."""

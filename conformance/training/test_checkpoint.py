@@ -240,7 +240,7 @@ def saved_state(tmp_path: Path) -> Path:
 def test_check_fits_names_the_difference(saved_state: Path) -> None:
     loaded = load_checkpoint(saved_state)
     checkpoints.check_fits(loaded, CONFIG, nano(ops=ops_with(to_spec=refuse_to_copy)))
-    with pytest.raises(CheckpointError, match="theta is 16 there and 17 here"):
+    with pytest.raises(CheckpointError, match="theta is 64 there and 17 here"):
         checkpoints.check_fits(loaded, {**CONFIG, "theta": 17}, nano())
     for fields, sentence in (
         ({"num_layers": 1}, r"'layers\.1\.attention\.key_up' is there but not here"),

@@ -22,7 +22,7 @@ from arbitor.optimized.training.data import load_corpus, split_corpus, training_
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import validation_bpb
 from arbitor.optimized.training.loop import train
-from arbitor.optimized.training.monitor import read_metrics
+from arbitor.optimized.training.monitor import Monitor, read_metrics
 from arbitor.optimized.training.plan import TrainOptions
 from arbitor.optimized.training.runtime import Stopped
 from arbitor.optimized.training.schedule import rate
@@ -66,6 +66,7 @@ def test_train_writes_its_folder(text: Path, tmp_path: Path) -> None:
         "loss.png",
         "metrics.jsonl",
         "previous.safetensors",
+        "report.png",
         "sample.txt",
         "summary.json",
     ]
@@ -187,6 +188,7 @@ def test_train_with_nothing_but_nan_changes_no_byte_and_gives_up(
         TrainingError, match="not finite in 100 micro-batches in a row, up to step 100; they changed"
     ):
         train(options(text, tmp_path / "long", steps=150))
+    assert (tmp_path / "long" / "report.png").exists()
     assert load_checkpoint(tmp_path / "long" / "latest.safetensors").state_sha256 == untouched
 
 
@@ -210,8 +212,8 @@ def test_train_remembers_the_best_model_from_before_it_was_killed(
     steps_taken: list[int] = []
     real = loop._step
 
-    def counted(state: Any, *, measure_flips: bool) -> float | None:
-        result = real(state, measure_flips=measure_flips)
+    def counted(state: Any, *, measured: bool) -> dict[str, Any] | None:
+        result = real(state, measured=measured)
         steps_taken.append(1)
         return result
 
@@ -262,10 +264,10 @@ class Killed(BaseException):
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     real = loop._step
 
-    def dying(run: Any, *, measure_flips: bool) -> float | None:
+    def dying(run: Any, *, measured: bool) -> dict[str, Any] | None:
         if run.step == step:
             raise Killed
-        return real(run, measure_flips=measure_flips)
+        return real(run, measured=measured)
 
     monkeypatch.setattr(loop, "_step", dying)
 
@@ -325,6 +327,50 @@ def test_train_killed_and_resumed_ends_the_same_with_every_module(
     assert revived and min(revived) >= 6
 
 
+def test_train_killed_and_resumed_reports_nothing_twice_and_nothing_wrong(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in step 5, resumed at step 3. Of line 4 only what spans steps differs: no drift, and the loads of one step."""
+
+    def reports(folder: Path) -> dict[int, dict[str, Any]]:
+        lines = read_metrics(folder / "metrics.jsonl")
+        assert [line["step"] for line in lines] == [0, 2, 4, 6, 8]
+        return {line["step"]: line for line in lines[1:]}
+
+    more = {"preset": "whole", "context": 34}
+    train(options(text, tmp_path / "whole", **more))
+    with monkeypatch.context() as patch:
+        kill_at(patch, 4)
+        with pytest.raises(Killed):
+            train(options(text, tmp_path / "killed", **more))
+    assert not (tmp_path / "killed" / "report.png").exists()
+    train(TrainOptions(run=tmp_path / "killed", resume=True))
+    whole, resumed = reports(tmp_path / "whole"), reports(tmp_path / "killed")
+    for step in (2, 6, 8):
+        for group in ("kinds", "codebooks", "experts", "flip_rate"):
+            assert resumed[step][group] == whole[step][group]
+    for kind, numbers in whole[4]["kinds"].items():
+        assert resumed[4]["kinds"][kind] == {k: v for k, v in numbers.items() if k != "drift"}
+        assert "drift" in numbers and "drift" not in whole[2]["kinds"][kind]
+    for layer, loads in whole[4]["experts"].items():
+        assert 2 * sum(resumed[4]["experts"][layer]["load"]) == sum(loads["load"])
+
+
+def test_train_says_what_ended_it_although_its_metrics_are_torn(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def torn(monitor: Monitor, step: int, values: Any) -> None:
+        assert monitor._metrics is not None
+        monitor._metrics.write('{"step": 0, "val_')
+        monitor._metrics.flush()
+        raise TrainingError("the disk is full")
+
+    monkeypatch.setattr(Monitor, "log", torn)
+    with pytest.raises(TrainingError, match="the disk is full"):
+        train(options(text, tmp_path / "run"))
+    assert not (tmp_path / "run" / "report.png").exists()
+
+
 def test_train_resumed_after_its_end_changes_nothing(text: Path, tmp_path: Path) -> None:
     first = train(options(text, tmp_path / "run")).summary
     again = train(TrainOptions(run=tmp_path / "run", resume=True)).summary
@@ -372,7 +418,7 @@ def test_train_refuses_to_resume_another_model(
 ) -> None:
     train(options(text, tmp_path / "run"))
     monkeypatch.setitem(PRESETS, "nano", replace(NANO, theta=17))
-    with pytest.raises(TrainingError, match="theta is 16 there and 17 here"):
+    with pytest.raises(TrainingError, match="theta is 64 there and 17 here"):
         train(TrainOptions(run=tmp_path / "run", resume=True))
 
 
@@ -389,10 +435,10 @@ def test_train_stops_between_two_steps_on_a_signal(
     real = loop._step
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 
-    def signalled(run: Any, *, measure_flips: bool) -> float | None:
+    def signalled(run: Any, *, measured: bool) -> dict[str, Any] | None:
         if run.step == 4:
             os.kill(os.getpid(), number)
-        return real(run, measure_flips=measure_flips)
+        return real(run, measured=measured)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_step", signalled)
@@ -402,6 +448,7 @@ def test_train_stops_between_two_steps_on_a_signal(
             train(options(text, tmp_path / "run"))
     assert caught.value.signal_number == number
     assert load_checkpoint(tmp_path / "run" / "latest.safetensors").step == 5
+    assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
     resumed = train(TrainOptions(run=tmp_path / "run", resume=True)).summary
     assert resumed["state_sha256"] == train(options(text, None, save=False)).summary["state_sha256"]

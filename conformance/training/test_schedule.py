@@ -7,35 +7,40 @@ import pytest
 
 from arbitor.optimized.training.schedule import GAIN, rate
 from arbitor.reference import ops
-from arbitor.reference.types import TernaryWeight
+from arbitor.reference.types import DEFAULT_THETA, TernaryWeight
 from conformance.graph.models import nano, random_ids, state_of
 
 
 def test_rate_of_a_hundred_steps() -> None:
-    """Three steps of warm-up, flat to the sixtieth, then down by a fortieth a step: worked out by hand."""
-    rates = [rate(step, 100) for step in range(101)]
-    up = [1.25 / 3, 2.5 / 3]
-    down = [1.25 * (100 - step) / 40 for step in range(61, 101)]
-    expected = [*up, *[1.25] * 59, *down]
+    """Three steps of warm-up, flat to the fortieth, then down by a sixtieth a step: worked out by hand."""
+    rates = [rate(step, 100, theta=64) for step in range(101)]
+    up = [6.0 / 3, 12.0 / 3]
+    down = [6.0 * (100 - step) / 60 for step in range(41, 101)]
+    expected = [*up, *[6.0] * 39, *down]
     assert rates == [float(np.float32(value)) for value in expected]
     assert rates[100] == 0
 
 
 def test_rate_rounds_its_phases_up() -> None:
-    """Of 34 steps, 1.02 are warm-up and 13.6 decay: two and fourteen."""
-    assert [rate(step, 34) for step in (0, 1, 20, 21)] == [
-        0.625,
-        1.25,
-        1.25,
-        float(np.float32(1.25 * 13 / 14)),
+    """Of 34 steps, 1.02 are warm-up and 20.4 decay: two and twenty-one."""
+    assert [rate(step, 34, theta=64) for step in (0, 1, 13, 14)] == [
+        3.0,
+        6.0,
+        6.0,
+        float(np.float32(6.0 * 20 / 21)),
     ]
+
+
+def test_rate_is_a_share_of_theta() -> None:
+    """As many steps of one sign move a trit, whatever it takes to move it."""
+    assert [rate(5, 20, theta=theta) for theta in (1, 16, 32)] == [6 / 64, 1.5, 3.0]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 33, 34, 1000])
 def test_rate_is_positive_on_every_step_and_reaches_the_gain(steps: int) -> None:
-    rates = [rate(step, steps) for step in range(steps)]
-    assert all(0 < value <= GAIN for value in rates)
-    assert max(rates) == GAIN
+    rates = [rate(step, steps, theta=64) for step in range(steps)]
+    assert all(0 < value <= 64 * GAIN for value in rates)
+    assert max(rates) == 64 * GAIN
     assert rate(steps, steps) == 0
 
 
@@ -77,6 +82,6 @@ def test_at_rate_zero_nothing_moves() -> None:
 def _on_the_brink(weight: TernaryWeight) -> TernaryWeight:
     sign = ops.unpack_trits(weight.packed, weight.shape).sign()
     return weight.with_tensors(
-        trit_accum=(15 * sign).to(weight.trit_accum.dtype),
+        trit_accum=((DEFAULT_THETA - 1) * sign).to(weight.trit_accum.dtype),
         exponent_accum=weight.exponent_accum.new_full(weight.exponent_accum.shape, 126),
     )

@@ -28,6 +28,7 @@ from arbitor.optimized.ops.layout import from_spec, to_spec
 from arbitor.optimized.ops.linear import linear, linear_input_grad, linear_weight_grad
 from arbitor.optimized.ops.memory import ngram_rows, touch_strengths
 from arbitor.optimized.ops.norm import rms_norm, rms_norm_input_grad, rms_norm_weight_grad
+from arbitor.optimized.ops.orthogonal import orthogonalize
 from arbitor.optimized.ops.packing import pack_trits, unpack_trits
 from arbitor.optimized.ops.scale import constant_weight, dequantize, group_scales, initial_weight
 from arbitor.optimized.ops.update import (
@@ -77,6 +78,7 @@ __all__ = [
     "nearest_candidates",
     "nearest_codes",
     "ngram_rows",
+    "orthogonalize",
     "pack_trits",
     "revive_codes",
     "rms_norm",

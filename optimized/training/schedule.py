@@ -1,4 +1,4 @@
-"""The rate of a step: warm-up, stable, decay (design decision 3, "Rate")."""
+"""The rate of a step: warm-up, stable, decay. docs/training.md says what was measured for it."""
 
 from __future__ import annotations
 
@@ -6,30 +6,33 @@ import math
 
 import torch
 
+from arbitor.reference.types import DEFAULT_THETA
+
 WARMUP_FRACTION = 0.03
 """Share of the steps over which the rate climbs from 0."""
 
-DECAY_FRACTION = 0.4
+DECAY_FRACTION = 0.6
 """Share of the steps, at the end, over which the rate falls to 0."""
 
-GAIN = 1.25
-"""Rate between the two: mean size of the votes of a row, in votes per root mean square of its gradient."""
+GAIN = 6 / 64
+"""Rate between the two in parts of theta: votes as large as the root mean square of their row move a trit in 11 steps."""
 
 
-def rate(step: int, steps: int, *, gain: float = GAIN) -> float:
+def rate(step: int, steps: int, *, theta: int = DEFAULT_THETA, gain: float = GAIN) -> float:
     """The ``rate`` argument of ``stochastic_votes`` at a step.
 
-    Climbs linearly over the first 3 % of the steps, reaching ``gain`` at the last of them; falls linearly
-    over the last 40 %, so that it would be 0 at ``step == steps``, where no step is taken any more. At rate 0
+    Climbs linearly over the first 3 % of the steps, reaching ``gain * theta`` at the last of them; falls linearly
+    over the last 60 %, so that it would be 0 at ``step == steps``, where no step is taken any more. At rate 0
     no vote is cast and nothing moves.
 
     Args:
         step: steps taken before this one, 0 to ``steps``.
         steps: length of the whole run, at least 1.
-        gain: rate of the flat part, finite, at least 0.
+        theta: votes that move a trit, 1 to 127.
+        gain: rate of the flat part in parts of theta, finite, at least 0.
 
     Returns:
-        A float32 value held in a Python float, 0 to ``gain``.
+        A float32 value held in a Python float, 0 to ``gain * theta``.
 
     Raises:
         ValueError: an argument is out of range.
@@ -43,4 +46,4 @@ def rate(step: int, steps: int, *, gain: float = GAIN) -> float:
     warmup = math.ceil(WARMUP_FRACTION * steps)
     decay = math.ceil(DECAY_FRACTION * steps)
     factor = min(1.0, (step + 1) / warmup, (steps - step) / decay)
-    return torch.tensor(gain * factor, dtype=torch.float32).item()
+    return torch.tensor(gain * theta * factor, dtype=torch.float32).item()

@@ -120,7 +120,8 @@ def _one_pass(
     update_seconds = None
     if backward:
         began = time.perf_counter()
-        voted = model.backward(losses, rate=GAIN, step=step)
+        peak = GAIN * model.config.theta  # as on the flat part of a run
+        voted = model.backward(losses, rate=peak, step=step)
         model.step()
         runtime.synchronize()
         update_seconds = time.perf_counter() - began

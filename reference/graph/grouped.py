@@ -78,13 +78,13 @@ def _vote_by_expert(module: TernaryGroupedLinear, grad_MN: Tensor, x_MK: Tensor,
         part = grad_MN[:, outputs.start : outputs.stop]
         grad = module.ops.grouped_linear_weight_grad(part, x_MK, groups_M, num_groups=num_groups)
         if used_E is None and len(outputs) == num_outputs:
-            module.vote(grad)
+            module.vote(grad, num_matrices=num_groups)
             continue
         if used_E is None:
             used_E = torch.arange(num_groups, device=module.device)
         offsets = torch.arange(outputs.start, outputs.stop, device=module.device)
         rows_EN = torch.where(used_E[:, None] < 0, -1, used_E[:, None] * num_outputs + offsets)
-        module.vote(grad, rows_EN.flatten())
+        module.vote(grad, rows_EN.flatten(), num_matrices=num_groups)
 
 
 def numbered(experts_M: Tensor) -> tuple[Tensor, Tensor]:

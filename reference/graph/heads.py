@@ -30,7 +30,7 @@ class ByteHead(nn.Module):
         self.up = TernaryLinear(context, config.width, config.head_inner)
         self.down = TernaryLinear(context, config.head_inner, config.width, gain=output_gain)
         self.vocabulary_norm = TernaryRMSNorm(context, config.width)
-        self.vocabulary = TernaryLinear(context, config.width, VOCABULARY_SIZE)
+        self.vocabulary = TernaryLinear(context, config.width, VOCABULARY_SIZE, orthogonal=False)
 
     def forward(self, x_BPD: Tensor) -> Tensor:
         """Return the logits of each position's next byte."""

@@ -19,7 +19,7 @@ from arbitor.reference.graph.state import GraphContext, TernaryModule
 from arbitor.reference.types import TernaryWeight
 
 VOTE_ELEMENTS = 2**27
-"""Most elements of a weight gradient that exist at a time: 512 MiB of float32. Rows vote on their own, so parts of them may."""
+"""Most elements of a weight gradient that exist at a time: 512 MiB of float32. Parts of its rows vote on their own."""
 
 
 class TernaryLinear(TernaryModule):
@@ -28,6 +28,7 @@ class TernaryLinear(TernaryModule):
     Shapes:  [..., K] -> [..., N]
     Start:   standard deviation gain * K^-1/2, which keeps the variance of x for gain 1; `fan_in` stands in for K where
              only some columns see a non-zero input. For gain 0 every trit is 0, at the scale of gain 1
+    Votes:   of the gradient made orthogonal, unless `orthogonal` is False, as for a matrix whose rows are classes
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class TernaryLinear(TernaryModule):
         *,
         gain: float = 1.0,
         fan_in: int | None = None,
+        orthogonal: bool = True,
     ) -> None:
         scale, shape = 1.0 / math.sqrt(fan_in or num_inputs), (num_outputs, num_inputs)
 
@@ -47,6 +49,7 @@ class TernaryLinear(TernaryModule):
             return context.constant_weight(shape, trit=0, exponent=round(math.log2(scale)))
 
         super().__init__(context, start)
+        self.orthogonal = orthogonal
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `ops.linear` of x, in the dtype of x."""
@@ -95,9 +98,9 @@ class TernaryEmbedding(TernaryModule):
         """
         return _SomeRowsFunction.apply(ids, ids >= 0 if chosen is None else chosen, self.anchor(), self)
 
-    def vote(self, grad_NK: Tensor, rows: Tensor | None = None) -> None:
+    def vote(self, grad_NK: Tensor, rows: Tensor | None = None, *, num_matrices: int = 0) -> None:
         """Count the votes of a gradient of the used rows, and remember which they were."""
-        super().vote(grad_NK, rows)
+        super().vote(grad_NK, rows, num_matrices=num_matrices)
         if rows is not None:
             self.used_rows.append(rows)
 
@@ -141,7 +144,8 @@ class _LinearFunction(torch.autograd.Function):
         if module.votes:
             for rows in row_ranges(*module.weight.shape):
                 part = grad[..., rows.start : rows.stop]
-                module.vote(module.ops.linear_weight_grad(part, x), named_rows(rows, module))
+                grad_NK = module.ops.linear_weight_grad(part, x)
+                module.vote(grad_NK, named_rows(rows, module), num_matrices=int(module.orthogonal))
         return grad_x, None, None
 
 

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
-from arbitor.reference.types import RESERVED_STEP, TernaryWeight
+from arbitor.reference.types import MIN_ORTHOGONAL_RANK, RESERVED_STEP, TernaryWeight
 
 
 class LaidOutWeight(Protocol):
@@ -51,12 +51,23 @@ class Voting:
         step:   dither step of the micro-batch, a number or a 0-dim int64 tensor.
         size:   vote size of the `sign` rule, 1 .. 127.
         faults: int64 [], gradient rows so far that were not finite and cast no votes.
+        dtype:  what gradients are made orthogonal in: bfloat16 if the activations are, else float32.
     """
 
-    def __init__(self, ops: ModuleType, config: ArbConfig, *, seed: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        ops: ModuleType,
+        config: ArbConfig,
+        *,
+        seed: int,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.ops = ops
         self.vote_rule = config.vote_rule
         self.exponent_rule = config.exponent_rule
+        self.orthogonal_steps = config.orthogonal_steps
+        self.dtype = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
         self.seed = seed
         self.active = False
         self.rate: float | Tensor = 0.0
@@ -83,10 +94,26 @@ class Voting:
         finally:
             self.active = False
 
-    def cast(self, weight: LaidOutWeight, grad_NK: Tensor, *, tensor_id: int, rows: Tensor | None) -> None:
-        """Count the votes of a gradient in the accumulators of `weight`, in place."""
+    def cast(
+        self,
+        weight: LaidOutWeight,
+        grad_NK: Tensor,
+        *,
+        tensor_id: int,
+        rows: Tensor | None,
+        num_matrices: int = 0,
+    ) -> None:
+        """Count the votes of a gradient in the accumulators of `weight`, in place.
+
+        A gradient that is a stack of `num_matrices` matrices (0: none, but the rows of a table) is made orthogonal first,
+        in the dtype of the activations, unless the matrices are narrow or the rule is the sign's.
+        """
         if grad_NK.dtype == torch.float64:
             grad_NK = grad_NK.to(torch.float32)
+        if self.evens_out(grad_NK, num_matrices):
+            grad_NK = self.ops.orthogonalize(
+                grad_NK.to(self.dtype), iterations=self.orthogonal_steps, num_groups=num_matrices
+            )
         clock: dict[str, Any] = {
             "seed": self.seed,
             "step": self.step,
@@ -101,6 +128,12 @@ class Voting:
             self.faults += self.ops.count_nonfinite_rows(grad_NK)
             self.ops.accumulate(weight, self.ops.sign_votes(grad_NK, self.size), **clock)
 
+    def evens_out(self, grad_NK: Tensor, num_matrices: int) -> bool:
+        """Return whether a gradient of so many matrices is made orthogonal before it votes."""
+        if not (num_matrices and self.orthogonal_steps and self.vote_rule == "stochastic"):
+            return False
+        return min(grad_NK.shape[0] // num_matrices, grad_NK.shape[1]) >= MIN_ORTHOGONAL_RANK
+
 
 class GraphContext:
     """What every module of a model is built with: op set, config, device, dtype, and the numbering of the weights."""
@@ -113,7 +146,7 @@ class GraphContext:
         self.device = torch.device(device)
         self.dtype = dtype
         self.seed = seed
-        self.voting = Voting(ops, config, seed=seed, device=device)
+        self.voting = Voting(ops, config, seed=seed, device=device, dtype=dtype)
         self.num_weights = 0
 
     def next_tensor_id(self) -> int:
@@ -233,9 +266,12 @@ class TernaryModule(nn.Module):
         """Whether a backward pass running now takes this weight's votes."""
         return self.voting.active and not self.frozen
 
-    def vote(self, grad_NK: Tensor, rows: Tensor | None = None) -> None:
-        """Count the votes of a gradient of the weight, or of its `rows`. Each use in a forward pass votes on its own."""
-        self.voting.cast(self.weight, grad_NK, tensor_id=self.tensor_id, rows=rows)
+    def vote(self, grad_NK: Tensor, rows: Tensor | None = None, *, num_matrices: int = 0) -> None:
+        """Count the votes of a gradient of the weight, or of its `rows`. Each use in a forward pass votes on its own.
+
+        `num_matrices`: matrices that the gradient is a stack of, as `Voting.cast` takes it.
+        """
+        self.voting.cast(self.weight, grad_NK, tensor_id=self.tensor_id, rows=rows, num_matrices=num_matrices)
         self.voted = True
 
     def check_unchanged(self, steps: int) -> None:

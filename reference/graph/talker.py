@@ -28,7 +28,9 @@ class TalkerHead(nn.Module):
 
     def __init__(self, context: GraphContext) -> None:
         super().__init__()
-        self.tokens = TernaryLinear(context, context.config.width, context.config.talker_tokens)
+        self.tokens = TernaryLinear(
+            context, context.config.width, context.config.talker_tokens, orthogonal=False
+        )
 
     def token_logits(self, x_BPD: Tensor) -> Tensor:
         """Return the logits of each position's token, float32 [B, P, V]: what cross-entropy trains."""

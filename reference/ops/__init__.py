@@ -25,6 +25,7 @@ from arbitor.reference.ops.layout import from_spec, to_spec
 from arbitor.reference.ops.linear import linear, linear_input_grad, linear_weight_grad
 from arbitor.reference.ops.memory import ngram_rows, touch_strengths
 from arbitor.reference.ops.norm import rms_norm, rms_norm_input_grad, rms_norm_weight_grad
+from arbitor.reference.ops.orthogonal import orthogonalize
 from arbitor.reference.ops.packing import pack_trits, unpack_trits
 from arbitor.reference.ops.scale import constant_weight, dequantize, group_scales, initial_weight
 from arbitor.reference.ops.update import (
@@ -74,6 +75,7 @@ __all__ = [
     "nearest_candidates",
     "nearest_codes",
     "ngram_rows",
+    "orthogonalize",
     "pack_trits",
     "revive_codes",
     "rms_norm",

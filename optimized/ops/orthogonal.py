@@ -1,0 +1,43 @@
+"""Orthogonalised gradients. See `arbitor.reference.ops.orthogonal`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from arbitor.optimized.kernels.orthogonal import row_squares, scale_rows, weighted_sum
+from arbitor.reference import checks
+from arbitor.reference.types import DEFAULT_ORTHOGONAL_STEPS, MAX_ORTHOGONAL_STEPS
+
+LINEAR, CUBIC, QUINTIC = 3.4445, -4.7750, 2.0315
+
+
+def orthogonalize(
+    grad_NK: Tensor, *, iterations: int = DEFAULT_ORTHOGONAL_STEPS, num_groups: int = 1
+) -> Tensor:
+    """See reference; float64 is not supported. The products are the library's, of all matrices of a stack at once."""
+    checks.gradient_matrix("grad_NK", grad_NK)
+    checks.integer("iterations", iterations, 1, MAX_ORTHOGONAL_STEPS)
+    checks.stacked_rows("grad_NK", grad_NK, num_groups)
+    if grad_NK.numel() == 0:
+        return grad_NK.clone()
+    grad_NK = grad_NK.contiguous()
+    squares_N = row_squares(grad_NK)
+    finite_N = squares_N.isfinite()
+    squares_EN = torch.where(finite_N, squares_N, 0.0).view(num_groups, -1)
+    norms_E1 = squares_EN.sum(dim=1, keepdim=True).sqrt()
+    factors_EN = torch.where(finite_N.view_as(squares_EN) & (norms_E1 > 0), 1.0 / norms_E1, 0.0)
+    x = scale_rows(grad_NK, factors_EN.flatten()).view(num_groups, -1, grad_NK.shape[1])
+    tall = x.shape[1] > x.shape[2]
+    for _ in range(iterations):
+        s = (_products(x.mT, x) if tall else _products(x, x.mT)).to(x.dtype)
+        polynomial = weighted_sum(s, _products(s, s), CUBIC, QUINTIC)
+        x = weighted_sum(x, _products(x, polynomial) if tall else _products(polynomial, x), LINEAR, 1.0)
+    return x.view_as(grad_NK).masked_fill_(~finite_N[:, None], torch.nan)
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Return the products of two stacks of matrices in float32, without rounding the sums to bfloat16."""
+    if a.device.type == "cuda" and a.dtype is torch.bfloat16:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())

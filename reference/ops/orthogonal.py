@@ -1,0 +1,57 @@
+"""Orthogonalised gradients: every direction of a matrix gets about the same say, before it is turned into votes.
+
+Legend: E matrices of N rows each, stacked, K columns; r = min(N, K); s the r x r matrix of products of rows (or columns).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from arbitor.reference import checks
+from arbitor.reference.types import DEFAULT_ORTHOGONAL_STEPS, MAX_ORTHOGONAL_STEPS
+
+QUINTIC = (3.4445, -4.7750, 2.0315)
+"""Coefficients of x, x^3 and x^5. A singular value grows up to 3.44-fold a step while small, and stays below 1.2 once there."""
+
+
+def orthogonalize(
+    grad_NK: Tensor, *, iterations: int = DEFAULT_ORTHOGONAL_STEPS, num_groups: int = 1
+) -> Tensor:
+    """Return the gradient with its singular values drawn towards 1, its singular vectors unchanged.
+
+    Math:    X = G / ||G||_F; then `iterations` times S = X X^T, X <- a X + (b S + c S S) X, with (a, b, c) = QUINTIC, which
+             maps each singular value x to a x + b x^3 + c x^5. For N > K, S = X^T X and X <- a X + X (b S + c S S)
+    Shapes:  grad_NK float32, bfloat16 or float64 [E N, K], a stack of `num_groups` = E matrices, each on its own
+    Range:   iterations in 1 .. 10
+    Returns: dtype of grad, same shape. A row that is not finite comes out as NaN and takes no part in the rest; a matrix
+             of zeros stays zero
+    Rounding: the norm is taken in float64; X, S and b S + c S S are rounded to the dtype of grad each time, their sums
+             are not, which run in float32 or wider
+    Raises:  TypeError or ValueError for a dtype, shape or number that is not allowed
+    Laws:    2 * g gives the same; <orthogonalize(g), g> > 0, also with its rows scaled by any positive numbers, as
+             votes do: weights still descend
+    Source:  docs/spec/orthogonal.md; Jordan et al. 2024 (Muon), there of a momentum
+    """
+    checks.gradient_matrix("grad_NK", grad_NK, checks.FLOAT_DTYPES)
+    checks.integer("iterations", iterations, 1, MAX_ORTHOGONAL_STEPS)
+    checks.stacked_rows("grad_NK", grad_NK, num_groups)
+    finite_N = grad_NK.isfinite().all(dim=1, keepdim=True)
+    matrices = torch.where(finite_N, grad_NK, 0.0).unflatten(0, (num_groups, -1))
+    out_NK = torch.cat([_one_matrix(matrix_NK, iterations) for matrix_NK in matrices])
+    return torch.where(finite_N, out_NK, torch.nan)
+
+
+def _one_matrix(grad_NK: Tensor, iterations: int) -> Tensor:
+    """Return one matrix orthogonalised, in its dtype; all of it is finite."""
+    dtype, wide = grad_NK.dtype, torch.promote_types(grad_NK.dtype, torch.float32)
+    a, b, c = QUINTIC
+    norm = grad_NK.to(torch.float64).square().sum().sqrt()
+    x = (grad_NK.to(torch.float64) / torch.where(norm > 0, norm, 1.0)).to(dtype)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    for _ in range(iterations):
+        s = (x.to(wide) @ x.to(wide).T).to(dtype)
+        polynomial = (b * s.to(wide) + c * (s.to(wide) @ s.to(wide))).to(dtype)
+        x = (a * x.to(wide) + polynomial.to(wide) @ x.to(wide)).to(dtype)
+    return x.T if tall else x
