@@ -13,6 +13,8 @@ DEMO ?=
 DEMO_RUN := runs/demo
 # Further pytest options, for example: make test PYTEST="-k linear -x"
 PYTEST ?=
+# Processes of the suite: a number, or one a core. On a small GPU fewer may be needed, as each holds a context of its own.
+JOBS ?= auto
 
 # A waiting OpenMP thread sleeps soon. Spinning longer gains little on idle cores and costs much on busy ones.
 export GOMP_SPINCOUNT ?= 1000
@@ -41,7 +43,7 @@ demo: $(VENV)/.installed-arb ## train the tiny preset on Python's own sources, s
 	$(BIN)/arb train --preset tiny --data stdlib --device auto --seed 0 --run $(DEMO_RUN) $(DEMO)
 
 test: $(VENV)/.installed-test ## run the conformance suite
-	$(BIN)/python -m pytest conformance $(PYTEST)
+	$(BIN)/python -m pytest conformance -n $(JOBS) $(PYTEST)
 
 lint: $(VENV)/.installed-test $(VENV)/.installed-dev ## ruff, type check, import lint, freshness of generated pages
 	$(BIN)/ruff check

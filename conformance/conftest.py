@@ -53,6 +53,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(trylast=True)  # after hypothesis has loaded the profile of its own option
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the device; without CUDA, Triton must be told to interpret before anything imports it."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:  # each takes its part of the cores
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     wanted = config.getoption("--device")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
     if device == "cuda" and not torch.cuda.is_available():

@@ -66,7 +66,7 @@ def test_experts_beyond_32_bits(subject: Subject) -> None:
     last = torch.tensor([num_groups * num_rows - 1], device=subject.device)
     votes = torch.full((1, num_columns), 20, dtype=torch.int8, device=subject.device)
     subject.raw("accumulate")(weight, votes, rows=last, out=weight, **clock)
-    subject.raw("apply_step")(weight, rows=last, out=weight)  # the last row's trits are zero now
+    subject.raw("apply_step")(weight, theta=20, rows=last, out=weight)  # the last row's trits are zero now
     experts = torch.zeros(count, dtype=torch.int64, device=subject.device)
     experts[-5:] = 1
     x = torch.zeros(count, num_columns, device=subject.device, dtype=torch.bfloat16)
@@ -93,7 +93,7 @@ def test_update_beyond_32_bits(subject: Subject) -> None:
     canonical = subject.raw("to_spec")(weight)
     exact(canonical.trit_accum[rows].cpu(), votes.cpu())
     assert not canonical.trit_accum[1:-1].any()
-    subject.raw("apply_step")(weight, out=weight)
+    subject.raw("apply_step")(weight, theta=20, out=weight)
     dense = subject.raw("dequantize")(
         weight, rows=torch.tensor([0, 1, num_rows - 2, num_rows - 1], device=rows.device)
     )
@@ -123,5 +123,5 @@ def test_codes_beyond_32_bits(subject: Subject) -> None:
     exact(usage[-3:].cpu(), torch.tensor([0, 1, 0], dtype=torch.int16))
     votes = torch.full((1, width), 20, dtype=torch.int8, device=subject.device)
     op("accumulate")(weight, votes, rows=ids[:1], out=weight, **clock)
-    op("apply_step")(weight, rows=ids[:1], out=weight)
+    op("apply_step")(weight, theta=20, rows=ids[:1], out=weight)
     exact(op("embedding")(ids, weight).cpu(), torch.zeros(2, width))

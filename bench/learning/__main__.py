@@ -128,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after so many")
     parser.add_argument("--report", nargs="+", type=Path, metavar="JSON", help="measure nothing, merge these")
+    parser.add_argument("--commit", metavar="ID", help="the commit that is measured, where git can't say")
     parser.add_argument("--out", type=Path, help="where to write JSON and PNG, without their suffix")
     args = parser.parse_args(argv)
 
@@ -149,7 +150,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     ][worker::workers]
     runs: list[dict[str, Any]] = []
     command = ["python -m bench.learning", *(sys.argv[1:] if argv is None else argv)]
-    document = {"machine": machine.machine_info(), "command": " ".join(command), "runs": runs}
+    document = {
+        "machine": machine.machine_info(),
+        "commit": machine.commit_info(args.commit),
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(command),
+        "runs": runs,
+    }
     began = time.monotonic()
     with Progress(transient=True) as bar:
         for job in jobs:

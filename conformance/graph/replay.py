@@ -2,7 +2,8 @@
 
 Two op sets agree on activations and gradients up to rounding, so votes and codes may differ where a value lies on an edge. Here
 the first model records what such ops were given, rounded to small integers times a power of two, on which every sum is exact;
-the second runs the same step, but these ops get what was recorded. All state must then be equal in every bit.
+the second runs the same step, but these ops get what was recorded. All state must then be equal in every bit. The
+result of `orthogonalize` is voted with but exact on no input, so it is recorded and rounded too; the second model's must be alike.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from conformance.compare import alike, exact
 
 REPLAYED = {
     "linear_weight_grad": (0, 1),
@@ -32,6 +35,8 @@ REPLAYED = {
 }
 """Ops that make integers of activations and gradients, and the places of these among their arguments."""
 
+ORTHOGONALIZE = "orthogonalize"
+
 LEVELS = 8
 """Largest integer that a recorded value is rounded to."""
 
@@ -47,7 +52,12 @@ def recording(ops: ModuleType, calls: list[tuple[str, tuple[Tensor, ...]]]) -> M
 
         return call
 
-    return with_ops(ops, wrapped)
+    def orthogonalize(grad_NK: Tensor, **options: Any) -> Tensor:
+        result = ops.orthogonalize(grad_NK, **options)
+        calls.append((ORTHOGONALIZE, tuple(value.detach().cpu().clone() for value in (grad_NK, result))))
+        return rounded(result)
+
+    return with_ops(ops, wrapped, orthogonalize)
 
 
 def replaying(ops: ModuleType, calls: list[tuple[str, tuple[Tensor, ...]]]) -> ModuleType:
@@ -69,7 +79,16 @@ def replaying(ops: ModuleType, calls: list[tuple[str, tuple[Tensor, ...]]]) -> M
 
         return call
 
-    return with_ops(ops, wrapped)
+    def orthogonalize(grad_NK: Tensor, **options: Any) -> Tensor:
+        recorded, (given, result) = next(left)
+        assert recorded == ORTHOGONALIZE, (
+            f"a gradient is made orthogonal where the first model called {recorded}"
+        )
+        exact(grad_NK.cpu(), given, "the gradient that is made orthogonal")
+        alike(ops.orthogonalize(grad_NK, **options).cpu(), result, "the gradient made orthogonal")
+        return rounded(result).to(grad_NK.device)
+
+    return with_ops(ops, wrapped, orthogonalize)
 
 
 def exchanged(args: tuple[Any, ...], name: str, given: tuple[Tensor, ...]) -> list[Any]:
@@ -80,11 +99,12 @@ def exchanged(args: tuple[Any, ...], name: str, given: tuple[Tensor, ...]) -> li
     return changed
 
 
-def with_ops(ops: ModuleType, wrapped: Any) -> ModuleType:
+def with_ops(ops: ModuleType, wrapped: Any, orthogonalize: Any) -> ModuleType:
     """Return an op set with the replayed ops wrapped."""
     module = ModuleType(f"{ops.__name__}_replay")
     module.__dict__.update(ops.__dict__)
     module.__dict__.update({name: wrapped(name) for name in REPLAYED})
+    module.__dict__[ORTHOGONALIZE] = orthogonalize
     return module
 
 

@@ -1,4 +1,4 @@
-"""Kernels around the products of `orthogonalize`: a row's sum of squares, division by a norm, and sums of two matrices.
+"""Kernels around the products of `orthogonalize`: a norm, the division by it, and sums of two matrices.
 
 Legend: E matrices of N rows each, stacked, K columns. Rows address in 64 bits, columns within a row in 32.
 """
@@ -29,6 +29,23 @@ def _row_squares_kernel(grad_ptr, squares_ptr, num_columns, BLOCK: tl.constexpr)
     tl.store(squares_ptr + row, tl.sum(squares, axis=0))
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def _row_factors_kernel(squares_ptr, factors_ptr, num_rows, BLOCK: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * num_rows
+    total = tl.zeros([BLOCK], dtype=tl.float64)
+    for start in range(0, num_rows, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        squares = tl.load(squares_ptr + first + rows, mask=rows < num_rows, other=0.0)
+        total += tl.where(squares < float("inf"), squares, 0.0)  # neither an infinity nor a NaN is
+    norm = tl.sqrt(tl.sum(total, axis=0))
+    factor = tl.where(norm > 0.0, 1.0 / tl.where(norm > 0.0, norm, 1.0), 0.0)
+    for start in range(0, num_rows, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        squares = tl.load(squares_ptr + first + rows, mask=rows < num_rows, other=0.0)
+        factors = tl.where(squares < float("inf"), factor, 0.0)
+        tl.store(factors_ptr + first + rows, factors, mask=rows < num_rows)
+
+
 @triton.jit(do_not_specialize=["row_blocks"])
 def _scale_rows_kernel(grad_ptr, factors_ptr, out_ptr, num_columns, row_blocks, BLOCK: tl.constexpr):
     row = (tl.program_id(0) // row_blocks).to(tl.int64)
@@ -42,12 +59,18 @@ def _scale_rows_kernel(grad_ptr, factors_ptr, out_ptr, num_columns, row_blocks, 
 
 
 @triton.jit(do_not_specialize=["count"])
-def _sum_kernel(x_ptr, y_ptr, out_ptr, a, b, count, BLOCK: tl.constexpr):
+def _sum_kernel(
+    x_ptr, y_ptr, out_ptr, squares_ptr, a, b, num_columns, count, MARK: tl.constexpr, BLOCK: tl.constexpr
+):
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = places < count
     x = widen(tl.load(x_ptr + places, mask=mask, other=0.0))
     y = tl.load(y_ptr + places, mask=mask, other=0.0)
-    tl.store(out_ptr + places, narrow(a * x + b * y, out_ptr.dtype.element_ty), mask=mask)
+    values = a * x + b * y
+    if MARK:
+        squares = tl.load(squares_ptr + places // num_columns, mask=mask, other=0.0)
+        values = tl.where(squares < float("inf"), values, float("nan"))
+    tl.store(out_ptr + places, narrow(values, out_ptr.dtype.element_ty), mask=mask)
 
 
 def row_squares(grad_NK: Tensor) -> Tensor:
@@ -61,6 +84,17 @@ def row_squares(grad_NK: Tensor) -> Tensor:
     return squares_N
 
 
+def row_factors(squares_N: Tensor, num_groups: int) -> Tensor:
+    """Return for each row 1 / norm of its matrix, float64 [N]; 0 for a matrix of zeros, and for a row that is not finite.
+
+    squares_N: float64 [N], `row_squares` of a stack of `num_groups` matrices.
+    """
+    factors_N = torch.empty_like(squares_N)
+    num_rows = squares_N.numel() // num_groups
+    _row_factors_kernel[row_grid(num_groups, 1)](squares_N, factors_N, num_rows, BLOCK=BLOCK)
+    return factors_N
+
+
 def scale_rows(grad_NK: Tensor, factors_N: Tensor) -> Tensor:
     """Return each row times its float64 factor, rounded to float32 and then to its dtype; zeros where the factor is 0."""
     num_rows, num_columns = grad_NK.shape
@@ -72,8 +106,14 @@ def scale_rows(grad_NK: Tensor, factors_N: Tensor) -> Tensor:
     return out_NK
 
 
-def weighted_sum(x: Tensor, y: Tensor, a: float, b: float) -> Tensor:
-    """Return a x + b y in the dtype of x, rounded once; y is float32, of the shape of x."""
+def weighted_sum(x: Tensor, y: Tensor, a: float, b: float, *, squares_N: Tensor | None = None) -> Tensor:
+    """Return a x + b y in the dtype of x, rounded once; y is float32, of the shape of x.
+
+    squares_N: `row_squares` of what x came from; rows that were not finite become NaN.
+    """
     out = torch.empty_like(x)
-    _sum_kernel[row_grid(triton.cdiv(x.numel(), BLOCK), 1)](x, y, out, a, b, x.numel(), BLOCK=BLOCK)
+    _sum_kernel[row_grid(triton.cdiv(x.numel(), BLOCK), 1)](
+        x, y, out, out if squares_N is None else squares_N, a, b, x.shape[-1], x.numel(),
+        MARK=squares_N is not None, BLOCK=BLOCK,
+    )  # fmt: skip
     return out

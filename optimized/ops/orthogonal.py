@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from arbitor.optimized.kernels.orthogonal import row_squares, scale_rows, weighted_sum
+from arbitor.optimized.kernels.orthogonal import row_factors, row_squares, scale_rows, weighted_sum
 from arbitor.reference import checks
 from arbitor.reference.types import DEFAULT_ORTHOGONAL_STEPS, MAX_ORTHOGONAL_STEPS
 
@@ -23,17 +23,14 @@ def orthogonalize(
         return grad_NK.clone()
     grad_NK = grad_NK.contiguous()
     squares_N = row_squares(grad_NK)
-    finite_N = squares_N.isfinite()
-    squares_EN = torch.where(finite_N, squares_N, 0.0).view(num_groups, -1)
-    norms_E1 = squares_EN.sum(dim=1, keepdim=True).sqrt()
-    factors_EN = torch.where(finite_N.view_as(squares_EN) & (norms_E1 > 0), 1.0 / norms_E1, 0.0)
-    x = scale_rows(grad_NK, factors_EN.flatten()).view(num_groups, -1, grad_NK.shape[1])
+    x = scale_rows(grad_NK, row_factors(squares_N, num_groups)).view(num_groups, -1, grad_NK.shape[1])
     tall = x.shape[1] > x.shape[2]
-    for _ in range(iterations):
+    for step in range(iterations):
         s = (_products(x.mT, x) if tall else _products(x, x.mT)).to(x.dtype)
         polynomial = weighted_sum(s, _products(s, s), CUBIC, QUINTIC)
-        x = weighted_sum(x, _products(x, polynomial) if tall else _products(polynomial, x), LINEAR, 1.0)
-    return x.view_as(grad_NK).masked_fill_(~finite_N[:, None], torch.nan)
+        product = _products(x, polynomial) if tall else _products(polynomial, x)
+        x = weighted_sum(x, product, LINEAR, 1.0, squares_N=squares_N if step == iterations - 1 else None)
+    return x.view_as(grad_NK)
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
