@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from importlib import import_module
+from collections.abc import Mapping
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -42,9 +38,6 @@ MOST: Mapping[str, Mapping[str, int]] = {
 """Largest sizes of a check by family, where the tiny shape's would not do; up to there a size is the case's own. Beyond them
 no other path is left: tiles have their full width, the last is ragged, sums are split, a program takes more than one tile."""
 
-UNPACKS = ("linear",)
-"""Families whose ops split a weight of more than their DENSE_ELEMENTS. What is checked is smaller, and so is the limit then."""
-
 PEER_ERROR = 1e-2
 """Norm of a peer's error over the norm of the result: bfloat16 operands stay below it, another function does not."""
 
@@ -78,7 +71,7 @@ class Gate:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.verdicts: dict[tuple[str, tuple[tuple[str, int], ...], int], str | None] = {}
+        self.verdicts: dict[tuple[str, tuple[tuple[str, int], ...]], str | None] = {}
 
     def ours(self, op: str, sizes: Sizes) -> None:
         """Raise Red unless our op agrees with the reference, in the way that its row of the table says.
@@ -88,11 +81,9 @@ class Gate:
         """
         row = cases.rows()[op]
         checked = small(row, sizes)
-        shrunk = elements(sizes) // elements(checked) if row.family in UNPACKS else 1
-        key = (op, tuple(sorted(checked.items())), shrunk)
+        key = (op, tuple(sorted(checked.items())))
         if key not in self.verdicts:
-            with unpacking_less(row.family, shrunk):
-                self.verdicts[key] = self._compare(op, checked)
+            self.verdicts[key] = self._compare(op, checked)
         if self.verdicts[key] is not None:
             raise Red(f"{op} differs from the reference at {dict(checked)}: {self.verdicts[key]}")
 
@@ -129,22 +120,6 @@ class Gate:
             error = relative_error(got, want)
             if not error <= PEER_ERROR:
                 raise Red(f"peer {peer.name} of {op} is off by {error:.2g} of the result at {dict(sizes)}")
-
-
-def elements(sizes: Sizes) -> int:
-    """Return the elements of the weight that an op of these sizes unpacks."""
-    return math.prod(sizes.get(name, 1) for name in ("E", "N", "K"))
-
-
-@contextmanager
-def unpacking_less(family: str, shrunk: int) -> Iterator[None]:
-    """Let the ops of a family unpack so many times fewer elements at a time: a weight is split as the one timed is."""
-    if shrunk == 1:
-        yield
-        return
-    module = import_module(f"arbitor.optimized.ops.{family}")
-    with patch.object(module, "DENSE_ELEMENTS", module.DENSE_ELEMENTS // shrunk):
-        yield
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

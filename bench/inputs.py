@@ -22,8 +22,8 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 CLOCK = {"seed": 20261121, "step": 7, "tensor_id": 3}
 """Dither coordinates of all timed votes."""
 
-RATE = 1.25
-"""Rate of all timed votes: schedule rate 1 times the default gain."""
+RATE = 6.0
+"""Rate of all timed votes: that of the flat part of a run."""
 
 FLOATS = {2: torch.bfloat16, 4: torch.float32}
 """Activation dtype by `float_bytes` of a shape."""

@@ -117,7 +117,7 @@ def _through_a_checkpoint(name: str, stages: dict[str, Any], *, device: str, see
     stage("forward, and with it the search of every codebook", began)
     began = time.perf_counter()
     for step in range(2):
-        if not model.backward(model.losses(ids_BT), rate=1.25, step=step):
+        if not model.backward(model.losses(ids_BT), rate=6.0, step=step):
             raise RuntimeError(f"the loss of {name} is not finite")
         model.step()
     stage("two training steps", began)

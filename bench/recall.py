@@ -32,7 +32,7 @@ from arbitor.reference.graph.state import GraphContext
 from arbitor.reference.presets import PRESETS
 from bench import machine, parts
 
-RATE = 1.25
+RATE = 6.0
 
 CODES_A_CENTRE, MOST_CENTRES = 4, 200_000
 """Codes for each centre of the vectors that a table learns, and most centres."""

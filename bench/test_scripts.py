@@ -19,6 +19,7 @@ from arbitor.reference.presets import preset
 from bench import ablation, generation, large, machine, parts, recall
 from bench.learning import __main__ as learning
 from bench.learning import learner
+from bench.peers import peers_of
 from conformance.graph.models import NANO
 
 
@@ -272,6 +273,9 @@ def test_learning_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
     parts_of_it = [str(tmp_path / f"{worker}.json") for worker in ("0", "1")]
     capsys.readouterr()
     assert learning.main(["--report", *parts_of_it, "--out", str(tmp_path / "both")]) == 0
+    assert learning.main(["--report", *parts_of_it, parts_of_it[0], "--out", str(tmp_path / "both")]) == 0
+    capsys.readouterr()
+    assert learning.main(["--report", str(tmp_path / "both.json"), "--out", str(tmp_path / "both")]) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     runs = json.loads((tmp_path / "both.json").read_text())["runs"]
     assert [(row[4], row[8]) for row in rows] == [("integer", "2"), ("sign", "2")]
@@ -280,3 +284,27 @@ def test_learning_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert row[6] == f"{sum(values) / 2:.3f}" and row[7] == f"{max(values) - min(values):.3f}"
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
     assert {run["data"] for run in runs} == {"text.txt"}, "no path of this machine"
+
+
+def test_the_float_model_takes_a_train_step() -> None:
+    [peer] = peers_of("train_step")
+    ids_BT = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
+    step = peer.build((("tiny", ids_BT), {}), {})
+    step()
+    step()
+
+
+@pytest.mark.parametrize("option", [("--worker", "2/2"), ("--worker", "x"), ("--steps", "0")])
+def test_learning_refuses_in_one_sentence(
+    option: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        learning.main(["--suite", "toy", *option])
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument {option[0]}: is" in last and option[1] in last and "must be" in last
+
+
+def test_results_of_different_devices_are_not_merged() -> None:
+    with pytest.raises(ValueError, match="of one device"):
+        learning.merged([{"machine": {"device": name}, "runs": []} for name in ("a", "b")])

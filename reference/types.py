@@ -42,7 +42,10 @@ DEFAULT_ORTHOGONAL_STEPS = 3
 """Newton-Schulz steps that orthogonalise the gradient of a matrix before it votes."""
 
 MAX_ORTHOGONAL_STEPS = 10
-"""Most of them: after ten, the smallest of float32's directions has grown to 1."""
+"""Most of them: ten raise a direction of 2^-17 of the norm to 1, and a smaller one is noise."""
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of x, x^3 and x^5 in a step. A singular value grows up to 3.44-fold while small, and never beyond 1.21."""
 
 MIN_ORTHOGONAL_RANK = 32
 """Smaller side from which the gradient of a matrix is orthogonalised; a narrower one has few directions to even out."""

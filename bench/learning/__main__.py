@@ -134,10 +134,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     path = None if args.out is None else args.out.with_suffix(".json")
     if args.report:
-        read = [json.loads(file.read_text()) for file in args.report]
-        document = {**read[0], "runs": [run for each in read for run in each["runs"]]}
-        return publish(document, path)
-    worker, workers = map(int, args.worker.split("/"))
+        return publish(merged([json.loads(file.read_text()) for file in args.report]), path)
+    worker, workers = share_of(parser, args.worker)
+    if args.steps < 1:
+        parser.error(f"argument --steps: is {args.steps}, but must be at least 1")
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -175,7 +175,33 @@ def main(argv: Sequence[str] | None = None) -> int:
             result = done.get("failed") or f"{done['val_bpb']:.4f} in {done['seconds']} s"
             print(f"{line}  {result}", flush=True)
             parts.free()
-    return publish(document, path) or parts.exit_status(runs)
+    if len(runs) < len(jobs):
+        print(f"{len(jobs) - len(runs)} of {len(jobs)} runs not started: time is over", file=sys.stderr)
+    return publish(document, path) or parts.exit_status(runs) or int(len(runs) < len(jobs))
+
+
+def share_of(parser: argparse.ArgumentParser, text: str) -> tuple[int, int]:
+    """Return I and N of `I/N`; end the program with a sentence for anything else."""
+    numbers = text.split("/")
+    if len(numbers) == 2 and all(number.isdecimal() for number in numbers):
+        worker, workers = map(int, numbers)
+        if worker < workers:
+            return worker, workers
+    parser.error(f"argument --worker: is {text!r}, but must be I/N with I from 0 to N - 1")
+
+
+def merged(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the runs of several files as one document; a run that is in two of them counts once.
+
+    Raises ValueError for runs of different devices, whose times must not be averaged.
+    """
+    devices = {document["machine"]["device"] for document in documents}
+    if len(devices) > 1:
+        raise ValueError(f"--report is of {' and '.join(sorted(devices))}, but must be of one device")
+    runs: list[Any] = []
+    for document in documents:
+        runs += [run for run in document["runs"] if run not in runs]
+    return {**documents[0], "runs": runs}
 
 
 def _show(bar: Progress, task: TaskID, step: int) -> None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training.data import Corpus, Split, training_batch
+from arbitor.optimized.training.schedule import WARMUP_FRACTION
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.state import GraphContext
@@ -24,9 +25,6 @@ from arbitor.reference.graph.stateful import Stateful
 from arbitor.reference.presets import preset
 from bench.learning.rules import FLOAT_BYTES, FloatOps, Rule, StraightThroughOps, integer_bytes
 from bench.learning.transformer import ByteTransformer
-
-WARMUP = 0.03
-"""Share of the steps over which every rule's rate climbs."""
 
 BETAS = (0.9, 0.95)
 """Of AdamW."""
@@ -49,7 +47,7 @@ class Architecture:
 
 def schedule(step: int, steps: int, decay: float) -> float:
     """Return the rate of a step in parts of its height: warm-up, flat, and down to 0 in a line."""
-    warm = min(1.0, (step + 1) / math.ceil(WARMUP * steps))
+    warm = min(1.0, (step + 1) / math.ceil(WARMUP_FRACTION * steps))
     return min(warm, (steps - step) / math.ceil(decay * steps))
 
 
@@ -126,13 +124,19 @@ class Learner:
             loss = self._take(size)
         return graph, loss
 
-    def _voting(self, size: int) -> AbstractContextManager[None]:
+    @contextmanager
+    def _voting(self, size: int) -> Iterator[None]:
         voting = self.model.voting
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            # The rate is on the device, and `at` would look whether it is 0: it never is while a graph is recorded.
-            voting.rate, voting.step, voting.size, voting.active = self.rate, self.step_number, size, True
-            return nullcontext()
-        return voting.at(rate=self.rate, step=self.step_number, size=size)
+        if not (self.device == "cuda" and torch.cuda.is_current_stream_capturing()):
+            with voting.at(rate=self.rate, step=self.step_number, size=size):
+                yield
+            return
+        # The rate is on the device, and `at` would look whether it is 0: it never is while a graph is recorded.
+        voting.rate, voting.step, voting.size, voting.active = self.rate, self.step_number, size, True
+        try:
+            yield
+        finally:
+            voting.active = False
 
     def _vote_size(self) -> int:
         if self.config.vote_rule != "sign":
@@ -204,7 +208,8 @@ def train(
 ) -> dict[str, Any]:
     """Train one model and return what came of it: the curve, the bytes of its state, and how long its steps take.
 
-    `seconds` is for all steps, without validation and as if the first few, which compile kernels, were as fast as the rest.
+    `seconds` is for all steps, without validation, and as if the first few, which compile kernels, were as fast as the rest
+    (unless there are hardly more). The sign rule waits for its loss in each step.
     """
     with values_vouched_for(), _side_stream(device):
         learner = Learner(architecture, rule, seed=seed, device=device)

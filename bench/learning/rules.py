@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arbitor.optimized.training.schedule import DECAY_FRACTION, GAIN
 from arbitor.reference.types import groups_per_row
 from bench.peers.float_model import DenseOps, DenseWeight
 
@@ -38,14 +39,14 @@ class Rule:
 
 
 RULES: Mapping[str, Rule] = {
-    "integer": Rule("integer", 6 / 64, 0.6),
+    "integer": Rule("integer", GAIN, DECAY_FRACTION),
     "rows alone": Rule("integer", 1.25 / 16, 0.4, {"theta": 16, "orthogonal_steps": 0}),
     "sign": Rule("integer", 1 / 32, 0.4, {"theta": 32, "vote_rule": "sign", "max_vote_step": 8}),
     "straight-through": Rule("straight-through", 2e-3),
     "float AdamW": Rule("float", 1.5e-3),
 }
-"""Rules by name: the default of every preset; stochastic votes of plain gradients with coarse counters; the seeds' votes;
-float latent weights behind ternary ones; and float weights."""
+"""Rules by name: the default of every preset; stochastic votes of plain gradients with coarse counters; the seeds' votes, whose
+`rate` says only that they are cast; float latent weights behind ternary ones; and float weights."""
 
 
 class GaussianSpec:

@@ -21,7 +21,7 @@ TABLE_STD = 0.1
 """Standard deviation of the byte and position tables at the start."""
 
 OUTPUT_GAIN = 0.5
-"""Gain of what writes to the residual stream or makes logits: better for each rule than 1 (docs/log.md)."""
+"""Gain of what writes to the residual stream or makes logits: better than 1 for the rules for which it was tried (docs/log.md)."""
 
 
 class ByteTransformer(Stateful):

@@ -126,7 +126,7 @@ def _train_step(arguments: Arguments, sizes: Sizes) -> Callable[[], Any]:
     dtype = torch.bfloat16 if ids_BT.device.type == "cuda" else torch.float32
     ops = DenseOps(dtype)
     model = ArbModel(
-        with_modules(preset(name), vq=False, max_moe_iters=1),
+        replace(with_modules(preset(name), vq=False, max_moe_iters=1), orthogonal_steps=0),
         ops=ops,
         device=ids_BT.device,
         dtype=dtype,

@@ -42,6 +42,9 @@ def expert_ids(draw: st.DrawFn, num_groups: int, num_slots: int | None = None) -
 @st.composite
 def sizes(draw: st.DrawFn, limit: int = 40) -> tuple[int, int, int]:
     """Draw (E, N, K) of a stacked weight."""
+    if draw(st.integers(0, 4)) == 0:  # several tiles of columns and of outputs, ragged
+        wide = st.sampled_from((65, 130, 200))
+        return draw(st.sampled_from((1, 2)), label="E"), draw(wide, label="N"), draw(wide, label="K")
     num_groups = draw(EXPERTS, label="E")
     num_rows, num_columns = draw(ss.matrix_shapes(limit))
     return num_groups, max(1, min(num_rows, 120 // num_groups)), num_columns

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from arbitor.reference import ops
-from arbitor.reference.graph import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
+from arbitor.reference.graph import TernaryEmbedding, TernaryLinear, TernaryRMSNorm, layers
 from arbitor.reference.graph.grouped import TernaryGroupedLinear
 from arbitor.reference.graph.layers import union_of_rows
 from arbitor.reference.graph.state import GraphContext
@@ -307,6 +307,26 @@ def test_each_expert_is_made_orthogonal_on_its_own() -> None:
     clock: dict[str, Any] = {"seed": 5, "step": 0, "tensor_id": 0, "exponent_rule": "score"}
     exact(layer.weight, ops.accumulate_gradient(fresh, torch.cat(alone), 1.0, **clock))
     assert layer.weight.trit_accum[:64].any() and not layer.weight.trit_accum[64:].any()
+
+
+def test_what_an_expert_votes_does_not_depend_on_how_many_slots_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its gradient is made orthogonal in parts that follow from the weight: 48 and 16 of its 64 rows here."""
+    monkeypatch.setattr(layers, "VOTE_ELEMENTS", 3 * 40 * 48)
+    x, grad = (torch.randn(2, width, generator=torch.Generator().manual_seed(width)) for width in (40, 64))
+    states = []
+    for unused in (0, 4):  # fewer slots than experts, and more
+        parts = context()
+        layer = TernaryGroupedLinear(parts, 3, 40, 64)
+        experts = torch.cat([torch.tensor([2, 0]), torch.full((unused,), -1)])
+        with parts.voting.at(rate=5.0, step=0):
+            layer(torch.cat([x, x.new_zeros(unused, 40)]), experts).backward(
+                torch.cat([grad, grad.new_zeros(unused, 64)])
+            )
+        states.append(layer.weight)
+    exact(states[0], states[1])
+    assert states[0].trit_accum[:64].any() and not states[0].trit_accum[64:128].any()
 
 
 def test_rows_that_are_not_finite_are_counted_where_gradients_are_made_orthogonal() -> None:

@@ -33,10 +33,14 @@ LOW_THRESHOLDS = {"theta": 5, "theta_e": 3}
 """So that a step or two move trits and exponents."""
 
 
+WIDE = replace(models.WHOLE, width=36)
+"""The nano model of every module, with matrices wide enough to be made orthogonal."""
+
+
 def reduced(config: ArbConfig) -> ArbConfig:
     """Return the structure of a configuration at the widths of the nano model."""
     sizes = {
-        field.name: getattr(models.WHOLE, field.name) if getattr(config, field.name) else 0
+        field.name: getattr(WIDE, field.name) if getattr(config, field.name) else 0
         for field in fields(ArbConfig)
         if isinstance(getattr(config, field.name), int) and field.name not in (*STRUCTURE, *LOW_THRESHOLDS)
     }
@@ -45,7 +49,7 @@ def reduced(config: ArbConfig) -> ArbConfig:
 
 
 CONFIGS = {
-    "every module, one layer": replace(models.WHOLE, num_layers=1, **LOW_THRESHOLDS),
+    "every module, one layer": replace(WIDE, num_layers=1, **LOW_THRESHOLDS),
     **{f"{name}, reduced": reduced(config) for name, config in PRESETS.items()},
     "tiny": replace(PRESETS["tiny"], **LOW_THRESHOLDS),
 }
@@ -127,6 +131,7 @@ def test_a_step_leaves_the_same_bits(subject: Subject, name: str) -> None:
         model.load_state(start)
         trained_once(model, step=3)
         after.append({key: value.to("cpu") for key, value in model.state().items()})
+    assert any(name == "orthogonalize" for name, _ in calls), "no gradient was made orthogonal"
     assert list(after[0]) == list(after[1])
     for key, want in after[0].items():
         exact(after[1][key], want, key)

@@ -11,10 +11,11 @@ from arbitor.reference.presets import PRESETS
 from conformance.graph.models import NANO as GRAPH_NANO
 from conformance.graph.models import WHOLE as GRAPH_WHOLE
 
-NANO = replace(GRAPH_NANO, num_layers=1, num_experts=2, top_k=1)
-"""The nano model of the graph's tests with one layer, so that a step takes a few hundredths of a second."""
+NANO = replace(GRAPH_NANO, width=36, num_layers=1, num_experts=2, top_k=1)
+"""The nano model of the graph's tests with one layer, so that a step takes a few hundredths of a second, and as wide as its byte
+head, whose gradients are then made orthogonal."""
 
-WHOLE = replace(GRAPH_WHOLE, num_layers=1)
+WHOLE = replace(GRAPH_WHOLE, width=36, num_layers=1)
 """A model of every module, of one layer too."""
 
 NANO_DEFAULTS = defaults.TrainerDefaults(

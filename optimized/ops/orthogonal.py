@@ -7,9 +7,7 @@ from torch import Tensor
 
 from arbitor.optimized.kernels.orthogonal import row_factors, row_squares, scale_rows, weighted_sum
 from arbitor.reference import checks
-from arbitor.reference.types import DEFAULT_ORTHOGONAL_STEPS, MAX_ORTHOGONAL_STEPS
-
-LINEAR, CUBIC, QUINTIC = 3.4445, -4.7750, 2.0315
+from arbitor.reference.types import DEFAULT_ORTHOGONAL_STEPS, MAX_ORTHOGONAL_STEPS, NEWTON_SCHULZ
 
 
 def orthogonalize(
@@ -25,11 +23,12 @@ def orthogonalize(
     squares_N = row_squares(grad_NK)
     x = scale_rows(grad_NK, row_factors(squares_N, num_groups)).view(num_groups, -1, grad_NK.shape[1])
     tall = x.shape[1] > x.shape[2]
+    a, b, c = NEWTON_SCHULZ
     for step in range(iterations):
         s = (_products(x.mT, x) if tall else _products(x, x.mT)).to(x.dtype)
-        polynomial = weighted_sum(s, _products(s, s), CUBIC, QUINTIC)
+        polynomial = weighted_sum(s, _products(s, s), b, c)
         product = _products(x, polynomial) if tall else _products(polynomial, x)
-        x = weighted_sum(x, product, LINEAR, 1.0, squares_N=squares_N if step == iterations - 1 else None)
+        x = weighted_sum(x, product, a, 1.0, squares_N=squares_N if step == iterations - 1 else None)
     return x.view_as(grad_NK)
 
 

@@ -55,7 +55,7 @@ class EventFile:
 
 
 def tagged(values: Mapping[str, Any]) -> Iterator[tuple[str, float | int | Histogram]]:
-    """Yield tag and value of all that a line of metrics says: ``flip_rate``, ``flip_rate/attention``, ``code_use/...``.
+    """Yield tag and value of all that a line of metrics says: ``flip_rate``, ``flip_rate/attention``, ``codes_used/...``.
 
     A tag is what is measured, then of what: TensorBoard groups by the part before the stroke.
     """

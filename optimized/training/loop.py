@@ -235,8 +235,8 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
         try:
             _steps(run)
         except (Stopped, TrainingError):
-            # What ended the run says more than why its report, or a line of it that a full disk has torn, can't be had.
-            with suppress(TrainingError, OSError, ValueError):
+            # What ended the run says more than why its report can't be had, whatever that is.
+            with suppress(Exception):
                 _report(run)
             raise
         return _finish(run)
@@ -424,9 +424,9 @@ def _finish(run: _Run) -> TrainResult:
         context=settings.context,
     )
     if run.folder is not None:
-        plot_loss(run.folder / LOSS_PLOT, read_metrics(run.folder / METRICS), run.baselines)
-        _report(run)
         run_folder.write_file(run.folder / run_folder.SAMPLE, prompt + sample)
         run_folder.write_json(run.folder / run_folder.SUMMARY, summary)
+        plot_loss(run.folder / LOSS_PLOT, read_metrics(run.folder / METRICS), run.baselines)
+        _report(run)
     run.monitor.close()
     return TrainResult(summary=summary, prompt=prompt, sample=sample, folder=run.folder)

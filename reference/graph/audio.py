@@ -111,7 +111,7 @@ class AudioVQEncoder(nn.Module):
         self.second = TernaryConv1d(context, channels[0], channels[1], **SECOND)
         self.project = TernaryLinear(context, channels[1], CODE_WIDTH)
         self.codebook = TernaryVQCodebook(context, AUDIO_CODES, CODE_WIDTH)
-        self.out = TernaryLinear(context, CODE_WIDTH, AUDIO_CODES)
+        self.out = TernaryLinear(context, CODE_WIDTH, AUDIO_CODES, orthogonal=False)
 
     def forward(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits and tokens of each frame."""

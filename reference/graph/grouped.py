@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from arbitor.reference.graph.layers import row_ranges
 from arbitor.reference.graph.state import GraphContext, TernaryModule
+from arbitor.reference.types import MIN_ORTHOGONAL_RANK
 
 
 class TernaryGroupedLinear(TernaryModule):
@@ -27,6 +28,7 @@ class TernaryGroupedLinear(TernaryModule):
         self, context: GraphContext, num_groups: int, num_inputs: int, num_outputs: int, *, gain: float = 1.0
     ) -> None:
         self.num_groups = num_groups
+        self.orthogonal = min(num_inputs, num_outputs) >= MIN_ORTHOGONAL_RANK
         shape, std = (num_groups * num_outputs, num_inputs), gain / math.sqrt(num_inputs)
         super().__init__(
             context, lambda tensor_id: context.random_weight(shape, std=std, tensor_id=tensor_id)
@@ -74,17 +76,19 @@ def _vote_by_expert(module: TernaryGroupedLinear, grad_MN: Tensor, x_MK: Tensor,
     num_groups = module.num_groups if used_E is None else num_slots
     if num_groups == 0:
         return
-    for outputs in row_ranges(num_outputs, num_groups * x_MK.shape[1]):
+    num_matrices = num_groups if module.orthogonal else 0
+    # Parts follow from the weight alone: what an expert votes must not depend on how many slots there are.
+    for outputs in row_ranges(num_outputs, module.num_groups * x_MK.shape[1]):
         part = grad_MN[:, outputs.start : outputs.stop]
         grad = module.ops.grouped_linear_weight_grad(part, x_MK, groups_M, num_groups=num_groups)
         if used_E is None and len(outputs) == num_outputs:
-            module.vote(grad, num_matrices=num_groups)
+            module.vote(grad, num_matrices=num_matrices)
             continue
         if used_E is None:
             used_E = torch.arange(num_groups, device=module.device)
         offsets = torch.arange(outputs.start, outputs.stop, device=module.device)
         rows_EN = torch.where(used_E[:, None] < 0, -1, used_E[:, None] * num_outputs + offsets)
-        module.vote(grad, rows_EN.flatten(), num_matrices=num_groups)
+        module.vote(grad, rows_EN.flatten(), num_matrices=num_matrices)
 
 
 def numbered(experts_M: Tensor) -> tuple[Tensor, Tensor]:

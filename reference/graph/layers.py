@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from arbitor.reference.graph.state import GraphContext, TernaryModule
-from arbitor.reference.types import TernaryWeight
+from arbitor.reference.types import MIN_ORTHOGONAL_RANK, TernaryWeight
 
 VOTE_ELEMENTS = 2**27
-"""Most elements of a weight gradient that exist at a time: 512 MiB of float32. Parts of its rows vote on their own."""
+"""Most elements of a weight gradient that are made at a time, 512 MiB of float32: its rows vote in parts, each by itself."""
 
 
 class TernaryLinear(TernaryModule):
@@ -28,7 +28,8 @@ class TernaryLinear(TernaryModule):
     Shapes:  [..., K] -> [..., N]
     Start:   standard deviation gain * K^-1/2, which keeps the variance of x for gain 1; `fan_in` stands in for K where
              only some columns see a non-zero input. For gain 0 every trit is 0, at the scale of gain 1
-    Votes:   of the gradient made orthogonal, unless `orthogonal` is False, as for a matrix whose rows are classes
+    Votes:   of the gradient made orthogonal, unless `orthogonal` is False, as for a matrix whose rows are classes, or its
+             smaller side is below MIN_ORTHOGONAL_RANK
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class TernaryLinear(TernaryModule):
             return context.constant_weight(shape, trit=0, exponent=round(math.log2(scale)))
 
         super().__init__(context, start)
-        self.orthogonal = orthogonal
+        self.orthogonal = orthogonal and min(shape) >= MIN_ORTHOGONAL_RANK
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `ops.linear` of x, in the dtype of x."""

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
-from arbitor.reference.types import MIN_ORTHOGONAL_RANK, RESERVED_STEP, TernaryWeight
+from arbitor.reference.types import RESERVED_STEP, TernaryWeight
 
 
 class LaidOutWeight(Protocol):
@@ -105,12 +105,12 @@ class Voting:
     ) -> None:
         """Count the votes of a gradient in the accumulators of `weight`, in place.
 
-        A gradient that is a stack of `num_matrices` matrices (0: none, but the rows of a table) is made orthogonal first,
-        in the dtype of the activations, unless the matrices are narrow or the rule is the sign's.
+        A gradient that is a stack of `num_matrices` matrices is made orthogonal first, in the dtype of the activations, unless
+        the rule is the sign's. 0: it votes as it is, as for the rows of a table.
         """
         if grad_NK.dtype == torch.float64:
             grad_NK = grad_NK.to(torch.float32)
-        if self.evens_out(grad_NK, num_matrices):
+        if num_matrices and self.orthogonal_steps and self.vote_rule == "stochastic":
             grad_NK = self.ops.orthogonalize(
                 grad_NK.to(self.dtype), iterations=self.orthogonal_steps, num_groups=num_matrices
             )
@@ -127,12 +127,6 @@ class Voting:
         else:
             self.faults += self.ops.count_nonfinite_rows(grad_NK)
             self.ops.accumulate(weight, self.ops.sign_votes(grad_NK, self.size), **clock)
-
-    def evens_out(self, grad_NK: Tensor, num_matrices: int) -> bool:
-        """Return whether a gradient of so many matrices is made orthogonal before it votes."""
-        if not (num_matrices and self.orthogonal_steps and self.vote_rule == "stochastic"):
-            return False
-        return min(grad_NK.shape[0] // num_matrices, grad_NK.shape[1]) >= MIN_ORTHOGONAL_RANK
 
 
 class GraphContext:

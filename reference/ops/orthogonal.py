@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
-from arbitor.reference.types import DEFAULT_ORTHOGONAL_STEPS, MAX_ORTHOGONAL_STEPS
-
-QUINTIC = (3.4445, -4.7750, 2.0315)
-"""Coefficients of x, x^3 and x^5. A singular value grows up to 3.44-fold a step while small, and stays below 1.2 once there."""
+from arbitor.reference.types import DEFAULT_ORTHOGONAL_STEPS, MAX_ORTHOGONAL_STEPS, NEWTON_SCHULZ
 
 
 def orthogonalize(
@@ -20,7 +17,7 @@ def orthogonalize(
 ) -> Tensor:
     """Return the gradient with its singular values drawn towards 1, its singular vectors unchanged.
 
-    Math:    X = G / ||G||_F; then `iterations` times S = X X^T, X <- a X + (b S + c S S) X, with (a, b, c) = QUINTIC, which
+    Math:    X = G / ||G||_F; then `iterations` times S = X X^T, X <- a X + (b S + c S S) X, with (a, b, c) = NEWTON_SCHULZ, which
              maps each singular value x to a x + b x^3 + c x^5. For N > K, S = X^T X and X <- a X + X (b S + c S S)
     Shapes:  grad_NK float32, bfloat16 or float64 [E N, K], a stack of `num_groups` = E matrices, each on its own
     Range:   iterations in 1 .. 10
@@ -45,7 +42,7 @@ def orthogonalize(
 def _one_matrix(grad_NK: Tensor, iterations: int) -> Tensor:
     """Return one matrix orthogonalised, in its dtype; all of it is finite."""
     dtype, wide = grad_NK.dtype, torch.promote_types(grad_NK.dtype, torch.float32)
-    a, b, c = QUINTIC
+    a, b, c = NEWTON_SCHULZ
     norm = grad_NK.to(torch.float64).square().sum().sqrt()
     x = (grad_NK.to(torch.float64) / torch.where(norm > 0, norm, 1.0)).to(dtype)
     tall = x.shape[0] > x.shape[1]
