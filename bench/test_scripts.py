@@ -278,10 +278,10 @@ def test_learning_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert learning.main(["--report", str(tmp_path / "both.json"), "--out", str(tmp_path / "both")]) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     runs = json.loads((tmp_path / "both.json").read_text())["runs"]
-    assert [(row[4], row[8]) for row in rows] == [("integer", "2"), ("sign", "2")]
+    assert [(row[4], row[9]) for row in rows] == [("integer", "2"), ("sign", "2")]
     for row in rows:
         values = [run["val_bpb"] for run in runs if run["rule"] == row[4]]
-        assert row[6] == f"{sum(values) / 2:.3f}" and row[7] == f"{max(values) - min(values):.3f}"
+        assert row[7] == f"{sum(values) / 2:.3f}" and row[8] == f"{max(values) - min(values):.3f}"
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
     assert {run["data"] for run in runs} == {"text.txt"}, "no path of this machine"
 
@@ -308,3 +308,17 @@ def test_learning_refuses_in_one_sentence(
 def test_results_of_different_devices_are_not_merged() -> None:
     with pytest.raises(ValueError, match="of one device"):
         learning.merged([{"machine": {"device": name}, "runs": []} for name in ("a", "b")])
+
+
+def test_every_suite_of_learning_names_what_differs() -> None:
+    """Four times the steps, three quarters of them, four times the weights; and no run of a sweep twice, or as in the table."""
+    plans = {
+        suite: list(learning.jobs_of(suite, seeds=(0,), steps=1500, data="stdlib"))
+        for suite in learning.SUITES
+    }
+    assert {job.steps for job in (*plans["long"], *plans["long-sweep"])} == {6000}
+    assert {job.steps for job in plans["time"]} == {1125}
+    assert {learning.SIZES[job.size].width for job in plans["wide"]} == {768}
+    for table, sweep in (("table", "sweep"), ("long", "long-sweep")):
+        tried = [(job.rule, learning.rule_of(job)) for job in (*plans[table], *plans[sweep])]
+        assert all(tried.count(each) == 1 for each in tried)

@@ -1,7 +1,8 @@
 """Train one architecture by several rules on the same bytes, and print bits per byte with seeds and spread.
 
     python -m bench.learning --out bench/results/<gpu>/learning                # every rule, three seeds
-    python -m bench.learning --suite long wide memory sweep --out ...          # what the claims about scale rest on
+    python -m bench.learning --suite time long wide memory --out ...           # what the claims about time and scale rest on
+    python -m bench.learning --suite sweep long-sweep --seeds 0 --out ...      # other rates and decays, one seed
     python -m bench.learning --suite graph --out ...                           # the preset `small`
     python -m bench.learning --worker 0/2 ...                                  # half of the runs, for one of two GPUs
     python -m bench.learning --report A.json B.json --out ...                  # table and curves of what was measured
@@ -41,12 +42,21 @@ SIZES: Mapping[str, Architecture] = {
 """Architectures by name: the benchmark; four times its weights; float weights in the memory that ternary ones of the benchmark
 take; the graph; and one for a quick look."""
 
+SUITES = ("table", "time", "long", "wide", "memory", "sweep", "long-sweep", "graph", "toy")
+"""What can be run, see `jobs_of`."""
+
 BEST = ("integer", "straight-through", "float AdamW")
-SWEPT = {
-    "straight-through": (1e-3, 1.5e-3, 3e-3, 4e-3),
-    "float AdamW": (1e-3, 2e-3, 3e-3),
-    "integer": (4 / 64, 8 / 64),
+SWEPT: Mapping[str, Sequence[tuple[float, float]]] = {
+    "integer": ((4 / 64, 0.6), (8 / 64, 0.6), (6 / 64, 0.9)),
+    "straight-through": ((1e-3, 0.4), (1.5e-3, 0.4), (3e-3, 0.4), (4e-3, 0.4), (2e-3, 0.6)),
+    "float AdamW": ((1e-3, 0.4), (2e-3, 0.4), (3e-3, 0.4), (2e-3, 0.6)),
 }
+SWEPT_LONG: Mapping[str, Sequence[tuple[float, float]]] = {
+    "integer": ((3 / 64, 0.6), (4 / 64, 0.6), (3 / 64, 0.9), (6 / 64, 0.9)),
+    "straight-through": ((1e-3, 0.4), (1.4e-3, 0.6)),
+    "float AdamW": ((7.5e-4, 0.4), (1e-3, 0.6)),
+}
+"""Rates and shares of decay that a rule is tried with besides its own, at the length of the benchmark and at four times that."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,7 @@ class Job:
     steps: int
     data: str
     rate: float | None = None
+    decay: float | None = None
 
 
 def jobs_of(suite: str, *, seeds: Sequence[int], steps: int, data: str) -> Iterator[Job]:
@@ -67,15 +78,17 @@ def jobs_of(suite: str, *, seeds: Sequence[int], steps: int, data: str) -> Itera
     plans: Mapping[str, tuple[str, Sequence[str], int]] = {
         "table": ("7 M", tuple(RULES), steps),
         "long": ("7 M", BEST, 4 * steps),
+        "time": ("7 M", ("integer",), 3 * steps // 4),
         "wide": ("29 M", BEST, steps),
         "memory": ("0.7 M", ("float AdamW",), steps),
         "graph": ("small", BEST, steps),
         "toy": ("toy", tuple(RULES), steps),
     }
-    if suite == "sweep":
-        for name, rates in SWEPT.items():
-            for rate in rates:
-                yield Job(suite, "7 M", name, seeds[0], steps, data, rate)
+    if suite in ("sweep", "long-sweep"):
+        swept, length = (SWEPT, steps) if suite == "sweep" else (SWEPT_LONG, 4 * steps)
+        for name, tried in swept.items():
+            for rate, decay in tried:
+                yield Job(suite, "7 M", name, seeds[0], length, data, rate, decay)
         return
     size, rules, length = plans[suite]
     for seed in seeds:
@@ -102,9 +115,9 @@ def data_name(data: str) -> str:
 
 
 def rule_of(job: Job) -> Rule:
-    """Return the rule of a job, at the rate asked for."""
-    rule = RULES[job.rule]
-    return rule if job.rate is None else replace(rule, rate=job.rate)
+    """Return the rule of a job, with the rate and the decay asked for."""
+    asked = {name: getattr(job, name) for name in ("rate", "decay") if getattr(job, name) is not None}
+    return replace(RULES[job.rule], **asked)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,12 +127,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    suites = ("table", "long", "wide", "memory", "sweep", "graph", "toy")
-    parser.add_argument("--suite", nargs="+", default=["table"], choices=suites)
+    parser.add_argument("--suite", nargs="+", default=["table"], choices=SUITES)
     parser.add_argument("--rules", nargs="+", choices=list(RULES), metavar="RULE", help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
-        "--steps", type=int, default=1500, help="of the suites but `long`, which takes four times as many"
+        "--steps",
+        type=int,
+        default=1500,
+        help="of the benchmark; `long` takes four times as many, `time` three quarters",
     )
     parser.add_argument("--data", nargs="+", default=["stdlib"], help="`stdlib`, files or folders [stdlib]")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -16,7 +16,9 @@ def grouped(runs: Sequence[Run]) -> dict[tuple[Any, ...], list[Run]]:
     found: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         if "failed" not in run:
-            key = tuple(run[name] for name in ("suite", "data", "size", "steps", "rule", "learning_rate"))
+            key = tuple(
+                run[name] for name in ("suite", "data", "size", "steps", "rule", "learning_rate", "decay")
+            )
             found.setdefault(key, []).append(run)
     return found
 
@@ -24,13 +26,13 @@ def grouped(runs: Sequence[Run]) -> dict[tuple[Any, ...], list[Run]]:
 def table(runs: Sequence[Run]) -> str:
     """Return a Markdown table: one line for all seeds of a rule, with the spread between them."""
     lines = [
-        "| suite | data | model | steps | rule | rate | val bpb | spread | seeds | tokens | seconds | MB of state |",
-        "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| suite | data | model | steps | rule | rate | decay | val bpb | spread | seeds | tokens | seconds | MB of state |",
+        "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for (suite, data, size, steps, rule, rate), same in grouped(runs).items():
+    for (suite, data, size, steps, rule, rate, decay), same in grouped(runs).items():
         values = [run["val_bpb"] for run in same]
         lines.append(
-            f"| {suite} | {data} | {size} | {steps:,} | {rule} | {rate:.4g} | {mean(values):.3f} "
+            f"| {suite} | {data} | {size} | {steps:,} | {rule} | {rate:.4g} | {decay:g} | {mean(values):.3f} "
             f"| {max(values) - min(values):.3f} | {len(values)} | {same[0]['tokens'] / 1e6:.1f} M "
             f"| {mean(run['seconds'] for run in same):.1f} | {same[0]['state_bytes'] / 1e6:.1f} |"
         )
@@ -45,8 +47,8 @@ def curves(runs: Sequence[Run], path: Path, *, title: str) -> None:
     from matplotlib import pyplot as plt
 
     panels: dict[tuple[str, str, int], dict[str, list[Run]]] = {}
-    for (suite, data, size, steps, rule, _), same in grouped(runs).items():
-        if suite != "sweep":
+    for (suite, data, size, steps, rule, *_), same in grouped(runs).items():
+        if "sweep" not in suite:
             panels.setdefault((data, size, steps), {}).setdefault(rule, []).extend(same)
     if not panels:
         return
