@@ -416,23 +416,19 @@ def expert_slots(experts_M: Tensor, num_slots: int, **beside: Tensor) -> None:
     same_device(**beside, experts_M=experts_M)
 
 
-def stacked_rows(name: str, value: Tensor, num_groups: int) -> None:
-    """Refuse a stack of matrices whose rows are not a whole number for each."""
+def stacked_rows(name: str, num_rows: int, num_groups: int) -> int:
+    """Return the rows of one matrix of a stack; refuse a stack whose rows are not a whole number for each."""
     integer("num_groups", num_groups, 1, 2**31 - 1)
-    if value.shape[0] % num_groups:
+    if num_rows % num_groups:
         raise ValueError(
-            f"num_groups is {num_groups}, but must divide the rows of {name}, which has {value.shape[0]}"
+            f"num_groups is {num_groups}, but must divide the rows of {name}, which has {num_rows}"
         )
+    return num_rows // num_groups
 
 
 def expert_rows(weight: Weight, num_groups: int) -> int:
     """Return the rows of one expert; refuse a stacked weight whose rows are not a whole number for each."""
-    integer("num_groups", num_groups, 1, 2**31 - 1)
-    if weight.shape[0] % num_groups:
-        raise ValueError(
-            f"num_groups is {num_groups}, but must divide the rows of weight, which has {weight.shape[0]}"
-        )
-    return weight.shape[0] // num_groups
+    return stacked_rows("weight", weight.shape[0], num_groups)
 
 
 def decode_slots(q_BHK: Tensor, keys_BSK: Tensor, bias_BS: Tensor, *, value_width: int, scale: float) -> None:

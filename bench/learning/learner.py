@@ -17,7 +17,7 @@ from torch import Tensor
 
 from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training.data import Corpus, Split, training_batch
-from arbitor.optimized.training.schedule import WARMUP_FRACTION
+from arbitor.optimized.training.schedule import rate
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.state import GraphContext
@@ -43,12 +43,6 @@ class Architecture:
     context: int = 256
     batch: int = 64
     preset: str | None = None
-
-
-def schedule(step: int, steps: int, decay: float) -> float:
-    """Return the rate of a step in parts of its height: warm-up, flat, and down to 0 in a line."""
-    warm = min(1.0, (step + 1) / math.ceil(WARMUP_FRACTION * steps))
-    return min(warm, (steps - step) / math.ceil(decay * steps))
 
 
 class Learner:
@@ -224,7 +218,7 @@ def train(
                 ids_BT = training_batch(
                     corpus, split, batch=architecture.batch, context=architecture.context, seed=seed, micro_step=learner.taken,
                 )  # fmt: skip
-                learner.step(ids_BT, schedule(learner.taken, steps, rule.decay))
+                learner.step(ids_BT, rate(learner.taken, steps, theta=1, gain=1.0, decay=rule.decay))
             synchronize(device)
             seconds, timed = seconds + time.perf_counter() - began, timed + until - first
             curve.append((learner.taken, learner.bits_per_byte(windows_WT)))

@@ -44,6 +44,13 @@ def test_rate_is_positive_on_every_step_and_reaches_the_gain(steps: int) -> None
     assert rate(steps, steps) == 0
 
 
+def test_rate_falls_over_the_share_asked_for() -> None:
+    assert [rate(step, 10, theta=1, gain=1.0, decay=0.2) for step in (7, 8, 9)] == [1.0, 1.0, 0.5]
+    for decay in (0.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"^decay is"):
+            rate(0, 10, decay=decay)
+
+
 def test_rate_is_a_float32() -> None:
     assert all(rate(step, 1000) == float(np.float32(rate(step, 1000))) for step in range(1000))
 

@@ -16,7 +16,7 @@ def orthogonalize(
     """See reference; float64 is not supported. The products are the library's, of all matrices of a stack at once."""
     checks.gradient_matrix("grad_NK", grad_NK)
     checks.integer("iterations", iterations, 1, MAX_ORTHOGONAL_STEPS)
-    checks.stacked_rows("grad_NK", grad_NK, num_groups)
+    checks.stacked_rows("grad_NK", grad_NK.shape[0], num_groups)
     if grad_NK.numel() == 0:
         return grad_NK.clone()
     grad_NK = grad_NK.contiguous()

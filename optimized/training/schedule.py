@@ -18,11 +18,18 @@ GAIN = 6 / 64
 """Rate between the two in parts of theta: votes as large as the root mean square of their row move a trit in 11 steps."""
 
 
-def rate(step: int, steps: int, *, theta: int = DEFAULT_THETA, gain: float = GAIN) -> float:
+def rate(
+    step: int,
+    steps: int,
+    *,
+    theta: int = DEFAULT_THETA,
+    gain: float = GAIN,
+    decay: float = DECAY_FRACTION,
+) -> float:
     """The ``rate`` argument of ``stochastic_votes`` at a step.
 
     Climbs linearly over the first 3 % of the steps, reaching ``gain * theta`` at the last of them; falls linearly
-    over the last 60 %, so that it would be 0 at ``step == steps``, where no step is taken any more. At rate 0
+    over the last ``decay`` of them, so that it would be 0 at ``step == steps``, where no step is taken any more. At rate 0
     no vote is cast and nothing moves.
 
     Args:
@@ -30,6 +37,7 @@ def rate(step: int, steps: int, *, theta: int = DEFAULT_THETA, gain: float = GAI
         steps: length of the whole run, at least 1.
         theta: votes that move a trit, 1 to 127.
         gain: rate of the flat part in parts of theta, finite, at least 0.
+        decay: share of the steps over which it falls, above 0, at most 1.
 
     Returns:
         A float32 value held in a Python float, 0 to ``gain * theta``.
@@ -43,7 +51,9 @@ def rate(step: int, steps: int, *, theta: int = DEFAULT_THETA, gain: float = GAI
         raise ValueError(f"step is {step}: it must be from 0 to steps, which is {steps}")
     if not (math.isfinite(gain) and gain >= 0):
         raise ValueError(f"gain is {gain}: it must be finite and at least 0")
+    if not 0 < decay <= 1:
+        raise ValueError(f"decay is {decay}: it must be above 0 and at most 1")
     warmup = math.ceil(WARMUP_FRACTION * steps)
-    decay = math.ceil(DECAY_FRACTION * steps)
-    factor = min(1.0, (step + 1) / warmup, (steps - step) / decay)
+    falling = math.ceil(decay * steps)
+    factor = min(1.0, (step + 1) / warmup, (steps - step) / falling)
     return torch.tensor(gain * theta * factor, dtype=torch.float32).item()

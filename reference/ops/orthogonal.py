@@ -32,7 +32,7 @@ def orthogonalize(
     """
     checks.gradient_matrix("grad_NK", grad_NK, checks.FLOAT_DTYPES)
     checks.integer("iterations", iterations, 1, MAX_ORTHOGONAL_STEPS)
-    checks.stacked_rows("grad_NK", grad_NK, num_groups)
+    checks.stacked_rows("grad_NK", grad_NK.shape[0], num_groups)
     finite_N = grad_NK.isfinite().all(dim=1, keepdim=True)
     matrices = torch.where(finite_N, grad_NK, 0.0).unflatten(0, (num_groups, -1))
     out_NK = torch.cat([_one_matrix(matrix_NK, iterations) for matrix_NK in matrices])
