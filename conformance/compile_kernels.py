@@ -153,16 +153,35 @@ def chosen(found: list[Specialisation]) -> Iterator[Specialisation]:
 def complaint(one: Specialisation) -> tuple[str, str] | None:
     """Compile a specialisation; return what is wrong with it, and how it came about, None if nothing is."""
     try:
-        shared = one.kernel.preload(one.data).metadata.shared
+        compiled = one.kernel.preload(one.data)
     except Exception as error:  # whatever a compiler fails with
         what = f"{place(one.kernel, error)} does not compile"
         reason = reason_of(error)
     else:
-        if shared <= SHARED_MEMORY:
+        shared, counted_twice = compiled.metadata.shared, repeated_operand(compiled.asm["ttgir"])
+        if shared > SHARED_MEMORY:
+            what = f"{place(one.kernel)} wants too much shared memory"
+            reason = f"{shared} bytes of {SHARED_MEMORY}"
+        elif counted_twice:
+            what = f"{place(one.kernel)} has a product that counts some of its terms twice"
+            reason = counted_twice
+        else:
             return None
-        what = f"{place(one.kernel)} wants too much shared memory"
-        reason = f"{shared} bytes of {SHARED_MEMORY}"
     return what, f"{reason}\nas {one.cause} launches it, with {', '.join(sorted(one.traits))}"
+
+
+def repeated_operand(ttgir: str) -> str | None:
+    """Return an operand of a product on tensor cores that is too narrow for its layout, None if there is none.
+
+    Four threads share the summed axis of `mma.sync`, and have `kWidth` neighbours of it each. Where there are fewer than four
+    times as many, Triton 3.6 lays them out again for the threads left over, and the product counts them again.
+    """
+    pattern = r"tensor<(\d+)x(\d+)x\w+, #ttg\.dot_op<\{opIdx = (\d), parent = #(\w+), kWidth = (\d+)\}>>"
+    for rows, columns, operand, parent, width in re.findall(pattern, ttgir):
+        summed = int(columns if operand == "0" else rows)
+        if summed < 4 * int(width) and re.search(rf"#{parent} = #ttg\.nvidia_mma<\{{versionMajor = 2", ttgir):
+            return f"operand {operand} is {rows} x {columns}, with {width} neighbours a thread"
+    return None
 
 
 def place(kernel: JITFunction, error: Exception | None = None) -> str:

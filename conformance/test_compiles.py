@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from conformance.compile_kernels import repeated_operand
 from conformance.import_lint import ROOT
 from conformance.report import skip
 from conformance.subject import Subject
@@ -70,3 +73,18 @@ def test_broken_kernels_are_found(subject: Subject, tmp_path: Path) -> None:
         "_orphan_kernel was not compiled",
     ):
         assert complaint in output, output
+
+
+@pytest.mark.parametrize(
+    ("summed", "width", "major", "bad"), [(16, 8, 2, True), (32, 8, 2, False), (16, 4, 2, False), (16, 8, 3, False)]
+)
+def test_repeated_operands_are_found(summed: int, width: int, major: int, bad: bool) -> None:
+    """As Triton 3.6 laid out a product of sixteen terms, and as it should have. Newer releases do not, so there is none to compile."""
+    layout = f"#mma = #ttg.nvidia_mma<{{versionMajor = {major}, versionMinor = 0, warpsPerCTA = [2, 2], instrShape = [16, 8]}}>"
+    operands = [
+        f"tensor<{shape}xbf16, #ttg.dot_op<{{opIdx = {place}, parent = #mma, kWidth = {width}}}>>"
+        for place, shape in enumerate((f"64x{summed}", f"{summed}x64"))
+    ]
+    for place, operand in enumerate(operands):
+        found = repeated_operand(f"{layout}\n%y = tt.dot %w, %x : {operand}")
+        assert (found is not None and f"operand {place}" in found) if bad else found is None

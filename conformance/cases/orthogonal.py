@@ -13,23 +13,30 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
+from arbitor.reference.types import NEWTON_SCHULZ
 from conformance import strategies as ss
-from conformance.cases.case import Case, widened
+from conformance.cases.case import Case
 
 
 def magnitude(op: Callable[..., Any], case: Case) -> Tensor:
-    """Return what one rounding of an element is relative to: the largest element of its matrix, times the slope of a step.
+    """Return what one rounding of an element is relative to: what a rounding of every iterate may have grown to by the end.
 
-    X, S and the polynomial are rounded to the dtype of the gradient by the rule itself, so in bfloat16 what an element comes
-    from is known to bfloat16, not to float32, as the floor of `no_worse` supposes; each element comes from all others; and a
-    step hands on an error of a small direction 3.4445-fold.
+    X, S and the polynomial are rounded to the dtype of the gradient by the rule itself, so what an element comes from is known
+    to that dtype, not to float32, as the floor of `no_worse` supposes. Each element comes from all others, so the largest of
+    its matrix counts; and a step hands on an error of a small direction up to 3.4445-fold.
     """
-    grad, options = case.args[0], case.kwargs
-    result = widened(op, case, lambda value: value.to(torch.float64)).nan_to_num()
-    matrices = result.unflatten(0, (options.get("num_groups", 1), -1))
-    largest = matrices.abs().amax(dim=(1, 2), keepdim=True) if matrices.numel() else matrices
-    coarser = torch.finfo(grad.dtype).eps / torch.finfo(torch.float32).eps
-    return (3.4445 * largest * coarser).expand_as(matrices).flatten(0, 1)
+    grad, options = case.args[0].to(torch.float64), case.kwargs
+    steps, num_groups = options["iterations"], options.get("num_groups", 1)
+    if grad.numel() == 0:
+        return grad
+    start = torch.where(grad.isfinite().all(dim=1, keepdim=True), grad, 0.0).unflatten(0, (num_groups, -1))
+    norm = start.square().sum(dim=(1, 2), keepdim=True).sqrt()
+    handed_on = (start / norm.where(norm > 0, torch.ones_like(norm))).abs().amax(dim=(1, 2), keepdim=True)
+    for step in range(1, steps + 1):
+        x = op(grad, **{**options, "iterations": step}).nan_to_num().unflatten(0, (num_groups, -1))
+        handed_on = NEWTON_SCHULZ[0] * handed_on + x.abs().amax(dim=(1, 2), keepdim=True)
+    coarser = torch.finfo(case.args[0].dtype).eps / torch.finfo(torch.float32).eps
+    return (handed_on * coarser).expand(start.shape).flatten(0, 1)
 
 
 @st.composite

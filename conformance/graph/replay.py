@@ -35,10 +35,14 @@ REPLAYED = {
 }
 """Ops that make integers of activations and gradients, and the places of these among their arguments."""
 
+BY_ROW = ("edge_sum_sign_grad",)
+"""Ops each of whose sums is of one row of an input: every row may have a power of two of its own."""
+
 ORTHOGONALIZE = "orthogonalize"
 
-LEVELS = 8
-"""Largest integer that a recorded value is rounded to."""
+LEVEL_BITS = 6
+"""Bits of the integers that a recorded value is rounded to: products have twice as many, so 4,096 of them have an exact sum.
+With fewer, small values beside large ones become zeros, and weights behind them do not move."""
 
 
 def recording(ops: ModuleType, calls: list[tuple[str, tuple[Tensor, ...]]]) -> ModuleType:
@@ -46,7 +50,9 @@ def recording(ops: ModuleType, calls: list[tuple[str, tuple[Tensor, ...]]]) -> M
 
     def wrapped(name: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            given = tuple(rounded(args[place]) for place in REPLAYED[name])
+            given = tuple(rounded(args[place], by_row=name in BY_ROW) for place in REPLAYED[name])
+            if name == "linear_weight_grad":
+                given = rounded_pair(*args[:2])
             calls.append((name, tuple(value.detach().cpu().clone() for value in given)))
             return getattr(ops, name)(*exchanged(args, name, given), **kwargs)
 
@@ -108,9 +114,19 @@ def with_ops(ops: ModuleType, wrapped: Any, orthogonalize: Any) -> ModuleType:
     return module
 
 
-def rounded(value: Tensor) -> Tensor:
-    """Return integers as they are, and floats as whole multiples, -LEVELS .. LEVELS, of a power of two."""
-    if not value.is_floating_point() or not value.numel() or not value.any():
+def rounded(value: Tensor, *, by_row: bool = False) -> Tensor:
+    """Return integers as they are, and floats as whole multiples, at most 2**LEVEL_BITS, of a power of two."""
+    if not value.is_floating_point() or not value.numel():
         return value
-    unit = 2.0 ** (torch.frexp(value.detach().abs().max().double()).exponent.item() - 3)
-    return (value / unit).round().clamp(-LEVELS, LEVELS) * unit
+    largest = value.detach().abs().double()
+    largest = largest.amax(dim=-1, keepdim=True) if by_row else largest.max()
+    unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - LEVEL_BITS).to(value.dtype)
+    return (value / unit).round() * unit
+
+
+def rounded_pair(grad_MN: Tensor, x_MK: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradient and the input of a linear, rounded; what meets an input of zeros is left out, as it counts for nothing.
+
+    RMSNorm hands back a thousand times the gradient where its input is zero: beside such rows, all others would round to zero.
+    """
+    return rounded(torch.where(x_MK.any(dim=-1, keepdim=True), grad_MN, 0.0)), rounded(x_MK)

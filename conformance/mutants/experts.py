@@ -8,7 +8,8 @@ from conformance.mutants.mutant import Mutant, m
 MUTANTS: tuple[Mutant, ...] = (
     m("experts_interleaved", "experts", "torch.arange(expert * num_rows, (expert + 1) * num_rows, device",
       "torch.arange(expert, weight.shape[0], weight.shape[0] // num_rows, device",
-      "grouped_linear_by_slot", "grouped_linear_adjoint", compared=("grouped_linear", "grouped_linear_input_grad")),
+      "grouped_linear_by_slot", "grouped_linear_adjoint", "grouped_linear_of_narrow_matrices",
+      compared=("grouped_linear", "grouped_linear_input_grad")),
     m("unused_slots_take_the_first_expert", "experts", "slots = experts_M == expert",
       "slots = experts_M.clamp(min=0) == expert",
       "grouped_linear_by_slot", "grouped_linear_weight_grad_by_slot",

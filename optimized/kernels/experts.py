@@ -333,7 +333,9 @@ def grouped_product(
     out = torch.empty(num_slots, num_outputs, dtype=x.dtype, device=x.device)
     wide = multiplies_wide(x)
     tiling = Tiling.of(num_slots, num_groups, transposed=transposed, wide=wide)
-    block_n, block_k = _block(num_outputs, tiling.block_n), _block(num_inputs, tiling.block_k)
+    # Triton 3.6 may give a thread 8 columns of the summed axis, and four threads share it: with 16, two of them would have the same.
+    least_k = 16 if wide else 32
+    block_n, block_k = _block(num_outputs, tiling.block_n), _block(num_inputs, tiling.block_k, least=least_k)
     tiles, column_blocks = (
         triton.cdiv(num_slots, tiling.block_m) + num_groups + 1,
         triton.cdiv(num_outputs, block_n),
@@ -409,6 +411,6 @@ def multiplies_wide(x: Tensor) -> bool:
     return x.dtype is torch.float32 or x.device.type == "cpu"
 
 
-def _block(size: int, most: int) -> int:
-    """Return the elements of a tile along `size`: a power of two from 16, which `tl.dot` needs, to `most`."""
-    return max(16, row_tile(size, most)[0])
+def _block(size: int, most: int, *, least: int = 16) -> int:
+    """Return the elements of a tile along `size`: a power of two from `least`, 16 of which `tl.dot` needs, to `most`."""
+    return max(least, row_tile(size, most)[0])
