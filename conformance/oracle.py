@@ -113,7 +113,7 @@ def exponent_vote(score: int, byte: int, rule: str) -> int:
         return 0
     if rule == "sign":
         return (score > 0) - (score < 0)
-    return math.floor(Fraction(score + byte // 32, 8))
+    return math.floor(Fraction(score + byte // 8, 32))
 
 
 def step_exponent(level: int, count: int, theta: int, low: int, high: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from arbitor.reference.ops import constant_weight
-from arbitor.reference.types import TernaryWeight
+from arbitor.reference.types import DEFAULT_MANTISSA_BITS, TernaryWeight
 from conformance.cases.case import Case
 
 WIDTH = 3072
@@ -27,6 +27,10 @@ def calls() -> Iterator[tuple[str, Case]]:
 
 
 def weight(num_rows: int, num_columns: int) -> TernaryWeight:
+    return codes(num_rows, num_columns).with_mantissa(DEFAULT_MANTISSA_BITS)
+
+
+def codes(num_rows: int, num_columns: int) -> TernaryWeight:
     return constant_weight((num_rows, num_columns), trit=1, exponent=0)
 
 
@@ -50,12 +54,12 @@ def of_attention() -> Iterator[tuple[str, Case]]:
 
 def of_codebooks() -> Iterator[tuple[str, Case]]:
     for queries, code_dim in ((16, 64), (1024, 64), (1024, 128)):
-        yield "nearest_codes", Case((torch.zeros(queries, code_dim, dtype=BF16), weight(4096, code_dim)))
-    z, codes = torch.zeros(16, 64, dtype=BF16), weight(4096, 64)
-    yield "nearest_candidates", Case((z, codes, dealt(16 * 4096, 4096).reshape(16, 4096)))
+        yield "nearest_codes", Case((torch.zeros(queries, code_dim, dtype=BF16), codes(4096, code_dim)))
+    z, table = torch.zeros(16, 64, dtype=BF16), codes(4096, 64)
+    yield "nearest_candidates", Case((z, table, dealt(16 * 4096, 4096).reshape(16, 4096)))
     yield "candidate_codes", Case((z,), {"num_codes": 10_000_000, "sign_bits": 14, "num_probes": 16})
     window = {"first": 0, "window": 16, **CLOCK}
-    yield "revive_codes", Case((codes, torch.zeros(4096, dtype=torch.int16), z), window)
+    yield "revive_codes", Case((table, torch.zeros(4096, dtype=torch.int16), z), window)
 
 
 def of_experts() -> Iterator[tuple[str, Case]]:

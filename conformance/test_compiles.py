@@ -76,10 +76,11 @@ def test_broken_kernels_are_found(subject: Subject, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("summed", "width", "major", "bad"), [(16, 8, 2, True), (32, 8, 2, False), (16, 4, 2, False), (16, 8, 3, False)]
+    ("summed", "width", "major", "bad"),
+    [(16, 8, 2, True), (32, 8, 2, False), (16, 4, 2, False), (16, 8, 3, False)],
 )
 def test_repeated_operands_are_found(summed: int, width: int, major: int, bad: bool) -> None:
-    """As Triton 3.6 laid out a product of sixteen terms, and as it should have. Newer releases do not, so there is none to compile."""
+    """As Triton 3.6 laid out a product of sixteen terms, and as it should have; newer releases do, so there is none to compile."""
     layout = f"#mma = #ttg.nvidia_mma<{{versionMajor = {major}, versionMinor = 0, warpsPerCTA = [2, 2], instrShape = [16, 8]}}>"
     operands = [
         f"tensor<{shape}xbf16, #ttg.dot_op<{{opIdx = {place}, parent = #mma, kWidth = {width}}}>>"

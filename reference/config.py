@@ -13,6 +13,7 @@ from arbitor.reference import checks
 from arbitor.reference.types import (
     ACCUM_MAX,
     DEFAULT_GROUP_SIZE,
+    DEFAULT_MANTISSA_BITS,
     DEFAULT_ORTHOGONAL_STEPS,
     DEFAULT_THETA,
     DEFAULT_THETA_E,
@@ -150,6 +151,7 @@ class ArbConfig:
 
     Rules:
         group_size:     columns per exponent, one of GROUP_SIZES.
+        mantissa_bits:  of the scales, one of MANTISSA_BITS; codebooks have none.
         theta:          votes that move a trit, 1 .. 127.
         theta_e:        votes that move an exponent, 1 .. 127.
         on_flip:        `reset` or `carry`: what a moved trit's accumulator keeps.
@@ -204,10 +206,11 @@ class ArbConfig:
     video_steps: int = 3
     talker_tokens: int = 0
     group_size: int = DEFAULT_GROUP_SIZE
+    mantissa_bits: int = DEFAULT_MANTISSA_BITS
     theta: int = DEFAULT_THETA
     theta_e: int = DEFAULT_THETA_E
     on_flip: str = "reset"
-    exponent_rule: str = "frozen"
+    exponent_rule: str = "score"
     vote_rule: str = "stochastic"
     orthogonal_steps: int = DEFAULT_ORTHOGONAL_STEPS
     max_vote_step: int = 8
@@ -218,7 +221,7 @@ class ArbConfig:
             raise ValueError(f"name is {self.name!r}, but must be a string of at least one character")
         for field in fields(self):
             if field.type == "int":
-                low = 0 if field.default == 0 or field.name == "orthogonal_steps" else 1
+                low = 0 if field.default == 0 or field.name in ("orthogonal_steps", "mantissa_bits") else 1
                 checks.integer(field.name, getattr(self, field.name), low, _MAX_SIZE)
             if field.type == "bool" and not isinstance(getattr(self, field.name), bool):
                 raise TypeError(f"{field.name} is {getattr(self, field.name)!r}, but must be true or false")
@@ -250,6 +253,7 @@ class ArbConfig:
                 f"rotary_dim is {self.rotary_dim}, but must be even and below head_dim, which is {self.head_dim}"
             )
         checks.one_of("group_size", self.group_size, GROUP_SIZES)
+        checks.mantissa_bits(self.mantissa_bits)
         checks.threshold("theta", self.theta)
         checks.threshold("theta_e", self.theta_e)
         checks.integer("orthogonal_steps", self.orthogonal_steps, 0, MAX_ORTHOGONAL_STEPS)

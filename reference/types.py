@@ -29,6 +29,9 @@ EXPONENT_MIN, EXPONENT_MAX = -32, 15
 MANTISSA_BITS = (0, 1, 2)
 """Allowed mantissa bits b of a scale; two are the most for which 2**b * EXPONENT_MIN fits an int8."""
 
+DEFAULT_MANTISSA_BITS = 2
+"""Mantissa bits of a model's weights unless said otherwise: a full count moves a scale by a fifth or less, not by an octave."""
+
 ACCUM_MAX = 127
 """Accumulators saturate at plus and minus this many votes, so -128 never occurs."""
 
@@ -50,7 +53,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 MIN_ORTHOGONAL_RANK = 32
 """Smaller side from which the gradient of a matrix is orthogonalised; a narrower one has few directions to even out."""
 
-SCORE_SHIFT = 3
+SCORE_SHIFT = 5
 """k of the score rule: a group's score counts for 2**-k votes on its exponent."""
 
 EXPONENT_RULES = ("score", "sign", "frozen")
@@ -222,6 +225,20 @@ class TernaryWeight(StateTensors):
             group_size=group_size,
             mantissa_bits=mantissa_bits,
         )
+
+    def with_mantissa(self, mantissa_bits: int) -> TernaryWeight:
+        """Return the same weight with scales that move in finer steps: every level E becomes E * 2**b.
+
+        Raises ValueError for a number of bits that is not allowed, or a weight that has a mantissa.
+        """
+        from arbitor.reference import checks
+
+        checks.mantissa_bits(mantissa_bits)
+        if self.mantissa_bits:
+            raise ValueError(
+                f"weight has mantissa_bits {self.mantissa_bits}, but must have 0 to be given a mantissa"
+            )
+        return replace(self, exponents=self.exponents << mantissa_bits, mantissa_bits=mantissa_bits)
 
     def trits(self) -> Tensor:
         """Return the trits, int8 [N, K] in {-1, 0, 1}."""

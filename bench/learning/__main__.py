@@ -45,16 +45,17 @@ take; the graph; and one for a quick look."""
 SUITES = ("table", "time", "long", "wide", "memory", "sweep", "long-sweep", "graph", "toy")
 """What can be run, see `jobs_of`."""
 
-BEST = ("integer", "straight-through", "float AdamW")
+BEST = ("integer", "fixed scales", "straight-through", "float AdamW")
 SWEPT: Mapping[str, Sequence[tuple[float, float]]] = {
     "integer": ((4 / 64, 0.6), (8 / 64, 0.6), (6 / 64, 0.9)),
     "straight-through": ((1e-3, 0.4), (1.5e-3, 0.4), (3e-3, 0.4), (4e-3, 0.4), (2e-3, 0.6)),
     "float AdamW": ((1e-3, 0.4), (2e-3, 0.4), (3e-3, 0.4), (2e-3, 0.6)),
 }
 SWEPT_LONG: Mapping[str, Sequence[tuple[float, float]]] = {
-    "integer": ((3 / 64, 0.6), (4 / 64, 0.6), (3 / 64, 0.9), (6 / 64, 0.9)),
-    "straight-through": ((1e-3, 0.4), (1.4e-3, 0.6)),
-    "float AdamW": ((7.5e-4, 0.4), (1e-3, 0.6)),
+    "integer": ((3 / 64, 0.6), (6 / 64, 1.0)),
+    "fixed scales": ((3 / 64, 0.6), (4 / 64, 1.0), (6 / 64, 1.0), (8 / 64, 1.0)),
+    "straight-through": ((1e-3, 0.6), (1.4e-3, 1.0), (2e-3, 1.0)),
+    "float AdamW": ((1e-3, 0.4), (1e-3, 1.0)),
 }
 """Rates and shares of decay that a rule is tried with besides its own, at the length of the benchmark and at four times that."""
 
@@ -81,7 +82,7 @@ def jobs_of(suite: str, *, seeds: Sequence[int], steps: int, data: str) -> Itera
         "time": ("7 M", ("integer",), 3 * steps // 4),
         "wide": ("29 M", BEST, steps),
         "memory": ("0.7 M", ("float AdamW",), steps),
-        "graph": ("small", BEST, steps),
+        "graph": ("small", BEST, steps // 3),
         "toy": ("toy", tuple(RULES), steps),
     }
     if suite in ("sweep", "long-sweep"):
@@ -134,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--steps",
         type=int,
         default=1500,
-        help="of the benchmark; `long` takes four times as many, `time` three quarters",
+        help="of the benchmark; `long` takes four times as many, `time` three quarters, `graph` a third",
     )
     parser.add_argument("--data", nargs="+", default=["stdlib"], help="`stdlib`, files or folders [stdlib]")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -206,7 +207,7 @@ def share_of(parser: argparse.ArgumentParser, text: str) -> tuple[int, int]:
 
 
 def merged(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the runs of several files as one document; a run that is in two of them counts once.
+    """Return the runs of several files as one document, each with its commit and date; one that is in two of them counts once.
 
     Raises ValueError for runs of different devices, whose times must not be averaged.
     """
@@ -215,7 +216,8 @@ def merged(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         raise ValueError(f"--report is of {' and '.join(sorted(devices))}, but must be of one device")
     runs: list[Any] = []
     for document in documents:
-        runs += [run for run in document["runs"] if run not in runs]
+        origin = {"commit": document["commit"].get("id"), "date": document["date"]}
+        runs += [run for each in document["runs"] if (run := {**origin, **each}) not in runs]
     return {**documents[0], "runs": runs}
 
 

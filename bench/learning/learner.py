@@ -23,7 +23,7 @@ from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.state import GraphContext
 from arbitor.reference.graph.stateful import Stateful
 from arbitor.reference.presets import preset
-from bench.learning.rules import FLOAT_BYTES, FloatOps, Rule, StraightThroughOps, integer_bytes
+from bench.learning.rules import FIXED_SCALES, FLOAT_BYTES, FloatOps, Rule, StraightThroughOps, integer_bytes
 from bench.learning.transformer import ByteTransformer
 
 BETAS = (0.9, 0.95)
@@ -67,7 +67,7 @@ class Learner:
         self.ids_BT = torch.zeros(architecture.batch, architecture.context, dtype=torch.int64, device=device)
         self.optimizer = self._optimizer()
         self.recorded: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.capture = capture and device == "cuda" and architecture.preset is None
+        self.capture = capture and device == "cuda"
         self.taken, self.last_loss = 0, math.log(256)
         trained = {name: m.weight for name, m in self.model.ternary_modules().items() if not m.frozen}
         self.num_weights = sum(math.prod(weight.shape) for weight in trained.values())
@@ -158,7 +158,7 @@ class Learner:
     def _config(self) -> ArbConfig:
         changes = dict(self.rule.config)
         if self.rule.kind != "integer":
-            changes |= {"vote_rule": "stochastic", "orthogonal_steps": 0}
+            changes |= {"vote_rule": "stochastic", "orthogonal_steps": 0, **FIXED_SCALES}
         return replace(preset(self.architecture.preset or "tiny"), **changes)
 
     def _model(self, seed: int) -> Stateful:

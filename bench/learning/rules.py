@@ -38,15 +38,21 @@ class Rule:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
+FIXED_SCALES = {"exponent_rule": "frozen", "mantissa_bits": 0}
+"""Scales that stay the powers of two that they start as."""
+
 RULES: Mapping[str, Rule] = {
     "integer": Rule("integer", GAIN, DECAY_FRACTION),
-    "rows alone": Rule("integer", 1.25 / 16, 0.4, {"theta": 16, "orthogonal_steps": 0}),
-    "sign": Rule("integer", 1 / 32, 0.4, {"theta": 32, "vote_rule": "sign", "max_vote_step": 8}),
+    "fixed scales": Rule("integer", GAIN, DECAY_FRACTION, FIXED_SCALES),
+    "rows alone": Rule("integer", 1.25 / 16, 0.4, {"theta": 16, "orthogonal_steps": 0, **FIXED_SCALES}),
+    "sign": Rule(
+        "integer", 1 / 32, 0.4, {"theta": 32, "vote_rule": "sign", "max_vote_step": 8, **FIXED_SCALES}
+    ),
     "straight-through": Rule("straight-through", 2e-3),
     "float AdamW": Rule("float", 1.5e-3),
 }
-"""Rules by name: the default of every preset; stochastic votes of plain gradients with coarse counters; the seeds' votes, whose
-`rate` says only that they are cast; float latent weights behind ternary ones; and float weights."""
+"""Rules by name: the default of every preset; the same without votes on scales; stochastic votes of plain gradients with coarse
+counters; the seeds' votes, whose `rate` says only that they are cast; float latent weights behind ternary ones; float weights."""
 
 
 class GaussianSpec:
@@ -57,6 +63,10 @@ class GaussianSpec:
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.values.to(dtype)
+
+    def with_mantissa(self, mantissa_bits: int) -> GaussianSpec:
+        """Return the same: floats have a mantissa."""
+        return self
 
 
 class FloatOps(DenseOps):

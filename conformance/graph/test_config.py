@@ -62,6 +62,7 @@ def test_an_unknown_preset_is_refused() -> None:
         ("group_size", 13, ValueError, "group_size is 13"),
         ("theta", 0, ValueError, "theta is 0"),
         ("theta_e", 128, ValueError, "theta_e is 128"),
+        ("mantissa_bits", 3, ValueError, "mantissa_bits is 3"),
         ("max_vote_step", 128, ValueError, "max_vote_step is 128"),
         ("on_flip", "keep", ValueError, "on_flip is 'keep', but must be one of 'reset', 'carry'"),
         ("exponent_rule", "none", ValueError, "exponent_rule is 'none'"),

@@ -59,7 +59,9 @@ def test_positions_start_undecided_and_learn_when_to_halt() -> None:
     """The halting weight starts at zero, where every p is a half, and votes move it."""
     model = models.nano(max_moe_iters=2, theta=1)
     halt, seen = model.layers[-1].moe_graph.halt, []
-    assert not halt.weight.trits().any() and halt.weight.exponents.eq(-2).all()  # the scale of 24 inputs
+    assert (
+        not halt.weight.trits().any() and halt.weight.exponents.eq(-8).all()
+    )  # in quarters, the scale of 24 inputs
     ask = halt.forward
     halt.forward = lambda x: seen.append(ask(x)) or seen[-1]
     for step in range(3):

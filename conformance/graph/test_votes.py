@@ -51,7 +51,7 @@ def test_a_norm_that_is_not_frozen_votes() -> None:
     with parts.voting.at(rate=1.0, step=0):
         norm(x).pow(3).sum().backward()
     grad = ops.rms_norm_weight_grad(3 * ops.rms_norm(x, norm.weight).square(), x)
-    fresh = ops.constant_weight((1, 10), trit=1, exponent=0)
+    fresh = ops.constant_weight((1, 10), trit=1, exponent=0).with_mantissa(norm.weight.mantissa_bits)
     exact(norm.weight, ops.accumulate_gradient(fresh, grad, 1.0, seed=5, step=0, tensor_id=0))
 
 

@@ -174,7 +174,7 @@ _UPDATE = (
     m("score_dither_of_a_place", "update", "dither[..., weight.group_size]", "dither[..., weight.group_size - 1]",
        "accumulate_by_element", compared="accumulate"),
     m("score_truncated", "update", "(score + exponent_dither) >> SCORE_SHIFT",
-       "torch.div(score + exponent_dither, 8, rounding_mode='trunc')",
+       "torch.div(score + exponent_dither, 32, rounding_mode='trunc')",
        "accumulate_exponent_is_unbiased", "accumulate_by_element", compared="accumulate"),
     m("frozen_exponents_count", "update", 'if exponent_rule != "frozen":', "if True:",
        "accumulate_moves_no_weight", compared="accumulate"),

@@ -20,7 +20,6 @@ from conformance.law import law
 from conformance.report import needs_cuda
 from conformance.subject import Subject
 
-
 NARROW_WIDTHS = st.sampled_from((1, 2, 4, 8, 16))
 
 

@@ -87,7 +87,7 @@ def test_accumulate_saturates(ops: Subject, weight: TernaryWeight) -> None:
 
 @law(weight=SMALL)
 def test_accumulate_of_no_votes(ops: Subject, weight: TernaryWeight) -> None:
-    """Votes of zero change not one byte, under every rule: a score of 0 and a dither below 8 give 0."""
+    """Votes of zero change not one byte, under every rule: a score of 0 and a dither below 32 give 0."""
     votes = torch.zeros(weight.shape, dtype=torch.int8)
     for rule in ("score", "sign", "frozen"):
         exact(ops.accumulate(weight, votes, exponent_rule=rule, **CLOCK), weight, rule)
@@ -95,15 +95,15 @@ def test_accumulate_of_no_votes(ops: Subject, weight: TernaryWeight) -> None:
 
 @law(share=0.3, score=st.integers(-40, 40), sign=st.sampled_from((-1, 1)))
 def test_accumulate_exponent_is_unbiased(ops: Subject, score: int, sign: int) -> None:
-    """Over all dither values of the exponent, a score moves its count by exactly score / 8 on average."""
-    trits = torch.full((400, 6), sign, dtype=torch.int8)
-    weight = TernaryWeight.from_trits(trits, torch.zeros(400, 1, dtype=torch.int8), 6)
-    votes = torch.zeros(400, 6, dtype=torch.int8)
+    """Over all dither values of the exponent, a score moves its count by exactly score / 32 on average."""
+    trits = torch.full((800, 6), sign, dtype=torch.int8)
+    weight = TernaryWeight.from_trits(trits, torch.zeros(800, 1, dtype=torch.int8), 6)
+    votes = torch.zeros(800, 6, dtype=torch.int8)
     votes[:, 5] = score * sign
-    dither = ops.dither_bytes(torch.arange(400)[:, None], group_size=6, **CLOCK)[..., 6].reshape(-1) // 32
-    one_of_each = [int((dither == value).nonzero()[0]) for value in range(8)]
+    dither = ops.dither_bytes(torch.arange(800)[:, None], group_size=6, **CLOCK)[..., 6].reshape(-1) // 8
+    one_of_each = [int((dither == value).nonzero()[0]) for value in range(32)]
     moved = ops.accumulate(weight, votes, **CLOCK).exponent_accum[one_of_each].sum(dtype=torch.int64).item()
-    assert moved == score, f"eight groups of score {score} moved by {moved}"
+    assert moved == score, f"32 groups of score {score} moved by {moved}"
 
 
 @law(weight=SMALL, clock=ss.clocks(), data=st.data())

@@ -15,12 +15,13 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from arbitor.optimized.training import checkpoint as checkpoints
 from arbitor.optimized.training.checkpoint import CheckpointError, load_checkpoint
 from arbitor.optimized.training.checkpoint_folder import CheckpointFolder
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.reference.types import TernaryWeight
+from arbitor.reference.types import MANTISSA_BITS, TernaryWeight, level_range
 from conformance.graph.models import NANO, nano, ops_with, random_ids
 from conformance.training.forge import Change, first_element, forged
 
@@ -177,12 +178,8 @@ EMBEDDING, LOAD = "embedding.table", "layers.0.moe_graph.moe.load"
     [
         (first_element("embedding.table.packed", 243), "embedding.table.packed holds 243, outside 0 to 242"),
         (
-            first_element("embedding.table.exponents", 16),
-            "embedding.table.exponents holds 16, outside -32 to 15",
-        ),
-        (
-            first_element("embedding.table.exponents", -33),
-            "embedding.table.exponents holds -33, outside -32 to 15",
+            first_element("embedding.table.exponents", 64),
+            "embedding.table.exponents holds 64, outside -128 to 63",
         ),
         (
             first_element("embedding.table.trit_accum", -128),
@@ -359,16 +356,23 @@ def test_save_checkpoint_on_a_broken_disk_leaves_everything_as_it_was(
     assert os.listdir(saved.parent) == [saved.name]
 
 
-def test_checkpoint_keeps_scale_mantissas(tmp_path: Path) -> None:
-    """With b mantissa bits the stored levels reach from -32 * 2**b to 16 * 2**b - 1."""
-    weight = next(iter(nano().weights().values()))
-    exponents = torch.full_like(weight.exponents, 63)
-    exponents[0] = -128
-    weights = {"w": replace(weight, mantissa_bits=2, exponents=exponents)}
+@pytest.mark.parametrize("bits", MANTISSA_BITS)
+def test_checkpoint_keeps_scale_mantissas(tmp_path: Path, bits: int) -> None:
+    """With b mantissa bits the stored levels reach from -32 * 2**b to 16 * 2**b - 1, and no further."""
+    weight, (low, high) = next(iter(nano().weights().values())), level_range(bits)
     path = tmp_path / "m.safetensors"
-    checkpoints.save_checkpoint(path, weights, step=0, **METADATA)
+
+    def save(lowest: int, highest: int) -> Tensor:
+        exponents = torch.full_like(weight.exponents, highest)
+        exponents[0] = lowest
+        weights = {"w": replace(weight, mantissa_bits=bits, exponents=exponents)}
+        checkpoints.save_checkpoint(path, weights, step=0, **METADATA)
+        return exponents
+
+    exponents = save(low, high)
     assert torch.equal(load_checkpoint(path).state["w"].exponents, exponents)
-    weights = {"w": replace(weight, mantissa_bits=2, exponents=exponents + 1)}
-    checkpoints.save_checkpoint(path, weights, step=0, **METADATA)
-    with pytest.raises(CheckpointError, match="holds 64, outside -128 to 63"):
-        load_checkpoint(path)
+    for lowest, highest, outside in ((low, high + 1, high + 1), (low - 1, high, low - 1)):
+        if outside >= -128:
+            save(lowest, highest)
+            with pytest.raises(CheckpointError, match=f"holds {outside}, outside {low} to {high}"):
+                load_checkpoint(path)

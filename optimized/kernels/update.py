@@ -21,7 +21,7 @@ from arbitor.optimized.kernels.votes import (
     tile_of,
 )
 from arbitor.optimized.layouts import DeviceWeight
-from arbitor.reference.types import level_range
+from arbitor.reference.types import SCORE_SHIFT, level_range
 
 BLOCK_WORDS = 64
 BLOCK_GROUPS = 1024
@@ -49,7 +49,7 @@ def _accumulate_kernel(
     source_ptr, row_exponents_ptr, rows_ptr, rate, words_ptr, trit_accum_ptr, exponent_accum_ptr,
     num_columns, row_groups, row_words, row_blocks, seed_low, seed_high, step, tensor_id,
     FROM_GRADIENT: tl.constexpr, HAS_ROWS: tl.constexpr, RATE_ON_DEVICE: tl.constexpr, STEP_ON_DEVICE: tl.constexpr,
-    EXPONENT_RULE: tl.constexpr, GROUP_SIZE: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr,
+    EXPONENT_RULE: tl.constexpr, SHIFT: tl.constexpr, GROUP_SIZE: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     slot = (tl.program_id(0) // row_blocks).to(tl.int64)
     row = slot
@@ -87,7 +87,7 @@ def _accumulate_kernel(
         words = tl.load(words_ptr + row * row_words + columns // 16, mask=mask, other=0)
         score = tl.sum(votes * lane_trits(words, columns % 16), axis=1)
         if EXPONENT_RULE == "score":
-            vote = (score + (exponent_byte >> 5)) >> 3
+            vote = (score + (exponent_byte >> (8 - SHIFT))) >> SHIFT
         else:
             vote = tl.where(score > 0, 1, 0) - tl.where(score < 0, 1, 0)
         exponent_count = exponent_accum_ptr + group_ids
@@ -185,8 +185,8 @@ def count_votes_(
         weight.shape[1], groups, weight.words.shape[1], row_blocks,
         clock.seed_low, clock.seed_high, clock.step, clock.tensor_id,
         FROM_GRADIENT=from_gradient, HAS_ROWS=rows is not None, RATE_ON_DEVICE=isinstance(rate, Tensor),
-        STEP_ON_DEVICE=clock.step_on_device, EXPONENT_RULE=exponent_rule, GROUP_SIZE=weight.group_size,
-        PLACES=places, BLOCK=block,
+        STEP_ON_DEVICE=clock.step_on_device, EXPONENT_RULE=exponent_rule, SHIFT=SCORE_SHIFT,
+        GROUP_SIZE=weight.group_size, PLACES=places, BLOCK=block,
     )  # fmt: skip
 
 

@@ -151,16 +151,18 @@ class GraphContext:
     def random_weight(self, shape: tuple[int, int], *, std: float, tensor_id: int) -> TernaryWeight:
         """Return a weight of standard deviation `std` (to within half a power of two), in canonical form."""
         group_size = self.config.group_size
-        return self.ops.initial_weight(
+        weight = self.ops.initial_weight(
             shape, std=std, seed=self.seed, tensor_id=tensor_id, group_size=group_size, device=self.device
         )
+        return weight.with_mantissa(self.config.mantissa_bits)
 
     def constant_weight(self, shape: tuple[int, int], *, trit: int, exponent: int) -> TernaryWeight:
         """Return a weight that is trit * 2**exponent everywhere, in canonical form."""
         group_size = self.config.group_size
-        return self.ops.constant_weight(
+        weight = self.ops.constant_weight(
             shape, trit=trit, exponent=exponent, group_size=group_size, device=self.device
         )
+        return weight.with_mantissa(self.config.mantissa_bits)
 
 
 class TableModule(nn.Module):

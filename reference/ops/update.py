@@ -39,7 +39,7 @@ def accumulate(
     """Return the weight with votes counted; no trit and no exponent moves yet.
 
     Math:    T_accum <- sat(T_accum + v); score = sum of v * T over the group, with T as it is before any flip
-             `score`: E_accum <- sat(E_accum + ((score + (b_E >> 5)) >> 3)), b_E the group's exponent dither byte
+             `score`: E_accum <- sat(E_accum + ((score + (b_E >> 3)) >> 5)), b_E the group's exponent dither byte
              `sign`: E_accum <- sat(E_accum + sign(score)); `frozen`: E_accum stays
     Shapes:  votes_NK int8 [N, K], or [R, K] for the unique rows int64 [R] (-1: unused slot)
     Returns: a new weight; or `out` (may be `weight` itself), overwritten. Rows not named keep every byte
