@@ -10,7 +10,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,19 +185,27 @@ def _is_slower(now: Row, then: Row) -> bool:
 
 def pages(results: Path = RESULTS) -> dict[Path, str]:
     """Return every generated page: its text by its path."""
-    newest = {
-        folder.name: _newest(folder) for folder in sorted(results.glob("*")) if list(folder.glob("*.json"))
+    current = {
+        folder.name: current_results([{**json.loads(path.read_text()), "file": path.name} for path in paths])
+        for folder in sorted(results.glob("*"))
+        if (paths := sorted(folder.glob("[0-9]*.json")))
     }
-    found = {ROOT / "docs" / "ops.md": ops_page(), ROOT / "docs" / "perf.md": perf_page(newest)}
-    for folder, stored in newest.items():
-        found[results / folder / "README.md"] = results_page(stored)
+    found = {ROOT / "docs" / "ops.md": ops_page(), ROOT / "docs" / "perf.md": perf_page(current)}
+    for folder, files in current.items():
+        found[results / folder / "README.md"] = results_page(files)
     return found
 
 
-def _newest(folder: Path) -> dict[str, Any]:
-    """Return the last saved results of a device; with the file's name."""
-    path = sorted(folder.glob("[0-9]*.json"))[-1]
-    return {**json.loads(path.read_text()), "file": path.name}
+def current_results(files: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the saved results of a device, newest first, each without the ops that a newer file has measured again."""
+    seen: set[str] = set()
+    kept = []
+    for stored in reversed(files):
+        benchmarks = [bench for bench in stored["benchmarks"] if bench["extra_info"]["op"] not in seen]
+        seen |= {bench["extra_info"]["op"] for bench in benchmarks}
+        if benchmarks:
+            kept.append({**stored, "benchmarks": benchmarks})
+    return kept
 
 
 def ops_page() -> str:
@@ -272,8 +280,8 @@ def _escaped(text: str) -> str:
     return "`".join(parts)
 
 
-def perf_page(newest: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return docs/perf.md: the newest results of every device."""
+def perf_page(current: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Return docs/perf.md: the newest results of every op on every device."""
     text = [
         GENERATED,
         "",
@@ -282,10 +290,10 @@ def perf_page(newest: Mapping[str, Mapping[str, Any]]) -> str:
         "What `pytest bench` measured last on each device. How to read the columns, and what protects the claims: "
         "[benchmarks](benchmarks.md).",
     ]
-    if not newest:
+    if not current:
         text += ["", "No results are stored yet."]
-    for stored in newest.values():
-        text += ["", f"## {stored['machine_info']['device']}", "", *_facts(stored)]
+    for stored in (stored for files in current.values() for stored in files):
+        text += ["", f"## {stored['machine_info']['device']}: {stored['file']}", "", *_facts(stored)]
         lines = lines_of(bench["extra_info"] for bench in stored["benchmarks"])
         for family in FAMILIES:
             chosen = [line for line in lines if rows()[line["op"]].family == family]
@@ -298,11 +306,22 @@ def perf_page(newest: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(text).rstrip() + "\n"
 
 
-def results_page(stored: Mapping[str, Any]) -> str:
-    """Return the table that lies beside the results of a device."""
-    lines = lines_of(bench["extra_info"] for bench in stored["benchmarks"])
-    text = [GENERATED, "", f"# {stored['machine_info']['device']}: {stored['file']}", "", *_facts(stored), ""]
-    return "\n".join([*text, *markdown_table(lines), "", *_missing(stored)]).rstrip() + "\n"
+def results_page(files: Sequence[Mapping[str, Any]]) -> str:
+    """Return the tables that lie beside the results of a device."""
+    text = [GENERATED, "", f"# {files[0]['machine_info']['device']}"]
+    for stored in files:
+        lines = lines_of(bench["extra_info"] for bench in stored["benchmarks"])
+        text += [
+            "",
+            f"## {stored['file']}",
+            "",
+            *_facts(stored),
+            "",
+            *markdown_table(lines),
+            "",
+            *_missing(stored),
+        ]
+    return "\n".join(text).rstrip() + "\n"
 
 
 def _facts(stored: Mapping[str, Any]) -> list[str]:

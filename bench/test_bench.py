@@ -283,6 +283,18 @@ def test_results_are_stored_and_compared(tmp_path: Path) -> None:
     assert again.returncode == 0 and "cases in both" in again.stdout, again.stdout + again.stderr
 
 
+def test_an_op_is_shown_as_it_was_measured_last() -> None:
+    stored = [
+        {"file": file, "benchmarks": [{"extra_info": {"op": op}} for op in ops]}
+        for file, ops in (("1", ("linear", "rms_norm")), ("2", ("linear",)), ("3", ("rms_norm", "rms_norm")))
+    ]
+    shown = [
+        (each["file"], [bench["extra_info"]["op"] for bench in each["benchmarks"]])
+        for each in report.current_results(stored)
+    ]
+    assert shown == [("3", ["rms_norm", "rms_norm"]), ("2", ["linear"])]
+
+
 def test_generated_pages_are_fresh() -> None:
     stale = [
         path.name for path, text in report.pages().items() if not path.exists() or path.read_text() != text

@@ -1,4 +1,4 @@
-"""The comparers: `exact` and `no_worse` for ops, `alike` for whole models. No other tolerance exists.
+"""The comparers: `exact` and `no_worse` for ops and models, `alike` for pieces of the graph. No other tolerance exists.
 
 Nothing is rounded before comparing. `exact` compares bits. `no_worse` counts errors in roundings: with `wide` the op in
 float64 on the same inputs,
@@ -15,6 +15,7 @@ to the dtype that comes out. `alike` bounds the norm of a difference. docs/numer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from arbitor.reference.types import TernaryWeight
 
 ALIKE = 2.0**-16
-"""How far two whole models may be apart: 128 roundings of float32, relative to the norm of the output."""
+"""How far what many ops have made may be apart: 128 roundings of float32, relative to the norm of the output."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -76,11 +77,33 @@ def alike(got: Tensor, want: Tensor, what: str = "output") -> None:
 
     For outputs that many ops together have made, each of which is held to its own class elsewhere.
     """
+    error = relative_error(got, want, what)
+    assert error <= ALIKE, f"{what}: off by {error:.3g} of its norm, allowed {ALIKE:.3g}"
+
+
+def model_no_worse(
+    got: Mapping[str, Tensor], *, twin: Mapping[str, Tensor], wide: Mapping[str, Tensor], k: float = 2.0
+) -> None:
+    """Fail unless the outputs `got` of a model err at most k times as much as those of its twin, plus one rounding.
+
+    As `no_worse`, with the norm of an output in place of its elements, and the twin's worst output as the yardstick of all: a
+    loss is one number, which the twin may have right by luck.
+    """
+    assert got.keys() == twin.keys() == wide.keys(), f"outputs are {list(got)}, want {list(wide)}"
+    allowed = k * max(relative_error(twin[what], wide[what], what) for what in wide)
+    allowed += torch.finfo(torch.float32).eps
+    for what, want in wide.items():
+        error = relative_error(got[what], want, what)
+        assert error <= allowed, f"{what}: off by {error:.3g} of its norm, allowed {allowed:.3g}"
+
+
+def relative_error(got: Tensor, want: Tensor, what: str) -> float:
+    """Return the norm of the difference over the norm of what is wanted."""
     assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, want {tuple(want.shape)}"
     got, want = got.detach().to(torch.float64), want.detach().to(torch.float64)
     assert want.isfinite().all() and got.isfinite().all(), f"{what} is not finite"
     error, size = (got - want).norm().item(), want.norm().item()
-    assert error <= ALIKE * size, f"{what}: off by {error:.3g}, allowed {ALIKE * size:.3g}"
+    return error / size if size else error
 
 
 def roundings(value: Tensor, wide: Tensor, magnitude: Tensor) -> Tensor:

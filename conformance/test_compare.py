@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from arbitor.reference.types import TernaryWeight
-from conformance.compare import exact, no_worse, one_rounding, roundings, unsigned_zeros
+from conformance.compare import exact, model_no_worse, no_worse, one_rounding, roundings, unsigned_zeros
 from conformance.poison import PATTERNS, poisoned
 from conformance.subject import Subject
 
@@ -112,6 +112,21 @@ def test_no_worse_looks_at_every_row() -> None:
     got[5] *= 1.001
     with pytest.raises(AssertionError):
         no_worse(got, twin=twin * scale, wide=wide * scale, magnitude=magnitude * scale, k=2.0)
+
+
+def test_model_no_worse_measures_by_the_worst_output_of_the_twin() -> None:
+    """A lucky output of the twin is no yardstick, and one output that is wrong is enough."""
+    wide = {"stream": torch.ones(64, dtype=torch.float64), "loss": torch.tensor(2.0, dtype=torch.float64)}
+    twin = {"stream": wide["stream"] * (1 + 1e-6), "loss": wide["loss"]}
+    model_no_worse({"stream": wide["stream"] * (1 - 2e-6), "loss": wide["loss"] + 3e-6}, twin=twin, wide=wide)
+    for got in (
+        {**twin, "loss": wide["loss"] + 6e-6},
+        {**twin, "stream": wide["stream"].roll(1) + torch.eye(64, dtype=torch.float64)[0] * 3e-5},
+        {**twin, "stream": wide["stream"] * torch.nan},
+        {"stream": twin["stream"]},
+    ):
+        with pytest.raises(AssertionError):
+            model_no_worse(got, twin=twin, wide=wide)
 
 
 def test_no_worse_agrees_on_what_is_not_finite() -> None:

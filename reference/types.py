@@ -30,7 +30,7 @@ MANTISSA_BITS = (0, 1, 2)
 """Allowed mantissa bits b of a scale; two are the most for which 2**b * EXPONENT_MIN fits an int8."""
 
 DEFAULT_MANTISSA_BITS = 2
-"""Mantissa bits of a model's weights unless said otherwise: a full count moves a scale by a fifth or less, not by an octave."""
+"""Mantissa bits of a model's weights unless said otherwise: a full count moves a scale by a quarter or less, not by an octave."""
 
 ACCUM_MAX = 127
 """Accumulators saturate at plus and minus this many votes, so -128 never occurs."""
