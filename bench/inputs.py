@@ -8,13 +8,21 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from arbitor.reference.config import HALT_THRESHOLD
-from arbitor.reference.types import MAX_PACKED_BYTE, TernaryWeight, groups_per_row, packed_bytes
+from arbitor.reference.types import (
+    DEFAULT_MANTISSA_BITS,
+    DEFAULT_THETA,
+    MAX_PACKED_BYTE,
+    TernaryWeight,
+    groups_per_row,
+    packed_bytes,
+)
 
 Sizes = Mapping[str, int]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -57,15 +65,17 @@ class Maker:
         return packed
 
     def weight(self, num_rows: int, num_columns: int, group_size: int) -> TernaryWeight:
-        """Return a weight in the midst of training: varied exponents, accumulators that are partly due for a step."""
+        """Return a weight in the midst of training: varied scales with the mantissa of a model's, accumulators partly filled."""
         groups = (num_rows, groups_per_row(num_columns, group_size))
+        steps = 2**DEFAULT_MANTISSA_BITS
         return TernaryWeight(
             packed=self.packed(num_rows, num_columns),
-            exponents=self.integers(-8, -4, groups, torch.int8),
-            trit_accum=self.integers(-17, 17, (num_rows, num_columns), torch.int8),
+            exponents=self.integers(-8 * steps, -4 * steps, groups, torch.int8),
+            trit_accum=self.integers(-DEFAULT_THETA, DEFAULT_THETA, (num_rows, num_columns), torch.int8),
             exponent_accum=self.integers(-127, 127, groups, torch.int8),
             shape=(num_rows, num_columns),
             group_size=group_size,
+            mantissa_bits=DEFAULT_MANTISSA_BITS,
         )
 
 
@@ -128,7 +138,8 @@ def _codebook(make: Maker, s: Sizes) -> Arguments:
 def _codes(make: Maker, s: Sizes) -> TernaryWeight:
     """Return codes in the midst of training, with the exponents that they have there."""
     weight = _weight(make, s)
-    return weight.with_tensors(exponents=make.integers(-2, 1, tuple(weight.exponents.shape), torch.int8))
+    exponents = make.integers(-2, 1, tuple(weight.exponents.shape), torch.int8)
+    return replace(weight, exponents=exponents, mantissa_bits=0)
 
 
 def _candidates(make: Maker, s: Sizes) -> Tensor:

@@ -1,7 +1,7 @@
 """Results as tables; and the generated pages: docs/ops.md, docs/perf.md and a table beside the results of each device.
 
 python -m bench.report            write the pages
-python -m bench.report --check    fail if they are not what the op table and the newest results give
+python -m bench.report --check    fail if they are not what the op table and the stored results give
 """
 
 from __future__ import annotations
@@ -197,12 +197,16 @@ def pages(results: Path = RESULTS) -> dict[Path, str]:
 
 
 def current_results(files: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the saved results of a device, newest first, each without the ops that a newer file has measured again."""
-    seen: set[str] = set()
+    """Return the saved results of a device, newest first, each without the cases that a newer file has measured again."""
+    seen: set[tuple[str, str]] = set()
     kept = []
     for stored in reversed(files):
-        benchmarks = [bench for bench in stored["benchmarks"] if bench["extra_info"]["op"] not in seen]
-        seen |= {bench["extra_info"]["op"] for bench in benchmarks}
+        case_of = {
+            id(bench): (bench["extra_info"]["op"], bench["extra_info"]["shape"])
+            for bench in stored["benchmarks"]
+        }
+        benchmarks = [bench for bench in stored["benchmarks"] if case_of[id(bench)] not in seen]
+        seen |= set(case_of.values())
         if benchmarks:
             kept.append({**stored, "benchmarks": benchmarks})
     return kept

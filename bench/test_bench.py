@@ -283,16 +283,19 @@ def test_results_are_stored_and_compared(tmp_path: Path) -> None:
     assert again.returncode == 0 and "cases in both" in again.stdout, again.stdout + again.stderr
 
 
-def test_an_op_is_shown_as_it_was_measured_last() -> None:
+def test_a_case_is_shown_as_it_was_measured_last() -> None:
     stored = [
-        {"file": file, "benchmarks": [{"extra_info": {"op": op}} for op in ops]}
-        for file, ops in (("1", ("linear", "rms_norm")), ("2", ("linear",)), ("3", ("rms_norm", "rms_norm")))
+        {"file": file, "benchmarks": [{"extra_info": {"op": case[0], "shape": case[1]}} for case in cases_of]}
+        for file, cases_of in (("1", ("ax", "ay", "bx")), ("2", ("ax",)), ("3", ("bx", "bx")))
     ]
     shown = [
-        (each["file"], [bench["extra_info"]["op"] for bench in each["benchmarks"]])
+        (
+            each["file"],
+            [bench["extra_info"]["op"] + bench["extra_info"]["shape"] for bench in each["benchmarks"]],
+        )
         for each in report.current_results(stored)
     ]
-    assert shown == [("3", ["rms_norm", "rms_norm"]), ("2", ["linear"])]
+    assert shown == [("3", ["bx", "bx"]), ("2", ["ax"]), ("1", ["ay"])]
 
 
 def test_generated_pages_are_fresh() -> None:

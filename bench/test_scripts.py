@@ -284,6 +284,7 @@ def test_learning_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert row[7] == f"{sum(values) / 2:.3f}" and row[8] == f"{max(values) - min(values):.3f}"
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
     assert {run["data"] for run in runs} == {"text.txt"}, "no path of this machine"
+    assert all(run["date"] and "commit" in run for run in runs)
 
 
 def test_the_float_model_takes_a_train_step() -> None:

@@ -15,6 +15,7 @@ to the dtype that comes out. `alike` bounds the norm of a difference. docs/numer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -87,11 +88,15 @@ def model_no_worse(
     """Fail unless the outputs `got` of a model err at most k times as much as those of its twin, plus one rounding.
 
     As `no_worse`, with the norm of an output in place of its elements, and the twin's worst output as the yardstick of all: a
-    loss is one number, which the twin may have right by luck.
+    loss is one number, which the twin may have right by luck. The twin itself must be ALIKE, or it has chosen other codes or
+    experts and measures nothing.
     """
     assert got.keys() == twin.keys() == wide.keys(), f"outputs are {list(got)}, want {list(wide)}"
-    allowed = k * max(relative_error(twin[what], wide[what], what) for what in wide)
-    allowed += torch.finfo(torch.float32).eps
+    yardstick = max(relative_error(twin[what], wide[what], what) for what in wide)
+    assert yardstick <= ALIKE, (
+        f"the twin is off by {yardstick:.3g} of the norm of an output, allowed {ALIKE:.3g}"
+    )
+    allowed = k * yardstick + torch.finfo(torch.float32).eps
     for what, want in wide.items():
         error = relative_error(got[what], want, what)
         assert error <= allowed, f"{what}: off by {error:.3g} of its norm, allowed {allowed:.3g}"
@@ -103,7 +108,7 @@ def relative_error(got: Tensor, want: Tensor, what: str) -> float:
     got, want = got.detach().to(torch.float64), want.detach().to(torch.float64)
     assert want.isfinite().all() and got.isfinite().all(), f"{what} is not finite"
     error, size = (got - want).norm().item(), want.norm().item()
-    return error / size if size else error
+    return error / size if size else math.inf if error else 0.0
 
 
 def roundings(value: Tensor, wide: Tensor, magnitude: Tensor) -> Tensor:

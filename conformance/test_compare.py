@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from arbitor.reference.types import TernaryWeight
-from conformance.compare import exact, model_no_worse, no_worse, one_rounding, roundings, unsigned_zeros
+from conformance.compare import (
+    alike,
+    exact,
+    model_no_worse,
+    no_worse,
+    one_rounding,
+    roundings,
+    unsigned_zeros,
+)
 from conformance.poison import PATTERNS, poisoned
 from conformance.subject import Subject
 
@@ -127,6 +135,15 @@ def test_model_no_worse_measures_by_the_worst_output_of_the_twin() -> None:
     ):
         with pytest.raises(AssertionError):
             model_no_worse(got, twin=twin, wide=wide)
+    lost = {**twin, "stream": wide["stream"] * 1.01}
+    with pytest.raises(AssertionError, match="the twin is off by"):
+        model_no_worse(twin, twin=lost, wide=wide)
+
+
+def test_alike_to_zeros_is_zeros() -> None:
+    alike(torch.zeros(3), torch.zeros(3))
+    with pytest.raises(AssertionError):
+        alike(torch.full((3,), 1e-30), torch.zeros(3))
 
 
 def test_no_worse_agrees_on_what_is_not_finite() -> None:

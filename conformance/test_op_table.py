@@ -17,7 +17,7 @@ from conformance.compare import tensors_of
 ROOT = Path(__file__).resolve().parents[1]
 
 EXACT_FLOATS = ("group_scales", "dequantize", "embedding")
-"""Ops whose floats are trits times powers of two, or such powers: no rounding can differ."""
+"""Ops whose floats are trits times scales of three significant bits, or such scales: no rounding can differ."""
 
 
 def test_every_op_has_a_row_and_cases() -> None:

@@ -151,7 +151,7 @@ class ArbConfig:
 
     Rules:
         group_size:     columns per exponent, one of GROUP_SIZES.
-        mantissa_bits:  of the scales, one of MANTISSA_BITS; codebooks have none.
+        mantissa_bits:  b, one of MANTISSA_BITS: a scale has 2**b steps an octave. Codebooks have none.
         theta:          votes that move a trit, 1 .. 127.
         theta_e:        votes that move an exponent, 1 .. 127.
         on_flip:        `reset` or `carry`: what a moved trit's accumulator keeps.

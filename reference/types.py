@@ -24,7 +24,8 @@ DEFAULT_GROUP_SIZE = 12
 """Columns per exponent unless said otherwise."""
 
 EXPONENT_MIN, EXPONENT_MAX = -32, 15
-"""Range of the exponent E, in powers of two; updates saturate here."""
+"""Range of the exponent E, in powers of two. Updates saturate at level_range: here, or with b mantissa bits at -32 * 2**b and
+16 * 2**b - 1."""
 
 MANTISSA_BITS = (0, 1, 2)
 """Allowed mantissa bits b of a scale; two are the most for which 2**b * EXPONENT_MIN fits an int8."""
@@ -39,7 +40,7 @@ DEFAULT_THETA = 64
 """Votes after which a trit moves by one level."""
 
 DEFAULT_THETA_E = 127
-"""Votes after which an exponent moves by one."""
+"""Votes after which an exponent moves by one level."""
 
 DEFAULT_ORTHOGONAL_STEPS = 3
 """Newton-Schulz steps that orthogonalise the gradient of a matrix before it votes."""
@@ -157,9 +158,9 @@ class StateTensors:
 
 @dataclass(frozen=True)
 class TernaryWeight(StateTensors):
-    """A matrix of trits with one power-of-two scale per group, and the integers it trains with.
+    """A matrix of trits with one scale per group, and the integers it trains with.
 
-    W[n, k] = T[n, k] * 2**E[n, k // G], exact in bfloat16 and float32.
+    W[n, k] = T[n, k] * S[n, k // G], exact in bfloat16 and float32; S = 2**E, or a step between two powers with a mantissa.
 
     Fields:
         packed:          uint8 [ceil(N*K / 5)], trits row-major, first trit least significant, bytes 0..242.
@@ -229,7 +230,8 @@ class TernaryWeight(StateTensors):
     def with_mantissa(self, mantissa_bits: int) -> TernaryWeight:
         """Return the same weight with scales that move in finer steps: every level E becomes E * 2**b.
 
-        Raises ValueError for a number of bits that is not allowed, or a weight that has a mantissa.
+        The other tensors are shared, not copied. Raises ValueError for a number of bits that is not allowed, or a weight that
+        has a mantissa; exponents are taken to be in range, as everywhere on construction.
         """
         from arbitor.reference import checks
 
@@ -247,7 +249,7 @@ class TernaryWeight(StateTensors):
         return unpack_trits(self.packed, self.shape)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return W = T * 2**E as a float tensor [N, K]."""
+        """Return W = T * S as a float tensor [N, K]."""
         from arbitor.reference.ops.scale import dequantize
 
         return dequantize(self, dtype=dtype)

@@ -52,11 +52,12 @@ SWEPT: Mapping[str, Sequence[tuple[float, float]]] = {
     "float AdamW": ((1e-3, 0.4), (2e-3, 0.4), (3e-3, 0.4), (2e-3, 0.6)),
 }
 SWEPT_LONG: Mapping[str, Sequence[tuple[float, float]]] = {
-    "integer": ((3 / 64, 0.6), (6 / 64, 1.0)),
-    "fixed scales": ((3 / 64, 0.6), (4 / 64, 1.0), (6 / 64, 1.0), (8 / 64, 1.0)),
+    "fixed scales": (
+        (3 / 64, 1.0), (4 / 64, 1.0), (6 / 64, 1.0), (8 / 64, 1.0), (2 / 64, 0.6), (3 / 64, 0.6),
+    ),
     "straight-through": ((1e-3, 0.6), (1.4e-3, 1.0), (2e-3, 1.0)),
-    "float AdamW": ((1e-3, 0.4), (1e-3, 1.0)),
-}
+    "float AdamW": ((1e-3, 1.0),),
+}  # fmt: skip
 """Rates and shares of decay that a rule is tried with besides its own, at the length of the benchmark and at four times that."""
 
 

@@ -96,10 +96,9 @@ class DenseOps:
 
     def expert_load(self, experts: Tensor, *, num_groups: int) -> Tensor:
         """Return how often each expert is named: the reference would wait for the device to look at the ids."""
-        ids = experts.flatten()
-        return torch.zeros(num_groups, dtype=torch.int64, device=ids.device).index_add_(
-            0, ids, torch.ones_like(ids)
-        )
+        places = experts.flatten() + 1  # -1 names none
+        counts = torch.zeros(num_groups + 1, dtype=torch.int64, device=places.device)
+        return counts.index_add_(0, places, torch.ones_like(places))[1:]
 
     def rms_norm(self, x: Tensor, weight: DenseWeight) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], weight.value[0].to(x.dtype), EPS)

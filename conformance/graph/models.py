@@ -32,7 +32,6 @@ NANO = ArbConfig(
     top_k=2,
     expert_rank=5,
     head_inner=36,
-    exponent_rule="score",  # the default is to freeze them, which asks less
 )
 """Every module, with widths that leave ragged groups, in under 20,000 weights."""
 

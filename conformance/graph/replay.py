@@ -51,8 +51,8 @@ def recording(ops: ModuleType, calls: list[tuple[str, tuple[Tensor, ...]]]) -> M
     def wrapped(name: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             given = tuple(rounded(args[place], by_row=name in BY_ROW) for place in REPLAYED[name])
-            if name == "linear_weight_grad":
-                given = rounded_pair(*args[:2])
+            if name in ("linear_weight_grad", "grouped_linear_weight_grad"):
+                given = (*rounded_pair(*args[:2]), *given[2:])
             calls.append((name, tuple(value.detach().cpu().clone() for value in given)))
             return getattr(ops, name)(*exchanged(args, name, given), **kwargs)
 

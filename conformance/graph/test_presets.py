@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,8 @@ from arbitor.reference import preset_search
 from arbitor.reference.audit import AuditReport, audit
 from arbitor.reference.config import MEMORY_ROWS, ArbConfig, with_modules
 from arbitor.reference.graph import ArbModel
+from arbitor.reference.graph.grouped import TernaryGroupedLinear
+from arbitor.reference.graph.layers import TernaryLinear
 from arbitor.reference.inventory import ATTENTION, BYTE_HEAD, MEMORY, MOE_GRAPH, inventory
 from arbitor.reference.preset_search import SEARCHES
 from arbitor.reference.presets import PRESETS, preset
@@ -203,3 +206,31 @@ def test_modules_can_be_left_out(name: str) -> None:
 def test_memory_without_codes_is_refused() -> None:
     with pytest.raises(ValueError, match="memory_rows is 16384, but must be 0 without num_codes"):
         with_modules(preset("r12"), vq=False, memory=True)
+
+
+VOTES_AS_IT_IS = {
+    "tiny": "byte_head.vocabulary composite.gate graph.adapter_down graph.adapter_up layers.moe_graph.halt "
+    "layers.moe_graph.moe.expert_down layers.moe_graph.moe.expert_up layers.moe_graph.moe.router memory.gate memory.output "
+    "router.out talker_head.tokens",
+    "small": "byte_head.vocabulary layers.moe_graph.moe.expert_down layers.moe_graph.moe.expert_up",
+    "r9": "byte_head.vocabulary layers.moe_graph.halt memory.gate router.out talker_head.tokens",
+    "r11": "byte_head.vocabulary graph.adapter_down graph.adapter_up layers.moe_graph.halt memory.gate router.out "
+    "talker_head.tokens",
+    "r12": "byte_head.vocabulary graph.adapter_down graph.adapter_up layers.moe_graph.halt router.out talker_head.tokens",
+    "r14": "byte_head.vocabulary composite.gate layers.moe_graph.halt memory.gate router.out talker_head.tokens",
+}
+"""Linears by preset, without the numbers of layers and hops, whose gradients are not made orthogonal: their rows are classes, or
+they are narrow."""
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_what_is_made_orthogonal(name: str) -> None:
+    """Every linear but those listed: a new head whose rows are classes must say so."""
+    linears = {
+        re.sub(r"\.\d+", "", path): module.orthogonal
+        for path, module in ArbModel(preset(name), device="meta").ternary_modules().items()
+        if isinstance(module, (TernaryLinear, TernaryGroupedLinear))
+    }
+    plain = {path for path, orthogonal in linears.items() if not orthogonal}
+    assert plain == set(VOTES_AS_IT_IS[name].split())
+    assert len(plain) < len(linears) / 2

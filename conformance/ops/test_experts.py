@@ -28,14 +28,20 @@ def stacked(draw: st.DrawFn) -> tuple[TernaryWeight, int]:
     """Draw a stacked weight whose sums are exact, and its number of experts."""
     num_groups, num_rows, num_columns = draw(sizes())
     shape = (num_groups * num_rows, num_columns)
-    return draw(ss.weights(shape, levels=NARROW, mantissa=False)), num_groups
+    return draw(ss.weights(shape, levels=NARROW)), num_groups
 
 
 def matrices(weight: TernaryWeight, num_groups: int) -> Tensor:
     """Return the matrices of all experts in float64, [E, N, K], by the plain-Python oracle."""
     num_rows, num_columns = weight.shape
     trits = torch.tensor(oracle.unpack(weight.packed.tolist(), num_rows * num_columns), dtype=torch.float64)
-    scales = weight.exponents.to(torch.float64).exp2().repeat_interleave(weight.group_size, dim=1)
+    scales = torch.tensor(
+        [
+            [float(oracle.scale(level, weight.mantissa_bits)) for level in row]
+            for row in weight.exponents.tolist()
+        ],
+        dtype=torch.float64,
+    ).repeat_interleave(weight.group_size, dim=1)
     return (trits.reshape(weight.shape) * scales[:, :num_columns]).reshape(num_groups, -1, num_columns)
 
 
@@ -72,7 +78,7 @@ def test_grouped_linear_of_narrow_matrices(
     ops: Subject, width: int, height: int, dtype: torch.dtype, data: st.DataObject
 ) -> None:
     """Widths below what a tensor core sums at once, where a compiler may count a term twice (Triton 3.6 did)."""
-    weight = data.draw(ss.weights((2 * height, width), levels=NARROW, mantissa=False))
+    weight = data.draw(ss.weights((2 * height, width), levels=NARROW))
     w_ENK, experts = matrices(weight, 2), torch.tensor([1, 0, 1, 1])
     x, dy = _floats(data, 4, width, dtype=dtype), _floats(data, 4, height, dtype=dtype)
     y = (w_ENK[experts] @ x.to(torch.float64)[:, :, None])[:, :, 0]

@@ -18,7 +18,7 @@ from conformance.compare import exact, no_worse, one_rounding, roundings, unsign
 from conformance.law import law
 from conformance.subject import Subject
 
-WEIGHTS = ss.weights(limit=70, levels=NARROW, mantissa=False)
+WEIGHTS = ss.weights(limit=70, levels=NARROW)
 
 
 def dense(weight: TernaryWeight) -> Tensor:
@@ -26,7 +26,13 @@ def dense(weight: TernaryWeight) -> Tensor:
     trits = torch.tensor(
         oracle.unpack(weight.packed.tolist(), weight.shape[0] * weight.shape[1]), dtype=torch.float64
     )
-    scales = weight.exponents.to(torch.float64).exp2().repeat_interleave(weight.group_size, dim=1)
+    scales = torch.tensor(
+        [
+            [float(oracle.scale(level, weight.mantissa_bits)) for level in row]
+            for row in weight.exponents.tolist()
+        ],
+        dtype=torch.float64,
+    ).repeat_interleave(weight.group_size, dim=1)
     return trits.reshape(weight.shape) * scales[:, : weight.shape[1]]
 
 
@@ -93,7 +99,9 @@ def test_linear_permutation(ops: Subject, weight: TernaryWeight, seed: int, data
     """Permuting the rows of W permutes the outputs."""
     order = torch.randperm(weight.shape[0], generator=ss.generator(seed))
     trits, exponents = weight.trits()[order], weight.exponents[order]
-    permuted = TernaryWeight.from_trits(trits, exponents, weight.group_size)
+    permuted = TernaryWeight.from_trits(
+        trits, exponents, weight.group_size, mantissa_bits=weight.mantissa_bits
+    )
     x = _floats(data, 5, weight.shape[1])
     _equal(ops.linear(x, permuted), ops.linear(x, weight)[:, order])
 

@@ -1,4 +1,4 @@
-"""Laws of scale: W = T * 2**E exactly, and the weights that training starts from."""
+"""Laws of scale: W = T * S exactly, and the weights that training starts from."""
 
 from __future__ import annotations
 

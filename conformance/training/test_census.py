@@ -173,7 +173,7 @@ def vote(model: ArbModel, step: int) -> None:
 
 def test_a_report_is_what_the_weights_say() -> None:
     """Three steps, of which the first and the last are reported; every number again from the weights themselves."""
-    model = ArbModel(replace(WHOLE, theta=2), seed=3)
+    model = ArbModel(replace(WHOLE, theta=2, theta_e=1), seed=3)
     census = Census(model)
     live = [name for name, module in model.ternary_modules().items() if not module.frozen]
     seen: list[dict[str, torch.Tensor]] = []
@@ -189,6 +189,9 @@ def test_a_report_is_what_the_weights_say() -> None:
             seen.append(before)
             assert ("drift" in report["kinds"]["head"]) == (step == 2)
     after, now = trits_of(model), model.weights()
+    assert any((now[name].exponents % 4).any() for name in live), (
+        "no scale has moved, to a step between powers of two"
+    )
 
     def share(names: list[str], count: Any) -> float:
         return sum(int(count(name).sum()) for name in names) / sum(after[name].numel() for name in names)

@@ -333,7 +333,8 @@ def grouped_product(
     out = torch.empty(num_slots, num_outputs, dtype=x.dtype, device=x.device)
     wide = multiplies_wide(x)
     tiling = Tiling.of(num_slots, num_groups, transposed=transposed, wide=wide)
-    # Triton 3.6 may give a thread 8 columns of the summed axis, which four threads share: of 16, two of them would have the same.
+    # Four threads share the summed axis, and Triton 3.6 may give each 8 neighbours of it: of 16 columns, two threads would
+    # have what the other two have, and the product would count that twice.
     least_k = 16 if wide else 32
     block_n, block_k = _block(num_outputs, tiling.block_n), _block(num_inputs, tiling.block_k, least=least_k)
     tiles, column_blocks = (

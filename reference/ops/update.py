@@ -92,7 +92,8 @@ def apply_step(
 
     Math:    E_accum >= theta_e: E <- E - 1, E_accum <- E_accum - theta_e; E_accum <= -theta_e: E + 1, E_accum + theta_e
              then T_accum >= theta: T <- max(T - 1, -1); T_accum <= -theta: T <- min(T + 1, 1); in both cases T_accum
-             becomes 0 (`reset`) or loses theta towards 0 (`carry`). E saturates to [-32, 15]
+             becomes 0 (`reset`) or loses theta towards 0 (`carry`). With b mantissa bits E is the level; it saturates to
+             [-32 * 2**b, 16 * 2**b - 1], for b = 0 [-32, 15]
     Shapes:  rows int64 [R], unique (-1: unused slot): step these rows only
     Returns: a new weight; or `out` (may be `weight` itself), overwritten. Rows not named keep every byte
     Range:   theta and theta_e in 1 .. 127
