@@ -201,12 +201,11 @@ def current_results(files: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     seen: set[tuple[str, str]] = set()
     kept = []
     for stored in reversed(files):
-        case_of = {
-            id(bench): (bench["extra_info"]["op"], bench["extra_info"]["shape"])
-            for bench in stored["benchmarks"]
-        }
-        benchmarks = [bench for bench in stored["benchmarks"] if case_of[id(bench)] not in seen]
-        seen |= set(case_of.values())
+        named = [
+            ((of["op"], of["shape"]), bench) for bench in stored["benchmarks"] for of in [bench["extra_info"]]
+        ]
+        benchmarks = [bench for case, bench in named if case not in seen]
+        seen |= {case for case, _ in named}
         if benchmarks:
             kept.append({**stored, "benchmarks": benchmarks})
     return kept

@@ -10,6 +10,7 @@ import math
 import struct
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from typing import Any
 
 WORD = 0xFFFFFFFF
 
@@ -60,6 +61,17 @@ def scale(level: int, mantissa_bits: int) -> Fraction:
     """Return what a stored scale level is worth."""
     exponent, mantissa = divmod(level, 2**mantissa_bits)
     return Fraction(2) ** exponent * (1 + Fraction(mantissa, 2**mantissa_bits))
+
+
+def dense(weight: Any) -> list[list[float]]:
+    """Return the rows of a weight in canonical form as floats, exact in double precision."""
+    (num_rows, num_columns), size = weight.shape, weight.group_size
+    trits = unpack(weight.packed.tolist(), num_rows * num_columns)
+    rows = []
+    for row, levels in enumerate(weight.exponents.tolist()):
+        scales = [float(scale(level, weight.mantissa_bits)) for level in levels]
+        rows.append([trits[row * num_columns + k] * scales[k // size] for k in range(num_columns)])
+    return rows
 
 
 def row_exponent(row: Sequence[float]) -> int | None:

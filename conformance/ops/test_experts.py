@@ -33,16 +33,8 @@ def stacked(draw: st.DrawFn) -> tuple[TernaryWeight, int]:
 
 def matrices(weight: TernaryWeight, num_groups: int) -> Tensor:
     """Return the matrices of all experts in float64, [E, N, K], by the plain-Python oracle."""
-    num_rows, num_columns = weight.shape
-    trits = torch.tensor(oracle.unpack(weight.packed.tolist(), num_rows * num_columns), dtype=torch.float64)
-    scales = torch.tensor(
-        [
-            [float(oracle.scale(level, weight.mantissa_bits)) for level in row]
-            for row in weight.exponents.tolist()
-        ],
-        dtype=torch.float64,
-    ).repeat_interleave(weight.group_size, dim=1)
-    return (trits.reshape(weight.shape) * scales[:, :num_columns]).reshape(num_groups, -1, num_columns)
+    w_NK = torch.tensor(oracle.dense(weight), dtype=torch.float64)
+    return w_NK.reshape(num_groups, -1, weight.shape[1])
 
 
 def _equal(got: Tensor, want: Tensor, what: str = "output") -> None:

@@ -23,17 +23,7 @@ WEIGHTS = ss.weights(limit=70, levels=NARROW)
 
 def dense(weight: TernaryWeight) -> Tensor:
     """Return W in float64 by the plain-Python oracle."""
-    trits = torch.tensor(
-        oracle.unpack(weight.packed.tolist(), weight.shape[0] * weight.shape[1]), dtype=torch.float64
-    )
-    scales = torch.tensor(
-        [
-            [float(oracle.scale(level, weight.mantissa_bits)) for level in row]
-            for row in weight.exponents.tolist()
-        ],
-        dtype=torch.float64,
-    ).repeat_interleave(weight.group_size, dim=1)
-    return trits.reshape(weight.shape) * scales[:, : weight.shape[1]]
+    return torch.tensor(oracle.dense(weight), dtype=torch.float64)
 
 
 def _floats(data: st.DataObject, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
