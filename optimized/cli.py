@@ -105,6 +105,11 @@ def cli(context: click.Context) -> None:
 @_device
 @_backend
 @_dtype
+@click.option(
+    "--cuda-graph/--no-cuda-graph",
+    default=None,
+    help="Record the passes once, then replay them: the same results, sooner [wherever possible].",
+)
 @_modules
 @click.option("--run", type=click.Path(path_type=Path), help="Run folder [runs/<preset>-<number>].")
 @click.option("--resume", is_flag=True, help="Go on with the run in --run, with its own settings.")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,19 +118,11 @@ class Learner:
             loss = self._take(size)
         return graph, loss
 
-    @contextmanager
-    def _voting(self, size: int) -> Iterator[None]:
-        voting = self.model.voting
-        if not (self.device == "cuda" and torch.cuda.is_current_stream_capturing()):
-            with voting.at(rate=self.rate, step=self.step_number, size=size):
-                yield
-            return
-        # The rate is on the device, and `at` would look whether it is 0: it never is while a graph is recorded.
-        voting.rate, voting.step, voting.size, voting.active = self.rate, self.step_number, size, True
-        try:
-            yield
-        finally:
-            voting.active = False
+    def _voting(self, size: int) -> AbstractContextManager[None]:
+        # A step that is recorded can't look whether its rate, on the device, is 0. It never is then.
+        recording = self.device == "cuda" and torch.cuda.is_current_stream_capturing()
+        opened = self.model.voting.open if recording else self.model.voting.at
+        return opened(rate=self.rate, step=self.step_number, size=size)
 
     def _vote_size(self) -> int:
         if self.config.vote_rule != "sign":

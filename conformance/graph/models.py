@@ -77,9 +77,9 @@ def nano(
     return ArbModel(replace(NANO, **fields), ops=ops, device=device, dtype=dtype, seed=seed)
 
 
-def whole(**options: Any) -> ArbModel:
+def whole(config: ArbConfig = WHOLE, **options: Any) -> ArbModel:
     """Return a model of every module, after two steps: codes have neighbours and composites by then."""
-    model = ArbModel(WHOLE, seed=3, **options)
+    model = ArbModel(config, seed=3, **options)
     device = model.voting.faults.device
     for step in range(2):
         model.backward(model.losses(random_ids(3, 24, seed=step).to(device)), rate=RATE, step=step)

@@ -36,6 +36,7 @@ from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import NATS_PER_BIT, validation_bpb
 from arbitor.optimized.training.generate import generate
 from arbitor.optimized.training.monitor import METRICS, Monitor, read_metrics
+from arbitor.optimized.training.passes import Passes
 from arbitor.optimized.training.plan import Settings, TrainOptions, decide
 from arbitor.optimized.training.report import LOSS_PLOT, REPORT, plot_loss, write_report
 from arbitor.optimized.training.resume import Found, check_data, look_into
@@ -109,6 +110,7 @@ class _Run:
     settings: Settings
     runtime: Runtime
     model: ArbModel
+    passes: Passes
     corpus: Corpus
     split: Split
     windows_WT: torch.Tensor
@@ -175,6 +177,7 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
             run_folder.refuse_other_run(folder)
         settings = decide(options, found.settings)
         runtime = choose_runtime(settings.device, settings.backend, settings.dtype)
+        record = runtime.records(settings.cuda_graph)
         stack.enter_context(deterministic((found.settings or {}).get("threads")))
         stack.enter_context(values_vouched_for())
         corpus = load_corpus(settings.data)
@@ -194,6 +197,7 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
             device=runtime.device,
             backend=runtime.backend,
             dtype=str(runtime.dtype).removeprefix("torch."),
+            cuda_graph=record,
         )
         recorded = {
             **settings.as_json(),
@@ -216,6 +220,7 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
             settings=settings,
             runtime=runtime,
             model=model,
+            passes=Passes(model, record=record),
             corpus=corpus,
             split=split,
             windows_WT=windows_WT,
@@ -306,10 +311,10 @@ def _step(run: _Run, *, measured: bool) -> dict[str, Any] | None:
             context=settings.context,
             seed=settings.seed,
             micro_step=micro_step,
-        ).to(run.runtime.device)
-        losses = run.model.losses(ids_BT)
-        if run.model.backward(losses, rate=step_rate, step=micro_step):
-            progress.nats += losses["bytes"].item()
+        )
+        nats = run.passes.take(ids_BT, rate=step_rate, step=micro_step)
+        if nats is not None:
+            progress.nats += nats
             progress.losses += 1
             progress.skipped_in_a_row = 0
             continue

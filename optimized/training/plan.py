@@ -39,6 +39,7 @@ class TrainOptions:
         device: ``auto``, ``cpu`` or ``cuda``.
         backend: ``reference`` or ``triton``.
         dtype: of activations, ``float32`` or ``bfloat16``.
+        cuda_graph: whether passes are recorded and replayed; by default where they can be. The results are the same.
         run: the run folder.
         resume: continue what the run folder holds.
         save: whether to write checkpoints.
@@ -62,6 +63,7 @@ class TrainOptions:
     device: str | None = None
     backend: str | None = None
     dtype: str | None = None
+    cuda_graph: bool | None = None
     run: Path | None = None
     resume: bool = False
     save: bool = True
@@ -90,6 +92,7 @@ class Settings:
     device: str
     backend: str | None
     dtype: str | None
+    cuda_graph: bool | None
 
     def as_json(self) -> dict[str, Any]:
         """The settings as JSON data."""
@@ -171,7 +174,12 @@ def decide(options: TrainOptions, recorded: Mapping[str, Any] | None) -> Setting
     if recorded is not None and asked["device"] == "auto":
         asked["device"] = None
     if recorded is not None and asked["device"] not in (None, recorded["device"]):
-        recorded = {**recorded, "backend": None, "dtype": None}  # those suited the other device
+        recorded = {
+            **recorded,
+            "backend": None,
+            "dtype": None,
+            "cuda_graph": None,
+        }  # those suited the other device
     defaults: dict[str, Any] = {
         **asdict(trainer_defaults(preset_config(preset).name)),
         "data": "stdlib",
@@ -184,6 +192,7 @@ def decide(options: TrainOptions, recorded: Mapping[str, Any] | None) -> Setting
         "device": "auto",
         "backend": None,
         "dtype": None,
+        "cuda_graph": None,
         **(recorded or {}),
         "preset": preset,
     }

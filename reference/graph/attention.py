@@ -158,7 +158,7 @@ class LatentAttention(nn.Module):
 
     def _seen_from_start(self, num_queries: int, skipped: int) -> Seen:
         """Return what the positions from `skipped` on see when nothing was read before this pass."""
-        return self.scheduler.seen(torch.tensor([skipped], device=self.key_up.device), num_queries)
+        return self.scheduler.seen(torch.full((1,), skipped, device=self.key_up.device), num_queries)
 
     def _log_of(self, rows_BPK: Tensor) -> Tensor:
         """Return the log [B, N, K] of some positions from 0 on, differentiably."""

@@ -99,9 +99,9 @@ class TernaryEmbedding(TernaryModule):
         """
         return _SomeRowsFunction.apply(ids, ids >= 0 if chosen is None else chosen, self.anchor(), self)
 
-    def vote(self, grad_NK: Tensor, rows: Tensor | None = None, *, num_matrices: int = 0) -> None:
-        """Count the votes of a gradient of the used rows, and remember which they were."""
-        super().vote(grad_NK, rows, num_matrices=num_matrices)
+    def note_vote(self, rows: Tensor | None) -> None:
+        """Remember which rows voted."""
+        super().note_vote(rows)
         if rows is not None:
             self.used_rows.append(rows)
 

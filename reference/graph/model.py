@@ -318,14 +318,25 @@ class ArbModel(Stateful):
             motifs_BPC = self.shared_vq.rows(trunk.codes)
         return self.composite(trunk.h_BPD, trunk.codes, motifs_BPC)
 
+    @staticmethod
+    def objective(loss: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """Return what drives the votes, []: a loss, or the sum of its components by name, each weighted by LOSS_WEIGHTS."""
+        if not isinstance(loss, Mapping):
+            return _scalar(loss)
+        if not loss:
+            raise ValueError("loss has no components, but must have at least one")
+        return torch.stack(
+            [LOSS_WEIGHTS.get(name, 1.0) * _scalar(value) for name, value in loss.items()]
+        ).sum()
+
     def backward(
         self, loss: Tensor | Mapping[str, Tensor], *, rate: float | Tensor, step: int | Tensor
     ) -> bool:
         """Run the backward pass of one micro-batch, in which every weight behind the loss votes.
 
         Args:
-            loss: a scalar computed with this model, as `loss` returns; or its components by name, as `losses` returns:
-                their sum, each weighted by LOSS_WEIGHTS, drives the votes.
+            loss: a scalar computed with this model, as `loss` returns; or its components by name, as `losses` returns. See
+                `objective`.
             rate: schedule rate times gain, 0 .. 127, a number or a 0-dim float32 tensor. The `sign` rule asks only
                 whether it is 0.
             step: number of this micro-batch, a coordinate of the dither; a number or a 0-dim int64 tensor.
@@ -333,12 +344,7 @@ class ArbModel(Stateful):
         Returns:
             True; or False when the loss, or a component of it, is not finite, in which case not one byte has changed.
         """
-        if isinstance(loss, Mapping):
-            if not loss:
-                raise ValueError("loss has no components, but must have at least one")
-            parts = [LOSS_WEIGHTS.get(name, 1.0) * _scalar(value) for name, value in loss.items()]
-            loss = torch.stack(parts).sum()
-        loss = _scalar(loss)
+        loss = self.objective(loss)
         value = float(loss.detach())
         if not math.isfinite(value):
             return False

@@ -19,6 +19,9 @@ from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.types import RESERVED_STEP, TernaryWeight
 
+Left = tuple[Callable[..., None], tuple[Tensor | None, ...]]
+"""What a backward pass leaves for the next step: how a module is told, and what of."""
+
 
 class LaidOutWeight(Protocol):
     """A ternary weight in the layout of some op set: `TernaryWeight` for the reference."""
@@ -52,6 +55,7 @@ class Voting:
         size:   vote size of the `sign` rule, 1 .. 127.
         faults: int64 [], gradient rows so far that were not finite and cast no votes.
         dtype:  what gradients are made orthogonal in: bfloat16 if the activations are, else float32.
+        held:   None; or the list of `open`, to which what is left for the next step goes in place of the modules.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Voting:
         self.step: int | Tensor = 0
         self.size = 1
         self.faults = torch.zeros((), dtype=torch.int64, device=device)
+        self.held: list[Left] | None = None
 
     @contextmanager
     def at(self, *, rate: float | Tensor, step: int | Tensor, size: int = 1) -> Iterator[None]:
@@ -87,12 +92,34 @@ class Voting:
         else:
             checks.integer("step", step, 0, RESERVED_STEP - 1)
         checks.threshold("size", size)
+        if float(rate) == 0:  # nothing moves: no vote, no counter, no revival
+            yield
+            return
+        with self.open(rate=rate, step=step, size=size):
+            yield
+
+    @contextmanager
+    def open(
+        self, *, rate: float | Tensor, step: int | Tensor, size: int = 1, held: list[Left] | None = None
+    ) -> Iterator[None]:
+        """Do as `at` for a rate above 0, without a look at values: they may be on a device that nobody is to wait for.
+
+        With a list, what backward passes leave for the next step is added to it, and no module is told: `leave` does that
+        later, as often as the passes are repeated. For a recorder, whose passes do not run as they are recorded.
+        """
         self.rate, self.step, self.size = rate, step, size
-        self.active = float(rate) > 0  # at rate 0 nothing moves: no vote, no counter, no revival
+        self.active, self.held = True, held
         try:
             yield
         finally:
-            self.active = False
+            self.active, self.held = False, None
+
+    def leave(self, note: Callable[..., None], *seen: Tensor | None) -> None:
+        """Tell a module, by `note(*seen)`, what a backward pass leaves for the next step; or add it to what is held back."""
+        if self.held is None:
+            note(*seen)
+        else:
+            self.held.append((note, seen))
 
     def cast(
         self,
@@ -213,7 +240,7 @@ class _WhenVoting(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.voting.active:
-            ctx.record(*ctx.saved_tensors)
+            ctx.voting.leave(ctx.record, *ctx.saved_tensors)
         return grad, None, None, *(None for _ in ctx.saved_tensors)
 
 
@@ -268,6 +295,10 @@ class TernaryModule(nn.Module):
         `num_matrices`: matrices that the gradient is a stack of, as `Voting.cast` takes it.
         """
         self.voting.cast(self.weight, grad_NK, tensor_id=self.tensor_id, rows=rows, num_matrices=num_matrices)
+        self.voting.leave(self.note_vote, rows)
+
+    def note_vote(self, rows: Tensor | None) -> None:
+        """Remember that the weight, or its `rows`, voted."""
         self.voted = True
 
     def check_unchanged(self, steps: int) -> None:
