@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -391,3 +392,45 @@ def test_union_of_rows_names_each_row_once() -> None:
     assert rows.shape == (8,)
     assert sorted(row for row in rows.tolist() if row >= 0) == [0, 1, 4, 9]
     assert union_of_rows(lists[:1]) is lists[0]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"max_moe_iters": 3, "num_hops": 1},
+        {"max_moe_iters": 1, "composite_codes": 0},
+        {"num_codes": 500, "num_hops": 3},  # nodes of what a batch needs, not of all codes
+    ],
+)
+def test_each_of_several_uses_votes_at_its_part_of_the_rate(fields: dict[str, Any]) -> None:
+    """The parts of what votes for a weight in one pass add up to the rate: experts of the loop, matrices of the graph."""
+    rates: dict[int, list[float]] = {}
+
+    def record(weight: Any, grad: torch.Tensor, rate: float, **kwargs: Any) -> Any:
+        rates.setdefault(kwargs["tensor_id"], []).append(rate)
+        return ops.accumulate_gradient(weight, grad, rate, **kwargs)
+
+    config = replace(models.WHOLE, **fields)
+    model = models.whole(config, ops=models.ops_with(accumulate_gradient=record))
+    rates.clear()
+    model.backward(model.losses(models.random_ids(3, 24)), rate=models.RATE, step=2)
+    tables = {m.tensor_id for m in model.ternary_modules().values() if isinstance(m, TernaryEmbedding)}
+    matrices = {tensor_id: of_uses for tensor_id, of_uses in rates.items() if tensor_id not in tables}
+    for of_uses in matrices.values():
+        assert of_uses == [models.RATE / len(of_uses)] * len(of_uses)
+    most = max(config.max_moe_iters, config.num_hops + bool(config.composite_codes))
+    assert max(map(len, matrices.values())) == most and any(
+        len(of_uses) == 1 for of_uses in matrices.values()
+    )
+    assert all(set(rates[tensor_id]) == {models.RATE} for tensor_id in tables & rates.keys())
+
+
+def test_a_rate_on_the_device_is_divided_alike() -> None:
+    ids_BT, states = models.random_ids(3, 24), []
+    for rate in (5.3, torch.tensor(5.3)):
+        model = models.whole(replace(models.WHOLE, max_moe_iters=3, theta=1))
+        model.backward(model.losses(ids_BT), rate=rate, step=2)
+        states.append(model.state())
+    for name, want in states[0].items():
+        exact(states[1][name], want, name)

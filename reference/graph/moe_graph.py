@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from arbitor.reference.config import HALT_THRESHOLD
 from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm
 from arbitor.reference.graph.moe import SharedProjectionMoE
-from arbitor.reference.graph.state import GraphContext, TableModule
+from arbitor.reference.graph.state import GraphContext, TableModule, used
 
 LEAK_SHIFTS = (1, 2, 3, 4)
 """k of the channels, in turn: a channel keeps 1 - 2**-k of its state from one turn to the next."""
@@ -61,8 +61,10 @@ class RecurrentMoEGraph(MoEGraph, TableModule):
             shifts = channels % len(LEAK_SHIFTS) + LEAK_SHIFTS[0]
             self.add_table("leak_shifts", shifts.to(torch.int8), LEAK_SHIFTS[0], LEAK_SHIFTS[-1])
             self.halt_norm = TernaryRMSNorm(context, context.config.width)
+            used(self.moe, self.max_turns)
             # Zeros: a position starts undecided. Random trits would mix its turns at random, which is noise to learn away.
             self.halt = TernaryLinear(context, context.config.width, 1, gain=0.0)
+            used(self.halt, self.max_turns - 1)
 
     def forward(self, e_BPD: Tensor, nodes_BPD: Tensor | None = None) -> Tensor:
         """Return the mean of the turns, each position's weighted by its halting."""

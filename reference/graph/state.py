@@ -129,11 +129,14 @@ class Voting:
         tensor_id: int,
         rows: Tensor | None,
         num_matrices: int = 0,
+        uses: int = 1,
     ) -> None:
         """Count the votes of a gradient in the accumulators of `weight`, in place.
 
         A gradient that is a stack of `num_matrices` matrices is made orthogonal first, in the dtype of the activations, unless
         the rule is the sign's. 0: it votes as it is, as for the rows of a table.
+        Of a weight that a pass uses several times, each of the `uses` votes at its part of the rate: a vote says how far a
+        step goes, however small the gradient, and so many would go too far. The `sign` rule has no rate to divide.
         """
         if grad_NK.dtype == torch.float64:
             grad_NK = grad_NK.to(torch.float32)
@@ -150,7 +153,8 @@ class Voting:
             "out": weight,
         }
         if self.vote_rule == "stochastic":
-            self.ops.accumulate_gradient(weight, grad_NK, self.rate, faults=self.faults, **clock)
+            rate = self.rate if uses == 1 else self.rate / uses
+            self.ops.accumulate_gradient(weight, grad_NK, rate, faults=self.faults, **clock)
         else:
             self.faults += self.ops.count_nonfinite_rows(grad_NK)
             self.ops.accumulate(weight, self.ops.sign_votes(grad_NK, self.size), **clock)
@@ -244,6 +248,13 @@ class _WhenVoting(torch.autograd.Function):
         return grad, None, None, *(None for _ in ctx.saved_tensors)
 
 
+def used(module: nn.Module, times: int) -> None:
+    """Say that a pass of the model uses every weight of `module` so many times: each use votes at its part of the rate."""
+    for part in module.modules():
+        if isinstance(part, TernaryModule):
+            part.uses = times
+
+
 class TernaryModule(nn.Module):
     """A module that holds one ternary weight.
 
@@ -252,6 +263,7 @@ class TernaryModule(nn.Module):
         tensor_id: index of the weight in definition order.
         frozen:    a frozen weight never votes.
         voted:     whether it voted since the last `step_weight`.
+        uses:      how often a pass of the model uses the weight, see `used`.
         steps:     how often the weight was stepped or loaded; a backward pass refuses a weight changed since its forward.
     """
 
@@ -264,6 +276,7 @@ class TernaryModule(nn.Module):
         self.voting = context.voting
         self.frozen = frozen
         self.voted = False
+        self.uses = 1
         self.steps = 0
         self.tensor_id = context.next_tensor_id()
         self.weight: LaidOutWeight = self.ops.from_spec(make(self.tensor_id))
@@ -294,7 +307,8 @@ class TernaryModule(nn.Module):
 
         `num_matrices`: matrices that the gradient is a stack of, as `Voting.cast` takes it.
         """
-        self.voting.cast(self.weight, grad_NK, tensor_id=self.tensor_id, rows=rows, num_matrices=num_matrices)
+        matrices: dict[str, int] = {"num_matrices": num_matrices, "uses": self.uses}
+        self.voting.cast(self.weight, grad_NK, tensor_id=self.tensor_id, rows=rows, **matrices)
         self.voting.leave(self.note_vote, rows)
 
     def note_vote(self, rows: Tensor | None) -> None:

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from arbitor.reference import checks
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
-from arbitor.reference.graph.state import GraphContext, TableModule, TernaryModule, when_voting
+from arbitor.reference.graph.state import GraphContext, TableModule, TernaryModule, used, when_voting
 from arbitor.reference.types import MAX_NEIGHBOURS, SCORE_MAX
 
 FULL_PATH_MAX_CODES = 4096
@@ -123,6 +123,14 @@ class TernaryGraph(nn.Module):
         self.adapter_up = nn.ModuleList(
             TernaryLinear(context, rank, width, gain=ADAPTER_GAIN) for _ in range(config.num_hops)
         )
+        reads = self.num_hops + bool(config.composite_codes)  # of neighbours, and of composites
+        for module, times in (
+            (self.node, 1 + 1 + bool(config.composite_codes)),  # codes, the sums of the first hop, composites
+            (self.message, reads),
+            (self.update, reads),
+            (self.adapter_down, self.num_hops),
+        ):
+            used(module, times)
 
     def forward(
         self, codes_BP: Tensor, extra_BPC: Tensor | None = None, *, path: str | None = None
