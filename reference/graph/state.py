@@ -153,7 +153,11 @@ class Voting:
             "out": weight,
         }
         if self.vote_rule == "stochastic":
-            rate = self.rate if uses == 1 else self.rate / uses
+            rate = self.rate
+            if (
+                uses > 1
+            ):  # by a tensor: CUDA multiplies with the reciprocal of a number, which rounds differently
+                rate = rate / (torch.full_like(rate, uses) if isinstance(rate, Tensor) else uses)
             self.ops.accumulate_gradient(weight, grad_NK, rate, faults=self.faults, **clock)
         else:
             self.faults += self.ops.count_nonfinite_rows(grad_NK)
