@@ -47,7 +47,7 @@ def test_train_is_the_plain_recipe(text: Path) -> None:
     for step in range(8):
         for micro_step in (2 * step, 2 * step + 1):
             ids = training_batch(corpus, split, batch=2, context=16, seed=7, micro_step=micro_step)
-            model.backward(model.losses(ids), rate=rate(step, 8), step=micro_step)
+            model.backward(model.losses(ids), rate=rate(step, 8, accum=2), step=micro_step)
         model.step()
     assert result.summary["state_sha256"] == state_sha256(model.state())
     assert result.folder is None
@@ -167,7 +167,7 @@ def test_train_skips_a_loss_that_is_not_finite(
         for micro_step in (2 * step, 2 * step + 1):
             if micro_step not in (3, 8, 9):
                 ids = training_batch(corpus, split, batch=2, context=16, seed=0, micro_step=micro_step)
-                model.backward(model.losses(ids), rate=rate(step, 8), step=micro_step)
+                model.backward(model.losses(ids), rate=rate(step, 8, accum=2), step=micro_step)
         model.step()
     expected = state_sha256(model.state())
     fault(monkeypatch, {3, 8, 9}, value)

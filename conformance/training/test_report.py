@@ -11,6 +11,7 @@ import pytest
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.kinds import KINDS
 from arbitor.optimized.training.report import plot_loss, write_report
+from arbitor.optimized.training.schedule import rate
 
 
 def pixels(path: Path) -> Any:
@@ -57,7 +58,14 @@ def test_the_page_shows_what_the_lines_hold(tmp_path: Path) -> None:
     path, facts = tmp_path / "report.png", {"preset": "nano", "state_sha256": "ab" * 32}
 
     def page(metrics: list[dict[str, Any]]) -> bytes:
-        write_report(path, metrics, facts, baselines={"bigram": 3.5}, steps=30, theta=64)
+        write_report(
+            path,
+            metrics,
+            facts,
+            baselines={"bigram": 3.5},
+            steps=30,
+            planned_rate=lambda step: rate(step, 30),
+        )
         return path.read_bytes()
 
     full = page(lines(codebooks=CODES, experts=EXPERTS))
@@ -81,5 +89,5 @@ def test_the_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(TrainingError, match=r"cannot write .*report\.png.*No space left"):
-        write_report(path, lines(), {}, baselines={}, steps=30, theta=64)
+        write_report(path, lines(), {}, baselines={}, steps=30, planned_rate=lambda step: rate(step, 30))
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]

@@ -136,6 +136,10 @@ class _Run:
         state = {"step": self.step, "best_bpb": self.best_bpb, "progress": progress}
         return {**self.metadata, **state}
 
+    def rate(self, step: int) -> float:
+        settings = self.settings
+        return rate(step, settings.steps, theta=self.model.config.theta, accum=settings.accum)
+
     def faulty_rows(self) -> int:
         return self.progress.faulty_rows + int(self.model.voting.faults)
 
@@ -280,7 +284,7 @@ def _steps(run: _Run) -> None:
                 "train_bpb": run.progress.nats / run.progress.losses / NATS_PER_BIT
                 if run.progress.losses
                 else None,
-                "rate": rate(run.step - 1, settings.steps, theta=run.model.config.theta),
+                "rate": run.rate(run.step - 1),
                 "flip_rate": counted.pop("flip_rate"),
                 "tokens_per_second": taken / seconds if seconds > 0 else None,
                 "seconds": run.progress.seconds + time.monotonic() - run.clock,
@@ -302,7 +306,7 @@ def _steps(run: _Run) -> None:
 def _step(run: _Run, *, measured: bool) -> dict[str, Any] | None:
     """Take one step: a vote from every micro-batch, then the step rule. Returns the census of it, if asked for."""
     settings, progress = run.settings, run.progress
-    step_rate = rate(run.step, settings.steps, theta=run.model.config.theta)
+    step_rate = run.rate(run.step)
     for micro_step in range(run.step * settings.accum, (run.step + 1) * settings.accum):
         ids_BT = training_batch(
             run.corpus,
@@ -389,7 +393,7 @@ def _report(run: _Run) -> None:
         facts,
         baselines=run.baselines,
         steps=settings.steps,
-        theta=run.model.config.theta,
+        planned_rate=run.rate,
     )
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arbitor.optimized.training.kinds import KINDS
 from arbitor.optimized.training.run_folder import write_file
-from arbitor.optimized.training.schedule import rate
 from arbitor.reference.types import ACCUM_MAX
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def write_report(
     *,
     baselines: Mapping[str, float],
     steps: int,
-    theta: int,
+    planned_rate: Callable[[int], float],
 ) -> None:
     """Draw the page of a run. What the lines do not have (no codes, no experts, no census) has no panel.
 
@@ -76,7 +75,7 @@ def write_report(
         facts: what the page says in words, by name.
         baselines: name to bits per byte.
         steps: length of the whole run.
-        theta: votes that move a trit, on which the rate depends.
+        planned_rate: the rate of a step, from 0 to ``steps - 1``.
 
     Raises:
         TrainingError: the file cannot be written; what was there before is intact.
@@ -90,7 +89,7 @@ def write_report(
     rows = figure.add_gridspec(3 if kinds else 1, 1, **margins)
     top = rows[0].subgridspec(1, 3, width_ratios=(2, 1, 1), wspace=0.16)
     _draw_loss(figure.add_subplot(top[0]), metrics, baselines)
-    _draw_rate(figure.add_subplot(top[1]), metrics, steps, theta)
+    _draw_rate(figure.add_subplot(top[1]), metrics, steps, planned_rate)
     _draw_facts(figure.add_subplot(top[2]), facts)
     if kinds:
         middle = rows[1].subgridspec(1, len(SHARES), wspace=0.22)
@@ -159,10 +158,10 @@ def _draw_loss(axes: Axes, metrics: Metrics, baselines: Mapping[str, float]) -> 
         axes.legend(fontsize=9)
 
 
-def _draw_rate(axes: Axes, metrics: Metrics, steps: int, theta: int) -> None:
+def _draw_rate(axes: Axes, metrics: Metrics, steps: int, planned_rate: Callable[[int], float]) -> None:
     """The schedule of the whole run, and the part of it that is done."""
     at = sorted({round(i * (steps - 1) / 200) for i in range(201)})
-    planned = [rate(step, steps, theta=theta) for step in at]
+    planned = [planned_rate(step) for step in at]
     axes.plot([step + 1 for step in at], planned, color="0.8", linewidth=4, label="planned")
     points = [(line["step"], line["rate"]) for line in metrics if line.get("rate") is not None]
     if points:

@@ -25,12 +25,14 @@ def rate(
     theta: int = DEFAULT_THETA,
     gain: float = GAIN,
     decay: float = DECAY_FRACTION,
+    accum: int = 1,
 ) -> float:
-    """The ``rate`` argument of ``stochastic_votes`` at a step.
+    """The ``rate`` argument of ``stochastic_votes`` in each micro-batch of a step.
 
     Climbs linearly over the first 3 % of the steps, reaching ``gain * theta`` at the last of them; falls linearly
     over the last ``decay`` of them, so that it would be 0 at ``step == steps``, where no step is taken any more. At rate 0
-    no vote is cast and nothing moves.
+    no vote is cast and nothing moves. Where a step has several micro-batches, each votes, as strongly as a whole batch would:
+    they share the rate as noise adds up, by the square root of their number.
 
     Args:
         step: steps taken before this one, 0 to ``steps``.
@@ -38,9 +40,10 @@ def rate(
         theta: votes that move a trit, 1 to 127.
         gain: rate of the flat part in parts of theta, finite, at least 0.
         decay: share of the steps over which it falls, above 0, at most 1.
+        accum: micro-batches of a step, at least 1.
 
     Returns:
-        A float32 value held in a Python float, 0 to ``gain * theta``.
+        A float32 value held in a Python float, 0 to ``gain * theta / sqrt(accum)``.
 
     Raises:
         ValueError: an argument is out of range.
@@ -53,7 +56,9 @@ def rate(
         raise ValueError(f"gain is {gain}: it must be finite and at least 0")
     if not 0 < decay <= 1:
         raise ValueError(f"decay is {decay}: it must be above 0 and at most 1")
+    if accum < 1:
+        raise ValueError(f"accum is {accum}: it must be at least 1")
     warmup = math.ceil(WARMUP_FRACTION * steps)
     falling = math.ceil(decay * steps)
     factor = min(1.0, (step + 1) / warmup, (steps - step) / falling)
-    return torch.tensor(gain * theta * factor, dtype=torch.float32).item()
+    return torch.tensor(gain * theta * factor / math.sqrt(accum), dtype=torch.float32).item()
