@@ -365,6 +365,12 @@ def _explained(error: Exception) -> tuple[str, int]:
         return f"the system refused{where}: {error.strerror or error}", 1
     if isinstance(error, MemoryError):
         return "there is not enough memory", 1
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here for its name alone
+        return (
+            "the GPU has not enough memory: a smaller --batch or --context needs less, and so does training with "
+            "--no-cuda-graph (arb --traceback shows where)",
+            1,
+        )
     return f"{type(error).__name__}: {error} (arb --traceback shows where)", 1
 
 

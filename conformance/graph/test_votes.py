@@ -14,9 +14,11 @@ from arbitor.reference import ops
 from arbitor.reference.graph import TernaryEmbedding, TernaryLinear, TernaryRMSNorm, layers
 from arbitor.reference.graph.grouped import TernaryGroupedLinear
 from arbitor.reference.graph.layers import union_of_rows
-from arbitor.reference.graph.state import GraphContext
+from arbitor.reference.graph.model import LOSS_REFERENCE
+from arbitor.reference.graph.state import GraphContext, _part_of_rate
 from conformance.compare import exact
 from conformance.graph import models
+from conformance.subject import Subject
 
 
 def context(ops_set: Any = ops, dtype: torch.dtype = torch.float32, **fields: Any) -> GraphContext:
@@ -426,11 +428,50 @@ def test_each_of_several_uses_votes_at_its_part_of_the_rate(fields: dict[str, An
     assert all(set(rates[tensor_id]) == {models.RATE} for tensor_id in tables & rates.keys())
 
 
-def test_a_rate_on_the_device_is_divided_alike() -> None:
-    ids_BT, states = models.random_ids(3, 24), []
-    for rate in (5.3, torch.tensor(5.3)):
-        model = models.whole(replace(models.WHOLE, max_moe_iters=3, theta=1))
-        model.backward(model.losses(ids_BT), rate=rate, step=2)
-        states.append(model.state())
-    for name, want in states[0].items():
-        exact(states[1][name], want, name)
+def test_each_step_of_the_video_head_votes_at_its_part_of_the_rate() -> None:
+    rates: dict[int, list[float]] = {}
+
+    def record(weight: Any, grad: torch.Tensor, rate: float, **kwargs: Any) -> Any:
+        rates.setdefault(kwargs["tensor_id"], []).append(rate)
+        return ops.accumulate_gradient(weight, grad, rate, **kwargs)
+
+    model = models.whole(ops=models.ops_with(accumulate_gradient=record))
+    head, steps = model.video_head, model.config.video_steps
+    assert head is not None and steps > 1
+    rates.clear()
+    tokens_BPD = torch.randn(2, 5, model.config.width, generator=torch.Generator().manual_seed(1))
+    with model.voting.at(rate=models.RATE, step=2):
+        head(tokens_BPD, halt_threshold=None).square().sum().backward()
+    for module in (head.latent_in, head.query, head.latent_out):
+        assert rates[module.tensor_id] == [models.RATE / steps] * steps
+    assert rates[head.steps.tensor_id] == [models.RATE]
+
+
+@pytest.mark.parametrize("uses", [1, 2, 3, 7])
+def test_a_rate_on_the_device_is_divided_alike(subject: Subject, uses: int) -> None:
+    """The op gets the float32 nearest to the quotient, of a number and of a tensor; CUDA's own division by a number is off."""
+    for value in [*torch.linspace(0.01, 127, 200).tolist(), 5.3, 0.1]:
+        rate = torch.tensor(value, device=subject.device)
+        want = torch.tensor(
+            float(rate) / uses, dtype=torch.float32
+        ).item()  # float64 has the bits to round once
+        assert float(_part_of_rate(rate, uses)) == want
+        assert torch.tensor(_part_of_rate(value, uses), dtype=torch.float32).item() == want
+
+
+def test_the_sign_rule_casts_every_vote_in_full() -> None:
+    """It has no rate to divide: two turns of the loop vote twice, with the size that the loss gives."""
+    sizes: dict[int, list[int]] = {}
+
+    def record(weight: Any, votes: torch.Tensor, **kwargs: Any) -> Any:
+        sizes.setdefault(kwargs["tensor_id"], []).append(int(votes.abs().max()))
+        return ops.accumulate(weight, votes, **kwargs)
+
+    config = replace(models.WHOLE, vote_rule="sign", max_moe_iters=2)
+    model = models.whole(config, ops=models.ops_with(accumulate=record))
+    sizes.clear()
+    loss = model.losses(models.random_ids(3, 24))
+    model.backward(loss, rate=models.RATE, step=2)
+    size = ops.step_from_loss(model.objective(loss).item(), LOSS_REFERENCE, config.max_vote_step)
+    gate = model.layers[-1].moe_graph.moe.gate
+    assert gate.uses == 2 and sizes[gate.tensor_id] == [size, size]

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from arbitor.optimized.training import generate as generation
+from arbitor.optimized.training import loop
 from arbitor.optimized.training.checkpoint import load_checkpoint
 from arbitor.optimized.training.plan import MODULES
 from arbitor.reference.audit import audit
@@ -103,8 +105,9 @@ def train(text: Path, run: Path, *more: str) -> list[str]:
         (TEXT[:100], ["--context", "64"], 1, ["has 100 bytes", "context of 64", "128 bytes"]),
         (TEXT, ["--preset", "huge"], 2, ["'huge'", "'tiny'"]),
         (TEXT, ["--backend", "triton"], 1, ["TRITON_INTERPRET"]),
+        (TEXT, ["--cuda-graph"], 2, ["cuda_graph is True", "device cpu", "only stochastic votes on cuda"]),
     ],
-    ids=["missing", "empty", "short", "preset", "backend"],
+    ids=["missing", "empty", "short", "preset", "backend", "graph"],
 )
 def test_train_refuses(
     here: Here, tmp_path: Path, content: bytes | None, more: list[str], code: int, parts: list[str]
@@ -113,6 +116,16 @@ def test_train_refuses(
         (tmp_path / "data").write_bytes(content)
     check_refused(here(*train(tmp_path / "data", tmp_path / "run", *more)), code, *parts)
     assert not (tmp_path / "run").exists()
+
+
+def test_train_says_what_needs_less_memory(
+    here: Here, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    monkeypatch.setattr(loop, "train", full)
+    check_refused(here(*train(text, tmp_path / "run")), 1, "the GPU has not enough memory", "--no-cuda-graph")
 
 
 def test_train_refuses_a_folder_without_text(here: Here, tmp_path: Path) -> None:

@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.training import loop
+from arbitor.optimized.training.checkpoint import state_sha256
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.monitor import read_metrics
-from arbitor.optimized.training.passes import LAUNCHED_FIRST, Passes
-from arbitor.optimized.training.plan import TrainOptions
+from arbitor.optimized.training.passes import LAUNCHED_FIRST, Passes, RecordedPasses, records
+from arbitor.optimized.training.plan import TrainOptions, decide, preset_config
 from arbitor.optimized.training.runtime import Runtime
 from arbitor.reference.graph import ArbModel
 from conformance.compare import exact
 from conformance.graph import models
 from conformance.report import needs_cuda
 from conformance.subject import Subject
+from conformance.training.nano import WHOLE
 
 MORE = {"preset": "whole", "steps": 9, "batch": 16, "context": 34}
 """A run in which neighbours are found and codes are revived."""
@@ -51,20 +53,93 @@ def test_what_a_pass_leaves_can_be_told_later_and_again() -> None:
             exact(held.state()[name], want, name)
 
 
-def test_passes_that_cannot_be_recorded_are_launched() -> None:
-    assert Passes(models.nano(), record=True).recording
-    assert not Passes(models.nano(), record=False).recording
-    assert not Passes(models.nano(vote_rule="sign"), record=True).recording
+class Launches:
+    """Stands in for a CUDA graph where there is none: a replay launches what was recorded."""
+
+    def __init__(self, run: Any) -> None:
+        self.replay = run
 
 
-def test_the_runtime_says_what_can_be_recorded() -> None:
+def test_passes_take_buffers_notes_and_refusals_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a recorded pass but the graphs, on the CPU: its buffers, what it leaves, and losses that are not finite.
+
+    The first micro-batches are refused: nothing is recorded before a backward pass has run. Then whole steps, and parts of one.
+    """
+    records_at: list[int] = []
+
+    def record(passes: RecordedPasses) -> tuple[Any, Any]:
+        records_at.append(len(outcomes))
+        return Launches(passes._forward), Launches(passes._backward)
+
+    real = ArbModel.losses
+
+    def losses(model: ArbModel, ids_BT: Tensor) -> dict[str, Tensor]:
+        found = real(model, ids_BT)
+        return {**found, "bytes": torch.where(ids_BT[0, 0] >= 200, math.nan, found["bytes"])}
+
+    monkeypatch.setattr(ArbModel, "losses", losses)
+    monkeypatch.setattr(RecordedPasses, "_record", record)
+    lively = replace(models.WHOLE, theta=1, theta_e=1)
+    both = [kind(ArbModel(lively, seed=3)) for kind in (Passes, RecordedPasses)]
+    outcomes: list[list[float | None]] = []
+    for micro_step in range(16):
+        ids_BT = models.random_ids(3, 24, seed=micro_step)
+        ids_BT[0, 0] = 200 if micro_step in (0, 1, 5, 8, 9) else 100
+        outcomes.append([each.take(ids_BT, rate=models.RATE, step=micro_step) for each in both])
+        if micro_step % 2:
+            for each in both:
+                each.model.step()
+            for name, want in both[0].model.state().items():
+                exact(both[1].model.state()[name], want, name)
+    assert [launched for launched, _ in outcomes] == [replayed for _, replayed in outcomes]
+    assert [step for step, (nats, _) in enumerate(outcomes) if nats is None] == [0, 1, 5, 8, 9]
+    assert records_at == [4]  # after 2 and 3, which were accepted
+    untrained = models.whole(lively)
+    assert not torch.equal(
+        both[1].model.tables()["shared_vq.bridge.tables.text.usage"],
+        untrained.tables()["shared_vq.bridge.tables.text.usage"],
+    )
+    with pytest.raises(ValueError, match=r"ids_BT has shape \(1, 24\), but must have that of all passes"):
+        both[1].take(models.random_ids(1, 24), rate=models.RATE, step=16)
+    for wrong in ({"rate": 128.0}, {"step": -1}, {"step": 2**32}):
+        with pytest.raises(ValueError, match=f"^{next(iter(wrong))} is"):
+            both[1].take(models.random_ids(3, 24), **{"rate": 1.0, "step": 16, **wrong})
+
+
+def test_at_rate_zero_a_recorded_pass_moves_nothing() -> None:
+    passes = RecordedPasses(models.whole())
+    before = {name: table.clone() for name, table in passes.model.tables().items()}
+    weights = models.state_of(passes.model)
+    for step in range(LAUNCHED_FIRST + 2):  # and none of them is recorded: there is no GPU here
+        assert passes.take(models.random_ids(3, 24), rate=0.0, step=step) is not None
+        passes.model.step()
+    assert not models.changed_tensors(weights, passes.model)
+    assert all(torch.equal(before[name], table) for name, table in passes.model.tables().items())
+
+
+def test_what_can_be_recorded() -> None:
     gpu, no_kernels = (Runtime("cuda", backend, torch.bfloat16) for backend in ("triton", "reference"))
     cpu = Runtime("cpu", "triton", torch.float32)
-    assert [gpu.records(asked) for asked in (None, True, False)] == [True, True, False]
-    for runtime in (no_kernels, cpu):
-        assert [runtime.records(asked) for asked in (None, False)] == [False, False]
-        with pytest.raises(ValueError, match=f"cuda_graph is True, .* device {runtime.device} and backend"):
-            runtime.records(True)
+    assert [records(asked, gpu, vote_rule="stochastic") for asked in (None, True, False)] == [
+        True,
+        True,
+        False,
+    ]
+    for runtime, rule in ((no_kernels, "stochastic"), (cpu, "stochastic"), (gpu, "sign")):
+        assert [records(asked, runtime, vote_rule=rule) for asked in (None, False)] == [False, False]
+        said = (
+            f"cuda_graph is True, .* device {runtime.device}, backend {runtime.backend} and vote rule {rule}"
+        )
+        with pytest.raises(ValueError, match=said):
+            records(True, runtime, vote_rule=rule)
+
+
+@pytest.mark.parametrize("changes", [{"backend": "reference"}, {"device": "cpu"}])
+def test_a_run_goes_on_elsewhere_although_its_passes_were_recorded(changes: dict[str, str]) -> None:
+    first = decide(TrainOptions(preset="nano", cuda_graph=True), None)
+    recorded = {**first.as_json(), "device": "cuda", "backend": "triton"}
+    assert decide(TrainOptions(), recorded).cuda_graph is True
+    assert decide(TrainOptions(**changes), recorded).cuda_graph is None  # type: ignore[arg-type]
 
 
 def options(text: Path, *, cuda_graph: bool, **changes: Any) -> TrainOptions:
@@ -76,32 +151,69 @@ def outcome(folder: Path, summary: dict[str, Any]) -> tuple[Any, ...]:
     """Return what does not depend on how passes were launched, nor on the clock."""
     clocks = {"seconds": 0, "tokens_per_second": 0}
     lines = [{**line, **clocks} for line in read_metrics(folder / "metrics.jsonl")]
-    return lines, {**summary, "seconds": 0, "cuda_graph": None}
+    return lines, {**summary, "seconds": 0, "cuda_graph": None, "recorded_passes": None}
 
 
-def recorded_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list that gets the steps of the passes that are replayed, as they come."""
-    replayed: list[int] = []
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Return a list that grows by one with each graph that is replayed, two a pass."""
+    counted: list[None] = []
     real = torch.cuda.CUDAGraph.replay
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replayed.append(1), real(graph))[1])
-    return replayed
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (counted.append(None), real(graph))[1])
+    return counted
 
 
-@pytest.mark.parametrize("accum", [1, 3])
+VARIANTS: dict[str, dict[str, Any]] = {
+    "every module": {},
+    "two layers, float32": {"num_layers": 2, "dtype": "float32"},
+    "nodes of what a batch needs, candidates": {
+        "num_codes": 3000,
+        "code_search": "candidates",
+        "sign_bits": 6,
+        "num_probes": 3,
+    },
+    "every expert of every position": {"dense_dispatch_max_tokens": 10_000},
+    "more experts than slots": {"num_experts": 700, "batch": 4},
+    "plain gradients, scales that stay": {"orthogonal_steps": 0, "exponent_rule": "frozen"},
+    "three micro-batches, signs of scores": {"exponent_rule": "sign", "accum": 3},
+}
+"""Fields of the model and settings of the run that take other paths."""
+
+
+@pytest.mark.parametrize("name", VARIANTS)
 def test_recorded_passes_train_to_the_same_bits(
-    subject: Subject, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accum: int
+    subject: Subject, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """State, losses, and the census of every step: every module, and codes that are revived."""
-    needs_cuda(subject, "recorded passes")
-    replayed, outcomes = recorded_passes(monkeypatch), []
-    for cuda_graph in (False, True):
-        folder = tmp_path / str(cuda_graph)
-        asked = options(text, cuda_graph=cuda_graph, run=folder, accum=accum, log_interval=1)
-        outcomes.append(outcome(folder, train(asked).summary))
-        # Two graphs a pass, of all passes but the first two.
-        assert len(replayed) == (2 * (9 * accum - LAUNCHED_FIRST) if cuda_graph else 0)
+    """State, losses, and the census of every step."""
+    needs_cuda(subject, f"recorded passes: {name}")
+    first, second = (
+        variant(text, tmp_path, name, cuda_graph=False),
+        variant(text, tmp_path, name, cuda_graph=True),
+    )
+    replayed = replays(monkeypatch)
+    outcomes = [
+        outcome(asked.run, train(asked).summary) for asked in (first, second) if asked.run is not None
+    ]
+    assert len(replayed) == 2 * (9 * (second.accum or 1) - LAUNCHED_FIRST)
     assert outcomes[1] == outcomes[0]
-    assert any(line["codebooks"]["shared_vq.bridge.tables.text"]["dead"] for line in outcomes[0][0][1:])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_variants_of_recorded_passes_are_runs(text: Path, tmp_path: Path, name: str) -> None:
+    """On the CPU, where they are launched: what the test above compares exists, and moves."""
+    asked = replace(variant(text, tmp_path, name, cuda_graph=False), device="cpu", dtype=None, steps=2)
+    summary = train(asked).summary
+    start = ArbModel(preset_config(str(asked.preset)), seed=0)
+    assert summary["state_sha256"] != state_sha256(start.state()) and not summary["recorded_passes"]
+
+
+def variant(text: Path, folder: Path, name: str, *, cuda_graph: bool) -> TrainOptions:
+    """Return a run that logs every step, of the preset `whole` with fields exchanged."""
+    changes = dict(VARIANTS[name])
+    settings = {key: changes.pop(key) for key in ("dtype", "batch", "accum") if key in changes}
+    preset = folder / "preset.json"
+    preset.write_text(replace(WHOLE, **changes).to_json())
+    run = folder / f"run-{cuda_graph}"
+    return options(text, cuda_graph=cuda_graph, preset=str(preset), run=run, log_interval=1, **settings)
 
 
 def test_a_recorded_pass_whose_loss_is_not_finite_changes_nothing(
@@ -132,7 +244,7 @@ def test_a_recorded_run_that_was_killed_is_resumed_to_the_same_bits(
 ) -> None:
     """It goes on with passes launched from Python, and records others than before."""
     needs_cuda(subject, "recorded passes after a kill")
-    whole, folder = train(options(text, cuda_graph=True, save=False)).summary, tmp_path / "run"
+    whole, folder = train(options(text, cuda_graph=True, save=False, steps=14)).summary, tmp_path / "run"
     real = loop._step
 
     def dying(run: Any, *, measured: bool) -> dict[str, Any] | None:
@@ -143,6 +255,8 @@ def test_a_recorded_run_that_was_killed_is_resumed_to_the_same_bits(
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_step", dying)
         with pytest.raises(KeyboardInterrupt):
-            train(options(text, cuda_graph=True, run=folder))
+            train(options(text, cuda_graph=True, run=folder, steps=14))
+    replayed = replays(monkeypatch)
     resumed = train(TrainOptions(run=folder, resume=True)).summary
-    assert resumed["cuda_graph"] and resumed["state_sha256"] == whole["state_sha256"]
+    assert len(replayed) == 2 * (14 - 6 - LAUNCHED_FIRST)  # the last checkpoint is of step 6
+    assert resumed["state_sha256"] == whole["state_sha256"]

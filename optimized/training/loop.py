@@ -36,7 +36,7 @@ from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import NATS_PER_BIT, validation_bpb
 from arbitor.optimized.training.generate import generate
 from arbitor.optimized.training.monitor import METRICS, Monitor, read_metrics
-from arbitor.optimized.training.passes import Passes
+from arbitor.optimized.training.passes import Passes, RecordedPasses, records
 from arbitor.optimized.training.plan import Settings, TrainOptions, decide
 from arbitor.optimized.training.report import LOSS_PLOT, REPORT, plot_loss, write_report
 from arbitor.optimized.training.resume import Found, check_data, look_into
@@ -181,7 +181,6 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
             run_folder.refuse_other_run(folder)
         settings = decide(options, found.settings)
         runtime = choose_runtime(settings.device, settings.backend, settings.dtype)
-        record = runtime.records(settings.cuda_graph)
         stack.enter_context(deterministic((found.settings or {}).get("threads")))
         stack.enter_context(values_vouched_for())
         corpus = load_corpus(settings.data)
@@ -189,6 +188,7 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
         split = split_corpus(corpus, settings.context)
         windows_WT = validation_windows(corpus, split, count=settings.eval_windows, context=settings.context)
         model, config = _build(settings, runtime)
+        record = records(settings.cuda_graph, runtime, vote_rule=model.config.vote_rule)
         if found.checkpoint is not None:
             check_fits(found.checkpoint, config, model)
             model.load_state(found.checkpoint.state)
@@ -201,7 +201,6 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
             device=runtime.device,
             backend=runtime.backend,
             dtype=str(runtime.dtype).removeprefix("torch."),
-            cuda_graph=record,
         )
         recorded = {
             **settings.as_json(),
@@ -224,7 +223,7 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
             settings=settings,
             runtime=runtime,
             model=model,
-            passes=Passes(model, record=record),
+            passes=RecordedPasses(model) if record else Passes(model),
             corpus=corpus,
             split=split,
             windows_WT=windows_WT,
@@ -419,6 +418,7 @@ def _finish(run: _Run) -> TrainResult:
         "state_sha256": digest,
         "skipped": run.progress.skipped,
         "faulty_rows": run.faulty_rows(),
+        "recorded_passes": isinstance(run.passes, RecordedPasses),
         **{name: value for name, value in run.metadata["run"].items() if name not in ("preset", "steps")},
         "device_name": device_name(runtime),
         "versions": versions(),

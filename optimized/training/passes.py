@@ -8,90 +8,158 @@ Replaying gives the bits that launching gives.
 
 from __future__ import annotations
 
+import gc
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from arbitor.optimized.training.runtime import Runtime
+from arbitor.reference import checks
 
 if TYPE_CHECKING:
     from arbitor.reference.graph import ArbModel
     from arbitor.reference.graph.state import Left
 
 LAUNCHED_FIRST = 2
-"""Passes before the one that is recorded: kernels are compiled in them, and libraries set themselves up."""
+"""Accepted passes before the one that is recorded: in them kernels are compiled, and libraries set themselves up."""
+
+
+def records(asked: bool | None, runtime: Runtime, *, vote_rule: str) -> bool:
+    """Whether passes are recorded and replayed, for what was asked; if nothing was, they are wherever they can be.
+
+    The sign rule derives the size of a vote from the loss, on the host, so that no two of its passes need be the same.
+
+    Raises:
+        ValueError: they cannot be, but were asked for.
+    """
+    possible = runtime.device == "cuda" and runtime.backend == "triton" and vote_rule == "stochastic"
+    if asked and not possible:
+        raise ValueError(
+            f"cuda_graph is True, but must be False or None for device {runtime.device}, backend {runtime.backend} and vote "
+            f"rule {vote_rule}: only stochastic votes on cuda with the triton backend can be recorded"
+        )
+    return possible if asked is None else asked
 
 
 class Passes:
-    """Takes the passes of a model.
+    """Takes the passes of a model, launched from Python, one kernel after the other."""
 
-    Attributes:
-        recording: whether passes are recorded; False where they are launched from Python, one kernel after the other.
-    """
-
-    def __init__(self, model: ArbModel, *, record: bool) -> None:
-        """Begin with a model. Recording takes one on CUDA, built on the Triton op set, with the stochastic vote rule.
-
-        The sign rule derives the size of a vote from the loss, on the host, so that no two of its passes need be the same.
-        """
-        self._model = model
-        self.recording = record and model.config.vote_rule == "stochastic"
-        self._launched = 0
-        self._recorded: _RecordedPass | None = None
+    def __init__(self, model: ArbModel) -> None:
+        """Begin with a model."""
+        self.model = model
 
     def take(self, ids_BT: Tensor, *, rate: float, step: int) -> float | None:
         """Run one pass, in which every weight behind the loss votes.
 
         Args:
-            ids_BT: int64 [B, T], on the CPU or where the model is; of one shape in all passes.
+            ids_BT: int64 [B, T], on the CPU or where the model is.
             rate, step: as `ArbModel.backward` takes them.
 
         Returns:
             Nats per byte; or None where the loss is not finite, in which case not one byte of the model has changed.
         """
-        if self.recording and rate > 0 and self._launched >= LAUNCHED_FIRST:
-            if self._recorded is None:
-                self._recorded = _RecordedPass(self._model, ids_BT)
-            return self._recorded.replay(ids_BT, rate=rate, step=step)
-        self._launched += 1
-        losses = self._model.losses(ids_BT.to(self._model.voting.faults.device))
-        accepted = self._model.backward(losses, rate=rate, step=step)
+        losses = self.model.losses(ids_BT.to(self.model.voting.faults.device))
+        accepted = self.model.backward(losses, rate=rate, step=step)
         return losses["bytes"].item() if accepted else None
 
 
-class _RecordedPass:
-    """Two CUDA graphs with memory of their own, what they read, and what a backward pass leaves for the step."""
+class RecordedPasses(Passes):
+    """Takes the passes of a model on CUDA from two graphs, once `LAUNCHED_FIRST` of them were accepted.
 
-    def __init__(self, model: ArbModel, ids_BT: Tensor) -> None:
+    The first ones are launched, on the same buffers and with the same kernels as are then recorded. The graphs read and write
+    the memory of the model as it is then: it must not be moved. All passes have ids of one shape.
+    """
+
+    def __init__(self, model: ArbModel) -> None:
+        """Begin with a model."""
+        super().__init__(model)
         device = model.voting.faults.device
-        self._voting = model.voting
-        self._ids_BT = ids_BT.to(device, copy=True)
+        self._ids_BT: Tensor | None = None
         self._rate = torch.zeros((), device=device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
+        self._objective: Tensor | None = None
+        self._seen_2 = torch.zeros(2, dtype=torch.float64, device=device)
         self._left: list[Left] = []
-        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._forward):
-            losses = model.losses(self._ids_BT)
-            objective = model.objective(losses)
-            seen = objective.detach().double(), losses["bytes"].detach().double()
-            self._seen_2 = torch.stack(seen)
-        with (
-            torch.cuda.graph(self._backward, pool=self._forward.pool()),
-            self._voting.open(rate=self._rate, step=self._step, held=self._left),
-        ):
-            objective.backward()
+        self._accepted = 0
+        self._graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
 
-    def replay(self, ids_BT: Tensor, *, rate: float, step: int) -> float | None:
-        """See `Passes.take`."""
-        self._ids_BT.copy_(ids_BT)
-        self._rate.fill_(rate)
-        self._step.fill_(step)
-        self._forward.replay()
+    def take(self, ids_BT: Tensor, *, rate: float, step: int) -> float | None:
+        """See `Passes.take`; raises ValueError for ids of another shape than before."""
+        checks.vote_rate(rate)
+        checks.vote_clock(self.model.voting.seed, step, 0)
+        if rate == 0:  # nothing votes: it is no pass like the others
+            return super().take(ids_BT, rate=rate, step=step)
+        self._fill(ids_BT, rate, step)
+        if self._accepted >= LAUNCHED_FIRST and self._graphs is None:
+            self._graphs = self._record()
+        forward, backward = self._runs()
+        forward()
         objective, nats = self._seen_2.tolist()
         if not math.isfinite(objective):
+            self._objective = None
             return None
-        with self._voting.open(rate=rate, step=step):
-            self._backward.replay()
+        backward()
+        self._accepted += 1
+        with self.model.voting.open(rate=rate, step=step):  # numbers: the step rule is launched
             for note, seen in self._left:  # copies: the next replay writes over what this one leaves
                 note(*(None if tensor is None else tensor.clone() for tensor in seen))
         return float(nats)
+
+    def _fill(self, ids_BT: Tensor, rate: float, step: int) -> None:
+        """Write what a pass reads into its buffers."""
+        if self._ids_BT is None:
+            self._ids_BT = torch.empty_like(ids_BT, device=self._rate.device)
+        if ids_BT.shape != self._ids_BT.shape:
+            raise ValueError(
+                f"ids_BT has shape {tuple(ids_BT.shape)}, but must have that of all passes, {tuple(self._ids_BT.shape)}"
+            )
+        self._ids_BT.copy_(ids_BT)
+        self._rate.fill_(rate)
+        self._step.fill_(step)
+
+    def _runs(self) -> tuple[Callable[[], None], Callable[[], None]]:
+        """What runs the forward and the backward pass of the buffers."""
+        if self._graphs is None:
+            return self._forward, self._backward
+        forward, backward = self._graphs
+        return forward.replay, backward.replay
+
+    def _forward(self) -> None:
+        assert self._ids_BT is not None
+        losses = self.model.losses(self._ids_BT)
+        self._objective = self.model.objective(losses)
+        self._seen_2.copy_(torch.stack([self._objective.detach(), losses["bytes"].detach()]))
+
+    def _backward(self) -> None:
+        assert self._objective is not None
+        self._left = []
+        with self.model.voting.open(rate=self._rate, step=self._step, held=self._left):
+            self._objective.backward()
+        self._objective = None
+
+    def _record(self) -> tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph]:
+        """Record both passes, which does not run them; they share memory, since the second reads what the first leaves."""
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with _no_garbage():
+            with torch.cuda.graph(forward):
+                self._forward()
+            with torch.cuda.graph(backward, pool=forward.pool()):
+                self._backward()
+        return forward, backward
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Collect garbage before, and none within: what a finalizer does to the device would end a recording."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -180,6 +180,8 @@ def decide(options: TrainOptions, recorded: Mapping[str, Any] | None) -> Setting
             "dtype": None,
             "cuda_graph": None,
         }  # those suited the other device
+    if recorded is not None and asked["backend"] not in (None, recorded["backend"]):
+        recorded = {**recorded, "cuda_graph": None}
     defaults: dict[str, Any] = {
         **asdict(trainer_defaults(preset_config(preset).name)),
         "data": "stdlib",

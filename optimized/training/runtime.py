@@ -44,20 +44,6 @@ class Runtime:
         """The op set, imported."""
         return importlib.import_module(OP_SETS[self.backend])
 
-    def records(self, cuda_graph: bool | None) -> bool:
-        """Whether passes are recorded and replayed, for what was asked; by default where they can be.
-
-        Raises:
-            ValueError: they cannot be, but were asked for.
-        """
-        possible = self.device == "cuda" and self.backend == "triton"
-        if cuda_graph and not possible:
-            raise ValueError(
-                f"cuda_graph is True, but must be False or None for device {self.device} and backend {self.backend}: only "
-                "the triton backend on cuda can record its passes"
-            )
-        return possible if cuda_graph is None else cuda_graph
-
     def synchronize(self) -> None:
         """Wait until the device has done all it was given."""
         if self.device == "cuda":

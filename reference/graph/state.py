@@ -153,15 +153,24 @@ class Voting:
             "out": weight,
         }
         if self.vote_rule == "stochastic":
-            rate = self.rate
-            if (
-                uses > 1
-            ):  # by a tensor: CUDA multiplies with the reciprocal of a number, which rounds differently
-                rate = rate / (torch.full_like(rate, uses) if isinstance(rate, Tensor) else uses)
+            rate = _part_of_rate(self.rate, uses)
             self.ops.accumulate_gradient(weight, grad_NK, rate, faults=self.faults, **clock)
         else:
             self.faults += self.ops.count_nonfinite_rows(grad_NK)
             self.ops.accumulate(weight, self.ops.sign_votes(grad_NK, self.size), **clock)
+
+
+def _part_of_rate(rate: float | Tensor, uses: int) -> float | Tensor:
+    """Return the float32 nearest to a float32 rate divided by the uses; the same for a number and for a tensor on a device."""
+    if uses == 1:
+        return rate
+    if isinstance(rate, Tensor):
+        return rate / torch.full_like(
+            rate, uses
+        )  # CUDA multiplies by the reciprocal of a number, which rounds differently
+    return (
+        torch.tensor(rate, dtype=torch.float32).item() / uses
+    )  # an op rounds it to float32, as if it never was more
 
 
 class GraphContext:

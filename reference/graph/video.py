@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from arbitor.reference import checks
 from arbitor.reference.config import HALT_THRESHOLD
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear
-from arbitor.reference.graph.state import GraphContext
+from arbitor.reference.graph.state import GraphContext, used
 from arbitor.reference.graph.units import unit_rows, widened
 from arbitor.reference.types import DEFAULT_EPS
 
@@ -64,6 +64,8 @@ class VideoHead(nn.Module):
         self.query = TernaryLinear(context, self.width, self.width)
         self.steps = TernaryEmbedding(context, self.num_steps, self.width)
         self.latent_out = TernaryLinear(context, self.width, self.size)
+        for module in (self.latent_in, self.query, self.latent_out):
+            used(module, self.num_steps)
 
     def noise(self, samples: Tensor, *, draw: int | Tensor = 0) -> Tensor:
         """Return standard normal noise for each sample, float32 [B, L], the same on every device.
