@@ -6,7 +6,6 @@ import io
 import json
 import math
 import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,19 +22,12 @@ from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import validation_bpb
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.monitor import Monitor, read_metrics
-from arbitor.optimized.training.plan import TrainOptions
-from arbitor.optimized.training.runtime import Stopped
 from arbitor.optimized.training.schedule import rate
-from arbitor.reference import ops as reference_ops
 from arbitor.reference.audit import audit
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.presets import PRESETS
-from arbitor.reference.types import TernaryWeight
-from conformance.training.nano import NANO, NANO_DEFAULTS, TEXT, WHOLE
-
-
-def options(text: Path, run: Path | None, **changes: Any) -> TrainOptions:
-    return replace(TrainOptions(preset="nano", data=str(text), device="cpu", run=run), **changes)
+from conformance.training.nano import NANO, NANO_DEFAULTS, WHOLE
+from conformance.training.runs import options
 
 
 def test_train_is_the_plain_recipe(text: Path) -> None:
@@ -200,35 +192,6 @@ def test_train_gives_up_only_where_nothing_finite_comes_between(
     assert train(options(text, None, save=False, accum=2)).summary["skipped"] == 8
 
 
-def test_train_remembers_the_best_model_from_before_it_was_killed(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = tmp_path / "run"
-    script = {0: 1.0, 2: 4.0, 4: 5.0, 6: 4.5, 8: 4.25}  # the untrained model is no candidate
-
-    def scripted(*arguments: object, **named: object) -> float:
-        return script[len(steps_taken)]
-
-    steps_taken: list[int] = []
-    real = loop._step
-
-    def counted(state: Any, *, measured: bool) -> dict[str, Any] | None:
-        result = real(state, measured=measured)
-        steps_taken.append(1)
-        return result
-
-    monkeypatch.setattr(loop, "validation_bpb", scripted)
-    monkeypatch.setattr(loop, "_step", counted)
-    with monkeypatch.context() as patch:
-        kill_at(patch, 5)
-        with pytest.raises(Killed):
-            train(options(text, run, eval_interval=2, save_interval=5))
-    assert load_checkpoint(run / "latest.safetensors").best_bpb == 4.0
-    summary = train(TrainOptions(run=run, resume=True)).summary
-    assert (summary["best_bpb"], summary["val_bpb"]) == (4.0, 4.25)
-    assert load_checkpoint(run / "best.safetensors").step == 2
-
-
 def test_train_refuses_a_folder_that_holds_a_run(text: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train(options(text, folder, steps=1))
@@ -257,105 +220,6 @@ def test_train_refuses_a_folder_that_is_no_folder(text: Path) -> None:
         train(options(text, text / "below"))
 
 
-class Killed(BaseException):
-    """Ends a run as SIGKILL would: between two steps, with no last words."""
-
-
-def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    real = loop._step
-
-    def dying(run: Any, *, measured: bool) -> dict[str, Any] | None:
-        if run.step == step:
-            raise Killed
-        return real(run, measured=measured)
-
-    monkeypatch.setattr(loop, "_step", dying)
-
-
-def outcome(folder: Path, summary: dict[str, Any]) -> tuple[object, ...]:
-    """What two runs that are the same must agree in."""
-    columns = ("step", "train_bpb", "val_bpb", "rate", "flip_rate")
-    metrics = [[line.get(name) for name in columns] for line in read_metrics(folder / "metrics.jsonl")]
-    best = load_checkpoint(folder / "best.safetensors").state_sha256
-    return {**summary, "seconds": 0}, metrics, best
-
-
-def test_train_killed_and_resumed_ends_the_same(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = outcome(tmp_path / "whole", train(options(text, tmp_path / "whole", accum=2)).summary)
-    for step in (0, 1, 4, 7):  # before any save but the first, after it, just after one, and in the last step
-        folder = tmp_path / f"killed-{step}"
-        with monkeypatch.context() as patch:
-            kill_at(patch, step)
-            with pytest.raises(Killed):
-                train(options(text, folder, accum=2))
-        assert outcome(folder, train(TrainOptions(run=folder, resume=True)).summary) == whole
-
-
-def test_train_killed_and_resumed_ends_the_same_with_every_module(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Counters, neighbours, strengths and loads come back; codes are revived before the kill and after it."""
-    more = {"preset": "whole", "steps": 9, "batch": 16, "context": 34}
-    expected = outcome(tmp_path / "whole", train(options(text, tmp_path / "whole", **more)).summary)
-    final = load_checkpoint(tmp_path / "whole" / "final.safetensors").state
-    still = {name for name, table in ArbModel(WHOLE).tables().items() if torch.equal(final[name], table)}
-    untouched = ("tables.image.usage", "tables.audio.usage", "leak_shifts")
-    assert len(still) == 3 and all(name.endswith(untouched) for name in still)
-
-    revived: list[int] = []
-    real = reference_ops.revive_codes
-
-    def watched(weight: TernaryWeight, *arguments: Any, out: TernaryWeight, **named: Any) -> TernaryWeight:
-        before = weight.packed.clone()
-        result = real(weight, *arguments, out=out, **named)
-        if not torch.equal(before, out.packed):
-            revived.append(named["step"])
-        return result
-
-    monkeypatch.setattr(reference_ops, "revive_codes", watched)
-    folder = tmp_path / "killed"
-    with monkeypatch.context() as patch:
-        kill_at(patch, 7)
-        with pytest.raises(Killed):
-            train(options(text, folder, **more))
-    assert load_checkpoint(folder / "latest.safetensors").step == 6
-    assert revived and min(revived) < 6
-    revived.clear()
-    assert outcome(folder, train(TrainOptions(run=folder, resume=True)).summary) == expected
-    assert revived and min(revived) >= 6
-
-
-def test_train_killed_and_resumed_reports_nothing_twice_and_nothing_wrong(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed in step 5, resumed at step 3. Of line 4 only what spans steps differs: no drift, and the loads of one step."""
-
-    def reports(folder: Path) -> dict[int, dict[str, Any]]:
-        lines = read_metrics(folder / "metrics.jsonl")
-        assert [line["step"] for line in lines] == [0, 2, 4, 6, 8]
-        return {line["step"]: line for line in lines[1:]}
-
-    more = {"preset": "whole", "context": 34}
-    train(options(text, tmp_path / "whole", **more))
-    with monkeypatch.context() as patch:
-        kill_at(patch, 4)
-        with pytest.raises(Killed):
-            train(options(text, tmp_path / "killed", **more))
-    assert not (tmp_path / "killed" / "report.png").exists()
-    train(TrainOptions(run=tmp_path / "killed", resume=True))
-    whole, resumed = reports(tmp_path / "whole"), reports(tmp_path / "killed")
-    for step in (2, 6, 8):
-        for group in ("kinds", "codebooks", "experts", "flip_rate"):
-            assert resumed[step][group] == whole[step][group]
-    for kind, numbers in whole[4]["kinds"].items():
-        assert resumed[4]["kinds"][kind] == {k: v for k, v in numbers.items() if k != "drift"}
-        assert "drift" in numbers and "drift" not in whole[2]["kinds"][kind]
-    for layer, loads in whole[4]["experts"].items():
-        assert 2 * sum(resumed[4]["experts"][layer]["load"]) == sum(loads["load"])
-
-
 def test_train_says_what_ended_it_although_its_metrics_are_torn(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,84 +235,7 @@ def test_train_says_what_ended_it_although_its_metrics_are_torn(
     assert not (tmp_path / "run" / "report.png").exists()
 
 
-def test_train_resumed_after_its_end_changes_nothing(text: Path, tmp_path: Path) -> None:
-    first = train(options(text, tmp_path / "run")).summary
-    again = train(TrainOptions(run=tmp_path / "run", resume=True)).summary
-    assert {**again, "seconds": 0} == {**first, "seconds": 0}
-
-
-def test_train_resumes_from_the_previous_checkpoint_where_the_latest_is_damaged(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "run"
-    first = train(options(text, folder)).summary
-    content = bytearray((folder / "latest.safetensors").read_bytes())
-    content[-5] ^= 1
-    (folder / "latest.safetensors").write_bytes(content)
-    out = io.StringIO()
-    again = train(TrainOptions(run=folder, resume=True), console=Console(file=out, width=300)).summary
-    assert again["state_sha256"] == first["state_sha256"]
-    assert "at step 6" in out.getvalue()
-    assert "latest.safetensors' is refused" in capsys.readouterr().err
-    assert load_checkpoint(folder / "previous.safetensors").step == 6
-
-
-def test_train_with_no_checkpoint_left_refuses(text: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    train(options(text, folder))
-    for name in ("latest", "previous"):
-        (folder / f"{name}.safetensors").write_bytes(b"nothing")
-    with pytest.raises(TrainingError, match="no checkpoint is left to resume from"):
-        train(TrainOptions(run=folder, resume=True))
-
-
-def test_train_refuses_to_resume_with_other_data(text: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    train(options(text, folder))
-    same = tmp_path / "same.txt"
-    same.write_bytes(TEXT)
-    train(TrainOptions(run=folder, resume=True, data=str(same)))
-    text.write_bytes(TEXT[:-1] + b"!")
-    with pytest.raises(TrainingError, match=r"started with data .*text\.txt.* and cannot go on with data"):
-        train(TrainOptions(run=folder, resume=True, data=str(text)))
-
-
-def test_train_refuses_to_resume_another_model(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train(options(text, tmp_path / "run"))
-    monkeypatch.setitem(PRESETS, "nano", replace(NANO, theta=17))
-    with pytest.raises(TrainingError, match="theta is 64 there and 17 here"):
-        train(TrainOptions(run=tmp_path / "run", resume=True))
-
-
 def test_train_without_saving_writes_no_checkpoint(text: Path, tmp_path: Path) -> None:
     train(options(text, tmp_path / "run", save=False))
     assert not list((tmp_path / "run").glob("*.safetensors"))
     assert (tmp_path / "run" / "summary.json").exists()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_train_stops_between_two_steps_on_a_signal(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
-) -> None:
-    real = loop._step
-    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-
-    def signalled(run: Any, *, measured: bool) -> dict[str, Any] | None:
-        if run.step == 4:
-            os.kill(os.getpid(), number)
-        return real(run, measured=measured)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "_step", signalled)
-        with pytest.raises(
-            Stopped, match=rf"stopped by {number.name} after step 5 of 8; the checkpoint"
-        ) as caught:
-            train(options(text, tmp_path / "run"))
-    assert caught.value.signal_number == number
-    assert load_checkpoint(tmp_path / "run" / "latest.safetensors").step == 5
-    assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
-    resumed = train(TrainOptions(run=tmp_path / "run", resume=True)).summary
-    assert resumed["state_sha256"] == train(options(text, None, save=False)).summary["state_sha256"]

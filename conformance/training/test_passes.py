@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from arbitor.optimized.training import loop
 from arbitor.optimized.training.checkpoint import state_sha256
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.monitor import read_metrics
@@ -24,6 +23,7 @@ from conformance.graph import models
 from conformance.report import needs_cuda
 from conformance.subject import Subject
 from conformance.training.nano import WHOLE
+from conformance.training.runs import Killed, kill_at
 
 MORE = {"preset": "whole", "steps": 9, "batch": 16, "context": 34}
 """A run in which neighbours are found and codes are revived."""
@@ -245,16 +245,9 @@ def test_a_recorded_run_that_was_killed_is_resumed_to_the_same_bits(
     """It goes on with passes launched from Python, and records others than before."""
     needs_cuda(subject, "recorded passes after a kill")
     whole, folder = train(options(text, cuda_graph=True, save=False, steps=14)).summary, tmp_path / "run"
-    real = loop._step
-
-    def dying(run: Any, *, measured: bool) -> dict[str, Any] | None:
-        if run.step == 7:
-            raise KeyboardInterrupt
-        return real(run, measured=measured)
-
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_step", dying)
-        with pytest.raises(KeyboardInterrupt):
+        kill_at(patch, 7)
+        with pytest.raises(Killed):
             train(options(text, cuda_graph=True, run=folder, steps=14))
     replayed = replays(monkeypatch)
     resumed = train(TrainOptions(run=folder, resume=True)).summary
