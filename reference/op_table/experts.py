@@ -1,0 +1,54 @@
+"""Rows of the family experts. Of the weight, what the slots touch."""
+
+from __future__ import annotations
+
+from arbitor.reference.op_table.row import EXACT, TWICE, OpRow, Shape
+from arbitor.reference.op_table.work import elements, linear_activations, linear_ops, sizes, values
+
+
+def touched(s: Shape) -> int:
+    """Return the experts that the slots of a timed call use: the inputs deal them out in turn."""
+    return min(s["E"], s["M"])
+
+
+def grouped_bytes(s: Shape) -> int:
+    """Return the bytes of a grouped linear's slots, and of the matrices of the experts that are used."""
+    return 8 * s["M"] + linear_activations(s) + touched(s) * values(s)
+
+
+# Slots of experts: N rows for each of E experts. `small` is a batch of the preset of that name; the others decode and train
+# on the upper expert matrices of the largest presets, at rank 1,024 where they have 1,192.
+EXPERTS = sizes(
+    tiny={"M": 64, "E": 4, "N": 64, "K": 48, "G": 12, "float_bytes": 2},
+    small={"M": 32768, "E": 32, "N": 1024, "K": 24, "G": 12, "float_bytes": 2},
+    _21216_m4={"M": 4, "E": 32, "N": 21216, "K": 1024, "G": 12, "float_bytes": 2},
+    _21216_m256={"M": 256, "E": 32, "N": 21216, "K": 1024, "G": 12, "float_bytes": 2},
+    _21216_m2048={"M": 2048, "E": 32, "N": 21216, "K": 1024, "G": 12, "float_bytes": 2},
+)
+
+LOADS = sizes(tiny={"M": 64, "E": 4}, small={"M": 32768, "E": 32})
+
+# fmt: off
+OPS = (
+    OpRow(
+        "grouped_linear", "experts", TWICE, EXPERTS,
+        bytes_min=grouped_bytes,
+        ops_min=linear_ops,
+    ),
+    OpRow(
+        "grouped_linear_input_grad", "experts", TWICE, EXPERTS,
+        bytes_min=grouped_bytes,
+        ops_min=linear_ops,
+    ),
+    OpRow(
+        "grouped_linear_weight_grad", "experts", TWICE, EXPERTS,
+        bytes_min=lambda s: 8 * s["M"] + linear_activations(s) + 4 * s["E"] * elements(s),
+        ops_min=linear_ops,
+    ),
+    OpRow(
+        "expert_load", "experts", EXACT, LOADS,
+        bytes_min=lambda s: 8 * (s["M"] + s["E"]),
+        ops_min=lambda s: s["M"],
+    ),
+)
+# fmt: on

@@ -1,0 +1,26 @@
+"""Rows of the family norm."""
+
+from __future__ import annotations
+
+from arbitor.reference.op_table.row import TWICE, OpRow
+from arbitor.reference.op_table.work import ROWS, values
+
+# fmt: off
+OPS = (
+    OpRow(
+        "rms_norm", "norm", TWICE, ROWS,
+        bytes_min=lambda s: 2 * s["float_bytes"] * s["M"] * s["K"] + values(s),
+        ops_min=lambda s: 4 * s["M"] * s["K"],
+    ),
+    OpRow(
+        "rms_norm_input_grad", "norm", TWICE, ROWS,
+        bytes_min=lambda s: 3 * s["float_bytes"] * s["M"] * s["K"] + values(s),
+        ops_min=lambda s: 9 * s["M"] * s["K"],
+    ),
+    OpRow(
+        "rms_norm_weight_grad", "norm", TWICE, ROWS,
+        bytes_min=lambda s: 2 * s["float_bytes"] * s["M"] * s["K"] + 4 * s["K"],
+        ops_min=lambda s: 5 * s["M"] * s["K"],
+    ),
+)
+# fmt: on

@@ -1,0 +1,32 @@
+"""Rows of the family orthogonal. Two products with the smaller side, and one of it with itself, an iteration."""
+
+from __future__ import annotations
+
+from arbitor.reference.op_table.row import TWICE, OpRow, Shape
+from arbitor.reference.op_table.work import elements, sizes
+
+
+def orthogonal_ops(s: Shape) -> int:
+    """Return the operations of one step: S, S S and the product with X, each in full."""
+    rows, columns = s["N"] // s["E"], s["K"]
+    side = min(rows, columns)
+    return s["E"] * (4 * rows * columns * side + 2 * side**3)
+
+
+GRADIENTS = sizes(  # gradients of a stack of E matrices of N / E rows
+    tiny={"N": 256, "K": 256, "E": 1, "iterations": 3, "float_bytes": 2},
+    small={"N": 1024, "K": 384, "E": 1, "iterations": 3, "float_bytes": 2},
+    _3072={"N": 3072, "K": 3072, "E": 1, "iterations": 3, "float_bytes": 2},
+    _1408_e64={"N": 64 * 1408, "K": 2048, "E": 64, "iterations": 3, "float_bytes": 2},
+    _7168={"N": 7168, "K": 7168, "E": 1, "iterations": 3, "float_bytes": 2},
+)
+
+# fmt: off
+OPS = (
+    OpRow(
+        "orthogonalize", "orthogonal", TWICE, GRADIENTS,
+        bytes_min=lambda s: 2 * s["float_bytes"] * elements(s),
+        ops_min=lambda s: s["iterations"] * orthogonal_ops(s),
+    ),
+)
+# fmt: on
