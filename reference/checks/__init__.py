@@ -1,0 +1,127 @@
+"""What is refused, and in which words: one sentence that names the argument, the value and what is allowed.
+
+Shared by `reference` and `optimized`, so that both refuse the same inputs with the same exception. No arithmetic here.
+Callers write `checks.<name>`; the files sort the names by what they are about.
+"""
+
+from __future__ import annotations
+
+from arbitor.reference.checks.arguments import (
+    flag,
+    group_size,
+    integer,
+    mantissa_bits,
+    matrix_shape,
+    number,
+    one_of,
+    threshold,
+)
+from arbitor.reference.checks.attention import decode_slots, slot_bias
+from arbitor.reference.checks.codebooks import buckets, code_columns, code_window, codebook, usage_of
+from arbitor.reference.checks.conv import conv_columns, conv_gradient, conv_input, conv_positions
+from arbitor.reference.checks.denoise import denoise_loop
+from arbitor.reference.checks.edges import (
+    edge_gradient,
+    edge_pairs,
+    edge_signs,
+    edge_slots,
+    neighbour_tables,
+    node_matrix,
+)
+from arbitor.reference.checks.experts import (
+    expert_matrix,
+    expert_pair,
+    expert_rows,
+    expert_slots,
+    stacked_rows,
+)
+from arbitor.reference.checks.memory import ngrams, strength_rule, strengths_of
+from arbitor.reference.checks.tensors import (
+    FLOAT_DTYPES,
+    GRADIENT_DTYPES,
+    dtype_in,
+    gradient_matrix,
+    is_tensor,
+    last_dim,
+    last_dim_not_empty,
+    matrix,
+    names,
+    same_device,
+    same_dtype,
+    same_shape,
+    tensor,
+    values_between,
+)
+from arbitor.reference.checks.votes import MAX_RATE, fault_counter, gradient_of, vote_clock, vote_rate
+from arbitor.reference.checks.weights import (
+    Weight,
+    group_ids_fit,
+    one_row,
+    out_weight,
+    row_ids,
+    row_values,
+    rows_of,
+)
+
+__all__ = [
+    "FLOAT_DTYPES",
+    "GRADIENT_DTYPES",
+    "MAX_RATE",
+    "Weight",
+    "buckets",
+    "code_columns",
+    "code_window",
+    "codebook",
+    "conv_columns",
+    "conv_gradient",
+    "conv_input",
+    "conv_positions",
+    "decode_slots",
+    "denoise_loop",
+    "dtype_in",
+    "edge_gradient",
+    "edge_pairs",
+    "edge_signs",
+    "edge_slots",
+    "expert_matrix",
+    "expert_pair",
+    "expert_rows",
+    "expert_slots",
+    "fault_counter",
+    "flag",
+    "gradient_matrix",
+    "gradient_of",
+    "group_ids_fit",
+    "group_size",
+    "integer",
+    "is_tensor",
+    "last_dim",
+    "last_dim_not_empty",
+    "mantissa_bits",
+    "matrix",
+    "matrix_shape",
+    "names",
+    "neighbour_tables",
+    "ngrams",
+    "node_matrix",
+    "number",
+    "one_of",
+    "one_row",
+    "out_weight",
+    "row_ids",
+    "row_values",
+    "rows_of",
+    "same_device",
+    "same_dtype",
+    "same_shape",
+    "slot_bias",
+    "stacked_rows",
+    "strength_rule",
+    "strengths_of",
+    "tensor",
+    "threshold",
+    "usage_of",
+    "values_between",
+    "vote_clock",
+    "vote_rate",
+]

@@ -1,0 +1,64 @@
+"""Arguments that are no tensors: numbers, names, shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from arbitor.reference.types import ACCUM_MAX, GROUP_SIZES, MANTISSA_BITS
+
+
+def matrix_shape(name: str, shape: Sequence[int]) -> tuple[int, int]:
+    """Return `shape` as (N, K); refuse anything but two positive integers."""
+    values = tuple(shape)
+    if len(values) != 2 or not all(isinstance(size, int) and size > 0 for size in values):
+        raise ValueError(f"{name} is {values}, but must be two positive integers (rows, columns)")
+    return values[0], values[1]
+
+
+def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Refuse a value that is not listed."""
+    if isinstance(value, bool) or value not in allowed:
+        raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, allowed))}")
+
+
+def group_size(value: int) -> None:
+    """Refuse a group size that is not allowed."""
+    one_of("group_size", value, GROUP_SIZES)
+
+
+def mantissa_bits(value: int) -> None:
+    """Refuse a number of mantissa bits that is not allowed."""
+    one_of("mantissa_bits", value, MANTISSA_BITS)
+
+
+def integer(name: str, value: int, low: int, high: int) -> None:
+    """Refuse anything but an integer in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is a {type(value).__name__}, but must be an integer")
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}, but must be an integer from {low} to {high}")
+
+
+def number(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    """Refuse anything but a finite number in [low, high], or (low, high] with `open_low`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is a {type(value).__name__}, but must be a number")
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an integer beyond float64
+        finite = False
+    if not finite or not low <= value <= high or (open_low and value == low):
+        relation = "above" if open_low else "from"
+        raise ValueError(f"{name} is {value}, but must be finite, {relation} {low} to {high}")
+
+
+def threshold(name: str, value: int) -> None:
+    """Refuse a theta that an accumulator cannot reach."""
+    integer(name, value, 1, ACCUM_MAX)
+
+
+def flag(name: str, value: object) -> None:
+    """Refuse anything but True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, but must be True or False")

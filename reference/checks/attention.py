@@ -1,0 +1,44 @@
+"""Slots of a log that attention reads."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from arbitor.reference.checks.arguments import integer, number
+from arbitor.reference.checks.tensors import (
+    FLOAT_DTYPES,
+    dtype_in,
+    is_tensor,
+    same_device,
+    same_dtype,
+    tensor,
+)
+
+
+def decode_slots(q_BHK: Tensor, keys_BSK: Tensor, bias_BS: Tensor, *, value_width: int, scale: float) -> None:
+    """Refuse queries, slots and biases that do not fit each other, a value width beyond the slots, or a bad scale."""
+    dtype_in("q_BHK", q_BHK, FLOAT_DTYPES)
+    if q_BHK.ndim != 3 or q_BHK.shape[2] == 0:
+        raise ValueError(
+            f"q_BHK has shape {tuple(q_BHK.shape)}, but must be [batch, heads, columns] with at least one column"
+        )
+    is_tensor("keys_BSK", keys_BSK)
+    same_dtype("keys_BSK", keys_BSK, "q_BHK", q_BHK)
+    batch, _, columns = q_BHK.shape
+    if keys_BSK.ndim != 3 or keys_BSK.shape[0] != batch or keys_BSK.shape[2] != columns:
+        raise ValueError(
+            f"keys_BSK has shape {tuple(keys_BSK.shape)}, but must be [{batch}, slots, {columns}], as q_BHK has it"
+        )
+    tensor("bias_BS", bias_BS, torch.promote_types(q_BHK.dtype, torch.float32), keys_BSK.shape[:2])
+    same_device(q_BHK=q_BHK, keys_BSK=keys_BSK, bias_BS=bias_BS)
+    integer("value_width", value_width, 1, columns)
+    number("scale", scale, 0.0, 2.0**15, open_low=True)
+
+
+def slot_bias(bias_BS: Tensor) -> None:
+    """Refuse a bias that is NaN or +inf; -inf hides its slot."""
+    if bias_BS.device.type != "meta" and not bool((bias_BS < math.inf).all()):
+        raise ValueError("bias_BS holds NaN or +inf, but its elements must be finite or -inf")

@@ -1,0 +1,49 @@
+"""Convolutions."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from arbitor.reference.checks.arguments import integer
+from arbitor.reference.checks.tensors import FLOAT_DTYPES, dtype_in
+
+
+def conv_positions(length: int, kernel_size: int, stride: int, padding: int) -> int:
+    """Return the number of positions of a convolution; refuse a geometry in which no window fits."""
+    integer("kernel_size", kernel_size, 1, 2**31 - 1)
+    integer("stride", stride, 1, 2**31 - 1)
+    integer("padding", padding, 0, 2**31 - 1)
+    integer("length", length, 1, 2**63 - 1)
+    if length + 2 * padding < kernel_size:
+        raise ValueError(
+            f"kernel_size is {kernel_size}, but the padded length is only {length + 2 * padding}"
+        )
+    return (length + 2 * padding - kernel_size) // stride + 1
+
+
+def conv_columns(num_columns: int, kernel_size: int) -> None:
+    """Refuse a weight whose columns are not a whole number of kernels."""
+    if num_columns % kernel_size:
+        raise ValueError(
+            f"weight has {num_columns} columns, but they must be a multiple of kernel_size {kernel_size}"
+        )
+
+
+def conv_input(x_BCL: Tensor, num_columns: int, kernel_size: int) -> None:
+    """Refuse an input that is not [B, C, L] with C * kernel_size columns of weight."""
+    dtype_in("x_BCL", x_BCL, FLOAT_DTYPES)
+    integer("kernel_size", kernel_size, 1, 2**31 - 1)
+    if x_BCL.ndim != 3 or x_BCL.shape[1] * kernel_size != num_columns:
+        raise ValueError(
+            f"x_BCL has shape {tuple(x_BCL.shape)}, but must be [batch, channels, length] "
+            f"with channels * {kernel_size} = {num_columns}"
+        )
+
+
+def conv_gradient(grad_BNP: Tensor, num_rows: int | None, positions: int) -> None:
+    """Refuse a gradient that is not [B, N, P] for a convolution's output."""
+    dtype_in("grad_BNP", grad_BNP, FLOAT_DTYPES)
+    fits = grad_BNP.ndim == 3 and grad_BNP.shape[2] == positions and num_rows in (None, grad_BNP.shape[1])
+    if not fits:
+        expected = f"[batch, {'rows' if num_rows is None else num_rows}, {positions}]"
+        raise ValueError(f"grad_BNP has shape {tuple(grad_BNP.shape)}, but must be {expected}")

@@ -1,0 +1,57 @@
+"""Experts and the slots that use them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from arbitor.reference.checks.arguments import integer
+from arbitor.reference.checks.tensors import FLOAT_DTYPES, dtype_in, same_device, same_dtype
+from arbitor.reference.checks.weights import Weight
+
+
+def expert_matrix(name: str, value: Tensor, allowed: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
+    """Refuse activations that are not [slots, columns] of an allowed dtype; there may be no slots."""
+    dtype_in(name, value, allowed)
+    if value.ndim != 2 or value.shape[1] == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, but must be [slots, columns] with at least one column"
+        )
+
+
+def expert_pair(grad_MN: Tensor, x_MK: Tensor, allowed: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
+    """Refuse the gradient of an output and the input that it came from, unless they are of one dtype and as many slots."""
+    expert_matrix("grad_MN", grad_MN, allowed)
+    expert_matrix("x_MK", x_MK, allowed)
+    same_dtype("x_MK", x_MK, "grad_MN", grad_MN)
+    if x_MK.shape[0] != grad_MN.shape[0]:
+        raise ValueError(
+            f"x_MK has shape {tuple(x_MK.shape)}, but must have as many slots as grad_MN, {tuple(grad_MN.shape)}"
+        )
+
+
+def expert_slots(experts_M: Tensor, num_slots: int, **beside: Tensor) -> None:
+    """Refuse expert ids that are not int64 with one entry a slot of the activations, on their device."""
+    dtype_in("experts_M", experts_M, (torch.int64,))
+    if tuple(experts_M.shape) != (num_slots,):
+        raise ValueError(
+            f"experts_M has shape {tuple(experts_M.shape)}, but must be {(num_slots,)}, one expert a slot"
+        )
+    same_device(**beside, experts_M=experts_M)
+
+
+def stacked_rows(name: str, num_rows: int, num_groups: int) -> int:
+    """Return the rows of one matrix of a stack; refuse a stack whose rows are not a whole number for each."""
+    integer("num_groups", num_groups, 1, 2**31 - 1)
+    if num_rows % num_groups:
+        raise ValueError(
+            f"num_groups is {num_groups}, but must divide the rows of {name}, which has {num_rows}"
+        )
+    return num_rows // num_groups
+
+
+def expert_rows(weight: Weight, num_groups: int) -> int:
+    """Return the rows of one expert; refuse a stacked weight whose rows are not a whole number for each."""
+    return stacked_rows("weight", weight.shape[0], num_groups)

@@ -1,0 +1,107 @@
+"""Tensors of any op: dtype, shape, device, and the range of their elements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+"""Activation dtypes. float16 is out: 2**-32 and 2**15 times an activation do not fit it."""
+
+GRADIENT_DTYPES = (torch.float32, torch.bfloat16)
+"""Dtypes of a weight gradient that votes; bfloat16 is upcast."""
+
+
+def names(dtypes: Sequence[torch.dtype]) -> str:
+    """Return dtypes as a readable list."""
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def is_tensor(name: str, value: object) -> Tensor:
+    """Refuse anything but a torch tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}, but must be a torch.Tensor")
+    return value
+
+
+def dtype_in(name: str, value: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    """Refuse a tensor of a dtype that is not listed."""
+    is_tensor(name, value)
+    if value.dtype not in allowed:
+        raise TypeError(f"{name} has dtype {names((value.dtype,))}, but must be {names(allowed)}")
+
+
+def tensor(name: str, value: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> None:
+    """Refuse a tensor of another dtype or shape."""
+    dtype_in(name, value, (dtype,))
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, but must be {tuple(shape)}")
+
+
+def matrix(name: str, value: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    """Refuse anything but a 2-D tensor of an allowed dtype with at least one row and column."""
+    dtype_in(name, value, allowed)
+    if value.ndim != 2 or 0 in value.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, but must be [rows, columns] with at least one of each"
+        )
+
+
+def gradient_matrix(name: str, value: Tensor, allowed: Sequence[torch.dtype] = GRADIENT_DTYPES) -> None:
+    """Refuse anything but a 2-D gradient with at least one column; a batch that used no row of a table has no rows."""
+    dtype_in(name, value, allowed)
+    if value.ndim != 2 or value.shape[1] == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, but must be [rows, columns] with at least one column"
+        )
+
+
+def last_dim(name: str, value: Tensor, size: int, allowed: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
+    """Refuse a tensor whose dtype is not allowed or whose last dimension is not `size`."""
+    dtype_in(name, value, allowed)
+    if value.ndim == 0 or value.shape[-1] != size:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, but its last dimension must be {size}")
+
+
+def same_shape(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuse two tensors of different shapes."""
+    if value.shape != other.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, but must match {other_name}, {tuple(other.shape)}"
+        )
+
+
+def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuse two tensors of different dtypes."""
+    if value.dtype != other.dtype:
+        raise TypeError(
+            f"{name} has dtype {names((value.dtype,))}, but must match {other_name}, {names((other.dtype,))}"
+        )
+
+
+def same_device(**tensors: Tensor) -> None:
+    """Refuse tensors on different devices."""
+    (first_name, first), *rest = tensors.items()
+    for name, value in rest:
+        if value.device != first.device:
+            raise ValueError(
+                f"{name} is on {value.device}, but must be on {first.device}, where {first_name} is"
+            )
+
+
+def values_between(name: str, value: Tensor, low: int, high: int) -> None:
+    """Refuse a tensor with an element outside [low, high]; a meta tensor has no elements to look at."""
+    if value.numel() == 0 or value.device.type == "meta":
+        return
+    smallest, largest = (int(bound) for bound in torch.aminmax(value))
+    if smallest < low or largest > high:
+        worst = smallest if smallest < low else largest
+        raise ValueError(f"{name} holds {worst}, but its elements must lie from {low} to {high}")
+
+
+def last_dim_not_empty(name: str, value: Tensor) -> None:
+    """Refuse a tensor without a last dimension, or with an empty one."""
+    if value.ndim == 0 or value.shape[-1] == 0:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, but needs a last dimension of at least 1")
