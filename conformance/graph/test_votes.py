@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import weakref
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,11 +13,9 @@ from arbitor.reference import ops
 from arbitor.reference.graph import TernaryEmbedding, TernaryLinear, TernaryRMSNorm, layers
 from arbitor.reference.graph.grouped import TernaryGroupedLinear
 from arbitor.reference.graph.layers import union_of_rows
-from arbitor.reference.graph.model import LOSS_REFERENCE
-from arbitor.reference.graph.state import GraphContext, _part_of_rate
+from arbitor.reference.graph.state import GraphContext
 from conformance.compare import exact
 from conformance.graph import models
-from conformance.subject import Subject
 
 
 def context(ops_set: Any = ops, dtype: torch.dtype = torch.float32, **fields: Any) -> GraphContext:
@@ -394,84 +391,3 @@ def test_union_of_rows_names_each_row_once() -> None:
     assert rows.shape == (8,)
     assert sorted(row for row in rows.tolist() if row >= 0) == [0, 1, 4, 9]
     assert union_of_rows(lists[:1]) is lists[0]
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"max_moe_iters": 3, "num_hops": 1},
-        {"max_moe_iters": 1, "composite_codes": 0},
-        {"num_codes": 500, "num_hops": 3},  # nodes of what a batch needs, not of all codes
-    ],
-)
-def test_each_of_several_uses_votes_at_its_part_of_the_rate(fields: dict[str, Any]) -> None:
-    """The parts of what votes for a weight in one pass add up to the rate: experts of the loop, matrices of the graph."""
-    rates: dict[int, list[float]] = {}
-
-    def record(weight: Any, grad: torch.Tensor, rate: float, **kwargs: Any) -> Any:
-        rates.setdefault(kwargs["tensor_id"], []).append(rate)
-        return ops.accumulate_gradient(weight, grad, rate, **kwargs)
-
-    config = replace(models.WHOLE, **fields)
-    model = models.whole(config, ops=models.ops_with(accumulate_gradient=record))
-    rates.clear()
-    model.backward(model.losses(models.random_ids(3, 24)), rate=models.RATE, step=2)
-    tables = {m.tensor_id for m in model.ternary_modules().values() if isinstance(m, TernaryEmbedding)}
-    matrices = {tensor_id: of_uses for tensor_id, of_uses in rates.items() if tensor_id not in tables}
-    for of_uses in matrices.values():
-        assert of_uses == [models.RATE / len(of_uses)] * len(of_uses)
-    most = max(config.max_moe_iters, config.num_hops + bool(config.composite_codes))
-    assert max(map(len, matrices.values())) == most and any(
-        len(of_uses) == 1 for of_uses in matrices.values()
-    )
-    assert all(set(rates[tensor_id]) == {models.RATE} for tensor_id in tables & rates.keys())
-
-
-def test_each_step_of_the_video_head_votes_at_its_part_of_the_rate() -> None:
-    rates: dict[int, list[float]] = {}
-
-    def record(weight: Any, grad: torch.Tensor, rate: float, **kwargs: Any) -> Any:
-        rates.setdefault(kwargs["tensor_id"], []).append(rate)
-        return ops.accumulate_gradient(weight, grad, rate, **kwargs)
-
-    model = models.whole(ops=models.ops_with(accumulate_gradient=record))
-    head, steps = model.video_head, model.config.video_steps
-    assert head is not None and steps > 1
-    rates.clear()
-    tokens_BPD = torch.randn(2, 5, model.config.width, generator=torch.Generator().manual_seed(1))
-    with model.voting.at(rate=models.RATE, step=2):
-        head(tokens_BPD, halt_threshold=None).square().sum().backward()
-    for module in (head.latent_in, head.query, head.latent_out):
-        assert rates[module.tensor_id] == [models.RATE / steps] * steps
-    assert rates[head.steps.tensor_id] == [models.RATE]
-
-
-@pytest.mark.parametrize("uses", [1, 2, 3, 7])
-def test_a_rate_on_the_device_is_divided_alike(subject: Subject, uses: int) -> None:
-    """The op gets the float32 nearest to the quotient, of a number and of a tensor; CUDA's own division by a number is off."""
-    for value in [*torch.linspace(0.01, 127, 200).tolist(), 5.3, 0.1]:
-        rate = torch.tensor(value, device=subject.device)
-        want = torch.tensor(
-            float(rate) / uses, dtype=torch.float32
-        ).item()  # float64 has the bits to round once
-        assert float(_part_of_rate(rate, uses)) == want
-        assert torch.tensor(_part_of_rate(value, uses), dtype=torch.float32).item() == want
-
-
-def test_the_sign_rule_casts_every_vote_in_full() -> None:
-    """It has no rate to divide: two turns of the loop vote twice, with the size that the loss gives."""
-    sizes: dict[int, list[int]] = {}
-
-    def record(weight: Any, votes: torch.Tensor, **kwargs: Any) -> Any:
-        sizes.setdefault(kwargs["tensor_id"], []).append(int(votes.abs().max()))
-        return ops.accumulate(weight, votes, **kwargs)
-
-    config = replace(models.WHOLE, vote_rule="sign", max_moe_iters=2)
-    model = models.whole(config, ops=models.ops_with(accumulate=record))
-    sizes.clear()
-    loss = model.losses(models.random_ids(3, 24))
-    model.backward(loss, rate=models.RATE, step=2)
-    size = ops.step_from_loss(model.objective(loss).item(), LOSS_REFERENCE, config.max_vote_step)
-    gate = model.layers[-1].moe_graph.moe.gate
-    assert gate.uses == 2 and sizes[gate.tensor_id] == [size, size]
