@@ -44,4 +44,4 @@ def trainer_defaults(preset: str) -> TrainerDefaults:
     Args:
         preset: name of a configuration; one that is no preset gets the cautious set too.
     """
-    return _BY_PRESET.get(preset, TrainerDefaults(batch=1, accum=4, context=128))
+    return _BY_PRESET.get(preset, TrainerDefaults(batch=4, context=128))
