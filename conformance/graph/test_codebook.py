@@ -216,7 +216,7 @@ def test_shared_vq_by_dense_matrices(residual: bool) -> None:
     parts = context(dtype=torch.float64, motif_residual=residual)
     module = SharedVQ(parts)
     s = torch.randn(2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    u, codes, losses = module(s)
+    u, codes, losses = module({"text": s})
     norm = lambda x: x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()  # noqa: E731
     z = norm(s @ module.down.weight.dense(torch.float64).T)
     text = module.bridge.tables["text"].weight
@@ -229,11 +229,39 @@ def test_shared_vq_by_dense_matrices(residual: bool) -> None:
     exact(module.rows(codes), c)
 
 
+def test_shared_vq_reads_all_modalities_at_once() -> None:
+    """Each part gets what it gets alone, losses are means over the parts, and both matrices vote once."""
+    rates: dict[int, list[float]] = {}
+
+    def record(weight: Any, grad: torch.Tensor, rate: float, **kwargs: Any) -> Any:
+        rates.setdefault(kwargs["tensor_id"], []).append(rate)
+        return reference_ops.accumulate_gradient(weight, grad, rate, **kwargs)
+
+    sizes = {"image_features": 4, "image_codes": 20, "audio_features": 4, "audio_codes": 10}
+    parts = context(models.ops_with(accumulate_gradient=record), dtype=torch.float64, **sizes)
+    module = SharedVQ(parts)
+    draw = torch.Generator().manual_seed(1)
+    given = {
+        name: torch.randn(2, length, 24, dtype=torch.float64, generator=draw)
+        for name, length in (("image", 3), ("audio", 2), ("text", 5))
+    }
+    with parts.voting.at(rate=1.5, step=0):
+        u, codes, losses = module(given)
+        (u.square().sum() + sum(losses.values())).backward()
+    alone = [module({name: s}) for name, s in given.items()]
+    alike(u, torch.cat([each for each, _, _ in alone], dim=1))
+    exact(codes, torch.cat([each for _, each, _ in alone], dim=1))
+    for name, value in losses.items():
+        alike(value, torch.stack([of_part[name] for _, _, of_part in alone]).mean())
+    assert rates[module.down.tensor_id] == rates[module.up.tensor_id] == [1.5]
+    assert all(len(rates[table.tensor_id]) == 1 for table in module.bridge.codebooks.values())
+
+
 def test_every_weight_behind_a_code_votes() -> None:
     parts = context()
     module = SharedVQ(parts)
     with parts.voting.at(rate=1.0, step=0):
-        u, _, losses = module(integers(2, 9, 24))
+        u, _, losses = module({"text": integers(2, 9, 24)})
         (u.square().sum() + sum(losses.values())).backward()
     for layer in (module.down, module.up, module.bridge.tables["text"]):
         assert layer.voted and layer.weight.trit_accum.any()

@@ -5,6 +5,7 @@ Legend: B batch, P positions, D width, C code width, N codes, R vectors since th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -170,9 +171,9 @@ class MultimodalVQBridge(nn.Module):
 class SharedVQ(nn.Module):
     """A position becomes a code, and the code a motif: what the layers see of it.
 
-    Math:    z = RMSNorm(W_down s); code = nearest; c = table(code), straight through; u = RMSNorm(W_up c)
-             s + u / 4 with `motif_residual`, else u
-    Shapes:  [B, P, D] -> [B, P, D], global ids int64 [B, P], losses [] by name
+    Math:    z = RMSNorm(W_down s); code = nearest of the modality; c = table(code), straight through; u = RMSNorm(W_up c)
+             s + u / 4 with `motif_residual`, else u; each loss is the mean over the modalities that are there
+    Shapes:  by modality [B, P_m, D], one after the other -> [B, P, D], global ids int64 [B, P], losses [] by name
     Source:  REFACTOR14 (SharedVQ, motifs of width 64); docs/spec/codebook.md
     """
 
@@ -187,12 +188,26 @@ class SharedVQ(nn.Module):
         exponent = MOTIF_EXPONENT if config.motif_residual else 0
         self.up_norm = TernaryRMSNorm(context, config.width, exponent=exponent)
 
-    def forward(self, s_BPD: Tensor, modality: str = "text") -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return the stream after the codebook, the code of each position, and the losses of the codebook."""
+    def forward(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the stream after the codebooks, the code of each position, and the losses of the codebooks.
+
+        Both matrices read the positions of all modalities at once, so that they vote once.
+        """
+        s_BPD = torch.cat(list(parts.values()), dim=1)
         z_BPC = self.down_norm(self.down(s_BPD))
-        codes_BP, c_BPC, losses = self.bridge.quantize(z_BPC, modality)
-        u_BPD = self.up_norm(self.up(c_BPC))
-        return (u_BPD + s_BPD if self.motif_residual else u_BPD), codes_BP, losses
+        codes, vectors = [], []
+        losses: dict[str, Tensor] = {}
+        for z_of_part, modality in zip(
+            z_BPC.split([s.shape[1] for s in parts.values()], dim=1), parts, strict=True
+        ):
+            codes_of_part, c_of_part, of_part = self.bridge.quantize(z_of_part, modality)
+            codes.append(codes_of_part)
+            vectors.append(c_of_part)
+            for name, value in of_part.items():
+                share = value / len(parts)
+                losses[name] = losses[name] + share if name in losses else share
+        u_BPD = self.up_norm(self.up(torch.cat(vectors, dim=1)))
+        return (u_BPD + s_BPD if self.motif_residual else u_BPD), torch.cat(codes, dim=1), losses
 
     @property
     def num_codes(self) -> int:

@@ -178,7 +178,12 @@ class ArbModel(Stateful):
             "text": self.sequencer(self.embedding(ids_BT)),
         }
         present = {name: s_BPD for name, s_BPD in parts.items() if s_BPD is not None}
-        h_BPD, codes_BP, losses = self._coded(present)
+        codes_BP: Tensor | None = None
+        losses: dict[str, Tensor] = {}
+        if self.shared_vq is None:
+            h_BPD = torch.cat(list(present.values()), dim=1)
+        else:
+            h_BPD, codes_BP, losses = self.shared_vq(present)
         nodes_BPD = None
         if codes_BP is not None:
             if self.memory is not None:
@@ -194,21 +199,6 @@ class ArbModel(Stateful):
             cache = None if ledger is None else ledger.layer(index)
             h_BPD = layer(h_BPD, nodes_BPD if index == last else None, cache)
         return Trunk(h_BPD, codes_BP, losses)
-
-    def _coded(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """Return the positions of all modalities one after the other, their codes, and the losses of the codebooks."""
-        if self.shared_vq is None:
-            return torch.cat(list(parts.values()), dim=1), None, {}
-        streams, codes = [], []
-        losses: dict[str, Tensor] = {}
-        for name, s_BPD in parts.items():
-            x_BPD, codes_BP, of_this = self.shared_vq(s_BPD, name)
-            streams.append(x_BPD)
-            codes.append(codes_BP)
-            for loss, value in of_this.items():
-                share = value / len(parts)
-                losses[loss] = losses[loss] + share if loss in losses else share
-        return torch.cat(streams, dim=1), torch.cat(codes, dim=1), losses
 
     def forward(
         self,
