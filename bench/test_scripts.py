@@ -285,6 +285,10 @@ def test_learning_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
     assert {run["data"] for run in runs} == {"text.txt"}, "no path of this machine"
     assert all(run["date"] and "commit" in run for run in runs)
+    more = [*options, "--seeds", "0", "1", "2", "--without", *parts_of_it, "--out", str(tmp_path / "more")]
+    assert learning.main(more) == 0
+    added = json.loads((tmp_path / "more.json").read_text())["runs"]
+    assert {(run["rule"], run["seed"]) for run in added} == {("integer", 2), ("sign", 2)}
 
 
 def test_the_float_model_takes_a_train_step() -> None:
@@ -295,7 +299,16 @@ def test_the_float_model_takes_a_train_step() -> None:
     step()
 
 
-@pytest.mark.parametrize("option", [("--worker", "2/2"), ("--worker", "x"), ("--steps", "0")])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--worker", "2/2"),
+        ("--worker", "x"),
+        ("--steps", "0"),
+        ("--without", "README.md"),
+        ("--report", "none.json"),
+    ],
+)
 def test_learning_refuses_in_one_sentence(
     option: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

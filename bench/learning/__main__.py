@@ -5,6 +5,7 @@
     python -m bench.learning --suite sweep long-sweep --seeds 0 --out ...      # other rates and decays, one seed
     python -m bench.learning --suite graph --out ...                           # the preset `small`
     python -m bench.learning --worker 0/2 ...                                  # half of the runs, for one of two GPUs
+    python -m bench.learning --without A.json --seconds 500 ...                # what A.json has not, as far as the time goes
     python -m bench.learning --report A.json B.json --out ...                  # table and curves of what was measured
 
 Every rule sees the same windows in the same order for a seed, and is judged on the same validation windows. Each run is written
@@ -116,6 +117,14 @@ def data_name(data: str) -> str:
     return data if data == "stdlib" else Path(data).name
 
 
+def measured(job: Job, run: Mapping[str, Any]) -> bool:
+    """Return whether a run of some results is this job, and came to something."""
+    rule = rule_of(job)
+    same = {"data": data_name(job.data), "learning_rate": rule.rate, "decay": rule.decay}
+    same |= {name: getattr(job, name) for name in ("suite", "size", "rule", "seed", "steps")}
+    return "failed" not in run and all(run.get(name) == value for name, value in same.items())
+
+
 def rule_of(job: Job) -> Rule:
     """Return the rule of a job, with the rate and the decay asked for."""
     asked = {name: getattr(job, name) for name in ("rate", "decay") if getattr(job, name) is not None}
@@ -144,6 +153,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--worker", default="0/1", metavar="I/N", help="take every N-th run from the I-th on [0/1]"
     )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after so many")
+    parser.add_argument(
+        "--without", nargs="+", type=Path, default=[], metavar="JSON", help="leave out what these files hold"
+    )
     parser.add_argument("--report", nargs="+", type=Path, metavar="JSON", help="measure nothing, merge these")
     parser.add_argument("--commit", metavar="ID", help="the commit that is measured, where git can't say")
     parser.add_argument("--out", type=Path, help="where to write JSON and PNG, without their suffix")
@@ -151,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     path = None if args.out is None else args.out.with_suffix(".json")
     if args.report:
-        return publish(merged([json.loads(file.read_text()) for file in args.report]), path)
+        return publish(merged([read(parser, "--report", file) for file in args.report]), path)
     worker, workers = share_of(parser, args.worker)
     if args.steps < 1:
         parser.error(f"argument --steps: is {args.steps}, but must be at least 1")
@@ -164,7 +176,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for data in args.data
         for job in jobs_of(suite, seeds=args.seeds, steps=args.steps, data=data)
         if args.rules is None or job.rule in args.rules
-    ][worker::workers]
+    ]
+    held = [run for file in args.without for run in read(parser, "--without", file)["runs"]]
+    jobs = [job for job in jobs if not any(measured(job, run) for run in held)][worker::workers]
     runs: list[dict[str, Any]] = []
     command = ["python -m bench.learning", *(sys.argv[1:] if argv is None else argv)]
     document = {
@@ -195,6 +209,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(runs) < len(jobs):
         print(f"{len(jobs) - len(runs)} of {len(jobs)} runs not started: time is over", file=sys.stderr)
     return publish(document, path) or parts.exit_status(runs) or int(len(runs) < len(jobs))
+
+
+def read(parser: argparse.ArgumentParser, option: str, file: Path) -> dict[str, Any]:
+    """Return the document that a file holds; end the program with a sentence where it holds none."""
+    try:
+        document = json.loads(file.read_text())
+        if isinstance(document, dict) and isinstance(document.get("runs"), list):
+            return document
+    except (OSError, ValueError):
+        pass
+    parser.error(f"argument {option}: is '{file}', but must be a file that this program wrote")
 
 
 def share_of(parser: argparse.ArgumentParser, text: str) -> tuple[int, int]:
