@@ -113,3 +113,14 @@ def ops_with(**overrides: Any) -> ModuleType:
     ops.__dict__.update(reference_ops.__dict__)
     ops.__dict__.update(overrides)
     return ops
+
+
+def ops_noting_rates() -> tuple[ModuleType, dict[int, list[float]]]:
+    """Return the reference ops, and a mapping that fills with the rates at which each weight votes, by its tensor id."""
+    rates: dict[int, list[float]] = {}
+
+    def note(weight: Any, grad: Tensor, rate: float, **kwargs: Any) -> Any:
+        rates.setdefault(kwargs["tensor_id"], []).append(rate)
+        return reference_ops.accumulate_gradient(weight, grad, rate, **kwargs)
+
+    return ops_with(accumulate_gradient=note), rates

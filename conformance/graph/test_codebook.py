@@ -231,14 +231,9 @@ def test_shared_vq_by_dense_matrices(residual: bool) -> None:
 
 def test_shared_vq_reads_all_modalities_at_once() -> None:
     """Each part gets what it gets alone, losses are means over the parts, and both matrices vote once."""
-    rates: dict[int, list[float]] = {}
-
-    def record(weight: Any, grad: torch.Tensor, rate: float, **kwargs: Any) -> Any:
-        rates.setdefault(kwargs["tensor_id"], []).append(rate)
-        return reference_ops.accumulate_gradient(weight, grad, rate, **kwargs)
-
+    noting, rates = models.ops_noting_rates()
     sizes = {"image_features": 4, "image_codes": 20, "audio_features": 4, "audio_codes": 10}
-    parts = context(models.ops_with(accumulate_gradient=record), dtype=torch.float64, **sizes)
+    parts = context(noting, dtype=torch.float64, **sizes)
     module = SharedVQ(parts)
     draw = torch.Generator().manual_seed(1)
     given = {

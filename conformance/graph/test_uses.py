@@ -27,14 +27,9 @@ from conformance.subject import Subject
 )
 def test_each_of_several_uses_votes_at_its_part_of_the_rate(fields: dict[str, Any]) -> None:
     """The parts of what votes for a weight in one pass add up to the rate: experts of the loop, matrices of the graph."""
-    rates: dict[int, list[float]] = {}
-
-    def record(weight: Any, grad: torch.Tensor, rate: float, **kwargs: Any) -> Any:
-        rates.setdefault(kwargs["tensor_id"], []).append(rate)
-        return ops.accumulate_gradient(weight, grad, rate, **kwargs)
-
+    noting, rates = models.ops_noting_rates()
     config = replace(models.WHOLE, **fields)
-    model = models.whole(config, ops=models.ops_with(accumulate_gradient=record))
+    model = models.whole(config, ops=noting)
     rates.clear()
     model.backward(model.losses(models.random_ids(3, 24)), rate=models.RATE, step=2)
     tables = {m.tensor_id for m in model.ternary_modules().values() if isinstance(m, TernaryEmbedding)}
@@ -49,13 +44,8 @@ def test_each_of_several_uses_votes_at_its_part_of_the_rate(fields: dict[str, An
 
 
 def test_each_step_of_the_video_head_votes_at_its_part_of_the_rate() -> None:
-    rates: dict[int, list[float]] = {}
-
-    def record(weight: Any, grad: torch.Tensor, rate: float, **kwargs: Any) -> Any:
-        rates.setdefault(kwargs["tensor_id"], []).append(rate)
-        return ops.accumulate_gradient(weight, grad, rate, **kwargs)
-
-    model = models.whole(ops=models.ops_with(accumulate_gradient=record))
+    noting, rates = models.ops_noting_rates()
+    model = models.whole(ops=noting)
     head, steps = model.video_head, model.config.video_steps
     assert head is not None and steps > 1
     rates.clear()

@@ -29,7 +29,7 @@ MORE = {"preset": "whole", "steps": 9, "batch": 16, "context": 34}
 """A run in which neighbours are found and codes are revived."""
 
 
-def test_what_a_pass_leaves_can_be_told_later_and_again() -> None:
+def test_what_a_pass_leaves_can_be_told_later() -> None:
     """Held back, nothing has happened but votes; told, the next step is that of a pass which told it at once."""
     lively = replace(models.WHOLE, theta=1, theta_e=1)
     direct, held = models.whole(lively), models.whole(lively)
@@ -94,11 +94,8 @@ def test_passes_take_buffers_notes_and_refusals_alike(monkeypatch: pytest.Monkey
     assert [launched for launched, _ in outcomes] == [replayed for _, replayed in outcomes]
     assert [step for step, (nats, _) in enumerate(outcomes) if nats is None] == [0, 1, 5, 8, 9]
     assert records_at == [4]  # after 2 and 3, which were accepted
-    untrained = models.whole(lively)
-    assert not torch.equal(
-        both[1].model.tables()["shared_vq.bridge.tables.text.usage"],
-        untrained.tables()["shared_vq.bridge.tables.text.usage"],
-    )
+    start = ArbModel(lively, seed=3).tables()
+    assert sum(not torch.equal(start[name], table) for name, table in both[1].model.tables().items()) > 5
     with pytest.raises(ValueError, match=r"ids_BT has shape \(1, 24\), but must have that of all passes"):
         both[1].take(models.random_ids(1, 24), rate=models.RATE, step=16)
     for wrong in ({"rate": 128.0}, {"step": -1}, {"step": 2**32}):

@@ -174,12 +174,8 @@ def decide(options: TrainOptions, recorded: Mapping[str, Any] | None) -> Setting
     if recorded is not None and asked["device"] == "auto":
         asked["device"] = None
     if recorded is not None and asked["device"] not in (None, recorded["device"]):
-        recorded = {
-            **recorded,
-            "backend": None,
-            "dtype": None,
-            "cuda_graph": None,
-        }  # those suited the other device
+        # Those suited the other device.
+        recorded = {**recorded, "backend": None, "dtype": None, "cuda_graph": None}
     if recorded is not None and asked["backend"] not in (None, recorded["backend"]):
         recorded = {**recorded, "cuda_graph": None}
     defaults: dict[str, Any] = {
