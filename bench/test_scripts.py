@@ -279,6 +279,9 @@ def test_learning_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     runs = json.loads((tmp_path / "both.json").read_text())["runs"]
     assert [(row[4], row[9]) for row in rows] == [("integer", "2"), ("sign", "2")]
+    assert [(run["rule"], run["seed"]) for run in runs] == [
+        ("integer", 0), ("integer", 1), ("sign", 0), ("sign", 1)
+    ], "one worker measured seed 0, the other seed 1; rules stand together"  # fmt: skip
     for row in rows:
         values = [run["val_bpb"] for run in runs if run["rule"] == row[4]]
         assert row[7] == f"{sum(values) / 2:.3f}" and row[8] == f"{max(values) - min(values):.3f}"
@@ -319,9 +322,16 @@ def test_learning_refuses_in_one_sentence(
     assert f"argument {option[0]}: is" in last and option[1] in last and "must be" in last
 
 
-def test_results_of_different_devices_are_not_merged() -> None:
-    with pytest.raises(ValueError, match="of one device"):
-        learning.merged([{"machine": {"device": name}, "runs": []} for name in ("a", "b")])
+def test_results_of_different_devices_are_not_merged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(json.dumps({"machine": {"device": name}, "runs": []}))
+    with pytest.raises(SystemExit) as stopped:
+        learning.main(["--report", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith("argument --report: is of a and b, but must be of one device")
 
 
 def test_every_suite_of_learning_names_what_differs() -> None:

@@ -163,7 +163,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     path = None if args.out is None else args.out.with_suffix(".json")
     if args.report:
-        return publish(merged([read(parser, "--report", file) for file in args.report]), path)
+        try:
+            document = merged([read(parser, "--report", file) for file in args.report])
+        except ValueError as error:
+            parser.error(f"argument {error}")
+        return publish(document, path)
     worker, workers = share_of(parser, args.worker)
     if args.steps < 1:
         parser.error(f"argument --steps: is {args.steps}, but must be at least 1")
@@ -233,18 +237,30 @@ def share_of(parser: argparse.ArgumentParser, text: str) -> tuple[int, int]:
 
 
 def merged(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the runs of several files as one document, each with its commit and date; one that is in two of them counts once.
+    """Return the runs of several files as one document, in the order of their suites, each with its commit and date; one that
+    is in two of them counts once.
 
     Raises ValueError for runs of different devices, whose times must not be averaged.
     """
     devices = {document["machine"]["device"] for document in documents}
     if len(devices) > 1:
-        raise ValueError(f"--report is of {' and '.join(sorted(devices))}, but must be of one device")
+        raise ValueError(f"--report: is of {' and '.join(sorted(devices))}, but must be of one device")
     runs: list[Any] = []
     for document in documents:
         origin = {"commit": document["commit"].get("id"), "date": document["date"]}
         runs += [run for each in document["runs"] if (run := {**origin, **each}) not in runs]
-    return {**documents[0], "runs": runs}
+    commands = "; ".join(dict.fromkeys(document["command"] for document in documents))
+    return {**documents[0], "command": commands, "runs": sorted(runs, key=_place)}
+
+
+def _place(run: Mapping[str, Any]) -> tuple[Any, ...]:
+    places = (
+        SUITES.index(run["suite"]),
+        run["data"] != "stdlib",
+        run["data"],
+        list(RULES).index(run["rule"]),
+    )
+    return (*places, run["learning_rate"], run["decay"], run["seed"])
 
 
 def _show(bar: Progress, task: TaskID, step: int) -> None:
