@@ -3,7 +3,8 @@
     python -m bench.generation --preset small --every-module --out docs/runs/generation-small
 
 The model is untrained: its time does not depend on what it learned. Without a ledger a byte costs a pass over as many bytes as
-a window holds. Writes one JSON object, again after each length, and prints it as a Markdown table.
+a window holds. On a GPU both are measured twice: launched from Python, kernel by kernel, and replayed from a CUDA graph. Writes
+one JSON object, again after each length, and prints it as a Markdown table.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from torch import Tensor
 from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training.generate import read_prompt
 from arbitor.optimized.training.plan import preset_config
-from arbitor.optimized.training.runtime import choose_runtime
+from arbitor.optimized.training.readers import Reader, RecordedReader
+from arbitor.optimized.training.recording import recorded, records
+from arbitor.optimized.training.runtime import choose_runtime, deterministic
 from arbitor.reference.config import NUM_BYTES
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.ledger import KVLedger
@@ -36,6 +39,9 @@ LENGTHS = (1_000, 3_000, 10_000, 30_000, 100_000)
 
 WARM_UP = 8
 """Bytes that are generated before the clock starts."""
+
+READERS: Mapping[str, type[Reader]] = {"launched": Reader, "recorded": RecordedReader}
+"""How a step gets to the device."""
 
 
 def choose(logits_BV: Tensor) -> Tensor:
@@ -55,30 +61,50 @@ def seconds_of(step: Callable[[], Any], count: int) -> list[float]:
     return taken
 
 
-def measured(model: ArbModel, length: int, *, batch: int, count: int) -> dict[str, Any]:
-    """Return the seconds of a byte after a text of some length, and of reading that text."""
+def of_steps(taken: list[float]) -> dict[str, float]:
+    """Return the median and the 90th percentile."""
+    return {"p50_seconds": median(taken), "p90_seconds": quantiles(taken, n=10)[-1]}
+
+
+def measured(model: ArbModel, length: int, *, batch: int, count: int, record: bool) -> dict[str, Any]:
+    """Return the seconds of a step after a text of some length, by how it is launched, and of reading that text."""
     generator = torch.Generator().manual_seed(length)
     ids = torch.randint(NUM_BYTES, (length,), generator=generator).tolist()
     began = time.perf_counter()
     ledger = read_prompt(model, ids, choose=choose)
     prompt_seconds = time.perf_counter() - began
     ledger = ledger.select([0] * batch)
-    taken = seconds_of(lambda: model(None, ledger=ledger, choose=choose), count)
+    steps = {}
+    for name, kind in READERS.items():
+        if name == "launched" or record:
+            reader = kind(model, ledger.copy())
+            reader.ledger.reserve(WARM_UP + count)
+            steps[name] = of_steps(seconds_of(partial(reader.step, choose), count))
     return {
         "prompt_seconds": prompt_seconds,
-        "step_p50_seconds": median(taken),
-        "step_p90_seconds": quantiles(taken, n=10)[-1],
-        "seconds_a_byte": median(taken) / batch,
+        "steps": steps,
         "ledger_bytes_a_sequence": ledger_bytes(ledger) // batch,
     }
 
 
-def without_ledger(model: ArbModel, *, count: int) -> dict[str, Any]:
+def without_ledger(model: ArbModel, *, count: int, record: bool) -> dict[str, Any]:
     """Return the seconds of a byte that is drawn after a pass over a whole window."""
     device = model.voting.faults.device
     ids_1T = torch.randint(NUM_BYTES, (1, model.config.window), device=device)
-    taken = seconds_of(lambda: choose(model(ids_1T)[:, -1]), count)
-    return {"seconds_a_byte": median(taken)}
+    last: list[Tensor] = []
+
+    def run() -> None:
+        last[:] = [model(ids_1T)[:, -1]]
+
+    def byte_of(launch: Callable[[], None]) -> None:
+        launch()
+        choose(last[0])
+
+    steps = {"launched": of_steps(seconds_of(partial(byte_of, run), count))}
+    if record:
+        [graph] = recorded(run)
+        steps["recorded"] = of_steps(seconds_of(partial(byte_of, graph.replay), count))
+    return {"steps": steps}
 
 
 def ledger_bytes(ledger: KVLedger) -> int:
@@ -119,11 +145,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "backend": runtime.backend,
         "with_ledger": [],
     }
-    with torch.no_grad(), values_vouched_for():
-        alone = parts.attempt(lambda: without_ledger(model, count=min(args.bytes, 16)))
+    record = records(None, runtime)
+    with deterministic(), torch.no_grad(), values_vouched_for():
+        alone = parts.attempt(lambda: without_ledger(model, count=min(args.bytes, 16), record=record))
         report["without_ledger"] = {"window": config.window, **alone}
         for length in args.lengths:
-            measure = partial(measured, model, length, batch=args.batch, count=args.bytes)
+            measure = partial(measured, model, length, batch=args.batch, count=args.bytes, record=record)
             report["with_ledger"].append({"length": length, "batch": args.batch, **parts.attempt(measure)})
             parts.write(out, report)
     print(table(report))
@@ -133,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def table(report: Mapping[str, Any]) -> str:
     """Return the report as a Markdown table."""
     lines = [
-        "| bytes before | batch | ms a step, p50 (p90) | ms a byte | prompt s | ledger MiB |",
+        "| bytes before | batch | ms a step launched, p50 (p90) | recorded | prompt s | ledger MiB |",
         "|---:|---:|---:|---:|---:|---:|",
     ]
     for row in report["with_ledger"]:
@@ -141,15 +168,20 @@ def table(report: Mapping[str, Any]) -> str:
         if "failed" in row:
             lines.append(f"{lead} {row['failed']} | | | |")
             continue
-        step = f"{1e3 * row['step_p50_seconds']:.3f} ({1e3 * row['step_p90_seconds']:.3f})"
         lines.append(
-            f"{lead} {step} | {1e3 * row['seconds_a_byte']:.3f} "
-            f"| {row['prompt_seconds']:.2f} | {row['ledger_bytes_a_sequence'] / 2**20:.2f} |"
+            f"{lead} {_cells(row['steps'])} | {row['prompt_seconds']:.2f} | {row['ledger_bytes_a_sequence'] / 2**20:.2f} |"
         )
     alone = report["without_ledger"]
-    cost = alone.get("failed") or f"{1e3 * alone['seconds_a_byte']:.3f}"
-    lines.append(f"| without a ledger, the last {alone['window']} | 1 | | {cost} | | |")
+    cells = f"{alone['failed']} | " if "failed" in alone else _cells(alone["steps"])
+    lines.append(f"| without a ledger, the last {alone['window']} | 1 | {cells} | | |")
     return "\n".join(lines)
+
+
+def _cells(steps: Mapping[str, Mapping[str, float]]) -> str:
+    found = [steps.get(name) for name in READERS]
+    return " | ".join(
+        f"{1e3 * each['p50_seconds']:.3f} ({1e3 * each['p90_seconds']:.3f})" if each else "" for each in found
+    )
 
 
 if __name__ == "__main__":

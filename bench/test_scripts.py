@@ -149,7 +149,11 @@ def test_generation_takes_a_file_and_adds_modules(
     assert report["model"] == json.loads(ablation.full(NANO).to_json()) and report["model"]["composite_codes"]
     failed, row = report["with_ledger"]
     assert status == 1 and failed["length"] == 7 and "failed" in failed
-    assert row["length"] == 40 and min(row["seconds_a_byte"], report["without_ledger"]["seconds_a_byte"]) > 0
+    assert row["length"] == 40
+    for steps in (row["steps"], report["without_ledger"]["steps"]):
+        assert steps.keys() == {"launched"} and steps["launched"]["p50_seconds"] > 0, (
+            "there is no graph on a CPU"
+        )
     shown = capsys.readouterr().out
     assert "| 7 | 1 | RuntimeError" in shown and "| 40 | 1 |" in shown and "the last 512" in shown
 

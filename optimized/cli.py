@@ -146,6 +146,11 @@ def train(no_save: bool, **options: Any) -> None:
 @_device
 @_backend
 @_dtype
+@click.option(
+    "--cuda-graph/--no-cuda-graph",
+    default=None,
+    help="Record a step once, then replay it: the same bytes, sooner [wherever possible].",
+)
 def generate(
     run: Path,
     prompt: str | None,
@@ -157,6 +162,7 @@ def generate(
     device: str | None,
     backend: str | None,
     dtype: str | None,
+    cuda_graph: bool | None,
 ) -> None:
     """Continue a prompt with the best model of a run. A pipe gets the bytes as they are."""
     if prompt is not None and prompt_file is not None:
@@ -167,11 +173,13 @@ def generate(
 
     from arbitor.optimized.training.checkpoint import check_fits
     from arbitor.optimized.training.generate import generate as continue_prompt
+    from arbitor.optimized.training.recording import records
     from arbitor.optimized.training.runtime import choose_runtime, deterministic
     from arbitor.reference.config import ArbConfig
     from arbitor.reference.graph import ArbModel
 
     runtime = choose_runtime(device or "auto", backend, dtype)
+    record = records(cuda_graph, runtime)
     given = os.fsencode(prompt or "") if prompt_file is None else _prompt_of(prompt_file)
     checkpoint = _best_checkpoint(run)
     config = ArbConfig.from_json(json.dumps(checkpoint.config))
@@ -186,6 +194,7 @@ def generate(
             temperature=temperature,
             seed=seed,
             context=context or checkpoint.run["context"],
+            cuda_graph=record,
         )
     if sys.stdout.isatty():
         click.echo(_printable(given + added))

@@ -61,14 +61,11 @@ def test_retracted_ids_were_never_there() -> None:
 def test_a_pass_that_fails_leaves_no_trace() -> None:
     ledger, prompt = small(), ids(1, 9)
     read(ledger, prompt[:, :5])
-    ledger.carry["memory"] = torch.ones(1, 2)
     kept = ledger.copy()
     ledger.begin(prompt[:, 5:])
     ledger.layer(0).append(torch.full((1, 5, kept.layer(0).log.rows.shape[-1]), 99.0))
-    ledger.carry["memory"] = torch.zeros(1, 2)
     assert torch.equal(read(ledger, prompt[:, 5:7]), read(kept, prompt[:, 5:7]))
     assert torch.equal(ledger.ids(), kept.ids()) and ledger.positions == kept.positions
-    assert torch.equal(ledger.carry["memory"], torch.ones(1, 2))
     used = ledger.scheduler.log_size(ledger.positions[0])
     for layer in range(2):
         one, other = ledger.layer(layer).log.rows, kept.layer(layer).log.rows
@@ -115,10 +112,8 @@ def test_sequences_of_different_lengths_side_by_side() -> None:
     alone = [small(), small()]
     for ledger, count in zip(alone, (5, 23), strict=True):
         read(ledger, ids(1, count, seed=count))
-        ledger.carry["memory"] = torch.full((1, 2), float(count))
     stacked = KVLedger.stack(alone)
     assert stacked.lengths == [6, 24] and stacked.positions == [3, 21]
-    assert stacked.carry["memory"][:, 0].tolist() == [5, 23]
     for _ in range(20):
         windows = read(stacked, None)
         assert torch.equal(windows, torch.cat([read(ledger, None) for ledger in alone]))
@@ -133,13 +128,11 @@ def test_sequences_of_different_lengths_side_by_side() -> None:
 def test_a_copy_and_a_selection_live_on_their_own() -> None:
     ledger = small(3)
     read(ledger, ids(3, 8))
-    ledger.carry["memory"] = torch.arange(3.0)[:, None]
     chosen, copied = ledger.select([2, 0, 0]), ledger.copy()
     before = [ledger.ids(sequence) for sequence in range(3)]
     read(ledger, ids(3, 4, seed=5), predicted=1)
     for sequence, source in enumerate([2, 0, 0]):
         assert torch.equal(chosen.ids(sequence), before[source])
-    assert chosen.carry["memory"][:, 0].tolist() == [2, 0, 0]
     assert torch.equal(copied.ids(1), before[1]) and copied.positions == [6, 6, 6]
     assert read(chosen, None)[:, -1].tolist() == [7, 7, 7]
 

@@ -105,7 +105,12 @@ def train(text: Path, run: Path, *more: str) -> list[str]:
         (TEXT[:100], ["--context", "64"], 1, ["has 100 bytes", "context of 64", "128 bytes"]),
         (TEXT, ["--preset", "huge"], 2, ["'huge'", "'tiny'"]),
         (TEXT, ["--backend", "triton"], 1, ["TRITON_INTERPRET"]),
-        (TEXT, ["--cuda-graph"], 2, ["cuda_graph is True", "device cpu", "only stochastic votes on cuda"]),
+        (
+            TEXT,
+            ["--cuda-graph"],
+            2,
+            ["cuda_graph is True", "device cpu", "only the triton backend on cuda with stochastic votes"],
+        ),
     ],
     ids=["missing", "empty", "short", "preset", "backend", "graph"],
 )
@@ -297,6 +302,15 @@ def test_generate_reads_as_much_of_a_prompt_as_asked_for(
     (tmp_path / "prompt").write_bytes(b"7 squared is 49.")
     assert here(*generate(finished, *text)).stdout == here(*file, *text[2:]).stdout
     assert read == [b"ed is 49."] * 2
+
+
+def test_generate_refuses_to_record_on_a_cpu(here: Here, finished: Path) -> None:
+    check_refused(
+        here(*generate(finished, "--cuda-graph")),
+        2,
+        "cuda_graph is True",
+        "only the triton backend on cuda can",
+    )
 
 
 def test_generate_refuses_a_prompt_that_it_cannot_read(here: Here, finished: Path, tmp_path: Path) -> None:

@@ -14,16 +14,20 @@ from torch import Tensor
 from arbitor.optimized.training.checkpoint import state_sha256
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.monitor import read_metrics
-from arbitor.optimized.training.passes import LAUNCHED_FIRST, Passes, RecordedPasses, records
+from arbitor.optimized.training.passes import Passes, RecordedPasses
 from arbitor.optimized.training.plan import TrainOptions, decide, preset_config
+from arbitor.optimized.training.recording import LAUNCHED_FIRST, records
 from arbitor.optimized.training.runtime import Runtime
 from arbitor.reference.graph import ArbModel
 from conformance.compare import exact
 from conformance.graph import models
 from conformance.report import needs_cuda
 from conformance.subject import Subject
-from conformance.training.nano import WHOLE
+from conformance.training.nano import NANO_DEFAULTS, WHOLE
 from conformance.training.runs import Killed, kill_at
+
+SAMPLED = NANO_DEFAULTS.sample_bytes - 1 - LAUNCHED_FIRST
+"""Steps of generation that a run replays at its end; the first byte comes with the prompt."""
 
 MORE = {"preset": "whole", "steps": 9, "batch": 16, "context": 34}
 """A run in which neighbours are found and codes are revived."""
@@ -190,7 +194,7 @@ def test_recorded_passes_train_to_the_same_bits(
     outcomes = [
         outcome(asked.run, train(asked).summary) for asked in (first, second) if asked.run is not None
     ]
-    assert len(replayed) == 2 * (9 * (second.accum or 1) - LAUNCHED_FIRST)
+    assert len(replayed) == 2 * (9 * (second.accum or 1) - LAUNCHED_FIRST) + SAMPLED
     assert outcomes[1] == outcomes[0]
 
 
@@ -248,5 +252,5 @@ def test_a_recorded_run_that_was_killed_is_resumed_to_the_same_bits(
             train(options(text, cuda_graph=True, run=folder, steps=14))
     replayed = replays(monkeypatch)
     resumed = train(TrainOptions(run=folder, resume=True)).summary
-    assert len(replayed) == 2 * (14 - 6 - LAUNCHED_FIRST)  # the last checkpoint is of step 6
+    assert len(replayed) == 2 * (14 - 6 - LAUNCHED_FIRST) + SAMPLED  # the last checkpoint is of step 6
     assert resumed["state_sha256"] == whole["state_sha256"]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.settings import values_vouched_for
+from arbitor.optimized.training.readers import Reader, RecordedReader
 from arbitor.reference.config import NGRAM, NUM_BYTES, SPECIAL_IDS
 from arbitor.reference.graph.ledger import KVLedger
 
@@ -32,10 +33,17 @@ def generate(
     temperature: float,
     seed: int,
     context: int | None = None,
+    cuda_graph: bool = False,
 ) -> bytes:
     """Continue a prompt: `generate_batch` of one."""
     [added] = generate_batch(
-        model, [prompt], num_bytes, temperature=temperature, seeds=[seed], context=context
+        model,
+        [prompt],
+        num_bytes,
+        temperature=temperature,
+        seeds=[seed],
+        context=context,
+        cuda_graph=cuda_graph,
     )
     return added
 
@@ -48,6 +56,7 @@ def generate_batch(
     temperature: float,
     seeds: Sequence[int],
     context: int | None = None,
+    cuda_graph: bool = False,
 ) -> list[bytes]:
     """Continue several prompts of any lengths, in lockstep.
 
@@ -64,6 +73,7 @@ def generate_batch(
         temperature: 0 takes the likeliest byte (the lowest of several); otherwise logits are divided by it.
         seeds: of the CPU generators that draw, one a prompt; the same seed gives the same bytes on the same device.
         context: bytes at the end of a prompt that are read, at least 3; None: all.
+        cuda_graph: whether steps are recorded and replayed, see `recording.records`; the bytes are the same.
 
     Returns:
         The added bytes, without the prompts.
@@ -91,9 +101,11 @@ def generate_batch(
                 for prompt, draw in zip(prompts, draws, strict=True)
             ]
         )
+        ledger.reserve(num_bytes - 1)  # so that a step is recorded once
+        reader = RecordedReader(model, ledger) if cuda_graph else Reader(model, ledger)
         choose = _chooser(draws)
         for _ in range(num_bytes - 1):
-            model(None, ledger=ledger, choose=choose)
+            reader.step(choose)
     return [bytes(ledger.ids(row)[-num_bytes:].tolist()) for row in range(len(prompts))]
 
 

@@ -36,8 +36,9 @@ from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import NATS_PER_BIT, validation_bpb
 from arbitor.optimized.training.generate import generate
 from arbitor.optimized.training.monitor import METRICS, Monitor, read_metrics
-from arbitor.optimized.training.passes import Passes, RecordedPasses, records
+from arbitor.optimized.training.passes import Passes, RecordedPasses
 from arbitor.optimized.training.plan import Settings, TrainOptions, decide
+from arbitor.optimized.training.recording import records
 from arbitor.optimized.training.report import LOSS_PLOT, REPORT, plot_loss, write_report
 from arbitor.optimized.training.resume import Found, check_data, look_into
 from arbitor.optimized.training.runtime import (
@@ -431,6 +432,7 @@ def _finish(run: _Run) -> TrainResult:
         temperature=SAMPLE_TEMPERATURE,
         seed=settings.seed,
         context=settings.context,
+        cuda_graph=isinstance(run.passes, RecordedPasses),
     )
     if run.folder is not None:
         run_folder.write_file(run.folder / run_folder.SAMPLE, prompt + sample)

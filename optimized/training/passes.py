@@ -1,48 +1,24 @@
 """The pass of a micro-batch: forward, backward, votes. On a GPU it is recorded once and then replayed.
 
-A pass is some thousand small kernels, and Python launches them more slowly than a GPU computes them. Two CUDA graphs take two
-launches. There are two, since the host looks at the loss between them: a loss that is not finite must change nothing. The step
-rule, which looks at what the passes left, is launched from Python while the device is still busy with the backward pass.
-Replaying gives the bits that launching gives.
+There are two CUDA graphs, since the host looks at the loss between them: a loss that is not finite must change nothing. The
+step rule, which looks at what the passes left, is launched from Python while the device is still busy with the backward pass.
 """
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from arbitor.optimized.training.runtime import Runtime
+from arbitor.optimized.training.recording import LAUNCHED_FIRST, recorded
 from arbitor.reference import checks
 
 if TYPE_CHECKING:
     from arbitor.reference.graph import ArbModel
     from arbitor.reference.graph.state import Left
-
-LAUNCHED_FIRST = 2
-"""Accepted passes before the one that is recorded: in them kernels are compiled, and libraries set themselves up."""
-
-
-def records(asked: bool | None, runtime: Runtime, *, vote_rule: str) -> bool:
-    """Whether passes are recorded and replayed, for what was asked; if nothing was, they are wherever they can be.
-
-    The sign rule derives the size of a vote from the loss, on the host, so that no two of its passes need be the same.
-
-    Raises:
-        ValueError: they cannot be, but were asked for.
-    """
-    possible = runtime.device == "cuda" and runtime.backend == "triton" and vote_rule == "stochastic"
-    if asked and not possible:
-        raise ValueError(
-            f"cuda_graph is True, but must be False or None for device {runtime.device}, backend {runtime.backend} and vote "
-            f"rule {vote_rule}: only stochastic votes on cuda with the triton backend can be recorded"
-        )
-    return possible if asked is None else asked
 
 
 class Passes:
@@ -142,24 +118,6 @@ class RecordedPasses(Passes):
         self._objective = None
 
     def _record(self) -> tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph]:
-        """Record both passes, which does not run them; they share memory, since the second reads what the first leaves."""
-        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with _no_garbage():
-            with torch.cuda.graph(forward):
-                self._forward()
-            with torch.cuda.graph(backward, pool=forward.pool()):
-                self._backward()
+        """Record both passes; the second reads what the first leaves."""
+        forward, backward = recorded(self._forward, self._backward)
         return forward, backward
-
-
-@contextmanager
-def _no_garbage() -> Iterator[None]:
-    """Collect garbage before, and none within: what a finalizer does to the device would end a recording."""
-    gc.collect()
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

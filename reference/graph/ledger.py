@@ -29,12 +29,12 @@ class KVLedger:
     """The transcript of some sequences that are read in lockstep; they may differ in length.
 
     A pass of the model is `begin`, the layers, `end`. A pass that raises in between leaves no trace: the next `begin`
-    takes back what it had added.
+    takes back what it had added. Where a pass writes does not depend on numbers of the host, but on two counters that lie
+    where the rows do: a pass of one position that was recorded can be replayed for the next one (`replay`).
 
     Attributes:
         positions: positions that attention has read, of each sequence.
         unread:    ids at the end of every transcript that no pass has read yet.
-        carry:     what modules keep from pass to pass, [B, ...] tensors by name: assigned anew, never written in place.
 
     Args:
         config: of the model that reads; the attention widths, and what a position sees.
@@ -60,11 +60,12 @@ class KVLedger:
         self.lengths = [0] * batch
         self.positions = [0] * batch
         self.unread = 0
-        self.carry: dict[str, Tensor] = {}
         self._ids = self._growing((), torch.int64)
         self._codes = self._growing((), torch.int64)
         self._layers = [LayerLedger(self) for _ in range(config.num_layers)]
+        # `positions`, and the ids that were read, where the rows are; written in place, as a recorded pass reads them there.
         self._first_B = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self._read_B = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self._pass: _Pass | None = None
 
     def __len__(self) -> int:
@@ -124,13 +125,32 @@ class KVLedger:
         count = self.unread + (CONTEXT if read else 0)
         return self._ids.read(self._lengths_B1() - count + self.ahead(count))
 
+    def replay(self) -> None:
+        """Begin a pass over the one unread id whose work on the rows is done elsewhere: by a recorded pass. `end` must follow.
+
+        Raises ValueError where another number of ids is unread, or nothing was read before.
+        """
+        self._roll_back()
+        if self.unread != 1 or not all(self.positions):
+            raise ValueError(
+                f"the ledger has {self.unread} unread ids after {min(self.positions)} positions, but a replay must read one id "
+                "after at least one position"
+            )
+        self._pass = _Pass(self)
+        self._pass.count = 1
+
     def end(self, predicted_B: Tensor) -> None:
         """Finish a pass: what was unread is read, and the predicted ids, int64 [B], are appended, unread."""
         if self._pass is None:
             raise RuntimeError("end was called, but must follow a begin")
         checks.tensor("predicted_B", predicted_B, torch.int64, (self.batch,))
-        self.positions = [position + self._pass.count for position in self.positions]
-        self._first_B = self._first_B + self._pass.count
+        count = self._pass.count
+        if count == 1:
+            for layer in self._layers:
+                layer.summarise(count)
+        self.positions = [position + count for position in self.positions]
+        self._first_B += count
+        self._read_B += self.unread
         self._pass = None
         self.unread = 0
         self._append(predicted_B[:, None].to(self.device))
@@ -149,6 +169,19 @@ class KVLedger:
         places_BP = self._first_B[:, None] + self.ahead(count)
         self._codes.write(places_BP, codes_BP, max(self.positions) + count)
 
+    def reserve(self, count: int) -> None:
+        """Make room to read what is unread and to append `count` ids more, each read but the last."""
+        positions = max(self.positions) + self.unread + count - 1
+        self._ids.reserve(len(self) + count)
+        if self.config.num_codes:
+            self._codes.reserve(positions)
+        for layer in self._layers:
+            layer.log.reserve(self.scheduler.log_size(positions))
+
+    def addresses(self) -> list[int]:
+        """Return where the rows lie; they lie elsewhere when room was made."""
+        return [store.rows.data_ptr() for store in self._stores()]
+
     def copy(self) -> Self:
         """Return the same ledger on memory of its own."""
         return self.select(range(self.batch))
@@ -160,8 +193,7 @@ class KVLedger:
         chosen.lengths = [self.lengths[row] for row in rows]
         chosen.positions = [self.positions[row] for row in rows]
         chosen.unread = self.unread
-        chosen.carry = {name: value[index] for name, value in self.carry.items()}
-        chosen._first_B = self._first_B[index]
+        chosen._first_B, chosen._read_B = self._first_B[index], self._read_B[index]
         for own, other in zip(chosen._stores(), self._stores(), strict=True):
             own.rows = other.rows[index]
         return chosen
@@ -170,7 +202,7 @@ class KVLedger:
     def stack(cls, ledgers: Sequence[KVLedger]) -> KVLedger:
         """Return one ledger of the sequences of several, side by side, on memory of its own.
 
-        Raises ValueError where they differ in config, dtype, device, unread ids, or in what modules carry.
+        Raises ValueError where they differ in config, dtype, device or unread ids, or only some were read.
         """
         first = ledgers[0]
         for other in ledgers[1:]:
@@ -181,14 +213,12 @@ class KVLedger:
                     )
             if any(other.positions) != any(first.positions):
                 raise ValueError("ledgers were read and not, but must both be empty or neither")
-            if other.carry.keys() != first.carry.keys():
-                raise ValueError("ledgers differ in what they carry, but must agree")
         stacked = cls(first.config, sum(one.batch for one in ledgers), device=first.device, dtype=first.dtype)
         stacked.lengths = [length for one in ledgers for length in one.lengths]
         stacked.positions = [position for one in ledgers for position in one.positions]
         stacked.unread = first.unread
-        stacked.carry = {name: torch.cat([one.carry[name] for one in ledgers]) for name in first.carry}
         stacked._first_B = torch.cat([one._first_B for one in ledgers])
+        stacked._read_B = torch.cat([one._read_B for one in ledgers])
         for own, *parts in zip(stacked._stores(), *(one._stores() for one in ledgers), strict=True):
             capacity = max(part.rows.shape[1] for part in parts)
             padded = [
@@ -234,7 +264,7 @@ class KVLedger:
         return [self._ids, self._codes, *(layer.log for layer in self._layers)]
 
     def _lengths_B1(self) -> Tensor:
-        return torch.tensor(self.lengths, device=self.device)[:, None]
+        return (self._read_B + self.unread)[:, None]
 
     def _append(self, ids_BT: Tensor) -> None:
         count = ids_BT.shape[1]
@@ -245,7 +275,7 @@ class KVLedger:
     def _roll_back(self) -> None:
         """Take back a pass that began and did not end."""
         if self._pass is not None:
-            self.lengths, self.unread, self.carry = self._pass.lengths, self._pass.unread, self._pass.carry
+            self.lengths, self.unread = self._pass.lengths, self._pass.unread
             self._pass = None
 
 
@@ -253,6 +283,6 @@ class _Pass:
     """A pass that has begun: what to go back to if it does not end, and what it found out."""
 
     def __init__(self, ledger: KVLedger) -> None:
-        self.lengths, self.unread, self.carry = ledger.lengths, ledger.unread, dict(ledger.carry)
+        self.lengths, self.unread = ledger.lengths, ledger.unread
         self.count = 0
         self.seen: dict[tuple[int, int], Seen] = {}

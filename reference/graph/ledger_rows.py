@@ -25,13 +25,17 @@ class GrowingRows:
     ) -> None:
         self.rows = torch.zeros(batch, 0, *shape, dtype=dtype, device=device)
 
-    def write(self, places_BQ: Tensor, values: Tensor, size: int, sequences: Tensor | None = None) -> None:
-        """Write values [B, Q, ...] to places below `size`; with `sequences` int64 [b], of those sequences only."""
+    def reserve(self, size: int) -> None:
+        """Make room for so many rows of each sequence; new ones are 0."""
         capacity = self.rows.shape[1]
         if size > capacity:
             grown = self.rows.new_zeros(self.rows.shape[0], max(size, 2 * capacity), *self.rows.shape[2:])
             grown[:, :capacity] = self.rows
             self.rows = grown
+
+    def write(self, places_BQ: Tensor, values: Tensor, size: int, sequences: Tensor | None = None) -> None:
+        """Write values [B, Q, ...] to places below `size`; with `sequences` int64 [b], of those sequences only."""
+        self.reserve(size)
         if sequences is None:
             sequences = torch.arange(self.rows.shape[0], device=self.rows.device)
         self.rows[sequences[:, None], places_BQ] = values
@@ -65,19 +69,30 @@ class LayerLedger:
         return not any(self.ledger.positions)
 
     def append(self, rows_BPK: Tensor) -> None:
-        """Write the rows of this pass, and the summaries of the blocks that they complete."""
+        """Write the rows of this pass, and the summaries of the blocks that they complete.
+
+        A single position sees no block that it completes, which all lie within its window. Its summaries are left to the end
+        of the pass, so that what it launches is the same for every position.
+        """
         ledger, scheduler, count = self.ledger, self.ledger.scheduler, rows_BPK.shape[1]
         ledger.expect(count)
-        size = scheduler.log_size(max(ledger.positions) + count)
         places_BP = scheduler.place_of_position(ledger.first_B[:, None] + ledger.ahead(count))
-        self.log.write(places_BP, rows_BPK.detach(), size)
-        for first in sorted(set(ledger.positions)):
-            here = [b for b, position in enumerate(ledger.positions) if position == first]
-            self._summarise(torch.tensor(here, device=ledger.device), first, first + count, size)
+        self.log.write(places_BP, rows_BPK.detach(), scheduler.log_size(max(ledger.positions) + count))
+        if count > 1:
+            self.summarise(count)
 
-    def _summarise(self, sequences: Tensor, first: int, end: int, size: int) -> None:
+    def summarise(self, count: int) -> None:
+        """Write the summaries of the blocks that the `count` positions of this pass complete."""
+        positions, block = self.ledger.positions, self.ledger.scheduler.sizes[0]
+        for first in sorted(set(positions)):
+            if (first + count) // block != first // block:
+                here = [sequence for sequence, position in enumerate(positions) if position == first]
+                self._summarise(torch.tensor(here, device=self.ledger.device), first, first + count)
+
+    def _summarise(self, sequences: Tensor, first: int, end: int) -> None:
         """Write the summaries of the blocks that end within first .. end - 1, of some sequences."""
         scheduler, averaged = self.ledger.scheduler, self.log.rows.shape[-1] - self.rotary_dim
+        size = scheduler.log_size(end)
         for level, block in enumerate(scheduler.sizes):
             if end // block == first // block:
                 return  # a larger block ends only where a smaller one does

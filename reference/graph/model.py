@@ -222,11 +222,15 @@ class ArbModel(Stateful):
             if ids_BT is None:
                 raise ValueError("ids_BT is None, but must be bytes without a ledger")
             return self.byte_head(self._text(self.trunk(ids_BT, **media), ids_BT))
-        window_BT = ledger.begin(ids_BT)
-        logits_BPV = self.byte_head(self._text(self.trunk(window_BT, ledger=ledger, **media), window_BT))
+        logits_BPV = self.read(ids_BT, ledger, **media)
         last_BV = logits_BPV[:, -1].detach()
         ledger.end(last_BV.argmax(dim=-1) if choose is None else choose(last_BV))
         return logits_BPV
+
+    def read(self, ids_BT: Tensor | None, ledger: KVLedger, **media: Any) -> Tensor:
+        """Begin a pass as `forward` does, and return its logits; the `end` of the ledger must follow."""
+        window_BT = ledger.begin(ids_BT)
+        return self.byte_head(self._text(self.trunk(window_BT, ledger=ledger, **media), window_BT))
 
     def respond(self, ids_BT: Tensor | None, *, ledger: KVLedger | None = None, **media: Any) -> Response:
         """Return what the head that the router chooses for each sequence makes of it; nothing votes.

@@ -1,0 +1,67 @@
+"""CUDA graphs: work that is the same from one time to the next is recorded once, and then launched as a whole.
+
+A pass of a model is some thousand small kernels, and Python launches them more slowly than a GPU computes them. Replaying gives
+the bits that launching gives.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from arbitor.optimized.training.runtime import Runtime
+
+LAUNCHED_FIRST = 2
+"""Runs before the one that is recorded: in them kernels are compiled, and libraries set themselves up."""
+
+
+def records(asked: bool | None, runtime: Runtime, *, vote_rule: str | None = None) -> bool:
+    """Whether passes are recorded and replayed, for what was asked; if nothing was, they are wherever they can be.
+
+    Args:
+        asked: what the user said.
+        runtime: where the model runs.
+        vote_rule: of the votes of these passes; None for passes in which nothing votes. The sign rule derives the size of a vote
+            from the loss, on the host, so that no two of its passes need be the same.
+
+    Raises:
+        ValueError: they cannot be, but were asked for.
+    """
+    possible = runtime.device == "cuda" and runtime.backend == "triton" and vote_rule in (None, "stochastic")
+    if asked and not possible:
+        votes, only = "", ""
+        if vote_rule is not None:
+            votes, only = f" and vote rule {vote_rule}", " with stochastic votes"
+        raise ValueError(
+            f"cuda_graph is True, but must be False or None for device {runtime.device}, backend {runtime.backend}{votes}: "
+            f"only the triton backend on cuda{only} can be recorded"
+        )
+    return possible if asked is None else asked
+
+
+def recorded(*runs: Callable[[], None]) -> list[torch.cuda.CUDAGraph]:
+    """Record some runs, which does not run them. They share memory: a later one may read what an earlier one leaves."""
+    graphs: list[torch.cuda.CUDAGraph] = []
+    with _no_garbage():
+        for run in runs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
+                run()
+            graphs.append(graph)
+    return graphs
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Collect garbage before, and none within: what a finalizer does to the device would end a recording."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
