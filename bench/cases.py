@@ -168,7 +168,7 @@ def rows() -> Mapping[str, BenchRow]:
         shapes=TRAIN_SHAPES,
         bytes_min=None,
         ops_min=None,
-        capturable=False,  # looks at the loss, to refuse one that is not finite
+        capturable=False,  # as a whole: it looks at the loss, to refuse one that is not finite, between two graphs
         gates=STEP_OPS,
     )
     whole = replace(train, name="train_step_every_module", gates=(*STEP_OPS, *MODULE_OPS))

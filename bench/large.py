@@ -194,9 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.large", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument(
-        "--presets", nargs="+", default=["r12", "r11", "r14"], choices=list(MODELS), metavar="NAME"
-    )
+    shown = ["r12", "r12 core with experts, one turn", "r11", "r14"]
+    parser.add_argument("--presets", nargs="+", default=shown, choices=list(MODELS), metavar="NAME")
     parser.add_argument("--ctx", type=int, nargs="+", default=[4, 128, 1024], help="bytes of a window")
     parser.add_argument(
         "--checkpoint",

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from arbitor.optimized.settings import values_vouched_for
+from arbitor.optimized.training.passes import Passes, RecordedPasses
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import NUM_BYTES, ArbConfig, with_modules
 from arbitor.reference.graph import ArbModel
@@ -200,15 +201,17 @@ def trained(case: Case) -> ArbConfig:
 
 
 def _train_step(case: Case, ids_BT: torch.Tensor) -> Callable[[], Any]:
-    """Return one step of training: loss, backward pass with votes, step. bfloat16 on a GPU, float32 on a CPU."""
+    """Return one step of training as the trainer takes it: on a GPU in bfloat16, ours from recorded passes; else float32."""
     dtype = torch.bfloat16 if ids_BT.device.type == "cuda" else torch.float32
     ops = op_set(case.implementation)
     model = ArbModel(trained(case), ops=ops, device=ids_BT.device, dtype=dtype, seed=0)
+    record = case.implementation == OURS and ids_BT.device.type == "cuda"
+    passes = RecordedPasses(model) if record else Passes(model)
     taken = iter(range(2**31))
 
     @values_vouched_for()  # as the trainer does
     def step() -> None:
-        if not model.backward(model.losses(ids_BT), rate=RATE, step=next(taken)):
+        if passes.take(ids_BT, rate=RATE, step=next(taken)) is None:
             raise gate.Red(f"the loss of preset {case.shape} is not finite")
         model.step()
 

@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 
+from arbitor.optimized.training import schedule
 from arbitor.optimized.training.data import Corpus, split_corpus, training_batch, validation_windows
 from arbitor.reference.audit import audit
+from arbitor.reference.config import SIGN_VOTES
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.presets import preset
 from bench import ablation, generation, large, machine, parts, recall
 from bench.learning import __main__ as learning
-from bench.learning import learner
+from bench.learning import learner, report, rules
 from bench.peers import peers_of
 from conformance.graph.models import NANO
 
@@ -252,8 +254,19 @@ def test_every_rule_learns_from_the_same_windows(rule: str, monkeypatch: pytest.
     per_weight = result["state_bytes"] / result["weights"]
     if learning.RULES[rule].kind == "integer":  # 2 / 12 for whole groups; rows of 64 columns have six
         assert 1.2 + 2 / 12 < per_weight < 1.2 + 2 * 6 / 64 + 1e-4
+    elif learning.RULES[rule].muon:  # 12 for the matrices; tables and classes have AdamW
+        assert result["state_bytes"] == 12 * 12 * width**2 + 16 * (256 + 32 + 256) * width
     else:
         assert per_weight == 16
+    assert result["tokens"] == 12 * 2 * 32
+
+
+def test_the_rules_are_those_of_the_product() -> None:
+    """The integer rule is what a preset has; the seeds' rule is what `arb train --sign-votes` has."""
+    assert learning.RULES["integer"] == rules.Rule("integer", schedule.GAIN, schedule.DECAY_FRACTION)
+    model = learner.Learner(learning.SIZES["toy"], learning.RULES["integer"], seed=0, device="cpu")
+    assert model.config == preset("tiny")
+    assert learning.RULES["sign"].config == SIGN_VOTES
 
 
 def test_straight_through_weights_are_ternary_in_products_and_float_behind_them() -> None:
@@ -336,6 +349,31 @@ def test_results_of_different_devices_are_not_merged(
     assert stopped.value.code == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.endswith("argument --report: is of a and b, but must be of one device")
+
+
+def test_results_on_texts_that_share_a_name_are_not_merged() -> None:
+    """The sources of one Python are not those of another."""
+    run = {"suite": "toy", "rule": "integer", "data": "stdlib", "seed": 0, "learning_rate": 1.0, "decay": 0.6}
+    documents = [
+        {
+            "machine": {"device": "a"},
+            "commit": {"id": "c"},
+            "date": "",
+            "command": "",
+            "runs": [{**run, "data_sha256": text}],
+        }
+        for text in ("one", "other")
+    ]
+    with pytest.raises(ValueError, match="has runs on 2 texts called stdlib"):
+        learning.merged(documents)
+    learning.merged(documents[:1])
+
+
+@pytest.mark.parametrize(
+    "file", sorted(machine.RESULTS.glob("*/learning.json")), ids=lambda file: file.parent.name
+)
+def test_the_page_of_what_was_learned_is_of_what_is_stored(file: Path) -> None:
+    assert file.with_suffix(".md").read_text() == report.page(json.loads(file.read_text()))
 
 
 def test_every_suite_of_learning_names_what_differs() -> None:

@@ -38,18 +38,24 @@ _dtype = click.option(
     help="Activations [float32 on cpu, bfloat16 on cuda].",
 )
 
-_MODULE_OPTIONS = (
+_CHANGES = (
     click.option("--disable-vq", is_flag=True, default=None, help="No codes, and nothing that needs them."),
     click.option("--disable-graph", is_flag=True, default=None, help="No graph over the codes."),
     click.option("--disable-moe", is_flag=True, default=None, help="No experts."),
     click.option("--enable-memory", is_flag=True, default=None, help="Tables of code n-grams."),
     click.option("--max-moe-iters", type=click.IntRange(1, 16), help="Most turns of the last layer's loop."),
+    click.option(
+        "--sign-votes",
+        is_flag=True,
+        default=None,
+        help="The seeds' rule: one sign a vote, theta 32, scales that stay.",
+    ),
 )
 
 
-def _modules(command: Any) -> Any:
-    """Give a command the options that switch modules of a preset off or on."""
-    for option in reversed(_MODULE_OPTIONS):
+def _changes(command: Any) -> Any:
+    """Give a command the options that change the model of a preset."""
+    for option in reversed(_CHANGES):
         command = option(command)
     return command
 
@@ -110,7 +116,7 @@ def cli(context: click.Context) -> None:
     default=None,
     help="Record the passes once, then replay them: the same results, sooner [wherever possible].",
 )
-@_modules
+@_changes
 @click.option("--run", type=click.Path(path_type=Path), help="Run folder [runs/<preset>-<number>].")
 @click.option("--resume", is_flag=True, help="Go on with the run in --run, with its own settings.")
 @click.option("--no-save", is_flag=True, help="Write no checkpoints; without --run, write nothing.")
@@ -205,15 +211,15 @@ def generate(
 
 @cli.command()
 @click.option("--preset", default="tiny", show_default=True, help="What to look at; FILE.json too.")
-@_modules
+@_changes
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def audit(preset: str, as_json: bool, **modules: Any) -> None:
+def audit(preset: str, as_json: bool, **changes: Any) -> None:
     """Count the weights and bytes of a preset, area by area, without building it."""
     from arbitor.optimized.layouts import resident_bytes
     from arbitor.optimized.training.plan import model_config
     from arbitor.reference.audit import audit as audit_config
 
-    report = audit_config(model_config(preset, **modules), resident_bytes=resident_bytes)
+    report = audit_config(model_config(preset, **changes), resident_bytes=resident_bytes)
     if as_json:
         click.echo(report.to_json(), nl=False)
     else:
@@ -222,7 +228,7 @@ def audit(preset: str, as_json: bool, **modules: Any) -> None:
 
 @cli.command()
 @click.option("--preset", default="tiny", show_default=True, help="What to run; FILE.json too.")
-@_modules
+@_changes
 @click.option("--ctx", "context", type=click.IntRange(min=4), default=4, show_default=True, help="Bytes.")
 @click.option("--batch", type=_COUNT, default=1, show_default=True, help="Windows.")
 @click.option("--backward", is_flag=True, help="Also run a backward pass and one update.")
@@ -239,7 +245,7 @@ def smoke(
     device: str | None,
     backend: str | None,
     dtype: str | None,
-    **modules: Any,
+    **changes: Any,
 ) -> None:
     """Run a preset twice, and report time and memory. Warms the kernel cache for a real run."""
     from arbitor.optimized.training.plan import model_config
@@ -247,7 +253,7 @@ def smoke(
     from arbitor.optimized.training.smoke import smoke as run_twice
 
     runtime = choose_runtime(device or "auto", backend, dtype)
-    config = model_config(preset, **modules)
+    config = model_config(preset, **changes)
     report = run_twice(config, runtime, context=context, batch=batch, backward=backward, seed=seed)
     click.echo(f"preset {preset}, {runtime.backend} on {runtime.device}, ctx {context}, batch {batch}")
     click.echo(f"logical ternary weights: {report.weights:,}")

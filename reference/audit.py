@@ -22,7 +22,9 @@ from arbitor.reference.graph.model import ArbModel
 from arbitor.reference.graph.state import GraphContext, TableModule, TernaryModule
 from arbitor.reference.seed_figures import (
     AUDIO_ENCODER,
+    GRAPH_VOCABULARY,
     MIB,
+    SIDECARS,
     TOTAL,
     TOTAL_MIB,
     VIDEO_HEAD,
@@ -99,9 +101,9 @@ class ComparedFigure:
     """A figure of a seed beside ours.
 
     Fields:
-        what:       `total`, `total MiB`, or the name of an area.
+        what:       what `SeedFigure.what` says.
         seed:       the figure as the seed gives it.
-        ours:       weights, or MiB.
+        ours:       weights, MiB, or ids.
         difference: ours less the seed's, in the same unit.
         agrees:     whether ours, rounded as the seed rounds, is the seed's.
         source:     which seed.
@@ -199,7 +201,7 @@ def audit(config: ArbConfig, *, resident_bytes: Callable[[TernaryWeight], int] |
         tables=tuple(tables),
         trainable_float_params=sum(params for params, _ in floats),
         float_buffers=sum(buffers for _, buffers in floats),
-        figures=tuple(compared(figure, parts, video_weights) for figure in seed_figures(config)),
+        figures=tuple(compared(figure, config, parts, video_weights) for figure in seed_figures(config)),
     )
 
 
@@ -215,7 +217,9 @@ def audited(name: str, table: Tensor) -> AuditTable:
     return AuditTable(name, str(table.dtype).removeprefix("torch."), tuple(table.shape), table.nbytes)
 
 
-def compared(figure: SeedFigure, parts: tuple[AuditArea, ...], video_weights: int) -> ComparedFigure:
+def compared(
+    figure: SeedFigure, config: ArbConfig, parts: tuple[AuditArea, ...], video_weights: int
+) -> ComparedFigure:
     """Return a seed's figure beside ours; the video head's is the one figure of less than an area."""
     ours: float
     inside = [area for area in parts if area.name not in APART]
@@ -225,6 +229,10 @@ def compared(figure: SeedFigure, parts: tuple[AuditArea, ...], video_weights: in
         ours = round(sum(area.canonical_bytes for area in inside) / MIB, 2)
     elif figure.what == VIDEO_HEAD:
         ours = video_weights
+    elif figure.what == GRAPH_VOCABULARY:
+        ours = config.num_codes + config.image_codes + config.audio_codes
+    elif figure.what == SIDECARS:
+        ours = 0.0
     else:
         ours = sum(area.weights for area in parts if area.name == figure.what)
     difference = round(ours - figure.value, 2)

@@ -6,6 +6,7 @@ Legend: E_b embedding width, D width, V vocabulary.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
@@ -296,6 +297,16 @@ class ArbConfig:
 
 MEMORY_ROWS = 16_384
 """Rows of each memory table where memory is switched on and the preset names no number."""
+
+
+SIGN_VOTES: Mapping[str, Any] = {
+    "vote_rule": "sign",
+    "theta": 32,
+    "max_vote_step": 8,
+    "exponent_rule": "frozen",
+    "mantissa_bits": 0,
+}
+"""Fields of a configuration that learns as the seeds' models did: votes of one sign that grow with the loss, scales that stay."""
 
 
 def with_modules(

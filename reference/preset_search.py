@@ -60,8 +60,7 @@ _R12_WISH = ArbConfig(
 def search_r9() -> ArbConfig:
     """REFACTOR9: codes, graph, memory, experts and heads at width 512, without images and audio.
 
-    Of the inner widths and ranks that were tried, 2048 and 128 also give the seed's MiB: rows of a length that is no
-    multiple of 12 end in a short group, and how many there are depends on the rank most of all.
+    The seed's MiB, which are not searched for, agree: rows of a length that is no multiple of 12 end in a short group.
     """
     wish = replace(
         _R12_WISH,
@@ -78,11 +77,16 @@ def search_r9() -> ArbConfig:
         router_inner=128,
         memory_rows=8192,
     )
+    experts = {
+        "hop_rank": range(8, 65, 8),
+        "shared_inner": (1024, 1536, 2048, 3072, 4096),
+        "expert_rank": (32, 64, 96, 128, 192, 256),
+    }
     by_area = {
         ATTENTION: offers(
             wish, ATTENTION, {"query_latent": range(128, 513, 64), "kv_latent": range(64, 257, 64)}
         ),
-        MOE_GRAPH: offers(wish, MOE_GRAPH, {"hop_rank": range(8, 65, 8)}),
+        MOE_GRAPH: offers(wish, MOE_GRAPH, experts),
         BYTE_HEAD: offers(wish, BYTE_HEAD, {"head_inner": range(512, 4097, 64)}),
         MEMORY: offers(wish, MEMORY, {"memory_rows": range(4096, 32_769, 8)}),
     }

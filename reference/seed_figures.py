@@ -24,13 +24,20 @@ VIDEO_HEAD = "VideoHead"
 """Weights of the video head alone, which shares an area with the talker head."""
 
 
+GRAPH_VOCABULARY = "codes of all modalities"
+"""Ids of the graph's codes: text, images and audio."""
+
+SIDECARS = "sidecars MiB"
+"""Frozen encoders of other projects, which a model of ours does not hold: 0."""
+
+
 @dataclass(frozen=True)
 class SeedFigure:
     """One figure of a seed.
 
     Fields:
-        what:   TOTAL, TOTAL_MIB, AUDIO_ENCODER, VIDEO_HEAD or the name of an area.
-        value:  weights, or MiB.
+        what:   TOTAL, TOTAL_MIB, AUDIO_ENCODER, VIDEO_HEAD, GRAPH_VOCABULARY, SIDECARS or the name of an area.
+        value:  weights, MiB, or ids.
         step:   unit of the last digit that the seed gives.
         source: which seed.
     """
@@ -72,7 +79,16 @@ _FIGURES: tuple[tuple[str, dict[str, bool], tuple[SeedFigure, ...]], ...] = (
             _exact(AUDIO_ENCODER, 404_864, "REFACTOR9"),
         ),
     ),
-    ("r11", {}, (_exact(TOTAL, 1_500_000_000, "REFACTOR11"), _mib(1956.05, "REFACTOR11"))),
+    (
+        "r11",
+        {},
+        (
+            _exact(TOTAL, 1_500_000_000, "REFACTOR11"),
+            _mib(1956.05, "REFACTOR11"),
+            _exact(GRAPH_VOCABULARY, 58_684, "REFACTOR11"),
+            SeedFigure(SIDECARS, 318.80, 0.01, "REFACTOR11"),
+        ),
+    ),
     ("r12", {}, (_exact(TOTAL, 1_268_095_232, "REFACTOR12"), _mib(1653.68, "REFACTOR12"))),
     (
         "r12",

@@ -2,7 +2,7 @@
 
     python -m bench.learning --out bench/results/<gpu>/learning                # every rule, three seeds
     python -m bench.learning --suite time long wide memory --out ...           # what the claims about time and scale rest on
-    python -m bench.learning --suite sweep long-sweep --seeds 0 --out ...      # other rates and decays, one seed
+    python -m bench.learning --suite sweep long-sweep --seeds 0 --out ...      # other rates and decays
     python -m bench.learning --suite graph --out ...                           # the preset `small`
     python -m bench.learning --worker 0/2 ...                                  # half of the runs, for one of two GPUs
     python -m bench.learning --without A.json --seconds 500 ...                # what A.json has not, as far as the time goes
@@ -30,7 +30,7 @@ from rich.progress import Progress, TaskID
 from arbitor.optimized.training.data import load_corpus, split_corpus, validation_windows
 from bench import machine, parts
 from bench.learning.learner import Architecture, train
-from bench.learning.report import curves, table
+from bench.learning.report import curves, page, table
 from bench.learning.rules import RULES, Rule
 
 SIZES: Mapping[str, Architecture] = {
@@ -50,7 +50,9 @@ BEST = ("integer", "fixed scales", "straight-through", "float AdamW")
 SWEPT: Mapping[str, Sequence[tuple[float, float]]] = {
     "integer": ((4 / 64, 0.6), (8 / 64, 0.6), (6 / 64, 0.9)),
     "straight-through": ((1e-3, 0.4), (1.5e-3, 0.4), (3e-3, 0.4), (4e-3, 0.4), (2e-3, 0.6)),
+    "straight-through Muon": ((1e-3, 0.4), (4e-3, 0.4), (8e-3, 0.4)),
     "float AdamW": ((1e-3, 0.4), (2e-3, 0.4), (3e-3, 0.4), (2e-3, 0.6)),
+    "float Muon": ((1e-3, 0.4), (4e-3, 0.4), (8e-3, 0.4)),
 }
 SWEPT_LONG: Mapping[str, Sequence[tuple[float, float]]] = {
     "fixed scales": (
@@ -89,9 +91,10 @@ def jobs_of(suite: str, *, seeds: Sequence[int], steps: int, data: str) -> Itera
     }
     if suite in ("sweep", "long-sweep"):
         swept, length = (SWEPT, steps) if suite == "sweep" else (SWEPT_LONG, 4 * steps)
-        for name, tried in swept.items():
-            for rate, decay in tried:
-                yield Job(suite, "7 M", name, seeds[0], length, data, rate, decay)
+        for seed in seeds:
+            for name, tried in swept.items():
+                for rate, decay in tried:
+                    yield Job(suite, "7 M", name, seed, length, data, rate, decay)
         return
     size, rules, length = plans[suite]
     for seed in seeds:
@@ -118,7 +121,7 @@ def data_name(data: str) -> str:
 
 
 def measured(job: Job, run: Mapping[str, Any]) -> bool:
-    """Return whether a run of some results is this job, and came to something."""
+    """Return whether a run of some results is this job, and came to something. It may be of another commit, which it names."""
     rule = rule_of(job)
     same = {"data": data_name(job.data), "learning_rate": rule.rate, "decay": rule.decay}
     same |= {name: getattr(job, name) for name in ("suite", "size", "rule", "seed", "steps")}
@@ -240,7 +243,8 @@ def merged(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the runs of several files as one document, in the order of their suites, each with its commit and date; one that
     is in two of them counts once.
 
-    Raises ValueError for runs of different devices, whose times must not be averaged.
+    Raises ValueError for runs of different devices, whose times must not be averaged, or of texts that share their name alone:
+    `stdlib` is another text in each version of Python.
     """
     devices = {document["machine"]["device"] for document in documents}
     if len(devices) > 1:
@@ -250,6 +254,10 @@ def merged(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         origin = {"commit": document["commit"].get("id"), "date": document["date"]}
         runs += [run for each in document["runs"] if (run := {**origin, **each}) not in runs]
     commands = "; ".join(dict.fromkeys(document["command"] for document in documents))
+    for name in {run["data"] for run in runs}:
+        texts = {run["data_sha256"] for run in runs if run["data"] == name and "failed" not in run}
+        if len(texts) > 1:
+            raise ValueError(f"--report: has runs on {len(texts)} texts called {name}, but must have one")
     return {**documents[0], "command": commands, "runs": sorted(runs, key=_place)}
 
 
@@ -268,10 +276,11 @@ def _show(bar: Progress, task: TaskID, step: int) -> None:
 
 
 def publish(document: Mapping[str, Any], path: Path | None) -> int:
-    """Write the runs and their curves, print the table."""
+    """Write the runs, their table and their curves; print the table."""
     parts.write(path, document)
     print(table(document["runs"]))
     if path is not None:
+        path.with_suffix(".md").write_text(page(document))
         curves(document["runs"], path.with_suffix(".png"), title=document["machine"]["device"])
     return 0
 

@@ -20,10 +20,19 @@ from arbitor.optimized.training.data import Corpus, Split, training_batch
 from arbitor.optimized.training.schedule import rate
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import ArbModel
+from arbitor.reference.graph.model import LOSS_REFERENCE
 from arbitor.reference.graph.state import GraphContext
 from arbitor.reference.graph.stateful import Stateful
 from arbitor.reference.presets import preset
-from bench.learning.rules import FIXED_SCALES, FLOAT_BYTES, FloatOps, Rule, StraightThroughOps, integer_bytes
+from bench.learning.rules import (
+    FIXED_SCALES,
+    FLOAT_BYTES,
+    MUON_BYTES,
+    FloatOps,
+    Rule,
+    StraightThroughOps,
+    integer_bytes,
+)
 from bench.learning.transformer import ByteTransformer
 
 BETAS = (0.9, 0.95)
@@ -65,20 +74,23 @@ class Learner:
         self.rate = torch.zeros((), device=device)
         self.step_number = torch.zeros((), dtype=torch.int64, device=device)
         self.ids_BT = torch.zeros(architecture.batch, architecture.context, dtype=torch.int64, device=device)
-        self.optimizer = self._optimizer()
+        self.optimizers = self._optimizers()
         self.recorded: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.capture = capture and device == "cuda"
-        self.taken, self.last_loss = 0, math.log(256)
+        # torch's Muon takes its rate from the host in every step.
+        self.capture = capture and device == "cuda" and not rule.muon
+        self.taken, self.last_loss = 0, LOSS_REFERENCE
         trained = {name: m.weight for name, m in self.model.ternary_modules().items() if not m.frozen}
         self.num_weights = sum(math.prod(weight.shape) for weight in trained.values())
-        integer = rule.kind == "integer"
-        self.state_bytes = integer_bytes(trained) if integer else float(FLOAT_BYTES * self.num_weights)
+        self.state_bytes = integer_bytes(trained) if rule.kind == "integer" else self._float_bytes()
 
     def step(self, ids_BT: Tensor, share: float) -> None:
         """Take one step at a share of the rule's rate."""
         self.ids_BT.copy_(ids_BT)
-        height = self.rule.rate * (self.config.theta if self.optimizer is None else 1.0)
+        height = self.rule.rate * (1.0 if self.optimizers else self.config.theta)
         self.rate.fill_(share * height)
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, torch.optim.Muon):
+                optimizer.param_groups[0]["lr"] = share * height
         self.step_number.fill_(self.taken)
         size = self._vote_size()
         if not self.capture or self.taken < EAGER_STEPS:
@@ -105,9 +117,10 @@ class Learner:
         with self._voting(size):
             loss.backward()
         self.model.step()
-        if self.optimizer is not None:
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if self.optimizers:
             self.ops.refresh()
         return loss.detach()
 
@@ -125,11 +138,12 @@ class Learner:
         return opened(rate=self.rate, step=self.step_number, size=size)
 
     def _vote_size(self) -> int:
+        """Return the size of sign votes by the loss of the step before: that of this one is known after it was recorded."""
         if self.config.vote_rule != "sign":
             return 1
         from arbitor.reference.ops import step_from_loss
 
-        return step_from_loss(self.last_loss, math.log(256), self.config.max_vote_step)
+        return step_from_loss(self.last_loss, LOSS_REFERENCE, self.config.max_vote_step)
 
     def _loss(self, ids_BT: Tensor) -> Tensor:
         return self.model.loss(ids_BT)
@@ -161,22 +175,39 @@ class Learner:
         shape = self.architecture
         return ByteTransformer(context, width=shape.width, num_layers=shape.num_layers, length=shape.context)
 
-    def _optimizer(self) -> torch.optim.AdamW | None:
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return AdamW for every weight; or Muon for those whose gradients integer rules make orthogonal, AdamW for the rest."""
         if self.rule.kind == "integer":
-            return None
-        masters = [
-            module.weight.master for module in self.model.ternary_modules().values() if not module.frozen
-        ]  # type: ignore[attr-defined]
+            return []
+        muon, adamw = self._masters()
         on_gpu = self.device == "cuda"
-        return torch.optim.AdamW(
-            masters,
-            lr=self.rate,
-            betas=BETAS,
-            weight_decay=0.0,
-            fused=on_gpu,
-            foreach=False,
-            capturable=on_gpu,
-        )
+        found: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                adamw,
+                lr=self.rate,
+                betas=BETAS,
+                weight_decay=0.0,
+                fused=on_gpu,
+                foreach=False,
+                capturable=on_gpu,
+            )
+        ]
+        if muon:
+            found.append(torch.optim.Muon(muon, lr=0.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        return found
+
+    def _masters(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the float32 weights that Muon moves, and those that AdamW moves."""
+        found: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for module in self.model.ternary_modules().values():
+            if not module.frozen:
+                is_muons = self.rule.muon and getattr(module, "orthogonal", False)
+                found[0 if is_muons else 1].append(module.weight.master)  # type: ignore[attr-defined]
+        return found
+
+    def _float_bytes(self) -> float:
+        muon, adamw = (sum(each.numel() for each in masters) for masters in self._masters())
+        return float(MUON_BYTES * muon + FLOAT_BYTES * adamw)
 
 
 def train(

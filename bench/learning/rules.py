@@ -14,11 +14,16 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.training.schedule import DECAY_FRACTION, GAIN
+from arbitor.reference.config import SIGN_VOTES
 from arbitor.reference.types import groups_per_row
 from bench.peers.float_model import DenseOps, DenseWeight
 
 FLOAT_BYTES = 16
 """What mixed precision with AdamW keeps for a weight: bfloat16 value and gradient, float32 master and two moments."""
+
+
+MUON_BYTES = 12
+"""The same with Muon, which keeps one moment."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +32,17 @@ class Rule:
 
     Attributes:
         kind:   `integer`, `float` or `straight-through`.
-        rate:   learning rate of AdamW, or for integers the gain of the schedule, in parts of theta.
+        rate:   learning rate of AdamW and Muon, or for integers the gain of the schedule, in parts of theta.
         decay:  share of the steps, at the end, over which the rate falls to 0.
         config: fields of the model's configuration that differ from the preset's.
+        muon:   whether Muon moves the matrices, with steps as large as AdamW's.
     """
 
     kind: str
     rate: float
     decay: float = 0.4
     config: Mapping[str, Any] = field(default_factory=dict)
+    muon: bool = False
 
 
 FIXED_SCALES = {"exponent_rule": "frozen", "mantissa_bits": 0}
@@ -45,14 +52,15 @@ RULES: Mapping[str, Rule] = {
     "integer": Rule("integer", GAIN, DECAY_FRACTION),
     "fixed scales": Rule("integer", GAIN, DECAY_FRACTION, FIXED_SCALES),
     "rows alone": Rule("integer", 1.25 / 16, 0.4, {"theta": 16, "orthogonal_steps": 0, **FIXED_SCALES}),
-    "sign": Rule(
-        "integer", 1 / 32, 0.4, {"theta": 32, "vote_rule": "sign", "max_vote_step": 8, **FIXED_SCALES}
-    ),
+    "sign": Rule("integer", 1 / 32, 0.4, SIGN_VOTES),
     "straight-through": Rule("straight-through", 2e-3),
+    "straight-through Muon": Rule("straight-through", 2e-3, muon=True),
     "float AdamW": Rule("float", 1.5e-3),
+    "float Muon": Rule("float", 2e-3, muon=True),
 }
 """Rules by name: the default of every preset; the same without votes on scales; stochastic votes of plain gradients with coarse
-counters; the seeds' votes, whose `rate` says only that they are cast; float latent weights behind ternary ones; float weights."""
+counters; the seeds' votes, whose `rate` says only that they are cast, as large as the loss of the step before says; float latent
+weights behind ternary ones, and float weights, each with AdamW and with Muon."""
 
 
 class GaussianSpec:

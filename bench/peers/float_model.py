@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from arbitor.optimized.settings import values_vouched_for
+from arbitor.optimized.training.recording import LAUNCHED_FIRST, recorded
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import with_modules
 from arbitor.reference.graph import ArbModel
@@ -138,14 +140,35 @@ def _train_step(arguments: Arguments, sizes: Sizes) -> Callable[[], Any]:
     )  # type: ignore[arg-type]
     trained = [module.weight for module in model.ternary_modules().values() if not module.frozen]
     masters, values = [weight.master for weight in trained], [weight.value for weight in trained]
-    optimizer = torch.optim.AdamW(masters, lr=1e-3, fused=True)
+    on_gpu = ids_BT.device.type == "cuda"
+    optimizer = torch.optim.AdamW(masters, lr=1e-3, fused=True, capturable=on_gpu)
+    nats = torch.zeros((), device=ids_BT.device)
 
-    def step() -> None:
-        model.backward(model.losses(ids_BT), rate=RATE, step=0)
+    def run() -> None:
+        losses = model.losses(ids_BT)
+        nats.copy_(losses["bytes"].detach())
+        with model.voting.open(rate=RATE, step=0):
+            model.objective(losses).backward()
         model.step()
         optimizer.step()
         optimizer.zero_grad()
         torch._foreach_copy_(values, [master.data for master in masters])
+
+    return _replayed(run, nats) if on_gpu else run
+
+
+def _replayed(run: Callable[[], None], nats: Tensor) -> Callable[[], None]:
+    """Return a call that launches a step at first and then replays a recording of it, and looks at its loss as trainers do."""
+    launched, graphs = iter(range(LAUNCHED_FIRST)), []
+
+    @values_vouched_for()  # no check may wait for the device in a recording
+    def step() -> None:
+        if next(launched, None) is not None:
+            run()
+        else:
+            graphs[:] = graphs or recorded(run)
+            graphs[0].replay()
+        nats.item()
 
     return step
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from arbitor.optimized.layouts import resident_bytes
 from arbitor.reference import preset_search
 from arbitor.reference.audit import AuditReport, audit
 from arbitor.reference.config import MEMORY_ROWS, ArbConfig, with_modules
@@ -20,7 +21,7 @@ from arbitor.reference.graph.layers import TernaryLinear
 from arbitor.reference.inventory import ATTENTION, BYTE_HEAD, MEMORY, MOE_GRAPH, inventory
 from arbitor.reference.preset_search import SEARCHES
 from arbitor.reference.presets import PRESETS, preset
-from arbitor.reference.seed_figures import MIB, TOTAL, TOTAL_MIB, seed_figures
+from arbitor.reference.seed_figures import GRAPH_VOCABULARY, MIB, SIDECARS, TOTAL, TOTAL_MIB, seed_figures
 from arbitor.reference.width_search import combinations, cost_of, exactly, nearest, offers, uneven, with_rows
 from conformance.graph.models import NANO
 
@@ -170,6 +171,32 @@ def test_round_numbers_are_multiples_of_powers_of_two(value: int, lacks: int) ->
     assert uneven(value) == lacks
 
 
+RULE = {
+    "theta": 64,
+    "theta_e": 127,
+    "on_flip": "reset",
+    "vote_rule": "stochastic",
+    "exponent_rule": "score",
+    "orthogonal_steps": 3,
+    "group_size": 12,
+    "mantissa_bits": 2,
+}
+"""The rule that won (docs/learning.md), field by field."""
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_learns_by_the_rule_that_won(name: str) -> None:
+    assert {field: getattr(preset(name), field) for field in RULE} == RULE
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_training_keeps_no_more_bytes_than_promised(name: str) -> None:
+    """1.37 a weight in canonical form, integer tables apart; 1.44 on a GPU (docs/spec/layout.md)."""
+    report = audit(preset(name), resident_bytes=resident_bytes)
+    assert report.canonical_bytes / report.weights < 1.375
+    assert report.resident_bytes / report.weights < 1.44
+
+
 def test_figures_are_shown_with_their_difference() -> None:
     figures = {figure.what: figure for figure in of("r12", **CORE).figures}
     assert (figures[TOTAL].seed, figures[TOTAL].difference, figures[TOTAL].agrees) == (
@@ -180,6 +207,8 @@ def test_figures_are_shown_with_their_difference() -> None:
     assert figures[TOTAL_MIB].source == "REFACTOR12"
     assert all(figure.agrees for name in ("r9", "r14") for figure in of(name).figures)
     assert json.loads(of("r12").to_json())["figures"][0]["ours"] == 1_268_095_232
+    others = {figure.what: figure.difference for figure in of("r11").figures[2:]}
+    assert others == {GRAPH_VOCABULARY: 0, SIDECARS: -318.80}
 
 
 def test_no_figure_is_shown_for_another_configuration() -> None:

@@ -17,9 +17,9 @@ import torch
 from arbitor.optimized.training import generate as generation
 from arbitor.optimized.training import loop
 from arbitor.optimized.training.checkpoint import load_checkpoint
-from arbitor.optimized.training.plan import MODULES
+from arbitor.optimized.training.plan import CHANGES
 from arbitor.reference.audit import audit
-from arbitor.reference.config import MEMORY_ROWS
+from arbitor.reference.config import MEMORY_ROWS, SIGN_VOTES
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.presets import PRESETS
 from conformance.system.command import REPOSITORY, Here, arb, check_refused, environment
@@ -183,6 +183,7 @@ def test_resume_refuses_another_run(here: Here, finished: Path, option: str, val
         (["--disable-moe"], {"use_moe": False}, {"disable_moe": True}),
         (["--enable-memory"], {"memory_rows": MEMORY_ROWS}, {"enable_memory": True}),
         (["--max-moe-iters", "3"], {"max_moe_iters": 3}, {"max_moe_iters": 3}),
+        (["--sign-votes"], dict(SIGN_VOTES), {"sign_votes": True}),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -203,8 +204,8 @@ def test_train_trains_the_model_that_its_options_name(
     summary, config = (json.loads((run / name).read_text()) for name in ("summary.json", "config.json"))
     assert summary["weights"] == audit(expected).weights
     assert config["model"] == json.loads(expected.to_json()) != json.loads(preset.to_json())
-    unset = {**dict.fromkeys(MODULES, False), "max_moe_iters": None}
-    assert {name: config["run"][name] for name in MODULES} == {**unset, **settings}
+    unset = {**dict.fromkeys(CHANGES, False), "max_moe_iters": None}
+    assert {name: config["run"][name] for name in CHANGES} == {**unset, **settings}
     trained = load_checkpoint(run / "final.safetensors")
     assert trained.state.keys() == ArbModel(expected, device="meta").state().keys()
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training import generate as module
 from arbitor.optimized.training.generate import first_window, generate, generate_batch
 from arbitor.reference.config import SPECIAL_IDS
@@ -15,6 +16,7 @@ from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.ledger import KVLedger
 from conformance.compare import alike
 from conformance.graph.models import NANO, nano, whole
+from conformance.subject import Subject
 
 BOS, PAD = SPECIAL_IDS["BOS"], SPECIAL_IDS["PAD"]
 
@@ -145,9 +147,9 @@ PROMPTS = [b"", b"x", b"one two three four five six seven", b"0123456789"]
 """Prompts on both sides of a window of 8."""
 
 
-def windowed() -> ArbModel:
+def windowed(**options: Any) -> ArbModel:
     """A nano model that sees bytes beyond 8 in summaries."""
-    return nano(window=8, block=2, num_summaries=1)
+    return nano(window=8, block=2, num_summaries=1, **options)
 
 
 @pytest.mark.parametrize("make", [windowed, whole])
@@ -164,6 +166,21 @@ def test_generate_many_as_each_alone(make: Callable[[], ArbModel], temperature: 
     assert together == alone
     assert generate_batch(model, [], 5, temperature=temperature, seeds=[]) == []
     assert generate_batch(model, PROMPTS, 0, temperature=temperature, seeds=seeds) == [b""] * 4
+
+
+def test_generate_many_as_each_alone_on_the_op_set_under_test(subject: Subject) -> None:
+    """Every module on a GPU; in the interpreter, where a step takes seconds, attention and experts. As the reference draws."""
+    options: dict[str, Any] = {"ops": subject.ops, "device": subject.device}
+    on_gpu = subject.device.type == "cuda"
+    model = whole(**options) if on_gpu else nano(window=4, block=2, num_summaries=1, num_layers=1, **options)
+    theirs = ArbModel(model.config, seed=3)
+    theirs.load_state({name: held.to("cpu") for name, held in model.state().items()})
+    prompts, seeds, count = (b"x", b"0123456"), (0, 1), 32 if on_gpu else 2
+    with values_vouched_for():
+        together = generate_batch(model, prompts, count, temperature=1.0, seeds=seeds)
+    for alone in [theirs, model] if on_gpu else [theirs]:
+        for text, prompt, seed in zip(together, prompts, seeds, strict=True):
+            assert text == generate(alone, prompt, count, temperature=1.0, seed=seed)
 
 
 def test_generate_draws_from_the_logits_of_the_whole_text() -> None:

@@ -6,8 +6,10 @@ import io
 import json
 import math
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,6 +45,27 @@ def test_train_is_the_plain_recipe(text: Path) -> None:
         model.step()
     assert result.summary["state_sha256"] == state_sha256(model.state())
     assert result.folder is None
+
+
+def test_the_time_of_a_run_is_that_of_its_training(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the page as in the summary: drawing a sample, here an hour long, is no part of it."""
+    late, facts = [0.0], {}
+    real_generate = loop.generate
+
+    def generate(*args: Any, **settings: Any) -> bytes:
+        late[0] += 3600
+        return real_generate(*args, **settings)
+
+    def write_report(path: Path, metrics: Any, shown: dict[str, str], **more: Any) -> None:
+        facts.update(shown)
+
+    monkeypatch.setattr(loop, "generate", generate)
+    monkeypatch.setattr(loop, "write_report", write_report)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late[0]))
+    summary = train(options(text, tmp_path / "run")).summary
+    assert late[0] == 3600 > summary["seconds"] and facts["time"] == f"{summary['seconds']:,.0f} s"
 
 
 def test_train_writes_its_folder(text: Path, tmp_path: Path) -> None:

@@ -129,10 +129,13 @@ class _Run:
     clock: float = 0.0
     saved: tuple[int, str] | None = None  # step and state_sha256 of the newest checkpoint
 
-    def checkpoint_metadata(self) -> dict[str, Any]:
+    def count_time(self) -> None:
         now = time.monotonic()
         self.progress.seconds += now - self.clock
         self.clock = now
+
+    def checkpoint_metadata(self) -> dict[str, Any]:
+        self.count_time()
         progress = {**asdict(self.progress), "faulty_rows": self.faulty_rows()}
         state = {"step": self.step, "best_bpb": self.best_bpb, "progress": progress}
         return {**self.metadata, **state}
@@ -246,6 +249,7 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
         except (Stopped, TrainingError):
             # What ended the run says more than why its report can't be had, whatever that is.
             with suppress(Exception):
+                run.count_time()
                 _report(run)
             raise
         return _finish(run)
@@ -370,7 +374,6 @@ def _report(run: _Run) -> None:
         return
     settings, made_of = run.settings, audit(run.model.config)
     tokens = run.step * settings.accum * settings.batch * settings.context
-    seconds = run.progress.seconds + time.monotonic() - run.clock
     facts = {
         "preset": settings.preset,
         "weights": f"{made_of.weights:,}",
@@ -378,7 +381,7 @@ def _report(run: _Run) -> None:
         "tables": f"{sum(table.bytes for table in made_of.tables):,} bytes",
         "steps": f"{run.step:,} of {settings.steps:,}",
         "tokens": f"{tokens:,} bytes read",
-        "time": f"{seconds:,.0f} s",
+        "time": f"{run.progress.seconds:,.0f} s",
         "validation": "not measured" if run.val_bpb is None else f"{run.val_bpb:.4f} bpb",
         "best": "not measured" if run.best_bpb is None else f"{run.best_bpb:.4f} bpb",
         "seed": f"{settings.seed}",

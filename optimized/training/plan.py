@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from arbitor.optimized.training.defaults import trainer_defaults
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.reference.config import ArbConfig, with_modules
+from arbitor.reference.config import SIGN_VOTES, ArbConfig, with_modules
 from arbitor.reference.presets import preset as named_preset
 
 CONFIG_SUFFIX = ".json"
 """How a preset that is a file ends: a configuration as ``ArbConfig.to_json`` writes it."""
 
-MODULES = ("disable_vq", "disable_graph", "disable_moe", "enable_memory", "max_moe_iters")
-"""Settings that switch modules of the preset off or on."""
+CHANGES = ("disable_vq", "disable_graph", "disable_moe", "enable_memory", "max_moe_iters", "sign_votes")
+"""Settings that change the model of the preset: modules off or on, and the seeds' votes."""
 
-BOUND = ("preset", "data", "steps", "batch", "context", "accum", "seed", *MODULES)
+BOUND = ("preset", "data", "steps", "batch", "context", "accum", "seed", *CHANGES)
 """Settings that decide what a run computes: a resumed run must agree with them."""
 
 
@@ -35,6 +35,7 @@ class TrainOptions:
         seed: of initial weights, batches and dither; 0 by default.
         disable_vq, disable_graph, disable_moe, enable_memory, max_moe_iters: modules other than the preset has, see
             ``arbitor.reference.config.with_modules``.
+        sign_votes: learn by the seeds' rule, see ``arbitor.reference.config.SIGN_VOTES``.
         eval_interval, save_interval, log_interval: in steps.
         device: ``auto``, ``cpu`` or ``cuda``.
         backend: ``reference`` or ``triton``.
@@ -57,6 +58,7 @@ class TrainOptions:
     disable_moe: bool | None = None
     enable_memory: bool | None = None
     max_moe_iters: int | None = None
+    sign_votes: bool | None = None
     eval_interval: int | None = None
     save_interval: int | None = None
     log_interval: int | None = None
@@ -85,6 +87,7 @@ class Settings:
     disable_moe: bool
     enable_memory: bool
     max_moe_iters: int | None
+    sign_votes: bool
     eval_interval: int
     save_interval: int
     log_interval: int
@@ -99,8 +102,8 @@ class Settings:
         return asdict(self)
 
     def model_config(self) -> ArbConfig:
-        """The configuration of the model: the preset's, with the modules asked for."""
-        return model_config(self.preset, **{name: getattr(self, name) for name in MODULES})
+        """The configuration of the model: the preset's, with the changes asked for."""
+        return model_config(self.preset, **{name: getattr(self, name) for name in CHANGES})
 
 
 def preset_config(preset: str) -> ArbConfig:
@@ -135,10 +138,12 @@ def model_config(
     disable_moe: bool | None = None,
     enable_memory: bool | None = None,
     max_moe_iters: int | None = None,
+    sign_votes: bool | None = None,
 ) -> ArbConfig:
-    """The configuration of a preset with modules switched off or on, as the command line names them."""
+    """The configuration of a preset with the changes that the command line names."""
+    config = preset_config(preset)
     return with_modules(
-        preset_config(preset),
+        replace(config, **SIGN_VOTES) if sign_votes else config,
         vq=not disable_vq,
         graph=not disable_graph,
         moe=not disable_moe,
@@ -187,6 +192,7 @@ def decide(options: TrainOptions, recorded: Mapping[str, Any] | None) -> Setting
         "disable_moe": False,
         "enable_memory": False,
         "max_moe_iters": None,
+        "sign_votes": False,
         "device": "auto",
         "backend": None,
         "dtype": None,
