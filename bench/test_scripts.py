@@ -22,6 +22,7 @@ from bench import ablation, generation, large, machine, parts, recall
 from bench.learning import __main__ as learning
 from bench.learning import learner, report, rules
 from bench.peers import peers_of
+from bench.peers.float_model import DenseOps, DenseWeight
 from conformance.graph.models import NANO
 
 
@@ -309,6 +310,37 @@ def test_learning_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert learning.main(more) == 0
     added = json.loads((tmp_path / "more.json").read_text())["runs"]
     assert {(run["rule"], run["seed"]) for run in added} == {("integer", 2), ("sign", 2)}
+
+
+@pytest.mark.parametrize("sizes", [(4, 12, 20, 33), (3, 16, 24, 17), (5, 7, 9, 50)])
+def test_grouped_products_of_float_weights(sizes: tuple[int, int, int, int]) -> None:
+    """With widths that the library's product takes and with others; one expert has no slot."""
+    num_groups, num_rows, num_columns, num_slots = sizes
+    generator = torch.Generator().manual_seed(0)
+    w_ENK, x_MK, grad_MN = (
+        torch.randn(shape, generator=generator)
+        for shape in ((num_groups, num_rows, num_columns), (num_slots, num_columns), (num_slots, num_rows))
+    )
+    experts_M = torch.randint(0, num_groups - 1, (num_slots,), generator=generator)
+    experts_M[experts_M == 1] = num_groups - 1
+    ops, w = DenseOps(torch.float32), w_ENK.flatten(0, 1)
+    weight, of_slot = DenseWeight(w, torch.nn.Parameter(w.clone())), w_ENK[experts_M]
+    want_grad = torch.zeros_like(w_ENK).index_add_(0, experts_M, grad_MN[:, :, None] * x_MK[:, None])
+    for got, want in (
+        (
+            ops.grouped_linear(x_MK, weight, experts_M, num_groups=num_groups),
+            (of_slot @ x_MK[..., None])[..., 0],
+        ),
+        (
+            ops.grouped_linear_input_grad(grad_MN, weight, experts_M, num_groups=num_groups),
+            (grad_MN[:, None] @ of_slot)[:, 0],
+        ),
+        (
+            ops.grouped_linear_weight_grad(grad_MN, x_MK, experts_M, num_groups=num_groups),
+            want_grad.flatten(0, 1),
+        ),
+    ):
+        torch.testing.assert_close(got, want)
 
 
 def test_the_float_model_takes_a_train_step() -> None:

@@ -28,6 +28,9 @@ from arbitor.reference.types import TernaryWeight
 ALIKE = 2.0**-16
 """How far what many ops have made may be apart: 128 roundings of float32, relative to the norm of the output."""
 
+TWIN_ALIKE = {torch.float32: ALIKE, torch.bfloat16: 2.0**-4}
+"""What the twin of a whole model stays below where it computes what float64 does. In bfloat16 they are off by 0.04 at most."""
+
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -83,20 +86,25 @@ def alike(got: Tensor, want: Tensor, what: str = "output") -> None:
 
 
 def model_no_worse(
-    got: Mapping[str, Tensor], *, twin: Mapping[str, Tensor], wide: Mapping[str, Tensor], k: float = 2.0
+    got: Mapping[str, Tensor],
+    *,
+    twin: Mapping[str, Tensor],
+    wide: Mapping[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+    k: float = 2.0,
 ) -> None:
-    """Fail unless the outputs `got` of a model err at most k times as much as those of its twin, plus one rounding.
+    """Fail unless the outputs `got` of a model err at most k times as much as those of its twin in `dtype`, plus one rounding.
 
     As `no_worse`, with the norm of an output in place of its elements, and the twin's worst output as the yardstick of all: a
-    loss is one number, which the twin may have right by luck. The twin itself must be ALIKE, or it has chosen other codes or
-    experts and measures nothing.
+    loss is one number, which the twin may have right by luck. The twin itself must be alike, as TWIN_ALIKE says, or it has chosen
+    other codes or experts and measures nothing. In bfloat16 nothing is added: one rounding would be half of what a twin is off by.
     """
     assert got.keys() == twin.keys() == wide.keys(), f"outputs are {list(got)}, want {list(wide)}"
     yardstick = max(relative_error(twin[what], wide[what], what) for what in wide)
-    assert yardstick <= ALIKE, (
-        f"the twin is off by {yardstick:.3g} of the norm of an output, allowed {ALIKE:.3g}"
+    assert yardstick <= TWIN_ALIKE[dtype], (
+        f"the twin is off by {yardstick:.3g} of the norm of an output, allowed {TWIN_ALIKE[dtype]:.3g}"
     )
-    allowed = k * yardstick + torch.finfo(torch.float32).eps
+    allowed = k * yardstick + (torch.finfo(dtype).eps if dtype is torch.float32 else 0.0)
     for what, want in wide.items():
         error = relative_error(got[what], want, what)
         assert error <= allowed, f"{what}: off by {error:.3g} of its norm, allowed {allowed:.3g}"

@@ -1,16 +1,25 @@
-"""Tensors of more than 2**31 elements: offsets of 32 bits would wrap, and the last rows would be others."""
+"""Tensors of more than 2**31 elements: offsets of 32 bits would wrap, and the last rows would be others.
+
+And what must not be of such a size: the memory that a search of a large table takes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from arbitor.reference import ops as reference_ops
 from conformance.compare import exact
-from conformance.report import needs_cuda
+from conformance.report import needs_cuda, skip
 from conformance.subject import Subject, weight_of
 
 BIG = 2**31
 """Elements from which 32-bit offsets overflow."""
+
+SEARCH_BYTES = 64 * 2**20
+"""What a search may take for itself: a few numbers for each vector and each part of the codes."""
 
 
 def test_pack_trits_beyond_32_bits(subject: Subject) -> None:
@@ -102,7 +111,11 @@ def test_update_beyond_32_bits(subject: Subject) -> None:
 
 
 def test_codes_beyond_32_bits(subject: Subject) -> None:
-    """The last code of a table of more than 2**31 trits is revived, found by both searches, looked up and counted."""
+    """The last code of a table of more than 2**31 trits is revived, found by both searches, looked up and counted.
+
+    Beyond 2**31 bytes is `trit_accum` alone, a byte a trit: votes and steps write there. What the searches read is not: the words,
+    four trits to a byte, are 0.5 GiB, the exponents 0.2. In these, only offsets that are counted in trits would wrap.
+    """
     needs_cuda(subject, "addressing beyond 2**31 trits of codes")
     width, op = 64, subject.raw
     num_codes = BIG // width + 3
@@ -125,3 +138,39 @@ def test_codes_beyond_32_bits(subject: Subject) -> None:
     op("accumulate")(weight, votes, rows=ids[:1], out=weight, **clock)
     op("apply_step")(weight, theta=20, rows=ids[:1], out=weight)
     exact(op("embedding")(ids, weight).cpu(), torch.zeros(2, width))
+
+
+def test_a_search_makes_neither_scores_nor_a_decoded_table(subject: Subject) -> None:
+    """Of 2**22 codes of 64: scores of 1,024 vectors would take 8 GiB in float16, the table 256 MiB with a byte a trit.
+
+    A vector's 2**16 candidates would take 128 MiB as scores of all vectors, and 4 GiB as codes. All codes are alike, so that the
+    lowest id is what a search must find.
+    """
+    needs_cuda(subject, "memory of searches")
+    if subject.ops is reference_ops:
+        skip(
+            "memory of searches",
+            "the reference decodes and scores a part of the table at a time, of 2**24 elements",
+        )
+    num_codes, width, num_vectors, device = 2**22, 64, 1024, subject.device
+    op = subject.raw
+    weight = op("from_spec")(op("constant_weight")((num_codes, width), trit=1, exponent=0, device=device))
+    z = torch.randn(num_vectors, width, device=device)
+    candidates = torch.randint(0, num_codes, (num_vectors, 2**16), device=device)
+    for name, args, want in (
+        ("nearest_codes", (z, weight), torch.zeros(num_vectors, dtype=torch.int64)),
+        ("nearest_candidates", (z, weight, candidates), candidates.amin(dim=1).cpu()),
+    ):
+        found, taken = with_peak(lambda name=name, args=args: op(name)(*args))
+        exact(found.cpu(), want, name)
+        assert taken < SEARCH_BYTES, f"{name} takes {taken / 2**20:.0f} MiB, allowed {SEARCH_BYTES >> 20}"
+
+
+def with_peak(call: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """Return what a call returns, and by how many bytes the allocated memory of the device grew meanwhile, at most."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    torch.cuda.synchronize()
+    return result, torch.cuda.max_memory_allocated() - before

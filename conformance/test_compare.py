@@ -138,6 +138,9 @@ def test_model_no_worse_measures_by_the_worst_output_of_the_twin() -> None:
     lost = {**twin, "stream": wide["stream"] * 1.01}
     with pytest.raises(AssertionError, match="the twin is off by"):
         model_no_worse(twin, twin=lost, wide=wide)
+    model_no_worse(lost, twin=lost, wide=wide, dtype=torch.bfloat16)
+    with pytest.raises(AssertionError, match="stream: off by"):
+        model_no_worse({**lost, "stream": wide["stream"] * 1.021}, twin=lost, wide=wide, dtype=torch.bfloat16)
 
 
 def test_alike_to_zeros_is_zeros() -> None:

@@ -24,6 +24,9 @@ from bench.peers import Peer
 
 EPS = 1e-6  # the default of the ops
 
+ALIGNED = 8
+"""Columns that a row of a grouped product is a multiple of: 16 bytes of bfloat16."""
+
 
 @dataclass(frozen=True)
 class DenseWeight:
@@ -82,18 +85,19 @@ class DenseOps:
     def grouped_linear_weight_grad(
         self, grad: Tensor, x: Tensor, experts: Tensor, *, num_groups: int
     ) -> Tensor:
-        """Sum by expert, as a loop would that does not know which slots are whose: masked, without waiting for the device."""
-        parts = [
-            self.linear_weight_grad(torch.where((experts == expert)[:, None], grad, 0), x)
-            for expert in range(num_groups)
-        ]
-        return torch.cat(parts)
+        """Sum by expert, in the dtype of the activations, which is all that the library's product writes."""
+        order, ends = _by_expert(experts, num_groups)
+        sums_ENK = F.grouped_mm(_aligned(grad[order]).T, _aligned(x[order]), offs=ends)
+        return sums_ENK[:, : grad.shape[1], : x.shape[1]].flatten(0, 1).float()
 
     def _grouped(self, x: Tensor, experts: Tensor, w: Tensor) -> Tensor:
         """Return each slot times the matrix [K, N] of its expert; every slot has one here."""
-        order = experts.argsort(stable=True)
-        ends = torch.searchsorted(experts[order], torch.arange(len(w), device=x.device), right=True)
-        y = F.grouped_mm(x[order], w, offs=ends.to(torch.int32))
+        order, ends = _by_expert(experts, len(w))
+        rows = -w.shape[1] % ALIGNED
+        y = F.grouped_mm(
+            _aligned(x[order]), F.pad(_aligned(w), (0, 0, 0, rows)) if rows else _aligned(w), offs=ends
+        )
+        y = y[:, : w.shape[2]]
         return torch.empty_like(y).index_copy_(0, order, y)
 
     def expert_load(self, experts: Tensor, *, num_groups: int) -> Tensor:
@@ -125,6 +129,19 @@ class DenseOps:
 
     def apply_step(self, weight: DenseWeight, **rule: Any) -> None:
         """Leave the step to AdamW, which takes all weights at once."""
+
+
+def _by_expert(experts: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Return the slots in the order of their experts, and where each expert's end; nothing waits for the device."""
+    order = experts.argsort(stable=True)
+    ends = torch.searchsorted(experts[order], torch.arange(num_groups, device=experts.device), right=True)
+    return order, ends.to(torch.int32)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Return a tensor with zeros added to its last dimension up to what the library's grouped product asks for."""
+    missing = -x.shape[-1] % ALIGNED
+    return F.pad(x, (0, missing)) if missing else x
 
 
 def _train_step(arguments: Arguments, sizes: Sizes) -> Callable[[], Any]:

@@ -6,31 +6,46 @@ Legend: M slots (rows of activations), N outputs, K inputs, E experts.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph import TernaryLinear, layers
 from arbitor.reference.graph.grouped import TernaryGroupedLinear, numbered
 from arbitor.reference.graph.moe import SharedProjectionMoE, chosen_experts
 from arbitor.reference.graph.state import GraphContext
+from arbitor.reference.types import TernaryWeight
 from conformance.compare import alike, exact, unsigned_zeros
 from conformance.graph import models
 from conformance.report import needs_cuda, skip
-from conformance.subject import Subject
+from conformance.subject import Subject, weight_of
 
 
-def context(*, dtype: torch.dtype = torch.float32, ops: Any = reference_ops, **fields: Any) -> GraphContext:
+def context(
+    *,
+    dtype: torch.dtype = torch.float32,
+    ops: Any = reference_ops,
+    device: torch.device | str = "cpu",
+    **fields: Any,
+) -> GraphContext:
     config = models.nano(theta=2, theta_e=3, **fields).config
-    return GraphContext(ops, config, device="cpu", dtype=dtype, seed=11)
+    return GraphContext(ops, config, device=device, dtype=dtype, seed=11)
 
 
 def integers(*shape: int, seed: int) -> Tensor:
     """Return floats whose products and sums are exact."""
     return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).to(torch.float32)
+
+
+def on(subject: Subject) -> tuple[Any, torch.device]:
+    """Return the ops of a subject as they are, and where they run."""
+    return subject.ops, subject.device
 
 
 def both_paths(**fields: Any) -> list[tuple[GraphContext, SharedProjectionMoE]]:
@@ -42,16 +57,16 @@ def both_paths(**fields: Any) -> list[tuple[GraphContext, SharedProjectionMoE]]:
     return made
 
 
-def weights_of(module: torch.nn.Module) -> tuple[Any, ...]:
-    return tuple(m.weight for m in module.modules() if isinstance(m, (TernaryLinear, TernaryGroupedLinear)))
-
-
-@pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_both_paths_give_the_same(top_k: int) -> None:
+@pytest.mark.parametrize(
+    ("op_set", "top_k"), [("reference", 1), ("reference", 2), ("reference", 4), ("subject", 2)]
+)
+def test_both_paths_give_the_same(request: pytest.FixtureRequest, op_set: str, top_k: int) -> None:
     """The output and the gradient of the input, through shares and router as well."""
+    ops, device = on(request.getfixturevalue(op_set))
+    dtype = torch.float64 if op_set == "reference" else torch.float32  # kernels know no float64
     results = []
-    for parts, moe in both_paths(top_k=top_k, dtype=torch.float64):
-        x_BPD = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(1), dtype=parts.dtype)
+    for _, moe in both_paths(top_k=top_k, dtype=dtype, ops=ops, device=device):
+        x_BPD = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(1)).to(device, dtype)
         x_BPD.requires_grad_()
         y_BPD = moe(x_BPD)
         y_BPD.square().sum().backward()
@@ -60,25 +75,61 @@ def test_both_paths_give_the_same(top_k: int) -> None:
         alike(got, want, what)
 
 
-@pytest.mark.parametrize("vote_rule", ["stochastic", "sign"])
-def test_both_paths_cast_the_same_votes(vote_rule: str) -> None:
-    """On sums that are exact, bit for bit; an expert that no position chose keeps every byte in both."""
-    experts_Mk = torch.tensor([[0, 3], [0, 1], [1, 3], [0, 3], [0, 1]])
-    shares_Mk = torch.tensor([[0.5, 0.5], [0.25, 0.75], [1.0, 0.0], [0.5, 0.25], [0.5, 0.5]])
+MANY = (
+    [[0, 3], [0, 1], [1, 3], [0, 3], [0, 1]],
+    [[0.5, 0.5], [0.25, 0.75], [1.0, 0.0], [0.5, 0.25], [0.5, 0.5]],
+)
+FEW = ([[3]], [[0.75]])
+"""Experts and shares of some positions, none of which chose expert 2. FEW, of 8 experts: so few slots that none is sorted."""
+
+INNER = 6
+
+
+@pytest.mark.parametrize(
+    ("vote_rule", "num_experts", "chosen"),
+    [("stochastic", 4, MANY), ("sign", 4, MANY), ("stochastic", 8, FEW)],
+    ids=["stochastic", "sign", "few slots"],
+)
+def test_both_paths_cast_the_same_votes(
+    subject: Subject, vote_rule: str, num_experts: int, chosen: tuple[Any, Any]
+) -> None:
+    """On sums that are exact, bit for bit; an expert that no position chose keeps every byte in both.
+
+    The op set under test must also leave what the reference leaves.
+    """
+    # Few rows, as the interpreter votes and steps row by row.
+    fields = {"vote_rule": vote_rule, "num_experts": num_experts, "shared_inner": INNER, "expert_rank": 3}
     states = []
-    for parts, moe in both_paths(vote_rule=vote_rule):
-        before = moe.expert_up.weight.clone()
-        x_MD = integers(5, 24, seed=1).requires_grad_()
-        with parts.voting.at(rate=2.0, step=0, size=3):
-            (moe.modulation(x_MD, experts_Mk, shares_Mk) * integers(5, 20, seed=2)).sum().backward()
-        experts = (moe.expert_down, moe.expert_up)
-        assert all(module.weight.trit_accum.any() for module in experts)
-        exact(moe.expert_up.weight.trit_accum[40:60], before.trit_accum[40:60], "expert 2")
-        for module in experts:
-            module.step_weight()
-        exact(moe.expert_up.weight.trits()[40:60], before.trits()[40:60], "expert 2")
-        states.append((unsigned_zeros(x_MD.grad), *(module.weight for module in experts)))
-    exact(states[1], states[0])
+    for ops, device in ((reference_ops, torch.device("cpu")), on(subject)):
+        for parts, moe in both_paths(ops=ops, device=device, **fields):
+            states.append(state_after_a_vote(parts, moe, *chosen))
+    for state in states[1:]:
+        exact(state, states[0])
+
+
+def state_after_a_vote(parts: GraphContext, moe: SharedProjectionMoE, chosen: Any, shares: Any) -> Any:
+    """Let the experts of a module vote and step on exact sums; return the gradient of the input and their weights."""
+    experts_Mk, shares_Mk = (torch.tensor(value, device=parts.device) for value in (chosen, shares))
+    experts, unused = (moe.expert_down, moe.expert_up), slice(2 * INNER, 3 * INNER)
+    before = canonical(moe.expert_up)
+    x_MD = integers(len(chosen), 24, seed=1).to(parts.device).requires_grad_()
+    with parts.voting.at(rate=2.0, step=0, size=3):
+        y_MI = moe.modulation(x_MD, experts_Mk, shares_Mk)
+        (y_MI * integers(len(chosen), INNER, seed=2).to(parts.device)).sum().backward()
+    voted = canonical(moe.expert_up)
+    assert voted.trit_accum.any() and canonical(moe.expert_down).trit_accum.any()
+    exact(voted.trit_accum[unused], before.trit_accum[unused], "expert 2")
+    for module in experts:
+        module.step_weight()
+    after = canonical(moe.expert_up)
+    exact(after.trits()[unused], before.trits()[unused], "expert 2")
+    assert not torch.equal(after.trits(), before.trits()), "no trit moved"
+    return unsigned_zeros(x_MD.grad.cpu()), canonical(moe.expert_down), after
+
+
+def canonical(module: TernaryGroupedLinear) -> TernaryWeight:
+    """Return a copy of a module's weight in canonical form, on the CPU."""
+    return module.ops.to_spec(module.weight).to("cpu").clone()
 
 
 def test_only_few_positions_take_the_dense_path() -> None:
@@ -215,24 +266,149 @@ def test_large_weights_are_unpacked_in_parts(subject: Subject, monkeypatch: pyte
     assert len(linear.row_ranges(40, 36)) == 3
 
 
+class Work(TorchDispatchMode):
+    """What is asked of the device while this is active: launches of Triton, and ops of torch with the shapes that they return.
+
+    asked:    all of it in its order, as comparable values.
+    launches: of these the kernels, by name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[str, Any]] = []
+        self.launches: list[str] = []
+        self.launching = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self.launching:  # what the interpreter does with torch is no work of a GPU
+            made = result if isinstance(result, (tuple, list)) else (result,)
+            self.asked.append((str(func), [tuple(each.shape) for each in made if isinstance(each, Tensor)]))
+        return result
+
+    def launch(self, kernel: Any, grid: Any, run: Any) -> Any:
+        """Note a launch, then have it run."""
+        self.asked.append((kernel.fn.__name__, grid))
+        self.launches.append(kernel.fn.__name__)
+        self.launching = True
+        try:
+            return run()
+        finally:
+            self.launching = False
+
+
+@contextmanager
+def watched_work() -> Iterator[Work]:
+    """Note the work of the device, kernels included, compiled or interpreted."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    def noting(run: Any, work: Work) -> Any:
+        return lambda kernel, *args, grid, **kwargs: work.launch(
+            kernel, grid, lambda: run(kernel, *args, grid=grid, **kwargs)
+        )
+
+    with pytest.MonkeyPatch.context() as patch, Work() as work:
+        patch.setenv("ARB_VALUE_CHECKS", "0")
+        for kind in (InterpretedFunction, JITFunction):
+            patch.setattr(kind, "run", noting(kind.run, work))
+        yield work
+
+
+def needs_launches(subject: Subject) -> None:
+    """Leave a test of launches out where they are not Triton's."""
+    if subject.name != "arbitor.optimized.ops":
+        skip("launches of experts", f"it counts those of arbitor.optimized.ops, not of {subject.name}")
+
+
+WAITING = ("_local_scalar_dense", "nonzero", "unique", "bincount", "masked_select")
+"""Parts of the names of torch's ops that wait for the device: what they return is a number, or of a shape that values decide."""
+
+SPREADS = {
+    "sorted": (4, [[0] * 9, [3] * 9, [0, 1, 2, 3, 0, 1, 2, 3, 0], [2, 0, 2, -1, 0, 0, -1, 2, 2], [-1] * 9]),
+    "few": (16, [[7, 7], [0, 15], [15, -1], [-1, -1]]),
+}
+"""Experts, and slots over them: all on one, even, some experts and slots unused, none used. `few`: so few that none is sorted."""
+
+
+@pytest.mark.parametrize("kind", SPREADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_grouped_product_is_one_launch_however_slots_fall(
+    subject: Subject, kind: str, dtype: torch.dtype
+) -> None:
+    """And nothing else that is asked of the device depends on it either."""
+    needs_launches(subject)
+    num_groups, spreads = SPREADS[kind]
+    num_rows, num_columns, count = 5, 13, len(spreads[0])
+    weight = weight_of(subject, num_groups * num_rows, num_columns)
+    x = integers(count, num_columns, seed=1).to(subject.device, dtype)
+    grad = integers(count, num_rows, seed=2).to(subject.device, dtype)
+    for name, operands in (
+        ("grouped_linear", (x, weight)),
+        ("grouped_linear_input_grad", (grad, weight)),
+        ("grouped_linear_weight_grad", (grad, x)),
+    ):
+        done = []
+        for spread in spreads:
+            experts = torch.tensor(spread, device=subject.device)
+            with watched_work() as work:
+                subject.raw(name)(*operands, experts, num_groups=num_groups)
+            assert len(work.launches) == 1, f"{name} of slots {spread}: {work.launches}"
+            done.append(work)
+        same_work(done, name)
+
+
+@pytest.mark.parametrize("count", [3, 9])
+def test_votes_of_experts_take_one_launch_a_part(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """With fewer slots than experts and with more: parts follow from the shape of the weight, other work from shapes as well."""
+    needs_launches(subject)
+    monkeypatch.setattr(layers, "VOTE_ELEMENTS", 2 * 5 * 14)  # two of six outputs of each of five experts
+    layer = TernaryGroupedLinear(context(ops=subject.ops, device=subject.device), 5, 14, 6)
+    x, grad = (integers(count, width, seed=width).to(subject.device) for width in (14, 6))
+    places, done = torch.arange(count, device=subject.device), []
+    for experts in (places * 0, places % 5, places % 2 * 4 - 1, places * 0 - 1):
+        leaf = x.clone().requires_grad_()
+        with layer.voting.at(rate=2.0, step=0), watched_work() as work:
+            layer(leaf, experts).backward(grad)
+        assert work.launches.count("_grouped_weight_grad_kernel") == 3, work.launches
+        assert work.launches.count("_grouped_product_kernel") == 2, work.launches
+        done.append(work)
+    same_work(done, "a pass of a grouped linear")
+
+
+def same_work(done: list[Work], what: str) -> None:
+    """Fail unless all of some work is the same, and none of it waits for the device."""
+    for index, work in enumerate(done):
+        waits = [name for name, _ in work.asked if any(part in name for part in WAITING)]
+        assert not waits, f"{what}, spread {index}, waits in {waits}"
+        assert work.asked == done[0].asked, f"{what}: spreads {index} and 0 ask for other work"
+
+
+@pytest.mark.parametrize(
+    ("positions", "fields"),
+    [
+        (64, {}),
+        (1, {"num_experts": 32}),  # 4 slots: so few that none is sorted
+        (64, {"dense_dispatch_max_tokens": 2 * 64}),
+    ],
+    ids=["grouped", "few slots", "dense"],
+)
 def test_a_step_waits_for_nothing_and_compiles_nothing_again(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, positions: int, fields: dict[str, int]
 ) -> None:
     """However positions fall on experts: once its kernels are compiled, neither pass of the module waits for the device."""
     needs_cuda(subject, "waiting of experts")
     import triton
 
     monkeypatch.setenv("ARB_VALUE_CHECKS", "0")
-    config = models.nano(shared_inner=48, expert_rank=16, width=32, head_dim=16).config
-    parts = GraphContext(subject.ops, config, device=subject.device, dtype=torch.bfloat16, seed=11)
+    sizes = {"shared_inner": 48, "expert_rank": 16, "width": 32, "head_dim": 16, **fields}
+    parts = GraphContext(
+        subject.ops, models.nano(**sizes).config, device=subject.device, dtype=torch.bfloat16, seed=11
+    )
     moe = SharedProjectionMoE(parts)
-    rng = torch.Generator().manual_seed(1)
-    scattered = torch.randn(2, 64, 32, generator=rng)
-    alike_BPD = scattered[:1, :1].expand(2, 64, 32)
-    # Positions all over the experts, all on the same, and most on one.
-    batches = [
-        each.to(subject.device, torch.bfloat16) for each in (scattered, alike_BPD, alike_BPD + scattered / 4)
-    ]
+    batches = [batch.to(subject.device, torch.bfloat16) for batch in uneven_batches(positions)]
     compiled: list[str] = []
     loads = []
 
@@ -253,5 +429,12 @@ def test_a_step_waits_for_nothing_and_compiles_nothing_again(
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert not compiled, f"compiled again: {compiled}"
-    assert len({tuple(load.tolist()) for load in loads}) == len(loads), "the batches fell on experts alike"
+    assert len({tuple(load.tolist()) for load in loads}) > 2, "the batches fell on experts alike"
     assert any((load == 0).any() for load in loads), "no expert was empty"
+
+
+def uneven_batches(positions: int) -> list[Tensor]:
+    """Return batches [2, P, 32] whose positions are all over the experts, on others, all on the same, and most on one."""
+    scattered = torch.randn(2, positions, 32, generator=torch.Generator().manual_seed(1))
+    alike_BPD = scattered[:1, :1].expand(2, positions, 32)
+    return [scattered, -scattered, alike_BPD, alike_BPD + scattered / 4]

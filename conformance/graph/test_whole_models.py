@@ -1,12 +1,15 @@
 """Whole models on the op set under test: what they compute is no worse, and one vote and step leaves the same bits.
 
 The structures are those of the presets, at widths that a test can afford: every layer, hop, turn, head and table that a preset has.
+In float32, where two op sets choose the same codes and experts; and in bfloat16, as models train on a GPU, where none are chosen.
 Legend: B batch, T bytes, N patches or frames, F features.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -15,12 +18,15 @@ from torch import Tensor
 
 from arbitor.optimized.training.runtime import deterministic
 from arbitor.reference import ops as reference_ops
-from arbitor.reference.config import ArbConfig
+from arbitor.reference.config import ArbConfig, with_modules
 from arbitor.reference.graph import ArbModel
+from arbitor.reference.graph.ternary_graph import TernaryGraph
 from arbitor.reference.presets import PRESETS
 from conformance.compare import exact, model_no_worse
 from conformance.graph import models
-from conformance.graph.replay import recording, replaying
+from conformance.graph.replay import Calls, Own, all_alike, orthogonalize_of, recording, replaying, with_ops
+from conformance.mutants import MUTANTS
+from conformance.mutants import build as build_mutant
 from conformance.report import needs_cuda
 from conformance.subject import Subject
 
@@ -29,7 +35,7 @@ STRUCTURE = ("use_moe", "motif_residual", "code_search", "num_hops", "max_moe_it
 
 MOST_LAYERS, EXPERTS = 2, 6
 
-LOW_THRESHOLDS = {"theta": 5, "theta_e": 1}
+LOW_THRESHOLDS: dict[str, Any] = {"theta": 5, "theta_e": 1}
 """So that a step or two move trits and exponents."""
 
 
@@ -39,7 +45,7 @@ WIDE = replace(models.WHOLE, width=36)
 
 def reduced(config: ArbConfig) -> ArbConfig:
     """Return the structure of a configuration at the widths of the nano model."""
-    sizes = {
+    sizes: dict[str, Any] = {
         field.name: getattr(WIDE, field.name) if getattr(config, field.name) else 0
         for field in fields(ArbConfig)
         if isinstance(getattr(config, field.name), int) and field.name not in (*STRUCTURE, *LOW_THRESHOLDS)
@@ -48,19 +54,55 @@ def reduced(config: ArbConfig) -> ArbConfig:
     return replace(config, **sizes, **LOW_THRESHOLDS)
 
 
+OTHER_PATHS = replace(
+    models.NANO,
+    name="other_paths",
+    width=36,
+    num_layers=1,
+    shared_inner=36,
+    num_experts=3,
+    expert_rank=32,
+    num_codes=20,
+    code_dim=18,
+    code_search="candidates",
+    sign_bits=2,
+    num_probes=2,
+    num_hops=2,
+    hop_rank=6,
+    num_neighbours=3,
+    **LOW_THRESHOLDS,
+)
+"""What no other model here does: so few codes that the nodes of all are computed, searched for in buckets, and experts wide enough
+to be made orthogonal."""
+
 CONFIGS = {
     "every module, one layer": replace(WIDE, num_layers=1, **LOW_THRESHOLDS),
+    "the other paths": OTHER_PATHS,
     **{f"{name}, reduced": reduced(config) for name, config in PRESETS.items()},
     "tiny": replace(PRESETS["tiny"], **LOW_THRESHOLDS),
 }
-"""Models by what they show. The interpreter has time for the first alone."""
+"""Models by what they show. The interpreter has time for the first alone, and for a step of the second."""
+
+BFLOAT16_CONFIGS = {
+    "one layer": replace(reduced(PRESETS["small"]), num_layers=1, num_experts=2, top_k=2),
+    "tiny without codes": replace(
+        with_modules(PRESETS["tiny"], vq=False),
+        image_features=0,
+        audio_features=0,
+        video_latent=0,
+        top_k=PRESETS["tiny"].num_experts,
+        **LOW_THRESHOLDS,
+    ),
+}
+"""Models that choose nothing: no codes, every expert, no video that halts. Bfloat16 would choose others than float64, and nothing
+that comes after could be compared. The interpreter has time for the first alone."""
 
 
-def the_config(subject: Subject, name: str) -> ArbConfig:
-    """Return a configuration, or leave the test out where it would take minutes."""
-    if name != next(iter(CONFIGS)):
+def the_config(subject: Subject, configs: dict[str, ArbConfig], name: str, *, first: int = 1) -> ArbConfig:
+    """Return a configuration, or leave the test out where it would take minutes: all but the first ones need CUDA."""
+    if name not in list(configs)[:first]:
         needs_cuda(subject, f"the whole model {name}")
-    return CONFIGS[name]
+    return configs[name]
 
 
 def media(config: ArbConfig, device: torch.device) -> dict[str, Tensor]:
@@ -89,17 +131,35 @@ def trained_once(model: ArbModel, *, step: int, length: int = 8) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_outputs_are_no_worse(subject: Subject, name: str) -> None:
     """The stream, the losses of the codebooks, and what every head makes of it. Proposals are compared in test_composite.py."""
-    config = the_config(subject, name)
+    config = the_config(subject, CONFIGS, name)
     wide = outputs_of(config, reference_ops, torch.device("cpu"), torch.float64)
     twin = outputs_of(config, reference_ops, subject.device, torch.float32)
     got = outputs_of(config, subject.ops, subject.device, torch.float32)
     model_no_worse(got, twin=twin, wide=wide)
 
 
+@pytest.mark.parametrize("name", BFLOAT16_CONFIGS)
+def test_bfloat16_outputs_are_no_worse(subject: Subject, name: str) -> None:
+    """The stream and what every head makes of it, in the dtype of training on a GPU."""
+    config = the_config(subject, BFLOAT16_CONFIGS, name)
+    wide = outputs_of(config, reference_ops, torch.device("cpu"), torch.float64)
+    twin = outputs_of(config, reference_ops, subject.device, torch.bfloat16)
+    got = outputs_of(config, from_reference_start(subject.ops), subject.device, torch.bfloat16)
+    model_no_worse(got, twin=twin, wide=wide, dtype=torch.bfloat16)
+
+
+def from_reference_start(ops: Any) -> Any:
+    """Return an op set, but with the weights that the reference starts with.
+
+    For models whose state is loaded, or that say nothing of the start: the interpreter takes a fifth of a test to draw it.
+    """
+    return with_ops(ops, {"initial_weight": reference_ops.initial_weight})
+
+
 def outputs_of(config: ArbConfig, ops: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return what a fresh model computes, by name, on the CPU."""
     model = build(config, ops, device, dtype=dtype)
-    features = {kind: value.to(dtype) for kind, value in media(config, device).items()}
+    features: dict[str, Any] = {kind: value.to(dtype) for kind, value in media(config, device).items()}
     with torch.no_grad():
         trunk = model.trunk(models.random_ids(2, 8).to(device), **features)
         h_BPD = trunk.h_BPD
@@ -113,33 +173,164 @@ def outputs_of(config: ArbConfig, ops: Any, device: torch.device, dtype: torch.d
     return {name: value.cpu() for name, value in outputs.items()}
 
 
+@cache
+def trained(config: ArbConfig) -> ArbModel:
+    """Return a reference model after three steps: with neighbours and composites in place. Not to be changed."""
+    model = build(config, reference_ops, "cpu")
+    for step in range(3):
+        trained_once(model, step=step, length=120)
+    return model
+
+
+def stepped(
+    config: ArbConfig, ops: Any, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Return the state, on the CPU, after one more step than `trained`."""
+    model = build(config, from_reference_start(ops), device, dtype=dtype)
+    model.load_state(trained(config).state())
+    trained_once(model, step=3)
+    return {key: value.to("cpu") for key, value in model.state().items()}
+
+
+@dataclass
+class Step:
+    """One step on one op set: the state that it leaves, and what it made on the way, see replay.py."""
+
+    state: dict[str, Any]
+    own: Own
+
+
+def recorded_step(config: ArbConfig, dtype: torch.dtype = torch.float32) -> tuple[Step, Calls]:
+    """Return the step of the reference, and what its replayed ops were given."""
+    calls: Calls = []
+    own: Own = {}
+    return Step(stepped(config, recording(reference_ops, calls, own), "cpu", dtype), own), calls
+
+
+def replayed_step(
+    config: ArbConfig,
+    ops: Any,
+    calls: Calls,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+) -> Step:
+    """Return the step of an op set whose replayed ops are given what was recorded."""
+    own: Own = {}
+    return Step(stepped(config, replaying(ops, calls, own), device, dtype), own)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_leaves_the_same_bits(subject: Subject, name: str) -> None:
-    """Weights, accumulators and integer tables, after one step that starts with neighbours and composites in place."""
-    config = the_config(subject, name)
-    before = build(config, reference_ops, "cpu")
-    for step in range(3):
-        trained_once(before, step=step, length=120)
-    start = {key: value.clone() for key, value in before.state().items()}
-    calls: list[Any] = []
-    after = []
-    for ops, device in (
-        (recording(reference_ops, calls), torch.device("cpu")),
-        (replaying(subject.ops, calls), subject.device),
-    ):
-        model = build(config, ops, device)
-        model.load_state(start)
-        trained_once(model, step=3)
-        after.append({key: value.to("cpu") for key, value in model.state().items()})
-    assert any(name == "orthogonalize" for name, _ in calls), "no gradient was made orthogonal"
-    assert list(after[0]) == list(after[1])
-    for key, want in after[0].items():
-        exact(after[1][key], want, key)
-    moved = [key for key in before.weights() if (after[0][key].exponents != start[key].exponents).any()]
+    """Weights, accumulators and integer tables; and on the way, all activations and gradients are alike."""
+    config = the_config(subject, CONFIGS, name, first=2)
+    want, calls = recorded_step(config)
+    got = replayed_step(config, subject.ops, calls, subject.device)
+    all_alike(got.own, want.own)
+    same_state(got.state, want.state)
+    assert any(name.startswith("orthogonalize") for name, _ in calls), "no gradient was made orthogonal"
+    all_moved(config, want.state)
+
+
+@pytest.mark.parametrize("name", BFLOAT16_CONFIGS)
+def test_a_bfloat16_step_leaves_the_same_bits(subject: Subject, name: str) -> None:
+    """As in float32; on the way, no activation or gradient is worse than those of plain PyTorch in bfloat16.
+
+    A twin can measure gradients here, as it cannot in float32 (see `all_alike`): their errors come from the rounding of every
+    element, whatever the order of the sums. With noise of float32 on all sums, the worst of a model moved by a third at most.
+    """
+    config = the_config(subject, BFLOAT16_CONFIGS, name)
+    recorded, calls = recorded_step(config, torch.bfloat16)
+    wide = replayed_step(config, reference_ops, calls, "cpu", torch.float64)
+    twin = replayed_step(config, reference_ops, calls, subject.device, torch.bfloat16)
+    got = replayed_step(config, subject.ops, calls, subject.device, torch.bfloat16)
+    model_no_worse(got.own, twin=twin.own, wide=wide.own, dtype=torch.bfloat16)
+    same_state(got.state, recorded.state)
+    all_moved(config, recorded.state)
+
+
+def same_state(got: dict[str, Any], want: dict[str, Any]) -> None:
+    """Fail unless all state is equal in every bit."""
+    assert list(got) == list(want)
+    for key, value in want.items():
+        exact(got[key], value, key)
+
+
+def all_moved(config: ArbConfig, after: dict[str, Any]) -> None:
+    """Fail unless the step changed scales, and everything that learns from bytes."""
+    before = trained(config)
+    start, weights = before.state(), before.weights()
+    moved = [key for key, weight in weights.items() if (after[key].exponents != weight.exponents).any()]
     assert len(moved) > 2, f"scales moved in {moved} alone"
-    unmoved = [key for key, value in after[0].items() if same(value, start[key])]
+    unmoved = [key for key, value in after.items() if same(value, start[key])]
     frozen = {key for key, module in before.ternary_modules().items() if module.frozen}
     assert set(unmoved) <= frozen | set(still(before)), f"nothing moved in {unmoved}"
+
+
+def test_the_other_paths_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step that is compared computes the nodes of all codes, looks into buckets, and makes experts orthogonal one by one."""
+    nodes: list[int] = []
+    full_nodes = TernaryGraph.full_nodes
+
+    def noted(graph: TernaryGraph, codes_R: Tensor) -> Tensor:
+        nodes.append(codes_R.numel())
+        return full_nodes(graph, codes_R)
+
+    monkeypatch.setattr(TernaryGraph, "full_nodes", noted)
+    trained(OTHER_PATHS)
+    nodes.clear()  # a longer batch may have come another way
+    _, calls = recorded_step(OTHER_PATHS)
+    names = [name for name, _ in calls]
+    assert nodes == [2 * 6]
+    assert {"candidate_codes", "nearest_candidates"} < set(names) and "nearest_codes" not in names
+    assert names.count(orthogonalize_of(OTHER_PATHS.num_experts)) == 2, "of expert_down and expert_up"
+
+
+BROKEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear_input_grad": lambda grad: 1.5 * grad,
+    "grouped_linear_input_grad": torch.neg,
+    "rms_norm_input_grad": torch.zeros_like,
+    "edge_sum_input_grad": torch.zeros_like,
+}
+"""What an op set may do to a gradient that leaves every bit of state as it should be, since gradients are exchanged."""
+
+
+def with_broken(op: str) -> Any:
+    """Return the reference ops with one gradient broken."""
+    right = getattr(reference_ops, op)
+    return models.ops_with(**{op: lambda *args, **kwargs: BROKEN[op](right(*args, **kwargs))})
+
+
+@pytest.mark.parametrize("op", BROKEN)
+def test_a_broken_backward_pass_is_noticed(op: str) -> None:
+    """By what it hands to the ops that are replayed, and by nothing else: its step leaves the same bits."""
+    config = CONFIGS["every module, one layer"]
+    want, calls = recorded_step(config)
+    got = replayed_step(config, with_broken(op), calls, "cpu")
+    same_state(got.state, want.state)
+    with pytest.raises(AssertionError, match=": off by"):
+        all_alike(got.own, want.own)
+
+
+@pytest.mark.parametrize("op", [op for op in BROKEN if not op.startswith("edge_sum")])  # no codes, no edges
+def test_a_broken_bfloat16_backward_pass_is_noticed(op: str) -> None:
+    config = BFLOAT16_CONFIGS["one layer"]
+    twin, calls = recorded_step(config, torch.bfloat16)
+    wide = replayed_step(config, reference_ops, calls, "cpu", torch.float64)
+    model_no_worse(twin.own, twin=twin.own, wide=wide.own, dtype=torch.bfloat16)
+    got = replayed_step(config, with_broken(op), calls, "cpu", torch.bfloat16)
+    with pytest.raises(AssertionError, match=": off by"):
+        model_no_worse(got.own, twin=twin.own, wide=wide.own, dtype=torch.bfloat16)
+
+
+def test_sums_in_bfloat16_are_noticed() -> None:
+    """Of the width of `tiny`; at that of one layer, above, the yardstick would let them pass."""
+    config, cpu = BFLOAT16_CONFIGS["tiny without codes"], torch.device("cpu")
+    (mutant,) = (mutant for mutant in MUTANTS if mutant.name == "sums_in_bfloat16")
+    wide = outputs_of(config, reference_ops, cpu, torch.float64)
+    twin = outputs_of(config, reference_ops, cpu, torch.bfloat16)
+    got = outputs_of(config, build_mutant(mutant), cpu, torch.bfloat16)
+    with pytest.raises(AssertionError, match=": off by"):
+        model_no_worse(got, twin=twin, wide=wide, dtype=torch.bfloat16)
 
 
 def same(value: Any, other: Any) -> bool:

@@ -298,6 +298,10 @@ _FLOATS = (
        "conv1d_of_one_tap_is_linear", compared="conv1d"),
     m("conv_padding_kept", "conv", "padded[:, :, padding : padding + length]", "padded[:, :, :length]",
        "conv1d_by_torch", compared="conv1d_input_grad"),
+    m("conv_weight_grad_of_flipped_taps", "conv", "return linear_weight_grad(grad_BNP.transpose(1, 2), columns_BPK)",
+       "flipped_BPK = columns_BPK.unflatten(2, (-1, kernel_size)).flip(3).flatten(2)\n"
+       "    return linear_weight_grad(grad_BNP.transpose(1, 2), flipped_BPK)",
+       "conv1d_by_torch", compared="conv1d_weight_grad"),
     m("conv_batch_guessed", "conv", "windows_BCPJ.shape[2], num_columns)", "windows_BCPJ.shape[2], -1)",
        "conv1d_of_an_empty_batch"),
     m("conv_padding_unchecked", "conv", "checks.conv_input(x_BCL, num_columns, kernel_size)", "pass",
