@@ -83,7 +83,10 @@ class Census:
                 "zero_share": count["zeros"] / size,
                 "rail_share": count["rail"] / size,
                 "saturation": count["saturated"] / size,
-                "exponents": summed_up(torch.stack([state["exponents"] for state in states]).sum(0).tolist()),
+                "exponents": summed_up(
+                    torch.stack([state["exponents"] for state in states]).sum(0).tolist(),
+                    float(torch.stack([state["octaves"] for state in states]).sum()),
+                ),
             }
             flipped, total = flipped + count["flips"], total + size
         groups = {
@@ -149,7 +152,10 @@ def count_accumulators(module: TernaryModule, ops: Any) -> dict[str, Tensor]:
 
 
 def count_state(weight: LaidOutWeight, ops: Any) -> dict[str, Tensor]:
-    """Count ``zeros``, int64 [], and groups by exponent, ``exponents`` int64 [48] from -32 on, both on the weight's device."""
+    """Count ``zeros``, int64 [], and groups by exponent, ``exponents`` int64 [48] from -32 on, both on the weight's device.
+
+    And add up ``octaves``, float64 []: the exponents of all groups, each with its mantissa, a step of which is 2**-b octaves.
+    """
     exponents = weight.tensors()["exponents"]
     zeros = torch.zeros((), dtype=torch.int64, device=exponents.device)
     counts = torch.zeros(NUM_EXPONENTS, dtype=torch.int64, device=exponents.device)
@@ -158,7 +164,8 @@ def count_state(weight: LaidOutWeight, ops: Any) -> dict[str, Tensor]:
         zeros = zeros + trits_NK.numel() - torch.count_nonzero(trits_NK)
         levels = part.tensors()["exponents"] >> weight.mantissa_bits
         counts = counts + torch.bincount((levels - EXPONENT_MIN).flatten(), minlength=NUM_EXPONENTS)
-    return {"zeros": zeros, "exponents": counts}
+    octaves = exponents.sum(dtype=torch.float64) / 2**weight.mantissa_bits
+    return {"zeros": zeros, "exponents": counts, "octaves": octaves}
 
 
 def trits_of(part: LaidOutWeight, ops: Any) -> Tensor:
@@ -172,10 +179,10 @@ def added(counts: Iterable[Tensor]) -> int:
     return int(torch.stack(list(counts)).sum())
 
 
-def summed_up(counts: list[int]) -> dict[str, Any]:
-    """Least, mean and greatest exponent of groups counted by exponent, and the counts that are not 0."""
+def summed_up(counts: list[int], octaves: float) -> dict[str, Any]:
+    """Least, mean and greatest exponent of groups counted by exponent, and the counts that are not 0; the mean with mantissas."""
     held = {EXPONENT_MIN + i: count for i, count in enumerate(counts) if count}
-    mean = sum(exponent * count for exponent, count in held.items()) / sum(held.values())
+    mean = octaves / sum(held.values())
     return {"min": min(held), "mean": mean, "max": max(held), "counts": {str(e): n for e, n in held.items()}}
 
 
