@@ -47,15 +47,16 @@ def page(document: Mapping[str, Any]) -> str:
 def table(runs: Sequence[Run]) -> str:
     """Return a Markdown table: one line for all seeds of a rule, with the spread between them."""
     lines = [
-        "| suite | data | model | steps | rule | rate | decay | val bpb | spread | seeds | tokens | seconds | MB of state |",
-        "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| suite | data | model | steps | rule | rate | decay | val bpb | spread | seeds | tokens | seconds | MB of state "
+        "| commit |",
+        "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
-    for (suite, data, size, steps, rule, rate, decay, _), same in grouped(runs).items():
+    for (suite, data, size, steps, rule, rate, decay, commit), same in grouped(runs).items():
         values = [run["val_bpb"] for run in same]
         lines.append(
             f"| {suite} | {data} | {size} | {steps:,} | {rule} | {rate:.4g} | {decay:g} | {mean(values):.3f} "
             f"| {max(values) - min(values):.3f} | {len(values)} | {same[0]['tokens'] / 1e6:.1f} M "
-            f"| {mean(run['seconds'] for run in same):.1f} | {same[0]['state_bytes'] / 1e6:.1f} |"
+            f"| {mean(run['seconds'] for run in same):.1f} | {same[0]['state_bytes'] / 1e6:.1f} | {commit or ''} |"
         )
     return "\n".join(lines)
 
