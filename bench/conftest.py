@@ -167,12 +167,20 @@ def without_a_number(config: pytest.Config) -> dict[str, str]:
     found = {}
     for outcome in ("failed", "error", "skipped"):
         for result in reporter.stats.get(outcome, ()) if reporter else ():
-            reason = result.longrepr[2] if isinstance(result.longrepr, tuple) else str(result.longrepr)
-            lines = [line for line in reason.strip().splitlines() if line.strip()]
-            found[result.nodeid.partition("::")[2]] = (
-                lines[-1].strip().removeprefix("E").strip() if lines else outcome
-            )
+            found[result.nodeid.partition("::")[2]] = reason_of(result.longrepr) or outcome
     return found
+
+
+def reason_of(longrepr: Any) -> str:
+    """Return the last line of what a skipped or failed case says; of one that raised, what it said first: it names no file."""
+    if isinstance(longrepr, tuple):
+        return str(longrepr[2]).strip()
+    crash = getattr(longrepr, "reprcrash", None)
+    lines = [line.strip() for line in str(longrepr if crash is None else crash.message).splitlines()]
+    lines = [line for line in lines if line]
+    if not lines:
+        return ""
+    return lines[0] if crash is not None else lines[-1].removeprefix("E").strip()
 
 
 @pytest.hookimpl(trylast=True)

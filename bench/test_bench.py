@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import torch
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.op_table import OP_TABLE
 from bench import cases, gate, inputs, machine, report, rooflines, runner, timing
+from bench.conftest import reason_of
 from bench.peers import peers_of
 
 CEILINGS = rooflines.Ceilings(copy_gbps=4000.0, matmul_tflops=800.0, overhead_us=2.0)
@@ -281,6 +283,20 @@ def test_results_are_stored_and_compared(tmp_path: Path) -> None:
     assert result["op"] == "step_from_loss" and result["p50_us"] == pytest.approx(median_us, rel=0.01)
     again = run_pytest(storage, "--benchmark-compare=0001")
     assert again.returncode == 0 and "cases in both" in again.stdout, again.stdout + again.stderr
+
+
+def test_no_result_names_a_path() -> None:
+    for file in machine.RESULTS.glob("*/*"):
+        found = re.search(r"/(home|opt|root|tmp|usr|work)/\S*", file.read_text())
+        assert found is None, f"{file}: {found and found[0]}"
+
+
+def test_a_case_that_raises_is_stored_with_what_it_said() -> None:
+    """Not with the file that said it, which is of one machine."""
+    raised = SimpleNamespace(reprcrash=SimpleNamespace(message="RuntimeError: no memory\nand more"))
+    assert reason_of(raised) == "RuntimeError: no memory"
+    assert reason_of(("/home/file.py", 3, "Skipped: no time")) == "Skipped: no time"
+    assert reason_of("E   no number: ours is wrong\n") == "no number: ours is wrong"
 
 
 def test_a_case_is_shown_as_it_was_measured_last() -> None:

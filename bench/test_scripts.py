@@ -387,18 +387,30 @@ def test_results_on_texts_that_share_a_name_are_not_merged() -> None:
     """The sources of one Python are not those of another."""
     run = {"suite": "toy", "rule": "integer", "data": "stdlib", "seed": 0, "learning_rate": 1.0, "decay": 0.6}
     documents = [
-        {
-            "machine": {"device": "a"},
-            "commit": {"id": "c"},
-            "date": "",
-            "command": "",
-            "runs": [{**run, "data_sha256": text}],
-        }
+        {"machine": {"device": "a"}, "command": "", "runs": [{**run, "data_sha256": text}]}
         for text in ("one", "other")
     ]
     with pytest.raises(ValueError, match="has runs on 2 texts called stdlib"):
         learning.merged(documents)
     learning.merged(documents[:1])
+
+
+def test_runs_that_failed_are_merged_and_shown_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: Any, **options: Any) -> dict[str, Any]:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(learning, "train", fail)
+    options = ["--suite", "toy", "--rules", "integer", "--seeds", "0", "--device", "cpu", "--steps", "2"]
+    assert learning.main([*options, "--out", str(tmp_path / "failed")]) == 1
+    stored = json.loads((tmp_path / "failed.json").read_text())
+    assert "no memory" in stored["runs"][0]["failed"] and stored["command"].startswith(
+        "python -m bench.learning"
+    )
+    capsys.readouterr()
+    assert learning.main(["--report", str(tmp_path / "failed.json"), "--out", str(tmp_path / "both")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2, "a table without rows"
 
 
 @pytest.mark.parametrize(

@@ -95,11 +95,15 @@ def model_no_worse(
 ) -> None:
     """Fail unless the outputs `got` of a model err at most k times as much as those of its twin in `dtype`, plus one rounding.
 
-    As `no_worse`, with the norm of an output in place of its elements, and the twin's worst output as the yardstick of all: a
-    loss is one number, which the twin may have right by luck. The twin itself must be alike, as TWIN_ALIKE says, or it has chosen
-    other codes or experts and measures nothing. In bfloat16 nothing is added: one rounding would be half of what a twin is off by.
+    Integers must be equal. Else as `no_worse`, with the norm of an output in place of its elements, and the twin's worst output as
+    the yardstick of all: a loss is one number, which the twin may have right by luck. The twin itself must be alike, as TWIN_ALIKE
+    says, or it has chosen other codes or experts and measures nothing. In bfloat16 nothing is added: one rounding would be half of
+    what a twin is off by.
     """
     assert got.keys() == twin.keys() == wide.keys(), f"outputs are {list(got)}, want {list(wide)}"
+    for what in [what for what in wide if not wide[what].is_floating_point()]:
+        exact(got[what], wide[what], what)
+    wide = {what: want for what, want in wide.items() if want.is_floating_point()}
     yardstick = max(relative_error(twin[what], wide[what], what) for what in wide)
     assert yardstick <= TWIN_ALIKE[dtype], (
         f"the twin is off by {yardstick:.3g} of the norm of an output, allowed {TWIN_ALIKE[dtype]:.3g}"

@@ -139,6 +139,10 @@ def test_model_no_worse_measures_by_the_worst_output_of_the_twin() -> None:
     with pytest.raises(AssertionError, match="the twin is off by"):
         model_no_worse(twin, twin=lost, wide=wide)
     model_no_worse(lost, twin=lost, wide=wide, dtype=torch.bfloat16)
+    chosen = {"experts": torch.tensor([0, 1, 2, 3, 1000])}
+    swapped = {"experts": torch.tensor([1, 0, 2, 3, 1000])}
+    with pytest.raises(AssertionError, match="experts"):
+        model_no_worse({**twin, **swapped}, twin={**twin, **chosen}, wide={**wide, **chosen})
     with pytest.raises(AssertionError, match="stream: off by"):
         model_no_worse({**lost, "stream": wide["stream"] * 1.021}, twin=lost, wide=wide, dtype=torch.bfloat16)
 

@@ -48,7 +48,7 @@ _CHANGES = (
         "--sign-votes",
         is_flag=True,
         default=None,
-        help="The seeds' rule: one sign a vote, theta 32, scales that stay.",
+        help="The seeds' rule: votes are signs times a size by the loss.",
     ),
 )
 

@@ -306,7 +306,7 @@ SIGN_VOTES: Mapping[str, Any] = {
     "exponent_rule": "frozen",
     "mantissa_bits": 0,
 }
-"""Fields of a configuration that learns as the seeds' models did: votes of one sign that grow with the loss, scales that stay."""
+"""Fields of a configuration that learns as the seeds' models did: votes are signs, whose size grows with the loss; scales stay."""
 
 
 def with_modules(

@@ -60,7 +60,7 @@ _R12_WISH = ArbConfig(
 def search_r9() -> ArbConfig:
     """REFACTOR9: codes, graph, memory, experts and heads at width 512, without images and audio.
 
-    The seed's MiB, which are not searched for, agree: rows of a length that is no multiple of 12 end in a short group.
+    The seed's MiB, which are not searched for, agree with what is found.
     """
     wish = replace(
         _R12_WISH,

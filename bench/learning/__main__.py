@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -112,7 +113,13 @@ def run(job: Job, *, device: str, progress: Any) -> dict[str, Any]:
         architecture, rule, corpus, split, windows_WT, seed=job.seed, steps=job.steps, device=device, progress=progress,
     )  # fmt: skip
     facts = {"data_bytes": corpus.data_N.numel(), "data_sha256": corpus.sha256}
-    return {**facts, "learning_rate": rule.rate, "decay": rule.decay, **result}
+    return {**facts, **result}
+
+
+def commit_name(given: str | None) -> str:
+    """Return the commit that is measured, and whether its tree was changed."""
+    info = machine.commit_info(given)
+    return f"{info['id']}{', changed' if info['dirty'] else ''}"
 
 
 def data_name(data: str) -> str:
@@ -186,13 +193,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     held = [run for file in args.without for run in read(parser, "--without", file)["runs"]]
     jobs = [job for job in jobs if not any(measured(job, run) for run in held)][worker::workers]
+    origin = {"commit": commit_name(args.commit), "date": time.strftime("%Y-%m-%d")}
     runs: list[dict[str, Any]] = []
-    command = ["python -m bench.learning", *(sys.argv[1:] if argv is None else argv)]
+    command = ["python", "-m", "bench.learning", *(sys.argv[1:] if argv is None else argv)]
     document = {
         "machine": machine.machine_info(),
-        "commit": machine.commit_info(args.commit),
-        "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(command),
+        "command": shlex.join(command),
         "runs": runs,
     }
     began = time.monotonic()
@@ -207,7 +213,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress = partial(_show, bar, task)
             done = parts.attempt(partial(run, job, device=device, progress=progress))
             bar.remove_task(task)
-            runs.append({**asdict(job), "data": data_name(job.data), **done})
+            rule = rule_of(job)
+            settings = {"data": data_name(job.data), "learning_rate": rule.rate, "decay": rule.decay}
+            runs.append({**origin, **asdict(job), **settings, **done})
             parts.write(path, document)
             line = f"{job.suite:7} {job.size:6} {job.rule:17} seed {job.seed}"
             result = done.get("failed") or f"{done['val_bpb']:.4f} in {done['seconds']} s"
@@ -240,8 +248,7 @@ def share_of(parser: argparse.ArgumentParser, text: str) -> tuple[int, int]:
 
 
 def merged(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the runs of several files as one document, in the order of their suites, each with its commit and date; one that
-    is in two of them counts once.
+    """Return the runs of several files as one document, in the order of their suites; one that is in two of them counts once.
 
     Raises ValueError for runs of different devices, whose times must not be averaged, or of texts that share their name alone:
     `stdlib` is another text in each version of Python.
@@ -251,8 +258,7 @@ def merged(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         raise ValueError(f"--report: is of {' and '.join(sorted(devices))}, but must be of one device")
     runs: list[Any] = []
     for document in documents:
-        origin = {"commit": document["commit"].get("id"), "date": document["date"]}
-        runs += [run for each in document["runs"] if (run := {**origin, **each}) not in runs]
+        runs += [run for run in document["runs"] if run not in runs]
     commands = "; ".join(dict.fromkeys(document["command"] for document in documents))
     for name in {run["data"] for run in runs}:
         texts = {run["data_sha256"] for run in runs if run["data"] == name and "failed" not in run}
@@ -262,12 +268,9 @@ def merged(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _place(run: Mapping[str, Any]) -> tuple[Any, ...]:
-    places = (
-        SUITES.index(run["suite"]),
-        run["data"] != "stdlib",
-        run["data"],
-        list(RULES).index(run["rule"]),
-    )
+    names = list(RULES)
+    rule = names.index(run["rule"]) if run["rule"] in names else len(names)
+    places = (SUITES.index(run["suite"]), run["data"] != "stdlib", run["data"], rule, run["rule"])
     return (*places, run["learning_rate"], run["decay"], run["seed"])
 
 

@@ -226,7 +226,8 @@ def train(
     """Train one model and return what came of it: the curve, the bytes of its state, and how long its steps take.
 
     `seconds` is for all steps, without validation, and as if the first few, which compile kernels, were as fast as the rest
-    (unless there are hardly more). The sign rule waits for its loss in each step.
+    (unless there are hardly more). The sign rule waits for its loss in each step, and records one for each size of its votes on
+    the way.
     """
     with values_vouched_for(), _side_stream(device):
         learner = Learner(architecture, rule, seed=seed, device=device)

@@ -72,6 +72,17 @@ def test_a_pass_that_fails_leaves_no_trace() -> None:
         assert torch.equal(one[:, :used], other[:, :used])
 
 
+def test_a_copy_after_a_pass_that_failed_has_no_trace_of_it() -> None:
+    ledger, prompt = small(), ids(1, 9)
+    read(ledger, prompt[:, :5])
+    kept = ledger.copy()
+    for taken in (KVLedger.copy, lambda one: one.select([0]), lambda one: KVLedger.stack([one])):
+        ledger.begin(prompt[:, 5:])
+        other = taken(ledger)
+        assert (other.lengths, other.unread, other.positions) == (kept.lengths, kept.unread, kept.positions)
+        assert torch.equal(read(other, prompt[:, 5:7]), read(kept.copy(), prompt[:, 5:7]))
+
+
 @pytest.mark.parametrize("pieces", [[40], [3, 1, 1, 1, 34], [10, 20, 7, 3], [3, *[1] * 37]])
 def test_the_log_does_not_depend_on_the_passes(pieces: list[int]) -> None:
     """Rows in the order in which they become known: a position, then the means of the blocks that it completes."""

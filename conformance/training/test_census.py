@@ -116,7 +116,7 @@ def test_rail_and_saturation_of_known_accumulators(ops: Any, subject: Subject) -
 def test_zeros_and_exponents_of_known_weights(ops: Any, subject: Subject) -> None:
     trits = [[1, 0, 0, -1, -1, 0, 0], [-1, -1, 0, 1, 1, 1, 1]]
     accum = [[0] * 7] * 2
-    for levels, bits, expected, octaves in (
+    for levels, bits, expected, with_mantissa in (
         ([[-3, 15], [-32, -3]], 0, {-32: 1, -3: 2, 15: 1}, -23),
         ([[-5, 3], [-6, 2]], 1, {-3: 2, 1: 2}, -3),  # -5 is 2**-3 and a half more
     ):
@@ -125,7 +125,7 @@ def test_zeros_and_exponents_of_known_weights(ops: Any, subject: Subject) -> Non
         found = count_state(laid_out, ops)
         assert int(found["zeros"]) == 5
         held = {i - 32: count for i, count in enumerate(found["exponents"].tolist()) if count}
-        assert held == expected and float(found["octaves"]) == octaves
+        assert held == expected and float(found["with_mantissa"]) == with_mantissa
     assert census_of.summed_up([1] + [0] * 28 + [2] + [0] * 18, -36.0) == {
         "min": -32,
         "mean": -12.0,
@@ -217,10 +217,10 @@ def test_a_report_is_what_the_weights_say() -> None:
         assert (
             numbers["exponents"]["min"] == exponents.min() and numbers["exponents"]["max"] == exponents.max()
         )
-        octaves = torch.cat(
+        with_mantissa = torch.cat(
             [now[name].exponents.flatten().double() / 2 ** now[name].mantissa_bits for name in names]
         )
-        assert numbers["exponents"]["mean"] == pytest.approx(float(octaves.mean()))
+        assert numbers["exponents"]["mean"] == pytest.approx(float(with_mantissa.mean()))
         assert sum(numbers["exponents"]["counts"].values()) == exponents.numel()
     assert report["flip_rate"] == share(live, lambda name: after[name] != before[name]) > 0
     assert report["kinds"]["head"]["rail_share"] > 0

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.training.checkpoint import state_sha256
+from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.monitor import read_metrics
 from arbitor.optimized.training.passes import Passes, RecordedPasses
-from arbitor.optimized.training.plan import TrainOptions, decide, preset_config
+from arbitor.optimized.training.plan import CHANGES, TrainOptions, decide, preset_config
 from arbitor.optimized.training.recording import LAUNCHED_FIRST, records
 from arbitor.optimized.training.runtime import Runtime
 from arbitor.reference.graph import ArbModel
@@ -133,6 +134,17 @@ def test_what_can_be_recorded() -> None:
         )
         with pytest.raises(ValueError, match=said):
             records(True, runtime, vote_rule=rule)
+
+
+def test_a_run_from_before_an_option_goes_on_without_it() -> None:
+    recorded = decide(TrainOptions(preset="nano"), None).as_json()
+    for name in CHANGES:
+        del recorded[name]
+    assert decide(TrainOptions(), recorded).as_json() == decide(TrainOptions(preset="nano"), None).as_json()
+    with pytest.raises(
+        TrainingError, match="started with sign_votes False and cannot go on with sign_votes True"
+    ):
+        decide(TrainOptions(sign_votes=True), recorded)
 
 
 @pytest.mark.parametrize("changes", [{"backend": "reference"}, {"device": "cpu"}])

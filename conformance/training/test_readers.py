@@ -78,7 +78,10 @@ def compare(model: ArbModel, launched: KVLedger, replayed: KVLedger) -> None:
 
 
 class Launches:
-    """Stands in for a CUDA graph where there is none: a replay launches what was recorded, and tells the host nothing."""
+    """Stands in for a CUDA graph where there is none: a replay launches what was recorded, and tells the host nothing.
+
+    It reads the numbers of the host anew, where a graph would have those of its recording: that is left to the tests on CUDA.
+    """
 
     def __init__(self, run: Callable[[], None], ledger: KVLedger) -> None:
         self.run, self.ledger = run, ledger
@@ -90,11 +93,11 @@ class Launches:
 
 def test_a_reader_keeps_the_ledger_as_a_pass_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of a recorded step but the graph, on the CPU: counters, summaries, and memory that grows."""
-    recorded_at: list[list[int]] = []
+    recorded_at: list[list[tuple[int, int]]] = []
 
     def recorded(run: Callable[[], None]) -> list[Any]:
         ledger = run.__self__.ledger  # type: ignore[attr-defined]
-        recorded_at.append(ledger.addresses())
+        recorded_at.append(ledger.places())
         return [Launches(run, ledger)]
 
     monkeypatch.setattr(readers, "recorded", recorded)
@@ -125,12 +128,12 @@ def test_room_that_was_reserved_is_enough(fields: dict[str, int]) -> None:
         ledger = read(model)
         other = ledger.copy()
         ledger.reserve(STEPS)
-        addresses = ledger.addresses()
+        places = ledger.places()
         for each in (ledger, other):
             seen: list[Tensor] = []
             for _ in range(STEPS):
                 Reader(model, each).step(chooser(seen))
-    assert ledger.addresses() == addresses != other.addresses()
+    assert ledger.places() == places != other.places()
     same(ledger, other)
 
 

@@ -85,7 +85,7 @@ class Census:
                 "saturation": count["saturated"] / size,
                 "exponents": summed_up(
                     torch.stack([state["exponents"] for state in states]).sum(0).tolist(),
-                    float(torch.stack([state["octaves"] for state in states]).sum()),
+                    float(torch.stack([state["with_mantissa"] for state in states]).sum()),
                 ),
             }
             flipped, total = flipped + count["flips"], total + size
@@ -154,7 +154,7 @@ def count_accumulators(module: TernaryModule, ops: Any) -> dict[str, Tensor]:
 def count_state(weight: LaidOutWeight, ops: Any) -> dict[str, Tensor]:
     """Count ``zeros``, int64 [], and groups by exponent, ``exponents`` int64 [48] from -32 on, both on the weight's device.
 
-    And add up ``octaves``, float64 []: the exponents of all groups, each with its mantissa, a step of which is 2**-b octaves.
+    And add up ``with_mantissa``, float64 []: E + m / 2**b of all groups, which moves as scales do.
     """
     exponents = weight.tensors()["exponents"]
     zeros = torch.zeros((), dtype=torch.int64, device=exponents.device)
@@ -164,8 +164,8 @@ def count_state(weight: LaidOutWeight, ops: Any) -> dict[str, Tensor]:
         zeros = zeros + trits_NK.numel() - torch.count_nonzero(trits_NK)
         levels = part.tensors()["exponents"] >> weight.mantissa_bits
         counts = counts + torch.bincount((levels - EXPONENT_MIN).flatten(), minlength=NUM_EXPONENTS)
-    octaves = exponents.sum(dtype=torch.float64) / 2**weight.mantissa_bits
-    return {"zeros": zeros, "exponents": counts, "octaves": octaves}
+    with_mantissa = exponents.sum(dtype=torch.float64) / 2**weight.mantissa_bits
+    return {"zeros": zeros, "exponents": counts, "with_mantissa": with_mantissa}
 
 
 def trits_of(part: LaidOutWeight, ops: Any) -> Tensor:
@@ -179,10 +179,10 @@ def added(counts: Iterable[Tensor]) -> int:
     return int(torch.stack(list(counts)).sum())
 
 
-def summed_up(counts: list[int], octaves: float) -> dict[str, Any]:
+def summed_up(counts: list[int], with_mantissa: float) -> dict[str, Any]:
     """Least, mean and greatest exponent of groups counted by exponent, and the counts that are not 0; the mean with mantissas."""
     held = {EXPONENT_MIN + i: count for i, count in enumerate(counts) if count}
-    mean = octaves / sum(held.values())
+    mean = with_mantissa / sum(held.values())
     return {"min": min(held), "mean": mean, "max": max(held), "counts": {str(e): n for e, n in held.items()}}
 
 

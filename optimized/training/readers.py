@@ -46,14 +46,14 @@ class RecordedReader(Reader):
         super().__init__(model, ledger)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits_BV: Tensor | None = None
-        self._addresses: list[int] = []
+        self._places: list[tuple[int, int]] = []
         self._launched = 0
 
     def step(self, choose: Choose) -> None:
         """See `Reader.step`."""
         self.ledger.reserve(1)
-        if self._addresses != self.ledger.addresses():
-            self._addresses, self._graph, self._launched = self.ledger.addresses(), None, 0
+        if self._places != self.ledger.places():
+            self._places, self._graph, self._launched = self.ledger.places(), None, 0
         if self._launched < LAUNCHED_FIRST:
             super().step(choose)
             self._launched += 1

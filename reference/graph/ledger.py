@@ -178,9 +178,9 @@ class KVLedger:
         for layer in self._layers:
             layer.log.reserve(self.scheduler.log_size(positions))
 
-    def addresses(self) -> list[int]:
-        """Return where the rows lie; they lie elsewhere when room was made."""
-        return [store.rows.data_ptr() for store in self._stores()]
+    def places(self) -> list[tuple[int, int]]:
+        """Return where the rows lie, and for how many there is room; both change when room is made."""
+        return [(store.rows.data_ptr(), store.rows.shape[1]) for store in self._stores()]
 
     def copy(self) -> Self:
         """Return the same ledger on memory of its own."""
@@ -188,6 +188,7 @@ class KVLedger:
 
     def select(self, rows: Sequence[int]) -> Self:
         """Return a ledger of some of the sequences, in the given order, on memory of its own."""
+        self._roll_back()
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.device)
         chosen = type(self)(self.config, len(index), device=self.device, dtype=self.dtype)
         chosen.lengths = [self.lengths[row] for row in rows]
@@ -205,6 +206,8 @@ class KVLedger:
         Raises ValueError where they differ in config, dtype, device or unread ids, or only some were read.
         """
         first = ledgers[0]
+        for each in ledgers:
+            each._roll_back()
         for other in ledgers[1:]:
             for name in ("config", "dtype", "device", "unread"):
                 if getattr(other, name) != getattr(first, name):

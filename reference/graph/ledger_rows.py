@@ -71,8 +71,8 @@ class LayerLedger:
     def append(self, rows_BPK: Tensor) -> None:
         """Write the rows of this pass, and the summaries of the blocks that they complete.
 
-        A single position sees no block that it completes, which all lie within its window. Its summaries are left to the end
-        of the pass, so that what it launches is the same for every position.
+        A single position sees no block that it completes: a block is seen once it lies before the window, and this one ends
+        here. Its summaries are left to the end of the pass, so that what it launches is the same for every position.
         """
         ledger, scheduler, count = self.ledger, self.ledger.scheduler, rows_BPK.shape[1]
         ledger.expect(count)
