@@ -168,11 +168,8 @@ def decide(options: TrainOptions, recorded: Mapping[str, Any] | None) -> Setting
     if (asked["preset"] or "").endswith(CONFIG_SUFFIX):
         asked["preset"] = os.path.abspath(asked["preset"])
     if recorded is not None:
-        recorded = {
-            **dict.fromkeys(CHANGES, False),
-            "max_moe_iters": None,
-            **recorded,
-        }  # of a run from before an option was
+        # A run from before there was an option has what its preset says.
+        recorded = {**dict.fromkeys(CHANGES, False), "max_moe_iters": None, **recorded}
         for name in BOUND:
             if name != "data" and asked[name] is not None and asked[name] != recorded[name]:
                 raise TrainingError(
