@@ -38,12 +38,16 @@ def free() -> None:
 
 
 def write(path: Path | None, report: Any) -> None:
-    """Write a report as JSON, if there is a path; whoever is cut off in the middle leaves the report before."""
-    if path is None:
-        return
+    """Write a report as JSON, if there is a path."""
+    if path is not None:
+        write_text(path, json.dumps(report, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file; whoever is cut off in the middle leaves the file that was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}")
-    beside.write_text(json.dumps(report, indent=1) + "\n")
+    beside.write_text(text)
     os.replace(beside, path)
 
 

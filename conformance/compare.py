@@ -102,6 +102,7 @@ def model_no_worse(
     """
     assert got.keys() == twin.keys() == wide.keys(), f"outputs are {list(got)}, want {list(wide)}"
     for what in [what for what in wide if not wide[what].is_floating_point()]:
+        exact(twin[what], wide[what], f"the twin's {what}")
         exact(got[what], wide[what], what)
     wide = {what: want for what, want in wide.items() if want.is_floating_point()}
     yardstick = max(relative_error(twin[what], wide[what], what) for what in wide)

@@ -143,6 +143,8 @@ def test_model_no_worse_measures_by_the_worst_output_of_the_twin() -> None:
     swapped = {"experts": torch.tensor([1, 0, 2, 3, 1000])}
     with pytest.raises(AssertionError, match="experts"):
         model_no_worse({**twin, **swapped}, twin={**twin, **chosen}, wide={**wide, **chosen})
+    with pytest.raises(AssertionError, match="the twin's experts"):
+        model_no_worse({**twin, **chosen}, twin={**twin, **swapped}, wide={**wide, **chosen})
     with pytest.raises(AssertionError, match="stream: off by"):
         model_no_worse({**lost, "stream": wide["stream"] * 1.021}, twin=lost, wide=wide, dtype=torch.bfloat16)
 

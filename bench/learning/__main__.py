@@ -283,7 +283,7 @@ def publish(document: Mapping[str, Any], path: Path | None) -> int:
     parts.write(path, document)
     print(table(document["runs"]))
     if path is not None:
-        path.with_suffix(".md").write_text(page(document))
+        parts.write_text(path.with_suffix(".md"), page(document))
         curves(document["runs"], path.with_suffix(".png"), title=document["machine"]["device"])
     return 0
 

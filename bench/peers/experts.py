@@ -16,8 +16,8 @@ from bench.inputs import Arguments, Sizes
 from bench.peers import Peer, dense
 
 
-def _sorted(experts: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Return slots in the order of their experts, and where each expert's end."""
+def by_expert(experts: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Return slots in the order of their experts, and where each expert's end; nothing waits for the device."""
     in_order, order = experts.sort(stable=True)
     groups = torch.arange(num_groups, device=experts.device)
     return order, torch.searchsorted(in_order, groups, right=True).to(torch.int32)
@@ -30,7 +30,7 @@ def _by_library(arguments: Arguments, transposed: bool) -> Callable[[], Any]:
     w = w if transposed else w.transpose(1, 2)
 
     def run() -> Tensor:
-        order, ends = _sorted(experts, num_groups)
+        order, ends = by_expert(experts, num_groups)
         y = F.grouped_mm(x[order], w, offs=ends)
         return torch.empty_like(y).index_copy_(0, order, y)
 
@@ -56,7 +56,7 @@ def _weight_grad_by_library(arguments: Arguments, sizes: Sizes) -> Callable[[], 
     (grad, x, experts), options = arguments
 
     def run() -> Tensor:
-        order, ends = _sorted(experts, options["num_groups"])
+        order, ends = by_expert(experts, options["num_groups"])
         return F.grouped_mm(grad[order].T, x[order], offs=ends).flatten(0, 1)
 
     return run

@@ -21,6 +21,7 @@ from arbitor.reference.graph import ArbModel
 from arbitor.reference.presets import preset
 from bench.inputs import RATE, Arguments, Sizes
 from bench.peers import Peer
+from bench.peers.experts import by_expert
 
 EPS = 1e-6  # the default of the ops
 
@@ -86,13 +87,13 @@ class DenseOps:
         self, grad: Tensor, x: Tensor, experts: Tensor, *, num_groups: int
     ) -> Tensor:
         """Sum by expert, in the dtype of the activations, which is all that the library's product writes."""
-        order, ends = _by_expert(experts, num_groups)
+        order, ends = by_expert(experts, num_groups)
         sums_ENK = F.grouped_mm(_aligned(grad[order]).T, _aligned(x[order]), offs=ends)
         return sums_ENK[:, : grad.shape[1], : x.shape[1]].flatten(0, 1).float()
 
     def _grouped(self, x: Tensor, experts: Tensor, w: Tensor) -> Tensor:
         """Return each slot times the matrix [K, N] of its expert; every slot has one here."""
-        order, ends = _by_expert(experts, len(w))
+        order, ends = by_expert(experts, len(w))
         rows = -w.shape[1] % ALIGNED
         y = F.grouped_mm(
             _aligned(x[order]), F.pad(_aligned(w), (0, 0, 0, rows)) if rows else _aligned(w), offs=ends
@@ -129,13 +130,6 @@ class DenseOps:
 
     def apply_step(self, weight: DenseWeight, **rule: Any) -> None:
         """Leave the step to AdamW, which takes all weights at once."""
-
-
-def _by_expert(experts: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Return the slots in the order of their experts, and where each expert's end; nothing waits for the device."""
-    order = experts.argsort(stable=True)
-    ends = torch.searchsorted(experts[order], torch.arange(num_groups, device=experts.device), right=True)
-    return order, ends.to(torch.int32)
 
 
 def _aligned(x: Tensor) -> Tensor:

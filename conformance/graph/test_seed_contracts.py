@@ -114,9 +114,8 @@ def start(op_set: Subject) -> Start:
 
 @dataclass(frozen=True)
 class PlainStep:
-    """The states of a model before a step, after its votes and after the step; and the leaf behind the features that it saw."""
+    """The states of a model before a step, after its votes and after the step."""
 
-    sidecar: Tensor
     before: dict[str, Tensor]
     voted: dict[str, Tensor]
     stepped: dict[str, Tensor]
@@ -124,12 +123,12 @@ class PlainStep:
 
 def plain_step(start: Start, model: ArbModel) -> PlainStep:
     """Run the step that tests compare, on text and detached features of an image, and return what it left."""
-    sidecar, before = start.sidecar(model), full_state(model)
-    losses = model.losses(start.ids(seed=2), image_BNF=(2 * sidecar).detach())
+    before = full_state(model)
+    losses = model.losses(start.ids(seed=2), image_BNF=(2 * start.sidecar(model)).detach())
     assert model.backward(losses, rate=models.RATE, step=1)
     voted = full_state(model)
     model.step()
-    return PlainStep(sidecar, before, voted, full_state(model))
+    return PlainStep(before, voted, full_state(model))
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +246,6 @@ def test_the_ledger_grows_by_the_predicted_ids(model: ArbModel) -> None:
 
 def test_a_detached_input_still_lets_the_weights_behind_it_vote(plain: PlainStep) -> None:
     """As after a frozen sidecar: features of an image need no gradient, and what reads them learns."""
-    assert plain.sidecar.grad is None
     assert "image_sequencer.project.trit_accum" in different(plain.before, plain.voted)
     assert "image_sequencer.project.packed" not in different(plain.before, plain.voted), (
         "a vote moved a weight"
