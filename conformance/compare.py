@@ -16,8 +16,9 @@ to the dtype that comes out. `alike` bounds the norm of a difference. docs/numer
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -91,28 +92,40 @@ def model_no_worse(
     twin: Mapping[str, Tensor],
     wide: Mapping[str, Tensor],
     dtype: torch.dtype = torch.float32,
+    kind_of: Callable[[str], str] | None = None,
     k: float = 2.0,
 ) -> None:
     """Fail unless the outputs `got` of a model err at most k times as much as those of its twin in `dtype`, plus one rounding.
 
     Integers must be equal. Else as `no_worse`, with the norm of an output in place of its elements, and the twin's worst output as
-    the yardstick of all: a loss is one number, which the twin may have right by luck. The twin itself must be alike, as TWIN_ALIKE
-    says, or it has chosen other codes or experts and measures nothing. In bfloat16 nothing is added: one rounding would be half of
-    what a twin is off by.
+    the yardstick of all: a loss is one number, which the twin may have right by luck. Where there are many outputs of each kind,
+    `kind_of` names them and an output's yardstick is its own twin's error, or the median of its kind where that is more. The twin
+    itself must be alike, as TWIN_ALIKE says, or it has chosen other codes or experts and measures nothing. In bfloat16 nothing is
+    added: one rounding would be half of what a twin is off by.
     """
     assert got.keys() == twin.keys() == wide.keys(), f"outputs are {list(got)}, want {list(wide)}"
     for what in [what for what in wide if not wide[what].is_floating_point()]:
         exact(twin[what], wide[what], f"the twin's {what}")
         exact(got[what], wide[what], what)
     wide = {what: want for what, want in wide.items() if want.is_floating_point()}
-    yardstick = max(relative_error(twin[what], wide[what], what) for what in wide)
-    assert yardstick <= TWIN_ALIKE[dtype], (
-        f"the twin is off by {yardstick:.3g} of the norm of an output, allowed {TWIN_ALIKE[dtype]:.3g}"
+    twin_errors = {what: relative_error(twin[what], want, what) for what, want in wide.items()}
+    worst = max(twin_errors.values())
+    assert worst <= TWIN_ALIKE[dtype], (
+        f"the twin is off by {worst:.3g} of the norm of an output, allowed {TWIN_ALIKE[dtype]:.3g}"
     )
-    allowed = k * yardstick + (torch.finfo(dtype).eps if dtype is torch.float32 else 0.0)
+    yardsticks = dict.fromkeys(wide, worst) if kind_of is None else _by_kind(twin_errors, kind_of)
+    rounding = torch.finfo(dtype).eps if dtype is torch.float32 else 0.0
     for what, want in wide.items():
-        error = relative_error(got[what], want, what)
+        error, allowed = relative_error(got[what], want, what), k * yardsticks[what] + rounding
         assert error <= allowed, f"{what}: off by {error:.3g} of its norm, allowed {allowed:.3g}"
+
+
+def _by_kind(errors: Mapping[str, float], kind_of: Callable[[str], str]) -> dict[str, float]:
+    """Return each error, or the median of its kind where that is more."""
+    kinds: dict[str, list[float]] = {}
+    for what, error in errors.items():
+        kinds.setdefault(kind_of(what), []).append(error)
+    return {what: max(error, median(kinds[kind_of(what)])) for what, error in errors.items()}
 
 
 def relative_error(got: Tensor, want: Tensor, what: str) -> float:

@@ -149,6 +149,22 @@ def test_model_no_worse_measures_by_the_worst_output_of_the_twin() -> None:
         model_no_worse({**lost, "stream": wide["stream"] * 1.021}, twin=lost, wide=wide, dtype=torch.bfloat16)
 
 
+def test_model_no_worse_by_kind() -> None:
+    """A value is measured by its own twin, or by what is usual among its kind, and never by another kind."""
+    one = torch.ones(64, dtype=torch.float64)
+    twin = {"a x": one * 1.01, "b x": one * 1.02, "c x": one, "d x": one * 1.01, "a y": one * 1.05}
+    wide = dict.fromkeys(twin, one)
+
+    def compare(**errors: float) -> None:
+        got = {what: one * (1 + errors.get(what.replace(" ", "_"), 0.0)) for what in twin}
+        model_no_worse(got, twin=twin, wide=wide, dtype=torch.bfloat16, kind_of=lambda what: what[2:])
+
+    compare(a_x=0.0199, b_x=0.0399, c_x=0.0199, a_y=0.099)
+    for wrong in ("a_x", "c_x"):
+        with pytest.raises(AssertionError, match=f"{wrong.replace('_', ' ')}: off by"):
+            compare(**{wrong: 0.0201})
+
+
 def test_alike_to_zeros_is_zeros() -> None:
     alike(torch.zeros(3), torch.zeros(3))
     with pytest.raises(AssertionError):

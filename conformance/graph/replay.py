@@ -125,6 +125,11 @@ def keep(own: Own, name: str, values: list[Tensor]) -> None:
         own[f"{len(own)}, value {place} of {name}"] = value.detach().cpu().clone()
 
 
+def kind_of(what: str) -> str:
+    """Return the op and the place of a value that was kept: the inputs, the gradients or the results of one op."""
+    return what.partition(", ")[2]
+
+
 def all_alike(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
     """Fail unless two float32 models made the same integers, and floats that are ALIKE.
 

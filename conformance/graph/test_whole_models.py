@@ -24,7 +24,16 @@ from arbitor.reference.graph.ternary_graph import TernaryGraph
 from arbitor.reference.presets import PRESETS
 from conformance.compare import exact, model_no_worse
 from conformance.graph import models
-from conformance.graph.replay import Calls, Own, all_alike, orthogonalize_of, recording, replaying, with_ops
+from conformance.graph.replay import (
+    Calls,
+    Own,
+    all_alike,
+    kind_of,
+    orthogonalize_of,
+    recording,
+    replaying,
+    with_ops,
+)
 from conformance.mutants import MUTANTS
 from conformance.mutants import build as build_mutant
 from conformance.report import needs_cuda
@@ -243,7 +252,7 @@ def test_a_bfloat16_step_leaves_the_same_bits(subject: Subject, name: str) -> No
     wide = replayed_step(config, reference_ops, calls, "cpu", torch.float64)
     twin = replayed_step(config, reference_ops, calls, subject.device, torch.bfloat16)
     got = replayed_step(config, subject.ops, calls, subject.device, torch.bfloat16)
-    model_no_worse(got.own, twin=twin.own, wide=wide.own, dtype=torch.bfloat16)
+    model_no_worse(got.own, twin=twin.own, wide=wide.own, dtype=torch.bfloat16, kind_of=kind_of)
     same_state(got.state, recorded.state)
     all_moved(config, recorded.state)
 
@@ -316,10 +325,23 @@ def test_a_broken_bfloat16_backward_pass_is_noticed(op: str) -> None:
     config = BFLOAT16_CONFIGS["one layer"]
     twin, calls = recorded_step(config, torch.bfloat16)
     wide = replayed_step(config, reference_ops, calls, "cpu", torch.float64)
-    model_no_worse(twin.own, twin=twin.own, wide=wide.own, dtype=torch.bfloat16)
+    model_no_worse(twin.own, twin=twin.own, wide=wide.own, dtype=torch.bfloat16, kind_of=kind_of)
     got = replayed_step(config, with_broken(op), calls, "cpu", torch.bfloat16)
     with pytest.raises(AssertionError, match=": off by"):
-        model_no_worse(got.own, twin=twin.own, wide=wide.own, dtype=torch.bfloat16)
+        model_no_worse(got.own, twin=twin.own, wide=wide.own, dtype=torch.bfloat16, kind_of=kind_of)
+
+
+@pytest.mark.parametrize("op", ("linear_input_grad", "grouped_linear_input_grad", "rms_norm_input_grad"))
+def test_a_bfloat16_gradient_off_by_a_little_is_noticed(op: str) -> None:
+    """By a twenty-fifth, which is less than twice what `orthogonalize` errs by: every kind of value has a yardstick of its own."""
+    config = BFLOAT16_CONFIGS["tiny without codes"]
+    twin, calls = recorded_step(config, torch.bfloat16)
+    wide = replayed_step(config, reference_ops, calls, "cpu", torch.float64)
+    right = getattr(reference_ops, op)
+    ops = models.ops_with(**{op: lambda *args, **kwargs: 1.04 * right(*args, **kwargs)})
+    got = replayed_step(config, ops, calls, "cpu", torch.bfloat16)
+    with pytest.raises(AssertionError, match=": off by"):
+        model_no_worse(got.own, twin=twin.own, wide=wide.own, dtype=torch.bfloat16, kind_of=kind_of)
 
 
 def test_sums_in_bfloat16_are_noticed() -> None:
