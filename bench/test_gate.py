@@ -16,9 +16,9 @@ from arbitor.optimized.kernels import (
     denoise,
     edges,
     embedding,
-    experts,
     norm,
     orthogonal,
+    products,
     scale,
     update,
     votes,
@@ -36,9 +36,9 @@ from bench.peers import peers_of
 PROGRAMS = 2 * 132
 """Programs that an H100 or H200 runs at once, as the codebook's kernels count them."""
 
-expert_ops = import_module(
-    "arbitor.optimized.ops.experts"
-)  # not by name: `ops` has ops of the names of its files
+# Not by name: `ops` has ops of the names of its files.
+expert_ops = import_module("arbitor.optimized.ops.experts")
+linear_ops = import_module("arbitor.optimized.ops.linear")
 
 
 def tile(size: int, most: int) -> tuple[int, bool]:
@@ -62,12 +62,28 @@ def stepping(s: Sizes) -> Any:
 
 
 def few(s: Sizes) -> bool:
-    return expert_ops.FEW_SLOTS * s["M"] <= s["E"]
+    return expert_ops.few_slots(s["M"], s["E"])
+
+
+def product(s: Sizes, num_slots: int, num_groups: int, *, transposed: bool = False) -> Any:
+    wide = s["float_bytes"] == 4
+    outputs, inputs = (s["K"], s["N"]) if transposed else (s["N"], s["K"])
+    tiling = products.Tiling.of(num_slots, num_groups, transposed=transposed, wide=wide).within(
+        outputs, inputs
+    )
+    several = outputs > tiling.block_n, inputs > tiling.block_k
+    return tiling.parts(outputs, inputs)[0] > 1, tiling, several, outputs % 8, inputs % 8
 
 
 def grouped(s: Sizes, *, transposed: bool = False) -> Any:
-    tiling = experts.Tiling.of(s["M"], s["E"], transposed=transposed, wide=s["float_bytes"] == 4)
-    return few(s), tiling, tile(s["N"], 128), tile(s["K"], 128), s["N"] % 8, s["K"] % 8
+    """All but whether sums are cut: uncut, few slots would have more weights than the reference has time for."""
+    return few(s), product(s, 1 if few(s) else s["M"], s["E"], transposed=transposed)[1:]
+
+
+def multiplied(s: Sizes, *, transposed: bool = False) -> Any:
+    if s["M"] > linear_ops.FEW_ROWS:
+        return tile(s["K"], scale.BLOCK_COLUMNS)
+    return product(s, s["M"], 1, transposed=transposed)
 
 
 def nearest(s: Sizes) -> Any:
@@ -101,8 +117,8 @@ PATHS: dict[str, Callable[[Sizes], Any]] = {
     "accumulate": voting,
     "accumulate_gradient": voting,
     "apply_step": stepping,
-    "linear": columns(scale.BLOCK_COLUMNS),
-    "linear_input_grad": columns(scale.BLOCK_COLUMNS),
+    "linear": multiplied,
+    "linear_input_grad": lambda s: multiplied(s, transposed=True),
     "conv1d": lambda s: tile(s["C"] * s["J"], scale.BLOCK_COLUMNS),
     "conv1d_input_grad": lambda s: tile(s["C"] * s["J"], scale.BLOCK_COLUMNS),
     "rms_norm": columns(norm.BLOCK_COLUMNS),
@@ -117,7 +133,7 @@ PATHS: dict[str, Callable[[Sizes], Any]] = {
     "nearest_codes": nearest,
     "nearest_candidates": among,
     "grouped_linear": grouped,
-    "grouped_linear_input_grad": lambda s: (*grouped(s, transposed=True), few(s) and s["N"] > experts.PART),
+    "grouped_linear_input_grad": lambda s: grouped(s, transposed=True),
     "orthogonalize": lambda s: (tile(s["K"], orthogonal.BLOCK_COLUMNS), s["N"] // s["E"] > s["K"]),
     "grouped_linear_weight_grad": lambda s: (tile(s["N"], 128), tile(s["K"], 128)),
     "decode_attention": attending,

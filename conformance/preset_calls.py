@@ -77,6 +77,9 @@ def of_experts() -> Iterator[tuple[str, Case]]:
 def of_rows() -> Iterator[tuple[str, Case]]:
     x, ids = torch.zeros(64, WIDTH, dtype=BF16), dealt(64, 16)
     gain, table = weight(1, WIDTH), weight(64, WIDTH)
+    for rows in (1, 16, 64):
+        yield "linear", Case((x[:rows], table))
+        yield "linear_input_grad", Case((torch.zeros(rows, 64, dtype=BF16), table))
     yield "rms_norm", Case((x, gain))
     yield "rms_norm_input_grad", Case((x, x, gain))
     yield "rms_norm_weight_grad", Case((x, x))

@@ -373,7 +373,7 @@ def test_votes_of_experts_take_one_launch_a_part(
         with layer.voting.at(rate=2.0, step=0), watched_work() as work:
             layer(leaf, experts).backward(grad)
         assert work.launches.count("_grouped_weight_grad_kernel") == 3, work.launches
-        assert work.launches.count("_grouped_product_kernel") == 2, work.launches
+        assert work.launches.count("_packed_product_kernel") == 2, work.launches
         done.append(work)
     same_work(done, "a pass of a grouped linear")
 

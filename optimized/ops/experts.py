@@ -8,16 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from arbitor.optimized.kernels import experts as kernels
+from arbitor.optimized.kernels.experts import weight_grad
 from arbitor.optimized.kernels.launch import values_between
+from arbitor.optimized.kernels.products import Plan, packed_product
 from arbitor.optimized.layouts import AnyWeight, DeviceWeight
 from arbitor.optimized.ops.layout import on_device
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
-
-FEW_SLOTS = 8
-"""Slots times this are few up to E: they read the packed rows of their own experts, once a slot, and need no sort. That is one
-launch instead of a dozen, which is what a step that only launches gains by; where the sort would be faster was not measured."""
 
 
 def grouped_linear(x_MK: Tensor, weight: AnyWeight, experts_M: Tensor, *, num_groups: int) -> Tensor:
@@ -50,8 +47,8 @@ def grouped_linear_weight_grad(
     checks.expert_pair(grad_MN, x_MK, DTYPES)
     checks.expert_slots(experts_M, grad_MN.shape[0], grad_MN=grad_MN, x_MK=x_MK)
     values_between("experts_M", experts_M, -1, num_groups - 1)
-    plan = kernels.Plan.of(experts_M, num_groups)
-    return kernels.weight_grad(grad_MN.contiguous(), x_MK.contiguous(), plan, num_groups)
+    plan = Plan.of(experts_M, num_groups)
+    return weight_grad(grad_MN.contiguous(), x_MK.contiguous(), plan, num_groups)
 
 
 def expert_load(experts: Tensor, *, num_groups: int) -> Tensor:
@@ -69,17 +66,24 @@ def _product(
 ) -> Tensor:
     """Return x W_e^T, or x W_e, of each slot, in the dtype of x; `shape` is (E, N).
 
-    One product, which unpacks the weight on its way. Many slots are sorted first, so that a tile of them shares its matrix.
+    Many slots are sorted first, so that a tile of them shares its matrix.
     """
     num_groups, num_rows = shape
     num_slots, num_columns = x.shape[0], weight.shape[1]
     x = x.contiguous()
     if num_slots == 0:
         return x.new_zeros(0, num_columns if transposed else num_rows)
-    if FEW_SLOTS * num_slots <= num_groups:
-        experts_M = experts_M.contiguous()
-        if transposed:
-            return kernels.few_slots_grad(x, weight, experts_M)
-        return kernels.few_slots(x, weight, experts_M, num_rows)
-    plan = kernels.Plan.of(experts_M, num_groups)
-    return kernels.grouped_product(x, weight, plan, num_groups, transposed=transposed)
+    few = few_slots(num_slots, num_groups)
+    return packed_product(
+        x,
+        weight,
+        transposed=transposed,
+        num_groups=num_groups,
+        experts_M=experts_M.contiguous() if few else None,
+        plan=None if few else Plan.of(experts_M, num_groups),
+    )
+
+
+def few_slots(num_slots: int, num_groups: int) -> bool:
+    """Whether each slot should read its expert's matrix: no more than all matrices, and a sort is a dozen launches."""
+    return num_slots <= num_groups

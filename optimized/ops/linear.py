@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arbitor.optimized.kernels.products import packed_product
 from arbitor.optimized.kernels.scale import dense_rows
 from arbitor.optimized.layouts import AnyWeight, DeviceWeight
 from arbitor.optimized.ops.layout import on_device
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
+
+FEW_ROWS = 64
+"""Most rows for which unpacking a weight on the way of a product is faster than before it."""
 
 DENSE_ELEMENTS = 2**27
 """Most elements of a weight that are unpacked at a time: 256 MiB of bfloat16."""
@@ -61,14 +65,16 @@ def matrix_of(x: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, weight: DeviceWeight, *, transposed: bool) -> Tensor:
-    """Return x W^T, or x W, in the dtype of x: the kernel unpacks the weight, the library multiplies.
+    """Return x W^T, or x W, in the dtype of x: for few rows a product that unpacks the weight on its way, else the library's.
 
-    Unpacking inside the product would spare the dense copy; what that cost when it was tried is in docs/log.md. Of a large
-    weight some rows are unpacked at a time. Forward, each gives some outputs; backward, each a part of every sum, and those
-    are added in float32 and rounded once, as one product would.
+    The library is faster for many rows, and in float32. Of a large weight some rows are unpacked for it at a time. Forward, each
+    gives some outputs; backward, each a part of every sum, and those are added in float32 and rounded once, as one product would.
     """
     x_MK = matrix_of(x)
     num_outputs = weight.shape[1 if transposed else 0]
+    if x.dtype is torch.bfloat16 and 0 < x_MK.shape[0] <= FEW_ROWS:
+        y_MN = packed_product(x_MK, weight, transposed=transposed)
+        return y_MN.reshape(*x.shape[:-1], num_outputs)
     parts = row_ranges(*weight.shape)
     if len(parts) == 1:
         w_NK = dense_rows(weight, x.dtype)

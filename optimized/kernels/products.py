@@ -1,0 +1,377 @@
+"""Products with a packed weight, or with the matrix of each slot's expert in a stack, which is unpacked on the way.
+
+Legend: E experts, N outputs of an expert, K inputs, M slots, S parts of a sum; KW words a row, KG groups a row.
+
+Slots are cut into tiles that share a matrix: those of one matrix in their order, many of several experts sorted by expert (`Plan`),
+few as tiles of one slot each. A launch has as many programs as tiles there could be, and those without a tile leave. Of few rows
+or slots the sums are cut into parts, for a tile alone would not occupy a GPU. All of it follows from shapes, so that nothing
+waits for the device.
+
+For `tl.dot` a thread takes a word and makes its sixteen weights, so that they lie in a row and go to shared memory sixteen
+bytes at a time. Left to itself, Triton spreads the lanes of a word over threads, and the tile then costs more to lay out than
+to multiply.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from arbitor.optimized.kernels.common import narrow, widen
+from arbitor.optimized.kernels.launch import row_grid, row_tile, runs_here
+from arbitor.optimized.layouts import TRITS_PER_WORD, DeviceWeight
+
+PROGRAMS = 528
+"""Programs up to which a sum is cut into parts: four for each multiprocessor of an H100 or H200."""
+
+BLOCK_SUMS = 256
+
+IN_ORDER, ONE_EACH, SORTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""How slots are cut into tiles."""
+
+
+@triton.jit
+def _lane_pairs(
+    low, high, s0, s1, s2, s3, offsets, LANE: tl.constexpr, STEP: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """Return two weights each, as bfloat16 in the halves of an int32, of the lanes LANE, LANE + STEP, ... of words.
+
+    Their axes of two come after those of the words, the lane's highest bit first, and stay in the thread that has the word.
+    low, high: the halves of words, `_spread`; s0 .. s3: bits of the scales of a word's groups, as bfloat16; offsets: columns of
+    the first that lie before the word.
+    """
+    if STEP < 16:
+        even = _lane_pairs(low, high, s0, s1, s2, s3, offsets, LANE, 2 * STEP, GROUP_SIZE, RUN)
+        odd = _lane_pairs(low, high, s0, s1, s2, s3, offsets, LANE + STEP, 2 * STEP, GROUP_SIZE, RUN)
+        return tl.join(even, odd)
+    else:
+        # A group starts every RUN lanes at most, and before a word at most GROUP_SIZE - RUN columns.
+        first: tl.constexpr = LANE // RUN * RUN
+        scales = s0
+        if first + GROUP_SIZE - RUN >= GROUP_SIZE:
+            scales = tl.where(offsets + first >= GROUP_SIZE, s1, scales)
+        if first + GROUP_SIZE - RUN >= 2 * GROUP_SIZE:
+            scales = tl.where(offsets + first >= 2 * GROUP_SIZE, s2, scales)
+        if first + GROUP_SIZE - RUN >= 3 * GROUP_SIZE:
+            scales = tl.where(offsets + first >= 3 * GROUP_SIZE, s3, scales)
+        # The low bit of a code says nonzero, the high bit is the sign.
+        codes = (low if LANE < 8 else high) >> (2 * (LANE % 8))
+        return (codes & 0x10001) * scales + ((codes & 0x20002) << 14)
+
+
+@triton.jit
+def _spread(halves):
+    """Return the lower eight lanes of words, those with an odd number 14 bits higher: pairs of lanes are 16 bits apart."""
+    return (halves & 0x3333) | ((halves & 0xCCCC) << 14)
+
+
+@triton.jit
+def _weight_tile(
+    words, l0, l1, l2, l3, offsets, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, RUN: tl.constexpr, MANTISSA_BITS: tl.constexpr,
+):  # fmt: skip
+    """Return the bfloat16 weights [ROWS, COLUMNS] of words [ROWS, COLUMNS / 16] and of the levels of their groups.
+
+    Exact: a scale has two mantissa bits at most, and the exponents of bfloat16 are those of float32.
+    """
+    s0, s1 = _scale_bits(l0, MANTISSA_BITS), _scale_bits(l1, MANTISSA_BITS)
+    s2, s3 = _scale_bits(l2, MANTISSA_BITS), _scale_bits(l3, MANTISSA_BITS)
+    low, high = _spread(words), _spread(words >> 16)
+    pairs = _lane_pairs(low, high, s0, s1, s2, s3, offsets, 0, 2, GROUP_SIZE, RUN)
+    bits = tl.reshape(tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16)), [ROWS, COLUMNS])
+    # After the reshape, which Triton 3.6 cannot move past the copy to shared memory and would try to.
+    return bits.to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _scale_bits(levels, MANTISSA_BITS: tl.constexpr):
+    """Return the bits of int8 levels' scales as bfloat16, in int32: `level_scales`, sixteen bits lower."""
+    return (levels.to(tl.int32) + (127 << MANTISSA_BITS)) << (7 - MANTISSA_BITS)
+
+
+@triton.jit
+def _word_levels(rows_ptr, first, row_groups, SPAN: tl.constexpr):
+    """Return the levels of the groups that a word can have a part of: `first` and SPAN - 1 more, of four in all."""
+    l0 = _levels(rows_ptr, first, row_groups)
+    l1, l2, l3 = l0, l0, l0
+    if SPAN > 1:
+        l1 = _levels(rows_ptr, first + 1, row_groups)
+    if SPAN > 2:
+        l2, l3 = _levels(rows_ptr, first + 2, row_groups), _levels(rows_ptr, first + 3, row_groups)
+    return l0, l1, l2, l3
+
+
+@triton.jit
+def _levels(rows_ptr, group, row_groups):
+    """Return the level of a group of each row, where there is one.
+
+    Groups of neighbouring words are near each other, which Triton 3.6 does not see: the hint has it give levels to the threads
+    that have the words. Loads stay single bytes, as nothing is known of a row's alignment (`row_groups` is not specialised).
+    """
+    return tl.load(tl.max_contiguous(rows_ptr + group, [1, 2]), mask=group < row_groups, other=0)
+
+
+@triton.jit
+def _slots_of_tile(
+    tile, experts_ptr, order_ptr, starts_ptr, tile_ends_ptr, num_slots,
+    GROUPS: tl.constexpr, GROUP_BLOCK: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Return the group of a tile, its slots, and which of them count. Group E has the unused slots; past it are no tiles."""
+    lanes = tl.arange(0, BLOCK_M)
+    if TILES == IN_ORDER:
+        slots = tile.to(tl.int64) * BLOCK_M + lanes
+        return 0, slots, slots < num_slots
+    elif TILES == ONE_EACH:
+        expert = tl.load(experts_ptr + tile).to(tl.int32)
+        return tl.where(expert < 0, GROUPS, expert), tile.to(tl.int64) + lanes, lanes == 0
+    else:
+        groups = tl.arange(0, GROUP_BLOCK)
+        tile_ends = tl.load(tile_ends_ptr + groups, mask=groups <= GROUPS, other=2147483647)
+        group = tl.sum((tile_ends <= tile).to(tl.int32), axis=0)
+        # Tiles of a group follow each other: count from the end of the group before. Past the last there are no places.
+        first = tile - tl.max(tl.where(tile_ends <= tile, tile_ends, 0), axis=0)
+        bounds_ptr = starts_ptr + tl.minimum(group, GROUPS)
+        places = tl.load(bounds_ptr) + first * BLOCK_M + lanes
+        used = places < tl.where(group > GROUPS, 0, tl.load(bounds_ptr + 1))
+        return group, tl.load(order_ptr + places, mask=used, other=0), used
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_slots",
+        "num_rows",
+        "row_words",
+        "row_groups",
+        "column_blocks",
+        "num_parts",
+        "part_steps",
+    ]
+)
+def _packed_product_kernel(
+    x_ptr, words_ptr, exponents_ptr, out_ptr, experts_ptr, order_ptr, starts_ptr, tile_ends_ptr,
+    input_parts, output_parts, num_slots, num_rows, row_words, row_groups, column_blocks, num_parts, part_steps,
+    TILES: tl.constexpr, GROUPS: tl.constexpr, GROUP_BLOCK: tl.constexpr, INPUT_PART: tl.constexpr, OUTPUT_PART: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, RUN: tl.constexpr, SPAN: tl.constexpr, MANTISSA_BITS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, WIDE: tl.constexpr, WEIGHT_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    num_inputs, num_outputs = input_parts * INPUT_PART, output_parts * OUTPUT_PART
+    part = tl.program_id(0) % num_parts
+    first_output = (tl.program_id(0) // num_parts % column_blocks) * BLOCK_N
+    outputs = first_output + tl.arange(0, BLOCK_N)
+    group, slots, used = _slots_of_tile(
+        tl.program_id(0) // num_parts // column_blocks, experts_ptr, order_ptr, starts_ptr, tile_ends_ptr,
+        num_slots, GROUPS, GROUP_BLOCK, TILES, BLOCK_M,
+    )  # fmt: skip
+    if group > GROUPS:
+        return
+    begin = part * part_steps * BLOCK_K
+    end = tl.minimum(begin + part_steps * BLOCK_K, num_inputs)
+    sums = tl.zeros([BLOCK_N, BLOCK_M] if WEIGHT_FIRST else [BLOCK_M, BLOCK_N], dtype=tl.float32)
+    if group < GROUPS:  # the group past the last holds the unused slots, whose output is zero
+        inputs = tl.arange(0, BLOCK_K)
+        x_tile_ptr = x_ptr + slots[:, None] * num_inputs + inputs[None, :]
+        first_row = tl.cast(group, tl.int64) * num_rows
+        # A tile of the weight has rows and columns as the weight has: summed over its columns, or over its rows.
+        if TRANSPOSED:
+            rows, word = begin + inputs, first_output // 16 + tl.arange(0, BLOCK_N // 16)[None, :]
+        else:
+            rows, word = outputs, begin // 16 + tl.arange(0, BLOCK_K // 16)[None, :]
+        level = word * 16 // GROUP_SIZE
+        offsets = word * 16 - level * GROUP_SIZE
+        # Rows past the last are the last again: their sums are not stored, or their x is zero.
+        row = first_row + tl.minimum(rows, num_rows - 1)[:, None]
+        words_row_ptr, levels_row_ptr = words_ptr + row * row_words, exponents_ptr + row * row_groups
+        # What the next tile unpacks is read before this one is multiplied.
+        words = tl.load(words_row_ptr + word, mask=word < row_words, other=0)
+        l0, l1, l2, l3 = _word_levels(levels_row_ptr, level, row_groups, SPAN)
+        for start in range(begin, end, BLOCK_K):
+            if TRANSPOSED:
+                w = _weight_tile(
+                    words, l0, l1, l2, l3, offsets, BLOCK_K, BLOCK_N, GROUP_SIZE, RUN, MANTISSA_BITS
+                )
+                row = first_row + tl.minimum(start + BLOCK_K + inputs, num_rows - 1)[:, None]
+                words_row_ptr, levels_row_ptr = words_ptr + row * row_words, exponents_ptr + row * row_groups
+                next_word = word
+            else:
+                w = _weight_tile(
+                    words, l0, l1, l2, l3, offsets, BLOCK_N, BLOCK_K, GROUP_SIZE, RUN, MANTISSA_BITS
+                )
+                next_word = word + (start - begin + BLOCK_K) // 16
+                offsets += BLOCK_K % GROUP_SIZE
+                over = offsets >= GROUP_SIZE
+                level += tl.where(over, BLOCK_K // GROUP_SIZE + 1, BLOCK_K // GROUP_SIZE)
+                offsets = tl.where(over, offsets - GROUP_SIZE, offsets)
+            words = tl.load(words_row_ptr + next_word, mask=next_word < row_words, other=0)
+            l0, l1, l2, l3 = _word_levels(levels_row_ptr, level, row_groups, SPAN)
+            x_mask = used[:, None] & (start + inputs < num_inputs)[None, :]
+            x = tl.load(x_tile_ptr + start, mask=x_mask, other=0.0)
+            if WIDE:
+                x, w = widen(x), widen(w)
+            if WEIGHT_FIRST:
+                if TRANSPOSED:
+                    w = tl.trans(w)
+                sums = tl.dot(w, tl.trans(x), sums)
+            else:
+                if not TRANSPOSED:
+                    w = tl.trans(w)
+                if WIDE:
+                    sums += tl.dot(x, w, input_precision="ieee")
+                else:
+                    sums = tl.dot(x, w, sums)
+    if WEIGHT_FIRST:
+        sums = tl.trans(sums)
+    out_mask = used[:, None] & (outputs < num_outputs)[None, :]
+    values = narrow(sums, out_ptr.dtype.element_ty)
+    out_slots = part.to(tl.int64) * num_slots + slots
+    tl.store(out_ptr + out_slots[:, None] * num_outputs + outputs[None, :], values, mask=out_mask)
+
+
+@triton.jit(do_not_specialize=["size", "num_parts"])
+def _add_parts_kernel(parts_ptr, out_ptr, size, num_parts, BLOCK: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], dtype=tl.float32)
+    for _ in range(num_parts):
+        sums += tl.load(parts_ptr + places, mask=places < size, other=0.0)
+        parts_ptr += size
+    tl.store(out_ptr + places, narrow(sums, out_ptr.dtype.element_ty), mask=places < size)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Slots by expert, on the device.
+
+    order:  int64 [M], slots in ascending order of their expert, the unused ones last.
+    starts: int64 [E + 2], where each expert's slots begin in `order`; then the unused ones, then the end.
+    """
+
+    order: Tensor
+    starts: Tensor
+
+    @classmethod
+    def of(cls, experts_M: Tensor, num_groups: int) -> Plan:
+        """Return the plan of slots; sorting is stable, so sums run in an order that depends on the slots alone."""
+        few = num_groups + 1 <= torch.iinfo(torch.uint8).max  # a sort takes a pass for each byte of a key
+        dtype = torch.uint8 if few else torch.int32
+        sorted_M, order = torch.sort(torch.where(experts_M < 0, num_groups, experts_M).to(dtype), stable=True)
+        bounds = torch.arange(num_groups + 2, dtype=dtype, device=experts_M.device)
+        return cls(order, torch.searchsorted(sorted_M, bounds))
+
+    def tile_ends(self, block: int) -> Tensor:
+        """Return where each expert's tiles of `block` slots end, int32 [E + 1], the unused slots' last."""
+        tiles = (self.starts.diff() + (block - 1)) // block
+        return tiles.cumsum(0, dtype=torch.int32)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tile of a grouped product, how many warps work on it, and which operand comes first."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    weight_first: bool = False
+
+    @classmethod
+    def of(cls, num_slots: int, num_groups: int, *, transposed: bool, wide: bool) -> Tiling:
+        """Return the tile for the slots that an expert has on average.
+
+        Each tile of slots unpacks its matrix again, so it is as high as the slots can fill. Of the tiles tried on an H100, with
+        groups of 12, these were the fastest, or near it and far from spilling registers.
+        """
+        average = triton.cdiv(num_slots, num_groups)
+        if wide:
+            return cls(16 if average <= 16 else 32, 64, 32, 4)
+        if average <= 16:  # the weight's rows fill the 64 of a warp group's product, which 16 slots would not
+            return cls(16, 128 if transposed else 64, 64 if transposed else 128, 4, weight_first=True)
+        if average <= 64:
+            return cls(64, 128, 64, 8 if transposed else 4)
+        return cls(128, 128, 64, 4) if average <= 128 else cls(256, 64, 64, 8)
+
+    def within(self, num_outputs: int, num_inputs: int) -> Tiling:
+        """Return the tile for a matrix of these widths."""
+        # Four threads share the summed axis, and Triton 3.6 may give each 8 neighbours of it: of 16 columns, two threads would
+        # have what the other two have, and the product would count that twice.
+        block_k = max(32, row_tile(num_inputs, self.block_k)[0])
+        return replace(self, block_n=tile_width(num_outputs, self.block_n), block_k=block_k)
+
+    def parts(self, num_outputs: int, num_inputs: int) -> tuple[int, int]:
+        """Return in how many parts to cut the sums of a tile of slots, and the tiles along a part.
+
+        By the widths alone, so that the bits of a slot do not depend on how many come with it. What a part of many slots writes
+        is no small matter, so these get fewer parts.
+        """
+        programs, steps = triton.cdiv(num_outputs, self.block_n), triton.cdiv(num_inputs, self.block_k)
+        enough = PROGRAMS if self.block_m <= 16 else PROGRAMS // 2
+        part_steps = triton.cdiv(steps, max(1, min(enough // programs, steps)))
+        return triton.cdiv(steps, part_steps), part_steps
+
+
+def packed_product(
+    x: Tensor,
+    weight: DeviceWeight,
+    *,
+    transposed: bool,
+    num_groups: int = 1,
+    experts_M: Tensor | None = None,
+    plan: Plan | None = None,
+) -> Tensor:
+    """Return x W^T, or x W, in the dtype of x [M, outputs]: with one matrix, or with that of each slot's expert in a stack.
+
+    num_groups: of the stack, whose unused slots become zeros
+    experts_M:  int64 [M], contiguous, for few slots, each of which reads its own matrix
+    plan:       for many
+    """
+    runs_here(x)
+    num_slots, num_inputs = x.shape
+    num_rows, num_columns = weight.shape[0] // num_groups, weight.shape[1]
+    num_outputs = num_columns if transposed else num_rows
+    wide = multiplies_wide(x)
+    of_slots = 1 if experts_M is not None else num_slots
+    tiling = Tiling.of(of_slots, num_groups, transposed=transposed, wide=wide).within(num_outputs, num_inputs)
+    column_blocks = triton.cdiv(num_outputs, tiling.block_n)
+    num_parts, part_steps = tiling.parts(num_outputs, num_inputs)
+    if experts_M is not None:
+        tiles, cut = num_slots, ONE_EACH
+    elif plan is None:
+        tiles, cut = triton.cdiv(num_slots, tiling.block_m), IN_ORDER
+    else:
+        tiles, cut = triton.cdiv(num_slots, tiling.block_m) + num_groups + 1, SORTED
+        num_parts, part_steps = 1, triton.cdiv(num_inputs, tiling.block_k)
+    out = torch.empty(num_slots, num_outputs, dtype=x.dtype, device=x.device)
+    sums = out if num_parts == 1 else torch.empty(num_parts, *out.shape, dtype=torch.float32, device=x.device)
+    # Widths as parts of 16 bytes where they are: Triton would see that of multiples of 16 columns only.
+    input_part, output_part = math.gcd(num_inputs, 8), math.gcd(num_outputs, 8)
+    run = math.gcd(weight.group_size, TRITS_PER_WORD)
+    _packed_product_kernel[row_grid(tiles * column_blocks, num_parts)](
+        x, weight.words, weight.exponents, sums, experts_M,
+        *((None, None, None) if plan is None else (plan.order, plan.starts, plan.tile_ends(tiling.block_m))),
+        num_inputs // input_part, num_outputs // output_part, num_slots, num_rows,
+        weight.words.shape[1], weight.exponents.shape[1], column_blocks, num_parts, part_steps,
+        TILES=cut.value, GROUPS=num_groups, GROUP_BLOCK=triton.next_power_of_2(num_groups + 1),
+        INPUT_PART=input_part, OUTPUT_PART=output_part, GROUP_SIZE=weight.group_size, RUN=run,
+        SPAN=triton.cdiv(weight.group_size - run + TRITS_PER_WORD, weight.group_size),
+        MANTISSA_BITS=weight.mantissa_bits, TRANSPOSED=transposed, WIDE=wide, WEIGHT_FIRST=tiling.weight_first,
+        BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, num_warps=tiling.num_warps, num_stages=3,
+    )  # fmt: skip
+    if num_parts > 1:
+        grid = row_grid(triton.cdiv(out.numel(), BLOCK_SUMS), 1)
+        _add_parts_kernel[grid](sums, out, out.numel(), num_parts, BLOCK=BLOCK_SUMS)
+    return out
+
+
+def multiplies_wide(x: Tensor) -> bool:
+    """Whether `tl.dot` must have float32 operands: of float32, and in the interpreter, whose bfloat16 product is wrong."""
+    return x.dtype is torch.float32 or x.device.type == "cpu"
+
+
+def tile_width(size: int, most: int) -> int:
+    """Return the elements of a tile along `size`: a power of two from 16, which `tl.dot` needs, to `most`."""
+    return max(16, row_tile(size, most)[0])
