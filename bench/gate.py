@@ -25,7 +25,7 @@ MOST: Mapping[str, Mapping[str, int]] = {
     "codebook": {"M": 1024, "N": 2**17},
     "conv": {"C": 768},
     "denoise": {"D": 1088, "L": 16_384, "P": 298},
-    "edges": {"K": 640},
+    "edges": {"K": 2304},
     "embedding": {"K": 2304},
     "experts": {"M": 8192, "N": 640, "K": 1024},
     "orthogonal": {"N": 2304, "K": 2304},
