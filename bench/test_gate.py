@@ -91,6 +91,12 @@ def looping(s: Sizes) -> Any:
     return tile(s["L"], denoise.BLOCK), [tile(s["D"], width) for width in widths], tokens, s["halting"]
 
 
+def summing(s: Sizes) -> Any:
+    block, row_blocks = row_tile(s["K"], norm.BLOCK_SUMS)
+    several = norm.parts_of_rows(s["M"], row_blocks)[1] > 1
+    return tile(s["K"], norm.BLOCK_COLUMNS), block, row_blocks > 1, several
+
+
 PATHS: dict[str, Callable[[Sizes], Any]] = {
     "dequantize": columns(scale.BLOCK_COLUMNS),
     "initial_weight": lambda s: tile(words_per_row(s["K"]), scale.BLOCK_WORDS),
@@ -107,7 +113,7 @@ PATHS: dict[str, Callable[[Sizes], Any]] = {
     "conv1d_input_grad": lambda s: tile(s["C"] * s["J"], scale.BLOCK_COLUMNS),
     "rms_norm": columns(norm.BLOCK_COLUMNS),
     "rms_norm_input_grad": columns(norm.BLOCK_COLUMNS),
-    "rms_norm_weight_grad": columns(norm.BLOCK_COLUMNS, 64),
+    "rms_norm_weight_grad": summing,
     "embedding": columns(scale.BLOCK_COLUMNS),
     "embedding_row_grads": columns(segments.BLOCK_COLUMNS),
     "denoise_loop": looping,
