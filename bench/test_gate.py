@@ -91,10 +91,14 @@ def looping(s: Sizes) -> Any:
     return tile(s["L"], denoise.BLOCK), [tile(s["D"], width) for width in widths], tokens, s["halting"]
 
 
+def normalizing(s: Sizes) -> Any:
+    return tile(s["K"], norm.BLOCK_COLUMNS), norm.parts_of(s["M"], norm.PROGRAMS, 1)[0] > 1
+
+
 def summing(s: Sizes) -> Any:
     block, row_blocks = row_tile(s["K"], norm.BLOCK_SUMS)
-    several = norm.parts_of_rows(s["M"], row_blocks)[1] > 1
-    return tile(s["K"], norm.BLOCK_COLUMNS), block, row_blocks > 1, several
+    parts = norm.parts_of(s["M"], -(-norm.PROGRAMS // row_blocks), norm.PART_ROWS)[1]
+    return tile(s["K"], norm.BLOCK_COLUMNS), block, row_blocks > 1, parts > 1
 
 
 PATHS: dict[str, Callable[[Sizes], Any]] = {
@@ -111,8 +115,8 @@ PATHS: dict[str, Callable[[Sizes], Any]] = {
     "linear_input_grad": columns(scale.BLOCK_COLUMNS),
     "conv1d": lambda s: tile(s["C"] * s["J"], scale.BLOCK_COLUMNS),
     "conv1d_input_grad": lambda s: tile(s["C"] * s["J"], scale.BLOCK_COLUMNS),
-    "rms_norm": columns(norm.BLOCK_COLUMNS),
-    "rms_norm_input_grad": columns(norm.BLOCK_COLUMNS),
+    "rms_norm": normalizing,
+    "rms_norm_input_grad": normalizing,
     "rms_norm_weight_grad": summing,
     "embedding": columns(scale.BLOCK_COLUMNS),
     "embedding_row_grads": columns(segments.BLOCK_COLUMNS),

@@ -152,6 +152,15 @@ def test_rms_norm_of_long_rows(subject: Subject, width: int, dtype: torch.dtype)
     compare(subject, "rms_norm_weight_grad", Case((grad, x)))
 
 
+@pytest.mark.parametrize("count", [1025])
+def test_rms_norm_of_many_rows(subject: Subject, count: int) -> None:
+    """More rows than a kernel has programs."""
+    weight = initial_weight((1, 13), std=0.5, seed=1, tensor_id=2)
+    grad, x = (ss.float_values((count, 13), "normal", seed) for seed in (1, 2))
+    compare(subject, "rms_norm", Case((x, weight)))
+    compare(subject, "rms_norm_input_grad", Case((grad, x, weight)))
+
+
 @pytest.mark.parametrize("count", [127, 128, 129, 700])
 @pytest.mark.parametrize("width", [1, 130])
 def test_rms_norm_weight_grad_of_many_rows(subject: Subject, count: int, width: int) -> None:

@@ -1,4 +1,4 @@
-"""RMSNorm kernels: one program a row, which it reads once if a block holds it; the weight is unpacked in the kernel.
+"""RMSNorm kernels: a program reads each of its rows once, where a block holds it; the weight is unpacked in the kernel.
 
 Legend: M activation rows, K channels, x^ = x / rms(x). All arithmetic in float32.
 """
@@ -19,7 +19,7 @@ BLOCK_COLUMNS = 8192
 
 BLOCK_SUMS, BLOCK_ROWS = 128, 16
 PROGRAMS, PART_ROWS = 1024, 128
-"""Programs that the sums over rows are dealt to, and the fewest rows that are worth one."""
+"""Programs that rows are dealt to, at most, and the fewest rows that are worth a sum of their own."""
 
 
 @triton.jit
@@ -68,34 +68,29 @@ def inverse_rms(x_ptr, row, num_columns, eps, BLOCK: tl.constexpr):
     return 1.0 / root_mean_square(x_ptr, row, num_columns, eps, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_m", "part_rows"])
 def _rms_norm_kernel(
-    x_ptr, words_ptr, exponents_ptr, y_ptr, num_columns, eps,
+    x_ptr, words_ptr, exponents_ptr, y_ptr, num_m, part_rows, num_columns, eps,
     GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    begin = tl.program_id(0).to(tl.int64) * part_rows
+    end = tl.minimum(begin + part_rows, num_m)
     if ONE_BLOCK:
         columns = tl.arange(0, BLOCK)
+        # Once for all rows of the program: to unpack a weight takes more instructions than to use it.
         w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
-        x = load_row(x_ptr, row, columns, num_columns)
-        store_row(y_ptr, row, columns, num_columns, x * (1.0 / root_of_mean(x * x, num_columns, eps)) * w)
-    else:
-        inverse = inverse_rms(x_ptr, row, num_columns, eps, BLOCK)
-        for start in range(0, num_columns, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
+        for row in range(begin, end):
             x = load_row(x_ptr, row, columns, num_columns)
+            inverse = 1.0 / root_of_mean(x * x, num_columns, eps)
             store_row(y_ptr, row, columns, num_columns, x * inverse * w)
-
-
-@triton.jit
-def scaled_grad(
-    grad_ptr, words_ptr, exponents_ptr, row, columns, num_columns,
-    GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-):  # fmt: skip
-    """Return dy w of the given channels, float32."""
-    w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
-    return load_row(grad_ptr, row, columns, num_columns) * w
+    else:
+        for row in range(begin, end):
+            inverse = inverse_rms(x_ptr, row, num_columns, eps, BLOCK)
+            for start in range(0, num_columns, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
+                x = load_row(x_ptr, row, columns, num_columns)
+                store_row(y_ptr, row, columns, num_columns, x * inverse * w)
 
 
 @triton.jit
@@ -104,39 +99,40 @@ def unit_row(x, rms):
     return tl.div_rn(x, rms)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_m", "part_rows"])
 def _rms_norm_input_grad_kernel(
-    grad_ptr, x_ptr, words_ptr, exponents_ptr, out_ptr, num_columns, eps,
+    grad_ptr, x_ptr, words_ptr, exponents_ptr, out_ptr, num_m, part_rows, num_columns, eps,
     GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, width = tl.program_id(0).to(tl.int64), tl.cast(num_columns, tl.float32)
+    begin = tl.program_id(0).to(tl.int64) * part_rows
+    end = tl.minimum(begin + part_rows, num_m)
+    width = tl.cast(num_columns, tl.float32)
     if ONE_BLOCK:
         columns = tl.arange(0, BLOCK)
-        scaled = scaled_grad(
-            grad_ptr, words_ptr, exponents_ptr, row, columns, num_columns, GROUP_SIZE, MANTISSA_BITS
-        )
-        x = load_row(x_ptr, row, columns, num_columns)
-        rms = root_of_mean(x * x, num_columns, eps)
-        unit = unit_row(x, rms)
-        mean = tl.div_rn(tl.sum(unit * scaled, axis=0), width)
-        store_row(out_ptr, row, columns, num_columns, (scaled - unit * mean) / rms)
-    else:
-        rms = root_mean_square(x_ptr, row, num_columns, eps, BLOCK)
-        products = tl.zeros([BLOCK], dtype=tl.float32)
-        for start in range(0, num_columns, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            scaled = scaled_grad(
-                grad_ptr, words_ptr, exponents_ptr, row, columns, num_columns, GROUP_SIZE, MANTISSA_BITS
-            )
-            products += unit_row(load_row(x_ptr, row, columns, num_columns), rms) * scaled
-        mean = tl.div_rn(tl.sum(products, axis=0), width)
-        for start in range(0, num_columns, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            scaled = scaled_grad(
-                grad_ptr, words_ptr, exponents_ptr, row, columns, num_columns, GROUP_SIZE, MANTISSA_BITS
-            )
-            unit = unit_row(load_row(x_ptr, row, columns, num_columns), rms)
+        w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
+        for row in range(begin, end):
+            scaled = load_row(grad_ptr, row, columns, num_columns) * w
+            x = load_row(x_ptr, row, columns, num_columns)
+            rms = root_of_mean(x * x, num_columns, eps)
+            unit = unit_row(x, rms)
+            mean = tl.div_rn(tl.sum(unit * scaled, axis=0), width)
             store_row(out_ptr, row, columns, num_columns, (scaled - unit * mean) / rms)
+    else:
+        for row in range(begin, end):
+            rms = root_mean_square(x_ptr, row, num_columns, eps, BLOCK)
+            products = tl.zeros([BLOCK], dtype=tl.float32)
+            for start in range(0, num_columns, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
+                scaled = load_row(grad_ptr, row, columns, num_columns) * w
+                products += unit_row(load_row(x_ptr, row, columns, num_columns), rms) * scaled
+            mean = tl.div_rn(tl.sum(products, axis=0), width)
+            for start in range(0, num_columns, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
+                scaled = load_row(grad_ptr, row, columns, num_columns) * w
+                unit = unit_row(load_row(x_ptr, row, columns, num_columns), rms)
+                store_row(out_ptr, row, columns, num_columns, (scaled - unit * mean) / rms)
 
 
 @triton.jit
@@ -173,14 +169,21 @@ def _tile(num_columns: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": 4 if block <= 1024 else 8 if block <= 4096 else 16}
 
 
+def parts_of(num_m: int, programs: int, least: int) -> tuple[int, int]:
+    """Return how many rows a part has, and how many parts there are, from shapes alone; without rows, one that is empty."""
+    part_rows = max(triton.cdiv(num_m, programs), least)
+    return part_rows, max(triton.cdiv(num_m, part_rows), 1)
+
+
 def normalize(x_MK: Tensor, weight: DeviceWeight, eps: float) -> Tensor:
     """Launch `rms_norm` on x [M, K] contiguous."""
     runs_here(x_MK)
     num_m, num_columns = x_MK.shape
     y = torch.empty(num_m, num_columns, dtype=x_MK.dtype, device=x_MK.device)
     if num_m:
-        _rms_norm_kernel[(num_m,)](
-            x_MK, weight.words, weight.exponents, y, num_columns, eps,
+        part_rows, num_parts = parts_of(num_m, PROGRAMS, 1)
+        _rms_norm_kernel[(num_parts,)](
+            x_MK, weight.words, weight.exponents, y, num_m, part_rows, num_columns, eps,
             GROUP_SIZE=weight.group_size, MANTISSA_BITS=weight.mantissa_bits,
             ONE_BLOCK=num_columns <= BLOCK_COLUMNS, **_tile(num_columns),
         )  # fmt: skip
@@ -193,8 +196,9 @@ def normalize_input_grad(grad_MK: Tensor, x_MK: Tensor, weight: DeviceWeight, ep
     num_m, num_columns = x_MK.shape
     out = torch.empty(num_m, num_columns, dtype=x_MK.dtype, device=x_MK.device)
     if num_m:
-        _rms_norm_input_grad_kernel[(num_m,)](
-            grad_MK, x_MK, weight.words, weight.exponents, out, num_columns, eps,
+        part_rows, num_parts = parts_of(num_m, PROGRAMS, 1)
+        _rms_norm_input_grad_kernel[(num_parts,)](
+            grad_MK, x_MK, weight.words, weight.exponents, out, num_m, part_rows, num_columns, eps,
             GROUP_SIZE=weight.group_size, MANTISSA_BITS=weight.mantissa_bits,
             ONE_BLOCK=num_columns <= BLOCK_COLUMNS, **_tile(num_columns),
         )  # fmt: skip
@@ -209,16 +213,9 @@ def normalize_weight_grad(grad_MK: Tensor, x_MK: Tensor, eps: float) -> Tensor:
     if num_m:
         _inverse_rms_kernel[(num_m,)](x_MK, inverse, num_columns, eps, **_tile(num_columns))
     block, row_blocks = row_tile(num_columns, BLOCK_SUMS)
-    part_rows, num_parts = parts_of_rows(num_m, row_blocks)
+    part_rows, num_parts = parts_of(num_m, triton.cdiv(PROGRAMS, row_blocks), PART_ROWS)
     parts = torch.empty(num_parts, num_columns, dtype=torch.float32, device=x_MK.device)
     _rms_norm_weight_grad_kernel[(row_blocks, num_parts)](
         grad_MK, x_MK, inverse, parts, num_m, part_rows, num_columns, BLOCK_M=BLOCK_ROWS, BLOCK=block
     )
     return parts if num_parts == 1 else parts.sum(dim=0, keepdim=True)
-
-
-def parts_of_rows(num_m: int, row_blocks: int) -> tuple[int, int]:
-    """Return the rows of a part, and the parts that rows are added up in, from shapes alone; without rows, one empty part."""
-    wanted = max(PROGRAMS // row_blocks, 1)
-    part_rows = max(triton.cdiv(num_m, wanted), PART_ROWS)
-    return part_rows, max(triton.cdiv(num_m, part_rows), 1)
