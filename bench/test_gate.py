@@ -15,11 +15,11 @@ from arbitor.optimized.kernels import (
     codebook,
     denoise,
     edges,
-    embedding,
     norm,
     orthogonal,
     products,
     scale,
+    segments,
     update,
     votes,
 )
@@ -107,6 +107,16 @@ def looping(s: Sizes) -> Any:
     return tile(s["L"], denoise.BLOCK), [tile(s["D"], width) for width in widths], tokens, s["halting"]
 
 
+def normalizing(s: Sizes) -> Any:
+    return tile(s["K"], norm.BLOCK_COLUMNS), norm.parts_of(s["M"], norm.PROGRAMS, 1)[0] > 1
+
+
+def summing(s: Sizes) -> Any:
+    block, row_blocks = row_tile(s["K"], norm.BLOCK_SUMS)
+    parts = norm.parts_of(s["M"], -(-norm.PROGRAMS // row_blocks), norm.PART_ROWS)[1]
+    return tile(s["K"], norm.BLOCK_COLUMNS), block, row_blocks > 1, parts > 1
+
+
 PATHS: dict[str, Callable[[Sizes], Any]] = {
     "dequantize": columns(scale.BLOCK_COLUMNS),
     "initial_weight": lambda s: tile(words_per_row(s["K"]), scale.BLOCK_WORDS),
@@ -121,11 +131,11 @@ PATHS: dict[str, Callable[[Sizes], Any]] = {
     "linear_input_grad": lambda s: multiplied(s, transposed=True),
     "conv1d": lambda s: tile(s["C"] * s["J"], scale.BLOCK_COLUMNS),
     "conv1d_input_grad": lambda s: tile(s["C"] * s["J"], scale.BLOCK_COLUMNS),
-    "rms_norm": columns(norm.BLOCK_COLUMNS),
-    "rms_norm_input_grad": columns(norm.BLOCK_COLUMNS),
-    "rms_norm_weight_grad": columns(norm.BLOCK_COLUMNS, 64),
+    "rms_norm": normalizing,
+    "rms_norm_input_grad": normalizing,
+    "rms_norm_weight_grad": summing,
     "embedding": columns(scale.BLOCK_COLUMNS),
-    "embedding_row_grads": columns(embedding.BLOCK_COLUMNS),
+    "embedding_row_grads": columns(segments.BLOCK_COLUMNS),
     "denoise_loop": looping,
     "initial_codebook": lambda s: s["sign_bits"],
     "candidate_codes": lambda s: s["sign_bits"],
@@ -138,7 +148,7 @@ PATHS: dict[str, Callable[[Sizes], Any]] = {
     "grouped_linear_weight_grad": lambda s: (tile(s["N"], 128), tile(s["K"], 128)),
     "decode_attention": attending,
     "edge_sum": lambda s: (s["J"], columns(edges.BLOCK_COLUMNS)(s)),
-    "edge_sum_input_grad": columns(edges.BLOCK_EDGE_COLUMNS),
+    "edge_sum_input_grad": columns(segments.BLOCK_COLUMNS),
     "edge_sum_sign_grad": columns(edges.BLOCK_SIGN_COLUMNS),
     "ngram_rows": lambda s: s["order"],
 }

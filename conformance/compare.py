@@ -65,6 +65,7 @@ def no_worse(
     magnitude: float64, the sum of the absolute terms of each element
     """
     _same_kind(got, twin, what)
+    assert not (magnitude < 0).any(), f"{what}: a sum of absolute terms is negative"
     expected = wide.to(got.dtype)
     for name, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
         differs = test(got) != test(expected)

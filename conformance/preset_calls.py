@@ -76,13 +76,15 @@ def of_experts() -> Iterator[tuple[str, Case]]:
 
 def of_rows() -> Iterator[tuple[str, Case]]:
     x, ids = torch.zeros(64, WIDTH, dtype=BF16), dealt(64, 16)
-    gain, table = weight(1, WIDTH), weight(64, WIDTH)
+    table = weight(64, WIDTH)
     for rows in (1, 16, 64):
         yield "linear", Case((x[:rows], table))
         yield "linear_input_grad", Case((torch.zeros(rows, 64, dtype=BF16), table))
-    yield "rms_norm", Case((x, gain))
-    yield "rms_norm_input_grad", Case((x, x, gain))
-    yield "rms_norm_weight_grad", Case((x, x))
+    for width in (WIDTH, 7168, 12_288):  # the last one longer than what a program holds of a row
+        of_width, its_gain = torch.zeros(64, width, dtype=BF16), weight(1, width)
+        yield "rms_norm", Case((of_width, its_gain))
+        yield "rms_norm_input_grad", Case((of_width, of_width, its_gain))
+        yield "rms_norm_weight_grad", Case((of_width, of_width))
     yield "dequantize", Case((table,), {"dtype": BF16})
     yield "embedding", Case((ids, table), {"dtype": BF16})
     yield "embedding_row_grads", Case((ids, x))

@@ -98,6 +98,15 @@ def plant(values: Tensor, extremes: list[float], rng: torch.Generator) -> Tensor
 
 
 @st.composite
+def skewed_ids(draw: st.DrawFn, first: int = 0) -> Tensor:
+    """Draw ids from `first` on, shuffled, one in hundreds of places: once sorted, they start and end anywhere in a tile."""
+    some = st.lists(st.sampled_from((0, 1, 2, 7, 63, 64, 65)), max_size=2)
+    times = [*draw(some), draw(st.sampled_from((128, 191, 192, 300))), *draw(some)]
+    ids = torch.arange(first, first + len(times)).repeat_interleave(torch.tensor(times))
+    return ids[torch.randperm(len(ids), generator=generator(draw(GENERATOR_SEEDS)))]
+
+
+@st.composite
 def trit_tensors(draw: st.DrawFn, shape: tuple[int, ...]) -> Tensor:
     """Draw int8 trits of a shape, in one of the three tiers."""
     count = int(np.prod(shape, dtype=np.int64))

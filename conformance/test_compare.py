@@ -182,6 +182,13 @@ def test_no_worse_agrees_on_what_is_not_finite() -> None:
             no_worse(got, twin=twin, wide=wide, magnitude=wide.abs(), k=2.0)
 
 
+def test_no_worse_refuses_a_negative_magnitude() -> None:
+    """It would make the unit of the errors negative, and every error small."""
+    one = torch.ones(1, dtype=torch.float64)
+    with pytest.raises(AssertionError, match="negative"):
+        no_worse(one.float(), twin=one.float(), wide=one, magnitude=-one, k=2.0)
+
+
 def test_roundings_count_half_an_ulp_as_at_most_one() -> None:
     wide = torch.rand(1000, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 1.0
     for dtype in (torch.float32, torch.bfloat16):

@@ -22,7 +22,7 @@ MUTANTS: tuple[Mutant, ...] = (
       compared="edge_sum"),
     m("a_node_keeps_one_row", "edges", "sums_ND.index_add_(0, neighbours_RJ[named, slot], terms)",
       "sums_ND[neighbours_RJ[named, slot].to(torch.int64)] = terms",
-      "edge_sum_by_edge", "edge_sum_adjoint", compared="edge_sum_input_grad"),
+      "edge_sum_by_edge", "edge_sum_adjoint", "edge_sum_input_grad_of_hubs", compared="edge_sum_input_grad"),
     m("node_gradients_without_signs", "edges", "signs_RJ[named, slot, None].to(torch.float64) * grad_RD[named]", "grad_RD[named]",
       "edge_sum_by_edge", "edge_sum_adjoint", compared="edge_sum_input_grad"),
     m("node_gradients_of_empty_slots", "edges", "        named = neighbours_RJ[:, slot] >= 0",

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 
 from arbitor.reference.types import TernaryWeight
 from conformance import oracle
 from conformance import strategies as ss
-from conformance.cases.edges import Tables, neighbour_tables, pair_tensors, slot_tensors
+from conformance.cases import compare
+from conformance.cases.case import Case
+from conformance.cases.edges import KINDS, Tables, neighbour_tables, pair_tensors, slot_tensors
 from conformance.compare import exact, unsigned_zeros
 from conformance.law import law
+from conformance.report import needs_cuda
 from conformance.subject import Subject
 
 NODES = st.sampled_from((1, 3, 20))
@@ -63,6 +68,30 @@ def test_edge_sum_adjoint(ops: Subject, num_nodes: int, width: int, data: st.Dat
     forward = dot(dm, ops.edge_sum(h, neighbours, signs))
     assert forward == dot(ops.edge_sum_input_grad(dm, neighbours, signs, num_nodes=num_nodes), h)
     assert forward == dot(ops.edge_sum_sign_grad(dm, h, neighbours), signs)
+
+
+@law(ids=ss.skewed_ids(-1), slots=st.sampled_from((1, 3)), width=WIDTHS, dtype=ss.DTYPES, data=st.data())
+def test_edge_sum_input_grad_of_hubs(
+    ops: Subject, ids: Tensor, slots: int, width: int, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    """A node of hundreds of edges, beside nodes of a few and of none."""
+    exact_sums = data.draw(st.booleans(), label="exact")
+    neighbours = functional.pad(ids, (0, -len(ids) % slots), value=-1).reshape(-1, slots).to(torch.int32)
+    dm, signs = (
+        data.draw(ss.activations((len(neighbours), columns), dtype, exact=exact_sums, kinds=KINDS))
+        for columns in (width, slots)
+    )
+    case = Case((dm, neighbours, signs), {"num_nodes": 5}, sums_exact=exact_sums)
+    compare(ops, "edge_sum_input_grad", case)
+
+
+@pytest.mark.parametrize("num_nodes", [2**15 - 1, 2**15])
+def test_edge_sum_input_grad_of_many_nodes(subject: Subject, num_nodes: int) -> None:
+    """The last nodes, where their numbers no longer fit 16 bits and just before."""
+    needs_cuda(subject, "more nodes than 16 bits can number")  # a minute in the interpreter
+    neighbours = torch.tensor([[0, num_nodes - 1], [-1, num_nodes - 2], [num_nodes - 1, num_nodes - 1]])
+    case = Case((torch.ones(3, 2), neighbours, torch.ones(3, 2)), {"num_nodes": num_nodes}, sums_exact=True)
+    compare(subject, "edge_sum_input_grad", case)
 
 
 @law(width=WIDTHS, seed=ss.GENERATOR_SEEDS, data=st.data())

@@ -11,6 +11,8 @@ from torch import Tensor
 from arbitor.reference.types import TernaryWeight
 from conformance import oracle
 from conformance import strategies as ss
+from conformance.cases import compare
+from conformance.cases.case import Case
 from conformance.cases.core import id_tensors
 from conformance.compare import exact, unsigned_zeros
 from conformance.law import law
@@ -52,6 +54,16 @@ def test_embedding_row_grads_by_row(
     exact(
         unsigned_zeros(ops.embedding_row_grads(ids, grad)), (rows, unsigned_zeros(summed.to(torch.float32)))
     )
+
+
+@law(ids=ss.skewed_ids(), width=st.sampled_from((1, 12, 33)), dtype=ss.DTYPES, data=st.data())
+def test_embedding_row_grads_of_frequent_rows(
+    ops: Subject, ids: Tensor, width: int, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    """A row that hundreds of positions name, beside rows that a few do."""
+    exact_sums = data.draw(st.booleans(), label="exact")
+    grad = data.draw(ss.activations((len(ids), width), dtype, exact=exact_sums))
+    compare(ops, "embedding_row_grads", Case((ids, grad), sums_exact=exact_sums))
 
 
 @law(width=st.sampled_from((1, 12, 33)), data=st.data())

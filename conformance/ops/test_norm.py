@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
 from arbitor.reference.op_table import OP_TABLE
+from arbitor.reference.ops import initial_weight
 from arbitor.reference.types import TernaryWeight
 from conformance import strategies as ss
 from conformance.cases import compare
@@ -137,6 +139,35 @@ def test_rms_norm_input_grad_is_orthogonal(
     dx = ops.rms_norm_input_grad(grad, x, weight, eps=eps).to(torch.float64)
     beyond = ((dx * x_wide).sum(dim=-1) - eps * along / rms**3).abs() > slack
     assert not beyond.any(), f"<dx, x> is off in {int(beyond.sum())} rows"
+
+
+@pytest.mark.parametrize("width", [1025, 4096, 8192, 8193, 16400])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_of_long_rows(subject: Subject, width: int, dtype: torch.dtype) -> None:
+    """Rows that a kernel holds as a whole, and rows that it has to take in parts."""
+    weight = initial_weight((1, width), std=0.5, seed=1, tensor_id=2)
+    grad, x = (ss.float_values((3, width), kind, 3).to(dtype) for kind in ("normal", "wild"))
+    compare(subject, "rms_norm", Case((x, weight)))
+    compare(subject, "rms_norm_input_grad", Case((grad, x, weight)))
+    compare(subject, "rms_norm_weight_grad", Case((grad, x)))
+
+
+@pytest.mark.parametrize("count", [1025])
+def test_rms_norm_of_many_rows(subject: Subject, count: int) -> None:
+    """More rows than a kernel has programs."""
+    weight = initial_weight((1, 13), std=0.5, seed=1, tensor_id=2)
+    grad, x = (ss.float_values((count, 13), "normal", seed) for seed in (1, 2))
+    compare(subject, "rms_norm", Case((x, weight)))
+    compare(subject, "rms_norm_input_grad", Case((grad, x, weight)))
+
+
+@pytest.mark.parametrize("count", [127, 128, 129, 700])
+@pytest.mark.parametrize("width", [1, 130])
+def test_rms_norm_weight_grad_of_many_rows(subject: Subject, count: int, width: int) -> None:
+    """Rows that a kernel adds up in parts: each of them counts, and counts once."""
+    grad, x = (ss.float_values((count, width), "normal", seed) for seed in (1, 2))
+    compare(subject, "rms_norm_weight_grad", Case((grad, x)))
+    compare(subject, "rms_norm_weight_grad", Case((grad.to(torch.bfloat16), x.to(torch.bfloat16))))
 
 
 def test_rms_norm_input_grad_of_one_channel_cancels(subject: Subject) -> None:

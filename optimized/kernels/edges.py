@@ -1,4 +1,4 @@
-"""Edge kernels: sums over neighbours, gradients without atomics, and the heavy-hitter rule on the rows of a batch.
+"""Edge kernels: sums over neighbours and their gradients, and the heavy-hitter rule on the rows of a batch.
 
 Legend: N nodes, D width, R rows, J slots of a row, M pairs.
 """
@@ -12,12 +12,11 @@ from torch import Tensor
 
 from arbitor.optimized.kernels.common import narrow, widen
 from arbitor.optimized.kernels.launch import row_grid, row_tile, runs_here
+from arbitor.optimized.kernels.segments import segment_sums
 from arbitor.optimized.layouts import DeviceWeight
 from arbitor.reference.types import MAX_NEIGHBOURS, SCORE_MAX
 
 BLOCK_COLUMNS = 512
-BLOCK_EDGES = 16
-BLOCK_EDGE_COLUMNS = 128
 BLOCK_SIGN_COLUMNS = 256
 
 PAIR_BITS = 31
@@ -25,6 +24,9 @@ PAIR_BITS = 31
 
 NO_PAIR = 1 << 62
 """The integer of a pair that does not count: above all others."""
+
+SHORT_NODES = 1 << 15
+"""Nodes whose number no longer fits an int16."""
 
 TARGET_BITS, TARGET_MASK = tl.constexpr(PAIR_BITS), tl.constexpr((1 << PAIR_BITS) - 1)
 LEFT_OUT, MOST = tl.constexpr(NO_PAIR), tl.constexpr(SCORE_MAX)
@@ -53,30 +55,6 @@ def _edge_sum_kernel(
             sums += sign * widen(h)
     out = out_ptr + row * num_columns + columns
     tl.store(out, narrow(sums, out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["num_slots", "row_blocks"])
-def _edge_sum_input_grad_kernel(
-    grad_ptr, signs_ptr, order_ptr, starts_ptr, out_ptr, num_columns, num_slots, row_blocks,
-    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    node = (tl.program_id(0) // row_blocks).to(tl.int64)
-    columns = (tl.program_id(0) % row_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
-    inside = columns < num_columns
-    begin, end = tl.load(starts_ptr + node), tl.load(starts_ptr + node + 1)
-    # float64, as in the specification, and in an order that depends on the neighbours alone.
-    sums = tl.zeros([BLOCK_K], dtype=tl.float64)
-    for start in range(begin, end, BLOCK_E):
-        places = start + tl.arange(0, BLOCK_E)
-        used = places < end
-        edges = tl.load(order_ptr + places, mask=used, other=0)
-        signs = widen(tl.load(signs_ptr + edges, mask=used, other=0.0)).to(tl.float64)
-        rows = edges // num_slots
-        mask = used[:, None] & inside[None, :]
-        grad = tl.load(grad_ptr + rows[:, None] * num_columns + columns[None, :], mask=mask, other=0.0)
-        sums += tl.sum(signs[:, None] * widen(grad).to(tl.float64), axis=0)
-    out = out_ptr + node * num_columns + columns
-    tl.store(out, narrow(sums.to(tl.float32), out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_slots", "row_blocks"])
@@ -160,21 +138,17 @@ def gather_sums(h_ND: Tensor, neighbours_RJ: Tensor, signs_RJ: Tensor) -> Tensor
 
 
 def node_grads(grad_RD: Tensor, neighbours_RJ: Tensor, signs_RJ: Tensor, num_nodes: int) -> Tensor:
-    """Launch `edge_sum_input_grad`: edges sorted by their node, each node's summed by one program."""
+    """Launch `edge_sum_input_grad`: edges sorted by their node, a node's edges a segment."""
     runs_here(grad_RD)
     num_columns, device = grad_RD.shape[1], grad_RD.device
     if neighbours_RJ.numel() == 0:
         return torch.zeros(num_nodes, num_columns, dtype=grad_RD.dtype, device=device)
-    sums_ND = torch.empty(num_nodes, num_columns, dtype=grad_RD.dtype, device=device)
-    in_order, order = torch.sort(neighbours_RJ.reshape(-1), stable=True)
-    nodes = torch.arange(num_nodes + 1, dtype=in_order.dtype, device=device)
-    starts = torch.searchsorted(in_order, nodes)  # empty slots come before the first node
-    block, row_blocks = row_tile(num_columns, BLOCK_EDGE_COLUMNS)
-    _edge_sum_input_grad_kernel[row_grid(num_nodes, row_blocks)](
-        grad_RD.contiguous(), signs_RJ.contiguous(), order, starts, sums_ND,
-        num_columns, neighbours_RJ.shape[1], row_blocks, BLOCK_E=BLOCK_EDGES, BLOCK_K=block,
-    )  # fmt: skip
-    return sums_ND
+    # A sort takes time by the bits of its keys, so they are no wider than the number of nodes, the last of the bounds.
+    of_keys = torch.int16 if num_nodes < SHORT_NODES else torch.int32
+    keys, order = torch.sort(neighbours_RJ.reshape(-1).to(of_keys), stable=True)
+    nodes = torch.arange(num_nodes + 1, dtype=of_keys, device=device)
+    starts = torch.searchsorted(keys, nodes)  # empty slots come before the first node
+    return segment_sums(grad_RD, keys, order, starts, grad_RD.dtype, signs_RJ.contiguous())
 
 
 def sign_grads(grad_RD: Tensor, h_ND: Tensor, neighbours_RJ: Tensor) -> Tensor:

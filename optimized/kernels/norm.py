@@ -1,4 +1,4 @@
-"""RMSNorm kernels: one program a row; the weight is unpacked in the kernel.
+"""RMSNorm kernels: a program reads each of its rows once, where a block holds it; the weight is unpacked in the kernel.
 
 Legend: M activation rows, K channels, x^ = x / rms(x). All arithmetic in float32.
 """
@@ -11,27 +11,45 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.optimized.kernels.common import lane_weights, level_scales, narrow, widen
-from arbitor.optimized.kernels.launch import runs_here
+from arbitor.optimized.kernels.launch import row_tile, runs_here
 from arbitor.optimized.layouts import DeviceWeight
 
-BLOCK_COLUMNS = 1024
-BLOCK_ROWS = 32
+BLOCK_COLUMNS = 8192
+"""Columns of a row that a program holds at most; longer rows are read again for each pass."""
+
+BLOCK_SUMS, BLOCK_ROWS = 128, 16
+PROGRAMS, PART_ROWS = 1024, 128
+"""Programs that rows are dealt to, at most, and the fewest rows that are worth a sum of their own."""
 
 
 @triton.jit
 def norm_weight(
-    words_ptr, exponents_ptr, columns, mask, GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr
+    words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr
 ):
     """Return the float32 weight of the given channels."""
+    mask = columns < num_columns
     words = tl.load(words_ptr + columns // 16, mask=mask, other=0)
     levels = tl.load(exponents_ptr + columns // GROUP_SIZE, mask=mask, other=0)
     return lane_weights(words, columns % 16, level_scales(levels, MANTISSA_BITS))
 
 
 @triton.jit
-def load_row(x_ptr, row, columns, num_columns, mask):
+def load_row(x_ptr, row, columns, num_columns):
     """Return columns of a row of activations as float32."""
-    return widen(tl.load(x_ptr + row * num_columns + columns, mask=mask, other=0.0))
+    return widen(tl.load(x_ptr + row * num_columns + columns, mask=columns < num_columns, other=0.0))
+
+
+@triton.jit
+def store_row(y_ptr, row, columns, num_columns, values):
+    """Store float32 values as columns of a row of activations."""
+    values = narrow(values, y_ptr.dtype.element_ty)
+    tl.store(y_ptr + row * num_columns + columns, values, mask=columns < num_columns)
+
+
+@triton.jit
+def root_of_mean(squares, num_columns, eps):
+    """Return sqrt(mean + eps) of a row's squares, float32."""
+    return tl.sqrt_rn(tl.div_rn(tl.sum(squares, axis=0), tl.cast(num_columns, tl.float32)) + eps)
 
 
 @triton.jit
@@ -39,10 +57,9 @@ def root_mean_square(x_ptr, row, num_columns, eps, BLOCK: tl.constexpr):
     """Return sqrt(mean(x**2) + eps) of a row, float32."""
     squares = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, num_columns, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        x = load_row(x_ptr, row, columns, num_columns, columns < num_columns)
+        x = load_row(x_ptr, row, start + tl.arange(0, BLOCK), num_columns)
         squares += x * x
-    return tl.sqrt_rn(tl.div_rn(tl.sum(squares, axis=0), tl.cast(num_columns, tl.float32)) + eps)
+    return root_of_mean(squares, num_columns, eps)
 
 
 @triton.jit
@@ -51,48 +68,71 @@ def inverse_rms(x_ptr, row, num_columns, eps, BLOCK: tl.constexpr):
     return 1.0 / root_mean_square(x_ptr, row, num_columns, eps, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_m", "part_rows"])
 def _rms_norm_kernel(
-    x_ptr, words_ptr, exponents_ptr, y_ptr, num_columns, eps,
-    GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, words_ptr, exponents_ptr, y_ptr, num_m, part_rows, num_columns, eps,
+    GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    inverse = inverse_rms(x_ptr, row, num_columns, eps, BLOCK)
-    for start in range(0, num_columns, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        mask = columns < num_columns
-        x = load_row(x_ptr, row, columns, num_columns, mask)
-        w = norm_weight(words_ptr, exponents_ptr, columns, mask, GROUP_SIZE, MANTISSA_BITS)
-        tl.store(
-            y_ptr + row * num_columns + columns, narrow(x * inverse * w, y_ptr.dtype.element_ty), mask=mask
-        )
+    begin = tl.program_id(0).to(tl.int64) * part_rows
+    end = tl.minimum(begin + part_rows, num_m)
+    if ONE_BLOCK:
+        columns = tl.arange(0, BLOCK)
+        # Once for all rows of the program: to unpack a weight takes more instructions than to use it.
+        w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
+        for row in range(begin, end):
+            x = load_row(x_ptr, row, columns, num_columns)
+            inverse = 1.0 / root_of_mean(x * x, num_columns, eps)
+            store_row(y_ptr, row, columns, num_columns, x * inverse * w)
+    else:
+        for row in range(begin, end):
+            inverse = inverse_rms(x_ptr, row, num_columns, eps, BLOCK)
+            for start in range(0, num_columns, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
+                x = load_row(x_ptr, row, columns, num_columns)
+                store_row(y_ptr, row, columns, num_columns, x * inverse * w)
 
 
 @triton.jit
+def unit_row(x, rms):
+    """Return x^. Divided, not multiplied by an inverse: where the two terms of dx cancel, a rounding more is all that is left."""
+    return tl.div_rn(x, rms)
+
+
+@triton.jit(do_not_specialize=["num_m", "part_rows"])
 def _rms_norm_input_grad_kernel(
-    grad_ptr, x_ptr, words_ptr, exponents_ptr, out_ptr, num_columns, eps,
-    GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr,
+    grad_ptr, x_ptr, words_ptr, exponents_ptr, out_ptr, num_m, part_rows, num_columns, eps,
+    GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    rms = root_mean_square(x_ptr, row, num_columns, eps, BLOCK)
-    products = tl.zeros([BLOCK], dtype=tl.float32)
-    for start in range(0, num_columns, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        mask = columns < num_columns
-        grad = load_row(grad_ptr, row, columns, num_columns, mask)
-        x = load_row(x_ptr, row, columns, num_columns, mask)
-        w = norm_weight(words_ptr, exponents_ptr, columns, mask, GROUP_SIZE, MANTISSA_BITS)
-        # Divided, not multiplied by an inverse: where the two terms below cancel, a rounding more is all that is left.
-        products += tl.div_rn(x, rms) * (grad * w)
-    mean = tl.div_rn(tl.sum(products, axis=0), tl.cast(num_columns, tl.float32))
-    for start in range(0, num_columns, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        mask = columns < num_columns
-        grad = load_row(grad_ptr, row, columns, num_columns, mask)
-        x = load_row(x_ptr, row, columns, num_columns, mask)
-        w = norm_weight(words_ptr, exponents_ptr, columns, mask, GROUP_SIZE, MANTISSA_BITS)
-        result = (grad * w - tl.div_rn(x, rms) * mean) / rms
-        tl.store(out_ptr + row * num_columns + columns, narrow(result, out_ptr.dtype.element_ty), mask=mask)
+    begin = tl.program_id(0).to(tl.int64) * part_rows
+    end = tl.minimum(begin + part_rows, num_m)
+    width = tl.cast(num_columns, tl.float32)
+    if ONE_BLOCK:
+        columns = tl.arange(0, BLOCK)
+        w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
+        for row in range(begin, end):
+            scaled = load_row(grad_ptr, row, columns, num_columns) * w
+            x = load_row(x_ptr, row, columns, num_columns)
+            rms = root_of_mean(x * x, num_columns, eps)
+            unit = unit_row(x, rms)
+            mean = tl.div_rn(tl.sum(unit * scaled, axis=0), width)
+            store_row(out_ptr, row, columns, num_columns, (scaled - unit * mean) / rms)
+    else:
+        for row in range(begin, end):
+            rms = root_mean_square(x_ptr, row, num_columns, eps, BLOCK)
+            products = tl.zeros([BLOCK], dtype=tl.float32)
+            for start in range(0, num_columns, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
+                scaled = load_row(grad_ptr, row, columns, num_columns) * w
+                products += unit_row(load_row(x_ptr, row, columns, num_columns), rms) * scaled
+            mean = tl.div_rn(tl.sum(products, axis=0), width)
+            for start in range(0, num_columns, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
+                scaled = load_row(grad_ptr, row, columns, num_columns) * w
+                unit = unit_row(load_row(x_ptr, row, columns, num_columns), rms)
+                store_row(out_ptr, row, columns, num_columns, (scaled - unit * mean) / rms)
 
 
 @triton.jit
@@ -101,26 +141,38 @@ def _inverse_rms_kernel(x_ptr, inverse_ptr, num_columns, eps, BLOCK: tl.constexp
     tl.store(inverse_ptr + row, inverse_rms(x_ptr, row, num_columns, eps, BLOCK))
 
 
-@triton.jit(do_not_specialize=["num_m"])
+@triton.jit(do_not_specialize=["num_m", "part_rows"])
 def _rms_norm_weight_grad_kernel(
-    grad_ptr, x_ptr, inverse_ptr, out_ptr, num_m, num_columns,
+    grad_ptr, x_ptr, inverse_ptr, parts_ptr, num_m, part_rows, num_columns,
     BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    sums = tl.zeros([BLOCK], dtype=tl.float32)
-    for start in range(0, num_m, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M).to(tl.int64)
-        mask = (rows < num_m)[:, None] & (columns < num_columns)[None, :]
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.program_id(1).to(tl.int64)
+    begin = part * part_rows
+    end = tl.minimum(begin + part_rows, num_m)
+    sums = tl.zeros([BLOCK_M, BLOCK], dtype=tl.float32)  # added up at last, not once for each tile
+    for start in range(begin, end, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        mask = (rows < end)[:, None] & (columns < num_columns)[None, :]
         offsets = rows[:, None] * num_columns + columns[None, :]
         grad = widen(tl.load(grad_ptr + offsets, mask=mask, other=0.0))
         x = widen(tl.load(x_ptr + offsets, mask=mask, other=0.0))
-        inverse = tl.load(inverse_ptr + rows, mask=rows < num_m, other=0.0)
-        sums += tl.sum(grad * (x * inverse[:, None]), axis=0)
-    tl.store(out_ptr + columns, sums, mask=columns < num_columns)
+        inverse = tl.load(inverse_ptr + rows, mask=rows < end, other=0.0)
+        sums += grad * (x * inverse[:, None])
+    parts = parts_ptr + part * num_columns + columns
+    tl.store(parts, tl.sum(sums, axis=0), mask=columns < num_columns)
 
 
-def _block(num_columns: int) -> int:
-    return min(BLOCK_COLUMNS, triton.next_power_of_2(num_columns))
+def _tile(num_columns: int) -> dict[str, int]:
+    """Return the block of a kernel that gives each row a program, and the warps that share it."""
+    block, _ = row_tile(num_columns, BLOCK_COLUMNS)
+    return {"BLOCK": block, "num_warps": 4 if block <= 1024 else 8 if block <= 4096 else 16}
+
+
+def parts_of(num_m: int, programs: int, least: int) -> tuple[int, int]:
+    """Return how many rows a part has, and how many parts there are, from shapes alone; without rows, one that is empty."""
+    part_rows = max(triton.cdiv(num_m, programs), least)
+    return part_rows, max(triton.cdiv(num_m, part_rows), 1)
 
 
 def normalize(x_MK: Tensor, weight: DeviceWeight, eps: float) -> Tensor:
@@ -129,9 +181,11 @@ def normalize(x_MK: Tensor, weight: DeviceWeight, eps: float) -> Tensor:
     num_m, num_columns = x_MK.shape
     y = torch.empty(num_m, num_columns, dtype=x_MK.dtype, device=x_MK.device)
     if num_m:
-        _rms_norm_kernel[(num_m,)](
-            x_MK, weight.words, weight.exponents, y, num_columns, eps,
-            GROUP_SIZE=weight.group_size, MANTISSA_BITS=weight.mantissa_bits, BLOCK=_block(num_columns),
+        part_rows, num_parts = parts_of(num_m, PROGRAMS, 1)
+        _rms_norm_kernel[(num_parts,)](
+            x_MK, weight.words, weight.exponents, y, num_m, part_rows, num_columns, eps,
+            GROUP_SIZE=weight.group_size, MANTISSA_BITS=weight.mantissa_bits,
+            ONE_BLOCK=num_columns <= BLOCK_COLUMNS, **_tile(num_columns),
         )  # fmt: skip
     return y
 
@@ -142,9 +196,11 @@ def normalize_input_grad(grad_MK: Tensor, x_MK: Tensor, weight: DeviceWeight, ep
     num_m, num_columns = x_MK.shape
     out = torch.empty(num_m, num_columns, dtype=x_MK.dtype, device=x_MK.device)
     if num_m:
-        _rms_norm_input_grad_kernel[(num_m,)](
-            grad_MK, x_MK, weight.words, weight.exponents, out, num_columns, eps,
-            GROUP_SIZE=weight.group_size, MANTISSA_BITS=weight.mantissa_bits, BLOCK=_block(num_columns),
+        part_rows, num_parts = parts_of(num_m, PROGRAMS, 1)
+        _rms_norm_input_grad_kernel[(num_parts,)](
+            grad_MK, x_MK, weight.words, weight.exponents, out, num_m, part_rows, num_columns, eps,
+            GROUP_SIZE=weight.group_size, MANTISSA_BITS=weight.mantissa_bits,
+            ONE_BLOCK=num_columns <= BLOCK_COLUMNS, **_tile(num_columns),
         )  # fmt: skip
     return out
 
@@ -153,13 +209,13 @@ def normalize_weight_grad(grad_MK: Tensor, x_MK: Tensor, eps: float) -> Tensor:
     """Launch `rms_norm_weight_grad` on tensors [M, K] contiguous; returns float32 [1, K]."""
     runs_here(x_MK)
     num_m, num_columns = x_MK.shape
-    out = torch.empty(1, num_columns, dtype=torch.float32, device=x_MK.device)
     inverse = torch.empty(num_m, dtype=torch.float32, device=x_MK.device)
     if num_m:
-        _inverse_rms_kernel[(num_m,)](x_MK, inverse, num_columns, eps, BLOCK=_block(num_columns))
-    block = min(64, triton.next_power_of_2(num_columns))
-    _rms_norm_weight_grad_kernel[(triton.cdiv(num_columns, block),)](
-        grad_MK, x_MK, inverse, out, num_m, num_columns,
-        BLOCK_M=BLOCK_ROWS, BLOCK=block,
-    )  # fmt: skip
-    return out
+        _inverse_rms_kernel[(num_m,)](x_MK, inverse, num_columns, eps, **_tile(num_columns))
+    block, row_blocks = row_tile(num_columns, BLOCK_SUMS)
+    part_rows, num_parts = parts_of(num_m, triton.cdiv(PROGRAMS, row_blocks), PART_ROWS)
+    parts = torch.empty(num_parts, num_columns, dtype=torch.float32, device=x_MK.device)
+    _rms_norm_weight_grad_kernel[(row_blocks, num_parts)](
+        grad_MK, x_MK, inverse, parts, num_m, part_rows, num_columns, BLOCK_M=BLOCK_ROWS, BLOCK=block
+    )
+    return parts if num_parts == 1 else parts.sum(dim=0, keepdim=True)

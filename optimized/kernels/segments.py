@@ -1,0 +1,148 @@
+"""Sums of the rows of each segment, in a fixed order and without atomics; a long segment is shared by many programs.
+
+Legend: R rows, D width, E edges (each reads one row), S segments.
+Edges are sorted by their segment; a position is a place in that order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from arbitor.optimized.kernels.common import narrow, widen
+from arbitor.optimized.kernels.launch import row_grid, row_tile, runs_here
+
+CHUNK = 64
+"""Positions that one program adds up where all of them belong to one segment."""
+
+BLOCK_COLUMNS = 1024
+WARP_COLUMNS = 256
+
+AT_ONCE = tl.constexpr(8)
+"""Rows that are on their way at the same time."""
+
+
+@triton.jit
+def add_edges(
+    sums, rows_ptr, order_ptr, signs_ptr, begin, gap_begin, gap, index, columns, num_columns,
+    NUM_SLOTS: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """Add the rows of COUNT edges, from the one at `index` after `begin` on; positions of the gap are left out."""
+    for place in tl.static_range(COUNT):  # unrolled, so that the loads of all rows are on their way at once
+        position = begin + index + place
+        position += tl.where(position < gap_begin, 0, gap)
+        edge = tl.load(order_ptr + position)
+        row = rows_ptr + edge // NUM_SLOTS * num_columns
+        value = widen(tl.load(row + columns, mask=columns < num_columns, other=0.0)).to(tl.float64)
+        if signs_ptr is not None:
+            value *= widen(tl.load(signs_ptr + edge)).to(tl.float64)
+        sums += value
+    return sums
+
+
+@triton.jit
+def sum_of_edges(
+    rows_ptr, order_ptr, signs_ptr, begin, end, gap_begin, gap, columns, num_columns,
+    NUM_SLOTS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Return the float64 sums of the edges at positions begin .. end - 1, but for `gap` of them from `gap_begin` on."""
+    sums = tl.zeros([BLOCK_D], dtype=tl.float64)
+    number = end - begin - gap
+    for index in range(0, number - number % AT_ONCE, AT_ONCE):
+        sums = add_edges(
+            sums, rows_ptr, order_ptr, signs_ptr, begin, gap_begin, gap, index, columns, num_columns,
+            NUM_SLOTS, AT_ONCE,
+        )  # fmt: skip
+    # What is left is 4 + 2 + 1 edges or fewer, by the bits of the number: most segments have no others, and rows that a mask
+    # left out would cost as much arithmetic in float64 as rows.
+    for halvings in tl.static_range(1, 4):
+        if number & (AT_ONCE >> halvings) != 0:
+            sums = add_edges(
+                sums, rows_ptr, order_ptr, signs_ptr, begin, gap_begin, gap,
+                number - number % (AT_ONCE >> (halvings - 1)), columns, num_columns,
+                NUM_SLOTS, AT_ONCE >> halvings,
+            )  # fmt: skip
+    return sums
+
+
+@triton.jit(do_not_specialize=["row_blocks"])
+def _chunk_sums_kernel(
+    rows_ptr, keys_ptr, order_ptr, signs_ptr, partials_ptr, num_columns, row_blocks,
+    NUM_SLOTS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    chunk = (tl.program_id(0) // row_blocks).to(tl.int64)
+    begin = chunk * CHUNK
+    key = tl.load(keys_ptr + begin)
+    if (key < 0) | (key != tl.load(keys_ptr + begin + CHUNK - 1)):  # nothing reads the sums of this chunk
+        return
+    columns = (tl.program_id(0) % row_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    end = begin + CHUNK
+    sums = sum_of_edges(
+        rows_ptr, order_ptr, signs_ptr, begin, end, end, 0, columns, num_columns,
+        NUM_SLOTS, BLOCK_D,
+    )  # fmt: skip
+    tl.store(partials_ptr + chunk * num_columns + columns, sums, mask=columns < num_columns)
+
+
+@triton.jit(do_not_specialize=["row_blocks"])
+def _segment_sums_kernel(
+    rows_ptr, order_ptr, starts_ptr, signs_ptr, partials_ptr, out_ptr, num_columns, row_blocks,
+    NUM_SLOTS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    segment = (tl.program_id(0) // row_blocks).to(tl.int64)
+    columns = (tl.program_id(0) % row_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    begin, end = tl.load(starts_ptr + segment), tl.load(starts_ptr + segment + 1)
+    first = (begin + CHUNK - 1) // CHUNK
+    last = tl.maximum(end // CHUNK, first)  # chunks first .. last - 1 lie in this segment as a whole
+    # Edges before and after those chunks, then the chunks: an order that depends on the positions alone. In float64, as in
+    # the specification.
+    sums = sum_of_edges(
+        rows_ptr, order_ptr, signs_ptr, begin, end, first * CHUNK, (last - first) * CHUNK, columns, num_columns,
+        NUM_SLOTS, BLOCK_D,
+    )  # fmt: skip
+    for start in range(first, last, AT_ONCE):
+        for place in tl.static_range(AT_ONCE):
+            chunk = start + place
+            width = tl.where(chunk < last, num_columns, 0)
+            sums += tl.load(partials_ptr + chunk * num_columns + columns, mask=columns < width, other=0.0)
+    out = out_ptr + segment * num_columns + columns
+    tl.store(out, narrow(sums.to(tl.float32), out_ptr.dtype.element_ty), mask=columns < num_columns)
+
+
+def segment_sums(
+    rows_RD: Tensor,
+    keys_E: Tensor,
+    order_E: Tensor,
+    starts: Tensor,
+    dtype: torch.dtype,
+    signs_E: Tensor | None = None,
+) -> Tensor:
+    """Return [S, D]: for each segment the sum of its edges' rows, each times the sign of its edge if there are signs.
+
+    keys:    the sorted keys of all edges, a key a segment; edges below 0 belong to none
+    order:   position -> edge; edge e reads row e // (E / R)
+    starts:  [S + 1], the first position of each segment, and the end of the last
+    """
+    runs_here(rows_RD)
+    (num_rows, num_columns), num_edges = rows_RD.shape, order_E.numel()
+    block, row_blocks = row_tile(num_columns, BLOCK_COLUMNS)
+    shared = {
+        "NUM_SLOTS": num_edges // num_rows,  # a constant, as a division by it is then a product
+        "CHUNK": CHUNK,
+        "BLOCK_D": block,
+        "num_warps": min(4, triton.cdiv(block, WARP_COLUMNS)),
+    }
+    rows_RD, num_chunks = rows_RD.contiguous(), num_edges // CHUNK
+    partials = torch.empty(num_chunks, num_columns, dtype=torch.float64, device=rows_RD.device)
+    if num_chunks:
+        _chunk_sums_kernel[row_grid(num_chunks, row_blocks)](
+            rows_RD, keys_E, order_E, signs_E, partials, num_columns, row_blocks, **shared
+        )
+    num_segments = starts.numel() - 1
+    sums_SD = torch.empty(num_segments, num_columns, dtype=dtype, device=rows_RD.device)
+    _segment_sums_kernel[row_grid(num_segments, row_blocks)](
+        rows_RD, order_E, starts, signs_E, partials, sums_SD, num_columns, row_blocks, **shared
+    )
+    return sums_SD
