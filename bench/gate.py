@@ -30,7 +30,7 @@ MOST: Mapping[str, Mapping[str, int]] = {
     "experts": {"M": 8192, "N": 640, "K": 1024},
     "orthogonal": {"N": 2304, "K": 2304},
     "linear": {"K": 2304},
-    "norm": {"M": 1040, "K": 7168},
+    "norm": {"M": 2080, "K": 7168},
     "scale": {"K": 2304},
     "update": {"K": 12_480},
     "votes": {"K": 2304},

@@ -18,7 +18,7 @@ BLOCK_COLUMNS = 8192
 """Columns of a row that a program holds at most; longer rows are read again for each pass."""
 
 BLOCK_SUMS, BLOCK_ROWS = 128, 16
-PROGRAMS, PART_ROWS = 1024, 128
+PROGRAMS, PART_ROWS = 2048, 128
 """Programs that rows are dealt to, at most, and the fewest rows that are worth a sum of their own."""
 
 
@@ -166,7 +166,7 @@ def _rms_norm_weight_grad_kernel(
 def _tile(num_columns: int) -> dict[str, int]:
     """Return the block of a kernel that gives each row a program, and the warps that share it."""
     block, _ = row_tile(num_columns, BLOCK_COLUMNS)
-    return {"BLOCK": block, "num_warps": 4 if block <= 1024 else 8 if block <= 4096 else 16}
+    return {"BLOCK": block, "num_warps": 2 if block <= 1024 else 4 if block <= 4096 else 8}
 
 
 def parts_of(num_m: int, programs: int, least: int) -> tuple[int, int]:
