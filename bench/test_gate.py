@@ -68,9 +68,9 @@ def few(s: Sizes) -> bool:
 def product(s: Sizes, num_slots: int, num_groups: int, *, transposed: bool = False) -> Any:
     wide = s["float_bytes"] == 4
     outputs, inputs = (s["K"], s["N"]) if transposed else (s["N"], s["K"])
-    tiling = products.Tiling.of(num_slots, num_groups, transposed=transposed, wide=wide).within(
-        outputs, inputs
-    )
+    rank = min(outputs, inputs)
+    tiling = products.Tiling.of(num_slots, num_groups, rank, transposed=transposed, wide=wide)
+    tiling = tiling.within(outputs, inputs)
     several = outputs > tiling.block_n, inputs > tiling.block_k
     return tiling.parts(outputs, inputs)[0] > 1, tiling, several, outputs % 8, inputs % 8
 

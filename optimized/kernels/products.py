@@ -162,17 +162,29 @@ def _packed_product_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     num_inputs, num_outputs = input_parts * INPUT_PART, output_parts * OUTPUT_PART
-    part = tl.program_id(0) % num_parts
-    first_output = (tl.program_id(0) // num_parts % column_blocks) * BLOCK_N
+    tile_of_part = tl.program_id(0) // column_blocks
+    first_output = (tl.program_id(0) % column_blocks) * BLOCK_N
     outputs = first_output + tl.arange(0, BLOCK_N)
+    if TILES == SORTED:  # no sum is cut, and nothing is left to find out while the kernel runs
+        tile, first_slot, begin, end = tile_of_part, 0, 0, num_inputs
+    else:
+        tile, part = tile_of_part // num_parts, tile_of_part % num_parts
+        first_slot, begin = part.to(tl.int64) * num_slots, part * part_steps * BLOCK_K
+        end = tl.minimum(begin + part_steps * BLOCK_K, num_inputs)
     group, slots, used = _slots_of_tile(
-        tl.program_id(0) // num_parts // column_blocks, experts_ptr, order_ptr, starts_ptr, tile_ends_ptr,
-        num_slots, GROUPS, GROUP_BLOCK, TILES, BLOCK_M,
-    )  # fmt: skip
+        tile,
+        experts_ptr,
+        order_ptr,
+        starts_ptr,
+        tile_ends_ptr,
+        num_slots,
+        GROUPS,
+        GROUP_BLOCK,
+        TILES,
+        BLOCK_M,
+    )
     if group > GROUPS:
         return
-    begin = part * part_steps * BLOCK_K
-    end = tl.minimum(begin + part_steps * BLOCK_K, num_inputs)
     sums = tl.zeros([BLOCK_N, BLOCK_M] if WEIGHT_FIRST else [BLOCK_M, BLOCK_N], dtype=tl.float32)
     if group < GROUPS:  # the group past the last holds the unused slots, whose output is zero
         inputs = tl.arange(0, BLOCK_K)
@@ -229,7 +241,7 @@ def _packed_product_kernel(
         sums = tl.trans(sums)
     out_mask = used[:, None] & (outputs < num_outputs)[None, :]
     values = narrow(sums, out_ptr.dtype.element_ty)
-    out_slots = part.to(tl.int64) * num_slots + slots
+    out_slots = first_slot + slots
     tl.store(out_ptr + out_slots[:, None] * num_outputs + outputs[None, :], values, mask=out_mask)
 
 
@@ -280,11 +292,11 @@ class Tiling:
     weight_first: bool = False
 
     @classmethod
-    def of(cls, num_slots: int, num_groups: int, *, transposed: bool, wide: bool) -> Tiling:
-        """Return the tile for the slots that an expert has on average.
+    def of(cls, num_slots: int, num_groups: int, rank: int, *, transposed: bool, wide: bool) -> Tiling:
+        """Return the tile for the slots that an expert has on average, and for the lesser width of its matrix.
 
-        Each tile of slots unpacks its matrix again, so it is as high as the slots can fill. Of the tiles tried on an H100, with
-        groups of 12, these were the fastest, or near it and far from spilling registers.
+        Each tile of slots unpacks its matrix again, so it is as high as the slots can fill, unless there is little to unpack. Of
+        the tiles tried on an H100, with groups of 12, these were the fastest, or near it and far from spilling registers.
         """
         average = triton.cdiv(num_slots, num_groups)
         if wide:
@@ -293,6 +305,8 @@ class Tiling:
             return cls(16, 128 if transposed else 64, 64 if transposed else 128, 4, weight_first=True)
         if average <= 64:
             return cls(64, 128, 64, 8 if transposed else 4)
+        if rank <= 64:
+            return cls(128, 64, 64, 4)
         return cls(128, 128, 64, 4) if average <= 128 else cls(256, 64, 64, 8)
 
     def within(self, num_outputs: int, num_inputs: int) -> Tiling:
@@ -334,8 +348,9 @@ def packed_product(
     num_rows, num_columns = weight.shape[0] // num_groups, weight.shape[1]
     num_outputs = num_columns if transposed else num_rows
     wide = multiplies_wide(x)
-    of_slots = 1 if experts_M is not None else num_slots
-    tiling = Tiling.of(of_slots, num_groups, transposed=transposed, wide=wide).within(num_outputs, num_inputs)
+    of_slots, rank = 1 if experts_M is not None else num_slots, min(num_rows, num_columns)
+    tiling = Tiling.of(of_slots, num_groups, rank, transposed=transposed, wide=wide)
+    tiling = tiling.within(num_outputs, num_inputs)
     column_blocks = triton.cdiv(num_outputs, tiling.block_n)
     num_parts, part_steps = tiling.parts(num_outputs, num_inputs)
     if experts_M is not None:
