@@ -15,6 +15,7 @@ from arbitor.optimized.kernels import (
     codebook,
     denoise,
     edges,
+    experts,
     norm,
     orthogonal,
     products,
@@ -78,6 +79,12 @@ def product(s: Sizes, num_slots: int, num_groups: int, *, transposed: bool = Fal
 def grouped(s: Sizes, *, transposed: bool = False) -> Any:
     """All but whether sums are cut: uncut, few slots would have more weights than the reference has time for."""
     return few(s), product(s, 1 if few(s) else s["M"], s["E"], transposed=transposed)[1:]
+
+
+def adding(s: Sizes) -> Any:
+    widths = tile(s["N"], 128), tile(s["K"], 128)
+    programs = s["E"] * -(-s["N"] // widths[0][0]) * -(-s["K"] // widths[1][0])
+    return widths, experts.parts_of(s["M"], s["E"], programs) > 1
 
 
 def multiplied(s: Sizes, *, transposed: bool = False) -> Any:
@@ -145,7 +152,7 @@ PATHS: dict[str, Callable[[Sizes], Any]] = {
     "grouped_linear": grouped,
     "grouped_linear_input_grad": lambda s: grouped(s, transposed=True),
     "orthogonalize": lambda s: (tile(s["K"], orthogonal.BLOCK_COLUMNS), s["N"] // s["E"] > s["K"]),
-    "grouped_linear_weight_grad": lambda s: (tile(s["N"], 128), tile(s["K"], 128)),
+    "grouped_linear_weight_grad": adding,
     "decode_attention": attending,
     "edge_sum": lambda s: (s["J"], columns(edges.BLOCK_COLUMNS)(s)),
     "edge_sum_input_grad": columns(segments.BLOCK_COLUMNS),

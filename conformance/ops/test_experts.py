@@ -5,6 +5,7 @@ Legend: E experts, N outputs of an expert, K inputs, M slots.
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -94,6 +95,27 @@ def test_grouped_linear_weight_grad_by_slot(
     _equal(got, want.flatten(0, 1).to(torch.float32))
 
 
+@law(
+    counts=st.lists(st.sampled_from((600, 513, 512, 255, 33, 1, 0)), min_size=1, max_size=2),
+    seed=ss.GENERATOR_SEEDS,
+    dtype=ss.DTYPES,
+    data=st.data(),
+)
+def test_grouped_linear_weight_grad_of_frequent_experts(
+    ops: Subject, counts: list[int], seed: int, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    """Experts of hundreds of slots, or of none: each slot counts, and counts once."""
+    num_groups = len(counts)
+    experts = torch.arange(-1, num_groups).repeat_interleave(torch.tensor([3, *counts]))
+    experts = experts[torch.randperm(len(experts), generator=ss.generator(seed))]
+    dy = _floats(data, experts.numel(), 3, dtype=dtype)
+    x = _floats(data, experts.numel(), 5, dtype=dtype)
+    got = ops.grouped_linear_weight_grad(dy, x, experts, num_groups=num_groups)
+    of_expert = [experts == expert for expert in range(num_groups)]
+    wide_dy, wide_x = dy.to(torch.float64), x.to(torch.float64)
+    _equal(got, torch.cat([wide_dy[own].T @ wide_x[own] for own in of_expert]), "dW")
+
+
 @law(made=stacked(), data=st.data(), share=0.5)
 def test_grouped_linear_adjoint(ops: Subject, made: tuple[TernaryWeight, int], data: st.DataObject) -> None:
     """<dy, grouped_linear(x)> = <grouped_linear_input_grad(dy), x> = <grouped_linear_weight_grad(dy, x), W>, exactly."""
@@ -172,6 +194,19 @@ def test_grouped_linear_of_no_slots(
     exact(ops.grouped_linear_input_grad(dy, weight, none, num_groups=num_groups), x)
     grad = ops.grouped_linear_weight_grad(dy, x, none, num_groups=num_groups)
     exact(grad, torch.zeros(weight.shape))
+
+
+@pytest.mark.parametrize("width", [30, 700])
+def test_few_slots_have_the_same_bits_however_many_they_are(subject: Subject, width: int) -> None:
+    """Generated text should not depend on what else is generated."""
+    weight = reference_ops.initial_weight((8 * 19, width), std=0.1, seed=1, tensor_id=2)
+    experts, options = torch.tensor([3, 0, 7, 5, 1, 2, 6]), {"num_groups": 8}
+    x, dy = (ss.float_values((7, columns), "normal", columns).to(torch.bfloat16) for columns in (width, 19))
+    for name, rows in (("grouped_linear", x), ("grouped_linear_input_grad", dy)):
+        together = subject.call(name, rows, weight, experts, **options)
+        for slot in range(7):
+            own = slice(slot, slot + 1)
+            exact(subject.call(name, rows[own], weight, experts[own], **options), together[own], name)
 
 
 def test_experts_compile_no_kernel_again(subject: Subject) -> None:

@@ -376,9 +376,13 @@ def packed_product(
         MANTISSA_BITS=weight.mantissa_bits, TRANSPOSED=transposed, WIDE=wide, WEIGHT_FIRST=tiling.weight_first,
         BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, num_warps=tiling.num_warps, num_stages=3,
     )  # fmt: skip
-    if num_parts > 1:
-        grid = row_grid(triton.cdiv(out.numel(), BLOCK_SUMS), 1)
-        _add_parts_kernel[grid](sums, out, out.numel(), num_parts, BLOCK=BLOCK_SUMS)
+    return out if num_parts == 1 else add_parts(sums, out)
+
+
+def add_parts(parts: Tensor, out: Tensor) -> Tensor:
+    """Add float32 parts [S, ...] in their order into `out` [...], rounded once; returns it."""
+    grid = row_grid(triton.cdiv(out.numel(), BLOCK_SUMS), 1)
+    _add_parts_kernel[grid](parts, out, out.numel(), parts.shape[0], BLOCK=BLOCK_SUMS)
     return out
 
 
