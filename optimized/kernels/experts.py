@@ -69,7 +69,7 @@ def weight_grad(grad_MN: Tensor, x_MK: Tensor, plan: Plan, num_groups: int) -> T
     _grouped_weight_grad_kernel[row_grid(num_groups * row_blocks, column_blocks * num_parts)](
         grad_MN, x_MK, parts, plan.order, plan.starts, num_outputs, num_inputs,
         num_groups, row_blocks, column_blocks, num_parts,
-        WIDE=wide, BLOCK_M=32, BLOCK_N=block_n, BLOCK_K=block_k,
+        WIDE=wide, BLOCK_M=64 if num_parts > 1 else 32, BLOCK_N=block_n, BLOCK_K=block_k,
     )  # fmt: skip
     return parts[0] if num_parts == 1 else add_parts(parts, torch.empty_like(parts[0]))
 
