@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.optimized.kernels.codebook_rows import code_values, query_values
+from arbitor.optimized.kernels.codebook_rows import code_exponents, code_values, half_bits, query_values
 from arbitor.optimized.kernels.launch import MAX_PROGRAMS, row_grid, runs_here
+from arbitor.optimized.kernels.tiles import run_of, span_of, weight_tile, word_levels
 from arbitor.optimized.layouts import DeviceWeight
 
 NOTHING = tl.constexpr(-3.0e38)
@@ -36,6 +37,38 @@ BLOCK_SLOTS = 256
 BLOCK_SPLITS = 32
 
 
+@triton.jit
+def trits_before(words, lanes):
+    """Return how many of the first `lanes` trits of words are not zero; all sixteen if there are no more lanes than that."""
+    mask = tl.where(lanes < 16, (1 << (2 * tl.minimum(lanes, 15))) - 1, -1)
+    count = words & mask & 0x55555555
+    count = (count & 0x33333333) + ((count >> 2) & 0x33333333)
+    count = (count + (count >> 4)) & 0x0F0F0F0F
+    return (count * 0x01010101) >> 24
+
+
+@triton.jit
+def word_squares(words, e0, e1, e2, e3, offsets, GROUP_SIZE: tl.constexpr, SPAN: tl.constexpr):
+    """Return the part of words in |c'|**2, float32: counts of trits, where the values would have to be squared one by one."""
+    before = trits_before(words, GROUP_SIZE - offsets)
+    squares = before * exact_square(e0)
+    if SPAN > 1:
+        until = trits_before(words, 2 * GROUP_SIZE - offsets)
+        squares += (until - before) * exact_square(e1)
+    if SPAN > 2:
+        before, until = until, trits_before(words, 3 * GROUP_SIZE - offsets)
+        squares += (until - before) * exact_square(e2)
+        before, until = until, trits_before(words, 4 * GROUP_SIZE - offsets)
+        squares += (until - before) * exact_square(e3)
+    return squares
+
+
+@triton.jit
+def exact_square(exponents):
+    """Return 4**e as float32."""
+    return ((2 * exponents + 127) << 23).to(tl.float32, bitcast=True)
+
+
 @triton.jit(
     do_not_specialize=[
         "num_queries",
@@ -50,7 +83,8 @@ BLOCK_SPLITS = 32
 def _nearest_codes_kernel(
     z_ptr, words_ptr, exponents_ptr, scores_ptr, ids_ptr,
     num_queries, num_codes, num_columns, row_groups, row_words, query_tiles, code_tiles, num_splits,
-    GROUP_SIZE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, RUN: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # Programs of one split lie side by side, so that its codes come from the cache for all but the first.
     split = (tl.program_id(0) // query_tiles).to(tl.int64)
@@ -63,20 +97,27 @@ def _nearest_codes_kernel(
     z = query_values(z).to(tl.float16)
 
     lanes = tl.arange(0, BLOCK_N)
+    word = tl.arange(0, BLOCK_C // 16)[None, :]
+    group = word * 16 // GROUP_SIZE
+    offsets = word * 16 - group * GROUP_SIZE
     best = tl.full([BLOCK_N, BLOCK_Q], NOTHING, dtype=tl.float32)
     tiles = tl.zeros([BLOCK_N, BLOCK_Q], dtype=tl.int32)
+    # What the next tile unpacks is read before this one is multiplied. Codes past the last are the last again.
+    row = tl.minimum(begin * BLOCK_N + lanes.to(tl.int64), num_codes - 1)[:, None]
+    words = tl.load(words_ptr + row * row_words + word, mask=word < row_words, other=0)
+    l0, l1, l2, l3 = word_levels(exponents_ptr + row * row_groups, group, row_groups, SPAN)
     for tile in range(begin, end):
-        codes = tile * BLOCK_N + lanes.to(tl.int64)
-        inside = codes < num_codes
-        mask = inside[:, None] & (columns < num_columns)[None, :]
-        words = tl.load(words_ptr + codes[:, None] * row_words + (columns // 16)[None, :], mask=mask, other=0)
-        levels = tl.load(
-            exponents_ptr + codes[:, None] * row_groups + (columns // GROUP_SIZE)[None, :], mask=mask, other=0
-        )
-        values = code_values(words, (columns % 16)[None, :], levels)
-        wide = values.to(tl.float32)
-        halves = tl.where(inside, 8.0 * tl.sum(wide * wide, axis=1), -NOTHING)
-        scores = tl.dot(values, z) - halves[:, None]
+        e0, e1, e2, e3 = code_exponents(l0), code_exponents(l1), code_exponents(l2), code_exponents(l3)
+        values = weight_tile(
+            words, half_bits(e0), half_bits(e1), half_bits(e2), half_bits(e3), offsets,
+            BLOCK_N, BLOCK_C, GROUP_SIZE, RUN, tl.float16,
+        )  # fmt: skip
+        squares = tl.sum(word_squares(words, e0, e1, e2, e3, offsets, GROUP_SIZE, SPAN), axis=1)
+        row = tl.minimum((tile + 1) * BLOCK_N + lanes.to(tl.int64), num_codes - 1)[:, None]
+        words = tl.load(words_ptr + row * row_words + word, mask=word < row_words, other=0)
+        l0, l1, l2, l3 = word_levels(exponents_ptr + row * row_groups, group, row_groups, SPAN)
+        inside = tile * BLOCK_N + lanes.to(tl.int64) < num_codes
+        scores = tl.dot(values, z) - tl.where(inside, 8.0 * squares, -NOTHING)[:, None]
         better = scores > best  # not where equal: the earlier tile has the lower codes
         best = tl.where(better, scores, best)
         tiles = tl.where(better, tile - begin, tiles)
@@ -217,7 +258,8 @@ def nearest(z_QC: Tensor, weight: DeviceWeight) -> Tensor:
         z_QC.contiguous(), weight.words, weight.exponents, scores, ids,
         num_queries, num_codes, num_columns, weight.exponents.shape[1], weight.words.shape[1],
         query_tiles, code_tiles, splits,
-        GROUP_SIZE=weight.group_size, BLOCK_Q=block_q, BLOCK_N=block_n, BLOCK_C=block_columns(num_columns),
+        GROUP_SIZE=weight.group_size, RUN=run_of(weight.group_size), SPAN=span_of(weight.group_size),
+        BLOCK_Q=block_q, BLOCK_N=block_n, BLOCK_C=block_columns(num_columns),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return _best_of(scores, ids)

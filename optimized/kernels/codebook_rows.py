@@ -42,14 +42,25 @@ def query_values(z):
 
 
 @triton.jit
+def code_exponents(levels):
+    """Return clamp(E, -5, 2) of levels, which are exponents here, as int32."""
+    return tl.minimum(tl.maximum(levels.to(tl.int32), LOW_EXPONENT), HIGH_EXPONENT)
+
+
+@triton.jit
+def half_bits(exponents):
+    """Return the bits of 2**e as float16."""
+    return (exponents + 15) << 10
+
+
+@triton.jit
 def code_values(words, lanes, levels):
     """Return float16 c' = T * 2**clamp(E, -5, 2) for the trits at two-bit `lanes` of int32 `words`; it is exact.
 
     The low bit of a lane says that the trit is not zero, the high bit that it is negative: the float's bits, masked.
     """
-    exponents = tl.minimum(tl.maximum(levels.to(tl.int32), LOW_EXPONENT), HIGH_EXPONENT)
     code = words >> (2 * lanes)
-    bits = ((exponents + 15) << 10) | ((code & 2) << 14)
+    bits = half_bits(code_exponents(levels)) | ((code & 2) << 14)
     return (bits & -(code & 1)).to(tl.int16).to(tl.float16, bitcast=True)
 
 

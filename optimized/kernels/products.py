@@ -6,10 +6,6 @@ Slots are cut into tiles that share a matrix: those of one matrix in their order
 few as tiles of one slot each. A launch has as many programs as tiles there could be, and those without a tile leave. Of few rows
 or slots the sums are cut into parts, for a tile alone would not occupy a GPU. All of it follows from shapes, so that nothing
 waits for the device.
-
-For `tl.dot` a thread takes a word and makes its sixteen weights, so that they lie in a row and go to shared memory sixteen
-bytes at a time. Left to itself, Triton spreads the lanes of a word over threads, and the tile then costs more to lay out than
-to multiply.
 """
 
 from __future__ import annotations
@@ -24,7 +20,8 @@ from torch import Tensor
 
 from arbitor.optimized.kernels.common import narrow, widen
 from arbitor.optimized.kernels.launch import row_grid, row_tile, runs_here
-from arbitor.optimized.layouts import TRITS_PER_WORD, DeviceWeight
+from arbitor.optimized.kernels.tiles import run_of, scale_bits, span_of, weight_tile, word_levels
+from arbitor.optimized.layouts import DeviceWeight
 
 PROGRAMS = 528
 """Programs up to which a sum is cut into parts: four for each multiprocessor of an H100 or H200."""
@@ -36,43 +33,7 @@ IN_ORDER, ONE_EACH, SORTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def _lane_pairs(
-    low, high, s0, s1, s2, s3, offsets, LANE: tl.constexpr, STEP: tl.constexpr,
-    GROUP_SIZE: tl.constexpr, RUN: tl.constexpr,
-):  # fmt: skip
-    """Return two weights each, as bfloat16 in the halves of an int32, of the lanes LANE, LANE + STEP, ... of words.
-
-    Their axes of two come after those of the words, the lane's highest bit first, and stay in the thread that has the word.
-    low, high: the halves of words, `_spread`; s0 .. s3: bits of the scales of a word's groups, as bfloat16; offsets: columns of
-    the first that lie before the word.
-    """
-    if STEP < 16:
-        even = _lane_pairs(low, high, s0, s1, s2, s3, offsets, LANE, 2 * STEP, GROUP_SIZE, RUN)
-        odd = _lane_pairs(low, high, s0, s1, s2, s3, offsets, LANE + STEP, 2 * STEP, GROUP_SIZE, RUN)
-        return tl.join(even, odd)
-    else:
-        # A group starts every RUN lanes at most, and before a word at most GROUP_SIZE - RUN columns.
-        first: tl.constexpr = LANE // RUN * RUN
-        scales = s0
-        if first + GROUP_SIZE - RUN >= GROUP_SIZE:
-            scales = tl.where(offsets + first >= GROUP_SIZE, s1, scales)
-        if first + GROUP_SIZE - RUN >= 2 * GROUP_SIZE:
-            scales = tl.where(offsets + first >= 2 * GROUP_SIZE, s2, scales)
-        if first + GROUP_SIZE - RUN >= 3 * GROUP_SIZE:
-            scales = tl.where(offsets + first >= 3 * GROUP_SIZE, s3, scales)
-        # The low bit of a code says nonzero, the high bit is the sign.
-        codes = (low if LANE < 8 else high) >> (2 * (LANE % 8))
-        return (codes & 0x10001) * scales + ((codes & 0x20002) << 14)
-
-
-@triton.jit
-def _spread(halves):
-    """Return the lower eight lanes of words, those with an odd number 14 bits higher: pairs of lanes are 16 bits apart."""
-    return (halves & 0x3333) | ((halves & 0xCCCC) << 14)
-
-
-@triton.jit
-def _weight_tile(
+def _bfloat16_tile(
     words, l0, l1, l2, l3, offsets, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     GROUP_SIZE: tl.constexpr, RUN: tl.constexpr, MANTISSA_BITS: tl.constexpr,
 ):  # fmt: skip
@@ -80,41 +41,9 @@ def _weight_tile(
 
     Exact: a scale has two mantissa bits at most, and the exponents of bfloat16 are those of float32.
     """
-    s0, s1 = _scale_bits(l0, MANTISSA_BITS), _scale_bits(l1, MANTISSA_BITS)
-    s2, s3 = _scale_bits(l2, MANTISSA_BITS), _scale_bits(l3, MANTISSA_BITS)
-    low, high = _spread(words), _spread(words >> 16)
-    pairs = _lane_pairs(low, high, s0, s1, s2, s3, offsets, 0, 2, GROUP_SIZE, RUN)
-    bits = tl.reshape(tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16)), [ROWS, COLUMNS])
-    # After the reshape, which Triton 3.6 cannot move past the copy to shared memory and would try to.
-    return bits.to(tl.bfloat16, bitcast=True)
-
-
-@triton.jit
-def _scale_bits(levels, MANTISSA_BITS: tl.constexpr):
-    """Return the bits of int8 levels' scales as bfloat16, in int32: `level_scales`, sixteen bits lower."""
-    return (levels.to(tl.int32) + (127 << MANTISSA_BITS)) << (7 - MANTISSA_BITS)
-
-
-@triton.jit
-def _word_levels(rows_ptr, first, row_groups, SPAN: tl.constexpr):
-    """Return the levels of the groups that a word can have a part of: `first` and SPAN - 1 more, of four in all."""
-    l0 = _levels(rows_ptr, first, row_groups)
-    l1, l2, l3 = l0, l0, l0
-    if SPAN > 1:
-        l1 = _levels(rows_ptr, first + 1, row_groups)
-    if SPAN > 2:
-        l2, l3 = _levels(rows_ptr, first + 2, row_groups), _levels(rows_ptr, first + 3, row_groups)
-    return l0, l1, l2, l3
-
-
-@triton.jit
-def _levels(rows_ptr, group, row_groups):
-    """Return the level of a group of each row, where there is one.
-
-    Groups of neighbouring words are near each other, which Triton 3.6 does not see: the hint has it give levels to the threads
-    that have the words. Loads stay single bytes, as nothing is known of a row's alignment (`row_groups` is not specialised).
-    """
-    return tl.load(tl.max_contiguous(rows_ptr + group, [1, 2]), mask=group < row_groups, other=0)
+    s0, s1 = scale_bits(l0, MANTISSA_BITS), scale_bits(l1, MANTISSA_BITS)
+    s2, s3 = scale_bits(l2, MANTISSA_BITS), scale_bits(l3, MANTISSA_BITS)
+    return weight_tile(words, s0, s1, s2, s3, offsets, ROWS, COLUMNS, GROUP_SIZE, RUN, tl.bfloat16)
 
 
 @triton.jit
@@ -202,17 +131,17 @@ def _packed_product_kernel(
         words_row_ptr, levels_row_ptr = words_ptr + row * row_words, exponents_ptr + row * row_groups
         # What the next tile unpacks is read before this one is multiplied.
         words = tl.load(words_row_ptr + word, mask=word < row_words, other=0)
-        l0, l1, l2, l3 = _word_levels(levels_row_ptr, level, row_groups, SPAN)
+        l0, l1, l2, l3 = word_levels(levels_row_ptr, level, row_groups, SPAN)
         for start in range(begin, end, BLOCK_K):
             if TRANSPOSED:
-                w = _weight_tile(
+                w = _bfloat16_tile(
                     words, l0, l1, l2, l3, offsets, BLOCK_K, BLOCK_N, GROUP_SIZE, RUN, MANTISSA_BITS
                 )
                 row = first_row + tl.minimum(start + BLOCK_K + inputs, num_rows - 1)[:, None]
                 words_row_ptr, levels_row_ptr = words_ptr + row * row_words, exponents_ptr + row * row_groups
                 next_word = word
             else:
-                w = _weight_tile(
+                w = _bfloat16_tile(
                     words, l0, l1, l2, l3, offsets, BLOCK_N, BLOCK_K, GROUP_SIZE, RUN, MANTISSA_BITS
                 )
                 next_word = word + (start - begin + BLOCK_K) // 16
@@ -221,7 +150,7 @@ def _packed_product_kernel(
                 level += tl.where(over, BLOCK_K // GROUP_SIZE + 1, BLOCK_K // GROUP_SIZE)
                 offsets = tl.where(over, offsets - GROUP_SIZE, offsets)
             words = tl.load(words_row_ptr + next_word, mask=next_word < row_words, other=0)
-            l0, l1, l2, l3 = _word_levels(levels_row_ptr, level, row_groups, SPAN)
+            l0, l1, l2, l3 = word_levels(levels_row_ptr, level, row_groups, SPAN)
             x_mask = used[:, None] & (start + inputs < num_inputs)[None, :]
             x = tl.load(x_tile_ptr + start, mask=x_mask, other=0.0)
             if WIDE:
@@ -364,16 +293,15 @@ def packed_product(
     sums = out if num_parts == 1 else torch.empty(num_parts, *out.shape, dtype=torch.float32, device=x.device)
     # Widths as parts of 16 bytes where they are: Triton would see that of multiples of 16 columns only.
     input_part, output_part = math.gcd(num_inputs, 8), math.gcd(num_outputs, 8)
-    run = math.gcd(weight.group_size, TRITS_PER_WORD)
     _packed_product_kernel[row_grid(tiles * column_blocks, num_parts)](
         x, weight.words, weight.exponents, sums, experts_M,
         *((None, None, None) if plan is None else (plan.order, plan.starts, plan.tile_ends(tiling.block_m))),
         num_inputs // input_part, num_outputs // output_part, num_slots, num_rows,
         weight.words.shape[1], weight.exponents.shape[1], column_blocks, num_parts, part_steps,
         TILES=cut.value, GROUPS=num_groups, GROUP_BLOCK=triton.next_power_of_2(num_groups + 1),
-        INPUT_PART=input_part, OUTPUT_PART=output_part, GROUP_SIZE=weight.group_size, RUN=run,
-        SPAN=triton.cdiv(weight.group_size - run + TRITS_PER_WORD, weight.group_size),
-        MANTISSA_BITS=weight.mantissa_bits, TRANSPOSED=transposed, WIDE=wide, WEIGHT_FIRST=tiling.weight_first,
+        INPUT_PART=input_part, OUTPUT_PART=output_part, GROUP_SIZE=weight.group_size,
+        RUN=run_of(weight.group_size), SPAN=span_of(weight.group_size), MANTISSA_BITS=weight.mantissa_bits,
+        TRANSPOSED=transposed, WIDE=wide, WEIGHT_FIRST=tiling.weight_first,
         BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, num_warps=tiling.num_warps, num_stages=3,
     )  # fmt: skip
     return out if num_parts == 1 else add_parts(sums, out)
