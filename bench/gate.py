@@ -23,7 +23,7 @@ MAX_TOKENS = 512
 MOST: Mapping[str, Mapping[str, int]] = {
     "attention": {"H": 128, "S": 1024, "L": 512},
     "codebook": {"M": 1024, "N": 2**17},
-    "conv": {"C": 768},
+    "conv": {"C": 768, "L": 256},
     "denoise": {"D": 1088, "L": 16_384, "P": 298},
     "edges": {"K": 2304},
     "embedding": {"K": 2304},

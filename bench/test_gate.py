@@ -82,13 +82,14 @@ def grouped(s: Sizes, *, transposed: bool = False) -> Any:
 
 
 def adding(s: Sizes) -> Any:
-    widths = tile(s["N"], 128), tile(s["K"], 128)
-    programs = s["E"] * -(-s["N"] // widths[0][0]) * -(-s["K"] // widths[1][0])
-    return widths, experts.parts_of(s["M"], s["E"], programs) > 1
+    most = 64 if s["float_bytes"] == 4 else 128
+    widths = tile(s["N"], most), tile(s["K"], most)
+    tiles = -(-s["N"] // widths[0][0]) * -(-s["K"] // widths[1][0])
+    return widths, experts.is_cut(s["M"], tiles)
 
 
 def multiplied(s: Sizes, *, transposed: bool = False) -> Any:
-    if s["M"] > linear_ops.FEW_ROWS:
+    if s["M"] > linear_ops.FEW_ROWS or s["float_bytes"] == 4:
         return tile(s["K"], scale.BLOCK_COLUMNS)
     return product(s, s["M"], 1, transposed=transposed)
 
@@ -124,6 +125,12 @@ def summing(s: Sizes) -> Any:
     return tile(s["K"], norm.BLOCK_COLUMNS), block, row_blocks > 1, parts > 1
 
 
+def convolved(s: Sizes) -> Any:
+    """As the linear that it is, with a row for each place of its output."""
+    places = (s["L"] + 2 * s["padding"] - s["J"]) // s["stride"] + 1
+    return multiplied({**s, "M": s["B"] * places, "K": s["C"] * s["J"]})
+
+
 PATHS: dict[str, Callable[[Sizes], Any]] = {
     "dequantize": columns(scale.BLOCK_COLUMNS),
     "initial_weight": lambda s: tile(words_per_row(s["K"]), scale.BLOCK_WORDS),
@@ -136,7 +143,7 @@ PATHS: dict[str, Callable[[Sizes], Any]] = {
     "apply_step": stepping,
     "linear": multiplied,
     "linear_input_grad": lambda s: multiplied(s, transposed=True),
-    "conv1d": lambda s: tile(s["C"] * s["J"], scale.BLOCK_COLUMNS),
+    "conv1d": convolved,
     "conv1d_input_grad": lambda s: tile(s["C"] * s["J"], scale.BLOCK_COLUMNS),
     "rms_norm": normalizing,
     "rms_norm_input_grad": normalizing,

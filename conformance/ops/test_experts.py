@@ -96,7 +96,7 @@ def test_grouped_linear_weight_grad_by_slot(
 
 
 @law(
-    counts=st.lists(st.sampled_from((600, 513, 512, 255, 33, 1, 0)), min_size=1, max_size=2),
+    counts=st.lists(st.sampled_from((1100, 513, 512, 255, 33, 1, 0)), min_size=1, max_size=2),
     seed=ss.GENERATOR_SEEDS,
     dtype=ss.DTYPES,
     data=st.data(),
@@ -196,17 +196,33 @@ def test_grouped_linear_of_no_slots(
     exact(grad, torch.zeros(weight.shape))
 
 
-@pytest.mark.parametrize("width", [30, 700])
-def test_few_slots_have_the_same_bits_however_many_they_are(subject: Subject, width: int) -> None:
+@pytest.mark.parametrize("shape", [(19, 30), (19, 700), (300, 30)])
+def test_few_slots_have_the_same_bits_however_many_they_are(subject: Subject, shape: tuple[int, int]) -> None:
     """Generated text should not depend on what else is generated."""
-    weight = reference_ops.initial_weight((8 * 19, width), std=0.1, seed=1, tensor_id=2)
+    num_rows, num_columns = shape
+    weight = reference_ops.initial_weight((8 * num_rows, num_columns), std=0.1, seed=1, tensor_id=2)
     experts, options = torch.tensor([3, 0, 7, 5, 1, 2, 6]), {"num_groups": 8}
-    x, dy = (ss.float_values((7, columns), "normal", columns).to(torch.bfloat16) for columns in (width, 19))
+    x, dy = (
+        ss.float_values((7, width), "normal", width).to(torch.bfloat16) for width in (num_columns, num_rows)
+    )
     for name, rows in (("grouped_linear", x), ("grouped_linear_input_grad", dy)):
         together = subject.call(name, rows, weight, experts, **options)
         for slot in range(7):
             own = slice(slot, slot + 1)
             exact(subject.call(name, rows[own], weight, experts[own], **options), together[own], name)
+
+
+@pytest.mark.parametrize("count", [200, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_an_expert_is_its_own(subject: Subject, count: int, dtype: torch.dtype) -> None:
+    """It has the same bits whatever slots the others have: what an expert votes is its own affair."""
+    own = torch.zeros(count, dtype=torch.int64)
+    dy, x = (ss.float_values((count + 900, width), "normal", width).to(dtype) for width in (3, 5))
+    alone = subject.call("grouped_linear_weight_grad", dy[:count], x[:count], own, num_groups=2)
+    for other in (1, -1):
+        experts = torch.cat([own, torch.full((900,), other)])
+        beside = subject.call("grouped_linear_weight_grad", dy, x, experts, num_groups=2)
+        exact(beside[:3], alone[:3], f"beside slots of {other}")
 
 
 def test_experts_compile_no_kernel_again(subject: Subject) -> None:

@@ -17,6 +17,7 @@ from conformance.cases.case import Case
 from conformance.cases.core import leading, magnitude_of_norm_input_grad
 from conformance.compare import exact, no_worse, one_rounding, roundings, unsigned_zeros
 from conformance.law import law
+from conformance.report import needs_cuda
 from conformance.subject import Subject
 
 WEIGHTS = st.deferred(ss.sizes).flatmap(lambda width: ss.weights((1, width)))
@@ -152,11 +153,14 @@ def test_rms_norm_of_long_rows(subject: Subject, width: int, dtype: torch.dtype)
     compare(subject, "rms_norm_weight_grad", Case((grad, x)))
 
 
-def test_rms_norm_of_many_rows(subject: Subject) -> None:
-    """More rows than a kernel has programs."""
+@pytest.mark.parametrize("width", [13, 8193])
+def test_rms_norm_of_many_rows(subject: Subject, width: int) -> None:
+    """More rows than a kernel has programs; the long ones are more than a program holds."""
+    if width > 13:
+        needs_cuda(subject, "many rows of more than 8,192 channels")
     count = 2049
-    weight = initial_weight((1, 13), std=0.5, seed=1, tensor_id=2)
-    grad, x = (ss.float_values((count, 13), "normal", seed) for seed in (1, 2))
+    weight = initial_weight((1, width), std=0.5, seed=1, tensor_id=2)
+    grad, x = (ss.float_values((count, width), "normal", seed) for seed in (1, 2))
     compare(subject, "rms_norm", Case((x, weight)))
     compare(subject, "rms_norm_input_grad", Case((grad, x, weight)))
 

@@ -1,9 +1,10 @@
 """The gradients of stacked matrices: a product for each expert, of the slots that chose it.
 
-Legend: E experts, N outputs of an expert, K inputs, M slots, S parts of a sum. Products with the matrices are in products.py.
+Legend: E experts, N outputs of an expert, K inputs, M slots. Products with the matrices are in products.py.
 
 Text chooses some experts ten times as often as others, and a program that sums over all slots of such a one is what a launch waits
-for. So where the matrices are too small to occupy a GPU, an expert's slots are cut into parts of one length.
+for. So the slots of small matrices, which take few programs, are cut into pieces that are summed apart. An expert's pieces follow
+from its own slots, so that its gradient has the same bits whatever the others have.
 """
 
 from __future__ import annotations
@@ -15,29 +16,39 @@ from torch import Tensor
 
 from arbitor.optimized.kernels.common import widen
 from arbitor.optimized.kernels.launch import row_grid, runs_here
-from arbitor.optimized.kernels.products import Plan, add_parts, multiplies_wide, tile_width
+from arbitor.optimized.kernels.products import Plan, multiplies_wide, tile_width
 
-PROGRAMS = 1056
-"""Programs up to which an expert's slots are cut into parts: eight for each multiprocessor of an H100 or H200."""
+PIECE = 512
+"""Slots that a program sums over at most, where the matrices are small."""
 
-PART_SLOTS = 128
-"""Slots that a part has at least, on average."""
+SMALL = 16
+"""Tiles of a small matrix, at most."""
+
+BLOCK_ELEMENTS = 1024
 
 
-@triton.jit(do_not_specialize=["num_groups", "row_blocks", "column_blocks", "num_parts"])
+@triton.jit(do_not_specialize=["num_groups", "row_blocks", "column_blocks"])
 def _grouped_weight_grad_kernel(
-    grad_ptr, x_ptr, out_ptr, order_ptr, starts_ptr, num_outputs, num_inputs,
-    num_groups, row_blocks, column_blocks, num_parts,
-    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    grad_ptr, x_ptr, out_ptr, order_ptr, starts_ptr, piece_ends_ptr, num_outputs, num_inputs,
+    num_groups, row_blocks, column_blocks,
+    PIECE: tl.constexpr, GROUP_BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0) // num_parts // column_blocks
-    group, part = tile // row_blocks, tl.program_id(0) % num_parts
+    tile = tl.program_id(0) // column_blocks
+    matrix = tile // row_blocks  # of an expert, or of a piece of its slots
     outputs = (tile % row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inputs = (tl.program_id(0) // num_parts % column_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
-    begin, end = tl.load(starts_ptr + group), tl.load(starts_ptr + group + 1)
-    part_slots = tl.cdiv(tl.cdiv(end - begin, num_parts), BLOCK_M) * BLOCK_M
-    begin += part * part_slots
-    end = tl.minimum(begin + part_slots, end)
+    inputs = (tl.program_id(0) % column_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
+    if PIECE > 0:
+        groups = tl.arange(0, GROUP_BLOCK)
+        piece_ends = tl.load(piece_ends_ptr + groups, mask=groups < num_groups, other=2147483647)
+        group = tl.sum((piece_ends <= matrix).to(tl.int32), axis=0)
+        if group >= num_groups:  # there are fewer pieces
+            return
+        piece = matrix - tl.max(tl.where(piece_ends <= matrix, piece_ends, 0), axis=0)
+        begin = tl.load(starts_ptr + group) + piece * PIECE
+        end = tl.minimum(begin + PIECE, tl.load(starts_ptr + group + 1))
+    else:
+        begin, end = tl.load(starts_ptr + matrix), tl.load(starts_ptr + matrix + 1)
     sums = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     for start in range(begin, end, BLOCK_M):
         places = start + tl.arange(0, BLOCK_M)
@@ -51,9 +62,24 @@ def _grouped_weight_grad_kernel(
             sums += tl.dot(tl.trans(widen(grad)), widen(x), input_precision="ieee")
         else:
             sums = tl.dot(tl.trans(grad), x, sums)
-    rows = (part * num_groups + group).to(tl.int64) * num_outputs + outputs
+    rows = matrix.to(tl.int64) * num_outputs + outputs
     mask = (outputs < num_outputs)[:, None] & (inputs < num_inputs)[None, :]
     tl.store(out_ptr + rows[:, None] * num_inputs + inputs[None, :], sums, mask=mask)
+
+
+@triton.jit(do_not_specialize=["group_blocks"])
+def _add_pieces_kernel(pieces_ptr, piece_ends_ptr, out_ptr, size, group_blocks, BLOCK: tl.constexpr):
+    group = (tl.program_id(0) // group_blocks).to(tl.int64)
+    places = (tl.program_id(0) % group_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < size
+    begin = tl.load(piece_ends_ptr + group - 1, mask=group > 0, other=0).to(tl.int64)
+    end = tl.load(piece_ends_ptr + group).to(tl.int64)
+    # The first piece is taken as it is: of one alone, the sum has its bits.
+    first = tl.where(begin < end, size, 0)
+    sums = tl.load(pieces_ptr + begin * size + places, mask=places < first, other=0.0)
+    for piece in range(begin + 1, end):
+        sums += tl.load(pieces_ptr + piece * size + places, mask=inside, other=0.0)
+    tl.store(out_ptr + group * size + places, sums, mask=inside)
 
 
 def weight_grad(grad_MN: Tensor, x_MK: Tensor, plan: Plan, num_groups: int) -> Tensor:
@@ -62,18 +88,26 @@ def weight_grad(grad_MN: Tensor, x_MK: Tensor, plan: Plan, num_groups: int) -> T
     (num_slots, num_outputs), num_inputs, wide = grad_MN.shape, x_MK.shape[1], multiplies_wide(x_MK)
     block_n, block_k = (tile_width(size, 64 if wide else 128) for size in (num_outputs, num_inputs))
     row_blocks, column_blocks = triton.cdiv(num_outputs, block_n), triton.cdiv(num_inputs, block_k)
-    num_parts = parts_of(num_slots, num_groups, num_groups * row_blocks * column_blocks)
-    parts = torch.empty(
-        num_parts, num_groups * num_outputs, num_inputs, dtype=torch.float32, device=x_MK.device
-    )
-    _grouped_weight_grad_kernel[row_grid(num_groups * row_blocks, column_blocks * num_parts)](
-        grad_MN, x_MK, parts, plan.order, plan.starts, num_outputs, num_inputs,
-        num_groups, row_blocks, column_blocks, num_parts,
-        WIDE=wide, BLOCK_M=64 if num_parts > 1 else 32, BLOCK_N=block_n, BLOCK_K=block_k,
+    cut = is_cut(num_slots, row_blocks * column_blocks)
+    piece_ends = plan.tile_ends(PIECE) if cut else None
+    num_matrices = num_slots // PIECE + num_groups if cut else num_groups
+    made = torch.empty(num_matrices, num_outputs, num_inputs, dtype=torch.float32, device=x_MK.device)
+    _grouped_weight_grad_kernel[row_grid(num_matrices * row_blocks, column_blocks)](
+        grad_MN, x_MK, made, plan.order, plan.starts, piece_ends, num_outputs, num_inputs,
+        num_groups, row_blocks, column_blocks,
+        PIECE=PIECE if cut else 0, GROUP_BLOCK=triton.next_power_of_2(num_groups) if cut else 0, WIDE=wide,
+        BLOCK_M=32, BLOCK_N=block_n, BLOCK_K=block_k,
     )  # fmt: skip
-    return parts[0] if num_parts == 1 else add_parts(parts, torch.empty_like(parts[0]))
+    if not cut:
+        return made.reshape(num_groups * num_outputs, num_inputs)
+    grads = torch.empty(num_groups * num_outputs, num_inputs, dtype=torch.float32, device=x_MK.device)
+    size, group_blocks = num_outputs * num_inputs, triton.cdiv(num_outputs * num_inputs, BLOCK_ELEMENTS)
+    _add_pieces_kernel[row_grid(num_groups, group_blocks)](
+        made, piece_ends, grads, size, group_blocks, BLOCK=BLOCK_ELEMENTS
+    )
+    return grads
 
 
-def parts_of(num_slots: int, num_groups: int, programs: int) -> int:
-    """Return in how many parts to cut the slots of an expert, for matrices that so many programs make."""
-    return max(1, min(PROGRAMS // programs, num_slots // (num_groups * PART_SLOTS)))
+def is_cut(num_slots: int, tiles: int) -> bool:
+    """Whether slots are cut into pieces, for a matrix of so many tiles. Few slots would be one piece, with the same bits."""
+    return tiles <= SMALL and num_slots > PIECE

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from arbitor.optimized.kernels.common import lane_weights, level_scales, narrow, widen
 from arbitor.optimized.kernels.launch import row_tile, runs_here
+from arbitor.optimized.kernels.parts import add_parts
 from arbitor.optimized.layouts import DeviceWeight
 
 BLOCK_COLUMNS = 8192
@@ -146,7 +147,7 @@ def _rms_norm_weight_grad_kernel(
     grad_ptr, x_ptr, inverse_ptr, parts_ptr, num_m, part_rows, num_columns,
     BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     part = tl.program_id(1).to(tl.int64)
     begin = part * part_rows
     end = tl.minimum(begin + part_rows, num_m)
@@ -218,4 +219,4 @@ def normalize_weight_grad(grad_MK: Tensor, x_MK: Tensor, eps: float) -> Tensor:
     _rms_norm_weight_grad_kernel[(row_blocks, num_parts)](
         grad_MK, x_MK, inverse, parts, num_m, part_rows, num_columns, BLOCK_M=BLOCK_ROWS, BLOCK=block
     )
-    return parts if num_parts == 1 else parts.sum(dim=0, keepdim=True)
+    return parts if num_parts == 1 else add_parts(parts, torch.empty_like(parts[:1]))

@@ -20,13 +20,12 @@ from torch import Tensor
 
 from arbitor.optimized.kernels.common import narrow, widen
 from arbitor.optimized.kernels.launch import row_grid, row_tile, runs_here
+from arbitor.optimized.kernels.parts import add_parts
 from arbitor.optimized.kernels.tiles import run_of, scale_bits, span_of, weight_tile, word_levels
 from arbitor.optimized.layouts import DeviceWeight
 
 PROGRAMS = 528
 """Programs up to which a sum is cut into parts: four for each multiprocessor of an H100 or H200."""
-
-BLOCK_SUMS = 256
 
 IN_ORDER, ONE_EACH, SORTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """How slots are cut into tiles."""
@@ -174,16 +173,6 @@ def _packed_product_kernel(
     tl.store(out_ptr + out_slots[:, None] * num_outputs + outputs[None, :], values, mask=out_mask)
 
 
-@triton.jit(do_not_specialize=["size", "num_parts"])
-def _add_parts_kernel(parts_ptr, out_ptr, size, num_parts, BLOCK: tl.constexpr):
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    sums = tl.zeros([BLOCK], dtype=tl.float32)
-    for _ in range(num_parts):
-        sums += tl.load(parts_ptr + places, mask=places < size, other=0.0)
-        parts_ptr += size
-    tl.store(out_ptr + places, narrow(sums, out_ptr.dtype.element_ty), mask=places < size)
-
-
 @dataclass(frozen=True)
 class Plan:
     """Slots by expert, on the device.
@@ -212,7 +201,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tile of a grouped product, how many warps work on it, and which operand comes first."""
+    """Tile of a product, how many warps work on it, and which operand comes first."""
 
     block_m: int
     block_n: int
@@ -248,8 +237,8 @@ class Tiling:
     def parts(self, num_outputs: int, num_inputs: int) -> tuple[int, int]:
         """Return in how many parts to cut the sums of a tile of slots, and the tiles along a part.
 
-        By the widths alone, so that the bits of a slot do not depend on how many come with it. What a part of many slots writes
-        is no small matter, so these get fewer parts.
+        By the widths and the tile alone, so that among slots of one tile's height the bits of one do not depend on how many come
+        with it. What a part of many slots writes is no small matter, so these get fewer parts.
         """
         programs, steps = triton.cdiv(num_outputs, self.block_n), triton.cdiv(num_inputs, self.block_k)
         enough = PROGRAMS if self.block_m <= 16 else PROGRAMS // 2
@@ -305,13 +294,6 @@ def packed_product(
         BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, num_warps=tiling.num_warps, num_stages=3,
     )  # fmt: skip
     return out if num_parts == 1 else add_parts(sums, out)
-
-
-def add_parts(parts: Tensor, out: Tensor) -> Tensor:
-    """Add float32 parts [S, ...] in their order into `out` [...], rounded once; returns it."""
-    grid = row_grid(triton.cdiv(out.numel(), BLOCK_SUMS), 1)
-    _add_parts_kernel[grid](parts, out, out.numel(), parts.shape[0], BLOCK=BLOCK_SUMS)
-    return out
 
 
 def multiplies_wide(x: Tensor) -> bool:

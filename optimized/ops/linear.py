@@ -11,7 +11,7 @@ from torch import Tensor
 
 from arbitor.optimized.kernels.products import packed_product
 from arbitor.optimized.kernels.scale import dense_rows
-from arbitor.optimized.layouts import AnyWeight, DeviceWeight
+from arbitor.optimized.layouts import MAX_COLUMNS, AnyWeight, DeviceWeight
 from arbitor.optimized.ops.layout import on_device
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
@@ -72,7 +72,8 @@ def _product(x: Tensor, weight: DeviceWeight, *, transposed: bool) -> Tensor:
     """
     x_MK = matrix_of(x)
     num_outputs = weight.shape[1 if transposed else 0]
-    if x.dtype is torch.bfloat16 and 0 < x_MK.shape[0] <= FEW_ROWS:
+    # A product counts the rows of a weight in 32 bits, as it does the columns, which are never more.
+    if x.dtype is torch.bfloat16 and 0 < x_MK.shape[0] <= FEW_ROWS and weight.shape[0] <= MAX_COLUMNS:
         y_MN = packed_product(x_MK, weight, transposed=transposed)
         return y_MN.reshape(*x.shape[:-1], num_outputs)
     parts = row_ranges(*weight.shape)
