@@ -16,7 +16,7 @@ from torch import Tensor
 
 from arbitor.optimized.kernels.common import widen
 from arbitor.optimized.kernels.launch import row_grid, runs_here
-from arbitor.optimized.kernels.products import Plan, multiplies_wide, tile_width
+from arbitor.optimized.kernels.products import Plan, group_of_tile, multiplies_wide, tile_width
 
 PIECE = 512
 """Slots that a program sums over at most, where the matrices are small."""
@@ -39,12 +39,9 @@ def _grouped_weight_grad_kernel(
     outputs = (tile % row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     inputs = (tl.program_id(0) % column_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
     if PIECE > 0:
-        groups = tl.arange(0, GROUP_BLOCK)
-        piece_ends = tl.load(piece_ends_ptr + groups, mask=groups < num_groups, other=2147483647)
-        group = tl.sum((piece_ends <= matrix).to(tl.int32), axis=0)
+        group, piece = group_of_tile(piece_ends_ptr, matrix, num_groups, GROUP_BLOCK)
         if group >= num_groups:  # there are fewer pieces
             return
-        piece = matrix - tl.max(tl.where(piece_ends <= matrix, piece_ends, 0), axis=0)
         begin = tl.load(starts_ptr + group) + piece * PIECE
         end = tl.minimum(begin + PIECE, tl.load(starts_ptr + group + 1))
     else:

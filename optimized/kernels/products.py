@@ -46,6 +46,16 @@ def _bfloat16_tile(
 
 
 @triton.jit
+def group_of_tile(tile_ends_ptr, tile, num_groups, GROUP_BLOCK: tl.constexpr):
+    """Return the group that a tile belongs to, and the tile's place in it; `num_groups` for a tile past the last."""
+    groups = tl.arange(0, GROUP_BLOCK)
+    tile_ends = tl.load(tile_ends_ptr + groups, mask=groups < num_groups, other=2147483647)
+    group = tl.sum((tile_ends <= tile).to(tl.int32), axis=0)
+    # Tiles of a group follow each other: count from the end of the group before.
+    return group, tile - tl.max(tl.where(tile_ends <= tile, tile_ends, 0), axis=0)
+
+
+@triton.jit
 def _slots_of_tile(
     tile, experts_ptr, order_ptr, starts_ptr, tile_ends_ptr, num_slots,
     GROUPS: tl.constexpr, GROUP_BLOCK: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -59,11 +69,7 @@ def _slots_of_tile(
         expert = tl.load(experts_ptr + tile).to(tl.int32)
         return tl.where(expert < 0, GROUPS, expert), tile.to(tl.int64) + lanes, lanes == 0
     else:
-        groups = tl.arange(0, GROUP_BLOCK)
-        tile_ends = tl.load(tile_ends_ptr + groups, mask=groups <= GROUPS, other=2147483647)
-        group = tl.sum((tile_ends <= tile).to(tl.int32), axis=0)
-        # Tiles of a group follow each other: count from the end of the group before. Past the last there are no places.
-        first = tile - tl.max(tl.where(tile_ends <= tile, tile_ends, 0), axis=0)
+        group, first = group_of_tile(tile_ends_ptr, tile, GROUPS + 1, GROUP_BLOCK)
         bounds_ptr = starts_ptr + tl.minimum(group, GROUPS)
         places = tl.load(bounds_ptr) + first * BLOCK_M + lanes
         used = places < tl.where(group > GROUPS, 0, tl.load(bounds_ptr + 1))
