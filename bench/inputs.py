@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from arbitor.reference.config import HALT_THRESHOLD
-from arbitor.reference.types import (
+from arbitor.reference.constants import (
     DEFAULT_MANTISSA_BITS,
     DEFAULT_THETA,
     MAX_PACKED_BYTE,
-    TernaryWeight,
     groups_per_row,
     packed_bytes,
 )
+from arbitor.reference.types import TernaryWeight
 
 Sizes = Mapping[str, int]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

@@ -27,9 +27,9 @@ from arbitor.optimized.kernels import (
 from arbitor.optimized.kernels.launch import row_tile
 from arbitor.optimized.layouts import words_per_row
 from arbitor.reference import ops as reference_ops
+from arbitor.reference.constants import groups_per_row
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.op_table import OP_TABLE
-from arbitor.reference.types import groups_per_row
 from bench import cases, gate, inputs, runner
 from bench.inputs import Sizes
 from bench.peers import peers_of

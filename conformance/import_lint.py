@@ -2,9 +2,9 @@
 
     python -m conformance.import_lint        # prints file:line for each breach, exit status 1 if there is one
 
-reference imports torch, the standard library and itself. optimized imports of reference what holds no op: types, checks,
-config, presets, op_table, graph, audit; and never decodes a weight by the reference's methods. Nothing that is installed imports
-conformance or bench. Environment variables named ARB_* are read in optimized/settings.py.
+reference imports torch, the standard library and itself, and imports at the top of a file only. optimized imports of reference
+what holds no op. Modules of either import each other in one direction: no circle, not even one for type checkers alone. Nothing
+that is installed imports conformance or bench. Environment variables named ARB_* are read in optimized/settings.py.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-REFERENCE_FOR_OPTIMIZED = ("types", "checks", "config", "presets", "op_table", "graph", "audit")
-DECODERS = ("trits", "dense", "from_trits")
+REFERENCE_FOR_OPTIMIZED = ("constants", "types", "checks", "config", "presets", "op_table", "graph", "audit")
+INSTALLED = ("reference", "optimized")
 SETTINGS = Path("optimized/settings.py")
 TEST_PACKAGES = ("conformance", "bench")
 
@@ -29,7 +29,7 @@ def breaches(root: Path = ROOT) -> list[str]:
         for path in sorted((root / folder).rglob("*.py")):
             relative = path.relative_to(root)
             found += [f"{relative}:{line}: {what}" for line, what in breaches_of(path.read_text(), relative)]
-    return found
+    return found + [f"import circle: {' -> '.join(names)}" for names in circles(import_graph(root))]
 
 
 def breaches_of(source: str, path: Path) -> Iterator[tuple[int, str]]:
@@ -40,14 +40,60 @@ def breaches_of(source: str, path: Path) -> Iterator[tuple[int, str]]:
             reason = refused(folder, module)
             if reason:
                 yield node.lineno, f"imports {module}: {reason}"
-        if folder == "optimized" and isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            name = node.func.attr
-            if name in DECODERS:
-                yield node.lineno, f"calls .{name}(): optimized decodes weights by its own kernels"
+        if folder == "reference" and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            for inner in ast.walk(node):
+                if isinstance(inner, (ast.Import, ast.ImportFrom)):
+                    yield inner.lineno, "imports inside of a function: reference imports at the top of a file"
         is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
-        is_ours = folder in ("reference", "optimized") and path != SETTINGS
+        is_ours = folder in INSTALLED and path != SETTINGS
         if is_ours and is_text and re.fullmatch(r"ARB_[A-Z0-9_]+", node.value):
             yield node.lineno, f"names {node.value}: environment variables are read in {SETTINGS}"
+
+
+def import_graph(root: Path = ROOT) -> dict[str, set[str]]:
+    """Return the modules that each installed module imports, by name; those of a package stand for its `__init__`.
+
+    Whoever imports a module from outside of its package imports the package as well, since Python runs it first.
+    """
+    files = {module_name(path, root): path for folder in INSTALLED for path in (root / folder).rglob("*.py")}
+    graph: dict[str, set[str]] = {name: set() for name in files}
+    for name, path in files.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            for target in imported(node, path.relative_to(root)):
+                while target not in files and "." in target:  # a name of a module is imported from the module
+                    target = target.rpartition(".")[0]
+                while target in files:
+                    if target != name and not name.startswith(f"{target}."):
+                        graph[name].add(target)
+                    target = target.rpartition(".")[0]
+    return graph
+
+
+def module_name(path: Path, root: Path) -> str:
+    """Return the import name of a file: `arbitor.reference.ops` for reference/ops/__init__.py."""
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(("arbitor", *(parts[:-1] if parts[-1] == "__init__" else parts)))
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """Return a shortest circle of imports for each module that is on one, each circle once."""
+    found: dict[frozenset[str], list[str]] = {}
+    for start in sorted(graph):
+        came_from: dict[str, str] = {}
+        frontier = [start]
+        while frontier and start not in came_from:
+            following = []
+            for name in frontier:
+                for target in sorted(graph[name] - came_from.keys()):
+                    came_from[target] = name
+                    following.append(target)
+            frontier = following
+        if start in came_from:
+            circle = [start]
+            while circle[-1] != start or len(circle) == 1:
+                circle.append(came_from[circle[-1]])
+            found.setdefault(frozenset(circle), circle[::-1])
+    return list(found.values())
 
 
 def imported(node: ast.AST, path: Path) -> list[str]:
@@ -75,7 +121,7 @@ def imported(node: ast.AST, path: Path) -> list[str]:
 def refused(folder: str, module: str) -> str | None:
     """Return why code in a folder may not import a module; None if it may."""
     top, *rest = module.split(".")
-    if folder in ("reference", "optimized") and top in TEST_PACKAGES:
+    if folder in INSTALLED and top in TEST_PACKAGES:
         return "what is installed does not import the tests"
     if folder == "conformance" and top == "bench":
         return "conformance does not import bench"

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from arbitor.reference.constants import DEFAULT_MANTISSA_BITS
 from arbitor.reference.ops import constant_weight
-from arbitor.reference.types import DEFAULT_MANTISSA_BITS, TernaryWeight
+from arbitor.reference.types import TernaryWeight
 from conformance.cases.case import Case
 
 WIDTH = 3072

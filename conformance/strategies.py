@@ -18,15 +18,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from arbitor.reference.types import (
+from arbitor.reference.constants import (
     ACCUM_MAX,
     GROUP_SIZES,
     MANTISSA_BITS,
-    TernaryWeight,
     groups_per_row,
     level_range,
     packed_bytes,
 )
+from arbitor.reference.ops.packing import weight_of_trits
+from arbitor.reference.types import TernaryWeight
 from conformance import oracle
 
 DENSE_LIMIT = 4096
@@ -154,7 +155,7 @@ def weights(
         torch.float32
     )
     counts = [127, -127, theta, -theta, theta - 1, 1 - theta, 126, -126]
-    weight = TernaryWeight.from_trits(
+    weight = weight_of_trits(
         draw(trit_tensors((num_rows, num_columns))),
         plant(exponents, [low, high], rng).to(torch.int8),
         group_size,

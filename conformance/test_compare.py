@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from arbitor.reference.ops.packing import weight_of_trits
 from arbitor.reference.types import TernaryWeight
 from conformance.compare import (
     alike,
@@ -23,7 +24,7 @@ from conformance.subject import Subject
 
 
 def _weight() -> TernaryWeight:
-    return TernaryWeight.from_trits(torch.ones(2, 13, dtype=torch.int8), torch.zeros(2, 2, dtype=torch.int8))
+    return weight_of_trits(torch.ones(2, 13, dtype=torch.int8), torch.zeros(2, 2, dtype=torch.int8))
 
 
 @pytest.mark.parametrize(

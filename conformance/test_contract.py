@@ -103,8 +103,8 @@ def test_imports_keep_the_rules() -> None:
         ("optimized/a.py", "import arbitor.reference.ops.votes as v"),
         ("optimized/a.py", "import importlib; importlib.import_module('arbitor.reference.ops')"),
         ("optimized/ops/a.py", "from ...reference import ops"),
-        ("optimized/a.py", "def f(weight): return weight.dense()"),
-        ("optimized/a.py", "def f(weight): return weight.trits()"),
+        ("reference/a.py", "def f(): import torch"),
+        ("reference/a.py", "class A:\n    def f(self):\n        from arbitor.reference import checks"),
         ("optimized/a.py", "import os; os.environ['ARB_X']"),
         ("conformance/a.py", "import bench"),
     ],
@@ -124,6 +124,54 @@ def test_import_lint_rejects(path: str, source: str) -> None:
 )
 def test_import_lint_accepts(path: str, source: str) -> None:
     assert not list(import_lint.breaches_of(source, Path(path)))
+
+
+@pytest.mark.parametrize(
+    ("files", "circle"),
+    [
+        ({"a": "from arbitor.reference import b", "b": "from arbitor.reference.a import f"}, {"a", "b"}),
+        (
+            {"a": "import arbitor.reference.b", "b": "from . import c", "c": "from .a import f"},
+            {"a", "b", "c"},
+        ),
+        (
+            {
+                "a": "if TYPE_CHECKING:\n    from arbitor.reference.b import B",
+                "b": "from arbitor.reference.a import f",
+            },
+            {"a", "b"},
+        ),
+        (
+            {
+                "a": "from arbitor.reference.p.x import f",
+                "p/__init__": "import arbitor.reference.p.y",
+                "p/x": "",
+                "p/y": "import arbitor.reference.a",
+            },
+            {"a", "p", "p.y"},
+        ),
+        (
+            {
+                "a": "from arbitor.reference.p.x import f",
+                "p/__init__": "import arbitor.reference.p.x",
+                "p/x": "from arbitor.reference.p import y",
+                "p/y": "",
+            },
+            None,
+        ),
+    ],
+    ids=["two", "three", "for type checkers", "through a package", "none"],
+)
+def test_import_lint_finds_circles(tmp_path: Path, files: dict[str, str], circle: set[str] | None) -> None:
+    for name, source in files.items():
+        path = tmp_path / "reference" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    found = [
+        {name.removeprefix("arbitor.reference.") for name in names}
+        for names in import_lint.circles(import_lint.import_graph(tmp_path))
+    ]
+    assert found == ([circle] if circle else [])
 
 
 def test_no_kernel_compiles_again_for_another_batch(subject: Subject) -> None:

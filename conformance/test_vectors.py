@@ -11,7 +11,7 @@ import torch
 
 from arbitor.reference.op_table import OP_TABLE
 from arbitor.reference.ops.dither import philox
-from arbitor.reference.types import TernaryWeight
+from arbitor.reference.ops.packing import weight_of_trits
 from conformance import oracle
 from conformance.compare import exact
 from conformance.subject import Subject
@@ -33,7 +33,7 @@ def value_of(data: Any) -> Any:
     if "dtype" in data:
         return torch.tensor(_numbers(data["data"]), dtype=getattr(torch, data["dtype"]))
     trits, exponents = (torch.tensor(data[name], dtype=torch.int8) for name in ("trits", "exponents"))
-    weight = TernaryWeight.from_trits(
+    weight = weight_of_trits(
         trits, exponents, data.get("group_size", 12), mantissa_bits=data.get("mantissa_bits", 0)
     )
     counts = {

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
-from arbitor.reference.types import DEFAULT_GROUP_SIZE, StateTensors, TernaryWeight, groups_per_row
+from arbitor.reference.constants import DEFAULT_GROUP_SIZE, groups_per_row
+from arbitor.reference.types import StateTensors, TernaryWeight
 
 TRITS_PER_WORD = 16
 """Trits in one 32-bit word, two bits each."""

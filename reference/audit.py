@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from arbitor.reference import inventory as areas
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.audio import AudioVQEncoder
 from arbitor.reference.graph.model import ArbModel
 from arbitor.reference.graph.state import GraphContext, TableModule, TernaryModule
-from arbitor.reference.seed_figures import (
+from arbitor.reference.seeds import inventory as areas
+from arbitor.reference.seeds.figures import (
     AUDIO_ENCODER,
     GRAPH_VOCABULARY,
     MIB,

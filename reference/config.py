@@ -11,7 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
 from arbitor.reference import checks
-from arbitor.reference.types import (
+from arbitor.reference.constants import (
     ACCUM_MAX,
     DEFAULT_GROUP_SIZE,
     DEFAULT_MANTISSA_BITS,

@@ -1,6 +1,6 @@
 """Configurations with a name: `tiny`, `small`, and models of the size and structure that the seeds report.
 
-The widths of r9, r11, r12 and r14 that no seed gives are what `python -m arbitor.reference.preset_search` finds;
+The widths of r9, r11, r12 and r14 that no seed gives are what `python -m arbitor.reference.seeds.search` finds;
 docs/spec/presets.md says why.
 """
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from arbitor.optimized.training.schedule import DECAY_FRACTION, GAIN
 from arbitor.reference.config import SIGN_VOTES
-from arbitor.reference.types import groups_per_row
+from arbitor.reference.constants import groups_per_row
 from bench.peers.float_model import DenseOps, DenseWeight
 
 FLOAT_BYTES = 16

@@ -18,6 +18,7 @@ from arbitor.optimized.training.recording import LAUNCHED_FIRST, recorded
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import with_modules
 from arbitor.reference.graph import ArbModel
+from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.presets import preset
 from bench.inputs import RATE, Arguments, Sizes
 from bench.peers import Peer
@@ -58,7 +59,7 @@ class DenseOps:
         self.weights: list[DenseWeight] = []
 
     def from_spec(self, weight: Any) -> DenseWeight:
-        dense = weight.dense(torch.float32)
+        dense = dequantize(weight, dtype=torch.float32)
         self.weights.append(DenseWeight(dense.to(self.dtype, copy=True), torch.nn.Parameter(dense)))
         return self.weights[-1]
 

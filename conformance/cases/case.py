@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.types import TernaryWeight
 
 
@@ -41,8 +42,8 @@ def widened(op: Callable[..., Any], case: Case, convert: Callable[[Tensor], Tens
 
 def absolute(weight: TernaryWeight) -> TernaryWeight:
     """Return a weight with the absolute values of its trits."""
-    absolute_trits = weight.trits().abs()
-    return TernaryWeight.from_trits(
+    absolute_trits = trits_of(weight).abs()
+    return weight_of_trits(
         absolute_trits, weight.exponents, weight.group_size, mantissa_bits=weight.mantissa_bits
     )
 

@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
-from arbitor.reference.types import MAX_CODE_DIM, USAGE_MAX, TernaryWeight
+from arbitor.reference.constants import MAX_CODE_DIM, USAGE_MAX
+from arbitor.reference.ops.packing import trits_of, weight_of_trits
+from arbitor.reference.ops.scale import dequantize
+from arbitor.reference.types import TernaryWeight
 from conformance import strategies as ss
 from conformance.cases.case import Case
 from conformance.cases.core import with_out
@@ -37,15 +40,15 @@ def codebooks(draw: st.DrawFn, *, limit: int = 130) -> TernaryWeight:
         return weight
     if kind == "repeated":
         rows = torch.arange(count) % draw(st.sampled_from((1, 3)), label="different rows")
-        trits, exponents = weight.trits()[rows], weight.exponents[rows]
+        trits, exponents = trits_of(weight)[rows], weight.exponents[rows]
         if draw(st.booleans(), label="a row of zeros"):
             trits[rows == 0] = 0
     else:  # scores that differ in their last bits alone: what a search in few bits takes for ties
-        trits, exponents = weight.trits()[:1].repeat(count, 1), weight.exponents[:1].repeat(count, 1)
+        trits, exponents = trits_of(weight)[:1].repeat(count, 1), weight.exponents[:1].repeat(count, 1)
         places = (torch.arange(count), torch.arange(count) % width)
         trits[places] = (trits[places] + 2) % 3 - 1
     counts = {name: weight.tensors()[name] for name in ("trit_accum", "exponent_accum")}
-    return TernaryWeight.from_trits(trits, exponents, weight.group_size).with_tensors(**counts)
+    return weight_of_trits(trits, exponents, weight.group_size).with_tensors(**counts)
 
 
 @st.composite
@@ -90,7 +93,7 @@ def initial_codebook(draw: st.DrawFn) -> Case:
 @st.composite
 def nearest_codes(draw: st.DrawFn) -> Case:
     weight = draw(codebooks())
-    return Case((draw(vectors(weight.shape[1], code=weight.dense())), weight))
+    return Case((draw(vectors(weight.shape[1], code=dequantize(weight))), weight))
 
 
 @st.composite
@@ -120,7 +123,7 @@ def candidate_lists(draw: st.DrawFn, shape: tuple[int, ...], num_codes: int) -> 
 def nearest_candidates(draw: st.DrawFn) -> Case:
     weight = draw(codebooks())
     shape = draw(st.sampled_from(((), (0,), (1,), (2, 3), (17,))))
-    z = draw(vectors(weight.shape[1], shape=shape, code=weight.dense()))
+    z = draw(vectors(weight.shape[1], shape=shape, code=dequantize(weight)))
     return Case((z, weight, draw(candidate_lists(shape, weight.shape[0]))))
 
 

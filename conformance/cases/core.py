@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
-from arbitor.reference.types import EXPONENT_MAX, EXPONENT_MIN, TernaryWeight, packed_bytes
+from arbitor.reference.constants import EXPONENT_MAX, EXPONENT_MIN, packed_bytes
+from arbitor.reference.ops.scale import dequantize as dense
+from arbitor.reference.types import TernaryWeight
 from conformance import strategies as ss
 from conformance.cases.case import Case
 
@@ -24,7 +26,7 @@ def magnitude_of_norm_input_grad(op: Callable[..., Any], case: Case) -> Tensor:
     grad, x, weight = case.args
     grad, x = grad.to(torch.float64), x.to(torch.float64)
     rms = (x.square().mean(dim=-1, keepdim=True) + case.kwargs.get("eps", 1e-6)).sqrt()
-    scaled, unit = (grad * weight.dense(torch.float64)[0]).abs(), (x / rms).abs()
+    scaled, unit = (grad * dense(weight, dtype=torch.float64)[0]).abs(), (x / rms).abs()
     return (scaled + unit * (unit * scaled).mean(dim=-1, keepdim=True)) / rms
 
 

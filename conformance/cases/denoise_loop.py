@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
-from arbitor.reference.types import DEFAULT_EPS, TernaryWeight, groups_per_row
+from arbitor.reference.constants import DEFAULT_EPS, groups_per_row
+from arbitor.reference.ops.packing import weight_of_trits
+from arbitor.reference.ops.scale import dequantize
+from arbitor.reference.types import TernaryWeight
 from conformance import strategies as ss
 from conformance.cases.case import Case
 
@@ -39,7 +42,7 @@ def magnitude_of_loop(op: Callable[..., Any], case: Case) -> Tensor:
 def walk(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """Return latents, what roundings may have cost them, and the least distance of any halting from the threshold."""
     latent, tokens, *weights = case.args
-    w_in, w_query, w_steps, w_out = (weight.dense(torch.float64) for weight in weights)
+    w_in, w_query, w_steps, w_out = (dequantize(weight, dtype=torch.float64) for weight in weights)
     latent, tokens = latent.to(torch.float64), tokens.to(torch.float64)
     threshold, alphas = case.kwargs.get("halt_threshold"), case.kwargs["alphas"]
     cost = torch.zeros_like(latent)
@@ -105,7 +108,7 @@ def loop_weights(draw: st.DrawFn, size: int, width: int, rows: int) -> tuple[Ter
         groups = (shape[0], groups_per_row(shape[1], group_size))
         trits = torch.randint(-1, 2, shape, generator=rng, dtype=torch.int8)
         exponents = torch.randint(LEVELS[0], LEVELS[1] + 1, groups, generator=rng, dtype=torch.int8)
-        weights.append(TernaryWeight.from_trits(trits, exponents, group_size))
+        weights.append(weight_of_trits(trits, exponents, group_size))
     return tuple(weights)
 
 

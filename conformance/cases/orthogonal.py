@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
-from arbitor.reference.types import NEWTON_SCHULZ
+from arbitor.reference.constants import NEWTON_SCHULZ
 from conformance import strategies as ss
 from conformance.cases.case import Case
 

@@ -17,6 +17,7 @@ from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph import GraphContext, LatentAttention
 from arbitor.reference.graph.ledger import KVLedger
 from arbitor.reference.graph.scheduler import ContextAttentionScheduler
+from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.types import TernaryWeight
 from conformance.compare import alike, exact
 from conformance.graph import models
@@ -89,7 +90,7 @@ def turned_to(x_R: Tensor, position: int) -> Tensor:
 
 def dense(attention: LatentAttention) -> dict[str, Tensor]:
     weights: dict[str, TernaryWeight] = {name: each.weight for name, each in attention.named_children()}
-    return {name: weight.dense(torch.float64) for name, weight in weights.items()}
+    return {name: dequantize(weight, dtype=torch.float64) for name, weight in weights.items()}
 
 
 @pytest.mark.parametrize("positions", [1, 6, 7, 60])

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from arbitor.reference import ops
 from arbitor.reference.graph.audio import AUDIO_CODES, SAMPLES_PER_FRAME, AudioVQEncoder, TernaryConv1d
+from arbitor.reference.ops.scale import dequantize
 from conformance.compare import alike, exact, unsigned_zeros
 from conformance.graph.test_op_sets import contexts, integers
 from conformance.graph.test_video import count_weights, on_meta, weights_of
@@ -64,7 +65,9 @@ def test_tokens_are_the_nearest_codes_and_logits_read_them() -> None:
     z = seen[0] / (seen[0].square().mean(-1, keepdim=True) + 1e-6).sqrt()
     exact(ids, ops.nearest_codes(z, encoder.codebook.weight))
     alike(
-        logits, encoder.codebook.weight.dense(torch.float64)[ids] @ encoder.out.weight.dense(torch.float64).T
+        logits,
+        dequantize(encoder.codebook.weight, dtype=torch.float64)[ids]
+        @ dequantize(encoder.out.weight, dtype=torch.float64).T,
     )
 
 
@@ -104,7 +107,7 @@ def test_a_convolution_votes_and_steps_alike(subject: Subject) -> None:
 def test_a_convolution_is_torchs() -> None:
     layer = TernaryConv1d(context(), 3, 5, kernel_size=4, stride=2, padding=1)
     x = sound(2, 3, 11)
-    taps = layer.weight.dense(torch.float64).reshape(5, 3, 4)
+    taps = dequantize(layer.weight, dtype=torch.float64).reshape(5, 3, 4)
     with torch.no_grad():
         alike(layer(x), F.conv1d(x.double(), taps, stride=2, padding=1))
 

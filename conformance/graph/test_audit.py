@@ -15,8 +15,9 @@ from arbitor.reference.audit import AUDIO_ENCODER, EDGE_SIGNS, AuditTable, area_
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.composite import COMPOSITES_PER_CODE
-from arbitor.reference.inventory import inventory
+from arbitor.reference.ops.packing import trits_of
 from arbitor.reference.presets import PRESETS, preset
+from arbitor.reference.seeds.inventory import inventory
 from conformance.graph.models import NANO, WHOLE
 
 
@@ -32,7 +33,7 @@ def test_figures_are_those_of_a_real_model(config: ArbConfig) -> None:
         state = module.weight.tensors().values()
         num_bytes = sum(len(tensor.numpy().tobytes()) for tensor in state)
         weights, total = counted.get(area_of(name), (0, 0))
-        counted[area_of(name)] = (weights + math.prod(module.weight.trits().shape), total + num_bytes)
+        counted[area_of(name)] = (weights + math.prod(trits_of(module.weight).shape), total + num_bytes)
     parts = [area for area in (*report.areas, *report.apart) if area.name != AUDIO_ENCODER]
     assert {area.name: (area.weights, area.canonical_bytes) for area in parts} == counted
     tables = sum(table.nbytes for table in model.tables().values())

@@ -17,6 +17,8 @@ from torch import Tensor
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph.codebook import MultimodalVQBridge, SharedVQ, TernaryVQCodebook
 from arbitor.reference.graph.state import GraphContext
+from arbitor.reference.ops.packing import trits_of
+from arbitor.reference.ops.scale import dequantize
 from conformance.compare import alike, exact
 from conformance.graph import models
 from conformance.subject import Subject
@@ -59,7 +61,7 @@ def test_gradients_go_straight_through_and_to_both_sides_of_the_losses() -> None
         4, 5, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     ).requires_grad_()
     ids, through, losses = codebook.quantize(z)
-    c = codebook.weight.dense(torch.float64)[ids]
+    c = dequantize(codebook.weight, dtype=torch.float64)[ids]
     exact(ids, reference_ops.nearest_codes(z.detach(), codebook.weight))
     exact(through.detach(), c)
     scale = torch.arange(200.0, dtype=torch.float64).reshape(4, 5, 10)
@@ -86,7 +88,7 @@ def test_codes_are_pulled_to_their_vectors() -> None:
     z = integers(6, 10)
     ids = train(codebook, z, step=0)
     ((rows, grad),) = voted
-    dense = codebook.weight.dense()
+    dense = dequantize(codebook.weight)
     assert rows[rows >= 0].tolist() == sorted(set(ids.tolist()))
     for slot, row in enumerate(rows[rows >= 0].tolist()):
         alike(grad[slot], 64 * 2 * (dense[row] - z[ids == row]).sum(dim=0) / 60)
@@ -97,7 +99,7 @@ def test_only_used_rows_change() -> None:
     before = codebook.weight.clone()
     ids = train(codebook, integers(3, 10), step=0, rate=8.0)
     steps(codebook)
-    changed = (codebook.weight.dense() != before.dense()).any(dim=1).nonzero().flatten().tolist()
+    changed = (dequantize(codebook.weight) != dequantize(before)).any(dim=1).nonzero().flatten().tolist()
     assert changed and set(changed) <= set(ids.tolist()) != set(range(9))
 
 
@@ -187,7 +189,7 @@ MODALITIES = {"num_codes": 9, "image_features": 4, "image_codes": 6, "audio_feat
 def test_modalities_share_one_space_of_ids() -> None:
     bridge = MultimodalVQBridge(context(**MODALITIES))
     assert (bridge.num_codes, bridge.offsets) == (20, {"text": 0, "image": 9, "audio": 15})
-    z, dense = integers(30, 10), [table.weight.dense() for table in bridge.tables.values()]
+    z, dense = integers(30, 10), [dequantize(table.weight) for table in bridge.tables.values()]
     found = {name: bridge.quantize(z, name)[0] for name in bridge.tables}
     for name, low, high in (("text", 0, 9), ("image", 9, 15), ("audio", 15, 20)):
         assert low <= found[name].min() and found[name].max() < high
@@ -202,12 +204,12 @@ def test_rows_by_global_id_vote_and_no_others(ids: list[int]) -> None:
     bridge = MultimodalVQBridge(context(**MODALITIES, theta=1, on_flip="carry"))
     for table in bridge.tables.values():  # counts that a step would move
         table.weight.trit_accum.fill_(100)
-    before = torch.cat([table.weight.trits() for table in bridge.tables.values()])
+    before = torch.cat([trits_of(table.weight) for table in bridge.tables.values()])
     with next(iter(bridge.tables.values())).voting.at(rate=1.0, step=0):
         bridge.rows(torch.tensor(ids)).square().sum().backward()
     for table in bridge.tables.values():
         table.step_weight()
-    after = torch.cat([table.weight.trits() for table in bridge.tables.values()])
+    after = torch.cat([trits_of(table.weight) for table in bridge.tables.values()])
     assert (before != after).any(dim=1).nonzero().flatten().tolist() == sorted(set(ids))
 
 
@@ -218,11 +220,11 @@ def test_shared_vq_by_dense_matrices(residual: bool) -> None:
     s = torch.randn(2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     u, codes, losses = module({"text": s})
     norm = lambda x: x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()  # noqa: E731
-    z = norm(s @ module.down.weight.dense(torch.float64).T)
+    z = norm(s @ dequantize(module.down.weight, dtype=torch.float64).T)
     text = module.bridge.tables["text"].weight
     exact(codes, reference_ops.nearest_codes(z, text))
-    c = text.dense(torch.float64)[codes]
-    motif = norm(c @ module.up.weight.dense(torch.float64).T)
+    c = dequantize(text, dtype=torch.float64)[codes]
+    motif = norm(c @ dequantize(module.up.weight, dtype=torch.float64).T)
     alike(u, s + motif / 4 if residual else motif)
     alike(losses["commitment"], (z - c).square().mean())
     assert set(losses) == {"commitment", "codebook"}

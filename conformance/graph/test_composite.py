@@ -15,7 +15,8 @@ from torch import Tensor
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph.composite import COMPOSITES_PER_CODE, CompositeProposalHead, gate_loss
 from arbitor.reference.graph.state import GraphContext
-from arbitor.reference.types import TernaryWeight
+from arbitor.reference.ops.packing import trits_of, weight_of_trits
+from arbitor.reference.ops.scale import dequantize
 from conformance.compare import alike, exact, unsigned_zeros
 from conformance.graph import models
 from conformance.subject import Subject
@@ -63,7 +64,7 @@ def norm(x: Tensor) -> Tensor:
 
 def by_hand(head: CompositeProposalHead, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gate's logits, the vectors z and their composites."""
-    dense = lambda layer: layer.weight.dense(torch.float64)  # noqa: E731
+    dense = lambda layer: dequantize(layer.weight, dtype=torch.float64)  # noqa: E731
     n = norm(h)
     z = norm(torch.nn.functional.silu(n @ dense(head.inner).T) @ dense(head.code).T)
     return n @ dense(head.gate)[0], z, reference_ops.nearest_codes(z, head.codebook.weight)
@@ -74,7 +75,7 @@ def test_losses_by_dense_matrices() -> None:
     h, codes, motifs = inputs(torch.float64)
     losses = head(h, codes, motifs)
     logits, z, ids = by_hand(head, h)
-    c = head.codebook.weight.dense(torch.float64)[ids]
+    c = dequantize(head.codebook.weight, dtype=torch.float64)[ids]
     distances, errors, opened, gates = [], [], [], []
     for b in range(2):
         for p in range(11):
@@ -138,10 +139,10 @@ def test_the_prediction_goes_straight_through() -> None:
     """W_code votes with the gradient of the error at c, as if z had been c."""
     head, voted = voted_by("composite_prediction")
     h, _, motifs = inputs(torch.float64)
-    dense = {name: getattr(head, name).weight.dense(torch.float64) for name in ("inner", "code")}
+    dense = {name: dequantize(getattr(head, name).weight, dtype=torch.float64) for name in ("inner", "code")}
     w = dense["code"].clone().requires_grad_()
     z = norm(torch.nn.functional.silu(norm(h) @ dense["inner"].T) @ w.T)
-    c = head.codebook.weight.dense(torch.float64)[
+    c = dequantize(head.codebook.weight, dtype=torch.float64)[
         reference_ops.nearest_codes(z.detach(), head.codebook.weight)
     ]
     at_c = 2 * (c[:, :-1] - motifs[:, 1:]) / (10 * 20)
@@ -211,7 +212,7 @@ def stored(parts: GraphContext) -> CompositeProposalHead:
     head.edges.neighbours.copy_(neighbours)
     head.edges.scores.copy_(torch.where(neighbours >= 0, 5, 0))
     trits = torch.randint(-1, 2, shape, generator=rng, dtype=torch.int8)
-    head.edges.load(TernaryWeight.from_trits(trits, torch.zeros(CODES, 1, dtype=torch.int8)))
+    head.edges.load(weight_of_trits(trits, torch.zeros(CODES, 1, dtype=torch.int8)))
     return head
 
 
@@ -219,7 +220,10 @@ def test_a_code_reads_the_composites_it_keeps() -> None:
     head = stored(context(dtype=torch.float64))
     codes = torch.arange(CODES).expand(2, CODES)
     read = head.read(codes)
-    rows, signs = head.codebook.weight.dense(torch.float64), head.edges.weight.dense(torch.float64)
+    rows, signs = (
+        dequantize(head.codebook.weight, dtype=torch.float64),
+        dequantize(head.edges.weight, dtype=torch.float64),
+    )
     for code in range(CODES):
         want = torch.zeros(10, dtype=torch.float64)
         for slot, composite in enumerate(head.edges.neighbours[code].tolist()):
@@ -248,9 +252,9 @@ def test_signs_and_composites_vote_behind_what_is_read() -> None:
     head = stored(context(theta=1, theta_e=127))
     kept = head.edges.neighbours[[0, 2, 3, 5, 8]]
     *_, signs, rows = read_and_vote(context(theta=1, theta_e=127))
-    changed = (signs.trits() != head.edges.weight.trits()).any(dim=1).nonzero().flatten().tolist()
+    changed = (trits_of(signs) != trits_of(head.edges.weight)).any(dim=1).nonzero().flatten().tolist()
     assert changed and set(changed) <= {0, 2, 3, 5, 8}
-    moved = (rows.trits() != head.codebook.weight.trits()).any(dim=1).nonzero().flatten().tolist()
+    moved = (trits_of(rows) != trits_of(head.codebook.weight)).any(dim=1).nonzero().flatten().tolist()
     assert moved and set(moved) <= set(kept[kept >= 0].tolist())
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from arbitor.reference import ops
-from arbitor.reference.types import RESERVED_STEP
+from arbitor.reference.constants import RESERVED_STEP
+from arbitor.reference.ops.scale import dequantize
 from conformance.compare import alike
 from conformance.graph import models, twin
 
@@ -35,7 +36,8 @@ def double(request: pytest.FixtureRequest) -> tuple[Any, dict[str, torch.Tensor]
         ops=models.ops_with(accumulate_gradient=record), dtype=torch.float64, max_moe_iters=request.param
     )
     matrices = {
-        name: weight.dense(torch.float64).requires_grad_() for name, weight in model.weights().items()
+        name: dequantize(weight, dtype=torch.float64).requires_grad_()
+        for name, weight in model.weights().items()
     }
     assert model.backward(model.loss(models.random_ids(2, 9)), rate=models.RATE, step=0)
     assert request.param > 1 or len(uses) == len(voted), "a weight voted twice"

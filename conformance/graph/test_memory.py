@@ -17,6 +17,8 @@ from torch import Tensor
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph.memory import MemGram, MemoryTable
 from arbitor.reference.graph.state import GraphContext, when_voting
+from arbitor.reference.ops.packing import trits_of
+from arbitor.reference.ops.scale import dequantize
 from conformance.compare import alike, exact
 from conformance.graph import models
 from conformance.subject import Subject
@@ -82,9 +84,13 @@ def test_it_adds_what_the_formula_says() -> None:
                 row = int(
                     reference_ops.ngram_rows(ngram[None], order=order, num_rows=ROWS, salt=order)[0, -1]
                 )
-                m += (1 + int(each.strengths[row])) / 128 * norm(each.weight.dense(torch.float64)[row])
-            gate = torch.sigmoid(module.gate.weight.dense(torch.float64)[0] @ norm(e[b, p]))
-            want[b, p] = e[b, p] + gate * (module.output.weight.dense(torch.float64) @ m)
+                m += (
+                    (1 + int(each.strengths[row]))
+                    / 128
+                    * norm(dequantize(each.weight, dtype=torch.float64)[row])
+                )
+            gate = torch.sigmoid(dequantize(module.gate.weight, dtype=torch.float64)[0] @ norm(e[b, p]))
+            want[b, p] = e[b, p] + gate * (dequantize(module.output.weight, dtype=torch.float64) @ m)
     alike(module(e, codes), want)
 
 
@@ -159,8 +165,8 @@ def test_only_named_rows_change() -> None:
     for name, tensor in each.weight.tensors().items():
         if name != "packed":
             exact(tensor[~touched], before.tensors()[name][~touched], f"{name} of unnamed rows")
-    exact(each.weight.trits()[~touched], before.trits()[~touched])
-    assert (each.weight.trits() != before.trits())[touched].any()
+    exact(trits_of(each.weight)[~touched], trits_of(before)[~touched])
+    assert (trits_of(each.weight) != trits_of(before))[touched].any()
 
 
 def test_the_gradient_of_a_row_named_twice_is_summed() -> None:

@@ -20,6 +20,7 @@ from arbitor.reference.graph import TernaryLinear, layers
 from arbitor.reference.graph.grouped import TernaryGroupedLinear, numbered
 from arbitor.reference.graph.moe import SharedProjectionMoE, chosen_experts
 from arbitor.reference.graph.state import GraphContext
+from arbitor.reference.ops.packing import trits_of
 from arbitor.reference.types import TernaryWeight
 from conformance.compare import alike, exact, unsigned_zeros
 from conformance.graph import models
@@ -122,8 +123,8 @@ def state_after_a_vote(parts: GraphContext, moe: SharedProjectionMoE, chosen: An
     for module in experts:
         module.step_weight()
     after = canonical(moe.expert_up)
-    exact(after.trits()[unused], before.trits()[unused], "expert 2")
-    assert not torch.equal(after.trits(), before.trits()), "no trit moved"
+    exact(trits_of(after)[unused], trits_of(before)[unused], "expert 2")
+    assert not torch.equal(trits_of(after), trits_of(before)), "no trit moved"
     return unsigned_zeros(x_MD.grad.cpu()), canonical(moe.expert_down), after
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from arbitor.reference.config import HALT_THRESHOLD
 from arbitor.reference.graph.moe_graph import LEAK_SHIFTS, halting_shares
+from arbitor.reference.ops.packing import trits_of
 from conformance.graph import models
 
 
@@ -60,7 +61,7 @@ def test_positions_start_undecided_and_learn_when_to_halt() -> None:
     model = models.nano(max_moe_iters=2, theta=1)
     halt, seen = model.layers[-1].moe_graph.halt, []
     assert (
-        not halt.weight.trits().any() and halt.weight.exponents.eq(-8).all()
+        not trits_of(halt.weight).any() and halt.weight.exponents.eq(-8).all()
     )  # in quarters, the scale of 24 inputs
     ask = halt.forward
     halt.forward = lambda x: seen.append(ask(x)) or seen[-1]

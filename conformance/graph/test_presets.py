@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 
 from arbitor.optimized.layouts import resident_bytes
-from arbitor.reference import preset_search
 from arbitor.reference.audit import AuditReport, audit
 from arbitor.reference.config import MEMORY_ROWS, ArbConfig, with_modules
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.grouped import TernaryGroupedLinear
 from arbitor.reference.graph.layers import TernaryLinear
-from arbitor.reference.inventory import ATTENTION, BYTE_HEAD, MEMORY, MOE_GRAPH, inventory
-from arbitor.reference.preset_search import SEARCHES
 from arbitor.reference.presets import PRESETS, preset
-from arbitor.reference.seed_figures import GRAPH_VOCABULARY, MIB, SIDECARS, TOTAL, TOTAL_MIB, seed_figures
-from arbitor.reference.width_search import combinations, cost_of, exactly, nearest, offers, uneven, with_rows
+from arbitor.reference.seeds import search as preset_search
+from arbitor.reference.seeds.figures import GRAPH_VOCABULARY, MIB, SIDECARS, TOTAL, TOTAL_MIB, seed_figures
+from arbitor.reference.seeds.inventory import ATTENTION, BYTE_HEAD, MEMORY, MOE_GRAPH, inventory
+from arbitor.reference.seeds.search import SEARCHES
+from arbitor.reference.seeds.widths import combinations, cost_of, exactly, nearest, offers, uneven, with_rows
 from conformance.graph.models import NANO
 
 TRUNK = {"vq": False, "graph": False}
@@ -121,7 +121,7 @@ def test_the_search_finds_the_preset(name: str) -> None:
 
 
 def test_the_script_prints_the_same_each_time() -> None:
-    command = [sys.executable, "-m", "arbitor.reference.preset_search", "--preset", "r9"]
+    command = [sys.executable, "-m", "arbitor.reference.seeds.search", "--preset", "r9"]
     first = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert first.rstrip("\n") == preset_search.described(preset("r9")).rstrip("\n")
     assert "# total: 41,087,552" in first

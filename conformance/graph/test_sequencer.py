@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from arbitor.reference.graph.sequencer import AudioSequencer, ImageSequencer, TrigramSequencer, audio_batch
+from arbitor.reference.ops.scale import dequantize
 from conformance.compare import alike, exact
 from conformance.graph.test_op_sets import contexts
 from conformance.graph.test_video import count_weights
@@ -28,7 +29,7 @@ def features(*shape: int) -> Tensor:
 def test_a_position_is_the_norm_of_three_vectors_in_a_row(kind: Any, width: int) -> None:
     sequencer = kind(context(**FIELDS))
     x_BNF = features(2, 7, width)
-    matrix = sequencer.project.weight.dense(torch.float64)
+    matrix = dequantize(sequencer.project.weight, dtype=torch.float64)
     with torch.no_grad():
         got = sequencer(x_BNF)
     assert got.shape == (2, 5, 24)

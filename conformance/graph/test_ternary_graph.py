@@ -15,7 +15,8 @@ from torch import Tensor
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph.state import GraphContext
 from arbitor.reference.graph.ternary_graph import FULL_PATH_MAX_CODES, EdgeTable, TernaryGraph
-from arbitor.reference.types import TernaryWeight
+from arbitor.reference.ops.packing import weight_of_trits
+from arbitor.reference.ops.scale import dequantize
 from conformance.compare import alike, exact, unsigned_zeros
 from conformance.graph import models
 from conformance.subject import Subject
@@ -57,7 +58,7 @@ def graph_of(parts: GraphContext) -> TernaryGraph:
     graph.edges.neighbours.copy_(neighbours)
     graph.edges.scores.copy_((neighbours >= 0) * 5)
     trits = random_codes(num_codes, num_slots, seed=2, high=3).to(torch.int8) - 1
-    graph.edges.load(TernaryWeight.from_trits(trits, torch.zeros(num_codes, 1, dtype=torch.int8)))
+    graph.edges.load(weight_of_trits(trits, torch.zeros(num_codes, 1, dtype=torch.int8)))
     return graph
 
 
@@ -71,7 +72,7 @@ def step(graph: TernaryGraph) -> None:
 
 def by_hand(graph: TernaryGraph, code: int, hop: int) -> Tensor:
     """Return a node after some hops, from dense matrices, its messages sent one by one."""
-    dense = lambda layer: layer.weight.dense(torch.float64)  # noqa: E731
+    dense = lambda layer: dequantize(layer.weight, dtype=torch.float64)  # noqa: E731
     if hop == 0:
         return dense(graph.node) @ graph.fetch(torch.tensor(code)).to(torch.float64)
     h = by_hand(graph, code, hop - 1)
@@ -105,7 +106,7 @@ def test_composites_are_heard_in_a_turn_of_their_own() -> None:
         plain = graph(codes, path=path)
         heard = graph(codes, extra.requires_grad_(), path=path)
         node, message, update = (
-            part.weight.dense(torch.float64) for part in (graph.node, graph.message, graph.update)
+            dequantize(part.weight, dtype=torch.float64) for part in (graph.node, graph.message, graph.update)
         )
         said = torch.stack([update @ norm(message @ (node @ one)) for one in extra[0].detach()])
         alike(heard, plain + said)
@@ -157,7 +158,9 @@ def test_gradients_of_signs_and_matrices_by_autograd() -> None:
         "down": graph.adapter_down,
         "up": graph.adapter_up[0],
     }
-    w = {name: layer.weight.dense(torch.float64).requires_grad_() for name, layer in layers.items()}
+    w = {
+        name: dequantize(layer.weight, dtype=torch.float64).requires_grad_() for name, layer in layers.items()
+    }
     c, neighbours = graph.fetch(torch.arange(30)), graph.edges.neighbours.to(torch.int64)
     h = c @ w["node"].T
     sent = torch.where((neighbours >= 0)[..., None], h[neighbours.clamp(min=0)], 0.0)
@@ -213,7 +216,7 @@ def test_consecutive_codes_become_neighbours_after_an_accepted_pass_and_a_step()
     for code in range(30):
         held = zip(graph.edges.neighbours[code].tolist(), graph.edges.scores[code].tolist(), strict=True)
         assert {j: score for j, score in held if j >= 0} == want.get(code, {})
-    assert graph.edges.weight.dense().eq(1).all()
+    assert dequantize(graph.edges.weight).eq(1).all()
     with graph.voting.at(rate=1.0, step=1):
         graph(codes).sum().backward()
     graph.edges.load(graph.edges.weight.clone())
@@ -226,7 +229,7 @@ def test_consecutive_codes_become_neighbours_after_an_accepted_pass_and_a_step()
 def test_only_rows_of_used_codes_change(path: str) -> None:
     """A code changes if it is in the batch, or one hop from it; its neighbours only if it is a source."""
     graph = graph_of(context(theta=1, num_codes=30))
-    state = {**graph.edges.tables(), "signs": graph.edges.weight.dense()}
+    state = {**graph.edges.tables(), "signs": dequantize(graph.edges.weight)}
     before = {name: tensor.clone() for name, tensor in state.items()}
     codes = torch.tensor([[3, 9, 4, 3]])
     with graph.voting.at(rate=8.0, step=0):
@@ -234,7 +237,7 @@ def test_only_rows_of_used_codes_change(path: str) -> None:
     step(graph)
     sources = {3, 9, 4}
     reached = sources | {j for i in sources for j in before["neighbours"][i].tolist()}
-    after = {**graph.edges.tables(), "signs": graph.edges.weight.dense()}
+    after = {**graph.edges.tables(), "signs": dequantize(graph.edges.weight)}
     changed = {
         name: set((after[name] != before[name]).any(dim=1).nonzero().flatten().tolist()) for name in after
     }

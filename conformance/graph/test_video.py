@@ -17,9 +17,10 @@ from torch import Tensor
 
 from arbitor.reference import ops
 from arbitor.reference.config import HALT_THRESHOLD
+from arbitor.reference.constants import DEFAULT_EPS
 from arbitor.reference.graph.state import GraphContext, TernaryModule
 from arbitor.reference.graph.video import FIRST_SIGNAL, NOISE_TENSOR, VideoHead, cosine_alphas, stop_shares
-from arbitor.reference.types import DEFAULT_EPS
+from arbitor.reference.ops.scale import dequantize
 from conformance import oracle
 from conformance.compare import alike, exact
 from conformance.graph import models
@@ -199,7 +200,8 @@ def test_weight_gradients_are_those_of_plain_autograd() -> None:
     head = VideoHead(parts)
     latent, seen = tokens().double().flatten(1)[:, :20], tokens(seed=1).double()
     matrices = {
-        name: part.weight.dense(torch.float64).requires_grad_() for name, part in weights_of(head).items()
+        name: dequantize(part.weight, dtype=torch.float64).requires_grad_()
+        for name, part in weights_of(head).items()
     }
     left, total, z = torch.ones(2, 1).double(), 0.0, latent
     for step, alpha in enumerate(cosine_alphas(3)):

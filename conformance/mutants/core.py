@@ -160,11 +160,11 @@ _UPDATE = (
     m("accumulate_replaces", "update", "_saturate(trit_accum[rows].to(torch.int16) + votes_NK)",
        "_saturate(0 * trit_accum[rows].to(torch.int16) + votes_NK)",
        "accumulate_by_element", "accumulate_of_no_votes", compared="accumulate"),
-    m("score_after_the_flip", "update", "votes_NK.to(torch.int32) * weight.trits()[rows]",
-       "votes_NK.to(torch.int32) * (weight.trits()[rows] - (trit_accum[rows] >= DEFAULT_THETA).to(torch.int8)"
+    m("score_after_the_flip", "update", "votes_NK.to(torch.int32) * trits_of(weight)[rows]",
+       "votes_NK.to(torch.int32) * (trits_of(weight)[rows] - (trit_accum[rows] >= DEFAULT_THETA).to(torch.int8)"
        " + (trit_accum[rows] <= -DEFAULT_THETA).to(torch.int8)).clamp(-1, 1)",
        "accumulate_by_element", compared="accumulate"),
-    m("score_without_trits", "update", "votes_NK.to(torch.int32) * weight.trits()[rows]", "votes_NK.to(torch.int32)",
+    m("score_without_trits", "update", "votes_NK.to(torch.int32) * trits_of(weight)[rows]", "votes_NK.to(torch.int32)",
        "accumulate_by_element", "update_descends", compared="accumulate"),
     m("score_drops_the_tail", "update", "score = padded.reshape(-1, groups, weight.group_size).sum(dim=2)",
        "score = padded.reshape(-1, groups, weight.group_size)[..., : weight.group_size - 1].sum(dim=2)",
@@ -179,7 +179,7 @@ _UPDATE = (
     m("frozen_exponents_count", "update", 'if exponent_rule != "frozen":', "if True:",
        "accumulate_moves_no_weight", compared="accumulate"),
     m("accumulate_flips_at_once", "update", "weight.with_tensors(trit_accum=trit_accum,",
-       "weight.with_tensors(packed=pack_trits((weight.trits() - (trit_accum == 127).to(torch.int8)).clamp(-1, 1)),"
+       "weight.with_tensors(packed=pack_trits((trits_of(weight) - (trit_accum == 127).to(torch.int8)).clamp(-1, 1)),"
        " trit_accum=trit_accum,",
        "accumulate_moves_no_weight", compared="accumulate"),
     m("all_rows_at_once", "update", "group_ids = rows[:, None] * groups",

@@ -13,8 +13,11 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from arbitor.reference.constants import MAX_CODE_DIM, RESERVED_STEP, USAGE_MAX
 from arbitor.reference.ops import codebook as reference_codebook
-from arbitor.reference.types import MAX_CODE_DIM, RESERVED_STEP, USAGE_MAX, TernaryWeight
+from arbitor.reference.ops.packing import trits_of, weight_of_trits
+from arbitor.reference.ops.scale import dequantize
+from arbitor.reference.types import TernaryWeight
 from conformance import oracle
 from conformance import strategies as ss
 from conformance.cases.codebook import (
@@ -60,7 +63,7 @@ def rows_of_trits(weight: TernaryWeight) -> list[list[int]]:
 @law(weight=codebooks(limit=17), data=st.data())
 def test_nearest_codes_by_fractions(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
     """The code of the least score, and of equal ones the first: each score a fraction, one code at a time."""
-    z = data.draw(vectors(weight.shape[1], shape=(3,), code=weight.dense()))
+    z = data.draw(vectors(weight.shape[1], shape=(3,), code=dequantize(weight)))
     trits, want = rows_of_trits(weight), []
     for row in z.to(torch.float64).tolist():
         scores = [score(sixteenths(row), weight, trits, code) for code in range(weight.shape[0])]
@@ -86,7 +89,7 @@ def test_nearest_codes_keep_the_last_bit(ops: Subject, last: int, query: int, re
     z = torch.full((1, MAX_CODE_DIM), 127 / 16)
     z[:, -1] = query / 16
     want = 0 if last == -query else place  # the product with the last column is worth more than its square
-    exact(ops.nearest_codes(z, TernaryWeight.from_trits(trits, levels)), torch.tensor([want]))
+    exact(ops.nearest_codes(z, weight_of_trits(trits, levels)), torch.tensor([want]))
 
 
 @law(num_codes=st.sampled_from((7, 130, 1100)), period=st.integers(1, 6), data=st.data())
@@ -94,7 +97,7 @@ def test_nearest_codes_lowest_on_ties(ops: Subject, num_codes: int, period: int,
     """Every code again and again: the first of the equal ones is found, however far apart they are."""
     few = data.draw(ss.weights((period, 5), levels=(-3, 1), mantissa=False))
     rows = torch.arange(num_codes) % period
-    many = TernaryWeight.from_trits(few.trits()[rows], few.exponents[rows], few.group_size)
+    many = weight_of_trits(trits_of(few)[rows], few.exponents[rows], few.group_size)
     z = data.draw(vectors(5, shape=(4,)))
     exact(ops.nearest_codes(z, many), ops.nearest_codes(z, few))
 
@@ -103,9 +106,9 @@ def test_nearest_codes_lowest_on_ties(ops: Subject, num_codes: int, period: int,
 def test_nearest_codes_shift_with_zero_rows(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
     """Codes of zeros put before a table move its ids, unless zero is as near: splits and tiles leave no trace."""
     count, width = data.draw(st.sampled_from((1, 127, 200)), label="zero rows"), weight.shape[1]
-    z = data.draw(vectors(width, shape=(3,), code=weight.dense()))
-    padded = TernaryWeight.from_trits(
-        torch.cat([torch.zeros(count, width, dtype=torch.int8), weight.trits()]),
+    z = data.draw(vectors(width, shape=(3,), code=dequantize(weight)))
+    padded = weight_of_trits(
+        torch.cat([torch.zeros(count, width, dtype=torch.int8), trits_of(weight)]),
         torch.cat([torch.zeros(count, weight.exponents.shape[1], dtype=torch.int8), weight.exponents]),
         weight.group_size,
     )
@@ -118,7 +121,7 @@ def test_nearest_codes_shift_with_zero_rows(ops: Subject, weight: TernaryWeight,
 @law(weight=codebooks(), data=st.data())
 def test_nearest_candidates_of_all_codes(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
     """With every code among the candidates the search is exact, whatever their order, repetition and unused slots."""
-    z = data.draw(vectors(weight.shape[1], shape=(3,), code=weight.dense()))
+    z = data.draw(vectors(weight.shape[1], shape=(3,), code=dequantize(weight)))
     rng = ss.generator(data.draw(ss.GENERATOR_SEEDS))
     extra = torch.randint(-1, weight.shape[0], (5,), generator=rng)
     every = torch.cat([torch.arange(weight.shape[0]), extra])
@@ -129,7 +132,7 @@ def test_nearest_candidates_of_all_codes(ops: Subject, weight: TernaryWeight, da
 @law(weight=codebooks(limit=17), data=st.data())
 def test_nearest_candidates_by_fractions(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
     """Of the codes named, the one of least score, the lowest on ties; -1 where none is named."""
-    z = data.draw(vectors(weight.shape[1], shape=(3,), code=weight.dense()))
+    z = data.draw(vectors(weight.shape[1], shape=(3,), code=dequantize(weight)))
     candidates = data.draw(candidate_lists((3,), weight.shape[0]))
     trits, want = rows_of_trits(weight), []
     for row, named in zip(z.to(torch.float64).tolist(), candidates.tolist(), strict=True):
@@ -190,7 +193,7 @@ def test_initial_codebook_by_scalar_philox(
             random = -1 if byte < 79 else 1 if byte >= 177 else 0
             row.append((1 if bucket >> column & 1 else -1) if column < sign_bits else random)
         want.append(row)
-    exact(weight.trits(), torch.tensor(want, dtype=torch.int8))
+    exact(trits_of(weight), torch.tensor(want, dtype=torch.int8))
     assert not any(tensor.any() for name, tensor in weight.tensors().items() if name != "packed")
 
 
@@ -204,11 +207,11 @@ def test_initial_codebook_is_found(
     sign_bits = data.draw(sign_bit_counts(num_codes, width))
     weight = ops.initial_codebook((num_codes, width), sign_bits=sign_bits, seed=seed, tensor_id=0)
     code = data.draw(st.integers(0, num_codes - 1))
-    z = weight.dense()[code : code + 1]
+    z = dequantize(weight)[code : code + 1]
     candidates = ops.candidate_codes(z, num_codes=num_codes, sign_bits=sign_bits, num_probes=1)
     assert code in candidates.tolist()[0]
     found = int(ops.nearest_candidates(z, weight, candidates))
-    assert found <= code and torch.equal(weight.trits()[found], weight.trits()[code])
+    assert found <= code and torch.equal(trits_of(weight)[found], trits_of(weight)[code])
 
 
 @law(num_codes=st.sampled_from((1, 5, 40)), count=st.sampled_from((0, 1, 33, 300)), data=st.data())

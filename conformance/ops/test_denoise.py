@@ -9,6 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from arbitor.reference.ops.packing import weight_of_trits
 from arbitor.reference.types import TernaryWeight
 from conformance import strategies as ss
 from conformance.cases.denoise_loop import loop_weights
@@ -58,13 +59,13 @@ def diagonal(signs: Tensor, exponent: int) -> TernaryWeight:
     """Return a square weight of signs times 2**exponent on its diagonal."""
     trits = torch.diag(signs).to(torch.int8)
     exponents = torch.full((len(signs), -(-len(signs) // 12)), exponent, dtype=torch.int8)
-    return TernaryWeight.from_trits(trits, exponents)
+    return weight_of_trits(trits, exponents)
 
 
 def rows_of(signs_TS: Tensor, exponent: int) -> TernaryWeight:
     """Return a weight of signs times 2**exponent."""
     exponents = torch.full((len(signs_TS), -(-signs_TS.shape[1] // 12)), exponent, dtype=torch.int8)
-    return TernaryWeight.from_trits(signs_TS.to(torch.int8), exponents)
+    return weight_of_trits(signs_TS.to(torch.int8), exponents)
 
 
 def signs(rng: torch.Generator, *shape: int) -> Tensor:

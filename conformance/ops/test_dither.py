@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from arbitor.reference.types import GROUP_SIZES
+from arbitor.reference.constants import GROUP_SIZES
 from conformance import oracle
 from conformance import strategies as ss
 from conformance.compare import exact

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from arbitor.reference.types import TernaryWeight
+from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from conformance import oracle
 from conformance import strategies as ss
 from conformance.cases import compare
@@ -154,9 +154,7 @@ def _by_hand(tables: Tables, pairs: tuple[Tensor, Tensor], loops: bool) -> Table
                 slot = next(slot for slot, score in enumerate(scores[source].tolist()) if score <= 0)
                 neighbours[source, slot], scores[source, slot] = target, 1
                 trits[source, slot], signs.trit_accum[source, slot] = 1, 0
-    made = TernaryWeight.from_trits(
-        trits, signs.exponents, signs.group_size, mantissa_bits=signs.mantissa_bits
-    )
+    made = weight_of_trits(trits, signs.exponents, signs.group_size, mantissa_bits=signs.mantissa_bits)
     counts = {"trit_accum": signs.trit_accum, "exponent_accum": signs.exponent_accum}
     return neighbours, scores, made.with_tensors(**counts)
 
@@ -219,9 +217,9 @@ def test_update_neighbours_touches_sources_alone(
     exact(scores[untouched], tables[1][untouched])
     exact((signs.exponents, signs.exponent_accum), (tables[2].exponents, tables[2].exponent_accum))
     same = neighbours == tables[0]
-    moved = (signs.trits() != tables[2].trits()) | (signs.trit_accum != tables[2].trit_accum)
+    moved = (trits_of(signs) != trits_of(tables[2])) | (signs.trit_accum != tables[2].trit_accum)
     assert not moved[untouched].any()
-    assert signs.trits()[~same].eq(1).all() and signs.trit_accum[~same].eq(0).all(), (
+    assert trits_of(signs)[~same].eq(1).all() and signs.trit_accum[~same].eq(0).all(), (
         "an old sign on a new neighbour"
     )
 

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from arbitor.reference import ops as reference_ops
+from arbitor.reference.constants import SILENT_ROW
 from arbitor.reference.op_table import OP_TABLE
-from arbitor.reference.types import SILENT_ROW, TernaryWeight
+from arbitor.reference.ops.packing import trits_of, weight_of_trits
+from arbitor.reference.types import TernaryWeight
 from conformance import oracle
 from conformance import strategies as ss
 from conformance.cases.core import NARROW, leading
@@ -88,10 +90,8 @@ def test_linear_adjoint(ops: Subject, weight: TernaryWeight, data: st.DataObject
 def test_linear_permutation(ops: Subject, weight: TernaryWeight, seed: int, data: st.DataObject) -> None:
     """Permuting the rows of W permutes the outputs."""
     order = torch.randperm(weight.shape[0], generator=ss.generator(seed))
-    trits, exponents = weight.trits()[order], weight.exponents[order]
-    permuted = TernaryWeight.from_trits(
-        trits, exponents, weight.group_size, mantissa_bits=weight.mantissa_bits
-    )
+    trits, exponents = trits_of(weight)[order], weight.exponents[order]
+    permuted = weight_of_trits(trits, exponents, weight.group_size, mantissa_bits=weight.mantissa_bits)
     x = _floats(data, 5, weight.shape[1])
     _equal(ops.linear(x, permuted), ops.linear(x, weight)[:, order])
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from arbitor.reference.types import STRENGTH_MAX
+from arbitor.reference.constants import STRENGTH_MAX
 from conformance import oracle
 from conformance import strategies as ss
 from conformance.cases.memory import code_tensors, named_rows, strength_tables, tables_of_rows, touches

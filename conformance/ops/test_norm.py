@@ -10,6 +10,8 @@ from torch.nn import functional
 
 from arbitor.reference.op_table import OP_TABLE
 from arbitor.reference.ops import initial_weight
+from arbitor.reference.ops.packing import weight_of_trits
+from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.types import TernaryWeight
 from conformance import strategies as ss
 from conformance.cases import compare
@@ -67,7 +69,7 @@ def _by_torch(
     grad: Tensor, x: Tensor, weight: TernaryWeight, eps: float, to: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     x_leaf = x.to(to).detach().requires_grad_()
-    w_leaf = weight.dense(to)[0].requires_grad_()
+    w_leaf = dequantize(weight, dtype=to)[0].requires_grad_()
     y = functional.rms_norm(x_leaf, (x.shape[-1],), w_leaf, eps)
     dx, dw = torch.autograd.grad(y, (x_leaf, w_leaf), grad.to(to))
     return y.detach(), dx, dw.reshape(1, -1)
@@ -136,7 +138,7 @@ def test_rms_norm_input_grad_is_orthogonal(
     slack = (x_wide.abs() * allowed * one_rounding(dtype, wide, terms)).sum(dim=-1)
 
     rms = (x_wide.square().mean(dim=-1) + eps).sqrt()
-    along = (grad.to(torch.float64) * weight.dense(torch.float64)[0] * x_wide).sum(dim=-1)
+    along = (grad.to(torch.float64) * dequantize(weight, dtype=torch.float64)[0] * x_wide).sum(dim=-1)
     dx = ops.rms_norm_input_grad(grad, x, weight, eps=eps).to(torch.float64)
     beyond = ((dx * x_wide).sum(dim=-1) - eps * along / rms**3).abs() > slack
     assert not beyond.any(), f"<dx, x> is off in {int(beyond.sum())} rows"
@@ -180,9 +182,7 @@ def test_rms_norm_input_grad_of_one_channel_cancels(subject: Subject) -> None:
     The first row is the draw that showed it on a GPU, alone, as the worst element decides. The interpreter divides exactly, so that
     there the test cannot fail for this reason.
     """
-    weight = TernaryWeight.from_trits(
-        torch.ones(1, 1, dtype=torch.int8), torch.full((1, 1), 15, dtype=torch.int8)
-    )
+    weight = weight_of_trits(torch.ones(1, 1, dtype=torch.int8), torch.full((1, 1), 15, dtype=torch.int8))
     x = torch.linspace(-3.0, 3.0, 64)[:, None]
     for grad, row in ((torch.tensor([[1.5390625]]), torch.tensor([[0.92578125]])), (x.flip(0), x)):
         case = Case((grad.to(torch.bfloat16), row.to(torch.bfloat16), weight), {"eps": 1e-12})

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from arbitor.reference.op_table import OP_TABLE
-from arbitor.reference.types import TernaryWeight
+from arbitor.reference.ops.packing import weight_of_trits
 from conformance.law import law
 from conformance.ops import refusals
 from conformance.ops.refusals import REFUSALS
@@ -91,4 +91,4 @@ def test_weight_refuses_tensors_that_do_not_fit(
 def test_weight_refuses_levels_beyond_the_rails(level: int, bits: int) -> None:
     trits = torch.zeros(1, 3, dtype=torch.int8)
     with pytest.raises(ValueError, match="exponents"):
-        TernaryWeight.from_trits(trits, torch.full((1, 1), level, dtype=torch.int8), mantissa_bits=bits)
+        weight_of_trits(trits, torch.full((1, 1), level, dtype=torch.int8), mantissa_bits=bits)

@@ -9,7 +9,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from arbitor.reference.types import MANTISSA_BITS, RESERVED_STEP, TernaryWeight
+from arbitor.reference.constants import MANTISSA_BITS, RESERVED_STEP
+from arbitor.reference.ops.packing import trits_of
+from arbitor.reference.types import TernaryWeight
 from conformance import oracle
 from conformance import strategies as ss
 from conformance.compare import exact
@@ -69,7 +71,7 @@ def test_initial_weight_by_scalar_philox(
         for group in range(groups):
             places += oracle.dither(row * groups + group, group_size, seed, RESERVED_STEP, 7)[:group_size]
         want = [(byte >= 177) - (byte < 79) for byte in places[: shape[1]]]
-        assert weight.trits()[row].tolist() == want, f"row {row}"
+        assert trits_of(weight)[row].tolist() == want, f"row {row}"
     level = min(max(round(math.log2(std / math.sqrt(0.617))), -32), 15)
     assert set(weight.exponents.flatten().tolist()) == {level}
     assert not weight.trit_accum.any() and not weight.exponent_accum.any()
@@ -78,7 +80,7 @@ def test_initial_weight_by_scalar_philox(
 @law(group_size=ss.GROUPS, seed=ss.SEEDS)
 def test_initial_weight_statistics(ops: Subject, group_size: int, seed: int) -> None:
     """61.7 % of the trits are not zero and the signs balance: within six standard deviations of 4,096 draws."""
-    trits = _make(ops, (16, 256), group_size, seed, 1.0).trits().to(torch.float64)
+    trits = trits_of(_make(ops, (16, 256), group_size, seed, 1.0)).to(torch.float64)
     share = 158 / 256
     assert abs(trits.abs().mean() - share) < 6 * math.sqrt(share * (1 - share) / 4096)
     assert abs(trits.mean()) < 6 * math.sqrt(share / 4096)
@@ -90,7 +92,7 @@ def test_initial_weight_rows_are_local(
 ) -> None:
     """A taller table starts with the same rows, so that tables of any size can be made in pieces."""
     tall = _make(ops, (shape[0] + 5, shape[1]), group_size, seed, 1.0)
-    exact(tall.trits()[: shape[0]], _make(ops, shape, group_size, seed, 1.0).trits())
+    exact(trits_of(tall)[: shape[0]], trits_of(_make(ops, shape, group_size, seed, 1.0)))
 
 
 @law(shape=ss.matrix_shapes(), trit=st.integers(-1, 1), exponent=st.integers(-32, 15), group_size=ss.GROUPS)

@@ -8,7 +8,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from arbitor.reference.types import TernaryWeight, level_range
+from arbitor.reference.constants import level_range
+from arbitor.reference.ops.packing import trits_of, weight_of_trits
+from arbitor.reference.ops.scale import dequantize
+from arbitor.reference.types import TernaryWeight
 from conformance import oracle
 from conformance import strategies as ss
 from conformance.compare import exact
@@ -97,7 +100,7 @@ def test_accumulate_of_no_votes(ops: Subject, weight: TernaryWeight) -> None:
 def test_accumulate_exponent_is_unbiased(ops: Subject, score: int, sign: int) -> None:
     """Over all dither values of the exponent, a score moves its count by exactly score / 32 on average."""
     trits = torch.full((800, 6), sign, dtype=torch.int8)
-    weight = TernaryWeight.from_trits(trits, torch.zeros(800, 1, dtype=torch.int8), 6)
+    weight = weight_of_trits(trits, torch.zeros(800, 1, dtype=torch.int8), 6)
     votes = torch.zeros(800, 6, dtype=torch.int8)
     votes[:, 5] = score * sign
     dither = ops.dither_bytes(torch.arange(800)[:, None], group_size=6, **CLOCK)[..., 6].reshape(-1) // 8
@@ -167,7 +170,7 @@ def test_apply_step_holds_the_rails(ops: Subject, weight: TernaryWeight, theta: 
                 **pushed, exponents=torch.full_like(after.exponents, low if push > 0 else high)
             )
             after = ops.apply_step(after, theta=theta, theta_e=theta)
-        assert (after.trits() == (-1 if push > 0 else 1)).all(), "a trit beyond its rail, or short of it"
+        assert (trits_of(after) == (-1 if push > 0 else 1)).all(), "a trit beyond its rail, or short of it"
         assert (after.exponents == (low if push > 0 else high)).all(), "an exponent beyond its rail"
 
 
@@ -188,7 +191,7 @@ def _same_but_for_rows(
     named = torch.zeros(before.shape[0], dtype=torch.bool)
     named[rows[rows >= 0]] = True
     for name, state in (
-        ("trits", lambda w: w.trits()),
+        ("trits", lambda w: trits_of(w)),
         *((n, lambda w, n=n: w.tensors()[n]) for n in _BY_ROW),
     ):
         exact(state(some)[named], state(whole)[named], f"{name} of named rows")
@@ -268,12 +271,12 @@ def test_update_descends(ops: Subject, weight: TernaryWeight, seed: int, rule: s
     zero = {name: torch.zeros_like(weight.tensors()[name]) for name in ("trit_accum", "exponent_accum")}
     weight = weight.with_tensors(**zero)
     signs = torch.randint(0, 2, weight.shape, generator=ss.generator(seed)) * 2.0 - 1.0
-    before = weight.dense(torch.float64)
+    before = dequantize(weight, dtype=torch.float64)
     frozen = ops.accumulate_gradient(weight, signs, 127.0, exponent_rule="frozen", **CLOCK)
-    moved = ops.apply_step(frozen).dense(torch.float64) - before
+    moved = dequantize(ops.apply_step(frozen), dtype=torch.float64) - before
     assert (signs * moved <= 0).all(), "a trit moved with its gradient"
     assert not moved.any() or (signs * moved).sum() < 0
-    can_move = (weight.trits() * signs) > -1
+    can_move = (trits_of(weight) * signs) > -1
     assert (moved != 0)[can_move].all(), "a trit with a full count did not move"
     votes = (signs * 127).to(torch.int8)
     scored = ops.apply_step(ops.accumulate(weight, votes, exponent_rule=rule, **CLOCK), theta_e=1, theta=127)

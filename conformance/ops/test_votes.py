@@ -10,7 +10,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
-from arbitor.reference.types import SILENT_ROW
+from arbitor.reference.constants import SILENT_ROW
 from conformance import oracle
 from conformance import strategies as ss
 from conformance.compare import exact

@@ -17,6 +17,7 @@ from arbitor.optimized.training.kinds import KINDS, kind_of
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.parts import row_parts
+from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.presets import PRESETS
 from arbitor.reference.types import TernaryWeight
 from conformance.graph.models import RATE, ops_with, random_ids
@@ -35,7 +36,7 @@ def by_hand(
 ) -> TernaryWeight:
     """A weight in groups of six columns."""
     exponents_NK, accum_NK = (torch.tensor(rows, dtype=torch.int8) for rows in (exponents, accum))
-    weight = TernaryWeight.from_trits(torch.tensor(trits, dtype=torch.int8), exponents_NK, 6, **fields)
+    weight = weight_of_trits(torch.tensor(trits, dtype=torch.int8), exponents_NK, 6, **fields)
     return weight.with_tensors(trit_accum=accum_NK)
 
 
@@ -43,9 +44,7 @@ def random_weight(rows: int, columns: int) -> TernaryWeight:
     draw = torch.Generator().manual_seed(rows * columns)
     trits = torch.randint(-1, 2, (rows, columns), generator=draw, dtype=torch.int8)
     groups = (rows, -(-columns // 6))
-    weight = TernaryWeight.from_trits(
-        trits, torch.randint(-9, 3, groups, generator=draw, dtype=torch.int8), 6
-    )
+    weight = weight_of_trits(trits, torch.randint(-9, 3, groups, generator=draw, dtype=torch.int8), 6)
     return weight.with_tensors(
         trit_accum=torch.randint(-127, 128, (rows, columns), generator=draw, dtype=torch.int8)
     )
@@ -87,7 +86,7 @@ def test_parts_of_a_weight_are_its_rows(ops: Any, subject: Subject, columns: int
     laid_out = ops.from_spec(weight if ops is reference_ops else weight.to(subject.device))
     parts = [ops.to_spec(part).to("cpu") for part in row_parts(laid_out, 10 * columns)]
     assert [part.shape for part in parts] == [(10, columns), (10, columns), (3, columns)]
-    assert torch.equal(torch.cat([part.trits() for part in parts]), weight.trits())
+    assert torch.equal(torch.cat([trits_of(part) for part in parts]), trits_of(weight))
     for name in ("exponents", "trit_accum", "exponent_accum"):
         assert torch.equal(torch.cat([part.tensors()[name] for part in parts]), weight.tensors()[name])
     assert [part.shape[0] for part in row_parts(laid_out, 1)] == [5, 5, 5, 5, 3]  # never less than five rows
@@ -163,8 +162,8 @@ def test_use_of_codes() -> None:
     assert closed == {"codes": 4, "vectors": 0, "used": 0, "dead": 0}
 
 
-def trits_of(model: ArbModel) -> dict[str, torch.Tensor]:
-    return {name: weight.trits().clone() for name, weight in model.weights().items()}
+def trits_by_name(model: ArbModel) -> dict[str, torch.Tensor]:
+    return {name: trits_of(weight).clone() for name, weight in model.weights().items()}
 
 
 def vote(model: ArbModel, step: int) -> None:
@@ -179,7 +178,7 @@ def test_a_report_is_what_the_weights_say() -> None:
     seen: list[dict[str, torch.Tensor]] = []
     for step in range(3):
         vote(model, step)
-        before = trits_of(model)
+        before = trits_by_name(model)
         accum = {name: weight.trit_accum.clone() for name, weight in model.weights().items()}
         if step != 1:
             census.before_step()
@@ -188,7 +187,7 @@ def test_a_report_is_what_the_weights_say() -> None:
             report = census.after_step()
             seen.append(before)
             assert ("drift" in report["kinds"]["head"]) == (step == 2)
-    after, now = trits_of(model), model.weights()
+    after, now = trits_by_name(model), model.weights()
     assert any((now[name].exponents % 4).any() for name in live), (
         "no scale has moved, to a step between powers of two"
     )
@@ -275,7 +274,7 @@ def test_a_report_of_experts_counts_since_the_one_before() -> None:
     census = Census(model)
     expected = iter((66, 132))
     for step in range(3):
-        router.load(TernaryWeight.from_trits(zeros, router.weight.exponents))
+        router.load(weight_of_trits(zeros, router.weight.exponents))
         vote(model, step)
         if step == 1:
             model.step()

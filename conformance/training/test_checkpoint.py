@@ -21,7 +21,8 @@ from arbitor.optimized.training import checkpoint as checkpoints
 from arbitor.optimized.training.checkpoint import CheckpointError, load_checkpoint
 from arbitor.optimized.training.checkpoint_folder import CheckpointFolder
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.reference.types import MANTISSA_BITS, TernaryWeight, level_range
+from arbitor.reference.constants import MANTISSA_BITS, level_range
+from arbitor.reference.types import TernaryWeight
 from conformance.graph.models import NANO, nano, ops_with, random_ids
 from conformance.training.forge import Change, first_element, forged
 

@@ -7,7 +7,8 @@ import pytest
 
 from arbitor.optimized.training.schedule import GAIN, rate
 from arbitor.reference import ops
-from arbitor.reference.types import DEFAULT_THETA, TernaryWeight
+from arbitor.reference.constants import DEFAULT_THETA
+from arbitor.reference.types import TernaryWeight
 from conformance.graph.models import nano, random_ids, state_of
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from arbitor.optimized.kernels.common import clock_step, philox_words, widen
 from arbitor.optimized.kernels.launch import Clock, runs_here
 from arbitor.optimized.layouts import DeviceWeight
-from arbitor.reference.types import (
+from arbitor.reference.constants import (
     ALIVE_QUERY,
     CODE_EXPONENT_MAX,
     CODE_EXPONENT_MIN,

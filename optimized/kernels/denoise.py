@@ -15,7 +15,7 @@ from torch import Tensor
 from arbitor.optimized.kernels.common import narrow, widen
 from arbitor.optimized.kernels.launch import row_grid, row_tile, runs_here
 from arbitor.optimized.kernels.norm import inverse_rms
-from arbitor.reference.types import DEFAULT_EPS
+from arbitor.reference.constants import DEFAULT_EPS
 
 BLOCK = 1024
 BLOCK_TOKENS = 16

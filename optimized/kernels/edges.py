@@ -14,7 +14,7 @@ from arbitor.optimized.kernels.common import narrow, widen
 from arbitor.optimized.kernels.launch import row_grid, row_tile, runs_here
 from arbitor.optimized.kernels.segments import segment_sums
 from arbitor.optimized.layouts import DeviceWeight
-from arbitor.reference.types import MAX_NEIGHBOURS, SCORE_MAX
+from arbitor.reference.constants import MAX_NEIGHBOURS, SCORE_MAX
 
 BLOCK_COLUMNS = 512
 BLOCK_SIGN_COLUMNS = 256

@@ -15,7 +15,7 @@ from torch import Tensor
 from arbitor.optimized import settings
 from arbitor.optimized.layouts import MAX_COLUMNS
 from arbitor.reference import checks
-from arbitor.reference.types import RESERVED_STEP
+from arbitor.reference.constants import RESERVED_STEP
 
 MAX_PROGRAMS = 2**31 - 1
 """Programs that one launch can have along its first axis."""

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.optimized.kernels.launch import runs_here, signed_word
-from arbitor.reference.types import STRENGTH_MAX
+from arbitor.reference.constants import STRENGTH_MAX
 
 MOST = tl.constexpr(STRENGTH_MAX)
 

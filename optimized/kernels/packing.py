@@ -13,7 +13,7 @@ from torch import Tensor
 from arbitor.optimized.kernels.common import lane_trits
 from arbitor.optimized.kernels.launch import runs_here
 from arbitor.optimized.layouts import TRITS_PER_WORD, words_per_row
-from arbitor.reference.types import packed_bytes
+from arbitor.reference.constants import packed_bytes
 
 BLOCK = 256
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from arbitor.optimized.kernels.common import lane_weights, level_scales, philox_words, word_bytes
 from arbitor.optimized.kernels.launch import Clock, row_grid, row_tile, runs_here
 from arbitor.optimized.layouts import DeviceWeight, words_per_row
-from arbitor.reference.types import INIT_HIGH_BYTE, INIT_LOW_BYTE, RESERVED_STEP
+from arbitor.reference.constants import INIT_HIGH_BYTE, INIT_LOW_BYTE, RESERVED_STEP
 
 LOW_BYTE, HIGH_BYTE = tl.constexpr(INIT_LOW_BYTE), tl.constexpr(INIT_HIGH_BYTE)
 

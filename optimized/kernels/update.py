@@ -21,7 +21,7 @@ from arbitor.optimized.kernels.votes import (
     tile_of,
 )
 from arbitor.optimized.layouts import DeviceWeight
-from arbitor.reference.types import SCORE_SHIFT, level_range
+from arbitor.reference.constants import SCORE_SHIFT, level_range
 
 BLOCK_WORDS = 64
 BLOCK_GROUPS = 1024

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from arbitor.optimized.kernels.common import clock_step, philox_words, widen, word_bytes
 from arbitor.optimized.kernels.launch import Clock, gradient_columns, row_grid, row_tile, runs_here
-from arbitor.reference.types import SILENT_ROW, groups_per_row
+from arbitor.reference.constants import SILENT_ROW, groups_per_row
 
 SILENT = tl.constexpr(SILENT_ROW)
 BLOCK_COLUMNS = 1024

@@ -13,7 +13,8 @@ from arbitor.optimized.layouts import AnyWeight, DeviceWeight
 from arbitor.optimized.ops.layout import canonical, deliver, on_device, target_of
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
-from arbitor.reference.types import DEFAULT_GROUP_SIZE, RESERVED_STEP, TernaryWeight, groups_per_row
+from arbitor.reference.constants import DEFAULT_GROUP_SIZE, RESERVED_STEP, groups_per_row
+from arbitor.reference.types import TernaryWeight
 
 
 def initial_codebook(

@@ -8,7 +8,7 @@ from torch import Tensor
 from arbitor.optimized.kernels import dither
 from arbitor.optimized.kernels.launch import Clock, values_between
 from arbitor.reference import checks
-from arbitor.reference.types import RESERVED_STEP
+from arbitor.reference.constants import RESERVED_STEP
 
 
 def dither_bytes(

@@ -7,7 +7,8 @@ from torch import Tensor
 from arbitor.optimized.kernels import packing
 from arbitor.optimized.kernels.launch import runs_here, values_between
 from arbitor.optimized.layouts import AnyWeight, DeviceWeight
-from arbitor.reference.types import MAX_PACKED_BYTE, TernaryWeight
+from arbitor.reference.constants import MAX_PACKED_BYTE
+from arbitor.reference.types import TernaryWeight
 
 
 def from_spec(weight: AnyWeight) -> DeviceWeight:

@@ -10,7 +10,7 @@ from arbitor.optimized.ops.layout import on_device
 from arbitor.optimized.ops.linear import matrix_of
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
-from arbitor.reference.types import DEFAULT_EPS
+from arbitor.reference.constants import DEFAULT_EPS
 
 
 def rms_norm(x: Tensor, weight: AnyWeight, *, eps: float = DEFAULT_EPS) -> Tensor:

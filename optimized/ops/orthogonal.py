@@ -7,7 +7,7 @@ from torch import Tensor
 
 from arbitor.optimized.kernels.orthogonal import row_factors, row_squares, scale_rows, weighted_sum
 from arbitor.reference import checks
-from arbitor.reference.types import DEFAULT_ORTHOGONAL_STEPS, MAX_ORTHOGONAL_STEPS, NEWTON_SCHULZ
+from arbitor.reference.constants import DEFAULT_ORTHOGONAL_STEPS, MAX_ORTHOGONAL_STEPS, NEWTON_SCHULZ
 
 
 def orthogonalize(

@@ -11,7 +11,7 @@ from torch import Tensor
 from arbitor.optimized.kernels import packing
 from arbitor.optimized.kernels.launch import values_between
 from arbitor.reference import checks
-from arbitor.reference.types import MAX_PACKED_BYTE, packed_bytes
+from arbitor.reference.constants import MAX_PACKED_BYTE, packed_bytes
 
 
 def pack_trits(trits: Tensor) -> Tensor:

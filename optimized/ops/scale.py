@@ -13,16 +13,16 @@ from arbitor.optimized.kernels.launch import values_between
 from arbitor.optimized.layouts import TRITS_PER_WORD, AnyWeight, DeviceWeight, words_per_row
 from arbitor.optimized.ops.layout import canonical, on_device
 from arbitor.reference import checks
-from arbitor.reference.types import (
+from arbitor.reference.constants import (
     DEFAULT_GROUP_SIZE,
     EXPONENT_MAX,
     EXPONENT_MIN,
     INIT_NONZERO,
     RESERVED_STEP,
-    TernaryWeight,
     groups_per_row,
     level_range,
 )
+from arbitor.reference.types import TernaryWeight
 
 DTYPES = (torch.float32, torch.bfloat16)
 """Activation dtypes of the kernels; float64 is for the reference alone."""

@@ -11,7 +11,7 @@ from arbitor.optimized.kernels.votes import exponents_of_rows
 from arbitor.optimized.layouts import AnyWeight
 from arbitor.optimized.ops.layout import deliver, on_device, target_of
 from arbitor.reference import checks
-from arbitor.reference.types import ACCUM_MAX, DEFAULT_THETA, DEFAULT_THETA_E, EXPONENT_RULES, ON_FLIP
+from arbitor.reference.constants import ACCUM_MAX, DEFAULT_THETA, DEFAULT_THETA_E, EXPONENT_RULES, ON_FLIP
 
 
 def accumulate(

@@ -9,7 +9,7 @@ from torch import Tensor
 from arbitor.optimized.kernels import votes
 from arbitor.optimized.kernels.launch import Clock, row_ids, vote_rate
 from arbitor.reference import checks
-from arbitor.reference.types import ACCUM_MAX, DEFAULT_GROUP_SIZE, groups_per_row
+from arbitor.reference.constants import ACCUM_MAX, DEFAULT_GROUP_SIZE, groups_per_row
 
 
 def row_exponents(grad_NK: Tensor) -> Tensor:

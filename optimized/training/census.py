@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.training.kinds import KINDS, kind_of
+from arbitor.reference.constants import ACCUM_MAX, EXPONENT_MAX, EXPONENT_MIN
 from arbitor.reference.graph.codebook import TernaryVQCodebook
 from arbitor.reference.graph.model import ArbModel
 from arbitor.reference.graph.moe import SharedProjectionMoE
 from arbitor.reference.graph.parts import row_parts
-from arbitor.reference.graph.state import LaidOutWeight, TernaryModule
-from arbitor.reference.types import ACCUM_MAX, EXPONENT_MAX, EXPONENT_MIN
+from arbitor.reference.graph.state import TernaryModule
+from arbitor.reference.types import LaidOutWeight
 
 NUM_EXPONENTS = EXPONENT_MAX - EXPONENT_MIN + 1
 """Exponents that a group can have."""

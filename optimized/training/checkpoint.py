@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.reference.types import ACCUM_MAX, MAX_PACKED_BYTE, TernaryWeight, level_range
+from arbitor.reference.constants import ACCUM_MAX, MAX_PACKED_BYTE, level_range
+from arbitor.reference.types import TernaryWeight
 
 if TYPE_CHECKING:
     from arbitor.reference.graph import ArbModel
-    from arbitor.reference.graph.state import LaidOutWeight
+    from arbitor.reference.types import LaidOutWeight
 
 FORMAT_VERSION = 2
 """Version of the file format; another one is refused."""

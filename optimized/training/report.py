@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from arbitor.optimized.training.kinds import KINDS
 from arbitor.optimized.training.run_folder import write_file
-from arbitor.reference.types import ACCUM_MAX
+from arbitor.reference.constants import ACCUM_MAX
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

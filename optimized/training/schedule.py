@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from arbitor.reference.types import DEFAULT_THETA
+from arbitor.reference.constants import DEFAULT_THETA
 
 WARMUP_FRACTION = 0.03
 """Share of the steps over which the rate climbs from 0."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from arbitor.reference.types import ACCUM_MAX, GROUP_SIZES, MANTISSA_BITS
+from arbitor.reference.constants import ACCUM_MAX, GROUP_SIZES, MANTISSA_BITS
 
 
 def matrix_shape(name: str, shape: Sequence[int]) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from arbitor.reference.checks.arguments import integer
 from arbitor.reference.checks.tensors import dtype_in, same_device, tensor, values_between
-from arbitor.reference.types import MAX_CODE_DIM, MAX_SIGN_BITS
+from arbitor.reference.constants import MAX_CODE_DIM, MAX_SIGN_BITS
 
 
 def code_columns(name: str, num_columns: int) -> None:

@@ -18,7 +18,7 @@ from arbitor.reference.checks.tensors import (
     tensor,
 )
 from arbitor.reference.checks.weights import out_weight
-from arbitor.reference.types import MAX_NEIGHBOURS
+from arbitor.reference.constants import MAX_NEIGHBOURS
 
 
 def node_matrix(name: str, value: Tensor) -> None:

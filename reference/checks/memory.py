@@ -7,7 +7,7 @@ from torch import Tensor
 
 from arbitor.reference.checks.arguments import integer
 from arbitor.reference.checks.tensors import dtype_in, same_device, tensor
-from arbitor.reference.types import MAX_ORDER, STRENGTH_MAX
+from arbitor.reference.constants import MAX_ORDER, STRENGTH_MAX
 
 
 def ngrams(codes_BP: Tensor, order: int, num_rows: int, salt: int, previous: Tensor | None) -> None:

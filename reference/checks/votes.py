@@ -10,7 +10,7 @@ from torch import Tensor
 from arbitor.reference.checks.arguments import integer, number
 from arbitor.reference.checks.tensors import dtype_in, same_device, tensor, values_between
 from arbitor.reference.checks.weights import Weight
-from arbitor.reference.types import RESERVED_STEP
+from arbitor.reference.constants import RESERVED_STEP
 
 MAX_RATE = 127.0
 """Largest vote rate: at one row RMS of gradient, the vote then fills its int8."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from arbitor.reference.checks.tensors import dtype_in, values_between
-from arbitor.reference.types import groups_per_row
+from arbitor.reference.constants import groups_per_row
 
 
 class Weight(Protocol):

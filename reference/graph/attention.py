@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm
-from arbitor.reference.graph.ledger_rows import LayerLedger, mean_of_parts, rows_at
+from arbitor.reference.graph.ledger import LayerLedger, mean_of_parts, rows_at
 from arbitor.reference.graph.rotary import Turns, rotary_turns, rotate, turns_at, with_turned_key
 from arbitor.reference.graph.scheduler import ContextAttentionScheduler, Seen
 from arbitor.reference.graph.state import GraphContext

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from arbitor.reference import checks
+from arbitor.reference.constants import USAGE_MAX
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
 from arbitor.reference.graph.state import GraphContext, TableModule, TernaryModule, when_voting
-from arbitor.reference.types import USAGE_MAX
 
 MOTIF_EXPONENT = -2
 """A motif that is added to its position has a quarter of the position's scale: docs/spec/codebook.md has the measurement."""

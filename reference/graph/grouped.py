@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from arbitor.reference.constants import MIN_ORTHOGONAL_RANK
 from arbitor.reference.graph.layers import row_ranges
 from arbitor.reference.graph.state import GraphContext, TernaryModule
-from arbitor.reference.types import MIN_ORTHOGONAL_RANK
 
 
 class TernaryGroupedLinear(TernaryModule):

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from arbitor.reference.constants import MIN_ORTHOGONAL_RANK
 from arbitor.reference.graph.state import GraphContext, TernaryModule
-from arbitor.reference.types import MIN_ORTHOGONAL_RANK, TernaryWeight
+from arbitor.reference.types import TernaryWeight
 
 VOTE_ELEMENTS = 2**27
 """Most elements of a weight gradient that are made at a time, 512 MiB of float32: its rows vote in parts, each by itself."""

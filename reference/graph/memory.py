@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arbitor.reference.constants import STRENGTH_MAX
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
 from arbitor.reference.graph.state import GraphContext, TableModule, when_voting
-from arbitor.reference.types import STRENGTH_MAX
 
 STRUCTURE_ORDERS, CONVERSATION_ORDERS = (2, 3), (4, 8)
 """Codes of the n-grams that each table holds. A code spans three bytes and the next one starts a byte later: 4 to 10 bytes."""

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import Tensor
 
-from arbitor.reference.types import TRITS_PER_BYTE, packed_bytes
-
-if TYPE_CHECKING:
-    from arbitor.reference.graph.state import LaidOutWeight
+from arbitor.reference.constants import TRITS_PER_BYTE, packed_bytes
+from arbitor.reference.types import LaidOutWeight
 
 PART_TRITS = 2**23
 """Most trits of a part. To look at one takes the reference some 40 bytes a trit, a device layout about 6: 320 or 50 MiB."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,32 +17,11 @@ from torch.autograd.function import once_differentiable
 
 from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
-from arbitor.reference.types import RESERVED_STEP, TernaryWeight
+from arbitor.reference.constants import RESERVED_STEP
+from arbitor.reference.types import LaidOutWeight, TernaryWeight
 
 Left = tuple[Callable[..., None], tuple[Tensor | None, ...]]
 """What a backward pass leaves for the next step: how a module is told, and what of."""
-
-
-class LaidOutWeight(Protocol):
-    """A ternary weight in the layout of some op set: `TernaryWeight` for the reference."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K)."""
-
-    @property
-    def group_size(self) -> int:
-        """Columns per exponent."""
-
-    @property
-    def mantissa_bits(self) -> int:
-        """Mantissa bits of a scale."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """State tensors by name."""
-
-    def with_tensors(self, **tensors: Tensor) -> Self:
-        """The same weight on other tensors."""
 
 
 class Voting:

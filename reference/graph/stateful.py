@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from arbitor.reference import checks
+from arbitor.reference.constants import ACCUM_MAX, MAX_PACKED_BYTE, level_range
 from arbitor.reference.graph.parts import row_parts
-from arbitor.reference.graph.state import LaidOutWeight, TableModule, TernaryModule, Voting
-from arbitor.reference.types import ACCUM_MAX, MAX_PACKED_BYTE, TernaryWeight, level_range
+from arbitor.reference.graph.state import TableModule, TernaryModule, Voting
+from arbitor.reference.types import LaidOutWeight, TernaryWeight
 
 BESIDE_TRITS = ("exponents", "trit_accum", "exponent_accum")
 """The tensors of a weight that every layout has; what is left of a weight are its trits."""

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from arbitor.reference import checks
+from arbitor.reference.constants import MAX_NEIGHBOURS, SCORE_MAX
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
 from arbitor.reference.graph.state import GraphContext, TableModule, TernaryModule, used, when_voting
-from arbitor.reference.types import MAX_NEIGHBOURS, SCORE_MAX
 
 FULL_PATH_MAX_CODES = 4096
 """Most codes of which the nodes of all are computed; of larger tables only what a batch needs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from arbitor.reference.types import DEFAULT_EPS
+from arbitor.reference.constants import DEFAULT_EPS
 
 
 def widened(x: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from arbitor.reference.constants import groups_per_row, packed_bytes
 from arbitor.reference.op_table.row import Shape
-from arbitor.reference.types import groups_per_row, packed_bytes
 
 PHILOX_OPS = 100
 """Integer operations of one Philox4x32-10 call: ten rounds of 4 half products, 4 exclusive ors, 2 sums."""

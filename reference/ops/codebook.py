@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
-from arbitor.reference.ops.dither import philox
-from arbitor.reference.ops.scale import dequantize, initial_weight
-from arbitor.reference.types import (
+from arbitor.reference.constants import (
     ALIVE_QUERY,
     CODE_EXPONENT_MAX,
     CODE_EXPONENT_MIN,
@@ -25,8 +23,11 @@ from arbitor.reference.types import (
     QUERY_STEPS,
     REVIVAL_BLOCK,
     USAGE_MAX,
-    TernaryWeight,
 )
+from arbitor.reference.ops.dither import philox
+from arbitor.reference.ops.packing import trits_of, weight_of_trits
+from arbitor.reference.ops.scale import dequantize, initial_weight
+from arbitor.reference.types import TernaryWeight
 
 _CHUNK = 1 << 24
 """Scores, or elements of decoded codes, that exist at a time."""
@@ -64,9 +65,9 @@ def initial_codebook(
         group_size=group_size,
         device=device,
     )
-    trits = weight.trits()
+    trits = trits_of(weight)
     trits[:, :sign_bits] = bucket_signs(torch.arange(num_codes, device=device), num_codes, sign_bits)
-    return TernaryWeight.from_trits(trits, weight.exponents, group_size)
+    return weight_of_trits(trits, weight.exponents, group_size)
 
 
 def nearest_codes(z: Tensor, weight: TernaryWeight) -> Tensor:
@@ -232,12 +233,12 @@ def revive_codes(
     z_q = whole_sixteenths(z_RC)[(word * num_vectors) >> 32]
     new = (z_q.sign() * (z_q.abs() >= ALIVE_QUERY)).to(torch.int8)
     new[:, :sign_bits] = bucket_signs(dead, num_codes, sign_bits)
-    trits = weight.trits()
+    trits = trits_of(weight)
     trits[dead] = new
     tensors = {name: tensor.clone() for name, tensor in weight.tensors().items() if name != "packed"}
     for tensor in tensors.values():
         tensor[dead] = 0
-    fresh = TernaryWeight.from_trits(trits, tensors["exponents"], weight.group_size).with_tensors(**tensors)
+    fresh = weight_of_trits(trits, tensors["exponents"], weight.group_size).with_tensors(**tensors)
     if out is None:
         return fresh
     for name, tensor in out.tensors().items():

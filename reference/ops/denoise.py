@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arbitor.reference import checks
+from arbitor.reference.constants import DEFAULT_EPS
 from arbitor.reference.ops.linear import linear
 from arbitor.reference.ops.scale import dequantize
-from arbitor.reference.types import DEFAULT_EPS, TernaryWeight
+from arbitor.reference.types import TernaryWeight
 
 
 def denoise_step(latent: Tensor, pred: Tensor, *, alpha: float) -> Tensor:

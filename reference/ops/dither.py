@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
-from arbitor.reference.types import RESERVED_STEP
+from arbitor.reference.constants import RESERVED_STEP
 
 PHILOX_ROUNDS = 10
 """Rounds of the Philox4x32-10 generator."""

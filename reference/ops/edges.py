@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
-from arbitor.reference.types import SCORE_MAX, TernaryWeight
+from arbitor.reference.constants import SCORE_MAX
+from arbitor.reference.ops.packing import trits_of, weight_of_trits
+from arbitor.reference.types import TernaryWeight
 
 _Row = tuple[list[int], list[int], list[bool]]
 """Neighbours and scores of a row, and which of its slots changed their neighbour."""
@@ -173,7 +175,7 @@ def _written(
     out: tuple[Tensor, Tensor, TernaryWeight] | None,
 ) -> tuple[Tensor, Tensor, TernaryWeight]:
     """Return the tables with some rows exchanged, in `out` if there is one."""
-    neighbours_NJ, scores_NJ, trits = neighbours_NJ.clone(), scores_NJ.clone(), signs.trits()
+    neighbours_NJ, scores_NJ, trits = neighbours_NJ.clone(), scores_NJ.clone(), trits_of(signs)
     trit_accum = signs.trit_accum.clone()
     if rows:
         neighbours, scores, taken = (
@@ -182,7 +184,7 @@ def _written(
         neighbours_NJ[ids], scores_NJ[ids] = neighbours.to(torch.int32), scores.to(torch.int8)
         trits[ids] = torch.where(taken, 1, trits[ids])
         trit_accum[ids] = torch.where(taken, 0, trit_accum[ids])
-    fresh = TernaryWeight.from_trits(
+    fresh = weight_of_trits(
         trits, signs.exponents, signs.group_size, mantissa_bits=signs.mantissa_bits
     ).with_tensors(trit_accum=trit_accum, exponent_accum=signs.exponent_accum.clone())
     if out is None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
+from arbitor.reference.constants import DEFAULT_EPS
 from arbitor.reference.ops.scale import dequantize
-from arbitor.reference.types import DEFAULT_EPS, TernaryWeight
+from arbitor.reference.types import TernaryWeight
 
 
 def rms_norm(x: Tensor, weight: TernaryWeight, *, eps: float = DEFAULT_EPS) -> Tensor:

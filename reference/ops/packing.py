@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
-from arbitor.reference.types import MAX_PACKED_BYTE, TRITS_PER_BYTE, packed_bytes
+from arbitor.reference.constants import (
+    DEFAULT_GROUP_SIZE,
+    MAX_PACKED_BYTE,
+    TRITS_PER_BYTE,
+    groups_per_row,
+    level_range,
+    packed_bytes,
+)
+from arbitor.reference.types import TernaryWeight
 
 
 def pack_trits(trits: Tensor) -> Tensor:
@@ -58,3 +66,32 @@ def digits_at(packed: Tensor, positions: Tensor) -> Tensor:
     places = torch.tensor([3**j for j in range(TRITS_PER_BYTE)], dtype=torch.int16, device=packed.device)
     byte = packed[positions // TRITS_PER_BYTE].to(torch.int16)
     return ((byte // places[positions % TRITS_PER_BYTE]) % 3 - 1).to(torch.int8)
+
+
+def weight_of_trits(
+    trits: Tensor, exponents: Tensor, group_size: int = DEFAULT_GROUP_SIZE, *, mantissa_bits: int = 0
+) -> TernaryWeight:
+    """Return a weight with empty accumulators from int8 trits [N, K] and int8 exponents [N, KG].
+
+    Raises ValueError for trits outside {-1, 0, 1} or exponents outside their range, TypeError for other dtypes.
+    """
+    checks.group_size(group_size)
+    checks.mantissa_bits(mantissa_bits)
+    checks.matrix("trits", trits, (torch.int8,))
+    shape = (trits.shape[0], trits.shape[1])
+    checks.tensor("exponents", exponents, torch.int8, (shape[0], groups_per_row(shape[1], group_size)))
+    checks.values_between("exponents", exponents, *level_range(mantissa_bits))
+    return TernaryWeight(
+        packed=pack_trits(trits),
+        exponents=exponents.clone(),
+        trit_accum=torch.zeros_like(trits, memory_format=torch.contiguous_format),
+        exponent_accum=torch.zeros_like(exponents, memory_format=torch.contiguous_format),
+        shape=shape,
+        group_size=group_size,
+        mantissa_bits=mantissa_bits,
+    )
+
+
+def trits_of(weight: TernaryWeight) -> Tensor:
+    """Return the trits of a weight, int8 [N, K] in {-1, 0, 1}."""
+    return unpack_trits(weight.packed, weight.shape)

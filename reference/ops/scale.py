@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
-from arbitor.reference.ops.dither import dither_bytes
-from arbitor.reference.ops.packing import digits_at
-from arbitor.reference.types import (
+from arbitor.reference.constants import (
     DEFAULT_GROUP_SIZE,
     EXPONENT_MAX,
     EXPONENT_MIN,
@@ -22,10 +20,12 @@ from arbitor.reference.types import (
     INIT_LOW_BYTE,
     INIT_NONZERO,
     RESERVED_STEP,
-    TernaryWeight,
     groups_per_row,
     level_range,
 )
+from arbitor.reference.ops.dither import dither_bytes
+from arbitor.reference.ops.packing import digits_at, weight_of_trits
+from arbitor.reference.types import TernaryWeight
 
 
 def group_scales(exponents: Tensor, *, mantissa_bits: int = 0) -> Tensor:
@@ -105,7 +105,7 @@ def initial_weight(
         dither = dither_bytes(ids, group_size=group_size, seed=seed, step=RESERVED_STEP, tensor_id=tensor_id)
         places = dither[..., :group_size].reshape(num_rows, -1)[:, :num_columns]
         trits = (places >= INIT_HIGH_BYTE).to(torch.int8) - (places < INIT_LOW_BYTE).to(torch.int8)
-    return TernaryWeight.from_trits(trits, exponents, group_size)
+    return weight_of_trits(trits, exponents, group_size)
 
 
 def constant_weight(
@@ -130,4 +130,4 @@ def constant_weight(
     trits = torch.full((num_rows, num_columns), trit, dtype=torch.int8, device=device)
     groups = groups_per_row(num_columns, group_size)
     exponents = torch.full((num_rows, groups), exponent, dtype=torch.int8, device=device)
-    return TernaryWeight.from_trits(trits, exponents, group_size)
+    return weight_of_trits(trits, exponents, group_size)

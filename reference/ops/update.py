@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
-from arbitor.reference.ops.dither import dither_bytes
-from arbitor.reference.ops.packing import pack_trits, unpack_trits
-from arbitor.reference.ops.votes import stochastic_votes
-from arbitor.reference.types import (
+from arbitor.reference.constants import (
     ACCUM_MAX,
     DEFAULT_THETA,
     DEFAULT_THETA_E,
     EXPONENT_RULES,
     ON_FLIP,
     SCORE_SHIFT,
-    TernaryWeight,
     level_range,
 )
+from arbitor.reference.ops.dither import dither_bytes
+from arbitor.reference.ops.packing import pack_trits, trits_of, unpack_trits
+from arbitor.reference.ops.votes import stochastic_votes
+from arbitor.reference.types import TernaryWeight
 
 
 def accumulate(
@@ -63,7 +63,7 @@ def accumulate(
 
     exponent_accum = weight.exponent_accum.clone()
     if exponent_rule != "frozen":
-        signed = votes_NK.to(torch.int32) * weight.trits()[rows]
+        signed = votes_NK.to(torch.int32) * trits_of(weight)[rows]
         padded = torch.nn.functional.pad(signed, (0, groups * weight.group_size - num_columns))
         score = padded.reshape(-1, groups, weight.group_size).sum(dim=2)
         if exponent_rule == "score":
@@ -117,7 +117,7 @@ def apply_step(
     exponents[rows] = (exponents[rows].to(torch.int16) - full).clamp(low, high).to(torch.int8)
     exponent_accum[rows] = (count - full * theta_e).to(torch.int8)
 
-    trit_accum, trits = weight.trit_accum.clone(), weight.trits()
+    trit_accum, trits = weight.trit_accum.clone(), trits_of(weight)
     count = trit_accum[rows].to(torch.int16)
     full = (count >= theta).to(torch.int16) - (count <= -theta).to(torch.int16)
     trits[rows] = (trits[rows] - full).clamp(-1, 1).to(torch.int8)

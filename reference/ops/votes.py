@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
+from arbitor.reference.constants import ACCUM_MAX, DEFAULT_GROUP_SIZE, SILENT_ROW, groups_per_row
 from arbitor.reference.ops.dither import dither_bytes
-from arbitor.reference.types import ACCUM_MAX, DEFAULT_GROUP_SIZE, SILENT_ROW, groups_per_row
 
 
 def row_exponents(grad_NK: Tensor) -> Tensor:

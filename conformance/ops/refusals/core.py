@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from arbitor.reference.types import RESERVED_STEP
+from arbitor.reference.constants import RESERVED_STEP
 from conformance.ops.refusals.refusal import (
     CLOCK,
     F16,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arbitor.reference.ops.packing import weight_of_trits
 from arbitor.reference.types import TernaryWeight
 from conformance.subject import Subject
 
@@ -44,7 +45,7 @@ def refused(op: str, why: str, error: type[Exception], says: str, *args: Any, **
 def weight(num_rows: int = 3, num_columns: int = 14) -> TernaryWeight:
     """Return a small weight of ones."""
     trits = torch.ones(num_rows, num_columns, dtype=torch.int8)
-    return TernaryWeight.from_trits(trits, torch.zeros(num_rows, -(-num_columns // 12), dtype=torch.int8))
+    return weight_of_trits(trits, torch.zeros(num_rows, -(-num_columns // 12), dtype=torch.int8))
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from arbitor.reference import inventory as areas
 from arbitor.reference.config import ArbConfig, with_modules
 from arbitor.reference.presets import PRESETS
+from arbitor.reference.seeds import inventory as areas
 
 MIB = 2**20
 """Bytes of a mebibyte, the seeds' unit of state."""

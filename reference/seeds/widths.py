@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 from arbitor.reference.config import ArbConfig
-from arbitor.reference.inventory import COUNTS, inventory
+from arbitor.reference.seeds.inventory import COUNTS, inventory
 
 Choices = Mapping[str, Sequence[int]]
 """Alternatives for some fields of a configuration."""

@@ -1,7 +1,7 @@
 """Search for the widths that the seeds leave open, so that the presets named after them have the weights they report.
 
-    python -m arbitor.reference.preset_search              # every preset
-    python -m arbitor.reference.preset_search --preset r12
+    python -m arbitor.reference.seeds.search              # every preset
+    python -m arbitor.reference.seeds.search --preset r12
 
 Each search starts from a wish, the widths one would choose with no figure to meet, and lists alternatives for some of them. Of
 the combinations that meet the figure exactly it takes the roundest and nearest to the wish (width_search.py); where none is
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 
 from arbitor.reference.config import ArbConfig
-from arbitor.reference.inventory import (
+from arbitor.reference.seeds.inventory import (
     ATTENTION,
     BYTE_HEAD,
     EMBEDDING,
@@ -27,7 +27,7 @@ from arbitor.reference.inventory import (
     moe_weights,
     shared_vq_weights,
 )
-from arbitor.reference.width_search import exactly, nearest, offers, with_rows
+from arbitor.reference.seeds.widths import exactly, nearest, offers, with_rows
 
 R12_TOTAL, R12_TRUNK, R12_CORE = 1_268_095_232, 1_246_223_808, 123_996_160
 """REFACTOR12's weights: all of the default core; without codes and graph; without experts too."""

@@ -1,0 +1,122 @@
+"""The constants of the format and of the rules, with their units, and the sizes that follow from them.
+
+Legend: K columns (inputs, or width), G columns a group, KG = ceil(K / G) groups a row, b mantissa bits.
+"""
+
+from __future__ import annotations
+
+TRITS_PER_BYTE = 5
+"""Trits in one packed byte; 3**5 = 243 values."""
+
+MAX_PACKED_BYTE = 242
+"""Largest valid packed byte; 243 to 255 encode nothing and are rejected."""
+
+GROUP_SIZES = (6, 12, 16, 24, 32, 48, 64, 96)
+"""Allowed columns per exponent. The seeds call 12 "T32"."""
+
+DEFAULT_GROUP_SIZE = 12
+"""Columns per exponent unless said otherwise."""
+
+EXPONENT_MIN, EXPONENT_MAX = -32, 15
+"""Range of the exponent E, in powers of two. Updates saturate at level_range: here, or with b mantissa bits at -32 * 2**b and
+16 * 2**b - 1."""
+
+MANTISSA_BITS = (0, 1, 2)
+"""Allowed mantissa bits b of a scale; two are the most for which 2**b * EXPONENT_MIN fits an int8."""
+
+DEFAULT_MANTISSA_BITS = 2
+"""Mantissa bits of a model's weights unless said otherwise: a full count moves a scale by a quarter or less, not by an octave."""
+
+ACCUM_MAX = 127
+"""Accumulators saturate at plus and minus this many votes, so -128 never occurs."""
+
+DEFAULT_THETA = 64
+"""Votes after which a trit moves by one level."""
+
+DEFAULT_THETA_E = 127
+"""Votes after which an exponent moves by one level."""
+
+DEFAULT_ORTHOGONAL_STEPS = 3
+"""Newton-Schulz steps that orthogonalise the gradient of a matrix before it votes."""
+
+MAX_ORTHOGONAL_STEPS = 10
+"""Most of them: ten raise a direction of 2^-17 of the norm to 1, and a smaller one is noise."""
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of x, x^3 and x^5 in a step. A singular value grows up to 3.44-fold while small, and never beyond 1.21."""
+
+MIN_ORTHOGONAL_RANK = 32
+"""Smaller side from which the gradient of a matrix is orthogonalised; a narrower one has few directions to even out."""
+
+SCORE_SHIFT = 5
+"""k of the score rule: a group's score counts for 2**-k votes on its exponent."""
+
+EXPONENT_RULES = ("score", "sign", "frozen")
+"""How a group's score votes on its exponent: by size, by sign, or not at all."""
+
+ON_FLIP = ("reset", "carry")
+"""What a trit's accumulator holds after it reached theta: nothing, or what exceeds theta."""
+
+INIT_NONZERO = 0.617
+"""Share of non-zero trits at the start: P(|z| > 0.5) for z ~ N(0, 1)."""
+
+INIT_LOW_BYTE, INIT_HIGH_BYTE = 79, 177
+"""A dither byte below the first starts a trit at -1, from the second on at +1: 79 + 79 of 256 values, 61.7 %."""
+
+DEFAULT_EPS = 1e-6
+"""Added to the mean square of RMSNorm, so that a row of zeros stays a row of zeros."""
+
+SILENT_ROW = 1 << 15
+"""Row exponent of a gradient row that casts no votes because its mean square is zero or not finite."""
+
+RESERVED_STEP = 0xFFFFFFFF
+"""Dither step of the initialisation; updates use the steps below it."""
+
+
+MAX_CODE_DIM = 128
+"""Most columns of a codebook: up to there every sum of the search is exact in float32, in any order."""
+
+CODE_EXPONENT_MIN, CODE_EXPONENT_MAX = -5, 2
+"""Exponents as the search sees them: those of a codebook are clamped to this range."""
+
+QUERY_STEPS, QUERY_MAX = 16, 127
+"""A vector is searched for in whole sixteenths, from -127 to 127 of them."""
+
+MAX_SIGN_BITS = 30
+"""Most columns whose signs may number the buckets of a codebook."""
+
+USAGE_MAX = 32767
+"""Counts of use saturate here."""
+
+STRENGTH_MAX = 127
+"""Strengths of memory rows saturate here."""
+
+MAX_ORDER = 16
+"""Most codes of an n-gram."""
+
+ALIVE_QUERY = 8
+"""Sixteenths from which on a revived code takes the sign of the vector that it is made from, and below which it takes 0."""
+
+REVIVAL_BLOCK = 255
+"""Philox block of the draws that revive codes; dither uses blocks 0 to 6."""
+
+MAX_NEIGHBOURS = 16
+"""Most neighbours of a node in a table that keeps them: the signs of a row are then one word."""
+
+SCORE_MAX = 127
+"""Scores of neighbours saturate here."""
+
+
+def groups_per_row(num_columns: int, group_size: int) -> int:
+    """Return KG = ceil(K / G), the number of exponents of a row of K columns."""
+    return -(-num_columns // group_size)
+
+
+def packed_bytes(num_trits: int) -> int:
+    """Return the canonical packed size of `num_trits` trits, in bytes."""
+    return -(-num_trits // TRITS_PER_BYTE)
+
+
+def level_range(mantissa_bits: int) -> tuple[int, int]:
+    """Return the smallest and largest stored scale level E * 2**b + m for b mantissa bits."""
+    return EXPONENT_MIN << mantissa_bits, ((EXPONENT_MAX + 1) << mantissa_bits) - 1
