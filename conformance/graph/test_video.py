@@ -18,7 +18,8 @@ from torch import Tensor
 from arbitor.reference import ops
 from arbitor.reference.config import HALT_THRESHOLD
 from arbitor.reference.constants import DEFAULT_EPS
-from arbitor.reference.graph.state import GraphContext, TernaryModule
+from arbitor.reference.graph.context import GraphContext
+from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.graph.video import FIRST_SIGNAL, NOISE_TENSOR, VideoHead, cosine_alphas, stop_shares
 from arbitor.reference.ops.scale import dequantize
 from conformance import oracle
@@ -156,7 +157,7 @@ def test_detached_tokens_still_let_the_weights_vote() -> None:
     """REFACTOR11: the first latent requires a gradient, so the query behind it gets one although tokens are frozen."""
     parts = context(**FIELDS)
     head = VideoHead(parts)
-    with parts.voting.at(rate=1.0, step=0):
+    with parts.voting.taking(rate=1.0, step=0):
         head(tokens().detach()).square().mean().backward()
     for name, module in weights_of(head).items():
         assert module.weight.trit_accum.any(), f"{name} did not vote"
@@ -216,7 +217,7 @@ def test_weight_gradients_are_those_of_plain_autograd() -> None:
         p = left if step == 2 else torch.where(1 - left + p >= HALT_THRESHOLD, left, p)
         total, left = total + p * z, left - p
     total.square().sum().backward()
-    with parts.voting.at(rate=1.0, step=0):
+    with parts.voting.taking(rate=1.0, step=0):
         head(seen, latent).square().sum().backward()
     for name, matrix in matrices.items():  # four weights, four shapes
         alike(found[tuple(matrix.shape)], matrix.grad, name)
@@ -228,7 +229,7 @@ def test_votes_and_steps_of_both_op_sets(subject: Subject) -> None:
     for parts in contexts(subject, **FIELDS):
         head = VideoHead(parts)
         x = integers(3, models.NANO.width, seed=1).to(parts.device)
-        with parts.voting.at(rate=2.0, step=0):
+        with parts.voting.taking(rate=2.0, step=0):
             (head.latent_out(x) * integers(3, 20, seed=2).to(parts.device)).sum().backward()
         head.latent_out.step_weight()
         results.append(parts.ops.to_spec(head.latent_out.weight).to("cpu"))

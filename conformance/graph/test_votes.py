@@ -11,9 +11,9 @@ import torch
 
 from arbitor.reference import ops
 from arbitor.reference.graph import TernaryEmbedding, TernaryLinear, TernaryRMSNorm, layers
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.grouped import TernaryGroupedLinear
 from arbitor.reference.graph.layers import union_of_rows
-from arbitor.reference.graph.state import GraphContext
 from arbitor.reference.ops.packing import trits_of
 from arbitor.reference.ops.scale import dequantize
 from conformance.compare import exact
@@ -50,7 +50,7 @@ def test_a_norm_that_is_not_frozen_votes() -> None:
     parts = context()
     norm = TernaryRMSNorm(parts, 10, frozen=False)
     x = torch.randn(6, 10, generator=torch.Generator().manual_seed(1))
-    with parts.voting.at(rate=1.0, step=0):
+    with parts.voting.taking(rate=1.0, step=0):
         norm(x).pow(3).sum().backward()
     grad = ops.rms_norm_weight_grad(3 * ops.rms_norm(x, norm.weight).square(), x)
     fresh = ops.constant_weight((1, 10), trit=1, exponent=0).with_mantissa(norm.weight.mantissa_bits)
@@ -61,8 +61,9 @@ def test_weights_behind_detached_inputs_vote() -> None:
     parts = context()
     first, second = TernaryLinear(parts, 9, 7), TernaryLinear(parts, 7, 4)
     x = torch.randn(5, 9, generator=torch.Generator().manual_seed(1))
-    with parts.voting.at(rate=1.0, step=0):
+    with parts.voting.taking(rate=1.0, step=0):
         second(first(x).detach()).square().sum().backward()
+    parts.voting.deliver()
     assert second.voted and second.weight.trit_accum.any()
     assert not first.voted and not first.weight.trit_accum.any()
 
@@ -96,7 +97,7 @@ def test_gradient_rows_that_are_not_finite_are_silent_and_counted(vote_rule: str
     x = torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
     y = layer(x)
     y.register_hook(lambda grad: grad * torch.tensor([1.0, math.nan, 1.0, math.inf]))
-    with parts.voting.at(rate=1.0, step=0, size=3):
+    with parts.voting.taking(rate=1.0, step=0, size=3):
         y.sum().backward()
     assert parts.voting.faults == 2
     assert not layer.weight.trit_accum[[1, 3]].any()
@@ -260,7 +261,7 @@ def test_each_use_of_a_weight_votes_on_its_own() -> None:
     layer = TernaryLinear(parts, 8, 8)
     fresh = layer.weight.clone()
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
-    with parts.voting.at(rate=1.0, step=0):
+    with parts.voting.taking(rate=1.0, step=0):
         layer(layer(x)).square().sum().backward()
     y = ops.linear(x, fresh)
     outer = 2 * ops.linear(y, fresh)
@@ -289,7 +290,7 @@ def test_the_gradient_of_a_matrix_is_made_orthogonal_before_it_votes(dtype: torc
             layer.weight.clone(),
             torch.randn(50, 40, generator=torch.Generator().manual_seed(1)).to(dtype),
         )
-        with parts.voting.at(rate=1.0, step=0):
+        with parts.voting.taking(rate=1.0, step=0):
             layer(x).pow(3).sum().backward()
         grad = ops.linear_weight_grad(3 * ops.linear(x, fresh).square(), x)
         if made_so:
@@ -302,7 +303,7 @@ def test_each_expert_is_made_orthogonal_on_its_own() -> None:
     layer = TernaryGroupedLinear(parts, 3, 40, 32)
     fresh, x = layer.weight.clone(), torch.randn(60, 40, generator=torch.Generator().manual_seed(1))
     experts = torch.arange(60) % 2  # the third is not used
-    with parts.voting.at(rate=1.0, step=0):
+    with parts.voting.taking(rate=1.0, step=0):
         layer(x, experts).pow(3).sum().backward()
     y = ops.grouped_linear(x, fresh, experts, num_groups=3)
     grad = ops.grouped_linear_weight_grad(3 * y.square(), x, experts, num_groups=3)
@@ -323,7 +324,7 @@ def test_what_an_expert_votes_does_not_depend_on_how_many_slots_there_are(
         parts = context()
         layer = TernaryGroupedLinear(parts, 3, 40, 64)
         experts = torch.cat([torch.tensor([2, 0]), torch.full((unused,), -1)])
-        with parts.voting.at(rate=5.0, step=0):
+        with parts.voting.taking(rate=5.0, step=0):
             layer(torch.cat([x, x.new_zeros(unused, 40)]), experts).backward(
                 torch.cat([grad, grad.new_zeros(unused, 64)])
             )
@@ -338,7 +339,7 @@ def test_rows_that_are_not_finite_are_counted_where_gradients_are_made_orthogona
     x = torch.randn(50, 40, generator=torch.Generator().manual_seed(1))
     y, grad = layer(x), torch.ones(50, 33)
     grad[3, 7] = math.nan
-    with parts.voting.at(rate=1.0, step=0):
+    with parts.voting.taking(rate=1.0, step=0):
         y.backward(grad)
     silent = torch.arange(33) == 7
     assert int(parts.voting.faults) == 1
@@ -382,7 +383,7 @@ def test_a_row_used_twice_votes_once_with_the_sum() -> None:
     table = TernaryEmbedding(parts, 6, 12)
     fresh = table.weight.clone()
     scale = torch.tensor([1.0, 2.0, -4.0])[:, None]
-    with parts.voting.at(rate=1.0, step=0):
+    with parts.voting.taking(rate=1.0, step=0):
         (table(torch.tensor([4, 1, 4])) * scale).sum().backward()
     grad = torch.tensor([2.0, -3.0])[:, None].expand(2, 12)
     want = ops.accumulate_gradient(fresh, grad, 1.0, seed=5, step=0, tensor_id=0, rows=torch.tensor([1, 4]))

@@ -61,6 +61,7 @@ from arbitor.reference.checks.weights import (
     row_ids,
     row_values,
     rows_of,
+    weight_values,
 )
 
 __all__ = [
@@ -124,4 +125,5 @@ __all__ = [
     "values_between",
     "vote_clock",
     "vote_rate",
+    "weight_values",
 ]

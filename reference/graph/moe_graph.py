@@ -6,18 +6,19 @@ Legend: B batch, P positions, D width, I turns of the loop.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from arbitor.reference.config import HALT_THRESHOLD
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm
+from arbitor.reference.graph.module import ArbModule, TableModule, used
 from arbitor.reference.graph.moe import SharedProjectionMoE
-from arbitor.reference.graph.state import GraphContext, TableModule, used
 
 LEAK_SHIFTS = (1, 2, 3, 4)
 """k of the channels, in turn: a channel keeps 1 - 2**-k of its state from one turn to the next."""
 
 
-class MoEGraph(nn.Module):
+class MoEGraph(ArbModule):
     """Experts that read the stream and the node of each position's code.
 
     Math:    one turn: g = h + node; h <- h + MoE(RMSNorm(g)); without experts h <- g
@@ -26,7 +27,7 @@ class MoEGraph(nn.Module):
     """
 
     def __init__(self, context: GraphContext, *, output_gain: float = 1.0) -> None:
-        super().__init__()
+        super().__init__(context)
         self.has_moe = context.config.use_moe
         if self.has_moe:
             self.moe_norm = TernaryRMSNorm(context, context.config.width)
