@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from arbitor.reference.graph.codebook import TernaryVQCodebook
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryLinear
-from arbitor.reference.graph.module import ArbModule, TernaryModule, in_own_dtype
+from arbitor.reference.graph.module import ArbModule, TernaryModule, as_it_is
 from arbitor.reference.graph.sequencer import audio_batch
 from arbitor.reference.graph.units import unit_rows, widened
 
@@ -118,7 +118,7 @@ class AudioVQEncoder(ArbModule):
         logits_BFV, ids_BF, _ = self.encode(audio)
         return logits_BFV, ids_BF
 
-    @in_own_dtype
+    @as_it_is
     def encode(self, audio: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return logits and tokens of each frame, and the two losses of the codebook by name."""
         audio_BT = audio_batch(audio)

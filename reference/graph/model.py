@@ -26,7 +26,7 @@ from arbitor.reference.graph.heads import ByteHead
 from arbitor.reference.graph.layers import TernaryRMSNorm
 from arbitor.reference.graph.ledger import KVLedger, LayerLedger
 from arbitor.reference.graph.memory import MemGram
-from arbitor.reference.graph.module import ArbModule, PartList, in_own_dtype
+from arbitor.reference.graph.module import ArbModule, PartList, as_it_is
 from arbitor.reference.graph.moe_graph import MoEGraph, RecurrentMoEGraph
 from arbitor.reference.graph.router import OutputRouter
 from arbitor.reference.graph.sequencer import AudioSequencer, ByteEmbedding, ImageSequencer, TrigramSequencer
@@ -143,7 +143,7 @@ class ArbModel(Stateful):
         self.video_head = VideoHead(context) if config.video_latent else None
         self.talker_head = TalkerHead(context) if config.talker_tokens else None
 
-    @in_own_dtype
+    @as_it_is
     def trunk(
         self,
         ids_BT: Tensor,
@@ -217,13 +217,13 @@ class ArbModel(Stateful):
         ledger.end(last_BV.argmax(dim=-1) if choose is None else choose(last_BV))
         return logits_BPV
 
-    @in_own_dtype
+    @as_it_is
     def read(self, ids_BT: Tensor | None, ledger: KVLedger, **media: Any) -> Tensor:
         """Begin a pass as `forward` does, and return its logits; the `end` of the ledger must follow."""
         window_BT = ledger.begin(ids_BT)
         return self.byte_head(self._text(self.trunk(window_BT, ledger=ledger, **media), window_BT))
 
-    @in_own_dtype
+    @as_it_is
     def respond(self, ids_BT: Tensor | None, *, ledger: KVLedger | None = None, **media: Any) -> Response:
         """Return what the head that the router chooses for each sequence makes of it; nothing votes.
 
@@ -268,7 +268,7 @@ class ArbModel(Stateful):
         """Return the stream of the text positions, the last of the trunk."""
         return trunk.h_BPD[:, 2 - ids_BT.shape[1] :]
 
-    @in_own_dtype
+    @as_it_is
     def losses(self, ids_BT: Tensor, **media: Any) -> dict[str, Tensor]:
         """Return the components of the loss, float32 [], by name.
 
@@ -278,7 +278,7 @@ class ArbModel(Stateful):
         trunk = self._trunk_with_targets(ids_BT, media)
         return {"bytes": self._byte_loss(trunk, ids_BT), **trunk.losses, **self._proposal_losses(trunk)}
 
-    @in_own_dtype
+    @as_it_is
     def loss(self, ids_BT: Tensor, **media: Any) -> Tensor:
         """Return the component `bytes` of `losses` alone: what a model is judged by. It costs no proposals."""
         return self._byte_loss(self._trunk_with_targets(ids_BT, media), ids_BT)
@@ -312,7 +312,7 @@ class ArbModel(Stateful):
             [LOSS_WEIGHTS.get(name, 1.0) * _scalar(f"loss[{name!r}]", value) for name, value in loss.items()]
         ).sum()
 
-    @in_own_dtype
+    @as_it_is
     def backward(
         self,
         loss: Tensor | Mapping[str, Tensor],

@@ -99,15 +99,22 @@ class PartDict(Part, nn.ModuleDict):
     """Modules of the graph by name."""
 
 
-def in_own_dtype(method: Method) -> Method:
-    """Return a method of an `ArbModule` that runs with torch.autocast off: the model has a dtype of its own."""
+def as_it_is(method: Method) -> Method:
+    """Return a method of an `ArbModule` that runs as it does by itself, in whatever surroundings.
 
-    @functools.wraps(method)
-    def run(self: ArbModule, *args: Any, **kwargs: Any) -> Any:
+    torch.autocast is off inside of it: the model has a dtype of its own. torch.compile leaves it alone: it compiles tensors, and
+    would lose what passes leave behind; what there is to compile of the model Triton has compiled.
+    """
+
+    def run(self: ArbModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self.context.own_dtype():
             return method(self, *args, **kwargs)
 
-    return cast(Method, run)
+    @functools.wraps(method)
+    def outer(self: ArbModule, *args: Any, **kwargs: Any) -> Any:
+        return uncompiled(run, self, args, kwargs)
+
+    return cast(Method, outer)
 
 
 class ArbModule(Part):
@@ -123,10 +130,10 @@ class ArbModule(Part):
         self.context = context
         self.built_frozen = self.frozen = frozen
 
+    @as_it_is
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what `forward` does, computed in the model's own dtype."""
-        with self.context.own_dtype():
-            return super().__call__(*args, **kwargs)
+        """Return what `forward` returns."""
+        return super().__call__(*args, **kwargs)
 
     @property
     def ops(self) -> ModuleType:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from arbitor.reference import checks
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryLinear
-from arbitor.reference.graph.module import ArbModule, in_own_dtype
+from arbitor.reference.graph.module import ArbModule, as_it_is
 from arbitor.reference.graph.units import unit_rows, widened
 
 MAX_TOKENS = 2**31 - 1
@@ -33,7 +33,7 @@ class TalkerHead(ArbModule):
             context, context.config.width, context.config.talker_tokens, orthogonal=False
         )
 
-    @in_own_dtype
+    @as_it_is
     def token_logits(self, x_BPD: Tensor) -> Tensor:
         """Return the logits of each position's token, float32 [B, P, V]: what cross-entropy trains."""
         return widened(self.tokens(unit_rows(x_BPD)))
