@@ -17,7 +17,7 @@ import torch
 from arbitor.optimized.training import generate as generation
 from arbitor.optimized.training import loop
 from arbitor.optimized.training.checkpoint import load_checkpoint
-from arbitor.optimized.training.plan import CHANGES
+from arbitor.optimized.training.options import CHANGES
 from arbitor.reference.audit import audit
 from arbitor.reference.config import MEMORY_ROWS, SIGN_VOTES
 from arbitor.reference.graph import ArbModel
@@ -161,6 +161,44 @@ def test_train_refuses_to_start_twice(here: Here, finished: Path, text: Path) ->
     before = sorted((path.name, path.stat().st_mtime_ns) for path in finished.iterdir())
     check_refused(here(*train(text, finished)), 1, "already holds a run", "--resume")
     assert sorted((path.name, path.stat().st_mtime_ns) for path in finished.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "sentence"),
+    [
+        ("train", ["--no-save", "--save-interval", "3"], "save_interval is 3, but does nothing"),
+        ("train", ["--preset", "small", "--disable-vq"], "disable_vq is True, but changes nothing"),
+        ("audit", ["--preset", "small", "--disable-graph"], "disable_graph is True, but changes nothing"),
+        ("smoke", ["--preset", "tiny", "--enable-memory"], "enable_memory is True, but changes nothing"),
+        ("audit", ["--max-moe-iters", "2"], "max_moe_iters is 2, but changes nothing of the preset tiny"),
+        ("audit", ["--disable-moe", "--max-moe-iters", "3"], "does nothing in a model without experts"),
+        ("generate", ["--temperature", "0", "--seed", "0"], "--seed was given, but does nothing with --temp"),
+        ("generate", ["--bytes", "0", "--seed", "1"], "--seed was given, but does nothing with --bytes 0"),
+        (
+            "generate",
+            ["--bytes", "0", "--temperature", "1"],
+            "--temperature was given, but does nothing with",
+        ),
+        ("generate", ["--bytes", "0", "--no-cuda-graph"], "--cuda-graph was given, but does nothing with"),
+        ("generate", ["--context", "9"], "--context was given, but does nothing without --prompt"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_nothing_reads_is_refused(
+    here: Here, text: Path, tmp_path: Path, command: str, more: list[str], sentence: str
+) -> None:
+    arguments = {
+        "train": train(text, tmp_path / "run", *more),
+        "generate": generate(tmp_path, *more),
+    }
+    check_refused(here(*arguments.get(command, [command, *more])), 2, sentence)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_at_its_default_is_never_refused(here: Here, finished: Path) -> None:
+    for more in (["--temperature", "0", "--bytes", "1"], ["--bytes", "0"], ["--prompt", "", "--bytes", "1"]):
+        result = here(*generate(finished, *more))
+        assert result.returncode == 0, result.stderr.decode()
 
 
 @pytest.mark.parametrize(

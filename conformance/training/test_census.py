@@ -11,9 +11,16 @@ import pytest
 import torch
 
 from arbitor.optimized.training import census as census_of
-from arbitor.optimized.training.census import Census, by_kind, code_use, count_accumulators, count_state
+from arbitor.optimized.training.census import (
+    KINDS,
+    Census,
+    by_kind,
+    code_use,
+    count_accumulators,
+    count_state,
+    kind_of,
+)
 from arbitor.optimized.training.checkpoint import state_sha256
-from arbitor.optimized.training.kinds import KINDS, kind_of
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.parts import row_parts

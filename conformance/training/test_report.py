@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 
+from arbitor.optimized.training.census import KINDS
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.optimized.training.kinds import KINDS
 from arbitor.optimized.training.report import plot_loss, write_report
 from arbitor.optimized.training.schedule import rate
 
@@ -83,11 +84,10 @@ def test_the_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
     path = tmp_path / "report.png"
     path.write_bytes(b"before")
 
-    def full_disk(self: Path, content: bytes) -> int:
-        open(self, "wb").close()
+    def full_disk(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(TrainingError, match=r"cannot write .*report\.png.*No space left"):
         write_report(path, lines(), {}, baselines={}, steps=30, planned_rate=lambda step: rate(step, 30))
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]

@@ -13,8 +13,10 @@ import hashlib
 import os
 import stat
 import sysconfig
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -130,6 +132,24 @@ def load_corpus(source: str) -> Corpus:
         sha256=hashlib.sha256(data).hexdigest(),
         num_files=len(chunks),
     )
+
+
+def check_same_data(corpus: Corpus, recorded: Mapping[str, Any] | None) -> None:
+    """Refuse to go on with other bytes than the run was started with.
+
+    Args:
+        corpus: the bytes now.
+        recorded: settings of the run that is resumed, or None for a new one.
+
+    Raises:
+        TrainingError: the digests differ.
+    """
+    if recorded is not None and recorded["data_sha256"] != corpus.sha256:
+        raise TrainingError(
+            f"the run was started with data {recorded['data']!r} of {recorded['data_bytes']} bytes with SHA-256 "
+            f"{recorded['data_sha256'][:12]}... and cannot go on with data {corpus.source!r} of "
+            f"{corpus.data_N.numel()} bytes with SHA-256 {corpus.sha256[:12]}..."
+        )
 
 
 def split_corpus(corpus: Corpus, context: int) -> Split:

@@ -7,16 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arbitor.optimized.training.kinds import KINDS
-from arbitor.optimized.training.run_folder import write_file
+from arbitor.optimized.training.census import KINDS
+from arbitor.optimized.training.whole_file import told, write_whole
 from arbitor.reference.constants import ACCUM_MAX
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-LOSS_PLOT, REPORT = "loss.png", "report.png"
-"""File names in the run folder."""
 
 PAGE_INCHES, PAGE_DPI = (17.0, 11.0), 100
 """Size of the page, and dots per inch: 1700 by 1100 points."""
@@ -119,7 +116,8 @@ def _write(path: Path, figure: Figure, *, dpi: int) -> None:
     """Render in memory, then write the file whole."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=dpi)
-    write_file(path, content.getvalue())
+    with told(repr(str(path))):
+        write_whole(path, content.getvalue())
 
 
 def _look(kind: str) -> dict[str, Any]:

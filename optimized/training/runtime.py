@@ -17,10 +17,8 @@ import torch
 
 from arbitor.optimized import settings
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.options import ROWS
 from arbitor.optimized.version import package_version
-
-DEVICES = ("auto", "cpu", "cuda")
-"""What ``--device`` takes."""
 
 OP_SETS = {"reference": "arbitor.reference.ops", "triton": "arbitor.optimized.ops"}
 """The op sets that a model can be built on, by name of the backend."""
@@ -102,13 +100,8 @@ def choose_runtime(device: str = "auto", backend: str | None = None, dtype: str 
         TrainingError: the device is not there, or the op set can't run on it.
         ValueError: an unknown name, also in ``ARB_BACKEND``.
     """
-    for name, value, allowed in (
-        ("device", device, DEVICES),
-        ("backend", backend, (None, *settings.BACKENDS)),
-        ("dtype", dtype, (None, "float32", "bfloat16")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(str, allowed))}")
+    for name, value in (("device", device), ("backend", backend), ("dtype", dtype)):
+        ROWS[name].check(value)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
