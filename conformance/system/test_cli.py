@@ -145,7 +145,8 @@ def test_train_takes_bytes_that_are_no_text(here: Here, tmp_path: Path) -> None:
     sample = (tmp_path / "run" / "sample.txt").read_bytes()
     with pytest.raises(UnicodeDecodeError):
         sample.decode()
-    result.stdout.decode()  # while what is printed can be read
+    # While what is printed can be read.
+    result.stdout.decode()
 
 
 def test_train_prints_a_table_and_a_sample(finished: Path) -> None:
@@ -304,7 +305,8 @@ def test_generate_is_deterministic(here: Here, finished: Path) -> None:
 def test_generate_passes_bytes_through_a_pipe_and_cleans_them_for_a_terminal(
     here: Here, finished: Path
 ) -> None:
-    raw = "\udcff\x1b["  # a byte that is no UTF-8, and the start of an escape sequence
+    # A byte that is no UTF-8, and the start of an escape sequence.
+    raw = "\udcff\x1b["
     assert here(*generate(finished, "--prompt", raw, "--bytes", "0")).stdout == b"\xff\x1b["
     leader, follower = pty.openpty()
     command = [sys.executable, "-m", PLAIN, "generate", "--run", str(finished), "--device", "cpu"]

@@ -309,7 +309,8 @@ def test_save_latest_crashed_at_any_moment_leaves_a_loadable_checkpoint(
     except Crash:
         crashed = True
     monkeypatch.undo()
-    assert crashed == (moment <= 5)  # the file, two renames, and the folder after each
+    # The file, two renames, and the folder after each.
+    assert crashed == (moment <= 5)
 
     again = RunFolder(tmp_path)
     with again.owned():
@@ -337,7 +338,8 @@ def test_load_newest_falls_back_and_the_next_save_keeps_what_is_good(tmp_path: P
     assert checkpoint is not None and checkpoint.step == 1
     assert len(refusals) == 1 and "latest.safetensors" in refusals[0]
     again.save_latest(weights, step=2, **METADATA)
-    assert load_checkpoint(tmp_path / "previous.safetensors").step == 1  # not the damaged one
+    # Not the damaged one.
+    assert load_checkpoint(tmp_path / "previous.safetensors").step == 1
     for name in ("latest", "previous"):
         (tmp_path / f"{name}.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"latest.*previous.*no checkpoint is left"):

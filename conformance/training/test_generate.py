@@ -100,7 +100,8 @@ def test_generate_never_draws_an_id_that_is_no_byte() -> None:
 
     drawn = run(Scripted(marks), b"abc", 300, temperature=5.0)
     assert len(drawn) == 300
-    assert len(set(drawn)) > 150  # all 256 bytes are equally likely
+    # All 256 bytes are equally likely.
+    assert len(set(drawn)) > 150
 
 
 def test_generate_follows_the_temperature() -> None:
@@ -110,10 +111,8 @@ def test_generate_follows_the_temperature() -> None:
         return logits
 
     shares = {t: run(Scripted(two), b"abc", 2000, temperature=t).count(b"A") / 2000 for t in (0.25, 1.0, 4.0)}
-    for (
-        temperature,
-        share,
-    ) in shares.items():  # the odds of A are exp(1 / t); five standard deviations are 0.056
+    # The odds of A are exp(1 / t). Five standard deviations are 0.056.
+    for temperature, share in shares.items():
         expected = 1 / (1 + torch.tensor(-1 / temperature).exp().item())
         assert abs(share - expected) < 0.056
     assert run(Scripted(two), b"abc", 50, temperature=1e-30) == b"A" * 50

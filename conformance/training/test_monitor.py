@@ -27,11 +27,12 @@ def test_monitor_writes_metrics_and_events(tmp_path: Path) -> None:
     monitor = Monitor(RunFolder(tmp_path), steps=4)
     monitor.log(0, {"val_bpb": 8.5})
     monitor.log(2, {"train_bpb": 4.25, "val_bpb": None, "skipped": 0})
-    lines = (RunFolder(tmp_path).metrics).read_text().splitlines()
+    # Readable before the monitor is closed.
+    lines = RunFolder(tmp_path).metrics.read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {"step": 0, "val_bpb": 8.5},
         {"step": 2, "train_bpb": 4.25, "val_bpb": None, "skipped": 0},
-    ]  # readable before the monitor is closed
+    ]
     assert events_of(tmp_path, "train_bpb") == [(2, 4.25)]
     assert events_of(tmp_path, "val_bpb") == [(0, 8.5)]
     monitor.close()
@@ -44,7 +45,8 @@ def test_monitor_of_a_resumed_run_cuts_what_comes_again(tmp_path: Path) -> None:
         first.log(step, {"train_bpb": float(step)})
     first.close()
     with open(RunFolder(tmp_path).metrics, "a") as file:
-        file.write('{"step": 3, "train_')  # torn by a crash
+        # Torn by a crash.
+        file.write('{"step": 3, "train_')
     second = Monitor(RunFolder(tmp_path), steps=9, start_step=5)
     assert [line["step"] for line in read_metrics(RunFolder(tmp_path).metrics)] == [1, 2, 3, 4, 5]
     second.log(6, {"train_bpb": 60.0})

@@ -73,9 +73,11 @@ def test_the_page_shows_what_the_lines_hold(tmp_path: Path) -> None:
     image = pixels(path)
     assert image.shape[:2] == (1100, 1700)
     assert len(numpy.unique(image.reshape(-1, image.shape[2]), axis=0)) > 100
-    assert 0.02 < (image[..., :3].min(axis=2) < 0.9).mean() < 0.5  # neither blank nor black
+    # Neither blank nor black.
+    assert 0.02 < (image[..., :3].min(axis=2) < 0.9).mean() < 0.5
     fewer = [page(lines(**groups)) for groups in ({"codebooks": CODES}, {"experts": EXPERTS}, {})]
-    short = [page(lines()[:2]), page(lines()[:1]), page([])]  # no drift yet; no report yet; nothing
+    # No drift yet; no report yet; nothing.
+    short = [page(lines()[:2]), page(lines()[:1]), page([])]
     assert len({full, *fewer, *short}) == 7
     assert [other.name for other in tmp_path.iterdir()] == ["report.png"]
 

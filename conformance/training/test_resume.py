@@ -32,7 +32,8 @@ def test_train_remembers_the_best_model_from_before_it_was_killed(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    script = {0: 1.0, 2: 4.0, 4: 5.0, 6: 4.5, 8: 4.25}  # the untrained model is no candidate
+    # The untrained model is no candidate.
+    script = {0: 1.0, 2: 4.0, 4: 5.0, 6: 4.5, 8: 4.25}
 
     def scripted(*arguments: object, **named: object) -> float:
         return script[len(steps_taken)]
@@ -69,7 +70,8 @@ def test_train_killed_and_resumed_ends_the_same(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = outcome(tmp_path / "whole", train(options(text, tmp_path / "whole", accum=2)).summary)
-    for step in (0, 1, 4, 7):  # before any save but the first, after it, just after one, and in the last step
+    # Before any save but the first, after it, just after one, and in the last step.
+    for step in (0, 1, 4, 7):
         folder = tmp_path / f"killed-{step}"
         with monkeypatch.context() as patch:
             kill_at(patch, step)

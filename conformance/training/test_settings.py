@@ -160,7 +160,8 @@ def test_a_preset_may_be_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "mine.json").write_text(replace(NANO, name="mine", width=NANO.width + 12).to_json())
     monkeypatch.chdir(tmp_path)
     settings = decide(TrainOptions(preset="mine.json", disable_moe=True), None)
-    assert settings.preset == str(tmp_path / "mine.json")  # so that a run can be resumed from another folder
+    # So that a run can be resumed from another folder.
+    assert settings.preset == str(tmp_path / "mine.json")
     assert settings_config(settings) == replace(NANO, name="mine", width=NANO.width + 12, use_moe=False)
     assert settings.batch == preset_defaults("mine")["batch"]
 

@@ -64,15 +64,15 @@ class Segments:
     runs: tuple[tuple[int, int], ...]
 
     def num_bytes(self) -> int:
-        """How many bytes the runs hold together."""
+        """Return how many bytes the runs hold together."""
         return sum(end - start for start, end in self.runs)
 
     def num_windows(self, context: int) -> int:
-        """How many windows of ``context`` bytes lie inside a run, at any offset."""
+        """Return how many windows of ``context`` bytes lie inside a run, at any offset."""
         return sum(max(0, end - start - context + 1) for start, end in self.runs)
 
     def window_starts(self, index_B: torch.Tensor, context: int) -> torch.Tensor:
-        """The offset in the corpus of each numbered window.
+        """Return the offset in the corpus of each numbered window.
 
         Args:
             index_B: int64 [B], each in [0, ``num_windows(context)``).
@@ -99,7 +99,7 @@ class Split:
 
 
 def load_corpus(source: str) -> Corpus:
-    """Read a corpus.
+    """Return a corpus, read.
 
     Args:
         source: ``stdlib`` for the Python sources that every Python carries (with the texts of
@@ -153,7 +153,7 @@ def check_same_data(corpus: Corpus, recorded: Mapping[str, Any] | None) -> None:
 
 
 def split_corpus(corpus: Corpus, context: int) -> Split:
-    """Cut a corpus into training and validation bytes.
+    """Return a corpus cut into training and validation bytes.
 
     Blocks of 64 KiB, every tenth of them for validation. A corpus of fewer than ten such blocks has blocks of
     a tenth of its length, or of one context where that is longer; the last block is then the validation. The
@@ -197,7 +197,7 @@ def split_corpus(corpus: Corpus, context: int) -> Split:
 def training_batch(
     corpus: Corpus, split: Split, *, batch: int, context: int, seed: int, micro_step: int
 ) -> torch.Tensor:
-    """The windows of one micro-batch, drawn with replacement from every offset of the training bytes.
+    """Return the windows of one micro-batch, drawn with replacement from every offset of the training bytes.
 
     A pure function of (seed, micro_step): the offsets are SHAKE-256 of the two, 63 bits a window.
 
@@ -218,7 +218,7 @@ def training_batch(
 
 
 def validation_windows(corpus: Corpus, split: Split, *, count: int, context: int) -> torch.Tensor:
-    """The fixed windows a run is judged by, spread evenly over the validation bytes; the same for every seed.
+    """Return the fixed windows that a run is judged by, spread evenly over the validation bytes; the same for every seed.
 
     Args:
         corpus, split: the bytes and how they are cut.
@@ -248,7 +248,7 @@ def _read(path: Path) -> bytes:
 
 
 def _walk(root: Path, skipped: frozenset[str] = frozenset()) -> list[Path]:
-    """Regular files under a folder, sorted by the bytes of their relative path."""
+    """Return the regular files under a folder, sorted by the bytes of their relative path."""
 
     def refuse(error: OSError) -> None:
         raise TrainingError(

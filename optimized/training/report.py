@@ -193,9 +193,8 @@ def _draw_kinds(
     first, last = lines[0]["step"], lines[-1]["step"]
     if drawn and logarithmic:
         axes.set_yscale("log")
-        if (
-            max(drawn) / min(drawn) < 10
-        ):  # at least a whole power of ten, so that there is a number on the axis
+        # At least a whole power of ten, so that there is a number on the axis.
+        if max(drawn) / min(drawn) < 10:
             axes.set_ylim(min(drawn) / 3, max(drawn) * 3)
     elif any(drawn):
         axes.set_ylim(bottom=0)
@@ -244,7 +243,8 @@ def _draw_codes(axes: Axes, lines: Metrics, kinds: Sequence[str]) -> None:
                 )
     for what, style in styles.items():
         axes.plot([], [], color="0.3", linestyle=style, linewidth=1.2, label=what)
-    axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the legend
+    # Room for the legend.
+    axes.set_ylim(0, 1.4 * axes.get_ylim()[1])
     axes.legend(fontsize=8, loc="upper right", ncols=2)
     _label(axes, "codes", xlabel="step", ylabel="% of the codebook")
 
@@ -262,7 +262,8 @@ def _draw_experts(axes: Axes, lines: Metrics, kinds: Sequence[str]) -> None:
                     *zip(*points, strict=True), color=_colour(i), linestyle=style, linewidth=1.2, label=label
                 )
     axes.axhline(1, color="0.6", linewidth=0.8)
-    axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the legend
+    # Room for the legend.
+    axes.set_ylim(0, 1.4 * axes.get_ylim()[1])
     axes.legend(fontsize=8, loc="upper right", ncols=2)
     _label(
         axes,
