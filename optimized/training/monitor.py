@@ -175,7 +175,7 @@ def _progress_bar(console: Console, steps: int, start_step: int) -> tuple[Progre
 
 
 def _readable(values: Mapping[str, Any], gap: str = "  ") -> str:
-    """The numbers of a step as a reader wants them, in a fixed order."""
+    """Return the numbers of a step as a reader wants them, in a fixed order."""
     forms = (
         ("train_bpb", "bpb {:.3f}"),
         ("val_bpb", "val {:.3f}"),
@@ -186,7 +186,7 @@ def _readable(values: Mapping[str, Any], gap: str = "  ") -> str:
 
 
 def _step_of(line: str) -> float:
-    """The step that a line of metrics is about; infinity where the line is torn."""
+    """Return the step that a line of metrics is about; infinity where the line is torn."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):

@@ -103,7 +103,7 @@ def write_report(
 
 
 def _figure(inches: tuple[float, float], **options: Any) -> Figure:
-    """A figure that no display knows of."""
+    """Return a figure that no display knows of."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -121,7 +121,7 @@ def _write(path: Path, figure: Figure, *, dpi: int) -> None:
 
 
 def _look(kind: str) -> dict[str, Any]:
-    """Colour and stroke of a kind: the same in every panel of every run."""
+    """Return colour and stroke of a kind: the same in every panel of every run."""
     place = KINDS.index(kind)
     return {"color": f"C{place % NUM_COLOURS}", "linestyle": "-" if place < NUM_COLOURS else "--"}
 
