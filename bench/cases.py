@@ -1,7 +1,7 @@
-"""What is timed: every op of the table at its bench shapes, by every implementation; the rest is said, not dropped.
+"""What is timed: every op of the table and some compounds, at each shape, by every implementation.
 
-A case id is `op-shape-implementation`: `linear-7168_m16-ours`. Shapes are those of `op_table`, and for linears M of 1, 16,
-64, 512 and 4096 at each width.
+A case id is `op-shape-implementation`, for example `linear-7168_m16-ours`. Shapes are those of `op_table`. A linear is timed
+with M of 1, 16, 64, 512 and 4096 at each width besides. A case that a machine cannot run is counted, with the reason.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TRAIN_FAMILY = "train_step"
 """Family of the compounds that are a whole train step; it has no file of ops."""
 
 TOKENS = (1, 16, 64, 512, 4096)
-"""Activation rows M that a linear is timed at: decoding one sequence, a few, a batch; training."""
+"""Activation rows M that a linear is timed at. One to 64 rows are what decoding has, 512 and 4096 what training has."""
 
 WIDTHS = ("3072", "7168")
 """Shapes of the table whose N and K the M above are combined with."""
@@ -151,7 +151,7 @@ def families() -> tuple[str, ...]:
 def _with_tokens(shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
     """Return a linear's shapes with the M of TOKENS at each width, those the table has under the table's names."""
     found = dict(shapes)
-    for width in WIDTHS:
+    for width in (width for width in WIDTHS if width in shapes):
         for tokens in TOKENS:
             sizes = {**shapes[width], "M": tokens}
             if all(dict(other) != sizes for other in found.values()):

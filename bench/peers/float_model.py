@@ -59,9 +59,13 @@ class DenseOps:
         self.weights: list[DenseWeight] = []
 
     def from_spec(self, weight: Any) -> DenseWeight:
-        dense = dequantize(weight, dtype=torch.float32)
+        dense = self.floats_of(weight)
         self.weights.append(DenseWeight(dense.to(self.dtype, copy=True), torch.nn.Parameter(dense)))
         return self.weights[-1]
+
+    def floats_of(self, weight: Any) -> Tensor:
+        """Return a weight in the making as a float32 matrix."""
+        return dequantize(weight, dtype=torch.float32)
 
     def linear(self, x: Tensor, weight: DenseWeight) -> Tensor:
         return F.linear(x, weight.value.to(x.dtype))
