@@ -11,8 +11,9 @@ from torch import Tensor
 
 from arbitor.reference import ops
 from arbitor.reference.op_table import EXACT, OP_TABLE, OpRow
-from conformance.cases import CASES, Case
+from conformance.case import Case
 from conformance.compare import tensors_of
+from conformance.families import CASES
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 
 from arbitor.reference.op_table import OP_TABLE
-from conformance.cases import CASES, Case, compare
+from conformance.case import Case, compare
+from conformance.families import CASES
 from conformance.subject import Subject
 
 
