@@ -11,6 +11,7 @@ import importlib
 import inspect
 from pathlib import Path
 
+from arbitor.reference import op_table
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.op_table import OP_TABLE
 from conformance.case import CASES, MAGNITUDES, compare
@@ -34,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     family: tuple(name for name, row in OP_TABLE.items() if row.family == family)
-    for family in dict.fromkeys(row.family for row in OP_TABLE.values())
+    for family in op_table.FAMILIES
 }
 """The ops of each family."""
 
@@ -61,36 +62,28 @@ def missing(family: str) -> list[str]:
     laws = [
         law for law in LAWS.values() if law.file in files and not law.name.startswith("test_refusals_of_")
     ]
-    found = []
-    if not files:
-        found.append(f"has no file conformance/ops/test_{family}.py")
-    if not laws:
-        found.append(f"has no law: conformance/ops/test_{family}.py needs a function under @law")
-    for op in FAMILIES[family]:
-        found += [f"{what} of `{op}`" for what in _missing_of_op(family, op)]
-    return [f"family `{family}` {what}" for what in found]
-
-
-def _missing_of_op(family: str, op: str) -> list[str]:
-    """Return the pieces that an op lacks, as the beginning of a sentence that ends in the op's name."""
-    found = []
-    function = getattr(reference_ops, op, None)
-    if function is None or op not in reference_ops.__all__:
-        found.append("lacks, in what arbitor.reference.ops exports, the function")
-    elif inspect.getmodule(function).__name__ != f"arbitor.reference.ops.{family}":
-        found.append(f"has, outside of reference/ops/{family}.py, the function")
     page = ROOT / "docs" / "spec" / f"{family}.md"
     lines = page.read_text().splitlines() if page.exists() else []
-    if not lines:
-        found.append(f"has no page docs/spec/{family}.md for the rule")
-    elif op not in [line.strip("# `\n") for line in lines if line.startswith("#")]:
-        found.append(f"has, in docs/spec/{family}.md, no heading with the name")
-    if op not in CASES:
-        found.append(f"draws, in conformance/ops/test_{family}.py, no calls")
-    if not any(op in mutant.compared for mutant in MUTANTS.values()):
-        found.append("has no mutant that is `compared=` with the reference by the calls")
-    if not any(case.op == op for case in REFUSALS) and op not in REFUSES_NOTHING:
-        found.append(f"refuses, in conformance/ops/test_{family}.py, no call")
-    if not (ROOT / "conformance" / "vectors" / f"{op}.json").exists():
-        found.append(f"has no golden vector conformance/vectors/{op}.json")
-    return found
+    headings = {line.strip("# `\n") for line in lines if line.startswith("#")}
+    pieces = {
+        f"the page docs/spec/{family}.md": page.exists(),
+        f"the file conformance/ops/test_{family}.py": bool(files),
+        "a law: a function under @law in its file": bool(laws),
+    }
+    for op in FAMILIES[family]:
+        function = getattr(reference_ops, op, None)
+        home = getattr(inspect.getmodule(function), "__name__", None)
+        pieces |= {
+            f"`{op}` among what arbitor.reference.ops exports": op in reference_ops.__all__,
+            f"`{op}` in reference/ops/{family}.py": home == f"arbitor.reference.ops.{family}",
+            f"the heading `{op}` in docs/spec/{family}.md": op in headings,
+            f"calls of `{op}` to compare: a function under @calls": op in CASES,
+            f'a mutant that comparing `{op}` rejects: one with compared="{op}"': any(
+                op in mutant.compared for mutant in MUTANTS.values()
+            ),
+            f"a call that `{op}` refuses": op in REFUSES_NOTHING or any(case.op == op for case in REFUSALS),
+            f"the golden vector conformance/vectors/{op}.json": (
+                ROOT / "conformance" / "vectors" / f"{op}.json"
+            ).exists(),
+        }
+    return [f"family `{family}` lacks {piece}" for piece, present in pieces.items() if not present]

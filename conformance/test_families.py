@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
 from conformance.families import CASES, FAMILIES, FILES, REFUSALS, REFUSES_NOTHING, missing
@@ -12,6 +14,16 @@ from conformance.subject import Subject
 def test_family_is_complete(family: str) -> None:
     found = missing(family)
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_op_has_a_row(family: str) -> None:
+    """What the file of a family names as its ops is what the table names."""
+    named = importlib.import_module(f"arbitor.reference.ops.{family}").__all__
+    rowless = sorted(set(named) - set(FAMILIES[family]))
+    assert not rowless, (
+        f"family `{family}`: reference/op_table/{family}.py has no row for {', '.join(rowless)}"
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
