@@ -6,12 +6,12 @@ import torch
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from arbitor.reference.ops.scale import dequantize as dense
 from conformance import strategies as ss
 from conformance.case import Case, calls
 from conformance.compare import exact, unsigned_zeros
 from conformance.law import law
 from conformance.mutant import mutants_of
+from conformance.ops.test_linear import dense
 from conformance.refusal import F16, ones, refusals, refused, weight
 from conformance.subject import Subject
 

@@ -15,7 +15,6 @@ from arbitor.reference.op_table import OP_TABLE
 from arbitor.reference.ops import initial_weight
 from arbitor.reference.ops.packing import weight_of_trits
 from arbitor.reference.ops.scale import dequantize
-from arbitor.reference.ops.scale import dequantize as dense
 from arbitor.reference.types import TernaryWeight
 from conformance import strategies as ss
 from conformance.case import Case, calls, compare, magnitude
@@ -38,7 +37,7 @@ def magnitude_of_norm_input_grad(op: Callable[..., Any], case: Case) -> Tensor:
     grad, x, weight = case.args
     grad, x = grad.to(torch.float64), x.to(torch.float64)
     rms = (x.square().mean(dim=-1, keepdim=True) + case.kwargs.get("eps", 1e-6)).sqrt()
-    scaled, unit = (grad * dense(weight, dtype=torch.float64)[0]).abs(), (x / rms).abs()
+    scaled, unit = (grad * dequantize(weight, dtype=torch.float64)[0]).abs(), (x / rms).abs()
     return (scaled + unit * (unit * scaled).mean(dim=-1, keepdim=True)) / rms
 
 
