@@ -70,6 +70,9 @@ def count_changed_trits_calls(draw: st.DrawFn) -> Case:
 
 
 SMALL = ss.weights(limit=33)
+TINY = ss.weights(limit=13)
+"""For laws that take several updates of a weight: a group that is full, one that is short, and several rows."""
+
 RULES = st.sampled_from(("score", "sign", "frozen"))
 
 
@@ -245,11 +248,13 @@ def test_accumulate_exponent_is_unbiased(ops: Subject, score: int, sign: int) ->
     """Over all dither values of the exponent, a score moves its count by exactly score / 32 on average."""
     trits = torch.full((800, 6), sign, dtype=torch.int8)
     weight = weight_of_trits(trits, torch.zeros(800, 1, dtype=torch.int8), 6)
-    votes = torch.zeros(800, 6, dtype=torch.int8)
-    votes[:, 5] = score * sign
     dither = ops.dither_bytes(torch.arange(800)[:, None], group_size=6, **CLOCK)[..., 6].reshape(-1) // 8
-    one_of_each = [int((dither == value).nonzero()[0]) for value in range(32)]
-    moved = ops.accumulate(weight, votes, **CLOCK).exponent_accum[one_of_each].sum(dtype=torch.int64).item()
+    one_of_each = torch.stack([(dither == value).nonzero()[0, 0] for value in range(32)])
+    votes = torch.zeros(32, 6, dtype=torch.int8)
+    votes[:, 5] = score * sign
+    moved = (
+        ops.accumulate(weight, votes, rows=one_of_each, **CLOCK).exponent_accum.sum(dtype=torch.int64).item()
+    )
     assert moved == score, f"32 groups of score {score} moved by {moved}"
 
 

@@ -15,7 +15,14 @@ from conformance.case import Case, calls
 from conformance.compare import exact
 from conformance.law import law
 from conformance.mutant import mutants_of
-from conformance.ops.test_update import SCORE_WITHOUT_TRITS, SMALL, same_but_for_rows, trit_rows, votes_for
+from conformance.ops.test_update import (
+    SCORE_WITHOUT_TRITS,
+    SMALL,
+    TINY,
+    same_but_for_rows,
+    trit_rows,
+    votes_for,
+)
 from conformance.ops.test_votes import ASCENT
 from conformance.refusal import CLOCK, ids, refusals, refused, weight
 from conformance.subject import Subject
@@ -165,7 +172,7 @@ def test_apply_step_carries_the_excess(ops: Subject, weight: TernaryWeight, thet
     exact(after, torch.where(count.abs() >= theta, count - count.sign() * theta, count))
 
 
-@law(weight=SMALL, theta=THETAS, rejects=[TRITS_WRAP, EXPONENT_RAIL_OF_INT8, RAIL_WITHOUT_MANTISSA])
+@law(weight=TINY, theta=THETAS, rejects=[TRITS_WRAP, EXPONENT_RAIL_OF_INT8, RAIL_WITHOUT_MANTISSA])
 def test_apply_step_holds_the_rails(ops: Subject, weight: TernaryWeight, theta: int) -> None:
     """Pushed outwards for good, trits rest at plus and minus one and exponents at their rails."""
     low, high = level_range(weight.mantissa_bits)
@@ -203,7 +210,7 @@ def test_apply_step_some_rows(
 
 
 @law(
-    weight=SMALL,
+    weight=TINY,
     data=st.data(),
     on_flip=ON_FLIP,
     rejects=[
