@@ -74,8 +74,8 @@ class Gate:
 
     def _compare(self, op: str, sizes: Sizes) -> str | None:
         from arbitor.optimized import ops as optimized_ops
-        from conformance.cases import Case as Arguments
-        from conformance.cases import compare
+        from conformance.case import Case as Arguments
+        from conformance.families import compare
         from conformance.subject import Subject
 
         args, kwargs = INPUTS[op](Maker("cpu", f"gate {op}"), sizes)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from arbitor.reference import checks
 
+__all__ = ["decode_attention"]
+
 
 def decode_attention(
     q_BHK: Tensor, keys_BSK: Tensor, bias_BS: Tensor, *, value_width: int, scale: float

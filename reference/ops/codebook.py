@@ -29,6 +29,16 @@ from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.ops.scale import dequantize, initial_weight
 from arbitor.reference.types import TernaryWeight
 
+__all__ = [
+    "age_codes",
+    "candidate_codes",
+    "count_codes",
+    "initial_codebook",
+    "nearest_candidates",
+    "nearest_codes",
+    "revive_codes",
+]
+
 _CHUNK = 1 << 24
 """Scores, or elements of decoded codes, that exist at a time."""
 

@@ -13,6 +13,8 @@ from arbitor.reference import checks
 from arbitor.reference.ops.linear import linear, linear_input_grad, linear_weight_grad
 from arbitor.reference.types import TernaryWeight
 
+__all__ = ["conv1d", "conv1d_input_grad", "conv1d_weight_grad"]
+
 
 def conv1d(
     x_BCL: Tensor, weight: TernaryWeight, *, kernel_size: int, stride: int = 1, padding: int = 0

@@ -18,6 +18,8 @@ from arbitor.reference.ops.linear import linear
 from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.types import TernaryWeight
 
+__all__ = ["denoise_loop", "denoise_step", "denoise_step_backward"]
+
 
 def denoise_step(latent: Tensor, pred: Tensor, *, alpha: float) -> Tensor:
     """Return the latent with a share of the predicted noise taken out.

@@ -12,6 +12,8 @@ from torch import Tensor
 from arbitor.reference import checks
 from arbitor.reference.constants import RESERVED_STEP
 
+__all__ = ["dither_bytes"]
+
 PHILOX_ROUNDS = 10
 """Rounds of the Philox4x32-10 generator."""
 

@@ -12,6 +12,8 @@ from arbitor.reference import checks
 from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.types import TernaryWeight
 
+__all__ = ["embedding", "embedding_row_grads"]
+
 
 def embedding(ids: Tensor, weight: TernaryWeight, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the table rows that the ids name.

@@ -14,6 +14,8 @@ from arbitor.reference import checks
 from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.types import TernaryWeight
 
+__all__ = ["expert_load", "grouped_linear", "grouped_linear_input_grad", "grouped_linear_weight_grad"]
+
 
 def grouped_linear(x_MK: Tensor, weight: TernaryWeight, experts_M: Tensor, *, num_groups: int) -> Tensor:
     """Return each slot times the transposed matrix of its expert.

@@ -13,6 +13,8 @@ from arbitor.reference import checks
 from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.types import TernaryWeight
 
+__all__ = ["linear", "linear_input_grad", "linear_weight_grad"]
+
 
 def linear(x: Tensor, weight: TernaryWeight) -> Tensor:
     """Return x times the transposed weight.

@@ -11,6 +11,8 @@ from torch import Tensor
 from arbitor.reference import checks
 from arbitor.reference.constants import STRENGTH_MAX
 
+__all__ = ["ngram_rows", "touch_strengths"]
+
 MIX_SHIFTS, MIX_FACTORS = (16, 15, 15), (0x21F0AAAD, 0x735A2D97)
 """Xor-shifts and multipliers of the hash: Wellons' lowbias32 search, the best pair that it found."""
 

@@ -13,6 +13,8 @@ from arbitor.reference.constants import DEFAULT_EPS
 from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.types import TernaryWeight
 
+__all__ = ["rms_norm", "rms_norm_input_grad", "rms_norm_weight_grad"]
+
 
 def rms_norm(x: Tensor, weight: TernaryWeight, *, eps: float = DEFAULT_EPS) -> Tensor:
     """Return x scaled to root mean square 1 along its last dimension, times the weight.

@@ -11,6 +11,8 @@ from torch import Tensor
 from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_ORTHOGONAL_STEPS, MAX_ORTHOGONAL_STEPS, NEWTON_SCHULZ
 
+__all__ = ["orthogonalize"]
+
 
 def orthogonalize(
     grad_NK: Tensor, *, iterations: int = DEFAULT_ORTHOGONAL_STEPS, num_groups: int = 1
