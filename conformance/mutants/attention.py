@@ -31,9 +31,9 @@ MUTANTS: tuple[Mutant, ...] = (
       "decode_attention_by_torch", compared="decode_attention"),
     m("softmax_over_heads", "attention", "scores_BHS.softmax(dim=-1)", "scores_BHS.softmax(dim=1)",
       "decode_attention_by_torch", "decode_attention_of_one_visible_slot", compared="decode_attention"),
-    m("no_slots_no_width", "attention", "    wide = torch.promote_types(q_BHK.dtype, torch.float32)",
+    m("no_slots_no_width", "attention", "    wide = wide_dtype(q_BHK)",
       "    if not keys_BSK.shape[1]:\n        return torch.zeros_like(q_BHK)\n"
-      "    wide = torch.promote_types(q_BHK.dtype, torch.float32)",
+      "    wide = wide_dtype(q_BHK)",
       "decode_attention_of_no_slots"),
     m("slot_bias_unchecked", "attention", "checks.slot_bias(bias_BS)", "pass",
       "refusals_of_experts_attention_memory"),

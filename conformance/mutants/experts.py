@@ -34,7 +34,7 @@ MUTANTS: tuple[Mutant, ...] = (
     m("grouped_weight_grad_by_row", "experts", "return grads_ENK.flatten(0, 1)",
       "return grads_ENK.transpose(0, 1).reshape(-1, x_MK.shape[1])",
       "grouped_linear_weight_grad_by_slot", "grouped_linear_adjoint", compared="grouped_linear_weight_grad"),
-    m("grouped_sums_in_bfloat16", "experts", "    wide = torch.promote_types(x_MK.dtype, torch.float32)\n    y_MN",
+    m("grouped_sums_in_bfloat16", "experts", "    wide = wide_dtype(x_MK)\n    y_MN",
       "    wide = x_MK.dtype\n    x_MK = x_MK.to(torch.bfloat16).to(wide)\n    y_MN", compared="grouped_linear"),
     m("no_slots_no_shape", "experts", "    y_MN = torch.zeros(x_MK.shape[0], num_rows,",
       "    y_MN = torch.zeros(max(1, x_MK.shape[0]), num_rows,",

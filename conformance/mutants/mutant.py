@@ -17,6 +17,7 @@ from types import ModuleType
 import arbitor.reference.ops as reference_ops
 
 PACKAGE = "arbitor.reference.ops"
+FUTURE = "from __future__ import annotations\n"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ def build(mutant: Mutant) -> ModuleType:
                     f"{mutant.name}: `{mutant.old}` is {found} times in {source.name}"
                 )
                 text = text.replace(mutant.old, mutant.new)
+                # What is put in may name torch where the file had no need to.
+                text = text.replace(FUTURE, f"{FUTURE}import torch\n", 1)
             (copy / source.name).write_text(text.replace(PACKAGE, package))
         sys.path.insert(0, temporary)
         writes_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True

@@ -24,6 +24,7 @@ from arbitor.reference.constants import (
     REVIVAL_BLOCK,
     USAGE_MAX,
 )
+from arbitor.reference.dtypes import widened
 from arbitor.reference.ops.dither import philox
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.ops.scale import dequantize, initial_weight
@@ -266,8 +267,7 @@ def age_codes(usage: Tensor, *, first: int | Tensor, window: int, out: Tensor | 
 
 def whole_sixteenths(z: Tensor) -> Tensor:
     """Return z_q as float32: the vectors in whole sixteenths, half to even, within plus and minus 127."""
-    z = z if z.dtype == torch.float64 else z.to(torch.float32)
-    z_q = (z.nan_to_num(nan=0.0) * QUERY_STEPS).clamp(-QUERY_MAX, QUERY_MAX).round()
+    z_q = (widened(z).nan_to_num(nan=0.0) * QUERY_STEPS).clamp(-QUERY_MAX, QUERY_MAX).round()
     return z_q.to(torch.float32)
 
 

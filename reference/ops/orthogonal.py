@@ -10,6 +10,7 @@ from torch import Tensor
 
 from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_ORTHOGONAL_STEPS, MAX_ORTHOGONAL_STEPS, NEWTON_SCHULZ
+from arbitor.reference.dtypes import wide_dtype
 
 
 def orthogonalize(
@@ -41,7 +42,7 @@ def orthogonalize(
 
 def _one_matrix(grad_NK: Tensor, iterations: int) -> Tensor:
     """Return one matrix orthogonalised, in its dtype; all of it is finite."""
-    dtype, wide = grad_NK.dtype, torch.promote_types(grad_NK.dtype, torch.float32)
+    dtype, wide = grad_NK.dtype, wide_dtype(grad_NK)
     a, b, c = NEWTON_SCHULZ
     norm = grad_NK.to(torch.float64).square().sum().sqrt()
     x = (grad_NK.to(torch.float64) / torch.where(norm > 0, norm, 1.0)).to(dtype)
