@@ -118,7 +118,8 @@ def _nearest_codes_kernel(
         l0, l1, l2, l3 = word_levels(exponents_ptr + row * row_groups, group, row_groups, SPAN)
         inside = tile * BLOCK_N + lanes.to(tl.int64) < num_codes
         scores = tl.dot(values, z) - tl.where(inside, 8.0 * squares, -NOTHING)[:, None]
-        better = scores > best  # not where equal: the earlier tile has the lower codes
+        # Not where scores are equal: the earlier tile has the lower codes.
+        better = scores > best
         best = tl.where(better, scores, best)
         tiles = tl.where(better, tile - begin, tiles)
     top = tl.max(best, axis=0)
@@ -217,7 +218,8 @@ def probe_sets(sign_bits: int, num_probes: int, device: torch.device) -> Tensor:
         total, mask = heapq.heappop(queue)
         found.append(mask)
         # Each set comes once: from the one without its largest rank if the rank below is taken or none is, else shifted.
-        largest = mask.bit_length()  # that rank plus 1
+        # `largest` is the largest rank, plus 1.
+        largest = mask.bit_length()
         if largest < sign_bits:
             heapq.heappush(queue, (total + largest + 1, mask | 1 << largest))
             if mask:

@@ -151,7 +151,8 @@ def _rms_norm_weight_grad_kernel(
     part = tl.program_id(1).to(tl.int64)
     begin = part * part_rows
     end = tl.minimum(begin + part_rows, num_m)
-    sums = tl.zeros([BLOCK_M, BLOCK], dtype=tl.float32)  # added up at last, not once for each tile
+    # The rows of a tile are added up once, at the end.
+    sums = tl.zeros([BLOCK_M, BLOCK], dtype=tl.float32)
     for start in range(begin, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         mask = (rows < end)[:, None] & (columns < num_columns)[None, :]

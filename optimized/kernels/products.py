@@ -99,7 +99,8 @@ def _packed_product_kernel(
     tile_of_part = tl.program_id(0) // column_blocks
     first_output = (tl.program_id(0) % column_blocks) * BLOCK_N
     outputs = first_output + tl.arange(0, BLOCK_N)
-    if TILES == SORTED:  # no sum is cut, and nothing is left to find out while the kernel runs
+    # Here no sum is cut, and nothing is left to find out while the kernel runs.
+    if TILES == SORTED:
         tile, first_slot, begin, end = tile_of_part, 0, 0, num_inputs
     else:
         tile, part = tile_of_part // num_parts, tile_of_part % num_parts
@@ -120,7 +121,8 @@ def _packed_product_kernel(
     if group > GROUPS:
         return
     sums = tl.zeros([BLOCK_N, BLOCK_M] if WEIGHT_FIRST else [BLOCK_M, BLOCK_N], dtype=tl.float32)
-    if group < GROUPS:  # the group past the last holds the unused slots, whose output is zero
+    # The group past the last holds the unused slots, whose output is zero.
+    if group < GROUPS:
         inputs = tl.arange(0, BLOCK_K)
         x_tile_ptr = x_ptr + slots[:, None] * num_inputs + inputs[None, :]
         first_row = tl.cast(group, tl.int64) * num_rows
@@ -193,7 +195,8 @@ class Plan:
     @classmethod
     def of(cls, experts_M: Tensor, num_groups: int) -> Plan:
         """Return the plan of slots; sorting is stable, so sums run in an order that depends on the slots alone."""
-        few = num_groups + 1 <= torch.iinfo(torch.uint8).max  # a sort takes a pass for each byte of a key
+        # A sort takes a pass for each byte of a key.
+        few = num_groups + 1 <= torch.iinfo(torch.uint8).max
         dtype = torch.uint8 if few else torch.int32
         sorted_M, order = torch.sort(torch.where(experts_M < 0, num_groups, experts_M).to(dtype), stable=True)
         bounds = torch.arange(num_groups + 2, dtype=dtype, device=experts_M.device)
@@ -225,7 +228,8 @@ class Tiling:
         average = triton.cdiv(num_slots, num_groups)
         if wide:
             return cls(16 if average <= 16 else 32, 64, 32, 4)
-        if average <= 16:  # the weight's rows fill the 64 of a warp group's product, which 16 slots would not
+        # The weight's rows fill the 64 rows of a warp group's product. 16 slots would not.
+        if average <= 16:
             return cls(16, 128 if transposed else 64, 64 if transposed else 128, 4, weight_first=True)
         if average <= 64:
             return cls(64, 128, 64, 8 if transposed else 4)
@@ -303,7 +307,7 @@ def packed_product(
 
 
 def multiplies_wide(x: Tensor) -> bool:
-    """Whether `tl.dot` must have float32 operands: of float32, and in the interpreter, whose bfloat16 product is wrong."""
+    """Return whether `tl.dot` must have float32 operands: for float32, and in the interpreter, whose bfloat16 product is wrong."""
     return x.dtype is torch.float32 or x.device.type == "cpu"
 
 

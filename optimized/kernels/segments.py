@@ -30,7 +30,8 @@ def add_edges(
     NUM_SLOTS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """Add the rows of COUNT edges, from the one at `index` after `begin` on; positions of the gap are left out."""
-    for place in tl.static_range(COUNT):  # unrolled, so that the loads of all rows are on their way at once
+    # The loop is unrolled, so that the loads of all rows are on their way at once.
+    for place in tl.static_range(COUNT):
         position = begin + index + place
         position += tl.where(position < gap_begin, 0, gap)
         edge = tl.load(order_ptr + position)
@@ -75,7 +76,8 @@ def _part_sums_kernel(
     part = (tl.program_id(0) // row_blocks).to(tl.int64)
     begin = part * PART
     key = tl.load(keys_ptr + begin)
-    if (key < 0) | (key != tl.load(keys_ptr + begin + PART - 1)):  # nothing reads the sums of this part
+    # Nothing reads the sums of a part that lies in several segments, or in none.
+    if (key < 0) | (key != tl.load(keys_ptr + begin + PART - 1)):
         return
     columns = (tl.program_id(0) % row_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
     end = begin + PART
@@ -95,7 +97,8 @@ def _segment_sums_kernel(
     columns = (tl.program_id(0) % row_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
     begin, end = tl.load(starts_ptr + segment), tl.load(starts_ptr + segment + 1)
     first = (begin + PART - 1) // PART
-    last = tl.maximum(end // PART, first)  # parts first .. last - 1 lie in this segment as a whole
+    # Parts first .. last - 1 lie in this segment as a whole.
+    last = tl.maximum(end // PART, first)
     # Edges before and after those parts, then the parts: an order that depends on the positions alone. In float64, as in
     # the specification.
     sums = sum_of_edges(
@@ -129,7 +132,8 @@ def segment_sums(
     (num_rows, num_columns), num_edges = rows_RD.shape, order_E.numel()
     block, row_blocks = row_tile(num_columns, BLOCK_COLUMNS)
     shared = {
-        "NUM_SLOTS": num_edges // num_rows,  # a constant, as a division by it is then a product
+        # This is a constant, so that a division by it becomes a product.
+        "NUM_SLOTS": num_edges // num_rows,
         "PART": PART_EDGES,
         "BLOCK_D": block,
         "num_warps": min(4, triton.cdiv(block, WARP_COLUMNS)),
