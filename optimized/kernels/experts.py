@@ -81,7 +81,7 @@ def weight_grad(grad_MN: Tensor, x_MK: Tensor, plan: Plan, num_groups: int) -> T
         PART=PART_SLOTS if cut else 0, GROUP_BLOCK=triton.next_power_of_2(num_groups) if cut else 0, WIDE=wide,
         BLOCK_M=32, BLOCK_N=block_n, BLOCK_K=block_k,
     )  # fmt: skip
-    if not cut:
+    if part_ends is None:
         return made.reshape(num_groups * num_outputs, num_inputs)
     grads = torch.empty(num_groups, num_outputs, num_inputs, dtype=torch.float32, device=x_MK.device)
     return add_group_parts(made, part_ends, grads).flatten(0, 1)
