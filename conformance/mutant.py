@@ -19,6 +19,7 @@ from types import ModuleType
 import arbitor.reference.ops as reference_ops
 
 PACKAGE = "arbitor.reference.ops"
+FUTURE = "from __future__ import annotations\n"
 
 MUTANTS: dict[str, Mutant] = {}
 """Every mutant by name, as far as the files of families are imported (families.py imports all)."""
@@ -89,4 +90,5 @@ def patched(mutant: Mutant, text: str) -> str:
         f"mutant {mutant.name}: `{mutant.old}` is found {found} times in {mutant.file}.py of the reference's ops,"
         f" not {mutant.times}: say what is broken in the text as it is now"
     )
-    return text.replace(mutant.old, mutant.new)
+    # What is put in may name torch where the file had no need to.
+    return text.replace(mutant.old, mutant.new).replace(FUTURE, f"{FUTURE}import torch\n", 1)

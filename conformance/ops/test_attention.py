@@ -273,9 +273,9 @@ def test_decode_attention_counts_a_summary_as_many(
     rejects=[
         mutant(
             "no_slots_no_width",
-            "    wide = torch.promote_types(q_BHK.dtype, torch.float32)",
+            "    wide = wide_dtype(q_BHK)",
             "    if not keys_BSK.shape[1]:\n        return torch.zeros_like(q_BHK)\n"
-            "    wide = torch.promote_types(q_BHK.dtype, torch.float32)",
+            "    wide = wide_dtype(q_BHK)",
         ),
     ],
 )

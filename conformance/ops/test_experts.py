@@ -449,7 +449,7 @@ def test_experts_compile_no_kernel_again(subject: Subject) -> None:
 # Only the comparison with the reference rejects these.
 mutant(
     "grouped_sums_in_bfloat16",
-    "    wide = torch.promote_types(x_MK.dtype, torch.float32)\n    y_MN",
+    "    wide = wide_dtype(x_MK)\n    y_MN",
     "    wide = x_MK.dtype\n    x_MK = x_MK.to(torch.bfloat16).to(wide)\n    y_MN",
     compared="grouped_linear",
 )

@@ -87,5 +87,5 @@ def _product(
 
 
 def few_slots(num_slots: int, num_groups: int) -> bool:
-    """Whether each slot should read its expert's matrix: no more than all matrices, and a sort is a dozen launches."""
+    """Return whether each slot should read its expert's matrix: slots then read no more than all matrices, without a sort."""
     return num_slots <= num_groups

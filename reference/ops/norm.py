@@ -10,6 +10,7 @@ from torch import Tensor
 
 from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_EPS
+from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.types import TernaryWeight
 
@@ -85,4 +86,4 @@ def _check(weight: TernaryWeight | None, eps: float, *, x: Tensor, grad: Tensor 
         checks.same_dtype("grad", grad, "x", x)
         checks.same_shape("grad", grad, "x", x)
         checks.same_device(x=x, grad=grad)
-    return torch.promote_types(x.dtype, torch.float32)
+    return wide_dtype(x)
