@@ -12,6 +12,7 @@ from arbitor.optimized.kernels import scale
 from arbitor.optimized.kernels.launch import values_between
 from arbitor.optimized.layouts import TRITS_PER_WORD, AnyWeight, DeviceWeight, words_per_row
 from arbitor.optimized.ops.layout import canonical, on_device
+from arbitor.optimized.ops.op import op
 from arbitor.reference import checks
 from arbitor.reference.constants import (
     DEFAULT_GROUP_SIZE,
@@ -28,6 +29,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 """Activation dtypes of the kernels; float64 is for the reference alone."""
 
 
+@op()
 def group_scales(exponents: Tensor, *, mantissa_bits: int = 0) -> Tensor:
     """See reference."""
     checks.dtype_in("exponents", exponents, (torch.int8,))
@@ -36,6 +38,7 @@ def group_scales(exponents: Tensor, *, mantissa_bits: int = 0) -> Tensor:
     return scale.scales_of(exponents, mantissa_bits)
 
 
+@op()
 def dequantize(
     weight: AnyWeight, *, dtype: torch.dtype = torch.float32, rows: Tensor | None = None
 ) -> Tensor:
@@ -48,6 +51,7 @@ def dequantize(
     return scale.dense_rows(on_device(weight), dtype, rows)
 
 
+@op()
 def initial_weight(
     shape: Sequence[int],
     *,
@@ -69,6 +73,7 @@ def initial_weight(
     return _untrained(words, (num_rows, num_columns), exponent, group_size)
 
 
+@op()
 def constant_weight(
     shape: Sequence[int],
     *,

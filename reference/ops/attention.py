@@ -12,8 +12,10 @@ from torch import Tensor
 
 from arbitor.reference import checks
 from arbitor.reference.dtypes import wide_dtype
+from arbitor.reference.promises import op
 
 
+@op
 def decode_attention(
     q_BHK: Tensor, keys_BSK: Tensor, bias_BS: Tensor, *, value_width: int, scale: float
 ) -> Tensor:

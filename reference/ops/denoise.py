@@ -17,9 +17,11 @@ from arbitor.reference.constants import DEFAULT_EPS
 from arbitor.reference.dtypes import wide_dtype, widened
 from arbitor.reference.ops.linear import linear
 from arbitor.reference.ops.scale import dequantize
+from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
 
+@op
 def denoise_step(latent: Tensor, pred: Tensor, *, alpha: float) -> Tensor:
     """Return the latent with a share of the predicted noise taken out.
 
@@ -39,6 +41,7 @@ def denoise_step(latent: Tensor, pred: Tensor, *, alpha: float) -> Tensor:
     return ((latent.to(dtype) - (1.0 - alpha) * pred.to(dtype)) / math.sqrt(alpha)).to(latent.dtype)
 
 
+@op
 def denoise_step_backward(grad: Tensor, *, alpha: float) -> tuple[Tensor, Tensor]:
     """Return the gradients of the loss with respect to the latent and to the predicted noise.
 
@@ -56,6 +59,7 @@ def denoise_step_backward(grad: Tensor, *, alpha: float) -> tuple[Tensor, Tensor
     return (grad_wide / math.sqrt(alpha)).to(grad.dtype), (grad_wide * factor).to(grad.dtype)
 
 
+@op
 def denoise_loop(
     latent_BL: Tensor,
     tokens_BPD: Tensor,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from arbitor.reference import checks
 from arbitor.reference.constants import STRENGTH_MAX
+from arbitor.reference.promises import op
 
 MIX_SHIFTS, MIX_FACTORS = (16, 15, 15), (0x21F0AAAD, 0x735A2D97)
 """Xor-shifts and multipliers of the hash: Wellons' lowbias32 search, the best pair that it found."""
@@ -20,6 +21,7 @@ CODE_STEP = 0x9E3779B9
 _WORD = 0xFFFFFFFF
 
 
+@op
 def ngram_rows(
     codes_BP: Tensor, *, order: int, num_rows: int, salt: int, previous: Tensor | None = None
 ) -> Tensor:
@@ -51,6 +53,7 @@ def ngram_rows(
     return torch.where(known, h % num_rows, -1)
 
 
+@op
 def touch_strengths(
     strengths: Tensor,
     rows: Tensor,

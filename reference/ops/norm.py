@@ -12,9 +12,11 @@ from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_EPS
 from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.ops.scale import dequantize
+from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
 
+@op
 def rms_norm(x: Tensor, weight: TernaryWeight, *, eps: float = DEFAULT_EPS) -> Tensor:
     """Return x scaled to root mean square 1 along its last dimension, times the weight.
 
@@ -30,6 +32,7 @@ def rms_norm(x: Tensor, weight: TernaryWeight, *, eps: float = DEFAULT_EPS) -> T
     return (x_wide / _rms(x_wide, eps) * dequantize(weight, dtype=dtype)[0]).to(x.dtype)
 
 
+@op
 def rms_norm_input_grad(
     grad: Tensor, x: Tensor, weight: TernaryWeight, *, eps: float = DEFAULT_EPS
 ) -> Tensor:
@@ -50,6 +53,7 @@ def rms_norm_input_grad(
     return ((scaled - unit * (unit * scaled).mean(dim=-1, keepdim=True)) / rms).to(x.dtype)
 
 
+@op
 def rms_norm_weight_grad(grad: Tensor, x: Tensor, *, eps: float = DEFAULT_EPS) -> Tensor:
     """Return the gradient of the loss with respect to the weight of `rms_norm`.
 

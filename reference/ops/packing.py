@@ -19,9 +19,11 @@ from arbitor.reference.constants import (
     level_range,
     packed_bytes,
 )
+from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
 
+@op
 def pack_trits(trits: Tensor) -> Tensor:
     """Return trits packed five to a byte, row-major.
 
@@ -41,6 +43,7 @@ def pack_trits(trits: Tensor) -> Tensor:
     return (digits.reshape(-1, TRITS_PER_BYTE) * places).sum(dim=1).to(torch.uint8)
 
 
+@op
 def unpack_trits(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """Return the trits of `packed` in the given shape.
 
