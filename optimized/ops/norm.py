@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from arbitor.optimized.kernels import norm
@@ -44,6 +45,7 @@ def _check(weight: AnyWeight | None, eps: float, x: Tensor, grad: Tensor | None 
     """Refuse what does not fit."""
     checks.number("eps", eps, 0.0, 1.0, open_low=True)
     checks.dtype_in("x", x, DTYPES)
+    checks.normal_number("eps", eps, torch.float32)
     if weight is not None:
         checks.one_row("weight", weight)
         checks.last_dim("x", x, weight.shape[1], DTYPES)

@@ -16,6 +16,7 @@ from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_EPS
 from arbitor.reference.dtypes import wide_dtype, widened
 from arbitor.reference.ops.linear import linear
+from arbitor.reference.ops.norm import unit_rows
 from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
@@ -104,11 +105,6 @@ def denoise_loop(
             total = torch.where(left_B1 > 0, total + share_B1 * latent, total)
             left_B1 = torch.where(goes_on, left_B1 - p_B1, 0.0)
     return (latent if halt_threshold is None else total).to(latent_BL.dtype)
-
-
-def unit_rows(x: Tensor) -> Tensor:
-    """Return x with rows of root mean square 1: RMSNorm without a weight."""
-    return x / (x.square().mean(dim=-1, keepdim=True) + DEFAULT_EPS).sqrt()
 
 
 def attended(q_BD: Tensor, tokens_BPD: Tensor) -> Tensor:
