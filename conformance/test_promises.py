@@ -187,10 +187,27 @@ def test_an_op_without_its_decorator_is_noticed(name: str) -> None:
         kept_promises(Subject(bare, f"{name} without its decorator"), name, examples=40)
 
 
+def pending_sign(tensor: Tensor) -> Tensor:
+    """Return the values of a float32 tensor as a view of their negatives, whose sign torch flips when it reads them."""
+    return torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
+
+
+@pytest.mark.parametrize("form", [pending_sign, Tensor.to_sparse], ids=["a pending sign", "sparse"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_memory_that_does_not_read_as_it_lies_is_refused(
+    subject: Subject, form: Callable[[Tensor], Tensor], place: int
+) -> None:
+    """A kernel reads memory as it lies: of such a view, with the wrong sign."""
+    tensors = [torch.ones(1, 1, device=subject.device), torch.ones(1, 1, device=subject.device)]
+    tensors[place] = form(tensors[place])
+    with pytest.raises((TypeError, ValueError), match=("latent", "pred")[place]):
+        subject.raw("denoise_step")(*tensors, alpha=0.5)
+
+
 def test_codes_are_found_under_autocast(subject: Subject) -> None:
     """Scores of a search need all bits of float32: rounded to bfloat16 they tie, and other codes are found."""
-    table = reference_ops.initial_codebook((300, 64), sign_bits=0, seed=1, tensor_id=2)
-    z = torch.randn(50, 64, generator=torch.Generator().manual_seed(3))
+    table = reference_ops.initial_codebook((300, 16), sign_bits=0, seed=1, tensor_id=2)
+    z = 4.0 * torch.randn(200, 16, generator=torch.Generator().manual_seed(3))
     want = reference_ops.nearest_codes(z, table)
     with autocast():
         exact(subject.nearest_codes(z, table), want)

@@ -95,10 +95,14 @@ def requires_grad(value: object) -> bool:
 
 def asks_for_gradient(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Return whether an argument of a call asks for a gradient."""
+    # Loops, because a generator would cost more than the rest of the call's wrapping.
     for value in args:
         if isinstance(value, Tensor) and value.requires_grad:
             return True
-    return any(requires_grad(value) for value in kwargs.values())
+    for value in kwargs.values():  # noqa: SIM110
+        if isinstance(value, Tensor) and value.requires_grad:
+            return True
+    return False
 
 
 class _WithGradients(torch.autograd.Function):
