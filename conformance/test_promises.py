@@ -79,7 +79,6 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "a default dtype of bfloat16": lambda: default_dtype(torch.bfloat16),
     "a default device": lambda: torch.device("meta"),
     "inference mode": torch.inference_mode,
-    "no gradients": torch.no_grad,
     "deterministic algorithms": deterministic,
 }
 """What a program may have switched on around a call."""
@@ -293,7 +292,7 @@ def test_gradients_are_those_of_the_reference(subject: Subject, name: str) -> No
     """An op with gradient ops is differentiable, and errs no more than autograd through the reference."""
     plain = Subject(reference_ops, "reference", str(subject.device))
 
-    @settings(max_examples=5 * EXAMPLES, phases=[Phase.generate])
+    @settings(max_examples=2 * EXAMPLES, phases=[Phase.generate])
     @given(case=CASES[name])
     def run(case: Case) -> None:
         _, _, got = gradients_of(subject, name, case)
@@ -398,7 +397,7 @@ def test_second_derivatives_are_right_or_refused(subject: Subject) -> None:
     try:
         got = second(subject.ops, subject.device)
     except RuntimeError as error:
-        assert "once_differentiable" in str(error)
+        assert "differentiated twice" in str(error)
     else:
         torch.testing.assert_close(got, second(reference_ops, torch.device("cpu")))
 

@@ -16,7 +16,6 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from arbitor.optimized.layouts import DeviceWeight
 from arbitor.reference.op_table import EXACT, OP_TABLE
@@ -123,11 +122,32 @@ class _WithGradients(torch.autograd.Function):
         return function(**arguments)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # The weights' tensors come last: they are only looked at by torch.
         arguments = {**ctx.others, **dict(zip(ctx.names, ctx.saved_tensors, strict=False))}
-        return None, None, None, *(gradient(grad, **arguments) for gradient in ctx.gradients.values())
+        with torch.no_grad():
+            grads = [gradient(grad, **arguments) for gradient in ctx.gradients.values()]
+        if torch.is_grad_enabled():
+            grads = _Once.apply(arguments[next(iter(ctx.gradients))], *grads)
+        return None, None, None, *grads
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that cannot be differentiated again, but look as if they could, so that a penalty on them is not lost.
+
+    Torch's `once_differentiable` marks them only if the gradient of the result requires one, and not if the argument does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, asked: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "a gradient of an optimized op is differentiated twice, but it can be only once: "
+            "use arbitor.reference.ops for second derivatives"
+        )
 
 
 def worth_of(weight: DeviceWeight | TernaryWeight) -> list[Tensor]:

@@ -87,9 +87,11 @@ def constant_weight(
     checks.integer("trit", trit, -1, 1)
     checks.integer("exponent", exponent, EXPONENT_MIN, EXPONENT_MAX)
     checks.group_size(group_size)
-    lanes = torch.arange(words_per_row(num_columns) * TRITS_PER_WORD).reshape(-1, TRITS_PER_WORD)
+    lanes = torch.arange(words_per_row(num_columns) * TRITS_PER_WORD, device=device).reshape(
+        -1, TRITS_PER_WORD
+    )
     codes = torch.where(lanes < num_columns, trit & 3, 0) << (2 * (lanes % TRITS_PER_WORD))
-    words = codes.sum(dim=1).to(torch.int32).to(device).repeat(num_rows, 1)
+    words = codes.sum(dim=1).to(torch.int32).repeat(num_rows, 1)
     return _untrained(words, (num_rows, num_columns), exponent, group_size)
 
 
