@@ -24,9 +24,9 @@ from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.op_table import EXACT, OP_TABLE
 from arbitor.reference.types import TernaryWeight
-from conformance.cases import CASES, MAGNITUDES, Case, compare
-from conformance.cases.case import magnitude_of
+from conformance.case import Case, compare, magnitude_of
 from conformance.compare import exact, no_worse, tensors_of
+from conformance.families import CASES, MAGNITUDES
 from conformance.graph.models import RATE, WHOLE, random_ids
 from conformance.report import skip
 from conformance.subject import MAKERS, Subject, weight_of
@@ -211,6 +211,11 @@ def test_codes_are_found_under_autocast(subject: Subject) -> None:
     with autocast():
         exact(subject.nearest_codes(z, table), want)
         assert not torch.equal(reference_ops.nearest_codes.__wrapped__(z, table), want), "no code is at stake"
+
+
+@pytest.mark.parametrize("name", OP_TABLE)
+def test_ops_of_the_reference_are_decorated(name: str) -> None:
+    assert hasattr(getattr(reference_ops, name), "__wrapped__"), f"{name} of the reference lacks its @op"
 
 
 @pytest.mark.parametrize("name", OP_TABLE)

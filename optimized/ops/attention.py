@@ -10,6 +10,8 @@ from arbitor.optimized.ops.op import op
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
+__all__ = ["decode_attention"]
+
 
 @op()
 def decode_attention(

@@ -15,6 +15,8 @@ from arbitor.optimized.ops.op import op
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
+__all__ = ["conv1d", "conv1d_input_grad", "conv1d_weight_grad"]
+
 
 def _x_grad(grad: Tensor, *, x_BCL: Tensor, weight: AnyWeight, **geometry: Any) -> Tensor:
     """Return the gradient of `conv1d` with respect to x."""

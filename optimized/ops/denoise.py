@@ -16,6 +16,8 @@ from arbitor.optimized.ops.op import op
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
+__all__ = ["denoise_loop", "denoise_step", "denoise_step_backward"]
+
 
 def _latent_grad(grad: Tensor, *, alpha: float, **_: Any) -> Tensor:
     """Return the gradient of `denoise_step` with respect to the latent."""

@@ -11,6 +11,8 @@ from arbitor.optimized.ops.op import op
 from arbitor.reference import checks
 from arbitor.reference.constants import RESERVED_STEP
 
+__all__ = ["dither_bytes"]
+
 
 @op()
 def dither_bytes(

@@ -13,6 +13,8 @@ from arbitor.optimized.ops.op import op
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
+__all__ = ["edge_sum", "edge_sum_input_grad", "edge_sum_sign_grad", "update_neighbours"]
+
 
 def _nodes_grad(grad: Tensor, *, h_ND: Tensor, neighbours_RJ: Tensor, signs_RJ: Tensor) -> Tensor:
     """Return the gradient of `edge_sum` with respect to the nodes."""

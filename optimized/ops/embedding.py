@@ -12,6 +12,8 @@ from arbitor.optimized.ops.op import op
 from arbitor.optimized.ops.scale import DTYPES, dequantize
 from arbitor.reference import checks
 
+__all__ = ["embedding", "embedding_row_grads"]
+
 
 @op()
 def embedding(ids: Tensor, weight: AnyWeight, *, dtype: torch.dtype = torch.float32) -> Tensor:

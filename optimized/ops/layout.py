@@ -11,6 +11,8 @@ from arbitor.optimized.ops.op import op
 from arbitor.reference.constants import MAX_PACKED_BYTE
 from arbitor.reference.types import TernaryWeight
 
+__all__ = ["from_spec", "to_spec"]
+
 
 @op()
 def from_spec(weight: AnyWeight) -> DeviceWeight:

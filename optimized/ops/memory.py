@@ -10,6 +10,8 @@ from arbitor.optimized.kernels.launch import may_look_at_values, same_device, va
 from arbitor.optimized.ops.op import op
 from arbitor.reference import checks
 
+__all__ = ["ngram_rows", "touch_strengths"]
+
 
 @op()
 def ngram_rows(

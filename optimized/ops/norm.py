@@ -14,6 +14,8 @@ from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_EPS
 
+__all__ = ["rms_norm", "rms_norm_input_grad", "rms_norm_weight_grad"]
+
 
 def _x_grad(grad: Tensor, *, x: Tensor, weight: AnyWeight, eps: float) -> Tensor:
     """Return the gradient of `rms_norm` with respect to x."""

@@ -10,6 +10,8 @@ from arbitor.optimized.ops.op import op
 from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_ORTHOGONAL_STEPS, MAX_ORTHOGONAL_STEPS, NEWTON_SCHULZ
 
+__all__ = ["orthogonalize"]
+
 
 @op()
 def orthogonalize(

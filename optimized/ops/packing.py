@@ -14,6 +14,8 @@ from arbitor.optimized.ops.op import op
 from arbitor.reference import checks
 from arbitor.reference.constants import MAX_PACKED_BYTE, packed_bytes
 
+__all__ = ["pack_trits", "unpack_trits"]
+
 
 @op()
 def pack_trits(trits: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from arbitor.optimized.ops.op import op
 from arbitor.reference import checks
 from arbitor.reference.constants import ACCUM_MAX, DEFAULT_GROUP_SIZE, groups_per_row
 
+__all__ = ["row_exponents", "sign_votes", "step_from_loss", "stochastic_votes"]
+
 
 @op()
 def row_exponents(grad_NK: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from arbitor.reference import checks
 from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.promises import op
 
+__all__ = ["decode_attention"]
+
 
 @op
 def decode_attention(

@@ -14,6 +14,8 @@ from arbitor.reference.ops.linear import linear, linear_input_grad, linear_weigh
 from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
+__all__ = ["conv1d", "conv1d_input_grad", "conv1d_weight_grad"]
+
 
 @op
 def conv1d(

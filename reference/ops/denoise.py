@@ -21,6 +21,8 @@ from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
+__all__ = ["denoise_loop", "denoise_step", "denoise_step_backward"]
+
 
 @op
 def denoise_step(latent: Tensor, pred: Tensor, *, alpha: float) -> Tensor:
@@ -72,7 +74,7 @@ def denoise_loop(
     alphas: Sequence[float],
     halt_threshold: float | None = None,
 ) -> Tensor:
-    """Return the latent after all steps of the video head, or the mean of the steps, each sample's weighted by its halting.
+    """Return the latent after all steps of the video head, or the mean of the steps, weighted for each sample by its halting.
 
     Math:    step t: n = W_in latent / rms; q = W_query n + W_steps[t]; c = sum over tokens of softmax(q . token / sqrt(D)) token
              pred = W_out silu(n + c); latent <- denoise_step(latent, pred, alpha_t)

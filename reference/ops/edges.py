@@ -17,6 +17,8 @@ from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
+__all__ = ["edge_sum", "edge_sum_input_grad", "edge_sum_sign_grad", "update_neighbours"]
+
 _Row = tuple[list[int], list[int], list[bool]]
 """Neighbours and scores of a row, and which of its slots changed their neighbour."""
 

@@ -14,6 +14,8 @@ from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
+__all__ = ["embedding", "embedding_row_grads"]
+
 
 @op
 def embedding(ids: Tensor, weight: TernaryWeight, *, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
+__all__ = ["from_spec", "to_spec"]
+
 
 @op
 def from_spec(weight: TernaryWeight) -> TernaryWeight:

@@ -14,6 +14,8 @@ from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
+__all__ = ["linear", "linear_input_grad", "linear_weight_grad"]
+
 
 @op
 def linear(x: Tensor, weight: TernaryWeight) -> Tensor:

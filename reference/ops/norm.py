@@ -15,6 +15,8 @@ from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
+__all__ = ["rms_norm", "rms_norm_input_grad", "rms_norm_weight_grad"]
+
 HUGE_ELEMENT = {torch.float32: 48, torch.float64: 480}
 """A row with an element of magnitude 2**48 (2**480 in float64) is multiplied by a power of two before it is squared.
 

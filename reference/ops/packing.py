@@ -22,6 +22,8 @@ from arbitor.reference.constants import (
 from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
+__all__ = ["pack_trits", "unpack_trits"]
+
 
 @op
 def pack_trits(trits: Tensor) -> Tensor:

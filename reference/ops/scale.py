@@ -28,6 +28,8 @@ from arbitor.reference.ops.packing import digits_at, weight_of_trits
 from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
+__all__ = ["constant_weight", "dequantize", "group_scales", "initial_weight"]
+
 
 @op
 def group_scales(exponents: Tensor, *, mantissa_bits: int = 0) -> Tensor:

@@ -25,6 +25,8 @@ from arbitor.reference.ops.votes import stochastic_votes
 from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
+__all__ = ["accumulate", "accumulate_gradient", "apply_step", "count_changed_trits", "count_nonfinite_rows"]
+
 
 @op
 def accumulate(

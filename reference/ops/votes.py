@@ -15,6 +15,8 @@ from arbitor.reference.constants import ACCUM_MAX, DEFAULT_GROUP_SIZE, SILENT_RO
 from arbitor.reference.ops.dither import dither_bytes
 from arbitor.reference.promises import op
 
+__all__ = ["row_exponents", "sign_votes", "step_from_loss", "stochastic_votes"]
+
 
 @op
 def row_exponents(grad_NK: Tensor) -> Tensor:
