@@ -16,12 +16,15 @@ from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_EPS
 from arbitor.reference.dtypes import wide_dtype, widened
 from arbitor.reference.ops.linear import linear
+from arbitor.reference.ops.norm import unit_rows
 from arbitor.reference.ops.scale import dequantize
+from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
 __all__ = ["denoise_loop", "denoise_step", "denoise_step_backward"]
 
 
+@op
 def denoise_step(latent: Tensor, pred: Tensor, *, alpha: float) -> Tensor:
     """Return the latent with a share of the predicted noise taken out.
 
@@ -41,6 +44,7 @@ def denoise_step(latent: Tensor, pred: Tensor, *, alpha: float) -> Tensor:
     return ((latent.to(dtype) - (1.0 - alpha) * pred.to(dtype)) / math.sqrt(alpha)).to(latent.dtype)
 
 
+@op
 def denoise_step_backward(grad: Tensor, *, alpha: float) -> tuple[Tensor, Tensor]:
     """Return the gradients of the loss with respect to the latent and to the predicted noise.
 
@@ -58,6 +62,7 @@ def denoise_step_backward(grad: Tensor, *, alpha: float) -> tuple[Tensor, Tensor
     return (grad_wide / math.sqrt(alpha)).to(grad.dtype), (grad_wide * factor).to(grad.dtype)
 
 
+@op
 def denoise_loop(
     latent_BL: Tensor,
     tokens_BPD: Tensor,
@@ -102,11 +107,6 @@ def denoise_loop(
             total = torch.where(left_B1 > 0, total + share_B1 * latent, total)
             left_B1 = torch.where(goes_on, left_B1 - p_B1, 0.0)
     return (latent if halt_threshold is None else total).to(latent_BL.dtype)
-
-
-def unit_rows(x: Tensor) -> Tensor:
-    """Return x with rows of root mean square 1: RMSNorm without a weight."""
-    return x / (x.square().mean(dim=-1, keepdim=True) + DEFAULT_EPS).sqrt()
 
 
 def attended(q_BD: Tensor, tokens_BPD: Tensor) -> Tensor:

@@ -13,11 +13,13 @@ from torch import Tensor
 from arbitor.reference import checks
 from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.ops.scale import dequantize
+from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
 __all__ = ["expert_load", "grouped_linear", "grouped_linear_input_grad", "grouped_linear_weight_grad"]
 
 
+@op
 def grouped_linear(x_MK: Tensor, weight: TernaryWeight, experts_M: Tensor, *, num_groups: int) -> Tensor:
     """Return each slot times the transposed matrix of its expert.
 
@@ -41,6 +43,7 @@ def grouped_linear(x_MK: Tensor, weight: TernaryWeight, experts_M: Tensor, *, nu
     return y_MN
 
 
+@op
 def grouped_linear_input_grad(
     grad_MN: Tensor, weight: TernaryWeight, experts_M: Tensor, *, num_groups: int
 ) -> Tensor:
@@ -66,6 +69,7 @@ def grouped_linear_input_grad(
     return dx_MK
 
 
+@op
 def grouped_linear_weight_grad(
     grad_MN: Tensor, x_MK: Tensor, experts_M: Tensor, *, num_groups: int
 ) -> Tensor:
@@ -91,6 +95,7 @@ def grouped_linear_weight_grad(
     return grads_ENK.flatten(0, 1)
 
 
+@op
 def expert_load(experts: Tensor, *, num_groups: int) -> Tensor:
     """Return how many slots use each expert.
 
