@@ -61,6 +61,7 @@ TRAIN_SHAPES: Mapping[str, Shape] = {"tiny": {"B": 16, "T": 128}, "small": {"B":
 
 STEP_OPS = (
     *LINEARS,
+    "choose_experts",
     "grouped_linear",
     "grouped_linear_input_grad",
     "grouped_linear_weight_grad",

@@ -296,6 +296,7 @@ INPUTS: dict[str, Callable[[Maker, Sizes], Arguments]] = {
     "count_codes": _count,
     "revive_codes": _revive,
     "age_codes": _age,
+    "choose_experts": lambda m, s: ((_activations(m, s, "K"), _weight(m, s)), {"top_k": s["top_k"]}),
     "grouped_linear": lambda m, s: _grouped(m, s, "K"),
     "grouped_linear_input_grad": lambda m, s: _grouped(m, s, "N"),
     "grouped_linear_weight_grad": lambda m, s: (

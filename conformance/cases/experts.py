@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
+from arbitor.reference.ops.packing import trits_of, weight_of_trits
+from arbitor.reference.types import TernaryWeight
 from conformance import strategies as ss
 from conformance.cases.case import Case
+from conformance.cases.codebook import vectors
 from conformance.cases.core import NARROW
 
 MAGNITUDES: dict[str, Callable[..., Any]] = {}
@@ -86,7 +89,33 @@ def expert_load(draw: st.DrawFn) -> Case:
     return Case((experts,), {"num_groups": num_groups})
 
 
+@st.composite
+def routers(draw: st.DrawFn) -> TernaryWeight:
+    """Draw a router's weight: levels near each other or over all their range; rows that are equal, or one trit apart."""
+    shape = (draw(st.one_of(EXPERTS, st.just(64)), label="E"), draw(ss.sizes(70), label="K"))
+    weight = draw(ss.weights(shape, levels=draw(st.sampled_from((NARROW, None)), label="levels")))
+    kind = draw(st.sampled_from(("free", "equal", "one trit apart")), label="rows")
+    if kind == "free":
+        return weight
+    experts = torch.arange(shape[0])
+    rows = experts % (draw(st.sampled_from((1, 3)), label="different rows") if kind == "equal" else 1)
+    trits = trits_of(weight)[rows]
+    if kind == "one trit apart":  # scores that differ in their last bits alone
+        places = (experts, experts % shape[1])
+        trits[places] = (trits[places] + 2) % 3 - 1
+    levels, size = weight.exponents[rows], weight.group_size
+    return weight_of_trits(trits, levels, size, mantissa_bits=weight.mantissa_bits)
+
+
+@st.composite
+def choose_experts(draw: st.DrawFn) -> Case:
+    weight = draw(routers())
+    x = draw(vectors(weight.shape[1]))
+    return Case((x, weight), {"top_k": draw(st.integers(1, weight.shape[0]), label="k")})
+
+
 CASES: dict[str, SearchStrategy[Case]] = {
+    "choose_experts": choose_experts(),
     "grouped_linear": grouped_linear_case(backward=False),
     "grouped_linear_input_grad": grouped_linear_case(backward=True),
     "grouped_linear_weight_grad": grouped_linear_weight_grad(),

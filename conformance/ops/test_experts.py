@@ -5,17 +5,21 @@ Legend: E experts, N outputs of an expert, K inputs, M slots.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from arbitor.reference import ops as reference_ops
+from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.types import TernaryWeight
 from conformance import oracle
 from conformance import strategies as ss
+from conformance.cases.codebook import vectors
 from conformance.cases.core import NARROW
-from conformance.cases.experts import EXPERTS, expert_ids, sizes
+from conformance.cases.experts import EXPERTS, expert_ids, routers, sizes
 from conformance.compare import exact, unsigned_zeros
 from conformance.law import law
 from conformance.report import needs_cuda
@@ -45,6 +49,70 @@ def _equal(got: Tensor, want: Tensor, what: str = "output") -> None:
 
 def _floats(data: st.DataObject, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return data.draw(ss.activations(shape, dtype, exact=True))
+
+
+def seen_levels(weight: TernaryWeight) -> list[list[int]]:
+    """Return the levels of a router's weight as the choice sees them, by plain Python: 16 octaves at most."""
+    rows = weight.exponents.tolist()
+    least = max(map(max, rows)) - (16 << weight.mantissa_bits)
+    return [[max(level, least) for level in row] for row in rows]
+
+
+def sixteenths(x: float) -> int:
+    """Return a number in whole sixteenths, by plain Python, whose round takes halves to even."""
+    return 0 if math.isnan(x) else round(min(max(16 * x, -127.0), 127.0))
+
+
+@law(weight=routers(), data=st.data())
+def test_choose_experts_by_fractions(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
+    """By scores without a rounding error, largest first, ties to the lowest expert; the chosen in ascending order."""
+    x = data.draw(vectors(weight.shape[1]))
+    top_k = data.draw(st.integers(1, weight.shape[0]), label="k")
+    x_MK = x.reshape(-1, weight.shape[1])[:5]
+    scales = [[oracle.scale(level, weight.mantissa_bits) for level in row] for row in seen_levels(weight)]
+    trits = oracle.unpack(weight.packed.tolist(), math.prod(weight.shape))
+    want = []
+    for row in x_MK.tolist():
+        steps = list(map(sixteenths, row))
+        scores = [
+            sum(trits[e * len(row) + k] * of[k // weight.group_size] * step for k, step in enumerate(steps))
+            for e, of in enumerate(scales)
+        ]
+        want.append(sorted(sorted(range(len(scores)), key=lambda e, s=scores: -s[e])[:top_k]))
+    got = ops.choose_experts(x_MK, weight, top_k=top_k)
+    exact(got, torch.tensor(want, dtype=torch.int64).reshape(len(want), top_k))
+
+
+@law(weight=routers(), data=st.data())
+def test_choose_experts_lets_the_lowest_of_equal_rows_win(
+    ops: Subject, weight: TernaryWeight, data: st.DataObject
+) -> None:
+    """A router beside its own copy: the first of each pair comes before the second, whatever the vector."""
+    twice = weight_of_trits(
+        trits_of(weight).repeat(2, 1),
+        weight.exponents.repeat(2, 1),
+        weight.group_size,
+        mantissa_bits=weight.mantissa_bits,
+    )
+    x, num_experts = data.draw(vectors(weight.shape[1])), weight.shape[0]
+    top_k = data.draw(st.integers(1, 2 * num_experts), label="k")
+    chosen = ops.choose_experts(x, twice, top_k=top_k)
+    assert chosen.shape == (*x.shape[:-1], top_k)
+    for row in chosen.reshape(-1, top_k).tolist():
+        assert all(expert - num_experts in row for expert in row if expert >= num_experts), row
+
+
+@law(weight=routers(), data=st.data(), share=0.5)
+def test_choose_experts_of_each_vector_alone(
+    ops: Subject, weight: TernaryWeight, data: st.DataObject
+) -> None:
+    """What a vector chooses depends neither on what comes with it nor on its place."""
+    x = data.draw(vectors(weight.shape[1])).reshape(-1, weight.shape[1])
+    top_k = data.draw(st.integers(1, weight.shape[0]), label="k")
+    together = ops.choose_experts(x, weight, top_k=top_k)
+    exact(ops.choose_experts(x.flip(0), weight, top_k=top_k).flip(0), together, "in another order")
+    for place in range(min(len(x), 3)):
+        exact(ops.choose_experts(x[place], weight, top_k=top_k), together[place], "alone")
 
 
 @law(made=stacked(), dtype=ss.DTYPES, data=st.data())

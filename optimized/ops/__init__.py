@@ -19,6 +19,7 @@ from arbitor.optimized.ops.dither import dither_bytes
 from arbitor.optimized.ops.edges import edge_sum, edge_sum_input_grad, edge_sum_sign_grad, update_neighbours
 from arbitor.optimized.ops.embedding import embedding, embedding_row_grads
 from arbitor.optimized.ops.experts import (
+    choose_experts,
     expert_load,
     grouped_linear,
     grouped_linear_input_grad,
@@ -46,6 +47,7 @@ __all__ = [
     "age_codes",
     "apply_step",
     "candidate_codes",
+    "choose_experts",
     "constant_weight",
     "conv1d",
     "conv1d_input_grad",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from arbitor.optimized.kernels import router
 from arbitor.optimized.kernels.experts import weight_grad
 from arbitor.optimized.kernels.launch import values_between
 from arbitor.optimized.kernels.products import Plan, packed_product
@@ -49,6 +50,18 @@ def grouped_linear_weight_grad(
     values_between("experts_M", experts_M, -1, num_groups - 1)
     plan = Plan.of(experts_M, num_groups)
     return weight_grad(grad_MN.contiguous(), x_MK.contiguous(), plan, num_groups)
+
+
+def choose_experts(x: Tensor, weight: AnyWeight, *, top_k: int) -> Tensor:
+    """See reference; float64 is not supported.
+
+    The library multiplies in float64, where every sum is exact, so that its order and its tiles leave no trace.
+    """
+    checks.router(x, weight, top_k, weight.exponents, DTYPES)
+    x_MK = router.whole_sixteenths(x.reshape(-1, weight.shape[1]))
+    scores_ME = torch.mm(x_MK, router.router_rows(on_device(weight)).T)
+    order_ME = scores_ME.sort(dim=-1, descending=True, stable=True).indices
+    return order_ME[:, :top_k].sort(dim=-1).values.reshape(*x.shape[:-1], top_k)
 
 
 def expert_load(experts: Tensor, *, num_groups: int) -> Tensor:
