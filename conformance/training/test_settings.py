@@ -13,6 +13,7 @@ from arbitor.optimized.training.defaults import trainer_defaults
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.plan import TrainOptions, decide
 from arbitor.optimized.training.runtime import choose_runtime, deterministic
+from arbitor.reference.config import with_modules
 from conformance.training.nano import NANO, NANO_DEFAULTS
 
 
@@ -134,7 +135,9 @@ def test_a_preset_may_be_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     settings = decide(TrainOptions(preset="mine.json", disable_moe=True), None)
     assert settings.preset == str(tmp_path / "mine.json")  # so that a run can be resumed from another folder
-    assert settings.model_config() == replace(NANO, name="mine", width=NANO.width + 12, use_moe=False)
+    assert settings.model_config() == with_modules(
+        replace(NANO, name="mine", width=NANO.width + 12), moe=False
+    )
     assert settings.batch == trainer_defaults("mine").batch
 
 

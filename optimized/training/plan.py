@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from arbitor.optimized.training.defaults import trainer_defaults
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.reference.config import SIGN_VOTES, ArbConfig, with_modules
+from arbitor.reference.config import SIGN_VOTES, ArbConfig, with_fields, with_modules
 from arbitor.reference.presets import preset as named_preset
 
 CONFIG_SUFFIX = ".json"
@@ -143,7 +143,7 @@ def model_config(
     """The configuration of a preset with the changes that the command line names."""
     config = preset_config(preset)
     return with_modules(
-        replace(config, **SIGN_VOTES) if sign_votes else config,
+        with_fields(config, **SIGN_VOTES) if sign_votes else config,
         vq=not disable_vq,
         graph=not disable_graph,
         moe=not disable_moe,
