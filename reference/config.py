@@ -394,12 +394,15 @@ MEMORY_ROWS = 16_384
 
 SIGN_VOTES: Mapping[str, Any] = {
     "vote_rule": "sign",
-    "theta": 32,
     "max_vote_step": 8,
-    "exponent_rule": "frozen",
+    "theta": 32,
+    "on_flip": "reset",
+    "exponent_rule": "sign",
+    "theta_e": 32,
     "mantissa_bits": 0,
 }
-"""Fields of a configuration that learns as the seeds' models did: votes are signs, whose size grows with the loss; scales stay."""
+"""Fields of a configuration that learns by the seeds' rule: trits by the signs of their gradient, times an integer that grows with
+the loss; exponents, whole octaves, by the signs of their groups' scores. docs/spec/votes.md says what the seeds leave open."""
 
 
 def with_modules(
