@@ -116,13 +116,14 @@ class ArbConfig:
         rotary_dim:     leading part of a head's query and key that carries the position; even, below head_dim.
         query_latent:   rank of the queries.
         kv_latent:      width of the latent that keys and values are made from: what a cache holds, with rotary_dim.
-        shared_inner:   width of the hidden vector that all experts share.
-        num_experts:    experts of a MoE.
+        shared_inner:   width of the hidden vector that all experts share; this and the next three are 0 without `use_moe`.
+        num_experts:    experts of a MoE, at least 2.
         top_k:          experts that a position uses.
         expert_rank:    rank of an expert's modulation.
         head_inner:     width of the hidden vector of the byte head.
 
-    What follows is off at its default; counts of 0 leave a module out:
+    What follows is off at its default; counts of 0 leave a module out. A field that nothing reads must have its default, as
+    SWITCHES says:
         num_codes:      entries of the shared codebook; 0: no codes, and then no graph, memory or composites either.
         code_dim:       C, width of a code.
         motif_residual: whether a position's own vector is added to its motif.
@@ -147,7 +148,7 @@ class ArbConfig:
         image_codes:    entries of the image codebook.
         audio_features: width of an audio frame's features; 0: no audio.
         audio_codes:    entries of the audio codebook.
-        router_inner:   width inside the output router; 0: no router.
+        router_inner:   width inside the output router, which needs a video or talker head to choose from; 0: no router.
         video_latent:   numbers of a video latent (channels * frames * height * width); 0: no video head.
         video_steps:    most denoising steps.
         talker_tokens:  audio tokens that the talker head chooses from; 0: no talker head.
@@ -367,8 +368,10 @@ SWITCHES = (
     Switch("with vote_rule 'stochastic'", lambda config: config.vote_rule == "sign", ("max_vote_step",)),
     Switch("with exponent_rule 'frozen'", lambda config: config.exponent_rule != "frozen", ("theta_e",)),
 )
-"""Every switch, after those that its own field depends on. `mantissa_bits` is none that `exponent_rule` switches: scales that stay
-may have mantissas, those that a state which is loaded brings."""
+"""Every switch. One whose own field has a switch comes after it, so that `with_fields` puts all at rest in one pass.
+
+`exponent_rule` does not switch `mantissa_bits`: a state that is loaded may bring mantissas, which then stay.
+"""
 
 
 def at_rest(name: str) -> Any:
