@@ -17,8 +17,9 @@ from torch import Tensor
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.op_table import OP_TABLE
 from conformance import import_lint
-from conformance.cases import CASES, Case
+from conformance.case import Case
 from conformance.compare import exact, unsigned_zeros
+from conformance.families import CASES
 from conformance.poison import PATTERNS
 from conformance.report import needs_cuda
 from conformance.subject import Subject, weight_of

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.grouped import TernaryGroupedLinear
 from arbitor.reference.graph.layers import TernaryLinear
 from arbitor.reference.graph.state import GraphContext, TableModule, when_voting
@@ -101,7 +102,7 @@ def chosen_shares(logits_BPE: Tensor, experts_BPk: Tensor) -> Tensor:
              logit is 1, whatever the logit, and has no gradient: the router would learn nothing
     Returns: the softmax runs in float32 or better
     """
-    wide_BPE = logits_BPE.to(torch.promote_types(logits_BPE.dtype, torch.float32))
+    wide_BPE = widened(logits_BPE)
     if experts_BPk.shape[-1] == 1:
         shares_BPk = wide_BPE.softmax(dim=-1).gather(-1, experts_BPk)
     else:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from arbitor.reference.config import HALT_THRESHOLD
+from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm
 from arbitor.reference.graph.moe import SharedProjectionMoE
 from arbitor.reference.graph.state import GraphContext, TableModule, used
-from arbitor.reference.graph.units import widened
 from arbitor.reference.ops.denoise import Halting
 
 LEAK_SHIFTS = (1, 2, 3, 4)

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from arbitor.reference import checks
 from arbitor.reference.config import HALT_THRESHOLD
+from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear
 from arbitor.reference.graph.state import GraphContext, used
-from arbitor.reference.graph.units import unit_rows, widened
+from arbitor.reference.graph.units import unit_rows
 from arbitor.reference.ops.denoise import Halting, attended, signal_share
 
 FIRST_SIGNAL = 1 / 16
