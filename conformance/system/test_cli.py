@@ -7,7 +7,6 @@ import os
 import pty
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from arbitor.optimized.training import loop
 from arbitor.optimized.training.checkpoint import load_checkpoint
 from arbitor.optimized.training.options import CHANGES
 from arbitor.reference.audit import audit
-from arbitor.reference.config import MEMORY_ROWS, SIGN_VOTES
+from arbitor.reference.config import MEMORY_ROWS, SIGN_VOTES, with_fields
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.presets import PRESETS
 from conformance.system.command import REPOSITORY, Here, arb, check_refused, environment
@@ -235,9 +234,9 @@ def test_train_trains_the_model_that_its_options_name(
     fields: dict[str, Any],
     settings: dict[str, Any],
 ) -> None:
-    preset = replace(WHOLE, memory_rows=0) if "--enable-memory" in flags else WHOLE
+    preset = with_fields(WHOLE, memory_rows=0) if "--enable-memory" in flags else WHOLE
     monkeypatch.setitem(PRESETS, "whole", preset)
-    run, expected = tmp_path / "run", replace(preset, **fields)
+    run, expected = tmp_path / "run", with_fields(preset, **fields)
     result = here(*train(text, run, "--preset", "whole", "--steps", "1", *flags))
     assert result.returncode == 0, result.stderr.decode()
     summary, config = (json.loads((run / name).read_text()) for name in ("summary.json", "config.json"))

@@ -22,6 +22,7 @@ from arbitor.optimized.training.census import (
 )
 from arbitor.optimized.training.checkpoint import state_sha256
 from arbitor.reference import ops as reference_ops
+from arbitor.reference.config import with_modules
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.parts import row_parts
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
@@ -303,7 +304,7 @@ def test_a_report_of_experts_counts_since_the_one_before() -> None:
 
 
 def test_what_a_model_does_not_have_is_not_reported() -> None:
-    model = ArbModel(replace(NANO, use_moe=False), seed=3)
+    model = ArbModel(with_modules(NANO, moe=False), seed=3)
     census = Census(model)
     vote(model, 0)
     census.before_step()

@@ -13,6 +13,7 @@ from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.options import TrainOptions, preset_defaults
 from arbitor.optimized.training.plan import decide, preset_config, settings_config
 from arbitor.optimized.training.runtime import choose_runtime, deterministic
+from arbitor.reference.config import with_modules
 from conformance.training.nano import NANO, NANO_DEFAULTS
 
 
@@ -162,7 +163,9 @@ def test_a_preset_may_be_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     settings = decide(TrainOptions(preset="mine.json", disable_moe=True), None)
     # So that a run can be resumed from another folder.
     assert settings.preset == str(tmp_path / "mine.json")
-    assert settings_config(settings) == replace(NANO, name="mine", width=NANO.width + 12, use_moe=False)
+    assert settings_config(settings) == with_modules(
+        replace(NANO, name="mine", width=NANO.width + 12), moe=False
+    )
     assert settings.batch == preset_defaults("mine")["batch"]
 
 

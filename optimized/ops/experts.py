@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arbitor.optimized.kernels import router
 from arbitor.optimized.kernels.experts import weight_grad
 from arbitor.optimized.kernels.launch import values_between
 from arbitor.optimized.kernels.products import Plan, packed_product
@@ -19,7 +20,13 @@ from arbitor.optimized.ops.op import op
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
-__all__ = ["expert_load", "grouped_linear", "grouped_linear_input_grad", "grouped_linear_weight_grad"]
+__all__ = [
+    "choose_experts",
+    "expert_load",
+    "grouped_linear",
+    "grouped_linear_input_grad",
+    "grouped_linear_weight_grad",
+]
 
 
 def _x_grad(grad: Tensor, *, weight: AnyWeight, experts_M: Tensor, num_groups: int, **_: Any) -> Tensor:
@@ -62,6 +69,19 @@ def grouped_linear_weight_grad(
     values_between("experts_M", experts_M, -1, num_groups - 1)
     plan = Plan.of(experts_M, num_groups)
     return weight_grad(grad_MN.contiguous(), x_MK.contiguous(), plan, num_groups)
+
+
+@op()
+def choose_experts(x: Tensor, weight: AnyWeight, *, top_k: int) -> Tensor:
+    """See reference; float64 is not supported.
+
+    The library multiplies in float64, where every sum is exact, so that its order and its tiles leave no trace.
+    """
+    checks.router(x, weight, top_k, weight.exponents, DTYPES)
+    x_MK = router.whole_sixteenths(x.reshape(-1, weight.shape[1]))
+    scores_ME = torch.mm(x_MK, router.router_rows(on_device(weight)).T)
+    order_ME = scores_ME.sort(dim=-1, descending=True, stable=True).indices
+    return order_ME[:, :top_k].sort(dim=-1).values.reshape(*x.shape[:-1], top_k)
 
 
 @op()

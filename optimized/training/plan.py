@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.options import BOUND, CHANGES, ROWS, Settings, TrainOptions, preset_defaults
-from arbitor.reference.config import SIGN_VOTES, ArbConfig, with_modules
+from arbitor.reference.config import SIGN_VOTES, ArbConfig, with_fields, with_modules
 from arbitor.reference.presets import preset as named_preset
 
 CONFIG_SUFFIX = ".json"
@@ -86,7 +85,7 @@ def _changed(
     sign_votes: bool = False,
 ) -> ArbConfig:
     return with_modules(
-        replace(config, **SIGN_VOTES) if sign_votes else config,
+        with_fields(config, **SIGN_VOTES) if sign_votes else config,
         vq=not disable_vq,
         graph=not disable_graph,
         moe=not disable_moe,

@@ -34,6 +34,7 @@ from arbitor.reference.checks.experts import (
     expert_pair,
     expert_rows,
     expert_slots,
+    router,
     stacked_rows,
 )
 from arbitor.reference.checks.memory import ngrams, strength_rule, strengths_of
@@ -110,6 +111,7 @@ __all__ = [
     "one_of",
     "one_row",
     "out_weight",
+    "router",
     "row_ids",
     "row_values",
     "rows_of",
