@@ -58,7 +58,7 @@ def pytest_addoption(parser):
     for name in ("--device", "--examples", "--impl"):
         parser.addoption(name)
 """
-WITHOUT_CHECK = "reference/things/thing.py grown: without `raise ValueError(f\"size is {size + 0}, but must be at most 10\")` #1"
+WITHOUT_CHECK = 'reference/things/thing.py grown: without `raise ValueError(f"size is {size + 0}, but must be at most 10")` #1'
 
 
 def tree(folder: Path, tests: str = TESTS) -> Path:
@@ -105,7 +105,9 @@ def test_a_missing_test_leaves_a_survivor(tried: tuple[int, dict[str, dict[str, 
     assert tried[1][WITHOUT_CHECK]["code"].startswith("raise ValueError")
 
 
-@pytest.mark.parametrize("change", ["-> `size - by`", "-> `size >= LIMIT`", "by: int = 2", "without `rest -= 1`"])
+@pytest.mark.parametrize(
+    "change", ["-> `size - by`", "-> `size >= LIMIT`", "by: int = 2", "without `rest -= 1`"]
+)
 def test_a_test_kills(tried: tuple[int, dict[str, dict[str, Any]]], change: str) -> None:
     assert status_of(tried, change) in ("killed", "timeout")
 
@@ -139,7 +141,10 @@ def test_an_added_test_kills_the_survivor(tmp_path: Path) -> None:
 def test_shards_are_all_mutants_once(tmp_path: Path) -> None:
     root = tree(tmp_path / "tree")
     parts = [
-        {m.id for m in mutate.chosen(root, mutate.parsed(["reference", "--shard", f"{part}/3", "--seed", "5"]))}
+        {
+            m.id
+            for m in mutate.chosen(root, mutate.parsed(["reference", "--shard", f"{part}/3", "--seed", "5"]))
+        }
         for part in (1, 2, 3)
     ]
     whole = {m.id for m in mutants_of(root, "reference/things/thing.py")}
@@ -168,7 +173,10 @@ def test_a_red_baseline_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     root = tree(tmp_path / "tree", TESTS + "\ndef test_red():\n    assert grown(1) == 7\n")
     status, found = run(root, "--only", "size - by")
     assert status == 2 and not found
-    assert "test_thing.py fails without a mutation: conformance/things/test_thing.py::test_red" in capsys.readouterr().err
+    assert (
+        "test_thing.py fails without a mutation: conformance/things/test_thing.py::test_red"
+        in capsys.readouterr().err
+    )
 
 
 def test_excused_mutants_are_left_out_and_must_exist(tmp_path: Path) -> None:
@@ -177,7 +185,9 @@ def test_excused_mutants_are_left_out_and_must_exist(tmp_path: Path) -> None:
     (root / mutate.EXCUSES).write_text(json.dumps([entry]))
     assert WITHOUT_CHECK not in {m.id for m in mutate.chosen(root, mutate.parsed(["reference"]))}
     assert mutate.stale_excuses(root) == []
-    (root / mutate.EXCUSES).write_text(json.dumps([{**entry, "mutant": WITHOUT_CHECK[:-1] + "2"}, {**entry, "reason": "equal"}]))
+    (root / mutate.EXCUSES).write_text(
+        json.dumps([{**entry, "mutant": WITHOUT_CHECK[:-1] + "2"}, {**entry, "reason": "equal"}])
+    )
     assert len(mutate.stale_excuses(root)) == 2
 
 

@@ -192,7 +192,11 @@ class Campaign:
 
     def key(self) -> str:
         """Return what a record of the unchanged tree depends on."""
-        files = sorted(path for path in files_of(self.options.root) if path.suffix == ".py")
+        read = (*PRODUCT, "conformance")
+        found = [
+            path for path in files_of(self.options.root) if path.suffix == ".py" and path.parts[0] in read
+        ]
+        files = sorted(path for path in found if path.parts[:2] != ("conformance", "mutation"))
         tree = digest_of([self.options.root / path for path in files])
         return f"{tree} {self.options.device} {self.options.examples}"
 
@@ -263,26 +267,27 @@ class Campaign:
             self.options.say(shown(record))
 
     def tests_of(self, mutant: Mutant, stages: list[list[Unit]]) -> list[tuple[Unit, dict[str, float]]]:
-        """Return the tests that call the function of a mutant, with their seconds; all tests for code that imports run.
+        """Return the tests that call the function of a mutant, with their seconds; all tests for code outside of functions.
 
-        A compiled kernel or a cached result hides a call: where the function is decorated, calls of the whole file count.
+        What is called while a file of tests is imported is used by any test of it; where that file has not the name of the
+        mutant's, that is too many to run. A compiled kernel or a cached result hides a call: where the function is
+        decorated, calls of the whole file count.
         """
         found = []
-        for stage in stages:
+        wanted = {EVERYTHING, f"{mutant.file}:{mutant.function}"}
+        for number, stage in enumerate(stages):
             of_stage = []
             for unit in stage:
                 record = self.baseline[str(unit)]
-                wanted = {EVERYTHING, f"{mutant.file}:{mutant.function}"}
-                everywhere = not mutant.function or not wanted.isdisjoint(record["imported"])
-                tests = record["tests"].items()
-                keep = {n: t["seconds"] for n, t in tests if everywhere or not wanted.isdisjoint(t["calls"])}
+                seconds = {name: test["seconds"] for name, test in record["tests"].items()}
+                calls = {name: set(test["calls"]) for name, test in record["tests"].items()}
+                everywhere = number == 0 and not wanted.isdisjoint(record["imported"])
+                keep = {name for name in calls if everywhere or not mutant.function or calls[name] & wanted}
                 if mutant.decorated and ("cache" in mutant.decorated or not keep):
-                    prefix = f"{mutant.file}:"
-                    keep |= {
-                        n: t["seconds"] for n, t in tests if any(c.startswith(prefix) for c in t["calls"])
-                    }
+                    of_file = f"{mutant.file}:"
+                    keep |= {name for name in calls if any(call.startswith(of_file) for call in calls[name])}
                 if keep:
-                    of_stage.append((unit, keep))
+                    of_stage.append((unit, {name: seconds[name] for name in keep}))
             found += sorted(of_stage, key=lambda pair: sum(pair[1].values()))
         return found
 

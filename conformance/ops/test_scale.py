@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -104,3 +105,9 @@ def test_constant_weight_is_constant(
     exact(ops.dequantize(weight), want + 0.0)
     assert weight.group_size == group_size
     assert not weight.trit_accum.any() and not weight.exponent_accum.any()
+
+
+@pytest.mark.parametrize("trit", [-2, 2])
+def test_constant_weight_refuses_trits_beside_the_three(subject: Subject, trit: int) -> None:
+    error = subject.refuses("constant_weight", ((2, 3),), {"trit": trit, "exponent": 0})
+    assert isinstance(error, ValueError) and f"trit is {trit}" in str(error)
