@@ -114,7 +114,8 @@ def runs(
         for done in as_completed(waiting):
             try:
                 yield {"variant": waiting[done], **done.result()}
-            except Exception as error:  # whatever it is, the other runs are worth keeping
+            except Exception as error:
+                # Whatever it is, the other runs are worth keeping.
                 print(f"{waiting[done]}: {error}", file=sys.stderr)
 
 

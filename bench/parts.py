@@ -23,10 +23,12 @@ def attempt(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return part()
     except torch.cuda.OutOfMemoryError:
         reason = OUT_OF_MEMORY
-    except Exception as error:  # whatever it is, the parts before and after are worth keeping
+    except Exception as error:
+        # Whatever it is, the parts before and after are worth keeping.
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    free()  # here, where the error and the frames that it held are gone
+    # Here the error is gone, with the frames that it held.
+    free()
     return {"failed": reason}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from arbitor.reference.constants import DEFAULT_MANTISSA_BITS
 from arbitor.reference.ops import constant_weight
 from arbitor.reference.types import TernaryWeight
-from conformance.cases.case import Case
+from conformance.case import Case
 
 WIDTH = 3072
 BF16, F32 = torch.bfloat16, torch.float32

@@ -1,9 +1,9 @@
 """Which tests are of a file: found from names, and from imports where no test has the file's name.
 
-`reference/ops/scale.py`, `optimized/ops/scale.py` and `optimized/kernels/scale.py` are tested by the files `test_scale.py`;
-`optimized/kernels/segments.py`, which has none, by those of the files that import it. Then come the rest of the folders that these
-lie in, and what lies at the top of `conformance`. A family of ops has nothing to do with the others: in a folder that both sets
-of ops have, the tests of another family are left out.
+`reference/ops/scale.py`, `optimized/ops/scale.py` and `optimized/kernels/scale.py` are tested by `test_scale.py` and by
+`test_scale_<part>.py`. `optimized/kernels/segments.py`, which has no tests of its name, is tested by those of the files that
+import it. Then come the rest of the folders that these lie in, and what lies at the top of `conformance`. A family of ops has
+nothing to do with the others: in a folder that both sets of ops have, the tests of another family are left out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from conformance.import_lint import import_graph, module_name
 from conformance.mutation.worker import PRODUCT
 
 REFERENCE_OPS = "arbitor.reference.ops"
-OF_THE_SUITE = ("test_compare", "test_compiles", "test_mutants", "test_mutate")
+OF_THE_SUITE = (
+    "test_adding_an_op",
+    "test_compare",
+    "test_compiles",
+    "test_families",
+    "test_mutants",
+    "test_mutate",
+)
 """Tests of the tests, and of what no interpreter runs: they are slow and judge no result of the product."""
 
 
@@ -38,6 +45,7 @@ class Selection:
         self.root = root
         files = sorted((root / "conformance").rglob("test_*.py"))
         self.tests = [path.relative_to(root) for path in files if path.stem not in OF_THE_SUITE]
+        self.stems = {path.stem for top in PRODUCT for path in (root / top).rglob("*.py")}
         self.importers: dict[str, set[str]] = {}
         for name, targets in import_graph(root).items():
             for target in targets:
@@ -63,9 +71,21 @@ class Selection:
         return [*by_itself, [Unit(str(test)) for test in (*named, *rest) if self.takes_ops(test)]]
 
     def named(self, path: Path) -> list[Path]:
-        """Return the tests with the name of a file, those in the folder with the name of its folder if there are any."""
-        found = [test for test in self.tests if test.stem == f"test_{path.stem}"]
+        """Return the tests with the name of a file, those in the folder with the name of its folder if there are any.
+
+        `graph/test_codebook.py` is not of `optimized/kernels/codebook.py`: `reference` alone has a graph.
+        """
+        found = [test for test in self.tests if self.stem_of(test) == path.stem]
+        homes = {
+            test: [top for top in PRODUCT if (self.root / top / test.parent.name).is_dir()] for test in found
+        }
+        found = [test for test in found if not homes[test] or path.parts[0] in homes[test]]
         return [test for test in found if test.parent.name == path.parent.name] or found
+
+    def stem_of(self, test: Path) -> str:
+        """Return the name of the file that tests are of: the longest with which the name of the tests begins."""
+        name = f"{test.stem.removeprefix('test_')}_"
+        return max((stem for stem in self.stems if name.startswith(f"{stem}_")), key=len, default="")
 
     def of_importers(self, path: Path) -> list[Path]:
         """Return the tests with the name of a file that imports this one, straight away or through files without tests."""
@@ -94,10 +114,8 @@ class Selection:
 
     def alone(self, test: Path) -> bool:
         """Return whether a file of tests is of one family of ops."""
-        own = [
-            self.root / top / test.parent.name / f"{test.stem.removeprefix('test_')}.py" for top in PRODUCT
-        ]
-        return all(path.exists() for path in own)
+        own = Path(test.parent.name) / f"{self.stem_of(test)}.py"
+        return all((self.root / top / own).exists() for top in PRODUCT)
 
     def takes_ops(self, test: Path) -> bool:
         """Return whether a file of tests runs against the implementation that `--impl` names."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -14,16 +17,52 @@ from arbitor.reference.ops.packing import weight_of_trits
 from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.types import TernaryWeight
 from conformance import strategies as ss
-from conformance.cases import compare
-from conformance.cases.case import Case
-from conformance.cases.core import leading, magnitude_of_norm_input_grad
+from conformance.case import Case, calls, compare, magnitude
 from conformance.compare import exact, no_worse, one_rounding, roundings, unsigned_zeros
 from conformance.law import law
+from conformance.mutant import mutants_of
+from conformance.refusal import F16, meta, ones, refusals, refused, weight
 from conformance.report import needs_cuda
 from conformance.subject import Subject
 
+mutant = mutants_of("norm")
+
+
+# --- how calls are drawn ---------------------------------------------------------------------------------------------
+
+
+@magnitude("rms_norm_input_grad")
+def magnitude_of_norm_input_grad(op: Callable[..., Any], case: Case) -> Tensor:
+    """Return (|dy w| + |x^| mean |x^ dy w|) / rms, the terms of dx."""
+    grad, x, weight = case.args
+    grad, x = grad.to(torch.float64), x.to(torch.float64)
+    rms = (x.square().mean(dim=-1, keepdim=True) + case.kwargs.get("eps", 1e-6)).sqrt()
+    scaled, unit = (grad * dequantize(weight, dtype=torch.float64)[0]).abs(), (x / rms).abs()
+    return (scaled + unit * (unit * scaled).mean(dim=-1, keepdim=True)) / rms
+
+
+@calls("rms_norm", "rms_norm_input_grad", "rms_norm_weight_grad")
+def norm_calls(draw: st.DrawFn, op: str) -> Case:
+    dtype, eps = draw(ss.DTYPES), draw(st.sampled_from((1e-6, 1e-12, 1.0)))
+    weight = draw(ss.weights((1, draw(st.deferred(ss.sizes)))))
+    shape = (*draw(ss.leading()), weight.shape[1])
+    # The square of a huge one overflows; a product with a tiny one loses bits, more or fewer by the order of factors.
+    kinds = ("normal", "wild", "faint", "constant")
+    x = draw(ss.activations(shape, dtype, exact=False, kinds=kinds))
+    grad = draw(ss.activations(shape, dtype, exact=False, kinds=("normal", "constant")))
+    args = {
+        "rms_norm": (x, weight),
+        "rms_norm_input_grad": (grad, x, weight),
+        "rms_norm_weight_grad": (grad, x),
+    }
+    return Case(args[op], {"eps": eps})
+
+
+# --- laws, and the mutants that they reject --------------------------------------------------------------------------
+
+
 WEIGHTS = st.deferred(ss.sizes).flatmap(lambda width: ss.weights((1, width)))
-LEADING = leading(empty=False)
+LEADING = ss.leading(empty=False)
 EPS = st.sampled_from((1e-6, 1e-3, 1.0))
 KINDS = ("normal", "wild", "faint")
 
@@ -34,7 +73,36 @@ def _draw(
     return data.draw(ss.activations(shape, dtype, exact=False, kinds=kinds))
 
 
-@law(weight=WEIGHTS, lead=LEADING, dtype=ss.DTYPES, eps=EPS, data=st.data())
+NORM_GRAD_WITHOUT_PROJECTION = mutant(
+    "norm_grad_without_projection",
+    "unit * (unit * scaled).mean(dim=-1, keepdim=True)",
+    "0",
+    compared="rms_norm_input_grad",
+)
+
+
+@law(
+    weight=WEIGHTS,
+    lead=LEADING,
+    dtype=ss.DTYPES,
+    eps=EPS,
+    data=st.data(),
+    rejects=[
+        mutant(
+            "eps_outside_the_root",
+            "(x_wide.square().mean(dim=-1, keepdim=True) + eps).sqrt()",
+            "x_wide.square().mean(dim=-1, keepdim=True).sqrt() + eps",
+            compared="rms_norm",
+        ),
+        mutant(
+            "norm_of_the_sum",
+            "(x_wide.square().mean(dim=-1, keepdim=True) + eps).sqrt()",
+            "(x_wide.square().sum(dim=-1, keepdim=True) + eps).sqrt()",
+            compared=("rms_norm", "rms_norm_weight_grad"),
+        ),
+        NORM_GRAD_WITHOUT_PROJECTION,
+    ],
+)
 def test_rms_norm_by_torch(
     ops: Subject,
     weight: TernaryWeight,
@@ -75,7 +143,21 @@ def _by_torch(
     return y.detach(), dx, dw.reshape(1, -1)
 
 
-@law(weight=WEIGHTS, dtype=ss.DTYPES, power=st.integers(10, 40), data=st.data())
+NORM_FORGETS_THE_ROOT = mutant(
+    "norm_forgets_the_root",
+    "(x_wide.square().mean(dim=-1, keepdim=True) + eps).sqrt()",
+    "(x_wide.square().mean(dim=-1, keepdim=True) + eps)",
+    compared="rms_norm",
+)
+
+
+@law(
+    weight=WEIGHTS,
+    dtype=ss.DTYPES,
+    power=st.integers(10, 40),
+    data=st.data(),
+    rejects=[NORM_FORGETS_THE_ROOT],
+)
 def test_rms_norm_ignores_the_scale(
     ops: Subject, weight: TernaryWeight, dtype: torch.dtype, power: int, data: st.DataObject
 ) -> None:
@@ -85,7 +167,18 @@ def test_rms_norm_ignores_the_scale(
     exact(ops.rms_norm(x * 2.0**power, weight, eps=1e-12), ops.rms_norm(x * 2.0**9, weight, eps=1e-12))
 
 
-@law(weight=WEIGHTS, dtype=ss.DTYPES, eps=EPS)
+@law(
+    weight=WEIGHTS,
+    dtype=ss.DTYPES,
+    eps=EPS,
+    rejects=[
+        mutant(
+            "norm_without_eps",
+            "(x_wide.square().mean(dim=-1, keepdim=True) + eps).sqrt()",
+            "x_wide.square().mean(dim=-1, keepdim=True).sqrt()",
+        ),
+    ],
+)
 def test_rms_norm_of_zeros(ops: Subject, weight: TernaryWeight, dtype: torch.dtype, eps: float) -> None:
     """Zeros stay zeros, and their gradients stay finite."""
     x = torch.zeros(3, weight.shape[1], dtype=dtype)
@@ -94,7 +187,20 @@ def test_rms_norm_of_zeros(ops: Subject, weight: TernaryWeight, dtype: torch.dty
     exact(unsigned_zeros(ops.rms_norm_weight_grad(torch.ones_like(x), x, eps=eps)), x[:1].to(torch.float32))
 
 
-@law(width=st.deferred(ss.sizes), dtype=ss.DTYPES, power=st.integers(-8, 8), data=st.data())
+@law(
+    width=st.deferred(ss.sizes),
+    dtype=ss.DTYPES,
+    power=st.integers(-8, 8),
+    data=st.data(),
+    rejects=[
+        mutant(
+            "norm_weight_grad_rectified",
+            "reshape(-1, x.shape[-1]).sum(dim=0",
+            "reshape(-1, x.shape[-1]).relu().sum(dim=0",
+            compared="rms_norm_weight_grad",
+        ),
+    ],
+)
 def test_rms_norm_weight_grad_scales_with_grad(
     ops: Subject, width: int, dtype: torch.dtype, power: int, data: st.DataObject
 ) -> None:
@@ -106,7 +212,13 @@ def test_rms_norm_weight_grad_scales_with_grad(
     exact(ops.rms_norm_weight_grad(grad * -(2.0**power), x), first * -(2.0**power))
 
 
-@law(width=st.deferred(ss.sizes), dtype=ss.DTYPES, power=st.integers(10, 40), data=st.data())
+@law(
+    width=st.deferred(ss.sizes),
+    dtype=ss.DTYPES,
+    power=st.integers(10, 40),
+    data=st.data(),
+    rejects=[NORM_FORGETS_THE_ROOT],
+)
 def test_rms_norm_weight_grad_ignores_the_scale(
     ops: Subject, width: int, dtype: torch.dtype, power: int, data: st.DataObject
 ) -> None:
@@ -119,7 +231,14 @@ def test_rms_norm_weight_grad_ignores_the_scale(
     )
 
 
-@law(weight=WEIGHTS, lead=LEADING, dtype=ss.DTYPES, eps=EPS, data=st.data())
+@law(
+    weight=WEIGHTS,
+    lead=LEADING,
+    dtype=ss.DTYPES,
+    eps=EPS,
+    data=st.data(),
+    rejects=[NORM_GRAD_WITHOUT_PROJECTION],
+)
 def test_rms_norm_input_grad_is_orthogonal(
     ops: Subject,
     weight: TernaryWeight,
@@ -187,3 +306,29 @@ def test_rms_norm_input_grad_of_one_channel_cancels(subject: Subject) -> None:
     for grad, row in ((torch.tensor([[1.5390625]]), torch.tensor([[0.92578125]])), (x.flip(0), x)):
         case = Case((grad.to(torch.bfloat16), row.to(torch.bfloat16), weight), {"eps": 1e-12})
         compare(subject, "rms_norm_input_grad", case)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+# fmt: off
+test_refusals_of_norm = refusals(
+    "norm",
+    refused("rms_norm", "eps 0", ValueError, "eps", ones(2, 14), lambda: weight(1), eps=0.0),
+    refused("rms_norm", "eps 2", ValueError, "eps", ones(2, 14), lambda: weight(1), eps=2.0),
+    refused("rms_norm", "three rows", ValueError, "weight", ones(2, 14), weight),
+    refused("rms_norm", "13 channels", ValueError, "x", ones(2, 13), lambda: weight(1)),
+    refused("rms_norm", "no channels", ValueError, "x", ones(2, 0), lambda: weight(1)),
+    refused("rms_norm", "float16", TypeError, "x", ones(2, 14, dtype=F16), lambda: weight(1)),
+    refused("rms_norm", "another device", ValueError, "x", meta(2, 14), lambda: weight(1)),
+    refused("rms_norm_input_grad", "two shapes", ValueError, "grad", ones(3, 14), ones(2, 14), lambda: weight(1)),
+    refused("rms_norm_input_grad", "two dtypes", TypeError,
+            "grad", ones(2, 14, dtype=torch.bfloat16), ones(2, 14), lambda: weight(1)),
+    refused("rms_norm_weight_grad", "two shapes", ValueError, "grad", ones(3, 14), ones(2, 14)),
+    refused("rms_norm_weight_grad", "a scalar", ValueError, "x", ones(), ones()),
+    refused("rms_norm_weight_grad", "no channels", ValueError, "x", ones(2, 0), ones(2, 0)),
+    rejects=[
+        mutant("norm_eps_unchecked", 'checks.number("eps", eps, 0.0, 1.0, open_low=True)', "pass"),
+    ],
+)
+# fmt: on

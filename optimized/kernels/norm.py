@@ -12,7 +12,7 @@ from torch import Tensor
 
 from arbitor.optimized.kernels.common import lane_weights, level_scales, narrow, widen
 from arbitor.optimized.kernels.launch import row_tile, runs_here
-from arbitor.optimized.kernels.parts import add_parts
+from arbitor.optimized.kernels.parts import add_parts, parts_of
 from arbitor.optimized.layouts import DeviceWeight
 
 BLOCK_COLUMNS = 8192
@@ -151,7 +151,8 @@ def _rms_norm_weight_grad_kernel(
     part = tl.program_id(1).to(tl.int64)
     begin = part * part_rows
     end = tl.minimum(begin + part_rows, num_m)
-    sums = tl.zeros([BLOCK_M, BLOCK], dtype=tl.float32)  # added up at last, not once for each tile
+    # The rows of a tile are added up once, at the end.
+    sums = tl.zeros([BLOCK_M, BLOCK], dtype=tl.float32)
     for start in range(begin, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         mask = (rows < end)[:, None] & (columns < num_columns)[None, :]
@@ -168,12 +169,6 @@ def _tile(num_columns: int) -> dict[str, int]:
     """Return the block of a kernel that gives each row a program, and the warps that share it."""
     block, _ = row_tile(num_columns, BLOCK_COLUMNS)
     return {"BLOCK": block, "num_warps": 2 if block <= 1024 else 4 if block <= 4096 else 8}
-
-
-def parts_of(num_m: int, programs: int, least: int) -> tuple[int, int]:
-    """Return how many rows a part has, and how many parts there are, from shapes alone; without rows, one that is empty."""
-    part_rows = max(triton.cdiv(num_m, programs), least)
-    return part_rows, max(triton.cdiv(num_m, part_rows), 1)
 
 
 def normalize(x_MK: Tensor, weight: DeviceWeight, eps: float) -> Tensor:

@@ -55,7 +55,8 @@ def _accumulate_kernel(
     row = slot
     if HAS_ROWS:
         row = tl.load(rows_ptr + slot)
-        if row < 0:  # an unused slot
+        # A negative row is an unused slot.
+        if row < 0:
             return
     groups, columns, mask = group_tile(tl.program_id(0) % row_blocks, num_columns, GROUP_SIZE, PLACES, BLOCK)
     group_ids = row * row_groups + groups
@@ -110,7 +111,8 @@ def _step_trits_kernel(
     row = (tl.program_id(0) // row_blocks).to(tl.int64)
     if HAS_ROWS:
         row = tl.load(rows_ptr + row)
-        if row < 0:  # an unused slot
+        # A negative row is an unused slot.
+        if row < 0:
             return
     word_ids = (tl.program_id(0) % row_blocks) * BLOCK + tl.arange(0, BLOCK)
     lanes = tl.arange(0, 16)[None, :]
@@ -136,7 +138,8 @@ def _step_exponents_kernel(
     row = (tl.program_id(0) // row_blocks).to(tl.int64)
     if HAS_ROWS:
         row = tl.load(rows_ptr + row)
-        if row < 0:  # an unused slot
+        # A negative row is an unused slot.
+        if row < 0:
             return
     groups = (tl.program_id(0) % row_blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = groups < row_groups

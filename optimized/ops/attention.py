@@ -9,6 +9,8 @@ from arbitor.optimized.kernels.launch import may_look_at_values
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
+__all__ = ["decode_attention"]
+
 
 def decode_attention(
     q_BHK: Tensor, keys_BSK: Tensor, bias_BS: Tensor, *, value_width: int, scale: float

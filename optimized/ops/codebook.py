@@ -16,6 +16,16 @@ from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_GROUP_SIZE, RESERVED_STEP, groups_per_row
 from arbitor.reference.types import TernaryWeight
 
+__all__ = [
+    "age_codes",
+    "candidate_codes",
+    "count_codes",
+    "initial_codebook",
+    "nearest_candidates",
+    "nearest_codes",
+    "revive_codes",
+]
+
 
 def initial_codebook(
     shape: Sequence[int],

@@ -12,6 +12,8 @@ from arbitor.optimized.ops.linear import linear, linear_weight_grad, wide_produc
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
+__all__ = ["conv1d", "conv1d_input_grad", "conv1d_weight_grad"]
+
 
 def conv1d(
     x_BCL: Tensor, weight: AnyWeight, *, kernel_size: int, stride: int = 1, padding: int = 0

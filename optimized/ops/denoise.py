@@ -14,6 +14,8 @@ from arbitor.optimized.ops.layout import on_device
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
+__all__ = ["denoise_loop", "denoise_step", "denoise_step_backward"]
+
 
 def denoise_step(latent: Tensor, pred: Tensor, *, alpha: float) -> Tensor:
     """See reference; float64 is not supported."""

@@ -10,6 +10,8 @@ from arbitor.optimized.kernels.launch import Clock, values_between
 from arbitor.reference import checks
 from arbitor.reference.constants import RESERVED_STEP
 
+__all__ = ["dither_bytes"]
+
 
 def dither_bytes(
     group_ids: Tensor, *, group_size: int, seed: int, step: int | Tensor, tensor_id: int

@@ -12,6 +12,8 @@ from arbitor.optimized.ops.layout import deliver, target_of
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
+__all__ = ["edge_sum", "edge_sum_input_grad", "edge_sum_sign_grad", "update_neighbours"]
+
 
 def edge_sum(h_ND: Tensor, neighbours_RJ: Tensor, signs_RJ: Tensor) -> Tensor:
     """See reference; float64 is not supported."""

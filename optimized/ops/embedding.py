@@ -11,6 +11,8 @@ from arbitor.optimized.layouts import AnyWeight
 from arbitor.optimized.ops.scale import DTYPES, dequantize
 from arbitor.reference import checks
 
+__all__ = ["embedding", "embedding_row_grads"]
+
 
 def embedding(ids: Tensor, weight: AnyWeight, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """See reference; float64 is not supported."""

@@ -16,6 +16,8 @@ from arbitor.optimized.ops.layout import on_device
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
+__all__ = ["expert_load", "grouped_linear", "grouped_linear_input_grad", "grouped_linear_weight_grad"]
+
 
 def grouped_linear(x_MK: Tensor, weight: AnyWeight, experts_M: Tensor, *, num_groups: int) -> Tensor:
     """See reference; float64 is not supported."""
@@ -85,5 +87,5 @@ def _product(
 
 
 def few_slots(num_slots: int, num_groups: int) -> bool:
-    """Whether each slot should read its expert's matrix: no more than all matrices, and a sort is a dozen launches."""
+    """Return whether each slot should read its expert's matrix: slots then read no more than all matrices, without a sort."""
     return num_slots <= num_groups

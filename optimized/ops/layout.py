@@ -10,6 +10,8 @@ from arbitor.optimized.layouts import AnyWeight, DeviceWeight
 from arbitor.reference.constants import MAX_PACKED_BYTE
 from arbitor.reference.types import TernaryWeight
 
+__all__ = ["from_spec", "to_spec"]
+
 
 def from_spec(weight: AnyWeight) -> DeviceWeight:
     """See reference. Returns the device layout, which shares no memory with a weight in canonical form."""

@@ -16,6 +16,8 @@ from arbitor.optimized.ops.layout import on_device
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
+__all__ = ["linear", "linear_input_grad", "linear_weight_grad"]
+
 FEW_ROWS = 64
 """Most rows for which unpacking a weight on the way of a product is faster than before it."""
 

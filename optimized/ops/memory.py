@@ -9,6 +9,8 @@ from arbitor.optimized.kernels import memory as kernels
 from arbitor.optimized.kernels.launch import may_look_at_values, same_device, values_between
 from arbitor.reference import checks
 
+__all__ = ["ngram_rows", "touch_strengths"]
+
 
 def ngram_rows(
     codes_BP: Tensor, *, order: int, num_rows: int, salt: int, previous: Tensor | None = None

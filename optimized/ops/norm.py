@@ -12,6 +12,8 @@ from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_EPS
 
+__all__ = ["rms_norm", "rms_norm_input_grad", "rms_norm_weight_grad"]
+
 
 def rms_norm(x: Tensor, weight: AnyWeight, *, eps: float = DEFAULT_EPS) -> Tensor:
     """See reference; float64 is not supported."""

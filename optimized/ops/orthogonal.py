@@ -9,6 +9,8 @@ from arbitor.optimized.kernels.orthogonal import row_factors, row_squares, scale
 from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_ORTHOGONAL_STEPS, MAX_ORTHOGONAL_STEPS, NEWTON_SCHULZ
 
+__all__ = ["orthogonalize"]
+
 
 def orthogonalize(
     grad_NK: Tensor, *, iterations: int = DEFAULT_ORTHOGONAL_STEPS, num_groups: int = 1

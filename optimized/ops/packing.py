@@ -13,6 +13,8 @@ from arbitor.optimized.kernels.launch import values_between
 from arbitor.reference import checks
 from arbitor.reference.constants import MAX_PACKED_BYTE, packed_bytes
 
+__all__ = ["pack_trits", "unpack_trits"]
+
 
 def pack_trits(trits: Tensor) -> Tensor:
     """See reference."""

@@ -24,6 +24,8 @@ from arbitor.reference.constants import (
 )
 from arbitor.reference.types import TernaryWeight
 
+__all__ = ["constant_weight", "dequantize", "group_scales", "initial_weight"]
+
 DTYPES = (torch.float32, torch.bfloat16)
 """Activation dtypes of the kernels; float64 is for the reference alone."""
 

@@ -13,6 +13,8 @@ from arbitor.optimized.ops.layout import deliver, on_device, target_of
 from arbitor.reference import checks
 from arbitor.reference.constants import ACCUM_MAX, DEFAULT_THETA, DEFAULT_THETA_E, EXPONENT_RULES, ON_FLIP
 
+__all__ = ["accumulate", "accumulate_gradient", "apply_step", "count_changed_trits", "count_nonfinite_rows"]
+
 
 def accumulate(
     weight: AnyWeight,

@@ -11,6 +11,8 @@ from arbitor.optimized.kernels.launch import Clock, row_ids, vote_rate
 from arbitor.reference import checks
 from arbitor.reference.constants import ACCUM_MAX, DEFAULT_GROUP_SIZE, groups_per_row
 
+__all__ = ["row_exponents", "sign_votes", "step_from_loss", "stochastic_votes"]
+
 
 def row_exponents(grad_NK: Tensor) -> Tensor:
     """See reference."""

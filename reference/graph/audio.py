@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.codebook import TernaryVQCodebook
 from arbitor.reference.graph.layers import TernaryLinear
 from arbitor.reference.graph.sequencer import audio_batch
 from arbitor.reference.graph.state import GraphContext, TernaryModule
-from arbitor.reference.graph.units import unit_rows, widened
+from arbitor.reference.graph.units import unit_rows
 
 AUDIO_CODES = 289
 """V: entries of the encoder's codebook, and tokens of the talker head that learns from it."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from arbitor.reference import checks
 from arbitor.reference.constants import USAGE_MAX
+from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
 from arbitor.reference.graph.state import GraphContext, TableModule, TernaryModule, when_voting
 
@@ -221,7 +222,7 @@ class SharedVQ(nn.Module):
 
 def commitment(z: Tensor, c: Tensor) -> dict[str, Tensor]:
     """Return the mean squared distances that pull vectors to their codes and codes to their vectors, by loss."""
-    wide = torch.promote_types(z.dtype, torch.float32)
+    wide = wide_dtype(z)
     z, c = z.to(wide), c.to(wide)
     return {
         "commitment": (z - c.detach()).square().mean(),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from arbitor.reference import checks
 from arbitor.reference.config import NGRAM, VOCABULARY_SIZE, ArbConfig
+from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.graph.rotary import turns_at, with_turned_key
 from arbitor.reference.graph.scheduler import ContextAttentionScheduler, Seen
 
@@ -391,5 +392,5 @@ def rows_at(rows: Tensor, places_BS: Tensor) -> Tensor:
 
 def mean_of_parts(parts_BncK: Tensor) -> Tensor:
     """Return the mean of the parts of each block, [B, blocks, K], summed in float32 or better."""
-    wide = torch.promote_types(parts_BncK.dtype, torch.float32)
+    wide = wide_dtype(parts_BncK)
     return parts_BncK.to(wide).mean(dim=2).to(parts_BncK.dtype)

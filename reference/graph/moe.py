@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.grouped import TernaryGroupedLinear
 from arbitor.reference.graph.layers import TernaryLinear
 from arbitor.reference.graph.state import GraphContext, TableModule, when_voting
@@ -98,7 +99,7 @@ def chosen_experts(logits_BPE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """
     order = logits_BPE.detach().sort(dim=-1, descending=True, stable=True).indices
     experts_BPk = order[..., :top_k].sort(dim=-1).values
-    wide_BPk = logits_BPE.gather(-1, experts_BPk).to(torch.promote_types(logits_BPE.dtype, torch.float32))
+    wide_BPk = widened(logits_BPE.gather(-1, experts_BPk))
     return experts_BPk, wide_BPk.softmax(dim=-1).to(logits_BPE.dtype)
 
 

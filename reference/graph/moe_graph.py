@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from arbitor.reference.config import HALT_THRESHOLD
+from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm
 from arbitor.reference.graph.moe import SharedProjectionMoE
 from arbitor.reference.graph.state import GraphContext, TableModule, used
@@ -92,7 +93,7 @@ def halting_shares(logits: Tensor) -> Tensor:
              first turn where it is not, and at the last turn if there was none; 0 after that
     Shapes:  [I - 1, ...] -> [I, ...], float32 or better, each >= 0; the sum over turns is 1
     """
-    p_IBP = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+    p_IBP = widened(logits).sigmoid()
     shares, before = [], torch.zeros_like(p_IBP[0])
     running = torch.ones_like(before)
     for p in p_IBP:  # turn by turn, because a cumulative sum of floats has no deterministic form on CUDA

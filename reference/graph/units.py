@@ -1,16 +1,11 @@
-"""What heads do to vectors without a weight: scale rows to unit size, widen results."""
+"""What heads do to vectors without a weight: scale their rows to unit size."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from arbitor.reference.constants import DEFAULT_EPS
-
-
-def widened(x: Tensor) -> Tensor:
-    """Return x in float32, or in float64 if it is that."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+from arbitor.reference.dtypes import widened
 
 
 def unit_rows(x: Tensor) -> Tensor:

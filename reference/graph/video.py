@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from arbitor.reference import checks
 from arbitor.reference.config import HALT_THRESHOLD
 from arbitor.reference.constants import DEFAULT_EPS
+from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear
 from arbitor.reference.graph.state import GraphContext, used
-from arbitor.reference.graph.units import unit_rows, widened
+from arbitor.reference.graph.units import unit_rows
 
 FIRST_SIGNAL = 1 / 16
 """Share of signal in the energy of the first latent: the loop as a whole divides by the root of this, whatever its steps."""

@@ -1,4 +1,4 @@
-"""Codebook: the nearest row of a ternary table, how its rows start, are counted, and come back to life.
+"""Codebook: the search for the nearest row of a ternary table, and how rows start, are counted and are revived.
 
 Legend: N codes, C code width, Q vectors, M candidates of a vector, R vectors of a batch, s sign bits, KG groups a row.
 z_q = rint(clamp(16 z, -127, 127)), NaN -> 0: a vector in whole sixteenths.
@@ -24,10 +24,21 @@ from arbitor.reference.constants import (
     REVIVAL_BLOCK,
     USAGE_MAX,
 )
+from arbitor.reference.dtypes import widened
 from arbitor.reference.ops.dither import philox
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.ops.scale import dequantize, initial_weight
 from arbitor.reference.types import TernaryWeight
+
+__all__ = [
+    "age_codes",
+    "candidate_codes",
+    "count_codes",
+    "initial_codebook",
+    "nearest_candidates",
+    "nearest_codes",
+    "revive_codes",
+]
 
 _CHUNK = 1 << 24
 """Scores, or elements of decoded codes, that exist at a time."""
@@ -247,7 +258,7 @@ def revive_codes(
 
 
 def age_codes(usage: Tensor, *, first: int | Tensor, window: int, out: Tensor | None = None) -> Tensor:
-    """Return the counters after those of a window were halved: what follows `revive_codes` on the same window.
+    """Return the counters with those of a window halved, as a step does after `revive_codes` on the same window.
 
     Math:    for n = (first + j) mod N, j < window: u_n <- 1 where u_n = 0, the code just revived; else floor(u_n / 2)
     Shapes:  usage int16 [N], not negative; first 0 .. 2**62, an integer or int64 []; window 0 .. N
@@ -266,8 +277,7 @@ def age_codes(usage: Tensor, *, first: int | Tensor, window: int, out: Tensor | 
 
 def whole_sixteenths(z: Tensor) -> Tensor:
     """Return z_q as float32: the vectors in whole sixteenths, half to even, within plus and minus 127."""
-    z = z if z.dtype == torch.float64 else z.to(torch.float32)
-    z_q = (z.nan_to_num(nan=0.0) * QUERY_STEPS).clamp(-QUERY_MAX, QUERY_MAX).round()
+    z_q = (widened(z).nan_to_num(nan=0.0) * QUERY_STEPS).clamp(-QUERY_MAX, QUERY_MAX).round()
     return z_q.to(torch.float32)
 
 

@@ -6,12 +6,14 @@ N channels out (rows of the weight), K = C * J columns: column c * J + j belongs
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from arbitor.reference import checks
+from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.ops.linear import linear, linear_input_grad, linear_weight_grad
 from arbitor.reference.types import TernaryWeight
+
+__all__ = ["conv1d", "conv1d_input_grad", "conv1d_weight_grad"]
 
 
 def conv1d(
@@ -52,7 +54,7 @@ def conv1d_input_grad(
     checks.conv_gradient(grad_BNP, weight.shape[0], positions)
     checks.conv_columns(weight.shape[1], kernel_size)
     # Taps that meet at a place are summed before they are rounded.
-    wide = torch.promote_types(grad_BNP.dtype, torch.float32)
+    wide = wide_dtype(grad_BNP)
     taps = linear_input_grad(grad_BNP.transpose(1, 2).to(wide), weight)
     taps = taps.reshape(grad_BNP.shape[0], positions, weight.shape[1] // kernel_size, kernel_size)
     padded = taps.new_zeros(grad_BNP.shape[0], taps.shape[2], length + 2 * padding)

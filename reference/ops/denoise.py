@@ -14,9 +14,12 @@ from torch.nn import functional as F
 
 from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_EPS
+from arbitor.reference.dtypes import wide_dtype, widened
 from arbitor.reference.ops.linear import linear
 from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.types import TernaryWeight
+
+__all__ = ["denoise_loop", "denoise_step", "denoise_step_backward"]
 
 
 def denoise_step(latent: Tensor, pred: Tensor, *, alpha: float) -> Tensor:
@@ -34,7 +37,7 @@ def denoise_step(latent: Tensor, pred: Tensor, *, alpha: float) -> Tensor:
     checks.same_dtype("pred", pred, "latent", latent)
     checks.same_shape("pred", pred, "latent", latent)
     checks.same_device(latent=latent, pred=pred)
-    dtype = torch.promote_types(latent.dtype, torch.float32)
+    dtype = wide_dtype(latent)
     return ((latent.to(dtype) - (1.0 - alpha) * pred.to(dtype)) / math.sqrt(alpha)).to(latent.dtype)
 
 
@@ -50,7 +53,7 @@ def denoise_step_backward(grad: Tensor, *, alpha: float) -> tuple[Tensor, Tensor
     """
     checks.number("alpha", alpha, 0.0, 1.0, open_low=True)
     checks.dtype_in("grad", grad, checks.FLOAT_DTYPES)
-    grad_wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    grad_wide = widened(grad)
     factor = -(1.0 - alpha) / math.sqrt(alpha)
     return (grad_wide / math.sqrt(alpha)).to(grad.dtype), (grad_wide * factor).to(grad.dtype)
 
@@ -66,7 +69,7 @@ def denoise_loop(
     alphas: Sequence[float],
     halt_threshold: float | None = None,
 ) -> Tensor:
-    """Return the latent after all steps of the video head, or the mean of the steps, each sample's weighted by its halting.
+    """Return the latent after all steps of the video head, or the mean of the steps, weighted for each sample by its halting.
 
     Math:    step t: n = W_in latent / rms; q = W_query n + W_steps[t]; c = sum over tokens of softmax(q . token / sqrt(D)) token
              pred = W_out silu(n + c); latent <- denoise_step(latent, pred, alpha_t)
@@ -82,7 +85,7 @@ def denoise_loop(
     """
     weights = {"latent_in": latent_in, "query": query, "step_rows": step_rows, "latent_out": latent_out}
     checks.denoise_loop(latent_BL, tokens_BPD, weights, alphas, halt_threshold)
-    dtype = torch.promote_types(latent_BL.dtype, torch.float32)
+    dtype = wide_dtype(latent_BL)
     latent, tokens = latent_BL.to(dtype), tokens_BPD.to(dtype)
     rows_TD = dequantize(step_rows, dtype=dtype)
     total, left_B1 = torch.zeros_like(latent), torch.ones_like(latent[:, :1])

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from arbitor.reference import checks
 from arbitor.reference.constants import SCORE_MAX
+from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.types import TernaryWeight
+
+__all__ = ["edge_sum", "edge_sum_input_grad", "edge_sum_sign_grad", "update_neighbours"]
 
 _Row = tuple[list[int], list[int], list[bool]]
 """Neighbours and scores of a row, and which of its slots changed their neighbour."""
@@ -34,7 +37,7 @@ def edge_sum(h_ND: Tensor, neighbours_RJ: Tensor, signs_RJ: Tensor) -> Tensor:
     checks.edge_slots(neighbours_RJ, h_ND=h_ND)
     checks.edge_signs(signs_RJ, neighbours_RJ, "h_ND", h_ND)
     checks.values_between("neighbours_RJ", neighbours_RJ, -1, h_ND.shape[0] - 1)
-    wide = torch.promote_types(h_ND.dtype, torch.float32)
+    wide = wide_dtype(h_ND)
     sums_RD = torch.zeros(neighbours_RJ.shape[0], h_ND.shape[1], dtype=wide, device=h_ND.device)
     for slot in range(neighbours_RJ.shape[1]):
         of_slot = neighbours_RJ[:, slot].to(torch.int64)
@@ -85,7 +88,7 @@ def edge_sum_sign_grad(grad_RD: Tensor, h_ND: Tensor, neighbours_RJ: Tensor) -> 
     checks.same_dtype("h_ND", h_ND, "grad_RD", grad_RD)
     checks.same_device(grad_RD=grad_RD, h_ND=h_ND)
     checks.values_between("neighbours_RJ", neighbours_RJ, -1, h_ND.shape[0] - 1)
-    wide = torch.promote_types(h_ND.dtype, torch.float32)
+    wide = wide_dtype(h_ND)
     grads_RJ = torch.zeros(neighbours_RJ.shape, dtype=wide, device=h_ND.device)
     for slot in range(neighbours_RJ.shape[1]):
         of_slot = neighbours_RJ[:, slot].to(torch.int64)

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
+from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.types import TernaryWeight
+
+__all__ = ["embedding", "embedding_row_grads"]
 
 
 def embedding(ids: Tensor, weight: TernaryWeight, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -53,4 +56,4 @@ def embedding_row_grads(ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     rows[: used.numel()] = used
     sums = torch.zeros(ids.numel(), grad.shape[-1], dtype=torch.float64, device=grad.device)
     sums.index_add_(0, slots, grad.reshape(-1, grad.shape[-1]).to(torch.float64))
-    return rows, sums.to(torch.promote_types(grad.dtype, torch.float32))
+    return rows, sums.to(wide_dtype(grad))

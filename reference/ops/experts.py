@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
+from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.types import TernaryWeight
+
+__all__ = ["expert_load", "grouped_linear", "grouped_linear_input_grad", "grouped_linear_weight_grad"]
 
 
 def grouped_linear(x_MK: Tensor, weight: TernaryWeight, experts_M: Tensor, *, num_groups: int) -> Tensor:
@@ -30,7 +33,7 @@ def grouped_linear(x_MK: Tensor, weight: TernaryWeight, experts_M: Tensor, *, nu
     checks.last_dim("x_MK", x_MK, weight.shape[1])
     checks.expert_slots(experts_M, x_MK.shape[0], weight=weight.packed, x_MK=x_MK)
     checks.values_between("experts_M", experts_M, -1, num_groups - 1)
-    wide = torch.promote_types(x_MK.dtype, torch.float32)
+    wide = wide_dtype(x_MK)
     y_MN = torch.zeros(x_MK.shape[0], num_rows, dtype=x_MK.dtype, device=x_MK.device)
     for expert in _used(experts_M):
         slots = experts_M == expert
@@ -55,7 +58,7 @@ def grouped_linear_input_grad(
     checks.last_dim("grad_MN", grad_MN, num_rows)
     checks.expert_slots(experts_M, grad_MN.shape[0], weight=weight.packed, grad_MN=grad_MN)
     checks.values_between("experts_M", experts_M, -1, num_groups - 1)
-    wide = torch.promote_types(grad_MN.dtype, torch.float32)
+    wide = wide_dtype(grad_MN)
     dx_MK = torch.zeros(grad_MN.shape[0], weight.shape[1], dtype=grad_MN.dtype, device=grad_MN.device)
     for expert in _used(experts_M):
         slots = experts_M == expert
@@ -79,7 +82,7 @@ def grouped_linear_weight_grad(
     checks.expert_pair(grad_MN, x_MK)
     checks.expert_slots(experts_M, grad_MN.shape[0], grad_MN=grad_MN, x_MK=x_MK)
     checks.values_between("experts_M", experts_M, -1, num_groups - 1)
-    wide = torch.promote_types(grad_MN.dtype, torch.float32)
+    wide = wide_dtype(grad_MN)
     shape = (num_groups, grad_MN.shape[1], x_MK.shape[1])
     grads_ENK = torch.zeros(shape, dtype=wide, device=grad_MN.device)
     for expert in _used(experts_M):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from arbitor.reference.types import TernaryWeight
 
+__all__ = ["from_spec", "to_spec"]
+
 
 def from_spec(weight: TernaryWeight) -> TernaryWeight:
     """Return the weight in the form that these ops compute on: the canonical form, unchanged."""

@@ -11,6 +11,8 @@ from torch import Tensor
 from arbitor.reference import checks
 from arbitor.reference.constants import STRENGTH_MAX
 
+__all__ = ["ngram_rows", "touch_strengths"]
+
 MIX_SHIFTS, MIX_FACTORS = (16, 15, 15), (0x21F0AAAD, 0x735A2D97)
 """Xor-shifts and multipliers of the hash: Wellons' lowbias32 search, the best pair that it found."""
 
@@ -90,9 +92,9 @@ def touch_strengths(
 
 
 def mix(x: Tensor) -> Tensor:
-    """Return well-mixed words for int64 tensors that hold uint32 words; a bijection of them.
+    """Return well-mixed words for int64 tensors that hold uint32 words. The map is a bijection.
 
-    The multipliers are below 2**31, so a product of 32 bits with one fits int64 and nothing wraps before it is masked.
+    The factors are below 2**31, so the product of a word with a factor fits int64, and nothing wraps before it is masked.
     """
     for shift, factor in zip(MIX_SHIFTS, MIX_FACTORS, strict=False):
         x = ((x ^ (x >> shift)) * factor) & _WORD

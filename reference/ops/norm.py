@@ -10,8 +10,11 @@ from torch import Tensor
 
 from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_EPS
+from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.types import TernaryWeight
+
+__all__ = ["rms_norm", "rms_norm_input_grad", "rms_norm_weight_grad"]
 
 
 def rms_norm(x: Tensor, weight: TernaryWeight, *, eps: float = DEFAULT_EPS) -> Tensor:
@@ -83,4 +86,4 @@ def _check(weight: TernaryWeight | None, eps: float, *, x: Tensor, grad: Tensor 
         checks.same_dtype("grad", grad, "x", x)
         checks.same_shape("grad", grad, "x", x)
         checks.same_device(x=x, grad=grad)
-    return torch.promote_types(x.dtype, torch.float32)
+    return wide_dtype(x)

@@ -21,6 +21,8 @@ from arbitor.reference.constants import (
 )
 from arbitor.reference.types import TernaryWeight
 
+__all__ = ["pack_trits", "unpack_trits"]
+
 
 def pack_trits(trits: Tensor) -> Tensor:
     """Return trits packed five to a byte, row-major.

@@ -27,6 +27,8 @@ from arbitor.reference.ops.dither import dither_bytes
 from arbitor.reference.ops.packing import digits_at, weight_of_trits
 from arbitor.reference.types import TernaryWeight
 
+__all__ = ["constant_weight", "dequantize", "group_scales", "initial_weight"]
+
 
 def group_scales(exponents: Tensor, *, mantissa_bits: int = 0) -> Tensor:
     """Return the scale of each group.

@@ -24,6 +24,8 @@ from arbitor.reference.ops.packing import pack_trits, trits_of, unpack_trits
 from arbitor.reference.ops.votes import stochastic_votes
 from arbitor.reference.types import TernaryWeight
 
+__all__ = ["accumulate", "accumulate_gradient", "apply_step", "count_changed_trits", "count_nonfinite_rows"]
+
 
 def accumulate(
     weight: TernaryWeight,

@@ -14,6 +14,8 @@ from arbitor.reference import checks
 from arbitor.reference.constants import ACCUM_MAX, DEFAULT_GROUP_SIZE, SILENT_ROW, groups_per_row
 from arbitor.reference.ops.dither import dither_bytes
 
+__all__ = ["row_exponents", "sign_votes", "step_from_loss", "stochastic_votes"]
+
 
 def row_exponents(grad_NK: Tensor) -> Tensor:
     """Return each row's root mean square, rounded to a power of two, as its exponent V.
