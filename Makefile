@@ -13,6 +13,8 @@ DEMO ?=
 DEMO_RUN := runs/demo
 # Further pytest options, for example: make test PYTEST="-k linear -x"
 PYTEST ?=
+# What `make mutate` tries, for example: make mutate MUTATE="reference/ops --jobs 8 --budget 600"
+MUTATE ?=
 # Processes of the suite: a number, or one a core. On a small GPU fewer may be needed, as each holds a context of its own.
 JOBS ?= auto
 
@@ -23,7 +25,7 @@ export GOMP_SPINCOUNT ?= 1000
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .NOTPARALLEL:  # two pips must not write to one environment
-.PHONY: help demo test lint format bench docs
+.PHONY: help demo test lint mutate format bench docs
 
 help: ## this list
 	@awk -F '## ' '/^[a-z]+:.*## / { split($$1, name, ":"); printf "  make %-8s %s\n", name[1], $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +53,9 @@ lint: $(VENV)/.installed-test $(VENV)/.installed-dev ## ruff, type check, import
 	$(BIN)/mypy
 	$(BIN)/python -m conformance.import_lint
 	$(BIN)/python -m bench.report --check
+
+mutate: $(VENV)/.installed-test ## change the product one statement at a time, list what no test notices (hours; see CONTRIBUTING.md)
+	$(BIN)/python -m conformance.mutate $(MUTATE)
 
 format: $(VENV)/.installed-dev ## let ruff mend what it can
 	$(BIN)/ruff check --fix

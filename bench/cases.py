@@ -1,51 +1,33 @@
-"""What is timed: every op of the table at its bench shapes, by every implementation; the rest is said, not dropped.
+"""What is timed: every op of the table and some compounds, at each shape, by every implementation.
 
-A case id is `op-shape-implementation`: `linear-7168_m16-ours`. Shapes are those of `op_table`, and for linears M of 1, 16,
-64, 512 and 4096 at each width.
+A case id is `op-shape-implementation`, for example `linear-7168_m16-ours`. Shapes are those of `op_table`. A linear is timed
+with M of 1, 16, 64, 512 and 4096 at each width besides. A case that a machine cannot run is counted, with the reason.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 
 from arbitor.reference.op_table import OP_TABLE, Shape
-from bench import machine
+from bench import machine, train_step
 from bench.peers import peers_of
 
 OURS, REFERENCE = "ours", "reference"
 
-FAMILIES = (
-    "orthogonal",
-    "linear",
-    "update",
-    "train_step",
-    "norm",
-    "embedding",
-    "codebook",
-    "edges",
-    "conv",
-    "votes",
-    "scale",
-    "denoise",
-    "memory",
-    "experts",
-    "attention",
-    "packing",
-    "dither",
-    "layout",
-)
-"""Files of this suite in the order that they run: what matters most comes first, in case time runs out."""
+LINEARS = "linear"
+"""Family of the ops that are timed with the M of TOKENS."""
+
+TRAIN_FAMILY = "train_step"
+"""Family of the compounds that are a whole train step; it has no file of ops."""
 
 TOKENS = (1, 16, 64, 512, 4096)
-"""Activation rows M that a linear is timed at: decoding one sequence, a few, a batch; training."""
+"""Activation rows M that a linear is timed at. One to 64 rows are what decoding has, 512 and 4096 what training has."""
 
 WIDTHS = ("3072", "7168")
 """Shapes of the table whose N and K the M above are combined with."""
-
-LINEARS = ("linear", "linear_input_grad", "linear_weight_grad")
 
 UPDATE_SHAPES: Mapping[str, Shape] = {
     "tiny": {"N": 256, "K": 256, "G": 12},
@@ -55,39 +37,6 @@ UPDATE_SHAPES: Mapping[str, Shape] = {
     "2^30": {"N": 32768, "K": 32768, "G": 12},
 }
 """Weights of an update step: 65 thousand, 9.4, 51.4, 268 million and 1.07e9."""
-
-TRAIN_SHAPES: Mapping[str, Shape] = {"tiny": {"B": 16, "T": 128}, "small": {"B": 64, "T": 256}}
-"""Windows B of T bytes in a train step, by preset: what `arb train` uses."""
-
-STEP_OPS = (
-    *LINEARS,
-    "grouped_linear",
-    "grouped_linear_input_grad",
-    "grouped_linear_weight_grad",
-    "expert_load",
-    "rms_norm",
-    "rms_norm_input_grad",
-    "embedding",
-    "embedding_row_grads",
-    "orthogonalize",
-    "accumulate_gradient",
-    "apply_step",
-)
-"""Ops of a train step."""
-
-MODULE_OPS = (
-    "nearest_codes",
-    "count_codes",
-    "revive_codes",
-    "age_codes",
-    "edge_sum",
-    "edge_sum_input_grad",
-    "edge_sum_sign_grad",
-    "update_neighbours",
-    "ngram_rows",
-    "touch_strengths",
-)
-"""What a train step uses besides if the model has every module."""
 
 REFERENCE_MAX_WEIGHTS = 7168 * 7168
 """Largest weight that the reference is timed with; its temporaries are int64, some of them a dozen numbers a group."""
@@ -105,7 +54,8 @@ NOTES = {
 class BenchRow:
     """An op as the benchmarks see it: a row of the op table, or a compound of ops.
 
-    gates: ops that must agree with the reference before ours is timed.
+    bytes_min, ops_min: least bytes and operations of a shape, or None where no model of the work exists.
+    gates: returns the ops that must agree with the reference before ours is timed.
     """
 
     name: str
@@ -114,7 +64,7 @@ class BenchRow:
     bytes_min: Callable[[Shape], int] | None
     ops_min: Callable[[Shape], int] | None
     capturable: bool
-    gates: tuple[str, ...] = field(default=())
+    gates: Callable[[], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -138,47 +88,70 @@ class Case:
 
 @cache
 def rows() -> Mapping[str, BenchRow]:
-    """Return every row by name: the op table's and the compounds."""
-    table = {
-        row.name: BenchRow(
+    """Return every row by name: the op table's and the compounds, family by family in alphabetical order."""
+    table = [
+        BenchRow(
             name=row.name,
             family=row.family,
-            shapes=_with_tokens(row.shapes) if row.name in LINEARS else row.shapes,
+            shapes=_with_tokens(row.shapes) if row.family == LINEARS else row.shapes,
             bytes_min=row.bytes_min,
             ops_min=row.ops_min,
             capturable=row.capturable,
-            gates=(row.name,),
+            gates=partial(_only, row.name),
         )
         for row in OP_TABLE.values()
-    }
+    ]
     count, step = OP_TABLE["accumulate_gradient"], OP_TABLE["apply_step"]
     update = BenchRow(
         name="update_step",
         family="update",
         shapes=UPDATE_SHAPES,
-        # as one op: the float32 gradient is read once, the state read and written once
+        # As one op it reads the float32 gradient once, and reads and writes the state once.
         bytes_min=lambda s: 4 * s["N"] * s["K"] + step.bytes_min(s),
         ops_min=lambda s: count.ops_min(s) + step.ops_min(s),
         capturable=True,
-        gates=(count.name, step.name),
+        gates=partial(_only, count.name, step.name),
     )
-    train = BenchRow(
-        name="train_step",
-        family="train_step",
-        shapes=TRAIN_SHAPES,
-        bytes_min=None,
-        ops_min=None,
-        capturable=False,  # as a whole: it looks at the loss, to refuse one that is not finite, between two graphs
-        gates=STEP_OPS,
-    )
-    whole = replace(train, name="train_step_every_module", gates=(*STEP_OPS, *MODULE_OPS))
-    return {**table, **{row.name: row for row in (update, train, whole)}}
+    trains = [
+        BenchRow(
+            name=name,
+            family=TRAIN_FAMILY,
+            shapes=train_step.SHAPES,
+            bytes_min=None,
+            ops_min=None,
+            # The host looks at the loss between two graphs, to refuse one that is not finite.
+            capturable=False,
+            gates=partial(train_step.ops_of, name),
+        )
+        for name in (train_step.TRUNK, train_step.EVERY_MODULE)
+    ]
+    return {row.name: row for row in sorted((*table, update, *trains), key=lambda row: row.family)}
+
+
+def _only(*ops: str) -> tuple[str, ...]:
+    return ops
+
+
+@cache
+def families() -> tuple[str, ...]:
+    """Return every family in the order that its cases run, so that what matters most is measured if time runs out.
+
+    The order is made from what a train step uses. Families of an op of the plain train step come first, with the train step
+    itself. Families of an op that only every module adds come next, and all other families last. Within each of the three the
+    order is alphabetical.
+    """
+    trunk, whole = set(train_step.ops_of(train_step.TRUNK)), set(train_step.ops_of(train_step.EVERY_MODULE))
+    ranks: dict[str, int] = {}
+    for row in rows().values():
+        rank = 0 if row.family == TRAIN_FAMILY or row.name in trunk else 1 if row.name in whole else 2
+        ranks[row.family] = min(rank, ranks.get(row.family, rank))
+    return tuple(sorted(ranks, key=lambda family: (ranks[family], family)))
 
 
 def _with_tokens(shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
     """Return a linear's shapes with the M of TOKENS at each width, those the table has under the table's names."""
     found = dict(shapes)
-    for width in WIDTHS:
+    for width in (width for width in WIDTHS if width in shapes):
         for tokens in TOKENS:
             sizes = {**shapes[width], "M": tokens}
             if all(dict(other) != sizes for other in found.values()):
@@ -197,7 +170,7 @@ def all_cases() -> Mapping[str, Case]:
     """Return every case by id, in the order to run them: peers right beside ours, the slow reference last."""
     cases = [
         Case(row, shape, implementation)
-        for family in FAMILIES
+        for family in families()
         for row in rows().values()
         if row.family == family
         for shape in row.shapes
@@ -219,7 +192,7 @@ def why_left_out(case: Case) -> str | None:
             return "shapes beyond tiny are for a GPU"
         if case.implementation == OURS and not interpreted():
             return "Triton kernels need CUDA"
-        if case.implementation == OURS and case.row.family == "train_step":
+        if case.implementation == OURS and case.row.family == TRAIN_FAMILY:
             return "a train step takes minutes in Triton's interpreter"
     large = sizes.get("N", 0) * sizes.get("K", 0) > REFERENCE_MAX_WEIGHTS
     if case.implementation == REFERENCE and case.row.family == "update" and large:
@@ -229,10 +202,9 @@ def why_left_out(case: Case) -> str | None:
     return None
 
 
-def ids_of(family: str) -> list[str]:
-    """Return the ids of a family's cases that run here."""
-    found = all_cases().values()
-    return [case.id for case in found if case.row.family == family and why_left_out(case) is None]
+def ids() -> list[str]:
+    """Return the ids of the cases that run here, in the order to run them."""
+    return [case.id for case in all_cases().values() if why_left_out(case) is None]
 
 
 def left_out() -> dict[str, int]:

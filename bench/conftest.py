@@ -15,6 +15,9 @@ from bench.runner import Session
 
 SESSION = pytest.StashKey[Session]()
 BEFORE = pytest.StashKey[dict[str, Any]]()
+CASES = "bench_cases.py"
+"""The file of the cases; the others here hold tests of the suite."""
+
 DEFAULT_STORAGE = "file://./.benchmarks"
 DEFAULT_BUDGET_SECONDS = 300.0
 
@@ -41,7 +44,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
+# First: before pytest-benchmark reads its options.
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Keep results in the folder of this device, and refuse what would compare or keep the incomparable."""
     options = config.option
@@ -55,7 +59,8 @@ def pytest_configure(config: pytest.Config) -> None:
             _refuse_without_results(folder, options.benchmark_compare)
         options.benchmark_storage = f"file://{folder}"
     if not options.benchmark_compare and not options.benchmark_verbose:
-        options.benchmark_quiet = True  # the table of this suite says more in less
+        # The table of this suite says more in less.
+        options.benchmark_quiet = True
     # A case that gets no number says so itself; and AdamW warns that what a graph needs slows an eager step.
     for ignored in ("Benchmark fixture was not used", "This instance was constructed with capturable"):
         config.addinivalue_line("filterwarnings", f"ignore:{ignored}")
@@ -70,7 +75,8 @@ def _refuse_without_results(folder: Path, wanted: str | bool) -> None:
     """Refuse a comparison for which this device has no stored results."""
     pattern = "[0-9]*.json" if wanted is True else f"{str(wanted).rstrip('*')}*.json"
     if "/" in pattern or Path(str(wanted)).is_file():
-        return  # a file by name: what it holds is checked when it is loaded
+        # What a file that is given by name holds is checked when it is loaded.
+        return
     if not list(folder.glob(pattern)):
         others = sorted(path.name for path in machine.RESULTS.glob("*") if list(path.glob("*.json")))
         raise pytest.UsageError(
@@ -80,7 +86,8 @@ def _refuse_without_results(folder: Path, wanted: str | bool) -> None:
         )
 
 
-@pytest.hookimpl(trylast=True)  # pytest-benchmark has made its session
+# Last: pytest-benchmark has made its session.
+@pytest.hookimpl(trylast=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Keep results right in the folder of the device, without another one for the Python version."""
     storage = session.config._benchmarksession.storage
@@ -95,7 +102,7 @@ def pytest_benchmark_compare_machine_info(
     machine_info: dict[str, Any],
     compared_benchmark: dict[str, Any],
 ) -> None:
-    """Refuse to compare with another device; say what else differs."""
+    """Refuse to compare with another device; say what else differs, and name each result by its case."""
     stored = compared_benchmark["machine_info"]
     if any(stored.get(fact) != machine_info.get(fact) for fact in machine.IDENTITY):
         raise pytest.UsageError(
@@ -108,8 +115,12 @@ def pytest_benchmark_compare_machine_info(
         if stored.get(name) != value
     ]
     config.stash[DIFFERING] = differing
-    stored.clear()  # said in one line of our own; pytest-benchmark would print both as JSON
+    # pytest-benchmark would print both as JSON; the summary of this suite says it in one line.
+    stored.clear()
     stored.update(machine_info)
+    # Results are found by their case. Older files name a test function that has moved since.
+    for bench in compared_benchmark["benchmarks"]:
+        bench["fullname"] = report.case_id(bench["fullname"])
 
 
 DIFFERING = pytest.StashKey[list[str]]()
@@ -142,14 +153,19 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
     }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give every case the device's clock, and run what matters most first."""
-    order = {f"bench_{family}.py": place for place, family in enumerate(cases.FAMILIES)}
-    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Give every case the clock of the device, and let `-k` find it by its family."""
+    if item.path.name != CASES:
+        return
+    case = cases.all_cases()[report.case_id(item.name)]
+    item.extra_keyword_matches.add(case.row.family)
     now = timing.device_now if machine.on_gpu() else timing.host_now
-    for item in items:
-        if item.path.name in order:
-            item.add_marker(pytest.mark.benchmark(timer=now))
+    item.add_marker(pytest.mark.benchmark(timer=now))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the cases first, for `--bench-budget` counts from the first one, and the tests of this suite after them."""
+    items.sort(key=lambda item: item.path.name != CASES)
 
 
 @pytest.fixture(scope="session")
@@ -167,7 +183,8 @@ def without_a_number(config: pytest.Config) -> dict[str, str]:
     found = {}
     for outcome in ("failed", "error", "skipped"):
         for result in reporter.stats.get(outcome, ()) if reporter else ():
-            found[result.nodeid.partition("::")[2]] = reason_of(result.longrepr) or outcome
+            name = report.case_id(result.nodeid.partition("::")[2])
+            found[name] = reason_of(result.longrepr) or outcome
     return found
 
 
@@ -216,7 +233,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Leave no empty folder behind where nothing was saved, and nothing that is never freed."""
-    gc.unfreeze()  # Triton's bindings would call what a session froze a leak
+    # Triton's bindings would call what a session froze a leak.
+    gc.unfreeze()
     folder = machine.RESULTS / machine.slug()
     for path in (folder, machine.RESULTS):
         if path.is_dir() and not any(path.iterdir()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,32 +10,14 @@ from torch import Tensor
 from arbitor.reference import ops as reference_ops
 from bench import cases
 from bench.cases import BenchRow, Case
-from bench.inputs import INPUTS, Maker, Sizes
+from bench.inputs import INPUTS, MOST, Maker, Sizes
 from bench.peers import Peer
 
 KEPT = ("G", "J", "E", "R", "order", "stride", "padding", "probes", "sign_bits", "halting", "float_bytes")
 """Sizes that choose a code path rather than an amount of work."""
 
 MAX_TOKENS = 512
-"""Activation rows of a check, at most, unless MOST says otherwise; up to there M is the case's own: kernels are chosen by it."""
-
-MOST: Mapping[str, Mapping[str, int]] = {
-    "attention": {"H": 128, "S": 1024, "L": 512},
-    "codebook": {"M": 1024, "N": 2**17},
-    "conv": {"C": 768, "L": 256},
-    "denoise": {"D": 1088, "L": 16_384, "P": 298},
-    "edges": {"K": 2304},
-    "embedding": {"K": 2304},
-    "experts": {"M": 8192, "N": 640, "K": 1024},
-    "orthogonal": {"N": 2304, "K": 2304},
-    "linear": {"K": 2304},
-    "norm": {"M": 2080, "K": 7168},
-    "scale": {"K": 2304},
-    "update": {"K": 12_480},
-    "votes": {"K": 2304},
-}
-"""Largest sizes of a check by family, where the tiny shape's would not do; up to there a size is the case's own. Beyond them
-no other path is left: tiles have their full width, the last is ragged, sums are split, a program takes more than one tile."""
+"""Activation rows of a check, at most, unless the family's MOST says otherwise; up to there M is the case's own."""
 
 PEER_ERROR = 1e-2
 """Norm of a peer's error over the norm of the result: bfloat16 operands stay below it, another function does not."""
@@ -47,7 +28,11 @@ class Red(Exception):
 
 
 def small(row: BenchRow, sizes: Sizes) -> Sizes:
-    """Return the sizes at which an op is checked: the tiny shape's, with what chooses a code path from those that are timed."""
+    """Return the sizes at which an op is checked: the tiny shape's, with what chooses a code path from those that are timed.
+
+    The MOST of the family, in `bench/inputs/<family>.py`, says how far a size is the case's own. Beyond it no other path is
+    left: tiles have their full width, the last is ragged, sums are split, a program takes more than one tile.
+    """
     tiny = row.shapes.get("tiny", sizes)
     most = {**tiny, **MOST.get(row.family, {})}
     if "M" in sizes:
@@ -89,17 +74,19 @@ class Gate:
 
     def _compare(self, op: str, sizes: Sizes) -> str | None:
         from arbitor.optimized import ops as optimized_ops
-        from conformance.cases import Case as Arguments
-        from conformance.cases import compare
+        from conformance.case import Case as Arguments
+        from conformance.families import compare
         from conformance.subject import Subject
 
         args, kwargs = INPUTS[op](Maker("cpu", f"gate {op}"), sizes)
-        kwargs.pop("device", None)  # the subject says where
+        # The subject says where.
+        kwargs.pop("device", None)
         try:
             compare(
                 Subject(optimized_ops, "arbitor.optimized.ops", str(self.device)), op, Arguments(args, kwargs)
             )
-        except Exception as error:  # any failure at all means that there is nothing to time
+        except Exception as error:
+            # Any failure at all means that there is nothing to time.
             return f"{type(error).__name__}: {error}".splitlines()[0]
         return None
 

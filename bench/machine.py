@@ -142,6 +142,7 @@ def _nvidia_smi(facts: dict[str, str]) -> dict[str, Any]:
 
 
 def _number(text: str) -> float | str | None:
-    if text.startswith("["):  # "[N/A]", "[Not Supported]"
+    # "[N/A]", "[Not Supported]"
+    if text.startswith("["):
         return None
     return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from arbitor.optimized.training.whole_file import write_whole
 
 OUT_OF_MEMORY = "out of memory"
 """Why a part failed that did not fit the device."""
@@ -23,10 +24,12 @@ def attempt(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return part()
     except torch.cuda.OutOfMemoryError:
         reason = OUT_OF_MEMORY
-    except Exception as error:  # whatever it is, the parts before and after are worth keeping
+    except Exception as error:
+        # Whatever it is, the parts before and after are worth keeping.
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    free()  # here, where the error and the frames that it held are gone
+    # Here the error is gone, with the frames that it held.
+    free()
     return {"failed": reason}
 
 
@@ -46,9 +49,7 @@ def write(path: Path | None, report: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file; whoever is cut off in the middle leaves the file that was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(text)
-    os.replace(beside, path)
+    write_whole(path, text.encode())
 
 
 def exit_status(parts: Sequence[Mapping[str, Any]]) -> int:

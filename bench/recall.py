@@ -98,7 +98,8 @@ def train(table: TernaryVQCodebook, draw: Callable[[], Tensor], steps: int) -> d
         z = draw().requires_grad_()
         with table.voting.taking(rate=RATE, step=step):
             ids, c, losses = table.quantize(z)
-            (losses["codebook"] + 0 * c.sum()).backward()  # through z too, which counts the uses
+            # Through z too, which counts the uses.
+            (losses["codebook"] + 0 * c.sum()).backward()
         table.step_weight()
         table.step_tables()
         found_in[ids] = step
@@ -204,7 +205,8 @@ def run(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> 
         table = partial(tried, options, sign_bits, normal, around, result["rows"], stages)
         result["tables"].append({"sign_bits": sign_bits, "stages": stages, **parts.attempt(table)})
         keep(result)
-        parts.free()  # this table, before the next
+        # This table goes before the next is made.
+        parts.free()
     return result
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from arbitor.reference import ops as reference_ops
-from arbitor.reference.op_table import OP_TABLE
-from bench.cases import FAMILIES, OURS, REFERENCE, rows
+from arbitor.reference.op_table import FAMILIES, OP_TABLE
+from bench.cases import OURS, REFERENCE, rows
 from bench.machine import RESULTS, ROOT
 
 Row = Mapping[str, Any]
@@ -52,7 +52,7 @@ def lines_of(results: Iterable[Row]) -> list[dict[str, Any]]:
         peers = [row for name, row in given.items() if name not in (OURS, REFERENCE)]
         for peer in peers or [None]:
             found.append({"op": op, "shape": shape, "ours": ours, "reference": reference, "peer": peer})
-    order = {name: place for place, name in enumerate(_ops_in_order())}
+    order = {name: place for place, name in enumerate(rows())}
     shapes = {name: {shape: place for place, shape in enumerate(row.shapes)} for name, row in rows().items()}
     return sorted(
         found,
@@ -61,10 +61,6 @@ def lines_of(results: Iterable[Row]) -> list[dict[str, Any]]:
             shapes.get(line["op"], {}).get(line["shape"], 0),
         ),
     )
-
-
-def _ops_in_order() -> list[str]:
-    return [row.name for family in FAMILIES for row in rows().values() if row.family == family]
 
 
 def comparable_us(ours: Row, other: Row) -> tuple[float, float]:
@@ -180,6 +176,12 @@ def _is_slower(now: Row, then: Row) -> bool:
     return now["p50_us"] > REGRESSION * then["p50_us"] and now["p20_us"] > then["p80_us"]
 
 
+def case_id(test: str) -> str:
+    """Return the id of a case from the name of its test, `test_case[linear-tiny-ours]`; or any other name as it is."""
+    found = re.fullmatch(r"[^\[]*\[(.*)\]", test)
+    return found[1] if found else test
+
+
 # --- pages --------------------------------------------------------------------------------------------------------
 
 
@@ -222,7 +224,7 @@ def ops_page() -> str:
         "`arbitor.optimized.ops`. EXACT: equal in every bit. NO_WORSE(k): floats that err at most k times as much as the "
         "reference in that dtype, plus one rounding ([numerics](numerics.md)).",
     ]
-    for family in dict.fromkeys(row.family for row in OP_TABLE.values()):
+    for family in FAMILIES:
         page = f"spec/{family}.md"
         title = f"[{family}]({page})" if (ROOT / "docs" / page).exists() else family
         text += ["", f"## {title}", "", "| op | returns | compared | in a CUDA graph |", "|---|---|---|---|"]
@@ -298,7 +300,7 @@ def perf_page(current: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     for stored in (stored for files in current.values() for stored in files):
         text += ["", f"## {stored['machine_info']['device']}: {stored['file']}", "", *_facts(stored)]
         lines = lines_of(bench["extra_info"] for bench in stored["benchmarks"])
-        for family in FAMILIES:
+        for family in dict.fromkeys(row.family for row in rows().values()):
             chosen = [line for line in lines if rows()[line["op"]].family == family]
             if chosen:
                 text += ["", f"### {family}", "", *markdown_table(chosen)]
@@ -338,7 +340,8 @@ def _missing(stored: Mapping[str, Any]) -> list[str]:
     """Return what has no number, and why."""
     session = stored["session"]
     reasons = [f"- {count} cases left out: {reason}" for reason, count in session["left_out"].items()]
-    reasons += [f"- `{case}`: {_escaped(reason)}" for case, reason in session["without_a_number"].items()]
+    cases = session["without_a_number"].items()
+    reasons += [f"- `{case_id(test)}`: {_escaped(reason)}" for test, reason in cases]
     return ["Without a number:", "", *reasons] if reasons else []
 
 

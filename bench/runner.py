@@ -14,16 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from arbitor.optimized.settings import values_vouched_for
-from arbitor.optimized.training.passes import Passes, RecordedPasses
 from arbitor.reference import ops as reference_ops
-from arbitor.reference.config import NUM_BYTES, ArbConfig, with_modules
-from arbitor.reference.graph import ArbModel
-from arbitor.reference.presets import preset
+from arbitor.reference.config import NUM_BYTES
 from arbitor.reference.types import TernaryWeight
-from bench import cases, gate, machine, rooflines, timing
-from bench.ablation import full
-from bench.cases import OURS, REFERENCE, Case
+from bench import cases, gate, machine, rooflines, timing, train_step
+from bench.cases import OURS, REFERENCE, TRAIN_FAMILY, Case
 from bench.inputs import CLOCK, INPUTS, RATE, Arguments, Maker
 from bench.peers import Peer, peers_of
 
@@ -67,7 +62,8 @@ class Session:
     def start(cls, *, budget: float, log: Path | None) -> Session:
         """Return the session of this machine, its ceilings measured."""
         began = time.monotonic()
-        gc.freeze()  # what start-up left is not searched again after every case
+        # What start-up left is not searched again after every case.
+        gc.freeze()
         timer = timing.GpuTimer() if machine.on_gpu() else timing.HostTimer()
         ceilings = rooflines.measure(timer, machine.device_name())
         return cls(timer, ceilings, gate.Gate(timer.device), began + budget, log)
@@ -79,6 +75,8 @@ def measure(benchmark: Any, session: Session, case_id: str) -> None:
     if time.monotonic() > session.deadline:
         pytest.skip("the time of --bench-budget is spent")
     benchmark.group = f"{case.row.name} {case.shape}"
+    # A result is known by its case, in whichever file and function the case ran.
+    benchmark.name = benchmark.fullname = case.id
     try:
         with session.timer.current():
             _measure(benchmark, session, case)
@@ -91,7 +89,7 @@ def measure(benchmark: Any, session: Session, case_id: str) -> None:
 def _measure(benchmark: Any, session: Session, case: Case) -> None:
     peer = next((peer for peer in peers_of(case.row.name) if peer.name == case.implementation), None)
     if case.implementation == OURS:
-        for op in case.row.gates:
+        for op in case.row.gates():
             session.gate.ours(op, gate.called_with(case, op))
     elif peer is not None:
         session.gate.peer(case.row.name, peer, case.sizes)
@@ -100,9 +98,11 @@ def _measure(benchmark: Any, session: Session, case: Case) -> None:
     capturable = case.row.capturable and (peer.capturable if peer else case.implementation == OURS)
     share = REFERENCE_SHARE if case.implementation == REFERENCE or not machine.on_gpu() else 1.0
     if cases.interpreted() and case.implementation == OURS:
-        share = 0.0  # that the code runs is all there is to learn
+        # That the code runs is all there is to learn.
+        share = 0.0
     info = _time(benchmark, session.timer, call, capturable=capturable, share=share)
-    if info is None:  # --benchmark-disable: it ran once, and that is all
+    # With --benchmark-disable it ran once, and there is no time.
+    if info is None:
         return
     row = {
         "op": case.row.name,
@@ -135,7 +135,7 @@ def _refuse_without_memory(session: Session, case: Case) -> None:
 
 def _call(session: Session, case: Case, peer: Peer | None) -> Callable[[], Any]:
     """Return the call to time."""
-    if case.row.family == "train_step":
+    if case.row.family == TRAIN_FAMILY:
         ids_BT = _ids(session, case)
         return peer.build(((case.shape, ids_BT), {}), case.sizes) if peer else _train_step(case, ids_BT)
     name = "accumulate_gradient" if case.row.name == "update_step" else case.row.name
@@ -192,30 +192,17 @@ def _ids(session: Session, case: Case) -> torch.Tensor:
     return Maker(session.timer.device, "train_step").integers(0, NUM_BYTES - 1, shape, torch.int64)
 
 
-def trained(case: Case) -> ArbConfig:
-    """Return the model of a train step: of a preset with every module, or without codes and loop, as float weights can do."""
-    config = preset(case.shape)
-    if case.row.name == "train_step_every_module":
-        return full(config)
-    return with_modules(config, vq=False, max_moe_iters=1)
-
-
 def _train_step(case: Case, ids_BT: torch.Tensor) -> Callable[[], Any]:
-    """Return one step of training as the trainer takes it: on a GPU in bfloat16, ours from recorded passes; else float32."""
-    dtype = torch.bfloat16 if ids_BT.device.type == "cuda" else torch.float32
-    ops = op_set(case.implementation)
-    model = ArbModel(trained(case), ops=ops, device=ids_BT.device, dtype=dtype, seed=0)
+    """Return one step of training: ours on a GPU from recorded passes, else launched from Python."""
+    config = train_step.config_of(case.row.name, case.shape)
     record = case.implementation == OURS and ids_BT.device.type == "cuda"
-    passes = RecordedPasses(model) if record else Passes(model)
-    taken = iter(range(2**31))
+    step = train_step.step_of(config, op_set(case.implementation), ids_BT, record=record)
 
-    @values_vouched_for()  # as the trainer does
-    def step() -> None:
-        if passes.take(ids_BT, rate=RATE, step=next(taken)) is None:
+    def checked() -> None:
+        if not step():
             raise gate.Red(f"the loss of preset {case.shape} is not finite")
-        model.step()
 
-    return step
+    return checked
 
 
 def _time(
@@ -232,7 +219,8 @@ def _time(
     if capturable and timer.device.type == "cuda":
         try:
             replay = timer.record(call)
-        except Exception as error:  # what it raises is the peer's or torch's affair; the eager time remains
+        except Exception as error:
+            # Whatever a peer or torch raises here, the eager time remains.
             refused = f"{type(error).__name__}: {error}".splitlines()[0]
     budget, patience = BUDGET_SECONDS * share, PATIENCE_SECONDS * share
     eager = None

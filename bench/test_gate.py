@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -28,9 +27,8 @@ from arbitor.optimized.kernels.launch import row_tile
 from arbitor.optimized.layouts import words_per_row
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.constants import groups_per_row
-from arbitor.reference.graph import ArbModel
 from arbitor.reference.op_table import OP_TABLE
-from bench import cases, gate, inputs, runner
+from bench import cases, gate, inputs, train_step
 from bench.inputs import Sizes
 from bench.peers import peers_of
 
@@ -106,7 +104,7 @@ def among(s: Sizes) -> Any:
 
 
 def attending(s: Sizes) -> Any:
-    return tile(s["L"], 2**30), s["R"], s["S"] > attention.RUN, s["H"] > attention.BLOCK_HEADS
+    return tile(s["L"], 2**30), s["R"], s["S"] > attention.PART_SLOTS, s["H"] > attention.BLOCK_HEADS
 
 
 def looping(s: Sizes) -> Any:
@@ -191,27 +189,16 @@ def test_a_compound_is_checked_at_its_own_sizes_where_its_ops_have_them() -> Non
     assert gate.called_with(train_step, "linear") == OP_TABLE["linear"].shapes["tiny"]
 
 
-@pytest.mark.parametrize("name", ["train_step", "train_step_every_module"])
-def test_a_train_step_is_timed_after_all_of_its_ops_are_checked(name: str) -> None:
-    used: set[str] = set()
-
-    def watched(op: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            used.add(op)
-            return getattr(reference_ops, op)(*args, **kwargs)
-
-        return call
-
-    ops = ModuleType("watched_ops")
-    ops.__dict__.update({op: watched(op) for op in reference_ops.__all__})
-    case = cases.all_cases()[f"{name}-tiny-reference"]
-    model = ArbModel(runner.trained(case), ops=ops)
-    used.clear()  # what only makes the weights is not timed
-    ids_BT = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
-    for step in range(2):
-        assert model.backward(model.losses(ids_BT), rate=1.25, step=step)
-        model.step()
-    assert used == set(case.row.gates)
+@pytest.mark.parametrize(
+    ("name", "some"),
+    [("train_step", {"linear", "apply_step"}), ("train_step_every_module", {"edge_sum", "nearest_codes"})],
+)
+def test_a_train_step_is_timed_after_all_of_its_ops_are_checked(name: str, some: set[str]) -> None:
+    """Its ops are those seen in one step of a short window. More steps of more and longer windows use no other."""
+    gates = cases.rows()[name].gates()
+    ids_BT = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(1))
+    assert train_step.ops_seen(train_step.config_of(name, "tiny"), ids_BT, steps=3) == set(gates) >= some
+    assert cases.all_cases()[f"{name}-tiny-ours"].row.gates() == gates
 
 
 @pytest.mark.parametrize("op", OP_TABLE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from arbitor.optimized.training import schedule
 from arbitor.optimized.training.data import Corpus, split_corpus, training_batch, validation_windows
 from arbitor.reference.audit import audit
-from arbitor.reference.config import SIGN_VOTES
+from arbitor.reference.config import SIGN_VOTES, with_fields
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.presets import preset
 from bench import ablation, generation, large, machine, parts, recall
@@ -31,7 +31,7 @@ def test_variants_of_the_ablation_differ_in_the_module_they_name() -> None:
     assert (whole.num_codes, whole.num_hops, whole.memory_rows, whole.max_moe_iters) == (4096, 2, 16_384, 2)
     configs = {name: ablation.variant(whole, changes) for name, changes in ablation.VARIANTS.items()}
     assert len(set(configs.values())) == len(configs), "two variants are one model"
-    assert configs["no composites"] == replace(whole, composite_codes=0) and whole.composite_codes == 4096
+    assert configs["no composites"] == with_fields(whole, composite_codes=0) and whole.composite_codes == 4096
     assert configs["no graph"].composite_codes == configs["no graph"].num_hops == 0
     assert ablation.full(preset("tiny")) == preset("tiny")
 
@@ -87,7 +87,8 @@ def test_large_measures_each_length_and_a_checkpoint(
     assert min(row[name] for name in row if name.endswith("_seconds")) > 0
     [entry] = report["checkpoints"]
     assert entry["same_state"] and len(entry["stages"]) == 5
-    assert 1.36 < entry["file_bytes"] / row["weights"] < 1.7  # the canonical state, and integer tables
+    # The canonical state, and integer tables.
+    assert 1.36 < entry["file_bytes"] / row["weights"] < 1.7
     shown = capsys.readouterr().out
     assert (
         "| tiny | 2 | ValueError" in shown and "| tiny | 4 |" in shown and "the same state came back" in shown
@@ -253,9 +254,11 @@ def test_every_rule_learns_from_the_same_windows(rule: str, monkeypatch: pytest.
     width = 64
     assert result["weights"] == 12 * width**2 + (256 + 32 + 256) * width
     per_weight = result["state_bytes"] / result["weights"]
-    if learning.RULES[rule].kind == "integer":  # 2 / 12 for whole groups; rows of 64 columns have six
+    if learning.RULES[rule].kind == "integer":
+        # 2 / 12 for whole groups; rows of 64 columns have six.
         assert 1.2 + 2 / 12 < per_weight < 1.2 + 2 * 6 / 64 + 1e-4
-    elif learning.RULES[rule].muon:  # 12 for the matrices; tables and classes have AdamW
+    elif learning.RULES[rule].muon:
+        # 12 for the matrices; tables and classes have AdamW.
         assert result["state_bytes"] == 12 * 12 * width**2 + 16 * (256 + 32 + 256) * width
     else:
         assert per_weight == 16
@@ -385,7 +388,7 @@ def test_results_of_different_devices_are_not_merged(
 
 def test_results_on_texts_that_share_a_name_are_not_merged() -> None:
     """The sources of one Python are not those of another."""
-    run = {"suite": "toy", "rule": "integer", "data": "stdlib", "seed": 0, "learning_rate": 1.0, "decay": 0.6}
+    run = {**asdict(_job("integer")), "learning_rate": 1.0, "decay": 0.6}
     documents = [
         {"machine": {"device": "a"}, "command": "", "runs": [{**run, "data_sha256": text}]}
         for text in ("one", "other")
@@ -393,6 +396,31 @@ def test_results_on_texts_that_share_a_name_are_not_merged() -> None:
     with pytest.raises(ValueError, match="has runs on 2 texts called stdlib"):
         learning.merged(documents)
     learning.merged(documents[:1])
+
+
+def test_a_row_that_is_measured_again_takes_the_place_of_the_old_one() -> None:
+    """Also where the rule of that name has changed; and a run of the rule as it was counts for nothing with `--without`."""
+    old = {**asdict(_job("sign")), **learning.settings_of(_job("sign")), "commit": "old", "data_sha256": "a"}
+    other = {**old, **asdict(_job("integer")), **learning.settings_of(_job("integer"))}
+    new = {**old, "commit": "new", "config": {**old["config"], "theta": 33}}
+    failed = {**old, "commit": "later", "failed": "no memory"}
+    documents = [
+        {"machine": {"device": "a"}, "command": str(number), "runs": runs}
+        for number, runs in enumerate(([other, old], [new], [failed]))
+    ]
+    found = learning.merged(documents)["runs"]
+    assert [(run["rule"], run["commit"]) for run in found] == [("integer", "old"), ("sign", "new")]
+    assert learning.measured(_job("sign"), old) and not learning.measured(_job("sign"), new)
+    del old["config"]
+    assert learning.measured(_job("sign"), old), (
+        "files from before rules were recorded name their commit alone"
+    )
+
+
+def test_what_is_left_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--suite", "toy", "--rules", "sign", "--seeds", "0", "--device", "cpu"]
+    assert learning.main([*options, "--seconds", "-1"]) == 1
+    assert capsys.readouterr().err == "1 of 1 runs not started: time is over\n"
 
 
 def test_runs_that_failed_are_merged_and_shown_nowhere(

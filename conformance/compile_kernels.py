@@ -29,8 +29,8 @@ from arbitor.optimized import kernels as kernel_package
 from arbitor.optimized import ops
 from arbitor.reference.op_table import OP_TABLE
 from conformance import preset_calls, strategies
-from conformance.cases import CASES
-from conformance.cases.case import Case
+from conformance.case import Case
+from conformance.families import CASES
 from conformance.pretend_cuda import DEVICE, pretended
 from conformance.subject import Subject
 

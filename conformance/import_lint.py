@@ -4,7 +4,8 @@
 
 reference imports torch, the standard library and itself, and imports at the top of a file only. optimized imports of reference
 what holds no op. Modules of either import each other in one direction: no circle, not even one for type checkers alone. Nothing
-that is installed imports conformance or bench. Environment variables named ARB_* are read in optimized/settings.py.
+that is installed imports conformance or bench. sidecars imports of ours the checks of reference. It alone imports libraries of
+other projects, by `libraries.library`. Environment variables named ARB_* are read in optimized/settings.py.
 """
 
 from __future__ import annotations
@@ -16,16 +17,30 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-REFERENCE_FOR_OPTIMIZED = ("constants", "types", "checks", "config", "presets", "op_table", "graph", "audit")
-INSTALLED = ("reference", "optimized")
+REFERENCE_FOR_OPTIMIZED = (
+    "constants",
+    "types",
+    "promises",
+    "checks",
+    "config",
+    "presets",
+    "op_table",
+    "graph",
+    "audit",
+)
+INSTALLED = ("reference", "optimized", "sidecars")
 SETTINGS = Path("optimized/settings.py")
 TEST_PACKAGES = ("conformance", "bench")
+REFERENCE_FOR_SIDECARS = ("checks",)
+FOR_SIDECARS = ("arbitor", "numpy", "torch")
+OF_OTHERS = ("accelerate", "av", "diffusers", "huggingface_hub", "optimum", "PIL", "transformers")
+"""Libraries that `sidecars/libraries.py` imports by name, so that they may be missing."""
 
 
 def breaches(root: Path = ROOT) -> list[str]:
     """Return every breach as `file:line: what`."""
     found = []
-    for folder in ("reference", "optimized", *TEST_PACKAGES):
+    for folder in (*INSTALLED, *TEST_PACKAGES):
         for path in sorted((root / folder).rglob("*.py")):
             relative = path.relative_to(root)
             found += [f"{relative}:{line}: {what}" for line, what in breaches_of(path.read_text(), relative)]
@@ -131,6 +146,13 @@ def refused(folder: str, module: str) -> str | None:
         if top not in ("arbitor", "torch") and top not in sys.stdlib_module_names:
             return "reference imports torch and the standard library only"
     of_reference = top == "arbitor" and rest[:1] == ["reference"]
+    if folder in INSTALLED and top in OF_OTHERS:
+        return "libraries of other projects are imported by sidecars/libraries.py, by name"
+    if folder == "sidecars":
+        if top not in FOR_SIDECARS and top not in sys.stdlib_module_names:
+            return f"sidecars imports {', '.join(FOR_SIDECARS)} and the standard library"
+        if top == "arbitor" and rest[:1] != ["sidecars"] and rest[1:2] != list(REFERENCE_FOR_SIDECARS):
+            return f"sidecars imports of ours only reference.{', reference.'.join(REFERENCE_FOR_SIDECARS)}"
     if folder == "optimized" and of_reference and (len(rest) < 2 or rest[1] not in REFERENCE_FOR_OPTIMIZED):
         return f"optimized imports of reference only {', '.join(REFERENCE_FOR_OPTIMIZED)}"
     return None

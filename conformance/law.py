@@ -1,32 +1,41 @@
 """Laws: properties that hold for every implementation, written once and run against good and broken ones.
 
-`@law(name=strategy, ...)` turns `test_<op>_<law>(ops, name, ...)` into a pytest test of the implementation under test, and
-files it in `LAWS`, where test_mutants.py finds it.
+`@law(name=strategy, ..., rejects=[mutant, ...])` turns `test_<op>_<law>(ops, name, ...)` into a pytest test of the
+implementation under test, and files it in `LAWS`, where test_mutants.py finds it and shows that it rejects its mutants.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
+from conformance.mutant import Mutant
 from conformance.report import LEDGER
 from conformance.subject import Subject
 
 LAWS: dict[str, Law] = {}
-"""Every law by name."""
+"""Every law by name, as far as the files of families are imported (families.py imports all)."""
 
 
 @dataclass(frozen=True)
 class Law:
-    """A property of a set of ops: `body(ops, **drawn)` raises AssertionError where it does not hold."""
+    """A property of a set of ops: `body(ops, **drawn)` raises AssertionError where it does not hold.
+
+    file:       the file that states it, without its `.py`
+    strategies: what is drawn for the body, by argument
+    rejects:    the mutants that it must reject; a law that rejects none has no place in the suite
+    share:      the part of the usual number of examples that it gets
+    """
 
     name: str
+    file: str
     body: Callable[..., None]
     strategies: dict[str, SearchStrategy]
+    rejects: tuple[Mutant, ...]
     share: float = 1.0
 
     def check(self, ops: Subject, *, examples: int | None = None, shrink: bool = True) -> None:
@@ -48,19 +57,26 @@ class Law:
 
 
 def law(
-    *, share: float = 1.0, **strategies: SearchStrategy
+    *, rejects: Sequence[Mutant], share: float = 1.0, **strategies: SearchStrategy
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a law. `share` scales its number of examples: below 1 where one example is dear."""
+    """Register a law with what it rejects. `share` scales its number of examples: below 1 where one example is dear."""
 
     def decorate(body: Callable[..., None]) -> Callable[..., None]:
-        entry = Law(body.__name__, body, strategies, share)
-        assert entry.name not in LAWS, f"two laws are called {entry.name}"
-        LAWS[entry.name] = entry
-
-        def test(subject: Subject) -> None:
-            entry.check(subject)
-
-        test.__name__, test.__doc__, test.__module__ = body.__name__, body.__doc__, body.__module__
+        file = body.__module__.rpartition(".")[2]
+        test = filed(Law(body.__name__, file, body, strategies, tuple(rejects), share))
+        test.__module__ = body.__module__
         return test
 
     return decorate
+
+
+def filed(law: Law) -> Callable[..., None]:
+    """File a law; return the pytest test of it."""
+    assert law.name not in LAWS, f"two laws are called {law.name}"
+    LAWS[law.name] = law
+
+    def test(subject: Subject) -> None:
+        law.check(subject)
+
+    test.__name__, test.__doc__ = law.name, law.body.__doc__
+    return test

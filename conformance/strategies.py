@@ -82,6 +82,18 @@ def matrix_shapes(draw: st.DrawFn, limit: int | None = None) -> tuple[int, int]:
     return draw(st.deferred(lambda: sizes(most)), label="N"), num_columns
 
 
+def gradient_shapes() -> st.SearchStrategy[tuple[int, int]]:
+    """Draw the shape of a gradient, sometimes of no rows: what a batch leaves to a table that it did not read."""
+    return st.one_of(matrix_shapes(), st.tuples(st.just(0), st.deferred(sizes)))
+
+
+@st.composite
+def leading(draw: st.DrawFn, *, empty: bool = True) -> tuple[int, ...]:
+    """Draw leading dimensions of activations: M rows at tile edges, none, several, or an empty batch."""
+    several = st.sampled_from(((), (2, 3), (3, 1, 2), *(((0,), (2, 0)) if empty else ())))
+    return draw(st.one_of(st.tuples(st.deferred(lambda: sizes(70))), several), label="leading")
+
+
 def generator(seed: int) -> torch.Generator:
     """Return torch's generator at a seed."""
     return torch.Generator().manual_seed(seed)
@@ -130,6 +142,11 @@ def trit_tensors(draw: st.DrawFn, shape: tuple[int, ...]) -> Tensor:
     return (nonzero * signs).to(torch.int8)
 
 
+NARROW = (-6, 1)
+"""Levels of exact cases: 4 bits of activation, 8 of range and 10 of count stay within float32's 24. With a mantissa, the levels
+span fewer octaves by as many bits as it adds."""
+
+
 @st.composite
 def weights(
     draw: st.DrawFn,
@@ -165,6 +182,17 @@ def weights(
         trit_accum=plant(trit_accum, counts, rng).to(torch.int8),
         exponent_accum=plant(exponent_accum, counts, rng).to(torch.int8),
     )
+
+
+def with_out(draw: st.DrawFn, weight: TernaryWeight, kwargs: dict[str, Any]) -> None:
+    """Draw whether the result goes to a new weight, into another one, or into the weight itself."""
+    kind = draw(st.sampled_from(("new", "other", "itself")), label="out")
+    if kind == "other":
+        kwargs["out"] = weight.clone()
+        for tensor in kwargs["out"].tensors().values():
+            tensor.fill_(1)
+    elif kind == "itself":
+        kwargs["out"] = weight
 
 
 LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded")

@@ -66,7 +66,7 @@ def test_broken_kernels_are_found(subject: Subject, tmp_path: Path) -> None:
     file.write_text(source + ORPHAN)
     status, output = compiled(tmp_path / "cache", "attention", first=(tmp_path,))
     assert status == 1, output
-    loop = 1 + source.splitlines().index("    for start in range(0, RUN, BLOCK_S):")
+    loop = 1 + source.splitlines().index("    for start in range(0, PART, BLOCK_S):")
     for complaint in (
         f'{file}:{loop}: _decode_attention_kernel does not compile\nAssertionError("Loop-carried variable mask',
         "_decode_attention_kernel wants too much shared memory",

@@ -17,8 +17,9 @@ from torch import Tensor
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.op_table import OP_TABLE
 from conformance import import_lint
-from conformance.cases import CASES, Case
+from conformance.case import Case
 from conformance.compare import exact, unsigned_zeros
+from conformance.families import CASES
 from conformance.poison import PATTERNS
 from conformance.report import needs_cuda
 from conformance.subject import Subject, weight_of
@@ -107,6 +108,11 @@ def test_imports_keep_the_rules() -> None:
         ("reference/a.py", "class A:\n    def f(self):\n        from arbitor.reference import checks"),
         ("optimized/a.py", "import os; os.environ['ARB_X']"),
         ("conformance/a.py", "import bench"),
+        ("optimized/a.py", "import transformers"),
+        ("sidecars/a.py", "from diffusers import AutoencoderKLWan"),
+        ("sidecars/a.py", "import scipy"),
+        ("sidecars/a.py", "from arbitor.reference import ops"),
+        ("sidecars/a.py", "from arbitor.optimized import settings"),
     ],
 )
 def test_import_lint_rejects(path: str, source: str) -> None:
@@ -119,6 +125,10 @@ def test_import_lint_rejects(path: str, source: str) -> None:
         ("reference/a.py", "import math, torch; from arbitor.reference.types import TernaryWeight"),
         ("optimized/a.py", "from arbitor.reference import checks, types; import triton, numpy"),
         ("optimized/settings.py", "import os; os.environ.get('ARB_X')"),
+        (
+            "sidecars/a.py",
+            "import torch, numpy; from arbitor.reference import checks; from arbitor.sidecars import audio",
+        ),
         ("bench/a.py", "from conformance.compare import exact; from arbitor.reference import ops"),
     ],
 )

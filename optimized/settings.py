@@ -25,7 +25,7 @@ _vouchers = 0
 
 @contextmanager
 def values_vouched_for() -> Iterator[None]:
-    """Within, ops do not look at values, and so never wait for the device, unless ``ARB_VALUE_CHECKS`` says otherwise."""
+    """Keep ops from looking at values within, so that they never wait for the device; ``ARB_VALUE_CHECKS`` overrules it."""
     global _vouchers
     _vouchers += 1
     try:
@@ -35,7 +35,9 @@ def values_vouched_for() -> Iterator[None]:
 
 
 def value_checks() -> bool:
-    """Whether ops check values as well as shapes and dtypes: as ``ARB_VALUE_CHECKS`` says, else unless they are vouched for.
+    """Return whether ops check values as well as shapes and dtypes.
+
+    ``ARB_VALUE_CHECKS`` says so. Where it is not set, ops check values unless somebody vouches for them.
 
     Raises:
         ValueError: the variable is set to something other than 0 or 1.
@@ -47,7 +49,7 @@ def value_checks() -> bool:
 
 
 def backend() -> str | None:
-    """The op set named by ``ARB_BACKEND``, or None where it is not set.
+    """Return the op set named by ``ARB_BACKEND``, or None where it is not set.
 
     Raises:
         ValueError: the variable names no op set.

@@ -6,7 +6,7 @@ import importlib.metadata
 
 
 def package_version() -> str:
-    """Version of the installed package, or ``unknown`` in a checkout that is not installed."""
+    """Return the version of the installed package, or ``unknown`` in a checkout that is not installed."""
     try:
         return importlib.metadata.version("arbitor")
     except importlib.metadata.PackageNotFoundError:

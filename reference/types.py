@@ -31,10 +31,10 @@ class LaidOutWeight(Protocol):
         """Mantissa bits of a scale."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """State tensors by name."""
+        """Return the state tensors by name."""
 
     def with_tensors(self, **tensors: Tensor) -> Self:
-        """The same weight on other tensors."""
+        """Return the same weight on other tensors."""
 
     def check_values(self, prefix: str, name: str, tensor: Tensor) -> None:
         """Refuse a tensor for the field of that name with an element that no weight of this layout holds."""

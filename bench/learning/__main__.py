@@ -5,8 +5,9 @@
     python -m bench.learning --suite sweep long-sweep --seeds 0 --out ...      # other rates and decays
     python -m bench.learning --suite graph --out ...                           # the preset `small`
     python -m bench.learning --worker 0/2 ...                                  # half of the runs, for one of two GPUs
+    python -m bench.learning --rules sign --out ...                            # one row of the table
     python -m bench.learning --without A.json --seconds 500 ...                # what A.json has not, as far as the time goes
-    python -m bench.learning --report A.json B.json --out ...                  # table and curves of what was measured
+    python -m bench.learning --report A.json B.json --out ...                  # table and curves; B.json has the last word
 
 Every rule sees the same windows in the same order for a seed, and is judged on the same validation windows. Each run is written
 when it ends, in case the time is cut short. Curves go to a PNG beside the JSON file.
@@ -79,6 +80,10 @@ class Job:
     decay: float | None = None
 
 
+JOB = ("suite", "size", "rule", "seed", "steps", "data", "learning_rate", "decay")
+"""What a run is known by in results."""
+
+
 def jobs_of(suite: str, *, seeds: Sequence[int], steps: int, data: str) -> Iterator[Job]:
     """Yield the runs of a suite, the first seed of all rules before the second of any."""
     plans: Mapping[str, tuple[str, Sequence[str], int]] = {
@@ -129,10 +134,17 @@ def data_name(data: str) -> str:
 
 def measured(job: Job, run: Mapping[str, Any]) -> bool:
     """Return whether a run of some results is this job, and came to something. It may be of another commit, which it names."""
+    wanted = {**asdict(job), **settings_of(job)}
+    # A run of an older file does not hold the fields of its rule.
+    held = {"config": wanted["config"], **run}
+    return "failed" not in run and all(held[name] == wanted[name] for name in (*JOB, "config"))
+
+
+def settings_of(job: Job) -> dict[str, Any]:
+    """Return what results hold of a job besides its own fields: the name of its data, and the settings of its rule."""
     rule = rule_of(job)
-    same = {"data": data_name(job.data), "learning_rate": rule.rate, "decay": rule.decay}
-    same |= {name: getattr(job, name) for name in ("suite", "size", "rule", "seed", "steps")}
-    return "failed" not in run and all(run.get(name) == value for name, value in same.items())
+    data = data_name(job.data)
+    return {"data": data, "learning_rate": rule.rate, "decay": rule.decay, "config": dict(rule.config)}
 
 
 def rule_of(job: Job) -> Rule:
@@ -205,17 +217,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Progress(transient=True) as bar:
         for job in jobs:
             if time.monotonic() - began > args.seconds:
-                print(
-                    f"{len(jobs) - len(runs)} of {len(jobs)} runs not started: time is over", file=sys.stderr
-                )
                 break
             task = bar.add_task(f"{job.suite}: {job.rule}, seed {job.seed}", total=job.steps)
             progress = partial(_show, bar, task)
             done = parts.attempt(partial(run, job, device=device, progress=progress))
             bar.remove_task(task)
-            rule = rule_of(job)
-            settings = {"data": data_name(job.data), "learning_rate": rule.rate, "decay": rule.decay}
-            runs.append({**origin, **asdict(job), **settings, **done})
+            runs.append({**origin, **asdict(job), **settings_of(job), **done})
             parts.write(path, document)
             line = f"{job.suite:7} {job.size:6} {job.rule:17} seed {job.seed}"
             result = done.get("failed") or f"{done['val_bpb']:.4f} in {done['seconds']} s"
@@ -248,7 +255,9 @@ def share_of(parser: argparse.ArgumentParser, text: str) -> tuple[int, int]:
 
 
 def merged(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the runs of several files as one document, in the order of their suites; one that is in two of them counts once.
+    """Return the runs of several files as one document, in the order of their suites.
+
+    A run takes the place of an earlier one with the same JOB, unless the later one failed.
 
     Raises ValueError for runs of different devices, whose times must not be averaged, or of texts that share their name alone:
     `stdlib` is another text in each version of Python.
@@ -256,15 +265,18 @@ def merged(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     devices = {document["machine"]["device"] for document in documents}
     if len(devices) > 1:
         raise ValueError(f"--report: is of {' and '.join(sorted(devices))}, but must be of one device")
-    runs: list[Any] = []
-    for document in documents:
-        runs += [run for run in document["runs"] if run not in runs]
+    runs = [run for document in documents for run in document["runs"]]
     commands = "; ".join(dict.fromkeys(document["command"] for document in documents))
     for name in {run["data"] for run in runs}:
         texts = {run["data_sha256"] for run in runs if run["data"] == name and "failed" not in run}
         if len(texts) > 1:
             raise ValueError(f"--report: has runs on {len(texts)} texts called {name}, but must have one")
-    return {**documents[0], "command": commands, "runs": sorted(runs, key=_place)}
+    by_job: dict[tuple[Any, ...], Any] = {}
+    for run in runs:
+        job = tuple(run[name] for name in JOB)
+        if job not in by_job or "failed" not in run:
+            by_job[job] = run
+    return {**documents[0], "command": commands, "runs": sorted(by_job.values(), key=_place)}
 
 
 def _place(run: Mapping[str, Any]) -> tuple[Any, ...]:

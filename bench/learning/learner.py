@@ -99,7 +99,8 @@ class Learner:
                 self.recorded[size] = self._record(size)
             graph, loss = self.recorded[size]
             graph.replay()
-        if self.config.vote_rule == "sign":  # only this rule asks for the loss
+        # Only this rule asks for the loss.
+        if self.config.vote_rule == "sign":
             self.last_loss = loss.item()
         self.taken += 1
 
@@ -230,7 +231,8 @@ def train(
         while learner.taken < steps:
             began, first, until = time.perf_counter(), learner.taken, min(learner.taken + every, steps)
             while learner.taken < until:
-                if learner.taken == EAGER_STEPS + 1 < until:  # kernels are compiled, the step is recorded
+                # By now kernels are compiled and the step is recorded.
+                if learner.taken == EAGER_STEPS + 1 < until:
                     synchronize(device)
                     began, first = time.perf_counter(), learner.taken
                 ids_BT = training_batch(

@@ -64,13 +64,10 @@ weights behind ternary ones, and float weights, each with AdamW and with Muon.""
 
 
 class GaussianSpec:
-    """A float weight in the making: what `DenseOps.from_spec` asks for."""
+    """A float weight in the making: what `FloatOps.initial_weight` gives to `FloatOps.from_spec`."""
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        return self.values.to(dtype)
 
     def with_mantissa(self, mantissa_bits: int) -> GaussianSpec:
         """Return the same: floats have a mantissa."""
@@ -94,6 +91,9 @@ class FloatOps(DenseOps):
     def value_of(self, master: Tensor) -> Tensor:
         """Return what a master is computed with."""
         return master
+
+    def floats_of(self, weight: Any) -> Tensor:
+        return weight.values if isinstance(weight, GaussianSpec) else super().floats_of(weight)
 
     def from_spec(self, weight: Any) -> DenseWeight:
         made = super().from_spec(weight)

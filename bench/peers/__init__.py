@@ -7,8 +7,12 @@ ratio comes from. Its output is checked as well: a fast wrong peer is no baselin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import pkgutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from types import MappingProxyType
 from typing import Any
 
 from bench.inputs import Arguments, Sizes
@@ -25,7 +29,7 @@ class Peer:
         ops_min:    least arithmetic, or None where it is the op's own.
         note:       what is not equal between the two.
         checked:    whether its output is compared with the op's; `note` says why where it is not.
-    matched:    from its output and the op's, the two that must agree within the rounding of the peer's dtype.
+        matched:    from its output and the op's, the two that must agree within the rounding of the peer's dtype.
         capturable: whether it may be recorded in a CUDA graph.
     """
 
@@ -41,10 +45,21 @@ class Peer:
 
 def peers_of(op: str) -> tuple[Peer, ...]:
     """Return the peers of an op."""
-    from bench.peers import adamw, attention, codebook, cublas, edges, experts, float_model, functional
+    return _all_peers().get(op, ())
 
-    families = (cublas, functional, adamw, attention, codebook, edges, experts, float_model)
-    return {name: peers for family in families for name, peers in family.PEERS.items()}.get(op, ())
+
+@cache
+def _all_peers() -> Mapping[str, tuple[Peer, ...]]:
+    """Return the peers by op, from every file of this folder; raise ValueError where two files have peers of one op."""
+    found: dict[str, tuple[Peer, ...]] = {}
+    for file in sorted(file.name for file in pkgutil.iter_modules(__path__)):
+        for op, peers in import_module(f"{__name__}.{file}").PEERS.items():
+            if op in found:
+                raise ValueError(
+                    f"bench/peers/{file}.py has peers of {op}, but another file before it has some too"
+                )
+            found[op] = peers
+    return MappingProxyType(found)
 
 
 def dense(weight: Any, dtype: Any) -> Any:

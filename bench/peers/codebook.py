@@ -1,6 +1,6 @@
 """Chunked matrix product and argmin in torch: what finds the nearest row of a table that has been decoded.
 
-Legend: as in bench/inputs.py; M vectors, N codes, K code width.
+Legend: as in bench/inputs; M vectors, N codes, K code width.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Edges by torch: a CSR matrix times the nodes, index_add of messages, a gather and a product.
 
-Legend: as in bench/inputs.py; E = M * J edges.
+Legend: as in bench/inputs; E = M * J edges.
 """
 
 from __future__ import annotations

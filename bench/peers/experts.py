@@ -1,6 +1,6 @@
 """Dense bfloat16 experts: torch's grouped product on sorted slots, and a loop over experts on the host.
 
-Legend: as in bench/inputs.py; E experts of N rows each, M slots.
+Legend: as in bench/inputs; E experts of N rows each, M slots.
 """
 
 from __future__ import annotations

@@ -16,15 +16,15 @@ from torch.nn import functional as F
 from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training.recording import LAUNCHED_FIRST, recorded
 from arbitor.reference import ops as reference_ops
-from arbitor.reference.config import with_modules
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.ops.scale import dequantize
-from arbitor.reference.presets import preset
+from bench import train_step
 from bench.inputs import RATE, Arguments, Sizes
 from bench.peers import Peer
 from bench.peers.experts import by_expert
 
-EPS = 1e-6  # the default of the ops
+# The default of the ops.
+EPS = 1e-6
 
 ALIGNED = 8
 """Columns that a row of a grouped product is a multiple of: 16 bytes of bfloat16."""
@@ -59,9 +59,13 @@ class DenseOps:
         self.weights: list[DenseWeight] = []
 
     def from_spec(self, weight: Any) -> DenseWeight:
-        dense = dequantize(weight, dtype=torch.float32)
+        dense = self.floats_of(weight)
         self.weights.append(DenseWeight(dense.to(self.dtype, copy=True), torch.nn.Parameter(dense)))
         return self.weights[-1]
+
+    def floats_of(self, weight: Any) -> Tensor:
+        """Return a weight in the making as a float32 matrix."""
+        return dequantize(weight, dtype=torch.float32)
 
     def linear(self, x: Tensor, weight: DenseWeight) -> Tensor:
         return F.linear(x, weight.value.to(x.dtype))
@@ -74,6 +78,10 @@ class DenseOps:
         if grad.device.type == "cuda" and grad.dtype is torch.bfloat16:
             return torch.mm(grad_MN.T, x_MK, out_dtype=torch.float32)
         return torch.mm(grad_MN.T, x_MK).float()
+
+    def choose_experts(self, x: Tensor, weight: DenseWeight, *, top_k: int) -> Tensor:
+        """Choose by the product of the activations' dtype: float weights have no rule of ties."""
+        return self.linear(x, weight).topk(top_k, dim=-1).indices.sort(dim=-1).values
 
     def grouped_linear(self, x: Tensor, weight: DenseWeight, experts: Tensor, *, num_groups: int) -> Tensor:
         w_ENK = weight.value.to(x.dtype).unflatten(0, (num_groups, -1))
@@ -104,7 +112,8 @@ class DenseOps:
 
     def expert_load(self, experts: Tensor, *, num_groups: int) -> Tensor:
         """Return how often each expert is named: the reference would wait for the device to look at the ids."""
-        places = experts.flatten() + 1  # -1 names none
+        # -1 names none.
+        places = experts.flatten() + 1
         counts = torch.zeros(num_groups + 1, dtype=torch.int64, device=places.device)
         return counts.index_add_(0, places, torch.ones_like(places))[1:]
 
@@ -144,7 +153,7 @@ def _train_step(arguments: Arguments, sizes: Sizes) -> Callable[[], Any]:
     dtype = torch.bfloat16 if ids_BT.device.type == "cuda" else torch.float32
     ops = DenseOps(dtype)
     model = ArbModel(
-        replace(with_modules(preset(name), vq=False, max_moe_iters=1), orthogonal_steps=0),
+        replace(train_step.config_of(train_step.TRUNK, name), orthogonal_steps=0),
         ops=ops,
         device=ids_BT.device,
         dtype=dtype,
@@ -173,7 +182,8 @@ def _replayed(run: Callable[[], None], nats: Tensor) -> Callable[[], None]:
     """Return a call that launches a step at first and then replays a recording of it, and looks at its loss as trainers do."""
     launched, graphs = iter(range(LAUNCHED_FIRST)), []
 
-    @values_vouched_for()  # no check may wait for the device in a recording
+    # No check may wait for the device in a recording.
+    @values_vouched_for()
     def step() -> None:
         if next(launched, None) is not None:
             run()

@@ -1,6 +1,6 @@
 """torch.nn.functional and elementwise torch: convolution, RMSNorm, embedding, denoise.
 
-Legend: as in bench/inputs.py; V entries of a table.
+Legend: as in bench/inputs; V entries of a table.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import torch
 from torch.nn import functional as F
 from torch.nn import grad as conv_grad
 
-from bench.inputs import Arguments, Sizes, positions
+from bench.inputs import Arguments, Sizes
+from bench.inputs.conv import positions
 from bench.peers import Peer, dense
 
-EPS = 1e-6  # the default of the ops
+# The default of the ops.
+EPS = 1e-6
 
 
 def _taps(weight: Any, kernel_size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -198,7 +200,8 @@ PEERS = {
             _table_grad_bytes,
             note=_DENSE_TABLE,
             matched=_used_rows,
-            capturable=False,  # counts its segments on the host
+            # It counts its segments on the host.
+            capturable=False,
         ),
         Peer("index_add", _index_add, _table_grad_bytes, note=_DENSE_TABLE, matched=_used_rows),
     ),

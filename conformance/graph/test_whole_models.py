@@ -18,11 +18,12 @@ from torch import Tensor
 
 from arbitor.optimized.training.runtime import deterministic
 from arbitor.reference import ops as reference_ops
-from arbitor.reference.config import ArbConfig, with_modules
+from arbitor.reference.config import SWITCHES, ArbConfig, with_modules
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.ternary_graph import TernaryGraph
 from arbitor.reference.presets import PRESETS
 from conformance.compare import exact, model_no_worse
+from conformance.families import MUTANTS
 from conformance.graph import models
 from conformance.graph.replay import (
     Calls,
@@ -34,8 +35,7 @@ from conformance.graph.replay import (
     replaying,
     with_ops,
 )
-from conformance.mutants import MUTANTS
-from conformance.mutants import build as build_mutant
+from conformance.mutant import build as build_mutant
 from conformance.report import needs_cuda
 from conformance.subject import Subject
 
@@ -54,10 +54,12 @@ WIDE = replace(models.WHOLE, width=36)
 
 def reduced(config: ArbConfig) -> ArbConfig:
     """Return the structure of a configuration at the widths of the nano model."""
+    unread = {name for switch in SWITCHES if not switch.is_on(config) for name in switch.fields}
+    kept = {*STRUCTURE, *LOW_THRESHOLDS, *unread}
     sizes: dict[str, Any] = {
         field.name: getattr(WIDE, field.name) if getattr(config, field.name) else 0
         for field in fields(ArbConfig)
-        if isinstance(getattr(config, field.name), int) and field.name not in (*STRUCTURE, *LOW_THRESHOLDS)
+        if isinstance(getattr(config, field.name), int) and field.name not in kept
     }
     sizes |= {"num_layers": min(config.num_layers, MOST_LAYERS), "num_experts": EXPERTS}
     return replace(config, **sizes, **LOW_THRESHOLDS)
@@ -347,10 +349,9 @@ def test_a_bfloat16_gradient_off_by_a_little_is_noticed(op: str) -> None:
 def test_sums_in_bfloat16_are_noticed() -> None:
     """Of the width of `tiny`; at that of one layer, above, the yardstick would let them pass."""
     config, cpu = BFLOAT16_CONFIGS["tiny without codes"], torch.device("cpu")
-    (mutant,) = (mutant for mutant in MUTANTS if mutant.name == "sums_in_bfloat16")
     wide = outputs_of(config, reference_ops, cpu, torch.float64)
     twin = outputs_of(config, reference_ops, cpu, torch.bfloat16)
-    got = outputs_of(config, build_mutant(mutant), cpu, torch.bfloat16)
+    got = outputs_of(config, build_mutant(MUTANTS["sums_in_bfloat16"]), cpu, torch.bfloat16)
     with pytest.raises(AssertionError, match=": off by"):
         model_no_worse(got, twin=twin, wide=wide, dtype=torch.bfloat16)
 

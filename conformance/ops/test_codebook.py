@@ -6,31 +6,142 @@ Legend: N codes, C code width, Q vectors, M candidates of a vector, R vectors of
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
 
-from arbitor.reference.constants import MAX_CODE_DIM, RESERVED_STEP, USAGE_MAX
+from arbitor.reference.constants import MAX_CODE_DIM, RESERVED_STEP
 from arbitor.reference.ops import codebook as reference_codebook
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.types import TernaryWeight
 from conformance import oracle
 from conformance import strategies as ss
-from conformance.cases.codebook import (
-    candidate_lists,
-    codebooks,
-    sign_bit_counts,
-    usages,
-    vectors,
-    windows,
-)
+from conformance.case import Case, calls
 from conformance.compare import exact
 from conformance.law import law
+from conformance.mutant import mutants_of
+from conformance.refusal import F16, ids, meta, ones, refusals, refused, weight
 from conformance.subject import Subject
+
+mutant = mutants_of("codebook")
+
+
+# --- how calls are drawn ---------------------------------------------------------------------------------------------
+
+
+LEVELS = (-9, 6)
+"""Exponents of drawn codes: beyond both ends of what the search sees."""
+
+
+WIDTHS = (1, 5, 12, 13, 16, 33, 64, 65, MAX_CODE_DIM)
+"""Code widths: short groups, words that are not full, the widest."""
+
+
+@st.composite
+def codebooks(draw: st.DrawFn, *, limit: int = 130) -> TernaryWeight:
+    """Draw codes, sometimes with the same row many times, with rows of zeros, or with rows that are nearly equal."""
+    width = draw(st.sampled_from(WIDTHS), label="C")
+    most = max(1, min(limit, ss.LIMITS.elements // width))
+    count = draw(st.sampled_from([n for n in (1, 2, 5, 17, 64, 130, 513) if n <= most]), label="N")
+    weight = draw(ss.weights((count, width), levels=LEVELS, mantissa=False))
+    kind = draw(st.sampled_from(("free", "repeated", "one trit apart")), label="rows")
+    if kind == "free":
+        return weight
+    if kind == "repeated":
+        rows = torch.arange(count) % draw(st.sampled_from((1, 3)), label="different rows")
+        trits, exponents = trits_of(weight)[rows], weight.exponents[rows]
+        if draw(st.booleans(), label="a row of zeros"):
+            trits[rows == 0] = 0
+    else:  # scores that differ in their last bits alone: what a search in few bits takes for ties
+        trits, exponents = trits_of(weight)[:1].repeat(count, 1), weight.exponents[:1].repeat(count, 1)
+        places = (torch.arange(count), torch.arange(count) % width)
+        trits[places] = (trits[places] + 2) % 3 - 1
+    counts = {name: weight.tensors()[name] for name in ("trit_accum", "exponent_accum")}
+    return weight_of_trits(trits, exponents, weight.group_size).with_tensors(**counts)
+
+
+@st.composite
+def vectors(
+    draw: st.DrawFn, width: int, *, shape: tuple[int, ...] | None = None, code: Tensor | None = None
+) -> Tensor:
+    """Draw vectors to search for: real ones, halves of sixteenths, the code itself; with NaN and infinities."""
+    if shape is None:
+        shape = draw(st.sampled_from(((), (0,), (1,), (2, 3), (17,), (65,))), label="vectors")
+    seed = draw(ss.GENERATOR_SEEDS)
+    kind = draw(
+        st.sampled_from(("normal", "wild", "halves", *(("codes",) if code is not None else ()))), label="kind"
+    )
+    if kind == "halves":  # 7.5 sixteenths and its multiples: ties of rint, of columns and of codes
+        z = ss.float_values((*shape, width), "small integers", seed) * 15 / 32
+    elif kind == "codes" and code is not None:
+        rows = torch.randint(code.shape[0], shape, generator=ss.generator(seed))
+        z = code[rows]
+    else:
+        z = 2 * ss.float_values((*shape, width), kind, seed)
+    if z.numel() and draw(st.booleans(), label="not finite"):
+        flat = z.reshape(-1)
+        for place, value in enumerate((float("nan"), float("inf"), float("-inf"))):
+            flat[(place * 7) % flat.numel()] = value
+    return ss.lay_out(z.to(draw(ss.DTYPES)), draw(st.sampled_from(ss.LAYOUTS), label="layout"))
+
+
+@st.composite
+def sign_bit_counts(draw: st.DrawFn, num_codes: int, width: int) -> int:
+    """Draw a number of sign bits that a table has the columns and the codes for."""
+    return draw(st.integers(0, min(width, num_codes.bit_length() - 1, 6)), label="sign bits")
+
+
+@calls("initial_codebook")
+def initial_codebook_calls(draw: st.DrawFn) -> Case:
+    width = draw(st.sampled_from(WIDTHS))
+    num_codes = draw(st.sampled_from((1, 2, 5, 65) if width <= 16 else (1, 3, 17)))
+    clock = {"seed": draw(ss.SEEDS), "tensor_id": draw(ss.TENSOR_IDS), "group_size": draw(ss.GROUPS)}
+    return Case(((num_codes, width),), {"sign_bits": draw(sign_bit_counts(num_codes, width)), **clock})
+
+
+@calls("nearest_codes")
+def nearest_codes_calls(draw: st.DrawFn) -> Case:
+    weight = draw(codebooks())
+    return Case((draw(vectors(weight.shape[1], code=dequantize(weight))), weight))
+
+
+@calls("candidate_codes")
+def candidate_codes_calls(draw: st.DrawFn) -> Case:
+    width, num_codes = draw(st.sampled_from(WIDTHS)), draw(st.sampled_from((1, 2, 5, 64, 130, 10_000_019)))
+    sign_bits = draw(sign_bit_counts(num_codes, width)) if num_codes < 1000 else min(width, 16)
+    if num_codes // 2**sign_bits > 1000:
+        num_codes = 2**sign_bits * 3 + 1
+    probes = draw(st.integers(1, min(2**sign_bits, 9)), label="probes")
+    shape = draw(st.sampled_from(((), (0,), (2, 3), (9,))))
+    z = draw(vectors(width, shape=shape))
+    return Case((z,), {"num_codes": num_codes, "sign_bits": sign_bits, "num_probes": probes})
+
+
+@st.composite
+def candidate_lists(draw: st.DrawFn, shape: tuple[int, ...], num_codes: int) -> Tensor:
+    """Draw candidates of each vector: some twice, unused slots, none at all."""
+    width = draw(st.sampled_from((0, 1, 9, 70)), label="M")
+    low = draw(st.sampled_from((-1, -1, 0, -(num_codes + 1))), label="unused slots")
+    ids = torch.randint(low, num_codes, (*shape, width), generator=ss.generator(draw(ss.GENERATOR_SEEDS)))
+    if shape and shape[0] and draw(st.booleans(), label="a vector without candidates"):
+        ids[0] = -1
+    return ids.clamp(min=-1)
+
+
+@calls("nearest_candidates")
+def nearest_candidates_calls(draw: st.DrawFn) -> Case:
+    weight = draw(codebooks())
+    shape = draw(st.sampled_from(((), (0,), (1,), (2, 3), (17,))))
+    z = draw(vectors(weight.shape[1], shape=shape, code=dequantize(weight)))
+    return Case((z, weight, draw(candidate_lists(shape, weight.shape[0]))))
+
+
+# --- laws, and the mutants that they reject --------------------------------------------------------------------------
 
 
 def sixteenths(row: list[float]) -> list[int]:
@@ -60,7 +171,54 @@ def rows_of_trits(weight: TernaryWeight) -> list[list[int]]:
     return [flat[n * width : (n + 1) * width] for n in range(count)]
 
 
-@law(weight=codebooks(limit=17), data=st.data())
+SEARCH_WITHOUT_THE_SQUARE = mutant(
+    "search_without_the_square",
+    "score_Qn = codes_nC.square().sum(dim=1) / 2 - ",
+    "score_Qn = 0 - ",
+    compared="nearest_codes",
+)
+SEARCH_TAKES_THE_LAST = mutant(
+    "search_takes_the_last",
+    "places, _NO_ID).amin(dim=1)",
+    "places, -1).amax(dim=1)",
+    compared="nearest_codes",
+)
+SEARCH_CLAMPS_NO_EXPONENTS = mutant(
+    "search_clamps_no_exponents",
+    "weight.exponents.clamp(CODE_EXPONENT_MIN, CODE_EXPONENT_MAX)",
+    "weight.exponents.clamp(-32, 15)",
+    compared=("nearest_codes", "nearest_candidates"),
+)
+A_SHORT_LAST_CHUNK_IS_LOST = mutant(
+    "a_short_last_chunk_is_lost",
+    "last = min(first + rows_at_a_time, weight.shape[0])",
+    "last = max(first + 1, weight.shape[0] // 128 * 128)",
+    compared="nearest_codes",
+)
+
+
+@law(
+    weight=codebooks(limit=17),
+    data=st.data(),
+    rejects=[
+        SEARCH_WITHOUT_THE_SQUARE,
+        mutant(
+            "search_by_the_whole_square",
+            "score_Qn = codes_nC.square().sum(dim=1) / 2 - ",
+            "score_Qn = codes_nC.square().sum(dim=1) - ",
+            compared="nearest_codes",
+        ),
+        SEARCH_TAKES_THE_LAST,
+        SEARCH_CLAMPS_NO_EXPONENTS,
+        mutant(
+            "search_clamps_no_vectors",
+            ".clamp(-QUERY_MAX, QUERY_MAX).round()",
+            ".clamp(-32768, 32767).round()",
+            compared=("nearest_codes", "nearest_candidates"),
+        ),
+        A_SHORT_LAST_CHUNK_IS_LOST,
+    ],
+)
 def test_nearest_codes_by_fractions(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
     """The code of the least score, and of equal ones the first: each score a fraction, one code at a time."""
     z = data.draw(vectors(weight.shape[1], shape=(3,), code=dequantize(weight)))
@@ -77,6 +235,14 @@ def test_nearest_codes_by_fractions(ops: Subject, weight: TernaryWeight, data: s
     query=st.sampled_from((-1, 1)),
     rest=st.sampled_from((-1, 1)),
     place=st.sampled_from((0, 1, 200, 299)),
+    rejects=[
+        mutant(
+            "search_in_bfloat16",
+            "least = score_Qn.amin(dim=1)",
+            "score_Qn = score_Qn.to(torch.bfloat16).to(torch.float32)\n        least = score_Qn.amin(dim=1)",
+            compared="nearest_codes",
+        ),
+    ],
 )
 def test_nearest_codes_keep_the_last_bit(ops: Subject, last: int, query: int, rest: int, place: int) -> None:
     """Sums as large as they come, told apart by the smallest unit: one trit of the least scale against one sixteenth."""
@@ -92,7 +258,20 @@ def test_nearest_codes_keep_the_last_bit(ops: Subject, last: int, query: int, re
     exact(ops.nearest_codes(z, weight_of_trits(trits, levels)), torch.tensor([want]))
 
 
-@law(num_codes=st.sampled_from((7, 130, 1100)), period=st.integers(1, 6), data=st.data())
+@law(
+    num_codes=st.sampled_from((7, 130, 1100)),
+    period=st.integers(1, 6),
+    data=st.data(),
+    rejects=[
+        SEARCH_TAKES_THE_LAST,
+        mutant(
+            "a_later_tile_wins_ties",
+            "places, _NO_ID).amin(dim=1)",
+            "places - places // 64 * 128, _NO_ID).amin(dim=1)\n        lowest = lowest % 64 * 2 - lowest",
+            compared="nearest_codes",
+        ),
+    ],
+)
 def test_nearest_codes_lowest_on_ties(ops: Subject, num_codes: int, period: int, data: st.DataObject) -> None:
     """Every code again and again: the first of the equal ones is found, however far apart they are."""
     few = data.draw(ss.weights((period, 5), levels=(-3, 1), mantissa=False))
@@ -102,7 +281,11 @@ def test_nearest_codes_lowest_on_ties(ops: Subject, num_codes: int, period: int,
     exact(ops.nearest_codes(z, many), ops.nearest_codes(z, few))
 
 
-@law(weight=codebooks(), data=st.data())
+@law(
+    weight=codebooks(),
+    data=st.data(),
+    rejects=[SEARCH_WITHOUT_THE_SQUARE, A_SHORT_LAST_CHUNK_IS_LOST],
+)
 def test_nearest_codes_shift_with_zero_rows(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
     """Codes of zeros put before a table move its ids, unless zero is as near: splits and tiles leave no trace."""
     count, width = data.draw(st.sampled_from((1, 127, 200)), label="zero rows"), weight.shape[1]
@@ -118,7 +301,16 @@ def test_nearest_codes_shift_with_zero_rows(ops: Subject, weight: TernaryWeight,
     assert found == [count + alone[q] if scores[q] < 0 else 0 for q in range(3)]
 
 
-@law(weight=codebooks(), data=st.data())
+CANDIDATES_IN_THEIR_ORDER = mutant(
+    "candidates_in_their_order",
+    "lowest = torch.where(is_least, named_qM, _NO_ID).amin(dim=1)",
+    "lowest = named_qM.gather(1, is_least.to(torch.int8).argmax(dim=1, keepdim=True)).squeeze(1)\n"
+    "        lowest = torch.where(is_least.any(dim=1), lowest, _NO_ID)",
+    compared="nearest_candidates",
+)
+
+
+@law(weight=codebooks(), data=st.data(), rejects=[CANDIDATES_IN_THEIR_ORDER])
 def test_nearest_candidates_of_all_codes(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
     """With every code among the candidates the search is exact, whatever their order, repetition and unused slots."""
     z = data.draw(vectors(weight.shape[1], shape=(3,), code=dequantize(weight)))
@@ -129,7 +321,26 @@ def test_nearest_candidates_of_all_codes(ops: Subject, weight: TernaryWeight, da
     exact(ops.nearest_candidates(z, weight, candidates), ops.nearest_codes(z, weight))
 
 
-@law(weight=codebooks(limit=17), data=st.data())
+@law(
+    weight=codebooks(limit=17),
+    data=st.data(),
+    rejects=[
+        SEARCH_CLAMPS_NO_EXPONENTS,
+        mutant(
+            "unused_slots_are_code_0",
+            "named_qM = named_QM[some]",
+            "named_qM = named_QM[some].clamp(min=0)",
+            compared="nearest_candidates",
+        ),
+        CANDIDATES_IN_THEIR_ORDER,
+        mutant(
+            "no_candidate_is_code_0",
+            "torch.where(lowest == _NO_ID, -1, lowest)",
+            "torch.where(lowest == _NO_ID, 0, lowest)",
+            compared="nearest_candidates",
+        ),
+    ],
+)
 def test_nearest_candidates_by_fractions(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
     """Of the codes named, the one of least score, the lowest on ties; -1 where none is named."""
     z = data.draw(vectors(weight.shape[1], shape=(3,), code=dequantize(weight)))
@@ -142,7 +353,43 @@ def test_nearest_candidates_by_fractions(ops: Subject, weight: TernaryWeight, da
     exact(ops.nearest_candidates(z, weight, candidates), torch.tensor(want))
 
 
-@law(num_codes=st.integers(1, 200), width=st.integers(1, 20), data=st.data())
+EQUAL_BUCKETS_ALONE = mutant(
+    "equal_buckets_alone",
+    "    return -(-num_codes // 2**sign_bits)",
+    "    return num_codes // 2**sign_bits",
+    compared="candidate_codes",
+)
+
+
+@law(
+    num_codes=st.integers(1, 200),
+    width=st.integers(1, 20),
+    data=st.data(),
+    rejects=[
+        mutant(
+            "zero_has_a_positive_sign", "own = ((z_q > 0)", "own = ((z_q >= 0)", compared="candidate_codes"
+        ),
+        mutant(
+            "the_largest_flip_first",
+            "columns_by_rank = z_q.abs().sort(",
+            "columns_by_rank = z_q.abs().neg().sort(",
+            compared="candidate_codes",
+        ),
+        mutant(
+            "probes_by_number",
+            "sets = _sets_of_ranks(sign_bits)",
+            "sets = iter(range(2**sign_bits))",
+            compared="candidate_codes",
+        ),
+        mutant(
+            "buckets_drop_the_rest",
+            "num_codes + 2**sign_bits - 1) >> sign_bits",
+            "num_codes) >> sign_bits",
+            compared="candidate_codes",
+        ),
+        EQUAL_BUCKETS_ALONE,
+    ],
+)
 def test_candidate_codes_by_hand(ops: Subject, num_codes: int, width: int, data: st.DataObject) -> None:
     """Buckets one after the other: that of the signs, then those with the columns flipped that are nearest to 0."""
     sign_bits = data.draw(sign_bit_counts(num_codes, width))
@@ -164,7 +411,12 @@ def test_candidate_codes_by_hand(ops: Subject, num_codes: int, width: int, data:
     exact(found, torch.tensor(want))
 
 
-@law(num_codes=st.integers(1, 150), width=st.integers(1, 20), data=st.data())
+@law(
+    num_codes=st.integers(1, 150),
+    width=st.integers(1, 20),
+    data=st.data(),
+    rejects=[EQUAL_BUCKETS_ALONE],
+)
 def test_candidate_codes_of_every_bucket(
     ops: Subject, num_codes: int, width: int, data: st.DataObject
 ) -> None:
@@ -175,7 +427,37 @@ def test_candidate_codes_of_every_bucket(
         assert sorted(code for code in row if code >= 0) == list(range(num_codes))
 
 
-@law(num_codes=st.integers(1, 20), width=st.integers(1, 30), size=ss.GROUPS, seed=ss.SEEDS, data=st.data())
+BUCKET_SIGNS_REVERSED = mutant(
+    "bucket_signs_reversed",
+    "return (2 * bits - 1).to(torch.int8)",
+    "return (1 - 2 * bits).to(torch.int8)",
+    compared=("initial_codebook", "revive_codes"),
+)
+BUCKETS_TAKE_TURNS = mutant(
+    "buckets_take_turns",
+    "numbers = (ids << sign_bits) // num_codes",
+    "numbers = ids % 2**sign_bits",
+    compared="initial_codebook",
+)
+
+
+@law(
+    num_codes=st.integers(1, 20),
+    width=st.integers(1, 30),
+    size=ss.GROUPS,
+    seed=ss.SEEDS,
+    data=st.data(),
+    rejects=[
+        BUCKET_SIGNS_REVERSED,
+        BUCKETS_TAKE_TURNS,
+        mutant(
+            "codes_start_at_their_scale",
+            "std=math.sqrt(INIT_NONZERO)",
+            "std=0.1",
+            compared="initial_codebook",
+        ),
+    ],
+)
 def test_initial_codebook_by_scalar_philox(
     ops: Subject, num_codes: int, width: int, size: int, seed: int, data: st.DataObject
 ) -> None:
@@ -198,7 +480,12 @@ def test_initial_codebook_by_scalar_philox(
 
 
 @law(
-    share=0.5, num_codes=st.integers(1, 20), width=st.sampled_from((7, 16, 33)), seed=ss.SEEDS, data=st.data()
+    share=0.5,
+    num_codes=st.integers(1, 20),
+    width=st.sampled_from((7, 16, 33)),
+    seed=ss.SEEDS,
+    data=st.data(),
+    rejects=[BUCKET_SIGNS_REVERSED, BUCKETS_TAKE_TURNS],
 )
 def test_initial_codebook_is_found(
     ops: Subject, num_codes: int, width: int, seed: int, data: st.DataObject
@@ -214,65 +501,6 @@ def test_initial_codebook_is_found(
     assert found <= code and torch.equal(trits_of(weight)[found], trits_of(weight)[code])
 
 
-@law(num_codes=st.sampled_from((1, 5, 40)), count=st.sampled_from((0, 1, 33, 300)), data=st.data())
-def test_count_codes_one_by_one(ops: Subject, num_codes: int, count: int, data: st.DataObject) -> None:
-    """Each id adds 1 until the counter is full; -1 counts nowhere, and no other counter moves."""
-    usage = data.draw(usages(num_codes))
-    rng = ss.generator(data.draw(ss.GENERATOR_SEEDS))
-    ids = torch.randint(-1, num_codes, (count,), generator=rng)
-    want = usage.tolist()
-    for code in ids.tolist():
-        if code >= 0:
-            want[code] = min(want[code] + 1, USAGE_MAX)
-    exact(ops.count_codes(usage, ids), torch.tensor(want, dtype=torch.int16))
-
-
-@law(weight=codebooks(limit=64), data=st.data())
-def test_revive_codes_by_scalar_philox(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
-    """One code of the window at a time: those in use stay, the others become the vector that Philox draws."""
-    num_codes, width = weight.shape
-    usage, count = data.draw(usages(num_codes)), data.draw(st.sampled_from((1, 2, 40)))
-    z = data.draw(vectors(width, shape=(count,)))
-    window, clock = data.draw(windows(num_codes)), data.draw(ss.clocks())
-    sign_bits = data.draw(sign_bit_counts(num_codes, width))
-    trits = torch.tensor(rows_of_trits(weight), dtype=torch.int8)
-    want = {name: tensor.clone() for name, tensor in weight.tensors().items()}
-    key = (clock["seed"] & oracle.WORD, clock["seed"] >> 32)
-    for place in range(window["window"]):
-        code = (int(window["first"]) + place) % num_codes
-        if usage[code]:
-            continue
-        draw = oracle.philox((code, 255, int(clock["step"]), clock["tensor_id"]), key)[0]
-        z_q = sixteenths(z[draw * count // 2**32].to(torch.float64).tolist())
-        bucket = code * 2**sign_bits // num_codes
-        signs = [1 if bucket >> column & 1 else -1 for column in range(sign_bits)]
-        row = signs + [(value > 7) - (value < -7) for value in z_q][sign_bits:]
-        trits[code] = torch.tensor(row, dtype=torch.int8)
-        for name in ("exponents", "trit_accum", "exponent_accum"):
-            want[name][code] = 0
-    want["packed"] = torch.tensor(oracle.pack(trits.flatten().tolist()), dtype=torch.uint8)
-    got = ops.revive_codes(weight, usage, z, **window, **clock, sign_bits=sign_bits)
-    exact(got, weight.with_tensors(**want))
-
-
-@law(weight=codebooks(limit=64), clock=ss.clocks())
-def test_revive_codes_from_no_vectors(ops: Subject, weight: TernaryWeight, clock: dict[str, Any]) -> None:
-    usage = torch.zeros(weight.shape[0], dtype=torch.int16)
-    none = torch.zeros(0, weight.shape[1])
-    exact(ops.revive_codes(weight, usage, none, first=0, window=weight.shape[0], **clock), weight)
-
-
-@law(num_codes=st.sampled_from((1, 5, 40)), data=st.data())
-def test_age_codes_one_by_one(ops: Subject, num_codes: int, data: st.DataObject) -> None:
-    """Counters of the window: 0, of a code just revived, becomes 1; the others halve."""
-    usage, window = data.draw(usages(num_codes)), data.draw(windows(num_codes))
-    want = usage.tolist()
-    for place in range(window["window"]):
-        code = (int(window["first"]) + place) % num_codes
-        want[code] = want[code] // 2 if want[code] else 1
-    exact(ops.age_codes(usage, **window), torch.tensor(want, dtype=torch.int16))
-
-
 def test_the_reference_searches_in_chunks_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """A table of many equal rows, searched a few rows and a few vectors at a time: the same ids."""
     weight = reference_codebook.initial_codebook((90, 7), sign_bits=2, seed=1, tensor_id=0)
@@ -285,3 +513,67 @@ def test_the_reference_searches_in_chunks_without_a_trace(monkeypatch: pytest.Mo
     whole = search()
     monkeypatch.setattr(reference_codebook, "_CHUNK", 300)
     exact(search(), whole)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+_START = {"sign_bits": 1, "seed": 0, "tensor_id": 0}
+_SEARCH = {"num_codes": 8, "sign_bits": 2, "num_probes": 2}
+
+
+def wide() -> TernaryWeight:
+    """Return codes of 129 columns."""
+    return weight(2, 129)
+
+
+def with_mantissa() -> TernaryWeight:
+    """Return codes with a mantissa bit."""
+    return replace(weight(), mantissa_bits=1)
+
+
+# fmt: off
+test_refusals_of_codebook = refusals(
+    "codebook",
+    refused("initial_codebook", "129 columns", ValueError, "shape", (4, 129), **_START),
+    refused("initial_codebook", "more sign bits than columns", ValueError, "sign_bits", (4, 1), **{**_START, "sign_bits": 2}),
+    refused("initial_codebook", "more buckets than codes", ValueError, "sign_bits", (3, 9), **{**_START, "sign_bits": 2}),
+    refused("initial_codebook", "group 7", ValueError, "group_size", (4, 9), **_START, group_size=7),
+    refused("initial_codebook", "no codes", ValueError, "shape", (0, 9), **_START),
+    refused("initial_codebook", "2**33 groups", ValueError, "shape", (2**31, 48), **_START),
+    refused("initial_codebook", "seed -1", ValueError, "seed", (4, 9), **{**_START, "seed": -1}),
+    refused("nearest_codes", "129 columns", ValueError, "weight", ones(2, 129), wide),
+    refused("nearest_codes", "mantissa bits", ValueError, "mantissa_bits", ones(2, 14), with_mantissa),
+    refused("nearest_codes", "13 columns", ValueError, "z", ones(2, 13), weight),
+    refused("nearest_codes", "a scalar", ValueError, "z", ones(), weight),
+    refused("nearest_codes", "float16", TypeError, "z", ones(2, 14, dtype=F16), weight),
+    refused("nearest_codes", "another device", ValueError, "z", meta(2, 14), weight),
+    refused("candidate_codes", "int64", TypeError, "z", ones(2, 9, dtype=torch.int64), **_SEARCH),
+    refused("candidate_codes", "no columns", ValueError, "z", ones(2, 0), **_SEARCH),
+    refused("candidate_codes", "no codes", ValueError, "num_codes", ones(2, 9), **{**_SEARCH, "num_codes": 0}),
+    refused("candidate_codes", "more buckets than codes", ValueError, "sign_bits", ones(2, 9), **{**_SEARCH, "num_codes": 3}),
+    refused("candidate_codes", "sign bits -1", ValueError, "sign_bits", ones(2, 9), **{**_SEARCH, "sign_bits": -1}),
+    refused("candidate_codes", "no probes", ValueError, "num_probes", ones(2, 9), **{**_SEARCH, "num_probes": 0}),
+    refused("candidate_codes", "5 probes of 4", ValueError, "num_probes", ones(2, 9), **{**_SEARCH, "num_probes": 5}),
+    refused("nearest_candidates", "129 columns", ValueError, "weight", ones(1, 129), wide, ones(1, 2, dtype=torch.int64)),
+    refused("nearest_candidates", "mantissa bits", ValueError,
+            "mantissa_bits", ones(1, 14), with_mantissa, ones(1, 2, dtype=torch.int64)),
+    refused("nearest_candidates", "float16", TypeError, "z", ones(1, 14, dtype=F16), weight, ones(1, 2, dtype=torch.int64)),
+    refused("nearest_candidates", "int32", TypeError, "candidates", ones(1, 14), weight, ones(1, 2, dtype=torch.int32)),
+    refused("nearest_candidates", "other vectors", ValueError,
+            "candidates", ones(2, 14), weight, ones(1, 2, dtype=torch.int64)),
+    refused("nearest_candidates", "one dimension", ValueError, "candidates", ones(2, 14), weight, ids(0, 1)),
+    refused("nearest_candidates", "code N", ValueError, "candidates", ones(14), weight, ids(0, 3)),
+    refused("nearest_candidates", "code -2", ValueError, "candidates", ones(14), weight, ids(0, -2)),
+    refused("nearest_candidates", "another device", ValueError,
+            "candidates", ones(1, 14), weight, meta(1, 2, dtype=torch.int64)),
+    rejects=[
+        mutant(
+            "wide_codes_searched",
+            "    checks.codebook(weight)\n    checks.last_dim(\"z\"",
+            "    checks.last_dim(\"z\"",
+            times=2
+        ),
+    ],
+)
+# fmt: on

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,16 +12,79 @@ from torch import Tensor
 from arbitor.reference.constants import GROUP_SIZES
 from conformance import oracle
 from conformance import strategies as ss
+from conformance.case import Case, calls
 from conformance.compare import exact
 from conformance.law import law
+from conformance.mutant import mutants_of
+from conformance.refusal import CLOCK, ids, ones, refusals, refused, scalar
 from conformance.subject import Subject
+
+mutant = mutants_of("dither")
+
+
+# --- how calls are drawn ---------------------------------------------------------------------------------------------
+
+
+@calls("dither_bytes")
+def dither_bytes_calls(draw: st.DrawFn) -> Case:
+    ids = st.one_of(st.integers(0, 2**32 - 1), st.sampled_from((0, 2**31, 2**32 - 1)))
+    shape = draw(st.sampled_from(((), (0,), (7,), (3, 5), (65,))))
+    count = math.prod(shape)
+    values = torch.tensor(draw(st.lists(ids, min_size=count, max_size=count)), dtype=torch.int64).reshape(
+        shape
+    )
+    return Case((values,), {"group_size": draw(ss.GROUPS), **draw(ss.clocks())})
+
+
+# --- laws, and the mutants that they reject --------------------------------------------------------------------------
+
 
 IDS = st.lists(st.one_of(st.integers(0, 2**32 - 1), st.just(2**32 - 1)), min_size=1, max_size=9).map(
     torch.tensor
 )
 
 
-@law(ids=IDS, group_size=ss.GROUPS, clock=ss.clocks())
+EXPONENT_BYTE_FIRST = mutant(
+    "exponent_byte_first",
+    "torch.stack(blocks[: group_size + 1], dim=-1)",
+    "torch.stack(blocks[1 : group_size + 1] + blocks[:1], dim=-1)",
+    compared="dither_bytes",
+)
+
+
+@law(
+    ids=IDS,
+    group_size=ss.GROUPS,
+    clock=ss.clocks(),
+    rejects=[
+        mutant("nine_rounds", "PHILOX_ROUNDS = 10", "PHILOX_ROUNDS = 9", compared="dither_bytes"),
+        mutant(
+            "key_words_swapped",
+            "key = (seed & _WORD, seed >> 32)",
+            "key = (seed >> 32, seed & _WORD)",
+            compared="dither_bytes",
+        ),
+        mutant(
+            "big_endian_words",
+            "(0, 8, 16, 24)",
+            "(24, 16, 8, 0)",
+            compared=("dither_bytes", "stochastic_votes"),
+        ),
+        mutant(
+            "step_and_tensor_swapped",
+            "step_word, tensor_word)",
+            "tensor_word, step_word)",
+            compared="dither_bytes",
+        ),
+        mutant(
+            "one_block_repeated",
+            "torch.full_like(group_ids, block)",
+            "torch.zeros_like(group_ids)",
+            compared="dither_bytes",
+        ),
+        EXPONENT_BYTE_FIRST,
+    ],
+)
 def test_dither_bytes_by_scalar_philox(
     ops: Subject, ids: Tensor, group_size: int, clock: dict[str, Any]
 ) -> None:
@@ -29,7 +93,19 @@ def test_dither_bytes_by_scalar_philox(
     exact(ops.dither_bytes(ids, group_size=group_size, **clock), torch.tensor(want, dtype=torch.uint8))
 
 
-@law(ids=IDS, group_size=ss.GROUPS, clock=ss.clocks())
+@law(
+    ids=IDS,
+    group_size=ss.GROUPS,
+    clock=ss.clocks(),
+    rejects=[
+        mutant(
+            "ids_by_position",
+            "words = philox((group_ids,",
+            "words = philox((torch.arange(group_ids.numel()).reshape(group_ids.shape),",
+            compared="dither_bytes",
+        ),
+    ],
+)
 def test_dither_bytes_group_locality(
     ops: Subject, ids: Tensor, group_size: int, clock: dict[str, Any]
 ) -> None:
@@ -40,7 +116,7 @@ def test_dither_bytes_group_locality(
     exact(ops.dither_bytes(ids.flip(0)[:, None], group_size=group_size, **clock), together.flip(0)[:, None])
 
 
-@law(ids=IDS, clock=ss.clocks())
+@law(ids=IDS, clock=ss.clocks(), rejects=[EXPONENT_BYTE_FIRST])
 def test_dither_bytes_of_a_larger_group_continue(ops: Subject, ids: Tensor, clock: dict[str, Any]) -> None:
     """Byte i is the same for every group size that has one."""
     longest = ops.dither_bytes(ids, group_size=96, **clock)
@@ -48,7 +124,20 @@ def test_dither_bytes_of_a_larger_group_continue(ops: Subject, ids: Tensor, cloc
         exact(ops.dither_bytes(ids, group_size=group_size, **clock), longest[:, : group_size + 1])
 
 
-@law(ids=IDS, clock=ss.clocks(), bit=st.integers(0, 31))
+@law(
+    ids=IDS,
+    clock=ss.clocks(),
+    bit=st.integers(0, 31),
+    rejects=[
+        mutant(
+            "tensor_id_ignored",
+            "torch.full_like(group_ids, tensor_id)",
+            "torch.zeros_like(group_ids)",
+            compared="dither_bytes",
+        ),
+        mutant("high_seed_ignored", "seed >> 32)", "0)", compared="dither_bytes"),
+    ],
+)
 def test_dither_bytes_depend_on_every_coordinate(
     ops: Subject, ids: Tensor, clock: dict[str, Any], bit: int
 ) -> None:
@@ -67,9 +156,46 @@ def test_dither_bytes_depend_on_every_coordinate(
     assert not torch.equal(first, call(ids[:1] ^ (1 << bit), clock)), f"group id bit {bit} changes nothing"
 
 
-@law(ids=IDS, clock=ss.clocks())
+STEP_TENSOR_IGNORED = mutant(
+    "step_tensor_ignored",
+    "torch.as_tensor(step, device=group_ids.device)",
+    "torch.as_tensor(0 if isinstance(step, torch.Tensor) else step, device=group_ids.device)",
+    compared="dither_bytes",
+)
+
+
+@law(ids=IDS, clock=ss.clocks(), rejects=[STEP_TENSOR_IGNORED])
 def test_dither_bytes_step_as_a_tensor(ops: Subject, ids: Tensor, clock: dict[str, Any]) -> None:
     """A step that lives on the device counts like a number: a captured graph replays with fresh dither."""
     step = int(clock["step"])
     number = ops.dither_bytes(ids, group_size=12, **{**clock, "step": step})
     exact(ops.dither_bytes(ids, group_size=12, **{**clock, "step": torch.tensor(step)}), number)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+_VOTES = {"group_size": 12, **CLOCK}
+
+
+# fmt: off
+test_refusals_of_dither = refusals(
+    "dither",
+    refused("dither_bytes", "group size 13", ValueError, "group_size", ids(0), group_size=13, **CLOCK),
+    refused("dither_bytes", "group size 0", ValueError, "group_size", ids(0), group_size=0, **CLOCK),
+    refused("dither_bytes", "id -1", ValueError, "group_ids", ids(-1), **_VOTES),
+    refused("dither_bytes", "id 2**32", ValueError, "group_ids", ids(2**32), **_VOTES),
+    refused("dither_bytes", "int32 ids", TypeError, "group_ids", ones(1, dtype=torch.int32), **_VOTES),
+    refused("dither_bytes", "seed -1", ValueError, "seed", ids(0), **{**_VOTES, "seed": -1}),
+    refused("dither_bytes", "seed 2**64", ValueError, "seed", ids(0), **{**_VOTES, "seed": 2**64}),
+    refused("dither_bytes", "step 2**32", ValueError, "step", ids(0), **{**_VOTES, "step": 2**32}),
+    refused("dither_bytes", "step 1.0", TypeError, "step", ids(0), **{**_VOTES, "step": 1.0}),
+    refused("dither_bytes", "float step", TypeError, "step", ids(0), **{**_VOTES, "step": torch.tensor(1.0)}),
+    refused("dither_bytes", "step tensor 2**32 + 5", ValueError, "step", ids(0), **{**_VOTES, "step": scalar(2**32 + 5)}),
+    refused("dither_bytes", "step tensor -1", ValueError, "step", ids(0), **{**_VOTES, "step": scalar(-1)}),
+    refused("dither_bytes", "tensor id -1", ValueError, "tensor_id", ids(0), **{**_VOTES, "tensor_id": -1}),
+    rejects=[
+        mutant("seed_unchecked", "checks.vote_clock(seed, step, tensor_id, last_step=RESERVED_STEP)", "pass"),
+    ],
+)
+# fmt: on

@@ -5,7 +5,7 @@ Legend: N nodes, D width, R rows, J slots of a row, M pairs.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,16 +13,62 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from arbitor.reference.ops.packing import trits_of, weight_of_trits
-from conformance import oracle
 from conformance import strategies as ss
-from conformance.cases import compare
-from conformance.cases.case import Case
-from conformance.cases.edges import KINDS, Tables, neighbour_tables, pair_tensors, slot_tensors
+from conformance.case import Case, calls, compare
 from conformance.compare import exact, unsigned_zeros
 from conformance.law import law
+from conformance.mutant import mutants_of
+from conformance.refusal import F16, I8, ids, meta, ones, refusals, refused
 from conformance.report import needs_cuda
 from conformance.subject import Subject
+
+mutant = mutants_of("edges")
+
+
+# --- how calls are drawn ---------------------------------------------------------------------------------------------
+
+
+KINDS = ("normal", "wild", "faint", "constant")
+"""Kinds of floats whose products with each other stay finite."""
+
+
+@st.composite
+def slot_tensors(draw: st.DrawFn, num_nodes: int, rows: int | None = None) -> Tensor:
+    """Draw neighbours [R, J]: any, all one node, mostly empty, or a neighbour of each row's own; int32 or int64."""
+    num_rows = draw(st.sampled_from((0, 1, 2, 5, 17)), label="R") if rows is None else rows
+    num_slots = draw(st.sampled_from((1, 2, 3, 10, 16, 19)), label="J")
+    rng = ss.generator(draw(ss.GENERATOR_SEEDS))
+    kind = draw(st.sampled_from(("any", "some empty", "mostly empty", "one", "own")), label="neighbours")
+    ids = torch.randint(num_nodes, (num_rows, num_slots), generator=rng)
+    if kind == "one":
+        ids = torch.full_like(ids, num_nodes - 1)
+    if kind == "own":
+        ids = torch.arange(ids.numel()).reshape(ids.shape) % num_nodes
+    if kind in ("some empty", "mostly empty"):
+        share = 0.3 if kind == "some empty" else 0.9
+        ids = torch.where(torch.rand(ids.shape, generator=rng) < share, -1, ids)
+    ids = ids.to(draw(st.sampled_from((torch.int32, torch.int64)), label="ids"))
+    return ids.T.contiguous().T if draw(st.booleans(), label="transposed ids") else ids
+
+
+@calls("edge_sum", "edge_sum_input_grad", "edge_sum_sign_grad")
+def edge_sum_calls(draw: st.DrawFn, op: str) -> Case:
+    exact_sums, dtype = draw(st.booleans(), label="exact"), draw(ss.DTYPES)
+    num_nodes, width = draw(st.sampled_from((1, 3, 20))), draw(st.deferred(lambda: ss.sizes(130)))
+    neighbours = draw(slot_tensors(num_nodes))
+    floats = lambda *shape: draw(ss.activations(shape, dtype, exact=exact_sums, kinds=KINDS))  # noqa: E731
+    num_rows = neighbours.shape[0]
+    if op == "edge_sum":
+        return Case((floats(num_nodes, width), neighbours, floats(*neighbours.shape)), sums_exact=exact_sums)
+    grad = floats(num_rows, width)
+    if op == "edge_sum_sign_grad":
+        return Case((grad, floats(num_nodes, width), neighbours), sums_exact=exact_sums)
+    kwargs = {"num_nodes": num_nodes}
+    return Case((grad, neighbours, floats(*neighbours.shape)), kwargs, sums_exact=exact_sums)
+
+
+# --- laws, and the mutants that they reject --------------------------------------------------------------------------
+
 
 NODES = st.sampled_from((1, 3, 20))
 WIDTHS = st.sampled_from((1, 12, 33))
@@ -37,7 +83,67 @@ def _equal(got: Tensor, want: Tensor, what: str = "output") -> None:
     exact(unsigned_zeros(got), unsigned_zeros(want.to(got.dtype)), what)
 
 
-@law(num_nodes=NODES, width=WIDTHS, dtype=ss.DTYPES, data=st.data())
+EMPTY_SLOTS_ARE_NODE_ZERO = mutant(
+    "empty_slots_are_node_zero",
+    "sums_RD += torch.where((of_slot >= 0)[:, None], term_RD, 0.0)",
+    "sums_RD += term_RD",
+    compared="edge_sum",
+)
+NEIGHBOURS_AT_HALF_THEIR_NUMBER = mutant(
+    "neighbours_at_half_their_number",
+    "signs_RJ[:, slot, None].to(wide) * h_ND[of_slot.clamp(min=0)].to(wide)",
+    "signs_RJ[:, slot, None].to(wide) * h_ND[of_slot.clamp(min=0) // 2].to(wide)",
+    compared="edge_sum",
+)
+SIGNS_FORGOTTEN = mutant(
+    "signs_forgotten", "signs_RJ[:, slot, None].to(wide) * h_ND", "h_ND", compared="edge_sum"
+)
+A_NODE_KEEPS_ONE_ROW = mutant(
+    "a_node_keeps_one_row",
+    "sums_ND.index_add_(0, neighbours_RJ[named, slot], terms)",
+    "sums_ND[neighbours_RJ[named, slot].to(torch.int64)] = terms",
+    compared="edge_sum_input_grad",
+)
+NODE_GRADIENTS_WITHOUT_SIGNS = mutant(
+    "node_gradients_without_signs",
+    "signs_RJ[named, slot, None].to(torch.float64) * grad_RD[named]",
+    "grad_RD[named]",
+    compared="edge_sum_input_grad",
+)
+SIGN_GRADIENTS_OF_EMPTY_SLOTS = mutant(
+    "sign_gradients_of_empty_slots",
+    "torch.where(of_slot >= 0, dots_R, 0.0)",
+    "dots_R",
+    compared="edge_sum_sign_grad",
+)
+
+
+@law(
+    num_nodes=NODES,
+    width=WIDTHS,
+    dtype=ss.DTYPES,
+    data=st.data(),
+    rejects=[
+        EMPTY_SLOTS_ARE_NODE_ZERO,
+        NEIGHBOURS_AT_HALF_THEIR_NUMBER,
+        SIGNS_FORGOTTEN,
+        mutant(
+            "a_mean_of_neighbours",
+            "return sums_RD.to(h_ND.dtype)",
+            "return (sums_RD / (neighbours_RJ >= 0).sum(dim=1, keepdim=True).clamp(min=1)).to(h_ND.dtype)",
+            compared="edge_sum",
+        ),
+        A_NODE_KEEPS_ONE_ROW,
+        NODE_GRADIENTS_WITHOUT_SIGNS,
+        SIGN_GRADIENTS_OF_EMPTY_SLOTS,
+        mutant(
+            "sign_gradients_in_the_dtype_of_h",
+            "h_ND[of_slot.clamp(min=0)].to(wide)).sum(dim=1)",
+            "h_ND[of_slot.clamp(min=0)].to(wide)).sum(dim=1).to(h_ND.dtype).to(wide)",
+            compared="edge_sum_sign_grad",
+        ),
+    ],
+)
 def test_edge_sum_by_edge(
     ops: Subject, num_nodes: int, width: int, dtype: torch.dtype, data: st.DataObject
 ) -> None:
@@ -58,7 +164,12 @@ def test_edge_sum_by_edge(
     _equal(ops.edge_sum_sign_grad(dm, h, neighbours), da.to(torch.float32), "da")
 
 
-@law(num_nodes=NODES, width=WIDTHS, data=st.data())
+@law(
+    num_nodes=NODES,
+    width=WIDTHS,
+    data=st.data(),
+    rejects=[EMPTY_SLOTS_ARE_NODE_ZERO, SIGNS_FORGOTTEN, A_NODE_KEEPS_ONE_ROW, NODE_GRADIENTS_WITHOUT_SIGNS],
+)
 def test_edge_sum_adjoint(ops: Subject, num_nodes: int, width: int, data: st.DataObject) -> None:
     """<dm, edge_sum(h, a)> = <edge_sum_input_grad(dm, a), h> = <edge_sum_sign_grad(dm, h), a>, exactly."""
     neighbours = data.draw(slot_tensors(num_nodes))
@@ -70,7 +181,14 @@ def test_edge_sum_adjoint(ops: Subject, num_nodes: int, width: int, data: st.Dat
     assert forward == dot(ops.edge_sum_sign_grad(dm, h, neighbours), signs)
 
 
-@law(ids=ss.skewed_ids(-1), slots=st.sampled_from((1, 3)), width=WIDTHS, dtype=ss.DTYPES, data=st.data())
+@law(
+    ids=ss.skewed_ids(-1),
+    slots=st.sampled_from((1, 3)),
+    width=WIDTHS,
+    dtype=ss.DTYPES,
+    data=st.data(),
+    rejects=[A_NODE_KEEPS_ONE_ROW],
+)
 def test_edge_sum_input_grad_of_hubs(
     ops: Subject, ids: Tensor, slots: int, width: int, dtype: torch.dtype, data: st.DataObject
 ) -> None:
@@ -94,7 +212,7 @@ def test_edge_sum_input_grad_of_many_nodes(subject: Subject, num_nodes: int) -> 
     compare(subject, "edge_sum_input_grad", case)
 
 
-@law(width=WIDTHS, seed=ss.GENERATOR_SEEDS, data=st.data())
+@law(width=WIDTHS, seed=ss.GENERATOR_SEEDS, data=st.data(), rejects=[NEIGHBOURS_AT_HALF_THEIR_NUMBER])
 def test_edge_sum_ignores_the_names_of_nodes(
     ops: Subject, width: int, seed: int, data: st.DataObject
 ) -> None:
@@ -109,7 +227,20 @@ def test_edge_sum_ignores_the_names_of_nodes(
     _equal(ops.edge_sum_input_grad(dm, renamed, signs, num_nodes=20), dh[order])
 
 
-@law(width=WIDTHS, dtype=ss.DTYPES, data=st.data())
+NODE_GRADIENTS_OF_EMPTY_SLOTS = mutant(
+    "node_gradients_of_empty_slots",
+    "        named = neighbours_RJ[:, slot] >= 0",
+    "        neighbours_RJ = neighbours_RJ.clamp(min=0)\n        named = neighbours_RJ[:, slot] >= 0",
+    compared="edge_sum_input_grad",
+)
+
+
+@law(
+    width=WIDTHS,
+    dtype=ss.DTYPES,
+    data=st.data(),
+    rejects=[EMPTY_SLOTS_ARE_NODE_ZERO, NODE_GRADIENTS_OF_EMPTY_SLOTS, SIGN_GRADIENTS_OF_EMPTY_SLOTS],
+)
 def test_edge_sum_rows_are_independent(
     ops: Subject, width: int, dtype: torch.dtype, data: st.DataObject
 ) -> None:
@@ -132,99 +263,11 @@ def test_edge_sum_rows_are_independent(
     assert of_signs[0, :2].isnan().all() and of_signs[1:].isfinite().all()
 
 
-def _by_hand(tables: Tables, pairs: tuple[Tensor, Tensor], loops: bool) -> Tables:
-    """Return the tables after the pairs, the rule told once more: by dictionaries, one pair of a target at a time."""
-    neighbours, scores, signs = (value.clone() for value in tables)
-    flat = oracle.unpack(signs.packed.tolist(), neighbours.numel())
-    trits = torch.tensor(flat, dtype=torch.int8).reshape(neighbours.shape)
-    counted = Counter(
-        (i, j)
-        for i, j in zip(*(p.tolist() for p in pairs), strict=True)
-        if i >= 0 and j >= 0 and (loops or i != j)
-    )
-    for (source, target), count in sorted(counted.items()):
-        for _ in range(min(count, 300)):  # beyond, nothing changes any more
-            held = neighbours[source].tolist()
-            if target in held:
-                slot = held.index(target)
-                scores[source, slot] = min(int(scores[source, slot]) + 1, 127)
-            elif scores[source].gt(0).all():
-                scores[source] -= 1
-            else:
-                slot = next(slot for slot, score in enumerate(scores[source].tolist()) if score <= 0)
-                neighbours[source, slot], scores[source, slot] = target, 1
-                trits[source, slot], signs.trit_accum[source, slot] = 1, 0
-    made = weight_of_trits(trits, signs.exponents, signs.group_size, mantissa_bits=signs.mantissa_bits)
-    counts = {"trit_accum": signs.trit_accum, "exponent_accum": signs.exponent_accum}
-    return neighbours, scores, made.with_tensors(**counts)
-
-
 @law(
-    num_nodes=st.sampled_from((1, 2, 9)),
-    slots=st.sampled_from((1, 2, 5, 16)),
-    loops=st.booleans(),
-    data=st.data(),
+    width=WIDTHS,
+    dtype=ss.DTYPES,
+    rejects=[EMPTY_SLOTS_ARE_NODE_ZERO, NODE_GRADIENTS_OF_EMPTY_SLOTS, SIGN_GRADIENTS_OF_EMPTY_SLOTS],
 )
-def test_update_neighbours_by_hand(
-    ops: Subject, num_nodes: int, slots: int, loops: bool, data: st.DataObject
-) -> None:
-    """A batch does what its pairs do one after the other, sorted by source and target."""
-    num_targets = 30 if loops else num_nodes
-    tables = data.draw(neighbour_tables(num_nodes, num_targets, slots))
-    pairs = data.draw(pair_tensors(num_nodes, num_targets))
-    exact(ops.update_neighbours(*tables, *pairs, allow_loops=loops), _by_hand(tables, pairs, loops))
-
-
-@law(tables=neighbour_tables(9, 9, 3), pairs=pair_tensors(9, 9, 40), seed=ss.GENERATOR_SEEDS)
-def test_update_neighbours_ignores_the_order_of_pairs(
-    ops: Subject, tables: Tables, pairs: tuple[Tensor, Tensor], seed: int
-) -> None:
-    order = torch.randperm(pairs[0].numel(), generator=ss.generator(seed))
-    shuffled = tuple(part[order] for part in pairs)
-    exact(ops.update_neighbours(*tables, *shuffled), ops.update_neighbours(*tables, *pairs))
-
-
-@law(
-    slots=st.sampled_from((1, 3, 10)),
-    batches=st.lists(pair_tensors(2, 30, 40), min_size=1, max_size=3),
-    data=st.data(),
-)
-def test_update_neighbours_keeps_frequent_targets(
-    ops: Subject, slots: int, batches: list[tuple[Tensor, Tensor]], data: st.DataObject
-) -> None:
-    """The promise of heavy hitters: what more than one in J + 1 pairs of a source name is among its neighbours."""
-    _, _, signs = data.draw(neighbour_tables(2, 30, slots))
-    tables = (torch.full((2, slots), -1, dtype=torch.int32), torch.zeros(2, slots, dtype=torch.int8), signs)
-    for pairs in batches:
-        tables = ops.update_neighbours(*tables, *pairs, allow_loops=True)
-    named = [torch.cat(parts) for parts in zip(*batches, strict=True)]
-    for source in range(2):
-        targets = named[1][(named[0] == source) & (named[1] >= 0)].tolist()
-        held = tables[0][source][tables[1][source] > 0].tolist()
-        for target, count in Counter(targets).items():
-            assert target in held or count * (slots + 1) <= len(targets), f"{count} of {len(targets)}"
-
-
-@law(tables=neighbour_tables(20, 20, 10), pairs=pair_tensors(20, 20, 40))
-def test_update_neighbours_touches_sources_alone(
-    ops: Subject, tables: Tables, pairs: tuple[Tensor, Tensor]
-) -> None:
-    """Rows that are no source keep every byte; signs change only in slots that took another neighbour, exponents never."""
-    neighbours, scores, signs = ops.update_neighbours(*tables, *pairs)
-    untouched = torch.ones(20, dtype=torch.bool)
-    untouched[pairs[0][pairs[0] >= 0]] = False
-    exact(neighbours[untouched], tables[0][untouched])
-    exact(scores[untouched], tables[1][untouched])
-    exact((signs.exponents, signs.exponent_accum), (tables[2].exponents, tables[2].exponent_accum))
-    same = neighbours == tables[0]
-    moved = (trits_of(signs) != trits_of(tables[2])) | (signs.trit_accum != tables[2].trit_accum)
-    assert not moved[untouched].any()
-    assert trits_of(signs)[~same].eq(1).all() and signs.trit_accum[~same].eq(0).all(), (
-        "an old sign on a new neighbour"
-    )
-
-
-@law(width=WIDTHS, dtype=ss.DTYPES)
 def test_edges_of_nothing(ops: Subject, width: int, dtype: torch.dtype) -> None:
     """No rows, and rows of empty slots, sum to nothing; no pairs change nothing."""
     h = torch.ones(4, width, dtype=dtype)
@@ -234,3 +277,71 @@ def test_edges_of_nothing(ops: Subject, width: int, dtype: torch.dtype) -> None:
         exact(ops.edge_sum(h, neighbours, signs), torch.zeros(rows, width, dtype=dtype))
         exact(ops.edge_sum_input_grad(dm, neighbours, signs, num_nodes=4), torch.zeros_like(h))
         exact(ops.edge_sum_sign_grad(dm, h, neighbours), torch.zeros(rows, 3))
+
+
+# Only the comparison with the reference rejects these.
+mutant(
+    "edge_sums_in_bfloat16",
+    "sums_RD += torch.where((of_slot >= 0)[:, None], term_RD, 0.0)",
+    "sums_RD = (sums_RD + torch.where((of_slot >= 0)[:, None], term_RD, 0.0)).to(torch.bfloat16).to(wide)",
+    compared="edge_sum",
+)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+_BF16, _I32, _I64 = torch.bfloat16, torch.int32, torch.int64
+
+
+def _slots(*values: int, dtype: torch.dtype = _I32) -> Callable[[], Tensor]:
+    """Return a maker of one row of neighbours."""
+    return lambda: torch.tensor([values], dtype=dtype)
+
+
+_H, _ROW = ones(4, 5), ones(1, 2)
+
+
+# fmt: off
+test_refusals_of_edges = refusals(
+    "edges",
+    refused("edge_sum", "neighbour N", ValueError, "neighbours_RJ", _H, _slots(0, 4), _ROW),
+    refused("edge_sum", "neighbour -2", ValueError, "neighbours_RJ", _H, _slots(0, -2), _ROW),
+    refused("edge_sum", "int8 neighbours", TypeError, "neighbours_RJ", _H, _slots(0, 1, dtype=I8), _ROW),
+    refused("edge_sum", "one dimension", ValueError, "neighbours_RJ", _H, ids(0, 1), ones(2)),
+    refused("edge_sum", "no slots", ValueError, "neighbours_RJ", _H, ones(1, 0, dtype=_I32), ones(1, 0)),
+    refused("edge_sum", "signs of another shape", ValueError, "signs_RJ", _H, _slots(0, 1), ones(2, 1)),
+    refused("edge_sum", "signs of another dtype", TypeError, "signs_RJ", _H, _slots(0, 1), ones(1, 2, dtype=_BF16)),
+    refused("edge_sum", "float16", TypeError, "h_ND", ones(4, 5, dtype=F16), _slots(0, 1), ones(1, 2, dtype=F16)),
+    refused("edge_sum", "no columns", ValueError, "h_ND", ones(4, 0), _slots(0, 1), _ROW),
+    refused("edge_sum", "no nodes", ValueError, "h_ND", ones(0, 5), _slots(-1, -1), _ROW),
+    refused("edge_sum", "another device", ValueError, "neighbours_RJ", _H, meta(1, 2, dtype=_I32), _ROW),
+    refused("edge_sum", "signs elsewhere", ValueError, "signs_RJ", _H, _slots(0, 1), meta(1, 2)),
+    refused("edge_sum_input_grad", "neighbour N", ValueError,
+            "neighbours_RJ", ones(1, 5), _slots(0, 4), _ROW, num_nodes=4),
+    refused("edge_sum_input_grad", "no nodes", ValueError,
+            "num_nodes", ones(1, 5), _slots(-1, -1), _ROW, num_nodes=0),
+    refused("edge_sum_input_grad", "nodes that are no integer", TypeError,
+            "num_nodes", ones(1, 5), _slots(0, 1), _ROW, num_nodes=4.0),
+    refused("edge_sum_input_grad", "other rows", ValueError,
+            "grad_RD", ones(2, 5), _slots(0, 1), _ROW, num_nodes=4),
+    refused("edge_sum_input_grad", "a vector", ValueError, "grad_RD", ones(1), _slots(0, 1), _ROW, num_nodes=4),
+    refused("edge_sum_input_grad", "float16", TypeError,
+            "grad_RD", ones(1, 5, dtype=F16), _slots(0, 1), _ROW, num_nodes=4),
+    refused("edge_sum_input_grad", "signs of another dtype", TypeError,
+            "signs_RJ", ones(1, 5), _slots(0, 1), ones(1, 2, dtype=_BF16), num_nodes=4),
+    refused("edge_sum_sign_grad", "neighbour -2", ValueError, "neighbours_RJ", ones(1, 5), _H, _slots(0, -2)),
+    refused("edge_sum_sign_grad", "other columns", ValueError, "grad_RD", ones(1, 6), _H, _slots(0, 1)),
+    refused("edge_sum_sign_grad", "two dtypes", TypeError, "h_ND", ones(1, 5, dtype=_BF16), _H, _slots(0, 1)),
+    refused("edge_sum_sign_grad", "other rows", ValueError, "grad_RD", ones(2, 5), _H, _slots(0, 1)),
+    refused("edge_sum_sign_grad", "two devices", ValueError, "h_ND", ones(1, 5), meta(4, 5), _slots(0, 1)),
+    rejects=[
+        mutant(
+            "edges_unchecked",
+            'checks.values_between("neighbours_RJ", neighbours_RJ, -1, h_ND.shape[0] - 1)',
+            "pass",
+            times=2
+        ),
+    ],
+)
+# fmt: on

@@ -5,21 +5,128 @@ Legend: E experts, N outputs of an expert, K inputs, M slots.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from arbitor.reference import ops as reference_ops
+from arbitor.reference.constants import MAX_ROUTER_COLUMNS, groups_per_row, packed_bytes
+from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.types import TernaryWeight
 from conformance import oracle
 from conformance import strategies as ss
-from conformance.cases.core import NARROW
-from conformance.cases.experts import EXPERTS, expert_ids, sizes
+from conformance.case import Case, calls
 from conformance.compare import exact, unsigned_zeros
 from conformance.law import law
+from conformance.mutant import mutants_of
+from conformance.ops.test_codebook import vectors
+from conformance.refusal import F16, I8, ids, meta, ones, refusals, refused, weight
 from conformance.report import needs_cuda
 from conformance.subject import Subject
+
+mutant = mutants_of("experts")
+
+
+# --- how calls are drawn ---------------------------------------------------------------------------------------------
+
+
+EXPERTS = st.sampled_from((1, 2, 5, 8))
+"""Numbers of experts worth trying."""
+
+
+@st.composite
+def expert_ids(draw: st.DrawFn, num_groups: int, num_slots: int | None = None) -> Tensor:
+    """Draw the expert of each slot: dealt out, all on one expert, few of them used, or unused slots among them."""
+    if num_slots is None:  # 1 is few for eight experts; the last fills another tile for one
+        num_slots = draw(st.sampled_from((0, 1, 2, 4, 17, 40, 70, 200)), label="M")
+    rng = ss.generator(draw(ss.GENERATOR_SEEDS))
+    kind = draw(st.sampled_from(("some unused", "any", "one", "none")), label="experts")
+    if kind == "none":
+        return torch.full((num_slots,), -1)
+    one = int(torch.randint(num_groups, (), generator=rng))
+    if kind == "one":
+        return torch.full((num_slots,), one)
+    return torch.randint(-1 if kind == "some unused" else 0, num_groups, (num_slots,), generator=rng)
+
+
+@st.composite
+def sizes(draw: st.DrawFn, limit: int = 40) -> tuple[int, int, int]:
+    """Draw (E, N, K) of a stacked weight."""
+    if draw(st.integers(0, 4)) == 0:  # several tiles of columns and of outputs, ragged
+        wide = st.sampled_from((65, 130, 200))
+        return draw(st.sampled_from((1, 2)), label="E"), draw(wide, label="N"), draw(wide, label="K")
+    num_groups = draw(EXPERTS, label="E")
+    num_rows, num_columns = draw(ss.matrix_shapes(limit))
+    return num_groups, max(1, min(num_rows, 120 // num_groups)), num_columns
+
+
+@st.composite
+def routers(draw: st.DrawFn) -> TernaryWeight:
+    """Draw a router's weight: levels near each other or over all their range; rows that are equal, or one trit apart."""
+    shape = (draw(st.one_of(EXPERTS, st.just(64)), label="E"), draw(ss.sizes(70), label="K"))
+    weight = draw(ss.weights(shape, levels=draw(st.sampled_from((ss.NARROW, None)), label="levels")))
+    kind = draw(st.sampled_from(("free", "equal", "one trit apart")), label="rows")
+    if kind == "free":
+        return weight
+    experts = torch.arange(shape[0])
+    rows = experts % (draw(st.sampled_from((1, 3)), label="different rows") if kind == "equal" else 1)
+    trits = trits_of(weight)[rows]
+    if kind == "one trit apart":  # scores that differ in their last bits alone
+        places = (experts, experts % shape[1])
+        trits[places] = (trits[places] + 2) % 3 - 1
+    levels, size = weight.exponents[rows], weight.group_size
+    return weight_of_trits(trits, levels, size, mantissa_bits=weight.mantissa_bits)
+
+
+@calls("choose_experts")
+def choose_experts_calls(draw: st.DrawFn) -> Case:
+    weight = draw(routers())
+    return Case(
+        (draw(vectors(weight.shape[1])), weight), {"top_k": draw(st.integers(1, weight.shape[0]), label="k")}
+    )
+
+
+@calls("grouped_linear", "grouped_linear_input_grad")
+def grouped_linear_calls(draw: st.DrawFn, op: str) -> Case:
+    exact_sums, dtype = draw(st.booleans(), label="exact"), draw(ss.DTYPES)
+    num_groups, num_rows, num_columns = draw(sizes())
+    levels = ss.NARROW if exact_sums else None
+    shape = (num_groups * num_rows, num_columns)
+    weight = draw(ss.weights(shape, levels=levels))
+    experts = draw(expert_ids(num_groups))
+    # a product of 1e30 with 2**15 fits float32, and so does the sum of a row of them
+    given_shape = (experts.numel(), num_rows if op == "grouped_linear_input_grad" else num_columns)
+    values = draw(ss.activations(given_shape, dtype, exact=exact_sums))
+    return Case((values, weight, experts), {"num_groups": num_groups}, sums_exact=exact_sums)
+
+
+@calls("grouped_linear_weight_grad")
+def grouped_linear_weight_grad_calls(draw: st.DrawFn) -> Case:
+    exact_sums, dtype = draw(st.booleans(), label="exact"), draw(ss.DTYPES)
+    num_groups, num_rows, num_columns = draw(sizes())
+    experts = draw(expert_ids(num_groups))
+    kinds = ("normal", "wild", "faint", "constant")
+    both = [
+        draw(ss.activations((experts.numel(), width), dtype, exact=exact_sums, kinds=kinds))
+        for width in (num_rows, num_columns)
+    ]
+    return Case((*both, experts), {"num_groups": num_groups}, sums_exact=exact_sums)
+
+
+@calls("expert_load")
+def expert_load_calls(draw: st.DrawFn) -> Case:
+    num_groups = draw(st.one_of(EXPERTS, st.just(64)))
+    experts = draw(expert_ids(num_groups, draw(st.sampled_from((0, 1, 12, 300)))))
+    if draw(st.booleans(), label="matrix"):
+        experts = experts.repeat(2).reshape(2, experts.numel()).T
+    return Case((experts,), {"num_groups": num_groups})
+
+
+# --- laws, and the mutants that they reject --------------------------------------------------------------------------
+
 
 NARROW_WIDTHS = st.sampled_from((1, 2, 4, 8, 16))
 
@@ -29,7 +136,7 @@ def stacked(draw: st.DrawFn) -> tuple[TernaryWeight, int]:
     """Draw a stacked weight whose sums are exact, and its number of experts."""
     num_groups, num_rows, num_columns = draw(sizes())
     shape = (num_groups * num_rows, num_columns)
-    return draw(ss.weights(shape, levels=NARROW)), num_groups
+    return draw(ss.weights(shape, levels=ss.NARROW)), num_groups
 
 
 def matrices(weight: TernaryWeight, num_groups: int) -> Tensor:
@@ -47,7 +154,168 @@ def _floats(data: st.DataObject, *shape: int, dtype: torch.dtype = torch.float32
     return data.draw(ss.activations(shape, dtype, exact=True))
 
 
-@law(made=stacked(), dtype=ss.DTYPES, data=st.data())
+SCORES = "scores_ME = x_MK @ router_rows(weight).T"
+ORDER = "order_ME = scores_ME.sort(dim=-1, descending=True, stable=True).indices"
+OCTAVES = "levels.amax() - (ROUTER_OCTAVES << weight.mantissa_bits)"
+
+TIES_TO_THE_LAST_EXPERT = mutant(
+    "ties_to_the_last_expert",
+    ORDER,
+    "order_ME = weight.shape[0] - 1 - scores_ME.flip(1).sort(dim=-1, descending=True, stable=True).indices",
+    compared="choose_experts",
+)
+
+
+def seen_levels(weight: TernaryWeight) -> list[list[int]]:
+    """Return the levels of a router's weight as the choice sees them, by plain Python: 16 octaves at most."""
+    rows = weight.exponents.tolist()
+    least = max(map(max, rows)) - (16 << weight.mantissa_bits)
+    return [[max(level, least) for level in row] for row in rows]
+
+
+def sixteenths(x: float) -> int:
+    """Return a number in whole sixteenths, by plain Python, whose round takes halves to even."""
+    return 0 if math.isnan(x) else round(min(max(16 * x, -127.0), 127.0))
+
+
+@law(
+    weight=routers(),
+    data=st.data(),
+    rejects=[
+        TIES_TO_THE_LAST_EXPERT,
+        mutant(
+            "experts_chosen_by_rounded_products",
+            SCORES,
+            "scores_ME = (x_MK.to(torch.bfloat16) @ router_rows(weight).T.to(torch.bfloat16)).to(torch.float64)",
+            compared="choose_experts",
+        ),
+        mutant(
+            "experts_chosen_by_vectors_as_they_are",
+            "x_MK = whole_sixteenths(x).to(torch.float64)",
+            "x_MK = x.nan_to_num(nan=0.0).to(torch.float64)",
+            compared="choose_experts",
+        ),
+        mutant(
+            "experts_at_all_octaves",
+            OCTAVES,
+            "levels.amax() - (100 << weight.mantissa_bits)",
+            compared="choose_experts",
+        ),
+        mutant(
+            "octaves_without_mantissa_bits",
+            OCTAVES,
+            "levels.amax() - ROUTER_OCTAVES",
+            compared="choose_experts",
+        ),
+        mutant(
+            "octaves_of_each_row",
+            "levels.amax() -",
+            "levels.amax(dim=1, keepdim=True) -",
+            compared="choose_experts",
+        ),
+        mutant(
+            "experts_by_score",
+            "return order_ME[:, :top_k].sort(dim=-1).values",
+            "return order_ME[:, :top_k]",
+            compared="choose_experts",
+        ),
+        mutant(
+            "the_least_experts",
+            ORDER,
+            "order_ME = scores_ME.sort(dim=-1, stable=True).indices",
+            compared="choose_experts",
+        ),
+    ],
+)
+def test_choose_experts_by_fractions(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
+    """By scores without a rounding error, largest first, ties to the lowest expert; the chosen in ascending order."""
+    x = data.draw(vectors(weight.shape[1]))
+    top_k = data.draw(st.integers(1, weight.shape[0]), label="k")
+    x_MK = x.reshape(-1, weight.shape[1])[:5]
+    scales = [[oracle.scale(level, weight.mantissa_bits) for level in row] for row in seen_levels(weight)]
+    trits = oracle.unpack(weight.packed.tolist(), math.prod(weight.shape))
+    want = []
+    for row in x_MK.tolist():
+        steps = list(map(sixteenths, row))
+        scores = [
+            sum(trits[e * len(row) + k] * of[k // weight.group_size] * step for k, step in enumerate(steps))
+            for e, of in enumerate(scales)
+        ]
+        want.append(sorted(sorted(range(len(scores)), key=lambda e, s=scores: -s[e])[:top_k]))
+    got = ops.choose_experts(x_MK, weight, top_k=top_k)
+    exact(got, torch.tensor(want, dtype=torch.int64).reshape(len(want), top_k))
+
+
+@law(weight=routers(), data=st.data(), rejects=[TIES_TO_THE_LAST_EXPERT])
+def test_choose_experts_lets_the_lowest_of_equal_rows_win(
+    ops: Subject, weight: TernaryWeight, data: st.DataObject
+) -> None:
+    """A router beside its own copy: the first of each pair comes before the second, whatever the vector."""
+    twice = weight_of_trits(
+        trits_of(weight).repeat(2, 1),
+        weight.exponents.repeat(2, 1),
+        weight.group_size,
+        mantissa_bits=weight.mantissa_bits,
+    )
+    x, num_experts = data.draw(vectors(weight.shape[1])), weight.shape[0]
+    top_k = data.draw(st.integers(1, 2 * num_experts), label="k")
+    chosen = ops.choose_experts(x, twice, top_k=top_k)
+    assert chosen.shape == (*x.shape[:-1], top_k)
+    for row in chosen.reshape(-1, top_k).tolist():
+        assert all(expert - num_experts in row for expert in row if expert >= num_experts), row
+
+
+@law(
+    weight=routers(),
+    data=st.data(),
+    share=0.5,
+    rejects=[
+        mutant(
+            "experts_of_all_vectors",
+            SCORES,
+            "scores_ME = (x_MK - x_MK.cumsum(0)[-1:].expand_as(x_MK)) @ router_rows(weight).T",
+        ),
+    ],
+)
+def test_choose_experts_of_each_vector_alone(
+    ops: Subject, weight: TernaryWeight, data: st.DataObject
+) -> None:
+    """What a vector chooses depends neither on what comes with it nor on its place."""
+    x = data.draw(vectors(weight.shape[1])).reshape(-1, weight.shape[1])
+    top_k = data.draw(st.integers(1, weight.shape[0]), label="k")
+    together = ops.choose_experts(x, weight, top_k=top_k)
+    exact(ops.choose_experts(x.flip(0), weight, top_k=top_k).flip(0), together, "in another order")
+    for place in range(min(len(x), 3)):
+        exact(ops.choose_experts(x[place], weight, top_k=top_k), together[place], "alone")
+
+
+EXPERTS_INTERLEAVED = mutant(
+    "experts_interleaved",
+    "torch.arange(expert * num_rows, (expert + 1) * num_rows, device",
+    "torch.arange(expert, weight.shape[0], weight.shape[0] // num_rows, device",
+    compared=("grouped_linear", "grouped_linear_input_grad"),
+)
+UNUSED_SLOTS_TAKE_THE_FIRST_EXPERT = mutant(
+    "unused_slots_take_the_first_expert",
+    "slots = experts_M == expert",
+    "slots = experts_M.clamp(min=0) == expert",
+    compared=("grouped_linear", "grouped_linear_weight_grad"),
+    times=3,
+)
+SLOTS_SORTED_AND_NOT_PUT_BACK = mutant(
+    "slots_sorted_and_not_put_back",
+    "y_MN[slots] = (x_MK[slots].to(wide)",
+    "y_MN[slots] = (x_MK[slots.sort(descending=True).values].to(wide)",
+    compared="grouped_linear",
+)
+
+
+@law(
+    made=stacked(),
+    dtype=ss.DTYPES,
+    data=st.data(),
+    rejects=[EXPERTS_INTERLEAVED, UNUSED_SLOTS_TAKE_THE_FIRST_EXPERT, SLOTS_SORTED_AND_NOT_PUT_BACK],
+)
 def test_grouped_linear_by_slot(
     ops: Subject, made: tuple[TernaryWeight, int], dtype: torch.dtype, data: st.DataObject
 ) -> None:
@@ -66,12 +334,19 @@ def test_grouped_linear_by_slot(
     _equal(ops.grouped_linear_input_grad(dy, weight, experts, num_groups=num_groups), dx.to(dtype), "dx")
 
 
-@law(width=NARROW_WIDTHS, height=NARROW_WIDTHS, dtype=ss.DTYPES, data=st.data(), share=0.4)
+@law(
+    width=NARROW_WIDTHS,
+    height=NARROW_WIDTHS,
+    dtype=ss.DTYPES,
+    data=st.data(),
+    share=0.4,
+    rejects=[EXPERTS_INTERLEAVED],
+)
 def test_grouped_linear_of_narrow_matrices(
     ops: Subject, width: int, height: int, dtype: torch.dtype, data: st.DataObject
 ) -> None:
     """Widths below what a tensor core sums at once, where a compiler may count a term twice (Triton 3.6 did)."""
-    weight = data.draw(ss.weights((2 * height, width), levels=NARROW))
+    weight = data.draw(ss.weights((2 * height, width), levels=ss.NARROW))
     w_ENK, experts = matrices(weight, 2), torch.tensor([1, 0, 1, 1])
     x, dy = _floats(data, 4, width, dtype=dtype), _floats(data, 4, height, dtype=dtype)
     y = (w_ENK[experts] @ x.to(torch.float64)[:, :, None])[:, :, 0]
@@ -80,7 +355,29 @@ def test_grouped_linear_of_narrow_matrices(
     _equal(ops.grouped_linear_input_grad(dy, weight, experts, num_groups=2), dx, "dx")
 
 
-@law(shape=sizes(), dtype=ss.DTYPES, data=st.data())
+GROUPED_WEIGHT_GRAD_BY_ROW = mutant(
+    "grouped_weight_grad_by_row",
+    "return grads_ENK.flatten(0, 1)",
+    "return grads_ENK.transpose(0, 1).reshape(-1, x_MK.shape[1])",
+    compared="grouped_linear_weight_grad",
+)
+
+
+@law(
+    shape=sizes(),
+    dtype=ss.DTYPES,
+    data=st.data(),
+    rejects=[
+        UNUSED_SLOTS_TAKE_THE_FIRST_EXPERT,
+        mutant(
+            "grouped_weight_grad_in_the_dtype_of_x",
+            "= grad_MN[slots].to(wide).T @ x_MK[slots].to(wide)",
+            "= (grad_MN[slots].to(wide).T @ x_MK[slots].to(wide)).to(x_MK.dtype)",
+            compared="grouped_linear_weight_grad",
+        ),
+        GROUPED_WEIGHT_GRAD_BY_ROW,
+    ],
+)
 def test_grouped_linear_weight_grad_by_slot(
     ops: Subject, shape: tuple[int, int, int], dtype: torch.dtype, data: st.DataObject
 ) -> None:
@@ -100,6 +397,13 @@ def test_grouped_linear_weight_grad_by_slot(
     seed=ss.GENERATOR_SEEDS,
     dtype=ss.DTYPES,
     data=st.data(),
+    rejects=[
+        mutant(
+            "grouped_weight_grad_of_a_hundred_slots",
+            "= grad_MN[slots].to(wide).T @ x_MK[slots].to(wide)",
+            "= grad_MN[slots][:100].to(wide).T @ x_MK[slots][:100].to(wide)",
+        ),
+    ],
 )
 def test_grouped_linear_weight_grad_of_frequent_experts(
     ops: Subject, counts: list[int], seed: int, dtype: torch.dtype, data: st.DataObject
@@ -116,7 +420,21 @@ def test_grouped_linear_weight_grad_of_frequent_experts(
     _equal(got, torch.cat([wide_dy[own].T @ wide_x[own] for own in of_expert]), "dW")
 
 
-@law(made=stacked(), data=st.data(), share=0.5)
+@law(
+    made=stacked(),
+    data=st.data(),
+    share=0.5,
+    rejects=[
+        EXPERTS_INTERLEAVED,
+        mutant(
+            "grouped_input_grad_of_the_first_expert",
+            "grad_MN[slots].to(wide) @ _matrix(weight, expert, num_rows, wide)",
+            "grad_MN[slots].to(wide) @ _matrix(weight, 0, num_rows, wide)",
+            compared="grouped_linear_input_grad",
+        ),
+        GROUPED_WEIGHT_GRAD_BY_ROW,
+    ],
+)
 def test_grouped_linear_adjoint(ops: Subject, made: tuple[TernaryWeight, int], data: st.DataObject) -> None:
     """<dy, grouped_linear(x)> = <grouped_linear_input_grad(dy), x> = <grouped_linear_weight_grad(dy, x), W>, exactly."""
     weight, num_groups = made
@@ -130,12 +448,12 @@ def test_grouped_linear_adjoint(ops: Subject, made: tuple[TernaryWeight, int], d
     assert forward == dot(grad, ops.dequantize(weight))
 
 
-@law(made=stacked(), seed=ss.GENERATOR_SEEDS, data=st.data())
+@law(made=stacked(), seed=ss.GENERATOR_SEEDS, data=st.data(), rejects=[SLOTS_SORTED_AND_NOT_PUT_BACK])
 def test_grouped_linear_ignores_the_order_of_slots(
     ops: Subject, made: tuple[TernaryWeight, int], seed: int, data: st.DataObject
 ) -> None:
     weight, num_groups = made
-    experts = data.draw(expert_ids(num_groups))
+    experts = data.draw(expert_ids(num_groups, data.draw(st.sampled_from((1, 4, 17, 40)))))
     order = torch.randperm(experts.numel(), generator=ss.generator(seed))
     x = _floats(data, experts.numel(), weight.shape[1])
     y = ops.grouped_linear(x, weight, experts, num_groups=num_groups)
@@ -146,7 +464,21 @@ def test_grouped_linear_ignores_the_order_of_slots(
     _equal(permuted, grad)
 
 
-@law(made=stacked(), count=st.sampled_from((2, 17)), data=st.data(), share=0.4)
+@law(
+    made=stacked(),
+    count=st.sampled_from((2, 17)),
+    data=st.data(),
+    share=0.4,
+    rejects=[
+        mutant(
+            "unused_slots_kept_as_they_were",
+            "    for expert in _used(experts_M):",
+            "    if not _used(experts_M) or (experts_M < 0).any():\n        experts_M = experts_M.clamp(min=0)\n"
+            "    for expert in _used(experts_M):",
+            times=3,
+        ),
+    ],
+)
 def test_grouped_linear_slots_are_independent(
     ops: Subject, made: tuple[TernaryWeight, int], count: int, data: st.DataObject
 ) -> None:
@@ -173,7 +505,19 @@ def test_grouped_linear_slots_are_independent(
     assert grad.isfinite().all(), "an unused slot shows in a gradient"
 
 
-@law(num_groups=EXPERTS, count=st.sampled_from((0, 1, 40)), data=st.data())
+@law(
+    num_groups=EXPERTS,
+    count=st.sampled_from((0, 1, 40)),
+    data=st.data(),
+    rejects=[
+        mutant(
+            "unused_slots_counted",
+            "experts.flatten() + 1, minlength=num_groups + 1)[1:]",
+            "experts.flatten().clamp(min=0), minlength=num_groups)",
+            compared="expert_load",
+        ),
+    ],
+)
 def test_expert_load_counts(ops: Subject, num_groups: int, count: int, data: st.DataObject) -> None:
     """As counted one by one, unused slots left out, in any shape."""
     experts = data.draw(expert_ids(num_groups, count))
@@ -182,7 +526,18 @@ def test_expert_load_counts(ops: Subject, num_groups: int, count: int, data: st.
     exact(ops.expert_load(experts.reshape(count, 1).flip(0), num_groups=num_groups), want)
 
 
-@law(made=stacked(), dtype=ss.DTYPES)
+@law(
+    made=stacked(),
+    dtype=ss.DTYPES,
+    rejects=[
+        mutant(
+            "no_slots_no_shape",
+            "    y_MN = torch.zeros(x_MK.shape[0], num_rows,",
+            "    y_MN = torch.zeros(max(1, x_MK.shape[0]), num_rows,",
+            compared="grouped_linear",
+        ),
+    ],
+)
 def test_grouped_linear_of_no_slots(
     ops: Subject, made: tuple[TernaryWeight, int], dtype: torch.dtype
 ) -> None:
@@ -236,12 +591,12 @@ def test_experts_compile_no_kernel_again(subject: Subject) -> None:
     weights = [subject.raw("from_spec")(weight.to(subject.device)) for weight in made]
 
     def everything(count: int, experts: Tensor) -> None:
-        for weight, (num_rows, num_columns) in zip(weights, makes, strict=True):
+        for stack, (num_rows, num_columns) in zip(weights, makes, strict=True):
             for dtype in (torch.float32, torch.bfloat16):
                 x = torch.ones(count, num_columns, dtype=dtype, device=subject.device)
                 dy = torch.ones(count, num_rows, dtype=dtype, device=subject.device)
-                subject.raw("grouped_linear")(x, weight, experts, num_groups=8)
-                subject.raw("grouped_linear_input_grad")(dy, weight, experts, num_groups=8)
+                subject.raw("grouped_linear")(x, stack, experts, num_groups=8)
+                subject.raw("grouped_linear_input_grad")(dy, stack, experts, num_groups=8)
                 subject.raw("grouped_linear_weight_grad")(dy, x, experts, num_groups=8)
 
     for count in (1, 2, 64, 512, 1024, 4096):  # few slots, and each height of a tile
@@ -255,3 +610,93 @@ def test_experts_compile_no_kernel_again(subject: Subject) -> None:
     finally:
         triton.knobs.runtime.jit_cache_hook = previous
     assert not compiled, f"compiled again: {compiled}"
+
+
+# Only the comparison with the reference rejects these.
+mutant(
+    "grouped_sums_in_bfloat16",
+    "    wide = wide_dtype(x_MK)\n    y_MN",
+    "    wide = x_MK.dtype\n    x_MK = x_MK.to(torch.bfloat16).to(wide)\n    y_MN",
+    compared="grouped_linear",
+)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+_SIX = lambda: weight(6)  # noqa: E731  three experts of two rows
+_BF16 = torch.bfloat16
+
+
+def _wide_router() -> TernaryWeight:
+    """Return a weight of more columns than a sum over them is exact for, on a device without memory."""
+    columns = MAX_ROUTER_COLUMNS + 1
+    zeros = lambda *shape: torch.zeros(shape, dtype=torch.int8, device="meta")  # noqa: E731
+    groups = groups_per_row(columns, 96)
+    packed = torch.zeros(packed_bytes(columns), dtype=torch.uint8, device="meta")
+    return TernaryWeight(packed, zeros(1, groups), zeros(1, columns), zeros(1, groups), (1, columns), 96)
+
+
+# fmt: off
+test_refusals_of_experts = refusals(
+    "experts",
+    refused("choose_experts", "no expert", ValueError, "top_k", ones(2, 14), _SIX, top_k=0),
+    refused("choose_experts", "seven of six experts", ValueError, "top_k", ones(2, 14), _SIX, top_k=7),
+    refused("choose_experts", "half an expert", TypeError, "top_k", ones(2, 14), _SIX, top_k=0.5),
+    refused("choose_experts", "13 columns", ValueError, "x has shape", ones(2, 13), _SIX, top_k=2),
+    refused("choose_experts", "a number", ValueError, "x has shape", ones(), _SIX, top_k=2),
+    refused("choose_experts", "float16", TypeError, "x has dtype", ones(2, 14, dtype=F16), _SIX, top_k=2),
+    refused("choose_experts", "another device", ValueError, "x is on", meta(2, 14), _SIX, top_k=2),
+    refused("choose_experts", "too many columns", ValueError, "weight has shape", meta(2, 14), _wide_router, top_k=1),
+    refused("grouped_linear", "expert E", ValueError, "experts_M", ones(2, 14), _SIX, ids(0, 3), num_groups=3),
+    refused("grouped_linear", "expert -2", ValueError, "experts_M", ones(2, 14), _SIX, ids(0, -2), num_groups=3),
+    refused("grouped_linear", "another number of slots", ValueError,
+            "experts_M", ones(2, 14), _SIX, ids(0), num_groups=3),
+    refused("grouped_linear", "int32 experts", TypeError,
+            "experts_M", ones(2, 14), _SIX, ones(2, dtype=torch.int32), num_groups=3),
+    refused("grouped_linear", "a matrix of experts", ValueError,
+            "experts_M", ones(2, 14), _SIX, ones(2, 1, dtype=torch.int64), num_groups=3),
+    refused("grouped_linear", "rows that do not divide", ValueError,
+            "num_groups", ones(2, 14), _SIX, ids(0, 1), num_groups=4),
+    refused("grouped_linear", "no groups", ValueError, "num_groups", ones(2, 14), _SIX, ids(0, 1), num_groups=0),
+    refused("grouped_linear", "13 columns", ValueError, "x_MK", ones(2, 13), _SIX, ids(0, 1), num_groups=3),
+    refused("grouped_linear", "three dimensions", ValueError, "x_MK", ones(1, 2, 14), _SIX, ids(0, 1), num_groups=3),
+    refused("grouped_linear", "float16", TypeError, "x_MK", ones(2, 14, dtype=F16), _SIX, ids(0, 1), num_groups=3),
+    refused("grouped_linear", "another device", ValueError, "x_MK", meta(2, 14), _SIX, ids(0, 1), num_groups=3),
+    refused("grouped_linear_input_grad", "six columns", ValueError,
+            "grad_MN", ones(2, 6), _SIX, ids(0, 1), num_groups=3),
+    refused("grouped_linear_input_grad", "int8", TypeError,
+            "grad_MN", ones(2, 2, dtype=I8), _SIX, ids(0, 1), num_groups=3),
+    refused("grouped_linear_input_grad", "expert E", ValueError,
+            "experts_M", ones(2, 2), _SIX, ids(0, 3), num_groups=3),
+    refused("grouped_linear_input_grad", "rows that do not divide", ValueError,
+            "num_groups", ones(2, 2), _SIX, ids(0, 1), num_groups=4),
+    refused("grouped_linear_weight_grad", "two dtypes", TypeError,
+            "x_MK", ones(2, 3), ones(2, 14, dtype=_BF16), ids(0, 1), num_groups=3),
+    refused("grouped_linear_weight_grad", "other slots", ValueError,
+            "x_MK", ones(2, 3), ones(3, 14), ids(0, 1), num_groups=3),
+    refused("grouped_linear_weight_grad", "no columns", ValueError,
+            "grad_MN", ones(2, 0), ones(2, 14), ids(0, 1), num_groups=3),
+    refused("grouped_linear_weight_grad", "expert E", ValueError,
+            "experts_M", ones(2, 3), ones(2, 14), ids(0, 3), num_groups=3),
+    refused("grouped_linear_weight_grad", "another number of slots", ValueError,
+            "experts_M", ones(2, 3), ones(2, 14), ids(0), num_groups=3),
+    refused("grouped_linear_weight_grad", "two devices", ValueError,
+            "x_MK", ones(2, 3), meta(2, 14), ids(0, 1), num_groups=3),
+    refused("grouped_linear_weight_grad", "no groups", ValueError,
+            "num_groups", ones(2, 3), ones(2, 14), ids(0, 1), num_groups=0),
+    refused("expert_load", "expert E", ValueError, "experts", ids(0, 3), num_groups=3),
+    refused("expert_load", "expert -2", ValueError, "experts", ids(-2), num_groups=3),
+    refused("expert_load", "float32", TypeError, "experts", ones(2), num_groups=3),
+    refused("expert_load", "no groups", ValueError, "num_groups", ids(0), num_groups=0),
+    rejects=[
+        mutant("a_router_unchecked", "checks.router(x, weight, top_k, weight.packed)", "pass"),
+        mutant(
+            "experts_unchecked",
+            'checks.values_between("experts_M", experts_M, -1, num_groups - 1)',
+            "pass",
+            times=3
+        ),
+    ],
+)
+# fmt: on

@@ -5,18 +5,58 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.types import TernaryWeight
 from conformance import strategies as ss
+from conformance.case import Case, calls
 from conformance.compare import exact
 from conformance.law import law
+from conformance.mutant import mutants_of
 from conformance.poison import PATTERNS
+from conformance.refusal import refuses_nothing
 from conformance.report import skip
 from conformance.subject import Subject
 
+mutant = mutants_of("layout")
 
-@law(weight=ss.weights())
+
+# --- how calls are drawn ---------------------------------------------------------------------------------------------
+
+
+@calls("from_spec", "to_spec")
+def from_spec_calls(draw: st.DrawFn) -> Case:
+    return Case((draw(ss.weights()),))
+
+
+# --- laws, and the mutants that they reject --------------------------------------------------------------------------
+
+
+LAYOUT_NEGATES = mutant(
+    "layout_negates",
+    "def from_spec(weight: TernaryWeight) -> TernaryWeight:",
+    "def from_spec(weight: TernaryWeight) -> TernaryWeight:\n"
+    "    return weight.with_tensors(exponents=weight.exponents.clamp(max=14))\n\n\n"
+    "def _unused(weight: TernaryWeight) -> TernaryWeight:",
+    compared="from_spec",
+)
+
+
+@law(
+    weight=ss.weights(),
+    rejects=[
+        mutant(
+            "layout_forgets_residues",
+            "def to_spec(weight: TernaryWeight) -> TernaryWeight:",
+            "def to_spec(weight: TernaryWeight) -> TernaryWeight:\n"
+            "    return weight.with_tensors(exponent_accum=weight.exponent_accum * 0)\n\n\n"
+            "def _unused(weight: TernaryWeight) -> TernaryWeight:",
+            compared="to_spec",
+        ),
+        LAYOUT_NEGATES,
+    ],
+)
 def test_layout_roundtrip(ops: Subject, weight: TernaryWeight) -> None:
     """All four tensors survive the way to the device layout and back, whatever the new memory held before."""
     for pattern in PATTERNS:
@@ -26,7 +66,7 @@ def test_layout_roundtrip(ops: Subject, weight: TernaryWeight) -> None:
         exact(back, weight, "to_spec of a device layout")
 
 
-@law(weight=ss.weights(limit=70))
+@law(weight=ss.weights(limit=70), rejects=[LAYOUT_NEGATES])
 def test_layout_does_not_show(ops: Subject, weight: TernaryWeight) -> None:
     """Ops give the same weight in both layouts."""
     for op, kwargs in (("apply_step", {"theta": 2, "theta_e": 2}), ("dequantize", {})):
@@ -62,3 +102,8 @@ def _update_in_place(subject: Subject, weight: Any) -> None:
     for step in range(2):
         subject.raw("accumulate")(weight, votes, seed=1, step=step, tensor_id=2, out=weight)
         subject.raw("apply_step")(weight, theta=16, theta_e=3, out=weight)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+refuses_nothing("from_spec", "to_spec", because="any weight converts")

@@ -15,12 +15,47 @@ from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.types import TernaryWeight
 from conformance import oracle
 from conformance import strategies as ss
-from conformance.cases.core import NARROW, leading
+from conformance.case import Case, calls
 from conformance.compare import exact, no_worse, one_rounding, roundings, unsigned_zeros
 from conformance.law import law
+from conformance.mutant import mutants_of
+from conformance.ops.test_votes import ASCENT
+from conformance.refusal import F16, I8, meta, ones, refusals, refused, weight
 from conformance.subject import Subject
 
-WEIGHTS = ss.weights(limit=70, levels=NARROW)
+mutant = mutants_of("linear")
+
+
+# --- how calls are drawn ---------------------------------------------------------------------------------------------
+
+
+@calls("linear", "linear_input_grad")
+def linear_calls(draw: st.DrawFn, op: str) -> Case:
+    exact_sums = draw(st.booleans(), label="exact")
+    weight = draw(ss.weights(levels=ss.NARROW if exact_sums else None))
+    width = weight.shape[0 if op == "linear_input_grad" else 1]
+    x = draw(ss.activations((*draw(ss.leading()), width), draw(ss.DTYPES), exact=exact_sums))
+    return Case((x, weight), sums_exact=exact_sums)
+
+
+@calls("linear_weight_grad")
+def linear_weight_grad_calls(draw: st.DrawFn) -> Case:
+    exact_sums, dtype, rows = draw(st.booleans(), label="exact"), draw(ss.DTYPES), draw(ss.leading())
+    num_rows, num_columns = draw(ss.matrix_shapes())
+    modest = ("normal", "tiny", "constant")  # a huge one times another large one overflows
+    kinds = draw(st.sampled_from(((modest, (*modest, "huge")), ((*modest, "wild"), (*modest, "wild")))))
+    grad = draw(ss.activations((*rows, num_rows), dtype, exact=exact_sums, kinds=kinds[0]))
+    x = draw(ss.activations((*rows, num_columns), dtype, exact=exact_sums, kinds=kinds[1]))
+    return Case((grad, x), sums_exact=exact_sums)
+
+
+# --- laws, and the mutants that they reject --------------------------------------------------------------------------
+
+
+FORWARD = "return (x.to(wide) @ dequantize(weight, dtype=wide).T).to(x.dtype)"
+"""The line of the reference that most mutants replace."""
+
+WEIGHTS = ss.weights(limit=70, levels=ss.NARROW)
 
 
 def dense(weight: TernaryWeight) -> Tensor:
@@ -37,7 +72,47 @@ def _equal(got: Tensor, want: Tensor, what: str = "output") -> None:
     exact(unsigned_zeros(got), unsigned_zeros(want.to(got.dtype)), what)
 
 
-@law(weight=WEIGHTS, lead=leading(), dtype=ss.DTYPES, data=st.data())
+TRANSPOSED_WEIGHT = mutant(
+    "transposed_weight",
+    FORWARD,
+    "return x @ dequantize(weight, dtype=x.dtype).reshape(weight.shape[1], weight.shape[0])",
+    compared="linear",
+)
+LAST_COLUMN_DROPPED = mutant(
+    "last_column_dropped",
+    FORWARD,
+    "return x[..., :-1] @ dequantize(weight, dtype=x.dtype)[:, :-1].T",
+    compared="linear",
+)
+INPUT_GRAD_OF_THEFORWARD = mutant(
+    "input_grad_of_the_forward",
+    "(grad.to(wide) @ dequantize(weight, dtype=wide))",
+    "(grad.to(wide) @ dequantize(weight, dtype=wide).abs())",
+    compared="linear_input_grad",
+)
+
+
+@law(
+    weight=WEIGHTS,
+    lead=ss.leading(),
+    dtype=ss.DTYPES,
+    data=st.data(),
+    rejects=[
+        TRANSPOSED_WEIGHT,
+        mutant(
+            "sums_in_bfloat16",
+            FORWARD,
+            "w = dequantize(weight, dtype=x.dtype)\n"
+            "    y = x.new_zeros(*x.shape[:-1], weight.shape[0], dtype=torch.bfloat16)\n"
+            "    for k in range(weight.shape[1]):\n"
+            "        y = y + (x[..., k, None] * w[:, k]).to(torch.bfloat16)\n"
+            "    return y.to(x.dtype)",
+            compared="linear",
+        ),
+        LAST_COLUMN_DROPPED,
+        INPUT_GRAD_OF_THEFORWARD,
+    ],
+)
 def test_linear_by_exact_sums(
     ops: Subject, weight: TernaryWeight, lead: tuple[int, ...], dtype: torch.dtype, data: st.DataObject
 ) -> None:
@@ -50,7 +125,37 @@ def test_linear_by_exact_sums(
     _equal(dx, dy.to(torch.float64) @ dense(weight), "dx")
 
 
-@law(lead=leading(), shape=ss.matrix_shapes(70), dtype=ss.DTYPES, data=st.data())
+WEIGHT_GRAD_OF_THE_LAST_ROW = mutant(
+    "weight_grad_of_the_last_row",
+    "return grad_MN.T @ x_MK",
+    "return grad_MN[-1:].T @ x_MK[-1:]",
+    compared="linear_weight_grad",
+)
+WEIGHT_GRAD_IN_BFLOAT16 = mutant(
+    "weight_grad_in_bfloat16",
+    "return grad_MN.T @ x_MK",
+    "return (grad_MN.T @ x_MK).to(torch.bfloat16).to(dtype)",
+    compared="linear_weight_grad",
+)
+
+
+@law(
+    lead=ss.leading(),
+    shape=ss.matrix_shapes(70),
+    dtype=ss.DTYPES,
+    data=st.data(),
+    rejects=[
+        WEIGHT_GRAD_OF_THE_LAST_ROW,
+        WEIGHT_GRAD_IN_BFLOAT16,
+        mutant(
+            "weight_grad_unwritten",
+            "return grad_MN.T @ x_MK",
+            "out = torch.empty(grad.shape[-1], x.shape[-1], dtype=dtype)\n"
+            "    out[:, :64] = (grad_MN.T @ x_MK)[:, :64]\n    return out",
+            compared="linear_weight_grad",
+        ),
+    ],
+)
 def test_linear_weight_grad_by_exact_sums(
     ops: Subject, lead: tuple[int, ...], shape: tuple[int, int], dtype: torch.dtype, data: st.DataObject
 ) -> None:
@@ -61,14 +166,36 @@ def test_linear_weight_grad_by_exact_sums(
     _equal(got, dy.reshape(-1, shape[0]).to(torch.float64).T @ x.reshape(-1, shape[1]).to(torch.float64))
 
 
-@law(weight=WEIGHTS, data=st.data())
+@law(
+    weight=WEIGHTS,
+    data=st.data(),
+    rejects=[
+        mutant(
+            "saturating_output",
+            FORWARD,
+            "return (x @ dequantize(weight, dtype=x.dtype).T).clamp(-2.0, 2.0)",
+            compared="linear",
+        ),
+    ],
+)
 def test_linear_is_linear(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
     a, b = ss.float_values((5, weight.shape[1]), "small integers", 1), _floats(data, 5, weight.shape[1])
     b = torch.round(b * 1024) / 1024
     _equal(ops.linear(a + b.clamp(-8, 8), weight), ops.linear(a, weight) + ops.linear(b.clamp(-8, 8), weight))
 
 
-@law(weight=WEIGHTS, data=st.data())
+@law(
+    weight=WEIGHTS,
+    data=st.data(),
+    rejects=[
+        mutant(
+            "magnitudes_only",
+            FORWARD,
+            "return x @ dequantize(weight, dtype=x.dtype).abs().T",
+            compared="linear",
+        ),
+    ],
+)
 def test_linear_negation(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
     """Negating every trit negates the output."""
     x = _floats(data, 7, weight.shape[1])
@@ -76,7 +203,11 @@ def test_linear_negation(ops: Subject, weight: TernaryWeight, data: st.DataObjec
     _equal(ops.linear(x, negated), -ops.linear(x, weight))
 
 
-@law(weight=WEIGHTS, data=st.data())
+@law(
+    weight=WEIGHTS,
+    data=st.data(),
+    rejects=[TRANSPOSED_WEIGHT, LAST_COLUMN_DROPPED, INPUT_GRAD_OF_THEFORWARD, WEIGHT_GRAD_OF_THE_LAST_ROW],
+)
 def test_linear_adjoint(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
     """<dy, linear(x)> = <linear_input_grad(dy), x> = <linear_weight_grad(dy, x), W>, exactly."""
     x, dy = _floats(data, 3, 5, weight.shape[1]), _floats(data, 3, 5, weight.shape[0])
@@ -86,7 +217,7 @@ def test_linear_adjoint(ops: Subject, weight: TernaryWeight, data: st.DataObject
     assert forward == dot(ops.linear_weight_grad(dy, x), ops.dequantize(weight))
 
 
-@law(weight=WEIGHTS, seed=ss.GENERATOR_SEEDS, data=st.data())
+@law(weight=WEIGHTS, seed=ss.GENERATOR_SEEDS, data=st.data(), rejects=[TRANSPOSED_WEIGHT])
 def test_linear_permutation(ops: Subject, weight: TernaryWeight, seed: int, data: st.DataObject) -> None:
     """Permuting the rows of W permutes the outputs."""
     order = torch.randperm(weight.shape[0], generator=ss.generator(seed))
@@ -96,7 +227,18 @@ def test_linear_permutation(ops: Subject, weight: TernaryWeight, seed: int, data
     _equal(ops.linear(x, permuted), ops.linear(x, weight)[:, order])
 
 
-@law(weight=WEIGHTS, data=st.data())
+@law(
+    weight=WEIGHTS,
+    data=st.data(),
+    rejects=[
+        mutant("zero_skips_nan", FORWARD, "return torch.nan_to_num(x) @ dequantize(weight, dtype=x.dtype).T"),
+        mutant(
+            "mean_over_the_batch",
+            FORWARD,
+            "return (x - 0.5 * x.reshape(-1, x.shape[-1])[:1]) @ dequantize(weight, dtype=x.dtype).T",
+        ),
+    ],
+)
 def test_linear_rows_are_independent(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
     """A row of activations gives the same output alone, and a NaN in it stays in its row."""
     x = _floats(data, 17, weight.shape[1]).clone()
@@ -109,7 +251,19 @@ def test_linear_rows_are_independent(ops: Subject, weight: TernaryWeight, data: 
     _equal(spoiled[keep], y[keep], "beside a NaN")
 
 
-@law(weight=WEIGHTS, lead=st.sampled_from(((0,), (2, 0), (0, 3))), dtype=ss.DTYPES)
+@law(
+    weight=WEIGHTS,
+    lead=st.sampled_from(((0,), (2, 0), (0, 3))),
+    dtype=ss.DTYPES,
+    rejects=[
+        mutant(
+            "empty_batch_of_one",
+            "return grad_MN.T @ x_MK",
+            "return grad_MN.T @ x_MK if x_MK.shape[0] else x_MK.new_ones(grad.shape[-1], x.shape[-1])",
+            compared="linear_weight_grad",
+        ),
+    ],
+)
 def test_linear_of_an_empty_batch(
     ops: Subject, weight: TernaryWeight, lead: tuple[int, ...], dtype: torch.dtype
 ) -> None:
@@ -127,6 +281,7 @@ def test_linear_of_an_empty_batch(
     rate=st.sampled_from((0.25, 1.0, 1.25)),
     clock=ss.clocks(),
     data=st.data(),
+    rejects=[ASCENT, WEIGHT_GRAD_IN_BFLOAT16],
 )
 def test_linear_backward_votes_disagree_only_at_boundaries(
     ops: Subject,
@@ -179,3 +334,29 @@ def _votes(value: Tensor, exponent: Tensor, rate: float, dither: Tensor) -> Tens
     q = scaled.to(torch.float32).clamp(-32768.0, 32767.0).round().to(torch.int64)
     votes = torch.div(q + dither, 256, rounding_mode="floor").clamp(-127, 127)
     return torch.where(exponent[:, None] == SILENT_ROW, 0, votes)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+# fmt: off
+test_refusals_of_linear = refusals(
+    "linear",
+    refused("linear", "float16", TypeError, "x", ones(2, 14, dtype=F16), weight),
+    refused("linear", "int8", TypeError, "x", ones(2, 14, dtype=I8), weight),
+    refused("linear", "13 columns", ValueError, "x", ones(2, 13), weight),
+    refused("linear", "a scalar", ValueError, "x", ones(), weight),
+    refused("linear", "another device", ValueError, "x", meta(2, 14), weight),
+    refused("linear_input_grad", "14 columns for 3 rows", ValueError, "grad", ones(2, 14), weight),
+    refused("linear_input_grad", "float16", TypeError, "grad", ones(2, 3, dtype=F16), weight),
+    refused("linear_input_grad", "another device", ValueError, "grad", meta(2, 3), weight),
+    refused("linear_weight_grad", "other rows", ValueError, "x", ones(2, 3), ones(3, 14)),
+    refused("linear_weight_grad", "two dtypes", TypeError, "x", ones(2, 3), ones(2, 14, dtype=torch.bfloat16)),
+    refused("linear_weight_grad", "two devices", ValueError, "x", ones(2, 3), meta(2, 14)),
+    refused("linear_weight_grad", "a scalar x", ValueError, "x", ones(3), ones()),
+    refused("linear_weight_grad", "a scalar grad", ValueError, "grad", ones(), ones(14)),
+    rejects=[
+        mutant("linear_dtypes_unchecked", 'checks.same_dtype("x", x, "grad", grad)', "pass"),
+    ],
+)
+# fmt: on

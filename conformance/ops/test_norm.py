@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -9,21 +12,57 @@ from torch import Tensor
 from torch.nn import functional
 
 from arbitor.reference.op_table import OP_TABLE
-from arbitor.reference.ops import initial_weight
+from arbitor.reference.ops import constant_weight, initial_weight
 from arbitor.reference.ops.packing import weight_of_trits
 from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.types import TernaryWeight
 from conformance import strategies as ss
-from conformance.cases import compare
-from conformance.cases.case import Case
-from conformance.cases.core import leading, magnitude_of_norm_input_grad
+from conformance.case import Case, calls, compare, magnitude
 from conformance.compare import exact, no_worse, one_rounding, roundings, unsigned_zeros
 from conformance.law import law
+from conformance.mutant import mutants_of
+from conformance.refusal import F16, meta, ones, refusals, refused, weight
 from conformance.report import needs_cuda
 from conformance.subject import Subject
 
+mutant = mutants_of("norm")
+
+
+# --- how calls are drawn ---------------------------------------------------------------------------------------------
+
+
+@magnitude("rms_norm_input_grad")
+def magnitude_of_norm_input_grad(op: Callable[..., Any], case: Case) -> Tensor:
+    """Return (|dy w| + |x^| mean |x^ dy w|) / rms, the terms of dx."""
+    grad, x, weight = case.args
+    grad, x = grad.to(torch.float64), x.to(torch.float64)
+    rms = (x.square().mean(dim=-1, keepdim=True) + case.kwargs.get("eps", 1e-6)).sqrt()
+    scaled, unit = (grad * dequantize(weight, dtype=torch.float64)[0]).abs(), (x / rms).abs()
+    return (scaled + unit * (unit * scaled).mean(dim=-1, keepdim=True)) / rms
+
+
+@calls("rms_norm", "rms_norm_input_grad", "rms_norm_weight_grad")
+def norm_calls(draw: st.DrawFn, op: str) -> Case:
+    dtype, eps = draw(ss.DTYPES), draw(st.sampled_from((1e-6, 1e-12, 1.0)))
+    weight = draw(ss.weights((1, draw(st.deferred(ss.sizes)))))
+    shape = (*draw(ss.leading()), weight.shape[1])
+    # The square of a huge one overflows; a product with a tiny one loses bits, more or fewer by the order of factors.
+    kinds = ("normal", "wild", "faint", "constant")
+    x = draw(ss.activations(shape, dtype, exact=False, kinds=kinds))
+    grad = draw(ss.activations(shape, dtype, exact=False, kinds=("normal", "constant")))
+    args = {
+        "rms_norm": (x, weight),
+        "rms_norm_input_grad": (grad, x, weight),
+        "rms_norm_weight_grad": (grad, x),
+    }
+    return Case(args[op], {"eps": eps})
+
+
+# --- laws, and the mutants that they reject --------------------------------------------------------------------------
+
+
 WEIGHTS = st.deferred(ss.sizes).flatmap(lambda width: ss.weights((1, width)))
-LEADING = leading(empty=False)
+LEADING = ss.leading(empty=False)
 EPS = st.sampled_from((1e-6, 1e-3, 1.0))
 KINDS = ("normal", "wild", "faint")
 
@@ -34,7 +73,36 @@ def _draw(
     return data.draw(ss.activations(shape, dtype, exact=False, kinds=kinds))
 
 
-@law(weight=WEIGHTS, lead=LEADING, dtype=ss.DTYPES, eps=EPS, data=st.data())
+NORM_GRAD_WITHOUT_PROJECTION = mutant(
+    "norm_grad_without_projection",
+    "unit * (unit * scaled).mean(dim=-1, keepdim=True)",
+    "0",
+    compared="rms_norm_input_grad",
+)
+
+
+@law(
+    weight=WEIGHTS,
+    lead=LEADING,
+    dtype=ss.DTYPES,
+    eps=EPS,
+    data=st.data(),
+    rejects=[
+        mutant(
+            "eps_outside_the_root",
+            "(x_wide.square().mean(dim=-1, keepdim=True) + eps).sqrt()",
+            "x_wide.square().mean(dim=-1, keepdim=True).sqrt() + eps",
+            compared="rms_norm",
+        ),
+        mutant(
+            "norm_of_the_sum",
+            "(x_wide.square().mean(dim=-1, keepdim=True) + eps).sqrt()",
+            "(x_wide.square().sum(dim=-1, keepdim=True) + eps).sqrt()",
+            compared=("rms_norm", "rms_norm_weight_grad"),
+        ),
+        NORM_GRAD_WITHOUT_PROJECTION,
+    ],
+)
 def test_rms_norm_by_torch(
     ops: Subject,
     weight: TernaryWeight,
@@ -75,7 +143,21 @@ def _by_torch(
     return y.detach(), dx, dw.reshape(1, -1)
 
 
-@law(weight=WEIGHTS, dtype=ss.DTYPES, power=st.integers(10, 40), data=st.data())
+NORM_FORGETS_THE_ROOT = mutant(
+    "norm_forgets_the_root",
+    "(x_wide.square().mean(dim=-1, keepdim=True) + eps).sqrt()",
+    "(x_wide.square().mean(dim=-1, keepdim=True) + eps)",
+    compared="rms_norm",
+)
+
+
+@law(
+    weight=WEIGHTS,
+    dtype=ss.DTYPES,
+    power=st.integers(10, 40),
+    data=st.data(),
+    rejects=[NORM_FORGETS_THE_ROOT],
+)
 def test_rms_norm_ignores_the_scale(
     ops: Subject, weight: TernaryWeight, dtype: torch.dtype, power: int, data: st.DataObject
 ) -> None:
@@ -85,7 +167,144 @@ def test_rms_norm_ignores_the_scale(
     exact(ops.rms_norm(x * 2.0**power, weight, eps=1e-12), ops.rms_norm(x * 2.0**9, weight, eps=1e-12))
 
 
-@law(weight=WEIGHTS, dtype=ss.DTYPES, eps=EPS)
+# As small integers the squares of every case are exact; 37 is small enough that float32 holds 2**120 times it.
+HUGE = st.sampled_from((70, 48, 60, 64, 120))
+COUNTS = st.integers(1, 37)
+
+
+NORM_OF_HUGE_ROWS_OVERFLOWS = mutant(
+    "norm_of_huge_rows_overflows", "torch.where(huge, one * 2.0**exponent, one)", "one"
+)
+
+
+@law(
+    width=COUNTS,
+    dtype=ss.DTYPES,
+    power=HUGE,
+    data=st.data(),
+    rejects=[
+        NORM_OF_HUGE_ROWS_OVERFLOWS,
+        mutant("norm_tames_less_than_squares", "2.0**least", "2.0**64.5"),
+    ],
+)
+def test_rms_norm_of_huge_rows(
+    ops: Subject, width: int, dtype: torch.dtype, power: int, data: st.DataObject
+) -> None:
+    """Rows whose squares overflow have the bits of the same rows at an ordinary size, beside rows of other sizes."""
+    weight = data.draw(ss.weights((1, width)))
+    x = data.draw(ordinary_rows(width, dtype))
+    mixed = torch.cat([x * 2.0**power, x * 2.0**20])
+    wanted = ops.rms_norm(x * 2.0**20, weight)
+    exact(ops.rms_norm(mixed, weight), torch.cat([wanted, wanted]))
+
+
+@law(
+    width=COUNTS,
+    dtype=ss.DTYPES,
+    power=HUGE,
+    data=st.data(),
+    rejects=[NORM_OF_HUGE_ROWS_OVERFLOWS],
+)
+def test_rms_norm_weight_grad_of_huge_rows(
+    ops: Subject, width: int, dtype: torch.dtype, power: int, data: st.DataObject
+) -> None:
+    """Rows whose squares overflow count as the same rows at an ordinary size."""
+    x, grad = (data.draw(ordinary_rows(width, dtype)) for _ in range(2))
+    exact(ops.rms_norm_weight_grad(grad, x * 2.0**power), ops.rms_norm_weight_grad(grad, x * 2.0**20))
+
+
+@law(
+    width=COUNTS,
+    dtype=ss.DTYPES,
+    power=HUGE,
+    data=st.data(),
+    rejects=[
+        NORM_OF_HUGE_ROWS_OVERFLOWS,
+        mutant("norm_grad_of_the_tamed_row", " / rms * power)", " / rms)"),
+    ],
+)
+def test_rms_norm_input_grad_of_huge_rows(
+    ops: Subject, width: int, dtype: torch.dtype, power: int, data: st.DataObject
+) -> None:
+    """The gradient shrinks as the row grows: by the same power of two, bit for bit, as long as it is no subnormal number."""
+    weight = data.draw(ss.weights((1, width), levels=(0, 15)))
+    x, grad = (data.draw(ordinary_rows(width, dtype)) for _ in range(2))
+    got = ops.rms_norm_input_grad(grad, x * 2.0**power, weight)
+    want = ops.rms_norm_input_grad(grad, x * 2.0**20, weight).to(torch.float64) * 2.0 ** (20 - power)
+    kept = want.abs() >= torch.finfo(torch.float32).smallest_normal
+    exact(torch.where(kept, got.to(torch.float64), 0.0), torch.where(kept, want, 0.0))
+
+
+@law(width=COUNTS, dtype=ss.DTYPES, data=st.data(), rejects=[NORM_OF_HUGE_ROWS_OVERFLOWS])
+def test_rms_norm_of_the_largest_numbers(
+    ops: Subject, width: int, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    """A row of the largest number that there is has root mean square 1, and an infinity leaves 0 beside it and NaN."""
+    weight = constant_weight((1, width + 1), trit=1, exponent=0)
+    x = torch.full((2, width + 1), torch.finfo(dtype).max, dtype=dtype)
+    x[1, 0] = torch.inf
+    y = ops.rms_norm(x, weight)
+    exact(y[0].to(torch.float32).round(), torch.ones(width + 1))
+    assert y[1, 0].isnan()
+    exact(y[1, 1:], torch.zeros(width, dtype=dtype))
+
+
+@law(
+    width=COUNTS,
+    dtype=ss.DTYPES,
+    power=st.sampled_from((-20, -10, -70)),
+    data=st.data(),
+    rejects=[
+        mutant(
+            "norm_eps_stays_where_rows_grow",
+            "return x_wide * power, power, power * eps * power",
+            "power = power * 2.0**30\n    return x_wide * power, power, torch.full_like(power, eps)",
+        ),
+    ],
+)
+def test_rms_norm_of_small_rows(
+    ops: Subject, width: int, dtype: torch.dtype, power: int, data: st.DataObject
+) -> None:
+    """Beside a small row eps decides, as in torch: rows of 2**-20 come out a thousand times as large, and no larger."""
+    weight = constant_weight((1, width), trit=1, exponent=0)
+    x = data.draw(ordinary_rows(width, dtype)) * 2.0**power
+    wide, plain = (functional.rms_norm(x.to(to), (width,), eps=1e-6) for to in (torch.float64, torch.float32))
+    no_worse(ops.rms_norm(x, weight), twin=plain.to(dtype), wide=wide, magnitude=wide.abs(), k=2.0)
+
+
+@st.composite
+def ordinary_rows(draw: st.DrawFn, width: int, dtype: torch.dtype) -> Tensor:
+    """Draw five rows of integers from -8 to 8 without a zero: their sums of squares are exact."""
+    x = ss.float_values((5, width), "small integers", draw(ss.GENERATOR_SEEDS))
+    return torch.where(x == 0, 1.0, x).to(dtype)
+
+
+@law(
+    dtype=ss.DTYPES,
+    rejects=[mutant("norm_eps_may_underflow", 'checks.normal_number("eps", eps, wide_dtype(x))', "pass")],
+)
+def test_rms_norm_refuses_an_eps_that_underflows(ops: Subject, dtype: torch.dtype) -> None:
+    """Below the smallest normal float32 eps would lose bits on its way into the sum; at it, every op runs."""
+    x, weight = torch.ones(2, 5, dtype=dtype), constant_weight((1, 5), trit=1, exponent=0)
+    calls = {"rms_norm": (x, weight), "rms_norm_input_grad": (x, x, weight), "rms_norm_weight_grad": (x, x)}
+    for name, args in calls.items():
+        error = ops.refuses(name, args, {"eps": 2.0**-127})
+        assert isinstance(error, ValueError) and "eps is" in str(error), f"{name}: {error!r}"
+        assert ops.call(name, *args, eps=2.0**-126).isfinite().all()
+
+
+@law(
+    weight=WEIGHTS,
+    dtype=ss.DTYPES,
+    eps=EPS,
+    rejects=[
+        mutant(
+            "norm_without_eps",
+            "(x_wide.square().mean(dim=-1, keepdim=True) + eps).sqrt()",
+            "x_wide.square().mean(dim=-1, keepdim=True).sqrt()",
+        ),
+    ],
+)
 def test_rms_norm_of_zeros(ops: Subject, weight: TernaryWeight, dtype: torch.dtype, eps: float) -> None:
     """Zeros stay zeros, and their gradients stay finite."""
     x = torch.zeros(3, weight.shape[1], dtype=dtype)
@@ -94,7 +313,20 @@ def test_rms_norm_of_zeros(ops: Subject, weight: TernaryWeight, dtype: torch.dty
     exact(unsigned_zeros(ops.rms_norm_weight_grad(torch.ones_like(x), x, eps=eps)), x[:1].to(torch.float32))
 
 
-@law(width=st.deferred(ss.sizes), dtype=ss.DTYPES, power=st.integers(-8, 8), data=st.data())
+@law(
+    width=st.deferred(ss.sizes),
+    dtype=ss.DTYPES,
+    power=st.integers(-8, 8),
+    data=st.data(),
+    rejects=[
+        mutant(
+            "norm_weight_grad_rectified",
+            "reshape(-1, x.shape[-1]).sum(dim=0",
+            "reshape(-1, x.shape[-1]).relu().sum(dim=0",
+            compared="rms_norm_weight_grad",
+        ),
+    ],
+)
 def test_rms_norm_weight_grad_scales_with_grad(
     ops: Subject, width: int, dtype: torch.dtype, power: int, data: st.DataObject
 ) -> None:
@@ -106,7 +338,13 @@ def test_rms_norm_weight_grad_scales_with_grad(
     exact(ops.rms_norm_weight_grad(grad * -(2.0**power), x), first * -(2.0**power))
 
 
-@law(width=st.deferred(ss.sizes), dtype=ss.DTYPES, power=st.integers(10, 40), data=st.data())
+@law(
+    width=st.deferred(ss.sizes),
+    dtype=ss.DTYPES,
+    power=st.integers(10, 40),
+    data=st.data(),
+    rejects=[NORM_FORGETS_THE_ROOT],
+)
 def test_rms_norm_weight_grad_ignores_the_scale(
     ops: Subject, width: int, dtype: torch.dtype, power: int, data: st.DataObject
 ) -> None:
@@ -119,7 +357,14 @@ def test_rms_norm_weight_grad_ignores_the_scale(
     )
 
 
-@law(weight=WEIGHTS, lead=LEADING, dtype=ss.DTYPES, eps=EPS, data=st.data())
+@law(
+    weight=WEIGHTS,
+    lead=LEADING,
+    dtype=ss.DTYPES,
+    eps=EPS,
+    data=st.data(),
+    rejects=[NORM_GRAD_WITHOUT_PROJECTION],
+)
 def test_rms_norm_input_grad_is_orthogonal(
     ops: Subject,
     weight: TernaryWeight,
@@ -187,3 +432,29 @@ def test_rms_norm_input_grad_of_one_channel_cancels(subject: Subject) -> None:
     for grad, row in ((torch.tensor([[1.5390625]]), torch.tensor([[0.92578125]])), (x.flip(0), x)):
         case = Case((grad.to(torch.bfloat16), row.to(torch.bfloat16), weight), {"eps": 1e-12})
         compare(subject, "rms_norm_input_grad", case)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+# fmt: off
+test_refusals_of_norm = refusals(
+    "norm",
+    refused("rms_norm", "eps 0", ValueError, "eps", ones(2, 14), lambda: weight(1), eps=0.0),
+    refused("rms_norm", "eps 2", ValueError, "eps", ones(2, 14), lambda: weight(1), eps=2.0),
+    refused("rms_norm", "three rows", ValueError, "weight", ones(2, 14), weight),
+    refused("rms_norm", "13 channels", ValueError, "x", ones(2, 13), lambda: weight(1)),
+    refused("rms_norm", "no channels", ValueError, "x", ones(2, 0), lambda: weight(1)),
+    refused("rms_norm", "float16", TypeError, "x", ones(2, 14, dtype=F16), lambda: weight(1)),
+    refused("rms_norm", "another device", ValueError, "x", meta(2, 14), lambda: weight(1)),
+    refused("rms_norm_input_grad", "two shapes", ValueError, "grad", ones(3, 14), ones(2, 14), lambda: weight(1)),
+    refused("rms_norm_input_grad", "two dtypes", TypeError,
+            "grad", ones(2, 14, dtype=torch.bfloat16), ones(2, 14), lambda: weight(1)),
+    refused("rms_norm_weight_grad", "two shapes", ValueError, "grad", ones(3, 14), ones(2, 14)),
+    refused("rms_norm_weight_grad", "a scalar", ValueError, "x", ones(), ones()),
+    refused("rms_norm_weight_grad", "no channels", ValueError, "x", ones(2, 0), ones(2, 0)),
+    rejects=[
+        mutant("norm_eps_unchecked", 'checks.number("eps", eps, 0.0, 1.0, open_low=True)', "pass"),
+    ],
+)
+# fmt: on

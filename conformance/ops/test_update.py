@@ -2,51 +2,173 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from arbitor.reference.constants import level_range
+from arbitor.reference.constants import RESERVED_STEP
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
-from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.types import TernaryWeight
 from conformance import oracle
 from conformance import strategies as ss
+from conformance.case import Case, calls
 from conformance.compare import exact
 from conformance.law import law
+from conformance.mutant import mutants_of
+from conformance.ops.test_votes import DITHER_AT_RATE_ZERO, RATE_UNCHECKED
+from conformance.refusal import CLOCK, F32, I8, ids, meta, ones, refusals, refused, scalar, weight
 from conformance.subject import Subject
 
+mutant = mutants_of("update")
+
+
+# --- how calls are drawn ---------------------------------------------------------------------------------------------
+
+
+@calls("count_nonfinite_rows")
+def count_nonfinite_rows_calls(draw: st.DrawFn) -> Case:
+    return Case((draw(ss.gradients(draw(ss.gradient_shapes()))),))
+
+
+@calls("accumulate")
+def accumulate_calls(draw: st.DrawFn) -> Case:
+    weight = draw(ss.weights())
+    kwargs = {"exponent_rule": draw(st.sampled_from(("score", "sign", "frozen"))), **draw(ss.clocks())}
+    shape = weight.shape
+    if draw(st.booleans(), label="some rows"):
+        kwargs["rows"] = draw(ss.row_choices(shape[0]))
+        shape = (kwargs["rows"].numel(), shape[1])
+    votes = draw(ss.vote_tensors(shape)) if shape[0] else torch.zeros(shape, dtype=torch.int8)
+    ss.with_out(draw, weight, kwargs)
+    return Case((weight, votes), kwargs)
+
+
+@calls("accumulate_gradient")
+def accumulate_gradient_calls(draw: st.DrawFn) -> Case:
+    weight = draw(ss.weights())
+    kwargs = {"exponent_rule": draw(st.sampled_from(("score", "sign", "frozen"))), **draw(ss.clocks())}
+    shape = weight.shape
+    if draw(st.booleans(), label="some rows"):
+        kwargs["rows"] = draw(ss.row_choices(shape[0]))
+        shape = (kwargs["rows"].numel(), shape[1])
+    if draw(st.booleans(), label="faults"):
+        kwargs["faults"] = torch.tensor(draw(st.sampled_from((0, 2**40))))
+    ss.with_out(draw, weight, kwargs)
+    return Case((weight, draw(ss.gradients(shape)), draw(ss.rates())), kwargs)
+
+
+@calls("count_changed_trits")
+def count_changed_trits_calls(draw: st.DrawFn) -> Case:
+    shape = draw(ss.matrix_shapes())
+    return Case((draw(ss.weights(shape)), draw(ss.weights(shape))))
+
+
+# --- laws, and the mutants that they reject --------------------------------------------------------------------------
+
+
 SMALL = ss.weights(limit=33)
-ON_FLIP = st.sampled_from(("reset", "carry"))
+TINY = ss.weights(limit=13)
+"""For laws that take several updates of a weight: a group that is full, one that is short, and several rows."""
+
 RULES = st.sampled_from(("score", "sign", "frozen"))
-THETAS = st.one_of(st.sampled_from((1, 2, 16, 127)), st.integers(1, 127))
-CLOCK = {"seed": 11, "step": 12, "tensor_id": 13}
 
 
-def _votes(weight: TernaryWeight) -> st.SearchStrategy[Tensor]:
+def votes_for(weight: TernaryWeight) -> st.SearchStrategy[Tensor]:
     return ss.vote_tensors(weight.shape)
 
 
-def _trits(weight: TernaryWeight) -> list[list[int]]:
+def trit_rows(weight: TernaryWeight) -> list[list[int]]:
     num_rows, num_columns = weight.shape
     flat = oracle.unpack(weight.packed.tolist(), num_rows * num_columns)
     return [flat[row * num_columns : (row + 1) * num_columns] for row in range(num_rows)]
 
 
-@law(weight=SMALL, rule=RULES, clock=ss.clocks(), data=st.data())
+ACCUMULATE_WRAPS = mutant(
+    "accumulate_wraps",
+    "count.clamp(-ACCUM_MAX, ACCUM_MAX).to(torch.int8)",
+    "count.to(torch.int8)",
+    compared="accumulate",
+)
+ACCUMULATE_TO_MINUS_128 = mutant(
+    "accumulate_to_minus_128",
+    "count.clamp(-ACCUM_MAX, ACCUM_MAX)",
+    "count.clamp(-128, ACCUM_MAX)",
+    compared="accumulate",
+)
+ACCUMULATE_REPLACES = mutant(
+    "accumulate_replaces",
+    "_saturate(trit_accum[rows].to(torch.int16) + votes_NK)",
+    "_saturate(0 * trit_accum[rows].to(torch.int16) + votes_NK)",
+    compared="accumulate",
+)
+SCORE_WITHOUT_TRITS = mutant(
+    "score_without_trits",
+    "votes_NK.to(torch.int32) * trits_of(weight)[rows]",
+    "votes_NK.to(torch.int32)",
+    compared="accumulate",
+)
+SCORE_DROPS_THE_TAIL = mutant(
+    "score_drops_the_tail",
+    "score = padded.reshape(-1, groups, weight.group_size).sum(dim=2)",
+    "score = padded.reshape(-1, groups, weight.group_size)[..., : weight.group_size - 1].sum(dim=2)",
+    compared="accumulate",
+)
+SCORE_TRUNCATED = mutant(
+    "score_truncated",
+    "(score + exponent_dither) >> SCORE_SHIFT",
+    "torch.div(score + exponent_dither, 32, rounding_mode='trunc')",
+    compared="accumulate",
+)
+WRITES_ITS_INPUT = mutant(
+    "writes_its_input",
+    "trit_accum = weight.trit_accum.clone()",
+    "trit_accum = weight.trit_accum",
+    compared="accumulate",
+)
+
+
+@law(
+    weight=SMALL,
+    rule=RULES,
+    clock=ss.clocks(),
+    data=st.data(),
+    rejects=[
+        ACCUMULATE_WRAPS,
+        ACCUMULATE_TO_MINUS_128,
+        ACCUMULATE_REPLACES,
+        mutant(
+            "score_after_the_flip",
+            "votes_NK.to(torch.int32) * trits_of(weight)[rows]",
+            "votes_NK.to(torch.int32) * (trits_of(weight)[rows] - (trit_accum[rows] >= DEFAULT_THETA).to(torch.int8)"
+            " + (trit_accum[rows] <= -DEFAULT_THETA).to(torch.int8)).clamp(-1, 1)",
+            compared="accumulate",
+        ),
+        SCORE_WITHOUT_TRITS,
+        SCORE_DROPS_THE_TAIL,
+        mutant(
+            "score_dither_of_a_place",
+            "dither[..., weight.group_size]",
+            "dither[..., weight.group_size - 1]",
+            compared="accumulate",
+        ),
+        SCORE_TRUNCATED,
+        WRITES_ITS_INPUT,
+    ],
+)
 def test_accumulate_by_element(
     ops: Subject, weight: TernaryWeight, rule: str, clock: dict[str, Any], data: st.DataObject
 ) -> None:
     """Counts and scores one element at a time: the trit before any flip, the exponent's own dither byte, saturation."""
-    votes = data.draw(_votes(weight))
+    votes = data.draw(votes_for(weight))
     after = ops.accumulate(weight, votes, exponent_rule=rule, **clock)
     numbers = {name: int(value) for name, value in clock.items()}
     size, groups = weight.group_size, weight.exponents.shape[1]
     rows = zip(
         votes.tolist(),
-        _trits(weight),
+        trit_rows(weight),
         weight.trit_accum.tolist(),
         weight.exponent_accum.tolist(),
         strict=True,
@@ -64,19 +186,34 @@ def test_accumulate_by_element(
             )
 
 
-@law(weight=SMALL, rule=RULES, data=st.data())
+@law(
+    weight=SMALL,
+    rule=RULES,
+    data=st.data(),
+    rejects=[
+        mutant("frozen_exponents_count", 'if exponent_rule != "frozen":', "if True:", compared="accumulate"),
+        mutant(
+            "accumulate_flips_at_once",
+            "weight.with_tensors(trit_accum=trit_accum,",
+            "weight.with_tensors(packed=pack_trits((trits_of(weight) - (trit_accum == 127).to(torch.int8)).clamp(-1, 1)),"
+            " trit_accum=trit_accum,",
+            compared="accumulate",
+        ),
+        WRITES_ITS_INPUT,
+    ],
+)
 def test_accumulate_moves_no_weight(
     ops: Subject, weight: TernaryWeight, rule: str, data: st.DataObject
 ) -> None:
     """Accumulating changes counts only: trits and exponents keep every byte."""
-    after = ops.accumulate(weight, data.draw(_votes(weight)), exponent_rule=rule, **CLOCK)
+    after = ops.accumulate(weight, data.draw(votes_for(weight)), exponent_rule=rule, **CLOCK)
     exact(after.packed, weight.packed)
     exact(after.exponents, weight.exponents)
     if rule == "frozen":
         exact(after.exponent_accum, weight.exponent_accum)
 
 
-@law(weight=SMALL)
+@law(weight=SMALL, rejects=[ACCUMULATE_WRAPS, ACCUMULATE_TO_MINUS_128])
 def test_accumulate_saturates(ops: Subject, weight: TernaryWeight) -> None:
     """Two rounds of full votes reach the rail from anywhere, and stay."""
     for vote in (127, -127):
@@ -88,7 +225,12 @@ def test_accumulate_saturates(ops: Subject, weight: TernaryWeight) -> None:
         assert after.exponent_accum.min() >= -127
 
 
-@law(weight=SMALL)
+SCORE_DITHER_TOO_WIDE = mutant(
+    "score_dither_too_wide", ">> (8 - SCORE_SHIFT)", ">> (7 - SCORE_SHIFT)", compared="accumulate"
+)
+
+
+@law(weight=SMALL, rejects=[ACCUMULATE_REPLACES, SCORE_DITHER_TOO_WIDE])
 def test_accumulate_of_no_votes(ops: Subject, weight: TernaryWeight) -> None:
     """Votes of zero change not one byte, under every rule: a score of 0 and a dither below 32 give 0."""
     votes = torch.zeros(weight.shape, dtype=torch.int8)
@@ -96,97 +238,58 @@ def test_accumulate_of_no_votes(ops: Subject, weight: TernaryWeight) -> None:
         exact(ops.accumulate(weight, votes, exponent_rule=rule, **CLOCK), weight, rule)
 
 
-@law(share=0.3, score=st.integers(-40, 40), sign=st.sampled_from((-1, 1)))
+@law(
+    share=0.3,
+    score=st.integers(-40, 40),
+    sign=st.sampled_from((-1, 1)),
+    rejects=[SCORE_DROPS_THE_TAIL, SCORE_DITHER_TOO_WIDE, SCORE_TRUNCATED],
+)
 def test_accumulate_exponent_is_unbiased(ops: Subject, score: int, sign: int) -> None:
     """Over all dither values of the exponent, a score moves its count by exactly score / 32 on average."""
     trits = torch.full((800, 6), sign, dtype=torch.int8)
     weight = weight_of_trits(trits, torch.zeros(800, 1, dtype=torch.int8), 6)
-    votes = torch.zeros(800, 6, dtype=torch.int8)
-    votes[:, 5] = score * sign
     dither = ops.dither_bytes(torch.arange(800)[:, None], group_size=6, **CLOCK)[..., 6].reshape(-1) // 8
-    one_of_each = [int((dither == value).nonzero()[0]) for value in range(32)]
-    moved = ops.accumulate(weight, votes, **CLOCK).exponent_accum[one_of_each].sum(dtype=torch.int64).item()
+    one_of_each = torch.stack([(dither == value).nonzero()[0, 0] for value in range(32)])
+    votes = torch.zeros(32, 6, dtype=torch.int8)
+    votes[:, 5] = score * sign
+    moved = (
+        ops.accumulate(weight, votes, rows=one_of_each, **CLOCK).exponent_accum.sum(dtype=torch.int64).item()
+    )
     assert moved == score, f"32 groups of score {score} moved by {moved}"
 
 
-@law(weight=SMALL, clock=ss.clocks(), data=st.data())
+@law(
+    weight=SMALL,
+    clock=ss.clocks(),
+    data=st.data(),
+    rejects=[
+        mutant(
+            "all_rows_at_once",
+            "group_ids = rows[:, None] * groups",
+            "group_ids = torch.arange(rows.numel())[:, None] * groups",
+            compared="accumulate",
+        ),
+        mutant(
+            "stale_rows",
+            "trit_accum = weight.trit_accum.clone()",
+            "trit_accum = weight.trit_accum * 0",
+            compared="accumulate",
+        ),
+    ],
+)
 def test_accumulate_some_rows(
     ops: Subject, weight: TernaryWeight, clock: dict[str, Any], data: st.DataObject
 ) -> None:
     """Named rows are counted as in the whole weight; every other row keeps every byte; unused slots touch nothing."""
     rows = data.draw(ss.row_choices(weight.shape[0]))
-    votes = data.draw(_votes(weight))
+    votes = data.draw(votes_for(weight))
     slots = torch.where(rows[:, None] >= 0, votes[rows], 5)
     some = ops.accumulate(weight, slots.to(torch.int8), rows=rows, **clock)
     whole = ops.accumulate(weight, votes, **clock)
-    _same_but_for_rows(some, whole, weight, rows)
+    same_but_for_rows(some, whole, weight, rows)
 
 
-@law(weight=SMALL, theta=THETAS, theta_e=THETAS, on_flip=ON_FLIP)
-def test_apply_step_by_element(
-    ops: Subject, weight: TernaryWeight, theta: int, theta_e: int, on_flip: str
-) -> None:
-    """Every trit and exponent by itself: against its count, one level, held at the rails; then its count."""
-    after = ops.apply_step(weight, theta=theta, theta_e=theta_e, on_flip=on_flip)
-    for n, (before, count, now, kept) in enumerate(
-        zip(_trits(weight), weight.trit_accum.tolist(), _trits(after), after.trit_accum.tolist(), strict=True)
-    ):
-        want = [oracle.step_trit(t, c, theta, on_flip) for t, c in zip(before, count, strict=True)]
-        assert list(zip(now, kept, strict=True)) == want, f"trits of row {n}"
-    low, high = level_range(weight.mantissa_bits)
-    levels = zip(weight.exponents.flatten().tolist(), weight.exponent_accum.flatten().tolist(), strict=True)
-    want = [oracle.step_exponent(level, count, theta_e, low, high) for level, count in levels]
-    now = zip(after.exponents.flatten().tolist(), after.exponent_accum.flatten().tolist(), strict=True)
-    assert list(now) == want, "exponents"
-
-
-@law(weight=SMALL, theta=THETAS)
-def test_apply_step_is_idle_the_second_time(ops: Subject, weight: TernaryWeight, theta: int) -> None:
-    """Under `reset` no trit is left with a full count; exponents above a theta_e of 64 neither."""
-    once = ops.apply_step(weight, theta=theta, theta_e=64)
-    exact(ops.apply_step(once, theta=theta, theta_e=64), once)
-
-
-@law(weight=SMALL, theta=THETAS)
-def test_apply_step_carries_the_excess(ops: Subject, weight: TernaryWeight, theta: int) -> None:
-    """Under `carry` a full count loses theta towards zero, and keeps its remainder for the next step."""
-    after = ops.apply_step(weight, theta=theta, on_flip="carry").trit_accum.to(torch.int32)
-    count = weight.trit_accum.to(torch.int32)
-    exact(after, torch.where(count.abs() >= theta, count - count.sign() * theta, count))
-
-
-@law(weight=SMALL, theta=THETAS)
-def test_apply_step_holds_the_rails(ops: Subject, weight: TernaryWeight, theta: int) -> None:
-    """Pushed outwards for good, trits rest at plus and minus one and exponents at their rails."""
-    low, high = level_range(weight.mantissa_bits)
-    for push in (127, -127):
-        after = weight
-        for _ in range(3):
-            pushed = {
-                name: torch.full_like(after.tensors()[name], push)
-                for name in ("trit_accum", "exponent_accum")
-            }
-            after = after.with_tensors(
-                **pushed, exponents=torch.full_like(after.exponents, low if push > 0 else high)
-            )
-            after = ops.apply_step(after, theta=theta, theta_e=theta)
-        assert (trits_of(after) == (-1 if push > 0 else 1)).all(), "a trit beyond its rail, or short of it"
-        assert (after.exponents == (low if push > 0 else high)).all(), "an exponent beyond its rail"
-
-
-@law(weight=SMALL, theta=THETAS, on_flip=ON_FLIP, data=st.data())
-def test_apply_step_some_rows(
-    ops: Subject, weight: TernaryWeight, theta: int, on_flip: str, data: st.DataObject
-) -> None:
-    rows = data.draw(ss.row_choices(weight.shape[0]))
-    some = ops.apply_step(weight, theta=theta, theta_e=theta, on_flip=on_flip, rows=rows)
-    whole = ops.apply_step(weight, theta=theta, theta_e=theta, on_flip=on_flip)
-    _same_but_for_rows(some, whole, weight, rows)
-
-
-def _same_but_for_rows(
-    some: TernaryWeight, whole: TernaryWeight, before: TernaryWeight, rows: Tensor
-) -> None:
+def same_but_for_rows(some: TernaryWeight, whole: TernaryWeight, before: TernaryWeight, rows: Tensor) -> None:
     """Fail unless the named rows are those of `whole` and all others those of `before`."""
     named = torch.zeros(before.shape[0], dtype=torch.bool)
     named[rows[rows >= 0]] = True
@@ -201,27 +304,21 @@ def _same_but_for_rows(
 _BY_ROW = ("exponents", "trit_accum", "exponent_accum")
 
 
-@law(weight=SMALL, data=st.data(), on_flip=ON_FLIP)
-def test_update_in_place(ops: Subject, weight: TernaryWeight, data: st.DataObject, on_flip: str) -> None:
-    """`out` receives the whole result, whether it is another weight or the weight itself."""
-    votes = data.draw(_votes(weight))
-    grad = data.draw(ss.gradients(weight.shape))
-    rows = data.draw(ss.row_choices(weight.shape[0]))
-    calls = (
-        ("accumulate", (votes,), CLOCK),
-        ("accumulate_gradient", (grad, 1.0), CLOCK),
-        ("apply_step", (), {"theta": 2, "theta_e": 3, "on_flip": on_flip}),
-        ("apply_step", (), {"theta": 2, "theta_e": 3, "on_flip": on_flip, "rows": rows}),
-    )
-    for op, args, kwargs in calls:
-        want = ops.call(op, weight, *args, **kwargs)
-        other = weight.clone().with_tensors(packed=torch.zeros_like(weight.packed))
-        exact(ops.call(op, weight, *args, out=other, **kwargs), want, f"{op} into another weight")
-        itself = weight.clone()
-        exact(ops.call(op, itself, *args, out=itself, **kwargs), want, f"{op} in place")
-
-
-@law(weight=SMALL, rule=RULES, rate=ss.rates(), clock=ss.clocks(), data=st.data())
+@law(
+    weight=SMALL,
+    rule=RULES,
+    rate=ss.rates(),
+    clock=ss.clocks(),
+    data=st.data(),
+    rejects=[
+        mutant(
+            "fused_forgets_rows",
+            "exponent_rule=exponent_rule,\n        rows=rows,\n        out=out",
+            'exponent_rule="score",\n        rows=rows,\n        out=out',
+            compared="accumulate_gradient",
+        ),
+    ],
+)
 def test_accumulate_gradient_is_its_parts(
     ops: Subject, weight: TernaryWeight, rule: str, rate: float, clock: dict[str, Any], data: st.DataObject
 ) -> None:
@@ -234,7 +331,35 @@ def test_accumulate_gradient_is_its_parts(
     exact(ops.accumulate_gradient(weight, grad, rate, exponent_rule=rule, rows=rows, **clock), parts)
 
 
-@law(weight=SMALL, before=st.integers(0, 2**40), data=st.data())
+FAULTS_WITHOUT_INFINITY = mutant(
+    "faults_without_infinity",
+    "(~grad_NK.isfinite().all(dim=1)).sum()",
+    "grad_NK.isnan().any(dim=1).sum()",
+    compared="count_nonfinite_rows",
+)
+COUNTS_BEFORE_IT_REFUSES = mutant(
+    "counts_before_it_refuses",
+    "    votes = stochastic_votes(",
+    "    if faults is not None:\n        faults += 1\n    votes = stochastic_votes(",
+    compared="accumulate_gradient",
+)
+
+
+@law(
+    weight=SMALL,
+    before=st.integers(0, 2**40),
+    data=st.data(),
+    rejects=[
+        mutant(
+            "faults_not_counted",
+            "faults += count_nonfinite_rows(grad_NK)",
+            "pass",
+            compared="accumulate_gradient",
+        ),
+        FAULTS_WITHOUT_INFINITY,
+        COUNTS_BEFORE_IT_REFUSES,
+    ],
+)
 def test_accumulate_gradient_counts_faults(
     ops: Subject, weight: TernaryWeight, before: int, data: st.DataObject
 ) -> None:
@@ -252,57 +377,44 @@ def test_accumulate_gradient_counts_faults(
     exact(after.trit_accum[bad], weight.trit_accum[bad], "rows that are not finite")
 
 
-@law(weight=SMALL, data=st.data())
+@law(weight=SMALL, data=st.data(), rejects=[DITHER_AT_RATE_ZERO])
 def test_accumulate_gradient_at_rate_zero(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
     exact(ops.accumulate_gradient(weight, data.draw(ss.gradients(weight.shape)), 0.0, **CLOCK), weight)
 
 
 @law(
-    weight=ss.weights(limit=33, levels=(-8, 8)),
-    seed=ss.GENERATOR_SEEDS,
-    rule=st.sampled_from(("score", "sign")),
+    grad=ss.matrix_shapes(60).flatmap(ss.gradients),
+    rejects=[
+        mutant(
+            "faults_by_element",
+            "(~grad_NK.isfinite().all(dim=1)).sum()",
+            "(~grad_NK.isfinite()).sum()",
+            compared="count_nonfinite_rows",
+        ),
+        FAULTS_WITHOUT_INFINITY,
+    ],
 )
-def test_update_descends(ops: Subject, weight: TernaryWeight, seed: int, rule: str) -> None:
-    """From empty counts, every trit and every exponent moves against its gradient: no term of sum g * dW is positive.
-
-    The gradient has one magnitude, so that at rate 127 an element votes its sign at full strength and dither cannot
-    turn it; a group's exponent follows the sign of g * W over the group.
-    """
-    zero = {name: torch.zeros_like(weight.tensors()[name]) for name in ("trit_accum", "exponent_accum")}
-    weight = weight.with_tensors(**zero)
-    signs = torch.randint(0, 2, weight.shape, generator=ss.generator(seed)) * 2.0 - 1.0
-    before = dequantize(weight, dtype=torch.float64)
-    frozen = ops.accumulate_gradient(weight, signs, 127.0, exponent_rule="frozen", **CLOCK)
-    moved = dequantize(ops.apply_step(frozen), dtype=torch.float64) - before
-    assert (signs * moved <= 0).all(), "a trit moved with its gradient"
-    assert not moved.any() or (signs * moved).sum() < 0
-    can_move = (trits_of(weight) * signs) > -1
-    assert (moved != 0)[can_move].all(), "a trit with a full count did not move"
-    votes = (signs * 127).to(torch.int8)
-    scored = ops.apply_step(ops.accumulate(weight, votes, exponent_rule=rule, **CLOCK), theta_e=1, theta=127)
-    size, groups = weight.group_size, weight.exponents.shape[1]
-    raised = (scored.exponents.to(torch.int64) - weight.exponents).repeat_interleave(size, dim=1)[
-        :, : weight.shape[1]
-    ]
-    terms = torch.nn.functional.pad(signs * before, (0, groups * size - weight.shape[1])).reshape(
-        -1, groups, size
-    )
-    slope = terms.sum(dim=2).sign().to(torch.int64).repeat_interleave(size, dim=1)[:, : weight.shape[1]]
-    assert (raised * slope <= 0).all(), "an exponent moved with its gradient"
-    assert (raised == -slope)[:, :1].all() or rule == "score", "an exponent with a full count did not move"
-
-
-@law(grad=ss.matrix_shapes(60).flatmap(ss.gradients))
 def test_count_nonfinite_rows_by_row(ops: Subject, grad: Tensor) -> None:
     want = sum(not all(abs(g) < float("inf") for g in row) for row in grad.tolist())
     exact(ops.count_nonfinite_rows(grad), torch.tensor(want))
 
 
-@law(weight=SMALL, data=st.data())
+@law(
+    weight=SMALL,
+    data=st.data(),
+    rejects=[
+        mutant(
+            "changed_bytes_for_trits",
+            "(unpack_trits(before.packed, before.shape) != unpack_trits(after.packed, after.shape)).sum()",
+            "(before.packed != after.packed).sum()",
+            compared="count_changed_trits",
+        ),
+    ],
+)
 def test_count_changed_trits_by_trit(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
     """Counts trits, not bytes; neither exponents nor accumulators matter; symmetric, and 0 for a weight and itself."""
     other = data.draw(ss.weights(weight.shape))
-    one, two = torch.tensor(_trits(weight)), torch.tensor(_trits(other))
+    one, two = torch.tensor(trit_rows(weight)), torch.tensor(trit_rows(other))
     want = torch.tensor(
         sum(a != b for a, b in zip(one.flatten().tolist(), two.flatten().tolist(), strict=True))
     )
@@ -311,3 +423,71 @@ def test_count_changed_trits_by_trit(ops: Subject, weight: TernaryWeight, data: 
     exact(
         ops.count_changed_trits(weight, weight.with_tensors(exponents=weight.exponents + 0)), torch.tensor(0)
     )
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def faulty(*shape: int) -> Callable[[], Tensor]:
+    """Return a maker of a gradient of ones whose last element is a NaN, so that it would be counted."""
+    return lambda: torch.ones(shape).index_fill_(-1, torch.tensor([shape[-1] - 1]), float("nan"))
+
+
+# fmt: off
+test_refusals_of_update = refusals(
+    "update",
+    refused("accumulate", "float votes", TypeError, "votes_NK", weight, ones(3, 14), **CLOCK),
+    refused("accumulate", "a column too few", ValueError, "votes_NK", weight, ones(3, 13, dtype=I8), **CLOCK),
+    refused("accumulate", "a vote of -128", ValueError,
+            "votes_NK", weight, lambda: torch.full((3, 14), -128, dtype=I8), **CLOCK),
+    refused("accumulate", "another device", ValueError, "votes_NK", weight, meta(3, 14, dtype=I8), **CLOCK),
+    refused("accumulate", "an unknown rule", ValueError,
+            "exponent_rule", weight, ones(3, 14, dtype=I8), exponent_rule="ema", **CLOCK),
+    refused("accumulate", "a row named twice", ValueError, "rows", weight, ones(2, 14, dtype=I8), rows=ids(1, 1), **CLOCK),
+    refused("accumulate", "row N", ValueError, "rows", weight, ones(1, 14, dtype=I8), rows=ids(3), **CLOCK),
+    refused("accumulate", "row -2", ValueError, "rows", weight, ones(1, 14, dtype=I8), rows=ids(-2), **CLOCK),
+    refused("accumulate", "another out", ValueError, "out", weight, ones(3, 14, dtype=I8), out=lambda: weight(4), **CLOCK),
+    refused("accumulate", "an out elsewhere", ValueError,
+            "out", weight, ones(3, 14, dtype=I8), out=lambda: weight().to("meta"), **CLOCK),
+    refused("accumulate", "the reserved step", ValueError,
+            "step", weight, ones(3, 14, dtype=I8), **{**CLOCK, "step": RESERVED_STEP}),
+    refused("accumulate", "step tensor -1", ValueError, "step", weight, ones(3, 14, dtype=I8), **{**CLOCK, "step": scalar(-1)}),
+    refused("accumulate", "a list of rows", TypeError, "rows", weight, ones(2, 14, dtype=I8), rows=[0, 1], **CLOCK),
+    refused("accumulate", "a row named twice, with an out", ValueError,
+            "rows", weight, ones(2, 14, dtype=I8), rows=ids(1, 1), out=weight, **CLOCK),
+    refused("accumulate_gradient", "float64", TypeError, "grad_NK", weight, ones(3, 14, dtype=torch.float64), 1.0, **CLOCK),
+    refused("accumulate_gradient", "another shape", ValueError, "grad_NK", weight, ones(14, 3), 1.0, **CLOCK),
+    refused("accumulate_gradient", "rate 200", ValueError, "rate", weight, ones(3, 14), 200.0, **CLOCK),
+    refused("accumulate_gradient", "rate tensor -1", ValueError, "rate", weight, ones(3, 14), scalar(-1.0, F32), **CLOCK),
+    refused("accumulate_gradient", "rate tensor NaN", ValueError,
+            "rate", weight, ones(3, 14), scalar(float("nan"), F32), **CLOCK),
+    refused("accumulate_gradient", "step tensor 2**32 + 5", ValueError,
+            "step", weight, ones(3, 14), 1.0, **{**CLOCK, "step": scalar(2**32 + 5)}),
+    refused("accumulate_gradient", "the reserved step", ValueError,
+            "step", weight, ones(3, 14), 1.0, **{**CLOCK, "step": RESERVED_STEP}),
+    refused("accumulate_gradient", "a list of rows", TypeError, "rows", weight, ones(2, 14), 1.0, rows=[0, 1], **CLOCK),
+    refused("accumulate_gradient", "an out elsewhere", ValueError,
+            "out", weight, faulty(3, 14), 1.0, faults=scalar(0), out=lambda: weight().to("meta"), **CLOCK),
+    refused("accumulate_gradient", "faults elsewhere", ValueError,
+            "faults", weight, faulty(3, 14), 1.0, faults=meta(dtype=torch.int64), out=weight, **CLOCK),
+    refused("accumulate_gradient", "an unknown rule, with faults", ValueError,
+            "exponent_rule", weight, faulty(3, 14), 1.0, exponent_rule="ema", faults=scalar(5), out=weight, **CLOCK),
+    refused("accumulate_gradient", "seed -1, with faults", ValueError,
+            "seed", weight, faulty(3, 14), 1.0, faults=scalar(5), out=weight, **{**CLOCK, "seed": -1}),
+    refused("accumulate_gradient", "a row named twice, with faults", ValueError,
+            "rows", weight, faulty(2, 14), 1.0, rows=ids(1, 1), faults=scalar(5), out=weight, **CLOCK),
+    refused("accumulate_gradient", "a row named twice", ValueError,
+            "rows", weight, ones(2, 14), 1.0, rows=ids(1, 1), **CLOCK),
+    refused("accumulate_gradient", "int32 faults", TypeError,
+            "faults", weight, ones(3, 14), 1.0, faults=ones(dtype=torch.int32), **CLOCK),
+    refused("accumulate_gradient", "an unknown rule", ValueError,
+            "exponent_rule", weight, ones(3, 14), 1.0, exponent_rule="", **CLOCK),
+    refused("count_nonfinite_rows", "int8", TypeError, "grad_NK", ones(3, 14, dtype=I8)),
+    refused("count_changed_trits", "another shape", ValueError, "after", weight, lambda: weight(3, 13)),
+    rejects=[
+        RATE_UNCHECKED,
+        mutant("rows_unchecked", "checks.row_values(rows, weight.shape[0])", "pass", times=3),
+        COUNTS_BEFORE_IT_REFUSES,
+    ],
+)
+# fmt: on

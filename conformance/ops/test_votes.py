@@ -10,12 +10,54 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
-from arbitor.reference.constants import SILENT_ROW
+from arbitor.reference.constants import RESERVED_STEP, SILENT_ROW
 from conformance import oracle
 from conformance import strategies as ss
+from conformance.case import Case, calls
 from conformance.compare import exact
 from conformance.law import law
+from conformance.mutant import mutants_of
+from conformance.ops.test_dither import STEP_TENSOR_IGNORED
+from conformance.refusal import CLOCK, F16, F32, ids, meta, ones, refusals, refused, scalar
 from conformance.subject import Subject
+
+mutant = mutants_of("votes")
+
+
+# --- how calls are drawn ---------------------------------------------------------------------------------------------
+
+
+@calls("row_exponents")
+def row_exponents_calls(draw: st.DrawFn) -> Case:
+    return Case((draw(ss.gradients(draw(ss.gradient_shapes()))),))
+
+
+@calls("stochastic_votes")
+def stochastic_votes_calls(draw: st.DrawFn) -> Case:
+    shape = draw(ss.gradient_shapes())
+    kwargs = {"group_size": draw(ss.GROUPS), **draw(ss.clocks())}
+    if draw(st.booleans(), label="rows"):
+        rows = torch.randperm(3 * shape[0], generator=ss.generator(draw(ss.GENERATOR_SEEDS)))[: shape[0]]
+        kwargs["rows"] = torch.where(rows == 0, -1, rows)
+    return Case((draw(ss.gradients(shape)), draw(ss.rates())), kwargs)
+
+
+@calls("sign_votes")
+def sign_votes_calls(draw: st.DrawFn) -> Case:
+    step_size = draw(st.one_of(st.sampled_from((1, 127)), st.integers(1, 127)))
+    return Case((draw(ss.gradients(draw(ss.gradient_shapes()))), step_size))
+
+
+@calls("step_from_loss")
+def step_from_loss_calls(draw: st.DrawFn) -> Case:
+    loss = draw(st.one_of(st.sampled_from((0.0, 1e-9, 5.6937, 1e9)), st.floats(0.0, 12.0)))
+    return Case(
+        (loss, draw(st.sampled_from((5.545177444479562, 5.693732138802635, 1.0))), draw(st.integers(1, 127)))
+    )
+
+
+# --- laws, and the mutants that they reject --------------------------------------------------------------------------
+
 
 SMALL = ss.matrix_shapes(40)
 GRADIENTS = SMALL.flatmap(ss.gradients)
@@ -24,7 +66,42 @@ FINITE = SMALL.flatmap(
 )
 
 
-@law(grad=GRADIENTS)
+EXPONENT_OF_HALF = mutant(
+    "exponent_of_half",
+    'frexp_exponent.div(2, rounding_mode="floor")',
+    'frexp_exponent.div(2, rounding_mode="trunc")',
+    compared="row_exponents",
+)
+VOTES_FOR_NAN = mutant(
+    "votes_for_nan",
+    "torch.where(votes, frexp_exponent",
+    "torch.where(votes | True, frexp_exponent",
+    compared="row_exponents",
+)
+
+
+@law(
+    grad=GRADIENTS,
+    rejects=[
+        mutant(
+            "rms_over_padded_columns",
+            ".square().mean(dim=1)",
+            ".square().sum(dim=1) / (-(-grad_NK.shape[1] // 12) * 12)",
+            compared=("row_exponents", "stochastic_votes"),
+        ),
+        mutant("sum_for_mean", ".square().mean(dim=1)", ".square().sum(dim=1)", compared="row_exponents"),
+        mutant("largest_for_rms", ".square().mean(dim=1)", ".square().amax(dim=1)", compared="row_exponents"),
+        EXPONENT_OF_HALF,
+        mutant(
+            "float32_squares",
+            "grad_NK.to(torch.float64).square()",
+            "grad_NK.to(torch.float32).square()",
+            compared="row_exponents",
+        ),
+        mutant("infinite_rows_vote", "votes = mean_square.isfinite() &", "votes =", compared="row_exponents"),
+        VOTES_FOR_NAN,
+    ],
+)
 def test_row_exponents_by_fractions(ops: Subject, grad: Tensor) -> None:
     """2**(2V - 1) <= mean square < 2**(2V + 1), in exact fractions; silent where zero or not finite."""
     found = [oracle.row_exponent(row) for row in grad.tolist()]
@@ -32,7 +109,19 @@ def test_row_exponents_by_fractions(ops: Subject, grad: Tensor) -> None:
     exact(ops.row_exponents(grad), torch.tensor(want, dtype=torch.int32))
 
 
-@law(grad=FINITE, power=st.integers(-40, 40))
+@law(
+    grad=FINITE,
+    power=st.integers(-40, 40),
+    rejects=[
+        EXPONENT_OF_HALF,
+        mutant(
+            "first_column_left_out",
+            "grad_NK.to(torch.float64).square()",
+            "(grad_NK.to(torch.float64) * (torch.arange(grad_NK.shape[1]) > 0)).square()",
+            compared="row_exponents",
+        ),
+    ],
+)
 def test_row_exponents_follow_the_scale(ops: Subject, grad: Tensor, power: int) -> None:
     """2 * g raises V by one, and the order of columns does not matter."""
     exponents = ops.row_exponents(grad)
@@ -45,7 +134,61 @@ def _vote(ops: Subject, grad: Tensor, rate: float | Tensor, group_size: int, clo
     return ops.stochastic_votes(grad, rate, group_size=group_size, **clock)
 
 
-@law(grad=GRADIENTS, rate=ss.RATES, group_size=ss.GROUPS, clock=ss.clocks())
+SIGNED_DITHER = mutant(
+    "signed_dither",
+    "(quotient + dither_NK)",
+    "(quotient + dither_NK.view(torch.int8))",
+    compared="stochastic_votes",
+)
+NO_DITHER = mutant("no_dither", "(quotient + dither_NK)", "(quotient + 128)", compared="stochastic_votes")
+LOGICAL_SHIFT = mutant(
+    "logical_shift",
+    "((quotient + dither_NK) >> 8)",
+    "(((quotient + dither_NK).to(torch.int64) & 0xFFFFFFFF) >> 8)",
+    compared="stochastic_votes",
+)
+NO_ROW_SCALE = mutant(
+    "no_row_scale",
+    "(8 - row_exponent)[:, None]",
+    "(8 - 0 * row_exponent)[:, None]",
+    compared="stochastic_votes",
+)
+ASCENT = mutant(
+    "ascent", "return votes.to(torch.int8)", "return -votes.to(torch.int8)", compared="stochastic_votes"
+)
+
+
+@law(
+    grad=GRADIENTS,
+    rate=ss.RATES,
+    group_size=ss.GROUPS,
+    clock=ss.clocks(),
+    rejects=[
+        mutant(
+            "truncated_quotient",
+            ".clamp(-32768.0, 32767.0).round()",
+            ".clamp(-32768.0, 32767.0).trunc()",
+            compared="stochastic_votes",
+        ),
+        mutant(
+            "floored_quotient",
+            ".clamp(-32768.0, 32767.0).round()",
+            ".clamp(-32768.0, 32767.0).floor()",
+            compared="stochastic_votes",
+        ),
+        mutant(
+            "two_roundings",
+            "device=grad_NK.device).to(torch.float64)\n",
+            "device=grad_NK.device).to(torch.bfloat16).to(torch.float64)\n",
+            compared="stochastic_votes",
+        ),
+        SIGNED_DITHER,
+        NO_DITHER,
+        LOGICAL_SHIFT,
+        NO_ROW_SCALE,
+        ASCENT,
+    ],
+)
 def test_stochastic_votes_by_fractions(
     ops: Subject, grad: Tensor, rate: float, group_size: int, clock: dict[str, Any]
 ) -> None:
@@ -63,10 +206,16 @@ def test_stochastic_votes_by_fractions(
         assert got[index].tolist() == want, f"row {index} of {grad.dtype}: {got[index].tolist()}, want {want}"
 
 
+DITHER_AT_RATE_ZERO = mutant(
+    "dither_at_rate_zero", "(quotient + dither_NK)", "(quotient + dither_NK + 1)", compared="stochastic_votes"
+)
+
+
 @law(
     share=0.3,
     q=st.one_of(st.integers(-700, 700), st.sampled_from((-1, 1, 128, -128, 255, 256, -257))),
     seed=ss.SEEDS,
+    rejects=[SIGNED_DITHER, NO_DITHER, DITHER_AT_RATE_ZERO, LOGICAL_SHIFT, ASCENT],
 )
 def test_stochastic_votes_are_unbiased(ops: Subject, q: int, seed: int) -> None:
     """Over all 256 dither bytes, votes for a gradient of q / 256 sum to exactly q."""
@@ -74,7 +223,14 @@ def test_stochastic_votes_are_unbiased(ops: Subject, q: int, seed: int) -> None:
     assert total == q, f"votes for {q} / 256 sum to {total} over all bytes"
 
 
-@law(share=0.3, half=st.integers(-300, 300), seed=ss.SEEDS)
+@law(
+    share=0.3,
+    half=st.integers(-300, 300),
+    seed=ss.SEEDS,
+    rejects=[
+        mutant("half_up", ".clamp(-32768.0, 32767.0).round()", ".clamp(-32768.0, 32767.0).add(0.5).floor()"),
+    ],
+)
 def test_stochastic_votes_round_half_to_even(ops: Subject, half: int, seed: int) -> None:
     """A gradient halfway between two values of q takes the even one, of either sign."""
     odd = 2 * half + 1
@@ -93,7 +249,13 @@ def _votes_over_all_bytes(ops: Subject, g: float, rate: float, seed: int) -> int
     return votes[torch.tensor(list(places.values()))].sum(dtype=torch.int64).item()
 
 
-@law(grad=FINITE, power=st.integers(-30, 30), rate=ss.RATES, clock=ss.clocks())
+@law(
+    grad=FINITE,
+    power=st.integers(-30, 30),
+    rate=ss.RATES,
+    clock=ss.clocks(),
+    rejects=[NO_ROW_SCALE],
+)
 def test_stochastic_votes_ignore_the_scale(
     ops: Subject, grad: Tensor, power: int, rate: float, clock: dict[str, Any]
 ) -> None:
@@ -101,13 +263,13 @@ def test_stochastic_votes_ignore_the_scale(
     exact(_vote(ops, grad * 2.0**power, rate, 12, clock), _vote(ops, grad, rate, 12, clock))
 
 
-@law(grad=GRADIENTS, clock=ss.clocks())
+@law(grad=GRADIENTS, clock=ss.clocks(), rejects=[DITHER_AT_RATE_ZERO])
 def test_stochastic_votes_at_rate_zero(ops: Subject, grad: Tensor, clock: dict[str, Any]) -> None:
     votes = _vote(ops, grad, 0.0, 12, clock)
     assert not votes.any(), "rate 0 votes"
 
 
-@law(grad=GRADIENTS, rate=ss.RATES, clock=ss.clocks())
+@law(grad=GRADIENTS, rate=ss.RATES, clock=ss.clocks(), rejects=[ASCENT])
 def test_stochastic_votes_never_oppose(
     ops: Subject, grad: Tensor, rate: float, clock: dict[str, Any]
 ) -> None:
@@ -117,7 +279,24 @@ def test_stochastic_votes_never_oppose(
     assert not opposed.any(), f"a vote against its gradient at {opposed.nonzero()[0].tolist()}"
 
 
-@law(grad=GRADIENTS, clock=ss.clocks())
+@law(
+    grad=GRADIENTS,
+    clock=ss.clocks(),
+    rejects=[
+        mutant(
+            "votes_wrap",
+            ".clamp(-ACCUM_MAX, ACCUM_MAX)\n    return votes",
+            "\n    return votes",
+            compared="stochastic_votes",
+        ),
+        mutant(
+            "a_vote_of_minus_128",
+            ".clamp(-ACCUM_MAX, ACCUM_MAX)\n    return votes",
+            ".clamp(-ACCUM_MAX - 1, ACCUM_MAX)\n    return votes",
+            compared="stochastic_votes",
+        ),
+    ],
+)
 def test_stochastic_votes_saturate(ops: Subject, grad: Tensor, clock: dict[str, Any]) -> None:
     """At the highest rate an element above its row's scale votes 127, with its own sign; -128 never occurs."""
     votes = _vote(ops, grad, 127.0, 12, clock).to(torch.int32)
@@ -129,7 +308,20 @@ def test_stochastic_votes_saturate(ops: Subject, grad: Tensor, clock: dict[str, 
             assert (votes[row][large] == 127 * grad[row][large].sign()).all(), f"row {row} does not saturate"
 
 
-@law(grad=GRADIENTS, rate=ss.RATES, clock=ss.clocks())
+@law(
+    grad=GRADIENTS,
+    rate=ss.RATES,
+    clock=ss.clocks(),
+    rejects=[
+        mutant(
+            "a_bad_row_silences_all",
+            "votes = mean_square.isfinite() &",
+            "votes = mean_square.isfinite().all() &",
+            compared="stochastic_votes",
+        ),
+        VOTES_FOR_NAN,
+    ],
+)
 def test_stochastic_votes_of_silent_rows(
     ops: Subject, grad: Tensor, rate: float, clock: dict[str, Any]
 ) -> None:
@@ -143,7 +335,26 @@ def test_stochastic_votes_of_silent_rows(
         exact(_vote(ops, grad, rate, 12, clock)[1:], votes[1:], "rows beside it")
 
 
-@law(grad=FINITE, rate=ss.RATES, clock=ss.clocks(), data=st.data())
+@law(
+    grad=FINITE,
+    rate=ss.RATES,
+    clock=ss.clocks(),
+    data=st.data(),
+    rejects=[
+        mutant(
+            "rows_by_slot",
+            "rows.clamp(min=0)[:, None] * groups",
+            "torch.arange(num_rows)[:, None] * groups",
+            compared="stochastic_votes",
+        ),
+        mutant(
+            "unused_slots_vote",
+            "(row_exponent != SILENT_ROW) & (rows >= 0)",
+            "(row_exponent != SILENT_ROW)",
+            compared="stochastic_votes",
+        ),
+    ],
+)
 def test_stochastic_votes_of_some_rows(
     ops: Subject, grad: Tensor, rate: float, clock: dict[str, Any], data: st.DataObject
 ) -> None:
@@ -153,7 +364,20 @@ def test_stochastic_votes_of_some_rows(
     exact(some, torch.where(rows[:, None] >= 0, _vote(ops, grad, rate, 12, clock)[rows], 0).to(torch.int8))
 
 
-@law(grad=FINITE, rate=ss.RATES, clock=ss.clocks())
+@law(
+    grad=FINITE,
+    rate=ss.RATES,
+    clock=ss.clocks(),
+    rejects=[
+        STEP_TENSOR_IGNORED,
+        mutant(
+            "rate_tensor_ignored",
+            "torch.as_tensor(rate, dtype=torch.float32, device=grad_NK.device)",
+            "torch.as_tensor(1.0 if isinstance(rate, torch.Tensor) else rate, dtype=torch.float32)",
+            compared="stochastic_votes",
+        ),
+    ],
+)
 def test_stochastic_votes_take_device_scalars(
     ops: Subject, grad: Tensor, rate: float, clock: dict[str, Any]
 ) -> None:
@@ -163,7 +387,7 @@ def test_stochastic_votes_take_device_scalars(
     exact(_vote(ops, grad, torch.tensor(rate), 12, {**clock, "step": torch.tensor(step)}), numbers)
 
 
-@law(clock=ss.clocks())
+@law(clock=ss.clocks(), rejects=[NO_DITHER])
 def test_stochastic_votes_differ_between_steps(ops: Subject, clock: dict[str, Any]) -> None:
     """The next step rolls other dice: over 128 elements near half a vote, equal votes by chance are 2**-128."""
     half = torch.ones(4, 32)
@@ -173,7 +397,27 @@ def test_stochastic_votes_differ_between_steps(ops: Subject, clock: dict[str, An
     assert not torch.equal(one, other)
 
 
-@law(grad=GRADIENTS, step_size=st.integers(1, 127))
+SIGN_OF_ZERO = mutant(
+    "sign_of_zero",
+    "torch.sign(grad_NK) * step_size",
+    "(2.0 * (grad_NK > 0) - 1) * step_size",
+    compared="sign_votes",
+)
+
+
+@law(
+    grad=GRADIENTS,
+    step_size=st.integers(1, 127),
+    rejects=[
+        SIGN_OF_ZERO,
+        mutant(
+            "sign_votes_for_nan",
+            "finite = grad_NK.isfinite().all(dim=1, keepdim=True)",
+            "finite = grad_NK.isfinite()",
+            compared="sign_votes",
+        ),
+    ],
+)
 def test_sign_votes_by_sign(ops: Subject, grad: Tensor, step_size: int) -> None:
     want = [
         [step_size * ((g > 0) - (g < 0)) if all(map(math.isfinite, row)) else 0 for g in row]
@@ -182,12 +426,19 @@ def test_sign_votes_by_sign(ops: Subject, grad: Tensor, step_size: int) -> None:
     exact(ops.sign_votes(grad, step_size), torch.tensor(want, dtype=torch.int8))
 
 
-@law(grad=FINITE, step_size=st.integers(1, 127))
+@law(grad=FINITE, step_size=st.integers(1, 127), rejects=[SIGN_OF_ZERO])
 def test_sign_votes_negation(ops: Subject, grad: Tensor, step_size: int) -> None:
     exact(ops.sign_votes(-grad, step_size), -ops.sign_votes(grad, step_size))
 
 
-@law(loss=st.floats(0.0, 20.0), more=st.floats(0.0, 20.0), most=st.integers(1, 127))
+@law(
+    loss=st.floats(0.0, 20.0),
+    more=st.floats(0.0, 20.0),
+    most=st.integers(1, 127),
+    rejects=[
+        mutant("step_floor", "math.ceil(min(", "math.floor(min(", compared="step_from_loss"),
+    ],
+)
 def test_step_from_loss_by_ceiling(ops: Subject, loss: float, more: float, most: int) -> None:
     """The smallest s with s >= s_max * loss / ln 256, within 1 .. s_max; it never decreases with the loss."""
     reference = math.log(256)
@@ -197,3 +448,54 @@ def test_step_from_loss_by_ceiling(ops: Subject, loss: float, more: float, most:
     assert step == 1 or step - 1 < most * loss / reference
     assert ops.step_from_loss(loss + more, reference, most) >= step
     assert ops.step_from_loss(reference, reference, most) == most
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+_VOTES = {"group_size": 12, **CLOCK}
+
+
+RATE_UNCHECKED = mutant("rate_unchecked", "checks.vote_rate(rate)", "pass")
+
+
+# fmt: off
+test_refusals_of_votes = refusals(
+    "votes",
+    refused("row_exponents", "float16", TypeError, "grad_NK", ones(2, 3, dtype=F16)),
+    refused("row_exponents", "one dimension", ValueError, "grad_NK", ones(3)),
+    refused("row_exponents", "no columns", ValueError, "grad_NK", ones(3, 0)),
+    refused("stochastic_votes", "rate -1", ValueError, "rate", ones(2, 3), -1.0, **_VOTES),
+    refused("stochastic_votes", "rate 128", ValueError, "rate", ones(2, 3), 128.0, **_VOTES),
+    refused("stochastic_votes", "rate NaN", ValueError, "rate", ones(2, 3), float("nan"), **_VOTES),
+    refused("stochastic_votes", "float64 rate", TypeError, "rate", ones(2, 3), ones(dtype=torch.float64), **_VOTES),
+    refused("stochastic_votes", "rate of shape [1]", ValueError, "rate", ones(2, 3), ones(1), **_VOTES),
+    refused("stochastic_votes", "rate tensor -1", ValueError, "rate", ones(2, 3), scalar(-1.0, F32), **_VOTES),
+    refused("stochastic_votes", "rate tensor 128", ValueError, "rate", ones(2, 3), scalar(128.0, F32), **_VOTES),
+    refused("stochastic_votes", "rate tensor NaN", ValueError, "rate", ones(2, 3), scalar(float("nan"), F32), **_VOTES),
+    refused("stochastic_votes", "step tensor 2**32 + 5", ValueError,
+            "step", ones(2, 3), 1.0, **{**_VOTES, "step": scalar(2**32 + 5)}),
+    refused("stochastic_votes", "step tensor -1", ValueError, "step", ones(2, 3), 1.0, **{**_VOTES, "step": scalar(-1)}),
+    refused("stochastic_votes", "the reserved step", ValueError, "step", ones(2, 3), 1.0, **{**_VOTES, "step": RESERVED_STEP}),
+    refused("stochastic_votes", "a tensor of the reserved step", ValueError,
+            "step", ones(2, 3), 1.0, **{**_VOTES, "step": scalar(RESERVED_STEP)}),
+    refused("stochastic_votes", "a list of rows", TypeError, "rows", ones(2, 3), 1.0, rows=[0, 1], **_VOTES),
+    refused("stochastic_votes", "rows elsewhere", ValueError,
+            "rows", ones(2, 3), 1.0, rows=meta(2, dtype=torch.int64), **_VOTES),
+    refused("stochastic_votes", "group size 10", ValueError, "group_size", ones(2, 3), 1.0, group_size=10, **CLOCK),
+    refused("stochastic_votes", "float16", TypeError, "grad_NK", ones(2, 3, dtype=F16), 1.0, **_VOTES),
+    refused("stochastic_votes", "int32 rows", TypeError, "rows", ones(2, 3), 1.0, rows=ones(2, dtype=torch.int32), **_VOTES),
+    refused("stochastic_votes", "a row too few", ValueError, "rows", ones(2, 3), 1.0, rows=ids(1), **_VOTES),
+    refused("sign_votes", "step 0", ValueError, "step_size", ones(2, 3), 0),
+    refused("sign_votes", "step 128", ValueError, "step_size", ones(2, 3), 128),
+    refused("sign_votes", "step 1.5", TypeError, "step_size", ones(2, 3), 1.5),
+    refused("step_from_loss", "a negative loss", ValueError, "loss", -0.1, 5.5, 8),
+    refused("step_from_loss", "a NaN loss", ValueError, "loss", float("nan"), 5.5, 8),
+    refused("step_from_loss", "reference 0", ValueError, "loss_ref", 1.0, 0.0, 8),
+    refused("step_from_loss", "step 0", ValueError, "max_step", 1.0, 5.5, 0),
+    rejects=[
+        RATE_UNCHECKED,
+        mutant("reserved_step_votes", "checks.vote_clock(seed, step, tensor_id)", "pass"),
+    ],
+)
+# fmt: on

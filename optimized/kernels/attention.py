@@ -1,8 +1,8 @@
-"""Attention kernels: one position of a sequence against slots that all heads share, split over the slots.
+"""Attention kernels: one position of a sequence against slots that all heads share, whose slots are cut into parts.
 
-Each program takes some heads and a run of slots and leaves a partial softmax; a second kernel adds the runs up in their
-order, so that every launch gives the same bits. A slot is loaded once for all heads of a tile, as key and as value.
-Legend: B batch, H heads, S slots, L latent columns (the values), R rotary columns, J runs of slots.
+Each program takes some heads and a part of the slots (`parts`) and leaves the softmax of that part. A second kernel adds the parts
+in their order, so that every launch gives the same bits. A slot is loaded once for all heads of a tile, as key and as value.
+Legend: B batch, H heads, S slots, L latent columns (the values), R rotary columns, J parts of the slots.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from arbitor.optimized.kernels.launch import row_grid, row_tile, runs_here
 
 BLOCK_HEADS = 16
 BLOCK_SLOTS = 32
-RUN = 128
-"""Slots of one program. It depends on nothing: a sequence gives the same bits whatever else is in the batch."""
+PART_SLOTS = 128
+"""Slots of a part. It depends on nothing: a sequence gives the same bits whatever else is in the batch."""
 BLOCK_COLUMNS = 128
 NUM_WARPS = 4
 
@@ -61,16 +61,16 @@ def operand(values, NATIVE: tl.constexpr):
         return widen(values)
 
 
-@triton.jit(do_not_specialize=["num_heads", "num_slots", "head_blocks", "num_runs"])
+@triton.jit(do_not_specialize=["num_heads", "num_slots", "head_blocks", "num_parts"])
 def _decode_attention_kernel(
     q_ptr, keys_ptr, bias_ptr, sums_ptr, tops_ptr, totals_ptr,
-    num_heads, num_slots, head_blocks, num_runs, num_latent, num_rotary, scale,
-    RUN: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
+    num_heads, num_slots, head_blocks, num_parts, num_latent, num_rotary, scale,
+    PART: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, HAS_ROTARY: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    run = tl.program_id(0) % num_runs
-    sequence = (tl.program_id(0) // num_runs // head_blocks).to(tl.int64)
-    heads = (tl.program_id(0) // num_runs % head_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
+    part = tl.program_id(0) % num_parts
+    sequence = (tl.program_id(0) // num_parts // head_blocks).to(tl.int64)
+    heads = (tl.program_id(0) // num_parts % head_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
     num_columns = num_latent + num_rotary
     latents, rotaries = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_R)
     is_head, is_latent, is_rotary = heads < num_heads, latents < num_latent, rotaries < num_rotary
@@ -89,8 +89,8 @@ def _decode_attention_kernel(
     top = tl.full([BLOCK_H], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_H], dtype=tl.float32)
     sums = tl.zeros([BLOCK_H, BLOCK_L], dtype=tl.float32)
-    for start in range(0, RUN, BLOCK_S):
-        slots = run * RUN + start + tl.arange(0, BLOCK_S)
+    for start in range(0, PART, BLOCK_S):
+        slots = part * PART + start + tl.arange(0, BLOCK_S)
         bias = tl.load(bias_ptr + sequence * num_slots + slots, mask=slots < num_slots, other=float("-inf"))
         visible = bias > float("-inf")
         rows = (sequence * num_slots + slots)[:, None] * num_columns
@@ -111,31 +111,31 @@ def _decode_attention_kernel(
         sums = shares_dot(shares, latent, sums * shrink[:, None], NATIVE)
         top = higher
 
-    partials = (sequence * num_heads + heads) * num_runs + run
-    tl.store(tops_ptr + partials, top, mask=is_head)
-    tl.store(totals_ptr + partials, total, mask=is_head)
+    places = (sequence * num_heads + heads) * num_parts + part
+    tl.store(tops_ptr + places, top, mask=is_head)
+    tl.store(totals_ptr + places, total, mask=is_head)
     mask = is_head[:, None] & is_latent[None, :]
-    tl.store(sums_ptr + partials[:, None] * num_latent + latents[None, :], sums, mask=mask)
+    tl.store(sums_ptr + places[:, None] * num_latent + latents[None, :], sums, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_runs", "row_blocks"])
+@triton.jit(do_not_specialize=["num_parts", "row_blocks"])
 def _decode_attention_combine_kernel(
-    sums_ptr, tops_ptr, totals_ptr, y_ptr, num_runs, num_latent, row_blocks, BLOCK: tl.constexpr
+    sums_ptr, tops_ptr, totals_ptr, y_ptr, num_parts, num_latent, row_blocks, BLOCK: tl.constexpr
 ):
     row = (tl.program_id(0) // row_blocks).to(tl.int64)
     columns = (tl.program_id(0) % row_blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < num_latent
-    top = tl.load(tops_ptr + row * num_runs)
-    for run in range(1, num_runs):
-        top = tl.maximum(top, tl.load(tops_ptr + row * num_runs + run))
+    top = tl.load(tops_ptr + row * num_parts)
+    for part in range(1, num_parts):
+        top = tl.maximum(top, tl.load(tops_ptr + row * num_parts + part))
     base = tl.where(top == float("-inf"), 0.0, top)
     total = base - base
     sums = tl.zeros([BLOCK], dtype=tl.float32)
-    for run in range(0, num_runs):
-        partial = row * num_runs + run
-        weight = tl.exp(tl.load(tops_ptr + partial) - base)
-        total += weight * tl.load(totals_ptr + partial)
-        sums += weight * tl.load(sums_ptr + partial * num_latent + columns, mask=mask, other=0.0)
+    for part in range(0, num_parts):
+        place = row * num_parts + part
+        weight = tl.exp(tl.load(tops_ptr + place) - base)
+        total += weight * tl.load(totals_ptr + place)
+        sums += weight * tl.load(sums_ptr + place * num_latent + columns, mask=mask, other=0.0)
     y = tl.where(total > 0.0, sums / tl.where(total > 0.0, total, 1.0), 0.0)
     # A NaN in a visible slot stays one.
     y = tl.where(total == total, y, total)
@@ -151,11 +151,11 @@ def attended(q_BHK: Tensor, keys_BSK: Tensor, bias_BS: Tensor, num_latent: int, 
     if not (batch and num_heads and num_slots):
         return torch.zeros(shape, dtype=q_BHK.dtype, device=q_BHK.device)
     y_BHL = torch.empty(shape, dtype=q_BHK.dtype, device=q_BHK.device)
-    head_blocks, num_runs = triton.cdiv(num_heads, BLOCK_HEADS), triton.cdiv(num_slots, RUN)
-    sums = torch.empty(batch, num_heads, num_runs, num_latent, dtype=torch.float32, device=q_BHK.device)
-    tops = torch.empty(batch, num_heads, num_runs, dtype=torch.float32, device=q_BHK.device)
-    totals = torch.empty(batch, num_heads, num_runs, dtype=torch.float32, device=q_BHK.device)
-    _decode_attention_kernel[row_grid(batch * head_blocks, num_runs)](
+    head_blocks, num_parts = triton.cdiv(num_heads, BLOCK_HEADS), triton.cdiv(num_slots, PART_SLOTS)
+    sums = torch.empty(batch, num_heads, num_parts, num_latent, dtype=torch.float32, device=q_BHK.device)
+    tops = torch.empty(batch, num_heads, num_parts, dtype=torch.float32, device=q_BHK.device)
+    totals = torch.empty(batch, num_heads, num_parts, dtype=torch.float32, device=q_BHK.device)
+    _decode_attention_kernel[row_grid(batch * head_blocks, num_parts)](
         q_BHK.contiguous(),
         keys_BSK.contiguous(),
         bias_BS.contiguous(),
@@ -165,11 +165,11 @@ def attended(q_BHK: Tensor, keys_BSK: Tensor, bias_BS: Tensor, num_latent: int, 
         num_heads,
         num_slots,
         head_blocks,
-        num_runs,
+        num_parts,
         num_latent,
         num_rotary,
         scale,
-        RUN=RUN,
+        PART=PART_SLOTS,
         BLOCK_H=BLOCK_HEADS,
         BLOCK_S=BLOCK_SLOTS,
         BLOCK_L=max(16, triton.next_power_of_2(num_latent)),
@@ -181,6 +181,6 @@ def attended(q_BHK: Tensor, keys_BSK: Tensor, bias_BS: Tensor, num_latent: int, 
     )
     block, row_blocks = row_tile(num_latent, BLOCK_COLUMNS)
     _decode_attention_combine_kernel[row_grid(batch * num_heads, row_blocks)](
-        sums, tops, totals, y_BHL, num_runs, num_latent, row_blocks, BLOCK=block
+        sums, tops, totals, y_BHL, num_parts, num_latent, row_blocks, BLOCK=block
     )
     return y_BHL

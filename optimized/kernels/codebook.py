@@ -2,10 +2,10 @@
 
 Legend: N codes, C code width, Q vectors, M candidates of a vector, R vectors of a batch, s sign bits.
 
-The search keeps a tile of queries, streams a split of the codes past it, and unpacks a tile of codes at a time to float16, in
-which every value is exact. The codes are the rows of the product and the queries its columns, so that few queries still fill
-the instruction. Every lane keeps its own best score and the tile that it came from, in the order of the codes; lanes,
-then splits, are compared at the end. All sums are exact (docs/spec/codebook.md), so splits and tiles leave no trace.
+The search keeps a tile of queries, streams a part of the codes (`parts`) past it, and unpacks a tile of codes at a time to
+float16, in which every value is exact. The codes are the rows of the product and the queries its columns, so that few queries
+still fill the instruction. Every lane keeps its own best score and the tile that it came from, in the order of the codes. Lanes,
+then parts, are compared at the end. All sums are exact (docs/spec/codebook.md), so parts and tiles leave no trace.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TILES = {16: (128, 4, 3), 64: (128, 4, 3), 128: (128, 8, 3)}
 PROGRAMS_PER_SM = 2
 BLOCK_CANDIDATES = 64
 BLOCK_SLOTS = 256
-BLOCK_SPLITS = 32
+BLOCK_PARTS = 32
 
 
 @triton.jit
@@ -77,19 +77,19 @@ def exact_square(exponents):
         "row_words",
         "query_tiles",
         "code_tiles",
-        "num_splits",
+        "num_parts",
     ]
 )
 def _nearest_codes_kernel(
     z_ptr, words_ptr, exponents_ptr, scores_ptr, ids_ptr,
-    num_queries, num_codes, num_columns, row_groups, row_words, query_tiles, code_tiles, num_splits,
+    num_queries, num_codes, num_columns, row_groups, row_words, query_tiles, code_tiles, num_parts,
     GROUP_SIZE: tl.constexpr, RUN: tl.constexpr, SPAN: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # Programs of one split lie side by side, so that its codes come from the cache for all but the first.
-    split = (tl.program_id(0) // query_tiles).to(tl.int64)
-    begin = (split * code_tiles // num_splits).to(tl.int32)
-    end = ((split + 1) * code_tiles // num_splits).to(tl.int32)
+    # Programs of one part lie side by side, so that its codes come from the cache for all but the first.
+    part = (tl.program_id(0) // query_tiles).to(tl.int64)
+    begin = (part * code_tiles // num_parts).to(tl.int32)
+    end = ((part + 1) * code_tiles // num_parts).to(tl.int32)
     queries = (tl.program_id(0) % query_tiles).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     columns = tl.arange(0, BLOCK_C)
     z_mask = (columns < num_columns)[:, None] & (queries < num_queries)[None, :]
@@ -118,26 +118,27 @@ def _nearest_codes_kernel(
         l0, l1, l2, l3 = word_levels(exponents_ptr + row * row_groups, group, row_groups, SPAN)
         inside = tile * BLOCK_N + lanes.to(tl.int64) < num_codes
         scores = tl.dot(values, z) - tl.where(inside, 8.0 * squares, -NOTHING)[:, None]
-        better = scores > best  # not where equal: the earlier tile has the lower codes
+        # Not where scores are equal: the earlier tile has the lower codes.
+        better = scores > best
         best = tl.where(better, scores, best)
         tiles = tl.where(better, tile - begin, tiles)
     top = tl.max(best, axis=0)
     places = tl.where(best == top[None, :], tiles * BLOCK_N + lanes[:, None], 2147483647)
     code = begin.to(tl.int64) * BLOCK_N + tl.min(places, axis=0)
-    slots = split * num_queries + queries
+    slots = part * num_queries + queries
     tl.store(scores_ptr + slots, top, mask=queries < num_queries)
     tl.store(ids_ptr + slots, code, mask=queries < num_queries)
 
 
-@triton.jit(do_not_specialize=["num_candidates", "row_groups", "row_words", "num_queries", "num_splits"])
+@triton.jit(do_not_specialize=["num_candidates", "row_groups", "row_words", "num_queries", "num_parts"])
 def _nearest_candidates_kernel(
     z_ptr, words_ptr, exponents_ptr, candidates_ptr, scores_ptr, ids_ptr,
-    num_candidates, num_columns, row_groups, row_words, num_queries, num_splits,
+    num_candidates, num_columns, row_groups, row_words, num_queries, num_parts,
     GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    query = (tl.program_id(0) // num_splits).to(tl.int64)
-    split = (tl.program_id(0) % num_splits).to(tl.int64)
-    begin, end = split * num_candidates // num_splits, (split + 1) * num_candidates // num_splits
+    query = (tl.program_id(0) // num_parts).to(tl.int64)
+    part = (tl.program_id(0) % num_parts).to(tl.int64)
+    begin, end = part * num_candidates // num_parts, (part + 1) * num_candidates // num_parts
     columns = tl.arange(0, BLOCK_C)
     z = tl.load(z_ptr + query * num_columns + columns, mask=columns < num_columns, other=0.0)
     z = query_values(z)[None, :]
@@ -157,21 +158,21 @@ def _nearest_candidates_kernel(
         best = tl.where(better, scores, best)
         found = tl.where(better, codes, found)
     top = tl.max(best, axis=0)
-    tl.store(scores_ptr + split * num_queries + query, top)
-    tl.store(ids_ptr + split * num_queries + query, tl.min(tl.where(best == top, found, NO_ID), axis=0))
+    tl.store(scores_ptr + part * num_queries + query, top)
+    tl.store(ids_ptr + part * num_queries + query, tl.min(tl.where(best == top, found, NO_ID), axis=0))
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_splits"])
-def _best_of_splits_kernel(
-    scores_ptr, ids_ptr, out_ptr, num_queries, num_splits, BLOCK_S: tl.constexpr, BLOCK_Q: tl.constexpr
+@triton.jit(do_not_specialize=["num_queries", "num_parts"])
+def _best_of_parts_kernel(
+    scores_ptr, ids_ptr, out_ptr, num_queries, num_parts, BLOCK_S: tl.constexpr, BLOCK_Q: tl.constexpr
 ):
     queries = tl.program_id(0).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     best = tl.full([BLOCK_S, BLOCK_Q], NOTHING, dtype=tl.float32)
     found = tl.full([BLOCK_S, BLOCK_Q], NO_ID, dtype=tl.int64)
-    for start in range(0, num_splits, BLOCK_S):
-        splits = start + tl.arange(0, BLOCK_S)
-        mask = (splits < num_splits)[:, None] & (queries < num_queries)[None, :]
-        slots = splits.to(tl.int64)[:, None] * num_queries + queries[None, :]
+    for start in range(0, num_parts, BLOCK_S):
+        parts = start + tl.arange(0, BLOCK_S)
+        mask = (parts < num_parts)[:, None] & (queries < num_queries)[None, :]
+        slots = parts.to(tl.int64)[:, None] * num_queries + queries[None, :]
         scores = tl.load(scores_ptr + slots, mask=mask, other=NOTHING)
         codes = tl.load(ids_ptr + slots, mask=mask, other=NO_ID)
         better = (scores > best) | ((scores == best) & (codes < found))
@@ -217,7 +218,8 @@ def probe_sets(sign_bits: int, num_probes: int, device: torch.device) -> Tensor:
         total, mask = heapq.heappop(queue)
         found.append(mask)
         # Each set comes once: from the one without its largest rank if the rank below is taken or none is, else shifted.
-        largest = mask.bit_length()  # that rank plus 1
+        # `largest` is the largest rank, plus 1.
+        largest = mask.bit_length()
         if largest < sign_bits:
             heapq.heappush(queue, (total + largest + 1, mask | 1 << largest))
             if mask:
@@ -225,8 +227,8 @@ def probe_sets(sign_bits: int, num_probes: int, device: torch.device) -> Tensor:
     return torch.tensor(found, dtype=torch.int32, device=device)
 
 
-def splits_for(query_tiles: int, most: int, device: torch.device) -> int:
-    """Return into how many parts to split the codes so that the device is full, at most `most`.
+def parts_of_codes(query_tiles: int, most: int, device: torch.device) -> int:
+    """Return into how many parts to cut the codes so that the device is full, at most `most`.
 
     Few tiles of queries get one wave of programs; many get several waves, of which the last may be short.
     """
@@ -252,12 +254,12 @@ def nearest(z_QC: Tensor, weight: DeviceWeight) -> Tensor:
     query_tiles, code_tiles = triton.cdiv(num_queries, block_q), triton.cdiv(num_codes, block_n)
     if num_queries == 0:
         return torch.empty(0, dtype=torch.int64, device=z_QC.device)
-    splits = splits_for(query_tiles, code_tiles, z_QC.device)
-    scores, ids = _slots(splits, num_queries, z_QC.device)
-    _nearest_codes_kernel[(query_tiles * splits,)](
+    parts = parts_of_codes(query_tiles, code_tiles, z_QC.device)
+    scores, ids = _slots(parts, num_queries, z_QC.device)
+    _nearest_codes_kernel[(query_tiles * parts,)](
         z_QC.contiguous(), weight.words, weight.exponents, scores, ids,
         num_queries, num_codes, num_columns, weight.exponents.shape[1], weight.words.shape[1],
-        query_tiles, code_tiles, splits,
+        query_tiles, code_tiles, parts,
         GROUP_SIZE=weight.group_size, RUN=run_of(weight.group_size), SPAN=span_of(weight.group_size),
         BLOCK_Q=block_q, BLOCK_N=block_n, BLOCK_C=block_columns(num_columns),
         num_warps=warps, num_stages=stages,
@@ -271,11 +273,11 @@ def nearest_of(z_QC: Tensor, weight: DeviceWeight, candidates_QM: Tensor) -> Ten
     (num_queries, num_columns), num_candidates = z_QC.shape, candidates_QM.shape[1]
     if num_queries == 0:
         return torch.empty(0, dtype=torch.int64, device=z_QC.device)
-    splits = splits_for(num_queries, triton.cdiv(num_candidates, BLOCK_CANDIDATES), z_QC.device)
-    scores, ids = _slots(splits, num_queries, z_QC.device)
-    _nearest_candidates_kernel[row_grid(num_queries, splits)](
+    parts = parts_of_codes(num_queries, triton.cdiv(num_candidates, BLOCK_CANDIDATES), z_QC.device)
+    scores, ids = _slots(parts, num_queries, z_QC.device)
+    _nearest_candidates_kernel[row_grid(num_queries, parts)](
         z_QC.contiguous(), weight.words, weight.exponents, candidates_QM.contiguous(), scores, ids,
-        num_candidates, num_columns, weight.exponents.shape[1], weight.words.shape[1], num_queries, splits,
+        num_candidates, num_columns, weight.exponents.shape[1], weight.words.shape[1], num_queries, parts,
         GROUP_SIZE=weight.group_size, BLOCK_M=BLOCK_CANDIDATES, BLOCK_C=block_columns(num_columns),
     )  # fmt: skip
     return _best_of(scores, ids)
@@ -296,19 +298,19 @@ def candidates(z_QC: Tensor, num_codes: int, sign_bits: int, num_probes: int) ->
     return out
 
 
-def _slots(splits: int, num_queries: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return room for the best score and code of each split."""
+def _slots(parts: int, num_queries: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return room for the best score and code of each part."""
     return (
-        torch.empty(splits, num_queries, dtype=torch.float32, device=device),
-        torch.empty(splits, num_queries, dtype=torch.int64, device=device),
+        torch.empty(parts, num_queries, dtype=torch.float32, device=device),
+        torch.empty(parts, num_queries, dtype=torch.int64, device=device),
     )
 
 
 def _best_of(scores_SQ: Tensor, ids_SQ: Tensor) -> Tensor:
-    """Return the best code of all splits, -1 where there is none."""
-    splits, num_queries = scores_SQ.shape
+    """Return the best code of all parts, -1 where there is none."""
+    parts, num_queries = scores_SQ.shape
     out = torch.empty(num_queries, dtype=torch.int64, device=scores_SQ.device)
-    _best_of_splits_kernel[(triton.cdiv(num_queries, BLOCK_SPLITS),)](
-        scores_SQ, ids_SQ, out, num_queries, splits, BLOCK_S=BLOCK_SPLITS, BLOCK_Q=BLOCK_SPLITS
+    _best_of_parts_kernel[(triton.cdiv(num_queries, BLOCK_PARTS),)](
+        scores_SQ, ids_SQ, out, num_queries, parts, BLOCK_S=BLOCK_PARTS, BLOCK_Q=BLOCK_PARTS
     )
     return out

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.optimized.kernels.common import clock_step, philox_words, widen
-from arbitor.optimized.kernels.launch import Clock, runs_here
+from arbitor.optimized.kernels.common import clock_step, philox_words, round_half_even, widen
+from arbitor.optimized.kernels.launch import Clock, announce_written, runs_here
 from arbitor.optimized.layouts import DeviceWeight
 from arbitor.reference.constants import (
     ALIVE_QUERY,
@@ -37,8 +37,7 @@ def query_values(z):
     z = widen(z)
     scaled = tl.where(z == z, z, 0.0) * STEPS
     scaled = tl.minimum(tl.maximum(scaled, -MOST_STEPS), MOST_STEPS)
-    # Adding and taking away 1.5 * 2**23 leaves no bits for a fraction: it rounds to integers, half to even.
-    return (scaled + 12582912.0) - 12582912.0
+    return round_half_even(scaled)
 
 
 @triton.jit
@@ -93,7 +92,8 @@ def _count_codes_kernel(ids_ptr, ends_ptr, usage_ptr, num_ids, BLOCK: tl.constex
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ids = tl.load(ids_ptr + places, mask=places < num_ids, other=-1)
     before = tl.load(ids_ptr + places - 1, mask=(places > 0) & (places < num_ids), other=-1)
-    first = (ids >= 0) & (ids != before)  # one thread for each code: no atomics
+    # One thread acts for each code, so there are no atomics.
+    first = (ids >= 0) & (ids != before)
     count = tl.load(ends_ptr + places, mask=first, other=0) - places
     total = tl.load(usage_ptr + ids, mask=first, other=0).to(tl.int64) + count
     tl.store(usage_ptr + ids, tl.minimum(total, MOST_USES).to(tl.int16), mask=first)
@@ -212,6 +212,7 @@ def revive_(
         FIRST_ON_DEVICE=isinstance(first, Tensor), STEP_ON_DEVICE=clock.step_on_device, SIGN_BITS=sign_bits,
         BLOCK_WORDS=triton.next_power_of_2(words), BLOCK_GROUPS=triton.next_power_of_2(groups),
     )  # fmt: skip
+    announce_written(weight.words, weight.exponents)
 
 
 def age_(usage: Tensor, first: int | Tensor, window: int) -> None:

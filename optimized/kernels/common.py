@@ -34,6 +34,15 @@ def narrow(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def round_half_even(value):
+    """Return float32 values of at most 2**22 in size as whole numbers, half to even.
+
+    Adding and taking away 1.5 * 2**23 leaves no bits for a fraction.
+    """
+    return (value + 12582912.0) - 12582912.0
+
+
+@triton.jit
 def lane_trits(words, lanes):
     """Return the trits (int32) at two-bit `lanes` of int32 `words`: shift the lane to the top, then its sign down."""
     return (words << (30 - 2 * lanes)) >> 30

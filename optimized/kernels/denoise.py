@@ -93,12 +93,12 @@ def _denoise_step_backward_kernel(
 @triton.jit
 def _unit_rows_kernel(x_ptr, n_ptr, num_columns, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    inverse = inverse_rms(x_ptr, row, num_columns, eps, BLOCK)
+    inverse, power = inverse_rms(x_ptr, row, num_columns, eps, BLOCK)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < num_columns
         x = tl.load(x_ptr + row * num_columns + columns, mask=mask, other=0.0)
-        tl.store(n_ptr + row * num_columns + columns, x * inverse, mask=mask)
+        tl.store(n_ptr + row * num_columns + columns, x * power * inverse, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "token_blocks", "step"])
@@ -180,14 +180,14 @@ def _loop_step_kernel(
 @triton.jit
 def _loop_halt_kernel(
     latent_ptr, total_ptr, left_ptr, left_after_ptr, energies_ptr, threshold, eps, num_columns, column_blocks,
-    FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SUMS: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_PARTS: tl.constexpr,
 ):  # fmt: skip
     sample = (tl.program_id(0) // column_blocks).to(tl.int64)
     block = tl.program_id(0) % column_blocks
-    signals = tl.zeros([BLOCK_SUMS], dtype=tl.float32)
-    noises = tl.zeros([BLOCK_SUMS], dtype=tl.float32)
-    for start in range(0, column_blocks, BLOCK_SUMS):
-        blocks = start + tl.arange(0, BLOCK_SUMS)
+    signals = tl.zeros([BLOCK_PARTS], dtype=tl.float32)
+    noises = tl.zeros([BLOCK_PARTS], dtype=tl.float32)
+    for start in range(0, column_blocks, BLOCK_PARTS):
+        blocks = start + tl.arange(0, BLOCK_PARTS)
         energies = energies_ptr + (sample * column_blocks + blocks) * 2
         signals += tl.load(energies, mask=blocks < column_blocks, other=0.0)
         noises += tl.load(energies + 1, mask=blocks < column_blocks, other=0.0)
@@ -196,7 +196,8 @@ def _loop_halt_kernel(
     columns = block * BLOCK + tl.arange(0, BLOCK)
     mask = columns < num_columns
     latent = tl.load(latent_ptr + sample * num_columns + columns, mask=mask, other=0.0)
-    left = tl.where(p == p, 1.0, 1.0)  # the number 1 as a tensor, whatever p is
+    # This is the number 1 as a tensor, whatever p is.
+    left = tl.where(p == p, 1.0, 1.0)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     if not FIRST:
         left = tl.load(left_ptr + sample)
@@ -302,12 +303,11 @@ class DenoiseLoop:
     def halt(self, latent_BL: Tensor, threshold: float, *, first: bool, last: bool) -> Tensor:
         """Add a step's share to the mean of the steps, and return that."""
         num_samples, size = latent_BL.shape
-        left_after = self.new(
-            num_samples
-        )  # not in place: all blocks of a sample read what one of them writes
+        # Not in place: all blocks of a sample read what one of them writes.
+        left_after = self.new(num_samples)
         _loop_halt_kernel[row_grid(num_samples, self.blocks)](
             latent_BL, self.total, self.left, left_after, self.energies, threshold, DEFAULT_EPS, size, self.blocks,
-            FIRST=first, LAST=last, BLOCK=self.block, BLOCK_SUMS=min(64, triton.next_power_of_2(self.blocks)),
+            FIRST=first, LAST=last, BLOCK=self.block, BLOCK_PARTS=min(64, triton.next_power_of_2(self.blocks)),
         )  # fmt: skip
         self.left = left_after
         return self.total

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.optimized.kernels.common import narrow, widen
-from arbitor.optimized.kernels.launch import row_grid, row_tile, runs_here
+from arbitor.optimized.kernels.launch import announce_written, row_grid, row_tile, runs_here
 from arbitor.optimized.kernels.segments import segment_sums
 from arbitor.optimized.layouts import DeviceWeight
 from arbitor.reference.constants import MAX_NEIGHBOURS, SCORE_MAX
@@ -43,14 +43,14 @@ def _edge_sum_kernel(
     inside = columns < num_columns
     sums = tl.zeros([BLOCK_K], dtype=tl.float32)
     for start in range(0, num_slots, BLOCK_J):
-        for place in tl.static_range(
-            BLOCK_J
-        ):  # unrolled, so that the loads of all slots are on their way at once
+        # The loop is unrolled, so that the loads of all slots are on their way at once.
+        for place in tl.static_range(BLOCK_J):
             slot = start + place
             node = tl.load(neighbours_ptr + row * num_slots + slot, mask=slot < num_slots, other=-1)
             node = node.to(tl.int64)
             sign = widen(tl.load(signs_ptr + row * num_slots + slot, mask=node >= 0, other=0.0))
-            width = tl.where(node >= 0, num_columns, 0)  # an empty slot reads nothing
+            # An empty slot reads nothing.
+            width = tl.where(node >= 0, num_columns, 0)
             h = tl.load(h_ptr + node * num_columns + columns, mask=columns < width, other=0.0)
             sums += sign * widen(h)
     out = out_ptr + row * num_columns + columns
@@ -85,21 +85,21 @@ def _update_neighbours_kernel(
     pair = tl.load(pairs_ptr + place)
     source = pair >> TARGET_BITS
     before = tl.load(pairs_ptr + place - 1, mask=place > 0, other=-1)
-    if (pair == LEFT_OUT) | (
-        (before >> TARGET_BITS) == source
-    ):  # another program walks the pairs of this source
+    # Where the pair before has the same source, another program walks the pairs of that source.
+    if (pair == LEFT_OUT) | ((before >> TARGET_BITS) == source):
         return
     slots = tl.arange(0, SLOTS)
     inside = slots < num_slots
     held = tl.load(neighbours_ptr + source * num_slots + slots, mask=inside, other=-1)
-    # a score above all others keeps slots past the last one out of every choice below
+    # A score above all others keeps slots past the last one out of every choice below.
     scores = tl.load(scores_ptr + source * num_slots + slots, mask=inside, other=0).to(tl.int32)
     scores = tl.where(inside, scores, 2 * MOST + 1)
     taken = tl.zeros([SLOTS], dtype=tl.int32)
     while (pair >> TARGET_BITS) == source:
         target = (pair & TARGET_MASK).to(tl.int32)
         end = tl.load(ends_ptr + place)
-        count = tl.minimum(end - place, 2 * MOST).to(tl.int32)  # more changes no score
+        # A higher count changes no score.
+        count = tl.minimum(end - place, 2 * MOST).to(tl.int32)
         holder = tl.min(tl.where((held == target) & inside, slots, SLOTS), axis=0)
         is_held = holder < SLOTS
         loss = tl.where(is_held, 0, tl.maximum(tl.minimum(count, tl.min(scores, axis=0)), 0))
@@ -147,7 +147,8 @@ def node_grads(grad_RD: Tensor, neighbours_RJ: Tensor, signs_RJ: Tensor, num_nod
     of_keys = torch.int16 if num_nodes < SHORT_NODES else torch.int32
     keys, order = torch.sort(neighbours_RJ.reshape(-1).to(of_keys), stable=True)
     nodes = torch.arange(num_nodes + 1, dtype=of_keys, device=device)
-    starts = torch.searchsorted(keys, nodes)  # empty slots come before the first node
+    # Empty slots come before the first node.
+    starts = torch.searchsorted(keys, nodes)
     return segment_sums(grad_RD, keys, order, starts, grad_RD.dtype, signs_RJ.contiguous())
 
 
@@ -188,3 +189,4 @@ def update_(
         pairs, ends, neighbours_NJ, scores_NJ, signs.words, signs.trit_accum,
         num_pairs, neighbours_NJ.shape[1], num_warps=1,
     )  # fmt: skip
+    announce_written(neighbours_NJ, scores_NJ, signs.words)

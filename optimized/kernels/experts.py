@@ -2,9 +2,9 @@
 
 Legend: E experts, N outputs of an expert, K inputs, M slots. Products with the matrices are in products.py.
 
-Text chooses some experts ten times as often as others, and a program that sums over all slots of such a one is what a launch waits
-for. So the slots of small matrices, which take few programs, are cut into pieces that are summed apart. An expert's pieces follow
-from its own slots, so that its gradient has the same bits whatever the others have.
+Text chooses some experts ten times as often as others. A launch would wait for the program that sums over all slots of a frequent
+expert. So the slots of small matrices, which take few programs, are cut into parts (`parts`). An expert's parts follow from its own
+slots, so its gradient has the same bits whatever slots the other experts have.
 """
 
 from __future__ import annotations
@@ -16,34 +16,35 @@ from torch import Tensor
 
 from arbitor.optimized.kernels.common import widen
 from arbitor.optimized.kernels.launch import row_grid, runs_here
+from arbitor.optimized.kernels.parts import add_group_parts
 from arbitor.optimized.kernels.products import Plan, group_of_tile, multiplies_wide, tile_width
 
-PIECE = 512
-"""Slots that a program sums over at most, where the matrices are small."""
+PART_SLOTS = 512
+"""Slots of a part, at most."""
 
 SMALL = 16
 """Tiles of a small matrix, at most."""
 
-BLOCK_ELEMENTS = 1024
-
 
 @triton.jit(do_not_specialize=["num_groups", "row_blocks", "column_blocks"])
 def _grouped_weight_grad_kernel(
-    grad_ptr, x_ptr, out_ptr, order_ptr, starts_ptr, piece_ends_ptr, num_outputs, num_inputs,
+    grad_ptr, x_ptr, out_ptr, order_ptr, starts_ptr, part_ends_ptr, num_outputs, num_inputs,
     num_groups, row_blocks, column_blocks,
-    PIECE: tl.constexpr, GROUP_BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    PART: tl.constexpr, GROUP_BLOCK: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) // column_blocks
-    matrix = tile // row_blocks  # of an expert, or of a piece of its slots
+    # The matrix of an expert, or of a part of its slots.
+    matrix = tile // row_blocks
     outputs = (tile % row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     inputs = (tl.program_id(0) % column_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
-    if PIECE > 0:
-        group, piece = group_of_tile(piece_ends_ptr, matrix, num_groups, GROUP_BLOCK)
-        if group >= num_groups:  # there are fewer pieces
+    if PART > 0:
+        group, part = group_of_tile(part_ends_ptr, matrix, num_groups, GROUP_BLOCK)
+        # There may be fewer parts than programs.
+        if group >= num_groups:
             return
-        begin = tl.load(starts_ptr + group) + piece * PIECE
-        end = tl.minimum(begin + PIECE, tl.load(starts_ptr + group + 1))
+        begin = tl.load(starts_ptr + group) + part * PART
+        end = tl.minimum(begin + PART, tl.load(starts_ptr + group + 1))
     else:
         begin, end = tl.load(starts_ptr + matrix), tl.load(starts_ptr + matrix + 1)
     sums = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
@@ -64,21 +65,6 @@ def _grouped_weight_grad_kernel(
     tl.store(out_ptr + rows[:, None] * num_inputs + inputs[None, :], sums, mask=mask)
 
 
-@triton.jit(do_not_specialize=["group_blocks"])
-def _add_pieces_kernel(pieces_ptr, piece_ends_ptr, out_ptr, size, group_blocks, BLOCK: tl.constexpr):
-    group = (tl.program_id(0) // group_blocks).to(tl.int64)
-    places = (tl.program_id(0) % group_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < size
-    begin = tl.load(piece_ends_ptr + group - 1, mask=group > 0, other=0).to(tl.int64)
-    end = tl.load(piece_ends_ptr + group).to(tl.int64)
-    # The first piece is taken as it is: of one alone, the sum has its bits.
-    first = tl.where(begin < end, size, 0)
-    sums = tl.load(pieces_ptr + begin * size + places, mask=places < first, other=0.0)
-    for piece in range(begin + 1, end):
-        sums += tl.load(pieces_ptr + piece * size + places, mask=inside, other=0.0)
-    tl.store(out_ptr + group * size + places, sums, mask=inside)
-
-
 def weight_grad(grad_MN: Tensor, x_MK: Tensor, plan: Plan, num_groups: int) -> Tensor:
     """Launch `grouped_linear_weight_grad`; returns float32 [E N, K]."""
     runs_here(grad_MN)
@@ -86,25 +72,21 @@ def weight_grad(grad_MN: Tensor, x_MK: Tensor, plan: Plan, num_groups: int) -> T
     block_n, block_k = (tile_width(size, 64 if wide else 128) for size in (num_outputs, num_inputs))
     row_blocks, column_blocks = triton.cdiv(num_outputs, block_n), triton.cdiv(num_inputs, block_k)
     cut = is_cut(num_slots, row_blocks * column_blocks)
-    piece_ends = plan.tile_ends(PIECE) if cut else None
-    num_matrices = num_slots // PIECE + num_groups if cut else num_groups
+    part_ends = plan.tile_ends(PART_SLOTS) if cut else None
+    num_matrices = num_slots // PART_SLOTS + num_groups if cut else num_groups
     made = torch.empty(num_matrices, num_outputs, num_inputs, dtype=torch.float32, device=x_MK.device)
     _grouped_weight_grad_kernel[row_grid(num_matrices * row_blocks, column_blocks)](
-        grad_MN, x_MK, made, plan.order, plan.starts, piece_ends, num_outputs, num_inputs,
+        grad_MN, x_MK, made, plan.order, plan.starts, part_ends, num_outputs, num_inputs,
         num_groups, row_blocks, column_blocks,
-        PIECE=PIECE if cut else 0, GROUP_BLOCK=triton.next_power_of_2(num_groups) if cut else 0, WIDE=wide,
+        PART=PART_SLOTS if cut else 0, GROUP_BLOCK=triton.next_power_of_2(num_groups) if cut else 0, WIDE=wide,
         BLOCK_M=32, BLOCK_N=block_n, BLOCK_K=block_k,
     )  # fmt: skip
-    if not cut:
+    if part_ends is None:
         return made.reshape(num_groups * num_outputs, num_inputs)
-    grads = torch.empty(num_groups * num_outputs, num_inputs, dtype=torch.float32, device=x_MK.device)
-    size, group_blocks = num_outputs * num_inputs, triton.cdiv(num_outputs * num_inputs, BLOCK_ELEMENTS)
-    _add_pieces_kernel[row_grid(num_groups, group_blocks)](
-        made, piece_ends, grads, size, group_blocks, BLOCK=BLOCK_ELEMENTS
-    )
-    return grads
+    grads = torch.empty(num_groups, num_outputs, num_inputs, dtype=torch.float32, device=x_MK.device)
+    return add_group_parts(made, part_ends, grads).flatten(0, 1)
 
 
 def is_cut(num_slots: int, tiles: int) -> bool:
-    """Whether slots are cut into pieces, for a matrix of so many tiles. Few slots would be one piece, with the same bits."""
-    return tiles <= SMALL and num_slots > PIECE
+    """Return whether slots are cut into parts, for a matrix of so many tiles. Few slots would be one part, with the same bits."""
+    return tiles <= SMALL and num_slots > PART_SLOTS

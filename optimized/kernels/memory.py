@@ -72,7 +72,8 @@ def _raise_strengths_kernel(rows_ptr, ends_ptr, strengths_ptr, num_named, gain, 
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     rows = tl.load(rows_ptr + places, mask=places < num_named, other=-1)
     before = tl.load(rows_ptr + places - 1, mask=(places > 0) & (places < num_named), other=-1)
-    first = (rows >= 0) & (rows != before)  # one thread for each row: no atomics
+    # One thread acts for each row, so there are no atomics.
+    first = (rows >= 0) & (rows != before)
     count = tl.load(ends_ptr + places, mask=first, other=0) - places
     total = tl.load(strengths_ptr + rows, mask=first, other=0).to(tl.int64) + gain * count
     tl.store(strengths_ptr + rows, tl.minimum(total, MOST).to(tl.int8), mask=first)

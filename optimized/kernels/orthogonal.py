@@ -14,7 +14,8 @@ from arbitor.optimized.kernels.common import narrow, widen
 from arbitor.optimized.kernels.launch import gradient_columns, row_grid, row_tile, runs_here
 
 BLOCK_COLUMNS = 1024
-BLOCK = 1024  # elements of a tile where rows do not matter
+BLOCK = 1024
+"""Elements of a tile where rows do not matter."""
 
 
 @triton.jit
@@ -36,7 +37,8 @@ def _row_factors_kernel(squares_ptr, factors_ptr, num_rows, BLOCK: tl.constexpr)
     for start in range(0, num_rows, BLOCK):
         rows = start + tl.arange(0, BLOCK)
         squares = tl.load(squares_ptr + first + rows, mask=rows < num_rows, other=0.0)
-        total += tl.where(squares < float("inf"), squares, 0.0)  # neither an infinity nor a NaN is
+        # Neither an infinity nor a NaN is below infinity.
+        total += tl.where(squares < float("inf"), squares, 0.0)
     norm = tl.sqrt(tl.sum(total, axis=0))
     factor = tl.where(norm > 0.0, 1.0 / tl.where(norm > 0.0, norm, 1.0), 0.0)
     for start in range(0, num_rows, BLOCK):
@@ -52,7 +54,8 @@ def _scale_rows_kernel(grad_ptr, factors_ptr, out_ptr, num_columns, row_blocks, 
     columns = (tl.program_id(0) % row_blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < num_columns
     factor = tl.load(factors_ptr + row)
-    counts = columns < tl.where(factor == 0.0, 0, num_columns)  # a row of factor 0 may hold a NaN
+    # A row of factor 0 may hold a NaN.
+    counts = columns < tl.where(factor == 0.0, 0, num_columns)
     grad = widen(tl.load(grad_ptr + row * num_columns + columns, mask=counts, other=0.0)).to(tl.float64)
     scaled = (grad * factor).to(tl.float32)
     tl.store(out_ptr + row * num_columns + columns, narrow(scaled, out_ptr.dtype.element_ty), mask=mask)

@@ -117,4 +117,5 @@ def packed_from_words(words: Tensor, shape: tuple[int, int]) -> Tensor:
     return packed
 
 
-assert TRITS_PER_WORD == 16  # the kernels above spell it out: Triton folds literals, not module constants
+# The kernels above spell the number out: Triton folds literals, not module constants.
+assert TRITS_PER_WORD == 16

@@ -4,8 +4,8 @@ Legend: E experts, N outputs of an expert, K inputs, M slots, S parts of a sum; 
 
 Slots are cut into tiles that share a matrix: those of one matrix in their order, many of several experts sorted by expert (`Plan`),
 few as tiles of one slot each. A launch has as many programs as tiles there could be, and those without a tile leave. Of few rows
-or slots the sums are cut into parts, for a tile alone would not occupy a GPU. All of it follows from shapes, so that nothing
-waits for the device.
+or slots the sums are cut into parts (`parts`), for a tile alone would not occupy a GPU. All of it follows from shapes, so that
+nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from arbitor.optimized.kernels.common import narrow, widen
 from arbitor.optimized.kernels.launch import row_grid, row_tile, runs_here
-from arbitor.optimized.kernels.parts import add_parts
+from arbitor.optimized.kernels.parts import add_parts, parts_of
 from arbitor.optimized.kernels.tiles import run_of, scale_bits, span_of, weight_tile, word_levels
 from arbitor.optimized.layouts import DeviceWeight
 
@@ -89,17 +89,18 @@ def _slots_of_tile(
 )
 def _packed_product_kernel(
     x_ptr, words_ptr, exponents_ptr, out_ptr, experts_ptr, order_ptr, starts_ptr, tile_ends_ptr,
-    input_parts, output_parts, num_slots, num_rows, row_words, row_groups, column_blocks, num_parts, part_steps,
-    TILES: tl.constexpr, GROUPS: tl.constexpr, GROUP_BLOCK: tl.constexpr, INPUT_PART: tl.constexpr, OUTPUT_PART: tl.constexpr,
+    input_units, output_units, num_slots, num_rows, row_words, row_groups, column_blocks, num_parts, part_steps,
+    TILES: tl.constexpr, GROUPS: tl.constexpr, GROUP_BLOCK: tl.constexpr, INPUT_UNIT: tl.constexpr, OUTPUT_UNIT: tl.constexpr,
     GROUP_SIZE: tl.constexpr, RUN: tl.constexpr, SPAN: tl.constexpr, MANTISSA_BITS: tl.constexpr,
     TRANSPOSED: tl.constexpr, WIDE: tl.constexpr, WEIGHT_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    num_inputs, num_outputs = input_parts * INPUT_PART, output_parts * OUTPUT_PART
+    num_inputs, num_outputs = input_units * INPUT_UNIT, output_units * OUTPUT_UNIT
     tile_of_part = tl.program_id(0) // column_blocks
     first_output = (tl.program_id(0) % column_blocks) * BLOCK_N
     outputs = first_output + tl.arange(0, BLOCK_N)
-    if TILES == SORTED:  # no sum is cut, and nothing is left to find out while the kernel runs
+    # Here no sum is cut, and nothing is left to find out while the kernel runs.
+    if TILES == SORTED:
         tile, first_slot, begin, end = tile_of_part, 0, 0, num_inputs
     else:
         tile, part = tile_of_part // num_parts, tile_of_part % num_parts
@@ -120,7 +121,8 @@ def _packed_product_kernel(
     if group > GROUPS:
         return
     sums = tl.zeros([BLOCK_N, BLOCK_M] if WEIGHT_FIRST else [BLOCK_M, BLOCK_N], dtype=tl.float32)
-    if group < GROUPS:  # the group past the last holds the unused slots, whose output is zero
+    # The group past the last holds the unused slots, whose output is zero.
+    if group < GROUPS:
         inputs = tl.arange(0, BLOCK_K)
         x_tile_ptr = x_ptr + slots[:, None] * num_inputs + inputs[None, :]
         first_row = tl.cast(group, tl.int64) * num_rows
@@ -193,7 +195,8 @@ class Plan:
     @classmethod
     def of(cls, experts_M: Tensor, num_groups: int) -> Plan:
         """Return the plan of slots; sorting is stable, so sums run in an order that depends on the slots alone."""
-        few = num_groups + 1 <= torch.iinfo(torch.uint8).max  # a sort takes a pass for each byte of a key
+        # A sort takes a pass for each byte of a key.
+        few = num_groups + 1 <= torch.iinfo(torch.uint8).max
         dtype = torch.uint8 if few else torch.int32
         sorted_M, order = torch.sort(torch.where(experts_M < 0, num_groups, experts_M).to(dtype), stable=True)
         bounds = torch.arange(num_groups + 2, dtype=dtype, device=experts_M.device)
@@ -225,7 +228,8 @@ class Tiling:
         average = triton.cdiv(num_slots, num_groups)
         if wide:
             return cls(16 if average <= 16 else 32, 64, 32, 4)
-        if average <= 16:  # the weight's rows fill the 64 of a warp group's product, which 16 slots would not
+        # The weight's rows fill the 64 rows of a warp group's product. 16 slots would not.
+        if average <= 16:
             return cls(16, 128 if transposed else 64, 64 if transposed else 128, 4, weight_first=True)
         if average <= 64:
             return cls(64, 128, 64, 8 if transposed else 4)
@@ -241,15 +245,15 @@ class Tiling:
         return replace(self, block_n=tile_width(num_outputs, self.block_n), block_k=block_k)
 
     def parts(self, num_outputs: int, num_inputs: int) -> tuple[int, int]:
-        """Return in how many parts to cut the sums of a tile of slots, and the tiles along a part.
+        """Return how many parts the sums of a tile of slots have, and the tiles along a part.
 
-        By the widths and the tile alone, so that among slots of one tile's height the bits of one do not depend on how many come
-        with it. What a part of many slots writes is no small matter, so these get fewer parts.
+        Both follow from the widths and the tile alone. Among slots of one tile's height, the bits of one slot therefore do not
+        depend on how many slots come with it. A part of a tall tile writes many sums, so a tall tile has fewer parts.
         """
         programs, steps = triton.cdiv(num_outputs, self.block_n), triton.cdiv(num_inputs, self.block_k)
         enough = PROGRAMS if self.block_m <= 16 else PROGRAMS // 2
-        part_steps = triton.cdiv(steps, max(1, min(enough // programs, steps)))
-        return triton.cdiv(steps, part_steps), part_steps
+        part_steps, num_parts = parts_of(steps, max(1, enough // programs))
+        return num_parts, part_steps
 
 
 def packed_product(
@@ -286,15 +290,15 @@ def packed_product(
         num_parts, part_steps = 1, triton.cdiv(num_inputs, tiling.block_k)
     out = torch.empty(num_slots, num_outputs, dtype=x.dtype, device=x.device)
     sums = out if num_parts == 1 else torch.empty(num_parts, *out.shape, dtype=torch.float32, device=x.device)
-    # Widths as parts of 16 bytes where they are: Triton would see that of multiples of 16 columns only.
-    input_part, output_part = math.gcd(num_inputs, 8), math.gcd(num_outputs, 8)
+    # Widths in units of 16 bytes where they are multiples of that: Triton would notice it of multiples of 16 columns only.
+    input_unit, output_unit = math.gcd(num_inputs, 8), math.gcd(num_outputs, 8)
     _packed_product_kernel[row_grid(tiles * column_blocks, num_parts)](
         x, weight.words, weight.exponents, sums, experts_M,
         *((None, None, None) if plan is None else (plan.order, plan.starts, plan.tile_ends(tiling.block_m))),
-        num_inputs // input_part, num_outputs // output_part, num_slots, num_rows,
+        num_inputs // input_unit, num_outputs // output_unit, num_slots, num_rows,
         weight.words.shape[1], weight.exponents.shape[1], column_blocks, num_parts, part_steps,
         TILES=cut.value, GROUPS=num_groups, GROUP_BLOCK=triton.next_power_of_2(num_groups + 1),
-        INPUT_PART=input_part, OUTPUT_PART=output_part, GROUP_SIZE=weight.group_size,
+        INPUT_UNIT=input_unit, OUTPUT_UNIT=output_unit, GROUP_SIZE=weight.group_size,
         RUN=run_of(weight.group_size), SPAN=span_of(weight.group_size), MANTISSA_BITS=weight.mantissa_bits,
         TRANSPOSED=transposed, WIDE=wide, WEIGHT_FIRST=tiling.weight_first,
         BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, num_warps=tiling.num_warps, num_stages=3,
@@ -303,7 +307,7 @@ def packed_product(
 
 
 def multiplies_wide(x: Tensor) -> bool:
-    """Whether `tl.dot` must have float32 operands: of float32, and in the interpreter, whose bfloat16 product is wrong."""
+    """Return whether `tl.dot` must have float32 operands: for float32, and in the interpreter, whose bfloat16 product is wrong."""
     return x.dtype is torch.float32 or x.device.type == "cpu"
 
 

@@ -1,4 +1,4 @@
-"""Sums of the rows of each segment, in a fixed order and without atomics; a long segment is shared by many programs.
+"""Sums of the rows of each segment, in a fixed order and without atomics; a long segment is cut into parts (`parts`).
 
 Legend: R rows, D width, E edges (each reads one row), S segments.
 Edges are sorted by their segment; a position is a place in that order.
@@ -14,8 +14,8 @@ from torch import Tensor
 from arbitor.optimized.kernels.common import narrow, widen
 from arbitor.optimized.kernels.launch import row_grid, row_tile, runs_here
 
-CHUNK = 64
-"""Positions that one program adds up where all of them belong to one segment."""
+PART_EDGES = 64
+"""Positions of a part. A part begins at a multiple of this, and counts where all of its positions belong to one segment."""
 
 BLOCK_COLUMNS = 1024
 WARP_COLUMNS = 256
@@ -30,7 +30,8 @@ def add_edges(
     NUM_SLOTS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """Add the rows of COUNT edges, from the one at `index` after `begin` on; positions of the gap are left out."""
-    for place in tl.static_range(COUNT):  # unrolled, so that the loads of all rows are on their way at once
+    # The loop is unrolled, so that the loads of all rows are on their way at once.
+    for place in tl.static_range(COUNT):
         position = begin + index + place
         position += tl.where(position < gap_begin, 0, gap)
         edge = tl.load(order_ptr + position)
@@ -68,45 +69,47 @@ def sum_of_edges(
 
 
 @triton.jit(do_not_specialize=["row_blocks"])
-def _chunk_sums_kernel(
-    rows_ptr, keys_ptr, order_ptr, signs_ptr, partials_ptr, num_columns, row_blocks,
-    NUM_SLOTS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
+def _part_sums_kernel(
+    rows_ptr, keys_ptr, order_ptr, signs_ptr, parts_ptr, num_columns, row_blocks,
+    NUM_SLOTS: tl.constexpr, PART: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    chunk = (tl.program_id(0) // row_blocks).to(tl.int64)
-    begin = chunk * CHUNK
+    part = (tl.program_id(0) // row_blocks).to(tl.int64)
+    begin = part * PART
     key = tl.load(keys_ptr + begin)
-    if (key < 0) | (key != tl.load(keys_ptr + begin + CHUNK - 1)):  # nothing reads the sums of this chunk
+    # Nothing reads the sums of a part that lies in several segments, or in none.
+    if (key < 0) | (key != tl.load(keys_ptr + begin + PART - 1)):
         return
     columns = (tl.program_id(0) % row_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
-    end = begin + CHUNK
+    end = begin + PART
     sums = sum_of_edges(
         rows_ptr, order_ptr, signs_ptr, begin, end, end, 0, columns, num_columns,
         NUM_SLOTS, BLOCK_D,
     )  # fmt: skip
-    tl.store(partials_ptr + chunk * num_columns + columns, sums, mask=columns < num_columns)
+    tl.store(parts_ptr + part * num_columns + columns, sums, mask=columns < num_columns)
 
 
 @triton.jit(do_not_specialize=["row_blocks"])
 def _segment_sums_kernel(
-    rows_ptr, order_ptr, starts_ptr, signs_ptr, partials_ptr, out_ptr, num_columns, row_blocks,
-    NUM_SLOTS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
+    rows_ptr, order_ptr, starts_ptr, signs_ptr, parts_ptr, out_ptr, num_columns, row_blocks,
+    NUM_SLOTS: tl.constexpr, PART: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     segment = (tl.program_id(0) // row_blocks).to(tl.int64)
     columns = (tl.program_id(0) % row_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
     begin, end = tl.load(starts_ptr + segment), tl.load(starts_ptr + segment + 1)
-    first = (begin + CHUNK - 1) // CHUNK
-    last = tl.maximum(end // CHUNK, first)  # chunks first .. last - 1 lie in this segment as a whole
-    # Edges before and after those chunks, then the chunks: an order that depends on the positions alone. In float64, as in
+    first = (begin + PART - 1) // PART
+    # Parts first .. last - 1 lie in this segment as a whole.
+    last = tl.maximum(end // PART, first)
+    # Edges before and after those parts, then the parts: an order that depends on the positions alone. In float64, as in
     # the specification.
     sums = sum_of_edges(
-        rows_ptr, order_ptr, signs_ptr, begin, end, first * CHUNK, (last - first) * CHUNK, columns, num_columns,
+        rows_ptr, order_ptr, signs_ptr, begin, end, first * PART, (last - first) * PART, columns, num_columns,
         NUM_SLOTS, BLOCK_D,
     )  # fmt: skip
     for start in range(first, last, AT_ONCE):
         for place in tl.static_range(AT_ONCE):
-            chunk = start + place
-            width = tl.where(chunk < last, num_columns, 0)
-            sums += tl.load(partials_ptr + chunk * num_columns + columns, mask=columns < width, other=0.0)
+            part = start + place
+            width = tl.where(part < last, num_columns, 0)
+            sums += tl.load(parts_ptr + part * num_columns + columns, mask=columns < width, other=0.0)
     out = out_ptr + segment * num_columns + columns
     tl.store(out, narrow(sums.to(tl.float32), out_ptr.dtype.element_ty), mask=columns < num_columns)
 
@@ -129,20 +132,21 @@ def segment_sums(
     (num_rows, num_columns), num_edges = rows_RD.shape, order_E.numel()
     block, row_blocks = row_tile(num_columns, BLOCK_COLUMNS)
     shared = {
-        "NUM_SLOTS": num_edges // num_rows,  # a constant, as a division by it is then a product
-        "CHUNK": CHUNK,
+        # This is a constant, so that a division by it becomes a product.
+        "NUM_SLOTS": num_edges // num_rows,
+        "PART": PART_EDGES,
         "BLOCK_D": block,
         "num_warps": min(4, triton.cdiv(block, WARP_COLUMNS)),
     }
-    rows_RD, num_chunks = rows_RD.contiguous(), num_edges // CHUNK
-    partials = torch.empty(num_chunks, num_columns, dtype=torch.float64, device=rows_RD.device)
-    if num_chunks:
-        _chunk_sums_kernel[row_grid(num_chunks, row_blocks)](
-            rows_RD, keys_E, order_E, signs_E, partials, num_columns, row_blocks, **shared
+    rows_RD, num_parts = rows_RD.contiguous(), num_edges // PART_EDGES
+    parts = torch.empty(num_parts, num_columns, dtype=torch.float64, device=rows_RD.device)
+    if num_parts:
+        _part_sums_kernel[row_grid(num_parts, row_blocks)](
+            rows_RD, keys_E, order_E, signs_E, parts, num_columns, row_blocks, **shared
         )
     num_segments = starts.numel() - 1
     sums_SD = torch.empty(num_segments, num_columns, dtype=dtype, device=rows_RD.device)
     _segment_sums_kernel[row_grid(num_segments, row_blocks)](
-        rows_RD, order_E, starts, signs_E, partials, sums_SD, num_columns, row_blocks, **shared
+        rows_RD, order_E, starts, signs_E, parts, sums_SD, num_columns, row_blocks, **shared
     )
     return sums_SD

@@ -20,7 +20,7 @@ def run_of(group_size: int) -> int:
 
 
 def span_of(group_size: int) -> int:
-    """Return the groups that a word can have a part of, four at most."""
+    """Return how many groups a word can overlap, four at most."""
     return triton.cdiv(group_size - run_of(group_size) + TRITS_PER_WORD, group_size)
 
 
@@ -81,7 +81,7 @@ def scale_bits(levels, MANTISSA_BITS: tl.constexpr):
 
 @triton.jit
 def word_levels(rows_ptr, first, row_groups, SPAN: tl.constexpr):
-    """Return the levels of the groups that a word can have a part of: `first` and SPAN - 1 more, of four in all."""
+    """Return the levels of the groups that a word can overlap: `first` and SPAN - 1 more, of four in all."""
     l0 = levels_of(rows_ptr, first, row_groups)
     l1, l2, l3 = l0, l0, l0
     if SPAN > 1:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.optimized.kernels.common import clock_step, lane_trits, philox_words, widen, word_bytes
-from arbitor.optimized.kernels.launch import Clock, row_grid, row_tile, runs_here
+from arbitor.optimized.kernels.launch import Clock, announce_written, row_grid, row_tile, runs_here
 from arbitor.optimized.kernels.votes import (
     exponents_of_rows,
     gradient_votes,
@@ -55,7 +55,8 @@ def _accumulate_kernel(
     row = slot
     if HAS_ROWS:
         row = tl.load(rows_ptr + slot)
-        if row < 0:  # an unused slot
+        # A negative row is an unused slot.
+        if row < 0:
             return
     groups, columns, mask = group_tile(tl.program_id(0) % row_blocks, num_columns, GROUP_SIZE, PLACES, BLOCK)
     group_ids = row * row_groups + groups
@@ -110,7 +111,8 @@ def _step_trits_kernel(
     row = (tl.program_id(0) // row_blocks).to(tl.int64)
     if HAS_ROWS:
         row = tl.load(rows_ptr + row)
-        if row < 0:  # an unused slot
+        # A negative row is an unused slot.
+        if row < 0:
             return
     word_ids = (tl.program_id(0) % row_blocks) * BLOCK + tl.arange(0, BLOCK)
     lanes = tl.arange(0, 16)[None, :]
@@ -136,7 +138,8 @@ def _step_exponents_kernel(
     row = (tl.program_id(0) // row_blocks).to(tl.int64)
     if HAS_ROWS:
         row = tl.load(rows_ptr + row)
-        if row < 0:  # an unused slot
+        # A negative row is an unused slot.
+        if row < 0:
             return
     groups = (tl.program_id(0) % row_blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = groups < row_groups
@@ -209,6 +212,7 @@ def step_(weight: DeviceWeight, theta: int, theta_e: int, carry: bool, rows: Ten
         row_ids, weight.words, weight.trit_accum, weight.shape[1], words, row_blocks, theta,
         HAS_ROWS=rows is not None, CARRY=carry, BLOCK=block,
     )  # fmt: skip
+    announce_written(weight.words, weight.exponents)
 
 
 def changed_trits(before: Tensor, after: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.optimized.kernels.common import clock_step, philox_words, widen, word_bytes
+from arbitor.optimized.kernels.common import clock_step, philox_words, round_half_even, widen, word_bytes
 from arbitor.optimized.kernels.launch import Clock, gradient_columns, row_grid, row_tile, runs_here
 from arbitor.reference.constants import SILENT_ROW, groups_per_row
 
 SILENT = tl.constexpr(SILENT_ROW)
 BLOCK_COLUMNS = 1024
-TILE = 2048  # lanes of a tile of groups: see docs/log.md
+TILE = 2048
+"""Lanes of a tile of groups. docs/log.md says why."""
 
 
 @triton.jit
@@ -37,12 +38,14 @@ def _row_exponents_kernel(
     # finite means an element that is not, and the exponent can be read off the bits of a normal number.
     mean_square = tl.sum(squares, axis=0) / num_columns
     bits = mean_square.to(tl.int64, bitcast=True)
-    biased = ((bits >> 52) & 0x7FF).to(tl.int32)  # a NaN may carry a sign
+    # A NaN may carry a sign.
+    biased = ((bits >> 52) & 0x7FF).to(tl.int32)
     finite = biased < 2047
     exponent = (biased - 1022) >> 1
     tl.store(exponents_ptr + row, tl.where(finite & (bits != 0), exponent, SILENT))
     if COUNT_FAULTS:
-        tl.atomic_add(faults_ptr, 1, mask=biased == 2047)  # integers: the order cannot matter
+        # The counts are integers, so their order cannot matter.
+        tl.atomic_add(faults_ptr, 1, mask=biased == 2047)
 
 
 @triton.jit
@@ -63,9 +66,7 @@ def gradient_votes(grad, row_exponents, rate, dither):
     first = tl.minimum(power, 100)
     scaled = grad * power_of_two(first) * power_of_two(power - first) * rate
     scaled = tl.minimum(tl.maximum(tl.where(speaks, scaled, 0.0), -32768.0), 32767.0)
-    # Adding and taking away 1.5 * 2**23 leaves no bits for a fraction: it rounds to integers, half to even.
-    quotient = ((scaled + 12582912.0) - 12582912.0).to(tl.int32)
-    votes = (quotient + dither) >> 8
+    votes = (round_half_even(scaled).to(tl.int32) + dither) >> 8
     return tl.minimum(tl.maximum(votes, -127), 127)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from arbitor.reference.checks.arguments import integer, number
@@ -16,6 +15,7 @@ from arbitor.reference.checks.tensors import (
     same_dtype,
     tensor,
 )
+from arbitor.reference.dtypes import wide_dtype
 
 
 def decode_slots(q_BHK: Tensor, keys_BSK: Tensor, bias_BS: Tensor, *, value_width: int, scale: float) -> None:
@@ -32,7 +32,7 @@ def decode_slots(q_BHK: Tensor, keys_BSK: Tensor, bias_BS: Tensor, *, value_widt
         raise ValueError(
             f"keys_BSK has shape {tuple(keys_BSK.shape)}, but must be [{batch}, slots, {columns}], as q_BHK has it"
         )
-    tensor("bias_BS", bias_BS, torch.promote_types(q_BHK.dtype, torch.float32), keys_BSK.shape[:2])
+    tensor("bias_BS", bias_BS, wide_dtype(q_BHK), keys_BSK.shape[:2])
     same_device(q_BHK=q_BHK, keys_BSK=keys_BSK, bias_BS=bias_BS)
     integer("value_width", value_width, 1, columns)
     number("scale", scale, 0.0, 2.0**15, open_low=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm
 from arbitor.reference.graph.ledger import LayerLedger, mean_of_parts, rows_at
@@ -125,7 +126,7 @@ class LatentAttention(ArbModule):
 
         In bfloat16, ln n would be off by up to a percent of a summary's weight.
         """
-        wide = torch.promote_types(q_BPHC.dtype, torch.float32)
+        wide = wide_dtype(q_BPHC)
         gathered = []
         for skipped in range(0, q_BPHC.shape[1], self.scheduler.window):
             some_BQHC = q_BPHC[:, skipped : skipped + self.scheduler.window]
@@ -147,7 +148,7 @@ class LatentAttention(ArbModule):
         mean_BHL = self.ops.decode_attention(
             torch.cat([q_latent.unflatten(0, (batch, self.num_heads)), q_rotary], dim=-1),
             rows_at(cache.log.rows[..., self.rotary_dim :], view.places_BS),
-            view.bias_BQS[:, 0].to(torch.promote_types(q_BHC.dtype, torch.float32)),
+            view.bias_BQS[:, 0].to(wide_dtype(q_BHC)),
             value_width=self.kv_latent,
             scale=self.scale,
         )

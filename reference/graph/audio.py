@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.codebook import TernaryVQCodebook
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryLinear
 from arbitor.reference.graph.module import ArbModule, TernaryModule, as_it_is
 from arbitor.reference.graph.sequencer import audio_batch
-from arbitor.reference.graph.units import unit_rows, widened
+from arbitor.reference.graph.units import unit_rows
 
 AUDIO_CODES = 289
 """V: entries of the encoder's codebook, and tokens of the talker head that learns from it."""

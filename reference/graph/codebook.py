@@ -13,6 +13,7 @@ from torch import Tensor
 
 from arbitor.reference import checks
 from arbitor.reference.constants import USAGE_MAX
+from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
 from arbitor.reference.graph.module import ArbModule, PartDict, TableModule, uncompiled, when_voting
@@ -101,7 +102,7 @@ class TernaryVQCodebook(TernaryEmbedding, TableModule):
             out=self.weight,
         )
         self.ops.age_codes(self.usage, **place, out=self.usage)
-        self.steps += 1
+        self.changed()
 
 
 class MultimodalVQBridge(ArbModule):
@@ -206,7 +207,7 @@ class SharedVQ(ArbModule):
 
 def commitment(z: Tensor, c: Tensor) -> dict[str, Tensor]:
     """Return the mean squared distances that pull vectors to their codes and codes to their vectors, by loss."""
-    wide = torch.promote_types(z.dtype, torch.float32)
+    wide = wide_dtype(z)
     z, c = z.to(wide), c.to(wide)
     return {
         "commitment": (z - c.detach()).square().mean(),

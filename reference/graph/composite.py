@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arbitor.reference import checks
+from arbitor.reference.dtypes import wide_dtype, widened
 from arbitor.reference.graph.codebook import TernaryVQCodebook
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm
@@ -93,7 +94,7 @@ def gate_loss(logits: Tensor, errors: Tensor) -> Tensor:
     Math:    mean of open * (error - mean error), open = 1 where logit > 0, else 0; its gradient is that of sigmoid(logit)
     Shapes:  logits and errors [...], held -> [], float32 or better; 0 for no positions
     """
-    p = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+    p = widened(logits).sigmoid()
     opened = (logits.detach() > 0).to(p.dtype) + (p - p.detach())
     count = max(errors.numel(), 1)
     return (opened * (errors - errors.sum() / count)).sum() / count
@@ -101,7 +102,7 @@ def gate_loss(logits: Tensor, errors: Tensor) -> Tensor:
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
     """Return the mean squared difference over the last dimension, in float32 or better."""
-    wide = torch.promote_types(a.dtype, torch.float32)
+    wide = wide_dtype(a)
     return (a.to(wide) - b.to(wide)).square().mean(dim=-1)
 
 

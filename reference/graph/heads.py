@@ -5,11 +5,11 @@ Legend: B batch, P positions, D width, V = 297 vocabulary.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from arbitor.reference.config import VOCABULARY_SIZE
+from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm
 from arbitor.reference.graph.module import ArbModule
@@ -38,4 +38,4 @@ class ByteHead(ArbModule):
         n_BPD = self.norm(x_BPD)
         u_BPD = x_BPD + self.down(F.silu(self.gate(n_BPD)) * self.up(n_BPD))
         logits_BPV = self.vocabulary(self.vocabulary_norm(u_BPD))
-        return logits_BPV.to(torch.promote_types(logits_BPV.dtype, torch.float32))
+        return widened(logits_BPV)

@@ -185,8 +185,9 @@ class ArbModule(Part):
             self.note_loaded()
 
     def note_loaded(self) -> None:
-        """Forget what passes left: it was of another state."""
+        """Forget what passes left: it was of another state, as is what a ledger has read."""
         self.forget()
+        self.voting.version += 1
 
 
 class TableModule(ArbModule):
@@ -358,7 +359,12 @@ class TernaryModule(ArbModule):
             rows=rows,
             out=weight,
         )
+        self.changed()
+
+    def changed(self) -> None:
+        """Note that the weight is another: for backward passes through the old one, and for what was read with it."""
         self.steps += 1
+        self.voting.version += 1
 
     def load(self, weight: TernaryWeight) -> None:
         """Overwrite the weight, in place, with one in canonical form; votes of an earlier state are forgotten.
@@ -382,7 +388,7 @@ class TernaryModule(ArbModule):
     def note_loaded(self) -> None:
         """Forget what passes left, and let no backward pass vote that was begun with the weight before."""
         super().note_loaded()
-        self.steps += 1
+        self.changed()
 
     def check_tensors(self, state_dict: Mapping[str, Any], prefix: str, *, assign: bool) -> None:
         """Refuse tensors that do not fit the weight, hold what no weight holds, or could not be a weight in its place."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from arbitor.reference.dtypes import widened
+
 ROTARY_BASE = 10_000.0
 """Base of the geometric series of rotary wavelengths, in positions."""
 
@@ -36,7 +38,7 @@ def rotate(x_BPHR: Tensor, turns: Turns) -> Tensor:
     Math:    (a, b) -> (a cos - b sin, a sin + b cos)
     """
     cosine, sine = turns
-    a, b = x_BPHR.to(torch.promote_types(x_BPHR.dtype, torch.float32)).chunk(2, dim=-1)
+    a, b = widened(x_BPHR).chunk(2, dim=-1)
     return torch.cat([a * cosine - b * sine, a * sine + b * cosine], dim=-1).to(x_BPHR.dtype)
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryLinear
 from arbitor.reference.graph.module import ArbModule
-from arbitor.reference.graph.units import unit_rows, widened
+from arbitor.reference.graph.units import unit_rows
 
 NUM_HEADS = 3
 """What a router chooses from: text, video, audio, in this order."""

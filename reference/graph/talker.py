@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arbitor.reference import checks
+from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryLinear
 from arbitor.reference.graph.module import ArbModule, as_it_is
-from arbitor.reference.graph.units import unit_rows, widened
+from arbitor.reference.graph.units import unit_rows
 
 MAX_TOKENS = 2**31 - 1
 """Most tokens that may be asked for."""

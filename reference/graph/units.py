@@ -1,16 +1,11 @@
-"""What heads do to vectors without a weight: scale rows to unit size, widen results."""
+"""What heads do to vectors without a weight: scale their rows to unit size."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from arbitor.reference.constants import DEFAULT_EPS
-
-
-def widened(x: Tensor) -> Tensor:
-    """Return x in float32, or in float64 if it is that."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+from arbitor.reference.dtypes import widened
+from arbitor.reference.ops import norm
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -19,5 +14,4 @@ def unit_rows(x: Tensor) -> Tensor:
     Heads whose weight counts the seeds give to the last one have no room for the ones of a frozen norm, which would
     change nothing.
     """
-    wide = widened(x)
-    return (wide / (wide.square().mean(dim=-1, keepdim=True) + DEFAULT_EPS).sqrt()).to(x.dtype)
+    return norm.unit_rows(widened(x)).to(x.dtype)

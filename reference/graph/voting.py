@@ -105,6 +105,7 @@ class Voting:
         step:    dither step of the last pass that ended well: what the step rule draws with.
         faults:  int64 [], gradient rows so far that were not finite and cast no votes.
         dtype:   what gradients are made orthogonal in: bfloat16 if the activations are, else float32.
+        version: steps and loads of the model's weights and tables so far: what a ledger read before one is stale after it.
         torn:    whether a pass raised that could not be undone, or a step did: the state is of no use until another is loaded.
         strayed: whether gradients came through weights outside of a pass, and no pass was taken since.
     """
@@ -128,6 +129,7 @@ class Voting:
         self.notes: list[Note] = []
         self.step: int | Tensor = 0
         self.faults = torch.zeros((), dtype=torch.int64, device=device)
+        self.version = 0
         self.torn = False
         self.strayed = False
 

@@ -5,57 +5,53 @@ J taps, E experts, `groups` groups of dither, `float_bytes` bytes of one activat
 
 The work models are floors, for rooflines: `bytes_min` reads each input once and writes each output once,
 weights in their canonical bytes; `ops_min` counts the arithmetic of the formula, a multiply-add as two.
+
+A family is a file of this folder that has `OPS`, a tuple of rows: the file is found on disk and named in no list. Families come
+in alphabetical order, and rows in the order of their file. No rule depends on the order, and a page of ops is looked up by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import pkgutil
+from collections.abc import Iterable, Mapping
+from importlib import import_module
 from types import MappingProxyType
 
-from arbitor.reference.op_table import (
-    attention,
-    codebook,
-    conv,
-    denoise,
-    dither,
-    edges,
-    embedding,
-    experts,
-    layout,
-    linear,
-    memory,
-    norm,
-    orthogonal,
-    packing,
-    scale,
-    update,
-    votes,
-)
 from arbitor.reference.op_table.row import EXACT, TWICE, Exact, NoWorse, OpRow, Shape
 
-__all__ = ["EXACT", "OP_TABLE", "TWICE", "Exact", "NoWorse", "OpRow", "Shape"]
+__all__ = ["EXACT", "FAMILIES", "OP_TABLE", "TWICE", "Exact", "NoWorse", "OpRow", "Shape", "table_of"]
 
-_FAMILIES = (
-    packing,
-    dither,
-    scale,
-    votes,
-    update,
-    orthogonal,
-    linear,
-    conv,
-    norm,
-    embedding,
-    denoise,
-    layout,
-    codebook,
-    experts,
-    attention,
-    edges,
-    memory,
-)
 
-OP_TABLE: Mapping[str, OpRow] = MappingProxyType(
-    {row.name: row for family in _FAMILIES for row in family.OPS}
+def table_of(families: Mapping[str, Iterable[OpRow]]) -> Mapping[str, OpRow]:
+    """Return the rows of all families by the name of their op.
+
+    Args:
+        families: the rows of each file, by the name of the file.
+
+    Raises ValueError for a row whose family is not its file, or for a second row of an op.
+    """
+    table: dict[str, OpRow] = {}
+    for family, rows in families.items():
+        for row in rows:
+            if row.family != family:
+                raise ValueError(
+                    f"family of {row.name} is {row.family!r}, but must be its file's, {family!r}"
+                )
+            if row.name in table:
+                raise ValueError(
+                    f"name is {row.name!r} in {family}.py, but {table[row.name].family}.py has a row of that name"
+                )
+            table[row.name] = row
+    return MappingProxyType(table)
+
+
+_NAMES = sorted(found.name for found in pkgutil.iter_modules(__path__))
+_MODULES = {name: import_module(f"{__name__}.{name}") for name in _NAMES}
+
+OP_TABLE: Mapping[str, OpRow] = table_of(
+    {name: module.OPS for name, module in _MODULES.items() if hasattr(module, "OPS")}
 )
-"""The rows by name, in the order of the spec."""
+"""The rows by the name of their op: family by family in alphabetical order."""
+
+FAMILIES: tuple[str, ...] = tuple(dict.fromkeys(row.family for row in OP_TABLE.values()))
+"""The families that have rows, in alphabetical order."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 from arbitor.reference.op_table.row import TWICE, OpRow
 from arbitor.reference.op_table.work import sizes
 
-SLOTS = (
-    sizes(  # B sequences, H heads, S slots of L latent and R rotary columns: 727 is what a window of 512 sees
-        tiny={"B": 2, "H": 4, "S": 64, "L": 32, "R": 16, "float_bytes": 2},
-        _3072={"B": 16, "H": 24, "S": 727, "L": 512, "R": 64, "float_bytes": 2},
-        _7168_decode={"B": 1, "H": 56, "S": 727, "L": 512, "R": 64, "float_bytes": 2},
-        _7168={"B": 16, "H": 56, "S": 4096, "L": 512, "R": 64, "float_bytes": 2},
-        r14_decode={"B": 1, "H": 128, "S": 727, "L": 512, "R": 64, "float_bytes": 2},
-    )
+# B sequences, H heads, S slots of L latent and R rotary columns. A window of 512 sees 727 slots.
+SLOTS = sizes(
+    tiny={"B": 2, "H": 4, "S": 64, "L": 32, "R": 16, "float_bytes": 2},
+    _3072={"B": 16, "H": 24, "S": 727, "L": 512, "R": 64, "float_bytes": 2},
+    _7168_decode={"B": 1, "H": 56, "S": 727, "L": 512, "R": 64, "float_bytes": 2},
+    _7168={"B": 16, "H": 56, "S": 4096, "L": 512, "R": 64, "float_bytes": 2},
+    r14_decode={"B": 1, "H": 128, "S": 727, "L": 512, "R": 64, "float_bytes": 2},
 )
 
 # fmt: off

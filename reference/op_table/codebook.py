@@ -5,7 +5,8 @@ from __future__ import annotations
 from arbitor.reference.op_table.row import EXACT, OpRow, Shape
 from arbitor.reference.op_table.work import PHILOX_OPS, dither_ops, elements, groups, sizes, state, values
 
-CODES = sizes(  # M vectors, candidates of 2**sign_bits buckets, `window` codes that may be revived
+# M vectors, candidates of 2**sign_bits buckets, `window` codes that may be revived
+CODES = sizes(
     tiny={"M": 16, "N": 512, "K": 64, "G": 12, "float_bytes": 2, "sign_bits": 4, "probes": 2, "window": 16},
     _4096_m16384={
         "M": 16384, "N": 4096, "K": 64, "G": 12, "float_bytes": 2, "sign_bits": 6, "probes": 4, "window": 256,

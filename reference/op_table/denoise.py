@@ -35,7 +35,8 @@ OPS = (
         bytes_min=lambda s: 3 * s["float_bytes"] * s["M"] * s["K"],
         ops_min=lambda s: 2 * s["M"] * s["K"],
     ),
-    OpRow(  # latents and tokens in and latents out, and every weight once, however many steps
+    # Least bytes: latents and tokens in, latents out, and every weight once, however many steps.
+    OpRow(
         "denoise_loop", "denoise", TWICE, DENOISE_LOOP,
         bytes_min=lambda s: s["float_bytes"] * s["B"] * (2 * s["L"] + s["P"] * s["D"])
         + sum(values({**s, "N": n, "K": k}) for n, k in denoise_weights(s)),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from arbitor.reference.op_table.row import EXACT, TWICE, OpRow, Shape
 from arbitor.reference.op_table.work import sizes
 
-EDGES = sizes(  # M rows gather from N nodes of K columns by J slots each
+# M rows gather from N nodes of K columns by J slots each
+EDGES = sizes(
     tiny={"M": 64, "N": 48, "K": 48, "J": 10, "float_bytes": 2},
     _512={"M": 16384, "N": 4096, "K": 512, "J": 10, "float_bytes": 2},
     _512_n58684={"M": 16384, "N": 58684, "K": 512, "J": 10, "float_bytes": 2},
@@ -13,7 +14,8 @@ EDGES = sizes(  # M rows gather from N nodes of K columns by J slots each
     _7168_n58684={"M": 1024, "N": 58684, "K": 7168, "J": 10, "float_bytes": 2},
 )
 
-NEIGHBOURS = sizes(  # M pairs into a table of N rows of J slots
+# M pairs into a table of N rows of J slots
+NEIGHBOURS = sizes(
     tiny={"M": 64, "N": 48, "J": 10, "G": 12},
     _4096={"M": 16384, "N": 4096, "J": 10, "G": 12},
     _10M={"M": 16384, "N": 10_000_000, "J": 10, "G": 12},

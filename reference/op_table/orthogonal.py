@@ -13,7 +13,8 @@ def orthogonal_ops(s: Shape) -> int:
     return s["E"] * (4 * rows * columns * side + 2 * side**3)
 
 
-GRADIENTS = sizes(  # gradients of a stack of E matrices of N / E rows
+# gradients of a stack of E matrices of N / E rows
+GRADIENTS = sizes(
     tiny={"N": 256, "K": 256, "E": 1, "iterations": 3, "float_bytes": 2},
     small={"N": 1024, "K": 384, "E": 1, "iterations": 3, "float_bytes": 2},
     _3072={"N": 3072, "K": 3072, "E": 1, "iterations": 3, "float_bytes": 2},

@@ -24,7 +24,8 @@ OPS = (
         bytes_min=lambda s: 5 * elements(s),
         ops_min=lambda s: 2 * elements(s),
     ),
-    OpRow(  # a number in, a number out: it never touches a device
+    # It takes a number and returns a number, and never touches a device.
+    OpRow(
         "step_from_loss", "votes", EXACT, SCALAR,
         bytes_min=lambda s: 0,
         ops_min=lambda s: 5,

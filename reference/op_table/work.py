@@ -67,13 +67,15 @@ def vote_ops(s: Shape) -> int:
     return 8 * elements(s) + dither_ops(groups(s), s["G"])
 
 
-MATRIX = sizes(  # weights
+# weights
+MATRIX = sizes(
     tiny={"N": 256, "K": 256, "G": 12},
     _3072={"N": 3072, "K": 3072, "G": 12},
     _7168={"N": 7168, "K": 7168, "G": 12},
 )
 
-ROWS = sizes(  # activations and one row of a weight
+# activations and one row of a weight
+ROWS = sizes(
     tiny={"M": 256, "N": 1, "K": 256, "G": 12, "float_bytes": 2},
     _3072={"M": 4096, "N": 1, "K": 3072, "G": 12, "float_bytes": 2},
     _7168={"M": 4096, "N": 1, "K": 7168, "G": 12, "float_bytes": 2},

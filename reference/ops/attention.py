@@ -11,8 +11,13 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
+from arbitor.reference.dtypes import wide_dtype
+from arbitor.reference.promises import op
+
+__all__ = ["decode_attention"]
 
 
+@op
 def decode_attention(
     q_BHK: Tensor, keys_BSK: Tensor, bias_BS: Tensor, *, value_width: int, scale: float
 ) -> Tensor:
@@ -31,7 +36,7 @@ def decode_attention(
     """
     checks.decode_slots(q_BHK, keys_BSK, bias_BS, value_width=value_width, scale=scale)
     checks.slot_bias(bias_BS)
-    wide = torch.promote_types(q_BHK.dtype, torch.float32)
+    wide = wide_dtype(q_BHK)
     visible_BS1 = (bias_BS > -torch.inf)[:, :, None]
     keys_BSK = torch.where(visible_BS1, keys_BSK.to(wide), 0.0)
     scores_BHS = q_BHK.to(wide) @ keys_BSK.transpose(1, 2) * scale + bias_BS[:, None, :]

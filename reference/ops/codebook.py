@@ -1,4 +1,4 @@
-"""Codebook: the nearest row of a ternary table, how its rows start, are counted, and come back to life.
+"""Codebook: the search for the nearest row of a ternary table, and how rows start, are counted and are revived.
 
 Legend: N codes, C code width, Q vectors, M candidates of a vector, R vectors of a batch, s sign bits, KG groups a row.
 z_q = rint(clamp(16 z, -127, 127)), NaN -> 0: a vector in whole sixteenths.
@@ -24,10 +24,22 @@ from arbitor.reference.constants import (
     REVIVAL_BLOCK,
     USAGE_MAX,
 )
+from arbitor.reference.dtypes import widened
 from arbitor.reference.ops.dither import philox
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.ops.scale import dequantize, initial_weight
+from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
+
+__all__ = [
+    "age_codes",
+    "candidate_codes",
+    "count_codes",
+    "initial_codebook",
+    "nearest_candidates",
+    "nearest_codes",
+    "revive_codes",
+]
 
 _CHUNK = 1 << 24
 """Scores, or elements of decoded codes, that exist at a time."""
@@ -35,6 +47,7 @@ _CHUNK = 1 << 24
 _NO_ID = 2**63 - 1
 
 
+@op
 def initial_codebook(
     shape: Sequence[int],
     *,
@@ -70,6 +83,7 @@ def initial_codebook(
     return weight_of_trits(trits, weight.exponents, group_size)
 
 
+@op
 def nearest_codes(z: Tensor, weight: TernaryWeight) -> Tensor:
     """Return the code nearest to each vector.
 
@@ -101,6 +115,7 @@ def nearest_codes(z: Tensor, weight: TernaryWeight) -> Tensor:
     return ids.reshape(z.shape[:-1])
 
 
+@op
 def candidate_codes(z: Tensor, *, num_codes: int, sign_bits: int, num_probes: int) -> Tensor:
     """Return the codes of the buckets that the signs of each vector name, the likeliest bucket first.
 
@@ -133,6 +148,7 @@ def candidate_codes(z: Tensor, *, num_codes: int, sign_bits: int, num_probes: in
     return torch.where(ids < ends[..., None], ids, -1).flatten(-2)
 
 
+@op
 def nearest_candidates(z: Tensor, weight: TernaryWeight, candidates: Tensor) -> Tensor:
     """Return the nearest of each vector's candidates.
 
@@ -174,6 +190,7 @@ def nearest_candidates(z: Tensor, weight: TernaryWeight, candidates: Tensor) -> 
     return ids.reshape(z.shape[:-1])
 
 
+@op
 def count_codes(usage: Tensor, ids: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Return the counters with the uses of codes added.
 
@@ -195,6 +212,7 @@ def count_codes(usage: Tensor, ids: Tensor, *, out: Tensor | None = None) -> Ten
     return counted if out is None else out.copy_(counted)
 
 
+@op
 def revive_codes(
     weight: TernaryWeight,
     usage: Tensor,
@@ -246,8 +264,9 @@ def revive_codes(
     return out
 
 
+@op
 def age_codes(usage: Tensor, *, first: int | Tensor, window: int, out: Tensor | None = None) -> Tensor:
-    """Return the counters after those of a window were halved: what follows `revive_codes` on the same window.
+    """Return the counters with those of a window halved, as a step does after `revive_codes` on the same window.
 
     Math:    for n = (first + j) mod N, j < window: u_n <- 1 where u_n = 0, the code just revived; else floor(u_n / 2)
     Shapes:  usage int16 [N], not negative; first 0 .. 2**62, an integer or int64 []; window 0 .. N
@@ -266,8 +285,7 @@ def age_codes(usage: Tensor, *, first: int | Tensor, window: int, out: Tensor | 
 
 def whole_sixteenths(z: Tensor) -> Tensor:
     """Return z_q as float32: the vectors in whole sixteenths, half to even, within plus and minus 127."""
-    z = z if z.dtype == torch.float64 else z.to(torch.float32)
-    z_q = (z.nan_to_num(nan=0.0) * QUERY_STEPS).clamp(-QUERY_MAX, QUERY_MAX).round()
+    z_q = (widened(z).nan_to_num(nan=0.0) * QUERY_STEPS).clamp(-QUERY_MAX, QUERY_MAX).round()
     return z_q.to(torch.float32)
 
 

@@ -6,14 +6,18 @@ N channels out (rows of the weight), K = C * J columns: column c * J + j belongs
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from arbitor.reference import checks
+from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.ops.linear import linear, linear_input_grad, linear_weight_grad
+from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
+__all__ = ["conv1d", "conv1d_input_grad", "conv1d_weight_grad"]
 
+
+@op
 def conv1d(
     x_BCL: Tensor, weight: TernaryWeight, *, kernel_size: int, stride: int = 1, padding: int = 0
 ) -> Tensor:
@@ -30,6 +34,7 @@ def conv1d(
     return linear(columns_BPK, weight).transpose(1, 2)
 
 
+@op
 def conv1d_input_grad(
     grad_BNP: Tensor,
     weight: TernaryWeight,
@@ -52,7 +57,7 @@ def conv1d_input_grad(
     checks.conv_gradient(grad_BNP, weight.shape[0], positions)
     checks.conv_columns(weight.shape[1], kernel_size)
     # Taps that meet at a place are summed before they are rounded.
-    wide = torch.promote_types(grad_BNP.dtype, torch.float32)
+    wide = wide_dtype(grad_BNP)
     taps = linear_input_grad(grad_BNP.transpose(1, 2).to(wide), weight)
     taps = taps.reshape(grad_BNP.shape[0], positions, weight.shape[1] // kernel_size, kernel_size)
     padded = taps.new_zeros(grad_BNP.shape[0], taps.shape[2], length + 2 * padding)
@@ -61,6 +66,7 @@ def conv1d_input_grad(
     return padded[:, :, padding : padding + length].to(grad_BNP.dtype)
 
 
+@op
 def conv1d_weight_grad(
     grad_BNP: Tensor, x_BCL: Tensor, *, kernel_size: int, stride: int = 1, padding: int = 0
 ) -> Tensor:

@@ -14,11 +14,17 @@ from torch.nn import functional as F
 
 from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_EPS
+from arbitor.reference.dtypes import wide_dtype, widened
 from arbitor.reference.ops.linear import linear
+from arbitor.reference.ops.norm import unit_rows
 from arbitor.reference.ops.scale import dequantize
+from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
+__all__ = ["denoise_loop", "denoise_step", "denoise_step_backward"]
 
+
+@op
 def denoise_step(latent: Tensor, pred: Tensor, *, alpha: float) -> Tensor:
     """Return the latent with a share of the predicted noise taken out.
 
@@ -34,10 +40,11 @@ def denoise_step(latent: Tensor, pred: Tensor, *, alpha: float) -> Tensor:
     checks.same_dtype("pred", pred, "latent", latent)
     checks.same_shape("pred", pred, "latent", latent)
     checks.same_device(latent=latent, pred=pred)
-    dtype = torch.promote_types(latent.dtype, torch.float32)
+    dtype = wide_dtype(latent)
     return ((latent.to(dtype) - (1.0 - alpha) * pred.to(dtype)) / math.sqrt(alpha)).to(latent.dtype)
 
 
+@op
 def denoise_step_backward(grad: Tensor, *, alpha: float) -> tuple[Tensor, Tensor]:
     """Return the gradients of the loss with respect to the latent and to the predicted noise.
 
@@ -50,11 +57,12 @@ def denoise_step_backward(grad: Tensor, *, alpha: float) -> tuple[Tensor, Tensor
     """
     checks.number("alpha", alpha, 0.0, 1.0, open_low=True)
     checks.dtype_in("grad", grad, checks.FLOAT_DTYPES)
-    grad_wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    grad_wide = widened(grad)
     factor = -(1.0 - alpha) / math.sqrt(alpha)
     return (grad_wide / math.sqrt(alpha)).to(grad.dtype), (grad_wide * factor).to(grad.dtype)
 
 
+@op
 def denoise_loop(
     latent_BL: Tensor,
     tokens_BPD: Tensor,
@@ -66,7 +74,7 @@ def denoise_loop(
     alphas: Sequence[float],
     halt_threshold: float | None = None,
 ) -> Tensor:
-    """Return the latent after all steps of the video head, or the mean of the steps, each sample's weighted by its halting.
+    """Return the latent after all steps of the video head, or the mean of the steps, weighted for each sample by its halting.
 
     Math:    step t: n = W_in latent / rms; q = W_query n + W_steps[t]; c = sum over tokens of softmax(q . token / sqrt(D)) token
              pred = W_out silu(n + c); latent <- denoise_step(latent, pred, alpha_t)
@@ -82,28 +90,56 @@ def denoise_loop(
     """
     weights = {"latent_in": latent_in, "query": query, "step_rows": step_rows, "latent_out": latent_out}
     checks.denoise_loop(latent_BL, tokens_BPD, weights, alphas, halt_threshold)
-    dtype = torch.promote_types(latent_BL.dtype, torch.float32)
+    dtype = wide_dtype(latent_BL)
     latent, tokens = latent_BL.to(dtype), tokens_BPD.to(dtype)
     rows_TD = dequantize(step_rows, dtype=dtype)
-    total, left_B1 = torch.zeros_like(latent), torch.ones_like(latent[:, :1])
+    halting = None if halt_threshold is None else Halting(latent, halt_threshold)
     for step, alpha in enumerate(alphas):
         n_BD = unit_rows(linear(latent, latent_in))
         c_BD = attended(linear(n_BD, query) + rows_TD[step], tokens)
         pred = linear(F.silu(n_BD + c_BD), latent_out)
         latent = denoise_step(latent, pred, alpha=alpha)
-        if halt_threshold is not None:
-            p_B1 = signal_share(latent, pred)
-            goes_on = (1 - left_B1 + p_B1 < halt_threshold) & (step + 1 < len(alphas))
-            share_B1 = torch.where(goes_on, p_B1, left_B1)
-            # what a sample computes after it has halted does not count, not even an infinity
-            total = torch.where(left_B1 > 0, total + share_B1 * latent, total)
-            left_B1 = torch.where(goes_on, left_B1 - p_B1, 0.0)
-    return (latent if halt_threshold is None else total).to(latent_BL.dtype)
+        if halting is not None:
+            latent, pred = halting.live(latent), halting.live(pred)
+            is_last = step + 1 == len(alphas)
+            latent = halting.add(latent, None if is_last else signal_share(latent, pred))
+    return (latent if halting is None else halting.mean).to(latent_BL.dtype)
 
 
-def unit_rows(x: Tensor) -> Tensor:
-    """Return x with rows of root mean square 1: RMSNorm without a weight."""
-    return x / (x.square().mean(dim=-1, keepdim=True) + DEFAULT_EPS).sqrt()
+class Halting:
+    """The mean of the states of a loop, each sample's weighted by when it halts; for loops under autograd as well.
+
+    Math:    with the probability p_t of halting after step t: share_t = p_t while p_1 + .. + p_t < threshold; what is left
+             of 1 at the first step where they are not, or at the last; 0 after that. mean = sum_t share_t state_t
+    Shapes:  states [..., L] of one shape, p [..., 1]; shares are each >= 0 and add up to 1
+    Fields:  mean, in float32 or better, [..., L]; left, what is left of 1, [..., 1]
+    Source:  adaptive computation time, Graves 2016
+    """
+
+    def __init__(self, state: Tensor, threshold: float) -> None:
+        dtype = wide_dtype(state)
+        self.threshold = threshold
+        self.mean = torch.zeros_like(state, dtype=dtype)
+        self.left = torch.ones_like(state[..., :1], dtype=dtype)
+
+    def live(self, value: Tensor) -> Tensor:
+        """Return values [..., L] of samples that go on, and zeros for those that have halted.
+
+        What a sample computes after it has halted does not count, not even an infinity: the slope of what overflows is no
+        number, and neither is a gradient of 0 times that slope.
+        """
+        return torch.where(self.left > 0, value, 0.0)
+
+    def add(self, state: Tensor, p: Tensor | None) -> Tensor:
+        """Count the state after a step, made `live`; return what the next step starts from. `p` is None at the last step."""
+        if p is None:
+            self.mean = self.mean + self.left * state
+            return state
+        goes_on = 1 - self.left + p < self.threshold
+        share = torch.where(goes_on, p, self.left)
+        self.mean = self.mean + share * state
+        self.left = torch.where(goes_on, self.left - p, 0.0)
+        return self.live(state)
 
 
 def attended(q_BD: Tensor, tokens_BPD: Tensor) -> Tensor:

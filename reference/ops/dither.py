@@ -11,6 +11,9 @@ from torch import Tensor
 
 from arbitor.reference import checks
 from arbitor.reference.constants import RESERVED_STEP
+from arbitor.reference.promises import op
+
+__all__ = ["dither_bytes"]
 
 PHILOX_ROUNDS = 10
 """Rounds of the Philox4x32-10 generator."""
@@ -47,6 +50,7 @@ def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, T
     return c0, c1, c2, c3
 
 
+@op
 def dither_bytes(
     group_ids: Tensor, *, group_size: int, seed: int, step: int | Tensor, tensor_id: int
 ) -> Tensor:
@@ -56,7 +60,7 @@ def dither_bytes(
     Shapes:  group_ids int64 [...], each in 0 .. 2**32 - 1
     Returns: uint8 [..., G + 1]; place i uses byte i, the exponent uses byte G
     Raises:  ValueError for a group size, seed, step or tensor id out of range
-    Laws:    a group's bytes depend on its own id alone, not on the tensor it is asked for in
+    Laws:    the bytes of a group depend on its own id alone, not on the other ids of the call
     Source:  docs/spec/dither.md; known answers from the Random123 distribution
     """
     checks.dtype_in("group_ids", group_ids, (torch.int64,))

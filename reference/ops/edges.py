@@ -12,13 +12,18 @@ from torch import Tensor
 
 from arbitor.reference import checks
 from arbitor.reference.constants import SCORE_MAX
+from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
+from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
+
+__all__ = ["edge_sum", "edge_sum_input_grad", "edge_sum_sign_grad", "update_neighbours"]
 
 _Row = tuple[list[int], list[int], list[bool]]
 """Neighbours and scores of a row, and which of its slots changed their neighbour."""
 
 
+@op
 def edge_sum(h_ND: Tensor, neighbours_RJ: Tensor, signs_RJ: Tensor) -> Tensor:
     """Return for each row the sum of its neighbours' vectors, each times the sign of its slot.
 
@@ -34,7 +39,7 @@ def edge_sum(h_ND: Tensor, neighbours_RJ: Tensor, signs_RJ: Tensor) -> Tensor:
     checks.edge_slots(neighbours_RJ, h_ND=h_ND)
     checks.edge_signs(signs_RJ, neighbours_RJ, "h_ND", h_ND)
     checks.values_between("neighbours_RJ", neighbours_RJ, -1, h_ND.shape[0] - 1)
-    wide = torch.promote_types(h_ND.dtype, torch.float32)
+    wide = wide_dtype(h_ND)
     sums_RD = torch.zeros(neighbours_RJ.shape[0], h_ND.shape[1], dtype=wide, device=h_ND.device)
     for slot in range(neighbours_RJ.shape[1]):
         of_slot = neighbours_RJ[:, slot].to(torch.int64)
@@ -43,6 +48,7 @@ def edge_sum(h_ND: Tensor, neighbours_RJ: Tensor, signs_RJ: Tensor) -> Tensor:
     return sums_RD.to(h_ND.dtype)
 
 
+@op
 def edge_sum_input_grad(
     grad_RD: Tensor, neighbours_RJ: Tensor, signs_RJ: Tensor, *, num_nodes: int
 ) -> Tensor:
@@ -68,6 +74,7 @@ def edge_sum_input_grad(
     return sums_ND.to(grad_RD.dtype)
 
 
+@op
 def edge_sum_sign_grad(grad_RD: Tensor, h_ND: Tensor, neighbours_RJ: Tensor) -> Tensor:
     """Return the gradient of the loss with respect to the signs of `edge_sum`.
 
@@ -85,7 +92,7 @@ def edge_sum_sign_grad(grad_RD: Tensor, h_ND: Tensor, neighbours_RJ: Tensor) -> 
     checks.same_dtype("h_ND", h_ND, "grad_RD", grad_RD)
     checks.same_device(grad_RD=grad_RD, h_ND=h_ND)
     checks.values_between("neighbours_RJ", neighbours_RJ, -1, h_ND.shape[0] - 1)
-    wide = torch.promote_types(h_ND.dtype, torch.float32)
+    wide = wide_dtype(h_ND)
     grads_RJ = torch.zeros(neighbours_RJ.shape, dtype=wide, device=h_ND.device)
     for slot in range(neighbours_RJ.shape[1]):
         of_slot = neighbours_RJ[:, slot].to(torch.int64)
@@ -94,6 +101,7 @@ def edge_sum_sign_grad(grad_RD: Tensor, h_ND: Tensor, neighbours_RJ: Tensor) -> 
     return grads_RJ
 
 
+@op
 def update_neighbours(
     neighbours_NJ: Tensor,
     scores_NJ: Tensor,

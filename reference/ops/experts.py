@@ -1,4 +1,4 @@
-"""Experts: a linear whose rows of activations each use one of several matrices, and how often each is used.
+"""Experts: which of them a vector uses, a linear whose rows each use one of several matrices, and how often each is used.
 
 Legend: E experts (`num_groups`), N outputs of an expert, K inputs, M slots (rows of activations).
 The matrices of all experts are one stacked weight of E N rows: expert e owns rows e N .. e N + N - 1.
@@ -11,10 +11,23 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
+from arbitor.reference.constants import ROUTER_OCTAVES
+from arbitor.reference.dtypes import wide_dtype
+from arbitor.reference.ops.codebook import whole_sixteenths
 from arbitor.reference.ops.scale import dequantize
+from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
+__all__ = [
+    "choose_experts",
+    "expert_load",
+    "grouped_linear",
+    "grouped_linear_input_grad",
+    "grouped_linear_weight_grad",
+]
 
+
+@op
 def grouped_linear(x_MK: Tensor, weight: TernaryWeight, experts_M: Tensor, *, num_groups: int) -> Tensor:
     """Return each slot times the transposed matrix of its expert.
 
@@ -30,7 +43,7 @@ def grouped_linear(x_MK: Tensor, weight: TernaryWeight, experts_M: Tensor, *, nu
     checks.last_dim("x_MK", x_MK, weight.shape[1])
     checks.expert_slots(experts_M, x_MK.shape[0], weight=weight.packed, x_MK=x_MK)
     checks.values_between("experts_M", experts_M, -1, num_groups - 1)
-    wide = torch.promote_types(x_MK.dtype, torch.float32)
+    wide = wide_dtype(x_MK)
     y_MN = torch.zeros(x_MK.shape[0], num_rows, dtype=x_MK.dtype, device=x_MK.device)
     for expert in _used(experts_M):
         slots = experts_M == expert
@@ -38,6 +51,7 @@ def grouped_linear(x_MK: Tensor, weight: TernaryWeight, experts_M: Tensor, *, nu
     return y_MN
 
 
+@op
 def grouped_linear_input_grad(
     grad_MN: Tensor, weight: TernaryWeight, experts_M: Tensor, *, num_groups: int
 ) -> Tensor:
@@ -55,7 +69,7 @@ def grouped_linear_input_grad(
     checks.last_dim("grad_MN", grad_MN, num_rows)
     checks.expert_slots(experts_M, grad_MN.shape[0], weight=weight.packed, grad_MN=grad_MN)
     checks.values_between("experts_M", experts_M, -1, num_groups - 1)
-    wide = torch.promote_types(grad_MN.dtype, torch.float32)
+    wide = wide_dtype(grad_MN)
     dx_MK = torch.zeros(grad_MN.shape[0], weight.shape[1], dtype=grad_MN.dtype, device=grad_MN.device)
     for expert in _used(experts_M):
         slots = experts_M == expert
@@ -63,6 +77,7 @@ def grouped_linear_input_grad(
     return dx_MK
 
 
+@op
 def grouped_linear_weight_grad(
     grad_MN: Tensor, x_MK: Tensor, experts_M: Tensor, *, num_groups: int
 ) -> Tensor:
@@ -79,7 +94,7 @@ def grouped_linear_weight_grad(
     checks.expert_pair(grad_MN, x_MK)
     checks.expert_slots(experts_M, grad_MN.shape[0], grad_MN=grad_MN, x_MK=x_MK)
     checks.values_between("experts_M", experts_M, -1, num_groups - 1)
-    wide = torch.promote_types(grad_MN.dtype, torch.float32)
+    wide = wide_dtype(grad_MN)
     shape = (num_groups, grad_MN.shape[1], x_MK.shape[1])
     grads_ENK = torch.zeros(shape, dtype=wide, device=grad_MN.device)
     for expert in _used(experts_M):
@@ -88,6 +103,36 @@ def grouped_linear_weight_grad(
     return grads_ENK.flatten(0, 1)
 
 
+@op
+def choose_experts(x: Tensor, weight: TernaryWeight, *, top_k: int) -> Tensor:
+    """Return the experts whose rows of a router's weight fit each vector best.
+
+    Math:    x_q = rint(clamp(16 x, -127, 127)), NaN -> 0
+             level' = max(level, largest level of the weight - 16 * 2**b), a level being E * 2**b + m
+             score_e = sum_k x_q[k] T[e, k] S', S' the scale of level'; the k experts of the largest scores
+    Shapes:  x float32, bfloat16 or float64 [..., K]; weight [E, K], one row an expert, K up to 2**27; top_k k in 1 .. E
+    Returns: int64 [..., k], in 0 .. E - 1, ascending
+    Ties:    the lowest expert
+    Raises:  TypeError or ValueError for a dtype, shape, device or top_k that is not allowed
+    Laws:    exact: every sum fits float64 in any order; experts with equal rows tie, whatever computes; vectors are
+             independent; a NaN counts as 0 and an infinity as 127 sixteenths of its sign
+    Source:  docs/spec/experts.md
+    """
+    checks.router(x, weight, top_k, weight.packed)
+    x_MK = whole_sixteenths(x).to(torch.float64).reshape(-1, weight.shape[1])
+    scores_ME = x_MK @ router_rows(weight).T
+    order_ME = scores_ME.sort(dim=-1, descending=True, stable=True).indices
+    return order_ME[:, :top_k].sort(dim=-1).values.reshape(*x.shape[:-1], top_k)
+
+
+def router_rows(weight: TernaryWeight) -> Tensor:
+    """Return the rows of a router's weight as the choice of experts sees them, float64 [E, K]."""
+    levels = weight.exponents.to(torch.int32)
+    seen = torch.maximum(levels, levels.amax() - (ROUTER_OCTAVES << weight.mantissa_bits))
+    return dequantize(weight.with_tensors(exponents=seen.to(torch.int8)), dtype=torch.float64)
+
+
+@op
 def expert_load(experts: Tensor, *, num_groups: int) -> Tensor:
     """Return how many slots use each expert.
 

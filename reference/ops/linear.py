@@ -6,14 +6,18 @@ Products and sums run in float32, or float64 for float64 inputs, and are rounded
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from arbitor.reference import checks
+from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.ops.scale import dequantize
+from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
+__all__ = ["linear", "linear_input_grad", "linear_weight_grad"]
 
+
+@op
 def linear(x: Tensor, weight: TernaryWeight) -> Tensor:
     """Return x times the transposed weight.
 
@@ -26,10 +30,11 @@ def linear(x: Tensor, weight: TernaryWeight) -> Tensor:
     """
     checks.last_dim("x", x, weight.shape[1])
     checks.same_device(weight=weight.packed, x=x)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     return (x.to(wide) @ dequantize(weight, dtype=wide).T).to(x.dtype)
 
 
+@op
 def linear_input_grad(grad: Tensor, weight: TernaryWeight) -> Tensor:
     """Return the gradient of the loss with respect to the input of `linear`.
 
@@ -42,10 +47,11 @@ def linear_input_grad(grad: Tensor, weight: TernaryWeight) -> Tensor:
     """
     checks.last_dim("grad", grad, weight.shape[0])
     checks.same_device(weight=weight.packed, grad=grad)
-    wide = torch.promote_types(grad.dtype, torch.float32)
+    wide = wide_dtype(grad)
     return (grad.to(wide) @ dequantize(weight, dtype=wide)).to(grad.dtype)
 
 
+@op
 def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     """Return the gradient of the loss with respect to the weight of `linear`, which is then voted with.
 
@@ -63,7 +69,7 @@ def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
         raise ValueError(
             f"x has shape {tuple(x.shape)}, but its leading dimensions must match grad, {tuple(grad.shape)}"
         )
-    dtype = torch.promote_types(grad.dtype, torch.float32)
+    dtype = wide_dtype(grad)
     grad_MN = grad.reshape(-1, grad.shape[-1]).to(dtype)
     x_MK = x.reshape(-1, x.shape[-1]).to(dtype)
     return grad_MN.T @ x_MK

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from arbitor.reference import checks
 from arbitor.reference.constants import STRENGTH_MAX
+from arbitor.reference.promises import op
+
+__all__ = ["ngram_rows", "touch_strengths"]
 
 MIX_SHIFTS, MIX_FACTORS = (16, 15, 15), (0x21F0AAAD, 0x735A2D97)
 """Xor-shifts and multipliers of the hash: Wellons' lowbias32 search, the best pair that it found."""
@@ -20,6 +23,7 @@ CODE_STEP = 0x9E3779B9
 _WORD = 0xFFFFFFFF
 
 
+@op
 def ngram_rows(
     codes_BP: Tensor, *, order: int, num_rows: int, salt: int, previous: Tensor | None = None
 ) -> Tensor:
@@ -51,6 +55,7 @@ def ngram_rows(
     return torch.where(known, h % num_rows, -1)
 
 
+@op
 def touch_strengths(
     strengths: Tensor,
     rows: Tensor,
@@ -90,9 +95,9 @@ def touch_strengths(
 
 
 def mix(x: Tensor) -> Tensor:
-    """Return well-mixed words for int64 tensors that hold uint32 words; a bijection of them.
+    """Return well-mixed words for int64 tensors that hold uint32 words. The map is a bijection.
 
-    The multipliers are below 2**31, so a product of 32 bits with one fits int64 and nothing wraps before it is masked.
+    The factors are below 2**31, so the product of a word with a factor fits int64, and nothing wraps before it is masked.
     """
     for shift, factor in zip(MIX_SHIFTS, MIX_FACTORS, strict=False):
         x = ((x ^ (x >> shift)) * factor) & _WORD

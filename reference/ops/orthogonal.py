@@ -1,4 +1,4 @@
-"""Orthogonalised gradients: every direction of a matrix gets about the same say, before it is turned into votes.
+"""Orthogonalised gradients: every direction of a matrix weighs about the same in the votes.
 
 Legend: E matrices of N rows each, stacked, K columns; r = min(N, K); s the r x r matrix of products of rows (or columns).
 """
@@ -10,8 +10,13 @@ from torch import Tensor
 
 from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_ORTHOGONAL_STEPS, MAX_ORTHOGONAL_STEPS, NEWTON_SCHULZ
+from arbitor.reference.dtypes import wide_dtype
+from arbitor.reference.promises import op
+
+__all__ = ["orthogonalize"]
 
 
+@op
 def orthogonalize(
     grad_NK: Tensor, *, iterations: int = DEFAULT_ORTHOGONAL_STEPS, num_groups: int = 1
 ) -> Tensor:
@@ -23,11 +28,11 @@ def orthogonalize(
     Range:   iterations in 1 .. 10
     Returns: dtype of grad, same shape. A row that is not finite comes out as NaN and takes no part in the rest; a matrix
              of zeros stays zero
-    Rounding: the norm is taken in float64; X, S and b S + c S S are rounded to the dtype of grad each time, their sums
-             are not, which run in float32 or wider
+    Rounding: the norm is taken in float64; X, S and b S + c S S are rounded to the dtype of grad each time; the sums
+             inside them run in float32 or wider
     Raises:  TypeError or ValueError for a dtype, shape or number that is not allowed
-    Laws:    2 * g gives the same; <orthogonalize(g), g> > 0, also with its rows scaled by any positive numbers, as
-             votes do: weights still descend
+    Laws:    2 * g gives the same; <orthogonalize(g), g> > 0, even after votes scale each row by a positive number, so
+             weights descend
     Source:  docs/spec/orthogonal.md; Jordan et al. 2024 (Muon), there of a momentum
     """
     checks.gradient_matrix("grad_NK", grad_NK, checks.FLOAT_DTYPES)
@@ -41,7 +46,7 @@ def orthogonalize(
 
 def _one_matrix(grad_NK: Tensor, iterations: int) -> Tensor:
     """Return one matrix orthogonalised, in its dtype; all of it is finite."""
-    dtype, wide = grad_NK.dtype, torch.promote_types(grad_NK.dtype, torch.float32)
+    dtype, wide = grad_NK.dtype, wide_dtype(grad_NK)
     a, b, c = NEWTON_SCHULZ
     norm = grad_NK.to(torch.float64).square().sum().sqrt()
     x = (grad_NK.to(torch.float64) / torch.where(norm > 0, norm, 1.0)).to(dtype)

@@ -28,18 +28,18 @@ def inventory(config: ArbConfig) -> dict[str, int]:
 
 
 def embedding_weights(config: ArbConfig) -> int:
-    """Table, and sequencer with its norm."""
+    """Return the weights of the byte table, and of the sequencer with its norm."""
     return config.embed_dim * (VOCABULARY_SIZE + NGRAM * config.width) + config.width
 
 
 def media_weights(config: ArbConfig) -> int:
-    """Each sequencer with its norm."""
+    """Return the weights of each sequencer with its norm."""
     widths = (config.image_features, config.audio_features)
     return sum(config.width * (NGRAM * features + 1) for features in widths if features)
 
 
 def shared_vq_weights(config: ArbConfig) -> int:
-    """Codes of all modalities, the way down to a code and the way up, each with its norm."""
+    """Return the weights of all codes, and of the ways down to a code and up, each with its norm."""
     codes = config.num_codes + config.image_codes + config.audio_codes
     if not config.num_codes:
         return 0
@@ -47,7 +47,7 @@ def shared_vq_weights(config: ArbConfig) -> int:
 
 
 def attention_weights(config: ArbConfig) -> int:
-    """Of all layers, with the norm before each."""
+    """Return the weights of attention in all layers, with the norm before each."""
     width, heads = config.width, config.num_heads
     inner, plain = heads * config.head_dim, heads * (config.head_dim - config.rotary_dim)
     queries = config.query_latent * (width + 1 + inner)
@@ -58,7 +58,7 @@ def attention_weights(config: ArbConfig) -> int:
 
 
 def moe_weights(config: ArbConfig) -> int:
-    """Experts of all layers with the norm before each, and the halting of the last layer with its norm."""
+    """Return the weights of all layers' experts with the norm before each, and of the last layer's halting with its norm."""
     width, inner, experts = config.width, config.shared_inner, config.num_experts
     if not config.use_moe:
         return 0
@@ -67,7 +67,10 @@ def moe_weights(config: ArbConfig) -> int:
 
 
 def graph_weights(config: ArbConfig) -> int:
-    """Projection of a code, messages, updates, the norm between them, and the adapters; signs of edges are counted apart."""
+    """Return the weights of the projection of a code, of messages, updates, the norm between them, and the adapters.
+
+    The signs of edges are counted apart.
+    """
     width = config.width
     if not config.num_hops:
         return 0
@@ -76,7 +79,10 @@ def graph_weights(config: ArbConfig) -> int:
 
 
 def composite_weights(config: ArbConfig) -> int:
-    """Norm, way down to a code with its norm, gate, and the codes; signs of edges are counted apart."""
+    """Return the weights of the norm, of the way down to a code with its norm, of the gate, and of the codes.
+
+    The signs of edges are counted apart.
+    """
     width, inner, code = config.width, config.composite_inner, config.code_dim
     if not config.composite_codes:
         return 0
@@ -84,24 +90,27 @@ def composite_weights(config: ArbConfig) -> int:
 
 
 def router_weights(config: ArbConfig) -> int:
-    """Width to inner width to three."""
+    """Return the weights of a router: from the width to the inner width to three."""
     return config.router_inner * (config.width + 3)
 
 
 def byte_head_weights(config: ArbConfig) -> int:
-    """A gated layer, the vocabulary, and a norm before each."""
+    """Return the weights of a gated layer and of the vocabulary, with a norm before each."""
     return config.width * (3 * config.head_inner + VOCABULARY_SIZE + 2)
 
 
 def media_head_weights(config: ArbConfig) -> int:
-    """The video head: from the latent and to it, queries, a vector for each step. The talker head: one matrix."""
+    """Return the weights of the video head and of the talker head.
+
+    The video head has the ways from the latent and to it, queries, and a vector for each step. The talker head is one matrix.
+    """
     width = config.width
     video = width * (2 * config.video_latent + width + config.video_steps) if config.video_latent else 0
     return video + width * config.talker_tokens
 
 
 def memory_weights(config: ArbConfig) -> int:
-    """Two tables, the norm of their rows, the way out, and the gate with its norm."""
+    """Return the weights of two tables, the norm of their rows, the way out, and the gate with its norm."""
     if not config.memory_rows:
         return 0
     return config.memory_dim * (2 * config.memory_rows + 1 + config.width) + 2 * config.width

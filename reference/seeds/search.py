@@ -58,7 +58,7 @@ _R12_WISH = ArbConfig(
 
 
 def search_r9() -> ArbConfig:
-    """REFACTOR9: codes, graph, memory, experts and heads at width 512, without images and audio.
+    """Return the model of REFACTOR9: codes, graph, memory, experts and heads at width 512, without images and audio.
 
     The seed's MiB, which are not searched for, agree with what is found.
     """
@@ -94,7 +94,7 @@ def search_r9() -> ArbConfig:
 
 
 def search_r12() -> ArbConfig:
-    """REFACTOR12: the default core. Experts first, then graph and codes, then everything else around them."""
+    """Return the model of REFACTOR12, the default core: experts first, then graph and codes, then all else around them."""
     experts = R12_TRUNK - R12_CORE
     wish = nearest(_R12_WISH, moe_weights, experts, {"expert_rank": range(1, 2049)})
     codes = R12_TOTAL - R12_TRUNK
@@ -118,7 +118,7 @@ def search_r12() -> ArbConfig:
 
 
 def search_r11() -> ArbConfig:
-    """REFACTOR11: the core of REFACTOR12 with images, audio and memory; the memory takes what is left."""
+    """Return the model of REFACTOR11: the core of REFACTOR12 with images, audio and memory, which takes what is left."""
     wish = replace(
         search_r12(),
         name="r11",
@@ -134,7 +134,7 @@ def search_r11() -> ArbConfig:
 
 
 def search_r14() -> ArbConfig:
-    """REFACTOR14: every area to the digits of its table, and the total of the page that followed it.
+    """Return the model of REFACTOR14: every area to the digits of its table, and the total of the page that followed it.
 
     Two hops, as in REFACTOR12: 10 M codes take the active path, whose nodes a position are J to the power of the hops.
     """

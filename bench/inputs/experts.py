@@ -1,0 +1,49 @@
+"""Inputs of the family experts.
+
+Legend: E experts of N rows and K columns each, M slots, G columns a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from arbitor.reference.types import TernaryWeight
+from bench.inputs.maker import Arguments, Inputs, Maker, Sizes, activations
+
+MOST = {"M": 8192, "N": 640, "K": 1024}
+
+
+def stacked(make: Maker, s: Sizes) -> TernaryWeight:
+    """Return the matrices of all experts, one below the other."""
+    return make.weight(s["E"] * s["N"], s["K"], s["G"])
+
+
+def dealt(make: Maker, s: Sizes) -> Tensor:
+    """Return experts dealt out in turn, shuffled: as many as can be are used, equally often."""
+    order = torch.randperm(s["M"], generator=make.generator, device=make.device)
+    return torch.arange(s["M"], device=make.device)[order] % s["E"]
+
+
+def grouped(make: Maker, s: Sizes, width: str) -> Arguments:
+    """Return the arguments of a product with slots as wide as the size called `width`."""
+    return (activations(make, s, width), stacked(make, s), dealt(make, s)), {"num_groups": s["E"]}
+
+
+def routed(make: Maker, s: Sizes) -> Arguments:
+    """Return vectors, and the weight of a router of one row an expert."""
+    return (activations(make, s, "K"), make.weight(s["N"], s["K"], s["G"])), {"top_k": s["top_k"]}
+
+
+INPUTS: Mapping[str, Inputs] = {
+    "choose_experts": routed,
+    "grouped_linear": lambda make, s: grouped(make, s, "K"),
+    "grouped_linear_input_grad": lambda make, s: grouped(make, s, "N"),
+    "grouped_linear_weight_grad": lambda make, s: (
+        (activations(make, s, "N"), activations(make, s, "K"), dealt(make, s)),
+        {"num_groups": s["E"]},
+    ),
+    "expert_load": lambda make, s: ((dealt(make, s),), {"num_groups": s["E"]}),
+}

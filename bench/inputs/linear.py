@@ -1,0 +1,15 @@
+"""Inputs of the family linear."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bench.inputs.maker import Inputs, activations, weight
+
+MOST = {"K": 2304}
+
+INPUTS: Mapping[str, Inputs] = {
+    "linear": lambda make, s: ((activations(make, s, "K"), weight(make, s)), {}),
+    "linear_input_grad": lambda make, s: ((activations(make, s, "N"), weight(make, s)), {}),
+    "linear_weight_grad": lambda make, s: ((activations(make, s, "N"), activations(make, s, "K")), {}),
+}

@@ -1,0 +1,89 @@
+"""The cache of features: what it holds is what would be made, within its bound, whatever happens to its files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from arbitor.sidecars import FeatureCache, Sidecar
+from conformance.compare import exact
+
+
+def sidecar(identity: str = "one") -> Sidecar:
+    network = nn.Linear(2, 2)
+    network.requires_grad_(False)
+    return Sidecar(network, identity=identity, precision="bfloat16")
+
+
+class Maker:
+    """Makes features and counts how often."""
+
+    def __init__(self, value: float, size: int = 100) -> None:
+        self.calls, self.features = 0, torch.full((size,), value, dtype=torch.float32)
+
+    def __call__(self) -> Tensor:
+        self.calls += 1
+        return self.features
+
+
+def test_made_once(tmp_path: Path) -> None:
+    cache, make = FeatureCache(tmp_path), Maker(1.0)
+    for _ in range(3):
+        exact(cache.get(b"content", sidecar(), make), make.features)
+    exact(FeatureCache(tmp_path).get(b"content", sidecar(), make), make.features)
+    assert make.calls == 1
+
+
+def test_other_content_and_other_sidecars_have_their_own(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path)
+    for number, (content, identity) in enumerate(
+        ((b"a", "one"), (b"b", "one"), (b"a", "two"), (b"aone", ""))
+    ):
+        make = Maker(float(number))
+        exact(cache.get(content, sidecar(identity), make), make.features)
+        assert make.calls == 1
+
+
+def test_the_bound_holds_and_the_oldest_go(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, max_bytes=1500)
+    for number in range(3):
+        cache.get(bytes([number]), sidecar(), Maker(number))
+        for path in tmp_path.iterdir():
+            os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns - 10**9))
+    cache.get(bytes([0]), sidecar(), Maker(0))
+    cache.get(b"new", sidecar(), Maker(9))
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 1500
+    kept, gone = Maker(0), Maker(1)
+    cache.get(bytes([0]), sidecar(), kept)
+    cache.get(bytes([1]), sidecar(), gone)
+    assert (kept.calls, gone.calls) == (0, 1)
+
+
+def test_what_is_larger_than_the_bound_is_made_and_not_kept(tmp_path: Path) -> None:
+    cache, make = FeatureCache(tmp_path, max_bytes=100), Maker(1.0)
+    for _ in range(2):
+        exact(cache.get(b"a", sidecar(), make), make.features)
+    assert make.calls == 2 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "empty"])
+def test_a_damaged_file_is_made_anew(tmp_path: Path, damage: str) -> None:
+    cache, make = FeatureCache(tmp_path), Maker(1.0)
+    cache.get(b"a", sidecar(), make)
+    [path] = tmp_path.iterdir()
+    path.write_bytes({"cut": path.read_bytes()[:-1], "other": b"x" * 200, "empty": b""}[damage])
+    for _ in range(2):
+        exact(cache.get(b"a", sidecar(), make), make.features)
+    assert make.calls == 2
+
+
+def test_nothing_half_written_is_left(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path)
+    cache.get(b"a", sidecar(), Maker(1.0))
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+    with pytest.raises(ValueError, match="max_bytes is 0"):
+        FeatureCache(tmp_path, max_bytes=0)

@@ -1,0 +1,20 @@
+"""The generic comparison: every op of the table, against the reference, on drawn calls."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+
+from arbitor.reference.op_table import OP_TABLE
+from conformance.case import Case, compare
+from conformance.families import CASES
+from conformance.subject import Subject
+
+
+@pytest.mark.parametrize("name", OP_TABLE)
+def test_op_equals_reference(subject: Subject, name: str) -> None:
+    @given(case=CASES[name])
+    def run(case: Case) -> None:
+        compare(subject, name, case, count=True)
+
+    run()

@@ -1,0 +1,205 @@
+"""The mutation of the product, tried on a tiny product: what it must find, and what it must not claim."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conformance import mutate
+from conformance.import_lint import ROOT
+from conformance.mutation.campaign import records
+from conformance.mutation.operators import mutants_of
+from conformance.mutation.selection import Selection
+
+PRODUCT = '''"""A product."""
+
+__all__ = ["grown", "waits"]
+
+LIMIT: int = 10
+
+
+def grown(size: int, by: int = 1) -> int:
+    """Return a size grown."""
+    if size > LIMIT:
+        raise ValueError(f"size is {size + 0}, but must be at most 10")
+    return size + by
+
+
+def waits(rest: int) -> int:
+    while rest > 0:
+        rest -= 1
+    return rest
+
+
+def idle() -> int:
+    return 5 + 6
+'''
+TESTS = """
+import pytest
+from arbitor.reference.things.thing import grown, waits
+
+def test_grown():
+    assert grown(3) == 4 and grown(10) == 11 and grown(3, 2) == 5
+
+def test_waits():
+    assert waits(2) == 0
+"""
+REFUSAL = """
+def test_refused():
+    with pytest.raises(ValueError):
+        grown(11)
+"""
+OPTIONS = """
+def pytest_addoption(parser):
+    for name in ("--device", "--examples", "--impl"):
+        parser.addoption(name)
+"""
+WITHOUT_CHECK = 'reference/things/thing.py grown: without `raise ValueError(f"size is {size + 0}, but must be at most 10")` #1'
+
+
+def tree(folder: Path, tests: str = TESTS) -> Path:
+    """Return a tree with one file of a product and its tests."""
+    files = {
+        "pyproject.toml": "[tool.pytest.ini_options]\n",
+        "reference/things/thing.py": PRODUCT,
+        "conformance/__init__.py": "",
+        "conformance/conftest.py": OPTIONS,
+        "conformance/things/test_thing.py": tests,
+        "conformance/things/test_other.py": "def test_other():\n    pass\n",
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    (folder / ".links" / "arbitor").mkdir(parents=True)
+    (folder / ".links" / "arbitor" / "reference").symlink_to("../../reference")
+    return folder
+
+
+def run(root: Path, *arguments: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Run the command on a tree; return its exit status and the records by mutant."""
+    out = root.parent / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+        status = mutate.main([*arguments, "reference", f"--out={out}"], root=root, preloaded=())
+    return status, {record["id"]: record for record in records(out)}
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, dict[str, Any]]]:
+    """All mutants of the tiny product, tried."""
+    return run(tree(tmp_path_factory.mktemp("mutate") / "tree"), "--jobs", "2", "--timeout", "1")
+
+
+def status_of(tried: tuple[int, dict[str, dict[str, Any]]], text: str) -> str:
+    """Return what became of the one mutant whose name holds a text."""
+    (record,) = (record for name, record in tried[1].items() if text in name)
+    return record["status"]
+
+
+def test_a_missing_test_leaves_a_survivor(tried: tuple[int, dict[str, dict[str, Any]]]) -> None:
+    assert tried[1][WITHOUT_CHECK]["status"] == "survived" and tried[0] == 1
+    assert tried[1][WITHOUT_CHECK]["code"].startswith("raise ValueError")
+
+
+@pytest.mark.parametrize(
+    "change", ["-> `size - by`", "-> `size >= LIMIT`", "by: int = 2", "without `rest -= 1`"]
+)
+def test_a_test_kills(tried: tuple[int, dict[str, dict[str, Any]]], change: str) -> None:
+    assert status_of(tried, change) in ("killed", "timeout")
+
+
+def test_what_hangs_is_a_timeout(tried: tuple[int, dict[str, dict[str, Any]]]) -> None:
+    assert status_of(tried, "without `rest -= 1`") == "timeout"
+
+
+def test_what_no_test_calls_is_unreached(tried: tuple[int, dict[str, dict[str, Any]]]) -> None:
+    assert status_of(tried, "-> `5 - 6`") == "unreached"
+
+
+def test_the_test_that_kills_is_named(tried: tuple[int, dict[str, dict[str, Any]]]) -> None:
+    (record,) = (record for name, record in tried[1].items() if "-> `size - by`" in name)
+    assert record["by"] == "conformance/things/test_thing.py::test_grown"
+
+
+def test_messages_names_and_annotations_stay(tried: tuple[int, dict[str, dict[str, Any]]]) -> None:
+    assert not [name for name in tried[1] if "__all__" in name or "size + 1" in name or "size - 0" in name]
+
+
+def test_an_added_test_kills_the_survivor(tmp_path: Path) -> None:
+    root = tree(tmp_path / "tree")
+    assert run(root, "--only", "without `raise")[1][WITHOUT_CHECK]["status"] == "survived"
+    tests = root / "conformance" / "things" / "test_thing.py"
+    tests.write_text(TESTS + REFUSAL)
+    status, found = run(root, "--survivors")
+    assert (status, found[WITHOUT_CHECK]["status"]) == (0, "killed")
+
+
+def test_shards_are_all_mutants_once(tmp_path: Path) -> None:
+    root = tree(tmp_path / "tree")
+    parts = [
+        {
+            m.id
+            for m in mutate.chosen(root, mutate.parsed(["reference", "--shard", f"{part}/3", "--seed", "5"]))
+        }
+        for part in (1, 2, 3)
+    ]
+    whole = {m.id for m in mutants_of(root, "reference/things/thing.py")}
+    assert set.union(*parts) == whole and sum(map(len, parts)) == len(whole) and all(parts)
+
+
+def test_a_spent_budget_stops(tmp_path: Path) -> None:
+    """Nothing is claimed of a mutant that the end of the budget cuts short."""
+    root = tree(tmp_path / "tree")
+    run(root, "--only", "idle")
+    start = time.monotonic()
+    _, found = run(root, "--budget", "2", "--only", "without `rest -= 1`", "--timeout", "60")
+    assert time.monotonic() - start < 15 and not [name for name in found if "rest" in name]
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tree(tmp_path / "tree")
+    first = run(root, "--only", "size - by")[1]
+    results = root.parent / "out" / "results.jsonl"
+    before = results.read_text()
+    assert run(root, "--only", "size - by")[1] == first and results.read_text() == before
+    assert "0 of 1 mutants to try; 0 files" in capsys.readouterr().out
+
+
+def test_a_red_baseline_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tree(tmp_path / "tree", TESTS + "\ndef test_red():\n    assert grown(1) == 7\n")
+    status, found = run(root, "--only", "size - by")
+    assert status == 2 and not found
+    assert (
+        "test_thing.py fails without a mutation: conformance/things/test_thing.py::test_red"
+        in capsys.readouterr().err
+    )
+
+
+def test_excused_mutants_are_left_out_and_must_exist(tmp_path: Path) -> None:
+    root = tree(tmp_path / "tree")
+    entry = {"mutant": WITHOUT_CHECK, "reason": "nobody grows that much"}
+    (root / mutate.EXCUSES).write_text(json.dumps([entry]))
+    assert WITHOUT_CHECK not in {m.id for m in mutate.chosen(root, mutate.parsed(["reference"]))}
+    assert mutate.stale_excuses(root) == []
+    (root / mutate.EXCUSES).write_text(
+        json.dumps([{**entry, "mutant": WITHOUT_CHECK[:-1] + "2"}, {**entry, "reason": "equal"}])
+    )
+    assert len(mutate.stale_excuses(root)) == 2
+
+
+def test_the_excuses_of_this_tree_hold() -> None:
+    assert mutate.stale_excuses(ROOT) == []
+
+
+def test_every_file_of_the_product_has_tests() -> None:
+    selection = Selection(ROOT)
+    assert all(selection.stages(file)[0] for file in mutate.files(ROOT, ["reference", "optimized"]))
+
+
+def test_paths_outside_of_the_product_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert mutate.main(["bench"]) == 2
+    assert "bench must be a file or a folder within reference or optimized" in capsys.readouterr().err

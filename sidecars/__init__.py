@@ -1,0 +1,31 @@
+"""Frozen encoders of other projects: images, sound and video become features that an ARB model reads.
+
+A sidecar is a network that somebody else trained. It is loaded by its own library, held in int8, and never trained, so that it is
+no state of the model. This package alone imports these libraries (`pip install "arbitor[sidecars,media]"`).
+Prose: docs/spec/sidecars.md.
+"""
+
+from arbitor.sidecars.audio import AudioSidecar, audio_frames
+from arbitor.sidecars.audit import SidecarAudit, audit_of, standard_audit
+from arbitor.sidecars.features import FeatureCache
+from arbitor.sidecars.media import read_audio, read_image, read_video
+from arbitor.sidecars.sidecar import Sidecar, SidecarError
+from arbitor.sidecars.video import VideoSidecar, whole_clip
+from arbitor.sidecars.vision import VisionSidecar
+
+__all__ = [
+    "AudioSidecar",
+    "FeatureCache",
+    "Sidecar",
+    "SidecarAudit",
+    "SidecarError",
+    "VideoSidecar",
+    "VisionSidecar",
+    "audio_frames",
+    "audit_of",
+    "read_audio",
+    "read_image",
+    "read_video",
+    "standard_audit",
+    "whole_clip",
+]

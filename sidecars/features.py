@@ -1,0 +1,97 @@
+"""A cache of features on disk. Sidecars are frozen, so that the features of a file never change."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from arbitor.sidecars.libraries import library
+from arbitor.sidecars.sidecar import Sidecar
+
+SUFFIX = ".safetensors"
+"""Ending of the files of a cache."""
+
+
+class FeatureCache:
+    """Features by the content that they were made of, in a folder of bounded size.
+
+    A file is named by a digest of the content and of the sidecar's identity: its weights, precision and library. Where the folder
+    grows beyond its bound, the files that were used longest ago go first. Processes may share a folder: files are written beside
+    their place and renamed. A file that cannot be read is made anew.
+
+    Args:
+        folder:    where the files lie; created if it is not there.
+        max_bytes: most bytes of all files, at least 1.
+
+    Raises ValueError for a bound below 1.
+    """
+
+    def __init__(self, folder: str | Path, *, max_bytes: int = 2**34) -> None:
+        if max_bytes < 1:
+            raise ValueError(f"max_bytes is {max_bytes}, but must be at least 1")
+        self.folder, self.max_bytes = Path(folder), max_bytes
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, content: bytes, sidecar: Sidecar, make: Callable[[], Tensor]) -> Tensor:
+        """Return the features of some content, on the CPU: from the folder, or made and kept.
+
+        Args:
+            content: the bytes of the file, or of whatever else decides the features.
+            sidecar: what makes them.
+            make:    makes them; called only where the folder has none.
+        """
+        path = self.folder / f"{self.key(content, sidecar)}{SUFFIX}"
+        found = self._read(path)
+        if found is None:
+            found = make().detach().cpu().contiguous()
+            self._write(path, found)
+        return found
+
+    @staticmethod
+    def key(content: bytes, sidecar: Sidecar) -> str:
+        """Return the name of the features of some content."""
+        digest = hashlib.sha256(hashlib.sha256(content).digest())
+        digest.update(sidecar.identity.encode())
+        return digest.hexdigest()
+
+    def _read(self, path: Path) -> Tensor | None:
+        """Return the features of a file and note that it was used; None where it is missing or damaged."""
+        try:
+            tensors: dict[str, Tensor] = library("safetensors.torch").load_file(str(path))
+            os.utime(path)
+            return tensors["features"]
+        except Exception:
+            # Whatever is wrong with a cached file, the features can be made again.
+            return None
+
+    def _write(self, path: Path, features: Tensor) -> None:
+        data = library("safetensors.torch").save({"features": features})
+        self._make_room(len(data))
+        if len(data) > self.max_bytes:
+            return
+        with tempfile.NamedTemporaryFile(
+            dir=self.folder, prefix=".", suffix=".partial", delete=False
+        ) as file:
+            file.write(data)
+        Path(file.name).replace(path)
+
+    def _make_room(self, needed: int) -> None:
+        """Remove the files that were used longest ago, until so many bytes more fit."""
+        files = []
+        for path in self.folder.glob(f"*{SUFFIX}"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue
+            files.append((status.st_mtime_ns, status.st_size, path))
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total + needed <= self.max_bytes:
+                return
+            path.unlink(missing_ok=True)
+            total -= size

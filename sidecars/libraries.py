@@ -1,0 +1,45 @@
+"""The optional libraries, each imported by one function, so that a missing one is named with what installs it."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from arbitor.sidecars.sidecar import SidecarError
+
+EXTRA_OF = {
+    "transformers": "sidecars",
+    "diffusers": "sidecars",
+    "optimum.quanto": "sidecars",
+    "optimum.quanto.nn": "sidecars",
+    "huggingface_hub": "sidecars",
+    "safetensors.torch": "sidecars",
+    "PIL.Image": "media",
+    "PIL.ImageOps": "media",
+    "av": "media",
+}
+"""The extra of this package that installs each library, by import name."""
+
+
+def library(name: str) -> ModuleType:
+    """Return an optional library, imported.
+
+    Raises SidecarError, with the command that installs it, where it is missing.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # A library may be there and lack one of its own: then that one is the news.
+        missing = error.name or name
+        raise SidecarError(
+            f"{name} needs the package {missing!r}, which is not installed: pip install 'arbitor[{EXTRA_OF[name]}]'"
+        ) from error
+
+
+def has_quanto() -> bool:
+    """Return whether optimum-quanto can be imported."""
+    try:
+        library("optimum.quanto")
+    except SidecarError:
+        return False
+    return True
