@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from arbitor.optimized.training.plan import preset_config
-from arbitor.reference.config import ArbConfig, with_modules
+from arbitor.reference.config import ArbConfig, with_fields, with_modules
 from bench import parts
 
 EVERY_MODULE = {
@@ -69,7 +69,7 @@ def variant(config: ArbConfig, changes: Mapping[str, Any]) -> ArbConfig:
     """Return a configuration with the changes of a variant."""
     modules = {name: value for name, value in changes.items() if name in MODULES}
     fields = {name: value for name, value in changes.items() if name not in MODULES}
-    return replace(with_modules(config, **modules), **fields)
+    return with_fields(with_modules(config, **modules), **fields)
 
 
 def train(

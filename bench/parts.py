@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from arbitor.optimized.training.whole_file import write_whole
 
 OUT_OF_MEMORY = "out of memory"
 """Why a part failed that did not fit the device."""
@@ -48,9 +49,7 @@ def write(path: Path | None, report: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file; whoever is cut off in the middle leaves the file that was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(text)
-    os.replace(beside, path)
+    write_whole(path, text.encode())
 
 
 def exit_status(parts: Sequence[Mapping[str, Any]]) -> int:

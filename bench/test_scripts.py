@@ -15,7 +15,7 @@ import torch
 from arbitor.optimized.training import schedule
 from arbitor.optimized.training.data import Corpus, split_corpus, training_batch, validation_windows
 from arbitor.reference.audit import audit
-from arbitor.reference.config import SIGN_VOTES
+from arbitor.reference.config import SIGN_VOTES, with_fields
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.presets import preset
 from bench import ablation, generation, large, machine, parts, recall
@@ -31,7 +31,7 @@ def test_variants_of_the_ablation_differ_in_the_module_they_name() -> None:
     assert (whole.num_codes, whole.num_hops, whole.memory_rows, whole.max_moe_iters) == (4096, 2, 16_384, 2)
     configs = {name: ablation.variant(whole, changes) for name, changes in ablation.VARIANTS.items()}
     assert len(set(configs.values())) == len(configs), "two variants are one model"
-    assert configs["no composites"] == replace(whole, composite_codes=0) and whole.composite_codes == 4096
+    assert configs["no composites"] == with_fields(whole, composite_codes=0) and whole.composite_codes == 4096
     assert configs["no graph"].composite_codes == configs["no graph"].num_hops == 0
     assert ablation.full(preset("tiny")) == preset("tiny")
 

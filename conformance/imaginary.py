@@ -21,6 +21,7 @@ y[..., k] = x[..., K - 1 - k].
 """,
     "reference/ops/<family>.py": '''
 
+@op
 def mirror_trits(trits: Tensor) -> Tensor:
     """Return trits in the opposite order along their last dimension.
 
@@ -98,6 +99,7 @@ def mirror(trits: Tensor) -> Tensor:
 ''',
     "optimized/ops/<family>.py": '''
 
+@op()
 def mirror_trits(trits: Tensor) -> Tensor:
     """See reference."""
     checks.dtype_in("trits", trits, (torch.int8,))
@@ -120,6 +122,7 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
+from arbitor.reference.promises import op
 
 __all__ = []
 ''',
@@ -174,6 +177,7 @@ from torch import Tensor
 
 from arbitor.optimized.kernels import mirror
 from arbitor.optimized.kernels.launch import values_between
+from arbitor.optimized.ops.op import op
 from arbitor.reference import checks
 
 __all__ = []

@@ -17,7 +17,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-REFERENCE_FOR_OPTIMIZED = ("constants", "types", "checks", "config", "presets", "op_table", "graph", "audit")
+REFERENCE_FOR_OPTIMIZED = (
+    "constants",
+    "types",
+    "promises",
+    "checks",
+    "config",
+    "presets",
+    "op_table",
+    "graph",
+    "audit",
+)
 INSTALLED = ("reference", "optimized", "sidecars")
 SETTINGS = Path("optimized/settings.py")
 TEST_PACKAGES = ("conformance", "bench")

@@ -65,6 +65,9 @@ def of_codebooks() -> Iterator[tuple[str, Case]]:
 
 def of_experts() -> Iterator[tuple[str, Case]]:
     groups = {"num_groups": 32}
+    for rows in (1, 1024):  # r14: generation, and a step
+        routed = torch.zeros(rows, 7168, dtype=BF16)
+        yield "choose_experts", Case((routed, weight(groups["num_groups"], 7168)), {"top_k": 2})
     for rows, columns in ((1192, 192), (128, 512)):  # r12, its width cut; r9
         stacked = weight(groups["num_groups"] * rows, columns)
         for slots in (4, 256, 2048, 4096, 16384):  # a tile each

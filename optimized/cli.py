@@ -10,54 +10,72 @@ from __future__ import annotations
 import os
 import sys
 import traceback as traceback_module
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from arbitor.optimized.training.options import CHANGES, ROWS
 from arbitor.optimized.version import package_version
 
 if TYPE_CHECKING:
-    from arbitor.optimized.training.checkpoint import Checkpoint
     from arbitor.optimized.training.loop import TrainResult
     from arbitor.reference.audit import AuditReport
 
 MIB = 2**20
 """Bytes of a mebibyte, the seeds' unit of state."""
 
-_COUNT = click.IntRange(min=1)
-_SEED = click.IntRange(0, 2**63 - 1)
-_device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to run [auto].")
-_backend = click.option(
-    "--backend", type=click.Choice(["reference", "triton"]), help="Op set [reference on cpu, triton on cuda]."
-)
-_dtype = click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16"]),
-    help="Activations [float32 on cpu, bfloat16 on cuda].",
-)
-
-_CHANGES = (
-    click.option("--disable-vq", is_flag=True, default=None, help="No codes, and nothing that needs them."),
-    click.option("--disable-graph", is_flag=True, default=None, help="No graph over the codes."),
-    click.option("--disable-moe", is_flag=True, default=None, help="No experts."),
-    click.option("--enable-memory", is_flag=True, default=None, help="Tables of code n-grams."),
-    click.option("--max-moe-iters", type=click.IntRange(1, 16), help="Most turns of the last layer's loop."),
-    click.option(
-        "--sign-votes",
-        is_flag=True,
-        default=None,
-        help="The seeds' rule: votes are signs times a size by the loss.",
-    ),
-)
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
-def _changes(command: Any) -> Any:
-    """Give a command the options that change the model of a preset."""
-    for option in reversed(_CHANGES):
-        command = option(command)
-    return command
+def _setting(
+    name: str,
+    flag: str | None = None,
+    *,
+    help: str | None = None,
+    default: Any = None,
+    default_help: str | None = None,
+    low: int | None = None,
+) -> Callable[[_Command], _Command]:
+    """Return the option of a setting, as the table of settings has it.
+
+    Args:
+        name: of the setting, which is also the name of the command's parameter.
+        flag: how it is spelled; None: as its name, with dashes.
+        help: what the command does with it, where that is not what the trainer does.
+        default: of the command, where it has one of its own.
+        default_help: what help says of it.
+        low: the least number that the command allows, where it has one of its own.
+    """
+    row = ROWS[name]
+    option = row.option
+    flag = flag or "--" + name.replace("_", "-")
+    if default_help is None:
+        default_help = option.default_help if default is None else str(default)
+    if default_help is None:
+        default_help = "off" if row.kind is bool else str(option.default)
+    text = f"{help or option.help} [{default_help}]."
+    if row.kind is bool:
+        spelling = f"{flag}/--no-{flag.removeprefix('--')}" if option.has_opposite else flag
+        return click.option(spelling, name, is_flag=True, default=None, help=text)
+    kind: click.ParamType | type = row.kind
+    if option.choices:
+        kind = click.Choice(option.choices)
+    elif row.kind is int:
+        kind = click.IntRange(option.low if low is None else low, option.high)
+    return click.option(flag, name, type=kind, default=default, help=text)
+
+
+def _settings(*names: str) -> Callable[[_Command], _Command]:
+    """Give a command the options of several settings."""
+
+    def give(command: _Command) -> _Command:
+        for name in reversed(names):
+            command = _setting(name)(command)
+        return command
+
+    return give
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -101,28 +119,10 @@ def cli(context: click.Context) -> None:
 
 
 @cli.command()
-@click.option("--preset", help="What to train: tiny, small, ... or FILE.json [tiny].")
-@click.option("--data", help="stdlib (the sources of this Python), a file or a folder [stdlib].")
-@click.option("--steps", type=_COUNT, help="Optimisation steps [of the preset].")
-@click.option("--batch", type=_COUNT, help="Windows of a micro-batch [of the preset].")
-@click.option("--context", type=click.IntRange(min=4), help="Bytes of a window [of the preset].")
-@click.option("--accum", type=_COUNT, help="Micro-batches of a step [of the preset].")
-@click.option("--seed", type=_SEED, help="Of weights, batches and dither [0].")
-@_device
-@_backend
-@_dtype
-@click.option(
-    "--cuda-graph/--no-cuda-graph",
-    default=None,
-    help="Record the passes once, then replay them: the same results, sooner [wherever possible].",
-)
-@_changes
+@_settings(*(name for name, row in ROWS.items() if row.option.asked))
 @click.option("--run", type=click.Path(path_type=Path), help="Run folder [runs/<preset>-<number>].")
-@click.option("--resume", is_flag=True, help="Go on with the run in --run, with its own settings.")
-@click.option("--no-save", is_flag=True, help="Write no checkpoints; without --run, write nothing.")
-@click.option("--eval-interval", type=_COUNT, help="Steps between validations [of the preset].")
-@click.option("--save-interval", type=_COUNT, help="Steps between checkpoints [of the preset].")
-@click.option("--log-interval", type=_COUNT, help="Steps between lines of metrics [of the preset].")
+@click.option("--resume", is_flag=True, help="Go on with the run in --run, with its own settings [off].")
+@click.option("--no-save", is_flag=True, help="Write no checkpoints; without --run, write nothing [off].")
 def train(no_save: bool, **options: Any) -> None:
     """Train a model on bytes, and compare it with what counting alone achieves."""
     if options["resume"] and options["run"] is None:
@@ -130,7 +130,7 @@ def train(no_save: bool, **options: Any) -> None:
     from rich.console import Console
 
     from arbitor.optimized.training.loop import train as run_training
-    from arbitor.optimized.training.plan import TrainOptions
+    from arbitor.optimized.training.options import TrainOptions
 
     console = Console()
     result = run_training(TrainOptions(save=not no_save, **options), console=console)
@@ -140,24 +140,25 @@ def train(no_save: bool, **options: Any) -> None:
 @cli.command()
 @click.option("--run", type=click.Path(path_type=Path), required=True, help="Folder of a run.")
 @click.option("--prompt", help="Text to continue [none].")
-@click.option("--prompt-file", type=click.Path(path_type=Path), help="A file with the bytes to continue.")
-@click.option("--bytes", "num_bytes", type=click.IntRange(min=0), default=256, show_default=True)
 @click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0: likeliest."
+    "--prompt-file", type=click.Path(path_type=Path), help="A file with the bytes to continue [none]."
 )
+@click.option("--bytes", "num_bytes", type=click.IntRange(min=0), default=256, help="Bytes to add [256].")
 @click.option(
-    "--context", type=click.IntRange(min=3), help="Bytes at the end of the prompt that are read [as trained]."
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.8,
+    help="Of the draws; 0: the likeliest byte [0.8].",
 )
-@click.option("--seed", type=_SEED, default=0, show_default=True)
-@_device
-@_backend
-@_dtype
-@click.option(
-    "--cuda-graph/--no-cuda-graph",
-    default=None,
-    help="Record a step once, then replay it: the same bytes, sooner [wherever possible].",
+@_setting(
+    "context", help="Bytes at the end of the prompt that are read, at most", default_help="as trained", low=3
 )
+@_setting("seed", help="Of the draws", default=0)
+@_settings("device", "backend", "dtype")
+@_setting("cuda_graph", help="Record a step once, then replay it: the same bytes, sooner")
+@click.pass_context
 def generate(
+    command: click.Context,
     run: Path,
     prompt: str | None,
     prompt_file: Path | None,
@@ -175,11 +176,18 @@ def generate(
         raise click.UsageError(
             f"--prompt-file {str(prompt_file)!r} was given with --prompt, but only one may be"
         )
+    if num_bytes == 0:
+        _refuse_given(command, "temperature", "context", "seed", "cuda_graph", where="with --bytes 0")
+    if temperature == 0:
+        _refuse_given(command, "seed", where="with --temperature 0, which takes the likeliest byte")
+    if not prompt and prompt_file is None:
+        _refuse_given(command, "context", where="without --prompt or --prompt-file")
     import json
 
     from arbitor.optimized.training.checkpoint import check_fits
     from arbitor.optimized.training.generate import generate as continue_prompt
     from arbitor.optimized.training.recording import records
+    from arbitor.optimized.training.run_folder import RunFolder
     from arbitor.optimized.training.runtime import choose_runtime, deterministic
     from arbitor.reference.config import ArbConfig
     from arbitor.reference.graph import ArbModel
@@ -187,7 +195,9 @@ def generate(
     runtime = choose_runtime(device or "auto", backend, dtype)
     record = records(cuda_graph, runtime)
     given = os.fsencode(prompt or "") if prompt_file is None else _prompt_of(prompt_file)
-    checkpoint = _best_checkpoint(run)
+    checkpoint = RunFolder(run).load_best(
+        lambda refusal: click.echo(f"arb: {refusal}; trying another one", err=True)
+    )
     config = ArbConfig.from_json(json.dumps(checkpoint.config))
     with deterministic():
         model = ArbModel(config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=0)
@@ -210,9 +220,9 @@ def generate(
 
 
 @cli.command()
-@click.option("--preset", default="tiny", show_default=True, help="What to look at; FILE.json too.")
-@_changes
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_setting("preset", help="What to look at: tiny, small, ... or FILE.json", default="tiny")
+@_settings(*CHANGES)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON [off].")
 def audit(preset: str, as_json: bool, **changes: Any) -> None:
     """Count the weights and bytes of a preset, area by area, without building it."""
     from arbitor.optimized.layouts import resident_bytes
@@ -227,15 +237,13 @@ def audit(preset: str, as_json: bool, **changes: Any) -> None:
 
 
 @cli.command()
-@click.option("--preset", default="tiny", show_default=True, help="What to run; FILE.json too.")
-@_changes
-@click.option("--ctx", "context", type=click.IntRange(min=4), default=4, show_default=True, help="Bytes.")
-@click.option("--batch", type=_COUNT, default=1, show_default=True, help="Windows.")
-@click.option("--backward", is_flag=True, help="Also run a backward pass and one update.")
-@click.option("--seed", type=_SEED, default=0, show_default=True)
-@_device
-@_backend
-@_dtype
+@_setting("preset", help="What to run: tiny, small, ... or FILE.json", default="tiny")
+@_settings(*CHANGES)
+@_setting("context", "--ctx", default=4)
+@_setting("batch", help="Windows", default=1)
+@click.option("--backward", is_flag=True, help="Also run a backward pass and one update [off].")
+@_setting("seed", help="Of weights, bytes and dither", default=0)
+@_settings("device", "backend", "dtype")
 def smoke(
     preset: str,
     context: int,
@@ -332,20 +340,12 @@ def _print_result(console: Any, result: TrainResult) -> None:
         console.print(f"run folder: {result.folder}", highlight=False, soft_wrap=True)
 
 
-def _best_checkpoint(folder: Path) -> Checkpoint:
-    """The best checkpoint of a run, or the newest of its others where that one is missing or refused."""
-    from arbitor.optimized.training.checkpoint import CheckpointError, load_checkpoint
-    from arbitor.optimized.training.checkpoint_folder import BEST, FINAL, LATEST, PREVIOUS
-    from arbitor.optimized.training.errors import TrainingError
-
-    for name in (BEST, FINAL, LATEST, PREVIOUS):
-        if not (folder / name).exists():
-            continue
-        try:
-            return load_checkpoint(folder / name)
-        except CheckpointError as error:
-            click.echo(f"arb: {error}; trying another one", err=True)
-    raise TrainingError(f"the folder {str(folder)!r} holds no checkpoint that can be used")
+def _refuse_given(command: click.Context, *names: str, where: str) -> None:
+    """Refuse options that the user gave although nothing reads them; at its default an option is never refused."""
+    for option in command.command.params:
+        source = command.get_parameter_source(str(option.name))
+        if option.name in names and source is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{option.opts[0]} was given, but does nothing {where}")
 
 
 def _prompt_of(path: Path) -> bytes:
@@ -380,7 +380,8 @@ def _explained(error: Exception) -> tuple[str, int]:
         return f"the system refused{where}: {error.strerror or error}", 1
     if isinstance(error, MemoryError):
         return "there is not enough memory", 1
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here for its name alone
+    # It is torch's, which is not imported here for its name alone.
+    if type(error).__name__ == "OutOfMemoryError":
         return (
             "the GPU has not enough memory: a smaller --batch or --context needs less, and so does training with "
             "--no-cuda-graph (arb --traceback shows where)",

@@ -6,9 +6,10 @@ Legend: E_b embedding width, D width, V vocabulary.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, replace
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from types import SimpleNamespace
+from typing import Any, cast
 
 from arbitor.reference import checks
 from arbitor.reference.constants import (
@@ -21,6 +22,7 @@ from arbitor.reference.constants import (
     EXPONENT_RULES,
     GROUP_SIZES,
     MAX_ORTHOGONAL_STEPS,
+    MAX_SIGN_BITS,
     ON_FLIP,
 )
 
@@ -114,13 +116,14 @@ class ArbConfig:
         rotary_dim:     leading part of a head's query and key that carries the position; even, below head_dim.
         query_latent:   rank of the queries.
         kv_latent:      width of the latent that keys and values are made from: what a cache holds, with rotary_dim.
-        shared_inner:   width of the hidden vector that all experts share.
-        num_experts:    experts of a MoE.
+        shared_inner:   width of the hidden vector that all experts share; this and the next three are 0 without `use_moe`.
+        num_experts:    experts of a MoE, at least 2.
         top_k:          experts that a position uses.
         expert_rank:    rank of an expert's modulation.
         head_inner:     width of the hidden vector of the byte head.
 
-    What follows is off at its default; counts of 0 leave a module out:
+    What follows is off at its default; counts of 0 leave a module out. A field that nothing reads must have its default, as
+    SWITCHES says:
         num_codes:      entries of the shared codebook; 0: no codes, and then no graph, memory or composites either.
         code_dim:       C, width of a code.
         motif_residual: whether a position's own vector is added to its motif.
@@ -145,7 +148,7 @@ class ArbConfig:
         image_codes:    entries of the image codebook.
         audio_features: width of an audio frame's features; 0: no audio.
         audio_codes:    entries of the audio codebook.
-        router_inner:   width inside the output router; 0: no router.
+        router_inner:   width inside the output router, which needs a video or talker head to choose from; 0: no router.
         video_latent:   numbers of a video latent (channels * frames * height * width); 0: no video head.
         video_steps:    most denoising steps.
         talker_tokens:  audio tokens that the talker head chooses from; 0: no talker head.
@@ -222,33 +225,42 @@ class ArbConfig:
             raise ValueError(f"name is {self.name!r}, but must be a string of at least one character")
         for field in fields(self):
             if field.type == "int":
-                low = 0 if field.default == 0 or field.name in ("orthogonal_steps", "mantissa_bits") else 1
+                low = (
+                    0
+                    if at_rest(field.name) == 0 or field.name in ("orthogonal_steps", "mantissa_bits")
+                    else 1
+                )
                 checks.integer(field.name, getattr(self, field.name), low, _MAX_SIZE)
             if field.type == "bool" and not isinstance(getattr(self, field.name), bool):
                 raise TypeError(f"{field.name} is {getattr(self, field.name)!r}, but must be true or false")
+        for switch in SWITCHES:
+            if not switch.is_on(self):
+                for name in switch.fields:
+                    if getattr(self, name) != at_rest(name):
+                        raise ValueError(
+                            f"{name} is {getattr(self, name)!r}, but must be {at_rest(name)!r} {switch.off}: "
+                            "nothing would read it"
+                        )
         checks.integer("max_moe_iters", self.max_moe_iters, 1, MAX_MOE_ITERS)
         checks.one_of("code_search", self.code_search, CODE_SEARCHES)
-        for name in ("sign_bits", "num_probes"):
-            if self.code_search == "candidates" and not getattr(self, name):
-                raise ValueError(f"{name} is 0, but must be at least 1 for the candidate search")
+        if self.code_search == "candidates":
+            checks.integer("sign_bits", self.sign_bits, 1, MAX_SIGN_BITS)
+            checks.integer("num_probes", self.num_probes, 1, 2**self.sign_bits)
         if self.window % self.block:
             raise ValueError(
                 f"window is {self.window}, but must be a multiple of block, which is {self.block}"
             )
-        for name in ("num_hops", "memory_rows", "composite_codes"):
-            if getattr(self, name) and not self.num_codes:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be 0 without num_codes")
-        for kind in ("image", "audio"):
-            if bool(getattr(self, f"{kind}_codes")) > bool(getattr(self, f"{kind}_features")):
-                raise ValueError(
-                    f"{kind}_codes is {getattr(self, f'{kind}_codes')}, but must be 0 without {kind}_features"
-                )
         for kind in ("image", "audio"):
             if self.num_codes and getattr(self, f"{kind}_features") and not getattr(self, f"{kind}_codes"):
                 raise ValueError(
                     f"{kind}_codes is 0, but must be at least 1 with {kind}_features and num_codes: every position has a code"
                 )
-        checks.integer("top_k", self.top_k, 1, self.num_experts)
+        if self.use_moe:
+            for name in ("shared_inner", "expert_rank"):
+                checks.integer(name, getattr(self, name), 1, _MAX_SIZE)
+            # A router of one expert has nothing to choose, and would learn nothing.
+            checks.integer("num_experts", self.num_experts, 2, _MAX_SIZE)
+            checks.integer("top_k", self.top_k, 1, self.num_experts)
         if self.rotary_dim % 2 or self.rotary_dim >= self.head_dim:
             raise ValueError(
                 f"rotary_dim is {self.rotary_dim}, but must be even and below head_dim, which is {self.head_dim}"
@@ -295,18 +307,105 @@ class ArbConfig:
         return cls(**values)
 
 
+@dataclass(frozen=True)
+class Switch:
+    """What decides whether a model reads some fields of its configuration.
+
+    Fields:
+        off:    when it does not, as a refusal says it.
+        is_on:  whether it does, for a configuration.
+        fields: their names. Where the switch is off, each must have the value that `at_rest` gives.
+    """
+
+    off: str
+    is_on: Callable[[ArbConfig], bool]
+    fields: tuple[str, ...]
+
+
+_EXPERT_SIZES = ("shared_inner", "num_experts", "top_k", "expert_rank")
+"""Fields without a default that only experts read."""
+
+SWITCHES = (
+    Switch(
+        "without use_moe",
+        lambda config: config.use_moe,
+        (*_EXPERT_SIZES, "dense_dispatch_max_tokens", "max_moe_iters"),
+    ),
+    Switch(
+        "without num_codes",
+        lambda config: config.num_codes > 0,
+        (
+            "code_dim",
+            "motif_residual",
+            "code_search",
+            "num_hops",
+            "memory_rows",
+            "image_codes",
+            "audio_codes",
+        ),
+    ),
+    Switch(
+        "with code_search 'exact'",
+        lambda config: config.code_search == "candidates",
+        ("sign_bits", "num_probes"),
+    ),
+    Switch(
+        "without num_hops",
+        lambda config: config.num_hops > 0,
+        ("hop_rank", "num_neighbours", "composite_codes"),
+    ),
+    Switch("without composite_codes", lambda config: config.composite_codes > 0, ("composite_inner",)),
+    Switch("without memory_rows", lambda config: config.memory_rows > 0, ("memory_dim",)),
+    Switch("without image_features", lambda config: config.image_features > 0, ("image_codes",)),
+    Switch("without audio_features", lambda config: config.audio_features > 0, ("audio_codes",)),
+    Switch("without video_latent", lambda config: config.video_latent > 0, ("video_steps",)),
+    Switch(
+        "without video_latent or talker_tokens",
+        lambda config: config.video_latent > 0 or config.talker_tokens > 0,
+        ("router_inner",),
+    ),
+    Switch("with vote_rule 'sign'", lambda config: config.vote_rule != "sign", ("orthogonal_steps",)),
+    Switch("with vote_rule 'stochastic'", lambda config: config.vote_rule == "sign", ("max_vote_step",)),
+    Switch("with exponent_rule 'frozen'", lambda config: config.exponent_rule != "frozen", ("theta_e",)),
+)
+"""Every switch. One whose own field has a switch comes after it, so that `with_fields` puts all at rest in one pass.
+
+`exponent_rule` does not switch `mantissa_bits`: a state that is loaded may bring mantissas, which then stay.
+"""
+
+
+def at_rest(name: str) -> Any:
+    """Return the value of a field that nothing reads: its default; 0 for the sizes of experts, which have none."""
+    return 0 if name in _EXPERT_SIZES else ArbConfig.__dataclass_fields__[name].default
+
+
+def with_fields(config: ArbConfig, **changes: Any) -> ArbConfig:
+    """Return a configuration with some fields exchanged, and those that nothing reads any more at rest.
+
+    Raises TypeError or ValueError, as a configuration does, for a field among the changes that nothing would read.
+    """
+    values = {field.name: getattr(config, field.name) for field in fields(config)} | changes
+    for switch in SWITCHES:
+        if not switch.is_on(cast(ArbConfig, SimpleNamespace(**values))):
+            values |= {name: at_rest(name) for name in switch.fields if name not in changes}
+    return ArbConfig(**values)
+
+
 MEMORY_ROWS = 16_384
 """Rows of each memory table where memory is switched on and the preset names no number."""
 
 
 SIGN_VOTES: Mapping[str, Any] = {
     "vote_rule": "sign",
-    "theta": 32,
     "max_vote_step": 8,
-    "exponent_rule": "frozen",
+    "theta": 32,
+    "on_flip": "reset",
+    "exponent_rule": "sign",
+    "theta_e": 32,
     "mantissa_bits": 0,
 }
-"""Fields of a configuration that learns as the seeds' models did: votes are signs, whose size grows with the loss; scales stay."""
+"""Fields of a configuration that learns by the seeds' rule: trits by the signs of their gradient, times an integer that grows with
+the loss; exponents, whole octaves, by the signs of their groups' scores. docs/spec/votes.md says what the seeds leave open."""
 
 
 def with_modules(
@@ -327,17 +426,18 @@ def with_modules(
         memory:        True or False switches memory on or off; None leaves it as it is.
         max_moe_iters: most turns of the last layer's loop; None leaves it as it is.
 
-    Raises ValueError for memory without codes, or turns out of range.
+    Fields that only a module reads which is left out return to rest, see `with_fields`.
+    Raises ValueError for memory without codes, turns without experts, or turns out of range.
     """
     changes: dict[str, Any] = {}
     if not vq:
-        changes |= {"num_codes": 0, "image_codes": 0, "audio_codes": 0, "memory_rows": 0}
-    if not (vq and graph):
-        changes |= {"num_hops": 0, "composite_codes": 0}
+        changes["num_codes"] = 0
+    if not graph:
+        changes["num_hops"] = 0
     if not moe:
         changes["use_moe"] = False
     if memory is not None:
         changes["memory_rows"] = (config.memory_rows or MEMORY_ROWS) if memory else 0
     if max_moe_iters is not None:
         changes["max_moe_iters"] = max_moe_iters
-    return replace(config, **changes)
+    return with_fields(config, **changes)

@@ -82,6 +82,13 @@ CODE_EXPONENT_MIN, CODE_EXPONENT_MAX = -5, 2
 QUERY_STEPS, QUERY_MAX = 16, 127
 """A vector is searched for in whole sixteenths, from -127 to 127 of them."""
 
+ROUTER_OCTAVES = 16
+"""Exponents as the choice of experts sees them: at most so many octaves below the largest of the router's weight."""
+
+MAX_ROUTER_COLUMNS = 2**27
+"""Most columns of a router's weight. A term has at most 7 bits of a vector, 3 of a level and 16 octaves, so that sums of so many
+terms have 53 bits and are exact in float64, in any order."""
+
 MAX_SIGN_BITS = 30
 """Most columns whose signs may number the buckets of a codebook."""
 

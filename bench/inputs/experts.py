@@ -32,7 +32,13 @@ def grouped(make: Maker, s: Sizes, width: str) -> Arguments:
     return (activations(make, s, width), stacked(make, s), dealt(make, s)), {"num_groups": s["E"]}
 
 
+def routed(make: Maker, s: Sizes) -> Arguments:
+    """Return vectors, and the weight of a router of one row an expert."""
+    return (activations(make, s, "K"), make.weight(s["N"], s["K"], s["G"])), {"top_k": s["top_k"]}
+
+
 INPUTS: Mapping[str, Inputs] = {
+    "choose_experts": routed,
     "grouped_linear": lambda make, s: grouped(make, s, "K"),
     "grouped_linear_input_grad": lambda make, s: grouped(make, s, "N"),
     "grouped_linear_weight_grad": lambda make, s: (

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from arbitor.optimized.training.whole_file import write_whole
 
 Run = Mapping[str, Any]
 
@@ -91,7 +92,5 @@ def curves(runs: Sequence[Run], path: Path, *, title: str) -> None:
         row[0].set_title(f"{data}, {size} weights, {steps:,} steps", fontsize=10)
         row[0].legend(fontsize=8)
     figure.suptitle(f"Rules compared: {title}", fontsize=11)
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, dpi=110, format="png")
+    write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png"))
     plt.close(figure)
-    os.replace(beside, path)

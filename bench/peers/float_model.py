@@ -79,6 +79,10 @@ class DenseOps:
             return torch.mm(grad_MN.T, x_MK, out_dtype=torch.float32)
         return torch.mm(grad_MN.T, x_MK).float()
 
+    def choose_experts(self, x: Tensor, weight: DenseWeight, *, top_k: int) -> Tensor:
+        """Choose by the product of the activations' dtype: float weights have no rule of ties."""
+        return self.linear(x, weight).topk(top_k, dim=-1).indices.sort(dim=-1).values
+
     def grouped_linear(self, x: Tensor, weight: DenseWeight, experts: Tensor, *, num_groups: int) -> Tensor:
         w_ENK = weight.value.to(x.dtype).unflatten(0, (num_groups, -1))
         return self._grouped(x, experts, w_ENK.transpose(1, 2))

@@ -30,6 +30,7 @@ REPLAYED = {
     "nearest_codes": (0,),
     "candidate_codes": (0,),
     "nearest_candidates": (0, 2),
+    "choose_experts": (0,),
     "expert_load": (0,),
     "ngram_rows": (0,),
     "count_codes": (1,),

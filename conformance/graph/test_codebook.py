@@ -265,7 +265,7 @@ def test_every_weight_behind_a_code_votes() -> None:
 
 
 def test_a_table_of_millions_needs_no_memory_on_meta() -> None:
-    parts = context(device="meta", num_codes=10_000_000, code_dim=64, sign_bits=14)
+    parts = context(device="meta", num_codes=10_000_000, code_dim=64)
     table = SharedVQ(parts).bridge.tables["text"]
     assert table.weight.shape == (10_000_000, 64) and table.usage.shape == (10_000_000,)
     assert not list(table.parameters()) and {b.dtype for b in table.buffers()} == {
@@ -285,7 +285,8 @@ def both(subject: Subject, **fields: Any) -> Iterator[GraphContext]:
 def test_a_codebook_trains_alike(subject: Subject, search: str) -> None:
     """Codes, votes, steps, counts and revivals, on vectors whose sums are exact."""
     results = []
-    for parts in both(subject, code_search=search, sign_bits=2, num_probes=2, theta=3, theta_e=3):
+    buckets = {"sign_bits": 2, "num_probes": 2} if search == "candidates" else {}
+    for parts in both(subject, code_search=search, **buckets, theta=3, theta_e=3):
         codebook = TernaryVQCodebook(parts, 33, 10)
         codebook.usage.zero_()
         ids = []

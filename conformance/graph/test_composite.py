@@ -28,7 +28,13 @@ LOSSES = {"composite_commitment", "composite_codebook", "composite_prediction", 
 def context(
     ops: Any = reference_ops, device: Any = "cpu", dtype: torch.dtype = torch.float32, **fields: Any
 ) -> GraphContext:
-    sizes = {"num_codes": CODES, "code_dim": 10, "composite_codes": COMPOSITES, "composite_inner": 20}
+    sizes = {
+        "num_codes": CODES,
+        "code_dim": 10,
+        "num_hops": 1,
+        "composite_codes": COMPOSITES,
+        "composite_inner": 20,
+    }
     config = replace(models.NANO, **{**sizes, **fields})
     return GraphContext(ops, config, device=device, dtype=dtype, seed=7)
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.ledger import KVLedger
 from conformance.graph import models
 
@@ -156,6 +161,137 @@ def test_storage_grows_by_doubling() -> None:
         read(ledger, None)
         capacities.add(ledger.layer(0).log.rows.shape[1])
     assert len(capacities) <= 9
+
+
+def prompted(model: ArbModel, batch: int = 1, **options: Any) -> KVLedger:
+    """Return a ledger that a model has read six bytes with."""
+    ledger = KVLedger(model.config, batch, **options)
+    with torch.no_grad():
+        model(ids(batch, 6), ledger=ledger)
+    return ledger
+
+
+def a_step(model: ArbModel) -> None:
+    assert model.backward(model.losses(ids(2, 9)), rate=models.RATE, step=0)
+    model.step()
+
+
+def a_load(model: ArbModel) -> None:
+    model.load_state({name: value.clone() for name, value in model.state().items()})
+
+
+def a_load_of_weights(model: ArbModel) -> None:
+    model.load_weights(models.state_of(model))
+
+
+def a_load_of_one_weight(model: ArbModel) -> None:
+    model.embedding.table.load(model.embedding.table.weight.clone())
+
+
+READS = {
+    "forward": lambda model, ledger: model(None, ledger=ledger),
+    "read": lambda model, ledger: model.read(None, ledger),
+    "a replay": lambda model, ledger: ledger.replay(),
+}
+"""Ways to go on with a ledger."""
+
+
+@pytest.mark.parametrize("how", READS)
+@pytest.mark.parametrize("change", [a_step, a_load, a_load_of_weights, a_load_of_one_weight])
+def test_a_ledger_from_before_a_change_of_the_weights_is_refused(
+    change: Callable[[ArbModel], None], how: str
+) -> None:
+    """It was read without a word, with logits off by a third."""
+    model = models.nano(theta=1)
+    ledger = prompted(model)
+    taken = [
+        ledger,
+        ledger.copy(),
+        ledger.select([0, 0]),
+        KVLedger.stack([ledger, ledger]),
+        copy.deepcopy(ledger),
+    ]
+    with torch.no_grad():
+        for one in taken:
+            READS[how](model, one.copy())
+    before = model.voting.version
+    change(model)
+    for one in taken:
+        with pytest.raises(
+            RuntimeError,
+            match=f"at version {before} of its weights, but they are at .* {model.voting.version}",
+        ):
+            READS[how](model, one)
+        assert one.lengths[0] == 7 and one.unread == 1
+    with pytest.raises(ValueError, match="ledgers were read at versions"):
+        KVLedger.stack([ledger, prompted(model)])
+    prompted(model)
+
+
+def test_a_ledger_that_nothing_was_read_into_waits_for_its_model() -> None:
+    """It may be made before a step, and one pass that is refused binds it to nothing."""
+    model, other = models.nano(theta=1), models.nano(theta=1, seed=9)
+    ledger = model.new_ledger()
+    with pytest.raises(ValueError, match="at least 3"):
+        model(ids(1, 2), ledger=ledger)
+    a_step(model)
+    with torch.no_grad():
+        other(ids(1, 6), ledger=ledger)
+        other(None, ledger=ledger)
+    assert ledger.positions == [5]
+    with pytest.raises(ValueError, match="is given to another model 'nano' of the same config"):
+        model(None, ledger=ledger)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "ledger holds what one model 'nano' has read, but is given to another model 'nano'"),
+        ({"num_layers": 3}, "ledger is of a model with num_layers 2, but this model has 3"),
+        ({"window": 8, "block": 4}, "ledger is of a model with window 512, but this model has 8"),
+        ({"theta": 9}, "ledger is of a model with theta 64, but this model has 9"),
+    ],
+)
+def test_a_ledger_of_another_model_is_refused(fields: dict[str, int], message: str) -> None:
+    ledger = prompted(models.nano())
+    other = models.nano(**fields)
+    with pytest.raises(ValueError, match=message):
+        other(None, ledger=ledger)
+    with pytest.raises(ValueError, match="different models" if not fields else "differ in config"):
+        KVLedger.stack([ledger, prompted(other)])
+
+
+def test_a_ledger_of_another_dtype_or_device_is_refused() -> None:
+    model = models.nano(dtype=torch.bfloat16)
+    with pytest.raises(
+        ValueError, match=r"ledger has dtype torch.float32, but must have that of the model, torch.bfloat16"
+    ):
+        model(ids(1, 6), ledger=KVLedger(model.config))
+    with pytest.raises(ValueError, match="ledger has device meta, but must have that of the model, cpu"):
+        model(ids(1, 6), ledger=KVLedger(model.config, device="meta", dtype=torch.bfloat16))
+
+
+def test_a_ledger_of_a_model_is_not_its_copy_s() -> None:
+    """Two voting states are two models, whatever else is equal; and a ledger keeps no model alive."""
+    model, twin = models.nano(), models.nano()
+    twin.load_weights(models.state_of(model))
+    ledger = prompted(model)
+    with pytest.raises(ValueError, match="another model"):
+        twin(None, ledger=ledger)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+    with pytest.raises(ValueError, match="another model"):
+        twin(None, ledger=ledger)
+
+
+def test_respond_refuses_a_ledger_as_forward_does() -> None:
+    model = models.whole()
+    ledger = prompted(model)
+    model.step()
+    with pytest.raises(RuntimeError, match="make a new one from its ids"):
+        model.respond(None, ledger=ledger)
 
 
 def _twice(ledger: KVLedger) -> None:

@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.attention import rotary_turns, rotate
-from arbitor.reference.graph.moe import expert_shares
 from arbitor.reference.presets import PRESETS
 from conformance.compare import alike
 from conformance.graph import models
@@ -74,20 +73,6 @@ def test_sequences_of_a_batch_do_not_see_each_other() -> None:
         together = model(ids_BT)
         for b in range(3):
             alike(model(ids_BT[b : b + 1])[0], together[b])
-
-
-def test_ties_between_experts_go_to_the_lowest_index() -> None:
-    shares = expert_shares(torch.tensor([[[1.0, 3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0]]]), 2)
-    assert shares.tolist() == [[[0.0, 0.5, 0.5, 0.0], [0.5, 0.5, 0.0, 0.0]]]
-
-
-def test_shares_are_a_softmax_over_the_chosen_experts() -> None:
-    logits = torch.randn(5, 7, 6, generator=torch.Generator().manual_seed(1))
-    shares = expert_shares(logits, 3)
-    values, indices = logits.topk(3, dim=-1)
-    want = torch.zeros_like(logits).scatter(-1, indices, values.softmax(dim=-1))
-    alike(shares, want)
-    assert ((shares > 0).sum(dim=-1) == 3).all()
 
 
 def test_rotary_scores_depend_on_distance_alone() -> None:

@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph import TernaryLinear, layers
 from arbitor.reference.graph.grouped import TernaryGroupedLinear, numbered
-from arbitor.reference.graph.moe import SharedProjectionMoE, chosen_experts
+from arbitor.reference.graph.moe import SharedProjectionMoE, all_shares, chosen_shares
 from arbitor.reference.graph.state import GraphContext
-from arbitor.reference.ops.packing import trits_of
+from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.types import TernaryWeight
 from conformance.compare import alike, exact, unsigned_zeros
 from conformance.graph import models
@@ -147,11 +147,103 @@ def test_only_few_positions_take_the_dense_path() -> None:
     assert asked == [24, 24, 16, 16]
 
 
-def test_chosen_experts_are_the_largest_and_ties_go_to_the_lowest_index() -> None:
-    logits = torch.tensor([[[1.0, 3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 5.0, 9.0]]])
-    experts, shares = chosen_experts(logits, 2)
-    assert experts.tolist() == [[[1, 2], [0, 1], [2, 3]]]
-    alike(shares[0, 2], torch.tensor([5.0, 9.0]).softmax(dim=0))
+def test_shares_are_a_softmax_over_the_chosen_experts() -> None:
+    logits = torch.randn(5, 7, 6, generator=torch.Generator().manual_seed(1))
+    chosen = logits.topk(3, dim=-1).indices.sort(dim=-1).values
+    shares = all_shares(chosen, chosen_shares(logits, chosen), 6)
+    want = logits.masked_fill(~(shares > 0), -torch.inf).softmax(dim=-1)
+    alike(shares, want)
+    assert ((shares > 0).sum(dim=-1) == 3).all()
+
+
+def test_the_share_of_a_single_expert_is_its_part_of_all() -> None:
+    logits = torch.randn(5, 7, 6, generator=torch.Generator().manual_seed(2))
+    chosen = logits.argmax(dim=-1, keepdim=True)
+    alike(chosen_shares(logits, chosen), logits.softmax(dim=-1).amax(dim=-1, keepdim=True))
+    assert chosen_shares(logits.to(torch.bfloat16), chosen).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_the_router_learns_however_many_experts_are_chosen(top_k: int) -> None:
+    """A softmax over the logit of a single expert is constant: its router had no gradient."""
+    model = models.nano(top_k=top_k)
+    for step in range(3):
+        model.backward(model.losses(models.random_ids(2, 12, seed=step)), rate=models.RATE, step=step)
+        for layer in model.layers:
+            counts = layer.moe_graph.moe.router.weight.trit_accum
+            assert counts.count_nonzero() > counts.numel() / 2
+        model.step()
+
+
+@pytest.mark.parametrize("dense_max", [0, 1000])
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_the_router_votes_with_the_gradient_of_plain_autograd(top_k: int, dense_max: int) -> None:
+    """In float64, against dense matrices and the rule written out once more."""
+    found: dict[tuple[int, ...], Tensor] = {}
+
+    def kept(grad: Tensor, x: Tensor) -> Tensor:
+        result = reference_ops.linear_weight_grad(grad, x)
+        found[tuple(result.shape)] = result
+        return result
+
+    parts = context(
+        ops=models.ops_with(linear_weight_grad=kept),
+        dtype=torch.float64,
+        top_k=top_k,
+        dense_dispatch_max_tokens=dense_max,
+    )
+    moe = SharedProjectionMoE(parts)
+    dense = {
+        name: reference_ops.dequantize(module.weight, dtype=torch.float64)
+        for name, module in moe.named_children()
+    }
+    router = dense["router"].requires_grad_()
+    x = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    logits = x @ router.T
+    chosen = reference_ops.choose_experts(x, moe.router.weight, top_k=top_k)
+    is_chosen = torch.zeros_like(logits).scatter(-1, chosen, 1.0).to(torch.bool)
+    over = torch.ones_like(is_chosen) if top_k == 1 else is_chosen
+    shares = logits.masked_fill(~over, -torch.inf).softmax(dim=-1) * is_chosen
+    down, up = dense["expert_down"].reshape(4, 5, 24), dense["expert_up"].reshape(4, 20, 5)
+    modulation = torch.einsum("bpe,eir,erd,bpd->bpi", shares, up, down, x)
+    h = torch.nn.functional.silu(x @ dense["gate"].T) * (x @ dense["up"].T)
+    y = (h * (1 + modulation)) @ dense["down"].T
+    y.square().sum().backward()
+    with parts.voting.at(rate=1.0, step=0):
+        got = moe(x)
+        got.square().sum().backward()
+    alike(got.detach(), y.detach(), "y")
+    assert router.grad.count_nonzero() == router.numel()
+    alike(found[tuple(router.shape)], router.grad, "router")
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_experts_are_chosen_alike_in_one_pass_and_byte_by_byte(dtype: torch.dtype, top_k: int) -> None:
+    """A product of one row rounds otherwise than that of many: of five equal experts the last was chosen now and then."""
+    chosen: list[Tensor] = []
+
+    def watched(x: Tensor, weight: Any, *, top_k: int) -> Tensor:
+        chosen.append(reference_ops.choose_experts(x, weight, top_k=top_k))
+        return chosen[-1]
+
+    sizes = {"num_experts": 5, "top_k": top_k, "window": 8, "block": 4, "num_summaries": 2}
+    model = models.nano(ops=models.ops_with(choose_experts=watched), dtype=dtype, **sizes)
+    routers = [layer.moe_graph.moe.router for layer in model.layers]
+    for router in routers:
+        first = torch.zeros(5, dtype=torch.int64)
+        trits, exponents = trits_of(router.weight)[first], router.weight.exponents[first]
+        router.load(weight_of_trits(trits, exponents, 12, mantissa_bits=router.weight.mantissa_bits))
+    ids_BT, lowest = models.random_ids(1, 40), torch.arange(top_k)
+    with torch.no_grad():
+        model(ids_BT)
+        assert len(chosen) == 2 and all((experts == lowest).all() for experts in chosen)
+        chosen.clear()
+        ledger = model.new_ledger()
+        for start, end in ((0, 3), *((place, place + 1) for place in range(3, 40))):
+            ledger.retract()
+            model(ids_BT[:, start:end], ledger=ledger)
+    assert len(chosen) == 2 * 38 and all((experts == lowest).all() for experts in chosen)
 
 
 def test_the_load_counts_choices_of_accepted_passes_when_stepped() -> None:

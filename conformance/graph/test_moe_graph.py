@@ -8,38 +8,70 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from arbitor.reference.config import HALT_THRESHOLD
-from arbitor.reference.graph.moe_graph import LEAK_SHIFTS, halting_shares
+from arbitor.reference.graph.moe_graph import LEAK_SHIFTS
+from arbitor.reference.ops.denoise import Halting
 from arbitor.reference.ops.packing import trits_of
+from conformance.compare import exact
 from conformance.graph import models
 
 
-def shares_by_hand(logits: list[float]) -> list[float]:
-    """Return the shares of one position's turns, told as a story."""
+def shares_by_hand(p: list[float], threshold: float) -> list[float]:
+    """Return the shares of one sample's steps, told as a story; p of all steps but the last."""
     shares, left = [], 1.0
-    for logit in logits:
-        p = 1 / (1 + torch.tensor(-logit, dtype=torch.float64).exp().item())
-        if 1 - left + p >= HALT_THRESHOLD:
+    for each in p:
+        if 1 - left + each >= threshold:
             break
-        shares.append(p)
-        left -= p
+        shares.append(each)
+        left -= each
     shares.append(left)
-    return shares + [0.0] * (len(logits) + 1 - len(shares))
+    return shares + [0.0] * (len(p) + 1 - len(shares))
 
 
-@given(st.lists(st.floats(-8, 8).filter(lambda x: abs(x) > 1e-3), min_size=1, max_size=7))
-def test_halting_shares_by_hand(logits: list[float]) -> None:
-    got = halting_shares(torch.tensor(logits, dtype=torch.float64))
-    assert got.tolist() == pytest.approx(shares_by_hand(logits), abs=1e-12)
+def shares_of(p_TB: Tensor, threshold: float = HALT_THRESHOLD) -> Tensor:
+    """Return the shares of all steps, [T + 1, B]: the mean of states that are unit vectors."""
+    steps, batch = len(p_TB) + 1, p_TB.shape[1]
+    states = torch.eye(steps, dtype=p_TB.dtype)[:, None].expand(steps, batch, steps)
+    halting = Halting(states[0], threshold)
+    for state, p_B in zip(states, [*p_TB, None], strict=True):
+        halting.add(state, None if p_B is None else p_B[:, None])
+    return halting.mean.T
+
+
+@given(st.lists(st.floats(0.01, 1.0), max_size=7), st.sampled_from((HALT_THRESHOLD, 0.5)))
+def test_halting_shares_by_hand(p: list[float], threshold: float) -> None:
+    got = shares_of(torch.tensor(p, dtype=torch.float64)[:, None], threshold).flatten()
+    assert got.tolist() == pytest.approx(shares_by_hand(p, threshold), abs=1e-12)
     assert got.sum().item() == pytest.approx(1.0, abs=1e-12)
     assert (got >= 0).all()
 
 
 def test_a_sure_position_takes_one_turn_and_an_unsure_one_all_of_them() -> None:
-    shares = halting_shares(torch.tensor([[9.0, -9.0], [0.0, -9.0], [0.0, -9.0]]))
+    shares = shares_of(torch.tensor([[9.0, -9.0], [0.0, -9.0], [0.0, -9.0]]).sigmoid())
     assert shares[:, 0].tolist() == [1.0, 0.0, 0.0, 0.0]
     assert shares[3, 1] > 0.99
+
+
+def test_a_turn_that_overflows_after_halting_leaves_output_and_gradients_alone() -> None:
+    """A gradient of 0 times a slope that is not finite is no number: a position that has halted goes on from zeros."""
+    model = models.nano(max_moe_iters=3)
+    loop = model.layers[-1].moe_graph
+    loop.halt.forward = lambda x: torch.full((*x.shape[:-1], 1), 30.0)
+    take_turn, results = loop.turn, []
+    for spoiled in (False, True):
+        factors = iter((1.0, 1e30, 1e30) if spoiled else (1.0, 1.0, 1.0))
+
+        def turn(h_BPD: Tensor, nodes_BPD: Any, factors: Any = factors) -> Tensor:
+            return take_turn(h_BPD, nodes_BPD) * next(factors)
+
+        loop.turn = turn
+        e_BPD = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        out_BPD = loop(e_BPD)
+        out_BPD.square().sum().backward()
+        results.append((out_BPD.detach(), e_BPD.grad))
+    exact(results[1], results[0])
 
 
 def test_one_turn_is_the_plain_layer() -> None:

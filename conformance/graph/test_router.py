@@ -15,6 +15,9 @@ from conformance.graph.test_video import count_weights, on_meta, weights_of
 from conformance.graph.test_votes import context
 from conformance.subject import Subject
 
+FIELDS = {"router_inner": 6, "talker_tokens": 9}
+"""A router, and a head besides the bytes' that it may choose."""
+
 
 def stream() -> Tensor:
     """Return a stream [B, P, D] of a nano model."""
@@ -23,11 +26,14 @@ def stream() -> Tensor:
 
 def test_weights_are_as_many_as_the_seeds_count() -> None:
     """REFACTOR14's 12.9 M: 7168 * 1792 + 3 * 1792."""
-    assert count_weights(OutputRouter(on_meta(width=7168, router_inner=7168 // 4))) == 12_850_432
+    assert (
+        count_weights(OutputRouter(on_meta(width=7168, router_inner=7168 // 4, talker_tokens=289)))
+        == 12_850_432
+    )
 
 
 def test_the_last_position_decides() -> None:
-    router, x_BPD = OutputRouter(context(router_inner=6)), stream()
+    router, x_BPD = OutputRouter(context(**FIELDS)), stream()
     logits = router(x_BPD)
     assert logits.shape == (3, 3) and logits.dtype == torch.float32
     changed = x_BPD.clone()
@@ -38,7 +44,7 @@ def test_the_last_position_decides() -> None:
 
 
 def test_both_matrices_vote_behind_a_frozen_stream() -> None:
-    parts = context(router_inner=6)
+    parts = context(**FIELDS)
     router = OutputRouter(parts)
     with parts.voting.at(rate=1.0, step=0):
         F.cross_entropy(router(stream()), torch.tensor([0, 1, 2])).backward()
@@ -47,11 +53,11 @@ def test_both_matrices_vote_behind_a_frozen_stream() -> None:
 
 
 def test_logits_are_those_of_the_reference(subject: Subject) -> None:
-    wide, tested = (OutputRouter(parts) for parts in contexts(subject, router_inner=6))
+    wide, tested = (OutputRouter(parts) for parts in contexts(subject, **FIELDS))
     with torch.no_grad():
         alike(tested(stream().to(subject.device)).cpu(), wide(stream().double()))
 
 
 def test_a_stream_without_positions_is_refused() -> None:
     with pytest.raises(ValueError, match="x_BPD"):
-        OutputRouter(context(router_inner=6))(stream()[:, :0])
+        OutputRouter(context(**FIELDS))(stream()[:, :0])

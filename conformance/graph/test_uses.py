@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from arbitor.reference import ops
+from arbitor.reference.config import with_fields
 from arbitor.reference.graph import TernaryEmbedding
 from arbitor.reference.graph.model import LOSS_REFERENCE
 from arbitor.reference.graph.state import _part_of_rate
@@ -28,7 +29,7 @@ from conformance.subject import Subject
 def test_each_of_several_uses_votes_at_its_part_of_the_rate(fields: dict[str, Any]) -> None:
     """The parts of what votes for a weight in one pass add up to the rate: experts of the loop, matrices of the graph."""
     noting, rates = models.ops_noting_rates()
-    config = replace(models.WHOLE, **fields)
+    config = with_fields(models.WHOLE, **fields)
     model = models.whole(config, ops=noting)
     rates.clear()
     model.backward(model.losses(models.random_ids(3, 24)), rate=models.RATE, step=2)

@@ -19,7 +19,7 @@ from arbitor.reference import ops
 from arbitor.reference.config import HALT_THRESHOLD
 from arbitor.reference.constants import DEFAULT_EPS
 from arbitor.reference.graph.state import GraphContext, TernaryModule
-from arbitor.reference.graph.video import FIRST_SIGNAL, NOISE_TENSOR, VideoHead, cosine_alphas, stop_shares
+from arbitor.reference.graph.video import FIRST_SIGNAL, NOISE_TENSOR, VideoHead, cosine_alphas
 from arbitor.reference.ops.scale import dequantize
 from conformance import oracle
 from conformance.compare import alike, exact
@@ -94,22 +94,6 @@ def test_noise_and_latents_of_both_op_sets_are_equal(subject: Subject) -> None:
     exact(noises[1], noises[0])
 
 
-@given(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=6), st.sampled_from((0.99, 0.5)))
-def test_halting_shares_by_hand(p: list[float], threshold: float) -> None:
-    shares, left = [], 1.0
-    for place, each in enumerate(p):
-        if place == len(p) - 1 or 1 - left + each >= threshold:
-            break
-        shares.append(each)
-        left -= each
-    shares += [left] + [0.0] * (len(p) - len(shares) - 1)
-    got = [
-        share.item()
-        for share in stop_shares([torch.tensor([[x]], dtype=torch.float64) for x in p], threshold)
-    ]
-    assert got == pytest.approx(shares, abs=1e-12) and sum(got) == pytest.approx(1.0) and min(got) >= 0
-
-
 @pytest.mark.parametrize("halt_threshold", [None, 0.5, HALT_THRESHOLD])
 def test_training_and_generation_give_the_same_latent(halt_threshold: float | None) -> None:
     """The steps one by one under autograd, and the op: the same bits in the reference."""
@@ -152,14 +136,49 @@ def test_a_latent_keeps_its_shape() -> None:
     alike(out.flatten(1), head(tokens(), latent.flatten(1)))
 
 
-def test_detached_tokens_still_let_the_weights_vote() -> None:
-    """REFACTOR11: the first latent requires a gradient, so the query behind it gets one although tokens are frozen."""
-    parts = context(**FIELDS)
+def test_noise_and_detached_tokens_let_the_weights_vote_at_no_cost() -> None:
+    """REFACTOR11 let the first latent require a gradient, so that the query behind it gets one although tokens are frozen.
+
+    Here each weight asks for its own: all vote, and nobody computes the gradient of noise.
+    """
+    asked: list[tuple[int, int]] = []
+
+    def watched(grad: Tensor, weight: Any) -> Tensor:
+        asked.append(weight.shape)
+        return ops.linear_input_grad(grad, weight)
+
+    parts = context(models.ops_with(linear_input_grad=watched), **FIELDS)
     head = VideoHead(parts)
     with parts.voting.at(rate=1.0, step=0):
         head(tokens().detach()).square().mean().backward()
     for name, module in weights_of(head).items():
         assert module.weight.trit_accum.any(), f"{name} did not vote"
+    steps, first = FIELDS["video_steps"], head.latent_in.weight.shape
+    assert asked.count(first) == steps - 1, "the gradient of noise was computed"
+    assert asked.count(head.query.weight.shape) == asked.count(head.latent_out.weight.shape) == steps
+
+
+def test_a_step_that_overflows_after_halting_leaves_everything_alone() -> None:
+    """The latent, the gradient of what comes in, and the votes: a gradient of 0 times a slope that is no number is none."""
+    results = []
+    for factor in (1.0, 1e30):
+        parts = context(**FIELDS)
+        head = VideoHead(parts)
+        # Samples halt after the first of three steps.
+        predict, factors = head.latent_out.forward, iter((1.0, factor, factor))
+
+        def spoiled(x: Tensor, predict: Any = predict, factors: Any = factors) -> Tensor:
+            return predict(x) * next(factors)
+
+        head.latent_out.forward = spoiled
+        latent = tokens(seed=2).flatten(1)[:, :20].requires_grad_()
+        with parts.voting.at(rate=1.0, step=0):
+            out = head(tokens(), latent, halt_threshold=1e-6)
+            out.square().sum().backward()
+        votes = tuple(part.weight.trit_accum for part in weights_of(head).values())
+        results.append((out.detach(), latent.grad, votes))
+    exact(results[1], results[0])
+    assert results[0][1].any()
 
 
 def test_what_lies_before_the_first_latent_gets_a_gradient() -> None:

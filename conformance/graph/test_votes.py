@@ -355,7 +355,7 @@ def test_the_sign_rule_votes_with_the_step_of_the_loss() -> None:
 
 
 def test_frozen_exponents_stay() -> None:
-    model = models.nano(exponent_rule="frozen", theta=1, theta_e=1)
+    model = models.nano(exponent_rule="frozen", theta=1)
     before = models.state_of(model)
     model.backward(model.loss(models.random_ids(2, 10)), rate=models.RATE, step=0)
     model.step()

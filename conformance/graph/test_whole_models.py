@@ -18,7 +18,7 @@ from torch import Tensor
 
 from arbitor.optimized.training.runtime import deterministic
 from arbitor.reference import ops as reference_ops
-from arbitor.reference.config import ArbConfig, with_modules
+from arbitor.reference.config import SWITCHES, ArbConfig, with_modules
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.ternary_graph import TernaryGraph
 from arbitor.reference.presets import PRESETS
@@ -54,10 +54,12 @@ WIDE = replace(models.WHOLE, width=36)
 
 def reduced(config: ArbConfig) -> ArbConfig:
     """Return the structure of a configuration at the widths of the nano model."""
+    unread = {name for switch in SWITCHES if not switch.is_on(config) for name in switch.fields}
+    kept = {*STRUCTURE, *LOW_THRESHOLDS, *unread}
     sizes: dict[str, Any] = {
         field.name: getattr(WIDE, field.name) if getattr(config, field.name) else 0
         for field in fields(ArbConfig)
-        if isinstance(getattr(config, field.name), int) and field.name not in (*STRUCTURE, *LOW_THRESHOLDS)
+        if isinstance(getattr(config, field.name), int) and field.name not in kept
     }
     sizes |= {"num_layers": min(config.num_layers, MOST_LAYERS), "num_experts": EXPERTS}
     return replace(config, **sizes, **LOW_THRESHOLDS)

@@ -96,9 +96,11 @@ def mixture(own: Matrices, config: ArbConfig, x_PD: Tensor) -> Tensor:
     outputs = []
     rank, inner = config.expert_rank, config.shared_inner
     for x in x_PD:
-        scores = own["moe_graph.moe.router"] @ x
-        chosen = sorted(range(config.num_experts), key=lambda e: (-scores[e].item(), e))[: config.top_k]
+        scores, fits = (own["moe_graph.moe.router"] @ read for read in (x, sixteenths(x)))
+        chosen = sorted(range(config.num_experts), key=lambda e: (-fits[e].item(), e))[: config.top_k]
         shares = torch.stack([scores[e] for e in chosen]).softmax(dim=0)
+        if config.top_k == 1:
+            shares = scores.softmax(dim=0)[chosen]
         modulation = torch.ones(config.shared_inner, dtype=x.dtype)
         for share, e in zip(shares, chosen, strict=True):
             a, b = (
@@ -109,6 +111,11 @@ def mixture(own: Matrices, config: ArbConfig, x_PD: Tensor) -> Tensor:
         hidden = swish(own["moe_graph.moe.gate"] @ x) * (own["moe_graph.moe.up"] @ x)
         outputs.append(own["moe_graph.moe.down"] @ (hidden * modulation))
     return torch.stack(outputs)
+
+
+def sixteenths(x: Tensor) -> Tensor:
+    """Return x in whole sixteenths, at most 127 of them: what experts are chosen by."""
+    return torch.tensor([round(min(max(16 * value, -127.0), 127.0)) for value in x.tolist()], dtype=x.dtype)
 
 
 def norm(x: Tensor, weight_1K: Tensor) -> Tensor:

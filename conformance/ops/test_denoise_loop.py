@@ -281,18 +281,24 @@ def test_denoise_loop_takes_its_steps(ops: Subject, size: int, count: int, steps
         LOOP_STARTS_OVER,
         mutant(
             "halting_of_the_batch",
-            "goes_on = (1 - left_B1 + p_B1 < halt_threshold)",
-            "goes_on = (1 - left_B1 + p_B1 < halt_threshold).any()",
+            "goes_on = 1 - self.left + p < self.threshold",
+            "goes_on = (1 - self.left + p < self.threshold).any()",
             compared="denoise_loop",
         ),
         mutant(
             "halting_after_the_threshold",
-            "1 - left_B1 + p_B1 < halt_threshold",
-            "1 - left_B1 + p_B1 <= halt_threshold",
+            "1 - self.left + p < self.threshold",
+            "1 - self.left + p <= self.threshold",
+        ),
+        mutant(
+            "halting_gives_its_p",
+            "share = torch.where(goes_on, p, self.left)",
+            "share = p",
+            compared="denoise_loop",
         ),
         mutant(
             "halting_keeps_the_last",
-            "latent if halt_threshold is None else total",
+            "latent if halting is None else halting.mean",
             "latent",
             compared="denoise_loop",
         ),
@@ -337,9 +343,9 @@ def test_denoise_loop_halts_each_sample(ops: Subject, size: int, threshold: floa
     data=st.data(),
     rejects=[
         mutant(
-            "halting_gives_its_p",
-            "share_B1 = torch.where(goes_on, p_B1, left_B1)",
-            "share_B1 = p_B1",
+            "halting_forgets_the_last_step",
+            "self.mean = self.mean + self.left * state",
+            "pass",
             compared="denoise_loop",
         ),
     ],

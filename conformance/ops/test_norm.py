@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from arbitor.reference.op_table import OP_TABLE
-from arbitor.reference.ops import initial_weight
+from arbitor.reference.ops import constant_weight, initial_weight
 from arbitor.reference.ops.packing import weight_of_trits
 from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.types import TernaryWeight
@@ -165,6 +165,132 @@ def test_rms_norm_ignores_the_scale(
     x = ss.float_values((5, weight.shape[1]), "small integers", data.draw(ss.GENERATOR_SEEDS))
     x = torch.where(x == 0, 1.0, x).to(dtype)
     exact(ops.rms_norm(x * 2.0**power, weight, eps=1e-12), ops.rms_norm(x * 2.0**9, weight, eps=1e-12))
+
+
+# As small integers the squares of every case are exact; 37 is small enough that float32 holds 2**120 times it.
+HUGE = st.sampled_from((70, 48, 60, 64, 120))
+COUNTS = st.integers(1, 37)
+
+
+NORM_OF_HUGE_ROWS_OVERFLOWS = mutant(
+    "norm_of_huge_rows_overflows", "torch.where(huge, one * 2.0**exponent, one)", "one"
+)
+
+
+@law(
+    width=COUNTS,
+    dtype=ss.DTYPES,
+    power=HUGE,
+    data=st.data(),
+    rejects=[
+        NORM_OF_HUGE_ROWS_OVERFLOWS,
+        mutant("norm_tames_less_than_squares", "2.0**least", "2.0**64.5"),
+    ],
+)
+def test_rms_norm_of_huge_rows(
+    ops: Subject, width: int, dtype: torch.dtype, power: int, data: st.DataObject
+) -> None:
+    """Rows whose squares overflow have the bits of the same rows at an ordinary size, beside rows of other sizes."""
+    weight = data.draw(ss.weights((1, width)))
+    x = data.draw(ordinary_rows(width, dtype))
+    mixed = torch.cat([x * 2.0**power, x * 2.0**20])
+    wanted = ops.rms_norm(x * 2.0**20, weight)
+    exact(ops.rms_norm(mixed, weight), torch.cat([wanted, wanted]))
+
+
+@law(
+    width=COUNTS,
+    dtype=ss.DTYPES,
+    power=HUGE,
+    data=st.data(),
+    rejects=[NORM_OF_HUGE_ROWS_OVERFLOWS],
+)
+def test_rms_norm_weight_grad_of_huge_rows(
+    ops: Subject, width: int, dtype: torch.dtype, power: int, data: st.DataObject
+) -> None:
+    """Rows whose squares overflow count as the same rows at an ordinary size."""
+    x, grad = (data.draw(ordinary_rows(width, dtype)) for _ in range(2))
+    exact(ops.rms_norm_weight_grad(grad, x * 2.0**power), ops.rms_norm_weight_grad(grad, x * 2.0**20))
+
+
+@law(
+    width=COUNTS,
+    dtype=ss.DTYPES,
+    power=HUGE,
+    data=st.data(),
+    rejects=[
+        NORM_OF_HUGE_ROWS_OVERFLOWS,
+        mutant("norm_grad_of_the_tamed_row", " / rms * power)", " / rms)"),
+    ],
+)
+def test_rms_norm_input_grad_of_huge_rows(
+    ops: Subject, width: int, dtype: torch.dtype, power: int, data: st.DataObject
+) -> None:
+    """The gradient shrinks as the row grows: by the same power of two, bit for bit, as long as it is no subnormal number."""
+    weight = data.draw(ss.weights((1, width), levels=(0, 15)))
+    x, grad = (data.draw(ordinary_rows(width, dtype)) for _ in range(2))
+    got = ops.rms_norm_input_grad(grad, x * 2.0**power, weight)
+    want = ops.rms_norm_input_grad(grad, x * 2.0**20, weight).to(torch.float64) * 2.0 ** (20 - power)
+    kept = want.abs() >= torch.finfo(torch.float32).smallest_normal
+    exact(torch.where(kept, got.to(torch.float64), 0.0), torch.where(kept, want, 0.0))
+
+
+@law(width=COUNTS, dtype=ss.DTYPES, data=st.data(), rejects=[NORM_OF_HUGE_ROWS_OVERFLOWS])
+def test_rms_norm_of_the_largest_numbers(
+    ops: Subject, width: int, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    """A row of the largest number that there is has root mean square 1, and an infinity leaves 0 beside it and NaN."""
+    weight = constant_weight((1, width + 1), trit=1, exponent=0)
+    x = torch.full((2, width + 1), torch.finfo(dtype).max, dtype=dtype)
+    x[1, 0] = torch.inf
+    y = ops.rms_norm(x, weight)
+    exact(y[0].to(torch.float32).round(), torch.ones(width + 1))
+    assert y[1, 0].isnan()
+    exact(y[1, 1:], torch.zeros(width, dtype=dtype))
+
+
+@law(
+    width=COUNTS,
+    dtype=ss.DTYPES,
+    power=st.sampled_from((-20, -10, -70)),
+    data=st.data(),
+    rejects=[
+        mutant(
+            "norm_eps_stays_where_rows_grow",
+            "return x_wide * power, power, power * eps * power",
+            "power = power * 2.0**30\n    return x_wide * power, power, torch.full_like(power, eps)",
+        ),
+    ],
+)
+def test_rms_norm_of_small_rows(
+    ops: Subject, width: int, dtype: torch.dtype, power: int, data: st.DataObject
+) -> None:
+    """Beside a small row eps decides, as in torch: rows of 2**-20 come out a thousand times as large, and no larger."""
+    weight = constant_weight((1, width), trit=1, exponent=0)
+    x = data.draw(ordinary_rows(width, dtype)) * 2.0**power
+    wide, plain = (functional.rms_norm(x.to(to), (width,), eps=1e-6) for to in (torch.float64, torch.float32))
+    no_worse(ops.rms_norm(x, weight), twin=plain.to(dtype), wide=wide, magnitude=wide.abs(), k=2.0)
+
+
+@st.composite
+def ordinary_rows(draw: st.DrawFn, width: int, dtype: torch.dtype) -> Tensor:
+    """Draw five rows of integers from -8 to 8 without a zero: their sums of squares are exact."""
+    x = ss.float_values((5, width), "small integers", draw(ss.GENERATOR_SEEDS))
+    return torch.where(x == 0, 1.0, x).to(dtype)
+
+
+@law(
+    dtype=ss.DTYPES,
+    rejects=[mutant("norm_eps_may_underflow", 'checks.normal_number("eps", eps, wide_dtype(x))', "pass")],
+)
+def test_rms_norm_refuses_an_eps_that_underflows(ops: Subject, dtype: torch.dtype) -> None:
+    """Below the smallest normal float32 eps would lose bits on its way into the sum; at it, every op runs."""
+    x, weight = torch.ones(2, 5, dtype=dtype), constant_weight((1, 5), trit=1, exponent=0)
+    calls = {"rms_norm": (x, weight), "rms_norm_input_grad": (x, x, weight), "rms_norm_weight_grad": (x, x)}
+    for name, args in calls.items():
+        error = ops.refuses(name, args, {"eps": 2.0**-127})
+        assert isinstance(error, ValueError) and "eps is" in str(error), f"{name}: {error!r}"
+        assert ops.call(name, *args, eps=2.0**-126).isfinite().all()
 
 
 @law(

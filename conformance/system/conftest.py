@@ -14,8 +14,9 @@ from conformance.training import nano
 
 @pytest.fixture
 def here(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
-    """``arb`` in this process, with the preset nano, one thread and no settings."""
+    """``arb`` in this process, with the preset nano, stand-ins for pictures, one thread and no settings."""
     nano.register(monkeypatch)
+    nano.without_pictures(monkeypatch)
     monkeypatch.setenv("COLUMNS", "100")
     for name in ("ARB_BACKEND", "ARB_VALUE_CHECKS", "TRITON_INTERPRET"):
         monkeypatch.delenv(name, raising=False)

@@ -1,7 +1,8 @@
 """The ``arb`` command as a user runs it, with the preset ``nano`` added and, if asked, something made to go wrong.
 
-    python -m conformance.system.nano_arb [slow-disk] [full-disk=BYTES] [nan=FROM] ARGUMENTS OF ARB...
+    python -m conformance.system.nano_arb [no-pictures] [slow-disk] [full-disk=BYTES] [nan=FROM] ARGUMENTS OF ARB...
 
+``no-pictures`` writes stand-ins for pictures, since drawing them takes as long as the rest of a run of nano.
 ``slow-disk`` makes every flush and rename take a while, so that a kill at a random moment often falls into the writing
 of a checkpoint. ``full-disk=BYTES`` lets no file grow beyond so many bytes (RLIMIT_FSIZE: the kernel itself refuses).
 ``nan=FROM`` makes the loss of every training micro-batch from that one on not finite.
@@ -20,7 +21,7 @@ import pytest
 
 from conformance.training import nano
 
-SLOW_DISK_SECONDS = 0.03
+SLOW_DISK_SECONDS = 0.02
 """What a flush or a rename takes on the slow disk."""
 
 
@@ -57,7 +58,9 @@ def make_loss_nan(first: int) -> None:
 def main(arguments: list[str]) -> None:
     while arguments:
         fault, _, value = arguments[0].partition("=")
-        if fault == "slow-disk":
+        if fault == "no-pictures":
+            nano.without_pictures(pytest.MonkeyPatch())
+        elif fault == "slow-disk":
             make_disk_slow()
         elif fault == "full-disk":
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(value), int(value)))

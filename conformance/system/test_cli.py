@@ -7,7 +7,6 @@ import os
 import pty
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ import torch
 from arbitor.optimized.training import generate as generation
 from arbitor.optimized.training import loop
 from arbitor.optimized.training.checkpoint import load_checkpoint
-from arbitor.optimized.training.plan import CHANGES
+from arbitor.optimized.training.options import CHANGES
 from arbitor.reference.audit import audit
-from arbitor.reference.config import MEMORY_ROWS, SIGN_VOTES
+from arbitor.reference.config import MEMORY_ROWS, SIGN_VOTES, with_fields
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.presets import PRESETS
 from conformance.system.command import REPOSITORY, Here, arb, check_refused, environment
@@ -145,7 +144,8 @@ def test_train_takes_bytes_that_are_no_text(here: Here, tmp_path: Path) -> None:
     sample = (tmp_path / "run" / "sample.txt").read_bytes()
     with pytest.raises(UnicodeDecodeError):
         sample.decode()
-    result.stdout.decode()  # while what is printed can be read
+    # While what is printed can be read.
+    result.stdout.decode()
 
 
 def test_train_prints_a_table_and_a_sample(finished: Path) -> None:
@@ -161,6 +161,44 @@ def test_train_refuses_to_start_twice(here: Here, finished: Path, text: Path) ->
     before = sorted((path.name, path.stat().st_mtime_ns) for path in finished.iterdir())
     check_refused(here(*train(text, finished)), 1, "already holds a run", "--resume")
     assert sorted((path.name, path.stat().st_mtime_ns) for path in finished.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "sentence"),
+    [
+        ("train", ["--no-save", "--save-interval", "3"], "save_interval is 3, but does nothing"),
+        ("train", ["--preset", "small", "--disable-vq"], "disable_vq is True, but changes nothing"),
+        ("audit", ["--preset", "small", "--disable-graph"], "disable_graph is True, but changes nothing"),
+        ("smoke", ["--preset", "tiny", "--enable-memory"], "enable_memory is True, but changes nothing"),
+        ("audit", ["--max-moe-iters", "2"], "max_moe_iters is 2, but changes nothing of the preset tiny"),
+        ("audit", ["--disable-moe", "--max-moe-iters", "3"], "does nothing in a model without experts"),
+        ("generate", ["--temperature", "0", "--seed", "0"], "--seed was given, but does nothing with --temp"),
+        ("generate", ["--bytes", "0", "--seed", "1"], "--seed was given, but does nothing with --bytes 0"),
+        (
+            "generate",
+            ["--bytes", "0", "--temperature", "1"],
+            "--temperature was given, but does nothing with",
+        ),
+        ("generate", ["--bytes", "0", "--no-cuda-graph"], "--cuda-graph was given, but does nothing with"),
+        ("generate", ["--context", "9"], "--context was given, but does nothing without --prompt"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_nothing_reads_is_refused(
+    here: Here, text: Path, tmp_path: Path, command: str, more: list[str], sentence: str
+) -> None:
+    arguments = {
+        "train": train(text, tmp_path / "run", *more),
+        "generate": generate(tmp_path, *more),
+    }
+    check_refused(here(*arguments.get(command, [command, *more])), 2, sentence)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_at_its_default_is_never_refused(here: Here, finished: Path) -> None:
+    for more in (["--temperature", "0", "--bytes", "1"], ["--bytes", "0"], ["--prompt", "", "--bytes", "1"]):
+        result = here(*generate(finished, *more))
+        assert result.returncode == 0, result.stderr.decode()
 
 
 @pytest.mark.parametrize(
@@ -196,9 +234,9 @@ def test_train_trains_the_model_that_its_options_name(
     fields: dict[str, Any],
     settings: dict[str, Any],
 ) -> None:
-    preset = replace(WHOLE, memory_rows=0) if "--enable-memory" in flags else WHOLE
+    preset = with_fields(WHOLE, memory_rows=0) if "--enable-memory" in flags else WHOLE
     monkeypatch.setitem(PRESETS, "whole", preset)
-    run, expected = tmp_path / "run", replace(preset, **fields)
+    run, expected = tmp_path / "run", with_fields(preset, **fields)
     result = here(*train(text, run, "--preset", "whole", "--steps", "1", *flags))
     assert result.returncode == 0, result.stderr.decode()
     summary, config = (json.loads((run / name).read_text()) for name in ("summary.json", "config.json"))
@@ -266,7 +304,8 @@ def test_generate_is_deterministic(here: Here, finished: Path) -> None:
 def test_generate_passes_bytes_through_a_pipe_and_cleans_them_for_a_terminal(
     here: Here, finished: Path
 ) -> None:
-    raw = "\udcff\x1b["  # a byte that is no UTF-8, and the start of an escape sequence
+    # A byte that is no UTF-8, and the start of an escape sequence.
+    raw = "\udcff\x1b["
     assert here(*generate(finished, "--prompt", raw, "--bytes", "0")).stdout == b"\xff\x1b["
     leader, follower = pty.openpty()
     command = [sys.executable, "-m", PLAIN, "generate", "--run", str(finished), "--device", "cpu"]

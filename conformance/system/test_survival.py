@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from arbitor.optimized.training.checkpoint import load_checkpoint
-from arbitor.optimized.training.checkpoint_folder import CheckpointFolder
 from arbitor.optimized.training.monitor import read_metrics
+from arbitor.optimized.training.run_folder import RunFolder
 from conformance.system.command import TIMEOUT, Here, arb, check_refused, finish, start
 
 STEPS = "15"
@@ -55,7 +55,8 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 def test_same_seed_same_hash_in_another_process(
     here: Here, finished: Path, text: Path, tmp_path: Path, device: str
 ) -> None:
-    if device == "cpu":  # the other process is this one
+    # On a CPU the other process is this one.
+    if device == "cpu":
         assert here(*arguments(text, tmp_path / "run")).returncode == 0
         assert digest(tmp_path / "run") == digest(finished)
         return
@@ -71,16 +72,16 @@ def test_sigkill_at_random_moments(finished: Path, text: Path, tmp_path: Path, d
     run, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
     moments = random.Random(20261121)
     often = ("--save-interval", "1", "--log-interval", "1", "--device", device)
-    process = start(["slow-disk", *arguments(text, run, *often)])
+    process = start(["no-pictures", "slow-disk", *arguments(text, run, *often)])
     for kills in range(1, 4):
         lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
         assert wait_for(process, metrics, lines + moments.randint(1, 3)), finish(process).stderr.decode()
         time.sleep(moments.uniform(0, 0.4))
         process.kill()
         assert finish(process).returncode == -signal.SIGKILL
-        checkpoint, refusals = CheckpointFolder(run).load_newest()
+        checkpoint, refusals = RunFolder(run).load_newest()
         assert not refusals and (checkpoint is not None or kills == 1)
-        process = start(["slow-disk", *resume(run)])
+        process = start(["no-pictures", "slow-disk", *resume(run)])
     result = finish(process)
     assert result.returncode == 0, result.stderr.decode()
     assert b"resuming" in result.stdout
@@ -99,7 +100,7 @@ def test_signals_save_and_exit(
     here: Here, finished: Path, text: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     run = tmp_path / "run"
-    process = start(arguments(text, run, "--save-interval", "1000"))
+    process = start(["no-pictures", *arguments(text, run, "--save-interval", "1000")])
     assert wait_for(process, run / "metrics.jsonl", 3)
     process.send_signal(number)
     check_refused(finish(process), code, f"stopped by {number.name}", "--resume")
@@ -115,7 +116,11 @@ def check_full_disk_while_resuming(run: Path) -> None:
     before = {path.name: path.read_bytes() for path in run.glob("*.safetensors")}
     assert {"latest.safetensors", "previous.safetensors"} <= before.keys()
     check_refused(
-        arb("full-disk=8000", *resume(run)), 1, "cannot write the checkpoint", "too large", "intact"
+        arb("no-pictures", "full-disk=8000", *resume(run)),
+        1,
+        "cannot write the checkpoint",
+        "too large",
+        "intact",
     )
     assert {path.name: path.read_bytes() for path in run.glob("*.safetensors")} == before
     assert not list(run.glob(".*"))
@@ -123,7 +128,7 @@ def check_full_disk_while_resuming(run: Path) -> None:
 
 def test_two_processes_do_not_share_a_run(here: Here, text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = start(["slow-disk", *arguments(text, run, "--save-interval", "1")])
+    process = start(["no-pictures", "slow-disk", *arguments(text, run, "--save-interval", "1")])
     try:
         assert wait_for(process, run / "metrics.jsonl", 1)
         check_refused(here(*resume(run)), 1, "another process is training")
@@ -134,7 +139,7 @@ def test_two_processes_do_not_share_a_run(here: Here, text: Path, tmp_path: Path
 
 
 def test_full_disk_from_the_start(text: Path, tmp_path: Path) -> None:
-    result = arb("full-disk=8000", *arguments(text, tmp_path / "run"))
+    result = arb("no-pictures", "full-disk=8000", *arguments(text, tmp_path / "run"))
     check_refused(result, 1, "cannot write the checkpoint", "latest.safetensors", "File too large")
     assert not [name for name in os.listdir(tmp_path / "run") if "safetensors" in name]
 

@@ -20,9 +20,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def pictures() -> None:
+    """Asked for by a test in which the pictures of a run are drawn; in the others they have stand-ins."""
+
+
 @pytest.fixture(autouse=True)
-def nano_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+def nano_preset(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     nano.register(monkeypatch)
+    if "pictures" not in request.fixturenames:
+        nano.without_pictures(monkeypatch)
     monkeypatch.delenv("ARB_BACKEND", raising=False)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from arbitor.optimized.training import defaults
+from arbitor.optimized.training.options import PRESET_DEFAULTS
 from arbitor.reference.presets import PRESETS
 from conformance.graph.models import NANO as GRAPH_NANO
 from conformance.graph.models import WHOLE as GRAPH_WHOLE
@@ -18,16 +20,16 @@ head, whose gradients are then made orthogonal."""
 WHOLE = replace(GRAPH_WHOLE, width=36, num_layers=1)
 """A model of every module, of one layer too."""
 
-NANO_DEFAULTS = defaults.TrainerDefaults(
-    steps=8,
-    batch=2,
-    context=16,
-    eval_interval=4,
-    save_interval=3,
-    log_interval=2,
-    eval_windows=8,
-    sample_bytes=8,
-)
+NANO_DEFAULTS = {
+    "steps": 8,
+    "batch": 2,
+    "context": 16,
+    "eval_interval": 4,
+    "save_interval": 3,
+    "log_interval": 2,
+    "eval_windows": 8,
+    "sample_bytes": 8,
+}
 """Trainer settings of the presets ``nano`` and ``whole``."""
 
 TEXT = b"".join(b"%d squared is %d, and its cube is %d.\n" % (i, i * i, i**3) for i in range(120))
@@ -38,4 +40,15 @@ def register(patch: pytest.MonkeyPatch) -> None:
     """Make ``nano`` and ``whole`` presets like any other."""
     for name, config in (("nano", NANO), ("whole", WHOLE)):
         patch.setitem(PRESETS, name, config)
-        patch.setitem(defaults._BY_PRESET, name, NANO_DEFAULTS)
+        patch.setitem(PRESET_DEFAULTS, name, NANO_DEFAULTS)
+
+
+def without_pictures(patch: pytest.MonkeyPatch) -> None:
+    """Write a stand-in for each picture: drawing them takes as long as the rest of a run of ``nano``."""
+    from arbitor.optimized.training import loop
+
+    def stand_in(path: Path, *what: Any, **more: Any) -> None:
+        path.write_bytes(b"a picture")
+
+    patch.setattr(loop, "plot_loss", stand_in)
+    patch.setattr(loop, "write_report", stand_in)

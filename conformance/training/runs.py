@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from arbitor.optimized.training import loop
-from arbitor.optimized.training.plan import TrainOptions
+from arbitor.optimized.training.options import TrainOptions
 
 
 def options(text: Path, run: Path | None, **changes: Any) -> TrainOptions:
@@ -21,11 +21,11 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    real = loop._step
+    real = loop.Run._take_step
 
-    def dying(run: Any, *, measured: bool) -> dict[str, Any] | None:
+    def dying(run: loop.Run, *, measured: bool) -> dict[str, Any] | None:
         if run.step == step:
             raise Killed
         return real(run, measured=measured)
 
-    monkeypatch.setattr(loop, "_step", dying)
+    monkeypatch.setattr(loop.Run, "_take_step", dying)

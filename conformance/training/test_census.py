@@ -11,10 +11,18 @@ import pytest
 import torch
 
 from arbitor.optimized.training import census as census_of
-from arbitor.optimized.training.census import Census, by_kind, code_use, count_accumulators, count_state
+from arbitor.optimized.training.census import (
+    KINDS,
+    Census,
+    by_kind,
+    code_use,
+    count_accumulators,
+    count_state,
+    kind_of,
+)
 from arbitor.optimized.training.checkpoint import state_sha256
-from arbitor.optimized.training.kinds import KINDS, kind_of
 from arbitor.reference import ops as reference_ops
+from arbitor.reference.config import with_modules
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.parts import row_parts
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
@@ -89,7 +97,8 @@ def test_parts_of_a_weight_are_its_rows(ops: Any, subject: Subject, columns: int
     assert torch.equal(torch.cat([trits_of(part) for part in parts]), trits_of(weight))
     for name in ("exponents", "trit_accum", "exponent_accum"):
         assert torch.equal(torch.cat([part.tensors()[name] for part in parts]), weight.tensors()[name])
-    assert [part.shape[0] for part in row_parts(laid_out, 1)] == [5, 5, 5, 5, 3]  # never less than five rows
+    # Never less than five rows.
+    assert [part.shape[0] for part in row_parts(laid_out, 1)] == [5, 5, 5, 5, 3]
     assert len(list(row_parts(laid_out))) == 1
 
 
@@ -106,8 +115,10 @@ def test_rail_and_saturation_of_known_accumulators(ops: Any, subject: Subject) -
         found = count_accumulators(holder(laid_out, theta), ops)
         return int(found["rail"]), int(found["saturated"])
 
-    assert counts(16) == (5, 4)  # -8 on +1, 8 and 127 on -1, -15 and -126 on +1
-    assert counts(17) == (3, 4)  # half of it is 8.5
+    # -8 on +1, 8 and 127 on -1, -15 and -126 on +1.
+    assert counts(16) == (5, 4)
+    # Half of it is 8.5.
+    assert counts(17) == (3, 4)
     assert counts(1) == (7, 4)
     assert counts(127) == (2, 4)
 
@@ -117,7 +128,8 @@ def test_zeros_and_exponents_of_known_weights(ops: Any, subject: Subject) -> Non
     accum = [[0] * 7] * 2
     for levels, bits, expected, with_mantissa in (
         ([[-3, 15], [-32, -3]], 0, {-32: 1, -3: 2, 15: 1}, -23),
-        ([[-5, 3], [-6, 2]], 1, {-3: 2, 1: 2}, -3),  # -5 is 2**-3 and a half more
+        # -5 is 2**-3 and a half more.
+        ([[-5, 3], [-6, 2]], 1, {-3: 2, 1: 2}, -3),
     ):
         weight = by_hand(trits, accum, levels, mantissa_bits=bits)
         laid_out = ops.from_spec(weight if ops is reference_ops else weight.to(subject.device))
@@ -156,7 +168,8 @@ def test_use_of_codes() -> None:
         "vectors": 4,
         "used": 3,
         "dead": 2,
-        "perplexity": pytest.approx(2**1.5),  # shares of a half, a quarter, a quarter
+        # Shares of a half, a quarter, a quarter.
+        "perplexity": pytest.approx(2**1.5),
     }
     closed = code_use(torch.tensor([-1, -1]), torch.ones(4, dtype=torch.int16))
     assert closed == {"codes": 4, "vectors": 0, "used": 0, "dead": 0}
@@ -248,14 +261,16 @@ def test_a_report_does_not_depend_on_the_layout(subject: Subject) -> None:
 def test_a_report_of_codes() -> None:
     model = ArbModel(WHOLE, seed=3)
     census = Census(model)
-    for step in (0, 1):  # two passes of one step
+    # Two passes of one step.
+    for step in (0, 1):
         vote(model, step)
     table = model.shared_vq.bridge.tables["text"]
     ids = torch.cat([ids for _, ids in table.seen])
     census.before_step()
     model.step()
     codebooks = census.after_step()["codebooks"]
-    assert list(codebooks) == ["shared_vq.bridge.tables.text", "composite.codebook"]  # no image, no audio
+    # No image, no audio.
+    assert list(codebooks) == ["shared_vq.bridge.tables.text", "composite.codebook"]
     use = codebooks["shared_vq.bridge.tables.text"]
     shares = torch.bincount(ids) / ids.numel()
     entropy = -sum(share * math.log(share) for share in shares.tolist() if share)
@@ -270,7 +285,8 @@ def test_a_report_of_experts_counts_since_the_one_before() -> None:
     moe = model.layers[0].moe_graph.moe
     router = moe.router
     zeros = torch.zeros(router.weight.shape, dtype=torch.int8)
-    moe.get_buffer("load").copy_(torch.tensor([1000, 0, 0, 5]))  # from before the run was resumed
+    # From before the run was resumed.
+    moe.get_buffer("load").copy_(torch.tensor([1000, 0, 0, 5]))
     census = Census(model)
     expected = iter((66, 132))
     for step in range(3):
@@ -288,7 +304,7 @@ def test_a_report_of_experts_counts_since_the_one_before() -> None:
 
 
 def test_what_a_model_does_not_have_is_not_reported() -> None:
-    model = ArbModel(replace(NANO, use_moe=False), seed=3)
+    model = ArbModel(with_modules(NANO, moe=False), seed=3)
     census = Census(model)
     vote(model, 0)
     census.before_step()
@@ -297,7 +313,8 @@ def test_what_a_model_does_not_have_is_not_reported() -> None:
     assert list(report) == ["flip_rate", "kinds"]
     assert list(report["kinds"]) == ["embedding", "attention", "head"]
     model = ArbModel(NANO, seed=3)
-    census = Census(model)  # a step without a vote
+    # A step without a vote.
+    census = Census(model)
     census.before_step()
     model.step()
     report = census.after_step()

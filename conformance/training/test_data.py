@@ -35,7 +35,8 @@ def cut(size: int, context: int) -> Split:
 
 
 def test_load_corpus_takes_the_bytes_of_a_file_as_they_are(tmp_path: Path) -> None:
-    content = bytes(range(256)) + b"\xff\xfe\r\n\0\xc3"  # not UTF-8, with NULs and line ends
+    # Not UTF-8, with NULs and line ends.
+    content = bytes(range(256)) + b"\xff\xfe\r\n\0\xc3"
     (tmp_path / "file").write_bytes(content)
     corpus = load_corpus(str(tmp_path / "file"))
     assert bytes(corpus.data_N.tolist()) == content
@@ -170,12 +171,14 @@ def test_training_batch_is_a_pure_function_of_seed_and_micro_step() -> None:
 def test_training_batch_reaches_every_window_and_no_validation_byte() -> None:
     corpus = Corpus("made", torch.arange(60, dtype=torch.uint8), "", 1)
     split = split_corpus(corpus, 5)
-    assert split.validation.runs == ((54, 60),)  # blocks of six bytes
+    # Blocks of six bytes.
+    assert split.validation.runs == ((54, 60),)
     seen = training_batch(corpus, split, batch=4000, context=5, seed=0, micro_step=0)
     assert sorted(set(seen[:, 0].tolist())) == list(range(50))
     assert bool((seen == seen[:, :1] + torch.arange(5)).all())
     counts = torch.bincount(seen[:, 0])
-    assert 40 < int(counts.min()) <= int(counts.max()) < 130  # 80 expected, a standard deviation of 9
+    # 80 expected, a standard deviation of 9.
+    assert 40 < int(counts.min()) <= int(counts.max()) < 130
 
 
 def test_training_batch_of_several_runs() -> None:

@@ -68,6 +68,7 @@ def test_the_time_of_a_run_is_that_of_its_training(
     assert late[0] == 3600 > summary["seconds"] and facts["time"] == f"{summary['seconds']:,.0f} s"
 
 
+@pytest.mark.usefixtures("pictures")
 def test_train_writes_its_folder(text: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     result = train(options(text, folder))
@@ -85,6 +86,8 @@ def test_train_writes_its_folder(text: Path, tmp_path: Path) -> None:
         "sample.txt",
         "summary.json",
     ]
+    for picture in ("loss.png", "report.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     summary = json.loads((folder / "summary.json").read_text())
     assert summary == result.summary
     assert tuple(summary["baselines"]) == NAMES
@@ -96,12 +99,12 @@ def test_train_writes_its_folder(text: Path, tmp_path: Path) -> None:
     assert load_checkpoint(folder / "previous.safetensors").step == 6
     config = json.loads((folder / "config.json").read_text())
     assert config["model"] == json.loads(NANO.to_json())
-    assert config["run"]["context"] == NANO_DEFAULTS.context
+    assert config["run"]["context"] == NANO_DEFAULTS["context"]
     metrics = read_metrics(folder / "metrics.jsonl")
     assert [line["step"] for line in metrics] == [0, 2, 4, 6, 8]
     assert [line["step"] for line in metrics if "val_bpb" in line] == [0, 4, 8]
     assert (folder / "sample.txt").read_bytes() == result.prompt + result.sample
-    assert len(result.sample) == NANO_DEFAULTS.sample_bytes
+    assert len(result.sample) == NANO_DEFAULTS["sample_bytes"]
 
 
 def test_train_reports_bits_per_byte_of_the_final_and_of_the_best_model(text: Path, tmp_path: Path) -> None:

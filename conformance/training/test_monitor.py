@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.optimized.training.monitor import METRICS, Monitor, cut_metrics, read_metrics
+from arbitor.optimized.training.monitor import Monitor, cut_metrics, read_metrics
+from arbitor.optimized.training.run_folder import RunFolder
 
 
 def events_of(folder: Path, tag: str) -> list[tuple[int, float]]:
@@ -23,14 +24,15 @@ def events_of(folder: Path, tag: str) -> list[tuple[int, float]]:
 
 
 def test_monitor_writes_metrics_and_events(tmp_path: Path) -> None:
-    monitor = Monitor(tmp_path, steps=4)
+    monitor = Monitor(RunFolder(tmp_path), steps=4)
     monitor.log(0, {"val_bpb": 8.5})
     monitor.log(2, {"train_bpb": 4.25, "val_bpb": None, "skipped": 0})
-    lines = (tmp_path / METRICS).read_text().splitlines()
+    # Readable before the monitor is closed.
+    lines = RunFolder(tmp_path).metrics.read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {"step": 0, "val_bpb": 8.5},
         {"step": 2, "train_bpb": 4.25, "val_bpb": None, "skipped": 0},
-    ]  # readable before the monitor is closed
+    ]
     assert events_of(tmp_path, "train_bpb") == [(2, 4.25)]
     assert events_of(tmp_path, "val_bpb") == [(0, 8.5)]
     monitor.close()
@@ -38,21 +40,22 @@ def test_monitor_writes_metrics_and_events(tmp_path: Path) -> None:
 
 
 def test_monitor_of_a_resumed_run_cuts_what_comes_again(tmp_path: Path) -> None:
-    first = Monitor(tmp_path, steps=9)
+    first = Monitor(RunFolder(tmp_path), steps=9)
     for step in range(1, 8):
         first.log(step, {"train_bpb": float(step)})
     first.close()
-    with open(tmp_path / METRICS, "a") as file:
-        file.write('{"step": 3, "train_')  # torn by a crash
-    second = Monitor(tmp_path, steps=9, start_step=5)
-    assert [line["step"] for line in read_metrics(tmp_path / METRICS)] == [1, 2, 3, 4, 5]
+    with open(RunFolder(tmp_path).metrics, "a") as file:
+        # Torn by a crash.
+        file.write('{"step": 3, "train_')
+    second = Monitor(RunFolder(tmp_path), steps=9, start_step=5)
+    assert [line["step"] for line in read_metrics(RunFolder(tmp_path).metrics)] == [1, 2, 3, 4, 5]
     second.log(6, {"train_bpb": 60.0})
     second.close()
     assert events_of(tmp_path, "train_bpb") == [*((float(s), float(s)) for s in range(1, 6)), (6, 60.0)]
 
 
 def test_cut_metrics_keeps_the_lines_as_they_are(tmp_path: Path) -> None:
-    path = tmp_path / METRICS
+    path = RunFolder(tmp_path).metrics
     cut_metrics(path, 3)
     assert not path.exists()
     path.write_text('{"step": 1,   "a": 0.10}\n[]\n{"step": "2"}\n{"step": 4}\n{"step": 3}\n')
@@ -84,7 +87,7 @@ def test_monitor_draws_a_bar_on_a_terminal() -> None:
 
 
 def test_monitor_reports_a_full_disk_in_one_sentence(tmp_path: Path) -> None:
-    monitor = Monitor(tmp_path, steps=4)
+    monitor = Monitor(RunFolder(tmp_path), steps=4)
     assert monitor._metrics is not None
     monitor._metrics.close()
     monitor._metrics = open("/dev/full", "a")  # noqa: SIM115
@@ -95,7 +98,7 @@ def test_monitor_reports_a_full_disk_in_one_sentence(tmp_path: Path) -> None:
 
 def test_monitor_refuses_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="cannot write"):
-        Monitor(tmp_path / "missing", steps=1)
+        Monitor(RunFolder(tmp_path / "missing"), steps=1)
 
 
 def test_monitor_writes_groups_of_numbers(tmp_path: Path) -> None:
@@ -108,10 +111,12 @@ def test_monitor_writes_groups_of_numbers(tmp_path: Path) -> None:
         "codebooks": {"text": {"codes": 8, "used": 3, "dead": 1}},
         "experts": {"layers.0": {"load": [5, 0, 1], "max_over_mean": 2.5}},
     }
-    monitor = Monitor(tmp_path, steps=4)
+    monitor = Monitor(RunFolder(tmp_path), steps=4)
     monitor.log(1, {"train_bpb": None, "flip_rate": 0.5, **groups})
     monitor.close()
-    assert read_metrics(tmp_path / METRICS) == [{"step": 1, "train_bpb": None, "flip_rate": 0.5, **groups}]
+    assert read_metrics(RunFolder(tmp_path).metrics) == [
+        {"step": 1, "train_bpb": None, "flip_rate": 0.5, **groups}
+    ]
     reader = EventAccumulator(str(tmp_path), size_guidance={HISTOGRAMS: 0})
     reader.Reload()
     tags = {tag: reader.Scalars(tag)[0].value for tag in reader.Tags()["scalars"]}

@@ -15,8 +15,9 @@ from arbitor.optimized.training.checkpoint import state_sha256
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.monitor import read_metrics
+from arbitor.optimized.training.options import CHANGES, TrainOptions
 from arbitor.optimized.training.passes import Passes, RecordedPasses
-from arbitor.optimized.training.plan import CHANGES, TrainOptions, decide, preset_config
+from arbitor.optimized.training.plan import decide, preset_config
 from arbitor.optimized.training.recording import LAUNCHED_FIRST, records
 from arbitor.optimized.training.runtime import Runtime
 from arbitor.reference.graph import ArbModel
@@ -27,7 +28,7 @@ from conformance.subject import Subject
 from conformance.training.nano import NANO_DEFAULTS, WHOLE
 from conformance.training.runs import Killed, kill_at
 
-SAMPLED = NANO_DEFAULTS.sample_bytes - 1 - LAUNCHED_FIRST
+SAMPLED = NANO_DEFAULTS["sample_bytes"] - 1 - LAUNCHED_FIRST
 """Steps of generation that a run replays at its end; the first byte comes with the prompt."""
 
 MORE = {"preset": "whole", "steps": 9, "batch": 16, "context": 34}

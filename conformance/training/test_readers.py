@@ -18,6 +18,7 @@ from arbitor.optimized.training.generate import first_window, generate_batch, re
 from arbitor.optimized.training.readers import Reader, RecordedReader
 from arbitor.optimized.training.recording import LAUNCHED_FIRST
 from arbitor.optimized.training.runtime import deterministic
+from arbitor.reference.config import with_fields
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.ledger import KVLedger
 from conformance.compare import exact
@@ -122,7 +123,9 @@ def test_room_that_was_reserved_is_enough(fields: dict[str, int]) -> None:
         "talker_tokens": 0,
     }
     model = models.whole(
-        replace(models.WHOLE, **(fields and {**bytes_only, "video_latent": 0, "router_inner": 0} | fields))
+        with_fields(
+            models.WHOLE, **(fields and {**bytes_only, "video_latent": 0, "router_inner": 0} | fields)
+        )
     )
     with torch.no_grad():
         ledger = read(model)

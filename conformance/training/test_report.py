@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 
+from arbitor.optimized.training.census import KINDS
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.optimized.training.kinds import KINDS
 from arbitor.optimized.training.report import plot_loss, write_report
 from arbitor.optimized.training.schedule import rate
 
@@ -72,9 +73,11 @@ def test_the_page_shows_what_the_lines_hold(tmp_path: Path) -> None:
     image = pixels(path)
     assert image.shape[:2] == (1100, 1700)
     assert len(numpy.unique(image.reshape(-1, image.shape[2]), axis=0)) > 100
-    assert 0.02 < (image[..., :3].min(axis=2) < 0.9).mean() < 0.5  # neither blank nor black
+    # Neither blank nor black.
+    assert 0.02 < (image[..., :3].min(axis=2) < 0.9).mean() < 0.5
     fewer = [page(lines(**groups)) for groups in ({"codebooks": CODES}, {"experts": EXPERTS}, {})]
-    short = [page(lines()[:2]), page(lines()[:1]), page([])]  # no drift yet; no report yet; nothing
+    # No drift yet; no report yet; nothing.
+    short = [page(lines()[:2]), page(lines()[:1]), page([])]
     assert len({full, *fewer, *short}) == 7
     assert [other.name for other in tmp_path.iterdir()] == ["report.png"]
 
@@ -83,11 +86,10 @@ def test_the_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
     path = tmp_path / "report.png"
     path.write_bytes(b"before")
 
-    def full_disk(self: Path, content: bytes) -> int:
-        open(self, "wb").close()
+    def full_disk(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(TrainingError, match=r"cannot write .*report\.png.*No space left"):
         write_report(path, lines(), {}, baselines={}, steps=30, planned_rate=lambda step: rate(step, 30))
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]

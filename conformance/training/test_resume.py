@@ -18,7 +18,7 @@ from arbitor.optimized.training.checkpoint import load_checkpoint
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.monitor import read_metrics
-from arbitor.optimized.training.plan import TrainOptions
+from arbitor.optimized.training.options import TrainOptions
 from arbitor.optimized.training.runtime import Stopped
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph import ArbModel
@@ -32,13 +32,14 @@ def test_train_remembers_the_best_model_from_before_it_was_killed(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    script = {0: 1.0, 2: 4.0, 4: 5.0, 6: 4.5, 8: 4.25}  # the untrained model is no candidate
+    # The untrained model is no candidate.
+    script = {0: 1.0, 2: 4.0, 4: 5.0, 6: 4.5, 8: 4.25}
 
     def scripted(*arguments: object, **named: object) -> float:
         return script[len(steps_taken)]
 
     steps_taken: list[int] = []
-    real = loop._step
+    real = loop.Run._take_step
 
     def counted(state: Any, *, measured: bool) -> dict[str, Any] | None:
         result = real(state, measured=measured)
@@ -46,7 +47,7 @@ def test_train_remembers_the_best_model_from_before_it_was_killed(
         return result
 
     monkeypatch.setattr(loop, "validation_bpb", scripted)
-    monkeypatch.setattr(loop, "_step", counted)
+    monkeypatch.setattr(loop.Run, "_take_step", counted)
     with monkeypatch.context() as patch:
         kill_at(patch, 5)
         with pytest.raises(Killed):
@@ -69,7 +70,8 @@ def test_train_killed_and_resumed_ends_the_same(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = outcome(tmp_path / "whole", train(options(text, tmp_path / "whole", accum=2)).summary)
-    for step in (0, 1, 4, 7):  # before any save but the first, after it, just after one, and in the last step
+    # Before any save but the first, after it, just after one, and in the last step.
+    for step in (0, 1, 4, 7):
         folder = tmp_path / f"killed-{step}"
         with monkeypatch.context() as patch:
             kill_at(patch, step)
@@ -192,11 +194,12 @@ def test_train_refuses_to_resume_another_model(
         train(TrainOptions(run=tmp_path / "run", resume=True))
 
 
+@pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_train_stops_between_two_steps_on_a_signal(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    real = loop._step
+    real = loop.Run._take_step
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 
     def signalled(run: Any, *, measured: bool) -> dict[str, Any] | None:
@@ -205,7 +208,7 @@ def test_train_stops_between_two_steps_on_a_signal(
         return real(run, measured=measured)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_step", signalled)
+        patch.setattr(loop.Run, "_take_step", signalled)
         with pytest.raises(
             Stopped, match=rf"stopped by {number.name} after step 5 of 8; the checkpoint"
         ) as caught:

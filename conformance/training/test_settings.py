@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from arbitor.optimized import settings
-from arbitor.optimized.training.defaults import trainer_defaults
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.optimized.training.plan import TrainOptions, decide
+from arbitor.optimized.training.options import TrainOptions, preset_defaults
+from arbitor.optimized.training.plan import decide, preset_config, settings_config
 from arbitor.optimized.training.runtime import choose_runtime, deterministic
+from arbitor.reference.config import with_modules
 from conformance.training.nano import NANO, NANO_DEFAULTS
 
 
@@ -96,7 +97,7 @@ def recorded() -> dict[str, object]:
 
 def test_decide_takes_what_was_asked_then_what_was_recorded_then_the_default() -> None:
     fresh = decide(TrainOptions(preset="nano", batch=7), None)
-    assert (fresh.batch, fresh.context, fresh.seed, fresh.data) == (7, NANO_DEFAULTS.context, 0, "stdlib")
+    assert (fresh.batch, fresh.context, fresh.seed, fresh.data) == (7, NANO_DEFAULTS["context"], 0, "stdlib")
     resumed = decide(TrainOptions(log_interval=9), recorded())
     assert (resumed.preset, resumed.steps, resumed.seed, resumed.log_interval) == ("nano", 5, 4, 9)
 
@@ -129,13 +130,43 @@ def test_decide_refuses_numbers_out_of_range(options: dict[str, int], named: str
         decide(TrainOptions(preset="nano", **options), None)
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"steps": "5"}, "steps is '5', but must be a whole number"),
+        ({"batch": True}, "batch is True, but must be a whole number"),
+        ({"seed": 1.0}, "seed is 1.0, but must be a whole number"),
+        ({"disable_vq": 1}, "disable_vq is 1, but must be True or False"),
+        ({"data": 7}, "data is 7, but must be a string"),
+    ],
+)
+def test_decide_refuses_other_types(options: dict[str, object], sentence: str) -> None:
+    with pytest.raises(TypeError, match=f"^{sentence}$"):
+        decide(TrainOptions(**{"preset": "nano", **options}), None)
+
+
+def test_decide_refuses_what_nothing_reads() -> None:
+    """Also where a run goes on; a run that was started with such a setting before it was refused does go on."""
+    for was in (None, recorded()):
+        with pytest.raises(ValueError, match=r"^save_interval is 2, but does nothing"):
+            decide(TrainOptions(save=False, save_interval=2), was)
+    with pytest.raises(ValueError, match=r"^enable_memory is True, but changes nothing of the preset tiny"):
+        decide(TrainOptions(enable_memory=True), None)
+    old = {**decide(TrainOptions(preset="tiny"), None).as_json(), "enable_memory": True}
+    settings = decide(TrainOptions(enable_memory=True), old)
+    assert settings_config(settings) == preset_config("tiny")
+
+
 def test_a_preset_may_be_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.json").write_text(replace(NANO, name="mine", width=NANO.width + 12).to_json())
     monkeypatch.chdir(tmp_path)
     settings = decide(TrainOptions(preset="mine.json", disable_moe=True), None)
-    assert settings.preset == str(tmp_path / "mine.json")  # so that a run can be resumed from another folder
-    assert settings.model_config() == replace(NANO, name="mine", width=NANO.width + 12, use_moe=False)
-    assert settings.batch == trainer_defaults("mine").batch
+    # So that a run can be resumed from another folder.
+    assert settings.preset == str(tmp_path / "mine.json")
+    assert settings_config(settings) == with_modules(
+        replace(NANO, name="mine", width=NANO.width + 12), moe=False
+    )
+    assert settings.batch == preset_defaults("mine")["batch"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.optimized.kernels.common import clock_step, philox_words, round_half_even, widen
-from arbitor.optimized.kernels.launch import Clock, runs_here
+from arbitor.optimized.kernels.launch import Clock, announce_written, runs_here
 from arbitor.optimized.layouts import DeviceWeight
 from arbitor.reference.constants import (
     ALIVE_QUERY,
@@ -212,6 +212,7 @@ def revive_(
         FIRST_ON_DEVICE=isinstance(first, Tensor), STEP_ON_DEVICE=clock.step_on_device, SIGN_BITS=sign_bits,
         BLOCK_WORDS=triton.next_power_of_2(words), BLOCK_GROUPS=triton.next_power_of_2(groups),
     )  # fmt: skip
+    announce_written(weight.words, weight.exponents)
 
 
 def age_(usage: Tensor, first: int | Tensor, window: int) -> None:

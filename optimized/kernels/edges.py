@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.optimized.kernels.common import narrow, widen
-from arbitor.optimized.kernels.launch import row_grid, row_tile, runs_here
+from arbitor.optimized.kernels.launch import announce_written, row_grid, row_tile, runs_here
 from arbitor.optimized.kernels.segments import segment_sums
 from arbitor.optimized.layouts import DeviceWeight
 from arbitor.reference.constants import MAX_NEIGHBOURS, SCORE_MAX
@@ -189,3 +189,4 @@ def update_(
         pairs, ends, neighbours_NJ, scores_NJ, signs.words, signs.trit_accum,
         num_pairs, neighbours_NJ.shape[1], num_warps=1,
     )  # fmt: skip
+    announce_written(neighbours_NJ, scores_NJ, signs.words)

@@ -46,6 +46,14 @@ def values_between(name: str, value: Tensor, low: int, high: int) -> None:
         checks.values_between(name, value, low, high)
 
 
+def announce_written(*tensors: Tensor) -> None:
+    """Tell autograd that a kernel wrote tensors in place: it then refuses a gradient through what they held before.
+
+    Torch knows what its own functions write, and nothing of what a kernel writes.
+    """
+    torch.autograd.graph.increment_version(tensors)
+
+
 def row_ids(rows: Tensor | None, num_rows: int, device: torch.device) -> None:
     """Refuse row ids that are not unique int64 [R]; -1 marks an unused slot. Values only where looking is allowed."""
     checks.row_ids(rows, device)

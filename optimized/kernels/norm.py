@@ -22,6 +22,9 @@ BLOCK_SUMS, BLOCK_ROWS = 128, 16
 PROGRAMS, PART_ROWS = 2048, 128
 """Programs that rows are dealt to, at most, and the fewest rows that are worth a sum of their own."""
 
+HUGE_TOTAL, TAMING_POWER = tl.constexpr(2.0**96), tl.constexpr(2.0**-80)
+"""From this sum of squares on a row is multiplied by this power of two before it is squared (docs/spec/norm.md)."""
+
 
 @triton.jit
 def norm_weight(
@@ -48,25 +51,57 @@ def store_row(y_ptr, row, columns, num_columns, values):
 
 
 @triton.jit
-def root_of_mean(squares, num_columns, eps):
-    """Return sqrt(mean + eps) of a row's squares, float32."""
-    return tl.sqrt_rn(tl.div_rn(tl.sum(squares, axis=0), tl.cast(num_columns, tl.float32)) + eps)
+def root_of_mean(total, num_columns, eps):
+    """Return sqrt(mean + eps) for the sum of a row's squares, float32."""
+    return tl.sqrt_rn(tl.div_rn(total, tl.cast(num_columns, tl.float32)) + eps)
+
+
+@triton.jit
+def sum_of_squares(x_ptr, row, power, num_columns, BLOCK: tl.constexpr):
+    """Return the sum of the squares of a row times a power of two, float32."""
+    squares = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, num_columns, BLOCK):
+        x = load_row(x_ptr, row, start + tl.arange(0, BLOCK), num_columns) * power
+        squares += x * x
+    return tl.sum(squares, axis=0)
+
+
+@triton.jit
+def taming_power(total):
+    """Return what a row is multiplied by before it is squared, 1 or a power of two, by the sum of its squares as they are.
+
+    The rule looks at the largest element, and this at the sum: a row that only one of them calls huge has the same result with
+    either power, as nothing overflows and what underflows does not count beside such a sum.
+    """
+    return tl.where(total >= HUGE_TOTAL, TAMING_POWER, 1.0)
+
+
+@triton.jit
+def tamed_row(x, num_columns, eps):
+    """Return a row times its power of two, the root mean square of that, and the power; for a row that a block holds."""
+    total = tl.sum(x * x, axis=0)
+    power = taming_power(total)
+    if power < 1.0:
+        x = x * power
+        total = tl.sum(x * x, axis=0)
+    return x, root_of_mean(total, num_columns, eps * power * power), power
 
 
 @triton.jit
 def root_mean_square(x_ptr, row, num_columns, eps, BLOCK: tl.constexpr):
-    """Return sqrt(mean(x**2) + eps) of a row, float32."""
-    squares = tl.zeros([BLOCK], dtype=tl.float32)
-    for start in range(0, num_columns, BLOCK):
-        x = load_row(x_ptr, row, start + tl.arange(0, BLOCK), num_columns)
-        squares += x * x
-    return root_of_mean(squares, num_columns, eps)
+    """Return the root mean square of a row times its power of two, and the power, float32."""
+    total = sum_of_squares(x_ptr, row, 1.0, num_columns, BLOCK)
+    power = taming_power(total)
+    if power < 1.0:
+        total = sum_of_squares(x_ptr, row, power, num_columns, BLOCK)
+    return root_of_mean(total, num_columns, eps * power * power), power
 
 
 @triton.jit
 def inverse_rms(x_ptr, row, num_columns, eps, BLOCK: tl.constexpr):
-    """Return 1 / sqrt(mean(x**2) + eps) of a row, float32."""
-    return 1.0 / root_mean_square(x_ptr, row, num_columns, eps, BLOCK)
+    """Return 1 / rms of a row times its power of two, and the power, float32: x^ is x times the power, times the inverse."""
+    rms, power = root_mean_square(x_ptr, row, num_columns, eps, BLOCK)
+    return 1.0 / rms, power
 
 
 @triton.jit(do_not_specialize=["num_m", "part_rows"])
@@ -82,15 +117,16 @@ def _rms_norm_kernel(
         w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
         for row in range(begin, end):
             x = load_row(x_ptr, row, columns, num_columns)
-            inverse = 1.0 / root_of_mean(x * x, num_columns, eps)
+            x, rms, _ = tamed_row(x, num_columns, eps)
+            inverse = 1.0 / rms
             store_row(y_ptr, row, columns, num_columns, x * inverse * w)
     else:
         for row in range(begin, end):
-            inverse = inverse_rms(x_ptr, row, num_columns, eps, BLOCK)
+            inverse, power = inverse_rms(x_ptr, row, num_columns, eps, BLOCK)
             for start in range(0, num_columns, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
                 w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
-                x = load_row(x_ptr, row, columns, num_columns)
+                x = load_row(x_ptr, row, columns, num_columns) * power
                 store_row(y_ptr, row, columns, num_columns, x * inverse * w)
 
 
@@ -114,37 +150,39 @@ def _rms_norm_input_grad_kernel(
         for row in range(begin, end):
             scaled = load_row(grad_ptr, row, columns, num_columns) * w
             x = load_row(x_ptr, row, columns, num_columns)
-            rms = root_of_mean(x * x, num_columns, eps)
+            x, rms, power = tamed_row(x, num_columns, eps)
             unit = unit_row(x, rms)
             mean = tl.div_rn(tl.sum(unit * scaled, axis=0), width)
-            store_row(out_ptr, row, columns, num_columns, (scaled - unit * mean) / rms)
+            store_row(out_ptr, row, columns, num_columns, (scaled - unit * mean) / rms * power)
     else:
         for row in range(begin, end):
-            rms = root_mean_square(x_ptr, row, num_columns, eps, BLOCK)
+            rms, power = root_mean_square(x_ptr, row, num_columns, eps, BLOCK)
             products = tl.zeros([BLOCK], dtype=tl.float32)
             for start in range(0, num_columns, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
                 w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
                 scaled = load_row(grad_ptr, row, columns, num_columns) * w
-                products += unit_row(load_row(x_ptr, row, columns, num_columns), rms) * scaled
+                products += unit_row(load_row(x_ptr, row, columns, num_columns) * power, rms) * scaled
             mean = tl.div_rn(tl.sum(products, axis=0), width)
             for start in range(0, num_columns, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
                 w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
                 scaled = load_row(grad_ptr, row, columns, num_columns) * w
-                unit = unit_row(load_row(x_ptr, row, columns, num_columns), rms)
-                store_row(out_ptr, row, columns, num_columns, (scaled - unit * mean) / rms)
+                unit = unit_row(load_row(x_ptr, row, columns, num_columns) * power, rms)
+                store_row(out_ptr, row, columns, num_columns, (scaled - unit * mean) / rms * power)
 
 
 @triton.jit
-def _inverse_rms_kernel(x_ptr, inverse_ptr, num_columns, eps, BLOCK: tl.constexpr):
+def _inverse_rms_kernel(x_ptr, inverse_ptr, powers_ptr, num_columns, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    tl.store(inverse_ptr + row, inverse_rms(x_ptr, row, num_columns, eps, BLOCK))
+    inverse, power = inverse_rms(x_ptr, row, num_columns, eps, BLOCK)
+    tl.store(inverse_ptr + row, inverse)
+    tl.store(powers_ptr + row, power)
 
 
 @triton.jit(do_not_specialize=["num_m", "part_rows"])
 def _rms_norm_weight_grad_kernel(
-    grad_ptr, x_ptr, inverse_ptr, parts_ptr, num_m, part_rows, num_columns,
+    grad_ptr, x_ptr, inverse_ptr, powers_ptr, parts_ptr, num_m, part_rows, num_columns,
     BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -160,7 +198,9 @@ def _rms_norm_weight_grad_kernel(
         grad = widen(tl.load(grad_ptr + offsets, mask=mask, other=0.0))
         x = widen(tl.load(x_ptr + offsets, mask=mask, other=0.0))
         inverse = tl.load(inverse_ptr + rows, mask=rows < end, other=0.0)
-        sums += grad * (x * inverse[:, None])
+        # Not their product: it may be too small for float32.
+        power = tl.load(powers_ptr + rows, mask=rows < end, other=0.0)
+        sums += grad * (x * power[:, None] * inverse[:, None])
     parts = parts_ptr + part * num_columns + columns
     tl.store(parts, tl.sum(sums, axis=0), mask=columns < num_columns)
 
@@ -205,13 +245,13 @@ def normalize_weight_grad(grad_MK: Tensor, x_MK: Tensor, eps: float) -> Tensor:
     """Launch `rms_norm_weight_grad` on tensors [M, K] contiguous; returns float32 [1, K]."""
     runs_here(x_MK)
     num_m, num_columns = x_MK.shape
-    inverse = torch.empty(num_m, dtype=torch.float32, device=x_MK.device)
+    inverse, powers = (torch.empty(num_m, dtype=torch.float32, device=x_MK.device) for _ in range(2))
     if num_m:
-        _inverse_rms_kernel[(num_m,)](x_MK, inverse, num_columns, eps, **_tile(num_columns))
+        _inverse_rms_kernel[(num_m,)](x_MK, inverse, powers, num_columns, eps, **_tile(num_columns))
     block, row_blocks = row_tile(num_columns, BLOCK_SUMS)
     part_rows, num_parts = parts_of(num_m, triton.cdiv(PROGRAMS, row_blocks), PART_ROWS)
     parts = torch.empty(num_parts, num_columns, dtype=torch.float32, device=x_MK.device)
     _rms_norm_weight_grad_kernel[(row_blocks, num_parts)](
-        grad_MK, x_MK, inverse, parts, num_m, part_rows, num_columns, BLOCK_M=BLOCK_ROWS, BLOCK=block
+        grad_MK, x_MK, inverse, powers, parts, num_m, part_rows, num_columns, BLOCK_M=BLOCK_ROWS, BLOCK=block
     )
     return parts if num_parts == 1 else add_parts(parts, torch.empty_like(parts[:1]))

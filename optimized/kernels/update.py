@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.optimized.kernels.common import clock_step, lane_trits, philox_words, widen, word_bytes
-from arbitor.optimized.kernels.launch import Clock, row_grid, row_tile, runs_here
+from arbitor.optimized.kernels.launch import Clock, announce_written, row_grid, row_tile, runs_here
 from arbitor.optimized.kernels.votes import (
     exponents_of_rows,
     gradient_votes,
@@ -212,6 +212,7 @@ def step_(weight: DeviceWeight, theta: int, theta_e: int, carry: bool, rows: Ten
         row_ids, weight.words, weight.trit_accum, weight.shape[1], words, row_blocks, theta,
         HAS_ROWS=rows is not None, CARRY=carry, BLOCK=block,
     )  # fmt: skip
+    announce_written(weight.words, weight.exponents)
 
 
 def changed_trits(before: Tensor, after: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ from torch import Tensor
 
 from arbitor.optimized.kernels import attention as kernels
 from arbitor.optimized.kernels.launch import may_look_at_values
+from arbitor.optimized.ops.op import op
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
 __all__ = ["decode_attention"]
 
 
+@op()
 def decode_attention(
     q_BHK: Tensor, keys_BSK: Tensor, bias_BS: Tensor, *, value_width: int, scale: float
 ) -> Tensor:

@@ -11,6 +11,7 @@ from arbitor.optimized.kernels import codebook, codebook_rows, scale
 from arbitor.optimized.kernels.launch import Clock, may_look_at_values, same_device, values_between
 from arbitor.optimized.layouts import AnyWeight, DeviceWeight
 from arbitor.optimized.ops.layout import canonical, deliver, on_device, target_of
+from arbitor.optimized.ops.op import op
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_GROUP_SIZE, RESERVED_STEP, groups_per_row
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 
+@op()
 def initial_codebook(
     shape: Sequence[int],
     *,
@@ -50,6 +52,7 @@ def initial_codebook(
     return canonical(DeviceWeight(words, zeros(groups), zeros(num_columns), zeros(groups), shape, group_size))
 
 
+@op()
 def nearest_codes(z: Tensor, weight: AnyWeight) -> Tensor:
     """See reference; float64 is not supported."""
     checks.codebook(weight)
@@ -58,6 +61,7 @@ def nearest_codes(z: Tensor, weight: AnyWeight) -> Tensor:
     return codebook.nearest(_vectors(z), on_device(weight)).reshape(z.shape[:-1])
 
 
+@op()
 def candidate_codes(z: Tensor, *, num_codes: int, sign_bits: int, num_probes: int) -> Tensor:
     """See reference; float64 is not supported."""
     checks.dtype_in("z", z, DTYPES)
@@ -69,6 +73,7 @@ def candidate_codes(z: Tensor, *, num_codes: int, sign_bits: int, num_probes: in
     return found.reshape(*z.shape[:-1], found.shape[1])
 
 
+@op()
 def nearest_candidates(z: Tensor, weight: AnyWeight, candidates: Tensor) -> Tensor:
     """See reference; float64 is not supported."""
     checks.codebook(weight)
@@ -85,6 +90,7 @@ def nearest_candidates(z: Tensor, weight: AnyWeight, candidates: Tensor) -> Tens
     return codebook.nearest_of(vectors, on_device(weight), named).reshape(z.shape[:-1])
 
 
+@op()
 def count_codes(usage: Tensor, ids: Tensor, *, out: Tensor | None = None) -> Tensor:
     """See reference."""
     checks.usage_of(None, usage, out)
@@ -96,6 +102,7 @@ def count_codes(usage: Tensor, ids: Tensor, *, out: Tensor | None = None) -> Ten
     return _delivered(target, out)
 
 
+@op()
 def revive_codes(
     weight: AnyWeight,
     usage: Tensor,
@@ -125,6 +132,7 @@ def revive_codes(
     return deliver(target, weight, out)
 
 
+@op()
 def age_codes(usage: Tensor, *, first: int | Tensor, window: int, out: Tensor | None = None) -> Tensor:
     """See reference."""
     checks.usage_of(None, usage, out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn.functional import fold, pad
 
@@ -9,12 +11,19 @@ from arbitor.optimized.kernels.scale import dense_rows
 from arbitor.optimized.layouts import AnyWeight
 from arbitor.optimized.ops.layout import on_device
 from arbitor.optimized.ops.linear import linear, linear_weight_grad, wide_product
+from arbitor.optimized.ops.op import op
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
 __all__ = ["conv1d", "conv1d_input_grad", "conv1d_weight_grad"]
 
 
+def _x_grad(grad: Tensor, *, x_BCL: Tensor, weight: AnyWeight, **geometry: Any) -> Tensor:
+    """Return the gradient of `conv1d` with respect to x."""
+    return conv1d_input_grad(grad, weight, length=x_BCL.shape[2], **geometry)
+
+
+@op(x_BCL=_x_grad)
 def conv1d(
     x_BCL: Tensor, weight: AnyWeight, *, kernel_size: int, stride: int = 1, padding: int = 0
 ) -> Tensor:
@@ -22,6 +31,7 @@ def conv1d(
     return linear(_windows(x_BCL, weight.shape[1], kernel_size, stride, padding), weight).transpose(1, 2)
 
 
+@op()
 def conv1d_input_grad(
     grad_BNP: Tensor, weight: AnyWeight, *, length: int, kernel_size: int, stride: int = 1, padding: int = 0
 ) -> Tensor:
@@ -39,6 +49,7 @@ def conv1d_input_grad(
     return image[:, :, 0].to(grad_BNP.dtype)
 
 
+@op()
 def conv1d_weight_grad(
     grad_BNP: Tensor, x_BCL: Tensor, *, kernel_size: int, stride: int = 1, padding: int = 0
 ) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +12,24 @@ from arbitor.optimized.kernels import denoise
 from arbitor.optimized.kernels.scale import dense_rows
 from arbitor.optimized.layouts import AnyWeight
 from arbitor.optimized.ops.layout import on_device
+from arbitor.optimized.ops.op import op
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
 __all__ = ["denoise_loop", "denoise_step", "denoise_step_backward"]
 
 
+def _latent_grad(grad: Tensor, *, alpha: float, **_: Any) -> Tensor:
+    """Return the gradient of `denoise_step` with respect to the latent."""
+    return denoise_step_backward(grad, alpha=alpha)[0]
+
+
+def _pred_grad(grad: Tensor, *, alpha: float, **_: Any) -> Tensor:
+    """Return the gradient of `denoise_step` with respect to the predicted noise."""
+    return denoise_step_backward(grad, alpha=alpha)[1]
+
+
+@op(latent=_latent_grad, pred=_pred_grad)
 def denoise_step(latent: Tensor, pred: Tensor, *, alpha: float) -> Tensor:
     """See reference; float64 is not supported."""
     checks.number("alpha", alpha, 0.0, 1.0, open_low=True)
@@ -27,6 +40,7 @@ def denoise_step(latent: Tensor, pred: Tensor, *, alpha: float) -> Tensor:
     return denoise.denoised(latent, pred, alpha)
 
 
+@op()
 def denoise_step_backward(grad: Tensor, *, alpha: float) -> tuple[Tensor, Tensor]:
     """See reference; float64 is not supported."""
     checks.number("alpha", alpha, 0.0, 1.0, open_low=True)
@@ -34,6 +48,7 @@ def denoise_step_backward(grad: Tensor, *, alpha: float) -> tuple[Tensor, Tensor
     return denoise.denoised_backward(grad, alpha)
 
 
+@op()
 def denoise_loop(
     latent_BL: Tensor,
     tokens_BPD: Tensor,

@@ -7,12 +7,14 @@ from torch import Tensor
 
 from arbitor.optimized.kernels import dither
 from arbitor.optimized.kernels.launch import Clock, values_between
+from arbitor.optimized.ops.op import op
 from arbitor.reference import checks
 from arbitor.reference.constants import RESERVED_STEP
 
 __all__ = ["dither_bytes"]
 
 
+@op()
 def dither_bytes(
     group_ids: Tensor, *, group_size: int, seed: int, step: int | Tensor, tensor_id: int
 ) -> Tensor:

@@ -9,12 +9,24 @@ from arbitor.optimized.kernels import edges as kernels
 from arbitor.optimized.kernels.launch import values_between
 from arbitor.optimized.layouts import AnyWeight
 from arbitor.optimized.ops.layout import deliver, target_of
+from arbitor.optimized.ops.op import op
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
 __all__ = ["edge_sum", "edge_sum_input_grad", "edge_sum_sign_grad", "update_neighbours"]
 
 
+def _nodes_grad(grad: Tensor, *, h_ND: Tensor, neighbours_RJ: Tensor, signs_RJ: Tensor) -> Tensor:
+    """Return the gradient of `edge_sum` with respect to the nodes."""
+    return edge_sum_input_grad(grad, neighbours_RJ, signs_RJ, num_nodes=h_ND.shape[0])
+
+
+def _signs_grad(grad: Tensor, *, h_ND: Tensor, neighbours_RJ: Tensor, signs_RJ: Tensor) -> Tensor:
+    """Return the gradient of `edge_sum` with respect to the signs, in their dtype."""
+    return edge_sum_sign_grad(grad, h_ND, neighbours_RJ).to(signs_RJ.dtype)
+
+
+@op(h_ND=_nodes_grad, signs_RJ=_signs_grad)
 def edge_sum(h_ND: Tensor, neighbours_RJ: Tensor, signs_RJ: Tensor) -> Tensor:
     """See reference; float64 is not supported."""
     checks.node_matrix("h_ND", h_ND)
@@ -25,6 +37,7 @@ def edge_sum(h_ND: Tensor, neighbours_RJ: Tensor, signs_RJ: Tensor) -> Tensor:
     return kernels.gather_sums(h_ND, neighbours_RJ, signs_RJ)
 
 
+@op()
 def edge_sum_input_grad(
     grad_RD: Tensor, neighbours_RJ: Tensor, signs_RJ: Tensor, *, num_nodes: int
 ) -> Tensor:
@@ -37,6 +50,7 @@ def edge_sum_input_grad(
     return kernels.node_grads(grad_RD, neighbours_RJ, signs_RJ, num_nodes)
 
 
+@op()
 def edge_sum_sign_grad(grad_RD: Tensor, h_ND: Tensor, neighbours_RJ: Tensor) -> Tensor:
     """See reference; float64 is not supported."""
     checks.node_matrix("h_ND", h_ND)
@@ -48,6 +62,7 @@ def edge_sum_sign_grad(grad_RD: Tensor, h_ND: Tensor, neighbours_RJ: Tensor) -> 
     return kernels.sign_grads(grad_RD, h_ND, neighbours_RJ)
 
 
+@op()
 def update_neighbours(
     neighbours_NJ: Tensor,
     scores_NJ: Tensor,

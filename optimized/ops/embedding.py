@@ -8,12 +8,14 @@ from torch import Tensor
 from arbitor.optimized.kernels import embedding as kernels
 from arbitor.optimized.kernels.launch import values_between
 from arbitor.optimized.layouts import AnyWeight
+from arbitor.optimized.ops.op import op
 from arbitor.optimized.ops.scale import DTYPES, dequantize
 from arbitor.reference import checks
 
 __all__ = ["embedding", "embedding_row_grads"]
 
 
+@op()
 def embedding(ids: Tensor, weight: AnyWeight, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """See reference; float64 is not supported."""
     checks.dtype_in("ids", ids, (torch.int64,))
@@ -22,6 +24,7 @@ def embedding(ids: Tensor, weight: AnyWeight, *, dtype: torch.dtype = torch.floa
     return dequantize(weight, dtype=dtype, rows=ids.reshape(-1)).reshape(*ids.shape, weight.shape[1])
 
 
+@op()
 def embedding_row_grads(ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """See reference; float64 is not supported."""
     checks.dtype_in("ids", ids, (torch.int64,))

@@ -5,20 +5,36 @@ Legend: E experts, N outputs of an expert, K inputs, M slots.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from arbitor.optimized.kernels import router
 from arbitor.optimized.kernels.experts import weight_grad
 from arbitor.optimized.kernels.launch import values_between
 from arbitor.optimized.kernels.products import Plan, packed_product
 from arbitor.optimized.layouts import AnyWeight, DeviceWeight
 from arbitor.optimized.ops.layout import on_device
+from arbitor.optimized.ops.op import op
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
-__all__ = ["expert_load", "grouped_linear", "grouped_linear_input_grad", "grouped_linear_weight_grad"]
+__all__ = [
+    "choose_experts",
+    "expert_load",
+    "grouped_linear",
+    "grouped_linear_input_grad",
+    "grouped_linear_weight_grad",
+]
 
 
+def _x_grad(grad: Tensor, *, weight: AnyWeight, experts_M: Tensor, num_groups: int, **_: Any) -> Tensor:
+    """Return the gradient of `grouped_linear` with respect to x."""
+    return grouped_linear_input_grad(grad, weight, experts_M, num_groups=num_groups)
+
+
+@op(x_MK=_x_grad)
 def grouped_linear(x_MK: Tensor, weight: AnyWeight, experts_M: Tensor, *, num_groups: int) -> Tensor:
     """See reference; float64 is not supported."""
     num_rows = checks.expert_rows(weight, num_groups)
@@ -29,6 +45,7 @@ def grouped_linear(x_MK: Tensor, weight: AnyWeight, experts_M: Tensor, *, num_gr
     return _product(x_MK, on_device(weight), experts_M, (num_groups, num_rows), transposed=False)
 
 
+@op()
 def grouped_linear_input_grad(
     grad_MN: Tensor, weight: AnyWeight, experts_M: Tensor, *, num_groups: int
 ) -> Tensor:
@@ -41,6 +58,7 @@ def grouped_linear_input_grad(
     return _product(grad_MN, on_device(weight), experts_M, (num_groups, num_rows), transposed=True)
 
 
+@op()
 def grouped_linear_weight_grad(
     grad_MN: Tensor, x_MK: Tensor, experts_M: Tensor, *, num_groups: int
 ) -> Tensor:
@@ -53,6 +71,20 @@ def grouped_linear_weight_grad(
     return weight_grad(grad_MN.contiguous(), x_MK.contiguous(), plan, num_groups)
 
 
+@op()
+def choose_experts(x: Tensor, weight: AnyWeight, *, top_k: int) -> Tensor:
+    """See reference; float64 is not supported.
+
+    The library multiplies in float64, where every sum is exact, so that its order and its tiles leave no trace.
+    """
+    checks.router(x, weight, top_k, weight.exponents, DTYPES)
+    x_MK = router.whole_sixteenths(x.reshape(-1, weight.shape[1]))
+    scores_ME = torch.mm(x_MK, router.router_rows(on_device(weight)).T)
+    order_ME = scores_ME.sort(dim=-1, descending=True, stable=True).indices
+    return order_ME[:, :top_k].sort(dim=-1).values.reshape(*x.shape[:-1], top_k)
+
+
+@op()
 def expert_load(experts: Tensor, *, num_groups: int) -> Tensor:
     """See reference. Counted by torch, in integers, whose sums are the same in any order; nothing waits for the device."""
     checks.integer("num_groups", num_groups, 1, 2**31 - 1)

@@ -7,12 +7,14 @@ from torch import Tensor
 from arbitor.optimized.kernels import packing
 from arbitor.optimized.kernels.launch import runs_here, values_between
 from arbitor.optimized.layouts import AnyWeight, DeviceWeight
+from arbitor.optimized.ops.op import op
 from arbitor.reference.constants import MAX_PACKED_BYTE
 from arbitor.reference.types import TernaryWeight
 
 __all__ = ["from_spec", "to_spec"]
 
 
+@op()
 def from_spec(weight: AnyWeight) -> DeviceWeight:
     """See reference. Returns the device layout, which shares no memory with a weight in canonical form."""
     if isinstance(weight, DeviceWeight):
@@ -22,6 +24,7 @@ def from_spec(weight: AnyWeight) -> DeviceWeight:
     return shared.with_tensors(**copies)
 
 
+@op()
 def to_spec(weight: AnyWeight) -> TernaryWeight:
     """See reference. Returns the canonical form, which shares no memory with a weight in device layout."""
     if isinstance(weight, TernaryWeight):

@@ -13,6 +13,7 @@ from arbitor.optimized.kernels.products import packed_product
 from arbitor.optimized.kernels.scale import dense_rows
 from arbitor.optimized.layouts import MAX_COLUMNS, AnyWeight, DeviceWeight
 from arbitor.optimized.ops.layout import on_device
+from arbitor.optimized.ops.op import op
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
@@ -28,6 +29,12 @@ ROW_MULTIPLE = 16
 """Rows that a part is a multiple of, so that no part starts at an address for which a kernel would compile anew."""
 
 
+def _x_grad(grad: Tensor, *, weight: AnyWeight, **_: Any) -> Tensor:
+    """Return the gradient of `linear` with respect to x."""
+    return linear_input_grad(grad, weight)
+
+
+@op(x=_x_grad)
 def linear(x: Tensor, weight: AnyWeight) -> Tensor:
     """See reference; float64 is not supported."""
     checks.last_dim("x", x, weight.shape[1], DTYPES)
@@ -35,6 +42,7 @@ def linear(x: Tensor, weight: AnyWeight) -> Tensor:
     return _product(x, on_device(weight), transposed=False)
 
 
+@op()
 def linear_input_grad(grad: Tensor, weight: AnyWeight) -> Tensor:
     """See reference; float64 is not supported."""
     checks.last_dim("grad", grad, weight.shape[0], DTYPES)
@@ -42,6 +50,7 @@ def linear_input_grad(grad: Tensor, weight: AnyWeight) -> Tensor:
     return _product(grad, on_device(weight), transposed=True)
 
 
+@op()
 def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     """See reference; float64 is not supported. Nothing here is ternary, so it is the library's matrix product."""
     checks.dtype_in("grad", grad, DTYPES)

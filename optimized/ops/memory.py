@@ -7,11 +7,13 @@ from torch import Tensor
 
 from arbitor.optimized.kernels import memory as kernels
 from arbitor.optimized.kernels.launch import may_look_at_values, same_device, values_between
+from arbitor.optimized.ops.op import op
 from arbitor.reference import checks
 
 __all__ = ["ngram_rows", "touch_strengths"]
 
 
+@op()
 def ngram_rows(
     codes_BP: Tensor, *, order: int, num_rows: int, salt: int, previous: Tensor | None = None
 ) -> Tensor:
@@ -23,6 +25,7 @@ def ngram_rows(
     return kernels.ngram_rows(codes_BP, previous, order, num_rows, salt)
 
 
+@op()
 def touch_strengths(
     strengths: Tensor,
     rows: Tensor,

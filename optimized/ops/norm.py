@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from arbitor.optimized.kernels import norm
 from arbitor.optimized.layouts import AnyWeight
 from arbitor.optimized.ops.layout import on_device
 from arbitor.optimized.ops.linear import matrix_of
+from arbitor.optimized.ops.op import op
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_EPS
@@ -15,18 +17,26 @@ from arbitor.reference.constants import DEFAULT_EPS
 __all__ = ["rms_norm", "rms_norm_input_grad", "rms_norm_weight_grad"]
 
 
+def _x_grad(grad: Tensor, *, x: Tensor, weight: AnyWeight, eps: float) -> Tensor:
+    """Return the gradient of `rms_norm` with respect to x."""
+    return rms_norm_input_grad(grad, x, weight, eps=eps)
+
+
+@op(x=_x_grad)
 def rms_norm(x: Tensor, weight: AnyWeight, *, eps: float = DEFAULT_EPS) -> Tensor:
     """See reference; float64 is not supported."""
     _check(weight, eps, x)
     return norm.normalize(matrix_of(x), on_device(weight), eps).reshape(x.shape)
 
 
+@op()
 def rms_norm_input_grad(grad: Tensor, x: Tensor, weight: AnyWeight, *, eps: float = DEFAULT_EPS) -> Tensor:
     """See reference; float64 is not supported."""
     _check(weight, eps, x, grad)
     return norm.normalize_input_grad(matrix_of(grad), matrix_of(x), on_device(weight), eps).reshape(x.shape)
 
 
+@op()
 def rms_norm_weight_grad(grad: Tensor, x: Tensor, *, eps: float = DEFAULT_EPS) -> Tensor:
     """See reference; float64 is not supported."""
     _check(None, eps, x, grad)
@@ -37,6 +47,7 @@ def _check(weight: AnyWeight | None, eps: float, x: Tensor, grad: Tensor | None 
     """Refuse what does not fit."""
     checks.number("eps", eps, 0.0, 1.0, open_low=True)
     checks.dtype_in("x", x, DTYPES)
+    checks.normal_number("eps", eps, torch.float32)
     if weight is not None:
         checks.one_row("weight", weight)
         checks.last_dim("x", x, weight.shape[1], DTYPES)

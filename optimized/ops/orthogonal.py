@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.kernels.orthogonal import row_factors, row_squares, scale_rows, weighted_sum
+from arbitor.optimized.ops.op import op
 from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_ORTHOGONAL_STEPS, MAX_ORTHOGONAL_STEPS, NEWTON_SCHULZ
 
 __all__ = ["orthogonalize"]
 
 
+@op()
 def orthogonalize(
     grad_NK: Tensor, *, iterations: int = DEFAULT_ORTHOGONAL_STEPS, num_groups: int = 1
 ) -> Tensor:

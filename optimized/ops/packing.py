@@ -10,12 +10,14 @@ from torch import Tensor
 
 from arbitor.optimized.kernels import packing
 from arbitor.optimized.kernels.launch import values_between
+from arbitor.optimized.ops.op import op
 from arbitor.reference import checks
 from arbitor.reference.constants import MAX_PACKED_BYTE, packed_bytes
 
 __all__ = ["pack_trits", "unpack_trits"]
 
 
+@op()
 def pack_trits(trits: Tensor) -> Tensor:
     """See reference."""
     checks.dtype_in("trits", trits, (torch.int8,))
@@ -23,6 +25,7 @@ def pack_trits(trits: Tensor) -> Tensor:
     return packing.pack(trits)
 
 
+@op()
 def unpack_trits(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """See reference."""
     for size in shape:

@@ -12,6 +12,7 @@ from arbitor.optimized.kernels import scale
 from arbitor.optimized.kernels.launch import values_between
 from arbitor.optimized.layouts import TRITS_PER_WORD, AnyWeight, DeviceWeight, words_per_row
 from arbitor.optimized.ops.layout import canonical, on_device
+from arbitor.optimized.ops.op import op
 from arbitor.reference import checks
 from arbitor.reference.constants import (
     DEFAULT_GROUP_SIZE,
@@ -30,6 +31,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 """Activation dtypes of the kernels; float64 is for the reference alone."""
 
 
+@op()
 def group_scales(exponents: Tensor, *, mantissa_bits: int = 0) -> Tensor:
     """See reference."""
     checks.dtype_in("exponents", exponents, (torch.int8,))
@@ -38,6 +40,7 @@ def group_scales(exponents: Tensor, *, mantissa_bits: int = 0) -> Tensor:
     return scale.scales_of(exponents, mantissa_bits)
 
 
+@op()
 def dequantize(
     weight: AnyWeight, *, dtype: torch.dtype = torch.float32, rows: Tensor | None = None
 ) -> Tensor:
@@ -50,6 +53,7 @@ def dequantize(
     return scale.dense_rows(on_device(weight), dtype, rows)
 
 
+@op()
 def initial_weight(
     shape: Sequence[int],
     *,
@@ -71,6 +75,7 @@ def initial_weight(
     return _untrained(words, (num_rows, num_columns), exponent, group_size)
 
 
+@op()
 def constant_weight(
     shape: Sequence[int],
     *,
@@ -84,9 +89,11 @@ def constant_weight(
     checks.integer("trit", trit, -1, 1)
     checks.integer("exponent", exponent, EXPONENT_MIN, EXPONENT_MAX)
     checks.group_size(group_size)
-    lanes = torch.arange(words_per_row(num_columns) * TRITS_PER_WORD).reshape(-1, TRITS_PER_WORD)
+    lanes = torch.arange(words_per_row(num_columns) * TRITS_PER_WORD, device=device).reshape(
+        -1, TRITS_PER_WORD
+    )
     codes = torch.where(lanes < num_columns, trit & 3, 0) << (2 * (lanes % TRITS_PER_WORD))
-    words = codes.sum(dim=1).to(torch.int32).to(device).repeat(num_rows, 1)
+    words = codes.sum(dim=1).to(torch.int32).repeat(num_rows, 1)
     return _untrained(words, (num_rows, num_columns), exponent, group_size)
 
 

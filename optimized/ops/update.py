@@ -10,12 +10,14 @@ from arbitor.optimized.kernels.launch import Clock, row_ids, values_between, vot
 from arbitor.optimized.kernels.votes import exponents_of_rows
 from arbitor.optimized.layouts import AnyWeight
 from arbitor.optimized.ops.layout import deliver, on_device, target_of
+from arbitor.optimized.ops.op import op
 from arbitor.reference import checks
 from arbitor.reference.constants import ACCUM_MAX, DEFAULT_THETA, DEFAULT_THETA_E, EXPONENT_RULES, ON_FLIP
 
 __all__ = ["accumulate", "accumulate_gradient", "apply_step", "count_changed_trits", "count_nonfinite_rows"]
 
 
+@op()
 def accumulate(
     weight: AnyWeight,
     votes_NK: Tensor,
@@ -39,6 +41,7 @@ def accumulate(
     return deliver(target, weight, out)
 
 
+@op()
 def apply_step(
     weight: AnyWeight,
     *,
@@ -59,6 +62,7 @@ def apply_step(
     return deliver(target, weight, out)
 
 
+@op()
 def accumulate_gradient(
     weight: AnyWeight,
     grad_NK: Tensor,
@@ -85,6 +89,7 @@ def accumulate_gradient(
     return deliver(target, weight, out)
 
 
+@op()
 def count_nonfinite_rows(grad_NK: Tensor) -> Tensor:
     """See reference."""
     checks.gradient_matrix("grad_NK", grad_NK)
@@ -93,6 +98,7 @@ def count_nonfinite_rows(grad_NK: Tensor) -> Tensor:
     return faults
 
 
+@op()
 def count_changed_trits(before: AnyWeight, after: AnyWeight) -> Tensor:
     """See reference."""
     if before.shape != after.shape:

@@ -8,18 +8,21 @@ from torch import Tensor
 
 from arbitor.optimized.kernels import votes
 from arbitor.optimized.kernels.launch import Clock, row_ids, vote_rate
+from arbitor.optimized.ops.op import op
 from arbitor.reference import checks
 from arbitor.reference.constants import ACCUM_MAX, DEFAULT_GROUP_SIZE, groups_per_row
 
 __all__ = ["row_exponents", "sign_votes", "step_from_loss", "stochastic_votes"]
 
 
+@op()
 def row_exponents(grad_NK: Tensor) -> Tensor:
     """See reference."""
     checks.gradient_matrix("grad_NK", grad_NK)
     return votes.exponents_of_rows(grad_NK)
 
 
+@op()
 def stochastic_votes(
     grad_NK: Tensor,
     rate: float | Tensor,
@@ -40,6 +43,7 @@ def stochastic_votes(
     return votes.votes_of_gradient(grad_NK, rate, group_size, clock, rows)
 
 
+@op()
 def sign_votes(grad_NK: Tensor, step_size: int) -> Tensor:
     """See reference."""
     checks.gradient_matrix("grad_NK", grad_NK)
@@ -47,6 +51,7 @@ def sign_votes(grad_NK: Tensor, step_size: int) -> Tensor:
     return votes.votes_of_sign(grad_NK, step_size)
 
 
+@op()
 def step_from_loss(loss: float, loss_ref: float, max_step: int) -> int:
     """See reference. Host arithmetic: the loss is a number by the time it is asked for."""
     checks.number("loss", loss, 0.0, math.inf)

@@ -27,7 +27,7 @@ NAMES = ("uniform", "unigram", "bigram", "trigram")
 
 
 def baseline_bpb(corpus: Corpus, train: Segments, validation_WT: torch.Tensor) -> dict[str, float]:
-    """Bits per byte of each baseline, fitted on the training bytes and judged on what the model is judged on.
+    """Return the bits per byte of each baseline, fitted on the training bytes and judged on what the model is judged on.
 
     Args:
         corpus: the bytes.
@@ -51,7 +51,8 @@ def baseline_bpb(corpus: Corpus, train: Segments, validation_WT: torch.Tensor) -
     probability_M = torch.full(target_M.shape, 1.0 / NUM_BYTES, dtype=torch.float64)
     contexts = (torch.zeros_like(target_M), before_M, earlier_M * NUM_BYTES + before_M)
     for order, (name, context_M) in enumerate(zip(NAMES[1:], contexts, strict=True), start=1):
-        context_R, row_M = context_M.unique(return_inverse=True)  # the rows of the table that are asked for
+        # Only the rows of the table that are asked for are counted.
+        context_R, row_M = context_M.unique(return_inverse=True)
         count_RW = _counts(corpus.data_N, train, order, context_R)
         seen_M = count_RW.sum(1)[row_M]
         types_M = (count_RW > 0).sum(1)[row_M]
@@ -62,7 +63,7 @@ def baseline_bpb(corpus: Corpus, train: Segments, validation_WT: torch.Tensor) -
 
 
 def _counts(data_N: torch.Tensor, runs: Segments, order: int, context_R: torch.Tensor) -> torch.Tensor:
-    """How often each byte follows each of R contexts of ``order - 1`` bytes inside the runs: int64 [R, 256]."""
+    """Return how often each byte follows each of R contexts of ``order - 1`` bytes inside the runs: int64 [R, 256]."""
     row_of_context = torch.full((NUM_BYTES ** (order - 1),), -1, dtype=torch.int64)
     row_of_context[context_R] = torch.arange(context_R.numel())
     size = context_R.numel() * NUM_BYTES

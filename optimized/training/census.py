@@ -1,4 +1,7 @@
-"""What one step did to each kind of weight, and how codes and experts are used: counted on the device, at log intervals only.
+"""The census of a step: what it did to each kind of weight, and how codes and experts are used.
+
+A census counts what training changes, in a model that learns; `arbitor.reference.audit` counts what a configuration is made of,
+without building it. The census is taken on the device, at log intervals only.
 
 The definitions are those of docs/training.md, "What a line of metrics says". Everything is a count of integers; the host divides.
 Nothing of the model is written, nothing random is drawn, and steps that no line is about cost nothing.
@@ -14,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arbitor.optimized.training.kinds import KINDS, kind_of
+from arbitor.reference.audit import AREA_OF, area_of
 from arbitor.reference.constants import ACCUM_MAX, EXPONENT_MAX, EXPONENT_MIN
 from arbitor.reference.graph.codebook import TernaryVQCodebook
 from arbitor.reference.graph.model import ArbModel
@@ -26,6 +29,47 @@ from arbitor.reference.types import LaidOutWeight
 NUM_EXPONENTS = EXPONENT_MAX - EXPONENT_MIN + 1
 """Exponents that a group can have."""
 
+KIND_OF_AREA = {
+    AREA_OF["embedding"]: "embedding",
+    AREA_OF["attention"]: "attention",
+    AREA_OF["moe_graph"]: "experts",
+    AREA_OF["byte_head"]: "head",
+    AREA_OF["shared_vq"]: "vq",
+    AREA_OF["edges"]: "edges",
+    AREA_OF["memory"]: "memory",
+    AREA_OF["composite"]: "composite",
+    AREA_OF["image_sequencer"]: "media",
+    AREA_OF["video_head"]: "media_heads",
+    AREA_OF["router"]: "output_router",
+}
+"""The kind of every weight of an area of the audit, unless SPLIT says otherwise."""
+
+SPLIT = {
+    AREA_OF["moe_graph"]: {"graph": "graph", "router": "router", "halt": "router"},
+    AREA_OF["shared_vq"]: {"tables": "codebook"},
+    AREA_OF["composite"]: {"codebook": "codebook"},
+}
+"""Modules that have another kind than the rest of their area: what chooses experts and ends the loop, the messages of the graph,
+and the tables of codes, which would hide the matrices beside them."""
+
+KINDS = (
+    "embedding",
+    "attention",
+    "experts",
+    "router",
+    "head",
+    "vq",
+    "codebook",
+    "graph",
+    "edges",
+    "memory",
+    "composite",
+    "media",
+    "media_heads",
+    "output_router",
+)
+"""Every kind, in the order of reports: what each model has, then its options, last what bytes alone do not train."""
+
 
 class Census:
     """Looks at a model twice in a step that is to be reported: before the step rule and after it.
@@ -35,7 +79,7 @@ class Census:
     """
 
     def __init__(self, model: ArbModel) -> None:
-        """Begin with a model as it was built or loaded; loads of experts count from here on."""
+        """Begin with a model as it was built or loaded. Loads of experts count from here on."""
         self._model = model
         self._snapshot: dict[str, dict[str, Tensor]] = {}
         self._drift: dict[str, Tensor] = {}
@@ -46,8 +90,10 @@ class Census:
     def before_step(self) -> None:
         """Look at what the votes of the step have come to, before the step rule acts on them."""
         model = self._model
-        self._drift = model.changed_trits(self._snapshot)  # empty the first time
-        self._snapshot = {}  # let go of it before the next one is made, so that there is never a second
+        # Empty the first time.
+        self._drift = model.changed_trits(self._snapshot)
+        # The old snapshot is let go of before the next one is made, so that there is never a second.
+        self._snapshot = {}
         self._snapshot = model.snapshot_trits()
         self._accumulators = {
             name: count_accumulators(module, model.ops) for name, module in self._voting_modules().items()
@@ -102,7 +148,7 @@ class Census:
         return {"flip_rate": flipped / total, **{name: group for name, group in groups.items() if group}}
 
     def _voting_modules(self) -> dict[str, TernaryModule]:
-        """Every module whose weight can vote, by name."""
+        """Return every module whose weight can vote, by name."""
         return {name: module for name, module in self._model.ternary_modules().items() if not module.frozen}
 
     def _codebooks(self) -> dict[str, TernaryVQCodebook]:
@@ -114,7 +160,7 @@ class Census:
         return {name: keeper for name, keeper in keepers.items() if isinstance(keeper, SharedProjectionMoE)}
 
     def _expert_loads(self) -> dict[str, Any]:
-        """The loads since the last report, of layers that chose experts at all."""
+        """Return the loads since the last report, of layers that chose experts at all."""
         loads = {}
         for name, moe in self._experts().items():
             now_E = moe.get_buffer("load")
@@ -130,8 +176,20 @@ class Census:
         return loads
 
 
+def kind_of(weight_name: str) -> str:
+    """Return the kind of a weight by its name in the model.
+
+    Raises:
+        ValueError: a name that belongs to no area.
+    """
+    area = area_of(weight_name)
+    inside = SPLIT.get(area, {})
+    found = [inside[part] for part in weight_name.split(".") if part in inside]
+    return found[-1] if found else KIND_OF_AREA[area]
+
+
 def by_kind(modules: Iterable[str]) -> dict[str, list[str]]:
-    """The names of weights by kind, kinds that there are none of left out, in the order of KINDS."""
+    """Return the names of weights by kind, in the order of KINDS. A kind without a weight is left out."""
     names: dict[str, list[str]] = {kind: [] for kind in KINDS}
     for name in modules:
         names[kind_of(name)].append(name)
@@ -139,23 +197,27 @@ def by_kind(modules: Iterable[str]) -> dict[str, list[str]]:
 
 
 def count_accumulators(module: TernaryModule, ops: Any) -> dict[str, Tensor]:
-    """Count accumulators of a weight: ``rail`` and ``saturated``, int64 [] on its device.
+    """Return how many accumulators of a weight are at the ``rail`` and ``saturated``, int64 [] on its device.
 
-    ``rail`` are those with 2 T T_accum <= -theta: half of what would move the trit, in the direction in which it can't go.
+    An accumulator is at the rail where 2 T T_accum <= -theta: it has half of what would move the trit, in the direction in which
+    the trit can't go.
     """
     limit = -(-module.config.theta // 2)
     rail = saturated = torch.zeros((), dtype=torch.int64, device=module.device)
     for part in row_parts(module.weight):
         accum_NK = part.tensors()["trit_accum"]
-        rail = rail + torch.count_nonzero(trits_of(part, ops) * accum_NK <= -limit)  # fits int8: |T| <= 1
+        # The product fits int8, since |T| <= 1.
+        rail = rail + torch.count_nonzero(trits_of(part, ops) * accum_NK <= -limit)
         saturated = saturated + torch.count_nonzero(accum_NK.abs() == ACCUM_MAX)
     return {"rail": rail, "saturated": saturated}
 
 
 def count_state(weight: LaidOutWeight, ops: Any) -> dict[str, Tensor]:
-    """Count ``zeros``, int64 [], and groups by exponent, ``exponents`` int64 [48] from -32 on, both on the weight's device.
+    """Return what a weight holds, counted on its device.
 
-    And add up ``with_mantissa``, float64 []: E + m / 2**b of all groups, which moves as scales do.
+    Returns:
+        ``zeros``, int64 []: trits that are 0. ``exponents``, int64 [48]: groups of each exponent, -32 first.
+        ``with_mantissa``, float64 []: the sum of E + m / 2**b over all groups, which moves as scales do.
     """
     exponents = weight.tensors()["exponents"]
     zeros = torch.zeros((), dtype=torch.int64, device=exponents.device)
@@ -170,25 +232,28 @@ def count_state(weight: LaidOutWeight, ops: Any) -> dict[str, Tensor]:
 
 
 def trits_of(part: LaidOutWeight, ops: Any) -> Tensor:
-    """The trits of a part of a weight, int8 [N, K], in whatever layout it is."""
+    """Return the trits of a part of a weight, int8 [N, K], whatever its layout."""
     canonical = ops.to_spec(part)
     return ops.unpack_trits(canonical.packed, canonical.shape)
 
 
 def added(counts: Iterable[Tensor]) -> int:
-    """The sum of counts on a device, read once."""
+    """Return the sum of counts on a device, which is read once."""
     return int(torch.stack(list(counts)).sum())
 
 
 def summed_up(counts: list[int], with_mantissa: float) -> dict[str, Any]:
-    """Least, mean and greatest exponent of groups counted by exponent, and the counts that are not 0; the mean with mantissas."""
+    """Return the least, mean and greatest exponent of groups counted by exponent, and the counts that are not 0.
+
+    The mean has the mantissas in it.
+    """
     held = {EXPONENT_MIN + i: count for i, count in enumerate(counts) if count}
     mean = with_mantissa / sum(held.values())
     return {"min": min(held), "mean": mean, "max": max(held), "counts": {str(e): n for e, n in held.items()}}
 
 
 def code_use(ids_R: Tensor, usage_N: Tensor) -> Mapping[str, float | int]:
-    """How a step used a codebook.
+    """Return how a step used a codebook.
 
     Args:
         ids_R: int64, the code of each vector of its passes; below 0 for a vector that stays without.

@@ -10,11 +10,10 @@ is over everything else in the object, that digest included.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.whole_file import rename, told, write_beside
 from arbitor.reference.constants import ACCUM_MAX, MAX_PACKED_BYTE, level_range
 from arbitor.reference.types import TernaryWeight
 
@@ -94,7 +94,7 @@ class Checkpoint:
 
 
 def state_sha256(state: State) -> str:
-    """Digest of a model's state: every tensor's name, dtype, shape and bytes, in order of name.
+    """Return the digest of a model's state: every tensor's name, dtype, shape and bytes, in order of name.
 
     Args:
         state: as of ``ArbModel.state``, on any device.
@@ -118,8 +118,6 @@ def save_checkpoint(
 ) -> str:
     """Write a checkpoint so that ``path`` holds what it held before or all of the new one, never a part.
 
-    The file is written beside ``path``, flushed to the disk, and renamed over it.
-
     Returns:
         The ``state_sha256`` of what was written.
 
@@ -127,15 +125,15 @@ def save_checkpoint(
         TrainingError: the disk is full or cannot be written; ``path`` is as before and nothing is left beside
             it.
     """
-    temporary, digest = write_beside(
+    temporary, digest = write_checkpoint_beside(
         path, state, config=config, step=step, seed=seed, best_bpb=best_bpb, run=run, progress=progress
     )
-    rename(temporary, path)
+    put_checkpoint(temporary, path)
     return digest
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint and verify what it says of itself: structure, digests, shapes, and the integers of weights.
+    """Return a checkpoint that was read and verified: structure, digests, shapes, and the integers of weights.
 
     What the integers of a table may be depends on the model, so that ``check_fits`` looks at them.
 
@@ -202,7 +200,8 @@ def check_fits(checkpoint: Checkpoint, config: Mapping[str, Any], model: ArbMode
             )
     for name, (low, high) in model.table_ranges().items():
         table = checkpoint.state[name]
-        assert isinstance(table, Tensor)  # its layout is that of a table
+        # Its layout is that of a table.
+        assert isinstance(table, Tensor)
         _check_range(f"the checkpoint's {name}", table, low, high)
 
 
@@ -244,13 +243,8 @@ def _content_sha256(metadata: Mapping[str, Any]) -> str:
     return hashlib.sha256(_canonical_json(rest).encode()).hexdigest()
 
 
-def partial_of(path: Path) -> Path:
-    """Where a file is written before it is renamed to ``path``."""
-    return path.with_name(f".{path.name}.partial")
-
-
-def write_beside(path: Path, state: State, **metadata: Any) -> tuple[Path, str]:
-    """Write a checkpoint next to where it belongs, and flush it to the disk.
+def write_checkpoint_beside(path: Path, state: State, **metadata: Any) -> tuple[Path, str]:
+    """Write a checkpoint beside its place, and flush it to the disk.
 
     Args:
         path: where it belongs.
@@ -258,7 +252,7 @@ def write_beside(path: Path, state: State, **metadata: Any) -> tuple[Path, str]:
         metadata: as for ``save_checkpoint``.
 
     Returns:
-        The file written, for ``rename``, and its ``state_sha256``.
+        The file written, for ``put_checkpoint``, and its ``state_sha256``.
 
     Raises:
         TrainingError: the disk is full or cannot be written; nothing is left.
@@ -273,12 +267,21 @@ def write_beside(path: Path, state: State, **metadata: Any) -> tuple[Path, str]:
         "state_sha256": digest,
     }
     header["content_sha256"] = _content_sha256(header)
-    temporary = partial_of(path)
-    with _writing(path, temporary), open(temporary, "wb") as file:
-        _write_safetensors(file, tensors, {METADATA_KEY: _canonical_json(header)})
-        file.flush()
-        os.fsync(file.fileno())
+    with _writing(path):
+        temporary = write_beside(
+            path, lambda file: _write_safetensors(file, tensors, {METADATA_KEY: _canonical_json(header)})
+        )
     return temporary, digest
+
+
+def put_checkpoint(source: Path, target: Path) -> None:
+    """Rename a checkpoint over another.
+
+    Raises:
+        TrainingError: it cannot be done.
+    """
+    with _writing(target):
+        rename(source, target)
 
 
 def _write_safetensors(file: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -309,34 +312,8 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.numpy().data).cast("B")
 
 
-def rename(source: Path, target: Path) -> None:
-    """Rename a file over another, and flush the folder, so that the new name survives a loss of power.
-
-    Raises:
-        TrainingError: it cannot be done.
-    """
-    with _writing(target, source):
-        os.replace(source, target)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-@contextlib.contextmanager
-def _writing(path: Path, source: Path) -> Iterator[None]:
-    """Turn what a full or broken disk raises into one sentence, and leave no half-written file."""
-    try:
-        yield
-    except OSError as error:
-        if source.name.endswith(".partial"):
-            with contextlib.suppress(OSError):
-                source.unlink(missing_ok=True)
-        raise TrainingError(
-            f"cannot write the checkpoint {str(path)!r}: {error.strerror or error}; "
-            "the checkpoints written before are intact"
-        ) from error
+def _writing(path: Path) -> AbstractContextManager[None]:
+    return told(f"the checkpoint {str(path)!r}", "; the checkpoints written before are intact")
 
 
 def _verified(text: str | None, tensors: dict[str, Tensor]) -> Checkpoint:

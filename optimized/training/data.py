@@ -13,8 +13,10 @@ import hashlib
 import os
 import stat
 import sysconfig
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,15 +64,15 @@ class Segments:
     runs: tuple[tuple[int, int], ...]
 
     def num_bytes(self) -> int:
-        """How many bytes the runs hold together."""
+        """Return how many bytes the runs hold together."""
         return sum(end - start for start, end in self.runs)
 
     def num_windows(self, context: int) -> int:
-        """How many windows of ``context`` bytes lie inside a run, at any offset."""
+        """Return how many windows of ``context`` bytes lie inside a run, at any offset."""
         return sum(max(0, end - start - context + 1) for start, end in self.runs)
 
     def window_starts(self, index_B: torch.Tensor, context: int) -> torch.Tensor:
-        """The offset in the corpus of each numbered window.
+        """Return the offset in the corpus of each numbered window.
 
         Args:
             index_B: int64 [B], each in [0, ``num_windows(context)``).
@@ -97,7 +99,7 @@ class Split:
 
 
 def load_corpus(source: str) -> Corpus:
-    """Read a corpus.
+    """Return a corpus, read.
 
     Args:
         source: ``stdlib`` for the Python sources that every Python carries (with the texts of
@@ -132,8 +134,26 @@ def load_corpus(source: str) -> Corpus:
     )
 
 
+def check_same_data(corpus: Corpus, recorded: Mapping[str, Any] | None) -> None:
+    """Refuse to go on with other bytes than the run was started with.
+
+    Args:
+        corpus: the bytes now.
+        recorded: settings of the run that is resumed, or None for a new one.
+
+    Raises:
+        TrainingError: the digests differ.
+    """
+    if recorded is not None and recorded["data_sha256"] != corpus.sha256:
+        raise TrainingError(
+            f"the run was started with data {recorded['data']!r} of {recorded['data_bytes']} bytes with SHA-256 "
+            f"{recorded['data_sha256'][:12]}... and cannot go on with data {corpus.source!r} of "
+            f"{corpus.data_N.numel()} bytes with SHA-256 {corpus.sha256[:12]}..."
+        )
+
+
 def split_corpus(corpus: Corpus, context: int) -> Split:
-    """Cut a corpus into training and validation bytes.
+    """Return a corpus cut into training and validation bytes.
 
     Blocks of 64 KiB, every tenth of them for validation. A corpus of fewer than ten such blocks has blocks of
     a tenth of its length, or of one context where that is longer; the last block is then the validation. The
@@ -177,7 +197,7 @@ def split_corpus(corpus: Corpus, context: int) -> Split:
 def training_batch(
     corpus: Corpus, split: Split, *, batch: int, context: int, seed: int, micro_step: int
 ) -> torch.Tensor:
-    """The windows of one micro-batch, drawn with replacement from every offset of the training bytes.
+    """Return the windows of one micro-batch, drawn with replacement from every offset of the training bytes.
 
     A pure function of (seed, micro_step): the offsets are SHAKE-256 of the two, 63 bits a window.
 
@@ -198,7 +218,7 @@ def training_batch(
 
 
 def validation_windows(corpus: Corpus, split: Split, *, count: int, context: int) -> torch.Tensor:
-    """The fixed windows a run is judged by, spread evenly over the validation bytes; the same for every seed.
+    """Return the fixed windows that a run is judged by, spread evenly over the validation bytes; the same for every seed.
 
     Args:
         corpus, split: the bytes and how they are cut.
@@ -228,7 +248,7 @@ def _read(path: Path) -> bytes:
 
 
 def _walk(root: Path, skipped: frozenset[str] = frozenset()) -> list[Path]:
-    """Regular files under a folder, sorted by the bytes of their relative path."""
+    """Return the regular files under a folder, sorted by the bytes of their relative path."""
 
     def refuse(error: OSError) -> None:
         raise TrainingError(

@@ -15,7 +15,7 @@ NATS_PER_BIT = math.log(2)
 
 
 def validation_bpb(model: ArbModel, windows_WT: torch.Tensor, *, batch: int, device: str) -> float | None:
-    """Mean bits per predicted byte over all windows.
+    """Return the mean bits per predicted byte over all windows.
 
     Args:
         model: its weights are only read.

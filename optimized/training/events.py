@@ -1,4 +1,4 @@
-"""A TensorBoard event file: scalars and histograms of a run, under tags that put kinds side by side."""
+"""The TensorBoard event file of a run: scalars and histograms, under tags that put kinds side by side."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ def tagged(values: Mapping[str, Any]) -> Iterator[tuple[str, float | int | Histo
                         yield f"exponent_{part}/{of}", number[part]
                 elif what == "load":
                     yield f"expert_load/{of}", list(enumerate(number))
-                elif what not in ("weights", "codes"):  # these never change
+                # Sizes never change.
+                elif what not in ("weights", "codes"):
                     yield f"{prefix}{what}/{of}", number
 
 
@@ -85,7 +86,8 @@ def _fill(message: Any, histogram: Histogram) -> None:
     message.sum = sum(number * count for number, count in histogram)
     message.sum_squares = sum(number * number * count for number, count in histogram)
     counts = dict(histogram)
-    message.bucket_limit.append(numbers[0] - 0.5)  # the first bucket is all that is below
+    # The first bucket is all that is below.
+    message.bucket_limit.append(numbers[0] - 0.5)
     message.bucket.append(0)
     for number in range(numbers[0], numbers[-1] + 1):
         message.bucket_limit.append(number + 0.5)

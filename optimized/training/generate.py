@@ -35,7 +35,7 @@ def generate(
     context: int | None = None,
     cuda_graph: bool = False,
 ) -> bytes:
-    """Continue a prompt: `generate_batch` of one."""
+    """Return the continuation of a prompt: `generate_batch` of one."""
     [added] = generate_batch(
         model,
         [prompt],
@@ -71,7 +71,8 @@ def generate_batch(
         prompts: bytes to continue; may be empty.
         num_bytes: how many bytes to add to each, at least 0.
         temperature: 0 takes the likeliest byte (the lowest of several); otherwise logits are divided by it.
-        seeds: of the CPU generators that draw, one a prompt; the same seed gives the same bytes on the same device.
+        seeds: of the CPU generators that draw, one a prompt; the same seed gives the same bytes on the same device. At
+            temperature 0 nothing is drawn.
         context: bytes at the end of a prompt that are read, at least 3; None: all.
         cuda_graph: whether steps are recorded and replayed, see `recording.records`; the bytes are the same.
 
@@ -101,7 +102,8 @@ def generate_batch(
                 for prompt, draw in zip(prompts, draws, strict=True)
             ]
         )
-        ledger.reserve(num_bytes - 1)  # so that a step is recorded once
+        # With all the room it will need, a step is recorded once.
+        ledger.reserve(num_bytes - 1)
         reader = RecordedReader(model, ledger) if cuda_graph else Reader(model, ledger)
         choose = _chooser(draws)
         for _ in range(num_bytes - 1):
@@ -114,7 +116,8 @@ def read_prompt(model: ArbModel, ids: list[int], *, choose: Callable[[Tensor], T
     ledger = model.new_ledger()
     device = next(model.buffers()).device
     for start in range(0, len(ids), PIECE):
-        ledger.retract()  # what was predicted after the piece before is known
+        # What was predicted after the piece before is known.
+        ledger.retract()
         piece_1T = torch.tensor([ids[start : start + PIECE]], dtype=torch.int64, device=device)
         is_last = start + PIECE >= len(ids)
         model(piece_1T, ledger=ledger, choose=choose if is_last else None)
@@ -122,14 +125,14 @@ def read_prompt(model: ArbModel, ids: list[int], *, choose: Callable[[Tensor], T
 
 
 def first_window(prompt: bytes) -> list[int]:
-    """The ids that the model sees first: the prompt, led by BOS and PAD where it is shorter than three bytes."""
+    """Return the ids that the model sees first: the prompt, led by BOS and PAD where it is shorter than three bytes."""
     missing = NGRAM - len(prompt)
     lead = [SPECIAL_IDS["PAD"]] * (missing - 1) + [SPECIAL_IDS["BOS"]] if missing > 0 else []
     return lead + list(prompt)
 
 
 def _chooser(draws: Sequence[Callable[[Tensor], int]]) -> Callable[[Tensor], Tensor]:
-    """What draws a byte for each sequence from logits [B, V]."""
+    """Return what draws a byte for each sequence from logits [B, V]."""
 
     def choose(logits_BV: Tensor) -> Tensor:
         bytes_BV = logits_BV[:, :NUM_BYTES].to("cpu", torch.float64)
@@ -141,7 +144,7 @@ def _chooser(draws: Sequence[Callable[[Tensor], int]]) -> Callable[[Tensor], Ten
 
 
 def _drawer(temperature: float, seed: int) -> Callable[[Tensor], int]:
-    """What draws a byte from its logits, with a generator of its own."""
+    """Return what draws a byte from its logits, with a generator of its own."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(logits_V: Tensor) -> int:

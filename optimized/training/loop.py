@@ -9,38 +9,35 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from arbitor.optimized.settings import values_vouched_for
-from arbitor.optimized.training import run_folder
 from arbitor.optimized.training.baselines import baseline_bpb
 from arbitor.optimized.training.census import Census
-from arbitor.optimized.training.checkpoint import check_fits, save_checkpoint, state_sha256
-from arbitor.optimized.training.checkpoint_folder import BEST, FINAL, CheckpointFolder
+from arbitor.optimized.training.checkpoint import check_fits, state_sha256
 from arbitor.optimized.training.data import (
-    Corpus,
-    Split,
+    check_same_data,
     load_corpus,
     split_corpus,
     training_batch,
     validation_windows,
 )
-from arbitor.optimized.training.defaults import trainer_defaults
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import NATS_PER_BIT, validation_bpb
 from arbitor.optimized.training.generate import generate
-from arbitor.optimized.training.monitor import METRICS, Monitor, read_metrics
+from arbitor.optimized.training.monitor import Monitor, read_metrics
+from arbitor.optimized.training.options import Settings, TrainOptions
 from arbitor.optimized.training.passes import Passes, RecordedPasses
-from arbitor.optimized.training.plan import Settings, TrainOptions, decide
+from arbitor.optimized.training.plan import decide, settings_config
 from arbitor.optimized.training.recording import records
-from arbitor.optimized.training.report import LOSS_PLOT, REPORT, plot_loss, write_report
-from arbitor.optimized.training.resume import Found, check_data, look_into
+from arbitor.optimized.training.report import plot_loss, write_report
+from arbitor.optimized.training.run_folder import Found, RunFolder
 from arbitor.optimized.training.runtime import (
     Runtime,
     Stopped,
@@ -52,17 +49,16 @@ from arbitor.optimized.training.runtime import (
 )
 from arbitor.optimized.training.schedule import rate
 from arbitor.reference.audit import audit
+from arbitor.reference.graph import ArbModel
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from arbitor.reference.graph import ArbModel
 
 MAX_SKIPPED_IN_A_ROW = 100
 """Micro-batches without a finite loss after which a run gives up."""
 
 SAMPLE_PROMPT_BYTES = 48
-"""How much of the validation bytes the sample at the end continues."""
+"""How many of the validation bytes the sample at the end continues."""
 
 SAMPLE_TEMPERATURE = 0.8
 """Temperature of the sample at the end."""
@@ -104,54 +100,6 @@ class Progress:
     faulty_rows: int = 0
 
 
-@dataclass
-class _Run:
-    """All that the steps of a run work with."""
-
-    settings: Settings
-    runtime: Runtime
-    model: ArbModel
-    passes: Passes
-    corpus: Corpus
-    split: Split
-    windows_WT: torch.Tensor
-    baselines: Mapping[str, float]
-    census: Census
-    monitor: Monitor
-    request: StopRequest
-    folder: Path | None
-    store: CheckpointFolder | None
-    metadata: dict[str, Any]
-    step: int = 0
-    best_bpb: float | None = None
-    val_bpb: float | None = None
-    progress: Progress = field(default_factory=Progress)
-    clock: float = 0.0
-    saved: tuple[int, str] | None = None  # step and state_sha256 of the newest checkpoint
-
-    def count_time(self) -> None:
-        now = time.monotonic()
-        self.progress.seconds += now - self.clock
-        self.clock = now
-
-    def checkpoint_metadata(self) -> dict[str, Any]:
-        self.count_time()
-        progress = {**asdict(self.progress), "faulty_rows": self.faulty_rows()}
-        state = {"step": self.step, "best_bpb": self.best_bpb, "progress": progress}
-        return {**self.metadata, **state}
-
-    def rate(self, step: int) -> float:
-        settings = self.settings
-        return rate(step, settings.steps, theta=self.model.config.theta, accum=settings.accum)
-
-    def faulty_rows(self) -> int:
-        return self.progress.faulty_rows + int(self.model.voting.faults)
-
-    def save_latest(self) -> None:
-        if self.store is not None:
-            self.saved = self.step, self.store.save_latest(self.model.state(), **self.checkpoint_metadata())
-
-
 def train(options: TrainOptions, *, console: Console | None = None) -> TrainResult:
     """Train a model, or go on with a run, and write its folder.
 
@@ -168,279 +116,368 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
         TrainingError: anything the user can act on: data, folder, checkpoint, device, disk, a loss that stays
             not finite.
         Stopped: a signal asked for it.
-        ValueError: a setting is out of range.
+        TypeError, ValueError: a setting is out of range, or nothing would read it.
+    """
+    with opened(options, console) as run:
+        run.take_steps()
+        return run.finish()
+
+
+@contextmanager
+def opened(options: TrainOptions, console: Console | None) -> Iterator[Run]:
+    """Open a run until the end of the block: new, or where its folder says that it has come.
+
+    A folder is created only when nothing can be refused any more.
+
+    Args:
+        options, console: as for `train`.
+
+    Raises:
+        TrainingError, ValueError: as `train`.
     """
     if options.resume and options.run is None:
         raise ValueError("run is not set, but must name the folder of the run to resume")
-    folder = options.run
-    if folder is None and options.save:
-        folder = run_folder.new_run_folder(Path(options.preset or "tiny").stem)
     with ExitStack() as stack:
         request = stack.enter_context(StopRequest().listening())
+        folder = _folder(options)
         found = Found()
-        if options.resume and folder is not None:
-            stack.enter_context(run_folder.owned(folder))
-            found = look_into(folder)
+        if folder is not None and options.resume:
+            stack.enter_context(folder.owned())
+            found = folder.find()
         elif folder is not None:
-            run_folder.refuse_other_run(folder)
+            folder.refuse_other_run()
         settings = decide(options, found.settings)
         runtime = choose_runtime(settings.device, settings.backend, settings.dtype)
         stack.enter_context(deterministic((found.settings or {}).get("threads")))
         stack.enter_context(values_vouched_for())
-        corpus = load_corpus(settings.data)
-        check_data(corpus, settings, found.settings)
-        split = split_corpus(corpus, settings.context)
-        windows_WT = validation_windows(corpus, split, count=settings.eval_windows, context=settings.context)
-        model, config = _build(settings, runtime)
-        record = records(settings.cuda_graph, runtime, vote_rule=model.config.vote_rule)
-        if found.checkpoint is not None:
-            check_fits(found.checkpoint, config, model)
-            model.load_state(found.checkpoint.state)
-        if folder is not None and not options.resume:  # created only now that nothing can be refused any more
-            stack.enter_context(run_folder.owned(folder))
-            run_folder.refuse_other_run(folder)
-            found.store = CheckpointFolder(folder)
-        settings = replace(
+        run = Run(settings, runtime, found, request)
+        if folder is not None and not options.resume:
+            stack.enter_context(folder.owned())
+            folder.refuse_other_run()
+        run.begin(folder, saves=options.save, console=console)
+        stack.callback(run.monitor.close)
+        yield run
+
+
+def _folder(options: TrainOptions) -> RunFolder | None:
+    """Return the folder of a run, which may not be there yet, or None where nothing is written."""
+    if options.run is not None:
+        return RunFolder(options.run)
+    return RunFolder.new(Path(options.preset or "tiny").stem) if options.save else None
+
+
+class Run:
+    """A run under way: what its steps work with, and how far it has come.
+
+    Attributes:
+        settings: of the run, the runtime's choices among them.
+        model: what learns.
+        step: steps taken.
+        val_bpb: bits per byte of the newest validation of this process, or None.
+        best_bpb: the lowest of all validations after step 0, or None.
+        progress: counters.
+        saved: step and ``state_sha256`` of the newest checkpoint of this process, or None.
+    """
+
+    def __init__(self, settings: Settings, runtime: Runtime, found: Found, request: StopRequest) -> None:
+        """Read the data and build the model, or load it. Nothing is written.
+
+        Args:
+            settings: of the run, decided.
+            runtime: where it runs, as the settings say.
+            found: what to go on from.
+            request: to stop.
+
+        Raises:
+            TrainingError, ValueError: as `train`.
+        """
+        self.settings = replace(
             settings,
             device=runtime.device,
             backend=runtime.backend,
             dtype=str(runtime.dtype).removeprefix("torch."),
         )
-        recorded = {
-            **settings.as_json(),
-            "data_bytes": corpus.data_N.numel(),
-            "data_sha256": corpus.sha256,
+        self.runtime = runtime
+        self.request = request
+        self.found = found
+
+        self.corpus = load_corpus(settings.data)
+        check_same_data(self.corpus, found.settings)
+        self.split = split_corpus(self.corpus, settings.context)
+        self.windows_WT = validation_windows(
+            self.corpus, self.split, count=settings.eval_windows, context=settings.context
+        )
+        self.baselines = baseline_bpb(self.corpus, self.split.train, self.windows_WT)
+
+        config = settings_config(settings)
+        self.config = json.loads(config.to_json())
+        self.model = ArbModel(
+            config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=settings.seed
+        )
+        self.step = 0
+        self.val_bpb: float | None = None
+        self.best_bpb: float | None = None
+        self.progress = Progress()
+        self.saved: tuple[int, str] | None = None
+        self.recorded = records(settings.cuda_graph, runtime, vote_rule=config.vote_rule)
+        if found.checkpoint is not None:
+            check_fits(found.checkpoint, self.config, self.model)
+            self.model.load_state(found.checkpoint.state)
+            self.step = found.checkpoint.step
+            self.best_bpb = found.checkpoint.best_bpb
+            self.progress = Progress(**found.checkpoint.progress)
+        self.passes = RecordedPasses(self.model) if self.recorded else Passes(self.model)
+        self.census = Census(self.model)
+        self.document = {
+            **self.settings.as_json(),
+            "data_bytes": self.corpus.data_N.numel(),
+            "data_sha256": self.corpus.sha256,
             "threads": torch.get_num_threads(),
         }
+
+    def begin(self, folder: RunFolder | None, *, saves: bool, console: Console | None) -> None:
+        """Write how the run is started, and begin to report.
+
+        Args:
+            folder: of the run, created and owned; or None to write nothing.
+            saves: whether checkpoints are written to it.
+            console: as for `train`.
+
+        Raises:
+            TrainingError: a file cannot be written.
+        """
+        self.folder = folder
+        self.store = folder if saves else None
         if folder is not None:
-            document = {"model": config, "run": recorded, "versions": versions()}
-            run_folder.write_json(folder / run_folder.CONFIG, document)
-        checkpoint = found.checkpoint
-        start = checkpoint.step if checkpoint is not None else 0
-        monitor = Monitor(folder, steps=settings.steps, start_step=start, console=console)
-        stack.callback(monitor.close)
-        for warning in found.warnings:
-            monitor.warn(warning)
-        if found.note:
-            monitor.say(found.note)
-        run = _Run(
-            settings=settings,
-            runtime=runtime,
-            model=model,
-            passes=RecordedPasses(model) if record else Passes(model),
-            corpus=corpus,
-            split=split,
-            windows_WT=windows_WT,
-            baselines=baseline_bpb(corpus, split.train, windows_WT),
-            census=Census(model),
-            monitor=monitor,
-            request=request,
-            folder=folder,
-            store=found.store if options.save else None,
-            metadata={"config": config, "seed": settings.seed, "run": recorded},
-            clock=time.monotonic(),
-        )
-        if checkpoint is not None:
-            run.step = checkpoint.step
-            run.best_bpb = checkpoint.best_bpb
-            run.progress = Progress(**checkpoint.progress)
+            folder.write_config({"model": self.config, "run": self.document, "versions": versions()})
+        self.monitor = Monitor(folder, steps=self.settings.steps, start_step=self.step, console=console)
+        for warning in self.found.warnings:
+            self.monitor.warn(warning)
+        if self.found.note:
+            self.monitor.say(self.found.note)
+        self.clock = time.monotonic()
+
+    def take_steps(self) -> None:
+        """Take every step that is left.
+
+        Raises:
+            Stopped, TrainingError: as `train`; the page of the run shows how far it has come.
+        """
         try:
-            _steps(run)
+            self._take_steps()
         except (Stopped, TrainingError):
             # What ended the run says more than why its report can't be had, whatever that is.
             with suppress(Exception):
-                run.count_time()
-                _report(run)
+                self._count_time()
+                self._report()
             raise
-        return _finish(run)
 
+    def finish(self) -> TrainResult:
+        """Write what remains of a run: the final checkpoint, sample, summary and pictures.
 
-def _build(settings: Settings, runtime: Runtime) -> tuple[ArbModel, dict[str, Any]]:
-    from arbitor.reference.graph import ArbModel
-
-    config = settings.model_config()
-    model = ArbModel(
-        config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=settings.seed
-    )
-    return model, json.loads(config.to_json())
-
-
-def _steps(run: _Run) -> None:
-    """Take every step that is left."""
-    settings = run.settings
-    if run.step == 0:
-        _validate(run)
-        run.monitor.log(0, {"val_bpb": run.val_bpb})
-        run.save_latest()  # so that there is a previous one from the first save on, and a full disk shows at once
-    logged_at, logged_step = time.monotonic(), run.step
-    while run.step < settings.steps:
-        _stop_if_asked(run)
-        now_logging = (run.step + 1) % settings.log_interval == 0 or run.step + 1 == settings.steps
-        counted = _step(run, measured=now_logging)
-        run.step += 1
-        run.monitor.advance(run.step)
-        now_validating = run.step % settings.eval_interval == 0 or run.step == settings.steps
-        values: dict[str, Any] = {}
-        if counted is not None:
-            seconds = time.monotonic() - logged_at
-            taken = (run.step - logged_step) * settings.accum * settings.batch * settings.context
-            values = {
-                "train_bpb": run.progress.nats / run.progress.losses / NATS_PER_BIT
-                if run.progress.losses
-                else None,
-                "rate": run.rate(run.step - 1),
-                "flip_rate": counted.pop("flip_rate"),
-                "tokens_per_second": taken / seconds if seconds > 0 else None,
-                "seconds": run.progress.seconds + time.monotonic() - run.clock,
-                "skipped": run.progress.skipped,
-                "faulty_rows": run.faulty_rows(),
-            }
-            run.progress.nats, run.progress.losses = 0.0, 0
-        if now_validating:
-            _validate(run)
-            values["val_bpb"] = run.val_bpb
-        if values:
-            run.monitor.log(run.step, {**values, **(counted or {})})
-        if now_logging:
-            logged_at, logged_step = time.monotonic(), run.step
-        if run.step % settings.save_interval == 0 or run.step == settings.steps:
-            run.save_latest()
-
-
-def _step(run: _Run, *, measured: bool) -> dict[str, Any] | None:
-    """Take one step: a vote from every micro-batch, then the step rule. Returns the census of it, if asked for."""
-    settings, progress = run.settings, run.progress
-    step_rate = run.rate(run.step)
-    for micro_step in range(run.step * settings.accum, (run.step + 1) * settings.accum):
-        ids_BT = training_batch(
-            run.corpus,
-            run.split,
-            batch=settings.batch,
-            context=settings.context,
-            seed=settings.seed,
-            micro_step=micro_step,
+        Raises:
+            TrainingError: a file cannot be written.
+        """
+        if self.val_bpb is None:
+            self._validate()
+        state = self.model.state()
+        metadata = self._checkpoint_metadata()
+        if self.store is not None:
+            self.store.save_final(state, **metadata)
+        digest = state_sha256(state)
+        self.saved = self.step, digest
+        summary = self._summary(digest)
+        prompt = bytes(self.windows_WT[0, :SAMPLE_PROMPT_BYTES].tolist())
+        sample = generate(
+            self.model,
+            prompt,
+            self.settings.sample_bytes,
+            temperature=SAMPLE_TEMPERATURE,
+            seed=self.settings.seed,
+            context=self.settings.context,
+            cuda_graph=self.recorded,
         )
-        nats = run.passes.take(ids_BT, rate=step_rate, step=micro_step)
-        if nats is not None:
-            progress.nats += nats
-            progress.losses += 1
-            progress.skipped_in_a_row = 0
-            continue
-        progress.skipped += 1
-        progress.skipped_in_a_row += 1
-        if progress.skipped == 1:
-            run.monitor.warn(f"step {run.step + 1}: the loss is not finite, so this micro-batch is skipped")
-        if progress.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            raise TrainingError(
-                f"the loss was not finite in {MAX_SKIPPED_IN_A_ROW} micro-batches in a row, up to step "
-                f"{run.step + 1}; they changed nothing, and the run stops here"
+        if self.folder is not None:
+            self.folder.write_sample(prompt + sample)
+            self.folder.write_summary(summary)
+            plot_loss(self.folder.loss_plot, read_metrics(self.folder.metrics), self.baselines)
+            self._report()
+        self.monitor.close()
+        path = None if self.folder is None else self.folder.path
+        return TrainResult(summary=summary, prompt=prompt, sample=sample, folder=path)
+
+    def _take_steps(self) -> None:
+        settings, progress = self.settings, self.progress
+        if self.step == 0:
+            self._validate()
+            self.monitor.log(0, {"val_bpb": self.val_bpb})
+            # There is a previous one then from the first save on, and a full disk shows at once.
+            self._save_latest()
+        logged_at, logged_step = time.monotonic(), self.step
+        while self.step < settings.steps:
+            self._stop_if_asked()
+            now_logging = (self.step + 1) % settings.log_interval == 0 or self.step + 1 == settings.steps
+            counted = self._take_step(measured=now_logging)
+            self.step += 1
+            self.monitor.advance(self.step)
+            now_validating = self.step % settings.eval_interval == 0 or self.step == settings.steps
+            values: dict[str, Any] = {}
+            if counted is not None:
+                seconds = time.monotonic() - logged_at
+                taken = (self.step - logged_step) * settings.accum * settings.batch * settings.context
+                values = {
+                    "train_bpb": progress.nats / progress.losses / NATS_PER_BIT if progress.losses else None,
+                    "rate": self._rate(self.step - 1),
+                    "flip_rate": counted.pop("flip_rate"),
+                    "tokens_per_second": taken / seconds if seconds > 0 else None,
+                    "seconds": progress.seconds + time.monotonic() - self.clock,
+                    "skipped": progress.skipped,
+                    "faulty_rows": self._faulty_rows(),
+                }
+                progress.nats, progress.losses = 0.0, 0
+            if now_validating:
+                self._validate()
+                values["val_bpb"] = self.val_bpb
+            if values:
+                self.monitor.log(self.step, {**values, **(counted or {})})
+            if now_logging:
+                logged_at, logged_step = time.monotonic(), self.step
+            if self.step % settings.save_interval == 0 or self.step == settings.steps:
+                self._save_latest()
+
+    def _take_step(self, *, measured: bool) -> dict[str, Any] | None:
+        """Take one step: votes from every micro-batch, then the step rule. Return the census of it, if asked for."""
+        settings, progress = self.settings, self.progress
+        step_rate = self._rate(self.step)
+        for micro_step in range(self.step * settings.accum, (self.step + 1) * settings.accum):
+            ids_BT = training_batch(
+                self.corpus,
+                self.split,
+                batch=settings.batch,
+                context=settings.context,
+                seed=settings.seed,
+                micro_step=micro_step,
             )
-    if not measured:
-        run.model.step()
-        return None
-    run.census.before_step()
-    run.model.step()
-    return run.census.after_step()
+            nats = self.passes.take(ids_BT, rate=step_rate, step=micro_step)
+            if nats is not None:
+                progress.nats += nats
+                progress.losses += 1
+                progress.skipped_in_a_row = 0
+                continue
+            progress.skipped += 1
+            progress.skipped_in_a_row += 1
+            if progress.skipped == 1:
+                self.monitor.warn(
+                    f"step {self.step + 1}: the loss is not finite, so this micro-batch is skipped"
+                )
+            if progress.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                raise TrainingError(
+                    f"the loss was not finite in {MAX_SKIPPED_IN_A_ROW} micro-batches in a row, up to step "
+                    f"{self.step + 1}; they changed nothing, and the run stops here"
+                )
+        if not measured:
+            self.model.step()
+            return None
+        self.census.before_step()
+        self.model.step()
+        return self.census.after_step()
 
+    def _validate(self) -> None:
+        """Measure the model, and keep it where it is the best so far. The untrained model is no candidate."""
+        self.val_bpb = validation_bpb(
+            self.model, self.windows_WT, batch=self.settings.batch, device=self.runtime.device
+        )
+        better = self.val_bpb is not None and (self.best_bpb is None or self.val_bpb < self.best_bpb)
+        if better and self.step > 0:
+            self.best_bpb = self.val_bpb
+            if self.store is not None:
+                self.store.save_best(self.model.state(), **self._checkpoint_metadata())
 
-def _validate(run: _Run) -> None:
-    """Measure the model, and keep it where it is the best so far."""
-    run.val_bpb = validation_bpb(
-        run.model, run.windows_WT, batch=run.settings.batch, device=run.runtime.device
-    )
-    better = run.val_bpb is not None and (run.best_bpb is None or run.val_bpb < run.best_bpb)
-    if better and run.step > 0:
-        run.best_bpb = run.val_bpb
-        if run.store is not None and run.folder is not None:
-            path = run.folder / BEST
-            save_checkpoint(path, run.model.state(), **run.checkpoint_metadata())
+    def _save_latest(self) -> None:
+        if self.store is not None:
+            digest = self.store.save_latest(self.model.state(), **self._checkpoint_metadata())
+            self.saved = self.step, digest
 
+    def _stop_if_asked(self) -> None:
+        if self.request.signal_number is None:
+            return
+        name = signal.Signals(self.request.signal_number).name
+        done = f"stopped by {name} after step {self.step} of {self.settings.steps}"
+        if self.store is None:
+            raise Stopped(self.request.signal_number, f"{done}; nothing was saved")
+        self._save_latest()
+        raise Stopped(self.request.signal_number, f"{done}; the checkpoint is written, go on with --resume")
 
-def _stop_if_asked(run: _Run) -> None:
-    if run.request.signal_number is None:
-        return
-    name = signal.Signals(run.request.signal_number).name
-    done = f"stopped by {name} after step {run.step} of {run.settings.steps}"
-    if run.store is None:
-        raise Stopped(run.request.signal_number, f"{done}; nothing was saved")
-    run.save_latest()
-    raise Stopped(run.request.signal_number, f"{done}; the checkpoint is written, go on with --resume")
+    def _rate(self, step: int) -> float:
+        settings = self.settings
+        return rate(step, settings.steps, theta=self.model.config.theta, accum=settings.accum)
 
+    def _faulty_rows(self) -> int:
+        return self.progress.faulty_rows + int(self.model.voting.faults)
 
-def _report(run: _Run) -> None:
-    """Draw the page of a run that has lines of metrics, as far as it has come."""
-    metrics = read_metrics(run.folder / METRICS) if run.folder is not None else []
-    if run.folder is None or not metrics:
-        return
-    settings, made_of = run.settings, audit(run.model.config)
-    tokens = run.step * settings.accum * settings.batch * settings.context
-    facts = {
-        "preset": settings.preset,
-        "weights": f"{made_of.weights:,}",
-        "state": f"{made_of.canonical_bytes:,} bytes",
-        "tables": f"{sum(table.bytes for table in made_of.tables):,} bytes",
-        "steps": f"{run.step:,} of {settings.steps:,}",
-        "tokens": f"{tokens:,} bytes read",
-        "time": f"{run.progress.seconds:,.0f} s",
-        "validation": "not measured" if run.val_bpb is None else f"{run.val_bpb:.4f} bpb",
-        "best": "not measured" if run.best_bpb is None else f"{run.best_bpb:.4f} bpb",
-        "seed": f"{settings.seed}",
-        "data": f"{Path(settings.data).name} ({run.corpus.data_N.numel():,} bytes)",
-        "device": f"{settings.device}, {settings.backend}, {settings.dtype}",
-    }
-    if run.saved is not None and run.saved[0] == run.step:
-        facts["state_sha256"] = run.saved[1]
-    write_report(
-        run.folder / REPORT,
-        metrics,
-        facts,
-        baselines=run.baselines,
-        steps=settings.steps,
-        planned_rate=run.rate,
-    )
+    def _count_time(self) -> None:
+        now = time.monotonic()
+        self.progress.seconds += now - self.clock
+        self.clock = now
 
+    def _checkpoint_metadata(self) -> dict[str, Any]:
+        self._count_time()
+        return {
+            "config": self.config,
+            "seed": self.settings.seed,
+            "run": self.document,
+            "step": self.step,
+            "best_bpb": self.best_bpb,
+            "progress": {**asdict(self.progress), "faulty_rows": self._faulty_rows()},
+        }
 
-def _finish(run: _Run) -> TrainResult:
-    """Write what remains of a run: the final checkpoint, summary, plots and sample."""
-    settings, runtime = run.settings, run.runtime
-    if run.val_bpb is None:
-        _validate(run)
-    state = run.model.state()
-    metadata = run.checkpoint_metadata()
-    if run.store is not None and run.folder is not None:
-        save_checkpoint(run.folder / FINAL, state, **metadata)
-    digest = state_sha256(state)
-    run.saved = run.step, digest
-    summary = {
-        "preset": settings.preset,
-        "weights": audit(run.model.config).weights,
-        "val_bpb": run.val_bpb,
-        "best_bpb": run.best_bpb,
-        "baselines": dict(run.baselines),
-        "steps": run.step,
-        "seconds": round(run.progress.seconds, 3),
-        "state_sha256": digest,
-        "skipped": run.progress.skipped,
-        "faulty_rows": run.faulty_rows(),
-        "recorded_passes": isinstance(run.passes, RecordedPasses),
-        **{name: value for name, value in run.metadata["run"].items() if name not in ("preset", "steps")},
-        "device_name": device_name(runtime),
-        "versions": versions(),
-    }
-    prompt = bytes(run.windows_WT[0, :SAMPLE_PROMPT_BYTES].tolist())
-    sample = generate(
-        run.model,
-        prompt,
-        trainer_defaults(run.model.config.name).sample_bytes,
-        temperature=SAMPLE_TEMPERATURE,
-        seed=settings.seed,
-        context=settings.context,
-        cuda_graph=isinstance(run.passes, RecordedPasses),
-    )
-    if run.folder is not None:
-        run_folder.write_file(run.folder / run_folder.SAMPLE, prompt + sample)
-        run_folder.write_json(run.folder / run_folder.SUMMARY, summary)
-        plot_loss(run.folder / LOSS_PLOT, read_metrics(run.folder / METRICS), run.baselines)
-        _report(run)
-    run.monitor.close()
-    return TrainResult(summary=summary, prompt=prompt, sample=sample, folder=run.folder)
+    def _summary(self, digest: str) -> dict[str, Any]:
+        """Return what ``summary.json`` holds, of a model with this ``state_sha256``."""
+        return {
+            "preset": self.settings.preset,
+            "weights": audit(self.model.config).weights,
+            "val_bpb": self.val_bpb,
+            "best_bpb": self.best_bpb,
+            "baselines": dict(self.baselines),
+            "steps": self.step,
+            "seconds": round(self.progress.seconds, 3),
+            "state_sha256": digest,
+            "skipped": self.progress.skipped,
+            "faulty_rows": self._faulty_rows(),
+            "recorded_passes": self.recorded,
+            **{name: value for name, value in self.document.items() if name not in ("preset", "steps")},
+            "device_name": device_name(self.runtime),
+            "versions": versions(),
+        }
+
+    def _report(self) -> None:
+        """Draw the page of a run that has lines of metrics, as far as it has come."""
+        metrics = read_metrics(self.folder.metrics) if self.folder is not None else []
+        if self.folder is None or not metrics:
+            return
+        settings, made_of = self.settings, audit(self.model.config)
+        tokens = self.step * settings.accum * settings.batch * settings.context
+        facts = {
+            "preset": settings.preset,
+            "weights": f"{made_of.weights:,}",
+            "state": f"{made_of.canonical_bytes:,} bytes",
+            "tables": f"{sum(table.bytes for table in made_of.tables):,} bytes",
+            "steps": f"{self.step:,} of {settings.steps:,}",
+            "tokens": f"{tokens:,} bytes read",
+            "time": f"{self.progress.seconds:,.0f} s",
+            "validation": "not measured" if self.val_bpb is None else f"{self.val_bpb:.4f} bpb",
+            "best": "not measured" if self.best_bpb is None else f"{self.best_bpb:.4f} bpb",
+            "seed": f"{settings.seed}",
+            "data": f"{Path(settings.data).name} ({self.corpus.data_N.numel():,} bytes)",
+            "device": f"{settings.device}, {settings.backend}, {settings.dtype}",
+        }
+        if self.saved is not None and self.saved[0] == self.step:
+            facts["state_sha256"] = self.saved[1]
+        write_report(
+            self.folder.report,
+            metrics,
+            facts,
+            baselines=self.baselines,
+            steps=settings.steps,
+            planned_rate=self._rate,
+        )

@@ -15,13 +15,12 @@ from typing import IO, TYPE_CHECKING, Any
 
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.events import EventFile
+from arbitor.optimized.training.run_folder import RunFolder
+from arbitor.optimized.training.whole_file import write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
-
-METRICS = "metrics.jsonl"
-"""File name in the run folder."""
 
 
 class Monitor:
@@ -32,7 +31,7 @@ class Monitor:
     """
 
     def __init__(
-        self, folder: Path | None, *, steps: int, start_step: int = 0, console: Console | None = None
+        self, folder: RunFolder | None, *, steps: int, start_step: int = 0, console: Console | None = None
     ) -> None:
         """Open the files of a run, cutting what a resumed run will report again.
 
@@ -55,12 +54,13 @@ class Monitor:
         self._progress: tuple[Progress, TaskID] | None = None
         if folder is not None:
             try:
-                last_kept = start_step if start_step > 0 else -1  # a run from step 0 reports that step again
-                cut_metrics(folder / METRICS, last_kept)
-                self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115
-                self._events = EventFile(folder, purge_step=last_kept + 1)
+                # A run from step 0 reports that step again.
+                last_kept = start_step if start_step > 0 else -1
+                cut_metrics(folder.metrics, last_kept)
+                self._metrics = open(folder.metrics, "a", encoding="utf-8")  # noqa: SIM115
+                self._events = EventFile(folder.path, purge_step=last_kept + 1)
             except OSError as error:
-                raise _write_error(folder, error) from error
+                raise _write_error(folder.path, error) from error
         if console is not None and console.is_terminal:
             self._progress = _progress_bar(console, steps, start_step)
 
@@ -122,7 +122,8 @@ class Monitor:
                 if file is not None:
                     file.close()
             except OSError:
-                continue  # the write that filled the disk has been reported already
+                # The write that filled the disk has been reported already.
+                continue
         self._metrics = self._events = None
 
     def _remaining(self, step: int) -> str:
@@ -146,17 +147,11 @@ def cut_metrics(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    write_whole(path, "".join(f"{line}\n" for line in kept).encode())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, in order; empty where there is no file."""
+    """Return the lines of a metrics file, in order; none where there is no file."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -166,7 +161,8 @@ def _progress_bar(console: Console, steps: int, start_step: int) -> tuple[Progre
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     bar = Progress(
-        BarColumn(bar_width=10),  # with all the numbers, a line still fits 80 columns
+        # With all the numbers, a line still fits 80 columns.
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
         TextColumn("{task.fields[numbers]}"),
         TextColumn("eta"),
@@ -179,7 +175,7 @@ def _progress_bar(console: Console, steps: int, start_step: int) -> tuple[Progre
 
 
 def _readable(values: Mapping[str, Any], gap: str = "  ") -> str:
-    """The numbers of a step as a reader wants them, in a fixed order."""
+    """Return the numbers of a step as a reader wants them, in a fixed order."""
     forms = (
         ("train_bpb", "bpb {:.3f}"),
         ("val_bpb", "val {:.3f}"),
@@ -190,7 +186,7 @@ def _readable(values: Mapping[str, Any], gap: str = "  ") -> str:
 
 
 def _step_of(line: str) -> float:
-    """The step that a line of metrics is about; infinity where the line is torn."""
+    """Return the step that a line of metrics is about; infinity where the line is torn."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):

@@ -7,16 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arbitor.optimized.training.kinds import KINDS
-from arbitor.optimized.training.run_folder import write_file
+from arbitor.optimized.training.census import KINDS
+from arbitor.optimized.training.whole_file import told, write_whole
 from arbitor.reference.constants import ACCUM_MAX
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-LOSS_PLOT, REPORT = "loss.png", "report.png"
-"""File names in the run folder."""
 
 PAGE_INCHES, PAGE_DPI = (17.0, 11.0), 100
 """Size of the page, and dots per inch: 1700 by 1100 points."""
@@ -106,7 +103,7 @@ def write_report(
 
 
 def _figure(inches: tuple[float, float], **options: Any) -> Figure:
-    """A figure that no display knows of."""
+    """Return a figure that no display knows of."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -119,11 +116,12 @@ def _write(path: Path, figure: Figure, *, dpi: int) -> None:
     """Render in memory, then write the file whole."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=dpi)
-    write_file(path, content.getvalue())
+    with told(repr(str(path))):
+        write_whole(path, content.getvalue())
 
 
 def _look(kind: str) -> dict[str, Any]:
-    """Colour and stroke of a kind: the same in every panel of every run."""
+    """Return colour and stroke of a kind: the same in every panel of every run."""
     place = KINDS.index(kind)
     return {"color": f"C{place % NUM_COLOURS}", "linestyle": "-" if place < NUM_COLOURS else "--"}
 
@@ -195,9 +193,8 @@ def _draw_kinds(
     first, last = lines[0]["step"], lines[-1]["step"]
     if drawn and logarithmic:
         axes.set_yscale("log")
-        if (
-            max(drawn) / min(drawn) < 10
-        ):  # at least a whole power of ten, so that there is a number on the axis
+        # At least a whole power of ten, so that there is a number on the axis.
+        if max(drawn) / min(drawn) < 10:
             axes.set_ylim(min(drawn) / 3, max(drawn) * 3)
     elif any(drawn):
         axes.set_ylim(bottom=0)
@@ -246,7 +243,8 @@ def _draw_codes(axes: Axes, lines: Metrics, kinds: Sequence[str]) -> None:
                 )
     for what, style in styles.items():
         axes.plot([], [], color="0.3", linestyle=style, linewidth=1.2, label=what)
-    axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the legend
+    # Room for the legend.
+    axes.set_ylim(0, 1.4 * axes.get_ylim()[1])
     axes.legend(fontsize=8, loc="upper right", ncols=2)
     _label(axes, "codes", xlabel="step", ylabel="% of the codebook")
 
@@ -264,7 +262,8 @@ def _draw_experts(axes: Axes, lines: Metrics, kinds: Sequence[str]) -> None:
                     *zip(*points, strict=True), color=_colour(i), linestyle=style, linewidth=1.2, label=label
                 )
     axes.axhline(1, color="0.6", linewidth=0.8)
-    axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the legend
+    # Room for the legend.
+    axes.set_ylim(0, 1.4 * axes.get_ylim()[1])
     axes.legend(fontsize=8, loc="upper right", ncols=2)
     _label(
         axes,

@@ -17,10 +17,8 @@ import torch
 
 from arbitor.optimized import settings
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.options import ROWS
 from arbitor.optimized.version import package_version
-
-DEVICES = ("auto", "cpu", "cuda")
-"""What ``--device`` takes."""
 
 OP_SETS = {"reference": "arbitor.reference.ops", "triton": "arbitor.optimized.ops"}
 """The op sets that a model can be built on, by name of the backend."""
@@ -41,7 +39,7 @@ class Runtime:
     dtype: torch.dtype
 
     def ops(self) -> ModuleType:
-        """The op set, imported."""
+        """Return the op set, imported."""
         return importlib.import_module(OP_SETS[self.backend])
 
     def synchronize(self) -> None:
@@ -88,7 +86,7 @@ class StopRequest:
 
 
 def choose_runtime(device: str = "auto", backend: str | None = None, dtype: str | None = None) -> Runtime:
-    """Decide where and how to run.
+    """Return where and how to run.
 
     A CPU takes the reference op set and float32; a GPU the Triton one and bfloat16. ``ARB_BACKEND`` changes
     the op set, ``backend`` overrides both. Triton on a CPU works only in Triton's interpreter.
@@ -100,15 +98,10 @@ def choose_runtime(device: str = "auto", backend: str | None = None, dtype: str 
 
     Raises:
         TrainingError: the device is not there, or the op set can't run on it.
-        ValueError: an unknown name, also in ``ARB_BACKEND``.
+        TypeError, ValueError: an unknown name, also in ``ARB_BACKEND``.
     """
-    for name, value, allowed in (
-        ("device", device, DEVICES),
-        ("backend", backend, (None, *settings.BACKENDS)),
-        ("dtype", dtype, (None, "float32", "bfloat16")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(str, allowed))}")
+    for name, value in (("device", device), ("backend", backend), ("dtype", dtype)):
+        ROWS[name].check(value)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -138,7 +131,8 @@ def deterministic(threads: int | None = None) -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     matmul = torch.backends.cuda.matmul
     reduced_before = matmul.allow_bf16_reduced_precision_reduction
-    matmul.allow_bf16_reduced_precision_reduction = False  # the specification sums in float32
+    # The specification sums in float32.
+    matmul.allow_bf16_reduced_precision_reduction = False
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if threads is not None:
         torch.set_num_threads(threads)
@@ -152,7 +146,7 @@ def deterministic(threads: int | None = None) -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
+    """Return the versions that a result depends on."""
     found = {"arbitor": package_version(), "python": platform.python_version(), "torch": torch.__version__}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         found["triton"] = importlib.metadata.version("triton")
@@ -160,5 +154,5 @@ def versions() -> dict[str, str]:
 
 
 def device_name(runtime: Runtime) -> str:
-    """The model of the device, for reports: the GPU's name, or the kind of CPU."""
+    """Return the model of the device, for reports: the GPU's name, or the kind of CPU."""
     return torch.cuda.get_device_name() if runtime.device == "cuda" else f"cpu ({platform.machine()})"

@@ -27,12 +27,13 @@ def rate(
     decay: float = DECAY_FRACTION,
     accum: int = 1,
 ) -> float:
-    """The ``rate`` argument of ``stochastic_votes`` in each micro-batch of a step.
+    """Return the ``rate`` argument of ``stochastic_votes`` in each micro-batch of a step.
 
-    Climbs linearly over the first 3 % of the steps, reaching ``gain * theta`` at the last of them; falls linearly
-    over the last ``decay`` of them, so that it would be 0 at ``step == steps``, where no step is taken any more. At rate 0
-    no vote is cast and nothing moves. Where a step has several micro-batches, each votes, as strongly as a whole batch would:
-    they share the rate as noise adds up, by the square root of their number.
+    The rate climbs linearly over the first 3 % of the steps and reaches ``gain * theta`` at the last of them. It falls linearly
+    over the last ``decay`` of all steps, and would be 0 at ``step == steps``, where no step is taken any more. At rate 0 no vote
+    is cast and nothing moves. Where a step has several micro-batches, each votes as strongly as a whole batch would. They share
+    the rate as noise adds up: it is divided by the square root of their number. Sign votes take their size from the loss, and
+    look at the rate only to see whether it is 0.
 
     Args:
         step: steps taken before this one, 0 to ``steps``.

@@ -67,7 +67,7 @@ def smoke(
     seed: int,
     passes: int = 2,
 ) -> SmokeReport:
-    """Build a model and run it on random bytes.
+    """Return what some passes of a new model on random bytes took.
 
     Args:
         config: what to build.
@@ -120,7 +120,8 @@ def _one_pass(
     update_seconds = None
     if backward:
         began = time.perf_counter()
-        peak = GAIN * model.config.theta  # as on the flat part of a run
+        # The rate of the flat part of a run.
+        peak = GAIN * model.config.theta
         voted = model.backward(losses, rate=peak, step=step)
         model.step()
         runtime.synchronize()

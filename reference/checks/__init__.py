@@ -12,6 +12,7 @@ from arbitor.reference.checks.arguments import (
     integer,
     mantissa_bits,
     matrix_shape,
+    normal_number,
     number,
     one_of,
     threshold,
@@ -33,6 +34,7 @@ from arbitor.reference.checks.experts import (
     expert_pair,
     expert_rows,
     expert_slots,
+    router,
     stacked_rows,
 )
 from arbitor.reference.checks.memory import ngrams, strength_rule, strengths_of
@@ -104,10 +106,12 @@ __all__ = [
     "neighbour_tables",
     "ngrams",
     "node_matrix",
+    "normal_number",
     "number",
     "one_of",
     "one_row",
     "out_weight",
+    "router",
     "row_ids",
     "row_values",
     "rows_of",

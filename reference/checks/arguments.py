@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+
 from arbitor.reference.constants import ACCUM_MAX, GROUP_SIZES, MANTISSA_BITS
 
 
@@ -51,6 +53,14 @@ def number(name: str, value: float, low: float, high: float, *, open_low: bool =
     if not finite or not low <= value <= high or (open_low and value == low):
         relation = "above" if open_low else "from"
         raise ValueError(f"{name} is {value}, but must be finite, {relation} {low} to {high}")
+
+
+def normal_number(name: str, value: float, dtype: torch.dtype) -> None:
+    """Refuse a positive number that is below the smallest normal number of a dtype, where it would lose bits or vanish."""
+    least = torch.finfo(dtype).smallest_normal
+    if value < least:
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(f"{name} is {value}, but must be at least {least}, the smallest normal {kind}")
 
 
 def threshold(name: str, value: int) -> None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from arbitor.reference.checks.arguments import integer
-from arbitor.reference.checks.tensors import FLOAT_DTYPES, dtype_in, same_device, same_dtype
+from arbitor.reference.checks.tensors import FLOAT_DTYPES, dtype_in, last_dim, same_device, same_dtype
 from arbitor.reference.checks.weights import Weight
+from arbitor.reference.constants import MAX_ROUTER_COLUMNS
 
 
 def expert_matrix(name: str, value: Tensor, allowed: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
@@ -30,6 +31,22 @@ def expert_pair(grad_MN: Tensor, x_MK: Tensor, allowed: Sequence[torch.dtype] = 
         raise ValueError(
             f"x_MK has shape {tuple(x_MK.shape)}, but must have as many slots as grad_MN, {tuple(grad_MN.shape)}"
         )
+
+
+def router(
+    x: Tensor, weight: Weight, top_k: int, packed: Tensor, allowed: Sequence[torch.dtype] = FLOAT_DTYPES
+) -> None:
+    """Refuse vectors that a router of one row an expert cannot read, or another number of experts than it can choose.
+
+    `packed` is a tensor of the weight, whose device the vectors must be on.
+    """
+    if weight.shape[1] > MAX_ROUTER_COLUMNS:
+        raise ValueError(
+            f"weight has shape {weight.shape}, but a router must have at most {MAX_ROUTER_COLUMNS} columns"
+        )
+    last_dim("x", x, weight.shape[1], allowed)
+    same_device(weight=packed, x=x)
+    integer("top_k", top_k, 1, weight.shape[0])
 
 
 def expert_slots(experts_M: Tensor, num_slots: int, **beside: Tensor) -> None:

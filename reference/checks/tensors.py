@@ -20,9 +20,15 @@ def names(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def is_tensor(name: str, value: object) -> Tensor:
-    """Refuse anything but a torch tensor."""
+    """Refuse anything but a torch tensor that lies in memory as it reads: not sparse, and with no sign left to flip."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}, but must be a torch.Tensor")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {value.layout}, but must be strided: call to_dense() first")
+    if value.is_neg():
+        raise ValueError(
+            f"{name} is a view whose sign torch has yet to flip, but must hold its values: call resolve_neg() first"
+        )
     return value
 
 
@@ -75,6 +81,7 @@ def same_shape(name: str, value: Tensor, other_name: str, other: Tensor) -> None
 
 def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """Refuse two tensors of different dtypes."""
+    is_tensor(name, value)
     if value.dtype != other.dtype:
         raise TypeError(
             f"{name} has dtype {names((value.dtype,))}, but must match {other_name}, {names((other.dtype,))}"

@@ -42,7 +42,7 @@ def vote_rate(rate: float | Tensor, *, values: bool = True) -> None:
         tensor("rate", rate, torch.float32, ())
         if not values or rate.device.type == "meta":
             return
-        rate = float(rate)
+        rate = float(rate.detach())
     number("rate", rate, 0.0, MAX_RATE)
 
 

@@ -108,7 +108,7 @@ class TernaryVQCodebook(TernaryEmbedding, TableModule):
             out=self.weight,
         )
         self.ops.age_codes(self.usage, **place, out=self.usage)
-        self.steps += 1
+        self.changed()
 
     def forget(self) -> None:
         """Drop the passes since the last step."""

@@ -8,6 +8,7 @@ Legend: B batch (sequences), T bytes, P positions of one pass, V vocabulary, K c
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Self
 
@@ -19,6 +20,7 @@ from arbitor.reference.config import NGRAM, VOCABULARY_SIZE, ArbConfig
 from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.graph.rotary import turns_at, with_turned_key
 from arbitor.reference.graph.scheduler import ContextAttentionScheduler, Seen
+from arbitor.reference.graph.state import Voting
 
 CONTEXT = NGRAM - 1
 """Bytes before a new one that its position reads."""
@@ -30,6 +32,9 @@ class KVLedger:
     A pass of the model is `begin`, the layers, `end`. A pass that raises in between leaves no trace: the next `begin`
     takes back what it had added. Where a pass writes does not depend on numbers of the host, but on two counters that lie
     where the rows do: a pass of one position that was recorded can be replayed for the next one (`replay`).
+
+    A ledger belongs to the model that first read it, as its weights and tables were then: `bind` refuses any other. A step
+    or a load makes it stale, and a stale ledger is to be made anew from its ids.
 
     Attributes:
         positions: positions that attention has read, of each sequence.
@@ -66,6 +71,9 @@ class KVLedger:
         self._first_B = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self._read_B = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self._pass: _Pass | None = None
+        # Whose rows these are. A weak reference, which a copy of the ledger shares and which keeps no model alive.
+        self._owner: weakref.ref[Voting] | None = None
+        self._version = 0
 
     def __len__(self) -> int:
         """Return the bytes of the longest transcript."""
@@ -88,6 +96,44 @@ class KVLedger:
         self._roll_back()
         self.lengths = [length - self.unread for length in self.lengths]
         self.unread = 0
+
+    def bind(self, voting: Voting, config: ArbConfig, *, device: torch.device, dtype: torch.dtype) -> None:
+        """Make this ledger that of a model, before a pass; refuse one that another model, or an earlier state of it, has read.
+
+        Args:
+            voting: what the weights of the model share, and its `version` of them.
+            config, device, dtype: of the model.
+
+        Raises:
+            ValueError: the model differs in config, device or dtype, or is another one than has read.
+            RuntimeError: the model was stepped or loaded since it read.
+        """
+        self._roll_back()
+        if self.config != config:
+            name = next(name for name, value in vars(config).items() if getattr(self.config, name) != value)
+            raise ValueError(
+                f"ledger is of a model with {name} {getattr(self.config, name)!r}, but this model has {getattr(config, name)!r}"
+            )
+        for name, own, other in (("device", self._first_B.device, device), ("dtype", self.dtype, dtype)):
+            if own != other:
+                raise ValueError(f"ledger has {name} {own}, but must have that of the model, {other}")
+        if not any(self.positions):
+            self._owner, self._version = weakref.ref(voting), voting.version
+        elif self._owner is None or self._owner() is not voting:
+            raise ValueError(
+                f"ledger holds what one model {self.config.name!r} has read, but is given to another model {config.name!r} "
+                "of the same config; make a new one from its ids"
+            )
+        self._check_current()
+
+    def _check_current(self) -> None:
+        """Refuse to go on with rows that the weights of now would not have made."""
+        voting = None if self._owner is None else self._owner()
+        if voting is not None and voting.version != self._version:
+            raise RuntimeError(
+                f"ledger holds what the model read at version {self._version} of its weights, but they are at version "
+                f"{voting.version} after a step or a load; make a new one from its ids"
+            )
 
     def begin(self, ids_BT: Tensor | None) -> Tensor:
         """Start a pass: append ids to the transcripts, and return all that is to be read, after the bytes before it.
@@ -127,9 +173,11 @@ class KVLedger:
     def replay(self) -> None:
         """Begin a pass over the one unread id whose work on the rows is done elsewhere: by a recorded pass. `end` must follow.
 
-        Raises ValueError where another number of ids is unread, or nothing was read before.
+        Raises ValueError where another number of ids is unread, or nothing was read before, and RuntimeError where the model
+        was stepped or loaded since it read.
         """
         self._roll_back()
+        self._check_current()
         if self.unread != 1 or not all(self.positions):
             raise ValueError(
                 f"the ledger has {self.unread} unread ids after {min(self.positions)} positions, but a replay must read one id "
@@ -190,6 +238,7 @@ class KVLedger:
         self._roll_back()
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.device)
         chosen = type(self)(self.config, len(index), device=self.device, dtype=self.dtype)
+        chosen._owner, chosen._version = self._owner, self._version
         chosen.lengths = [self.lengths[row] for row in rows]
         chosen.positions = [self.positions[row] for row in rows]
         chosen.unread = self.unread
@@ -202,7 +251,8 @@ class KVLedger:
     def stack(cls, ledgers: Sequence[KVLedger]) -> KVLedger:
         """Return one ledger of the sequences of several, side by side, on memory of its own.
 
-        Raises ValueError where they differ in config, dtype, device or unread ids, or only some were read.
+        Raises ValueError where they differ in config, dtype, device or unread ids, only some were read, or by different models
+        or states of a model.
         """
         first = ledgers[0]
         for each in ledgers:
@@ -215,7 +265,14 @@ class KVLedger:
                     )
             if any(other.positions) != any(first.positions):
                 raise ValueError("ledgers were read and not, but must both be empty or neither")
+            if any(first.positions) and other._owner != first._owner:
+                raise ValueError("ledgers were read by different models, but must belong to one")
+            if any(first.positions) and other._version != first._version:
+                raise ValueError(
+                    f"ledgers were read at versions {first._version} and {other._version} of a model's weights, but must agree"
+                )
         stacked = cls(first.config, sum(one.batch for one in ledgers), device=first.device, dtype=first.dtype)
+        stacked._owner, stacked._version = first._owner, first._version
         stacked.lengths = [length for one in ledgers for length in one.lengths]
         stacked.positions = [position for one in ledgers for position in one.positions]
         stacked.unread = first.unread

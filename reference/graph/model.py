@@ -229,6 +229,7 @@ class ArbModel(Stateful):
 
     def read(self, ids_BT: Tensor | None, ledger: KVLedger, **media: Any) -> Tensor:
         """Begin a pass as `forward` does, and return its logits; the `end` of the ledger must follow."""
+        self._bind(ledger)
         window_BT = ledger.begin(ids_BT)
         return self.byte_head(self._text(self.trunk(window_BT, ledger=ledger, **media), window_BT))
 
@@ -244,6 +245,8 @@ class ArbModel(Stateful):
             raise RuntimeError("respond was called, but the model must have a router: router_inner is 0")
         if ledger is None and ids_BT is None:
             raise ValueError("ids_BT is None, but must be bytes without a ledger")
+        if ledger is not None:
+            self._bind(ledger)
         with torch.no_grad():
             window_BT = ids_BT if ledger is None else ledger.begin(ids_BT)
             assert window_BT is not None
@@ -272,6 +275,11 @@ class ArbModel(Stateful):
         return KVLedger(
             self.config, batch, device=self.voting.faults.device, dtype=self.embedding.table.dtype
         )
+
+    def _bind(self, ledger: KVLedger) -> None:
+        """Make a ledger this model's, or refuse it."""
+        device, dtype = self.voting.faults.device, self.embedding.table.dtype
+        ledger.bind(self.voting, self.config, device=device, dtype=dtype)
 
     @staticmethod
     def _text(trunk: Trunk, ids_BT: Tensor) -> Tensor:

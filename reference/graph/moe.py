@@ -24,14 +24,16 @@ MODULATION_GAIN = 0.25
 class SharedProjectionMoE(TableModule):
     """A SwiGLU whose hidden vector the chosen experts modulate, each by a matrix of rank r.
 
-    Math:    h = silu(W_gate x) * (W_up x); m_e = B_e A_e x; p = softmax of the router's logits over the top k experts
-             y = W_down (h * (1 + sum over the top k of p_e m_e))
+    Math:    h = silu(W_gate x) * (W_up x); m_e = B_e A_e x; the k experts are those of `choose_experts`
+             p = softmax of the router's logits W_router x over the chosen; over all experts where one is chosen
+             y = W_down (h * (1 + sum over the chosen e of p_e m_e))
     Shapes:  [B, P, D] -> [B, P, D]
-    Ties:    of experts with equal logits, the one of lowest index is chosen
+    Ties:    of experts with equal rows, the one of lowest index is chosen
     Paths:   grouped, a slot for each of a position's k experts; or dense, a slot for each expert, those that a position did not
              choose with p_e = 0, for up to `dense_dispatch_max_tokens` positions. Of fixed shape both, and equal
     Tables:  load int64 [E], how often each expert was chosen in backward passes that voted
-    Source:  REFACTOR7 (dense dispatch), REFACTOR12 (grouped); docs/spec/experts.md, docs/spec/graph.md for 1 + m
+    Source:  REFACTOR7 (dense dispatch), REFACTOR12 (grouped); docs/spec/experts.md, docs/spec/graph.md for 1 + m; the share of
+             a single expert as in Fedus et al., "Switch Transformers", 2021
     """
 
     def __init__(self, context: GraphContext, *, output_gain: float = 1.0) -> None:
@@ -54,7 +56,8 @@ class SharedProjectionMoE(TableModule):
 
     def forward(self, x_BPD: Tensor) -> Tensor:
         """Return the output of the chosen experts."""
-        experts_BPk, shares_BPk = chosen_experts(self.router(x_BPD), self.top_k)
+        experts_BPk = self.ops.choose_experts(x_BPD.detach(), self.router.weight, top_k=self.top_k)
+        shares_BPk = chosen_shares(self.router(x_BPD), experts_BPk)
         x_MD = x_BPD.flatten(0, 1)
         modulation_MI = self.modulation(x_MD, experts_BPk.flatten(0, 1), shares_BPk.flatten(0, 1))
         h_BPI = F.silu(self.gate(x_BPD)) * self.up(x_BPD)
@@ -91,25 +94,23 @@ class SharedProjectionMoE(TableModule):
         return load_E / load_E.sum().clamp(min=1).to(torch.float64)
 
 
-def chosen_experts(logits_BPE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Return the experts of the `top_k` largest logits, int64 [B, P, k] in ascending order, and a softmax over their logits.
+def chosen_shares(logits_BPE: Tensor, experts_BPk: Tensor) -> Tensor:
+    """Return the shares of the chosen experts, [B, P, k] in the dtype of the router's logits.
 
-    Ties:    lowest index first
-    Returns: shares in the dtype of the logits; the softmax runs in float32 or better
+    Math:    k > 1: a softmax over the logits of the chosen, which adds up to 1
+             k = 1: the part of the one that is chosen in a softmax over the logits of all experts. A softmax over one
+             logit is 1, whatever the logit, and has no gradient: the router would learn nothing
+    Returns: the softmax runs in float32 or better
     """
-    order = logits_BPE.detach().sort(dim=-1, descending=True, stable=True).indices
-    experts_BPk = order[..., :top_k].sort(dim=-1).values
-    wide_BPk = widened(logits_BPE.gather(-1, experts_BPk))
-    return experts_BPk, wide_BPk.softmax(dim=-1).to(logits_BPE.dtype)
+    wide_BPE = widened(logits_BPE)
+    if experts_BPk.shape[-1] == 1:
+        shares_BPk = wide_BPE.softmax(dim=-1).gather(-1, experts_BPk)
+    else:
+        shares_BPk = wide_BPE.gather(-1, experts_BPk).softmax(dim=-1)
+    return shares_BPk.to(logits_BPE.dtype)
 
 
 def all_shares(experts_k: Tensor, shares_k: Tensor, num_experts: int) -> Tensor:
     """Return shares [..., k] of chosen experts as shares of all experts [..., E], zero for the others."""
     zeros = shares_k.new_zeros(*shares_k.shape[:-1], num_experts)
     return zeros.scatter(-1, experts_k, shares_k)
-
-
-def expert_shares(logits_BPE: Tensor, top_k: int) -> Tensor:
-    """Return each expert's share: a softmax over the `top_k` largest logits, zero for the others; see `chosen_experts`."""
-    experts_BPk, shares_BPk = chosen_experts(logits_BPE, top_k)
-    return all_shares(experts_BPk, shares_BPk, logits_BPE.shape[-1])

@@ -13,6 +13,7 @@ from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm
 from arbitor.reference.graph.moe import SharedProjectionMoE
 from arbitor.reference.graph.state import GraphContext, TableModule, used
+from arbitor.reference.ops.denoise import Halting
 
 LEAK_SHIFTS = (1, 2, 3, 4)
 """k of the channels, in turn: a channel keeps 1 - 2**-k of its state from one turn to the next."""
@@ -73,31 +74,15 @@ class RecurrentMoEGraph(MoEGraph, TableModule):
             return self.turn(e_BPD, nodes_BPD)
         shifts_D = self.get_buffer("leak_shifts")
         keep_D = (1 - torch.ldexp(torch.ones_like(shifts_D, dtype=torch.float32), -shifts_D)).to(e_BPD.dtype)
-        states, halts, h_BPD = [], [], e_BPD
+        halting, h_BPD = Halting(e_BPD, HALT_THRESHOLD), e_BPD
         for turn in range(self.max_turns):
             if turn:
                 h_BPD = e_BPD + keep_D * (h_BPD - e_BPD)
-            h_BPD = self.turn(h_BPD, nodes_BPD)
-            states.append(h_BPD)
-            if turn + 1 < self.max_turns:
-                halts.append(self.halt(self.halt_norm(h_BPD)).squeeze(-1))
-        shares_IBP = halting_shares(torch.stack(halts))
-        mean_BPD = sum(share[..., None] * h for share, h in zip(shares_IBP, states, strict=True))
-        return mean_BPD.to(e_BPD.dtype)
+            h_BPD = halting.live(self.turn(h_BPD, nodes_BPD))
+            is_last = turn + 1 == self.max_turns
+            h_BPD = halting.add(h_BPD, None if is_last else self.halt_probability(h_BPD))
+        return halting.mean.to(e_BPD.dtype)
 
-
-def halting_shares(logits: Tensor) -> Tensor:
-    """Return the share of each turn, for the halting logits of all turns but the last.
-
-    Math:    p = sigmoid(logits); with c_i = p_1 + .. + p_i: share_i = p_i while c_i < HALT_THRESHOLD, 1 - c_{i-1} at the
-             first turn where it is not, and at the last turn if there was none; 0 after that
-    Shapes:  [I - 1, ...] -> [I, ...], float32 or better, each >= 0; the sum over turns is 1
-    """
-    p_IBP = widened(logits).sigmoid()
-    shares, before = [], torch.zeros_like(p_IBP[0])
-    running = torch.ones_like(before)
-    for p in p_IBP:  # turn by turn, because a cumulative sum of floats has no deterministic form on CUDA
-        goes_on = running * (before + p < HALT_THRESHOLD)
-        shares.append(running * torch.where(goes_on > 0, p, 1 - before))
-        before, running = before + p, goes_on
-    return torch.stack([*shares, running * (1 - before)])
+    def halt_probability(self, h_BPD: Tensor) -> Tensor:
+        """Return each position's probability of halting after a turn, [B, P, 1] in float32 or better."""
+        return widened(self.halt(self.halt_norm(h_BPD))).sigmoid()

@@ -34,6 +34,7 @@ class Voting:
         size:   vote size of the `sign` rule, 1 .. 127.
         faults: int64 [], gradient rows so far that were not finite and cast no votes.
         dtype:  what gradients are made orthogonal in: bfloat16 if the activations are, else float32.
+        version: steps and loads of the model's weights and tables so far: what a ledger read before one is stale after it.
         held:   None; or the list of `open`, to which what is left for the next step goes in place of the modules.
     """
 
@@ -57,6 +58,7 @@ class Voting:
         self.step: int | Tensor = 0
         self.size = 1
         self.faults = torch.zeros((), dtype=torch.int64, device=device)
+        self.version = 0
         self.held: list[Left] | None = None
 
     @contextmanager
@@ -329,14 +331,19 @@ class TernaryModule(nn.Module):
             out=self.weight,
         )
         self.voted = False
+        self.changed()
+
+    def changed(self) -> None:
+        """Note that the weight is another: for backward passes through the old one, and for what was read with it."""
         self.steps += 1
+        self.voting.version += 1
 
     def load(self, weight: TernaryWeight) -> None:
         """Overwrite the weight, in place, with one in canonical form; votes of an earlier state are forgotten."""
         for name, tensor in self.ops.from_spec(weight.to(self.device)).tensors().items():
             self.weight.tensors()[name].copy_(tensor)
         self.voted = False
-        self.steps += 1
+        self.changed()
 
     @property
     def device(self) -> torch.device:

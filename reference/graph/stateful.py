@@ -36,6 +36,7 @@ class Stateful(nn.Module):
             module.step_weight()
         for keeper in self.table_modules().values():
             keeper.step_tables()
+        self.voting.version += 1
 
     def ternary_modules(self) -> dict[str, TernaryModule]:
         """Return the modules that hold a weight by name, in definition order: the order of their tensor ids."""
@@ -84,6 +85,7 @@ class Stateful(nn.Module):
             table.copy_(given[name])
         for keeper in self.table_modules().values():
             keeper.forget()
+        self.voting.version += 1
 
     def weights(self) -> dict[str, TernaryWeight]:
         """Return every weight by name in canonical form, in definition order. May share memory with the model."""

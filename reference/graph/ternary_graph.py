@@ -79,7 +79,7 @@ class EdgeTable(TernaryEmbedding, TableModule):
         self.seen.clear()
         tables = (self.get_buffer("neighbours"), self.get_buffer("scores"), self.weight)
         self.ops.update_neighbours(*tables, sources_M, targets_M, allow_loops=self.allow_loops, out=tables)
-        self.steps += 1
+        self.changed()
 
     def forget(self) -> None:
         """Drop the pairs since the last step."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from arbitor.reference.constants import DEFAULT_EPS
 from arbitor.reference.dtypes import widened
+from arbitor.reference.ops import norm
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -14,5 +14,4 @@ def unit_rows(x: Tensor) -> Tensor:
     Heads whose weight counts the seeds give to the last one have no room for the ones of a frozen norm, which would
     change nothing.
     """
-    wide = widened(x)
-    return (wide / (wide.square().mean(dim=-1, keepdim=True) + DEFAULT_EPS).sqrt()).to(x.dtype)
+    return norm.unit_rows(widened(x)).to(x.dtype)

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 from arbitor.reference import checks
 from arbitor.reference.config import HALT_THRESHOLD
-from arbitor.reference.constants import DEFAULT_EPS
 from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear
 from arbitor.reference.graph.state import GraphContext, used
 from arbitor.reference.graph.units import unit_rows
+from arbitor.reference.ops.denoise import Halting, attended, signal_share
 
 FIRST_SIGNAL = 1 / 16
 """Share of signal in the energy of the first latent: the loop as a whole divides by the root of this, whatever its steps."""
@@ -115,55 +115,18 @@ class VideoHead(nn.Module):
 
     def _composed(self, latent: Tensor, tokens: Tensor, halt_threshold: float | None) -> Tensor:
         """Return what `denoise_loop` does, step by step under autograd, so that weights vote."""
-        if not latent.requires_grad:
-            latent = latent.detach().requires_grad_()
         rows_TD = self.steps(torch.arange(self.num_steps, device=latent.device)).to(latent.dtype)
-        latents, stops = [], []
+        halting = None if halt_threshold is None else Halting(latent, halt_threshold)
         for step, alpha in enumerate(self.alphas):
             n_BD = unit_rows(self.latent_in(latent))
             c_BD = attended(self.query(n_BD) + rows_TD[step], tokens)
             pred = self.latent_out(F.silu(n_BD + c_BD))
             latent = _DenoiseStep.apply(latent, pred, self.ops, alpha)
-            latents.append(latent)
-            stops.append(signal_share(latent, pred))
-        if halt_threshold is None:
-            return latent
-        return halting_mean(latents, stops, halt_threshold)
-
-
-def attended(q_BD: Tensor, tokens_BPD: Tensor) -> Tensor:
-    """Return the mean of each sample's tokens, weighted by the softmax of how well they fit its query."""
-    scores_BP = (tokens_BPD @ q_BD[:, :, None]).squeeze(-1) / math.sqrt(q_BD.shape[-1])
-    return (scores_BP.softmax(dim=-1)[:, None] @ tokens_BPD).squeeze(1)
-
-
-def signal_share(latent_BL: Tensor, pred_BL: Tensor) -> Tensor:
-    """Return signal / (signal + noise), [B, 1]: the sigmoid of the log signal-to-noise ratio that the head itself sees."""
-    signal, noise = (value.square().mean(dim=-1, keepdim=True) for value in (latent_BL, pred_BL))
-    return (signal + DEFAULT_EPS) / (signal + noise + DEFAULT_EPS)
-
-
-def stop_shares(stops: list[Tensor], threshold: float) -> list[Tensor]:
-    """Return the share of each step, for the probability p of stopping after each.
-
-    Math:    share_t = p_t while p_1 + .. + p_t < threshold; what is left of 1 at the first step where they are not, or at
-             the last; 0 after that
-    Shapes:  as many [B, 1] as come in; they add up to 1
-    """
-    left, shares = torch.ones_like(stops[0]), []
-    for step, p in enumerate(stops):
-        goes_on = (1 - left + p < threshold) & (step + 1 < len(stops))
-        shares.append(torch.where(goes_on, p, left))
-        left = torch.where(goes_on, left - p, 0.0)
-    return shares
-
-
-def halting_mean(latents: list[Tensor], stops: list[Tensor], threshold: float) -> Tensor:
-    """Return the sum of latents times their shares; what a sample computes after it has stopped does not count."""
-    total = torch.zeros_like(latents[0])
-    for share, latent in zip(stop_shares(stops, threshold), latents, strict=True):
-        total = total + share * torch.where(share > 0, latent, 0.0)
-    return total
+            if halting is not None:
+                latent, pred = halting.live(latent), halting.live(pred)
+                is_last = step + 1 == self.num_steps
+                latent = halting.add(latent, None if is_last else signal_share(latent, pred))
+        return latent if halting is None else halting.mean
 
 
 class _DenoiseStep(torch.autograd.Function):

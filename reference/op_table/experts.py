@@ -26,10 +26,23 @@ EXPERTS = sizes(
     _21216_m2048={"M": 2048, "E": 32, "N": 21216, "K": 1024, "G": 12, "float_bytes": 2},
 )
 
+# Routers of the presets: a row for each of N experts, and the experts that a position uses.
+ROUTERS = sizes(
+    tiny={"M": 64, "N": 4, "K": 144, "G": 12, "float_bytes": 2, "top_k": 2},
+    small={"M": 16384, "N": 32, "K": 512, "G": 12, "float_bytes": 2, "top_k": 2},
+    _7168_m1={"M": 1, "N": 32, "K": 7168, "G": 12, "float_bytes": 2, "top_k": 2},
+    _7168_m1024={"M": 1024, "N": 32, "K": 7168, "G": 12, "float_bytes": 2, "top_k": 2},
+)
+
 LOADS = sizes(tiny={"M": 64, "E": 4}, small={"M": 32768, "E": 32})
 
 # fmt: off
 OPS = (
+    OpRow(
+        "choose_experts", "experts", EXACT, ROUTERS,
+        bytes_min=lambda s: values(s) + s["M"] * (s["float_bytes"] * s["K"] + 8 * s["top_k"]),
+        ops_min=linear_ops,
+    ),
     OpRow(
         "grouped_linear", "experts", TWICE, EXPERTS,
         bytes_min=grouped_bytes,

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from arbitor.reference import checks
 from arbitor.reference.dtypes import wide_dtype
+from arbitor.reference.promises import op
 
 __all__ = ["decode_attention"]
 
 
+@op
 def decode_attention(
     q_BHK: Tensor, keys_BSK: Tensor, bias_BS: Tensor, *, value_width: int, scale: float
 ) -> Tensor:

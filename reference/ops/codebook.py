@@ -28,6 +28,7 @@ from arbitor.reference.dtypes import widened
 from arbitor.reference.ops.dither import philox
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.ops.scale import dequantize, initial_weight
+from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
 __all__ = [
@@ -46,6 +47,7 @@ _CHUNK = 1 << 24
 _NO_ID = 2**63 - 1
 
 
+@op
 def initial_codebook(
     shape: Sequence[int],
     *,
@@ -81,6 +83,7 @@ def initial_codebook(
     return weight_of_trits(trits, weight.exponents, group_size)
 
 
+@op
 def nearest_codes(z: Tensor, weight: TernaryWeight) -> Tensor:
     """Return the code nearest to each vector.
 
@@ -112,6 +115,7 @@ def nearest_codes(z: Tensor, weight: TernaryWeight) -> Tensor:
     return ids.reshape(z.shape[:-1])
 
 
+@op
 def candidate_codes(z: Tensor, *, num_codes: int, sign_bits: int, num_probes: int) -> Tensor:
     """Return the codes of the buckets that the signs of each vector name, the likeliest bucket first.
 
@@ -144,6 +148,7 @@ def candidate_codes(z: Tensor, *, num_codes: int, sign_bits: int, num_probes: in
     return torch.where(ids < ends[..., None], ids, -1).flatten(-2)
 
 
+@op
 def nearest_candidates(z: Tensor, weight: TernaryWeight, candidates: Tensor) -> Tensor:
     """Return the nearest of each vector's candidates.
 
@@ -185,6 +190,7 @@ def nearest_candidates(z: Tensor, weight: TernaryWeight, candidates: Tensor) -> 
     return ids.reshape(z.shape[:-1])
 
 
+@op
 def count_codes(usage: Tensor, ids: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Return the counters with the uses of codes added.
 
@@ -206,6 +212,7 @@ def count_codes(usage: Tensor, ids: Tensor, *, out: Tensor | None = None) -> Ten
     return counted if out is None else out.copy_(counted)
 
 
+@op
 def revive_codes(
     weight: TernaryWeight,
     usage: Tensor,
@@ -257,6 +264,7 @@ def revive_codes(
     return out
 
 
+@op
 def age_codes(usage: Tensor, *, first: int | Tensor, window: int, out: Tensor | None = None) -> Tensor:
     """Return the counters with those of a window halved, as a step does after `revive_codes` on the same window.
 

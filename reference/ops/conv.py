@@ -11,11 +11,13 @@ from torch import Tensor
 from arbitor.reference import checks
 from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.ops.linear import linear, linear_input_grad, linear_weight_grad
+from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
 __all__ = ["conv1d", "conv1d_input_grad", "conv1d_weight_grad"]
 
 
+@op
 def conv1d(
     x_BCL: Tensor, weight: TernaryWeight, *, kernel_size: int, stride: int = 1, padding: int = 0
 ) -> Tensor:
@@ -32,6 +34,7 @@ def conv1d(
     return linear(columns_BPK, weight).transpose(1, 2)
 
 
+@op
 def conv1d_input_grad(
     grad_BNP: Tensor,
     weight: TernaryWeight,
@@ -63,6 +66,7 @@ def conv1d_input_grad(
     return padded[:, :, padding : padding + length].to(grad_BNP.dtype)
 
 
+@op
 def conv1d_weight_grad(
     grad_BNP: Tensor, x_BCL: Tensor, *, kernel_size: int, stride: int = 1, padding: int = 0
 ) -> Tensor:

@@ -16,12 +16,15 @@ from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_EPS
 from arbitor.reference.dtypes import wide_dtype, widened
 from arbitor.reference.ops.linear import linear
+from arbitor.reference.ops.norm import unit_rows
 from arbitor.reference.ops.scale import dequantize
+from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
 __all__ = ["denoise_loop", "denoise_step", "denoise_step_backward"]
 
 
+@op
 def denoise_step(latent: Tensor, pred: Tensor, *, alpha: float) -> Tensor:
     """Return the latent with a share of the predicted noise taken out.
 
@@ -41,6 +44,7 @@ def denoise_step(latent: Tensor, pred: Tensor, *, alpha: float) -> Tensor:
     return ((latent.to(dtype) - (1.0 - alpha) * pred.to(dtype)) / math.sqrt(alpha)).to(latent.dtype)
 
 
+@op
 def denoise_step_backward(grad: Tensor, *, alpha: float) -> tuple[Tensor, Tensor]:
     """Return the gradients of the loss with respect to the latent and to the predicted noise.
 
@@ -58,6 +62,7 @@ def denoise_step_backward(grad: Tensor, *, alpha: float) -> tuple[Tensor, Tensor
     return (grad_wide / math.sqrt(alpha)).to(grad.dtype), (grad_wide * factor).to(grad.dtype)
 
 
+@op
 def denoise_loop(
     latent_BL: Tensor,
     tokens_BPD: Tensor,
@@ -88,25 +93,53 @@ def denoise_loop(
     dtype = wide_dtype(latent_BL)
     latent, tokens = latent_BL.to(dtype), tokens_BPD.to(dtype)
     rows_TD = dequantize(step_rows, dtype=dtype)
-    total, left_B1 = torch.zeros_like(latent), torch.ones_like(latent[:, :1])
+    halting = None if halt_threshold is None else Halting(latent, halt_threshold)
     for step, alpha in enumerate(alphas):
         n_BD = unit_rows(linear(latent, latent_in))
         c_BD = attended(linear(n_BD, query) + rows_TD[step], tokens)
         pred = linear(F.silu(n_BD + c_BD), latent_out)
         latent = denoise_step(latent, pred, alpha=alpha)
-        if halt_threshold is not None:
-            p_B1 = signal_share(latent, pred)
-            goes_on = (1 - left_B1 + p_B1 < halt_threshold) & (step + 1 < len(alphas))
-            share_B1 = torch.where(goes_on, p_B1, left_B1)
-            # what a sample computes after it has halted does not count, not even an infinity
-            total = torch.where(left_B1 > 0, total + share_B1 * latent, total)
-            left_B1 = torch.where(goes_on, left_B1 - p_B1, 0.0)
-    return (latent if halt_threshold is None else total).to(latent_BL.dtype)
+        if halting is not None:
+            latent, pred = halting.live(latent), halting.live(pred)
+            is_last = step + 1 == len(alphas)
+            latent = halting.add(latent, None if is_last else signal_share(latent, pred))
+    return (latent if halting is None else halting.mean).to(latent_BL.dtype)
 
 
-def unit_rows(x: Tensor) -> Tensor:
-    """Return x with rows of root mean square 1: RMSNorm without a weight."""
-    return x / (x.square().mean(dim=-1, keepdim=True) + DEFAULT_EPS).sqrt()
+class Halting:
+    """The mean of the states of a loop, each sample's weighted by when it halts; for loops under autograd as well.
+
+    Math:    with the probability p_t of halting after step t: share_t = p_t while p_1 + .. + p_t < threshold; what is left
+             of 1 at the first step where they are not, or at the last; 0 after that. mean = sum_t share_t state_t
+    Shapes:  states [..., L] of one shape, p [..., 1]; shares are each >= 0 and add up to 1
+    Fields:  mean, in float32 or better, [..., L]; left, what is left of 1, [..., 1]
+    Source:  adaptive computation time, Graves 2016
+    """
+
+    def __init__(self, state: Tensor, threshold: float) -> None:
+        dtype = wide_dtype(state)
+        self.threshold = threshold
+        self.mean = torch.zeros_like(state, dtype=dtype)
+        self.left = torch.ones_like(state[..., :1], dtype=dtype)
+
+    def live(self, value: Tensor) -> Tensor:
+        """Return values [..., L] of samples that go on, and zeros for those that have halted.
+
+        What a sample computes after it has halted does not count, not even an infinity: the slope of what overflows is no
+        number, and neither is a gradient of 0 times that slope.
+        """
+        return torch.where(self.left > 0, value, 0.0)
+
+    def add(self, state: Tensor, p: Tensor | None) -> Tensor:
+        """Count the state after a step, made `live`; return what the next step starts from. `p` is None at the last step."""
+        if p is None:
+            self.mean = self.mean + self.left * state
+            return state
+        goes_on = 1 - self.left + p < self.threshold
+        share = torch.where(goes_on, p, self.left)
+        self.mean = self.mean + share * state
+        self.left = torch.where(goes_on, self.left - p, 0.0)
+        return self.live(state)
 
 
 def attended(q_BD: Tensor, tokens_BPD: Tensor) -> Tensor:

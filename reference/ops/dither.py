@@ -11,6 +11,7 @@ from torch import Tensor
 
 from arbitor.reference import checks
 from arbitor.reference.constants import RESERVED_STEP
+from arbitor.reference.promises import op
 
 __all__ = ["dither_bytes"]
 
@@ -49,6 +50,7 @@ def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, T
     return c0, c1, c2, c3
 
 
+@op
 def dither_bytes(
     group_ids: Tensor, *, group_size: int, seed: int, step: int | Tensor, tensor_id: int
 ) -> Tensor:

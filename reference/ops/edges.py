@@ -14,6 +14,7 @@ from arbitor.reference import checks
 from arbitor.reference.constants import SCORE_MAX
 from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
+from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
 __all__ = ["edge_sum", "edge_sum_input_grad", "edge_sum_sign_grad", "update_neighbours"]
@@ -22,6 +23,7 @@ _Row = tuple[list[int], list[int], list[bool]]
 """Neighbours and scores of a row, and which of its slots changed their neighbour."""
 
 
+@op
 def edge_sum(h_ND: Tensor, neighbours_RJ: Tensor, signs_RJ: Tensor) -> Tensor:
     """Return for each row the sum of its neighbours' vectors, each times the sign of its slot.
 
@@ -46,6 +48,7 @@ def edge_sum(h_ND: Tensor, neighbours_RJ: Tensor, signs_RJ: Tensor) -> Tensor:
     return sums_RD.to(h_ND.dtype)
 
 
+@op
 def edge_sum_input_grad(
     grad_RD: Tensor, neighbours_RJ: Tensor, signs_RJ: Tensor, *, num_nodes: int
 ) -> Tensor:
@@ -71,6 +74,7 @@ def edge_sum_input_grad(
     return sums_ND.to(grad_RD.dtype)
 
 
+@op
 def edge_sum_sign_grad(grad_RD: Tensor, h_ND: Tensor, neighbours_RJ: Tensor) -> Tensor:
     """Return the gradient of the loss with respect to the signs of `edge_sum`.
 
@@ -97,6 +101,7 @@ def edge_sum_sign_grad(grad_RD: Tensor, h_ND: Tensor, neighbours_RJ: Tensor) -> 
     return grads_RJ
 
 
+@op
 def update_neighbours(
     neighbours_NJ: Tensor,
     scores_NJ: Tensor,

@@ -11,11 +11,13 @@ from torch import Tensor
 from arbitor.reference import checks
 from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.ops.scale import dequantize
+from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
 __all__ = ["embedding", "embedding_row_grads"]
 
 
+@op
 def embedding(ids: Tensor, weight: TernaryWeight, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the table rows that the ids name.
 
@@ -31,6 +33,7 @@ def embedding(ids: Tensor, weight: TernaryWeight, *, dtype: torch.dtype = torch.
     return dequantize(weight, dtype=dtype, rows=ids.reshape(-1)).reshape(*ids.shape, weight.shape[1])
 
 
+@op
 def embedding_row_grads(ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Return the rows a batch used and the gradient of each, the gradients of a row used several times summed first.
 

@@ -1,4 +1,4 @@
-"""Experts: a linear whose rows of activations each use one of several matrices, and how often each is used.
+"""Experts: which of them a vector uses, a linear whose rows each use one of several matrices, and how often each is used.
 
 Legend: E experts (`num_groups`), N outputs of an expert, K inputs, M slots (rows of activations).
 The matrices of all experts are one stacked weight of E N rows: expert e owns rows e N .. e N + N - 1.
@@ -11,13 +11,23 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
+from arbitor.reference.constants import ROUTER_OCTAVES
 from arbitor.reference.dtypes import wide_dtype
+from arbitor.reference.ops.codebook import whole_sixteenths
 from arbitor.reference.ops.scale import dequantize
+from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
-__all__ = ["expert_load", "grouped_linear", "grouped_linear_input_grad", "grouped_linear_weight_grad"]
+__all__ = [
+    "choose_experts",
+    "expert_load",
+    "grouped_linear",
+    "grouped_linear_input_grad",
+    "grouped_linear_weight_grad",
+]
 
 
+@op
 def grouped_linear(x_MK: Tensor, weight: TernaryWeight, experts_M: Tensor, *, num_groups: int) -> Tensor:
     """Return each slot times the transposed matrix of its expert.
 
@@ -41,6 +51,7 @@ def grouped_linear(x_MK: Tensor, weight: TernaryWeight, experts_M: Tensor, *, nu
     return y_MN
 
 
+@op
 def grouped_linear_input_grad(
     grad_MN: Tensor, weight: TernaryWeight, experts_M: Tensor, *, num_groups: int
 ) -> Tensor:
@@ -66,6 +77,7 @@ def grouped_linear_input_grad(
     return dx_MK
 
 
+@op
 def grouped_linear_weight_grad(
     grad_MN: Tensor, x_MK: Tensor, experts_M: Tensor, *, num_groups: int
 ) -> Tensor:
@@ -91,6 +103,36 @@ def grouped_linear_weight_grad(
     return grads_ENK.flatten(0, 1)
 
 
+@op
+def choose_experts(x: Tensor, weight: TernaryWeight, *, top_k: int) -> Tensor:
+    """Return the experts whose rows of a router's weight fit each vector best.
+
+    Math:    x_q = rint(clamp(16 x, -127, 127)), NaN -> 0
+             level' = max(level, largest level of the weight - 16 * 2**b), a level being E * 2**b + m
+             score_e = sum_k x_q[k] T[e, k] S', S' the scale of level'; the k experts of the largest scores
+    Shapes:  x float32, bfloat16 or float64 [..., K]; weight [E, K], one row an expert, K up to 2**27; top_k k in 1 .. E
+    Returns: int64 [..., k], in 0 .. E - 1, ascending
+    Ties:    the lowest expert
+    Raises:  TypeError or ValueError for a dtype, shape, device or top_k that is not allowed
+    Laws:    exact: every sum fits float64 in any order; experts with equal rows tie, whatever computes; vectors are
+             independent; a NaN counts as 0 and an infinity as 127 sixteenths of its sign
+    Source:  docs/spec/experts.md
+    """
+    checks.router(x, weight, top_k, weight.packed)
+    x_MK = whole_sixteenths(x).to(torch.float64).reshape(-1, weight.shape[1])
+    scores_ME = x_MK @ router_rows(weight).T
+    order_ME = scores_ME.sort(dim=-1, descending=True, stable=True).indices
+    return order_ME[:, :top_k].sort(dim=-1).values.reshape(*x.shape[:-1], top_k)
+
+
+def router_rows(weight: TernaryWeight) -> Tensor:
+    """Return the rows of a router's weight as the choice of experts sees them, float64 [E, K]."""
+    levels = weight.exponents.to(torch.int32)
+    seen = torch.maximum(levels, levels.amax() - (ROUTER_OCTAVES << weight.mantissa_bits))
+    return dequantize(weight.with_tensors(exponents=seen.to(torch.int8)), dtype=torch.float64)
+
+
+@op
 def expert_load(experts: Tensor, *, num_groups: int) -> Tensor:
     """Return how many slots use each expert.
 

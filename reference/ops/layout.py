@@ -5,16 +5,19 @@ Both functions exist so that one graph can run on either op set; `optimized` con
 
 from __future__ import annotations
 
+from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
 __all__ = ["from_spec", "to_spec"]
 
 
+@op
 def from_spec(weight: TernaryWeight) -> TernaryWeight:
     """Return the weight in the form that these ops compute on: the canonical form, unchanged."""
     return weight
 
 
+@op
 def to_spec(weight: TernaryWeight) -> TernaryWeight:
     """Return the weight in canonical form: unchanged, and the inverse of `from_spec`."""
     return weight

@@ -11,11 +11,13 @@ from torch import Tensor
 from arbitor.reference import checks
 from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.ops.scale import dequantize
+from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
 __all__ = ["linear", "linear_input_grad", "linear_weight_grad"]
 
 
+@op
 def linear(x: Tensor, weight: TernaryWeight) -> Tensor:
     """Return x times the transposed weight.
 
@@ -32,6 +34,7 @@ def linear(x: Tensor, weight: TernaryWeight) -> Tensor:
     return (x.to(wide) @ dequantize(weight, dtype=wide).T).to(x.dtype)
 
 
+@op
 def linear_input_grad(grad: Tensor, weight: TernaryWeight) -> Tensor:
     """Return the gradient of the loss with respect to the input of `linear`.
 
@@ -48,6 +51,7 @@ def linear_input_grad(grad: Tensor, weight: TernaryWeight) -> Tensor:
     return (grad.to(wide) @ dequantize(weight, dtype=wide)).to(grad.dtype)
 
 
+@op
 def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     """Return the gradient of the loss with respect to the weight of `linear`, which is then voted with.
 

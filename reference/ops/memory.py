@@ -10,6 +10,7 @@ from torch import Tensor
 
 from arbitor.reference import checks
 from arbitor.reference.constants import STRENGTH_MAX
+from arbitor.reference.promises import op
 
 __all__ = ["ngram_rows", "touch_strengths"]
 
@@ -22,6 +23,7 @@ CODE_STEP = 0x9E3779B9
 _WORD = 0xFFFFFFFF
 
 
+@op
 def ngram_rows(
     codes_BP: Tensor, *, order: int, num_rows: int, salt: int, previous: Tensor | None = None
 ) -> Tensor:
@@ -53,6 +55,7 @@ def ngram_rows(
     return torch.where(known, h % num_rows, -1)
 
 
+@op
 def touch_strengths(
     strengths: Tensor,
     rows: Tensor,

@@ -12,26 +12,40 @@ from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_EPS
 from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.ops.scale import dequantize
+from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
 __all__ = ["rms_norm", "rms_norm_input_grad", "rms_norm_weight_grad"]
 
+HUGE_ELEMENT = {torch.float32: 48, torch.float64: 480}
+"""A row with an element of magnitude 2**48 (2**480 in float64) is multiplied by a power of two before it is squared.
 
+The squares of 2**31 columns of smaller elements add up to less than 2**128 (2**1024), so no other row overflows.
+"""
+
+TAMING_EXPONENT = {torch.float32: -80, torch.float64: -720}
+"""The exponent of that power: it takes elements up to 2**128 (2**1024) below 2**48 (2**304)."""
+
+
+@op
 def rms_norm(x: Tensor, weight: TernaryWeight, *, eps: float = DEFAULT_EPS) -> Tensor:
     """Return x scaled to root mean square 1 along its last dimension, times the weight.
 
     Math:    y = x / sqrt(mean(x**2) + eps) * W[0]
-    Shapes:  x float32, bfloat16 or float64 [..., K]; weight (1, K); eps in (0, 1]
+             a row with an element of 2**48 or more (2**480 in float64) is multiplied by a power of two before it is squared,
+             and eps by the square of that, so that nothing overflows
+    Shapes:  x float32, bfloat16 or float64 [..., K]; weight (1, K)
+    Range:   eps from the smallest normal number of the arithmetic, 2**-126 (2**-1022 in float64), to 1
     Returns: dtype and shape of x
     Raises:  TypeError or ValueError for a dtype, shape, device or eps that is not allowed
     Laws:    scaling x by a power of two changes nothing but the influence of eps; zeros stay zeros
     Source:  docs/spec/norm.md
     """
     dtype = _check(weight, eps, x=x)
-    x_wide = x.to(dtype)
-    return (x_wide / _rms(x_wide, eps) * dequantize(weight, dtype=dtype)[0]).to(x.dtype)
+    return (unit_rows(x.to(dtype), eps) * dequantize(weight, dtype=dtype)[0]).to(x.dtype)
 
 
+@op
 def rms_norm_input_grad(
     grad: Tensor, x: Tensor, weight: TernaryWeight, *, eps: float = DEFAULT_EPS
 ) -> Tensor:
@@ -45,13 +59,15 @@ def rms_norm_input_grad(
     Source:  docs/spec/norm.md
     """
     dtype = _check(weight, eps, x=x, grad=grad)
-    x_wide, grad_wide = x.to(dtype), grad.to(dtype)
-    rms = _rms(x_wide, eps)
-    unit = x_wide / rms
-    scaled = grad_wide * dequantize(weight, dtype=dtype)[0]
-    return ((scaled - unit * (unit * scaled).mean(dim=-1, keepdim=True)) / rms).to(x.dtype)
+    tame, power, tame_eps = _tamed(x.to(dtype), eps)
+    rms = _rms(tame, tame_eps)
+    unit = tame / rms
+    scaled = grad.to(dtype) * dequantize(weight, dtype=dtype)[0]
+    # Divided by the rms of the tame row, then by what that is short of the rms of x.
+    return ((scaled - unit * (unit * scaled).mean(dim=-1, keepdim=True)) / rms * power).to(x.dtype)
 
 
+@op
 def rms_norm_weight_grad(grad: Tensor, x: Tensor, *, eps: float = DEFAULT_EPS) -> Tensor:
     """Return the gradient of the loss with respect to the weight of `rms_norm`.
 
@@ -63,12 +79,30 @@ def rms_norm_weight_grad(grad: Tensor, x: Tensor, *, eps: float = DEFAULT_EPS) -
     Source:  docs/spec/norm.md
     """
     dtype = _check(None, eps, x=x, grad=grad)
-    x_wide = x.to(dtype)
-    return (grad.to(dtype) * x_wide / _rms(x_wide, eps)).reshape(-1, x.shape[-1]).sum(dim=0, keepdim=True)
+    tame, _, tame_eps = _tamed(x.to(dtype), eps)
+    return (grad.to(dtype) * tame / _rms(tame, tame_eps)).reshape(-1, x.shape[-1]).sum(dim=0, keepdim=True)
 
 
-def _rms(x_wide: Tensor, eps: float) -> Tensor:
-    """Return the root mean square of the last dimension, kept."""
+def unit_rows(x_wide: Tensor, eps: float = DEFAULT_EPS) -> Tensor:
+    """Return x^, rows of root mean square 1: RMSNorm without a weight, in the dtype of x, float32 or float64."""
+    tame, _, tame_eps = _tamed(x_wide, eps)
+    return tame / _rms(tame, tame_eps)
+
+
+def _tamed(x_wide: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows whose squares do not overflow, the power of two by which each was multiplied, and eps times its square.
+
+    The power is 1 for a row without an element as large as HUGE_ELEMENT says: such a row keeps every bit.
+    """
+    least, exponent = HUGE_ELEMENT[x_wide.dtype], TAMING_EXPONENT[x_wide.dtype]
+    huge = x_wide.detach().abs().amax(dim=-1, keepdim=True) >= 2.0**least
+    one = torch.ones_like(huge, dtype=x_wide.dtype)
+    power = torch.where(huge, one * 2.0**exponent, one)
+    return x_wide * power, power, power * eps * power
+
+
+def _rms(x_wide: Tensor, eps: Tensor) -> Tensor:
+    """Return the root mean square of the last dimension, kept; no square may overflow."""
     return (x_wide.square().mean(dim=-1, keepdim=True) + eps).sqrt()
 
 
@@ -76,6 +110,7 @@ def _check(weight: TernaryWeight | None, eps: float, *, x: Tensor, grad: Tensor 
     """Refuse what does not fit; return the dtype to compute in."""
     checks.number("eps", eps, 0.0, 1.0, open_low=True)
     checks.dtype_in("x", x, checks.FLOAT_DTYPES)
+    checks.normal_number("eps", eps, wide_dtype(x))
     if weight is not None:
         checks.one_row("weight", weight)
         checks.last_dim("x", x, weight.shape[1])

@@ -11,10 +11,12 @@ from torch import Tensor
 from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_ORTHOGONAL_STEPS, MAX_ORTHOGONAL_STEPS, NEWTON_SCHULZ
 from arbitor.reference.dtypes import wide_dtype
+from arbitor.reference.promises import op
 
 __all__ = ["orthogonalize"]
 
 
+@op
 def orthogonalize(
     grad_NK: Tensor, *, iterations: int = DEFAULT_ORTHOGONAL_STEPS, num_groups: int = 1
 ) -> Tensor:

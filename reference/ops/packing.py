@@ -19,11 +19,13 @@ from arbitor.reference.constants import (
     level_range,
     packed_bytes,
 )
+from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
 __all__ = ["pack_trits", "unpack_trits"]
 
 
+@op
 def pack_trits(trits: Tensor) -> Tensor:
     """Return trits packed five to a byte, row-major.
 
@@ -43,6 +45,7 @@ def pack_trits(trits: Tensor) -> Tensor:
     return (digits.reshape(-1, TRITS_PER_BYTE) * places).sum(dim=1).to(torch.uint8)
 
 
+@op
 def unpack_trits(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """Return the trits of `packed` in the given shape.
 

@@ -25,11 +25,13 @@ from arbitor.reference.constants import (
 )
 from arbitor.reference.ops.dither import dither_bytes
 from arbitor.reference.ops.packing import digits_at, weight_of_trits
+from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
 __all__ = ["constant_weight", "dequantize", "group_scales", "initial_weight"]
 
 
+@op
 def group_scales(exponents: Tensor, *, mantissa_bits: int = 0) -> Tensor:
     """Return the scale of each group.
 
@@ -49,6 +51,7 @@ def group_scales(exponents: Tensor, *, mantissa_bits: int = 0) -> Tensor:
     return torch.ldexp(1.0 + mantissa.to(torch.float32) / 2**mantissa_bits, exponent)
 
 
+@op
 def dequantize(
     weight: TernaryWeight, *, dtype: torch.dtype = torch.float32, rows: Tensor | None = None
 ) -> Tensor:
@@ -73,6 +76,7 @@ def dequantize(
     return (trits * scales[:, columns // weight.group_size]).to(dtype)
 
 
+@op
 def initial_weight(
     shape: Sequence[int],
     *,
@@ -110,6 +114,7 @@ def initial_weight(
     return weight_of_trits(trits, exponents, group_size)
 
 
+@op
 def constant_weight(
     shape: Sequence[int],
     *,

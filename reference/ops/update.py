@@ -22,11 +22,13 @@ from arbitor.reference.constants import (
 from arbitor.reference.ops.dither import dither_bytes
 from arbitor.reference.ops.packing import pack_trits, trits_of, unpack_trits
 from arbitor.reference.ops.votes import stochastic_votes
+from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
 __all__ = ["accumulate", "accumulate_gradient", "apply_step", "count_changed_trits", "count_nonfinite_rows"]
 
 
+@op
 def accumulate(
     weight: TernaryWeight,
     votes_NK: Tensor,
@@ -81,6 +83,7 @@ def accumulate(
     return _deliver(weight.with_tensors(trit_accum=trit_accum, exponent_accum=exponent_accum), out)
 
 
+@op
 def apply_step(
     weight: TernaryWeight,
     *,
@@ -136,6 +139,7 @@ def apply_step(
     )
 
 
+@op
 def accumulate_gradient(
     weight: TernaryWeight,
     grad_NK: Tensor,
@@ -181,6 +185,7 @@ def accumulate_gradient(
     return counted
 
 
+@op
 def count_nonfinite_rows(grad_NK: Tensor) -> Tensor:
     """Return how many rows of a gradient hold an infinity or a NaN, int64 []: the rows that were refused a vote.
 
@@ -192,6 +197,7 @@ def count_nonfinite_rows(grad_NK: Tensor) -> Tensor:
     return (~grad_NK.isfinite().all(dim=1)).sum()
 
 
+@op
 def count_changed_trits(before: TernaryWeight, after: TernaryWeight) -> Tensor:
     """Return how many trits differ between two states of a weight, int64 []; over N * K it is the flip rate.
 

@@ -13,10 +13,12 @@ from torch import Tensor
 from arbitor.reference import checks
 from arbitor.reference.constants import ACCUM_MAX, DEFAULT_GROUP_SIZE, SILENT_ROW, groups_per_row
 from arbitor.reference.ops.dither import dither_bytes
+from arbitor.reference.promises import op
 
 __all__ = ["row_exponents", "sign_votes", "step_from_loss", "stochastic_votes"]
 
 
+@op
 def row_exponents(grad_NK: Tensor) -> Tensor:
     """Return each row's root mean square, rounded to a power of two, as its exponent V.
 
@@ -35,6 +37,7 @@ def row_exponents(grad_NK: Tensor) -> Tensor:
     return torch.where(votes, frexp_exponent.div(2, rounding_mode="floor"), SILENT_ROW).to(torch.int32)
 
 
+@op
 def stochastic_votes(
     grad_NK: Tensor,
     rate: float | Tensor,
@@ -83,6 +86,7 @@ def stochastic_votes(
     return votes.to(torch.int8)
 
 
+@op
 def sign_votes(grad_NK: Tensor, step_size: int) -> Tensor:
     """Return the seeds' votes: the sign of the gradient, times an integer.
 
@@ -100,6 +104,7 @@ def sign_votes(grad_NK: Tensor, step_size: int) -> Tensor:
     return torch.where(finite, torch.sign(grad_NK) * step_size, 0.0).to(torch.int8)
 
 
+@op
 def step_from_loss(loss: float, loss_ref: float, max_step: int) -> int:
     """Return the loss-scaled integer step of the sign rule.
 

@@ -1,0 +1,70 @@
+"""Router kernels: what the choice of experts multiplies, as float64. The product and the sort are the library's.
+
+Legend: E experts, K columns, M vectors; KW words a row, KG groups a row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from arbitor.optimized.kernels.codebook_rows import query_values
+from arbitor.optimized.kernels.common import lane_weights, level_scales
+from arbitor.optimized.kernels.launch import row_grid, row_tile, runs_here
+from arbitor.optimized.layouts import DeviceWeight
+from arbitor.reference.constants import ROUTER_OCTAVES
+
+OCTAVES = tl.constexpr(ROUTER_OCTAVES)
+
+BLOCK_COLUMNS = 1024
+BLOCK_VALUES = 1024
+
+
+@triton.jit(do_not_specialize=["row_groups", "row_words", "row_blocks"])
+def _router_rows_kernel(
+    words_ptr, levels_ptr, largest_ptr, out_ptr, num_columns, row_groups, row_words, row_blocks,
+    GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) // row_blocks).to(tl.int64)
+    columns = (tl.program_id(0) % row_blocks) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < num_columns
+    words = tl.load(words_ptr + row * row_words + columns // 16, mask=mask, other=0)
+    levels = tl.load(levels_ptr + row * row_groups + columns // GROUP_SIZE, mask=mask, other=0).to(tl.int32)
+    levels = tl.maximum(levels, tl.load(largest_ptr).to(tl.int32) - (OCTAVES << MANTISSA_BITS))
+    values = lane_weights(words, columns % 16, level_scales(levels, MANTISSA_BITS))
+    tl.store(out_ptr + row * num_columns + columns, values.to(tl.float64), mask=mask)
+
+
+@triton.jit(do_not_specialize=["size"])
+def _whole_sixteenths_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = places < size
+    steps = query_values(tl.load(x_ptr + places, mask=mask, other=0.0))
+    tl.store(out_ptr + places, steps.to(tl.float64), mask=mask)
+
+
+def router_rows(weight: DeviceWeight) -> Tensor:
+    """Return the rows of a router's weight as the choice sees them, float64 [E, K]: levels at most 16 octaves apart."""
+    runs_here(weight.words)
+    num_rows, num_columns = weight.shape
+    out = torch.empty(num_rows, num_columns, dtype=torch.float64, device=weight.device)
+    block, row_blocks = row_tile(num_columns, BLOCK_COLUMNS)
+    _router_rows_kernel[row_grid(num_rows, row_blocks)](
+        weight.words, weight.exponents, weight.exponents.amax(), out,
+        num_columns, weight.exponents.shape[1], weight.words.shape[1], row_blocks,
+        GROUP_SIZE=weight.group_size, MANTISSA_BITS=weight.mantissa_bits, BLOCK=block,
+    )  # fmt: skip
+    return out
+
+
+def whole_sixteenths(x_MK: Tensor) -> Tensor:
+    """Return vectors in whole sixteenths, half to even, within plus and minus 127, as float64 [M, K]."""
+    runs_here(x_MK)
+    x_MK = x_MK.contiguous()
+    out = torch.empty(x_MK.shape, dtype=torch.float64, device=x_MK.device)
+    if x_MK.numel():
+        grid = row_grid(1, triton.cdiv(x_MK.numel(), BLOCK_VALUES))
+        _whole_sixteenths_kernel[grid](x_MK, out, x_MK.numel(), BLOCK=BLOCK_VALUES)
+    return out

@@ -1,0 +1,157 @@
+"""What every op of this set promises beside its own rule: `@op()` stands above each definition.
+
+- Dtypes: autocast is off inside of an op, as in the reference.
+- Device: kernels are launched on the device of the tensors, whichever is current.
+- Gradients: `op(x=...)` gives an op the gradient of its argument `x`, from the op that computes it. Where an op has no gradient, a
+  call that asks for one raises. An op compared EXACT hands out integers, or floats made of integers, so there is nothing to
+  differentiate: its results are detached, as the reference's are.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from arbitor.optimized.layouts import DeviceWeight
+from arbitor.reference.op_table import EXACT, OP_TABLE
+from arbitor.reference.promises import autocast_is_on, without_autocast
+from arbitor.reference.types import TernaryWeight
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Gradient = Callable[..., Tensor]
+"""`gradient(grad, **arguments)` returns the gradient of one argument, for that of the result and all arguments of the call."""
+
+
+def op(**gradients: Gradient) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator that makes a function an op of this set; signature, docstring and module stay its own.
+
+    Args:
+        gradients: for each argument that is differentiable, the gradient of the loss with respect to it.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        name, signature = function.__name__, inspect.signature(function)
+        first = next(iter(signature.parameters))
+        told_where = "device" in signature.parameters
+        # A function without a row in the table is no op yet: it is taken to hand out floats.
+        differentiable = name not in OP_TABLE or OP_TABLE[name].output is not EXACT
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if autocast_is_on():
+                with without_autocast():
+                    return call(*args, **kwargs)
+            if told_where:
+                index = index_of(kwargs.get("device"))
+            else:
+                index = index_of(args[0] if args else kwargs.get(first))
+            if index >= 0 and index != torch.cuda.current_device():
+                with torch.cuda.device(index):
+                    return call(*args, **kwargs)
+            if torch.is_grad_enabled() and asks_for_gradient(args, kwargs):
+                if not differentiable:
+                    with torch.no_grad():
+                        return function(*args, **kwargs)
+                bound = signature.bind(*args, **kwargs)
+                bound.apply_defaults()
+                asked = {key: value for key, value in bound.arguments.items() if requires_grad(value)}
+                for key in asked:
+                    if key not in gradients:
+                        raise RuntimeError(
+                            f"{key} requires a gradient, but {name} has none here: call it under torch.no_grad(), "
+                            f"or use arbitor.reference.ops.{name}"
+                        )
+                return _WithGradients.apply(function, gradients, bound.arguments, *asked.values())
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def index_of(value: object) -> int:
+    """Return the index of the CUDA device that an argument names or lies on, -1 where it is no such device or names none."""
+    if isinstance(value, Tensor):
+        return value.get_device()
+    if isinstance(value, (DeviceWeight, TernaryWeight)):
+        return value.exponents.get_device()
+    if isinstance(value, (str, torch.device)):
+        device = torch.device(value)
+        return device.index if device.type == "cuda" and device.index is not None else -1
+    return -1
+
+
+def requires_grad(value: object) -> bool:
+    """Return whether an argument asks for a gradient."""
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def asks_for_gradient(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether an argument of a call asks for a gradient."""
+    # Loops, because a generator would cost more than the rest of the call's wrapping.
+    for value in args:
+        if isinstance(value, Tensor) and value.requires_grad:
+            return True
+    for value in kwargs.values():  # noqa: SIM110
+        if isinstance(value, Tensor) and value.requires_grad:
+            return True
+    return False
+
+
+class _WithGradients(torch.autograd.Function):
+    """A call of an op, with the gradients of those arguments that ask for one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, function: Callable[..., Tensor], gradients: Mapping[str, Gradient],
+        arguments: Mapping[str, Any], *asked: Tensor,
+    ) -> Tensor:  # fmt: skip
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+        weights = [value for value in arguments.values() if isinstance(value, (DeviceWeight, TernaryWeight))]
+        # Trits and scales are saved beside the tensors so that torch refuses a gradient of a weight that has changed since.
+        ctx.save_for_backward(*tensors.values(), *(part for weight in weights for part in worth_of(weight)))
+        ctx.names = tuple(tensors)
+        ctx.others = {name: value for name, value in arguments.items() if name not in tensors}
+        ctx.gradients = {name: gradients[name] for name, value in tensors.items() if requires_grad(value)}
+        return function(**arguments)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # The weights' tensors come last: they are only looked at by torch.
+        arguments = {**ctx.others, **dict(zip(ctx.names, ctx.saved_tensors, strict=False))}
+        with torch.no_grad():
+            grads = [gradient(grad, **arguments) for gradient in ctx.gradients.values()]
+        if torch.is_grad_enabled():
+            grads = _Once.apply(arguments[next(iter(ctx.gradients))], *grads)
+        return None, None, None, *grads
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that cannot be differentiated again, but look as if they could, so that a penalty on them is not lost.
+
+    Torch's `once_differentiable` marks them only if the gradient of the result requires one, and not if the argument does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, asked: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "a gradient of an optimized op is differentiated twice, but it can be only once: "
+            "use arbitor.reference.ops for second derivatives"
+        )
+
+
+def worth_of(weight: DeviceWeight | TernaryWeight) -> list[Tensor]:
+    """Return the tensors that say what a weight is worth; those of inference mode are left out, torch does not watch them."""
+    codes = weight.words if isinstance(weight, DeviceWeight) else weight.packed
+    return [tensor for tensor in (codes, weight.exponents) if not tensor.is_inference()]

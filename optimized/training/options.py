@@ -1,0 +1,279 @@
+"""The table of the trainer's settings: a field of `Settings` is a row, and its `Option` says all there is to say of it.
+
+From the rows are made: the options of the command line (`arbitor.optimized.cli`), what a caller of `train` may ask for
+(`TrainOptions`), the defaults, the checks of values, ``config.json``, and what a resumed run must agree with
+(`arbitor.optimized.training.plan`). A new setting is one row here, and the code that reads it.
+Nothing heavy is imported, so that ``arb --help`` is quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+from arbitor.optimized.settings import BACKENDS
+
+_T = TypeVar("_T")
+
+OF_PRESET = "of the preset"
+"""How help names a default that `PRESET_DEFAULTS` may replace."""
+
+_KINDS = {int: "a whole number", bool: "True or False", str: "a string"}
+"""How a message names the type of a setting."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """What is known of a setting beside its name and its type.
+
+    Attributes:
+        help: what the command line says of it, a short sentence.
+        default: its value where nobody names one.
+        default_help: what help says instead of the default.
+        low, high: the range of a number; None where it has no such end.
+        choices: the strings allowed; empty for any.
+        bound: whether it decides what a run computes, so that a resumed run must agree with it.
+        changes_model: whether it changes the model of the preset, so that every command that builds one has it. Such a
+            setting is bound.
+        has_opposite: whether a switch can be asked for and asked against, with ``--no-`` before its name.
+        asked: whether it can be asked for. Others are what the preset says, and recorded.
+    """
+
+    help: str
+    default: Any
+    default_help: str | None = None
+    low: int | None = None
+    high: int | None = None
+    choices: tuple[str, ...] = ()
+    bound: bool = False
+    changes_model: bool = False
+    has_opposite: bool = False
+    asked: bool = True
+
+
+def _model_change(help: str, **more: Any) -> Option:
+    return Option(help=help, bound=True, changes_model=True, **more)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of a run, decided. It is written to ``config.json`` and into each checkpoint as plain data."""
+
+    preset: Annotated[
+        str, Option(help="What to train: tiny, small, ... or FILE.json", default="tiny", bound=True)
+    ]
+    # Not bound by its name: a resumed run must agree in the bytes, see `data.check_same_data`.
+    data: Annotated[
+        str, Option(help="stdlib (the sources of this Python), a file or a folder", default="stdlib")
+    ]
+    steps: Annotated[
+        int, Option(help="Optimisation steps", default=1000, default_help=OF_PRESET, low=1, bound=True)
+    ]
+    batch: Annotated[
+        int, Option(help="Windows of a micro-batch", default=4, default_help=OF_PRESET, low=1, bound=True)
+    ]
+    # The shortest window: three bytes are read to predict the fourth.
+    context: Annotated[
+        int, Option(help="Bytes of a window", default=128, default_help=OF_PRESET, low=4, bound=True)
+    ]
+    accum: Annotated[
+        int, Option(help="Micro-batches of a step", default=1, default_help=OF_PRESET, low=1, bound=True)
+    ]
+    seed: Annotated[
+        int, Option(help="Of weights, batches and dither", default=0, low=0, high=2**63 - 1, bound=True)
+    ]
+    disable_vq: Annotated[bool, _model_change("No codes, and nothing that needs them", default=False)]
+    disable_graph: Annotated[bool, _model_change("No graph over the codes", default=False)]
+    disable_moe: Annotated[bool, _model_change("No experts", default=False)]
+    enable_memory: Annotated[bool, _model_change("Tables of code n-grams", default=False)]
+    max_moe_iters: Annotated[
+        int | None,
+        _model_change(
+            "Most turns of the last layer's loop", default=None, default_help=OF_PRESET, low=1, high=16
+        ),
+    ]
+    sign_votes: Annotated[
+        bool, _model_change("The seeds' rule: votes are signs times a size by the loss", default=False)
+    ]
+    eval_interval: Annotated[
+        int,
+        Option(
+            help="Steps between validations",
+            default=100,
+            default_help=OF_PRESET,
+            low=1,
+        ),
+    ]
+    save_interval: Annotated[
+        int,
+        Option(
+            help="Steps between checkpoints",
+            default=100,
+            default_help=OF_PRESET,
+            low=1,
+        ),
+    ]
+    log_interval: Annotated[
+        int,
+        Option(
+            help="Steps between lines of metrics",
+            default=10,
+            default_help=OF_PRESET,
+            low=1,
+        ),
+    ]
+    eval_windows: Annotated[int, Option(help="Validation windows, at most", default=256, low=1, asked=False)]
+    sample_bytes: Annotated[
+        int, Option(help="Bytes of the sample at the end", default=256, low=0, asked=False)
+    ]
+    device: Annotated[
+        str,
+        Option(help="Where to run: auto is a GPU if any", default="auto", choices=("auto", "cpu", "cuda")),
+    ]
+    backend: Annotated[
+        str | None,
+        Option(
+            help="Op set",
+            default=None,
+            default_help="reference on cpu, triton on cuda",
+            choices=BACKENDS,
+        ),
+    ]
+    dtype: Annotated[
+        str | None,
+        Option(
+            help="Activations",
+            default=None,
+            default_help="bfloat16 for triton on cuda, else float32",
+            choices=("float32", "bfloat16"),
+        ),
+    ]
+    cuda_graph: Annotated[
+        bool | None,
+        Option(
+            help="Record the passes once, then replay them: the same results, sooner",
+            default=None,
+            default_help="wherever possible",
+            has_opposite=True,
+        ),
+    ]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the settings as JSON data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A setting by its name and its type, both from its field of `Settings`.
+
+    Attributes:
+        name: of the field.
+        kind: type of its values: int, bool or str.
+        optional: whether None is a value too.
+        option: the rest.
+    """
+
+    name: str
+    kind: type
+    optional: bool
+    option: Option
+
+    def check(self, value: Any) -> None:
+        """Refuse a value that the setting can't have.
+
+        Raises:
+            TypeError, ValueError: it is of another type, or outside of its range; one sentence names it.
+        """
+        if value is None and self.optional:
+            return
+        # True is no whole number here, although Python has it so.
+        is_of_kind = type(value) is self.kind
+        if not is_of_kind:
+            raise TypeError(f"{self.name} is {value!r}, but must be {_KINDS[self.kind]}")
+        if self.option.choices and value not in self.option.choices:
+            raise ValueError(f"{self.name} is {value!r}, but must be one of {', '.join(self.option.choices)}")
+        low, high = self.option.low, self.option.high
+        if (low is not None and value < low) or (high is not None and value > high):
+            allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise ValueError(f"{self.name} is {value}, but must be {allowed}")
+
+
+def _row(name: str, hint: Any) -> Row:
+    """Return the row of a field from its annotation, ``Annotated[TYPE, Option(...)]``."""
+    if get_origin(hint) is not Annotated:
+        raise TypeError(f"the field {name} of Settings has no Option")
+    annotated, option = get_args(hint)
+    kinds = get_args(annotated) or (annotated,)
+    [kind] = (each for each in kinds if each is not type(None))
+    return Row(name=name, kind=kind, optional=type(None) in kinds, option=option)
+
+
+ROWS: Mapping[str, Row] = {
+    name: _row(name, hint) for name, hint in get_type_hints(Settings, include_extras=True).items()
+}
+"""Every setting by name, in the order of the table."""
+
+CHANGES = tuple(name for name, row in ROWS.items() if row.option.changes_model)
+"""Settings that change the model of the preset: modules off or on, and the seeds' votes."""
+
+BOUND = tuple(name for name, row in ROWS.items() if row.option.bound)
+"""Settings that decide what a run computes: a resumed run must agree with them."""
+
+PRESET_DEFAULTS: dict[str, Mapping[str, Any]] = {
+    "tiny": {"steps": 500, "batch": 32},
+    "small": {"batch": 64, "context": 256, "eval_windows": 512},
+}
+"""Defaults that suit a preset better than those of the rows, which are cautious: one step of a large model fills a GPU."""
+
+
+def preset_defaults(preset: str) -> dict[str, Any]:
+    """Return the defaults of all settings for a preset, by name.
+
+    Args:
+        preset: name of a configuration; one that is no preset has the defaults of the rows.
+    """
+    return {
+        **{name: row.option.default for name, row in ROWS.items()},
+        **PRESET_DEFAULTS.get(preset, {}),
+    }
+
+
+def _with_settings(cls: type[_T]) -> type[_T]:
+    """Make a class a frozen dataclass that has a field for every setting that can be asked for, None by default."""
+    for name, row in ROWS.items():
+        if row.option.asked:
+            cls.__annotations__[name] = f"{row.kind.__name__} | None"
+            setattr(cls, name, None)
+    make: Callable[[type[_T]], type[_T]] = dataclass(frozen=True)
+    return make(cls)
+
+
+@_with_settings
+class TrainOptions:
+    """What the user asked for: where the run is, and settings by the names of `Settings`.
+
+    A setting that is None is left to the run that is resumed, or to the preset's defaults.
+
+    Attributes:
+        run: the run folder.
+        resume: continue what the run folder holds.
+        save: whether to write checkpoints.
+    """
+
+    run: Path | None = None
+    resume: bool = False
+    save: bool = True
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Any) -> None: ...
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings asked for, by name; those that are None are left out."""
+        asked = {field.name: getattr(self, field.name) for field in fields(self) if field.name in ROWS}  # type: ignore[arg-type]
+        return {name: value for name, value in asked.items() if value is not None}
