@@ -34,3 +34,16 @@ def test_weight_refuses_levels_beyond_the_rails(level: int, bits: int) -> None:
     trits = torch.zeros(1, 3, dtype=torch.int8)
     with pytest.raises(ValueError, match="exponents"):
         weight_of_trits(trits, torch.full((1, 1), level, dtype=torch.int8), mantissa_bits=bits)
+
+
+@pytest.mark.parametrize(
+    ("error", "trits"),
+    [
+        (TypeError, torch.zeros(1, 3, dtype=torch.int16)),
+        (ValueError, torch.zeros(3, dtype=torch.int8)),
+        (ValueError, torch.zeros(1, 3, 1, dtype=torch.int8)),
+    ],
+)
+def test_weight_refuses_trits_that_are_no_matrix(error: type[Exception], trits: torch.Tensor) -> None:
+    with pytest.raises(error, match="trits has"):
+        weight_of_trits(trits, torch.zeros(1, 1, dtype=torch.int8))

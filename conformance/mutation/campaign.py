@@ -95,13 +95,14 @@ class Worker:
             environment["TRITON_INTERPRET"] = "1"
             memory = options.memory_gib * GIB
             preloaded += ["triton.language"] if preloaded else []
+        self.errors = Path(self.folder.name) / "errors"
         self.process = subprocess.Popen(
             [sys.executable, str(WORKER), str(memory), *preloaded],
             cwd=self.tree,
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.errors.open("w"),
             text=True,
         )
 
@@ -125,7 +126,7 @@ class Worker:
         self.process.stdin.flush()
         reply = self.process.stdout.readline()
         if not reply:
-            raise RuntimeError(f"the worker in {self.tree} ended with status {self.process.wait()}")
+            raise RuntimeError(f"a worker ended with status {self.process.wait()}: {self.errors.read_text()}")
         return json.loads(reply)
 
 

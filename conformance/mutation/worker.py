@@ -177,17 +177,19 @@ def answer(request: dict[str, Any], folder: Path, memory: int) -> dict[str, Any]
     if pid == 0:
         child(request, folder, memory)
     status = None
-    while status is None:
-        done, code = os.waitpid(pid, os.WNOHANG)
-        if done:
-            status = os.waitstatus_to_exitcode(code)
-            status = 128 - status if status < 0 else status
-        elif time.monotonic() - start > request["seconds"] or os.getppid() != parent:
-            status = TIMED_OUT
-        else:
-            time.sleep(0.01)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
+    try:
+        while status is None:
+            done, code = os.waitpid(pid, os.WNOHANG)
+            if done:
+                status = os.waitstatus_to_exitcode(code)
+                status = 128 - status if status < 0 else status
+            elif time.monotonic() - start > request["seconds"] or os.getppid() != parent:
+                status = TIMED_OUT
+            else:
+                time.sleep(0.01)
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
     if status == TIMED_OUT:
         os.waitpid(pid, 0)
     found = {"failed": "", "record": {}}

@@ -171,7 +171,7 @@ def test_train_refuses_to_start_twice(here: Here, finished: Path, text: Path) ->
         ("audit", ["--preset", "small", "--disable-graph"], "disable_graph is True, but changes nothing"),
         ("smoke", ["--preset", "tiny", "--enable-memory"], "enable_memory is True, but changes nothing"),
         ("audit", ["--max-moe-iters", "2"], "max_moe_iters is 2, but changes nothing of the preset tiny"),
-        ("audit", ["--disable-moe", "--max-moe-iters", "3"], "does nothing in a model without experts"),
+        ("audit", ["--disable-moe", "--max-moe-iters", "3"], "max_moe_iters is 3, but must be 1 without"),
         ("generate", ["--temperature", "0", "--seed", "0"], "--seed was given, but does nothing with --temp"),
         ("generate", ["--bytes", "0", "--seed", "1"], "--seed was given, but does nothing with --bytes 0"),
         (

@@ -52,15 +52,11 @@ def model_config(preset: str, **changes: bool | int | None) -> ArbConfig:
 
     Raises:
         TrainingError: as `preset_config`.
-        ValueError: as `preset_config`; or a change that the model would not show.
+        ValueError: as `preset_config`; or a change that the configuration refuses, or would not show.
     """
     config = preset_config(preset)
     wanted: dict[str, Any] = {name: value for name, value in changes.items() if value not in (None, False)}
     changed = _changed(config, **wanted)
-    if "max_moe_iters" in wanted and not changed.use_moe:
-        raise ValueError(
-            f"max_moe_iters is {wanted['max_moe_iters']}, but does nothing in a model without experts"
-        )
     for name, value in wanted.items():
         if _changed(config, **{name: value}) == config:
             raise ValueError(
