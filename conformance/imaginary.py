@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -194,10 +193,8 @@ def copy_of_the_tree(folder: Path) -> Path:
     for name in ("reference", "optimized", "conformance", "bench", "docs/spec"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", folder)
-    links = folder / ".links" / "arbitor"
-    links.mkdir(parents=True)
-    for name in ("reference", "optimized"):
-        os.symlink(folder / name, links / name, target_is_directory=True)
+    # Its links are relative, so that they lead to the copies.
+    shutil.copytree(ROOT / "arbitor", folder / "arbitor", ignore=ignored, symlinks=True)
     return folder
 
 

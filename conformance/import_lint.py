@@ -4,8 +4,9 @@
 
 reference imports torch, the standard library and itself, and imports at the top of a file only. optimized imports of reference
 what holds no op. Modules of either import each other in one direction: no circle, not even one for type checkers alone. Nothing
-that is installed imports conformance or bench. sidecars imports of ours the checks of reference. It alone imports libraries of
-other projects, by `libraries.library`. Environment variables named ARB_* are read in optimized/settings.py.
+that is installed imports conformance or bench. The modules of arbitor itself may import all that is installed, and nothing that is
+installed imports them. sidecars imports of ours the checks of reference. It alone imports libraries of other projects, by
+`libraries.library`. Environment variables named ARB_* are read in optimized/settings.py.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ REFERENCE_FOR_OPTIMIZED = (
     "graph",
     "audit",
 )
-INSTALLED = ("reference", "optimized", "sidecars")
+FRONT = "arbitor"
+INSTALLED = (FRONT, "reference", "optimized", "sidecars")
 SETTINGS = Path("optimized/settings.py")
 TEST_PACKAGES = ("conformance", "bench")
 REFERENCE_FOR_SIDECARS = ("checks",)
@@ -87,7 +89,12 @@ def import_graph(root: Path = ROOT) -> dict[str, set[str]]:
 def module_name(path: Path, root: Path) -> str:
     """Return the import name of a file: `arbitor.reference.ops` for reference/ops/__init__.py."""
     parts = path.relative_to(root).with_suffix("").parts
-    return ".".join(("arbitor", *(parts[:-1] if parts[-1] == "__init__" else parts)))
+    return ".".join(_within_arbitor(parts[:-1] if parts[-1] == "__init__" else parts))
+
+
+def _within_arbitor(parts: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the parts of an import name for those of a path."""
+    return parts if parts[:1] == (FRONT,) else (FRONT, *parts)
 
 
 def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
@@ -117,7 +124,7 @@ def imported(node: ast.AST, path: Path) -> list[str]:
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
         if node.level:
-            package = ("arbitor", *path.parts[: len(path.parts) - node.level])
+            package = _within_arbitor(path.parts[: len(path.parts) - node.level])
             base = ".".join((*package, *((node.module,) if node.module else ())))
         else:
             base = node.module or ""
@@ -138,6 +145,8 @@ def refused(folder: str, module: str) -> str | None:
     top, *rest = module.split(".")
     if folder in INSTALLED and top in TEST_PACKAGES:
         return "what is installed does not import the tests"
+    if folder in INSTALLED and folder != FRONT and top == FRONT and (not rest or rest[0] not in INSTALLED):
+        return "modules of arbitor itself are imported by users only"
     if folder == "conformance" and top == "bench":
         return "conformance does not import bench"
     if folder == "reference":

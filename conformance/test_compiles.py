@@ -36,15 +36,15 @@ def package_of(subject: Subject) -> Path:
     return Path(str(subject.ops.__file__)).parents[1]
 
 
-def compiled(cache: Path, *families: str, first: tuple[Path, ...] = ()) -> tuple[int, str]:
-    """Run compile_kernels; return its exit status and output. `first`: where packages are looked for before elsewhere."""
+def compiled(cache: Path, *families: str, tree: Path = ROOT) -> tuple[int, str]:
+    """Run compile_kernels; return its exit status and output. `tree`: the folder that `arbitor` is imported from."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    paths = (*map(str, first), str(ROOT), environment.get("PYTHONPATH", ""))
+    paths = (str(tree), str(ROOT), environment.get("PYTHONPATH", ""))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     environment["TRITON_CACHE_DIR"] = str(cache)
     environment["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is here changes nothing
     command = (sys.executable, "-W", "ignore", "-m", "conformance.compile_kernels", *families)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tree)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -56,19 +56,24 @@ def test_every_kernel_compiles(subject: Subject, tmp_path: Path) -> None:
 
 def test_broken_kernels_are_found(subject: Subject, tmp_path: Path) -> None:
     """In a copy of the package one kernel is broken in two ways, and one is launched by nothing."""
-    package, copy = package_of(subject), tmp_path / "arbitor" / "optimized"
-    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    package, copy = package_of(subject), tmp_path / "optimized"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(package, copy, ignore=ignored)
+    shutil.copytree(ROOT / "arbitor", tmp_path / "arbitor", ignore=ignored, symlinks=True)
+    (tmp_path / "reference").symlink_to(ROOT / "reference")
     file = copy / "kernels" / "attention.py"
     source = file.read_text()
     for text, broken in BREAKS.items():
         assert text in source, f"{text} is not in {package}/kernels/attention.py: break something else here"
         source = source.replace(text, broken)
     file.write_text(source + ORPHAN)
-    status, output = compiled(tmp_path / "cache", "attention", first=(tmp_path,))
+    status, output = compiled(tmp_path / "cache", "attention", tree=tmp_path)
     assert status == 1, output
+    kernels = tmp_path / "arbitor" / "optimized" / "kernels"
     loop = 1 + source.splitlines().index("    for start in range(0, PART, BLOCK_S):")
     for complaint in (
-        f'{file}:{loop}: _decode_attention_kernel does not compile\nAssertionError("Loop-carried variable mask',
+        f"{kernels}/attention.py:{loop}: _decode_attention_kernel does not compile\n"
+        'AssertionError("Loop-carried variable mask',
         "_decode_attention_kernel wants too much shared memory",
         "_orphan_kernel was not compiled",
     ):

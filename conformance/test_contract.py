@@ -109,6 +109,10 @@ def test_imports_keep_the_rules() -> None:
         ("optimized/a.py", "import os; os.environ['ARB_X']"),
         ("conformance/a.py", "import bench"),
         ("optimized/a.py", "import transformers"),
+        ("optimized/a.py", "from arbitor import ArbModel"),
+        ("optimized/a.py", "import arbitor.front"),
+        ("arbitor/a.py", "from conformance import compare"),
+        ("arbitor/a.py", "from huggingface_hub import HfApi"),
         ("sidecars/a.py", "from diffusers import AutoencoderKLWan"),
         ("sidecars/a.py", "import scipy"),
         ("sidecars/a.py", "from arbitor.reference import ops"),
@@ -129,6 +133,7 @@ def test_import_lint_rejects(path: str, source: str) -> None:
             "sidecars/a.py",
             "import torch, numpy; from arbitor.reference import checks; from arbitor.sidecars import audio",
         ),
+        ("arbitor/a.py", "from arbitor.optimized.ops import linear; from arbitor.reference import ops"),
         ("bench/a.py", "from conformance.compare import exact; from arbitor.reference import ops"),
     ],
 )

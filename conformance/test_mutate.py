@@ -65,6 +65,7 @@ def tree(folder: Path, tests: str = TESTS) -> Path:
     """Return a tree with one file of a product and its tests."""
     files = {
         "pyproject.toml": "[tool.pytest.ini_options]\n",
+        "arbitor/__init__.py": "",
         "reference/things/thing.py": PRODUCT,
         "conformance/__init__.py": "",
         "conformance/conftest.py": OPTIONS,
@@ -74,8 +75,7 @@ def tree(folder: Path, tests: str = TESTS) -> Path:
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content)
-    (folder / ".links" / "arbitor").mkdir(parents=True)
-    (folder / ".links" / "arbitor" / "reference").symlink_to("../../reference")
+    (folder / "arbitor" / "reference").symlink_to("../reference")
     return folder
 
 

@@ -87,7 +87,7 @@ class Worker:
             compileall.compile_dir(self.tree / folder, quiet=2, invalidation_mode=checked)
         environment = {
             **os.environ,
-            "PYTHONPATH": f"{self.tree}/.links{os.pathsep}{self.tree}",
+            "PYTHONPATH": str(self.tree),
             "OMP_NUM_THREADS": "1",
         }
         preloaded, memory = list(options.preloaded), 0

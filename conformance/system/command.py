@@ -24,7 +24,7 @@ def environment() -> dict[str, str]:
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("ARB_", "TRITON_INTERPRET"))
     }
-    paths = [str(REPOSITORY), str(REPOSITORY / ".links"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     return {
         **kept,
         "OMP_NUM_THREADS": "1",

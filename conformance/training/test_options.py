@@ -53,12 +53,11 @@ print(codes)
 
 def test_a_setting_is_one_row(text: Path, tmp_path: Path) -> None:
     """Added to a copy of the trainer, it is on the command line, in the settings, in config.json, and refused on resume."""
-    package = tmp_path / "arbitor"
-    shutil.copytree(
-        REPOSITORY / "optimized", package / "optimized", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    (package / "reference").symlink_to(REPOSITORY / "reference")
-    table = package / "optimized" / "training" / "options.py"
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("arbitor", "optimized"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=ignored, symlinks=True)
+    (tmp_path / "reference").symlink_to(REPOSITORY / "reference")
+    table = tmp_path / "optimized" / "training" / "options.py"
     before, row, after = table.read_text().partition("    device: Annotated[")
     assert row
     table.write_text(before + ROW + row + after)
@@ -66,7 +65,7 @@ def test_a_setting_is_one_row(text: Path, tmp_path: Path) -> None:
     env = environment()
     env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), env["PYTHONPATH"]])
     command = [sys.executable, "-c", COMMANDS, str(text), str(run)]
-    done = subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[0, 2, 0, 0, 1]", (done.stdout, done.stderr)
     assert "--volume INTEGER RANGE" in done.stdout and "How loud [3]." in done.stdout
