@@ -94,9 +94,14 @@ class Selection:
         while frontier:
             seen |= frontier
             importers = {name for module in frontier for name in self.importers.get(module, ())} - seen
-            tests = {name: self.named(Path(*name.split(".")[1:])) for name in importers}
+            # The modules of arbitor itself, which users import, are no part of the product that is mutated.
+            homes = {name: Path(*name.split(".")[1:]) for name in importers}
+            homes = {
+                name: home for name, home in homes.items() if home.parts[:1] and home.parts[0] in PRODUCT
+            }
+            tests = {name: self.named(home) for name, home in homes.items()}
             found.update(*tests.values())
-            frontier = {name for name in importers if not tests[name]}
+            frontier = {name for name in tests if not tests[name]}
         return sorted(found)
 
     def that_name(self, path: Path) -> list[Path]:
