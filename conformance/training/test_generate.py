@@ -11,7 +11,7 @@ import torch
 
 from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training import generate as module
-from arbitor.optimized.training.generate import first_window, generate, generate_batch
+from arbitor.optimized.training.generate import first_window, generate, generate_batch, stream_batch
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import SPECIAL_IDS
 from arbitor.reference.graph import ArbModel, LatentAttention
@@ -251,3 +251,70 @@ def test_generate_refuses(options: dict[str, Any], named: str) -> None:
 def test_generate_refuses_logits_that_are_not_finite() -> None:
     with pytest.raises(ValueError, match="logits are not finite"):
         run(Scripted(lambda window: torch.full((297,), float("nan"))), b"abc", 1)
+
+
+def drawn(weights: list[float], *, draws: int = 300, **options: Any) -> set[int]:
+    """Return the bytes that are drawn from a distribution over the first of them; the others have none of it."""
+    logits = torch.full((297,), -torch.inf).clamp(min=-1e4)
+    logits[: len(weights)] = torch.tensor(weights).log()
+    settings: dict[str, Any] = {"temperature": 1.0, "seeds": [0], **options}
+    [added] = generate_batch(cast(ArbModel, Scripted(lambda _: logits)), [b"ab"], draws, **settings)
+    return set(added)
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "left"),
+    [
+        ([0.4, 0.3, 0.2, 0.1], {}, {0, 1, 2, 3}),
+        ([0.4, 0.3, 0.2, 0.1], {"top_k": 1}, {0}),
+        ([0.1, 0.4, 0.2, 0.3], {"top_k": 2}, {1, 3}),
+        ([0.25, 0.25, 0.25, 0.25], {"top_k": 3}, {0, 1, 2}),
+        ([0.4, 0.3, 0.2, 0.1], {"top_k": 256, "top_p": 1.0}, {0, 1, 2, 3}),
+        ([0.4, 0.3, 0.2, 0.1], {"top_p": 1e-9}, {0}),
+        ([0.4, 0.3, 0.2, 0.1], {"top_p": 0.39}, {0}),
+        ([0.4, 0.3, 0.2, 0.1], {"top_p": 0.41}, {0, 1}),
+        ([0.1, 0.4, 0.2, 0.3], {"top_p": 0.8}, {1, 2, 3}),
+        # Of what top_k leaves, the first has 4/7.
+        ([0.4, 0.3, 0.2, 0.1], {"top_k": 2, "top_p": 0.5}, {0}),
+        ([0.4, 0.3, 0.2, 0.1], {"top_k": 2, "top_p": 0.6}, {0, 1}),
+        # At a low temperature the first has more than nine parts of ten.
+        ([0.4, 0.2, 0.2, 0.2], {"top_p": 0.9, "temperature": 0.2}, {0}),
+    ],
+)
+def test_only_the_likeliest_bytes_are_drawn(
+    weights: list[float], options: dict[str, Any], left: set[int]
+) -> None:
+    assert drawn(weights, **options) == left
+
+
+def counted(text: bytes, stop: list[bytes], num_bytes: int) -> list[bytes]:
+    """Return the pieces for a model that would write a text."""
+    place = iter(text)
+
+    def next_of(_: list[int]) -> torch.Tensor:
+        logits = torch.zeros(297)
+        logits[next(place)] = 10
+        return logits
+
+    script = cast(ArbModel, Scripted(next_of))
+    stream = stream_batch(script, [b"abc"], num_bytes, temperature=0.0, seeds=[0], stop=stop)
+    return [piece for [piece] in stream]
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "pieces"),
+    [
+        (b"abcd", [], [b"a", b"b", b"c", b"d"]),
+        (b"abcd", [b"c"], [b"a", b"b", b""]),
+        (b"abcd", [b"bc"], [b"a", b"", b""]),
+        # What only began like an ending comes once that is known, and at the end of the bytes.
+        (b"abxd", [b"bc"], [b"a", b"", b"bx", b"d"]),
+        (b"abcb", [b"bx"], [b"a", b"", b"bc", b"b"]),
+        (b"aaab", [b"aab"], [b"", b"", b"a", b""]),
+        # The ending that comes first counts; of several that end together, the one that began first.
+        (b"abcd", [b"bcd", b"c"], [b"a", b"", b"b"]),
+        (b"abcd", [b"c", b"bc"], [b"a", b"", b""]),
+    ],
+)
+def test_a_text_ends_before_a_stop(text: bytes, stop: list[bytes], pieces: list[bytes]) -> None:
+    assert counted(text, stop, 4) == pieces

@@ -7,7 +7,8 @@ Shape legend: B sequences, T bytes, V ids of the vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,10 +56,45 @@ def generate_batch(
     *,
     temperature: float,
     seeds: Sequence[int],
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: Sequence[bytes] = (),
     context: int | None = None,
     cuda_graph: bool = False,
 ) -> list[bytes]:
-    """Continue several prompts of any lengths, in lockstep.
+    """Return the continuations of several prompts: all that `stream_batch`, which see, yields for each of them."""
+    added = [bytearray() for _ in prompts]
+    for pieces in stream_batch(
+        model,
+        prompts,
+        num_bytes,
+        temperature=temperature,
+        seeds=seeds,
+        top_k=top_k,
+        top_p=top_p,
+        stop=stop,
+        context=context,
+        cuda_graph=cuda_graph,
+    ):
+        for whole, piece in zip(added, pieces, strict=True):
+            whole += piece
+    return [bytes(whole) for whole in added]
+
+
+def stream_batch(
+    model: ArbModel,
+    prompts: Sequence[bytes],
+    num_bytes: int,
+    *,
+    temperature: float,
+    seeds: Sequence[int],
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: Sequence[bytes] = (),
+    context: int | None = None,
+    cuda_graph: bool = False,
+) -> Iterator[list[bytes]]:
+    """Return what continues several prompts of any lengths in lockstep, a byte of each at a time.
 
     Each prompt is read on its own, then all go on together. Only bytes are drawn: specials and marks have no
     chance. A prompt of fewer than three bytes is filled up from the left: BOS stands right before it, and PAD
@@ -67,48 +103,125 @@ def generate_batch(
     order when there are more rows. A draw on the very edge between two bytes may then fall to the other side.)
 
     Args:
-        model: a model; its weights are only read.
+        model: a model; its weights are only read, and must not change before the last piece was taken.
         prompts: bytes to continue; may be empty.
-        num_bytes: how many bytes to add to each, at least 0.
+        num_bytes: how many bytes to add to each at most, at least 0.
         temperature: 0 takes the likeliest byte (the lowest of several); otherwise logits are divided by it.
         seeds: of the CPU generators that draw, one a prompt; the same seed gives the same bytes on the same device. At
             temperature 0 nothing is drawn.
+        top_k: only so many of the likeliest bytes may be drawn, 1 .. 256; None: all.
+        top_p: only the likeliest bytes may be drawn, as few as have this probability together, above 0 and at most 1. It is
+            asked of what `top_k` leaves; None: all.
+        stop: where one of these would end, a sequence ends before it; each has at least one byte.
         context: bytes at the end of a prompt that are read, at least 3; None: all.
         cuda_graph: whether steps are recorded and replayed, see `recording.records`; the bytes are the same.
 
     Returns:
-        The added bytes, without the prompts.
+        An iterator over lists with a piece for each prompt. A piece is empty while it may still be the beginning of a `stop`,
+        and after one. The iterator ends when every sequence has.
 
     Raises:
-        ValueError: an argument is out of range, or the model's logits are not finite.
+        ValueError: an argument is out of range, at once; or, from the iterator, the model's logits are not finite.
     """
     if num_bytes < 0:
         raise ValueError(f"num_bytes is {num_bytes}, but must be at least 0")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature is {temperature}, but must be finite and at least 0")
+    if top_k is not None and not 1 <= top_k <= NUM_BYTES:
+        raise ValueError(f"top_k is {top_k}, but must be from 1 to {NUM_BYTES}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}, but must be above 0 and at most 1")
+    for name, value in (("top_k", top_k), ("top_p", top_p)):
+        if value is not None and temperature == 0:
+            raise ValueError(
+                f"{name} is {value}, but must be None at temperature 0, which takes the likeliest byte"
+            )
+    if b"" in stop:
+        raise ValueError("stop holds an empty string, but each must have at least one byte")
     if context is not None and context < NGRAM:
         raise ValueError(f"context is {context}, but must be at least {NGRAM}")
     if len(seeds) != len(prompts):
         raise ValueError(
             f"seeds has {len(seeds)} entries, but must have one for each of {len(prompts)} prompts"
         )
+    draws = [_drawer(temperature, seed, top_k, top_p) for seed in seeds]
+    windows = [first_window(prompt)[-(context or 0) :] for prompt in prompts]
     if not prompts or not num_bytes:
-        return [b""] * len(prompts)
-    draws = [_drawer(temperature, seed) for seed in seeds]
-    with torch.no_grad(), values_vouched_for():
+        return iter(())
+    return _streamed(model, windows, num_bytes, draws, [_Ending(stop) for _ in prompts], cuda_graph)
+
+
+def _streamed(
+    model: ArbModel,
+    windows: Sequence[list[int]],
+    num_bytes: int,
+    draws: Sequence[Draw],
+    endings: Sequence[_Ending],
+    cuda_graph: bool,
+) -> Iterator[list[bytes]]:
+    """Yield the pieces of `stream_batch`. What holds for a step is left before a piece is handed out."""
+    with _reading():
+        choosers = [_Chooser([draw]) for draw in draws]
         ledger = KVLedger.stack(
-            [
-                read_prompt(model, first_window(prompt)[-(context or 0) :], choose=_chooser([draw]))
-                for prompt, draw in zip(prompts, draws, strict=True)
-            ]
+            [read_prompt(model, ids, choose=choose) for ids, choose in zip(windows, choosers, strict=True)]
         )
         # With all the room it will need, a step is recorded once.
         ledger.reserve(num_bytes - 1)
         reader = RecordedReader(model, ledger) if cuda_graph else Reader(model, ledger)
-        choose = _chooser(draws)
-        for _ in range(num_bytes - 1):
+        choose = _Chooser(draws)
+        choose.chosen = [chooser.chosen[0] for chooser in choosers]
+    for left in reversed(range(num_bytes)):
+        pieces = [ending.feed(byte) for ending, byte in zip(endings, choose.chosen, strict=True)]
+        if left == 0:
+            pieces = [piece + ending.rest() for piece, ending in zip(pieces, endings, strict=True)]
+        yield pieces
+        if left == 0 or all(ending.over for ending in endings):
+            return
+        with _reading():
             reader.step(choose)
-    return [bytes(ledger.ids(row)[-num_bytes:].tolist()) for row in range(len(prompts))]
+
+
+def _reading() -> ExitStack:
+    """Return what a model reads under: no gradients, and no looks at the values of ids that are bytes."""
+    stack = ExitStack()
+    stack.enter_context(torch.no_grad())
+    stack.enter_context(values_vouched_for())
+    return stack
+
+
+class _Ending:
+    """Hands on the bytes of a sequence until the first of some endings, and holds back what may be the beginning of one.
+
+    Attributes:
+        over: whether an ending was found; bytes after it are dropped.
+    """
+
+    def __init__(self, endings: Sequence[bytes]) -> None:
+        self._endings = tuple(endings)
+        self._held = b""
+        self.over = False
+
+    def feed(self, byte: int) -> bytes:
+        """Return the bytes that can be handed on after the next one."""
+        if self.over:
+            return b""
+        held = self._held + bytes([byte])
+        # The longest of those that end here, as it begins first.
+        found = max((len(ending) for ending in self._endings if held.endswith(ending)), default=0)
+        if found:
+            self.over, self._held = True, b""
+            return held[:-found]
+        longest = max((len(ending) for ending in self._endings), default=1)
+        first = max(0, len(held) - longest + 1)
+        while first < len(held) and not any(ending.startswith(held[first:]) for ending in self._endings):
+            first += 1
+        self._held = held[first:]
+        return held[:first]
+
+    def rest(self) -> bytes:
+        """Return what is held back when no byte follows."""
+        rest, self._held = self._held, b""
+        return rest
 
 
 def read_prompt(model: ArbModel, ids: list[int], *, choose: Callable[[Tensor], Tensor]) -> KVLedger:
@@ -131,19 +244,30 @@ def first_window(prompt: bytes) -> list[int]:
     return lead + list(prompt)
 
 
-def _chooser(draws: Sequence[Callable[[Tensor], int]]) -> Callable[[Tensor], Tensor]:
-    """Return what draws a byte for each sequence from logits [B, V]."""
+Draw = Callable[[Tensor], int]
+"""What draws a byte from its logits, float64 [256]."""
 
-    def choose(logits_BV: Tensor) -> Tensor:
+
+class _Chooser:
+    """Draws a byte for each sequence from logits [B, V].
+
+    Attributes:
+        chosen: the bytes drawn last.
+    """
+
+    def __init__(self, draws: Sequence[Draw]) -> None:
+        self._draws = draws
+        self.chosen: list[int] = []
+
+    def __call__(self, logits_BV: Tensor) -> Tensor:
         bytes_BV = logits_BV[:, :NUM_BYTES].to("cpu", torch.float64)
         if not bool(bytes_BV.isfinite().all()):
             raise ValueError("the model's logits are not finite, so no byte can be drawn from them")
-        return torch.tensor([draw(logits_V) for draw, logits_V in zip(draws, bytes_BV, strict=True)])
+        self.chosen = [draw(logits_V) for draw, logits_V in zip(self._draws, bytes_BV, strict=True)]
+        return torch.tensor(self.chosen)
 
-    return choose
 
-
-def _drawer(temperature: float, seed: int) -> Callable[[Tensor], int]:
+def _drawer(temperature: float, seed: int, top_k: int | None, top_p: float | None) -> Draw:
     """Return what draws a byte from its logits, with a generator of its own."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -152,6 +276,18 @@ def _drawer(temperature: float, seed: int) -> Callable[[Tensor], int]:
             return int(logits_V.argmax())
         # The largest logit is 0 after the shift, so that no temperature can overflow.
         weights_V = ((logits_V - logits_V.max()) / temperature).exp()
+        if top_k is not None or top_p is not None:
+            weights_V = _likeliest(weights_V, top_k or NUM_BYTES, 1.0 if top_p is None else top_p)
         return int(torch.multinomial(weights_V, 1, generator=generator))
 
     return draw
+
+
+def _likeliest(weights_V: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Return the weights with 0 for all but the likeliest bytes, the lower byte first among equals. One is always left."""
+    sorted_V, bytes_V = weights_V.sort(descending=True, stable=True)
+    sorted_V[top_k:] = 0
+    before_V = sorted_V.cumsum(0) - sorted_V
+    # A byte is left where those before it do not have the probability yet, so that the first always is.
+    left_V = torch.where(before_V < top_p * sorted_V.sum(), sorted_V, 0.0)
+    return torch.zeros_like(weights_V).scatter(0, bytes_V, left_V)
