@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from arbitor import optimized, reference, sidecars
+    from arbitor.model import ArbModel
     from arbitor.reference.config import ArbConfig
-    from arbitor.reference.graph import ArbModel
     from arbitor.reference.presets import PRESETS, preset
     from arbitor.reference.types import TernaryWeight
 
@@ -41,7 +41,7 @@ __all__ = [
 
 _HOMES = {
     "ArbConfig": "arbitor.reference.config",
-    "ArbModel": "arbitor.reference.graph",
+    "ArbModel": "arbitor.model",
     "PRESETS": "arbitor.reference.presets",
     "TernaryWeight": "arbitor.reference.types",
     "preset": "arbitor.reference.presets",

@@ -1,0 +1,300 @@
+"""The model as users meet it: on the device that is there, loaded and saved as a folder, and made to write."""
+
+from __future__ import annotations
+
+import codecs
+import importlib
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Self, cast
+
+import torch
+
+from arbitor import pretrained
+from arbitor.optimized.training.generate import stream_batch
+from arbitor.optimized.training.recording import records
+from arbitor.optimized.training.runtime import OP_SETS, Runtime, choose_runtime
+from arbitor.reference import graph
+from arbitor.reference.config import ArbConfig
+from arbitor.reference.presets import preset
+
+Text = str | bytes
+"""A text. What is made of bytes comes back as bytes, what is made of a string as a string."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+"""The dtypes of activations by name."""
+
+
+class ArbModel(graph.ArbModel):
+    """Bytes in, logits of the next byte out; every weight ternary, trained in place by votes.
+
+    A training loop of one's own is a forward pass, a backward pass that votes, and a step:
+
+        model = ArbModel("tiny")
+        for step, ids_BT in enumerate(batches):
+            loss = model.losses(ids_BT)
+            model.backward(loss, rate=2.0, step=step)
+            model.step()
+
+    Args:
+        config: shape and rules, or the name of a preset.
+        device: `auto` (a GPU where there is one), `cpu`, `cuda`, `meta`, or a torch.device.
+        dtype:  of activations, a torch.dtype or its name. None: bfloat16 with Triton on a GPU, else float32.
+        ops:    op set that computes: `reference`, `triton`, or a module with the names of `arbitor.reference.ops`. None: Triton's
+                on a GPU, else the reference's.
+        seed:   64-bit seed of the starting weights and of the dither.
+
+    Attributes:
+        steps_taken:     steps that the weights were trained for.
+        trained_context: bytes of the windows that it was trained on, or None where nobody said.
+
+    Raises:
+        TypeError or ValueError: an argument that is not allowed, or that the op set does not compute in.
+        TrainingError: the device is not there, or the op set cannot run on it.
+    """
+
+    def __init__(
+        self,
+        config: ArbConfig | str,
+        *,
+        device: torch.device | str = "auto",
+        dtype: torch.dtype | str | None = None,
+        ops: ModuleType | str | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(config, ArbConfig | str):
+            raise TypeError(
+                f"config is a {type(config).__name__}, but must be an ArbConfig or the name of a preset"
+            )
+        place, number_format, op_set = settled(device, dtype, ops)
+        super().__init__(
+            preset(config) if isinstance(config, str) else config,
+            ops=op_set,
+            device=place,
+            dtype=number_format,
+            seed=seed,
+        )
+        self.steps_taken = 0
+        self.trained_context: int | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | PathLike[str],
+        *,
+        device: torch.device | str = "auto",
+        dtype: torch.dtype | str | None = None,
+        ops: ModuleType | str | None = None,
+        revision: str | None = None,
+    ) -> Self:
+        """Return the model of a folder, a run, a checkpoint, or a hub.
+
+        Args:
+            source: a folder that `save_pretrained` wrote; a run of `arb train`, of which the best checkpoint is taken, or another
+                where that is missing or refused; a checkpoint file; or OWNER/NAME on a hub, through `huggingface_hub`.
+            device, dtype, ops: as for `ArbModel`.
+            revision: branch, tag or commit of a model on a hub.
+
+        Raises:
+            FileNotFoundError: there is no such model.
+            CheckpointError: what is there is damaged, was tampered with, or holds what no model holds.
+            ImportError: the model is on a hub, and huggingface_hub is not installed.
+            TypeError, ValueError, TrainingError: as `ArbModel`.
+        """
+        place, number_format, op_set = settled(device, dtype, ops)
+        config, checkpoint = pretrained.read_source(source, revision)
+        model = cls(config, device=place, dtype=number_format, ops=op_set, seed=checkpoint.seed)
+        model.load_state(checkpoint.state)
+        model.steps_taken = checkpoint.step
+        context = checkpoint.run.get("context")
+        model.trained_context = context if isinstance(context, int) and context >= 3 else None
+        return model
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """Write the model into a folder, for `from_pretrained`: `config.json` and `model.safetensors`.
+
+        A reader sees the files before or the files after, never a part of one. What votes have gathered is saved too, so that
+        training can go on.
+
+        Raises:
+            ValueError: the folder is that of a run, or has a `config.json` of something else.
+            RuntimeError: votes wait for a step; or the model is torn by a pass or a step that raised.
+            TrainingError: the disk is full or cannot be written.
+        """
+        self.voting.check_whole()
+        if self.voting.notes:
+            raise RuntimeError(
+                "backward was called without a step after it, but save_pretrained must follow model.step()"
+            )
+        run = {} if self.trained_context is None else {"context": self.trained_context}
+        pretrained.write_folder(
+            folder, self.config, self.state(), step=self.steps_taken, seed=self.seed, run=run
+        )
+
+    def push_to_hub(
+        self, name: str, *, private: bool | None = None, message: str = "Upload an ARB model"
+    ) -> str:
+        """Upload what `save_pretrained` writes to a hub, through `huggingface_hub`, and return the address of the commit.
+
+        Args:
+            name: OWNER/NAME; created where there is no model of that name.
+            private: of a new one, whether others may not see it; None: as the owner has it by default.
+            message: of the commit.
+
+        Raises:
+            ImportError: huggingface_hub is not installed.
+            ValueError, RuntimeError, TrainingError: the name is no OWNER/NAME; or as `save_pretrained`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model"
+            self.save_pretrained(path)
+            return pretrained.send_folder(path, name, private=private, message=message)
+
+    def generate(
+        self,
+        prompts: Text | Sequence[Text],
+        *,
+        max_new_bytes: int = 256,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: Text | Sequence[Text] = (),
+        seed: int | Sequence[int] = 0,
+        context: int | None = None,
+        stream: bool = False,
+    ) -> Any:
+        """Return what the model adds to a prompt, or to each of several. The same arguments give the same text.
+
+        Bytes are drawn. A string is taken as UTF-8, and what is added to it is decoded as such, with � for bytes that are none.
+
+        Args:
+            prompts: a string or bytes; or a sequence of them, which go on together, each as it would alone. May be empty.
+            max_new_bytes: bytes to add at most.
+            temperature: 0 takes the likeliest byte; otherwise logits are divided by it.
+            top_k: only so many of the likeliest bytes may be drawn, 1 .. 256.
+            top_p: only the likeliest bytes may be drawn, as few as have this probability together, above 0 and at most 1.
+            stop: a string or bytes, or several: a text ends before the first that would come.
+            seed: of the draws, for the first prompt; the next has the next number, and so on. Or one number for each prompt.
+            context: bytes at the end of a prompt that are read, at least 3. None: as many as the model was trained on, or all
+                where nobody said.
+            stream: return an iterator over pieces of the text instead, each as soon as it is there; for several prompts, over lists
+                with a piece for each, which may be empty. The model must not be changed before the last piece was taken.
+
+        Returns:
+            A string for a string, bytes for bytes, and a list for a sequence; without the prompts.
+
+        Raises:
+            TypeError or ValueError: an argument of another type, or out of range.
+        """
+        alone = isinstance(prompts, Text)
+        several: list[Text] = [cast(Text, prompts)] if alone else list(cast(Sequence[Text], prompts))
+        given = [_bytes_of(f"prompts[{place}]", text) for place, text in enumerate(several)]
+        stops = [stop] if isinstance(stop, Text) else list(stop)
+        seeds = [seed + place for place in range(len(given))] if isinstance(seed, int) else list(seed)
+        pieces = stream_batch(
+            self,
+            given,
+            max_new_bytes,
+            temperature=temperature,
+            seeds=seeds,
+            top_k=top_k,
+            top_p=top_p,
+            stop=[_bytes_of("stop", text) for text in stops],
+            context=self.trained_context if context is None else context,
+            cuda_graph=self._records(),
+        )
+        texts = _as_given(pieces, several)
+        if stream:
+            return (piece[0] for piece in texts) if alone else texts
+        added = list(texts)
+        joined = [_joined(text, [piece[place] for piece in added]) for place, text in enumerate(several)]
+        return joined[0] if alone else joined
+
+    def _records(self) -> bool:
+        """Whether steps of generation are recorded and replayed: the same bytes, sooner."""
+        backend = next((name for name, home in OP_SETS.items() if home == self.context.op_set.name), "")
+        return records(None, Runtime(self.context.device.type, backend, self.dtype))
+
+    @property
+    def num_weights(self) -> int:
+        """Ternary weights of the model."""
+        return sum(math.prod(module.weight.shape) for module in self.ternary_modules().values())
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that weights and tables take where the model is: all that training keeps, beside activations."""
+        return sum(tensor.nbytes for tensor in self.buffers())
+
+    def extra_repr(self) -> str:
+        """Return the sizes, as the first line of what `repr` says."""
+        return (
+            f"{self.config.name}: {self.num_weights:,} ternary weights, {self.state_bytes:,} bytes of state, "
+            f"device={self.context.device}, dtype={self.dtype}"
+        )
+
+    def step(self) -> None:
+        """Apply the step rule, as `Stateful.step` says, and count the step."""
+        super().step()
+        self.steps_taken += 1
+
+
+def settled(
+    device: torch.device | str, dtype: torch.dtype | str | None, ops: ModuleType | str | None
+) -> tuple[torch.device, torch.dtype, ModuleType]:
+    """Return device, dtype and op set for what was asked; see `ArbModel`."""
+    auto = device == "auto"
+    try:
+        place = torch.device("cpu" if auto else device)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"device is {device!r}, but must be auto, cpu, cuda, meta or a torch.device"
+        ) from None
+    # Shapes are the same with every op set.
+    kind = "auto" if auto else "cpu" if place.type == "meta" else place.type
+    runtime = choose_runtime(kind, ops if isinstance(ops, str) else None)
+    if auto:
+        place = torch.device(runtime.device)
+    op_set = ops if isinstance(ops, ModuleType) else runtime.ops()
+    if ops is not None and not isinstance(ops, ModuleType | str):
+        raise TypeError(f"ops is a {type(ops).__name__}, but must be a module or one of {', '.join(OP_SETS)}")
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
+    if dtype is None:
+        dtype = (
+            runtime.dtype if op_set is importlib.import_module(OP_SETS[runtime.backend]) else torch.float32
+        )
+    return place, dtype, op_set
+
+
+def _joined(like: Text, pieces: Sequence[Text]) -> Text:
+    """Return pieces as one text, of the type of another."""
+    return "".join(cast(list[str], pieces)) if isinstance(like, str) else b"".join(cast(list[bytes], pieces))
+
+
+def _bytes_of(name: str, text: Text) -> bytes:
+    """Return the bytes of a text; refuse what is none."""
+    if not isinstance(text, Text):
+        raise TypeError(f"{name} is a {type(text).__name__}, but must be a string or bytes")
+    return text.encode() if isinstance(text, str) else text
+
+
+def _as_given(pieces: Iterator[list[bytes]], prompts: Sequence[Text]) -> Iterator[list[Text]]:
+    """Yield pieces as strings for prompts that are strings; a character comes when its last byte is there."""
+    decoders = [
+        codecs.getincrementaldecoder("utf-8")("replace") if isinstance(prompt, str) else None
+        for prompt in prompts
+    ]
+    for piece in pieces:
+        yield [
+            part if decoder is None else decoder.decode(part)
+            for part, decoder in zip(piece, decoders, strict=True)
+        ]
+    rest: list[Text] = [b"" if decoder is None else decoder.decode(b"", final=True) for decoder in decoders]
+    if any(rest):
+        yield rest
