@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from arbitor import optimized, reference, sidecars
+    from arbitor import nn, optimized, reference, sidecars
     from arbitor.model import ArbModel
+    from arbitor.optimizer import ArbOptimizer
     from arbitor.reference.config import ArbConfig
     from arbitor.reference.presets import PRESETS, preset
     from arbitor.reference.types import TernaryWeight
@@ -30,8 +31,10 @@ __all__ = [
     "PRESETS",
     "ArbConfig",
     "ArbModel",
+    "ArbOptimizer",
     "TernaryWeight",
     "__version__",
+    "nn",
     "ops",
     "optimized",
     "preset",
@@ -42,13 +45,14 @@ __all__ = [
 _HOMES = {
     "ArbConfig": "arbitor.reference.config",
     "ArbModel": "arbitor.model",
+    "ArbOptimizer": "arbitor.optimizer",
     "PRESETS": "arbitor.reference.presets",
     "TernaryWeight": "arbitor.reference.types",
     "preset": "arbitor.reference.presets",
 }
 """Where each exported name is defined."""
 
-_MODULES = ("optimized", "reference", "sidecars")
+_MODULES = ("nn", "optimized", "reference", "sidecars")
 """Modules that are imported when they are first used."""
 
 

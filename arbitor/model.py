@@ -37,7 +37,7 @@ class ArbModel(graph.ArbModel):
         model = ArbModel("tiny")
         for step, ids_BT in enumerate(batches):
             loss = model.losses(ids_BT)
-            model.backward(loss, rate=2.0, step=step)
+            model.backward(loss, rate=6.0, step=step)
             model.step()
 
     Args:

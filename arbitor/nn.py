@@ -1,0 +1,360 @@
+"""Ternary layers for any torch module, and `Ternary`, through which the layers of a model vote and step together.
+
+    model = Ternary(net)                                # net has layers of this module, and any others
+    loss = loss_of(model(x))
+    model.backward(loss, rate=6.0, step=step)           # ternary weights vote; float parameters get their gradients
+    model.step()                                        # trits and scales move
+
+Legend: N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from arbitor.model import settled
+from arbitor.reference import checks
+from arbitor.reference.config import ArbConfig
+from arbitor.reference.constants import (
+    DEFAULT_GROUP_SIZE,
+    DEFAULT_MANTISSA_BITS,
+    DEFAULT_ORTHOGONAL_STEPS,
+    DEFAULT_THETA,
+    DEFAULT_THETA_E,
+    EXPONENT_RULES,
+    GROUP_SIZES,
+    MAX_ORTHOGONAL_STEPS,
+    ON_FLIP,
+)
+from arbitor.reference.convert import Loss, loss_of, ternarize
+from arbitor.reference.graph.context import GraphContext
+from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
+from arbitor.reference.graph.module import TernaryModule
+from arbitor.reference.graph.stateful import Stateful
+
+__all__ = ["Embedding", "Linear", "RMSNorm", "Rules", "Ternary", "swap_linears"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The rules that ternary layers are held and trained by: those fields of an `ArbConfig`, which describes them.
+
+    Votes are always stochastic. Raises TypeError or ValueError, one sentence, for a field that is not allowed.
+    """
+
+    group_size: int = DEFAULT_GROUP_SIZE
+    mantissa_bits: int = DEFAULT_MANTISSA_BITS
+    theta: int = DEFAULT_THETA
+    theta_e: int = DEFAULT_THETA_E
+    on_flip: str = "reset"
+    exponent_rule: str = "score"
+    orthogonal_steps: int = DEFAULT_ORTHOGONAL_STEPS
+
+    def __post_init__(self) -> None:
+        """Refuse a field that is not allowed."""
+        checks.one_of("group_size", self.group_size, GROUP_SIZES)
+        checks.mantissa_bits(self.mantissa_bits)
+        checks.threshold("theta", self.theta)
+        checks.threshold("theta_e", self.theta_e)
+        checks.one_of("on_flip", self.on_flip, ON_FLIP)
+        checks.one_of("exponent_rule", self.exponent_rule, EXPONENT_RULES)
+        checks.integer("orthogonal_steps", self.orthogonal_steps, 0, MAX_ORTHOGONAL_STEPS)
+
+    @property
+    def vote_rule(self) -> str:
+        """How gradients become votes."""
+        return "stochastic"
+
+
+class Linear(TernaryLinear):
+    """y = x W^T + bias, with a ternary weight.
+
+    Args:
+        in_features:  K.
+        out_features: N.
+        bias:         whether there is one: a float parameter, which an optimizer of the user's trains.
+        seed:         64-bit seed of the starting weight. None: drawn from torch's generator, so that torch.manual_seed fixes it.
+        device:       where the weight lives.
+        dtype:        of the bias; results are in the dtype of x.
+        ops:          op set, as for `ArbModel`.
+        rules:        how the weight is held and trained.
+
+    Shapes:  [..., K] -> [..., N]
+    Start:   standard deviation K^-1/2, which keeps the variance of x
+    Raises:  TypeError or ValueError for an argument that is not allowed
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        seed: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | str | None = None,
+        ops: ModuleType | str | None = None,
+        rules: Rules | None = None,
+    ) -> None:
+        _sizes(in_features=in_features, out_features=out_features)
+        context = _context(seed, device, dtype, ops, rules)
+        super().__init__(context, in_features, out_features)
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, device=context.device, dtype=context.dtype))
+
+    @classmethod
+    def from_float(
+        cls, linear: nn.Linear, *, ops: ModuleType | str | None = None, rules: Rules | None = None
+    ) -> Self:
+        """Return the layer whose weight is the nearest to that of a float layer, on its device; the bias is its own.
+
+        Raises TypeError for what is no nn.Linear, ValueError for a weight that is not finite.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear is a {type(linear).__name__}, but must be a torch.nn.Linear")
+        w_NK, rules = linear.weight.detach(), rules or Rules()
+        form = {"group_size": rules.group_size, "mantissa_bits": rules.mantissa_bits}
+        weight = ternarize(w_NK.cpu(), **form)
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            seed=0,
+            device=w_NK.device,
+            dtype=w_NK.dtype,
+            ops=ops,
+            rules=rules,
+        )
+        layer.load(weight)
+        layer.bias = linear.bias
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the product of x and the weight, plus the bias."""
+        y = super().forward(x)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        """Return the sizes."""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, ternary"
+
+    def change_dtype(self, dtype: torch.dtype) -> None:
+        """Let the bias be of another dtype from now on."""
+        self.context.change_dtype(dtype)
+
+
+class RMSNorm(TernaryRMSNorm):
+    """y = x / rms(x) * W, with a ternary weight of ones, which is frozen unless said otherwise.
+
+    Shapes:  [..., K] -> [..., K]
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        frozen: bool = True,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | str | None = None,
+        ops: ModuleType | str | None = None,
+        rules: Rules | None = None,
+    ) -> None:
+        _sizes(width=width)
+        super().__init__(_context(0, device, dtype, ops, rules), width, frozen=frozen)
+
+    def change_dtype(self, dtype: torch.dtype) -> None:
+        """Follow the model: results are in the dtype of x."""
+        self.context.change_dtype(dtype)
+
+
+class Embedding(TernaryEmbedding):
+    """Rows of a ternary table by id; only rows that were used vote and step.
+
+    Shapes:  ids int64 [...] -> [..., embedding_dim] in `dtype`
+    Start:   standard deviation 1, as torch.nn.Embedding
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        seed: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | str | None = None,
+        ops: ModuleType | str | None = None,
+        rules: Rules | None = None,
+    ) -> None:
+        _sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        super().__init__(_context(seed, device, dtype, ops, rules), num_embeddings, embedding_dim)
+
+    def change_dtype(self, dtype: torch.dtype) -> None:
+        """Return rows in another dtype from now on."""
+        self.context.change_dtype(dtype)
+
+
+class Ternary(Stateful):
+    """A module of the user's with ternary layers somewhere in it: they vote in one backward pass, and step together.
+
+    The module stays what it is, at `module`: it can be called there too, and its float parameters are trained by an optimizer of
+    the user's. A layer belongs to one `Ternary` for good.
+
+    Args:
+        module: has at least one layer of `arbitor.nn`; all are of one op set, device, dtype and `Rules`.
+        seed:   64-bit seed of the dither.
+
+    Raises:
+        TypeError or ValueError: the module is none, has no ternary layers, or has some that differ or belong to another model.
+    """
+
+    def __init__(self, module: nn.Module, *, seed: int = 0) -> None:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module is a {type(module).__name__}, but must be a torch.nn.Module")
+        layers = {name: part for name, part in module.named_modules() if isinstance(part, TernaryModule)}
+        if not layers:
+            raise ValueError("module has no ternary layer, but must have at least one of arbitor.nn")
+        first = next(iter(layers.values()))
+        for name, layer in layers.items():
+            if not isinstance(layer.context, _OwnContext):
+                raise ValueError(f"the layer {name!r} belongs to another model, but must belong to none")
+            for what, own, common in (
+                ("ops", layer.context.op_set.name, first.context.op_set.name),
+                ("device", layer.device, first.device),
+                ("dtype", layer.dtype, first.dtype),
+                ("rules", layer.config, first.config),
+            ):
+                if own != common:
+                    raise ValueError(
+                        f"the layer {name!r} has {what} {own}, but must have {common}, as the first one"
+                    )
+        context = GraphContext(first.ops, first.config, device=first.device, dtype=first.dtype, seed=seed)
+        super().__init__(context)
+        for layer in layers.values():
+            layer.context, layer.tensor_id = context, context.next_tensor_id()
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module returns, in its own surroundings: autocast and torch.compile are the user's."""
+        return nn.Module.__call__(self, *args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module returns."""
+        return self.module(*args, **kwargs)
+
+    def backward(self, loss: Tensor, *, rate: float | Tensor, step: int | Tensor) -> bool:
+        """Run the backward pass of one micro-batch: ternary weights vote, and float parameters get gradients as always.
+
+        Args:
+            loss: a scalar computed with this module.
+            rate: size of the votes, 0 .. 127; about 6 while training is under way, falling to 0 towards its end.
+            step: number of this micro-batch, a coordinate of the dither.
+
+        Returns:
+            True; or False when the loss is not finite, in which case nothing has changed.
+
+        Raises:
+            TypeError or ValueError: a loss that is no scalar, has no graph, or was not computed with this module; a rate or step
+                that is not allowed.
+            RuntimeError: a weight was stepped or loaded since the loss was computed; or the model is torn, see `Voting`.
+        """
+        self.voting.check_whole()
+        checks.dtype_in("loss", loss, checks.FLOAT_DTYPES)
+        if loss.numel() != 1:
+            raise ValueError(f"loss has shape {tuple(loss.shape)}, but must be a scalar")
+        if not loss.requires_grad:
+            raise ValueError(
+                "loss has no graph, but must be computed with this module while gradients are on"
+            )
+        self.voting.strayed = False
+        if not math.isfinite(float(loss.detach())):
+            return False
+        with self.voting.taking(rate=rate, step=step) as taken:
+            loss.backward()
+            if not taken.reached:
+                raise ValueError(
+                    "loss was not computed with this module: its gradient came to none of the ternary weights"
+                )
+        return True
+
+
+def swap_linears(
+    module: nn.Module,
+    select: Callable[[str, nn.Linear], bool] | None = None,
+    *,
+    ops: ModuleType | str | None = None,
+    rules: Rules | None = None,
+) -> dict[str, Loss]:
+    """Put the nearest ternary layer in place of every float linear layer below a module.
+
+    Args:
+        module: is changed in place.
+        select: whether a layer is exchanged, by its name and itself. None: all are.
+        ops, rules: as for `Linear`.
+
+    Returns:
+        What each layer lost, by name.
+
+    Raises:
+        ValueError: nothing is selected; or a weight is not finite, or another layer's too, as that of an embedding often is. The
+            module is then as it was.
+    """
+    chosen = {
+        name: part
+        for name, part in module.named_modules(remove_duplicate=False)
+        if type(part) is nn.Linear and name and (select is None or select(name, part))
+    }
+    if not chosen:
+        raise ValueError(
+            "module has no torch.nn.Linear below it that is selected, but must have at least one"
+        )
+    owners: dict[Tensor, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter, []).append(name)
+    for name, part in chosen.items():
+        for owner in owners[part.weight]:
+            if module.get_submodule(owner.rpartition(".")[0]) is not part:
+                raise ValueError(
+                    f"the weight of {name!r} is {owner!r} too, but must be of one layer: untie it, or leave the layer out"
+                )
+    # A layer that stands in two places stays one layer.
+    swapped = {part: Linear.from_float(part, ops=ops, rules=rules) for part in dict.fromkeys(chosen.values())}
+    losses = {}
+    for name, part in chosen.items():
+        layer = swapped[part]
+        losses[name] = loss_of(part.weight.detach().cpu(), layer.ops.to_spec(layer.weight).to("cpu"))
+        parent, _, last = name.rpartition(".")
+        setattr(module.get_submodule(parent), last, layer)
+    return losses
+
+
+class _OwnContext(GraphContext):
+    """The context of a layer that belongs to no model yet."""
+
+
+def _context(
+    seed: int | None,
+    device: torch.device | str,
+    dtype: torch.dtype | str | None,
+    ops: ModuleType | str | None,
+    rules: Rules | None,
+) -> GraphContext:
+    """Return a context for one layer."""
+    place, number_format, op_set = settled(device, dtype, ops)
+    if seed is None:
+        seed = int(torch.randint(2**63 - 1, ()))
+    config = cast(ArbConfig, rules or Rules())
+    return _OwnContext(op_set, config, device=place, dtype=number_format, seed=seed)
+
+
+def _sizes(**sizes: int) -> None:
+    """Refuse sizes that no matrix has."""
+    for name, size in sizes.items():
+        checks.integer(name, size, 1, 2**31 - 1)

@@ -1,0 +1,93 @@
+"""An optimizer as loops of torch expect one, for weights that are stepped by votes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arbitor.model import ArbModel
+from arbitor.nn import Ternary
+from arbitor.reference import checks
+
+
+class ArbOptimizer(torch.optim.Optimizer):
+    """Steps the ternary weights of a model. Its one parameter group has the rate as `lr`, for `torch.optim.lr_scheduler`.
+
+        optimizer = ArbOptimizer(model, rate=6.0)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=1000)
+        for ids_BT in batches:
+            optimizer.backward(model.losses(ids_BT))
+            optimizer.step()
+            schedule.step()
+
+    `optimizer.backward(loss)` takes the place of `loss.backward()`: weights vote during the backward pass, and no gradient is left
+    for later. `step` refuses gradients that came by `loss.backward()`. Float parameters of a `Ternary` need another optimizer.
+
+    Args:
+        model: an `ArbModel`, or a `Ternary`.
+        rate:  size of the votes, 0 .. 127; docs/training.md says what was measured for it.
+
+    Attributes:
+        passes: backward passes so far that voted; their number is a coordinate of the dither.
+    """
+
+    def __init__(self, model: ArbModel | Ternary, *, rate: float) -> None:
+        if not isinstance(model, ArbModel | Ternary):
+            raise TypeError(f"model is a {type(model).__name__}, but must be an ArbModel or a Ternary")
+        checks.vote_rate(rate)
+        self.model = model
+        self.passes = 0
+        # torch asks for a parameter. Weights are none: they are integers.
+        super().__init__([torch.nn.Parameter(torch.empty(0))], {"lr": rate})
+
+    def backward(self, loss: Tensor | Mapping[str, Tensor]) -> bool:
+        """Run the backward pass of one micro-batch, in which the weights vote at the rate of now; see `backward` of the model.
+
+        Args:
+            loss: a scalar; or, of an `ArbModel`, its components by name.
+
+        Returns:
+            True; or False when the loss is not finite, in which case nothing has changed.
+        """
+        given: Any = loss
+        accepted = self.model.backward(given, rate=self.param_groups[0]["lr"], step=self.passes)
+        self.passes += accepted
+        return accepted
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Apply the step rule to all that voted since the last step.
+
+        Raises ValueError for a closure, RuntimeError for gradients that came by `loss.backward()`.
+        """
+        if closure is not None:
+            raise ValueError("closure is given, but must be None: a step evaluates no loss")
+        self.model.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Do nothing: there are no gradients. Raises RuntimeError for votes that wait for a step, as they cannot be taken back."""
+        if self.model.voting.notes:
+            raise RuntimeError(
+                "backward was called without a step after it, but zero_grad must follow step()"
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse a second group: the weights of a model have one rate."""
+        if self.param_groups:
+            raise ValueError("param_group is given, but the weights of a model have one group, with one rate")
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rate and how many passes voted; what votes have gathered is in the model."""
+        return {**super().state_dict(), "passes": self.passes}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on as the optimizer did whose `state_dict` it is; raises TypeError or ValueError for one of something else."""
+        if "passes" not in state_dict:
+            raise ValueError("state_dict has no 'passes', but must be of an ArbOptimizer")
+        passes = state_dict["passes"]
+        checks.integer("passes", passes, 0, 2**32 - 2)
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != "passes"})
+        self.passes = passes

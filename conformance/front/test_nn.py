@@ -1,0 +1,237 @@
+"""Ternary layers in any module: they compute and learn as those of the graph do, and wrong uses are named."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from arbitor.nn import Embedding, Linear, RMSNorm, Rules, Ternary, swap_linears
+from arbitor.reference.config import ArbConfig
+from arbitor.reference.convert import ternarize
+from arbitor.reference.graph.layers import TernaryLinear
+from arbitor.reference.ops.scale import dequantize
+
+
+def net(seed: int = 0) -> nn.Sequential:
+    return nn.Sequential(
+        Linear(8, 40, bias=True, seed=seed),
+        nn.ReLU(),
+        Linear(40, 40, seed=seed + 1),
+        nn.ReLU(),
+        nn.Linear(40, 1),
+    )
+
+
+def problem() -> tuple[Tensor, Tensor]:
+    x = torch.randn(128, 8, generator=torch.Generator().manual_seed(0))
+    return x, (x[:, :1] * x[:, 1:2]).tanh()
+
+
+def squares(model: nn.Module) -> Tensor:
+    x, y = problem()
+    return (model(x) - y).square().mean()
+
+
+def bits(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def same(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    return some.keys() == others.keys() and all(torch.equal(some[name], others[name]) for name in some)
+
+
+def test_a_layer_is_the_product_with_its_weight() -> None:
+    layer, x = Linear(30, 7, bias=True, seed=2), torch.randn(2, 3, 30)
+    nn.init.normal_(layer.bias)
+    weight = dequantize(layer.ops.to_spec(layer.weight), dtype=torch.float32)
+    torch.testing.assert_close(layer(x), x @ weight.T + layer.bias)
+    assert repr(layer) == "Linear(30, 7, bias=True, ternary)"
+    assert layer(x.to(torch.bfloat16)).dtype is torch.float32, (
+        "a float32 bias makes the sum float32, as in torch"
+    )
+
+
+def test_defaults_are_those_of_the_configuration() -> None:
+    for name in (*Rules.__dataclass_fields__, "vote_rule"):
+        assert getattr(Rules(), name) == ArbConfig.__dataclass_fields__[name].default
+
+
+def test_starting_weights_are_those_of_the_graph_and_of_torchs_seed() -> None:
+    layer = Linear(24, 12, seed=5)
+    twin = TernaryLinear(layer.context, 24, 12)
+    assert twin.tensor_id == 1, "tensor ids differ, so that weights do"
+    assert not torch.equal(twin.weight.packed, layer.weight.packed)
+    torch.manual_seed(3)
+    first, second = Linear(24, 12), Linear(24, 12)
+    assert not torch.equal(first.weight.packed, second.weight.packed)
+    torch.manual_seed(3)
+    assert torch.equal(Linear(24, 12).weight.packed, first.weight.packed)
+
+
+def test_layers_learn_beside_float_ones() -> None:
+    model = Ternary(net())
+    adam = torch.optim.Adam(model.parameters(), 1e-3)
+    assert {name for name, _ in model.named_parameters()} == {
+        "module.0.bias",
+        "module.4.weight",
+        "module.4.bias",
+    }
+    before, trits = float(squares(model).detach()), model.snapshot_trits()
+    for step in range(120):
+        adam.zero_grad()
+        assert model.backward(squares(model), rate=6.0 * (1 - step / 120), step=step)
+        model.step()
+        adam.step()
+    assert float(squares(model).detach()) < before / 4
+    assert all(int(count) for count in model.changed_trits(trits).values())
+
+
+def test_only_votes_would_learn_too() -> None:
+    model = Ternary(net())
+    before, frozen = float(squares(model).detach()), bits(model.module[4])
+    for step in range(60):
+        model.backward(squares(model), rate=6.0 * (1 - step / 60), step=step)
+        model.step()
+    assert float(squares(model).detach()) < before / 2 and same(bits(model.module[4]), frozen)
+
+
+def test_votes_are_a_function_of_seed_and_step() -> None:
+    def after(seed: int, step: int) -> dict[str, Tensor]:
+        model = Ternary(net(), seed=seed)
+        model.module[4].load_state_dict({"weight": torch.ones(1, 40), "bias": torch.zeros(1)})
+        model.backward(squares(model), rate=6.0, step=step)
+        model.step()
+        return bits(model)
+
+    assert same(after(0, 0), after(0, 0))
+    assert not same(after(0, 0), after(1, 0)) and not same(after(0, 0), after(0, 1))
+
+
+def test_layers_of_one_model_have_ids_of_their_own() -> None:
+    model = Ternary(net())
+    assert [layer.tensor_id for layer in model.ternary_modules().values()] == [0, 1]
+    assert all(layer.context is model.context for layer in model.ternary_modules().values())
+
+
+def test_a_loss_that_is_not_finite_changes_nothing() -> None:
+    model = Ternary(net())
+    before = bits(model)
+    assert not model.backward(squares(model) * float("nan"), rate=6.0, step=0)
+    model.step()
+    assert same(bits(model), before) and model.module[4].weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "sentence"),
+    [
+        (
+            lambda model: model.backward(torch.ones((), requires_grad=True), rate=1.0, step=0),
+            ValueError,
+            "computed with",
+        ),
+        (lambda model: model.backward(torch.ones(()), rate=1.0, step=0), ValueError, "loss has no graph"),
+        (lambda model: model.backward(model(problem()[0]), rate=1.0, step=0), ValueError, "must be a scalar"),
+        (lambda model: model.backward(squares(model), rate=500.0, step=0), ValueError, "rate is 500"),
+        (lambda model: (squares(model).backward(), model.step()), RuntimeError, "outside of model.backward"),
+        (lambda model: Ternary(model.module), ValueError, "the layer '0' belongs to another model"),
+        (lambda model: Ternary(nn.Linear(2, 2)), ValueError, "has no ternary layer"),
+        (lambda model: Ternary("net"), TypeError, "module is a str"),
+        (
+            lambda model: Ternary(nn.Sequential(Linear(4, 4), Linear(4, 4, rules=Rules(theta=9)))),
+            ValueError,
+            "rules",
+        ),
+        (
+            lambda model: Ternary(nn.Sequential(Linear(4, 4), Embedding(4, 4, dtype="bfloat16"))),
+            ValueError,
+            "dtype",
+        ),
+        (lambda model: Linear(0, 4), ValueError, "in_features is 0"),
+        (lambda model: Linear(4, 2.5), TypeError, "out_features is 2.5"),
+        (lambda model: Embedding(4, -1), ValueError, "embedding_dim is -1"),
+        (lambda model: RMSNorm(0), ValueError, "width is 0"),
+        (lambda model: Rules(theta=0), ValueError, "theta is 0"),
+        (lambda model: Rules(group_size=7), ValueError, "group_size is 7"),
+        (lambda model: Linear.from_float(nn.Conv1d(2, 2, 1)), TypeError, "linear is a Conv1d"),
+    ],
+)
+def test_wrong_uses_are_named(wrong: Any, error: type[Exception], sentence: str) -> None:
+    model = Ternary(net())
+    before = bits(model)
+    with pytest.raises(error, match=sentence):
+        wrong(model)
+    assert same(bits(model), before)
+
+
+def test_a_model_is_moved_copied_saved_and_loaded() -> None:
+    model = Ternary(net())
+    model.backward(squares(model), rate=6.0, step=0)
+    model.step()
+    twin = copy.deepcopy(model)
+    other = Ternary(net(seed=7))
+    other.load_state_dict(model.state_dict())
+    for each in (model, twin, other):
+        each.backward(squares(each), rate=6.0, step=1)
+        each.step()
+    assert same(bits(twin), bits(model)) and same(bits(other), bits(model))
+    model.to(torch.bfloat16)
+    assert model(problem()[0].to(torch.bfloat16)).dtype is model.dtype is torch.bfloat16
+    # A layer by itself, or a module of the user's around it, is moved as any other.
+    assert nn.Sequential(Linear(4, 4, bias=True)).to(torch.bfloat16)[0].bias.dtype is torch.bfloat16
+
+
+def test_rows_of_a_table_and_a_norm_learn() -> None:
+    table, norm = Embedding(10, 36, seed=1), RMSNorm(36, frozen=False)
+    model, ids = Ternary(nn.Sequential(table, norm)), torch.tensor([[1, 2, 3, 3]])
+    before = bits(model)
+    for step in range(40):
+        model.backward(model(ids).square().mean() + model(ids).mean(), rate=20.0, step=step)
+        model.step()
+    moved = (table.weight.trit_accum != before["module.0.trit_accum"]).any(dim=1).nonzero().flatten()
+    assert set(moved.tolist()) <= {1, 2, 3} and len(moved)
+    assert not same(
+        bits(norm), {name.removeprefix("module.1."): x for name, x in before.items() if ".1." in name}
+    )
+
+
+def test_from_float_is_the_nearest_weight() -> None:
+    linear = nn.Linear(50, 20)
+    layer = Linear.from_float(linear)
+    wanted = ternarize(linear.weight.detach())
+    assert all(torch.equal(x, layer.weight.tensors()[name]) for name, x in wanted.tensors().items())
+    assert layer.bias is linear.bias
+    x = torch.randn(64, 50)
+    assert float((layer(x) - linear(x)).norm() / linear(x).norm()) < 0.6
+
+
+def test_swapping_exchanges_what_is_selected() -> None:
+    module = nn.Sequential(
+        nn.Linear(4, 6), nn.ModuleDict({"a": nn.Linear(6, 6, bias=False), "b": nn.Linear(6, 2)})
+    )
+    shared = module[1]["a"]
+    module.append(shared)
+    weight = shared.weight.detach().clone()
+    lost = swap_linears(module, lambda name, linear: linear.out_features == 6)
+    assert list(lost) == ["0", "1.a", "2"] and type(module[0]) is Linear
+    assert (
+        type(module[1]["a"]) is Linear and module[1]["a"] is module[2] and type(module[1]["b"]) is nn.Linear
+    )
+    difference = dequantize(module[2].weight, dtype=torch.float64) - weight
+    assert lost["2"].error == pytest.approx(float(difference.norm() / weight.double().norm()))
+
+
+def test_swapping_refuses_what_would_be_lost_silently() -> None:
+    module = nn.ModuleDict(
+        {"embed": nn.Embedding(9, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 9, bias=False)}
+    )
+    module["head"].weight = module["embed"].weight
+    with pytest.raises(ValueError, match=r"the weight of 'head' is 'embed\.weight' too"):
+        swap_linears(module)
+    assert type(module["body"]) is nn.Linear
+    assert list(swap_linears(module, lambda name, linear: name == "body")) == ["body"]
+    with pytest.raises(ValueError, match="must have at least one"):
+        swap_linears(module, lambda name, linear: name == "body")
