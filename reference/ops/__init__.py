@@ -1,4 +1,4 @@
-"""The rules: pure functions on tensors and ternary weights, one family a file. `arbitor.optimized.ops` mirrors every name."""
+"""The rules, as pure functions on tensors and ternary weights, a file for each family. `arbitor.optimized.ops` has every name too."""
 
 from arbitor.reference.op_table import OP_TABLE
 from arbitor.reference.ops.attention import *
