@@ -1,7 +1,7 @@
-"""What every op promises beside its own rule: `@op` stands above each definition in `arbitor.reference.ops`.
+"""The promises of every op beside its own rule. `@op` stands above each definition in `arbitor.reference.ops` and keeps them.
 
-An op works in the dtypes that its docstring names, whatever mode the caller is in. `torch.autocast` is such a mode: it would hand
-a matrix product bfloat16 where the rule says float32. So autocast is off inside of an op, on every device that ops run on.
+An op works in the dtypes that its docstring names, whatever mode the caller is in. `torch.autocast` is a mode that would give a
+matrix product bfloat16 where the rule says float32. So autocast is off inside of an op, on every device that ops run on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def autocast_is_on() -> bool:
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Switch autocast off until the block ends, where it is on; torch warns of a device that is not there."""
+    """Switch autocast off until the block ends, on the devices where it is on. Torch would warn of a device that is not there."""
     with ExitStack() as stack:
         for device in AUTOCAST_DEVICES:
             if torch.is_autocast_enabled(device):

@@ -1,4 +1,4 @@
-"""The rules, as pure functions on tensors and ternary weights, a file for each family. `arbitor.optimized.ops` has every name too."""
+"""The rules, as pure functions on tensors and ternary weights. A family is a file. `arbitor.optimized.ops` mirrors every name."""
 
 from arbitor.reference.op_table import OP_TABLE
 from arbitor.reference.ops.attention import *

@@ -1,4 +1,4 @@
-"""What the seeds report of the models that the presets r9, r11, r12 and r14 rebuild. Their MB are MiB."""
+"""The figures that the seeds report of the models that the presets r9, r11, r12 and r14 rebuild. The MB of the seeds are MiB."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ _FIGURES: tuple[tuple[str, dict[str, bool], tuple[SeedFigure, ...]], ...] = (
 
 
 def seed_figures(config: ArbConfig) -> tuple[SeedFigure, ...]:
-    """Return what a seed reports of exactly this configuration; nothing where none does."""
+    """Return the figures that a seed reports of exactly this configuration; none for a configuration of our own."""
     for name, modules, figures in _FIGURES:
         if name in PRESETS and with_modules(PRESETS[name], **modules) == config:
             return figures
