@@ -2,10 +2,10 @@
 
 Legend: N rows, K columns, KW = ceil(K / 16) words a row, KG groups a row.
 
-The canonical form packs five trits to a byte across row ends, which costs a division by a power of three per trit and
-shares bytes between rows. Here a row starts on a word of its own and a trit is two bits of it: 0 is 00, +1 is 01, -1 is
-11, that is, a two-bit two's complement number. Lane l of word w of a row is column 16 * w + l; lanes past the last column
-hold 0. The three int8 tensors are those of the canonical form. Resident state: about 1/4 + 1 + 2/G bytes a weight.
+The canonical form packs five trits to a byte across row ends. This costs a division by a power of three per trit, and rows share
+bytes. In the device layout a row starts on a word of its own, and a trit is a two-bit two's complement number: 0 is 00, +1 is 01,
+-1 is 11. Lane l of word w of a row is column 16 * w + l, and lanes past the last column hold 0. The three int8 tensors are those
+of the canonical form. The resident state is about 1/4 + 1 + 2/G bytes a weight.
 """
 
 from __future__ import annotations
@@ -64,12 +64,32 @@ class DeviceWeight(StateTensors):
             if not tensor.is_contiguous():
                 raise ValueError(f"{name} has strides {tensor.stride()}, but must be contiguous")
 
+    def check_values(self, prefix: str, name: str, tensor: Tensor) -> None:
+        """Refuse a tensor for the field `name` with an element that no weight has there; errors call it prefix + name."""
+        if name != "words":
+            checks.weight_values(prefix + name, name, tensor, self.mantissa_bits)
+        elif tensor.device.type != "meta" and (_misread_lanes(tensor, self.shape[1]) != 0).any():
+            raise ValueError(
+                f"{prefix + name} holds a lane that is no trit, or one past the last column that is not 0"
+            )
+
+
+def _misread_lanes(words: Tensor, num_columns: int) -> Tensor:
+    """Return words of a row's layout [N, KW] that are 0 where every lane is a trit, and 0 past the last column."""
+    low_bits = 0x55555555
+    # A lane of 10 has its high bit set and its low bit not.
+    wrong = (words >> 1) & ~words & low_bits
+    lanes = num_columns % TRITS_PER_WORD
+    if lanes and words.numel():
+        wrong[:, -1] |= words[:, -1] >> (2 * lanes)
+    return wrong
+
 
 def resident_bytes(weight: TernaryWeight) -> int:
-    """Return the bytes that the training state of a canonical weight takes in device layout; the meta device will do."""
+    """Return the bytes that the training state of a canonical weight, which may be on the meta device, takes in device layout."""
     num_rows, num_columns = weight.shape
     return weight.state_bytes - weight.packed.numel() + 4 * num_rows * words_per_row(num_columns)
 
 
 AnyWeight = TernaryWeight | DeviceWeight
-"""What every optimized op takes; it returns the kind it was given."""
+"""The weights that every optimized op takes. An op returns the kind of weight that it was given."""

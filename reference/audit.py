@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.audio import AudioVQEncoder
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.model import ArbModel
-from arbitor.reference.graph.state import GraphContext, TableModule, TernaryModule
+from arbitor.reference.graph.module import TableModule, TernaryModule
 from arbitor.reference.seeds import inventory as areas
 from arbitor.reference.seeds.figures import (
     AUDIO_ENCODER,

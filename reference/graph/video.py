@@ -9,15 +9,16 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from arbitor.reference import checks
 from arbitor.reference.config import HALT_THRESHOLD
 from arbitor.reference.dtypes import widened
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear
-from arbitor.reference.graph.state import GraphContext, used
+from arbitor.reference.graph.module import ArbModule, uncompiled, used
 from arbitor.reference.graph.units import unit_rows
 from arbitor.reference.ops.denoise import Halting, attended, signal_share
 
@@ -43,7 +44,7 @@ def cosine_alphas(num_steps: int) -> tuple[float, ...]:
     return tuple(abar[step] / abar[step + 1] for step in range(num_steps))
 
 
-class VideoHead(nn.Module):
+class VideoHead(ArbModule):
     """Denoising steps with shared weights over one latent, as many as each sample asks for.
 
     Math:    step t: n = unit(W_in latent); q = W_query n + W_steps[t]; c = softmax(q . s / sqrt(D)) s over the tokens s
@@ -56,9 +57,8 @@ class VideoHead(nn.Module):
     """
 
     def __init__(self, context: GraphContext) -> None:
-        super().__init__()
+        super().__init__(context)
         config = context.config
-        self.ops, self.seed, self.device = context.ops, context.seed, context.device
         self.size, self.width, self.num_steps = config.video_latent, config.width, config.video_steps
         self.alphas = cosine_alphas(config.video_steps)
         self.latent_in = TernaryLinear(context, self.size, self.width)
@@ -121,7 +121,7 @@ class VideoHead(nn.Module):
             n_BD = unit_rows(self.latent_in(latent))
             c_BD = attended(self.query(n_BD) + rows_TD[step], tokens)
             pred = self.latent_out(F.silu(n_BD + c_BD))
-            latent = _DenoiseStep.apply(latent, pred, self.ops, alpha)
+            latent = uncompiled(_DenoiseStep.apply, latent, pred, self.ops, alpha)
             if halting is not None:
                 latent, pred = halting.live(latent), halting.live(pred)
                 is_last = step + 1 == self.num_steps
