@@ -32,8 +32,8 @@ MAX_FRAMES = 4096
 def read_image(path: str | Path) -> Tensor:
     """Return a picture of any format, size and mode as uint8 [3, H, W], upright.
 
-    Greyscale is repeated in all channels, and greyscale of 16 bits is divided by 256. Transparency shows white. Only the first frame
-    of an animation is read.
+    Greyscale is repeated in all channels, and greyscale of 16 bits is divided by 256. Transparency shows white. Only the first
+    frame of an animation is read.
 
     Raises SidecarError where the file cannot be decoded, is larger than MAX_PIXELS, or holds floats of no stated range.
     """
