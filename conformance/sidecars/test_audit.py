@@ -82,7 +82,7 @@ def test_the_command_shows_both_counts(
     for shown in (
         "1 QConv2d, 72 QLinear",
         "128 QLinear",
-        "10 QConv2d, 61 QCausalConv3d",
+        "61 QCausalConv3d, 10 QConv2d",
         "108.24",
         "234.66",
         "126,892,531",
