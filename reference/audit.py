@@ -176,8 +176,8 @@ def audit(
 
     Args:
         config: the configuration.
-        resident_bytes: bytes that an op set's layout takes for a weight given in canonical form on the meta device; the
-            canonical bytes when None, which is what the reference holds.
+        resident_bytes: function from a weight in canonical form on the meta device to the bytes that an op set's layout takes
+            for it. None counts canonical bytes, which the reference holds.
         sidecar_mib: MiB of the frozen encoders beside the model, as REFACTOR11 counts them.
     """
     modules: dict[str, nn.Module] = {"": ArbModel(config, device="meta")}

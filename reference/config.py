@@ -107,7 +107,7 @@ class ArbConfig:
     """The shape of a model and the rules that it trains by.
 
     Fields:
-        name:           what the configuration is called in run folders and audits.
+        name:           name of the configuration in run folders and audits.
         embed_dim:      E_b, width of the byte embedding.
         width:          D, width of a trigram position and of the residual stream.
         num_layers:     attention and MoE pairs.
@@ -124,13 +124,13 @@ class ArbConfig:
 
     The next fields are off at their defaults, and a count of 0 leaves a module out. A field that nothing reads must have its
     default. SWITCHES says when that is:
-        num_codes:      entries of the shared codebook; 0: no codes, and then no graph, memory or composites either.
+        num_codes:      entries of the shared codebook; 0 for no codes, and then no graph, memory or composites either.
         code_dim:       C, width of a code.
         motif_residual: whether a position's own vector is added to its motif.
-        code_search:    `exact`, or `candidates`: which codes a position is compared with.
-        sign_bits:      columns of a code whose signs name its bucket, for the candidate search; 0: no buckets.
+        code_search:    codes that a position is compared with: all for `exact`, those of some buckets for `candidates`.
+        sign_bits:      columns of a code whose signs name its bucket, for the candidate search; 0 for no buckets.
         num_probes:     buckets that the candidate search looks into.
-        num_hops:       hops of the graph; 0: no graph.
+        num_hops:       hops of the graph; 0 for no graph.
         hop_rank:       rank of a hop's adapter.
         num_neighbours: neighbours that a code keeps.
         use_moe:        whether there are experts.
@@ -140,18 +140,18 @@ class ArbConfig:
         window:         positions that attention sees one by one; a multiple of `block`.
         block:          positions of the smallest summary.
         num_summaries:  summaries of a size that attention sees, at least.
-        memory_rows:    rows of each memory table; 0: no memory.
+        memory_rows:    rows of each memory table; 0 for no memory.
         memory_dim:     width of a memory row.
-        composite_codes: entries of the composite codebook; 0: no proposals.
+        composite_codes: entries of the composite codebook; 0 for no proposals.
         composite_inner: width between a position and its proposal.
-        image_features: width of an image patch's features; 0: no images.
+        image_features: width of an image patch's features; 0 for no images.
         image_codes:    entries of the image codebook.
-        audio_features: width of an audio frame's features; 0: no audio.
+        audio_features: width of an audio frame's features; 0 for no audio.
         audio_codes:    entries of the audio codebook.
-        router_inner:   width inside the output router, which needs a video or talker head to choose from; 0: no router.
-        video_latent:   numbers of a video latent (channels * frames * height * width); 0: no video head.
+        router_inner:   width inside the output router, which needs a video or talker head to choose from; 0 for no router.
+        video_latent:   numbers of a video latent (channels * frames * height * width); 0 for no video head.
         video_steps:    most denoising steps.
-        talker_tokens:  audio tokens that the talker head chooses from; 0: no talker head.
+        talker_tokens:  audio tokens that the talker head chooses from; 0 for no talker head.
 
     Rules:
         group_size:     columns per exponent, one of GROUP_SIZES.
@@ -161,7 +161,7 @@ class ArbConfig:
         on_flip:        `reset` or `carry`: what a moved trit's accumulator keeps.
         exponent_rule:  `score`, `sign` or `frozen`.
         vote_rule:      `stochastic` or `sign`.
-        orthogonal_steps: iterations of `orthogonalize` before the gradient of a matrix casts stochastic votes; 0: none.
+        orthogonal_steps: iterations of `orthogonalize` before the gradient of a matrix casts stochastic votes; 0 for none.
         max_vote_step:  largest vote of the `sign` rule, 1 .. 127.
 
     Raises TypeError or ValueError, one sentence, for a field that is not allowed.
@@ -422,7 +422,7 @@ def with_modules(
     """Return a configuration with modules switched off, or memory on (REFACTOR12's options of the trainer).
 
     Args:
-        vq:            False leaves out the codebooks, and what needs codes: graph, memory and composites.
+        vq:            False leaves out the codebooks, and with them graph, memory and composites, which need codes.
         graph:         False leaves out the graph and the composites, which speak through it.
         moe:           False leaves out the experts.
         memory:        True or False switches memory on or off; None leaves it as it is.

@@ -24,8 +24,8 @@ class SidecarAudit:
         trainable:     parameters that require a gradient; 0.
         stored_bytes:  bytes that parameters and buffers take: int8 values, float scales, and weights that stay float.
         by_dtype:      stored bytes by dtype.
-        counted_bytes: weights times the bytes of the dtype that a quantised weight reports, float32: how REFACTOR11 came to
-                       318.80 MiB for images and sound.
+        counted_bytes: weights times the bytes of the dtype that a quantised weight reports, which is float32. REFACTOR11 counted
+                       its 318.80 MiB for images and sound in this way.
         bfloat16:      whether the network is kept in bfloat16 because int8 could not be had.
     """
 
@@ -106,7 +106,7 @@ def counted_mib(audits: Sequence[SidecarAudit]) -> float:
 
 
 def standard_audit(*, precision: str = "int8") -> tuple[SidecarAudit, ...]:
-    """Return what the sidecars of the seed documents weigh, counted on the meta device.
+    """Return the audits of the sidecars of the seed documents, counted on the meta device.
 
     Raises SidecarError where a library is missing.
     """

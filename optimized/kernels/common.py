@@ -22,7 +22,7 @@ def widen(x):
 def narrow(value, DTYPE: tl.constexpr):
     """Return float32 values as DTYPE, float32 or bfloat16, rounded half to even; a NaN stays a NaN.
 
-    Spelled out because the interpreter's own conversion cuts off what it should round.
+    Spelled out because the interpreter's own conversion truncates where it should round.
     """
     if tl.bfloat16 == DTYPE:
         bits = value.to(tl.int32, bitcast=True)

@@ -1,4 +1,4 @@
-"""RMSNorm kernels: a program reads each of its rows once, where a block holds it; the weight is unpacked in the kernel.
+"""RMSNorm kernels. A program reads each of its rows once, if a block holds the row. The weight is unpacked in the kernel.
 
 Legend: M activation rows, K channels, x^ = x / rms(x). All arithmetic in float32.
 """

@@ -112,7 +112,7 @@ def scale_rows(grad_NK: Tensor, factors_N: Tensor) -> Tensor:
 def weighted_sum(x: Tensor, y: Tensor, a: float, b: float, *, squares_N: Tensor | None = None) -> Tensor:
     """Return a x + b y in the dtype of x, rounded once; y is float32, of the shape of x.
 
-    squares_N: `row_squares` of what x came from; rows that were not finite become NaN.
+    squares_N: `row_squares` of the gradient that x came from; its rows that are not finite become NaN.
     """
     out = torch.empty_like(x)
     _sum_kernel[row_grid(triton.cdiv(x.numel(), BLOCK), 1)](

@@ -291,7 +291,7 @@ class KVLedger:
 
     @property
     def first_B(self) -> Tensor:
-        """Return the first position of this pass, of each sequence, int64."""
+        """First position of this pass, of each sequence, int64 [B]."""
         return self._first_B
 
     def ahead(self, count: int) -> Tensor:
@@ -391,12 +391,12 @@ class LayerLedger:
 
     @property
     def first_B(self) -> Tensor:
-        """Return the first position of this pass, of each sequence, int64."""
+        """First position of this pass, of each sequence, int64 [B]."""
         return self.ledger.first_B
 
     @property
     def is_empty(self) -> bool:
-        """Return whether no position of any sequence came before this pass."""
+        """Whether no position of any sequence came before this pass."""
         return not any(self.ledger.positions)
 
     def append(self, rows_BPK: Tensor) -> None:
@@ -440,7 +440,7 @@ class LayerLedger:
             )
 
     def seen(self, num_queries: int, skipped: int = 0) -> Seen:
-        """Return what the positions from first_B + skipped on see; found once a pass, for all layers."""
+        """Return what the positions from first_B + skipped on see; all layers of a pass share it."""
         return self.ledger.seen(num_queries, skipped)
 
 

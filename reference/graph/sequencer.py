@@ -36,7 +36,7 @@ class ByteEmbedding(ArbModule):
 
 
 class WindowSequencer(ArbModule):
-    """Three neighbouring vectors become one position.
+    """A sequencer that makes one position of three neighbouring vectors.
 
     Math:    s_p = RMSNorm(W [x_p; x_{p+1}; x_{p+2}])
     Shapes:  [B, N, F] with N >= 3 -> [B, N - 2, D]
@@ -67,7 +67,7 @@ class WindowSequencer(ArbModule):
 
 
 class TrigramSequencer(WindowSequencer):
-    """Three neighbouring bytes become one position; position p predicts byte p + 3.
+    """A sequencer that makes one position of three neighbouring bytes. Position p predicts byte p + 3.
 
     Shapes:  [B, T, E_b] -> [B, P, D]
     Source:  REFACTOR14 (text sequencer)
@@ -78,7 +78,7 @@ class TrigramSequencer(WindowSequencer):
 
 
 class ImageSequencer(WindowSequencer):
-    """Three neighbouring patches of an image, in reading order, become one position.
+    """A sequencer that makes one position of three neighbouring patches of an image, in reading order.
 
     Shapes:  features of patches [B, N, image_features] -> [B, N - 2, D]; 256 patches are 254 positions
     Raises:  TypeError or ValueError for features that do not fit
@@ -94,7 +94,7 @@ class ImageSequencer(WindowSequencer):
 
 
 class AudioSequencer(WindowSequencer):
-    """Three neighbouring frames of audio become one position.
+    """A sequencer that makes one position of three neighbouring frames of audio.
 
     Args:
         features: function from raw audio [B, T] to frames [B, N, audio_features]; with None, raw audio is refused.

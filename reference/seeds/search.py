@@ -118,7 +118,7 @@ def search_r12() -> ArbConfig:
 
 
 def search_r11() -> ArbConfig:
-    """Return the model of REFACTOR11: the core of REFACTOR12 with images, audio and memory, which takes what is left."""
+    """Return the model of REFACTOR11: the core of REFACTOR12 with images, audio, and memory of all the weights that are left."""
     wish = replace(
         search_r12(),
         name="r11",
