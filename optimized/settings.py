@@ -44,7 +44,7 @@ def value_checks() -> bool:
     """
     value = os.environ.get("ARB_VALUE_CHECKS", "").strip()
     if value not in ("", "0", "1"):
-        raise ValueError(f"ARB_VALUE_CHECKS is {value!r}: it must be 0 or 1")
+        raise ValueError(f"ARB_VALUE_CHECKS is {value!r}, but must be 0 or 1")
     return value == "1" if value else not _vouchers
 
 
@@ -58,5 +58,5 @@ def backend() -> str | None:
     if not value:
         return None
     if value not in BACKENDS:
-        raise ValueError(f"ARB_BACKEND is {value!r}: it must be one of {', '.join(BACKENDS)}")
+        raise ValueError(f"ARB_BACKEND is {value!r}, but must be one of {', '.join(BACKENDS)}")
     return value

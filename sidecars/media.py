@@ -54,7 +54,7 @@ def _rgb(picture: Any, path: str | Path) -> Any:
     image_module = library("PIL.Image")
     if picture.mode == "F":
         raise SidecarError(
-            f"{str(path)!r} is a picture of floats, whose range nobody states: save it with 8 or 16 bits"
+            f"{str(path)!r} is a picture of floats, whose range is unknown, but must have integers: save it with 8 or 16 bits"
         )
     if picture.mode.startswith("I"):
         # Pillow would clip 16 bits to 8. A picture of 32 bits is one of 16 bits that Pillow widened.

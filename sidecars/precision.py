@@ -32,7 +32,7 @@ def frozen(network: nn.Module, precision: str) -> tuple[nn.Module, str]:
         raise ValueError(f"precision is {precision!r}, but must be one of {', '.join(map(repr, PRECISIONS))}")
     if precision == "int8" and not has_quanto():
         warnings.warn(
-            "optimum-quanto is not installed, so a frozen encoder is kept in bfloat16, which is not strict: strict ones are int8 "
+            "optimum-quanto is not installed, so a frozen encoder is kept in bfloat16, which is not strict; for int8, install it "
             "(pip install 'arbitor[sidecars]')",
             stacklevel=3,
         )

@@ -27,7 +27,7 @@ def is_tensor(name: str, value: object) -> Tensor:
         raise TypeError(f"{name} has layout {value.layout}, but must be strided: call to_dense() first")
     if value.is_neg():
         raise ValueError(
-            f"{name} is a view whose sign torch has yet to flip, but must hold its values: call resolve_neg() first"
+            f"{name} is a view whose sign torch has not flipped in memory, but must hold its values: call resolve_neg() first"
         )
     return value
 

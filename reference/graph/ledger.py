@@ -265,7 +265,7 @@ class KVLedger:
                         f"ledgers differ in {name}, {getattr(first, name)} and {getattr(other, name)}, but must agree"
                     )
             if any(other.positions) != any(first.positions):
-                raise ValueError("ledgers were read and not, but must both be empty or neither")
+                raise ValueError("some ledgers were read and others were not, but must agree")
             if any(first.positions) and other._owner != first._owner:
                 raise ValueError("ledgers were read by different models, but must belong to one")
             if any(first.positions) and other._version != first._version:

@@ -63,8 +63,8 @@ class Part(nn.Module):
     def change_dtype(self, dtype: torch.dtype) -> None:
         """Refuse another dtype of activations, because a part has the dtype of the whole model."""
         raise TypeError(
-            f"a {type(self).__name__} cannot become {dtype}: the dtype of activations is that of the whole model, "
-            "but must be changed there, or given when it is built"
+            f"a {type(self).__name__} cannot become {dtype}, but must have the dtype of activations of the whole model: "
+            "change it there, or give it when the model is built"
         )
 
     def load_state_dict(
@@ -319,7 +319,7 @@ class TernaryModule(ArbModule):
         self.voting.current.reached = True
         if self.moves and not _same_tensors(ctx.weight.tensors(), self.weight.tensors()):
             raise RuntimeError(
-                "the loss was computed with another state than the module holds, but votes must go to the weights it was "
+                "the loss was computed with another state than the module holds, but votes must go to the weights that it was "
                 "computed with"
             )
         return ctx.weight

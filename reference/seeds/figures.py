@@ -28,7 +28,7 @@ GRAPH_VOCABULARY = "codes of all modalities"
 """Ids of the graph's codes: text, images and audio."""
 
 SIDECARS = "sidecars MiB"
-"""Frozen encoders of other projects, which a model of ours does not hold: 0."""
+"""MiB of the frozen encoders of other projects, which are no part of a model."""
 
 
 @dataclass(frozen=True)
