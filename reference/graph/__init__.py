@@ -11,6 +11,7 @@ from arbitor.reference.graph.model import ArbLayer, ArbModel
 from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.graph.moe import SharedProjectionMoE
 from arbitor.reference.graph.sequencer import ByteEmbedding, TrigramSequencer
+from arbitor.reference.graph.targets import Targets
 from arbitor.reference.graph.voting import Voting
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "GraphContext",
     "LatentAttention",
     "SharedProjectionMoE",
+    "Targets",
     "TernaryEmbedding",
     "TernaryLinear",
     "TernaryModule",

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -28,21 +28,21 @@ from arbitor.reference.graph.ledger import KVLedger, LayerLedger
 from arbitor.reference.graph.memory import MemGram
 from arbitor.reference.graph.module import ArbModule, PartList, as_it_is
 from arbitor.reference.graph.moe_graph import MoEGraph, RecurrentMoEGraph
-from arbitor.reference.graph.router import OutputRouter
+from arbitor.reference.graph.router import MODALITIES, OutputRouter
 from arbitor.reference.graph.sequencer import AudioSequencer, ByteEmbedding, ImageSequencer, TrigramSequencer
 from arbitor.reference.graph.stateful import Stateful
 from arbitor.reference.graph.talker import TalkerHead
+from arbitor.reference.graph.targets import Targets, latent_loss, route_loss, taught_by, token_loss
 from arbitor.reference.graph.ternary_graph import TernaryGraph
 from arbitor.reference.graph.video import VideoHead
+
+Head = TypeVar("Head", bound=ArbModule)
 
 LOSS_REFERENCE = math.log(VOCABULARY_SIZE)
 """Loss of a uniform guess, in nats per byte. The `sign` rule takes its vote size from the ratio of the loss to it."""
 
 LOSS_WEIGHTS = {"commitment": 0.25, "composite_commitment": 0.25}
 """Weights of components of the loss in the sum that drives the votes. A component without an entry has weight 1."""
-
-MODALITIES = ("text", "video", "audio")
-"""Modalities that the output router chooses from, in the order of its logits."""
 
 
 class ArbLayer(ArbModule):
@@ -248,8 +248,9 @@ class ArbModel(Stateful):
             if ledger is not None:
                 ledger.end(logits_BPV[:, -1].argmax(dim=-1))
             scores_B3 = self.router(h_BPD)
-            present = (True, self.video_head is not None, self.talker_head is not None)
-            absent_3 = ~torch.tensor(present, device=scores_B3.device)
+            absent_3 = torch.tensor(
+                [name not in self.answering for name in MODALITIES], device=scores_B3.device
+            )
             chosen_B = scores_B3.masked_fill(absent_3, -torch.inf).argmax(dim=-1)
             video = (chosen_B == MODALITIES.index("video")).nonzero().squeeze(1)
             audio = (chosen_B == MODALITIES.index("audio")).nonzero().squeeze(1)
@@ -277,14 +278,46 @@ class ArbModel(Stateful):
         return trunk.h_BPD[:, 2 - ids_BT.shape[1] :]
 
     @as_it_is
-    def losses(self, ids_BT: Tensor, **media: Any) -> dict[str, Tensor]:
+    def losses(self, ids_BT: Tensor, *, targets: Targets | None = None, **media: Any) -> dict[str, Tensor]:
         """Return the components of the loss, float32 [], by name.
 
         `bytes` is the mean loss of the bytes from the fourth on, in nats per byte, and needs T >= 4. The byte after the last
-        position is not known, so the logits of that position are left out. The head is always the ByteHead here.
+        position is not known, so the logits of that position are left out. The byte head is taught, whatever head would answer.
+
+        Args:
+            targets: targets of the other heads. Each target that is given adds its loss: `route`, `latent` or `tokens`.
+            media:   features, as for `trunk`.
+
+        Raises TypeError or ValueError for targets that do not fit, or of a head that the model does not have.
         """
         trunk = self._trunk_with_targets(ids_BT, media)
-        return {"bytes": self._byte_loss(trunk, ids_BT), **trunk.losses, **self._proposal_losses(trunk)}
+        taught = {} if targets is None else self._taught_losses(self._text(trunk, ids_BT), targets)
+        return {
+            "bytes": self._byte_loss(trunk, ids_BT),
+            **trunk.losses,
+            **self._proposal_losses(trunk),
+            **taught,
+        }
+
+    def _taught_losses(self, h_BPD: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """Return the losses of the targets that are given, by name."""
+        modality_B, found = targets.modality_B, {}
+        if modality_B is not None:
+            router = _head("modality_B", "router", self.router)
+            found["route"] = route_loss(router, h_BPD, modality_B, self.answering)
+        if targets.latent is not None:
+            video = _head("latent", "video head", self.video_head)
+            found["latent"] = latent_loss(video, h_BPD, targets.latent, taught_by(modality_B, "video"))
+        if targets.tokens_BN is not None:
+            talker = _head("tokens_BN", "talker head", self.talker_head)
+            found["tokens"] = token_loss(talker, h_BPD, targets.tokens_BN, taught_by(modality_B, "audio"))
+        return found
+
+    @property
+    def answering(self) -> tuple[str, ...]:
+        """Modalities that the model has a head for."""
+        heads = {"text": self.byte_head, "video": self.video_head, "audio": self.talker_head}
+        return tuple(name for name in MODALITIES if heads[name] is not None)
 
     @as_it_is
     def loss(self, ids_BT: Tensor, **media: Any) -> Tensor:
@@ -367,6 +400,13 @@ class ArbModel(Stateful):
                     "loss was not computed with this model: its gradient came to none of the model's weights"
                 )
         return True
+
+
+def _head(target: str, name: str, head: Head | None) -> Head:
+    """Return a head that a target teaches; refuse a target of a head that the model does not have."""
+    if head is None:
+        raise ValueError(f"{target} is given, but must be None: the model has no {name}")
+    return head
 
 
 def _check_ids(ids_BT: Tensor, num_bytes: int) -> None:

@@ -14,8 +14,8 @@ from arbitor.reference.graph.layers import TernaryLinear
 from arbitor.reference.graph.module import ArbModule
 from arbitor.reference.graph.units import unit_rows
 
-NUM_HEADS = 3
-"""Heads that a router chooses from: text, video, audio, in this order."""
+MODALITIES = ("text", "video", "audio")
+"""Modalities that a router chooses from, in the order of its logits."""
 
 
 class OutputRouter(ArbModule):
@@ -30,7 +30,7 @@ class OutputRouter(ArbModule):
         super().__init__(context)
         config = context.config
         self.inner = TernaryLinear(context, config.width, config.router_inner)
-        self.out = TernaryLinear(context, config.router_inner, NUM_HEADS)
+        self.out = TernaryLinear(context, config.router_inner, len(MODALITIES))
 
     def forward(self, x_BPD: Tensor) -> Tensor:
         """Return a logit for each head."""

@@ -39,6 +39,11 @@ class TalkerHead(ArbModule):
         """Return the logits of each position's token, float32 [B, P, V], which cross-entropy trains."""
         return widened(self.tokens(unit_rows(x_BPD)))
 
+    @staticmethod
+    def stride(positions: int, tokens: int) -> int:
+        """Return how often a position's token is repeated, ceil(tokens / positions), so that `positions` say `tokens` tokens."""
+        return -(-tokens // positions)
+
     def forward(
         self, x_BPD: Tensor, *, stride: int = 1, length: int | None = None, pad_token: int = 0
     ) -> Tensor:

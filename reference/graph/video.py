@@ -25,6 +25,9 @@ from arbitor.reference.ops.denoise import Halting, attended, signal_share
 FIRST_SIGNAL = 1 / 16
 """Share of signal in the energy of the first latent. The loop as a whole divides by its root, whatever the number of steps."""
 
+LATENT_CHANNELS = 16
+"""Channels of a latent of the autoencoder that decodes video. Its latent of a frame of 256 x 256 is [16, 1, 32, 32]."""
+
 NOISE_TENSOR = 2**32 - 1
 """Tensor id of the noise that latents start from. It is the last id, far from those of the weights."""
 
@@ -44,6 +47,12 @@ def cosine_alphas(num_steps: int) -> tuple[float, ...]:
     return tuple(abar[step] / abar[step + 1] for step in range(num_steps))
 
 
+def latent_shape(size: int) -> tuple[int, ...]:
+    """Return the shape of a latent of `size` numbers: [16, 1, s, s] if size = 16 s^2, else [size]."""
+    side = math.isqrt(size // LATENT_CHANNELS)
+    return (LATENT_CHANNELS, 1, side, side) if LATENT_CHANNELS * side * side == size else (size,)
+
+
 class VideoHead(ArbModule):
     """Denoising steps with shared weights over one latent, as many as each sample asks for.
 
@@ -61,12 +70,31 @@ class VideoHead(ArbModule):
         config = context.config
         self.size, self.width, self.num_steps = config.video_latent, config.width, config.video_steps
         self.alphas = cosine_alphas(config.video_steps)
+        self.latent_shape = latent_shape(config.video_latent)
         self.latent_in = TernaryLinear(context, self.size, self.width)
         self.query = TernaryLinear(context, self.width, self.width)
         self.steps = TernaryEmbedding(context, self.num_steps, self.width)
         self.latent_out = TernaryLinear(context, self.width, self.size)
         for module in (self.latent_in, self.query, self.latent_out):
             used(module, self.num_steps)
+
+    def fitted(self, latent: Tensor, batch: int) -> Tensor:
+        """Return target latents in the shape of the head's own latents, padded with zeros.
+
+        Shapes:  float [B, L]; or [B, 16, K, h, w] with sides up to those of `latent_shape` -> float32 or better [B, *latent_shape]
+        Raises:  TypeError or ValueError for another dtype, batch or shape
+        """
+        checks.dtype_in("latent", latent, checks.FLOAT_DTYPES)
+        own = (batch, *self.latent_shape)
+        if latent.shape == (batch, self.size):
+            latent = latent.unflatten(1, self.latent_shape)
+        fits = latent.ndim == len(own) and latent.shape[:2] == own[:2]
+        if not fits or any(size > most for size, most in zip(latent.shape, own, strict=True)):
+            raise ValueError(
+                f"latent has shape {tuple(latent.shape)}, but must be {(batch, self.size)}, or {own} with smaller sides at most"
+            )
+        beyond = [most - size for size, most in zip(latent.shape, own, strict=True)]
+        return F.pad(widened(latent), [value for size in reversed(beyond) for value in (0, size)])
 
     def noise(self, samples: Tensor, *, draw: int | Tensor = 0) -> Tensor:
         """Return standard normal noise for each sample, float32 [B, L], the same on every device.
@@ -101,7 +129,7 @@ class VideoHead(ArbModule):
         """
         if latent is None:
             one_L = self.noise(torch.zeros(1, dtype=torch.int64, device=tokens_BPD.device), draw=draw)
-            latent = one_L.expand(tokens_BPD.shape[0], self.size)
+            latent = one_L.expand(tokens_BPD.shape[0], self.size).unflatten(1, self.latent_shape)
         flat_BL = widened(latent).flatten(1)
         if torch.is_grad_enabled():
             out_BL = self._composed(flat_BL, tokens_BPD.to(flat_BL.dtype), halt_threshold)
