@@ -81,10 +81,10 @@ CODE_EXPONENT_MIN, CODE_EXPONENT_MAX = -5, 2
 """Range to which the search clamps the exponents of a codebook."""
 
 QUERY_STEPS, QUERY_MAX = 16, 127
-"""Steps of 1, and most steps, of an element in a search: a vector is rounded to whole sixteenths, from -127 to 127."""
+"""Fineness and bound of a vector in a search: it is rounded to whole sixteenths, from -127 to 127 of them."""
 
 ROUTER_OCTAVES = 16
-"""Octaves below the largest exponent of a router's weight to which the choice of experts raises smaller exponents."""
+"""Octaves that an exponent of a router may lie below the largest. The choice of experts raises smaller exponents to that bound."""
 
 MAX_ROUTER_COLUMNS = 2**27
 """Most columns of a router's weight. A term of a score has at most 7 bits of a vector, 3 bits of a level and 16 octaves. A sum of

@@ -114,7 +114,7 @@ def _rms_norm_kernel(
     end = tl.minimum(begin + part_rows, num_m)
     if ONE_BLOCK:
         columns = tl.arange(0, BLOCK)
-        # All rows of the program share it: to unpack a weight takes more instructions than to use it.
+        # All rows of the program share the weight, because to unpack it takes more instructions than to use it.
         w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
         for row in range(begin, end):
             x = load_row(x_ptr, row, columns, num_columns)

@@ -20,7 +20,7 @@ def names(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def is_tensor(name: str, value: object) -> Tensor:
-    """Return `value`; refuse anything but a torch tensor that is strided and whose sign torch has already flipped in memory."""
+    """Return `value`; refuse anything but a strided torch tensor that holds its values in memory, with no sign left to flip."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}, but must be a torch.Tensor")
     if value.layout is not torch.strided:

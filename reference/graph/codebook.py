@@ -23,7 +23,7 @@ MOTIF_EXPONENT = -2
 docs/spec/codebook.md."""
 
 POSITIONS_PER_REVIVAL = 64
-"""Positions of a batch for each code that is checked after a step: how often an average code is used between two checks."""
+"""Positions of a batch for each code that is checked after a step. So the average code is used 64 times between two checks."""
 
 
 class TernaryVQCodebook(TernaryEmbedding, TableModule):
