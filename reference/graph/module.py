@@ -231,6 +231,7 @@ class TableModule(ArbModule):
         passes, self.recorded = self.recorded, []
         if passes and not self.frozen:
             self.count_passes(passes)
+            self.voting.version += 1
 
     def count_passes(self, passes: list[tuple[Tensor, ...]]) -> None:
         """Change the tables by what one or more passes saw. A table that counts nothing stays as it is."""

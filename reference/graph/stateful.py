@@ -42,7 +42,6 @@ class Stateful(ArbModule):
             module.step_weight()
         for keeper in self.table_modules().values():
             keeper.step_tables()
-        self.voting.version += 1
         self.voting.torn = False
 
     def change_dtype(self, dtype: torch.dtype) -> None:
