@@ -1,12 +1,12 @@
 """Frozen encoders of other projects: images, sound and video become features that an ARB model reads.
 
-A sidecar is a network that somebody else trained. It is loaded by its own library, held in int8, and never trained, so that it is
-no state of the model. This package alone imports these libraries (`pip install "arbitor[sidecars,media]"`).
+A sidecar is a network that somebody else trained. Its own library loads it. It is held in int8 and never trained, so that it is no
+state of the model. This package alone imports these libraries (`pip install "arbitor[sidecars,media]"`).
 Prose: docs/spec/sidecars.md.
 """
 
 from arbitor.sidecars.audio import AudioSidecar, audio_frames
-from arbitor.sidecars.audit import SidecarAudit, audit_of, standard_audit
+from arbitor.sidecars.audit import SidecarAudit, audit_of, counted_mib, standard_audit
 from arbitor.sidecars.features import FeatureCache
 from arbitor.sidecars.media import read_audio, read_image, read_video
 from arbitor.sidecars.sidecar import Sidecar, SidecarError
@@ -23,6 +23,7 @@ __all__ = [
     "VisionSidecar",
     "audio_frames",
     "audit_of",
+    "counted_mib",
     "read_audio",
     "read_image",
     "read_video",

@@ -1,8 +1,8 @@
-"""What sidecars weigh: modules that hold int8, weights, and bytes, as they are stored and as the seed documents counted them."""
+"""The audit of sidecars: int8 modules, weights, and bytes, as they are stored and as the seed documents counted them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +15,17 @@ from arbitor.sidecars.precision import frozen, quantized_modules, stored_tensors
 
 @dataclass(frozen=True)
 class SidecarAudit:
-    """What one sidecar weighs.
+    """The audit of one sidecar.
 
     Fields:
-        name:          what it is called.
+        name:          name of the sidecar.
         modules:       number of modules with int8 weights, by class.
         weights:       weights of the network, quantised or not.
         trainable:     parameters that require a gradient; 0.
-        stored_bytes:  bytes that parameters and buffers take: int8 values, float scales, what stays float.
-        by_dtype:      the same, by dtype.
-        counted_bytes: weights times the bytes of the dtype that a quantised weight reports, float32: how REFACTOR11 came to
-                       318.80 MiB for images and sound.
+        stored_bytes:  bytes that parameters and buffers take: int8 values, float scales, and weights that stay float.
+        by_dtype:      stored bytes by dtype.
+        counted_bytes: weights times the bytes of the dtype that a quantised weight reports, which is float32. REFACTOR11 counted
+                       its 318.80 MiB for images and sound in this way.
         bfloat16:      whether the network is kept in bfloat16 because int8 could not be had.
     """
 
@@ -40,7 +40,7 @@ class SidecarAudit:
 
 
 def audit_of(name: str, network: nn.Module) -> SidecarAudit:
-    """Return what a frozen network weighs; the meta device will do."""
+    """Return the audit of a frozen network, which may be on the meta device."""
     by_dtype: dict[str, int] = {}
     weights = counted = trainable = 0
     for parameter in network.parameters():
@@ -100,8 +100,13 @@ SEED_MIB = 318.80
 """REFACTOR11's `frozen sidecar params`, in MiB."""
 
 
+def counted_mib(audits: Sequence[SidecarAudit]) -> float:
+    """Return the MiB of those sidecars that REFACTOR11 sums up, counted as it counts them."""
+    return sum(audit.counted_bytes for audit in audits if audit.name in COUNTED_BY_THE_SEEDS) / 2**20
+
+
 def standard_audit(*, precision: str = "int8") -> tuple[SidecarAudit, ...]:
-    """Return what the sidecars of the seed documents weigh, counted on the meta device.
+    """Return the audits of the sidecars of the seed documents, counted on the meta device.
 
     Raises SidecarError where a library is missing.
     """

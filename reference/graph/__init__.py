@@ -1,6 +1,6 @@
 """The ARB graph: modules that compose ops and hold state, with no ternary arithmetic of their own.
 
-One graph serves every op set: `ArbModel(config, ops=...)` computes with the ops it is given.
+One graph serves every op set: `ArbModel(config, ops=...)` computes with the ops that it is given.
 """
 
 from arbitor.reference.graph.attention import LatentAttention
@@ -11,6 +11,7 @@ from arbitor.reference.graph.model import ArbLayer, ArbModel
 from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.graph.moe import SharedProjectionMoE
 from arbitor.reference.graph.sequencer import ByteEmbedding, TrigramSequencer
+from arbitor.reference.graph.targets import Targets
 from arbitor.reference.graph.voting import Voting
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "GraphContext",
     "LatentAttention",
     "SharedProjectionMoE",
+    "Targets",
     "TernaryEmbedding",
     "TernaryLinear",
     "TernaryModule",

@@ -1,4 +1,4 @@
-"""OutputRouter: which head answers.
+"""OutputRouter: the choice of the head that answers.
 
 Legend: B batch, P positions, D width, R width inside the router.
 """
@@ -14,14 +14,14 @@ from arbitor.reference.graph.layers import TernaryLinear
 from arbitor.reference.graph.module import ArbModule
 from arbitor.reference.graph.units import unit_rows
 
-NUM_HEADS = 3
-"""What a router chooses from: text, video, audio, in this order."""
+MODALITIES = ("text", "video", "audio")
+"""Modalities that a router chooses from, in the order of its logits."""
 
 
 class OutputRouter(ArbModule):
     """Logits of the head that answers: text, video or audio.
 
-    Math:    logits = W_out silu(W_in unit(x)), x the last position, which has read all others
+    Math:    logits = W_out silu(W_in unit(x)), x the last position, which has read all other positions
     Shapes:  [B, P, D], P >= 1 -> float32 [B, 3] (float64 for float64 inputs)
     Source:  REFACTOR11 (OutputRouter), REFACTOR14 (12.9 M weights: D -> D/4 -> 3); docs/spec/heads.md
     """
@@ -30,7 +30,7 @@ class OutputRouter(ArbModule):
         super().__init__(context)
         config = context.config
         self.inner = TernaryLinear(context, config.width, config.router_inner)
-        self.out = TernaryLinear(context, config.router_inner, NUM_HEADS)
+        self.out = TernaryLinear(context, config.router_inner, len(MODALITIES))
 
     def forward(self, x_BPD: Tensor) -> Tensor:
         """Return a logit for each head."""
