@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from arbitor.nn import Embedding, Linear, RMSNorm, Rules, Ternary, swap_linears
+from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.convert import ternarize
 from arbitor.reference.graph.layers import TernaryLinear
 from arbitor.reference.ops.scale import dequantize
+from conformance.subject import Subject
 
 
 def net(seed: int = 0) -> nn.Sequential:
@@ -207,6 +209,23 @@ def test_from_float_is_the_nearest_weight() -> None:
     x = torch.randn(64, 50)
     with torch.no_grad():
         assert float((layer(x) - linear(x)).norm() / linear(x).norm()) < 0.6
+
+
+def test_layers_are_of_any_op_set(subject: Subject) -> None:
+    """The same weight, and after a vote and a step the same bits as with the reference."""
+    linear, x = nn.Linear(36, 24, bias=False), torch.randint(-3, 4, (8, 36)).float()
+    states = []
+    for ops in (reference_ops, subject.ops):
+        layer = Linear.from_float(
+            copy.deepcopy(linear).to(subject.device), ops=ops, rules=Rules(orthogonal_steps=0)
+        )
+        model = Ternary(layer)
+        assert model.ops is ops
+        # Of small whole numbers every sum is exact, in whatever order.
+        model.backward(model(x.to(subject.device)).sum(), rate=9.0, step=0)
+        model.step()
+        states.append(ops.to_spec(layer.weight))
+    assert all(torch.equal(states[0].tensors()[name], part) for name, part in states[1].tensors().items())
 
 
 def test_swapping_exchanges_what_is_selected() -> None:

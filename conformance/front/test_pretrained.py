@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from arbitor import ArbConfig, ArbModel, pretrained
 from arbitor.optimized.training.checkpoint import CheckpointError, state_sha256
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import train
+from conformance.subject import Subject
 from conformance.training import nano
 from conformance.training.forge import Change, first_element, forged
 from conformance.training.runs import options
@@ -57,6 +60,16 @@ def test_a_folder_holds_the_model_and_how_it_goes_on(tmp_path: Path) -> None:
         step_on(other, 2)
     assert state_sha256(copy.state()) == state_sha256(model.state())
     assert state_sha256(trained().state()) != state_sha256(model.state()), "the step changed nothing"
+
+
+def test_a_folder_serves_every_op_set(subject: Subject, folder: Path, tmp_path: Path) -> None:
+    model = ArbModel.from_pretrained(folder, device=subject.device, ops=subject.ops)
+    assert model.ops is subject.ops and state_sha256(model.state()) == state_sha256(trained().state())
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        folder / "model.safetensors"
+    ).read_bytes()
+    assert len(model.generate(b"to be", max_new_bytes=2)) == 2
 
 
 def test_config_names_the_model(folder: Path) -> None:
@@ -176,8 +189,6 @@ def test_a_config_of_something_else_is_refused(folder: Path, content: bytes) -> 
 
 
 def test_what_is_no_file_is_refused(folder: Path, tmp_path: Path) -> None:
-    import os
-
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CheckpointError, match="no regular file"):
         ArbModel.from_pretrained(tmp_path / "pipe")
@@ -272,8 +283,6 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_real_library_has_what_is_called() -> None:
     """By name of every argument, so that a release without one is noticed."""
-    import inspect
-
     hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
     for call, names in (
         (hub.HfApi.create_repo, {"private", "exist_ok"}),
