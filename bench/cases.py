@@ -116,14 +116,14 @@ def rows() -> Mapping[str, BenchRow]:
         BenchRow(
             name=name,
             family=TRAIN_FAMILY,
-            shapes=train_step.SHAPES,
+            shapes=shapes,
             bytes_min=None,
             ops_min=None,
             # The host looks at the loss between two graphs, to refuse one that is not finite.
             capturable=False,
             gates=partial(train_step.ops_of, name),
         )
-        for name in (train_step.TRUNK, train_step.EVERY_MODULE)
+        for name, shapes in train_step.SHAPES.items()
     ]
     return {row.name: row for row in sorted((*table, update, *trains), key=lambda row: row.family)}
 

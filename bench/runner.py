@@ -211,13 +211,13 @@ def _ids(session: Session, case: Case) -> torch.Tensor:
 
 def _train_step(case: Case, ids_BT: torch.Tensor) -> Callable[[], Any]:
     """Return one step of training: ours on a GPU from recorded passes, else launched from Python."""
-    config = train_step.config_of(case.row.name, case.shape)
     record = case.implementation == OURS and ids_BT.device.type == "cuda"
-    step = train_step.step_of(config, op_set(case.implementation), ids_BT, record=record)
+    ops = op_set(case.implementation)
+    step = train_step.step_of(case.row.name, case.shape, ops, ids_BT, record=record)
 
     def checked() -> None:
         if not step():
-            raise gate.Red(f"the loss of preset {case.shape} is not finite")
+            raise gate.Red(f"the loss of {case.row.name} {case.shape} is not finite")
 
     return checked
 
