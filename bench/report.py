@@ -30,8 +30,8 @@ CHANGE = 1.05
 
 TWIN_NOTE = (
     "A recorded train step of `small` on one H100, at commit eb576fc and by a script of that day: ours 21.6 ms; its float twin in "
-    "plain PyTorch with fused AdamW 13.6 ms, and 9.7 ms with `torch.compile`. So ours has 0.45 times the speed of what a user would "
-    "run. The peer that earlier pages showed ran on the graph of ours, and flattered us: its figures are gone."
+    "plain PyTorch with fused AdamW 13.6 ms, and 9.7 ms with `torch.compile`. So ours has 0.45 times the speed of what a user "
+    "would run. The peer that earlier pages showed ran on the graph of ours, and flattered us: its figures are gone."
 )
 """What is known of the twins until a stored result has one."""
 

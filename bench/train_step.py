@@ -24,7 +24,7 @@ from arbitor.reference.op_table import Shape
 from arbitor.reference.presets import preset
 from bench.ablation import full
 from bench.inputs import RATE
-from bench.learning.learner import Architecture, Learner
+from bench.learning.learner import EAGER_STEPS, Architecture, Learner
 from bench.learning.rules import RULES
 
 TRUNK, EVERY_MODULE, TRANSFORMER = "train_step", "train_step_every_module", "train_step_transformer"
@@ -84,6 +84,10 @@ def transformer_step(sizes: Shape, ops: ModuleType, ids_BT: Tensor, *, record: b
         # A rate of 1 is the rule's own.
         return math.isfinite(learner.step(ids_BT, 1.0).item())
 
+    if record:
+        # The step that is recorded is none of those that are timed.
+        for _ in range(EAGER_STEPS + 1):
+            step()
     return step
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from arbitor.optimized.training.recording import LAUNCHED_FIRST, recorded
 from arbitor.reference.config import NGRAM, NUM_BYTES, VOCABULARY_SIZE, ArbConfig
 from arbitor.reference.graph.rotary import ROTARY_BASE
 from bench import train_step
@@ -28,9 +29,6 @@ EPS = 1e-6
 
 HEAD_COLUMNS = 64
 """C of the transformer."""
-
-LAUNCHED_FIRST = 3
-"""Steps that are launched before one is recorded: they compile, and let libraries set themselves up."""
 
 
 TWINS = {"float AdamW": False, "compiled float AdamW": True}
@@ -267,20 +265,18 @@ class TwinStep:
             self.loss_of = torch.compile(twin, fullgraph=True, dynamic=False, backend=backend)
         # capturable keeps the step count on the device, which a CUDA graph needs.
         self.optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-3, fused=True, capturable=on_gpu)
-        self.launched_first = LAUNCHED_FIRST if on_gpu else None
-        self.taken = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
         self.loss: Tensor | None = None
+        self.take: Callable[[], None] = self._launch
+        if on_gpu:
+            # In these, kernels are compiled, and AdamW makes its moments.
+            for _ in range(LAUNCHED_FIRST):
+                self._launch()
+            [graph] = recorded(self._launch)
+            self.take = graph.replay
 
     def __call__(self) -> float:
         """Take a step, and return its loss."""
-        if self.launched_first is None or self.taken < self.launched_first:
-            self._launch()
-        else:
-            if self.graph is None:
-                self.graph = self._record()
-            self.graph.replay()
-        self.taken += 1
+        self.take()
         assert self.loss is not None
         return self.loss.item()
 
@@ -290,15 +286,6 @@ class TwinStep:
         loss.backward()
         self.optimizer.step()
         self.loss = loss.detach()
-
-    def _record(self) -> torch.cuda.CUDAGraph:
-        """Return a recorded step. Its gradients are its own: a replay writes them anew."""
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            self._launch()
-        return graph
 
 
 def _step(
