@@ -155,7 +155,8 @@ def _call(session: Session, case: Case, peer: Peer | None) -> Callable[[], Any]:
     if case.row.family == TRAIN_FAMILY:
         ids_BT = _ids(session, case)
         return peer.build(((case.shape, ids_BT), {}), case.sizes) if peer else _train_step(case, ids_BT)
-    name = "accumulate_gradient" if case.row.name == "update_step" else case.row.name
+    is_step = case.row.name in ("update_step", cases.ORTHOGONAL)
+    name = "accumulate_gradient" if is_step else case.row.name
     arguments = INPUTS[name](Maker(session.timer.device, f"{case.row.name} {case.shape}"), case.sizes)
     if peer is not None:
         return peer.build(arguments, case.sizes)
@@ -164,8 +165,8 @@ def _call(session: Session, case: Case, peer: Peer | None) -> Callable[[], Any]:
         arguments = _in_device_layout(ops, arguments)
     args, kwargs = arguments
     op = getattr(ops, name)
-    if case.row.name == "update_step":
-        return _update_step(ops, args[0], args[1])
+    if is_step:
+        return _update_step(ops, args[0], args[1], orthogonal=case.row.name == cases.ORTHOGONAL)
     return lambda: op(*args, **kwargs)
 
 
@@ -193,11 +194,16 @@ def _in_device_layout(ops: ModuleType, arguments: Arguments) -> Arguments:
     return tuple(map(move, args)), {name: move(value) for name, value in kwargs.items()}
 
 
-def _update_step(ops: ModuleType, weight: Any, grad: torch.Tensor) -> Callable[[], Any]:
-    """Return what training does with a gradient: count its votes, then step, both in place."""
+def _update_step(ops: ModuleType, weight: Any, grad: torch.Tensor, *, orthogonal: bool) -> Callable[[], Any]:
+    """Return what training does with a gradient: count its votes, then step, both in place.
+
+    Args:
+        orthogonal: whether the gradient is made orthogonal first, in bfloat16.
+    """
 
     def step() -> Any:
-        ops.accumulate_gradient(weight, grad, RATE, **CLOCK, out=weight)
+        voting = ops.orthogonalize(grad.to(torch.bfloat16)) if orthogonal else grad
+        ops.accumulate_gradient(weight, voting, RATE, **CLOCK, out=weight)
         return ops.apply_step(weight, out=weight)
 
     return step
