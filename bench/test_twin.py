@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from arbitor.reference import ops as reference_ops
-from arbitor.reference.graph import ArbModel
-from arbitor.reference.graph.state import GraphContext, TernaryModule
+from arbitor.reference.graph import ArbModel, GraphContext
+from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.graph.stateful import Stateful
 from arbitor.reference.presets import preset
 from arbitor.reference.types import TernaryWeight

@@ -17,7 +17,6 @@ BYTES_PER_WEIGHT = 28
 OPS_PER_WEIGHT = 14
 """Two moments (3 and 4), decay 1, bias corrections 2, root, sum, quotient and update."""
 
-
 MUON_ITERATIONS = 5
 """As many as torch's Muon takes unless told otherwise."""
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.whole_file import rename, told, write_beside
-from arbitor.reference.constants import ACCUM_MAX, MAX_PACKED_BYTE, level_range
+from arbitor.reference import checks
 from arbitor.reference.types import TernaryWeight
 
 if TYPE_CHECKING:
@@ -202,7 +202,8 @@ def check_fits(checkpoint: Checkpoint, config: Mapping[str, Any], model: ArbMode
         table = checkpoint.state[name]
         # Its layout is that of a table.
         assert isinstance(table, Tensor)
-        _check_range(f"the checkpoint's {name}", table, low, high)
+        with _refusing():
+            checks.values_between(f"the checkpoint's {name}", table, low, high)
 
 
 def _layout(value: LaidOutWeight | Tensor) -> dict[str, Any]:
@@ -366,11 +367,9 @@ def _weight(name: str, layout: Mapping[str, Any], tensors: Mapping[str, Tensor])
         raise CheckpointError(
             f"the weight {name!r} does not have the shape its header states: {error}"
         ) from error
-    low, high = level_range(weight.mantissa_bits)
-    _check_range(f"{name}.packed", weight.packed, 0, MAX_PACKED_BYTE)
-    _check_range(f"{name}.exponents", weight.exponents, low, high)
-    _check_range(f"{name}.trit_accum", weight.trit_accum, -ACCUM_MAX, ACCUM_MAX)
-    _check_range(f"{name}.exponent_accum", weight.exponent_accum, -ACCUM_MAX, ACCUM_MAX)
+    with _refusing():
+        for part, tensor in weight.tensors().items():
+            weight.check_values(f"{name}.", part, tensor)
     return weight
 
 
@@ -384,9 +383,10 @@ def _table(name: str, layout: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     return tensors[name]
 
 
-def _check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
-    smallest, largest = (int(bound) for bound in torch.aminmax(tensor))
-    if smallest < low or largest > high:
-        raise CheckpointError(
-            f"{name} holds {smallest if smallest < low else largest}, outside {low} to {high}"
-        )
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Refuse a checkpoint whose values a check refuses."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
