@@ -301,6 +301,7 @@ def test_a_ledger_of_a_model_is_not_its_copy_s() -> None:
 def test_respond_refuses_a_ledger_as_forward_does() -> None:
     model = models.whole()
     ledger = prompted(model)
+    model.backward(model.losses(models.random_ids(2, 12)), rate=models.RATE, step=9)
     model.step()
     with pytest.raises(RuntimeError, match="make a new one from its ids"):
         model.respond(None, ledger=ledger)
