@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.optimized.training.monitor import Monitor, cut_metrics, read_metrics
+from arbitor.optimized.training.metrics import cut_metrics, read_metrics
+from arbitor.optimized.training.monitor import Monitor
 from arbitor.optimized.training.run_folder import RunFolder
 
 

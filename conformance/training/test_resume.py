@@ -17,7 +17,7 @@ from arbitor.optimized.training import loop
 from arbitor.optimized.training.checkpoint import load_checkpoint
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import train
-from arbitor.optimized.training.monitor import read_metrics
+from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.options import TrainOptions
 from arbitor.optimized.training.runtime import Stopped
 from arbitor.reference import ops as reference_ops

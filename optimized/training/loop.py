@@ -31,13 +31,14 @@ from arbitor.optimized.training.data import (
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import NATS_PER_BIT, validation_bpb
 from arbitor.optimized.training.generate import generate
-from arbitor.optimized.training.monitor import Monitor, read_metrics
+from arbitor.optimized.training.metrics import read_metrics
+from arbitor.optimized.training.monitor import Monitor
 from arbitor.optimized.training.options import Settings, TrainOptions
 from arbitor.optimized.training.passes import Passes, RecordedPasses
-from arbitor.optimized.training.plan import decide, settings_config
+from arbitor.optimized.training.plan import decide, run_config
 from arbitor.optimized.training.recording import records
 from arbitor.optimized.training.report import plot_loss, write_report
-from arbitor.optimized.training.run_folder import Found, RunFolder
+from arbitor.optimized.training.run_folder import Found, Progress, RunFolder
 from arbitor.optimized.training.runtime import (
     Runtime,
     Stopped,
@@ -48,6 +49,8 @@ from arbitor.optimized.training.runtime import (
     versions,
 )
 from arbitor.optimized.training.schedule import rate
+from arbitor.optimized.training.sizes import check_memory
+from arbitor.optimized.training.whole_file import told
 from arbitor.reference.audit import audit
 from arbitor.reference.graph import ArbModel
 
@@ -78,26 +81,6 @@ class TrainResult:
     prompt: bytes
     sample: bytes
     folder: Path | None
-
-
-@dataclass
-class Progress:
-    """Counters that a resumed run carries on.
-
-    Attributes:
-        seconds: wall-clock time of the training so far.
-        nats, losses: sum and number of the losses since the last line of metrics.
-        skipped: micro-batches without a finite loss.
-        skipped_in_a_row: those since the last finite one.
-        faulty_rows: gradient rows that were not finite and cast no votes.
-    """
-
-    seconds: float = 0.0
-    nats: float = 0.0
-    losses: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    faulty_rows: int = 0
 
 
 def train(options: TrainOptions, *, console: Console | None = None) -> TrainResult:
@@ -142,11 +125,12 @@ def opened(options: TrainOptions, console: Console | None) -> Iterator[Run]:
         folder = _folder(options)
         found = Found()
         if folder is not None and options.resume:
+            folder.refuse_no_run()
             stack.enter_context(folder.owned())
             found = folder.find()
         elif folder is not None:
             folder.refuse_other_run()
-        settings = decide(options, found.settings)
+        settings = decide(options, found.settings, found.model)
         runtime = choose_runtime(settings.device, settings.backend, settings.dtype)
         stack.enter_context(deterministic((found.settings or {}).get("threads")))
         stack.enter_context(values_vouched_for())
@@ -209,7 +193,9 @@ class Run:
         )
         self.baselines = baseline_bpb(self.corpus, self.split.train, self.windows_WT)
 
-        config = settings_config(settings)
+        config, lost = run_config(settings, found.model)
+        self.warnings = (*found.warnings, *lost)
+        check_memory(config, runtime.device)
         self.config = json.loads(config.to_json())
         self.model = ArbModel(
             config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=settings.seed
@@ -251,7 +237,7 @@ class Run:
         if folder is not None:
             folder.write_config({"model": self.config, "run": self.document, "versions": versions()})
         self.monitor = Monitor(folder, steps=self.settings.steps, start_step=self.step, console=console)
-        for warning in self.found.warnings:
+        for warning in self.warnings:
             self.monitor.warn(warning)
         if self.found.note:
             self.monitor.say(self.found.note)
@@ -300,7 +286,7 @@ class Run:
         if self.folder is not None:
             self.folder.write_sample(prompt + sample)
             self.folder.write_summary(summary)
-            plot_loss(self.folder.loss_plot, read_metrics(self.folder.metrics), self.baselines)
+            plot_loss(self.folder.loss_plot, self._metrics(), self.baselines)
             self._report()
         self.monitor.close()
         path = None if self.folder is None else self.folder.path
@@ -450,9 +436,16 @@ class Run:
             "versions": versions(),
         }
 
+    def _metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics so far."""
+        if self.folder is None:
+            return []
+        with told(f"the report: {str(self.folder.metrics)!r} cannot be read"):
+            return read_metrics(self.folder.metrics)
+
     def _report(self) -> None:
         """Draw the page of a run that has lines of metrics, as far as it has come."""
-        metrics = read_metrics(self.folder.metrics) if self.folder is not None else []
+        metrics = self._metrics()
         if self.folder is None or not metrics:
             return
         settings, made_of = self.settings, audit(self.model.config)
