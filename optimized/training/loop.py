@@ -23,6 +23,7 @@ from arbitor.optimized.training.census import Census
 from arbitor.optimized.training.checkpoint import check_fits, state_sha256
 from arbitor.optimized.training.data import (
     check_same_data,
+    check_same_split,
     load_corpus,
     split_corpus,
     training_batch,
@@ -49,6 +50,7 @@ from arbitor.optimized.training.runtime import (
     versions,
 )
 from arbitor.optimized.training.schedule import rate
+from arbitor.optimized.training.shown import shown
 from arbitor.optimized.training.sizes import check_memory
 from arbitor.optimized.training.whole_file import told
 from arbitor.reference.audit import audit
@@ -134,7 +136,7 @@ def opened(options: TrainOptions, console: Console | None) -> Iterator[Run]:
         runtime = choose_runtime(settings.device, settings.backend, settings.dtype)
         stack.enter_context(deterministic((found.settings or {}).get("threads")))
         stack.enter_context(values_vouched_for())
-        run = Run(settings, runtime, found, request)
+        run = Run(settings, runtime, found, request, None if folder is None else folder.path)
         if folder is not None and not options.resume:
             stack.enter_context(folder.owned())
             folder.refuse_other_run()
@@ -163,7 +165,9 @@ class Run:
         saved: step and ``state_sha256`` of the newest checkpoint of this process, or None.
     """
 
-    def __init__(self, settings: Settings, runtime: Runtime, found: Found, request: StopRequest) -> None:
+    def __init__(
+        self, settings: Settings, runtime: Runtime, found: Found, request: StopRequest, folder: Path | None
+    ) -> None:
         """Read the data and build the model, or load it. Nothing is written.
 
         Args:
@@ -171,6 +175,7 @@ class Run:
             runtime: where it runs, as the settings say.
             found: what to go on from.
             request: to stop.
+            folder: of the run, which is no part of its data; or None where nothing is written.
 
         Raises:
             TrainingError, ValueError: as `train`.
@@ -185,9 +190,10 @@ class Run:
         self.request = request
         self.found = found
 
-        self.corpus = load_corpus(settings.data)
+        self.corpus = load_corpus(settings.data, folder)
         check_same_data(self.corpus, found.settings)
         self.split = split_corpus(self.corpus, settings.context)
+        check_same_split(self.corpus, self.split, settings.context, found.settings)
         self.windows_WT = validation_windows(
             self.corpus, self.split, count=settings.eval_windows, context=settings.context
         )
@@ -218,6 +224,7 @@ class Run:
             **self.settings.as_json(),
             "data_bytes": self.corpus.data_N.numel(),
             "data_sha256": self.corpus.sha256,
+            "validation_sha256": self.split.validation_sha256(),
             "threads": torch.get_num_threads(),
         }
 
@@ -241,7 +248,21 @@ class Run:
             self.monitor.warn(warning)
         if self.found.note:
             self.monitor.say(self.found.note)
+        for sentence in self._first_lines():
+            self.monitor.say(sentence)
         self.clock = time.monotonic()
+
+    def _first_lines(self) -> list[str]:
+        """Return what is trained, on what bytes, how long and where."""
+        settings, threads = self.settings, self.document["threads"]
+        windows = settings.batch * settings.accum
+        return [
+            f"model: {shown(settings.preset)}, {audit(self.model.config).weights:,} ternary weights",
+            f"data: {shown(settings.data)}: {self.corpus.description()}",
+            f"validation: {self.split.description()}; judged on {self.windows_WT.shape[0]:,} windows of {settings.context:,}",
+            f"steps: {settings.steps:,} of {windows:,} windows of {settings.context:,} bytes",
+            f"device: {settings.device}, {settings.backend}, {settings.dtype}, {threads} CPU thread{'' if threads == 1 else 's'}",
+        ]
 
     def take_steps(self) -> None:
         """Take every step that is left.
