@@ -103,7 +103,11 @@ def test_signals_save_and_exit(
     process = start(["no-pictures", *arguments(text, run, "--save-interval", "1000")])
     assert wait_for(process, run / "metrics.jsonl", 3)
     process.send_signal(number)
-    check_refused(finish(process), code, f"stopped by {number.name}", "--resume")
+    result = finish(process)
+    told, ended = result.stderr.splitlines(keepends=True)
+    assert told == b"arb: stopping after this step; again to quit now.\n"
+    ended_alone = subprocess.CompletedProcess(result.args, result.returncode, result.stdout, ended)
+    check_refused(ended_alone, code, f"stopped by {number.name}", "--resume")
     assert load_checkpoint(run / "latest.safetensors").step >= 4
     if number == signal.SIGTERM:
         check_full_disk_while_resuming(run)

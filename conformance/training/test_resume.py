@@ -215,7 +215,8 @@ def test_train_stops_between_two_steps_on_a_signal(
             train(options(text, tmp_path / "run"))
     assert caught.value.signal_number == number
     assert load_checkpoint(tmp_path / "run" / "latest.safetensors").step == 5
-    assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
+    # Who sends SIGTERM does not wait for a picture.
+    assert (tmp_path / "run" / "report.png").exists() == (number == signal.SIGINT)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
     resumed = train(TrainOptions(run=tmp_path / "run", resume=True)).summary
     assert resumed["state_sha256"] == train(options(text, None, save=False)).summary["state_sha256"]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.settings import values_vouched_for
+from arbitor.optimized.training.options import MOST_BYTES
 from arbitor.optimized.training.readers import Reader, RecordedReader
 from arbitor.reference.config import NGRAM, NUM_BYTES, SPECIAL_IDS
 from arbitor.reference.graph.ledger import KVLedger
@@ -69,7 +70,7 @@ def generate_batch(
     Args:
         model: a model; its weights are only read.
         prompts: bytes to continue; may be empty.
-        num_bytes: how many bytes to add to each, at least 0.
+        num_bytes: how many bytes to add to each, 0 to `MOST_BYTES`.
         temperature: 0 takes the likeliest byte (the lowest of several); otherwise logits are divided by it.
         seeds: of the CPU generators that draw, one a prompt; the same seed gives the same bytes on the same device. At
             temperature 0 nothing is drawn.
@@ -82,8 +83,8 @@ def generate_batch(
     Raises:
         ValueError: an argument is out of range, or the model's logits are not finite.
     """
-    if num_bytes < 0:
-        raise ValueError(f"num_bytes is {num_bytes}, but must be at least 0")
+    if not 0 <= num_bytes <= MOST_BYTES:
+        raise ValueError(f"num_bytes is {num_bytes}, but must be from 0 to {MOST_BYTES}")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature is {temperature}, but must be finite and at least 0")
     if context is not None and context < NGRAM:

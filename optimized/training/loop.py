@@ -7,6 +7,7 @@ seed and the step, so a run that was killed and resumed ends with the same weigh
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -88,7 +89,7 @@ class TrainResult:
 def train(options: TrainOptions, *, console: Console | None = None) -> TrainResult:
     """Train a model, or go on with a run, and write its folder.
 
-    SIGINT and SIGTERM end the run between two steps, with a checkpoint.
+    SIGINT, SIGTERM and SIGHUP end the run between two steps, with a checkpoint.
 
     Args:
         options: what to do.
@@ -122,8 +123,10 @@ def opened(options: TrainOptions, console: Console | None) -> Iterator[Run]:
     """
     if options.resume and options.run is None:
         raise ValueError("run is not set, but must name the folder of the run to resume")
+    if options.run is not None and not os.fspath(options.run):
+        raise ValueError("run is '', but must name a folder")
     with ExitStack() as stack:
-        request = stack.enter_context(StopRequest().listening())
+        request = stack.enter_context(StopRequest(announced=console is not None).listening())
         folder = _folder(options)
         found = Found()
         if folder is not None and options.resume:
@@ -137,6 +140,7 @@ def opened(options: TrainOptions, console: Console | None) -> Iterator[Run]:
         stack.enter_context(deterministic((found.settings or {}).get("threads")))
         stack.enter_context(values_vouched_for())
         run = Run(settings, runtime, found, request, None if folder is None else folder.path)
+        request.stop_before("its first step; nothing was written")
         if folder is not None and not options.resume:
             stack.enter_context(folder.owned())
             folder.refuse_other_run()
@@ -148,7 +152,7 @@ def opened(options: TrainOptions, console: Console | None) -> Iterator[Run]:
 def _folder(options: TrainOptions) -> RunFolder | None:
     """Return the folder of a run, which may not be there yet, or None where nothing is written."""
     if options.run is not None:
-        return RunFolder(options.run)
+        return RunFolder(Path(options.run))
     return RunFolder.new(Path(options.preset or "tiny").stem) if options.save else None
 
 
@@ -272,7 +276,10 @@ class Run:
         """
         try:
             self._take_steps()
-        except (Stopped, TrainingError):
+        except (Stopped, TrainingError) as error:
+            # Who sends SIGTERM does not wait for long.
+            if isinstance(error, Stopped) and error.signal_number != signal.SIGINT:
+                raise
             # What ended the run says more than why its report can't be had, whatever that is.
             with suppress(Exception):
                 self._count_time()

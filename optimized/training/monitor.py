@@ -6,6 +6,7 @@ rate).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -17,6 +18,7 @@ from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.events import EventFile
 from arbitor.optimized.training.metrics import cut_metrics
 from arbitor.optimized.training.run_folder import RunFolder
+from arbitor.optimized.training.shown import shown
 from arbitor.optimized.training.whole_file import append_to
 
 if TYPE_CHECKING:
@@ -68,12 +70,13 @@ class Monitor:
     def say(self, sentence: str) -> None:
         """Print one sentence."""
         if self._console is not None:
-            self._console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(shown(sentence), markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, sentence: str) -> None:
         """Print one sentence on stderr, without end mark: something the user should know about."""
         if self._console is not None:
-            print(f"arb: {sentence}.", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                print(f"arb: {shown(sentence)}.", file=sys.stderr, flush=True)
 
     def advance(self, step: int) -> None:
         """Move the progress bar to a step."""

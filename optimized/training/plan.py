@@ -20,6 +20,9 @@ from arbitor.reference.presets import preset as named_preset
 CONFIG_SUFFIX = ".json"
 """How a preset that is a file ends: a configuration as ``ArbConfig.to_json`` writes it."""
 
+BATCH_BYTES = 2**28
+"""Bytes of a micro-batch at most."""
+
 MICRO_STEPS = 2**32
 """Micro-batches that a run can number."""
 
@@ -184,6 +187,10 @@ def decide(
     settings = Settings(**values)
     if settings.steps * settings.accum >= MICRO_STEPS:
         raise ValueError(f"steps times accum is {settings.steps * settings.accum}, but must be below 2**32")
+    if settings.batch * settings.context > BATCH_BYTES:
+        raise ValueError(
+            f"batch times context is {settings.batch * settings.context}, but must be at most {BATCH_BYTES}"
+        )
     return settings
 
 
