@@ -28,7 +28,7 @@ from torch import Tensor
 
 from arbitor.optimized.settings import values_vouched_for
 from arbitor.reference.graph.codebook import TernaryVQCodebook
-from arbitor.reference.graph.state import GraphContext
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.presets import PRESETS
 from bench import machine, parts
 
@@ -96,7 +96,7 @@ def train(table: TernaryVQCodebook, draw: Callable[[], Tensor], steps: int) -> d
     found_in = torch.full((table.num_codes,), -1, dtype=torch.int16, device=table.device)
     for step in range(steps):
         z = draw().requires_grad_()
-        with table.voting.at(rate=RATE, step=step):
+        with table.voting.taking(rate=RATE, step=step):
             ids, c, losses = table.quantize(z)
             # Through z too, which counts the uses.
             (losses["codebook"] + 0 * c.sum()).backward()

@@ -433,6 +433,22 @@ def test_op_runs_where_its_tensors_are(subject: Subject, name: str) -> None:
     run()
 
 
+@pytest.mark.parametrize("name", OP_TABLE)
+def test_reference_op_runs_where_its_tensors_are(subject: Subject, reference: Subject, name: str) -> None:
+    """On a GPU that is not the current one, an op of the reference has the bits that it has on the current one."""
+    on_each_gpu(subject, "ops of the reference on a GPU that is not current")
+    first, second = (Subject(reference.ops, reference.name, device) for device in ("cuda:0", "cuda:1"))
+
+    @settings(max_examples=EXAMPLES, phases=[Phase.generate])
+    @given(case=CASES[name])
+    def run(case: Case) -> None:
+        with torch.cuda.device(0):
+            want = first.call(name, *case.copy().args, **case.copy().kwargs)
+            exact(second.call(name, *case.copy().args, **case.copy().kwargs), want, f"{name} on cuda:1")
+
+    run()
+
+
 def test_model_runs_where_its_weights_are(subject: Subject) -> None:
     """A whole model on a GPU that is not the current one: pass, votes, step, and a pass after that."""
     on_each_gpu(subject, "a model on a GPU that is not current")

@@ -64,6 +64,26 @@ class DeviceWeight(StateTensors):
             if not tensor.is_contiguous():
                 raise ValueError(f"{name} has strides {tensor.stride()}, but must be contiguous")
 
+    def check_values(self, prefix: str, name: str, tensor: Tensor) -> None:
+        """Refuse a tensor for the field `name` with an element that no weight has there; errors call it prefix + name."""
+        if name != "words":
+            checks.weight_values(prefix + name, name, tensor, self.mantissa_bits)
+        elif tensor.device.type != "meta" and (_misread_lanes(tensor, self.shape[1]) != 0).any():
+            raise ValueError(
+                f"{prefix + name} holds a lane that is no trit, or one past the last column that is not 0"
+            )
+
+
+def _misread_lanes(words: Tensor, num_columns: int) -> Tensor:
+    """Return words of a row's layout [N, KW] that are 0 where every lane is a trit, and 0 past the last column."""
+    low_bits = 0x55555555
+    # A lane of 10 has its high bit set and its low bit not.
+    wrong = (words >> 1) & ~words & low_bits
+    lanes = num_columns % TRITS_PER_WORD
+    if lanes and words.numel():
+        wrong[:, -1] |= words[:, -1] >> (2 * lanes)
+    return wrong
+
 
 def resident_bytes(weight: TernaryWeight) -> int:
     """Return the bytes that the training state of a canonical weight takes in device layout; the meta device will do."""

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.audio import AudioVQEncoder
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.model import ArbModel
-from arbitor.reference.graph.state import GraphContext, TableModule, TernaryModule
+from arbitor.reference.graph.module import TableModule, TernaryModule
 from arbitor.reference.seeds import inventory as areas
 from arbitor.reference.seeds.figures import (
     AUDIO_ENCODER,
@@ -165,13 +166,19 @@ class AuditReport:
         return json.dumps({**asdict(self), **{name: getattr(self, name) for name in names}}, indent=2) + "\n"
 
 
-def audit(config: ArbConfig, *, resident_bytes: Callable[[TernaryWeight], int] | None = None) -> AuditReport:
+def audit(
+    config: ArbConfig,
+    *,
+    resident_bytes: Callable[[TernaryWeight], int] | None = None,
+    sidecar_mib: float = 0.0,
+) -> AuditReport:
     """Return what a model of this configuration is made of.
 
     Args:
         config: the configuration.
         resident_bytes: bytes that an op set's layout takes for a weight given in canonical form on the meta device; the
             canonical bytes when None, which is what the reference holds.
+        sidecar_mib: MiB of the frozen encoders beside the model, as REFACTOR11 counts them.
     """
     modules: dict[str, nn.Module] = {"": ArbModel(config, device="meta")}
     if config.talker_tokens:
@@ -201,7 +208,9 @@ def audit(config: ArbConfig, *, resident_bytes: Callable[[TernaryWeight], int] |
         tables=tuple(tables),
         trainable_float_params=sum(params for params, _ in floats),
         float_buffers=sum(buffers for _, buffers in floats),
-        figures=tuple(compared(figure, config, parts, video_weights) for figure in seed_figures(config)),
+        figures=tuple(
+            compared(figure, config, parts, video_weights, sidecar_mib) for figure in seed_figures(config)
+        ),
     )
 
 
@@ -218,7 +227,11 @@ def audited(name: str, table: Tensor) -> AuditTable:
 
 
 def compared(
-    figure: SeedFigure, config: ArbConfig, parts: tuple[AuditArea, ...], video_weights: int
+    figure: SeedFigure,
+    config: ArbConfig,
+    parts: tuple[AuditArea, ...],
+    video_weights: int,
+    sidecar_mib: float,
 ) -> ComparedFigure:
     """Return a seed's figure beside ours; the video head's is the one figure of less than an area."""
     ours: float
@@ -232,7 +245,7 @@ def compared(
     elif figure.what == GRAPH_VOCABULARY:
         ours = config.num_codes + config.image_codes + config.audio_codes
     elif figure.what == SIDECARS:
-        ours = 0.0
+        ours = round(sidecar_mib, 2)
     else:
         ours = sum(area.weights for area in parts if area.name == figure.what)
     difference = round(ours - figure.value, 2)

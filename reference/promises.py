@@ -1,7 +1,9 @@
 """What every op promises beside its own rule: `@op` stands above each definition in `arbitor.reference.ops`.
 
-An op works in the dtypes that its docstring names, whatever mode the caller is in. `torch.autocast` is such a mode: it would hand
-a matrix product bfloat16 where the rule says float32. So autocast is off inside of an op, on every device that ops run on.
+- Dtypes: an op works in the dtypes that its docstring names. `torch.autocast` would hand a matrix product bfloat16 where the rule
+  says float32. So autocast is off inside of an op, on every device that ops run on.
+- Device: an op runs on the device of its tensors, whichever is current. Some functions of torch do not (`torch.ldexp` of torch 2.11
+  gives zeros on another GPU), so the device of the tensors becomes the current one inside of an op.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ from contextlib import ExitStack, contextmanager
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
+
+from arbitor.reference.types import StateTensors
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -42,7 +47,26 @@ def op(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if autocast_is_on():
             with without_autocast():
+                return call(*args, **kwargs)
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, (Tensor, StateTensors)))
+        index = max(map(index_of, (kwargs.get("device"), *tensors)))
+        if index >= 0 and index != torch.cuda.current_device():
+            with torch.cuda.device(index):
                 return function(*args, **kwargs)
         return function(*args, **kwargs)
 
     return call
+
+
+def index_of(value: object) -> int:
+    """Return the index of the CUDA device that an argument names or lies on, -1 where it is no such device or names none."""
+    if isinstance(value, Tensor):
+        return value.get_device()
+    if isinstance(value, StateTensors):
+        # Every layout has them. A look at all fields would take longer than the rest of a call's wrapping.
+        exponents: Tensor = getattr(value, "exponents")  # noqa: B009
+        return exponents.get_device()
+    if isinstance(value, (str, torch.device)):
+        device = torch.device(value)
+        return device.index if device.type == "cuda" and device.index is not None else -1
+    return -1

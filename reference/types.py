@@ -36,6 +36,9 @@ class LaidOutWeight(Protocol):
     def with_tensors(self, **tensors: Tensor) -> Self:
         """Return the same weight on other tensors."""
 
+    def check_values(self, prefix: str, name: str, tensor: Tensor) -> None:
+        """Refuse a tensor for the field of that name with an element that no weight of this layout holds."""
+
 
 @dataclass(frozen=True)
 class StateTensors:
@@ -110,6 +113,10 @@ class TernaryWeight(StateTensors):
         checks.tensor("trit_accum", self.trit_accum, torch.int8, (num_rows, num_columns))
         checks.tensor("exponent_accum", self.exponent_accum, torch.int8, (num_rows, groups))
         checks.same_device(**self.tensors())
+
+    def check_values(self, prefix: str, name: str, tensor: Tensor) -> None:
+        """Refuse a tensor for the field `name` with an element that no weight has there; errors call it prefix + name."""
+        checks.weight_values(prefix + name, name, tensor, self.mantissa_bits)
 
     def with_mantissa(self, mantissa_bits: int) -> TernaryWeight:
         """Return the same weight with scales that move in finer steps: every level E becomes E * 2**b.

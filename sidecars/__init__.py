@@ -6,7 +6,7 @@ Prose: docs/spec/sidecars.md.
 """
 
 from arbitor.sidecars.audio import AudioSidecar, audio_frames
-from arbitor.sidecars.audit import SidecarAudit, audit_of, standard_audit
+from arbitor.sidecars.audit import SidecarAudit, audit_of, counted_mib, standard_audit
 from arbitor.sidecars.features import FeatureCache
 from arbitor.sidecars.media import read_audio, read_image, read_video
 from arbitor.sidecars.sidecar import Sidecar, SidecarError
@@ -23,6 +23,7 @@ __all__ = [
     "VisionSidecar",
     "audio_frames",
     "audit_of",
+    "counted_mib",
     "read_audio",
     "read_image",
     "read_video",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,11 @@ COUNTED_BY_THE_SEEDS = ("DINOv2-small", "Moonshine-base")
 
 SEED_MIB = 318.80
 """REFACTOR11's `frozen sidecar params`, in MiB."""
+
+
+def counted_mib(audits: Sequence[SidecarAudit]) -> float:
+    """Return the MiB of those sidecars that REFACTOR11 sums up, counted as it counts them."""
+    return sum(audit.counted_bytes for audit in audits if audit.name in COUNTED_BY_THE_SEEDS) / 2**20
 
 
 def standard_audit(*, precision: str = "int8") -> tuple[SidecarAudit, ...]:

@@ -118,7 +118,7 @@ def quantized_modules(network: nn.Module) -> dict[str, int]:
         for module in network.modules():
             if isinstance(module, mixin):
                 counts[type(module).__name__] = counts.get(type(module).__name__, 0) + 1
-    return counts
+    return dict(sorted(counts.items()))
 
 
 def stored_tensors(parameter: Tensor) -> list[Tensor]:

@@ -19,9 +19,8 @@ from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training.data import Corpus, Split, training_batch
 from arbitor.optimized.training.schedule import rate
 from arbitor.reference.config import ArbConfig
-from arbitor.reference.graph import ArbModel
+from arbitor.reference.graph import ArbModel, GraphContext
 from arbitor.reference.graph.model import LOSS_REFERENCE
-from arbitor.reference.graph.state import GraphContext
 from arbitor.reference.graph.stateful import Stateful
 from arbitor.reference.presets import preset
 from bench.learning.rules import (
@@ -115,7 +114,8 @@ class Learner:
 
     def _take(self, size: int) -> Tensor:
         loss = self._loss(self.ids_BT)
-        with self._voting(size):
+        # What a recorded step votes is undone by nobody, and a run whose step raises is over.
+        with self.model.voting.taking(rate=self.rate, step=self.step_number, size=size, undo=False):
             loss.backward()
         self.model.step()
         for optimizer in self.optimizers:
@@ -131,12 +131,6 @@ class Learner:
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             loss = self._take(size)
         return graph, loss
-
-    def _voting(self, size: int) -> AbstractContextManager[None]:
-        # A step that is recorded can't look whether its rate, on the device, is 0. It never is then.
-        recording = self.device == "cuda" and torch.cuda.is_current_stream_capturing()
-        opened = self.model.voting.open if recording else self.model.voting.at
-        return opened(rate=self.rate, step=self.step_number, size=size)
 
     def _vote_size(self) -> int:
         """Return the size of sign votes by the loss of the step before: that of this one is known after it was recorded."""

@@ -6,12 +6,13 @@ Legend: B batch, T bytes, D width, H heads, C columns of a head, V = 256 byte va
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from arbitor.reference.config import NUM_BYTES
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear
-from arbitor.reference.graph.state import GraphContext
+from arbitor.reference.graph.module import ArbModule, PartList
 from arbitor.reference.graph.stateful import Stateful
 
 HEAD_COLUMNS = 64
@@ -31,12 +32,11 @@ class ByteTransformer(Stateful):
     """
 
     def __init__(self, context: GraphContext, *, width: int, num_layers: int, length: int) -> None:
-        super().__init__()
-        self.ops, self.voting = context.ops, context.voting
+        super().__init__(context)
         self.width = width
         self.bytes = TernaryEmbedding(context, NUM_BYTES, width, std=TABLE_STD)
         self.positions = TernaryEmbedding(context, length, width, std=TABLE_STD)
-        self.layers = nn.ModuleList(_Layer(context, width) for _ in range(num_layers))
+        self.layers = PartList(_Layer(context, width) for _ in range(num_layers))
         self.head = TernaryLinear(context, width, NUM_BYTES, gain=OUTPUT_GAIN, orthogonal=False)
 
     def forward(self, ids_BT: Tensor) -> Tensor:
@@ -53,9 +53,9 @@ class ByteTransformer(Stateful):
         return F.cross_entropy(logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten())
 
 
-class _Layer(nn.Module):
+class _Layer(ArbModule):
     def __init__(self, context: GraphContext, width: int) -> None:
-        super().__init__()
+        super().__init__(context)
         self.width = width
         self.qkv = TernaryLinear(context, width, 3 * width)
         self.output = TernaryLinear(context, width, width, gain=OUTPUT_GAIN)

@@ -168,7 +168,7 @@ def _train_step(arguments: Arguments, sizes: Sizes) -> Callable[[], Any]:
     def run() -> None:
         losses = model.losses(ids_BT)
         nats.copy_(losses["bytes"].detach())
-        with model.voting.open(rate=RATE, step=0):
+        with model.voting.taking(rate=RATE, step=0, undo=False):
             model.objective(losses).backward()
         model.step()
         optimizer.step()

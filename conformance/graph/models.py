@@ -110,8 +110,7 @@ def changed_tensors(before: dict[str, TernaryWeight], model: ArbModel) -> set[tu
 def ops_with(**overrides: Any) -> ModuleType:
     """Return the reference ops with some of them exchanged."""
     ops = ModuleType("watched_ops")
-    ops.__dict__.update(reference_ops.__dict__)
-    ops.__dict__.update(overrides)
+    ops.__dict__.update({**reference_ops.__dict__, **overrides, "__name__": ops.__name__})
     return ops
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from arbitor.reference import ops
 from arbitor.reference.graph.audio import AUDIO_CODES, SAMPLES_PER_FRAME, AudioVQEncoder, TernaryConv1d
+from arbitor.reference.graph.op_set import OpSet
 from arbitor.reference.ops.scale import dequantize
 from conformance.compare import alike, exact, unsigned_zeros
 from conformance.graph.test_op_sets import contexts, integers
@@ -78,11 +79,11 @@ def test_every_weight_votes_from_logits_and_codebook_losses() -> None:
     logits, ids, losses = encoder.encode(sound(2, 480))
     targets = (ids + 1) % AUDIO_CODES
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    with parts.voting.at(rate=1.0, step=0):
+    with parts.voting.taking(rate=1.0, step=0):
         loss.backward(retain_graph=True)
     voted = {name for name, module in weights_of(encoder).items() if module.weight.trit_accum.any()}
     assert voted == {"first", "second", "project", "out"}
-    with parts.voting.at(rate=1.0, step=1):
+    with parts.voting.taking(rate=1.0, step=1):
         losses["codebook"].backward()
     assert encoder.codebook.weight.trit_accum.any()
 
@@ -95,7 +96,7 @@ def test_a_convolution_votes_and_steps_alike(subject: Subject) -> None:
         for step in range(2):
             x = integers(2, 3, 11, seed=step).to(parts.device).requires_grad_()
             y = layer(x)
-            with parts.voting.at(rate=2.0, step=step):
+            with parts.voting.taking(rate=2.0, step=step):
                 (y * integers(*y.shape, seed=9).to(parts.device)).sum().backward()
             outputs += [y.detach().cpu(), x.grad.cpu()]
             layer.step_weight()
@@ -115,8 +116,9 @@ def test_a_convolution_is_torchs() -> None:
 def test_a_convolution_behind_a_detached_input_votes() -> None:
     parts = context()
     first, second = TernaryConv1d(parts, 1, 3, kernel_size=3), TernaryConv1d(parts, 3, 2, kernel_size=3)
-    with parts.voting.at(rate=1.0, step=0):
+    with parts.voting.taking(rate=1.0, step=0):
         second(first(sound(2, 1, 12)).detach()).square().sum().backward()
+    parts.voting.deliver()
     assert second.voted and not first.voted
 
 
@@ -126,7 +128,7 @@ def test_a_convolution_changed_before_its_backward_pass_is_refused() -> None:
     loss = layer(sound(2, 1, 12)).square().sum()
     layer.load(parts.ops.to_spec(layer.weight).clone())
     with (
-        parts.voting.at(rate=1.0, step=0),
+        parts.voting.taking(rate=1.0, step=0),
         pytest.raises(RuntimeError, match="changed between forward and backward"),
     ):
         loss.backward()
@@ -135,7 +137,7 @@ def test_a_convolution_changed_before_its_backward_pass_is_refused() -> None:
 def test_tokens_of_both_op_sets(subject: Subject) -> None:
     """Tokens are equal: on these sounds no two codes are so near that a rounding decides. Logits are alike."""
     both = contexts(subject)
-    both[1].ops = made_by_the_reference(subject)
+    both[1].op_set = OpSet(made_by_the_reference(subject))
     plain, tested = (AudioVQEncoder(parts, channels=(3, 5)) for parts in both)
     with torch.no_grad():
         want, got = plain(sound(1, 320)), tested(sound(1, 320).to(subject.device))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph.codebook import MultimodalVQBridge, SharedVQ, TernaryVQCodebook
-from arbitor.reference.graph.state import GraphContext
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.ops.packing import trits_of
 from arbitor.reference.ops.scale import dequantize
 from conformance.compare import alike, exact
@@ -48,7 +48,7 @@ def integers(*shape: int, seed: int = 0, high: int = 3) -> Tensor:
 def train(codebook: TernaryVQCodebook, z: Tensor, *, step: int, rate: float = 1.0) -> Tensor:
     """Run one accepted backward pass and return its codes."""
     z = z.to(codebook.device).requires_grad_()
-    with codebook.voting.at(rate=rate, step=step):
+    with codebook.voting.taking(rate=rate, step=step):
         ids, c, losses = codebook.quantize(z)
         (c.sum() + 64 * losses["codebook"]).backward()
     return ids
@@ -205,7 +205,7 @@ def test_rows_by_global_id_vote_and_no_others(ids: list[int]) -> None:
     for table in bridge.tables.values():  # counts that a step would move
         table.weight.trit_accum.fill_(100)
     before = torch.cat([trits_of(table.weight) for table in bridge.tables.values()])
-    with next(iter(bridge.tables.values())).voting.at(rate=1.0, step=0):
+    with next(iter(bridge.tables.values())).voting.taking(rate=1.0, step=0):
         bridge.rows(torch.tensor(ids)).square().sum().backward()
     for table in bridge.tables.values():
         table.step_weight()
@@ -242,7 +242,7 @@ def test_shared_vq_reads_all_modalities_at_once() -> None:
         name: torch.randn(2, length, 24, dtype=torch.float64, generator=draw)
         for name, length in (("image", 3), ("audio", 2), ("text", 5))
     }
-    with parts.voting.at(rate=1.5, step=0):
+    with parts.voting.taking(rate=1.5, step=0):
         u, codes, losses = module(given)
         (u.square().sum() + sum(losses.values())).backward()
     alone = [module({name: s}) for name, s in given.items()]
@@ -257,10 +257,11 @@ def test_shared_vq_reads_all_modalities_at_once() -> None:
 def test_every_weight_behind_a_code_votes() -> None:
     parts = context()
     module = SharedVQ(parts)
-    with parts.voting.at(rate=1.0, step=0):
+    with parts.voting.taking(rate=1.0, step=0):
         u, _, losses = module({"text": integers(2, 9, 24)})
         (u.square().sum() + sum(losses.values())).backward()
     for layer in (module.down, module.up, module.bridge.tables["text"]):
+        parts.voting.deliver()
         assert layer.voted and layer.weight.trit_accum.any()
 
 

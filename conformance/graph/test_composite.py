@@ -14,7 +14,7 @@ from torch import Tensor
 
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph.composite import COMPOSITES_PER_CODE, CompositeProposalHead, gate_loss
-from arbitor.reference.graph.state import GraphContext
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.ops.scale import dequantize
 from conformance.compare import alike, exact, unsigned_zeros
@@ -58,7 +58,7 @@ def steps(head: CompositeProposalHead) -> None:
 
 def train(head: CompositeProposalHead, *, step: int, rate: float = 1.0) -> dict[str, Tensor]:
     """Run one accepted backward pass and return the losses."""
-    with head.voting.at(rate=rate, step=step):
+    with head.voting.taking(rate=rate, step=step):
         losses = head(*inputs())
         torch.stack(list(losses.values())).sum().backward()
     return losses
@@ -118,7 +118,7 @@ def voted_by(
     h, codes, motifs = inputs(dtype)
     h.requires_grad_()
     motifs.requires_grad_()
-    with head.voting.at(rate=1.0, step=0):
+    with head.voting.taking(rate=1.0, step=0):
         head(h, codes, motifs)[name].backward()
     assert h.grad is None and motifs.grad is None
     layers = {"inner": head.inner, "code": head.code, "gate": head.gate, "codebook": head.codebook}
@@ -169,7 +169,8 @@ def test_a_gate_opens_where_the_error_is_below_the_mean() -> None:
 
 def test_closed_gates_leave_nothing() -> None:
     head = CompositeProposalHead(context(theta=1, on_flip="carry"))
-    head.gate.load(reference_ops.constant_weight((1, 24), trit=0, exponent=0))
+    bits = head.gate.weight.mantissa_bits
+    head.gate.load(reference_ops.constant_weight((1, 24), trit=0, exponent=0).with_mantissa(bits))
     head.codebook.weight.trit_accum.fill_(100)
     before = head.codebook.weight.clone()
     losses = train(head, step=0)
@@ -218,7 +219,8 @@ def stored(parts: GraphContext) -> CompositeProposalHead:
     head.edges.neighbours.copy_(neighbours)
     head.edges.scores.copy_(torch.where(neighbours >= 0, 5, 0))
     trits = torch.randint(-1, 2, shape, generator=rng, dtype=torch.int8)
-    head.edges.load(weight_of_trits(trits, torch.zeros(CODES, 1, dtype=torch.int8)))
+    ones = torch.zeros(CODES, 1, dtype=torch.int8)
+    head.edges.load(weight_of_trits(trits, ones, mantissa_bits=parts.config.mantissa_bits))
     return head
 
 
@@ -243,7 +245,7 @@ def read_and_vote(parts: GraphContext) -> tuple[Any, ...]:
     """Return what is read, and the state after a vote with gradients of small integers, a step, and a batch of pairs."""
     head = stored(parts)
     codes = torch.tensor([[0, 2, 2, 3], [8, 0, 5, 2]], device=parts.device)
-    with parts.voting.at(rate=2.0, step=0):
+    with parts.voting.taking(rate=2.0, step=0):
         read = head.read(codes)
         scale = torch.arange(read.numel(), device=parts.device).reshape(read.shape) % 7 - 3
         (read * scale).sum().backward()
@@ -292,7 +294,7 @@ def test_proposals_learn_to_foretell() -> None:
     codes = (torch.arange(24) % 3).expand(4, 24)
     errors = []
     for step in range(60):
-        with parts.voting.at(rate=1.0, step=step):
+        with parts.voting.taking(rate=1.0, step=step):
             losses = head(streams[codes], codes, motifs[codes])
             torch.stack(list(losses.values())).sum().backward()
         steps(head)

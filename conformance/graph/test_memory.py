@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import ops as reference_ops
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.memory import MemGram, MemoryTable
-from arbitor.reference.graph.state import GraphContext, when_voting
+from arbitor.reference.graph.module import when_voting
 from arbitor.reference.ops.packing import trits_of
 from arbitor.reference.ops.scale import dequantize
 from conformance.compare import alike, exact
@@ -58,9 +59,9 @@ def steps(*tables: MemoryTable) -> None:
 def train(each: MemoryTable, codes: Tensor, *, step: int, rate: float = 1.0) -> Tensor:
     """Run one accepted backward pass, with a gradient of small integers, and return the rows."""
     codes = codes.to(each.device)
-    with each.voting.at(rate=rate, step=step):
+    with each.voting.taking(rate=rate, step=step):
         rows = each.rows(codes, None)
-        values = when_voting(each.rows_or_zeros(rows), each.voting, each.record, rows)
+        values = when_voting(each.rows_or_zeros(rows), each, rows)
         scale = torch.arange(values.numel(), device=each.device).reshape(values.shape) % 7 - 3
         (values * scale).sum().backward()
     return rows
@@ -111,7 +112,7 @@ def test_it_is_causal_and_each_sequence_is_on_its_own() -> None:
 def test_it_goes_on_from_the_codes_before(cut: int) -> None:
     module = MemGram(context(dtype=torch.float64))
     module.conversation.strengths.fill_(100)
-    assert module.context == 7
+    assert module.codes_before == 7
     e, codes = random_floats(2, 12, 24), random_codes(2, 12)
     before = torch.cat([torch.full((2, 7), -1), codes[:, :cut]], dim=1)[:, -7:]
     parts = (module(e[:, :cut], codes[:, :cut]), module(e[:, cut:], codes[:, cut:], before))
@@ -125,7 +126,7 @@ def test_positions_without_an_ngram_read_nothing_and_touch_nothing() -> None:
         each.strengths.fill_(50)
     before = [each.weight.clone() for each in (module.structure, module.conversation)]
     e = random_floats(2, 1, 24, dtype=torch.float32).requires_grad_()
-    with module.structure.voting.at(rate=1.0, step=0):
+    with module.structure.voting.taking(rate=1.0, step=0):
         out = module(e, random_codes(2, 1))
         exact(out.detach(), e.detach())
         out.square().sum().backward()
@@ -143,7 +144,7 @@ def test_a_new_row_weighs_little_and_votes_in_full() -> None:
         for each in (module.structure, module.conversation):
             each.strengths.fill_(strength)
         e, codes = random_floats(2, 12, 24), random_codes(2, 12)
-        with module.structure.voting.at(rate=4.0, step=0):
+        with module.structure.voting.taking(rate=4.0, step=0):
             out = module(e, codes)
             (out * e.flip(0)).sum().backward()
         added.append(out.detach() - e)
@@ -179,7 +180,7 @@ def test_the_gradient_of_a_row_named_twice_is_summed() -> None:
 
     each = table(context(models.ops_with(accumulate_gradient=record)))
     ids, scale = torch.tensor([3, -1, 5, 3]), torch.tensor([1.0, math.nan, 2.0, -4.0])
-    with each.voting.at(rate=1.0, step=0):
+    with each.voting.taking(rate=1.0, step=0):
         (each.rows_or_zeros(ids) * scale[:, None]).sum().backward()
     ((rows, grad),) = voted
     used = rows >= 0
@@ -240,9 +241,10 @@ def test_frequent_rows_grow_strong_and_forgotten_ones_fade() -> None:
 def test_every_weight_of_it_votes() -> None:
     parts = context()
     module = MemGram(parts)
-    with parts.voting.at(rate=1.0, step=0):
+    with parts.voting.taking(rate=1.0, step=0):
         module(random_floats(2, 12, 24, dtype=torch.float32), random_codes(2, 12)).square().sum().backward()
     for layer in (module.structure, module.conversation, module.output, module.gate):
+        parts.voting.deliver()
         assert layer.voted and layer.weight.trit_accum.any()
 
 

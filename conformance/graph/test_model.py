@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.attention import rotary_turns, rotate
+from arbitor.reference.graph.model import MODALITIES
+from arbitor.reference.ops.packing import weight_of_trits
 from arbitor.reference.presets import PRESETS
-from conformance.compare import alike
+from conformance.compare import alike, exact
 from conformance.graph import models
 
 
@@ -133,3 +138,71 @@ def test_bad_arguments_of_a_model_are_refused() -> None:
         ArbModel(models.NANO, dtype=torch.float16)
     with pytest.raises(ValueError, match="seed is -1"):
         ArbModel(models.NANO, seed=-1)
+
+
+def routed(model: ArbModel, ids_BT: torch.Tensor, modalities: list[int]) -> None:
+    """Set the router so that each sequence is answered by the head named for it: a row of the signs that its inner vector has."""
+    assert model.router is not None
+    inner: list[torch.Tensor] = []
+    hook = model.router.inner.register_forward_hook(lambda module, inputs, output: inner.append(output))
+    with torch.no_grad():
+        model.respond(ids_BT)
+    hook.remove()
+    weight = model.router.out.weight
+    trits = torch.zeros(weight.shape, dtype=torch.int8)
+    for sequence, modality in enumerate(modalities):
+        trits[modality] = F.silu(inner[0][sequence]).sign().to(torch.int8)
+    levels = torch.zeros_like(weight.exponents)
+    model.router.out.load(
+        weight_of_trits(trits, levels, weight.group_size, mantissa_bits=weight.mantissa_bits)
+    )
+
+
+@pytest.mark.parametrize("modalities", list(itertools.permutations(range(3))))
+def test_each_sequence_is_answered_by_the_head_its_router_chooses(modalities: tuple[int, ...]) -> None:
+    model, ids_BT = models.whole(), models.random_ids(3, 12, seed=4)
+    routed(model, ids_BT, list(modalities))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    answer = model.respond(ids_BT)
+    assert answer.modality_B.tolist() == list(modalities)
+    with torch.no_grad():
+        h_BPD = model.trunk(ids_BT).h_BPD
+        exact(answer.logits_BPV, model.byte_head(h_BPD))
+        assert answer.latent is not None and answer.tokens is not None
+        video, audio = (modalities.index(MODALITIES.index(name)) for name in ("video", "audio"))
+        alike(answer.latent, model.video_head(h_BPD[video : video + 1]))
+        exact(answer.tokens, model.talker_head(h_BPD[audio : audio + 1]))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("only", [0, 1, 2])
+def test_a_head_that_no_sequence_chose_answers_nothing(only: int) -> None:
+    model, ids_BT = models.whole(), models.random_ids(1, 12, seed=4)
+    routed(model, ids_BT, [only])
+    answer = model.respond(ids_BT)
+    assert answer.modality_B.tolist() == [only]
+    assert (answer.latent is not None, answer.tokens is not None) == (only == 1, only == 2)
+
+
+def test_a_head_that_the_model_has_not_is_never_chosen() -> None:
+    config, ids_BT = replace(models.WHOLE, video_latent=0), models.random_ids(1, 12, seed=4)
+    model = models.whole(config)
+    routed(model, ids_BT, [1])
+    assert model.router(model.trunk(ids_BT).h_BPD).argmax() == 1
+    answer = model.respond(ids_BT)
+    assert answer.modality_B.tolist() != [1] and answer.latent is None
+
+
+def test_a_response_needs_a_router() -> None:
+    with pytest.raises(RuntimeError, match="router_inner is 0"):
+        models.nano().respond(models.random_ids(1, 6))
+
+
+def test_a_response_leaves_the_ledger_that_a_pass_leaves() -> None:
+    model, ids_BT = models.whole(), models.random_ids(1, 12, seed=4)
+    ledgers = [model.new_ledger() for _ in range(2)]
+    with torch.no_grad():
+        model(ids_BT, ledger=ledgers[0])
+    model.respond(ids_BT, ledger=ledgers[1])
+    exact(ledgers[1].ids(), ledgers[0].ids())
+    assert len(ledgers[1]) == 13

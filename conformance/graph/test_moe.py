@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph import TernaryLinear, layers
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.grouped import TernaryGroupedLinear, numbered
 from arbitor.reference.graph.moe import SharedProjectionMoE, all_shares, chosen_shares
-from arbitor.reference.graph.state import GraphContext
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.types import TernaryWeight
 from conformance.compare import alike, exact, unsigned_zeros
@@ -114,7 +114,7 @@ def state_after_a_vote(parts: GraphContext, moe: SharedProjectionMoE, chosen: An
     experts, unused = (moe.expert_down, moe.expert_up), slice(2 * INNER, 3 * INNER)
     before = canonical(moe.expert_up)
     x_MD = integers(len(chosen), 24, seed=1).to(parts.device).requires_grad_()
-    with parts.voting.at(rate=2.0, step=0, size=3):
+    with parts.voting.taking(rate=2.0, step=0, size=3):
         y_MI = moe.modulation(x_MD, experts_Mk, shares_Mk)
         (y_MI * integers(len(chosen), INNER, seed=2).to(parts.device)).sum().backward()
     voted = canonical(moe.expert_up)
@@ -209,7 +209,7 @@ def test_the_router_votes_with_the_gradient_of_plain_autograd(top_k: int, dense_
     h = torch.nn.functional.silu(x @ dense["gate"].T) * (x @ dense["up"].T)
     y = (h * (1 + modulation)) @ dense["down"].T
     y.square().sum().backward()
-    with parts.voting.at(rate=1.0, step=0):
+    with parts.voting.taking(rate=1.0, step=0):
         got = moe(x)
         got.square().sum().backward()
     alike(got.detach(), y.detach(), "y")
@@ -290,7 +290,7 @@ def test_a_grouped_linear_votes_and_steps_alike(subject: Subject, vote_rule: str
         for step in range(2):
             x = integers(len(experts), 13, seed=step).to(device).requires_grad_()
             y = layer(x, slots)
-            with parts.voting.at(rate=2.0, step=step, size=2):
+            with parts.voting.taking(rate=2.0, step=step, size=2):
                 (y * integers(len(experts), 5, seed=9).to(device)).sum().backward()
             outputs += [y.detach().cpu(), x.grad.cpu()]
             layer.step_weight()
@@ -327,7 +327,7 @@ def test_large_weights_vote_in_parts(monkeypatch: pytest.MonkeyPatch, vote_rule:
         found: list[Any] = []
         for step in range(2):
             x = integers(count, 14, seed=step)
-            with parts.voting.at(rate=2.0, step=step, size=3):
+            with parts.voting.taking(rate=2.0, step=step, size=3):
                 (grouped(plain(x), experts) * integers(count, 6, seed=5)).sum().backward()
             found += [plain.weight.clone(), grouped.weight.clone()]
             plain.step_weight()
@@ -463,7 +463,7 @@ def test_votes_of_experts_take_one_launch_a_part(
     places, done = torch.arange(count, device=subject.device), []
     for experts in (places * 0, places % 5, places % 2 * 4 - 1, places * 0 - 1):
         leaf = x.clone().requires_grad_()
-        with layer.voting.at(rate=2.0, step=0), watched_work() as work:
+        with layer.voting.taking(rate=2.0, step=0), watched_work() as work:
             layer(leaf, experts).backward(grad)
         assert work.launches.count("_grouped_weight_grad_kernel") == 3, work.launches
         assert work.launches.count("_packed_product_kernel") == 2, work.launches
@@ -507,7 +507,7 @@ def test_a_step_waits_for_nothing_and_compiles_nothing_again(
 
     def step(number: int, x_BPD: Tensor) -> None:
         x_BPD = x_BPD.clone().requires_grad_()
-        with parts.voting.at(rate=1.0, step=number):
+        with parts.voting.taking(rate=1.0, step=number):
             moe(x_BPD).sum().backward()
 
     step(0, batches[0])
@@ -518,7 +518,8 @@ def test_a_step_waits_for_nothing_and_compiles_nothing_again(
     try:
         for number, x_BPD in enumerate(batches, start=1):
             step(number, x_BPD)
-            loads.append(moe.recorded[-1])
+            parts.voting.deliver()
+            loads.append(moe.ops.expert_load(moe.recorded[-1][0], num_groups=moe.num_experts))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert not compiled, f"compiled again: {compiled}"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
-from arbitor.reference.graph.state import GraphContext
+from arbitor.reference.graph.context import GraphContext
 from conformance.compare import exact, unsigned_zeros
 from conformance.graph import models
 from conformance.subject import Subject
@@ -42,7 +42,7 @@ def test_a_linear_votes_and_steps_alike(subject: Subject, vote_rule: str, expone
         for step in range(3):
             x = integers(3, 5, 29, seed=step).to(parts.device).requires_grad_()
             y = layer(x)
-            with parts.voting.at(rate=2.0, step=step, size=2):
+            with parts.voting.taking(rate=2.0, step=step, size=2):
                 (y * integers(3, 5, 17, seed=9).to(parts.device)).sum().backward()
             outputs += [y.detach().cpu(), x.grad.cpu()]
             layer.step_weight()
@@ -58,7 +58,7 @@ def test_a_table_votes_and_steps_alike(subject: Subject) -> None:
         table = TernaryEmbedding(parts, 40, 19)
         for step in range(2):
             ids = torch.tensor([[3, 39, 3], [0, 17, 3]], device=parts.device) + step
-            with parts.voting.at(rate=1.0, step=step):
+            with parts.voting.taking(rate=1.0, step=step):
                 (table(ids % 40) * integers(2, 3, 19, seed=step).to(parts.device)).sum().backward()
         table.step_weight()
         results.append(parts.ops.to_spec(table.weight).to("cpu"))
@@ -72,7 +72,7 @@ def test_a_norm_that_votes_steps_alike(subject: Subject) -> None:
     for parts in contexts(subject):
         norm = TernaryRMSNorm(parts, 24, frozen=False)
         x = torch.where(integers(6, 24, seed=1) < 0, -4.0, 4.0).to(parts.device)
-        with parts.voting.at(rate=1.0, step=0):
+        with parts.voting.taking(rate=1.0, step=0):
             (norm(x) * integers(6, 24, seed=2).to(parts.device)).sum().backward()
         norm.step_weight()
         results.append(parts.ops.to_spec(norm.weight).to("cpu"))

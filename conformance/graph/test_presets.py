@@ -209,6 +209,8 @@ def test_figures_are_shown_with_their_difference() -> None:
     assert json.loads(of("r12").to_json())["figures"][0]["ours"] == 1_268_095_232
     others = {figure.what: figure.difference for figure in of("r11").figures[2:]}
     assert others == {GRAPH_VOCABULARY: 0, SIDECARS: -318.80}
+    beside = audit(preset("r11"), sidecar_mib=318.8041)
+    assert {figure.what: figure.difference for figure in beside.figures}[SIDECARS] == 0
 
 
 def test_no_figure_is_shown_for_another_configuration() -> None:

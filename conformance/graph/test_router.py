@@ -46,7 +46,7 @@ def test_the_last_position_decides() -> None:
 def test_both_matrices_vote_behind_a_frozen_stream() -> None:
     parts = context(**FIELDS)
     router = OutputRouter(parts)
-    with parts.voting.at(rate=1.0, step=0):
+    with parts.voting.taking(rate=1.0, step=0):
         F.cross_entropy(router(stream()), torch.tensor([0, 1, 2])).backward()
     for name, module in weights_of(router).items():
         assert module.weight.trit_accum.any(), f"{name} did not vote"

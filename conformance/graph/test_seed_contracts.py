@@ -85,7 +85,7 @@ class Start:
         config = SMALL if self.small else models.WHOLE
         made = ArbModel(config, ops=ops, device=self.op_set.device, seed=3)
         made.load_state(self.state)
-        with made.voting.at(rate=models.RATE, step=1):
+        with made.voting.taking(rate=models.RATE, step=1):
             pass  # as after its steps: a vote that nobody asked for finds their rate
         if self.small:
             made.byte_head.vocabulary.frozen = True  # its 297 rows would take a third of the time

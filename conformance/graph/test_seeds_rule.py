@@ -10,7 +10,7 @@ from torch import Tensor
 
 from arbitor.reference.config import SIGN_VOTES, ArbConfig, with_fields
 from arbitor.reference.graph import ArbModel, TernaryLinear
-from arbitor.reference.graph.state import GraphContext
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.ops.packing import trits_of
 from conformance.graph import models
 from conformance.subject import Subject
@@ -41,7 +41,7 @@ def test_a_weight_is_moved_as_the_rule_says_by_hand(subject: Subject) -> None:
         x, dy = integers(4, 13, seed=step // 20), integers(4, 3, seed=50 + step // 20)
         size = 1 + step % SIZE
         grad = (dy.T @ x).tolist()
-        with parts.voting.at(rate=1.0, step=step, size=size):
+        with parts.voting.taking(rate=1.0, step=step, size=size):
             (layer(x.to(subject.device)) * dy.to(subject.device)).sum().backward()
         layer.step_weight()
         for n in range(3):
@@ -93,7 +93,7 @@ def test_a_vote_is_as_large_as_the_loss_says(loss: float, size: int) -> None:
     cast = model.voting.cast
 
     def watched(*args: object, **kwargs: object) -> None:
-        sizes.add(model.voting.size)
+        sizes.add(model.voting.current.size)
         cast(*args, **kwargs)
 
     model.voting.cast = watched

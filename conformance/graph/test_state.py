@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -242,3 +243,27 @@ def test_the_flip_rate_of_an_op_set_is_that_of_the_trits(subject: Subject) -> No
     assert model.flip_rate(snapshot) == changed / sum(now.numel() for _, now in pairs) > 0
     kept = sum(tensor.nbytes for parts in snapshot.values() for tensor in parts.values())
     assert 2 * kept < sum(weight.state_bytes for weight in other.weights().values())
+
+
+def test_a_state_dict_in_the_layout_of_an_op_set_is_looked_at(subject: Subject) -> None:
+    """Each tensor of a weight refuses what no weight holds, whatever its layout; device words are lanes of two bits."""
+    layout = ("from_spec", "to_spec")
+    ops = models.ops_with(**{name: getattr(subject.ops, name) for name in layout})
+    model = models.nano(ops=ops, device=subject.device)
+    good = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(good)
+    planted = {
+        "packed": [243],
+        "words": [2, 2 << 28, -1],
+        "exponents": [64],
+        "trit_accum": [-128],
+        "exponent_accum": [-128],
+    }
+    for part in model.byte_head.gate.weight.tensors():
+        name = f"byte_head.gate.{part}"
+        for value in planted[part]:
+            state = {**good, name: good[name].clone()}
+            state[name].view(-1)[-1] = value
+            with pytest.raises(ValueError, match=re.escape(name)):
+                model.load_state_dict(state)
+    assert all(torch.equal(tensor, good[name]) for name, tensor in model.state_dict().items())

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from arbitor.reference.graph import ArbModel
-from arbitor.reference.graph.state import GraphContext, TableModule, when_voting
+from arbitor.reference.graph.context import GraphContext
+from arbitor.reference.graph.module import TableModule, when_voting
 from arbitor.reference.types import TernaryWeight
 from conformance.compare import exact
 from conformance.graph import models
@@ -21,35 +22,27 @@ class Counter(TableModule):
     """Counts what it saw."""
 
     def __init__(self, context: GraphContext) -> None:
-        super().__init__()
-        self.voting = context.voting
+        super().__init__(context)
         self.add_table("count", torch.zeros(4, dtype=torch.int16), 0, 99)
-        self.seen: list[Tensor] = []
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        return when_voting(x, self.voting, self.seen.append, ids)
+        return when_voting(x, self, ids)
 
-    def step_tables(self) -> None:
-        for ids in self.seen:
+    def count_passes(self, passes: list[tuple[Tensor, ...]]) -> None:
+        for (ids,) in passes:
             self.tables()["count"].index_add_(0, ids, torch.ones_like(ids, dtype=torch.int16))
-        self.forget()
-
-    def forget(self) -> None:
-        self.seen.clear()
 
 
 def parts() -> tuple[Counter, Tensor]:
     """Return a counter, and an input that requires a gradient."""
-    context = models.nano().voting
-    holder = type("Holder", (), {"voting": context})()
-    return Counter(holder), torch.ones(2, requires_grad=True)
+    return Counter(models.nano().context), torch.ones(2, requires_grad=True)
 
 
 def test_a_table_counts_what_accepted_passes_saw() -> None:
     counter, x = parts()
     ids = torch.tensor([1, 3])
     for _ in range(2):
-        with counter.voting.at(rate=1.0, step=0):
+        with counter.voting.taking(rate=1.0, step=0):
             counter(x, ids).sum().backward()
     assert counter.tables()["count"].tolist() == [0, 0, 0, 0]
     counter.step_tables()
@@ -80,7 +73,7 @@ def test_tables_are_state() -> None:
     assert torch.equal(model.tables()[name], changed[name])
     for wrong, says in (
         ({key: value for key, value in state.items() if key != name}, "has no 'layers.1"),
-        ({**state, "more": torch.zeros(1)}, "no table of that name"),
+        ({**state, "more": torch.zeros(1)}, "no weight or table of that name"),
         ({**state, name: state[name][:-1]}, "leak_shifts"),
     ):
         with pytest.raises(ValueError, match=says):

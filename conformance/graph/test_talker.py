@@ -51,7 +51,7 @@ def test_cross_entropy_trains_the_logits() -> None:
     losses = []
     for step in range(30):
         loss = F.cross_entropy(head.token_logits(x_BPD).flatten(0, 1), targets)
-        with parts.voting.at(rate=1.0, step=step):
+        with parts.voting.taking(rate=1.0, step=step):
             loss.backward()
         head.tokens.step_weight()
         losses.append(loss.item())

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import ops as reference_ops
-from arbitor.reference.graph.state import GraphContext
+from arbitor.reference.graph.context import GraphContext
+from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.graph.ternary_graph import FULL_PATH_MAX_CODES, EdgeTable, TernaryGraph
 from arbitor.reference.ops.packing import weight_of_trits
 from arbitor.reference.ops.scale import dequantize
@@ -58,7 +59,8 @@ def graph_of(parts: GraphContext) -> TernaryGraph:
     graph.edges.neighbours.copy_(neighbours)
     graph.edges.scores.copy_((neighbours >= 0) * 5)
     trits = random_codes(num_codes, num_slots, seed=2, high=3).to(torch.int8) - 1
-    graph.edges.load(weight_of_trits(trits, torch.zeros(num_codes, 1, dtype=torch.int8)))
+    ones = torch.zeros(num_codes, 1, dtype=torch.int8)
+    graph.edges.load(weight_of_trits(trits, ones, mantissa_bits=parts.config.mantissa_bits))
     return graph
 
 
@@ -126,7 +128,7 @@ def gradients(graph: TernaryGraph, codes: Tensor, path: str) -> dict[int, Tensor
             total.index_add_(0, rows.clamp(min=0), grad.to(torch.float64) * (rows >= 0)[:, None])
 
     graph.voting.cast = record
-    with graph.voting.at(rate=1.0, step=0):
+    with graph.voting.taking(rate=1.0, step=0):
         y = graph(codes, path=path)
         scale = torch.arange(y.numel(), dtype=y.dtype, device=y.device).reshape(y.shape) / y.numel() - 0.4
         (y * scale).sum().backward()
@@ -139,7 +141,11 @@ def test_both_paths_vote_with_the_same_gradients(hops: int) -> None:
     graph = graph_of(context(dtype=torch.float64, num_hops=hops))
     codes = random_codes(2, 6)
     full, active = (gradients(graph, codes, path) for path in ("full", "active"))
-    votes = {module.tensor_id for module in graph.modules() if getattr(module, "frozen", None) is False}
+    votes = {
+        module.tensor_id
+        for module in graph.modules()
+        if isinstance(module, TernaryModule) and not module.frozen
+    }
     assert set(full) == set(active) == votes
     for tensor_id, grad in full.items():
         assert grad.any()
@@ -208,7 +214,7 @@ def test_consecutive_codes_become_neighbours_after_an_accepted_pass_and_a_step()
             y.backward()  # votes nothing, and leaves no trace
             step(graph)
         else:
-            with graph.voting.at(rate=rate, step=0):
+            with graph.voting.taking(rate=rate, step=0):
                 y.backward()
         assert graph.edges.neighbours.eq(-1).all()
     step(graph)
@@ -217,7 +223,7 @@ def test_consecutive_codes_become_neighbours_after_an_accepted_pass_and_a_step()
         held = zip(graph.edges.neighbours[code].tolist(), graph.edges.scores[code].tolist(), strict=True)
         assert {j: score for j, score in held if j >= 0} == want.get(code, {})
     assert dequantize(graph.edges.weight).eq(1).all()
-    with graph.voting.at(rate=1.0, step=1):
+    with graph.voting.taking(rate=1.0, step=1):
         graph(codes).sum().backward()
     graph.edges.load(graph.edges.weight.clone())
     before = graph.edges.scores.clone()
@@ -232,7 +238,7 @@ def test_only_rows_of_used_codes_change(path: str) -> None:
     state = {**graph.edges.tables(), "signs": dequantize(graph.edges.weight)}
     before = {name: tensor.clone() for name, tensor in state.items()}
     codes = torch.tensor([[3, 9, 4, 3]])
-    with graph.voting.at(rate=8.0, step=0):
+    with graph.voting.taking(rate=8.0, step=0):
         graph(codes, path=path).square().sum().backward()
     step(graph)
     sources = {3, 9, 4}
@@ -249,7 +255,7 @@ def test_only_rows_of_used_codes_change(path: str) -> None:
 def test_a_changed_table_refuses_an_older_pass(path: str) -> None:
     graph = graph_of(context())
     y = graph(random_codes(2, 6), path=path).sum()
-    with graph.voting.at(rate=1.0, step=0):
+    with graph.voting.taking(rate=1.0, step=0):
         graph(random_codes(2, 6)).sum().backward()
     graph.edges.step_tables()
     with pytest.raises(RuntimeError, match=r"changed between forward and backward|modified by an inplace"):
@@ -281,10 +287,11 @@ def test_the_graph_has_the_nodes_of_the_reference(subject: Subject, path: str) -
     tested = graph_of(context(subject.ops, subject.device, **few))
     y = tested(codes.to(subject.device), path=path)
     alike(y.cpu(), wide)
-    with tested.voting.at(rate=1.0, step=0):
+    with tested.voting.taking(rate=1.0, step=0):
         y.square().sum().backward()
     for module in tested.modules():
-        if getattr(module, "frozen", None) is False:
+        if isinstance(module, TernaryModule) and not module.frozen:
+            tested.voting.deliver()
             assert module.voted
     step(tested)
     assert tested.voting.faults == 0
@@ -301,7 +308,7 @@ def test_an_edge_table_trains_alike(subject: Subject) -> None:
             h = random_codes(30, 9, seed=turn, high=17).to(device).to(torch.float32) - 8
             scale = random_codes(18, 9, seed=9, high=9).to(device).to(torch.float32) - 4
             neighbours = graph.edges.neighbours[codes.flatten()]
-            with graph.voting.at(rate=2.0, step=turn):
+            with graph.voting.taking(rate=2.0, step=turn):
                 m = graph.gathered(h.requires_grad_(), neighbours, graph.edges(codes.flatten()))
                 (m * scale).sum().backward()
             graph.edges.record(codes[:, :-1], codes[:, 1:])

@@ -12,7 +12,7 @@ from arbitor.reference import ops
 from arbitor.reference.config import with_fields
 from arbitor.reference.graph import TernaryEmbedding
 from arbitor.reference.graph.model import LOSS_REFERENCE
-from arbitor.reference.graph.state import _part_of_rate
+from arbitor.reference.graph.voting import part_of_rate
 from conformance.graph import models
 from conformance.subject import Subject
 
@@ -51,7 +51,7 @@ def test_each_step_of_the_video_head_votes_at_its_part_of_the_rate() -> None:
     assert head is not None and steps > 1
     rates.clear()
     tokens_BPD = torch.randn(2, 5, model.config.width, generator=torch.Generator().manual_seed(1))
-    with model.voting.at(rate=models.RATE, step=2):
+    with model.voting.taking(rate=models.RATE, step=2):
         head(tokens_BPD, halt_threshold=None).square().sum().backward()
     for module in (head.latent_in, head.query, head.latent_out):
         assert rates[module.tensor_id] == [models.RATE / steps] * steps
@@ -66,8 +66,8 @@ def test_a_rate_on_the_device_is_divided_alike(subject: Subject, uses: int) -> N
         want = torch.tensor(
             float(rate) / uses, dtype=torch.float32
         ).item()  # float64 has the bits to round once
-        assert float(_part_of_rate(rate, uses)) == want
-        assert torch.tensor(_part_of_rate(value, uses), dtype=torch.float32).item() == want
+        assert float(part_of_rate(rate, uses)) == want
+        assert torch.tensor(part_of_rate(value, uses), dtype=torch.float32).item() == want
 
 
 def test_the_sign_rule_casts_every_vote_in_full() -> None:

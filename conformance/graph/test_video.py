@@ -18,7 +18,8 @@ from torch import Tensor
 from arbitor.reference import ops
 from arbitor.reference.config import HALT_THRESHOLD
 from arbitor.reference.constants import DEFAULT_EPS
-from arbitor.reference.graph.state import GraphContext, TernaryModule
+from arbitor.reference.graph.context import GraphContext
+from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.graph.video import FIRST_SIGNAL, NOISE_TENSOR, VideoHead, cosine_alphas
 from arbitor.reference.ops.scale import dequantize
 from conformance import oracle
@@ -149,7 +150,7 @@ def test_noise_and_detached_tokens_let_the_weights_vote_at_no_cost() -> None:
 
     parts = context(models.ops_with(linear_input_grad=watched), **FIELDS)
     head = VideoHead(parts)
-    with parts.voting.at(rate=1.0, step=0):
+    with parts.voting.taking(rate=1.0, step=0):
         head(tokens().detach()).square().mean().backward()
     for name, module in weights_of(head).items():
         assert module.weight.trit_accum.any(), f"{name} did not vote"
@@ -172,7 +173,7 @@ def test_a_step_that_overflows_after_halting_leaves_everything_alone() -> None:
 
         head.latent_out.forward = spoiled
         latent = tokens(seed=2).flatten(1)[:, :20].requires_grad_()
-        with parts.voting.at(rate=1.0, step=0):
+        with parts.voting.taking(rate=1.0, step=0):
             out = head(tokens(), latent, halt_threshold=1e-6)
             out.square().sum().backward()
         votes = tuple(part.weight.trit_accum for part in weights_of(head).values())
@@ -235,7 +236,7 @@ def test_weight_gradients_are_those_of_plain_autograd() -> None:
         p = left if step == 2 else torch.where(1 - left + p >= HALT_THRESHOLD, left, p)
         total, left = total + p * z, left - p
     total.square().sum().backward()
-    with parts.voting.at(rate=1.0, step=0):
+    with parts.voting.taking(rate=1.0, step=0):
         head(seen, latent).square().sum().backward()
     for name, matrix in matrices.items():  # four weights, four shapes
         alike(found[tuple(matrix.shape)], matrix.grad, name)
@@ -247,7 +248,7 @@ def test_votes_and_steps_of_both_op_sets(subject: Subject) -> None:
     for parts in contexts(subject, **FIELDS):
         head = VideoHead(parts)
         x = integers(3, models.NANO.width, seed=1).to(parts.device)
-        with parts.voting.at(rate=2.0, step=0):
+        with parts.voting.taking(rate=2.0, step=0):
             (head.latent_out(x) * integers(3, 20, seed=2).to(parts.device)).sum().backward()
         head.latent_out.step_weight()
         results.append(parts.ops.to_spec(head.latent_out.weight).to("cpu"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,9 @@ import torch
 
 from arbitor.reference import ops
 from arbitor.reference.graph import TernaryEmbedding, TernaryLinear, TernaryRMSNorm, layers
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.grouped import TernaryGroupedLinear
 from arbitor.reference.graph.layers import union_of_rows
-from arbitor.reference.graph.state import GraphContext
 from arbitor.reference.ops.packing import trits_of
 from arbitor.reference.ops.scale import dequantize
 from conformance.compare import exact
@@ -50,7 +51,7 @@ def test_a_norm_that_is_not_frozen_votes() -> None:
     parts = context()
     norm = TernaryRMSNorm(parts, 10, frozen=False)
     x = torch.randn(6, 10, generator=torch.Generator().manual_seed(1))
-    with parts.voting.at(rate=1.0, step=0):
+    with parts.voting.taking(rate=1.0, step=0):
         norm(x).pow(3).sum().backward()
     grad = ops.rms_norm_weight_grad(3 * ops.rms_norm(x, norm.weight).square(), x)
     fresh = ops.constant_weight((1, 10), trit=1, exponent=0).with_mantissa(norm.weight.mantissa_bits)
@@ -61,8 +62,9 @@ def test_weights_behind_detached_inputs_vote() -> None:
     parts = context()
     first, second = TernaryLinear(parts, 9, 7), TernaryLinear(parts, 7, 4)
     x = torch.randn(5, 9, generator=torch.Generator().manual_seed(1))
-    with parts.voting.at(rate=1.0, step=0):
+    with parts.voting.taking(rate=1.0, step=0):
         second(first(x).detach()).square().sum().backward()
+    parts.voting.deliver()
     assert second.voted and second.weight.trit_accum.any()
     assert not first.voted and not first.weight.trit_accum.any()
 
@@ -96,7 +98,7 @@ def test_gradient_rows_that_are_not_finite_are_silent_and_counted(vote_rule: str
     x = torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
     y = layer(x)
     y.register_hook(lambda grad: grad * torch.tensor([1.0, math.nan, 1.0, math.inf]))
-    with parts.voting.at(rate=1.0, step=0, size=3):
+    with parts.voting.taking(rate=1.0, step=0, size=3):
         y.sum().backward()
     assert parts.voting.faults == 2
     assert not layer.weight.trit_accum[[1, 3]].any()
@@ -260,7 +262,7 @@ def test_each_use_of_a_weight_votes_on_its_own() -> None:
     layer = TernaryLinear(parts, 8, 8)
     fresh = layer.weight.clone()
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
-    with parts.voting.at(rate=1.0, step=0):
+    with parts.voting.taking(rate=1.0, step=0):
         layer(layer(x)).square().sum().backward()
     y = ops.linear(x, fresh)
     outer = 2 * ops.linear(y, fresh)
@@ -289,7 +291,7 @@ def test_the_gradient_of_a_matrix_is_made_orthogonal_before_it_votes(dtype: torc
             layer.weight.clone(),
             torch.randn(50, 40, generator=torch.Generator().manual_seed(1)).to(dtype),
         )
-        with parts.voting.at(rate=1.0, step=0):
+        with parts.voting.taking(rate=1.0, step=0):
             layer(x).pow(3).sum().backward()
         grad = ops.linear_weight_grad(3 * ops.linear(x, fresh).square(), x)
         if made_so:
@@ -302,7 +304,7 @@ def test_each_expert_is_made_orthogonal_on_its_own() -> None:
     layer = TernaryGroupedLinear(parts, 3, 40, 32)
     fresh, x = layer.weight.clone(), torch.randn(60, 40, generator=torch.Generator().manual_seed(1))
     experts = torch.arange(60) % 2  # the third is not used
-    with parts.voting.at(rate=1.0, step=0):
+    with parts.voting.taking(rate=1.0, step=0):
         layer(x, experts).pow(3).sum().backward()
     y = ops.grouped_linear(x, fresh, experts, num_groups=3)
     grad = ops.grouped_linear_weight_grad(3 * y.square(), x, experts, num_groups=3)
@@ -323,7 +325,7 @@ def test_what_an_expert_votes_does_not_depend_on_how_many_slots_there_are(
         parts = context()
         layer = TernaryGroupedLinear(parts, 3, 40, 64)
         experts = torch.cat([torch.tensor([2, 0]), torch.full((unused,), -1)])
-        with parts.voting.at(rate=5.0, step=0):
+        with parts.voting.taking(rate=5.0, step=0):
             layer(torch.cat([x, x.new_zeros(unused, 40)]), experts).backward(
                 torch.cat([grad, grad.new_zeros(unused, 64)])
             )
@@ -338,7 +340,7 @@ def test_rows_that_are_not_finite_are_counted_where_gradients_are_made_orthogona
     x = torch.randn(50, 40, generator=torch.Generator().manual_seed(1))
     y, grad = layer(x), torch.ones(50, 33)
     grad[3, 7] = math.nan
-    with parts.voting.at(rate=1.0, step=0):
+    with parts.voting.taking(rate=1.0, step=0):
         y.backward(grad)
     silent = torch.arange(33) == 7
     assert int(parts.voting.faults) == 1
@@ -382,7 +384,7 @@ def test_a_row_used_twice_votes_once_with_the_sum() -> None:
     table = TernaryEmbedding(parts, 6, 12)
     fresh = table.weight.clone()
     scale = torch.tensor([1.0, 2.0, -4.0])[:, None]
-    with parts.voting.at(rate=1.0, step=0):
+    with parts.voting.taking(rate=1.0, step=0):
         (table(torch.tensor([4, 1, 4])) * scale).sum().backward()
     grad = torch.tensor([2.0, -3.0])[:, None].expand(2, 12)
     want = ops.accumulate_gradient(fresh, grad, 1.0, seed=5, step=0, tensor_id=0, rows=torch.tensor([1, 4]))
@@ -395,3 +397,121 @@ def test_union_of_rows_names_each_row_once() -> None:
     assert rows.shape == (8,)
     assert sorted(row for row in rows.tolist() if row >= 0) == [0, 1, 4, 9]
     assert union_of_rows(lists[:1]) is lists[0]
+
+
+def failing_ops() -> tuple[Any, dict[str, int]]:
+    """Return the reference ops, and what counts their calls: the one numbered `fail` raises after it ran."""
+    calls = {"made": 0, "fail": -1}
+
+    def watched(op: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            result = op(*args, **kwargs)
+            calls["made"] += 1
+            if calls["made"] - 1 == calls["fail"]:
+                raise (KeyboardInterrupt if calls["fail"] % 2 else RuntimeError)("planted")
+            return result
+
+        return run
+
+    return models.ops_with(**{name: watched(getattr(ops, name)) for name in ops.__all__}), calls
+
+
+@pytest.mark.parametrize("vote_rule", ["stochastic", "sign"])
+def test_a_pass_that_raises_leaves_nothing_wherever_it_raises(vote_rule: str) -> None:
+    """Every call of an op in a backward pass raises once, also after it has written; then a pass is taken as if none had."""
+    small = models.WHOLE if vote_rule == "stochastic" else replace(models.NANO, max_moe_iters=2)
+    config = replace(small, num_layers=1, vote_rule=vote_rule)
+    failing, calls = failing_ops()
+    model, plain = (models.whole(config, ops=each) for each in (failing, ops))
+    ids_BT = models.random_ids(1, 8)
+    for each in (model, plain):
+        # A micro-batch before, of which all must stay: votes and notes.
+        each.backward(each.losses(models.random_ids(2, 12, seed=1)), rate=models.RATE, step=2)
+    model.voting.faults += 3
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    notes = list(model.voting.notes)
+    loss = model.objective(model.losses(ids_BT))
+
+    def vote() -> None:
+        with model.voting.taking(rate=models.RATE, step=3, size=2):
+            loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+
+    raised = 0
+    for fail in range(10_000):
+        calls.update(made=0, fail=fail)
+        try:
+            vote()
+        except (KeyboardInterrupt, RuntimeError) as error:
+            assert str(error) == "planted"
+            raised += 1
+        else:
+            break
+        changed = [
+            name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
+        ]
+        assert not changed, f"call {fail} raised"
+        assert model.voting.faults == 3 and model.voting.notes == notes and not model.voting.active
+    assert raised > 30
+    with plain.voting.taking(rate=models.RATE, step=3, size=2):
+        plain.objective(plain.losses(ids_BT)).backward()  # type: ignore[no-untyped-call]
+    calls["fail"] = -1
+    for each in (model, plain):
+        each.step()
+    exact(tuple(model.state().values()), tuple(plain.state().values()))
+
+
+@pytest.mark.parametrize("fail", [0, 40])
+def test_a_pass_that_cannot_be_undone_leaves_the_model_torn(fail: int) -> None:
+    """Unless nothing had voted: then there is nothing to undo. What is loaded makes the model whole."""
+    failing, calls = failing_ops()
+    model = models.nano(ops=failing)
+    ids_BT, start = models.random_ids(2, 12), {name: value.clone() for name, value in model.state().items()}
+    weights, loss = models.state_of(model), model.loss(ids_BT)
+    calls.update(made=0, fail=fail)
+    with pytest.raises(RuntimeError, match="planted"):
+        model.backward(loss, rate=models.RATE, step=0, undo=False)
+    calls["fail"] = -1
+    assert bool(models.changed_tensors(weights, model)) is model.voting.torn is (fail > 0)
+    if model.voting.torn:
+        for call in (model.step, lambda: model.backward(model.loss(ids_BT), rate=1.0, step=0)):
+            with pytest.raises(RuntimeError, match="must be loaded anew"):
+                call()
+        model.load_state(start)
+    assert model.backward(model.loss(ids_BT), rate=models.RATE, step=0)
+    model.step()
+
+
+def test_a_step_that_raises_leaves_the_model_torn() -> None:
+    failing, calls = failing_ops()
+    model = models.nano(ops=failing)
+    start = model.state_dict()
+    model.backward(model.loss(models.random_ids(2, 12)), rate=models.RATE, step=0)
+    calls.update(made=0, fail=2)
+    with pytest.raises(RuntimeError, match="planted"):
+        model.step()
+    with pytest.raises(RuntimeError, match="must be loaded anew"):
+        model.step()
+    model.load_state_dict(start)
+    model.step()
+
+
+def test_passes_do_not_nest() -> None:
+    voting = models.nano().voting
+    with (
+        voting.taking(rate=1.0, step=0),
+        pytest.raises(RuntimeError, match="a pass is open"),
+        voting.taking(rate=1.0, step=1),
+    ):
+        pass
+    assert not voting.active
+
+
+def test_a_pass_copies_a_weight_twice_at_most() -> None:
+    """However often rows of it vote."""
+    parts = context()
+    table = TernaryEmbedding(parts, 20, 12)
+    with parts.voting.taking(rate=1.0, step=0) as taken:
+        for turn in range(30):
+            table(torch.arange(turn % 4, 20, 4)).sum().backward()  # type: ignore[no-untyped-call]
+        copied = sum(copy.numel() for tensor, _, copy in taken._kept if tensor is table.weight.trit_accum)
+    assert 20 * 12 <= copied <= 2 * 20 * 12

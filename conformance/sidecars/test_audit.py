@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from arbitor.optimized import cli
 from arbitor.sidecars import SidecarAudit, VisionSidecar, audit_of, standard_audit
 from arbitor.sidecars.audit import COUNTED_BY_THE_SEEDS, SEED_MIB, STANDARD
 from arbitor.sidecars.precision import frozen
@@ -66,3 +68,29 @@ def test_stored_bytes_are_those_of_the_tensors(checkpoints: Path) -> None:
 
 def test_every_standard_sidecar_is_audited(audits: dict[str, SidecarAudit]) -> None:
     assert set(audits) == set(STANDARD)
+
+
+def test_the_command_shows_both_counts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`arb audit --sidecars`: modules, weights, stored bytes, and the figure of REFACTOR11 with the difference 0."""
+    monkeypatch.setenv("COLUMNS", "160")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["audit", "--preset", "r11", "--sidecars"])
+    assert not ended.value.code
+    text = capsys.readouterr().out
+    for shown in (
+        "1 QConv2d, 72 QLinear",
+        "128 QLinear",
+        "61 QCausalConv3d, 10 QConv2d",
+        "108.24",
+        "234.66",
+        "126,892,531",
+    ):
+        assert shown in text, shown
+    figure = next(line for line in text.splitlines() if "sidecars MiB" in line)
+    assert figure.count("318.8") == 2 and "+0.0" in figure and "(!)" not in figure
+    with pytest.raises(SystemExit):
+        cli.main(["audit", "--preset", "tiny", "--sidecars", "--json"])
+    parts = json.loads(capsys.readouterr().out)["sidecars"]
+    assert [part["weights"] for part in parts] == [22_056_576, 61_513_920, 126_892_531]

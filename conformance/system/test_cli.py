@@ -282,7 +282,7 @@ def test_a_checkpoint_with_a_table_out_of_range_is_used_by_nobody(
             (run / file).write_bytes(content)
             forged(run / file, first_element(name, value))
         before = {path.name: path.read_bytes() for path in run.iterdir()}
-        says = f"the checkpoint's {name} holds {value}, outside {low} to {high}"
+        says = f"the checkpoint's {name} holds {value}, but its elements must lie from {low} to {high}"
         check_refused(here(*generate(run)), 1, says)
         check_refused(here(*resume_with(run)), 1, says)
         assert {path.name: path.read_bytes() for path in run.iterdir()} == before

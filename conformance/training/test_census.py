@@ -265,7 +265,8 @@ def test_a_report_of_codes() -> None:
     for step in (0, 1):
         vote(model, step)
     table = model.shared_vq.bridge.tables["text"]
-    ids = torch.cat([ids for _, ids in table.seen])
+    model.voting.deliver()
+    ids = torch.cat([ids.flatten() for _, ids in table.recorded])
     census.before_step()
     model.step()
     codebooks = census.after_step()["codebooks"]
@@ -290,7 +291,8 @@ def test_a_report_of_experts_counts_since_the_one_before() -> None:
     census = Census(model)
     expected = iter((66, 132))
     for step in range(3):
-        router.load(weight_of_trits(zeros, router.weight.exponents))
+        levels, bits = router.weight.exponents, router.weight.mantissa_bits
+        router.load(weight_of_trits(zeros, levels, mantissa_bits=bits))
         vote(model, step)
         if step == 1:
             model.step()

@@ -178,18 +178,21 @@ EMBEDDING, LOAD = "embedding.table", "layers.0.moe_graph.moe.load"
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (first_element("embedding.table.packed", 243), "embedding.table.packed holds 243, outside 0 to 242"),
+        (
+            first_element("embedding.table.packed", 243),
+            "embedding.table.packed holds 243, but its elements must lie from 0 to 242",
+        ),
         (
             first_element("embedding.table.exponents", 64),
-            "embedding.table.exponents holds 64, outside -128 to 63",
+            "embedding.table.exponents holds 64, but its elements must lie from -128 to 63",
         ),
         (
             first_element("embedding.table.trit_accum", -128),
-            "embedding.table.trit_accum holds -128, outside -127 to 127",
+            "embedding.table.trit_accum holds -128, but its elements must lie from -127 to 127",
         ),
         (
             first_element("embedding.table.exponent_accum", -128),
-            "embedding.table.exponent_accum holds -128, outside -127 to 127",
+            "embedding.table.exponent_accum holds -128, but its elements must lie from -127 to 127",
         ),
         (_reshape, "'embedding.table' does not have the shape its header states"),
         (_widen, "'embedding.table' does not have the shape its header states"),
@@ -271,7 +274,8 @@ def test_check_fits_refuses_a_table_out_of_range(saved_state: Path) -> None:
     """Forged with digests that fit: the file is sound in itself, and no model can have written it."""
     loaded = load_checkpoint(forged(saved_state, first_element(LOAD, -5)))
     with pytest.raises(
-        CheckpointError, match=rf"^the checkpoint's {re.escape(LOAD)} holds -5, outside 0 to {2**63 - 1}$"
+        CheckpointError,
+        match=rf"^the checkpoint's {re.escape(LOAD)} holds -5, but its elements must lie from 0 to {2**63 - 1}$",
     ):
         checkpoints.check_fits(loaded, CONFIG, nano())
 
@@ -415,5 +419,7 @@ def test_checkpoint_keeps_scale_mantissas(tmp_path: Path, bits: int) -> None:
     for lowest, highest, outside in ((low, high + 1, high + 1), (low - 1, high, low - 1)):
         if outside >= -128:
             save(lowest, highest)
-            with pytest.raises(CheckpointError, match=f"holds {outside}, outside {low} to {high}"):
+            with pytest.raises(
+                CheckpointError, match=f"holds {outside}, but its elements must lie from {low} to {high}"
+            ):
                 load_checkpoint(path)

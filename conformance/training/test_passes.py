@@ -36,23 +36,22 @@ MORE = {"preset": "whole", "steps": 9, "batch": 16, "context": 34}
 
 
 def test_what_a_pass_leaves_can_be_told_later() -> None:
-    """Held back, nothing has happened but votes; told, the next step is that of a pass which told it at once."""
+    """Taken back, nothing has happened but votes; left again, the next step is that of a pass whose notes stayed."""
     lively = replace(models.WHOLE, theta=1, theta_e=1)
     direct, held = models.whole(lively), models.whole(lively)
     for step in (2, 3):
         ids_BT = models.random_ids(3, 24, seed=step)
         direct.backward(direct.losses(ids_BT), rate=models.RATE, step=step)
         direct.step()
-        left: list[Any] = []
-        with held.voting.open(rate=models.RATE, step=step, held=left):
+        with held.voting.taking(rate=models.RATE, step=step):
             held.objective(held.losses(ids_BT)).backward()  # type: ignore[no-untyped-call]
+        left, held.voting.notes = held.voting.notes, []
         before = held.tables(), {name: w.packed.clone() for name, w in held.weights().items()}
         tables = {name: table.clone() for name, table in before[0].items()}
         held.step()  # of nothing
         assert all(torch.equal(tables[name], table) for name, table in held.tables().items())
         assert all(torch.equal(before[1][name], w.packed) for name, w in held.weights().items())
-        for note, seen in left:
-            note(*(None if tensor is None else tensor.clone() for tensor in seen))
+        held.voting.leave([note.on(torch.clone) for note in left], step=step)
         held.step()
         assert not all(torch.equal(tables[name], table) for name, table in held.tables().items())
         for name, want in direct.state().items():

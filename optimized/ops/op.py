@@ -19,7 +19,7 @@ from torch import Tensor
 
 from arbitor.optimized.layouts import DeviceWeight
 from arbitor.reference.op_table import EXACT, OP_TABLE
-from arbitor.reference.promises import autocast_is_on, without_autocast
+from arbitor.reference.promises import autocast_is_on, index_of, without_autocast
 from arbitor.reference.types import TernaryWeight
 
 P = ParamSpec("P")
@@ -74,18 +74,6 @@ def op(**gradients: Gradient) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return call
 
     return decorate
-
-
-def index_of(value: object) -> int:
-    """Return the index of the CUDA device that an argument names or lies on, -1 where it is no such device or names none."""
-    if isinstance(value, Tensor):
-        return value.get_device()
-    if isinstance(value, (DeviceWeight, TernaryWeight)):
-        return value.exponents.get_device()
-    if isinstance(value, (str, torch.device)):
-        device = torch.device(value)
-        return device.index if device.type == "cuda" and device.index is not None else -1
-    return -1
 
 
 def requires_grad(value: object) -> bool:

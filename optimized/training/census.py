@@ -21,9 +21,9 @@ from arbitor.reference.audit import AREA_OF, area_of
 from arbitor.reference.constants import ACCUM_MAX, EXPONENT_MAX, EXPONENT_MIN
 from arbitor.reference.graph.codebook import TernaryVQCodebook
 from arbitor.reference.graph.model import ArbModel
+from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.graph.moe import SharedProjectionMoE
 from arbitor.reference.graph.parts import row_parts
-from arbitor.reference.graph.state import TernaryModule
 from arbitor.reference.types import LaidOutWeight
 
 NUM_EXPONENTS = EXPONENT_MAX - EXPONENT_MIN + 1
@@ -98,10 +98,11 @@ class Census:
         self._accumulators = {
             name: count_accumulators(module, model.ops) for name, module in self._voting_modules().items()
         }
+        model.voting.deliver()
         self._chosen = {
-            name: torch.cat([ids_R for _, ids_R in module.seen])
+            name: torch.cat([ids.flatten() for _, ids in module.recorded])
             for name, module in self._codebooks().items()
-            if module.seen
+            if module.recorded
         }
 
     def after_step(self) -> dict[str, Any]:

@@ -438,12 +438,12 @@ def _is_binary(content: bytes) -> bool:
     probe = content[:BINARY_PROBE_BYTES]
     if b"\0" not in probe:
         return False
-    return len(content) % 2 == 1 or not any(map(_is_utf16, (probe, probe), ("little", "big")))
+    return len(content) % 2 == 1 or not (_is_utf16(probe, "le") or _is_utf16(probe, "be"))
 
 
-def _is_utf16(probe: bytes, order: Literal["little", "big"]) -> bool:
+def _is_utf16(probe: bytes, order: Literal["le", "be"]) -> bool:
     """Whether the beginning of a file is a text in UTF-16 of this byte order: with its mark, or most of it ASCII."""
-    text = probe.decode(f"utf-16-{order[0]}e", errors="replace")
+    text = probe.decode(f"utf-16-{order}", errors="replace")
     has_mark = text.startswith("\ufeff")
     # The end of the probe may have torn one character of two units.
     letters = text.removeprefix("\ufeff").removesuffix("\N{REPLACEMENT CHARACTER}")

@@ -1,7 +1,8 @@
 """The pass of a micro-batch: forward, backward, votes. On a GPU it is recorded once and then replayed.
 
 There are two CUDA graphs, since the host looks at the loss between them: a loss that is not finite must change nothing. The
-step rule, which looks at what the passes left, is launched from Python while the device is still busy with the backward pass.
+step rule, which looks at the notes that the passes left, is launched from Python while the device is still busy with the backward
+pass.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from arbitor.reference import checks
 
 if TYPE_CHECKING:
     from arbitor.reference.graph import ArbModel
-    from arbitor.reference.graph.state import Left
+    from arbitor.reference.graph.voting import Note
 
 
 class Passes:
-    """Takes the passes of a model, launched from Python, one kernel after the other."""
+    """Takes the passes of a model, launched from Python, one kernel after the other.
+
+    What votes change is not copied first: the trainer ends with a pass that raises, and its model is not used again.
+    """
 
     def __init__(self, model: ArbModel) -> None:
         """Begin with a model."""
@@ -39,7 +43,7 @@ class Passes:
             Nats per byte; or None where the loss is not finite, in which case not one byte of the model has changed.
         """
         losses = self.model.losses(ids_BT.to(self.model.voting.faults.device))
-        accepted = self.model.backward(losses, rate=rate, step=step)
+        accepted = self.model.backward(losses, rate=rate, step=step, undo=False)
         return losses["bytes"].item() if accepted else None
 
 
@@ -59,7 +63,7 @@ class RecordedPasses(Passes):
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._objective: Tensor | None = None
         self._seen_2 = torch.zeros(2, dtype=torch.float64, device=device)
-        self._left: list[Left] = []
+        self._notes: list[Note] = []
         self._accepted = 0
         self._graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
 
@@ -80,9 +84,8 @@ class RecordedPasses(Passes):
             return None
         backward()
         self._accepted += 1
-        with self.model.voting.open(rate=rate, step=step):  # numbers: the step rule is launched
-            for note, seen in self._left:  # copies: the next replay writes over what this one leaves
-                note(*(None if tensor is None else tensor.clone() for tensor in seen))
+        # Copies, as the next replay writes over what this one left; and the step as a number, as the step rule is launched.
+        self.model.voting.leave([note.on(torch.clone) for note in self._notes], step=step)
         return float(nats)
 
     def _fill(self, ids_BT: Tensor, rate: float, step: int) -> None:
@@ -112,10 +115,13 @@ class RecordedPasses(Passes):
 
     def _backward(self) -> None:
         assert self._objective is not None
-        self._left = []
-        with self.model.voting.open(rate=self._rate, step=self._step, held=self._left):
+        voting = self.model.voting
+        left_before = len(voting.notes)
+        with voting.taking(rate=self._rate, step=self._step, undo=False):
             self._objective.backward()
         self._objective = None
+        # A replay runs no Python: `take` leaves these notes after each of them, and after passes that were launched.
+        self._notes, voting.notes = voting.notes[left_before:], voting.notes[:left_before]
 
     def _record(self) -> tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph]:
         """Record both passes; the second reads what the first leaves."""

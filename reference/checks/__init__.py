@@ -63,6 +63,7 @@ from arbitor.reference.checks.weights import (
     row_ids,
     row_values,
     rows_of,
+    weight_values,
 )
 
 __all__ = [
@@ -128,4 +129,5 @@ __all__ = [
     "values_between",
     "vote_clock",
     "vote_rate",
+    "weight_values",
 ]

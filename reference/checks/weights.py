@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from arbitor.reference.checks.tensors import dtype_in, values_between
-from arbitor.reference.constants import groups_per_row
+from arbitor.reference.constants import ACCUM_MAX, MAX_PACKED_BYTE, groups_per_row, level_range
 
 
 class Weight(Protocol):
@@ -32,6 +32,17 @@ def group_ids_fit(num_rows: int, num_columns: int, size: int) -> None:
         raise ValueError(
             f"shape {(num_rows, num_columns)} has {groups} groups, but at most {2**32} can be dithered"
         )
+
+
+def weight_values(name: str, field: str, value: Tensor, mantissa_bits: int = 0) -> None:
+    """Refuse a tensor of a weight with an element that its field, by its name in `TernaryWeight`, never holds."""
+    low, high = {
+        "packed": (0, MAX_PACKED_BYTE),
+        "exponents": level_range(mantissa_bits),
+        "trit_accum": (-ACCUM_MAX, ACCUM_MAX),
+        "exponent_accum": (-ACCUM_MAX, ACCUM_MAX),
+    }[field]
+    values_between(name, value, low, high)
 
 
 def row_ids(rows: Tensor | None, device: torch.device) -> None:

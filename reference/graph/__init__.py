@@ -4,12 +4,15 @@ One graph serves every op set: `ArbModel(config, ops=...)` computes with the ops
 """
 
 from arbitor.reference.graph.attention import LatentAttention
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.heads import ByteHead
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
 from arbitor.reference.graph.model import ArbLayer, ArbModel
+from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.graph.moe import SharedProjectionMoE
 from arbitor.reference.graph.sequencer import ByteEmbedding, TrigramSequencer
-from arbitor.reference.graph.state import GraphContext, TernaryModule, Voting
+from arbitor.reference.graph.targets import Targets
+from arbitor.reference.graph.voting import Voting
 
 __all__ = [
     "ArbLayer",
@@ -19,6 +22,7 @@ __all__ = [
     "GraphContext",
     "LatentAttention",
     "SharedProjectionMoE",
+    "Targets",
     "TernaryEmbedding",
     "TernaryLinear",
     "TernaryModule",

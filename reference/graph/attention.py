@@ -10,15 +10,16 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from arbitor.reference.dtypes import wide_dtype
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm
 from arbitor.reference.graph.ledger import LayerLedger, mean_of_parts, rows_at
+from arbitor.reference.graph.module import ArbModule
 from arbitor.reference.graph.rotary import Turns, rotary_turns, rotate, turns_at, with_turned_key
 from arbitor.reference.graph.scheduler import ContextAttentionScheduler, Seen
-from arbitor.reference.graph.state import GraphContext
 
 __all__ = ["LatentAttention", "rotary_turns", "rotate"]
 
@@ -26,7 +27,7 @@ KeysValues = tuple[Tensor, Tensor]
 """Keys and values of all heads, [B, S, H, C] each."""
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(ArbModule):
     """Attention whose cache is one latent and one rotary key a position, shared by all heads; old positions as summaries.
 
     Math:    [l_p; k^R_p] = W_latent_down x_p; l^_p = RMSNorm(l_p)
@@ -43,9 +44,8 @@ class LatentAttention(nn.Module):
     """
 
     def __init__(self, context: GraphContext, *, output_gain: float = 1.0) -> None:
-        super().__init__()
+        super().__init__(context)
         config = context.config
-        self.ops = context.ops
         self.num_heads, self.head_dim, self.rotary_dim = config.num_heads, config.head_dim, config.rotary_dim
         self.plain_dim, self.kv_latent = config.head_dim - config.rotary_dim, config.kv_latent
         self.scale = 1 / math.sqrt(config.head_dim)

@@ -9,15 +9,16 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.codebook import TernaryVQCodebook
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryLinear
+from arbitor.reference.graph.module import ArbModule, TernaryModule, as_it_is
 from arbitor.reference.graph.sequencer import audio_batch
-from arbitor.reference.graph.state import GraphContext, TernaryModule
 from arbitor.reference.graph.units import unit_rows
 
 AUDIO_CODES = 289
@@ -65,7 +66,7 @@ class TernaryConv1d(TernaryModule):
 
     def forward(self, x_BCL: Tensor) -> Tensor:
         """Return `ops.conv1d` of x, in the dtype of x."""
-        return _ConvFunction.apply(x_BCL, self.anchor(), self)
+        return self.run(_ConvFunction, x_BCL)
 
 
 class _ConvFunction(torch.autograd.Function):
@@ -74,24 +75,24 @@ class _ConvFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor | None, module: TernaryConv1d) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.module, ctx.steps = module, module.steps
-        return module.ops.conv1d(x, module.weight, **module.geometry)
+        weight = module.forward_weight(ctx)
+        return module.ops.conv1d(x, weight, **module.geometry)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         (x,), module = ctx.saved_tensors, ctx.module
-        module.check_unchanged(ctx.steps)
+        weight = module.backward_weight(ctx)
         grad_x = None
         if ctx.needs_input_grad[0]:
             at = {"length": x.shape[2], **module.geometry}
-            grad_x = module.ops.conv1d_input_grad(grad, module.weight, **at)
-        if module.votes:
+            grad_x = module.ops.conv1d_input_grad(grad, weight, **at)
+        if module.moves:
             module.vote(module.ops.conv1d_weight_grad(grad, x, **module.geometry))
         return grad_x, None, None
 
 
-class AudioVQEncoder(nn.Module):
+class AudioVQEncoder(ArbModule):
     """Raw audio to tokens: no part of the model's forward pass, but where the targets of its talker head come from.
 
     Args:
@@ -106,8 +107,7 @@ class AudioVQEncoder(nn.Module):
     """
 
     def __init__(self, context: GraphContext, *, channels: tuple[int, int] = CHANNELS) -> None:
-        super().__init__()
-        self.dtype = context.dtype
+        super().__init__(context)
         self.first = TernaryConv1d(context, 1, channels[0], **FIRST)
         self.second = TernaryConv1d(context, channels[0], channels[1], **SECOND)
         self.project = TernaryLinear(context, channels[1], CODE_WIDTH)
@@ -119,6 +119,7 @@ class AudioVQEncoder(nn.Module):
         logits_BFV, ids_BF, _ = self.encode(audio)
         return logits_BFV, ids_BF
 
+    @as_it_is
     def encode(self, audio: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return logits and tokens of each frame, and the two losses of the codebook by name."""
         audio_BT = audio_batch(audio)

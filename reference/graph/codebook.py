@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from arbitor.reference import checks
 from arbitor.reference.constants import USAGE_MAX
 from arbitor.reference.dtypes import wide_dtype
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
-from arbitor.reference.graph.state import GraphContext, TableModule, TernaryModule, when_voting
+from arbitor.reference.graph.module import ArbModule, PartDict, TableModule, uncompiled, when_voting
 
 MOTIF_EXPONENT = -2
 """A motif that is added to its position has a quarter of the position's scale: docs/spec/codebook.md has the measurement."""
@@ -39,10 +40,11 @@ class TernaryVQCodebook(TernaryEmbedding, TableModule):
         config = context.config
         # As many buckets as the table can fill.
         sign_bits = min(config.sign_bits, num_codes.bit_length() - 1, width)
-        TernaryModule.__init__(
-            self,
+        super().__init__(
             context,
-            lambda tensor_id: context.ops.initial_codebook(
+            num_codes,
+            width,
+            start=lambda tensor_id: context.ops.initial_codebook(
                 (num_codes, width),
                 sign_bits=sign_bits,
                 seed=context.seed,
@@ -51,18 +53,17 @@ class TernaryVQCodebook(TernaryEmbedding, TableModule):
                 device=context.device,
             ),
         )
-        self.dtype = context.dtype
-        self.used_rows: list[Tensor] = []
         self.num_codes, self.sign_bits = num_codes, sign_bits
         self.num_probes = min(max(config.num_probes, 1), 2**sign_bits)
         self.by_candidates = config.code_search == "candidates" and sign_bits > 0
-        self.seen: list[tuple[Tensor, Tensor]] = []
         ones_N = torch.ones(num_codes, dtype=torch.int16, device=context.device)
         self.add_table("usage", ones_N, 0, USAGE_MAX)
 
     def search(self, z: Tensor) -> Tensor:
         """Return the code of each vector, int64 [...]."""
-        z = z.detach()
+        return uncompiled(self._search, z.detach())
+
+    def _search(self, z: Tensor) -> Tensor:
         if not self.by_candidates:
             return self.ops.nearest_codes(z, self.weight)
         buckets: dict[str, Any] = {"sign_bits": self.sign_bits, "num_probes": self.num_probes}
@@ -76,26 +77,19 @@ class TernaryVQCodebook(TernaryEmbedding, TableModule):
                  commitment: mean of (z - c)^2, c held; codebook: the same, z held. float32 or better, []
         """
         ids = self.search(z)
-        z = when_voting(z, self.voting, self.record, z.detach(), ids)
+        z = when_voting(z, self, z.detach(), ids)
         c = self(ids)
         # Not z + (c - z): that rounds, and what follows would see a vector that is no code.
         return ids, c.detach().to(z.dtype) + (z - z.detach()), commitment(z, c)
 
-    def record(self, z: Tensor, ids: Tensor) -> None:
-        """Keep what a backward pass came through, until the step that counts it."""
-        self.seen.append((z.reshape(-1, z.shape[-1]), ids.reshape(-1)))
-
-    def step_tables(self) -> None:
-        """Count the codes of the passes since the last step, then revive dead ones in the window of this step."""
-        if not self.seen:
-            return
-        passes = len(self.seen)
-        z_RC, ids_R = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
-        self.seen.clear()
+    def count_passes(self, passes: list[tuple[Tensor, ...]]) -> None:
+        """Count the codes of some passes, then revive dead ones in the window of this step."""
+        z_RC = torch.cat([z.reshape(-1, z.shape[-1]) for z, _ in passes])
+        ids_R = torch.cat([ids.reshape(-1) for _, ids in passes])
         self.ops.count_codes(self.usage, ids_R, out=self.usage)
         window = min(self.num_codes, max(1, ids_R.numel() // POSITIONS_PER_REVIVAL))
         # `step` counts passes, so that windows of consecutive steps follow each other. Nothing else is kept.
-        place: dict[str, Any] = {"first": self.voting.step * window // passes, "window": window}
+        place: dict[str, Any] = {"first": self.voting.step * window // len(passes), "window": window}
         self.ops.revive_codes(
             self.weight,
             self.usage,
@@ -110,17 +104,8 @@ class TernaryVQCodebook(TernaryEmbedding, TableModule):
         self.ops.age_codes(self.usage, **place, out=self.usage)
         self.changed()
 
-    def forget(self) -> None:
-        """Drop the passes since the last step."""
-        self.seen.clear()
 
-    def load(self, weight: Any) -> None:
-        """Overwrite the table; passes before it are forgotten."""
-        super().load(weight)
-        self.forget()
-
-
-class MultimodalVQBridge(nn.Module):
+class MultimodalVQBridge(ArbModule):
     """The codebooks of all modalities behind one space of ids: text first, then image, then audio.
 
     Math:    global id = offset of the modality + code; offsets are the sizes of the tables before it
@@ -133,10 +118,10 @@ class MultimodalVQBridge(nn.Module):
     """
 
     def __init__(self, context: GraphContext) -> None:
-        super().__init__()
+        super().__init__(context)
         config = context.config
         sizes = {"text": config.num_codes, "image": config.image_codes, "audio": config.audio_codes}
-        self.tables = nn.ModuleDict()
+        self.tables = PartDict()
         self.offsets: dict[str, int] = {}
         self.num_codes = 0
         for name, size in sizes.items():
@@ -169,7 +154,7 @@ class MultimodalVQBridge(nn.Module):
         return {name: table for name, table in self.tables.items() if isinstance(table, TernaryVQCodebook)}
 
 
-class SharedVQ(nn.Module):
+class SharedVQ(ArbModule):
     """A position becomes a code, and the code a motif: what the layers see of it.
 
     Math:    z = RMSNorm(W_down s); code = nearest of the modality; c = table(code), straight through; u = RMSNorm(W_up c)
@@ -179,7 +164,7 @@ class SharedVQ(nn.Module):
     """
 
     def __init__(self, context: GraphContext) -> None:
-        super().__init__()
+        super().__init__(context)
         config = context.config
         self.motif_residual = config.motif_residual
         self.down = TernaryLinear(context, config.width, config.code_dim)

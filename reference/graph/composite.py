@@ -6,21 +6,22 @@ Legend: B batch, P positions, D width, C code width, N codes of the graph, J slo
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from arbitor.reference import checks
 from arbitor.reference.dtypes import wide_dtype, widened
 from arbitor.reference.graph.codebook import TernaryVQCodebook
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm
-from arbitor.reference.graph.state import GraphContext, when_voting
-from arbitor.reference.graph.ternary_graph import EdgeTable, _EdgeSumFunction
+from arbitor.reference.graph.module import ArbModule, when_voting
+from arbitor.reference.graph.ternary_graph import EdgeTable, edge_sum
 
 COMPOSITES_PER_CODE = 4
 """J: composites that a code keeps."""
 
 
-class CompositeProposalHead(nn.Module):
+class CompositeProposalHead(ArbModule):
     """Proposes a composite for a position's code: a code of a table of its own, trained to foretell the next motif.
 
     Math:    n = RMSNorm(h), h held; z = RMSNorm(W_code silu(W_inner n)); id = nearest composite, c = its vector
@@ -36,9 +37,8 @@ class CompositeProposalHead(nn.Module):
     """
 
     def __init__(self, context: GraphContext) -> None:
-        super().__init__()
+        super().__init__(context)
         config = context.config
-        self.voting = context.voting
         self.norm = TernaryRMSNorm(context, config.width)
         self.inner = TernaryLinear(context, config.width, config.composite_inner)
         self.code = TernaryLinear(context, config.composite_inner, config.code_dim)
@@ -61,9 +61,7 @@ class CompositeProposalHead(nn.Module):
         c_RJC = self.codebook.rows_or_zeros(kept_RJ.to(torch.int64))
         places_RJ = torch.arange(kept_RJ.numel(), dtype=torch.int32, device=kept_RJ.device).view_as(kept_RJ)
         slots_RJ = torch.where(kept_RJ >= 0, places_RJ, -1)
-        sums_RC = _EdgeSumFunction.apply(
-            c_RJC.flatten(0, 1), slots_RJ, self.edges(codes_R), self.codebook.ops
-        )
+        sums_RC = edge_sum(c_RJC.flatten(0, 1), slots_RJ, self.edges(codes_R), self.ops)
         return sums_RC.unflatten(0, codes_BP.shape)
 
     def forward(self, h_BPD: Tensor, codes_BP: Tensor, motifs_BPC: Tensor) -> dict[str, Tensor]:
@@ -75,8 +73,9 @@ class CompositeProposalHead(nn.Module):
         z_BPC = self.code_norm(self.code(F.silu(self.inner(n_BPD))))
         ids_BP = self.codebook.search(z_BPC)
         kept_BP = torch.where(open_BP, ids_BP, -1)
-        z_BPC = when_voting(z_BPC, self.voting, self._record, z_BPC.detach(), codes_BP, kept_BP)
-        c_BPC = self.codebook.ops.embedding(ids_BP, self.codebook.weight, dtype=self.codebook.dtype)
+        z_BPC = when_voting(z_BPC, self.codebook, z_BPC.detach(), kept_BP)
+        z_BPC = when_voting(z_BPC, self.edges, codes_BP, kept_BP)
+        c_BPC = self.ops.embedding(ids_BP, self.codebook.weight, dtype=self.dtype)
         through_BPC = c_BPC + (z_BPC - z_BPC.detach())
         # The last position's next motif is not known.
         errors_BP = _distances(through_BPC[:, :-1], motifs_BPC[:, 1:].detach())
@@ -87,11 +86,6 @@ class CompositeProposalHead(nn.Module):
             "composite_prediction": _mean_of(errors_BP, torch.ones_like(open_BP[:, 1:])),
             "composite_gate": gate_loss(logits_BP[:, :-1], errors_BP.detach()),
         }
-
-    def _record(self, z_BPC: Tensor, codes_BP: Tensor, kept_BP: Tensor) -> None:
-        """Keep what a backward pass came through."""
-        self.codebook.record(z_BPC, kept_BP)
-        self.edges.record(codes_BP, kept_BP)
 
 
 def gate_loss(logits: Tensor, errors: Tensor) -> Tensor:

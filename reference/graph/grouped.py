@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from arbitor.reference.constants import MIN_ORTHOGONAL_RANK
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import row_ranges
-from arbitor.reference.graph.state import GraphContext, TernaryModule
+from arbitor.reference.graph.module import TernaryModule
 
 
 class TernaryGroupedLinear(TernaryModule):
@@ -27,16 +28,16 @@ class TernaryGroupedLinear(TernaryModule):
     def __init__(
         self, context: GraphContext, num_groups: int, num_inputs: int, num_outputs: int, *, gain: float = 1.0
     ) -> None:
-        self.num_groups = num_groups
-        self.orthogonal = min(num_inputs, num_outputs) >= MIN_ORTHOGONAL_RANK
         shape, std = (num_groups * num_outputs, num_inputs), gain / math.sqrt(num_inputs)
         super().__init__(
             context, lambda tensor_id: context.random_weight(shape, std=std, tensor_id=tensor_id)
         )
+        self.num_groups = num_groups
+        self.orthogonal = min(num_inputs, num_outputs) >= MIN_ORTHOGONAL_RANK
 
     def forward(self, x_MK: Tensor, experts_M: Tensor) -> Tensor:
         """Return `ops.grouped_linear` of x, in the dtype of x."""
-        return _GroupedLinearFunction.apply(x_MK, experts_M, self.anchor(), self)
+        return self.run(_GroupedLinearFunction, x_MK, experts_M)
 
 
 class _GroupedLinearFunction(torch.autograd.Function):
@@ -47,18 +48,18 @@ class _GroupedLinearFunction(torch.autograd.Function):
         ctx: Any, x_MK: Tensor, experts_M: Tensor, anchor: Tensor | None, module: TernaryGroupedLinear
     ) -> Tensor:
         ctx.save_for_backward(x_MK, experts_M)
-        ctx.module, ctx.steps = module, module.steps
-        return module.ops.grouped_linear(x_MK, module.weight, experts_M, num_groups=module.num_groups)
+        weight = module.forward_weight(ctx)
+        return module.ops.grouped_linear(x_MK, weight, experts_M, num_groups=module.num_groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor | None, None, None, None]:
         (x_MK, experts_M), module = ctx.saved_tensors, ctx.module
-        module.check_unchanged(ctx.steps)
+        weight = module.backward_weight(ctx)
         ops, num_groups, grad_x = module.ops, module.num_groups, None
         if ctx.needs_input_grad[0]:
-            grad_x = ops.grouped_linear_input_grad(grad_MN, module.weight, experts_M, num_groups=num_groups)
-        if module.votes:
+            grad_x = ops.grouped_linear_input_grad(grad_MN, weight, experts_M, num_groups=num_groups)
+        if module.moves:
             _vote_by_expert(module, grad_MN, x_MK, experts_M)
         return grad_x, None, None, None
 

@@ -5,16 +5,17 @@ Legend: B batch, P positions, D width, V = 297 vocabulary.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from arbitor.reference.config import VOCABULARY_SIZE
 from arbitor.reference.dtypes import widened
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm
-from arbitor.reference.graph.state import GraphContext
+from arbitor.reference.graph.module import ArbModule
 
 
-class ByteHead(nn.Module):
+class ByteHead(ArbModule):
     """Logits of the next byte.
 
     Math:    n = RMSNorm(x); u = x + W_down (silu(W_gate n) * (W_up n)); logits = W_vocabulary RMSNorm(u)
@@ -23,7 +24,7 @@ class ByteHead(nn.Module):
     """
 
     def __init__(self, context: GraphContext, *, output_gain: float = 1.0) -> None:
-        super().__init__()
+        super().__init__(context)
         config = context.config
         self.norm = TernaryRMSNorm(context, config.width)
         self.gate = TernaryLinear(context, config.width, config.head_inner)

@@ -8,7 +8,7 @@ Legend: N outputs (rows of a weight), K inputs (columns), R used rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from arbitor.reference.constants import MIN_ORTHOGONAL_RANK
-from arbitor.reference.graph.state import GraphContext, TernaryModule
+from arbitor.reference.graph.context import GraphContext
+from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.types import TernaryWeight
 
 VOTE_ELEMENTS = 2**27
@@ -55,7 +56,7 @@ class TernaryLinear(TernaryModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `ops.linear` of x, in the dtype of x."""
-        return _LinearFunction.apply(x, self.anchor(), self)
+        return self.run(_LinearFunction, x)
 
 
 class TernaryRMSNorm(TernaryModule):
@@ -71,26 +72,34 @@ class TernaryRMSNorm(TernaryModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `ops.rms_norm` of x, in the dtype of x."""
-        return _RMSNormFunction.apply(x, self.anchor(), self)
+        return self.run(_RMSNormFunction, x)
 
 
 class TernaryEmbedding(TernaryModule):
     """Rows of a table by id. Only the rows that a batch used vote and step; a row used several times votes once.
 
     Shapes:  ids int64 [...] -> [..., K] in the model's dtype
+    Start:   standard deviation `std`, or what `start` returns for a tensor id
     """
 
-    def __init__(self, context: GraphContext, num_rows: int, width: int, *, std: float = 1.0) -> None:
+    def __init__(
+        self,
+        context: GraphContext,
+        num_rows: int,
+        width: int,
+        *,
+        std: float = 1.0,
+        start: Callable[[int], TernaryWeight] | None = None,
+    ) -> None:
         shape = (num_rows, width)
         super().__init__(
-            context, lambda tensor_id: context.random_weight(shape, std=std, tensor_id=tensor_id)
+            context, start or (lambda tensor_id: context.random_weight(shape, std=std, tensor_id=tensor_id))
         )
-        self.dtype = context.dtype
         self.used_rows: list[Tensor] = []
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return `ops.embedding` of the ids."""
-        return _EmbeddingFunction.apply(ids, self.anchor(), self)
+        return self.run(_EmbeddingFunction, ids)
 
     def rows_or_zeros(self, ids: Tensor, chosen: Tensor | None = None) -> Tensor:
         """Return the rows of the ids that are chosen, those from 0 on if nothing is said, and zeros elsewhere.
@@ -98,7 +107,7 @@ class TernaryEmbedding(TernaryModule):
         Only rows that are chosen vote and step. The other ids may be anything.
         Shapes:  ids int64 [...], chosen bool [...] -> [..., K] in the model's dtype
         """
-        return _SomeRowsFunction.apply(ids, ids >= 0 if chosen is None else chosen, self.anchor(), self)
+        return self.run(_SomeRowsFunction, ids, ids >= 0 if chosen is None else chosen)
 
     def note_vote(self, rows: Tensor | None) -> None:
         """Remember which rows voted."""
@@ -107,14 +116,15 @@ class TernaryEmbedding(TernaryModule):
             self.used_rows.append(rows)
 
     def step_weight(self) -> None:
-        """Apply the step rule to the rows that voted since the last step."""
-        if self.used_rows:
+        """Apply the step rule to the rows that voted since the last step, unless the table is frozen."""
+        self.voting.deliver()
+        if self.used_rows and not self.frozen:
             self.apply_step(rows=union_of_rows(self.used_rows))
-        self.used_rows.clear()
+        self.forget_votes()
 
-    def load(self, weight: Any) -> None:
-        """Overwrite the table; rows that voted before are forgotten."""
-        super().load(weight)
+    def forget_votes(self) -> None:
+        """Forget which rows voted."""
+        super().forget_votes()
         self.used_rows.clear()
 
 
@@ -134,17 +144,17 @@ class _LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor | None, module: TernaryLinear) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.module, ctx.steps = module, module.steps
-        return module.ops.linear(x, module.weight)
+        weight = module.forward_weight(ctx)
+        return module.ops.linear(x, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         (x,), module = ctx.saved_tensors, ctx.module
-        module.check_unchanged(ctx.steps)
-        grad_x = module.ops.linear_input_grad(grad, module.weight) if ctx.needs_input_grad[0] else None
-        if module.votes:
-            for rows in row_ranges(*module.weight.shape):
+        weight = module.backward_weight(ctx)
+        grad_x = module.ops.linear_input_grad(grad, weight) if ctx.needs_input_grad[0] else None
+        if module.moves:
+            for rows in row_ranges(*weight.shape):
                 part = grad[..., rows.start : rows.stop]
                 grad_NK = module.ops.linear_weight_grad(part, x)
                 module.vote(grad_NK, named_rows(rows, module), num_matrices=int(module.orthogonal))
@@ -175,16 +185,16 @@ class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor | None, module: TernaryRMSNorm) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.module, ctx.steps = module, module.steps
-        return module.ops.rms_norm(x, module.weight)
+        weight = module.forward_weight(ctx)
+        return module.ops.rms_norm(x, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         (x,), module = ctx.saved_tensors, ctx.module
-        module.check_unchanged(ctx.steps)
-        grad_x = module.ops.rms_norm_input_grad(grad, x, module.weight) if ctx.needs_input_grad[0] else None
-        if module.votes:
+        weight = module.backward_weight(ctx)
+        grad_x = module.ops.rms_norm_input_grad(grad, x, weight) if ctx.needs_input_grad[0] else None
+        if module.moves:
             module.vote(module.ops.rms_norm_weight_grad(grad, x))
         return grad_x, None, None
 
@@ -195,15 +205,15 @@ class _EmbeddingFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ids: Tensor, anchor: Tensor | None, module: TernaryEmbedding) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.module, ctx.steps = module, module.steps
-        return module.ops.embedding(ids, module.weight, dtype=module.dtype)
+        weight = module.forward_weight(ctx)
+        return module.ops.embedding(ids, weight, dtype=module.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
         (ids,), module = ctx.saved_tensors, ctx.module
-        module.check_unchanged(ctx.steps)
-        if module.votes:
+        module.backward_weight(ctx)
+        if module.moves:
             rows, grad_RK = module.ops.embedding_row_grads(ids, grad)
             module.vote(grad_RK, rows)
         return None, None, None
@@ -223,15 +233,15 @@ class _SomeRowsFunction(torch.autograd.Function):
         stand_in = torch.where(chosen, ids, 0).amax() if ids.numel() else 0
         ids = torch.where(chosen, ids, stand_in)
         ctx.save_for_backward(ids, chosen)
-        ctx.module, ctx.steps = module, module.steps
-        return module.ops.embedding(ids, module.weight, dtype=module.dtype) * chosen[..., None]
+        weight = module.forward_weight(ctx)
+        return module.ops.embedding(ids, weight, dtype=module.dtype) * chosen[..., None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         (ids, chosen), module = ctx.saved_tensors, ctx.module
-        module.check_unchanged(ctx.steps)
-        if module.votes:
+        module.backward_weight(ctx)
+        if module.moves:
             # Not a product: the gradient of what was not chosen may be NaN, and its row is another's.
             rows, grad_RK = module.ops.embedding_row_grads(ids, torch.where(chosen[..., None], grad, 0.0))
             module.vote(grad_RK, torch.where(chosen.any(), rows, -1))

@@ -20,7 +20,7 @@ from arbitor.reference.config import NGRAM, VOCABULARY_SIZE, ArbConfig
 from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.graph.rotary import turns_at, with_turned_key
 from arbitor.reference.graph.scheduler import ContextAttentionScheduler, Seen
-from arbitor.reference.graph.state import Voting
+from arbitor.reference.graph.voting import Voting
 
 CONTEXT = NGRAM - 1
 """Bytes before a new one that its position reads."""

@@ -9,11 +9,12 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from arbitor.reference.constants import STRENGTH_MAX
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
-from arbitor.reference.graph.state import GraphContext, TableModule, when_voting
+from arbitor.reference.graph.module import ArbModule, TableModule, when_voting
 
 STRUCTURE_ORDERS, CONVERSATION_ORDERS = (2, 3), (4, 8)
 """Codes of the n-grams that each table holds. A code spans three bytes and the next one starts a byte later: 4 to 10 bytes."""
@@ -38,7 +39,6 @@ class MemoryTable(TernaryEmbedding, TableModule):
         super().__init__(context, context.config.memory_rows, context.config.memory_dim)
         self.num_rows, self.orders = context.config.memory_rows, orders
         self.gain, self.shift = rule
-        self.seen: list[Tensor] = []
         zeros_N = torch.zeros(self.num_rows, dtype=torch.int8, device=context.device)
         self.add_table("strengths", zeros_N, 0, STRENGTH_MAX)
 
@@ -56,59 +56,43 @@ class MemoryTable(TernaryEmbedding, TableModule):
 
     def read(self, rows: Tensor, norm: TernaryRMSNorm) -> Tensor:
         """Return the rows, normed, each times the share that its strength gives it; zeros for a row of -1."""
-        values = when_voting(self.rows_or_zeros(rows), self.voting, self.record, rows)
+        values = when_voting(self.rows_or_zeros(rows), self, rows)
         strengths = self.get_buffer("strengths")[rows.clamp(min=0)].to(torch.float32)
         shares = torch.where(rows >= 0, (1 + strengths) / (1 + STRENGTH_MAX), 0.0)
         return norm(values) * shares[..., None].to(values.dtype)
 
-    def record(self, rows: Tensor) -> None:
-        """Keep the rows that a backward pass came through, until the step that counts them."""
-        self.seen.append(rows)
-
-    def step_tables(self) -> None:
-        """Let the strengths of this step's window decay, and raise those of the rows named since the last step."""
-        if not self.seen:
-            return
-        passes, strengths = len(self.seen), self.get_buffer("strengths")
-        rows = torch.cat([part.flatten() for part in self.seen])
-        self.seen.clear()
+    def count_passes(self, passes: list[tuple[Tensor, ...]]) -> None:
+        """Let the strengths of this step's window decay, and raise those of the rows that some passes named."""
+        strengths = self.get_buffer("strengths")
+        rows = torch.cat([named.flatten() for (named,) in passes])
         # One row decays for each position. `step` counts passes, so that windows of consecutive steps follow each other.
         window = min(self.num_rows, rows.numel() // len(self.orders))
         self.ops.touch_strengths(
             strengths,
             rows,
             gain=self.gain,
-            first=self.voting.step * window // passes,
+            first=self.voting.step * window // len(passes),
             window=window,
             shift=self.shift,
             out=strengths,
         )
 
-    def forget(self) -> None:
-        """Drop the rows named since the last step."""
-        self.seen.clear()
 
-    def load(self, weight: Any) -> None:
-        """Overwrite the table; passes before it are forgotten."""
-        super().load(weight)
-        self.forget()
-
-
-class MemGram(nn.Module):
+class MemGram(ArbModule):
     """Adds to a position what its last codes were worth before.
 
     Math:    m = sum over tables and their orders of g(s) RMSNorm(W[row of the n-gram that ends here])
              e <- e + sigmoid(w . RMSNorm(e)) * W_out m
-    Shapes:  e [B, P, D], codes int64 [B, P], previous int64 [B, context] or None -> [B, P, D]
+    Shapes:  e [B, P, D], codes int64 [B, P], previous int64 [B, codes_before] or None -> [B, P, D]
     Attributes:
-        context: codes before the first position that `previous` holds, -1 where there was none.
+        codes_before: codes before the first position that `previous` holds, -1 where there was none.
     Source:  docs/spec/memory.md; REFACTOR12 (MemGram, opt-in)
     """
 
     def __init__(self, context: GraphContext) -> None:
-        super().__init__()
+        super().__init__(context)
         width, memory_dim = context.config.width, context.config.memory_dim
-        self.context = max(STRUCTURE_ORDERS + CONVERSATION_ORDERS) - 1
+        self.codes_before = max(STRUCTURE_ORDERS + CONVERSATION_ORDERS) - 1
         self.structure = MemoryTable(context, STRUCTURE_ORDERS, STRUCTURE_RULE)
         self.conversation = MemoryTable(context, CONVERSATION_ORDERS, CONVERSATION_RULE)
         self.row_norm = TernaryRMSNorm(context, memory_dim)

@@ -9,10 +9,10 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Self
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from arbitor.reference import checks
@@ -21,18 +21,22 @@ from arbitor.reference.config import NGRAM, VOCABULARY_SIZE, ArbConfig
 from arbitor.reference.graph.attention import LatentAttention
 from arbitor.reference.graph.codebook import SharedVQ
 from arbitor.reference.graph.composite import CompositeProposalHead
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.heads import ByteHead
 from arbitor.reference.graph.layers import TernaryRMSNorm
 from arbitor.reference.graph.ledger import KVLedger, LayerLedger
 from arbitor.reference.graph.memory import MemGram
+from arbitor.reference.graph.module import ArbModule, PartList, as_it_is
 from arbitor.reference.graph.moe_graph import MoEGraph, RecurrentMoEGraph
-from arbitor.reference.graph.router import OutputRouter
+from arbitor.reference.graph.router import MODALITIES, OutputRouter
 from arbitor.reference.graph.sequencer import AudioSequencer, ByteEmbedding, ImageSequencer, TrigramSequencer
-from arbitor.reference.graph.state import GraphContext
 from arbitor.reference.graph.stateful import Stateful
 from arbitor.reference.graph.talker import TalkerHead
+from arbitor.reference.graph.targets import Targets, latent_loss, route_loss, taught_by, token_loss
 from arbitor.reference.graph.ternary_graph import TernaryGraph
 from arbitor.reference.graph.video import VideoHead
+
+Head = TypeVar("Head", bound=ArbModule)
 
 LOSS_REFERENCE = math.log(VOCABULARY_SIZE)
 """Loss of a uniform guess, in nats per byte: what the `sign` rule's vote size is measured against."""
@@ -40,11 +44,8 @@ LOSS_REFERENCE = math.log(VOCABULARY_SIZE)
 LOSS_WEIGHTS = {"commitment": 0.25, "composite_commitment": 0.25}
 """What a component of the loss counts in the sum that drives the votes; 1 for those not named."""
 
-MODALITIES = ("text", "video", "audio")
-"""What the output router chooses from, in the order of its logits."""
 
-
-class ArbLayer(nn.Module):
+class ArbLayer(ArbModule):
     """Attention, then the experts, each on a normed residual stream; the last layer also has the nodes and the loop.
 
     Math:    e = h + Attention(RMSNorm(h)); h <- MoEGraph(e)
@@ -52,7 +53,7 @@ class ArbLayer(nn.Module):
     """
 
     def __init__(self, context: GraphContext, *, last: bool) -> None:
-        super().__init__()
+        super().__init__(context)
         config = context.config
         output_gain = 1.0 / math.sqrt(2 * config.num_layers)
         self.attention_norm = TernaryRMSNorm(context, config.width)
@@ -111,7 +112,7 @@ class ArbModel(Stateful):
 
     Math:    s = sequencer(embedding(ids)); x = shared_vq(s); h = layers(memory(x), nodes = graph(codes));
              logits = byte_head(h); position p predicts byte p + 3
-    Raises:  TypeError or ValueError for a dtype or seed that is not allowed
+    Raises:  TypeError or ValueError for a dtype or seed that is not allowed, or float64 with an op set that has none
     """
 
     def __init__(
@@ -123,13 +124,8 @@ class ArbModel(Stateful):
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        checks.one_of("dtype", dtype, checks.FLOAT_DTYPES)
-        checks.integer("seed", seed, 0, 2**64 - 1)
         context = GraphContext(ops, config, device=device, dtype=dtype, seed=seed)
-        self.config = config
-        self.ops = ops
-        self.voting = context.voting
+        super().__init__(context)
         self.embedding = ByteEmbedding(context)
         self.sequencer = TrigramSequencer(context)
         self.image_sequencer = ImageSequencer(context) if config.image_features else None
@@ -141,17 +137,13 @@ class ArbModel(Stateful):
         self.memory = MemGram(context) if config.memory_rows else None
         self.composite = CompositeProposalHead(context) if config.composite_codes else None
         last = config.num_layers - 1
-        self.layers = nn.ModuleList(ArbLayer(context, last=i == last) for i in range(config.num_layers))
+        self.layers = PartList(ArbLayer(context, last=i == last) for i in range(config.num_layers))
         self.router = OutputRouter(context) if config.router_inner else None
         self.byte_head = ByteHead(context)
         self.video_head = VideoHead(context) if config.video_latent else None
         self.talker_head = TalkerHead(context) if config.talker_tokens else None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the weights as torch does, and the count of faults with them."""
-        self.voting.faults = fn(self.voting.faults)
-        return super()._apply(fn, recurse)
-
+    @as_it_is
     def trunk(
         self,
         ids_BT: Tensor,
@@ -164,17 +156,15 @@ class ArbModel(Stateful):
 
         With a ledger, within its `begin` and `end`, the positions follow those that it holds.
 
-        Shapes:  image_BNF and audio_BNF float [B, N, features], N >= 3, for N - 2 positions each
+        Shapes:  image_BNF and audio_BNF float [B, N, features], N >= 3, for N - 2 positions each; all of one B >= 1
         Raises:  TypeError or ValueError for ids or features that do not fit, or media that the model was not built for
         """
         checks.dtype_in("ids_BT", ids_BT, (torch.int64,))
-        if ids_BT.ndim != 2 or ids_BT.shape[1] < NGRAM:
-            raise ValueError(
-                f"ids_BT has shape {tuple(ids_BT.shape)}, but must be [batch, bytes] with at least {NGRAM} bytes"
-            )
+        _check_ids(ids_BT, NGRAM)
+        batch = ids_BT.shape[0]
         parts = {
-            "image": _sequence("image", self.image_sequencer, image_BNF),
-            "audio": _sequence("audio", self.audio_sequencer, audio_BNF),
+            "image": _sequence("image", self.image_sequencer, image_BNF, batch),
+            "audio": _sequence("audio", self.audio_sequencer, audio_BNF, batch),
             "text": self.sequencer(self.embedding(ids_BT)),
         }
         present = {name: s_BPD for name, s_BPD in parts.items() if s_BPD is not None}
@@ -187,7 +177,7 @@ class ArbModel(Stateful):
         nodes_BPD = None
         if codes_BP is not None:
             if self.memory is not None:
-                previous_Bn = None if ledger is None else ledger.previous_codes(self.memory.context)
+                previous_Bn = None if ledger is None else ledger.previous_codes(self.memory.codes_before)
                 h_BPD = self.memory(h_BPD, codes_BP, previous_Bn)
             if self.graph is not None:
                 extra_BPC = self.composite.read(codes_BP) if self.composite is not None else None
@@ -227,12 +217,14 @@ class ArbModel(Stateful):
         ledger.end(last_BV.argmax(dim=-1) if choose is None else choose(last_BV))
         return logits_BPV
 
+    @as_it_is
     def read(self, ids_BT: Tensor | None, ledger: KVLedger, **media: Any) -> Tensor:
         """Begin a pass as `forward` does, and return its logits; the `end` of the ledger must follow."""
         self._bind(ledger)
         window_BT = ledger.begin(ids_BT)
         return self.byte_head(self._text(self.trunk(window_BT, ledger=ledger, **media), window_BT))
 
+    @as_it_is
     def respond(self, ids_BT: Tensor | None, *, ledger: KVLedger | None = None, **media: Any) -> Response:
         """Return what the head that the router chooses for each sequence makes of it; nothing votes.
 
@@ -256,8 +248,9 @@ class ArbModel(Stateful):
             if ledger is not None:
                 ledger.end(logits_BPV[:, -1].argmax(dim=-1))
             scores_B3 = self.router(h_BPD)
-            present = (True, self.video_head is not None, self.talker_head is not None)
-            absent_3 = ~torch.tensor(present, device=scores_B3.device)
+            absent_3 = torch.tensor(
+                [name not in self.answering for name in MODALITIES], device=scores_B3.device
+            )
             chosen_B = scores_B3.masked_fill(absent_3, -torch.inf).argmax(dim=-1)
             video = (chosen_B == MODALITIES.index("video")).nonzero().squeeze(1)
             audio = (chosen_B == MODALITIES.index("audio")).nonzero().squeeze(1)
@@ -272,9 +265,7 @@ class ArbModel(Stateful):
 
     def new_ledger(self, batch: int = 1) -> KVLedger:
         """Return an empty transcript of some sequences for this model."""
-        return KVLedger(
-            self.config, batch, device=self.voting.faults.device, dtype=self.embedding.table.dtype
-        )
+        return KVLedger(self.config, batch, device=self.context.device, dtype=self.dtype)
 
     def _bind(self, ledger: KVLedger) -> None:
         """Make a ledger this model's, or refuse it."""
@@ -286,25 +277,56 @@ class ArbModel(Stateful):
         """Return the stream of the text positions, the last of the trunk."""
         return trunk.h_BPD[:, 2 - ids_BT.shape[1] :]
 
-    def losses(self, ids_BT: Tensor, **media: Any) -> dict[str, Tensor]:
+    @as_it_is
+    def losses(self, ids_BT: Tensor, *, targets: Targets | None = None, **media: Any) -> dict[str, Tensor]:
         """Return the components of the loss, float32 [], by name.
 
         `bytes`: the mean loss of the bytes from the fourth on, in nats per byte; needs T >= 4. The last position's byte
         is not known, so its logits are left out. With targets there is no choice of a head: it is always the ByteHead.
+
+        Args:
+            targets: what the other heads are taught: `route`, `latent` and `tokens` come beside `bytes`, those that are given.
+            media:   features, see `trunk`.
+
+        Raises TypeError or ValueError for targets that do not fit, or of a head that the model does not have.
         """
         trunk = self._trunk_with_targets(ids_BT, media)
-        return {"bytes": self._byte_loss(trunk, ids_BT), **trunk.losses, **self._proposal_losses(trunk)}
+        taught = {} if targets is None else self._taught_losses(self._text(trunk, ids_BT), targets)
+        return {
+            "bytes": self._byte_loss(trunk, ids_BT),
+            **trunk.losses,
+            **self._proposal_losses(trunk),
+            **taught,
+        }
 
+    def _taught_losses(self, h_BPD: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """Return the losses of the heads beside the byte head, of the targets that are given."""
+        modality_B, found = targets.modality_B, {}
+        if modality_B is not None:
+            router = _head("modality_B", "router", self.router)
+            found["route"] = route_loss(router, h_BPD, modality_B, self.answering)
+        if targets.latent is not None:
+            video = _head("latent", "video head", self.video_head)
+            found["latent"] = latent_loss(video, h_BPD, targets.latent, taught_by(modality_B, "video"))
+        if targets.tokens_BN is not None:
+            talker = _head("tokens_BN", "talker head", self.talker_head)
+            found["tokens"] = token_loss(talker, h_BPD, targets.tokens_BN, taught_by(modality_B, "audio"))
+        return found
+
+    @property
+    def answering(self) -> tuple[str, ...]:
+        """The modalities that the model has a head for."""
+        heads = {"text": self.byte_head, "video": self.video_head, "audio": self.talker_head}
+        return tuple(name for name in MODALITIES if heads[name] is not None)
+
+    @as_it_is
     def loss(self, ids_BT: Tensor, **media: Any) -> Tensor:
         """Return the component `bytes` of `losses` alone: what a model is judged by. It costs no proposals."""
         return self._byte_loss(self._trunk_with_targets(ids_BT, media), ids_BT)
 
     def _trunk_with_targets(self, ids_BT: Tensor, media: dict[str, Any]) -> Trunk:
         """Return the trunk of ids that hold at least one target."""
-        if ids_BT.ndim != 2 or ids_BT.shape[0] == 0 or ids_BT.shape[1] <= NGRAM:
-            raise ValueError(
-                f"ids_BT has shape {tuple(ids_BT.shape)}, but must be [batch, bytes] with at least {NGRAM + 1} bytes"
-            )
+        _check_ids(ids_BT, NGRAM + 1)
         return self.trunk(ids_BT, **media)
 
     def _byte_loss(self, trunk: Trunk, ids_BT: Tensor) -> Tensor:
@@ -324,15 +346,21 @@ class ArbModel(Stateful):
     def objective(loss: Tensor | Mapping[str, Tensor]) -> Tensor:
         """Return what drives the votes, []: a loss, or the sum of its components by name, each weighted by LOSS_WEIGHTS."""
         if not isinstance(loss, Mapping):
-            return _scalar(loss)
+            return _scalar("loss", loss)
         if not loss:
             raise ValueError("loss has no components, but must have at least one")
         return torch.stack(
-            [LOSS_WEIGHTS.get(name, 1.0) * _scalar(value) for name, value in loss.items()]
+            [LOSS_WEIGHTS.get(name, 1.0) * _scalar(f"loss[{name!r}]", value) for name, value in loss.items()]
         ).sum()
 
+    @as_it_is
     def backward(
-        self, loss: Tensor | Mapping[str, Tensor], *, rate: float | Tensor, step: int | Tensor
+        self,
+        loss: Tensor | Mapping[str, Tensor],
+        *,
+        rate: float | Tensor,
+        step: int | Tensor,
+        undo: bool = True,
     ) -> bool:
         """Run the backward pass of one micro-batch, in which every weight behind the loss votes.
 
@@ -342,33 +370,72 @@ class ArbModel(Stateful):
             rate: schedule rate times gain, 0 .. 127, a number or a 0-dim float32 tensor. The `sign` rule asks only
                 whether it is 0.
             step: number of this micro-batch, a coordinate of the dither; a number or a 0-dim int64 tensor.
+            undo: whether a pass that raises leaves not one byte changed, for which it keeps copies; see `Voting.taking`.
 
         Returns:
             True; or False when the loss, or a component of it, is not finite, in which case not one byte has changed.
+
+        Raises:
+            TypeError or ValueError: a loss that is no scalar tensor, has no graph, or was not computed with this model; a rate
+                or step that is not allowed.
+            RuntimeError: a weight was stepped or loaded since the loss was computed; or the model is torn, see `Voting`.
         """
+        self.voting.check_whole()
         loss = self.objective(loss)
+        if not loss.requires_grad:
+            raise ValueError(
+                "loss has no graph, but must be computed with this model while gradients are on and a weight is not frozen"
+            )
+        self.voting.strayed = False
         value = float(loss.detach())
         if not math.isfinite(value):
             return False
         size = 1
         if self.config.vote_rule == "sign":
             size = self.ops.step_from_loss(max(value, 0.0), LOSS_REFERENCE, self.config.max_vote_step)
-        with self.voting.at(rate=rate, step=step, size=size):
+        with self.voting.taking(rate=rate, step=step, size=size, undo=undo) as taken:
             loss.backward()
+            if not taken.reached:
+                raise ValueError(
+                    "loss was not computed with this model: its gradient came to none of the model's weights"
+                )
         return True
 
 
-def _scalar(loss: Tensor) -> Tensor:
+def _head(target: str, name: str, head: Head | None) -> Head:
+    """Return a head that is taught; refuse a target for one that the model does not have."""
+    if head is None:
+        raise ValueError(f"{target} is given, but must be None: the model has no {name}")
+    return head
+
+
+def _check_ids(ids_BT: Tensor, num_bytes: int) -> None:
+    """Refuse ids that are no batch of sequences of so many bytes, or that have no sequence."""
+    checks.is_tensor("ids_BT", ids_BT)
+    if ids_BT.ndim != 2 or ids_BT.shape[0] == 0 or ids_BT.shape[1] < num_bytes:
+        raise ValueError(
+            f"ids_BT has shape {tuple(ids_BT.shape)}, but must be [batch, bytes] with at least one sequence of at least "
+            f"{num_bytes} bytes"
+        )
+
+
+def _scalar(name: str, loss: Tensor) -> Tensor:
     """Return a loss of one element without dimensions; refuse another."""
+    checks.dtype_in(name, loss, checks.FLOAT_DTYPES)
     if loss.numel() != 1:
-        raise ValueError(f"loss has shape {tuple(loss.shape)}, but must be a scalar")
+        raise ValueError(f"{name} has shape {tuple(loss.shape)}, but must be a scalar")
     return loss.reshape(())
 
 
-def _sequence(name: str, sequencer: nn.Module | None, features_BNF: Tensor | None) -> Tensor | None:
+def _sequence(
+    name: str, sequencer: ArbModule | None, features_BNF: Tensor | None, batch: int
+) -> Tensor | None:
     """Return the positions of a medium, or None without features; refuse features that no sequencer reads."""
     if features_BNF is None:
         return None
     if sequencer is None:
         raise ValueError(f"{name}_BNF is given, but must be None: the model has no {name} sequencer")
-    return sequencer(features_BNF)
+    s_BPD = sequencer(features_BNF)
+    if s_BPD.shape[0] != batch:
+        raise ValueError(f"{name}_BNF has a batch of {s_BPD.shape[0]}, but must have that of ids_BT, {batch}")
+    return cast(Tensor, s_BPD)

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arbitor.reference.dtypes import widened
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.grouped import TernaryGroupedLinear
 from arbitor.reference.graph.layers import TernaryLinear
-from arbitor.reference.graph.state import GraphContext, TableModule, when_voting
+from arbitor.reference.graph.module import TableModule, when_voting
 
 LOAD_MAX = 2**63 - 1
 """Most choices that an expert's load can count: what an int64 holds."""
@@ -37,9 +38,8 @@ class SharedProjectionMoE(TableModule):
     """
 
     def __init__(self, context: GraphContext, *, output_gain: float = 1.0) -> None:
-        super().__init__()
+        super().__init__(context)
         config = context.config
-        self.ops, self.voting = context.ops, context.voting
         self.num_experts, self.top_k, self.expert_rank = config.num_experts, config.top_k, config.expert_rank
         self.dense_max = config.dense_dispatch_max_tokens
         self.router = TernaryLinear(context, config.width, config.num_experts)
@@ -52,7 +52,6 @@ class SharedProjectionMoE(TableModule):
         self.down = TernaryLinear(context, config.shared_inner, config.width, gain=output_gain)
         zeros_E = torch.zeros(config.num_experts, dtype=torch.int64, device=context.device)
         self.add_table("load", zeros_E, 0, LOAD_MAX)
-        self.recorded: list[Tensor] = []
 
     def forward(self, x_BPD: Tensor) -> Tensor:
         """Return the output of the chosen experts."""
@@ -62,7 +61,7 @@ class SharedProjectionMoE(TableModule):
         modulation_MI = self.modulation(x_MD, experts_BPk.flatten(0, 1), shares_BPk.flatten(0, 1))
         h_BPI = F.silu(self.gate(x_BPD)) * self.up(x_BPD)
         y_BPD = self.down(h_BPI * (1 + modulation_MI.unflatten(0, x_BPD.shape[:2])))
-        return when_voting(y_BPD, self.voting, self.record, experts_BPk)
+        return when_voting(y_BPD, self, experts_BPk)
 
     def modulation(self, x_MD: Tensor, experts_Mk: Tensor, shares_Mk: Tensor) -> Tensor:
         """Return the sum over each position's experts of share times m_e, [M, I]."""
@@ -74,19 +73,10 @@ class SharedProjectionMoE(TableModule):
         ranks_Sr = self.expert_down(x_SD, slots) * shares_Mk.flatten()[:, None]
         return self.expert_up(ranks_Sr, slots).unflatten(0, experts_Mk.shape).sum(dim=1)
 
-    def record(self, experts_BPk: Tensor) -> None:
-        """Remember how often a pass that votes chose each expert."""
-        self.recorded.append(self.ops.expert_load(experts_BPk, num_groups=self.num_experts))
-
-    def step_tables(self) -> None:
-        """Add what was recorded to the load."""
-        for load_E in self.recorded:
-            self.get_buffer("load").add_(load_E)
-        self.recorded.clear()
-
-    def forget(self) -> None:
-        """Drop what was recorded."""
-        self.recorded.clear()
+    def count_passes(self, passes: list[tuple[Tensor, ...]]) -> None:
+        """Add to the load how often some passes chose each expert."""
+        for (experts_BPk,) in passes:
+            self.get_buffer("load").add_(self.ops.expert_load(experts_BPk, num_groups=self.num_experts))
 
     def load_shares(self) -> Tensor:
         """Return each expert's part of all choices counted so far, float64 [E]; zeros before the first step."""

@@ -6,20 +6,21 @@ Legend: B batch, P positions, D width, I turns of the loop.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from arbitor.reference.config import HALT_THRESHOLD
 from arbitor.reference.dtypes import widened
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm
+from arbitor.reference.graph.module import ArbModule, TableModule, used
 from arbitor.reference.graph.moe import SharedProjectionMoE
-from arbitor.reference.graph.state import GraphContext, TableModule, used
 from arbitor.reference.ops.denoise import Halting
 
 LEAK_SHIFTS = (1, 2, 3, 4)
 """k of the channels, in turn: a channel keeps 1 - 2**-k of its state from one turn to the next."""
 
 
-class MoEGraph(nn.Module):
+class MoEGraph(ArbModule):
     """Experts that read the stream and the node of each position's code.
 
     Math:    one turn: g = h + node; h <- h + MoE(RMSNorm(g)); without experts h <- g
@@ -28,7 +29,7 @@ class MoEGraph(nn.Module):
     """
 
     def __init__(self, context: GraphContext, *, output_gain: float = 1.0) -> None:
-        super().__init__()
+        super().__init__(context)
         self.has_moe = context.config.use_moe
         if self.has_moe:
             self.moe_norm = TernaryRMSNorm(context, context.config.width)
@@ -73,7 +74,7 @@ class RecurrentMoEGraph(MoEGraph, TableModule):
         if self.max_turns == 1:
             return self.turn(e_BPD, nodes_BPD)
         shifts_D = self.get_buffer("leak_shifts")
-        keep_D = (1 - torch.ldexp(torch.ones_like(shifts_D, dtype=torch.float32), -shifts_D)).to(e_BPD.dtype)
+        keep_D = kept_shares(shifts_D).to(e_BPD.dtype)
         halting, h_BPD = Halting(e_BPD, HALT_THRESHOLD), e_BPD
         for turn in range(self.max_turns):
             if turn:
@@ -86,3 +87,12 @@ class RecurrentMoEGraph(MoEGraph, TableModule):
     def halt_probability(self, h_BPD: Tensor) -> Tensor:
         """Return each position's probability of halting after a turn, [B, P, 1] in float32 or better."""
         return widened(self.halt(self.halt_norm(h_BPD))).sigmoid()
+
+
+def kept_shares(shifts_D: Tensor) -> Tensor:
+    """Return what a channel keeps of its state, 1 - 2**-k, for k int8 in LEAK_SHIFTS; float32, exact.
+
+    By shifts of integers: `torch.ldexp` on a GPU that is not the current one gives zeros or reads foreign memory (torch 2.11).
+    """
+    whole_D = torch.full_like(shifts_D, 1 << LEAK_SHIFTS[-1])
+    return (whole_D - (whole_D >> shifts_D)).to(torch.float32) / (1 << LEAK_SHIFTS[-1])

@@ -5,19 +5,20 @@ Legend: B batch, P positions, D width, R width inside the router.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from arbitor.reference.dtypes import widened
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryLinear
-from arbitor.reference.graph.state import GraphContext
+from arbitor.reference.graph.module import ArbModule
 from arbitor.reference.graph.units import unit_rows
 
-NUM_HEADS = 3
-"""What a router chooses from: text, video, audio, in this order."""
+MODALITIES = ("text", "video", "audio")
+"""What a router chooses from, in the order of its logits."""
 
 
-class OutputRouter(nn.Module):
+class OutputRouter(ArbModule):
     """Logits of the head that answers: text, video or audio.
 
     Math:    logits = W_out silu(W_in unit(x)), x the last position, which has read all others
@@ -26,10 +27,10 @@ class OutputRouter(nn.Module):
     """
 
     def __init__(self, context: GraphContext) -> None:
-        super().__init__()
+        super().__init__(context)
         config = context.config
         self.inner = TernaryLinear(context, config.width, config.router_inner)
-        self.out = TernaryLinear(context, config.router_inner, NUM_HEADS)
+        self.out = TernaryLinear(context, config.router_inner, len(MODALITIES))
 
     def forward(self, x_BPD: Tensor) -> Tensor:
         """Return a logit for each head."""

@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from arbitor.reference import checks
 from arbitor.reference.config import NGRAM, VOCABULARY_SIZE
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
-from arbitor.reference.graph.state import GraphContext
+from arbitor.reference.graph.module import ArbModule
 
 
-class ByteEmbedding(nn.Module):
+class ByteEmbedding(ArbModule):
     """A table of 297 rows: 256 bytes, 32 specials, 9 modality marks.
 
     Math:    e_t = W[id_t]
@@ -26,7 +27,7 @@ class ByteEmbedding(nn.Module):
     """
 
     def __init__(self, context: GraphContext) -> None:
-        super().__init__()
+        super().__init__(context)
         self.table = TernaryEmbedding(context, VOCABULARY_SIZE, context.config.embed_dim)
 
     def forward(self, ids_BT: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ class ByteEmbedding(nn.Module):
         return self.table(ids_BT)
 
 
-class WindowSequencer(nn.Module):
+class WindowSequencer(ArbModule):
     """Three neighbouring vectors become one position.
 
     Math:    s_p = RMSNorm(W [x_p; x_{p+1}; x_{p+2}])
@@ -42,9 +43,9 @@ class WindowSequencer(nn.Module):
     """
 
     def __init__(self, context: GraphContext, num_features: int) -> None:
-        super().__init__()
+        super().__init__(context)
         width = context.config.width
-        self.num_features, self.dtype = num_features, context.dtype
+        self.num_features = num_features
         self.project = TernaryLinear(context, NGRAM * num_features, width)
         self.norm = TernaryRMSNorm(context, width)
 

@@ -3,40 +3,83 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from types import ModuleType
+from collections.abc import Callable, Mapping
+from typing import Any, Self, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from arbitor.reference import checks
-from arbitor.reference.constants import ACCUM_MAX, MAX_PACKED_BYTE, level_range
+from arbitor.reference.graph.module import ArbModule, TableModule, TernaryModule, check_loadable
 from arbitor.reference.graph.parts import row_parts
-from arbitor.reference.graph.state import TableModule, TernaryModule, Voting
-from arbitor.reference.types import LaidOutWeight, TernaryWeight
+from arbitor.reference.types import TernaryWeight
 
 BESIDE_TRITS = ("exponents", "trit_accum", "exponent_accum")
 """The tensors of a weight that every layout has; what is left of a weight are its trits."""
 
 
-class Stateful(nn.Module):
-    """A module whose submodules hold ternary weights and integer tables.
-
-    Attributes:
-        ops:    op set of all weights below.
-        voting: theirs, too.
-    """
-
-    ops: ModuleType
-    voting: Voting
+class Stateful(ArbModule):
+    """A whole model: a module whose submodules hold ternary weights and integer tables, and share its context with nobody else."""
 
     def step(self) -> None:
-        """Apply the step rule to every weight, or row of a table, that voted since the last step; then count tables."""
+        """Apply the step rule to all that voted since the last step, as the notes of its passes say; then count tables.
+
+        A step without votes changes nothing, as after micro-batches that were all refused.
+
+        Raises:
+            RuntimeError: gradients came through the weights outside of a pass, and so did not vote; or the model is torn by a
+                pass or a step that raised.
+        """
+        self.voting.check_whole()
+        if self.voting.strayed:
+            raise RuntimeError(
+                "gradients came through the weights outside of model.backward, and so did not vote, but a step must follow "
+                "model.backward(loss, rate=..., step=...)"
+            )
+        # Until it is done: a step that raises has moved some weights and not others.
+        self.voting.torn = True
         for module in self.ternary_modules().values():
             module.step_weight()
         for keeper in self.table_modules().values():
             keeper.step_tables()
         self.voting.version += 1
+        self.voting.torn = False
+
+    def change_dtype(self, dtype: torch.dtype) -> None:
+        """Let activations be of another dtype from now on; refuse one that is not allowed."""
+        self.context.change_dtype(dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the model as torch does, and with it the count of faults and the notes."""
+        super()._apply(fn, recurse)
+        self.voting.move(fn)
+        self.context.device = self.voting.faults.device
+        return self
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """See `Part`. With `assign` the model moves to where the tensors are."""
+        found = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        self._follow_weights()
+        if strict:
+            self._is_whole()
+        return found
+
+    def _follow_weights(self) -> None:
+        """Move what belongs to no module to where the weights are."""
+        device = next((module.device for module in self.modules() if isinstance(module, TernaryModule)), None)
+        if device is not None and device != self.voting.faults.device:
+            self.voting.move(
+                lambda tensor: (
+                    torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+                )
+            )
+            self.context.device = device
+
+    def _is_whole(self) -> None:
+        """Note that all of the state was loaded: no votes are missing, and none are left over."""
+        self.voting.torn = self.voting.strayed = False
 
     def ternary_modules(self) -> dict[str, TernaryModule]:
         """Return the modules that hold a weight by name, in definition order: the order of their tensor ids."""
@@ -71,30 +114,30 @@ class Stateful(nn.Module):
 
         Raises TypeError or ValueError for a missing or unknown name, another shape or format, or a value out of range.
         """
-        tables, ranges = self.tables(), self.table_ranges()
-        given = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        tables, ranges, modules = self.tables(), self.table_ranges(), self.ternary_modules()
+        for name in state:
+            if name not in tables and name not in modules:
+                raise ValueError(f"state has {name!r}, but the model has no weight or table of that name")
         for name, table in tables.items():
-            if name not in given:
+            if name not in state:
                 raise ValueError(f"state has no {name!r}, but must name every table of the model")
-            checks.tensor(name, given[name], table.dtype, table.shape)
-            checks.values_between(name, given[name], *ranges[name])
-        for name in given.keys() - tables.keys():
-            raise ValueError(f"state has {name!r}, but the model has no table of that name")
-        self.load_weights({name: value for name, value in state.items() if isinstance(value, TernaryWeight)})
+            given = checks.is_tensor(name, state[name])
+            checks.tensor(name, given, table.dtype, table.shape)
+            checks.values_between(name, given, *ranges[name])
+        self.load_weights(cast(Any, {name: value for name, value in state.items() if name in modules}))
         for name, table in tables.items():
-            table.copy_(given[name])
+            table.copy_(cast(Tensor, state[name]))
         for keeper in self.table_modules().values():
-            keeper.forget()
-        self.voting.version += 1
+            keeper.note_loaded()
 
     def weights(self) -> dict[str, TernaryWeight]:
         """Return every weight by name in canonical form, in definition order. May share memory with the model."""
         return {name: self.ops.to_spec(module.weight) for name, module in self.ternary_modules().items()}
 
-    def load_weights(self, weights: dict[str, TernaryWeight]) -> None:
+    def load_weights(self, weights: Mapping[str, TernaryWeight]) -> None:
         """Overwrite every weight, in place; nothing changes unless all of them fit.
 
-        Raises ValueError for a missing or unknown name, another shape or format, or a value out of range.
+        Raises TypeError or ValueError for a missing or unknown name, another shape or format, or a value out of range.
         """
         modules = self.ternary_modules()
         for name in (*modules, *weights):
@@ -103,9 +146,10 @@ class Stateful(nn.Module):
             if name not in modules:
                 raise ValueError(f"weights has {name!r}, but the model has no weight of that name")
         for name, module in modules.items():
-            _check_loadable(name, weights[name], module.weight)
+            check_loadable(name, weights[name], module.weight)
         for name, module in modules.items():
-            module.load(weights[name])
+            module.overwrite(weights[name])
+        self._is_whole()
 
     def snapshot_trits(self) -> dict[str, dict[str, Tensor]]:
         """Return a copy of the trits of every weight that can vote, as the op set keeps them, and of nothing else."""
@@ -133,18 +177,3 @@ class Stateful(nn.Module):
         changed, modules = self.changed_trits(snapshot), self.ternary_modules()
         total = sum(math.prod(modules[name].weight.shape) for name in changed)
         return float(torch.stack(list(changed.values())).sum()) / total
-
-
-def _check_loadable(name: str, weight: TernaryWeight, current: LaidOutWeight) -> None:
-    """Refuse a weight that does not fit the current one of that name, or holds values out of range."""
-    if not isinstance(weight, TernaryWeight):
-        raise TypeError(f"{name} is a {type(weight).__name__}, but must be a TernaryWeight")
-    for field in ("shape", "group_size", "mantissa_bits"):
-        if getattr(weight, field) != getattr(current, field):
-            raise ValueError(
-                f"{name} has {field} {getattr(weight, field)}, but must have {getattr(current, field)}"
-            )
-    checks.values_between(f"{name}.packed", weight.packed, 0, MAX_PACKED_BYTE)
-    checks.values_between(f"{name}.exponents", weight.exponents, *level_range(weight.mantissa_bits))
-    checks.values_between(f"{name}.trit_accum", weight.trit_accum, -ACCUM_MAX, ACCUM_MAX)
-    checks.values_between(f"{name}.exponent_accum", weight.exponent_accum, -ACCUM_MAX, ACCUM_MAX)

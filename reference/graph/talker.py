@@ -5,20 +5,21 @@ Legend: B batch, P positions, D width, V audio tokens to choose from.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from arbitor.reference import checks
 from arbitor.reference.dtypes import widened
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryLinear
-from arbitor.reference.graph.state import GraphContext
+from arbitor.reference.graph.module import ArbModule, as_it_is
 from arbitor.reference.graph.units import unit_rows
 
 MAX_TOKENS = 2**31 - 1
 """Most tokens that may be asked for."""
 
 
-class TalkerHead(nn.Module):
+class TalkerHead(ArbModule):
     """Audio tokens of each position, all at once.
 
     Math:    logits = W unit(x); token = argmax, each `stride` times, then cut or padded to `length`
@@ -28,14 +29,20 @@ class TalkerHead(nn.Module):
     """
 
     def __init__(self, context: GraphContext) -> None:
-        super().__init__()
+        super().__init__(context)
         self.tokens = TernaryLinear(
             context, context.config.width, context.config.talker_tokens, orthogonal=False
         )
 
+    @as_it_is
     def token_logits(self, x_BPD: Tensor) -> Tensor:
         """Return the logits of each position's token, float32 [B, P, V]: what cross-entropy trains."""
         return widened(self.tokens(unit_rows(x_BPD)))
+
+    @staticmethod
+    def stride(positions: int, tokens: int) -> int:
+        """Return how often a position's token is repeated, ceil(tokens / positions), so that positions say so many tokens."""
+        return -(-tokens // positions)
 
     def forward(
         self, x_BPD: Tensor, *, stride: int = 1, length: int | None = None, pad_token: int = 0

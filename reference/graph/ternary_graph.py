@@ -5,16 +5,18 @@ Legend: B batch, P positions, R of them in all, D width, C code width, N codes, 
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from arbitor.reference import checks
 from arbitor.reference.constants import MAX_NEIGHBOURS, SCORE_MAX
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
-from arbitor.reference.graph.state import GraphContext, TableModule, TernaryModule, used, when_voting
+from arbitor.reference.graph.module import ArbModule, PartList, TableModule, uncompiled, used, when_voting
 
 FULL_PATH_MAX_CODES = 4096
 """Most codes of which the nodes of all are computed; of larger tables only what a batch needs."""
@@ -58,40 +60,23 @@ class EdgeTable(TernaryEmbedding, TableModule):
     ) -> None:
         checks.integer("num_neighbours", num_neighbours, 1, MAX_NEIGHBOURS)
         shape = (num_rows, num_neighbours)
-        TernaryModule.__init__(self, context, lambda _: context.constant_weight(shape, trit=1, exponent=0))
-        self.dtype = context.dtype
+        super().__init__(context, *shape, start=lambda _: context.constant_weight(shape, trit=1, exponent=0))
         self.allow_loops = allow_loops
-        self.used_rows: list[Tensor] = []
-        self.seen: list[tuple[Tensor, Tensor]] = []
         empty = torch.full(shape, -1, dtype=torch.int32, device=context.device)
         self.add_table("neighbours", empty, -1, (num_rows if num_targets is None else num_targets) - 1)
         self.add_table("scores", torch.zeros(shape, dtype=torch.int8, device=context.device), 0, SCORE_MAX)
 
-    def record(self, sources: Tensor, targets: Tensor) -> None:
-        """Keep pairs of ids, -1 for none, until the step that counts them."""
-        self.seen.append((sources.reshape(-1), targets.reshape(-1)))
-
-    def step_tables(self) -> None:
-        """Count the pairs since the last step."""
-        if not self.seen:
-            return
-        sources_M, targets_M = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
-        self.seen.clear()
+    def count_passes(self, passes: list[tuple[Tensor, ...]]) -> None:
+        """Count pairs of ids, sources and targets of each pass in the same shape; -1 stands for none."""
+        sources_M, targets_M = (
+            torch.cat([ids.reshape(-1) for ids in side]) for side in zip(*passes, strict=True)
+        )
         tables = (self.get_buffer("neighbours"), self.get_buffer("scores"), self.weight)
         self.ops.update_neighbours(*tables, sources_M, targets_M, allow_loops=self.allow_loops, out=tables)
         self.changed()
 
-    def forget(self) -> None:
-        """Drop the pairs since the last step."""
-        self.seen.clear()
 
-    def load(self, weight: Any) -> None:
-        """Overwrite the signs; pairs before that are forgotten."""
-        super().load(weight)
-        self.forget()
-
-
-class TernaryGraph(nn.Module):
+class TernaryGraph(ArbModule):
     """The nodes of a batch's codes, after messages from their neighbours.
 
     Math:    h = W_node c; then `num_hops` times: m = sum_j a_j h_j over the neighbours of each node,
@@ -106,13 +91,11 @@ class TernaryGraph(nn.Module):
     """
 
     def __init__(self, context: GraphContext, codes: CodeVectors) -> None:
-        super().__init__()
+        super().__init__(context)
         config = context.config
-        self.fetch = (
-            codes.rows
-        )  # the bound method, so that the codebooks are no submodule of this one as well
+        # The bound method, so that the codebooks are no submodule of this one as well.
+        self.fetch = codes.rows
         self.num_codes, self.num_hops = codes.num_codes, config.num_hops
-        self.voting, self.ops = context.voting, context.ops
         width, rank = config.width, config.hop_rank
         self.edges = EdgeTable(context, self.num_codes, config.num_neighbours)
         self.node = TernaryLinear(context, config.code_dim, width, gain=NODE_GAIN)
@@ -120,7 +103,7 @@ class TernaryGraph(nn.Module):
         self.message_norm = TernaryRMSNorm(context, width)
         self.update = TernaryLinear(context, width, width, gain=HOP_GAIN)
         self.adapter_down = TernaryLinear(context, width, rank)
-        self.adapter_up = nn.ModuleList(
+        self.adapter_up = PartList(
             TernaryLinear(context, rank, width, gain=ADAPTER_GAIN) for _ in range(config.num_hops)
         )
         reads = self.num_hops + bool(config.composite_codes)  # of neighbours, and of composites
@@ -146,7 +129,7 @@ class TernaryGraph(nn.Module):
             extra_RC = extra_BPC.reshape(codes_R.numel(), -1)
             h_RD = h_RD + self.read(self.node(extra_RC))
         h_BPD = h_RD.reshape(*codes_BP.shape, -1)
-        return when_voting(h_BPD, self.voting, self.edges.record, codes_BP[:, :-1], codes_BP[:, 1:])
+        return when_voting(h_BPD, self.edges, codes_BP[:, :-1], codes_BP[:, 1:])
 
     def cheaper_path(self, num_positions: int) -> str:
         """Return the path for a number of positions; it depends on shapes alone."""
@@ -196,7 +179,7 @@ class TernaryGraph(nn.Module):
 
     def gathered(self, h_ND: Tensor, neighbours_RJ: Tensor, signs_RJ: Tensor) -> Tensor:
         """Return the sums over neighbours; differentiable in the nodes and in the signs."""
-        return _EdgeSumFunction.apply(h_ND, neighbours_RJ, signs_RJ, self.ops)
+        return edge_sum(h_ND, neighbours_RJ, signs_RJ, self.ops)
 
     def after_hop(
         self, hop: int, h_ND: Tensor, c_NC: Tensor, neighbours_RJ: Tensor, signs_RJ: Tensor
@@ -212,6 +195,11 @@ class TernaryGraph(nn.Module):
     def read(self, m_RD: Tensor) -> Tensor:
         """Return what sums of neighbours add to a node."""
         return self.update(self.message_norm(self.message(m_RD)))
+
+
+def edge_sum(h_ND: Tensor, neighbours_RJ: Tensor, signs_RJ: Tensor, ops: ModuleType) -> Tensor:
+    """Return `ops.edge_sum`, differentiable in the nodes and in the signs."""
+    return uncompiled(_EdgeSumFunction.apply, h_ND, neighbours_RJ, signs_RJ, ops)
 
 
 class _EdgeSumFunction(torch.autograd.Function):

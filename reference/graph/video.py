@@ -9,20 +9,24 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from arbitor.reference import checks
 from arbitor.reference.config import HALT_THRESHOLD
 from arbitor.reference.dtypes import widened
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear
-from arbitor.reference.graph.state import GraphContext, used
+from arbitor.reference.graph.module import ArbModule, uncompiled, used
 from arbitor.reference.graph.units import unit_rows
 from arbitor.reference.ops.denoise import Halting, attended, signal_share
 
 FIRST_SIGNAL = 1 / 16
 """Share of signal in the energy of the first latent: the loop as a whole divides by the root of this, whatever its steps."""
+
+LATENT_CHANNELS = 16
+"""Channels of a latent of the autoencoder that video is decoded by: [16, 1, 32, 32] for a frame of 256 x 256."""
 
 NOISE_TENSOR = 2**32 - 1
 """Tensor id of the noise that latents start from: the last one, far from those of the weights."""
@@ -43,7 +47,13 @@ def cosine_alphas(num_steps: int) -> tuple[float, ...]:
     return tuple(abar[step] / abar[step + 1] for step in range(num_steps))
 
 
-class VideoHead(nn.Module):
+def latent_shape(size: int) -> tuple[int, ...]:
+    """Return the shape of a latent of so many numbers: [16, 1, s, s] where 16 s^2 are as many, else [size]."""
+    side = math.isqrt(size // LATENT_CHANNELS)
+    return (LATENT_CHANNELS, 1, side, side) if LATENT_CHANNELS * side * side == size else (size,)
+
+
+class VideoHead(ArbModule):
     """Denoising steps with shared weights over one latent, as many as each sample asks for.
 
     Math:    step t: n = unit(W_in latent); q = W_query n + W_steps[t]; c = softmax(q . s / sqrt(D)) s over the tokens s
@@ -56,17 +66,35 @@ class VideoHead(nn.Module):
     """
 
     def __init__(self, context: GraphContext) -> None:
-        super().__init__()
+        super().__init__(context)
         config = context.config
-        self.ops, self.seed, self.device = context.ops, context.seed, context.device
         self.size, self.width, self.num_steps = config.video_latent, config.width, config.video_steps
         self.alphas = cosine_alphas(config.video_steps)
+        self.latent_shape = latent_shape(config.video_latent)
         self.latent_in = TernaryLinear(context, self.size, self.width)
         self.query = TernaryLinear(context, self.width, self.width)
         self.steps = TernaryEmbedding(context, self.num_steps, self.width)
         self.latent_out = TernaryLinear(context, self.width, self.size)
         for module in (self.latent_in, self.query, self.latent_out):
             used(module, self.num_steps)
+
+    def fitted(self, latent: Tensor, batch: int) -> Tensor:
+        """Return latents in the shape of the head's own, zeros beyond their sides: what the head is taught.
+
+        Shapes:  float [B, L]; or [B, 16, K, h, w] with sides up to those of `latent_shape` -> float32 or better [B, *latent_shape]
+        Raises:  TypeError or ValueError for another dtype, batch or shape
+        """
+        checks.dtype_in("latent", latent, checks.FLOAT_DTYPES)
+        own = (batch, *self.latent_shape)
+        if latent.shape == (batch, self.size):
+            latent = latent.unflatten(1, self.latent_shape)
+        fits = latent.ndim == len(own) and latent.shape[:2] == own[:2]
+        if not fits or any(size > most for size, most in zip(latent.shape, own, strict=True)):
+            raise ValueError(
+                f"latent has shape {tuple(latent.shape)}, but must be {(batch, self.size)}, or {own} with smaller sides at most"
+            )
+        beyond = [most - size for size, most in zip(latent.shape, own, strict=True)]
+        return F.pad(widened(latent), [value for size in reversed(beyond) for value in (0, size)])
 
     def noise(self, samples: Tensor, *, draw: int | Tensor = 0) -> Tensor:
         """Return standard normal noise for each sample, float32 [B, L], the same on every device.
@@ -101,7 +129,7 @@ class VideoHead(nn.Module):
         """
         if latent is None:
             one_L = self.noise(torch.zeros(1, dtype=torch.int64, device=tokens_BPD.device), draw=draw)
-            latent = one_L.expand(tokens_BPD.shape[0], self.size)
+            latent = one_L.expand(tokens_BPD.shape[0], self.size).unflatten(1, self.latent_shape)
         flat_BL = widened(latent).flatten(1)
         if torch.is_grad_enabled():
             out_BL = self._composed(flat_BL, tokens_BPD.to(flat_BL.dtype), halt_threshold)
@@ -121,7 +149,7 @@ class VideoHead(nn.Module):
             n_BD = unit_rows(self.latent_in(latent))
             c_BD = attended(self.query(n_BD) + rows_TD[step], tokens)
             pred = self.latent_out(F.silu(n_BD + c_BD))
-            latent = _DenoiseStep.apply(latent, pred, self.ops, alpha)
+            latent = uncompiled(_DenoiseStep.apply, latent, pred, self.ops, alpha)
             if halting is not None:
                 latent, pred = halting.live(latent), halting.live(pred)
                 is_last = step + 1 == self.num_steps

@@ -13,10 +13,8 @@ from torch import Tensor
 from arbitor.reference import checks
 from arbitor.reference.constants import (
     DEFAULT_GROUP_SIZE,
-    MAX_PACKED_BYTE,
     TRITS_PER_BYTE,
     groups_per_row,
-    level_range,
     packed_bytes,
 )
 from arbitor.reference.promises import op
@@ -62,7 +60,7 @@ def unpack_trits(packed: Tensor, shape: Sequence[int]) -> Tensor:
         checks.integer("shape", size, 0, 2**63 - 1)
         num_trits *= size
     checks.tensor("packed", packed, torch.uint8, (packed_bytes(num_trits),))
-    checks.values_between("packed", packed, 0, MAX_PACKED_BYTE)
+    checks.weight_values("packed", "packed", packed)
     return digits_at(packed, torch.arange(num_trits, device=packed.device)).reshape(tuple(shape))
 
 
@@ -85,7 +83,7 @@ def weight_of_trits(
     checks.matrix("trits", trits, (torch.int8,))
     shape = (trits.shape[0], trits.shape[1])
     checks.tensor("exponents", exponents, torch.int8, (shape[0], groups_per_row(shape[1], group_size)))
-    checks.values_between("exponents", exponents, *level_range(mantissa_bits))
+    checks.weight_values("exponents", "exponents", exponents, mantissa_bits)
     return TernaryWeight(
         packed=pack_trits(trits),
         exponents=exponents.clone(),

@@ -1,0 +1,199 @@
+"""What the heads beside the byte head are taught: the losses by hand, who is taught, what is refused, and that they learn."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from arbitor.reference.config import with_fields, with_modules
+from arbitor.reference.graph import ArbModel, Targets
+from arbitor.reference.graph.model import LOSS_WEIGHTS
+from arbitor.reference.graph.targets import NO_TOKEN
+from arbitor.reference.graph.video import latent_shape
+from conformance.compare import exact
+from conformance.graph import models
+
+B, T = 4, 10
+VIDEO = replace(models.WHOLE, video_latent=64)
+"""A latent of [16, 1, 2, 2]."""
+
+
+def random_targets(config: Any = models.WHOLE, *, tokens: int = 11, seed: int = 0) -> dict[str, Tensor]:
+    """Return a target for each head and sequence."""
+    rng = torch.Generator().manual_seed(seed)
+    return {
+        "modality_B": torch.tensor([0, 1, 2, 1]),
+        "latent": torch.randn(B, config.video_latent, generator=rng),
+        "tokens_BN": torch.randint(0, config.talker_tokens, (B, tokens), generator=rng),
+    }
+
+
+def test_losses_by_hand() -> None:
+    """Each component from what the heads say, number by number, over the sequences that the head is to answer."""
+    model, ids_BT, given = models.whole(), models.random_ids(B, T), random_targets()
+    losses = model.losses(ids_BT, targets=Targets(**given))
+    with torch.no_grad():
+        h_BPD = model.trunk(ids_BT).h_BPD
+        logits_B3, logits_BPV = model.router(h_BPD), model.talker_head.token_logits(h_BPD)
+    # With gradients on, as the loss is computed: step by step in place of one op.
+    made_BL = model.video_head(h_BPD).detach()
+    route = [-F.log_softmax(logits_B3[b].double(), 0)[m] for b, m in enumerate(given["modality_B"].tolist())]
+    assert math.isclose(losses["route"], sum(route) / B, rel_tol=1e-5)
+    errors = [(made_BL[b].double() - given["latent"][b]).square().mean() for b in (1, 3)]
+    assert math.isclose(losses["latent"], sum(errors) / 2, rel_tol=1e-5)
+    # 11 tokens of 8 positions: each position says two.
+    nats = [-F.log_softmax(logits_BPV[2, n // 2].double(), 0)[given["tokens_BN"][2, n]] for n in range(11)]
+    assert math.isclose(losses["tokens"], sum(nats) / 11, rel_tol=1e-5)
+    assert {"bytes", "route", "latent", "tokens"} <= losses.keys()
+
+
+def test_targets_leave_the_other_losses_alone() -> None:
+    model, ids_BT = models.whole(), models.random_ids(B, T)
+    plain, taught = model.losses(ids_BT), model.losses(ids_BT, targets=Targets(**random_targets()))
+    assert taught.keys() - plain.keys() == {"route", "latent", "tokens"}
+    for name, value in plain.items():
+        exact(taught[name].detach(), value.detach(), name)
+    assert not {"route", "latent", "tokens"} & LOSS_WEIGHTS.keys()
+
+
+def test_without_modalities_every_sequence_is_taught() -> None:
+    model, ids_BT, given = models.whole(), models.random_ids(B, T), random_targets()
+    every = model.losses(ids_BT, targets=Targets(latent=given["latent"], tokens_BN=given["tokens_BN"]))
+    alone = [
+        model.losses(ids_BT[b : b + 1], targets=Targets(latent=given["latent"][b : b + 1]))["latent"].item()
+        for b in range(B)
+    ]
+    assert "route" not in every and math.isclose(every["latent"], sum(alone) / B, rel_tol=1e-5)
+
+
+def test_what_is_not_taught_leaves_no_trace() -> None:
+    """Neither in the loss nor in any weight: latents that are not finite, and tokens, of sequences that another head answers."""
+    ids_BT, given = models.random_ids(B, T), random_targets()
+    other = {name: value.clone() for name, value in given.items()}
+    other["latent"][[0, 2]] = math.nan
+    other["tokens_BN"][[0, 1, 3]] = NO_TOKEN
+    states = []
+    for targets in (given, other):
+        model = models.whole()
+        losses = model.losses(ids_BT, targets=Targets(**targets))
+        assert model.backward(losses, rate=models.RATE, step=9)
+        model.step()
+        states.append({**model.state_dict(), "latent": losses["latent"].detach()})
+    for name, value in states[0].items():
+        exact(states[1][name], value, name)
+
+
+def test_no_sequence_to_teach_is_a_loss_of_zero() -> None:
+    model, ids_BT, given = models.whole(), models.random_ids(B, T), random_targets()
+    losses = model.losses(
+        ids_BT, targets=Targets(**{**given, "modality_B": torch.zeros(B, dtype=torch.int64)})
+    )
+    assert losses["latent"].item() == losses["tokens"].item() == 0.0
+    silent = Targets(tokens_BN=torch.full((B, 5), NO_TOKEN))
+    assert model.losses(ids_BT, targets=silent)["tokens"].item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"modality_B": torch.tensor([0, 1, 2, 3])}, ValueError, "modality_B holds 3"),
+        ({"modality_B": torch.zeros(B)}, TypeError, "modality_B has dtype float32"),
+        ({"modality_B": torch.zeros(3, dtype=torch.int64)}, ValueError, "modality_B has shape"),
+        ({"latent": torch.zeros(B, 31)}, ValueError, "latent has shape"),
+        ({"latent": torch.zeros(B, 32, dtype=torch.int64)}, TypeError, "latent has dtype int64"),
+        ({"latent": torch.zeros(3, 32)}, ValueError, "latent has shape"),
+        ({"tokens_BN": torch.full((B, 4), 9)}, ValueError, "tokens_BN holds 9"),
+        ({"tokens_BN": torch.full((B, 4), -2)}, ValueError, "tokens_BN holds -2"),
+        ({"tokens_BN": torch.zeros(B, 4)}, TypeError, "tokens_BN has dtype float32"),
+        ({"tokens_BN": torch.zeros(B, 0, dtype=torch.int64)}, ValueError, "tokens_BN has shape"),
+        ({"tokens_BN": torch.zeros(3, 4, dtype=torch.int64)}, ValueError, "tokens_BN has shape"),
+    ],
+)
+def test_targets_that_do_not_fit(changes: dict[str, Tensor], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        models.whole().losses(models.random_ids(B, T), targets=Targets(**{**random_targets(), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("without", "target", "says"),
+    [
+        ({"router_inner": 0}, "modality_B", "the model has no router"),
+        ({"video_latent": 0}, "latent", "the model has no video head"),
+        ({"talker_tokens": 0}, "tokens_BN", "the model has no talker head"),
+        (
+            {"video_latent": 0},
+            "modality_B",
+            "modality_B names video, but must name heads of the model: text, audio",
+        ),
+    ],
+)
+def test_targets_of_a_head_that_is_not_there(without: dict[str, int], target: str, says: str) -> None:
+    model = ArbModel(with_fields(models.WHOLE, **without))
+    with pytest.raises(ValueError, match=says):
+        model.losses(models.random_ids(B, T), targets=Targets(**{target: random_targets()[target]}))
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [(16384, (16, 1, 32, 32)), (64, (16, 1, 2, 2)), (16, (16, 1, 1, 1)), (32, (32,)), (1, (1,))],
+)
+def test_the_shape_of_a_latent(size: int, shape: tuple[int, ...]) -> None:
+    """REFACTOR9: (1, 16, 1, 32, 32)."""
+    assert latent_shape(size) == shape and math.prod(shape) == size
+
+
+def test_a_latent_comes_out_in_its_shape() -> None:
+    model = ArbModel(VIDEO)
+    with torch.no_grad():
+        h_BPD = model.trunk(models.random_ids(2, 6)).h_BPD
+        assert model.video_head(h_BPD).shape == (2, 16, 1, 2, 2)
+    assert model.video_head(h_BPD).shape == (2, 16, 1, 2, 2)
+
+
+def test_a_smaller_latent_is_padded_with_zeros() -> None:
+    """REFACTOR12: targets are padded to the head's latent."""
+    head, small = ArbModel(VIDEO).video_head, torch.randn(3, 16, 1, 1, 2)
+    fitted = head.fitted(small, 3)
+    assert fitted.shape == (3, 16, 1, 2, 2)
+    exact(fitted[..., :1, :], small)
+    assert not fitted[..., 1:, :].any()
+    exact(head.fitted(torch.arange(64.0)[None], 1).flatten(), torch.arange(64.0))
+    with pytest.raises(ValueError, match="latent has shape"):
+        head.fitted(torch.zeros(3, 16, 1, 3, 2), 3)
+
+
+def lesson(seed: int) -> tuple[Tensor, Targets]:
+    """Return sequences of a letter that tells the head and digits that count, with what that head is to answer."""
+    rng = torch.Generator().manual_seed(seed)
+    modality_B = torch.randint(0, 3, (12,), generator=rng)
+    ids_BT = torch.empty(12, 10, dtype=torch.int64)
+    ids_BT[:, ::2], ids_BT[:, 1::2] = (97 + modality_B)[:, None], torch.arange(48, 53)
+    latent = torch.linspace(-1, 1, 64).expand(12, -1).unflatten(1, (16, 1, 2, 2))
+    return ids_BT, Targets(modality_B, latent, torch.tensor([[1, 2, 3, 4, 5, 6]]).expand(12, -1))
+
+
+def test_the_heads_learn_together() -> None:
+    """A letter tells which head is asked for: every sequence is routed, audio says its tokens, and video's error falls."""
+    model, num_steps = ArbModel(with_modules(VIDEO, vq=False), seed=1), 50
+    first: dict[str, float] = {}
+    for step in range(num_steps):
+        ids_BT, targets = lesson(step)
+        losses = model.losses(ids_BT, targets=targets)
+        first = first or {name: value.item() for name, value in losses.items()}
+        assert model.backward(losses, rate=6.0 * (1 - step / num_steps), step=step)
+        model.step()
+    ids_BT, targets = lesson(1000)
+    with torch.no_grad():
+        last = {name: value.item() for name, value in model.losses(ids_BT, targets=targets).items()}
+    answer = model.respond(ids_BT)
+    assert targets.modality_B is not None and answer.tokens is not None
+    exact(answer.modality_B, targets.modality_B)
+    assert answer.tokens[:, :6].eq(torch.tensor([1, 2, 3, 4, 5, 6])).all()
+    assert last["route"] < 0.1 < first["route"] and last["tokens"] < 0.3 < first["tokens"]
+    assert last["latent"] < first["latent"] / 8

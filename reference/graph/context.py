@@ -1,0 +1,123 @@
+"""What the modules of one model share: op set, configuration, device, dtype, seed, votes, and the numbering of the weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from arbitor.reference import checks
+from arbitor.reference.config import ArbConfig
+from arbitor.reference.graph.op_set import OpSet
+from arbitor.reference.graph.voting import Voting, gradient_dtype
+from arbitor.reference.types import TernaryWeight
+
+
+class GraphContext:
+    """What every module of a model is built with, and asks while it computes: one object, copied and pickled with the model.
+
+    Attributes:
+        config:      shape and rules.
+        device:      where the model is.
+        dtype:       of activations.
+        seed:        of the starting weights and of the dither.
+        voting:      how weights vote, and what passes left for the next step.
+        num_weights: weights so far.
+        moving:      whether the modules are being moved right now, see `graph.module.Part`.
+
+    Raises:
+        TypeError or ValueError: a dtype or seed that is not allowed, or a dtype that the op set does not compute in.
+    """
+
+    def __init__(
+        self, ops: ModuleType, config: ArbConfig, *, device: torch.device | str, dtype: torch.dtype, seed: int
+    ) -> None:
+        checks.integer("seed", seed, 0, 2**64 - 1)
+        self.op_set = OpSet(ops)
+        self.config = config
+        self.device = torch.device(device)
+        self.check_dtype(dtype)
+        self.dtype = dtype
+        self.seed = seed
+        self.voting = Voting(self.op_set, config, seed=seed, device=device, dtype=dtype)
+        self.num_weights = 0
+        self.moving = False
+        self._warned_of_autocast = False
+
+    @property
+    def ops(self) -> ModuleType:
+        """The op set that computes."""
+        return self.op_set.ops
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """Refuse a dtype of activations that no op set computes in, or float64 where this one does not.
+
+        Whether it computes in float64 an op set says by an op of its own, on no rows.
+        """
+        checks.one_of("dtype", dtype, checks.FLOAT_DTYPES)
+        if dtype is not torch.float64:
+            return
+        weight = self.constant_weight((1, 1), trit=1, exponent=0)
+        try:
+            self.ops.linear(torch.empty(0, 1, dtype=dtype, device=self.device), weight)
+        except TypeError as error:
+            raise TypeError(
+                f"dtype is {dtype}, but must be torch.float32 or torch.bfloat16 for {self.op_set.name}"
+            ) from error
+
+    def change_dtype(self, dtype: torch.dtype) -> None:
+        """Let activations be of another dtype from now on; refuse one that is not allowed."""
+        self.check_dtype(dtype)
+        self.dtype = dtype
+        self.voting.dtype = gradient_dtype(dtype)
+
+    def dtype_under(self, change: Callable[[Tensor], Tensor]) -> torch.dtype:
+        """Return the dtype that activations shall have after torch applies `change` to all tensors of a module.
+
+        Raises TypeError where it would turn integers, which all tensors of a model are, into something else.
+        """
+        integers = change(torch.empty(0, dtype=torch.int8, device=self.device)).dtype
+        if integers is not torch.int8:
+            raise TypeError(
+                f"the model's tensors would become {integers}, but must stay the integers that they are"
+            )
+        return change(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+
+    def own_dtype(self) -> AbstractContextManager[object]:
+        """Return a context in which torch.autocast is off; where it was on, a sentence says once that the model keeps its dtype."""
+        kind = self.device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            return nullcontext()
+        if not self._warned_of_autocast:
+            self._warned_of_autocast = True
+            warnings.warn(
+                f"torch.autocast is on, but the model computes in its own dtype, {self.dtype}: "
+                "for another one, build it with dtype=torch.bfloat16",
+                stacklevel=5,
+            )
+        return torch.autocast(kind, enabled=False)
+
+    def next_tensor_id(self) -> int:
+        """Return the index of the next weight in definition order: the dither's tensor id."""
+        self.num_weights += 1
+        return self.num_weights - 1
+
+    def random_weight(self, shape: tuple[int, int], *, std: float, tensor_id: int) -> TernaryWeight:
+        """Return a weight of standard deviation `std` (to within half a power of two), in canonical form."""
+        group_size = self.config.group_size
+        weight = self.ops.initial_weight(
+            shape, std=std, seed=self.seed, tensor_id=tensor_id, group_size=group_size, device=self.device
+        )
+        return weight.with_mantissa(self.config.mantissa_bits)
+
+    def constant_weight(self, shape: tuple[int, int], *, trit: int, exponent: int) -> TernaryWeight:
+        """Return a weight that is trit * 2**exponent everywhere, in canonical form."""
+        group_size = self.config.group_size
+        weight = self.ops.constant_weight(
+            shape, trit=trit, exponent=exponent, group_size=group_size, device=self.device
+        )
+        return weight.with_mantissa(self.config.mantissa_bits)

@@ -1,0 +1,469 @@
+"""The base classes of the graph: what torch does to a module (freeze, move, load, copy), done to ternary weights and tables.
+
+A weight is held in the layout of the op set (`ops.from_spec`), its tensors registered as buffers: integers only, and no parameter.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
+from typing import Any, Self, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from arbitor.reference import checks
+from arbitor.reference.config import ArbConfig
+from arbitor.reference.graph.context import GraphContext
+from arbitor.reference.graph.voting import Voting
+from arbitor.reference.types import LaidOutWeight, TernaryWeight
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+Result = TypeVar("Result")
+
+
+class Part(nn.Module):
+    """What torch does to a module, for every module of the graph, lists of them included.
+
+    Freezing: `requires_grad_(False)` keeps every weight and table below from moving; True lets those move again that were not
+              built frozen, as norms are.
+    Moving:   `.to(device)` moves a model. `.to(dtype)`, `.float()`, `.bfloat16()` and `.double()` of a whole model change the
+              dtype of activations, and are refused for a part of it. float16 is refused.
+    Loading:  `load_state_dict` looks at every name and value before anything changes.
+    """
+
+    @property
+    def shared(self) -> GraphContext | None:
+        """The context of the modules below; None for an empty list."""
+        return next((part.context for part in self.modules() if isinstance(part, ArbModule)), None)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freeze every weight and table below, or let those move again that were not built frozen."""
+        for part in self.modules():
+            if isinstance(part, ArbModule):
+                part.frozen = part.built_frozen or not requires_grad
+        return super().requires_grad_(requires_grad)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the tensors below as torch does, and change the dtype of activations where `fn` changes that of floats."""
+        context = self.shared
+        if context is None or context.moving:
+            return super()._apply(fn, recurse)
+        dtype = context.dtype_under(fn)
+        if dtype is not context.dtype:
+            self.change_dtype(dtype)
+        context.moving = True
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            context.moving = False
+
+    def change_dtype(self, dtype: torch.dtype) -> None:
+        """Refuse another dtype of activations: it is that of the whole model."""
+        raise TypeError(
+            f"a {type(self).__name__} cannot become {dtype}: the dtype of activations is that of the whole model, "
+            "but must be changed there, or given when it is built"
+        )
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load tensors by name, as torch does, once all of them have been looked at.
+
+        Raises:
+            RuntimeError: `strict`, and a name is missing or unknown.
+            TypeError or ValueError: a tensor of another dtype or shape, or with an element that no model holds.
+        """
+        if strict:
+            names = self.state_dict().keys()
+            for name in (*names, *state_dict):
+                if name not in state_dict:
+                    raise RuntimeError(
+                        f"state_dict has no {name!r}, but must name every tensor of the module"
+                    )
+                if name not in names:
+                    raise RuntimeError(f"state_dict has {name!r}, but the module has no tensor of that name")
+        for name, part in self.named_modules():
+            if isinstance(part, ArbModule):
+                part.check_tensors(state_dict, f"{name}." if name else "", assign=assign)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+class PartList(Part, nn.ModuleList):
+    """A list of modules of the graph."""
+
+
+class PartDict(Part, nn.ModuleDict):
+    """Modules of the graph by name."""
+
+
+def as_it_is(method: Method) -> Method:
+    """Return a method of an `ArbModule` that runs as it does by itself, in whatever surroundings.
+
+    torch.autocast is off inside of it: the model has a dtype of its own. torch.compile leaves it alone: it compiles tensors, and
+    would lose what passes leave behind; what there is to compile of the model Triton has compiled.
+    """
+
+    def run(self: ArbModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self.context.own_dtype():
+            return method(self, *args, **kwargs)
+
+    @functools.wraps(method)
+    def outer(self: ArbModule, *args: Any, **kwargs: Any) -> Any:
+        return uncompiled(run, self, args, kwargs)
+
+    return cast(Method, outer)
+
+
+class ArbModule(Part):
+    """A module of the graph.
+
+    Attributes:
+        context: what the modules of one model share.
+        frozen:  a frozen weight never votes, and a frozen table never changes.
+    """
+
+    def __init__(self, context: GraphContext, *, frozen: bool = False) -> None:
+        super().__init__()
+        self.context = context
+        self.built_frozen = self.frozen = frozen
+
+    @as_it_is
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what `forward` returns."""
+        return super().__call__(*args, **kwargs)
+
+    @property
+    def ops(self) -> ModuleType:
+        """The op set of the model."""
+        return self.context.ops
+
+    @property
+    def config(self) -> ArbConfig:
+        """The configuration of the model."""
+        return self.context.config
+
+    @property
+    def voting(self) -> Voting:
+        """How the weights of the model vote."""
+        return self.context.voting
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of activations."""
+        return self.context.dtype
+
+    @property
+    def seed(self) -> int:
+        """The seed of the starting weights and of the dither."""
+        return self.context.seed
+
+    @property
+    def moves(self) -> bool:
+        """Whether a backward pass running now moves this module's weight or table."""
+        return self.voting.active and not self.frozen
+
+    def own_tensors(self, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        """Return what a state dict has for the buffers of this module itself, by their names here."""
+        return {name: state_dict[prefix + name] for name in self._buffers if prefix + name in state_dict}
+
+    def check_tensors(self, state_dict: Mapping[str, Any], prefix: str, *, assign: bool) -> None:
+        """Refuse what a state dict has for this module itself, under a prefix, if it does not fit. Nothing without buffers."""
+
+    def forget(self) -> None:
+        """Drop what passes left for this module since the last step."""
+        self.voting.forget(self)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        """Load the tensors of this module itself: also from within a module of the user's, whose `load_state_dict` is torch's."""
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        self.check_tensors(state_dict, prefix, assign=assign)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if self.own_tensors(state_dict, prefix):
+            self.note_loaded()
+
+    def note_loaded(self) -> None:
+        """Forget what passes left: it was of another state, as is what a ledger has read."""
+        self.forget()
+        self.voting.version += 1
+
+
+class TableModule(ArbModule):
+    """A module that keeps integers beside its weights: counters of use, neighbours, strengths.
+
+    What a forward pass saw is handed over by `when_voting` in an accepted backward pass, kept until `step_tables`, and
+    counted there: a pass without a backward pass, or with a loss that is refused, leaves no trace.
+
+    Attributes:
+        recorded: what accepted backward passes had seen, delivered and not yet counted.
+    """
+
+    def __init__(self, context: GraphContext, *, frozen: bool = False) -> None:
+        super().__init__(context, frozen=frozen)
+        self.recorded: list[tuple[Tensor, ...]] = []
+        self._ranges: dict[str, tuple[int, int]] = {}
+
+    def add_table(self, name: str, tensor: Tensor, low: int, high: int) -> None:
+        """Register integers from `low` to `high` under a name: they move with the module and are saved with the model.
+
+        The range is what a state that is loaded must keep to: ops index with some tables and trust them all.
+        """
+        self.register_buffer(name, tensor)
+        self._ranges[name] = (low, high)
+
+    def tables(self) -> dict[str, Tensor]:
+        """Return the integer tensors by name."""
+        return {name: self.get_buffer(name) for name in self._ranges}
+
+    def table_ranges(self) -> dict[str, tuple[int, int]]:
+        """Return the least and the largest element that each table may hold, by name."""
+        return dict(self._ranges)
+
+    def record(self, *seen: Tensor) -> None:
+        """Keep what a backward pass came through, until the step that counts it."""
+        self.recorded.append(seen)
+
+    def step_tables(self) -> None:
+        """Count what passes left since the last step, in place, and forget it; of a frozen module only the latter."""
+        self.voting.deliver()
+        passes, self.recorded = self.recorded, []
+        if passes and not self.frozen:
+            self.count_passes(passes)
+
+    def count_passes(self, passes: list[tuple[Tensor, ...]]) -> None:
+        """Change the tables by what some passes had seen, at least one. Nothing where nothing is counted."""
+
+    def forget(self) -> None:
+        """Drop what passes left for this module since the last step."""
+        super().forget()
+        self.recorded.clear()
+
+    def check_tensors(self, state_dict: Mapping[str, Any], prefix: str, *, assign: bool) -> None:
+        """Refuse a table of another dtype or shape, or with an element out of its range."""
+        super().check_tensors(state_dict, prefix, assign=assign)
+        for name, value in self.own_tensors(state_dict, prefix).items():
+            if name in self._ranges:
+                table = self.get_buffer(name)
+                checks.tensor(prefix + name, value, table.dtype, table.shape)
+                checks.values_between(prefix + name, value, *self._ranges[name])
+
+
+class TernaryModule(ArbModule):
+    """A module that holds one ternary weight.
+
+    Attributes:
+        tensor_id: index of the weight in definition order.
+        voted:     whether it voted since the last `step_weight`, as far as notes were delivered.
+        uses:      how often a pass of the model uses the weight, see `used`.
+        steps:     how often the weight was stepped or loaded; a backward pass refuses a weight changed since its forward.
+    """
+
+    def __init__(
+        self, context: GraphContext, make: Callable[[int], TernaryWeight], *, frozen: bool = False
+    ) -> None:
+        super().__init__(context, frozen=frozen)
+        self.voted = False
+        self.uses = 1
+        self.steps = 0
+        self.tensor_id = context.next_tensor_id()
+        self._weight: LaidOutWeight = self.ops.from_spec(make(self.tensor_id))
+        self._tensors = self._weight.tensors()
+        for name, tensor in self._tensors.items():
+            self.register_buffer(name, tensor)
+
+    @property
+    def weight(self) -> LaidOutWeight:
+        """The weight, in the layout of the op set: made of this module's buffers, whoever exchanged them."""
+        if not _same_tensors(self._tensors, self._buffers):
+            buffers = {name: self.get_buffer(name) for name in self._tensors}
+            self._weight, self._tensors = self._weight.with_tensors(**buffers), buffers
+        return self._weight
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weight."""
+        return self.get_buffer(next(iter(self._tensors))).device
+
+    def anchor(self) -> Tensor | None:
+        """Return what makes autograd visit this module although its input is detached or integer: an empty tensor."""
+        if self.frozen or not torch.is_grad_enabled():
+            return None
+        return torch.empty(0, device=self.device, requires_grad=True)
+
+    def run(self, function: type[torch.autograd.Function], *args: Any) -> Tensor:
+        """Return a function of some inputs and this module's weight; its backward pass votes.
+
+        The function is given the inputs, `anchor()` and this module.
+        """
+        return uncompiled(_apply, function, args, self)
+
+    def forward_weight(self, ctx: Any) -> LaidOutWeight:
+        """Return the weight for the forward pass of a function, and let `ctx` hold it until the backward pass."""
+        weight = self.weight
+        ctx.module, ctx.weight, ctx.steps = self, weight, self.steps
+        return weight
+
+    def backward_weight(self, ctx: Any) -> LaidOutWeight:
+        """Return the weight of the forward pass to its backward pass.
+
+        Raises:
+            RuntimeError: the weight was stepped or loaded since then; or votes would go to another weight than was used then.
+        """
+        if ctx.steps != self.steps:
+            raise RuntimeError("weight was changed between forward and backward, but a step must follow both")
+        if self.voting.current is None:
+            self.voting.strayed = self.voting.strayed or not self.frozen
+            return ctx.weight
+        self.voting.current.reached = True
+        if self.moves and not _same_tensors(ctx.weight.tensors(), self.weight.tensors()):
+            raise RuntimeError(
+                "the loss was computed with another state than the module holds, but votes must go to the weights it was "
+                "computed with"
+            )
+        return ctx.weight
+
+    def vote(self, grad_NK: Tensor, rows: Tensor | None = None, *, num_matrices: int = 0) -> None:
+        """Count the votes of a gradient of the weight, or of its `rows`. Each use in a forward pass votes on its own.
+
+        `num_matrices`: matrices that the gradient is a stack of, as `Voting.cast` takes it.
+        """
+        matrices: dict[str, int] = {"num_matrices": num_matrices, "uses": self.uses}
+        self.voting.cast(self.weight, grad_NK, tensor_id=self.tensor_id, rows=rows, **matrices)
+        self.voting.note(self.note_vote, rows)
+
+    def note_vote(self, rows: Tensor | None) -> None:
+        """Remember that the weight, or its `rows`, voted."""
+        self.voted = True
+
+    def step_weight(self) -> None:
+        """Apply the step rule to the weight, if it voted since the last step and is not frozen."""
+        self.voting.deliver()
+        if self.voted and not self.frozen:
+            self.apply_step(rows=None)
+        self.forget_votes()
+
+    def forget_votes(self) -> None:
+        """Forget that the weight voted."""
+        self.voted = False
+
+    def apply_step(self, *, rows: Tensor | None) -> None:
+        """Apply the step rule to the weight, or to its unique `rows` (-1: unused slot)."""
+        rule, weight = self.config, self.weight
+        self.ops.apply_step(
+            weight,
+            theta=rule.theta,
+            theta_e=rule.theta_e,
+            on_flip=rule.on_flip,
+            rows=rows,
+            out=weight,
+        )
+        self.changed()
+
+    def changed(self) -> None:
+        """Note that the weight is another: for backward passes through the old one, and for what was read with it."""
+        self.steps += 1
+        self.voting.version += 1
+
+    def load(self, weight: TernaryWeight) -> None:
+        """Overwrite the weight, in place, with one in canonical form; votes of an earlier state are forgotten.
+
+        Raises TypeError or ValueError for another shape or format, or a value out of range, before anything changes.
+        """
+        check_loadable("weight", weight, self.weight)
+        self.overwrite(weight)
+
+    def overwrite(self, weight: TernaryWeight) -> None:
+        """Do as `load` with a weight that was looked at."""
+        for name, tensor in self.ops.from_spec(weight.to(self.device)).tensors().items():
+            self.get_buffer(name).copy_(tensor)
+        self.note_loaded()
+
+    def forget(self) -> None:
+        """Drop what passes left for this module since the last step."""
+        super().forget()
+        self.forget_votes()
+
+    def note_loaded(self) -> None:
+        """Forget what passes left, and let no backward pass vote that was begun with the weight before."""
+        super().note_loaded()
+        self.changed()
+
+    def check_tensors(self, state_dict: Mapping[str, Any], prefix: str, *, assign: bool) -> None:
+        """Refuse tensors that do not fit the weight, hold what no weight holds, or could not be a weight in its place."""
+        super().check_tensors(state_dict, prefix, assign=assign)
+        own = self.own_tensors(state_dict, prefix)
+        given = {name: value for name, value in own.items() if name in self._tensors}
+        for name, value in given.items():
+            checks.tensor(prefix + name, value, self._tensors[name].dtype, self._tensors[name].shape)
+            self.weight.check_values(prefix, name, value)
+        if assign:
+            self.weight.with_tensors(**given)
+
+
+def check_loadable(name: str, weight: TernaryWeight, current: LaidOutWeight) -> None:
+    """Refuse a weight that does not fit the current one of that name, or holds values out of range."""
+    if not isinstance(weight, TernaryWeight):
+        raise TypeError(f"{name} is a {type(weight).__name__}, but must be a TernaryWeight")
+    for field in ("shape", "group_size", "mantissa_bits"):
+        if getattr(weight, field) != getattr(current, field):
+            raise ValueError(
+                f"{name} has {field} {getattr(weight, field)}, but must have {getattr(current, field)}"
+            )
+    for part, tensor in weight.tensors().items():
+        weight.check_values(f"{name}.", part, tensor)
+
+
+def _same_tensors(some: Mapping[str, Tensor], others: Mapping[str, Tensor | None]) -> bool:
+    """Return whether the second mapping holds the very tensors of the first under their names."""
+    return all(others[name] is tensor for name, tensor in some.items())
+
+
+def used(module: nn.Module, times: int) -> None:
+    """Say that a pass of the model uses every weight of `module` so many times: each use votes at its part of the rate."""
+    for part in module.modules():
+        if isinstance(part, TernaryModule):
+            part.uses = times
+
+
+def when_voting(x: Tensor, table: TableModule, *seen: Tensor) -> Tensor:
+    """Return x; a backward pass that votes and comes through it leaves `seen`, detached, for `table` to record."""
+    return uncompiled(_pass_through, x, table, seen)
+
+
+def uncompiled(call: Callable[..., Result], *args: Any) -> Result:
+    """Return `call(*args)`, and keep torch.compile out of it: what a pass leaves behind is not seen by a compiler of tensors."""
+    return _outside_of_graphs(call, *args) if torch.compiler.is_compiling() else call(*args)
+
+
+# Not `torch.compiler.disable`, which imports the compiler at once: seconds of work, also for those who never compile.
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _outside_of_graphs(call: Callable[..., Any], *args: Any) -> Any:
+    return call(*args)
+
+
+def _apply(function: type[torch.autograd.Function], args: Iterable[Any], module: TernaryModule) -> Tensor:
+    return function.apply(*args, module.anchor(), module)
+
+
+def _pass_through(x: Tensor, table: TableModule, seen: Iterable[Tensor]) -> Tensor:
+    return _WhenVoting.apply(x, table, *seen)
+
+
+class _WhenVoting(torch.autograd.Function):
+    """The identity, with a backward pass that hands over what its forward pass saw."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: TableModule, *seen: Tensor) -> Tensor:
+        ctx.table = table
+        ctx.save_for_backward(*seen)
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        table, seen = ctx.table, ctx.saved_tensors
+        if table.moves:
+            table.voting.note(table.record, *seen)
+        return grad, None, *(None for _ in seen)

@@ -1,0 +1,98 @@
+"""What the heads beside the byte head are taught: which head answers, a video latent, audio tokens.
+
+Legend: B batch, P positions, D width, L numbers of a latent, N audio tokens, V audio tokens to choose from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from arbitor.reference import checks
+from arbitor.reference.graph.router import MODALITIES, OutputRouter
+from arbitor.reference.graph.talker import TalkerHead
+from arbitor.reference.graph.video import VideoHead
+
+NO_TOKEN = -1
+"""Stands in the targets of the talker where there is no token."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the heads beside the byte head are taught, for each sequence of a batch. What is None is not taught.
+
+    Fields:
+        modality_B: int64 [B], index into MODALITIES: the head that answers. Where it is given, a latent is taught to the sequences
+                    that video answers alone, and tokens to those that audio answers.
+        latent:     float [B, ...], what video answers with; see `VideoHead.fitted` for its shapes.
+        tokens_BN:  int64 [B, N], what audio answers with; NO_TOKEN where there is none.
+    """
+
+    modality_B: Tensor | None = None
+    latent: Tensor | None = None
+    tokens_BN: Tensor | None = None
+
+
+def route_loss(router: OutputRouter, h_BPD: Tensor, modality_B: Tensor, present: tuple[str, ...]) -> Tensor:
+    """Return the mean cross-entropy of the router's choice among the heads that are present, [].
+
+    Raises TypeError or ValueError for modalities that are no int64 [B], or name a head that is not there.
+    """
+    checks.tensor("modality_B", modality_B, torch.int64, (h_BPD.shape[0],))
+    checks.values_between("modality_B", modality_B, 0, len(MODALITIES) - 1)
+    absent_3 = torch.tensor([name not in present for name in MODALITIES], device=h_BPD.device)
+    if bool(absent_3[modality_B].any()):
+        missing = MODALITIES[int(modality_B[absent_3[modality_B]][0])]
+        raise ValueError(
+            f"modality_B names {missing}, but must name heads of the model: {', '.join(present)}"
+        )
+    return F.cross_entropy(router(h_BPD).masked_fill(absent_3, -torch.inf), modality_B)
+
+
+def latent_loss(head: VideoHead, h_BPD: Tensor, latent: Tensor, taught_B: Tensor | None) -> Tensor:
+    """Return the mean squared error of the latent after the loop, over the sequences that are taught; 0 if none is.
+
+    Math:    mean over taught sequences and their L numbers of (head(h) - target)^2, from the noise that generation starts from
+    Source:  REFACTOR12 (targets padded to the head's latent, mean squared error); docs/spec/heads.md
+    """
+    target_BL = head.fitted(latent, h_BPD.shape[0]).flatten(1)
+    if taught_B is not None:
+        # Before the square: the gradient of a NaN that is left out later is a NaN.
+        target_BL = torch.where(taught_B[:, None], target_BL, 0.0)
+    error_B = (head(h_BPD).flatten(1) - target_BL).square().mean(dim=1)
+    if taught_B is None:
+        return error_B.mean()
+    return torch.where(taught_B, error_B, 0.0).sum() / taught_B.sum().clamp(min=1)
+
+
+def token_loss(head: TalkerHead, h_BPD: Tensor, tokens_BN: Tensor, taught_B: Tensor | None) -> Tensor:
+    """Return the mean cross-entropy of the tokens that are taught, []; 0 if none is.
+
+    Math:    with s = ceil(N / P) a position says s tokens, as `TalkerHead` repeats them: token n is taught to position n // s
+    Raises:  TypeError or ValueError for tokens that are no int64 [B, N] with N >= 1 in NO_TOKEN .. V - 1
+    Source:  REFACTOR11 (cross-entropy of `token_logits`); docs/spec/heads.md
+    """
+    checks.dtype_in("tokens_BN", tokens_BN, (torch.int64,))
+    if tokens_BN.ndim != 2 or tokens_BN.shape[0] != h_BPD.shape[0] or tokens_BN.shape[1] == 0:
+        raise ValueError(
+            f"tokens_BN has shape {tuple(tokens_BN.shape)}, but must be [batch, tokens] with the batch of ids_BT, "
+            f"{h_BPD.shape[0]}, and at least one token"
+        )
+    logits_BPV = head.token_logits(h_BPD)
+    checks.values_between("tokens_BN", tokens_BN, NO_TOKEN, logits_BPV.shape[-1] - 1)
+    stride = head.stride(h_BPD.shape[1], tokens_BN.shape[1])
+    positions_N = torch.arange(tokens_BN.shape[1], device=h_BPD.device) // stride
+    if taught_B is not None:
+        tokens_BN = torch.where(taught_B[:, None], tokens_BN, NO_TOKEN)
+    nats = F.cross_entropy(
+        logits_BPV[:, positions_N].flatten(0, 1), tokens_BN.flatten(), ignore_index=NO_TOKEN, reduction="sum"
+    )
+    return nats / (tokens_BN != NO_TOKEN).sum().clamp(min=1)
+
+
+def taught_by(modality_B: Tensor | None, name: str) -> Tensor | None:
+    """Return which sequences a head is taught, bool [B]; None, for all of them, where nothing says which head answers."""
+    return None if modality_B is None else modality_B == MODALITIES.index(name)

@@ -1,0 +1,290 @@
+"""Voting: how a backward pass changes the weights of a model, and what it leaves for the next step.
+
+A pass is open while `Voting.taking` is entered. Within it weights vote in place, layer by layer, so that no gradient outlives its
+layer. All else that the next step must know goes to the pass as notes. A pass that ends well hands its notes to the model, whose
+next step delivers them. A pass that raises leaves neither votes nor notes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arbitor.reference import checks
+from arbitor.reference.config import ArbConfig
+from arbitor.reference.graph.op_set import OpSet
+from arbitor.reference.types import LaidOutWeight
+
+VOTED_IN = ("trit_accum", "exponent_accum")
+"""The tensors of a weight that a vote changes."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a backward pass leaves for the next step.
+
+    Fields:
+        tell: the method of a module that is told.
+        seen: what it is told of; None stands for a whole weight.
+    """
+
+    tell: Callable[..., None]
+    seen: tuple[Tensor | None, ...]
+
+    def on(self, change: Callable[[Tensor], Tensor]) -> Note:
+        """Return the note with each tensor exchanged for what `change` makes of it."""
+        return Note(self.tell, tuple(None if tensor is None else change(tensor) for tensor in self.seen))
+
+
+class Pass:
+    """One backward pass while it is open.
+
+    Attributes:
+        rate:    `rate` of `stochastic_votes`, a number or a 0-dim float32 tensor.
+        step:    dither step of the micro-batch, a number or a 0-dim int64 tensor.
+        size:    vote size of the `sign` rule, 1 .. 127.
+        moves:   whether weights vote and tables count; False at rate 0.
+        notes:   what the pass has left so far.
+        reached: whether the pass came through a weight of the model.
+        wrote:   whether a weight has voted.
+    """
+
+    def __init__(
+        self, *, rate: float | Tensor, step: int | Tensor, size: int, moves: bool, keeps: bool
+    ) -> None:
+        """Begin a pass; `keeps` says whether it keeps what votes change, for `undo`."""
+        self.rate, self.step, self.size, self.moves = rate, step, size, moves
+        self.notes: list[Note] = []
+        self.reached = self.wrote = False
+        self._keeps = keeps
+        self._kept: list[tuple[Tensor, Tensor | None, Tensor]] = []
+        self._kept_rows: dict[int, int] = {}
+
+    def keep(self, tensor: Tensor, rows: Tensor | None = None) -> None:
+        """Copy a tensor, or some of its rows, before it is written to. Row -1 stands for none, for which row 0 is copied."""
+        if self._keeps:
+            rows = None if rows is None else rows.clamp(min=0)
+            self._kept.append((tensor, rows, tensor.clone() if rows is None else tensor[rows]))
+
+    def keep_weight(self, tensor_id: int, weight: LaidOutWeight, rows: Tensor | None) -> None:
+        """Copy what a vote of a weight, or of its `rows`, is about to change, unless all of it was copied before.
+
+        Once the rows copied would outnumber those of the weight, the whole weight is copied: a pass holds two copies at most.
+        """
+        num_rows, kept = weight.shape[0], self._kept_rows.get(tensor_id, 0)
+        if not self._keeps or kept > num_rows:
+            return
+        kept += num_rows + 1 if rows is None else rows.numel()
+        self._kept_rows[tensor_id] = kept
+        tensors = weight.tensors()
+        for name in VOTED_IN:
+            if name in tensors:
+                self.keep(tensors[name], None if kept > num_rows else rows)
+
+    def undo(self) -> None:
+        """Write back what was copied, the newest copy first."""
+        for tensor, rows, copy in reversed(self._kept):
+            if rows is None:
+                tensor.copy_(copy)
+            else:
+                tensor[rows] = copy
+
+
+class Voting:
+    """How the weights of one model vote, and what its passes left for its next step; shared by all modules of a model.
+
+    Attributes:
+        current: the pass that is open, or None.
+        notes:   what the passes since the last step left.
+        step:    dither step of the last pass that ended well: what the step rule draws with.
+        faults:  int64 [], gradient rows so far that were not finite and cast no votes.
+        dtype:   what gradients are made orthogonal in: bfloat16 if the activations are, else float32.
+        version: steps and loads of the model's weights and tables so far: what a ledger read before one is stale after it.
+        torn:    whether a pass raised that could not be undone, or a step did: the state is of no use until another is loaded.
+        strayed: whether gradients came through weights outside of a pass, and no pass was taken since.
+    """
+
+    def __init__(
+        self,
+        op_set: OpSet,
+        config: ArbConfig,
+        *,
+        seed: int,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.op_set = op_set
+        self.vote_rule = config.vote_rule
+        self.exponent_rule = config.exponent_rule
+        self.orthogonal_steps = config.orthogonal_steps
+        self.dtype = gradient_dtype(dtype)
+        self.seed = seed
+        self.current: Pass | None = None
+        self.notes: list[Note] = []
+        self.step: int | Tensor = 0
+        self.faults = torch.zeros((), dtype=torch.int64, device=device)
+        self.version = 0
+        self.torn = False
+        self.strayed = False
+
+    @property
+    def ops(self) -> ModuleType:
+        """The op set that counts the votes."""
+        return self.op_set.ops
+
+    @property
+    def active(self) -> bool:
+        """Whether a backward pass running now takes votes."""
+        return self.current is not None and self.current.moves
+
+    @contextmanager
+    def taking(
+        self, *, rate: float | Tensor, step: int | Tensor, size: int = 1, undo: bool = True
+    ) -> Iterator[Pass]:
+        """Take a pass: weights vote in the backward passes that are run inside of this context.
+
+        Where the context raises, weights and `faults` are as before it. For this a pass keeps a copy of what votes change, one
+        byte a weight and one a group of columns. While a CUDA graph is recorded nothing is executed, and so nothing is copied.
+
+        Args:
+            rate: 0 .. 127, a number or a 0-dim float32 tensor. At 0 nothing moves, and nothing is left for the step. In a
+                recording its value is not looked at, and taken to be above 0.
+            step: 0 .. 2^32 - 2, a number or a 0-dim int64 tensor.
+            size: vote size of the `sign` rule.
+            undo: False keeps no copy, for callers that throw the model away if a pass raises: such a pass leaves it `torn`.
+
+        Raises:
+            TypeError or ValueError: a rate, step or size that is not allowed, before anything ran.
+            RuntimeError: another pass is open, or the model is torn.
+        """
+        self.check_whole()
+        if self.current is not None:
+            raise RuntimeError("a pass is open, but must end before another one begins")
+        recorded = self.faults.is_cuda and torch.cuda.is_current_stream_capturing()
+        checks.vote_rate(rate, values=not recorded)
+        checks.vote_clock(self.seed, step, 0, values=not recorded)
+        checks.threshold("size", size)
+        moves = recorded or float(rate) != 0
+        taken = Pass(rate=rate, step=step, size=size, moves=moves, keeps=undo and not recorded)
+        self.current, self.strayed = taken, False
+        try:
+            yield taken
+        except BaseException:
+            # Set first, and for as long as undoing takes: it may be interrupted.
+            self.torn = taken.wrote and not recorded
+            if undo:
+                taken.undo()
+                self.torn = False
+            raise
+        finally:
+            self.current = None
+        if moves:
+            self.leave(taken.notes, step=step)
+
+    def leave(self, notes: Iterable[Note], *, step: int | Tensor) -> None:
+        """Add the notes of a pass that ended well, and whose dither step was `step`, to what the next step is told."""
+        self.notes.extend(notes)
+        self.step = step
+
+    def note(self, tell: Callable[..., None], *seen: Tensor | None) -> None:
+        """Leave a note with the pass that is open."""
+        assert self.current is not None
+        self.current.notes.append(Note(tell, seen))
+
+    def deliver(self) -> None:
+        """Tell the modules what the passes since the last step left."""
+        notes, self.notes = self.notes, []
+        for note in notes:
+            note.tell(*note.seen)
+
+    def forget(self, module: object) -> None:
+        """Drop the notes for one module."""
+        self.notes = [note for note in self.notes if getattr(note.tell, "__self__", None) is not module]
+
+    def check_whole(self) -> None:
+        """Raise RuntimeError where a pass or a step left the model torn."""
+        if self.torn:
+            raise RuntimeError(
+                "the model holds part of a pass or step that raised, but must be loaded anew (load_state) before it goes on"
+            )
+
+    def move(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Move the count of faults and all notes as `change` moves a tensor; what was on the meta device begins at 0."""
+        was_meta = self.faults.is_meta
+        self.faults = change(self.faults)
+        if was_meta:
+            self.faults = torch.zeros_like(self.faults)
+        self.notes = [note.on(change) for note in self.notes]
+        self.step = change(self.step) if isinstance(self.step, Tensor) else self.step
+
+    def cast(
+        self,
+        weight: LaidOutWeight,
+        grad_NK: Tensor,
+        *,
+        tensor_id: int,
+        rows: Tensor | None,
+        num_matrices: int = 0,
+        uses: int = 1,
+    ) -> None:
+        """Count the votes of a gradient in the accumulators of `weight`, in place.
+
+        A gradient that is a stack of `num_matrices` matrices is made orthogonal first, in the dtype of the activations, unless
+        the rule is the sign's. 0: it votes as it is, as for the rows of a table.
+        Of a weight that a pass uses several times, each of the `uses` votes at its part of the rate: a vote says how far a
+        step goes, however small the gradient, and so many would go too far. The `sign` rule has no rate to divide.
+        """
+        taken = self.current
+        assert taken is not None
+        if grad_NK.dtype == torch.float64:
+            grad_NK = grad_NK.to(torch.float32)
+        if num_matrices and self.orthogonal_steps and self.vote_rule == "stochastic":
+            grad_NK = self.ops.orthogonalize(
+                grad_NK.to(self.dtype), iterations=self.orthogonal_steps, num_groups=num_matrices
+            )
+        if not taken.wrote:
+            taken.keep(self.faults)
+        taken.keep_weight(tensor_id, weight, rows)
+        taken.wrote = True
+        clock: dict[str, Any] = {
+            "seed": self.seed,
+            "step": taken.step,
+            "tensor_id": tensor_id,
+            "exponent_rule": self.exponent_rule,
+            "rows": rows,
+            "out": weight,
+        }
+        if self.vote_rule == "stochastic":
+            rate = part_of_rate(taken.rate, uses)
+            self.ops.accumulate_gradient(weight, grad_NK, rate, faults=self.faults, **clock)
+        else:
+            self.faults += self.ops.count_nonfinite_rows(grad_NK)
+            self.ops.accumulate(weight, self.ops.sign_votes(grad_NK, taken.size), **clock)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle holds; raises RuntimeError while a pass is open."""
+        if self.current is not None:
+            raise RuntimeError("a pass is open, but must end before the model is copied")
+        return self.__dict__
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what gradients are made orthogonal in, for activations of some dtype."""
+    return torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
+
+
+def part_of_rate(rate: float | Tensor, uses: int) -> float | Tensor:
+    """Return the float32 nearest to a float32 rate divided by the uses; the same for a number and for a tensor on a device."""
+    if uses == 1:
+        return rate
+    if isinstance(rate, Tensor):
+        # Not a division by a number: CUDA multiplies by its reciprocal, which rounds differently.
+        return rate / torch.full_like(rate, uses)
+    # An op rounds it to float32, as if it never was more.
+    return torch.tensor(rate, dtype=torch.float32).item() / uses
