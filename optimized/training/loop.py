@@ -33,7 +33,7 @@ from arbitor.optimized.training.data import (
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import NATS_PER_BIT, validation_bpb
 from arbitor.optimized.training.generate import generate
-from arbitor.optimized.training.metrics import read_metrics
+from arbitor.optimized.training.metrics import thinned_metrics
 from arbitor.optimized.training.monitor import Monitor
 from arbitor.optimized.training.options import Settings, TrainOptions
 from arbitor.optimized.training.passes import Passes, RecordedPasses
@@ -62,6 +62,9 @@ if TYPE_CHECKING:
 
 MAX_SKIPPED_IN_A_ROW = 100
 """Micro-batches without a finite loss after which a run gives up."""
+
+REPORT_LINES = 2000
+"""Lines of metrics that a picture shows, and validations beside: more than it has points across."""
 
 SAMPLE_PROMPT_BYTES = 48
 """How many of the validation bytes the sample at the end continues."""
@@ -465,11 +468,11 @@ class Run:
         }
 
     def _metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics so far."""
+        """Return the lines of metrics so far, of many as many as a picture can show."""
         if self.folder is None:
             return []
         with told(f"the report: {str(self.folder.metrics)!r} cannot be read"):
-            return read_metrics(self.folder.metrics)
+            return thinned_metrics(self.folder.metrics, REPORT_LINES)
 
     def _report(self) -> None:
         """Draw the page of a run that has lines of metrics, as far as it has come."""

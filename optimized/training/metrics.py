@@ -39,6 +39,34 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [values for _, values in _lines(path)] if os.path.lexists(path) else []
 
 
+def thinned_metrics(path: Path, most: int) -> list[dict[str, Any]]:
+    """Return lines of a metrics file for a picture: evenly spaced, so many of all and so many with a validation, and the last.
+
+    Args:
+        path: the file.
+        most: how many of each at most; the memory taken does not grow with the file.
+
+    Raises:
+        OSError: as `read_metrics`.
+    """
+    if not os.path.lexists(path):
+        return []
+    counts = [0, 0]
+    for line in _raw_lines(path):
+        counts = [count + belongs for count, belongs in zip(counts, _belongs(line), strict=True)]
+    strides = [max(1, -(-count // most)) for count in counts]
+    kept, seen = [], [0, 0]
+    for line in _raw_lines(path):
+        chosen = False
+        for i, belongs in enumerate(_belongs(line)):
+            # Counted from the end, so that the last is there.
+            chosen |= belongs and (counts[i] - 1 - seen[i]) % strides[i] == 0
+            seen[i] += belongs
+        if chosen and (values := _values(line)) is not None:
+            kept.append(values)
+    return kept
+
+
 def last_step(path: Path) -> int:
     """Return the largest step that a metrics file has a line about; -1 where it has none, or where there is no file.
 
@@ -50,14 +78,29 @@ def last_step(path: Path) -> int:
     return max((values["step"] for _, values in _lines(path)), default=-1)
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yield each sound line and what it says."""
+def _belongs(line: bytes) -> tuple[bool, bool]:
+    """Whether a line is one of all, and whether it is one with a validation."""
+    return True, b'"val_bpb"' in line
+
+
+def _raw_lines(path: Path) -> Iterator[bytes]:
+    """Yield each line as it is, sound or not, without its end."""
     with open_regular(path) as file:
         while line := file.readline(LINE_BYTES):
-            line = line.rstrip(b"\n")
-            try:
-                values = parsed(line)
-            except ValueError:
-                continue
-            if isinstance(values, dict) and type(values.get("step")) is int:
-                yield line, values
+            yield line.rstrip(b"\n")
+
+
+def _values(line: bytes) -> dict[str, Any] | None:
+    """Return what a line says, or None where it is torn or damaged."""
+    try:
+        values = parsed(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and type(values.get("step")) is int else None
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield each sound line and what it says."""
+    for line in _raw_lines(path):
+        if (values := _values(line)) is not None:
+            yield line, values
