@@ -2,10 +2,10 @@
 
 Legend: N rows, K columns, KW = ceil(K / 16) words a row, KG groups a row.
 
-The canonical form packs five trits to a byte across row ends, which costs a division by a power of three per trit and
-shares bytes between rows. Here a row starts on a word of its own and a trit is two bits of it: 0 is 00, +1 is 01, -1 is
-11, that is, a two-bit two's complement number. Lane l of word w of a row is column 16 * w + l; lanes past the last column
-hold 0. The three int8 tensors are those of the canonical form. Resident state: about 1/4 + 1 + 2/G bytes a weight.
+The canonical form packs five trits to a byte across row ends. This costs a division by a power of three per trit, and rows share
+bytes. In the device layout a row starts on a word of its own, and a trit is a two-bit two's complement number: 0 is 00, +1 is 01,
+-1 is 11. Lane l of word w of a row is column 16 * w + l, and lanes past the last column hold 0. The three int8 tensors are those
+of the canonical form. The resident state is about 1/4 + 1 + 2/G bytes a weight.
 """
 
 from __future__ import annotations
@@ -86,10 +86,10 @@ def _misread_lanes(words: Tensor, num_columns: int) -> Tensor:
 
 
 def resident_bytes(weight: TernaryWeight) -> int:
-    """Return the bytes that the training state of a canonical weight takes in device layout; the meta device will do."""
+    """Return the bytes that the training state of a canonical weight, which may be on the meta device, takes in device layout."""
     num_rows, num_columns = weight.shape
     return weight.state_bytes - weight.packed.numel() + 4 * num_rows * words_per_row(num_columns)
 
 
 AnyWeight = TernaryWeight | DeviceWeight
-"""What every optimized op takes; it returns the kind it was given."""
+"""The weights that every optimized op takes. An op returns the kind of weight that it was given."""

@@ -1,10 +1,10 @@
 """The settings that come from the environment. No other file reads an `ARB_*` variable.
 
-`ARB_VALUE_CHECKS`, 1 or 0: whether ops look at values (packed bytes above 242, ids and rows out of range) before they run, for
-which they wait for the device. With 0 it is the caller who vouches for them: a bad id then reads, and a bad row writes, outside of
-the table. Not set, they look, except where `values_vouched_for` is entered, as the trainer does: its ids are bytes, its rows and
-experts come from ops, and what a checkpoint holds was checked when it was read.
-`ARB_BACKEND`, `reference` or `triton`: the op set to use where `--backend` is not given.
+`ARB_VALUE_CHECKS` is 1 or 0. With 1, ops check values (packed bytes above 242, ids and rows out of range) before they run, and wait
+for the device to do so. With 0, the caller vouches for the values: a bad id then reads outside of the table, and a bad row writes
+outside of it. If the variable is not set, ops check values, except inside of `values_vouched_for`. The trainer enters it, because
+its ids are bytes, its rows and experts come from ops, and the values of a checkpoint are checked when it is read.
+`ARB_BACKEND` is `reference` or `triton`. It names the op set to use where `--backend` is not given.
 
 Variables are read at each call, so a change made in a running process is seen.
 """
@@ -20,12 +20,12 @@ BACKENDS = ("reference", "triton")
 
 
 _vouchers = 0
-"""How many `values_vouched_for` are entered. Not a context variable: autograd's threads must see it."""
+"""Number of `values_vouched_for` that are entered. It is no context variable, because autograd's threads must see it."""
 
 
 @contextmanager
 def values_vouched_for() -> Iterator[None]:
-    """Keep ops from looking at values within, so that they never wait for the device; ``ARB_VALUE_CHECKS`` overrules it."""
+    """Keep ops from checking values inside of the block, so that they never wait. ``ARB_VALUE_CHECKS`` overrules this."""
     global _vouchers
     _vouchers += 1
     try:
@@ -37,14 +37,14 @@ def values_vouched_for() -> Iterator[None]:
 def value_checks() -> bool:
     """Return whether ops check values as well as shapes and dtypes.
 
-    ``ARB_VALUE_CHECKS`` says so. Where it is not set, ops check values unless somebody vouches for them.
+    ``ARB_VALUE_CHECKS`` decides. If it is not set, ops check values outside of `values_vouched_for`.
 
     Raises:
         ValueError: the variable is set to something other than 0 or 1.
     """
     value = os.environ.get("ARB_VALUE_CHECKS", "").strip()
     if value not in ("", "0", "1"):
-        raise ValueError(f"ARB_VALUE_CHECKS is {value!r}: it must be 0 or 1")
+        raise ValueError(f"ARB_VALUE_CHECKS is {value!r}, but must be 0 or 1")
     return value == "1" if value else not _vouchers
 
 
@@ -58,5 +58,5 @@ def backend() -> str | None:
     if not value:
         return None
     if value not in BACKENDS:
-        raise ValueError(f"ARB_BACKEND is {value!r}: it must be one of {', '.join(BACKENDS)}")
+        raise ValueError(f"ARB_BACKEND is {value!r}, but must be one of {', '.join(BACKENDS)}")
     return value

@@ -1,8 +1,8 @@
-"""What a model is made of: weights, bytes and floats, by area. Built on the meta device, so it needs no memory.
+"""The audit of a model: its weights, bytes and floats, by area. The model is built on the meta device, so it needs no memory.
 
-A weight of N rows and K columns has a canonical state of ceil(N K / 5) + N K + 2 N ceil(K / G) bytes: packed trits, one
-accumulator a trit, and an exponent with its accumulator a group of G. At G = 12 that is 1/5 + 1 + 1/6 bytes a weight where
-K is a multiple of 12.
+A weight of N rows and K columns has a canonical state of ceil(N K / 5) + N K + 2 N ceil(K / G) bytes. These are the packed trits,
+an accumulator for each trit, and an exponent with its accumulator for each group of G. At G = 12 they are 1/5 + 1 + 1/6 bytes a
+weight if K is a multiple of 12.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ AREA_OF = {
 """Area of a module by its name in the model: REFACTOR14's areas in its order, then those that its table does not have."""
 
 APART = (EDGE_SIGNS, AUDIO_ENCODER)
-"""Areas that no total holds. To the seeds an edge's sign is an attribute of the edge, not a weight; the audio encoder makes
+"""Areas that no total holds. To the seeds the sign of an edge is an attribute of the edge, not a weight. The audio encoder makes
 targets for the talker head, and no forward pass of the model goes through it."""
 
 
@@ -85,10 +85,10 @@ class AuditTable:
     """An integer table beside the weights: counters of use, neighbours, scores, strengths, loads.
 
     Fields:
-        name:  where it is in the model.
+        name:  place of the table in the model.
         dtype: `int8`, `int16`, ...
-        shape: its sizes.
-        bytes: what it takes, in a checkpoint and in memory.
+        shape: sizes of the table.
+        bytes: bytes of the table, in a checkpoint and in memory.
     """
 
     name: str
@@ -102,7 +102,7 @@ class ComparedFigure:
     """A figure of a seed beside ours.
 
     Fields:
-        what:       what `SeedFigure.what` says.
+        what:       `what` of the SeedFigure.
         seed:       the figure as the seed gives it.
         ours:       weights, MiB, or ids.
         difference: ours less the seed's, in the same unit.
@@ -120,7 +120,7 @@ class ComparedFigure:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What a model is made of.
+    """The audit of one model.
 
     Fields:
         config_name:            name of the configuration.
@@ -129,7 +129,7 @@ class AuditReport:
         tables:                 integer tables, in the order of the graph; the totals leave them out too.
         trainable_float_params: elements of floating-point parameters: 0.
         float_buffers:          elements of floating-point buffers: 0.
-        figures:                what a seed reports of this configuration, beside ours; empty where none does.
+        figures:                what a seed reports of this configuration, beside ours; empty if no seed does.
     """
 
     config_name: str
@@ -172,12 +172,12 @@ def audit(
     resident_bytes: Callable[[TernaryWeight], int] | None = None,
     sidecar_mib: float = 0.0,
 ) -> AuditReport:
-    """Return what a model of this configuration is made of.
+    """Return the audit of a model of this configuration.
 
     Args:
         config: the configuration.
-        resident_bytes: bytes that an op set's layout takes for a weight given in canonical form on the meta device; the
-            canonical bytes when None, which is what the reference holds.
+        resident_bytes: function from a weight in canonical form on the meta device to the bytes that an op set's layout takes
+            for it. None counts canonical bytes, which the reference holds.
         sidecar_mib: MiB of the frozen encoders beside the model, as REFACTOR11 counts them.
     """
     modules: dict[str, nn.Module] = {"": ArbModel(config, device="meta")}
@@ -215,14 +215,14 @@ def audit(
 
 
 def named_modules(modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module inside of those given, by the name of the one that it is in and its name there."""
+    """Yield every module inside the given modules. Its name is that of the given module, then its own name in there."""
     for outer, module in modules.items():
         for name, inner in module.named_modules():
             yield f"{outer}.{name}".strip("."), inner
 
 
 def audited(name: str, table: Tensor) -> AuditTable:
-    """Return what there is to say about an integer table."""
+    """Return the audit of an integer table."""
     return AuditTable(name, str(table.dtype).removeprefix("torch."), tuple(table.shape), table.nbytes)
 
 
@@ -233,7 +233,7 @@ def compared(
     video_weights: int,
     sidecar_mib: float,
 ) -> ComparedFigure:
-    """Return a seed's figure beside ours; the video head's is the one figure of less than an area."""
+    """Return a seed's figure beside ours. Only the figure of the video head is of less than an area."""
     ours: float
     inside = [area for area in parts if area.name not in APART]
     if figure.what == TOTAL:
@@ -254,7 +254,7 @@ def compared(
 
 
 def area_of(weight_name: str) -> str:
-    """Return the area of a weight by its name in the model; raises ValueError for a module that belongs to none."""
+    """Return the area of a weight by its name in the model; raise ValueError for a module that belongs to no area."""
     found = [AREA_OF[part] for part in weight_name.split(".") if part in AREA_OF]
     if not found:
         raise ValueError(f"weight_name is {weight_name!r}, but must name a module of {', '.join(AREA_OF)}")

@@ -1,4 +1,4 @@
-"""What a model is built from: the vocabulary and the configuration. Named configurations are in presets.py.
+"""The vocabulary and the configuration of a model. Named configurations are in presets.py.
 
 Legend: E_b embedding width, D width, V vocabulary.
 """
@@ -88,13 +88,13 @@ NGRAM = 3
 """Bytes in one position of the trigram sequencer."""
 
 VOTE_RULES = ("stochastic", "sign")
-"""How a gradient becomes votes: by size, or the seeds' way, by sign."""
+"""How a gradient becomes votes: by size, or, as in the seeds, by sign."""
 
 CODE_SEARCHES = ("exact", "candidates")
-"""How the nearest code is looked for: in the whole table, or in the buckets that the signs of a vector name."""
+"""How the nearest code is searched for: in the whole table, or in the buckets that the signs of a vector name."""
 
 MAX_MOE_ITERS = 16
-"""Most turns that the loop of the last layer may be asked to take."""
+"""Largest `max_moe_iters` of a configuration."""
 
 HALT_THRESHOLD = 0.99
 """Halting probability at which a position leaves the loop of the last layer."""
@@ -104,10 +104,10 @@ _MAX_SIZE = 2**31 - 1
 
 @dataclass(frozen=True)
 class ArbConfig:
-    """Shape of a model and the rules it trains by.
+    """The shape of a model and the rules that it trains by.
 
     Fields:
-        name:           what the configuration is called in run folders and audits.
+        name:           name of the configuration in run folders and audits.
         embed_dim:      E_b, width of the byte embedding.
         width:          D, width of a trigram position and of the residual stream.
         num_layers:     attention and MoE pairs.
@@ -115,43 +115,43 @@ class ArbConfig:
         head_dim:       width of a head's query, key and value, the rotary part included.
         rotary_dim:     leading part of a head's query and key that carries the position; even, below head_dim.
         query_latent:   rank of the queries.
-        kv_latent:      width of the latent that keys and values are made from: what a cache holds, with rotary_dim.
-        shared_inner:   width of the hidden vector that all experts share; this and the next three are 0 without `use_moe`.
+        kv_latent:      width of the latent that keys and values are made from. A cache holds it and the rotary keys.
+        shared_inner:   width of the hidden vector that all experts share; this and the next three fields are 0 without `use_moe`.
         num_experts:    experts of a MoE, at least 2.
         top_k:          experts that a position uses.
         expert_rank:    rank of an expert's modulation.
         head_inner:     width of the hidden vector of the byte head.
 
-    What follows is off at its default; counts of 0 leave a module out. A field that nothing reads must have its default, as
-    SWITCHES says:
-        num_codes:      entries of the shared codebook; 0: no codes, and then no graph, memory or composites either.
+    The next fields are off at their defaults, and a count of 0 leaves a module out. A field that nothing reads must have its
+    default. SWITCHES says when that is:
+        num_codes:      entries of the shared codebook; 0 for no codes, and then no graph, memory or composites either.
         code_dim:       C, width of a code.
         motif_residual: whether a position's own vector is added to its motif.
-        code_search:    `exact`, or `candidates`: which codes a position is compared with.
-        sign_bits:      columns of a code whose signs name its bucket, for the candidate search; 0: no buckets.
+        code_search:    codes that a position is compared with: all for `exact`, those of some buckets for `candidates`.
+        sign_bits:      columns of a code whose signs name its bucket, for the candidate search; 0 for no buckets.
         num_probes:     buckets that the candidate search looks into.
-        num_hops:       hops of the graph; 0: no graph.
+        num_hops:       hops of the graph; 0 for no graph.
         hop_rank:       rank of a hop's adapter.
         num_neighbours: neighbours that a code keeps.
         use_moe:        whether there are experts.
-        dense_dispatch_max_tokens: positions up to which every expert is asked, and those not chosen count for nothing;
-                        beyond, a position asks the experts that it chose. Both give the same.
+        dense_dispatch_max_tokens: most positions of a pass for which every expert runs, and an expert that was not chosen
+                        counts for nothing. With more positions only chosen experts run. Both ways give the same.
         max_moe_iters:  most turns of the last layer's loop, 1 .. 16.
         window:         positions that attention sees one by one; a multiple of `block`.
         block:          positions of the smallest summary.
         num_summaries:  summaries of a size that attention sees, at least.
-        memory_rows:    rows of each memory table; 0: no memory.
+        memory_rows:    rows of each memory table; 0 for no memory.
         memory_dim:     width of a memory row.
-        composite_codes: entries of the composite codebook; 0: no proposals.
+        composite_codes: entries of the composite codebook; 0 for no proposals.
         composite_inner: width between a position and its proposal.
-        image_features: width of an image patch's features; 0: no images.
+        image_features: width of an image patch's features; 0 for no images.
         image_codes:    entries of the image codebook.
-        audio_features: width of an audio frame's features; 0: no audio.
+        audio_features: width of an audio frame's features; 0 for no audio.
         audio_codes:    entries of the audio codebook.
-        router_inner:   width inside the output router, which needs a video or talker head to choose from; 0: no router.
-        video_latent:   numbers of a video latent (channels * frames * height * width); 0: no video head.
+        router_inner:   width inside the output router, which needs a video or talker head to choose from; 0 for no router.
+        video_latent:   numbers of a video latent (channels * frames * height * width); 0 for no video head.
         video_steps:    most denoising steps.
-        talker_tokens:  audio tokens that the talker head chooses from; 0: no talker head.
+        talker_tokens:  audio tokens that the talker head chooses from; 0 for no talker head.
 
     Rules:
         group_size:     columns per exponent, one of GROUP_SIZES.
@@ -161,7 +161,7 @@ class ArbConfig:
         on_flip:        `reset` or `carry`: what a moved trit's accumulator keeps.
         exponent_rule:  `score`, `sign` or `frozen`.
         vote_rule:      `stochastic` or `sign`.
-        orthogonal_steps: iterations of `orthogonalize` before the gradient of a matrix casts stochastic votes; 0: none.
+        orthogonal_steps: iterations of `orthogonalize` before the gradient of a matrix casts stochastic votes; 0 for none.
         max_vote_step:  largest vote of the `sign` rule, 1 .. 127.
 
     Raises TypeError or ValueError, one sentence, for a field that is not allowed.
@@ -258,7 +258,7 @@ class ArbConfig:
         if self.use_moe:
             for name in ("shared_inner", "expert_rank"):
                 checks.integer(name, getattr(self, name), 1, _MAX_SIZE)
-            # A router of one expert has nothing to choose, and would learn nothing.
+            # The router of a single expert would have nothing to choose, and would learn nothing.
             checks.integer("num_experts", self.num_experts, 2, _MAX_SIZE)
             checks.integer("top_k", self.top_k, 1, self.num_experts)
         if self.rotary_dim % 2 or self.rotary_dim >= self.head_dim:
@@ -309,12 +309,12 @@ class ArbConfig:
 
 @dataclass(frozen=True)
 class Switch:
-    """What decides whether a model reads some fields of its configuration.
+    """A condition under which a model reads some fields of its configuration.
 
     Fields:
-        off:    when it does not, as a refusal says it.
-        is_on:  whether it does, for a configuration.
-        fields: their names. Where the switch is off, each must have the value that `at_rest` gives.
+        off:    the opposite of the condition, in the words of a refusal.
+        is_on:  whether the condition holds for a configuration.
+        fields: names of the fields. If the condition does not hold, each must have the value that `at_rest` gives.
     """
 
     off: str
@@ -368,19 +368,20 @@ SWITCHES = (
     Switch("with vote_rule 'stochastic'", lambda config: config.vote_rule == "sign", ("max_vote_step",)),
     Switch("with exponent_rule 'frozen'", lambda config: config.exponent_rule != "frozen", ("theta_e",)),
 )
-"""Every switch. One whose own field has a switch comes after it, so that `with_fields` puts all at rest in one pass.
+"""Every switch. A switch that depends on a field comes after the switch of that field, so that `with_fields` puts all fields at
+rest in one pass.
 
-`exponent_rule` does not switch `mantissa_bits`: a state that is loaded may bring mantissas, which then stay.
+`exponent_rule` does not switch `mantissa_bits`, because a loaded state may bring mantissas, which then stay.
 """
 
 
 def at_rest(name: str) -> Any:
-    """Return the value of a field that nothing reads: its default; 0 for the sizes of experts, which have none."""
+    """Return the value of a field that nothing reads: its default, or 0 for the sizes of experts, which have no default."""
     return 0 if name in _EXPERT_SIZES else ArbConfig.__dataclass_fields__[name].default
 
 
 def with_fields(config: ArbConfig, **changes: Any) -> ArbConfig:
-    """Return a configuration with some fields exchanged, and those that nothing reads any more at rest.
+    """Return a configuration with some fields exchanged, and the fields that nothing reads any more at rest.
 
     Raises TypeError or ValueError, as a configuration does, for a field among the changes that nothing would read.
     """
@@ -404,8 +405,9 @@ SIGN_VOTES: Mapping[str, Any] = {
     "theta_e": 32,
     "mantissa_bits": 0,
 }
-"""Fields of a configuration that learns by the seeds' rule: trits by the signs of their gradient, times an integer that grows with
-the loss; exponents, whole octaves, by the signs of their groups' scores. docs/spec/votes.md says what the seeds leave open."""
+"""Fields of a configuration that learns by the seeds' rule. Trits learn by the signs of their gradients, times an integer that
+grows with the loss. Exponents move by whole octaves, by the signs of their groups' scores. docs/spec/votes.md says what the seeds
+leave open."""
 
 
 def with_modules(
@@ -420,13 +422,13 @@ def with_modules(
     """Return a configuration with modules switched off, or memory on (REFACTOR12's options of the trainer).
 
     Args:
-        vq:            False leaves out the codebooks, and what needs codes: graph, memory and composites.
+        vq:            False leaves out the codebooks, and with them graph, memory and composites, which need codes.
         graph:         False leaves out the graph and the composites, which speak through it.
         moe:           False leaves out the experts.
         memory:        True or False switches memory on or off; None leaves it as it is.
         max_moe_iters: most turns of the last layer's loop; None leaves it as it is.
 
-    Fields that only a module reads which is left out return to rest, see `with_fields`.
+    The fields that only a left-out module reads return to rest (`with_fields`).
     Raises ValueError for memory without codes, turns without experts, or turns out of range.
     """
     changes: dict[str, Any] = {}

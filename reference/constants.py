@@ -18,14 +18,14 @@ DEFAULT_GROUP_SIZE = 12
 """Columns per exponent unless said otherwise."""
 
 EXPONENT_MIN, EXPONENT_MAX = -32, 15
-"""Range of the exponent E, in powers of two. Updates saturate at level_range: here, or with b mantissa bits at -32 * 2**b and
-16 * 2**b - 1."""
+"""Range of the exponent E, in powers of two. Updates saturate at the bounds of `level_range`, which for b = 0 are these two."""
 
 MANTISSA_BITS = (0, 1, 2)
-"""Allowed mantissa bits b of a scale; two are the most for which 2**b * EXPONENT_MIN fits an int8."""
+"""Allowed mantissa bits b of a scale. With more than two, 2**b * EXPONENT_MIN would not fit an int8."""
 
 DEFAULT_MANTISSA_BITS = 2
-"""Mantissa bits of a model's weights unless said otherwise: a full count moves a scale by a quarter or less, not by an octave."""
+"""Mantissa bits of a model's weights unless said otherwise. A full count then moves a scale by a quarter or less, not by an
+octave."""
 
 ACCUM_MAX = 127
 """Accumulators saturate at plus and minus this many votes, so -128 never occurs."""
@@ -40,13 +40,13 @@ DEFAULT_ORTHOGONAL_STEPS = 3
 """Newton-Schulz steps that orthogonalise the gradient of a matrix before it votes."""
 
 MAX_ORTHOGONAL_STEPS = 10
-"""Most of them: ten raise a direction of 2^-17 of the norm to 1, and a smaller one is noise."""
+"""Most Newton-Schulz steps. Ten steps raise a direction of 2^-17 of the norm to 1, and a smaller direction is noise."""
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of x, x^3 and x^5 in a step. A singular value grows up to 3.44-fold while small, and never beyond 1.21."""
 
 MIN_ORTHOGONAL_RANK = 32
-"""Smaller side from which the gradient of a matrix is orthogonalised; a narrower one has few directions to even out."""
+"""Smaller side from which on the gradient of a matrix is orthogonalised. A narrower matrix has few directions to even out."""
 
 SCORE_SHIFT = 5
 """k of the score rule: a group's score counts for 2**-k votes on its exponent."""
@@ -55,16 +55,17 @@ EXPONENT_RULES = ("score", "sign", "frozen")
 """How a group's score votes on its exponent: by size, by sign, or not at all."""
 
 ON_FLIP = ("reset", "carry")
-"""What a trit's accumulator holds after it reached theta: nothing, or what exceeds theta."""
+"""What the accumulator of a trit holds after the trit moved: nothing, or the votes beyond theta."""
 
 INIT_NONZERO = 0.617
 """Share of non-zero trits at the start: P(|z| > 0.5) for z ~ N(0, 1)."""
 
 INIT_LOW_BYTE, INIT_HIGH_BYTE = 79, 177
-"""A dither byte below the first starts a trit at -1, from the second on at +1: 79 + 79 of 256 values, 61.7 %."""
+"""A dither byte below the first number starts a trit at -1. A byte from the second number on starts it at +1. Together these are
+79 + 79 of 256 values, 61.7 %."""
 
 DEFAULT_EPS = 1e-6
-"""Added to the mean square of RMSNorm, so that a row of zeros stays a row of zeros."""
+"""Number added to the mean square of RMSNorm, so that a row of zeros stays a row of zeros."""
 
 SILENT_ROW = 1 << 15
 """Row exponent of a gradient row that casts no votes because its mean square is zero or not finite."""
@@ -74,44 +75,44 @@ RESERVED_STEP = 0xFFFFFFFF
 
 
 MAX_CODE_DIM = 128
-"""Most columns of a codebook: up to there every sum of the search is exact in float32, in any order."""
+"""Most columns of a codebook. Up to this width every sum of the search is exact in float32, in any order."""
 
 CODE_EXPONENT_MIN, CODE_EXPONENT_MAX = -5, 2
-"""Exponents as the search sees them: those of a codebook are clamped to this range."""
+"""Range to which the search clamps the exponents of a codebook."""
 
 QUERY_STEPS, QUERY_MAX = 16, 127
-"""A vector is searched for in whole sixteenths, from -127 to 127 of them."""
+"""Fineness and bound of a vector in a search: it is rounded to whole sixteenths, from -127 to 127 of them."""
 
 ROUTER_OCTAVES = 16
-"""Exponents as the choice of experts sees them: at most so many octaves below the largest of the router's weight."""
+"""Octaves that an exponent of a router may lie below the largest. The choice of experts raises smaller exponents to that bound."""
 
 MAX_ROUTER_COLUMNS = 2**27
-"""Most columns of a router's weight. A term has at most 7 bits of a vector, 3 of a level and 16 octaves, so that sums of so many
-terms have 53 bits and are exact in float64, in any order."""
+"""Most columns of a router's weight. A term of a score has at most 7 bits of a vector, 3 bits of a level and 16 octaves. A sum of
+2**27 terms therefore has 53 bits, and is exact in float64 in any order."""
 
 MAX_SIGN_BITS = 30
 """Most columns whose signs may number the buckets of a codebook."""
 
 USAGE_MAX = 32767
-"""Counts of use saturate here."""
+"""Largest count of uses of a code. Counts saturate there."""
 
 STRENGTH_MAX = 127
-"""Strengths of memory rows saturate here."""
+"""Largest strength of a memory row. Strengths saturate there."""
 
 MAX_ORDER = 16
 """Most codes of an n-gram."""
 
 ALIVE_QUERY = 8
-"""Sixteenths from which on a revived code takes the sign of the vector that it is made from, and below which it takes 0."""
+"""Sixteenths from which on an element of a vector gives its sign to a revived code. A smaller element gives 0."""
 
 REVIVAL_BLOCK = 255
 """Philox block of the draws that revive codes; dither uses blocks 0 to 6."""
 
 MAX_NEIGHBOURS = 16
-"""Most neighbours of a node in a table that keeps them: the signs of a row are then one word."""
+"""Most neighbours of a node in a table. The signs of a row then fit one word."""
 
 SCORE_MAX = 127
-"""Scores of neighbours saturate here."""
+"""Largest score of a neighbour. Scores saturate there."""
 
 
 def groups_per_row(num_columns: int, group_size: int) -> int:

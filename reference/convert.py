@@ -1,4 +1,4 @@
-"""Float matrices to ternary weights, and what is lost: the start of a model that somebody trained in float.
+"""The conversion of float matrices to ternary weights, and its loss: the start from a model that somebody trained in float.
 
 Legend: N rows, K columns, G columns a group, KG groups a row, L levels tried, b mantissa bits.
 """
@@ -25,15 +25,15 @@ from arbitor.reference.ops.scale import dequantize, group_scales
 from arbitor.reference.types import TernaryWeight
 
 OCTAVES_ABOVE = 1
-"""Octaves above the largest magnitude of a group in which its best scale is looked for."""
+"""Octaves above the largest magnitude of a group in which the best scale is searched for."""
 
 PART_ELEMENTS = 2**24
-"""Most elements of a matrix that are looked at together, 128 MiB of float64."""
+"""Most elements of a matrix that are converted together, 128 MiB of float64."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What a matrix lost when it became ternary.
+    """The loss of a matrix that became ternary.
 
     Fields:
         shape:     (N, K).
@@ -58,7 +58,7 @@ def ternarize(
     Returns: TernaryWeight (N, K). Ties go to the smaller level; a group of zeros has the smallest
     Raises:  TypeError or ValueError for another dtype or shape, an element that is not finite, or a format that is not allowed
     Laws:    no other trits and level of a group are nearer; a ternary weight of the same format comes back as it was, but for
-             levels of groups without a trit; powers of two move levels alone, within the range
+             levels of groups of zeros; a power of two times w moves levels alone, within the range
     Source:  docs/spec/convert.md
     """
     checks.matrix("w_NK", w_NK, checks.FLOAT_DTYPES)
@@ -96,7 +96,7 @@ def _nearest(w_NK: Tensor, group_size: int, mantissa_bits: int) -> tuple[Tensor,
         nearer = error < best_error
         best_error = torch.where(nearer, error, best_error)
         best_level = torch.where(nearer, level_NG, best_level)
-    # Without a magnitude there is nothing to fit.
+    # A group of zeros has no magnitude to fit.
     best_level = torch.where(magnitude.amax(dim=-1) > 0, best_level, low)
     levels = best_level.to(torch.int8)
     scale_NG = group_scales(levels, mantissa_bits=mantissa_bits).to(torch.float64)
@@ -106,7 +106,7 @@ def _nearest(w_NK: Tensor, group_size: int, mantissa_bits: int) -> tuple[Tensor,
 
 
 def loss_of(w_NK: Tensor, weight: TernaryWeight) -> Loss:
-    """Return what a matrix lost when it became a ternary weight.
+    """Return the loss of a matrix that became a ternary weight.
 
     Raises ValueError for a weight of another shape.
     """
@@ -125,7 +125,7 @@ def ternarize_all(
     group_size: int = DEFAULT_GROUP_SIZE,
     mantissa_bits: int = DEFAULT_MANTISSA_BITS,
 ) -> tuple[dict[str, TernaryWeight], dict[str, Loss]]:
-    """Return the ternary weights of the matrices of a state dict, and what each lost; vectors are left out.
+    """Return the ternary weights of the float matrices of a state dict, and the loss of each. Other tensors are left out.
 
     Args:
         matrices: tensors by name. A tensor of more than two dimensions is taken as rows, as a convolution's weight is.

@@ -1,7 +1,7 @@
 """Configurations with a name: `tiny`, `small`, and models of the size and structure that the seeds report.
 
-The widths of r9, r11, r12 and r14 that no seed gives are what `python -m arbitor.reference.seeds.search` finds;
-docs/spec/presets.md says why.
+The seeds do not give all widths of r9, r11, r12 and r14. `python -m arbitor.reference.seeds.search` finds the others, and
+docs/spec/presets.md says why they are as they are.
 """
 
 from __future__ import annotations
@@ -164,11 +164,11 @@ PRESETS = {
         ),
     )
 }
-"""Configurations by name: `tiny` for tests and the demo, in minutes on a CPU; `small`, the learning benchmark; `r9` to `r14`, the
-models of REFACTOR9, 11, 12 and 14."""
+"""Configurations by name. `tiny` is for tests and the demo, and trains in minutes on a CPU. `small` is the learning benchmark. `r9`
+to `r14` are the models of REFACTOR9, 11, 12 and 14."""
 
 
 def preset(name: str) -> ArbConfig:
-    """Return the preset of that name; raises ValueError for another."""
+    """Return the preset of that name; raise ValueError if there is none."""
     checks.one_of("preset", name, tuple(PRESETS))
     return PRESETS[name]

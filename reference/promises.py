@@ -1,9 +1,9 @@
-"""What every op promises beside its own rule: `@op` stands above each definition in `arbitor.reference.ops`.
+"""The promises of every op beside its own rule. `@op` stands above each definition in `arbitor.reference.ops` and keeps them.
 
 - Dtypes: an op works in the dtypes that its docstring names. `torch.autocast` would hand a matrix product bfloat16 where the rule
   says float32. So autocast is off inside of an op, on every device that ops run on.
-- Device: an op runs on the device of its tensors, whichever is current. Some functions of torch do not (`torch.ldexp` of torch 2.11
-  gives zeros on another GPU), so the device of the tensors becomes the current one inside of an op.
+- Device: an op runs on the device of its tensors, whichever device is current. Some functions of torch do not: `torch.ldexp` of
+  torch 2.11 gives zeros on another GPU. So the device of the tensors becomes the current one inside of an op.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def autocast_is_on() -> bool:
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Switch autocast off until the block ends, where it is on; torch warns of a device that is not there."""
+    """Switch autocast off until the block ends, on the devices where it is on. Torch would warn of a device that is not there."""
     with ExitStack() as stack:
         for device in AUTOCAST_DEVICES:
             if torch.is_autocast_enabled(device):
@@ -59,11 +59,11 @@ def op(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def index_of(value: object) -> int:
-    """Return the index of the CUDA device that an argument names or lies on, -1 where it is no such device or names none."""
+    """Return the index of the CUDA device that an argument names or lies on, or -1 if there is no such device."""
     if isinstance(value, Tensor):
         return value.get_device()
     if isinstance(value, StateTensors):
-        # Every layout has them. A look at all fields would take longer than the rest of a call's wrapping.
+        # Every layout has exponents. A look at all fields would take longer than the rest of a call's wrapping.
         exponents: Tensor = getattr(value, "exponents")  # noqa: B009
         return exponents.get_device()
     if isinstance(value, (str, torch.device)):

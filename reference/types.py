@@ -20,7 +20,7 @@ class LaidOutWeight(Protocol):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(N, K)."""
+        """Shape (N, K)."""
 
     @property
     def group_size(self) -> int:
@@ -42,7 +42,7 @@ class LaidOutWeight(Protocol):
 
 @dataclass(frozen=True)
 class StateTensors:
-    """What a weight can do with its state tensors, in canonical form or in a device layout."""
+    """The methods of a weight on its state tensors, in canonical form or in a device layout."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state tensors by field name, in field order."""
@@ -121,8 +121,8 @@ class TernaryWeight(StateTensors):
     def with_mantissa(self, mantissa_bits: int) -> TernaryWeight:
         """Return the same weight with scales that move in finer steps: every level E becomes E * 2**b.
 
-        The other tensors are shared, not copied. Raises ValueError for a number of bits that is not allowed, or a weight that
-        has a mantissa; exponents are taken to be in range, as everywhere on construction.
+        The other tensors are shared, not copied. Exponents must be in range, and are not checked, as in every construction.
+        Raises ValueError for a number of bits that is not allowed, or for a weight that has a mantissa.
         """
         checks.mantissa_bits(mantissa_bits)
         if self.mantissa_bits:

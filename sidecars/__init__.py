@@ -1,7 +1,7 @@
 """Frozen encoders of other projects: images, sound and video become features that an ARB model reads.
 
-A sidecar is a network that somebody else trained. It is loaded by its own library, held in int8, and never trained, so that it is
-no state of the model. This package alone imports these libraries (`pip install "arbitor[sidecars,media]"`).
+A sidecar is a network that somebody else trained. Its own library loads it. It is held in int8 and never trained, so that it is no
+state of the model. This package alone imports these libraries (`pip install "arbitor[sidecars,media]"`).
 Prose: docs/spec/sidecars.md.
 """
 

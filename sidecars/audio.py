@@ -22,7 +22,7 @@ SAMPLE_RATE = 16_000
 """Samples a second that the network was trained with."""
 
 KERNELS, STRIDES = (127, 7, 3), (64, 3, 2)
-"""The three convolutions in front: a frame is 384 samples, and the first one needs 895."""
+"""The three convolutions in front. A frame is 384 samples, and the first frame needs 895."""
 
 MIN_SAMPLES = 895
 """Fewest samples that give a frame, 56 ms."""
@@ -43,8 +43,8 @@ class AudioSidecar(Sidecar):
 
     Math:    the encoder's last hidden states of raw samples, which are not normalised
     Shapes:  a list of float [T], 16 kHz mono in [-1, 1] -> a list of float32 [N, F], N = audio_frames(T)
-    Batches: clips of equal length are read together, others one by one. The first norm looks at a whole clip, so that
-             padding would change the features of every frame
+    Batches: clips of equal length are read together, other clips one by one. The first norm looks at a whole clip, so padding
+             would change the features of every frame
     Source:  REFACTOR9, REFACTOR11; Jeffries et al. 2024; docs/spec/sidecars.md
     """
 
@@ -105,7 +105,7 @@ class AudioSidecar(Sidecar):
 
 
 def refuse_clip(name: str, clip: Tensor) -> None:
-    """Refuse what is no mono sound of 16 kHz that gives a frame.
+    """Refuse a clip that is no mono sound of 16 kHz with at least one frame.
 
     Raises TypeError or ValueError in a sentence that names the clip.
     """

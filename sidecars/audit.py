@@ -1,4 +1,4 @@
-"""What sidecars weigh: modules that hold int8, weights, and bytes, as they are stored and as the seed documents counted them."""
+"""The audit of sidecars: int8 modules, weights, and bytes, as they are stored and as the seed documents counted them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from arbitor.sidecars.precision import frozen, quantized_modules, stored_tensors
 
 @dataclass(frozen=True)
 class SidecarAudit:
-    """What one sidecar weighs.
+    """The audit of one sidecar.
 
     Fields:
-        name:          what it is called.
+        name:          name of the sidecar.
         modules:       number of modules with int8 weights, by class.
         weights:       weights of the network, quantised or not.
         trainable:     parameters that require a gradient; 0.
-        stored_bytes:  bytes that parameters and buffers take: int8 values, float scales, what stays float.
-        by_dtype:      the same, by dtype.
-        counted_bytes: weights times the bytes of the dtype that a quantised weight reports, float32: how REFACTOR11 came to
-                       318.80 MiB for images and sound.
+        stored_bytes:  bytes that parameters and buffers take: int8 values, float scales, and weights that stay float.
+        by_dtype:      stored bytes by dtype.
+        counted_bytes: weights times the bytes of the dtype that a quantised weight reports, which is float32. REFACTOR11 counted
+                       its 318.80 MiB for images and sound in this way.
         bfloat16:      whether the network is kept in bfloat16 because int8 could not be had.
     """
 
@@ -40,7 +40,7 @@ class SidecarAudit:
 
 
 def audit_of(name: str, network: nn.Module) -> SidecarAudit:
-    """Return what a frozen network weighs; the meta device will do."""
+    """Return the audit of a frozen network, which may be on the meta device."""
     by_dtype: dict[str, int] = {}
     weights = counted = trainable = 0
     for parameter in network.parameters():
@@ -106,7 +106,7 @@ def counted_mib(audits: Sequence[SidecarAudit]) -> float:
 
 
 def standard_audit(*, precision: str = "int8") -> tuple[SidecarAudit, ...]:
-    """Return what the sidecars of the seed documents weigh, counted on the meta device.
+    """Return the audits of the sidecars of the seed documents, counted on the meta device.
 
     Raises SidecarError where a library is missing.
     """

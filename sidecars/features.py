@@ -18,11 +18,11 @@ SUFFIX = ".safetensors"
 
 
 class FeatureCache:
-    """Features by the content that they were made of, in a folder of bounded size.
+    """Features by the content that they were made from, in a folder of bounded size.
 
-    A file is named by a digest of the content and of the sidecar's identity: its weights, precision and library. Where the folder
-    grows beyond its bound, the files that were used longest ago go first. Processes may share a folder: files are written beside
-    their place and renamed. A file that cannot be read is made anew.
+    A file is named by a digest of the content and of the sidecar's identity: its weights, precision and library. If the folder
+    would grow beyond its bound, the files that were used longest ago go first. Processes may share a folder, because files are
+    written beside their place and renamed. A file that cannot be read is made anew.
 
     Args:
         folder:    where the files lie; created if it is not there.
@@ -38,12 +38,12 @@ class FeatureCache:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, content: bytes, sidecar: Sidecar, make: Callable[[], Tensor]) -> Tensor:
-        """Return the features of some content, on the CPU: from the folder, or made and kept.
+        """Return the features of some content, on the CPU, from the folder; make and keep them if the folder has none.
 
         Args:
-            content: the bytes of the file, or of whatever else decides the features.
-            sidecar: what makes them.
-            make:    makes them; called only where the folder has none.
+            content: the bytes of the file, or other bytes that decide the features.
+            sidecar: the sidecar that makes the features.
+            make:    makes the features; called only if the folder has none.
         """
         path = self.folder / f"{self.key(content, sidecar)}{SUFFIX}"
         found = self._read(path)
@@ -60,7 +60,7 @@ class FeatureCache:
         return digest.hexdigest()
 
     def _read(self, path: Path) -> Tensor | None:
-        """Return the features of a file and note that it was used; None where it is missing or damaged."""
+        """Return the features of a file and note that it was used; None if the file is missing or damaged."""
         try:
             tensors: dict[str, Tensor] = library("safetensors.torch").load_file(str(path))
             os.utime(path)

@@ -1,4 +1,4 @@
-"""The optional libraries, each imported by one function, so that a missing one is named with what installs it."""
+"""The optional libraries. One function imports them all, so that an error names the missing library and what installs it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def library(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        # A library may be there and lack one of its own: then that one is the news.
+        # A library may be installed and lack a package that it needs. Then the message names that package.
         missing = error.name or name
         raise SidecarError(
             f"{name} needs the package {missing!r}, which is not installed: pip install 'arbitor[{EXTRA_OF[name]}]'"

@@ -32,7 +32,8 @@ MAX_FRAMES = 4096
 def read_image(path: str | Path) -> Tensor:
     """Return a picture of any format, size and mode as uint8 [3, H, W], upright.
 
-    Greyscale is repeated, and 16 bits of it are divided by 256. Transparency shows white. Of an animation the first frame is read.
+    Greyscale is repeated in all channels, and greyscale of 16 bits is divided by 256. Transparency shows white. Only the first
+    frame of an animation is read.
 
     Raises SidecarError where the file cannot be decoded, is larger than MAX_PIXELS, or holds floats of no stated range.
     """
@@ -53,10 +54,10 @@ def _rgb(picture: Any, path: str | Path) -> Any:
     image_module = library("PIL.Image")
     if picture.mode == "F":
         raise SidecarError(
-            f"{str(path)!r} is a picture of floats, whose range nobody states: save it with 8 or 16 bits"
+            f"{str(path)!r} is a picture of floats, whose range is unknown, but must have integers: save it with 8 or 16 bits"
         )
     if picture.mode.startswith("I"):
-        # Pillow would clip 16 bits to 8; a file of 32 bits is one of 16 that Pillow widened.
+        # Pillow would clip 16 bits to 8. A picture of 32 bits is one of 16 bits that Pillow widened.
         grey_HW = np.asarray(picture.convert("I")).clip(0, 65535) >> 8
         return image_module.fromarray(grey_HW.astype(np.uint8)).convert("RGB")
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
@@ -69,7 +70,7 @@ def _rgb(picture: Any, path: str | Path) -> Any:
 def read_audio(path: str | Path, *, max_seconds: float = MAX_SECONDS) -> Tensor:
     """Return the first sound track of a file as float32 [T], mono at 16 kHz, in [-1, 1].
 
-    Channels are averaged, another rate is resampled by FFmpeg.
+    Channels are averaged, and FFmpeg resamples other rates.
 
     Raises SidecarError where the file cannot be decoded, has no sound, or lasts longer than `max_seconds`.
     """
@@ -79,7 +80,7 @@ def read_audio(path: str | Path, *, max_seconds: float = MAX_SECONDS) -> Tensor:
         if not container.streams.audio:
             raise SidecarError(f"{str(path)!r} has no sound")
         resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
-        # None flushes what the resampler still holds.
+        # None flushes the samples that the resampler still holds.
         for frame in (*_frames(container, container.streams.audio[0]), None):
             for piece in resampler.resample(frame):
                 parts.append(torch.from_numpy(piece.to_ndarray()[0].copy()))
@@ -93,12 +94,12 @@ def read_audio(path: str | Path, *, max_seconds: float = MAX_SECONDS) -> Tensor:
 
 
 class Video(NamedTuple):
-    """What a video file holds.
+    """The frames of a video file.
 
     Fields:
         frames:            uint8 [T, 3, H, W].
-        frames_per_second: of the file, or 0 where it does not say.
-        more:              whether frames were left out because there are more than were asked for.
+        frames_per_second: rate of the file, or 0 if the file does not say.
+        more:              whether the file has more frames than were asked for.
     """
 
     frames: Tensor
@@ -107,7 +108,7 @@ class Video(NamedTuple):
 
 
 def read_video(path: str | Path, *, max_frames: int = MAX_FRAMES, every: int = 1) -> Video:
-    """Return the frames of the first video track of a file, every one or every n-th, from the first on.
+    """Return the frames of the first video track of a file: from the first frame on, one of each `every` frames.
 
     Raises SidecarError where the file cannot be decoded or has no pictures, ValueError for counts below 1.
     """
@@ -140,7 +141,7 @@ def _frames(container: Any, stream: Any) -> Iterator[Any]:
 
 @contextmanager
 def _decoding(path: str | Path) -> Iterator[None]:
-    """Say of whatever a decoder raises which file it was."""
+    """Turn an error of a decoder into a SidecarError that names the file."""
     file = Path(path)
     if not file.is_file():
         raise SidecarError(f"{str(path)!r} is no file that exists")

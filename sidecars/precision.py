@@ -1,8 +1,8 @@
 """int8 weights for frozen networks: the one module that imports optimum-quanto.
 
-A weight becomes int8 with one float scale for each row or output channel. What is not a matrix or a convolution that quanto knows
-stays in float32, and so do activations. quanto knows linear layers and 2-D convolutions; the causal 3-D convolutions, which
-are 96 % of a video autoencoder, are added here by its public class for that, without registering anything for other users.
+A weight becomes int8 with one float scale for each row or output channel. Weights of modules that quanto does not know stay in
+float32, and so do activations. quanto knows linear layers and 2-D convolutions. The causal 3-D convolutions are 96 % of a video
+autoencoder. This module adds them by a public class of quanto, and registers nothing for other users of quanto.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def frozen(network: nn.Module, precision: str) -> tuple[nn.Module, str]:
         raise ValueError(f"precision is {precision!r}, but must be one of {', '.join(map(repr, PRECISIONS))}")
     if precision == "int8" and not has_quanto():
         warnings.warn(
-            "optimum-quanto is not installed, so a frozen encoder is kept in bfloat16, which is not strict: strict ones are int8 "
+            "optimum-quanto is not installed, so a frozen encoder is kept in bfloat16, which is not strict; for int8, install it "
             "(pip install 'arbitor[sidecars]')",
             stacklevel=3,
         )
@@ -42,13 +42,13 @@ def frozen(network: nn.Module, precision: str) -> tuple[nn.Module, str]:
         _to_int8(network)
     else:
         network.to(torch.bfloat16)
-    # After quanto's freeze, which wraps each weight in a parameter that requires a gradient again.
+    # This comes after quanto's freeze, which wraps each weight in a parameter that requires a gradient again.
     network.requires_grad_(False)
     return network, precision
 
 
 def _to_int8(network: nn.Module) -> None:
-    """Quantise every weight that can be, in place."""
+    """Quantise every weight that can be quantised, in place."""
     quanto = library("optimum.quanto")
     causal = [name for name, module in network.named_modules() if type(module).__name__ == "WanCausalConv3d"]
     for name in causal:
@@ -61,7 +61,7 @@ def _to_int8(network: nn.Module) -> None:
 
 @cache
 def _causal_class() -> Any:
-    """Return the class of a causal 3-D convolution with an int8 weight; made when quanto is there."""
+    """Return the class of a causal 3-D convolution with an int8 weight, made on the first call, because it needs quanto."""
     mixin = library("optimum.quanto.nn").QModuleMixin
 
     class QCausalConv3d(mixin, nn.Conv3d):  # type: ignore[misc, valid-type]
@@ -106,7 +106,7 @@ def _causal_class() -> Any:
 
 
 def _any(value: Any) -> Any:
-    """Return a value of which type checkers know nothing: classes of quanto are made when it is there."""
+    """Return a value as `Any`, because type checkers know nothing of the classes of quanto, which may not be installed."""
     return value
 
 
@@ -122,7 +122,7 @@ def quantized_modules(network: nn.Module) -> dict[str, int]:
 
 
 def stored_tensors(parameter: Tensor) -> list[Tensor]:
-    """Return the tensors that a parameter is really stored as: int8 values and float scales where it is quantised."""
+    """Return the tensors that store a parameter: int8 values and float scales if it is quantised, else the parameter itself."""
     if has_quanto() and isinstance(parameter, library("optimum.quanto").QTensor):
         names, _ = parameter.__tensor_flatten__()
         return [getattr(parameter, name) for name in names]

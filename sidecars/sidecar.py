@@ -10,19 +10,19 @@ from torch import Tensor, nn
 
 
 class SidecarError(RuntimeError):
-    """What a user can act on: a missing library, a checkpoint that does not fit, a file that cannot be decoded."""
+    """A fault that a user can act on: a missing library, a checkpoint that does not fit, a file that cannot be decoded."""
 
 
 class Sidecar(nn.Module):
     """A frozen network of another project.
 
-    The network is held beside the registry of submodules: it is in no `state_dict`, `parameters()` or `modules()` of the model that
-    owns the sidecar, so that it is neither saved nor trained. It moves between devices with its owner.
+    The network is held beside the registry of submodules. It is therefore in no `state_dict`, `parameters()` or `modules()` of the
+    model that owns the sidecar, and is neither saved nor trained. It moves between devices with its owner.
 
     Args:
         network:   the network, frozen.
-        identity:  what it was loaded from, for the keys of cached features. See `arbitor.sidecars.source.identity_of`.
-        precision: `int8` or `bfloat16`, how its weights are kept.
+        identity:  a digest of the network's source, for the keys of cached features (`arbitor.sidecars.source.identity_of`).
+        precision: `int8` or `bfloat16`, how the weights are kept.
 
     Raises ValueError where a parameter of the network requires a gradient.
     """
@@ -42,7 +42,7 @@ class Sidecar(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Device of the network."""
         return next(self.network.parameters()).device
 
     def train(self, mode: bool = True) -> Self:
@@ -53,7 +53,7 @@ class Sidecar(nn.Module):
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Return this sidecar, which is frozen.
 
-        Raises RuntimeError where it is asked to train.
+        Raises RuntimeError if `requires_grad` is True.
         """
         if requires_grad:
             raise RuntimeError("requires_grad is True, but a sidecar is frozen: it must be False")
@@ -73,19 +73,19 @@ class Sidecar(nn.Module):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return this sidecar: nothing of it changes, so that copies of a model share it."""
+        """Return this sidecar itself. It never changes, so copies of a model share it."""
         return self
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Refuse: the libraries cannot write a quantised network so that it is read back."""
+        """Refuse to pickle, because the libraries cannot read back a quantised network that they wrote."""
         raise RuntimeError("a sidecar cannot be pickled: load it again from its source in the other process")
 
     def run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Return a call of the network, without gradients and without autocast, which quantised weights do not survive."""
+        """Return the result of a call of the network, without gradients and without autocast, which breaks quantised weights."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return call(*args, **kwargs)
 
     def extra_repr(self) -> str:
-        """Return what `repr` says of a sidecar."""
+        """Return the text of a sidecar in `repr`."""
         weights = sum(parameter.numel() for parameter in self.network.parameters())
         return f"{type(self.network).__name__}, {weights:,} weights, {self.precision}, frozen"

@@ -1,4 +1,4 @@
-"""Where a sidecar comes from: a folder, a file or the name of a repository; and whether all of it arrived.
+"""The source of a sidecar: a folder, a file or the name of a repository; and the check that all of it arrived.
 
 Only safetensors and JSON are read. A source that exists on disk is read from there and nowhere else.
 """
@@ -113,11 +113,11 @@ def pretrained(cls: Any, folder: Path, *, may_be_left: Sequence[str] = ()) -> An
     """Return a network of transformers in float32, loaded from a folder, all of it and nothing else.
 
     Args:
-        cls:         its class, with `from_pretrained`.
-        folder:      with config.json and safetensors.
+        cls:         class of the network, with `from_pretrained`.
+        folder:      folder with config.json and safetensors.
         may_be_left: beginnings of names of weights in the folder that the network has no use for.
 
-    Raises SidecarError where weights are missing, of another shape, or left over; the library would only log that.
+    Raises SidecarError where weights are missing, of another shape, or left over. The library would only log that.
     """
     weight_files(folder)
     options = {
@@ -173,13 +173,13 @@ Fingerprint = tuple[tuple[int, ...], int]
 
 
 def fingerprint(tensor: Tensor) -> Fingerprint:
-    """Return shape and checksum of a tensor's float32 bytes: equal tensors under two names have equal ones."""
+    """Return shape and checksum of a tensor's float32 bytes. Equal tensors have equal fingerprints, whatever their names."""
     data = tensor.detach().to("cpu", torch.float32).contiguous()
     return tuple(data.shape), zlib.crc32(data.numpy().tobytes())
 
 
 def refuse_other_tensors(source: str, stored: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
-    """Refuse a network that does not hold just the tensors of a file, whatever either calls them.
+    """Refuse a network that does not hold just the tensors of a file. Names do not matter.
 
     Raises SidecarError with the names of the tensors that have no counterpart.
     """
@@ -192,7 +192,7 @@ def refuse_other_tensors(source: str, stored: Mapping[str, Tensor], loaded: Mapp
 
 
 def _without_counterpart(side: Mapping[str, Fingerprint], other: Mapping[str, Fingerprint]) -> list[str]:
-    """Return the names of one side whose tensors the other side does not have, each as often as it is had."""
+    """Return the names of the tensors of one side that are left over when equal tensors of both sides are paired."""
     left = Counter(other.values())
     lonely = []
     for name, mark in side.items():

@@ -22,7 +22,7 @@ FRAMES_PER_LATENT = 4
 """Frames that a latent frame stands for, after the first one, which has a latent frame of its own."""
 
 SIDE_MULTIPLE = 8
-"""What the sides of a frame are multiples of."""
+"""Number that divides the sides of a frame."""
 
 
 class Clip(NamedTuple):
@@ -30,8 +30,8 @@ class Clip(NamedTuple):
 
     Fields:
         frames:  uint8 [T, 3, H, W], T = 4 k + 1, sides multiples of 8.
-        dropped: frames that were cut at the end.
-        cropped: rows and columns that were cut, half of them on each side.
+        dropped: number of frames that were cut at the end.
+        cropped: numbers of rows and columns that were cut, half of them on each side.
     """
 
     frames: Tensor
@@ -40,7 +40,7 @@ class Clip(NamedTuple):
 
 
 def whole_clip(frames: Tensor) -> Clip:
-    """Return as much of some frames, uint8 [T, 3, H, W], as the autoencoder takes, and what was cut.
+    """Return the largest part of some frames, uint8 [T, 3, H, W], that the autoencoder takes, and how much was cut.
 
     Raises TypeError or ValueError for another dtype or shape, no frame, or sides below 8.
     """
@@ -82,7 +82,7 @@ class VideoSidecar(Sidecar):
 
         Args:
             source:    a file, or OWNER/NAME/FILE of a repository.
-            config:    a folder whose config.json describes the autoencoder; None: the one of Wan 2.1. No hub is asked for it.
+            config:    a folder whose config.json describes the autoencoder; None stands for Wan 2.1. No hub is asked for it.
             precision: `int8` or `bfloat16`.
 
         Raises:
@@ -103,7 +103,7 @@ class VideoSidecar(Sidecar):
     def encode(self, frames: Tensor) -> Tensor:
         """Return the latents of clips, normed, float32 [B, 16, K, h, w] on the device of the network.
 
-        Raises TypeError or ValueError for frames that are not uint8 [B, 4 k + 1, 3, 8 h, 8 w]; `whole_clip` cuts them so.
+        Raises TypeError or ValueError for frames that are not uint8 [B, 4 k + 1, 3, 8 h, 8 w]. `whole_clip` cuts frames to that.
         """
         if frames.ndim != 5:
             raise ValueError(
@@ -151,7 +151,7 @@ class VideoSidecar(Sidecar):
 
 
 def _from_single_file(cls: Any, file: Path, config: str | Path | None) -> Any:
-    """Return the autoencoder of a file in float32, all of it and nothing else; the library itself checks neither."""
+    """Return the autoencoder of a file in float32; refuse a file with tensors missing or left over, which the library accepts."""
     from_file = library("safetensors.torch").load_file
     with tempfile.TemporaryDirectory() as temporary:
         if config is None:

@@ -35,7 +35,7 @@ PREPROCESSING = {
 """What DINOv2 was trained with: shortest edge to 256, bicubic, the centre 224, ImageNet's mean and deviation."""
 
 PREPROCESSOR = "preprocessor_config.json"
-"""File of a checkpoint that says how its pictures are prepared; PREPROCESSING where there is none."""
+"""File of a checkpoint that says how its pictures are prepared. Without the file, PREPROCESSING does."""
 
 
 class VisionSidecar(Sidecar):
@@ -91,7 +91,7 @@ class VisionSidecar(Sidecar):
                 raise ValueError(
                     f"image {place} has shape {tuple(image.shape)}, but must be [3, height, width]"
                 )
-        # As pictures of Pillow: the processor resizes those as the checkpoint's authors did.
+        # The processor resizes pictures of Pillow as the authors of the checkpoint did.
         pil = library("PIL.Image")
         pictures = [pil.fromarray(image.movedim(0, 2).cpu().contiguous().numpy()) for image in images]
         found: Tensor = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
@@ -111,7 +111,7 @@ class VisionSidecar(Sidecar):
 
 
 def processor_of(settings: dict[str, Any]) -> Any:
-    """Return the library's processor of pictures that works on Pillow's, whatever its release calls it."""
+    """Return the library's processor of Pillow's pictures, under the name that the library's release gives it."""
     transformers = library("transformers")
     library("PIL.Image")
     cls = getattr(transformers, "BitImageProcessorPil", None) or transformers.BitImageProcessor

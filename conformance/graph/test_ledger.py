@@ -228,6 +228,18 @@ def test_a_ledger_from_before_a_change_of_the_weights_is_refused(
     prompted(model)
 
 
+def test_a_step_that_changes_nothing_leaves_ledgers_of_use() -> None:
+    """As after micro-batches that were all refused: no weight voted, and no table counted."""
+    model = models.whole()
+    ledger, before = prompted(model), model.voting.version
+    losses = model.losses(models.random_ids(2, 12))
+    assert not model.backward({**losses, "bytes": losses["bytes"] * torch.nan}, rate=models.RATE, step=9)
+    model.step()
+    assert model.voting.version == before
+    with torch.no_grad():
+        model(None, ledger=ledger)
+
+
 def test_a_ledger_that_nothing_was_read_into_waits_for_its_model() -> None:
     """It may be made before a step, and one pass that is refused binds it to nothing."""
     model, other = models.nano(theta=1), models.nano(theta=1, seed=9)
@@ -289,6 +301,7 @@ def test_a_ledger_of_a_model_is_not_its_copy_s() -> None:
 def test_respond_refuses_a_ledger_as_forward_does() -> None:
     model = models.whole()
     ledger = prompted(model)
+    model.backward(model.losses(models.random_ids(2, 12)), rate=models.RATE, step=9)
     model.step()
     with pytest.raises(RuntimeError, match="make a new one from its ids"):
         model.respond(None, ledger=ledger)

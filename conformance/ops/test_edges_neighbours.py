@@ -119,7 +119,7 @@ def _by_hand(tables: Tables, pairs: tuple[Tensor, Tensor], loops: bool) -> Table
 
 PAIRS_IN_THEIR_ORDER = mutant(
     "pairs_in_their_order",
-    "pairs.unique(dim=0, return_counts=True)  # in ascending order",
+    "pairs.unique(dim=0, return_counts=True)",
     "pairs, torch.ones_like(pairs[:, 0])",
     compared="update_neighbours",
 )

@@ -168,7 +168,11 @@ test_refusals_of_packing = refusals(
     refused("unpack_trits", "a negative size", ValueError, "shape", with_byte(0), (-2, -5)),
     rejects=[
         mutant("pack_accepts_two", 'checks.values_between("trits", trits, -1, 1)', "pass"),
-        mutant("unpack_accepts_243", "packed, 0, MAX_PACKED_BYTE)", "packed, 0, 243)"),
+        mutant(
+            "unpack_accepts_243",
+            'checks.weight_values("packed", "packed", packed)',
+            'checks.values_between("packed", packed, 0, 243)',
+        ),
     ],
 )
 # fmt: on

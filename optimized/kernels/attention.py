@@ -1,6 +1,6 @@
-"""Attention kernels: one position of a sequence against slots that all heads share, whose slots are cut into parts.
+"""Attention kernels: one position of a sequence against slots that all heads share.
 
-Each program takes some heads and a part of the slots (`parts`) and leaves the softmax of that part. A second kernel adds the parts
+Each program takes some heads and a part of the slots (`parts`) and writes the softmax of that part. A second kernel adds the parts
 in their order, so that every launch gives the same bits. A slot is loaded once for all heads of a tile, as key and as value.
 Legend: B batch, H heads, S slots, L latent columns (the values), R rotary columns, J parts of the slots.
 """
@@ -18,7 +18,7 @@ from arbitor.optimized.kernels.launch import row_grid, row_tile, runs_here
 BLOCK_HEADS = 16
 BLOCK_SLOTS = 32
 PART_SLOTS = 128
-"""Slots of a part. It depends on nothing: a sequence gives the same bits whatever else is in the batch."""
+"""Slots of a part. The number is constant, so that a sequence gives the same bits whatever else is in the batch."""
 BLOCK_COLUMNS = 128
 NUM_WARPS = 4
 
@@ -27,7 +27,7 @@ NUM_WARPS = 4
 def shares_dot(shares, values, sums, NATIVE: tl.constexpr):
     """Return sums + shares @ values in float32.
 
-    Natively for bfloat16 values: the shares as three bfloat16 numbers each, which lose nothing of their 24 bits.
+    With NATIVE the values are bfloat16, and each share is the sum of three bfloat16 numbers, which keep all its 24 bits.
     """
     if NATIVE:
         high = shares.to(tl.bfloat16)
@@ -54,7 +54,7 @@ def slots_dot(queries, slots, NATIVE: tl.constexpr):
 
 @triton.jit
 def operand(values, NATIVE: tl.constexpr):
-    """Return what a product is made from: bfloat16 as it is, or float32."""
+    """Return an operand of a product: bfloat16 as it is, or float32."""
     if NATIVE:
         return values
     else:
@@ -81,7 +81,7 @@ def _decode_attention_kernel(
     )
     q_latent = operand(q_latent, NATIVE)
     if HAS_ROTARY:
-        # A name of its own: a loop may not change the shape of what was assigned before it.
+        # The mask has a name of its own, because a loop may not change the shape of an earlier variable.
         q_mask = is_head[:, None] & is_rotary[None, :]
         q_rotary = tl.load(q_ptr + q_rows + num_latent + rotaries[None, :], mask=q_mask, other=0.0)
         q_rotary = operand(q_rotary, NATIVE)
@@ -102,7 +102,7 @@ def _decode_attention_kernel(
             rotary = tl.load(keys_ptr + rows + num_latent + rotaries[None, :], mask=mask, other=0.0)
             scores += slots_dot(q_rotary, operand(rotary, NATIVE), NATIVE)
         scores = tl.where(visible[None, :], scores * scale + bias[None, :], float("-inf"))
-        # Until something is visible the largest score is -inf, and so are all: subtract 0 from them.
+        # Until a slot is visible, all scores and their largest are -inf. Then 0 is subtracted.
         higher = tl.maximum(top, tl.max(scores, axis=1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         shares = tl.exp(scores - base[:, None])

@@ -24,7 +24,7 @@ from arbitor.optimized.kernels.tiles import run_of, span_of, weight_tile, word_l
 from arbitor.optimized.layouts import DeviceWeight
 
 NOTHING = tl.constexpr(-3.0e38)
-"""A score below all scores. What is maximised is 16 times the negative score: z_q . c' - 8 |c'|**2."""
+"""A score below all scores. The kernels maximise 16 times the negative score, z_q . c' - 8 |c'|**2."""
 
 NO_ID = tl.constexpr(2**63 - 1)
 
@@ -39,7 +39,7 @@ BLOCK_PARTS = 32
 
 @triton.jit
 def trits_before(words, lanes):
-    """Return how many of the first `lanes` trits of words are not zero; all sixteen if there are no more lanes than that."""
+    """Return how many of the first `lanes` trits of words are not zero; from 16 lanes on, of all sixteen trits."""
     mask = tl.where(lanes < 16, (1 << (2 * tl.minimum(lanes, 15))) - 1, -1)
     count = words & mask & 0x55555555
     count = (count & 0x33333333) + ((count >> 2) & 0x33333333)
@@ -49,7 +49,7 @@ def trits_before(words, lanes):
 
 @triton.jit
 def word_squares(words, e0, e1, e2, e3, offsets, GROUP_SIZE: tl.constexpr, SPAN: tl.constexpr):
-    """Return the part of words in |c'|**2, float32: counts of trits, where the values would have to be squared one by one."""
+    """Return the part of words in |c'|**2, float32. Counts of trits give it, which saves squaring the values one by one."""
     before = trits_before(words, GROUP_SIZE - offsets)
     squares = before * exact_square(e0)
     if SPAN > 1:
@@ -102,7 +102,7 @@ def _nearest_codes_kernel(
     offsets = word * 16 - group * GROUP_SIZE
     best = tl.full([BLOCK_N, BLOCK_Q], NOTHING, dtype=tl.float32)
     tiles = tl.zeros([BLOCK_N, BLOCK_Q], dtype=tl.int32)
-    # What the next tile unpacks is read before this one is multiplied. Codes past the last are the last again.
+    # The words and exponents of the next tile are read before this tile is multiplied. A code past the last is read as the last.
     row = tl.minimum(begin * BLOCK_N + lanes.to(tl.int64), num_codes - 1)[:, None]
     words = tl.load(words_ptr + row * row_words + word, mask=word < row_words, other=0)
     l0, l1, l2, l3 = word_levels(exponents_ptr + row * row_groups, group, row_groups, SPAN)
@@ -118,7 +118,7 @@ def _nearest_codes_kernel(
         l0, l1, l2, l3 = word_levels(exponents_ptr + row * row_groups, group, row_groups, SPAN)
         inside = tile * BLOCK_N + lanes.to(tl.int64) < num_codes
         scores = tl.dot(values, z) - tl.where(inside, 8.0 * squares, -NOTHING)[:, None]
-        # Not where scores are equal: the earlier tile has the lower codes.
+        # At equal scores the earlier tile stays, because it has the lower codes.
         better = scores > best
         best = tl.where(better, scores, best)
         tiles = tl.where(better, tile - begin, tiles)
@@ -210,14 +210,15 @@ def _candidate_codes_kernel(
 def probe_sets(sign_bits: int, num_probes: int, device: torch.device) -> Tensor:
     """Return the first sets of ranks as int32 masks: by the sum of (rank + 1), then by the mask.
 
-    Kept on the device: a copy from the host waits, and cannot be recorded.
+    They stay on the device, because a copy from the host waits and cannot be recorded.
     """
     found: list[int] = []
     queue = [(0, 0)]
     while len(found) < num_probes:
         total, mask = heapq.heappop(queue)
         found.append(mask)
-        # Each set comes once: from the one without its largest rank if the rank below is taken or none is, else shifted.
+        # Each set comes from one other set, so it comes once. If the rank below its largest rank is taken, or there is none, that
+        # is the set without its largest rank. Else it is the set with its largest rank one lower.
         # `largest` is the largest rank, plus 1.
         largest = mask.bit_length()
         if largest < sign_bits:
@@ -228,9 +229,9 @@ def probe_sets(sign_bits: int, num_probes: int, device: torch.device) -> Tensor:
 
 
 def parts_of_codes(query_tiles: int, most: int, device: torch.device) -> int:
-    """Return into how many parts to cut the codes so that the device is full, at most `most`.
+    """Return the number of parts, at most `most`, for which the codes of a search fill the device.
 
-    Few tiles of queries get one wave of programs; many get several waves, of which the last may be short.
+    Few tiles of queries get one wave of programs. Many tiles get several waves, of which the last may be short.
     """
     processors = (
         torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

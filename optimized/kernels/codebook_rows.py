@@ -1,4 +1,4 @@
-"""Codebook kernels for single rows: what a code and a query are worth, first rows, counts of use, revival.
+"""Codebook kernels for single rows: values of codes and queries, first rows, counts of use, revival.
 
 Legend: N codes, C code width, KW words a row, KG groups a row, R vectors of a batch, s sign bits.
 """
@@ -42,7 +42,7 @@ def query_values(z):
 
 @triton.jit
 def code_exponents(levels):
-    """Return clamp(E, -5, 2) of levels, which are exponents here, as int32."""
+    """Return clamp(E, -5, 2) as int32. A codebook has no mantissa bits, so its levels are its exponents."""
     return tl.minimum(tl.maximum(levels.to(tl.int32), LOW_EXPONENT), HIGH_EXPONENT)
 
 
@@ -56,7 +56,8 @@ def half_bits(exponents):
 def code_values(words, lanes, levels):
     """Return float16 c' = T * 2**clamp(E, -5, 2) for the trits at two-bit `lanes` of int32 `words`; it is exact.
 
-    The low bit of a lane says that the trit is not zero, the high bit that it is negative: the float's bits, masked.
+    The low bit of a lane says that the trit is not zero, the high bit that it is negative. So the value is the bits of the scale,
+    masked and signed.
     """
     code = words >> (2 * lanes)
     bits = half_bits(code_exponents(levels)) | ((code & 2) << 14)
@@ -226,5 +227,5 @@ def age_(usage: Tensor, first: int | Tensor, window: int) -> None:
 
 
 def _start(first: int | Tensor, num_codes: int) -> int | Tensor:
-    """Return where a window starts, a number within the table so that it has one kernel argument type."""
+    """Return where a window starts. A number is brought within the table, so that it has one kernel argument type."""
     return first if isinstance(first, Tensor) else first % num_codes

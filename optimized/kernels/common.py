@@ -20,9 +20,9 @@ def widen(x):
 
 @triton.jit
 def narrow(value, DTYPE: tl.constexpr):
-    """Return float32 values as DTYPE, float32 or bfloat16, rounded half to even; a NaN stays one.
+    """Return float32 values as DTYPE, float32 or bfloat16, rounded half to even; a NaN stays a NaN.
 
-    Spelled out because the interpreter's own conversion cuts off what it should round.
+    Spelled out because the interpreter's own conversion truncates where it should round.
     """
     if tl.bfloat16 == DTYPE:
         bits = value.to(tl.int32, bitcast=True)
@@ -44,13 +44,13 @@ def round_half_even(value):
 
 @triton.jit
 def lane_trits(words, lanes):
-    """Return the trits (int32) at two-bit `lanes` of int32 `words`: shift the lane to the top, then its sign down."""
+    """Return the trits (int32) at two-bit `lanes` of int32 `words`: one shift takes a lane up, another down with its sign."""
     return (words << (30 - 2 * lanes)) >> 30
 
 
 @triton.jit
 def level_scales(levels, MANTISSA_BITS: tl.constexpr):
-    """Return float32 scales of int8 levels E * 2**b + m: the level, rebiased, is the top of the float's bits."""
+    """Return float32 scales of int8 levels E * 2**b + m. With another bias, the level is the top of the float's bits."""
     bits = (levels.to(tl.int32) + (127 << MANTISSA_BITS)) << (23 - MANTISSA_BITS)
     return bits.to(tl.float32, bitcast=True)
 
@@ -59,8 +59,8 @@ def level_scales(levels, MANTISSA_BITS: tl.constexpr):
 def lane_weights(words, lanes, scales):
     """Return float32 T * S for the trits at two-bit `lanes` of int32 `words`.
 
-    The low bit of a lane says that the trit is not zero, the high bit that it is negative, so the product is the scale's
-    bits, masked and signed: integer operations, where a conversion and a multiplication would take the slow pipes.
+    The low bit of a lane says that the trit is not zero, the high bit that it is negative. So the product is the bits of the
+    scale, masked and signed. A conversion and a multiplication would take slower pipes than these integer operations.
     """
     code = words >> (2 * lanes)
     bits = scales.to(tl.int32, bitcast=True) | ((code & 2) << 30)

@@ -1,6 +1,6 @@
 """Denoise kernels: a step over the latents, forward and backward, and the parts of the whole loop. Arithmetic in float32.
 
-Legend: B samples, L numbers of a latent, P tokens, D width, n a unit row, q a query, m what the noise is predicted from.
+Legend: B samples, L numbers of a latent, P tokens, D width, n a unit row, q a query, m the input that the noise is predicted from.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _mix_kernel(
         sums += tl.sum(share[:, None] * values, axis=0)
     u = tl.load(n_ptr + sample * num_columns + columns, mask=mask, other=0.0)
     u += tl.div_rn(sums, tl.sum(shares, axis=0))
-    # silu in a form that does not overflow: exp of a negative number, whatever the sign of u
+    # This form of silu does not overflow, because it takes exp of a negative number, whatever the sign of u.
     decay = tl.exp(-tl.abs(u))
     m = tl.div_rn(tl.where(u < 0, u * decay, u), 1.0 + decay)
     tl.store(m_ptr + sample * num_columns + columns, m, mask=mask)
@@ -274,7 +274,7 @@ class DenoiseLoop:
         return n_BD
 
     def mixed(self, n_BD: Tensor, q_BD: Tensor, step: int) -> Tensor:
-        """Return silu(n + what the tokens say to the query of a step)."""
+        """Return silu(n + c), c the mean of the tokens weighted by their fit to the query of a step."""
         num_samples, num_tokens, width = self.tokens.shape
         scores_BP, m_BD = self.new(num_samples, num_tokens), self.new(num_samples, width)
         token_blocks = triton.cdiv(num_tokens, BLOCK_TOKENS)
@@ -291,7 +291,7 @@ class DenoiseLoop:
         return m_BD
 
     def step(self, latent_BL: Tensor, pred_BL: Tensor, alpha: float, *, halts: bool) -> Tensor:
-        """Return the latent after a step; with `halts` its energy and that of the prediction are kept."""
+        """Return the latent after a step; with `halts`, keep the energy of the latent and that of the prediction."""
         num_samples, size = latent_BL.shape
         out = self.new(num_samples, size)
         _loop_step_kernel[row_grid(num_samples, self.blocks)](
@@ -301,9 +301,9 @@ class DenoiseLoop:
         return out
 
     def halt(self, latent_BL: Tensor, threshold: float, *, first: bool, last: bool) -> Tensor:
-        """Add a step's share to the mean of the steps, and return that."""
+        """Return the mean of the steps after a step's share was added to it."""
         num_samples, size = latent_BL.shape
-        # Not in place: all blocks of a sample read what one of them writes.
+        # This is not in place, because all blocks of a sample read the shares that one of them writes.
         left_after = self.new(num_samples)
         _loop_halt_kernel[row_grid(num_samples, self.blocks)](
             latent_BL, self.total, self.left, left_after, self.energies, threshold, DEFAULT_EPS, size, self.blocks,

@@ -20,13 +20,13 @@ BLOCK_COLUMNS = 512
 BLOCK_SIGN_COLUMNS = 256
 
 PAIR_BITS = 31
-"""A pair is one integer: the source above this many bits of the target, so that sorting brings equal ones together."""
+"""Bits of the target in the integer of a pair. The source stands above them, so that sorting brings equal pairs together."""
 
 NO_PAIR = 1 << 62
-"""The integer of a pair that does not count: above all others."""
+"""The integer of a pair that does not count. It is above the integers of all other pairs."""
 
 SHORT_NODES = 1 << 15
-"""Nodes whose number no longer fits an int16."""
+"""Smallest number of nodes that does not fit an int16."""
 
 TARGET_BITS, TARGET_MASK = tl.constexpr(PAIR_BITS), tl.constexpr((1 << PAIR_BITS) - 1)
 LEFT_OUT, MOST = tl.constexpr(NO_PAIR), tl.constexpr(SCORE_MAX)
@@ -138,12 +138,12 @@ def gather_sums(h_ND: Tensor, neighbours_RJ: Tensor, signs_RJ: Tensor) -> Tensor
 
 
 def node_grads(grad_RD: Tensor, neighbours_RJ: Tensor, signs_RJ: Tensor, num_nodes: int) -> Tensor:
-    """Launch `edge_sum_input_grad`: edges sorted by their node, a node's edges a segment."""
+    """Launch `edge_sum_input_grad`. Edges are sorted by their node, and the edges of a node are a segment."""
     runs_here(grad_RD)
     num_columns, device = grad_RD.shape[1], grad_RD.device
     if neighbours_RJ.numel() == 0:
         return torch.zeros(num_nodes, num_columns, dtype=grad_RD.dtype, device=device)
-    # A sort takes time by the bits of its keys, so they are no wider than the number of nodes, the last of the bounds.
+    # A sort takes longer for wider keys, so the keys are just wide enough for the number of nodes, the last of the bounds.
     of_keys = torch.int16 if num_nodes < SHORT_NODES else torch.int32
     keys, order = torch.sort(neighbours_RJ.reshape(-1).to(of_keys), stable=True)
     nodes = torch.arange(num_nodes + 1, dtype=of_keys, device=device)
@@ -175,7 +175,7 @@ def update_(
     targets_M: Tensor,
     allow_loops: bool,
 ) -> None:
-    """Launch `update_neighbours` in place: a program a pair, of which the first of each source walks all of that source."""
+    """Launch `update_neighbours` in place. A pair has a program, and the program of a source's first pair walks all its pairs."""
     runs_here(neighbours_NJ)
     num_pairs = sources_M.numel()
     if num_pairs == 0:

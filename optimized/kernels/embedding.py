@@ -20,10 +20,10 @@ def row_grads(ids_R: Tensor, grad_RK: Tensor) -> tuple[Tensor, Tensor]:
     if num_ids == 0:
         return ids_R, grad_RK.to(torch.float32)
     ids_sorted, order = torch.sort(ids_R, stable=True)
-    # Between two -1: the first id differs from what is before it, and unused slots find what is behind the last.
+    # A -1 on each side makes the first id differ from its predecessor, and unused slots find the -1 behind the last id.
     bounded = functional.pad(ids_sorted, (1, 1), value=-1)
     # Slots are counted from 1.
     slots = (ids_sorted != bounded[:-2]).cumsum(0)
-    # starts[s] is the first sorted position of slot s; unused slots, and the end of the last one, are at num_ids.
+    # starts[s] is the first sorted position of slot s. Unused slots, and the end of the last slot, are at num_ids.
     starts = torch.searchsorted(slots, torch.arange(1, num_ids + 2, device=ids_R.device))
     return bounded[1:][starts[:-1]], segment_sums(grad_RK, ids_sorted, order, starts, torch.float32)

@@ -1,4 +1,4 @@
-"""What every launch needs: that Triton can run here, and arguments that do not make it compile again.
+"""The needs of every launch: that Triton can run here, and arguments that do not make it compile again.
 
 Triton compiles a kernel anew for each integer type and, unless told otherwise, for values of 1 and multiples of 16. Sizes
 that change from batch to batch are therefore passed through `do_not_specialize`, and 32-bit counters as signed words.
@@ -34,35 +34,35 @@ def runs_here(tensor: Tensor) -> None:
 
 
 def may_look_at_values(tensor: Tensor) -> bool:
-    """Return whether a value check may run: it waits for the device, which no graph capture survives."""
+    """Return whether a value check may run. A check waits for the device, which no graph capture survives."""
     if not settings.value_checks():
         return False
     return not (tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def values_between(name: str, value: Tensor, low: int, high: int) -> None:
-    """Refuse a tensor with an element outside [low, high], where looking is allowed."""
+    """Refuse a tensor with an element outside [low, high], where value checks may run."""
     if may_look_at_values(value):
         checks.values_between(name, value, low, high)
 
 
 def announce_written(*tensors: Tensor) -> None:
-    """Tell autograd that a kernel wrote tensors in place: it then refuses a gradient through what they held before.
+    """Tell autograd that a kernel wrote tensors in place. Autograd then refuses a gradient through their earlier values.
 
-    Torch knows what its own functions write, and nothing of what a kernel writes.
+    Torch notices the writes of its own functions, but not those of a kernel.
     """
     torch.autograd.graph.increment_version(tensors)
 
 
 def row_ids(rows: Tensor | None, num_rows: int, device: torch.device) -> None:
-    """Refuse row ids that are not unique int64 [R]; -1 marks an unused slot. Values only where looking is allowed."""
+    """Refuse row ids that are not unique int64 [R]; -1 marks an unused slot. Values are checked only where value checks may run."""
     checks.row_ids(rows, device)
     if rows is not None and may_look_at_values(rows):
         checks.row_values(rows, num_rows)
 
 
 def vote_rate(rate: float | Tensor, device: torch.device) -> None:
-    """Refuse a rate that is not allowed, or a tensor elsewhere. A tensor's value only where looking is allowed."""
+    """Refuse a rate that is not allowed, or a tensor elsewhere. Its value is checked only where value checks may run."""
     look = not isinstance(rate, Tensor) or may_look_at_values(rate)
     checks.vote_rate(rate, values=look)
     same_device("rate", rate, device)
@@ -120,7 +120,7 @@ class Clock:
         *,
         last_step: int = RESERVED_STEP - 1,
     ) -> Clock:
-        """Return the checked coordinates. The value of a step on the device is looked at where that is allowed."""
+        """Return the checked coordinates. The value of a step on the device is checked only where value checks may run."""
         look = not isinstance(step, Tensor) or may_look_at_values(step)
         checks.vote_clock(seed, step, tensor_id, last_step=last_step, values=look)
         same_device("step", step, device)

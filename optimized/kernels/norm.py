@@ -1,4 +1,4 @@
-"""RMSNorm kernels: a program reads each of its rows once, where a block holds it; the weight is unpacked in the kernel.
+"""RMSNorm kernels. A program reads each of its rows once, if a block holds the row. The weight is unpacked in the kernel.
 
 Legend: M activation rows, K channels, x^ = x / rms(x). All arithmetic in float32.
 """
@@ -20,10 +20,11 @@ BLOCK_COLUMNS = 8192
 
 BLOCK_SUMS, BLOCK_ROWS = 128, 16
 PROGRAMS, PART_ROWS = 2048, 128
-"""Programs that rows are dealt to, at most, and the fewest rows that are worth a sum of their own."""
+"""Most programs that share the rows, and the fewest rows that are worth a sum of their own."""
 
 HUGE_TOTAL, TAMING_POWER = tl.constexpr(2.0**96), tl.constexpr(2.0**-80)
-"""From this sum of squares on a row is multiplied by this power of two before it is squared (docs/spec/norm.md)."""
+"""Sum of squares from which on a row is huge, and the power of two by which a huge row is multiplied before it is squared
+(docs/spec/norm.md)."""
 
 
 @triton.jit
@@ -68,17 +69,17 @@ def sum_of_squares(x_ptr, row, power, num_columns, BLOCK: tl.constexpr):
 
 @triton.jit
 def taming_power(total):
-    """Return what a row is multiplied by before it is squared, 1 or a power of two, by the sum of its squares as they are.
+    """Return the power of two by which a row is multiplied before it is squared, from the sum of its unscaled squares.
 
-    The rule looks at the largest element, and this at the sum: a row that only one of them calls huge has the same result with
-    either power, as nothing overflows and what underflows does not count beside such a sum.
+    The rule looks at the largest element of a row, and this function at the sum of squares. If only one of the two calls a row
+    huge, either power gives the same result: nothing overflows, and a square that underflows does not count beside such a sum.
     """
     return tl.where(total >= HUGE_TOTAL, TAMING_POWER, 1.0)
 
 
 @triton.jit
 def tamed_row(x, num_columns, eps):
-    """Return a row times its power of two, the root mean square of that, and the power; for a row that a block holds."""
+    """Return a row times its power of two, the root mean square of that product, and the power; a block holds the row."""
     total = tl.sum(x * x, axis=0)
     power = taming_power(total)
     if power < 1.0:
@@ -113,7 +114,7 @@ def _rms_norm_kernel(
     end = tl.minimum(begin + part_rows, num_m)
     if ONE_BLOCK:
         columns = tl.arange(0, BLOCK)
-        # Once for all rows of the program: to unpack a weight takes more instructions than to use it.
+        # All rows of the program share the weight, because to unpack it takes more instructions than to use it.
         w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
         for row in range(begin, end):
             x = load_row(x_ptr, row, columns, num_columns)
@@ -132,7 +133,7 @@ def _rms_norm_kernel(
 
 @triton.jit
 def unit_row(x, rms):
-    """Return x^. Divided, not multiplied by an inverse: where the two terms of dx cancel, a rounding more is all that is left."""
+    """Return x^ by a division. An inverse would round once more, and where the terms of dx cancel, only roundings are left."""
     return tl.div_rn(x, rms)
 
 
@@ -198,7 +199,7 @@ def _rms_norm_weight_grad_kernel(
         grad = widen(tl.load(grad_ptr + offsets, mask=mask, other=0.0))
         x = widen(tl.load(x_ptr + offsets, mask=mask, other=0.0))
         inverse = tl.load(inverse_ptr + rows, mask=rows < end, other=0.0)
-        # Not their product: it may be too small for float32.
+        # The factors stay apart, because their product may be too small for float32.
         power = tl.load(powers_ptr + rows, mask=rows < end, other=0.0)
         sums += grad * (x * power[:, None] * inverse[:, None])
     parts = parts_ptr + part * num_columns + columns

@@ -15,7 +15,7 @@ from arbitor.optimized.kernels.launch import gradient_columns, row_grid, row_til
 
 BLOCK_COLUMNS = 1024
 BLOCK = 1024
-"""Elements of a tile where rows do not matter."""
+"""Elements of a tile that may cross rows."""
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def row_squares(grad_NK: Tensor) -> Tensor:
 
 
 def row_factors(squares_N: Tensor, num_groups: int) -> Tensor:
-    """Return for each row 1 / norm of its matrix, float64 [N]; 0 for a matrix of zeros, and for a row that is not finite.
+    """Return 1 / norm of the matrix of each row, float64 [N]; 0 for a matrix of zeros, and for a row that is not finite.
 
     squares_N: float64 [N], `row_squares` of a stack of `num_groups` matrices.
     """
@@ -112,7 +112,7 @@ def scale_rows(grad_NK: Tensor, factors_N: Tensor) -> Tensor:
 def weighted_sum(x: Tensor, y: Tensor, a: float, b: float, *, squares_N: Tensor | None = None) -> Tensor:
     """Return a x + b y in the dtype of x, rounded once; y is float32, of the shape of x.
 
-    squares_N: `row_squares` of what x came from; rows that were not finite become NaN.
+    squares_N: `row_squares` of the gradient that x came from; its rows that are not finite become NaN.
     """
     out = torch.empty_like(x)
     _sum_kernel[row_grid(triton.cdiv(x.numel(), BLOCK), 1)](

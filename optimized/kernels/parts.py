@@ -1,8 +1,8 @@
-"""Sums shared among programs: one name for the idea, how a sum is cut, and how its parts are added.
+"""Sums shared among programs: how a sum is cut into parts, and how its parts are added.
 
 A sum that one program would take too long over is cut into *parts*. A part is a contiguous range of the terms, and one program
 adds up one part. A second launch adds the parts in ascending order, so a sum has the same bits on every run and needs no atomics.
-Where the cuts lie follows from shapes, or from how many terms the one sum has.
+The cuts follow from shapes, or from the number of terms of the sum.
 
 | kernels | what is summed | the terms of a part | what a part leaves |
 |---|---|---|---|
@@ -14,7 +14,7 @@ Where the cuts lie follows from shapes, or from how many terms the one sum has.
 | `denoise` | the squares of a latent | a tile of columns | two float32 sums |
 | `codebook` | the codes of a search, of which the nearest is kept | a number of codes, by the device | a score and a code |
 
-The search keeps the best in place of a sum; its scores are exact, so there the device may decide where the cuts lie.
+The search keeps the best score in place of a sum. Its scores are exact, so the device may decide where its cuts lie.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from arbitor.optimized.kernels.launch import row_grid
 
 BLOCK = 256
 GROUP_BLOCK = 1024
-"""Elements of a sum that one program adds the parts of."""
+"""Elements of an output whose parts one program adds."""
 
 
 @triton.jit(do_not_specialize=["size", "num_parts"])

@@ -2,10 +2,10 @@
 
 Legend: E experts, N outputs of an expert, K inputs, M slots, S parts of a sum; KW words a row, KG groups a row.
 
-Slots are cut into tiles that share a matrix: those of one matrix in their order, many of several experts sorted by expert (`Plan`),
-few as tiles of one slot each. A launch has as many programs as tiles there could be, and those without a tile leave. Of few rows
-or slots the sums are cut into parts (`parts`), for a tile alone would not occupy a GPU. All of it follows from shapes, so that
-nothing waits for the device.
+Slots are cut into tiles that share a matrix. Slots of a single matrix keep their order. Many slots of several experts are sorted by
+expert (`Plan`). Few slots get a tile each. A launch has a program for every tile that there could be, and programs without a tile
+return at once. For few rows or slots the sums are cut into parts (`parts`), because few tiles alone would not occupy a GPU. All
+cuts follow from shapes, so that nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _slots_of_tile(
     tile, experts_ptr, order_ptr, starts_ptr, tile_ends_ptr, num_slots,
     GROUPS: tl.constexpr, GROUP_BLOCK: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Return the group of a tile, its slots, and which of them count. Group E has the unused slots; past it are no tiles."""
+    """Return the group of a tile, its slots, and the mask of slots that count. Group E holds unused slots; above it is no tile."""
     lanes = tl.arange(0, BLOCK_M)
     if TILES == IN_ORDER:
         slots = tile.to(tl.int64) * BLOCK_M + lanes
@@ -99,7 +99,7 @@ def _packed_product_kernel(
     tile_of_part = tl.program_id(0) // column_blocks
     first_output = (tl.program_id(0) % column_blocks) * BLOCK_N
     outputs = first_output + tl.arange(0, BLOCK_N)
-    # Here no sum is cut, and nothing is left to find out while the kernel runs.
+    # Sorted slots have uncut sums. The bounds are then constants, and the kernel computes nothing for them.
     if TILES == SORTED:
         tile, first_slot, begin, end = tile_of_part, 0, 0, num_inputs
     else:
@@ -126,17 +126,17 @@ def _packed_product_kernel(
         inputs = tl.arange(0, BLOCK_K)
         x_tile_ptr = x_ptr + slots[:, None] * num_inputs + inputs[None, :]
         first_row = tl.cast(group, tl.int64) * num_rows
-        # A tile of the weight has rows and columns as the weight has: summed over its columns, or over its rows.
+        # A tile lies as the weight lies. The sum runs over its columns, or over its rows if transposed.
         if TRANSPOSED:
             rows, word = begin + inputs, first_output // 16 + tl.arange(0, BLOCK_N // 16)[None, :]
         else:
             rows, word = outputs, begin // 16 + tl.arange(0, BLOCK_K // 16)[None, :]
         level = word * 16 // GROUP_SIZE
         offsets = word * 16 - level * GROUP_SIZE
-        # Rows past the last are the last again: their sums are not stored, or their x is zero.
+        # A row past the last is read as the last. Its sums are not stored, or its x is zero.
         row = first_row + tl.minimum(rows, num_rows - 1)[:, None]
         words_row_ptr, levels_row_ptr = words_ptr + row * row_words, exponents_ptr + row * row_groups
-        # What the next tile unpacks is read before this one is multiplied.
+        # The words and levels of the next tile are read before this tile is multiplied.
         words = tl.load(words_row_ptr + word, mask=word < row_words, other=0)
         l0, l1, l2, l3 = word_levels(levels_row_ptr, level, row_groups, SPAN)
         for start in range(begin, end, BLOCK_K):
@@ -185,8 +185,8 @@ def _packed_product_kernel(
 class Plan:
     """Slots by expert, on the device.
 
-    order:  int64 [M], slots in ascending order of their expert, the unused ones last.
-    starts: int64 [E + 2], where each expert's slots begin in `order`; then the unused ones, then the end.
+    order:  int64 [M], slots in ascending order of their expert, unused slots last.
+    starts: int64 [E + 2], where the slots of each expert begin in `order`, then where the unused slots begin, then the end.
     """
 
     order: Tensor
@@ -194,7 +194,7 @@ class Plan:
 
     @classmethod
     def of(cls, experts_M: Tensor, num_groups: int) -> Plan:
-        """Return the plan of slots; sorting is stable, so sums run in an order that depends on the slots alone."""
+        """Return the plan of slots. Sorting is stable, so sums run in an order that depends on the slots alone."""
         # A sort takes a pass for each byte of a key.
         few = num_groups + 1 <= torch.iinfo(torch.uint8).max
         dtype = torch.uint8 if few else torch.int32
@@ -203,7 +203,7 @@ class Plan:
         return cls(order, torch.searchsorted(sorted_M, bounds))
 
     def tile_ends(self, block: int) -> Tensor:
-        """Return where each expert's tiles of `block` slots end, int32 [E + 1], the unused slots' last."""
+        """Return where the tiles of `block` slots of each expert end, int32 [E + 1], and last where those of unused slots end."""
         tiles = (self.starts.diff() + (block - 1)) // block
         return tiles.cumsum(0, dtype=torch.int32)
 
@@ -222,8 +222,8 @@ class Tiling:
     def of(cls, num_slots: int, num_groups: int, rank: int, *, transposed: bool, wide: bool) -> Tiling:
         """Return the tile for the slots that an expert has on average, and for the lesser width of its matrix.
 
-        Each tile of slots unpacks its matrix again, so it is as high as the slots can fill, unless there is little to unpack. Of
-        the tiles tried on an H100, with groups of 12, these were the fastest, or near it and far from spilling registers.
+        Each tile of slots unpacks its matrix again. So a tile is as high as the slots can fill, unless there is little to unpack.
+        Among the tiles tried on an H100, with groups of 12, these were the fastest, or nearly so and far from spilling registers.
         """
         average = triton.cdiv(num_slots, num_groups)
         if wide:
@@ -239,8 +239,8 @@ class Tiling:
 
     def within(self, num_outputs: int, num_inputs: int) -> Tiling:
         """Return the tile for a matrix of these widths."""
-        # Four threads share the summed axis, and Triton 3.6 may give each 8 neighbours of it: of 16 columns, two threads would
-        # have what the other two have, and the product would count that twice.
+        # Four threads share the summed axis, and Triton 3.6 may give each thread 8 neighbours. Of 16 columns, two threads would
+        # hold the columns of the other two, and the product would count them twice.
         block_k = max(32, row_tile(num_inputs, self.block_k)[0])
         return replace(self, block_n=tile_width(num_outputs, self.block_n), block_k=block_k)
 
@@ -267,9 +267,9 @@ def packed_product(
 ) -> Tensor:
     """Return x W^T, or x W, in the dtype of x [M, outputs]: with one matrix, or with that of each slot's expert in a stack.
 
-    num_groups: of the stack, whose unused slots become zeros
+    num_groups: matrices of the stack; unused slots become zeros
     experts_M:  int64 [M], contiguous, for few slots, each of which reads its own matrix
-    plan:       for many
+    plan:       for many slots, the plan by which they share matrices
     """
     runs_here(x)
     num_slots, num_inputs = x.shape
@@ -290,7 +290,7 @@ def packed_product(
         num_parts, part_steps = 1, triton.cdiv(num_inputs, tiling.block_k)
     out = torch.empty(num_slots, num_outputs, dtype=x.dtype, device=x.device)
     sums = out if num_parts == 1 else torch.empty(num_parts, *out.shape, dtype=torch.float32, device=x.device)
-    # Widths in units of 16 bytes where they are multiples of that: Triton would notice it of multiples of 16 columns only.
+    # Widths that are multiples of 16 bytes come in that unit. By itself Triton would notice only multiples of 16 columns.
     input_unit, output_unit = math.gcd(num_inputs, 8), math.gcd(num_outputs, 8)
     _packed_product_kernel[row_grid(tiles * column_blocks, num_parts)](
         x, weight.words, weight.exponents, sums, experts_M,

@@ -1,4 +1,4 @@
-"""Router kernels: what the choice of experts multiplies, as float64. The product and the sort are the library's.
+"""Router kernels: the operands of the choice of experts, as float64. The library multiplies and sorts.
 
 Legend: E experts, K columns, M vectors; KW words a row, KG groups a row.
 """

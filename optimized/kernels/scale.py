@@ -57,7 +57,7 @@ def _initial_words_kernel(
     columns = word_ids[:, None] * 16 + lanes
     places = columns % GROUP_SIZE
     group_ids = row * row_groups + columns // GROUP_SIZE
-    # Every lane makes its group's Philox call itself: wasteful, but a weight is initialised once.
+    # Every lane makes its group's Philox call itself. That is wasteful, but a weight is initialised once.
     w0, w1, w2, w3 = philox_words(
         group_ids, places // 16, step.to(tl.uint32, bitcast=True), tensor_id, seed_low, seed_high
     )

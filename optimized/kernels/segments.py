@@ -15,7 +15,7 @@ from arbitor.optimized.kernels.common import narrow, widen
 from arbitor.optimized.kernels.launch import row_grid, row_tile, runs_here
 
 PART_EDGES = 64
-"""Positions of a part. A part begins at a multiple of this, and counts where all of its positions belong to one segment."""
+"""Positions of a part. A part begins at a multiple of this number, and is used if all its positions belong to one segment."""
 
 BLOCK_COLUMNS = 1024
 WARP_COLUMNS = 256
@@ -29,7 +29,7 @@ def add_edges(
     sums, rows_ptr, order_ptr, signs_ptr, begin, gap_begin, gap, index, columns, num_columns,
     NUM_SLOTS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Add the rows of COUNT edges, from the one at `index` after `begin` on; positions of the gap are left out."""
+    """Return sums plus the rows of COUNT edges. The first edge is number `index` from `begin` on, and the gap is left out."""
     # The loop is unrolled, so that the loads of all rows are on their way at once.
     for place in tl.static_range(COUNT):
         position = begin + index + place
@@ -48,7 +48,7 @@ def sum_of_edges(
     rows_ptr, order_ptr, signs_ptr, begin, end, gap_begin, gap, columns, num_columns,
     NUM_SLOTS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Return the float64 sums of the edges at positions begin .. end - 1, but for `gap` of them from `gap_begin` on."""
+    """Return the float64 sums of the edges at positions begin .. end - 1, without the `gap` positions from `gap_begin` on."""
     sums = tl.zeros([BLOCK_D], dtype=tl.float64)
     number = end - begin - gap
     for index in range(0, number - number % AT_ONCE, AT_ONCE):
@@ -56,8 +56,8 @@ def sum_of_edges(
             sums, rows_ptr, order_ptr, signs_ptr, begin, gap_begin, gap, index, columns, num_columns,
             NUM_SLOTS, AT_ONCE,
         )  # fmt: skip
-    # What is left is 4 + 2 + 1 edges or fewer, by the bits of the number: most segments have no others, and rows that a mask
-    # left out would cost as much arithmetic in float64 as rows.
+    # At most 4 + 2 + 1 edges are left, by the bits of the number. Most segments have only these, and in float64 a masked row
+    # would cost as much arithmetic as a row that counts.
     for halvings in tl.static_range(1, 4):
         if number & (AT_ONCE >> halvings) != 0:
             sums = add_edges(
@@ -99,8 +99,8 @@ def _segment_sums_kernel(
     first = (begin + PART - 1) // PART
     # Parts first .. last - 1 lie in this segment as a whole.
     last = tl.maximum(end // PART, first)
-    # Edges before and after those parts, then the parts: an order that depends on the positions alone. In float64, as in
-    # the specification.
+    # The edges before and after those parts come first, then the parts. This order depends on the positions alone. The sums are
+    # in float64, as in the specification.
     sums = sum_of_edges(
         rows_ptr, order_ptr, signs_ptr, begin, end, first * PART, (last - first) * PART, columns, num_columns,
         NUM_SLOTS, BLOCK_D,
@@ -122,9 +122,9 @@ def segment_sums(
     dtype: torch.dtype,
     signs_E: Tensor | None = None,
 ) -> Tensor:
-    """Return [S, D]: for each segment the sum of its edges' rows, each times the sign of its edge if there are signs.
+    """Return the sum of the rows of each segment's edges, [S, D], each row times the sign of its edge if there are signs.
 
-    keys:    the sorted keys of all edges, a key a segment; edges below 0 belong to none
+    keys:    the sorted keys of all edges, one key for each segment; an edge with a key below 0 belongs to no segment
     order:   position -> edge; edge e reads row e // (E / R)
     starts:  [S + 1], the first position of each segment, and the end of the last
     """

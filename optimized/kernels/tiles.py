@@ -1,7 +1,7 @@
 """Tiles of a weight for `tl.dot`, from packed words: a thread takes a word and makes its sixteen weights.
 
-So they lie in a row and go to shared memory sixteen bytes at a time. Left to itself, Triton spreads the lanes of a word over
-threads, and a tile then costs more to lay out than to multiply.
+So the weights of a word are neighbours in one thread, and go to shared memory sixteen bytes at a time. Left to itself, Triton
+spreads the lanes of a word over threads, and a tile then costs more to lay out than to multiply.
 """
 
 from __future__ import annotations
@@ -29,18 +29,20 @@ def lane_pairs(
     low, high, s0, s1, s2, s3, offsets, LANE: tl.constexpr, STEP: tl.constexpr,
     GROUP_SIZE: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """Return two weights each, as floats of two bytes in the halves of an int32, of the lanes LANE, LANE + STEP, ... of words.
+    """Return the weights of the lanes LANE, LANE + STEP, ... of words in pairs, as two-byte floats in the halves of an int32.
 
-    Their axes of two come after those of the words, the lane's highest bit first, and stay in the thread that has the word.
-    low, high: the halves of words, `spread`; s0 .. s3: bits of the scales of a word's groups, as such floats; offsets: columns of
-    the first that lie before the word.
+    Each doubling of STEP adds an axis of two after the axes of the words, that of the lane's highest bit first. The weights stay in
+    the thread that has the word.
+    low, high: the halves of words, `spread`
+    s0 .. s3:  the scales of a word's groups, as the bits of two-byte floats
+    offsets:   columns of the first group that lie before the word
     """
     if STEP < 16:
         even = lane_pairs(low, high, s0, s1, s2, s3, offsets, LANE, 2 * STEP, GROUP_SIZE, RUN)
         odd = lane_pairs(low, high, s0, s1, s2, s3, offsets, LANE + STEP, 2 * STEP, GROUP_SIZE, RUN)
         return tl.join(even, odd)
     else:
-        # A group starts every RUN lanes at most, and before a word at most GROUP_SIZE - RUN columns.
+        # All groups of a word start at multiples of RUN lanes, and the first group at most GROUP_SIZE - RUN columns before it.
         first: tl.constexpr = LANE // RUN * RUN
         scales = s0
         if first + GROUP_SIZE - RUN >= GROUP_SIZE:
@@ -56,7 +58,7 @@ def lane_pairs(
 
 @triton.jit
 def spread(halves):
-    """Return the lower eight lanes of words, those with an odd number 14 bits higher: pairs of lanes are 16 bits apart."""
+    """Return the lower eight lanes of words with odd lanes 14 bits higher, so that the lanes of a pair are 16 bits apart."""
     return (halves & 0x3333) | ((halves & 0xCCCC) << 14)
 
 
@@ -69,7 +71,7 @@ def weight_tile(
     low, high = spread(words), spread(words >> 16)
     pairs = lane_pairs(low, high, s0, s1, s2, s3, offsets, 0, 2, GROUP_SIZE, RUN)
     bits = tl.reshape(tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16)), [ROWS, COLUMNS])
-    # After the reshape, which Triton 3.6 cannot move past the copy to shared memory and would try to.
+    # The bitcast follows the reshape. Triton 3.6 would try to move the reshape past the copy to shared memory, and cannot.
     return bits.to(DTYPE, bitcast=True)
 
 
@@ -81,7 +83,7 @@ def scale_bits(levels, MANTISSA_BITS: tl.constexpr):
 
 @triton.jit
 def word_levels(rows_ptr, first, row_groups, SPAN: tl.constexpr):
-    """Return the levels of the groups that a word can overlap: `first` and SPAN - 1 more, of four in all."""
+    """Return four levels, of which SPAN belong to the groups that a word can overlap: `first` and the groups after it."""
     l0 = levels_of(rows_ptr, first, row_groups)
     l1, l2, l3 = l0, l0, l0
     if SPAN > 1:
@@ -95,7 +97,7 @@ def word_levels(rows_ptr, first, row_groups, SPAN: tl.constexpr):
 def levels_of(rows_ptr, group, row_groups):
     """Return the level of a group of each row, where there is one.
 
-    Groups of neighbouring words are near each other, which Triton 3.6 does not see: the hint has it give levels to the threads
-    that have the words. Loads stay single bytes, as nothing is known of a row's alignment (`row_groups` is not specialised).
+    Groups of neighbouring words are near each other, which Triton 3.6 does not see. The hint makes it give levels to the threads
+    that have the words. Loads stay single bytes, because the alignment of a row is unknown (`row_groups` is not specialised).
     """
     return tl.load(tl.max_contiguous(rows_ptr + group, [1, 2]), mask=group < row_groups, other=0)

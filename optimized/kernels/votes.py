@@ -34,8 +34,8 @@ def _row_exponents_kernel(
         address = grad_ptr + row * num_columns + columns
         grad = widen(tl.load(address, mask=columns < num_columns, other=0.0)).to(tl.float64)
         squares += grad * grad
-    # The squares of float32 numbers and their sums neither overflow nor vanish in float64, so a mean square that is not
-    # finite means an element that is not, and the exponent can be read off the bits of a normal number.
+    # The squares of float32 numbers and their sums neither overflow nor vanish in float64. So a mean square that is not finite
+    # comes from an element that is not, and the exponent can be read off the bits of a normal number.
     mean_square = tl.sum(squares, axis=0) / num_columns
     bits = mean_square.to(tl.int64, bitcast=True)
     # A NaN may carry a sign.
@@ -59,7 +59,7 @@ def gradient_votes(grad, row_exponents, rate, dither):
     """Return int32 votes of float32 gradients; row exponents and dither bytes broadcast against them.
 
     2**(8 - V) is too large for float32 where gradients are tiny, so it is applied in two factors. Both are exact, unless the
-    result is so small that its vote is 0 anyhow; only the product with the rate rounds.
+    result is so small that its vote is 0 anyhow. Only the product with the rate rounds.
     """
     speaks = row_exponents != SILENT
     power = tl.where(speaks, 8 - row_exponents, 0)
@@ -197,5 +197,5 @@ def votes_of_sign(grad_NK: Tensor, step_size: int) -> Tensor:
 
 
 def rate_argument(rate: float | Tensor) -> float | Tensor:
-    """Return a rate as a kernel takes it: an integer would have an argument type, and a compilation, of its own."""
+    """Return a rate as a kernel takes it. An integer becomes a float, since its type would ask for a compilation of its own."""
     return rate if isinstance(rate, Tensor) else float(rate)

@@ -148,14 +148,14 @@ def _vectors(z: Tensor) -> Tensor:
 
 
 def _check_window(num_codes: int, first: int | Tensor, window: int, device: torch.device) -> None:
-    """Refuse a window that is not allowed. The value of a start on the device only where looking is allowed."""
+    """Refuse a window that is not allowed. The value of a start on the device is checked only where value checks may run."""
     look = not isinstance(first, Tensor) or may_look_at_values(first)
     checks.code_window(num_codes, first, window, values=look)
     same_device("first", first, device)
 
 
 def _target(usage: Tensor, out: Tensor | None) -> Tensor:
-    """Return contiguous counters that a kernel may overwrite: `out` where it can be, else a copy."""
+    """Return contiguous counters that a kernel may overwrite: `out` if it is contiguous, else a copy."""
     if out is not None and out.is_contiguous():
         return out if out is usage else out.copy_(usage)
     return usage.clone(memory_format=torch.contiguous_format)

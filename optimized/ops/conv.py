@@ -41,7 +41,7 @@ def conv1d_input_grad(
     checks.conv_gradient(grad_BNP, weight.shape[0], positions)
     checks.conv_columns(weight.shape[1], kernel_size)
     checks.same_device(weight=weight.exponents, grad_BNP=grad_BNP)
-    # In float32: taps that overlap are summed, and a sum of rounded parts would round at every one of them.
+    # Overlapping taps are summed in float32, because a sum of rounded taps would round at every one of them.
     grad_MN = grad_BNP.transpose(1, 2).reshape(-1, weight.shape[0])
     taps_MK = wide_product(grad_MN, dense_rows(on_device(weight), grad_BNP.dtype))
     taps_BKP = taps_MK.reshape(grad_BNP.shape[0], positions, weight.shape[1]).transpose(1, 2)

@@ -94,7 +94,7 @@ def update_neighbours(
 
 
 def _target(table: Tensor, out: Tensor | None) -> Tensor:
-    """Return a contiguous table that a kernel may overwrite: `out` where it can be, else a copy."""
+    """Return a contiguous table that a kernel may overwrite: `out` if it is contiguous, else a copy."""
     if out is not None and out.is_contiguous():
         return out if out is table else out.copy_(table)
     return table.clone(memory_format=torch.contiguous_format)

@@ -75,7 +75,7 @@ def grouped_linear_weight_grad(
 def choose_experts(x: Tensor, weight: AnyWeight, *, top_k: int) -> Tensor:
     """See reference; float64 is not supported.
 
-    The library multiplies in float64, where every sum is exact, so that its order and its tiles leave no trace.
+    The library multiplies in float64, where every sum is exact, so that its order and its tiles change no bit.
     """
     checks.router(x, weight, top_k, weight.exponents, DTYPES)
     x_MK = router.whole_sixteenths(x.reshape(-1, weight.shape[1]))
@@ -86,7 +86,7 @@ def choose_experts(x: Tensor, weight: AnyWeight, *, top_k: int) -> Tensor:
 
 @op()
 def expert_load(experts: Tensor, *, num_groups: int) -> Tensor:
-    """See reference. Counted by torch, in integers, whose sums are the same in any order; nothing waits for the device."""
+    """See reference. Torch counts in integers, whose sums are the same in any order, and nothing waits for the device."""
     checks.integer("num_groups", num_groups, 1, 2**31 - 1)
     checks.dtype_in("experts", experts, (torch.int64,))
     values_between("experts", experts, -1, num_groups - 1)
@@ -119,5 +119,5 @@ def _product(
 
 
 def few_slots(num_slots: int, num_groups: int) -> bool:
-    """Return whether each slot should read its expert's matrix: slots then read no more than all matrices, without a sort."""
+    """Return whether each slot should read the matrix of its expert for itself: few slots read little, and need no sort."""
     return num_slots <= num_groups

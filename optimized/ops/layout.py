@@ -1,4 +1,4 @@
-"""Layout: between the two kinds of weight that every op takes, the canonical form and the device layout."""
+"""Layout: conversions between the canonical form and the device layout, the two kinds of weight that every op takes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def to_spec(weight: AnyWeight) -> TernaryWeight:
 
 
 def on_device(weight: AnyWeight) -> DeviceWeight:
-    """Return a weight to compute with: the int8 tensors of a canonical one are shared, so it must not be updated."""
+    """Return a weight to compute with. It shares the int8 tensors of a canonical weight, so it must not be updated."""
     if isinstance(weight, DeviceWeight):
         return weight
     runs_here(weight.packed)
@@ -52,7 +52,7 @@ def on_device(weight: AnyWeight) -> DeviceWeight:
 
 
 def canonical(weight: DeviceWeight) -> TernaryWeight:
-    """Return a weight in canonical form that shares the int8 tensors: for one that nobody else keeps."""
+    """Return a weight in canonical form that shares the int8 tensors, for a weight that nobody else keeps."""
     return TernaryWeight(
         packed=packing.packed_from_words(weight.words, weight.shape),
         exponents=weight.exponents,
@@ -65,7 +65,7 @@ def canonical(weight: DeviceWeight) -> TernaryWeight:
 
 
 def target_of(weight: AnyWeight, out: AnyWeight | None) -> DeviceWeight:
-    """Return what an update's kernels may overwrite: the memory of `out` where it can be, else a copy of `weight`."""
+    """Return the weight that an update's kernels may overwrite: one on the memory of `out` where that works, else a copy."""
     if out is weight and isinstance(weight, DeviceWeight):
         return weight
     if isinstance(out, DeviceWeight):

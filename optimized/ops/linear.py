@@ -20,13 +20,13 @@ from arbitor.reference import checks
 __all__ = ["linear", "linear_input_grad", "linear_weight_grad"]
 
 FEW_ROWS = 64
-"""Most rows for which unpacking a weight on the way of a product is faster than before it."""
+"""Most rows for which a product that unpacks the weight on its way is faster than unpacking first."""
 
 DENSE_ELEMENTS = 2**27
 """Most elements of a weight that are unpacked at a time: 256 MiB of bfloat16."""
 
 ROW_MULTIPLE = 16
-"""Rows that a part is a multiple of, so that no part starts at an address for which a kernel would compile anew."""
+"""Number that divides the rows of a part, so that no part starts at an address for which a kernel would compile anew."""
 
 
 def _x_grad(grad: Tensor, *, weight: AnyWeight, **_: Any) -> Tensor:
@@ -52,7 +52,7 @@ def linear_input_grad(grad: Tensor, weight: AnyWeight) -> Tensor:
 
 @op()
 def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
-    """See reference; float64 is not supported. Nothing here is ternary, so it is the library's matrix product."""
+    """See reference; float64 is not supported. Nothing here is ternary, so the library multiplies."""
     checks.dtype_in("grad", grad, DTYPES)
     checks.same_dtype("x", x, "grad", grad)
     checks.same_device(grad=grad, x=x)
@@ -71,19 +71,20 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def matrix_of(x: Tensor) -> Tensor:
-    """Return x as contiguous rows [M, last]; M is spelled out because an empty batch leaves nothing to infer it from."""
+    """Return x as contiguous rows [M, last]. M is computed here, because torch cannot infer it for an empty batch."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
 
 
 def _product(x: Tensor, weight: DeviceWeight, *, transposed: bool) -> Tensor:
-    """Return x W^T, or x W, in the dtype of x: for few rows a product that unpacks the weight on its way, else the library's.
+    """Return x W^T, or x W, in the dtype of x.
 
-    The library is faster for many rows, and in float32. Of a large weight some rows are unpacked for it at a time. Forward, each
-    gives some outputs; backward, each a part of every sum, and those are added in float32 and rounded once, as one product would.
+    For few rows in bfloat16 a kernel unpacks the weight on its way. The library is faster for many rows, and in float32. It takes
+    a large weight by ranges of unpacked rows. Forward, a range gives some of the outputs. Backward, a range gives a part of every
+    sum. The parts are added in float32 and rounded once, as the sums of one product are.
     """
     x_MK = matrix_of(x)
     num_outputs = weight.shape[1 if transposed else 0]
-    # A product counts the rows of a weight in 32 bits, as it does the columns, which are never more.
+    # A product counts the rows of a weight in 32 bits, as it counts the columns. The columns never exceed MAX_COLUMNS.
     if x.dtype is torch.bfloat16 and 0 < x_MK.shape[0] <= FEW_ROWS and weight.shape[0] <= MAX_COLUMNS:
         y_MN = packed_product(x_MK, weight, transposed=transposed)
         return y_MN.reshape(*x.shape[:-1], num_outputs)
@@ -102,7 +103,8 @@ def _product(x: Tensor, weight: DeviceWeight, *, transposed: bool) -> Tensor:
             y_MN.copy_(wide_product(x_MK[:, part], w_NK))
         else:
             y_MN += wide_product(x_MK[:, part], w_NK)
-        del w_NK  # before the next rows are unpacked
+        # The memory is free before the next rows are unpacked.
+        del w_NK
     return y_MN.to(x.dtype).reshape(*x.shape[:-1], num_outputs)
 
 

@@ -1,10 +1,10 @@
-"""What every op of this set promises beside its own rule: `@op()` stands above each definition.
+"""The promises of every op of this set beside its own rule. `@op()` stands above each definition and keeps them.
 
 - Dtypes: autocast is off inside of an op, as in the reference.
-- Device: kernels are launched on the device of the tensors, whichever is current.
-- Gradients: `op(x=...)` gives an op the gradient of its argument `x`, from the op that computes it. Where an op has no gradient, a
-  call that asks for one raises. An op compared EXACT hands out integers, or floats made of integers, so there is nothing to
-  differentiate: its results are detached, as the reference's are.
+- Device: kernels are launched on the device of the tensors, whichever device is current.
+- Gradients: `op(x=...)` names the function that computes the gradient of the argument `x`. If an op has no gradient, a call that
+  asks for one raises. An op that is compared EXACT returns integers, or floats made of integers. They have no gradient, so its
+  results are detached, as the results of the reference are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 Gradient = Callable[..., Tensor]
-"""`gradient(grad, **arguments)` returns the gradient of one argument, for that of the result and all arguments of the call."""
+"""A function `gradient(grad, **arguments)` that returns the gradient of one argument. `grad` is the gradient of the result, and
+`arguments` are all arguments of the call."""
 
 
 def op(**gradients: Gradient) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -40,7 +41,7 @@ def op(**gradients: Gradient) -> Callable[[Callable[P, R]], Callable[P, R]]:
         name, signature = function.__name__, inspect.signature(function)
         first = next(iter(signature.parameters))
         told_where = "device" in signature.parameters
-        # A function without a row in the table is no op yet: it is taken to hand out floats.
+        # A function without a row in the table is no op yet, and counts as one that returns floats.
         differentiable = name not in OP_TABLE or OP_TABLE[name].output is not EXACT
 
         @functools.wraps(function)
@@ -112,7 +113,7 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # The weights' tensors come last: they are only looked at by torch.
+        # The tensors of the weights come last. Only torch reads them, to see whether they changed.
         arguments = {**ctx.others, **dict(zip(ctx.names, ctx.saved_tensors, strict=False))}
         with torch.no_grad():
             grads = [gradient(grad, **arguments) for gradient in ctx.gradients.values()]
@@ -122,7 +123,7 @@ class _WithGradients(torch.autograd.Function):
 
 
 class _Once(torch.autograd.Function):
-    """Gradients that cannot be differentiated again, but look as if they could, so that a penalty on them is not lost.
+    """Gradients that cannot be differentiated again, but look as if they could, so that a penalty on them raises and is not lost.
 
     Torch's `once_differentiable` marks them only if the gradient of the result requires one, and not if the argument does.
     """
@@ -140,6 +141,6 @@ class _Once(torch.autograd.Function):
 
 
 def worth_of(weight: DeviceWeight | TernaryWeight) -> list[Tensor]:
-    """Return the tensors that say what a weight is worth; those of inference mode are left out, torch does not watch them."""
+    """Return the tensors that the value of a weight depends on, without tensors of inference mode, which torch does not watch."""
     codes = weight.words if isinstance(weight, DeviceWeight) else weight.packed
     return [tensor for tensor in (codes, weight.exponents) if not tensor.is_inference()]

@@ -17,7 +17,7 @@ __all__ = ["orthogonalize"]
 def orthogonalize(
     grad_NK: Tensor, *, iterations: int = DEFAULT_ORTHOGONAL_STEPS, num_groups: int = 1
 ) -> Tensor:
-    """See reference; float64 is not supported. The products are the library's, of all matrices of a stack at once."""
+    """See reference; float64 is not supported. The library multiplies all matrices of a stack at once."""
     checks.gradient_matrix("grad_NK", grad_NK)
     checks.integer("iterations", iterations, 1, MAX_ORTHOGONAL_STEPS)
     checks.stacked_rows("grad_NK", grad_NK.shape[0], num_groups)

@@ -76,7 +76,7 @@ def accumulate_gradient(
     faults: Tensor | None = None,
     out: AnyWeight | None = None,
 ) -> AnyWeight:
-    """See reference. Two passes over the gradient, one over the accumulators; the votes are never written out."""
+    """See reference. It takes two passes over the gradient and one over the accumulators, and never writes the votes out."""
     row_ids(rows, weight.shape[0], weight.device)
     checks.out_weight(out, weight)
     checks.gradient_of(weight, "grad_NK", grad_NK, rows, checks.GRADIENT_DTYPES)

@@ -53,7 +53,7 @@ def sign_votes(grad_NK: Tensor, step_size: int) -> Tensor:
 
 @op()
 def step_from_loss(loss: float, loss_ref: float, max_step: int) -> int:
-    """See reference. Host arithmetic: the loss is a number by the time it is asked for."""
+    """See reference. The host computes it, because the loss is a number by then."""
     checks.number("loss", loss, 0.0, math.inf)
     checks.number("loss_ref", loss_ref, 0.0, math.inf, open_low=True)
     checks.integer("max_step", max_step, 1, ACCUM_MAX)

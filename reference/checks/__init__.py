@@ -1,7 +1,7 @@
-"""What is refused, and in which words: one sentence that names the argument, the value and what is allowed.
+"""Refusals of bad arguments: each is one sentence that names the argument, its value and what is allowed.
 
-Shared by `reference` and `optimized`, so that both refuse the same inputs with the same exception. No arithmetic here.
-Callers write `checks.<name>`; the files sort the names by what they are about.
+`reference` and `optimized` share them, so that both refuse the same inputs with the same exception. No arithmetic is here.
+Callers write `checks.<name>`. Each file holds the checks of one subject.
 """
 
 from __future__ import annotations

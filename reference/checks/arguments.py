@@ -48,7 +48,8 @@ def number(name: str, value: float, low: float, high: float, *, open_low: bool =
         raise TypeError(f"{name} is a {type(value).__name__}, but must be a number")
     try:
         finite = math.isfinite(value)
-    except OverflowError:  # an integer beyond float64
+    # An integer may lie beyond float64.
+    except OverflowError:
         finite = False
     if not finite or not low <= value <= high or (open_low and value == low):
         relation = "above" if open_low else "from"

@@ -50,7 +50,7 @@ def usage_of(num_codes: int | None, usage: Tensor, out: Tensor | None) -> None:
 def code_window(num_codes: int, first: int | Tensor, window: int, *, values: bool = True) -> None:
     """Refuse a window that is longer than the table, or one whose start is negative.
 
-    The value of a start that is a tensor is looked at unless `values` is False.
+    If `first` is a tensor, its value is checked unless `values` is False.
     """
     integer("window", window, 0, num_codes)
     if isinstance(first, Tensor):

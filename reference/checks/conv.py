@@ -30,7 +30,7 @@ def conv_columns(num_columns: int, kernel_size: int) -> None:
 
 
 def conv_input(x_BCL: Tensor, num_columns: int, kernel_size: int) -> None:
-    """Refuse an input that is not [B, C, L] with C * kernel_size columns of weight."""
+    """Refuse an input that is not [B, C, L], or a weight whose columns are not C * kernel_size."""
     dtype_in("x_BCL", x_BCL, FLOAT_DTYPES)
     integer("kernel_size", kernel_size, 1, 2**31 - 1)
     if x_BCL.ndim != 3 or x_BCL.shape[1] * kernel_size != num_columns:

@@ -24,7 +24,7 @@ def denoise_loop(
     if not isinstance(alphas, Sequence) or isinstance(alphas, str):
         raise TypeError(f"alphas is a {type(alphas).__name__}, but must be a sequence of numbers")
     if not alphas:
-        raise ValueError("alphas has no numbers, but must have one a step, at least one")
+        raise ValueError("alphas is empty, but must have a number for each step, at least one")
     for alpha in alphas:
         number("alphas", alpha, 0.0, 1.0, open_low=True)
     if halt_threshold is not None:

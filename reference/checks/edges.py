@@ -27,7 +27,7 @@ def node_matrix(name: str, value: Tensor) -> None:
 
 
 def edge_slots(neighbours_RJ: Tensor, **beside: Tensor) -> None:
-    """Refuse neighbours that are not int32 or int64 [R, J] with at least one slot, on the device of what is beside them."""
+    """Refuse neighbours that are not int32 or int64 [R, J] with at least one slot, on the device of the tensors `beside` them."""
     dtype_in("neighbours_RJ", neighbours_RJ, (torch.int32, torch.int64))
     if neighbours_RJ.ndim != 2 or neighbours_RJ.shape[1] == 0:
         raise ValueError(
@@ -37,7 +37,7 @@ def edge_slots(neighbours_RJ: Tensor, **beside: Tensor) -> None:
 
 
 def edge_signs(signs_RJ: Tensor, neighbours_RJ: Tensor, other_name: str, other: Tensor) -> None:
-    """Refuse signs that are not one a slot, in the dtype and on the device of what they multiply."""
+    """Refuse signs that are not one for each slot, in the dtype and on the device of the vectors that they multiply."""
     is_tensor("signs_RJ", signs_RJ)
     same_dtype("signs_RJ", signs_RJ, other_name, other)
     same_shape("signs_RJ", signs_RJ, "neighbours_RJ", neighbours_RJ)

@@ -23,7 +23,7 @@ def expert_matrix(name: str, value: Tensor, allowed: Sequence[torch.dtype] = FLO
 
 
 def expert_pair(grad_MN: Tensor, x_MK: Tensor, allowed: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
-    """Refuse the gradient of an output and the input that it came from, unless they are of one dtype and as many slots."""
+    """Refuse the gradient of an output and its input, unless both have one dtype and the same number of slots."""
     expert_matrix("grad_MN", grad_MN, allowed)
     expert_matrix("x_MK", x_MK, allowed)
     same_dtype("x_MK", x_MK, "grad_MN", grad_MN)
@@ -36,9 +36,9 @@ def expert_pair(grad_MN: Tensor, x_MK: Tensor, allowed: Sequence[torch.dtype] = 
 def router(
     x: Tensor, weight: Weight, top_k: int, packed: Tensor, allowed: Sequence[torch.dtype] = FLOAT_DTYPES
 ) -> None:
-    """Refuse vectors that a router of one row an expert cannot read, or another number of experts than it can choose.
+    """Refuse vectors that do not fit the weight of a router, or more experts than the weight has rows.
 
-    `packed` is a tensor of the weight, whose device the vectors must be on.
+    `packed` is a tensor of the weight. The vectors must be on its device.
     """
     if weight.shape[1] > MAX_ROUTER_COLUMNS:
         raise ValueError(
@@ -50,7 +50,7 @@ def router(
 
 
 def expert_slots(experts_M: Tensor, num_slots: int, **beside: Tensor) -> None:
-    """Refuse expert ids that are not int64 with one entry a slot of the activations, on their device."""
+    """Refuse expert ids that are not int64 with one entry for each slot, on the device of the tensors `beside` them."""
     dtype_in("experts_M", experts_M, (torch.int64,))
     if tuple(experts_M.shape) != (num_slots,):
         raise ValueError(

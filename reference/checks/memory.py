@@ -11,7 +11,7 @@ from arbitor.reference.constants import MAX_ORDER, STRENGTH_MAX
 
 
 def ngrams(codes_BP: Tensor, order: int, num_rows: int, salt: int, previous: Tensor | None) -> None:
-    """Refuse codes that are not int64 [B, P], an order or a table that is out of range, or codes before them that do not fit."""
+    """Refuse codes that are not int64 [B, P], an order, table or salt out of range, or previous codes that do not fit."""
     dtype_in("codes_BP", codes_BP, (torch.int64,))
     if codes_BP.ndim != 2:
         raise ValueError(f"codes_BP has shape {tuple(codes_BP.shape)}, but must be [batch, positions]")

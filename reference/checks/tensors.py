@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-"""Activation dtypes. float16 is out: 2**-32 and 2**15 times an activation do not fit it."""
+"""Activation dtypes. float16 is left out, because 2**-32 or 2**15 times an activation does not fit it."""
 
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16)
 """Dtypes of a weight gradient that votes; bfloat16 is upcast."""
@@ -20,14 +20,14 @@ def names(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def is_tensor(name: str, value: object) -> Tensor:
-    """Refuse anything but a torch tensor that lies in memory as it reads: not sparse, and with no sign left to flip."""
+    """Return `value`; refuse anything but a strided torch tensor that holds its values in memory, with no sign left to flip."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}, but must be a torch.Tensor")
     if value.layout is not torch.strided:
         raise TypeError(f"{name} has layout {value.layout}, but must be strided: call to_dense() first")
     if value.is_neg():
         raise ValueError(
-            f"{name} is a view whose sign torch has yet to flip, but must hold its values: call resolve_neg() first"
+            f"{name} is a view whose sign torch has not flipped in memory, but must hold its values: call resolve_neg() first"
         )
     return value
 
@@ -56,7 +56,7 @@ def matrix(name: str, value: Tensor, allowed: Sequence[torch.dtype]) -> None:
 
 
 def gradient_matrix(name: str, value: Tensor, allowed: Sequence[torch.dtype] = GRADIENT_DTYPES) -> None:
-    """Refuse anything but a 2-D gradient with at least one column; a batch that used no row of a table has no rows."""
+    """Refuse anything but a 2-D gradient with at least one column. It may have no rows, for a batch that used no row of a table."""
     dtype_in(name, value, allowed)
     if value.ndim != 2 or value.shape[1] == 0:
         raise ValueError(

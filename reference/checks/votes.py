@@ -1,4 +1,4 @@
-"""What votes, when and how strongly."""
+"""Gradients that vote, their rates and their dither coordinates."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from arbitor.reference.checks.weights import Weight
 from arbitor.reference.constants import RESERVED_STEP
 
 MAX_RATE = 127.0
-"""Largest vote rate: at one row RMS of gradient, the vote then fills its int8."""
+"""Largest vote rate. At this rate a gradient as large as the RMS of its row casts the largest vote of an int8."""
 
 
 def vote_clock(
     seed: int, step: int | Tensor, tensor_id: int, *, last_step: int = RESERVED_STEP - 1, values: bool = True
 ) -> None:
-    """Refuse dither coordinates that do not fit Philox, a 64-bit seed and two 32-bit counters, or a step past the last.
+    """Refuse dither coordinates that do not fit the 64-bit seed and the 32-bit counters of Philox, or a step past the last.
 
-    The value of a step that is a tensor is looked at unless `values` is False.
+    If `step` is a tensor, its value is checked unless `values` is False.
     """
     integer("seed", seed, 0, 2**64 - 1)
     integer("tensor_id", tensor_id, 0, 2**32 - 1)
@@ -36,7 +36,7 @@ def vote_clock(
 def vote_rate(rate: float | Tensor, *, values: bool = True) -> None:
     """Refuse a rate that is neither a number in [0, 127] nor a 0-dim float32 tensor.
 
-    The value of a rate that is a tensor is looked at unless `values` is False.
+    If `rate` is a tensor, its value is checked unless `values` is False.
     """
     if isinstance(rate, Tensor):
         tensor("rate", rate, torch.float32, ())
@@ -49,7 +49,7 @@ def vote_rate(rate: float | Tensor, *, values: bool = True) -> None:
 def gradient_of(
     weight: Weight, name: str, value: Tensor, rows: Tensor | None, allowed: Sequence[torch.dtype]
 ) -> None:
-    """Refuse a gradient or votes that do not fit `weight`, or the `rows` of it that are updated."""
+    """Refuse a gradient or votes that do not fit `weight`, or the `rows` of `weight` that are updated."""
     dtype_in(name, value, allowed)
     num_rows = weight.shape[0] if rows is None else rows.shape[0]
     if tuple(value.shape) != (num_rows, weight.shape[1]):

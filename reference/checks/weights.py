@@ -12,16 +12,16 @@ from arbitor.reference.constants import ACCUM_MAX, MAX_PACKED_BYTE, groups_per_r
 
 
 class Weight(Protocol):
-    """What a check reads of a weight, in canonical form or in any device layout."""
+    """The properties of a weight that checks read, in canonical form or in any device layout."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(N, K)."""
+        """Shape (N, K)."""
         ...
 
     @property
     def exponents(self) -> Tensor:
-        """The exponents, on the weight's device."""
+        """Exponents, on the weight's device."""
         ...
 
 
@@ -57,7 +57,7 @@ def row_ids(rows: Tensor | None, device: torch.device) -> None:
 
 
 def row_values(rows: Tensor | None, num_rows: int) -> None:
-    """Refuse row ids outside -1 .. num_rows - 1, or one named twice: its gradients must be summed before it votes."""
+    """Refuse row ids outside -1 .. num_rows - 1, or a row named twice. The gradients of a row must be summed before it votes."""
     if rows is None or rows.device.type == "meta":
         return
     values_between("rows", rows, -1, num_rows - 1)
@@ -73,7 +73,7 @@ def one_row(name: str, weight: Weight) -> None:
 
 
 def rows_of(rows: Tensor | None, grad: Tensor) -> None:
-    """Refuse row ids that are not one int64 a gradient row, on the gradient's device."""
+    """Refuse row ids that are not int64 with one id for each gradient row, on the gradient's device."""
     row_ids(rows, grad.device)
     if rows is not None and rows.shape[0] != grad.shape[0]:
         raise ValueError(

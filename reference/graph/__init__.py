@@ -1,6 +1,6 @@
 """The ARB graph: modules that compose ops and hold state, with no ternary arithmetic of their own.
 
-One graph serves every op set: `ArbModel(config, ops=...)` computes with the ops it is given.
+One graph serves every op set: `ArbModel(config, ops=...)` computes with the ops that it is given.
 """
 
 from arbitor.reference.graph.attention import LatentAttention

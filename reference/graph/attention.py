@@ -1,4 +1,4 @@
-"""Multi-head latent attention (MLA): keys and values of a position are made from one small latent.
+"""Multi-head latent attention (MLA), in which keys and values of a position are made from one small latent.
 
 Legend: B batch, P positions, D width, H heads, C head width, R rotary width, L key-value latent, S slots that are seen,
 N rows of a log, K columns of its rows.
@@ -28,16 +28,16 @@ KeysValues = tuple[Tensor, Tensor]
 
 
 class LatentAttention(ArbModule):
-    """Attention whose cache is one latent and one rotary key a position, shared by all heads; old positions as summaries.
+    """Attention whose cache has one latent and one rotary key for each position, which all heads share. It sums up old positions.
 
     Math:    [l_p; k^R_p] = W_latent_down x_p; l^_p = RMSNorm(l_p)
              q_p = W_query_up RMSNorm(W_query_down x_p), H heads of C
-             each head: its first R query columns and k^R are turned by the position; the other C - R key columns are rows
-             of W_key_up l^_p and its C value columns rows of W_value_up l^_p
-             y_p = W_output [softmax over what p sees of (q_p . k_s / sqrt(C) + ln n_s) v_s, all heads]
-             p sees what ContextAttentionScheduler says: a position s <= p (n = 1), or a block of n positions, by the mean
-             of its l^ and of its k^R turned to its middle
-    Absorbed: one position with a ledger is read without keys and values of heads: q . k_s = (W_key_up^T q^C) . l^_s +
+             in each head the first R query columns and k^R are turned by the position. The other C - R key columns are rows
+             of W_key_up l^_p, and the C value columns are rows of W_value_up l^_p
+             y_p = W_output [sum over the visible s of softmax(q_p . k_s / sqrt(C) + ln n_s) v_s, all heads]
+             ContextAttentionScheduler says which s are visible to p. It is a position s <= p (n = 1), or a block of n positions,
+             with the mean of their l^, and the mean of their k^R turned to the middle of the block
+    Absorbed: one position with a ledger is read without keys and values of heads. There q . k_s = (W_key_up^T q^C) . l^_s +
              q^R . k^R_s, and the values are W_value_up applied to the mean of the latents
     Shapes:  [B, P, D] -> [B, P, D]
     Source:  DeepSeek-V2 (2024), section 2.1; keys and values of one width C, so that fused attention kernels apply
@@ -61,9 +61,9 @@ class LatentAttention(ArbModule):
         self.output = TernaryLinear(context, heads_width, config.width, gain=output_gain)
 
     def forward(self, x_BPD: Tensor, cache: LayerLedger | None = None) -> Tensor:
-        """Return what each position gathers from itself and the positions before it, those of the cache among them.
+        """Return what each position gathers from itself and the positions before it, including the positions of the cache.
 
-        The cache gets the rows of these positions. A gradient reaches the positions of this pass, not older ones.
+        The cache gets the rows of these positions. A gradient reaches the positions of this pass, and no older position.
         """
         positions = torch.arange(x_BPD.shape[1], device=x_BPD.device)
         if cache is not None:
@@ -115,14 +115,14 @@ class LatentAttention(ArbModule):
         return self._heads(latent_BSL, turned_BSR)
 
     def _causal(self, q_BPHC: Tensor, latent_BPL: Tensor, turned_BPR: Tensor) -> Tensor:
-        """Attend where every position sees all before it: the kernels for causal attention apply."""
+        """Attend where every position sees all positions before it, by the kernels for causal attention."""
         q, k, v = (each.transpose(1, 2) for each in (q_BPHC, *self._heads(latent_BPL, turned_BPR)))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
     def _over_past(
         self, q_BPHC: Tensor, seen: Callable[[int, int], Seen], pick: Callable[[Tensor], KeysValues]
     ) -> Tensor:
-        """Attend a window of queries at a time, each to the rows that one of them sees, in float32 or better.
+        """Attend with a window of queries at a time, to the rows that at least one of them sees, in float32 or better.
 
         In bfloat16, ln n would be off by up to a percent of a summary's weight.
         """
@@ -137,7 +137,7 @@ class LatentAttention(ArbModule):
         return torch.cat(gathered, dim=1).to(q_BPHC.dtype)
 
     def _absorbed(self, q_BHC: Tensor, cache: LayerLedger) -> Tensor:
-        """Attend with one position of each sequence, to the latents themselves."""
+        """Attend with one position of each sequence to the latents themselves."""
         batch = q_BHC.shape[0]
         view = cache.seen(1)
         q_rotary, q_plain = q_BHC.split([self.rotary_dim, self.plain_dim], dim=-1)
@@ -162,7 +162,7 @@ class LatentAttention(ArbModule):
         return self.scheduler.seen(torch.full((1,), skipped, device=self.key_up.device), num_queries)
 
     def _log_of(self, rows_BPK: Tensor) -> Tensor:
-        """Return the log [B, N, K] of some positions from 0 on, differentiably."""
+        """Return the log [B, N, K] of the rows of positions 0, 1, ..., such that gradients reach the rows."""
         scheduler, positions = self.scheduler, torch.arange(rows_BPK.shape[1], device=rows_BPK.device)
         parts, places = [rows_BPK], [scheduler.place_of_position(positions)]
         for level, size in enumerate(scheduler.sizes):
@@ -182,14 +182,14 @@ class LatentAttention(ArbModule):
         return torch.cat(parts, dim=1)[:, torch.cat(places).argsort()]
 
     def _picker(self, log_BNK: Tensor) -> Callable[[Tensor], KeysValues]:
-        """Return what gives keys and values by place; each row of the log is expanded once, and the weights vote once."""
+        """Return a function from places to keys and values. Each row of the log is expanded once, and the weights vote once."""
         keys_BNHC, values_BNHC = self._heads_of_rows(log_BNK)
         return lambda places_1S: (keys_BNHC[:, places_1S[0]], values_BNHC[:, places_1S[0]])
 
     def _reader(
         self, cache: LayerLedger, rows_BPK: Tensor, positions_BP: Tensor
     ) -> Callable[[Tensor], KeysValues]:
-        """Return what gives keys and values by place in the cache; the rows of this pass keep their gradient."""
+        """Return a function from places in the cache to keys and values. The rows of this pass keep their gradient."""
         if not (torch.is_grad_enabled() and rows_BPK.requires_grad):
             return lambda places_BS: self._heads_of_rows(cache.log.read(places_BS))
         each_B1 = torch.arange(rows_BPK.shape[0], device=rows_BPK.device)[:, None]
@@ -199,5 +199,5 @@ class LatentAttention(ArbModule):
 
 
 def _rows(key_BPR: Tensor, latent_BPL: Tensor, turns: Turns) -> Tensor:
-    """Return what is kept of each position: [rotary key; normed latent; rotary key turned to the position]."""
+    """Return the row that is kept of each position: [rotary key; normed latent; rotary key turned to the position]."""
     return with_turned_key(torch.cat([key_BPR, latent_BPL], dim=-1), turns)

@@ -1,4 +1,4 @@
-"""AudioVQEncoder: raw audio becomes tokens, which are what the talker head is taught to say. And the convolution it is made of.
+"""AudioVQEncoder, which makes tokens of raw audio for the talker head to learn, and the convolution that it is made of.
 
 Legend: B batch, T samples, C channels in, L length, N channels out, J taps, F frames, V = 289 codes.
 """
@@ -32,10 +32,11 @@ CHANNELS = (128, 256)
 
 FIRST = {"kernel_size": 25, "stride": 20, "padding": 3}
 SECOND = {"kernel_size": 9, "stride": 8, "padding": 1}
-"""The two convolutions: together a frame each 160 samples, 10 ms at 16 kHz, with kernels a little longer than their strides."""
+"""The two convolutions. Together they give a frame for each 160 samples, 10 ms at 16 kHz. Their kernels are a little longer than
+their strides."""
 
 SAMPLES_PER_FRAME = FIRST["stride"] * SECOND["stride"]
-"""160 n samples give n frames."""
+"""Samples of a frame: 160 n samples give n frames."""
 
 
 class TernaryConv1d(TernaryModule):
@@ -93,13 +94,13 @@ class _ConvFunction(torch.autograd.Function):
 
 
 class AudioVQEncoder(ArbModule):
-    """Raw audio to tokens: no part of the model's forward pass, but where the targets of its talker head come from.
+    """An encoder of raw audio to tokens. It is no part of the model's forward pass, but makes the targets of its talker head.
 
     Args:
         channels: channels out of the two convolutions; tests take fewer.
 
     Math:    h = silu(conv2(silu(conv1(audio)))); z = unit(W_project h) per frame; token = nearest code
-             logits = W_out code, straight through: the gradient that reaches the code goes on to z
+             logits = W_out code, straight through (the gradient that reaches the code goes on to z)
     Shapes:  audio [T], [B, T] or [B, 1, T], at least 160 samples -> logits float32 [B, F, 289], tokens int64 [B, F]
     Range:   404,864 weights: 3,200 + 294,912 + 32,768 + 36,992 + 36,992
     Raises:  TypeError or ValueError for audio that is not allowed

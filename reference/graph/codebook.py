@@ -19,18 +19,19 @@ from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, Tern
 from arbitor.reference.graph.module import ArbModule, PartDict, TableModule, uncompiled, when_voting
 
 MOTIF_EXPONENT = -2
-"""A motif that is added to its position has a quarter of the position's scale: docs/spec/codebook.md has the measurement."""
+"""Exponent of a motif's scale. A motif that is added to its position has a quarter of the position's scale. The measurement is in
+docs/spec/codebook.md."""
 
 POSITIONS_PER_REVIVAL = 64
-"""Positions for which one code is looked at after a step: a code sees about this many positions for each time it is."""
+"""Positions of a batch for each code that is checked after a step. So the average code is used 64 times between two checks."""
 
 
 class TernaryVQCodebook(TernaryEmbedding, TableModule):
-    """A table of codes that vectors are compared with, and a count of how often each was the nearest.
+    """A table of codes that vectors are compared with, and a count of how often each code was the nearest.
 
-    Math:    search: the nearest code, of all of them or of those in the buckets that the signs of z name
-             after a step: u_n += uses of code n in accepted backward passes; then, for a window of the codes that moves on
-             with the steps, codes with u_n = 0 become vectors of the batch, and the counts of the others halve
+    Math:    search: the nearest code of all codes, or of those in the buckets that the signs of z name
+             after a step: u_n += uses of code n in accepted backward passes. Then, in a window of the codes that moves on with
+             the steps, codes with u_n = 0 become vectors of the batch, and the counts of the other codes halve
     Shapes:  search [..., C] -> int64 [...]; forward int64 [...] -> [..., C]; usage int16 [N]
     Start:   buckets by sign, exponents 0, counts 1
     Source:  docs/spec/codebook.md; REFACTOR14 (TernaryVQCodebook)
@@ -74,12 +75,12 @@ class TernaryVQCodebook(TernaryEmbedding, TableModule):
         """Return the codes int64 [...], the straight-through vectors [..., C] in the dtype of z, and the two losses.
 
         Math:    c = table(code); straight through: c, with the gradient of z and none to the table
-                 commitment: mean of (z - c)^2, c held; codebook: the same, z held. float32 or better, []
+                 commitment: mean of (z - c)^2, c held; codebook: the same with z held. Both are float32 or better, []
         """
         ids = self.search(z)
         z = when_voting(z, self, z.detach(), ids)
         c = self(ids)
-        # Not z + (c - z): that rounds, and what follows would see a vector that is no code.
+        # z + (c - z) would round, and the next layer would see a vector that is no code.
         return ids, c.detach().to(z.dtype) + (z - z.detach()), commitment(z, c)
 
     def count_passes(self, passes: list[tuple[Tensor, ...]]) -> None:
@@ -88,7 +89,7 @@ class TernaryVQCodebook(TernaryEmbedding, TableModule):
         ids_R = torch.cat([ids.reshape(-1) for _, ids in passes])
         self.ops.count_codes(self.usage, ids_R, out=self.usage)
         window = min(self.num_codes, max(1, ids_R.numel() // POSITIONS_PER_REVIVAL))
-        # `step` counts passes, so that windows of consecutive steps follow each other. Nothing else is kept.
+        # `step` counts passes, so that the windows of consecutive steps follow each other. No other place is kept.
         place: dict[str, Any] = {"first": self.voting.step * window // len(passes), "window": window}
         self.ops.revive_codes(
             self.weight,
@@ -108,12 +109,12 @@ class TernaryVQCodebook(TernaryEmbedding, TableModule):
 class MultimodalVQBridge(ArbModule):
     """The codebooks of all modalities behind one space of ids: text first, then image, then audio.
 
-    Math:    global id = offset of the modality + code; offsets are the sizes of the tables before it
+    Math:    global id = offset of the modality + code; an offset is the sum of the sizes of the tables before
     Shapes:  quantize [..., C] -> global ids int64 [...], [..., C]; rows: global ids [...] -> [..., C]
     Attributes:
-        tables:    the codebook of each modality by name, those that the config has codes for.
-        offsets:   the first global id of each.
-        num_codes: ids in all: the vocabulary of the graph.
+        tables:    codebooks by modality, for the modalities that the config has codes for.
+        offsets:   the first global id of each modality.
+        num_codes: number of ids of all modalities, the vocabulary of the graph.
     Source:  docs/spec/codebook.md; REFACTOR11 (34,108 text codes and 24,576 others are 58,684)
     """
 
@@ -131,13 +132,13 @@ class MultimodalVQBridge(ArbModule):
                 self.num_codes += size
 
     def quantize(self, z: Tensor, modality: str = "text") -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return what `TernaryVQCodebook.quantize` does, searched among the codes of one modality, with global ids."""
+        """Return the results of `TernaryVQCodebook.quantize` on the codes of one modality, with global ids."""
         checks.one_of("modality", modality, tuple(self.tables))
         ids, c, losses = self.codebooks[modality].quantize(z)
         return ids + self.offsets[modality], c, losses
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Return the codes of global ids, in the model's dtype. In a backward pass the codes that were named vote."""
+        """Return the codes of global ids, in the model's dtype. In a backward pass the named codes vote."""
         if len(self.tables) == 1:
             (only,) = self.codebooks.values()
             return only(ids)
@@ -155,10 +156,10 @@ class MultimodalVQBridge(ArbModule):
 
 
 class SharedVQ(ArbModule):
-    """A position becomes a code, and the code a motif: what the layers see of it.
+    """The codebooks in the stream: a position becomes a code, and the code becomes a motif, which the layers see.
 
     Math:    z = RMSNorm(W_down s); code = nearest of the modality; c = table(code), straight through; u = RMSNorm(W_up c)
-             s + u / 4 with `motif_residual`, else u; each loss is the mean over the modalities that are there
+             the output is s + u / 4 with `motif_residual`, else u. Each loss is the mean over the modalities of the batch
     Shapes:  by modality [B, P_m, D], one after the other -> [B, P, D], global ids int64 [B, P], losses [] by name
     Source:  REFACTOR14 (SharedVQ, motifs of width 64); docs/spec/codebook.md
     """
@@ -197,16 +198,16 @@ class SharedVQ(ArbModule):
 
     @property
     def num_codes(self) -> int:
-        """Ids in all."""
+        """Number of ids of all modalities."""
         return self.bridge.num_codes
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Return the codes of global ids; see `MultimodalVQBridge.rows`."""
+        """Return the codes of global ids, as `MultimodalVQBridge.rows` does."""
         return self.bridge.rows(ids)
 
 
 def commitment(z: Tensor, c: Tensor) -> dict[str, Tensor]:
-    """Return the mean squared distances that pull vectors to their codes and codes to their vectors, by loss."""
+    """Return the mean squared distances that pull vectors to their codes and codes to their vectors, by name of the loss."""
     wide = wide_dtype(z)
     z, c = z.to(wide), c.to(wide)
     return {

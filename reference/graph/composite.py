@@ -1,4 +1,4 @@
-"""Composites: what a position's stream proposes to remember of its code, and what codes have stored of earlier proposals.
+"""Composites: codes of a second table, which the stream of a position proposes for its code, and which codes keep.
 
 Legend: B batch, P positions, D width, C code width, N codes of the graph, J slots of a code, R = B P positions.
 """
@@ -18,18 +18,18 @@ from arbitor.reference.graph.module import ArbModule, when_voting
 from arbitor.reference.graph.ternary_graph import EdgeTable, edge_sum
 
 COMPOSITES_PER_CODE = 4
-"""J: composites that a code keeps."""
+"""J, the number of composites that a code keeps."""
 
 
 class CompositeProposalHead(ArbModule):
-    """Proposes a composite for a position's code: a code of a table of its own, trained to foretell the next motif.
+    """A head that proposes a composite for a position's code. A composite is trained to foretell the next motif.
 
     Math:    n = RMSNorm(h), h held; z = RMSNorm(W_code silu(W_inner n)); id = nearest composite, c = its vector
-             open where w . n > 0: the pair (code of the position, id) is counted after the step, and read from then on
+             open where w . n > 0. There the pair (code of the position, id) is counted after the step, and read from then on
              read: sum over the slots of a code of a_j * composite_j, a_j the learned sign of a slot
              composite_prediction: mean of (c - motif of the next position)^2, straight through to z
              composite_commitment, composite_codebook: mean of (z - c)^2 over open positions, c or z held
-             composite_gate: mean over positions of open * (error of its prediction - mean error), straight through to
+             composite_gate: mean over positions of open * (error of the prediction - mean error), straight through to
              sigmoid(w . n), errors held
     Shapes:  h [B, P, D], codes int64 [B, P] of N in all, motifs [B, P, C], the vectors of the codes -> losses, float32 or
              better, []; read: codes int64 [B, P] -> [B, P, C]
@@ -51,13 +51,13 @@ class CompositeProposalHead(ArbModule):
         )
 
     def read(self, codes_BP: Tensor) -> Tensor:
-        """Return the sum of the composites that each position's code keeps, in code space; zeros where it keeps none.
+        """Return the sum of the composites that each position's code keeps, in code space; zeros for a code that keeps none.
 
         Each composite counts with the sign of its slot. In a backward pass both signs and composites vote.
         """
         codes_R = codes_BP.flatten()
         kept_RJ = self.edges.get_buffer("neighbours")[codes_R]
-        # The slots' composites side by side: the table is never decoded, only what the codes name.
+        # Only the composites that the codes keep are decoded, not the whole table.
         c_RJC = self.codebook.rows_or_zeros(kept_RJ.to(torch.int64))
         places_RJ = torch.arange(kept_RJ.numel(), dtype=torch.int32, device=kept_RJ.device).view_as(kept_RJ)
         slots_RJ = torch.where(kept_RJ >= 0, places_RJ, -1)
@@ -65,7 +65,7 @@ class CompositeProposalHead(ArbModule):
         return sums_RC.unflatten(0, codes_BP.shape)
 
     def forward(self, h_BPD: Tensor, codes_BP: Tensor, motifs_BPC: Tensor) -> dict[str, Tensor]:
-        """Return the losses of the proposals by name; an accepted backward pass through them leaves its pairs."""
+        """Return the losses of the proposals by name. An accepted backward pass through the losses leaves its pairs."""
         checks.last_dim("motifs_BPC", motifs_BPC, self.codebook.weight.shape[1])
         n_BPD = self.norm(h_BPD.detach())
         logits_BP = self.gate(n_BPD).squeeze(-1)
@@ -89,7 +89,7 @@ class CompositeProposalHead(ArbModule):
 
 
 def gate_loss(logits: Tensor, errors: Tensor) -> Tensor:
-    """Return what opens a gate where the error is below the mean, and closes it where it is above.
+    """Return the loss that opens a gate where the error is below the mean, and closes it where the error is above.
 
     Math:    mean of open * (error - mean error), open = 1 where logit > 0, else 0; its gradient is that of sigmoid(logit)
     Shapes:  logits and errors [...], held -> [], float32 or better; 0 for no positions
@@ -107,5 +107,5 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _mean_of(values: Tensor, chosen: Tensor) -> Tensor:
-    """Return the mean of the chosen values; 0 where none is chosen."""
+    """Return the mean of the chosen values, or 0 if no value is chosen."""
     return torch.where(chosen, values, 0.0).sum() / chosen.sum().clamp(min=1)

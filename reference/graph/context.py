@@ -1,4 +1,4 @@
-"""What the modules of one model share: op set, configuration, device, dtype, seed, votes, and the numbering of the weights."""
+"""The context that the modules of one model share: op set, configuration, device, dtype, seed, votes, and numbers of weights."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from arbitor.reference.types import TernaryWeight
 
 
 class GraphContext:
-    """What every module of a model is built with, and asks while it computes: one object, copied and pickled with the model.
+    """The context of a model: one object that every module is built with and asks. It is copied and pickled with the model.
 
     Attributes:
         config:      shape and rules.
-        device:      where the model is.
-        dtype:       of activations.
-        seed:        of the starting weights and of the dither.
-        voting:      how weights vote, and what passes left for the next step.
-        num_weights: weights so far.
-        moving:      whether the modules are being moved right now, see `graph.module.Part`.
+        device:      device of the model.
+        dtype:       dtype of activations.
+        seed:        seed of the starting weights and of the dither.
+        voting:      how weights vote, and the notes that passes left for the next step.
+        num_weights: number of weights so far.
+        moving:      whether the modules are being moved right now (`graph.module.Part`).
 
     Raises:
         TypeError or ValueError: a dtype or seed that is not allowed, or a dtype that the op set does not compute in.
@@ -54,9 +54,9 @@ class GraphContext:
         return self.op_set.ops
 
     def check_dtype(self, dtype: torch.dtype) -> None:
-        """Refuse a dtype of activations that no op set computes in, or float64 where this one does not.
+        """Refuse a dtype of activations that no op set computes in, or float64 if this op set does not.
 
-        Whether it computes in float64 an op set says by an op of its own, on no rows.
+        An op of the op set, called with no rows, tells whether it computes in float64.
         """
         checks.one_of("dtype", dtype, checks.FLOAT_DTYPES)
         if dtype is not torch.float64:
@@ -78,7 +78,7 @@ class GraphContext:
     def dtype_under(self, change: Callable[[Tensor], Tensor]) -> torch.dtype:
         """Return the dtype that activations shall have after torch applies `change` to all tensors of a module.
 
-        Raises TypeError where it would turn integers, which all tensors of a model are, into something else.
+        Raises TypeError if `change` would turn integers into another dtype. All tensors of a model are integers.
         """
         integers = change(torch.empty(0, dtype=torch.int8, device=self.device)).dtype
         if integers is not torch.int8:
@@ -88,7 +88,7 @@ class GraphContext:
         return change(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
 
     def own_dtype(self) -> AbstractContextManager[object]:
-        """Return a context in which torch.autocast is off; where it was on, a sentence says once that the model keeps its dtype."""
+        """Return a context in which torch.autocast is off. If it was on, one warning says that the model keeps its dtype."""
         kind = self.device.type
         if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
             return nullcontext()
@@ -102,7 +102,7 @@ class GraphContext:
         return torch.autocast(kind, enabled=False)
 
     def next_tensor_id(self) -> int:
-        """Return the index of the next weight in definition order: the dither's tensor id."""
+        """Return the index of the next weight in definition order, which is its tensor id in the dither."""
         self.num_weights += 1
         return self.num_weights - 1
 

@@ -1,4 +1,4 @@
-"""The module that owns a stack of matrices, one an expert: grouped linear. As in layers.py, its backward pass votes at once.
+"""The module that owns a stack of matrices, one for each expert. As in layers.py, its backward pass votes at once.
 
 Legend: E experts, N outputs of an expert, K inputs, M slots (rows of activations).
 """
@@ -19,7 +19,7 @@ from arbitor.reference.graph.module import TernaryModule
 
 
 class TernaryGroupedLinear(TernaryModule):
-    """y = x W_e^T, e the expert of each slot: `num_groups` linears of one shape, stacked in one weight of E N rows.
+    """y = x W_e^T, e the expert of each slot. The matrices of `num_groups` linears are stacked in one weight of E N rows.
 
     Shapes:  x [M, K], experts int64 [M] in -1 .. E - 1 -> [M, N]; zeros where the expert is -1
     Start:   standard deviation gain * K^-1/2, as a linear
@@ -65,10 +65,10 @@ class _GroupedLinearFunction(torch.autograd.Function):
 
 
 def _vote_by_expert(module: TernaryGroupedLinear, grad_MN: Tensor, x_MK: Tensor, experts_M: Tensor) -> None:
-    """Let the experts that slots use vote, some of the outputs of each at a time.
+    """Let the experts that slots use vote, with some of the outputs of each at a time.
 
-    Fewer slots than experts cannot use them all: then only as many gradients are made as there are slots. Which experts
-    those are, the host is not told; rows that are left over are named -1.
+    Fewer slots than experts cannot use all experts. Then there are only as many gradients as slots. The host never learns which
+    experts these are, and rows that are left over are named -1.
     """
     num_slots, num_outputs = grad_MN.shape
     groups_M, used_E = experts_M, None
@@ -78,7 +78,7 @@ def _vote_by_expert(module: TernaryGroupedLinear, grad_MN: Tensor, x_MK: Tensor,
     if num_groups == 0:
         return
     num_matrices = num_groups if module.orthogonal else 0
-    # Parts follow from the weight alone: what an expert votes must not depend on how many slots there are.
+    # Parts follow from the weight alone, because the votes of an expert must not depend on the number of slots.
     for outputs in row_ranges(num_outputs, module.num_groups * x_MK.shape[1]):
         part = grad_MN[:, outputs.start : outputs.stop]
         grad = module.ops.grouped_linear_weight_grad(part, x_MK, groups_M, num_groups=num_groups)
@@ -95,12 +95,13 @@ def _vote_by_expert(module: TernaryGroupedLinear, grad_MN: Tensor, x_MK: Tensor,
 def numbered(experts_M: Tensor) -> tuple[Tensor, Tensor]:
     """Return the slots' experts numbered anew from 0, -1 for unused slots, and the expert that each number stands for.
 
-    As many numbers as slots, -1 for those left over, so that shapes stay fixed.
+    There are as many numbers as slots, so that shapes stay fixed. Numbers that are left over stand for -1.
     """
     sorted_M, order = experts_M.sort(stable=True)
     starts = sorted_M >= 0
     starts[1:] &= sorted_M[1:] != sorted_M[:-1]
-    numbers = starts.cumsum(0) - 1  # -1 before the first used slot
+    # The number is -1 before the first used slot.
+    numbers = starts.cumsum(0) - 1
     groups_M = torch.empty_like(experts_M).scatter_(0, order, numbers)
     places = torch.where(starts, numbers, len(numbers))
     used = torch.full((len(numbers) + 1,), -1, dtype=experts_M.dtype, device=experts_M.device)

@@ -1,4 +1,4 @@
-"""Heads: from positions to what comes out.
+"""Heads: from positions to the output of the model.
 
 Legend: B batch, P positions, D width, V = 297 vocabulary.
 """

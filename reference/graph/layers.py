@@ -1,7 +1,7 @@
 """The three modules that own one matrix: linear, RMSNorm and embedding. Most of the graph is built from them.
 
-Each forward pass is one op; its backward pass computes the input gradient, then the weight gradient, and votes with it at
-once, so that the float gradient of no second weight exists beside it, and of a large weight only some rows at a time.
+Each forward pass is one op. Its backward pass computes the input gradient, then the weight gradient, and votes with that gradient
+at once. So float gradients of two weights never exist together, and of a large weight only some rows at a time.
 Legend: N outputs (rows of a weight), K inputs (columns), R used rows.
 """
 
@@ -21,17 +21,17 @@ from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.types import TernaryWeight
 
 VOTE_ELEMENTS = 2**27
-"""Most elements of a weight gradient that are made at a time, 512 MiB of float32: its rows vote in parts, each by itself."""
+"""Most elements of a weight gradient that are made at a time, 512 MiB of float32. The rows of a larger one vote in parts."""
 
 
 class TernaryLinear(TernaryModule):
     """y = x W^T. No bias.
 
     Shapes:  [..., K] -> [..., N]
-    Start:   standard deviation gain * K^-1/2, which keeps the variance of x for gain 1; `fan_in` stands in for K where
-             only some columns see a non-zero input. For gain 0 every trit is 0, at the scale of gain 1
-    Votes:   of the gradient made orthogonal, unless `orthogonal` is False, as for a matrix whose rows are classes, or its
-             smaller side is below MIN_ORTHOGONAL_RANK
+    Start:   standard deviation gain * K^-1/2, which keeps the variance of x for gain 1. `fan_in` replaces K if only some columns
+             see a non-zero input. For gain 0 every trit is 0, at the scale of gain 1
+    Votes:   from the gradient made orthogonal, unless `orthogonal` is False, as for a matrix whose rows are classes, or the
+             smaller side of the weight is below MIN_ORTHOGONAL_RANK
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class TernaryEmbedding(TernaryModule):
     """Rows of a table by id. Only the rows that a batch used vote and step; a row used several times votes once.
 
     Shapes:  ids int64 [...] -> [..., K] in the model's dtype
-    Start:   standard deviation `std`, or what `start` returns for a tensor id
+    Start:   standard deviation `std`, or the weight that `start` returns for a tensor id
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class TernaryEmbedding(TernaryModule):
         return self.run(_EmbeddingFunction, ids)
 
     def rows_or_zeros(self, ids: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Return the rows of the ids that are chosen, those from 0 on if nothing is said, and zeros elsewhere.
+        """Return the rows of the chosen ids, and zeros for the other ids. Without `chosen`, ids of 0 and more are chosen.
 
         Only rows that are chosen vote and step. The other ids may be anything.
         Shapes:  ids int64 [...], chosen bool [...] -> [..., K] in the model's dtype
@@ -129,7 +129,7 @@ class TernaryEmbedding(TernaryModule):
 
 
 def union_of_rows(row_lists: list[Tensor]) -> Tensor:
-    """Return the rows named in any of the lists, each once; slots that are left over hold -1, so that shapes stay fixed."""
+    """Return the rows named in any of the lists, each once. Slots that are left over hold -1, so that shapes stay fixed."""
     if len(row_lists) == 1:
         return row_lists[0]
     rows = torch.cat(row_lists).sort().values
@@ -164,7 +164,7 @@ class _LinearFunction(torch.autograd.Function):
 def row_ranges(num_rows: int, row_elements: int) -> Iterator[range]:
     """Yield ranges of rows whose gradient has at most VOTE_ELEMENTS elements, or a single row each.
 
-    Multiples of 16 rows where there are as many: kernels are compiled for widths that are, and for those that are not.
+    A range has a multiple of 16 rows if it can, because kernels compile once for multiples of 16 and once for other widths.
     """
     step = max(VOTE_ELEMENTS // row_elements, 1)
     step -= step % 16 if step > 16 else 0
@@ -220,10 +220,10 @@ class _EmbeddingFunction(torch.autograd.Function):
 
 
 class _SomeRowsFunction(torch.autograd.Function):
-    """`ops.embedding` of the ids that are chosen, zeros elsewhere; only those that are chosen vote.
+    """`ops.embedding` of the ids that are chosen, and zeros elsewhere; only rows of chosen ids vote.
 
-    The others are looked up as one that is chosen, with a gradient of 0, so that shapes depend on shapes alone. If none is
-    chosen, row 0 stands in, and its slot is then marked unused.
+    Each other id is replaced by a chosen id, with a gradient of 0, so that output shapes depend on input shapes alone. If no id is
+    chosen, row 0 replaces all, and its slot is marked unused.
     """
 
     @staticmethod
@@ -242,7 +242,7 @@ class _SomeRowsFunction(torch.autograd.Function):
         (ids, chosen), module = ctx.saved_tensors, ctx.module
         module.backward_weight(ctx)
         if module.moves:
-            # Not a product: the gradient of what was not chosen may be NaN, and its row is another's.
+            # A product would not do: the gradient of an id that was not chosen may be NaN, and would reach a chosen row.
             rows, grad_RK = module.ops.embedding_row_grads(ids, torch.where(chosen[..., None], grad, 0.0))
             module.vote(grad_RK, torch.where(chosen.any(), rows, -1))
         return None, None, None, None

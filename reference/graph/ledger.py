@@ -1,7 +1,7 @@
-"""The KV ledger: what a model has read, byte by byte, and what its attention keeps of it. It only grows.
+"""The KV ledger: the bytes that a model has read, and the rows that its attention keeps of them. It only grows.
 
-The ledger is a transcript. Ids are given or predicted, and later read; what was read is never read again. It holds
-activations, no state of the model: it may be thrown away and made anew from its ids.
+The ledger is a transcript. Ids are given or predicted, and later read once. The ledger holds activations, and no state of the
+model, so it may be thrown away and made anew from its ids.
 
 Legend: B batch (sequences), T bytes, P positions of one pass, V vocabulary, K columns of a row, S slots, Q queries.
 """
@@ -23,28 +23,28 @@ from arbitor.reference.graph.scheduler import ContextAttentionScheduler, Seen
 from arbitor.reference.graph.voting import Voting
 
 CONTEXT = NGRAM - 1
-"""Bytes before a new one that its position reads."""
+"""Bytes before a new byte that the position of the new byte reads too."""
 
 
 class KVLedger:
     """The transcript of some sequences that are read in lockstep; they may differ in length.
 
-    A pass of the model is `begin`, the layers, `end`. A pass that raises in between leaves no trace: the next `begin`
-    takes back what it had added. Where a pass writes does not depend on numbers of the host, but on two counters that lie
-    where the rows do: a pass of one position that was recorded can be replayed for the next one (`replay`).
+    A pass of the model is `begin`, the layers, `end`. A pass that raises in between leaves no trace, because the next `begin`
+    takes back what the pass had added. The places that a pass writes to depend on two counters on the device of the rows, not on
+    numbers of the host. So a recorded pass of one position can be replayed for the next position (`replay`).
 
-    A ledger belongs to the model that first read it, as its weights and tables were then: `bind` refuses any other. A step
-    or a load makes it stale, and a stale ledger is to be made anew from its ids.
+    A ledger belongs to the model that first read it, with the weights and tables of that moment. `bind` refuses any other. A step
+    or a load makes the ledger stale, and a stale ledger must be made anew from its ids.
 
     Attributes:
-        positions: positions that attention has read, of each sequence.
-        unread:    ids at the end of every transcript that no pass has read yet.
+        positions: number of positions that attention has read, of each sequence.
+        unread:    number of ids at the end of every transcript that no pass has read yet.
 
     Args:
-        config: of the model that reads; the attention widths, and what a position sees.
-        batch:  sequences, at least 1.
-        device: where it lives.
-        dtype:  activations of the model.
+        config: configuration of the model that reads. It gives the attention widths, and the rows that a position sees.
+        batch:  number of sequences, at least 1.
+        device: device of the ledger.
+        dtype:  dtype of the model's activations.
 
     Source:  REFACTOR14 (seeded with the prompt, appended to by each forward pass); docs/spec/attention.md
     """
@@ -67,11 +67,12 @@ class KVLedger:
         self._ids = self._growing((), torch.int64)
         self._codes = self._growing((), torch.int64)
         self._layers = [LayerLedger(self) for _ in range(config.num_layers)]
-        # `positions`, and the ids that were read, where the rows are; written in place, as a recorded pass reads them there.
+        # The number of positions and of read ids, on the device of the rows. They are written in place, because a recorded pass
+        # reads them there.
         self._first_B = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self._read_B = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self._pass: _Pass | None = None
-        # Whose rows these are. A weak reference, which a copy of the ledger shares and which keeps no model alive.
+        # The voting of the model whose rows these are. A copy of the ledger shares the weak reference, which keeps no model alive.
         self._owner: weakref.ref[Voting] | None = None
         self._version = 0
 
@@ -84,11 +85,11 @@ class KVLedger:
         return self._ids.rows[sequence, : self.lengths[sequence]].clone()
 
     def codes(self, sequence: int = 0) -> Tensor:
-        """Return the codes of the positions that a sequence has read, int64; they are recorded where there are codes."""
+        """Return the codes of the positions that a sequence has read, int64. A model without codes records none."""
         return self._codes.rows[sequence, : self.positions[sequence]].clone()
 
     def layer(self, index: int) -> LayerLedger:
-        """Return what the attention of a layer reads and appends to."""
+        """Return the ledger of a layer, which its attention reads and appends to."""
         return self._layers[index]
 
     def retract(self) -> None:
@@ -98,15 +99,15 @@ class KVLedger:
         self.unread = 0
 
     def bind(self, voting: Voting, config: ArbConfig, *, device: torch.device, dtype: torch.dtype) -> None:
-        """Make this ledger that of a model, before a pass; refuse one that another model, or an earlier state of it, has read.
+        """Bind this ledger to a model before a pass; refuse a ledger that another model or an earlier state of the model has read.
 
         Args:
-            voting: what the weights of the model share, and its `version` of them.
-            config, device, dtype: of the model.
+            voting: voting of the model, with the `version` of its weights.
+            config, device, dtype: those of the model.
 
         Raises:
-            ValueError: the model differs in config, device or dtype, or is another one than has read.
-            RuntimeError: the model was stepped or loaded since it read.
+            ValueError: the model differs in config, device or dtype, or another model has read the ledger.
+            RuntimeError: the model was stepped or loaded since it read the ledger.
         """
         self._roll_back()
         if self.config != config:
@@ -127,7 +128,7 @@ class KVLedger:
         self._check_current()
 
     def _check_current(self) -> None:
-        """Refuse to go on with rows that the weights of now would not have made."""
+        """Refuse to go on with rows that today's weights of the model would not have made."""
         voting = None if self._owner is None else self._owner()
         if voting is not None and voting.version != self._version:
             raise RuntimeError(
@@ -136,13 +137,13 @@ class KVLedger:
             )
 
     def begin(self, ids_BT: Tensor | None) -> Tensor:
-        """Start a pass: append ids to the transcripts, and return all that is to be read, after the bytes before it.
+        """Start a pass: append ids to the transcripts, and return all unread ids, with the bytes before them.
 
         Args:
-            ids_BT: int64 [B, T], or None to read what was predicted.
+            ids_BT: int64 [B, T], or None to read the predicted ids.
 
         Returns:
-            int64 [B, C + unread]: the C = 2 bytes read last, none of them in the first pass, then all unread ids.
+            int64 [B, C + unread]: the C = 2 bytes that were read last (none in the first pass), then all unread ids.
 
         Raises:
             TypeError or ValueError: ids that do not fit, nothing to read, or fewer than three bytes in the first pass.
@@ -171,10 +172,10 @@ class KVLedger:
         return self._ids.read(self._lengths_B1() - count + self.ahead(count))
 
     def replay(self) -> None:
-        """Begin a pass over the one unread id whose work on the rows is done elsewhere: by a recorded pass. `end` must follow.
+        """Begin a pass over a single unread id, whose rows a recorded pass writes. `end` must follow.
 
-        Raises ValueError where another number of ids is unread, or nothing was read before, and RuntimeError where the model
-        was stepped or loaded since it read.
+        Raises ValueError if not just one id is unread, or if nothing was read before. Raises RuntimeError if the model was
+        stepped or loaded since it read.
         """
         self._roll_back()
         self._check_current()
@@ -187,7 +188,7 @@ class KVLedger:
         self._pass.count = 1
 
     def end(self, predicted_B: Tensor) -> None:
-        """Finish a pass: what was unread is read, and the predicted ids, int64 [B], are appended, unread."""
+        """Finish a pass: note that all ids were read, and append the predicted ids, int64 [B], as unread."""
         if self._pass is None:
             raise RuntimeError("end was called, but must follow a begin")
         checks.tensor("predicted_B", predicted_B, torch.int64, (self.batch,))
@@ -203,7 +204,7 @@ class KVLedger:
         self._append(predicted_B[:, None].to(self.device))
 
     def previous_codes(self, count: int) -> Tensor:
-        """Return the codes of the `count` positions before this pass, int64 [B, count]; -1 where there was none."""
+        """Return the codes of the `count` positions before this pass, int64 [B, count]; -1 where there was no position."""
         places_Bn = self._first_B[:, None] - count + self.ahead(count)
         if not any(self.positions):
             return torch.full_like(places_Bn, -1)
@@ -217,7 +218,7 @@ class KVLedger:
         self._codes.write(places_BP, codes_BP, max(self.positions) + count)
 
     def reserve(self, count: int) -> None:
-        """Make room to read what is unread and to append `count` ids more, each read but the last."""
+        """Make room to read all unread ids, and to append `count` ids more and read all of these but the last."""
         positions = max(self.positions) + self.unread + count - 1
         self._ids.reserve(len(self) + count)
         if self.config.num_codes:
@@ -226,7 +227,7 @@ class KVLedger:
             layer.log.reserve(self.scheduler.log_size(positions))
 
     def places(self) -> list[tuple[int, int]]:
-        """Return where the rows lie, and for how many there is room; both change when room is made."""
+        """Return the addresses and the capacities of the rows. Both change when room is made."""
         return [(store.rows.data_ptr(), store.rows.shape[1]) for store in self._stores()]
 
     def copy(self) -> Self:
@@ -249,10 +250,10 @@ class KVLedger:
 
     @classmethod
     def stack(cls, ledgers: Sequence[KVLedger]) -> KVLedger:
-        """Return one ledger of the sequences of several, side by side, on memory of its own.
+        """Return one ledger with the sequences of several ledgers side by side, on memory of its own.
 
-        Raises ValueError where they differ in config, dtype, device or unread ids, only some were read, or by different models
-        or states of a model.
+        Raises ValueError if the ledgers differ in config, dtype, device or unread ids, if only some were read, or if different
+        models or states of a model read them.
         """
         first = ledgers[0]
         for each in ledgers:
@@ -264,7 +265,7 @@ class KVLedger:
                         f"ledgers differ in {name}, {getattr(first, name)} and {getattr(other, name)}, but must agree"
                     )
             if any(other.positions) != any(first.positions):
-                raise ValueError("ledgers were read and not, but must both be empty or neither")
+                raise ValueError("some ledgers were read and others were not, but must agree")
             if any(first.positions) and other._owner != first._owner:
                 raise ValueError("ledgers were read by different models, but must belong to one")
             if any(first.positions) and other._version != first._version:
@@ -290,7 +291,7 @@ class KVLedger:
 
     @property
     def first_B(self) -> Tensor:
-        """Return the first position of this pass, of each sequence, int64."""
+        """First position of this pass, of each sequence, int64 [B]."""
         return self._first_B
 
     def ahead(self, count: int) -> Tensor:
@@ -298,7 +299,7 @@ class KVLedger:
         return torch.arange(count, device=self.device)
 
     def expect(self, count: int) -> None:
-        """Note that this pass has so many positions; refuse a layer or codes with another number of them."""
+        """Note that this pass has `count` positions; refuse a layer or codes with another number of positions."""
         if self._pass is None:
             raise RuntimeError("the ledger was written to, but a pass must begin first")
         if self._pass.count not in (0, count):
@@ -308,7 +309,7 @@ class KVLedger:
         self._pass.count = count
 
     def seen(self, num_queries: int, skipped: int) -> Seen:
-        """Return what the positions from first_B + skipped on see; found once a pass, for all layers."""
+        """Return what the positions from first_B + skipped on see; all layers of a pass share it."""
         if self._pass is None:
             raise RuntimeError("the ledger was looked at, but a pass must begin first")
         found = self._pass.seen
@@ -332,14 +333,14 @@ class KVLedger:
         self.unread += count
 
     def _roll_back(self) -> None:
-        """Take back a pass that began and did not end."""
+        """Take back the additions of a pass that began and did not end."""
         if self._pass is not None:
             self.lengths, self.unread = self._pass.lengths, self._pass.unread
             self._pass = None
 
 
 class _Pass:
-    """A pass that has begun: what to go back to if it does not end, and what it found out."""
+    """A pass that has begun: the state to go back to if the pass does not end, and the results that its layers share."""
 
     def __init__(self, ledger: KVLedger) -> None:
         self.lengths, self.unread = ledger.lengths, ledger.unread
@@ -356,7 +357,7 @@ class GrowingRows:
         self.rows = torch.zeros(batch, 0, *shape, dtype=dtype, device=device)
 
     def reserve(self, size: int) -> None:
-        """Make room for so many rows of each sequence; new ones are 0."""
+        """Make room for `size` rows of each sequence; new rows are 0."""
         capacity = self.rows.shape[1]
         if size > capacity:
             grown = self.rows.new_zeros(self.rows.shape[0], max(size, 2 * capacity), *self.rows.shape[2:])
@@ -376,7 +377,7 @@ class GrowingRows:
 
 
 class LayerLedger:
-    """What the attention of one layer keeps: the log of its rows. See `ContextAttentionScheduler` for their order.
+    """The log of rows that the attention of one layer keeps. `ContextAttentionScheduler` says in which order they are.
 
     A row is [rotary key; normed latent; rotary key turned to the row's position].
     """
@@ -390,19 +391,19 @@ class LayerLedger:
 
     @property
     def first_B(self) -> Tensor:
-        """Return the first position of this pass, of each sequence, int64."""
+        """First position of this pass, of each sequence, int64 [B]."""
         return self.ledger.first_B
 
     @property
     def is_empty(self) -> bool:
-        """Return whether no position of any sequence came before this pass."""
+        """Whether no position of any sequence came before this pass."""
         return not any(self.ledger.positions)
 
     def append(self, rows_BPK: Tensor) -> None:
         """Write the rows of this pass, and the summaries of the blocks that they complete.
 
-        A single position sees no block that it completes: a block is seen once it lies before the window, and this one ends
-        here. Its summaries are left to the end of the pass, so that what it launches is the same for every position.
+        A single position sees no block that it completes, because a block is seen once it lies before the window. The summaries of
+        that block are left to the end of the pass, so that the pass launches the same kernels for every position.
         """
         ledger, scheduler, count = self.ledger, self.ledger.scheduler, rows_BPK.shape[1]
         ledger.expect(count)
@@ -425,7 +426,8 @@ class LayerLedger:
         size = scheduler.log_size(end)
         for level, block in enumerate(scheduler.sizes):
             if end // block == first // block:
-                return  # a larger block ends only where a smaller one does
+                # A larger block ends only where a smaller one does.
+                return
             blocks = torch.arange(first // block, end // block, device=self.ledger.device)
             parts = self.log.rows[
                 sequences[:, None, None], scheduler.places_of_parts(level, blocks), :averaged
@@ -438,7 +440,7 @@ class LayerLedger:
             )
 
     def seen(self, num_queries: int, skipped: int = 0) -> Seen:
-        """Return what the positions from first_B + skipped on see; found once a pass, for all layers."""
+        """Return what the positions from first_B + skipped on see; all layers of a pass share it."""
         return self.ledger.seen(num_queries, skipped)
 
 

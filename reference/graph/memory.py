@@ -1,4 +1,4 @@
-"""MemGram: what followed from the same codes before, remembered in tables whose rows are hashed n-grams of codes.
+"""MemGram: a memory of what followed the same codes before, in tables whose rows belong to hashed n-grams of codes.
 
 Legend: B batch, P positions, D width, M memory width, O orders of a table, N rows of a table, R rows named.
 """
@@ -17,19 +17,20 @@ from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, Tern
 from arbitor.reference.graph.module import ArbModule, TableModule, when_voting
 
 STRUCTURE_ORDERS, CONVERSATION_ORDERS = (2, 3), (4, 8)
-"""Codes of the n-grams that each table holds. A code spans three bytes and the next one starts a byte later: 4 to 10 bytes."""
+"""Numbers of codes of the n-grams of each table. A code spans three bytes, and the next code starts a byte later, so n-grams span 4
+to 10 bytes."""
 
 STRUCTURE_RULE, CONVERSATION_RULE = (8, 2), (2, 4)
-"""Gain and shift of each table: what a strength gains each time its row is named, and the share 2**-shift of it that it loses
-at a visit of the window. Both settle at 64 under an average load, the second four times as slowly.
+"""Gain and shift of each table. A strength gains `gain` each time its row is named, and loses its share 2**-shift at a visit of the
+window. The strengths of both tables settle at 64 under an average load, those of the second four times as slowly.
 """
 
 
 class MemoryTable(TernaryEmbedding, TableModule):
-    """Rows named by hashed n-grams of codes, and how strong each is.
+    """Rows named by hashed n-grams of codes, and the strength of each row.
 
-    Math:    read: g(s) RMSNorm(W[row]) for each n-gram, g = (1 + s) / 128 of the moment; 0 for a row of -1
-             after a step, of accepted passes: strengths of a window decay, those of the rows named rise (touch_strengths)
+    Math:    read: g(s) RMSNorm(W[row]) for each n-gram, with g = (1 + s) / 128 of the strength s now; 0 for a row of -1
+             after a step: strengths in a window decay, and those of rows that accepted passes named rise (touch_strengths)
     Shapes:  codes int64 [B, P] -> rows int64 [O, B, P]; rows [...] -> [..., M] in the model's dtype; strengths int8 [N]
     Start:   strengths 0; the scale of the rows has no effect, since they are normed
     Source:  docs/spec/memory.md; REFACTOR12 (structure and conversation memory)
@@ -45,7 +46,7 @@ class MemoryTable(TernaryEmbedding, TableModule):
     def rows(self, codes_BP: Tensor, previous: Tensor | None) -> Tensor:
         """Return the row of each order's n-gram that ends at each position, int64 [O, B, P]; -1 for none.
 
-        The order is the salt, so that a trigram does not share the row of the bigram it ends with.
+        The order is the salt of the hash, so that a trigram does not share the row of the bigram that it ends with.
         """
         found = []
         for order in self.orders:
@@ -55,7 +56,7 @@ class MemoryTable(TernaryEmbedding, TableModule):
         return torch.stack(found)
 
     def read(self, rows: Tensor, norm: TernaryRMSNorm) -> Tensor:
-        """Return the rows, normed, each times the share that its strength gives it; zeros for a row of -1."""
+        """Return the rows, normed, each times the share g of its strength; zeros for a row of -1."""
         values = when_voting(self.rows_or_zeros(rows), self, rows)
         strengths = self.get_buffer("strengths")[rows.clamp(min=0)].to(torch.float32)
         shares = torch.where(rows >= 0, (1 + strengths) / (1 + STRENGTH_MAX), 0.0)
@@ -65,7 +66,7 @@ class MemoryTable(TernaryEmbedding, TableModule):
         """Let the strengths of this step's window decay, and raise those of the rows that some passes named."""
         strengths = self.get_buffer("strengths")
         rows = torch.cat([named.flatten() for (named,) in passes])
-        # One row decays for each position. `step` counts passes, so that windows of consecutive steps follow each other.
+        # One row decays for each position. `step` counts passes, so that the windows of consecutive steps follow each other.
         window = min(self.num_rows, rows.numel() // len(self.orders))
         self.ops.touch_strengths(
             strengths,
@@ -79,13 +80,13 @@ class MemoryTable(TernaryEmbedding, TableModule):
 
 
 class MemGram(ArbModule):
-    """Adds to a position what its last codes were worth before.
+    """The memory in the stream. It adds to a position what the tables hold for its last codes.
 
     Math:    m = sum over tables and their orders of g(s) RMSNorm(W[row of the n-gram that ends here])
              e <- e + sigmoid(w . RMSNorm(e)) * W_out m
     Shapes:  e [B, P, D], codes int64 [B, P], previous int64 [B, codes_before] or None -> [B, P, D]
     Attributes:
-        codes_before: codes before the first position that `previous` holds, -1 where there was none.
+        codes_before: number of codes before the first position that `previous` holds. A code is -1 where there was no position.
     Source:  docs/spec/memory.md; REFACTOR12 (MemGram, opt-in)
     """
 
@@ -102,7 +103,7 @@ class MemGram(ArbModule):
         self.gate = TernaryLinear(context, width, 1)
 
     def forward(self, e_BPD: Tensor, codes_BP: Tensor, previous: Tensor | None = None) -> Tensor:
-        """Return the stream with what the memory adds to it."""
+        """Return the stream with the memory added."""
         tables = (self.structure, self.conversation)
         m_BPM = sum(table.read(table.rows(codes_BP, previous), self.row_norm).sum(dim=0) for table in tables)
         gate_BP1 = torch.sigmoid(self.gate(self.gate_norm(e_BPD)))

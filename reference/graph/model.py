@@ -39,14 +39,14 @@ from arbitor.reference.graph.video import VideoHead
 Head = TypeVar("Head", bound=ArbModule)
 
 LOSS_REFERENCE = math.log(VOCABULARY_SIZE)
-"""Loss of a uniform guess, in nats per byte: what the `sign` rule's vote size is measured against."""
+"""Loss of a uniform guess, in nats per byte. The `sign` rule takes its vote size from the ratio of the loss to it."""
 
 LOSS_WEIGHTS = {"commitment": 0.25, "composite_commitment": 0.25}
-"""What a component of the loss counts in the sum that drives the votes; 1 for those not named."""
+"""Weights of components of the loss in the sum that drives the votes. A component without an entry has weight 1."""
 
 
 class ArbLayer(ArbModule):
-    """Attention, then the experts, each on a normed residual stream; the last layer also has the nodes and the loop.
+    """Attention, then the experts, each on a normed residual stream. The last layer also has the nodes and the loop.
 
     Math:    e = h + Attention(RMSNorm(h)); h <- MoEGraph(e)
     Shapes:  [B, P, D] -> [B, P, D]
@@ -64,18 +64,18 @@ class ArbLayer(ArbModule):
     def forward(
         self, h_BPD: Tensor, nodes_BPD: Tensor | None = None, cache: LayerLedger | None = None
     ) -> Tensor:
-        """Return the residual stream after this layer; with a cache, positions also see what it holds."""
+        """Return the residual stream after this layer. With a cache, positions also see the positions that it holds."""
         return self.moe_graph(h_BPD + self.attention(self.attention_norm(h_BPD), cache), nodes_BPD)
 
 
 @dataclass(frozen=True)
 class Trunk:
-    """What the model knows before a head looks at it.
+    """The stream of the model before a head, with its codes and losses.
 
     Fields:
         h_BPD:  the stream of every position: images first, then audio, then text.
         codes:  int64 [B, P], the code of each position in the id space of all modalities; None without codes.
-        losses: scalars, the losses of codebooks by name.
+        losses: the losses of codebooks by name, scalars.
     """
 
     h_BPD: Tensor
@@ -85,13 +85,13 @@ class Trunk:
 
 @dataclass(frozen=True)
 class Response:
-    """What the model answers, by the head that the router chose for each sequence.
+    """The answer of the model, by the head that the router chose for each sequence.
 
     Fields:
         modality_B: int64, index into MODALITIES.
-        logits_BPV: of the bytes, for every sequence.
-        latent:     of the sequences that video answers, in their order; None if there are none.
-        tokens:     int64, of the sequences that audio answers, in their order; None if there are none.
+        logits_BPV: logits of the bytes, for every sequence.
+        latent:     latents of the sequences that video answers, in their order; None without such sequences.
+        tokens:     int64, tokens of the sequences that audio answers, in their order; None without such sequences.
     """
 
     modality_B: Tensor
@@ -101,13 +101,13 @@ class Response:
 
 
 class ArbModel(Stateful):
-    """Bytes in, logits of the next byte out; every weight ternary, trained in place by votes.
+    """A model from bytes to the logits of the next byte. Every weight is ternary, and votes train it in place.
 
     Args:
         config: shape and rules.
         ops:    op set that computes: `arbitor.reference.ops`, or another with its names.
-        device: where the weights live; `meta` builds a model without memory, for the audit.
-        dtype:  activations: float32, bfloat16, or float64 with the reference.
+        device: device of the weights; `meta` builds a model without memory, for the audit.
+        dtype:  dtype of activations: float32, bfloat16, or float64 with the reference.
         seed:   64-bit seed of the starting weights and of the dither.
 
     Math:    s = sequencer(embedding(ids)); x = shared_vq(s); h = layers(memory(x), nodes = graph(codes));
@@ -154,7 +154,7 @@ class ArbModel(Stateful):
     ) -> Trunk:
         """Return the stream of every position, for ids int64 [B, T] with T >= 3 and, before them, features of media.
 
-        With a ledger, within its `begin` and `end`, the positions follow those that it holds.
+        With a ledger, between its `begin` and `end`, the positions follow the positions that the ledger holds.
 
         Shapes:  image_BNF and audio_BNF float [B, N, features], N >= 3, for N - 2 positions each; all of one B >= 1
         Raises:  TypeError or ValueError for ids or features that do not fit, or media that the model was not built for
@@ -202,11 +202,11 @@ class ArbModel(Stateful):
 
         Args:
             ids_BT: bytes int64 [B, T]; T >= 3 without a ledger, and for an empty one.
-            ledger: a transcript that the bytes follow. What it holds unread is read first, then `ids_BT`, which may be
-                None; there is a position for every byte read (two fewer in the first pass). The id predicted at the last
-                position of each sequence is appended to it, unread (REFACTOR14).
-            choose: what is predicted from logits [B, V]: int64 [B]; the likeliest id when None.
-            media:  features, see `trunk`.
+            ledger: a transcript that the bytes follow. Its unread ids are read first, then `ids_BT`, which may be None. There is a
+                position for every byte read (two fewer in the first pass). The id predicted at the last position of each sequence
+                is appended to the ledger, unread (REFACTOR14).
+            choose: function from logits [B, V] to the predicted ids, int64 [B]; None takes the likeliest id.
+            media:  features, as for `trunk`.
         """
         if ledger is None:
             if ids_BT is None:
@@ -219,17 +219,17 @@ class ArbModel(Stateful):
 
     @as_it_is
     def read(self, ids_BT: Tensor | None, ledger: KVLedger, **media: Any) -> Tensor:
-        """Begin a pass as `forward` does, and return its logits; the `end` of the ledger must follow."""
+        """Begin a pass as `forward` does, and return its logits. The `end` of the ledger must follow."""
         self._bind(ledger)
         window_BT = ledger.begin(ids_BT)
         return self.byte_head(self._text(self.trunk(window_BT, ledger=ledger, **media), window_BT))
 
     @as_it_is
     def respond(self, ids_BT: Tensor | None, *, ledger: KVLedger | None = None, **media: Any) -> Response:
-        """Return what the head that the router chooses for each sequence makes of it; nothing votes.
+        """Return the answer to each sequence by the head that the router chooses for it; nothing votes.
 
         Args:
-            ids_BT, ledger, media: as for `forward`; the ledger grows by the ids predicted, whatever head answers.
+            ids_BT, ledger, media: as for `forward`. The ledger grows by the predicted ids, whatever head answers.
 
         Raises RuntimeError for a model without a router.
         """
@@ -268,25 +268,25 @@ class ArbModel(Stateful):
         return KVLedger(self.config, batch, device=self.context.device, dtype=self.dtype)
 
     def _bind(self, ledger: KVLedger) -> None:
-        """Make a ledger this model's, or refuse it."""
+        """Bind a ledger to this model, or refuse it."""
         device, dtype = self.voting.faults.device, self.embedding.table.dtype
         ledger.bind(self.voting, self.config, device=device, dtype=dtype)
 
     @staticmethod
     def _text(trunk: Trunk, ids_BT: Tensor) -> Tensor:
-        """Return the stream of the text positions, the last of the trunk."""
+        """Return the stream of the text positions, which are the last positions of the trunk."""
         return trunk.h_BPD[:, 2 - ids_BT.shape[1] :]
 
     @as_it_is
     def losses(self, ids_BT: Tensor, *, targets: Targets | None = None, **media: Any) -> dict[str, Tensor]:
         """Return the components of the loss, float32 [], by name.
 
-        `bytes`: the mean loss of the bytes from the fourth on, in nats per byte; needs T >= 4. The last position's byte
-        is not known, so its logits are left out. With targets there is no choice of a head: it is always the ByteHead.
+        `bytes` is the mean loss of the bytes from the fourth on, in nats per byte, and needs T >= 4. The byte after the last
+        position is not known, so the logits of that position are left out. The byte head is taught, whatever head would answer.
 
         Args:
-            targets: what the other heads are taught: `route`, `latent` and `tokens` come beside `bytes`, those that are given.
-            media:   features, see `trunk`.
+            targets: targets of the other heads. Each target that is given adds its loss: `route`, `latent` or `tokens`.
+            media:   features, as for `trunk`.
 
         Raises TypeError or ValueError for targets that do not fit, or of a head that the model does not have.
         """
@@ -300,7 +300,7 @@ class ArbModel(Stateful):
         }
 
     def _taught_losses(self, h_BPD: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """Return the losses of the heads beside the byte head, of the targets that are given."""
+        """Return the losses of the targets that are given, by name."""
         modality_B, found = targets.modality_B, {}
         if modality_B is not None:
             router = _head("modality_B", "router", self.router)
@@ -315,13 +315,13 @@ class ArbModel(Stateful):
 
     @property
     def answering(self) -> tuple[str, ...]:
-        """The modalities that the model has a head for."""
+        """Modalities that the model has a head for."""
         heads = {"text": self.byte_head, "video": self.video_head, "audio": self.talker_head}
         return tuple(name for name in MODALITIES if heads[name] is not None)
 
     @as_it_is
     def loss(self, ids_BT: Tensor, **media: Any) -> Tensor:
-        """Return the component `bytes` of `losses` alone: what a model is judged by. It costs no proposals."""
+        """Return the component `bytes` of `losses` alone, by which a model is judged. This makes no proposals."""
         return self._byte_loss(self._trunk_with_targets(ids_BT, media), ids_BT)
 
     def _trunk_with_targets(self, ids_BT: Tensor, media: dict[str, Any]) -> Trunk:
@@ -344,7 +344,7 @@ class ArbModel(Stateful):
 
     @staticmethod
     def objective(loss: Tensor | Mapping[str, Tensor]) -> Tensor:
-        """Return what drives the votes, []: a loss, or the sum of its components by name, each weighted by LOSS_WEIGHTS."""
+        """Return the loss that drives the votes, []: the loss itself, or the sum of its components weighted by LOSS_WEIGHTS."""
         if not isinstance(loss, Mapping):
             return _scalar("loss", loss)
         if not loss:
@@ -365,20 +365,20 @@ class ArbModel(Stateful):
         """Run the backward pass of one micro-batch, in which every weight behind the loss votes.
 
         Args:
-            loss: a scalar computed with this model, as `loss` returns; or its components by name, as `losses` returns. See
-                `objective`.
+            loss: a scalar computed with this model, as `loss` returns, or components by name, as `losses` returns. `objective`
+                adds components up.
             rate: schedule rate times gain, 0 .. 127, a number or a 0-dim float32 tensor. The `sign` rule asks only
                 whether it is 0.
             step: number of this micro-batch, a coordinate of the dither; a number or a 0-dim int64 tensor.
-            undo: whether a pass that raises leaves not one byte changed, for which it keeps copies; see `Voting.taking`.
+            undo: whether a pass that raises leaves every byte as it was, for which the pass keeps copies (`Voting.taking`).
 
         Returns:
-            True; or False when the loss, or a component of it, is not finite, in which case not one byte has changed.
+            True; or False if the loss, or a component of it, is not finite. Then every byte stays as it was.
 
         Raises:
             TypeError or ValueError: a loss that is no scalar tensor, has no graph, or was not computed with this model; a rate
                 or step that is not allowed.
-            RuntimeError: a weight was stepped or loaded since the loss was computed; or the model is torn, see `Voting`.
+            RuntimeError: a weight was stepped or loaded since the loss was computed; or the model is torn (`Voting`).
         """
         self.voting.check_whole()
         loss = self.objective(loss)
@@ -403,14 +403,14 @@ class ArbModel(Stateful):
 
 
 def _head(target: str, name: str, head: Head | None) -> Head:
-    """Return a head that is taught; refuse a target for one that the model does not have."""
+    """Return a head that a target teaches; refuse a target of a head that the model does not have."""
     if head is None:
         raise ValueError(f"{target} is given, but must be None: the model has no {name}")
     return head
 
 
 def _check_ids(ids_BT: Tensor, num_bytes: int) -> None:
-    """Refuse ids that are no batch of sequences of so many bytes, or that have no sequence."""
+    """Refuse ids that are no batch of at least one sequence of at least `num_bytes` bytes."""
     checks.is_tensor("ids_BT", ids_BT)
     if ids_BT.ndim != 2 or ids_BT.shape[0] == 0 or ids_BT.shape[1] < num_bytes:
         raise ValueError(
@@ -420,7 +420,7 @@ def _check_ids(ids_BT: Tensor, num_bytes: int) -> None:
 
 
 def _scalar(name: str, loss: Tensor) -> Tensor:
-    """Return a loss of one element without dimensions; refuse another."""
+    """Return a loss of one element as a tensor without dimensions; refuse a loss of another shape."""
     checks.dtype_in(name, loss, checks.FLOAT_DTYPES)
     if loss.numel() != 1:
         raise ValueError(f"{name} has shape {tuple(loss.shape)}, but must be a scalar")

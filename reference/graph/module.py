@@ -1,6 +1,6 @@
-"""The base classes of the graph: what torch does to a module (freeze, move, load, copy), done to ternary weights and tables.
+"""The base classes of the graph: torch's ways with a module (freeze, move, load, copy), for ternary weights and tables.
 
-A weight is held in the layout of the op set (`ops.from_spec`), its tensors registered as buffers: integers only, and no parameter.
+A weight is held in the layout of the op set (`ops.from_spec`). Its tensors are buffers of integers, and no parameters.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Result = TypeVar("Result")
 
 
 class Part(nn.Module):
-    """What torch does to a module, for every module of the graph, lists of them included.
+    """The base of every module of the graph and of lists of modules: how it is frozen, moved and loaded.
 
-    Freezing: `requires_grad_(False)` keeps every weight and table below from moving; True lets those move again that were not
-              built frozen, as norms are.
+    Freezing: `requires_grad_(False)` keeps every weight and table below from moving. True lets them move again, except those
+              that were built frozen, as norms are.
     Moving:   `.to(device)` moves a model. `.to(dtype)`, `.float()`, `.bfloat16()` and `.double()` of a whole model change the
               dtype of activations, and are refused for a part of it. float16 is refused.
     Loading:  `load_state_dict` looks at every name and value before anything changes.
@@ -40,14 +40,14 @@ class Part(nn.Module):
         return next((part.context for part in self.modules() if isinstance(part, ArbModule)), None)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Freeze every weight and table below, or let those move again that were not built frozen."""
+        """Freeze every weight and table below, or let them move again, except those that were built frozen."""
         for part in self.modules():
             if isinstance(part, ArbModule):
                 part.frozen = part.built_frozen or not requires_grad
         return super().requires_grad_(requires_grad)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the tensors below as torch does, and change the dtype of activations where `fn` changes that of floats."""
+        """Move the tensors below as torch does, and change the dtype of activations if `fn` changes the dtype of floats."""
         context = self.shared
         if context is None or context.moving:
             return super()._apply(fn, recurse)
@@ -61,16 +61,16 @@ class Part(nn.Module):
             context.moving = False
 
     def change_dtype(self, dtype: torch.dtype) -> None:
-        """Refuse another dtype of activations: it is that of the whole model."""
+        """Refuse another dtype of activations, because a part has the dtype of the whole model."""
         raise TypeError(
-            f"a {type(self).__name__} cannot become {dtype}: the dtype of activations is that of the whole model, "
-            "but must be changed there, or given when it is built"
+            f"a {type(self).__name__} cannot become {dtype}, but must have the dtype of activations of the whole model: "
+            "change it there, or give it when the model is built"
         )
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load tensors by name, as torch does, once all of them have been looked at.
+        """Load tensors by name, as torch does, after all of them were checked.
 
         Raises:
             RuntimeError: `strict`, and a name is missing or unknown.
@@ -100,10 +100,10 @@ class PartDict(Part, nn.ModuleDict):
 
 
 def as_it_is(method: Method) -> Method:
-    """Return a method of an `ArbModule` that runs as it does by itself, in whatever surroundings.
+    """Return a method of an `ArbModule` that computes the same under torch.autocast and torch.compile as without them.
 
-    torch.autocast is off inside of it: the model has a dtype of its own. torch.compile leaves it alone: it compiles tensors, and
-    would lose what passes leave behind; what there is to compile of the model Triton has compiled.
+    torch.autocast is off inside of the method, because the model has a dtype of its own. torch.compile leaves the method alone. It
+    compiles work on tensors, and would lose the notes that passes leave. The model's kernels are compiled by Triton anyway.
     """
 
     def run(self: ArbModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -121,8 +121,8 @@ class ArbModule(Part):
     """A module of the graph.
 
     Attributes:
-        context: what the modules of one model share.
-        frozen:  a frozen weight never votes, and a frozen table never changes.
+        context: the context that the modules of one model share.
+        frozen:  whether the module is frozen: a frozen weight never votes, and a frozen table never changes.
     """
 
     def __init__(self, context: GraphContext, *, frozen: bool = False) -> None:
@@ -132,7 +132,7 @@ class ArbModule(Part):
 
     @as_it_is
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what `forward` returns."""
+        """Return the result of `forward`."""
         return super().__call__(*args, **kwargs)
 
     @property
@@ -147,7 +147,7 @@ class ArbModule(Part):
 
     @property
     def voting(self) -> Voting:
-        """How the weights of the model vote."""
+        """The voting of the model."""
         return self.context.voting
 
     @property
@@ -166,18 +166,18 @@ class ArbModule(Part):
         return self.voting.active and not self.frozen
 
     def own_tensors(self, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-        """Return what a state dict has for the buffers of this module itself, by their names here."""
+        """Return the entries of a state dict for the buffers of this module itself, by the names of the buffers."""
         return {name: state_dict[prefix + name] for name in self._buffers if prefix + name in state_dict}
 
     def check_tensors(self, state_dict: Mapping[str, Any], prefix: str, *, assign: bool) -> None:
-        """Refuse what a state dict has for this module itself, under a prefix, if it does not fit. Nothing without buffers."""
+        """Refuse entries of a state dict for this module itself, under a prefix, that do not fit. A plain module has no entries."""
 
     def forget(self) -> None:
-        """Drop what passes left for this module since the last step."""
+        """Drop the notes that passes left for this module since the last step."""
         self.voting.forget(self)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
-        """Load the tensors of this module itself: also from within a module of the user's, whose `load_state_dict` is torch's."""
+        """Load the tensors of this module itself. Torch calls this, also for a model inside of a user's module."""
         assign = local_metadata.get("assign_to_params_buffers", False)
         self.check_tensors(state_dict, prefix, assign=assign)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
@@ -185,7 +185,7 @@ class ArbModule(Part):
             self.note_loaded()
 
     def note_loaded(self) -> None:
-        """Forget what passes left: it was of another state, as is what a ledger has read."""
+        """Forget the notes of passes, which belong to the state before, and make ledgers stale."""
         self.forget()
         self.voting.version += 1
 
@@ -193,11 +193,11 @@ class ArbModule(Part):
 class TableModule(ArbModule):
     """A module that keeps integers beside its weights: counters of use, neighbours, strengths.
 
-    What a forward pass saw is handed over by `when_voting` in an accepted backward pass, kept until `step_tables`, and
-    counted there: a pass without a backward pass, or with a loss that is refused, leaves no trace.
+    `when_voting` hands over what a forward pass saw, once a backward pass through it is accepted. The table keeps it until
+    `step_tables` counts it. A forward pass without a backward pass, or with a refused loss, leaves no trace.
 
     Attributes:
-        recorded: what accepted backward passes had seen, delivered and not yet counted.
+        recorded: what accepted backward passes saw, delivered and not yet counted.
     """
 
     def __init__(self, context: GraphContext, *, frozen: bool = False) -> None:
@@ -206,9 +206,9 @@ class TableModule(ArbModule):
         self._ranges: dict[str, tuple[int, int]] = {}
 
     def add_table(self, name: str, tensor: Tensor, low: int, high: int) -> None:
-        """Register integers from `low` to `high` under a name: they move with the module and are saved with the model.
+        """Register integers from `low` to `high` under a name. They move with the module and are saved with the model.
 
-        The range is what a state that is loaded must keep to: ops index with some tables and trust them all.
+        A state that is loaded must keep to the range, because ops index with some tables and trust them all.
         """
         self.register_buffer(name, tensor)
         self._ranges[name] = (low, high)
@@ -222,21 +222,22 @@ class TableModule(ArbModule):
         return dict(self._ranges)
 
     def record(self, *seen: Tensor) -> None:
-        """Keep what a backward pass came through, until the step that counts it."""
+        """Keep what the forward pass of a backward pass saw, until the step that counts it."""
         self.recorded.append(seen)
 
     def step_tables(self) -> None:
-        """Count what passes left since the last step, in place, and forget it; of a frozen module only the latter."""
+        """Count what passes recorded since the last step, in place, and forget it. A frozen module only forgets."""
         self.voting.deliver()
         passes, self.recorded = self.recorded, []
         if passes and not self.frozen:
             self.count_passes(passes)
+            self.voting.version += 1
 
     def count_passes(self, passes: list[tuple[Tensor, ...]]) -> None:
-        """Change the tables by what some passes had seen, at least one. Nothing where nothing is counted."""
+        """Change the tables by what one or more passes saw. A table that counts nothing stays as it is."""
 
     def forget(self) -> None:
-        """Drop what passes left for this module since the last step."""
+        """Drop the notes and the records that passes left for this module since the last step."""
         super().forget()
         self.recorded.clear()
 
@@ -255,9 +256,9 @@ class TernaryModule(ArbModule):
 
     Attributes:
         tensor_id: index of the weight in definition order.
-        voted:     whether it voted since the last `step_weight`, as far as notes were delivered.
-        uses:      how often a pass of the model uses the weight, see `used`.
-        steps:     how often the weight was stepped or loaded; a backward pass refuses a weight changed since its forward.
+        voted:     whether the weight voted since the last `step_weight`, as far as notes were delivered.
+        uses:      how often a pass of the model uses the weight (`used`).
+        steps:     how often the weight was stepped or loaded; a backward pass refuses a weight that changed since its forward pass.
     """
 
     def __init__(
@@ -275,7 +276,7 @@ class TernaryModule(ArbModule):
 
     @property
     def weight(self) -> LaidOutWeight:
-        """The weight, in the layout of the op set: made of this module's buffers, whoever exchanged them."""
+        """The weight, in the layout of the op set, made of the buffers that the module has now."""
         if not _same_tensors(self._tensors, self._buffers):
             buffers = {name: self.get_buffer(name) for name in self._tensors}
             self._weight, self._tensors = self._weight.with_tensors(**buffers), buffers
@@ -287,13 +288,13 @@ class TernaryModule(ArbModule):
         return self.get_buffer(next(iter(self._tensors))).device
 
     def anchor(self) -> Tensor | None:
-        """Return what makes autograd visit this module although its input is detached or integer: an empty tensor."""
+        """Return an empty tensor that makes autograd visit this module although its input is detached or integer."""
         if self.frozen or not torch.is_grad_enabled():
             return None
         return torch.empty(0, device=self.device, requires_grad=True)
 
     def run(self, function: type[torch.autograd.Function], *args: Any) -> Tensor:
-        """Return a function of some inputs and this module's weight; its backward pass votes.
+        """Return the result of an autograd function of some inputs and this module's weight, whose backward pass votes.
 
         The function is given the inputs, `anchor()` and this module.
         """
@@ -309,7 +310,7 @@ class TernaryModule(ArbModule):
         """Return the weight of the forward pass to its backward pass.
 
         Raises:
-            RuntimeError: the weight was stepped or loaded since then; or votes would go to another weight than was used then.
+            RuntimeError: the weight was stepped or loaded since the forward pass, or the module holds another weight by now.
         """
         if ctx.steps != self.steps:
             raise RuntimeError("weight was changed between forward and backward, but a step must follow both")
@@ -319,7 +320,7 @@ class TernaryModule(ArbModule):
         self.voting.current.reached = True
         if self.moves and not _same_tensors(ctx.weight.tensors(), self.weight.tensors()):
             raise RuntimeError(
-                "the loss was computed with another state than the module holds, but votes must go to the weights it was "
+                "the loss was computed with another state than the module holds, but votes must go to the weights that it was "
                 "computed with"
             )
         return ctx.weight
@@ -327,7 +328,7 @@ class TernaryModule(ArbModule):
     def vote(self, grad_NK: Tensor, rows: Tensor | None = None, *, num_matrices: int = 0) -> None:
         """Count the votes of a gradient of the weight, or of its `rows`. Each use in a forward pass votes on its own.
 
-        `num_matrices`: matrices that the gradient is a stack of, as `Voting.cast` takes it.
+        `num_matrices` is the number of matrices in the gradient, as `Voting.cast` takes it.
         """
         matrices: dict[str, int] = {"num_matrices": num_matrices, "uses": self.uses}
         self.voting.cast(self.weight, grad_NK, tensor_id=self.tensor_id, rows=rows, **matrices)
@@ -362,12 +363,12 @@ class TernaryModule(ArbModule):
         self.changed()
 
     def changed(self) -> None:
-        """Note that the weight is another: for backward passes through the old one, and for what was read with it."""
+        """Note that the weight changed, for backward passes and ledgers that began with the old weight."""
         self.steps += 1
         self.voting.version += 1
 
     def load(self, weight: TernaryWeight) -> None:
-        """Overwrite the weight, in place, with one in canonical form; votes of an earlier state are forgotten.
+        """Overwrite the weight, in place, with a weight in canonical form, and forget the votes of an earlier state.
 
         Raises TypeError or ValueError for another shape or format, or a value out of range, before anything changes.
         """
@@ -375,23 +376,23 @@ class TernaryModule(ArbModule):
         self.overwrite(weight)
 
     def overwrite(self, weight: TernaryWeight) -> None:
-        """Do as `load` with a weight that was looked at."""
+        """Do as `load` with a weight that was checked."""
         for name, tensor in self.ops.from_spec(weight.to(self.device)).tensors().items():
             self.get_buffer(name).copy_(tensor)
         self.note_loaded()
 
     def forget(self) -> None:
-        """Drop what passes left for this module since the last step."""
+        """Drop the notes that passes left for this module since the last step, and forget that its weight voted."""
         super().forget()
         self.forget_votes()
 
     def note_loaded(self) -> None:
-        """Forget what passes left, and let no backward pass vote that was begun with the weight before."""
+        """Forget the notes of passes, and let no backward pass vote whose forward pass used the earlier weight."""
         super().note_loaded()
         self.changed()
 
     def check_tensors(self, state_dict: Mapping[str, Any], prefix: str, *, assign: bool) -> None:
-        """Refuse tensors that do not fit the weight, hold what no weight holds, or could not be a weight in its place."""
+        """Refuse tensors that do not fit the weight, hold values that no weight holds, or do not make a weight together."""
         super().check_tensors(state_dict, prefix, assign=assign)
         own = self.own_tensors(state_dict, prefix)
         given = {name: value for name, value in own.items() if name in self._tensors}
@@ -421,23 +422,23 @@ def _same_tensors(some: Mapping[str, Tensor], others: Mapping[str, Tensor | None
 
 
 def used(module: nn.Module, times: int) -> None:
-    """Say that a pass of the model uses every weight of `module` so many times: each use votes at its part of the rate."""
+    """Set how many times a pass of the model uses every weight of `module`. Each use votes at its part of the rate."""
     for part in module.modules():
         if isinstance(part, TernaryModule):
             part.uses = times
 
 
 def when_voting(x: Tensor, table: TableModule, *seen: Tensor) -> Tensor:
-    """Return x; a backward pass that votes and comes through it leaves `seen`, detached, for `table` to record."""
+    """Return x, such that a backward pass that votes and comes through x leaves `seen`, detached, for `table` to record."""
     return uncompiled(_pass_through, x, table, seen)
 
 
 def uncompiled(call: Callable[..., Result], *args: Any) -> Result:
-    """Return `call(*args)`, and keep torch.compile out of it: what a pass leaves behind is not seen by a compiler of tensors."""
+    """Return `call(*args)`, run outside of torch.compile, which would not see the notes that a pass leaves."""
     return _outside_of_graphs(call, *args) if torch.compiler.is_compiling() else call(*args)
 
 
-# Not `torch.compiler.disable`, which imports the compiler at once: seconds of work, also for those who never compile.
+# `torch.compiler.disable` would import the compiler at once. That takes seconds, also for users who never compile.
 @torch._disable_dynamo  # type: ignore[attr-defined]
 def _outside_of_graphs(call: Callable[..., Any], *args: Any) -> Any:
     return call(*args)
@@ -452,7 +453,7 @@ def _pass_through(x: Tensor, table: TableModule, seen: Iterable[Tensor]) -> Tens
 
 
 class _WhenVoting(torch.autograd.Function):
-    """The identity, with a backward pass that hands over what its forward pass saw."""
+    """The identity, with a backward pass that leaves a note of what its forward pass saw."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, table: TableModule, *seen: Tensor) -> Tensor:

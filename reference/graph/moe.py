@@ -1,4 +1,4 @@
-"""Mixture of experts with a shared projection: experts modulate one hidden vector instead of each having its own.
+"""Mixture of experts with a shared projection. Experts modulate one hidden vector, where others have a hidden vector each.
 
 Legend: B batch, P positions, M = B P of them, D width, I shared inner width, E experts, k experts of a position, r expert rank.
 """
@@ -16,7 +16,7 @@ from arbitor.reference.graph.layers import TernaryLinear
 from arbitor.reference.graph.module import TableModule, when_voting
 
 LOAD_MAX = 2**63 - 1
-"""Most choices that an expert's load can count: what an int64 holds."""
+"""Most choices that an expert's load can count, the largest int64."""
 
 MODULATION_GAIN = 0.25
 """Scale of the experts' modulation at the start, where 1 would give m_e the variance of x."""
@@ -26,12 +26,12 @@ class SharedProjectionMoE(TableModule):
     """A SwiGLU whose hidden vector the chosen experts modulate, each by a matrix of rank r.
 
     Math:    h = silu(W_gate x) * (W_up x); m_e = B_e A_e x; the k experts are those of `choose_experts`
-             p = softmax of the router's logits W_router x over the chosen; over all experts where one is chosen
+             p = softmax of the router's logits W_router x over the chosen experts, or for k = 1 over all experts
              y = W_down (h * (1 + sum over the chosen e of p_e m_e))
     Shapes:  [B, P, D] -> [B, P, D]
     Ties:    of experts with equal rows, the one of lowest index is chosen
-    Paths:   grouped, a slot for each of a position's k experts; or dense, a slot for each expert, those that a position did not
-             choose with p_e = 0, for up to `dense_dispatch_max_tokens` positions. Of fixed shape both, and equal
+    Paths:   grouped, with a slot for each of a position's k experts; or dense, for up to `dense_dispatch_max_tokens` positions,
+             with a slot for each expert, and p_e = 0 for experts that were not chosen. Both have fixed shapes and are equal
     Tables:  load int64 [E], how often each expert was chosen in backward passes that voted
     Source:  REFACTOR7 (dense dispatch), REFACTOR12 (grouped); docs/spec/experts.md, docs/spec/graph.md for 1 + m; the share of
              a single expert as in Fedus et al., "Switch Transformers", 2021
@@ -65,7 +65,8 @@ class SharedProjectionMoE(TableModule):
 
     def modulation(self, x_MD: Tensor, experts_Mk: Tensor, shares_Mk: Tensor) -> Tensor:
         """Return the sum over each position's experts of share times m_e, [M, I]."""
-        if len(x_MD) <= self.dense_max:  # every expert, in its order
+        # The dense path takes every expert, in ascending order.
+        if len(x_MD) <= self.dense_max:
             shares_Mk = all_shares(experts_Mk, shares_Mk, self.num_experts)
             experts_Mk = torch.arange(self.num_experts, device=x_MD.device).expand(shares_Mk.shape)
         slots = experts_Mk.flatten()
@@ -87,9 +88,9 @@ class SharedProjectionMoE(TableModule):
 def chosen_shares(logits_BPE: Tensor, experts_BPk: Tensor) -> Tensor:
     """Return the shares of the chosen experts, [B, P, k] in the dtype of the router's logits.
 
-    Math:    k > 1: a softmax over the logits of the chosen, which adds up to 1
-             k = 1: the part of the one that is chosen in a softmax over the logits of all experts. A softmax over one
-             logit is 1, whatever the logit, and has no gradient: the router would learn nothing
+    Math:    k > 1: a softmax over the logits of the chosen experts, which adds up to 1
+             k = 1: the share of the chosen expert in a softmax over the logits of all experts. A softmax over a single logit is
+             always 1 and has no gradient, so the router would learn nothing
     Returns: the softmax runs in float32 or better
     """
     wide_BPE = widened(logits_BPE)
@@ -101,6 +102,6 @@ def chosen_shares(logits_BPE: Tensor, experts_BPk: Tensor) -> Tensor:
 
 
 def all_shares(experts_k: Tensor, shares_k: Tensor, num_experts: int) -> Tensor:
-    """Return shares [..., k] of chosen experts as shares of all experts [..., E], zero for the others."""
+    """Return shares [..., k] of chosen experts as shares of all experts [..., E], zero for experts that were not chosen."""
     zeros = shares_k.new_zeros(*shares_k.shape[:-1], num_experts)
     return zeros.scatter(-1, experts_k, shares_k)

@@ -1,4 +1,4 @@
-"""MoEGraph: what follows attention in a layer. Experts, the nodes of the graph, and in the last layer a loop around both.
+"""MoEGraph, which follows attention in a layer: experts, the nodes of the graph, and in the last layer a loop around both.
 
 Legend: B batch, P positions, D width, I turns of the loop.
 """
@@ -17,7 +17,7 @@ from arbitor.reference.graph.moe import SharedProjectionMoE
 from arbitor.reference.ops.denoise import Halting
 
 LEAK_SHIFTS = (1, 2, 3, 4)
-"""k of the channels, in turn: a channel keeps 1 - 2**-k of its state from one turn to the next."""
+"""Values of k, which channels take in turn. A channel keeps 1 - 2**-k of its state from one turn to the next."""
 
 
 class MoEGraph(ArbModule):
@@ -49,9 +49,9 @@ class RecurrentMoEGraph(MoEGraph, TableModule):
     """The last layer's MoEGraph: the same weights for several turns, as many as each position asks for.
 
     Math:    h_0 = e; turn i: h~ = a h + (1 - a) e with a = 1 - 2**-k per channel (linear time-invariant injection), then
-             the turn of MoEGraph on h~; halting p_i = sigmoid(w . RMSNorm(h_i)); a position halts at the first turn at
-             which its p add up to HALT_THRESHOLD, at the latest at the last one, which gets what is left of 1
-             output: the sum of h_i times its share
+             the turn of MoEGraph on h~. Halting p_i = sigmoid(w . RMSNorm(h_i)). A position halts at the first turn at which its p
+             add up to HALT_THRESHOLD, or at the last turn. The share of a turn is its p, and at the halting turn what is left of 1.
+             The output is the sum of h_i times its share
     Range:   k int8 in LEAK_SHIFTS, a table of the model that nothing changes; shares add up to 1
     Source:  adaptive computation time (Graves 2016); REFACTOR12 (4 turns, 0.99), REFACTOR14 (LTI)
     """
@@ -65,12 +65,12 @@ class RecurrentMoEGraph(MoEGraph, TableModule):
             self.add_table("leak_shifts", shifts.to(torch.int8), LEAK_SHIFTS[0], LEAK_SHIFTS[-1])
             self.halt_norm = TernaryRMSNorm(context, context.config.width)
             used(self.moe, self.max_turns)
-            # Zeros: a position starts undecided. Random trits would mix its turns at random, which is noise to learn away.
+            # With zeros a position starts undecided. Random trits would mix its turns at random, noise that it must unlearn.
             self.halt = TernaryLinear(context, context.config.width, 1, gain=0.0)
             used(self.halt, self.max_turns - 1)
 
     def forward(self, e_BPD: Tensor, nodes_BPD: Tensor | None = None) -> Tensor:
-        """Return the mean of the turns, each position's weighted by its halting."""
+        """Return the mean of the streams after all turns, weighted for each position by its halting."""
         if self.max_turns == 1:
             return self.turn(e_BPD, nodes_BPD)
         shifts_D = self.get_buffer("leak_shifts")
@@ -90,9 +90,10 @@ class RecurrentMoEGraph(MoEGraph, TableModule):
 
 
 def kept_shares(shifts_D: Tensor) -> Tensor:
-    """Return what a channel keeps of its state, 1 - 2**-k, for k int8 in LEAK_SHIFTS; float32, exact.
+    """Return the share of its state that a channel keeps, 1 - 2**-k, for k int8 in LEAK_SHIFTS; float32, exact.
 
-    By shifts of integers: `torch.ldexp` on a GPU that is not the current one gives zeros or reads foreign memory (torch 2.11).
+    Shifts of integers compute it. On a GPU that is not the current one, `torch.ldexp` of torch 2.11 gives zeros or reads foreign
+    memory.
     """
     whole_D = torch.full_like(shifts_D, 1 << LEAK_SHIFTS[-1])
     return (whole_D - (whole_D >> shifts_D)).to(torch.float32) / (1 << LEAK_SHIFTS[-1])

@@ -1,4 +1,4 @@
-"""The op set that a model computes with, held so that a model can be copied and pickled: modules themselves can be neither."""
+"""The op set that a model computes with, in a holder that can be copied and pickled, which a module cannot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class OpSet:
-    """Holds an op set. A copy holds the same one; a pickle holds the name that it is imported by.
+    """A holder of an op set. A copy holds the same op set, and a pickle holds the name by which it is imported.
 
     Fields:
         ops: `arbitor.reference.ops`, or another object with its names.
@@ -26,11 +26,11 @@ class OpSet:
         return getattr(self.ops, "__name__", type(self.ops).__name__)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OpSet:
-        """Return this holder: op sets have no state of a model."""
+        """Return this holder itself, because op sets have no state of a model."""
         return self
 
     def __reduce__(self) -> tuple[Callable[[str], OpSet], tuple[str]]:
-        """Return what a pickle holds. Raises TypeError for an op set that cannot be imported by its name."""
+        """Return the content of a pickle. Raises TypeError for an op set that cannot be imported by its name."""
         if sys.modules.get(self.name) is not self.ops:
             raise TypeError(
                 f"ops is {self.name!r}, which cannot be imported by that name, but must be importable to be pickled"

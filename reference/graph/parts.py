@@ -1,4 +1,4 @@
-"""A weight in parts of whole rows, so that what looks at a large table never decodes all of it at once.
+"""A weight in parts of whole rows, so that a look at a large table never decodes all of it at once.
 
 Legend: N rows, K columns.
 """
@@ -15,13 +15,13 @@ from arbitor.reference.constants import TRITS_PER_BYTE, packed_bytes
 from arbitor.reference.types import LaidOutWeight
 
 PART_TRITS = 2**23
-"""Most trits of a part. To look at one takes the reference some 40 bytes a trit, a device layout about 6: 320 or 50 MiB."""
+"""Most trits of a part. To look at a part takes the reference some 40 bytes a trit, and a device layout about 6: 320 or 50 MiB."""
 
 
 def row_parts(weight: LaidOutWeight, max_trits: int = PART_TRITS) -> Iterator[LaidOutWeight]:
-    """Yield a weight of any layout in parts of whole rows, first rows first; views, so nothing is copied.
+    """Yield a weight of any layout in parts of whole rows, first rows first. The parts are views, so nothing is copied.
 
-    A part has at most `max_trits` trits, or five rows where five have more: five rows end on a byte of the canonical form.
+    A part has at most `max_trits` trits. If five rows have more, it has five rows, which end on a byte of the canonical form.
     """
     num_rows, num_columns = weight.shape
     step = max(max_trits // (TRITS_PER_BYTE * num_columns), 1) * TRITS_PER_BYTE
@@ -32,5 +32,5 @@ def row_parts(weight: LaidOutWeight, max_trits: int = PART_TRITS) -> Iterator[La
             name: tensor[first:last] if tensor.ndim == 2 else tensor[bytes_]
             for name, tensor in weight.tensors().items()
         }
-        # Both kinds of weight are dataclasses; the protocol does not say so because nothing else asks.
+        # Both kinds of weight are dataclasses. The protocol does not say so, because nothing else needs it.
         yield replace(cast(Any, weight), shape=(last - first, num_columns), **tensors)

@@ -18,14 +18,14 @@ Turns = tuple[Tensor, Tensor]
 
 
 def rotary_turns(positions: int, rotary_dim: int, *, device: torch.device) -> Turns:
-    """Return cosine and sine of the angles of positions 0, 1, ..., float32 [P, 1, R / 2]; see `turns_at`."""
+    """Return cosine and sine of the angles of positions 0, 1, ..., float32 [P, 1, R / 2], as `turns_at` gives them."""
     return turns_at(torch.arange(positions, device=device), rotary_dim)
 
 
 def turns_at(positions: Tensor, rotary_dim: int) -> Turns:
     """Return cosine and sine of the angles of positions int64 [..., P], float32 [..., P, 1, R / 2].
 
-    Math:    angle[p, i] = p * base**(-2 i / R), in float64: a ledger may hold a million positions
+    Math:    angle[p, i] = p * base**(-2 i / R), in float64, because a ledger may hold a million positions
     """
     steps = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float64) / rotary_dim
     angles = positions[..., None, None].to(torch.float64) * ROTARY_BASE**-steps
@@ -43,6 +43,6 @@ def rotate(x_BPHR: Tensor, turns: Turns) -> Tensor:
 
 
 def with_turned_key(rows_BPK: Tensor, turns: Turns) -> Tensor:
-    """Return rows with their first R columns, a rotary key, appended once more, turned."""
+    """Return rows with a turned copy of their first R columns, a rotary key, appended."""
     key_BP1R = rows_BPK[..., None, : 2 * turns[0].shape[-1]]
     return torch.cat([rows_BPK, rotate(key_BP1R, turns)[..., 0, :]], dim=-1)

@@ -1,4 +1,4 @@
-"""OutputRouter: which head answers.
+"""OutputRouter: the choice of the head that answers.
 
 Legend: B batch, P positions, D width, R width inside the router.
 """
@@ -15,13 +15,13 @@ from arbitor.reference.graph.module import ArbModule
 from arbitor.reference.graph.units import unit_rows
 
 MODALITIES = ("text", "video", "audio")
-"""What a router chooses from, in the order of its logits."""
+"""Modalities that a router chooses from, in the order of its logits."""
 
 
 class OutputRouter(ArbModule):
     """Logits of the head that answers: text, video or audio.
 
-    Math:    logits = W_out silu(W_in unit(x)), x the last position, which has read all others
+    Math:    logits = W_out silu(W_in unit(x)), x the last position, which has read all other positions
     Shapes:  [B, P, D], P >= 1 -> float32 [B, 3] (float64 for float64 inputs)
     Source:  REFACTOR11 (OutputRouter), REFACTOR14 (12.9 M weights: D -> D/4 -> 3); docs/spec/heads.md
     """

@@ -1,4 +1,4 @@
-"""What a position sees of a long past: the nearest positions one by one, older ones as summaries of ever larger blocks.
+"""The view of a position on a long past: near positions one by one, and older positions as summaries of ever larger blocks.
 
 Legend: B batch, Q queries (positions that look), S slots that any of them sees, N rows of a log, K columns of a row,
 b positions of the smallest block, w positions of the window, n_l = b 4**l positions of a block of level l.
@@ -15,20 +15,21 @@ from torch import Tensor
 from arbitor.reference.config import ArbConfig
 
 LEVELS = 8
-"""Sizes of blocks. With blocks of 64 the largest hold a million positions; what lies before the last of them is forgotten."""
+"""Number of block sizes. With blocks of 64 the largest block holds a million positions. Positions before the last visible block are
+forgotten."""
 
 CHILDREN = 4
-"""Blocks of a level that make one of the next."""
+"""Blocks of a level that make one block of the next level."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What some queries see.
+    """The rows that some queries see.
 
     Fields:
-        places_BS: int64, rows of the log that at least one of the queries sees; 0, which is always written, elsewhere.
-        bias_BQS:  float32, what a query adds to the score of a row: 0 for a position, ln n for a summary of n, -inf where
-                   it does not see the row.
+        places_BS: int64, rows of the log that at least one of the queries sees. Unused slots hold 0, a row that is always written.
+        bias_BQS:  float32, added to the score of a query and a row: 0 for a position, ln n for a summary of n positions, -inf if
+                   the query does not see the row.
     """
 
     places_BS: Tensor
@@ -36,14 +37,14 @@ class Seen:
 
 
 class ContextAttentionScheduler:
-    """Which rows of a log a position sees; a pure function of the position, whatever else was read.
+    """The rows of a log that a position sees, as a pure function of the position, whatever else was read.
 
     Math:    start_0(p) = b max(0, floor((p + 1 - w) / b)): p sees start_0(p) .. p one by one
              start_{l+1}(p) = 4 n_l max(0, floor((start_l(p) - S n_l) / (4 n_l))): p sees the blocks of level l between
-             start_{l+1}(p) and start_l(p), S to S + 3 of them or all there are; l < LEVELS
+             start_{l+1}(p) and start_l(p), which are S to S + 3 blocks, or all there are; l < LEVELS
     Cost:    at most w + b - 1 + LEVELS (S + 3) rows a query, however long the past
-    Log:     a row for every position and one for every complete block, in the order in which they become known: position
-             s at place s + sum over levels of floor(s / n_l), then the blocks that end with it, small ones first
+    Log:     a row for every position and for every complete block, in the order in which they become known. Position s is at
+             place s + sum over levels of floor(s / n_l). The blocks that end with it follow, small blocks first
     Source:  docs/spec/attention.md; REFACTOR14 (ContextAttentionScheduler, compressed temporal)
     """
 
@@ -72,11 +73,11 @@ class ContextAttentionScheduler:
         return positions + sum(positions // size for size in self.sizes)
 
     def middle(self, level: int, blocks: Tensor) -> Tensor:
-        """Return the position whose rotary turn stands for a block: its middle, the nearest to all that it sums up."""
+        """Return the position whose rotary turn stands for a block: the middle, which is nearest to all its positions."""
         return blocks * self.sizes[level] + self.sizes[level] // 2
 
     def seen(self, first_B: Tensor, num_queries: int) -> Seen:
-        """Return what the positions first, first + 1, ... of each sequence see; shapes depend on `num_queries` alone."""
+        """Return what the positions first, first + 1, ... of each sequence see. Shapes depend on `num_queries` alone."""
         first_B1 = first_B[:, None]
         ahead_Q = torch.arange(num_queries, device=first_B.device)
         oldest, newest = self.starts(first_B1), self.starts(first_B1 + num_queries - 1)
@@ -103,7 +104,7 @@ class ContextAttentionScheduler:
         return Seen(places_BS, torch.cat(bias, dim=2))
 
     def places_of_parts(self, level: int, blocks: Tensor) -> Tensor:
-        """Return the places, int64 [blocks, parts], of what is averaged: positions, or four blocks of the level below."""
+        """Return the places of the rows that blocks average, int64 [blocks, parts]: positions, or four smaller blocks."""
         if level == 0:
             ahead = _count(self.block, blocks)
             return self.place_of_position(blocks[:, None] * self.block + ahead)

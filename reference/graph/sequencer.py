@@ -19,7 +19,7 @@ from arbitor.reference.graph.module import ArbModule
 
 
 class ByteEmbedding(ArbModule):
-    """A table of 297 rows: 256 bytes, 32 specials, 9 modality marks.
+    """A table of 297 rows, for 256 bytes, 32 specials and 9 modality marks.
 
     Math:    e_t = W[id_t]
     Shapes:  ids int64 [B, T], each in 0 .. 296 -> [B, T, E_b]
@@ -36,7 +36,7 @@ class ByteEmbedding(ArbModule):
 
 
 class WindowSequencer(ArbModule):
-    """Three neighbouring vectors become one position.
+    """A sequencer that makes one position of three neighbouring vectors.
 
     Math:    s_p = RMSNorm(W [x_p; x_{p+1}; x_{p+2}])
     Shapes:  [B, N, F] with N >= 3 -> [B, N - 2, D]
@@ -56,7 +56,7 @@ class WindowSequencer(ArbModule):
         return self.norm(self.project(windows))
 
     def check_features(self, name: str, x_BNF: Tensor) -> Tensor:
-        """Return features in the model's dtype; refuse what is not [B, N, F] with three vectors or more."""
+        """Return features in the model's dtype; refuse features that are not [B, N, F] with three vectors or more."""
         checks.dtype_in(name, x_BNF, checks.FLOAT_DTYPES)
         if x_BNF.ndim != 3 or x_BNF.shape[2] != self.num_features or x_BNF.shape[1] < NGRAM:
             raise ValueError(
@@ -67,7 +67,7 @@ class WindowSequencer(ArbModule):
 
 
 class TrigramSequencer(WindowSequencer):
-    """Three neighbouring bytes become one position; position p predicts byte p + 3.
+    """A sequencer that makes one position of three neighbouring bytes. Position p predicts byte p + 3.
 
     Shapes:  [B, T, E_b] -> [B, P, D]
     Source:  REFACTOR14 (text sequencer)
@@ -78,9 +78,9 @@ class TrigramSequencer(WindowSequencer):
 
 
 class ImageSequencer(WindowSequencer):
-    """Three neighbouring patches of an image, in reading order, become one position.
+    """A sequencer that makes one position of three neighbouring patches of an image, in reading order.
 
-    Shapes:  features of patches [B, N, image_features] -> [B, N - 2, D]: 256 patches are 254 positions
+    Shapes:  features of patches [B, N, image_features] -> [B, N - 2, D]; 256 patches are 254 positions
     Raises:  TypeError or ValueError for features that do not fit
     Source:  docs/spec/heads.md; the widths 384 and 254 of the original's image path
     """
@@ -94,12 +94,12 @@ class ImageSequencer(WindowSequencer):
 
 
 class AudioSequencer(WindowSequencer):
-    """Three neighbouring frames of audio become one position.
+    """A sequencer that makes one position of three neighbouring frames of audio.
 
     Args:
-        features: what makes frames [B, N, audio_features] of raw audio [B, T]; None: raw audio is refused.
+        features: function from raw audio [B, T] to frames [B, N, audio_features]; with None, raw audio is refused.
 
-    Shapes:  frames [B, N, audio_features] -> [B, N - 2, D]: 38 frames are 36 positions. Raw audio may be [T], [B, T] or [B, 1, T]
+    Shapes:  frames [B, N, audio_features] -> [B, N - 2, D]; 38 frames are 36 positions. Raw audio may be [T], [B, T] or [B, 1, T]
     Raises:  TypeError or ValueError for frames that do not fit, or raw audio without `features`
     Source:  docs/spec/heads.md; REFACTOR11 (shapes of raw audio)
     """
@@ -111,7 +111,8 @@ class AudioSequencer(WindowSequencer):
     def forward(self, audio: Tensor) -> Tensor:
         """Return one vector for each run of three frames."""
         checks.dtype_in("audio", audio, checks.FLOAT_DTYPES)
-        if audio.ndim < 3 or (audio.ndim == 3 and audio.shape[1] == 1):  # one frame would be no run of three
+        # [B, 1, T] is raw audio, because one frame would be no run of three.
+        if audio.ndim < 3 or (audio.ndim == 3 and audio.shape[1] == 1):
             if self.features is None:
                 raise ValueError(
                     f"audio has shape {tuple(audio.shape)}, which is raw audio, but must be frames "

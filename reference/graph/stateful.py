@@ -1,4 +1,4 @@
-"""What a model holds, and how it is stepped, saved and loaded: every weight and integer table below it, by name."""
+"""The state of a model, every weight and integer table below it by name, and how it is stepped, saved and loaded."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from arbitor.reference.graph.parts import row_parts
 from arbitor.reference.types import TernaryWeight
 
 BESIDE_TRITS = ("exponents", "trit_accum", "exponent_accum")
-"""The tensors of a weight that every layout has; what is left of a weight are its trits."""
+"""The tensors of a weight that every layout has. The other tensor of a weight holds its trits."""
 
 
 class Stateful(ArbModule):
-    """A whole model: a module whose submodules hold ternary weights and integer tables, and share its context with nobody else."""
+    """A whole model. Its submodules hold ternary weights and integer tables, and share a context that no other model has."""
 
     def step(self) -> None:
-        """Apply the step rule to all that voted since the last step, as the notes of its passes say; then count tables.
+        """Apply the step rule to all weights that voted since the last step, as the notes of passes say, then count tables.
 
-        A step without votes changes nothing, as after micro-batches that were all refused.
+        A step without votes changes nothing, for example after micro-batches that were all refused.
 
         Raises:
-            RuntimeError: gradients came through the weights outside of a pass, and so did not vote; or the model is torn by a
-                pass or a step that raised.
+            RuntimeError: gradients came through the weights outside of a pass, and so did not vote; or a pass or a step that
+                raised left the model torn.
         """
         self.voting.check_whole()
         if self.voting.strayed:
@@ -36,13 +36,12 @@ class Stateful(ArbModule):
                 "gradients came through the weights outside of model.backward, and so did not vote, but a step must follow "
                 "model.backward(loss, rate=..., step=...)"
             )
-        # Until it is done: a step that raises has moved some weights and not others.
+        # The mark holds until the step is done, because a step that raises has moved some weights and not others.
         self.voting.torn = True
         for module in self.ternary_modules().values():
             module.step_weight()
         for keeper in self.table_modules().values():
             keeper.step_tables()
-        self.voting.version += 1
         self.voting.torn = False
 
     def change_dtype(self, dtype: torch.dtype) -> None:
@@ -50,7 +49,7 @@ class Stateful(ArbModule):
         self.context.change_dtype(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the model as torch does, and with it the count of faults and the notes."""
+        """Move the model as torch does, and the count of faults and the notes with it."""
         super()._apply(fn, recurse)
         self.voting.move(fn)
         self.context.device = self.voting.faults.device
@@ -59,7 +58,7 @@ class Stateful(ArbModule):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """See `Part`. With `assign` the model moves to where the tensors are."""
+        """See `Part`. With `assign` the model moves to the device of the tensors."""
         found = super().load_state_dict(state_dict, strict=strict, assign=assign)
         self._follow_weights()
         if strict:
@@ -67,7 +66,7 @@ class Stateful(ArbModule):
         return found
 
     def _follow_weights(self) -> None:
-        """Move what belongs to no module to where the weights are."""
+        """Move the state that belongs to no module to the device of the weights."""
         device = next((module.device for module in self.modules() if isinstance(module, TernaryModule)), None)
         if device is not None and device != self.voting.faults.device:
             self.voting.move(
@@ -78,7 +77,7 @@ class Stateful(ArbModule):
             self.context.device = device
 
     def _is_whole(self) -> None:
-        """Note that all of the state was loaded: no votes are missing, and none are left over."""
+        """Note that all of the state was loaded, so that no vote is missing or left over."""
         self.voting.torn = self.voting.strayed = False
 
     def ternary_modules(self) -> dict[str, TernaryModule]:
@@ -90,7 +89,7 @@ class Stateful(ArbModule):
         return {name: module for name, module in self.named_modules() if isinstance(module, TableModule)}
 
     def tables(self) -> dict[str, Tensor]:
-        """Return every integer table by name. They are the model's own tensors, not copies."""
+        """Return every integer table by name. The tensors are the model's own, not copies."""
         return {
             f"{name}.{table}": tensor
             for name, module in self.table_modules().items()
@@ -110,7 +109,7 @@ class Stateful(ArbModule):
         return {**self.weights(), **self.tables()}
 
     def load_state(self, state: Mapping[str, TernaryWeight | Tensor]) -> None:
-        """Overwrite weights and tables, in place; nothing changes unless all of them fit.
+        """Overwrite weights and tables, in place. Nothing changes unless all of them fit.
 
         Raises TypeError or ValueError for a missing or unknown name, another shape or format, or a value out of range.
         """
@@ -131,11 +130,11 @@ class Stateful(ArbModule):
             keeper.note_loaded()
 
     def weights(self) -> dict[str, TernaryWeight]:
-        """Return every weight by name in canonical form, in definition order. May share memory with the model."""
+        """Return every weight by name in canonical form, in definition order. The weights may share memory with the model."""
         return {name: self.ops.to_spec(module.weight) for name, module in self.ternary_modules().items()}
 
     def load_weights(self, weights: Mapping[str, TernaryWeight]) -> None:
-        """Overwrite every weight, in place; nothing changes unless all of them fit.
+        """Overwrite every weight, in place. Nothing changes unless all of them fit.
 
         Raises TypeError or ValueError for a missing or unknown name, another shape or format, or a value out of range.
         """

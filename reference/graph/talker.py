@@ -16,13 +16,13 @@ from arbitor.reference.graph.module import ArbModule, as_it_is
 from arbitor.reference.graph.units import unit_rows
 
 MAX_TOKENS = 2**31 - 1
-"""Most tokens that may be asked for."""
+"""Largest `length` and `stride`."""
 
 
 class TalkerHead(ArbModule):
-    """Audio tokens of each position, all at once.
+    """A head that makes the audio tokens of all positions at once.
 
-    Math:    logits = W unit(x); token = argmax, each `stride` times, then cut or padded to `length`
+    Math:    logits = W unit(x); token = argmax, repeated `stride` times, then cut or padded to `length`
     Shapes:  [B, P, D] -> int64 [B, length], or [B, P stride] without a length
     Ties:    the lowest token
     Source:  REFACTOR9 (one call, stride, pad and truncate), REFACTOR11 (token_logits); docs/spec/heads.md
@@ -36,12 +36,12 @@ class TalkerHead(ArbModule):
 
     @as_it_is
     def token_logits(self, x_BPD: Tensor) -> Tensor:
-        """Return the logits of each position's token, float32 [B, P, V]: what cross-entropy trains."""
+        """Return the logits of each position's token, float32 [B, P, V], which cross-entropy trains."""
         return widened(self.tokens(unit_rows(x_BPD)))
 
     @staticmethod
     def stride(positions: int, tokens: int) -> int:
-        """Return how often a position's token is repeated, ceil(tokens / positions), so that positions say so many tokens."""
+        """Return how often a position's token is repeated, ceil(tokens / positions), so that `positions` say `tokens` tokens."""
         return -(-tokens // positions)
 
     def forward(
@@ -51,8 +51,8 @@ class TalkerHead(ArbModule):
 
         Args:
             stride:    how often each token is repeated.
-            length:    tokens that come out; None: as many as there are.
-            pad_token: what follows the last token up to `length`.
+            length:    number of tokens that come out; with None, all.
+            pad_token: token that fills up to `length` after the last token.
         """
         checks.integer("stride", stride, 1, MAX_TOKENS)
         checks.integer("pad_token", pad_token, 0, self.tokens.weight.shape[0] - 1)

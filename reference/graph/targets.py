@@ -1,4 +1,4 @@
-"""What the heads beside the byte head are taught: which head answers, a video latent, audio tokens.
+"""Targets of the heads beside the byte head: the head that answers, a video latent, audio tokens.
 
 Legend: B batch, P positions, D width, L numbers of a latent, N audio tokens, V audio tokens to choose from.
 """
@@ -17,18 +17,18 @@ from arbitor.reference.graph.talker import TalkerHead
 from arbitor.reference.graph.video import VideoHead
 
 NO_TOKEN = -1
-"""Stands in the targets of the talker where there is no token."""
+"""Target of the talker where there is no token."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What the heads beside the byte head are taught, for each sequence of a batch. What is None is not taught.
+    """Targets of the heads beside the byte head, for each sequence of a batch. A field that is None teaches nothing.
 
     Fields:
-        modality_B: int64 [B], index into MODALITIES: the head that answers. Where it is given, a latent is taught to the sequences
-                    that video answers alone, and tokens to those that audio answers.
-        latent:     float [B, ...], what video answers with; see `VideoHead.fitted` for its shapes.
-        tokens_BN:  int64 [B, N], what audio answers with; NO_TOKEN where there is none.
+        modality_B: int64 [B], the head that answers, as an index into MODALITIES. If it is given, only the sequences that video
+                    answers teach a latent, and only the sequences that audio answers teach tokens.
+        latent:     float [B, ...], the answer of video, in a shape that `VideoHead.fitted` takes.
+        tokens_BN:  int64 [B, N], the answer of audio; NO_TOKEN where there is no token.
     """
 
     modality_B: Tensor | None = None
@@ -39,7 +39,7 @@ class Targets:
 def route_loss(router: OutputRouter, h_BPD: Tensor, modality_B: Tensor, present: tuple[str, ...]) -> Tensor:
     """Return the mean cross-entropy of the router's choice among the heads that are present, [].
 
-    Raises TypeError or ValueError for modalities that are no int64 [B], or name a head that is not there.
+    Raises TypeError or ValueError for modalities that are not int64 [B], or name a head that the model does not have.
     """
     checks.tensor("modality_B", modality_B, torch.int64, (h_BPD.shape[0],))
     checks.values_between("modality_B", modality_B, 0, len(MODALITIES) - 1)
@@ -53,14 +53,14 @@ def route_loss(router: OutputRouter, h_BPD: Tensor, modality_B: Tensor, present:
 
 
 def latent_loss(head: VideoHead, h_BPD: Tensor, latent: Tensor, taught_B: Tensor | None) -> Tensor:
-    """Return the mean squared error of the latent after the loop, over the sequences that are taught; 0 if none is.
+    """Return the mean squared error of the latent after the loop, over the sequences that teach it; 0 without such sequences.
 
-    Math:    mean over taught sequences and their L numbers of (head(h) - target)^2, from the noise that generation starts from
+    Math:    mean over these sequences and their L numbers of (head(h) - target)^2, from the noise that generation starts from
     Source:  REFACTOR12 (targets padded to the head's latent, mean squared error); docs/spec/heads.md
     """
     target_BL = head.fitted(latent, h_BPD.shape[0]).flatten(1)
     if taught_B is not None:
-        # Before the square: the gradient of a NaN that is left out later is a NaN.
+        # This comes before the square, because a NaN that is left out later has a NaN as its gradient.
         target_BL = torch.where(taught_B[:, None], target_BL, 0.0)
     error_B = (head(h_BPD).flatten(1) - target_BL).square().mean(dim=1)
     if taught_B is None:
@@ -69,9 +69,9 @@ def latent_loss(head: VideoHead, h_BPD: Tensor, latent: Tensor, taught_B: Tensor
 
 
 def token_loss(head: TalkerHead, h_BPD: Tensor, tokens_BN: Tensor, taught_B: Tensor | None) -> Tensor:
-    """Return the mean cross-entropy of the tokens that are taught, []; 0 if none is.
+    """Return the mean cross-entropy of the target tokens, []; 0 without targets.
 
-    Math:    with s = ceil(N / P) a position says s tokens, as `TalkerHead` repeats them: token n is taught to position n // s
+    Math:    with s = ceil(N / P) a position says s tokens, as `TalkerHead` repeats them. Token n is the target of position n // s
     Raises:  TypeError or ValueError for tokens that are no int64 [B, N] with N >= 1 in NO_TOKEN .. V - 1
     Source:  REFACTOR11 (cross-entropy of `token_logits`); docs/spec/heads.md
     """
@@ -94,5 +94,5 @@ def token_loss(head: TalkerHead, h_BPD: Tensor, tokens_BN: Tensor, taught_B: Ten
 
 
 def taught_by(modality_B: Tensor | None, name: str) -> Tensor | None:
-    """Return which sequences a head is taught, bool [B]; None, for all of them, where nothing says which head answers."""
+    """Return the mask of the sequences that teach a head, bool [B]; None, for all, if `modality_B` is None."""
     return None if modality_B is None else modality_B == MODALITIES.index(name)

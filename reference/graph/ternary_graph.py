@@ -1,4 +1,4 @@
-"""TernaryGraph: nodes are codes, edges are what follows what. A position adds the node of its code to its stream.
+"""TernaryGraph: nodes are codes, and edges lead to the codes that follow. A position adds the node of its code to its stream.
 
 Legend: B batch, P positions, R of them in all, D width, C code width, N codes, J neighbours, L nodes of all levels.
 """
@@ -19,28 +19,28 @@ from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, Tern
 from arbitor.reference.graph.module import ArbModule, PartList, TableModule, uncompiled, used, when_voting
 
 FULL_PATH_MAX_CODES = 4096
-"""Most codes of which the nodes of all are computed; of larger tables only what a batch needs."""
+"""Most codes for which the nodes of all codes are computed. For larger tables only the nodes that a batch needs are."""
 
 NODE_GAIN, HOP_GAIN, ADAPTER_GAIN = 0.25, 0.125, 0.25
-"""Scales of W_node, W_upd and the B_k at the start: a node adds about a quarter of a unit to the stream."""
+"""Scales of W_node, W_upd and the B_k at the start. With them a node adds about a quarter of a unit to the stream."""
 
 PATHS = ("full", "active")
-"""Whether the nodes of all codes are computed, or those that a batch needs."""
+"""Ways to compute: the nodes of all codes, or the nodes that a batch needs."""
 
 
 class CodeVectors(Protocol):
-    """What the graph asks of the codebooks; `MultimodalVQBridge` and `SharedVQ` are such."""
+    """The codebooks as the graph sees them. `MultimodalVQBridge` and `SharedVQ` fit."""
 
     @property
     def num_codes(self) -> int:
-        """Ids in all."""
+        """Number of ids of all modalities."""
 
     def rows(self, ids: Tensor) -> Tensor:
         """Return the vectors of codes, [..., C], for ids int64 [...]."""
 
 
 class EdgeTable(TernaryEmbedding, TableModule):
-    """The neighbours that each row keeps: the most frequent targets of the pairs it saw, with a learned sign each.
+    """The neighbours that each row keeps: the most frequent targets of its pairs, each with a learned sign.
 
     Math:    step: `update_neighbours` with the pairs of accepted backward passes since the last step
     Shapes:  neighbours int32 [N, J], scores int8 [N, J]; forward: ids int64 [...] -> signs [..., J]
@@ -67,7 +67,7 @@ class EdgeTable(TernaryEmbedding, TableModule):
         self.add_table("scores", torch.zeros(shape, dtype=torch.int8, device=context.device), 0, SCORE_MAX)
 
     def count_passes(self, passes: list[tuple[Tensor, ...]]) -> None:
-        """Count pairs of ids, sources and targets of each pass in the same shape; -1 stands for none."""
+        """Count the pairs of each pass: sources and targets, two tensors of ids of one shape, with -1 for none."""
         sources_M, targets_M = (
             torch.cat([ids.reshape(-1) for ids in side]) for side in zip(*passes, strict=True)
         )
@@ -80,12 +80,13 @@ class TernaryGraph(ArbModule):
     """The nodes of a batch's codes, after messages from their neighbours.
 
     Math:    h = W_node c; then `num_hops` times: m = sum_j a_j h_j over the neighbours of each node,
-             h <- h + W_upd RMSNorm(W_msg m) + B_k A h, B_k the hop's own; last, where there is `extra`,
+             h <- h + W_upd RMSNorm(W_msg m) + B_k A h, with a B_k for each hop; last, if `extra` is given,
              h <- h + W_upd RMSNorm(W_msg W_node extra)
     Shapes:  codes int64 [B, P], extra [B, P, C] or None -> [B, P, D]
-    Paths:   full: the nodes of all codes, then those of the batch; active: the codes of the batch, their neighbours and so
-             on, not deduplicated, so that shapes depend on shapes alone. Equal but for rounding. Not named, it is `full` for
-             up to FULL_PATH_MAX_CODES codes, unless a batch is so small that `active` has fewer nodes
+    Paths:   `full` computes the nodes of all codes, then takes those of the batch. `active` computes the codes of the batch,
+             their neighbours and so on, not deduplicated, so that output shapes depend on input shapes alone. The paths are equal
+             but for rounding. By default the path is `full` for up to FULL_PATH_MAX_CODES codes, unless a batch is so small that
+             `active` has fewer nodes
     Edges:   consecutive codes of each sequence, counted by a step after an accepted backward pass
     Source:  REFACTOR7 (hop), REFACTOR11 (active path), REFACTOR14 (tables); docs/spec/edges.md
     """
@@ -93,7 +94,7 @@ class TernaryGraph(ArbModule):
     def __init__(self, context: GraphContext, codes: CodeVectors) -> None:
         super().__init__(context)
         config = context.config
-        # The bound method, so that the codebooks are no submodule of this one as well.
+        # Only the bound method is kept, so that the codebooks are not submodules of the graph as well.
         self.fetch = codes.rows
         self.num_codes, self.num_hops = codes.num_codes, config.num_hops
         width, rank = config.width, config.hop_rank
@@ -106,9 +107,11 @@ class TernaryGraph(ArbModule):
         self.adapter_up = PartList(
             TernaryLinear(context, rank, width, gain=ADAPTER_GAIN) for _ in range(config.num_hops)
         )
-        reads = self.num_hops + bool(config.composite_codes)  # of neighbours, and of composites
+        # Neighbours are read in every hop, and composites once.
+        reads = self.num_hops + bool(config.composite_codes)
         for module, times in (
-            (self.node, 1 + 1 + bool(config.composite_codes)),  # codes, the sums of the first hop, composites
+            # `node` reads the codes, the sums of the first hop, and the composites.
+            (self.node, 1 + 1 + bool(config.composite_codes)),
             (self.message, reads),
             (self.update, reads),
             (self.adapter_down, self.num_hops),
@@ -132,39 +135,40 @@ class TernaryGraph(ArbModule):
         return when_voting(h_BPD, self.edges, codes_BP[:, :-1], codes_BP[:, 1:])
 
     def cheaper_path(self, num_positions: int) -> str:
-        """Return the path for a number of positions; it depends on shapes alone."""
+        """Return the path for a number of positions. It depends on shapes alone."""
         reached = num_positions * self.edges.weight.shape[1] ** max(0, self.num_hops - 1)
         return "full" if self.num_codes <= min(FULL_PATH_MAX_CODES, reached) else "active"
 
     def full_nodes(self, codes_R: Tensor) -> Tensor:
-        """Return the nodes of some codes, [R, D], out of those of all codes."""
+        """Return the nodes of some codes, [R, D], out of the nodes of all codes."""
         every_N = torch.arange(self.num_codes, device=self.edges.device)
         c_NC, neighbours_NJ = self.vectors(every_N), self.edges.get_buffer("neighbours")
         signs_NJ, h_ND = self.edges(every_N), self.node(c_NC)
         for hop in range(self.num_hops):
             h_ND = self.after_hop(hop, h_ND, c_NC, neighbours_NJ, signs_NJ)
-        # A sum of one term, and not an index: its gradient adds up in the same order on every run.
+        # A sum of one term takes the nodes. Unlike an index, it has a gradient that adds up in the same order on every run.
         one_R1 = torch.ones(codes_R.numel(), 1, dtype=h_ND.dtype, device=h_ND.device)
         return self.gathered(h_ND, codes_R[:, None], one_R1)
 
     def active_nodes(self, codes_R: Tensor) -> Tensor:
         """Return the nodes of some codes, [R, D].
 
-        Level 0 are the codes, level l + 1 the neighbours of level l. All levels that a hop needs lie in one tensor, one
-        after the other, so that each matrix is applied to them once.
+        Level 0 holds the codes, and level l + 1 the neighbours of level l. All levels that a hop needs lie in one tensor, one
+        after the other, so that each matrix is applied once.
         """
         num_slots = self.edges.weight.shape[1]
         table_NJ = self.edges.get_buffer("neighbours")
         levels = [codes_R]
         for _ in range(self.num_hops):
-            # What an empty slot stands for is never looked at: any code will do.
+            # The code of an empty slot is never read, so any code will do.
             levels.append(table_NJ[levels[-1].clamp(min=0)].reshape(-1).to(torch.int64))
         sizes = [level.numel() for level in levels]
         ids_L = torch.cat(levels)
         c_LC = self.vectors(ids_L.clamp(min=0))
-        num_inner = ids_L.numel() - sizes[-1]  # all levels but the last have their neighbours summed
+        # The neighbours of all levels but the last are summed.
+        num_inner = ids_L.numel() - sizes[-1]
         signs_LJ, h_LD = self.edges(ids_L[:num_inner].clamp(min=0)), self.node(c_LC[:num_inner])
-        # The neighbours of node l are the J nodes from R + l J on: levels are laid out in that order.
+        # The neighbours of node l are the J nodes from R + l J on, because levels are laid out in that order.
         places_LJ = torch.arange(sizes[0], ids_L.numel(), device=codes_R.device).reshape(num_inner, num_slots)
         slots_LJ = torch.where(ids_L[places_LJ] < 0, -1, places_LJ)
         for hop in range(self.num_hops):
@@ -173,7 +177,7 @@ class TernaryGraph(ArbModule):
         return h_LD
 
     def vectors(self, ids: Tensor) -> Tensor:
-        """Return the vectors of codes, as constants: the codebooks learn by their own losses."""
+        """Return the vectors of codes as constants, because the codebooks learn by their own losses."""
         with torch.no_grad():
             return self.fetch(ids)
 
@@ -184,7 +188,7 @@ class TernaryGraph(ArbModule):
     def after_hop(
         self, hop: int, h_ND: Tensor, c_NC: Tensor, neighbours_RJ: Tensor, signs_RJ: Tensor
     ) -> Tensor:
-        """Return the first R nodes after they have read their neighbours; the first hop sums in the space of codes."""
+        """Return the first R nodes after they have read their neighbours. The first hop sums in the space of codes."""
         if hop == 0:
             m_RD = self.node(self.gathered(c_NC, neighbours_RJ, signs_RJ))
         else:

@@ -1,4 +1,4 @@
-"""What heads do to vectors without a weight: scale their rows to unit size."""
+"""Rows of unit size, which heads make without a weight."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from arbitor.reference.ops import norm
 def unit_rows(x: Tensor) -> Tensor:
     """Return x with rows of root mean square 1: RMSNorm without a weight. Computed in float32 or better.
 
-    Heads whose weight counts the seeds give to the last one have no room for the ones of a frozen norm, which would
-    change nothing.
+    The seeds give the exact number of weights of some heads, which leaves no room for the weight of a norm. A frozen norm of ones
+    would give the same result.
     """
     return norm.unit_rows(widened(x)).to(x.dtype)

@@ -1,4 +1,4 @@
-"""VideoHead: a latent that a few denoising steps draw out of noise, each looking at the tokens of the graph.
+"""VideoHead. A few denoising steps draw a latent out of noise, and each step looks at the tokens of the graph.
 
 Legend: B samples, L numbers of a latent, P tokens, D width, T steps.
 """
@@ -23,13 +23,13 @@ from arbitor.reference.graph.units import unit_rows
 from arbitor.reference.ops.denoise import Halting, attended, signal_share
 
 FIRST_SIGNAL = 1 / 16
-"""Share of signal in the energy of the first latent: the loop as a whole divides by the root of this, whatever its steps."""
+"""Share of signal in the energy of the first latent. The loop as a whole divides by its root, whatever the number of steps."""
 
 LATENT_CHANNELS = 16
-"""Channels of a latent of the autoencoder that video is decoded by: [16, 1, 32, 32] for a frame of 256 x 256."""
+"""Channels of a latent of the autoencoder that decodes video. Its latent of a frame of 256 x 256 is [16, 1, 32, 32]."""
 
 NOISE_TENSOR = 2**32 - 1
-"""Tensor id of the noise that latents start from: the last one, far from those of the weights."""
+"""Tensor id of the noise that latents start from. It is the last id, far from those of the weights."""
 
 _BYTES = 12
 """Random bytes that are summed for one number of noise."""
@@ -40,7 +40,7 @@ def cosine_alphas(num_steps: int) -> tuple[float, ...]:
 
     Math:    abar(t) = cos^2 of an angle that falls evenly from arccos(sqrt(FIRST_SIGNAL)) to 0 over T steps
              alpha_t = abar(t) / abar(t + 1), so that the product of all is FIRST_SIGNAL
-    Source:  Nichol and Dhariwal 2021, from where some signal is left: at abar = 0 a step would divide by 0
+    Source:  Nichol and Dhariwal 2021, from a point where some signal is left, because at abar = 0 a step would divide by 0
     """
     most = math.acos(math.sqrt(FIRST_SIGNAL))
     abar = [math.cos(most * (1 - step / num_steps)) ** 2 for step in range(num_steps + 1)]
@@ -48,7 +48,7 @@ def cosine_alphas(num_steps: int) -> tuple[float, ...]:
 
 
 def latent_shape(size: int) -> tuple[int, ...]:
-    """Return the shape of a latent of so many numbers: [16, 1, s, s] where 16 s^2 are as many, else [size]."""
+    """Return the shape of a latent of `size` numbers: [16, 1, s, s] if size = 16 s^2, else [size]."""
     side = math.isqrt(size // LATENT_CHANNELS)
     return (LATENT_CHANNELS, 1, side, side) if LATENT_CHANNELS * side * side == size else (size,)
 
@@ -58,7 +58,7 @@ class VideoHead(ArbModule):
 
     Math:    step t: n = unit(W_in latent); q = W_query n + W_steps[t]; c = softmax(q . s / sqrt(D)) s over the tokens s
              pred = W_out silu(n + c); latent <- (latent - (1 - alpha_t) pred) / sqrt(alpha_t)
-             p_t = signal / (signal + noise), of latent and pred after the step; halting as in MoEGraph, by these p
+             p_t = signal / (signal + noise), of latent and pred after the step; halting as in RecurrentMoEGraph, by these p
     Shapes:  tokens [B, P, D], latent [B, ...] of L numbers, any float dtype -> float32, shape of the latent
     Range:   2 D L + D^2 + T D weights. Norm and halting have none: REFACTOR9 counts T D beside the matrices, and its
              table of steps takes them all
@@ -79,7 +79,7 @@ class VideoHead(ArbModule):
             used(module, self.num_steps)
 
     def fitted(self, latent: Tensor, batch: int) -> Tensor:
-        """Return latents in the shape of the head's own, zeros beyond their sides: what the head is taught.
+        """Return target latents in the shape of the head's own latents, padded with zeros.
 
         Shapes:  float [B, L]; or [B, 16, K, h, w] with sides up to those of `latent_shape` -> float32 or better [B, *latent_shape]
         Raises:  TypeError or ValueError for another dtype, batch or shape
@@ -121,11 +121,11 @@ class VideoHead(ArbModule):
         """Return the latent that is left when the noise is out.
 
         Args:
-            tokens_BPD:     what the steps look at.
-            latent:         where the loop starts; None: noise, the same for every sample of the batch, so that a sample does
-                            not depend on its place in it. `noise` gives others.
-            draw:           number of the draw, where the noise is drawn here.
-            halt_threshold: halting probability at which a sample stops; None: every sample takes all steps.
+            tokens_BPD:     tokens that the steps look at.
+            latent:         latent that the loop starts from. None starts from noise, which is the same for every sample of the
+                            batch, so that a sample does not depend on its place. `noise` gives a sample noise of its own.
+            draw:           number of the draw, if `latent` is None.
+            halt_threshold: halting probability at which a sample stops; with None, every sample takes all steps.
         """
         if latent is None:
             one_L = self.noise(torch.zeros(1, dtype=torch.int64, device=tokens_BPD.device), draw=draw)
@@ -142,7 +142,7 @@ class VideoHead(ArbModule):
         return out_BL.reshape(latent.shape)
 
     def _composed(self, latent: Tensor, tokens: Tensor, halt_threshold: float | None) -> Tensor:
-        """Return what `denoise_loop` does, step by step under autograd, so that weights vote."""
+        """Return the result of `denoise_loop`, computed step by step under autograd, so that weights vote."""
         rows_TD = self.steps(torch.arange(self.num_steps, device=latent.device)).to(latent.dtype)
         halting = None if halt_threshold is None else Halting(latent, halt_threshold)
         for step, alpha in enumerate(self.alphas):

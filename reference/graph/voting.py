@@ -1,7 +1,7 @@
-"""Voting: how a backward pass changes the weights of a model, and what it leaves for the next step.
+"""Voting: how a backward pass changes the weights of a model, and the notes that it leaves for the next step.
 
 A pass is open while `Voting.taking` is entered. Within it weights vote in place, layer by layer, so that no gradient outlives its
-layer. All else that the next step must know goes to the pass as notes. A pass that ends well hands its notes to the model, whose
+layer. All else that the next step must know becomes a note of the pass. A pass that ends well hands its notes to the model, whose
 next step delivers them. A pass that raises leaves neither votes nor notes.
 """
 
@@ -27,18 +27,18 @@ VOTED_IN = ("trit_accum", "exponent_accum")
 
 @dataclass(frozen=True)
 class Note:
-    """What a backward pass leaves for the next step.
+    """A message from a backward pass to the next step.
 
     Fields:
-        tell: the method of a module that is told.
-        seen: what it is told of; None stands for a whole weight.
+        tell: the method of a module that receives the message.
+        seen: arguments of the method; None stands for a whole weight.
     """
 
     tell: Callable[..., None]
     seen: tuple[Tensor | None, ...]
 
     def on(self, change: Callable[[Tensor], Tensor]) -> Note:
-        """Return the note with each tensor exchanged for what `change` makes of it."""
+        """Return the note with `change` applied to each tensor."""
         return Note(self.tell, tuple(None if tensor is None else change(tensor) for tensor in self.seen))
 
 
@@ -50,7 +50,7 @@ class Pass:
         step:    dither step of the micro-batch, a number or a 0-dim int64 tensor.
         size:    vote size of the `sign` rule, 1 .. 127.
         moves:   whether weights vote and tables count; False at rate 0.
-        notes:   what the pass has left so far.
+        notes:   the notes of the pass so far.
         reached: whether the pass came through a weight of the model.
         wrote:   whether a weight has voted.
     """
@@ -58,7 +58,7 @@ class Pass:
     def __init__(
         self, *, rate: float | Tensor, step: int | Tensor, size: int, moves: bool, keeps: bool
     ) -> None:
-        """Begin a pass; `keeps` says whether it keeps what votes change, for `undo`."""
+        """Begin a pass. `keeps` says whether the pass keeps a copy of what votes change, for `undo`."""
         self.rate, self.step, self.size, self.moves = rate, step, size, moves
         self.notes: list[Note] = []
         self.reached = self.wrote = False
@@ -67,15 +67,15 @@ class Pass:
         self._kept_rows: dict[int, int] = {}
 
     def keep(self, tensor: Tensor, rows: Tensor | None = None) -> None:
-        """Copy a tensor, or some of its rows, before it is written to. Row -1 stands for none, for which row 0 is copied."""
+        """Copy a tensor, or some of its rows, before it is written to. For a row of -1, which stands for none, row 0 is copied."""
         if self._keeps:
             rows = None if rows is None else rows.clamp(min=0)
             self._kept.append((tensor, rows, tensor.clone() if rows is None else tensor[rows]))
 
     def keep_weight(self, tensor_id: int, weight: LaidOutWeight, rows: Tensor | None) -> None:
-        """Copy what a vote of a weight, or of its `rows`, is about to change, unless all of it was copied before.
+        """Copy the counts that a vote of a weight, or of its `rows`, is about to change, unless all were copied before.
 
-        Once the rows copied would outnumber those of the weight, the whole weight is copied: a pass holds two copies at most.
+        If the copied rows would outnumber the rows of the weight, the whole weight is copied. So a pass holds at most two copies.
         """
         num_rows, kept = weight.shape[0], self._kept_rows.get(tensor_id, 0)
         if not self._keeps or kept > num_rows:
@@ -88,7 +88,7 @@ class Pass:
                 self.keep(tensors[name], None if kept > num_rows else rows)
 
     def undo(self) -> None:
-        """Write back what was copied, the newest copy first."""
+        """Write the copies back, the newest first."""
         for tensor, rows, copy in reversed(self._kept):
             if rows is None:
                 tensor.copy_(copy)
@@ -97,16 +97,16 @@ class Pass:
 
 
 class Voting:
-    """How the weights of one model vote, and what its passes left for its next step; shared by all modules of a model.
+    """The voting of one model: how its weights vote, and the notes of its passes. All modules of the model share it.
 
     Attributes:
         current: the pass that is open, or None.
-        notes:   what the passes since the last step left.
-        step:    dither step of the last pass that ended well: what the step rule draws with.
+        notes:   the notes of the passes since the last step.
+        step:    dither step of the last pass that ended well. The step rule draws with it.
         faults:  int64 [], gradient rows so far that were not finite and cast no votes.
-        dtype:   what gradients are made orthogonal in: bfloat16 if the activations are, else float32.
-        version: steps and loads of the model's weights and tables so far: what a ledger read before one is stale after it.
-        torn:    whether a pass raised that could not be undone, or a step did: the state is of no use until another is loaded.
+        dtype:   dtype in which gradients are made orthogonal: bfloat16 if the activations are, else float32.
+        version: steps and loads of the model's weights and tables so far. Each of them makes ledgers stale.
+        torn:    whether a step raised, or a pass that could not be undone. The state is then of no use until another is loaded.
         strayed: whether gradients came through weights outside of a pass, and no pass was taken since.
     """
 
@@ -149,15 +149,16 @@ class Voting:
     ) -> Iterator[Pass]:
         """Take a pass: weights vote in the backward passes that are run inside of this context.
 
-        Where the context raises, weights and `faults` are as before it. For this a pass keeps a copy of what votes change, one
-        byte a weight and one a group of columns. While a CUDA graph is recorded nothing is executed, and so nothing is copied.
+        If the context raises, weights and `faults` are as before it. For this a pass keeps a copy of the counts that votes change,
+        a byte for each weight and a byte for each group. While a CUDA graph is recorded nothing runs, and so nothing is copied.
 
         Args:
             rate: 0 .. 127, a number or a 0-dim float32 tensor. At 0 nothing moves, and nothing is left for the step. In a
-                recording its value is not looked at, and taken to be above 0.
+                recording its value is not read, and counts as above 0.
             step: 0 .. 2^32 - 2, a number or a 0-dim int64 tensor.
             size: vote size of the `sign` rule.
-            undo: False keeps no copy, for callers that throw the model away if a pass raises: such a pass leaves it `torn`.
+            undo: False keeps no copy, for callers that throw the model away if a pass raises. A pass that raises then leaves the
+                model `torn`.
 
         Raises:
             TypeError or ValueError: a rate, step or size that is not allowed, before anything ran.
@@ -176,7 +177,7 @@ class Voting:
         try:
             yield taken
         except BaseException:
-            # Set first, and for as long as undoing takes: it may be interrupted.
+            # The mark is set while the pass is undone, because undoing may be interrupted.
             self.torn = taken.wrote and not recorded
             if undo:
                 taken.undo()
@@ -188,17 +189,17 @@ class Voting:
             self.leave(taken.notes, step=step)
 
     def leave(self, notes: Iterable[Note], *, step: int | Tensor) -> None:
-        """Add the notes of a pass that ended well, and whose dither step was `step`, to what the next step is told."""
+        """Add the notes of a pass that ended well to those for the next step. `step` is the dither step of the pass."""
         self.notes.extend(notes)
         self.step = step
 
     def note(self, tell: Callable[..., None], *seen: Tensor | None) -> None:
-        """Leave a note with the pass that is open."""
+        """Leave a note in the pass that is open."""
         assert self.current is not None
         self.current.notes.append(Note(tell, seen))
 
     def deliver(self) -> None:
-        """Tell the modules what the passes since the last step left."""
+        """Deliver the notes of the passes since the last step to the modules."""
         notes, self.notes = self.notes, []
         for note in notes:
             note.tell(*note.seen)
@@ -208,14 +209,14 @@ class Voting:
         self.notes = [note for note in self.notes if getattr(note.tell, "__self__", None) is not module]
 
     def check_whole(self) -> None:
-        """Raise RuntimeError where a pass or a step left the model torn."""
+        """Refuse a model that a pass or a step left torn, by a RuntimeError."""
         if self.torn:
             raise RuntimeError(
                 "the model holds part of a pass or step that raised, but must be loaded anew (load_state) before it goes on"
             )
 
     def move(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Move the count of faults and all notes as `change` moves a tensor; what was on the meta device begins at 0."""
+        """Move the count of faults and all notes as `change` moves a tensor. A count that was on the meta device begins at 0."""
         was_meta = self.faults.is_meta
         self.faults = change(self.faults)
         if was_meta:
@@ -235,10 +236,10 @@ class Voting:
     ) -> None:
         """Count the votes of a gradient in the accumulators of `weight`, in place.
 
-        A gradient that is a stack of `num_matrices` matrices is made orthogonal first, in the dtype of the activations, unless
-        the rule is the sign's. 0: it votes as it is, as for the rows of a table.
-        Of a weight that a pass uses several times, each of the `uses` votes at its part of the rate: a vote says how far a
-        step goes, however small the gradient, and so many would go too far. The `sign` rule has no rate to divide.
+        A gradient of `num_matrices` stacked matrices is first made orthogonal, in the dtype of the activations, unless the rule is
+        `sign`. With 0 matrices the gradient votes as it is, as the rows of a table do.
+        If a pass uses a weight several times, each of the `uses` votes at its part of the rate. The size of a vote does not depend
+        on the size of the gradient, so votes at the full rate would together go too far. The `sign` rule has no rate to divide.
         """
         taken = self.current
         assert taken is not None
@@ -268,14 +269,14 @@ class Voting:
             self.ops.accumulate(weight, self.ops.sign_votes(grad_NK, taken.size), **clock)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy or a pickle holds; raises RuntimeError while a pass is open."""
+        """Return the state of a copy or a pickle; raise RuntimeError while a pass is open."""
         if self.current is not None:
             raise RuntimeError("a pass is open, but must end before the model is copied")
         return self.__dict__
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return what gradients are made orthogonal in, for activations of some dtype."""
+    """Return the dtype in which gradients are made orthogonal, for activations of some dtype."""
     return torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
 
 
@@ -284,7 +285,7 @@ def part_of_rate(rate: float | Tensor, uses: int) -> float | Tensor:
     if uses == 1:
         return rate
     if isinstance(rate, Tensor):
-        # Not a division by a number: CUDA multiplies by its reciprocal, which rounds differently.
+        # The divisor is a tensor. For a number CUDA would multiply by its reciprocal, which rounds differently.
         return rate / torch.full_like(rate, uses)
-    # An op rounds it to float32, as if it never was more.
+    # An op rounds the quotient to float32, and so gets the same as from a tensor.
     return torch.tensor(rate, dtype=torch.float32).item() / uses

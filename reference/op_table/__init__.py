@@ -1,13 +1,13 @@
-"""One row an op: the table of contents of the repo. Conformance, bench and docs are driven by it.
+"""The table of all ops, with a row for each op. Conformance, bench and docs find the ops here.
 
 Legend of sizes: N rows, K columns, G columns a group, M activation rows, B batch, C channels, L length,
 J taps, E experts, `groups` groups of dither, `float_bytes` bytes of one activation (2: bfloat16, 4: float32).
 
-The work models are floors, for rooflines: `bytes_min` reads each input once and writes each output once,
-weights in their canonical bytes; `ops_min` counts the arithmetic of the formula, a multiply-add as two.
+The work models are lower bounds, for rooflines. `bytes_min` reads each input once and writes each output once, with weights in
+their canonical bytes. `ops_min` counts the arithmetic of the formula, a multiply-add as two operations.
 
-A family is a file of this folder that has `OPS`, a tuple of rows: the file is found on disk and named in no list. Families come
-in alphabetical order, and rows in the order of their file. No rule depends on the order, and a page of ops is looked up by name.
+A family is a file of this folder with `OPS`, a tuple of rows. The file is found on disk, and no list names it. Families come in
+alphabetical order, and rows in the order of their file. No rule depends on the order.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _MODULES = {name: import_module(f"{__name__}.{name}") for name in _NAMES}
 OP_TABLE: Mapping[str, OpRow] = table_of(
     {name: module.OPS for name, module in _MODULES.items() if hasattr(module, "OPS")}
 )
-"""The rows by the name of their op: family by family in alphabetical order."""
+"""The rows by the name of their op, with the families in alphabetical order."""
 
 FAMILIES: tuple[str, ...] = tuple(dict.fromkeys(row.family for row in OP_TABLE.values()))
 """The families that have rows, in alphabetical order."""

@@ -1,11 +1,11 @@
-"""Rows of the family codebook. A search reads the packed table once; candidates and upkeep read the rows they name."""
+"""Rows of the family codebook. A search reads the packed table once. Candidates and upkeep read only the rows that they name."""
 
 from __future__ import annotations
 
 from arbitor.reference.op_table.row import EXACT, OpRow, Shape
 from arbitor.reference.op_table.work import PHILOX_OPS, dither_ops, elements, groups, sizes, state, values
 
-# M vectors, candidates of 2**sign_bits buckets, `window` codes that may be revived
+# Sizes: M vectors, candidates of 2**sign_bits buckets, `window` codes that may be revived.
 CODES = sizes(
     tiny={"M": 16, "N": 512, "K": 64, "G": 12, "float_bytes": 2, "sign_bits": 4, "probes": 2, "window": 16},
     _4096_m16384={
@@ -31,7 +31,7 @@ def vectors(s: Shape) -> int:
 
 
 def candidates(s: Shape) -> int:
-    """Return the number of all candidates of M vectors."""
+    """Return how many candidates M vectors have together."""
     return s["M"] * s["probes"] * -(-s["N"] // 2 ** s["sign_bits"])
 
 

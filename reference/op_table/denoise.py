@@ -11,8 +11,8 @@ def denoise_weights(s: Shape) -> tuple[tuple[int, int], ...]:
     return (s["D"], s["L"]), (s["D"], s["D"]), (s["L"], s["D"]), (s["T"], s["D"])
 
 
-# B samples of L numbers, P tokens of width D, T steps; the others generate on the heads of the presets of those names: all
-# steps, or with `halting` as many as a sample asks for, which is what a head does unless it is told otherwise.
+# Sizes: B samples of L numbers, P tokens of width D, T steps. `r9` and `r14` have the sizes of those presets' video heads.
+# Without `halting` the loop takes all T steps. With it, a sample takes the steps that it needs, which is a head's default.
 LOOP = {"T": 3, "G": 12, "float_bytes": 4}
 
 DENOISE_LOOP = sizes(
@@ -35,7 +35,7 @@ OPS = (
         bytes_min=lambda s: 3 * s["float_bytes"] * s["M"] * s["K"],
         ops_min=lambda s: 2 * s["M"] * s["K"],
     ),
-    # Least bytes: latents and tokens in, latents out, and every weight once, however many steps.
+    # The least bytes are one read of latents, tokens and every weight, and one write of latents, whatever the number of steps.
     OpRow(
         "denoise_loop", "denoise", TWICE, DENOISE_LOOP,
         bytes_min=lambda s: s["float_bytes"] * s["B"] * (2 * s["L"] + s["P"] * s["D"])

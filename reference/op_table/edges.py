@@ -5,7 +5,7 @@ from __future__ import annotations
 from arbitor.reference.op_table.row import EXACT, TWICE, OpRow, Shape
 from arbitor.reference.op_table.work import sizes
 
-# M rows gather from N nodes of K columns by J slots each
+# Sizes: M rows gather from N nodes of K columns, each by J slots.
 EDGES = sizes(
     tiny={"M": 64, "N": 48, "K": 48, "J": 10, "float_bytes": 2},
     _512={"M": 16384, "N": 4096, "K": 512, "J": 10, "float_bytes": 2},
@@ -14,7 +14,7 @@ EDGES = sizes(
     _7168_n58684={"M": 1024, "N": 58684, "K": 7168, "J": 10, "float_bytes": 2},
 )
 
-# M pairs into a table of N rows of J slots
+# Sizes: M pairs enter a table of N rows of J slots.
 NEIGHBOURS = sizes(
     tiny={"M": 64, "N": 48, "J": 10, "G": 12},
     _4096={"M": 16384, "N": 4096, "J": 10, "G": 12},

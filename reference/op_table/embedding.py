@@ -1,4 +1,4 @@
-"""Rows of the family embedding. What a batch touches, not the table."""
+"""Rows of the family embedding. They count the table rows that a batch touches, not the whole table."""
 
 from __future__ import annotations
 

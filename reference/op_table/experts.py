@@ -1,4 +1,4 @@
-"""Rows of the family experts. Of the weight, what the slots touch."""
+"""Rows of the family experts. They count the matrices of the experts that the slots use, not the whole weight."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from arbitor.reference.op_table.work import elements, linear_activations, linear
 
 
 def touched(s: Shape) -> int:
-    """Return the experts that the slots of a timed call use: the inputs deal them out in turn."""
+    """Return how many experts the slots of a timed call use. The inputs deal out the experts in turn."""
     return min(s["E"], s["M"])
 
 
@@ -16,8 +16,8 @@ def grouped_bytes(s: Shape) -> int:
     return 8 * s["M"] + linear_activations(s) + touched(s) * values(s)
 
 
-# Slots of experts: N rows for each of E experts. `small` is a batch of the preset of that name; the others decode and train
-# on the upper expert matrices of the largest presets, at rank 1,024 where they have 1,192.
+# Slots of experts: N rows for each of E experts. `small` is a batch of that preset. `21216` is the upper expert matrix of the
+# largest presets, to decode and to train, at rank 1,024 where the presets have 1,192.
 EXPERTS = sizes(
     tiny={"M": 64, "E": 4, "N": 64, "K": 48, "G": 12, "float_bytes": 2},
     small={"M": 32768, "E": 32, "N": 1024, "K": 24, "G": 12, "float_bytes": 2},

@@ -1,4 +1,4 @@
-"""Rows of the family layout. The canonical side of a conversion; the device side is the business of the op set."""
+"""Rows of the family layout. They count the canonical side of a conversion, because the device side differs between op sets."""
 
 from __future__ import annotations
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from arbitor.reference.op_table.row import EXACT, OpRow
 from arbitor.reference.op_table.work import sizes
 
-# M positions of B sequences, n-grams of `order` codes, N rows
+# Sizes: M positions of B sequences, n-grams of `order` codes, N rows.
 NGRAMS = sizes(
     tiny={"M": 252, "B": 2, "order": 3, "N": 512},
     small={"M": 16256, "B": 64, "order": 8, "N": 16384},
     _10M={"M": 16384, "B": 16, "order": 8, "N": 10_000_000},
 )
 
-# M named rows out of N, `window` rows that decay
+# Sizes: M named rows out of N, `window` rows that decay.
 STRENGTHS = sizes(
     tiny={"M": 64, "N": 512, "window": 32},
     small={"M": 32512, "N": 16384, "window": 16256},

@@ -1,4 +1,4 @@
-"""Rows of the family orthogonal. Two products with the smaller side, and one of it with itself, an iteration."""
+"""Rows of the family orthogonal. An iteration has three products: X X^T, S S, and the polynomial in S times X."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def orthogonal_ops(s: Shape) -> int:
     return s["E"] * (4 * rows * columns * side + 2 * side**3)
 
 
-# gradients of a stack of E matrices of N / E rows
+# Sizes: the gradients of a stack of E matrices of N / E rows.
 GRADIENTS = sizes(
     tiny={"N": 256, "K": 256, "E": 1, "iterations": 3, "float_bytes": 2},
     small={"N": 1024, "K": 384, "E": 1, "iterations": 3, "float_bytes": 2},

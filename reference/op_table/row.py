@@ -1,4 +1,4 @@
-"""What a row of the table says of an op, and the classes by which outputs are compared."""
+"""The rows of the table of ops, and the classes by which outputs are compared."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Shape = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Exact:
-    """Outputs equal the reference in bits, dtype and shape."""
+    """The class of outputs that equal the reference in bits, dtype and shape."""
 
     def __str__(self) -> str:
         """Return the class as tables print it."""
@@ -20,7 +20,7 @@ class Exact:
 
 @dataclass(frozen=True)
 class NoWorse:
-    """Floats err at most k times as much as the reference op, plus one rounding; integers equal."""
+    """The class of floats that err at most k times as much as the reference op, plus one rounding; integers are equal."""
 
     k: float
 
@@ -33,12 +33,12 @@ EXACT = Exact()
 """The class of every op whose outputs are integers, and of floats that the formula gives exactly."""
 
 TWICE = NoWorse(2.0)
-"""Room for another order of summation, no more; see docs/numerics.md."""
+"""The class of ops that may sum in another order, and no more (docs/numerics.md)."""
 
 
 @dataclass(frozen=True)
 class OpRow:
-    """What the suites, the benchmarks and the docs know about an op.
+    """The facts about an op that the suites, the benchmarks and the docs share.
 
     name:       attribute of `arbitor.reference.ops` and `arbitor.optimized.ops`
     family:     file that holds it, in both folders
@@ -46,7 +46,7 @@ class OpRow:
     shapes:     sizes to time it at, by name
     bytes_min:  least memory traffic of a shape, in bytes
     ops_min:    least arithmetic of a shape, in operations
-    capturable: may be recorded in a CUDA graph; while it is, the op asks the host about no value
+    capturable: whether the op may be recorded in a CUDA graph; a recorded op reads no value on the host
     """
 
     name: str
@@ -59,5 +59,5 @@ class OpRow:
 
     @property
     def doc(self) -> str:
-        """Return where the prose of the op is."""
+        """Place of the op's prose, a heading of a page in docs/spec."""
         return f"docs/spec/{self.family}.md#{self.name}"

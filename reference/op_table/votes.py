@@ -24,7 +24,7 @@ OPS = (
         bytes_min=lambda s: 5 * elements(s),
         ops_min=lambda s: 2 * elements(s),
     ),
-    # It takes a number and returns a number, and never touches a device.
+    # The op takes numbers and returns a number, and never touches a device.
     OpRow(
         "step_from_loss", "votes", EXACT, SCALAR,
         bytes_min=lambda s: 0,

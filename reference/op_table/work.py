@@ -1,4 +1,4 @@
-"""What rows of several families share: sizes, and the least bytes and operations of weights, votes and linears."""
+"""Helpers for the rows of several families: sizes, and the least bytes and operations of weights, votes and linears."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def vote_ops(s: Shape) -> int:
     return 8 * elements(s) + dither_ops(groups(s), s["G"])
 
 
-# weights
+# Sizes of weights.
 MATRIX = sizes(
     tiny={"N": 256, "K": 256, "G": 12},
     _3072={"N": 3072, "K": 3072, "G": 12},
     _7168={"N": 7168, "K": 7168, "G": 12},
 )
 
-# activations and one row of a weight
+# Sizes of activations and of one row of a weight.
 ROWS = sizes(
     tiny={"M": 256, "N": 1, "K": 256, "G": 12, "float_bytes": 2},
     _3072={"M": 4096, "N": 1, "K": 3072, "G": 12, "float_bytes": 2},

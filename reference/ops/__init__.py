@@ -1,4 +1,4 @@
-"""The rules: pure functions on tensors and ternary weights, one family a file. `arbitor.optimized.ops` mirrors every name."""
+"""The rules, as pure functions on tensors and ternary weights. A family is a file. `arbitor.optimized.ops` mirrors every name."""
 
 from arbitor.reference.op_table import OP_TABLE
 from arbitor.reference.ops.attention import *

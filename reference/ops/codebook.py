@@ -1,4 +1,4 @@
-"""Codebook: the search for the nearest row of a ternary table, and how rows start, are counted and are revived.
+"""Codebook: the search for the nearest row of a ternary table, and the start, the count and the revival of rows.
 
 Legend: N codes, C code width, Q vectors, M candidates of a vector, R vectors of a batch, s sign bits, KG groups a row.
 z_q = rint(clamp(16 z, -127, 127)), NaN -> 0: a vector in whole sixteenths.
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 _CHUNK = 1 << 24
-"""Scores, or elements of decoded codes, that exist at a time."""
+"""Most scores, or elements of decoded codes, that exist at a time."""
 
 _NO_ID = 2**63 - 1
 
@@ -72,7 +72,8 @@ def initial_codebook(
     checks.buckets(num_codes, num_columns, sign_bits)
     weight = initial_weight(
         shape,
-        std=math.sqrt(INIT_NONZERO),  # E = 0
+        # This deviation gives E = 0.
+        std=math.sqrt(INIT_NONZERO),
         seed=seed,
         tensor_id=tensor_id,
         group_size=group_size,
@@ -266,7 +267,7 @@ def revive_codes(
 
 @op
 def age_codes(usage: Tensor, *, first: int | Tensor, window: int, out: Tensor | None = None) -> Tensor:
-    """Return the counters with those of a window halved, as a step does after `revive_codes` on the same window.
+    """Return the counters, halved within a window, as a step does after `revive_codes` on the same window.
 
     Math:    for n = (first + j) mod N, j < window: u_n <- 1 where u_n = 0, the code just revived; else floor(u_n / 2)
     Shapes:  usage int16 [N], not negative; first 0 .. 2**62, an integer or int64 []; window 0 .. N

@@ -86,7 +86,7 @@ def conv1d_weight_grad(
 
 
 def unfold(x_BCL: Tensor, num_columns: int, *, kernel_size: int, stride: int, padding: int) -> Tensor:
-    """Return the windows of x as rows [B, P, C * J]; refuses a geometry in which no window fits."""
+    """Return the windows of x as rows [B, P, C * J]; refuse a geometry in which no window fits."""
     checks.conv_input(x_BCL, num_columns, kernel_size)
     checks.conv_positions(x_BCL.shape[2], kernel_size, stride, padding)
     padded = x_BCL.new_zeros(*x_BCL.shape[:2], x_BCL.shape[2] + 2 * padding)

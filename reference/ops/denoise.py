@@ -74,16 +74,16 @@ def denoise_loop(
     alphas: Sequence[float],
     halt_threshold: float | None = None,
 ) -> Tensor:
-    """Return the latent after all steps of the video head, or the mean of the steps, weighted for each sample by its halting.
+    """Return the latent after all steps of the video head, or the mean of the latents of all steps, weighted by halting.
 
     Math:    step t: n = W_in latent / rms; q = W_query n + W_steps[t]; c = sum over tokens of softmax(q . token / sqrt(D)) token
              pred = W_out silu(n + c); latent <- denoise_step(latent, pred, alpha_t)
-             halting: p_t = signal / (signal + noise), of latent and pred after step t; a sample halts at the first step at
-             which its p add up to halt_threshold, at the latest at the last, which gets what is left of 1; output: the
-             sum of latents times p. With halt_threshold None: the last latent
+             halting: p_t = signal / (signal + noise), of latent and pred after step t. A sample halts at the first step at
+             which its p add up to halt_threshold, or at the last step. There p is what the earlier p leave of 1. The output
+             is the sum of latents times p. With halt_threshold None, the output is the last latent
     Shapes:  latent_BL and tokens_BPD of one dtype, float32, bfloat16 or float64, P >= 1; latent_in (D, L), query (D, D),
              step_rows (at least one row a step, D), latent_out (L, D); alphas in (0, 1], at least one; halt_threshold in (0, 1]
-    Returns: dtype of latent_BL, [B, L]; the steps between run in float32 or better, so it is rounded once
+    Returns: dtype of latent_BL, [B, L]; all steps run in float32 or better, so the output is rounded once
     Raises:  TypeError or ValueError for dtypes, shapes, devices, alphas or a threshold that are not allowed
     Laws:    with one step both forms agree; a prediction of zero halts at once; samples do not see one another
     Source:  docs/spec/denoise.md; REFACTOR9 (fixed steps without a break); halting after Graves 2016
@@ -107,10 +107,11 @@ def denoise_loop(
 
 
 class Halting:
-    """The mean of the states of a loop, each sample's weighted by when it halts; for loops under autograd as well.
+    """The mean of the states of a loop, weighted for each sample by its halting, which autograd can follow.
 
-    Math:    with the probability p_t of halting after step t: share_t = p_t while p_1 + .. + p_t < threshold; what is left
-             of 1 at the first step where they are not, or at the last; 0 after that. mean = sum_t share_t state_t
+    Math:    p_t is the probability of halting after step t. share_t = p_t while p_1 + .. + p_t < threshold. At the first step
+             where the sum reaches the threshold, or at the last, share_t is what is left of 1. Later shares are 0.
+             mean = sum_t share_t state_t
     Shapes:  states [..., L] of one shape, p [..., 1]; shares are each >= 0 and add up to 1
     Fields:  mean, in float32 or better, [..., L]; left, what is left of 1, [..., 1]
     Source:  adaptive computation time, Graves 2016
@@ -125,13 +126,16 @@ class Halting:
     def live(self, value: Tensor) -> Tensor:
         """Return values [..., L] of samples that go on, and zeros for those that have halted.
 
-        What a sample computes after it has halted does not count, not even an infinity: the slope of what overflows is no
-        number, and neither is a gradient of 0 times that slope.
+        A value that a sample computes after it has halted must not count. A share of 0 would not do: 0 times an infinity is NaN,
+        and so is a gradient of 0 times the slope of an overflow.
         """
         return torch.where(self.left > 0, value, 0.0)
 
     def add(self, state: Tensor, p: Tensor | None) -> Tensor:
-        """Count the state after a step, made `live`; return what the next step starts from. `p` is None at the last step."""
+        """Count the state after a step, which `live` has masked; return the state that the next step starts from.
+
+        `p` is None at the last step.
+        """
         if p is None:
             self.mean = self.mean + self.left * state
             return state

@@ -22,7 +22,7 @@ PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 """Multipliers of the first and third counter word."""
 
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-"""What each key word grows by per round, modulo 2**32."""
+"""Increments of the two key words in a round, modulo 2**32."""
 
 BYTES_PER_BLOCK = 16
 """Bytes from one Philox call."""

@@ -122,8 +122,8 @@ def update_neighbours(
                  free takes the target, with score min(c - m, 127)
              A slot that takes a target gets the trit +1 with an empty accumulator; its group keeps its exponent and count
     Shapes:  neighbours int32 [N, J], J <= 16, -1 where a slot never held one; scores int8 [N, J], 0 .. 127; signs a weight of
-             N rows and J columns; sources int64 [M], each -1 .. N - 1; targets int64 [M], each -1 .. N - 1, or with
-             `allow_loops`, when they name rows of another table, -1 .. 2**31 - 1
+             N rows and J columns; sources int64 [M], each -1 .. N - 1; targets int64 [M], each -1 .. N - 1. With
+             `allow_loops` targets may name rows of another table, each -1 .. 2**31 - 1
     Returns: neighbours, scores, signs, new; or those of `out` (may be the inputs themselves), overwritten. In place only
              rows of sources are touched
     Overflow: scores saturate at 127
@@ -154,7 +154,8 @@ def _counted(sources_M: Tensor, targets_M: Tensor, allow_loops: bool) -> list[li
     if not allow_loops:
         counts &= sources_M != targets_M
     pairs = torch.stack([sources_M[counts], targets_M[counts]], dim=1)
-    distinct, number = pairs.unique(dim=0, return_counts=True)  # in ascending order
+    # `unique` gives the pairs in ascending order.
+    distinct, number = pairs.unique(dim=0, return_counts=True)
     return torch.cat([distinct, number[:, None]], dim=1).tolist()
 
 

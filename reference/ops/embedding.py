@@ -1,4 +1,4 @@
-"""Embedding: rows of a ternary table, and their gradient gathered so that only the rows a batch used are voted on.
+"""Embedding: rows of a ternary table, and the gradients of the rows that a batch used. Only those rows get votes.
 
 Legend: N table entries (rows), K width, R = number of ids in the batch.
 """
@@ -35,12 +35,12 @@ def embedding(ids: Tensor, weight: TernaryWeight, *, dtype: torch.dtype = torch.
 
 @op
 def embedding_row_grads(ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows a batch used and the gradient of each, the gradients of a row used several times summed first.
+    """Return the rows that a batch used, and the gradient of each, summed over all its uses.
 
     Math:    dW[row] = sum over positions with id = row of dy, in float64, rounded once
     Shapes:  ids int64 [...], each >= 0; grad float32, bfloat16 or float64 [..., K]; R = number of ids
     Returns: rows int64 [R] and float32 [R, K] (float64 for float64 inputs): slot r holds the r-th smallest used row.
-             Slots that duplicates left over hold -1 and zeros, so that shapes depend on shapes alone
+             The slots that duplicates leave over hold -1 and zeros, so that output shapes depend on input shapes alone
     Raises:  TypeError or ValueError for a dtype, shape, device or id that is not allowed
     Laws:    permuting positions changes nothing when sums are exact; sums over all slots and all positions agree
     Source:  docs/spec/embedding.md

@@ -1,4 +1,4 @@
-"""Experts: which of them a vector uses, a linear whose rows each use one of several matrices, and how often each is used.
+"""Experts: the choice of experts for a vector, a linear whose slots each use the matrix of an expert, and the load of each expert.
 
 Legend: E experts (`num_groups`), N outputs of an expert, K inputs, M slots (rows of activations).
 The matrices of all experts are one stacked weight of E N rows: expert e owns rows e N .. e N + N - 1.
@@ -114,7 +114,7 @@ def choose_experts(x: Tensor, weight: TernaryWeight, *, top_k: int) -> Tensor:
     Returns: int64 [..., k], in 0 .. E - 1, ascending
     Ties:    the lowest expert
     Raises:  TypeError or ValueError for a dtype, shape, device or top_k that is not allowed
-    Laws:    exact: every sum fits float64 in any order; experts with equal rows tie, whatever computes; vectors are
+    Laws:    exact: every sum fits float64 in any order; experts with equal rows tie on every device; vectors are
              independent; a NaN counts as 0 and an infinity as 127 sixteenths of its sign
     Source:  docs/spec/experts.md
     """

@@ -1,6 +1,6 @@
 """Layout: how an op set keeps a weight in memory. The reference computes on the canonical form itself.
 
-Both functions exist so that one graph can run on either op set; `optimized` converts to a device layout and back.
+Both functions exist so that one graph can run on either op set. `optimized` converts to a device layout and back.
 """
 
 from __future__ import annotations
@@ -19,5 +19,5 @@ def from_spec(weight: TernaryWeight) -> TernaryWeight:
 
 @op
 def to_spec(weight: TernaryWeight) -> TernaryWeight:
-    """Return the weight in canonical form: unchanged, and the inverse of `from_spec`."""
+    """Return the weight in canonical form, unchanged; the inverse of `from_spec`."""
     return weight

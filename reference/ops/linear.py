@@ -53,7 +53,7 @@ def linear_input_grad(grad: Tensor, weight: TernaryWeight) -> Tensor:
 
 @op
 def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
-    """Return the gradient of the loss with respect to the weight of `linear`, which is then voted with.
+    """Return the gradient of the loss with respect to the weight of `linear`, from which votes are made.
 
     Math:    dW[n, k] = sum_m dy[m, n] * x[m, k]
     Shapes:  grad [..., N] and x [..., K] of one dtype, float32, bfloat16 or float64, the same leading dimensions

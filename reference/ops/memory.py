@@ -1,4 +1,4 @@
-"""Memory: which row of a table an n-gram of codes has, and how strong each row is.
+"""Memory: the row of a table that belongs to an n-gram of codes, and the strength of each row.
 
 Legend: B batch, P positions, o order of the n-gram, N rows of a table, R rows named.
 """
@@ -15,10 +15,10 @@ from arbitor.reference.promises import op
 __all__ = ["ngram_rows", "touch_strengths"]
 
 MIX_SHIFTS, MIX_FACTORS = (16, 15, 15), (0x21F0AAAD, 0x735A2D97)
-"""Xor-shifts and multipliers of the hash: Wellons' lowbias32 search, the best pair that it found."""
+"""Xor-shifts and multipliers of the hash: the best that Wellons' search for lowbias32 found."""
 
 CODE_STEP = 0x9E3779B9
-"""What the hash grows by before each code, modulo 2**32, so that a run of zeros does not stay zero."""
+"""Increment of the hash before each code, modulo 2**32, so that a run of zeros does not stay zero."""
 
 _WORD = 0xFFFFFFFF
 
@@ -66,7 +66,7 @@ def touch_strengths(
     shift: int,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Return the strengths after those of a window decayed and those of the rows named rose.
+    """Return the strengths after a decay of all rows in a window and a rise of the rows that are named.
 
     Math:    first, for n = (first + j) mod N, j < window: s_n <- s_n - ceil(s_n / 2**shift)
              then, for every row named: s_n <- min(s_n + gain * number of times it is named, 127)

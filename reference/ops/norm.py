@@ -18,13 +18,15 @@ from arbitor.reference.types import TernaryWeight
 __all__ = ["rms_norm", "rms_norm_input_grad", "rms_norm_weight_grad"]
 
 HUGE_ELEMENT = {torch.float32: 48, torch.float64: 480}
-"""A row with an element of magnitude 2**48 (2**480 in float64) is multiplied by a power of two before it is squared.
+"""Exponent of the magnitude from which on an element is huge. A row with a huge element is multiplied by a power of two before it
+is squared.
 
-The squares of 2**31 columns of smaller elements add up to less than 2**128 (2**1024), so no other row overflows.
+The squares of 2**31 smaller elements add up to less than 2**128 (2**1024 in float64), so no other row overflows.
 """
 
 TAMING_EXPONENT = {torch.float32: -80, torch.float64: -720}
-"""The exponent of that power: it takes elements up to 2**128 (2**1024) below 2**48 (2**304)."""
+"""Exponent of the power of two for a row with a huge element. It takes elements up to 2**128 (2**1024 in float64) below 2**48
+(2**304)."""
 
 
 @op
@@ -32,8 +34,8 @@ def rms_norm(x: Tensor, weight: TernaryWeight, *, eps: float = DEFAULT_EPS) -> T
     """Return x scaled to root mean square 1 along its last dimension, times the weight.
 
     Math:    y = x / sqrt(mean(x**2) + eps) * W[0]
-             a row with an element of 2**48 or more (2**480 in float64) is multiplied by a power of two before it is squared,
-             and eps by the square of that, so that nothing overflows
+             A row with an element of 2**48 or more (2**480 in float64) is multiplied by a power of two before it is squared,
+             and eps by the square of that power, so that nothing overflows
     Shapes:  x float32, bfloat16 or float64 [..., K]; weight (1, K)
     Range:   eps from the smallest normal number of the arithmetic, 2**-126 (2**-1022 in float64), to 1
     Returns: dtype and shape of x
@@ -63,7 +65,7 @@ def rms_norm_input_grad(
     rms = _rms(tame, tame_eps)
     unit = tame / rms
     scaled = grad.to(dtype) * dequantize(weight, dtype=dtype)[0]
-    # Divided by the rms of the tame row, then by what that is short of the rms of x.
+    # The rms of the tame row is the power times the rms of x, so the power cancels.
     return ((scaled - unit * (unit * scaled).mean(dim=-1, keepdim=True)) / rms * power).to(x.dtype)
 
 
@@ -90,9 +92,9 @@ def unit_rows(x_wide: Tensor, eps: float = DEFAULT_EPS) -> Tensor:
 
 
 def _tamed(x_wide: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return rows whose squares do not overflow, the power of two by which each was multiplied, and eps times its square.
+    """Return rows whose squares do not overflow, the power of two by which each was multiplied, and eps times the power squared.
 
-    The power is 1 for a row without an element as large as HUGE_ELEMENT says: such a row keeps every bit.
+    The power is 1 for a row without a huge element (HUGE_ELEMENT), so that row keeps every bit.
     """
     least, exponent = HUGE_ELEMENT[x_wide.dtype], TAMING_EXPONENT[x_wide.dtype]
     huge = x_wide.detach().abs().amax(dim=-1, keepdim=True) >= 2.0**least
@@ -102,12 +104,12 @@ def _tamed(x_wide: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _rms(x_wide: Tensor, eps: Tensor) -> Tensor:
-    """Return the root mean square of the last dimension, kept; no square may overflow."""
+    """Return the root mean square of the last dimension, with that dimension kept; no square may overflow."""
     return (x_wide.square().mean(dim=-1, keepdim=True) + eps).sqrt()
 
 
 def _check(weight: TernaryWeight | None, eps: float, *, x: Tensor, grad: Tensor | None = None) -> torch.dtype:
-    """Refuse what does not fit; return the dtype to compute in."""
+    """Return the dtype to compute in; refuse arguments that do not fit each other."""
     checks.number("eps", eps, 0.0, 1.0, open_low=True)
     checks.dtype_in("x", x, checks.FLOAT_DTYPES)
     checks.normal_number("eps", eps, wide_dtype(x))

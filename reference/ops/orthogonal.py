@@ -24,7 +24,7 @@ def orthogonalize(
 
     Math:    X = G / ||G||_F; then `iterations` times S = X X^T, X <- a X + (b S + c S S) X, with (a, b, c) = NEWTON_SCHULZ, which
              maps each singular value x to a x + b x^3 + c x^5. For N > K, S = X^T X and X <- a X + X (b S + c S S)
-    Shapes:  grad_NK float32, bfloat16 or float64 [E N, K], a stack of `num_groups` = E matrices, each on its own
+    Shapes:  grad_NK float32, bfloat16 or float64 [E N, K], a stack of `num_groups` = E matrices, each orthogonalised on its own
     Range:   iterations in 1 .. 10
     Returns: dtype of grad, same shape. A row that is not finite comes out as NaN and takes no part in the rest; a matrix
              of zeros stays zero
@@ -33,7 +33,7 @@ def orthogonalize(
     Raises:  TypeError or ValueError for a dtype, shape or number that is not allowed
     Laws:    2 * g gives the same; <orthogonalize(g), g> > 0, even after votes scale each row by a positive number, so
              weights descend
-    Source:  docs/spec/orthogonal.md; Jordan et al. 2024 (Muon), there of a momentum
+    Source:  docs/spec/orthogonal.md; Jordan et al. 2024 (Muon), who orthogonalise a momentum
     """
     checks.gradient_matrix("grad_NK", grad_NK, checks.FLOAT_DTYPES)
     checks.integer("iterations", iterations, 1, MAX_ORTHOGONAL_STEPS)
@@ -45,7 +45,7 @@ def orthogonalize(
 
 
 def _one_matrix(grad_NK: Tensor, iterations: int) -> Tensor:
-    """Return one matrix orthogonalised, in its dtype; all of it is finite."""
+    """Return one matrix of finite elements orthogonalised, in its dtype."""
     dtype, wide = grad_NK.dtype, wide_dtype(grad_NK)
     a, b, c = NEWTON_SCHULZ
     norm = grad_NK.to(torch.float64).square().sum().sqrt()

@@ -38,7 +38,8 @@ def pack_trits(trits: Tensor) -> Tensor:
     checks.values_between("trits", trits, -1, 1)
     digits = trits.reshape(-1).to(torch.int16) + 1
     padding = packed_bytes(digits.numel()) * TRITS_PER_BYTE - digits.numel()
-    digits = torch.cat([digits, digits.new_ones(padding)])  # digit 1 is trit 0
+    # Digit 1 is trit 0.
+    digits = torch.cat([digits, digits.new_ones(padding)])
     places = torch.tensor([3**j for j in range(TRITS_PER_BYTE)], dtype=torch.int16, device=trits.device)
     return (digits.reshape(-1, TRITS_PER_BYTE) * places).sum(dim=1).to(torch.uint8)
 
@@ -50,8 +51,8 @@ def unpack_trits(packed: Tensor, shape: Sequence[int]) -> Tensor:
     Math:    t_j = (byte // 3**j) mod 3 - 1
     Shapes:  packed uint8 [ceil(n / 5)] with n = product of `shape`
     Returns: int8 `shape`, in {-1, 0, 1}
-    Raises:  TypeError for another dtype; ValueError for a wrong length or a byte above 242. What fills a short last
-             byte is ignored, so a file that fills with another trit still reads
+    Raises:  TypeError for another dtype; ValueError for a wrong length or a byte above 242. The unused places of a short
+             last byte are ignored, so a file that fills them with another trit still reads
     Laws:    pack_trits(unpack_trits(p, [5 * len(p)])) == p for every valid p
     Source:  docs/spec/packing.md
     """

@@ -1,4 +1,4 @@
-"""Scale: what an exponent is worth, the weight as floats, and the weights a model starts from.
+"""Scale: the scale of an exponent, a weight as floats, and the weights that training starts from.
 
 Legend: N rows, K columns, G columns a group, KG groups a row, R selected rows.
 """
@@ -88,13 +88,13 @@ def initial_weight(
 ) -> TernaryWeight:
     """Return the random weight that training starts from.
 
-    Math:    T = sign(z) where |z| > 0.5 else 0, z ~ N(0, 1), drawn as -1 / 0 / +1 by a dither byte below 79, below 177,
-             or above (the same probabilities to 1 in 2000); E = rint(log2(std / sqrt(0.617))), the same for all groups
+    Math:    T = sign(z) where |z| > 0.5, else 0, for z ~ N(0, 1). A dither byte draws it: T = -1 below 79, +1 from 177 on,
+             0 between (the same probabilities to 1 in 2000). E = clamp(rint(log2(std / sqrt(0.617))), -32, 15) in all groups
     Shapes:  shape (N, K)
     Returns: weight with empty accumulators
     Raises:  ValueError for a std that is not positive and finite, or a shape, group size, seed or id out of range
-    Laws:    the same on every device; W has standard deviation std to within half a power of two
-    Source:  docs/spec/scale.md. Philox in place of a normal sampler, so that a device can start a table in packed form
+    Laws:    the same on every device; where E is not clamped, W has standard deviation std to within half a power of two
+    Source:  docs/spec/scale.md. Philox replaces a normal sampler, so that a device can start a table in packed form
     """
     num_rows, num_columns = checks.matrix_shape("shape", shape)
     checks.number("std", std, 0.0, math.inf, open_low=True)

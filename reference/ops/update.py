@@ -102,7 +102,7 @@ def apply_step(
     Shapes:  rows int64 [R], unique (-1: unused slot): step these rows only
     Returns: a new weight; or `out` (may be `weight` itself), overwritten. Rows not named keep every byte
     Range:   theta and theta_e in 1 .. 127
-    Raises:  TypeError or ValueError outside of that, or for an unknown on_flip
+    Raises:  TypeError or ValueError for a theta, on_flip, row, device or `out` that is not allowed
     Laws:    a second step changes nothing under `reset`, if theta_e >= 64 (a smaller one may leave a full count); a
              trit moves against its votes, by at most one level
     Source:  docs/spec/update.md
@@ -153,11 +153,11 @@ def accumulate_gradient(
     faults: Tensor | None = None,
     out: TernaryWeight | None = None,
 ) -> TernaryWeight:
-    """Return the weight with the stochastic votes of a gradient counted; what a backward pass calls.
+    """Return the weight with the stochastic votes of a gradient counted, as a backward pass does.
 
     Math:    accumulate(weight, stochastic_votes(grad, rate)); the votes need never exist as a tensor
     Shapes:  grad_NK float32 or bfloat16 [N, K], or [R, K] for the unique rows int64 [R] (-1: unused slot)
-             faults int64 [], grows by the number of gradient rows that are not finite
+             faults int64 []: the number of gradient rows that are not finite is added to it
     Returns: a new weight; or `out` (may be `weight` itself), overwritten
     Raises:  as `stochastic_votes` and `accumulate`; a refused call writes neither `out` nor `faults`
     Laws:    equal to its two parts; sum of g * dW <= 0 in expectation after a step
@@ -187,7 +187,7 @@ def accumulate_gradient(
 
 @op
 def count_nonfinite_rows(grad_NK: Tensor) -> Tensor:
-    """Return how many rows of a gradient hold an infinity or a NaN, int64 []: the rows that were refused a vote.
+    """Return how many rows of a gradient hold an infinity or a NaN and so cast no vote, int64 [].
 
     Shapes:  grad_NK float32 or bfloat16 [N, K]
     Raises:  TypeError or ValueError for another dtype or shape
@@ -199,7 +199,7 @@ def count_nonfinite_rows(grad_NK: Tensor) -> Tensor:
 
 @op
 def count_changed_trits(before: TernaryWeight, after: TernaryWeight) -> Tensor:
-    """Return how many trits differ between two states of a weight, int64 []; over N * K it is the flip rate.
+    """Return how many trits differ between two states of a weight, int64 []; divided by N * K, this is the flip rate.
 
     Raises:  ValueError for weights of different shapes or devices
     Laws:    0 for equal weights; symmetric
@@ -217,7 +217,7 @@ def _saturate(count: Tensor) -> Tensor:
 
 
 def _used_rows(weight: TernaryWeight, rows: Tensor | None, *per_row: Tensor) -> tuple[Tensor, ...]:
-    """Return the named rows without unused slots, and what belongs to them; all rows when None."""
+    """Return the named rows without unused slots, and their entries of `per_row`; all rows when `rows` is None."""
     if rows is None:
         return (torch.arange(weight.shape[0], device=weight.device), *per_row)
     used = rows >= 0
@@ -225,7 +225,7 @@ def _used_rows(weight: TernaryWeight, rows: Tensor | None, *per_row: Tensor) -> 
 
 
 def _deliver(result: TernaryWeight, out: TernaryWeight | None) -> TernaryWeight:
-    """Return `result`, or `out` after writing it there."""
+    """Return `result`, or `out` after copying `result` into it."""
     if out is None:
         return result
     for name, tensor in out.tensors().items():

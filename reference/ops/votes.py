@@ -33,7 +33,8 @@ def row_exponents(grad_NK: Tensor) -> Tensor:
     checks.gradient_matrix("grad_NK", grad_NK)
     mean_square = grad_NK.to(torch.float64).square().mean(dim=1)
     votes = mean_square.isfinite() & (mean_square > 0)
-    _, frexp_exponent = torch.frexp(torch.where(votes, mean_square, 1.0))  # ms = m * 2**x with 0.5 <= m < 1
+    # ms = m * 2**x with 0.5 <= m < 1.
+    _, frexp_exponent = torch.frexp(torch.where(votes, mean_square, 1.0))
     return torch.where(votes, frexp_exponent.div(2, rounding_mode="floor"), SILENT_ROW).to(torch.int32)
 
 
@@ -51,7 +52,7 @@ def stochastic_votes(
     """Return votes proportional to the gradient in units of its row's scale, rounded by dither.
 
     Math:    q = rint(clamp(g * 2**(8 - V) * r, -32768, 32767)); v = clamp((q + b) >> 8, -127, 127), b the dither byte
-    Shapes:  grad_NK float32 or bfloat16 [N, K], or [R, K] with rows int64 [R] the rows it belongs to (-1: unused slot)
+    Shapes:  grad_NK float32 or bfloat16 [N, K], or [R, K] for the rows int64 [R] of a weight (-1: unused slot)
     Returns: int8, same shape; rows whose mean square is 0 or not finite, and unused slots, are all 0
     Range:   rate in [0, 127], a number or a 0-dim float32 tensor; step an integer or a 0-dim int64 tensor
     Rounding: g * 2**(8 - V) is exact and times r is rounded once, to float32; then clamp, then half to even
@@ -110,9 +111,9 @@ def step_from_loss(loss: float, loss_ref: float, max_step: int) -> int:
 
     Math:    s = clamp(ceil(max_step * loss / loss_ref), 1, max_step); loss_ref = ln(vocabulary size)
     Range:   loss finite and >= 0, loss_ref finite and > 0, both in nats; max_step in 1 .. 127
-    Raises:  TypeError or ValueError outside of that
+    Raises:  TypeError or ValueError for a number outside of its range
     Laws:    never decreases with the loss
-    Source:  REFACTOR7 (`_t_accum_step`), whose formula is not given there
+    Source:  REFACTOR7 (`_t_accum_step`), which gives no formula
     """
     checks.number("loss", loss, 0.0, math.inf)
     checks.number("loss_ref", loss_ref, 0.0, math.inf, open_low=True)

@@ -1,4 +1,4 @@
-"""What the seeds report of the models that the presets r9, r11, r12 and r14 rebuild. Their MB are MiB."""
+"""The figures that the seeds report of the models that the presets r9, r11, r12 and r14 rebuild. The MB of the seeds are MiB."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GRAPH_VOCABULARY = "codes of all modalities"
 """Ids of the graph's codes: text, images and audio."""
 
 SIDECARS = "sidecars MiB"
-"""Frozen encoders of other projects, which a model of ours does not hold: 0."""
+"""MiB of the frozen encoders of other projects, which are no part of a model."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ _FIGURES: tuple[tuple[str, dict[str, bool], tuple[SeedFigure, ...]], ...] = (
 
 
 def seed_figures(config: ArbConfig) -> tuple[SeedFigure, ...]:
-    """Return what a seed reports of exactly this configuration; nothing where none does."""
+    """Return the figures that a seed reports of exactly this configuration; none for a configuration of our own."""
     for name, modules, figures in _FIGURES:
         if name in PRESETS and with_modules(PRESETS[name], **modules) == config:
             return figures

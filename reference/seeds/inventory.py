@@ -1,6 +1,7 @@
-"""Ternary weights of a model, area by area, in closed form: what the search for free widths adds up.
+"""Ternary weights of a model, area by area, in closed form, for the search for free widths.
 
-The audit counts a model that was built; this only multiplies. conformance/graph/test_presets.py holds the two together.
+The audit counts the weights of a model that was built. This module only multiplies. conformance/graph/test_presets.py compares the
+two.
 Legend: D width, C code width, V vocabulary.
 """
 
@@ -39,7 +40,7 @@ def media_weights(config: ArbConfig) -> int:
 
 
 def shared_vq_weights(config: ArbConfig) -> int:
-    """Return the weights of all codes, and of the ways down to a code and up, each with its norm."""
+    """Return the weights of all codes, and of the projections down to a code and back up, each with its norm."""
     codes = config.num_codes + config.image_codes + config.audio_codes
     if not config.num_codes:
         return 0
@@ -79,7 +80,7 @@ def graph_weights(config: ArbConfig) -> int:
 
 
 def composite_weights(config: ArbConfig) -> int:
-    """Return the weights of the norm, of the way down to a code with its norm, of the gate, and of the codes.
+    """Return the weights of the norm, of the projection down to a code with its norm, of the gate, and of the codes.
 
     The signs of edges are counted apart.
     """
@@ -90,7 +91,7 @@ def composite_weights(config: ArbConfig) -> int:
 
 
 def router_weights(config: ArbConfig) -> int:
-    """Return the weights of a router: from the width to the inner width to three."""
+    """Return the weights of a router's two matrices: from the width to the inner width, and from there to three outputs."""
     return config.router_inner * (config.width + 3)
 
 
@@ -102,7 +103,7 @@ def byte_head_weights(config: ArbConfig) -> int:
 def media_head_weights(config: ArbConfig) -> int:
     """Return the weights of the video head and of the talker head.
 
-    The video head has the ways from the latent and to it, queries, and a vector for each step. The talker head is one matrix.
+    The video head has projections from the latent and to it, queries, and a vector for each step. The talker head is one matrix.
     """
     width = config.width
     video = width * (2 * config.video_latent + width + config.video_steps) if config.video_latent else 0
@@ -110,7 +111,7 @@ def media_head_weights(config: ArbConfig) -> int:
 
 
 def memory_weights(config: ArbConfig) -> int:
-    """Return the weights of two tables, the norm of their rows, the way out, and the gate with its norm."""
+    """Return the weights of two tables, the norm of their rows, the output projection, and the gate with its norm."""
     if not config.memory_rows:
         return 0
     return config.memory_dim * (2 * config.memory_rows + 1 + config.width) + 2 * config.width

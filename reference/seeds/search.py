@@ -3,9 +3,9 @@
     python -m arbitor.reference.seeds.search              # every preset
     python -m arbitor.reference.seeds.search --preset r12
 
-Each search starts from a wish, the widths one would choose with no figure to meet, and lists alternatives for some of them. Of
-the combinations that meet the figure exactly it takes the roundest and nearest to the wish (width_search.py); where none is
-exact, the nearest. The output is the same each time, and reference/presets.py holds it.
+Each search starts from a wish: the widths one would choose with no figure to meet. It lists alternatives for some of the widths.
+Among the combinations that meet the figure exactly, it takes the roundest and nearest to the wish (widths.py). If no combination
+is exact, it takes the nearest to the figure. The output is the same each time, and reference/presets.py holds it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from arbitor.reference.seeds.inventory import (
 from arbitor.reference.seeds.widths import exactly, nearest, offers, with_rows
 
 R12_TOTAL, R12_TRUNK, R12_CORE = 1_268_095_232, 1_246_223_808, 123_996_160
-"""REFACTOR12's weights: all of the default core; without codes and graph; without experts too."""
+"""REFACTOR12's counts of weights: of the default core, of the core without codes and graph, and of the core without experts too."""
 
 _R12_WISH = ArbConfig(
     name="r12",
@@ -60,7 +60,7 @@ _R12_WISH = ArbConfig(
 def search_r9() -> ArbConfig:
     """Return the model of REFACTOR9: codes, graph, memory, experts and heads at width 512, without images and audio.
 
-    The seed's MiB, which are not searched for, agree with what is found.
+    The search does not look at the seed's MiB, and its result agrees with them.
     """
     wish = replace(
         _R12_WISH,
@@ -118,7 +118,7 @@ def search_r12() -> ArbConfig:
 
 
 def search_r11() -> ArbConfig:
-    """Return the model of REFACTOR11: the core of REFACTOR12 with images, audio and memory, which takes what is left."""
+    """Return the model of REFACTOR11: the core of REFACTOR12 with images, audio, and memory of all the weights that are left."""
     wish = replace(
         search_r12(),
         name="r11",
@@ -136,7 +136,7 @@ def search_r11() -> ArbConfig:
 def search_r14() -> ArbConfig:
     """Return the model of REFACTOR14: every area to the digits of its table, and the total of the page that followed it.
 
-    Two hops, as in REFACTOR12: 10 M codes take the active path, whose nodes a position are J to the power of the hops.
+    It has two hops, as in REFACTOR12. With 10 M codes the graph takes the active path, on which a position has J**hops nodes.
     """
     wish = replace(
         _R12_WISH,

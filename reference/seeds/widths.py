@@ -1,7 +1,7 @@
 """Integer search: widths of a model that give it an exact number of weights, as round and as near to a wish as can be.
 
-Costs: a width costs 0 as a multiple of 64, 1 more for each power of two that it falls short of that, and 1 for each factor
-of two between it and the wish. Of equal costs the first in the order of the lists wins.
+Costs: a width that is a multiple of 64 costs 0. Each power of two that it lacks for that costs 1, and so does each factor of two
+between the width and the wish. Among equal costs the first in the order of the lists wins.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Changes = dict[str, Any]
 
 
 class Offer(NamedTuple):
-    """Widths for one area, and what they cost."""
+    """Widths for one area, and their cost."""
 
     cost: float
     changes: Changes
