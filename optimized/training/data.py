@@ -165,7 +165,7 @@ def load_corpus(source: str, run: Path | None = None) -> Corpus:
             mode = path.stat().st_mode
         except OSError as error:
             raise TrainingError(f"cannot read the data {source!r}: {error.strerror or error}") from error
-        if run is not None and path.resolve().is_relative_to(run.resolve()):
+        if run is not None and run.is_dir() and path.resolve().is_relative_to(run.resolve()):
             raise TrainingError(
                 f"the data {source!r} lies in the run folder {str(run)!r}, which the run changes"
             )
