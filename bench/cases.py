@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
+from arbitor.reference.constants import DEFAULT_ORTHOGONAL_STEPS
 from arbitor.reference.op_table import OP_TABLE, Shape
 from bench import machine, train_step
 from bench.peers import peers_of
@@ -37,6 +38,9 @@ UPDATE_SHAPES: Mapping[str, Shape] = {
     "2^30": {"N": 32768, "K": 32768, "G": 12},
 }
 """Weights of an update step: 65 thousand, 9.4, 51.4, 268 million and 1.07e9."""
+
+ORTHOGONAL = "orthogonal_update_step"
+"""Name of the update step whose gradient is made orthogonal first. At the shapes above up to 7168: more is minutes of products."""
 
 REFERENCE_MAX_WEIGHTS = 7168 * 7168
 """Largest weight that the reference is timed with; its temporaries are int64, some of them a dozen numbers a group."""
@@ -112,20 +116,32 @@ def rows() -> Mapping[str, BenchRow]:
         capturable=True,
         gates=partial(_only, count.name, step.name),
     )
+    orthogonalize = OP_TABLE["orthogonalize"]
+    orthogonal = replace(
+        update,
+        name=ORTHOGONAL,
+        shapes={shape: UPDATE_SHAPES[shape] for shape in ("tiny", "3072", "7168")},
+        ops_min=lambda s: (
+            update.ops_min(s) + orthogonalize.ops_min({**s, "E": 1, "iterations": DEFAULT_ORTHOGONAL_STEPS})
+        ),
+        gates=partial(_only, orthogonalize.name, count.name, step.name),
+    )
     trains = [
         BenchRow(
             name=name,
             family=TRAIN_FAMILY,
-            shapes=train_step.SHAPES,
+            shapes=shapes,
             bytes_min=None,
             ops_min=None,
             # The host looks at the loss between two graphs, to refuse one that is not finite.
             capturable=False,
             gates=partial(train_step.ops_of, name),
         )
-        for name in (train_step.TRUNK, train_step.EVERY_MODULE)
+        for name, shapes in train_step.SHAPES.items()
     ]
-    return {row.name: row for row in sorted((*table, update, *trains), key=lambda row: row.family)}
+    return {
+        row.name: row for row in sorted((*table, update, orthogonal, *trains), key=lambda row: row.family)
+    }
 
 
 def _only(*ops: str) -> tuple[str, ...]:

@@ -10,13 +10,22 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cases, machine, report, timing
+from bench import cases, machine, regression, report, stored, timing
 from bench.runner import Session
 
 SESSION = pytest.StashKey[Session]()
 BEFORE = pytest.StashKey[dict[str, Any]]()
+DIFFERING = pytest.StashKey[dict[str, None]]()
+"""What differs from the machines of the stored results, each fact once."""
+
+STORED = pytest.StashKey[list[Path]]()
+"""Files of stored results before this run."""
+
 CASES = "bench_cases.py"
 """The file of the cases; the others here hold tests of the suite."""
+
+ALL_STORED = "[0-9][0-9][0-9][0-9]_"
+"""Every file of a device: what `--benchmark-compare` without a name compares with."""
 
 DEFAULT_STORAGE = "file://./.benchmarks"
 DEFAULT_BUDGET_SECONDS = 300.0
@@ -58,6 +67,9 @@ def pytest_configure(config: pytest.Config) -> None:
         if options.benchmark_compare:
             _refuse_without_results(folder, options.benchmark_compare)
         options.benchmark_storage = f"file://{folder}"
+    if options.benchmark_compare is True:
+        # By itself pytest-benchmark takes the newest file alone, which holds what ran last and no other family.
+        options.benchmark_compare = ALL_STORED
     if not options.benchmark_compare and not options.benchmark_verbose:
         # The table of this suite says more in less.
         options.benchmark_quiet = True
@@ -69,6 +81,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not machine.on_gpu():
         torch.set_num_threads(1)
     config.stash[BEFORE] = machine.state()
+    config.stash[DIFFERING] = {}
 
 
 def _refuse_without_results(folder: Path, wanted: str | bool) -> None:
@@ -83,6 +96,7 @@ def _refuse_without_results(folder: Path, wanted: str | bool) -> None:
             f"there is nothing to compare with: bench/results/{folder.name} holds no results "
             f"{'' if wanted is True else f'named {wanted} '}of {machine.device_name()}, and those of other devices "
             f"({', '.join(others) or 'none stored'}) are never compared; save some with --benchmark-save=NAME"
+            f"{'' if machine.on_gpu() else '. ' + regression.NOT_ON_A_CPU}"
         )
 
 
@@ -93,6 +107,18 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     storage = session.config._benchmarksession.storage
     if hasattr(storage, "default_machine_id"):
         storage.default_machine_id = None
+        session.config.stash[STORED] = storage.query(ALL_STORED)
+
+
+# pytest-benchmark saves before others finish.
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Let each case be in one file: what was saved now takes its cases out of older files, and leaves all others."""
+    older = session.config.stash.get(STORED, None)
+    if older is None:
+        return
+    for path in session.config._benchmarksession.storage.query(ALL_STORED):
+        if path not in older:
+            stored.supersede(older, path)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -109,21 +135,15 @@ def pytest_benchmark_compare_machine_info(
             f"the stored results are of {stored.get('device', 'a device that they do not name')} and this is "
             f"{machine_info['device']}: results of different devices are not compared"
         )
-    differing = [
-        f"{name} {stored.get(name)} -> {value}"
-        for name, value in machine_info.items()
-        if stored.get(name) != value
-    ]
-    config.stash[DIFFERING] = differing
+    for name, value in machine_info.items():
+        if stored.get(name) != value:
+            config.stash[DIFFERING][f"{name} {stored.get(name)} -> {value}"] = None
     # pytest-benchmark would print both as JSON; the summary of this suite says it in one line.
     stored.clear()
     stored.update(machine_info)
     # Results are found by their case. Older files name a test function that has moved since.
     for bench in compared_benchmark["benchmarks"]:
         bench["fullname"] = report.case_id(bench["fullname"])
-
-
-DIFFERING = pytest.StashKey[list[str]]()
 
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
@@ -172,19 +192,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def bench_session(request: pytest.FixtureRequest) -> Iterator[Session]:
     """Return what the cases of this run share; the ceilings are measured first."""
     config = request.config
-    session = Session.start(budget=config.getoption("--bench-budget"), log=config.getoption("--bench-log"))
+    session = Session.start(
+        budget=config.getoption("--bench-budget"),
+        log=config.getoption("--bench-log"),
+        baseline=baseline_of(config),
+    )
     config.stash[SESSION] = session
     yield session
 
 
+def baseline_of(config: pytest.Config) -> regression.Baseline | None:
+    """Return what no case may be slower than: what a run is compared with, unless --benchmark-compare-fail says another limit."""
+    options = config.option
+    if not options.benchmark_compare or options.benchmark_compare_fail:
+        return None
+    return regression.Baseline(config._benchmarksession.compared_mapping or {})
+
+
 def without_a_number(config: pytest.Config) -> dict[str, str]:
-    """Return the cases that failed or were skipped, with the reason."""
+    """Return the cases that failed or were skipped, with the reason; not those that have a number and are slower than stored."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
+    session = config.stash.get(SESSION, None)
+    with_one = {report.id_of(row) for row in session.rows} if session else set()
     found = {}
     for outcome in ("failed", "error", "skipped"):
         for result in reporter.stats.get(outcome, ()) if reporter else ():
             name = report.case_id(result.nodeid.partition("::")[2])
-            found[name] = reason_of(result.longrepr) or outcome
+            if name not in with_one:
+                found[name] = reason_of(result.longrepr) or outcome
     return found
 
 
@@ -211,15 +246,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if missing:
         write(f"without a number: {len(missing)} cases, with reasons above and in the saved results")
     if config.stash.get(DIFFERING, None):
-        write(f"differs from the machine of the stored results: {'; '.join(config.stash[DIFFERING])}")
+        write(f"differs from the machines of the stored results: {'; '.join(config.stash[DIFFERING])}")
     session = config.stash.get(SESSION, None)
     if session is None or not session.rows:
         return
     saved = config.option.benchmark_save or config.option.benchmark_autosave
     if saved:
         write(f"saved as {saved} in bench/results/{machine.slug()}")
-    for line in report.changes(session.rows, config._benchmarksession.compared_mapping or {}):
-        write(line)
+    if config.option.benchmark_compare:
+        baseline = regression.Baseline(config._benchmarksession.compared_mapping or {})
+        for line in report.changes(session.rows, baseline):
+            write(line)
+    elif not machine.on_gpu():
+        write(f"nothing is compared. {regression.NOT_ON_A_CPU}")
     for line in report.session_lines(machine.machine_info(), session.ceilings and session.ceilings.as_json()):
         write(line)
     if cases.interpreted():

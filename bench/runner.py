@@ -17,7 +17,7 @@ import torch
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import NUM_BYTES
 from arbitor.reference.types import TernaryWeight
-from bench import cases, gate, machine, rooflines, timing, train_step
+from bench import cases, gate, machine, regression, rooflines, timing, train_step
 from bench.cases import OURS, REFERENCE, TRAIN_FAMILY, Case
 from bench.inputs import CLOCK, INPUTS, RATE, Arguments, Maker
 from bench.peers import Peer, peers_of
@@ -48,6 +48,7 @@ class Session:
         gate:     checks before numbers.
         deadline: host time after which no further case starts.
         log:      file that every result is appended to at once, or None.
+        baseline: stored results that no case may be slower than, or None where nothing is compared by the suite's own margins.
         rows:     results so far.
     """
 
@@ -56,17 +57,20 @@ class Session:
     gate: gate.Gate
     deadline: float
     log: Path | None = None
+    baseline: regression.Baseline | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def start(cls, *, budget: float, log: Path | None) -> Session:
+    def start(
+        cls, *, budget: float, log: Path | None, baseline: regression.Baseline | None = None
+    ) -> Session:
         """Return the session of this machine, its ceilings measured."""
         began = time.monotonic()
         # What start-up left is not searched again after every case.
         gc.freeze()
         timer = timing.GpuTimer() if machine.on_gpu() else timing.HostTimer()
         ceilings = rooflines.measure(timer, machine.device_name())
-        return cls(timer, ceilings, gate.Gate(timer.device), began + budget, log)
+        return cls(timer, ceilings, gate.Gate(timer.device), began + budget, log, baseline)
 
 
 def measure(benchmark: Any, session: Session, case_id: str) -> None:
@@ -100,10 +104,11 @@ def _measure(benchmark: Any, session: Session, case: Case) -> None:
     if cases.interpreted() and case.implementation == OURS:
         # That the code runs is all there is to learn.
         share = 0.0
-    info = _time(benchmark, session.timer, call, capturable=capturable, share=share)
+    timed = _time(benchmark, session.timer, call, capturable=capturable, share=share)
     # With --benchmark-disable it ran once, and there is no time.
-    if info is None:
+    if timed is None:
         return
+    info = timed.info
     row = {
         "op": case.row.name,
         "family": case.row.family,
@@ -112,6 +117,7 @@ def _measure(benchmark: Any, session: Session, case: Case) -> None:
         "implementation": case.implementation,
         "note": (peer.note if peer else cases.NOTES.get(case.row.name, "")) or None,
         "gate": "passed" if case.implementation == OURS or (peer and peer.checked) else None,
+        "recorded_passes": _replays_passes(case),
         **info,
         **_against_ceilings(session.ceilings, case, peer, info["p50_us"]),
     }
@@ -120,6 +126,17 @@ def _measure(benchmark: Any, session: Session, case: Case) -> None:
     if session.log is not None:
         with session.log.open("a") as file:
             file.write(json.dumps(row) + "\n")
+    # Peers are not ours to keep fast, and no round of an interpreter says anything.
+    if session.baseline is None or peer is not None or share == 0.0:
+        return
+    slower = session.baseline.why_slower(case.id, row, timed.again)
+    if slower is not None:
+        pytest.fail(slower, pytrace=False)
+
+
+def _replays_passes(case: Case) -> bool:
+    """Whether a case is a train step whose passes are replayed from CUDA graphs, which the host only starts."""
+    return machine.on_gpu() and case.row.family == TRAIN_FAMILY and case.implementation != REFERENCE
 
 
 def _refuse_without_memory(session: Session, case: Case) -> None:
@@ -138,7 +155,8 @@ def _call(session: Session, case: Case, peer: Peer | None) -> Callable[[], Any]:
     if case.row.family == TRAIN_FAMILY:
         ids_BT = _ids(session, case)
         return peer.build(((case.shape, ids_BT), {}), case.sizes) if peer else _train_step(case, ids_BT)
-    name = "accumulate_gradient" if case.row.name == "update_step" else case.row.name
+    is_step = case.row.name in ("update_step", cases.ORTHOGONAL)
+    name = "accumulate_gradient" if is_step else case.row.name
     arguments = INPUTS[name](Maker(session.timer.device, f"{case.row.name} {case.shape}"), case.sizes)
     if peer is not None:
         return peer.build(arguments, case.sizes)
@@ -147,8 +165,8 @@ def _call(session: Session, case: Case, peer: Peer | None) -> Callable[[], Any]:
         arguments = _in_device_layout(ops, arguments)
     args, kwargs = arguments
     op = getattr(ops, name)
-    if case.row.name == "update_step":
-        return _update_step(ops, args[0], args[1])
+    if is_step:
+        return _update_step(ops, args[0], args[1], orthogonal=case.row.name == cases.ORTHOGONAL)
     return lambda: op(*args, **kwargs)
 
 
@@ -176,11 +194,16 @@ def _in_device_layout(ops: ModuleType, arguments: Arguments) -> Arguments:
     return tuple(map(move, args)), {name: move(value) for name, value in kwargs.items()}
 
 
-def _update_step(ops: ModuleType, weight: Any, grad: torch.Tensor) -> Callable[[], Any]:
-    """Return what training does with a gradient: count its votes, then step, both in place."""
+def _update_step(ops: ModuleType, weight: Any, grad: torch.Tensor, *, orthogonal: bool) -> Callable[[], Any]:
+    """Return what training does with a gradient: count its votes, then step, both in place.
+
+    Args:
+        orthogonal: whether the gradient is made orthogonal first, in bfloat16.
+    """
 
     def step() -> Any:
-        ops.accumulate_gradient(weight, grad, RATE, **CLOCK, out=weight)
+        voting = ops.orthogonalize(grad.to(torch.bfloat16)) if orthogonal else grad
+        ops.accumulate_gradient(weight, voting, RATE, **CLOCK, out=weight)
         return ops.apply_step(weight, out=weight)
 
     return step
@@ -194,26 +217,39 @@ def _ids(session: Session, case: Case) -> torch.Tensor:
 
 def _train_step(case: Case, ids_BT: torch.Tensor) -> Callable[[], Any]:
     """Return one step of training: ours on a GPU from recorded passes, else launched from Python."""
-    config = train_step.config_of(case.row.name, case.shape)
     record = case.implementation == OURS and ids_BT.device.type == "cuda"
-    step = train_step.step_of(config, op_set(case.implementation), ids_BT, record=record)
+    ops = op_set(case.implementation)
+    step = train_step.step_of(case.row.name, case.shape, ops, ids_BT, record=record)
 
     def checked() -> None:
         if not step():
-            raise gate.Red(f"the loss of preset {case.shape} is not finite")
+            raise gate.Red(f"the loss of {case.row.name} {case.shape} is not finite")
 
     return checked
 
 
+@dataclass(frozen=True)
+class Timed:
+    """The times of a call, and what times it again.
+
+    Attributes:
+        info:  modes, quantiles and rounds, as they are stored.
+        again: from a mode, p20, p50 and p80 of as many rounds more.
+    """
+
+    info: dict[str, Any]
+    again: Callable[[str], dict[str, float]]
+
+
 def _time(
     benchmark: Any, timer: timing.Timer, call: Callable[[], Any], *, capturable: bool, share: float
-) -> dict[str, Any] | None:
+) -> Timed | None:
     """Return the times of a call: of the device alone where it can be recorded in a graph, and with its launch.
 
     `share` of the usual time is spent on it; with none, one round and no warm-up.
     """
     if share == 0.0:
-        return _once(benchmark, call)
+        return _once(benchmark, timer, call)
     warm = timing.warm_up(timer, call)
     replay, refused = None, None
     if capturable and timer.device.type == "cuda":
@@ -223,18 +259,22 @@ def _time(
             # Whatever a peer or torch raises here, the eager time remains.
             refused = f"{type(error).__name__}: {error}".splitlines()[0]
     budget, patience = BUDGET_SECONDS * share, PATIENCE_SECONDS * share
+    ways = {"eager": (call, timer.idle, timing.rounds_for(warm, budget=budget, patience=patience))}
     eager = None
     if replay is not None:
         rounds = min(EAGER_ROUNDS, timing.rounds_for(warm, budget=budget, patience=patience / 2))
+        ways["eager"] = (call, timer.idle, rounds)
         eager = timing.quantiles_us(timing.sample(timer, call, ready=timer.idle, rounds=rounds))
         warm = timing.warm_up(timer, replay)
-    rounds = timing.rounds_for(warm, budget=budget, patience=patience)
-    benchmark.pedantic(replay or call, setup=timer.behind if replay else timer.idle, rounds=rounds)
+        ways["graph"] = (replay, timer.behind, timing.rounds_for(warm, budget=budget, patience=patience))
+    mode = "graph" if replay else "eager"
+    timed_call, ready, rounds = ways[mode]
+    benchmark.pedantic(timed_call, setup=ready, rounds=rounds)
     if benchmark.stats is None:
         return None
     times = timing.quantiles_us(benchmark.stats.stats.data)
-    return {
-        "mode": "graph" if replay else "eager",
+    info = {
+        "mode": mode,
         **times,
         "reps": rounds,
         "graph": times if replay else None,
@@ -242,14 +282,23 @@ def _time(
         "no_graph": refused,
     }
 
+    def again(mode: str) -> dict[str, float]:
+        timed_call, ready, rounds = ways[mode]
+        return timing.quantiles_us(timing.sample(timer, timed_call, ready=ready, rounds=rounds))
 
-def _once(benchmark: Any, call: Callable[[], Any]) -> dict[str, Any] | None:
+    return Timed(info, again)
+
+
+def _once(benchmark: Any, timer: timing.Timer, call: Callable[[], Any]) -> Timed | None:
     """Return the time of a single call, cold."""
     benchmark.pedantic(call)
     if benchmark.stats is None:
         return None
     times = timing.quantiles_us(benchmark.stats.stats.data)
-    return {"mode": "eager", **times, "reps": 1, "graph": None, "eager": times, "no_graph": None}
+    info = {"mode": "eager", **times, "reps": 1, "graph": None, "eager": times, "no_graph": None}
+    return Timed(
+        info, lambda mode: timing.quantiles_us(timing.sample(timer, call, ready=timer.idle, rounds=1))
+    )
 
 
 def _against_ceilings(

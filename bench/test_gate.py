@@ -191,13 +191,18 @@ def test_a_compound_is_checked_at_its_own_sizes_where_its_ops_have_them() -> Non
 
 @pytest.mark.parametrize(
     ("name", "some"),
-    [("train_step", {"linear", "apply_step"}), ("train_step_every_module", {"edge_sum", "nearest_codes"})],
+    [
+        ("train_step", {"linear", "apply_step"}),
+        ("train_step_every_module", {"edge_sum", "nearest_codes"}),
+        ("train_step_transformer", {"embedding_row_grads", "orthogonalize"}),
+    ],
 )
 def test_a_train_step_is_timed_after_all_of_its_ops_are_checked(name: str, some: set[str]) -> None:
-    """Its ops are those seen in one step of a short window. More steps of more and longer windows use no other."""
+    """Its ops are those seen in one step. More steps of other windows, longer ones where the model takes them, use no other."""
     gates = cases.rows()[name].gates()
-    ids_BT = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(1))
-    assert train_step.ops_seen(train_step.config_of(name, "tiny"), ids_BT, steps=3) == set(gates) >= some
+    sizes = (8, 64) if name == train_step.TRANSFORMER else (2, 24)
+    ids_BT = torch.randint(0, 256, sizes, generator=torch.Generator().manual_seed(1))
+    assert train_step.ops_seen(name, ids_BT, steps=3) == set(gates) >= some
     assert cases.all_cases()[f"{name}-tiny-ours"].row.gates() == gates
 
 

@@ -21,8 +21,7 @@ from arbitor.reference.presets import preset
 from bench import ablation, generation, large, machine, parts, recall
 from bench.learning import __main__ as learning
 from bench.learning import learner, report, rules
-from bench.peers import peers_of
-from bench.peers.float_model import DenseOps, DenseWeight
+from bench.learning.dense import DenseOps, DenseWeight
 from conformance.graph.models import NANO
 
 
@@ -344,14 +343,6 @@ def test_grouped_products_of_float_weights(sizes: tuple[int, int, int, int]) -> 
         ),
     ):
         torch.testing.assert_close(got, want)
-
-
-def test_the_float_model_takes_a_train_step() -> None:
-    [peer] = peers_of("train_step")
-    ids_BT = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
-    step = peer.build((("tiny", ids_BT), {}), {})
-    step()
-    step()
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """The train steps that are timed: of which model, how one is taken, and which ops it uses.
 
-Legend: B windows, T bytes.
+Legend: B windows, T bytes, D width.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cache
 from itertools import count
@@ -23,12 +24,27 @@ from arbitor.reference.op_table import Shape
 from arbitor.reference.presets import preset
 from bench.ablation import full
 from bench.inputs import RATE
+from bench.learning.learner import EAGER_STEPS, Architecture, Learner
+from bench.learning.rules import RULES
 
-TRUNK, EVERY_MODULE = "train_step", "train_step_every_module"
-"""Names of the train steps: of what a model of float weights can match, and of every module."""
+TRUNK, EVERY_MODULE, TRANSFORMER = "train_step", "train_step_every_module", "train_step_transformer"
+"""Names of the train steps: of the trunk, which a model of float weights can match; of every module; of a plain transformer."""
 
-SHAPES: Mapping[str, Shape] = {"tiny": {"B": 16, "T": 128}, "small": {"B": 64, "T": 256}}
+PRESET_SHAPES: Mapping[str, Shape] = {"tiny": {"B": 16, "T": 128}, "small": {"B": 64, "T": 256}}
 """Windows B of T bytes in a train step, by preset: what `arb train` uses."""
+
+TRANSFORMER_SHAPES: Mapping[str, Shape] = {
+    "tiny": {"B": 8, "T": 64, "D": 64, "layers": 1},
+    "28.9M": {"B": 64, "T": 256, "D": 768, "layers": 4},
+}
+"""Windows, width and layers of the transformer that `bench.learning` compares rules on, by its number of weights."""
+
+SHAPES: Mapping[str, Mapping[str, Shape]] = {
+    TRUNK: PRESET_SHAPES,
+    EVERY_MODULE: PRESET_SHAPES,
+    TRANSFORMER: TRANSFORMER_SHAPES,
+}
+"""Shapes of the train steps by name."""
 
 
 def config_of(name: str, preset_name: str) -> ArbConfig:
@@ -37,7 +53,52 @@ def config_of(name: str, preset_name: str) -> ArbConfig:
     return full(config) if name == EVERY_MODULE else with_modules(config, vq=False, max_moe_iters=1)
 
 
-def step_of(config: ArbConfig, ops: ModuleType, ids_BT: Tensor, *, record: bool) -> Callable[[], bool]:
+def step_of(name: str, shape: str, ops: ModuleType, ids_BT: Tensor, *, record: bool) -> Callable[[], bool]:
+    """Return what takes one step of a train step at one of its shapes; the call says whether the loss was finite.
+
+    Args:
+        ops, ids_BT, record: as for `graph_step`.
+    """
+    if name == TRANSFORMER:
+        return transformer_step(TRANSFORMER_SHAPES[shape], ops, ids_BT, record=record)
+    return graph_step(config_of(name, shape), ops, ids_BT, record=record)
+
+
+class _LearnerOn(Learner):
+    """A learner of the integer rule on an op set that is given."""
+
+    def __init__(self, ops: ModuleType, architecture: Architecture, *, device: str, record: bool) -> None:
+        self.given = ops
+        super().__init__(architecture, RULES["integer"], seed=0, device=device, capture=record)
+
+    def _op_set(self) -> Any:
+        return self.given
+
+
+def transformer_step(sizes: Shape, ops: ModuleType, ids_BT: Tensor, *, record: bool) -> Callable[[], bool]:
+    """Return what takes one step of the byte transformer as `bench.learning` does; arguments as for `graph_step`."""
+    learner = _LearnerOn(ops, architecture_of(sizes), device=ids_BT.device.type, record=record)
+
+    @values_vouched_for()
+    def step() -> bool:
+        # A rate of 1 is the rule's own.
+        return math.isfinite(learner.step(ids_BT, 1.0).item())
+
+    if record:
+        # The step that is recorded is none of those that are timed.
+        for _ in range(EAGER_STEPS + 1):
+            step()
+    return step
+
+
+def architecture_of(sizes: Shape) -> Architecture:
+    """Return the byte transformer of some sizes."""
+    return Architecture(
+        "transformer", width=sizes["D"], num_layers=sizes["layers"], context=sizes["T"], batch=sizes["B"]
+    )
+
+
+def graph_step(config: ArbConfig, ops: ModuleType, ids_BT: Tensor, *, record: bool) -> Callable[[], bool]:
     """Return what takes one step of training as the trainer does; the call says whether the loss was finite.
 
     Args:
@@ -64,12 +125,13 @@ def step_of(config: ArbConfig, ops: ModuleType, ids_BT: Tensor, *, record: bool)
 @cache
 def ops_of(name: str) -> tuple[str, ...]:
     """Return the ops that a train step uses, in the order of their names: those seen in one small step of the reference."""
-    ids_BT = torch.randint(0, NUM_BYTES, (1, 8), generator=torch.Generator().manual_seed(0))
-    return tuple(sorted(ops_seen(config_of(name, "tiny"), ids_BT, steps=1)))
+    sizes = (8, 64) if name == TRANSFORMER else (1, 8)
+    ids_BT = torch.randint(0, NUM_BYTES, sizes, generator=torch.Generator().manual_seed(0))
+    return tuple(sorted(ops_seen(name, ids_BT, steps=1)))
 
 
-def ops_seen(config: ArbConfig, ids_BT: Tensor, *, steps: int) -> set[str]:
-    """Return the ops that some train steps of a model call. Making the model is no part of them."""
+def ops_seen(name: str, ids_BT: Tensor, *, steps: int) -> set[str]:
+    """Return the ops that some train steps of the tiny shape call. Making the model is no part of them."""
     seen: set[str] = set()
 
     def watched(op: str) -> Callable[..., Any]:
@@ -81,7 +143,7 @@ def ops_seen(config: ArbConfig, ids_BT: Tensor, *, steps: int) -> set[str]:
 
     ops = ModuleType("watched_ops")
     ops.__dict__.update({op: watched(op) for op in reference_ops.__all__})
-    step = step_of(config, ops, ids_BT, record=False)
+    step = step_of(name, "tiny", ops, ids_BT, record=False)
     seen.clear()
     for _ in range(steps):
         if not step():

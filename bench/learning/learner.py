@@ -82,8 +82,8 @@ class Learner:
         self.num_weights = sum(math.prod(weight.shape) for weight in trained.values())
         self.state_bytes = integer_bytes(trained) if rule.kind == "integer" else self._float_bytes()
 
-    def step(self, ids_BT: Tensor, share: float) -> None:
-        """Take one step at a share of the rule's rate."""
+    def step(self, ids_BT: Tensor, share: float) -> Tensor:
+        """Take one step at a share of the rule's rate, and return its loss, [] on the device."""
         self.ids_BT.copy_(ids_BT)
         height = self.rule.rate * (1.0 if self.optimizers else self.config.theta)
         self.rate.fill_(share * height)
@@ -103,6 +103,7 @@ class Learner:
         if self.config.vote_rule == "sign":
             self.last_loss = loss.item()
         self.taken += 1
+        return loss
 
     def bits_per_byte(self, windows_WT: Tensor) -> float:
         """Return the mean over validation windows."""

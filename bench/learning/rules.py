@@ -16,7 +16,7 @@ from torch import Tensor
 from arbitor.optimized.training.schedule import DECAY_FRACTION, GAIN
 from arbitor.reference.config import SIGN_VOTES
 from arbitor.reference.constants import groups_per_row
-from bench.peers.float_model import DenseOps, DenseWeight
+from bench.learning.dense import DenseOps, DenseWeight
 
 FLOAT_BYTES = 16
 """What mixed precision with AdamW keeps for a weight: bfloat16 value and gradient, float32 master and two moments."""

@@ -1,4 +1,4 @@
-"""Fused AdamW: the optimizer step that counting votes and stepping trits replace, at an equal number of weights."""
+"""Fused AdamW and Muon: the optimizer steps that counting votes and stepping trits replace, at an equal number of weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from arbitor.reference.op_table import OP_TABLE
 from bench.inputs import Arguments, Sizes
 from bench.peers import Peer
 
@@ -15,6 +16,9 @@ BYTES_PER_WEIGHT = 28
 
 OPS_PER_WEIGHT = 14
 """Two moments (3 and 4), decay 1, bias corrections 2, root, sum, quotient and update."""
+
+MUON_ITERATIONS = 5
+"""As many as torch's Muon takes unless told otherwise."""
 
 
 def _step(arguments: Arguments, sizes: Sizes) -> Callable[[], Any]:
@@ -31,7 +35,33 @@ def _step(arguments: Arguments, sizes: Sizes) -> Callable[[], Any]:
     return step
 
 
+def _muon_step(arguments: Arguments, sizes: Sizes) -> Callable[[], Any]:
+    grad = arguments[0][1]
+    weight = torch.nn.Parameter(torch.randn_like(grad))
+    weight.grad = grad
+    optimizer = torch.optim.Muon([weight], lr=1e-3, ns_steps=MUON_ITERATIONS)
+
+    def step() -> torch.Tensor:
+        optimizer.step()
+        return weight.data
+
+    return step
+
+
 PEERS = {
+    "orthogonal_update_step": (
+        Peer(
+            "torch Muon",
+            _muon_step,
+            # float32 weight, gradient and momentum read; weight and momentum written.
+            lambda s: 20 * s["N"] * s["K"],
+            lambda s: OP_TABLE["orthogonalize"].ops_min({**s, "E": 1, "iterations": MUON_ITERATIONS}),
+            note="another rule: it keeps a float32 momentum and makes that orthogonal in 5 iterations, ours the gradient in 3",
+            checked=False,
+            # Its learning rate lies on the host, and torch refuses to record it.
+            capturable=False,
+        ),
+    ),
     "update_step": (
         Peer(
             "AdamW fused float32",

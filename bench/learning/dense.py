@@ -1,11 +1,10 @@
-"""The same graph with float weights: dense products, float32 masters and moments, fused AdamW. What a train step replaces.
+"""An op set of float weights: dense products, float32 masters. The graph asks it for everything it does with a weight.
 
-The graph asks an op set for everything it does with a weight; this one answers with dense matrices.
+So the rules that are compared train the very graph that ours train. What a user would run instead is in `bench/peers/twin.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,14 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from arbitor.optimized.settings import values_vouched_for
-from arbitor.optimized.training.recording import LAUNCHED_FIRST, recorded
 from arbitor.reference import ops as reference_ops
-from arbitor.reference.graph import ArbModel
 from arbitor.reference.ops.scale import dequantize
-from bench import train_step
-from bench.inputs import RATE, Arguments, Sizes
-from bench.peers import Peer
 from bench.peers.experts import by_expert
 
 # The default of the ops.
@@ -146,64 +139,3 @@ def _aligned(x: Tensor) -> Tensor:
     """Return a tensor with zeros added to its last dimension up to what the library's grouped product asks for."""
     missing = -x.shape[-1] % ALIGNED
     return F.pad(x, (0, missing)) if missing else x
-
-
-def _train_step(arguments: Arguments, sizes: Sizes) -> Callable[[], Any]:
-    name, ids_BT = arguments[0]
-    dtype = torch.bfloat16 if ids_BT.device.type == "cuda" else torch.float32
-    ops = DenseOps(dtype)
-    model = ArbModel(
-        replace(train_step.config_of(train_step.TRUNK, name), orthogonal_steps=0),
-        ops=ops,
-        device=ids_BT.device,
-        dtype=dtype,
-        seed=0,
-    )  # type: ignore[arg-type]
-    trained = [module.weight for module in model.ternary_modules().values() if not module.frozen]
-    masters, values = [weight.master for weight in trained], [weight.value for weight in trained]
-    on_gpu = ids_BT.device.type == "cuda"
-    optimizer = torch.optim.AdamW(masters, lr=1e-3, fused=True, capturable=on_gpu)
-    nats = torch.zeros((), device=ids_BT.device)
-
-    def run() -> None:
-        losses = model.losses(ids_BT)
-        nats.copy_(losses["bytes"].detach())
-        with model.voting.taking(rate=RATE, step=0, undo=False):
-            model.objective(losses).backward()
-        model.step()
-        optimizer.step()
-        optimizer.zero_grad()
-        torch._foreach_copy_(values, [master.data for master in masters])
-
-    return _replayed(run, nats) if on_gpu else run
-
-
-def _replayed(run: Callable[[], None], nats: Tensor) -> Callable[[], None]:
-    """Return a call that launches a step at first and then replays a recording of it, and looks at its loss as trainers do."""
-    launched, graphs = iter(range(LAUNCHED_FIRST)), []
-
-    # No check may wait for the device in a recording.
-    @values_vouched_for()
-    def step() -> None:
-        if next(launched, None) is not None:
-            run()
-        else:
-            graphs[:] = graphs or recorded(run)
-            graphs[0].replay()
-        nats.item()
-
-    return step
-
-
-PEERS = {
-    "train_step": (
-        Peer(
-            "float weights, AdamW",
-            _train_step,
-            lambda s: 0,
-            note="the same graph with dense weights and AdamW: an equal number of weights, not equal results",
-            checked=False,
-        ),
-    ),
-}
-"""Peers by op."""
