@@ -1,22 +1,25 @@
 """The ``arb`` command: train, generate, audit, smoke.
 
 Exit codes: 0 done, 1 it could not be done, 2 the command line makes no sense, 130 and 143 stopped by SIGINT and
-SIGTERM. Whatever goes wrong is one sentence on stderr; ``arb --traceback ...`` shows where it came from.
+SIGTERM, 129 by SIGHUP. Whatever goes wrong is one sentence on stderr; ``arb --traceback ...`` shows where it came from.
 Everything heavy is imported inside the commands, so that ``arb --help`` is quick.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 import traceback as traceback_module
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import click
 
-from arbitor.optimized.training.options import CHANGES, ROWS
+from arbitor.optimized.training.options import CHANGES, MOST_BYTES, ROWS
+from arbitor.optimized.training.shown import Unbreakable, shown
 from arbitor.optimized.version import package_version
 
 if TYPE_CHECKING:
@@ -26,6 +29,16 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 """Bytes of a mebibyte, the seeds' unit of state."""
+
+
+class _FilePath(click.Path):
+    """A path that names something: an empty one would be the working directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("'' is empty, but must name a file or a folder", param, ctx)
+        return super().convert(value, param, ctx)
+
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -90,6 +103,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     # tenth on idle cores, and makes training five times slower on two cores that something else uses too.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # What a terminal has no letters for is written as an escape, and fails nothing.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         cli(arguments, prog_name="arb", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
@@ -121,7 +138,7 @@ def cli(context: click.Context) -> None:
 
 @cli.command()
 @_settings(*(name for name, row in ROWS.items() if row.option.asked))
-@click.option("--run", type=click.Path(path_type=Path), help="Run folder [runs/<preset>-<number>].")
+@click.option("--run", type=_FilePath(path_type=Path), help="Run folder [runs/<preset>-<number>].")
 @click.option("--resume", is_flag=True, help="Go on with the run in --run, with its own settings [off].")
 @click.option("--no-save", is_flag=True, help="Write no checkpoints; without --run, write nothing [off].")
 def train(no_save: bool, **options: Any) -> None:
@@ -133,18 +150,20 @@ def train(no_save: bool, **options: Any) -> None:
     from arbitor.optimized.training.loop import train as run_training
     from arbitor.optimized.training.options import TrainOptions
 
-    console = Console()
+    console = Console(file=cast(Any, Unbreakable(sys.stdout)))
     result = run_training(TrainOptions(save=not no_save, **options), console=console)
     _print_result(console, result)
 
 
 @cli.command()
-@click.option("--run", type=click.Path(path_type=Path), required=True, help="Folder of a run.")
+@click.option("--run", type=_FilePath(path_type=Path), required=True, help="Folder of a run.")
 @click.option("--prompt", help="Text to continue [none].")
 @click.option(
-    "--prompt-file", type=click.Path(path_type=Path), help="A file with the bytes to continue [none]."
+    "--prompt-file", type=_FilePath(path_type=Path), help="A file with the bytes to continue [none]."
 )
-@click.option("--bytes", "num_bytes", type=click.IntRange(min=0), default=256, help="Bytes to add [256].")
+@click.option(
+    "--bytes", "num_bytes", type=click.IntRange(0, MOST_BYTES), default=256, help="Bytes to add [256]."
+)
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
@@ -190,6 +209,7 @@ def generate(
     from arbitor.optimized.training.recording import records
     from arbitor.optimized.training.run_folder import RunFolder
     from arbitor.optimized.training.runtime import choose_runtime, deterministic
+    from arbitor.optimized.training.sizes import check_memory
     from arbitor.reference.config import ArbConfig
     from arbitor.reference.graph import ArbModel
 
@@ -200,7 +220,8 @@ def generate(
         lambda refusal: click.echo(f"arb: {refusal}; trying another one", err=True)
     )
     config = ArbConfig.from_json(json.dumps(checkpoint.config))
-    with deterministic():
+    check_memory(config, runtime.device)
+    with deterministic(checkpoint.run.get("threads")):
         model = ArbModel(config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=0)
         check_fits(checkpoint, checkpoint.config, model)
         model.load_state(checkpoint.state)
@@ -277,7 +298,7 @@ def smoke(
     runtime = choose_runtime(device or "auto", backend, dtype)
     config = model_config(preset, **changes)
     report = run_twice(config, runtime, context=context, batch=batch, backward=backward, seed=seed)
-    click.echo(f"preset {preset}, {runtime.backend} on {runtime.device}, ctx {context}, batch {batch}")
+    click.echo(f"preset {shown(preset)}, {runtime.backend} on {runtime.device}, ctx {context}, batch {batch}")
     click.echo(f"logical ternary weights: {report.weights:,}")
     click.echo(f"training state: {report.state_bytes / MIB:.2f} MiB")
     click.echo(f"loss: {report.bpb:.3f} bits per byte")
@@ -293,8 +314,9 @@ def smoke(
 def _print_audit(report: AuditReport, sidecars: Sequence[SidecarAudit] | None) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("area", title=f"preset {report.config_name}")
+    table = Table("area", title=Text(f"preset {shown(report.config_name)}"))
     for heading in ("ternary weights", "canonical MiB", "on a GPU MiB"):
         table.add_column(heading, justify="right")
     total = ("total", report.weights, report.canonical_bytes, report.resident_bytes)
@@ -365,7 +387,8 @@ def _print_result(console: Any, result: TrainResult) -> None:
         table.add_row(name, f"{bpb:.3f}")
     table.add_section()
     value = summary["val_bpb"]
-    table.add_row(f"arb {summary['preset']}", "not finite" if value is None else f"{value:.3f}", style="bold")
+    ours = Text(f"arb {shown(summary['preset'])}")
+    table.add_row(ours, "not finite" if value is None else f"{value:.3f}", style="bold")
     console.print(table)
     console.print("sample, prompt first:", highlight=False)
     console.print(Text(_printable(result.prompt), style="dim") + Text(_printable(result.sample)))
@@ -374,7 +397,8 @@ def _print_result(console: Any, result: TrainResult) -> None:
         highlight=False,
     )
     if result.folder is not None:
-        console.print(f"run folder: {result.folder}", highlight=False, soft_wrap=True)
+        folder = shown(str(result.folder))
+        console.print(f"run folder: {folder}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _refuse_given(command: click.Context, *names: str, where: str) -> None:
@@ -398,7 +422,7 @@ def _prompt_of(path: Path) -> bytes:
 def _printable(content: bytes) -> str:
     """Bytes as text for a terminal: UTF-8 where it is, and no control characters but newline and tab."""
     text = content.decode("utf-8", errors="replace")
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return shown(text, allowed="\n\t")
 
 
 def _explained(error: Exception) -> tuple[str, int]:
@@ -428,8 +452,9 @@ def _explained(error: Exception) -> tuple[str, int]:
 
 
 def _fail(sentence: str, code: int) -> NoReturn:
-    sentence = " ".join(sentence.split())
-    click.echo(f"arb: {sentence}{'' if sentence.endswith(('.', ')')) else '.'}", err=True)
+    sentence = shown(" ".join(sentence.split()))
+    with contextlib.suppress(OSError):
+        click.echo(f"arb: {sentence}{'' if sentence.endswith(('.', ')')) else '.'}", err=True)
     sys.exit(code)
 
 

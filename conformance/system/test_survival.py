@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from arbitor.optimized.training.checkpoint import load_checkpoint
-from arbitor.optimized.training.monitor import read_metrics
+from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.run_folder import RunFolder
 from conformance.system.command import TIMEOUT, Here, arb, check_refused, finish, start
 
@@ -103,7 +103,11 @@ def test_signals_save_and_exit(
     process = start(["no-pictures", *arguments(text, run, "--save-interval", "1000")])
     assert wait_for(process, run / "metrics.jsonl", 3)
     process.send_signal(number)
-    check_refused(finish(process), code, f"stopped by {number.name}", "--resume")
+    result = finish(process)
+    told, ended = result.stderr.splitlines(keepends=True)
+    assert told == b"arb: stopping after this step; again to quit now.\n"
+    ended_alone = subprocess.CompletedProcess(result.args, result.returncode, result.stdout, ended)
+    check_refused(ended_alone, code, f"stopped by {number.name}", "--resume")
     assert load_checkpoint(run / "latest.safetensors").step >= 4
     if number == signal.SIGTERM:
         check_full_disk_while_resuming(run)
@@ -165,9 +169,14 @@ def test_damaged_checkpoints(here: Here, finished: Path, tmp_path: Path) -> None
     check_refused(here(*resume(tmp_path)), 1, "no checkpoint is left to resume from")
 
 
-def test_resume_of_a_run_that_never_began(here: Here, finished: Path, text: Path, tmp_path: Path) -> None:
-    """Killed before its first file, a run is started by the command that would have resumed it."""
-    result = here(*arguments(text, tmp_path / "run", "--resume"))
+def test_resume_of_a_run_that_has_only_begun(here: Here, finished: Path, text: Path, tmp_path: Path) -> None:
+    """Killed before its first checkpoint, a run starts again. Where no run began, none is resumed."""
+    run = tmp_path / "run"
+    check_refused(here(*arguments(text, run, "--resume")), 1, "is no folder of a run")
+    assert not run.exists()
+    run.mkdir()
+    (run / "config.json").write_bytes((finished / "config.json").read_bytes())
+    result = here(*resume(run))
     assert result.returncode == 0, result.stderr.decode()
     assert b"starting at step 0" in result.stdout
-    assert digest(tmp_path / "run") == digest(finished)
+    assert digest(run) == digest(finished)

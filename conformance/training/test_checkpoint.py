@@ -203,7 +203,8 @@ EMBEDDING, LOAD = "embedding.table", "layers.0.moe_graph.moe.load"
         (_field("step", "2"), "has '2' for step"),
         (_field("best_bpb", True), "has True for best_bpb"),
         (_field("weights", {"embedding.table": {}}), "malformed"),
-        (_drop_field, "malformed"),
+        (_drop_field, "its header has no seed"),
+        (_field("step", -5), "has -5 for step, but it is at least 0"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -15,6 +15,7 @@ from arbitor.optimized.training.data import (
     BLOCK_BYTES,
     Corpus,
     Split,
+    check_same_split,
     load_corpus,
     split_corpus,
     training_batch,
@@ -65,6 +66,116 @@ def test_load_corpus_joins_the_text_files_of_a_folder_by_relative_path(tmp_path:
     assert corpus.num_files == 6
 
 
+def test_what_is_left_out_of_a_folder_is_named_and_counted(tmp_path: Path) -> None:
+    """Version control, runs, and the folder of the run that reads it are no data, whatever they hold."""
+    for name, content in (
+        ("a.txt", b"text"),
+        ("empty", b""),
+        ("x.bin", b"\0\1\2"),
+        ("y.bin", b"\0\1\2"),
+        ("model.pt", b"text"),
+        ("w.SafeTensors", b"text"),
+        (".git/HEAD", b"text"),
+        ("runs/one/config.json", b"{}"),
+        ("runs/one/metrics.jsonl", b"{}"),
+        ("own/config.json", b"{}"),
+        ("sub/\x1b[31m.bin", b"\0"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "link").symlink_to("a.txt")
+    (tmp_path / "sub" / "up").symlink_to("..")
+    os.mkfifo(tmp_path / "pipe")
+    corpus = load_corpus(str(tmp_path), tmp_path / "own")
+    assert bytes(corpus.data_N.tolist()) == b"text" and corpus.num_files == 1
+    assert corpus.left_out == {
+        "of version control": [".git"],
+        "of runs": ["own", "runs/one"],
+        "linked": ["link", "sub/up"],
+        "special": ["pipe"],
+        "empty": ["empty"],
+        "of weights": ["model.pt", "w.SafeTensors"],
+        "binary": ["sub/\N{REPLACEMENT CHARACTER}[31m.bin", "x.bin", "y.bin"],
+    }
+    described = corpus.description()
+    assert described.startswith("1 file, 4 bytes; left out: ") and "\x1b" not in described
+    for part in (
+        "2 of runs (own, runs/one)",
+        "1 empty (empty)",
+        "2 of weights (model.pt, w.SafeTensors)",
+    ):
+        assert part in described
+    assert load_corpus(str(tmp_path / "a.txt")).description() == "1 file, 4 bytes"
+
+
+def test_data_in_the_folder_of_the_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "sample.txt").write_bytes(b"text")
+    for data in (tmp_path, tmp_path / "sample.txt"):
+        with pytest.raises(TrainingError, match="lies in the run folder"):
+            load_corpus(str(data), tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("text", ["Grüße, 7 squared\r\n", "x" * 4095 + "😀" + "y"])
+def test_utf16_is_data_alone_and_in_a_folder(tmp_path: Path, encoding: str, text: str) -> None:
+    content = text.encode(encoding)
+    (tmp_path / "text").write_bytes(content)
+    for path in (tmp_path, tmp_path / "text"):
+        assert bytes(load_corpus(str(path)).data_N.tolist()) == content
+
+
+def test_a_file_of_weights_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(b"PK\3\4")
+    with pytest.raises(TrainingError, match=r"'.*model\.pt' is a file of weights by its name"):
+        load_corpus(str(tmp_path / "model.pt"))
+    with pytest.raises(TrainingError, match="is a device, but must be"):
+        load_corpus("/dev/zero")
+
+
+def in_files(*sizes: int) -> Corpus:
+    ends = tuple(sum(sizes[: i + 1]) for i in range(len(sizes)))
+    return Corpus("made", torch.zeros(sum(sizes), dtype=torch.uint8), "", len(sizes), ends=ends)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "context", "validation"),
+    [
+        ((1000, 500, 2000), 10, ((900, 1000), (1450, 1500), (3300, 3500))),
+        # Each short file lends what it owes to the next.
+        ((60,) * 10, 12, ((108, 120), (228, 240), (348, 360), (468, 480), (588, 600))),
+        ((1000, 3, 1000), 50, ((900, 1000), (1903, 2003))),
+        # No file has room for a window of each kind: as if it were one file.
+        ((9, 9, 9, 9), 5, ((30, 36),)),
+        ((5000,), 10, ((4500, 5000),)),
+    ],
+)
+def test_split_corpus_of_a_small_folder_is_spread_over_its_files(
+    sizes: tuple[int, ...], context: int, validation: tuple[tuple[int, int], ...]
+) -> None:
+    corpus = in_files(*sizes)
+    split = split_corpus(corpus, context)
+    assert split.validation.runs == validation
+    assert split.train.num_bytes() + split.validation.num_bytes() == sum(sizes)
+    assert split.train.num_windows(context) > 0
+    assert f"{split.validation.num_bytes():,} bytes" in split.description()
+
+
+def test_split_corpus_of_a_large_folder_is_by_block() -> None:
+    assert split_corpus(in_files(*(BLOCK_BYTES,) * 10), 10) == cut(10 * BLOCK_BYTES, 10)
+
+
+def test_a_run_goes_on_with_its_validation_bytes_only() -> None:
+    """One from before folders were cut file by file does not say which they are."""
+    folder, file = in_files(1000, 1000), in_files(2000)
+    split = split_corpus(folder, 10)
+    check_same_split(folder, split, 10, None)
+    check_same_split(folder, split, 10, {"validation_sha256": split.validation_sha256()})
+    check_same_split(file, split_corpus(file, 10), 10, {})
+    for recorded in ({}, {"validation_sha256": split_corpus(file, 10).validation_sha256()}):
+        with pytest.raises(TrainingError, match="other validation bytes"):
+            check_same_split(folder, split, 10, recorded)
+
+
 def test_load_corpus_stdlib_is_the_sources_of_this_python() -> None:
     corpus = load_corpus("stdlib")
     data = bytes(corpus.data_N.numpy())
@@ -84,7 +195,7 @@ def test_load_corpus_stdlib_is_the_sources_of_this_python() -> None:
         (lambda path: path.write_bytes(b""), "is empty"),
         (lambda path: path.mkdir(), "holds no text"),
         (lambda path: (path.mkdir(), (path / "a").write_bytes(b"\0")), "holds no text"),
-        (lambda path: os.mkfifo(path), "neither a regular file nor a folder"),
+        (lambda path: os.mkfifo(path), "is a pipe, but must be a regular file or a folder"),
         (lambda path: path.symlink_to("/proc/self/mem"), "cannot read the data file .*Input/output error"),
         (lambda path: path.symlink_to(path), "cannot read the data .*symbolic links"),
     ],

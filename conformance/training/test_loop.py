@@ -23,7 +23,8 @@ from arbitor.optimized.training.data import load_corpus, split_corpus, training_
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import validation_bpb
 from arbitor.optimized.training.loop import train
-from arbitor.optimized.training.monitor import Monitor, read_metrics
+from arbitor.optimized.training.metrics import read_metrics
+from arbitor.optimized.training.monitor import Monitor
 from arbitor.optimized.training.schedule import rate
 from arbitor.reference.audit import audit
 from arbitor.reference.graph import ArbModel

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from arbitor.optimized.training import events
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.optimized.training.monitor import Monitor, cut_metrics, read_metrics
+from arbitor.optimized.training.metrics import cut_metrics, read_metrics, thinned_metrics
+from arbitor.optimized.training.monitor import Monitor
 from arbitor.optimized.training.run_folder import RunFolder
 
 
@@ -61,6 +66,32 @@ def test_cut_metrics_keeps_the_lines_as_they_are(tmp_path: Path) -> None:
     path.write_text('{"step": 1,   "a": 0.10}\n[]\n{"step": "2"}\n{"step": 4}\n{"step": 3}\n')
     cut_metrics(path, 3)
     assert path.read_text() == '{"step": 1,   "a": 0.10}\n{"step": 3}\n'
+
+
+def test_thinned_metrics_are_few_and_have_the_ends_of_long_runs(tmp_path: Path) -> None:
+    """Validations at a rhythm of their own are there, however the lines are thinned."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": i, **({"val_bpb": 2.0} if i % 7 == 3 else {})} for i in range(5000)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5')
+    thinned = thinned_metrics(path, 100)
+    assert 100 < len(thinned) <= 200 and thinned[-1]["step"] >= 4990
+    assert 90 <= sum("val_bpb" in line for line in thinned) <= 130
+    assert max(b["step"] - a["step"] for a, b in itertools.pairwise(thinned)) <= 51
+    assert thinned_metrics(path, 5001) == read_metrics(path) == lines
+    assert thinned_metrics(tmp_path / "none", 5) == []
+
+
+def test_a_clock_that_is_set_back_loses_no_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Monitor(RunFolder(tmp_path), steps=4)
+    for step in (1, 2, 3):
+        first.log(step, {"train_bpb": float(step)})
+    first.close()
+    now = time.time_ns()
+    monkeypatch.setattr(events, "time", SimpleNamespace(time_ns=lambda: now - 10**15, time=lambda: now / 1e9))
+    second = Monitor(RunFolder(tmp_path), steps=4, start_step=2)
+    second.log(3, {"train_bpb": 30.0})
+    second.close()
+    assert events_of(tmp_path, "train_bpb") == [(1, 1.0), (2, 2.0), (3, 30.0)]
 
 
 def test_monitor_prints_plain_lines_where_there_is_no_terminal() -> None:

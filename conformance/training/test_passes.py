@@ -14,7 +14,7 @@ from torch import Tensor
 from arbitor.optimized.training.checkpoint import state_sha256
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import train
-from arbitor.optimized.training.monitor import read_metrics
+from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.options import CHANGES, TrainOptions
 from arbitor.optimized.training.passes import Passes, RecordedPasses
 from arbitor.optimized.training.plan import decide, preset_config

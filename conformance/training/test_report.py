@@ -55,6 +55,25 @@ def test_plot_loss_draws_curves_and_baselines(tmp_path: Path) -> None:
     )
 
 
+def test_a_single_report_shows_its_points(tmp_path: Path) -> None:
+    """A line through one point has no length. A name is no formula, and may be of any bytes."""
+    facts = {"preset": "$\\frac{$", "data": "[/x]$_{\udcff\x1b"}
+
+    def page(metrics: list[dict[str, Any]]) -> Any:
+        plot_loss(tmp_path / "loss.png", metrics, {})
+        write_report(tmp_path / "p.png", metrics, facts, baselines={}, steps=5, planned_rate=lambda step: 0.0)
+        return pixels(tmp_path / "loss.png"), pixels(tmp_path / "p.png")
+
+    with_point, without = page([{"step": 5, "train_bpb": 5.0}]), page([{"step": 5, "train_bpb": 5.0}] * 30)
+    blue = numpy.array([31, 119, 180]) / 255
+
+    def count(picture: Any) -> int:
+        return int((abs(picture[..., :3] - blue).max(-1) < 0.05).sum())
+
+    # Thirty lines of one step are too many to mark each, so that only the legend is blue.
+    assert count(with_point[0]) > count(without[0])
+
+
 def test_the_page_shows_what_the_lines_hold(tmp_path: Path) -> None:
     path, facts = tmp_path / "report.png", {"preset": "nano", "state_sha256": "ab" * 32}
 

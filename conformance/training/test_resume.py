@@ -17,7 +17,7 @@ from arbitor.optimized.training import loop
 from arbitor.optimized.training.checkpoint import load_checkpoint
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import train
-from arbitor.optimized.training.monitor import read_metrics
+from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.options import TrainOptions
 from arbitor.optimized.training.runtime import Stopped
 from arbitor.reference import ops as reference_ops
@@ -215,7 +215,8 @@ def test_train_stops_between_two_steps_on_a_signal(
             train(options(text, tmp_path / "run"))
     assert caught.value.signal_number == number
     assert load_checkpoint(tmp_path / "run" / "latest.safetensors").step == 5
-    assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
+    # Who sends SIGTERM does not wait for a picture.
+    assert (tmp_path / "run" / "report.png").exists() == (number == signal.SIGINT)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
     resumed = train(TrainOptions(run=tmp_path / "run", resume=True)).summary
     assert resumed["state_sha256"] == train(options(text, None, save=False)).summary["state_sha256"]

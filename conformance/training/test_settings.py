@@ -174,7 +174,7 @@ def test_a_preset_may_be_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     [
         (None, TrainingError, "can't be read: No such file"),
         (b"\xff", ValueError, "is no text"),
-        (b"[1", ValueError, "text is no JSON"),
+        (b"[1", ValueError, "it is no JSON"),
         (b'{"name": "mine"}', ValueError, "config has no field"),
     ],
 )

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.regular import open_regular, parsed
 from arbitor.optimized.training.whole_file import rename, told, write_beside
 from arbitor.reference import checks
 from arbitor.reference.types import TernaryWeight
@@ -39,6 +42,9 @@ METADATA_KEY = "arbitor"
 PARTS = ("packed", "exponents", "trit_accum", "exponent_accum")
 """The tensors of a weight, by their name in `TernaryWeight`."""
 
+HEADER_BYTES = 2**26
+"""Bytes of a header at most: one with ten thousand weights has some three million."""
+
 _DTYPE_CODES = {
     torch.uint8: "U8",
     torch.int8: "I8",
@@ -48,10 +54,17 @@ _DTYPE_CODES = {
 }
 """The dtypes of weights and tables, all of them integers, as the format names them."""
 
+_DTYPES = {code: dtype for dtype, code in _DTYPE_CODES.items()}
+"""The same, the other way round."""
+
 State = Mapping[str, TernaryWeight | Tensor]
 """What ``ArbModel.state`` returns: weights in canonical form and integer tables, by name."""
 
+HeaderCheck = Callable[[Mapping[str, Any]], None]
+"""What refuses a header, with a CheckpointError, before any tensor is read."""
+
 _FIELD_TYPES: dict[str, Any] = {
+    "format": int,
     "config": dict,
     "step": int,
     "seed": int,
@@ -60,8 +73,10 @@ _FIELD_TYPES: dict[str, Any] = {
     "progress": dict,
     "weights": dict,
     "tables": dict,
+    "state_sha256": str,
+    "content_sha256": str,
 }
-"""What the fields of the header must be."""
+"""The fields of the header, and what they must be."""
 
 
 class CheckpointError(TrainingError):
@@ -132,33 +147,47 @@ def save_checkpoint(
     return digest
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path, check: HeaderCheck | None = None) -> Checkpoint:
     """Return a checkpoint that was read and verified: structure, digests, shapes, and the integers of weights.
 
-    What the integers of a table may be depends on the model, so that ``check_fits`` looks at them.
+    The header is read first, and no memory is taken for tensors that do not fit it. What the integers of a table may be
+    depends on the model, so that ``check_fits`` looks at them.
+
+    Args:
+        path: the file.
+        check: what else the header must hold.
 
     Raises:
         CheckpointError: the file is missing, truncated, tampered with, of another format, or holds what no
             run can have written.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        with open_regular(path) as file:
+            text, entries = _read_entries(file)
+            header = _verified_header(text)
+            if check is not None:
+                check(header)
+            # Shapes are looked at where they take no memory.
+            shapes = {
+                name: torch.empty(shape, dtype=dtype, device="meta")
+                for name, (dtype, shape) in entries.items()
+            }
+            _state(header, shapes)
+            tensors = {name: _read_tensor(file, dtype, shape) for name, (dtype, shape) in entries.items()}
+        return _verified(header, tensors)
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no checkpoint {str(path)!r}") from error
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(
-            f"the checkpoint {str(path)!r} is damaged or not a safetensors file: {error}"
-        ) from error
-    try:
-        return _verified(text, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"the checkpoint {str(path)!r} is refused: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = str(error) or type(error).__name__
+    except (OSError, _Damaged) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise CheckpointError(
+            f"the checkpoint {str(path)!r} is damaged or not a safetensors file: {reason}"
+        ) from error
+    except MemoryError as error:
+        raise CheckpointError(f"the checkpoint {str(path)!r} needs more memory than there is") from error
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).split("\n")[0]
         raise CheckpointError(
             f"the checkpoint {str(path)!r} is refused: its header is malformed ({reason})"
         ) from error
@@ -184,26 +213,39 @@ def check_fits(checkpoint: Checkpoint, config: Mapping[str, Any], model: ArbMode
                 f"the checkpoint is of another model: {field} is {theirs.get(field)!r} there "
                 f"and {ours.get(field)!r} here"
             )
-    held: dict[str, LaidOutWeight | Tensor] = {
-        **{name: module.weight for name, module in model.ternary_modules().items()},
-        **model.tables(),
-    }
-    if checkpoint.state.keys() != held.keys():
-        name = sorted(checkpoint.state.keys() ^ held.keys())[0]
-        where = "there but not here" if name in checkpoint.state else "here but not there"
-        raise CheckpointError(f"the checkpoint is of another model: {name!r} is {where}")
-    for name, value in held.items():
-        there, here = _layout(checkpoint.state[name]), _layout(value)
-        if there != here:
-            raise CheckpointError(
-                f"the checkpoint is of another model: {name!r} is {there} there and {here} here"
-            )
+    check_layouts({name: _layout(value) for name, value in checkpoint.state.items()}, model)
     for name, (low, high) in model.table_ranges().items():
         table = checkpoint.state[name]
         # Its layout is that of a table.
         assert isinstance(table, Tensor)
         with _refusing():
             checks.values_between(f"the checkpoint's {name}", table, low, high)
+
+
+def check_layouts(theirs: Mapping[str, Mapping[str, Any]], model: ArbModel) -> None:
+    """Refuse weights and tables of another model by their layouts.
+
+    Args:
+        theirs: a layout for each name, as a header has them.
+        model: what they should fit; it may be on the meta device.
+
+    Raises:
+        CheckpointError: a name, a shape, a dtype or a group size differs; the message names it.
+    """
+    held: dict[str, LaidOutWeight | Tensor] = {
+        **{name: module.weight for name, module in model.ternary_modules().items()},
+        **model.tables(),
+    }
+    if theirs.keys() != held.keys():
+        name = sorted(theirs.keys() ^ held.keys())[0]
+        where = "there but not here" if name in theirs else "here but not there"
+        raise CheckpointError(f"the checkpoint is of another model: {name!r} is {where}")
+    for name, value in held.items():
+        there, here = theirs[name], _layout(value)
+        if there != here:
+            raise CheckpointError(
+                f"the checkpoint is of another model: {name!r} is {there} there and {here} here"
+            )
 
 
 def _layout(value: LaidOutWeight | Tensor) -> dict[str, Any]:
@@ -317,27 +359,103 @@ def _writing(path: Path) -> AbstractContextManager[None]:
     return told(f"the checkpoint {str(path)!r}", "; the checkpoints written before are intact")
 
 
-def _verified(text: str | None, tensors: dict[str, Tensor]) -> Checkpoint:
-    if text is None:
+class _Damaged(Exception):
+    """A file that is no safetensors file, or a part of one."""
+
+
+Entries = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Dtype and shape of the tensors of a file, by name, in the order of their bytes."""
+
+
+def _read_entries(file: IO[bytes]) -> tuple[str | None, Entries]:
+    """Return our JSON text and the entries of a safetensors file; its tensors are what is left to read.
+
+    Raises:
+        _Damaged: it is none. Entries must lie one after the other, and end where the file ends.
+    """
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(HEADER_BYTES, size - 8):
+        raise _Damaged(f"its header would have {length:,} bytes, in a file of {size:,}")
+    try:
+        header = parsed(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header is no object")
+        metadata = header.pop("__metadata__", {})
+        text = metadata.get(METADATA_KEY)
+        entries: Entries = {}
+        place = 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
+            if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+                raise ValueError(f"the tensor {name!r} has numbers that are no sizes")
+            dtype = _DTYPES.get(entry["dtype"])
+            if dtype is None:
+                # Of another program: it is not read.
+                return None, {}
+            if start != place or end - start != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"the tensor {name!r} is not where it should be")
+            entries[name] = dtype, shape
+            place = end
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _Damaged(str(error) or type(error).__name__) from error
+    if 8 + length + place != size:
+        raise _Damaged(f"it has {size:,} bytes, but its header says {8 + length + place:,}")
+    return text, entries
+
+
+def _read_tensor(file: IO[bytes], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Read a tensor into memory of its own, so that a model is never held twice."""
+    tensor = torch.empty(shape, dtype=dtype)
+    if tensor.numel() and file.readinto(_bytes_of(tensor)) != tensor.nbytes:  # type: ignore[attr-defined]
+        raise _Damaged("it ends before its last tensor does")
+    return tensor
+
+
+def _verified_header(text: Any) -> dict[str, Any]:
+    """Return the header from its JSON text: of this format, with every field, and as it was written."""
+    if not isinstance(text, str):
         raise CheckpointError("it is a safetensors file, but not of this program")
-    header = json.loads(text)
-    if header["format"] != FORMAT_VERSION:
+    header = parsed(text)
+    if not isinstance(header, dict):
+        raise CheckpointError("its header is no object")
+    if header.get("format", FORMAT_VERSION) != FORMAT_VERSION:
         raise CheckpointError(
             f"its format version is {header['format']!r} and this program reads {FORMAT_VERSION}"
         )
-    if header["content_sha256"] != _content_sha256(header):
-        raise CheckpointError("its header does not match its digest, so it was changed or damaged")
     for field, kinds in _FIELD_TYPES.items():
+        if field not in header:
+            raise CheckpointError(f"its header has no {field}")
         if not isinstance(header[field], kinds) or isinstance(header[field], bool):
             raise CheckpointError(f"its header has {header[field]!r} for {field}")
+    if header["content_sha256"] != _content_sha256(header):
+        raise CheckpointError("its header does not match its digest, so it was changed or damaged")
+    for field, low in (("step", 0), ("seed", 0), ("best_bpb", 0)):
+        if header[field] is not None and header[field] < low:
+            raise CheckpointError(f"its header has {header[field]!r} for {field}, but it is at least {low}")
+    return header
+
+
+def _state(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, TernaryWeight | Tensor]:
+    """Return weights and tables as the header lays them out; tensors on the meta device are welcome."""
     weights = {name: _weight(name, layout, tensors) for name, layout in header["weights"].items()}
     tables = {name: _table(name, layout, tensors) for name, layout in header["tables"].items()}
     if len(tensors) != len(PARTS) * len(weights) + len(tables):
         raise CheckpointError("it holds tensors that belong to no weight and are no table")
+    return {**weights, **tables}
+
+
+def _verified(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoint:
     if header["state_sha256"] != _tensors_sha256(tensors):
         raise CheckpointError("its tensors do not match their digest, so it was changed or damaged")
+    state = _state(header, tensors)
+    for name, value in state.items():
+        if isinstance(value, TernaryWeight):
+            with _refusing():
+                for part, tensor in value.tensors().items():
+                    value.check_values(f"{name}.", part, tensor)
     return Checkpoint(
-        state={**weights, **tables},
+        state=state,
         config=header["config"],
         step=header["step"],
         seed=header["seed"],
@@ -354,7 +472,7 @@ def _weight(name: str, layout: Mapping[str, Any], tensors: Mapping[str, Tensor])
         raise CheckpointError(f"{name}.{missing[0]} is missing")
     num_rows, num_columns = layout["shape"]
     try:
-        weight = TernaryWeight(
+        return TernaryWeight(
             packed=tensors[f"{name}.packed"],
             exponents=tensors[f"{name}.exponents"],
             trit_accum=tensors[f"{name}.trit_accum"],
@@ -367,10 +485,6 @@ def _weight(name: str, layout: Mapping[str, Any], tensors: Mapping[str, Tensor])
         raise CheckpointError(
             f"the weight {name!r} does not have the shape its header states: {error}"
         ) from error
-    with _refusing():
-        for part, tensor in weight.tensors().items():
-            weight.check_values(f"{name}.", part, tensor)
-    return weight
 
 
 def _table(name: str, layout: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:

@@ -10,17 +10,20 @@ corpus.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import stat
 import sysconfig
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.regular import kind_of, read_regular
+from arbitor.optimized.training.shown import shown
 from arbitor.reference.config import NGRAM
 
 BLOCK_BYTES = 64 * 1024
@@ -31,6 +34,20 @@ VALIDATION_EVERY = 10
 
 BINARY_PROBE_BYTES = 8 * 1024
 """A file of a folder with a NUL in its first so many bytes is taken for binary and left out."""
+
+NAMED_LEFT_OUT = 3
+"""How many of the files that are left out for the same reason are named."""
+
+WEIGHTS_SUFFIXES = frozenset(
+    {".pt", ".pth", ".ckpt", ".safetensors", ".npy", ".npz", ".pkl", ".gguf", ".onnx"}
+)
+"""How files of weights end, which are no data: their numbers would be learned as if they were text."""
+
+VERSION_CONTROL = frozenset({".git", ".hg", ".svn"})
+"""Folders of version control: their files are copies and hashes of the others."""
+
+RUN_FILES = ("config.json", "metrics.jsonl")
+"""What a folder holds that is the folder of a run."""
 
 MIN_CONTEXT = NGRAM + 1
 """The shortest window, in bytes: three are read to predict the fourth."""
@@ -49,12 +66,26 @@ class Corpus:
         data_N: uint8 [N].
         sha256: hex digest of the N bytes.
         num_files: how many files they came from.
+        left_out: what a folder holds that is no data: paths in it, by the reason.
+        ends: where each file of a folder ends in the bytes; empty for what is no folder.
     """
 
     source: str
     data_N: torch.Tensor
     sha256: str
     num_files: int
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    ends: tuple[int, ...] = ()
+
+    def description(self) -> str:
+        """Return how many files and bytes these are, and what was left out, by number and name."""
+        files = f"{self.num_files:,} file{'' if self.num_files == 1 else 's'}"
+        parts = []
+        for reason, paths in self.left_out.items():
+            more = ", ..." if len(paths) > NAMED_LEFT_OUT else ""
+            parts.append(f"{len(paths):,} {reason} ({', '.join(paths[:NAMED_LEFT_OUT])}{more})")
+        left_out = f"; left out: {', '.join(parts)}" if parts else ""
+        return f"{files}, {self.data_N.numel():,} bytes{left_out}"
 
 
 @dataclass(frozen=True)
@@ -97,18 +128,35 @@ class Split:
     train: Segments
     validation: Segments
 
+    def description(self) -> str:
+        """Return which bytes are the validation."""
+        runs = self.validation.runs
+        size = f"{self.validation.num_bytes():,} bytes"
+        if len(runs) == 1:
+            return f"{size}, {runs[0][0]:,} to {runs[0][1]:,}"
+        return f"{size} in {len(runs):,} runs, from {runs[0][0]:,} to {runs[-1][1]:,}"
 
-def load_corpus(source: str) -> Corpus:
+    def validation_sha256(self) -> str:
+        """Return the hex digest of where the validation bytes are."""
+        return hashlib.sha256(repr(self.validation.runs).encode()).hexdigest()
+
+
+def load_corpus(source: str, run: Path | None = None) -> Corpus:
     """Return a corpus, read.
 
     Args:
         source: ``stdlib`` for the Python sources that every Python carries (with the texts of
             ``pydoc_data.topics``), or the path of a file (its bytes as they are) or of a folder (every
-            regular file in it, sorted by relative path, without links and without files that look binary).
+            regular file in it, sorted by relative path). Of a folder are left out: links, empty files, files that look binary
+            and files of weights, version control, and the folders of runs.
+        run: the folder of the run that reads them, which is never data.
 
     Raises:
-        TrainingError: the path is missing, unreadable, neither file nor folder, or holds no text.
+        TrainingError: the path is missing, unreadable, neither file nor folder, holds no text, is a file of weights, or lies in
+            the folder of the run.
     """
+    left_out: dict[str, list[str]] = {}
+    ends: tuple[int, ...] = ()
     if source == "stdlib":
         chunks = _stdlib_files()
     else:
@@ -117,12 +165,24 @@ def load_corpus(source: str) -> Corpus:
             mode = path.stat().st_mode
         except OSError as error:
             raise TrainingError(f"cannot read the data {source!r}: {error.strerror or error}") from error
+        if run is not None and run.is_dir() and path.resolve().is_relative_to(run.resolve()):
+            raise TrainingError(
+                f"the data {source!r} lies in the run folder {str(run)!r}, which the run changes"
+            )
         if stat.S_ISDIR(mode):
-            chunks = _folder_files(path)
+            chunks, left_out = _folder_files(path, run)
+            ends = tuple(itertools.accumulate(map(len, chunks)))
         elif stat.S_ISREG(mode):
+            if path.suffix.lower() in WEIGHTS_SUFFIXES:
+                raise TrainingError(
+                    f"the data {source!r} is a file of weights by its name, but must be bytes to learn from"
+                )
             chunks = [_read(path)]
         else:
-            raise TrainingError(f"the data {source!r} is neither a regular file nor a folder")
+            raise TrainingError(
+                f"the data {source!r} is {kind_of(mode)}, but must be a regular file or a folder: "
+                "a run that is resumed reads it again"
+            )
     data = bytearray().join(chunks)
     if not data:
         raise TrainingError(f"the data file {source!r} is empty: there is nothing to learn from")
@@ -131,6 +191,8 @@ def load_corpus(source: str) -> Corpus:
         data_N=torch.frombuffer(data, dtype=torch.uint8),
         sha256=hashlib.sha256(data).hexdigest(),
         num_files=len(chunks),
+        left_out=left_out,
+        ends=ends,
     )
 
 
@@ -152,12 +214,39 @@ def check_same_data(corpus: Corpus, recorded: Mapping[str, Any] | None) -> None:
         )
 
 
+def check_same_split(corpus: Corpus, split: Split, context: int, recorded: Mapping[str, Any] | None) -> None:
+    """Refuse to go on with other validation bytes than the run was started with.
+
+    Args:
+        corpus, split: the bytes and how they are cut now.
+        context: bytes of a window.
+        recorded: settings of the run that is resumed, or None for a new one. A run that does not say how its bytes were cut is
+            from before folders were cut file by file.
+
+    Raises:
+        TrainingError: they differ.
+    """
+    if recorded is None:
+        return
+    if (
+        recorded.get("validation_sha256", _by_block(corpus, context).validation_sha256())
+        != split.validation_sha256()
+    ):
+        raise TrainingError(
+            f"the run was started with other validation bytes of {corpus.source!r}, which was cut by another rule, and cannot "
+            "go on with these"
+        )
+
+
 def split_corpus(corpus: Corpus, context: int) -> Split:
     """Return a corpus cut into training and validation bytes.
 
     Blocks of 64 KiB, every tenth of them for validation. A corpus of fewer than ten such blocks has blocks of
     a tenth of its length, or of one context where that is longer; the last block is then the validation. The
     remainder joins the last block.
+
+    A folder of fewer than ten such blocks is cut file by file: the validation is the end of every file, a tenth of it. A file
+    whose tenth is shorter than a context lends it to the next one, so that of many short files some give a context.
 
     Args:
         corpus: the bytes.
@@ -175,19 +264,44 @@ def split_corpus(corpus: Corpus, context: int) -> Split:
             f"the data {corpus.source!r} has {total} bytes, too few for a context of {context}: "
             f"training and validation need a window each, {2 * context} bytes together"
         )
+    validation = []
+    if len(corpus.ends) > 1 and total < VALIDATION_EVERY * BLOCK_BYTES:
+        validation = _ends_of_files(corpus.ends, context)
+    return _cut(total, validation) if validation else _by_block(corpus, context)
+
+
+def _ends_of_files(ends: Sequence[int], context: int) -> list[tuple[int, int]]:
+    """Return a tenth of the bytes at the ends of files that also keep a window for training; none where no file has room."""
+    runs = []
+    owed = start = 0
+    for end in ends:
+        length = end - start
+        owed += length
+        size = min(owed // VALIDATION_EVERY, length // 2)
+        if size >= context:
+            runs.append((end - size, end))
+            owed -= size * VALIDATION_EVERY
+        start = end
+    return runs
+
+
+def _by_block(corpus: Corpus, context: int) -> Split:
+    total = corpus.data_N.numel()
     block = max(context, min(BLOCK_BYTES, total // VALIDATION_EVERY))
     num_blocks = total // block
     held_out = [i for i in range(num_blocks) if i % VALIDATION_EVERY == VALIDATION_EVERY - 1] or [
         num_blocks - 1
     ]
-    train: list[tuple[int, int]] = []
-    validation: list[tuple[int, int]] = []
+    return _cut(total, [(i * block, total if i == num_blocks - 1 else (i + 1) * block) for i in held_out])
+
+
+def _cut(total: int, validation: Sequence[tuple[int, int]]) -> Split:
+    """Return the split of so many bytes with these for validation, in order, and what lies between them for training."""
+    train = []
     cursor = 0
-    for i in held_out:
-        start, end = i * block, total if i == num_blocks - 1 else (i + 1) * block
+    for start, end in validation:
         if start > cursor:
             train.append((cursor, start))
-        validation.append((start, end))
         cursor = end
     if cursor < total:
         train.append((cursor, total))
@@ -242,41 +356,108 @@ def _gather(data_N: torch.Tensor, starts_B: torch.Tensor, context: int) -> torch
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise TrainingError(f"cannot read the data file {str(path)!r}: {error.strerror or error}") from error
 
 
-def _walk(root: Path, skipped: frozenset[str] = frozenset()) -> list[Path]:
-    """Return the regular files under a folder, sorted by the bytes of their relative path."""
+def _walk(
+    root: Path, skips: Callable[[Path], str | None], left_out: dict[str, list[str]] | None = None
+) -> list[Path]:
+    """Return the regular files under a folder, sorted by the bytes of their relative path.
+
+    Args:
+        root: the folder.
+        skips: says of a folder in it why it is left out, or None.
+        left_out: is given the relative paths of what is left out, by the reason.
+    """
 
     def refuse(error: OSError) -> None:
         raise TrainingError(
             f"cannot read the folder {error.filename!r}: {error.strerror or error}"
         ) from error
 
+    def leave_out(path: Path, reason: str) -> None:
+        if left_out is not None:
+            left_out.setdefault(reason, []).append(shown(path.relative_to(root).as_posix()))
+
     found: list[tuple[bytes, Path]] = []
     for folder, names, files in os.walk(root, onerror=refuse):
-        names[:] = [name for name in names if name not in skipped]
-        for name in files:
+        kept = []
+        for name in sorted(names):
             path = Path(folder, name)
-            if stat.S_ISREG(path.lstat().st_mode):
+            reason = "linked" if path.is_symlink() else skips(path)
+            if reason is None:
+                kept.append(name)
+            else:
+                leave_out(path, reason)
+        names[:] = kept
+        for name in sorted(files):
+            path = Path(folder, name)
+            mode = path.lstat().st_mode
+            if stat.S_ISREG(mode):
                 found.append((os.fsencode(path.relative_to(root).as_posix()), path))
+            else:
+                leave_out(path, "linked" if stat.S_ISLNK(mode) else "special")
     return [path for _, path in sorted(found)]
 
 
-def _folder_files(root: Path) -> list[bytes]:
-    chunks = [chunk for chunk in map(_read, _walk(root)) if chunk and b"\0" not in chunk[:BINARY_PROBE_BYTES]]
+def _folder_files(root: Path, run: Path | None) -> tuple[list[bytes], dict[str, list[str]]]:
+    """Return the texts of a folder, and what is left out of it."""
+    own = None if run is None else run.resolve()
+
+    def skips(path: Path) -> str | None:
+        if path.name in VERSION_CONTROL:
+            return "of version control"
+        if path.resolve() == own or all(path.joinpath(name).exists() for name in RUN_FILES):
+            return "of runs"
+        return None
+
+    left_out: dict[str, list[str]] = {}
+    chunks = []
+    for path in _walk(root, skips, left_out):
+        content = b""
+        if path.suffix.lower() in WEIGHTS_SUFFIXES:
+            reason = "of weights"
+        else:
+            content = _read(path)
+            reason = "empty" if not content else "binary" if _is_binary(content) else ""
+        if reason:
+            left_out.setdefault(reason, []).append(shown(path.relative_to(root).as_posix()))
+        else:
+            chunks.append(content)
     if not chunks:
         raise TrainingError(
             f"the folder {str(root)!r} holds no text: it has no regular file that is neither empty nor binary"
         )
-    return chunks
+    return chunks, left_out
+
+
+def _is_binary(content: bytes) -> bool:
+    """Whether a file looks binary: it has a NUL near its beginning, and is no UTF-16, of whose letters each has one."""
+    probe = content[:BINARY_PROBE_BYTES]
+    if b"\0" not in probe:
+        return False
+    return len(content) % 2 == 1 or not (_is_utf16(probe, "le") or _is_utf16(probe, "be"))
+
+
+def _is_utf16(probe: bytes, order: Literal["le", "be"]) -> bool:
+    """Whether the beginning of a file is a text in UTF-16 of this byte order: with its mark, or most of it ASCII."""
+    text = probe.decode(f"utf-16-{order}", errors="replace")
+    has_mark = text.startswith("\ufeff")
+    # The end of the probe may have torn one character of two units.
+    letters = text.removeprefix("\ufeff").removesuffix("\N{REPLACEMENT CHARACTER}")
+    ascii_letters = sum(letter.isascii() for letter in letters)
+    return shown(letters, allowed="\n\r\t\f") == letters and (has_mark or 2 * ascii_letters > len(letters))
 
 
 def _stdlib_files() -> list[bytes]:
     root = Path(sysconfig.get_path("stdlib"))
-    paths = [path for path in _walk(root, _STDLIB_SKIPPED_FOLDERS) if path.suffix == ".py"]
+
+    def skips(path: Path) -> str | None:
+        return path.name if path.name in _STDLIB_SKIPPED_FOLDERS else None
+
+    paths = [path for path in _walk(root, skips) if path.suffix == ".py"]
     if not paths:
         raise TrainingError(
             "this Python carries no standard library sources: name a file or a folder with --data"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 
 EVENT_FILE_VERSION = "brain.Event:2"
 """What the first record of a TensorBoard event file has to say."""
+
+_NAME = re.compile(r"events\.out\.tfevents\.([0-9]{19})\.arb")
+"""Name of an event file, with its number: nanoseconds since 1970, or one more than the largest before it."""
 
 Histogram = list[tuple[int, int]]
 """Whole numbers and how often each occurred, in ascending order."""
@@ -27,7 +31,10 @@ class EventFile:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event_pb2 = event_pb2
-        self._file = open(folder / f"events.out.tfevents.{time.time_ns()}.arb", "xb", buffering=0)  # noqa: SIM115
+        # Readers take the files in the order of their names. A clock that was set back would put this one before the others.
+        numbers = [int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+        number = max([time.time_ns(), *(number + 1 for number in numbers)])
+        self._file = open(folder / f"events.out.tfevents.{number}.arb", "xb", buffering=0)  # noqa: SIM115
         self._records = RecordWriter(self._file)
         self._write(file_version=EVENT_FILE_VERSION)
         log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)

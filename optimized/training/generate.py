@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.settings import values_vouched_for
+from arbitor.optimized.training.options import MOST_BYTES
 from arbitor.optimized.training.readers import Reader, RecordedReader
 from arbitor.reference.config import NGRAM, NUM_BYTES, SPECIAL_IDS
 from arbitor.reference.graph.ledger import KVLedger
@@ -105,7 +106,7 @@ def stream_batch(
     Args:
         model: a model; its weights are only read, and must not change before the last piece was taken.
         prompts: bytes to continue; may be empty.
-        num_bytes: how many bytes to add to each at most, at least 0.
+        num_bytes: how many bytes to add to each at most, 0 to `MOST_BYTES`.
         temperature: 0 takes the likeliest byte (the lowest of several); otherwise logits are divided by it.
         seeds: of the CPU generators that draw, one a prompt; the same seed gives the same bytes on the same device. At
             temperature 0 nothing is drawn.
@@ -123,8 +124,8 @@ def stream_batch(
     Raises:
         ValueError: an argument is out of range, at once; or, from the iterator, the model's logits are not finite.
     """
-    if num_bytes < 0:
-        raise ValueError(f"num_bytes is {num_bytes}, but must be at least 0")
+    if not 0 <= num_bytes <= MOST_BYTES:
+        raise ValueError(f"num_bytes is {num_bytes}, but must be from 0 to {MOST_BYTES}")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature is {temperature}, but must be finite and at least 0")
     if top_k is not None and not 1 <= top_k <= NUM_BYTES:

@@ -7,6 +7,7 @@ seed and the step, so a run that was killed and resumed ends with the same weigh
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from arbitor.optimized.training.census import Census
 from arbitor.optimized.training.checkpoint import check_fits, state_sha256
 from arbitor.optimized.training.data import (
     check_same_data,
+    check_same_split,
     load_corpus,
     split_corpus,
     training_batch,
@@ -31,13 +33,14 @@ from arbitor.optimized.training.data import (
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import NATS_PER_BIT, validation_bpb
 from arbitor.optimized.training.generate import generate
-from arbitor.optimized.training.monitor import Monitor, read_metrics
+from arbitor.optimized.training.metrics import thinned_metrics
+from arbitor.optimized.training.monitor import Monitor
 from arbitor.optimized.training.options import Settings, TrainOptions
 from arbitor.optimized.training.passes import Passes, RecordedPasses
-from arbitor.optimized.training.plan import decide, settings_config
+from arbitor.optimized.training.plan import decide, run_config
 from arbitor.optimized.training.recording import records
 from arbitor.optimized.training.report import plot_loss, write_report
-from arbitor.optimized.training.run_folder import Found, RunFolder
+from arbitor.optimized.training.run_folder import Found, Progress, RunFolder
 from arbitor.optimized.training.runtime import (
     Runtime,
     Stopped,
@@ -48,6 +51,9 @@ from arbitor.optimized.training.runtime import (
     versions,
 )
 from arbitor.optimized.training.schedule import rate
+from arbitor.optimized.training.shown import shown
+from arbitor.optimized.training.sizes import check_memory
+from arbitor.optimized.training.whole_file import told
 from arbitor.reference.audit import audit
 from arbitor.reference.graph import ArbModel
 
@@ -56,6 +62,9 @@ if TYPE_CHECKING:
 
 MAX_SKIPPED_IN_A_ROW = 100
 """Micro-batches without a finite loss after which a run gives up."""
+
+REPORT_LINES = 2000
+"""Lines of metrics that a picture shows, and validations beside: more than it has points across."""
 
 SAMPLE_PROMPT_BYTES = 48
 """How many of the validation bytes the sample at the end continues."""
@@ -80,30 +89,10 @@ class TrainResult:
     folder: Path | None
 
 
-@dataclass
-class Progress:
-    """Counters that a resumed run carries on.
-
-    Attributes:
-        seconds: wall-clock time of the training so far.
-        nats, losses: sum and number of the losses since the last line of metrics.
-        skipped: micro-batches without a finite loss.
-        skipped_in_a_row: those since the last finite one.
-        faulty_rows: gradient rows that were not finite and cast no votes.
-    """
-
-    seconds: float = 0.0
-    nats: float = 0.0
-    losses: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    faulty_rows: int = 0
-
-
 def train(options: TrainOptions, *, console: Console | None = None) -> TrainResult:
     """Train a model, or go on with a run, and write its folder.
 
-    SIGINT and SIGTERM end the run between two steps, with a checkpoint.
+    SIGINT, SIGTERM and SIGHUP end the run between two steps, with a checkpoint.
 
     Args:
         options: what to do.
@@ -137,20 +126,24 @@ def opened(options: TrainOptions, console: Console | None) -> Iterator[Run]:
     """
     if options.resume and options.run is None:
         raise ValueError("run is not set, but must name the folder of the run to resume")
+    if options.run is not None and not os.fspath(options.run):
+        raise ValueError("run is '', but must name a folder")
     with ExitStack() as stack:
-        request = stack.enter_context(StopRequest().listening())
+        request = stack.enter_context(StopRequest(announced=console is not None).listening())
         folder = _folder(options)
         found = Found()
         if folder is not None and options.resume:
+            folder.refuse_no_run()
             stack.enter_context(folder.owned())
             found = folder.find()
         elif folder is not None:
             folder.refuse_other_run()
-        settings = decide(options, found.settings)
+        settings = decide(options, found.settings, found.model)
         runtime = choose_runtime(settings.device, settings.backend, settings.dtype)
         stack.enter_context(deterministic((found.settings or {}).get("threads")))
         stack.enter_context(values_vouched_for())
-        run = Run(settings, runtime, found, request)
+        run = Run(settings, runtime, found, request, None if folder is None else folder.path)
+        request.stop_before("its first step; nothing was written")
         if folder is not None and not options.resume:
             stack.enter_context(folder.owned())
             folder.refuse_other_run()
@@ -162,7 +155,7 @@ def opened(options: TrainOptions, console: Console | None) -> Iterator[Run]:
 def _folder(options: TrainOptions) -> RunFolder | None:
     """Return the folder of a run, which may not be there yet, or None where nothing is written."""
     if options.run is not None:
-        return RunFolder(options.run)
+        return RunFolder(Path(options.run))
     return RunFolder.new(Path(options.preset or "tiny").stem) if options.save else None
 
 
@@ -179,7 +172,9 @@ class Run:
         saved: step and ``state_sha256`` of the newest checkpoint of this process, or None.
     """
 
-    def __init__(self, settings: Settings, runtime: Runtime, found: Found, request: StopRequest) -> None:
+    def __init__(
+        self, settings: Settings, runtime: Runtime, found: Found, request: StopRequest, folder: Path | None
+    ) -> None:
         """Read the data and build the model, or load it. Nothing is written.
 
         Args:
@@ -187,6 +182,7 @@ class Run:
             runtime: where it runs, as the settings say.
             found: what to go on from.
             request: to stop.
+            folder: of the run, which is no part of its data; or None where nothing is written.
 
         Raises:
             TrainingError, ValueError: as `train`.
@@ -201,15 +197,18 @@ class Run:
         self.request = request
         self.found = found
 
-        self.corpus = load_corpus(settings.data)
+        self.corpus = load_corpus(settings.data, folder)
         check_same_data(self.corpus, found.settings)
         self.split = split_corpus(self.corpus, settings.context)
+        check_same_split(self.corpus, self.split, settings.context, found.settings)
         self.windows_WT = validation_windows(
             self.corpus, self.split, count=settings.eval_windows, context=settings.context
         )
         self.baselines = baseline_bpb(self.corpus, self.split.train, self.windows_WT)
 
-        config = settings_config(settings)
+        config, lost = run_config(settings, found.model)
+        self.warnings = (*found.warnings, *lost)
+        check_memory(config, runtime.device)
         self.config = json.loads(config.to_json())
         self.model = ArbModel(
             config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=settings.seed
@@ -232,6 +231,7 @@ class Run:
             **self.settings.as_json(),
             "data_bytes": self.corpus.data_N.numel(),
             "data_sha256": self.corpus.sha256,
+            "validation_sha256": self.split.validation_sha256(),
             "threads": torch.get_num_threads(),
         }
 
@@ -251,11 +251,25 @@ class Run:
         if folder is not None:
             folder.write_config({"model": self.config, "run": self.document, "versions": versions()})
         self.monitor = Monitor(folder, steps=self.settings.steps, start_step=self.step, console=console)
-        for warning in self.found.warnings:
+        for warning in self.warnings:
             self.monitor.warn(warning)
         if self.found.note:
             self.monitor.say(self.found.note)
+        for sentence in self._first_lines():
+            self.monitor.say(sentence)
         self.clock = time.monotonic()
+
+    def _first_lines(self) -> list[str]:
+        """Return what is trained, on what bytes, how long and where."""
+        settings, threads = self.settings, self.document["threads"]
+        windows = settings.batch * settings.accum
+        return [
+            f"model: {shown(settings.preset)}, {audit(self.model.config).weights:,} ternary weights",
+            f"data: {shown(settings.data)}: {self.corpus.description()}",
+            f"validation: {self.split.description()}; judged on {self.windows_WT.shape[0]:,} windows of {settings.context:,}",
+            f"steps: {settings.steps:,} of {windows:,} windows of {settings.context:,} bytes",
+            f"device: {settings.device}, {settings.backend}, {settings.dtype}, {threads} CPU thread{'' if threads == 1 else 's'}",
+        ]
 
     def take_steps(self) -> None:
         """Take every step that is left.
@@ -265,7 +279,10 @@ class Run:
         """
         try:
             self._take_steps()
-        except (Stopped, TrainingError):
+        except (Stopped, TrainingError) as error:
+            # Who sends SIGTERM does not wait for long.
+            if isinstance(error, Stopped) and error.signal_number != signal.SIGINT:
+                raise
             # What ended the run says more than why its report can't be had, whatever that is.
             with suppress(Exception):
                 self._count_time()
@@ -300,7 +317,7 @@ class Run:
         if self.folder is not None:
             self.folder.write_sample(prompt + sample)
             self.folder.write_summary(summary)
-            plot_loss(self.folder.loss_plot, read_metrics(self.folder.metrics), self.baselines)
+            plot_loss(self.folder.loss_plot, self._metrics(), self.baselines)
             self._report()
         self.monitor.close()
         path = None if self.folder is None else self.folder.path
@@ -450,9 +467,16 @@ class Run:
             "versions": versions(),
         }
 
+    def _metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics so far, of many as many as a picture can show."""
+        if self.folder is None:
+            return []
+        with told(f"the report: {str(self.folder.metrics)!r} cannot be read"):
+            return thinned_metrics(self.folder.metrics, REPORT_LINES)
+
     def _report(self) -> None:
         """Draw the page of a run that has lines of metrics, as far as it has come."""
-        metrics = read_metrics(self.folder.metrics) if self.folder is not None else []
+        metrics = self._metrics()
         if self.folder is None or not metrics:
             return
         settings, made_of = self.settings, audit(self.model.config)

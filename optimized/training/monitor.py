@@ -6,6 +6,7 @@ rate).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -15,8 +16,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.events import EventFile
+from arbitor.optimized.training.metrics import cut_metrics
 from arbitor.optimized.training.run_folder import RunFolder
-from arbitor.optimized.training.whole_file import write_whole
+from arbitor.optimized.training.shown import shown
+from arbitor.optimized.training.whole_file import append_to
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,7 +60,7 @@ class Monitor:
                 # A run from step 0 reports that step again.
                 last_kept = start_step if start_step > 0 else -1
                 cut_metrics(folder.metrics, last_kept)
-                self._metrics = open(folder.metrics, "a", encoding="utf-8")  # noqa: SIM115
+                self._metrics = append_to(folder.metrics)
                 self._events = EventFile(folder.path, purge_step=last_kept + 1)
             except OSError as error:
                 raise _write_error(folder.path, error) from error
@@ -67,12 +70,13 @@ class Monitor:
     def say(self, sentence: str) -> None:
         """Print one sentence."""
         if self._console is not None:
-            self._console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(shown(sentence), markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, sentence: str) -> None:
         """Print one sentence on stderr, without end mark: something the user should know about."""
         if self._console is not None:
-            print(f"arb: {sentence}.", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                print(f"arb: {shown(sentence)}.", file=sys.stderr, flush=True)
 
     def advance(self, step: int) -> None:
         """Move the progress bar to a step."""
@@ -134,29 +138,6 @@ class Monitor:
         return f"  eta {int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def cut_metrics(path: Path, step: int) -> None:
-    """Drop every line of a metrics file about a step after ``step``, and any line torn by a crash.
-
-    Args:
-        path: the file; nothing happens where there is none.
-        step: last step to keep.
-
-    Raises:
-        OSError: the file cannot be read or written; it is replaced at once or not at all.
-    """
-    if not path.exists():
-        return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-    write_whole(path, "".join(f"{line}\n" for line in kept).encode())
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics file, in order; none where there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def _progress_bar(console: Console, steps: int, start_step: int) -> tuple[Progress, TaskID]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -185,15 +166,6 @@ def _readable(values: Mapping[str, Any], gap: str = "  ") -> str:
     return gap.join(form.format(values[name]) for name, form in forms if values.get(name) is not None)
 
 
-def _step_of(line: str) -> float:
-    """Return the step that a line of metrics is about; infinity where the line is torn."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
-    return step if isinstance(step, int) else float("inf")
-
-
 def _write_error(path: Path | None, error: OSError) -> TrainingError:
-    where = repr(str(path or error.filename or "the run folder"))
+    where = repr(str(error.filename or path or "the run folder"))
     return TrainingError(f"cannot write {where}: {error.strerror or error}")

@@ -17,6 +17,9 @@ from arbitor.optimized.settings import BACKENDS
 
 _T = TypeVar("_T")
 
+MOST_BYTES = 2**24
+"""Bytes that a prompt is continued by, at most."""
+
 OF_PRESET = "of the preset"
 """How help names a default that `PRESET_DEFAULTS` may replace."""
 
@@ -72,11 +75,15 @@ class Settings:
         int, Option(help="Optimisation steps", default=1000, default_help=OF_PRESET, low=1, bound=True)
     ]
     batch: Annotated[
-        int, Option(help="Windows of a micro-batch", default=4, default_help=OF_PRESET, low=1, bound=True)
+        int,
+        Option(
+            help="Windows of a micro-batch", default=4, default_help=OF_PRESET, low=1, high=2**20, bound=True
+        ),
     ]
     # The shortest window: three bytes are read to predict the fourth.
     context: Annotated[
-        int, Option(help="Bytes of a window", default=128, default_help=OF_PRESET, low=4, bound=True)
+        int,
+        Option(help="Bytes of a window", default=128, default_help=OF_PRESET, low=4, high=2**20, bound=True),
     ]
     accum: Annotated[
         int, Option(help="Micro-batches of a step", default=1, default_help=OF_PRESET, low=1, bound=True)
@@ -190,6 +197,8 @@ class Row:
         if value is None and self.optional:
             return
         # True is no whole number here, although Python has it so.
+        if value == "":
+            raise ValueError(f"{self.name} is '', but must not be empty")
         is_of_kind = type(value) is self.kind
         if not is_of_kind:
             raise TypeError(f"{self.name} is {value!r}, but must be {_KINDS[self.kind]}")

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.options import BOUND, CHANGES, ROWS, Settings, TrainOptions, preset_defaults
+from arbitor.optimized.training.regular import JSON_BYTES, parsed, read_regular
+from arbitor.optimized.training.sizes import config_of
 from arbitor.reference.config import SIGN_VOTES, ArbConfig, with_fields, with_modules
+from arbitor.reference.presets import PRESETS
 from arbitor.reference.presets import preset as named_preset
 
 CONFIG_SUFFIX = ".json"
 """How a preset that is a file ends: a configuration as ``ArbConfig.to_json`` writes it."""
+
+BATCH_BYTES = 2**28
+"""Bytes of a micro-batch at most."""
 
 MICRO_STEPS = 2**32
 """Micro-batches that a run can number."""
@@ -30,17 +38,41 @@ def preset_config(preset: str) -> ArbConfig:
         ValueError: no preset of that name, or a file that holds no configuration.
     """
     if not preset.endswith(CONFIG_SUFFIX):
-        return named_preset(preset)
+        try:
+            return named_preset(preset)
+        except ValueError as error:
+            near = close_names(preset, PRESETS)
+            raise ValueError(f"{error}" + (f"; did you mean {near}?" if near else "")) from None
+    path = Path(preset)
     try:
-        text = Path(preset).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"preset is the file {preset!r}, which is no text, but must hold JSON") from None
+        content = read_regular(path, most=JSON_BYTES)
     except OSError as error:
         raise TrainingError(f"preset is the file {preset!r}, which can't be read: {error.strerror}") from None
     try:
-        return ArbConfig.from_json(text)
+        text = content.decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"preset is the file {preset!r}, which is no text, but must hold JSON") from None
+    try:
+        return _config_of_file(parsed(text))
     except (TypeError, ValueError) as error:
         raise ValueError(f"preset is the file {preset!r}: {error}") from None
+
+
+def _config_of_file(document: Any) -> ArbConfig:
+    """Return the configuration of a JSON value: itself, or the model of the ``config.json`` of a run."""
+    if isinstance(document, dict) and {"model", "run"} <= document.keys():
+        document = document["model"]
+    if isinstance(document, dict):
+        known = [field.name for field in fields(ArbConfig)]
+        for name in document.keys() - set(known):
+            if near := close_names(name, known):
+                raise ValueError(f"config has the unknown field {name!r}: did you mean {near}?")
+    return config_of(document)
+
+
+def close_names(name: str, names: Iterable[str]) -> str:
+    """Return the name that somebody may have meant, quoted, or nothing where none is near."""
+    return "".join(repr(near) for near in get_close_matches(name, list(names), n=1))
 
 
 def model_config(preset: str, **changes: bool | int | None) -> ArbConfig:
@@ -63,6 +95,24 @@ def model_config(preset: str, **changes: bool | int | None) -> ArbConfig:
                 f"{name} is {value}, but changes nothing of the preset {preset}: it is so already"
             )
     return changed
+
+
+def run_config(settings: Settings, recorded: Mapping[str, Any] | None) -> tuple[ArbConfig, tuple[str, ...]]:
+    """Return the configuration of the model of a run, and a sentence where its preset is no longer what it was.
+
+    Args:
+        settings: of the run.
+        recorded: the configuration that a resumed run has recorded, as JSON data; None for a new run.
+
+    Raises:
+        TrainingError, ValueError: as `preset_config`, for a new run.
+    """
+    try:
+        return settings_config(settings), ()
+    except (TrainingError, TypeError, ValueError) as error:
+        if recorded is None:
+            raise
+        return config_of(recorded), (f"{error}; going on with the configuration that the run has recorded",)
 
 
 def settings_config(settings: Settings) -> ArbConfig:
@@ -90,12 +140,15 @@ def _changed(
     )
 
 
-def decide(options: TrainOptions, recorded: Mapping[str, Any] | None) -> Settings:
+def decide(
+    options: TrainOptions, recorded: Mapping[str, Any] | None, model: Mapping[str, Any] | None = None
+) -> Settings:
     """Settle every setting: what is asked for, else what the resumed run has, else the preset's default.
 
     Args:
         options: what the user asked for.
         recorded: settings of the run that is resumed, or None for a new run.
+        model: the configuration that it has recorded, as JSON data; None: that of the preset.
 
     Raises:
         TrainingError: a setting asked for differs from the resumed run's, and the result would be another
@@ -117,7 +170,8 @@ def decide(options: TrainOptions, recorded: Mapping[str, Any] | None) -> Setting
     known = dict(recorded or {})
     preset = known.get("preset") or asked.get("preset") or ROWS["preset"].option.default
     # A run from before there was a setting has its default.
-    known = {**preset_defaults(preset_config(preset).name), "preset": preset, **known}
+    name = model["name"] if model is not None else preset_config(preset).name
+    known = {**preset_defaults(name), "preset": preset, **known}
     if recorded is None:
         model_config(preset, **{name: asked.get(name) for name in CHANGES})
     else:
@@ -133,6 +187,10 @@ def decide(options: TrainOptions, recorded: Mapping[str, Any] | None) -> Setting
     settings = Settings(**values)
     if settings.steps * settings.accum >= MICRO_STEPS:
         raise ValueError(f"steps times accum is {settings.steps * settings.accum}, but must be below 2**32")
+    if settings.batch * settings.context > BATCH_BYTES:
+        raise ValueError(
+            f"batch times context is {settings.batch * settings.context}, but must be at most {BATCH_BYTES}"
+        )
     return settings
 
 

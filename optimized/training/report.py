@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arbitor.optimized.training.census import KINDS
+from arbitor.optimized.training.shown import shown
 from arbitor.optimized.training.whole_file import told, write_whole
 from arbitor.reference.constants import ACCUM_MAX
 
@@ -20,6 +22,9 @@ PAGE_INCHES, PAGE_DPI = (17.0, 11.0), 100
 
 NUM_COLOURS = 10
 """Colours of matplotlib's cycle: from the eleventh kind on they come again, dashed."""
+
+FEW_POINTS = 20
+"""Points of a line below which each is marked."""
 
 COMMON_PARTS = ("shared_vq", "bridge", "tables", "codebook", "moe_graph", "moe")
 """Parts of the names of codebooks and of experts that a legend leaves out."""
@@ -81,7 +86,8 @@ def write_report(
     lines = [line for line in metrics if "kinds" in line]
     kinds = [kind for kind in KINDS if lines and kind in lines[-1]["kinds"]]
     reached = facts.get("steps", f"{metrics[-1]['step'] if metrics else 0:,} of {steps:,}")
-    figure.suptitle(f"{facts.get('preset', 'run')}: {reached} steps")
+    # A dollar sign in a name begins no formula.
+    figure.suptitle(shown(f"{facts.get('preset', 'run')}: {reached} steps"), parse_math=False)
     margins = {"left": 0.045, "right": 0.985, "top": 0.93, "bottom": 0.09 if kinds else 0.12, "hspace": 0.3}
     rows = figure.add_gridspec(3 if kinds else 1, 1, **margins)
     top = rows[0].subgridspec(1, 3, width_ratios=(2, 1, 1), wspace=0.16)
@@ -115,7 +121,10 @@ def _figure(inches: tuple[float, float], **options: Any) -> Figure:
 def _write(path: Path, figure: Figure, *, dpi: int) -> None:
     """Render in memory, then write the file whole."""
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=dpi)
+    with warnings.catch_warnings():
+        # Letters that the font lacks are boxes in the picture, and no lines on the terminal.
+        warnings.simplefilter("ignore", UserWarning)
+        figure.savefig(content, format="png", dpi=dpi)
     with told(repr(str(path))):
         write_whole(path, content.getvalue())
 
@@ -124,6 +133,11 @@ def _look(kind: str) -> dict[str, Any]:
     """Return colour and stroke of a kind: the same in every panel of every run."""
     place = KINDS.index(kind)
     return {"color": f"C{place % NUM_COLOURS}", "linestyle": "-" if place < NUM_COLOURS else "--"}
+
+
+def _marker(points: Sequence[Any]) -> dict[str, Any]:
+    """Return the marker of the points of a line: few are marked, as a line through one point shows nothing."""
+    return {"marker": "o" if len(points) < FEW_POINTS else ""}
 
 
 def _colour(place: int) -> Any:
@@ -145,10 +159,12 @@ def _label(axes: Axes, title: str, **labels: Any) -> None:
 
 
 def _draw_loss(axes: Axes, metrics: Metrics, baselines: Mapping[str, float]) -> None:
-    for name, label, style in (("train_bpb", "training", "-"), ("val_bpb", "validation", "o-")):
+    for name, label, style in (("train_bpb", "training", "-"), ("val_bpb", "validation", "-")):
         points = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=3, linewidth=1)
+            axes.plot(
+                *zip(*points, strict=True), style, label=label, markersize=3, linewidth=1, **_marker(points)
+            )
     for i, (name, bpb) in enumerate(baselines.items()):
         axes.axhline(bpb, linestyle="--", linewidth=0.8, color=f"C{i + 2}", label=f"{name} {bpb:.2f}")
     _label(axes, "loss", xlabel="step", ylabel="bits per byte")
@@ -163,7 +179,7 @@ def _draw_rate(axes: Axes, metrics: Metrics, steps: int, planned_rate: Callable[
     axes.plot([step + 1 for step in at], planned, color="0.8", linewidth=4, label="planned")
     points = [(line["step"], line["rate"]) for line in metrics if line.get("rate") is not None]
     if points:
-        axes.plot(*zip(*points, strict=True), color="C0", label="done")
+        axes.plot(*zip(*points, strict=True), color="C0", label="done", markersize=3, **_marker(points))
     axes.set_ylim(bottom=0)
     _label(axes, "rate of the votes", xlabel="step", ylabel="votes per rms of a row")
     axes.legend(fontsize=9, loc="lower center")
@@ -172,10 +188,19 @@ def _draw_rate(axes: Axes, metrics: Metrics, steps: int, planned_rate: Callable[
 def _draw_facts(axes: Axes, facts: Mapping[str, str]) -> None:
     axes.set_axis_off()
     lines = []
-    for name, fact in facts.items():
+    for name, fact in ((name, shown(fact)) for name, fact in facts.items()):
         pieces = [fact[i : i + 32] for i in range(0, len(fact), 32)] or [""]
         lines += [f"{name:<13}{pieces[0]}", *(f"{'':<13}{piece}" for piece in pieces[1:])]
-    axes.text(-0.08, 1.0, "\n".join(lines), family="monospace", fontsize=9, va="top", linespacing=1.25)
+    axes.text(
+        -0.08,
+        1.0,
+        "\n".join(lines),
+        family="monospace",
+        fontsize=9,
+        va="top",
+        linespacing=1.25,
+        parse_math=False,
+    )
 
 
 def _draw_kinds(
@@ -188,8 +213,9 @@ def _draw_kinds(
         points = [(step, 100 * y) for step, y in points if y is not None and (y > 0 or not logarithmic)]
         drawn += [y for _, y in points]
         if points:
-            marker = "." if len(points) < 20 else ""
-            axes.plot(*zip(*points, strict=True), marker=marker, linewidth=1.2, markersize=4, **_look(kind))
+            axes.plot(
+                *zip(*points, strict=True), linewidth=1.2, markersize=3, **_marker(points), **_look(kind)
+            )
     first, last = lines[0]["step"], lines[-1]["step"]
     if drawn and logarithmic:
         axes.set_yscale("log")
@@ -239,7 +265,13 @@ def _draw_codes(axes: Axes, lines: Metrics, kinds: Sequence[str]) -> None:
             label = _short(name) if what == "used" else None
             if points:
                 axes.plot(
-                    *zip(*points, strict=True), color=_colour(i), linestyle=style, linewidth=1.2, label=label
+                    *zip(*points, strict=True),
+                    color=_colour(i),
+                    linestyle=style,
+                    linewidth=1.2,
+                    markersize=3,
+                    label=label,
+                    **_marker(points),
                 )
     for what, style in styles.items():
         axes.plot([], [], color="0.3", linestyle=style, linewidth=1.2, label=what)
@@ -259,7 +291,13 @@ def _draw_experts(axes: Axes, lines: Metrics, kinds: Sequence[str]) -> None:
             label = _short(name) if what == "max_over_mean" else None
             if points:
                 axes.plot(
-                    *zip(*points, strict=True), color=_colour(i), linestyle=style, linewidth=1.2, label=label
+                    *zip(*points, strict=True),
+                    color=_colour(i),
+                    linestyle=style,
+                    linewidth=1.2,
+                    markersize=3,
+                    label=label,
+                    **_marker(points),
                 )
     axes.axhline(1, color="0.6", linewidth=0.8)
     # Room for the legend.

@@ -15,17 +15,50 @@ from typing import Any
 from arbitor.optimized.training.checkpoint import (
     Checkpoint,
     CheckpointError,
+    HeaderCheck,
     State,
+    check_layouts,
     load_checkpoint,
     put_checkpoint,
     save_checkpoint,
     write_checkpoint_beside,
 )
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.metrics import last_step
+from arbitor.optimized.training.options import BOUND, CHANGES, ROWS
+from arbitor.optimized.training.regular import JSON_BYTES, parsed, read_regular
+from arbitor.optimized.training.sizes import config_of
 from arbitor.optimized.training.whole_file import partial_of, told, write_whole
+from arbitor.reference.graph import ArbModel
 
 RUNS_ROOT = Path("runs")
 """Where run folders go when none is named."""
+
+NEEDED = (*(name for name in BOUND if name not in CHANGES), "data", "data_sha256", "data_bytes")
+"""What the settings of every run say, however old it is."""
+
+THREADS_MAX = 4096
+"""CPU threads that a run is given at most, whatever its checkpoint says."""
+
+
+@dataclass
+class Progress:
+    """Counters that a resumed run carries on.
+
+    Attributes:
+        seconds: wall-clock time of the training so far.
+        nats, losses: sum and number of the losses since the last line of metrics.
+        skipped: micro-batches without a finite loss.
+        skipped_in_a_row: those since the last finite one.
+        faulty_rows: gradient rows that were not finite and cast no votes.
+    """
+
+    seconds: float = 0.0
+    nats: float = 0.0
+    losses: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    faulty_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -35,12 +68,14 @@ class Found:
     Attributes:
         checkpoint: the one to go on from, or None to start at step 0.
         settings: of the run it belongs to, or None for a new run.
+        model: the configuration of its model as JSON data, or None for a new run.
         warnings: a sentence for each checkpoint that was refused.
         note: what happens now.
     """
 
     checkpoint: Checkpoint | None = None
     settings: Mapping[str, Any] | None = None
+    model: Mapping[str, Any] | None = None
     warnings: tuple[str, ...] = ()
     note: str = ""
 
@@ -85,7 +120,19 @@ class RunFolder:
 
     def has_run(self) -> bool:
         """Return whether a run has been started in the folder."""
-        return any(path.exists() for path in (self.config, self.metrics, *self._checkpoints()))
+        return any(os.path.lexists(path) for path in (self.config, self.metrics, *self._checkpoints()))
+
+    def refuse_no_run(self) -> None:
+        """Refuse to go on where no run has been started.
+
+        Raises:
+            TrainingError: the folder is not there, or holds no run.
+        """
+        if not self.has_run():
+            there = "holds no run" if self.path.is_dir() else "is no folder of a run"
+            raise TrainingError(
+                f"{str(self)!r} {there}, so there is nothing to go on with: without --resume a run begins there"
+            )
 
     def refuse_other_run(self) -> None:
         """Refuse to start a run in a folder that holds one.
@@ -131,7 +178,8 @@ class RunFolder:
     def _remove_partial_files(self) -> None:
         small = (self.config, self.summary, self.metrics, self.sample, self.report, self.loss_plot)
         for path in (*small, *self._checkpoints()):
-            partial_of(path).unlink(missing_ok=True)
+            with told(repr(str(partial_of(path)))):
+                partial_of(path).unlink(missing_ok=True)
 
     def write_config(self, document: Mapping[str, Any]) -> None:
         """Write how the run was started.
@@ -185,8 +233,11 @@ class RunFolder:
         """Write ``final``, as `save_checkpoint` does."""
         return save_checkpoint(self.final, state, **metadata)
 
-    def load_newest(self) -> tuple[Checkpoint | None, list[str]]:
+    def load_newest(self, check: HeaderCheck | None = None) -> tuple[Checkpoint | None, list[str]]:
         """Read ``latest``, or ``previous`` where ``latest`` is refused.
+
+        Args:
+            check: as for `load_checkpoint`.
 
         Returns:
             The checkpoint, or None where the folder has neither file; and one sentence for each file that was
@@ -196,7 +247,7 @@ class RunFolder:
             CheckpointError: there are files, and none of them verifies.
         """
         refusals: list[str] = []
-        sound = _first_sound((self.latest, self.previous), refusals.append)
+        sound = _first_sound((self.latest, self.previous), refusals.append, check)
         if sound is not None:
             path, checkpoint = sound
             self._latest_is_good = path == self.latest
@@ -214,36 +265,136 @@ class RunFolder:
         Raises:
             TrainingError: the folder holds no checkpoint that verifies.
         """
-        sound = _first_sound((self.best, self.final, self.latest, self.previous), refused)
+        sound = _first_sound((self.best, self.final, self.latest, self.previous), refused, check_header)
         if sound is None:
             raise TrainingError(f"the folder {str(self)!r} holds no checkpoint that can be used")
         return sound[1]
 
     def find(self) -> Found:
-        """Return what to resume. A run killed before its first checkpoint, or before its first file, starts at step 0.
+        """Return what to resume. A run killed before its first checkpoint starts at step 0. Nothing is written.
 
         Raises:
-            TrainingError: there are checkpoints, and none of them can be trusted; or there is none, and ``config.json`` does
-                not say how the run was started.
+            TrainingError: there are checkpoints, and none of them can be trusted; or there is none, although steps were taken
+                or ``config.json`` does not say how the run was started; or the newest is of another run.
         """
-        checkpoint, refusals = self.load_newest()
-        if checkpoint is not None:
-            warnings = tuple(f"{refusal}; going on from the one before it" for refusal in refusals)
-            note = f"resuming {str(self)!r} at step {checkpoint.step}"
-            return Found(checkpoint, checkpoint.run, warnings, note)
-        settings = _read_json(self.config).get("run") if self.config.exists() else None
-        if self.config.exists() and not (isinstance(settings, dict) and "data_sha256" in settings):
+        checkpoint, refusals = self.load_newest(check_header)
+        warnings = [f"{refusal}; going on from the one before it" for refusal in refusals]
+        if checkpoint is None:
+            self._refuse_lost_steps()
+            document = _read_json(self.config)
+            try:
+                _check_settings(document.get("run"))
+                config_of(document["model"])
+            except (KeyError, TypeError, ValueError, CheckpointError) as error:
+                raise TrainingError(
+                    f"{str(self.config)!r} does not say how the run was started: {error}"
+                ) from error
+            note = f"{str(self)!r} holds no checkpoint yet: starting at step 0"
+            return Found(None, document["run"], document["model"], note=note)
+        try:
+            self._refuse_checkpoint_of_another_run(checkpoint, _read_json(self.config))
+        except CheckpointError:
+            raise
+        except TrainingError as error:
+            warnings.append(f"{error}; the checkpoint says how the run was started")
+        finished = checkpoint.step == checkpoint.run["steps"]
+        note = f"resuming {str(self)!r} at step {checkpoint.step}"
+        if finished:
+            note = f"{str(self)!r} is finished: all of its {checkpoint.step} steps are taken, and only its last files are written"
+        return Found(checkpoint, checkpoint.run, checkpoint.config, tuple(warnings), note)
+
+    def _refuse_lost_steps(self) -> None:
+        """Refuse to start a run again whose checkpoints are gone: what is left of it would be overwritten."""
+        left = [path for path in (self.best, self.final, self.summary) if os.path.lexists(path)]
+        try:
+            if last_step(self.metrics) > 0:
+                left.append(self.metrics)
+        except OSError as error:
+            raise TrainingError(f"cannot read {str(self.metrics)!r}: {error.strerror or error}") from error
+        if left:
+            raise TrainingError(
+                f"{str(self)!r} has {left[0].name} but neither {self.latest.name} nor {self.previous.name}, so there is no "
+                "checkpoint to resume from: put one back, or begin in another folder"
+            )
+
+    def _refuse_checkpoint_of_another_run(self, checkpoint: Checkpoint, document: Mapping[str, Any]) -> None:
+        recorded = document.get("run")
+        if not isinstance(recorded, dict):
             raise TrainingError(f"{str(self.config)!r} does not say how the run was started")
-        return Found(None, settings, note=f"{str(self)!r} holds no checkpoint yet: starting at step 0")
+        for name in (*BOUND, "data_sha256"):
+            if name in recorded and name in checkpoint.run and recorded[name] != checkpoint.run[name]:
+                raise CheckpointError(
+                    f"the newest checkpoint in {str(self)!r} is of another run: {name} is {checkpoint.run[name]!r} there and "
+                    f"{recorded[name]!r} in {self.config.name}"
+                )
 
 
-def _first_sound(paths: tuple[Path, ...], refused: Callable[[str], None]) -> tuple[Path, Checkpoint] | None:
+def check_header(header: Mapping[str, Any]) -> None:
+    """Refuse the header of a checkpoint that no run of this program wrote. It takes no memory for weights.
+
+    Raises:
+        CheckpointError: a setting, a counter or a layout is missing, or is what it cannot be; the message names it.
+    """
+    _check_settings(header["run"])
+    run, step = header["run"], header["step"]
+    if step > run["steps"]:
+        raise CheckpointError(f"its header has {step} for step, but its run has {run['steps']} steps")
+    if header["seed"] != run["seed"]:
+        raise CheckpointError(f"its header has {header['seed']} for seed, but its run has {run['seed']}")
+    _check_progress(header["progress"])
+    try:
+        config = config_of(header["config"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"its configuration is refused: {error}") from error
+    layouts = {**header["weights"], **header["tables"]}
+    if len(layouts) < config.num_layers:
+        raise CheckpointError(f"it has {config.num_layers} layers, but {len(layouts)} weights and tables")
+    check_layouts(layouts, ArbModel(config, device="meta"))
+
+
+def _check_settings(run: Any) -> None:
+    if not isinstance(run, dict):
+        raise CheckpointError("the settings of its run are no object")
+    for name in NEEDED:
+        if name not in run:
+            raise CheckpointError(f"the settings of its run have no {name}")
+    for name in run.keys() & ROWS.keys():
+        try:
+            ROWS[name].check(run[name])
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"the settings of its run are refused: {error}") from error
+    sizes = {"data_bytes": (1, 2**63 - 1), "threads": (1, THREADS_MAX)}
+    for name, (low, high) in sizes.items():
+        value = run.get(name, low)
+        if type(value) is not int or not low <= value <= high:
+            raise CheckpointError(
+                f"the settings of its run have {value!r} for {name}, outside {low} to {high}"
+            )
+    if not isinstance(run["data_sha256"], str):
+        raise CheckpointError(f"the settings of its run have {run['data_sha256']!r} for data_sha256")
+
+
+def _check_progress(progress: Mapping[str, Any]) -> None:
+    names = Progress.__dataclass_fields__.keys()
+    for name in sorted(progress.keys() ^ names):
+        there = "an unknown" if name in progress else "no"
+        raise CheckpointError(f"its progress has {there} {name}")
+    for name, counted in vars(Progress()).items():
+        value = progress[name]
+        is_number = type(value) is int or (type(value) is float and isinstance(counted, float))
+        if not is_number or not 0 <= value < float("inf"):
+            raise CheckpointError(f"its progress has {value!r} for {name}, but it is a number of at least 0")
+
+
+def _first_sound(
+    paths: tuple[Path, ...], refused: Callable[[str], None], check: HeaderCheck | None
+) -> tuple[Path, Checkpoint] | None:
     """Return the first checkpoint that is there and verifies, and tell of those before it that do not."""
     for path in paths:
-        if not path.exists():
+        if not os.path.lexists(path):
             continue
         try:
-            return path, load_checkpoint(path)
+            return path, load_checkpoint(path, check)
         except CheckpointError as error:
             refused(str(error))
     return None
@@ -261,11 +412,11 @@ def _read_json(path: Path) -> dict[str, Any]:
         TrainingError: the file is unreadable or not a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parsed(read_regular(path, most=JSON_BYTES))
     except OSError as error:
         raise TrainingError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
     except ValueError as error:
-        raise TrainingError(f"{str(path)!r} is not valid JSON: {error}") from error
+        raise TrainingError(f"{str(path)!r} cannot be used: {error}") from error
     if not isinstance(value, dict):
         raise TrainingError(f"{str(path)!r} does not hold a JSON object")
     return value

@@ -58,14 +58,19 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Notes SIGINT and SIGTERM while a run is under way, so that it can stop between two steps.
+    """Notes SIGINT, SIGTERM and SIGHUP while a run is under way, so that it can stop between two steps.
 
-    A second signal acts as if nobody listened: it ends the process at once.
+    A second signal acts as if nobody listened: it ends the process at once. SIGHUP is left alone where it is ignored, as by nohup.
     """
 
-    def __init__(self) -> None:
-        """Start with no request."""
+    def __init__(self, *, announced: bool = False) -> None:
+        """Start with no request.
+
+        Args:
+            announced: whether a sentence on stderr says at once that the signal has come.
+        """
         self.signal_number: int | None = None
+        self._announced = announced
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -73,16 +78,33 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._note) for number in numbers}
         try:
             yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def stop_before(self, what: str) -> None:
+        """End a run that was asked to stop before it did something.
+
+        Raises:
+            Stopped: it was.
+        """
+        if self.signal_number is not None:
+            name = signal.Signals(self.signal_number).name
+            raise Stopped(self.signal_number, f"stopped by {name} before {what}")
+
     def _note(self, signal_number: int, frame: FrameType | None) -> None:
         self.signal_number = signal_number
         signal.signal(signal_number, signal.SIG_DFL)
+        if self._announced:
+            # Not by print, which the signal may have interrupted.
+            with contextlib.suppress(OSError):
+                os.write(2, b"arb: stopping after this step; again to quit now.\n")
 
 
 def choose_runtime(device: str = "auto", backend: str | None = None, dtype: str | None = None) -> Runtime:

@@ -16,6 +16,7 @@ from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import NATS_PER_BIT
 from arbitor.optimized.training.runtime import Runtime
 from arbitor.optimized.training.schedule import GAIN
+from arbitor.optimized.training.sizes import check_memory
 from arbitor.reference.audit import audit
 from arbitor.reference.config import NUM_BYTES, ArbConfig
 from arbitor.reference.graph import ArbModel
@@ -82,6 +83,7 @@ def smoke(
         ValueError: a shape that the model can't take.
         TrainingError: the loss is not finite.
     """
+    check_memory(config, runtime.device)
     began = time.perf_counter()
     model = ArbModel(config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=seed)
     runtime.synchronize()

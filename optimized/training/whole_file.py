@@ -1,18 +1,25 @@
 """Files that are whole: a reader sees the old one or the new one, also after a crash, a kill or a full disk.
 
 A file is written beside its place and flushed to the disk, then renamed over what was there, and the folder is flushed, so that
-the new name survives a loss of power. What a killed process leaves beside the place is `partial_of` it.
+the new name survives a loss of power. Nothing is written through a link: one in the place of the file is replaced. What a killed
+process leaves beside the place is `partial_of` it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.regular import kind_of
+
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+"""How a file is opened that is not there yet: where something is in its place, link or not, nothing is opened."""
 
 Writer = Callable[[IO[bytes]], object]
 """What writes the content of a file that is open for writing."""
@@ -49,7 +56,9 @@ def write_beside(path: Path, content: bytes | Writer) -> Path:
         OSError: as `write_whole`.
     """
     partial = partial_of(path)
-    with _nothing_left(partial), open(partial, "wb") as file:
+    # A link that somebody left in its place is removed, and what it points to is not touched.
+    partial.unlink(missing_ok=True)
+    with _nothing_left(partial), os.fdopen(os.open(partial, _NEW_FILE, 0o666), "wb") as file:
         if isinstance(content, bytes):
             file.write(content)
         else:
@@ -57,6 +66,22 @@ def write_beside(path: Path, content: bytes | Writer) -> Path:
         file.flush()
         os.fsync(file.fileno())
     return partial
+
+
+def append_to(path: Path) -> IO[str]:
+    """Return a text file to write at its end. It is made where it is missing.
+
+    Raises:
+        OSError: it is a link or no regular file, or cannot be written.
+    """
+    # A pipe would wait for a reader.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, f"it is {kind_of(mode)}, but must be a regular file", str(path))
+    return os.fdopen(descriptor, "a", encoding="utf-8")
 
 
 def rename(source: Path, target: Path) -> None:

@@ -1,0 +1,103 @@
+"""Files as a stranger may have left them: only regular files are read, no more of them than was said, and JSON with suspicion.
+
+A pipe would wait for ever, a device may never end, and a sparse file is larger than memory. A link is followed where something is
+read, as its target has to be a regular file too. Nothing is ever written through a link, see `whole_file`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import IO, Any
+
+JSON_BYTES = 2**20
+"""Bytes that a file of JSON has at most: a configuration has two thousand."""
+
+_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+"""What a file that is not regular is called, by its type."""
+
+
+def open_regular(path: Path, *, most: int | None = None) -> IO[bytes]:
+    """Return a regular file, open for reading from its start.
+
+    Args:
+        path: the file, or a link to it.
+        most: bytes that it has at most; None: any number.
+
+    Raises:
+        OSError: it is missing, not a regular file, or larger; the reason is a clause after a colon.
+    """
+    _check(path, os.stat(path), most)
+    # What it has become since then is looked at again. A pipe would wait here for its other end.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check(path, os.fstat(descriptor), most)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_regular(path: Path, *, most: int | None = None) -> bytes:
+    """Return the bytes of a regular file.
+
+    Args:
+        path, most: as for `open_regular`.
+
+    Raises:
+        OSError: as `open_regular`, or it cannot be read.
+    """
+    with open_regular(path, most=most) as file:
+        content = file.read(-1 if most is None else most + 1)
+    if most is not None and len(content) > most:
+        raise _too_large(path, most)
+    return content
+
+
+def kind_of(mode: int) -> str:
+    """Return what a file that is not regular is called, from its mode."""
+    return _KINDS.get(stat.S_IFMT(mode), "a special file")
+
+
+def parsed(text: str | bytes) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, an object names a key twice, or it is nested too deeply.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise ValueError("it is no JSON that can be read: it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"it is no JSON: {error}") from None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} stands there twice")
+        found[key] = value
+    return found
+
+
+def _check(path: Path, status: os.stat_result, most: int | None) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        sentence = f"it is {kind_of(status.st_mode)}, but must be a regular file"
+        raise OSError(errno.EINVAL, sentence, str(path))
+    if most is not None and status.st_size > most:
+        raise _too_large(path, most)
+
+
+def _too_large(path: Path, most: int) -> OSError:
+    return OSError(errno.EFBIG, f"it has more than the {most:,} bytes allowed", str(path))

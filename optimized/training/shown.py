@@ -1,0 +1,66 @@
+"""Names and sentences as a terminal may have them: a file name can hold escape sequences, and bytes that are no text."""
+
+from __future__ import annotations
+
+import os
+from typing import TextIO
+
+
+def shown(text: str, allowed: str = "") -> str:
+    """Return a text with U+FFFD in the place of control characters, line ends among them, and of bytes that were no text.
+
+    Args:
+        text: of any characters, lone surrogates among them.
+        allowed: control characters that stay.
+    """
+    return "".join(c if c.isprintable() or c in allowed else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+class Unbreakable:
+    """A text stream that may go away, as a pipe to ``head`` does: what is written then is lost, and nothing is raised.
+
+    Attributes:
+        lost: whether it has gone away.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        """Write to a stream for as long as it takes what is written."""
+        self._stream = stream
+        self.lost = False
+
+    @property
+    def encoding(self) -> str:
+        """The encoding of the stream."""
+        return self._stream.encoding
+
+    def isatty(self) -> bool:
+        """Return whether the stream is a terminal that is still there."""
+        return not self.lost and self._stream.isatty()
+
+    def fileno(self) -> int:
+        """Return the descriptor of the stream."""
+        return self._stream.fileno()
+
+    def write(self, text: str) -> int:
+        """Write a text, and return its length."""
+        if not self.lost:
+            try:
+                self._stream.write(text)
+            except OSError:
+                self._lose()
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what was written."""
+        if not self.lost:
+            try:
+                self._stream.flush()
+            except OSError:
+                self._lose()
+
+    def _lose(self) -> None:
+        self.lost = True
+        # What is left in the buffer has to go somewhere, or the interpreter complains when it ends.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)

@@ -1,0 +1,95 @@
+"""Sizes that cannot be are refused before anything is built: a configuration may come from a stranger."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from arbitor.optimized.training.errors import TrainingError
+from arbitor.reference.config import ArbConfig
+from arbitor.reference.graph import ArbModel
+
+REPEATS = {"num_layers": 1024, "num_hops": 64, "video_steps": 1024}
+"""The most of what a model is built of one by one. Each takes milliseconds to build, however small it is."""
+
+FEW = 2
+"""How many of each are built to see what one more costs."""
+
+
+def config_of(document: Mapping[str, Any]) -> ArbConfig:
+    """Return a configuration from JSON data, of a size that can be built.
+
+    Raises:
+        TypeError, ValueError: it is no configuration, or `check_size` refuses it.
+    """
+    config = ArbConfig.from_json(json.dumps(document))
+    check_size(config)
+    return config
+
+
+def check_size(config: ArbConfig) -> None:
+    """Refuse a model that no machine can hold, within a second and without memory.
+
+    Raises:
+        ValueError: a number of layers, hops or steps is above `REPEATS`, or a weight is larger than a weight can be.
+    """
+    for name, most in REPEATS.items():
+        value = getattr(config, name)
+        if value > most:
+            raise ValueError(f"{name} is {value}, but must be at most {most}")
+    _meta(config, config.num_layers)
+
+
+def check_memory(config: ArbConfig, device: str) -> None:
+    """Refuse to build a model whose state alone is larger than the memory of the machine or of the GPU.
+
+    Args:
+        config: of a size that `check_size` lets pass.
+        device: where it would be built.
+
+    Raises:
+        TrainingError: it is larger; the sentence has both sizes.
+    """
+    needed = least_state_bytes(config)
+    if device == "cuda":
+        there = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        gib = 2**30
+        raise TrainingError(
+            f"the model {config.name!r} has a state of {needed / gib:,.1f} GiB, but {device} has {there / gib:,.1f} GiB of memory"
+        )
+
+
+def least_state_bytes(config: ArbConfig) -> int:
+    """Return the bytes of the canonical state of a model: weights and tables. The layers between first and last are multiplied."""
+    few = _state_bytes(_meta(config, config.num_layers))
+    if config.num_layers <= FEW:
+        return few
+    return few + (config.num_layers - FEW) * (few - _state_bytes(_meta(config, FEW - 1)))
+
+
+def _meta(config: ArbConfig, num_layers: int) -> ArbModel:
+    """Return the model with few layers, without memory.
+
+    Raises:
+        ValueError: a weight or a table is larger than one can be.
+    """
+    try:
+        return ArbModel(replace(config, num_layers=min(num_layers, FEW)), device="meta")
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"the model {config.name!r} has sizes that cannot be built: {reason}") from None
+
+
+def _state_bytes(model: ArbModel) -> int:
+    weights = sum(
+        module.ops.to_spec(module.weight).state_bytes for module in model.ternary_modules().values()
+    )
+    return weights + sum(table.nbytes for table in model.tables().values())
