@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from conformance.compare import alike, exact, unsigned_zeros
+from conformance.graph.models import with_ops
 
 REPLAYED = {
     "linear_weight_grad": (0, 1),
@@ -152,14 +153,6 @@ def exchanged(args: tuple[Any, ...], name: str, given: tuple[Tensor, ...]) -> li
     for place, value in zip(REPLAYED[name], given, strict=True):
         changed[place] = value
     return changed
-
-
-def with_ops(ops: ModuleType, exchanged_ops: Mapping[str, Any]) -> ModuleType:
-    """Return an op set with some of its ops exchanged."""
-    module = ModuleType(f"{ops.__name__}_replay")
-    module.__dict__.update(ops.__dict__)
-    module.__dict__.update(exchanged_ops)
-    return module
 
 
 def rounded(value: Tensor, *, by_row: bool = False) -> Tensor:

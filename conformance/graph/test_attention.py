@@ -198,7 +198,9 @@ def test_absorbed_attention_on_the_op_set_under_test(subject: Subject) -> None:
     """Positions one by one on its kernels: what the reference gets in float64, all at once."""
     attention, _ = layer()
     x_BPD = inputs(2, 12)
-    tested, context = layer(subject.ops, subject.device, torch.float32, window=4, block=2)
+    tested, context = layer(
+        models.drawn_by_the_reference(subject.ops), subject.device, torch.float32, window=4, block=2
+    )
     small, _ = layer(window=4, block=2)
     ledger = KVLedger(context.config, 2, device=subject.device)
     with torch.no_grad():

@@ -279,7 +279,7 @@ def test_a_table_of_millions_needs_no_memory_on_meta() -> None:
 def both(subject: Subject, **fields: Any) -> Iterator[GraphContext]:
     """Yield the reference's context and the subject's."""
     yield context(**fields)
-    yield context(subject.ops, subject.device, **fields)
+    yield context(models.drawn_by_the_reference(subject.ops), subject.device, **fields)
 
 
 @pytest.mark.parametrize("search", ["exact", "candidates"])

@@ -266,19 +266,21 @@ def test_signs_and_composites_vote_behind_what_is_read() -> None:
     assert moved and set(moved) <= set(kept[kept >= 0].tolist())
 
 
+def op_sets(subject: Subject) -> tuple[tuple[Any, Any], ...]:
+    """Return the reference and the subject, with weights that the reference draws for both, and where they run."""
+    return (reference_ops, "cpu"), (models.drawn_by_the_reference(subject.ops), subject.device)
+
+
 def test_edges_train_alike(subject: Subject) -> None:
     """What is read, votes of signs and composites, steps and the table of pairs, on gradients whose sums are exact."""
     fields = {"theta": 3, "theta_e": 3}
-    want, got = (
-        read_and_vote(context(ops, device, **fields))
-        for ops, device in ((reference_ops, "cpu"), (subject.ops, subject.device))
-    )
+    want, got = (read_and_vote(context(ops, device, **fields)) for ops, device in op_sets(subject))
     exact(got, want)
 
 
 def test_losses_are_alike(subject: Subject) -> None:
     results = []
-    for ops, device in ((reference_ops, "cpu"), (subject.ops, subject.device)):
+    for ops, device in op_sets(subject):
         head = CompositeProposalHead(context(ops, device))
         losses = head(*(value.to(device) for value in inputs()))
         results.append(torch.stack([losses[name].detach().cpu() for name in sorted(LOSSES)]))

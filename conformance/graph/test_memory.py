@@ -256,7 +256,7 @@ def test_large_tables_need_no_memory_on_meta() -> None:
 
 def both(subject: Subject, **fields: Any) -> tuple[GraphContext, GraphContext]:
     """Return the reference's context and the subject's."""
-    return context(**fields), context(subject.ops, subject.device, **fields)
+    return context(**fields), context(models.drawn_by_the_reference(subject.ops), subject.device, **fields)
 
 
 def test_a_memory_table_trains_alike(subject: Subject) -> None:

@@ -45,8 +45,8 @@ def integers(*shape: int, seed: int) -> Tensor:
 
 
 def on(subject: Subject) -> tuple[Any, torch.device]:
-    """Return the ops of a subject as they are, and where they run."""
-    return subject.ops, subject.device
+    """Return the ops of a subject, with weights that the reference draws, and where they run."""
+    return models.drawn_by_the_reference(subject.ops), subject.device
 
 
 def both_paths(**fields: Any) -> list[tuple[GraphContext, SharedProjectionMoE]]:
@@ -282,7 +282,7 @@ def test_numbered_names_each_expert_in_use_once() -> None:
 def test_a_grouped_linear_votes_and_steps_alike(subject: Subject, vote_rule: str, experts: list[int]) -> None:
     """With fewer slots than experts and with more: what the op set under test leaves is what the reference leaves."""
     results = []
-    for ops, device in ((reference_ops, torch.device("cpu")), (subject.ops, subject.device)):
+    for ops, device in ((reference_ops, torch.device("cpu")), on(subject)):
         config = models.nano(theta=5, theta_e=3, vote_rule=vote_rule).config
         parts = GraphContext(ops, config, device=device, dtype=torch.float32, seed=7)
         layer = TernaryGroupedLinear(parts, 6, 13, 5)
@@ -458,7 +458,9 @@ def test_votes_of_experts_take_one_launch_a_part(
     """With fewer slots than experts and with more: parts follow from the shape of the weight, other work from shapes as well."""
     needs_launches(subject)
     monkeypatch.setattr(layers, "VOTE_ELEMENTS", 2 * 5 * 14)  # two of six outputs of each of five experts
-    layer = TernaryGroupedLinear(context(ops=subject.ops, device=subject.device), 5, 14, 6)
+    layer = TernaryGroupedLinear(
+        context(ops=models.drawn_by_the_reference(subject.ops), device=subject.device), 5, 14, 6
+    )
     x, grad = (integers(count, width, seed=width).to(subject.device) for width in (14, 6))
     places, done = torch.arange(count, device=subject.device), []
     for experts in (places * 0, places % 5, places % 2 * 4 - 1, places * 0 - 1):

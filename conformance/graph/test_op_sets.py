@@ -20,10 +20,13 @@ from conformance.subject import Subject
 
 
 def contexts(subject: Subject, **fields: Any) -> list[GraphContext]:
-    """Return the reference's context and the subject's."""
+    """Return the reference's context and the subject's, with weights that the reference draws for both."""
     thresholds = {"theta": 5} if fields.get("exponent_rule") == "frozen" else {"theta": 5, "theta_e": 3}
     config = models.nano(**thresholds, **fields).config
-    sets = ((reference_ops, torch.device("cpu")), (subject.ops, subject.device))
+    sets = (
+        (reference_ops, torch.device("cpu")),
+        (models.drawn_by_the_reference(subject.ops), subject.device),
+    )
     return [GraphContext(ops, config, device=device, dtype=torch.float32, seed=7) for ops, device in sets]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.model import MODALITIES
 from arbitor.reference.types import TernaryWeight
 from conformance.graph import models
-from conformance.subject import MAKERS, Subject
+from conformance.subject import Subject
 
 SMALL = replace(
     models.WHOLE,
@@ -79,10 +78,7 @@ class Start:
 
     def model(self) -> ArbModel:
         """Return a model in that state; the reference draws its weights, for which the interpreter takes long."""
-        ops = ModuleType("made_by_the_reference")
-        ops.__dict__.update(self.op_set.ops.__dict__)
-        ops.__dict__.update({name: getattr(reference_ops, name) for name in MAKERS})
-        config = SMALL if self.small else models.WHOLE
+        ops, config = models.drawn_by_the_reference(self.op_set.ops), SMALL if self.small else models.WHOLE
         made = ArbModel(config, ops=ops, device=self.op_set.device, seed=3)
         made.load_state(self.state)
         with made.voting.taking(rate=models.RATE, step=1):

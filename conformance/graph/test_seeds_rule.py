@@ -31,7 +31,9 @@ def sign(value: float) -> int:
 
 def test_a_weight_is_moved_as_the_rule_says_by_hand(subject: Subject) -> None:
     """Forty steps of one linear, told trit by trit and group by group; what the op set under test leaves is that."""
-    parts = GraphContext(subject.ops, CONFIG, device=subject.device, dtype=torch.float32, seed=7)
+    parts = GraphContext(
+        models.drawn_by_the_reference(subject.ops), CONFIG, device=subject.device, dtype=torch.float32, seed=7
+    )
     layer = TernaryLinear(parts, 13, 3)
     start = subject.ops.to_spec(layer.weight).to("cpu")
     trits, exponents = trits_of(start).tolist(), start.exponents.tolist()

@@ -284,7 +284,7 @@ def test_the_graph_has_the_nodes_of_the_reference(subject: Subject, path: str) -
     few = {"num_codes": 9, "num_neighbours": 2, "width": 12, "code_dim": 6}
     codes = random_codes(1, 4, high=9)
     wide = graph_of(context(dtype=torch.float64, **few))(codes, path=path)
-    tested = graph_of(context(subject.ops, subject.device, **few))
+    tested = graph_of(context(models.drawn_by_the_reference(subject.ops), subject.device, **few))
     y = tested(codes.to(subject.device), path=path)
     alike(y.cpu(), wide)
     with tested.voting.taking(rate=1.0, step=0):
@@ -300,7 +300,8 @@ def test_the_graph_has_the_nodes_of_the_reference(subject: Subject, path: str) -
 def test_an_edge_table_trains_alike(subject: Subject) -> None:
     """Sums, gradients, votes of signs, steps and neighbours, on vectors whose sums are exact."""
     results: list[Any] = []
-    for ops, device in ((reference_ops, torch.device("cpu")), (subject.ops, subject.device)):
+    tested = models.drawn_by_the_reference(subject.ops)
+    for ops, device in ((reference_ops, torch.device("cpu")), (tested, subject.device)):
         graph = graph_of(context(ops, device, theta=3, theta_e=3))
         outputs: list[Any] = []
         for turn in range(2):

@@ -33,7 +33,6 @@ from conformance.graph.replay import (
     orthogonalize_of,
     recording,
     replaying,
-    with_ops,
 )
 from conformance.mutant import build as build_mutant
 from conformance.report import needs_cuda
@@ -155,16 +154,8 @@ def test_bfloat16_outputs_are_no_worse(subject: Subject, name: str) -> None:
     config = the_config(subject, BFLOAT16_CONFIGS, name)
     wide = outputs_of(config, reference_ops, torch.device("cpu"), torch.float64)
     twin = outputs_of(config, reference_ops, subject.device, torch.bfloat16)
-    got = outputs_of(config, from_reference_start(subject.ops), subject.device, torch.bfloat16)
+    got = outputs_of(config, models.drawn_by_the_reference(subject.ops), subject.device, torch.bfloat16)
     model_no_worse(got, twin=twin, wide=wide, dtype=torch.bfloat16)
-
-
-def from_reference_start(ops: Any) -> Any:
-    """Return an op set, but with the weights that the reference starts with.
-
-    For models whose state is loaded, or that say nothing of the start: the interpreter takes a fifth of a test to draw it.
-    """
-    return with_ops(ops, {"initial_weight": reference_ops.initial_weight})
 
 
 def outputs_of(config: ArbConfig, ops: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -197,7 +188,7 @@ def stepped(
     config: ArbConfig, ops: Any, device: torch.device | str, dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
     """Return the state, on the CPU, after one more step than `trained`."""
-    model = build(config, from_reference_start(ops), device, dtype=dtype)
+    model = build(config, models.drawn_by_the_reference(ops), device, dtype=dtype)
     model.load_state(trained(config).state())
     trained_once(model, step=3)
     return {key: value.to("cpu") for key, value in model.state().items()}

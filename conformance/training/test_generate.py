@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -12,13 +11,12 @@ import torch
 from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training import generate as module
 from arbitor.optimized.training.generate import first_window, generate, generate_batch
-from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import SPECIAL_IDS
 from arbitor.reference.graph import ArbModel, LatentAttention
 from arbitor.reference.graph.ledger import KVLedger
 from conformance.compare import alike
-from conformance.graph.models import NANO, nano, whole
-from conformance.subject import MAKERS, Subject
+from conformance.graph.models import NANO, drawn_by_the_reference, nano, whole
+from conformance.subject import Subject
 
 BOS, PAD = SPECIAL_IDS["BOS"], SPECIAL_IDS["PAD"]
 
@@ -167,11 +165,6 @@ def test_generate_many_as_each_alone(make: Callable[[], ArbModel], temperature: 
     assert together == alone
     assert generate_batch(model, [], 5, temperature=temperature, seeds=[]) == []
     assert generate_batch(model, PROMPTS, 0, temperature=temperature, seeds=seeds) == [b""] * 4
-
-
-def drawn_by_the_reference(ops: Any) -> Any:
-    """Return an op set that makes weights as the reference does: in the interpreter that takes longer than the passes."""
-    return SimpleNamespace(**{**vars(ops), **{name: getattr(reference_ops, name) for name in MAKERS}})
 
 
 def test_generate_many_as_each_alone_on_the_op_set_under_test(subject: Subject) -> None:
