@@ -401,18 +401,22 @@ def test_rms_norm_of_long_rows(subject: Subject, width: int, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("width", [13, 8193])
-def test_rms_norm_of_many_rows(subject: Subject, width: int) -> None:
+def test_rms_norm_of_many_rows(subject: Subject, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     """More rows than a kernel has programs; the long ones are more than a program holds."""
     if width > 13:
         needs_cuda(subject, "many rows of more than 8,192 channels")
     count = 2049
+    if subject.name == "arbitor.optimized.ops" and subject.device.type == "cpu":
+        # The interpreter takes 2 ms a row. Fewer programs need fewer rows, of which the last program has one too, as on a GPU.
+        monkeypatch.setattr("arbitor.optimized.kernels.norm.PROGRAMS", 64)
+        count = 65
     weight = initial_weight((1, width), std=0.5, seed=1, tensor_id=2)
     grad, x = (ss.float_values((count, width), "normal", seed) for seed in (1, 2))
     compare(subject, "rms_norm", Case((x, weight)))
     compare(subject, "rms_norm_input_grad", Case((grad, x, weight)))
 
 
-@pytest.mark.parametrize("count", [127, 128, 129, 700])
+@pytest.mark.parametrize("count", [127, 128, 129, 300])
 @pytest.mark.parametrize("width", [1, 130])
 def test_rms_norm_weight_grad_of_many_rows(subject: Subject, count: int, width: int) -> None:
     """Rows that a kernel adds up in parts: each of them counts, and counts once."""
