@@ -1,4 +1,4 @@
-"""An op is added by docs/adding-an-op.md alone, to a new family and to an old one; a piece that is left out is named.
+"""An op is added by docs/adding-an-op.md alone, to a new family and to an old one. A check names each piece that is left out.
 
 The tests work on copies of the tree, in processes of their own.
 """
@@ -35,7 +35,7 @@ OF_THE_OP = (
     "test_op_table.py",
     "test_contract.py",
 )
-"""The tests that run whatever belongs to an op, beside those of its family."""
+"""The tests that run everything of an op, beside the tests of its family."""
 
 RUNNER = """
 import json, os, sys
@@ -206,11 +206,11 @@ TAKEN_AWAY = {
     "bench inputs": (f"bench/inputs/{FAMILY}.py", None, f"bench/inputs/{FAMILY}.py is missing"),
     "kernel": (f"optimized/kernels/{FAMILY}.py", None, f"cannot import name '{FAMILY}'"),
 }
-"""By the name of a piece: its file, how it is taken away (None: the whole file), and the sentence that names it."""
+"""The file of each piece, how the piece is taken away (None: with the whole file), and the sentence that names it."""
 
 
 def test_a_missing_piece_is_named(tmp_path: Path) -> None:
-    """Piece by piece is taken away from a complete family: a check fails and names it."""
+    """Each piece is taken away from a complete family. A check then fails and names the piece."""
     folder, runs = copy_of_the_tree(tmp_path), []
     add(folder, FAMILY)
     for piece, (name, taken_away, _) in TAKEN_AWAY.items():
@@ -229,6 +229,6 @@ def test_a_missing_piece_is_named(tmp_path: Path) -> None:
 
 
 def test_every_file_of_the_guide_is_taken_away_once() -> None:
-    """No file of the guide is superfluous: without each of them a check fails."""
+    """No file of the guide is superfluous. Without any one of them a check fails."""
     tried = {name for name, *_ in TAKEN_AWAY.values()}
     assert tried == {path_of(pattern, FAMILY) for pattern in {*PIECES, *HEADS}}

@@ -80,7 +80,7 @@ def nano(
 
 
 def whole(config: ArbConfig = WHOLE, **options: Any) -> ArbModel:
-    """Return a model of every module, after two steps: codes have neighbours and composites by then."""
+    """Return a model of every module after two steps, when codes have neighbours and composites."""
     model = ArbModel(config, seed=3, **options)
     device = model.voting.faults.device
     for step in range(2):

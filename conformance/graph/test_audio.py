@@ -36,7 +36,7 @@ def test_it_builds_on_the_meta_device() -> None:
 
 
 def test_the_smoke_of_the_seed() -> None:
-    """REFACTOR9: logits (1, 4, 289), tokens (1, 4); here of 640 samples, in each shape that audio may have."""
+    """REFACTOR9 has logits (1, 4, 289) and tokens (1, 4). 640 samples give them, in each shape that audio may have."""
     encoder = AudioVQEncoder(context())
     with torch.no_grad():
         results = [encoder(sound(640).reshape(shape)) for shape in ((640,), (1, 640), (1, 1, 640))]
@@ -71,7 +71,7 @@ def test_tokens_are_the_nearest_codes_and_logits_read_them() -> None:
 
 
 def test_every_weight_votes_from_logits_and_codebook_losses() -> None:
-    """Straight through: the loss of the logits reaches the first convolution, past the choice of a code."""
+    """The loss of the logits reaches the first convolution straight through the choice of a code."""
     parts = context()
     encoder = AudioVQEncoder(parts)
     logits, ids, losses = encoder.encode(sound(2, 480))
@@ -133,7 +133,7 @@ def test_a_convolution_changed_before_its_backward_pass_is_refused() -> None:
 
 
 def test_tokens_of_both_op_sets(subject: Subject) -> None:
-    """Tokens are equal: on these sounds no two codes are so near that a rounding decides. Logits are alike."""
+    """Tokens are equal, as no two codes are so near on these sounds that a rounding decides. Logits are alike."""
     plain, tested = (AudioVQEncoder(parts, channels=(3, 5)) for parts in contexts(subject))
     with torch.no_grad():
         want, got = plain(sound(1, 320)), tested(sound(1, 320).to(subject.device))

@@ -1,4 +1,4 @@
-"""The modules that hold weights on the op set under test: votes and steps exact. Whole models are in test_whole_models.py.
+"""The modules that hold weights vote and step exactly on the op set under test. Whole models are in test_whole_models.py.
 
 Legend: M rows of activations, N outputs, K inputs.
 """
@@ -70,7 +70,7 @@ def test_a_table_votes_and_steps_alike(subject: Subject) -> None:
 
 
 def test_a_norm_that_votes_steps_alike(subject: Subject) -> None:
-    """Rows of equal magnitude: their root mean square is a power of two, so that every quotient is exact."""
+    """The root mean square of rows of equal magnitude is a power of two, so that every quotient is exact."""
     results = []
     for parts in contexts(subject):
         norm = TernaryRMSNorm(parts, 24, frozen=False)

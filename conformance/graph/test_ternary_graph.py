@@ -26,7 +26,7 @@ GRAPH = {"num_codes": 30, "code_dim": 10, "num_hops": 2, "hop_rank": 5, "num_nei
 
 
 class Codes:
-    """Stands in for the codebooks: vectors of trits from a seed."""
+    """Stands in for the codebooks, with vectors of trits from a seed."""
 
     def __init__(self, context: GraphContext) -> None:
         shape = (context.config.num_codes, context.config.code_dim)
@@ -211,7 +211,8 @@ def test_consecutive_codes_become_neighbours_after_an_accepted_pass_and_a_step()
     for rate in (None, 1.0, 1.0):
         y = graph(codes).square().sum()
         if rate is None:
-            y.backward()  # votes nothing, and leaves no trace
+            # This pass is outside of `taking`, so it votes nothing and leaves no trace.
+            y.backward()
             step(graph)
         else:
             with graph.voting.taking(rate=rate, step=0):
@@ -233,7 +234,7 @@ def test_consecutive_codes_become_neighbours_after_an_accepted_pass_and_a_step()
 
 @pytest.mark.parametrize("path", ["full", "active"])
 def test_only_rows_of_used_codes_change(path: str) -> None:
-    """A code changes if it is in the batch, or one hop from it; its neighbours only if it is a source."""
+    """A code changes if it is in the batch, or one hop from it. Its neighbours change only if it is a source."""
     graph = graph_of(context(theta=1, num_codes=30))
     state = {**graph.edges.tables(), "signs": dequantize(graph.edges.weight)}
     before = {name: tensor.clone() for name, tensor in state.items()}
@@ -322,7 +323,7 @@ def test_an_edge_table_trains_alike(subject: Subject) -> None:
 
 
 def test_a_table_of_another_space_keeps_equal_numbers() -> None:
-    """Edges from codes to rows of another table: there, i -> i is no loop."""
+    """In edges from codes to rows of another table i -> i is no loop."""
     table = EdgeTable(context(), 5, 3, allow_loops=True)
     table.record(torch.tensor([1, 1, 2]), torch.tensor([1, 900, -1]))
     table.step_tables()
