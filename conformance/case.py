@@ -1,7 +1,7 @@
-"""One call of an op: how it is drawn, the same call on other numbers, and the one check that compares its results.
+"""One call of an op. This file draws it, makes the same call on other numbers, and compares its results.
 
-`@calls("<op>")` above a function that draws a `Case` files it in `CASES`; above one that draws for several ops it hands the
-function the op's name. `@magnitude("<op>")` files the sum of absolute terms of an op that subtracts.
+`@calls("<op>")` above a function that draws a `Case` files the function in `CASES`. A function that draws for several ops is given
+the op's name. `@magnitude("<op>")` files the sum of absolute terms of an op that subtracts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from conformance.subject import Subject
 
 @dataclass
 class Case:
-    """One call. `sums_exact`: floats whose sums are exact in any order, so that they are compared bit by bit."""
+    """One call. `sums_exact` says that sums of its floats are exact in any order, so that results are compared bit by bit."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -54,7 +54,7 @@ MAGNITUDES: dict[str, Callable[[Callable[..., Any], Case], Any]] = {}
 
 
 def calls(*ops: str) -> Callable[[Callable[..., Case]], Callable[..., Case]]:
-    """File a function that draws the calls of an op; one that takes a second argument is given the op's name."""
+    """File a function that draws the calls of an op. A function with a second argument is given the op's name."""
 
     def decorate(draw_case: Callable[..., Case]) -> Callable[..., Case]:
         takes_op = len(inspect.signature(draw_case).parameters) > 1
@@ -69,7 +69,7 @@ def calls(*ops: str) -> Callable[[Callable[..., Case]], Callable[..., Case]]:
 def magnitude(
     op: str,
 ) -> Callable[[Callable[[Callable[..., Any], Case], Tensor]], Callable[[Callable[..., Any], Case], Tensor]]:
-    """File the sum of the absolute terms of an op; `magnitude_of` stands for every op that only multiplies and adds."""
+    """File the sum of the absolute terms of an op. `magnitude_of` serves every op that only multiplies and adds."""
 
     def decorate(
         terms: Callable[[Callable[..., Any], Case], Tensor],
@@ -94,13 +94,15 @@ def compare(ops: Subject, name: str, case: Case, *, count: bool = False) -> None
         LEDGER.compared[name] += 1
     if not isinstance(row.output, NoWorse):
         exact(got, twin, name)
-        if "faults" in case.kwargs:  # the other argument that is written, `out`, is what comes back
+        # An op writes `out` too, but returns it, so it is compared above.
+        if "faults" in case.kwargs:
             exact(case.kwargs["faults"], twin_case.kwargs["faults"], "faults")
         return
     wide = widened(op, wide_case, lambda value: value.to(torch.float64))
     terms_of = MAGNITUDES.get(name, magnitude_of)
     magnitudes = terms_of(op, wide_case)
-    if ops.device.type == "cuda":  # plain PyTorch on the device that the kernel runs on
+    # Plain PyTorch on the device that the kernel runs on.
+    if ops.device.type == "cuda":
         twin = on_device(op, twin_case, ops.device)
     outputs = zip(*map(as_tuple, (got, twin, wide, magnitudes)), strict=True)
     for index, (one, plain, true, terms) in enumerate(outputs):
@@ -129,7 +131,7 @@ def absolute(weight: TernaryWeight) -> TernaryWeight:
 
 
 def magnitude_of(op: Callable[..., Any], case: Case) -> Any:
-    """Return the sum of the absolute terms of an op that multiplies and adds: the op on absolute values."""
+    """Return the sum of the absolute terms of an op that multiplies and adds, which is the op on absolute values."""
     change = lambda v: absolute(v) if isinstance(v, TernaryWeight) else v  # noqa: E731
     positive = Case(
         tuple(map(change, case.args)), {name: change(value) for name, value in case.kwargs.items()}

@@ -27,16 +27,16 @@ from torch import Tensor
 from arbitor.reference.types import TernaryWeight
 
 ALIKE = 2.0**-16
-"""How far what many ops have made may be apart: 128 roundings of float32, relative to the norm of the output."""
+"""The largest difference of results that many ops have made: 128 roundings of float32, relative to the norm of the output."""
 
 TWIN_ALIKE = {torch.float32: ALIKE, torch.bfloat16: 2.0**-4}
-"""What the twin of a whole model stays below where it computes what float64 does. In bfloat16 they are off by 0.04 at most."""
+"""The error that a whole model's twin stays below if it computes what float64 does. In bfloat16 twins are off by 0.04 at most."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def exact(got: Any, want: Any, what: str = "output") -> None:
-    """Fail unless `got` equals `want` in kind, dtype, shape and every bit; weights in all that they hold."""
+    """Fail unless `got` equals `want` in kind, dtype, shape and every bit. Weights must be equal in all that they hold."""
     if isinstance(want, Tensor):
         _same_kind(got, want, what)
         differs = bits_of(got) != bits_of(want)
@@ -139,7 +139,7 @@ def relative_error(got: Tensor, want: Tensor, what: str) -> float:
 
 
 def roundings(value: Tensor, wide: Tensor, magnitude: Tensor) -> Tensor:
-    """Return the error of each element, in roundings of it; 0 where the result is not finite."""
+    """Return the error of each element in its own roundings, and 0 where the result is not finite."""
     one = one_rounding(value.dtype, wide, magnitude)
     finite = wide.to(value.dtype).isfinite() & value.isfinite()
     error = (value.to(torch.float64) - wide).abs() / one
@@ -157,14 +157,14 @@ def one_rounding(dtype: torch.dtype, wide: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def unsigned_zeros(value: Any) -> Any:
-    """Return floats with every zero made +0: a sum that vanishes has no sign that its order would not change."""
+    """Return floats with every zero made +0. The sign of a sum that vanishes depends on the order of its terms."""
     if isinstance(value, tuple):
         return tuple(map(unsigned_zeros, value))
     return value + 0.0 if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def tensors_of(value: Any, path: str = "") -> dict[str, Tensor]:
-    """Return every tensor that a value holds, by path: in tuples, weights and device layouts."""
+    """Return every tensor in a value, by path. The value may be a tuple, a weight or a device layout."""
     if isinstance(value, Tensor):
         return {path or "value": value}
     found: dict[str, Tensor] = {}

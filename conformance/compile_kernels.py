@@ -1,11 +1,10 @@
-"""Compile every kernel for a GPU, on a machine without one: Triton's interpreter runs what no compiler would take.
+"""Compile every kernel for a GPU, on a machine without one. Triton's interpreter runs kernels that no compiler would take.
 
-    python -m conformance.compile_kernels               # a line for each kernel; exit status 1 if something is wrong
+    python -m conformance.compile_kernels               # prints a line for each kernel, and exits with 1 if something is wrong
     python -m conformance.compile_kernels attention     # what the ops of some families launch
 
-Ops are called on drawn and on preset-like inputs while a GPU is pretended; their launches are stopped where Triton would
-compile, and some of the specialisations that they ask for are compiled afterwards: all those of preset-like inputs, and of the
-drawn a few that differ most.
+Ops are called on drawn and on preset-like inputs while a GPU is pretended. Their launches are stopped where Triton would compile.
+Afterwards all specialisations of preset-like inputs are compiled, and the few specialisations of drawn inputs that differ most.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ class Recorder:
         self.cause, self.drawn = "", False
 
     def __call__(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        """Note a specialisation once; the name is that of a hook of Triton, which stops where this returns True."""
+        """Note a specialisation once. Triton calls this as a hook, and stops where the hook returns True."""
         kernel = fn.jit_function
         name_of = dict(enumerate(kernel.arg_names))
         traits = {f"{name}: {kind}" for name, kind in compile["signature"].items() if kind != "constexpr"}
@@ -97,7 +96,7 @@ def kernels() -> list[JITFunction]:
 
 
 def recorded(families: list[str]) -> list[Specialisation]:
-    """Return what the ops, or those of some families, would have Triton compile; preset-like calls first."""
+    """Return what Triton would compile for all ops, or for the ops of some families. Preset-like calls come first."""
     names = [name for name, row in OP_TABLE.items() if not families or row.family in families]
     subject, recorder = Subject(ops, ops.__name__, str(DEVICE)), Recorder()
     preset_like = [(name, case) for name, case in preset_calls.calls() if name in names]
@@ -149,10 +148,11 @@ def chosen(found: list[Specialisation]) -> Iterator[Specialisation]:
 
 
 def complaint(one: Specialisation) -> tuple[str, str] | None:
-    """Compile a specialisation; return what is wrong with it, and how it came about, None if nothing is."""
+    """Compile a specialisation. Return what is wrong with it and how it came about, or None if nothing is wrong."""
     try:
         compiled = one.kernel.preload(one.data)
-    except Exception as error:  # whatever a compiler fails with
+    # A compiler may fail with any exception.
+    except Exception as error:
         what = f"{place(one.kernel, error)} does not compile"
         reason = reason_of(error)
     else:
@@ -186,13 +186,14 @@ def place(kernel: JITFunction, error: Exception | None = None) -> str:
     """Return file and line of a kernel, of the statement in it where an error says so, and its name."""
     lines, line = inspect.getsourcelines(kernel.fn)
     line += next(index for index, text in enumerate(lines) if text.startswith("def "))
-    if isinstance(error, CompilationError):  # counts from the `def`, which is its line 1
+    # The node counts lines from the `def`, which is line 1.
+    if isinstance(error, CompilationError):
         line += getattr(error.node, "lineno", 1) - 1
     return f"{inspect.getsourcefile(kernel.fn)}:{line}: {kernel.__name__}"
 
 
 def reason_of(error: BaseException) -> str:
-    """Return what an error says; of one in a function that the kernel calls, with the lines before it."""
+    """Return what an error says. For an error in a function that the kernel calls, return the lines before it too."""
     first = error
     while first.__cause__ is not None:
         first = first.__cause__
@@ -202,7 +203,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def main(families: list[str]) -> int:
-    """Compile, print; return the exit status."""
+    """Compile and print. Return the exit status."""
     known = sorted({row.family for row in OP_TABLE.values()})
     if unknown := sorted(set(families) - set(known)):
         sys.exit(f"no family is called {', '.join(unknown)}: there are {', '.join(known)}")
@@ -216,11 +217,13 @@ def main(families: list[str]) -> int:
         tried = list(chosen([one for one in found if one.kernel is kernel]))
         if families and not tried and kernel.__module__.rpartition(".")[2] not in families:
             continue
-        print(kernel.__name__, end=": ", flush=True)  # first, so that a compiler that aborts leaves the name
+        # Printed before compiling, so that a compiler that aborts leaves the name.
+        print(kernel.__name__, end=": ", flush=True)
         outcomes = [complaint(one) for one in tried]
         print(f"{outcomes.count(None)} of {len(tried)} specialisations are fine")
         for what, why in filter(None, outcomes):
-            complaints.setdefault(what, why)  # once, not for each specialisation
+            # A complaint is printed once, not for each specialisation.
+            complaints.setdefault(what, why)
         if not tried:
             complaints[f"{place(kernel)} was not compiled"] = "no call of an op launches it"
     for what, why in complaints.items():

@@ -19,8 +19,10 @@ from conformance import report, strategies
 from conformance.subject import Subject
 
 COMMON = {
-    "deadline": None,  # the first call of a kernel compiles it
-    "database": None,  # the repo is not littered; a failure becomes a vector instead
+    # The first call of a kernel compiles it.
+    "deadline": None,
+    # No database litters the repository. A failure becomes a vector instead.
+    "database": None,
     "suppress_health_check": [
         HealthCheck.too_slow,
         HealthCheck.data_too_large,
@@ -30,11 +32,10 @@ COMMON = {
 }
 settings.register_profile("ci", derandomize=True, **COMMON)
 settings.register_profile("nightly", derandomize=False, **COMMON)
-torch.set_printoptions(
-    threshold=40, edgeitems=2
-)  # hypothesis prints its counterexamples: enough to see, not pages
+# Hypothesis prints its counterexamples. This is enough to see, and not pages.
+torch.set_printoptions(threshold=40, edgeitems=2)
 EXAMPLES = {"interpreter": 10, "torch": 25, "cuda": 60}
-"""Examples per op and law where `--examples` does not say: the interpreter runs a kernel a thousand times slower."""
+"""Examples per op and law, unless `--examples` says how many. The interpreter is a thousand times slower than a GPU."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,11 +51,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(trylast=True)  # after hypothesis has loaded the profile of its own option
+# This runs after hypothesis has loaded the profile of its own option.
+@pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Choose the device; without CUDA, Triton must be told to interpret before anything imports it."""
+    """Choose the device. Without CUDA, Triton must be told to interpret before anything imports it."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    if workers > 1:  # each takes its part of the cores
+    # Each worker takes its part of the cores.
+    if workers > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     wanted = config.getoption("--device")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
@@ -67,7 +70,8 @@ def pytest_configure(config: pytest.Config) -> None:
     name = config.getoption("--impl")
     try:
         config.stash[SUBJECT] = Subject(importlib.import_module(name), name, device)
-    except ImportError as error:  # the suites that need no ops still run; whoever asks for them is told
+    # The tests that need no ops still run. A test that asks for the ops fails with this sentence.
+    except ImportError as error:
         config.stash[SUBJECT] = f"--impl {name}: {error}"
     kind = "cuda" if device == "cuda" else "interpreter" if uses_triton(name) else "torch"
     config.stash[WHERE] = WHERE_IN_WORDS[kind]()
@@ -75,9 +79,8 @@ def pytest_configure(config: pytest.Config) -> None:
     profile = config.getoption("--hypothesis-profile") or "ci"
     examples = config.getoption("--examples") or EXAMPLES[kind]
     chosen = {"max_examples": examples}
-    if (
-        kind == "interpreter"
-    ):  # shrinking a failure there takes minutes; `--device cuda` or `--impl` elsewhere shrinks
+    # Shrinking a failure takes minutes in the interpreter. `--device cuda`, or an `--impl` without Triton, shrinks.
+    if kind == "interpreter":
         chosen["phases"] = [Phase.explicit, Phase.generate]
     settings.register_profile("sized", settings.get_profile(profile), **chosen)
     settings.load_profile("sized")
@@ -112,7 +115,7 @@ def subject(request: pytest.FixtureRequest) -> Subject:
 
 @pytest.fixture(scope="session")
 def reference() -> Subject:
-    """Return the reference as a subject: what a test of the suite itself is tested with."""
+    """Return the reference as a subject, for tests of the suite itself."""
     from arbitor.reference import ops
 
     return Subject(ops, "arbitor.reference.ops")

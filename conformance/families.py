@@ -1,4 +1,4 @@
-"""Every family of the op table with all that the suite knows of it: files are found on disk, and no family is listed.
+"""Every family of the op table, with all that the suite knows of it. Files are found on disk, and no family is listed.
 
 The file of a family is `conformance/ops/test_<family>.py`. A large family has parts beside it, `test_<family>_<part>.py`. Importing
 a file files what it states: how calls are drawn (`CASES`, `MAGNITUDES`), `LAWS`, `MUTANTS`, `REFUSALS`. Whoever needs all of

@@ -1,4 +1,4 @@
-"""An op that does not exist, written into a copy of the tree: what docs/adding-an-op.md asks for, and nothing else.
+"""An op that does not exist is written into a copy of the tree, with what docs/adding-an-op.md asks for and nothing else.
 
 `mirror_trits` reverses trits along their last dimension. It is added either as a new family `mirror` or to the family `packing`.
 """
@@ -109,7 +109,7 @@ def mirror_trits(trits: Tensor) -> Tensor:
 """What each file of every op gets at its end."""
 
 ALL = '\n__all__ = [*__all__, "mirror_trits"]\n'
-"""How a file of ops names the op; the op's function stands behind it."""
+"""How a file of ops names the op. The op's function stands behind it."""
 
 HEADS: dict[str, str] = {
     "docs/spec/<family>.md": "# Mirror\n\nCode: `reference/ops/mirror.py`.\n",
@@ -188,7 +188,7 @@ __all__ = []
 
 
 def copy_of_the_tree(folder: Path) -> Path:
-    """Copy what an op is made of, without results and caches; return the copy."""
+    """Copy what an op is made of, without results and caches. Return the copy."""
     ignored = shutil.ignore_patterns("__pycache__", "results")
     for name in ("reference", "optimized", "conformance", "bench", "docs/spec"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
@@ -199,7 +199,7 @@ def copy_of_the_tree(folder: Path) -> Path:
 
 
 def add(folder: Path, family: str) -> set[str]:
-    """Add the op to a family of a copy, to a new one if there is none of its name; return the paths written."""
+    """Add the op to a family of a copy, or to a new family if none has this name. Return the paths written."""
     is_new = not (folder / "reference" / "ops" / f"{family}.py").exists()
     written = set()
     for pattern in PIECES.keys() | (HEADS.keys() if is_new else set()):
@@ -207,7 +207,8 @@ def add(folder: Path, family: str) -> set[str]:
         path = folder / name
         text = path.read_text() if path.exists() else ""
         head = HEADS.get(pattern, "") if is_new else ""
-        if pattern.endswith("__init__.py"):  # the line stands before what collects the names
+        # The new line stands before the lines that collect the names.
+        if pattern.endswith("__init__.py"):
             first, collects, rest = text.partition("# A function without a row")
             text = first.rstrip() + "\n" + head + "\n" + collects + rest
         else:

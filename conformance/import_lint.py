@@ -68,7 +68,7 @@ def breaches_of(source: str, path: Path) -> Iterator[tuple[int, str]]:
 
 
 def import_graph(root: Path = ROOT) -> dict[str, set[str]]:
-    """Return the modules that each installed module imports, by name; those of a package stand for its `__init__`.
+    """Return the modules that each installed module imports, by name. The name of a package stands for its `__init__`.
 
     Whoever imports a module from outside of its package imports the package as well, since Python runs it first.
     """
@@ -77,7 +77,8 @@ def import_graph(root: Path = ROOT) -> dict[str, set[str]]:
     for name, path in files.items():
         for node in ast.walk(ast.parse(path.read_text())):
             for target in imported(node, path.relative_to(root)):
-                while target not in files and "." in target:  # a name of a module is imported from the module
+                # A name that a module defines is imported from that module.
+                while target not in files and "." in target:
                     target = target.rpartition(".")[0]
                 while target in files:
                     if target != name and not name.startswith(f"{target}."):
@@ -119,7 +120,7 @@ def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
 
 
 def imported(node: ast.AST, path: Path) -> list[str]:
-    """Return the modules that a statement imports; names imported from a package count as modules of it."""
+    """Return the modules that a statement imports. Names imported from a package count as modules of it."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
@@ -141,7 +142,7 @@ def imported(node: ast.AST, path: Path) -> list[str]:
 
 
 def refused(folder: str, module: str) -> str | None:
-    """Return why code in a folder may not import a module; None if it may."""
+    """Return why code in a folder may not import a module, or None if it may."""
     top, *rest = module.split(".")
     if folder in INSTALLED and top in TEST_PACKAGES:
         return "what is installed does not import the tests"
@@ -168,7 +169,7 @@ def refused(folder: str, module: str) -> str | None:
 
 
 def main() -> int:
-    """Print breaches; return the exit status."""
+    """Print breaches. Return the exit status."""
     found = breaches()
     print("\n".join(found) or "imports: no breach")
     return 1 if found else 0

@@ -1,4 +1,4 @@
-"""Laws: properties that hold for every implementation, written once and run against good and broken ones.
+"""Laws are properties that hold for every implementation, written once and run against good and broken ones.
 
 `@law(name=strategy, ..., rejects=[mutant, ...])` turns `test_<op>_<law>(ops, name, ...)` into a pytest test of the
 implementation under test, and files it in `LAWS`, where test_mutants.py finds it and shows that it rejects its mutants.
@@ -59,7 +59,7 @@ class Law:
 def law(
     *, rejects: Sequence[Mutant], share: float = 1.0, **strategies: SearchStrategy
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a law with what it rejects. `share` scales its number of examples: below 1 where one example is dear."""
+    """Register a law with what it rejects. `share` scales its number of examples, and is below 1 where one example is dear."""
 
     def decorate(body: Callable[..., None]) -> Callable[..., None]:
         file = body.__module__.rpartition(".")[2]
@@ -71,7 +71,7 @@ def law(
 
 
 def filed(law: Law) -> Callable[..., None]:
-    """File a law; return the pytest test of it."""
+    """File a law. Return the pytest test of it."""
     assert law.name not in LAWS, f"two laws are called {law.name}"
     LAWS[law.name] = law
 

@@ -1,4 +1,4 @@
-"""Implementations that are broken on purpose: what a law must notice to deserve its place.
+"""Implementations that are broken on purpose. A law must notice one to deserve its place.
 
 A mutant is the reference with one piece of its text exchanged: what a wrong kernel would compute. A law names the mutants that
 it rejects (`rejects=` in law.py). `compared` names the ops whose comparison with the reference rejects the mutant; a mutant
@@ -38,7 +38,7 @@ class Mutant:
 
 
 def mutants_of(family: str) -> Callable[..., Mutant]:
-    """Return the maker of mutants of a family's file: `mutant(name, old, new)` changes reference/ops/<family>.py."""
+    """Return the maker of mutants of a family's file. `mutant(name, old, new)` changes reference/ops/<family>.py."""
 
     def mutant(
         name: str, old: str, new: str, *, compared: str | tuple[str, ...] = (), times: int = 1
@@ -61,7 +61,7 @@ def mutants_of(family: str) -> Callable[..., Mutant]:
 
 
 def build(mutant: Mutant) -> ModuleType:
-    """Return the ops of a mutant: the reference's sources, patched, imported under a name of their own."""
+    """Return the ops of a mutant, which are the reference's sources, patched, imported under a name of their own."""
     package = f"mutant_{mutant.name}"
     folder = Path(reference_ops.__file__).parent
     sources = {source.name: source.read_text() for source in folder.glob("*.py")}
@@ -84,7 +84,7 @@ def build(mutant: Mutant) -> ModuleType:
 
 
 def patched(mutant: Mutant, text: str) -> str:
-    """Return the text of the mutant's file with the change made; refuse a change that the text has no place for."""
+    """Return the text of the mutant's file with the change made. Refuse a change that the text has no place for."""
     found = text.count(mutant.old)
     assert found == mutant.times, (
         f"mutant {mutant.name}: `{mutant.old}` is found {found} times in {mutant.file}.py of the reference's ops,"

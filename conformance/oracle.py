@@ -98,7 +98,8 @@ def float32(value: Fraction) -> float:
 def quotient(g: float, exponent: int, rate: float) -> int:
     """Return q: the gradient in 256ths of a vote."""
     scaled = float32(Fraction(g) * Fraction(2) ** (8 - exponent) * Fraction(rate))
-    return round(min(max(scaled, -32768.0), 32767.0))  # Python rounds half to even
+    # Python rounds half to even.
+    return round(min(max(scaled, -32768.0), 32767.0))
 
 
 def vote(q: int, byte: int) -> int:

@@ -40,7 +40,7 @@ def dealt(num_slots: int, num_groups: int) -> Tensor:
 
 
 def of_attention() -> Iterator[tuple[str, Case]]:
-    # r14, r9, r12; no rotary columns; and the one that holds most, which is in float32
+    # The sizes of r14, r9 and r12, one without rotary columns, and the one that holds most, which is in float32.
     sizes = (
         (128, 512, 64, BF16),
         (8, 128, 32, BF16),
@@ -65,12 +65,15 @@ def of_codebooks() -> Iterator[tuple[str, Case]]:
 
 def of_experts() -> Iterator[tuple[str, Case]]:
     groups = {"num_groups": 32}
-    for rows in (1, 1024):  # r14: generation, and a step
+    # The rows of generation, and of a step, in r14.
+    for rows in (1, 1024):
         routed = torch.zeros(rows, 7168, dtype=BF16)
         yield "choose_experts", Case((routed, weight(groups["num_groups"], 7168)), {"top_k": 2})
-    for rows, columns in ((1192, 192), (128, 512)):  # r12, its width cut; r9
+    # The experts of r12, with its width cut, and of r9.
+    for rows, columns in ((1192, 192), (128, 512)):
         stacked = weight(groups["num_groups"] * rows, columns)
-        for slots in (4, 256, 2048, 4096, 16384):  # a tile each
+        # Each count takes another tile.
+        for slots in (4, 256, 2048, 4096, 16384):
             x, grad = (torch.zeros(slots, width, dtype=BF16) for width in (columns, rows))
             experts = dealt(slots, groups["num_groups"])
             yield "grouped_linear", Case((x, stacked, experts), groups)
@@ -84,7 +87,8 @@ def of_rows() -> Iterator[tuple[str, Case]]:
     for rows in (1, 16, 64):
         yield "linear", Case((x[:rows], table))
         yield "linear_input_grad", Case((torch.zeros(rows, 64, dtype=BF16), table))
-    for width in (WIDTH, 7168, 12_288):  # the last one longer than what a program holds of a row
+    # The last width is more than a program holds of a row.
+    for width in (WIDTH, 7168, 12_288):
         of_width, its_gain = torch.zeros(64, width, dtype=BF16), weight(1, width)
         yield "rms_norm", Case((of_width, its_gain))
         yield "rms_norm_input_grad", Case((of_width, of_width, its_gain))

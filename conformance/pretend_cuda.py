@@ -51,7 +51,8 @@ class TensorsSayCuda(TorchFunctionMode):
         if func == Tensor.device.__get__:
             return DEVICE
         kwargs = {name: on_host(value) for name, value in (kwargs or {}).items()}
-        wanted = kwargs.pop("out_dtype", None)  # of a product: on the host it has none
+        # A product on the host has no `out_dtype`.
+        wanted = kwargs.pop("out_dtype", None)
         result = func(*map(on_host, args), **kwargs)
         return result if wanted is None else result.to(wanted)
 

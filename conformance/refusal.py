@@ -41,7 +41,7 @@ class Refusal:
 
 
 def refusals(name: str, *cases: Refusal, rejects: Sequence[Mutant]) -> Callable[..., None]:
-    """File what a family refuses; return the test of it, which is a law.
+    """File what a family refuses. Return the test of the refusals, which is a law.
 
     Args:
         name:    the name of the file without its `test_`: the family, and its part if it has several files.
@@ -64,12 +64,12 @@ def refusals(name: str, *cases: Refusal, rejects: Sequence[Mutant]) -> Callable[
 
 
 def refuses_nothing(*ops: str, because: str) -> None:
-    """Say that some ops refuse no call, and why; every other op refuses some."""
+    """Say that some ops refuse no call, and why. Every other op refuses some."""
     REFUSES_NOTHING.update(dict.fromkeys(ops, because))
 
 
 def refused(op: str, why: str, error: type[Exception], says: str, *args: Any, **kwargs: Any) -> Refusal:
-    """Return a refusal of one call; callables among the arguments are called each time, so none shares memory."""
+    """Return a refusal of one call. Callables among the arguments are called each time, so that calls share no memory."""
     build = lambda value: value() if callable(value) and not isinstance(value, type) else value  # noqa: E731
     return Refusal(
         op,

@@ -31,7 +31,7 @@ from arbitor.reference.types import TernaryWeight
 from conformance import oracle
 
 DENSE_LIMIT = 4096
-"""Most elements of a dense draw; hypothesis gives up above 4,096."""
+"""Most elements of a dense draw. Hypothesis gives up above 4,096."""
 
 TILES = (16, 32, 64, 128)
 """Block sizes that kernels use: their edges are where kernels break."""
@@ -76,7 +76,7 @@ def sizes(limit: int | None = None) -> st.SearchStrategy[int]:
 
 @st.composite
 def matrix_shapes(draw: st.DrawFn, limit: int | None = None) -> tuple[int, int]:
-    """Draw (N, K) within the element limit; one row, and one column, are often drawn."""
+    """Draw (N, K) within the element limit. One row, and one column, are often drawn."""
     num_columns = draw(st.deferred(lambda: sizes(limit)), label="K")
     most = max(1, min(limit or LIMITS.size, LIMITS.elements // num_columns))
     return draw(st.deferred(lambda: sizes(most)), label="N"), num_columns
@@ -157,7 +157,7 @@ def weights(
     mantissa: bool = True,
     theta: int = 16,
 ) -> TernaryWeight:
-    """Draw a weight with full accumulators; `levels` narrows the exponents, for sums that must be exact."""
+    """Draw a weight with full accumulators. `levels` narrows the exponents, for sums that must be exact."""
     num_rows, num_columns = draw(matrix_shapes(limit)) if shape is None else shape
     group_size = draw(GROUPS, label="G")
     bits = draw(st.sampled_from(MANTISSA_BITS), label="mantissa bits") if mantissa else 0
@@ -200,7 +200,7 @@ LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded")
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
-    """Return the same values in another memory layout; `expanded` repeats the first row with stride 0."""
+    """Return the same values in another memory layout. `expanded` repeats the first row with stride 0."""
     if values.ndim < 2 or layout == "contiguous":
         return values.contiguous()
     if layout == "transposed":
@@ -222,15 +222,19 @@ def float_values(shape: tuple[int, ...], kind: str, seed: int) -> Tensor:
         return normal
     if kind == "small integers":
         return torch.randint(-8, 9, shape, generator=rng).to(torch.float32)
-    if kind == "tiny":  # down into the subnormals
+    # These values reach down into the subnormals.
+    if kind == "tiny":
         return normal * 1e-40
-    if kind == "faint":  # as small as a product with another float may be
+    # These values are as small as a product with another float may be.
+    if kind == "faint":
         return normal * 1e-30
     if kind == "huge":
         return normal * 1e30
-    if kind == "constant":  # every term of a sum has one sign
+    # Every term of a sum has one sign.
+    if kind == "constant":
         return torch.full(shape, float(normal.flatten()[0]) if normal.numel() else 1.0)
-    assert kind == "wild", kind  # every row of another magnitude, with zeros of both signs
+    # Every row has another magnitude, and zeros of both signs.
+    assert kind == "wild", kind
     rows = (*shape[:-1], 1) if shape else ()
     magnitude = torch.randint(-50, 51, rows, generator=rng).to(torch.float32)
     sparse = torch.where(torch.rand(shape, generator=rng) < 0.1, normal.sign() * 0.0, normal)
@@ -241,7 +245,7 @@ def float_values(shape: tuple[int, ...], kind: str, seed: int) -> Tensor:
 def activations(
     draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype, *, exact: bool, kinds: tuple[str, ...] = ()
 ) -> Tensor:
-    """Draw activations or their gradients; `exact`: small integers times one power of two, whose sums are exact."""
+    """Draw activations or their gradients. `exact` draws small integers times one power of two, whose sums are exact."""
     real = kinds or ("normal", "wild", "tiny", "huge", "constant")
     kind = "small integers" if exact else draw(st.sampled_from(real), label="kind")
     values = float_values(shape, kind, draw(GENERATOR_SEEDS))
@@ -263,12 +267,15 @@ def gradients(
     seed = draw(GENERATOR_SEEDS)
     rng = generator(seed + 1)
     num_rows, num_columns = shape
-    if kind == "ties":  # small integers: with a rate such as 2**-9, q falls halfway between integers
+    # With small integers and a rate such as 2**-9, q falls halfway between integers.
+    if kind == "ties":
         values = float_values(shape, "small integers", seed)
-    elif kind == "spikes":  # one element carries its row, so that it saturates
+    elif kind == "spikes":
+        # One element carries its row, so that it saturates.
         values = float_values(shape, "normal", seed) * 1e-3
         values[torch.arange(num_rows), torch.randint(num_columns, (num_rows,), generator=rng)] = 1000.0
-    elif kind == "boundary":  # half ones, half zeros: a mean square of exactly 1/2, where V changes
+    elif kind == "boundary":
+        # Half ones and half zeros have a mean square of exactly 1/2, where V changes.
         values = (torch.arange(num_columns) % 2 == 0).to(torch.float32).expand(shape).clone()
         values *= torch.randint(0, 2, shape, generator=rng) * 2 - 1
     else:
@@ -309,7 +316,7 @@ def row_choices(draw: st.DrawFn, num_rows: int, *, slots: bool = True) -> Tensor
 
 @st.composite
 def clocks(draw: st.DrawFn) -> dict[str, Any]:
-    """Draw dither coordinates; the step as an integer or as a 0-dim tensor."""
+    """Draw dither coordinates, with the step as an integer or as a 0-dim tensor."""
     step: int | Tensor = draw(STEPS, label="step")
     if draw(st.booleans(), label="step as a tensor"):
         step = torch.tensor(step)

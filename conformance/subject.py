@@ -39,7 +39,7 @@ class Subject:
         return lambda *args, **kwargs: self.call(op, *args, **kwargs)
 
     def raw(self, op: str) -> Callable[..., Any]:
-        """Return an op as the implementation has it; one that is missing fails when it is used, not before."""
+        """Return an op as the implementation has it. A missing op fails when it is used, not before."""
         found = getattr(self.ops, op, None)
         if callable(found):
             return found
@@ -58,7 +58,8 @@ class Subject:
         self, op: str, args: tuple[Any, ...], kwargs: dict[str, Any], pattern: int, *, device_layout: bool
     ) -> Any:
         """Call an op under one poison and one layout."""
-        moved: dict[int, Any] = {}  # by identity, so that `out=weight` stays one object
+        # Tensors are known by identity, so that `out=weight` stays one object.
+        moved: dict[int, Any] = {}
         device_args = tuple(self.to_device(value, device_layout, moved) for value in args)
         device_kwargs = {name: self.to_device(value, device_layout, moved) for name, value in kwargs.items()}
         if op in MAKERS:
@@ -82,7 +83,7 @@ class Subject:
         return self.to_cpu(result)
 
     def refuses(self, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
-        """Return what an op raises, None if nothing; canonical weights, as content may be invalid.
+        """Return what an op raises, or None. Weights are given in canonical form, as their content may be invalid.
 
         A call that is refused has written nothing, not even to `out` and `faults`.
         """
@@ -99,7 +100,7 @@ class Subject:
         return None
 
     def to_device(self, value: Any, device_layout: bool, moved: dict[int, Any]) -> Any:
-        """Return a value on the device under test; what is the same object here is one object there, by `moved`."""
+        """Return a value on the device under test. What is one object here is one object there, by `moved`."""
         if id(value) in moved:
             return moved[id(value)]
         if isinstance(value, Tensor):
@@ -128,7 +129,7 @@ class Subject:
 
 
 def parts_of(value: Any) -> tuple[Any, ...]:
-    """Return the items of a tuple; nothing of anything else."""
+    """Return the items of a tuple, and no items of anything else."""
     return value if isinstance(value, tuple) else ()
 
 

@@ -1,14 +1,16 @@
-"""An op is added by docs/adding-an-op.md alone, to a new family and to an old one; a piece that is left out is named.
+"""An op is added by docs/adding-an-op.md alone, to a new family and to an old one. A check names each piece that is left out.
 
-Each test works on a copy of the tree, in a process of its own.
+The tests work on copies of the tree, in processes of their own.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -33,42 +35,63 @@ OF_THE_OP = (
     "test_op_table.py",
     "test_contract.py",
 )
-"""The tests that run whatever belongs to an op, beside those of its family."""
+"""The tests that run everything of an op, beside the tests of its family."""
 
 RUNNER = """
-import os, sys
-import hypothesis, pytest, torch, triton  # once for all copies: most of the time of a small run
+import json, os, sys
+import hypothesis, pytest, torch, triton  # once for all runs: most of the time of a small one
 
-for folder, *arguments in map(str.split, sys.argv[1:]):
+sys.dont_write_bytecode = False  # what one run compiles the later ones in its copy find
+for place, (folder, arguments, name, text) in enumerate(json.load(sys.stdin)):
+    os.chdir(folder)
+    if name is not None:
+        os.rename(name, name + ".kept")
+    if text is not None:
+        with open(name, "w") as file:
+            file.write(text)
     child = os.fork()
     if child == 0:
-        os.chdir(folder)
-        output = os.open("output", os.O_WRONLY | os.O_CREAT)
+        output = os.open(f"output_{place}", os.O_WRONLY | os.O_CREAT)
         os.dup2(output, 1), os.dup2(output, 2)
         sys.path.insert(0, folder)
-        if arguments[0] == "inputs":  # what `pytest bench` checks of them, without the plugin that its other tests need
+        if arguments == "inputs":  # what `pytest bench` checks of them, without the plugin that its other tests need
             from bench.inputs import faults
             print(*faults(), sep="\\n", flush=True)
             os._exit(0)
-        pytest.main(["-v", "--device", "cpu", "-p", "no:cacheprovider", *arguments])
+        pytest.main(["-v", "--device", "cpu", "-p", "no:cacheprovider", *arguments.split()])
         sys.stdout.flush()
         os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0, folder
+    assert os.waitpid(child, 0)[1] == 0, (folder, arguments)
+    if name is not None:
+        os.replace(name + ".kept", name)
 """
-"""Runs tests in copies of the tree, each in a process of its own, and leaves what they print in the file `output` of the copy."""
+"""Runs tests in copies of the tree, each run in a process of its own that leaves what it prints in a file of the copy."""
 
 
-def outputs(runs: dict[Path, str]) -> list[str]:
-    """Return what the tests print that are chosen for each copy by the arguments of pytest; for `inputs`, the faults of those."""
+@dataclass(frozen=True)
+class Run:
+    """Tests in a copy of the tree, chosen by the arguments of pytest, or the check of what goes into a benchmark (`inputs`).
+
+    changed: a file of the copy that has another text for the time of the run, or is not there if `text` is None
+    """
+
+    folder: Path
+    arguments: str
+    changed: str | None = None
+    text: str | None = None
+
+
+def outputs(runs: list[Run]) -> list[str]:
+    """Return what each run prints."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment |= {"PYTHONDONTWRITEBYTECODE": "1", "TRITON_INTERPRET": "1"}
+    environment["TRITON_INTERPRET"] = "1"
     environment.pop("PYTHONPATH", None)
-    chosen = [f"{folder} {arguments}" for folder, arguments in runs.items()]
+    asked = json.dumps([(str(run.folder), run.arguments, run.changed, run.text) for run in runs])
     done = subprocess.run(
-        (sys.executable, "-c", RUNNER, *chosen), env=environment, capture_output=True, text=True
+        (sys.executable, "-c", RUNNER), env=environment, input=asked, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return [(folder / "output").read_text() for folder in runs]
+    return [(run.folder / f"output_{place}").read_text() for place, run in enumerate(runs)]
 
 
 def files_of_the_guide(*, new_family: bool) -> list[str]:
@@ -93,12 +116,11 @@ def test_op_added_by_the_guide_passes(tmp_path: Path) -> None:
     """Everything that runs for an op runs for this one, in a new family and in an old one."""
     for family in (FAMILY, "packing"):
         add(copy_of_the_tree(tmp_path / family), family)
-    add(copy_of_the_tree(tmp_path / "inputs"), FAMILY)
     tests = "conformance/test_families.py conformance/ops/test_{0}.py " + " ".join(
         f"conformance/{name}" for name in OF_THE_OP
     )
-    runs = {tmp_path / family: tests.format(family) + " -k mirror" for family in (FAMILY, "packing")}
-    *passed, faults = outputs({**runs, tmp_path / "inputs": "inputs"})
+    runs = [Run(tmp_path / family, tests.format(family) + " -k mirror") for family in (FAMILY, "packing")]
+    *passed, faults = outputs([*runs, Run(tmp_path / FAMILY, "inputs")])
     for output in passed:
         assert re.search(r"\d\d passed", output) and "failed" not in output and "error" not in output, output
         for test in (
@@ -184,28 +206,29 @@ TAKEN_AWAY = {
     "bench inputs": (f"bench/inputs/{FAMILY}.py", None, f"bench/inputs/{FAMILY}.py is missing"),
     "kernel": (f"optimized/kernels/{FAMILY}.py", None, f"cannot import name '{FAMILY}'"),
 }
-"""By the name of a piece: its file, how it is taken away (None: the whole file), and the sentence that names it."""
+"""The file of each piece, how the piece is taken away (None: with the whole file), and the sentence that names it."""
 
 
 def test_a_missing_piece_is_named(tmp_path: Path) -> None:
-    """Piece by piece is taken away from a complete family: a check fails and names it."""
-    runs = {}
+    """Each piece is taken away from a complete family. A check then fails and names the piece."""
+    folder, runs = copy_of_the_tree(tmp_path), []
+    add(folder, FAMILY)
     for piece, (name, taken_away, _) in TAKEN_AWAY.items():
-        folder = copy_of_the_tree(tmp_path / piece.replace(" ", "_"))
-        add(folder, FAMILY)
-        path = folder / name
-        whole = path.read_text()
-        path.unlink()
-        if taken_away is not None:
-            path.write_text(taken_away(whole))
-            assert path.read_text() != whole, f"nothing was taken from {name}"
-        runs[folder] = "inputs" if piece == "bench inputs" else " ".join(COMPLETENESS)
-    found = zip(TAKEN_AWAY, outputs(runs), strict=True)
-    silent = [f"{piece}:\n{output}" for piece, output in found if TAKEN_AWAY[piece][2] not in output]
+        whole = (folder / name).read_text()
+        text = None if taken_away is None else taken_away(whole)
+        assert text != whole, f"nothing was taken from {name}"
+        runs.append(Run(folder, "inputs" if piece == "bench inputs" else " ".join(COMPLETENESS), name, text))
+    complete, *found = outputs([Run(folder, " ".join(COMPLETENESS)), *runs])
+    assert " passed" in complete and "failed" not in complete, complete
+    silent = [
+        f"{piece}:\n{output}"
+        for piece, output in zip(TAKEN_AWAY, found, strict=True)
+        if TAKEN_AWAY[piece][2] not in output
+    ]
     assert not silent, "not named: " + "\n".join(silent)
 
 
 def test_every_file_of_the_guide_is_taken_away_once() -> None:
-    """No file of the guide is superfluous: without each of them a check fails."""
+    """No file of the guide is superfluous. Without any one of them a check fails."""
     tried = {name for name, *_ in TAKEN_AWAY.values()}
     assert tried == {path_of(pattern, FAMILY) for pattern in {*PIECES, *HEADS}}

@@ -75,7 +75,8 @@ def test_experts_beyond_32_bits(subject: Subject) -> None:
     last = torch.tensor([num_groups * num_rows - 1], device=subject.device)
     votes = torch.full((1, num_columns), 20, dtype=torch.int8, device=subject.device)
     subject.raw("accumulate")(weight, votes, rows=last, out=weight, **clock)
-    subject.raw("apply_step")(weight, theta=20, rows=last, out=weight)  # the last row's trits are zero now
+    # The last row's trits are zero now.
+    subject.raw("apply_step")(weight, theta=20, rows=last, out=weight)
     experts = torch.zeros(count, dtype=torch.int64, device=subject.device)
     experts[-5:] = 1
     x = torch.zeros(count, num_columns, device=subject.device, dtype=torch.bfloat16)

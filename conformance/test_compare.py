@@ -1,4 +1,4 @@
-"""The comparers, tested with outputs that were tampered with; and the poison, with memory that was not written."""
+"""The comparers are tested with outputs that were tampered with, and the poison with memory that was not written."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def test_no_worse_rejects(dtype: torch.dtype, tamper: str) -> None:
         got[7] += 8 * one_rounding(dtype, wide, magnitude)[7].to(dtype)
     elif tamper in ("nan", "inf"):
         got[7] = float(tamper)
-    elif tamper == "lower precision":  # bfloat16 for float32; seven bits of it for bfloat16
+    elif tamper == "lower precision":
+        # bfloat16 in place of float32, and seven bits in place of bfloat16.
         got = twin.to(torch.bfloat16).to(dtype) if dtype == torch.float32 else (twin * 1.02).to(dtype)
     elif tamper == "dtype":
         got = twin.to(torch.float64)
@@ -113,7 +114,7 @@ def test_no_worse_rejects_sums_kept_in_bfloat16() -> None:
 
 
 def test_no_worse_looks_at_every_row() -> None:
-    """A row a billion times smaller is held to its own size: an error of its largest neighbour's would hide it."""
+    """A row a billion times smaller is held to its own size. An error of its largest neighbour's size would hide it."""
     twin, wide, magnitude = _sum_case(torch.float32)
     scale = torch.ones(33)
     scale[5] = 1e-9
@@ -174,7 +175,8 @@ def test_alike_to_zeros_is_zeros() -> None:
 
 def test_no_worse_agrees_on_what_is_not_finite() -> None:
     wide = torch.tensor([math.nan, math.inf, -math.inf, 1e39, 1.0], dtype=torch.float64)
-    twin = wide.to(torch.float32)  # 1e39 is infinite in float32
+    # 1e39 is infinite in float32.
+    twin = wide.to(torch.float32)
     no_worse(twin, twin=twin, wide=wide, magnitude=wide.abs(), k=2.0)
     for index, value in ((0, 1.0), (1, -math.inf), (2, math.nan), (3, 3e38), (4, math.inf)):
         got = twin.clone()

@@ -1,4 +1,4 @@
-"""Every kernel compiles for a GPU, whether or not there is one here: the interpreter runs what a compiler refuses."""
+"""Every kernel compiles for a GPU, on a machine with or without one. The interpreter runs kernels that a compiler refuses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from conformance.report import skip
 from conformance.subject import Subject
 
 BREAKS = {
-    "q_mask": "mask",  # to which a loop then assigns another shape
+    # A loop then assigns another shape to it.
+    "q_mask": "mask",
     "\nBLOCK_SLOTS = 32\n": "\nBLOCK_SLOTS = 256\n",
 }
 """Changes to kernels/attention.py after which a kernel does not compile, or wants too much shared memory."""
@@ -30,19 +31,20 @@ def _orphan_kernel(x_ptr):
 
 
 def package_of(subject: Subject) -> Path:
-    """Return the folder of the package whose kernels are compiled; leave the test out for another."""
+    """Return the folder of the package whose kernels are compiled. Skip the test for any other package."""
     if subject.name != "arbitor.optimized.ops":
         skip("compilation of kernels", f"it knows those of arbitor.optimized.ops, not of {subject.name}")
     return Path(str(subject.ops.__file__)).parents[1]
 
 
 def compiled(cache: Path, *families: str, tree: Path = ROOT) -> tuple[int, str]:
-    """Run compile_kernels; return its exit status and output. `tree`: the folder that `arbitor` is imported from."""
+    """Run compile_kernels. Return its exit status and output. `tree` is the folder that `arbitor` is imported from."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = (str(tree), str(ROOT), environment.get("PYTHONPATH", ""))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     environment["TRITON_CACHE_DIR"] = str(cache)
-    environment["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is here changes nothing
+    # A GPU of this machine must change nothing.
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     command = (sys.executable, "-W", "ignore", "-m", "conformance.compile_kernels", *families)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tree)
     return done.returncode, done.stdout + done.stderr
@@ -85,7 +87,7 @@ def test_broken_kernels_are_found(subject: Subject, tmp_path: Path) -> None:
     [(16, 8, 2, True), (32, 8, 2, False), (16, 4, 2, False), (16, 8, 3, False)],
 )
 def test_repeated_operands_are_found(summed: int, width: int, major: int, bad: bool) -> None:
-    """Layouts as text, as newer releases of Triton no longer make the bad one; beside a product that is fine, in another layout."""
+    """Layouts are text, as newer releases of Triton no longer make the bad one. A product in another layout is fine."""
     layout = f"#mma = #ttg.nvidia_mma<{{versionMajor = {major}, versionMinor = 0, warpsPerCTA = [2, 2], instrShape = [16, 8]}}>"
     operands = [
         f"tensor<{shape}xbf16, #ttg.dot_op<{{opIdx = {place}, parent = #mma, kWidth = {width}}}>>"

@@ -33,7 +33,7 @@ def test_names_mirror_the_reference(subject: Subject) -> None:
 
 @pytest.mark.parametrize("name", OP_TABLE)
 def test_signature_mirrors_the_reference(subject: Subject, name: str) -> None:
-    """Same arguments, same order, same defaults; annotations may differ, as layouts do."""
+    """Arguments, their order and their defaults are the same. Annotations may differ, as layouts do."""
     shape = lambda op: [(p.name, p.kind, p.default) for p in inspect.signature(op).parameters.values()]  # noqa: E731
     assert shape(subject.raw(name)) == shape(getattr(reference_ops, name))
 
@@ -45,7 +45,7 @@ def test_op_is_documented(subject: Subject, name: str) -> None:
 
 @pytest.mark.parametrize("name", OP_TABLE)
 def test_reference_docstring_has_its_headings(name: str) -> None:
-    """A sentence, then what it raises and where the rule comes from; layouts refuse nothing and have no rule."""
+    """A docstring has a sentence, what the op raises and where the rule comes from. Layouts refuse nothing and have no rule."""
     doc = inspect.getdoc(getattr(reference_ops, name)) or ""
     assert doc.splitlines()[0].endswith((".", ":")), f"{name}: the first line is no sentence"
     if OP_TABLE[name].family != "layout":
@@ -55,7 +55,7 @@ def test_reference_docstring_has_its_headings(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in OP_TABLE if name != "step_from_loss"])
 def test_repeat_runs_give_identical_bits(subject: Subject, name: str) -> None:
-    """The same call under both poisons and in both layouts: no order of threads, no old memory shows."""
+    """A call under both poisons and in both layouts has one result. No order of threads and no old memory shows."""
 
     @settings(max_examples=max(2, settings.default.max_examples // 5))
     @given(case=CASES[name])
@@ -190,14 +190,15 @@ def test_import_lint_finds_circles(tmp_path: Path, files: dict[str, str], circle
 
 
 def test_no_kernel_compiles_again_for_another_batch(subject: Subject) -> None:
-    """Odd, even, one, a multiple of sixteen: a token count is no reason to compile; nor are strides and offsets."""
+    """No token count (odd, even, one, a multiple of sixteen) is a reason to compile again. Strides and offsets are none either."""
     needs_cuda(subject, "recompilation")
     import triton
 
     compiled: list[str] = []
     weight, norm = weight_of(subject, 96, 160), weight_of(subject, 1, 160)
     table, taps = weight_of(subject, 300, 160), weight_of(subject, 24, 5 * 4)
-    rates = torch.linspace(0.5, 3.0, 5000, device=subject.device)  # 0-dim views of it lie at any address
+    # 0-dim views of this tensor lie at any address.
+    rates = torch.linspace(0.5, 3.0, 5000, device=subject.device)
     steps = torch.arange(5000, device=subject.device)
 
     def everything(count: int) -> None:
@@ -237,12 +238,8 @@ def test_no_kernel_compiles_again_for_another_batch(subject: Subject) -> None:
             op("conv1d_input_grad")(y, taps, length=count + 3, kernel_size=4)
             op("conv1d_weight_grad")(y, x_BCL, kernel_size=4)
 
-    for count in (
-        1,
-        16,
-        64,
-        4096,
-    ):  # what may depend on size: a choice of tiles for decoding, small and large batches
+    # The choice of tiles may depend on the size: decoding, small batches and large ones.
+    for count in (1, 16, 64, 4096):
         everything(count)
     hook = lambda *args, **kwargs: compiled.append(str(kwargs.get("repr") or kwargs.get("key")))  # noqa: E731
     previous, triton.knobs.runtime.jit_cache_hook = triton.knobs.runtime.jit_cache_hook, hook
@@ -264,17 +261,16 @@ def test_op_replays_from_a_cuda_graph(subject: Subject, name: str) -> None:
     def run(case: Case) -> None:
         moved: dict[int, object] = {}
         args = tuple(subject.to_device(value, False, moved) for value in case.args)
-        written = (
-            "out",
-            "faults",
-        )  # each replay would write them again; the test of a captured update has them
+        # Each replay would write these again. The test of a captured update has them.
+        written = ("out", "faults")
         kwargs = {
             key: subject.to_device(v, False, moved) for key, v in case.kwargs.items() if key not in written
         }
         op = subject.raw(name)
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            want = op(*args, **kwargs)  # on the very same memory; compiles outside of the capture
+            # This call uses the very same memory, and compiles outside of the capture.
+            want = op(*args, **kwargs)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -287,7 +283,7 @@ def test_op_replays_from_a_cuda_graph(subject: Subject, name: str) -> None:
 
 
 def test_captured_votes_draw_fresh_dither(subject: Subject) -> None:
-    """A step that lives on the device: each replay votes as an eager call at that step does."""
+    """With a step that lives on the device each replay votes as an eager call at that step does."""
     needs_cuda(subject, "fresh dither in a CUDA graph")
     grad = torch.randn(40, 50, device=subject.device)
     step = torch.tensor(7, device=subject.device)
@@ -315,7 +311,8 @@ def test_captured_update_replays_to_the_eager_weight(subject: Subject, some_rows
     grads = torch.randn(num_steps, 40, 50, generator=rng)
     grads[2, 7, 3] = float("nan")
     choices = torch.stack([torch.randperm(90, generator=rng)[:40] for _ in range(num_steps)])
-    choices[:, -2:] = -1  # unused slots
+    # These slots are not used.
+    choices[:, -2:] = -1
     rates = torch.linspace(0.5, 3.0, num_steps)
 
     def update(state: tuple[Any, Tensor], grad: Tensor, rows: Tensor, rate: Tensor, step: Any) -> None:
@@ -333,7 +330,8 @@ def test_captured_update_replays_to_the_eager_weight(subject: Subject, some_rows
 
     grad, rows, rate = grads[0].to(device), choices[0].to(device), rates[0].to(device)
     step = torch.tensor(0, device=device)
-    update(start(), grad, rows, rate, step)  # compiles outside of the capture
+    # This call compiles outside of the capture.
+    update(start(), grad, rows, rate, step)
     captured, eager = start(), start()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -341,7 +339,8 @@ def test_captured_update_replays_to_the_eager_weight(subject: Subject, some_rows
         update(captured, grad, rows, rate, step)
     first = subject.to_cpu(eager[0]).clone()
     for count in range(num_steps):
-        clock = 2**32 - 1 - num_steps + count  # up to the last step that votes may use
+        # The steps reach up to the last one that votes may use.
+        clock = 2**32 - 1 - num_steps + count
         for target, value in ((grad, grads), (rows, choices), (rate, rates)):
             target.copy_(value[count])
         step.fill_(clock)

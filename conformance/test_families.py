@@ -1,4 +1,4 @@
-"""Every family of the op table is complete: a missing piece fails with a sentence that names the family and the piece."""
+"""Every family of the op table is complete. A missing piece fails with a sentence that names the family and the piece."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from conformance.mutant import Mutant, build, patched
 from conformance.subject import Subject
 
 LAW_EXAMPLES, COMPARISON_EXAMPLES = 200, 1000
-"""Examples that a law or a comparison gets to find the fault; it stops at the first. A comparison draws whatever fits the
+"""Examples that a law or a comparison gets to find the fault. It stops at the first. A comparison draws whatever fits the
 device, so that a rare coincidence (two infinities in one row) can take a while to turn up.
 """
 
@@ -36,7 +36,8 @@ def broken(mutant: Mutant) -> Subject:
 )
 def test_law_rejects_mutant(mutant: Mutant, law: Law) -> None:
     subject = broken(mutant)
-    with pytest.raises((AssertionError, RuntimeError)):  # a crash is a failure too
+    # A crash is a failure too.
+    with pytest.raises((AssertionError, RuntimeError)):
         law.check(subject, examples=LAW_EXAMPLES, shrink=False)
         raise AcceptedError(f"{law.name} accepts the mutant {mutant.name}")
 

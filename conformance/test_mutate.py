@@ -1,4 +1,4 @@
-"""The mutation of the product, tried on a tiny product: what it must find, and what it must not claim."""
+"""The mutation of the product finds what it must on a tiny product, and claims no more."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def tree(folder: Path, tests: str = TESTS) -> Path:
 
 
 def run(root: Path, *arguments: str) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Run the command on a tree; return its exit status and the records by mutant."""
+    """Run the command on a tree. Return its exit status and the records by mutant."""
     out = root.parent / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")

@@ -110,7 +110,7 @@ def as_it_is(tensor: Tensor) -> Tensor:
 
 
 def reformed(case: Case, form: Callable[[Tensor], Tensor]) -> Case:
-    """Return a call with all tensors in another form; what is one object stays one."""
+    """Return a call with all tensors in another form. What is one object stays one object."""
     made: dict[int, Any] = {}
 
     def formed(value: Any) -> Any:
@@ -324,7 +324,7 @@ def test_gradients_are_those_of_the_reference(subject: Subject, name: str) -> No
 
 @pytest.mark.parametrize("name", OP_TABLE)
 def test_no_gradient_is_lost_without_a_word(subject: Subject, name: str) -> None:
-    """Inputs that ask for a gradient get one, or a sentence that names one of them; integers are detached in both sets."""
+    """Inputs that ask for a gradient get one, or a sentence that names one of them. Integers are detached in both sets."""
 
     @settings(max_examples=EXAMPLES, phases=[Phase.generate])
     @given(case=CASES[name])
@@ -408,7 +408,7 @@ def test_second_derivatives_are_right_or_refused(subject: Subject) -> None:
 
 
 def on_each_gpu(subject: Subject, what: str) -> tuple[Subject, Subject]:
-    """Return the ops on the first and on the second GPU; leave a test out where there are not two."""
+    """Return the ops on the first and on the second GPU. Skip a test without two GPUs."""
     if subject.device.type != "cuda" or torch.cuda.device_count() < 2:
         skip(
             what,

@@ -1,4 +1,4 @@
-"""One thread for the tests of the graph: their tensors are so small that a second one only waits."""
+"""One thread for the tests of the graph. Their tensors are so small that a second thread only waits."""
 
 from __future__ import annotations
 

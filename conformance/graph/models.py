@@ -5,6 +5,7 @@ Legend: B batch, T bytes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.types import TernaryWeight
+from conformance.subject import MAKERS
 
 NANO = ArbConfig(
     name="nano",
@@ -78,7 +80,7 @@ def nano(
 
 
 def whole(config: ArbConfig = WHOLE, **options: Any) -> ArbModel:
-    """Return a model of every module, after two steps: codes have neighbours and composites by then."""
+    """Return a model of every module after two steps, when codes have neighbours and composites."""
     model = ArbModel(config, seed=3, **options)
     device = model.voting.faults.device
     for step in range(2):
@@ -107,11 +109,26 @@ def changed_tensors(before: dict[str, TernaryWeight], model: ArbModel) -> set[tu
     }
 
 
+def with_ops(ops: Any, exchanged: Mapping[str, Any]) -> ModuleType:
+    """Return an op set with some of its ops exchanged."""
+    made = ModuleType("exchanged_ops")
+    made.__dict__.update({**ops.__dict__, **exchanged, "__name__": made.__name__})
+    return made
+
+
 def ops_with(**overrides: Any) -> ModuleType:
     """Return the reference ops with some of them exchanged."""
-    ops = ModuleType("watched_ops")
-    ops.__dict__.update({**reference_ops.__dict__, **overrides, "__name__": ops.__name__})
-    return ops
+    return with_ops(reference_ops, overrides)
+
+
+def drawn_by_the_reference(ops: Any) -> ModuleType:
+    """Return an op set whose weights start as the reference draws them.
+
+    Triton's interpreter takes half a second to draw a weight, which is longer than most tests of the graph. The initial weights
+    of an op set are compared with those of the reference elsewhere (test_comparison.py), and `test_outputs_are_no_worse` builds
+    a whole model from them.
+    """
+    return with_ops(ops, {name: getattr(reference_ops, name) for name in MAKERS})
 
 
 def ops_noting_rates() -> tuple[ModuleType, dict[int, list[float]]]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from conformance.compare import alike, exact, unsigned_zeros
+from conformance.graph.models import with_ops
 
 REPLAYED = {
     "linear_weight_grad": (0, 1),
@@ -41,12 +42,12 @@ REPLAYED = {
 """Ops that make integers of activations and gradients, and the places of these among their arguments."""
 
 BY_ROW = ("edge_sum_sign_grad",)
-"""Ops each of whose sums is of one row of an input: every row may have a power of two of its own."""
+"""Ops whose every sum is over one row of an input. Every row may have a power of two of its own."""
 
 ORTHOGONALIZE = "orthogonalize"
 
 LEVEL_BITS = 6
-"""Bits of the integers that a recorded value is rounded to: products have twice as many, so 4,096 of them have an exact sum.
+"""Bits of the integers that a recorded value is rounded to. Products have twice as many, so 4,096 products have an exact sum.
 With fewer, small values beside large ones become zeros, and weights behind them do not move."""
 
 
@@ -58,7 +59,7 @@ Own = dict[str, Tensor]
 
 
 def recording(ops: ModuleType, calls: Calls, own: Own) -> ModuleType:
-    """Return ops that work on rounded inputs where integers come out; these inputs go to `calls`, unrounded to `own`."""
+    """Return ops that work on rounded inputs where integers come out. Rounded inputs go to `calls`, unrounded ones to `own`."""
 
     def wrapped(name: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -84,7 +85,7 @@ def recording(ops: ModuleType, calls: Calls, own: Own) -> ModuleType:
 def replaying(ops: ModuleType, calls: Calls, own: Own) -> ModuleType:
     """Return ops that work on what `recording` kept, call by call, in place of their own inputs, which go to `own`.
 
-    The activations may have another dtype than those that were recorded: what was is exact in all of them.
+    The activations may have another dtype than the recorded ones, since recorded values are exact in every dtype.
     """
     left = iter(calls)
 
@@ -116,7 +117,7 @@ def replaying(ops: ModuleType, calls: Calls, own: Own) -> ModuleType:
 
 
 def orthogonalize_of(num_groups: int) -> str:
-    """Return what a call is recorded as: matrices that are made orthogonal one by one are no single one."""
+    """Return the name that a call is recorded under. The name tells matrices made orthogonal one by one from a single matrix."""
     return f"{ORTHOGONALIZE} of {num_groups}"
 
 
@@ -127,7 +128,7 @@ def keep(own: Own, name: str, values: list[Tensor]) -> None:
 
 
 def kind_of(what: str) -> str:
-    """Return the op and the place of a value that was kept: the inputs, the gradients or the results of one op."""
+    """Return the kind of a value that was kept: its op, and its place among the inputs, gradients or results of the op."""
     return what.partition(", ")[2]
 
 
@@ -147,19 +148,11 @@ def all_alike(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
 
 
 def exchanged(args: tuple[Any, ...], name: str, given: tuple[Tensor, ...]) -> list[Any]:
-    """Return the arguments of a call with those that are replayed exchanged."""
+    """Return the arguments of a call, with the replayed arguments exchanged."""
     changed = list(args)
     for place, value in zip(REPLAYED[name], given, strict=True):
         changed[place] = value
     return changed
-
-
-def with_ops(ops: ModuleType, exchanged_ops: Mapping[str, Any]) -> ModuleType:
-    """Return an op set with some of its ops exchanged."""
-    module = ModuleType(f"{ops.__name__}_replay")
-    module.__dict__.update(ops.__dict__)
-    module.__dict__.update(exchanged_ops)
-    return module
 
 
 def rounded(value: Tensor, *, by_row: bool = False) -> Tensor:
@@ -173,7 +166,7 @@ def rounded(value: Tensor, *, by_row: bool = False) -> Tensor:
 
 
 def rounded_pair(grad_MN: Tensor, x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradient and the input of a linear, rounded; what meets an input of zeros is left out, as it counts for nothing.
+    """Return the gradient and the input of a linear, rounded. Gradients that meet an input of zeros are left out.
 
     RMSNorm hands back a thousand times the gradient where its input is zero: beside such rows, all others would round to zero.
     """

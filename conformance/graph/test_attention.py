@@ -1,4 +1,4 @@
-"""Attention over a long past: as the spec's formula says, the same with a ledger as without, the same absorbed.
+"""Attention over a long past is what the spec's formula says, with a ledger, without one, and absorbed.
 
 Legend: B batch, P positions, D width, H heads, C head width, R rotary width, L latent width.
 """
@@ -46,7 +46,7 @@ def inputs(batch: int, positions: int, width: int = 24, seed: int = 0) -> Tensor
 
 
 def read(attention: LatentAttention, ledger: KVLedger, x_BPD: Tensor) -> Tensor:
-    """Return the attention of some more positions; the bytes behind them do not matter."""
+    """Return the attention of some more positions, whatever their bytes are."""
     count = x_BPD.shape[1] + (0 if len(ledger) else 2)
     ledger.begin(torch.zeros(ledger.batch, count, dtype=torch.int64, device=ledger.device))
     y_BPD = attention(x_BPD, ledger.layer(0))
@@ -95,7 +95,7 @@ def dense(attention: LatentAttention) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("positions", [1, 6, 7, 60])
 def test_attention_by_the_formula(positions: int) -> None:
-    """With its gradient: up to a window plain causal attention, beyond it blocks as well."""
+    """Output and gradient are those of causal attention up to a window. Beyond it they are those of attention to blocks too."""
     attention, context = layer()
     x_BPD = inputs(2, positions).requires_grad_()
     grad = inputs(2, positions, seed=1)
@@ -108,7 +108,7 @@ def test_attention_by_the_formula(positions: int) -> None:
 
 
 def test_a_window_that_holds_all_is_causal_attention() -> None:
-    """The same numbers whether the window is just long enough or far longer; one shorter, and the oldest are summaries."""
+    """A window just long enough gives the numbers of a far longer one. In one shorter by one the oldest are summaries."""
     x_BPD = inputs(1, 16).to(torch.float32)
     results = [layer(dtype=torch.float32, window=window)[0](x_BPD) for window in (16, 512, 14)]
     assert torch.equal(results[0], results[1])
@@ -116,7 +116,7 @@ def test_a_window_that_holds_all_is_causal_attention() -> None:
 
 
 def test_blocks_of_one_position_are_no_blocks() -> None:
-    """Summaries of single positions are the positions: with enough of them nothing is lost."""
+    """A summary of a single position is the position, so that enough of them lose nothing."""
     x_BPD = inputs(1, 30)
     alike(layer(window=3, block=1, num_summaries=40)[0](x_BPD), layer(window=512)[0](x_BPD))
 
@@ -126,7 +126,7 @@ def test_blocks_of_one_position_are_no_blocks() -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_a_ledger_changes_nothing(pieces: list[int], dtype: torch.dtype) -> None:
-    """Read in any pieces, absorbed where it is one position: as if all were read at once."""
+    """Text read in any pieces, single positions absorbed, gives what reading it at once gives."""
     attention, context = layer(dtype=dtype)
     x_BPD = inputs(2, 75).to(dtype)
     ledger = KVLedger(context.config, 2, dtype=dtype)
@@ -166,7 +166,7 @@ def test_every_row_that_is_seen_counts_and_no_other() -> None:
 
 
 def test_a_gradient_reaches_the_positions_of_the_pass() -> None:
-    """With a ledger the past is a constant: the gradient is that of the same attention with the past detached."""
+    """With a ledger the past is a constant. The gradient is that of the same attention with the past detached."""
     attention, context = layer(window=64, block=2)
     past, x_BPD, grad = inputs(1, 20), inputs(1, 5, seed=1).requires_grad_(), inputs(1, 5, seed=2)
     ledger = KVLedger(context.config, dtype=torch.float64)
@@ -195,10 +195,12 @@ def test_a_position_is_seen_at_bounded_cost() -> None:
 
 
 def test_absorbed_attention_on_the_op_set_under_test(subject: Subject) -> None:
-    """Positions one by one on its kernels: what the reference gets in float64, all at once."""
+    """Positions one by one, on the kernels under test, give what the reference gets in float64 all at once."""
     attention, _ = layer()
     x_BPD = inputs(2, 12)
-    tested, context = layer(subject.ops, subject.device, torch.float32, window=4, block=2)
+    tested, context = layer(
+        models.drawn_by_the_reference(subject.ops), subject.device, torch.float32, window=4, block=2
+    )
     small, _ = layer(window=4, block=2)
     ledger = KVLedger(context.config, 2, device=subject.device)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The audit: its figures are those of a real model counted element by element, and it needs no memory."""
+"""The audit has the figures of a real model counted element by element, and needs no memory."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_areas_are_those_of_the_closed_form(config: ArbConfig) -> None:
 
 
 def test_bytes_follow_the_formula() -> None:
-    """1/5 + 1 + 2/12 bytes a weight where every K is a multiple of 12 and every N * K of 5; here worked out by hand."""
+    """The bytes are worked out by hand: 1/5 + 1 + 2/12 a weight where every K is a multiple of 12 and every N * K of 5."""
     report = audit(replace(NANO, embed_dim=12))
     table = 297 * 12
     project, norm = 24 * 36, 24

@@ -107,7 +107,8 @@ def test_uses_count_after_an_accepted_pass_and_a_step() -> None:
     codebook = TernaryVQCodebook(context(), 9, 10)
     z = integers(200, 10).requires_grad_()
     ids, c, _ = codebook.quantize(z)
-    c.sum().backward()  # votes nothing
+    # This pass is outside of `taking`, so it votes nothing.
+    c.sum().backward()
     steps(codebook)
     assert codebook.usage.eq(1).all()
     train(codebook, z.detach(), step=0)
@@ -115,7 +116,8 @@ def test_uses_count_after_an_accepted_pass_and_a_step() -> None:
     assert codebook.usage.eq(1).all()
     steps(codebook)
     want = 1 + 2 * ids.bincount(minlength=9)
-    first = 1 * 6 // 2  # 400 positions look at 6 codes a step, of 2 passes
+    # 400 positions look at 6 codes a step, of 2 passes.
+    first = 1 * 6 // 2
     window = (first + torch.arange(6)) % 9
     want[window] = want[window] >> 1
     exact(codebook.usage, want.to(torch.int16))
@@ -132,7 +134,7 @@ def test_forgotten_passes_do_not_count() -> None:
 
 
 def test_dead_codes_come_back_as_vectors_of_the_batch() -> None:
-    """Codes that no vector finds die in two visits and are made anew at the third; then each has vectors of its own."""
+    """Codes that no vector finds die in two visits and are made anew at the third. Then each code has vectors of its own."""
     codebook = TernaryVQCodebook(context(num_codes=40), 40, 10)
     centres = integers(40, 10, high=1)
     found = []
@@ -180,7 +182,8 @@ def test_the_candidate_search_looks_into_the_buckets(probes: int) -> None:
     exact(ids, reference_ops.nearest_candidates(z, codebook.weight, candidates))
     agree = (ids == reference_ops.nearest_codes(z, codebook.weight)).float().mean()
     assert 0.1 * probes < agree < 1
-    assert TernaryVQCodebook(context(**config), 3, 10).search(z).max() < 3  # fewer codes, fewer buckets
+    # Fewer codes allow fewer buckets.
+    assert TernaryVQCodebook(context(**config), 3, 10).search(z).max() < 3
 
 
 MODALITIES = {"num_codes": 9, "image_features": 4, "image_codes": 6, "audio_features": 4, "audio_codes": 5}
@@ -202,7 +205,8 @@ def test_modalities_share_one_space_of_ids() -> None:
 @pytest.mark.parametrize("ids", [[0, 8, 3, 8], [15, 19, 9], [9], [0, 9, 15]])
 def test_rows_by_global_id_vote_and_no_others(ids: list[int]) -> None:
     bridge = MultimodalVQBridge(context(**MODALITIES, theta=1, on_flip="carry"))
-    for table in bridge.tables.values():  # counts that a step would move
+    # A step would move these counts.
+    for table in bridge.tables.values():
         table.weight.trit_accum.fill_(100)
     before = torch.cat([trits_of(table.weight) for table in bridge.tables.values()])
     with next(iter(bridge.tables.values())).voting.taking(rate=1.0, step=0):
@@ -279,7 +283,7 @@ def test_a_table_of_millions_needs_no_memory_on_meta() -> None:
 def both(subject: Subject, **fields: Any) -> Iterator[GraphContext]:
     """Yield the reference's context and the subject's."""
     yield context(**fields)
-    yield context(subject.ops, subject.device, **fields)
+    yield context(models.drawn_by_the_reference(subject.ops), subject.device, **fields)
 
 
 @pytest.mark.parametrize("search", ["exact", "candidates"])

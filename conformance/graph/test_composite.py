@@ -136,7 +136,7 @@ def voted_by(
     ],
 )
 def test_each_loss_trains_its_own(name: str, voters: set[str]) -> None:
-    """None of them reaches the stream or the motifs: the proposals do not disturb what they are made of."""
+    """No loss of the proposals reaches the stream or the motifs, which the proposals are made of."""
     _, voted = voted_by(name)
     assert set(voted) == voters
 
@@ -160,7 +160,8 @@ def test_a_gate_opens_where_the_error_is_below_the_mean() -> None:
     logits = torch.tensor([-3.0, 0.5, 2.0, -0.1], dtype=torch.float64).requires_grad_()
     errors = torch.tensor([1.0, 3.0, 2.0, 6.0], dtype=torch.float64)
     loss = gate_loss(logits, errors)
-    alike(loss, torch.tensor((0.0 - 1.0) / 4, dtype=torch.float64))  # the open ones: 3 - 3 and 2 - 3
+    # The open scores are 3 - 3 and 2 - 3.
+    alike(loss, torch.tensor((0.0 - 1.0) / 4, dtype=torch.float64))
     loss.backward()
     p = logits.detach().sigmoid()
     alike(logits.grad, (errors - 3) * p * (1 - p) / 4)
@@ -179,13 +180,15 @@ def test_closed_gates_leave_nothing() -> None:
     exact(head.codebook.weight, before)
     head.edges.step_tables()
     assert head.edges.neighbours.eq(-1).all()
-    assert head.gate.weight.trit_accum.any()  # what could open it again
+    # These could open the gate again.
+    assert head.gate.weight.trit_accum.any()
 
 
 def test_pairs_of_open_positions_are_kept_after_an_accepted_pass_and_a_step() -> None:
     head = CompositeProposalHead(context())
     h, codes, motifs = inputs()
-    torch.stack(list(head(h, codes, motifs).values())).sum().backward()  # votes nothing
+    # This pass is outside of `taking`, so it votes nothing.
+    torch.stack(list(head(h, codes, motifs).values())).sum().backward()
     steps(head)
     assert head.edges.neighbours.eq(-1).all() and head.codebook.usage.eq(1).all()
     logits, _, ids = by_hand(head, h.to(torch.float64))
@@ -266,19 +269,21 @@ def test_signs_and_composites_vote_behind_what_is_read() -> None:
     assert moved and set(moved) <= set(kept[kept >= 0].tolist())
 
 
+def op_sets(subject: Subject) -> tuple[tuple[Any, Any], ...]:
+    """Return the reference and the subject, with weights that the reference draws for both, and where they run."""
+    return (reference_ops, "cpu"), (models.drawn_by_the_reference(subject.ops), subject.device)
+
+
 def test_edges_train_alike(subject: Subject) -> None:
     """What is read, votes of signs and composites, steps and the table of pairs, on gradients whose sums are exact."""
     fields = {"theta": 3, "theta_e": 3}
-    want, got = (
-        read_and_vote(context(ops, device, **fields))
-        for ops, device in ((reference_ops, "cpu"), (subject.ops, subject.device))
-    )
+    want, got = (read_and_vote(context(ops, device, **fields)) for ops, device in op_sets(subject))
     exact(got, want)
 
 
 def test_losses_are_alike(subject: Subject) -> None:
     results = []
-    for ops, device in ((reference_ops, "cpu"), (subject.ops, subject.device)):
+    for ops, device in op_sets(subject):
         head = CompositeProposalHead(context(ops, device))
         losses = head(*(value.to(device) for value in inputs()))
         results.append(torch.stack([losses[name].detach().cpu() for name in sorted(LOSSES)]))
@@ -320,7 +325,7 @@ def test_motifs_of_another_width_are_refused() -> None:
 
 
 def test_the_largest_head_has_the_weights_that_it_should() -> None:
-    """REFACTOR14 gives 329.3 M; signs of the edges, one a slot of a code, are counted beside."""
+    """REFACTOR14 gives 329.3 M. Signs of the edges, one a slot of a code, are counted apart."""
     sizes = {"num_codes": 1000, "code_dim": 64, "composite_codes": 5_000_000, "composite_inner": 1280}
     head = CompositeProposalHead(context(device="meta", width=7168, **sizes))
     layers = (head.norm, head.inner, head.code, head.code_norm, head.gate, head.codebook)

@@ -1,4 +1,4 @@
-"""Every field of a configuration does something, or is refused: two models that differ in one field are two models."""
+"""Every field of a configuration does something, or is refused. Two models that differ in one field compute differently."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BASES: dict[str, ArbConfig] = {
 """Configurations with each switch on, and with each off."""
 
 TRAINED = ("nano", "signs", "frozen", "no experts", "candidates")
-"""Those of which models are trained, to see what fields do that no weight at the start shows."""
+"""Configurations whose models are trained, to see fields at work that no weight shows at the start."""
 
 OTHER: dict[str, Any] = {
     "name": "another",
@@ -61,10 +61,10 @@ OTHER: dict[str, Any] = {
     "orthogonal_steps": 1,
     "max_vote_step": 3,
 }
-"""Another value of a field; where none is named, another truth or a number one larger."""
+"""Another value of a field. A field without one here is negated, or grows by one."""
 
 SAME_MODEL = ("name", "dense_dispatch_max_tokens")
-"""What two equal models may differ in: the label of a configuration, and which of two equal paths experts are computed by."""
+"""Fields in which equal models may differ: the label, and the choice between two equal paths of experts."""
 
 
 def other(config: ArbConfig, name: str) -> Any:
@@ -145,7 +145,7 @@ def test_what_nothing_reads_is_refused_in_a_sentence(switch: Any) -> None:
 
 
 def test_a_field_may_be_read_in_all_configurations_or_has_a_switch() -> None:
-    """The fields that are never refused, by name: whoever adds one has to say which it is."""
+    """The fields that are never refused, by name. A new field must be added here or be refused somewhere."""
     switched = {name for switch in SWITCHES for name in switch.fields}
     always = {field.name for field in fields(ArbConfig)} - switched
     assert always == {

@@ -36,7 +36,7 @@ def matrices(draw: st.DrawFn) -> tuple[Tensor, int]:
 
 @given(drawn=matrices(), bits=BITS)
 def test_no_other_trits_and_level_are_nearer(drawn: tuple[Tensor, int], bits: int) -> None:
-    """Every level of the format, with the best trits for it, errs at least as much; of equal ones the smallest is taken."""
+    """Every other level, with the best trits for it, errs at least as much. Of equal levels the smallest is taken."""
     w, group_size = drawn
     weight = ternarize(w, group_size=group_size, mantissa_bits=bits)
     wide, got = w.to(torch.float64), dequantize(weight, dtype=torch.float64)

@@ -29,7 +29,8 @@ def double(request: pytest.FixtureRequest) -> tuple[Any, dict[str, torch.Tensor]
         else:
             full[rows[rows >= 0]] = grad[rows >= 0]
         uses.append(tensor_id)
-        voted[tensor_id] = voted.get(tensor_id, 0) + full  # a weight of the loop votes once a turn
+        # A weight of the loop votes once a turn.
+        voted[tensor_id] = voted.get(tensor_id, 0) + full
         return weight
 
     model = models.nano(
@@ -66,7 +67,7 @@ def test_every_weight_votes_with_the_gradient_of_the_twin(double: Any) -> None:
 
 
 def test_a_step_goes_downhill() -> None:
-    """After one step the loss on the same bytes is lower: votes are cast against the gradient."""
+    """After one step the loss on the same bytes is lower, since votes are cast against the gradient."""
     model = models.nano(theta=1)
     ids_BT = models.random_ids(4, 24)
     before = model.loss(ids_BT)

@@ -1,4 +1,4 @@
-"""The ledger as a transcript: what is appended, what is read, and what a pass that fails leaves behind: nothing."""
+"""The ledger as a transcript: what is appended and what is read. A pass that fails leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ids = models.random_ids
 
 
 def read(ledger: KVLedger, given: Tensor | None, predicted: int = 7) -> Tensor:
-    """Run a pass that attends to nothing, with rows that number the positions; return what it was given to read."""
+    """Run a pass that attends to nothing, with rows that number the positions. Return what the pass was given to read."""
     window_BT = ledger.begin(given)
     count = window_BT.shape[1] - 2
     columns = ledger.config.kv_latent + 2 * ledger.config.rotary_dim
@@ -37,7 +37,7 @@ def small(batch: int = 1, **fields: int) -> KVLedger:
 
 
 def test_a_ledger_is_a_transcript() -> None:
-    """Prompt, prediction, more ids, prediction: each id is read once, after the two before it."""
+    """After a prompt, a prediction, more ids and a prediction, each id has been read once, after the two before it."""
     ledger, prompt, more = small(2), ids(2, 5), ids(2, 3, seed=1)
     assert read(ledger, prompt).tolist() == prompt.tolist()
     assert read(ledger, more, predicted=8).tolist() == [
@@ -90,7 +90,7 @@ def test_a_copy_after_a_pass_that_failed_has_no_trace_of_it() -> None:
 
 @pytest.mark.parametrize("pieces", [[40], [3, 1, 1, 1, 34], [10, 20, 7, 3], [3, *[1] * 37]])
 def test_the_log_does_not_depend_on_the_passes(pieces: list[int]) -> None:
-    """Rows in the order in which they become known: a position, then the means of the blocks that it completes."""
+    """Rows stand in the order in which they become known: a position, then the means of the blocks that it completes."""
     ledger, text = small(), ids(1, 42)
     done = 0
     for piece in pieces:
@@ -104,9 +104,8 @@ def test_the_log_does_not_depend_on_the_passes(pieces: list[int]) -> None:
     for level, block in enumerate(ledger.scheduler.sizes):
         blocks = torch.arange(40 // block)
         means = rows[ledger.scheduler.place_of_block(level, blocks), 0]
-        assert torch.equal(
-            means, blocks * block + (block - 1) / 2
-        )  # halves, which every mean of these is exactly
+        # Every mean of these integers is a whole number of halves, and so exact.
+        assert torch.equal(means, blocks * block + (block - 1) / 2)
     whole = small()
     read(whole, text)
     assert torch.equal(rows[:size], whole.layer(1).log.rows[0, :size])
@@ -284,7 +283,7 @@ def test_a_ledger_of_another_dtype_or_device_is_refused() -> None:
 
 
 def test_a_ledger_of_a_model_is_not_its_copy_s() -> None:
-    """Two voting states are two models, whatever else is equal; and a ledger keeps no model alive."""
+    """Two voting states are two models, whatever else is equal. A ledger keeps no model alive."""
     model, twin = models.nano(), models.nano()
     twin.load_weights(models.state_of(model))
     ledger = prompted(model)

@@ -122,7 +122,8 @@ def test_it_goes_on_from_the_codes_before(cut: int) -> None:
 def test_positions_without_an_ngram_read_nothing_and_touch_nothing() -> None:
     module = MemGram(context(theta=1, on_flip="carry"))
     for each in (module.structure, module.conversation):
-        each.weight.trit_accum.fill_(100)  # a step would move every row that it looks at
+        # A step would move every row that it looks at.
+        each.weight.trit_accum.fill_(100)
         each.strengths.fill_(50)
     before = [each.weight.clone() for each in (module.structure, module.conversation)]
     e = random_floats(2, 1, 24, dtype=torch.float32).requires_grad_()
@@ -132,12 +133,13 @@ def test_positions_without_an_ngram_read_nothing_and_touch_nothing() -> None:
         out.square().sum().backward()
     steps(module.structure, module.conversation)
     exact((module.structure.weight, module.conversation.weight), tuple(before))
-    for each in (module.structure, module.conversation):  # two positions: two strengths decay, none rises
+    # There are two positions, so two strengths decay and none rises.
+    for each in (module.structure, module.conversation):
         assert each.strengths.le(50).all() and each.strengths.lt(50).sum() == 2
 
 
 def test_a_new_row_weighs_little_and_votes_in_full() -> None:
-    """At strength 0 a row is read with 1/128, and its votes are as large: they do not depend on a row's scale."""
+    """At strength 0 a row is read with 1/128. Its votes are as large as others, since votes do not depend on a row's scale."""
     added, votes = [], []
     for strength in (0, 127):
         module = MemGram(context(dtype=torch.float64))
@@ -190,7 +192,8 @@ def test_the_gradient_of_a_row_named_twice_is_summed() -> None:
 
 def test_strengths_count_accepted_passes_after_a_step() -> None:
     each, codes = table(), random_codes(2, 9)
-    each.rows_or_zeros(each.rows(codes, None)).sum().backward()  # votes nothing
+    # This pass is outside of `taking`, so it votes nothing.
+    each.rows_or_zeros(each.rows(codes, None)).sum().backward()
     steps(each)
     assert each.strengths.eq(0).all()
     rows = train(each, codes, step=0)
@@ -256,7 +259,7 @@ def test_large_tables_need_no_memory_on_meta() -> None:
 
 def both(subject: Subject, **fields: Any) -> tuple[GraphContext, GraphContext]:
     """Return the reference's context and the subject's."""
-    return context(**fields), context(subject.ops, subject.device, **fields)
+    return context(**fields), context(models.drawn_by_the_reference(subject.ops), subject.device, **fields)
 
 
 def test_a_memory_table_trains_alike(subject: Subject) -> None:

@@ -62,7 +62,7 @@ def test_a_byte_changes_no_logits_before_its_first_trigram(place: int) -> None:
 
 
 def test_every_earlier_byte_reaches_the_last_position() -> None:
-    """Attention sees the whole past: changing any byte changes the last logits."""
+    """Attention sees the whole past, so changing any byte changes the last logits."""
     model, ids_BT = models.nano(), models.random_ids(1, 16)
     with torch.no_grad():
         last = model(ids_BT)[0, -1]
@@ -141,7 +141,7 @@ def test_bad_arguments_of_a_model_are_refused() -> None:
 
 
 def routed(model: ArbModel, ids_BT: torch.Tensor, modalities: list[int]) -> None:
-    """Set the router so that each sequence is answered by the head named for it: a row of the signs that its inner vector has."""
+    """Set the router so that the named head answers each sequence: its row has the signs of the sequence's inner vector."""
     assert model.router is not None
     inner: list[torch.Tensor] = []
     hook = model.router.inner.register_forward_hook(lambda module, inputs, output: inner.append(output))

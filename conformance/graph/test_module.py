@@ -108,7 +108,7 @@ def test_a_copy_between_pass_and_step_takes_the_step(how: str) -> None:
 
 def test_an_op_set_without_a_name_is_not_pickled() -> None:
     model = models.nano(ops=models.ops_with())
-    with pytest.raises(TypeError, match="ops is 'watched_ops', which cannot be imported by that name"):
+    with pytest.raises(TypeError, match="ops is 'exchanged_ops', which cannot be imported by that name"):
         pickle.dumps(model)
     assert copy.deepcopy(model).ops is model.ops
 
@@ -143,7 +143,7 @@ def test_a_state_dict_is_loaded_and_computed_with(assign: bool) -> None:
     exact(model(IDS), models.whole()(IDS))
     with pytest.raises(RuntimeError, match="changed between forward and backward"):
         model.backward(loss, rate=1.0, step=0)
-    # Votes of the state before are forgotten: there is nothing to step.
+    # Votes of the state before are forgotten, so there is nothing to step.
     model.step()
     assert not differences(held(model), start())
 
@@ -222,7 +222,7 @@ def test_an_unknown_name_in_a_state_is_refused(more: Any) -> None:
 
 
 def test_a_weight_of_another_format_is_not_loaded() -> None:
-    """Of other mantissa bits every scale would be misread; with its own, the error is that of the rounding alone."""
+    """With other mantissa bits every scale would be misread. With the weight's own bits the error is that of the rounding alone."""
     layer = models.nano().byte_head.gate
     before, low = layer.weight.clone(), level_range(0)[0]
     plain = weight_of_trits(trits_of(before), before.exponents >> 2, before.group_size)
@@ -239,7 +239,7 @@ def test_a_weight_of_another_format_is_not_loaded() -> None:
 
 
 def test_a_part_that_is_frozen_does_not_move() -> None:
-    """Neither by votes, counts and neighbours nor by the revival of codes; what is thawed moves again, but norms."""
+    """Votes, counts, neighbours and revival of codes move no frozen part. A part that is thawed moves again, but for norms."""
     model = models.whole()
     model.get_buffer("shared_vq.bridge.tables.text.usage").zero_()
     before = held(model)
@@ -260,7 +260,7 @@ def test_a_frozen_codebook_is_not_revived() -> None:
     table.usage.zero_()
     before = held(table)
     model.backward(model.losses(IDS), rate=models.RATE, step=2)
-    # Also where it was frozen after the pass: its votes are in, but it does not step.
+    # A part that was frozen after the pass has votes, but does not step.
     table.frozen = True
     model.step()
     assert not set(differences(held(table), before)) - {"trit_accum", "exponent_accum"}
@@ -336,7 +336,7 @@ def test_an_op_set_without_float64_refuses_it() -> None:
         raise AssertionError
 
     ops = models.ops_with(linear=linear)
-    says = r"dtype is torch\.float64, but must be torch\.float32 or torch\.bfloat16 for watched_ops"
+    says = r"dtype is torch\.float64, but must be torch\.float32 or torch\.bfloat16 for exchanged_ops"
     with pytest.raises(TypeError, match=says):
         models.nano(ops=ops, dtype=torch.float64)
     model = models.nano(ops=ops)
@@ -373,10 +373,11 @@ def test_checkpointed_layers_train_alike(use_reentrant: bool) -> None:
 
 
 def test_under_autocast_the_model_keeps_its_dtype_and_says_so_once() -> None:
-    model = models.whole()
+    # The model of `wanted` would warn as well, if it were made under autocast.
+    model, want = models.whole(), wanted()
     with warnings.catch_warnings(record=True) as said, torch.autocast("cpu", dtype=torch.bfloat16):
         warnings.simplefilter("always")
-        assert not differences(trained(model), wanted())
+        assert not differences(trained(model), want)
         with torch.no_grad():
             logits = model(IDS)
             tokens = model.talker_head.token_logits(torch.ones(1, 2, model.config.width))
@@ -470,7 +471,7 @@ def test_a_batch_without_a_sequence_is_refused() -> None:
 
 
 def test_the_weight_of_a_module_is_its_buffers() -> None:
-    """Whoever exchanges one of them: there is no second copy to compute with."""
+    """The weight is made of the buffers, whoever exchanges them. There is no second copy to compute with."""
     module = models.nano().byte_head.gate
     assert isinstance(module, TernaryModule)
     first = module.weight

@@ -45,12 +45,12 @@ def integers(*shape: int, seed: int) -> Tensor:
 
 
 def on(subject: Subject) -> tuple[Any, torch.device]:
-    """Return the ops of a subject as they are, and where they run."""
-    return subject.ops, subject.device
+    """Return the ops of a subject, with weights that the reference draws, and where they run."""
+    return models.drawn_by_the_reference(subject.ops), subject.device
 
 
 def both_paths(**fields: Any) -> list[tuple[GraphContext, SharedProjectionMoE]]:
-    """Return the same module twice: grouped, and dense."""
+    """Return the same module on the grouped and on the dense path."""
     made = []
     for dense_max in (0, 1000):
         parts = context(dense_dispatch_max_tokens=dense_max, **fields)
@@ -64,7 +64,8 @@ def both_paths(**fields: Any) -> list[tuple[GraphContext, SharedProjectionMoE]]:
 def test_both_paths_give_the_same(request: pytest.FixtureRequest, op_set: str, top_k: int) -> None:
     """The output and the gradient of the input, through shares and router as well."""
     ops, device = on(request.getfixturevalue(op_set))
-    dtype = torch.float64 if op_set == "reference" else torch.float32  # kernels know no float64
+    # Kernels know no float64.
+    dtype = torch.float64 if op_set == "reference" else torch.float32
     results = []
     for _, moe in both_paths(top_k=top_k, dtype=dtype, ops=ops, device=device):
         x_BPD = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(1)).to(device, dtype)
@@ -81,7 +82,7 @@ MANY = (
     [[0.5, 0.5], [0.25, 0.75], [1.0, 0.0], [0.5, 0.25], [0.5, 0.5]],
 )
 FEW = ([[3]], [[0.75]])
-"""Experts and shares of some positions, none of which chose expert 2. FEW, of 8 experts: so few slots that none is sorted."""
+"""Experts and shares of some positions, none of which chose expert 2. FEW has so few slots of 8 experts that none is sorted."""
 
 INNER = 6
 
@@ -94,7 +95,7 @@ INNER = 6
 def test_both_paths_cast_the_same_votes(
     subject: Subject, vote_rule: str, num_experts: int, chosen: tuple[Any, Any]
 ) -> None:
-    """On sums that are exact, bit for bit; an expert that no position chose keeps every byte in both.
+    """On exact sums both paths agree bit for bit. An expert that no position chose keeps every byte in both.
 
     The op set under test must also leave what the reference leaves.
     """
@@ -109,7 +110,7 @@ def test_both_paths_cast_the_same_votes(
 
 
 def state_after_a_vote(parts: GraphContext, moe: SharedProjectionMoE, chosen: Any, shares: Any) -> Any:
-    """Let the experts of a module vote and step on exact sums; return the gradient of the input and their weights."""
+    """Let the experts of a module vote and step on exact sums. Return the gradient of the input and the weights of the experts."""
     experts_Mk, shares_Mk = (torch.tensor(value, device=parts.device) for value in (chosen, shares))
     experts, unused = (moe.expert_down, moe.expert_up), slice(2 * INNER, 3 * INNER)
     before = canonical(moe.expert_up)
@@ -165,7 +166,7 @@ def test_the_share_of_a_single_expert_is_its_part_of_all() -> None:
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_the_router_learns_however_many_experts_are_chosen(top_k: int) -> None:
-    """A softmax over the logit of a single expert is constant: its router had no gradient."""
+    """With one expert chosen the router has a gradient. A softmax over a single logit is constant and has none."""
     model = models.nano(top_k=top_k)
     for step in range(3):
         model.backward(model.losses(models.random_ids(2, 12, seed=step)), rate=models.RATE, step=step)
@@ -220,7 +221,7 @@ def test_the_router_votes_with_the_gradient_of_plain_autograd(top_k: int, dense_
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equal_experts_are_chosen_alike_in_one_pass_and_byte_by_byte(dtype: torch.dtype, top_k: int) -> None:
-    """A product of one row rounds otherwise than that of many: of five equal experts the last was chosen now and then."""
+    """Of five equal experts the first are chosen, in one row as in many, though float products of them round differently."""
     chosen: list[Tensor] = []
 
     def watched(x: Tensor, weight: Any, *, top_k: int) -> Tensor:
@@ -280,9 +281,9 @@ def test_numbered_names_each_expert_in_use_once() -> None:
     ids=["1", "4", "9"],
 )
 def test_a_grouped_linear_votes_and_steps_alike(subject: Subject, vote_rule: str, experts: list[int]) -> None:
-    """With fewer slots than experts and with more: what the op set under test leaves is what the reference leaves."""
+    """With fewer slots than experts and with more, the op set under test leaves what the reference leaves."""
     results = []
-    for ops, device in ((reference_ops, torch.device("cpu")), (subject.ops, subject.device)):
+    for ops, device in ((reference_ops, torch.device("cpu")), on(subject)):
         config = models.nano(theta=5, theta_e=3, vote_rule=vote_rule).config
         parts = GraphContext(ops, config, device=device, dtype=torch.float32, seed=7)
         layer = TernaryGroupedLinear(parts, 6, 13, 5)
@@ -333,7 +334,8 @@ def test_large_weights_vote_in_parts(monkeypatch: pytest.MonkeyPatch, vote_rule:
             plain.step_weight()
             grouped.step_weight()
         states.append((*found, plain.weight, grouped.weight))
-        row = 20 * min(count, 5)  # one output of every expert is the least part
+        # One output of every expert is the least part.
+        row = 20 * min(count, 5)
         assert max(grad.numel() for grad in made) <= max(most, row)
         assert (len(made) == 4) == (most == 2**27)
     exact(states[1], states[0])
@@ -360,7 +362,7 @@ def test_large_weights_are_unpacked_in_parts(subject: Subject, monkeypatch: pyte
 
 
 class Work(TorchDispatchMode):
-    """What is asked of the device while this is active: launches of Triton, and ops of torch with the shapes that they return.
+    """Notes what is asked of the device while it is active: launches of Triton, and ops of torch with the shapes they return.
 
     asked:    all of it in its order, as comparable values.
     launches: of these the kernels, by name.
@@ -374,7 +376,8 @@ class Work(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not self.launching:  # what the interpreter does with torch is no work of a GPU
+        # What the interpreter does with torch is no work of a GPU.
+        if not self.launching:
             made = result if isinstance(result, (tuple, list)) else (result,)
             self.asked.append((str(func), [tuple(each.shape) for each in made if isinstance(each, Tensor)]))
         return result
@@ -415,13 +418,13 @@ def needs_launches(subject: Subject) -> None:
 
 
 WAITING = ("_local_scalar_dense", "nonzero", "unique", "bincount", "masked_select")
-"""Parts of the names of torch's ops that wait for the device: what they return is a number, or of a shape that values decide."""
+"""Parts of the names of torch's ops that wait for the device. They return a number, or a shape that values decide."""
 
 SPREADS = {
     "sorted": (4, [[0] * 9, [3] * 9, [0, 1, 2, 3, 0, 1, 2, 3, 0], [2, 0, 2, -1, 0, 0, -1, 2, 2], [-1] * 9]),
     "few": (16, [[7, 7], [0, 15], [15, -1], [-1, -1]]),
 }
-"""Experts, and slots over them: all on one, even, some experts and slots unused, none used. `few`: so few that none is sorted."""
+"""Spreads of slots over experts: all on one, even, some experts and slots unused, none used. Slots of `few` are not sorted."""
 
 
 @pytest.mark.parametrize("kind", SPREADS)
@@ -455,10 +458,13 @@ def test_a_grouped_product_is_one_launch_however_slots_fall(
 def test_votes_of_experts_take_one_launch_a_part(
     subject: Subject, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    """With fewer slots than experts and with more: parts follow from the shape of the weight, other work from shapes as well."""
+    """With fewer slots than experts and with more, parts follow from the shape of the weight, and other work from shapes too."""
     needs_launches(subject)
-    monkeypatch.setattr(layers, "VOTE_ELEMENTS", 2 * 5 * 14)  # two of six outputs of each of five experts
-    layer = TernaryGroupedLinear(context(ops=subject.ops, device=subject.device), 5, 14, 6)
+    # A part is two of six outputs of each of five experts.
+    monkeypatch.setattr(layers, "VOTE_ELEMENTS", 2 * 5 * 14)
+    layer = TernaryGroupedLinear(
+        context(ops=models.drawn_by_the_reference(subject.ops), device=subject.device), 5, 14, 6
+    )
     x, grad = (integers(count, width, seed=width).to(subject.device) for width in (14, 6))
     places, done = torch.arange(count, device=subject.device), []
     for experts in (places * 0, places % 5, places % 2 * 4 - 1, places * 0 - 1):
@@ -483,7 +489,8 @@ def same_work(done: list[Work], what: str) -> None:
     ("positions", "fields"),
     [
         (64, {}),
-        (1, {"num_experts": 32}),  # 4 slots: so few that none is sorted
+        # 4 slots are so few that none is sorted.
+        (1, {"num_experts": 32}),
         (64, {"dense_dispatch_max_tokens": 2 * 64}),
     ],
     ids=["grouped", "few slots", "dense"],
@@ -491,7 +498,7 @@ def same_work(done: list[Work], what: str) -> None:
 def test_a_step_waits_for_nothing_and_compiles_nothing_again(
     subject: Subject, monkeypatch: pytest.MonkeyPatch, positions: int, fields: dict[str, int]
 ) -> None:
-    """However positions fall on experts: once its kernels are compiled, neither pass of the module waits for the device."""
+    """Once its kernels are compiled, neither pass of the module waits for the device, however positions fall on experts."""
     needs_cuda(subject, "waiting of experts")
     import triton
 

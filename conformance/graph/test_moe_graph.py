@@ -19,7 +19,7 @@ from conformance.graph import models
 
 
 def shares_by_hand(p: list[float], threshold: float) -> list[float]:
-    """Return the shares of one sample's steps, told as a story; p of all steps but the last."""
+    """Return the shares of one sample's steps, computed one by one from p of all steps but the last."""
     shares, left = [], 1.0
     for each in p:
         if 1 - left + each >= threshold:
@@ -31,7 +31,7 @@ def shares_by_hand(p: list[float], threshold: float) -> list[float]:
 
 
 def shares_of(p_TB: Tensor, threshold: float = HALT_THRESHOLD) -> Tensor:
-    """Return the shares of all steps, [T + 1, B]: the mean of states that are unit vectors."""
+    """Return the shares of all steps, [T + 1, B], which are the mean of states that are unit vectors."""
     steps, batch = len(p_TB) + 1, p_TB.shape[1]
     states = torch.eye(steps, dtype=p_TB.dtype)[:, None].expand(steps, batch, steps)
     halting = Halting(states[0], threshold)
@@ -55,7 +55,7 @@ def test_a_sure_position_takes_one_turn_and_an_unsure_one_all_of_them() -> None:
 
 
 def test_a_turn_that_overflows_after_halting_leaves_output_and_gradients_alone() -> None:
-    """A gradient of 0 times a slope that is not finite is no number: a position that has halted goes on from zeros."""
+    """A position that has halted goes on from zeros, since a gradient of 0 times a slope that is not finite is no number."""
     model = models.nano(max_moe_iters=3)
     loop = model.layers[-1].moe_graph
     loop.halt.forward = lambda x: torch.full((*x.shape[:-1], 1), 30.0)
@@ -92,9 +92,8 @@ def test_positions_start_undecided_and_learn_when_to_halt() -> None:
     """The halting weight starts at zero, where every p is a half, and votes move it."""
     model = models.nano(max_moe_iters=2, theta=1)
     halt, seen = model.layers[-1].moe_graph.halt, []
-    assert (
-        not trits_of(halt.weight).any() and halt.weight.exponents.eq(-8).all()
-    )  # in quarters, the scale of 24 inputs
+    # -8 quarters of an octave are the scale of 24 inputs.
+    assert not trits_of(halt.weight).any() and halt.weight.exponents.eq(-8).all()
     ask = halt.forward
     halt.forward = lambda x: seen.append(ask(x)) or seen[-1]
     for step in range(3):

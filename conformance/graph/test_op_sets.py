@@ -1,4 +1,4 @@
-"""The modules that hold weights on the op set under test: votes and steps exact. Whole models are in test_whole_models.py.
+"""The modules that hold weights vote and step exactly on the op set under test. Whole models are in test_whole_models.py.
 
 Legend: M rows of activations, N outputs, K inputs.
 """
@@ -20,10 +20,13 @@ from conformance.subject import Subject
 
 
 def contexts(subject: Subject, **fields: Any) -> list[GraphContext]:
-    """Return the reference's context and the subject's."""
+    """Return the reference's context and the subject's, with weights that the reference draws for both."""
     thresholds = {"theta": 5} if fields.get("exponent_rule") == "frozen" else {"theta": 5, "theta_e": 3}
     config = models.nano(**thresholds, **fields).config
-    sets = ((reference_ops, torch.device("cpu")), (subject.ops, subject.device))
+    sets = (
+        (reference_ops, torch.device("cpu")),
+        (models.drawn_by_the_reference(subject.ops), subject.device),
+    )
     return [GraphContext(ops, config, device=device, dtype=torch.float32, seed=7) for ops, device in sets]
 
 
@@ -67,7 +70,7 @@ def test_a_table_votes_and_steps_alike(subject: Subject) -> None:
 
 
 def test_a_norm_that_votes_steps_alike(subject: Subject) -> None:
-    """Rows of equal magnitude: their root mean square is a power of two, so that every quotient is exact."""
+    """The root mean square of rows of equal magnitude is a power of two, so that every quotient is exact."""
     results = []
     for parts in contexts(subject):
         norm = TernaryRMSNorm(parts, 24, frozen=False)

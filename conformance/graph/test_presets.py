@@ -1,4 +1,4 @@
-"""Presets: they have the weights that the seeds report and the widths that the search finds; modules can be left out."""
+"""Presets have the weights that the seeds report and the widths that the search finds. Modules can be left out."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_every_preset_learns_by_the_rule_that_won(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_training_keeps_no_more_bytes_than_promised(name: str) -> None:
-    """1.37 a weight in canonical form, integer tables apart; 1.44 on a GPU (docs/spec/layout.md)."""
+    """A weight takes 1.37 bytes in canonical form, integer tables apart, and 1.44 on a GPU (docs/spec/layout.md)."""
     report = audit(preset(name), resident_bytes=resident_bytes)
     assert report.canonical_bytes / report.weights < 1.375
     assert report.resident_bytes / report.weights < 1.44
@@ -256,7 +256,7 @@ they are narrow."""
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_what_is_made_orthogonal(name: str) -> None:
-    """Every linear but those listed: a new head whose rows are classes must say so."""
+    """Gradients of all other linears are made orthogonal. A new head whose rows are classes must be listed."""
     linears = {
         re.sub(r"\.\d+", "", path): module.orthogonal
         for path, module in ArbModel(preset(name), device="meta").ternary_modules().items()

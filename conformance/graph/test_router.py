@@ -25,7 +25,7 @@ def stream() -> Tensor:
 
 
 def test_weights_are_as_many_as_the_seeds_count() -> None:
-    """REFACTOR14's 12.9 M: 7168 * 1792 + 3 * 1792."""
+    """The router has REFACTOR14's 12.9 M weights, 7168 * 1792 + 3 * 1792."""
     assert (
         count_weights(OutputRouter(on_meta(width=7168, router_inner=7168 // 4, talker_tokens=289)))
         == 12_850_432

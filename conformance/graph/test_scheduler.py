@@ -96,7 +96,7 @@ def test_the_past_is_seen_without_gaps_at_bounded_cost(shape: tuple[int, int, in
 
 @pytest.mark.parametrize("shape", SHAPES[:4])
 def test_what_a_position_sees_is_its_own_affair(shape: tuple[int, int, int]) -> None:
-    """The same, asked alone or among others, in one sequence or beside another; the shapes depend on the count alone."""
+    """A position sees the same alone and among others, in one sequence and beside another. Shapes depend on the count alone."""
     tested, first, count = scheduler(*shape), [0, 37, 130], 41
     together = views(tested, first, count)
     for sequence, start in enumerate(first):

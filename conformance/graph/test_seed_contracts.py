@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.model import MODALITIES
 from arbitor.reference.types import TernaryWeight
 from conformance.graph import models
-from conformance.subject import MAKERS, Subject
+from conformance.subject import Subject
 
 SMALL = replace(
     models.WHOLE,
@@ -71,24 +70,23 @@ def op_set(request: pytest.FixtureRequest) -> Subject:
 
 @dataclass(frozen=True)
 class Start:
-    """A state that the reference has learned in two steps, and the op set on which models go on from it; SMALL ones if `small`."""
+    """A state that the reference has learned in two steps, and the op set that models go on with. `small`: of SMALL models."""
 
     op_set: Subject
     small: bool
     state: dict[str, Any]
 
     def model(self) -> ArbModel:
-        """Return a model in that state; the reference draws its weights, for which the interpreter takes long."""
-        ops = ModuleType("made_by_the_reference")
-        ops.__dict__.update(self.op_set.ops.__dict__)
-        ops.__dict__.update({name: getattr(reference_ops, name) for name in MAKERS})
-        config = SMALL if self.small else models.WHOLE
+        """Return a model in that state. The reference draws its weights, for which the interpreter takes long."""
+        ops, config = models.drawn_by_the_reference(self.op_set.ops), SMALL if self.small else models.WHOLE
         made = ArbModel(config, ops=ops, device=self.op_set.device, seed=3)
         made.load_state(self.state)
         with made.voting.taking(rate=models.RATE, step=1):
-            pass  # as after its steps: a vote that nobody asked for finds their rate
+            # The rate is left as after steps of the model, so that a vote outside of a pass would find one.
+            pass
         if self.small:
-            made.byte_head.vocabulary.frozen = True  # its 297 rows would take a third of the time
+            # The 297 rows of the vocabulary would take a third of the time.
+            made.byte_head.vocabulary.frozen = True
         return made
 
     def ids(self, seed: int) -> Tensor:
@@ -214,7 +212,7 @@ def test_the_ledger_conditions_the_graph_the_router_and_the_heads(model: ArbMode
 
 @pytest.mark.parametrize("training", [True, False])
 def test_targets_are_always_read_by_the_byte_head(model: ArbModel, training: bool) -> None:
-    """Also where the router would choose another head, and in eval mode; in the loss, and in the losses that training uses."""
+    """The byte head reads targets where the router would choose another head too, and in eval mode, in `loss` and in `losses`."""
     model.train(training)
     ids_BT = models.random_ids(2, 9)
     want = byte_losses(model, ids_BT)
@@ -235,7 +233,8 @@ def test_the_ledger_grows_by_the_predicted_ids(model: ArbModel) -> None:
     prompt_BT = models.random_ids(2, 8)
     predicted = []
     for step in range(4):
-        with torch.set_grad_enabled(step % 2 == 0):  # in training and in generation
+        # With gradients as in training, and without as in generation.
+        with torch.set_grad_enabled(step % 2 == 0):
             logits_BPV = model(prompt_BT if step == 0 else None, ledger=ledger)
         predicted.append(logits_BPV[:, -1].argmax(dim=-1))
         assert len(ledger) == 8 + step + 1
@@ -245,7 +244,7 @@ def test_the_ledger_grows_by_the_predicted_ids(model: ArbModel) -> None:
 
 
 def test_a_detached_input_still_lets_the_weights_behind_it_vote(plain: PlainStep) -> None:
-    """As after a frozen sidecar: features of an image need no gradient, and what reads them learns."""
+    """Features of an image need no gradient, as after a frozen sidecar, and what reads them learns."""
     assert "image_sequencer.project.trit_accum" in different(plain.before, plain.voted)
     assert "image_sequencer.project.packed" not in different(plain.before, plain.voted), (
         "a vote moved a weight"
@@ -253,7 +252,7 @@ def test_a_detached_input_still_lets_the_weights_behind_it_vote(plain: PlainStep
 
 
 def test_every_weight_behind_the_loss_votes_and_no_other(model: ArbModel) -> None:
-    """Text alone: the heads of other modalities, their codebooks and sequencers keep every byte."""
+    """On text alone the heads of other modalities, their codebooks and sequencers keep every byte."""
     before = full_state(model)
     assert model.backward(model.losses(models.random_ids(3, 20)), rate=models.RATE, step=0)
     model.step()
@@ -281,11 +280,13 @@ def test_a_loss_that_is_not_finite_changes_not_one_byte(
 def test_stale_gradients_never_leak_into_the_next_step(start: Start, plain: PlainStep) -> None:
     """Passes without a backward pass, or with a loss that was refused, leave nothing that a later step could count."""
     disturbed, ids_BT = start.model(), start.ids(seed=1)
-    disturbed.losses(ids_BT)  # never goes backward
+    # This pass never goes backward.
+    disturbed.losses(ids_BT)
     refused = disturbed.losses(ids_BT)
     spoiled = {**refused, "more": torch.tensor(math.nan, device=ids_BT.device)}
     assert not disturbed.backward(spoiled, rate=models.RATE, step=0)
-    sum(disturbed.losses(ids_BT).values()).backward()  # outside of `backward`: gradients, but no votes
+    # A backward pass outside of `backward` gives gradients, but casts no votes.
+    sum(disturbed.losses(ids_BT).values()).backward()
     with torch.no_grad():
         disturbed.losses(ids_BT)
     with deterministic():

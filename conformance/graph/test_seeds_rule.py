@@ -1,4 +1,4 @@
-"""The seeds' rule, `SIGN_VOTES`: trits move by the signs of gradients, sized by the loss, and exponents by the signs of scores."""
+"""The seeds' rule, `SIGN_VOTES`. Trits move by the signs of gradients, sized by the loss, and exponents by the signs of scores."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ def sign(value: float) -> int:
 
 
 def test_a_weight_is_moved_as_the_rule_says_by_hand(subject: Subject) -> None:
-    """Forty steps of one linear, told trit by trit and group by group; what the op set under test leaves is that."""
-    parts = GraphContext(subject.ops, CONFIG, device=subject.device, dtype=torch.float32, seed=7)
+    """The op set under test leaves what forty steps of one linear leave that are computed trit by trit and group by group."""
+    parts = GraphContext(
+        models.drawn_by_the_reference(subject.ops), CONFIG, device=subject.device, dtype=torch.float32, seed=7
+    )
     layer = TernaryLinear(parts, 13, 3)
     start = subject.ops.to_spec(layer.weight).to("cpu")
     trits, exponents = trits_of(start).tolist(), start.exponents.tolist()
@@ -67,7 +69,7 @@ def test_a_weight_is_moved_as_the_rule_says_by_hand(subject: Subject) -> None:
 
 
 def test_exponents_and_their_counts_move_with_the_trits() -> None:
-    """REFACTOR7: E_accum is active in most groups. A model learns meanwhile."""
+    """E_accum is active in most groups, as REFACTOR7 reports, and a model learns meanwhile."""
     model, ids_BT = ArbModel(CONFIG, seed=3), models.random_ids(2, 12)
     before, losses = models.state_of(model), []
     for step in range(40):

@@ -50,7 +50,7 @@ def test_positions_are_those_of_the_reference(subject: Subject, kind: Any, width
 
 
 def test_the_shapes_and_weights_of_the_original() -> None:
-    """256 patches of 384 give 254 positions, 38 frames of 416 give 36; 3 F D weights and a norm of D."""
+    """256 patches of 384 give 254 positions, and 38 frames of 416 give 36. A sequencer has 3 F D weights and a norm of D."""
     parts = context(image_features=384, audio_features=416, width=512)
     for kind, width, count in ((ImageSequencer, 384, 256), (AudioSequencer, 416, 38)):
         sequencer = kind(parts)
@@ -59,7 +59,7 @@ def test_the_shapes_and_weights_of_the_original() -> None:
 
 
 def test_raw_audio_goes_through_features() -> None:
-    """[T], [B, T] and [B, 1, T] reach the callable as [B, T]; without one they are refused, and it is said why."""
+    """[T], [B, T] and [B, 1, T] reach the callable as [B, T]. Without a callable they are refused with the reason."""
     seen: list[tuple[int, ...]] = []
 
     def frames(audio_BT: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a model holds: integers only, by stable names, loaded and compared as a whole."""
+"""A model holds integers only, by stable names. They are loaded and compared as a whole."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_preset_holds_no_parameter_and_no_float(name: str) -> None:
 
 @pytest.mark.parametrize("bits", MANTISSA_BITS)
 def test_scales_have_the_mantissa_of_the_configuration(bits: int) -> None:
-    """Codebooks have none, whose search depends on it; the start is the same, and finer only in how it moves."""
+    """Mantissa bits change how weights move, and not where they start. Codebooks have none, as their search depends on that."""
     plain, model = (ArbModel(replace(models.WHOLE, mantissa_bits=each)) for each in (0, bits))
     books = {name for name, m in plain.ternary_modules().items() if isinstance(m, TernaryVQCodebook)}
     assert books
@@ -75,7 +75,7 @@ def test_tensor_ids_follow_the_definition_order() -> None:
 
 
 def test_the_names_of_the_weights() -> None:
-    """Checkpoints depend on them: a change here is a change of format."""
+    """Checkpoints depend on these names, so a change here is a change of format."""
     names = list(models.nano(num_layers=1).weights())
     assert names == [
         "embedding.table",
@@ -195,7 +195,7 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_is_loaded(
 
 
 def test_nothing_is_copied_only_to_be_looked_at() -> None:
-    """Neither a comparison of layouts nor the flip rate makes a weight's canonical form; a snapshot is of trits alone."""
+    """Neither a comparison of layouts nor the flip rate makes a weight's canonical form. A snapshot is of trits alone."""
 
     def refuse(weight: TernaryWeight) -> TernaryWeight:
         raise AssertionError("a weight was brought to its canonical form")
@@ -228,11 +228,8 @@ def test_flip_rate_counts_changed_trits() -> None:
 
 def test_the_flip_rate_of_an_op_set_is_that_of_the_trits(subject: Subject) -> None:
     """Counted in the layout of the op set, from a snapshot of less than half of the state."""
-    layout = (
-        "from_spec",
-        "to_spec",
-        "count_changed_trits",
-    )  # the start is the reference's: faster in an interpreter
+    # The reference draws the weights, which is faster than drawing them in an interpreter.
+    layout = ("from_spec", "to_spec", "count_changed_trits")
     ops = models.ops_with(**{name: getattr(subject.ops, name) for name in layout})
     model, other = models.nano(ops=ops, device=subject.device), models.nano(seed=9)
     snapshot, before = model.snapshot_trits(), models.nano().weights()
@@ -246,7 +243,7 @@ def test_the_flip_rate_of_an_op_set_is_that_of_the_trits(subject: Subject) -> No
 
 
 def test_a_state_dict_in_the_layout_of_an_op_set_is_looked_at(subject: Subject) -> None:
-    """Each tensor of a weight refuses what no weight holds, whatever its layout; device words are lanes of two bits."""
+    """Each tensor of a weight refuses what no weight holds, whatever its layout. Device words are lanes of two bits."""
     layout = ("from_spec", "to_spec")
     ops = models.ops_with(**{name: getattr(subject.ops, name) for name in layout})
     model = models.nano(ops=ops, device=subject.device)

@@ -1,4 +1,4 @@
-"""Integer tables: written by a step alone, from what accepted backward passes had seen."""
+"""A step alone writes integer tables, from what accepted backward passes had seen."""
 
 from __future__ import annotations
 
@@ -54,8 +54,10 @@ def test_a_table_counts_what_accepted_passes_saw() -> None:
 
 def test_a_pass_that_does_not_vote_leaves_no_trace() -> None:
     counter, x = parts()
-    counter(x, torch.tensor([0]))  # no backward pass
-    counter(x, torch.tensor([0])).sum().backward()  # one that does not vote
+    # This pass has no backward pass.
+    counter(x, torch.tensor([0]))
+    # This backward pass does not vote.
+    counter(x, torch.tensor([0])).sum().backward()
     with torch.no_grad():
         counter(x, torch.tensor([0]))
     counter.step_tables()
@@ -106,7 +108,7 @@ def trained_state() -> dict[str, TernaryWeight | Tensor]:
 def test_a_table_out_of_range_is_refused_and_nothing_is_loaded(
     name: str, low: int, high: int, wrong: list[int]
 ) -> None:
-    """What a step writes fits, and so do both ends of the range; one beyond either does not."""
+    """What a step writes is accepted, and so are both ends of the range. A value beyond either end is refused."""
     model = ArbModel(models.WHOLE, seed=9)
     before = tuple(value.clone() for value in model.state().values())
 

@@ -39,12 +39,12 @@ def test_tokens_are_repeated_then_cut_or_padded() -> None:
 
 
 def test_the_smoke_of_the_seed() -> None:
-    """REFACTOR9: tokens (1, 10)."""
+    """A batch of one has tokens (1, 10), as in REFACTOR9."""
     assert TalkerHead(context(talker_tokens=289))(positions(1), stride=2).shape == (1, 10)
 
 
 def test_cross_entropy_trains_the_logits() -> None:
-    """A few votes and steps on one batch: the loss of its targets falls to less than half."""
+    """After a few votes and steps on one batch the loss of its targets is less than half."""
     parts = context(talker_tokens=7, theta=4, theta_e=127)
     head, x_BPD = TalkerHead(parts), positions(4, 6)
     targets = torch.randint(0, 7, (24,), generator=torch.Generator().manual_seed(2))

@@ -26,7 +26,7 @@ GRAPH = {"num_codes": 30, "code_dim": 10, "num_hops": 2, "hop_rank": 5, "num_nei
 
 
 class Codes:
-    """Stands in for the codebooks: vectors of trits from a seed."""
+    """Stands in for the codebooks, with vectors of trits from a seed."""
 
     def __init__(self, context: GraphContext) -> None:
         shape = (context.config.num_codes, context.config.code_dim)
@@ -211,7 +211,8 @@ def test_consecutive_codes_become_neighbours_after_an_accepted_pass_and_a_step()
     for rate in (None, 1.0, 1.0):
         y = graph(codes).square().sum()
         if rate is None:
-            y.backward()  # votes nothing, and leaves no trace
+            # This pass is outside of `taking`, so it votes nothing and leaves no trace.
+            y.backward()
             step(graph)
         else:
             with graph.voting.taking(rate=rate, step=0):
@@ -233,7 +234,7 @@ def test_consecutive_codes_become_neighbours_after_an_accepted_pass_and_a_step()
 
 @pytest.mark.parametrize("path", ["full", "active"])
 def test_only_rows_of_used_codes_change(path: str) -> None:
-    """A code changes if it is in the batch, or one hop from it; its neighbours only if it is a source."""
+    """A code changes if it is in the batch, or one hop from it. Its neighbours change only if it is a source."""
     graph = graph_of(context(theta=1, num_codes=30))
     state = {**graph.edges.tables(), "signs": dequantize(graph.edges.weight)}
     before = {name: tensor.clone() for name, tensor in state.items()}
@@ -284,7 +285,7 @@ def test_the_graph_has_the_nodes_of_the_reference(subject: Subject, path: str) -
     few = {"num_codes": 9, "num_neighbours": 2, "width": 12, "code_dim": 6}
     codes = random_codes(1, 4, high=9)
     wide = graph_of(context(dtype=torch.float64, **few))(codes, path=path)
-    tested = graph_of(context(subject.ops, subject.device, **few))
+    tested = graph_of(context(models.drawn_by_the_reference(subject.ops), subject.device, **few))
     y = tested(codes.to(subject.device), path=path)
     alike(y.cpu(), wide)
     with tested.voting.taking(rate=1.0, step=0):
@@ -300,7 +301,8 @@ def test_the_graph_has_the_nodes_of_the_reference(subject: Subject, path: str) -
 def test_an_edge_table_trains_alike(subject: Subject) -> None:
     """Sums, gradients, votes of signs, steps and neighbours, on vectors whose sums are exact."""
     results: list[Any] = []
-    for ops, device in ((reference_ops, torch.device("cpu")), (subject.ops, subject.device)):
+    tested = models.drawn_by_the_reference(subject.ops)
+    for ops, device in ((reference_ops, torch.device("cpu")), (tested, subject.device)):
         graph = graph_of(context(ops, device, theta=3, theta_e=3))
         outputs: list[Any] = []
         for turn in range(2):
@@ -321,7 +323,7 @@ def test_an_edge_table_trains_alike(subject: Subject) -> None:
 
 
 def test_a_table_of_another_space_keeps_equal_numbers() -> None:
-    """Edges from codes to rows of another table: there, i -> i is no loop."""
+    """In edges from codes to rows of another table i -> i is no loop."""
     table = EdgeTable(context(), 5, 3, allow_loops=True)
     table.record(torch.tensor([1, 1, 2]), torch.tensor([1, 900, -1]))
     table.step_tables()

@@ -1,4 +1,4 @@
-"""A weight that a pass uses several times: each use votes at its part of the rate."""
+"""Each use of a weight that a pass uses several times votes at its part of the rate."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from conformance.subject import Subject
         {},
         {"max_moe_iters": 3, "num_hops": 1},
         {"max_moe_iters": 1, "composite_codes": 0},
-        {"num_codes": 500, "num_hops": 3},  # nodes of what a batch needs, not of all codes
+        # The graph computes the nodes that a batch needs, not the nodes of all codes.
+        {"num_codes": 500, "num_hops": 3},
     ],
 )
 def test_each_of_several_uses_votes_at_its_part_of_the_rate(fields: dict[str, Any]) -> None:
-    """The parts of what votes for a weight in one pass add up to the rate: experts of the loop, matrices of the graph."""
+    """The rates at which a weight votes in one pass add up to the rate, for experts of the loop and matrices of the graph."""
     noting, rates = models.ops_noting_rates()
     config = with_fields(models.WHOLE, **fields)
     model = models.whole(config, ops=noting)
@@ -60,18 +61,17 @@ def test_each_step_of_the_video_head_votes_at_its_part_of_the_rate() -> None:
 
 @pytest.mark.parametrize("uses", [1, 2, 3, 7])
 def test_a_rate_on_the_device_is_divided_alike(subject: Subject, uses: int) -> None:
-    """The op gets the float32 nearest to the quotient, of a number and of a tensor; CUDA's own division by a number is off."""
+    """The op gets the float32 nearest to the quotient, of a number and of a tensor. CUDA's own division by a number is off."""
     for value in [*torch.linspace(0.01, 127, 200).tolist(), 5.3, 0.1]:
         rate = torch.tensor(value, device=subject.device)
-        want = torch.tensor(
-            float(rate) / uses, dtype=torch.float32
-        ).item()  # float64 has the bits to round once
+        # The quotient has enough bits in float64 to be rounded once.
+        want = torch.tensor(float(rate) / uses, dtype=torch.float32).item()
         assert float(part_of_rate(rate, uses)) == want
         assert torch.tensor(part_of_rate(value, uses), dtype=torch.float32).item() == want
 
 
 def test_the_sign_rule_casts_every_vote_in_full() -> None:
-    """It has no rate to divide: two turns of the loop vote twice, with the size that the loss gives."""
+    """The sign rule has no rate to divide, so two turns of the loop vote twice, with the size that the loss gives."""
     sizes: dict[int, list[int]] = {}
 
     def record(weight: Any, votes: torch.Tensor, **kwargs: Any) -> Any:

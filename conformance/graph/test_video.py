@@ -57,7 +57,7 @@ def count_weights(module: torch.nn.Module) -> int:
     ("width", "latent", "wanted"), [(512, 16 * 32 * 32, 17_040_896), (7168, 4096, 110_121_984)]
 )
 def test_weights_are_as_many_as_the_seeds_count(width: int, latent: int, wanted: int) -> None:
-    """REFACTOR9's figure, and REFACTOR14's 112,193,536 less 289 * 7168 of the talker head; on the meta device."""
+    """The head has REFACTOR9's figure, and REFACTOR14's 112,193,536 less 289 * 7168 of the talker head. On the meta device."""
     head = VideoHead(on_meta(width=width, video_latent=latent))
     assert count_weights(head) == wanted == 2 * width * latent + width**2 + 3 * width
     assert not [buffer for buffer in head.buffers() if buffer.is_floating_point()] and not list(
@@ -97,7 +97,7 @@ def test_noise_and_latents_of_both_op_sets_are_equal(subject: Subject) -> None:
 
 @pytest.mark.parametrize("halt_threshold", [None, 0.5, HALT_THRESHOLD])
 def test_training_and_generation_give_the_same_latent(halt_threshold: float | None) -> None:
-    """The steps one by one under autograd, and the op: the same bits in the reference."""
+    """The steps one by one under autograd give the bits of the op, in the reference."""
     head = VideoHead(context(**FIELDS))
     trained = head(tokens(), halt_threshold=halt_threshold)
     assert trained.requires_grad
@@ -160,7 +160,7 @@ def test_noise_and_detached_tokens_let_the_weights_vote_at_no_cost() -> None:
 
 
 def test_a_step_that_overflows_after_halting_leaves_everything_alone() -> None:
-    """The latent, the gradient of what comes in, and the votes: a gradient of 0 times a slope that is no number is none."""
+    """An overflow after halting leaves the latent, the gradient of the inputs and the votes alone. 0 times no number would not."""
     results = []
     for factor in (1.0, 1e30):
         parts = context(**FIELDS)
@@ -238,12 +238,13 @@ def test_weight_gradients_are_those_of_plain_autograd() -> None:
     total.square().sum().backward()
     with parts.voting.taking(rate=1.0, step=0):
         head(seen, latent).square().sum().backward()
-    for name, matrix in matrices.items():  # four weights, four shapes
+    # Each of the four weights has a shape of its own.
+    for name, matrix in matrices.items():
         alike(found[tuple(matrix.shape)], matrix.grad, name)
 
 
 def test_votes_and_steps_of_both_op_sets(subject: Subject) -> None:
-    """The part whose sums are exact: a gradient that comes to latent_out and through it, on small integers."""
+    """On small integers the sums of the gradient that comes to latent_out, and through it, are exact."""
     results = []
     for parts in contexts(subject, **FIELDS):
         head = VideoHead(parts)

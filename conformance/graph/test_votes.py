@@ -116,7 +116,7 @@ def test_at_rate_0_nothing_moves(vote_rule: str) -> None:
 
 @pytest.mark.parametrize("rate", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
 def test_at_rate_0_no_table_moves(rate: float | torch.Tensor) -> None:
-    """Neither counters nor neighbours, strengths or loads; and no code that died is revived."""
+    """At rate 0 no counter, neighbour, strength or load changes, and no code that died is revived."""
     model = models.whole()
     model.get_buffer("shared_vq.bridge.tables.text.usage").zero_()
     before = {name: value.clone() for name, value in model.state().items()}
@@ -175,14 +175,13 @@ def test_micro_batches_accumulate_one_after_the_other() -> None:
 
 
 def test_the_same_pass_from_the_same_state_gives_the_same_state() -> None:
-    """Nothing is left over from an earlier pass: no gradient, no flag, no rows."""
+    """An earlier pass leaves no gradient, no flag and no rows."""
     model, ids_BT = models.nano(theta=1, theta_e=1), models.random_ids(2, 10)
     start = models.state_of(model)
     ends = []
     for noise in (0, 1, 2):
-        model.backward(
-            model.loss(models.random_ids(2, 10, seed=noise)), rate=models.RATE, step=noise
-        )  # not stepped
+        # No step follows this pass.
+        model.backward(model.loss(models.random_ids(2, 10, seed=noise)), rate=models.RATE, step=noise)
         model.load_weights(start)
         model.backward(model.loss(ids_BT), rate=models.RATE, step=5)
         model.step()
@@ -246,7 +245,7 @@ def test_a_step_between_forward_and_backward_is_refused() -> None:
 
 
 def test_forward_passes_may_come_before_backward_passes() -> None:
-    """Two micro-batches, both forward passes first: the same as one after the other."""
+    """Two micro-batches with both forward passes first give what one after the other gives."""
     ids = [models.random_ids(2, 10, seed=seed) for seed in range(2)]
     one_by_one, together = models.nano(), models.nano()
     for step in range(2):
@@ -275,7 +274,7 @@ def test_each_use_of_a_weight_votes_on_its_own() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gradient_of_a_matrix_is_made_orthogonal_before_it_votes(dtype: torch.dtype) -> None:
-    """In the dtype of the activations; rows of classes, narrow matrices and a model without it vote with it as it is."""
+    """A gradient is made orthogonal in the dtype of the activations. Rows of classes and narrow matrices vote as they are."""
     clock: dict[str, Any] = {"seed": 5, "step": 0, "tensor_id": 0, "exponent_rule": "score"}
     cases = (
         ({}, 32, {}, True),
@@ -303,7 +302,8 @@ def test_each_expert_is_made_orthogonal_on_its_own() -> None:
     parts = context()
     layer = TernaryGroupedLinear(parts, 3, 40, 32)
     fresh, x = layer.weight.clone(), torch.randn(60, 40, generator=torch.Generator().manual_seed(1))
-    experts = torch.arange(60) % 2  # the third is not used
+    # The third row is not used.
+    experts = torch.arange(60) % 2
     with parts.voting.taking(rate=1.0, step=0):
         layer(x, experts).pow(3).sum().backward()
     y = ops.grouped_linear(x, fresh, experts, num_groups=3)
@@ -317,11 +317,12 @@ def test_each_expert_is_made_orthogonal_on_its_own() -> None:
 def test_what_an_expert_votes_does_not_depend_on_how_many_slots_there_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its gradient is made orthogonal in parts that follow from the weight: 48 and 16 of its 64 rows here."""
+    """The gradient is made orthogonal in parts that follow from the weight, here 48 and 16 of its 64 rows."""
     monkeypatch.setattr(layers, "VOTE_ELEMENTS", 3 * 40 * 48)
     x, grad = (torch.randn(2, width, generator=torch.Generator().manual_seed(width)) for width in (40, 64))
     states = []
-    for unused in (0, 4):  # fewer slots than experts, and more
+    # There are fewer slots than experts in one case, and more in the other.
+    for unused in (0, 4):
         parts = context()
         layer = TernaryGroupedLinear(parts, 3, 40, 64)
         experts = torch.cat([torch.tensor([2, 0]), torch.full((unused,), -1)])
@@ -400,7 +401,7 @@ def test_union_of_rows_names_each_row_once() -> None:
 
 
 def failing_ops() -> tuple[Any, dict[str, int]]:
-    """Return the reference ops, and what counts their calls: the one numbered `fail` raises after it ran."""
+    """Return the reference ops, and a counter of their calls. The call numbered `fail` raises after it ran."""
     calls = {"made": 0, "fail": -1}
 
     def watched(op: Any) -> Any:
@@ -418,14 +419,14 @@ def failing_ops() -> tuple[Any, dict[str, int]]:
 
 @pytest.mark.parametrize("vote_rule", ["stochastic", "sign"])
 def test_a_pass_that_raises_leaves_nothing_wherever_it_raises(vote_rule: str) -> None:
-    """Every call of an op in a backward pass raises once, also after it has written; then a pass is taken as if none had."""
+    """Every call of an op in a backward pass raises once, also after it has written. Then a pass is taken as if none had raised."""
     small = models.WHOLE if vote_rule == "stochastic" else replace(models.NANO, max_moe_iters=2)
     config = replace(small, num_layers=1, vote_rule=vote_rule)
     failing, calls = failing_ops()
     model, plain = (models.whole(config, ops=each) for each in (failing, ops))
     ids_BT = models.random_ids(1, 8)
     for each in (model, plain):
-        # A micro-batch before, of which all must stay: votes and notes.
+        # The votes and notes of an earlier micro-batch must stay.
         each.backward(each.losses(models.random_ids(2, 12, seed=1)), rate=models.RATE, step=2)
     model.voting.faults += 3
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -462,7 +463,7 @@ def test_a_pass_that_raises_leaves_nothing_wherever_it_raises(vote_rule: str) ->
 
 @pytest.mark.parametrize("fail", [0, 40])
 def test_a_pass_that_cannot_be_undone_leaves_the_model_torn(fail: int) -> None:
-    """Unless nothing had voted: then there is nothing to undo. What is loaded makes the model whole."""
+    """A model is torn unless nothing had voted, when there is nothing to undo. Loading a state makes it whole."""
     failing, calls = failing_ops()
     model = models.nano(ops=failing)
     ids_BT, start = models.random_ids(2, 12), {name: value.clone() for name, value in model.state().items()}

@@ -1,4 +1,4 @@
-"""Whole models on the op set under test: what they compute is no worse, and one vote and step leaves the same bits.
+"""Whole models on the op set under test compute no worse, and one vote and step leaves the same bits.
 
 The structures are those of the presets, at widths that a test can afford: every layer, hop, turn, head and table that a preset has.
 In float32, where two op sets choose the same codes and experts; and in bfloat16, as models train on a GPU, where none are chosen.
@@ -33,14 +33,13 @@ from conformance.graph.replay import (
     orthogonalize_of,
     recording,
     replaying,
-    with_ops,
 )
 from conformance.mutant import build as build_mutant
 from conformance.report import needs_cuda
 from conformance.subject import Subject
 
 STRUCTURE = ("use_moe", "motif_residual", "code_search", "num_hops", "max_moe_iters", "video_steps", "top_k")
-"""Fields that a reduced model shares with its preset; of the others it has the nano model's, or 0 as its preset."""
+"""Fields that a reduced model shares with its preset. It has all other fields of the nano model, or 0 as its preset."""
 
 MOST_LAYERS, EXPERTS = 2, 6
 
@@ -110,7 +109,7 @@ that comes after could be compared. The interpreter has time for the first alone
 
 
 def the_config(subject: Subject, configs: dict[str, ArbConfig], name: str, *, first: int = 1) -> ArbConfig:
-    """Return a configuration, or leave the test out where it would take minutes: all but the first ones need CUDA."""
+    """Return a configuration. Skip the test where it would take minutes: all but the first ones need CUDA."""
     if name not in list(configs)[:first]:
         needs_cuda(subject, f"the whole model {name}")
     return configs[name]
@@ -155,16 +154,8 @@ def test_bfloat16_outputs_are_no_worse(subject: Subject, name: str) -> None:
     config = the_config(subject, BFLOAT16_CONFIGS, name)
     wide = outputs_of(config, reference_ops, torch.device("cpu"), torch.float64)
     twin = outputs_of(config, reference_ops, subject.device, torch.bfloat16)
-    got = outputs_of(config, from_reference_start(subject.ops), subject.device, torch.bfloat16)
+    got = outputs_of(config, models.drawn_by_the_reference(subject.ops), subject.device, torch.bfloat16)
     model_no_worse(got, twin=twin, wide=wide, dtype=torch.bfloat16)
-
-
-def from_reference_start(ops: Any) -> Any:
-    """Return an op set, but with the weights that the reference starts with.
-
-    For models whose state is loaded, or that say nothing of the start: the interpreter takes a fifth of a test to draw it.
-    """
-    return with_ops(ops, {"initial_weight": reference_ops.initial_weight})
 
 
 def outputs_of(config: ArbConfig, ops: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -186,7 +177,7 @@ def outputs_of(config: ArbConfig, ops: Any, device: torch.device, dtype: torch.d
 
 @cache
 def trained(config: ArbConfig) -> ArbModel:
-    """Return a reference model after three steps: with neighbours and composites in place. Not to be changed."""
+    """Return a reference model after three steps, with neighbours and composites in place. It must not be changed."""
     model = build(config, reference_ops, "cpu")
     for step in range(3):
         trained_once(model, step=step, length=120)
@@ -197,7 +188,7 @@ def stepped(
     config: ArbConfig, ops: Any, device: torch.device | str, dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
     """Return the state, on the CPU, after one more step than `trained`."""
-    model = build(config, from_reference_start(ops), device, dtype=dtype)
+    model = build(config, models.drawn_by_the_reference(ops), device, dtype=dtype)
     model.load_state(trained(config).state())
     trained_once(model, step=3)
     return {key: value.to("cpu") for key, value in model.state().items()}
@@ -205,7 +196,7 @@ def stepped(
 
 @dataclass
 class Step:
-    """One step on one op set: the state that it leaves, and what it made on the way, see replay.py."""
+    """One step on one op set: the state that it leaves, and what it made on the way (replay.py)."""
 
     state: dict[str, Any]
     own: Own
@@ -232,7 +223,7 @@ def replayed_step(
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_leaves_the_same_bits(subject: Subject, name: str) -> None:
-    """Weights, accumulators and integer tables; and on the way, all activations and gradients are alike."""
+    """The step leaves the same weights, accumulators and integer tables. On the way all activations and gradients are alike."""
     config = the_config(subject, CONFIGS, name, first=2)
     want, calls = recorded_step(config)
     got = replayed_step(config, subject.ops, calls, subject.device)
@@ -244,7 +235,7 @@ def test_a_step_leaves_the_same_bits(subject: Subject, name: str) -> None:
 
 @pytest.mark.parametrize("name", BFLOAT16_CONFIGS)
 def test_a_bfloat16_step_leaves_the_same_bits(subject: Subject, name: str) -> None:
-    """As in float32; on the way, no activation or gradient is worse than those of plain PyTorch in bfloat16.
+    """The state is as in float32. On the way no activation or gradient is worse than in plain PyTorch in bfloat16.
 
     A twin can measure gradients here, as it cannot in float32 (see `all_alike`): their errors come from the rounding of every
     element, whatever the order of the sums. With noise of float32 on all sums, the worst of a model moved by a third at most.
@@ -288,7 +279,8 @@ def test_the_other_paths_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(TernaryGraph, "full_nodes", noted)
     trained(OTHER_PATHS)
-    nodes.clear()  # a longer batch may have come another way
+    # Training used a longer batch, which may have taken another path.
+    nodes.clear()
     _, calls = recorded_step(OTHER_PATHS)
     names = [name for name, _ in calls]
     assert nodes == [2 * 6]
@@ -313,7 +305,7 @@ def with_broken(op: str) -> Any:
 
 @pytest.mark.parametrize("op", BROKEN)
 def test_a_broken_backward_pass_is_noticed(op: str) -> None:
-    """By what it hands to the ops that are replayed, and by nothing else: its step leaves the same bits."""
+    """What the pass hands to the replayed ops gives it away, and nothing else does, as its step leaves the same bits."""
     config = CONFIGS["every module, one layer"]
     want, calls = recorded_step(config)
     got = replayed_step(config, with_broken(op), calls, "cpu")
@@ -322,7 +314,8 @@ def test_a_broken_backward_pass_is_noticed(op: str) -> None:
         all_alike(got.own, want.own)
 
 
-@pytest.mark.parametrize("op", [op for op in BROKEN if not op.startswith("edge_sum")])  # no codes, no edges
+# These models have no codes, and so no edges.
+@pytest.mark.parametrize("op", [op for op in BROKEN if not op.startswith("edge_sum")])
 def test_a_broken_bfloat16_backward_pass_is_noticed(op: str) -> None:
     config = BFLOAT16_CONFIGS["one layer"]
     twin, calls = recorded_step(config, torch.bfloat16)
@@ -335,7 +328,7 @@ def test_a_broken_bfloat16_backward_pass_is_noticed(op: str) -> None:
 
 @pytest.mark.parametrize("op", ("linear_input_grad", "grouped_linear_input_grad", "rms_norm_input_grad"))
 def test_a_bfloat16_gradient_off_by_a_little_is_noticed(op: str) -> None:
-    """By a twenty-fifth, which is less than twice what `orthogonalize` errs by: every kind of value has a yardstick of its own."""
+    """A twenty-fifth is less than twice the error of `orthogonalize`, but every kind of value has a yardstick of its own."""
     config = BFLOAT16_CONFIGS["tiny without codes"]
     twin, calls = recorded_step(config, torch.bfloat16)
     wide = replayed_step(config, reference_ops, calls, "cpu", torch.float64)
@@ -347,7 +340,7 @@ def test_a_bfloat16_gradient_off_by_a_little_is_noticed(op: str) -> None:
 
 
 def test_sums_in_bfloat16_are_noticed() -> None:
-    """Of the width of `tiny`; at that of one layer, above, the yardstick would let them pass."""
+    """The model has the width of `tiny`. At the width of the one layer above the yardstick would let such sums pass."""
     config, cpu = BFLOAT16_CONFIGS["tiny without codes"], torch.device("cpu")
     wide = outputs_of(config, reference_ops, cpu, torch.float64)
     twin = outputs_of(config, reference_ops, cpu, torch.bfloat16)
@@ -366,7 +359,7 @@ def same(value: Any, other: Any) -> bool:
 
 
 def still(model: ArbModel) -> list[str]:
-    """Return the state that a step on bytes has no reason to change: heads without a loss, and tables that are constant."""
+    """Return the state that a step on bytes does not change: heads without a loss, and tables that are constant."""
     heads = ("router.", "video_head.", "talker_head.")
     return [key for key in model.state() if key.startswith(heads) or key.endswith("leak_shifts")]
 

@@ -1,4 +1,4 @@
-"""The model once more, in plain torch on dense float64 matrices, with autograd: what the graph's gradients are checked with.
+"""The model once more, in plain torch on dense float64 matrices, with autograd. It checks the gradients of the graph.
 
 Written from docs/spec/graph.md, one sequence and one expert at a time; shares no code with `reference/graph`.
 Legend: P positions, D width, H heads, C head width, R rotary width.
@@ -114,7 +114,7 @@ def mixture(own: Matrices, config: ArbConfig, x_PD: Tensor) -> Tensor:
 
 
 def sixteenths(x: Tensor) -> Tensor:
-    """Return x in whole sixteenths, at most 127 of them: what experts are chosen by."""
+    """Return x in whole sixteenths, at most 127 of them. Experts are chosen by these."""
     return torch.tensor([round(min(max(16 * value, -127.0), 127.0)) for value in x.tolist()], dtype=x.dtype)
 
 

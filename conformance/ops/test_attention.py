@@ -34,7 +34,7 @@ COUNTS = st.sampled_from((1, 2, 5, 17))
 
 
 SLOTS = st.sampled_from((0, 1, 2, 15, 64, 65, 130, 300))
-"""Numbers of slots worth trying: none, and those at the edges of tiles and splits."""
+"""Numbers of slots worth trying: none, and numbers at the edges of tiles and parts."""
 
 
 SCALES = st.sampled_from((1.0, 0.25, 0.1))
@@ -42,7 +42,7 @@ SCALES = st.sampled_from((1.0, 0.25, 0.1))
 
 @st.composite
 def biases(draw: st.DrawFn, batch: int, slots: int) -> Tensor:
-    """Draw what slots add to their score: nothing, ln n of a summary, or -inf; some sequences may see nothing at all."""
+    """Draw what slots add to their score: nothing, ln n of a summary, or -inf. Some sequences may see nothing at all."""
     rng = ss.generator(draw(ss.GENERATOR_SEEDS))
     choice = torch.randint(0, 4, (batch, slots), generator=rng)
     kind = draw(st.sampled_from(("all", "some", "few", "one row none")), label="visible")
@@ -66,7 +66,8 @@ def decode_attention_calls(draw: st.DrawFn) -> Case:
     q = draw(ss.activations((batch, heads, latent + rotary), dtype, exact=False, kinds=kinds))
     keys = draw(ss.activations((batch, slots, latent + rotary), dtype, exact=exact_sums, kinds=kinds))
     bias = draw(biases(batch, slots))
-    if exact_sums:  # equal scores, a power of two of them: every share is a power of two
+    # A power of two of slots have equal scores, so every share is a power of two.
+    if exact_sums:
         visible = 1 << draw(st.integers(0, max(slots, 1).bit_length() - 1), label="visible")
         order = torch.rand(batch, slots, generator=ss.generator(draw(ss.GENERATOR_SEEDS))).argsort(dim=1)
         q, bias = torch.zeros_like(q), torch.where(order < visible, 0.0, -torch.inf)
@@ -103,7 +104,7 @@ def _draw(data: st.DataObject, *shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def _by_torch(q: Tensor, keys: Tensor, bias: Tensor, to: torch.dtype) -> Tensor:
-    """Return the same by torch's attention: one key head, its values the first columns of the keys, expanded."""
+    """Return the result of torch's attention with one key head, expanded. Its values are the first columns of the keys."""
     heads = keys.to(to)[:, None].expand(-1, q.shape[1], -1, -1)
     values = heads[..., : OPTIONS["value_width"]]
     mask = bias.to(to)[:, None, None].expand(-1, q.shape[1], 1, -1)
@@ -235,7 +236,7 @@ def test_decode_attention_reads_only_what_is_visible(
 def test_decode_attention_of_one_visible_slot(
     ops: Subject, heads: int, slots: int, dtype: torch.dtype, data: st.DataObject
 ) -> None:
-    """Its value comes out exactly, whatever its score; a sequence that sees nothing gets zeros."""
+    """The value of a single slot comes out exactly, whatever its score. A sequence that sees nothing gets zeros."""
     q, keys = _draw(data, 2, heads, dtype=dtype), _draw(data, 2, slots, dtype=dtype)
     bias = torch.full((2, slots), -torch.inf)
     place = data.draw(st.integers(0, slots - 1), label="visible")
@@ -256,7 +257,7 @@ def test_decode_attention_of_one_visible_slot(
 def test_decode_attention_counts_a_summary_as_many(
     ops: Subject, heads: int, slots: int, count: int, dtype: torch.dtype, data: st.DataObject
 ) -> None:
-    """A slot with a bias of ln n gives what n slots with its key give: half of the slots stand for n."""
+    """A slot with a bias of ln n gives what n slots with its key give. Half of the slots stand for n."""
     q, keys = _draw(data, 2, heads, dtype=dtype), _draw(data, 2, slots, dtype=dtype)
     many = slots // 2 + 1
     repeated = torch.cat([keys[:, :many].repeat(1, count, 1), keys[:, many:]], dim=1)
@@ -280,7 +281,7 @@ def test_decode_attention_counts_a_summary_as_many(
     ],
 )
 def test_decode_attention_of_no_slots(ops: Subject, dtype: torch.dtype, batch: int, heads: int) -> None:
-    """Nothing to see, nobody to see it: zeros of the right shape."""
+    """No slots, or no sequences, give zeros of the right shape."""
     q, keys = torch.ones(batch, heads, 5, dtype=dtype), torch.ones(batch, 0, 5, dtype=dtype)
     got = ops.decode_attention(q, keys, torch.ones(batch, 0), value_width=3, scale=1.0)
     exact(unsigned_zeros(got), torch.zeros(batch, heads, 3, dtype=dtype))

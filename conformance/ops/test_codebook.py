@@ -35,7 +35,7 @@ mutant = mutants_of("codebook")
 
 
 LEVELS = (-9, 6)
-"""Exponents of drawn codes: beyond both ends of what the search sees."""
+"""Exponents of drawn codes, beyond both ends of what the search sees."""
 
 
 WIDTHS = (1, 5, 12, 13, 16, 33, 64, 65, MAX_CODE_DIM)
@@ -57,7 +57,8 @@ def codebooks(draw: st.DrawFn, *, limit: int = 130) -> TernaryWeight:
         trits, exponents = trits_of(weight)[rows], weight.exponents[rows]
         if draw(st.booleans(), label="a row of zeros"):
             trits[rows == 0] = 0
-    else:  # scores that differ in their last bits alone: what a search in few bits takes for ties
+    else:
+        # These scores differ in their last bits alone. A search in few bits takes them for ties.
         trits, exponents = trits_of(weight)[:1].repeat(count, 1), weight.exponents[:1].repeat(count, 1)
         places = (torch.arange(count), torch.arange(count) % width)
         trits[places] = (trits[places] + 2) % 3 - 1
@@ -69,14 +70,15 @@ def codebooks(draw: st.DrawFn, *, limit: int = 130) -> TernaryWeight:
 def vectors(
     draw: st.DrawFn, width: int, *, shape: tuple[int, ...] | None = None, code: Tensor | None = None
 ) -> Tensor:
-    """Draw vectors to search for: real ones, halves of sixteenths, the code itself; with NaN and infinities."""
+    """Draw vectors to search for: real ones, halves of sixteenths, or the code itself. NaN and infinities are among them."""
     if shape is None:
         shape = draw(st.sampled_from(((), (0,), (1,), (2, 3), (17,), (65,))), label="vectors")
     seed = draw(ss.GENERATOR_SEEDS)
     kind = draw(
         st.sampled_from(("normal", "wild", "halves", *(("codes",) if code is not None else ()))), label="kind"
     )
-    if kind == "halves":  # 7.5 sixteenths and its multiples: ties of rint, of columns and of codes
+    # Multiples of 7.5 sixteenths make ties of rint, of columns and of codes.
+    if kind == "halves":
         z = ss.float_values((*shape, width), "small integers", seed) * 15 / 32
     elif kind == "codes" and code is not None:
         rows = torch.randint(code.shape[0], shape, generator=ss.generator(seed))
@@ -151,7 +153,8 @@ def sixteenths(row: list[float]) -> list[int]:
         if math.isnan(value):
             whole.append(0)
         else:
-            whole.append(round(min(max(16 * value, -127.0), 127.0)))  # Python rounds half to even
+            # Python rounds half to even.
+            whole.append(round(min(max(16 * value, -127.0), 127.0)))
     return whole
 
 
@@ -220,7 +223,7 @@ A_SHORT_LAST_CHUNK_IS_LOST = mutant(
     ],
 )
 def test_nearest_codes_by_fractions(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
-    """The code of the least score, and of equal ones the first: each score a fraction, one code at a time."""
+    """The op finds the code of the least score, and the first of equal codes, as fractions find it, one code at a time."""
     z = data.draw(vectors(weight.shape[1], shape=(3,), code=dequantize(weight)))
     trits, want = rows_of_trits(weight), []
     for row in z.to(torch.float64).tolist():
@@ -245,7 +248,7 @@ def test_nearest_codes_by_fractions(ops: Subject, weight: TernaryWeight, data: s
     ],
 )
 def test_nearest_codes_keep_the_last_bit(ops: Subject, last: int, query: int, rest: int, place: int) -> None:
-    """Sums as large as they come, told apart by the smallest unit: one trit of the least scale against one sixteenth."""
+    """The smallest unit tells the largest sums apart: one trit of the least scale against one sixteenth."""
     trits = torch.full((300, MAX_CODE_DIM), rest, dtype=torch.int8)
     trits[:, 120:] = 0
     trits[:, -1] = -query
@@ -254,7 +257,8 @@ def test_nearest_codes_keep_the_last_bit(ops: Subject, last: int, query: int, re
     levels[:, -1] = -5
     z = torch.full((1, MAX_CODE_DIM), 127 / 16)
     z[:, -1] = query / 16
-    want = 0 if last == -query else place  # the product with the last column is worth more than its square
+    # The product with the last column is worth more than its square.
+    want = 0 if last == -query else place
     exact(ops.nearest_codes(z, weight_of_trits(trits, levels)), torch.tensor([want]))
 
 
@@ -273,7 +277,7 @@ def test_nearest_codes_keep_the_last_bit(ops: Subject, last: int, query: int, re
     ],
 )
 def test_nearest_codes_lowest_on_ties(ops: Subject, num_codes: int, period: int, data: st.DataObject) -> None:
-    """Every code again and again: the first of the equal ones is found, however far apart they are."""
+    """Every code occurs again and again. The first of the equal codes is found, however far apart they are."""
     few = data.draw(ss.weights((period, 5), levels=(-3, 1), mantissa=False))
     rows = torch.arange(num_codes) % period
     many = weight_of_trits(trits_of(few)[rows], few.exponents[rows], few.group_size)
@@ -287,7 +291,7 @@ def test_nearest_codes_lowest_on_ties(ops: Subject, num_codes: int, period: int,
     rejects=[SEARCH_WITHOUT_THE_SQUARE, A_SHORT_LAST_CHUNK_IS_LOST],
 )
 def test_nearest_codes_shift_with_zero_rows(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
-    """Codes of zeros put before a table move its ids, unless zero is as near: splits and tiles leave no trace."""
+    """Codes of zeros put before a table move its ids, unless zero is as near. Parts and tiles leave no trace."""
     count, width = data.draw(st.sampled_from((1, 127, 200)), label="zero rows"), weight.shape[1]
     z = data.draw(vectors(width, shape=(3,), code=dequantize(weight)))
     padded = weight_of_trits(
@@ -342,7 +346,7 @@ def test_nearest_candidates_of_all_codes(ops: Subject, weight: TernaryWeight, da
     ],
 )
 def test_nearest_candidates_by_fractions(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
-    """Of the codes named, the one of least score, the lowest on ties; -1 where none is named."""
+    """The op finds the named code of least score, the lowest on ties, and -1 where none is named."""
     z = data.draw(vectors(weight.shape[1], shape=(3,), code=dequantize(weight)))
     candidates = data.draw(candidate_lists((3,), weight.shape[0]))
     trits, want = rows_of_trits(weight), []
@@ -391,7 +395,7 @@ EQUAL_BUCKETS_ALONE = mutant(
     ],
 )
 def test_candidate_codes_by_hand(ops: Subject, num_codes: int, width: int, data: st.DataObject) -> None:
-    """Buckets one after the other: that of the signs, then those with the columns flipped that are nearest to 0."""
+    """The bucket of the signs comes first, then the buckets with those columns flipped that are nearest to 0."""
     sign_bits = data.draw(sign_bit_counts(num_codes, width))
     probes = data.draw(st.integers(1, min(2**sign_bits, 12)), label="probes")
     z = data.draw(vectors(width, shape=(2,)))
@@ -502,7 +506,7 @@ def test_initial_codebook_is_found(
 
 
 def test_the_reference_searches_in_chunks_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table of many equal rows, searched a few rows and a few vectors at a time: the same ids."""
+    """A table of many equal rows, searched a few rows and a few vectors at a time, gives the same ids."""
     weight = reference_codebook.initial_codebook((90, 7), sign_bits=2, seed=1, tensor_id=0)
     z = torch.randn(11, 7, generator=ss.generator(1))
     candidates = torch.randint(-1, 90, (11, 20), generator=ss.generator(2))

@@ -84,7 +84,8 @@ def walk(case: Case) -> tuple[Tensor, Tensor, Tensor]:
         c_cost = c_cost + torch.einsum("bp,bpd->bd", share_cost.square(), tokens.square()).sqrt()
         u, u_cost = n + c, n.abs() + c.abs() + n_cost + c_cost
         m = u * u.sigmoid()
-        m_cost = m.abs() + 1.1 * u_cost  # 1.1 bounds the slope of silu
+        # The slope of silu is at most 1.1.
+        m_cost = m.abs() + 1.1 * u_cost
         pred, pred_cost = m @ w_out.T, m.abs() @ w_out.abs().T + carried(m_cost, w_out)
         kept = (latent.abs() + (1 - alpha) * pred.abs() + cost + (1 - alpha) * pred_cost) / alpha**0.5
         latent, cost = (latent - (1 - alpha) * pred) / alpha**0.5, kept
@@ -131,9 +132,8 @@ def denoise_loop_calls(draw: st.DrawFn) -> Case:
     dtype = draw(ss.DTYPES)
     latent = draw(ss.activations((samples, size), dtype, exact=False, kinds=("normal", "constant")))
     loud = torch.randint(-3, 4, (samples, 1), generator=ss.generator(draw(ss.GENERATOR_SEEDS)))
-    latent = (
-        latent * loud.to(dtype).exp2()
-    )  # samples of their own signal-to-noise ratio halt at steps of their own
+    # Every sample has a signal-to-noise ratio of its own, so samples halt at different steps.
+    latent = latent * loud.to(dtype).exp2()
     tokens = draw(ss.activations((samples, count, width), dtype, exact=False, kinds=("normal", "constant")))
     weights = draw(loop_weights(size, width, steps + draw(st.integers(0, 1), label="unused rows")))
     alphas = tuple(draw(st.sampled_from((1.0, 0.9, 0.5, 0.1))) for _ in range(steps))
@@ -263,7 +263,8 @@ def test_denoise_loop_takes_its_steps(ops: Subject, size: int, count: int, steps
     rng = ss.generator(seed)
     latent = signs(rng, 2, size) * 4
     tokens_BPD = torch.full((2, count, size), BIG)
-    tokens_BPD[1] = -BIG  # silu of these is 0, and so is the prediction
+    # silu of these is 0, and so is the prediction.
+    tokens_BPD[1] = -BIG
     weights = (diagonal(signs(rng, size), 3), diagonal(signs(rng, size), 0), rows_of(signs(rng, 3, size), 0))
     w_out = signs(rng, size)
     got = ops.denoise_loop(latent, tokens_BPD, *weights, diagonal(w_out, -29), alphas=(0.25,) * steps)
@@ -318,7 +319,8 @@ def test_denoise_loop_halts_each_sample(ops: Subject, size: int, threshold: floa
     rng = ss.generator(seed)
     w_out = signs(rng, size)
     pred = torch.stack([w_out, w_out, torch.zeros(size)]) * 2.0**10
-    loud = torch.tensor([1.0, 1.0, 1.0, 3.0]).repeat(size // 4)  # a mean square of 3
+    # Its mean square is 3.
+    loud = torch.tensor([1.0, 1.0, 1.0, 3.0]).repeat(size // 4)
     after = torch.stack([pred[0], pred[1] * loud, signs(rng, size) * 4])
     tokens_BPD = torch.tensor([BIG, BIG, -BIG])[:, None, None].expand(3, 2, size)
     weights = (diagonal(signs(rng, size), 0), diagonal(signs(rng, size), 0), rows_of(signs(rng, 2, size), 0))

@@ -206,7 +206,8 @@ def test_edge_sum_input_grad_of_hubs(
 @pytest.mark.parametrize("num_nodes", [2**15 - 1, 2**15])
 def test_edge_sum_input_grad_of_many_nodes(subject: Subject, num_nodes: int) -> None:
     """The last nodes, where their numbers no longer fit 16 bits and just before."""
-    needs_cuda(subject, "more nodes than 16 bits can number")  # a minute in the interpreter
+    # This takes a minute in the interpreter.
+    needs_cuda(subject, "more nodes than 16 bits can number")
     neighbours = torch.tensor([[0, num_nodes - 1], [-1, num_nodes - 2], [num_nodes - 1, num_nodes - 1]])
     case = Case((torch.ones(3, 2), neighbours, torch.ones(3, 2)), {"num_nodes": num_nodes}, sums_exact=True)
     compare(subject, "edge_sum_input_grad", case)
@@ -244,7 +245,7 @@ NODE_GRADIENTS_OF_EMPTY_SLOTS = mutant(
 def test_edge_sum_rows_are_independent(
     ops: Subject, width: int, dtype: torch.dtype, data: st.DataObject
 ) -> None:
-    """A NaN is seen by the rows that name its node, and by the node that its row names; an empty slot may hold one."""
+    """A NaN is seen by the rows that name its node, and by the node that its row names. An empty slot may hold a NaN."""
     neighbours = torch.tensor([[0, 1, -1], [2, -1, 3], [3, 3, 1]])
     h, dm = (_floats(data, rows, width, dtype=dtype).clone() for rows in (4, 3))
     signs = torch.where(neighbours < 0, float("nan"), _floats(data, 3, 3).clone()).to(dtype)
@@ -269,7 +270,7 @@ def test_edge_sum_rows_are_independent(
     rejects=[EMPTY_SLOTS_ARE_NODE_ZERO, NODE_GRADIENTS_OF_EMPTY_SLOTS, SIGN_GRADIENTS_OF_EMPTY_SLOTS],
 )
 def test_edges_of_nothing(ops: Subject, width: int, dtype: torch.dtype) -> None:
-    """No rows, and rows of empty slots, sum to nothing; no pairs change nothing."""
+    """No rows, and rows of empty slots, sum to nothing. No pairs change nothing."""
     h = torch.ones(4, width, dtype=dtype)
     for rows in (0, 2):
         neighbours, signs = torch.full((rows, 3), -1), torch.ones(rows, 3, dtype=dtype)

@@ -51,7 +51,7 @@ def neighbour_tables(draw: st.DrawFn, num_nodes: int, num_targets: int, num_slot
 
 @st.composite
 def pair_tensors(draw: st.DrawFn, num_nodes: int, num_targets: int, most: int = 300) -> tuple[Tensor, Tensor]:
-    """Draw pairs: any, from few sources, or many times the same; with some that are left out."""
+    """Draw pairs: any, from few sources, or many times the same. Some are left out."""
     count = draw(st.sampled_from([size for size in (0, 1, 7, 40, most) if size <= most]), label="M")
     rng = ss.generator(draw(ss.GENERATOR_SEEDS))
     few = draw(st.sampled_from((1, 3, 1000)), label="spread")
@@ -101,7 +101,8 @@ def _by_hand(tables: Tables, pairs: tuple[Tensor, Tensor], loops: bool) -> Table
         if i >= 0 and j >= 0 and (loops or i != j)
     )
     for (source, target), count in sorted(counted.items()):
-        for _ in range(min(count, 300)):  # beyond, nothing changes any more
+        # Beyond this number nothing changes any more.
+        for _ in range(min(count, 300)):
             held = neighbours[source].tolist()
             if target in held:
                 slot = held.index(target)
@@ -254,7 +255,7 @@ def test_update_neighbours_keeps_frequent_targets(
 def test_update_neighbours_touches_sources_alone(
     ops: Subject, tables: Tables, pairs: tuple[Tensor, Tensor]
 ) -> None:
-    """Rows that are no source keep every byte; signs change only in slots that took another neighbour, exponents never."""
+    """Rows that are no source keep every byte. Signs change only in slots that took another neighbour, and exponents never."""
     neighbours, scores, signs = ops.update_neighbours(*tables, *pairs)
     untouched = torch.ones(20, dtype=torch.bool)
     untouched[pairs[0][pairs[0] >= 0]] = False

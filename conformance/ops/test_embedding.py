@@ -107,7 +107,7 @@ DUPLICATES_KEEP_THE_LAST = mutant(
 def test_embedding_row_grads_by_row(
     ops: Subject, num_rows: int, dtype: torch.dtype, width: int, data: st.DataObject
 ) -> None:
-    """Slots hold the used rows in ascending order and the sum of their gradients; the rest hold -1 and zeros."""
+    """Slots hold the used rows in ascending order and the sum of their gradients. Other slots hold -1 and zeros."""
     ids = data.draw(id_tensors(num_rows))
     grad = data.draw(ss.activations((*ids.shape, width), dtype, exact=True))
     sums: dict[int, Tensor] = {}

@@ -42,7 +42,8 @@ def linear_calls(draw: st.DrawFn, op: str) -> Case:
 def linear_weight_grad_calls(draw: st.DrawFn) -> Case:
     exact_sums, dtype, rows = draw(st.booleans(), label="exact"), draw(ss.DTYPES), draw(ss.leading())
     num_rows, num_columns = draw(ss.matrix_shapes())
-    modest = ("normal", "tiny", "constant")  # a huge one times another large one overflows
+    # The product of two huge values overflows.
+    modest = ("normal", "tiny", "constant")
     kinds = draw(st.sampled_from(((modest, (*modest, "huge")), ((*modest, "wild"), (*modest, "wild")))))
     grad = draw(ss.activations((*rows, num_rows), dtype, exact=exact_sums, kinds=kinds[0]))
     x = draw(ss.activations((*rows, num_columns), dtype, exact=exact_sums, kinds=kinds[1]))
@@ -159,7 +160,7 @@ WEIGHT_GRAD_IN_BFLOAT16 = mutant(
 def test_linear_weight_grad_by_exact_sums(
     ops: Subject, lead: tuple[int, ...], shape: tuple[int, int], dtype: torch.dtype, data: st.DataObject
 ) -> None:
-    """The weight gradient sums over every leading dimension, in float32 for both dtypes; no row to sum gives zeros."""
+    """The weight gradient sums over every leading dimension, in float32 for both dtypes. No row to sum gives zeros."""
     dy, x = _floats(data, *lead, shape[0], dtype=dtype), _floats(data, *lead, shape[1], dtype=dtype)
     got = ops.linear_weight_grad(dy, x)
     assert got.dtype == torch.float32
@@ -292,7 +293,7 @@ def test_linear_backward_votes_disagree_only_at_boundaries(
     clock: dict[str, Any],
     data: st.DataObject,
 ) -> None:
-    """Votes from real activations are those of some gradient within its own error of the true one.
+    """Votes from real activations are the votes of a gradient within its own error of the true gradient.
 
     Each vote lies between the votes of the true gradient less and plus that error; so where the error crosses no
     rounding boundary, the vote is the reference's. Rows whose exponent the error could change are exempt.
@@ -323,13 +324,13 @@ def test_linear_backward_votes_disagree_only_at_boundaries(
 
 
 def _row_exponent(grad: Tensor) -> Tensor:
-    """Return V of float64 rows; SILENT_ROW for rows of zeros."""
+    """Return V of float64 rows, and SILENT_ROW for rows of zeros."""
     found = [oracle.row_exponent(row) for row in grad.tolist()]
     return torch.tensor([SILENT_ROW if exponent is None else exponent for exponent in found])
 
 
 def _votes(value: Tensor, exponent: Tensor, rate: float, dither: Tensor) -> Tensor:
-    """Return the votes of a float64 gradient under known dither; silent rows vote 0."""
+    """Return the votes of a float64 gradient under known dither. Silent rows vote 0."""
     scaled = torch.ldexp(value, 8 - exponent[:, None]) * rate
     q = scaled.to(torch.float32).clamp(-32768.0, 32767.0).round().to(torch.int64)
     votes = torch.div(q + dither, 256, rounding_mode="floor").clamp(-127, 127)

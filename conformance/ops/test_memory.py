@@ -1,4 +1,4 @@
-"""Laws of memory: rows by integers, from their own n-gram alone, well spread; strengths one row at a time.
+"""Laws of memory. Rows come from their own n-gram alone, by integers, and spread well. Strengths change one row at a time.
 
 Legend: B batch, P positions, N rows of a table.
 """
@@ -73,7 +73,7 @@ def strength_tables(draw: st.DrawFn, num_rows: int) -> Tensor:
 
 @st.composite
 def touches(draw: st.DrawFn, num_rows: int) -> dict[str, Any]:
-    """Draw a window, from the first row on, across the end, all, nothing; and the rule of rise and decay."""
+    """Draw a window (at the first row, across the end, all rows, none) and the rule of rise and decay."""
     first = draw(
         st.one_of(st.sampled_from((0, num_rows - 1, 10**15)), st.integers(0, 3 * num_rows)), label="first"
     )
@@ -181,7 +181,7 @@ SALT_IGNORED = mutant(
 def test_ngram_rows_by_integers(
     ops: Subject, shape: tuple[int, int], table: dict[str, int], given: bool, data: st.DataObject
 ) -> None:
-    """Each position on its own, in Python's integers; codes that are missing, or lie before the first, give -1."""
+    """Each position equals the rule in Python's integers. Codes that are missing, or lie before the first, give -1."""
     codes, before = data.draw(code_tensors(shape)), table["order"] - 1
     previous = data.draw(code_tensors((shape[0], before)))
     lines = [(previous[b].tolist() if given else [-1] * before) + codes[b].tolist() for b in range(shape[0])]
@@ -226,7 +226,7 @@ def test_ngram_rows_go_on(ops: Subject, table: dict[str, int], cut: int, data: s
     ],
 )
 def test_ngram_rows_are_spread(ops: Subject, num_rows: int, order: int, salt: int, distinct: int) -> None:
-    """Neighbouring n-grams fall on rows as evenly as by chance; two salts agree as seldom as by chance.
+    """Neighbouring n-grams fall on rows as evenly as by chance. Two salts agree as seldom as by chance.
 
     Chi square of N cells has mean N - 1 and variance 2 (N - 1): eight deviations above it is no chance.
     """
@@ -295,7 +295,7 @@ STRENGTHS_HALVE_UPWARDS = mutant(
     ],
 )
 def test_touch_strengths_one_by_one(ops: Subject, num_rows: int, data: st.DataObject) -> None:
-    """First each row of the window falls, then each naming raises a row; every other row keeps its byte."""
+    """First each row of the window falls, then each naming raises a row. Every other row keeps its byte."""
     strengths, rows = data.draw(strength_tables(num_rows)), data.draw(named_rows(num_rows))
     rule: dict[str, Any] = data.draw(touches(num_rows))
     want = strengths.tolist()

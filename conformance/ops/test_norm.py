@@ -46,7 +46,7 @@ def norm_calls(draw: st.DrawFn, op: str) -> Case:
     dtype, eps = draw(ss.DTYPES), draw(st.sampled_from((1e-6, 1e-12, 1.0)))
     weight = draw(ss.weights((1, draw(st.deferred(ss.sizes)))))
     shape = (*draw(ss.leading()), weight.shape[1])
-    # The square of a huge one overflows; a product with a tiny one loses bits, more or fewer by the order of factors.
+    # The square of a huge value overflows. A product with a tiny value loses bits, more or fewer by the order of factors.
     kinds = ("normal", "wild", "faint", "constant")
     x = draw(ss.activations(shape, dtype, exact=False, kinds=kinds))
     grad = draw(ss.activations(shape, dtype, exact=False, kinds=("normal", "constant")))
@@ -167,7 +167,7 @@ def test_rms_norm_ignores_the_scale(
     exact(ops.rms_norm(x * 2.0**power, weight, eps=1e-12), ops.rms_norm(x * 2.0**9, weight, eps=1e-12))
 
 
-# As small integers the squares of every case are exact; 37 is small enough that float32 holds 2**120 times it.
+# The squares of small integers are exact. 37 is small enough that float32 holds 2**120 times it.
 HUGE = st.sampled_from((70, 48, 60, 64, 120))
 COUNTS = st.integers(1, 37)
 
@@ -284,7 +284,7 @@ def ordinary_rows(draw: st.DrawFn, width: int, dtype: torch.dtype) -> Tensor:
     rejects=[mutant("norm_eps_may_underflow", 'checks.normal_number("eps", eps, wide_dtype(x))', "pass")],
 )
 def test_rms_norm_refuses_an_eps_that_underflows(ops: Subject, dtype: torch.dtype) -> None:
-    """Below the smallest normal float32 eps would lose bits on its way into the sum; at it, every op runs."""
+    """An eps below the smallest normal float32 would lose bits on its way into the sum. At that number every op runs."""
     x, weight = torch.ones(2, 5, dtype=dtype), constant_weight((1, 5), trit=1, exponent=0)
     calls = {"rms_norm": (x, weight), "rms_norm_input_grad": (x, x, weight), "rms_norm_weight_grad": (x, x)}
     for name, args in calls.items():
@@ -401,21 +401,25 @@ def test_rms_norm_of_long_rows(subject: Subject, width: int, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("width", [13, 8193])
-def test_rms_norm_of_many_rows(subject: Subject, width: int) -> None:
-    """More rows than a kernel has programs; the long ones are more than a program holds."""
+def test_rms_norm_of_many_rows(subject: Subject, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """There are more rows than a kernel has programs. Long rows are more than a program holds."""
     if width > 13:
         needs_cuda(subject, "many rows of more than 8,192 channels")
     count = 2049
+    if subject.name == "arbitor.optimized.ops" and subject.device.type == "cpu":
+        # The interpreter takes 2 ms a row. Fewer programs need fewer rows, of which the last program has one too, as on a GPU.
+        monkeypatch.setattr("arbitor.optimized.kernels.norm.PROGRAMS", 64)
+        count = 65
     weight = initial_weight((1, width), std=0.5, seed=1, tensor_id=2)
     grad, x = (ss.float_values((count, width), "normal", seed) for seed in (1, 2))
     compare(subject, "rms_norm", Case((x, weight)))
     compare(subject, "rms_norm_input_grad", Case((grad, x, weight)))
 
 
-@pytest.mark.parametrize("count", [127, 128, 129, 700])
+@pytest.mark.parametrize("count", [127, 128, 129, 300])
 @pytest.mark.parametrize("width", [1, 130])
 def test_rms_norm_weight_grad_of_many_rows(subject: Subject, count: int, width: int) -> None:
-    """Rows that a kernel adds up in parts: each of them counts, and counts once."""
+    """Each of the rows that a kernel adds up in parts counts, and counts once."""
     grad, x = (ss.float_values((count, width), "normal", seed) for seed in (1, 2))
     compare(subject, "rms_norm_weight_grad", Case((grad, x)))
     compare(subject, "rms_norm_weight_grad", Case((grad.to(torch.bfloat16), x.to(torch.bfloat16))))

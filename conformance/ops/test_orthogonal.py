@@ -124,7 +124,7 @@ ORTHOGONAL_STACK_AS_ONE_MATRIX = mutant(
 def test_orthogonalize_by_singular_values(
     ops: Subject, stack: tuple[tuple[int, int], int], dtype: torch.dtype, iterations: int, seed: int
 ) -> None:
-    """Each matrix keeps its singular vectors; each singular value is what the quintic makes of it. No worse than the reference."""
+    """Each matrix keeps its singular vectors, and the quintic makes each singular value, no worse than the reference."""
     shape, num_groups = stack
     grad = torch.randn(shape, generator=ss.generator(seed)).to(dtype)
     case = Case((grad,), {"iterations": iterations, "num_groups": num_groups})
@@ -176,7 +176,7 @@ def test_orthogonalize_descends(
 def test_orthogonalize_ignores_the_scale(
     ops: Subject, stack: tuple[tuple[int, int], int], iterations: int, power: int, seed: int
 ) -> None:
-    """A power of two changes not one bit, and a sign changes the sign; zeros stay zero."""
+    """A power of two changes not one bit, and a sign changes the sign. Zeros stay zero."""
     shape, num_groups = stack
     options = {"iterations": iterations, "num_groups": num_groups}
     grad = torch.randn(shape, generator=ss.generator(seed))
@@ -208,7 +208,7 @@ def test_orthogonalize_ignores_the_scale(
 def test_orthogonalize_leaves_bad_rows_out(
     ops: Subject, stack: tuple[tuple[int, int], int], iterations: int, bad: float, data: st.DataObject
 ) -> None:
-    """A row with a NaN or an infinity is all NaN; the others are what they are with zeros in its place."""
+    """A row with a NaN or an infinity is all NaN. Other rows are what they are with zeros in its place."""
     shape, num_groups = stack
     options = {"iterations": iterations, "num_groups": num_groups}
     grad = torch.randn(shape, generator=ss.generator(data.draw(ss.GENERATOR_SEEDS)))

@@ -164,7 +164,7 @@ INIT_IDS_FROM_THE_END = mutant(
 def test_initial_weight_by_scalar_philox(
     ops: Subject, shape: tuple[int, int], group_size: int, seed: int, std: float
 ) -> None:
-    """A byte below 79 is -1, from 177 on +1; E is the power of two nearest to std over sqrt(0.617), in logarithm."""
+    """A byte below 79 is -1, and a byte of 177 or more is +1. 2^E is nearest to std over sqrt(0.617), in logarithm."""
     weight = _make(ops, shape, group_size, seed, std)
     groups = -(-shape[1] // group_size)
     for row in range(shape[0]):

@@ -280,7 +280,7 @@ def test_accumulate_exponent_is_unbiased(ops: Subject, score: int, sign: int) ->
 def test_accumulate_some_rows(
     ops: Subject, weight: TernaryWeight, clock: dict[str, Any], data: st.DataObject
 ) -> None:
-    """Named rows are counted as in the whole weight; every other row keeps every byte; unused slots touch nothing."""
+    """Named rows are counted as in the whole weight. Every other row keeps every byte. Unused slots touch nothing."""
     rows = data.draw(ss.row_choices(weight.shape[0]))
     votes = data.draw(votes_for(weight))
     slots = torch.where(rows[:, None] >= 0, votes[rows], 5)
@@ -290,7 +290,7 @@ def test_accumulate_some_rows(
 
 
 def same_but_for_rows(some: TernaryWeight, whole: TernaryWeight, before: TernaryWeight, rows: Tensor) -> None:
-    """Fail unless the named rows are those of `whole` and all others those of `before`."""
+    """Fail unless the named rows equal the rows of `whole`, and all other rows the rows of `before`."""
     named = torch.zeros(before.shape[0], dtype=torch.bool)
     named[rows[rows >= 0]] = True
     for name, state in (
@@ -363,7 +363,7 @@ COUNTS_BEFORE_IT_REFUSES = mutant(
 def test_accumulate_gradient_counts_faults(
     ops: Subject, weight: TernaryWeight, before: int, data: st.DataObject
 ) -> None:
-    """`faults` grows by the rows that are not finite; such rows keep every byte."""
+    """`faults` grows by the rows that are not finite. These rows keep every byte."""
     grad = data.draw(ss.gradients(weight.shape))
     bad = [
         n
@@ -412,7 +412,7 @@ def test_count_nonfinite_rows_by_row(ops: Subject, grad: Tensor) -> None:
     ],
 )
 def test_count_changed_trits_by_trit(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
-    """Counts trits, not bytes; neither exponents nor accumulators matter; symmetric, and 0 for a weight and itself."""
+    """The op counts trits, not bytes. Exponents and accumulators do not matter. It is symmetric, and 0 for a weight and itself."""
     other = data.draw(ss.weights(weight.shape))
     one, two = torch.tensor(trit_rows(weight)), torch.tensor(trit_rows(other))
     want = torch.tensor(

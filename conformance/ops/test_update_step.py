@@ -118,7 +118,7 @@ RESET_CARRIES = mutant(
 def test_apply_step_by_element(
     ops: Subject, weight: TernaryWeight, theta: int, theta_e: int, on_flip: str
 ) -> None:
-    """Every trit and exponent by itself: against its count, one level, held at the rails; then its count."""
+    """Every trit and exponent moves against its own count, one level, held at the rails. Then its count follows the rule."""
     after = ops.apply_step(weight, theta=theta, theta_e=theta_e, on_flip=on_flip)
     for n, (before, count, now, kept) in enumerate(
         zip(
@@ -147,7 +147,7 @@ def test_apply_step_by_element(
     ],
 )
 def test_apply_step_is_idle_the_second_time(ops: Subject, weight: TernaryWeight, theta: int) -> None:
-    """Under `reset` no trit is left with a full count; exponents above a theta_e of 64 neither."""
+    """Under `reset` no trit is left with a full count. Above a theta_e of 64 no exponent is either."""
     once = ops.apply_step(weight, theta=theta, theta_e=64)
     exact(ops.apply_step(once, theta=theta, theta_e=64), once)
 

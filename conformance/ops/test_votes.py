@@ -103,7 +103,7 @@ VOTES_FOR_NAN = mutant(
     ],
 )
 def test_row_exponents_by_fractions(ops: Subject, grad: Tensor) -> None:
-    """2**(2V - 1) <= mean square < 2**(2V + 1), in exact fractions; silent where zero or not finite."""
+    """2**(2V - 1) <= mean square < 2**(2V + 1), in exact fractions. Rows that are zero or not finite are silent."""
     found = [oracle.row_exponent(row) for row in grad.tolist()]
     want = [SILENT_ROW if exponent is None else exponent for exponent in found]
     exact(ops.row_exponents(grad), torch.tensor(want, dtype=torch.int32))
@@ -240,7 +240,8 @@ def test_stochastic_votes_round_half_to_even(ops: Subject, half: int, seed: int)
 
 def _votes_over_all_bytes(ops: Subject, g: float, rate: float, seed: int) -> int:
     """Return the sum of the votes at 256 places, chosen so that every dither byte occurs once."""
-    grad = torch.full((128, 60), g)  # a mean square of 1: V = 0, and q is g * 256 * rate
+    # The mean square is 1, so V is 0 and q is g * 256 * rate.
+    grad = torch.full((128, 60), g)
     clock = {"seed": seed, "step": 5, "tensor_id": 6}
     dither = ops.dither_bytes(torch.arange(128 * 5).reshape(128, 5), group_size=12, **clock)[..., :12]
     places = {byte: place for place, byte in enumerate(dither.reshape(-1).tolist())}
@@ -298,7 +299,7 @@ def test_stochastic_votes_never_oppose(
     ],
 )
 def test_stochastic_votes_saturate(ops: Subject, grad: Tensor, clock: dict[str, Any]) -> None:
-    """At the highest rate an element above its row's scale votes 127, with its own sign; -128 never occurs."""
+    """At the highest rate an element above its row's scale votes 127, with its own sign. -128 never occurs."""
     votes = _vote(ops, grad, 127.0, 12, clock).to(torch.int32)
     assert votes.min() >= -127, "a vote of -128"
     exponents = [oracle.row_exponent(row) for row in grad.tolist()]
@@ -358,7 +359,7 @@ def test_stochastic_votes_of_silent_rows(
 def test_stochastic_votes_of_some_rows(
     ops: Subject, grad: Tensor, rate: float, clock: dict[str, Any], data: st.DataObject
 ) -> None:
-    """Rows keep the dither of their true place in the weight; unused slots vote nothing."""
+    """Rows keep the dither of their true place in the weight. Unused slots vote nothing."""
     rows = data.draw(ss.row_choices(grad.shape[0]))
     some = ops.stochastic_votes(grad[rows], rate, group_size=12, rows=rows, **clock)
     exact(some, torch.where(rows[:, None] >= 0, _vote(ops, grad, rate, 12, clock)[rows], 0).to(torch.int8))
@@ -440,7 +441,7 @@ def test_sign_votes_negation(ops: Subject, grad: Tensor, step_size: int) -> None
     ],
 )
 def test_step_from_loss_by_ceiling(ops: Subject, loss: float, more: float, most: int) -> None:
-    """The smallest s with s >= s_max * loss / ln 256, within 1 .. s_max; it never decreases with the loss."""
+    """The size is the smallest s with s >= s_max * loss / ln 256, within 1 .. s_max. It never decreases with the loss."""
     reference = math.log(256)
     step = ops.step_from_loss(loss, reference, most)
     assert isinstance(step, int) and 1 <= step <= most

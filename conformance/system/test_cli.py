@@ -321,7 +321,7 @@ def test_generate_passes_bytes_through_a_pipe_and_cleans_them_for_a_terminal(
 def test_generate_reads_as_much_of_a_prompt_as_asked_for(
     here: Here, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As trained, or any number of bytes; the prompt may be a file, of any bytes."""
+    """The context is the trained window, or any number of bytes. The prompt may be a file, of any bytes."""
     read: list[bytes] = []
     real = generation.read_prompt
 
@@ -427,7 +427,7 @@ def test_a_reader_that_goes_away_is_told_nothing() -> None:
 
 
 def test_an_unforeseen_error_is_one_sentence_too() -> None:
-    """A full standard output, which nothing in the program expects; ``--traceback`` tells more."""
+    """A full standard output, which nothing in the program expects, ends in a sentence. ``--traceback`` tells more."""
     with open("/dev/full", "wb") as full:
         command = [sys.executable, "-m", PLAIN, "--version"]
         done = subprocess.run(command, env=environment(), cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE)

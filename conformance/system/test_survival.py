@@ -33,7 +33,7 @@ def digest(run: Path) -> str:
 
 
 def wait_for(process: subprocess.Popen[bytes], path: Path, lines: int) -> bool:
-    """Wait until a file has so many lines; False where the process ended before."""
+    """Wait until a file has so many lines. Return False if the process ends before."""
     deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
         if path.exists() and path.read_bytes().count(b"\n") >= lines:
@@ -149,7 +149,7 @@ def test_full_disk_from_the_start(text: Path, tmp_path: Path) -> None:
 
 
 def test_damaged_checkpoints(here: Here, finished: Path, tmp_path: Path) -> None:
-    """The newest is refused with a sentence and the one before it goes on; with neither, nothing is done."""
+    """The newest checkpoint is refused, and the run goes on from the one before it. Without either nothing is done."""
     for path in finished.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     latest = tmp_path / "latest.safetensors"

@@ -22,7 +22,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def pictures() -> None:
-    """Asked for by a test in which the pictures of a run are drawn; in the others they have stand-ins."""
+    """Let the pictures of a run be drawn. In tests that do not ask for this the pictures have stand-ins."""
 
 
 @pytest.fixture(autouse=True)

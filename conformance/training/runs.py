@@ -1,4 +1,4 @@
-"""Runs of the trainer for its tests: of the preset ``nano``, and such as end like a killed process."""
+"""Runs of the trainer for its tests, of the preset ``nano``. Some end like a killed process."""
 
 from __future__ import annotations
 

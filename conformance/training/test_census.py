@@ -184,7 +184,7 @@ def vote(model: ArbModel, step: int) -> None:
 
 
 def test_a_report_is_what_the_weights_say() -> None:
-    """Three steps, of which the first and the last are reported; every number again from the weights themselves."""
+    """The reports of the first and the last of three steps agree with numbers taken from the weights themselves."""
     model = ArbModel(replace(WHOLE, theta=2, theta_e=1), seed=3)
     census = Census(model)
     live = [name for name, module in model.ternary_modules().items() if not module.frozen]

@@ -288,7 +288,7 @@ class Crash(BaseException):
 def test_save_latest_crashed_at_any_moment_leaves_a_loadable_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
-    """Three saves; the third dies before its first, second, ... system call. Then a resume, and another save."""
+    """The third of three saves dies before its first, second, ... system call. Then the run resumes and saves again."""
     weights = trained_weights()
     folder = RunFolder(tmp_path)
     for step in (1, 2):
@@ -367,7 +367,7 @@ def test_whoever_owns_a_folder_removes_what_a_killed_run_left_half_written(tmp_p
 def test_save_latest_that_cannot_rename_leaves_nothing_half_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
-    """The rename to ``latest`` or to ``previous`` fails; a checkpoint stays that a run can go on from."""
+    """If the rename to ``latest`` or to ``previous`` fails, a checkpoint stays that a run can go on from."""
     folder, weights = RunFolder(tmp_path), trained_weights()
     folder.save_latest(weights, step=1, **METADATA)
     real = os.replace

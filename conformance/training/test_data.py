@@ -45,7 +45,7 @@ def test_load_corpus_takes_the_bytes_of_a_file_as_they_are(tmp_path: Path) -> No
 
 
 def test_load_corpus_joins_the_text_files_of_a_folder_by_relative_path(tmp_path: Path) -> None:
-    # Sorted by the whole path as bytes: '-' is before '/', which is before '0'; capitals before small letters.
+    # Paths are sorted as bytes. '-' is before '/', '/' before '0', and capitals are before small letters.
     for name, content in (
         ("b", b"5"),
         ("a/z", b"3"),

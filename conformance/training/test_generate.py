@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -12,13 +11,12 @@ import torch
 from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training import generate as module
 from arbitor.optimized.training.generate import first_window, generate, generate_batch, stream_batch
-from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import SPECIAL_IDS
 from arbitor.reference.graph import ArbModel, LatentAttention
 from arbitor.reference.graph.ledger import KVLedger
 from conformance.compare import alike
-from conformance.graph.models import NANO, nano, whole
-from conformance.subject import MAKERS, Subject
+from conformance.graph.models import NANO, drawn_by_the_reference, nano, whole
+from conformance.subject import Subject
 
 BOS, PAD = SPECIAL_IDS["BOS"], SPECIAL_IDS["PAD"]
 
@@ -55,7 +53,7 @@ def run(script: Scripted, prompt: bytes, num_bytes: int, **options: Any) -> byte
 
 
 def next_byte(window: list[int]) -> torch.Tensor:
-    """Logits for the byte after the last one; an id that is no byte is likelier still."""
+    """Return logits for the byte after the last one. An id that is no byte is likelier still."""
     logits = torch.zeros(297)
     logits[(window[-1] + 1) % 256] = 10
     logits[256:] = 100
@@ -156,7 +154,7 @@ def windowed(**options: Any) -> ArbModel:
 @pytest.mark.parametrize("make", [windowed, whole])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_generate_many_as_each_alone(make: Callable[[], ArbModel], temperature: float) -> None:
-    """Byte for byte, at temperature 0 and with seeds; also with codes, nodes, memory and a loop."""
+    """Texts are equal byte for byte, at temperature 0 and with seeds, also with codes, nodes, memory and a loop."""
     model = make()
     seeds = list(range(len(PROMPTS)))
     together = generate_batch(model, PROMPTS, 16, temperature=temperature, seeds=seeds)
@@ -169,13 +167,8 @@ def test_generate_many_as_each_alone(make: Callable[[], ArbModel], temperature: 
     assert generate_batch(model, PROMPTS, 0, temperature=temperature, seeds=seeds) == [b""] * 4
 
 
-def drawn_by_the_reference(ops: Any) -> Any:
-    """Return an op set that makes weights as the reference does: in the interpreter that takes longer than the passes."""
-    return SimpleNamespace(**{**vars(ops), **{name: getattr(reference_ops, name) for name in MAKERS}})
-
-
 def test_generate_many_as_each_alone_on_the_op_set_under_test(subject: Subject) -> None:
-    """Every module on a GPU; in the interpreter, where a step takes seconds, attention and experts. As the reference draws."""
+    """On a GPU the model has every module. In the interpreter, where a step takes seconds, it has attention and experts."""
     on_gpu = subject.device.type == "cuda"
     ops = subject.ops if on_gpu else drawn_by_the_reference(subject.ops)
     options: dict[str, Any] = {"ops": ops, "device": subject.device}
@@ -191,7 +184,7 @@ def test_generate_many_as_each_alone_on_the_op_set_under_test(subject: Subject) 
 
 
 def test_generate_draws_from_the_logits_of_the_whole_text() -> None:
-    """The logits of each step, with a ledger and in company, are those of one pass over all bytes."""
+    """The logits of each step, with a ledger and in a batch, are those of one pass over all bytes."""
     model = windowed()
     seen: list[torch.Tensor] = []
     byte_head = model.byte_head.forward
@@ -210,7 +203,7 @@ def byte_head_of(model: ArbModel, ids: list[int]) -> torch.Tensor:
 
 
 def test_generate_costs_the_same_however_long_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step looks at as many rows after 600 bytes as after 60: the shapes of all that it computes are equal."""
+    """A step looks at as many rows after 600 bytes as after 60. The shapes of all that it computes are equal."""
     model = windowed()
     shapes: list[list[tuple[int, ...]]] = []
     ops = model.layers[0].attention.ops

@@ -133,7 +133,7 @@ def test_monitor_refuses_a_folder_that_cannot_be_written(tmp_path: Path) -> None
 
 
 def test_monitor_writes_groups_of_numbers(tmp_path: Path) -> None:
-    """In the lines as they are; in events what is measured comes first, and counts are histograms."""
+    """Lines hold the metrics as they are. In events the metric's name comes first, and counts are histograms."""
     from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, EventAccumulator
 
     exponents = {"min": -4, "mean": -3.5, "max": -2, "counts": {"-4": 6, "-2": 2}}

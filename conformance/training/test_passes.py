@@ -29,14 +29,14 @@ from conformance.training.nano import NANO_DEFAULTS, WHOLE
 from conformance.training.runs import Killed, kill_at
 
 SAMPLED = NANO_DEFAULTS["sample_bytes"] - 1 - LAUNCHED_FIRST
-"""Steps of generation that a run replays at its end; the first byte comes with the prompt."""
+"""Steps of generation that a run replays at its end. The first byte comes with the prompt."""
 
 MORE = {"preset": "whole", "steps": 9, "batch": 16, "context": 34}
 """A run in which neighbours are found and codes are revived."""
 
 
 def test_what_a_pass_leaves_can_be_told_later() -> None:
-    """Taken back, nothing has happened but votes; left again, the next step is that of a pass whose notes stayed."""
+    """With its notes taken back a pass has left votes alone. With the notes left again the next step is that of any pass."""
     lively = replace(models.WHOLE, theta=1, theta_e=1)
     direct, held = models.whole(lively), models.whole(lively)
     for step in (2, 3):
@@ -48,7 +48,8 @@ def test_what_a_pass_leaves_can_be_told_later() -> None:
         left, held.voting.notes = held.voting.notes, []
         before = held.tables(), {name: w.packed.clone() for name, w in held.weights().items()}
         tables = {name: table.clone() for name, table in before[0].items()}
-        held.step()  # of nothing
+        # The recording holds nothing.
+        held.step()
         assert all(torch.equal(tables[name], table) for name, table in held.tables().items())
         assert all(torch.equal(before[1][name], w.packed) for name, w in held.weights().items())
         held.voting.leave([note.on(torch.clone) for note in left], step=step)
@@ -98,7 +99,8 @@ def test_passes_take_buffers_notes_and_refusals_alike(monkeypatch: pytest.Monkey
                 exact(both[1].model.state()[name], want, name)
     assert [launched for launched, _ in outcomes] == [replayed for _, replayed in outcomes]
     assert [step for step, (nats, _) in enumerate(outcomes) if nats is None] == [0, 1, 5, 8, 9]
-    assert records_at == [4]  # after 2 and 3, which were accepted
+    # Steps 2 and 3 were accepted.
+    assert records_at == [4]
     start = ArbModel(lively, seed=3).tables()
     assert sum(not torch.equal(start[name], table) for name, table in both[1].model.tables().items()) > 5
     with pytest.raises(ValueError, match=r"ids_BT has shape \(1, 24\), but must have that of all passes"):
@@ -112,7 +114,8 @@ def test_at_rate_zero_a_recorded_pass_moves_nothing() -> None:
     passes = RecordedPasses(models.whole())
     before = {name: table.clone() for name, table in passes.model.tables().items()}
     weights = models.state_of(passes.model)
-    for step in range(LAUNCHED_FIRST + 2):  # and none of them is recorded: there is no GPU here
+    # None of them is recorded, as there is no GPU here.
+    for step in range(LAUNCHED_FIRST + 2):
         assert passes.take(models.random_ids(3, 24), rate=0.0, step=step) is not None
         passes.model.step()
     assert not models.changed_tensors(weights, passes.model)
@@ -264,5 +267,6 @@ def test_a_recorded_run_that_was_killed_is_resumed_to_the_same_bits(
             train(options(text, cuda_graph=True, run=folder, steps=14))
     replayed = replays(monkeypatch)
     resumed = train(TrainOptions(run=folder, resume=True)).summary
-    assert len(replayed) == 2 * (14 - 6 - LAUNCHED_FIRST) + SAMPLED  # the last checkpoint is of step 6
+    # The last checkpoint is of step 6.
+    assert len(replayed) == 2 * (14 - 6 - LAUNCHED_FIRST) + SAMPLED
     assert resumed["state_sha256"] == whole["state_sha256"]

@@ -89,7 +89,8 @@ class Launches:
 
     def replay(self) -> None:
         self.run()
-        self.ledger.replay()  # back to what the host knew: the pass that `run` began is none of its business
+        # The host goes back to what it knew, as it has no part in the pass that `run` began.
+        self.ledger.replay()
 
 
 def test_a_reader_keeps_the_ledger_as_a_pass_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +173,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_recorded_steps_give_the_same_bits(
     subject: Subject, monkeypatch: pytest.MonkeyPatch, name: str, in_order: bool
 ) -> None:
-    """Logits, ids, codes and rows, past blocks and growing memory; also with torch's deterministic algorithms."""
+    """Logits, ids, codes and rows are equal, past blocks and growing memory, also with torch's deterministic algorithms."""
     needs_cuda(subject, f"recorded steps of generation: {name}")
     replayed: list[None] = []
     real = torch.cuda.CUDAGraph.replay

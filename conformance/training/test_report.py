@@ -95,7 +95,7 @@ def test_the_page_shows_what_the_lines_hold(tmp_path: Path) -> None:
     # Neither blank nor black.
     assert 0.02 < (image[..., :3].min(axis=2) < 0.9).mean() < 0.5
     fewer = [page(lines(**groups)) for groups in ({"codebooks": CODES}, {"experts": EXPERTS}, {})]
-    # No drift yet; no report yet; nothing.
+    # There is no drift yet, then no report, then nothing at all.
     short = [page(lines()[:2]), page(lines()[:1]), page([])]
     assert len({full, *fewer, *short}) == 7
     assert [other.name for other in tmp_path.iterdir()] == ["report.png"]

@@ -83,7 +83,7 @@ def test_train_killed_and_resumed_ends_the_same(
 def test_train_killed_and_resumed_ends_the_same_with_every_module(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counters, neighbours, strengths and loads come back; codes are revived before the kill and after it."""
+    """Counters, neighbours, strengths and loads come back. Codes are revived before the kill and after it."""
     more = {"preset": "whole", "steps": 9, "batch": 16, "context": 34}
     expected = outcome(tmp_path / "whole", train(options(text, tmp_path / "whole", **more)).summary)
     final = load_checkpoint(tmp_path / "whole" / "final.safetensors").state

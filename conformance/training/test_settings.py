@@ -146,7 +146,7 @@ def test_decide_refuses_other_types(options: dict[str, object], sentence: str) -
 
 
 def test_decide_refuses_what_nothing_reads() -> None:
-    """Also where a run goes on; a run that was started with such a setting before it was refused does go on."""
+    """Settings that do nothing are refused where a run goes on too. A run that already has such a setting does go on."""
     for was in (None, recorded()):
         with pytest.raises(ValueError, match=r"^save_interval is 2, but does nothing"):
             decide(TrainOptions(save=False, save_interval=2), was)
