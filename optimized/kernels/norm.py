@@ -78,14 +78,16 @@ def taming_power(total):
 
 
 @triton.jit
-def tamed_row(x, num_columns, eps):
-    """Return a row times its power of two, the root mean square of that product, and the power; a block holds the row."""
+def root_mean_square_of(x, num_columns, eps):
+    """Return the root mean square of a row times its power of two, and the power, float32; a block holds the row.
+
+    The row itself stays as it is: a row that the branch may change would take registers twice.
+    """
     total = tl.sum(x * x, axis=0)
     power = taming_power(total)
     if power < 1.0:
-        x = x * power
-        total = tl.sum(x * x, axis=0)
-    return x, root_of_mean(total, num_columns, eps * power * power), power
+        total = tl.sum((x * power) * (x * power), axis=0)
+    return root_of_mean(total, num_columns, eps * power * power), power
 
 
 @triton.jit
@@ -118,9 +120,9 @@ def _rms_norm_kernel(
         w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
         for row in range(begin, end):
             x = load_row(x_ptr, row, columns, num_columns)
-            x, rms, _ = tamed_row(x, num_columns, eps)
+            rms, power = root_mean_square_of(x, num_columns, eps)
             inverse = 1.0 / rms
-            store_row(y_ptr, row, columns, num_columns, x * inverse * w)
+            store_row(y_ptr, row, columns, num_columns, x * power * inverse * w)
     else:
         for row in range(begin, end):
             inverse, power = inverse_rms(x_ptr, row, num_columns, eps, BLOCK)
@@ -149,28 +151,32 @@ def _rms_norm_input_grad_kernel(
         columns = tl.arange(0, BLOCK)
         w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
         for row in range(begin, end):
-            scaled = load_row(grad_ptr, row, columns, num_columns) * w
             x = load_row(x_ptr, row, columns, num_columns)
-            x, rms, power = tamed_row(x, num_columns, eps)
+            rms, power = root_mean_square_of(x, num_columns, eps)
+            # The root mean square of the row itself. To divide by a power of two is exact, so a quotient rounds as before.
+            rms = rms / power
+            # Loaded last, since a branch keeps all that was loaded before it in registers.
+            scaled = load_row(grad_ptr, row, columns, num_columns) * w
             unit = unit_row(x, rms)
             mean = tl.div_rn(tl.sum(unit * scaled, axis=0), width)
-            store_row(out_ptr, row, columns, num_columns, (scaled - unit * mean) / rms * power)
+            store_row(out_ptr, row, columns, num_columns, (scaled - unit * mean) / rms)
     else:
         for row in range(begin, end):
             rms, power = root_mean_square(x_ptr, row, num_columns, eps, BLOCK)
+            rms = rms / power
             products = tl.zeros([BLOCK], dtype=tl.float32)
             for start in range(0, num_columns, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
                 w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
                 scaled = load_row(grad_ptr, row, columns, num_columns) * w
-                products += unit_row(load_row(x_ptr, row, columns, num_columns) * power, rms) * scaled
+                products += unit_row(load_row(x_ptr, row, columns, num_columns), rms) * scaled
             mean = tl.div_rn(tl.sum(products, axis=0), width)
             for start in range(0, num_columns, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
                 w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
                 scaled = load_row(grad_ptr, row, columns, num_columns) * w
-                unit = unit_row(load_row(x_ptr, row, columns, num_columns) * power, rms)
-                store_row(out_ptr, row, columns, num_columns, (scaled - unit * mean) / rms * power)
+                unit = unit_row(load_row(x_ptr, row, columns, num_columns), rms)
+                store_row(out_ptr, row, columns, num_columns, (scaled - unit * mean) / rms)
 
 
 @triton.jit
