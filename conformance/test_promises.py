@@ -25,7 +25,7 @@ from arbitor.reference.graph import ArbModel
 from arbitor.reference.op_table import EXACT, OP_TABLE
 from arbitor.reference.types import TernaryWeight
 from conformance.case import Case, compare, magnitude_of
-from conformance.compare import exact, no_worse, tensors_of
+from conformance.compare import alike, exact, no_worse, tensors_of
 from conformance.families import CASES, MAGNITUDES
 from conformance.graph.models import RATE, WHOLE, random_ids
 from conformance.report import skip
@@ -376,7 +376,7 @@ def test_a_gradient_of_a_weight_that_has_changed_is_no_gradient_of_the_new_one(s
         except RuntimeError as error:
             assert "modified by an inplace operation" in str(error)
         else:
-            torch.testing.assert_close(got, want)
+            alike(got, want)
 
 
 def test_votes_between_a_pass_and_its_gradient_are_no_change_of_the_weight(subject: Subject) -> None:
@@ -404,7 +404,7 @@ def test_second_derivatives_are_right_or_refused(subject: Subject) -> None:
     except RuntimeError as error:
         assert "differentiated twice" in str(error)
     else:
-        torch.testing.assert_close(got, second(reference_ops, torch.device("cpu")))
+        alike(got, second(reference_ops, torch.device("cpu")))
 
 
 def on_each_gpu(subject: Subject, what: str) -> tuple[Subject, Subject]:

@@ -15,7 +15,7 @@ from arbitor.reference.convert import loss_of, ternarize, ternarize_all
 from arbitor.reference.ops.packing import trits_of
 from arbitor.reference.ops.scale import dequantize, group_scales
 from conformance import strategies as ss
-from conformance.compare import exact
+from conformance.compare import alike, exact
 
 BITS = st.sampled_from(MANTISSA_BITS)
 
@@ -85,7 +85,7 @@ def test_loss_by_hand(drawn: tuple[Tensor, int], bits: int) -> None:
     a, b = w.double().flatten().tolist(), dequantize(weight).double().flatten().tolist()
     norm = math.sqrt(math.fsum(x * x for x in a))
     want = math.sqrt(math.fsum((x - y) ** 2 for x, y in zip(a, b, strict=True))) / norm if norm else 0.0
-    assert math.isclose(loss.error, want, rel_tol=1e-9, abs_tol=1e-12)
+    alike(torch.tensor(loss.error, dtype=torch.float64), torch.tensor(want, dtype=torch.float64))
     assert loss.zero_part == b.count(0.0) / len(b) and loss.shape == tuple(w.shape)
 
 
