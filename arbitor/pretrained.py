@@ -24,8 +24,10 @@ from arbitor.optimized.training.checkpoint import (
     save_checkpoint,
 )
 from arbitor.optimized.training.checkpoint import State as State
+from arbitor.optimized.training.regular import parsed, read_regular
 from arbitor.optimized.training.run_folder import RunFolder
 from arbitor.optimized.training.runtime import versions
+from arbitor.optimized.training.sizes import config_of
 from arbitor.optimized.training.whole_file import told, write_whole
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import ArbModel
@@ -80,8 +82,6 @@ def read_source(source: str | PathLike[str], revision: str | None = None) -> tup
 def _checkpoint_at(path: Path) -> Checkpoint:
     """Return the checkpoint of a file, of a folder that `write_folder` wrote, or of a run."""
     if not path.is_dir():
-        if not path.is_file():
-            raise CheckpointError(f"{str(path)!r} is refused: it is no regular file")
         return load_checkpoint(path)
     weights, config = path / WEIGHTS_FILE, path / CONFIG_FILE
     if weights.exists():
@@ -102,27 +102,18 @@ def _model_said_by(path: Path) -> Any:
     """Return the field `model` of a `config.json`, or None where there is no such file."""
     if not path.exists():
         return None
-    if not path.is_file() or path.stat().st_size > MAX_CONFIG_BYTES:
-        raise CheckpointError(
-            f"{str(path)!r} is refused: it is no regular file of at most {MAX_CONFIG_BYTES} bytes"
-        )
     try:
-        value = json.loads(path.read_bytes())
-        return value["model"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        return parsed(read_regular(path, most=MAX_CONFIG_BYTES))["model"]
+    except OSError as error:
+        raise CheckpointError(f"{str(path)!r} is refused: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{str(path)!r} is refused: it is no JSON object with a field model") from error
 
 
 def _config_of(checkpoint: Checkpoint, path: Path) -> ArbConfig:
     """Return the configuration of a checkpoint whose model it fits, which is looked at without memory."""
     try:
-        config = ArbConfig.from_json(json.dumps(checkpoint.config))
-        # Each layer and hop has weights of its own: what is no more than the file holds can be built.
-        for field in ("num_layers", "num_hops"):
-            if getattr(config, field) > len(checkpoint.state):
-                raise ValueError(
-                    f"{field} is {getattr(config, field)}, but it holds {len(checkpoint.state)} weights"
-                )
+        config = config_of(checkpoint.config)
         check_fits(checkpoint, checkpoint.config, ArbModel(config, device="meta"))
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"the checkpoint in {str(path)!r} is refused: {error}") from error
