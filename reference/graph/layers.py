@@ -1,7 +1,7 @@
 """The three modules that own one matrix: linear, RMSNorm and embedding. Most of the graph is built from them.
 
-Each forward pass is one op. Its backward pass computes the input gradient, then the weight gradient, and votes with that gradient
-at once. So float gradients of two weights never exist together, and of a large weight only some rows at a time.
+Each forward pass is one op. Its backward pass computes the input gradient, then the weight gradient, and votes with that gradient.
+So few float gradients exist together (`Voting`), and of a large weight only some rows at a time.
 Legend: N outputs (rows of a weight), K inputs (columns), R used rows.
 """
 
