@@ -92,6 +92,30 @@ def choose_experts_calls(draw: st.DrawFn) -> Case:
     )
 
 
+@st.composite
+def slot_values(
+    draw: st.DrawFn,
+    slots: tuple[int, ...],
+    width: int,
+    dtype: torch.dtype,
+    *,
+    exact: bool,
+    kinds: tuple[str, ...] = (),
+) -> Tensor:
+    """Draw the activations of slots. Slots of several dimensions often share one row in memory along the last of these."""
+    if len(slots) == 1 or not draw(st.booleans(), label="shared rows"):
+        return draw(ss.activations((*slots, width), dtype, exact=exact, kinds=kinds))
+    rows = draw(ss.activations((*slots[:-1], width), dtype, exact=exact, kinds=kinds))
+    return rows.unsqueeze(-2).expand(*slots, width)
+
+
+def in_dimensions(draw: st.DrawFn, experts: Tensor) -> Tensor:
+    """Return the experts of slots, half of the time those of two slots a position."""
+    if experts.numel() % 2 == 0 and draw(st.booleans(), label="two slots a position"):
+        return experts.reshape(experts.numel() // 2, 2)
+    return experts
+
+
 @calls("grouped_linear", "grouped_linear_input_grad")
 def grouped_linear_calls(draw: st.DrawFn, op: str) -> Case:
     exact_sums, dtype = draw(st.booleans(), label="exact"), draw(ss.DTYPES)
@@ -99,10 +123,10 @@ def grouped_linear_calls(draw: st.DrawFn, op: str) -> Case:
     levels = ss.NARROW if exact_sums else None
     shape = (num_groups * num_rows, num_columns)
     weight = draw(ss.weights(shape, levels=levels))
-    experts = draw(expert_ids(num_groups))
+    experts = in_dimensions(draw, draw(expert_ids(num_groups)))
     # a product of 1e30 with 2**15 fits float32, and so does the sum of a row of them
-    given_shape = (experts.numel(), num_rows if op == "grouped_linear_input_grad" else num_columns)
-    values = draw(ss.activations(given_shape, dtype, exact=exact_sums))
+    width = num_rows if op == "grouped_linear_input_grad" else num_columns
+    values = draw(slot_values(tuple(experts.shape), width, dtype, exact=exact_sums))
     return Case((values, weight, experts), {"num_groups": num_groups}, sums_exact=exact_sums)
 
 
@@ -110,10 +134,10 @@ def grouped_linear_calls(draw: st.DrawFn, op: str) -> Case:
 def grouped_linear_weight_grad_calls(draw: st.DrawFn) -> Case:
     exact_sums, dtype = draw(st.booleans(), label="exact"), draw(ss.DTYPES)
     num_groups, num_rows, num_columns = draw(sizes())
-    experts = draw(expert_ids(num_groups))
+    experts = in_dimensions(draw, draw(expert_ids(num_groups)))
     kinds = ("normal", "wild", "faint", "constant")
     both = [
-        draw(ss.activations((experts.numel(), width), dtype, exact=exact_sums, kinds=kinds))
+        draw(slot_values(tuple(experts.shape), width, dtype, exact=exact_sums, kinds=kinds))
         for width in (num_rows, num_columns)
     ]
     return Case((*both, experts), {"num_groups": num_groups}, sums_exact=exact_sums)
@@ -536,8 +560,8 @@ def test_expert_load_counts(ops: Subject, num_groups: int, count: int, data: st.
     rejects=[
         mutant(
             "no_slots_no_shape",
-            "    y_MN = torch.zeros(x_MK.shape[0], num_rows,",
-            "    y_MN = torch.zeros(max(1, x_MK.shape[0]), num_rows,",
+            "    y_MN = torch.zeros(*x_MK.shape[:-1], num_rows,",
+            "    y_MN = torch.zeros(max(1, x_MK.shape[0]), *x_MK.shape[1:-1], num_rows,",
             compared="grouped_linear",
         ),
     ],
@@ -570,6 +594,28 @@ def test_few_slots_have_the_same_bits_however_many_they_are(subject: Subject, sh
         for slot in range(7):
             own = slice(slot, slot + 1)
             exact(subject.call(name, rows[own], weight, experts[own], **options), together[own], name)
+
+
+@pytest.mark.parametrize("positions", [2, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slots_that_share_a_row_have_the_bits_of_slots_with_copies(
+    subject: Subject, positions: int, dtype: torch.dtype
+) -> None:
+    """And slots of several dimensions those of the same slots in one, whether few or many."""
+    experts = torch.arange(3 * positions).remainder(8).reshape(positions, 3)
+    weight = weight_of(subject, 8 * 5, 13)
+    x, dy = (ss.float_values((positions, width), "normal", width).to(dtype) for width in (13, 5))
+    shared = {width: each.unsqueeze(1).expand(-1, 3, -1) for width, each in ((13, x), (5, dy))}
+    copies = {width: each.contiguous().flatten(0, 1) for width, each in shared.items()}
+    options = {"num_groups": 8}
+    for name, width in (("grouped_linear", 13), ("grouped_linear_input_grad", 5)):
+        got = subject.call(name, shared[width], weight, experts, **options)
+        exact(
+            got.flatten(0, 1), subject.call(name, copies[width], weight, experts.flatten(), **options), name
+        )
+    got = subject.call("grouped_linear_weight_grad", shared[5], shared[13], experts, **options)
+    want = subject.call("grouped_linear_weight_grad", copies[5], copies[13], experts.flatten(), **options)
+    exact(got, want, "grouped_linear_weight_grad")
 
 
 @pytest.mark.parametrize("count", [200, 700])
@@ -666,7 +712,9 @@ test_refusals_of_experts = refusals(
             "num_groups", ones(2, 14), _SIX, ids(0, 1), num_groups=4),
     refused("grouped_linear", "no groups", ValueError, "num_groups", ones(2, 14), _SIX, ids(0, 1), num_groups=0),
     refused("grouped_linear", "13 columns", ValueError, "x_MK", ones(2, 13), _SIX, ids(0, 1), num_groups=3),
-    refused("grouped_linear", "three dimensions", ValueError, "x_MK", ones(1, 2, 14), _SIX, ids(0, 1), num_groups=3),
+    refused("grouped_linear", "one dimension", ValueError, "x_MK", ones(14), _SIX, ids(0), num_groups=3),
+    refused("grouped_linear", "slots of other dimensions", ValueError,
+            "experts_M", ones(1, 2, 14), _SIX, ids(0, 1), num_groups=3),
     refused("grouped_linear", "float16", TypeError, "x_MK", ones(2, 14, dtype=F16), _SIX, ids(0, 1), num_groups=3),
     refused("grouped_linear", "another device", ValueError, "x_MK", meta(2, 14), _SIX, ids(0, 1), num_groups=3),
     refused("grouped_linear_input_grad", "six columns", ValueError,
