@@ -458,6 +458,19 @@ def test_a_grouped_product_is_one_launch_however_slots_fall(
         same_work(done, name)
 
 
+def test_a_gate_is_one_launch_forward_and_one_backward(subject: Subject) -> None:
+    """One launch makes the gradients of gate, up and terms. All terms have one gradient, and no copy of it is made."""
+    needs_launches(subject)
+    gate, up, grad = (integers(3, 5, seed=seed).to(subject.device) for seed in range(3))
+    terms = integers(3, 2, 5, seed=3).to(subject.device)
+    leaves = [each.requires_grad_() for each in (gate, up, terms)]
+    with watched_work() as work:
+        found = torch.autograd.grad(subject.raw("gated")(*leaves), leaves, grad)
+    assert work.launches == ["_gated_kernel", "_gated_grads_kernel"]
+    exact(found[:2], subject.raw("gated_grads")(grad, *(leaf.detach() for leaf in leaves))[:2])
+    assert found[2].stride(1) == 0 and found[2].shape == terms.shape
+
+
 @pytest.mark.parametrize("count", [3, 9])
 def test_votes_of_experts_take_one_launch_a_part(
     subject: Subject, monkeypatch: pytest.MonkeyPatch, count: int

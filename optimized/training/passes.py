@@ -55,7 +55,7 @@ class RecordedPasses(Passes):
     """Takes the passes of a model on CUDA from two graphs, once `LAUNCHED_FIRST` of them were accepted.
 
     The first ones are launched, on the same buffers and with the same kernels as are then recorded. The graphs read and write
-    the memory of the model as it is then: it must not be moved. All passes have ids of one shape.
+    the memory of the model as it is then: it must not be moved, and what is frozen must stay so. All passes have ids of one shape.
     """
 
     def __init__(self, model: ArbModel) -> None:
