@@ -19,7 +19,7 @@ __all__ = ["gated", "gated_grads", "head_keys", "head_keys_grads", "rotate"]
 
 @op
 def gated(gate: Tensor, up: Tensor, terms: Tensor | None = None) -> Tensor:
-    """Return a gated vector, and modulated, if there are terms that modulate it.
+    """Return the values that a gate lets through, modulated by the sum of some terms.
 
     Math:    y[k] = silu(gate[k]) * up[k] * (1 + sum_j terms[j, k]), with silu(g) = g / (1 + exp(-g))
     Shapes:  gate and up [..., K], terms [..., J, K] with J of 1 or more, or None for no modulation; of one dtype, float32, bfloat16
