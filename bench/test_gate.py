@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from arbitor.optimized.cuda import product as cuda_product
+from arbitor.optimized.cuda import update as cuda_update
 from arbitor.optimized.kernels import (
     attention,
     codebook,
@@ -52,12 +54,21 @@ def columns(*most: int) -> Callable[[Sizes], Any]:
 
 def voting(s: Sizes) -> Any:
     places, block, tiles = votes.tile_of(s["G"], groups_per_row(s["K"], s["G"]))
-    return places, block, tiles > 1, tile(s["K"], votes.BLOCK_COLUMNS)
+    return places, block, tiles > 1, tile(s["K"], votes.BLOCK_COLUMNS), counting(s)
+
+
+def counting(s: Sizes) -> Any:
+    """Return what the CUDA C++ kernel chooses: whole words, whole chunks, and whether counts of exponents come by fours."""
+    return s["K"] % 16 == 0, s["K"] % cuda_update.CHUNK == 0, groups_per_row(s["K"], s["G"]) % 4 == 0
 
 
 def stepping(s: Sizes) -> Any:
     groups = groups_per_row(s["K"], s["G"])
-    return tile(groups, update.BLOCK_GROUPS), tile(words_per_row(s["K"]), update.BLOCK_WORDS)
+    return (
+        tile(groups, update.BLOCK_GROUPS),
+        tile(words_per_row(s["K"]), update.BLOCK_WORDS),
+        s["K"] % 16 == 0,
+    )
 
 
 def few(s: Sizes) -> bool:
@@ -89,7 +100,9 @@ def adding(s: Sizes) -> Any:
 def multiplied(s: Sizes, *, transposed: bool = False) -> Any:
     if s["M"] > linear_ops.FEW_ROWS or s["float_bytes"] == 4:
         return tile(s["K"], scale.BLOCK_COLUMNS)
-    return product(s, s["M"], 1, transposed=transposed)
+    few_rows = not transposed and s["M"] <= cuda_product.FEW
+    block = cuda_product.block_of(-(-s["N"] // cuda_product.OUTPUTS), s["M"]) if few_rows else None
+    return block, product(s, s["M"], 1, transposed=transposed)
 
 
 def nearest(s: Sizes) -> Any:

@@ -37,6 +37,8 @@ def launch(
         shared_bytes: of shared memory for a block, beside what the kernel declares, 48 KiB in all at most.
     """
     core = importlib.import_module("cuda.core")
+    # Torch's context is the one that cuda-core takes for a device, so nothing changes but what cuda-core knows of this thread.
+    core.Device(device.index).set_current()
     major, minor = _capability(device)
     function = loaded(kernel, f"sm_{major}{minor}")
     stream = core.Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)

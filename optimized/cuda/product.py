@@ -54,7 +54,7 @@ def few_rows_product(x_MK: Tensor, weight: DeviceWeight) -> Tensor:
     """
     num_rows, num_inputs = x_MK.shape
     num_outputs, row_words, row_groups = weight.shape[0], weight.words.shape[1], weight.exponents.shape[1]
-    tiles, splits = _block(_tiles(weight), num_rows)
+    tiles, splits = block_of(_tiles(weight), num_rows)
     row_tiles = math.ceil(num_rows / ROWS)
     levels = CHUNK // weight.group_size
     kernel = Kernel.of(
@@ -96,7 +96,7 @@ def _tiles(weight: DeviceWeight) -> int:
     return math.ceil(weight.shape[0] / OUTPUTS)
 
 
-def _block(tiles: int, num_rows: int) -> tuple[int, int]:
+def block_of(tiles: int, num_rows: int) -> tuple[int, int]:
     """Return the tiles of outputs of a block, and the warps that share the columns of a tile. The latter follow from `tiles` alone.
 
     x is laid out again in every block. For more than half a tile of rows a block is therefore larger, where there are enough tiles.
