@@ -17,9 +17,10 @@ from arbitor.optimized.cuda import compiler, product
 from arbitor.optimized.cuda import launch as launching
 from arbitor.optimized.cuda import update as cuda_update
 from arbitor.optimized.cuda.compiler import Kernel
-from arbitor.optimized.layouts import DeviceWeight
+from arbitor.optimized.layouts import DeviceWeight, words_per_row
 from arbitor.optimized.ops import paths
-from arbitor.reference.constants import GROUP_SIZES
+from arbitor.reference.constants import GROUP_SIZES, groups_per_row
+from arbitor.reference.types import TernaryWeight
 from conformance import cuda_calls
 from conformance.compare import exact, tensors_of
 from conformance.families import compare
@@ -168,10 +169,13 @@ def test_a_cache_that_cannot_be_written_costs_time_alone(
 
 
 def device_weight(num_rows: int, num_columns: int, group_size: int = 12) -> DeviceWeight:
-    draws = torch.Generator().manual_seed(2)
-    weight = cuda_calls.random_weight(draws, num_rows, num_columns, group_size, 2)
-    found: DeviceWeight = optimized_ops.from_spec(weight)
-    return found
+    """Return a weight of zeros in device layout, without a kernel that lays it out."""
+    groups = groups_per_row(num_columns, group_size)
+    words = torch.zeros(num_rows, words_per_row(num_columns), dtype=torch.int32)
+    levels, counts = (torch.zeros(num_rows, width, dtype=torch.int8) for width in (groups, num_columns))
+    return DeviceWeight(
+        words, levels, counts, torch.zeros_like(levels), (num_rows, num_columns), group_size, 2
+    )
 
 
 @pytest.fixture
@@ -315,6 +319,10 @@ def test_a_kernel_takes_every_call_of_the_comparison(monkeypatch: pytest.MonkeyP
     for module in (linear_ops, update_ops):
         monkeypatch.setattr(module, "takes_cuda", note)
     for op, case in CALLS:
+        args = [
+            device_weight(*value.shape, value.group_size) if isinstance(value, TernaryWeight) else value
+            for value in case.args
+        ]
         with pytest.raises(InterruptedError):
-            getattr(optimized_ops, op)(*case.args, **case.kwargs)
+            getattr(optimized_ops, op)(*args, **case.kwargs)
     assert len(taken) == len(CALLS) and all(taken)
