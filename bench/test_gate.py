@@ -54,12 +54,13 @@ def columns(*most: int) -> Callable[[Sizes], Any]:
 
 def voting(s: Sizes) -> Any:
     places, block, tiles = votes.tile_of(s["G"], groups_per_row(s["K"], s["G"]))
-    return places, block, tiles > 1, tile(s["K"], votes.BLOCK_COLUMNS), counting(s)
+    return places, block, tiles > 1, tile(s["K"], votes.BLOCK_COLUMNS)
 
 
 def counting(s: Sizes) -> Any:
-    """Return what the CUDA C++ kernel chooses: whole words, whole chunks, and whether counts of exponents come by fours."""
-    return s["K"] % 16 == 0, s["K"] % cuda_update.CHUNK == 0, groups_per_row(s["K"], s["G"]) % 4 == 0
+    """As votes, and what the CUDA C++ kernel chooses: whole words, whole chunks, and whether counts of exponents come by fours."""
+    by_fours = groups_per_row(s["K"], s["G"]) % 4 == 0
+    return voting(s), s["K"] % 16 == 0, s["K"] % cuda_update.CHUNK == 0, by_fours
 
 
 def stepping(s: Sizes) -> Any:
@@ -150,7 +151,7 @@ PATHS: dict[str, Callable[[Sizes], Any]] = {
     "sign_votes": columns(votes.BLOCK_COLUMNS),
     "stochastic_votes": voting,
     "accumulate": voting,
-    "accumulate_gradient": voting,
+    "accumulate_gradient": counting,
     "apply_step": stepping,
     "linear": multiplied,
     "linear_input_grad": lambda s: multiplied(s, transposed=True),
