@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parent
 """Folder of the sources."""
 
 LEAST_CAPABILITY = (8, 0)
-"""Least compute capability of a GPU that runs the kernels: the first with `mma.sync` for bfloat16 and `cp.async`."""
+"""Least compute capability of a GPU that runs the kernels: the first with `mma.sync` for bfloat16."""
 
 
 @dataclass(frozen=True)
