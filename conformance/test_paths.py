@@ -22,7 +22,7 @@ from arbitor.optimized.ops import paths
 from arbitor.reference.constants import GROUP_SIZES, groups_per_row
 from arbitor.reference.types import TernaryWeight
 from conformance import cuda_calls
-from conformance.compare import exact, tensors_of
+from conformance.compare import exact
 from conformance.families import compare
 from conformance.report import needs_cuda, skip
 from conformance.subject import Subject
@@ -288,7 +288,7 @@ def test_a_graph_records_the_kernels(subject: Subject, monkeypatch: pytest.Monke
         step.fill_(at)
         graph.replay()
         exact(y.cpu(), work(launched).cpu(), f"step {at}")
-    exact(tensors_of(replayed.to("cpu")), tensors_of(launched.to("cpu")), "the weight")
+    exact(*(ops.to_spec(weight).to("cpu") for weight in (replayed, launched)), "the weight")
 
 
 @pytest.mark.usefixtures("words")
