@@ -16,6 +16,7 @@ import torch
 
 from arbitor import pretrained
 from arbitor.optimized.training.generate import stream_batch
+from arbitor.optimized.training.model_folder import trained_context, write_folder
 from arbitor.optimized.training.recording import records
 from arbitor.optimized.training.runtime import OP_SETS, Runtime, choose_runtime
 from arbitor.reference import graph
@@ -110,8 +111,7 @@ class ArbModel(graph.ArbModel):
         model = cls(config, device=place, dtype=number_format, ops=op_set, seed=checkpoint.seed)
         model.load_state(checkpoint.state)
         model.steps_taken = checkpoint.step
-        context = checkpoint.run.get("context")
-        model.trained_context = context if isinstance(context, int) and context >= 3 else None
+        model.trained_context = trained_context(checkpoint)
         return model
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
@@ -131,9 +131,7 @@ class ArbModel(graph.ArbModel):
                 "backward was called without a step after it, but save_pretrained must follow model.step()"
             )
         run = {} if self.trained_context is None else {"context": self.trained_context}
-        pretrained.write_folder(
-            folder, self.config, self.state(), step=self.steps_taken, seed=self.seed, run=run
-        )
+        write_folder(folder, self.config, self.state(), step=self.steps_taken, seed=self.seed, run=run)
 
     def push_to_hub(
         self, name: str, *, private: bool | None = None, message: str = "Upload an ARB model"

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import click
 
-from arbitor.optimized.commands import audit, generate, smoke, train
+from arbitor.optimized.commands import audit, eval, export, generate, info, preset, report, smoke, train
 from arbitor.optimized.training.shown import shown
 from arbitor.optimized.version import package_version
 
@@ -65,7 +65,17 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _command in (train.train, generate.generate, audit.audit, smoke.smoke):
+for _command in (
+    train.train,
+    generate.generate,
+    eval.evaluate,
+    info.info,
+    report.report,
+    export.export,
+    preset.preset,
+    audit.audit,
+    smoke.smoke,
+):
     cli.add_command(_command)
 
 

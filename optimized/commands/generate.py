@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
-from arbitor.optimized.commands.parameters import FilePath, refuse_given, setting, settings
+from arbitor.optimized.commands.parameters import FilePath, of_run, refuse_given, setting, settings, warn
 from arbitor.optimized.training.options import MOST_BYTES
-from arbitor.optimized.training.shown import printable
+from arbitor.optimized.training.shown import shown
+
+STDIN = "-"
+"""How standard input is called where a file is expected."""
+
+MOST_PROMPT_BYTES = 2**28
+"""Bytes of a prompt at most: standard input may never end."""
 
 
 @click.command()
-@click.option("--run", type=FilePath(path_type=Path), required=True, help="Folder of a run.")
+@of_run
 @click.option("--prompt", help="Text to continue [none].")
 @click.option(
-    "--prompt-file", type=FilePath(path_type=Path), help="A file with the bytes to continue [none]."
+    "--prompt-file",
+    type=FilePath(allow_dash=True),
+    help="A file with the bytes to continue; -: standard input [none].",
 )
 @click.option(
     "--bytes", "num_bytes", type=click.IntRange(0, MOST_BYTES), default=256, help="Bytes to add [256]."
@@ -39,7 +51,7 @@ def generate(
     command: click.Context,
     run: Path,
     prompt: str | None,
-    prompt_file: Path | None,
+    prompt_file: str | None,
     num_bytes: int,
     temperature: float,
     context: int | None,
@@ -49,61 +61,84 @@ def generate(
     dtype: str | None,
     cuda_graph: bool | None,
 ) -> None:
-    """Continue a prompt with the best model of a run. A pipe gets the bytes as they are."""
+    """Continue a prompt with the best model of a run. Bytes come as they are drawn.
+
+    A pipe gets them as they are, a terminal without control characters. Standard error says how fast it was.
+    """
     if prompt is not None and prompt_file is not None:
-        raise click.UsageError(
-            f"--prompt-file {str(prompt_file)!r} was given with --prompt, but only one may be"
-        )
+        raise click.UsageError(f"--prompt-file {prompt_file!r} was given with --prompt, but only one may be")
     if num_bytes == 0:
         refuse_given(command, "temperature", "context", "seed", "cuda_graph", where="with --bytes 0")
     if temperature == 0:
         refuse_given(command, "seed", where="with --temperature 0, which takes the likeliest byte")
     if not prompt and prompt_file is None:
         refuse_given(command, "context", where="without --prompt or --prompt-file")
-    import json
-
-    from arbitor.optimized.training.checkpoint import check_fits
-    from arbitor.optimized.training.generate import generate as continue_prompt
+    from arbitor.optimized.training.generate import stream_batch
+    from arbitor.optimized.training.model_folder import open_model, trained_context
     from arbitor.optimized.training.recording import records
-    from arbitor.optimized.training.run_folder import RunFolder
-    from arbitor.optimized.training.runtime import choose_runtime, deterministic
-    from arbitor.optimized.training.sizes import check_memory
-    from arbitor.reference.config import ArbConfig
-    from arbitor.reference.graph import ArbModel
+    from arbitor.optimized.training.runtime import choose_runtime
 
     runtime = choose_runtime(device or "auto", backend, dtype)
     record = records(cuda_graph, runtime)
     given = os.fsencode(prompt or "") if prompt_file is None else _prompt_of(prompt_file)
-    checkpoint = RunFolder(run).load_best(
-        lambda refusal: click.echo(f"arb: {refusal}; trying another one", err=True)
-    )
-    config = ArbConfig.from_json(json.dumps(checkpoint.config))
-    check_memory(config, runtime.device)
-    with deterministic(checkpoint.run.get("threads")):
-        model = ArbModel(config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=0)
-        check_fits(checkpoint, checkpoint.config, model)
-        model.load_state(checkpoint.state)
-        added = continue_prompt(
+    with open_model(run, runtime, warn) as (model, checkpoint):
+        began = time.monotonic()
+        pieces = stream_batch(
             model,
-            given,
+            [given],
             num_bytes,
             temperature=temperature,
-            seed=seed,
-            context=context or checkpoint.run["context"],
+            seeds=[seed],
+            context=context or trained_context(checkpoint),
             cuda_graph=record,
         )
-    if sys.stdout.isatty():
-        click.echo(printable(given + added))
-    else:
-        sys.stdout.buffer.write(given + added)
-        sys.stdout.buffer.flush()
+        write = _writer()
+        write(given, False)
+        count, first = 0, began
+        for [piece] in pieces:
+            write(piece, False)
+            first = first if count else time.monotonic()
+            count += 1
+        write(b"", True)
+        ended = time.monotonic()
+    # The first byte comes with the reading of the prompt.
+    seconds, steps = ended - first, count - 1
+    if steps > 0 and seconds > 0:
+        warn(
+            f"{count:,} bytes in {ended - began:.2f} s: the first after {first - began:.2f} s, then {steps / seconds:,.1f} a second"
+        )
 
 
-def _prompt_of(path: Path) -> bytes:
-    """The bytes of a prompt file."""
+def _writer() -> Callable[[bytes, bool], None]:
+    """Return what writes bytes, at once: as they are to a pipe, as text without control characters to a terminal.
+
+    Its second argument says that no more come, as the bytes of a letter may be torn.
+    """
+    if not sys.stdout.isatty():
+
+        def raw(piece: bytes, is_last: bool) -> None:
+            sys.stdout.buffer.write(piece)
+            sys.stdout.buffer.flush()
+
+        return raw
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def text(piece: bytes, is_last: bool) -> None:
+        click.echo(shown(decoder.decode(piece, is_last), allowed="\n\t"), nl=is_last)
+
+    return text
+
+
+def _prompt_of(path: str) -> bytes:
+    """Return the bytes of a prompt file, which may be a pipe, or of standard input."""
     from arbitor.optimized.training.errors import TrainingError
 
+    name = "standard input" if path == STDIN else repr(path)
     try:
-        return path.read_bytes()
+        with contextlib.nullcontext(sys.stdin.buffer) if path == STDIN else open(path, "rb") as file:
+            content = file.read(MOST_PROMPT_BYTES + 1)
     except OSError as error:
-        raise TrainingError(f"cannot read the prompt {str(path)!r}: {error.strerror or error}") from error
+        raise TrainingError(f"cannot read the prompt {name}: {error.strerror or error}") from error
+    if len(content) > MOST_PROMPT_BYTES:
+        raise TrainingError(f"the prompt {name} has more than the {MOST_PROMPT_BYTES:,} bytes allowed")
+    return content

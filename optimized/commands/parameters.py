@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from arbitor.optimized.training.options import ROWS
+from arbitor.optimized.training.options import ROWS, default_in_words
+from arbitor.optimized.training.shown import shown
 
 MIB = 2**20
 """Bytes of a mebibyte, the seeds' unit of state."""
@@ -28,7 +31,6 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 def setting(
     name: str,
-    flag: str | None = None,
     *,
     help: str | None = None,
     default: Any = None,
@@ -39,7 +41,6 @@ def setting(
 
     Args:
         name: of the setting, which is also the name of the command's parameter.
-        flag: how it is spelled; None: as its name, with dashes.
         help: what the command does with it, where that is not what the trainer does.
         default: of the command, where it has one of its own.
         default_help: what help says of it.
@@ -47,11 +48,11 @@ def setting(
     """
     row = ROWS[name]
     option = row.option
-    flag = flag or "--" + name.replace("_", "-")
+    flag = "--" + name.replace("_", "-")
     if default_help is None:
-        default_help = option.default_help if default is None else str(default)
-    if default_help is None:
-        default_help = "off" if row.kind is bool else str(option.default)
+        default_help = default_in_words(name) if default is None else str(default)
+    if default_help == "False":
+        default_help = "off"
     text = f"{help or option.help} [{default_help}]."
     if row.kind is bool:
         spelling = f"{flag}/--no-{flag.removeprefix('--')}" if option.has_opposite else flag
@@ -61,7 +62,7 @@ def setting(
         kind = click.Choice(option.choices)
     elif row.kind is int:
         kind = click.IntRange(option.low if low is None else low, option.high)
-    return click.option(flag, name, type=kind, default=default, help=text)
+    return click.option(flag, *option.also, name, type=kind, default=default, help=text)
 
 
 def settings(*names: str) -> Callable[[_Command], _Command]:
@@ -73,6 +74,20 @@ def settings(*names: str) -> Callable[[_Command], _Command]:
         return command
 
     return give
+
+
+def of_run(command: _Command) -> _Command:
+    """Give a command the option that names a trained model."""
+    help = "A run, a folder of arb export, or a checkpoint."
+    return click.option("--run", "--out", "run", type=FilePath(path_type=Path), required=True, help=help)(
+        command
+    )
+
+
+def warn(sentence: str) -> None:
+    """Print one sentence on stderr, where it mixes with no result."""
+    with contextlib.suppress(OSError):
+        click.echo(f"arb: {shown(sentence)}.", err=True)
 
 
 def refuse_given(command: click.Context, *names: str, where: str) -> None:

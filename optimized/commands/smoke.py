@@ -14,7 +14,7 @@ from arbitor.optimized.training.shown import shown
 @click.command()
 @setting("preset", help="What to run: tiny, small, ... or FILE.json", default="tiny")
 @settings(*CHANGES)
-@setting("context", "--ctx", default=4)
+@setting("context", default=4)
 @setting("batch", help="Windows", default=1)
 @click.option("--backward", is_flag=True, help="Also run a backward pass and one update [off].")
 @setting("seed", help="Of weights, bytes and dither", default=0)

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @settings(*(name for name, row in ROWS.items() if row.option.asked))
-@click.option("--run", type=FilePath(path_type=Path), help="Run folder [runs/<preset>-<number>].")
+@click.option(
+    "--run", "--out", "run", type=FilePath(path_type=Path), help="Run folder [runs/<preset>-<number>]."
+)
 @click.option("--resume", is_flag=True, help="Go on with the run in --run, with its own settings [off].")
 @click.option("--no-save", is_flag=True, help="Write no checkpoints; without --run, write nothing [off].")
 def train(no_save: bool, **options: Any) -> None:

@@ -60,7 +60,7 @@ _DTYPES = {code: dtype for dtype, code in _DTYPE_CODES.items()}
 State = Mapping[str, TernaryWeight | Tensor]
 """What ``ArbModel.state`` returns: weights in canonical form and integer tables, by name."""
 
-HeaderCheck = Callable[[Mapping[str, Any]], None]
+HeaderCheck = Callable[[Mapping[str, Any]], object]
 """What refuses a header, with a CheckpointError, before any tensor is read."""
 
 _FIELD_TYPES: dict[str, Any] = {
@@ -161,12 +161,9 @@ def load_checkpoint(path: Path, check: HeaderCheck | None = None) -> Checkpoint:
         CheckpointError: the file is missing, truncated, tampered with, of another format, or holds what no
             run can have written.
     """
-    try:
+    with _told_of(path):
         with open_regular(path) as file:
-            text, entries = _read_entries(file)
-            header = _verified_header(text)
-            if check is not None:
-                check(header)
+            header, entries = _checked_header(file, check)
             # Shapes are looked at where they take no memory.
             shapes = {
                 name: torch.empty(shape, dtype=dtype, device="meta")
@@ -175,6 +172,35 @@ def load_checkpoint(path: Path, check: HeaderCheck | None = None) -> Checkpoint:
             _state(header, shapes)
             tensors = {name: _read_tensor(file, dtype, shape) for name, (dtype, shape) in entries.items()}
         return _verified(header, tensors)
+
+
+def load_header(path: Path, check: HeaderCheck | None = None) -> dict[str, Any]:
+    """Return the header of a checkpoint, verified but for the digest of the tensors, which are not read.
+
+    Args:
+        path, check: as for `load_checkpoint`.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`.
+    """
+    with _told_of(path), open_regular(path) as file:
+        return _checked_header(file, check)[0]
+
+
+def _checked_header(file: IO[bytes], check: HeaderCheck | None) -> tuple[dict[str, Any], Entries]:
+    """Return the header of a file and the entries of its tensors, which are left to read."""
+    text, entries = _read_entries(file)
+    header = _verified_header(text)
+    if check is not None:
+        check(header)
+    return header, entries
+
+
+@contextmanager
+def _told_of(path: Path) -> Iterator[None]:
+    """Turn whatever reading a checkpoint raises within the block into one sentence."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no checkpoint {str(path)!r}") from error
     except CheckpointError as error:

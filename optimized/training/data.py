@@ -10,21 +10,26 @@ corpus.
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import os
 import stat
 import sysconfig
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import torch
 
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.optimized.training.regular import kind_of, read_regular
+from arbitor.optimized.training.regular import kind_of, open_regular, read_regular
 from arbitor.optimized.training.shown import shown
 from arbitor.reference.config import NGRAM
+
+STDLIB = "stdlib"
+"""How the Python sources that every Python carries are asked for."""
 
 BLOCK_BYTES = 64 * 1024
 """Length of a block of the split, in bytes, where the corpus is long enough."""
@@ -155,34 +160,9 @@ def load_corpus(source: str, run: Path | None = None) -> Corpus:
         TrainingError: the path is missing, unreadable, neither file nor folder, holds no text, is a file of weights, or lies in
             the folder of the run.
     """
-    left_out: dict[str, list[str]] = {}
-    ends: tuple[int, ...] = ()
-    if source == "stdlib":
-        chunks = _stdlib_files()
-    else:
-        path = Path(source)
-        try:
-            mode = path.stat().st_mode
-        except OSError as error:
-            raise TrainingError(f"cannot read the data {source!r}: {error.strerror or error}") from error
-        if run is not None and run.is_dir() and path.resolve().is_relative_to(run.resolve()):
-            raise TrainingError(
-                f"the data {source!r} lies in the run folder {str(run)!r}, which the run changes"
-            )
-        if stat.S_ISDIR(mode):
-            chunks, left_out = _folder_files(path, run)
-            ends = tuple(itertools.accumulate(map(len, chunks)))
-        elif stat.S_ISREG(mode):
-            if path.suffix.lower() in WEIGHTS_SUFFIXES:
-                raise TrainingError(
-                    f"the data {source!r} is a file of weights by its name, but must be bytes to learn from"
-                )
-            chunks = [_read(path)]
-        else:
-            raise TrainingError(
-                f"the data {source!r} is {kind_of(mode)}, but must be a regular file or a folder: "
-                "a run that is resumed reads it again"
-            )
+    files, left_out = find_texts(source, run)
+    is_folder = source != STDLIB and Path(source).is_dir()
+    chunks = [file.read() for file in files]
     data = bytearray().join(chunks)
     if not data:
         raise TrainingError(f"the data file {source!r} is empty: there is nothing to learn from")
@@ -192,7 +172,72 @@ def load_corpus(source: str, run: Path | None = None) -> Corpus:
         sha256=hashlib.sha256(data).hexdigest(),
         num_files=len(chunks),
         left_out=left_out,
-        ends=ends,
+        ends=tuple(itertools.accumulate(map(len, chunks))) if is_folder else (),
+    )
+
+
+@dataclass(frozen=True)
+class Text:
+    """A file of data, not yet read.
+
+    Attributes:
+        name: what it is called: its path in the folder it is of, or as it was asked for.
+        path: where it is; None for a text that Python keeps elsewhere.
+        content: that text.
+    """
+
+    name: str
+    path: Path | None = None
+    content: bytes = b""
+
+    def read(self) -> bytes:
+        """Return all of its bytes."""
+        return self.content if self.path is None else _read(self.path)
+
+    @contextmanager
+    def opened(self) -> Iterator[IO[bytes]]:
+        """Open it to be read from its start, until the end of the block.
+
+        Raises:
+            TrainingError: it cannot be read.
+        """
+        if self.path is None:
+            yield io.BytesIO(self.content)
+            return
+        with _reading(self.path), open_regular(self.path) as file:
+            yield file
+
+
+def find_texts(source: str, run: Path | None = None) -> tuple[list[Text], dict[str, list[str]]]:
+    """Return the files of a source of data, of which no more than the beginnings were read, and what is left out.
+
+    Args:
+        source, run: as for `load_corpus`.
+
+    Raises:
+        TrainingError: as `load_corpus`.
+    """
+    if source == STDLIB:
+        return _stdlib_texts(), {}
+    path = Path(source)
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise TrainingError(f"cannot read the data {source!r}: {error.strerror or error}") from error
+    if run is not None and run.is_dir() and path.resolve().is_relative_to(run.resolve()):
+        raise TrainingError(f"the data {source!r} lies in the run folder {str(run)!r}, which the run changes")
+    if stat.S_ISDIR(mode):
+        paths, left_out = _folder_files(path, run)
+        return [Text(each.relative_to(path).as_posix(), each) for each in paths], left_out
+    if stat.S_ISREG(mode):
+        if path.suffix.lower() in WEIGHTS_SUFFIXES:
+            raise TrainingError(
+                f"the data {source!r} is a file of weights by its name, but must be bytes to learn from"
+            )
+        return [Text(source, path)], {}
+    raise TrainingError(
+        f"the data {source!r} is {kind_of(mode)}, but must be a regular file or a folder: "
+        "a run that is resumed reads it again"
     )
 
 
@@ -355,8 +400,15 @@ def _gather(data_N: torch.Tensor, starts_B: torch.Tensor, context: int) -> torch
 
 
 def _read(path: Path) -> bytes:
-    try:
+    with _reading(path):
         return read_regular(path)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what reading a file raises within the block into one sentence."""
+    try:
+        yield
     except OSError as error:
         raise TrainingError(f"cannot read the data file {str(path)!r}: {error.strerror or error}") from error
 
@@ -402,8 +454,8 @@ def _walk(
     return [path for _, path in sorted(found)]
 
 
-def _folder_files(root: Path, run: Path | None) -> tuple[list[bytes], dict[str, list[str]]]:
-    """Return the texts of a folder, and what is left out of it."""
+def _folder_files(root: Path, run: Path | None) -> tuple[list[Path], dict[str, list[str]]]:
+    """Return the files of a folder that are texts, and what is left out of it."""
     own = None if run is None else run.resolve()
 
     def skips(path: Path) -> str | None:
@@ -414,31 +466,35 @@ def _folder_files(root: Path, run: Path | None) -> tuple[list[bytes], dict[str, 
         return None
 
     left_out: dict[str, list[str]] = {}
-    chunks = []
+    paths = []
     for path in _walk(root, skips, left_out):
-        content = b""
         if path.suffix.lower() in WEIGHTS_SUFFIXES:
             reason = "of weights"
         else:
-            content = _read(path)
-            reason = "empty" if not content else "binary" if _is_binary(content) else ""
+            probe, size = _probed(path)
+            reason = "empty" if not size else "binary" if _is_binary(probe, size) else ""
         if reason:
             left_out.setdefault(reason, []).append(shown(path.relative_to(root).as_posix()))
         else:
-            chunks.append(content)
-    if not chunks:
+            paths.append(path)
+    if not paths:
         raise TrainingError(
             f"the folder {str(root)!r} holds no text: it has no regular file that is neither empty nor binary"
         )
-    return chunks, left_out
+    return paths, left_out
 
 
-def _is_binary(content: bytes) -> bool:
+def _probed(path: Path) -> tuple[bytes, int]:
+    """Return the beginning of a file, and its size."""
+    with _reading(path), open_regular(path) as file:
+        return file.read(BINARY_PROBE_BYTES), os.fstat(file.fileno()).st_size
+
+
+def _is_binary(probe: bytes, size: int) -> bool:
     """Whether a file looks binary: it has a NUL near its beginning, and is no UTF-16, of whose letters each has one."""
-    probe = content[:BINARY_PROBE_BYTES]
     if b"\0" not in probe:
         return False
-    return len(content) % 2 == 1 or not (_is_utf16(probe, "le") or _is_utf16(probe, "be"))
+    return size % 2 == 1 or not (_is_utf16(probe, "le") or _is_utf16(probe, "be"))
 
 
 def _is_utf16(probe: bytes, order: Literal["le", "be"]) -> bool:
@@ -451,7 +507,7 @@ def _is_utf16(probe: bytes, order: Literal["le", "be"]) -> bool:
     return shown(letters, allowed="\n\r\t\f") == letters and (has_mark or 2 * ascii_letters > len(letters))
 
 
-def _stdlib_files() -> list[bytes]:
+def _stdlib_texts() -> list[Text]:
     root = Path(sysconfig.get_path("stdlib"))
 
     def skips(path: Path) -> str | None:
@@ -462,11 +518,10 @@ def _stdlib_files() -> list[bytes]:
         raise TrainingError(
             "this Python carries no standard library sources: name a file or a folder with --data"
         )
-    chunks = [_read(path) for path in paths]
+    texts = [Text(path.relative_to(root).as_posix(), path) for path in paths]
     if root / "pydoc_data" / "topics.py" not in paths:
         import pydoc_data.topics
 
-        chunks.append(
-            "".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)).encode()
-        )
-    return chunks
+        topics = "".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+        texts.append(Text("pydoc_data/topics", content=topics.encode()))
+    return texts

@@ -32,6 +32,7 @@ from arbitor.optimized.training.data import (
 )
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import NATS_PER_BIT, validation_bpb
+from arbitor.optimized.training.facts import REPORT_LINES, RunFacts
 from arbitor.optimized.training.generate import generate
 from arbitor.optimized.training.metrics import thinned_metrics
 from arbitor.optimized.training.monitor import Monitor
@@ -62,9 +63,6 @@ if TYPE_CHECKING:
 
 MAX_SKIPPED_IN_A_ROW = 100
 """Micro-batches without a finite loss after which a run gives up."""
-
-REPORT_LINES = 2000
-"""Lines of metrics that a picture shows, and validations beside: more than it has points across."""
 
 SAMPLE_PROMPT_BYTES = 48
 """How many of the validation bytes the sample at the end continues."""
@@ -249,7 +247,14 @@ class Run:
         self.folder = folder
         self.store = folder if saves else None
         if folder is not None:
-            folder.write_config({"model": self.config, "run": self.document, "versions": versions()})
+            folder.write_config(
+                {
+                    "model": self.config,
+                    "run": self.document,
+                    "versions": versions(),
+                    "baselines": dict(self.baselines),
+                }
+            )
         self.monitor = Monitor(folder, steps=self.settings.steps, start_step=self.step, console=console)
         for warning in self.warnings:
             self.monitor.warn(warning)
@@ -479,29 +484,21 @@ class Run:
         metrics = self._metrics()
         if self.folder is None or not metrics:
             return
-        settings, made_of = self.settings, audit(self.model.config)
-        tokens = self.step * settings.accum * settings.batch * settings.context
-        facts = {
-            "preset": settings.preset,
-            "weights": f"{made_of.weights:,}",
-            "state": f"{made_of.canonical_bytes:,} bytes",
-            "tables": f"{sum(table.bytes for table in made_of.tables):,} bytes",
-            "steps": f"{self.step:,} of {settings.steps:,}",
-            "tokens": f"{tokens:,} bytes read",
-            "time": f"{self.progress.seconds:,.0f} s",
-            "validation": "not measured" if self.val_bpb is None else f"{self.val_bpb:.4f} bpb",
-            "best": "not measured" if self.best_bpb is None else f"{self.best_bpb:.4f} bpb",
-            "seed": f"{settings.seed}",
-            "data": f"{Path(settings.data).name} ({self.corpus.data_N.numel():,} bytes)",
-            "device": f"{settings.device}, {settings.backend}, {settings.dtype}",
-        }
-        if self.saved is not None and self.saved[0] == self.step:
-            facts["state_sha256"] = self.saved[1]
+        facts = RunFacts(
+            run=self.document,
+            config=self.model.config,
+            step=self.step,
+            seconds=self.progress.seconds,
+            val_bpb=self.val_bpb,
+            best_bpb=self.best_bpb,
+            baselines=self.baselines,
+            state_sha256=self.saved[1] if self.saved is not None and self.saved[0] == self.step else None,
+        )
         write_report(
             self.folder.report,
             metrics,
-            facts,
-            baselines=self.baselines,
-            steps=settings.steps,
-            planned_rate=self._rate,
+            facts.words(),
+            baselines=facts.baselines,
+            steps=self.settings.steps,
+            planned_rate=facts.planned_rate(),
         )

@@ -21,7 +21,7 @@ MOST_BYTES = 2**24
 """Bytes that a prompt is continued by, at most."""
 
 OF_PRESET = "of the preset"
-"""How help names a default that `PRESET_DEFAULTS` may replace."""
+"""How help names a default that is a field of the preset's model."""
 
 _KINDS = {int: "a whole number", bool: "True or False", str: "a string"}
 """How a message names the type of a setting."""
@@ -40,6 +40,7 @@ class Option:
         bound: whether it decides what a run computes, so that a resumed run must agree with it.
         changes_model: whether it changes the model of the preset, so that every command that builds one has it. Such a
             setting is bound.
+        also: other spellings of it on the command line.
         has_opposite: whether a switch can be asked for and asked against, with ``--no-`` before its name.
         asked: whether it can be asked for. Others are what the preset says, and recorded.
     """
@@ -52,6 +53,7 @@ class Option:
     choices: tuple[str, ...] = ()
     bound: bool = False
     changes_model: bool = False
+    also: tuple[str, ...] = ()
     has_opposite: bool = False
     asked: bool = True
 
@@ -71,23 +73,17 @@ class Settings:
     data: Annotated[
         str, Option(help="stdlib (the sources of this Python), a file or a folder", default="stdlib")
     ]
-    steps: Annotated[
-        int, Option(help="Optimisation steps", default=1000, default_help=OF_PRESET, low=1, bound=True)
-    ]
+    steps: Annotated[int, Option(help="Optimisation steps", default=1000, low=1, bound=True)]
     batch: Annotated[
         int,
-        Option(
-            help="Windows of a micro-batch", default=4, default_help=OF_PRESET, low=1, high=2**20, bound=True
-        ),
+        Option(help="Windows of a micro-batch", default=4, low=1, high=2**20, bound=True),
     ]
     # The shortest window: three bytes are read to predict the fourth.
     context: Annotated[
         int,
-        Option(help="Bytes of a window", default=128, default_help=OF_PRESET, low=4, high=2**20, bound=True),
+        Option(help="Bytes of a window", default=128, low=4, high=2**20, bound=True, also=("--ctx",)),
     ]
-    accum: Annotated[
-        int, Option(help="Micro-batches of a step", default=1, default_help=OF_PRESET, low=1, bound=True)
-    ]
+    accum: Annotated[int, Option(help="Micro-batches of a step", default=1, low=1, bound=True)]
     seed: Annotated[
         int, Option(help="Of weights, batches and dither", default=0, low=0, high=2**63 - 1, bound=True)
     ]
@@ -109,7 +105,6 @@ class Settings:
         Option(
             help="Steps between validations",
             default=100,
-            default_help=OF_PRESET,
             low=1,
         ),
     ]
@@ -118,7 +113,6 @@ class Settings:
         Option(
             help="Steps between checkpoints",
             default=100,
-            default_help=OF_PRESET,
             low=1,
         ),
     ]
@@ -127,7 +121,6 @@ class Settings:
         Option(
             help="Steps between lines of metrics",
             default=10,
-            default_help=OF_PRESET,
             low=1,
         ),
     ]
@@ -236,6 +229,15 @@ PRESET_DEFAULTS: dict[str, Mapping[str, Any]] = {
     "small": {"batch": 64, "context": 256, "eval_windows": 512},
 }
 """Defaults that suit a preset better than those of the rows, which are cautious: one step of a large model fills a GPU."""
+
+
+def default_in_words(name: str) -> str:
+    """Return the default of a setting as help says it: a number, and what presets have instead."""
+    option = ROWS[name].option
+    others = [f"{of[name]} for {preset}" for preset, of in PRESET_DEFAULTS.items() if name in of]
+    if option.default_help is not None:
+        return option.default_help
+    return ", ".join([*others, f"else {option.default}" if others else str(option.default)])
 
 
 def preset_defaults(preset: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from arbitor.optimized.training.checkpoint import (
     State,
     check_layouts,
     load_checkpoint,
+    load_header,
     put_checkpoint,
     save_checkpoint,
     write_checkpoint_beside,
@@ -29,6 +30,7 @@ from arbitor.optimized.training.options import BOUND, CHANGES, ROWS
 from arbitor.optimized.training.regular import JSON_BYTES, parsed, read_regular
 from arbitor.optimized.training.sizes import config_of
 from arbitor.optimized.training.whole_file import partial_of, told, write_whole
+from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import ArbModel
 
 RUNS_ROOT = Path("runs")
@@ -80,6 +82,25 @@ class Found:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Start:
+    """How a run was started, as its folder says it.
+
+    Attributes:
+        run: its settings, checked.
+        config: of its model.
+        header: of its newest checkpoint, or None where it has none.
+        document: what ``config.json`` holds beside; empty where it cannot be used.
+        refusals: one sentence for each file that was refused.
+    """
+
+    run: Mapping[str, Any]
+    config: ArbConfig
+    header: Mapping[str, Any] | None
+    document: Mapping[str, Any]
+    refusals: list[str]
+
+
 class RunFolder:
     """The folder of one run. Making one touches nothing; only the process that has it `owned` writes in it.
 
@@ -117,6 +138,11 @@ class RunFolder:
 
     def _checkpoints(self) -> tuple[Path, ...]:
         return self.latest, self.previous, self.best, self.final
+
+    def files_there(self) -> list[Path]:
+        """Return those files of a run that the folder has."""
+        small = (self.config, self.summary, self.metrics, self.sample, self.report, self.loss_plot)
+        return [path for path in (*small, *self._checkpoints()) if os.path.lexists(path)]
 
     def has_run(self) -> bool:
         """Return whether a run has been started in the folder."""
@@ -282,13 +308,7 @@ class RunFolder:
         if checkpoint is None:
             self._refuse_lost_steps()
             document = _read_json(self.config)
-            try:
-                _check_settings(document.get("run"))
-                config_of(document["model"])
-            except (KeyError, TypeError, ValueError, CheckpointError) as error:
-                raise TrainingError(
-                    f"{str(self.config)!r} does not say how the run was started: {error}"
-                ) from error
+            self._recorded_config(document)
             note = f"{str(self)!r} holds no checkpoint yet: starting at step 0"
             return Found(None, document["run"], document["model"], note=note)
         try:
@@ -302,6 +322,40 @@ class RunFolder:
         if finished:
             note = f"{str(self)!r} is finished: all of its {checkpoint.step} steps are taken, and only its last files are written"
         return Found(checkpoint, checkpoint.run, checkpoint.config, tuple(warnings), note)
+
+    def read_start(self) -> Start:
+        """Return how the run was started: as its newest checkpoint says, else as ``config.json`` does. No tensor is read.
+
+        Raises:
+            TrainingError: the folder holds no run, or neither says it.
+        """
+        if not self.has_run():
+            raise TrainingError(f"{str(self)!r} holds no run")
+        refusals: list[str] = []
+        document: Mapping[str, Any] = {}
+        try:
+            document = _read_json(self.config)
+        except TrainingError as error:
+            refusals.append(str(error))
+        for path in self._checkpoints():
+            if os.path.lexists(path):
+                try:
+                    header = load_header(path, check_header)
+                except CheckpointError as error:
+                    refusals.append(str(error))
+                    continue
+                return Start(header["run"], config_of(header["config"]), header, document, refusals)
+        return Start(document["run"], self._recorded_config(document), None, document, refusals)
+
+    def _recorded_config(self, document: Mapping[str, Any]) -> ArbConfig:
+        """Return the configuration of the model that ``config.json`` has recorded, after its settings were checked."""
+        try:
+            _check_settings(document.get("run"))
+            return config_of(document["model"])
+        except (KeyError, TypeError, ValueError, CheckpointError) as error:
+            raise TrainingError(
+                f"{str(self.config)!r} does not say how the run was started: {error}"
+            ) from error
 
     def _refuse_lost_steps(self) -> None:
         """Refuse to start a run again whose checkpoints are gone: what is left of it would be overwritten."""
@@ -342,6 +396,15 @@ def check_header(header: Mapping[str, Any]) -> None:
     if header["seed"] != run["seed"]:
         raise CheckpointError(f"its header has {header['seed']} for seed, but its run has {run['seed']}")
     _check_progress(header["progress"])
+    check_model(header)
+
+
+def check_model(header: Mapping[str, Any]) -> ArbConfig:
+    """Return the configuration in a header, by which its weights and tables are laid out. It takes no memory for weights.
+
+    Raises:
+        CheckpointError: it is no configuration, or a layout is of another model.
+    """
     try:
         config = config_of(header["config"])
     except (TypeError, ValueError) as error:
@@ -350,6 +413,7 @@ def check_header(header: Mapping[str, Any]) -> None:
     if len(layouts) < config.num_layers:
         raise CheckpointError(f"it has {config.num_layers} layers, but {len(layouts)} weights and tables")
     check_layouts(layouts, ArbModel(config, device="meta"))
+    return config
 
 
 def _check_settings(run: Any) -> None:
