@@ -202,7 +202,7 @@ def test_what_is_at_its_default_is_never_refused(here: Here, finished: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "was"), [("--steps", "25", "15"), ("--batch", "3", "2"), ("--preset", "tiny", "nano")]
+    ("option", "value", "was"), [("--steps", "14", "15"), ("--batch", "3", "2"), ("--preset", "tiny", "nano")]
 )
 def test_resume_refuses_another_run(here: Here, finished: Path, option: str, value: str, was: str) -> None:
     result = here("train", "--run", str(finished), "--resume", option, value)

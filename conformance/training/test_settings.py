@@ -105,7 +105,8 @@ def test_decide_takes_what_was_asked_then_what_was_recorded_then_the_default() -
 @pytest.mark.parametrize("name", ["preset", "steps", "batch", "context", "accum", "seed"])
 def test_decide_refuses_another_run(name: str) -> None:
     was = recorded()[name]
-    other = "tiny" if name == "preset" else int(str(was)) + 1
+    # More steps make a longer run of the same, fewer another one.
+    other = "tiny" if name == "preset" else int(str(was)) + (-1 if name == "steps" else 1)
     same = {name: was}
     decide(TrainOptions(**same), recorded())  # type: ignore[arg-type]
     with pytest.raises(

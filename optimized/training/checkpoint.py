@@ -239,7 +239,7 @@ def check_fits(checkpoint: Checkpoint, config: Mapping[str, Any], model: ArbMode
                 f"the checkpoint is of another model: {field} is {theirs.get(field)!r} there "
                 f"and {ours.get(field)!r} here"
             )
-    check_layouts({name: _layout(value) for name, value in checkpoint.state.items()}, model)
+    check_layouts({name: layout(value) for name, value in checkpoint.state.items()}, model)
     for name, (low, high) in model.table_ranges().items():
         table = checkpoint.state[name]
         # Its layout is that of a table.
@@ -267,14 +267,15 @@ def check_layouts(theirs: Mapping[str, Mapping[str, Any]], model: ArbModel) -> N
         where = "there but not here" if name in theirs else "here but not there"
         raise CheckpointError(f"the checkpoint is of another model: {name!r} is {where}")
     for name, value in held.items():
-        there, here = theirs[name], _layout(value)
+        there, here = theirs[name], layout(value)
         if there != here:
             raise CheckpointError(
                 f"the checkpoint is of another model: {name!r} is {there} there and {here} here"
             )
 
 
-def _layout(value: LaidOutWeight | Tensor) -> dict[str, Any]:
+def layout(value: LaidOutWeight | Tensor) -> dict[str, Any]:
+    """Return how a weight or a table is laid out, as a header says it."""
     if isinstance(value, Tensor):
         return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
     return {
@@ -331,8 +332,8 @@ def write_checkpoint_beside(path: Path, state: State, **metadata: Any) -> tuple[
     header: dict[str, Any] = {
         "format": FORMAT_VERSION,
         **{key: dict(value) if isinstance(value, Mapping) else value for key, value in metadata.items()},
-        "weights": {name: _layout(value) for name, value in state.items() if not isinstance(value, Tensor)},
-        "tables": {name: _layout(value) for name, value in state.items() if isinstance(value, Tensor)},
+        "weights": {name: layout(value) for name, value in state.items() if not isinstance(value, Tensor)},
+        "tables": {name: layout(value) for name, value in state.items() if isinstance(value, Tensor)},
         "state_sha256": digest,
     }
     header["content_sha256"] = _content_sha256(header)
@@ -464,8 +465,8 @@ def _verified_header(text: Any) -> dict[str, Any]:
 
 def _state(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, TernaryWeight | Tensor]:
     """Return weights and tables as the header lays them out; tensors on the meta device are welcome."""
-    weights = {name: _weight(name, layout, tensors) for name, layout in header["weights"].items()}
-    tables = {name: _table(name, layout, tensors) for name, layout in header["tables"].items()}
+    weights = {name: _weight(name, stated, tensors) for name, stated in header["weights"].items()}
+    tables = {name: _table(name, stated, tensors) for name, stated in header["tables"].items()}
     if len(tensors) != len(PARTS) * len(weights) + len(tables):
         raise CheckpointError("it holds tensors that belong to no weight and are no table")
     return {**weights, **tables}
@@ -492,11 +493,11 @@ def _verified(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Check
     )
 
 
-def _weight(name: str, layout: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TernaryWeight:
+def _weight(name: str, stated: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TernaryWeight:
     missing = [part for part in PARTS if f"{name}.{part}" not in tensors]
     if missing:
         raise CheckpointError(f"{name}.{missing[0]} is missing")
-    num_rows, num_columns = layout["shape"]
+    num_rows, num_columns = stated["shape"]
     try:
         return TernaryWeight(
             packed=tensors[f"{name}.packed"],
@@ -504,8 +505,8 @@ def _weight(name: str, layout: Mapping[str, Any], tensors: Mapping[str, Tensor])
             trit_accum=tensors[f"{name}.trit_accum"],
             exponent_accum=tensors[f"{name}.exponent_accum"],
             shape=(num_rows, num_columns),
-            group_size=layout["group_size"],
-            mantissa_bits=layout["mantissa_bits"],
+            group_size=stated["group_size"],
+            mantissa_bits=stated["mantissa_bits"],
         )
     except (TypeError, ValueError) as error:
         raise CheckpointError(
@@ -513,12 +514,12 @@ def _weight(name: str, layout: Mapping[str, Any], tensors: Mapping[str, Tensor])
         ) from error
 
 
-def _table(name: str, layout: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
+def _table(name: str, stated: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
     if name not in tensors:
         raise CheckpointError(f"{name} is missing")
-    if _layout(tensors[name]) != dict(layout):
+    if layout(tensors[name]) != dict(stated):
         raise CheckpointError(
-            f"the table {name!r} is {_layout(tensors[name])}, but its header states {dict(layout)}"
+            f"the table {name!r} is {layout(tensors[name])}, but its header states {dict(stated)}"
         )
     return tensors[name]
 

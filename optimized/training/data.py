@@ -315,6 +315,50 @@ def split_corpus(corpus: Corpus, context: int) -> Split:
     return _cut(total, validation) if validation else _by_block(corpus, context)
 
 
+def split_apart(train: Corpus, validation: Corpus, context: int) -> Split:
+    """Return the split of a run that learns from one corpus, all of it, and is judged by another. Offsets are each corpus's own.
+
+    Raises:
+        TrainingError: one of them has no window, they are the same bytes, or one lies in the other.
+    """
+    for name, corpus in (("data", train), ("val_data", validation)):
+        if corpus.data_N.numel() < context:
+            raise TrainingError(
+                f"the {name} {corpus.source!r} has {corpus.data_N.numel()} bytes, too few for a context of {context}"
+            )
+    paths = [Path(corpus.source).resolve() for corpus in (train, validation)]
+    nested = STDLIB not in (train.source, validation.source) and (
+        paths[0].is_relative_to(paths[1]) or paths[1].is_relative_to(paths[0])
+    )
+    if nested or train.sha256 == validation.sha256:
+        raise TrainingError(
+            f"the val_data {validation.source!r} has bytes of the data {train.source!r}, but a run is judged by what it does not "
+            "learn from"
+        )
+    return Split(Segments(((0, train.data_N.numel()),)), Segments(((0, validation.data_N.numel()),)))
+
+
+def check_same_validation(validation: Corpus | None, recorded: Mapping[str, Any] | None) -> None:
+    """Refuse to go on with other bytes to be judged by than the run was started with.
+
+    Args:
+        validation: the bytes of `val_data` now, or None where the run has none.
+        recorded: settings of the run that is resumed, or None for a new one.
+
+    Raises:
+        TrainingError: the digests differ, or the run was started without `val_data`.
+    """
+    if recorded is None or validation is None:
+        return
+    before = recorded.get("val_data_sha256")
+    if before != validation.sha256:
+        was = "without val_data" if before is None else f"with val_data of SHA-256 {str(before)[:12]}..."
+        raise TrainingError(
+            f"the run was started {was} and cannot go on with val_data {validation.source!r} of SHA-256 "
+            f"{validation.sha256[:12]}..."
+        )
+
+
 def _ends_of_files(ends: Sequence[int], context: int) -> list[tuple[int, int]]:
     """Return a tenth of the bytes at the ends of files that also keep a window for training; none where no file has room."""
     runs = []

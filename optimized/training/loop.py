@@ -20,12 +20,15 @@ import torch
 
 from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training.baselines import baseline_bpb
+from arbitor.optimized.training.beginning import Beginning, begin_with
 from arbitor.optimized.training.census import Census
-from arbitor.optimized.training.checkpoint import check_fits, state_sha256
+from arbitor.optimized.training.checkpoint import Checkpoint, check_fits, state_sha256
 from arbitor.optimized.training.data import (
     check_same_data,
     check_same_split,
+    check_same_validation,
     load_corpus,
+    split_apart,
     split_corpus,
     training_batch,
     validation_windows,
@@ -137,6 +140,8 @@ def opened(options: TrainOptions, console: Console | None) -> Iterator[Run]:
         elif folder is not None:
             folder.refuse_other_run()
         settings = decide(options, found.settings, found.model)
+        if found.checkpoint is not None and settings.steps > found.checkpoint.run["steps"]:
+            found = replace(found, note=_longer(found.checkpoint, settings.steps))
         runtime = choose_runtime(settings.device, settings.backend, settings.dtype)
         stack.enter_context(deterministic((found.settings or {}).get("threads")))
         stack.enter_context(values_vouched_for())
@@ -150,11 +155,21 @@ def opened(options: TrainOptions, console: Console | None) -> Iterator[Run]:
         yield run
 
 
+def _longer(checkpoint: Checkpoint, steps: int) -> str:
+    """Return what happens to a run that is given more steps."""
+    before = checkpoint.run["steps"]
+    return (
+        f"going on at step {checkpoint.step:,} of {before:,} with {steps:,} steps in all: from here on the rate is that of a run "
+        f"of {steps:,}"
+    )
+
+
 def _folder(options: TrainOptions) -> RunFolder | None:
     """Return the folder of a run, which may not be there yet, or None where nothing is written."""
     if options.run is not None:
         return RunFolder(Path(options.run))
-    return RunFolder.new(Path(options.preset or "tiny").stem) if options.save else None
+    name = options.preset or (options.init_from or "tiny").rstrip("/")
+    return RunFolder.new(Path(name).stem) if options.save else None
 
 
 class Run:
@@ -197,10 +212,16 @@ class Run:
 
         self.corpus = load_corpus(settings.data, folder)
         check_same_data(self.corpus, found.settings)
-        self.split = split_corpus(self.corpus, settings.context)
+        self.judge = self.corpus
+        if settings.val_data is None:
+            self.split = split_corpus(self.corpus, settings.context)
+        else:
+            self.judge = load_corpus(settings.val_data, folder)
+            check_same_validation(self.judge, found.settings)
+            self.split = split_apart(self.corpus, self.judge, settings.context)
         check_same_split(self.corpus, self.split, settings.context, found.settings)
         self.windows_WT = validation_windows(
-            self.corpus, self.split, count=settings.eval_windows, context=settings.context
+            self.judge, self.split, count=settings.eval_windows, context=settings.context
         )
         self.baselines = baseline_bpb(self.corpus, self.split.train, self.windows_WT)
 
@@ -223,6 +244,10 @@ class Run:
             self.step = found.checkpoint.step
             self.best_bpb = found.checkpoint.best_bpb
             self.progress = Progress(**found.checkpoint.progress)
+        self.beginning: Beginning | None = None
+        if settings.init_from is not None and found.checkpoint is None:
+            self.beginning = begin_with(self.model, settings.init_from)
+            self.warnings += (*self.beginning.warnings, *self.beginning.losses())
         self.passes = RecordedPasses(self.model) if self.recorded else Passes(self.model)
         self.census = Census(self.model)
         self.document = {
@@ -232,6 +257,21 @@ class Run:
             "validation_sha256": self.split.validation_sha256(),
             "threads": torch.get_num_threads(),
         }
+        if settings.val_data is not None:
+            self.document["val_data_sha256"] = self.judge.sha256
+        if settings.init_from is not None:
+            self._check_same_beginning()
+
+    def _check_same_beginning(self) -> None:
+        """Record which weights the run began with; a run that starts again at step 0 begins with the same."""
+        before = (self.found.settings or {}).get("init_sha256")
+        now = before if self.beginning is None else self.beginning.state_sha256
+        if before not in (None, now):
+            raise TrainingError(
+                f"the run was started with the weights of {self.settings.init_from!r} of state {str(before)[:12]}... and cannot "
+                f"begin with {str(now)[:12]}..., which are there now"
+            )
+        self.document["init_sha256"] = now
 
     def begin(self, folder: RunFolder | None, *, saves: bool, console: Console | None) -> None:
         """Write how the run is started, and begin to report.
@@ -246,6 +286,10 @@ class Run:
         """
         self.folder = folder
         self.store = folder if saves else None
+        self.clock = time.monotonic()
+        if self.found.checkpoint is not None and self.settings.steps > self.found.checkpoint.run["steps"]:
+            # The checkpoint says how many steps a run has: from here on it has more, also if it is killed before the next save.
+            self._save_latest()
         if folder is not None:
             folder.write_config(
                 {
@@ -253,6 +297,7 @@ class Run:
                     "run": self.document,
                     "versions": versions(),
                     "baselines": dict(self.baselines),
+                    **({} if self.beginning is None else {"beginning": asdict(self.beginning)}),
                 }
             )
         self.monitor = Monitor(folder, steps=self.settings.steps, start_step=self.step, console=console)
@@ -268,11 +313,17 @@ class Run:
         """Return what is trained, on what bytes, how long and where."""
         settings, threads = self.settings, self.document["threads"]
         windows = settings.batch * settings.accum
+        total = settings.steps * windows * settings.context
+        judge = self.split.description()
+        if settings.val_data is not None:
+            judge = f"{shown(settings.val_data)}: {self.judge.description()}"
         return [
             f"model: {shown(settings.preset)}, {audit(self.model.config).weights:,} ternary weights",
+            *([] if self.beginning is None else [self.beginning.description()]),
             f"data: {shown(settings.data)}: {self.corpus.description()}",
-            f"validation: {self.split.description()}; judged on {self.windows_WT.shape[0]:,} windows of {settings.context:,}",
-            f"steps: {settings.steps:,} of {windows:,} windows of {settings.context:,} bytes",
+            f"validation: {judge}; judged on {self.windows_WT.shape[0]:,} windows of {settings.context:,}",
+            f"steps: {settings.steps:,} of {windows:,} windows of {settings.context:,} bytes: {total:,} bytes, "
+            f"{total / self.split.train.num_bytes():,.1f} times what is there to learn from",
             f"device: {settings.device}, {settings.backend}, {settings.dtype}, {threads} CPU thread{'' if threads == 1 else 's'}",
         ]
 
@@ -331,10 +382,11 @@ class Run:
     def _take_steps(self) -> None:
         settings, progress = self.settings, self.progress
         if self.step == 0:
+            # There is a previous one then from the first save on, and a full disk shows at once. It is there before a best one
+            # is, so that whoever resumes finds it.
+            self._save_latest()
             self._validate()
             self.monitor.log(0, {"val_bpb": self.val_bpb})
-            # There is a previous one then from the first save on, and a full disk shows at once.
-            self._save_latest()
         logged_at, logged_step = time.monotonic(), self.step
         while self.step < settings.steps:
             self._stop_if_asked()
@@ -405,12 +457,12 @@ class Run:
         return self.census.after_step()
 
     def _validate(self) -> None:
-        """Measure the model, and keep it where it is the best so far. The untrained model is no candidate."""
+        """Measure the model, and keep it where it is the best so far. A model that nobody trained is no candidate."""
         self.val_bpb = validation_bpb(
             self.model, self.windows_WT, batch=self.settings.batch, device=self.runtime.device
         )
         better = self.val_bpb is not None and (self.best_bpb is None or self.val_bpb < self.best_bpb)
-        if better and self.step > 0:
+        if better and (self.step > 0 or self.settings.init_from is not None):
             self.best_bpb = self.val_bpb
             if self.store is not None:
                 self.store.save_best(self.model.state(), **self._checkpoint_metadata())

@@ -73,6 +73,24 @@ class Settings:
     data: Annotated[
         str, Option(help="stdlib (the sources of this Python), a file or a folder", default="stdlib")
     ]
+    # Nor is this one.
+    val_data: Annotated[
+        str | None,
+        Option(
+            help="What the run is judged by, a file or a folder",
+            default=None,
+            default_help="a tenth of --data",
+        ),
+    ]
+    init_from: Annotated[
+        str | None,
+        Option(
+            help="Begin with the weights of a run, of a folder of arb export, or of a checkpoint",
+            default=None,
+            default_help="weights drawn by the seed",
+            bound=True,
+        ),
+    ]
     steps: Annotated[int, Option(help="Optimisation steps", default=1000, low=1, bound=True)]
     batch: Annotated[
         int,

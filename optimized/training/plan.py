@@ -9,9 +9,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from arbitor.optimized.training.checkpoint import load_header
+from arbitor.optimized.training.data import STDLIB
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.options import BOUND, CHANGES, ROWS, Settings, TrainOptions, preset_defaults
 from arbitor.optimized.training.regular import JSON_BYTES, parsed, read_regular
+from arbitor.optimized.training.run_folder import check_model
 from arbitor.optimized.training.sizes import config_of
 from arbitor.reference.config import SIGN_VOTES, ArbConfig, with_fields, with_modules
 from arbitor.reference.presets import PRESETS
@@ -19,6 +22,12 @@ from arbitor.reference.presets import preset as named_preset
 
 CONFIG_SUFFIX = ".json"
 """How a preset that is a file ends: a configuration as ``ArbConfig.to_json`` writes it."""
+
+CHECKPOINT_SUFFIX = ".safetensors"
+"""How a preset ends that is a checkpoint, whose header holds the configuration."""
+
+PATHS = ("data", "val_data", "init_from")
+"""Settings that are paths. They are recorded whole, so that a run can be resumed from another folder."""
 
 BATCH_BYTES = 2**28
 """Bytes of a micro-batch at most."""
@@ -31,12 +40,14 @@ def preset_config(preset: str) -> ArbConfig:
     """Return the configuration of a preset, or the one that a JSON file holds.
 
     Args:
-        preset: a name, or the path of a file that ends in ``.json``.
+        preset: a name, or the path of a file that ends in ``.json``, or of a checkpoint that ends in ``.safetensors``.
 
     Raises:
         TrainingError: the file can't be read.
         ValueError: no preset of that name, or a file that holds no configuration.
     """
+    if preset.endswith(CHECKPOINT_SUFFIX):
+        return config_of(load_header(Path(preset), check_model)["config"])
     if not preset.endswith(CONFIG_SUFFIX):
         try:
             return named_preset(preset)
@@ -59,8 +70,8 @@ def preset_config(preset: str) -> ArbConfig:
 
 
 def _config_of_file(document: Any) -> ArbConfig:
-    """Return the configuration of a JSON value: itself, or the model of the ``config.json`` of a run."""
-    if isinstance(document, dict) and {"model", "run"} <= document.keys():
+    """Return the configuration of a JSON value: itself, or the model of the ``config.json`` of a run or of an export."""
+    if isinstance(document, dict) and isinstance(document.get("model"), dict):
         document = document["model"]
     if isinstance(document, dict):
         known = [field.name for field in fields(ArbConfig)]
@@ -159,10 +170,13 @@ def decide(
     for name, value in asked.items():
         ROWS[name].check(value)
     # Whole paths, so that a run can be resumed from another folder.
-    if asked.get("preset", "").endswith(CONFIG_SUFFIX):
+    if asked.get("preset", "").endswith((CONFIG_SUFFIX, CHECKPOINT_SUFFIX)):
         asked["preset"] = os.path.abspath(asked["preset"])
-    if asked.get("data", "stdlib") != "stdlib":
-        asked["data"] = os.path.abspath(asked["data"])
+    for name in PATHS:
+        if asked.get(name, STDLIB) != STDLIB:
+            asked[name] = os.path.abspath(asked[name])
+    if recorded is None and "init_from" in asked:
+        asked["preset"] = asked.get("preset") or _preset_of_source(asked["init_from"])
     if not options.save and "save_interval" in asked:
         raise ValueError(
             f"save_interval is {asked['save_interval']}, but does nothing in a run that saves no checkpoints"
@@ -176,7 +190,9 @@ def decide(
         model_config(preset, **{name: asked.get(name) for name in CHANGES})
     else:
         for name in BOUND:
-            if asked.get(name, known[name]) != known[name]:
+            # A run may be given more steps, see docs/training.md.
+            is_longer = name == "steps" and asked.get(name, 0) > known[name]
+            if asked.get(name, known[name]) != known[name] and not is_longer:
                 raise TrainingError(
                     f"the run was started with {name} {known[name]} and cannot go on with {name} {asked[name]}"
                 )
@@ -192,6 +208,24 @@ def decide(
             f"batch times context is {settings.batch * settings.context}, but must be at most {BATCH_BYTES}"
         )
     return settings
+
+
+def _preset_of_source(source: str) -> str:
+    """Return the preset of a run that begins with the weights of another and has no preset of its own: what that one is.
+
+    Raises:
+        TrainingError: there is no such source.
+        ValueError: it is a file that is no checkpoint by its name.
+    """
+    if not os.path.exists(source):
+        raise TrainingError(f"init_from is {source!r}, but there is no such folder or file")
+    if os.path.isdir(source):
+        return os.path.join(source, "config.json")
+    if source.endswith(CHECKPOINT_SUFFIX):
+        return source
+    raise ValueError(
+        f"init_from is {source!r}, but must be a folder or a file that ends in {CHECKPOINT_SUFFIX}, where preset is not set"
+    )
 
 
 def _forget_what_suited_another_place(known: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -36,7 +36,12 @@ from arbitor.reference.graph import ArbModel
 RUNS_ROOT = Path("runs")
 """Where run folders go when none is named."""
 
-NEEDED = (*(name for name in BOUND if name not in CHANGES), "data", "data_sha256", "data_bytes")
+NEEDED = (
+    *(name for name in BOUND if name not in CHANGES and not ROWS[name].optional),
+    "data",
+    "data_sha256",
+    "data_bytes",
+)
 """What the settings of every run say, however old it is."""
 
 THREADS_MAX = 4096
@@ -375,7 +380,8 @@ class RunFolder:
         recorded = document.get("run")
         if not isinstance(recorded, dict):
             raise TrainingError(f"{str(self.config)!r} does not say how the run was started")
-        for name in (*BOUND, "data_sha256"):
+        # The steps may be more in one than in the other, where the process was killed that added some.
+        for name in (*(name for name in BOUND if name != "steps"), "data_sha256"):
             if name in recorded and name in checkpoint.run and recorded[name] != checkpoint.run[name]:
                 raise CheckpointError(
                     f"the newest checkpoint in {str(self)!r} is of another run: {name} is {checkpoint.run[name]!r} there and "
