@@ -22,10 +22,21 @@ from arbitor.optimized.version import package_version
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit.
+    """Run the command line of ``arb`` and exit.
 
     Args:
         argv: arguments, or None for those of the process.
+    """
+    run_command(cli, argv, name="arb")
+
+
+def run_command(command: click.Command, argv: Sequence[str] | None = None, *, name: str) -> NoReturn:
+    """Run a command and exit; whatever goes wrong is one sentence.
+
+    Args:
+        command: to run.
+        argv: arguments, or None for those of the process.
+        name: how it is called.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Read when torch is imported: a waiting thread spins for microseconds and then sleeps. Spinning longer gains a
@@ -37,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        cli(arguments, prog_name="arb", standalone_mode=False)
+        command(arguments, prog_name=name, standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
         _fail("stopped by SIGINT", 130)
     except click.UsageError as error:
