@@ -233,6 +233,24 @@ def test_hostile_metrics_end_in_a_sentence_or_a_picture(here: Here, copy: Path, 
     )
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "is no JSON"),
+        ("{}", "does not say how the run was started"),
+        ('{"run": 3, "model": {}}', "are no object"),
+    ],
+)
+def test_a_run_of_which_nothing_says_how_it_was_started_is_refused(
+    here: Here, copy: Path, content: str, says: str
+) -> None:
+    for path in copy.glob("*.safetensors"):
+        path.unlink()
+    (copy / "config.json").write_text(content)
+    for command in ("info", "report"):
+        check_refused(here(command, str(copy)), 1, says)
+
+
 def test_a_hostile_folder_is_refused(here: Here, copy: Path) -> None:
     def many_layers(tensors: dict[str, Any], header: dict[str, Any]) -> None:
         header["config"]["num_layers"] = 2**31 - 1

@@ -105,7 +105,8 @@ def read_facts(folder: RunFolder) -> tuple[RunFacts, list[str]]:
     values = [(line["step"], number(line.get("val_bpb"))) for line in lines]
     measured = [value for _, value in values if value is not None]
     learned = [value for at, value in values if value is not None and (at > 0 or start.run.get("init_from"))]
-    learned += [header["best_bpb"]] if header.get("best_bpb") is not None else []
+    best = number(header.get("best_bpb"))
+    learned += [] if best is None else [best]
     facts = RunFacts(
         run=start.run,
         config=start.config,

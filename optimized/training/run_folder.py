@@ -350,7 +350,10 @@ class RunFolder:
                     refusals.append(str(error))
                     continue
                 return Start(header["run"], config_of(header["config"]), header, document, refusals)
-        return Start(document["run"], self._recorded_config(document), None, document, refusals)
+        if refusals:
+            raise TrainingError("; ".join(refusals))
+        config = self._recorded_config(document)
+        return Start(document["run"], config, None, document, refusals)
 
     def _recorded_config(self, document: Mapping[str, Any]) -> ArbConfig:
         """Return the configuration of the model that ``config.json`` has recorded, after its settings were checked."""
