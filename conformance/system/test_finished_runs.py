@@ -298,6 +298,22 @@ def test_an_exported_folder_cannot_choose_threads(
     assert torch.get_num_threads() == 1
 
 
+@pytest.mark.parametrize("value", [3, 2**40])
+def test_an_exported_folder_cannot_choose_windows_that_cannot_be(
+    here: Here, finished: Path, tmp_path: Path, text: Path, value: int
+) -> None:
+    """A window of three bytes predicts none. The preset's default takes its place."""
+    assert here("export", str(finished), str(tmp_path / "model")).returncode == 0
+
+    def change(tensors: dict[str, Any], header: dict[str, Any]) -> None:
+        header["run"] = {"context": value}
+
+    forged(tmp_path / "model" / "model.safetensors", change)
+    assert ArbModel.from_pretrained(tmp_path / "model", device="cpu").trained_context is None
+    result = here("eval", "--run", str(tmp_path / "model"), "--data", str(text), "--device", "cpu", "--json")
+    assert result.returncode == 0 and json.loads(result.stdout)["context"] == 128
+
+
 def test_a_preset_is_printed_to_start_from(here: Here, tmp_path: Path, text: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_bytes(here("preset", "tiny", "--disable-moe").stdout)

@@ -23,6 +23,7 @@ from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import NATS_PER_BIT
 from arbitor.optimized.training.loop import TrainResult, train
 from arbitor.optimized.training.metrics import read_metrics
+from arbitor.optimized.training.monitor import Monitor
 from arbitor.optimized.training.options import TrainOptions
 from arbitor.optimized.training.schedule import rate
 from arbitor.reference.config import with_fields
@@ -131,6 +132,28 @@ def test_a_run_with_the_weights_of_another_ends_the_same_when_killed(
         else:
             source.rename(tmp_path / "gone")
         assert {**train(TrainOptions(run=run, resume=True)).summary, "seconds": 0} == {**whole, "seconds": 0}
+        assert began(run) == began(tmp_path / "whole")
+    # Nor is a record that nobody can write again in the way of anything.
+    text = (run / "config.json").read_text()
+    (run / "config.json").write_text(text.replace('"beginning": {', '"beginning": {"x": NaN,'))
+    assert train(TrainOptions(run=run, resume=True)).summary["steps"] == 8
+
+
+def test_a_run_killed_between_its_first_best_and_its_first_line_goes_on(
+    source: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A best checkpoint is never alone: a folder that has one and no latest one could not be resumed."""
+
+    def killed(*arguments: object) -> None:
+        raise Killed
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "log", killed)
+        with pytest.raises(Killed):
+            train(options(other, run, init_from=str(source), steps=2))
+    assert (run / "best.safetensors").exists()
+    assert train(TrainOptions(run=run, resume=True)).summary["steps"] == 2
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_with_no_other_weights(

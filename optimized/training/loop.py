@@ -291,13 +291,14 @@ class Run:
             # The checkpoint says how many steps a run has: from here on it has more, also if it is killed before the next save.
             self._save_latest()
         if folder is not None:
+            began = self.found.beginning if self.beginning is None else asdict(self.beginning)
             folder.write_config(
                 {
                     "model": self.config,
                     "run": self.document,
                     "versions": versions(),
                     "baselines": dict(self.baselines),
-                    **({} if self.beginning is None else {"beginning": asdict(self.beginning)}),
+                    **({} if began is None else {"beginning": began}),
                 }
             )
         self.monitor = Monitor(folder, steps=self.settings.steps, start_step=self.step, console=console)

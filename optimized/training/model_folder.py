@@ -29,7 +29,7 @@ from arbitor.optimized.training.run_folder import THREADS_MAX, RunFolder
 from arbitor.optimized.training.runtime import Runtime, deterministic, versions
 from arbitor.optimized.training.sizes import check_memory, config_of
 from arbitor.optimized.training.whole_file import told, write_whole
-from arbitor.reference.config import NGRAM, ArbConfig
+from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import ArbModel
 
 WEIGHTS_FILE = "model.safetensors"
@@ -96,7 +96,8 @@ def _opened(
 
 def trained_context(checkpoint: Checkpoint) -> int | None:
     """Return the bytes of the windows that a model was trained on, or None where its checkpoint does not say."""
-    return _known(checkpoint, "context", NGRAM, ROWS["context"].option.high)
+    row = ROWS["context"].option
+    return _known(checkpoint, "context", row.low or 1, row.high)
 
 
 def _known(checkpoint: Checkpoint, name: str, low: int, high: int | None) -> int | None:

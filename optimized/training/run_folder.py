@@ -78,6 +78,7 @@ class Found:
         model: the configuration of its model as JSON data, or None for a new run.
         warnings: a sentence for each checkpoint that was refused.
         note: what happens now.
+        beginning: what ``config.json`` says that the run began with, where it began with the weights of another.
     """
 
     checkpoint: Checkpoint | None = None
@@ -85,6 +86,7 @@ class Found:
     model: Mapping[str, Any] | None = None
     warnings: tuple[str, ...] = ()
     note: str = ""
+    beginning: Any = None
 
 
 @dataclass(frozen=True)
@@ -316,8 +318,10 @@ class RunFolder:
             self._recorded_config(document)
             note = f"{str(self)!r} holds no checkpoint yet: starting at step 0"
             return Found(None, document["run"], document["model"], note=note)
+        document = {}
         try:
-            self._refuse_checkpoint_of_another_run(checkpoint, _read_json(self.config))
+            document = _read_json(self.config)
+            self._refuse_checkpoint_of_another_run(checkpoint, document)
         except CheckpointError:
             raise
         except TrainingError as error:
@@ -326,7 +330,8 @@ class RunFolder:
         note = f"resuming {str(self)!r} at step {checkpoint.step}"
         if finished:
             note = f"{str(self)!r} is finished: all of its {checkpoint.step} steps are taken, and only its last files are written"
-        return Found(checkpoint, checkpoint.run, checkpoint.config, tuple(warnings), note)
+        beginning = _writable(document.get("beginning"))
+        return Found(checkpoint, checkpoint.run, checkpoint.config, tuple(warnings), note, beginning)
 
     def read_start(self) -> Start:
         """Return how the run was started: as its newest checkpoint says, else as ``config.json`` does. No tensor is read.
@@ -471,6 +476,15 @@ def _first_sound(
         except CheckpointError as error:
             refused(str(error))
     return None
+
+
+def _writable(value: Any) -> Any:
+    """Return a value as it was read from a file, or None where it cannot be written again: a stranger's may hold NaN."""
+    try:
+        json.dumps(value, indent=2, allow_nan=False)
+    except (ValueError, RecursionError):
+        return None
+    return value
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
