@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import click
 
-from arbitor.optimized.commands import audit, eval, export, generate, info, preset, report, smoke, train
+from arbitor.optimized.commands import audit, evaluate, export, generate, info, preset, report, smoke, train
 from arbitor.optimized.training.shown import shown
 from arbitor.optimized.version import package_version
 
@@ -79,7 +79,7 @@ def cli(context: click.Context) -> None:
 for _command in (
     train.train,
     generate.generate,
-    eval.evaluate,
+    evaluate.evaluate,
     info.info,
     report.report,
     export.export,

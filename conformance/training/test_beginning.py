@@ -308,12 +308,12 @@ def outcome(run: Path, summary: dict[str, Any]) -> tuple[object, ...]:
 
 def test_more_steps_have_the_rate_of_a_longer_run_from_there_on(text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    first = train(options(text, run, log_interval=1)).summary
+    first = train(options(text, run, log_interval=1, rate=5)).summary
     before = (run / "final.safetensors").read_bytes()
     summary = longer(run, 20).summary
     assert (first["steps"], summary["steps"]) == (8, 20)
     for step, found in rates(run).items():
-        assert found == rate(step - 1, 8 if step <= 8 else 20, theta=NANO.theta)
+        assert found == rate(step - 1, 8 if step <= 8 else 20, theta=NANO.theta, gain=5 / NANO.theta)
     assert (run / "final.safetensors").read_bytes() != before
     assert load_checkpoint(run / "final.safetensors").step == 20
     assert json.loads((run / "config.json").read_text())["run"]["steps"] == 20

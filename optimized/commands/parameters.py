@@ -60,6 +60,8 @@ def setting(
     kind: click.ParamType | type = row.kind
     if option.choices:
         kind = click.Choice(option.choices)
+    elif row.kind is float:
+        kind = click.FloatRange(option.low if low is None else low, option.high)
     elif row.kind is int:
         kind = click.IntRange(option.low if low is None else low, option.high)
     return click.option(flag, *option.also, name, type=kind, default=default, help=text)

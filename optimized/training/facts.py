@@ -15,7 +15,7 @@ from typing import Any
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.metrics import thinned_metrics
 from arbitor.optimized.training.run_folder import RunFolder
-from arbitor.optimized.training.schedule import rate
+from arbitor.optimized.training.schedule import gain_of, rate
 from arbitor.reference.audit import AuditReport, audit
 from arbitor.reference.config import ArbConfig
 
@@ -65,7 +65,8 @@ class RunFacts:
     def planned_rate(self) -> Callable[[int], float]:
         """Return the rate of a step, as the schedule of now has it."""
         steps, theta, accum = self.run["steps"], self.config.theta, self.run["accum"]
-        return lambda step: rate(step, steps, theta=theta, accum=accum)
+        gain = gain_of(self.run.get("rate"), theta)
+        return lambda step: rate(step, steps, theta=theta, gain=gain, accum=accum)
 
     def words(self) -> dict[str, str]:
         """Return the facts as a page says them, by name."""

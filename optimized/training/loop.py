@@ -54,7 +54,7 @@ from arbitor.optimized.training.runtime import (
     device_name,
     versions,
 )
-from arbitor.optimized.training.schedule import rate
+from arbitor.optimized.training.schedule import gain_of, rate
 from arbitor.optimized.training.shown import shown
 from arbitor.optimized.training.sizes import check_memory
 from arbitor.optimized.training.whole_file import told
@@ -485,7 +485,9 @@ class Run:
 
     def _rate(self, step: int) -> float:
         settings = self.settings
-        return rate(step, settings.steps, theta=self.model.config.theta, accum=settings.accum)
+        theta = self.model.config.theta
+        gain = gain_of(settings.rate, theta)
+        return rate(step, settings.steps, theta=theta, gain=gain, accum=settings.accum)
 
     def _faulty_rows(self) -> int:
         return self.progress.faulty_rows + int(self.model.voting.faults)

@@ -23,7 +23,7 @@ MOST_BYTES = 2**24
 OF_PRESET = "of the preset"
 """How help names a default that is a field of the preset's model."""
 
-_KINDS = {int: "a whole number", bool: "True or False", str: "a string"}
+_KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
 """How a message names the type of a setting."""
 
 
@@ -104,6 +104,17 @@ class Settings:
     accum: Annotated[int, Option(help="Micro-batches of a step", default=1, low=1, bound=True)]
     seed: Annotated[
         int, Option(help="Of weights, batches and dither", default=0, low=0, high=2**63 - 1, bound=True)
+    ]
+    rate: Annotated[
+        float | None,
+        Option(
+            help="Size of the votes where the schedule is flat",
+            default=None,
+            default_help="6/64 of theta: 6 for theta 64",
+            low=0,
+            high=127,
+            bound=True,
+        ),
     ]
     disable_vq: Annotated[bool, _model_change("No codes, and nothing that needs them", default=False)]
     disable_graph: Annotated[bool, _model_change("No graph over the codes", default=False)]
@@ -189,7 +200,7 @@ class Row:
 
     Attributes:
         name: of the field.
-        kind: type of its values: int, bool or str.
+        kind: type of its values: int, float, bool or str.
         optional: whether None is a value too.
         option: the rest.
     """
@@ -210,13 +221,14 @@ class Row:
         # True is no whole number here, although Python has it so.
         if value == "":
             raise ValueError(f"{self.name} is '', but must not be empty")
-        is_of_kind = type(value) is self.kind
+        is_of_kind = type(value) is self.kind or (self.kind is float and type(value) is int)
         if not is_of_kind:
             raise TypeError(f"{self.name} is {value!r}, but must be {_KINDS[self.kind]}")
         if self.option.choices and value not in self.option.choices:
             raise ValueError(f"{self.name} is {value!r}, but must be one of {', '.join(self.option.choices)}")
         low, high = self.option.low, self.option.high
-        if (low is not None and value < low) or (high is not None and value > high):
+        # What is not a number is in no range.
+        if not (low is None or value >= low) or not (high is None or value <= high):
             allowed = f"at least {low}" if high is None else f"from {low} to {high}"
             raise ValueError(f"{self.name} is {value}, but must be {allowed}")
 

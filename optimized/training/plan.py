@@ -187,7 +187,11 @@ def decide(
     name = model["name"] if model is not None else preset_config(preset).name
     known = {**preset_defaults(name), "preset": preset, **known}
     if recorded is None:
-        model_config(preset, **{name: asked.get(name) for name in CHANGES})
+        config = model_config(preset, **{name: asked.get(name) for name in CHANGES})
+        if "rate" in asked and config.vote_rule == "sign":
+            raise ValueError(
+                f"rate is {asked['rate']}, but does nothing: the loss gives sign votes their size"
+            )
     else:
         for name in BOUND:
             # A run may be given more steps, see docs/training.md.
