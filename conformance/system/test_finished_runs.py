@@ -311,7 +311,7 @@ def test_an_exported_folder_cannot_choose_windows_that_cannot_be(
     forged(tmp_path / "model" / "model.safetensors", change)
     assert ArbModel.from_pretrained(tmp_path / "model", device="cpu").trained_context is None
     result = here("eval", "--run", str(tmp_path / "model"), "--data", str(text), "--device", "cpu", "--json")
-    assert result.returncode == 0 and json.loads(result.stdout)["context"] == 128
+    assert result.returncode == 0 and json.loads(result.stdout)["context"] == CONTEXT
 
 
 def test_a_preset_is_printed_to_start_from(here: Here, tmp_path: Path, text: Path) -> None:

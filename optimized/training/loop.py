@@ -324,7 +324,7 @@ class Run:
             f"data: {shown(settings.data)}: {self.corpus.description()}",
             f"validation: {judge}; judged on {self.windows_WT.shape[0]:,} windows of {settings.context:,}",
             f"steps: {settings.steps:,} of {windows:,} windows of {settings.context:,} bytes: {total:,} bytes, "
-            f"{total / self.split.train.num_bytes():,.1f} times what is there to learn from",
+            f"{total / self.split.train.num_bytes():,.2f} times what is there to learn from",
             f"device: {settings.device}, {settings.backend}, {settings.dtype}, {threads} CPU thread{'' if threads == 1 else 's'}",
         ]
 
