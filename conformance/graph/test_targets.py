@@ -62,6 +62,27 @@ def test_targets_leave_the_other_losses_alone() -> None:
     assert not {"route", "latent", "tokens"} & LOSS_WEIGHTS.keys()
 
 
+def test_the_byte_head_learns_the_ids_that_teach() -> None:
+    """Their mean, by hand. What the others are leaves no trace in the loss beside what positions read of them."""
+    model, ids_BT = models.whole(), models.random_ids(B, T)
+    taught_BT = torch.zeros(B, T, dtype=torch.bool)
+    taught_BT[0, 5:], taught_BT[1, 9], taught_BT[2, :3] = True, True, True
+    got = model.losses(ids_BT, targets=Targets(taught_BT=taught_BT))["bytes"].detach()
+    with torch.no_grad():
+        nats_BPV = -F.log_softmax(model(ids_BT).double(), -1)
+    chosen = [(0, t) for t in range(5, T)] + [(1, 9)]
+    alike(got, torch.stack([nats_BPV[b, t - 3, ids_BT[b, t]] for b, t in chosen]).mean(), "bytes")
+    exact(model.loss(ids_BT, taught_BT=taught_BT).detach(), got)
+    # The last id is read by no position that predicts.
+    other_BT = ids_BT.clone()
+    other_BT[2:, -1] = (other_BT[2:, -1] + 1) % 256
+    exact(model.loss(other_BT, taught_BT=taught_BT).detach(), got)
+    every = model.losses(ids_BT, targets=Targets(taught_BT=torch.ones_like(taught_BT)))
+    alike(every["bytes"].detach(), model.losses(ids_BT)["bytes"].detach())
+    none = model.losses(ids_BT, targets=Targets(taught_BT=torch.zeros_like(taught_BT)))
+    assert none["bytes"].item() == 0.0
+
+
 def test_without_modalities_every_sequence_is_taught() -> None:
     model, ids_BT, given = models.whole(), models.random_ids(B, T), random_targets()
     every = model.losses(ids_BT, targets=Targets(latent=given["latent"], tokens_BN=given["tokens_BN"]))
@@ -114,6 +135,8 @@ def test_no_sequence_to_teach_is_a_loss_of_zero() -> None:
         ({"tokens_BN": torch.zeros(B, 4)}, TypeError, "tokens_BN has dtype float32"),
         ({"tokens_BN": torch.zeros(B, 0, dtype=torch.int64)}, ValueError, "tokens_BN has shape"),
         ({"tokens_BN": torch.zeros(3, 4, dtype=torch.int64)}, ValueError, "tokens_BN has shape"),
+        ({"taught_BT": torch.ones(B, T, dtype=torch.int64)}, TypeError, "taught_BT has dtype int64"),
+        ({"taught_BT": torch.ones(B, T - 3, dtype=torch.bool)}, ValueError, "taught_BT has shape"),
     ],
 )
 def test_targets_that_do_not_fit(changes: dict[str, Tensor], error: type[Exception], says: str) -> None:

@@ -1,6 +1,6 @@
-"""Targets of the heads beside the byte head: the head that answers, a video latent, audio tokens.
+"""Targets of the heads: which bytes are learned, the head that answers, a video latent, audio tokens.
 
-Legend: B batch, P positions, D width, L numbers of a latent, N audio tokens, V audio tokens to choose from.
+Legend: B batch, T bytes, P positions, D width, L numbers of a latent, N audio tokens, V audio tokens or ids to choose from.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arbitor.reference import checks
+from arbitor.reference.config import NGRAM
 from arbitor.reference.graph.router import MODALITIES, OutputRouter
 from arbitor.reference.graph.talker import TalkerHead
 from arbitor.reference.graph.video import VideoHead
@@ -22,18 +23,42 @@ NO_TOKEN = -1
 
 @dataclass(frozen=True)
 class Targets:
-    """Targets of the heads beside the byte head, for each sequence of a batch. A field that is None teaches nothing.
+    """Targets of the heads for each sequence of a batch. A field that is None teaches nothing, but without `taught_BT` every byte
+    teaches the byte head.
 
     Fields:
         modality_B: int64 [B], the head that answers, as an index into MODALITIES. If it is given, only the sequences that video
                     answers teach a latent, and only the sequences that audio answers teach tokens.
         latent:     float [B, ...], the answer of video, in a shape that `VideoHead.fitted` takes.
         tokens_BN:  int64 [B, N], the answer of audio; NO_TOKEN where there is no token.
+        taught_BT:  bool [B, T], the ids that the byte head learns to predict. Of the first three ids none is ever predicted.
+                    Filling, and marks that a prompt begins with, are no such ids.
     """
 
     modality_B: Tensor | None = None
     latent: Tensor | None = None
     tokens_BN: Tensor | None = None
+    taught_BT: Tensor | None = None
+
+
+def byte_loss(logits_BPV: Tensor, ids_BT: Tensor, taught_BT: Tensor | None) -> Tensor:
+    """Return the mean cross-entropy of the ids from the fourth on, or of those of them that teach; 0 without such ids.
+
+    Args:
+        logits_BPV: logits of every position; position p predicts id p + 3. Those of the last position are left out.
+        ids_BT:     int64, T = P + 2.
+        taught_BT:  bool; None stands for all ids.
+
+    Raises TypeError or ValueError for `taught_BT` that is not bool [B, T].
+    """
+    logits_MV, targets_M = logits_BPV[:, :-1].flatten(0, 1), ids_BT[:, NGRAM:].flatten()
+    if taught_BT is None:
+        return F.cross_entropy(logits_MV, targets_M)
+    checks.tensor("taught_BT", taught_BT, torch.bool, tuple(ids_BT.shape))
+    taught_M = taught_BT[:, NGRAM:].flatten()
+    nats_M = F.cross_entropy(logits_MV, targets_M, reduction="none")
+    # A sum of chosen terms, not a product with 0, which would keep a NaN of what is left out.
+    return torch.where(taught_M, nats_M, 0.0).sum() / taught_M.sum().clamp(min=1)
 
 
 def route_loss(router: OutputRouter, h_BPD: Tensor, modality_B: Tensor, present: tuple[str, ...]) -> Tensor:
