@@ -209,8 +209,8 @@ def content_of(medium: Tensor) -> bytes:
 def whole_seconds(clip: Tensor, samples: int | None = None) -> Tensor:
     """Return a sound float32 [T], filled up with silence to whole seconds.
 
-    The encoder norms a clip as a whole, so that filling changes features a little. A sound is filled in the same way in training and
-    afterwards, and sounds of a batch must have one length.
+    The encoder norms a clip as a whole, so that filling changes features a little. A sound is filled in the same way in training
+    and afterwards, and sounds of a batch must have one length.
 
     Args:
         clip:    the sound.
