@@ -78,7 +78,8 @@ def _setting(
         kind = click.Choice(option.choices)
     elif row.kind is int:
         kind = click.IntRange(option.low if low is None else low, option.high)
-    return click.option(flag, name, type=kind, default=default, help=text)
+    spellings = (flag, option.also) if option.also else (flag,)
+    return click.option(*spellings, name, type=kind, default=default, help=text)
 
 
 def _settings(*names: str) -> Callable[[_Command], _Command]:
@@ -429,10 +430,11 @@ def _explained(error: Exception) -> tuple[str, int]:
     """What to tell the user about an error, and the exit code."""
     from arbitor.optimized.training.errors import TrainingError
     from arbitor.optimized.training.runtime import Stopped
+    from arbitor.sidecars import SidecarError
 
     if isinstance(error, Stopped):
         return str(error), 128 + error.signal_number
-    if isinstance(error, TrainingError):
+    if isinstance(error, TrainingError | SidecarError):
         return str(error), 1
     if isinstance(error, ValueError):
         return str(error), 2

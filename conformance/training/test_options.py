@@ -56,7 +56,8 @@ def test_a_setting_is_one_row(text: Path, tmp_path: Path) -> None:
     ignored = shutil.ignore_patterns("__pycache__")
     for name in ("arbitor", "optimized"):
         shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=ignored, symlinks=True)
-    (tmp_path / "reference").symlink_to(REPOSITORY / "reference")
+    for name in ("reference", "sidecars"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
     table = tmp_path / "optimized" / "training" / "options.py"
     before, row, after = table.read_text().partition("    device: Annotated[")
     assert row

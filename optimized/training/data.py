@@ -361,7 +361,7 @@ def _read(path: Path) -> bytes:
         raise TrainingError(f"cannot read the data file {str(path)!r}: {error.strerror or error}") from error
 
 
-def _walk(
+def walk(
     root: Path, skips: Callable[[Path], str | None], left_out: dict[str, list[str]] | None = None
 ) -> list[Path]:
     """Return the regular files under a folder, sorted by the bytes of their relative path.
@@ -402,8 +402,8 @@ def _walk(
     return [path for _, path in sorted(found)]
 
 
-def _folder_files(root: Path, run: Path | None) -> tuple[list[bytes], dict[str, list[str]]]:
-    """Return the texts of a folder, and what is left out of it."""
+def no_data(run: Path | None) -> Callable[[Path], str | None]:
+    """Return what says of a folder among data why it is left out, or None. The folder of the run itself is."""
     own = None if run is None else run.resolve()
 
     def skips(path: Path) -> str | None:
@@ -413,9 +413,14 @@ def _folder_files(root: Path, run: Path | None) -> tuple[list[bytes], dict[str, 
             return "of runs"
         return None
 
+    return skips
+
+
+def _folder_files(root: Path, run: Path | None) -> tuple[list[bytes], dict[str, list[str]]]:
+    """Return the texts of a folder, and what is left out of it."""
     left_out: dict[str, list[str]] = {}
     chunks = []
-    for path in _walk(root, skips, left_out):
+    for path in walk(root, no_data(run), left_out):
         content = b""
         if path.suffix.lower() in WEIGHTS_SUFFIXES:
             reason = "of weights"
@@ -457,7 +462,7 @@ def _stdlib_files() -> list[bytes]:
     def skips(path: Path) -> str | None:
         return path.name if path.name in _STDLIB_SKIPPED_FOLDERS else None
 
-    paths = [path for path in _walk(root, skips) if path.suffix == ".py"]
+    paths = [path for path in walk(root, skips) if path.suffix == ".py"]
     if not paths:
         raise TrainingError(
             "this Python carries no standard library sources: name a file or a folder with --data"

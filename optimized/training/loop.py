@@ -33,6 +33,7 @@ from arbitor.optimized.training.data import (
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import NATS_PER_BIT, validation_bpb
 from arbitor.optimized.training.generate import generate
+from arbitor.optimized.training.media_mix import open_mix
 from arbitor.optimized.training.metrics import thinned_metrics
 from arbitor.optimized.training.monitor import Monitor
 from arbitor.optimized.training.options import Settings, TrainOptions
@@ -210,6 +211,15 @@ class Run:
         self.warnings = (*found.warnings, *lost)
         check_memory(config, runtime.device)
         self.config = json.loads(config.to_json())
+        self.mix = open_mix(
+            settings,
+            config,
+            runtime,
+            corpus=self.corpus,
+            split=self.split,
+            run=folder,
+            recorded=found.settings,
+        )
         self.model = ArbModel(
             config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=settings.seed
         )
@@ -218,7 +228,7 @@ class Run:
         self.best_bpb: float | None = None
         self.progress = Progress()
         self.saved: tuple[int, str] | None = None
-        self.recorded = records(settings.cuda_graph, runtime, vote_rule=config.vote_rule)
+        self.recorded = self.mix is None and records(settings.cuda_graph, runtime, vote_rule=config.vote_rule)
         if found.checkpoint is not None:
             check_fits(found.checkpoint, self.config, self.model)
             self.model.load_state(found.checkpoint.state)
@@ -233,6 +243,7 @@ class Run:
             "data_sha256": self.corpus.sha256,
             "validation_sha256": self.split.validation_sha256(),
             "threads": torch.get_num_threads(),
+            **({} if self.mix is None else self.mix.document()),
         }
 
     def begin(self, folder: RunFolder | None, *, saves: bool, console: Console | None) -> None:
@@ -257,6 +268,8 @@ class Run:
             self.monitor.say(self.found.note)
         for sentence in self._first_lines():
             self.monitor.say(sentence)
+        if self.mix is not None:
+            self.mix.begin(self.monitor.warn)
         self.clock = time.monotonic()
 
     def _first_lines(self) -> list[str]:
@@ -267,6 +280,7 @@ class Run:
             f"model: {shown(settings.preset)}, {audit(self.model.config).weights:,} ternary weights",
             f"data: {shown(settings.data)}: {self.corpus.description()}",
             f"validation: {self.split.description()}; judged on {self.windows_WT.shape[0]:,} windows of {settings.context:,}",
+            *([] if self.mix is None else self.mix.first_lines()),
             f"steps: {settings.steps:,} of {windows:,} windows of {settings.context:,} bytes",
             f"device: {settings.device}, {settings.backend}, {settings.dtype}, {threads} CPU thread{'' if threads == 1 else 's'}",
         ]
@@ -327,7 +341,7 @@ class Run:
         settings, progress = self.settings, self.progress
         if self.step == 0:
             self._validate()
-            self.monitor.log(0, {"val_bpb": self.val_bpb})
+            self.monitor.log(0, {"val_bpb": self.val_bpb, **self._media_metrics(validated=True)})
             # There is a previous one then from the first save on, and a full disk shows at once.
             self._save_latest()
         logged_at, logged_step = time.monotonic(), self.step
@@ -342,6 +356,8 @@ class Run:
             if counted is not None:
                 seconds = time.monotonic() - logged_at
                 taken = (self.step - logged_step) * settings.accum * settings.batch * settings.context
+                if self.mix is not None:
+                    taken, self.mix.ids_taken = self.mix.ids_taken, 0
                 values = {
                     "train_bpb": progress.nats / progress.losses / NATS_PER_BIT if progress.losses else None,
                     "rate": self._rate(self.step - 1),
@@ -356,6 +372,7 @@ class Run:
                 self._validate()
                 values["val_bpb"] = self.val_bpb
             if values:
+                values.update(self._media_metrics(validated=now_validating))
                 self.monitor.log(self.step, {**values, **(counted or {})})
             if now_logging:
                 logged_at, logged_step = time.monotonic(), self.step
@@ -367,15 +384,7 @@ class Run:
         settings, progress = self.settings, self.progress
         step_rate = self._rate(self.step)
         for micro_step in range(self.step * settings.accum, (self.step + 1) * settings.accum):
-            ids_BT = training_batch(
-                self.corpus,
-                self.split,
-                batch=settings.batch,
-                context=settings.context,
-                seed=settings.seed,
-                micro_step=micro_step,
-            )
-            nats = self.passes.take(ids_BT, rate=step_rate, step=micro_step)
+            nats = self._take_pass(step_rate, micro_step)
             if nats is not None:
                 progress.nats += nats
                 progress.losses += 1
@@ -399,11 +408,33 @@ class Run:
         self.model.step()
         return self.census.after_step()
 
+    def _take_pass(self, step_rate: float, micro_step: int) -> float | None:
+        """Run the pass of a micro-batch; see `Passes.take`."""
+        settings = self.settings
+        if self.mix is not None:
+            return self.mix.take(self.model, rate=step_rate, micro_step=micro_step)
+        ids_BT = training_batch(
+            self.corpus,
+            self.split,
+            batch=settings.batch,
+            context=settings.context,
+            seed=settings.seed,
+            micro_step=micro_step,
+        )
+        return self.passes.take(ids_BT, rate=step_rate, step=micro_step)
+
+    def _media_metrics(self, *, validated: bool) -> dict[str, Any]:
+        """Return the group of metrics of a mix, or nothing for a run of one text."""
+        return {} if self.mix is None else {"media": self.mix.metrics(validated=validated)}
+
     def _validate(self) -> None:
         """Measure the model, and keep it where it is the best so far. The untrained model is no candidate."""
-        self.val_bpb = validation_bpb(
-            self.model, self.windows_WT, batch=self.settings.batch, device=self.runtime.device
-        )
+        if self.mix is not None:
+            self.val_bpb = self.mix.validate(self.model, self.windows_WT)
+        else:
+            self.val_bpb = validation_bpb(
+                self.model, self.windows_WT, batch=self.settings.batch, device=self.runtime.device
+            )
         better = self.val_bpb is not None and (self.best_bpb is None or self.val_bpb < self.best_bpb)
         if better and self.step > 0:
             self.best_bpb = self.val_bpb
@@ -462,6 +493,7 @@ class Run:
             "skipped": self.progress.skipped,
             "faulty_rows": self._faulty_rows(),
             "recorded_passes": self.recorded,
+            **({} if self.mix is None else {"media": self.mix.validated}),
             **{name: value for name, value in self.document.items() if name not in ("preset", "steps")},
             "device_name": device_name(self.runtime),
             "versions": versions(),

@@ -6,6 +6,7 @@ Legend: B samples of a batch, T ids, N vectors, F features.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -13,7 +14,17 @@ from torch import Tensor
 from arbitor.reference.config import SPECIAL_IDS, ArbConfig
 
 if TYPE_CHECKING:
+    from arbitor.optimized.training.options import Settings
     from arbitor.sidecars import Encoders
+
+KINDS = ("text", "code", "image", "audio", "video")
+"""Kinds of data that a run may mix. A micro-batch is of one kind."""
+
+SIDECAR_OF = {"image": "vision", "audio": "audio", "video": "video"}
+"""Setting that names the sidecar of a kind of media."""
+
+MOST_DIGITS = 9
+"""Digits of a weight of a mix, at most."""
 
 Features = Mapping[str, Tensor]
 """Features float [B, N, F] by their names in `ArbModel.trunk`: `image_BNF`, `audio_BNF`."""
@@ -88,3 +99,78 @@ def check_width(kind: str, num_features: int, config: ArbConfig) -> None:
         raise ValueError(
             f"the {kind} sidecar gives {num_features} features, but must give {width}, the {field} of the model {config.name!r}"
         )
+
+
+def data_of(settings: Settings) -> dict[str, str]:
+    """Return the sources of data by kind, in the order of KINDS."""
+    sources = {"text": settings.data, **{kind: getattr(settings, f"data_{kind}") for kind in KINDS[1:]}}
+    return {kind: source for kind, source in sources.items() if source is not None}
+
+
+def weights_of(settings: Settings) -> dict[str, Fraction]:
+    """Return how often a micro-batch is of each kind, for the kinds that the run has data of; their sum is above 0.
+
+    Raises:
+        ValueError: the mix is no list of KIND=NUMBER, names a kind without data or twice, leaves out a kind of data, or has nothing
+            but zeros.
+    """
+    kinds = tuple(data_of(settings))
+    if settings.mix is None:
+        return dict.fromkeys(kinds, Fraction(1))
+    weights: dict[str, Fraction] = {}
+    for part in settings.mix.split(","):
+        kind, equals, number = (text.strip() for text in part.partition("="))
+        if kind not in KINDS or not equals:
+            raise ValueError(
+                f"mix is {settings.mix!r}, but must be a list of KIND=NUMBER such as text=4,image=1, with kinds of "
+                f"{', '.join(KINDS)}"
+            )
+        if kind not in kinds:
+            raise ValueError(f"mix has {kind}, but the run has no data of this kind: --data-{kind}")
+        if kind in weights:
+            raise ValueError(f"mix is {settings.mix!r}, but must have {kind} once")
+        weights[kind] = _weight(number, settings.mix)
+    # The text has a default, so that nobody may have asked for it.
+    for kind in kinds[1:]:
+        if not weights.get(kind):
+            raise ValueError(
+                f"mix is {settings.mix!r}, but must have a weight above 0 for {kind}, as data_{kind} is given"
+            )
+    weights = {kind: weights.get(kind, Fraction(0)) for kind in kinds}
+    if not any(weights.values()):
+        raise ValueError(f"mix is {settings.mix!r}, but must have a weight above 0")
+    return weights
+
+
+def _weight(number: str, mix: str) -> Fraction:
+    """Return the weight that a part of a mix names; refuse what is no decimal number of at least 0."""
+    digits = number.replace(".", "", 1)
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= MOST_DIGITS):
+        raise ValueError(
+            f"mix is {mix!r}, but a weight must be a decimal number of at most {MOST_DIGITS} digits, at least 0"
+        )
+    return Fraction(number)
+
+
+def check_kinds(settings: Settings) -> None:
+    """Refuse settings of media that nothing would read, or that lack what they need.
+
+    Raises:
+        ValueError: a sidecar, cache or mix without its data; data without its sidecar; or a mix as `weights_of` refuses.
+    """
+    kinds = data_of(settings)
+    for kind, sidecar in SIDECAR_OF.items():
+        source = getattr(settings, sidecar)
+        if kind in kinds and source is None:
+            raise ValueError(
+                f"data_{kind} is {kinds[kind]!r}, but needs {sidecar}, the frozen encoder that reads it"
+            )
+        if kind not in kinds and source is not None:
+            raise ValueError(f"{sidecar} is {source!r}, but does nothing without data_{kind}")
+    if settings.feature_cache is not None and not kinds.keys() & SIDECAR_OF.keys():
+        raise ValueError(
+            f"feature_cache is {settings.feature_cache!r}, but does nothing without data of media"
+        )
+    if settings.mix is not None and len(kinds) == 1:
+        raise ValueError(f"mix is {settings.mix!r}, but does nothing with one kind of data")
+    weights_of(settings)

@@ -41,6 +41,9 @@ class Option:
         changes_model: whether it changes the model of the preset, so that every command that builds one has it. Such a
             setting is bound.
         has_opposite: whether a switch can be asked for and asked against, with ``--no-`` before its name.
+        path: whether it is a path, so that a run keeps the whole path and can be resumed from another folder.
+        on_hub: whether it may also be a name on a hub, of a path.
+        also: a second spelling on the command line, or None.
         asked: whether it can be asked for. Others are what the preset says, and recorded.
     """
 
@@ -53,7 +56,15 @@ class Option:
     bound: bool = False
     changes_model: bool = False
     has_opposite: bool = False
+    path: bool = False
+    on_hub: bool = False
+    also: str | None = None
     asked: bool = True
+
+
+def _source(help: str, *, on_hub: bool = False) -> Option:
+    """Return the option of a path that is left out by default."""
+    return Option(help=help, default=None, default_help="none", path=True, on_hub=on_hub)
 
 
 def _model_change(help: str, **more: Any) -> Option:
@@ -69,7 +80,40 @@ class Settings:
     ]
     # Not bound by its name: a resumed run must agree in the bytes, see `data.check_same_data`.
     data: Annotated[
-        str, Option(help="stdlib (the sources of this Python), a file or a folder", default="stdlib")
+        str,
+        Option(
+            help="stdlib (the sources of this Python), a file or a folder",
+            default="stdlib",
+            path=True,
+            also="--data-text",
+        ),
+    ]
+    data_code: Annotated[str | None, _source("More bytes to learn from, a file or a folder")]
+    data_image: Annotated[str | None, _source("Folder of pictures with captions, which needs --vision")]
+    data_audio: Annotated[str | None, _source("Folder of sounds with transcripts, which needs --audio")]
+    data_video: Annotated[str | None, _source("Folder of videos with captions, which needs --video")]
+    mix: Annotated[
+        str | None,
+        Option(
+            help="How often a micro-batch is of a kind: text=4,image=1",
+            default=None,
+            default_help="each kind of data once",
+            bound=True,
+        ),
+    ]
+    vision: Annotated[str | None, _source("DINOv2: a folder, or OWNER/NAME on a hub", on_hub=True)]
+    audio: Annotated[str | None, _source("Moonshine: a folder, or OWNER/NAME on a hub", on_hub=True)]
+    video: Annotated[
+        str | None, _source("Wan autoencoder: a .safetensors file, or OWNER/NAME/FILE", on_hub=True)
+    ]
+    feature_cache: Annotated[
+        str | None,
+        Option(
+            help="Folder of features, which several runs may share",
+            default=None,
+            default_help="features in the run folder",
+            path=True,
+        ),
     ]
     steps: Annotated[
         int, Option(help="Optimisation steps", default=1000, default_help=OF_PRESET, low=1, bound=True)
@@ -95,6 +139,9 @@ class Settings:
     disable_graph: Annotated[bool, _model_change("No graph over the codes", default=False)]
     disable_moe: Annotated[bool, _model_change("No experts", default=False)]
     enable_memory: Annotated[bool, _model_change("Tables of code n-grams", default=False)]
+    enable_image: Annotated[bool, _model_change("Reads features of pictures", default=False)]
+    enable_audio: Annotated[bool, _model_change("Reads features of sounds", default=False)]
+    enable_video: Annotated[bool, _model_change("A video head, and a router to choose it", default=False)]
     max_moe_iters: Annotated[
         int | None,
         _model_change(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.media import check_kinds
 from arbitor.optimized.training.options import BOUND, CHANGES, ROWS, Settings, TrainOptions, preset_defaults
 from arbitor.optimized.training.regular import JSON_BYTES, parsed, read_regular
 from arbitor.optimized.training.sizes import config_of
@@ -129,6 +130,9 @@ def _changed(
     enable_memory: bool = False,
     max_moe_iters: int | None = None,
     sign_votes: bool = False,
+    enable_image: bool = False,
+    enable_audio: bool = False,
+    enable_video: bool = False,
 ) -> ArbConfig:
     return with_modules(
         with_fields(config, **SIGN_VOTES) if sign_votes else config,
@@ -137,6 +141,9 @@ def _changed(
         moe=not disable_moe,
         memory=True if enable_memory else None,
         max_moe_iters=max_moe_iters,
+        image=enable_image,
+        audio=enable_audio,
+        video=enable_video,
     )
 
 
@@ -158,11 +165,14 @@ def decide(
     asked = options.settings()
     for name, value in asked.items():
         ROWS[name].check(value)
-    # Whole paths, so that a run can be resumed from another folder.
     if asked.get("preset", "").endswith(CONFIG_SUFFIX):
         asked["preset"] = os.path.abspath(asked["preset"])
-    if asked.get("data", "stdlib") != "stdlib":
-        asked["data"] = os.path.abspath(asked["data"])
+    # Whole paths, so that a run can be resumed from another folder. A name on a hub is no path.
+    for name, value in asked.items():
+        option = ROWS[name].option
+        is_path = option.path and (os.path.exists(value) or not option.on_hub)
+        if is_path and (name, value) != ("data", "stdlib"):
+            asked[name] = os.path.abspath(value)
     if not options.save and "save_interval" in asked:
         raise ValueError(
             f"save_interval is {asked['save_interval']}, but does nothing in a run that saves no checkpoints"
@@ -185,6 +195,7 @@ def decide(
     for name, value in values.items():
         ROWS[name].check(value)
     settings = Settings(**values)
+    check_kinds(settings)
     if settings.steps * settings.accum >= MICRO_STEPS:
         raise ValueError(f"steps times accum is {settings.steps * settings.accum}, but must be below 2**32")
     if settings.batch * settings.context > BATCH_BYTES:

@@ -34,7 +34,12 @@ from arbitor.reference.graph import ArbModel
 RUNS_ROOT = Path("runs")
 """Where run folders go when none is named."""
 
-NEEDED = (*(name for name in BOUND if name not in CHANGES), "data", "data_sha256", "data_bytes")
+NEEDED = (
+    *(name for name in BOUND if name not in CHANGES and not ROWS[name].optional),
+    "data",
+    "data_sha256",
+    "data_bytes",
+)
 """What the settings of every run say, however old it is."""
 
 THREADS_MAX = 4096

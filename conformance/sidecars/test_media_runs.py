@@ -1,0 +1,261 @@
+"""`arb train` on text, pictures, sounds and videos: what a batch is, that runs repeat to the bit, that captions are learned."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.loop import opened, train
+from arbitor.optimized.training.media import lead_of
+from arbitor.optimized.training.media_mix import Mix
+from arbitor.optimized.training.metrics import read_metrics
+from arbitor.optimized.training.options import TrainOptions
+from arbitor.reference.config import SPECIAL_IDS
+from arbitor.sidecars import AudioSidecar, read_image, read_video
+from arbitor.sidecars.encoders import first_frame
+from conformance.compare import exact
+from conformance.sidecars.media_runs import PATCHES, options, register, render
+from conformance.training.nano import without_pictures
+from conformance.training.runs import Killed, kill_at
+
+ALL = ("image", "audio", "video")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    without_pictures(monkeypatch)
+    register(monkeypatch)
+    monkeypatch.delenv("ARB_BACKEND", raising=False)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> Path:
+    return render(tmp_path_factory.mktemp("media") / "data", checkpoints)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("features"))
+
+
+@pytest.fixture
+def mix(media: Path, checkpoints: Path, cache: str) -> Iterator[Mix]:
+    """Return the mix of a run on all kinds."""
+    asked = options(media, checkpoints, None, *ALL, save=False, feature_cache=cache, batch=3)
+    with opened(asked, None) as run:
+        assert run.mix is not None
+        yield run.mix
+
+
+def test_a_batch_is_of_one_kind_and_has_its_media_before_its_text(mix: Mix) -> None:
+    pad = SPECIAL_IDS["PAD"]
+    seen = {}
+    for micro_step in range(40):
+        batch = mix.batch(micro_step)
+        again = mix.batch(micro_step)
+        exact(again.ids_BT, batch.ids_BT)
+        seen[batch.kind] = batch
+        assert batch.targets is not None and batch.targets.modality_B is not None
+        assert batch.targets.modality_B.tolist() == [1 if batch.kind == "video" else 0] * 3
+    assert seen.keys() == {"text", *ALL}
+    assert not seen["text"].media and seen["text"].targets.taught_BT is None
+    assert seen["text"].ids_BT.shape == (3, 24) and seen["text"].taught_bytes() == 63
+    assert seen["image"].media["image_BNF"].shape == (3, PATCHES, 48)
+    assert seen["audio"].media["audio_BNF"].shape[2] == 48 and not seen["video"].media
+    assert seen["video"].targets.latent.shape == (3, 16, 1, 2, 2)
+    for kind in ALL:
+        batch = seen[kind]
+        lead = lead_of(batch.media) if batch.media else [pad, pad, SPECIAL_IDS["BOS"]]
+        assert batch.ids_BT.shape[1] <= 24
+        for row, taught in zip(batch.ids_BT.tolist(), batch.targets.taught_BT.tolist(), strict=True):
+            text = bytes(row[place] for place in range(len(row)) if taught[place])
+            filling = len(row) - len(lead) - len(text)
+            assert row == [pad] * filling + lead + list(text) and len(text) > 0
+            colour, number = text.split(b" number ")
+            assert colour in (b"red", b"green", b"blue") and number.endswith(b"\n") == (kind != "video")
+
+
+def test_a_batch_is_what_the_files_hold(mix: Mix) -> None:
+    """Features and latents of a batch are those of the files of its texts, made by hand."""
+    checked = set()
+    for micro_step in range(30):
+        batch = mix.batch(micro_step)
+        if batch.kind not in ("image", "video") or batch.kind in checked:
+            continue
+        checked.add(batch.kind)
+        assert batch.targets is not None and batch.targets.taught_BT is not None
+        items = {item.text: item.path for item in mix._folders[batch.kind].train}
+        for b in range(3):
+            text = bytes(batch.ids_BT[b][batch.targets.taught_BT[b]].tolist()).strip()
+            if batch.kind == "image":
+                want = mix.encoders.sidecar("vision")([read_image(items[text])])[0]
+                exact(batch.media["image_BNF"][b], want)
+            else:
+                frame = first_frame(read_video(items[text]).frames, 16)
+                assert batch.targets.latent is not None
+                exact(batch.targets.latent[b], mix.encoders.sidecar("video").encode(frame[None])[0])
+    assert checked == {"image", "video"}
+
+
+def test_kinds_come_as_often_as_the_mix_says(media: Path, checkpoints: Path, cache: str) -> None:
+    asked = options(media, checkpoints, None, "image", save=False, feature_cache=cache, mix="text=1,image=3")
+    with opened(asked, None) as run:
+        assert run.mix is not None
+        kinds = [run.mix._drawn(step)[0] for step in range(1000)]
+    # 750 expected, with a deviation of 14.
+    assert 690 < kinds.count("image") < 810
+
+
+def outcome(folder: Path) -> tuple[Any, ...]:
+    """What two runs that are the same must agree in."""
+    summary = json.loads((folder / "summary.json").read_text())
+    lines = [
+        {name: line.get(name) for name in ("step", "train_bpb", "val_bpb", "flip_rate")}
+        for line in read_metrics(folder / "metrics.jsonl")
+    ]
+    return summary["state_sha256"], summary["media"], lines
+
+
+def test_killed_and_resumed_ends_the_same(
+    media: Path, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every kind, also without the features that the first process kept, and with other names of the files."""
+    train(options(media, checkpoints, tmp_path / "whole", *ALL))
+    want = outcome(tmp_path / "whole")
+    assert want[1].keys() == {"text", *ALL} and want[1]["video"].keys() == {
+        "val_bpb",
+        "val_route",
+        "val_latent",
+    }
+    moved = tmp_path / "moved"
+    shutil.copytree(media, moved)
+    for path in sorted((moved / "image").iterdir()):
+        path.rename(path.with_name(f"renamed-{path.name}"))
+    folder = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3)
+        with pytest.raises(Killed):
+            train(options(media, checkpoints, folder, *ALL))
+    shutil.rmtree(folder / "features")
+    train(TrainOptions(run=folder, resume=True, data_image=str(moved / "image")))
+    assert outcome(folder) == want
+    lines = read_metrics(folder / "metrics.jsonl")
+    kinds = {kind for line in lines for kind in line["media"]}
+    assert kinds == {"text", *ALL}
+    assert any("train_latent" in line["media"].get("video", {}) for line in lines)
+
+
+def test_other_data_and_other_sidecars_are_refused(
+    media: Path, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        kill_at(patch, 1)
+        with pytest.raises(Killed):
+            train(options(media, checkpoints, folder, "image", cuda_graph=False))
+    other = tmp_path / "other"
+    shutil.copytree(media / "image", other)
+    (other / "00.txt").write_text("another text")
+    with pytest.raises(TrainingError, match="started with data for image"):
+        train(TrainOptions(run=folder, resume=True, data_image=str(other)))
+    vision = tmp_path / "dinov2"
+    shutil.copytree(checkpoints / "dinov2", vision)
+    with pytest.raises(TrainingError, match="started with a sidecar for vision"):
+        train(TrainOptions(run=folder, resume=True, vision=str(vision)))
+    with pytest.raises(TrainingError, match="started with mix None"):
+        train(TrainOptions(run=folder, resume=True, mix="text=1,image=2"))
+
+
+def test_only_sidecars_of_kinds_in_the_mix_are_built(
+    media: Path, checkpoints: Path, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **named: Any) -> None:
+        raise AssertionError("a sidecar was loaded that nobody needs")
+
+    monkeypatch.setattr(AudioSidecar, "load", refuse)
+    train(options(media, checkpoints, None, "image", save=False, feature_cache=cache, steps=1))
+
+
+def test_a_file_that_cannot_be_decoded_is_left_out_and_named(
+    media: Path, checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rich.console import Console
+
+    folder = tmp_path / "image"
+    shutil.copytree(media / "image", folder)
+    for name in ("01.png", "02.png"):
+        (folder / name).write_bytes(b"no picture " + name.encode())
+    asked = options(
+        media, checkpoints, None, "image", save=False, data_image=str(folder), steps=8, mix="text=0,image=1"
+    )
+    with opened(asked, Console(quiet=True)) as run:
+        assert run.mix is not None
+        texts = {bytes(row[row < 256].tolist()) for step in range(30) for row in run.mix.batch(step).ids_BT}
+    assert not any(b"number 1\n" in text or b"number 2\n" in text for text in texts) and len(texts) > 3
+    said = capsys.readouterr().err
+    assert said.count("is left out") <= 2 and "cannot be decoded" in said
+    for path in folder.glob("*.png"):
+        path.write_bytes(b"no picture " + path.name.encode())
+    with pytest.raises(TrainingError, match="has no file of image that can be decoded"):
+        train(
+            options(
+                media, checkpoints, None, "image", save=False, data_image=str(folder), mix="text=0,image=1"
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    ("kinds", "changes", "says"),
+    [
+        (("image",), {"preset": "small"}, "whose image_features is 0: --enable-image switches it on"),
+        (("video",), {"preset": "small"}, "whose video_latent is 0: --enable-video switches it on"),
+        (("image",), {"preset": "small", "enable_image": True}, "gives 48 features, but must give 384"),
+        (("image",), {"cuda_graph": True}, "cuda_graph is True, but must be False or None for a mix"),
+    ],
+)
+def test_what_the_model_or_the_passes_cannot_do(
+    media: Path, checkpoints: Path, kinds: tuple[str, ...], changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        train(options(media, checkpoints, None, *kinds, save=False, **changes))
+
+
+def test_captions_are_read_from_the_pictures(media: Path, checkpoints: Path, cache: str) -> None:
+    """After some steps the words are likelier after their own picture than after another one."""
+    asked = options(
+        media,
+        checkpoints,
+        None,
+        "image",
+        save=False,
+        feature_cache=cache,
+        steps=60,
+        batch=12,
+        mix="text=0,image=1",
+        eval_interval=1000,
+        disable_vq=True,
+    )
+    with opened(asked, None) as run:
+        assert run.mix is not None
+        run.take_steps()
+        items = run.mix._folders["image"].train
+        batch = run.mix._of_items("image", items)
+        own = batch.on("cpu")
+        other = {**own, "image_BNF": own["image_BNF"].roll(1, 0)}
+        taught: Tensor = own.pop("targets").taught_BT
+        other.pop("targets")
+        with torch.no_grad():
+            nats = [run.model.loss(**each, taught_BT=taught).item() for each in (own, other)]
+    assert nats[0] < 0.9 * nats[1], nats
