@@ -17,7 +17,7 @@ from torch import Tensor
 
 from arbitor import pretrained
 from arbitor.optimized.training.generate import stream_batch
-from arbitor.optimized.training.media import Features, media_features
+from arbitor.optimized.training.media import Features, encoders_of, media_features
 from arbitor.optimized.training.recording import records
 from arbitor.optimized.training.runtime import OP_SETS, Runtime, choose_runtime
 from arbitor.reference import graph
@@ -153,7 +153,8 @@ class ArbModel(graph.ArbModel):
 
         Args:
             source: a folder that `save_pretrained` wrote; a run of `arb train`, of which the best checkpoint is taken, or another
-                where that is missing or refused; a checkpoint file; or OWNER/NAME on a hub, through `huggingface_hub`.
+                where that is missing or refused; a checkpoint file; or OWNER/NAME on a hub, through `huggingface_hub`. A run
+                that learned from media brings its encoders along (`use_encoders`).
             device, dtype, ops: as for `ArbModel`.
             revision: branch, tag or commit of a model on a hub.
 
@@ -170,6 +171,11 @@ class ArbModel(graph.ArbModel):
         model.steps_taken = checkpoint.step
         context = checkpoint.run.get("context")
         model.trained_context = context if isinstance(context, int) and context >= 3 else None
+        # Of a run that learned from media. They are loaded when the first picture or sound comes.
+        sources = {kind: checkpoint.run.get(kind) for kind in ("vision", "audio", "video")}
+        named = {kind: source for kind, source in sources.items() if isinstance(source, str) and source}
+        if named:
+            model.use_encoders(encoders_of(named, device=place))
         return model
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:

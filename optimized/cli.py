@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import click
 
+from arbitor.optimized.media_prompt import media_of_files, media_options
 from arbitor.optimized.training.options import CHANGES, MOST_BYTES, ROWS
 from arbitor.optimized.training.shown import Unbreakable, shown
 from arbitor.optimized.version import package_version
@@ -177,9 +178,11 @@ def train(no_save: bool, **options: Any) -> None:
 @_setting("seed", help="Of the draws", default=0)
 @_settings("device", "backend", "dtype")
 @_setting("cuda_graph", help="Record a step once, then replay it: the same bytes, sooner")
+@media_options
 @click.pass_context
 def generate(
     command: click.Context,
+    /,
     run: Path,
     prompt: str | None,
     prompt_file: Path | None,
@@ -191,8 +194,12 @@ def generate(
     backend: str | None,
     dtype: str | None,
     cuda_graph: bool | None,
+    **media: Any,
 ) -> None:
-    """Continue a prompt with the best model of a run. A pipe gets the bytes as they are."""
+    """Continue a prompt with the best model of a run. A pipe gets the bytes as they are.
+
+    Media stand before the prompt. The text after them ends at the first line end.
+    """
     if prompt is not None and prompt_file is not None:
         raise click.UsageError(
             f"--prompt-file {str(prompt_file)!r} was given with --prompt, but only one may be"
@@ -203,10 +210,13 @@ def generate(
         _refuse_given(command, "seed", where="with --temperature 0, which takes the likeliest byte")
     if not prompt and prompt_file is None:
         _refuse_given(command, "context", where="without --prompt or --prompt-file")
+    if num_bytes == 0:
+        _refuse_given(command, "image", "audio", "video", "sidecar", where="with --bytes 0")
     import json
 
     from arbitor.optimized.training.checkpoint import check_fits
     from arbitor.optimized.training.generate import generate as continue_prompt
+    from arbitor.optimized.training.media import CAPTION_END
     from arbitor.optimized.training.recording import records
     from arbitor.optimized.training.run_folder import RunFolder
     from arbitor.optimized.training.runtime import choose_runtime, deterministic
@@ -226,13 +236,16 @@ def generate(
         model = ArbModel(config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=0)
         check_fits(checkpoint, checkpoint.config, model)
         model.load_state(checkpoint.state)
+        before = media_of_files(checkpoint.run, config, runtime.device, warn=_warn, **media)
         added = continue_prompt(
             model,
             given,
             num_bytes,
             temperature=temperature,
             seed=seed,
+            stop=[CAPTION_END] if before else (),
             context=context or checkpoint.run["context"],
+            media=before,
             cuda_graph=record,
         )
     if sys.stdout.isatty():
@@ -408,6 +421,11 @@ def _refuse_given(command: click.Context, *names: str, where: str) -> None:
         source = command.get_parameter_source(str(option.name))
         if option.name in names and source is click.core.ParameterSource.COMMANDLINE:
             raise click.UsageError(f"{option.opts[0]} was given, but does nothing {where}")
+
+
+def _warn(sentence: str) -> None:
+    """Print a sentence on stderr: something the user should know about."""
+    click.echo(f"arb: {shown(sentence)}.", err=True)
 
 
 def _prompt_of(path: Path) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -12,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from arbitor import ArbModel
+from arbitor.optimized import cli
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import opened, train
 from arbitor.optimized.training.media import lead_of
@@ -19,7 +23,7 @@ from arbitor.optimized.training.media_mix import Mix
 from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.options import TrainOptions
 from arbitor.reference.config import SPECIAL_IDS
-from arbitor.sidecars import AudioSidecar, read_image, read_video
+from arbitor.sidecars import AudioSidecar, read_audio, read_image, read_video
 from arbitor.sidecars.encoders import first_frame
 from conformance.compare import exact
 from conformance.sidecars.media_runs import PATCHES, options, register, render
@@ -241,7 +245,7 @@ def test_captions_are_read_from_the_pictures(media: Path, checkpoints: Path, cac
         "image",
         save=False,
         feature_cache=cache,
-        steps=60,
+        steps=40,
         batch=12,
         mix="text=0,image=1",
         eval_interval=1000,
@@ -259,3 +263,75 @@ def test_captions_are_read_from_the_pictures(media: Path, checkpoints: Path, cac
         with torch.no_grad():
             nats = [run.model.loss(**each, taught_BT=taught).item() for each in (own, other)]
     assert nats[0] < 0.9 * nats[1], nats
+
+
+@pytest.fixture(scope="module")
+def trained(media: Path, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a short run on pictures and sounds."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        register(patch)
+        without_pictures(patch)
+        train(options(media, checkpoints, folder, "image", "audio", steps=2))
+    return folder
+
+
+def test_a_run_brings_its_encoders_along(trained: Path, media: Path) -> None:
+    """`arb generate --image` and `ArbModel.from_pretrained` give the same text after the same media."""
+    model = ArbModel.from_pretrained(trained, device="cpu")
+    picture, sound = media / "image" / "03.png", media / "audio" / "02.wav"
+    want = model.generate(b"red", images=[read_image(picture)], temperature=0, stop=b"\n", max_new_bytes=6)
+    common = ["generate", "--run", str(trained), "--temperature", "0", "--bytes", "6", "--device", "cpu"]
+    assert arb([*common, "--prompt", "red", "--image", str(picture)]) == b"red" + want
+    heard = model.generate(b"", sounds=[read_audio(sound)], temperature=0, stop=b"\n", max_new_bytes=6)
+    assert arb([*common, "--audio", str(sound)]) == heard
+    video = media / "video" / "01.mkv"
+    frames = model.generate(b"", clips=[read_video(video).frames], temperature=0, stop=b"\n", max_new_bytes=6)
+    assert arb([*common, "--video", str(video)]) == frames
+
+
+def arb(arguments: list[str]) -> bytes:
+    """Return what the command prints."""
+    out = io.TextIOWrapper(io.BytesIO(), write_through=True)
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code == 0
+    return out.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--image", "PICTURE", "--video", "VIDEO"], 2, "images and clips are given"),
+        (["--image", "gone.png"], 1, "'gone.png' is no file that exists"),
+        (["--audio", "PICTURE"], 1, "has no sound"),
+        (["--sidecar", "vision=x"], 2, "does nothing without --image or --video"),
+        (["--image", "PICTURE", "--sidecar", "smell=x"], 2, "must be KIND=SOURCE"),
+        (["--image", "PICTURE", "--sidecar", "vision=no_such"], 1, "source is 'no_such'"),
+        (["--image", "PICTURE", "--bytes", "0"], 2, "does nothing with --bytes 0"),
+    ],
+)
+def test_media_that_no_prompt_can_have(
+    trained: Path,
+    media: Path,
+    capsys: pytest.CaptureFixture[bytes],
+    arguments: list[str],
+    code: int,
+    says: str,
+) -> None:
+    files = {"PICTURE": str(media / "image" / "00.png"), "VIDEO": str(media / "video" / "00.mkv")}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        cli.main(
+            ["generate", "--run", str(trained), "--device", "cpu", *(files.get(a, a) for a in arguments)]
+        )
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == code and said.startswith("arb: ") and says in said
+
+
+def test_another_sidecar_than_the_trained_one_is_told(
+    trained: Path, media: Path, checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = ["--image", str(media / "image" / "00.png"), "--sidecar", f"vision={checkpoints / 'dinov2'}"]
+    arb(["generate", "--run", str(trained), "--device", "cpu", "--bytes", "1", *picture])
+    assert "the vision sidecar is not the one that the run was trained with" in capsys.readouterr().err

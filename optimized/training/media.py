@@ -7,21 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from arbitor.reference.config import SPECIAL_IDS, ArbConfig
+from arbitor.sidecars import Encoders
 
 if TYPE_CHECKING:
     from arbitor.optimized.training.options import Settings
-    from arbitor.sidecars import Encoders
 
 KINDS = ("text", "code", "image", "audio", "video")
 """Kinds of data that a run may mix. A micro-batch is of one kind."""
 
 SIDECAR_OF = {"image": "vision", "audio": "audio", "video": "video"}
 """Setting that names the sidecar of a kind of media."""
+
+CAPTION_END = b"\n"
+"""What ends a text after a picture or a sound, so that whoever generates knows its end."""
 
 MOST_DIGITS = 9
 """Digits of a weight of a mix, at most."""
@@ -89,6 +94,20 @@ def media_features(
         make = {"images": encoders.pictures, "clips": encoders.clips, "sounds": encoders.sounds}[name]
         found["audio_BNF" if name == "sounds" else "image_BNF"] = make(given)
     return found
+
+
+def encoders_of(sources: Mapping[str, str | None], *, device: torch.device | str) -> Encoders:
+    """Return the encoders of a run, none of them loaded yet.
+
+    Args:
+        sources: the settings `vision`, `audio` and `video`. Where a config.json stands beside the file of the autoencoder, it says
+            the shape; otherwise the shape is that of Wan 2.1.
+        device: where they run.
+    """
+    video = sources.get("video")
+    folder = None if video is None else Path(video).parent
+    config = folder if folder is not None and (folder / "config.json").is_file() else None
+    return Encoders(**{**sources}, video_config=config, device=device)  # type: ignore[arg-type]
 
 
 def check_width(kind: str, num_features: int, config: ArbConfig) -> None:

@@ -30,13 +30,22 @@ from arbitor.optimized.training.data import (
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import NATS_PER_BIT, validation_bpb
 from arbitor.optimized.training.generate import first_window
-from arbitor.optimized.training.media import SIDECAR_OF, Features, check_width, data_of, lead_of, weights_of
+from arbitor.optimized.training.media import (
+    CAPTION_END,
+    SIDECAR_OF,
+    Features,
+    check_width,
+    data_of,
+    encoders_of,
+    lead_of,
+    weights_of,
+)
 from arbitor.optimized.training.media_files import Item, MediaFolder, load_media
 from arbitor.reference.config import SPECIAL_IDS, ArbConfig
 from arbitor.reference.graph import Targets
 from arbitor.reference.graph.router import MODALITIES
 from arbitor.reference.graph.video import latent_shape
-from arbitor.sidecars import Encoders, FeatureCache, SidecarError, read_audio, read_image, read_video
+from arbitor.sidecars import FeatureCache, SidecarError, read_audio, read_image, read_video
 from arbitor.sidecars.audio import SAMPLE_RATE
 from arbitor.sidecars.encoders import whole_seconds
 
@@ -50,9 +59,6 @@ MAX_CLIP_SECONDS = 30
 
 CACHE_FOLDER = "features"
 """Folder of features in the folder of a run."""
-
-CAPTION_END = b"\n"
-"""What ends a text after a picture or a sound, so that whoever generates knows its end."""
 
 ANSWERED_BY = {"video": "video"}
 """Head that answers the samples of a kind, where it is not the byte head."""
@@ -140,11 +146,8 @@ class Mix:
         self._folders: dict[str, MediaFolder] = {
             kind: load_media(kind, sources[kind], run) for kind in sources if kind in SIDECAR_OF
         }
-        self.encoders = Encoders(
-            **{name: getattr(settings, name) for name in SIDECAR_OF.values()},
-            video_config=_config_beside(settings.video),
-            device=runtime.device,
-        )
+        sidecars = {name: getattr(settings, name) for name in SIDECAR_OF.values()}
+        self.encoders = encoders_of(sidecars, device=runtime.device)
         for kind in self._folders:
             sidecar = self.encoders.sidecar(SIDECAR_OF[kind])
             if kind != "video":
@@ -489,9 +492,3 @@ def _refuse_unread(sources: Mapping[str, str], config: ArbConfig) -> None:
             f"data_video is {sources['video']!r}, but must be left out for the model {config.name!r}: its video_latent, "
             f"{config.video_latent}, is no 16 s^2, the size of a frame's latent"
         )
-
-
-def _config_beside(video: str | None) -> Path | None:
-    """Return the folder of an autoencoder's file if it holds a config.json, which may say another shape than that of Wan 2.1."""
-    folder = None if video is None else Path(video).parent
-    return folder if folder is not None and (folder / "config.json").is_file() else None
