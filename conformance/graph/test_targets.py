@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from arbitor.reference.config import with_fields, with_modules
 from arbitor.reference.graph import ArbModel, Targets
 from arbitor.reference.graph.model import LOSS_WEIGHTS
-from arbitor.reference.graph.targets import NO_TOKEN
+from arbitor.reference.graph.targets import NO_TOKEN, ended_streams
 from arbitor.reference.graph.video import latent_shape
 from conformance.compare import alike, exact
 from conformance.graph import models
@@ -81,6 +81,30 @@ def test_the_byte_head_learns_the_ids_that_teach() -> None:
     alike(every["bytes"].detach(), model.losses(ids_BT)["bytes"].detach())
     none = model.losses(ids_BT, targets=Targets(taught_BT=torch.zeros_like(taught_BT)))
     assert none["bytes"].item() == 0.0
+
+
+def test_heads_do_not_see_the_filling() -> None:
+    """A sequence that is filled up behind is routed, and teaches a latent, as it would without the filling."""
+    model, ids_BT, latent = models.whole(), models.random_ids(2, T), random_targets()["latent"][:2]
+    filled_BT, modality_B = torch.cat([ids_BT, torch.full((2, 3), 256)], dim=1), torch.tensor([0, 1])
+    taught_BT = torch.zeros(2, T + 3, dtype=torch.bool)
+    taught_BT[:, 3:T] = True
+    with torch.no_grad():
+        h_BPD = model.trunk(ids_BT).h_BPD
+        ended_BPD = ended_streams(model.trunk(filled_BT).h_BPD, taught_BT)
+        got = model.losses(filled_BT, targets=Targets(modality_B, latent, taught_BT=taught_BT))
+        want = model.losses(ids_BT, targets=Targets(modality_B))
+    alike(ended_BPD[:, 3:], h_BPD)
+    exact(ended_BPD[:, :3], ended_BPD[:, 3:4].expand(-1, 3, -1))
+    alike(got["bytes"], want["bytes"])
+    alike(got["route"], want["route"])
+    again = model.losses(
+        torch.cat([ids_BT, torch.full((2, 3), 9)], dim=1),
+        targets=Targets(modality_B, latent, taught_BT=taught_BT),
+    )
+    for name in ("bytes", "route", "latent"):
+        alike(again[name].detach(), got[name], name)
+    exact(ended_streams(h_BPD, torch.zeros(2, T, dtype=torch.bool)), h_BPD)
 
 
 def test_without_modalities_every_sequence_is_taught() -> None:

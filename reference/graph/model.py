@@ -31,7 +31,15 @@ from arbitor.reference.graph.router import MODALITIES, OutputRouter
 from arbitor.reference.graph.sequencer import AudioSequencer, ByteEmbedding, ImageSequencer, TrigramSequencer
 from arbitor.reference.graph.stateful import Stateful
 from arbitor.reference.graph.talker import TalkerHead
-from arbitor.reference.graph.targets import Targets, byte_loss, latent_loss, route_loss, taught_by, token_loss
+from arbitor.reference.graph.targets import (
+    Targets,
+    byte_loss,
+    ended_streams,
+    latent_loss,
+    route_loss,
+    taught_by,
+    token_loss,
+)
 from arbitor.reference.graph.ternary_graph import TernaryGraph
 from arbitor.reference.graph.video import VideoHead
 
@@ -291,9 +299,11 @@ class ArbModel(Stateful):
         Raises TypeError or ValueError for targets that do not fit, or of a head that the model does not have.
         """
         trunk = self._trunk_with_targets(ids_BT, media)
+        # This looks at `taught_BT` before the other heads read by it.
+        of_bytes = self._byte_loss(trunk, ids_BT, None if targets is None else targets.taught_BT)
         taught = {} if targets is None else self._taught_losses(self._text(trunk, ids_BT), targets)
         return {
-            "bytes": self._byte_loss(trunk, ids_BT, None if targets is None else targets.taught_BT),
+            "bytes": of_bytes,
             **trunk.losses,
             **self._proposal_losses(trunk),
             **taught,
@@ -302,6 +312,8 @@ class ArbModel(Stateful):
     def _taught_losses(self, h_BPD: Tensor, targets: Targets) -> dict[str, Tensor]:
         """Return the losses of the targets that are given, by name."""
         modality_B, found = targets.modality_B, {}
+        if targets.taught_BT is not None:
+            h_BPD = ended_streams(h_BPD, targets.taught_BT)
         if modality_B is not None:
             router = _head("modality_B", "router", self.router)
             found["route"] = route_loss(router, h_BPD, modality_B, self.answering)

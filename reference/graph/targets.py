@@ -32,7 +32,8 @@ class Targets:
         latent:     float [B, ...], the answer of video, in a shape that `VideoHead.fitted` takes.
         tokens_BN:  int64 [B, N], the answer of audio; NO_TOKEN where there is no token.
         taught_BT:  bool [B, T], the ids that the byte head learns to predict. Of the first three ids none is ever predicted.
-                    Filling, and marks that a prompt begins with, are no such ids.
+                    Filling, and marks that a prompt begins with, are no such ids. The other heads then read each sequence up
+                    to its last id that teaches (`ended_streams`), as filling stands behind it.
     """
 
     modality_B: Tensor | None = None
@@ -59,6 +60,21 @@ def byte_loss(logits_BPV: Tensor, ids_BT: Tensor, taught_BT: Tensor | None) -> T
     nats_M = F.cross_entropy(logits_MV, targets_M, reduction="none")
     # A sum of chosen terms, not a product with 0, which would keep a NaN of what is left out.
     return torch.where(taught_M, nats_M, 0.0).sum() / taught_M.sum().clamp(min=1)
+
+
+def ended_streams(h_BPD: Tensor, taught_BT: Tensor) -> Tensor:
+    """Return streams that end with the position that has read the last id that teaches. Before them the first position is repeated.
+
+    Sequences of unequal length are filled up behind, where no position before sees it. The heads that read a whole stream shall
+    not see the filling either. A sequence without ids that teach stays as it is.
+
+    Shapes:  h [B, P, D], taught bool [B, P + 2] -> [B, P, D]
+    """
+    positions = h_BPD.shape[1]
+    behind_B1 = taught_BT.flip(1).to(torch.int8).argmax(dim=1, keepdim=True)
+    places_BP = torch.arange(positions, device=h_BPD.device) - behind_B1
+    rows_B1 = torch.arange(h_BPD.shape[0], device=h_BPD.device)[:, None]
+    return h_BPD[rows_B1, places_BP.clamp(min=0)]
 
 
 def route_loss(router: OutputRouter, h_BPD: Tensor, modality_B: Tensor, present: tuple[str, ...]) -> Tensor:
