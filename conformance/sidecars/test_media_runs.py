@@ -86,7 +86,7 @@ def test_a_batch_is_of_one_kind_and_has_its_media_before_its_text(mix: Mix) -> N
         for row, taught in zip(batch.ids_BT.tolist(), batch.targets.taught_BT.tolist(), strict=True):
             text = bytes(row[place] for place in range(len(row)) if taught[place])
             filling = len(row) - len(lead) - len(text)
-            assert row == [pad] * filling + lead + list(text) and len(text) > 0
+            assert row == lead + list(text) + [pad] * filling and len(text) > 0
             colour, number = text.split(b" number ")
             assert colour in (b"red", b"green", b"blue") and number.endswith(b"\n") == (kind != "video")
 

@@ -73,7 +73,7 @@ class Batch:
 
     Attributes:
         kind: one of KINDS.
-        ids_BT: int64 [B, T]. Texts of samples of media stand at the end, with PAD before them.
+        ids_BT: int64 [B, T]. Texts of samples of media have PAD behind them, where no position of the text sees it.
         media: features before the ids, by their names in `ArbModel.trunk`.
         targets: what the heads are taught; None: every byte.
     """
@@ -268,7 +268,7 @@ class Mix:
             if item.path in self._unreadable:
                 continue
             try:
-                self._feature(kind, item)
+                self.feature(kind, item)
             except SidecarError as error:
                 self._unreadable.add(item.path)
                 self._warn(f"{error}; the file is left out")
@@ -278,7 +278,7 @@ class Mix:
             f"the folder {self._folders[kind].source!r} has no file of {kind} that can be decoded"
         )
 
-    def _feature(self, kind: str, item: Item, seconds: int | None = None) -> Tensor:
+    def feature(self, kind: str, item: Item, seconds: int | None = None) -> Tensor:
         """Return the features of an item, or its latent; of a sound that is filled up to some seconds."""
         if kind == "image":
             return self.encoders.features("vision", item.content, lambda: read_image(item.path))
@@ -302,15 +302,15 @@ class Mix:
         """Return the batch of some items that can be decoded."""
         texts = [item.text for item in items]
         if kind == "video":
-            latent = torch.stack([self._feature(kind, item) for item in items])
+            latent = torch.stack([self.feature(kind, item) for item in items])
             return self._captions(kind, texts, {}, latent)
         seconds = None
         if kind == "audio":
             for item in items:
-                self._feature(kind, item)
+                self.feature(kind, item)
             # Sounds of a batch have one length.
             seconds = max(self._seconds[item.content] for item in items)
-        features_BNF = torch.stack([self._feature(kind, item, seconds) for item in items])
+        features_BNF = torch.stack([self.feature(kind, item, seconds) for item in items])
         return self._captions(kind, texts, {f"{kind}_BNF": features_BNF}, None)
 
     def _captions(self, kind: str, texts: Sequence[bytes], media: Features, latent: Tensor | None) -> Batch:
@@ -321,9 +321,10 @@ class Mix:
         rows = [[*lead, *(text + end)[:room]] for text in texts]
         longest = max(len(row) for row in rows)
         pad = SPECIAL_IDS["PAD"]
-        ids_BT = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
-        length_B1 = torch.tensor([[len(row) - len(lead)] for row in rows])
-        taught_BT = torch.arange(longest) >= longest - length_B1
+        # Filling before a text would tell how long the text is.
+        ids_BT = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+        place_T = torch.arange(longest)
+        taught_BT = (place_T >= len(lead)) & (place_T < torch.tensor([[len(row)] for row in rows]))
         answered = self._answered(kind, len(texts))
         modality_B = None if answered is None else answered.modality_B
         return Batch(kind, ids_BT, media, Targets(modality_B, latent, taught_BT=taught_BT))
@@ -398,20 +399,25 @@ class Mix:
         return sum_ / float(total)
 
     def held_out(self, kind: str) -> Iterator[Batch]:
-        """Yield batches of the items of media that are held out, `eval_windows` of them at most."""
-        items = [
-            item
-            for item in self._folders[kind].validation[: self.settings.eval_windows]
-            if self._is_readable(kind, item)
-        ]
+        """Yield batches of `held_out_items`."""
+        items = self.held_out_items(kind)
         for start in range(0, len(items), self.settings.batch):
             yield self._of_items(kind, items[start : start + self.settings.batch])
+
+    def held_out_items(self, kind: str) -> list[Item]:
+        """Return the items of media that are held out and can be decoded, `eval_windows` of them at most."""
+        items = self._folders[kind].validation[: self.settings.eval_windows]
+        return [item for item in items if self._is_readable(kind, item)]
+
+    def training_items(self, kind: str) -> list[Item]:
+        """Return the items of media that are learned from and can be decoded."""
+        return [item for item in self._folders[kind].train if self._is_readable(kind, item)]
 
     def _is_readable(self, kind: str, item: Item) -> bool:
         """Return whether an item that is held out can be decoded; a sentence says so where it cannot."""
         if item.path not in self._unreadable:
             try:
-                self._feature(kind, item)
+                self.feature(kind, item)
             except SidecarError as error:
                 self._unreadable.add(item.path)
                 self._warn(f"{error}; the file is left out")
