@@ -155,6 +155,7 @@ class Mix:
         # The router has nothing to learn where one head answers everything.
         self._routed = bool(config.router_inner and self.kinds.keys() & ANSWERED_BY.keys())
         self._unreadable: set[Path] = set()
+        self._decoded: set[bytes] = set()
         self._seconds: dict[bytes, int] = {}
         self._warn: Say = lambda sentence: None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
@@ -262,18 +263,11 @@ class Mix:
         raise AssertionError("the draw is below the sum of the weights")
 
     def _readable(self, kind: str, items: Sequence[Item], place: int) -> Item:
-        """Return the item at a place, or the next one that can be decoded. Features of what can are made, and kept."""
+        """Return the item at a place, or the next one that can be decoded."""
         for number in range(len(items)):
             item = items[(place + number) % len(items)]
-            if item.path in self._unreadable:
-                continue
-            try:
-                self.feature(kind, item)
-            except SidecarError as error:
-                self._unreadable.add(item.path)
-                self._warn(f"{error}; the file is left out")
-                continue
-            return item
+            if self._is_readable(kind, item):
+                return item
         raise TrainingError(
             f"the folder {self._folders[kind].source!r} has no file of {kind} that can be decoded"
         )
@@ -306,8 +300,6 @@ class Mix:
             return self._captions(kind, texts, {}, latent)
         seconds = None
         if kind == "audio":
-            for item in items:
-                self.feature(kind, item)
             # Sounds of a batch have one length.
             seconds = max(self._seconds[item.content] for item in items)
         features_BNF = torch.stack([self.feature(kind, item, seconds) for item in items])
@@ -414,10 +406,11 @@ class Mix:
         return [item for item in self._folders[kind].train if self._is_readable(kind, item)]
 
     def _is_readable(self, kind: str, item: Item) -> bool:
-        """Return whether an item that is held out can be decoded; a sentence says so where it cannot."""
-        if item.path not in self._unreadable:
+        """Return whether an item can be decoded. Features of what can are made, and kept; a sentence names what cannot."""
+        if item.content not in self._decoded and item.path not in self._unreadable:
             try:
                 self.feature(kind, item)
+                self._decoded.add(item.content)
             except SidecarError as error:
                 self._unreadable.add(item.path)
                 self._warn(f"{error}; the file is left out")
