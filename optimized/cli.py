@@ -79,8 +79,7 @@ def _setting(
         kind = click.Choice(option.choices)
     elif row.kind is int:
         kind = click.IntRange(option.low if low is None else low, option.high)
-    spellings = (flag, option.also) if option.also else (flag,)
-    return click.option(*spellings, name, type=kind, default=default, help=text)
+    return click.option(flag, *option.also, name, type=kind, default=default, help=text)
 
 
 def _settings(*names: str) -> Callable[[_Command], _Command]:

@@ -40,10 +40,10 @@ class Option:
         bound: whether it decides what a run computes, so that a resumed run must agree with it.
         changes_model: whether it changes the model of the preset, so that every command that builds one has it. Such a
             setting is bound.
+        also: other spellings of it on the command line.
         has_opposite: whether a switch can be asked for and asked against, with ``--no-`` before its name.
         path: whether it is a path, so that a run keeps the whole path and can be resumed from another folder.
         on_hub: whether it may also be a name on a hub, of a path.
-        also: a second spelling on the command line, or None.
         asked: whether it can be asked for. Others are what the preset says, and recorded.
     """
 
@@ -55,10 +55,10 @@ class Option:
     choices: tuple[str, ...] = ()
     bound: bool = False
     changes_model: bool = False
+    also: tuple[str, ...] = ()
     has_opposite: bool = False
     path: bool = False
     on_hub: bool = False
-    also: str | None = None
     asked: bool = True
 
 
@@ -85,7 +85,7 @@ class Settings:
             help="stdlib (the sources of this Python), a file or a folder",
             default="stdlib",
             path=True,
-            also="--data-text",
+            also=("--data-text",),
         ),
     ]
     data_code: Annotated[str | None, _source("More bytes to learn from, a file or a folder")]
