@@ -402,6 +402,10 @@ def _print_result(console: Any, result: TrainResult) -> None:
     value = summary["val_bpb"]
     ours = Text(f"arb {shown(summary['preset'])}")
     table.add_row(ours, "not finite" if value is None else f"{value:.3f}", style="bold")
+    # Of a mix this is a mean over its kinds, and the counting models were judged on its text.
+    for kind, numbers in summary.get("media", {}).items():
+        of_kind = numbers["val_bpb"]
+        table.add_row(f"on {kind}", "not finite" if of_kind is None else f"{of_kind:.3f}")
     console.print(table)
     console.print("sample, prompt first:", highlight=False)
     console.print(Text(_printable(result.prompt), style="dim") + Text(_printable(result.sample)))

@@ -299,6 +299,22 @@ def arb(arguments: list[str]) -> bytes:
     return out.buffer.getvalue()  # type: ignore[attr-defined]
 
 
+def test_the_command_says_how_it_does_on_each_kind(media: Path, checkpoints: Path, cache: str) -> None:
+    """`arb train --data-text` is `--data`, and the table at the end has a line for each kind of the mix."""
+    files = {
+        "--preset": "preset.json",
+        "--data-text": "text.txt",
+        "--data-image": "image",
+        "--vision": "dinov2",
+    }
+    named = [word for option, name in files.items() for word in (option, str(media / name))]
+    sizes = "--mix text=1,image=2 --steps 1 --batch 2 --context 24 --device cpu --no-save".split()
+    said = arb(["train", *named, *sizes, "--feature-cache", cache]).decode()
+    assert "mix: text 33.3%, image 66.7% of the micro-batches" in said
+    assert "image: 12 with text, 1 of them held out" in said
+    assert "on text" in said and "on image" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
