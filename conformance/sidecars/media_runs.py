@@ -53,14 +53,14 @@ def save_sound(path: Path, hertz: float, seconds: float) -> None:
         file.writeframes((samples * 20_000).astype("<i2").tobytes())
 
 
-def save_video(path: Path, colour: str, number: int) -> None:
+def save_video(path: Path, colour: str, number: int, *, side: int = 32) -> None:
     """Write three frames of a colour, in a codec that loses nothing."""
     import av
 
-    frame = np.full((32, 32, 3), COLOURS[colour], dtype=np.uint8) // (number + 1)
+    frame = np.full((side, side, 3), COLOURS[colour], dtype=np.uint8) // (number + 1)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("ffv1", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv444p"
+        stream.width, stream.height, stream.pix_fmt = side, side, "yuv444p"
         for _ in range(3):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))

@@ -26,7 +26,7 @@ from arbitor.reference.config import SPECIAL_IDS
 from arbitor.sidecars import AudioSidecar, read_audio, read_image, read_video
 from arbitor.sidecars.encoders import first_frame
 from conformance.compare import exact
-from conformance.sidecars.media_runs import PATCHES, options, register, render
+from conformance.sidecars.media_runs import PATCHES, options, register, render, save_video
 from conformance.training.nano import without_pictures
 from conformance.training.runs import Killed, kill_at
 
@@ -220,6 +220,23 @@ def test_a_file_that_cannot_be_decoded_is_left_out_and_named(
         )
 
 
+def test_a_video_that_is_too_small_is_left_out_and_named(
+    media: Path, checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rich.console import Console
+
+    folder = tmp_path / "video"
+    shutil.copytree(media / "video", folder)
+    for number in range(8):
+        save_video(folder / f"{number:02d}.mkv", "red", number, side=4)
+    asked = options(media, checkpoints, None, "video", save=False, data_video=str(folder))
+    with opened(asked, Console(quiet=True)) as run:
+        assert run.mix is not None
+        assert len(run.mix.training_items("video")) + len(run.mix.held_out_items("video")) == 4
+    said = capsys.readouterr().err
+    assert said.count("04.mkv': frames has shape") == 1 and "left out" in said
+
+
 @pytest.mark.parametrize(
     ("kinds", "changes", "says"),
     [
@@ -308,7 +325,19 @@ def test_the_command_says_how_it_does_on_each_kind(media: Path, checkpoints: Pat
         "--vision": "dinov2",
     }
     named = [word for option, name in files.items() for word in (option, str(media / name))]
-    sizes = "--mix text=1,image=2 --steps 1 --batch 2 --context 24 --device cpu --no-save".split()
+    sizes = [
+        "--mix",
+        "text=1,image=2",
+        "--steps",
+        "1",
+        "--batch",
+        "2",
+        "--context",
+        "24",
+        "--device",
+        "cpu",
+        "--no-save",
+    ]
     said = arb(["train", *named, *sizes, "--feature-cache", cache]).decode()
     assert "mix: text 33.3%, image 66.7% of the micro-batches" in said
     assert "image: 12 with text, 1 of them held out" in said

@@ -106,8 +106,7 @@ class Mix:
 
     Attributes:
         kinds: weights by kind, those of weight 0 left out.
-        trained: samples of each kind since the run was started or resumed.
-        ids_taken: ids of the micro-batches since then.
+        ids_taken: ids of the micro-batches since the last line of metrics.
         validated: numbers of the newest validation by kind.
     """
 
@@ -411,9 +410,11 @@ class Mix:
             try:
                 self.feature(kind, item)
                 self._decoded.add(item.content)
-            except SidecarError as error:
+            except (SidecarError, ValueError) as error:
+                # A ValueError is about a medium that was decoded, such as a video of four pixels, and names no file.
+                what = f"{str(item.path)!r}: " if isinstance(error, ValueError) else ""
                 self._unreadable.add(item.path)
-                self._warn(f"{error}; the file is left out")
+                self._warn(f"{what}{error}; the file is left out")
         return item.path not in self._unreadable
 
     @staticmethod
