@@ -30,6 +30,7 @@ from arbitor.optimized.training.media import CAPTION_END
 from arbitor.optimized.training.media_files import Item
 from arbitor.optimized.training.media_mix import Batch, Mix
 from arbitor.optimized.training.options import TrainOptions
+from arbitor.optimized.training.shown import shown
 from arbitor.optimized.training.whole_file import write_whole
 from arbitor.reference.config import with_modules
 from arbitor.reference.graph import ArbModel
@@ -240,7 +241,7 @@ def sheet(run: Run, path: Path) -> None:
         axis.set_axis_off()
     for axis, item, text in zip(axes[:2].flat, items, texts, strict=False):
         axis.imshow(read_image(item.path).movedim(0, 2).numpy())
-        axis.set_title(text.decode("ascii", errors="replace"), fontsize=8)
+        axis.set_title(shown(text.decode("ascii", errors="replace")), fontsize=8)
     videos: list[Item] = mix.held_out_items("video")[: SHOWN // 2]
     batch = next(iter(mix.held_out("video")))
     with torch.no_grad():
