@@ -121,10 +121,10 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.media", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--run", type=Path, default=Path("runs/demo-media"), help="run folder, which is made")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--count", type=int, default=2000, help="files of each kind")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--mix", default="text=1,image=2,audio=4,video=4")
+    parser.add_argument("--mix", default="text=1,image=4,audio=4,video=4")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
