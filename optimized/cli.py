@@ -12,7 +12,7 @@ import io
 import os
 import sys
 import traceback as traceback_module
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
@@ -107,20 +107,41 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    tells: Callable[[], bool] = _always
     try:
-        cli(arguments, prog_name="arb", standalone_mode=False)
+        with _among_ranks() as tells:
+            cli(arguments, prog_name="arb", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
-        _fail("stopped by SIGINT", 130)
+        _fail("stopped by SIGINT", 130, tells)
     except click.UsageError as error:
         hint = f" (try: {error.ctx.command_path} --help)" if error.ctx is not None else ""
-        _fail(error.format_message().rstrip(".") + hint, 2)
+        _fail(error.format_message().rstrip(".") + hint, 2, tells)
     except click.ClickException as error:
-        _fail(error.format_message(), error.exit_code)
+        _fail(error.format_message(), error.exit_code, tells)
     except Exception as error:
         if "--traceback" in arguments:
             traceback_module.print_exc()
-        _fail(*_explained(error))
+        _fail(*_explained(error), tells)
     sys.exit(0)
+
+
+def _always() -> bool:
+    return True
+
+
+@contextlib.contextmanager
+def _among_ranks() -> Iterator[Callable[[], bool]]:
+    """Join the ranks that torchrun has started with this process. Yield what says whether this rank tells what goes wrong."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield _always
+        return
+    from arbitor.optimized.distributed.world import joined
+
+    with joined() as world, contextlib.ExitStack() as stack:
+        if not world.is_first:
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+        yield world.tells
 
 
 @click.group(
@@ -138,7 +159,9 @@ def cli(context: click.Context) -> None:
 
 @cli.command()
 @_settings(*(name for name, row in ROWS.items() if row.option.asked))
-@click.option("--run", type=_FilePath(path_type=Path), help="Run folder [runs/<preset>-<number>].")
+@click.option(
+    "--run", "--out", "run", type=_FilePath(path_type=Path), help="Run folder [runs/<preset>-<number>]."
+)
 @click.option("--resume", is_flag=True, help="Go on with the run in --run, with its own settings [off].")
 @click.option("--no-save", is_flag=True, help="Write no checkpoints; without --run, write nothing [off].")
 def train(no_save: bool, **options: Any) -> None:
@@ -451,10 +474,11 @@ def _explained(error: Exception) -> tuple[str, int]:
     return f"{type(error).__name__}: {error} (arb --traceback shows where)", 1
 
 
-def _fail(sentence: str, code: int) -> NoReturn:
+def _fail(sentence: str, code: int, tells: Callable[[], bool]) -> NoReturn:
     sentence = shown(" ".join(sentence.split()))
     with contextlib.suppress(OSError):
-        click.echo(f"arb: {sentence}{'' if sentence.endswith(('.', ')')) else '.'}", err=True)
+        if tells():
+            click.echo(f"arb: {sentence}{'' if sentence.endswith(('.', ')')) else '.'}", err=True)
     sys.exit(code)
 
 

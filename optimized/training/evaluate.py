@@ -20,15 +20,20 @@ def validation_bpb(model: ArbModel, windows_WT: torch.Tensor, *, batch: int, dev
     Args:
         model: its weights are only read.
         windows_WT: int64 [W, T], on the CPU; places 3 to T - 1 of each window are predicted.
-        batch: windows at a time.
+        batch: windows at a time, over all ranks. Each rank of the model takes a part of the windows.
         device: where the model is.
 
     Returns:
         Bits per byte, or None where a loss is not finite.
     """
-    nats = 0.0
+    ranks = model.voting.ranks
+    pieces = windows_WT.split(max(1, batch // ranks.count))
+    nats_of_pieces = torch.zeros(len(pieces), dtype=torch.float64)
     with torch.no_grad():
-        for windows_BT in windows_WT.split(batch):
-            nats += model.loss(windows_BT.to(device)).item() * windows_BT.shape[0]
+        for i in range(ranks.number, len(pieces), ranks.count):
+            windows_BT = pieces[i]
+            nats_of_pieces[i] = model.loss(windows_BT.to(device)).item() * windows_BT.shape[0]
+    # In the order of the pieces, whoever computed them.
+    nats = sum(ranks.total(nats_of_pieces).tolist())
     bpb = nats / windows_WT.shape[0] / NATS_PER_BIT
     return bpb if math.isfinite(bpb) else None

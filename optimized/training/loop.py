@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from arbitor.optimized.distributed.run import (
+    check_agreement,
+    faults,
+    measured,
+    train_together,
+    whole_state,
+)
+from arbitor.optimized.distributed.world import World, joined
 from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training.baselines import baseline_bpb
 from arbitor.optimized.training.census import Census
@@ -129,12 +137,16 @@ def opened(options: TrainOptions, console: Console | None) -> Iterator[Run]:
     if options.run is not None and not os.fspath(options.run):
         raise ValueError("run is '', but must name a folder")
     with ExitStack() as stack:
+        world = stack.enter_context(joined())
+        console = console if world.is_first else None
         request = stack.enter_context(StopRequest(announced=console is not None).listening())
-        folder = _folder(options)
+        options = _after_restart(options, world)
+        folder = _folder(options) if world.is_first or options.run is not None else None
         found = Found()
         if folder is not None and options.resume:
             folder.refuse_no_run()
-            stack.enter_context(folder.owned())
+            if world.is_first:
+                stack.enter_context(folder.owned())
             found = folder.find()
         elif folder is not None:
             folder.refuse_other_run()
@@ -142,8 +154,10 @@ def opened(options: TrainOptions, console: Console | None) -> Iterator[Run]:
         runtime = choose_runtime(settings.device, settings.backend, settings.dtype)
         stack.enter_context(deterministic((found.settings or {}).get("threads")))
         stack.enter_context(values_vouched_for())
-        run = Run(settings, runtime, found, request, None if folder is None else folder.path)
+        run = Run(settings, runtime, found, request, world, None if folder is None else folder.path)
         request.stop_before("its first step; nothing was written")
+        # Rank 0 alone writes.
+        folder = folder if world.is_first else None
         if folder is not None and not options.resume:
             stack.enter_context(folder.owned())
             folder.refuse_other_run()
@@ -152,11 +166,23 @@ def opened(options: TrainOptions, console: Console | None) -> Iterator[Run]:
         yield run
 
 
+def _after_restart(options: TrainOptions, world: World) -> TrainOptions:
+    """Return the options of ranks that torchrun has started again: they go on with the run that they had begun."""
+    if world.restarts == 0 or options.run is None or not RunFolder(Path(options.run)).has_run():
+        return options
+    return replace(options, resume=True)  # type: ignore[type-var]
+
+
 def _folder(options: TrainOptions) -> RunFolder | None:
     """Return the folder of a run, which may not be there yet, or None where nothing is written."""
     if options.run is not None:
         return RunFolder(Path(options.run))
     return RunFolder.new(Path(options.preset or "tiny").stem) if options.save else None
+
+
+def _ranks(count: int) -> str:
+    """Return a number of ranks in words."""
+    return f"{count} rank{'' if count == 1 else 's'}"
 
 
 class Run:
@@ -173,7 +199,13 @@ class Run:
     """
 
     def __init__(
-        self, settings: Settings, runtime: Runtime, found: Found, request: StopRequest, folder: Path | None
+        self,
+        settings: Settings,
+        runtime: Runtime,
+        found: Found,
+        request: StopRequest,
+        world: World,
+        folder: Path | None,
     ) -> None:
         """Read the data and build the model, or load it. Nothing is written.
 
@@ -182,6 +214,7 @@ class Run:
             runtime: where it runs, as the settings say.
             found: what to go on from.
             request: to stop.
+            world: the processes that the run is made of.
             folder: of the run, which is no part of its data; or None where nothing is written.
 
         Raises:
@@ -195,7 +228,9 @@ class Run:
         )
         self.runtime = runtime
         self.request = request
+        self.world = world
         self.found = found
+        world.check_batch(settings.batch)
 
         self.corpus = load_corpus(settings.data, folder)
         check_same_data(self.corpus, found.settings)
@@ -218,7 +253,9 @@ class Run:
         self.best_bpb: float | None = None
         self.progress = Progress()
         self.saved: tuple[int, str] | None = None
-        self.recorded = records(settings.cuda_graph, runtime, vote_rule=config.vote_rule)
+        self.recorded = records(
+            settings.cuda_graph, runtime, vote_rule=config.vote_rule, num_ranks=world.count
+        )
         if found.checkpoint is not None:
             check_fits(found.checkpoint, self.config, self.model)
             self.model.load_state(found.checkpoint.state)
@@ -233,7 +270,11 @@ class Run:
             "data_sha256": self.corpus.sha256,
             "validation_sha256": self.split.validation_sha256(),
             "threads": torch.get_num_threads(),
+            "ranks": world.count,
         }
+        checkpoint = None if found.checkpoint is None else found.checkpoint.state_sha256
+        check_agreement(world, config=self.config, document=self.document, checkpoint=checkpoint)
+        train_together(self.model, world)
 
     def begin(self, folder: RunFolder | None, *, saves: bool, console: Console | None) -> None:
         """Write how the run is started, and begin to report.
@@ -247,6 +288,7 @@ class Run:
             TrainingError: a file cannot be written.
         """
         self.folder = folder
+        self.saves = saves
         self.store = folder if saves else None
         if folder is not None:
             folder.write_config({"model": self.config, "run": self.document, "versions": versions()})
@@ -255,6 +297,12 @@ class Run:
             self.monitor.warn(warning)
         if self.found.note:
             self.monitor.say(self.found.note)
+        ranks_before = (self.found.settings or self.document).get("ranks", 1)
+        if ranks_before != self.world.count:
+            self.monitor.say(
+                f"the run had {_ranks(ranks_before)} and goes on with {_ranks(self.world.count)}: from here on gradients are "
+                "summed in another order, so its state is not that of a run that keeps its ranks"
+            )
         for sentence in self._first_lines():
             self.monitor.say(sentence)
         self.clock = time.monotonic()
@@ -269,7 +317,15 @@ class Run:
             f"validation: {self.split.description()}; judged on {self.windows_WT.shape[0]:,} windows of {settings.context:,}",
             f"steps: {settings.steps:,} of {windows:,} windows of {settings.context:,} bytes",
             f"device: {settings.device}, {settings.backend}, {settings.dtype}, {threads} CPU thread{'' if threads == 1 else 's'}",
+            *self._lines_of_ranks(),
         ]
+
+    def _lines_of_ranks(self) -> list[str]:
+        """Return how the windows are shared; nothing for a process that is alone."""
+        count, batch = self.world.count, self.settings.batch
+        return (
+            [] if count == 1 else [f"{_ranks(count)}: each reads {batch // count:,} windows of a micro-batch"]
+        )
 
     def take_steps(self) -> None:
         """Take every step that is left.
@@ -297,18 +353,20 @@ class Run:
         """
         if self.val_bpb is None:
             self._validate()
-        state = self.model.state()
+        state = whole_state(self.model)
         metadata = self._checkpoint_metadata()
-        if self.store is not None:
-            self.store.save_final(state, **metadata)
-        digest = state_sha256(state)
-        self.saved = self.step, digest
+        digest = ""
+        if state is not None:
+            if self.store is not None:
+                self.store.save_final(state, **metadata)
+            digest = state_sha256(state)
+            self.saved = self.step, digest
         summary = self._summary(digest)
         prompt = bytes(self.windows_WT[0, :SAMPLE_PROMPT_BYTES].tolist())
         sample = generate(
             self.model,
             prompt,
-            self.settings.sample_bytes,
+            self.settings.sample_bytes if self.world.is_first else 0,
             temperature=SAMPLE_TEMPERATURE,
             seed=self.settings.seed,
             context=self.settings.context,
@@ -350,6 +408,7 @@ class Run:
                     "seconds": progress.seconds + time.monotonic() - self.clock,
                     "skipped": progress.skipped,
                     "faulty_rows": self._faulty_rows(),
+                    **measured(self.model, steps=self.step - logged_step, seconds=seconds),
                 }
                 progress.nats, progress.losses = 0.0, 0
             if now_validating:
@@ -375,7 +434,7 @@ class Run:
                 seed=settings.seed,
                 micro_step=micro_step,
             )
-            nats = self.passes.take(ids_BT, rate=step_rate, step=micro_step)
+            nats = self.passes.take(self.world.share(ids_BT), rate=step_rate, step=micro_step)
             if nats is not None:
                 progress.nats += nats
                 progress.losses += 1
@@ -407,30 +466,37 @@ class Run:
         better = self.val_bpb is not None and (self.best_bpb is None or self.val_bpb < self.best_bpb)
         if better and self.step > 0:
             self.best_bpb = self.val_bpb
-            if self.store is not None:
-                self.store.save_best(self.model.state(), **self._checkpoint_metadata())
+            self._save(RunFolder.save_best)
 
     def _save_latest(self) -> None:
-        if self.store is not None:
-            digest = self.store.save_latest(self.model.state(), **self._checkpoint_metadata())
+        digest = self._save(RunFolder.save_latest)
+        if digest is not None:
             self.saved = self.step, digest
 
+    def _save(self, save: Callable[..., str]) -> str | None:
+        """Save the state, which every rank brings together and rank 0 writes. Return its digest where it was written."""
+        if not self.saves:
+            return None
+        state, metadata = whole_state(self.model), self._checkpoint_metadata()
+        return None if self.store is None else save(self.store, state, **metadata)
+
     def _stop_if_asked(self) -> None:
-        if self.request.signal_number is None:
+        asked = self.world.signal(self.request.signal_number)
+        if asked is None:
             return
-        name = signal.Signals(self.request.signal_number).name
+        name = signal.Signals(asked).name
         done = f"stopped by {name} after step {self.step} of {self.settings.steps}"
-        if self.store is None:
-            raise Stopped(self.request.signal_number, f"{done}; nothing was saved")
+        if not self.saves:
+            raise Stopped(asked, f"{done}; nothing was saved")
         self._save_latest()
-        raise Stopped(self.request.signal_number, f"{done}; the checkpoint is written, go on with --resume")
+        raise Stopped(asked, f"{done}; the checkpoint is written, go on with --resume")
 
     def _rate(self, step: int) -> float:
         settings = self.settings
         return rate(step, settings.steps, theta=self.model.config.theta, accum=settings.accum)
 
     def _faulty_rows(self) -> int:
-        return self.progress.faulty_rows + int(self.model.voting.faults)
+        return self.progress.faulty_rows + faults(self.model)
 
     def _count_time(self) -> None:
         now = time.monotonic()

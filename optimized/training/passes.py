@@ -44,7 +44,9 @@ class Passes:
         """
         losses = self.model.losses(ids_BT.to(self.model.voting.faults.device))
         accepted = self.model.backward(losses, rate=rate, step=step, undo=False)
-        return losses["bytes"].item() if accepted else None
+        if not accepted:
+            return None
+        return float(self.model.voting.ranks.mean(losses["bytes"].detach()))
 
 
 class RecordedPasses(Passes):

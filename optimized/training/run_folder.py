@@ -37,6 +37,9 @@ RUNS_ROOT = Path("runs")
 NEEDED = (*(name for name in BOUND if name not in CHANGES), "data", "data_sha256", "data_bytes")
 """What the settings of every run say, however old it is."""
 
+RANKS_MAX = 2**20
+"""Ranks that a run has had at most, whatever its checkpoint says."""
+
 THREADS_MAX = 4096
 """CPU threads that a run is given at most, whatever its checkpoint says."""
 
@@ -363,7 +366,7 @@ def _check_settings(run: Any) -> None:
             ROWS[name].check(run[name])
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"the settings of its run are refused: {error}") from error
-    sizes = {"data_bytes": (1, 2**63 - 1), "threads": (1, THREADS_MAX)}
+    sizes = {"data_bytes": (1, 2**63 - 1), "threads": (1, THREADS_MAX), "ranks": (1, RANKS_MAX)}
     for name, (low, high) in sizes.items():
         value = run.get(name, low)
         if type(value) is not int or not low <= value <= high:

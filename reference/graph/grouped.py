@@ -77,7 +77,7 @@ def _vote_by_expert(module: TernaryGroupedLinear, grad_MN: Tensor, x_MK: Tensor,
     num_groups = module.num_groups if used_E is None else num_slots
     if num_groups == 0:
         return
-    num_matrices = num_groups if module.orthogonal else 0
+    num_matrices, chosen = num_groups if module.orthogonal else 0, used_E is not None
     # Parts follow from the weight alone, because the votes of an expert must not depend on the number of slots.
     for outputs in row_ranges(num_outputs, module.num_groups * x_MK.shape[1]):
         part = grad_MN[:, outputs.start : outputs.stop]
@@ -89,7 +89,7 @@ def _vote_by_expert(module: TernaryGroupedLinear, grad_MN: Tensor, x_MK: Tensor,
             used_E = torch.arange(num_groups, device=module.device)
         offsets = torch.arange(outputs.start, outputs.stop, device=module.device)
         rows_EN = torch.where(used_E[:, None] < 0, -1, used_E[:, None] * num_outputs + offsets)
-        module.vote(grad, rows_EN.flatten(), num_matrices=num_matrices)
+        module.vote(grad, rows_EN.flatten(), num_matrices=num_matrices, chosen=chosen)
 
 
 def numbered(experts_M: Tensor) -> tuple[Tensor, Tensor]:

@@ -381,13 +381,14 @@ class ArbModel(Stateful):
             RuntimeError: a weight was stepped or loaded since the loss was computed; or the model is torn (`Voting`).
         """
         self.voting.check_whole()
-        loss = self.objective(loss)
+        ranks = self.voting.ranks
+        loss = ranks.part(self.objective(loss))
         if not loss.requires_grad:
             raise ValueError(
                 "loss has no graph, but must be computed with this model while gradients are on and a weight is not frozen"
             )
         self.voting.strayed = False
-        value = float(loss.detach())
+        value = float(ranks.total(loss.detach()))
         if not math.isfinite(value):
             return False
         size = 1

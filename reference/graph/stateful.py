@@ -40,6 +40,7 @@ class Stateful(ArbModule):
         self.voting.torn = True
         for module in self.ternary_modules().values():
             module.step_weight()
+        self.voting.ranks.finish()
         for keeper in self.table_modules().values():
             keeper.step_tables()
         self.voting.torn = False

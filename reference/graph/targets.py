@@ -65,7 +65,7 @@ def latent_loss(head: VideoHead, h_BPD: Tensor, latent: Tensor, taught_B: Tensor
     error_B = (head(h_BPD).flatten(1) - target_BL).square().mean(dim=1)
     if taught_B is None:
         return error_B.mean()
-    return torch.where(taught_B, error_B, 0.0).sum() / taught_B.sum().clamp(min=1)
+    return torch.where(taught_B, error_B, 0.0).sum() / head.voting.ranks.divisor(taught_B)
 
 
 def token_loss(head: TalkerHead, h_BPD: Tensor, tokens_BN: Tensor, taught_B: Tensor | None) -> Tensor:
@@ -90,7 +90,7 @@ def token_loss(head: TalkerHead, h_BPD: Tensor, tokens_BN: Tensor, taught_B: Ten
     nats = F.cross_entropy(
         logits_BPV[:, positions_N].flatten(0, 1), tokens_BN.flatten(), ignore_index=NO_TOKEN, reduction="sum"
     )
-    return nats / (tokens_BN != NO_TOKEN).sum().clamp(min=1)
+    return nats / head.voting.ranks.divisor(tokens_BN != NO_TOKEN)
 
 
 def taught_by(modality_B: Tensor | None, name: str) -> Tensor | None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.op_set import OpSet
+from arbitor.reference.graph.ranks import Gradient, Ranks
 from arbitor.reference.types import LaidOutWeight
 
 VOTED_IN = ("trit_accum", "exponent_accum")
@@ -108,6 +109,7 @@ class Voting:
         version: steps and loads of the model's weights and tables so far. Each of them makes ledgers stale.
         torn:    whether a step raised, or a pass that could not be undone. The state is then of no use until another is loaded.
         strayed: whether gradients came through weights outside of a pass, and no pass was taken since.
+        ranks:   the ranks that train the model together.
     """
 
     def __init__(
@@ -132,6 +134,7 @@ class Voting:
         self.version = 0
         self.torn = False
         self.strayed = False
+        self.ranks = Ranks()
 
     @property
     def ops(self) -> ModuleType:
@@ -176,7 +179,9 @@ class Voting:
         self.current, self.strayed = taken, False
         try:
             yield taken
+            self.ranks.finish()
         except BaseException:
+            self.ranks.abandon()
             # The mark is set while the pass is undone, because undoing may be interrupted.
             self.torn = taken.wrote and not recorded
             if undo:
@@ -233,21 +238,56 @@ class Voting:
         rows: Tensor | None,
         num_matrices: int = 0,
         uses: int = 1,
+        chosen: bool = False,
+        voted: Callable[[Tensor | None], None] | None = None,
     ) -> None:
-        """Count the votes of a gradient in the accumulators of `weight`, in place.
+        """Count the votes of a gradient, summed over ranks, in the accumulators of `weight`, in place.
 
         A gradient of `num_matrices` stacked matrices is first made orthogonal, in the dtype of the activations, unless the rule is
         `sign`. With 0 matrices the gradient votes as it is, as the rows of a table do.
         If a pass uses a weight several times, each of the `uses` votes at its part of the rate. The size of a vote does not depend
         on the size of the gradient, so votes at the full rate would together go too far. The `sign` rule has no rate to divide.
+        Rows that are `chosen` follow from the batch (`Gradient`). The pass leaves a note for `voted`, the method of a module, with
+        the rows that voted on any rank.
         """
-        taken = self.current
-        assert taken is not None
         if grad_NK.dtype == torch.float64:
             grad_NK = grad_NK.to(torch.float32)
-        if num_matrices and self.orthogonal_steps and self.vote_rule == "stochastic":
+        if self._makes_orthogonal(num_matrices):
+            # Ranks exchange no more bits than the votes come from.
+            grad_NK = grad_NK.to(self.dtype)
+        self.ranks.exchange(
+            tensor_id,
+            Gradient(grad_NK, rows, num_matrices, chosen),
+            lambda total: self._cast_total(weight, total, tensor_id=tensor_id, uses=uses, voted=voted),
+        )
+
+    def _makes_orthogonal(self, num_matrices: int) -> bool:
+        """Return whether a gradient of so many stacked matrices is made orthogonal before it votes."""
+        return bool(num_matrices and self.orthogonal_steps and self.vote_rule == "stochastic")
+
+    def _cast_total(
+        self,
+        weight: LaidOutWeight,
+        total: Gradient | None,
+        *,
+        tensor_id: int,
+        uses: int,
+        voted: Callable[[Tensor | None], None] | None,
+    ) -> None:
+        """Count the votes of a gradient that was summed over ranks, unless it is None, and leave a note of them."""
+        if total is not None:
+            self._count(weight, total, tensor_id=tensor_id, uses=uses)
+        if voted is not None:
+            self.note(voted, None if total is None else total.rows)
+
+    def _count(self, weight: LaidOutWeight, total: Gradient, *, tensor_id: int, uses: int) -> None:
+        """Count the votes of a gradient that was summed over ranks."""
+        taken = self.current
+        assert taken is not None
+        grad_NK, rows = total.grad_NK, total.rows
+        if self._makes_orthogonal(total.num_matrices):
             grad_NK = self.ops.orthogonalize(
-                grad_NK.to(self.dtype), iterations=self.orthogonal_steps, num_groups=num_matrices
+                grad_NK.to(self.dtype), iterations=self.orthogonal_steps, num_groups=total.num_matrices
             )
         if not taken.wrote:
             taken.keep(self.faults)
