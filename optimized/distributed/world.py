@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -219,13 +219,14 @@ class _Heart:
                     seen[rank] = now
                 if max(silent) > SILENT_SECONDS:
                     self._end()
+                    return
             if self._is_done:
                 self._store.set(str(self._world.number), ENDED)
         except RuntimeError:
             if not self._stopped.is_set():
                 self._end()
 
-    def _end(self) -> NoReturn:
+    def _end(self) -> None:
         """End the process at once: its main thread may wait in NCCL for ever."""
         if self._world.tells():
             with contextlib.suppress(OSError):
