@@ -46,7 +46,7 @@ class GroupRanks(Ranks):
         self.number, self.count = world.number, world.count
         self.received = 0
         self._world, self._model = world, model
-        self._ended: deque[tuple[int, Callable[[], None]]] = deque()
+        self._under_way: deque[tuple[int, Callable[[], None]]] = deque()
         self._pending = 0
         self._waited = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -114,6 +114,8 @@ class GroupRanks(Ranks):
             return
         for name, tensor in weight.tensors().items():
             if name not in VOTED_IN and tensor.numel():
+                # A copy would arrive in place of the tensor.
+                assert tensor.is_contiguous()
                 work = self._work(dist.broadcast, as_bytes(tensor), src=owner)
                 self.received += tensor.nbytes * (self.number != owner)
                 self._later(tensor.nbytes, partial(self._wait, work))
@@ -124,7 +126,7 @@ class GroupRanks(Ranks):
 
     def abandon(self) -> None:
         """See `Ranks`."""
-        self._ended.clear()
+        self._under_way.clear()
         self._pending = 0
 
     def state(self) -> dict[str, TernaryWeight | Tensor] | None:
@@ -188,9 +190,6 @@ class GroupRanks(Ranks):
 
         def wait() -> list[Tensor] | None:
             self._wait(work)
-            # It is held until here, because it may still have been on its way.
-            nonlocal sent
-            del sent
             return None if parts is None else [from_bytes(part, tensor) for part in parts]
 
         return wait
@@ -226,14 +225,14 @@ class GroupRanks(Ranks):
 
     def _later(self, size: int, end: Callable[[], None]) -> None:
         """Keep what ends an exchange of so many bytes, and end older exchanges if too many are under way."""
-        self._ended.append((size, end))
+        self._under_way.append((size, end))
         self._pending += size
         self._end_down_to(PENDING_BYTES)
 
     def _end_down_to(self, size: int) -> None:
         """End exchanges, the oldest first, until at most so many bytes are under way; 0: all of them."""
-        while self._ended and (self._pending > size or size == 0):
-            ended, end = self._ended.popleft()
+        while self._under_way and (self._pending > size or size == 0):
+            ended, end = self._under_way.popleft()
             self._pending -= ended
             end()
 

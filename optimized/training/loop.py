@@ -86,7 +86,7 @@ class TrainResult:
     """What a run came to.
 
     Attributes:
-        summary: what ``summary.json`` holds.
+        summary: what ``summary.json`` holds. Of several ranks only rank 0 has the ``state_sha256``, and a sample.
         prompt, sample: bytes that the finished model was given, and what it added.
         folder: the run folder, or None where nothing was written.
     """
