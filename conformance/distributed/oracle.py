@@ -104,16 +104,17 @@ def watch_totals(model: ArbModel) -> dict[str, Tensor]:
     """Return a mapping that fills with the gradients that weights vote with, each use added up, by the name of the weight."""
     names = {module.tensor_id: name for name, module in model.ternary_modules().items()}
     found: dict[str, Tensor] = {}
-    count = model.voting._count
+    cast = model.voting._cast_total
 
-    def watched(weight: Any, total: Gradient, *, tensor_id: int, uses: int) -> None:
-        dense = found.setdefault(names[tensor_id], torch.zeros(weight.shape, dtype=torch.float64))
-        grad = total.grad_NK.to(torch.float64)
-        if total.rows is None:
-            dense += grad
-        else:
-            dense.index_add_(0, total.rows.clamp(min=0), grad * (total.rows >= 0)[:, None])
-        count(weight, total, tensor_id=tensor_id, uses=uses)
+    def watched(weight: Any, total: Gradient | None, *, tensor_id: int, **more: Any) -> None:
+        if total is not None:
+            dense = found.setdefault(names[tensor_id], torch.zeros(weight.shape, dtype=torch.float64))
+            grad = total.grad_NK.to(torch.float64)
+            if total.rows is None:
+                dense += grad
+            else:
+                dense.index_add_(0, total.rows.clamp(min=0), grad * (total.rows >= 0)[:, None])
+        cast(weight, total, tensor_id=tensor_id, **more)
 
-    model.voting._count = watched  # type: ignore[method-assign]
+    model.voting._cast_total = watched  # type: ignore[method-assign]
     return found

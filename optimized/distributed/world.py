@@ -160,7 +160,9 @@ def _group(number: int, count: int) -> Iterator[World]:
             raise TrainingError(f"rank {number} is number {local} on its host, which has {gpus} GPUs")
         torch.cuda.set_device(local)
     try:
-        store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+        found, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+        # Ranks that were started again find what those before them left in the store.
+        store = PrefixStore(f"start {_from_environment('TORCHELASTIC_RESTART_COUNT', 0)}", found)
         dist.init_process_group(
             # Each tensor goes by the backend of its device, so that a run on CPUs needs no NCCL.
             "cpu:gloo,cuda:nccl" if has_gpus else "gloo",
