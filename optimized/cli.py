@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")
     tells: Callable[[], bool] = _always
     try:
-        with _among_ranks() as tells:
+        with _among_ranks(arguments) as tells:
             cli(arguments, prog_name="arb", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
         _fail("stopped by SIGINT", 130, tells)
@@ -130,9 +130,10 @@ def _always() -> bool:
 
 
 @contextlib.contextmanager
-def _among_ranks() -> Iterator[Callable[[], bool]]:
-    """Join the ranks that torchrun has started with this process. Yield what says whether this rank tells what goes wrong."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+def _among_ranks(arguments: Sequence[str]) -> Iterator[Callable[[], bool]]:
+    """Join the ranks that torchrun has started to train with this one. Yield what says whether this rank tells what goes wrong."""
+    command = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if command != "train" or os.environ.get("WORLD_SIZE", "1") == "1":
         yield _always
         return
     from arbitor.optimized.distributed.world import joined

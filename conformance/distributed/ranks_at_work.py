@@ -40,6 +40,9 @@ from conformance.training.runs import Killed, kill_at
 
 RATE, BATCH, LENGTH = 40.0, 6, 20
 
+TERMS = (1.0, 2.0**30, -(2.0**30))
+"""Terms of the ranks, in float32. From the first on the sum of three is 0, from the last on it is 1."""
+
 PLAIN = replace(nano.WHOLE, composite_codes=0, composite_inner=1280, num_experts=120)
 """Every module but composites, whose losses are means over chosen positions. There are more experts than slots of a rank."""
 
@@ -92,6 +95,18 @@ def sums_as_the_rule_says(world: World, folder: Path) -> Any:
             censuses.append(census.after_step())
         found[name] = {"hashes": (digest_of(model), state_sha256(alone.state())), "censuses": censuses}
     return found
+
+
+def adds_in_order(world: World, folder: Path) -> Any:
+    """Terms whose sum depends on the order, as values and as the gradient of a matrix that votes as it is."""
+    model = together(nano.NANO, world)
+    ranks, head = model.voting.ranks, model.byte_head.vocabulary
+    term = torch.tensor(TERMS[world.number])
+    totals = oracle.watch_totals(model)
+    with model.voting.taking(rate=RATE, step=0, undo=False):
+        head.vote(term.expand(head.weight.shape))
+    voted = [total.unique().tolist() for total in totals.values()]
+    return {"total": float(ranks.total(term)), "voted": voted, "steps": ranks.steps(head.tensor_id)}
 
 
 def is_one_batch(world: World, folder: Path) -> Any:
@@ -254,6 +269,7 @@ def goes_on(world: World, folder: Path) -> Any:
 
 CHECKS: tuple[Callable[[World, Path], Any], ...] = (
     sums_as_the_rule_says,
+    adds_in_order,
     is_one_batch,
     agrees_after_steps,
     counts_bytes,

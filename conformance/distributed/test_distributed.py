@@ -157,6 +157,15 @@ def test_gradients_are_summed_in_rank_order_before_they_vote(found: Found, case:
 
 
 @both
+def test_terms_are_added_from_rank_0_on(found: Found) -> None:
+    wanted = [None, None, 2.0**30, 0.0][len(found[1])]
+    each = [of_rank["adds_in_order"] for of_rank in found[1]]
+    assert all(one["total"] == wanted for one in each), each
+    assert [one["voted"] for one in each if one["steps"]] == [[[wanted]]]
+    assert not any(one["voted"] for one in each if not one["steps"])
+
+
+@both
 @pytest.mark.parametrize("case", ranks_at_work.CASES)
 def test_a_census_counts_over_all_ranks(found: Found, case: str) -> None:
     ours, oracles = found[1][0]["sums_as_the_rule_says"][case]["censuses"]
