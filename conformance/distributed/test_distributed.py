@@ -31,7 +31,7 @@ from conformance.training.runs import Killed, kill_at, options
 SECONDS = 300
 """Seconds after which ranks hang. On two busy cores they are slow."""
 
-STEPS, SAVED_EVERY, KILLED_AT, STOPPED_AT = 40, 3, 5, 12
+STEPS, SAVED_EVERY, KILLED_AT, STOPPED_AT = 30, 3, 5, 12
 """Steps of the run that is killed and then stopped."""
 
 
