@@ -160,13 +160,13 @@ def _group(number: int, count: int) -> Iterator[World]:
             raise TrainingError(f"rank {number} is number {local} on its host, which has {gpus} GPUs")
         torch.cuda.set_device(local)
     try:
-        found, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
-        # Ranks that were started again find what those before them left in the store.
-        store = PrefixStore(f"start {_from_environment('TORCHELASTIC_RESTART_COUNT', 0)}", found)
+        store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+        # Ranks that were started again would find what the ranks before them left in the store.
+        start = f"start {_from_environment('TORCHELASTIC_RESTART_COUNT', 0)}"
         dist.init_process_group(
             # Each tensor goes by the backend of its device, so that a run on CPUs needs no NCCL.
             "cpu:gloo,cuda:nccl" if has_gpus else "gloo",
-            store=PrefixStore("group", store),
+            store=PrefixStore(f"{start}/group", store),
             rank=number,
             world_size=count,
             timeout=TIMEOUT,
@@ -174,8 +174,8 @@ def _group(number: int, count: int) -> Iterator[World]:
     except (RuntimeError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise TrainingError(f"rank {number} of {count} cannot reach the others: {reason}") from error
-    world = World(number, count, PrefixStore("arb", store))
-    heart = _Heart(PrefixStore("heart", store.clone()), world)
+    world = World(number, count, PrefixStore(f"{start}/arb", store))
+    heart = _Heart(PrefixStore(f"{start}/heart", store.clone()), world)
     _joined, is_done = world, False
     try:
         yield world

@@ -139,7 +139,9 @@ def opened(options: TrainOptions, console: Console | None) -> Iterator[Run]:
     with ExitStack() as stack:
         world = stack.enter_context(joined())
         console = console if world.is_first else None
-        request = stack.enter_context(StopRequest(announced=console is not None).listening())
+        # torchrun says itself what it was sent, and sends SIGTERM to what is left of ranks.
+        announced = console is not None and world.count == 1
+        request = stack.enter_context(StopRequest(announced=announced).listening())
         options = _after_restart(options, world)
         folder = _folder(options) if world.is_first or options.run is not None else None
         found = Found()
