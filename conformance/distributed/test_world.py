@@ -16,6 +16,7 @@ from torch.distributed import HashStore
 from arbitor.optimized.distributed import world
 from arbitor.optimized.distributed.ranks import owners
 from arbitor.optimized.distributed.run import measured, train_together, whole_state
+from arbitor.optimized.training.errors import TrainingError
 from arbitor.reference.graph.ranks import Ranks
 from arbitor.reference.types import has_memory, without_memory
 from conformance.graph import models
@@ -108,6 +109,20 @@ def test_a_group_that_the_caller_made_is_used(tmp_path: Path) -> None:
         assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
+
+
+def test_each_rank_of_a_host_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    world.World(3, 4).take_device("cuda")
+    world.World(3, 4).take_device("cpu")
+    world.World().take_device("cuda")
+    assert taken == [1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(TrainingError, match="^rank 2 is number 2 on its host, but must be below .* 2$"):
+        world.World(2, 4).take_device("cuda")
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])

@@ -85,6 +85,21 @@ class World:
         if batch % self.count:
             raise ValueError(f"batch is {batch}, but must be a multiple of the {self.count} ranks")
 
+    def take_device(self, device: str) -> None:
+        """Make the GPU of this rank the current one, unless the run is on the CPU or its process is alone.
+
+        Raises:
+            TrainingError: this host has fewer GPUs than ranks.
+        """
+        if self.count == 1 or device != "cuda":
+            return
+        local, gpus = _from_environment("LOCAL_RANK", self.number), torch.cuda.device_count()
+        if local >= gpus:
+            raise TrainingError(
+                f"rank {self.number} is number {local} on its host, but must be below the number of GPUs there, {gpus}"
+            )
+        torch.cuda.set_device(local)
+
     def gathered(self, tensor: Tensor) -> list[Tensor]:
         """Return the tensors of all ranks, in the order of their numbers. All have one shape and dtype."""
         if self.count == 1 or tensor.numel() == 0:
@@ -133,7 +148,7 @@ def joined() -> Iterator[World]:
     A process group that the caller has made is used as it is. A process that is alone joins nothing.
 
     Raises:
-        TrainingError: the other processes cannot be reached, or this host has fewer GPUs than ranks.
+        TrainingError: the other processes cannot be reached.
     """
     if dist.is_available() and dist.is_initialized():
         yield _joined or World(dist.get_rank(), dist.get_world_size())
@@ -153,19 +168,13 @@ _joined: World | None = None
 @contextlib.contextmanager
 def _group(number: int, count: int) -> Iterator[World]:
     global _joined
-    has_gpus = torch.cuda.is_available()
-    if has_gpus:
-        local, gpus = _from_environment("LOCAL_RANK", 0), torch.cuda.device_count()
-        if local >= gpus:
-            raise TrainingError(f"rank {number} is number {local} on its host, which has {gpus} GPUs")
-        torch.cuda.set_device(local)
     try:
         store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
         # Ranks that were started again would find what the ranks before them left in the store.
         start = f"start {_from_environment('TORCHELASTIC_RESTART_COUNT', 0)}"
         dist.init_process_group(
             # Each tensor goes by the backend of its device, so that a run on CPUs needs no NCCL.
-            "cpu:gloo,cuda:nccl" if has_gpus else "gloo",
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
             store=PrefixStore(f"{start}/group", store),
             rank=number,
             world_size=count,
@@ -179,6 +188,9 @@ def _group(number: int, count: int) -> Iterator[World]:
     _joined, is_done = world, False
     try:
         yield world
+        # Who is done waits for the others, as one of them may hold the store.
+        with contextlib.suppress(RankLost):
+            world.gathered(torch.zeros(1))
         is_done = True
     finally:
         _joined = None

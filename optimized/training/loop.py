@@ -154,6 +154,7 @@ def opened(options: TrainOptions, console: Console | None) -> Iterator[Run]:
             folder.refuse_other_run()
         settings = decide(options, found.settings, found.model)
         runtime = choose_runtime(settings.device, settings.backend, settings.dtype)
+        world.take_device(runtime.device)
         stack.enter_context(deterministic((found.settings or {}).get("threads")))
         stack.enter_context(values_vouched_for())
         run = Run(settings, runtime, found, request, world, None if folder is None else folder.path)
