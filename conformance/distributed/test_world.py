@@ -121,7 +121,7 @@ def test_each_rank_of_a_host_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPa
     world.World().take_device("cuda")
     assert taken == [1]
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(TrainingError, match="^rank 2 is number 2 on its host, but must be below .* 2$"):
+    with pytest.raises(TrainingError, match=r"^rank 2 is number 2 on its host, but must be below .* 2$"):
         world.World(2, 4).take_device("cuda")
 
 
