@@ -17,9 +17,12 @@ from arbitor.optimized.distributed import world
 from arbitor.optimized.distributed.ranks import owners
 from arbitor.optimized.distributed.run import measured, train_together, whole_state
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.loop import train
 from arbitor.reference.graph.ranks import Ranks
 from arbitor.reference.types import has_memory, without_memory
 from conformance.graph import models
+from conformance.training import nano
+from conformance.training.runs import options
 
 
 @pytest.fixture
@@ -86,6 +89,19 @@ def test_a_process_alone_joins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(model.voting.ranks) is Ranks
     assert whole_state(model).keys() == model.state().keys()  # type: ignore[union-attr]
     assert measured(model, steps=1, seconds=1.0) == {}
+
+
+def test_one_rank_of_torchrun_computes_what_a_process_alone_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nano.register(monkeypatch)
+    (tmp_path / "text.txt").write_bytes(nano.TEXT)
+    asked = options(tmp_path / "text.txt", None, save=False, steps=2)
+    hashes = [train(asked).summary["state_sha256"]]
+    for name, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    hashes.append(train(asked).summary["state_sha256"])
+    assert hashes[0] == hashes[1]
 
 
 @pytest.mark.parametrize("value", ["two", "", "-1"])

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph.composite import COMPOSITES_PER_CODE, CompositeProposalHead, gate_loss
-from arbitor.reference.graph.ranks import Ranks
 from arbitor.reference.graph.context import GraphContext
+from arbitor.reference.graph.ranks import Ranks
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.ops.scale import dequantize
 from conformance.compare import alike, exact, unsigned_zeros
