@@ -82,6 +82,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # Shrinking a failure takes minutes in the interpreter. `--device cuda`, or an `--impl` without Triton, shrinks.
     if kind == "interpreter":
         chosen["phases"] = [Phase.explicit, Phase.generate]
+        # Only here: without Triton its interpreter cannot be imported.
+        from conformance import interpreter
+
+        interpreter.spare()
     settings.register_profile("sized", settings.get_profile(profile), **chosen)
     settings.load_profile("sized")
 
