@@ -44,8 +44,9 @@ demo: $(VENV)/.installed-arb ## train the tiny preset on Python's own sources, s
 	rm -rf $(DEMO_RUN)
 	$(BIN)/arb train --preset tiny --data stdlib --device auto --seed 0 --run $(DEMO_RUN) $(DEMO)
 
+# Stealing gives each process a run of neighbouring tests, which share what they have built.
 test: $(VENV)/.installed-test ## run the conformance suite
-	$(BIN)/python -m pytest conformance -n $(JOBS) $(PYTEST)
+	$(BIN)/python -m pytest conformance -n $(JOBS) --dist worksteal $(PYTEST)
 
 lint: $(VENV)/.installed-test $(VENV)/.installed-dev ## ruff, type check, import lint, freshness of generated pages
 	$(BIN)/ruff check
