@@ -1,4 +1,4 @@
-"""The composite proposals: losses by hand, who gets which gradient, which pairs are kept, what is read, both op sets.
+"""The composite proposals keep the right pairs, and have the losses and gradients worked out by hand, on both op sets.
 
 Legend: B batch, P positions, D width, C code width, J slots of a code.
 """

@@ -1,4 +1,4 @@
-"""Configurations: the vocabulary, presets, JSON and refusals."""
+"""Configurations are read from presets and JSON, and wrong ones are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shapes, the alignment of targets, causality, and the refusals of a forward pass."""
+"""A model gives outputs of the right shapes, aligns its targets, looks at no later byte, and refuses wrong inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mixture of experts: two paths with one result, votes of the experts in use alone, load, and large weights in parts.
+"""Both paths of the mixture of experts give one result. Only experts in use vote, and large weights are taken in parts.
 
 Legend: M slots (rows of activations), N outputs, K inputs, E experts.
 """

@@ -1,4 +1,4 @@
-"""What the seeds demand of the whole model, whoever implements it (REFACTOR11, REFACTOR12, REFACTOR14).
+"""The whole model does what the seeds demand, whoever implements it (REFACTOR11, REFACTOR12, REFACTOR14).
 
 What an op set could break, as it writes weights in place, is asked of the reference and of the op set under test.
 """

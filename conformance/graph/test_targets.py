@@ -1,4 +1,4 @@
-"""What the heads beside the byte head are taught: the losses by hand, who is taught, what is refused, and that they learn."""
+"""The heads beside the byte head learn from targets: their losses are those of a hand, and wrong targets are refused."""
 
 from __future__ import annotations
 

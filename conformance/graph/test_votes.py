@@ -1,4 +1,4 @@
-"""Votes in a backward pass: who votes, when, with what, and what never leaks from one pass to the next."""
+"""A backward pass casts the right votes at the right time, and nothing leaks from one pass to the next."""
 
 from __future__ import annotations
 
