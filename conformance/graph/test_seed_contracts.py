@@ -53,7 +53,7 @@ SMALL = replace(
     video_latent=0,
     talker_tokens=0,
 )
-"""What learns from bytes and images, in so few rows that Triton's interpreter, which takes 30 ms for a row, steps it in seconds."""
+"""What learns from bytes and images, in so few rows that Triton's interpreter, which takes 15 ms for a row, steps it in seconds."""
 
 
 @pytest.fixture
