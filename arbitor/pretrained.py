@@ -24,12 +24,12 @@ from arbitor.optimized.training.checkpoint import (
     save_checkpoint,
 )
 from arbitor.optimized.training.checkpoint import State as State
-from arbitor.optimized.training.regular import parsed, read_regular
+from arbitor.optimized.training.regular import read_regular
 from arbitor.optimized.training.run_folder import RunFolder
 from arbitor.optimized.training.runtime import versions
 from arbitor.optimized.training.sizes import config_of
 from arbitor.optimized.training.whole_file import told, write_whole
-from arbitor.reference.config import ArbConfig
+from arbitor.reference.config import ArbConfig, parsed_json
 from arbitor.reference.graph import ArbModel
 from arbitor.sidecars import SidecarError
 from arbitor.sidecars.libraries import library
@@ -103,7 +103,7 @@ def _model_said_by(path: Path) -> Any:
     if not path.exists():
         return None
     try:
-        return parsed(read_regular(path, most=MAX_CONFIG_BYTES))["model"]
+        return parsed_json(read_regular(path, most=MAX_CONFIG_BYTES))["model"]
     except OSError as error:
         raise CheckpointError(f"{str(path)!r} is refused: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -283,15 +283,13 @@ class ArbConfig:
     def from_json(cls, text: str) -> ArbConfig:
         """Return the configuration that `to_json` wrote.
 
-        Raises ValueError for text that is no JSON object, or has an unknown or a missing field; a field that may be left
-        out takes its default.
+        Raises ValueError for text that is no JSON object, names a key twice, or has an unknown or a missing field; a field
+        that may be left out takes its default.
         """
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"text is no JSON, but must be a JSON object with the fields of a config: {error}"
-            ) from None
+            values = parsed_json(text)
+        except ValueError as error:
+            raise ValueError(f"text must be a JSON object with the fields of a config, but {error}") from None
         if not isinstance(values, dict):
             raise ValueError(f"text holds a JSON {type(values).__name__}, but must be an object")
         known = {field.name for field in fields(cls)}
@@ -443,3 +441,26 @@ def with_modules(
     if max_moe_iters is not None:
         changes["max_moe_iters"] = max_moe_iters
     return with_fields(config, **changes)
+
+
+def parsed_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, an object names a key twice, or it is nested too deeply.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise ValueError("it is no JSON that can be read: it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"it is no JSON: {error}") from None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} stands there twice")
+        found[key] = value
+    return found

@@ -1,7 +1,8 @@
 """The mutants of a Python file: each changes one statement or one operator of it and leaves every other byte alone.
 
-Not mutated: docstrings, annotations, assertions, `__all__`, imports, the text of messages (an error is dropped whole), and how a
-kernel is spread over a GPU (`num_warps`, `num_stages`), which changes no result.
+Not mutated: docstrings, annotations, assertions, `__all__`, imports, also those for type checkers alone, the text of messages (an
+error is dropped whole), how a figure looks, and how a kernel is spread over a GPU (`num_warps`, `num_stages`), which changes no
+result.
 """
 
 from __future__ import annotations
@@ -63,6 +64,12 @@ STATEMENTS = ("delete", "negate")
 """Kinds of change that delete or flip a statement."""
 
 LAUNCH = ("num_warps", "num_stages")
+LOOKS = (
+    "grid", "legend", "set_axis_off", "set_label", "set_major_locator", "set_title", "set_ylim", "set_yscale", "set_yticks",
+    "suptitle",
+)  # fmt: skip
+"""Methods of matplotlib's axes and figures that people judge, and no test."""
+
 SHOWN = 90
 """Characters of source, about, that the description of a mutant shows."""
 
@@ -213,7 +220,11 @@ class _Changes:
     def statement(self, node: ast.AST) -> None:
         """Delete a call, a rebinding, a write to a part, an early exit, a raise, a loop, a context."""
         is_call = isinstance(node, ast.Expr) and isinstance(node.value, (ast.Call, ast.Await))
+        is_call = is_call and not _sets_looks(node.value)
         is_branch = isinstance(node, (ast.If, ast.For)) and not node.orelse and not _only_raises(node.body)
+        is_branch = is_branch and not (
+            isinstance(node, ast.If) and self.text(self.span(node.test)) == "TYPE_CHECKING"
+        )
         if isinstance(node, ast.Assign):
             target = node.targets[0]
             rebinds = isinstance(target, ast.Name) and bool(self.function) and target.id in self.bound
@@ -293,6 +304,11 @@ def _short(text: str) -> str:
 def _only_raises(body: list[ast.stmt]) -> bool:
     """Return whether a branch does nothing but raise."""
     return len(body) == 1 and isinstance(body[0], ast.Raise)
+
+
+def _sets_looks(node: ast.expr) -> bool:
+    """Return whether an expression is a call that decides how a figure looks."""
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LOOKS
 
 
 def _is_sequence(node: ast.AST) -> bool:

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.optimized.training.regular import open_regular, parsed
+from arbitor.optimized.training.regular import open_regular
 from arbitor.optimized.training.whole_file import rename, told, write_beside
 from arbitor.reference import checks
+from arbitor.reference.config import parsed_json
 from arbitor.reference.types import TernaryWeight
 
 if TYPE_CHECKING:
@@ -378,7 +379,7 @@ def _read_entries(file: IO[bytes]) -> tuple[str | None, Entries]:
     if size < 8 or length > min(HEADER_BYTES, size - 8):
         raise _Damaged(f"its header would have {length:,} bytes, in a file of {size:,}")
     try:
-        header = parsed(file.read(length))
+        header = parsed_json(file.read(length))
         if not isinstance(header, dict):
             raise ValueError("its header is no object")
         metadata = header.pop("__metadata__", {})
@@ -416,7 +417,7 @@ def _verified_header(text: Any) -> dict[str, Any]:
     """Return the header from its JSON text: of this format, with every field, and as it was written."""
     if not isinstance(text, str):
         raise CheckpointError("it is a safetensors file, but not of this program")
-    header = parsed(text)
+    header = parsed_json(text)
     if not isinstance(header, dict):
         raise CheckpointError("its header is no object")
     if header.get("format", FORMAT_VERSION) != FORMAT_VERSION:

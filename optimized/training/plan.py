@@ -11,9 +11,9 @@ from typing import Any
 
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.options import BOUND, CHANGES, ROWS, Settings, TrainOptions, preset_defaults
-from arbitor.optimized.training.regular import JSON_BYTES, parsed, read_regular
+from arbitor.optimized.training.regular import JSON_BYTES, read_regular
 from arbitor.optimized.training.sizes import config_of
-from arbitor.reference.config import SIGN_VOTES, ArbConfig, with_fields, with_modules
+from arbitor.reference.config import SIGN_VOTES, ArbConfig, parsed_json, with_fields, with_modules
 from arbitor.reference.presets import PRESETS
 from arbitor.reference.presets import preset as named_preset
 
@@ -53,7 +53,7 @@ def preset_config(preset: str) -> ArbConfig:
     except UnicodeDecodeError:
         raise ValueError(f"preset is the file {preset!r}, which is no text, but must hold JSON") from None
     try:
-        return _config_of_file(parsed(text))
+        return _config_of_file(parsed_json(text))
     except (TypeError, ValueError) as error:
         raise ValueError(f"preset is the file {preset!r}: {error}") from None
 

@@ -26,9 +26,10 @@ from arbitor.optimized.training.checkpoint import (
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.metrics import last_step
 from arbitor.optimized.training.options import BOUND, CHANGES, ROWS
-from arbitor.optimized.training.regular import JSON_BYTES, parsed, read_regular
+from arbitor.optimized.training.regular import JSON_BYTES, read_regular
 from arbitor.optimized.training.sizes import config_of
 from arbitor.optimized.training.whole_file import partial_of, told, write_whole
+from arbitor.reference.config import parsed_json
 from arbitor.reference.graph import ArbModel
 
 RUNS_ROOT = Path("runs")
@@ -412,7 +413,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         TrainingError: the file is unreadable or not a JSON object.
     """
     try:
-        value = parsed(read_regular(path, most=JSON_BYTES))
+        value = parsed_json(read_regular(path, most=JSON_BYTES))
     except OSError as error:
         raise TrainingError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
     except ValueError as error:
