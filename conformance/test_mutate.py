@@ -177,9 +177,7 @@ def test_a_condition_is_negated_once(tmp_path: Path, source: str, negated: str) 
     (tmp_path / "file.py").write_text(
         f"def f(a, b):\n    {source}\n        return 1\n" if ":" in source else source
     )
-    found = [
-        m.what for m in mutants_of(tmp_path, "file.py") if m.kind == "negate"
-    ]
+    found = [m.what for m in mutants_of(tmp_path, "file.py") if m.kind == "negate"]
     assert found == ([negated] if negated else [])
 
 
@@ -191,9 +189,14 @@ def test_looks_and_imports_for_type_checkers_stay(tmp_path: Path) -> None:
 
 
 def test_patience_leaves_tests_out_and_says_so(tmp_path: Path) -> None:
-    """The first test uses the patience up, and the second, which kills, is not run."""
-    slow = "def test_slow():\n    grown(11 - 11)\n    sum(range(10**5))\n    with pytest.raises(ValueError):\n        grown(11)\n"
-    root = tree(tmp_path / "tree", TESTS + slow)
+    """The quick test uses the patience up, and the slow one, which kills, is not run."""
+    slow = """
+def test_slow():
+    time.sleep(0.5)
+    with pytest.raises(ValueError):
+        grown(11)
+"""
+    root = tree(tmp_path / "tree", f"import time\n{TESTS}{slow}")
     found = run(root, "--only", "without `raise", "--patience", "1e-9")[1]
     assert (found[WITHOUT_CHECK]["status"], found[WITHOUT_CHECK]["left_out"]) == ("survived", 1)
     found = run(root, "--survivors")[1]
