@@ -266,7 +266,7 @@ def test_a_report_of_codes() -> None:
         vote(model, step)
     table = model.shared_vq.bridge.tables["text"]
     # The notes are read and not delivered, because that is what the census has to do.
-    ids = torch.cat([note.seen[1].flatten() for note in model.voting.notes if note.tell.__self__ is table])
+    ids = torch.cat([note.seen[1].flatten() for note in model.voting.notes if note.tell == table.record])
     census.before_step()
     model.step()
     codebooks = census.after_step()["codebooks"]
