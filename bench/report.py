@@ -1,4 +1,4 @@
-"""Results as tables; and the generated pages: docs/ops.md, docs/perf.md and a table beside the results of each device.
+"""Results as tables; and the generated pages and pictures of docs/, and a table beside the results of each device.
 
 python -m bench.report            write the pages
 python -m bench.report --check    fail if they are not what the op table and the stored results give
@@ -10,12 +10,14 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import arbitor.nn
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.op_table import FAMILIES, OP_TABLE
+from bench import one_row
 from bench.cases import OURS, REFERENCE, rows
 from bench.machine import RESULTS, ROOT
 from bench.peers.twin import TWINS
@@ -34,6 +36,12 @@ TWIN_NOTE = (
     "would run. The peer that earlier pages showed ran on the graph of ours, and flattered us: its figures are gone."
 )
 """What is known of the twins until a stored result has one."""
+
+API_NOTE = (
+    "Made from the docstrings of the source. [Python](python.md) shows the same names at work. [Ops](ops.md) has the operations of "
+    "`arbitor.ops`."
+)
+"""What stands above the exported names."""
 
 HEADER = (
     "op",
@@ -199,7 +207,13 @@ def pages(results: Path = RESULTS) -> dict[Path, str]:
         for folder in sorted(results.glob("*"))
         if (paths := sorted(folder.glob("[0-9]*.json")))
     }
-    found = {ROOT / "docs" / "ops.md": ops_page(), ROOT / "docs" / "perf.md": perf_page(current)}
+    docs = ROOT / "docs"
+    found = {
+        docs / "ops.md": ops_page(),
+        docs / "api.md": api_page(),
+        docs / "perf.md": perf_page(current),
+        docs / "how-it-learns.svg": one_row.picture(),
+    }
     for folder, files in current.items():
         found[results / folder / "README.md"] = results_page(files)
     return found
@@ -256,6 +270,50 @@ def ops_page() -> str:
     return "\n".join(text) + "\n"
 
 
+def api_page() -> str:
+    """Return docs/api.md: what `arbitor` and `arbitor.nn` export, with signatures and docstrings."""
+    text = [GENERATED, "", "# API", "", API_NOTE]
+    for module in (arbitor, arbitor.nn):
+        names = [name for name in module.__all__ if not name.startswith("_")]
+        objects = {
+            name: getattr(module, name) for name in names if not inspect.ismodule(getattr(module, name))
+        }
+        text += ["", f"## {module.__name__}"]
+        for name, value in objects.items():
+            text += ["", f"### {name}", "", *_api_entry(name, value)]
+            if inspect.isclass(value):
+                for member, function in _own_members(value).items():
+                    text += ["", f"#### {name}.{member}", "", *_api_entry(member, function)]
+    return "\n".join(text) + "\n"
+
+
+def _own_members(kind: type) -> dict[str, Any]:
+    """Return the documented methods and properties by name that a class defines, or a base of its name."""
+    found = {}
+    for member, function in inspect.getmembers(kind):
+        own = any(member in vars(base) for base in kind.__mro__ if base.__name__ == kind.__name__)
+        is_member = inspect.isroutine(function) or isinstance(function, property)
+        if own and is_member and not member.startswith("_") and inspect.getdoc(function):
+            found[member] = function
+    return found
+
+
+def _api_entry(name: str, value: Any) -> list[str]:
+    """Return the signature of a class or function, if it has one, and its docstring as it stands in the source."""
+    found = []
+    if callable(value):
+        found += ["```python", signature_of(name, value), "```", ""]
+    if callable(value) or isinstance(value, property):
+        first, _, rest = (inspect.getdoc(value) or "").partition("\n\n")
+        found.append(_escaped(" ".join(first.split())))
+        if rest.strip():
+            found += ["", "```text", rest, "```"]
+    else:
+        names = ", ".join(f"`{key}`" for key in value) if isinstance(value, Mapping) else f"`{value}`"
+        found.append(names)
+    return found
+
+
 def _docstring(op: str) -> str:
     return inspect.getdoc(getattr(reference_ops, op)) or ""
 
@@ -267,9 +325,16 @@ def _sentence(op: str) -> str:
 
 
 def _signature(op: str) -> str:
-    """Return the signature as written, without module names."""
-    text = f"{op}{inspect.signature(getattr(reference_ops, op))}".replace("'", "")
-    return re.sub(r"\b(torch|collections\.abc|arbitor\.reference\.types)\.(?=[A-Z])", "", text)
+    """Return the signature of an op."""
+    return signature_of(op, getattr(reference_ops, op))
+
+
+def signature_of(name: str, function: Callable[..., Any]) -> str:
+    """Return a signature as written, without module names."""
+    text = f"{name}{inspect.signature(function)}"
+    # Annotations are texts, and Python shows them in quotes. A default that is a text keeps its quotes.
+    text = re.sub(r"(: |-> )'([^']*)'", r"\1\2", text)
+    return re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", text)
 
 
 def _fields(op: str) -> list[str]:

@@ -1,21 +1,28 @@
-"""The Python examples of README and docs/python.md run as they stand there."""
+"""The examples of README and of the pages for users run as they stand there, and their commands are understood."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
+from arbitor.optimized.cli import cli
 from arbitor.optimized.training.loop import train
 from conformance.import_lint import ROOT
 from conformance.report import skip
 from conformance.training import nano
 from conformance.training.runs import options
 
-PAGES = ("README.md", "docs/python.md")
+PAGES = (
+    "README.md",
+    "docs/python.md",
+    *(f"docs/tutorials/{page.name}" for page in (ROOT / "docs/tutorials").glob("*.md")),
+)
 EXAMPLES = [
     pytest.param(block, id=f"{page}-{place}")
     for page in PAGES
@@ -37,9 +44,33 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# A command stands at the start of a line. What follows two blanks and a # is a remark.
+COMMANDS = [
+    pytest.param(command.partition("  #")[0].split("   #")[0], id=f"{page.name}-{place}")
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    for place, command in enumerate(re.findall(r"^arb +\w.*$", page.read_text(), re.M))
+]
+
+
 def test_every_page_has_examples() -> None:
     pages = {str(example.id).rpartition("-")[0] for example in EXAMPLES}
     assert pages == set(PAGES)
+    assert len(COMMANDS) > 5
+
+
+def test_the_site_shows_every_page() -> None:
+    """A page that stands in no part of the site's navigation would fail its build, which only `make docs` runs."""
+    shown = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert shown == {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_understood(command: str) -> None:
+    """The parser takes every command of the pages; nothing is run."""
+    _, name, *arguments = shlex.split(command)
+    found = cli.get_command(click.Context(cli), name)
+    assert found is not None, f"there is no command {name}"
+    found.make_context(name, arguments)
 
 
 @pytest.mark.parametrize("source", EXAMPLES)
@@ -51,4 +82,5 @@ def test_an_example_runs(source: str, demo: Path, monkeypatch: pytest.MonkeyPatc
     exec(compile(source, "example", "exec"), left)
     if "losses" in left:
         assert left["losses"][-1] < left["losses"][0] - 1
+    if "lost" in left:
         assert left["lost"].keys() and all(0 < loss.error < 0.6 for loss in left["lost"].values())

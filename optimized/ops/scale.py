@@ -28,7 +28,7 @@ from arbitor.reference.types import TernaryWeight
 __all__ = ["constant_weight", "dequantize", "group_scales", "initial_weight"]
 
 DTYPES = (torch.float32, torch.bfloat16)
-"""Activation dtypes of the kernels; float64 is for the reference alone."""
+"""Activation dtypes of the kernels. What is exact in float64 is offered in float64 too; sums in float64 are for the reference."""
 
 
 @op()
@@ -44,9 +44,9 @@ def group_scales(exponents: Tensor, *, mantissa_bits: int = 0) -> Tensor:
 def dequantize(
     weight: AnyWeight, *, dtype: torch.dtype = torch.float32, rows: Tensor | None = None
 ) -> Tensor:
-    """See reference; float64 is not supported."""
-    if dtype not in DTYPES:
-        raise TypeError(f"dtype is {checks.names((dtype,))}, but must be {checks.names(DTYPES)}")
+    """See reference."""
+    if dtype not in checks.FLOAT_DTYPES:
+        raise TypeError(f"dtype is {checks.names((dtype,))}, but must be {checks.names(checks.FLOAT_DTYPES)}")
     if rows is not None:
         checks.row_ids(rows, weight.device)
         values_between("rows", rows, 0, weight.shape[0] - 1)
