@@ -11,6 +11,7 @@ TORCH := $(shell sed -n 's/^torch==/&/p' constraints.txt)
 # Options of the demo, for example: make demo DEMO="--steps 200"
 DEMO ?=
 DEMO_RUN := runs/demo
+DEMO_MEDIA_RUN := runs/demo-media
 # Further pytest options, for example: make test PYTEST="-k linear -x"
 PYTEST ?=
 # What `make mutate` tries, for example: make mutate MUTATE="reference/ops --jobs 8 --budget 600"
@@ -25,10 +26,10 @@ export GOMP_SPINCOUNT ?= 1000
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .NOTPARALLEL:  # two pips must not write to one environment
-.PHONY: help demo test lint mutate format bench docs
+.PHONY: help demo demo-media test lint mutate format bench docs
 
 help: ## this list
-	@awk -F '## ' '/^[a-z]+:.*## / { split($$1, name, ":"); printf "  make %-8s %s\n", name[1], $$2 }' $(MAKEFILE_LIST)
+	@awk -F '## ' '/^[a-z-]+:.*## / { split($$1, name, ":"); printf "  make %-10s %s\n", name[1], $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "Examples:"
 	@echo "  make demo DEMO=\"--steps 100\"             a shorter run; options of 'arb train' (see: $(BIN)/arb train --help)"
@@ -44,8 +45,13 @@ demo: $(VENV)/.installed-arb ## train the tiny preset on Python's own sources, s
 	rm -rf $(DEMO_RUN)
 	$(BIN)/arb train --preset tiny --data stdlib --device auto --seed 0 --run $(DEMO_RUN) $(DEMO)
 
+demo-media: $(VENV)/.installed-sidecars $(VENV)/.installed-media ## pictures, sounds and videos that a script renders: train, measure, show (5 minutes)
+	rm -rf $(DEMO_MEDIA_RUN) $(DEMO_MEDIA_RUN)-data
+	$(BIN)/python -m bench.media --run $(DEMO_MEDIA_RUN) $(DEMO)
+
+# Stealing gives each process a run of neighbouring tests, which share what they have built.
 test: $(VENV)/.installed-test ## run the conformance suite
-	$(BIN)/python -m pytest conformance -n $(JOBS) $(PYTEST)
+	$(BIN)/python -m pytest conformance -n $(JOBS) --dist worksteal $(PYTEST)
 
 lint: $(VENV)/.installed-test $(VENV)/.installed-dev ## ruff, type check, import lint, freshness of generated pages
 	$(BIN)/ruff check

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from arbitor import nn, optimized, reference, sidecars
+    from arbitor import convert, nn, optimized, reference, sidecars
     from arbitor.model import ArbModel
     from arbitor.optimizer import ArbOptimizer
     from arbitor.reference.config import ArbConfig
@@ -34,6 +34,7 @@ __all__ = [
     "ArbOptimizer",
     "TernaryWeight",
     "__version__",
+    "convert",
     "nn",
     "ops",
     "optimized",
@@ -52,7 +53,7 @@ _HOMES = {
 }
 """Where each exported name is defined."""
 
-_MODULES = ("nn", "optimized", "reference", "sidecars")
+_MODULES = ("convert", "nn", "optimized", "reference", "sidecars")
 """Modules that are imported when they are first used."""
 
 

@@ -13,14 +13,21 @@ from types import ModuleType
 from typing import Any, Self, cast
 
 import torch
+from torch import Tensor
 
 from arbitor import pretrained
 from arbitor.optimized.training.generate import stream_batch
+from arbitor.optimized.training.media import Features, encoders_of, media_features
+from arbitor.optimized.training.model_folder import trained_context, write_folder
 from arbitor.optimized.training.recording import records
 from arbitor.optimized.training.runtime import OP_SETS, Runtime, choose_runtime
 from arbitor.reference import graph
 from arbitor.reference.config import ArbConfig
+from arbitor.reference.graph.ledger import KVLedger
+from arbitor.reference.graph.model import Trunk
+from arbitor.reference.graph.module import as_it_is
 from arbitor.reference.presets import preset
+from arbitor.sidecars import Encoders
 
 Text = str | bytes
 """A text. What is made of bytes comes back as bytes, what is made of a string as a string."""
@@ -51,6 +58,7 @@ class ArbModel(graph.ArbModel):
     Attributes:
         steps_taken:     steps that the weights were trained for.
         trained_context: bytes of the windows that it was trained on, or None where nobody said.
+        encoders:        the sidecars that make features of raw media, or None; see `use_encoders`.
 
     Raises:
         TypeError or ValueError: an argument that is not allowed, or that the op set does not compute in.
@@ -80,6 +88,57 @@ class ArbModel(graph.ArbModel):
         )
         self.steps_taken = 0
         self.trained_context: int | None = None
+        self.encoders: Encoders | None = None
+
+    def use_encoders(self, encoders: Encoders | None) -> Self:
+        """Return this model, which owns some frozen encoders from now on, so that it takes raw media.
+
+        `losses`, `loss`, `respond` and calls of the model then take `images`, `sounds` and `clips`, as `trunk` does. The encoders
+        follow the model to its device. They are in no `state_dict` and are not saved.
+        """
+        self.encoders = encoders
+        return self
+
+    @as_it_is
+    def trunk(
+        self,
+        ids_BT: Tensor,
+        *,
+        images: Sequence[Tensor] | None = None,
+        sounds: Sequence[Tensor] | None = None,
+        clips: Sequence[Tensor] | None = None,
+        image_BNF: Tensor | None = None,
+        audio_BNF: Tensor | None = None,
+        ledger: KVLedger | None = None,
+    ) -> Trunk:
+        """Return the stream of every position, as `graph.ArbModel.trunk` does, also for raw media before the ids.
+
+        Args:
+            ids_BT: bytes int64 [B, T], T >= 3.
+            images: B pictures, uint8 [3, H, W] of any size.
+            sounds: B sounds, float32 [T] at 16 kHz in [-1, 1], filled up with silence to the whole seconds of the longest.
+            clips:  B clips, uint8 [T, 3, H, W], of which a few frames are read as pictures, in place of `images`.
+            image_BNF, audio_BNF: features, in place of raw media of the same kind.
+            ledger: as for `graph.ArbModel.trunk`.
+
+        Raises:
+            SidecarError: no encoder was named for a medium, or it cannot be loaded.
+            TypeError or ValueError: media or features that do not fit.
+        """
+        features = {"image_BNF": image_BNF, "audio_BNF": audio_BNF}
+        for name, made in self._features(images=images, sounds=sounds, clips=clips).items():
+            if features[name] is not None:
+                raise ValueError(f"{name} is given beside raw media of its kind, but only one of them may be")
+            features[name] = made
+        return super().trunk(ids_BT, ledger=ledger, **features)
+
+    def _features(self, **media: Any) -> dict[str, Tensor]:
+        """Return the features of raw media on the device of the model."""
+        device = self.context.device
+        encoders = None if self.encoders is None else self.encoders.to(device)
+        return {
+            name: value.to(device) for name, value in media_features(encoders, self.config, **media).items()
+        }
 
     @classmethod
     def from_pretrained(
@@ -95,7 +154,8 @@ class ArbModel(graph.ArbModel):
 
         Args:
             source: a folder that `save_pretrained` wrote; a run of `arb train`, of which the best checkpoint is taken, or another
-                where that is missing or refused; a checkpoint file; or OWNER/NAME on a hub, through `huggingface_hub`.
+                where that is missing or refused; a checkpoint file; or OWNER/NAME on a hub, through `huggingface_hub`. A run
+                that learned from media brings its encoders along (`use_encoders`).
             device, dtype, ops: as for `ArbModel`.
             revision: branch, tag or commit of a model on a hub.
 
@@ -110,8 +170,12 @@ class ArbModel(graph.ArbModel):
         model = cls(config, device=place, dtype=number_format, ops=op_set, seed=checkpoint.seed)
         model.load_state(checkpoint.state)
         model.steps_taken = checkpoint.step
-        context = checkpoint.run.get("context")
-        model.trained_context = context if isinstance(context, int) and context >= 3 else None
+        model.trained_context = trained_context(checkpoint)
+        # Of a run that learned from media. They are loaded when the first picture or sound comes.
+        sources = {kind: checkpoint.run.get(kind) for kind in ("vision", "audio", "video")}
+        named = {kind: source for kind, source in sources.items() if isinstance(source, str) and source}
+        if named:
+            model.use_encoders(encoders_of(named, device=place))
         return model
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
@@ -131,9 +195,7 @@ class ArbModel(graph.ArbModel):
                 "backward was called without a step after it, but save_pretrained must follow model.step()"
             )
         run = {} if self.trained_context is None else {"context": self.trained_context}
-        pretrained.write_folder(
-            folder, self.config, self.state(), step=self.steps_taken, seed=self.seed, run=run
-        )
+        write_folder(folder, self.config, self.state(), step=self.steps_taken, seed=self.seed, run=run)
 
     def push_to_hub(
         self, name: str, *, private: bool | None = None, message: str = "Upload an ARB model"
@@ -165,6 +227,9 @@ class ArbModel(graph.ArbModel):
         stop: Text | Sequence[Text] = (),
         seed: int | Sequence[int] = 0,
         context: int | None = None,
+        images: Sequence[Tensor] | None = None,
+        sounds: Sequence[Tensor] | None = None,
+        clips: Sequence[Tensor] | None = None,
         stream: bool = False,
     ) -> Any:
         """Return what the model adds to a prompt, or to each of several. The same arguments give the same text.
@@ -181,6 +246,8 @@ class ArbModel(graph.ArbModel):
             seed: of the draws, for the first prompt; the next has the next number, and so on. Or one number for each prompt.
             context: bytes at the end of a prompt that are read, at least 3. None: as many as the model was trained on, or all
                 where nobody said.
+            images, sounds, clips: raw media that stand before the prompts, one for each, as for `trunk`; None: none. A text after
+                media ends as captions do in training, with a line end: give `stop` to end there.
             stream: return an iterator over pieces of the text instead, each as soon as it is there; for several prompts, over lists
                 with a piece for each, which may be empty. The model must not be changed before the last piece was taken.
 
@@ -195,6 +262,17 @@ class ArbModel(graph.ArbModel):
         given = [_bytes_of(f"prompts[{place}]", text) for place, text in enumerate(several)]
         stops = [stop] if isinstance(stop, Text) else list(stop)
         seeds = [seed + place for place in range(len(given))] if isinstance(seed, int) else list(seed)
+        made = self._features(images=images, sounds=sounds, clips=clips)
+        media: list[Features] | None = None
+        if made:
+            for name, value in made.items():
+                if len(value) != len(given):
+                    raise ValueError(
+                        f"{name} has {len(value)} samples, but must have {len(given)}, one for each prompt"
+                    )
+            media = [
+                {name: value[place, None] for name, value in made.items()} for place in range(len(given))
+            ]
         pieces = stream_batch(
             self,
             given,
@@ -205,6 +283,7 @@ class ArbModel(graph.ArbModel):
             top_p=top_p,
             stop=[_bytes_of("stop", text) for text in stops],
             context=self.trained_context if context is None else context,
+            media=media,
             cuda_graph=self._records(),
         )
         texts = _as_given(pieces, several)

@@ -271,9 +271,9 @@ def ops_page() -> str:
 
 
 def api_page() -> str:
-    """Return docs/api.md: what `arbitor` and `arbitor.nn` export, with signatures and docstrings."""
+    """Return docs/api.md: what `arbitor`, `arbitor.nn` and `arbitor.convert` export, with signatures and docstrings."""
     text = [GENERATED, "", "# API", "", API_NOTE]
-    for module in (arbitor, arbitor.nn):
+    for module in (arbitor, arbitor.nn, arbitor.convert):
         names = [name for name in module.__all__ if not name.startswith("_")]
         objects = {
             name: getattr(module, name) for name in names if not inspect.ismodule(getattr(module, name))

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from arbitor.optimized.cuda import product as cuda_product
+from arbitor.optimized.cuda import update as cuda_update
 from arbitor.optimized.kernels import (
     attention,
     codebook,
@@ -55,9 +57,19 @@ def voting(s: Sizes) -> Any:
     return places, block, tiles > 1, tile(s["K"], votes.BLOCK_COLUMNS)
 
 
+def counting(s: Sizes) -> Any:
+    """As votes, and what the CUDA C++ kernel chooses: whole words, whole chunks, and whether counts of exponents come by fours."""
+    by_fours = groups_per_row(s["K"], s["G"]) % 4 == 0
+    return voting(s), s["K"] % 16 == 0, s["K"] % cuda_update.CHUNK == 0, by_fours
+
+
 def stepping(s: Sizes) -> Any:
     groups = groups_per_row(s["K"], s["G"])
-    return tile(groups, update.BLOCK_GROUPS), tile(words_per_row(s["K"]), update.BLOCK_WORDS)
+    return (
+        tile(groups, update.BLOCK_GROUPS),
+        tile(words_per_row(s["K"]), update.BLOCK_WORDS),
+        s["K"] % 16 == 0,
+    )
 
 
 def few(s: Sizes) -> bool:
@@ -89,7 +101,9 @@ def adding(s: Sizes) -> Any:
 def multiplied(s: Sizes, *, transposed: bool = False) -> Any:
     if s["M"] > linear_ops.FEW_ROWS or s["float_bytes"] == 4:
         return tile(s["K"], scale.BLOCK_COLUMNS)
-    return product(s, s["M"], 1, transposed=transposed)
+    few_rows = not transposed and s["M"] <= cuda_product.FEW
+    block = cuda_product.block_of(-(-s["N"] // cuda_product.OUTPUTS), s["M"]) if few_rows else None
+    return block, product(s, s["M"], 1, transposed=transposed)
 
 
 def nearest(s: Sizes) -> Any:
@@ -137,7 +151,7 @@ PATHS: dict[str, Callable[[Sizes], Any]] = {
     "sign_votes": columns(votes.BLOCK_COLUMNS),
     "stochastic_votes": voting,
     "accumulate": voting,
-    "accumulate_gradient": voting,
+    "accumulate_gradient": counting,
     "apply_step": stepping,
     "linear": multiplied,
     "linear_input_grad": lambda s: multiplied(s, transposed=True),

@@ -47,6 +47,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--device", default="auto", choices=("auto", "cpu", "cuda"), help="where they run (auto: CUDA if any)"
     )
     group.addoption(
+        "--path",
+        default=None,
+        choices=("cuda", "triton"),
+        help="kernels of arbitor.optimized.ops (CUDA C++ where there is one, else Triton's)",
+    )
+    group.addoption(
         "--examples", type=int, default=0, metavar="N", help="examples per op and law (0: by device)"
     )
 
@@ -67,6 +73,11 @@ def pytest_configure(config: pytest.Config) -> None:
         if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
             raise pytest.UsageError("triton was imported before the suite could set TRITON_INTERPRET=1")
         os.environ["TRITON_INTERPRET"] = "1"
+    path = config.getoption("--path")
+    if path is not None:
+        if device == "cpu":
+            raise pytest.UsageError(f"--path {path}: Triton's interpreter is the only path on a CPU")
+        os.environ["ARB_PATH"] = path
     name = config.getoption("--impl")
     try:
         config.stash[SUBJECT] = Subject(importlib.import_module(name), name, device)
@@ -74,7 +85,7 @@ def pytest_configure(config: pytest.Config) -> None:
     except ImportError as error:
         config.stash[SUBJECT] = f"--impl {name}: {error}"
     kind = "cuda" if device == "cuda" else "interpreter" if uses_triton(name) else "torch"
-    config.stash[WHERE] = WHERE_IN_WORDS[kind]()
+    config.stash[WHERE] = WHERE_IN_WORDS[kind]() + (f", path {path}" if path is not None else "")
     strategies.LIMITS.set_for(kind)
     profile = config.getoption("--hypothesis-profile") or "ci"
     examples = config.getoption("--examples") or EXAMPLES[kind]
@@ -82,6 +93,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # Shrinking a failure takes minutes in the interpreter. `--device cuda`, or an `--impl` without Triton, shrinks.
     if kind == "interpreter":
         chosen["phases"] = [Phase.explicit, Phase.generate]
+        # Only here: without Triton its interpreter cannot be imported.
+        from conformance import interpreter
+
+        interpreter.spare()
     settings.register_profile("sized", settings.get_profile(profile), **chosen)
     settings.load_profile("sized")
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from conformance.import_lint import ROOT
 from conformance.mutation.campaign import Campaign, Options, RedBaselineError, records, shown
-from conformance.mutation.operators import Mutant, mutants_of
+from conformance.mutation.operators import KINDS, STATEMENTS, Mutant, mutants_of
 from conformance.mutation.worker import PRODUCT
 
 EXCUSES = Path("conformance/mutate_excuses.json")
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None, **overrides: Any) -> int:
     if args.list:
         print("\n".join(f"{mutant.file}:{mutant.line}: {mutant.id}" for mutant in mutants))
         return 0
-    names = ("out", "jobs", "budget", "timeout", "stages", "device", "examples")
+    names = ("out", "jobs", "budget", "timeout", "stages", "device", "examples", "patience", "keep_going")
     part = "" if args.shard == (1, 1) else "-{:03}-of-{:03}".format(*args.shard)
     given = {name: getattr(args, name) for name in names}
     options = Options(
@@ -85,6 +85,27 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         help="allowed beyond four times the usual (20)",
     )
     add("--sample", type=int, metavar="N", help="try so many mutants, drawn by --seed")
+    add(
+        "--kinds",
+        type=kinds,
+        default=tuple(KINDS),
+        metavar="KIND,...",
+        help="kinds of change: "
+        + "; ".join(f"{name}: {what}" for name, what in KINDS.items())
+        + f"; statements: {' and '.join(STATEMENTS)} (default: all)",
+    )
+    add(
+        "--patience",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="seconds of tests, as the unchanged tree takes them, that a mutant is given, the nearest and cheapest first",
+    )
+    add(
+        "--keep-going",
+        action="store_true",
+        help="leave out tests that fail without a mutation, and name them at the end",
+    )
     add("--seed", type=int, default=0, help="orders the mutants (default: 0)")
     add("--shard", type=shard, default=(1, 1), metavar="K/N", help="the K-th of N parts of them, K from 1")
     add(
@@ -123,11 +144,23 @@ def shard(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
+def kinds(text: str) -> tuple[str, ...]:
+    """Return the kinds of a list with commas, `statements` among them."""
+    names = [name for word in text.split(",") for name in (STATEMENTS if word == "statements" else (word,))]
+    if unknown := [name for name in names if name not in KINDS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]} must be statements or one of {', '.join(KINDS)}")
+    return tuple(names)
+
+
 def chosen(root: Path, args: argparse.Namespace) -> list[Mutant]:
     """Return the mutants that are asked for, in the order of the seed, without those excused."""
     excused = {entry["mutant"] for entry in excuses(root)}
     found = [mutant for file in files(root, args.paths) for mutant in mutants_of(root, file)]
-    found = [mutant for mutant in found if mutant.id not in excused and args.only in mutant.id]
+    found = [
+        mutant
+        for mutant in found
+        if mutant.kind in args.kinds and mutant.id not in excused and args.only in mutant.id
+    ]
     if args.survivors:
         again = {
             record["id"]: record

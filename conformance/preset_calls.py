@@ -23,7 +23,7 @@ CLOCK = {"seed": 1, "step": 2, "tensor_id": 3}
 
 def calls() -> Iterator[tuple[str, Case]]:
     """Yield op and call."""
-    for family in (of_attention, of_codebooks, of_experts, of_rows, of_loops, of_updates):
+    for family in (of_activations, of_attention, of_codebooks, of_experts, of_rows, of_loops, of_updates):
         yield from family()
 
 
@@ -37,6 +37,22 @@ def codes(num_rows: int, num_columns: int) -> TernaryWeight:
 
 def dealt(num_slots: int, num_groups: int) -> Tensor:
     return torch.arange(num_slots) % num_groups
+
+
+def of_activations() -> Iterator[tuple[str, Case]]:
+    # The hidden vectors of small and of r12, with the terms of two experts, and those of a head, which have no terms.
+    for width in (1024, 21_216):
+        hidden = torch.zeros(4, width, dtype=BF16)
+        for terms in ((torch.zeros(4, 2, width, dtype=BF16),), ()):
+            yield "gated", Case((hidden, hidden, *terms))
+            yield "gated_grads", Case((hidden, hidden, hidden, *terms))
+    # The heads of small, r12 and r14.
+    for heads, columns, rotary in ((8, 64, 32), (8, 128, 64), (128, 128, 64)):
+        q, angles = torch.zeros(4, heads, columns, dtype=BF16), torch.zeros(4, 1, rotary // 2)
+        yield "rotate", Case((q, angles, angles))
+        yield "rotate", Case((q[:, :1, :rotary], angles, angles))
+        yield "head_keys", Case((q[:, 0, :rotary], q[..., rotary:]))
+        yield "head_keys_grads", Case((q,), {"num_shared": rotary})
 
 
 def of_attention() -> Iterator[tuple[str, Case]]:
@@ -79,6 +95,13 @@ def of_experts() -> Iterator[tuple[str, Case]]:
             yield "grouped_linear", Case((x, stacked, experts), groups)
             yield "grouped_linear_input_grad", Case((grad, stacked, experts), groups)
             yield "grouped_linear_weight_grad", Case((grad, x, experts), groups)
+        # Two slots that share a row: of x as the experts of a position do, of the gradient as the terms of a sum do.
+        pairs = dealt(2 * 4096, groups["num_groups"]).reshape(4096, 2)
+        x, grad = (torch.zeros(4096, 1, width, dtype=BF16).expand(-1, 2, -1) for width in (columns, rows))
+        yield "grouped_linear", Case((x, stacked, pairs), groups)
+        yield "grouped_linear_input_grad", Case((grad, stacked, pairs), groups)
+        yield "grouped_linear_weight_grad", Case((grad.contiguous(), x, pairs), groups)
+        yield "grouped_linear_weight_grad", Case((grad, x.contiguous(), pairs), groups)
 
 
 def of_rows() -> Iterator[tuple[str, Case]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from arbitor.optimized.cuda.compiler import why_missing
 from conformance.compile_kernels import repeated_operand
 from conformance.import_lint import ROOT
 from conformance.report import skip
@@ -37,15 +38,15 @@ def package_of(subject: Subject) -> Path:
     return Path(str(subject.ops.__file__)).parents[1]
 
 
-def compiled(cache: Path, *families: str, tree: Path = ROOT) -> tuple[int, str]:
-    """Run compile_kernels. Return its exit status and output. `tree` is the folder that `arbitor` is imported from."""
+def compiled(cache: Path, *only: str, tree: Path = ROOT, module: str = "compile_kernels") -> tuple[int, str]:
+    """Run compile_kernels or compile_cuda. Return its exit status and output. `tree` is where `arbitor` is imported from."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = (str(tree), str(ROOT), environment.get("PYTHONPATH", ""))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    environment["TRITON_CACHE_DIR"] = str(cache)
+    environment["TRITON_CACHE_DIR"] = environment["ARB_CACHE"] = str(cache)
     # A GPU of this machine must change nothing.
     environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = (sys.executable, "-W", "ignore", "-m", "conformance.compile_kernels", *families)
+    command = (sys.executable, "-W", "ignore", "-m", f"conformance.{module}", *only)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tree)
     return done.returncode, done.stdout + done.stderr
 
@@ -54,6 +55,39 @@ def test_every_kernel_compiles(subject: Subject, tmp_path: Path) -> None:
     package_of(subject)
     status, output = compiled(tmp_path)
     assert status == 0, output
+
+
+def cuda_compiler() -> None:
+    """Skip a test where CUDA C++ cannot be compiled, with the reason."""
+    if (reason := why_missing()) is not None:
+        skip("compilation of CUDA C++ kernels", reason)
+
+
+def test_every_cuda_kernel_compiles(subject: Subject, tmp_path: Path) -> None:
+    package_of(subject)
+    cuda_compiler()
+    status, output = compiled(tmp_path, module="compile_cuda")
+    assert status == 0, output
+    assert len(list(tmp_path.glob("*.cubin"))) > 10, output
+
+
+def test_broken_cuda_kernels_are_found(subject: Subject, tmp_path: Path) -> None:
+    """In a copy of the package one kernel does not compile, and one source is launched by nothing."""
+    package, copy = package_of(subject), tmp_path / "optimized"
+    cuda_compiler()
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(package, copy, ignore=ignored)
+    shutil.copytree(ROOT / "arbitor", tmp_path / "arbitor", ignore=ignored, symlinks=True)
+    (tmp_path / "reference").symlink_to(ROOT / "reference")
+    file = copy / "cuda" / "step.cu"
+    file.write_text(file.read_text().replace("if (!any) return;", "if (!ny) return;"))
+    (copy / "cuda" / "orphan.cu").write_text("")
+    status, output = compiled(tmp_path / "cache", "step", "orphan", tree=tmp_path, module="compile_cuda")
+    assert status == 1, output
+    assert "step.cu with CARRY=0 does not compile for sm_80" in output and '"ny" is undefined' in output, (
+        output
+    )
+    assert "orphan.cu was not compiled" in output, output
 
 
 def test_broken_kernels_are_found(subject: Subject, tmp_path: Path) -> None:

@@ -151,6 +151,77 @@ def test_shards_are_all_mutants_once(tmp_path: Path) -> None:
     assert set.union(*parts) == whole and sum(map(len, parts)) == len(whole) and all(parts)
 
 
+def test_statements_are_deletions_and_negations(tmp_path: Path) -> None:
+    root = tree(tmp_path / "tree")
+    found = {m.what for m in mutate.chosen(root, mutate.parsed(["reference", "--kinds", "statements"]))}
+    assert found == {
+        'without `raise ValueError(f"size is {size + 0}, but must be at most 10")`',
+        "without `rest -= 1`",
+        "`size > LIMIT` -> `not (size > LIMIT)`",
+        "`rest > 0` -> `not (rest > 0)`",
+    }
+    with pytest.raises(SystemExit):
+        mutate.parsed(["--kinds", "statement"])
+
+
+@pytest.mark.parametrize(
+    ("source", "negated"),
+    [
+        ("if a == b:", "`a == b` -> `a != b`"),
+        ("if not a:", "`not a` -> `a`"),
+        ("if a < b:", "`a < b` -> `not (a < b)`"),
+        ("c = a == b", ""),
+    ],
+)
+def test_a_condition_is_negated_once(tmp_path: Path, source: str, negated: str) -> None:
+    (tmp_path / "file.py").write_text(
+        f"def f(a, b):\n    {source}\n        return 1\n" if ":" in source else source
+    )
+    found = [m.what for m in mutants_of(tmp_path, "file.py") if m.kind == "negate"]
+    assert found == ([negated] if negated else [])
+
+
+def test_looks_and_imports_for_type_checkers_stay(tmp_path: Path) -> None:
+    source = "if TYPE_CHECKING:\n    import this\naxes.set_title(1)\naxes.plot(2)\n"
+    (tmp_path / "file.py").write_text(source)
+    deleted = [m.what for m in mutants_of(tmp_path, "file.py") if m.kind == "delete"]
+    assert deleted == ["without `axes.plot(2)`"]
+
+
+def test_patience_leaves_tests_out_and_says_so(tmp_path: Path) -> None:
+    """The quick test uses the patience up, and the slow one, which kills, is not run."""
+    slow = """
+def test_slow():
+    time.sleep(0.5)
+    with pytest.raises(ValueError):
+        grown(11)
+"""
+    root = tree(tmp_path / "tree", f"import time\n{TESTS}{slow}")
+    found = run(root, "--only", "without `raise", "--patience", "1e-9")[1]
+    assert (found[WITHOUT_CHECK]["status"], found[WITHOUT_CHECK]["left_out"]) == ("survived", 1)
+    found = run(root, "--survivors")[1]
+    assert (found[WITHOUT_CHECK]["status"], found[WITHOUT_CHECK]["left_out"]) == ("killed", 0)
+
+
+def test_every_test_that_calls_a_function_is_found(tmp_path: Path) -> None:
+    """The second caller kills: a call is seen again in each test, and in a fixture and the test that uses it."""
+    later = """
+@pytest.fixture(scope="module")
+def shared():
+    return grown(1)
+
+def test_later(shared):
+    assert shared == 2
+
+def test_refused(shared):
+    with pytest.raises(ValueError):
+        grown(11)
+"""
+    root = tree(tmp_path / "tree", TESTS + later)
+    found = run(root, "--only", "without `raise")[1]
+    assert (found[WITHOUT_CHECK]["status"], found[WITHOUT_CHECK]["tests"]) == ("killed", 3)
+
+
 def test_a_spent_budget_stops(tmp_path: Path) -> None:
     """Nothing is claimed of a mutant that the end of the budget cuts short."""
     root = tree(tmp_path / "tree")
@@ -176,6 +247,16 @@ def test_a_red_baseline_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (
         "test_thing.py fails without a mutation: conformance/things/test_thing.py::test_red"
         in capsys.readouterr().err
+    )
+
+
+def test_a_red_test_can_be_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tree(tmp_path / "tree", TESTS + "\ndef test_red():\n    assert grown(1) == 7\n")
+    status, found = run(root, "--only", "size - by", "--keep-going")
+    (record,) = found.values()
+    assert (status, record["status"]) == (2, "killed") and record["by"].endswith("test_grown")
+    assert "left out, because they fail without a mutation:\nconformance/things/test_thing.py::test_red" in (
+        capsys.readouterr().err
     )
 
 

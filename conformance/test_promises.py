@@ -203,6 +203,38 @@ def test_memory_that_does_not_read_as_it_lies_is_refused(
         subject.raw("denoise_step")(*tensors, alpha=0.5)
 
 
+WITHOUT_KERNELS = ("conv1d_weight_grad", "expert_load", "linear_weight_grad", "step_from_loss", "to_spec")
+"""Ops that torch computes wherever their arguments lie; `to_spec` of a weight in canonical form returns it."""
+
+
+@pytest.mark.parametrize("name", OP_TABLE)
+def test_no_kernel_is_launched_on_memory_out_of_reach(subject: Subject, name: str) -> None:
+    """Kernels reach a GPU, or anything where Triton interprets them. Every other call says what would help, before a launch."""
+    import triton
+    from triton.runtime.interpreter import GridExecutor
+
+    here = Subject(subject.ops, subject.name, "cpu")
+    launched = AssertionError(f"{name} launches a kernel on memory that it cannot reach")
+    refused: list[Case] = []
+
+    @settings(max_examples=4, phases=[Phase.generate])
+    @given(case=CASES[name])
+    def run(case: Case) -> None:
+        args, kwargs = prepared(here, name, case)
+        with triton.knobs.runtime.scope(), mock.patch.object(GridExecutor, "__call__", side_effect=launched):
+            triton.knobs.runtime.interpret = False
+            try:
+                here.raw(name)(*args, **kwargs)
+            except RuntimeError as error:
+                assert "but Triton kernels run on CUDA" in str(error)
+                refused.append(case)
+
+    run()
+    assert refused or name in WITHOUT_KERNELS or subject.ops is reference_ops, (
+        f"no call of {name} was refused"
+    )
+
+
 def test_codes_are_found_under_autocast(subject: Subject) -> None:
     """Scores of a search need all bits of float32: rounded to bfloat16 they tie, and other codes are found."""
     table = reference_ops.initial_codebook((300, 16), sign_bits=0, seed=1, tensor_id=2)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_GROUP_SIZE, groups_per_row
-from arbitor.reference.types import StateTensors, TernaryWeight
+from arbitor.reference.types import StateTensors, TernaryWeight, has_memory
 
 TRITS_PER_WORD = 16
 """Trits in one 32-bit word, two bits each."""
@@ -61,7 +61,7 @@ class DeviceWeight(StateTensors):
         checks.tensor("exponent_accum", self.exponent_accum, torch.int8, (num_rows, groups))
         checks.same_device(**self.tensors())
         for name, tensor in self.tensors().items():
-            if not tensor.is_contiguous():
+            if has_memory(tensor) and not tensor.is_contiguous():
                 raise ValueError(f"{name} has strides {tensor.stride()}, but must be contiguous")
 
     def check_values(self, prefix: str, name: str, tensor: Tensor) -> None:

@@ -5,6 +5,10 @@ for the device to do so. With 0, the caller vouches for the values: a bad id the
 outside of it. If the variable is not set, ops check values, except inside of `values_vouched_for`. The trainer enters it, because
 its ids are bytes, its rows and experts come from ops, and the values of a checkpoint are checked when it is read.
 `ARB_BACKEND` is `reference` or `triton`. It names the op set to use where `--backend` is not given.
+`ARB_PATH` is `cuda` or `triton`. It names the kernels of the optimized op set. With `cuda`, ops raise where CUDA C++ kernels cannot
+be had. If the variable is not set, ops use CUDA C++ kernels where they can be had, and Triton's elsewhere.
+`ARB_CACHE` is the folder that compiled CUDA C++ kernels are kept in. If it is not set, they are kept in `arbitor` within the user's
+cache folder, which is `XDG_CACHE_HOME` or `~/.cache`.
 
 Variables are read at each call, so a change made in a running process is seen.
 """
@@ -14,9 +18,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 BACKENDS = ("reference", "triton")
 """The op sets by name: ``arbitor.reference.ops`` and ``arbitor.optimized.ops``."""
+
+PATHS = ("cuda", "triton")
+"""The kernels of the optimized op set, by what they are written in."""
 
 
 _vouchers = 0
@@ -54,9 +62,31 @@ def backend() -> str | None:
     Raises:
         ValueError: the variable names no op set.
     """
-    value = os.environ.get("ARB_BACKEND", "").strip()
+    return _one_of("ARB_BACKEND", BACKENDS)
+
+
+def path() -> str | None:
+    """Return the path named by ``ARB_PATH``, or None where it is not set.
+
+    Raises:
+        ValueError: the variable names no path.
+    """
+    return _one_of("ARB_PATH", PATHS)
+
+
+def cache_folder() -> Path:
+    """Return the folder that compiled CUDA C++ kernels are kept in. It need not be there."""
+    named = os.environ.get("ARB_CACHE", "").strip()
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME", "").strip() or Path.home() / ".cache") / "arbitor"
+
+
+def _one_of(name: str, allowed: tuple[str, ...]) -> str | None:
+    """Return the value of a variable, or None where it is not set."""
+    value = os.environ.get(name, "").strip()
     if not value:
         return None
-    if value not in BACKENDS:
-        raise ValueError(f"ARB_BACKEND is {value!r}, but must be one of {', '.join(BACKENDS)}")
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(allowed)}")
     return value

@@ -283,15 +283,13 @@ class ArbConfig:
     def from_json(cls, text: str) -> ArbConfig:
         """Return the configuration that `to_json` wrote.
 
-        Raises ValueError for text that is no JSON object, or has an unknown or a missing field; a field that may be left
-        out takes its default.
+        Raises ValueError for text that is no JSON object, names a key twice, or has an unknown or a missing field; a field
+        that may be left out takes its default.
         """
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"text is no JSON, but must be a JSON object with the fields of a config: {error}"
-            ) from None
+            values = parsed_json(text)
+        except ValueError as error:
+            raise ValueError(f"text must be a JSON object with the fields of a config, but {error}") from None
         if not isinstance(values, dict):
             raise ValueError(f"text holds a JSON {type(values).__name__}, but must be an object")
         known = {field.name for field in fields(cls)}
@@ -396,6 +394,17 @@ MEMORY_ROWS = 16_384
 """Rows of each memory table where memory is switched on and the preset names no number."""
 
 
+IMAGE_FEATURES = {"image_features": 384, "image_codes": 8192}
+AUDIO_FEATURES = {"audio_features": 416, "audio_codes": 16_384}
+"""Fields of a model that reads pictures or sounds, where that is switched on and the preset does not say. They are the widths of
+DINOv2-small and Moonshine-base, and the codes of REFACTOR11."""
+
+VIDEO_LATENT = 16_384
+"""Numbers of a video latent where the video head is switched on and the preset names no number: [16, 1, 32, 32] (REFACTOR9)."""
+
+ROUTER_SHARE = 4
+"""Width of the model over the width inside of its router, where the video head brings a router along (REFACTOR14)."""
+
 SIGN_VOTES: Mapping[str, Any] = {
     "vote_rule": "sign",
     "max_vote_step": 8,
@@ -418,8 +427,11 @@ def with_modules(
     moe: bool = True,
     memory: bool | None = None,
     max_moe_iters: int | None = None,
+    image: bool = False,
+    audio: bool = False,
+    video: bool = False,
 ) -> ArbConfig:
-    """Return a configuration with modules switched off, or memory on (REFACTOR12's options of the trainer).
+    """Return a configuration with modules switched off, or memory and media on (REFACTOR12's options of the trainer).
 
     Args:
         vq:            False leaves out the codebooks, and with them graph, memory and composites, which need codes.
@@ -427,6 +439,8 @@ def with_modules(
         moe:           False leaves out the experts.
         memory:        True or False switches memory on or off; None leaves it as it is.
         max_moe_iters: most turns of the last layer's loop; None leaves it as it is.
+        image, audio:  True lets the model read features of pictures, or of sounds.
+        video:         True gives the model a video head, and a router to choose it.
 
     The fields that only a left-out module reads return to rest (`with_fields`).
     Raises ValueError for memory without codes, turns without experts, or turns out of range.
@@ -442,4 +456,35 @@ def with_modules(
         changes["memory_rows"] = (config.memory_rows or MEMORY_ROWS) if memory else 0
     if max_moe_iters is not None:
         changes["max_moe_iters"] = max_moe_iters
+    for wanted, features in ((image, IMAGE_FEATURES), (audio, AUDIO_FEATURES)):
+        if wanted:
+            coded = vq and config.num_codes > 0
+            names = [name for name in features if coded or not name.endswith("_codes")]
+            changes |= {name: getattr(config, name) or features[name] for name in names}
+    if video:
+        changes["video_latent"] = config.video_latent or VIDEO_LATENT
+        changes["router_inner"] = config.router_inner or max(1, config.width // ROUTER_SHARE)
     return with_fields(config, **changes)
+
+
+def parsed_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, an object names a key twice, or it is nested too deeply.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise ValueError("it is no JSON that can be read: it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"it is no JSON: {error}") from None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} stands there twice")
+        found[key] = value
+    return found

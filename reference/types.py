@@ -40,6 +40,19 @@ class LaidOutWeight(Protocol):
         """Refuse a tensor for the field of that name with an element that no weight of this layout holds."""
 
 
+def without_memory(like: Tensor) -> Tensor:
+    """Return zeros in the shape and dtype of a tensor that take the memory of one: accumulators that another rank keeps.
+
+    They can be read. Torch refuses to write to them.
+    """
+    return like.new_zeros((1,) * like.ndim).expand(like.shape)
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Return whether a tensor is none of `without_memory`."""
+    return tensor.untyped_storage().nbytes() >= tensor.nbytes
+
+
 @dataclass(frozen=True)
 class StateTensors:
     """The methods of a weight on its state tensors, in canonical form or in a device layout."""

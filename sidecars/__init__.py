@@ -7,6 +7,7 @@ Prose: docs/spec/sidecars.md.
 
 from arbitor.sidecars.audio import AudioSidecar, audio_frames
 from arbitor.sidecars.audit import SidecarAudit, audit_of, counted_mib, standard_audit
+from arbitor.sidecars.encoders import Encoders
 from arbitor.sidecars.features import FeatureCache
 from arbitor.sidecars.media import read_audio, read_image, read_video
 from arbitor.sidecars.sidecar import Sidecar, SidecarError
@@ -15,6 +16,7 @@ from arbitor.sidecars.vision import VisionSidecar
 
 __all__ = [
     "AudioSidecar",
+    "Encoders",
     "FeatureCache",
     "Sidecar",
     "SidecarAudit",

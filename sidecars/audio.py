@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
-from arbitor.sidecars.libraries import library
-from arbitor.sidecars.precision import frozen
-from arbitor.sidecars.sidecar import Sidecar, SidecarError
-from arbitor.sidecars.source import identity_of, local_folder, pretrained, weight_files
+from arbitor.sidecars.sidecar import Sidecar
+from arbitor.sidecars.source import load_frozen
 
 SAMPLE_RATE = 16_000
 """Samples a second that the network was trained with."""
@@ -65,21 +63,17 @@ class AudioSidecar(Sidecar):
             SidecarError: a library is missing, or the weights are not just those of a Moonshine.
             ValueError: another precision.
         """
-        transformers = library("transformers")
-        folder = local_folder(source)
-        files = weight_files(folder)
-        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
-        if config.model_type != "moonshine":
-            raise SidecarError(
-                f"the folder {str(folder)!r} holds a {config.model_type!r}, but must hold a 'moonshine'"
-            )
-        # The checkpoint of speech recognition has a matrix of words behind the decoder.
-        whole = pretrained(transformers.MoonshineModel, folder, may_be_left=("proj_out",))
-        network, got = frozen(whole.encoder if encoder_only else whole, precision)
-        identity = identity_of(
-            "audio", files, precision=got, versions={"transformers": transformers.__version__}
+        loaded = load_frozen(
+            "audio",
+            source,
+            class_name="MoonshineModel",
+            model_type="moonshine",
+            precision=precision,
+            part="encoder" if encoder_only else None,
+            # The checkpoint of speech recognition has a matrix of words behind the decoder.
+            may_be_left=("proj_out",),
         )
-        return cls(network, identity=identity, precision=got)
+        return cls(loaded.network, identity=loaded.identity, precision=loaded.precision)
 
     @property
     def encoder(self) -> Any:

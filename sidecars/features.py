@@ -74,11 +74,18 @@ class FeatureCache:
         self._make_room(len(data))
         if len(data) > self.max_bytes:
             return
+        # A name of its own, since processes that share the folder may write the same features at the same time.
         with tempfile.NamedTemporaryFile(
             dir=self.folder, prefix=".", suffix=".partial", delete=False
         ) as file:
-            file.write(data)
-        Path(file.name).replace(path)
+            partial = Path(file.name)
+            try:
+                file.write(data)
+                file.flush()
+                partial.replace(path)
+            except OSError:
+                partial.unlink(missing_ok=True)
+                raise
 
     def _make_room(self, needed: int) -> None:
         """Remove the files that were used longest ago, until so many bytes more fit."""

@@ -11,12 +11,13 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from arbitor.sidecars.libraries import library
+from arbitor.sidecars.precision import frozen
 from arbitor.sidecars.sidecar import SidecarError
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -107,6 +108,64 @@ def weight_files(folder: Path) -> list[Path]:
             f"the folder {str(folder)!r} has no {missing}; other formats of weights are not read"
         )
     return [config, *weights]
+
+
+class Loaded(NamedTuple):
+    """A network of transformers, frozen.
+
+    Fields:
+        network:   the network.
+        folder:    folder that it was loaded from.
+        precision: precision that it got.
+        identity:  digest of what decides its features, for `Sidecar`.
+    """
+
+    network: Any
+    folder: Path
+    precision: str
+    identity: str
+
+
+def load_frozen(
+    kind: str,
+    source: str | Path,
+    *,
+    class_name: str,
+    model_type: str,
+    precision: str,
+    part: str | None = None,
+    may_be_left: Sequence[str] = (),
+    settings: Sequence[str] = (),
+) -> Loaded:
+    """Return a network of transformers, loaded from a folder or a repository and frozen.
+
+    Args:
+        kind:        name of the sidecar in its identity.
+        source:      a folder with config.json and safetensors, or OWNER/NAME.
+        class_name:  class of the network in transformers.
+        model_type:  the type that config.json must name.
+        precision:   `int8` or `bfloat16`.
+        part:        submodule to keep; None keeps all.
+        may_be_left: as for `pretrained`.
+        settings:    further files of the folder that decide the features, where they are there.
+
+    Raises:
+        SidecarError: a library is missing, or the weights are not just those of the network.
+        ValueError: another precision.
+    """
+    transformers = library("transformers")
+    folder = local_folder(source)
+    files = weight_files(folder)
+    config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    if config.model_type != model_type:
+        raise SidecarError(
+            f"the folder {str(folder)!r} holds a {config.model_type!r}, but must hold a {model_type!r}"
+        )
+    whole = pretrained(getattr(transformers, class_name), folder, may_be_left=may_be_left)
+    network, got = frozen(whole if part is None else getattr(whole, part), precision)
+    files += [folder / name for name in settings if (folder / name).is_file()]
+    identity = identity_of(kind, files, precision=got, versions={"transformers": transformers.__version__})
+    return Loaded(network, folder, got, identity)
 
 
 def pretrained(cls: Any, folder: Path, *, may_be_left: Sequence[str] = ()) -> Any:

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from arbitor.reference import checks
 from arbitor.sidecars.libraries import library
-from arbitor.sidecars.precision import frozen
-from arbitor.sidecars.sidecar import Sidecar, SidecarError
-from arbitor.sidecars.source import identity_of, local_folder, pretrained, weight_files
+from arbitor.sidecars.sidecar import Sidecar
+from arbitor.sidecars.source import load_frozen
 
 PREPROCESSING = {
     "do_resize": True,
@@ -63,21 +62,19 @@ class VisionSidecar(Sidecar):
             SidecarError: a library is missing, or the weights are not just those of a DINOv2.
             ValueError: another precision.
         """
-        transformers = library("transformers")
-        folder = local_folder(source)
-        files = weight_files(folder)
-        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
-        if config.model_type != "dinov2":
-            raise SidecarError(
-                f"the folder {str(folder)!r} holds a {config.model_type!r}, but must hold a 'dinov2'"
-            )
-        network, got = frozen(pretrained(transformers.Dinov2Model, folder), precision)
-        prepared = folder / PREPROCESSOR
+        loaded = load_frozen(
+            "vision",
+            source,
+            class_name="Dinov2Model",
+            model_type="dinov2",
+            precision=precision,
+            settings=(PREPROCESSOR,),
+        )
+        prepared = loaded.folder / PREPROCESSOR
         settings = json.loads(prepared.read_text()) if prepared.is_file() else PREPROCESSING
-        files += [prepared] if prepared.is_file() else []
-        versions = {"transformers": transformers.__version__}
-        identity = identity_of("vision", files, precision=got, versions=versions)
-        return cls(network, processor_of(settings), identity=identity, precision=got)
+        return cls(
+            loaded.network, processor_of(settings), identity=loaded.identity, precision=loaded.precision
+        )
 
     def pixels(self, images: Sequence[Tensor]) -> Tensor:
         """Return pictures as the network reads them, float32 [B, 3, crop, crop], prepared by the library's own processor.

@@ -8,7 +8,8 @@ import torch
 
 from bench.inputs.maker import CLOCK, RATE, Inputs, gradient, in_place, weight
 
-MOST = {"K": 12_480}
+# Several tiles of groups, and a chunk of the CUDA C++ kernel that the end of a row cuts, as in the wider weights.
+MOST = {"K": 12_496}
 
 INPUTS: Mapping[str, Inputs] = {
     "accumulate": lambda make, s: in_place(

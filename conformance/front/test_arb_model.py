@@ -17,7 +17,7 @@ from arbitor.optimized.training.loop import train
 from arbitor.reference import graph
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.audit import audit
-from conformance.system.command import arb
+from conformance.system.command import Here
 from conformance.training import nano
 from conformance.training.runs import options
 
@@ -97,8 +97,10 @@ def test_the_five_lines_of_a_loop_learn(text: Path) -> None:
     assert float(model.loss(ids_BT).detach()) < before - 1 and model.steps_taken == 30
 
 
-def test_text_is_that_of_the_command(text: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+def test_text_is_that_of_the_command(
+    text: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    arb, run = Here(capfdbinary), tmp_path / "run"
     train(options(text, run))
     for arguments in ({}, {"seed": 7, "temperature": 0.5}, {"temperature": 0}):
         flags = [f"--{name}={value}" for name, value in arguments.items()]

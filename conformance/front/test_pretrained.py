@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from arbitor import ArbConfig, ArbModel, pretrained
+from arbitor.optimized.training import model_folder
 from arbitor.optimized.training.checkpoint import CheckpointError, state_sha256
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import train
@@ -179,7 +180,7 @@ def test_forgeries_are_refused(folder: Path, change: Change, reason: str) -> Non
         b"[" * 100_000,
         b"\xff\xfe",
         b'{"model": {}}',
-        b" " * (pretrained.MAX_CONFIG_BYTES + 1),
+        b" " * (model_folder.MAX_CONFIG_BYTES + 1),
     ],
 )
 def test_a_config_of_something_else_is_refused(folder: Path, content: bytes) -> None:
@@ -206,7 +207,9 @@ def test_what_is_not_there_is_named(source: str) -> None:
 
 
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors, and no run"):
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no checkpoint: it is no run, and has no model\.safetensors"
+    ):
         ArbModel.from_pretrained(tmp_path)
 
 

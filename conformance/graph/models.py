@@ -124,7 +124,7 @@ def ops_with(**overrides: Any) -> ModuleType:
 def drawn_by_the_reference(ops: Any) -> ModuleType:
     """Return an op set whose weights start as the reference draws them.
 
-    Triton's interpreter takes half a second to draw a weight, which is longer than most tests of the graph. The initial weights
+    Triton's interpreter takes 0.25 s to draw a weight, which is longer than most tests of the graph. The initial weights
     of an op set are compared with those of the reference elsewhere (test_comparison.py), and `test_outputs_are_no_worse` builds
     a whole model from them.
     """

@@ -1,4 +1,4 @@
-"""The audio encoder and its convolution: weights, frames, tokens, and what votes."""
+"""The audio encoder and its convolution make the right frames and tokens, and their weights alone vote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Codebooks of the graph: gradients through them, who votes and is counted, revival, one id space, both op sets.
+"""Codebooks of the graph pass gradients, vote, count, revive and share one id space, on both op sets.
 
 Legend: B batch, P positions, D width, C code width.
 """

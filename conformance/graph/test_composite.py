@@ -1,4 +1,4 @@
-"""The composite proposals: losses by hand, who gets which gradient, which pairs are kept, what is read, both op sets.
+"""The composite proposals keep the right pairs, and have the losses and gradients worked out by hand, on both op sets.
 
 Legend: B batch, P positions, D width, C code width, J slots of a code.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph.composite import COMPOSITES_PER_CODE, CompositeProposalHead, gate_loss
 from arbitor.reference.graph.context import GraphContext
+from arbitor.reference.graph.ranks import Ranks
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.ops.scale import dequantize
 from conformance.compare import alike, exact, unsigned_zeros
@@ -159,13 +160,13 @@ def test_the_prediction_goes_straight_through() -> None:
 def test_a_gate_opens_where_the_error_is_below_the_mean() -> None:
     logits = torch.tensor([-3.0, 0.5, 2.0, -0.1], dtype=torch.float64).requires_grad_()
     errors = torch.tensor([1.0, 3.0, 2.0, 6.0], dtype=torch.float64)
-    loss = gate_loss(logits, errors)
+    loss = gate_loss(logits, errors, Ranks())
     # The open scores are 3 - 3 and 2 - 3.
     alike(loss, torch.tensor((0.0 - 1.0) / 4, dtype=torch.float64))
     loss.backward()
     p = logits.detach().sigmoid()
     alike(logits.grad, (errors - 3) * p * (1 - p) / 4)
-    exact(gate_loss(torch.zeros(2, 0), torch.zeros(2, 0)), torch.zeros(()))
+    exact(gate_loss(torch.zeros(2, 0), torch.zeros(2, 0), Ranks()), torch.zeros(()))
 
 
 def test_closed_gates_leave_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Configurations: the vocabulary, presets, JSON and refusals."""
+"""Configurations are read from presets and JSON, and wrong ones are refused."""
 
 from __future__ import annotations
 
@@ -97,6 +97,15 @@ def test_json_that_is_no_config_is_refused(change: Any, message: str) -> None:
         ArbConfig.from_json(json.dumps(change(json.loads(NANO.to_json()))))
 
 
-def test_text_that_is_no_json_is_refused() -> None:
-    with pytest.raises(ValueError, match="no JSON"):
-        ArbConfig.from_json("{")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "no JSON"),
+        (NANO.to_json().replace("{", '{"width": 1,', 1), "the key 'width' stands there twice"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+    ids=["half of it", "a key twice", "too deep"],
+)
+def test_text_that_is_no_json_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ArbConfig.from_json(text)

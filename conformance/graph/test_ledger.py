@@ -1,4 +1,4 @@
-"""The ledger as a transcript: what is appended and what is read. A pass that fails leaves nothing behind."""
+"""The ledger is a transcript of what was read. A pass that fails leaves nothing behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MemGram: what it reads by hand, causality, who votes and rises, what leaves no trace, both op sets.
+"""MemGram reads what a hand computes, looks at no later byte, and raises only rows that were read, on both op sets.
 
 Legend: B batch, P positions, D width, M memory width.
 """

@@ -1,4 +1,4 @@
-"""Shapes, the alignment of targets, causality, and the refusals of a forward pass."""
+"""A model gives outputs of the right shapes, aligns its targets, looks at no later byte, and refuses wrong inputs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph import ArbModel
-from arbitor.reference.graph.attention import rotary_turns, rotate
+from arbitor.reference.graph.attention import rotary_turns
 from arbitor.reference.graph.model import MODALITIES
 from arbitor.reference.ops.packing import weight_of_trits
 from arbitor.reference.presets import PRESETS
@@ -84,7 +85,7 @@ def test_rotary_scores_depend_on_distance_alone() -> None:
     turns = rotary_turns(12, 8, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(2)
     q, k = (torch.randn(8, generator=generator, dtype=torch.float64).expand(1, 12, 1, 8) for _ in range(2))
-    scores = rotate(q, turns)[0, :, 0] @ rotate(k, turns)[0, :, 0].T
+    scores = reference_ops.rotate(q, *turns)[0, :, 0] @ reference_ops.rotate(k, *turns)[0, :, 0].T
     for distance in range(12):
         diagonal = scores.diagonal(-distance)
         alike(diagonal, diagonal[:1].expand_as(diagonal))

@@ -1,4 +1,4 @@
-"""The loop of the last layer: shares of turns, and what each turn computes from."""
+"""The loop of the last layer weighs its turns by their shares, and each turn computes from the turn before."""
 
 from __future__ import annotations
 

@@ -234,6 +234,23 @@ def test_modules_can_be_left_out(name: str) -> None:
         assert with_modules(config, memory=True).memory_rows == (config.memory_rows or MEMORY_ROWS)
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_media_can_be_switched_on(name: str) -> None:
+    """What a preset lacks is added at the widths of the seeds' sidecars, and what it has stays."""
+    config = preset(name)
+    whole = with_modules(config, image=True, audio=True, video=True)
+    assert whole.image_features == (config.image_features or 384)
+    assert whole.audio_features == (config.audio_features or 416)
+    codes = (config.image_codes or 8192, config.audio_codes or 16_384) if config.num_codes else (0, 0)
+    assert (whole.image_codes, whole.audio_codes) == codes
+    assert whole.video_latent == (config.video_latent or 16_384)
+    assert whole.router_inner == (config.router_inner or config.width // 4)
+    assert with_modules(whole, image=True, audio=True, video=True) == whole
+    plain = with_modules(config, vq=False, image=True)
+    assert plain.image_features == whole.image_features and plain.image_codes == 0
+    assert (plain.audio_features, plain.video_latent) == (config.audio_features, config.video_latent)
+
+
 def test_memory_without_codes_is_refused() -> None:
     with pytest.raises(ValueError, match="memory_rows is 16384, but must be 0 without num_codes"):
         with_modules(preset("r12"), vq=False, memory=True)

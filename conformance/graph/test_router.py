@@ -1,4 +1,4 @@
-"""The output router: what it reads, and what it weighs."""
+"""The output router reads the last position and weighs every output."""
 
 from __future__ import annotations
 

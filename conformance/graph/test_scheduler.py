@@ -1,4 +1,4 @@
-"""What a position sees: an unbroken past in blocks that grow with their age, whatever else is asked in the same call."""
+"""A position sees an unbroken past, in blocks that grow with their age, whatever else is asked in the same call."""
 
 from __future__ import annotations
 

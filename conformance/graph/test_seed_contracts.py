@@ -1,4 +1,4 @@
-"""What the seeds demand of the whole model, whoever implements it (REFACTOR11, REFACTOR12, REFACTOR14).
+"""The whole model does what the seeds demand, whoever implements it (REFACTOR11, REFACTOR12, REFACTOR14).
 
 What an op set could break, as it writes weights in place, is asked of the reference and of the op set under test.
 """
@@ -53,7 +53,7 @@ SMALL = replace(
     video_latent=0,
     talker_tokens=0,
 )
-"""What learns from bytes and images, in so few rows that Triton's interpreter, which takes 30 ms for a row, steps it in seconds."""
+"""What learns from bytes and images, in so few rows that Triton's interpreter, which takes 15 ms for a row, steps it in seconds."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The seeds' rule, `SIGN_VOTES`. Trits move by the signs of gradients, sized by the loss, and exponents by the signs of scores."""
+"""Under the seeds' rule, `SIGN_VOTES`, trits move by the signs of gradients, and exponents by the signs of scores."""
 
 from __future__ import annotations
 

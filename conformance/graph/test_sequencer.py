@@ -1,4 +1,4 @@
-"""Sequencers of text, images and audio: windows of three, and what is refused."""
+"""Sequencers of text, images and audio make windows of three, and refuse wrong inputs."""
 
 from __future__ import annotations
 

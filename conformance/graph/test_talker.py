@@ -1,4 +1,4 @@
-"""The talker head: logits that train, and tokens repeated, cut and padded."""
+"""The talker head has logits that train, and repeats, cuts and pads its tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the heads beside the byte head are taught: the losses by hand, who is taught, what is refused, and that they learn."""
+"""The heads beside the byte head learn from targets: their losses are those of a hand, and wrong targets are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from arbitor.reference.config import with_fields, with_modules
 from arbitor.reference.graph import ArbModel, Targets
 from arbitor.reference.graph.model import LOSS_WEIGHTS
-from arbitor.reference.graph.targets import NO_TOKEN
+from arbitor.reference.graph.targets import NO_TOKEN, ended_streams
 from arbitor.reference.graph.video import latent_shape
 from conformance.compare import alike, exact
 from conformance.graph import models
@@ -60,6 +60,51 @@ def test_targets_leave_the_other_losses_alone() -> None:
     for name, value in plain.items():
         exact(taught[name].detach(), value.detach(), name)
     assert not {"route", "latent", "tokens"} & LOSS_WEIGHTS.keys()
+
+
+def test_the_byte_head_learns_the_ids_that_teach() -> None:
+    """Their mean, by hand. What the others are leaves no trace in the loss beside what positions read of them."""
+    model, ids_BT = models.whole(), models.random_ids(B, T)
+    taught_BT = torch.zeros(B, T, dtype=torch.bool)
+    taught_BT[0, 5:], taught_BT[1, 9], taught_BT[2, :3] = True, True, True
+    got = model.losses(ids_BT, targets=Targets(taught_BT=taught_BT))["bytes"].detach()
+    with torch.no_grad():
+        nats_BPV = -F.log_softmax(model(ids_BT).double(), -1)
+    chosen = [(0, t) for t in range(5, T)] + [(1, 9)]
+    alike(got, torch.stack([nats_BPV[b, t - 3, ids_BT[b, t]] for b, t in chosen]).mean(), "bytes")
+    exact(model.loss(ids_BT, taught_BT=taught_BT).detach(), got)
+    # The last id is read by no position that predicts.
+    other_BT = ids_BT.clone()
+    other_BT[2:, -1] = (other_BT[2:, -1] + 1) % 256
+    exact(model.loss(other_BT, taught_BT=taught_BT).detach(), got)
+    every = model.losses(ids_BT, targets=Targets(taught_BT=torch.ones_like(taught_BT)))
+    alike(every["bytes"].detach(), model.losses(ids_BT)["bytes"].detach())
+    none = model.losses(ids_BT, targets=Targets(taught_BT=torch.zeros_like(taught_BT)))
+    assert none["bytes"].item() == 0.0
+
+
+def test_heads_do_not_see_the_filling() -> None:
+    """A sequence that is filled up behind is routed, and teaches a latent, as it would without the filling."""
+    model, ids_BT, latent = models.whole(), models.random_ids(2, T), random_targets()["latent"][:2]
+    filled_BT, modality_B = torch.cat([ids_BT, torch.full((2, 3), 256)], dim=1), torch.tensor([0, 1])
+    taught_BT = torch.zeros(2, T + 3, dtype=torch.bool)
+    taught_BT[:, 3:T] = True
+    with torch.no_grad():
+        h_BPD = model.trunk(ids_BT).h_BPD
+        ended_BPD = ended_streams(model.trunk(filled_BT).h_BPD, taught_BT)
+        got = model.losses(filled_BT, targets=Targets(modality_B, latent, taught_BT=taught_BT))
+        want = model.losses(ids_BT, targets=Targets(modality_B))
+    alike(ended_BPD[:, 3:], h_BPD)
+    exact(ended_BPD[:, :3], ended_BPD[:, 3:4].expand(-1, 3, -1))
+    alike(got["bytes"], want["bytes"])
+    alike(got["route"], want["route"])
+    again = model.losses(
+        torch.cat([ids_BT, torch.full((2, 3), 9)], dim=1),
+        targets=Targets(modality_B, latent, taught_BT=taught_BT),
+    )
+    for name in ("bytes", "route", "latent"):
+        alike(again[name].detach(), got[name], name)
+    exact(ended_streams(h_BPD, torch.zeros(2, T, dtype=torch.bool)), h_BPD)
 
 
 def test_without_modalities_every_sequence_is_taught() -> None:
@@ -114,6 +159,8 @@ def test_no_sequence_to_teach_is_a_loss_of_zero() -> None:
         ({"tokens_BN": torch.zeros(B, 4)}, TypeError, "tokens_BN has dtype float32"),
         ({"tokens_BN": torch.zeros(B, 0, dtype=torch.int64)}, ValueError, "tokens_BN has shape"),
         ({"tokens_BN": torch.zeros(3, 4, dtype=torch.int64)}, ValueError, "tokens_BN has shape"),
+        ({"taught_BT": torch.ones(B, T, dtype=torch.int64)}, TypeError, "taught_BT has dtype int64"),
+        ({"taught_BT": torch.ones(B, T - 3, dtype=torch.bool)}, ValueError, "taught_BT has shape"),
     ],
 )
 def test_targets_that_do_not_fit(changes: dict[str, Tensor], error: type[Exception], says: str) -> None:

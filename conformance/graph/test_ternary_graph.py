@@ -1,4 +1,4 @@
-"""The graph of codes: what a node is, both paths, causality, the table of neighbours, votes of signs, both op sets.
+"""Both paths of the graph of codes give the same nodes, look at no later byte, and vote by signs, on both op sets.
 
 Legend: B batch, P positions, D width, C code width, N codes, J neighbours.
 """

@@ -1,4 +1,4 @@
-"""The video head: weights, noise, halting, what votes, and that training and generation compute the same latent.
+"""The video head votes and halts as it should, and computes the same latent in training and in generation.
 
 Legend: B samples, P tokens, D width.
 """

@@ -1,7 +1,8 @@
-"""Votes in a backward pass: who votes, when, with what, and what never leaks from one pass to the next."""
+"""A backward pass casts the right votes at the right time, and nothing leaks from one pass to the next."""
 
 from __future__ import annotations
 
+import importlib
 import math
 import weakref
 from dataclasses import replace
@@ -220,6 +221,7 @@ def test_no_two_weight_gradients_live_at_once_and_none_after() -> None:
     loss = model.loss(models.random_ids(2, 10))
     model.backward(loss, rate=models.RATE, step=0)
     assert len(alive) == sum(not module.frozen for module in model.ternary_modules().values())
+    # The ranks of a nano model are too small for gradients that wait to be made orthogonal.
     assert not [ref for ref in alive if ref() is not None]
     assert all(buffer.grad is None for buffer in model.buffers())
 
@@ -270,6 +272,53 @@ def test_each_use_of_a_weight_votes_on_its_own() -> None:
     want = ops.accumulate_gradient(fresh, ops.linear_weight_grad(outer, y), 1.0, **clock)
     want = ops.accumulate_gradient(want, ops.linear_weight_grad(inner, x), 1.0, **clock)
     exact(layer.weight, want)
+
+
+MATRICES = {"all wait": (2**25, [4, 1]), "three wait": (3 * 40 * 36, [3, 1, 1]), "none waits": (0, [1] * 5)}
+"""Elements that may wait, and the matrices in each call: four of one shape, one of which votes twice, and one of another."""
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+def test_matrices_of_one_shape_are_made_orthogonal_in_one_call(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """As many as may wait. The votes are those of each matrix alone, and a weight that votes twice does so in its order."""
+    most, stacks = MATRICES[kind]
+    asked: list[int] = []
+    grads: list[tuple[int, torch.Tensor]] = []
+    voting = importlib.import_module("arbitor.reference.graph.voting")
+    monkeypatch.setattr(voting, "WAITING_ELEMENTS", most)
+
+    def stacked(grad_NK: torch.Tensor, *, iterations: int, num_groups: int) -> torch.Tensor:
+        asked.append(num_groups)
+        return ops.orthogonalize(grad_NK, iterations=iterations, num_groups=num_groups)
+
+    parts = context(models.ops_with(orthogonalize=stacked))
+    cast = parts.voting.cast
+    monkeypatch.setattr(
+        parts.voting, "cast", lambda w, g, **how: (grads.append((how["tensor_id"], g)), cast(w, g, **how))
+    )
+    first, second, other = (
+        TernaryLinear(parts, 40, 36),
+        TernaryLinear(parts, 40, 36),
+        TernaryLinear(parts, 36, 40),
+    )
+    third = TernaryGroupedLinear(parts, 1, 40, 36)
+    want = [module.weight.clone() for module in (first, second, other, third)]
+    x = torch.randn(50, 40, generator=torch.Generator().manual_seed(1))
+    y = other(first(x))
+    with parts.voting.taking(rate=100.0, step=0):
+        made = (first(y), second(y), third(y, torch.zeros(50, dtype=torch.int64)))
+        torch.stack(made).pow(3).sum().backward()
+    assert sorted(asked) == sorted(stacks)
+    assert [tensor_id for tensor_id, _ in grads].count(0) == 2
+    for tensor_id, grad in grads:
+        grad = ops.orthogonalize(grad, iterations=3)
+        want[tensor_id] = ops.accumulate_gradient(
+            want[tensor_id], grad, 100.0, seed=5, step=0, tensor_id=tensor_id
+        )
+    exact(tuple(module.weight for module in (first, second, other, third)), tuple(want))
+    assert (first.weight.trit_accum.abs() == 127).any(), "no count is full, so any order would do"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,7 +1,7 @@
 """Whole models on the op set under test compute no worse, and one vote and step leaves the same bits.
 
 The structures are those of the presets, at widths that a test can afford: every layer, hop, turn, head and table that a preset has.
-In float32, where two op sets choose the same codes and experts; and in bfloat16, as models train on a GPU, where none are chosen.
+In float32 two op sets choose the same codes and experts. In bfloat16, in which models train on a GPU, the models choose none.
 Legend: B batch, T bytes, N patches or frames, F features.
 """
 

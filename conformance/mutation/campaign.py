@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import compileall
+import functools
 import hashlib
 import json
+import math
 import os
 import py_compile
-import queue
 import shutil
 import subprocess
 import sys
@@ -47,9 +48,11 @@ class Options:
     root: Path
     out: Path
     jobs: int = 1
-    budget: float = float("inf")
+    budget: float = math.inf
     timeout: float = 20.0
     stages: int = 3
+    patience: float = math.inf
+    keep_going: bool = False
     device: str = "cpu"
     examples: int = 5
     memory_gib: int = 16
@@ -58,20 +61,11 @@ class Options:
     preloaded: Sequence[str] = ("numpy", "torch", "hypothesis")
     say: Callable[[str], None] = field(default=print)
 
-    def arguments(self, unit: Unit) -> list[str]:
-        """Return pytest's arguments for a unit; few examples where each is dear."""
-        own = ["--impl", unit.impl] if unit.impl else ["--examples", str(self.examples)]
-        return [
-            unit.tests,
-            "-x",
-            "-q",
-            "--no-header",
-            "-p",
-            "no:cacheprovider",
-            "--device",
-            self.device,
-            *own,
-        ]
+    def arguments(self, units: Sequence[Unit]) -> list[str]:
+        """Return pytest's arguments for units of one implementation; few examples where each is dear."""
+        own = ["--impl", units[0].impl] if units[0].impl else ["--examples", str(self.examples)]
+        shared = ["-q", "--no-header", "-p", "no:cacheprovider", "--device", self.device]
+        return [*(unit.tests for unit in units), *shared, *own]
 
 
 class Worker:
@@ -87,7 +81,7 @@ class Worker:
             compileall.compile_dir(self.tree / folder, quiet=2, invalidation_mode=checked)
         environment = {
             **os.environ,
-            "PYTHONPATH": str(self.tree),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(self.tree), os.environ.get("PYTHONPATH")))),
             "OMP_NUM_THREADS": "1",
         }
         preloaded, memory = list(options.preloaded), 0
@@ -137,7 +131,10 @@ class Campaign:
         self.options, self.selection = options, Selection(options.root)
         self.deadline = time.monotonic() + options.budget
         self.baseline: dict[str, dict[str, Any]] = {}
-        self.lock = threading.Lock()
+        self.expected: dict[str, float] = {}
+        self.red: list[str] = []
+        self.stopped = False
+        self.changed = threading.Condition()
         options.out.mkdir(parents=True, exist_ok=True)
         self.results = options.out / f"{options.name}.jsonl"
 
@@ -148,48 +145,61 @@ class Campaign:
         sources = {m.file: digest_of([self.options.root / m.file]) for m in mutants}
         left = [mutant for mutant in mutants if (mutant.id, sources[mutant.file]) not in done]
         stages = {file: self.selection.stages(file)[: self.options.stages] for file in {m.file for m in left}}
+        units = sorted({unit for of_file in stages.values() for stage in of_file for unit in stage})
+        self.load_baseline()
+        self.units = [unit for unit in units if str(unit) not in self.baseline]
+        # Longest first, so that none of them is left to run alone; large files take long where nothing is known.
+        size = {unit: self.options.root.joinpath(unit.tests).stat().st_size for unit in self.units}
+        slowness = {unit: (self.expected.get(str(unit), math.inf), size[unit]) for unit in self.units}
+        self.units.sort(key=slowness.__getitem__, reverse=True)
+        self.jobs = [(mutant, stages[mutant.file], sources[mutant.file]) for mutant in left]
+        self.options.say(
+            f"{len(left)} of {len(mutants)} mutants to try; {len(self.units)} files of tests to run unchanged"
+        )
+        if not left:
+            return
         with ExitStack() as stack, ThreadPoolExecutor(self.options.jobs) as pool:
             make = lambda _: stack.enter_context(Worker(self.options))  # noqa: E731
-            workers: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-            for worker in pool.map(make, range(min(self.options.jobs, max(1, len(left))))):
-                workers.put(worker)
-
-            def lent(job: Callable[[Worker, Any], None], item: Any) -> None:
-                if time.monotonic() >= self.deadline:
-                    return
-                worker = workers.get()
-                try:
-                    job(worker, item)
-                finally:
-                    workers.put(worker)
-
-            units = sorted({unit for of_file in stages.values() for stage in of_file for unit in stage})
-            self.load_baseline()
-            missing = [unit for unit in units if str(unit) not in self.baseline]
-            self.options.say(
-                f"{len(left)} of {len(mutants)} mutants to try; {len(missing)} files of tests to run unchanged"
-            )
+            workers = list(pool.map(make, range(min(self.options.jobs, len(left)))))
             try:
-                list(pool.map(lambda unit: lent(self.run_unchanged, unit), missing))
+                list(pool.map(self.work, workers))
             finally:
                 self.save_baseline()
-            if any(str(unit) not in self.baseline for unit in units):
-                self.options.say(
-                    "the budget was spent on the tests without mutation, whose record is kept: run it again"
-                )
-                return
-            if left and not any(
-                test["calls"] for unit in units for test in self.baseline[str(unit)]["tests"].values()
-            ):
-                raise RedBaselineError(
-                    f"no test calls a function of {', '.join(PRODUCT)} in the copy of the tree"
-                )
-            list(
-                pool.map(
-                    lambda m: lent(lambda w, m: self.try_mutant(w, m, stages[m.file], sources[m.file]), m),
-                    left,
-                )
+        if self.jobs and any(str(unit) not in self.baseline for unit in units):
+            self.options.say(
+                "the budget was spent before all tests had run without mutation; their record is kept: run it again"
             )
+        elif not any(test["calls"] for unit in units for test in self.baseline[str(unit)]["tests"].values()):
+            raise RedBaselineError(
+                f"no test calls a function of {', '.join(PRODUCT)} in the copy of the tree"
+            )
+        if self.red:
+            raise RedBaselineError("left out, because they fail without a mutation:\n" + "\n".join(self.red))
+
+    def work(self, worker: Worker) -> None:
+        """Take jobs until there is none, or the budget is spent."""
+        try:
+            while (job := self.next_job()) is not None:
+                job(worker)
+        except BaseException:
+            self.stopped = True
+            raise
+        finally:
+            with self.changed:
+                self.changed.notify_all()
+
+    def next_job(self) -> Callable[[Worker], None] | None:
+        """Return a file of tests to run unchanged, else the first mutant whose tests have all been run unchanged."""
+        with self.changed:
+            while self.jobs and not self.stopped and time.monotonic() < self.deadline:
+                if self.units:
+                    return functools.partial(self.run_unchanged, unit=self.units.pop(0))
+                for place, (mutant, stages, source) in enumerate(self.jobs):
+                    if all(str(unit) in self.baseline for stage in stages for unit in stage):
+                        del self.jobs[place]
+                        return functools.partial(self.try_mutant, mutant=mutant, stages=stages, source=source)
+                self.changed.wait(1.0)
+        return None
 
     def key(self) -> str:
         """Return what a record of the unchanged tree depends on."""
@@ -207,6 +217,7 @@ class Campaign:
         if path.exists():
             stored = json.loads(path.read_text())
             self.baseline = stored["units"] if stored["key"] == self.key() else {}
+            self.expected = {name: seconds_of(unit) for name, unit in stored["units"].items()}
 
     def save_baseline(self) -> None:
         """Keep the records for a run that goes on."""
@@ -217,35 +228,59 @@ class Campaign:
     def run_unchanged(self, worker: Worker, unit: Unit) -> None:
         """Run tests without a mutation, and keep how long each took and what it called."""
         left = self.deadline - time.monotonic()
-        answer = worker.run(self.options.arguments(unit), min(left, 3600.0), None, [])
+        answer = worker.run(self.options.arguments([unit]), min(left, 3600.0), None, [])
         if answer["status"] == TIMED_OUT:
             return
+        tests = answer["record"].get("tests", {})
         if answer["status"] not in PASSED:
-            raise RedBaselineError(f"{unit} fails without a mutation: {answer['failed']}\n{answer['output']}")
-        record = answer["record"]
-        of_tests = sum(test["seconds"] for test in record["tests"].values())
-        with self.lock:
-            self.baseline[str(unit)] = {**record, "start": max(0.0, answer["seconds"] - of_tests)}
+            told = f"{unit} fails without a mutation: {answer['failed']}"
+            failed = [name for name, test in tests.items() if not test["passed"]]
+            if not self.options.keep_going or not failed:
+                raise RedBaselineError(f"{told}\n{answer['output']}")
+            self.red += [f"{name} ({unit})" for name in failed]
+        with self.changed:
+            start = max(0.0, answer["seconds"] - sum(test["seconds"] for test in tests.values()))
+            self.baseline[str(unit)] = {**answer["record"], "start": start}
+            self.changed.notify_all()
 
     def try_mutant(self, worker: Worker, mutant: Mutant, stages: list[list[Unit]], source: str) -> None:
-        """Run the tests that reach a mutant, cheapest first, until one fails; write down which."""
+        """Run the tests that reach a mutant, cheapest first, until one fails; write down which.
+
+        Tests of one stage and implementation share a process, since a process costs as much as many tests. A mutant that
+        outlives the patience is written down with how many tests were left out.
+        """
         path = worker.tree / mutant.file
         original, start = path.read_bytes(), time.monotonic()
-        status, failed, reached = "survived", "", 0
+        status, failed, reached, skipped = "survived", "", 0, 0
+        patience = self.options.patience
         path.write_bytes(mutant.applied(original))
         try:
-            for unit, keep in self.tests_of(mutant, stages):
-                reached += len(keep)
-                unchanged = self.baseline[str(unit)]
-                limit = self.options.timeout + SLOWER * (unchanged["start"] + sum(keep.values()))
+            for units, found in self.tests_of(mutant, stages):
+                keep = {}
+                for name, cost in found.items():
+                    if patience > 0:
+                        keep[name] = cost
+                        patience -= cost
+                reached, skipped = reached + len(keep), skipped + len(found) - len(keep)
+                if not keep:
+                    continue
+                units = [
+                    unit for unit in units if not self.baseline[str(unit)]["tests"].keys().isdisjoint(keep)
+                ]
+                unchanged = [self.baseline[str(unit)] for unit in units]
+                limit = self.options.timeout + SLOWER * (
+                    sum(record["start"] for record in unchanged) + sum(keep.values())
+                )
                 left = self.deadline - time.monotonic()
-                seconds, known = min(limit, max(left, 0.0)), list(unchanged["tests"])
-                answer = worker.run(self.options.arguments(unit), seconds, keep, known)
+                known = [name for record in unchanged for name in record["tests"]]
+                order = {name: float(place) for place, name in enumerate(keep)}
+                arguments = ["-x", *self.options.arguments(units)]
+                answer = worker.run(arguments, min(limit, max(left, 0.0)), order, known)
                 if answer["status"] == TIMED_OUT and left < limit:
                     return
                 if answer["status"] not in PASSED:
                     status = "timeout" if answer["status"] == TIMED_OUT else "killed"
-                    failed = answer["failed"] or str(unit)
+                    failed = answer["failed"] or str(units[0])
                     break
         finally:
             path.write_bytes(original)
@@ -259,38 +294,54 @@ class Campaign:
             "source": source,
             "status": status if reached else "unreached",
             "by": failed,
+            "kind": mutant.kind,
             "tests": reached,
+            "left_out": skipped,
             "seconds": round(time.monotonic() - start, 2),
         }
-        with self.lock, self.results.open("a") as file:
+        with self.changed, self.results.open("a") as file:
             file.write(json.dumps(record) + "\n")
         if status == "survived":
             self.options.say(shown(record))
 
-    def tests_of(self, mutant: Mutant, stages: list[list[Unit]]) -> list[tuple[Unit, dict[str, float]]]:
+    def tests_of(self, mutant: Mutant, stages: list[list[Unit]]) -> list[tuple[list[Unit], dict[str, float]]]:
         """Return the tests that call the function of a mutant, with their seconds; all tests for code outside of functions.
 
-        What is called while a file of tests is imported is used by any test of it; where that file has not the name of the
-        mutant's, that is too many to run. A compiled kernel or a cached result hides a call: where the function is
-        decorated, calls of the whole file count.
+        They come in groups of one stage and implementation, cheap files first and cheap tests of a file first. What is called
+        while a file of tests is imported is used by any test of it; where that file has not the name of the mutant's, that is
+        too many to run. A compiled kernel or a cached result hides a call: where the function is decorated, calls of the
+        whole file count.
         """
         found = []
         wanted = {EVERYTHING, f"{mutant.file}:{mutant.function}"}
         for number, stage in enumerate(stages):
-            of_stage = []
+            of_impl: dict[str, list[tuple[Unit, dict[str, float]]]] = {}
             for unit in stage:
                 record = self.baseline[str(unit)]
-                seconds = {name: test["seconds"] for name, test in record["tests"].items()}
-                calls = {name: set(test["calls"]) for name, test in record["tests"].items()}
+                tests = {name: test for name, test in record["tests"].items() if test["passed"]}
+                calls = {name: set(test["calls"]) for name, test in tests.items()}
                 everywhere = number == 0 and not wanted.isdisjoint(record["imported"])
                 keep = {name for name in calls if everywhere or not mutant.function or calls[name] & wanted}
                 if mutant.decorated and ("cache" in mutant.decorated or not keep):
                     of_file = f"{mutant.file}:"
                     keep |= {name for name in calls if any(call.startswith(of_file) for call in calls[name])}
                 if keep:
-                    of_stage.append((unit, {name: seconds[name] for name in keep}))
-            found += sorted(of_stage, key=lambda pair: sum(pair[1].values()))
+                    seconds = {name: tests[name]["seconds"] for name in sorted(keep)}
+                    of_impl.setdefault(unit.impl, []).append((unit, seconds))
+            for group in of_impl.values():
+                group.sort(key=lambda pair: sum(pair[1].values()))
+                ordered = {
+                    name: cost
+                    for _, seconds in group
+                    for name, cost in sorted(seconds.items(), key=lambda pair: pair[1])
+                }
+                found.append(([unit for unit, _ in group], ordered))
         return found
+
+
+def seconds_of(record: dict[str, Any]) -> float:
+    """Return the seconds that a file of tests took unchanged."""
+    return record["start"] + sum(test["seconds"] for test in record["tests"].values())
 
 
 def files_of(root: Path) -> list[Path]:

@@ -1,7 +1,8 @@
 """The mutants of a Python file: each changes one statement or one operator of it and leaves every other byte alone.
 
-Not mutated: docstrings, annotations, assertions, `__all__`, imports, the text of messages (an error is dropped whole), and how a
-kernel is spread over a GPU (`num_warps`, `num_stages`), which changes no result.
+Not mutated: docstrings, annotations, assertions, `__all__`, imports, also those for type checkers alone, the text of messages (an
+error is dropped whole), how a figure looks, and how a kernel is spread over a GPU (`num_warps`, `num_stages`), which changes no
+result.
 """
 
 from __future__ import annotations
@@ -53,7 +54,22 @@ EXTREMES = dict(
     )
     for pair in ((one, other), (other, one))
 )
+KINDS = {
+    "delete": "a statement is left out",
+    "negate": "a condition is turned around",
+    "swap": "another operator, extreme or sign",
+    "value": "another number, truth value or default",
+}
+STATEMENTS = ("delete", "negate")
+"""Kinds of change that delete or flip a statement."""
+
 LAUNCH = ("num_warps", "num_stages")
+LOOKS = (
+    "grid", "legend", "set_axis_off", "set_label", "set_major_locator", "set_title", "set_ylim", "set_yscale", "set_yticks",
+    "suptitle",
+)  # fmt: skip
+"""Methods of matplotlib's axes and figures that people judge, and no test."""
+
 SHOWN = 90
 """Characters of source, about, that the description of a mutant shows."""
 
@@ -65,6 +81,7 @@ class Mutant:
     Fields:
         file:      path from the root of the tree.
         line:      where the change starts.
+        kind:      one of `KINDS`.
         function:  name of the innermost function around it, "" at the top of a module or a class.
         decorated: names of that function's decorators.
         what:      the change in words.
@@ -74,6 +91,7 @@ class Mutant:
 
     file: str
     line: int
+    kind: str
     function: str
     decorated: str
     what: str
@@ -94,15 +112,16 @@ class Mutant:
 def mutants_of(root: Path, file: str) -> list[Mutant]:
     """Return the mutants of a file of a tree, in the order of the file."""
     found, seen = [], Counter[tuple[str, str]]()
-    for change in sorted(_Changes((root / file).read_bytes()).all(), key=lambda change: change[3]):
-        function, decorated, what, span, text, line = change
+    for change in sorted(_Changes((root / file).read_bytes()).all(), key=lambda change: change[4]):
+        kind, function, decorated, what, span, text, line = change
         seen[function, what] += 1
-        found.append(Mutant(file, line, function, decorated, what, seen[function, what], span, text))
+        number = seen[function, what]
+        found.append(Mutant(file, line, kind, function, decorated, what, number, span, text))
     return found
 
 
-Change = tuple[str, str, str, tuple[int, int], str, int]
-"""Function, its decorators, description, span, text that takes its place, line."""
+Change = tuple[str, str, str, str, tuple[int, int], str, int]
+"""Kind, function, its decorators, description, span, text that takes its place, line."""
 
 
 class _Changes:
@@ -114,6 +133,7 @@ class _Changes:
         for line in source.splitlines(keepends=True):
             self.starts.append(self.starts[-1] + len(line))
         self.function, self.decorated, self.bound = "", "", set[str]()
+        self.conditions: set[ast.AST] = set()
         self.found: list[Change] = []
 
     def all(self) -> list[Change]:
@@ -123,8 +143,8 @@ class _Changes:
 
     def _parses(self, change: Change) -> bool:
         """Return whether Python reads the file with a change; dropping a parenthesised `with` leaves a parenthesis, say."""
-        first, last = change[3]
-        statement = self.source[:first] + change[4].encode() + self.source[last:]
+        first, last = change[4]
+        statement = self.source[:first] + change[5].encode() + self.source[last:]
         try:
             ast.parse(statement)
         except SyntaxError:
@@ -138,10 +158,10 @@ class _Changes:
     def text(self, span: tuple[int, int]) -> str:
         return self.source[span[0] : span[1]].decode()
 
-    def add(self, what: str, span: tuple[int, int], text: str, shown: tuple[int, int]) -> None:
+    def add(self, kind: str, span: tuple[int, int], text: str, shown: tuple[int, int]) -> None:
         """Note a change; `shown` is the expression that the description shows before and after."""
-        if what:
-            words = f"{what} `{_short(self.text(shown))}`"
+        if kind == "delete":
+            words = f"without `{_short(self.text(shown))}`"
         else:
             first, last = max(shown[0], span[0] - SHOWN // 2), min(shown[1], span[1] + SHOWN // 2)
             before, after = (
@@ -150,7 +170,7 @@ class _Changes:
             )
             words = f"`{_short(before + self.text(span) + after)}` -> `{_short(before + text + after)}`"
         line = 1 + self.source[: span[0]].count(b"\n")
-        self.found.append((self.function, self.decorated, words, span, text, line))
+        self.found.append((kind, self.function, self.decorated, words, span, text, line))
 
     def visit(self, node: ast.AST) -> None:
         """Collect the changes of a node and of those within it."""
@@ -178,7 +198,7 @@ class _Changes:
         for default in filter(None, (*node.args.defaults, *node.args.kw_defaults)):
             is_text = isinstance(default, ast.Constant) and isinstance(default.value, str)
             if is_text or isinstance(default, (ast.Name, ast.Attribute)):
-                self.add("", self.span(default), '""' if is_text else "None", self.span(default))
+                self.add("value", self.span(default), '""' if is_text else "None", self.span(default))
             self.visit(default)
         for child in (*node.decorator_list, *node.body):
             self.visit(child)
@@ -200,7 +220,11 @@ class _Changes:
     def statement(self, node: ast.AST) -> None:
         """Delete a call, a rebinding, a write to a part, an early exit, a raise, a loop, a context."""
         is_call = isinstance(node, ast.Expr) and isinstance(node.value, (ast.Call, ast.Await))
+        is_call = is_call and not _sets_looks(node.value)
         is_branch = isinstance(node, (ast.If, ast.For)) and not node.orelse and not _only_raises(node.body)
+        is_branch = is_branch and not (
+            isinstance(node, ast.If) and self.text(self.span(node.test)) == "TYPE_CHECKING"
+        )
         if isinstance(node, ast.Assign):
             target = node.targets[0]
             rebinds = isinstance(target, ast.Name) and bool(self.function) and target.id in self.bound
@@ -208,10 +232,10 @@ class _Changes:
         if is_call or is_branch or isinstance(node, (ast.AugAssign, ast.Raise, ast.Break, ast.Continue)):
             if self.source[self.span(node)[0] :].startswith(b"elif"):
                 return
-            self.add("without", self.span(node), "pass", self.span(node))
+            self.add("delete", self.span(node), "pass", self.span(node))
         if isinstance(node, ast.With) and all(item.optional_vars is None for item in node.items):
             header = self.span(node)[0], self.span(node.items[-1].context_expr)[1]
-            self.add("without", header, "if True", header)
+            self.add("delete", header, "if True", header)
 
     def condition(self, node: ast.AST) -> None:
         """Negate what an `if`, a `while` or a comprehension asks."""
@@ -221,16 +245,20 @@ class _Changes:
         for test in filter(None, tests):
             negated = isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not)
             swapped = isinstance(test, ast.Compare) and isinstance(test.ops[0], NEGATIONS)
-            if not negated and not swapped and self.text(self.span(test)) != "TYPE_CHECKING":
-                self.add("", self.span(test), f"not ({self.text(self.span(test))})", self.span(test))
+            if negated or swapped:
+                # `expression` turns it around, by its own operator.
+                self.conditions.add(test)
+            elif self.text(self.span(test)) != "TYPE_CHECKING":
+                self.add("negate", self.span(test), f"not ({self.text(self.span(test))})", self.span(test))
 
     def expression(self, node: ast.AST) -> None:
         """Swap an operator, an extreme or a sign, change a number."""
+        kind = "negate" if node in self.conditions else "swap"
         if isinstance(node, ast.Compare):
             for left, op, right in zip(
                 [node.left, *node.comparators], node.ops, node.comparators, strict=False
             ):
-                self.swap(left, right, COMPARISONS[type(op)], node)
+                self.swap(left, right, COMPARISONS[type(op)], node, kind)
         elif isinstance(node, ast.BoolOp):
             for left, right in zip(node.values, node.values[1:], strict=False):
                 self.swap(left, right, LOGIC[type(node.op)], node)
@@ -243,26 +271,28 @@ class _Changes:
             width = {ast.Not: 3, ast.USub: 1, ast.Invert: 1}.get(type(node.op), 0)
             first = self.span(node)[0]
             if width:
-                self.add("", (first, first + width), "", self.span(node))
+                self.add(kind, (first, first + width), "", self.span(node))
         elif isinstance(node, ast.Call):
             name = self.text(self.span(node.func)).rpartition(".")[2]
             if name in EXTREMES:
                 last = self.span(node.func)[1]
-                self.add("", (last - len(name), last), EXTREMES[name], self.span(node))
+                self.add("swap", (last - len(name), last), EXTREMES[name], self.span(node))
         elif isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float)):
             value = not node.value if isinstance(node.value, bool) else node.value + 1
             if isinstance(node.value, float):
                 value = 2 * node.value or 1.0
             line = self.starts[node.lineno - 1], self.starts[node.lineno]
             comment = self.source.find(b"  #", self.span(node)[1], line[1])
-            self.add("", self.span(node), repr(value), (line[0], line[1] if comment < 0 else comment))
+            self.add("value", self.span(node), repr(value), (line[0], line[1] if comment < 0 else comment))
 
-    def swap(self, left: ast.AST, right: ast.AST, pair: tuple[str, str], whole: ast.AST) -> None:
+    def swap(
+        self, left: ast.AST, right: ast.AST, pair: tuple[str, str], whole: ast.AST, kind: str = "swap"
+    ) -> None:
         """Swap the operator that stands between two operands."""
         first, last = self.span(left)[1], self.span(right)[0]
         match = re.search(rf"(?<!\w){re.escape(pair[0])}(?!\w)", self.text((first, last)))
         if match:
-            self.add("", (first + match.start(), first + match.end()), pair[1], self.span(whole))
+            self.add(kind, (first + match.start(), first + match.end()), pair[1], self.span(whole))
 
 
 def _short(text: str) -> str:
@@ -274,6 +304,11 @@ def _short(text: str) -> str:
 def _only_raises(body: list[ast.stmt]) -> bool:
     """Return whether a branch does nothing but raise."""
     return len(body) == 1 and isinstance(body[0], ast.Raise)
+
+
+def _sets_looks(node: ast.expr) -> bool:
+    """Return whether an expression is a call that decides how a figure looks."""
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LOOKS
 
 
 def _is_sequence(node: ast.AST) -> bool:

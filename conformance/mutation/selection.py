@@ -3,7 +3,7 @@
 `reference/ops/scale.py`, `optimized/ops/scale.py` and `optimized/kernels/scale.py` are tested by `test_scale.py` and by
 `test_scale_<part>.py`. `optimized/kernels/segments.py`, which has no tests of its name, is tested by those of the files that
 import it. Then come the rest of the folders that these lie in, and what lies at the top of `conformance`. A family of ops has
-nothing to do with the others: in a folder that both sets of ops have, the tests of another family are left out.
+nothing to do with the others: of files of ops and kernels, the tests of another family are left out.
 """
 
 from __future__ import annotations
@@ -56,10 +56,12 @@ class Selection:
         path = Path(file)
         named = self.named(path) or self.of_importers(path) or self.that_name(path) or self.tests
         folders = {test.parent for test in named} | {Path("conformance")}
+        # Checks and types serve every family.
+        of_family = path.parent.name in ("ops", "kernels")
         rest = [
             test
             for test in self.tests
-            if test.parent in folders and test not in named and not self.alone(test)
+            if test.parent in folders and test not in named and not (of_family and self.alone(test))
         ]
         if path.parts[0] != "reference":
             return [[Unit(str(test)) for test in tests] for tests in (named, rest)]

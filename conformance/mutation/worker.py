@@ -33,6 +33,9 @@ sys.path = [path for path in sys.path if Path(path or ".").resolve() != Path(__f
 import pytest  # noqa: E402
 
 PRODUCT = ("reference", "optimized")
+MONITORING: Any = getattr(sys, "monitoring", None)
+"""Sees the first call of a function in a test, and costs nothing afterwards; before Python 3.12 every call is traced."""
+
 TIMED_OUT = -1
 EVERYTHING = "*"
 """Called by a test that starts a process: what it does in there is not seen."""
@@ -53,21 +56,43 @@ class Recorder:
         self.imported: set[str] = set()
         self.calls: set[str] = self.imported
         self.tests: dict[str, dict[str, Any]] = {}
+        self.failed: set[str] = set()
         self.of_fixture: dict[str, set[str]] = defaultdict(set)
         self.of_module: dict[ModuleType, set[str]] = defaultdict(set)
         self.modules: dict[str, tuple[ModuleType, list[str]]] = {}
         sys.addaudithook(self.audit)
-        threading.settrace(self.trace)
-        sys.settrace(self.trace)
+        self.watch()
 
     def audit(self, event: str, _: tuple[Any, ...]) -> None:
         """Note that a process starts."""
         if event in ("subprocess.Popen", "os.fork", "os.posix_spawn"):
             self.calls.add(EVERYTHING)
 
+    def watch(self) -> None:
+        """See calls from now on, those of functions too that were seen before."""
+        if MONITORING is None:
+            threading.settrace(self.trace)
+            sys.settrace(self.trace)
+            return
+        tool, events = MONITORING.COVERAGE_ID, MONITORING.events
+        if MONITORING.get_tool(tool) is None:
+            MONITORING.use_tool_id(tool, "conformance.mutate")
+            for event in (events.PY_START, events.PY_RESUME):
+                MONITORING.register_callback(tool, event, self.called)
+            MONITORING.set_events(tool, events.PY_START | events.PY_RESUME)
+        MONITORING.restart_events()
+
+    def called(self, code: CodeType, _: int) -> Any:
+        """Note a call, and see no further call of the function until `watch`."""
+        self.note(code)
+        return MONITORING.DISABLE
+
     def trace(self, frame: FrameType, event: str, _: Any) -> None:
         """Note a call; lines are not followed."""
-        code = frame.f_code
+        self.note(frame.f_code)
+
+    def note(self, code: CodeType) -> None:
+        """Note a call of a function of the product."""
         label = self.labels.get(code)
         if label is None:
             label = self.labels[code] = self.label(code)
@@ -86,10 +111,11 @@ class Recorder:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         self.calls = set[str]()
-        sys.settrace(self.trace)
+        self.watch()
         start = time.perf_counter()
         result = yield
         self.tests[item.nodeid] = {"seconds": time.perf_counter() - start, "calls": self.calls}
+        self.tests[item.nodeid]["passed"] = item.nodeid not in self.failed
         module = item.getparent(pytest.Module)
         if module is not None and any(hasattr(value, "cache_info") for value in vars(module.obj).values()):
             self.of_module[module.obj] |= self.calls
@@ -97,9 +123,14 @@ class Recorder:
         self.calls = set()
         return result
 
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.failed.add(report.nodeid)
+
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
         outer, self.calls = self.calls, set[str]()
+        self.watch()
         try:
             return (yield)
         finally:
@@ -107,10 +138,13 @@ class Recorder:
                 self.of_fixture[fixturedef.argname] |= self.calls
             outer |= self.calls
             self.calls = outer
+            self.watch()
 
     def record(self) -> dict[str, Any]:
         """Return what was seen."""
         sys.settrace(None)
+        if MONITORING is not None:
+            MONITORING.set_events(MONITORING.COVERAGE_ID, 0)
         for name, (module, fixtures) in self.modules.items():
             shared = self.of_module.get(module, set()).union(*(self.of_fixture[one] for one in fixtures))
             self.tests[name]["calls"] |= shared

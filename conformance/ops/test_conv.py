@@ -167,6 +167,7 @@ test_refusals_of_conv = refusals(
     refused("conv1d", "a window that does not fit", ValueError, "kernel_size", ones(1, 2, 6), weight, kernel_size=7),
     refused("conv1d", "float16", TypeError, "x_BCL", ones(1, 2, 9, dtype=F16), weight, kernel_size=7),
     refused("conv1d_input_grad", "other positions", ValueError, "grad_BNP", ones(1, 3, 4), weight, length=9, kernel_size=7),
+    refused("conv1d_input_grad", "float16", TypeError, "grad_BNP", ones(1, 3, 3, dtype=F16), weight, length=9, kernel_size=7),
     refused("conv1d_input_grad", "columns of no kernel", ValueError,
             "weight", ones(1, 3, 5), weight, length=9, kernel_size=5),
     refused("conv1d_weight_grad", "other positions", ValueError, "grad_BNP", ones(1, 3, 4), ones(1, 2, 9), kernel_size=7),

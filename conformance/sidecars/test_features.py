@@ -87,3 +87,13 @@ def test_nothing_half_written_is_left(tmp_path: Path) -> None:
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
     with pytest.raises(ValueError, match="max_bytes is 0"):
         FeatureCache(tmp_path, max_bytes=0)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        FeatureCache(tmp_path).get(b"a", sidecar(), Maker(1.0))
+    assert not list(tmp_path.iterdir())

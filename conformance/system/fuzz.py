@@ -3,8 +3,8 @@
     python -m conformance.system.fuzz --mutations 10000 --seed 1
 
 A mutation changes bytes, cuts, repeats or swaps pieces of one file of a run folder; or changes a value somewhere in its JSON, as a
-careful forger would, with digests that fit. Then the run is read as ``--resume`` and ``arb generate`` read it. That must end
-in a checkpoint that holds a model, or in a sentence (TrainingError), within seconds.
+careful forger would, with digests that fit. Then the run is read as ``--resume``, ``--init-from`` and the commands for finished
+runs read it. That must end in a checkpoint that holds a model, or in a sentence (TrainingError), within seconds.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from typing import Any
 import pytest
 
 from arbitor.optimized.training import checkpoint as checkpoints
+from arbitor.optimized.training.beginning import begin_with
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.facts import read_facts
 from arbitor.optimized.training.metrics import read_metrics
+from arbitor.optimized.training.model_folder import read_model
 from arbitor.optimized.training.plan import preset_config
 from arbitor.optimized.training.run_folder import RunFolder
 from arbitor.optimized.training.sizes import config_of
@@ -161,6 +164,9 @@ def use(folder: Path) -> str:
         ("generate", lambda: run.load_best(lambda refusal: None)),
         ("preset", lambda: preset_config(str(run.config))),
         ("metrics", lambda: read_metrics(run.metrics)),
+        ("info", lambda: read_facts(run)[0].words()),
+        ("export", lambda: read_model(folder, lambda refusal: None)),
+        ("init", lambda: begin_with(ArbModel(nano.NANO), str(folder))),
     ):
         try:
             found: Any = read()

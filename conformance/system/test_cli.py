@@ -202,7 +202,7 @@ def test_what_is_at_its_default_is_never_refused(here: Here, finished: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "was"), [("--steps", "25", "15"), ("--batch", "3", "2"), ("--preset", "tiny", "nano")]
+    ("option", "value", "was"), [("--steps", "14", "15"), ("--batch", "3", "2"), ("--preset", "tiny", "nano")]
 )
 def test_resume_refuses_another_run(here: Here, finished: Path, option: str, value: str, was: str) -> None:
     result = here("train", "--run", str(finished), "--resume", option, value)
@@ -220,6 +220,7 @@ def test_resume_refuses_another_run(here: Here, finished: Path, option: str, val
         (["--disable-graph"], NO_GRAPH, {"disable_graph": True}),
         (["--disable-moe"], {"use_moe": False}, {"disable_moe": True}),
         (["--enable-memory"], {"memory_rows": MEMORY_ROWS}, {"enable_memory": True}),
+        (["--enable-image"], {"image_features": 384, "image_codes": 8192}, {"enable_image": True}),
         (["--max-moe-iters", "3"], {"max_moe_iters": 3}, {"max_moe_iters": 3}),
         (["--sign-votes"], dict(SIGN_VOTES), {"sign_votes": True}),
     ],
@@ -234,7 +235,8 @@ def test_train_trains_the_model_that_its_options_name(
     fields: dict[str, Any],
     settings: dict[str, Any],
 ) -> None:
-    preset = with_fields(WHOLE, memory_rows=0) if "--enable-memory" in flags else WHOLE
+    off = {"--enable-memory": {"memory_rows": 0}, "--enable-image": {"image_features": 0}}
+    preset = with_fields(WHOLE, **off.get(flags[0], {}))
     monkeypatch.setitem(PRESETS, "whole", preset)
     run, expected = tmp_path / "run", with_fields(preset, **fields)
     result = here(*train(text, run, "--preset", "whole", "--steps", "1", *flags))
@@ -249,9 +251,9 @@ def test_train_trains_the_model_that_its_options_name(
 
     same = resume_with(run, *flags)
     assert here(*same).returncode == 0
-    off = "moe" if "--disable-graph" in flags else "graph"
-    says = f"started with disable_{off} False and cannot go on with disable_{off} True"
-    check_refused(here(*same, f"--disable-{off}"), 1, says)
+    other = "moe" if "--disable-graph" in flags else "graph"
+    says = f"started with disable_{other} False and cannot go on with disable_{other} True"
+    check_refused(here(*same, f"--disable-{other}"), 1, says)
     says = f"started with max_moe_iters {settings.get('max_moe_iters')} and cannot go on with max_moe_iters 2"
     check_refused(here(*same, "--max-moe-iters", "2"), 1, says)
 

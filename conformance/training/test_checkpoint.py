@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -349,6 +349,20 @@ def test_load_newest_falls_back_and_the_next_save_keeps_what_is_good(tmp_path: P
         (tmp_path / f"{name}.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"latest.*previous.*no checkpoint is left"):
         RunFolder(tmp_path).load_newest()
+
+
+def test_load_newest_falls_back_from_a_header_that_its_caller_refuses(tmp_path: Path) -> None:
+    folder, weights = RunFolder(tmp_path), trained_weights()
+    for step in (1, 2):
+        folder.save_latest(weights, step=step, **METADATA)
+
+    def check(header: Mapping[str, Any]) -> None:
+        if header["step"] == 2:
+            raise CheckpointError("its step is 2")
+
+    checkpoint, refusals = RunFolder(tmp_path).load_newest(check)
+    assert checkpoint is not None and checkpoint.step == 1
+    assert len(refusals) == 1 and "its step is 2" in refusals[0]
 
 
 def test_whoever_owns_a_folder_removes_what_a_killed_run_left_half_written(tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ def test_train_writes_its_folder(text: Path, tmp_path: Path) -> None:
     metrics = read_metrics(folder / "metrics.jsonl")
     assert [line["step"] for line in metrics] == [0, 2, 4, 6, 8]
     assert [line["step"] for line in metrics if "val_bpb" in line] == [0, 4, 8]
+    assert all(0 < line["train_bpb"] < 16 for line in metrics[1:])
     assert (folder / "sample.txt").read_bytes() == result.prompt + result.sample
     assert len(result.sample) == NANO_DEFAULTS["sample_bytes"]
 

@@ -56,7 +56,8 @@ def test_a_setting_is_one_row(text: Path, tmp_path: Path) -> None:
     ignored = shutil.ignore_patterns("__pycache__")
     for name in ("arbitor", "optimized"):
         shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=ignored, symlinks=True)
-    (tmp_path / "reference").symlink_to(REPOSITORY / "reference")
+    for name in ("reference", "sidecars"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
     table = tmp_path / "optimized" / "training" / "options.py"
     before, row, after = table.read_text().partition("    device: Annotated[")
     assert row
@@ -88,5 +89,9 @@ def test_rows_agree_with_what_they_describe() -> None:
 @pytest.mark.parametrize("name", sorted(cli.cli.commands))
 def test_help_says_every_default(name: str) -> None:
     for option in cli.cli.commands[name].params:
+        if isinstance(option, click.Argument):
+            # An argument has no help of its own: that of the command speaks of it.
+            assert option.human_readable_name.strip("[].") in (cli.cli.commands[name].help or "")
+            continue
         assert isinstance(option, click.Option)
         assert option.required or (option.help or "").endswith("]."), option.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.options import TrainOptions, preset_defaults
 from arbitor.optimized.training.plan import decide, preset_config, settings_config
 from arbitor.optimized.training.runtime import choose_runtime, deterministic
+from arbitor.optimized.training.schedule import GAIN, gain_of, rate
 from arbitor.reference.config import with_modules
 from conformance.training.nano import NANO, NANO_DEFAULTS
 
@@ -105,7 +107,8 @@ def test_decide_takes_what_was_asked_then_what_was_recorded_then_the_default() -
 @pytest.mark.parametrize("name", ["preset", "steps", "batch", "context", "accum", "seed"])
 def test_decide_refuses_another_run(name: str) -> None:
     was = recorded()[name]
-    other = "tiny" if name == "preset" else int(str(was)) + 1
+    # More steps make a longer run of the same, fewer another one.
+    other = "tiny" if name == "preset" else int(str(was)) + (-1 if name == "steps" else 1)
     same = {name: was}
     decide(TrainOptions(**same), recorded())  # type: ignore[arg-type]
     with pytest.raises(
@@ -143,6 +146,26 @@ def test_decide_refuses_numbers_out_of_range(options: dict[str, int], named: str
 def test_decide_refuses_other_types(options: dict[str, object], sentence: str) -> None:
     with pytest.raises(TypeError, match=f"^{sentence}$"):
         decide(TrainOptions(**{"preset": "nano", **options}), None)
+
+
+def test_the_rate_can_be_chosen() -> None:
+    """It is the rate of the flat part, whatever theta is. Sign votes do not read it, and a resumed run keeps it."""
+    settings = decide(TrainOptions(preset="nano", rate=3, steps=100), None)
+    for theta in (64, 32):
+        gain = gain_of(settings.rate, theta)
+        assert rate(20, 100, theta=theta, gain=gain) == 3.0
+    assert gain_of(None, 64) == GAIN
+    was = {**settings.as_json(), "device": "cpu"}
+    assert decide(TrainOptions(rate=3.0), was).rate == decide(TrainOptions(), was).rate == 3
+    with pytest.raises(TrainingError, match=r"started with rate 3 and cannot go on with rate 4\.0"):
+        decide(TrainOptions(rate=4.0), was)
+    with pytest.raises(ValueError, match=r"rate is 3, but does nothing: the loss gives sign votes"):
+        decide(TrainOptions(preset="nano", rate=3, sign_votes=True), None)
+    for value in (-1, 128, math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"rate is .* but must be from 0 to 127"):
+            decide(TrainOptions(preset="nano", rate=value), None)
+    with pytest.raises(TypeError, match="rate is '3', but must be a number"):
+        decide(TrainOptions(preset="nano", rate="3"), None)
 
 
 def test_decide_refuses_what_nothing_reads() -> None:

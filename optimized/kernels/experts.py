@@ -17,7 +17,8 @@ from torch import Tensor
 from arbitor.optimized.kernels.common import widen
 from arbitor.optimized.kernels.launch import row_grid, runs_here
 from arbitor.optimized.kernels.parts import add_group_parts
-from arbitor.optimized.kernels.products import Plan, group_of_tile, multiplies_wide, tile_width
+from arbitor.optimized.kernels.products import multiplies_wide, tile_width
+from arbitor.optimized.kernels.slots import Plan, group_of_part
 
 PART_SLOTS = 512
 """Slots of a part, at most."""
@@ -30,6 +31,7 @@ SMALL = 16
 def _grouped_weight_grad_kernel(
     grad_ptr, x_ptr, out_ptr, order_ptr, starts_ptr, part_ends_ptr, num_outputs, num_inputs,
     num_groups, row_blocks, column_blocks,
+    GRAD_SLOTS: tl.constexpr, X_SLOTS: tl.constexpr,
     PART: tl.constexpr, GROUP_BLOCK: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -39,7 +41,7 @@ def _grouped_weight_grad_kernel(
     outputs = (tile % row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     inputs = (tl.program_id(0) % column_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
     if PART > 0:
-        group, part = group_of_tile(part_ends_ptr, matrix, num_groups, GROUP_BLOCK)
+        group, part = group_of_part(part_ends_ptr, matrix, num_groups, GROUP_BLOCK)
         # There may be fewer parts than programs.
         if group >= num_groups:
             return
@@ -53,9 +55,11 @@ def _grouped_weight_grad_kernel(
         used = places < end
         slots = tl.load(order_ptr + places, mask=used, other=0)
         grad_mask = used[:, None] & (outputs < num_outputs)[None, :]
-        grad = tl.load(grad_ptr + slots[:, None] * num_outputs + outputs[None, :], mask=grad_mask, other=0.0)
+        grad_row_ptr = grad_ptr + (slots // GRAD_SLOTS)[:, None] * num_outputs
+        grad = tl.load(grad_row_ptr + outputs[None, :], mask=grad_mask, other=0.0)
         x_mask = used[:, None] & (inputs < num_inputs)[None, :]
-        x = tl.load(x_ptr + slots[:, None] * num_inputs + inputs[None, :], mask=x_mask, other=0.0)
+        x_row_ptr = x_ptr + (slots // X_SLOTS)[:, None] * num_inputs
+        x = tl.load(x_row_ptr + inputs[None, :], mask=x_mask, other=0.0)
         if WIDE:
             sums += tl.dot(tl.trans(widen(grad)), widen(x), input_precision="ieee")
         else:
@@ -65,25 +69,33 @@ def _grouped_weight_grad_kernel(
     tl.store(out_ptr + rows[:, None] * num_inputs + inputs[None, :], sums, mask=mask)
 
 
-def weight_grad(grad_MN: Tensor, x_MK: Tensor, plan: Plan, num_groups: int) -> Tensor:
-    """Launch `grouped_linear_weight_grad`; returns float32 [E N, K]."""
-    runs_here(grad_MN)
-    (num_slots, num_outputs), num_inputs, wide = grad_MN.shape, x_MK.shape[1], multiplies_wide(x_MK)
+def weight_grad(
+    grad: Tensor, x: Tensor, plan: Plan, num_groups: int, *, grad_slots: int = 1, x_slots: int = 1
+) -> Tensor:
+    """Launch `grouped_linear_weight_grad`; returns float32 [E N, K].
+
+    grad, x:             rows of outputs and of inputs, contiguous
+    grad_slots, x_slots: neighbouring slots that read one row
+    """
+    runs_here(grad)
+    num_slots, num_outputs, num_inputs = plan.order.numel(), grad.shape[1], x.shape[1]
+    wide = multiplies_wide(x)
     block_n, block_k = (tile_width(size, 64 if wide else 128) for size in (num_outputs, num_inputs))
     row_blocks, column_blocks = triton.cdiv(num_outputs, block_n), triton.cdiv(num_inputs, block_k)
     cut = is_cut(num_slots, row_blocks * column_blocks)
     part_ends = plan.tile_ends(PART_SLOTS) if cut else None
     num_matrices = num_slots // PART_SLOTS + num_groups if cut else num_groups
-    made = torch.empty(num_matrices, num_outputs, num_inputs, dtype=torch.float32, device=x_MK.device)
+    made = torch.empty(num_matrices, num_outputs, num_inputs, dtype=torch.float32, device=x.device)
     _grouped_weight_grad_kernel[row_grid(num_matrices * row_blocks, column_blocks)](
-        grad_MN, x_MK, made, plan.order, plan.starts, part_ends, num_outputs, num_inputs,
+        grad, x, made, plan.order, plan.starts, part_ends, num_outputs, num_inputs,
         num_groups, row_blocks, column_blocks,
+        GRAD_SLOTS=grad_slots, X_SLOTS=x_slots,
         PART=PART_SLOTS if cut else 0, GROUP_BLOCK=triton.next_power_of_2(num_groups) if cut else 0, WIDE=wide,
         BLOCK_M=32, BLOCK_N=block_n, BLOCK_K=block_k,
     )  # fmt: skip
     if part_ends is None:
         return made.reshape(num_groups * num_outputs, num_inputs)
-    grads = torch.empty(num_groups, num_outputs, num_inputs, dtype=torch.float32, device=x_MK.device)
+    grads = torch.empty(num_groups, num_outputs, num_inputs, dtype=torch.float32, device=x.device)
     return add_group_parts(made, part_ends, grads).flatten(0, 1)
 
 

@@ -100,6 +100,11 @@ def row_tile(size: int, most: int) -> tuple[int, int]:
     return block, triton.cdiv(size, block)
 
 
+def warps_of(lanes: int) -> int:
+    """Return the warps of a program of so many lanes: eight lanes a thread, but at most four warps."""
+    return max(1, min(4, lanes // 256))
+
+
 @dataclass(frozen=True)
 class Clock:
     """Dither coordinates as kernel arguments. A step on the device lets a captured graph replay with fresh dither."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from arbitor.optimized.kernels.common import narrow, widen
 from arbitor.optimized.kernels.launch import row_grid, row_tile, runs_here
 from arbitor.optimized.kernels.parts import add_parts, parts_of
+from arbitor.optimized.kernels.slots import Plan, group_of_tile
 from arbitor.optimized.kernels.tiles import run_of, scale_bits, span_of, weight_tile, word_levels
 from arbitor.optimized.layouts import DeviceWeight
 
@@ -46,18 +47,8 @@ def _bfloat16_tile(
 
 
 @triton.jit
-def group_of_tile(tile_ends_ptr, tile, num_groups, GROUP_BLOCK: tl.constexpr):
-    """Return the group that a tile belongs to, and the tile's place in it; `num_groups` for a tile past the last."""
-    groups = tl.arange(0, GROUP_BLOCK)
-    tile_ends = tl.load(tile_ends_ptr + groups, mask=groups < num_groups, other=2147483647)
-    group = tl.sum((tile_ends <= tile).to(tl.int32), axis=0)
-    # Tiles of a group follow each other: count from the end of the group before.
-    return group, tile - tl.max(tl.where(tile_ends <= tile, tile_ends, 0), axis=0)
-
-
-@triton.jit
 def _slots_of_tile(
-    tile, experts_ptr, order_ptr, starts_ptr, tile_ends_ptr, num_slots,
+    tile, experts_ptr, order_ptr, starts_ptr, num_slots,
     GROUPS: tl.constexpr, GROUP_BLOCK: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Return the group of a tile, its slots, and the mask of slots that count. Group E holds unused slots; above it is no tile."""
@@ -69,7 +60,7 @@ def _slots_of_tile(
         expert = tl.load(experts_ptr + tile).to(tl.int32)
         return tl.where(expert < 0, GROUPS, expert), tile.to(tl.int64) + lanes, lanes == 0
     else:
-        group, first = group_of_tile(tile_ends_ptr, tile, GROUPS + 1, GROUP_BLOCK)
+        group, first = group_of_tile(starts_ptr, tile, GROUPS + 1, GROUP_BLOCK, BLOCK_M)
         bounds_ptr = starts_ptr + tl.minimum(group, GROUPS)
         places = tl.load(bounds_ptr) + first * BLOCK_M + lanes
         used = places < tl.where(group > GROUPS, 0, tl.load(bounds_ptr + 1))
@@ -88,9 +79,10 @@ def _slots_of_tile(
     ]
 )
 def _packed_product_kernel(
-    x_ptr, words_ptr, exponents_ptr, out_ptr, experts_ptr, order_ptr, starts_ptr, tile_ends_ptr,
+    x_ptr, words_ptr, exponents_ptr, out_ptr, experts_ptr, order_ptr, starts_ptr,
     input_units, output_units, num_slots, num_rows, row_words, row_groups, column_blocks, num_parts, part_steps,
     TILES: tl.constexpr, GROUPS: tl.constexpr, GROUP_BLOCK: tl.constexpr, INPUT_UNIT: tl.constexpr, OUTPUT_UNIT: tl.constexpr,
+    SLOTS_OF_ROW: tl.constexpr,
     GROUP_SIZE: tl.constexpr, RUN: tl.constexpr, SPAN: tl.constexpr, MANTISSA_BITS: tl.constexpr,
     TRANSPOSED: tl.constexpr, WIDE: tl.constexpr, WEIGHT_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -111,7 +103,6 @@ def _packed_product_kernel(
         experts_ptr,
         order_ptr,
         starts_ptr,
-        tile_ends_ptr,
         num_slots,
         GROUPS,
         GROUP_BLOCK,
@@ -124,7 +115,7 @@ def _packed_product_kernel(
     # The group past the last holds the unused slots, whose output is zero.
     if group < GROUPS:
         inputs = tl.arange(0, BLOCK_K)
-        x_tile_ptr = x_ptr + slots[:, None] * num_inputs + inputs[None, :]
+        x_tile_ptr = x_ptr + (slots // SLOTS_OF_ROW)[:, None] * num_inputs + inputs[None, :]
         first_row = tl.cast(group, tl.int64) * num_rows
         # A tile lies as the weight lies. The sum runs over its columns, or over its rows if transposed.
         if TRANSPOSED:
@@ -179,33 +170,6 @@ def _packed_product_kernel(
     values = narrow(sums, out_ptr.dtype.element_ty)
     out_slots = first_slot + slots
     tl.store(out_ptr + out_slots[:, None] * num_outputs + outputs[None, :], values, mask=out_mask)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Slots by expert, on the device.
-
-    order:  int64 [M], slots in ascending order of their expert, unused slots last.
-    starts: int64 [E + 2], where the slots of each expert begin in `order`, then where the unused slots begin, then the end.
-    """
-
-    order: Tensor
-    starts: Tensor
-
-    @classmethod
-    def of(cls, experts_M: Tensor, num_groups: int) -> Plan:
-        """Return the plan of slots. Sorting is stable, so sums run in an order that depends on the slots alone."""
-        # A sort takes a pass for each byte of a key.
-        few = num_groups + 1 <= torch.iinfo(torch.uint8).max
-        dtype = torch.uint8 if few else torch.int32
-        sorted_M, order = torch.sort(torch.where(experts_M < 0, num_groups, experts_M).to(dtype), stable=True)
-        bounds = torch.arange(num_groups + 2, dtype=dtype, device=experts_M.device)
-        return cls(order, torch.searchsorted(sorted_M, bounds))
-
-    def tile_ends(self, block: int) -> Tensor:
-        """Return where the tiles of `block` slots of each expert end, int32 [E + 1], and last where those of unused slots end."""
-        tiles = (self.starts.diff() + (block - 1)) // block
-        return tiles.cumsum(0, dtype=torch.int32)
 
 
 @dataclass(frozen=True)
@@ -264,15 +228,17 @@ def packed_product(
     num_groups: int = 1,
     experts_M: Tensor | None = None,
     plan: Plan | None = None,
+    slots_of_row: int = 1,
 ) -> Tensor:
     """Return x W^T, or x W, in the dtype of x [M, outputs]: with one matrix, or with that of each slot's expert in a stack.
 
-    num_groups: matrices of the stack; unused slots become zeros
-    experts_M:  int64 [M], contiguous, for few slots, each of which reads its own matrix
-    plan:       for many slots, the plan by which they share matrices
+    num_groups:   matrices of the stack; unused slots become zeros
+    experts_M:    int64 [M], contiguous, for few slots, each of which reads its own matrix
+    plan:         for many slots, the plan by which they share matrices
+    slots_of_row: neighbouring slots that read one row of x, which has M / slots_of_row rows
     """
     runs_here(x)
-    num_slots, num_inputs = x.shape
+    num_slots, num_inputs = x.shape[0] * slots_of_row, x.shape[1]
     num_rows, num_columns = weight.shape[0] // num_groups, weight.shape[1]
     num_outputs = num_columns if transposed else num_rows
     wide = multiplies_wide(x)
@@ -294,11 +260,11 @@ def packed_product(
     input_unit, output_unit = math.gcd(num_inputs, 8), math.gcd(num_outputs, 8)
     _packed_product_kernel[row_grid(tiles * column_blocks, num_parts)](
         x, weight.words, weight.exponents, sums, experts_M,
-        *((None, None, None) if plan is None else (plan.order, plan.starts, plan.tile_ends(tiling.block_m))),
+        *((None, None) if plan is None else (plan.order, plan.starts)),
         num_inputs // input_unit, num_outputs // output_unit, num_slots, num_rows,
         weight.words.shape[1], weight.exponents.shape[1], column_blocks, num_parts, part_steps,
         TILES=cut.value, GROUPS=num_groups, GROUP_BLOCK=triton.next_power_of_2(num_groups + 1),
-        INPUT_UNIT=input_unit, OUTPUT_UNIT=output_unit, GROUP_SIZE=weight.group_size,
+        INPUT_UNIT=input_unit, OUTPUT_UNIT=output_unit, SLOTS_OF_ROW=slots_of_row, GROUP_SIZE=weight.group_size,
         RUN=run_of(weight.group_size), SPAN=span_of(weight.group_size), MANTISSA_BITS=weight.mantissa_bits,
         TRANSPOSED=transposed, WIDE=wide, WEIGHT_FIRST=tiling.weight_first,
         BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, num_warps=tiling.num_warps, num_stages=3,

@@ -1,4 +1,4 @@
-"""Router kernels: the operands of the choice of experts, as float64. The library multiplies and sorts.
+"""Router kernels: the operands of the choice of experts, as float64, and the choice by scores. The library multiplies.
 
 Legend: E experts, K columns, M vectors; KW words a row, KG groups a row.
 """
@@ -20,6 +20,9 @@ OCTAVES = tl.constexpr(ROUTER_OCTAVES)
 
 BLOCK_COLUMNS = 1024
 BLOCK_VALUES = 1024
+
+BLOCK_SCORES = 1024
+"""Scores of a program that chooses. A vector with more is sorted by the library."""
 
 
 @triton.jit(do_not_specialize=["row_groups", "row_words", "row_blocks"])
@@ -43,6 +46,55 @@ def _whole_sixteenths_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
     mask = places < size
     steps = query_values(tl.load(x_ptr + places, mask=mask, other=0.0))
     tl.store(out_ptr + places, steps.to(tl.float64), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_vectors", "top_k"])
+def _best_rows_kernel(
+    scores_ptr,
+    out_ptr,
+    num_vectors,
+    top_k,
+    EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    vectors = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    experts = tl.arange(0, BLOCK_E)[None, :]
+    mask = (vectors < num_vectors)[:, None] & (experts < EXPERTS)
+    low = float("-inf")
+    scores = tl.load(scores_ptr + vectors[:, None] * EXPERTS + experts, mask=mask, other=low)
+    chosen = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.int32)
+    for _ in range(top_k):
+        open_scores = tl.where((chosen == 0) & (experts < EXPERTS), scores, low)
+        is_best = open_scores == tl.max(open_scores, axis=1)[:, None]
+        # Every score is finite. Of equal ones the lowest expert is taken.
+        best = tl.min(tl.where(is_best, experts, BLOCK_E), axis=1)
+        chosen += (experts == best[:, None]).to(tl.int32)
+    places = vectors[:, None] * top_k + tl.cumsum(chosen, axis=1) - 1
+    tl.store(out_ptr + places, (experts + tl.zeros_like(chosen)).to(tl.int64), mask=mask & (chosen > 0))
+
+
+def best_rows(scores_ME: Tensor, top_k: int) -> Tensor:
+    """Return the experts of the largest of some finite scores, int64 [M, k], ascending; of equal scores the lowest expert's."""
+    num_vectors, num_experts = scores_ME.shape
+    if num_experts > BLOCK_SCORES:
+        order_ME = scores_ME.sort(dim=-1, descending=True, stable=True).indices
+        return order_ME[:, :top_k].sort(dim=-1).values
+    runs_here(scores_ME)
+    out = torch.empty(num_vectors, top_k, dtype=torch.int64, device=scores_ME.device)
+    if num_vectors:
+        block_e = triton.next_power_of_2(num_experts)
+        block_m = BLOCK_SCORES // block_e
+        _best_rows_kernel[row_grid(1, triton.cdiv(num_vectors, block_m))](
+            scores_ME.contiguous(),
+            out,
+            num_vectors,
+            top_k,
+            EXPERTS=num_experts,
+            BLOCK_M=block_m,
+            BLOCK_E=block_e,
+        )
+    return out
 
 
 def router_rows(weight: DeviceWeight) -> Tensor:

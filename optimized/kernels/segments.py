@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.optimized.kernels.common import narrow, widen
-from arbitor.optimized.kernels.launch import row_grid, row_tile, runs_here
+from arbitor.optimized.kernels.launch import row_grid, row_tile
 
 PART_EDGES = 64
 """Positions of a part. A part begins at a multiple of this number, and is used if all its positions belong to one segment."""
@@ -128,7 +128,6 @@ def segment_sums(
     order:   position -> edge; edge e reads row e // (E / R)
     starts:  [S + 1], the first position of each segment, and the end of the last
     """
-    runs_here(rows_RD)
     (num_rows, num_columns), num_edges = rows_RD.shape, order_E.numel()
     block, row_blocks = row_tile(num_columns, BLOCK_COLUMNS)
     shared = {

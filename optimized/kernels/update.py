@@ -11,7 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.optimized.kernels.common import clock_step, lane_trits, philox_words, widen, word_bytes
-from arbitor.optimized.kernels.launch import Clock, announce_written, row_grid, row_tile, runs_here
+from arbitor.optimized.kernels.launch import (
+    Clock,
+    announce_written,
+    row_grid,
+    row_tile,
+    runs_here,
+    warps_of,
+)
 from arbitor.optimized.kernels.votes import (
     exponents_of_rows,
     gradient_votes,
@@ -189,30 +196,36 @@ def count_votes_(
         clock.seed_low, clock.seed_high, clock.step, clock.tensor_id,
         FROM_GRADIENT=from_gradient, HAS_ROWS=rows is not None, RATE_ON_DEVICE=isinstance(rate, Tensor),
         STEP_ON_DEVICE=clock.step_on_device, EXPONENT_RULE=exponent_rule, SHIFT=SCORE_SHIFT,
-        GROUP_SIZE=weight.group_size, PLACES=places, BLOCK=block,
+        GROUP_SIZE=weight.group_size, PLACES=places, BLOCK=block, num_warps=warps_of(places * block),
     )  # fmt: skip
 
 
 def step_(weight: DeviceWeight, theta: int, theta_e: int, carry: bool, rows: Tensor | None) -> None:
     """Launch `apply_step`, in place."""
-    runs_here(weight.words)
     num_slots = weight.shape[0] if rows is None else rows.shape[0]
     if num_slots == 0:
         return
-    row_ids = weight.words if rows is None else rows.contiguous()
-    groups, words = weight.exponents.shape[1], weight.words.shape[1]
-    low, high = level_range(weight.mantissa_bits)
-    block, row_blocks = row_tile(groups, BLOCK_GROUPS)
-    _step_exponents_kernel[row_grid(num_slots, row_blocks)](
-        row_ids, weight.exponents, weight.exponent_accum, groups, row_blocks, theta_e,
-        LOW=low, HIGH=high, HAS_ROWS=rows is not None, BLOCK=block,
-    )  # fmt: skip
+    step_exponents_(weight, theta_e, rows)
+    row_ids, words = weight.words if rows is None else rows.contiguous(), weight.words.shape[1]
     block, row_blocks = row_tile(words, BLOCK_WORDS)
     _step_trits_kernel[row_grid(num_slots, row_blocks)](
         row_ids, weight.words, weight.trit_accum, weight.shape[1], words, row_blocks, theta,
-        HAS_ROWS=rows is not None, CARRY=carry, BLOCK=block,
+        HAS_ROWS=rows is not None, CARRY=carry, BLOCK=block, num_warps=warps_of(16 * block),
     )  # fmt: skip
     announce_written(weight.words, weight.exponents)
+
+
+def step_exponents_(weight: DeviceWeight, theta_e: int, rows: Tensor | None) -> None:
+    """Launch the part of `apply_step` that moves exponents, in place, for one row or more."""
+    runs_here(weight.words)
+    num_slots = weight.shape[0] if rows is None else rows.shape[0]
+    row_ids = weight.words if rows is None else rows.contiguous()
+    groups, (low, high) = weight.exponents.shape[1], level_range(weight.mantissa_bits)
+    block, row_blocks = row_tile(groups, BLOCK_GROUPS)
+    _step_exponents_kernel[row_grid(num_slots, row_blocks)](
+        row_ids, weight.exponents, weight.exponent_accum, groups, row_blocks, theta_e,
+        LOW=low, HIGH=high, HAS_ROWS=rows is not None, BLOCK=block, num_warps=warps_of(block),
+    )  # fmt: skip
 
 
 def changed_trits(before: Tensor, after: Tensor) -> Tensor:

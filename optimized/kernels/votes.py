@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.optimized.kernels.common import clock_step, philox_words, round_half_even, widen, word_bytes
-from arbitor.optimized.kernels.launch import Clock, gradient_columns, row_grid, row_tile, runs_here
+from arbitor.optimized.kernels.launch import Clock, gradient_columns, row_grid, row_tile, runs_here, warps_of
 from arbitor.reference.constants import SILENT_ROW, groups_per_row
 
 SILENT = tl.constexpr(SILENT_ROW)
@@ -155,9 +155,10 @@ def exponents_of_rows(grad_NK: Tensor, faults: Tensor | None = None) -> Tensor:
     gradient_columns(num_columns)
     exponents = torch.empty(num_rows, dtype=torch.int32, device=grad_NK.device)
     if num_rows:
+        block, _ = row_tile(num_columns, BLOCK_COLUMNS)
         _row_exponents_kernel[(num_rows,)](
             grad_NK.contiguous(), exponents, exponents if faults is None else faults, num_columns,
-            COUNT_FAULTS=faults is not None, BLOCK=min(BLOCK_COLUMNS, triton.next_power_of_2(num_columns)),
+            COUNT_FAULTS=faults is not None, BLOCK=block, num_warps=warps_of(block),
         )  # fmt: skip
     return exponents
 

@@ -3,6 +3,7 @@
 They run on CUDA, or on a CPU in Triton's interpreter (TRITON_INTERPRET=1 before the import).
 """
 
+from arbitor.optimized.ops.activations import *
 from arbitor.optimized.ops.attention import *
 from arbitor.optimized.ops.codebook import *
 from arbitor.optimized.ops.conv import *

@@ -1,6 +1,6 @@
 """Experts. See `arbitor.reference.ops.experts`.
 
-Legend: E experts, N outputs of an expert, K inputs, M slots.
+Legend: E experts, N outputs of an expert, K inputs, M slots, in one dimension or several.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from torch import Tensor
 from arbitor.optimized.kernels import router
 from arbitor.optimized.kernels.experts import weight_grad
 from arbitor.optimized.kernels.launch import values_between
-from arbitor.optimized.kernels.products import Plan, packed_product
+from arbitor.optimized.kernels.products import packed_product
+from arbitor.optimized.kernels.slots import Plan
 from arbitor.optimized.layouts import AnyWeight, DeviceWeight
 from arbitor.optimized.ops.layout import on_device
+from arbitor.optimized.ops.linear import matrix_of
 from arbitor.optimized.ops.op import op
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
@@ -40,7 +42,7 @@ def grouped_linear(x_MK: Tensor, weight: AnyWeight, experts_M: Tensor, *, num_gr
     num_rows = checks.expert_rows(weight, num_groups)
     checks.expert_matrix("x_MK", x_MK, DTYPES)
     checks.last_dim("x_MK", x_MK, weight.shape[1], DTYPES)
-    checks.expert_slots(experts_M, x_MK.shape[0], weight=weight.exponents, x_MK=x_MK)
+    checks.expert_slots(experts_M, x_MK.shape[:-1], weight=weight.exponents, x_MK=x_MK)
     values_between("experts_M", experts_M, -1, num_groups - 1)
     return _product(x_MK, on_device(weight), experts_M, (num_groups, num_rows), transposed=False)
 
@@ -53,7 +55,7 @@ def grouped_linear_input_grad(
     num_rows = checks.expert_rows(weight, num_groups)
     checks.expert_matrix("grad_MN", grad_MN, DTYPES)
     checks.last_dim("grad_MN", grad_MN, num_rows, DTYPES)
-    checks.expert_slots(experts_M, grad_MN.shape[0], weight=weight.exponents, grad_MN=grad_MN)
+    checks.expert_slots(experts_M, grad_MN.shape[:-1], weight=weight.exponents, grad_MN=grad_MN)
     values_between("experts_M", experts_M, -1, num_groups - 1)
     return _product(grad_MN, on_device(weight), experts_M, (num_groups, num_rows), transposed=True)
 
@@ -65,10 +67,11 @@ def grouped_linear_weight_grad(
     """See reference; float64 is not supported. The library's grouped product would write bfloat16, and votes read float32."""
     checks.integer("num_groups", num_groups, 1, 2**31 - 1)
     checks.expert_pair(grad_MN, x_MK, DTYPES)
-    checks.expert_slots(experts_M, grad_MN.shape[0], grad_MN=grad_MN, x_MK=x_MK)
+    checks.expert_slots(experts_M, grad_MN.shape[:-1], grad_MN=grad_MN, x_MK=x_MK)
     values_between("experts_M", experts_M, -1, num_groups - 1)
-    plan = Plan.of(experts_M, num_groups)
-    return weight_grad(grad_MN.contiguous(), x_MK.contiguous(), plan, num_groups)
+    plan = Plan.of(experts_M.flatten(), num_groups)
+    (grad, grad_slots), (x, x_slots) = rows_of_slots(grad_MN), rows_of_slots(x_MK)
+    return weight_grad(grad, x, plan, num_groups, grad_slots=grad_slots, x_slots=x_slots)
 
 
 @op()
@@ -80,8 +83,7 @@ def choose_experts(x: Tensor, weight: AnyWeight, *, top_k: int) -> Tensor:
     checks.router(x, weight, top_k, weight.exponents, DTYPES)
     x_MK = router.whole_sixteenths(x.reshape(-1, weight.shape[1]))
     scores_ME = torch.mm(x_MK, router.router_rows(on_device(weight)).T)
-    order_ME = scores_ME.sort(dim=-1, descending=True, stable=True).indices
-    return order_ME[:, :top_k].sort(dim=-1).values.reshape(*x.shape[:-1], top_k)
+    return router.best_rows(scores_ME, top_k).reshape(*x.shape[:-1], top_k)
 
 
 @op()
@@ -96,26 +98,39 @@ def expert_load(experts: Tensor, *, num_groups: int) -> Tensor:
 
 
 def _product(
-    x: Tensor, weight: DeviceWeight, experts_M: Tensor, shape: tuple[int, int], *, transposed: bool
+    x_MK: Tensor, weight: DeviceWeight, experts_M: Tensor, shape: tuple[int, int], *, transposed: bool
 ) -> Tensor:
     """Return x W_e^T, or x W_e, of each slot, in the dtype of x; `shape` is (E, N).
 
     Many slots are sorted first, so that a tile of them shares its matrix.
     """
     num_groups, num_rows = shape
-    num_slots, num_columns = x.shape[0], weight.shape[1]
-    x = x.contiguous()
+    num_slots, num_outputs = experts_M.numel(), weight.shape[1] if transposed else num_rows
     if num_slots == 0:
-        return x.new_zeros(0, num_columns if transposed else num_rows)
+        return x_MK.new_zeros(*experts_M.shape, num_outputs)
+    x, slots_of_row = rows_of_slots(x_MK)
     few = few_slots(num_slots, num_groups)
-    return packed_product(
+    experts = experts_M.flatten().contiguous()
+    y = packed_product(
         x,
         weight,
         transposed=transposed,
         num_groups=num_groups,
-        experts_M=experts_M.contiguous() if few else None,
-        plan=None if few else Plan.of(experts_M, num_groups),
+        experts_M=experts if few else None,
+        plan=None if few else Plan.of(experts, num_groups),
+        slots_of_row=slots_of_row,
     )
+    return y.reshape(*experts_M.shape, num_outputs)
+
+
+def rows_of_slots(x: Tensor) -> tuple[Tensor, int]:
+    """Return the rows that slots [..., K] read, contiguous, and how many neighbouring slots read each of them.
+
+    Where `expand` made neighbouring slots of one row in memory, as for the experts of a position, nothing is copied.
+    """
+    if x.ndim > 2 and x.stride(-2) == 0 and x.shape[-2] > 1:
+        return matrix_of(x.select(-2, 0)), x.shape[-2]
+    return matrix_of(x), 1
 
 
 def few_slots(num_slots: int, num_groups: int) -> bool:

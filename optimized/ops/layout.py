@@ -9,7 +9,7 @@ from arbitor.optimized.kernels.launch import runs_here, values_between
 from arbitor.optimized.layouts import AnyWeight, DeviceWeight
 from arbitor.optimized.ops.op import op
 from arbitor.reference.constants import MAX_PACKED_BYTE
-from arbitor.reference.types import TernaryWeight
+from arbitor.reference.types import TernaryWeight, has_memory
 
 __all__ = ["from_spec", "to_spec"]
 
@@ -66,6 +66,10 @@ def canonical(weight: DeviceWeight) -> TernaryWeight:
 
 def target_of(weight: AnyWeight, out: AnyWeight | None) -> DeviceWeight:
     """Return the weight that an update's kernels may overwrite: one on the memory of `out` where that works, else a copy."""
+    if out is not None and not all(has_memory(tensor) for tensor in out.tensors().values()):
+        raise RuntimeError(
+            "out has accumulators that another rank keeps, but must have its own to be written to"
+        )
     if out is weight and isinstance(weight, DeviceWeight):
         return weight
     if isinstance(out, DeviceWeight):

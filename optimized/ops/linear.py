@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arbitor.optimized.cuda import product as cuda_product
 from arbitor.optimized.kernels.products import packed_product
 from arbitor.optimized.kernels.scale import dense_rows
 from arbitor.optimized.layouts import MAX_COLUMNS, AnyWeight, DeviceWeight
 from arbitor.optimized.ops.layout import on_device
 from arbitor.optimized.ops.op import op
+from arbitor.optimized.ops.paths import takes_cuda
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
@@ -84,6 +86,8 @@ def _product(x: Tensor, weight: DeviceWeight, *, transposed: bool) -> Tensor:
     """
     x_MK = matrix_of(x)
     num_outputs = weight.shape[1 if transposed else 0]
+    if not transposed and takes_cuda(cuda_product.fits(x_MK, weight), x.device):
+        return cuda_product.few_rows_product(x_MK, weight).reshape(*x.shape[:-1], num_outputs)
     # A product counts the rows of a weight in 32 bits, as it counts the columns. The columns never exceed MAX_COLUMNS.
     if x.dtype is torch.bfloat16 and 0 < x_MK.shape[0] <= FEW_ROWS and weight.shape[0] <= MAX_COLUMNS:
         y_MN = packed_product(x_MK, weight, transposed=transposed)

@@ -25,9 +25,9 @@ from arbitor.reference.types import TernaryWeight
 P = ParamSpec("P")
 R = TypeVar("R")
 
-Gradient = Callable[..., Tensor]
-"""A function `gradient(grad, **arguments)` that returns the gradient of one argument. `grad` is the gradient of the result, and
-`arguments` are all arguments of the call."""
+Gradient = Callable[..., Tensor | Mapping[str, Tensor]]
+"""A function `gradient(grad, **arguments)` that returns the gradient of one argument, or the gradients of several by their names.
+`grad` is the gradient of the result, and `arguments` are all arguments of the call."""
 
 
 def op(**gradients: Gradient) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -115,8 +115,15 @@ class _WithGradients(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # The tensors of the weights come last. Only torch reads them, to see whether they changed.
         arguments = {**ctx.others, **dict(zip(ctx.names, ctx.saved_tensors, strict=False))}
+        made: dict[Gradient, Tensor | Mapping[str, Tensor]] = {}
+        grads: list[Tensor] = []
         with torch.no_grad():
-            grads = [gradient(grad, **arguments) for gradient in ctx.gradients.values()]
+            for name, gradient in ctx.gradients.items():
+                # One call serves all arguments whose gradients it makes together.
+                if gradient not in made:
+                    made[gradient] = gradient(grad, **arguments)
+                found = made[gradient]
+                grads.append(found if isinstance(found, Tensor) else found[name])
         if torch.is_grad_enabled():
             grads = _Once.apply(arguments[next(iter(ctx.gradients))], *grads)
         return None, None, None, *grads

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from arbitor.optimized.cuda import update as cuda_update
 from arbitor.optimized.kernels import update
 from arbitor.optimized.kernels.launch import Clock, row_ids, values_between, vote_rate
 from arbitor.optimized.kernels.votes import exponents_of_rows
 from arbitor.optimized.layouts import AnyWeight
 from arbitor.optimized.ops.layout import deliver, on_device, target_of
 from arbitor.optimized.ops.op import op
+from arbitor.optimized.ops.paths import takes_cuda
 from arbitor.reference import checks
 from arbitor.reference.constants import ACCUM_MAX, DEFAULT_THETA, DEFAULT_THETA_E, EXPONENT_RULES, ON_FLIP
 
@@ -58,7 +60,10 @@ def apply_step(
     row_ids(rows, weight.shape[0], weight.device)
     checks.out_weight(out, weight)
     target = target_of(weight, out)
-    update.step_(target, theta, theta_e, on_flip == "carry", rows)
+    if takes_cuda(cuda_update.fits_step(target, rows), target.device):
+        cuda_update.step_(target, theta, theta_e, on_flip == "carry")
+    else:
+        update.step_(target, theta, theta_e, on_flip == "carry", rows)
     return deliver(target, weight, out)
 
 
@@ -85,7 +90,11 @@ def accumulate_gradient(
     checks.one_of("exponent_rule", exponent_rule, EXPONENT_RULES)
     clock = Clock.of(seed, step, tensor_id, weight.device)
     target = target_of(weight, out)
-    update.count_votes_(target, grad_NK, rate, clock, exponent_rule, rows, faults)
+    grad_NK = grad_NK.contiguous()
+    if takes_cuda(cuda_update.fits_count(target, grad_NK, rows), target.device):
+        cuda_update.count_votes_(target, grad_NK, rate, clock, exponent_rule, faults)
+    else:
+        update.count_votes_(target, grad_NK, rate, clock, exponent_rule, rows, faults)
     return deliver(target, weight, out)
 
 

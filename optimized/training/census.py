@@ -5,7 +5,7 @@ without building it. The census is taken on the device, at log intervals only.
 
 The definitions are those of docs/training.md, "What a line of metrics says". Everything is a count of integers; the host divides.
 Nothing of the model is written, nothing random is drawn, and steps that no line is about cost nothing.
-Legend: N rows, K columns, E experts, R vectors.
+Legend: N rows, K columns, E experts, R vectors, W weights.
 """
 
 from __future__ import annotations
@@ -95,12 +95,19 @@ class Census:
         # The old snapshot is let go of before the next one is made, so that there is never a second.
         self._snapshot = {}
         self._snapshot = model.snapshot_trits()
+        ranks = model.voting.ranks
+        counts = {
+            name: count_accumulators(module, model.ops, counts=ranks.answers_for(module.tensor_id))
+            for name, module in self._voting_modules().items()
+        }
+        totals_W2 = ranks.total(torch.stack([torch.stack([*count.values()]) for count in counts.values()]))
         self._accumulators = {
-            name: count_accumulators(module, model.ops) for name, module in self._voting_modules().items()
+            name: dict(zip(counts[name], total_2, strict=True))
+            for name, total_2 in zip(counts, totals_W2, strict=True)
         }
         model.voting.deliver()
         self._chosen = {
-            name: torch.cat([ids.flatten() for _, ids in module.recorded])
+            name: torch.cat([ranks.everyone(ids).flatten() for _, ids in module.recorded])
             for name, module in self._codebooks().items()
             if module.recorded
         }
@@ -197,15 +204,15 @@ def by_kind(modules: Iterable[str]) -> dict[str, list[str]]:
     return {kind: of_kind for kind, of_kind in names.items() if of_kind}
 
 
-def count_accumulators(module: TernaryModule, ops: Any) -> dict[str, Tensor]:
+def count_accumulators(module: TernaryModule, ops: Any, *, counts: bool = True) -> dict[str, Tensor]:
     """Return how many accumulators of a weight are at the ``rail`` and ``saturated``, int64 [] on its device.
 
     An accumulator is at the rail where 2 T T_accum <= -theta: it has half of what would move the trit, in the direction in which
-    the trit can't go.
+    the trit can't go. Without `counts` another rank counts them, and both numbers are 0.
     """
     limit = -(-module.config.theta // 2)
     rail = saturated = torch.zeros((), dtype=torch.int64, device=module.device)
-    for part in row_parts(module.weight):
+    for part in row_parts(module.weight) if counts else ():
         accum_NK = part.tensors()["trit_accum"]
         # The product fits int8, since |T| <= 1.
         rail = rail + torch.count_nonzero(trits_of(part, ops) * accum_NK <= -limit)

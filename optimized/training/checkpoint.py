@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.optimized.training.regular import open_regular, parsed
+from arbitor.optimized.training.regular import open_regular
 from arbitor.optimized.training.whole_file import rename, told, write_beside
 from arbitor.reference import checks
+from arbitor.reference.config import parsed_json
 from arbitor.reference.types import TernaryWeight
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ _DTYPES = {code: dtype for dtype, code in _DTYPE_CODES.items()}
 State = Mapping[str, TernaryWeight | Tensor]
 """What ``ArbModel.state`` returns: weights in canonical form and integer tables, by name."""
 
-HeaderCheck = Callable[[Mapping[str, Any]], None]
+HeaderCheck = Callable[[Mapping[str, Any]], object]
 """What refuses a header, with a CheckpointError, before any tensor is read."""
 
 _FIELD_TYPES: dict[str, Any] = {
@@ -161,12 +162,9 @@ def load_checkpoint(path: Path, check: HeaderCheck | None = None) -> Checkpoint:
         CheckpointError: the file is missing, truncated, tampered with, of another format, or holds what no
             run can have written.
     """
-    try:
+    with _told_of(path):
         with open_regular(path) as file:
-            text, entries = _read_entries(file)
-            header = _verified_header(text)
-            if check is not None:
-                check(header)
+            header, entries = _checked_header(file, check)
             # Shapes are looked at where they take no memory.
             shapes = {
                 name: torch.empty(shape, dtype=dtype, device="meta")
@@ -175,6 +173,35 @@ def load_checkpoint(path: Path, check: HeaderCheck | None = None) -> Checkpoint:
             _state(header, shapes)
             tensors = {name: _read_tensor(file, dtype, shape) for name, (dtype, shape) in entries.items()}
         return _verified(header, tensors)
+
+
+def load_header(path: Path, check: HeaderCheck | None = None) -> dict[str, Any]:
+    """Return the header of a checkpoint, verified but for the digest of the tensors, which are not read.
+
+    Args:
+        path, check: as for `load_checkpoint`.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`.
+    """
+    with _told_of(path), open_regular(path) as file:
+        return _checked_header(file, check)[0]
+
+
+def _checked_header(file: IO[bytes], check: HeaderCheck | None) -> tuple[dict[str, Any], Entries]:
+    """Return the header of a file and the entries of its tensors, which are left to read."""
+    text, entries = _read_entries(file)
+    header = _verified_header(text)
+    if check is not None:
+        check(header)
+    return header, entries
+
+
+@contextmanager
+def _told_of(path: Path) -> Iterator[None]:
+    """Turn whatever reading a checkpoint raises within the block into one sentence."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no checkpoint {str(path)!r}") from error
     except CheckpointError as error:
@@ -213,7 +240,7 @@ def check_fits(checkpoint: Checkpoint, config: Mapping[str, Any], model: ArbMode
                 f"the checkpoint is of another model: {field} is {theirs.get(field)!r} there "
                 f"and {ours.get(field)!r} here"
             )
-    check_layouts({name: _layout(value) for name, value in checkpoint.state.items()}, model)
+    check_layouts({name: layout(value) for name, value in checkpoint.state.items()}, model)
     for name, (low, high) in model.table_ranges().items():
         table = checkpoint.state[name]
         # Its layout is that of a table.
@@ -241,14 +268,15 @@ def check_layouts(theirs: Mapping[str, Mapping[str, Any]], model: ArbModel) -> N
         where = "there but not here" if name in theirs else "here but not there"
         raise CheckpointError(f"the checkpoint is of another model: {name!r} is {where}")
     for name, value in held.items():
-        there, here = theirs[name], _layout(value)
+        there, here = theirs[name], layout(value)
         if there != here:
             raise CheckpointError(
                 f"the checkpoint is of another model: {name!r} is {there} there and {here} here"
             )
 
 
-def _layout(value: LaidOutWeight | Tensor) -> dict[str, Any]:
+def layout(value: LaidOutWeight | Tensor) -> dict[str, Any]:
+    """Return how a weight or a table is laid out, as a header says it."""
     if isinstance(value, Tensor):
         return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
     return {
@@ -305,8 +333,8 @@ def write_checkpoint_beside(path: Path, state: State, **metadata: Any) -> tuple[
     header: dict[str, Any] = {
         "format": FORMAT_VERSION,
         **{key: dict(value) if isinstance(value, Mapping) else value for key, value in metadata.items()},
-        "weights": {name: _layout(value) for name, value in state.items() if not isinstance(value, Tensor)},
-        "tables": {name: _layout(value) for name, value in state.items() if isinstance(value, Tensor)},
+        "weights": {name: layout(value) for name, value in state.items() if not isinstance(value, Tensor)},
+        "tables": {name: layout(value) for name, value in state.items() if isinstance(value, Tensor)},
         "state_sha256": digest,
     }
     header["content_sha256"] = _content_sha256(header)
@@ -378,7 +406,7 @@ def _read_entries(file: IO[bytes]) -> tuple[str | None, Entries]:
     if size < 8 or length > min(HEADER_BYTES, size - 8):
         raise _Damaged(f"its header would have {length:,} bytes, in a file of {size:,}")
     try:
-        header = parsed(file.read(length))
+        header = parsed_json(file.read(length))
         if not isinstance(header, dict):
             raise ValueError("its header is no object")
         metadata = header.pop("__metadata__", {})
@@ -416,7 +444,7 @@ def _verified_header(text: Any) -> dict[str, Any]:
     """Return the header from its JSON text: of this format, with every field, and as it was written."""
     if not isinstance(text, str):
         raise CheckpointError("it is a safetensors file, but not of this program")
-    header = parsed(text)
+    header = parsed_json(text)
     if not isinstance(header, dict):
         raise CheckpointError("its header is no object")
     if header.get("format", FORMAT_VERSION) != FORMAT_VERSION:
@@ -438,8 +466,8 @@ def _verified_header(text: Any) -> dict[str, Any]:
 
 def _state(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, TernaryWeight | Tensor]:
     """Return weights and tables as the header lays them out; tensors on the meta device are welcome."""
-    weights = {name: _weight(name, layout, tensors) for name, layout in header["weights"].items()}
-    tables = {name: _table(name, layout, tensors) for name, layout in header["tables"].items()}
+    weights = {name: _weight(name, stated, tensors) for name, stated in header["weights"].items()}
+    tables = {name: _table(name, stated, tensors) for name, stated in header["tables"].items()}
     if len(tensors) != len(PARTS) * len(weights) + len(tables):
         raise CheckpointError("it holds tensors that belong to no weight and are no table")
     return {**weights, **tables}
@@ -466,11 +494,11 @@ def _verified(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Check
     )
 
 
-def _weight(name: str, layout: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TernaryWeight:
+def _weight(name: str, stated: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TernaryWeight:
     missing = [part for part in PARTS if f"{name}.{part}" not in tensors]
     if missing:
         raise CheckpointError(f"{name}.{missing[0]} is missing")
-    num_rows, num_columns = layout["shape"]
+    num_rows, num_columns = stated["shape"]
     try:
         return TernaryWeight(
             packed=tensors[f"{name}.packed"],
@@ -478,8 +506,8 @@ def _weight(name: str, layout: Mapping[str, Any], tensors: Mapping[str, Tensor])
             trit_accum=tensors[f"{name}.trit_accum"],
             exponent_accum=tensors[f"{name}.exponent_accum"],
             shape=(num_rows, num_columns),
-            group_size=layout["group_size"],
-            mantissa_bits=layout["mantissa_bits"],
+            group_size=stated["group_size"],
+            mantissa_bits=stated["mantissa_bits"],
         )
     except (TypeError, ValueError) as error:
         raise CheckpointError(
@@ -487,12 +515,12 @@ def _weight(name: str, layout: Mapping[str, Any], tensors: Mapping[str, Tensor])
         ) from error
 
 
-def _table(name: str, layout: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
+def _table(name: str, stated: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
     if name not in tensors:
         raise CheckpointError(f"{name} is missing")
-    if _layout(tensors[name]) != dict(layout):
+    if layout(tensors[name]) != dict(stated):
         raise CheckpointError(
-            f"the table {name!r} is {_layout(tensors[name])}, but its header states {dict(layout)}"
+            f"the table {name!r} is {layout(tensors[name])}, but its header states {dict(stated)}"
         )
     return tensors[name]
 

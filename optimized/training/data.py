@@ -10,21 +10,26 @@ corpus.
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import os
 import stat
 import sysconfig
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import torch
 
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.optimized.training.regular import kind_of, read_regular
+from arbitor.optimized.training.regular import kind_of, open_regular, read_regular
 from arbitor.optimized.training.shown import shown
 from arbitor.reference.config import NGRAM
+
+STDLIB = "stdlib"
+"""How the Python sources that every Python carries are asked for."""
 
 BLOCK_BYTES = 64 * 1024
 """Length of a block of the split, in bytes, where the corpus is long enough."""
@@ -155,34 +160,9 @@ def load_corpus(source: str, run: Path | None = None) -> Corpus:
         TrainingError: the path is missing, unreadable, neither file nor folder, holds no text, is a file of weights, or lies in
             the folder of the run.
     """
-    left_out: dict[str, list[str]] = {}
-    ends: tuple[int, ...] = ()
-    if source == "stdlib":
-        chunks = _stdlib_files()
-    else:
-        path = Path(source)
-        try:
-            mode = path.stat().st_mode
-        except OSError as error:
-            raise TrainingError(f"cannot read the data {source!r}: {error.strerror or error}") from error
-        if run is not None and run.is_dir() and path.resolve().is_relative_to(run.resolve()):
-            raise TrainingError(
-                f"the data {source!r} lies in the run folder {str(run)!r}, which the run changes"
-            )
-        if stat.S_ISDIR(mode):
-            chunks, left_out = _folder_files(path, run)
-            ends = tuple(itertools.accumulate(map(len, chunks)))
-        elif stat.S_ISREG(mode):
-            if path.suffix.lower() in WEIGHTS_SUFFIXES:
-                raise TrainingError(
-                    f"the data {source!r} is a file of weights by its name, but must be bytes to learn from"
-                )
-            chunks = [_read(path)]
-        else:
-            raise TrainingError(
-                f"the data {source!r} is {kind_of(mode)}, but must be a regular file or a folder: "
-                "a run that is resumed reads it again"
-            )
+    files, left_out = find_texts(source, run)
+    is_folder = source != STDLIB and Path(source).is_dir()
+    chunks = [file.read() for file in files]
     data = bytearray().join(chunks)
     if not data:
         raise TrainingError(f"the data file {source!r} is empty: there is nothing to learn from")
@@ -192,7 +172,72 @@ def load_corpus(source: str, run: Path | None = None) -> Corpus:
         sha256=hashlib.sha256(data).hexdigest(),
         num_files=len(chunks),
         left_out=left_out,
-        ends=ends,
+        ends=tuple(itertools.accumulate(map(len, chunks))) if is_folder else (),
+    )
+
+
+@dataclass(frozen=True)
+class Text:
+    """A file of data, not yet read.
+
+    Attributes:
+        name: what it is called: its path in the folder it is of, or as it was asked for.
+        path: where it is; None for a text that Python keeps elsewhere.
+        content: that text.
+    """
+
+    name: str
+    path: Path | None = None
+    content: bytes = b""
+
+    def read(self) -> bytes:
+        """Return all of its bytes."""
+        return self.content if self.path is None else _read(self.path)
+
+    @contextmanager
+    def opened(self) -> Iterator[IO[bytes]]:
+        """Open it to be read from its start, until the end of the block.
+
+        Raises:
+            TrainingError: it cannot be read.
+        """
+        if self.path is None:
+            yield io.BytesIO(self.content)
+            return
+        with _reading(self.path), open_regular(self.path) as file:
+            yield file
+
+
+def find_texts(source: str, run: Path | None = None) -> tuple[list[Text], dict[str, list[str]]]:
+    """Return the files of a source of data, of which no more than the beginnings were read, and what is left out.
+
+    Args:
+        source, run: as for `load_corpus`.
+
+    Raises:
+        TrainingError: as `load_corpus`.
+    """
+    if source == STDLIB:
+        return _stdlib_texts(), {}
+    path = Path(source)
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise TrainingError(f"cannot read the data {source!r}: {error.strerror or error}") from error
+    if run is not None and run.is_dir() and path.resolve().is_relative_to(run.resolve()):
+        raise TrainingError(f"the data {source!r} lies in the run folder {str(run)!r}, which the run changes")
+    if stat.S_ISDIR(mode):
+        paths, left_out = _folder_files(path, run)
+        return [Text(each.relative_to(path).as_posix(), each) for each in paths], left_out
+    if stat.S_ISREG(mode):
+        if path.suffix.lower() in WEIGHTS_SUFFIXES:
+            raise TrainingError(
+                f"the data {source!r} is a file of weights by its name, but must be bytes to learn from"
+            )
+        return [Text(source, path)], {}
+    raise TrainingError(
+        f"the data {source!r} is {kind_of(mode)}, but must be a regular file or a folder: "
+        "a run that is resumed reads it again"
     )
 
 
@@ -268,6 +313,50 @@ def split_corpus(corpus: Corpus, context: int) -> Split:
     if len(corpus.ends) > 1 and total < VALIDATION_EVERY * BLOCK_BYTES:
         validation = _ends_of_files(corpus.ends, context)
     return _cut(total, validation) if validation else _by_block(corpus, context)
+
+
+def split_apart(train: Corpus, validation: Corpus, context: int) -> Split:
+    """Return the split of a run that learns from one corpus, all of it, and is judged by another. Offsets are each corpus's own.
+
+    Raises:
+        TrainingError: one of them has no window, they are the same bytes, or one lies in the other.
+    """
+    for name, corpus in (("data", train), ("val_data", validation)):
+        if corpus.data_N.numel() < context:
+            raise TrainingError(
+                f"the {name} {corpus.source!r} has {corpus.data_N.numel()} bytes, too few for a context of {context}"
+            )
+    paths = [Path(corpus.source).resolve() for corpus in (train, validation)]
+    nested = STDLIB not in (train.source, validation.source) and (
+        paths[0].is_relative_to(paths[1]) or paths[1].is_relative_to(paths[0])
+    )
+    if nested or train.sha256 == validation.sha256:
+        raise TrainingError(
+            f"the val_data {validation.source!r} has bytes of the data {train.source!r}, but a run is judged by what it does not "
+            "learn from"
+        )
+    return Split(Segments(((0, train.data_N.numel()),)), Segments(((0, validation.data_N.numel()),)))
+
+
+def check_same_validation(validation: Corpus | None, recorded: Mapping[str, Any] | None) -> None:
+    """Refuse to go on with other bytes to be judged by than the run was started with.
+
+    Args:
+        validation: the bytes of `val_data` now, or None where the run has none.
+        recorded: settings of the run that is resumed, or None for a new one.
+
+    Raises:
+        TrainingError: the digests differ, or the run was started without `val_data`.
+    """
+    if recorded is None or validation is None:
+        return
+    before = recorded.get("val_data_sha256")
+    if before != validation.sha256:
+        was = "without val_data" if before is None else f"with val_data of SHA-256 {str(before)[:12]}..."
+        raise TrainingError(
+            f"the run was started {was} and cannot go on with val_data {validation.source!r} of SHA-256 "
+            f"{validation.sha256[:12]}..."
+        )
 
 
 def _ends_of_files(ends: Sequence[int], context: int) -> list[tuple[int, int]]:
@@ -355,13 +444,20 @@ def _gather(data_N: torch.Tensor, starts_B: torch.Tensor, context: int) -> torch
 
 
 def _read(path: Path) -> bytes:
-    try:
+    with _reading(path):
         return read_regular(path)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what reading a file raises within the block into one sentence."""
+    try:
+        yield
     except OSError as error:
         raise TrainingError(f"cannot read the data file {str(path)!r}: {error.strerror or error}") from error
 
 
-def _walk(
+def walk(
     root: Path, skips: Callable[[Path], str | None], left_out: dict[str, list[str]] | None = None
 ) -> list[Path]:
     """Return the regular files under a folder, sorted by the bytes of their relative path.
@@ -402,8 +498,8 @@ def _walk(
     return [path for _, path in sorted(found)]
 
 
-def _folder_files(root: Path, run: Path | None) -> tuple[list[bytes], dict[str, list[str]]]:
-    """Return the texts of a folder, and what is left out of it."""
+def no_data(run: Path | None) -> Callable[[Path], str | None]:
+    """Return what says of a folder among data why it is left out, or None. The folder of the run itself is."""
     own = None if run is None else run.resolve()
 
     def skips(path: Path) -> str | None:
@@ -413,32 +509,41 @@ def _folder_files(root: Path, run: Path | None) -> tuple[list[bytes], dict[str, 
             return "of runs"
         return None
 
+    return skips
+
+
+def _folder_files(root: Path, run: Path | None) -> tuple[list[Path], dict[str, list[str]]]:
+    """Return the files of a folder that are texts, and what is left out of it."""
     left_out: dict[str, list[str]] = {}
-    chunks = []
-    for path in _walk(root, skips, left_out):
-        content = b""
+    paths = []
+    for path in walk(root, no_data(run), left_out):
         if path.suffix.lower() in WEIGHTS_SUFFIXES:
             reason = "of weights"
         else:
-            content = _read(path)
-            reason = "empty" if not content else "binary" if _is_binary(content) else ""
+            probe, size = _probed(path)
+            reason = "empty" if not size else "binary" if _is_binary(probe, size) else ""
         if reason:
             left_out.setdefault(reason, []).append(shown(path.relative_to(root).as_posix()))
         else:
-            chunks.append(content)
-    if not chunks:
+            paths.append(path)
+    if not paths:
         raise TrainingError(
             f"the folder {str(root)!r} holds no text: it has no regular file that is neither empty nor binary"
         )
-    return chunks, left_out
+    return paths, left_out
 
 
-def _is_binary(content: bytes) -> bool:
+def _probed(path: Path) -> tuple[bytes, int]:
+    """Return the beginning of a file, and its size."""
+    with _reading(path), open_regular(path) as file:
+        return file.read(BINARY_PROBE_BYTES), os.fstat(file.fileno()).st_size
+
+
+def _is_binary(probe: bytes, size: int) -> bool:
     """Whether a file looks binary: it has a NUL near its beginning, and is no UTF-16, of whose letters each has one."""
-    probe = content[:BINARY_PROBE_BYTES]
     if b"\0" not in probe:
         return False
-    return len(content) % 2 == 1 or not (_is_utf16(probe, "le") or _is_utf16(probe, "be"))
+    return size % 2 == 1 or not (_is_utf16(probe, "le") or _is_utf16(probe, "be"))
 
 
 def _is_utf16(probe: bytes, order: Literal["le", "be"]) -> bool:
@@ -451,22 +556,21 @@ def _is_utf16(probe: bytes, order: Literal["le", "be"]) -> bool:
     return shown(letters, allowed="\n\r\t\f") == letters and (has_mark or 2 * ascii_letters > len(letters))
 
 
-def _stdlib_files() -> list[bytes]:
+def _stdlib_texts() -> list[Text]:
     root = Path(sysconfig.get_path("stdlib"))
 
     def skips(path: Path) -> str | None:
         return path.name if path.name in _STDLIB_SKIPPED_FOLDERS else None
 
-    paths = [path for path in _walk(root, skips) if path.suffix == ".py"]
+    paths = [path for path in walk(root, skips) if path.suffix == ".py"]
     if not paths:
         raise TrainingError(
             "this Python carries no standard library sources: name a file or a folder with --data"
         )
-    chunks = [_read(path) for path in paths]
+    texts = [Text(path.relative_to(root).as_posix(), path) for path in paths]
     if root / "pydoc_data" / "topics.py" not in paths:
         import pydoc_data.topics
 
-        chunks.append(
-            "".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)).encode()
-        )
-    return chunks
+        topics = "".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+        texts.append(Text("pydoc_data/topics", content=topics.encode()))
+    return texts

@@ -1,11 +1,15 @@
-"""Bits per byte of a model on fixed windows."""
+"""Bits per byte of a model: on the fixed windows that a run is judged by, and on every byte of a file."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING
 
 import torch
+
+from arbitor.reference.config import NGRAM
 
 if TYPE_CHECKING:
     from arbitor.reference.graph import ArbModel
@@ -20,15 +24,84 @@ def validation_bpb(model: ArbModel, windows_WT: torch.Tensor, *, batch: int, dev
     Args:
         model: its weights are only read.
         windows_WT: int64 [W, T], on the CPU; places 3 to T - 1 of each window are predicted.
-        batch: windows at a time.
+        batch: windows at a time, over all ranks. Each rank of the model takes a part of the windows.
         device: where the model is.
 
     Returns:
         Bits per byte, or None where a loss is not finite.
     """
-    nats = 0.0
+    ranks = model.voting.ranks
+    pieces = windows_WT.split(max(1, batch // ranks.count))
+    nats_of_pieces = torch.zeros(len(pieces), dtype=torch.float64)
     with torch.no_grad():
-        for windows_BT in windows_WT.split(batch):
-            nats += model.loss(windows_BT.to(device)).item() * windows_BT.shape[0]
+        for i in range(ranks.number, len(pieces), ranks.count):
+            windows_BT = pieces[i]
+            nats_of_pieces[i] = model.loss(windows_BT.to(device)).item() * windows_BT.shape[0]
+    # In the order of the pieces, whoever computed them.
+    nats = sum(ranks.total(nats_of_pieces).tolist())
     bpb = nats / windows_WT.shape[0] / NATS_PER_BIT
     return bpb if math.isfinite(bpb) else None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model makes of some bytes.
+
+    Attributes:
+        nats: the sum of the losses of the bytes that were predicted.
+        predicted: how many these are.
+    """
+
+    nats: float = 0.0
+    predicted: int = 0
+
+    @property
+    def bpb(self) -> float | None:
+        """Bits per predicted byte; None where no byte was predicted, or a loss is not finite."""
+        return (
+            self.nats / self.predicted / NATS_PER_BIT if self.predicted and math.isfinite(self.nats) else None
+        )
+
+    def __add__(self, other: Measured) -> Measured:
+        """Return what the model makes of both."""
+        return Measured(self.nats + other.nats, self.predicted + other.predicted)
+
+
+def file_bpb(model: ArbModel, file: IO[bytes], *, batch: int, context: int, device: str) -> Measured:
+    """Return what a model makes of a file. Every byte but the first three is predicted, once.
+
+    A window begins three bytes before the end of the window before it, as three bytes are read before one is predicted. The last
+    window is as long as what is left. No more than a batch of windows is in memory.
+
+    Args:
+        model: its weights are only read.
+        file: open for reading.
+        batch: windows at a time, at least 1.
+        context: bytes of a window, at least 4.
+        device: where the model is.
+    """
+    measured = Measured()
+    with torch.no_grad():
+        for windows_BT in file_windows(file, batch=batch, context=context):
+            count = windows_BT.shape[0] * (windows_BT.shape[1] - NGRAM)
+            measured += Measured(model.loss(windows_BT.to(device)).item() * count, count)
+    return measured
+
+
+def file_windows(file: IO[bytes], *, batch: int, context: int) -> Iterator[torch.Tensor]:
+    """Yield the windows of a file, int64 [B, T] with T the context; the last may be one that is shorter, of at least 4 bytes."""
+    stride = context - NGRAM
+    held = b""
+    while True:
+        wanted = batch * stride + NGRAM - len(held)
+        piece = file.read(wanted)
+        held += piece
+        count = max(0, (len(held) - NGRAM) // stride)
+        if count:
+            bytes_N = torch.frombuffer(bytearray(held), dtype=torch.uint8).to(torch.int64)
+            yield bytes_N[: count * stride + NGRAM].unfold(0, context, stride)
+            held = held[count * stride :]
+        if len(piece) < wanted:
+            if len(held) > NGRAM:
+                yield torch.tensor([list(held)])
+            return

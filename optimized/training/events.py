@@ -18,6 +18,10 @@ Histogram = list[tuple[int, int]]
 """Whole numbers and how often each occurred, in ascending order."""
 
 
+_PREFIXES = {"kinds": "", "codebooks": "codes_", "experts": "expert_", "media": ""}
+"""Groups of numbers in a line of metrics, and how the tags of each begin."""
+
+
 class EventFile:
     """A TensorBoard event file, written at once: no thread that could fail unseen when the disk is full."""
 
@@ -67,12 +71,12 @@ def tagged(values: Mapping[str, Any]) -> Iterator[tuple[str, float | int | Histo
     A tag is what is measured, then of what: TensorBoard groups by the part before the stroke.
     """
     for name, value in values.items():
-        if name not in ("kinds", "codebooks", "experts"):
+        if name not in _PREFIXES:
             if value is not None:
                 yield name, value
             continue
         for of, numbers in value.items():
-            prefix = {"kinds": "", "codebooks": "codes_", "experts": "expert_"}[name]
+            prefix = _PREFIXES[name]
             for what, number in numbers.items():
                 if what == "exponents":
                     yield f"exponents/{of}", [(int(e), count) for e, count in number["counts"].items()]
@@ -81,7 +85,7 @@ def tagged(values: Mapping[str, Any]) -> Iterator[tuple[str, float | int | Histo
                 elif what == "load":
                     yield f"expert_load/{of}", list(enumerate(number))
                 # Sizes never change.
-                elif what not in ("weights", "codes"):
+                elif what not in ("weights", "codes") and number is not None:
                     yield f"{prefix}{what}/{of}", number
 
 

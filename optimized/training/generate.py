@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from arbitor.optimized.settings import values_vouched_for
+from arbitor.optimized.training.media import Features, lead_of
 from arbitor.optimized.training.options import MOST_BYTES
 from arbitor.optimized.training.readers import Reader, RecordedReader
 from arbitor.reference.config import NGRAM, NUM_BYTES, SPECIAL_IDS
@@ -34,7 +35,9 @@ def generate(
     *,
     temperature: float,
     seed: int,
+    stop: Sequence[bytes] = (),
     context: int | None = None,
+    media: Features | None = None,
     cuda_graph: bool = False,
 ) -> bytes:
     """Return the continuation of a prompt: `generate_batch` of one."""
@@ -44,7 +47,9 @@ def generate(
         num_bytes,
         temperature=temperature,
         seeds=[seed],
+        stop=stop,
         context=context,
+        media=None if media is None else [media],
         cuda_graph=cuda_graph,
     )
     return added
@@ -61,6 +66,7 @@ def generate_batch(
     top_p: float | None = None,
     stop: Sequence[bytes] = (),
     context: int | None = None,
+    media: Sequence[Features] | None = None,
     cuda_graph: bool = False,
 ) -> list[bytes]:
     """Return the continuations of several prompts: all that `stream_batch`, which see, yields for each of them."""
@@ -75,6 +81,7 @@ def generate_batch(
         top_p=top_p,
         stop=stop,
         context=context,
+        media=media,
         cuda_graph=cuda_graph,
     ):
         for whole, piece in zip(added, pieces, strict=True):
@@ -93,6 +100,7 @@ def stream_batch(
     top_p: float | None = None,
     stop: Sequence[bytes] = (),
     context: int | None = None,
+    media: Sequence[Features] | None = None,
     cuda_graph: bool = False,
 ) -> Iterator[list[bytes]]:
     """Return what continues several prompts of any lengths in lockstep, a byte of each at a time.
@@ -115,6 +123,8 @@ def stream_batch(
             asked of what `top_k` leaves; None: all.
         stop: where one of these would end, a sequence ends before it; each has at least one byte.
         context: bytes at the end of a prompt that are read, at least 3; None: all.
+        media: features that stand before each prompt, by their names in `ArbModel.trunk`, of one sample; None: none. A prompt with
+            media is led by marks, as captions are in training, and these count among the `context`.
         cuda_graph: whether steps are recorded and replayed, see `recording.records`; the bytes are the same.
 
     Returns:
@@ -145,16 +155,39 @@ def stream_batch(
         raise ValueError(
             f"seeds has {len(seeds)} entries, but must have one for each of {len(prompts)} prompts"
         )
+    if media is not None and len(media) != len(prompts):
+        raise ValueError(
+            f"media has {len(media)} entries, but must have one for each of {len(prompts)} prompts"
+        )
     draws = [_drawer(temperature, seed, top_k, top_p) for seed in seeds]
-    windows = [first_window(prompt)[-(context or 0) :] for prompt in prompts]
+    before: Sequence[Features] = media or [{} for _ in prompts]
+    windows = [
+        _Window(_window(prompt, context, features), features)
+        for prompt, features in zip(prompts, before, strict=True)
+    ]
     if not prompts or not num_bytes:
         return iter(())
     return _streamed(model, windows, num_bytes, draws, [_Ending(stop) for _ in prompts], cuda_graph)
 
 
+class _Window(NamedTuple):
+    """What a model reads before it continues: ids, and features that stand before them."""
+
+    ids: list[int]
+    media: Features
+
+
+def _window(prompt: bytes, context: int | None, media: Features) -> list[int]:
+    """Return the ids that are read of a prompt, its end where it is longer than the context."""
+    if not media:
+        return first_window(prompt)[-(context or 0) :]
+    room = len(prompt) if context is None else min(context - NGRAM, len(prompt))
+    return [*lead_of(media), *prompt[len(prompt) - room :]]
+
+
 def _streamed(
     model: ArbModel,
-    windows: Sequence[list[int]],
+    windows: Sequence[_Window],
     num_bytes: int,
     draws: Sequence[Draw],
     endings: Sequence[_Ending],
@@ -164,7 +197,10 @@ def _streamed(
     with _reading():
         choosers = [_Chooser([draw]) for draw in draws]
         ledger = KVLedger.stack(
-            [read_prompt(model, ids, choose=choose) for ids, choose in zip(windows, choosers, strict=True)]
+            [
+                read_prompt(model, window.ids, media=window.media, choose=choose)
+                for window, choose in zip(windows, choosers, strict=True)
+            ]
         )
         # With all the room it will need, a step is recorded once.
         ledger.reserve(num_bytes - 1)
@@ -225,8 +261,10 @@ class _Ending:
         return rest
 
 
-def read_prompt(model: ArbModel, ids: list[int], *, choose: Callable[[Tensor], Tensor]) -> KVLedger:
-    """Return a ledger that has read some ids, a piece at a time, and to which the chosen next one was appended."""
+def read_prompt(
+    model: ArbModel, ids: list[int], *, choose: Callable[[Tensor], Tensor], media: Features | None = None
+) -> KVLedger:
+    """Return a ledger that has read media and then some ids, a piece at a time, and to which the chosen next one was appended."""
     ledger = model.new_ledger()
     device = next(model.buffers()).device
     for start in range(0, len(ids), PIECE):
@@ -234,7 +272,8 @@ def read_prompt(model: ArbModel, ids: list[int], *, choose: Callable[[Tensor], T
         ledger.retract()
         piece_1T = torch.tensor([ids[start : start + PIECE]], dtype=torch.int64, device=device)
         is_last = start + PIECE >= len(ids)
-        model(piece_1T, ledger=ledger, choose=choose if is_last else None)
+        before = {} if start else {name: value.to(device) for name, value in (media or {}).items()}
+        model(piece_1T, ledger=ledger, choose=choose if is_last else None, **before)
     return ledger
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from arbitor.optimized.training.regular import open_regular, parsed
+from arbitor.optimized.training.regular import open_regular
 from arbitor.optimized.training.whole_file import write_whole
+from arbitor.reference.config import parsed_json
 
 LINE_BYTES = 2**24
 """Bytes of a line at most: one with the loads of a hundred thousand experts has a few million."""
@@ -93,7 +94,7 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
 def _values(line: bytes) -> dict[str, Any] | None:
     """Return what a line says, or None where it is torn or damaged."""
     try:
-        values = parsed(line)
+        values = parsed_json(line)
     except ValueError:
         return None
     return values if isinstance(values, dict) and type(values.get("step")) is int else None

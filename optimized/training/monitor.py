@@ -93,7 +93,7 @@ class Monitor:
         Args:
             step: steps taken.
             values: by name; None stands for a number that is not finite or not known. ``kinds``, ``codebooks`` and
-                ``experts`` are groups of numbers, as a census makes them.
+                ``experts`` are groups of numbers, as a census makes them, and ``media`` is one, as a mix does.
 
         Raises:
             TrainingError: a file cannot be written.

@@ -21,9 +21,9 @@ MOST_BYTES = 2**24
 """Bytes that a prompt is continued by, at most."""
 
 OF_PRESET = "of the preset"
-"""How help names a default that `PRESET_DEFAULTS` may replace."""
+"""How help names a default that is a field of the preset's model."""
 
-_KINDS = {int: "a whole number", bool: "True or False", str: "a string"}
+_KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
 """How a message names the type of a setting."""
 
 
@@ -40,7 +40,10 @@ class Option:
         bound: whether it decides what a run computes, so that a resumed run must agree with it.
         changes_model: whether it changes the model of the preset, so that every command that builds one has it. Such a
             setting is bound.
+        also: other spellings of it on the command line.
         has_opposite: whether a switch can be asked for and asked against, with ``--no-`` before its name.
+        path: whether it is a path, so that a run keeps the whole path and can be resumed from another folder.
+        on_hub: whether it may also be a name on a hub, of a path.
         asked: whether it can be asked for. Others are what the preset says, and recorded.
     """
 
@@ -52,8 +55,16 @@ class Option:
     choices: tuple[str, ...] = ()
     bound: bool = False
     changes_model: bool = False
+    also: tuple[str, ...] = ()
     has_opposite: bool = False
+    path: bool = False
+    on_hub: bool = False
     asked: bool = True
+
+
+def _source(help: str, *, on_hub: bool = False) -> Option:
+    """Return the option of a path that is left out by default."""
+    return Option(help=help, default=None, default_help="none", path=True, on_hub=on_hub)
 
 
 def _model_change(help: str, **more: Any) -> Option:
@@ -69,32 +80,93 @@ class Settings:
     ]
     # Not bound by its name: a resumed run must agree in the bytes, see `data.check_same_data`.
     data: Annotated[
-        str, Option(help="stdlib (the sources of this Python), a file or a folder", default="stdlib")
+        str,
+        Option(
+            help="stdlib (the sources of this Python), a file or a folder",
+            default="stdlib",
+            path=True,
+            also=("--data-text",),
+        ),
     ]
-    steps: Annotated[
-        int, Option(help="Optimisation steps", default=1000, default_help=OF_PRESET, low=1, bound=True)
+    data_code: Annotated[str | None, _source("More bytes to learn from, a file or a folder")]
+    data_image: Annotated[str | None, _source("Folder of pictures with captions, which needs --vision")]
+    data_audio: Annotated[str | None, _source("Folder of sounds with transcripts, which needs --audio")]
+    data_video: Annotated[str | None, _source("Folder of videos with captions, which needs --video")]
+    mix: Annotated[
+        str | None,
+        Option(
+            help="How often a micro-batch is of a kind: text=4,image=1",
+            default=None,
+            default_help="each kind of data once",
+            bound=True,
+        ),
     ]
+    vision: Annotated[str | None, _source("DINOv2: a folder, or OWNER/NAME on a hub", on_hub=True)]
+    audio: Annotated[str | None, _source("Moonshine: a folder, or OWNER/NAME on a hub", on_hub=True)]
+    video: Annotated[
+        str | None, _source("Wan autoencoder: a .safetensors file, or OWNER/NAME/FILE", on_hub=True)
+    ]
+    feature_cache: Annotated[
+        str | None,
+        Option(
+            help="Folder of features, which several runs may share",
+            default=None,
+            default_help="features in the run folder",
+            path=True,
+        ),
+    ]
+    # Nor is this one.
+    val_data: Annotated[
+        str | None,
+        Option(
+            help="What the run is judged by, a file or a folder",
+            default=None,
+            default_help="a tenth of --data",
+            path=True,
+        ),
+    ]
+    init_from: Annotated[
+        str | None,
+        Option(
+            help="Begin with the weights of a run, of a folder of arb export, or of a checkpoint",
+            default=None,
+            default_help="weights drawn by the seed",
+            bound=True,
+            path=True,
+        ),
+    ]
+    steps: Annotated[int, Option(help="Optimisation steps", default=1000, low=1, bound=True)]
     batch: Annotated[
         int,
-        Option(
-            help="Windows of a micro-batch", default=4, default_help=OF_PRESET, low=1, high=2**20, bound=True
-        ),
+        Option(help="Windows of a micro-batch", default=4, low=1, high=2**20, bound=True),
     ]
     # The shortest window: three bytes are read to predict the fourth.
     context: Annotated[
         int,
-        Option(help="Bytes of a window", default=128, default_help=OF_PRESET, low=4, high=2**20, bound=True),
+        Option(help="Bytes of a window", default=128, low=4, high=2**20, bound=True, also=("--ctx",)),
     ]
-    accum: Annotated[
-        int, Option(help="Micro-batches of a step", default=1, default_help=OF_PRESET, low=1, bound=True)
-    ]
+    accum: Annotated[int, Option(help="Micro-batches of a step", default=1, low=1, bound=True)]
     seed: Annotated[
         int, Option(help="Of weights, batches and dither", default=0, low=0, high=2**63 - 1, bound=True)
+    ]
+    rate: Annotated[
+        float | None,
+        Option(
+            help="Size of the votes where the schedule is flat",
+            default=None,
+            default_help="6/64 of theta: 6 for theta 64",
+            low=0,
+            high=127,
+            bound=True,
+        ),
     ]
     disable_vq: Annotated[bool, _model_change("No codes, and nothing that needs them", default=False)]
     disable_graph: Annotated[bool, _model_change("No graph over the codes", default=False)]
     disable_moe: Annotated[bool, _model_change("No experts", default=False)]
     enable_memory: Annotated[bool, _model_change("Tables of code n-grams", default=False)]
+    enable_image: Annotated[bool, _model_change("Reads features of pictures", default=False)]
+    enable_audio: Annotated[bool, _model_change("Reads features of sounds", default=False)]
+    enable_video: Annotated[bool, _model_change("A video head, and a router to choose it", default=False)]
     max_moe_iters: Annotated[
         int | None,
         _model_change(
@@ -109,7 +181,6 @@ class Settings:
         Option(
             help="Steps between validations",
             default=100,
-            default_help=OF_PRESET,
             low=1,
         ),
     ]
@@ -118,7 +189,6 @@ class Settings:
         Option(
             help="Steps between checkpoints",
             default=100,
-            default_help=OF_PRESET,
             low=1,
         ),
     ]
@@ -127,7 +197,6 @@ class Settings:
         Option(
             help="Steps between lines of metrics",
             default=10,
-            default_help=OF_PRESET,
             low=1,
         ),
     ]
@@ -178,7 +247,7 @@ class Row:
 
     Attributes:
         name: of the field.
-        kind: type of its values: int, bool or str.
+        kind: type of its values: int, float, bool or str.
         optional: whether None is a value too.
         option: the rest.
     """
@@ -199,13 +268,14 @@ class Row:
         # True is no whole number here, although Python has it so.
         if value == "":
             raise ValueError(f"{self.name} is '', but must not be empty")
-        is_of_kind = type(value) is self.kind
+        is_of_kind = type(value) is self.kind or (self.kind is float and type(value) is int)
         if not is_of_kind:
             raise TypeError(f"{self.name} is {value!r}, but must be {_KINDS[self.kind]}")
         if self.option.choices and value not in self.option.choices:
             raise ValueError(f"{self.name} is {value!r}, but must be one of {', '.join(self.option.choices)}")
         low, high = self.option.low, self.option.high
-        if (low is not None and value < low) or (high is not None and value > high):
+        # What is not a number is in no range.
+        if not (low is None or value >= low) or not (high is None or value <= high):
             allowed = f"at least {low}" if high is None else f"from {low} to {high}"
             raise ValueError(f"{self.name} is {value}, but must be {allowed}")
 
@@ -236,6 +306,15 @@ PRESET_DEFAULTS: dict[str, Mapping[str, Any]] = {
     "small": {"batch": 64, "context": 256, "eval_windows": 512},
 }
 """Defaults that suit a preset better than those of the rows, which are cautious: one step of a large model fills a GPU."""
+
+
+def default_in_words(name: str) -> str:
+    """Return the default of a setting as help says it: a number, and what presets have instead."""
+    option = ROWS[name].option
+    others = [f"{of[name]} for {preset}" for preset, of in PRESET_DEFAULTS.items() if name in of]
+    if option.default_help is not None:
+        return option.default_help
+    return ", ".join([*others, f"else {option.default}" if others else str(option.default)])
 
 
 def preset_defaults(preset: str) -> dict[str, Any]:

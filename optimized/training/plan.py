@@ -9,16 +9,23 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from arbitor.optimized.training.checkpoint import load_header
+from arbitor.optimized.training.data import STDLIB
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.media import check_kinds
 from arbitor.optimized.training.options import BOUND, CHANGES, ROWS, Settings, TrainOptions, preset_defaults
-from arbitor.optimized.training.regular import JSON_BYTES, parsed, read_regular
+from arbitor.optimized.training.regular import JSON_BYTES, read_regular
+from arbitor.optimized.training.run_folder import check_model
 from arbitor.optimized.training.sizes import config_of
-from arbitor.reference.config import SIGN_VOTES, ArbConfig, with_fields, with_modules
+from arbitor.reference.config import SIGN_VOTES, ArbConfig, parsed_json, with_fields, with_modules
 from arbitor.reference.presets import PRESETS
 from arbitor.reference.presets import preset as named_preset
 
 CONFIG_SUFFIX = ".json"
 """How a preset that is a file ends: a configuration as ``ArbConfig.to_json`` writes it."""
+
+CHECKPOINT_SUFFIX = ".safetensors"
+"""How a preset ends that is a checkpoint, whose header holds the configuration."""
 
 BATCH_BYTES = 2**28
 """Bytes of a micro-batch at most."""
@@ -31,12 +38,14 @@ def preset_config(preset: str) -> ArbConfig:
     """Return the configuration of a preset, or the one that a JSON file holds.
 
     Args:
-        preset: a name, or the path of a file that ends in ``.json``.
+        preset: a name, or the path of a file that ends in ``.json``, or of a checkpoint that ends in ``.safetensors``.
 
     Raises:
         TrainingError: the file can't be read.
         ValueError: no preset of that name, or a file that holds no configuration.
     """
+    if preset.endswith(CHECKPOINT_SUFFIX):
+        return config_of(load_header(Path(preset), check_model)["config"])
     if not preset.endswith(CONFIG_SUFFIX):
         try:
             return named_preset(preset)
@@ -53,14 +62,14 @@ def preset_config(preset: str) -> ArbConfig:
     except UnicodeDecodeError:
         raise ValueError(f"preset is the file {preset!r}, which is no text, but must hold JSON") from None
     try:
-        return _config_of_file(parsed(text))
+        return _config_of_file(parsed_json(text))
     except (TypeError, ValueError) as error:
         raise ValueError(f"preset is the file {preset!r}: {error}") from None
 
 
 def _config_of_file(document: Any) -> ArbConfig:
-    """Return the configuration of a JSON value: itself, or the model of the ``config.json`` of a run."""
-    if isinstance(document, dict) and {"model", "run"} <= document.keys():
+    """Return the configuration of a JSON value: itself, or the model of the ``config.json`` of a run or of an export."""
+    if isinstance(document, dict) and isinstance(document.get("model"), dict):
         document = document["model"]
     if isinstance(document, dict):
         known = [field.name for field in fields(ArbConfig)]
@@ -129,6 +138,9 @@ def _changed(
     enable_memory: bool = False,
     max_moe_iters: int | None = None,
     sign_votes: bool = False,
+    enable_image: bool = False,
+    enable_audio: bool = False,
+    enable_video: bool = False,
 ) -> ArbConfig:
     return with_modules(
         with_fields(config, **SIGN_VOTES) if sign_votes else config,
@@ -137,6 +149,9 @@ def _changed(
         moe=not disable_moe,
         memory=True if enable_memory else None,
         max_moe_iters=max_moe_iters,
+        image=enable_image,
+        audio=enable_audio,
+        video=enable_video,
     )
 
 
@@ -158,11 +173,16 @@ def decide(
     asked = options.settings()
     for name, value in asked.items():
         ROWS[name].check(value)
-    # Whole paths, so that a run can be resumed from another folder.
-    if asked.get("preset", "").endswith(CONFIG_SUFFIX):
+    # Whole paths, so that a run can be resumed from another folder. A name on a hub is no path.
+    if asked.get("preset", "").endswith((CONFIG_SUFFIX, CHECKPOINT_SUFFIX)):
         asked["preset"] = os.path.abspath(asked["preset"])
-    if asked.get("data", "stdlib") != "stdlib":
-        asked["data"] = os.path.abspath(asked["data"])
+    for name, value in asked.items():
+        option = ROWS[name].option
+        is_path = option.path and (os.path.exists(value) or not option.on_hub)
+        if is_path and (name, value) != ("data", STDLIB):
+            asked[name] = os.path.abspath(value)
+    if recorded is None and "init_from" in asked:
+        asked["preset"] = asked.get("preset") or _preset_of_source(asked["init_from"])
     if not options.save and "save_interval" in asked:
         raise ValueError(
             f"save_interval is {asked['save_interval']}, but does nothing in a run that saves no checkpoints"
@@ -173,10 +193,16 @@ def decide(
     name = model["name"] if model is not None else preset_config(preset).name
     known = {**preset_defaults(name), "preset": preset, **known}
     if recorded is None:
-        model_config(preset, **{name: asked.get(name) for name in CHANGES})
+        config = model_config(preset, **{name: asked.get(name) for name in CHANGES})
+        if "rate" in asked and config.vote_rule == "sign":
+            raise ValueError(
+                f"rate is {asked['rate']}, but does nothing: the loss gives sign votes their size"
+            )
     else:
         for name in BOUND:
-            if asked.get(name, known[name]) != known[name]:
+            # A run may be given more steps, see docs/training.md.
+            is_longer = name == "steps" and asked.get(name, 0) > known[name]
+            if asked.get(name, known[name]) != known[name] and not is_longer:
                 raise TrainingError(
                     f"the run was started with {name} {known[name]} and cannot go on with {name} {asked[name]}"
                 )
@@ -185,6 +211,7 @@ def decide(
     for name, value in values.items():
         ROWS[name].check(value)
     settings = Settings(**values)
+    check_kinds(settings)
     if settings.steps * settings.accum >= MICRO_STEPS:
         raise ValueError(f"steps times accum is {settings.steps * settings.accum}, but must be below 2**32")
     if settings.batch * settings.context > BATCH_BYTES:
@@ -192,6 +219,24 @@ def decide(
             f"batch times context is {settings.batch * settings.context}, but must be at most {BATCH_BYTES}"
         )
     return settings
+
+
+def _preset_of_source(source: str) -> str:
+    """Return the preset of a run that begins with the weights of another and has no preset of its own: what that one is.
+
+    Raises:
+        TrainingError: there is no such source.
+        ValueError: it is a file that is no checkpoint by its name.
+    """
+    if not os.path.exists(source):
+        raise TrainingError(f"init_from is {source!r}, but there is no such folder or file")
+    if os.path.isdir(source):
+        return os.path.join(source, "config.json")
+    if source.endswith(CHECKPOINT_SUFFIX):
+        return source
+    raise ValueError(
+        f"init_from is {source!r}, but must be a folder or a file that ends in {CHECKPOINT_SUFFIX}, where preset is not set"
+    )
 
 
 def _forget_what_suited_another_place(known: dict[str, Any], asked: dict[str, Any]) -> None:

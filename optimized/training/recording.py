@@ -18,7 +18,9 @@ LAUNCHED_FIRST = 2
 """Runs before the one that is recorded: in them kernels are compiled, and libraries set themselves up."""
 
 
-def records(asked: bool | None, runtime: Runtime, *, vote_rule: str | None = None) -> bool:
+def records(
+    asked: bool | None, runtime: Runtime, *, vote_rule: str | None = None, num_ranks: int = 1
+) -> bool:
     """Whether passes are recorded and replayed, for what was asked; if nothing was, they are wherever they can be.
 
     Args:
@@ -26,15 +28,23 @@ def records(asked: bool | None, runtime: Runtime, *, vote_rule: str | None = Non
         runtime: where the model runs.
         vote_rule: of the votes of these passes; None for passes in which nothing votes. The sign rule derives the size of a vote
             from the loss, on the host, so that no two of its passes need be the same.
+        num_ranks: ranks that train the model. What several of them exchange is not recorded.
 
     Raises:
         ValueError: they cannot be, but were asked for.
     """
-    possible = runtime.device == "cuda" and runtime.backend == "triton" and vote_rule in (None, "stochastic")
+    possible = (
+        runtime.device == "cuda"
+        and runtime.backend == "triton"
+        and vote_rule in (None, "stochastic")
+        and num_ranks == 1
+    )
     if asked and not possible:
         votes, only = "", ""
         if vote_rule is not None:
             votes, only = f" and vote rule {vote_rule}", " with stochastic votes"
+        if num_ranks > 1:
+            votes, only = f"{votes} and {num_ranks} ranks", f"{only} on one rank"
         raise ValueError(
             f"cuda_graph is True, but must be False or None for device {runtime.device}, backend {runtime.backend}{votes}: "
             f"only the triton backend on cuda{only} can be recorded"

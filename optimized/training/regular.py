@@ -1,4 +1,4 @@
-"""Files as a stranger may have left them: only regular files are read, no more of them than was said, and JSON with suspicion.
+"""Files as a stranger may have left them: only regular files are read, and no more of them than was said.
 
 A pipe would wait for ever, a device may never end, and a sparse file is larger than memory. A link is followed where something is
 read, as its target has to be a regular file too. Nothing is ever written through a link, see `whole_file`.
@@ -7,11 +7,10 @@ read, as its target has to be a regular file too. Nothing is ever written throug
 from __future__ import annotations
 
 import errno
-import json
 import os
 import stat
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 JSON_BYTES = 2**20
 """Bytes that a file of JSON has at most: a configuration has two thousand."""
@@ -66,29 +65,6 @@ def read_regular(path: Path, *, most: int | None = None) -> bytes:
 def kind_of(mode: int) -> str:
     """Return what a file that is not regular is called, from its mode."""
     return _KINDS.get(stat.S_IFMT(mode), "a special file")
-
-
-def parsed(text: str | bytes) -> Any:
-    """Return the value of a JSON text.
-
-    Raises:
-        ValueError: it is no JSON, an object names a key twice, or it is nested too deeply.
-    """
-    try:
-        return json.loads(text, object_pairs_hook=_without_duplicates)
-    except RecursionError:
-        raise ValueError("it is no JSON that can be read: it is nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"it is no JSON: {error}") from None
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r} stands there twice")
-        found[key] = value
-    return found
 
 
 def _check(path: Path, status: os.stat_result, most: int | None) -> None:

@@ -108,6 +108,42 @@ def write_report(
     _write(path, figure, dpi=PAGE_DPI)
 
 
+def compare_runs(path: Path, runs: Mapping[str, Metrics]) -> None:
+    """Draw the bits per byte of several runs, over steps and over hours: validation solid, training thin.
+
+    Args:
+        path: PNG file to write.
+        runs: lines of metrics, by the name that the legend has.
+
+    Raises:
+        TrainingError: the file cannot be written; what was there before is intact.
+    """
+    figure = _figure((14, 6), layout="constrained")
+    over_steps, over_time = figure.subplots(1, 2, sharey=True)
+    for place, (name, metrics) in enumerate(runs.items()):
+        look = {"color": f"C{place % NUM_COLOURS}", "linestyle": "-" if place < NUM_COLOURS else "--"}
+        best = min((line["val_bpb"] for line in metrics if line.get("val_bpb") is not None), default=None)
+        # A dollar sign in a name begins no formula, and a name of a line that begins with _ would have no entry.
+        label = shown(name).replace("$", r"\$") + ("" if best is None else f": {best:.3f}")
+        for what, width in (("train_bpb", 0.5), ("val_bpb", 1.5)):
+            lines = [line for line in metrics if line.get(what) is not None]
+            steps = [(line["step"], line[what]) for line in lines]
+            hours = [
+                (line["seconds"] / 3600, line[what]) for line in lines if line.get("seconds") is not None
+            ]
+            for axes, points in ((over_steps, steps), (over_time, hours)):
+                if points:
+                    axes.plot(
+                        *zip(*points, strict=True), linewidth=width, markersize=3, **_marker(points), **look
+                    )
+        over_steps.plot([], [], label="\N{ZERO WIDTH SPACE}" + label, **look)
+    over_steps.legend(fontsize=9)
+    _label(over_steps, "loss: validation, and training thin", xlabel="step", ylabel="bits per byte")
+    over_time.set(title="the same over time", xlabel="hours of training")
+    over_time.grid(alpha=0.3)
+    _write(path, figure, dpi=100)
+
+
 def _figure(inches: tuple[float, float], **options: Any) -> Figure:
     """Return a figure that no display knows of."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

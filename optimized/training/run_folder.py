@@ -19,6 +19,7 @@ from arbitor.optimized.training.checkpoint import (
     State,
     check_layouts,
     load_checkpoint,
+    load_header,
     put_checkpoint,
     save_checkpoint,
     write_checkpoint_beside,
@@ -26,16 +27,25 @@ from arbitor.optimized.training.checkpoint import (
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.metrics import last_step
 from arbitor.optimized.training.options import BOUND, CHANGES, ROWS
-from arbitor.optimized.training.regular import JSON_BYTES, parsed, read_regular
+from arbitor.optimized.training.regular import JSON_BYTES, read_regular
 from arbitor.optimized.training.sizes import config_of
 from arbitor.optimized.training.whole_file import partial_of, told, write_whole
+from arbitor.reference.config import ArbConfig, parsed_json
 from arbitor.reference.graph import ArbModel
 
 RUNS_ROOT = Path("runs")
 """Where run folders go when none is named."""
 
-NEEDED = (*(name for name in BOUND if name not in CHANGES), "data", "data_sha256", "data_bytes")
+NEEDED = (
+    *(name for name in BOUND if name not in CHANGES and not ROWS[name].optional),
+    "data",
+    "data_sha256",
+    "data_bytes",
+)
 """What the settings of every run say, however old it is."""
+
+RANKS_MAX = 2**20
+"""Ranks that a run has had at most, whatever its checkpoint says."""
 
 THREADS_MAX = 4096
 """CPU threads that a run is given at most, whatever its checkpoint says."""
@@ -71,6 +81,7 @@ class Found:
         model: the configuration of its model as JSON data, or None for a new run.
         warnings: a sentence for each checkpoint that was refused.
         note: what happens now.
+        beginning: what ``config.json`` says that the run began with, where it began with the weights of another.
     """
 
     checkpoint: Checkpoint | None = None
@@ -78,6 +89,26 @@ class Found:
     model: Mapping[str, Any] | None = None
     warnings: tuple[str, ...] = ()
     note: str = ""
+    beginning: Any = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run was started, as its folder says it.
+
+    Attributes:
+        run: its settings, checked.
+        config: of its model.
+        header: of its newest checkpoint, or None where it has none.
+        document: what ``config.json`` holds beside; empty where it cannot be used.
+        refusals: one sentence for each file that was refused.
+    """
+
+    run: Mapping[str, Any]
+    config: ArbConfig
+    header: Mapping[str, Any] | None
+    document: Mapping[str, Any]
+    refusals: list[str]
 
 
 class RunFolder:
@@ -117,6 +148,11 @@ class RunFolder:
 
     def _checkpoints(self) -> tuple[Path, ...]:
         return self.latest, self.previous, self.best, self.final
+
+    def files_there(self) -> list[Path]:
+        """Return those files of a run that the folder has."""
+        small = (self.config, self.summary, self.metrics, self.sample, self.report, self.loss_plot)
+        return [path for path in (*small, *self._checkpoints()) if os.path.lexists(path)]
 
     def has_run(self) -> bool:
         """Return whether a run has been started in the folder."""
@@ -282,17 +318,13 @@ class RunFolder:
         if checkpoint is None:
             self._refuse_lost_steps()
             document = _read_json(self.config)
-            try:
-                _check_settings(document.get("run"))
-                config_of(document["model"])
-            except (KeyError, TypeError, ValueError, CheckpointError) as error:
-                raise TrainingError(
-                    f"{str(self.config)!r} does not say how the run was started: {error}"
-                ) from error
+            self._recorded_config(document)
             note = f"{str(self)!r} holds no checkpoint yet: starting at step 0"
             return Found(None, document["run"], document["model"], note=note)
+        document = {}
         try:
-            self._refuse_checkpoint_of_another_run(checkpoint, _read_json(self.config))
+            document = _read_json(self.config)
+            self._refuse_checkpoint_of_another_run(checkpoint, document)
         except CheckpointError:
             raise
         except TrainingError as error:
@@ -301,7 +333,45 @@ class RunFolder:
         note = f"resuming {str(self)!r} at step {checkpoint.step}"
         if finished:
             note = f"{str(self)!r} is finished: all of its {checkpoint.step} steps are taken, and only its last files are written"
-        return Found(checkpoint, checkpoint.run, checkpoint.config, tuple(warnings), note)
+        beginning = _writable(document.get("beginning"))
+        return Found(checkpoint, checkpoint.run, checkpoint.config, tuple(warnings), note, beginning)
+
+    def read_start(self) -> Start:
+        """Return how the run was started: as its newest checkpoint says, else as ``config.json`` does. No tensor is read.
+
+        Raises:
+            TrainingError: the folder holds no run, or neither says it.
+        """
+        if not self.has_run():
+            raise TrainingError(f"{str(self)!r} holds no run")
+        refusals: list[str] = []
+        document: Mapping[str, Any] = {}
+        try:
+            document = _read_json(self.config)
+        except TrainingError as error:
+            refusals.append(str(error))
+        for path in self._checkpoints():
+            if os.path.lexists(path):
+                try:
+                    header = load_header(path, check_header)
+                except CheckpointError as error:
+                    refusals.append(str(error))
+                    continue
+                return Start(header["run"], config_of(header["config"]), header, document, refusals)
+        if refusals:
+            raise TrainingError("; ".join(refusals))
+        config = self._recorded_config(document)
+        return Start(document["run"], config, None, document, refusals)
+
+    def _recorded_config(self, document: Mapping[str, Any]) -> ArbConfig:
+        """Return the configuration of the model that ``config.json`` has recorded, after its settings were checked."""
+        try:
+            _check_settings(document.get("run"))
+            return config_of(document["model"])
+        except (KeyError, TypeError, ValueError, CheckpointError) as error:
+            raise TrainingError(
+                f"{str(self.config)!r} does not say how the run was started: {error}"
+            ) from error
 
     def _refuse_lost_steps(self) -> None:
         """Refuse to start a run again whose checkpoints are gone: what is left of it would be overwritten."""
@@ -321,7 +391,8 @@ class RunFolder:
         recorded = document.get("run")
         if not isinstance(recorded, dict):
             raise TrainingError(f"{str(self.config)!r} does not say how the run was started")
-        for name in (*BOUND, "data_sha256"):
+        # The steps may be more in one than in the other, where the process was killed that added some.
+        for name in (*(name for name in BOUND if name != "steps"), "data_sha256"):
             if name in recorded and name in checkpoint.run and recorded[name] != checkpoint.run[name]:
                 raise CheckpointError(
                     f"the newest checkpoint in {str(self)!r} is of another run: {name} is {checkpoint.run[name]!r} there and "
@@ -342,6 +413,15 @@ def check_header(header: Mapping[str, Any]) -> None:
     if header["seed"] != run["seed"]:
         raise CheckpointError(f"its header has {header['seed']} for seed, but its run has {run['seed']}")
     _check_progress(header["progress"])
+    check_model(header)
+
+
+def check_model(header: Mapping[str, Any]) -> ArbConfig:
+    """Return the configuration in a header, by which its weights and tables are laid out. It takes no memory for weights.
+
+    Raises:
+        CheckpointError: it is no configuration, or a layout is of another model.
+    """
     try:
         config = config_of(header["config"])
     except (TypeError, ValueError) as error:
@@ -350,6 +430,7 @@ def check_header(header: Mapping[str, Any]) -> None:
     if len(layouts) < config.num_layers:
         raise CheckpointError(f"it has {config.num_layers} layers, but {len(layouts)} weights and tables")
     check_layouts(layouts, ArbModel(config, device="meta"))
+    return config
 
 
 def _check_settings(run: Any) -> None:
@@ -363,7 +444,7 @@ def _check_settings(run: Any) -> None:
             ROWS[name].check(run[name])
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"the settings of its run are refused: {error}") from error
-    sizes = {"data_bytes": (1, 2**63 - 1), "threads": (1, THREADS_MAX)}
+    sizes = {"data_bytes": (1, 2**63 - 1), "threads": (1, THREADS_MAX), "ranks": (1, RANKS_MAX)}
     for name, (low, high) in sizes.items():
         value = run.get(name, low)
         if type(value) is not int or not low <= value <= high:
@@ -400,6 +481,15 @@ def _first_sound(
     return None
 
 
+def _writable(value: Any) -> Any:
+    """Return a value as it was read from a file, or None where it cannot be written again: a stranger's may hold NaN."""
+    try:
+        json.dumps(value, indent=2, allow_nan=False)
+    except (ValueError, RecursionError):
+        return None
+    return value
+
+
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     with told(repr(str(path))):
         write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
@@ -412,7 +502,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         TrainingError: the file is unreadable or not a JSON object.
     """
     try:
-        value = parsed(read_regular(path, most=JSON_BYTES))
+        value = parsed_json(read_regular(path, most=JSON_BYTES))
     except OSError as error:
         raise TrainingError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
     except ValueError as error:

@@ -18,6 +18,11 @@ GAIN = 6 / 64
 """Rate between the two in parts of theta: votes as large as the root mean square of their row move a trit in 11 steps."""
 
 
+def gain_of(flat: float | None, theta: int) -> float:
+    """Return the ``gain`` of `rate` for the rate of the flat part, or for the usual one where that is None."""
+    return GAIN if flat is None else flat / theta
+
+
 def rate(
     step: int,
     steps: int,

@@ -16,6 +16,12 @@ def shown(text: str, allowed: str = "") -> str:
     return "".join(c if c.isprintable() or c in allowed else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+def printable(content: bytes) -> str:
+    """Return bytes as text for a terminal: UTF-8 where it is, and no control characters but newline and tab."""
+    text = content.decode("utf-8", errors="replace")
+    return shown(text, allowed="\n\t")
+
+
 class Unbreakable:
     """A text stream that may go away, as a pipe to ``head`` does: what is written then is lost, and nothing is raised.
 

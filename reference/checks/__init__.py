@@ -6,6 +6,7 @@ Callers write `checks.<name>`. Each file holds the checks of one subject.
 
 from __future__ import annotations
 
+from arbitor.reference.checks.activations import gate_inputs, head_columns, key_columns, turns
 from arbitor.reference.checks.arguments import (
     flag,
     group_size,
@@ -92,12 +93,15 @@ __all__ = [
     "expert_slots",
     "fault_counter",
     "flag",
+    "gate_inputs",
     "gradient_matrix",
     "gradient_of",
     "group_ids_fit",
     "group_size",
+    "head_columns",
     "integer",
     "is_tensor",
+    "key_columns",
     "last_dim",
     "last_dim_not_empty",
     "mantissa_bits",
@@ -125,6 +129,7 @@ __all__ = [
     "strengths_of",
     "tensor",
     "threshold",
+    "turns",
     "usage_of",
     "values_between",
     "vote_clock",

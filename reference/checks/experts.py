@@ -14,11 +14,11 @@ from arbitor.reference.constants import MAX_ROUTER_COLUMNS
 
 
 def expert_matrix(name: str, value: Tensor, allowed: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
-    """Refuse activations that are not [slots, columns] of an allowed dtype; there may be no slots."""
+    """Refuse activations that are not [..., slots, columns] of an allowed dtype; there may be no slots."""
     dtype_in(name, value, allowed)
-    if value.ndim != 2 or value.shape[1] == 0:
+    if value.ndim < 2 or value.shape[-1] == 0:
         raise ValueError(
-            f"{name} has shape {tuple(value.shape)}, but must be [slots, columns] with at least one column"
+            f"{name} has shape {tuple(value.shape)}, but must be [..., slots, columns] with at least one column"
         )
 
 
@@ -27,9 +27,9 @@ def expert_pair(grad_MN: Tensor, x_MK: Tensor, allowed: Sequence[torch.dtype] = 
     expert_matrix("grad_MN", grad_MN, allowed)
     expert_matrix("x_MK", x_MK, allowed)
     same_dtype("x_MK", x_MK, "grad_MN", grad_MN)
-    if x_MK.shape[0] != grad_MN.shape[0]:
+    if x_MK.shape[:-1] != grad_MN.shape[:-1]:
         raise ValueError(
-            f"x_MK has shape {tuple(x_MK.shape)}, but must have as many slots as grad_MN, {tuple(grad_MN.shape)}"
+            f"x_MK has shape {tuple(x_MK.shape)}, but must have the slots of grad_MN, {tuple(grad_MN.shape)}"
         )
 
 
@@ -49,12 +49,12 @@ def router(
     integer("top_k", top_k, 1, weight.shape[0])
 
 
-def expert_slots(experts_M: Tensor, num_slots: int, **beside: Tensor) -> None:
+def expert_slots(experts_M: Tensor, slots: torch.Size, **beside: Tensor) -> None:
     """Refuse expert ids that are not int64 with one entry for each slot, on the device of the tensors `beside` them."""
     dtype_in("experts_M", experts_M, (torch.int64,))
-    if tuple(experts_M.shape) != (num_slots,):
+    if experts_M.shape != slots:
         raise ValueError(
-            f"experts_M has shape {tuple(experts_M.shape)}, but must be {(num_slots,)}, one expert a slot"
+            f"experts_M has shape {tuple(experts_M.shape)}, but must be {tuple(slots)}, one expert a slot"
         )
     same_device(**beside, experts_M=experts_M)
 

@@ -18,10 +18,10 @@ from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm
 from arbitor.reference.graph.ledger import LayerLedger, mean_of_parts, rows_at
 from arbitor.reference.graph.module import ArbModule
-from arbitor.reference.graph.rotary import Turns, rotary_turns, rotate, turns_at, with_turned_key
+from arbitor.reference.graph.rotary import Turns, rotary_turns, turns_at, with_turned_key
 from arbitor.reference.graph.scheduler import ContextAttentionScheduler, Seen
 
-__all__ = ["LatentAttention", "rotary_turns", "rotate"]
+__all__ = ["LatentAttention", "rotary_turns"]
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of all heads, [B, S, H, C] each."""
@@ -74,13 +74,13 @@ class LatentAttention(ArbModule):
         fits = x_BPD.shape[1] <= self.scheduler.window
         if fits and (cache is None or cache.is_empty):
             if cache is not None:
-                cache.append(_rows(key_BPR, latent_BPL, turns))
-            heads_BPHC = self._causal(q_BPHC, latent_BPL, rotate(key_BPR[:, :, None], turns)[:, :, 0])
+                cache.append(self._rows(key_BPR, latent_BPL, turns))
+            heads_BPHC = self._causal(q_BPHC, latent_BPL, self._turned_key(key_BPR, turns))
         elif cache is None:
-            log_BNK = self._log_of(_rows(key_BPR, latent_BPL, turns))
+            log_BNK = self._log_of(self._rows(key_BPR, latent_BPL, turns))
             heads_BPHC = self._over_past(q_BPHC, self._seen_from_start, self._picker(log_BNK))
         else:
-            rows_BPK = _rows(key_BPR, latent_BPL, turns)
+            rows_BPK = self._rows(key_BPR, latent_BPL, turns)
             cache.append(rows_BPK)
             if x_BPD.shape[1] == 1 and not torch.is_grad_enabled():
                 heads_BPHC = self._absorbed(q_BPHC[:, 0], cache)[:, None]
@@ -91,9 +91,15 @@ class LatentAttention(ArbModule):
     def _queries(self, x_BPD: Tensor, turns: Turns) -> Tensor:
         """Return the queries of all heads, their rotary columns turned."""
         q_BPHC = self.query_up(self.query_norm(self.query_down(x_BPD)))
-        q_BPHC = q_BPHC.unflatten(-1, (self.num_heads, self.head_dim))
-        q_rotary, q_plain = q_BPHC.split([self.rotary_dim, self.plain_dim], dim=-1)
-        return torch.cat([rotate(q_rotary, turns), q_plain], dim=-1)
+        return self.ops.rotate(q_BPHC.unflatten(-1, (self.num_heads, self.head_dim)), *turns)
+
+    def _turned_key(self, key_BPR: Tensor, turns: Turns) -> Tensor:
+        """Return the rotary key of each position, turned."""
+        return self.ops.rotate(key_BPR[..., None, :], *turns)[..., 0, :]
+
+    def _rows(self, key_BPR: Tensor, latent_BPL: Tensor, turns: Turns) -> Tensor:
+        """Return the row that is kept of each position: [rotary key; normed latent; rotary key turned to the position]."""
+        return torch.cat([key_BPR, latent_BPL, self._turned_key(key_BPR, turns)], dim=-1)
 
     def _latents(self, x_BPD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rotary key of each position, not turned, and its normed latent."""
@@ -103,9 +109,8 @@ class LatentAttention(ArbModule):
     def _heads(self, latent_BSL: Tensor, turned_BSR: Tensor) -> KeysValues:
         """Return keys and values of all heads for normed latents and turned rotary keys."""
         plain_BSHC = self.key_up(latent_BSL).unflatten(-1, (self.num_heads, self.plain_dim))
-        turned_BSHR = turned_BSR[:, :, None].expand(-1, -1, self.num_heads, -1)
         values_BSHC = self.value_up(latent_BSL).unflatten(-1, (self.num_heads, self.head_dim))
-        return torch.cat([turned_BSHR, plain_BSHC], dim=-1), values_BSHC
+        return self.ops.head_keys(turned_BSR, plain_BSHC), values_BSHC
 
     def _heads_of_rows(self, rows_BSK: Tensor) -> KeysValues:
         """Return keys and values of all heads for rows of a log."""
@@ -171,11 +176,8 @@ class LatentAttention(ArbModule):
             averaged = parts[-1][:, : len(blocks) * width, : -self.rotary_dim].unflatten(
                 1, (len(blocks), width)
             )
-            parts.append(
-                with_turned_key(
-                    mean_of_parts(averaged), turns_at(scheduler.middle(level, blocks), self.rotary_dim)
-                )
-            )
+            turns = turns_at(scheduler.middle(level, blocks), self.rotary_dim)
+            parts.append(with_turned_key(mean_of_parts(averaged), turns))
             places.append(scheduler.place_of_block(level, blocks))
             if not len(blocks):
                 break
@@ -196,8 +198,3 @@ class LatentAttention(ArbModule):
         places_BP = self.scheduler.place_of_position(positions_BP)
         log_BNK = cache.log.rows.index_put((each_B1, places_BP), rows_BPK)
         return lambda places_BS: self._heads_of_rows(rows_at(log_BNK, places_BS))
-
-
-def _rows(key_BPR: Tensor, latent_BPL: Tensor, turns: Turns) -> Tensor:
-    """Return the row that is kept of each position: [rotary key; normed latent; rotary key turned to the position]."""
-    return with_turned_key(torch.cat([key_BPR, latent_BPL], dim=-1), turns)

@@ -15,6 +15,7 @@ from arbitor.reference.graph.codebook import TernaryVQCodebook
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm
 from arbitor.reference.graph.module import ArbModule, when_voting
+from arbitor.reference.graph.ranks import Ranks
 from arbitor.reference.graph.ternary_graph import EdgeTable, edge_sum
 
 COMPOSITES_PER_CODE = 4
@@ -79,25 +80,26 @@ class CompositeProposalHead(ArbModule):
         through_BPC = c_BPC + (z_BPC - z_BPC.detach())
         # The last position's next motif is not known.
         errors_BP = _distances(through_BPC[:, :-1], motifs_BPC[:, 1:].detach())
-        rows_BPC = self.codebook.rows_or_zeros(kept_BP)
+        rows_BPC, ranks = self.codebook.rows_or_zeros(kept_BP), self.voting.ranks
         return {
-            "composite_commitment": _mean_of(_distances(z_BPC, c_BPC), open_BP),
-            "composite_codebook": _mean_of(_distances(rows_BPC, z_BPC.detach()), open_BP),
-            "composite_prediction": _mean_of(errors_BP, torch.ones_like(open_BP[:, 1:])),
-            "composite_gate": gate_loss(logits_BP[:, :-1], errors_BP.detach()),
+            "composite_commitment": _mean_of(_distances(z_BPC, c_BPC), open_BP, ranks),
+            "composite_codebook": _mean_of(_distances(rows_BPC, z_BPC.detach()), open_BP, ranks),
+            "composite_prediction": _mean_of(errors_BP, torch.ones_like(open_BP[:, 1:]), ranks),
+            "composite_gate": gate_loss(logits_BP[:, :-1], errors_BP.detach(), ranks),
         }
 
 
-def gate_loss(logits: Tensor, errors: Tensor) -> Tensor:
+def gate_loss(logits: Tensor, errors: Tensor, ranks: Ranks) -> Tensor:
     """Return the loss that opens a gate where the error is below the mean, and closes it where the error is above.
 
-    Math:    mean of open * (error - mean error), open = 1 where logit > 0, else 0; its gradient is that of sigmoid(logit)
+    Math:    mean of open * (error - mean error), open = 1 where logit > 0, else 0; its gradient is that of sigmoid(logit).
+             The mean error is that of all ranks
     Shapes:  logits and errors [...], held -> [], float32 or better; 0 for no positions
     """
     p = widened(logits).sigmoid()
     opened = (logits.detach() > 0).to(p.dtype) + (p - p.detach())
     count = max(errors.numel(), 1)
-    return (opened * (errors - errors.sum() / count)).sum() / count
+    return (opened * (errors - ranks.mean(errors.sum()) / count)).sum() / count
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
@@ -106,6 +108,6 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
     return (a.to(wide) - b.to(wide)).square().mean(dim=-1)
 
 
-def _mean_of(values: Tensor, chosen: Tensor) -> Tensor:
-    """Return the mean of the chosen values, or 0 if no value is chosen."""
-    return torch.where(chosen, values, 0.0).sum() / chosen.sum().clamp(min=1)
+def _mean_of(values: Tensor, chosen: Tensor, ranks: Ranks) -> Tensor:
+    """Return the mean of the chosen values, or 0 if no value is chosen; with several ranks their mean is that of all values."""
+    return torch.where(chosen, values, 0.0).sum() / ranks.divisor(chosen)

@@ -1,6 +1,6 @@
 """The module that owns a stack of matrices, one for each expert. As in layers.py, its backward pass votes at once.
 
-Legend: E experts, N outputs of an expert, K inputs, M slots (rows of activations).
+Legend: E experts, N outputs of an expert, K inputs, M slots (rows of activations), in one dimension or several.
 """
 
 from __future__ import annotations
@@ -70,17 +70,18 @@ def _vote_by_expert(module: TernaryGroupedLinear, grad_MN: Tensor, x_MK: Tensor,
     Fewer slots than experts cannot use all experts. Then there are only as many gradients as slots. The host never learns which
     experts these are, and rows that are left over are named -1.
     """
-    num_slots, num_outputs = grad_MN.shape
+    num_slots, num_outputs = experts_M.numel(), grad_MN.shape[-1]
     groups_M, used_E = experts_M, None
     if num_slots < module.num_groups:
-        groups_M, used_E = numbered(experts_M)
+        groups_M, used_E = numbered(experts_M.flatten())
+        groups_M = groups_M.view_as(experts_M)
     num_groups = module.num_groups if used_E is None else num_slots
     if num_groups == 0:
         return
-    num_matrices = num_groups if module.orthogonal else 0
+    num_matrices, chosen = num_groups if module.orthogonal else 0, used_E is not None
     # Parts follow from the weight alone, because the votes of an expert must not depend on the number of slots.
-    for outputs in row_ranges(num_outputs, module.num_groups * x_MK.shape[1]):
-        part = grad_MN[:, outputs.start : outputs.stop]
+    for outputs in row_ranges(num_outputs, module.num_groups * x_MK.shape[-1]):
+        part = grad_MN[..., outputs.start : outputs.stop]
         grad = module.ops.grouped_linear_weight_grad(part, x_MK, groups_M, num_groups=num_groups)
         if used_E is None and len(outputs) == num_outputs:
             module.vote(grad, num_matrices=num_matrices)
@@ -89,7 +90,7 @@ def _vote_by_expert(module: TernaryGroupedLinear, grad_MN: Tensor, x_MK: Tensor,
             used_E = torch.arange(num_groups, device=module.device)
         offsets = torch.arange(outputs.start, outputs.stop, device=module.device)
         rows_EN = torch.where(used_E[:, None] < 0, -1, used_E[:, None] * num_outputs + offsets)
-        module.vote(grad, rows_EN.flatten(), num_matrices=num_matrices)
+        module.vote(grad, rows_EN.flatten(), num_matrices=num_matrices, chosen=chosen)
 
 
 def numbered(experts_M: Tensor) -> tuple[Tensor, Tensor]:

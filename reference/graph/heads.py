@@ -6,7 +6,6 @@ Legend: B batch, P positions, D width, V = 297 vocabulary.
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from arbitor.reference.config import VOCABULARY_SIZE
 from arbitor.reference.dtypes import widened
@@ -36,6 +35,6 @@ class ByteHead(ArbModule):
     def forward(self, x_BPD: Tensor) -> Tensor:
         """Return the logits of each position's next byte."""
         n_BPD = self.norm(x_BPD)
-        u_BPD = x_BPD + self.down(F.silu(self.gate(n_BPD)) * self.up(n_BPD))
+        u_BPD = x_BPD + self.down(self.ops.gated(self.gate(n_BPD), self.up(n_BPD)))
         logits_BPV = self.vocabulary(self.vocabulary_norm(u_BPD))
         return widened(logits_BPV)

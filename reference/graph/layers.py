@@ -1,7 +1,7 @@
 """The three modules that own one matrix: linear, RMSNorm and embedding. Most of the graph is built from them.
 
-Each forward pass is one op. Its backward pass computes the input gradient, then the weight gradient, and votes with that gradient
-at once. So float gradients of two weights never exist together, and of a large weight only some rows at a time.
+Each forward pass is one op. Its backward pass computes the input gradient, then the weight gradient, and votes with that gradient.
+So few float gradients exist together (`Voting`), and of a large weight only some rows at a time.
 Legend: N outputs (rows of a weight), K inputs (columns), R used rows.
 """
 
@@ -215,7 +215,7 @@ class _EmbeddingFunction(torch.autograd.Function):
         module.backward_weight(ctx)
         if module.moves:
             rows, grad_RK = module.ops.embedding_row_grads(ids, grad)
-            module.vote(grad_RK, rows)
+            module.vote(grad_RK, rows, chosen=True)
         return None, None, None
 
 
@@ -244,5 +244,5 @@ class _SomeRowsFunction(torch.autograd.Function):
         if module.moves:
             # A product would not do: the gradient of an id that was not chosen may be NaN, and would reach a chosen row.
             rows, grad_RK = module.ops.embedding_row_grads(ids, torch.where(chosen[..., None], grad, 0.0))
-            module.vote(grad_RK, torch.where(chosen.any(), rows, -1))
+            module.vote(grad_RK, torch.where(chosen.any(), rows, -1), chosen=True)
         return None, None, None, None

@@ -13,7 +13,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from arbitor.reference import checks
 from arbitor.reference import ops as reference_ops
@@ -32,7 +31,15 @@ from arbitor.reference.graph.router import MODALITIES, OutputRouter
 from arbitor.reference.graph.sequencer import AudioSequencer, ByteEmbedding, ImageSequencer, TrigramSequencer
 from arbitor.reference.graph.stateful import Stateful
 from arbitor.reference.graph.talker import TalkerHead
-from arbitor.reference.graph.targets import Targets, latent_loss, route_loss, taught_by, token_loss
+from arbitor.reference.graph.targets import (
+    Targets,
+    byte_loss,
+    ended_streams,
+    latent_loss,
+    route_loss,
+    taught_by,
+    token_loss,
+)
 from arbitor.reference.graph.ternary_graph import TernaryGraph
 from arbitor.reference.graph.video import VideoHead
 
@@ -285,15 +292,18 @@ class ArbModel(Stateful):
         position is not known, so the logits of that position are left out. The byte head is taught, whatever head would answer.
 
         Args:
-            targets: targets of the other heads. Each target that is given adds its loss: `route`, `latent` or `tokens`.
+            targets: targets of the heads. Each target of another head adds its loss: `route`, `latent` or `tokens`. With
+                `taught_BT`, `bytes` is the mean loss of the ids that it names.
             media:   features, as for `trunk`.
 
         Raises TypeError or ValueError for targets that do not fit, or of a head that the model does not have.
         """
         trunk = self._trunk_with_targets(ids_BT, media)
+        # This looks at `taught_BT` before the other heads read by it.
+        of_bytes = self._byte_loss(trunk, ids_BT, None if targets is None else targets.taught_BT)
         taught = {} if targets is None else self._taught_losses(self._text(trunk, ids_BT), targets)
         return {
-            "bytes": self._byte_loss(trunk, ids_BT),
+            "bytes": of_bytes,
             **trunk.losses,
             **self._proposal_losses(trunk),
             **taught,
@@ -302,6 +312,8 @@ class ArbModel(Stateful):
     def _taught_losses(self, h_BPD: Tensor, targets: Targets) -> dict[str, Tensor]:
         """Return the losses of the targets that are given, by name."""
         modality_B, found = targets.modality_B, {}
+        if targets.taught_BT is not None:
+            h_BPD = ended_streams(h_BPD, targets.taught_BT)
         if modality_B is not None:
             router = _head("modality_B", "router", self.router)
             found["route"] = route_loss(router, h_BPD, modality_B, self.answering)
@@ -320,19 +332,18 @@ class ArbModel(Stateful):
         return tuple(name for name in MODALITIES if heads[name] is not None)
 
     @as_it_is
-    def loss(self, ids_BT: Tensor, **media: Any) -> Tensor:
+    def loss(self, ids_BT: Tensor, *, taught_BT: Tensor | None = None, **media: Any) -> Tensor:
         """Return the component `bytes` of `losses` alone, by which a model is judged. This makes no proposals."""
-        return self._byte_loss(self._trunk_with_targets(ids_BT, media), ids_BT)
+        return self._byte_loss(self._trunk_with_targets(ids_BT, media), ids_BT, taught_BT)
 
     def _trunk_with_targets(self, ids_BT: Tensor, media: dict[str, Any]) -> Trunk:
         """Return the trunk of ids that hold at least one target."""
         _check_ids(ids_BT, NGRAM + 1)
         return self.trunk(ids_BT, **media)
 
-    def _byte_loss(self, trunk: Trunk, ids_BT: Tensor) -> Tensor:
-        """Return the mean loss of the bytes from the fourth on."""
-        logits_BPV = self.byte_head(self._text(trunk, ids_BT))[:, :-1]
-        return F.cross_entropy(logits_BPV.flatten(0, 1), ids_BT[:, NGRAM:].flatten())
+    def _byte_loss(self, trunk: Trunk, ids_BT: Tensor, taught_BT: Tensor | None) -> Tensor:
+        """Return the mean loss of the bytes from the fourth on, or of those of them that teach."""
+        return byte_loss(self.byte_head(self._text(trunk, ids_BT)), ids_BT, taught_BT, self.voting.ranks)
 
     def _proposal_losses(self, trunk: Trunk) -> dict[str, Tensor]:
         """Return the losses of the composites that the positions propose."""
@@ -381,13 +392,14 @@ class ArbModel(Stateful):
             RuntimeError: a weight was stepped or loaded since the loss was computed; or the model is torn (`Voting`).
         """
         self.voting.check_whole()
-        loss = self.objective(loss)
+        ranks = self.voting.ranks
+        loss = ranks.part(self.objective(loss))
         if not loss.requires_grad:
             raise ValueError(
                 "loss has no graph, but must be computed with this model while gradients are on and a weight is not frozen"
             )
         self.voting.strayed = False
-        value = float(loss.detach())
+        value = float(ranks.total(loss.detach()))
         if not math.isfinite(value):
             return False
         size = 1

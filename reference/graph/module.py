@@ -230,7 +230,8 @@ class TableModule(ArbModule):
         self.voting.deliver()
         passes, self.recorded = self.recorded, []
         if passes and not self.frozen:
-            self.count_passes(passes)
+            everyone = self.voting.ranks.everyone
+            self.count_passes([tuple(everyone(seen) for seen in each) for each in passes])
             self.voting.version += 1
 
     def count_passes(self, passes: list[tuple[Tensor, ...]]) -> None:
@@ -325,14 +326,29 @@ class TernaryModule(ArbModule):
             )
         return ctx.weight
 
-    def vote(self, grad_NK: Tensor, rows: Tensor | None = None, *, num_matrices: int = 0) -> None:
+    def vote(
+        self,
+        grad_NK: Tensor,
+        rows: Tensor | None = None,
+        *,
+        num_matrices: int = 0,
+        chosen: bool = False,
+    ) -> None:
         """Count the votes of a gradient of the weight, or of its `rows`. Each use in a forward pass votes on its own.
 
-        `num_matrices` is the number of matrices in the gradient, as `Voting.cast` takes it.
+        `num_matrices` is the number of matrices in the gradient, and `chosen` says whether the batch chose the rows, both as
+        `Voting.cast` takes them.
         """
-        matrices: dict[str, int] = {"num_matrices": num_matrices, "uses": self.uses}
-        self.voting.cast(self.weight, grad_NK, tensor_id=self.tensor_id, rows=rows, **matrices)
-        self.voting.note(self.note_vote, rows)
+        self.voting.cast(
+            self.weight,
+            grad_NK,
+            tensor_id=self.tensor_id,
+            rows=rows,
+            num_matrices=num_matrices,
+            uses=self.uses,
+            chosen=chosen,
+            voted=self.note_vote,
+        )
 
     def note_vote(self, rows: Tensor | None) -> None:
         """Remember that the weight, or its `rows`, voted."""
@@ -345,21 +361,29 @@ class TernaryModule(ArbModule):
             self.apply_step(rows=None)
         self.forget_votes()
 
+    def note_step(self) -> None:
+        """Note a step that moved the weight without `step_weight`, as a replay of a recorded step does."""
+        if self.voted and not self.frozen:
+            self.changed()
+        self.forget_votes()
+
     def forget_votes(self) -> None:
         """Forget that the weight voted."""
         self.voted = False
 
     def apply_step(self, *, rows: Tensor | None) -> None:
         """Apply the step rule to the weight, or to its unique `rows` (-1: unused slot)."""
-        rule, weight = self.config, self.weight
-        self.ops.apply_step(
-            weight,
-            theta=rule.theta,
-            theta_e=rule.theta_e,
-            on_flip=rule.on_flip,
-            rows=rows,
-            out=weight,
-        )
+        rule, weight, ranks = self.config, self.weight, self.voting.ranks
+        if ranks.steps(self.tensor_id):
+            self.ops.apply_step(
+                weight,
+                theta=rule.theta,
+                theta_e=rule.theta_e,
+                on_flip=rule.on_flip,
+                rows=rows,
+                out=weight,
+            )
+        ranks.spread(self.tensor_id, weight)
         self.changed()
 
     def changed(self) -> None:

@@ -1,13 +1,12 @@
 """Mixture of experts with a shared projection. Experts modulate one hidden vector, where others have a hidden vector each.
 
-Legend: B batch, P positions, M = B P of them, D width, I shared inner width, E experts, k experts of a position, r expert rank.
+Legend: B batch, P positions, D width, I shared inner width, E experts, k experts of a position, r expert rank.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.context import GraphContext
@@ -57,22 +56,19 @@ class SharedProjectionMoE(TableModule):
         """Return the output of the chosen experts."""
         experts_BPk = self.ops.choose_experts(x_BPD.detach(), self.router.weight, top_k=self.top_k)
         shares_BPk = chosen_shares(self.router(x_BPD), experts_BPk)
-        x_MD = x_BPD.flatten(0, 1)
-        modulation_MI = self.modulation(x_MD, experts_BPk.flatten(0, 1), shares_BPk.flatten(0, 1))
-        h_BPI = F.silu(self.gate(x_BPD)) * self.up(x_BPD)
-        y_BPD = self.down(h_BPI * (1 + modulation_MI.unflatten(0, x_BPD.shape[:2])))
+        terms_BPkI = self.modulations(x_BPD, experts_BPk, shares_BPk)
+        y_BPD = self.down(self.ops.gated(self.gate(x_BPD), self.up(x_BPD), terms_BPkI))
         return when_voting(y_BPD, self, experts_BPk)
 
-    def modulation(self, x_MD: Tensor, experts_Mk: Tensor, shares_Mk: Tensor) -> Tensor:
-        """Return the sum over each position's experts of share times m_e, [M, I]."""
+    def modulations(self, x_BPD: Tensor, experts_BPk: Tensor, shares_BPk: Tensor) -> Tensor:
+        """Return share times m_e of each expert that a position takes, [B, P, k, I], or [B, P, E, I] on the dense path."""
         # The dense path takes every expert, in ascending order.
-        if len(x_MD) <= self.dense_max:
-            shares_Mk = all_shares(experts_Mk, shares_Mk, self.num_experts)
-            experts_Mk = torch.arange(self.num_experts, device=x_MD.device).expand(shares_Mk.shape)
-        slots = experts_Mk.flatten()
-        x_SD = x_MD[:, None, :].expand(*experts_Mk.shape, -1).flatten(0, 1)
-        ranks_Sr = self.expert_down(x_SD, slots) * shares_Mk.flatten()[:, None]
-        return self.expert_up(ranks_Sr, slots).unflatten(0, experts_Mk.shape).sum(dim=1)
+        if x_BPD.shape[:-1].numel() <= self.dense_max:
+            shares_BPk = all_shares(experts_BPk, shares_BPk, self.num_experts)
+            experts_BPk = torch.arange(self.num_experts, device=x_BPD.device).expand(shares_BPk.shape)
+        x_BPkD = x_BPD.unsqueeze(-2).expand(*experts_BPk.shape, -1)
+        ranks_BPkr = self.expert_down(x_BPkD, experts_BPk) * shares_BPk.unsqueeze(-1)
+        return self.expert_up(ranks_BPkr, experts_BPk)
 
     def count_passes(self, passes: list[tuple[Tensor, ...]]) -> None:
         """Add to the load how often some passes chose each expert."""

@@ -1,6 +1,6 @@
-"""Rotary turns: positions in queries and keys, so that their products depend on the distance alone.
+"""Rotary turns: positions in queries and keys, so that their products depend on the distance alone. `ops.rotate` turns.
 
-Legend: B batch, P positions, H heads, R rotary width.
+Legend: B batch, P positions, K columns of a row, R rotary width.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from arbitor.reference.dtypes import widened
+from arbitor.reference.ops import activations
 
 ROTARY_BASE = 10_000.0
 """Base of the geometric series of rotary wavelengths, in positions."""
@@ -32,17 +32,10 @@ def turns_at(positions: Tensor, rotary_dim: int) -> Turns:
     return angles.cos().to(torch.float32), angles.sin().to(torch.float32)
 
 
-def rotate(x_BPHR: Tensor, turns: Turns) -> Tensor:
-    """Return x with its column pairs (i, i + R / 2) turned by the angles of their position, in the dtype of x.
-
-    Math:    (a, b) -> (a cos - b sin, a sin + b cos)
-    """
-    cosine, sine = turns
-    a, b = widened(x_BPHR).chunk(2, dim=-1)
-    return torch.cat([a * cosine - b * sine, a * sine + b * cosine], dim=-1).to(x_BPHR.dtype)
-
-
 def with_turned_key(rows_BPK: Tensor, turns: Turns) -> Tensor:
-    """Return rows with a turned copy of their first R columns, a rotary key, appended."""
+    """Return rows of summaries with a turned copy of their first R columns, a rotary key, appended.
+
+    Passes and ledgers share it, and a ledger has no op set. So the reference turns, for every op set.
+    """
     key_BP1R = rows_BPK[..., None, : 2 * turns[0].shape[-1]]
-    return torch.cat([rows_BPK, rotate(key_BP1R, turns)[..., 0, :]], dim=-1)
+    return torch.cat([rows_BPK, activations.rotate(key_BP1R, *turns)[..., 0, :]], dim=-1)

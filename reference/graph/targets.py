@@ -1,6 +1,6 @@
-"""Targets of the heads beside the byte head: the head that answers, a video latent, audio tokens.
+"""Targets of the heads: which bytes are learned, the head that answers, a video latent, audio tokens.
 
-Legend: B batch, P positions, D width, L numbers of a latent, N audio tokens, V audio tokens to choose from.
+Legend: B batch, T bytes, P positions, D width, L numbers of a latent, N audio tokens, V audio tokens or ids to choose from.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arbitor.reference import checks
+from arbitor.reference.config import NGRAM
+from arbitor.reference.graph.ranks import Ranks
 from arbitor.reference.graph.router import MODALITIES, OutputRouter
 from arbitor.reference.graph.talker import TalkerHead
 from arbitor.reference.graph.video import VideoHead
@@ -22,18 +24,59 @@ NO_TOKEN = -1
 
 @dataclass(frozen=True)
 class Targets:
-    """Targets of the heads beside the byte head, for each sequence of a batch. A field that is None teaches nothing.
+    """Targets of the heads for each sequence of a batch. A field that is None teaches nothing, but without `taught_BT` every byte
+    teaches the byte head.
 
     Fields:
         modality_B: int64 [B], the head that answers, as an index into MODALITIES. If it is given, only the sequences that video
                     answers teach a latent, and only the sequences that audio answers teach tokens.
         latent:     float [B, ...], the answer of video, in a shape that `VideoHead.fitted` takes.
         tokens_BN:  int64 [B, N], the answer of audio; NO_TOKEN where there is no token.
+        taught_BT:  bool [B, T], the ids that the byte head learns to predict. Of the first three ids none is ever predicted.
+                    Filling, and marks that a prompt begins with, are no such ids. The other heads then read each sequence up
+                    to its last id that teaches (`ended_streams`), as filling stands behind it.
     """
 
     modality_B: Tensor | None = None
     latent: Tensor | None = None
     tokens_BN: Tensor | None = None
+    taught_BT: Tensor | None = None
+
+
+def byte_loss(logits_BPV: Tensor, ids_BT: Tensor, taught_BT: Tensor | None, ranks: Ranks) -> Tensor:
+    """Return the mean cross-entropy of the ids from the fourth on, or of those of them that teach; 0 without such ids.
+
+    Args:
+        logits_BPV: logits of every position; position p predicts id p + 3. Those of the last position are left out.
+        ids_BT:     int64, T = P + 2.
+        taught_BT:  bool; None stands for all ids.
+        ranks:      the ranks of the model, over which the ids that teach are counted.
+
+    Raises TypeError or ValueError for `taught_BT` that is not bool [B, T].
+    """
+    logits_MV, targets_M = logits_BPV[:, :-1].flatten(0, 1), ids_BT[:, NGRAM:].flatten()
+    if taught_BT is None:
+        return F.cross_entropy(logits_MV, targets_M)
+    checks.tensor("taught_BT", taught_BT, torch.bool, tuple(ids_BT.shape))
+    taught_M = taught_BT[:, NGRAM:].flatten()
+    nats_M = F.cross_entropy(logits_MV, targets_M, reduction="none")
+    # A sum of chosen terms, not a product with 0, which would keep a NaN of what is left out.
+    return torch.where(taught_M, nats_M, 0.0).sum() / ranks.divisor(taught_M)
+
+
+def ended_streams(h_BPD: Tensor, taught_BT: Tensor) -> Tensor:
+    """Return streams that end with the position that has read the last id that teaches. Before them the first position is repeated.
+
+    Sequences of unequal length are filled up behind, where no position before sees it. The heads that read a whole stream shall
+    not see the filling either. A sequence without ids that teach stays as it is.
+
+    Shapes:  h [B, P, D], taught bool [B, P + 2] -> [B, P, D]
+    """
+    positions = h_BPD.shape[1]
+    behind_B1 = taught_BT.flip(1).to(torch.int8).argmax(dim=1, keepdim=True)
+    places_BP = torch.arange(positions, device=h_BPD.device) - behind_B1
+    rows_B1 = torch.arange(h_BPD.shape[0], device=h_BPD.device)[:, None]
+    return h_BPD[rows_B1, places_BP.clamp(min=0)]
 
 
 def route_loss(router: OutputRouter, h_BPD: Tensor, modality_B: Tensor, present: tuple[str, ...]) -> Tensor:
@@ -65,7 +108,7 @@ def latent_loss(head: VideoHead, h_BPD: Tensor, latent: Tensor, taught_B: Tensor
     error_B = (head(h_BPD).flatten(1) - target_BL).square().mean(dim=1)
     if taught_B is None:
         return error_B.mean()
-    return torch.where(taught_B, error_B, 0.0).sum() / taught_B.sum().clamp(min=1)
+    return torch.where(taught_B, error_B, 0.0).sum() / head.voting.ranks.divisor(taught_B)
 
 
 def token_loss(head: TalkerHead, h_BPD: Tensor, tokens_BN: Tensor, taught_B: Tensor | None) -> Tensor:
@@ -90,7 +133,7 @@ def token_loss(head: TalkerHead, h_BPD: Tensor, tokens_BN: Tensor, taught_B: Ten
     nats = F.cross_entropy(
         logits_BPV[:, positions_N].flatten(0, 1), tokens_BN.flatten(), ignore_index=NO_TOKEN, reduction="sum"
     )
-    return nats / (tokens_BN != NO_TOKEN).sum().clamp(min=1)
+    return nats / head.voting.ranks.divisor(tokens_BN != NO_TOKEN)
 
 
 def taught_by(modality_B: Tensor | None, name: str) -> Tensor | None:

@@ -1,15 +1,16 @@
 """Voting: how a backward pass changes the weights of a model, and the notes that it leaves for the next step.
 
-A pass is open while `Voting.taking` is entered. Within it weights vote in place, layer by layer, so that no gradient outlives its
-layer. All else that the next step must know becomes a note of the pass. A pass that ends well hands its notes to the model, whose
-next step delivers them. A pass that raises leaves neither votes nor notes.
+A pass is open while `Voting.taking` is entered. Within it weights vote in place. A gradient that votes as it is votes at once. A
+gradient that is made orthogonal first waits for others of its shape, so that one call makes them orthogonal together. Few gradients
+wait at a time, and none outlives the pass. All else that the next step must know becomes a note of the pass. A pass that ends well
+hands its notes to the model, whose next step delivers them. A pass that raises leaves neither votes nor notes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -19,10 +20,14 @@ from torch import Tensor
 from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.op_set import OpSet
+from arbitor.reference.graph.ranks import Gradient, Ranks
 from arbitor.reference.types import LaidOutWeight
 
 VOTED_IN = ("trit_accum", "exponent_accum")
 """The tensors of a weight that a vote changes."""
+
+WAITING_ELEMENTS = 2**25
+"""Elements of the gradients that wait to be made orthogonal, above which all of them vote: 64 MiB of bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,32 @@ class Note:
         return Note(self.tell, tuple(None if tensor is None else change(tensor) for tensor in self.seen))
 
 
+@dataclass(frozen=True)
+class Vote:
+    """A gradient of a weight, and how it votes.
+
+    Fields:
+        weight:       the weight that votes.
+        grad_NK:      its gradient, or that of its `rows`.
+        tensor_id:    the place of the weight in definition order.
+        rows:         int64 [N], the rows of the weight that vote, or None for all.
+        num_matrices: matrices that are stacked in the gradient and are made orthogonal, or 0.
+        uses:         how often a pass uses the weight.
+    """
+
+    weight: LaidOutWeight
+    grad_NK: Tensor
+    tensor_id: int
+    rows: Tensor | None
+    num_matrices: int
+    uses: int
+
+    @property
+    def matrix(self) -> tuple[int, int, torch.device]:
+        """Rows and columns of each matrix, and where it lies."""
+        return self.grad_NK.shape[0] // self.num_matrices, self.grad_NK.shape[1], self.grad_NK.device
+
+
 class Pass:
     """One backward pass while it is open.
 
@@ -51,6 +82,7 @@ class Pass:
         size:    vote size of the `sign` rule, 1 .. 127.
         moves:   whether weights vote and tables count; False at rate 0.
         notes:   the notes of the pass so far.
+        waiting: votes whose gradients are still to be made orthogonal, in the order in which they came.
         reached: whether the pass came through a weight of the model.
         wrote:   whether a weight has voted.
     """
@@ -61,6 +93,7 @@ class Pass:
         """Begin a pass. `keeps` says whether the pass keeps a copy of what votes change, for `undo`."""
         self.rate, self.step, self.size, self.moves = rate, step, size, moves
         self.notes: list[Note] = []
+        self.waiting: list[Vote] = []
         self.reached = self.wrote = False
         self._keeps = keeps
         self._kept: list[tuple[Tensor, Tensor | None, Tensor]] = []
@@ -108,6 +141,7 @@ class Voting:
         version: steps and loads of the model's weights and tables so far. Each of them makes ledgers stale.
         torn:    whether a step raised, or a pass that could not be undone. The state is then of no use until another is loaded.
         strayed: whether gradients came through weights outside of a pass, and no pass was taken since.
+        ranks:   the ranks that train the model together.
     """
 
     def __init__(
@@ -132,6 +166,7 @@ class Voting:
         self.version = 0
         self.torn = False
         self.strayed = False
+        self.ranks = Ranks()
 
     @property
     def ops(self) -> ModuleType:
@@ -176,7 +211,10 @@ class Voting:
         self.current, self.strayed = taken, False
         try:
             yield taken
+            self.ranks.finish()
+            self._count_waiting(taken)
         except BaseException:
+            self.ranks.abandon()
             # The mark is set while the pass is undone, because undoing may be interrupted.
             self.torn = taken.wrote and not recorded
             if undo:
@@ -233,36 +271,92 @@ class Voting:
         rows: Tensor | None,
         num_matrices: int = 0,
         uses: int = 1,
+        chosen: bool = False,
+        voted: Callable[[Tensor | None], None] | None = None,
     ) -> None:
-        """Count the votes of a gradient in the accumulators of `weight`, in place.
+        """Count the votes of a gradient, summed over ranks, in the accumulators of `weight`, in place, now or before the pass ends.
 
         A gradient of `num_matrices` stacked matrices is first made orthogonal, in the dtype of the activations, unless the rule is
         `sign`. With 0 matrices the gradient votes as it is, as the rows of a table do.
         If a pass uses a weight several times, each of the `uses` votes at its part of the rate. The size of a vote does not depend
         on the size of the gradient, so votes at the full rate would together go too far. The `sign` rule has no rate to divide.
+        Rows that are `chosen` follow from the batch (`Gradient`). The pass leaves a note for `voted`, the method of a module, with
+        the rows that voted on any rank.
         """
-        taken = self.current
-        assert taken is not None
         if grad_NK.dtype == torch.float64:
             grad_NK = grad_NK.to(torch.float32)
-        if num_matrices and self.orthogonal_steps and self.vote_rule == "stochastic":
-            grad_NK = self.ops.orthogonalize(
-                grad_NK.to(self.dtype), iterations=self.orthogonal_steps, num_groups=num_matrices
+        if self._makes_orthogonal(num_matrices):
+            # Ranks exchange no more bits than the votes come from.
+            grad_NK = grad_NK.to(self.dtype)
+        self.ranks.exchange(
+            tensor_id,
+            Gradient(grad_NK, rows, num_matrices, chosen),
+            lambda total: self._cast_total(weight, total, tensor_id=tensor_id, uses=uses, voted=voted),
+        )
+
+    def _makes_orthogonal(self, num_matrices: int) -> bool:
+        """Return whether a gradient of so many stacked matrices is made orthogonal before it votes."""
+        return bool(num_matrices and self.orthogonal_steps and self.vote_rule == "stochastic")
+
+    def _cast_total(
+        self,
+        weight: LaidOutWeight,
+        total: Gradient | None,
+        *,
+        tensor_id: int,
+        uses: int,
+        voted: Callable[[Tensor | None], None] | None,
+    ) -> None:
+        """Count the votes of a gradient that was summed over ranks, unless it is None, and leave a note of them."""
+        taken = self.current
+        assert taken is not None
+        if total is not None:
+            vote = Vote(weight, total.grad_NK, tensor_id, total.rows, total.num_matrices, uses)
+            if self._makes_orthogonal(total.num_matrices):
+                taken.waiting.append(replace(vote, grad_NK=total.grad_NK.to(self.dtype)))
+                if sum(vote.grad_NK.numel() for vote in taken.waiting) > WAITING_ELEMENTS:
+                    self._count_waiting(taken)
+            else:
+                self._count(taken, vote)
+        if voted is not None:
+            self.note(voted, None if total is None else total.rows)
+
+    def _count_waiting(self, taken: Pass) -> None:
+        """Make the gradients that wait orthogonal, all matrices of one shape in one call, and count their votes.
+
+        The votes of one weight are counted in the order in which they came, because a count saturates.
+        """
+        stacks: dict[Any, list[Vote]] = {}
+        for vote in taken.waiting:
+            stacks.setdefault(vote.matrix, []).append(vote)
+        taken.waiting.clear()
+        for votes in stacks.values():
+            grads = [vote.grad_NK for vote in votes]
+            made = self.ops.orthogonalize(
+                grads[0] if len(grads) == 1 else torch.cat(grads),
+                iterations=self.orthogonal_steps,
+                num_groups=sum(vote.num_matrices for vote in votes),
             )
+            for vote, grad_NK in zip(votes, made.split([len(grad) for grad in grads]), strict=True):
+                self._count(taken, replace(vote, grad_NK=grad_NK))
+
+    def _count(self, taken: Pass, vote: Vote) -> None:
+        """Count a vote whose gradient is as it votes."""
+        weight, grad_NK = vote.weight, vote.grad_NK
         if not taken.wrote:
             taken.keep(self.faults)
-        taken.keep_weight(tensor_id, weight, rows)
+        taken.keep_weight(vote.tensor_id, weight, vote.rows)
         taken.wrote = True
         clock: dict[str, Any] = {
             "seed": self.seed,
             "step": taken.step,
-            "tensor_id": tensor_id,
+            "tensor_id": vote.tensor_id,
             "exponent_rule": self.exponent_rule,
-            "rows": rows,
+            "rows": vote.rows,
             "out": weight,
         }
         if self.vote_rule == "stochastic":
-            rate = part_of_rate(taken.rate, uses)
+            rate = part_of_rate(taken.rate, vote.uses)
             self.ops.accumulate_gradient(weight, grad_NK, rate, faults=self.faults, **clock)
         else:
             self.faults += self.ops.count_nonfinite_rows(grad_NK)

@@ -1,6 +1,7 @@
 """The rules, as pure functions on tensors and ternary weights. A family is a file. `arbitor.optimized.ops` mirrors every name."""
 
 from arbitor.reference.op_table import OP_TABLE
+from arbitor.reference.ops.activations import *
 from arbitor.reference.ops.attention import *
 from arbitor.reference.ops.codebook import *
 from arbitor.reference.ops.conv import *

@@ -1,6 +1,7 @@
 """Experts: the choice of experts for a vector, a linear whose slots each use the matrix of an expert, and the load of each expert.
 
-Legend: E experts (`num_groups`), N outputs of an expert, K inputs, M slots (rows of activations).
+Legend: E experts (`num_groups`), N outputs of an expert, K inputs, M slots (rows of activations), in one
+dimension or several.
 The matrices of all experts are one stacked weight of E N rows: expert e owns rows e N .. e N + N - 1.
 Products and sums run in float32, or float64 for float64 inputs, and are rounded once to the dtype that comes out.
 """
@@ -32,7 +33,8 @@ def grouped_linear(x_MK: Tensor, weight: TernaryWeight, experts_M: Tensor, *, nu
     """Return each slot times the transposed matrix of its expert.
 
     Math:    y[m, n] = sum_k x[m, k] * W[experts[m] * N + n, k]; zero where experts[m] = -1
-    Shapes:  x float32, bfloat16 or float64 [M, K], weight [E N, K], experts int64 [M] in -1 .. E - 1; M may be 0
+    Shapes:  x float32, bfloat16 or float64 [M, K], weight [E N, K], experts int64 [M] in -1 .. E - 1; M may be
+             several dimensions, and 0
     Returns: dtype of x, [M, N]
     Raises:  TypeError or ValueError for a dtype, shape, device or expert that is not allowed
     Laws:    a slot gives what `linear` gives with its expert's rows; slots are independent and may come in any order
@@ -41,10 +43,10 @@ def grouped_linear(x_MK: Tensor, weight: TernaryWeight, experts_M: Tensor, *, nu
     num_rows = checks.expert_rows(weight, num_groups)
     checks.expert_matrix("x_MK", x_MK)
     checks.last_dim("x_MK", x_MK, weight.shape[1])
-    checks.expert_slots(experts_M, x_MK.shape[0], weight=weight.packed, x_MK=x_MK)
+    checks.expert_slots(experts_M, x_MK.shape[:-1], weight=weight.packed, x_MK=x_MK)
     checks.values_between("experts_M", experts_M, -1, num_groups - 1)
     wide = wide_dtype(x_MK)
-    y_MN = torch.zeros(x_MK.shape[0], num_rows, dtype=x_MK.dtype, device=x_MK.device)
+    y_MN = torch.zeros(*x_MK.shape[:-1], num_rows, dtype=x_MK.dtype, device=x_MK.device)
     for expert in _used(experts_M):
         slots = experts_M == expert
         y_MN[slots] = (x_MK[slots].to(wide) @ _matrix(weight, expert, num_rows, wide).T).to(x_MK.dtype)
@@ -67,10 +69,10 @@ def grouped_linear_input_grad(
     num_rows = checks.expert_rows(weight, num_groups)
     checks.expert_matrix("grad_MN", grad_MN)
     checks.last_dim("grad_MN", grad_MN, num_rows)
-    checks.expert_slots(experts_M, grad_MN.shape[0], weight=weight.packed, grad_MN=grad_MN)
+    checks.expert_slots(experts_M, grad_MN.shape[:-1], weight=weight.packed, grad_MN=grad_MN)
     checks.values_between("experts_M", experts_M, -1, num_groups - 1)
     wide = wide_dtype(grad_MN)
-    dx_MK = torch.zeros(grad_MN.shape[0], weight.shape[1], dtype=grad_MN.dtype, device=grad_MN.device)
+    dx_MK = torch.zeros(*grad_MN.shape[:-1], weight.shape[1], dtype=grad_MN.dtype, device=grad_MN.device)
     for expert in _used(experts_M):
         slots = experts_M == expert
         dx_MK[slots] = (grad_MN[slots].to(wide) @ _matrix(weight, expert, num_rows, wide)).to(grad_MN.dtype)
@@ -92,10 +94,10 @@ def grouped_linear_weight_grad(
     """
     checks.integer("num_groups", num_groups, 1, 2**31 - 1)
     checks.expert_pair(grad_MN, x_MK)
-    checks.expert_slots(experts_M, grad_MN.shape[0], grad_MN=grad_MN, x_MK=x_MK)
+    checks.expert_slots(experts_M, grad_MN.shape[:-1], grad_MN=grad_MN, x_MK=x_MK)
     checks.values_between("experts_M", experts_M, -1, num_groups - 1)
     wide = wide_dtype(grad_MN)
-    shape = (num_groups, grad_MN.shape[1], x_MK.shape[1])
+    shape = (num_groups, grad_MN.shape[-1], x_MK.shape[-1])
     grads_ENK = torch.zeros(shape, dtype=wide, device=grad_MN.device)
     for expert in _used(experts_M):
         slots = experts_M == expert

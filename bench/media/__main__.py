@@ -1,0 +1,273 @@
+"""Train the tiny preset on rendered media with random frozen encoders, and measure it on what was held out.
+
+    python -m bench.media --run runs/demo-media
+
+The run is one of `arb train` on text, pictures, sounds and videos. Its figures are printed and written to `media.json` of the run
+folder, each beside what is reached without the medium: slots of texts that are right, bits per byte, the error of latents, and the
+choices of the router. `media.png` shows pictures with the texts that the model wrote. The process fails where a goal is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from arbitor.optimized.training.generate import generate_batch
+from arbitor.optimized.training.loop import Run, opened
+from arbitor.optimized.training.media import CAPTION_END
+from arbitor.optimized.training.media_files import Item
+from arbitor.optimized.training.media_mix import Batch, Mix
+from arbitor.optimized.training.options import TrainOptions
+from arbitor.optimized.training.shown import shown
+from arbitor.optimized.training.whole_file import write_whole
+from arbitor.reference.config import with_modules
+from arbitor.reference.graph import ArbModel
+from arbitor.reference.graph.router import MODALITIES
+from arbitor.reference.graph.targets import ended_streams
+from arbitor.reference.presets import preset
+from arbitor.sidecars import read_image
+from bench.media.random_sidecars import write_sidecars
+from bench.media.render import SLOTS, render, slot_bits, values_of
+
+GOALS = {"slots": 0.9, "margin": 0.5, "router": 0.95}
+"""Least share of slots that are right, least part of the bits of the slots that the medium saves, least share of right choices."""
+
+SHOWN = 12
+"""Pictures on the sheet."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number that was measured.
+
+    Attributes:
+        name: what it is.
+        value: the number.
+        baseline: what is reached without the medium.
+        goal: what it must reach, or None.
+        lower: whether lower is better.
+    """
+
+    name: str
+    value: float
+    baseline: float
+    goal: float | None
+    lower: bool = False
+
+    def reached(self) -> bool:
+        """Return whether the goal is reached; a number without a goal always is."""
+        if self.goal is None:
+            return True
+        return self.value <= self.goal if self.lower else self.value >= self.goal
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Render, train, measure, and print. Return the exit status."""
+    asked = parsed(arguments)
+    root = asked.run.with_name(asked.run.name + "-data")
+    config = with_modules(preset("tiny"), vq=False)
+    render(root, count=asked.count, seed=asked.seed)
+    sidecars = write_sidecars(root / "sidecars", config, root / "video")
+    options: dict[str, Any] = {f"data_{kind}": str(root / kind) for kind in SLOTS}
+    began = time.monotonic()
+    training = TrainOptions(
+        run=asked.run,
+        preset="tiny",
+        disable_vq=True,
+        max_moe_iters=1,
+        mix=asked.mix,
+        steps=asked.steps,
+        batch=asked.batch,
+        context=48,
+        seed=asked.seed,
+        eval_interval=max(1, asked.steps // 4),
+        save_interval=asked.steps,
+        device="cpu",
+        **options,
+        **sidecars,
+    )
+    console = Console()
+    with opened(training, console) as run:
+        run.take_steps()
+        result = run.finish()
+        figures = measured(run)
+        sheet(run, asked.run / "media.png")
+    document = {
+        "figures": [{**vars(figure), "reached": figure.reached()} for figure in figures],
+        "steps": asked.steps,
+        "files": asked.count,
+        "seconds": round(time.monotonic() - began, 1),
+        "state_sha256": result.summary["state_sha256"],
+    }
+    write_whole(asked.run / "media.json", (json.dumps(document, indent=2) + "\n").encode())
+    print(table(figures))
+    print(f"{document['seconds']:.0f} s; {asked.run}/media.json, media.png")
+    return 0 if all(figure.reached() for figure in figures) else 1
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the arguments of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.media", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--run", type=Path, default=Path("runs/demo-media"), help="run folder, which is made")
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--count", type=int, default=2000, help="files of each kind")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--mix", default="text=1,image=4,audio=4,video=4")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+def mix_of(run: Run) -> Mix:
+    """Return the mix of a run, which has one."""
+    assert run.mix is not None
+    return run.mix
+
+
+def measured(run: Run) -> list[Figure]:
+    """Return what the model of a run does on what was held out."""
+    mix, figures = mix_of(run), []
+    for kind in ("image", "audio"):
+        items, batches = mix.held_out_items(kind), list(mix.held_out(kind))
+        written = [values_of(kind, text) for text in continued(run, batches)]
+        wanted = [values_of(kind, item.text) for item in items]
+        figures.append(
+            Figure(f"{kind}: slots right", share_right(written, wanted), guessed(wanted), GOALS["slots"])
+        )
+        bpb = mix.validated[kind]["val_bpb"]
+        of_slots = slot_bits(kind) * len(items) / sum(batch.taught_bytes() for batch in batches)
+        goal = of_slots * (1 - GOALS["margin"])
+        value = math.nan if bpb is None else bpb
+        figures.append(Figure(f"{kind}: bits per byte", value, of_slots, goal, lower=True))
+    video = mix.validated["video"]["val_latent"]
+    mean = mean_error(mix)
+    value = math.nan if video is None else video
+    figures.append(Figure("video: squared error of the latent", value, mean, mean, lower=True))
+    figures.append(Figure("router: choices right", routed(run), 0.5, GOALS["router"]))
+    return figures
+
+
+def continued(run: Run, batches: Sequence[Batch]) -> list[bytes]:
+    """Return the texts that the model writes after the media of some batches, the likeliest byte each time."""
+    texts = []
+    for batch in batches:
+        media = [
+            {name: value[place, None] for name, value in batch.media.items()}
+            for place in range(len(batch.ids_BT))
+        ]
+        texts += generate_batch(
+            run.model,
+            [b""] * len(media),
+            40,
+            temperature=0,
+            seeds=[0] * len(media),
+            stop=[CAPTION_END],
+            media=media,
+        )
+    return texts
+
+
+def share_right(written: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]]) -> float:
+    """Return the share of slots that have the right value."""
+    pairs = [
+        (a, b)
+        for ours, theirs in zip(written, wanted, strict=True)
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+    return sum(a == b for a, b in pairs) / len(pairs)
+
+
+def guessed(wanted: Sequence[Sequence[str]]) -> float:
+    """Return the share of slots that are right for whoever says the most frequent value of each slot."""
+    slots = list(zip(*wanted, strict=True))
+    return sum(Counter(slot).most_common(1)[0][1] for slot in slots) / sum(map(len, slots))
+
+
+def mean_error(mix: Mix) -> float:
+    """Return the squared error, on the videos held out, of the mean latent of those that were learned from."""
+    learned = torch.stack([mix.feature("video", item) for item in mix.training_items("video")])
+    held_out = torch.stack([mix.feature("video", item) for item in mix.held_out_items("video")])
+    return float((held_out - learned.mean(dim=0)).square().mean())
+
+
+def routed(run: Run) -> float:
+    """Return the share of right choices of the router, as a mean over texts and each kind of media."""
+    mix, model = mix_of(run), run.model
+    assert model.router is not None
+    batches = [Batch("text", windows_BT) for windows_BT in run.windows_WT.split(run.settings.batch)]
+    batches += [batch for kind in SLOTS for batch in mix.held_out(kind)]
+    right: dict[str, list[Tensor]] = {}
+    absent_3 = torch.tensor([name not in model.answering for name in MODALITIES])
+    with torch.no_grad():
+        for batch in batches:
+            h_BPD = text_of(model, batch)
+            scores_B3 = model.router(h_BPD).masked_fill(absent_3, -math.inf)
+            answer = MODALITIES.index("video" if batch.kind == "video" else "text")
+            right.setdefault(batch.kind, []).append(scores_B3.argmax(dim=-1) == answer)
+    shares = [float(torch.cat(each).float().mean()) for each in right.values()]
+    return sum(shares) / len(shares)
+
+
+def text_of(model: ArbModel, batch: Batch) -> Tensor:
+    """Return the streams of the texts of a batch as the heads read them, [B, P, D]."""
+    h_BPD = model.trunk(batch.ids_BT, **batch.media).h_BPD[:, 2 - batch.ids_BT.shape[1] :]
+    taught_BT = None if batch.targets is None else batch.targets.taught_BT
+    return h_BPD if taught_BT is None else ended_streams(h_BPD, taught_BT)
+
+
+def sheet(run: Run, path: Path) -> None:
+    """Draw pictures held out with what the model wrote of them, and latents: of the file, as drawn, and their mean."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Page
+
+    mix = mix_of(run)
+    items = mix.held_out_items("image")[:SHOWN]
+    texts = continued(run, list(mix.held_out("image")))[:SHOWN]
+    page = Page(figsize=(12, 9))
+    FigureCanvasAgg(page)
+    axes = page.subplots(4, SHOWN // 2)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, item, text in zip(axes[:2].flat, items, texts, strict=False):
+        axis.imshow(read_image(item.path).movedim(0, 2).numpy())
+        axis.set_title(shown(text.decode("ascii", errors="replace")), fontsize=8)
+    videos: list[Item] = mix.held_out_items("video")[: SHOWN // 2]
+    batch = next(iter(mix.held_out("video")))
+    with torch.no_grad():
+        assert run.model.video_head is not None
+        drawn = run.model.video_head(text_of(run.model, batch))
+    for column, item in enumerate(videos):
+        for row, latent, name in (
+            (2, mix.feature("video", item), "latent of the file"),
+            (3, drawn[column], "drawn"),
+        ):
+            axes[row, column].imshow(latent.flatten(0, 2).numpy().T, aspect="auto", vmin=-2, vmax=2)
+            label = item.text.decode() if row == 2 else name
+            axes[row, column].set_title(label, fontsize=8)
+    page.tight_layout()
+    page.savefig(path, dpi=80)
+
+
+def table(figures: Sequence[Figure]) -> str:
+    """Return the figures as a table."""
+    lines = [f"{'held out':36} {'model':>8} {'without':>8} {'goal':>8}"]
+    for figure in figures:
+        goal = "" if figure.goal is None else f"{'<=' if figure.lower else '>='} {figure.goal:.3f}"
+        mark = "" if figure.reached() else "  missed"
+        lines.append(f"{figure.name:36} {figure.value:8.3f} {figure.baseline:8.3f} {goal:>8}{mark}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""Tests of the demonstration of media: texts say what files show, and figures are what they say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.media import __main__ as demo
+from bench.media.render import SLOTS, TEMPLATES, render, slot_bits, values_of
+
+LIBRARIES = ("transformers", "diffusers", "optimum", "PIL", "av")
+MISSING = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+needs_sidecars = pytest.mark.skipif(bool(MISSING), reason=f"the demonstration needs {', '.join(MISSING)}")
+
+
+def test_slots_come_back_from_texts() -> None:
+    for kind, slots in SLOTS.items():
+        values = [slot[-1] for slot in slots]
+        assert values_of(kind, TEMPLATES[kind].format(*values).encode()) == values
+    assert values_of("image", b"a red") == ["red", "", ""] and values_of("audio", b"") == ["", ""]
+    assert slot_bits("audio") == 4.0 and slot_bits("video") == 4.0
+
+
+def test_figures_by_hand() -> None:
+    wanted = [["a", "x"], ["a", "y"], ["b", "y"]]
+    assert demo.guessed(wanted) == pytest.approx(4 / 6)
+    assert demo.share_right([["a", "x"], ["b", "y"], ["b", ""]], wanted) == pytest.approx(4 / 6)
+    high, low = demo.Figure("one", 0.8, 0.5, 0.9), demo.Figure("two", 0.8, 1.0, 0.9, lower=True)
+    assert not high.reached() and low.reached() and demo.Figure("three", 0.0, 0.0, None).reached()
+    # A number that is not finite reaches nothing.
+    assert not demo.Figure("four", float("nan"), 0.0, 1.0, lower=True).reached()
+    assert "missed" in demo.table([high]) and "missed" not in demo.table([low])
+
+
+@needs_sidecars
+def test_rendered_files_repeat(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        render(tmp_path / name, count=3, seed=5)
+    render(tmp_path / "c", count=3, seed=6)
+    # A video file holds a random number of its writer.
+    files = [
+        path.relative_to(tmp_path / "a")
+        for path in sorted((tmp_path / "a").glob("*/*"))
+        if path.suffix != ".mkv"
+    ]
+    assert len(files) == 15
+    content = {name: [(tmp_path / name / file).read_bytes() for file in files] for name in "abc"}
+    assert content["a"] == content["b"] != content["c"]
+
+
+@needs_sidecars
+def test_the_demonstration_is_a_run_that_says_what_it_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One step teaches nothing: every figure is there, and the status says that goals are missed."""
+    arguments = ["--run", str(tmp_path / "run"), "--steps", "1", "--count", "12", "--batch", "2"]
+    assert demo.main(arguments) == 1
+    figures = json.loads((tmp_path / "run" / "media.json").read_text())["figures"]
+    assert [figure["name"].partition(":")[0] for figure in figures] == [
+        "image",
+        "image",
+        "audio",
+        "audio",
+        "video",
+        "router",
+    ]
+    assert not all(figure["reached"] for figure in figures)
+    assert (tmp_path / "run" / "media.png").stat().st_size > 1000
+    assert "image: slots right" in capsys.readouterr().out

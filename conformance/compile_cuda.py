@@ -1,0 +1,91 @@
+"""Compile every CUDA C++ kernel, on a machine with or without a GPU. NVRTC needs none.
+
+    python -m conformance.compile_cuda           # prints a line for each source, and exits with 1 if something is wrong
+    python -m conformance.compile_cuda step      # some sources
+
+Ops are called on the inputs of `cuda_calls` while a GPU is pretended, and the launches of CUDA C++ kernels are noted instead of
+made. Afterwards each kernel that they asked for is compiled for Hopper, and one of each source for the oldest architecture.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+
+from arbitor.optimized import ops
+from arbitor.optimized.cuda import compiler, product, update
+from arbitor.optimized.cuda.compiler import Kernel
+from conformance import cuda_calls
+from conformance.pretend_cuda import DEVICE, pretended
+from conformance.subject import Subject
+
+OLDEST, HOPPER = "sm_80", "sm_90"
+"""Architectures that are compiled for. The oldest is that of `compiler.LEAST_CAPABILITY`."""
+
+HOSTS = (product, update)
+"""Modules that launch kernels of the folder."""
+
+
+@contextmanager
+def noted(kernels: dict[Kernel, str], cause: list[str]) -> Iterator[None]:
+    """Note the CUDA C++ kernels that ops ask for within the block, with their cause, and launch nothing."""
+
+    def note(kernel: Kernel, *_: Any, **__: Any) -> None:
+        kernels.setdefault(kernel, cause[0])
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, {"ARB_PATH": "cuda"}))
+        stack.enter_context(mock.patch.object(compiler, "why_missing", lambda: None))
+        for host in HOSTS:
+            stack.enter_context(mock.patch.object(host, "launch", note))
+        yield
+
+
+def asked_for() -> dict[Kernel, str]:
+    """Return the CUDA C++ kernels that calls of ops ask for, each with the op that asked first."""
+    subject, kernels, cause = Subject(ops, ops.__name__, str(DEVICE)), dict[Kernel, str](), [""]
+    hook = triton.knobs.runtime.jit_cache_hook
+    # Triton's kernels beside them are stopped before they are compiled.
+    triton.knobs.runtime.jit_cache_hook = lambda **_: True
+    try:
+        with pretended(), noted(kernels, cause):
+            for cause[0], case in cuda_calls.calls():
+                subject.call(cause[0], *case.args, **case.kwargs)
+    finally:
+        triton.knobs.runtime.jit_cache_hook = hook
+    return kernels
+
+
+def main(sources: list[str]) -> int:
+    """Compile and print. Return the exit status."""
+    if triton.knobs.runtime.interpret:
+        sys.exit("with TRITON_INTERPRET=1 there is nothing to compile: unset it")
+    if (reason := compiler.why_missing()) is not None:
+        sys.exit(reason)
+    torch.set_num_threads(1)
+    kernels, complaints = asked_for(), []
+    for source in sources or sorted(path.stem for path in compiler.FOLDER.glob("*.cu")):
+        tried = [kernel for kernel in kernels if kernel.source == source]
+        print(source, end=": ", flush=True)
+        for kernel in tried:
+            for architecture in (OLDEST, HOPPER) if kernel is tried[0] else (HOPPER,):
+                try:
+                    compiler.machine_code(kernel, architecture)
+                except RuntimeError as error:
+                    complaints.append(f"{error}\nas {kernels[kernel]} launches it")
+        print(f"{len(tried)} kernels")
+        if not tried:
+            complaints.append(f"{source}.cu was not compiled: no call of cuda_calls launches a kernel of it")
+    print("\n".join(complaints))
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,98 @@
+"""Calls that CUDA C++ kernels take: every group size, both ends of each tile, rows that start anywhere, rows that are not finite.
+
+Drawn calls seldom have the widths and rows that these kernels ask for. `compile_cuda` compiles what these calls launch, and
+`test_paths` compares them with the reference on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arbitor.reference.constants import ACCUM_MAX, EXPONENT_RULES, ON_FLIP, groups_per_row, level_range
+from arbitor.reference.ops.packing import weight_of_trits
+from arbitor.reference.types import TernaryWeight
+from conformance.case import Case
+
+PRODUCTS = (
+    # Rows and columns of the weight, columns of a group, mantissa bits, rows of x. Groups of 64 are for Triton.
+    (5, 8, 12, 2, (1, 8)),
+    (48, 96, 12, 0, (1, 8)),
+    (33, 1536, 12, 1, (3,)),
+    (100, 1000, 12, 2, (1, 5, 8)),
+    (64, 7168, 12, 2, (1, 8)),
+    (50, 1160, 6, 2, (2, 7)),
+    (40, 776, 16, 2, (1, 8)),
+    (40, 776, 24, 1, (1,)),
+    (16, 1160, 32, 0, (4,)),
+    (16, 1160, 48, 2, (6,)),
+    (17, 1160, 96, 2, (8,)),
+    # Tiles enough for larger blocks, and for more rows.
+    (4850, 200, 12, 2, (1, 8)),
+    (9700, 392, 12, 2, (1, 8, 9, 16)),
+)
+UPDATES = (
+    (5, 16, 12, 2),
+    (33, 1536, 12, 1),
+    (20, 1008, 12, 2),
+    (20, 1168, 6, 2),
+    (20, 784, 16, 0),
+    (20, 784, 24, 2),
+    (16, 1168, 48, 0),
+)
+RATES = (0.0, 1e-12, 0.7, 5.9, 127.0)
+
+
+def calls() -> Iterator[tuple[str, Case]]:
+    """Yield op and call, the same on every run."""
+    draws = torch.Generator().manual_seed(1)
+    for num_rows, num_columns, group_size, mantissa_bits, counts in PRODUCTS:
+        weight = random_weight(draws, num_rows, num_columns, group_size, mantissa_bits)
+        for count in counts:
+            x = torch.randn(count, num_columns, generator=draws).to(torch.bfloat16)
+            if count > 2:
+                x[1, -1], x[2, 0] = float("nan"), float("inf")
+            yield "linear", Case((x, weight))
+    for place, (shape, rule, dtype) in enumerate(
+        product(UPDATES, EXPONENT_RULES, (torch.bfloat16, torch.float32))
+    ):
+        weight = random_weight(draws, *shape)
+        grad = random_gradient(draws, *shape[:2]).to(dtype)
+        rate: float | Tensor = RATES[place % len(RATES)]
+        clock: dict[str, Any] = {"seed": 123456789012 + place, "step": 4000000000, "tensor_id": 77}
+        if place % 2:
+            rate, clock["step"] = torch.tensor(rate), torch.tensor(clock["step"])
+        faults = torch.zeros((), dtype=torch.int64)
+        given = {"exponent_rule": rule, "faults": faults, **clock}
+        yield "accumulate_gradient", Case((weight, grad, rate), given)
+    for shape, on_flip, theta in product(UPDATES, ON_FLIP, (1, 64, 127)):
+        yield "apply_step", Case((random_weight(draws, *shape),), {"theta": theta, "on_flip": on_flip})
+
+
+def random_weight(
+    draws: torch.Generator, num_rows: int, num_columns: int, group_size: int, mantissa_bits: int
+) -> TernaryWeight:
+    """Return a weight with every trit, level and count."""
+
+    def integers(low: int, high: int, columns: int) -> Tensor:
+        return torch.randint(low, high + 1, (num_rows, columns), generator=draws, dtype=torch.int8)
+
+    groups = groups_per_row(num_columns, group_size)
+    levels = integers(*level_range(mantissa_bits), groups)
+    weight = weight_of_trits(integers(-1, 1, num_columns), levels, group_size, mantissa_bits=mantissa_bits)
+    return weight.with_tensors(
+        trit_accum=integers(-ACCUM_MAX, ACCUM_MAX, num_columns),
+        exponent_accum=integers(-ACCUM_MAX, ACCUM_MAX, groups),
+    )
+
+
+def random_gradient(draws: torch.Generator, num_rows: int, num_columns: int) -> Tensor:
+    """Return a gradient whose rows have sizes from one end of float32 to the other, one of zeros and two that are not finite."""
+    sizes = torch.randint(-140, 120, (num_rows, 1), generator=draws)
+    grad = torch.ldexp(torch.randn(num_rows, num_columns, generator=draws), sizes)
+    grad[1], grad[2, 3], grad[3, 1] = 0.0, float("nan"), float("-inf")
+    return grad

@@ -1,0 +1,306 @@
+"""What ranks find out together, for test_distributed.py: torchrun starts this module once for many checks.
+
+    torchrun --nproc-per-node 2 -m conformance.distributed.ranks_at_work FOLDER
+
+Every rank writes FOLDER/rank<number>.json: what each check returned, by its name. The tests compare.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from arbitor.optimized.distributed.ranks import GroupRanks
+from arbitor.optimized.distributed.run import train_together, whole_state
+from arbitor.optimized.distributed.sizes import received_bytes
+from arbitor.optimized.distributed.world import World, joined
+from arbitor.optimized.training.census import Census
+from arbitor.optimized.training.checkpoint import state_sha256
+from arbitor.optimized.training.loop import train
+from arbitor.optimized.training.options import TrainOptions
+from arbitor.reference.config import SIGN_VOTES, ArbConfig, with_fields
+from arbitor.reference.graph import ArbModel
+from arbitor.reference.types import has_memory
+from conformance.compare import alike
+from conformance.distributed import oracle
+from conformance.graph import models
+from conformance.training import nano
+from conformance.training.runs import Killed, kill_at
+
+RATE, BATCH, LENGTH = 40.0, 6, 20
+
+TERMS = (1.0, 2.0**30, -(2.0**30))
+"""Terms of the ranks, in float32. From the first on the sum of three is 0, from the last on it is 1."""
+
+PLAIN = replace(nano.WHOLE, composite_codes=0, composite_inner=1280, num_experts=120)
+"""Every module but composites, whose losses are means over chosen positions. There are more experts than slots of a rank."""
+
+CASES: dict[str, tuple[ArbConfig, torch.dtype]] = {
+    "every module": (PLAIN, torch.float32),
+    "bfloat16": (nano.NANO, torch.bfloat16),
+    "sign votes": (with_fields(nano.NANO, **SIGN_VOTES), torch.float32),
+}
+"""Models that are compared with the oracle bit for bit."""
+
+
+def model_of(config: ArbConfig, dtype: torch.dtype = torch.float32) -> ArbModel:
+    return ArbModel(config, dtype=dtype, seed=3)
+
+
+def together(config: ArbConfig, world: World, dtype: torch.dtype = torch.float32) -> ArbModel:
+    model = model_of(config, dtype)
+    train_together(model, world)
+    return model
+
+
+def take_pass(model: ArbModel, world: World, step: int) -> bool:
+    ids_BT = world.share(models.random_ids(BATCH, LENGTH, seed=step))
+    return model.backward(model.losses(ids_BT), rate=RATE, step=step, undo=False)
+
+
+def digest_of(model: ArbModel) -> str | None:
+    state = whole_state(model)
+    return None if state is None else state_sha256(state)
+
+
+def sums_as_the_rule_says(world: World, folder: Path) -> Any:
+    """Two passes of a step, and another step, by the ranks, and by the oracle on rank 0."""
+    found = {}
+    for name, (config, dtype) in CASES.items():
+        model, alone = together(config, world, dtype), model_of(config, dtype)
+        both = (model, alone) if world.is_first else (model,)
+        for step in range(3):
+            take_pass(model, world, step)
+            if world.is_first:
+                ids_BT = models.random_ids(BATCH, LENGTH, seed=step)
+                oracle.take_pass(alone, ids_BT, count=world.count, rate=RATE, step=step)
+            if step == 1:
+                for each in both:
+                    each.step()
+        censuses = []
+        for each in both:
+            census = Census(each)
+            census.before_step()
+            each.step()
+            censuses.append(census.after_step())
+        found[name] = {"hashes": (digest_of(model), state_sha256(alone.state())), "censuses": censuses}
+    return found
+
+
+def adds_in_order(world: World, folder: Path) -> Any:
+    """Terms whose sum depends on the order, as values and as the gradient of a matrix that votes as it is."""
+    model = together(nano.NANO, world)
+    ranks, head = model.voting.ranks, model.byte_head.vocabulary
+    term = torch.tensor(TERMS[world.number])
+    totals = oracle.watch_totals(model)
+    with model.voting.taking(rate=RATE, step=0, undo=False):
+        head.vote(term.expand(head.weight.shape))
+    voted = [total.unique().tolist() for total in totals.values()]
+    return {"total": float(ranks.total(term)), "voted": voted, "steps": ranks.steps(head.tensor_id)}
+
+
+def is_one_batch(world: World, folder: Path) -> Any:
+    """The gradients that vote, and the integer tables, beside those of one process that has all windows."""
+    model, alone = together(nano.WHOLE, world), model_of(nano.WHOLE)
+    ours, theirs = oracle.watch_totals(model), oracle.watch_totals(alone)
+    take_pass(model, world, 0)
+    alone.backward(alone.losses(models.random_ids(BATCH, LENGTH)), rate=RATE, step=0)
+    # One rank has nothing to say of a weight that another one steps.
+    for name, total in ours.items():
+        alike(total, theirs[name], name)
+    model.step()
+    alone.step()
+    same = {name: bool(torch.equal(table, alone.tables()[name])) for name, table in model.tables().items()}
+    return {"compared": sorted(ours), "all": sorted(theirs), "same": same}
+
+
+def agrees_after_steps(world: World, folder: Path) -> Any:
+    """The trits, exponents and tables of every rank after steps, and what each keeps of accumulators."""
+    model = together(nano.WHOLE, world)
+    for step in range(2):
+        take_pass(model, world, step)
+        model.step()
+    weights = {name: module.weight for name, module in model.ternary_modules().items()}
+    read = {
+        f"{name}.{part}": w.tensors()[part] for name, w in weights.items() for part in ("packed", "exponents")
+    }
+    kept = {name: has_memory(weight.trit_accum) for name, weight in weights.items()}  # type: ignore[attr-defined]
+    return {"read": state_sha256({**read, **model.tables()}), "kept": kept}
+
+
+def counts_bytes(world: World, folder: Path) -> Any:
+    """What the ranks received for the matrices of a step, and the formula of docs/scaling.md."""
+    config = replace(nano.NANO, num_layers=1)
+    found = {}
+    for name, dtype, grad_bytes in (("float32", torch.float32, 4), ("bfloat16", torch.bfloat16, 2)):
+        model = together(config, world, dtype)
+        ranks = model.voting.ranks
+        assert isinstance(ranks, GroupRanks)
+        ids_BT = world.share(models.random_ids(BATCH, LENGTH))
+        losses = model.losses(ids_BT)
+        ranks.measured()
+        # The rows of the table of bytes, and the loss, are no matrices.
+        for module in model.ternary_modules().values():
+            if module.tensor_id not in ranks.owners:
+                module.frozen = True
+        for keeper in model.table_modules().values():
+            keeper.frozen = True
+        model.backward(losses, rate=RATE, step=0)
+        model.step()
+        received = ranks.measured()[1]
+        matrices = [m for m in model.ternary_modules().values() if m.tensor_id in ranks.owners]
+        # A matrix that is not made orthogonal votes in float32.
+        wanted = sum(
+            received_bytes(
+                module.weight,
+                world.count,
+                gradient_bytes=grad_bytes if getattr(module, "orthogonal", False) else 4,
+                uses=module.uses,
+            )
+            for module in matrices
+        )
+        loss_bytes = 4 * (world.count - 1) * world.count
+        everyones = int(ranks.total(torch.tensor(received)))
+        found[name] = (everyones - loss_bytes, wanted)
+    return found
+
+
+def refuses_what_is_not_finite(world: World, folder: Path) -> Any:
+    model = together(nano.WHOLE, world)
+    take_pass(model, world, 0)
+    model.step()
+    before = digest_of(model)
+    losses = model.losses(world.share(models.random_ids(BATCH, LENGTH, seed=1)))
+    broken = {**losses, "bytes": losses["bytes"] * (math.nan if world.number == world.count - 1 else 1.0)}
+    accepted = model.backward(broken, rate=RATE, step=1)
+    model.step()
+    return {"accepted": accepted, "changed": digest_of(model) != before}
+
+
+def counts_faults(world: World, folder: Path) -> Any:
+    """Rows that are not finite in the sum cast no votes, and each is counted once, whoever owns it."""
+    model = together(nano.NANO, world)
+    for module in (model.byte_head.gate, model.embedding.table):
+        rows, columns = module.weight.shape
+        grad = torch.ones(2 if module is model.embedding.table else rows, columns)
+        if world.number == world.count - 1:
+            grad[1] = math.inf
+        with model.voting.taking(rate=RATE, step=0, undo=False):
+            chosen = torch.tensor([4, 9]) if module is model.embedding.table else None
+            module.vote(grad, chosen, chosen=chosen is not None)
+    return int(model.voting.ranks.total(model.voting.faults))
+
+
+def refuses_ranks_that_differ(world: World, folder: Path) -> Any:
+    """Other data, another seed, another batch than can be shared: every rank raises the same sentence, and writes nothing."""
+    text, other = folder / "text.txt", folder / "other.txt"
+    options = TrainOptions(
+        preset="nano", data=str(text), device="cpu", run=folder / "refused", steps=2, batch=BATCH
+    )
+    is_last = world.number == world.count - 1
+    found = {}
+    for name, changes in {
+        "data": {"data": str(other if is_last else text)},
+        "seed": {"seed": int(is_last)},
+        "batch": {"batch": 5 * world.count + 1},
+        "cuda_graph": {"cuda_graph": True},
+    }.items():
+        try:
+            train(replace(options, **changes))  # type: ignore[type-var]
+            found[name] = "was accepted"
+        except (RuntimeError, ValueError) as error:
+            found[name] = str(error)
+    found["folder"] = str((folder / "refused").exists())
+    return found
+
+
+def passes_signals_on(world: World, folder: Path) -> Any:
+    return [world.signal(15 if world.number == world.count - 1 else None), world.signal(None)]
+
+
+def shares_windows(world: World, folder: Path) -> Any:
+    return world.share(torch.arange(BATCH)[:, None]).flatten().tolist()
+
+
+def trains(world: World, folder: Path) -> Any:
+    """Two runs of one seed; the second prints. Then a run that is left unfinished, for one process to go on with."""
+    text, shown = folder / "text.txt", io.StringIO()
+    options = TrainOptions(preset="nano", data=str(text), device="cpu", steps=6, batch=BATCH, log_interval=2)
+    first = train(replace(options, save=False)).summary  # type: ignore[type-var]
+    second = train(replace(options, run=folder / "run"), console=Console(file=shown)).summary  # type: ignore[type-var]
+    with pytest.MonkeyPatch.context() as patch, suppress(Killed):
+        kill_at(patch, 4)
+        train(replace(options, run=folder / "unfinished", save_interval=3))  # type: ignore[type-var]
+    return {
+        "hashes": [first["state_sha256"], second["state_sha256"]],
+        "val_bpb": second["val_bpb"],
+        "shown": shown.getvalue(),
+        "written": (folder / "run").exists(),
+    }
+
+
+def goes_on_with_a_run_of_one(world: World, folder: Path) -> Any:
+    shown = io.StringIO()
+    summary = train(TrainOptions(run=folder / "alone", resume=True), console=Console(file=shown)).summary
+    return {"shown": shown.getvalue(), "steps": summary["steps"]}
+
+
+def goes_on(world: World, folder: Path) -> Any:
+    """The run that was killed and stopped is taken to its end, beside one that nothing happened to."""
+    survivor = folder / "survivor"
+    if not survivor.exists():
+        return None
+    settings = json.loads((survivor / "config.json").read_text())["run"]
+    asked = {name: settings[name] for name in ("preset", "data", "steps", "batch", "log_interval")}
+    whole = train(TrainOptions(device="cpu", save=False, **asked)).summary
+    resumed = train(TrainOptions(run=survivor, resume=True)).summary
+    return [whole["state_sha256"], resumed["state_sha256"]]
+
+
+CHECKS: tuple[Callable[[World, Path], Any], ...] = (
+    sums_as_the_rule_says,
+    adds_in_order,
+    is_one_batch,
+    agrees_after_steps,
+    counts_bytes,
+    refuses_what_is_not_finite,
+    counts_faults,
+    refuses_ranks_that_differ,
+    passes_signals_on,
+    shares_windows,
+    trains,
+    goes_on_with_a_run_of_one,
+    goes_on,
+)
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    found = {}
+    with joined() as world, pytest.MonkeyPatch.context() as patch:
+        nano.register(patch)
+        nano.without_pictures(patch)
+        for check in CHECKS:
+            try:
+                found[check.__name__] = check(world, folder)
+            except Exception as error:
+                # The others may wait for this rank, which ends here.
+                found[check.__name__] = f"{type(error).__name__}: {error}"
+                break
+            finally:
+                (folder / f"rank{world.number}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

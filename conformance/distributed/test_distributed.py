@@ -1,0 +1,310 @@
+"""Ranks of torch.distributed over gloo compute what docs/spec/distributed.md says: 2 and 3 of them, and of 2 one is killed.
+
+A process takes seconds to import torch. So torchrun is started three times, and each start serves many tests.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from arbitor.optimized.distributed.world import LOST
+from arbitor.optimized.training.loop import train
+from arbitor.optimized.training.metrics import last_step
+from arbitor.optimized.training.options import TrainOptions
+from conformance.distributed import ranks_at_work
+from conformance.system.command import REPOSITORY, environment
+from conformance.training import nano
+from conformance.training.runs import Killed, kill_at, options
+
+SECONDS = 300
+"""Seconds after which ranks hang. On two busy cores they are slow."""
+
+STEPS, SAVED_EVERY, KILLED_AT, STOPPED_AT = 30, 3, 5, 12
+"""Steps of the run that is killed and then stopped."""
+
+
+def torchrun(count: int, *arguments: str, restarts: int = 0) -> subprocess.Popen[str]:
+    """Start ranks, without a terminal, on a port that is free."""
+    return subprocess.Popen(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
+            f"--max-restarts={restarts}", "-m", *arguments,
+        ],
+        cwd=REPOSITORY,
+        env={**environment(), "TORCH_CPP_LOG_LEVEL": "ERROR"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Return the exit code of ranks and what they wrote; end them if they hang."""
+    try:
+        out, err = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, out, err
+
+
+def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
+    """Return the process ids of the ranks that torchrun has started, by number."""
+    found = {}
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in map(int, children):
+        try:
+            variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        found.update({int(each[5:]): child for each in variables if each.startswith(b"RANK=")})
+    return found
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while last_step(run / "metrics.jsonl") < step:
+        assert process.poll() is None, ended(process)
+        assert time.monotonic() < deadline, f"{run} never came to step {step}"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def survivor(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run of two ranks: rank 1 is killed, torchrun starts both again, and SIGTERM stops them."""
+    folder = tmp_path_factory.mktemp("survivor")
+    (folder / "text.txt").write_bytes(nano.TEXT)
+    run = folder / "survivor"
+    process = torchrun(
+        2, "conformance.system.nano_arb", "no-pictures", "train", "--preset", "nano", "--data", str(folder / "text.txt"),
+        "--device", "cpu", "--steps", str(STEPS), "--batch", str(ranks_at_work.BATCH), "--log-interval", "1",
+        "--save-interval", str(SAVED_EVERY), "--out", str(run), restarts=1,
+    )  # fmt: skip
+    wait_for_step(run, KILLED_AT, process)
+    first = ranks_of(process)
+    killed_at = time.monotonic()
+    os.kill(first[1], signal.SIGKILL)
+    while not set(ranks_of(process).values()).isdisjoint(first.values()):
+        time.sleep(0.02)
+    seconds = time.monotonic() - killed_at
+    wait_for_step(run, STOPPED_AT, process)
+    process.send_signal(signal.SIGTERM)
+    _, out, err = ended(process)
+    return {
+        "folder": folder,
+        "seconds": seconds,
+        "out": out,
+        "err": err,
+        "stopped_at": last_step(run / "metrics.jsonl"),
+    }
+
+
+@pytest.fixture(scope="session")
+def found(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]]]:
+    """What each rank found, and the folder in which they worked, for a number of ranks."""
+    count = request.param
+    if count == 2:
+        folder = request.getfixturevalue("survivor")["folder"]
+    else:
+        folder = tmp_path_factory.mktemp("ranks")
+    (folder / "text.txt").write_bytes(nano.TEXT)
+    (folder / "other.txt").write_bytes(nano.TEXT + b"!")
+    with pytest.MonkeyPatch.context() as patch, suppress(Killed):
+        nano.register(patch)
+        kill_at(patch, 4)
+        train(
+            options(
+                folder / "text.txt", folder / "alone", steps=6, batch=ranks_at_work.BATCH, save_interval=3
+            )
+        )
+    code, _, err = ended(torchrun(count, "conformance.distributed.ranks_at_work", str(folder)))
+    assert code == 0, err
+    return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(count)]
+
+
+both = pytest.mark.parametrize("found", [2, 3], indirect=True, ids=["2 ranks", "3 ranks"])
+two = pytest.mark.parametrize("found", [2], indirect=True, ids=["2 ranks"])
+Found = tuple[Path, list[dict[str, Any]]]
+
+
+@both
+def test_every_check_ran(found: Found) -> None:
+    for of_rank in found[1]:
+        assert list(of_rank) == [check.__name__ for check in ranks_at_work.CHECKS], of_rank
+
+
+@both
+@pytest.mark.parametrize("case", ranks_at_work.CASES)
+def test_gradients_are_summed_in_rank_order_before_they_vote(found: Found, case: str) -> None:
+    """Every bit of the state is the oracle's, after two steps, one of them of two passes."""
+    ours, oracles = found[1][0]["sums_as_the_rule_says"][case]["hashes"]
+    assert ours == oracles
+
+
+@both
+def test_terms_are_added_from_rank_0_on(found: Found) -> None:
+    wanted = [None, None, 2.0**30, 0.0][len(found[1])]
+    each = [of_rank["adds_in_order"] for of_rank in found[1]]
+    assert all(one["total"] == wanted for one in each), each
+    assert [one["voted"] for one in each if one["steps"]] == [[[wanted]]]
+    assert not any(one["voted"] for one in each if not one["steps"])
+
+
+@both
+@pytest.mark.parametrize("case", ranks_at_work.CASES)
+def test_a_census_counts_over_all_ranks(found: Found, case: str) -> None:
+    ours, oracles = found[1][0]["sums_as_the_rule_says"][case]["censuses"]
+    assert ours == oracles
+    assert any(kind["rail_share"] for kind in ours["kinds"].values())
+
+
+@both
+def test_ranks_are_one_batch(found: Found) -> None:
+    """Gradients are alike (the ranks compare them), every weight has a rank that steps it, and integer tables are equal."""
+    each = [of_rank["is_one_batch"] for of_rank in found[1]]
+    assert all(isinstance(one, dict) for one in each), each
+    assert sorted({name for one in each for name in one["compared"]}) == each[0]["all"]
+    assert each[0]["same"] and all(all(one["same"].values()) for one in each), each
+
+
+@both
+def test_all_ranks_read_the_same_weights_and_tables(found: Found) -> None:
+    assert len({of_rank["agrees_after_steps"]["read"] for of_rank in found[1]}) == 1
+
+
+@both
+def test_one_rank_keeps_the_accumulators_of_a_matrix(found: Found) -> None:
+    kept = [of_rank["agrees_after_steps"]["kept"] for of_rank in found[1]]
+    owners = {name: sum(one[name] for one in kept) for name in kept[0]}
+    matrices = {name for name, number in owners.items() if number == 1}
+    shared = {name for name, number in owners.items() if number == len(kept)}
+    assert matrices | shared == set(owners)
+    assert "byte_head.gate" in matrices and "embedding.table" in shared
+    assert all(any(one[name] for name in matrices) for one in kept), "each rank owns some"
+
+
+@both
+def test_bytes_are_those_of_the_table(found: Found) -> None:
+    for dtype, (counted, wanted) in found[1][0]["counts_bytes"].items():
+        assert counted == wanted > 0, dtype
+
+
+@both
+def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_on_all(found: Found) -> None:
+    for of_rank in found[1]:
+        assert of_rank["refuses_what_is_not_finite"]["accepted"] is False
+    assert found[1][0]["refuses_what_is_not_finite"]["changed"] is False
+
+
+@both
+def test_a_fault_is_counted_once(found: Found) -> None:
+    """One row of a matrix and one of a table."""
+    assert [of_rank["counts_faults"] for of_rank in found[1]] == [2] * len(found[1])
+
+
+@both
+def test_ranks_that_differ_are_refused(found: Found) -> None:
+    sentences = [of_rank["refuses_ranks_that_differ"] for of_rank in found[1]]
+    last = len(sentences) - 1
+    assert all(each == sentences[0] for each in sentences)
+    assert f"rank {last} has" in sentences[0]["data"] and "for data_bytes" in sentences[0]["data"]
+    wanted = f"rank {last} has 1 for seed, but rank 0 has 0, and all ranks must have the same"
+    assert sentences[0]["seed"] == wanted
+    assert sentences[0]["batch"].endswith(f"but must be a multiple of the {last + 1} ranks")
+    assert "cuda_graph" in sentences[0]["cuda_graph"] and f"{last + 1} ranks" in sentences[0]["cuda_graph"]
+    assert sentences[0]["folder"] == "False"
+
+
+@both
+def test_a_signal_to_one_rank_stops_all(found: Found) -> None:
+    assert [of_rank["passes_signals_on"] for of_rank in found[1]] == [[signal.SIGTERM, None]] * len(found[1])
+
+
+@both
+def test_no_window_is_read_twice(found: Found) -> None:
+    shares = [of_rank["shares_windows"] for of_rank in found[1]]
+    assert [window for share in shares for window in share] == list(range(ranks_at_work.BATCH))
+    assert len({len(share) for share in shares}) == 1
+
+
+@both
+def test_the_same_seed_gives_the_same_hash(found: Found) -> None:
+    first, second = found[1][0]["trains"]["hashes"]
+    assert first == second
+    assert len({of_rank["trains"]["val_bpb"] for of_rank in found[1]}) == 1
+
+
+@both
+def test_only_rank_0_prints_and_metrics_speak_of_all(found: Found) -> None:
+    folder, ranks = found
+    shown = [of_rank["trains"]["shown"] for of_rank in ranks]
+    assert f"{len(ranks)} ranks: each reads" in shown[0] and "step 6/6" in shown[0]
+    assert not any(shown[1:])
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 2, 4, 6]
+    for line in lines[1:]:
+        assert 0 < line["waiting_share"] < 1 and line["exchanged_bytes"] > 10_000, line
+        assert line["tokens_per_second"] > 0
+
+
+@two
+def test_a_killed_run_goes_on_to_the_same_hash(found: Found) -> None:
+    """After SIGKILL to one rank, a restart by torchrun, SIGTERM, and --resume."""
+    whole, resumed = found[1][0]["goes_on"]
+    assert whole == resumed
+
+
+def test_a_killed_rank_ends_the_run_with_one_sentence(survivor: dict[str, Any]) -> None:
+    sentences = [line for line in survivor["err"].splitlines() if line.startswith("arb: ")]
+    assert sentences[0] == f"arb: {LOST}.", survivor["err"]
+    assert survivor["seconds"] < 60
+    assert sum(LOST in line for line in sentences) == 1
+
+
+def test_torchrun_starts_it_again_and_it_resumes(survivor: dict[str, Any]) -> None:
+    assert survivor["out"].count("resuming ") == 1, survivor["out"]
+    resumed_at = int(survivor["out"].partition("at step ")[2].split()[0])
+    assert resumed_at >= SAVED_EVERY and resumed_at % SAVED_EVERY == 0
+
+
+def test_sigterm_saves(survivor: dict[str, Any]) -> None:
+    said = (
+        f"arb: stopped by SIGTERM after step {survivor['stopped_at']} of {STEPS}; the checkpoint is written"
+    )
+    assert sum(said in line for line in survivor["err"].splitlines()) == 1, survivor["err"]
+
+
+@both
+def test_one_process_goes_on_with_a_run_of_many(found: Found, monkeypatch: pytest.MonkeyPatch) -> None:
+    nano.register(monkeypatch)
+    nano.without_pictures(monkeypatch)
+    (folder, ranks), shown = found, io.StringIO()
+    summary = train(
+        TrainOptions(run=folder / "unfinished", resume=True), console=Console(file=shown, width=999)
+    ).summary
+    assert summary["steps"] == 6
+    assert f"at step 3\nthe run had {len(ranks)} ranks and goes on with 1 rank: " in shown.getvalue()
+    finished = train(TrainOptions(run=folder / "run", resume=True)).summary
+    assert finished["state_sha256"] == ranks[0]["trains"]["hashes"][1]
+
+
+@both
+def test_many_go_on_with_a_run_of_one(found: Found) -> None:
+    first, *others = (of_rank["goes_on_with_a_run_of_one"] for of_rank in found[1])
+    assert f"at step 3\nthe run had 1 rank and goes on with {len(found[1])} ranks: " in first["shown"]
+    assert first["steps"] == 6 and not any(other["shown"] for other in others)

@@ -1,0 +1,185 @@
+"""The processes of a run, as far as one process can show: who tells, who is silent, and what one process alone does."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import HashStore
+
+from arbitor.optimized.distributed import world
+from arbitor.optimized.distributed.ranks import owners
+from arbitor.optimized.distributed.run import measured, train_together, whole_state
+from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.loop import train
+from arbitor.reference.graph.ranks import Ranks
+from arbitor.reference.types import has_memory, without_memory
+from conformance.graph import models
+from conformance.training import nano
+from conformance.training.runs import options
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Make hearts fast, and return the exit codes with which they would have ended the process."""
+    codes: list[int] = []
+    monkeypatch.setattr(world, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(world, "SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    return codes
+
+
+@pytest.fixture
+def store() -> Iterator[HashStore]:
+    yield HashStore()
+
+
+def heart(store: HashStore, number: int) -> world._Heart:
+    return world._Heart(store, world.World(number, 2, store))
+
+
+def test_a_rank_that_is_silent_ends_the_others_with_one_sentence(
+    store: HashStore, ends: list[int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    first, second = heart(store, 0), heart(store, 1)
+    threading.Event().wait(0.4)
+    assert ends == [] and capfd.readouterr().err == ""
+    second.stop(is_done=False)
+    first._thread.join(timeout=10)
+    assert ends == [1]
+    assert capfd.readouterr().err == f"arb: {world.LOST}.\n"
+
+
+def test_a_rank_that_is_done_ends_nobody(store: HashStore, ends: list[int]) -> None:
+    first, second = heart(store, 0), heart(store, 1)
+    second.stop(is_done=True)
+    threading.Event().wait(0.5)
+    first.stop(is_done=True)
+    assert ends == []
+
+
+def test_a_rank_that_never_came_is_silent_too(store: HashStore, ends: list[int]) -> None:
+    heart(store, 0)._thread.join(timeout=10)
+    assert ends == [1]
+
+
+def test_one_rank_tells(store: HashStore) -> None:
+    assert [world.World(number, 3, store).tells() for number in (2, 0, 1)] == [True, False, False]
+    assert [world.World(number, 3).tells() for number in (2, 0, 1)] == [False, True, False]
+
+
+def test_a_process_alone_joins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    ids, model = torch.arange(6)[:, None], models.nano()
+    with world.joined() as alone:
+        assert (alone.number, alone.count, alone.is_first) == (0, 1, True)
+        assert not dist.is_initialized()
+        assert alone.share(ids) is ids and alone.gathered(ids)[0] is ids
+        assert [alone.signal(None), alone.signal(15)] == [None, 15]
+        alone.agree({"seed": 1})
+        alone.check_batch(7)
+        train_together(model, alone)
+    assert type(model.voting.ranks) is Ranks
+    assert whole_state(model).keys() == model.state().keys()  # type: ignore[union-attr]
+    assert measured(model, steps=1, seconds=1.0) == {}
+
+
+def test_one_rank_of_torchrun_computes_what_a_process_alone_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nano.register(monkeypatch)
+    (tmp_path / "text.txt").write_bytes(nano.TEXT)
+    asked = options(tmp_path / "text.txt", None, save=False, steps=2)
+    hashes = [train(asked).summary["state_sha256"]]
+    for name, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    hashes.append(train(asked).summary["state_sha256"])
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize("value", ["two", "", "-1"])
+def test_an_environment_that_torchrun_never_sets_is_refused(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", value)
+    with (
+        pytest.raises(ValueError, match=f"^WORLD_SIZE is {value!r} in the environment, but must be a number"),
+        world.joined(),
+    ):
+        pass
+
+
+def test_a_group_that_the_caller_made_is_used(tmp_path: Path) -> None:
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        with world.joined() as joined:
+            assert (joined.number, joined.count) == (0, 1)
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_each_rank_of_a_host_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    world.World(3, 4).take_device("cuda")
+    world.World(3, 4).take_device("cpu")
+    world.World().take_device("cuda")
+    assert taken == [1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(TrainingError, match=r"^rank 2 is number 2 on its host, but must be below .* 2$"):
+        world.World(2, 4).take_device("cuda")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_owners_share_the_weights_evenly(count: int) -> None:
+    model = models.nano()
+    sizes = {module.tensor_id: module.weight.shape for module in model.ternary_modules().values()}
+    found = owners(model, count)
+    loads = [
+        sum(sizes[each][0] * sizes[each][1] for each in found if found[each] == rank) for rank in range(count)
+    ]
+    largest = max(sizes[each][0] * sizes[each][1] for each in found)
+    assert max(loads) - min(loads) <= largest
+    frozen_or_table = {
+        module.tensor_id
+        for name, module in model.ternary_modules().items()
+        if "norm" in name.rpartition(".")[2] or name == "embedding.table"
+    }
+    assert found.keys() == sizes.keys() - frozen_or_table
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 5), (7, 1), (4, 6)])
+def test_accumulators_that_another_rank_keeps_read_as_zeros(shape: tuple[int, ...]) -> None:
+    like = torch.ones(shape, dtype=torch.int8)
+    made = without_memory(like)
+    assert made.untyped_storage().nbytes() == 1
+    assert made.shape == like.shape and made.dtype is like.dtype and not made.any()
+    assert has_memory(like) and has_memory(made) == (made.numel() == 1)
+    if made.numel() > 1:
+        with pytest.raises(RuntimeError):
+            made.copy_(like)
+
+
+def test_the_digest_of_the_code_follows_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("reference", "optimized/distributed"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "some.py").write_text("x = 1\n")
+    monkeypatch.setattr(world, "__file__", str(tmp_path / "optimized/distributed/world.py"))
+    digests: list[Any] = []
+    for text in ("x = 1\n", "x = 2\n"):
+        (tmp_path / "reference/some.py").write_text(text)
+        world.code_sha256.cache_clear()
+        digests.append(world.code_sha256())
+    world.code_sha256.cache_clear()
+    assert digests[0] != digests[1]

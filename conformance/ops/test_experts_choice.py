@@ -1,0 +1,226 @@
+"""Laws of the router's choice: exact scores choose, the lowest of equal experts comes first, and each vector chooses alone.
+
+Legend: E experts, K inputs, M vectors.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from hypothesis import strategies as st
+
+from arbitor.reference.constants import MAX_ROUTER_COLUMNS, groups_per_row, packed_bytes
+from arbitor.reference.ops.packing import trits_of, weight_of_trits
+from arbitor.reference.types import TernaryWeight
+from conformance import oracle
+from conformance import strategies as ss
+from conformance.case import Case, calls
+from conformance.compare import exact
+from conformance.law import law
+from conformance.mutant import mutants_of
+from conformance.ops.test_codebook import vectors
+from conformance.ops.test_experts import EXPERTS
+from conformance.refusal import F16, meta, ones, refusals, refused, weight
+from conformance.subject import Subject
+
+mutant = mutants_of("experts")
+
+
+# --- how calls are drawn ---------------------------------------------------------------------------------------------
+
+
+@st.composite
+def routers(draw: st.DrawFn) -> TernaryWeight:
+    """Draw a router's weight. Levels are near each other or over all their range. Rows may be equal, or one trit apart."""
+    shape = (draw(st.one_of(EXPERTS, st.just(64)), label="E"), draw(ss.sizes(70), label="K"))
+    weight = draw(ss.weights(shape, levels=draw(st.sampled_from((ss.NARROW, None)), label="levels")))
+    kind = draw(st.sampled_from(("free", "equal", "one trit apart")), label="rows")
+    if kind == "free":
+        return weight
+    experts = torch.arange(shape[0])
+    rows = experts % (draw(st.sampled_from((1, 3)), label="different rows") if kind == "equal" else 1)
+    trits = trits_of(weight)[rows]
+    # These scores differ in their last bits alone.
+    if kind == "one trit apart":
+        places = (experts, experts % shape[1])
+        trits[places] = (trits[places] + 2) % 3 - 1
+    levels, size = weight.exponents[rows], weight.group_size
+    return weight_of_trits(trits, levels, size, mantissa_bits=weight.mantissa_bits)
+
+
+@calls("choose_experts")
+def choose_experts_calls(draw: st.DrawFn) -> Case:
+    weight = draw(routers())
+    return Case(
+        (draw(vectors(weight.shape[1])), weight), {"top_k": draw(st.integers(1, weight.shape[0]), label="k")}
+    )
+
+
+# --- laws, and the mutants that they reject --------------------------------------------------------------------------
+
+
+SCORES = "scores_ME = x_MK @ router_rows(weight).T"
+ORDER = "order_ME = scores_ME.sort(dim=-1, descending=True, stable=True).indices"
+OCTAVES = "levels.amax() - (ROUTER_OCTAVES << weight.mantissa_bits)"
+
+TIES_TO_THE_LAST_EXPERT = mutant(
+    "ties_to_the_last_expert",
+    ORDER,
+    "order_ME = weight.shape[0] - 1 - scores_ME.flip(1).sort(dim=-1, descending=True, stable=True).indices",
+    compared="choose_experts",
+)
+
+
+def seen_levels(weight: TernaryWeight) -> list[list[int]]:
+    """Return the levels of a router's weight as the choice sees them, by plain Python: 16 octaves at most."""
+    rows = weight.exponents.tolist()
+    least = max(map(max, rows)) - (16 << weight.mantissa_bits)
+    return [[max(level, least) for level in row] for row in rows]
+
+
+def sixteenths(x: float) -> int:
+    """Return a number in whole sixteenths, by plain Python, whose round takes halves to even."""
+    return 0 if math.isnan(x) else round(min(max(16 * x, -127.0), 127.0))
+
+
+@law(
+    weight=routers(),
+    data=st.data(),
+    rejects=[
+        TIES_TO_THE_LAST_EXPERT,
+        mutant(
+            "experts_chosen_by_rounded_products",
+            SCORES,
+            "scores_ME = (x_MK.to(torch.bfloat16) @ router_rows(weight).T.to(torch.bfloat16)).to(torch.float64)",
+            compared="choose_experts",
+        ),
+        mutant(
+            "experts_chosen_by_vectors_as_they_are",
+            "x_MK = whole_sixteenths(x).to(torch.float64)",
+            "x_MK = x.nan_to_num(nan=0.0).to(torch.float64)",
+            compared="choose_experts",
+        ),
+        mutant(
+            "experts_at_all_octaves",
+            OCTAVES,
+            "levels.amax() - (100 << weight.mantissa_bits)",
+            compared="choose_experts",
+        ),
+        mutant(
+            "octaves_without_mantissa_bits",
+            OCTAVES,
+            "levels.amax() - ROUTER_OCTAVES",
+            compared="choose_experts",
+        ),
+        mutant(
+            "octaves_of_each_row",
+            "levels.amax() -",
+            "levels.amax(dim=1, keepdim=True) -",
+            compared="choose_experts",
+        ),
+        mutant(
+            "experts_by_score",
+            "return order_ME[:, :top_k].sort(dim=-1).values",
+            "return order_ME[:, :top_k]",
+            compared="choose_experts",
+        ),
+        mutant(
+            "the_least_experts",
+            ORDER,
+            "order_ME = scores_ME.sort(dim=-1, stable=True).indices",
+            compared="choose_experts",
+        ),
+    ],
+)
+def test_choose_experts_by_fractions(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
+    """Scores without a rounding error choose, largest first, ties to the lowest expert. The chosen are in ascending order."""
+    x = data.draw(vectors(weight.shape[1]))
+    top_k = data.draw(st.integers(1, weight.shape[0]), label="k")
+    x_MK = x.reshape(-1, weight.shape[1])[:5]
+    scales = [[oracle.scale(level, weight.mantissa_bits) for level in row] for row in seen_levels(weight)]
+    trits = oracle.unpack(weight.packed.tolist(), math.prod(weight.shape))
+    want = []
+    for row in x_MK.tolist():
+        steps = list(map(sixteenths, row))
+        scores = [
+            sum(trits[e * len(row) + k] * of[k // weight.group_size] * step for k, step in enumerate(steps))
+            for e, of in enumerate(scales)
+        ]
+        want.append(sorted(sorted(range(len(scores)), key=lambda e, s=scores: -s[e])[:top_k]))
+    got = ops.choose_experts(x_MK, weight, top_k=top_k)
+    exact(got, torch.tensor(want, dtype=torch.int64).reshape(len(want), top_k))
+
+
+@law(weight=routers(), data=st.data(), rejects=[TIES_TO_THE_LAST_EXPERT])
+def test_choose_experts_lets_the_lowest_of_equal_rows_win(
+    ops: Subject, weight: TernaryWeight, data: st.DataObject
+) -> None:
+    """A router beside its own copy: the first of each pair comes before the second, whatever the vector."""
+    twice = weight_of_trits(
+        trits_of(weight).repeat(2, 1),
+        weight.exponents.repeat(2, 1),
+        weight.group_size,
+        mantissa_bits=weight.mantissa_bits,
+    )
+    x, num_experts = data.draw(vectors(weight.shape[1])), weight.shape[0]
+    top_k = data.draw(st.integers(1, 2 * num_experts), label="k")
+    chosen = ops.choose_experts(x, twice, top_k=top_k)
+    assert chosen.shape == (*x.shape[:-1], top_k)
+    for row in chosen.reshape(-1, top_k).tolist():
+        assert all(expert - num_experts in row for expert in row if expert >= num_experts), row
+
+
+@law(
+    weight=routers(),
+    data=st.data(),
+    share=0.5,
+    rejects=[
+        mutant(
+            "experts_of_all_vectors",
+            SCORES,
+            "scores_ME = (x_MK - x_MK.cumsum(0)[-1:].expand_as(x_MK)) @ router_rows(weight).T",
+        ),
+    ],
+)
+def test_choose_experts_of_each_vector_alone(
+    ops: Subject, weight: TernaryWeight, data: st.DataObject
+) -> None:
+    """What a vector chooses depends neither on what comes with it nor on its place."""
+    x = data.draw(vectors(weight.shape[1])).reshape(-1, weight.shape[1])
+    top_k = data.draw(st.integers(1, weight.shape[0]), label="k")
+    together = ops.choose_experts(x, weight, top_k=top_k)
+    exact(ops.choose_experts(x.flip(0), weight, top_k=top_k).flip(0), together, "in another order")
+    for place in range(min(len(x), 3)):
+        exact(ops.choose_experts(x[place], weight, top_k=top_k), together[place], "alone")
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+_SIX = lambda: weight(6)  # noqa: E731  six experts
+
+
+def _wide_router() -> TernaryWeight:
+    """Return a weight of more columns than a sum over them is exact for, on a device without memory."""
+    columns = MAX_ROUTER_COLUMNS + 1
+    zeros = lambda *shape: torch.zeros(shape, dtype=torch.int8, device="meta")  # noqa: E731
+    groups = groups_per_row(columns, 96)
+    packed = torch.zeros(packed_bytes(columns), dtype=torch.uint8, device="meta")
+    return TernaryWeight(packed, zeros(1, groups), zeros(1, columns), zeros(1, groups), (1, columns), 96)
+
+
+# fmt: off
+test_refusals_of_experts_choice = refusals(
+    "experts_choice",
+    refused("choose_experts", "no expert", ValueError, "top_k", ones(2, 14), _SIX, top_k=0),
+    refused("choose_experts", "seven of six experts", ValueError, "top_k", ones(2, 14), _SIX, top_k=7),
+    refused("choose_experts", "half an expert", TypeError, "top_k", ones(2, 14), _SIX, top_k=0.5),
+    refused("choose_experts", "13 columns", ValueError, "x has shape", ones(2, 13), _SIX, top_k=2),
+    refused("choose_experts", "a number", ValueError, "x has shape", ones(), _SIX, top_k=2),
+    refused("choose_experts", "float16", TypeError, "x has dtype", ones(2, 14, dtype=F16), _SIX, top_k=2),
+    refused("choose_experts", "another device", ValueError, "x is on", meta(2, 14), _SIX, top_k=2),
+    refused("choose_experts", "too many columns", ValueError, "weight has shape", meta(2, 14), _wide_router, top_k=1),
+    rejects=[mutant("a_router_unchecked", "checks.router(x, weight, top_k, weight.packed)", "pass")],
+)
+# fmt: on

@@ -1,0 +1,120 @@
+"""Runs on small rendered media, with small random sidecars, for the tests of `arb train` and `arb generate`."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import wave
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from arbitor.optimized.training.options import PRESET_DEFAULTS, TrainOptions
+from arbitor.sidecars.vision import PREPROCESSING, PREPROCESSOR
+from conformance.graph.models import WHOLE
+
+CONFIG = replace(
+    WHOLE,
+    name="media",
+    width=36,
+    num_layers=1,
+    num_experts=2,
+    top_k=1,
+    image_features=48,
+    audio_features=48,
+    video_latent=64,
+    window=32,
+)
+"""A model of every module, as wide as the small sidecars. Its video latent is [16, 1, 2, 2]."""
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+def save_image(path: Path, colour: str, number: int) -> None:
+    """Write a square of a colour on grey, of a place and size by its number."""
+    from PIL import Image
+
+    pixels = np.full((48, 64, 3), 100 + number, dtype=np.uint8)
+    pixels[8 : 24 + number, 8 : 30 + number] = COLOURS[colour]
+    Image.fromarray(pixels).save(path)
+
+
+def save_sound(path: Path, hertz: float, seconds: float) -> None:
+    """Write a tone of 16 bits at 16 kHz."""
+    samples = np.sin(2 * math.pi * hertz * np.arange(int(16_000 * seconds)) / 16_000)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes((samples * 20_000).astype("<i2").tobytes())
+
+
+def save_video(path: Path, colour: str, number: int, *, side: int = 32) -> None:
+    """Write three frames of a colour, in a codec that loses nothing."""
+    import av
+
+    frame = np.full((side, side, 3), COLOURS[colour], dtype=np.uint8) // (number + 1)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = side, side, "yuv444p"
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+PATCHES = 16
+"""Patches of a picture of the small vision sidecar, so that a pass is short."""
+
+
+def register(patch: pytest.MonkeyPatch) -> None:
+    """Let runs of the model write a short sample at their end."""
+    patch.setitem(PRESET_DEFAULTS, CONFIG.name, {"sample_bytes": 4, "eval_windows": 4})
+
+
+def render(root: Path, checkpoints: Path, *, each: int = 4) -> Path:
+    """Write folders `image`, `audio` and `video` with texts, `preset.json`, `text.txt`, and `dinov2`, a sidecar of few patches."""
+    shutil.copytree(checkpoints / "dinov2", root / "dinov2")
+    few = {"size": {"shortest_edge": 60}, "crop_size": {"height": 56, "width": 56}}
+    (root / "dinov2" / PREPROCESSOR).write_text(json.dumps(PREPROCESSING | few))
+    for kind in ("image", "audio", "video"):
+        (root / kind).mkdir(parents=True)
+    for index, colour in enumerate(list(COLOURS) * each):
+        name = f"{index:02d}"
+        save_image(root / "image" / f"{name}.png", colour, index)
+        save_sound(root / "audio" / f"{name}.wav", 200.0 + 50 * index, 0.2 + 0.3 * (index % 5))
+        save_video(root / "video" / f"{name}.mkv", colour, index)
+        for kind in ("image", "audio", "video"):
+            (root / kind / f"{name}.txt").write_text(f"{colour} number {index}")
+    (root / "preset.json").write_text(CONFIG.to_json())
+    (root / "text.txt").write_bytes(b"".join(b"line %d of a text.\n" % i for i in range(60)))
+    return root
+
+
+def options(root: Path, checkpoints: Path, run: Path | None, *kinds: str, **changes: Any) -> TrainOptions:
+    """Return the options of a short run on a text and on some kinds of rendered media."""
+    sidecars = {
+        "image": {"vision": root / "dinov2"},
+        "audio": {"audio": checkpoints / "moonshine"},
+        "video": {"video": checkpoints / "vae" / "pig_vae.safetensors"},
+    }
+    media: dict[str, Any] = {}
+    for kind in kinds:
+        media |= {f"data_{kind}": str(root / kind), **{k: str(v) for k, v in sidecars[kind].items()}}
+    settings: dict[str, Any] = {
+        "preset": str(root / "preset.json"),
+        "data": str(root / "text.txt"),
+        "device": "cpu",
+        "steps": 6,
+        "batch": 2,
+        "context": 24,
+        "eval_interval": 3,
+        "save_interval": 2,
+        "log_interval": 1,
+    }
+    if not changes.get("save", True):
+        del settings["save_interval"]
+    return TrainOptions(run=run, **{**settings, **media, **changes})

@@ -1,0 +1,382 @@
+"""`arb train` on text, pictures, sounds and videos: what a batch is, that runs repeat to the bit, that captions are learned."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from arbitor import ArbModel
+from arbitor.optimized import cli
+from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.loop import opened, train
+from arbitor.optimized.training.media import lead_of
+from arbitor.optimized.training.media_mix import Mix
+from arbitor.optimized.training.metrics import read_metrics
+from arbitor.optimized.training.options import TrainOptions
+from arbitor.reference.config import SPECIAL_IDS
+from arbitor.sidecars import AudioSidecar, read_audio, read_image, read_video
+from arbitor.sidecars.encoders import first_frame
+from conformance.compare import exact
+from conformance.sidecars.media_runs import PATCHES, options, register, render, save_video
+from conformance.training.nano import without_pictures
+from conformance.training.runs import Killed, kill_at
+
+ALL = ("image", "audio", "video")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    without_pictures(monkeypatch)
+    register(monkeypatch)
+    monkeypatch.delenv("ARB_BACKEND", raising=False)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> Path:
+    return render(tmp_path_factory.mktemp("media") / "data", checkpoints)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("features"))
+
+
+@pytest.fixture
+def mix(media: Path, checkpoints: Path, cache: str) -> Iterator[Mix]:
+    """Return the mix of a run on all kinds."""
+    asked = options(media, checkpoints, None, *ALL, save=False, feature_cache=cache, batch=3)
+    with opened(asked, None) as run:
+        assert run.mix is not None
+        yield run.mix
+
+
+def test_a_batch_is_of_one_kind_and_has_its_media_before_its_text(mix: Mix) -> None:
+    pad = SPECIAL_IDS["PAD"]
+    seen = {}
+    for micro_step in range(40):
+        batch = mix.batch(micro_step)
+        again = mix.batch(micro_step)
+        exact(again.ids_BT, batch.ids_BT)
+        seen[batch.kind] = batch
+        assert batch.targets is not None and batch.targets.modality_B is not None
+        assert batch.targets.modality_B.tolist() == [1 if batch.kind == "video" else 0] * 3
+    assert seen.keys() == {"text", *ALL}
+    assert not seen["text"].media and seen["text"].targets.taught_BT is None
+    assert seen["text"].ids_BT.shape == (3, 24) and seen["text"].taught_bytes() == 63
+    assert seen["image"].media["image_BNF"].shape == (3, PATCHES, 48)
+    assert seen["audio"].media["audio_BNF"].shape[2] == 48 and not seen["video"].media
+    assert seen["video"].targets.latent.shape == (3, 16, 1, 2, 2)
+    for kind in ALL:
+        batch = seen[kind]
+        lead = lead_of(batch.media) if batch.media else [pad, pad, SPECIAL_IDS["BOS"]]
+        assert batch.ids_BT.shape[1] <= 24
+        for row, taught in zip(batch.ids_BT.tolist(), batch.targets.taught_BT.tolist(), strict=True):
+            text = bytes(row[place] for place in range(len(row)) if taught[place])
+            filling = len(row) - len(lead) - len(text)
+            assert row == lead + list(text) + [pad] * filling and len(text) > 0
+            colour, number = text.split(b" number ")
+            assert colour in (b"red", b"green", b"blue") and number.endswith(b"\n") == (kind != "video")
+
+
+def test_a_batch_is_what_the_files_hold(mix: Mix) -> None:
+    """Features and latents of a batch are those of the files of its texts, made by hand."""
+    checked = set()
+    for micro_step in range(30):
+        batch = mix.batch(micro_step)
+        if batch.kind not in ("image", "video") or batch.kind in checked:
+            continue
+        checked.add(batch.kind)
+        assert batch.targets is not None and batch.targets.taught_BT is not None
+        items = {item.text: item.path for item in mix._folders[batch.kind].train}
+        for b in range(3):
+            text = bytes(batch.ids_BT[b][batch.targets.taught_BT[b]].tolist()).strip()
+            if batch.kind == "image":
+                want = mix.encoders.sidecar("vision")([read_image(items[text])])[0]
+                exact(batch.media["image_BNF"][b], want)
+            else:
+                frame = first_frame(read_video(items[text]).frames, 16)
+                assert batch.targets.latent is not None
+                exact(batch.targets.latent[b], mix.encoders.sidecar("video").encode(frame[None])[0])
+    assert checked == {"image", "video"}
+
+
+def test_kinds_come_as_often_as_the_mix_says(media: Path, checkpoints: Path, cache: str) -> None:
+    asked = options(media, checkpoints, None, "image", save=False, feature_cache=cache, mix="text=1,image=3")
+    with opened(asked, None) as run:
+        assert run.mix is not None
+        kinds = [run.mix._drawn(step)[0] for step in range(1000)]
+    # 750 expected, with a deviation of 14.
+    assert 690 < kinds.count("image") < 810
+
+
+def outcome(folder: Path) -> tuple[Any, ...]:
+    """What two runs that are the same must agree in."""
+    summary = json.loads((folder / "summary.json").read_text())
+    lines = [
+        {name: line.get(name) for name in ("step", "train_bpb", "val_bpb", "flip_rate")}
+        for line in read_metrics(folder / "metrics.jsonl")
+    ]
+    return summary["state_sha256"], summary["media"], lines
+
+
+def test_killed_and_resumed_ends_the_same(
+    media: Path, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every kind, also without the features that the first process kept, and with other names of the files."""
+    train(options(media, checkpoints, tmp_path / "whole", *ALL))
+    want = outcome(tmp_path / "whole")
+    assert want[1].keys() == {"text", *ALL} and want[1]["video"].keys() == {
+        "val_bpb",
+        "val_route",
+        "val_latent",
+    }
+    moved = tmp_path / "moved"
+    shutil.copytree(media, moved)
+    for path in sorted((moved / "image").iterdir()):
+        path.rename(path.with_name(f"renamed-{path.name}"))
+    folder = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3)
+        with pytest.raises(Killed):
+            train(options(media, checkpoints, folder, *ALL))
+    shutil.rmtree(folder / "features")
+    train(TrainOptions(run=folder, resume=True, data_image=str(moved / "image")))
+    assert outcome(folder) == want
+    lines = read_metrics(folder / "metrics.jsonl")
+    kinds = {kind for line in lines for kind in line["media"]}
+    assert kinds == {"text", *ALL}
+    assert any("train_latent" in line["media"].get("video", {}) for line in lines)
+
+
+def test_other_data_and_other_sidecars_are_refused(
+    media: Path, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        kill_at(patch, 1)
+        with pytest.raises(Killed):
+            train(options(media, checkpoints, folder, "image", cuda_graph=False))
+    other = tmp_path / "other"
+    shutil.copytree(media / "image", other)
+    (other / "00.txt").write_text("another text")
+    with pytest.raises(TrainingError, match="started with data for image"):
+        train(TrainOptions(run=folder, resume=True, data_image=str(other)))
+    vision = tmp_path / "dinov2"
+    shutil.copytree(checkpoints / "dinov2", vision)
+    with pytest.raises(TrainingError, match="started with a sidecar for vision"):
+        train(TrainOptions(run=folder, resume=True, vision=str(vision)))
+    with pytest.raises(TrainingError, match="started with mix None"):
+        train(TrainOptions(run=folder, resume=True, mix="text=1,image=2"))
+
+
+def test_only_sidecars_of_kinds_in_the_mix_are_built(
+    media: Path, checkpoints: Path, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **named: Any) -> None:
+        raise AssertionError("a sidecar was loaded that nobody needs")
+
+    monkeypatch.setattr(AudioSidecar, "load", refuse)
+    train(options(media, checkpoints, None, "image", save=False, feature_cache=cache, steps=1))
+
+
+def test_a_file_that_cannot_be_decoded_is_left_out_and_named(
+    media: Path, checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rich.console import Console
+
+    folder = tmp_path / "image"
+    shutil.copytree(media / "image", folder)
+    for name in ("01.png", "02.png"):
+        (folder / name).write_bytes(b"no picture " + name.encode())
+    asked = options(
+        media, checkpoints, None, "image", save=False, data_image=str(folder), steps=8, mix="text=0,image=1"
+    )
+    with opened(asked, Console(quiet=True)) as run:
+        assert run.mix is not None
+        texts = {bytes(row[row < 256].tolist()) for step in range(30) for row in run.mix.batch(step).ids_BT}
+    assert not any(b"number 1\n" in text or b"number 2\n" in text for text in texts) and len(texts) > 3
+    said = capsys.readouterr().err
+    assert said.count("is left out") <= 2 and "cannot be decoded" in said
+    for path in folder.glob("*.png"):
+        path.write_bytes(b"no picture " + path.name.encode())
+    with pytest.raises(TrainingError, match="has no file of image that can be decoded"):
+        train(
+            options(
+                media, checkpoints, None, "image", save=False, data_image=str(folder), mix="text=0,image=1"
+            )
+        )
+
+
+def test_a_video_that_is_too_small_is_left_out_and_named(
+    media: Path, checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rich.console import Console
+
+    folder = tmp_path / "video"
+    shutil.copytree(media / "video", folder)
+    for number in range(8):
+        save_video(folder / f"{number:02d}.mkv", "red", number, side=4)
+    asked = options(media, checkpoints, None, "video", save=False, data_video=str(folder))
+    with opened(asked, Console(quiet=True)) as run:
+        assert run.mix is not None
+        assert len(run.mix.training_items("video")) + len(run.mix.held_out_items("video")) == 4
+    said = capsys.readouterr().err
+    assert said.count("04.mkv': frames has shape") == 1 and "left out" in said
+
+
+@pytest.mark.parametrize(
+    ("kinds", "changes", "says"),
+    [
+        (("image",), {"preset": "small"}, "whose image_features is 0: --enable-image switches it on"),
+        (("video",), {"preset": "small"}, "whose video_latent is 0: --enable-video switches it on"),
+        (("image",), {"preset": "small", "enable_image": True}, "gives 48 features, but must give 384"),
+        (("image",), {"cuda_graph": True}, "cuda_graph is True, but must be False or None for a mix"),
+    ],
+)
+def test_what_the_model_or_the_passes_cannot_do(
+    media: Path, checkpoints: Path, kinds: tuple[str, ...], changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        train(options(media, checkpoints, None, *kinds, save=False, **changes))
+
+
+def test_captions_are_read_from_the_pictures(media: Path, checkpoints: Path, cache: str) -> None:
+    """After some steps the words are likelier after their own picture than after another one."""
+    asked = options(
+        media,
+        checkpoints,
+        None,
+        "image",
+        save=False,
+        feature_cache=cache,
+        steps=40,
+        batch=12,
+        mix="text=0,image=1",
+        eval_interval=1000,
+        disable_vq=True,
+    )
+    with opened(asked, None) as run:
+        assert run.mix is not None
+        run.take_steps()
+        items = run.mix._folders["image"].train
+        batch = run.mix._of_items("image", items)
+        own = batch.on("cpu")
+        other = {**own, "image_BNF": own["image_BNF"].roll(1, 0)}
+        taught: Tensor = own.pop("targets").taught_BT
+        other.pop("targets")
+        with torch.no_grad():
+            nats = [run.model.loss(**each, taught_BT=taught).item() for each in (own, other)]
+    assert nats[0] < 0.9 * nats[1], nats
+
+
+@pytest.fixture(scope="module")
+def trained(media: Path, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a short run on pictures and sounds."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        register(patch)
+        without_pictures(patch)
+        train(options(media, checkpoints, folder, "image", "audio", steps=2))
+    return folder
+
+
+def test_a_run_brings_its_encoders_along(trained: Path, media: Path) -> None:
+    """`arb generate --image` and `ArbModel.from_pretrained` give the same text after the same media."""
+    model = ArbModel.from_pretrained(trained, device="cpu")
+    picture, sound = media / "image" / "03.png", media / "audio" / "02.wav"
+    want = model.generate(b"red", images=[read_image(picture)], temperature=0, stop=b"\n", max_new_bytes=6)
+    common = ["generate", "--run", str(trained), "--temperature", "0", "--bytes", "6", "--device", "cpu"]
+    assert arb([*common, "--prompt", "red", "--image", str(picture)]) == b"red" + want
+    heard = model.generate(b"", sounds=[read_audio(sound)], temperature=0, stop=b"\n", max_new_bytes=6)
+    assert arb([*common, "--audio", str(sound)]) == heard
+    video = media / "video" / "01.mkv"
+    frames = model.generate(b"", clips=[read_video(video).frames], temperature=0, stop=b"\n", max_new_bytes=6)
+    assert arb([*common, "--video", str(video)]) == frames
+
+
+def arb(arguments: list[str]) -> bytes:
+    """Return what the command prints."""
+    out = io.TextIOWrapper(io.BytesIO(), write_through=True)
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code == 0
+    return out.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_command_says_how_it_does_on_each_kind(media: Path, checkpoints: Path, cache: str) -> None:
+    """`arb train --data-text` is `--data`, and the table at the end has a line for each kind of the mix."""
+    files = {
+        "--preset": "preset.json",
+        "--data-text": "text.txt",
+        "--data-image": "image",
+        "--vision": "dinov2",
+    }
+    named = [word for option, name in files.items() for word in (option, str(media / name))]
+    sizes = [
+        "--mix",
+        "text=1,image=2",
+        "--steps",
+        "1",
+        "--batch",
+        "2",
+        "--context",
+        "24",
+        "--device",
+        "cpu",
+        "--no-save",
+    ]
+    said = arb(["train", *named, *sizes, "--feature-cache", cache]).decode()
+    assert "mix: text 33.3%, image 66.7% of the micro-batches" in said
+    assert "image: 12 with text, 1 of them held out" in said
+    assert "on text" in said and "on image" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--image", "PICTURE", "--video", "VIDEO"], 2, "images and clips are given"),
+        (["--image", "gone.png"], 1, "'gone.png' is no file that exists"),
+        (["--audio", "PICTURE"], 1, "has no sound"),
+        (["--sidecar", "vision=x"], 2, "does nothing without --image or --video"),
+        (["--image", "PICTURE", "--sidecar", "smell=x"], 2, "must be KIND=SOURCE"),
+        (["--image", "PICTURE", "--sidecar", "vision=no_such"], 1, "source is 'no_such'"),
+        (["--image", "PICTURE", "--bytes", "0"], 2, "does nothing with --bytes 0"),
+    ],
+)
+def test_media_that_no_prompt_can_have(
+    trained: Path,
+    media: Path,
+    capsys: pytest.CaptureFixture[bytes],
+    arguments: list[str],
+    code: int,
+    says: str,
+) -> None:
+    files = {"PICTURE": str(media / "image" / "00.png"), "VIDEO": str(media / "video" / "00.mkv")}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        cli.main(
+            ["generate", "--run", str(trained), "--device", "cpu", *(files.get(a, a) for a in arguments)]
+        )
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == code and said.startswith("arb: ") and says in said
+
+
+def test_another_sidecar_than_the_trained_one_is_told(
+    trained: Path, media: Path, checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = ["--image", str(media / "image" / "00.png"), "--sidecar", f"vision={checkpoints / 'dinov2'}"]
+    arb(["generate", "--run", str(trained), "--device", "cpu", "--bytes", "1", *picture])
+    assert "the vision sidecar is not the one that the run was trained with" in capsys.readouterr().err

@@ -1,0 +1,328 @@
+"""The paths of the optimized op set: which one a call takes, what is said where CUDA C++ is missing, and that results agree."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from arbitor.optimized import ops as optimized_ops
+from arbitor.optimized import settings
+from arbitor.optimized.cuda import compiler, product
+from arbitor.optimized.cuda import launch as launching
+from arbitor.optimized.cuda import update as cuda_update
+from arbitor.optimized.cuda.compiler import Kernel
+from arbitor.optimized.layouts import DeviceWeight, words_per_row
+from arbitor.optimized.ops import paths
+from arbitor.reference.constants import GROUP_SIZES, groups_per_row
+from arbitor.reference.types import TernaryWeight
+from conformance import cuda_calls
+from conformance.compare import exact
+from conformance.families import compare
+from conformance.report import needs_cuda, skip
+from conformance.subject import Subject
+
+# Not by name: `ops` has ops of the names of its files.
+linear_ops = import_module("arbitor.optimized.ops.linear")
+update_ops = import_module("arbitor.optimized.ops.update")
+
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+CALLS = list(cuda_calls.calls())
+
+SHARED_MEMORY = 48 * 1024
+"""Bytes of shared memory that every GPU gives to a block without being asked."""
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Pretend a GPU that can run the kernels. What is changed in the dictionary is what is found."""
+    found: dict[str, Any] = {"capability": (9, 0), "missing": None}
+    monkeypatch.delenv("ARB_PATH", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: found["capability"])
+    monkeypatch.setattr(compiler, "why_missing", lambda: found["missing"])
+    # What is looked at once in a process is looked at anew.
+    for once in (paths._why_not, paths._warn_once):
+        once.cache_clear()
+    yield found
+    for once in (paths._why_not, paths._warn_once):
+        once.cache_clear()
+
+
+def test_the_path_of_a_call(pretended_gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert paths.takes_cuda(True, CUDA) and not paths.takes_cuda(False, CUDA)
+        assert not paths.takes_cuda(True, CPU)
+        monkeypatch.setenv("ARB_PATH", "triton")
+        assert not paths.takes_cuda(True, CUDA)
+        monkeypatch.setenv("ARB_PATH", "cuda")
+        assert paths.takes_cuda(True, CUDA) and not paths.takes_cuda(False, CUDA)
+    with pytest.raises(RuntimeError, match=r"ARB_PATH is 'cuda', but CUDA .* and a tensor is on cpu"):
+        paths.takes_cuda(True, CPU)
+    monkeypatch.setenv("ARB_PATH", "ptx")
+    with pytest.raises(ValueError, match="ARB_PATH is 'ptx', but must be one of cuda, triton"):
+        paths.takes_cuda(True, CUDA)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"missing": "CUDA C++ kernels need cuda-core"}, "CUDA C.. kernels need cuda-core"),
+        ({"capability": (7, 5)}, r"need compute capability 8\.0, and cuda:0 has 7\.5"),
+    ],
+)
+def test_what_is_missing_is_said_once_and_refused_where_it_was_asked_for(
+    pretended_gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], reason: str
+) -> None:
+    pretended_gpu.update(change)
+    with pytest.warns(RuntimeWarning, match=f"{reason}.*Triton kernels are used") as said:
+        assert not paths.takes_cuda(True, CUDA)
+        assert not paths.takes_cuda(True, CUDA)
+    assert len(said) == 1
+    monkeypatch.setenv("ARB_PATH", "cuda")
+    # A call that Triton would take anyhow is refused too, so that the answer does not depend on a shape.
+    for fits in (True, False):
+        with pytest.raises(RuntimeError, match=f"ARB_PATH is 'cuda', but .*{reason}"):
+            paths.takes_cuda(fits, CUDA)
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}\nand more")
+
+    monkeypatch.setattr(compiler.importlib, "import_module", missing)
+    compiler.why_missing.cache_clear()
+    try:
+        assert compiler.why_missing() == (
+            "CUDA C++ kernels need cuda-core and NVRTC (pip install arbitor[cuda]), "
+            "but ModuleNotFoundError: No module named 'cuda.core'"
+        )
+    finally:
+        compiler.why_missing.cache_clear()
+
+
+def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ARB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert settings.cache_folder() == Path("/home/somebody/.cache/arbitor")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert settings.cache_folder() == Path("/caches/arbitor")
+    monkeypatch.setenv("ARB_CACHE", "/mine")
+    assert settings.cache_folder() == Path("/mine")
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Kernel, str]]:
+    """Return what is compiled, by a compiler that compiles nothing. Compiled kernels are kept in `cache` of the test's folder."""
+    done: list[tuple[Kernel, str]] = []
+
+    def compile(text: str, kernel: Kernel, architecture: str) -> bytes:
+        done.append((kernel, architecture))
+        return f"{kernel} for {architecture}".encode()
+
+    monkeypatch.setattr(compiler, "_compile", compile)
+    monkeypatch.setattr(compiler, "_compiler_version", lambda: (13, 0))
+    monkeypatch.setenv("ARB_CACHE", str(tmp_path / "cache"))
+    return done
+
+
+def test_a_kernel_is_compiled_once_for_all_that_its_code_depends_on(
+    compiled: list[tuple[Kernel, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    reset, carry = (Kernel.of("step", "step_trits", CARRY=value) for value in (0, 1))
+    asked = [
+        (reset, "sm_90"),
+        (carry, "sm_90"),
+        (reset, "sm_80"),
+        (Kernel.of("votes", "count_votes"), "sm_90"),
+    ]
+    first = [compiler.machine_code(*one) for one in asked]
+    assert compiled == asked
+    assert [compiler.machine_code(*one) for one in asked] == first and len(compiled) == len(asked)
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".cubin"] * len(asked)
+    monkeypatch.setattr(compiler, "_compiler_version", lambda: (13, 1))
+    compiler.machine_code(*asked[0])
+    assert len(compiled) == len(asked) + 1
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    (folder / "step.cu").write_text("// another text")
+    monkeypatch.setattr(compiler, "FOLDER", folder)
+    compiler.machine_code(*asked[0])
+    assert len(compiled) == len(asked) + 2
+
+
+def test_a_cache_that_cannot_be_written_costs_time_alone(
+    compiled: list[tuple[Kernel, str]], tmp_path: Path
+) -> None:
+    (tmp_path / "cache").write_text("no folder")
+    kernel = Kernel.of("step", "step_trits", CARRY=0)
+    with pytest.warns(RuntimeWarning, match="compiled kernels are not kept in .*cache") as said:
+        codes = {compiler.machine_code(kernel, "sm_90") for _ in range(3)}
+    assert codes == {f"{kernel} for sm_90".encode()} and len(compiled) == 3
+    assert len({str(warning.message) for warning in said}) == len(said) <= 2
+
+
+def device_weight(num_rows: int, num_columns: int, group_size: int = 12) -> DeviceWeight:
+    """Return a weight of zeros in device layout, without a kernel that lays it out."""
+    groups = groups_per_row(num_columns, group_size)
+    words = torch.zeros(num_rows, words_per_row(num_columns), dtype=torch.int32)
+    levels, counts = (torch.zeros(num_rows, width, dtype=torch.int8) for width in (groups, num_columns))
+    return DeviceWeight(
+        words, levels, counts, torch.zeros_like(levels), (num_rows, num_columns), group_size, 2
+    )
+
+
+@pytest.fixture
+def words(subject: Subject) -> None:
+    """Skip a test that makes device layouts where the subject is not the optimized op set."""
+    if subject.name != "arbitor.optimized.ops":
+        skip("paths", f"they are those of arbitor.optimized.ops, not of {subject.name}")
+
+
+@pytest.mark.usefixtures("words")
+def test_what_a_product_takes() -> None:
+    weight, x = device_weight(20, 192), torch.zeros(8, 192, dtype=torch.bfloat16)
+    assert product.fits(x, weight) and product.fits(x[:1], weight)
+    assert not product.fits(x[:0], weight)
+    assert not product.fits(torch.zeros(9, 192, dtype=torch.bfloat16), weight)
+    assert product.fits(torch.zeros(16, 32, dtype=torch.bfloat16), device_weight(9600, 32))
+    assert not product.fits(torch.zeros(17, 32, dtype=torch.bfloat16), device_weight(9600, 32))
+    assert not product.fits(x.float(), weight)
+    assert not product.fits(torch.zeros(8, 196, dtype=torch.bfloat16), device_weight(20, 196))
+    taken = {size for size in GROUP_SIZES if product.fits(x, device_weight(20, 192, size))}
+    assert taken == {6, 12, 16, 24, 32, 48, 96}
+    # A row that starts between two multiples of 16 bytes.
+    assert not product.fits(torch.zeros(193, dtype=torch.bfloat16)[1:].reshape(1, 192), weight)
+
+
+@pytest.mark.usefixtures("words")
+def test_what_an_update_takes() -> None:
+    weight, grad = device_weight(20, 96), torch.zeros(20, 96)
+    assert cuda_update.fits_count(weight, grad, None) and cuda_update.fits_step(weight, None)
+    rows = torch.arange(20)
+    assert not cuda_update.fits_count(weight, grad, rows) and not cuda_update.fits_step(weight, rows)
+    ragged = device_weight(20, 100)
+    assert not cuda_update.fits_count(ragged, torch.zeros(20, 100), None)
+    assert not cuda_update.fits_step(ragged, None)
+    taken = {size for size in GROUP_SIZES if cuda_update.fits_count(device_weight(20, 96, size), grad, None)}
+    assert taken == {6, 12, 16, 24, 48}
+    assert not cuda_update.fits_count(weight, torch.zeros(20 * 96 + 1)[1:].reshape(20, 96), None)
+
+
+@pytest.mark.usefixtures("words")
+def test_blocks_of_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block gets its shared memory unasked, and the sums of a row are cut alike whatever rows come with it."""
+    launched: list[tuple[dict[str, int], dict[str, Any], int]] = []
+
+    def note(kernel: Kernel, arguments: Any, **how: Any) -> None:
+        launched.append((dict(kernel.constants), how, int(arguments[-1])))
+
+    monkeypatch.setattr(product, "launch", note)
+    for num_rows in (1, 4799, 4801, 9583, 9585):
+        weight = device_weight(num_rows, 3072)
+        launched.clear()
+        for count in range(1, 17 if num_rows > 9584 else 9):
+            x = torch.zeros(count, 3072, dtype=torch.bfloat16)
+            assert product.fits(x, weight)
+            product.few_rows_product(x, weight)
+        for count, (constants, how, phase_steps) in enumerate(launched, start=1):
+            tiles, splits = constants["TILES"], constants["SPLITS"]
+            assert constants["ROW_TILES"] * 8 >= count
+            assert how["threads"] == 32 * tiles * splits <= 1024
+            assert how["blocks"] * tiles * 16 >= num_rows > (how["blocks"] - 1) * tiles * 16
+            assert how["shared_bytes"] <= SHARED_MEMORY
+            assert how["shared_bytes"] >= tiles * splits * constants["ROW_TILES"] * 512
+            # Every warp of a tile has a step in each phase.
+            assert phase_steps % splits == 0
+        assert len({constants["SPLITS"] for constants, _, _ in launched}) == 1
+
+
+def on_cuda_alone(subject: Subject) -> None:
+    needs_cuda(subject, "CUDA C++ kernels")
+    if (reason := paths.why_not(CUDA)) is not None:
+        skip("CUDA C++ kernels", reason)
+
+
+@pytest.mark.usefixtures("words")
+@pytest.mark.parametrize("place", range(len(CALLS)))
+def test_kernels_and_the_reference(subject: Subject, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    """Each call is compared in the class of its op, and a CUDA C++ kernel has taken it."""
+    on_cuda_alone(subject)
+    monkeypatch.setenv("ARB_PATH", "cuda")
+    launched: list[Kernel] = []
+    loaded = launching.loaded
+    monkeypatch.setattr(
+        launching, "loaded", lambda kernel, where: launched.append(kernel) or loaded(kernel, where)
+    )
+    compare(subject, *CALLS[place])
+    assert launched, "no kernel was launched"
+
+
+@pytest.mark.usefixtures("words")
+def test_a_graph_records_the_kernels(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cuda_alone(subject)
+    monkeypatch.setenv("ARB_PATH", "cuda")
+    ops, draws = subject.ops, torch.Generator().manual_seed(3)
+    start = ops.from_spec(cuda_calls.random_weight(draws, 40, 1536, 12, 2).to(CUDA))
+    x, grad = torch.randn(4, 1536, device=CUDA).to(torch.bfloat16), torch.randn(40, 1536, device=CUDA)
+    step = torch.tensor(7, device=CUDA)
+
+    def work(weight: Any) -> torch.Tensor:
+        ops.accumulate_gradient(weight, grad, 5.9, seed=1, step=step, tensor_id=2, out=weight)
+        ops.apply_step(weight, out=weight)
+        found: torch.Tensor = ops.linear(x, weight)
+        return found
+
+    launched, replayed = start.clone(), start.clone()
+    work(start.clone())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = work(replayed)
+    for at in (7, 8, 9):
+        step.fill_(at)
+        graph.replay()
+        exact(y.cpu(), work(launched).cpu(), f"step {at}")
+    exact(*(ops.to_spec(weight).to("cpu") for weight in (replayed, launched)), "the weight")
+
+
+@pytest.mark.usefixtures("words")
+def test_kernels_run_on_the_device_of_their_tensors(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_cuda_alone(subject)
+    if torch.cuda.device_count() < 2:
+        skip("CUDA C++ kernels on another device", f"needs two GPUs, and {torch.cuda.device_count()} is here")
+    monkeypatch.setenv("ARB_PATH", "cuda")
+    op, case = CALLS[0]
+    here, there = (
+        subject.raw(op)(case.args[0].to(device), case.args[1].to(device)) for device in ("cuda:0", "cuda:1")
+    )
+    assert there.device.index == 1
+    exact(there.cpu(), here.cpu())
+
+
+@pytest.mark.usefixtures("words")
+def test_a_kernel_takes_every_call_of_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that none of them is compared on Triton's path by mistake. This runs without a GPU."""
+    taken: list[bool] = []
+
+    def note(fits: bool, device: torch.device) -> bool:
+        taken.append(fits)
+        raise InterruptedError
+
+    for module in (linear_ops, update_ops):
+        monkeypatch.setattr(module, "takes_cuda", note)
+    for op, case in CALLS:
+        args = [
+            device_weight(*value.shape, value.group_size) if isinstance(value, TernaryWeight) else value
+            for value in case.args
+        ]
+        with pytest.raises(InterruptedError):
+            getattr(optimized_ops, op)(*args, **case.kwargs)
+    assert len(taken) == len(CALLS) and all(taken)

@@ -1,0 +1,95 @@
+"""``arb eval``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from arbitor.optimized.commands.parameters import FilePath, of_run, setting, settings, warn
+from arbitor.optimized.training.shown import shown
+
+
+@click.command("eval")
+@of_run
+@click.option(
+    "--data",
+    "sources",
+    type=FilePath(),
+    multiple=True,
+    required=True,
+    help="A file, a folder or stdlib; may be given several times.",
+)
+@setting("context", default_help="as trained")
+@setting("batch", help="Windows at a time", default=32)
+@settings("device", "backend", "dtype")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON [off].")
+def evaluate(
+    run: Path,
+    sources: tuple[str, ...],
+    context: int | None,
+    batch: int,
+    device: str | None,
+    backend: str | None,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
+    """Measure the best model of a run on other bytes: bits per byte, file by file and in all.
+
+    Every byte of a file is predicted once, but for its first three.
+    """
+    from arbitor.optimized.training.data import find_texts
+    from arbitor.optimized.training.evaluate import Measured, file_bpb
+    from arbitor.optimized.training.model_folder import open_model, trained_context
+    from arbitor.optimized.training.options import preset_defaults
+    from arbitor.optimized.training.runtime import choose_runtime
+
+    runtime = choose_runtime(device or "auto", backend, dtype)
+    found = [(source, *find_texts(source)) for source in sources]
+    total, rows = Measured(), []
+    with open_model(run, runtime, warn) as (model, checkpoint):
+        config = model.config
+        length = context or trained_context(checkpoint) or preset_defaults(config.name)["context"]
+        head = {
+            "model": shown(config.name),
+            "steps": checkpoint.step,
+            "state_sha256": checkpoint.state_sha256,
+            "context": length,
+            "device": runtime.device,
+            "backend": runtime.backend,
+        }
+        if not as_json:
+            click.echo(f"model: {head['model']} after {checkpoint.step:,} steps, {shown(str(run))}")
+            click.echo(f"windows: {length:,} bytes; device: {runtime.device}, {runtime.backend}")
+            click.echo(_line("bits per byte", "bytes", "file"))
+        for source, texts, left_out in found:
+            for reason, paths in left_out.items():
+                warn(f"left out of {source!r}: {len(paths):,} {reason}")
+            for text in texts:
+                with text.opened() as file:
+                    measured = file_bpb(model, file, batch=batch, context=length, device=runtime.device)
+                total += measured
+                name = text.name if len(found) == 1 or text.name == source else f"{source}/{text.name}"
+                rows.append(_row(name, measured))
+                if not as_json:
+                    click.echo(_line(_in_words(measured), f"{measured.predicted:,}", shown(name)))
+    if as_json:
+        click.echo(json.dumps({**head, "files": rows, "total": _row("total", total)}, indent=2))
+    elif len(rows) > 1:
+        click.echo(_line(_in_words(total), f"{total.predicted:,}", "total"))
+
+
+def _row(name: str, measured: Any) -> dict[str, Any]:
+    return {"name": shown(name), "bpb": measured.bpb, "predicted_bytes": measured.predicted}
+
+
+def _in_words(measured: Any) -> str:
+    if not measured.predicted:
+        return "too short"
+    return "not finite" if measured.bpb is None else f"{measured.bpb:.4f}"
+
+
+def _line(bpb: str, count: str, name: str) -> str:
+    return f"{bpb:>13}  {count:>15}  {name}"

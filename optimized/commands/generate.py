@@ -1,0 +1,155 @@
+"""``arb generate``."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from arbitor.optimized.commands.media_prompt import media_of_files, media_options
+from arbitor.optimized.commands.parameters import FilePath, of_run, refuse_given, setting, settings, warn
+from arbitor.optimized.training.options import MOST_BYTES
+from arbitor.optimized.training.shown import shown
+
+STDIN = "-"
+"""How standard input is called where a file is expected."""
+
+MOST_PROMPT_BYTES = 2**28
+"""Bytes of a prompt at most: standard input may never end."""
+
+
+@click.command()
+@of_run
+@click.option("--prompt", help="Text to continue [none].")
+@click.option(
+    "--prompt-file",
+    type=FilePath(allow_dash=True),
+    help="A file with the bytes to continue; -: standard input [none].",
+)
+@click.option(
+    "--bytes", "num_bytes", type=click.IntRange(0, MOST_BYTES), default=256, help="Bytes to add [256]."
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.8,
+    help="Of the draws; 0: the likeliest byte [0.8].",
+)
+@setting(
+    "context", help="Bytes at the end of the prompt that are read, at most", default_help="as trained", low=3
+)
+@setting("seed", help="Of the draws", default=0)
+@settings("device", "backend", "dtype")
+@setting("cuda_graph", help="Record a step once, then replay it: the same bytes, sooner")
+@media_options
+@click.pass_context
+def generate(
+    command: click.Context,
+    /,
+    run: Path,
+    prompt: str | None,
+    prompt_file: str | None,
+    num_bytes: int,
+    temperature: float,
+    context: int | None,
+    seed: int,
+    device: str | None,
+    backend: str | None,
+    dtype: str | None,
+    cuda_graph: bool | None,
+    **media: Any,
+) -> None:
+    """Continue a prompt with the best model of a run. Bytes come as they are drawn.
+
+    A pipe gets them as they are, a terminal without control characters. Standard error says how fast it was. Media stand before the
+    prompt. The text after them ends at the first line end.
+    """
+    if prompt is not None and prompt_file is not None:
+        raise click.UsageError(f"--prompt-file {prompt_file!r} was given with --prompt, but only one may be")
+    if num_bytes == 0:
+        unread = ("temperature", "context", "seed", "cuda_graph", "image", "audio", "video", "sidecar")
+        refuse_given(command, *unread, where="with --bytes 0")
+    if temperature == 0:
+        refuse_given(command, "seed", where="with --temperature 0, which takes the likeliest byte")
+    if not prompt and prompt_file is None:
+        refuse_given(command, "context", where="without --prompt or --prompt-file")
+    from arbitor.optimized.training.generate import stream_batch
+    from arbitor.optimized.training.media import CAPTION_END
+    from arbitor.optimized.training.model_folder import open_model, trained_context
+    from arbitor.optimized.training.recording import records
+    from arbitor.optimized.training.runtime import choose_runtime
+
+    runtime = choose_runtime(device or "auto", backend, dtype)
+    record = records(cuda_graph, runtime)
+    given = os.fsencode(prompt or "") if prompt_file is None else _prompt_of(prompt_file)
+    with open_model(run, runtime, warn) as (model, checkpoint):
+        before = media_of_files(checkpoint.run, model.config, runtime.device, warn=warn, **media)
+        began = time.monotonic()
+        pieces = stream_batch(
+            model,
+            [given],
+            num_bytes,
+            temperature=temperature,
+            seeds=[seed],
+            stop=[CAPTION_END] if before else (),
+            context=context or trained_context(checkpoint),
+            media=[before] if before else None,
+            cuda_graph=record,
+        )
+        write = _writer()
+        write(given, False)
+        count, first = 0, began
+        for [piece] in pieces:
+            write(piece, False)
+            first = first if count else time.monotonic()
+            count += len(piece)
+        write(b"", True)
+        ended = time.monotonic()
+    # The first byte comes with the reading of the prompt.
+    seconds, steps = ended - first, count - 1
+    if steps > 0 and seconds > 0:
+        warn(
+            f"{count:,} bytes in {ended - began:.2f} s: the first after {first - began:.2f} s, then {steps / seconds:,.1f} a second"
+        )
+
+
+def _writer() -> Callable[[bytes, bool], None]:
+    """Return what writes bytes, at once: as they are to a pipe, as text without control characters to a terminal.
+
+    Its second argument says that no more come, as the bytes of a letter may be torn.
+    """
+    if not sys.stdout.isatty():
+
+        def raw(piece: bytes, is_last: bool) -> None:
+            sys.stdout.buffer.write(piece)
+            sys.stdout.buffer.flush()
+
+        return raw
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def text(piece: bytes, is_last: bool) -> None:
+        click.echo(shown(decoder.decode(piece, is_last), allowed="\n\t"), nl=is_last)
+
+    return text
+
+
+def _prompt_of(path: str) -> bytes:
+    """Return the bytes of a prompt file, which may be a pipe, or of standard input."""
+    from arbitor.optimized.training.errors import TrainingError
+
+    name = "standard input" if path == STDIN else repr(path)
+    try:
+        with contextlib.nullcontext(sys.stdin.buffer) if path == STDIN else open(path, "rb") as file:
+            content = file.read(MOST_PROMPT_BYTES + 1)
+    except OSError as error:
+        raise TrainingError(f"cannot read the prompt {name}: {error.strerror or error}") from error
+    if len(content) > MOST_PROMPT_BYTES:
+        raise TrainingError(f"the prompt {name} has more than the {MOST_PROMPT_BYTES:,} bytes allowed")
+    return content

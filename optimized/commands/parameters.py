@@ -1,0 +1,100 @@
+"""Parameters of the commands: options made from the table of settings, paths, and the refusal of what nothing reads."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from arbitor.optimized.training.options import ROWS, default_in_words
+from arbitor.optimized.training.shown import shown
+
+MIB = 2**20
+"""Bytes of a mebibyte, the seeds' unit of state."""
+
+
+class FilePath(click.Path):
+    """A path that names something: an empty one would be the working directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path, or refuse an empty one."""
+        if value == "":
+            self.fail("'' is empty, but must name a file or a folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def setting(
+    name: str,
+    *,
+    help: str | None = None,
+    default: Any = None,
+    default_help: str | None = None,
+    low: int | None = None,
+) -> Callable[[_Command], _Command]:
+    """Return the option of a setting, as the table of settings has it.
+
+    Args:
+        name: of the setting, which is also the name of the command's parameter.
+        help: what the command does with it, where that is not what the trainer does.
+        default: of the command, where it has one of its own.
+        default_help: what help says of it.
+        low: the least number that the command allows, where it has one of its own.
+    """
+    row = ROWS[name]
+    option = row.option
+    flag = "--" + name.replace("_", "-")
+    if default_help is None:
+        default_help = default_in_words(name) if default is None else str(default)
+    if default_help == "False":
+        default_help = "off"
+    text = f"{help or option.help} [{default_help}]."
+    if row.kind is bool:
+        spelling = f"{flag}/--no-{flag.removeprefix('--')}" if option.has_opposite else flag
+        return click.option(spelling, name, is_flag=True, default=None, help=text)
+    kind: click.ParamType | type = row.kind
+    if option.choices:
+        kind = click.Choice(option.choices)
+    elif row.kind is float:
+        kind = click.FloatRange(option.low if low is None else low, option.high)
+    elif row.kind is int:
+        kind = click.IntRange(option.low if low is None else low, option.high)
+    return click.option(flag, *option.also, name, type=kind, default=default, help=text)
+
+
+def settings(*names: str) -> Callable[[_Command], _Command]:
+    """Give a command the options of several settings."""
+
+    def give(command: _Command) -> _Command:
+        for name in reversed(names):
+            command = setting(name)(command)
+        return command
+
+    return give
+
+
+def of_run(command: _Command) -> _Command:
+    """Give a command the option that names a trained model."""
+    help = "A run, a folder of arb export, or a checkpoint."
+    return click.option("--run", "--out", "run", type=FilePath(path_type=Path), required=True, help=help)(
+        command
+    )
+
+
+def warn(sentence: str) -> None:
+    """Print one sentence on stderr, where it mixes with no result."""
+    with contextlib.suppress(OSError):
+        click.echo(f"arb: {shown(sentence)}.", err=True)
+
+
+def refuse_given(command: click.Context, *names: str, where: str) -> None:
+    """Refuse options that the user gave although nothing reads them; at its default an option is never refused."""
+    for option in command.command.params:
+        source = command.get_parameter_source(str(option.name))
+        if option.name in names and source is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{option.opts[0]} was given, but does nothing {where}")

@@ -1,0 +1,66 @@
+"""``arb train``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from arbitor.optimized.commands.parameters import FilePath, settings
+from arbitor.optimized.training.options import ROWS
+from arbitor.optimized.training.shown import Unbreakable, printable, shown
+
+if TYPE_CHECKING:
+    from arbitor.optimized.training.loop import TrainResult
+
+
+@click.command()
+@settings(*(name for name, row in ROWS.items() if row.option.asked))
+@click.option(
+    "--run", "--out", "run", type=FilePath(path_type=Path), help="Run folder [runs/<preset>-<number>]."
+)
+@click.option("--resume", is_flag=True, help="Go on with the run in --run, with its own settings [off].")
+@click.option("--no-save", is_flag=True, help="Write no checkpoints; without --run, write nothing [off].")
+def train(no_save: bool, **options: Any) -> None:
+    """Train a model on bytes, and compare it with what counting alone achieves."""
+    if options["resume"] and options["run"] is None:
+        raise click.UsageError("--resume needs --run, the folder of the run to go on with")
+    from rich.console import Console
+
+    from arbitor.optimized.training.loop import train as run_training
+    from arbitor.optimized.training.options import TrainOptions
+
+    console = Console(file=cast(Any, Unbreakable(sys.stdout)))
+    result = run_training(TrainOptions(save=not no_save, **options), console=console)
+    _print_result(console, result)
+
+
+def _print_result(console: Any, result: TrainResult) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    summary = result.summary
+    table = Table("model")
+    table.add_column("validation bits per byte", justify="right")
+    for name, bpb in summary["baselines"].items():
+        table.add_row(name, f"{bpb:.3f}")
+    table.add_section()
+    value = summary["val_bpb"]
+    ours = Text(f"arb {shown(summary['preset'])}")
+    table.add_row(ours, "not finite" if value is None else f"{value:.3f}", style="bold")
+    # Of a mix this is a mean over its kinds, and the counting models were judged on its text.
+    for kind, numbers in summary.get("media", {}).items():
+        of_kind = numbers["val_bpb"]
+        table.add_row(f"on {kind}", "not finite" if of_kind is None else f"{of_kind:.3f}")
+    console.print(table)
+    console.print("sample, prompt first:", highlight=False)
+    console.print(Text(printable(result.prompt), style="dim") + Text(printable(result.sample)))
+    console.print(
+        f"{summary['steps']} steps in {summary['seconds']:.0f} s, state {summary['state_sha256'][:16]}",
+        highlight=False,
+    )
+    if result.folder is not None:
+        folder = shown(str(result.folder))
+        console.print(f"run folder: {folder}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,131 @@
+"""From a `.cu` file of this folder to a kernel: NVRTC compiles it at first use, through cuda-core, and the result is kept on disk.
+
+A user needs no toolkit and no compiler of the host. cuda-core and cuda-bindings are small wheels (`pip install arbitor[cuda]`), and
+NVRTC comes with torch's wheels for CUDA.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arbitor.optimized import settings
+from arbitor.optimized.training.whole_file import write_whole
+
+FOLDER = Path(__file__).parent
+"""Folder of the sources."""
+
+LEAST_CAPABILITY = (8, 0)
+"""Least compute capability of a GPU that runs the kernels: the first with `mma.sync` for bfloat16."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of a source, for some constants.
+
+    source:    name of the file, without `.cu`
+    entry:     name of the kernel in it
+    constants: what the head of the source says that the host defines, by name
+    """
+
+    source: str
+    entry: str
+    constants: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def of(cls, source: str, entry: str, **constants: int) -> Kernel:
+        """Return the kernel for constants by name."""
+        return cls(source, entry, tuple(constants.items()))
+
+    def __str__(self) -> str:
+        """Return the kernel as a reader would name it."""
+        return f"{self.source}.cu with {', '.join(f'{name}={value}' for name, value in self.constants)}"
+
+
+@functools.cache
+def why_missing() -> str | None:
+    """Return why nothing can be compiled here, as one sentence; None where it can be. Looks once in a process."""
+    try:
+        importlib.import_module("cuda.core")
+        _compiler_version()
+    # A wheel that does not fit the driver or another wheel fails in ways of its own.
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        return f"CUDA C++ kernels need cuda-core and NVRTC (pip install arbitor[cuda]), but {type(error).__name__}: {first}"
+    return None
+
+
+def machine_code(kernel: Kernel, architecture: str) -> bytes:
+    """Return the machine code of a kernel for an architecture such as `sm_90`, from the disk if it was compiled before.
+
+    Raises:
+        RuntimeError: the compiler refuses the source, with what it says.
+    """
+    text = (FOLDER / f"{kernel.source}.cu").read_text()
+    known = hashlib.sha256(
+        repr((text, kernel.constants, architecture, _compiler_version())).encode()
+    ).hexdigest()
+    path = settings.cache_folder() / f"{kernel.source}-{architecture}-{known}.cubin"
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        _not_kept(path.parent, error)
+    code = _compile(text, kernel, architecture)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, code)
+    except OSError as error:
+        _not_kept(path.parent, error)
+    return code
+
+
+@functools.cache
+def loaded(kernel: Kernel, architecture: str) -> Any:
+    """Return a kernel that can be launched on every device of an architecture. It is compiled and loaded once in a process."""
+    core = importlib.import_module("cuda.core")
+    return core.ObjectCode.from_cubin(machine_code(kernel, architecture)).get_kernel(kernel.entry)
+
+
+def _compile(text: str, kernel: Kernel, architecture: str) -> bytes:
+    core = importlib.import_module("cuda.core")
+    macros = [(name, str(value)) for name, value in kernel.constants]
+    options = core.ProgramOptions(
+        std="c++17", arch=architecture, define_macro=macros, name=f"{kernel.source}.cu"
+    )
+    try:
+        code = core.Program(text, "c++", options).compile("cubin").code
+    # The class of the error differs between releases of cuda-core.
+    except Exception as error:
+        raise RuntimeError(f"{kernel} does not compile for {architecture}: {error}") from error
+    return bytes(code)
+
+
+@functools.cache
+def _compiler_version() -> tuple[int, int]:
+    """Return the version of NVRTC, which loads it."""
+    nvrtc = importlib.import_module("cuda.bindings.nvrtc")
+    status, major, minor = nvrtc.nvrtcVersion()
+    if int(status) != 0:
+        raise RuntimeError(f"NVRTC does not say its version: {status}")
+    return major, minor
+
+
+@functools.cache
+def _warn_not_kept(folder: Path, reason: str) -> None:
+    warnings.warn(
+        f"compiled kernels are not kept in {folder}, and are compiled anew in each process: {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _not_kept(folder: Path, error: OSError) -> None:
+    """Say once for a folder and reason that kernels are not kept."""
+    _warn_not_kept(folder, error.strerror or str(error))

@@ -1,0 +1,62 @@
+"""Launches of the kernels of this folder: on the current stream of the tensors' device, so that CUDA graphs record them."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arbitor.optimized.cuda.compiler import Kernel, loaded
+
+Argument = Tensor | np.generic | None
+"""An argument of a kernel: a tensor stands for its address, None for no address, and a number of NumPy has a type of C."""
+
+
+def launch(
+    kernel: Kernel,
+    arguments: Sequence[Argument],
+    *,
+    blocks: int,
+    threads: int,
+    device: torch.device,
+    shared_bytes: int = 0,
+) -> None:
+    """Launch a kernel.
+
+    Args:
+        kernel: which; it is compiled if it never was.
+        arguments: in the order of its parameters.
+        blocks: of the grid, 1 .. 2^31 - 1.
+        threads: of a block.
+        device: of the tensors. It must be torch's current device, as it is inside of an op.
+        shared_bytes: of shared memory for a block, beside what the kernel declares, 48 KiB in all at most.
+    """
+    core = importlib.import_module("cuda.core")
+    # Torch's context is the one that cuda-core takes for a device, so nothing changes but what cuda-core knows of this thread.
+    core.Device(device.index).set_current()
+    major, minor = _capability(device)
+    function = loaded(kernel, f"sm_{major}{minor}")
+    stream = core.Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
+    config = core.LaunchConfig(grid=blocks, block=threads, shmem_size=shared_bytes)
+    core.launch(stream, config, function, *map(_as_passed, arguments))
+
+
+def aligned(tensor: Tensor, num_bytes: int) -> bool:
+    """Return whether a tensor starts at a multiple of a number of bytes."""
+    return tensor.data_ptr() % num_bytes == 0
+
+
+def _as_passed(argument: Argument) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    return 0 if argument is None else argument
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

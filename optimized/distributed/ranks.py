@@ -1,0 +1,295 @@
+"""The ranks of a model: gradients summed to the rank that owns a weight, and trits and exponents given back to all.
+
+All that is exchanged travels as bytes and is added by the receiver, in the order of the ranks' numbers. So no sum depends on a
+backend, on a ring, or on who was first.
+Legend: N rows of a gradient, K columns, S rows or matrices that one rank names.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from arbitor.optimized.distributed.world import World, answered, as_bytes, from_bytes
+from arbitor.reference.graph import ArbModel
+from arbitor.reference.graph.layers import TernaryEmbedding
+from arbitor.reference.graph.module import TernaryModule
+from arbitor.reference.graph.ranks import Gradient, Ranks
+from arbitor.reference.graph.voting import VOTED_IN
+from arbitor.reference.types import LaidOutWeight, TernaryWeight, without_memory
+
+PENDING_BYTES = 2**26
+"""Bytes of gradients of a rank that are on their way at a time. An owner holds as many for each rank."""
+
+
+class GroupRanks(Ranks):
+    """The ranks of a process group, which train one model.
+
+    Every matrix has an owner, which alone keeps its accumulators. Tables have none: all ranks keep and step them alike.
+
+    Attributes:
+        owners:   the owner of each matrix, by tensor id.
+        received: bytes that this rank was sent by others.
+    """
+
+    def __init__(self, model: ArbModel, world: World) -> None:
+        """Begin with a model that is the same on every rank. From here on the ranks hold the accumulators of their own matrices."""
+        self.number, self.count = world.number, world.count
+        self.received = 0
+        self._world, self._model = world, model
+        self._under_way: deque[tuple[int, Callable[[], None]]] = deque()
+        self._pending = 0
+        self._waited = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.owners = owners(model, self.count)
+        for module in model.ternary_modules().values():
+            if not self.steps(module.tensor_id):
+                for name in VOTED_IN:
+                    module.register_buffer(name, without_memory(module.get_buffer(name)))
+        model.voting.ranks = self
+
+    def part(self, loss: Tensor) -> Tensor:
+        """See `Ranks`."""
+        return loss / self.count
+
+    def total(self, values: Tensor) -> Tensor:
+        """See `Ranks`."""
+        return in_order(self._gathered(values))
+
+    def everyone(self, rows: Tensor) -> Tensor:
+        """See `Ranks`."""
+        return torch.cat(self._gathered(rows))
+
+    def divisor(self, chosen: Tensor) -> Tensor:
+        """See `Ranks`."""
+        return self.total(chosen.sum()).clamp(min=1) / self.count
+
+    def mean(self, values: Tensor) -> Tensor:
+        """See `Ranks`."""
+        return self.total(values) / self.count
+
+    def steps(self, tensor_id: int) -> bool:
+        """See `Ranks`."""
+        return self.owners.get(tensor_id, self.number) == self.number
+
+    def answers_for(self, tensor_id: int) -> bool:
+        """See `Ranks`."""
+        return self.owners.get(tensor_id, 0) == self.number
+
+    def exchange(self, tensor_id: int, gradient: Gradient, cast: Callable[[Gradient | None], None]) -> None:
+        """See `Ranks`."""
+        owner = self.owners.get(tensor_id)
+        grads = self._begin_gather(gradient.grad_NK, owner)
+        rows = None
+        if gradient.chosen:
+            assert gradient.rows is not None
+            rows = self._begin_gather(gradient.rows, owner)
+
+        def end() -> None:
+            grad_parts, row_parts = grads(), None if rows is None else rows()
+            if grad_parts is None:
+                cast(None)
+            elif row_parts is None:
+                total = in_order([part.to(torch.float32) for part in grad_parts])
+                cast(Gradient(total, gradient.rows, gradient.num_matrices, chosen=False))
+            else:
+                total_of_rows = merged(grad_parts, row_parts, gradient.num_matrices, self._model.ops)
+                self._cast_once(tensor_id, total_of_rows, cast)
+
+        self._later(gradient.grad_NK.nbytes, end)
+
+    def spread(self, tensor_id: int, weight: LaidOutWeight) -> None:
+        """See `Ranks`."""
+        owner = self.owners.get(tensor_id)
+        if owner is None:
+            return
+        for name, tensor in weight.tensors().items():
+            if name not in VOTED_IN and tensor.numel():
+                # A copy would arrive in place of the tensor.
+                assert tensor.is_contiguous()
+                work = self._work(dist.broadcast, as_bytes(tensor), src=owner)
+                self.received += tensor.nbytes * (self.number != owner)
+                self._later(tensor.nbytes, partial(self._wait, work))
+
+    def finish(self) -> None:
+        """See `Ranks`."""
+        self._end_down_to(0)
+
+    def abandon(self) -> None:
+        """See `Ranks`."""
+        self._under_way.clear()
+        self._pending = 0
+
+    def state(self) -> dict[str, TernaryWeight | Tensor] | None:
+        """Return all that training changes, on the CPU of rank 0, as `ArbModel.state` does for one process; None on other ranks."""
+        found: dict[str, TernaryWeight | Tensor] = {}
+        for name, module in self._model.ternary_modules().items():
+            weight = module.weight
+            owner = self.owners.get(module.tensor_id, 0)
+            if owner:
+                weight = weight.with_tensors(**self._brought(weight, owner))
+            if self.number == 0:
+                found[name] = self._model.ops.to_spec(weight).to("cpu")
+        if self.number:
+            return None
+        return {**found, **{name: table.to("cpu") for name, table in self._model.tables().items()}}
+
+    def measured(self) -> tuple[float, int]:
+        """Return seconds that this rank has waited for others and the bytes that it received, since the last call."""
+        if self._events:
+            self._events[-1][1].synchronize()
+            self._waited += sum(start.elapsed_time(end) for start, end in self._events) / 1000
+        found = self._waited, self.received
+        self._waited, self.received, self._events = 0.0, 0, []
+        return found
+
+    def _brought(self, weight: LaidOutWeight, owner: int) -> dict[str, Tensor]:
+        """Return the accumulators of a weight, sent from its owner to rank 0."""
+        found = {}
+        for name in VOTED_IN:
+            tensor = weight.tensors()[name]
+            if self.number == owner:
+                with answered():
+                    dist.send(as_bytes(tensor), dst=0)
+            elif self.number == 0:
+                arrived = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+                with answered():
+                    dist.recv(as_bytes(arrived), src=owner)
+                found[name] = arrived
+        return found
+
+    def _cast_once(self, tensor_id: int, total: Gradient, cast: Callable[[Gradient | None], None]) -> None:
+        """Cast a gradient that all ranks have, and count its faults on one of them."""
+        faults = self._model.voting.faults
+        before = faults.clone()
+        cast(total)
+        if not self.answers_for(tensor_id):
+            faults.copy_(before)
+
+    def _begin_gather(self, tensor: Tensor, owner: int | None) -> Callable[[], list[Tensor] | None]:
+        """Begin to send a tensor to the owner, or to all ranks; return what waits for the tensors of all, or for None."""
+        arrives = owner is None or owner == self.number
+        if not tensor.numel():
+            return lambda: [tensor] * self.count if arrives else None
+        sent = as_bytes(tensor)
+        parts = [torch.empty_like(sent) for _ in range(self.count)] if arrives else None
+        if owner is None:
+            work = self._work(dist.all_gather, parts, sent)
+        else:
+            work = self._work(dist.gather, sent, parts, dst=owner)
+        self.received += sent.nbytes * (self.count - 1) * arrives
+
+        def wait() -> list[Tensor] | None:
+            self._wait(work)
+            return None if parts is None else [from_bytes(part, tensor) for part in parts]
+
+        return wait
+
+    def _gathered(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensors of all ranks at once."""
+        with self._waiting():
+            parts = self._world.gathered(tensor)
+        self.received += tensor.nbytes * (self.count - 1)
+        return parts
+
+    def _work(self, begin: Callable[..., Any], *args: Any, **more: Any) -> Any:
+        with answered():
+            return begin(*args, **more, async_op=True)
+
+    def _wait(self, work: Any) -> None:
+        with answered(), self._waiting():
+            work.wait()
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Count the time of the block as waiting: of the host, or of the GPU, on which a wait holds up no host."""
+        if self._model.voting.faults.is_cuda:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._events.append((start, end))
+            return
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    def _later(self, size: int, end: Callable[[], None]) -> None:
+        """Keep what ends an exchange of so many bytes, and end older exchanges if too many are under way."""
+        self._under_way.append((size, end))
+        self._pending += size
+        self._end_down_to(PENDING_BYTES)
+
+    def _end_down_to(self, size: int) -> None:
+        """End exchanges, the oldest first, until at most so many bytes are under way; 0: all of them."""
+        while self._under_way and (self._pending > size or size == 0):
+            ended, end = self._under_way.popleft()
+            self._pending -= ended
+            end()
+
+
+def owners(model: ArbModel, count: int) -> dict[int, int]:
+    """Return the rank that owns each matrix, by tensor id. Tables, and weights that were built frozen, have no owner.
+
+    The largest matrix goes first, each to the rank that has the fewest weights so far, and of equals to the lowest. So the work of
+    making gradients orthogonal is shared evenly.
+    """
+    sizes = {
+        module.tensor_id: math.prod(module.weight.shape)
+        for module in model.ternary_modules().values()
+        if has_owner(module)
+    }
+    loads = [0] * count
+    found = {}
+    for tensor_id in sorted(sizes, key=lambda each: (-sizes[each], each)):
+        found[tensor_id] = loads.index(min(loads))
+        loads[found[tensor_id]] += sizes[tensor_id]
+    return found
+
+
+def has_owner(module: TernaryModule) -> bool:
+    """Return whether a weight is stepped by one rank: a matrix that can vote is, a table is stepped by all."""
+    return not isinstance(module, TernaryEmbedding) and not module.built_frozen
+
+
+def in_order(parts: list[Tensor]) -> Tensor:
+    """Return the sum of tensors, the first two first."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def merged(grads: list[Tensor], rows: list[Tensor], num_matrices: int, ops: Any) -> Gradient:
+    """Return the gradients of rows that ranks have chosen as one gradient, in which each row, or matrix of a stack, stands once.
+
+    Args:
+        grads: float [S, K] of each rank.
+        rows: int64 [S] of each rank, -1 for an unused slot, whose gradient is 0.
+        num_matrices: matrices stacked in the gradient of a rank; 0: rows are merged one by one.
+        ops: the op set that sums.
+
+    Returns:
+        A gradient with a slot for each slot of all ranks, those left over unused.
+    """
+    height = grads[0].shape[0] // num_matrices if num_matrices else 1
+    grad, row = torch.cat(grads), torch.cat(rows)
+    # A matrix is merged like a row that is as long as all of its rows.
+    firsts = row.reshape(-1, height)[:, 0]
+    stand_in = firsts.amax().clamp(min=0)
+    names, sums = ops.embedding_row_grads(
+        torch.where(firsts < 0, stand_in, firsts), grad.reshape(len(firsts), -1)
+    )
+    names = torch.where((firsts >= 0).any(), names, -1)
+    ahead = torch.arange(height, device=row.device)
+    all_rows = torch.where(names[:, None] < 0, -1, names[:, None] + ahead).flatten()
+    return Gradient(sums.reshape(len(all_rows), -1), all_rows, len(names) if num_matrices else 0, chosen=True)

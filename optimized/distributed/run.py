@@ -1,0 +1,78 @@
+"""What a run of the trainer asks of the processes that it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arbitor.optimized.distributed.ranks import GroupRanks
+from arbitor.optimized.distributed.world import World, code_sha256
+from arbitor.reference.graph import ArbModel
+from arbitor.reference.types import TernaryWeight
+
+OF_A_PLACE = ("data", "preset")
+"""Settings in which ranks may differ: the names of files, whose contents are compared."""
+
+
+def check_agreement(
+    world: World, *, config: Mapping[str, Any], document: Mapping[str, Any], checkpoint: str | None
+) -> None:
+    """Refuse ranks that would not do the same.
+
+    Args:
+        world: the processes of the run.
+        config: configuration of the model, as JSON data.
+        document: settings of the run, and what is known of its data, as JSON data.
+        checkpoint: ``state_sha256`` of what the run goes on from; None for a new run.
+
+    Raises:
+        TrainingError: they differ in the data, a setting, the code or the checkpoint; it names the first difference.
+    """
+    if world.count == 1:
+        return
+    facts = {name: value for name, value in document.items() if name not in OF_A_PLACE}
+    world.agree({**facts, **config, "code_sha256": code_sha256(), "checkpoint": checkpoint})
+
+
+def train_together(model: ArbModel, world: World) -> None:
+    """Let the processes of a run train a model, which is the same on each of them. One process alone changes nothing."""
+    if world.count > 1:
+        GroupRanks(model, world)
+
+
+def whole_state(model: ArbModel) -> dict[str, TernaryWeight | Tensor] | None:
+    """Return all that training changes, for a checkpoint: whole on rank 0, None on other ranks. Every rank must call this."""
+    ranks = model.voting.ranks
+    return ranks.state() if isinstance(ranks, GroupRanks) else model.state()
+
+
+def faults(model: ArbModel) -> int:
+    """Return the gradient rows that were not finite, counted over all ranks. Every rank must call this."""
+    return int(model.voting.ranks.total(model.voting.faults))
+
+
+def measured(model: ArbModel, *, steps: int, seconds: float) -> dict[str, float]:
+    """Return the metrics that only several ranks have, since the last call. Every rank must call this.
+
+    Args:
+        model: what the ranks train.
+        steps: steps since the last call.
+        seconds: wall-clock time since the last call.
+
+    Returns:
+        ``waiting_share``: time that ranks waited for others, of all their time; ``exchanged_bytes``: bytes a step that all ranks
+        together received. Nothing for a process that is alone.
+    """
+    ranks = model.voting.ranks
+    if not isinstance(ranks, GroupRanks):
+        return {}
+    waited, received = (
+        float(each) for each in ranks.total(torch.tensor(ranks.measured(), dtype=torch.float64))
+    )
+    return {
+        "waiting_share": waited / (ranks.count * seconds) if seconds > 0 else 0.0,
+        "exchanged_bytes": received / steps,
+    }

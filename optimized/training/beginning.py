@@ -1,0 +1,137 @@
+"""A run that begins with the weights of another: what it takes over, and what begins anew.
+
+A part is a weight or a table of integers. The run takes over every part that has the same name and the same layout in both models,
+in every byte of its trits and scales. Votes are not taken over: those that were gathered at another rate, on other bytes, decide
+nothing here. A table goes with its module: where a weight of the module begins anew, so does the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from arbitor.optimized.training.checkpoint import Checkpoint, layout
+from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.model_folder import read_model
+from arbitor.optimized.training.shown import shown
+from arbitor.reference.graph import ArbModel
+from arbitor.reference.types import TernaryWeight
+
+NAMED = 20
+"""Parts of a kind that a sentence names at most; ``config.json`` of the run names all."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a run began with.
+
+    Attributes:
+        source: what was asked for.
+        step: steps that the source was trained for.
+        state_sha256: of the source.
+        kept: parts that were taken over, by name.
+        fresh: parts of the model that the source does not have, or has with another layout. They begin anew.
+        left_out: parts of the source that the model does not have.
+        warnings: a sentence for each checkpoint of the source that was refused.
+    """
+
+    source: str
+    step: int
+    state_sha256: str
+    kept: tuple[str, ...]
+    fresh: tuple[str, ...]
+    left_out: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+
+    def description(self) -> str:
+        """Return what was taken over, in a sentence."""
+        parts = len(self.kept) + len(self.fresh)
+        return (
+            f"weights: {len(self.kept):,} of {parts:,} parts are those of {shown(self.source)} after {self.step:,} steps; "
+            "no votes are gathered yet"
+        )
+
+    def losses(self) -> tuple[str, ...]:
+        """Return a sentence for the parts that begin anew, and one for those that are left out, where there are any."""
+        source = shown(self.source)
+        found = []
+        if self.fresh:
+            found.append(f"begin anew, as {source} has no such parts of that size: {_names(self.fresh)}")
+        if self.left_out:
+            found.append(f"left out of {source}, as the model has no such parts: {_names(self.left_out)}")
+        return tuple(found)
+
+
+def begin_with(model: ArbModel, source: str) -> Beginning:
+    """Load into a new model what fits it of another one.
+
+    Args:
+        model: newly made; what does not fit stays as it is.
+        source: a run, of which the best checkpoint is taken; a folder of `model_folder.write_folder`; or a checkpoint.
+
+    Raises:
+        TrainingError: there is no such model, it cannot be trusted, or no weight of it fits.
+    """
+    warnings: list[str] = []
+    try:
+        _, checkpoint = read_model(Path(source), warnings.append)
+    except FileNotFoundError as error:
+        raise TrainingError(str(error)) from error
+    modules, tables = model.ternary_modules(), model.tables()
+    kept = [name for name, module in modules.items() if _fits(checkpoint, name, module.weight)]
+    if not kept:
+        raise TrainingError(f"no weight of {source!r} fits the model {model.config.name!r}")
+    fresh = [name for name in modules if name not in kept]
+    with torch.no_grad():
+        for name in kept:
+            weight = checkpoint.state[name]
+            assert isinstance(weight, TernaryWeight)
+            modules[name].load(
+                replace(
+                    weight,
+                    trit_accum=torch.zeros_like(weight.trit_accum),
+                    exponent_accum=torch.zeros_like(weight.exponent_accum),
+                )
+            )
+        ranges = model.table_ranges()
+        for name, table in tables.items():
+            owner = name.rpartition(".")[0]
+            is_whole = not any(f"{weight}.".startswith(f"{owner}.") for weight in fresh)
+            there = checkpoint.state.get(name)
+            if (
+                is_whole
+                and isinstance(there, Tensor)
+                and _fits(checkpoint, name, table)
+                and _within(there, ranges[name])
+            ):
+                table.copy_(there)
+                kept.append(name)
+            else:
+                fresh.append(name)
+    return Beginning(
+        source=source,
+        step=checkpoint.step,
+        state_sha256=checkpoint.state_sha256,
+        kept=tuple(kept),
+        fresh=tuple(fresh),
+        left_out=tuple(name for name in checkpoint.state if name not in modules and name not in tables),
+        warnings=tuple(warnings),
+    )
+
+
+def _fits(checkpoint: Checkpoint, name: str, here: object) -> bool:
+    """Whether a checkpoint has a part of this name that is laid out as it is here."""
+    return name in checkpoint.state and layout(checkpoint.state[name]) == layout(here)  # type: ignore[arg-type]
+
+
+def _within(table: Tensor, bounds: tuple[int, int]) -> bool:
+    return table.numel() == 0 or (bounds[0] <= int(table.min()) and int(table.max()) <= bounds[1])
+
+
+def _names(names: Sequence[str]) -> str:
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more:,} more" if more > 0 else "")

@@ -1,0 +1,494 @@
+"""A mix of text and media: which kind a micro-batch is of, its samples, what they teach, and how the model does on those held out.
+
+Everything that is drawn is a pure function of the seed and the number of the micro-batch, so a resumed run needs no sampler state.
+
+Legend: B samples of a batch, T ids, N vectors, F features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from arbitor.optimized.training.data import (
+    Corpus,
+    Split,
+    load_corpus,
+    split_corpus,
+    training_batch,
+    validation_windows,
+)
+from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.evaluate import NATS_PER_BIT, validation_bpb
+from arbitor.optimized.training.generate import first_window
+from arbitor.optimized.training.media import (
+    CAPTION_END,
+    SIDECAR_OF,
+    Features,
+    check_width,
+    data_of,
+    encoders_of,
+    lead_of,
+    weights_of,
+)
+from arbitor.optimized.training.media_files import Item, MediaFolder, load_media
+from arbitor.reference.config import SPECIAL_IDS, ArbConfig
+from arbitor.reference.graph import Targets
+from arbitor.reference.graph.router import MODALITIES
+from arbitor.reference.graph.video import latent_shape
+from arbitor.sidecars import FeatureCache, SidecarError, read_audio, read_image, read_video
+from arbitor.sidecars.audio import SAMPLE_RATE
+from arbitor.sidecars.encoders import whole_seconds
+
+if TYPE_CHECKING:
+    from arbitor.optimized.training.options import Settings
+    from arbitor.optimized.training.runtime import Runtime
+    from arbitor.reference.graph import ArbModel
+
+MAX_CLIP_SECONDS = 30
+"""Longest sound that is learned from, in seconds. Attention is over all of its frames, 41 and two thirds a second."""
+
+CACHE_FOLDER = "features"
+"""Folder of features in the folder of a run."""
+
+ANSWERED_BY = {"video": "video"}
+"""Head that answers the samples of a kind, where it is not the byte head."""
+
+Say = Callable[[str], None]
+"""What is told a sentence."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of a micro-batch, all of one kind, on the CPU.
+
+    Attributes:
+        kind: one of KINDS.
+        ids_BT: int64 [B, T]. Texts of samples of media have PAD behind them, where no position of the text sees it.
+        media: features before the ids, by their names in `ArbModel.trunk`.
+        targets: what the heads are taught; None: every byte.
+    """
+
+    kind: str
+    ids_BT: Tensor
+    media: Features = field(default_factory=dict)
+    targets: Targets | None = None
+
+    def taught_bytes(self) -> int:
+        """Return the number of bytes that are predicted."""
+        mask = None if self.targets is None else self.targets.taught_BT
+        return self.ids_BT[:, 3:].numel() if mask is None else int(mask[:, 3:].sum())
+
+    def on(self, device: torch.device | str) -> dict[str, Any]:
+        """Return the arguments of `ArbModel.losses` on a device."""
+        media = {name: value.to(device) for name, value in self.media.items()}
+        arguments: dict[str, Any] = {"ids_BT": self.ids_BT.to(device), **media}
+        if self.targets is not None:
+            moved = {
+                name: None if value is None else value.to(device)
+                for name, value in vars(self.targets).items()
+            }
+            arguments["targets"] = Targets(**moved)
+        return arguments
+
+
+class Mix:
+    """The data of a run that has more than one text.
+
+    Attributes:
+        kinds: weights by kind, those of weight 0 left out.
+        ids_taken: ids of the micro-batches since the last line of metrics.
+        validated: numbers of the newest validation by kind.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        config: ArbConfig,
+        runtime: Runtime,
+        *,
+        corpus: Corpus,
+        split: Split,
+        run: Path | None,
+    ) -> None:
+        """Read what the data are, and load the sidecars that they need. Nothing is written.
+
+        Args:
+            settings: of the run.
+            config: of the model.
+            runtime: where the run is.
+            corpus, split: the text, read.
+            run: folder of the run, or None where nothing is written.
+
+        Raises:
+            TrainingError, SidecarError: data or a sidecar that cannot be read.
+            ValueError: data that the model has no use for.
+        """
+        self.settings, self.config = settings, config
+        self.kinds = {kind: weight for kind, weight in weights_of(settings).items() if weight}
+        self.run = run
+        sources = data_of(settings)
+        _refuse_unread(sources, config)
+        self._corpora: dict[str, tuple[Corpus, Split]] = {"text": (corpus, split)}
+        if "code" in sources:
+            code = load_corpus(sources["code"], run)
+            self._corpora["code"] = (code, split_corpus(code, settings.context))
+        self._folders: dict[str, MediaFolder] = {
+            kind: load_media(kind, sources[kind], run) for kind in sources if kind in SIDECAR_OF
+        }
+        sidecars = {name: getattr(settings, name) for name in SIDECAR_OF.values()}
+        self.encoders = encoders_of(sidecars, device=runtime.device)
+        for kind in self._folders:
+            sidecar = self.encoders.sidecar(SIDECAR_OF[kind])
+            if kind != "video":
+                check_width(SIDECAR_OF[kind], sidecar.num_features, config)
+        # The router has nothing to learn where one head answers everything.
+        self._routed = bool(config.router_inner and self.kinds.keys() & ANSWERED_BY.keys())
+        self._unreadable: set[Path] = set()
+        self._decoded: set[bytes] = set()
+        self._seconds: dict[bytes, int] = {}
+        self._warn: Say = lambda sentence: None
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._sums: dict[str, dict[str, list[float]]] = {}
+        self.ids_taken = 0
+        self.validated: dict[str, dict[str, float | None]] = {}
+
+    def begin(self, warn: Say) -> None:
+        """Open the cache of features, which is the first thing that is written.
+
+        Args:
+            warn: is told one sentence for each file that cannot be decoded.
+
+        Raises:
+            TrainingError: the folder of the cache cannot be made.
+        """
+        self._warn = warn
+        if not self._folders:
+            return
+        folder = self.settings.feature_cache or (None if self.run is None else self.run / CACHE_FOLDER)
+        if folder is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="arb-features-")
+            folder = self._temporary.name
+        try:
+            self.encoders.cache = FeatureCache(folder)
+        except OSError as error:
+            raise TrainingError(
+                f"cannot use the folder of features {str(folder)!r}: {error.strerror or error}"
+            ) from error
+
+    def document(self) -> dict[str, Any]:
+        """Return what a resumed run must agree with: digests of the data, and the identities of the sidecars."""
+        digests = {kind: folder.sha256 for kind, folder in self._folders.items()}
+        digests |= {kind: corpus.sha256 for kind, (corpus, _) in self._corpora.items() if kind != "text"}
+        sidecars = {
+            SIDECAR_OF[kind]: self.encoders.sidecar(SIDECAR_OF[kind]).identity for kind in self._folders
+        }
+        return {"media_sha256": digests, "sidecars": sidecars}
+
+    def refuse_other(self, recorded: Mapping[str, Any] | None) -> None:
+        """Refuse to go on with other data or other sidecars than the run was started with.
+
+        Args:
+            recorded: settings of the run that is resumed, or None for a new one.
+
+        Raises:
+            TrainingError: they differ.
+        """
+        if recorded is None:
+            return
+        for name, now in self.document().items():
+            before = recorded.get(name)
+            before = before if isinstance(before, dict) else {}
+            what = "data" if name == "media_sha256" else "a sidecar"
+            for kind in sorted(now.keys() | before.keys()):
+                if now.get(kind) != before.get(kind):
+                    raise TrainingError(
+                        f"the run was started with {what} for {kind} that is {before.get(kind, 'none')!r}, and cannot go on with "
+                        f"{now.get(kind, 'none')!r}"
+                    )
+
+    def first_lines(self) -> list[str]:
+        """Return what is mixed, how often, and what the folders hold."""
+        total = sum(self.kinds.values())
+        shares = ", ".join(f"{kind} {float(weight / total):.1%}" for kind, weight in self.kinds.items())
+        lines = [f"mix: {shares} of the micro-batches"]
+        lines += [f"{kind}: {folder.description()}" for kind, folder in self._folders.items()]
+        if "code" in self._corpora:
+            corpus, split = self._corpora["code"]
+            lines.append(f"code: {corpus.description()}; validation: {split.description()}")
+        return lines
+
+    def batch(self, micro_step: int) -> Batch:
+        """Return the samples of a micro-batch.
+
+        Raises:
+            TrainingError: no file of its kind can be decoded.
+        """
+        kind, draws = self._drawn(micro_step)
+        settings = self.settings
+        if kind in self._corpora:
+            corpus, split = self._corpora[kind]
+            ids_BT = training_batch(
+                corpus,
+                split,
+                batch=settings.batch,
+                context=settings.context,
+                seed=settings.seed,
+                micro_step=micro_step,
+            )
+            return Batch(kind, ids_BT, targets=self._answered(kind, len(ids_BT)))
+        items = self._folders[kind].train
+        return self._of_items(kind, [self._readable(kind, items, draw % len(items)) for draw in draws])
+
+    def _drawn(self, micro_step: int) -> tuple[str, list[int]]:
+        """Return the kind of a micro-batch, and a number below 2^63 for each of its samples."""
+        key = f"arb media: seed {self.settings.seed}, micro-step {micro_step}".encode()
+        digest = hashlib.shake_256(key).digest(8 * (1 + self.settings.batch))
+        numbers = [int.from_bytes(digest[i : i + 8], "little") >> 1 for i in range(0, len(digest), 8)]
+        share = Fraction(numbers[0], 2**63) * sum(self.kinds.values())
+        for kind, weight in self.kinds.items():
+            if share < weight:
+                return kind, numbers[1:]
+            share -= weight
+        raise AssertionError("the draw is below the sum of the weights")
+
+    def _readable(self, kind: str, items: Sequence[Item], place: int) -> Item:
+        """Return the item at a place, or the next one that can be decoded."""
+        for number in range(len(items)):
+            item = items[(place + number) % len(items)]
+            if self._is_readable(kind, item):
+                return item
+        raise TrainingError(
+            f"the folder {self._folders[kind].source!r} has no file of {kind} that can be decoded"
+        )
+
+    def feature(self, kind: str, item: Item, seconds: int | None = None) -> Tensor:
+        """Return the features of an item, or its latent; of a sound that is filled up to some seconds."""
+        if kind == "image":
+            return self.encoders.features("vision", item.content, lambda: read_image(item.path))
+        if kind == "video":
+            side = latent_shape(self.config.video_latent)[-1]
+            return self.encoders.features(
+                "video", item.content, lambda: read_video(item.path, max_frames=1).frames, side=side
+            )
+        if item.content not in self._seconds:
+            clip = whole_seconds(read_audio(item.path, max_seconds=MAX_CLIP_SECONDS))
+            self._seconds[item.content] = len(clip) // SAMPLE_RATE
+        seconds = seconds or self._seconds[item.content]
+        filled = seconds * SAMPLE_RATE
+        return self.encoders.features(
+            "audio",
+            item.content + seconds.to_bytes(4, "little"),
+            lambda: whole_seconds(read_audio(item.path, max_seconds=MAX_CLIP_SECONDS), filled),
+        )
+
+    def _of_items(self, kind: str, items: Sequence[Item]) -> Batch:
+        """Return the batch of some items that can be decoded."""
+        texts = [item.text for item in items]
+        if kind == "video":
+            latent = torch.stack([self.feature(kind, item) for item in items])
+            return self._captions(kind, texts, {}, latent)
+        seconds = None
+        if kind == "audio":
+            # Sounds of a batch have one length.
+            seconds = max(self._seconds[item.content] for item in items)
+        features_BNF = torch.stack([self.feature(kind, item, seconds) for item in items])
+        return self._captions(kind, texts, {f"{kind}_BNF": features_BNF}, None)
+
+    def _captions(self, kind: str, texts: Sequence[bytes], media: Features, latent: Tensor | None) -> Batch:
+        """Return a batch of texts after media, or of texts that a latent answers."""
+        lead = lead_of(media) if media else first_window(b"")
+        end = CAPTION_END if media else b""
+        room = self.settings.context - len(lead)
+        rows = [[*lead, *(text + end)[:room]] for text in texts]
+        longest = max(len(row) for row in rows)
+        pad = SPECIAL_IDS["PAD"]
+        # Filling before a text would tell how long the text is.
+        ids_BT = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+        place_T = torch.arange(longest)
+        taught_BT = (place_T >= len(lead)) & (place_T < torch.tensor([[len(row)] for row in rows]))
+        answered = self._answered(kind, len(texts))
+        modality_B = None if answered is None else answered.modality_B
+        return Batch(kind, ids_BT, media, Targets(modality_B, latent, taught_BT=taught_BT))
+
+    def _answered(self, kind: str, batch: int) -> Targets | None:
+        """Return the targets of the router for samples of a kind, or None where it learns nothing."""
+        if not self._routed:
+            return None
+        return Targets(torch.full((batch,), MODALITIES.index(ANSWERED_BY.get(kind, "text"))))
+
+    def take(self, model: ArbModel, *, rate: float, micro_step: int) -> float | None:
+        """Run one pass, in which every weight behind the loss votes; see `Passes.take`."""
+        batch = self.batch(micro_step)
+        losses = model.losses(**batch.on(model.voting.faults.device))
+        if not model.backward(losses, rate=rate, step=micro_step, undo=False):
+            return None
+        self.ids_taken += batch.ids_BT.numel()
+        sums = self._sums.setdefault(batch.kind, {})
+        for name in ("bytes", "route", "latent"):
+            if name in losses:
+                sums.setdefault(name, []).append(losses[name].item())
+        return losses["bytes"].item()
+
+    def metrics(self, *, validated: bool) -> dict[str, dict[str, float | None]]:
+        """Return the mean losses of each kind since this was last asked, and what the newest validation found.
+
+        Args:
+            validated: whether the validation is of this step.
+        """
+        found: dict[str, dict[str, float | None]] = {}
+        for kind, sums in self._sums.items():
+            of_kind = found.setdefault(kind, {})
+            for name, values in sums.items():
+                of_kind[f"train_{_metric(name)}"] = _in_unit(name, sum(values) / len(values))
+        self._sums = {}
+        for kind, numbers in self.validated.items() if validated else ():
+            found.setdefault(kind, {}).update(numbers)
+        return found
+
+    def validate(self, model: ArbModel, windows_WT: Tensor) -> float | None:
+        """Measure a model on what is held out, and return the mean bits per byte of the kinds, weighted as they are mixed.
+
+        Args:
+            model: its weights are only read.
+            windows_WT: the windows of the text, int64 [W, T].
+
+        Returns:
+            Bits per byte, or None where a loss is not finite.
+        """
+        settings = self.settings
+        self.validated = {}
+        for kind in self.kinds:
+            if kind in self._corpora:
+                windows = windows_WT
+                if kind != "text":
+                    corpus, split = self._corpora[kind]
+                    windows = validation_windows(
+                        corpus, split, count=settings.eval_windows, context=settings.context
+                    )
+                device = str(model.voting.faults.device)
+                bpb = validation_bpb(model, windows, batch=settings.batch, device=device)
+                self.validated[kind] = {"val_bpb": bpb}
+            else:
+                self.validated[kind] = self._validated(model, self.held_out(kind))
+        total, sum_ = Fraction(0), 0.0
+        for kind, weight in self.kinds.items():
+            bpb = self.validated[kind]["val_bpb"]
+            if bpb is None:
+                return None
+            total += weight
+            sum_ += float(weight) * bpb
+        return sum_ / float(total)
+
+    def held_out(self, kind: str) -> Iterator[Batch]:
+        """Yield batches of `held_out_items`."""
+        items = self.held_out_items(kind)
+        for start in range(0, len(items), self.settings.batch):
+            yield self._of_items(kind, items[start : start + self.settings.batch])
+
+    def held_out_items(self, kind: str) -> list[Item]:
+        """Return the items of media that are held out and can be decoded, `eval_windows` of them at most."""
+        items = self._folders[kind].validation[: self.settings.eval_windows]
+        return [item for item in items if self._is_readable(kind, item)]
+
+    def training_items(self, kind: str) -> list[Item]:
+        """Return the items of media that are learned from and can be decoded."""
+        return [item for item in self._folders[kind].train if self._is_readable(kind, item)]
+
+    def _is_readable(self, kind: str, item: Item) -> bool:
+        """Return whether an item can be decoded. Features of what can are made, and kept; a sentence names what cannot."""
+        if item.content not in self._decoded and item.path not in self._unreadable:
+            try:
+                self.feature(kind, item)
+                self._decoded.add(item.content)
+            except (SidecarError, ValueError) as error:
+                # A ValueError is about a medium that was decoded, such as a video of four pixels, and names no file.
+                what = f"{str(item.path)!r}: " if isinstance(error, ValueError) else ""
+                self._unreadable.add(item.path)
+                self._warn(f"{what}{error}; the file is left out")
+        return item.path not in self._unreadable
+
+    @staticmethod
+    def _validated(model: ArbModel, batches: Iterator[Batch]) -> dict[str, float | None]:
+        """Return the mean losses of some batches. Bits per byte are a mean over bytes, the others over samples."""
+        sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        with torch.no_grad():
+            for batch in batches:
+                losses = model.losses(**batch.on(model.voting.faults.device))
+                for name in ("bytes", "route", "latent"):
+                    if name in losses:
+                        count = batch.taught_bytes() if name == "bytes" else len(batch.ids_BT)
+                        sums[name] = sums.get(name, 0.0) + losses[name].item() * count
+                        counts[name] = counts.get(name, 0) + count
+        found = {f"val_{_metric(name)}": _in_unit(name, sums[name] / counts[name]) for name in sums}
+        return found or {"val_bpb": None}
+
+
+def _metric(name: str) -> str:
+    return "bpb" if name == "bytes" else name
+
+
+def _in_unit(name: str, value: float) -> float | None:
+    """Return a loss as it is reported: bytes in bits, the others as they are, and None where it is not finite."""
+    value = value / NATS_PER_BIT if name == "bytes" else value
+    return value if math.isfinite(value) else None
+
+
+def open_mix(
+    settings: Settings,
+    config: ArbConfig,
+    runtime: Runtime,
+    *,
+    corpus: Corpus,
+    split: Split,
+    run: Path | None,
+    recorded: Mapping[str, Any] | None,
+) -> Mix | None:
+    """Return the mix of a run, or None where the run has one text and nothing else.
+
+    Args:
+        settings, config, runtime, corpus, split, run: as for `Mix`.
+        recorded: settings of the run that is resumed, or None for a new one.
+
+    Raises:
+        TrainingError, SidecarError, ValueError: as `Mix` and `Mix.refuse_other`; or passes are to be recorded, although those of a
+            mix have no one shape.
+    """
+    if len(data_of(settings)) == 1:
+        return None
+    if settings.cuda_graph:
+        raise ValueError(
+            "cuda_graph is True, but must be False or None for a mix: its passes have no one shape"
+        )
+    mix = Mix(settings, config, runtime, corpus=corpus, split=split, run=run)
+    mix.refuse_other(recorded)
+    return mix
+
+
+def _refuse_unread(sources: Mapping[str, str], config: ArbConfig) -> None:
+    """Refuse data that a model of this configuration has no use for."""
+    for kind, field_name, switch in (
+        ("image", "image_features", "--enable-image"),
+        ("audio", "audio_features", "--enable-audio"),
+        ("video", "video_latent", "--enable-video"),
+    ):
+        if kind in sources and not getattr(config, field_name):
+            raise ValueError(
+                f"data_{kind} is {sources[kind]!r}, but must be left out for the model {config.name!r}, whose {field_name} is 0: "
+                f"{switch} switches it on"
+            )
+    if "video" in sources and len(latent_shape(config.video_latent)) == 1:
+        raise ValueError(
+            f"data_video is {sources['video']!r}, but must be left out for the model {config.name!r}: its video_latent, "
+            f"{config.video_latent}, is no 16 s^2, the size of a frame's latent"
+        )

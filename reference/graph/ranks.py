@@ -1,0 +1,95 @@
+"""Ranks: the processes that train one model together. docs/spec/distributed.md has the rule, this file the places where ranks meet.
+
+The rank of this file trains alone. Each method says what holds for any number of ranks, and does what that comes to for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from arbitor.reference.types import LaidOutWeight
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A gradient of a weight that is about to vote.
+
+    Fields:
+        grad_NK:      the gradient of the weight, or of its `rows`.
+        rows:         int64 [N], the rows of the weight, -1 for an unused slot; None for all rows.
+        num_matrices: matrices that are stacked in the gradient and are made orthogonal; 0 if the rows vote as they are.
+        chosen:       whether the batch chose the rows, so that each rank may name others. A matrix of a stack is chosen as a whole.
+    """
+
+    grad_NK: Tensor
+    rows: Tensor | None
+    num_matrices: int
+    chosen: bool
+
+
+class Ranks:
+    """The ranks of a model. This rank trains alone; `arbitor.optimized.distributed` has the ranks of torch.distributed.
+
+    Every rank calls the same methods in the same order, with tensors of the same shapes.
+
+    Attributes:
+        number: the number of this rank, 0 .. count - 1.
+        count:  how many ranks train the model.
+    """
+
+    number = 0
+    count = 1
+
+    def part(self, loss: Tensor) -> Tensor:
+        """Return the mean loss of this rank's windows as a part of the mean over the windows of all ranks: divided by `count`."""
+        return loss
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sum over ranks, added in the order of their numbers. Each rank has the same bits."""
+        return values
+
+    def everyone(self, rows: Tensor) -> Tensor:
+        """Return the tensors of all ranks, one after the other along the first dimension, in the order of their numbers."""
+        return rows
+
+    def divisor(self, chosen: Tensor) -> Tensor:
+        """Return what the sum over the chosen terms of this rank is divided by, [].
+
+        It is the number of chosen terms over all ranks, divided by `count`, so that the mean of the ranks' quotients is the mean of
+        all chosen terms. It is 1 if nothing is chosen on any rank.
+
+        Args:
+            chosen: bool, the terms that this rank chose.
+        """
+        return chosen.sum().clamp(min=1)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean over ranks of a value."""
+        return values
+
+    def steps(self, tensor_id: int) -> bool:
+        """Return whether this rank steps a weight. The other ranks are given the weight after the step."""
+        return True
+
+    def answers_for(self, tensor_id: int) -> bool:
+        """Return whether this rank is the one that counts what is to be counted once of a weight, such as faults."""
+        return True
+
+    def exchange(self, tensor_id: int, gradient: Gradient, cast: Callable[[Gradient | None], None]) -> None:
+        """Sum the gradients of a weight over ranks, and give the sum to `cast`; ranks that do not step the weight give it None.
+
+        `cast` may run later, at the latest in `finish`. The sums of one weight are cast in the order in which they were exchanged.
+        """
+        cast(gradient)
+
+    def spread(self, tensor_id: int, weight: LaidOutWeight) -> None:
+        """Give the trits and exponents of a weight after a step to the ranks that do not step it, at the latest in `finish`."""
+
+    def finish(self) -> None:
+        """End what `exchange` and `spread` have begun."""
+
+    def abandon(self) -> None:
+        """Forget what `exchange` and `spread` have begun."""
