@@ -10,7 +10,13 @@ import torch
 
 from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training import generate as module
-from arbitor.optimized.training.generate import first_window, generate, generate_batch, stream_batch
+from arbitor.optimized.training.generate import (
+    first_window,
+    generate,
+    generate_batch,
+    read_prompt,
+    stream_batch,
+)
 from arbitor.reference.config import SPECIAL_IDS
 from arbitor.reference.graph import ArbModel, LatentAttention
 from arbitor.reference.graph.ledger import KVLedger
@@ -218,6 +224,13 @@ def test_generate_costs_the_same_however_long_the_text(monkeypatch: pytest.Monke
 
             return watched
 
+    def read(*args: Any, **kwargs: Any) -> Any:
+        ledger = read_prompt(*args, **kwargs)
+        shapes[-1].clear()
+        return ledger
+
+    # Reading the prompt costs what the prompt is long. What is watched is the step after it.
+    monkeypatch.setattr(module, "read_prompt", read)
     monkeypatch.setattr(LatentAttention, "ops", Watched())
     for length in (60, 600):
         shapes.append([])

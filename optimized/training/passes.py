@@ -1,8 +1,8 @@
-"""The pass of a micro-batch (forward, backward, votes) and the step after it. On a GPU they are recorded once and then replayed.
+"""The pass of a micro-batch: forward, backward, votes. On a GPU it is recorded once and then replayed.
 
-A pass has two CUDA graphs, since the host looks at the loss between them: a loss that is not finite must change nothing. The step
-of the weights has a third one. Its some hundred launches from Python would take longer than the backward pass that they follow. It
-serves a step of one pass. A step of several passes, whose rows are united first, is launched, and so are the counts of tables.
+There are two CUDA graphs, since the host looks at the loss between them: a loss that is not finite must change nothing. The
+step rule, which looks at the notes that the passes left, is launched from Python while the device is still busy with the backward
+pass.
 """
 
 from __future__ import annotations
@@ -48,10 +48,6 @@ class Passes:
             return None
         return float(self.model.voting.ranks.mean(losses["bytes"].detach()))
 
-    def step(self) -> None:
-        """Take the step of the model that follows the passes since the last step, as `ArbModel.step` does."""
-        self.model.step()
-
 
 class RecordedPasses(Passes):
     """Takes the passes of a model on CUDA from two graphs, once `LAUNCHED_FIRST` of them were accepted.
@@ -72,9 +68,6 @@ class RecordedPasses(Passes):
         self._notes: list[Note] = []
         self._accepted = 0
         self._graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
-        # Whether each pass since the last step was replayed.
-        self._replayed: list[bool] = []
-        self._step_graph: torch.cuda.CUDAGraph | None = None
 
     def take(self, ids_BT: Tensor, *, rate: float, step: int) -> float | None:
         """See `Passes.take`; raises ValueError for ids of another shape than before."""
@@ -93,30 +86,9 @@ class RecordedPasses(Passes):
             return None
         backward()
         self._accepted += 1
-        self._replayed.append(self._graphs is not None)
         # Copies, as the next replay writes over what this one left; and the step as a number, as the step rule is launched.
         self.model.voting.leave([note.on(torch.clone) for note in self._notes], step=step)
         return float(nats)
-
-    def step(self) -> None:
-        """See `Passes.step`. The step of a single pass that was replayed is replayed too."""
-        replayed, self._replayed = self._replayed, []
-        voting = self.model.voting
-        # A user's own passes leave notes beside those of the recording.
-        if replayed != [True] or len(voting.notes) != len(self._notes):
-            super().step()
-            return
-        with self.model.stepping():
-            if self._step_graph is None:
-                # The recorded step reads rows where replays write them, and no copies of them.
-                voting.notes = list(self._notes)
-                voting.deliver()
-                self._step_graph = self._record_step()
-            voting.deliver()
-            self._step_graph.replay()
-            for module in self.model.ternary_modules().values():
-                module.note_step()
-            self.model.step_tables()
 
     def _fill(self, ids_BT: Tensor, rate: float, step: int) -> None:
         """Write what a pass reads into its buffers."""
@@ -157,8 +129,3 @@ class RecordedPasses(Passes):
         """Record both passes; the second reads what the first leaves."""
         forward, backward = recorded(self._forward, self._backward)
         return forward, backward
-
-    def _record_step(self) -> torch.cuda.CUDAGraph:
-        """Record the step of all weights that the recorded pass lets vote."""
-        [graph] = recorded(self.model.step_weights)
-        return graph
