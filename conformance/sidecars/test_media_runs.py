@@ -16,6 +16,8 @@ from torch import Tensor
 
 from arbitor import ArbModel
 from arbitor.optimized import cli
+from arbitor.optimized.distributed.world import World
+from arbitor.optimized.training import loop
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import opened, train
 from arbitor.optimized.training.media import lead_of
@@ -380,3 +382,10 @@ def test_another_sidecar_than_the_trained_one_is_told(
     picture = ["--image", str(media / "image" / "00.png"), "--sidecar", f"vision={checkpoints / 'dinov2'}"]
     arb(["generate", "--run", str(trained), "--device", "cpu", "--bytes", "1", *picture])
     assert "the vision sidecar is not the one that the run was trained with" in capsys.readouterr().err
+
+
+def test_several_ranks_train_no_mix(media: Path, checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank would draw the same samples."""
+    monkeypatch.setattr(loop, "joined", lambda: contextlib.nullcontext(World(0, 2)))
+    with pytest.raises(TrainingError, match="2 ranks were started, but a mix with media is trained by one"):
+        train(options(media, checkpoints, None, "image", save=False))
