@@ -4,6 +4,8 @@
   says float32. So autocast is off inside of an op, on every device that ops run on.
 - Device: an op runs on the device of its tensors, whichever device is current. Some functions of torch do not: `torch.ldexp` of
   torch 2.11 gives zeros on another GPU. So the device of the tensors becomes the current one inside of an op.
+- Gradients: a gradient that is computed by hand cannot be differentiated again. `differentiable_once` stands above such a backward
+  pass, in the graph and in other op sets, and lets a second derivative raise.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -70,3 +72,42 @@ def index_of(value: object) -> int:
         device = torch.device(value)
         return device.index if device.type == "cuda" and device.index is not None else -1
     return -1
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the backward pass of an autograd function, with gradients that raise if they are differentiated again.
+
+    Torch's own `once_differentiable` marks gradients only if the gradient of the result requires one. It forgets that a gradient
+    depends on the inputs, too, so a penalty on the gradient of a linear loss would be lost without a word.
+    """
+
+    @functools.wraps(backward)
+    def call(ctx: Any, *grads: Tensor | None) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        every = found if isinstance(found, tuple) else (found,)
+        made = [each for each in every if each is not None]
+        asked = [each for each in (*grads, *ctx.saved_tensors) if each is not None and each.requires_grad]
+        if not made or not asked:
+            return found
+        marked = iter(_Once.apply(len(asked), *asked, *made))
+        return tuple(None if each is None else next(marked) for each in every)
+
+    return call
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that look as if they depended on the tensors that asked for them, and raise if they are differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, num_asked: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors[num_asked:]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "a gradient of the model or of an optimized op is differentiated twice, but it can be only once: "
+            "use arbitor.reference.ops for second derivatives"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,11 @@ import torch
 
 from arbitor.reference import ops
 from arbitor.reference.constants import RESERVED_STEP
+from arbitor.reference.graph import ArbModel
+from arbitor.reference.graph.audio import TernaryConv1d
+from arbitor.reference.graph.grouped import TernaryGroupedLinear
+from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm
+from arbitor.reference.graph.ternary_graph import edge_sum
 from arbitor.reference.ops.scale import dequantize
 from conformance.compare import alike
 from conformance.graph import models, twin
@@ -96,3 +102,31 @@ def test_the_initialisation_step_is_not_for_votes() -> None:
     with pytest.raises(ValueError, match=f"step is {RESERVED_STEP}"):
         model.backward(model.loss(models.random_ids(1, 6)), rate=1.0, step=RESERVED_STEP)
     assert not models.changed_tensors(before, model)
+
+
+LAYERS: dict[str, Callable[[ArbModel, torch.Tensor], torch.Tensor]] = {
+    "linear": lambda model, x: TernaryLinear(model.context, x.shape[1], 5)(x),
+    "rms_norm": lambda model, x: TernaryRMSNorm(model.context, x.shape[1])(x),
+    "grouped_linear": lambda model, x: TernaryGroupedLinear(model.context, 2, x.shape[1], 5)(
+        x, torch.tensor([0, 1])
+    ),
+    "conv1d": lambda model, x: TernaryConv1d(model.context, 1, 3, kernel_size=4)(x[:, None]),
+    "edge_sum": lambda model, x: edge_sum(
+        x, torch.tensor([[1], [0]]), torch.tensor([[0.5], [-2.0]]), model.context.ops
+    ),
+}
+"""What the graph computes of two rows, where the gradient depends on a weight or on signs."""
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("power", [1, 2])
+def test_a_second_derivative_is_refused(name: str, power: int) -> None:
+    """Also of a loss that is linear in the result, so that the gradient of the result is constant."""
+    model = models.nano()
+    x = torch.randn(2, model.config.width, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    loss = LAYERS[name](model, x).pow(power).sum()
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        (loss + grad.square().sum()).backward()
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        torch.autograd.grad(grad.sum(), x, allow_unused=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from arbitor.optimized.layouts import DeviceWeight
 from arbitor.reference.op_table import EXACT, OP_TABLE
-from arbitor.reference.promises import autocast_is_on, index_of, without_autocast
+from arbitor.reference.promises import autocast_is_on, differentiable_once, index_of, without_autocast
 from arbitor.reference.types import TernaryWeight
 
 P = ParamSpec("P")
@@ -112,39 +112,19 @@ class _WithGradients(torch.autograd.Function):
         return function(**arguments)
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # The tensors of the weights come last. Only torch reads them, to see whether they changed.
         arguments = {**ctx.others, **dict(zip(ctx.names, ctx.saved_tensors, strict=False))}
         made: dict[Gradient, Tensor | Mapping[str, Tensor]] = {}
         grads: list[Tensor] = []
-        with torch.no_grad():
-            for name, gradient in ctx.gradients.items():
-                # One call serves all arguments whose gradients it makes together.
-                if gradient not in made:
-                    made[gradient] = gradient(grad, **arguments)
-                found = made[gradient]
-                grads.append(found if isinstance(found, Tensor) else found[name])
-        if torch.is_grad_enabled():
-            grads = _Once.apply(arguments[next(iter(ctx.gradients))], *grads)
+        for name, gradient in ctx.gradients.items():
+            # One call serves all arguments whose gradients it makes together.
+            if gradient not in made:
+                made[gradient] = gradient(grad, **arguments)
+            found = made[gradient]
+            grads.append(found if isinstance(found, Tensor) else found[name])
         return None, None, None, *grads
-
-
-class _Once(torch.autograd.Function):
-    """Gradients that cannot be differentiated again, but look as if they could, so that a penalty on them raises and is not lost.
-
-    Torch's `once_differentiable` marks them only if the gradient of the result requires one, and not if the argument does.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, asked: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
-        return grads
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            "a gradient of an optimized op is differentiated twice, but it can be only once: "
-            "use arbitor.reference.ops for second derivatives"
-        )
 
 
 def worth_of(weight: DeviceWeight | TernaryWeight) -> list[Tensor]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from arbitor.reference.dtypes import widened
@@ -20,6 +19,7 @@ from arbitor.reference.graph.layers import TernaryLinear
 from arbitor.reference.graph.module import ArbModule, TernaryModule, as_it_is
 from arbitor.reference.graph.sequencer import audio_batch
 from arbitor.reference.graph.units import unit_rows
+from arbitor.reference.promises import differentiable_once
 
 AUDIO_CODES = 289
 """V: entries of the encoder's codebook, and tokens of the talker head that learns from it."""
@@ -80,7 +80,7 @@ class _ConvFunction(torch.autograd.Function):
         return module.ops.conv1d(x, weight, **module.geometry)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         (x,), module = ctx.saved_tensors, ctx.module
         weight = module.backward_weight(ctx)

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from arbitor.reference.constants import MIN_ORTHOGONAL_RANK
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import row_ranges
 from arbitor.reference.graph.module import TernaryModule
+from arbitor.reference.promises import differentiable_once
 
 
 class TernaryGroupedLinear(TernaryModule):
@@ -52,7 +52,7 @@ class _GroupedLinearFunction(torch.autograd.Function):
         return module.ops.grouped_linear(x_MK, weight, experts_M, num_groups=module.num_groups)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor | None, None, None, None]:
         (x_MK, experts_M), module = ctx.saved_tensors, ctx.module
         weight = module.backward_weight(ctx)

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from arbitor.reference.constants import MIN_ORTHOGONAL_RANK
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.module import TernaryModule
+from arbitor.reference.promises import differentiable_once
 from arbitor.reference.types import TernaryWeight
 
 VOTE_ELEMENTS = 2**27
@@ -148,7 +148,7 @@ class _LinearFunction(torch.autograd.Function):
         return module.ops.linear(x, weight)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         (x,), module = ctx.saved_tensors, ctx.module
         weight = module.backward_weight(ctx)
@@ -189,7 +189,7 @@ class _RMSNormFunction(torch.autograd.Function):
         return module.ops.rms_norm(x, weight)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         (x,), module = ctx.saved_tensors, ctx.module
         weight = module.backward_weight(ctx)
@@ -209,7 +209,7 @@ class _EmbeddingFunction(torch.autograd.Function):
         return module.ops.embedding(ids, weight, dtype=module.dtype)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
         (ids,), module = ctx.saved_tensors, ctx.module
         module.backward_weight(ctx)
@@ -237,7 +237,7 @@ class _SomeRowsFunction(torch.autograd.Function):
         return module.ops.embedding(ids, weight, dtype=module.dtype) * chosen[..., None]
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         (ids, chosen), module = ctx.saved_tensors, ctx.module
         module.backward_weight(ctx)

@@ -12,12 +12,12 @@ from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.voting import Voting
+from arbitor.reference.promises import differentiable_once
 from arbitor.reference.types import LaidOutWeight, TernaryWeight
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -480,7 +480,7 @@ class _WhenVoting(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         table, seen = ctx.table, ctx.saved_tensors
         if table.moves:

@@ -10,13 +10,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from arbitor.reference import checks
 from arbitor.reference.constants import MAX_NEIGHBOURS, SCORE_MAX
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
 from arbitor.reference.graph.module import ArbModule, PartList, TableModule, uncompiled, used, when_voting
+from arbitor.reference.promises import differentiable_once
 
 FULL_PATH_MAX_CODES = 4096
 """Most codes for which the nodes of all codes are computed. For larger tables only the nodes that a batch needs are."""
@@ -216,7 +216,7 @@ class _EdgeSumFunction(torch.autograd.Function):
         return ops.edge_sum(h_ND, neighbours_RJ, signs_RJ)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         h_ND, neighbours_RJ, signs_RJ = ctx.saved_tensors
         grad_h = grad_signs = None

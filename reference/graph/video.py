@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from arbitor.reference import checks
@@ -21,6 +20,7 @@ from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear
 from arbitor.reference.graph.module import ArbModule, uncompiled, used
 from arbitor.reference.graph.units import unit_rows
 from arbitor.reference.ops.denoise import Halting, attended, signal_share
+from arbitor.reference.promises import differentiable_once
 
 FIRST_SIGNAL = 1 / 16
 """Share of signal in the energy of the first latent. The loop as a whole divides by its root, whatever the number of steps."""
@@ -166,7 +166,7 @@ class _DenoiseStep(torch.autograd.Function):
         return ops.denoise_step(latent, pred, alpha=alpha)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_latent, grad_pred = ctx.ops.denoise_step_backward(grad, alpha=ctx.alpha)
         return grad_latent, grad_pred, None, None
