@@ -142,4 +142,6 @@ class TernaryWeight(StateTensors):
             raise ValueError(
                 f"weight has mantissa_bits {self.mantissa_bits}, but must have 0 to be given a mantissa"
             )
-        return replace(self, exponents=self.exponents << mantissa_bits, mantissa_bits=mantissa_bits)
+        # Without memory there are no levels to change.
+        exponents = self.exponents if self.device.type == "meta" else self.exponents << mantissa_bits
+        return replace(self, exponents=exponents, mantissa_bits=mantissa_bits)

@@ -46,6 +46,20 @@ def test_help_needs_no_torch(arguments: list[str]) -> None:
     assert b"Usage: " in out.stdout
 
 
+def test_a_run_imports_no_compiler() -> None:
+    """The compiler of torch takes seconds to import: for the size of a model, for its weights, and for runs that repeat."""
+    code = (
+        "import sys\nfrom arbitor.optimized.training.runtime import deterministic\n"
+        "from arbitor.optimized.training.sizes import least_state_bytes\n"
+        "from conformance.graph.models import WHOLE, ArbModel\n"
+        "with deterministic():\n    assert least_state_bytes(WHOLE) > 0 and ArbModel(WHOLE)\n"
+        "print(sorted({'torch', 'torch._dynamo', 'torch._inductor', 'sympy', 'triton'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=REPOSITORY, capture_output=True)
+    assert out.returncode == 0, out.stderr.decode()
+    assert out.stdout.decode() == "['torch']\n"
+
+
 def test_help_is_quick() -> None:
     """Under half a second of processor time, interpreter start included, in the best of three."""
     seconds = []

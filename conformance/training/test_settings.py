@@ -85,12 +85,19 @@ def test_choose_runtime_refuses_names(options: dict[str, str]) -> None:
         choose_runtime(**options)
 
 
-def test_deterministic_puts_everything_back() -> None:
-    before = (torch.are_deterministic_algorithms_enabled(), torch.get_num_threads())
-    with deterministic(threads=2):
-        assert torch.are_deterministic_algorithms_enabled()
-        assert torch.get_num_threads() == 2
-    assert (torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()) == before
+@pytest.mark.parametrize("mode", ["default", "warn", "error"])
+def test_deterministic_puts_everything_back(mode: str) -> None:
+    """Also that torch only warned."""
+    torch.set_deterministic_debug_mode(mode)
+    before = (torch.get_deterministic_debug_mode(), torch.get_num_threads())
+    try:
+        with deterministic(threads=2):
+            assert torch.are_deterministic_algorithms_enabled()
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+            assert torch.get_num_threads() == 2
+        assert (torch.get_deterministic_debug_mode(), torch.get_num_threads()) == before
+    finally:
+        torch.set_deterministic_debug_mode("default")
 
 
 def recorded() -> dict[str, object]:

@@ -148,9 +148,10 @@ def deterministic(threads: int | None = None) -> Iterator[None]:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     threads_before = torch.get_num_threads()
-    mode_before = torch.are_deterministic_algorithms_enabled()
+    mode_before = torch.get_deterministic_debug_mode()
     fill_before = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True)
+    # `use_deterministic_algorithms(True)` would import torch's compiler, which takes seconds, and a run compiles nothing with it.
+    torch.set_deterministic_debug_mode("error")
     matmul = torch.backends.cuda.matmul
     reduced_before = matmul.allow_bf16_reduced_precision_reduction
     # The specification sums in float32.
@@ -161,7 +162,7 @@ def deterministic(threads: int | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(mode_before)
+        torch.set_deterministic_debug_mode(mode_before)
         matmul.allow_bf16_reduced_precision_reduction = reduced_before
         torch.utils.deterministic.fill_uninitialized_memory = fill_before  # type: ignore[attr-defined]
         torch.set_num_threads(threads_before)

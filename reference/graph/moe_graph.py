@@ -60,9 +60,11 @@ class RecurrentMoEGraph(MoEGraph, TableModule):
         super().__init__(context, output_gain=output_gain)
         self.max_turns = context.config.max_moe_iters if self.has_moe else 1
         if self.max_turns > 1:
-            channels = torch.arange(context.config.width, device=context.device)
-            shifts = channels % len(LEAK_SHIFTS) + LEAK_SHIFTS[0]
-            self.add_table("leak_shifts", shifts.to(torch.int8), LEAK_SHIFTS[0], LEAK_SHIFTS[-1])
+            # On the CPU first: arithmetic on the meta device would import torch's compiler.
+            shifts = torch.arange(context.config.width, device="cpu") % len(LEAK_SHIFTS) + LEAK_SHIFTS[0]
+            self.add_table(
+                "leak_shifts", shifts.to(context.device, torch.int8), LEAK_SHIFTS[0], LEAK_SHIFTS[-1]
+            )
             self.halt_norm = TernaryRMSNorm(context, context.config.width)
             used(self.moe, self.max_turns)
             # With zeros a position starts undecided. Random trits would mix its turns at random, noise that it must unlearn.

@@ -79,6 +79,8 @@ def initial_codebook(
         group_size=group_size,
         device=device,
     )
+    if weight.device.type == "meta":
+        return weight
     trits = trits_of(weight)
     trits[:, :sign_bits] = bucket_signs(torch.arange(num_codes, device=device), num_codes, sign_bits)
     return weight_of_trits(trits, weight.exponents, group_size)

@@ -96,6 +96,25 @@ def weight_of_trits(
     )
 
 
+def weight_without_values(shape: tuple[int, int], group_size: int) -> TernaryWeight:
+    """Return a weight on the meta device: its tensors have shapes and dtypes, and take no memory.
+
+    Ops that make a weight return this one there. To compute values that nobody can read would import torch's compiler, which takes
+    seconds.
+    """
+    num_rows, num_columns = shape
+    trits = torch.empty(shape, dtype=torch.int8, device="meta")
+    exponents = trits.new_empty((num_rows, groups_per_row(num_columns, group_size)))
+    return TernaryWeight(
+        packed=trits.new_empty(packed_bytes(num_rows * num_columns), dtype=torch.uint8),
+        exponents=exponents,
+        trit_accum=trits,
+        exponent_accum=exponents.new_empty(exponents.shape),
+        shape=shape,
+        group_size=group_size,
+    )
+
+
 def trits_of(weight: TernaryWeight) -> Tensor:
     """Return the trits of a weight, int8 [N, K] in {-1, 0, 1}."""
     return unpack_trits(weight.packed, weight.shape)

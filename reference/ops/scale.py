@@ -24,7 +24,7 @@ from arbitor.reference.constants import (
     level_range,
 )
 from arbitor.reference.ops.dither import dither_bytes
-from arbitor.reference.ops.packing import digits_at, weight_of_trits
+from arbitor.reference.ops.packing import digits_at, weight_of_trits, weight_without_values
 from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
@@ -103,14 +103,13 @@ def initial_weight(
     checks.vote_clock(seed, RESERVED_STEP, tensor_id, last_step=RESERVED_STEP)
     groups = groups_per_row(num_columns, group_size)
     exponent = min(max(round(math.log2(std / math.sqrt(INIT_NONZERO))), EXPONENT_MIN), EXPONENT_MAX)
+    if torch.device(device).type == "meta":
+        return weight_without_values((num_rows, num_columns), group_size)
     exponents = torch.full((num_rows, groups), exponent, dtype=torch.int8, device=device)
-    if exponents.device.type == "meta":
-        trits = torch.empty(shape, dtype=torch.int8, device=device)
-    else:
-        ids = torch.arange(num_rows * groups, device=device).reshape(num_rows, groups)
-        dither = dither_bytes(ids, group_size=group_size, seed=seed, step=RESERVED_STEP, tensor_id=tensor_id)
-        places = dither[..., :group_size].reshape(num_rows, -1)[:, :num_columns]
-        trits = (places >= INIT_HIGH_BYTE).to(torch.int8) - (places < INIT_LOW_BYTE).to(torch.int8)
+    ids = torch.arange(num_rows * groups, device=device).reshape(num_rows, groups)
+    dither = dither_bytes(ids, group_size=group_size, seed=seed, step=RESERVED_STEP, tensor_id=tensor_id)
+    places = dither[..., :group_size].reshape(num_rows, -1)[:, :num_columns]
+    trits = (places >= INIT_HIGH_BYTE).to(torch.int8) - (places < INIT_LOW_BYTE).to(torch.int8)
     return weight_of_trits(trits, exponents, group_size)
 
 
@@ -134,6 +133,8 @@ def constant_weight(
     checks.integer("trit", trit, -1, 1)
     checks.integer("exponent", exponent, EXPONENT_MIN, EXPONENT_MAX)
     checks.group_size(group_size)
+    if torch.device(device).type == "meta":
+        return weight_without_values((num_rows, num_columns), group_size)
     trits = torch.full((num_rows, num_columns), trit, dtype=torch.int8, device=device)
     groups = groups_per_row(num_columns, group_size)
     exponents = torch.full((num_rows, groups), exponent, dtype=torch.int8, device=device)
