@@ -24,7 +24,7 @@ from arbitor.reference.constants import (
     level_range,
 )
 from arbitor.reference.ops.dither import dither_bytes
-from arbitor.reference.ops.packing import digits_at, weight_of_trits, weight_without_values
+from arbitor.reference.ops.packing import digits_at, digits_of, weight_of_trits, weight_without_values
 from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
@@ -67,13 +67,16 @@ def dequantize(
         raise TypeError(f"dtype is {checks.names((dtype,))}, but must be {checks.names(checks.FLOAT_DTYPES)}")
     num_rows, num_columns = weight.shape
     if rows is None:
-        rows = torch.arange(num_rows, device=weight.device)
-    checks.row_ids(rows, weight.device)
-    checks.values_between("rows", rows, 0, num_rows - 1)
-    columns = torch.arange(num_columns, device=weight.device)
-    trits = digits_at(weight.packed, rows[:, None] * num_columns + columns)
-    scales = group_scales(weight.exponents[rows], mantissa_bits=weight.mantissa_bits)
-    return (trits * scales[:, columns // weight.group_size]).to(dtype)
+        trits, exponents = digits_of(weight.packed, weight.shape), weight.exponents
+    else:
+        checks.row_ids(rows, weight.device)
+        checks.values_between("rows", rows, 0, num_rows - 1)
+        columns = torch.arange(num_columns, device=weight.device)
+        trits = digits_at(weight.packed, rows[:, None] * num_columns + columns)
+        exponents = weight.exponents[rows]
+    scales = group_scales(exponents, mantissa_bits=weight.mantissa_bits)
+    of_column = scales.repeat_interleave(weight.group_size, dim=1)[:, :num_columns]
+    return (trits * of_column).to(dtype)
 
 
 @op
