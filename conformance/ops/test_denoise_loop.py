@@ -276,6 +276,7 @@ def test_denoise_loop_takes_its_steps(ops: Subject, size: int, count: int, steps
 @law(
     share=0.5,
     size=SIZES,
+    exponent=st.sampled_from((10, 47, 48, 60, 100)),
     threshold=st.sampled_from((0.5, 0.75, 1.0)),
     seed=ss.GENERATOR_SEEDS,
     rejects=[
@@ -305,24 +306,38 @@ def test_denoise_loop_takes_its_steps(ops: Subject, size: int, count: int, steps
         ),
         mutant(
             "halting_by_noise",
-            "return (signal + DEFAULT_EPS) /",
-            "return (noise + DEFAULT_EPS) /",
+            "return (signal + eps) /",
+            "return (noise + eps) /",
             compared="denoise_loop",
+        ),
+        mutant(
+            "halting_squares_what_is_huge",
+            "tame, _, eps = tamed(torch.cat([latent_BL, pred_BL], dim=-1), DEFAULT_EPS)",
+            "tame, eps = torch.cat([latent_BL, pred_BL], dim=-1), DEFAULT_EPS",
+        ),
+        mutant(
+            "halting_squares_what_is_huge_in_a_latent",
+            "tame, _, eps = tamed(torch.cat([latent_BL, pred_BL], dim=-1), DEFAULT_EPS)",
+            "(latent_BL, _, eps), (pred_BL, _, _) = tamed(latent_BL, DEFAULT_EPS), tamed(pred_BL, DEFAULT_EPS)\n"
+            "    tame = torch.cat([latent_BL, pred_BL], dim=-1)",
         ),
     ],
 )
-def test_denoise_loop_halts_each_sample(ops: Subject, size: int, threshold: float, seed: int) -> None:
+def test_denoise_loop_halts_each_sample(
+    ops: Subject, size: int, exponent: int, threshold: float, seed: int
+) -> None:
     """Three samples that see as much signal as noise, three times as much, and no noise, after a step at alpha = 1/4.
 
-    Their p are 1/2, 3/4 and 1 (but for eps, which is lost): what each adds of its second step, by the threshold.
+    Their p are 1/2, 3/4 and 1 (but for eps, which is lost): what each adds of its second step, by the threshold. Squares of the
+    numbers may leave float32.
     """
     rng = ss.generator(seed)
     w_out = signs(rng, size)
-    pred = torch.stack([w_out, w_out, torch.zeros(size)]) * 2.0**10
+    pred = torch.stack([w_out, w_out, torch.zeros(size)]) * 2.0**exponent
     # Its mean square is 3.
     loud = torch.tensor([1.0, 1.0, 1.0, 3.0]).repeat(size // 4)
     after = torch.stack([pred[0], pred[1] * loud, signs(rng, size) * 4])
-    tokens_BPD = torch.tensor([BIG, BIG, -BIG])[:, None, None].expand(3, 2, size)
+    tokens_BPD = torch.tensor([1.0, 1.0, -1.0])[:, None, None].expand(3, 2, size) * 2.0 ** (exponent + 20)
     weights = (diagonal(signs(rng, size), 0), diagonal(signs(rng, size), 0), rows_of(signs(rng, 2, size), 0))
     got = ops.denoise_loop(
         (after + 1.5 * pred) / 2,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from arbitor.optimized.kernels.common import narrow, widen
 from arbitor.optimized.kernels.launch import row_grid, row_tile, runs_here
-from arbitor.optimized.kernels.norm import inverse_rms
+from arbitor.optimized.kernels.norm import TAMING_POWER, inverse_rms, taming_power
 from arbitor.reference.constants import DEFAULT_EPS
 
 BLOCK = 1024
@@ -172,9 +172,25 @@ def _loop_step_kernel(
     latent = denoised_value(latent, pred, noise_share, inverse_root)
     tl.store(out_ptr + sample * num_columns + columns, latent, mask=mask)
     if HALTS:
-        energies = energies_ptr + (sample * column_blocks + block) * 2
+        energies = energies_ptr + (sample * column_blocks + block) * 4
         tl.store(energies, tl.sum(latent * latent, axis=0))
         tl.store(energies + 1, tl.sum(pred * pred, axis=0))
+        # The other blocks of the sample decide, too, whether it is huge.
+        latent, pred = latent * TAMING_POWER, pred * TAMING_POWER
+        tl.store(energies + 2, tl.sum(latent * latent, axis=0))
+        tl.store(energies + 3, tl.sum(pred * pred, axis=0))
+
+
+@triton.jit
+def sums_of_energies(energies_ptr, column_blocks, BLOCK_PARTS: tl.constexpr):
+    """Return the sums of squares of a latent and of a prediction, from those of their blocks."""
+    signals = tl.zeros([BLOCK_PARTS], dtype=tl.float32)
+    noises = tl.zeros([BLOCK_PARTS], dtype=tl.float32)
+    for start in range(0, column_blocks, BLOCK_PARTS):
+        blocks = start + tl.arange(0, BLOCK_PARTS)
+        signals += tl.load(energies_ptr + blocks * 4, mask=blocks < column_blocks, other=0.0)
+        noises += tl.load(energies_ptr + blocks * 4 + 1, mask=blocks < column_blocks, other=0.0)
+    return tl.sum(signals, axis=0), tl.sum(noises, axis=0)
 
 
 @triton.jit
@@ -184,14 +200,12 @@ def _loop_halt_kernel(
 ):  # fmt: skip
     sample = (tl.program_id(0) // column_blocks).to(tl.int64)
     block = tl.program_id(0) % column_blocks
-    signals = tl.zeros([BLOCK_PARTS], dtype=tl.float32)
-    noises = tl.zeros([BLOCK_PARTS], dtype=tl.float32)
-    for start in range(0, column_blocks, BLOCK_PARTS):
-        blocks = start + tl.arange(0, BLOCK_PARTS)
-        energies = energies_ptr + (sample * column_blocks + blocks) * 2
-        signals += tl.load(energies, mask=blocks < column_blocks, other=0.0)
-        noises += tl.load(energies + 1, mask=blocks < column_blocks, other=0.0)
-    signal, noise = tl.sum(signals, axis=0) / num_columns, tl.sum(noises, axis=0) / num_columns
+    energies = energies_ptr + sample * column_blocks * 4
+    signal, noise = sums_of_energies(energies, column_blocks, BLOCK_PARTS)
+    power = taming_power(signal + noise)
+    if power < 1.0:
+        signal, noise = sums_of_energies(energies + 2, column_blocks, BLOCK_PARTS)
+    signal, noise, eps = signal / num_columns, noise / num_columns, eps * power * power
     p = tl.div_rn(signal + eps, signal + noise + eps)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     mask = columns < num_columns
@@ -263,7 +277,8 @@ class DenoiseLoop:
         self.block, self.blocks = row_tile(size, BLOCK)
         new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=latent_BL.device)  # noqa: E731
         self.new = new
-        self.energies = new(num_samples, self.blocks, 2)
+        # Of the latent and of the prediction, first as they are and then times a power of two.
+        self.energies = new(num_samples, self.blocks, 4)
         self.total, self.left = new(num_samples, size), new(num_samples)
 
     def unit_rows(self, x_BD: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_EPS
 from arbitor.reference.dtypes import wide_dtype, widened
 from arbitor.reference.ops.linear import linear
-from arbitor.reference.ops.norm import unit_rows
+from arbitor.reference.ops.norm import tamed, unit_rows
 from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
@@ -85,7 +85,8 @@ def denoise_loop(
              step_rows (at least one row a step, D), latent_out (L, D); alphas in (0, 1], at least one; halt_threshold in (0, 1]
     Returns: dtype of latent_BL, [B, L]; all steps run in float32 or better, so the output is rounded once
     Raises:  TypeError or ValueError for dtypes, shapes, devices, alphas or a threshold that are not allowed
-    Laws:    with one step both forms agree; a prediction of zero halts at once; samples do not see one another
+    Laws:    with one step both forms agree; a prediction of zero halts at once; samples do not see one another; but for eps,
+             p stays if latent and pred are both scaled by a power of two
     Source:  docs/spec/denoise.md; REFACTOR9 (fixed steps without a break); halting after Graves 2016
     """
     weights = {"latent_in": latent_in, "query": query, "step_rows": step_rows, "latent_out": latent_out}
@@ -153,6 +154,10 @@ def attended(q_BD: Tensor, tokens_BPD: Tensor) -> Tensor:
 
 
 def signal_share(latent_BL: Tensor, pred_BL: Tensor) -> Tensor:
-    """Return signal / (signal + noise), [B, 1]: the sigmoid of the log signal-to-noise ratio that the head itself sees."""
-    signal, noise = (value.square().mean(dim=-1, keepdim=True) for value in (latent_BL, pred_BL))
-    return (signal + DEFAULT_EPS) / (signal + noise + DEFAULT_EPS)
+    """Return signal / (signal + noise), [B, 1]: the sigmoid of the log signal-to-noise ratio that the head itself sees.
+
+    A sample with a huge element in either is multiplied by a power of two before it is squared, as a row of `rms_norm` is.
+    """
+    tame, _, eps = tamed(torch.cat([latent_BL, pred_BL], dim=-1), DEFAULT_EPS)
+    signal, noise = (half.square().mean(dim=-1, keepdim=True) for half in tame.chunk(2, dim=-1))
+    return (signal + eps) / (signal + noise + eps)

@@ -61,7 +61,7 @@ def rms_norm_input_grad(
     Source:  docs/spec/norm.md
     """
     dtype = _check(weight, eps, x=x, grad=grad)
-    tame, power, tame_eps = _tamed(x.to(dtype), eps)
+    tame, power, tame_eps = tamed(x.to(dtype), eps)
     rms = _rms(tame, tame_eps)
     unit = tame / rms
     scaled = grad.to(dtype) * dequantize(weight, dtype=dtype)[0]
@@ -81,17 +81,17 @@ def rms_norm_weight_grad(grad: Tensor, x: Tensor, *, eps: float = DEFAULT_EPS) -
     Source:  docs/spec/norm.md
     """
     dtype = _check(None, eps, x=x, grad=grad)
-    tame, _, tame_eps = _tamed(x.to(dtype), eps)
+    tame, _, tame_eps = tamed(x.to(dtype), eps)
     return (grad.to(dtype) * tame / _rms(tame, tame_eps)).reshape(-1, x.shape[-1]).sum(dim=0, keepdim=True)
 
 
 def unit_rows(x_wide: Tensor, eps: float = DEFAULT_EPS) -> Tensor:
     """Return x^, rows of root mean square 1: RMSNorm without a weight, in the dtype of x, float32 or float64."""
-    tame, _, tame_eps = _tamed(x_wide, eps)
+    tame, _, tame_eps = tamed(x_wide, eps)
     return tame / _rms(tame, tame_eps)
 
 
-def _tamed(x_wide: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def tamed(x_wide: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return rows whose squares do not overflow, the power of two by which each was multiplied, and eps times the power squared.
 
     The power is 1 for a row without a huge element (HUGE_ELEMENT), so that row keeps every bit.
