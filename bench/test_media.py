@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from arbitor.optimized.training.options import PRESET_DEFAULTS
 from bench.media import __main__ as demo
 from bench.media.render import SLOTS, TEMPLATES, render, slot_bits, values_of
 
@@ -56,6 +57,7 @@ def test_the_demonstration_is_a_run_that_says_what_it_missed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One step teaches nothing: every figure is there, and the status says that goals are missed."""
+    monkeypatch.setitem(PRESET_DEFAULTS, "tiny", {"sample_bytes": 4, "eval_windows": 4})
     arguments = ["--run", str(tmp_path / "run"), "--steps", "1", "--count", "12", "--batch", "2"]
     assert demo.main(arguments) == 1
     figures = json.loads((tmp_path / "run" / "media.json").read_text())["figures"]

@@ -41,10 +41,18 @@ def step_on(model: ArbModel, step: int) -> None:
     model.step()
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds a model, for all tests of this file. It must not be changed."""
+    path = tmp_path_factory.mktemp("saved") / "model"
+    trained().save_pretrained(path)
+    return path
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(saved: Path, tmp_path: Path) -> Path:
     """A folder that holds a model."""
-    trained().save_pretrained(tmp_path / "model")
+    shutil.copytree(saved, tmp_path / "model")
     return tmp_path / "model"
 
 

@@ -202,11 +202,19 @@ class Step:
     own: Own
 
 
+@cache
 def recorded_step(config: ArbConfig, dtype: torch.dtype = torch.float32) -> tuple[Step, Calls]:
-    """Return the step of the reference, and what its replayed ops were given."""
+    """Return the step of the reference, and what its replayed ops were given. Neither may be changed."""
     calls: Calls = []
     own: Own = {}
     return Step(stepped(config, recording(reference_ops, calls, own), "cpu", dtype), own), calls
+
+
+@cache
+def wide_step(config: ArbConfig, dtype: torch.dtype) -> Step:
+    """Return the step of the reference in float64, replayed from its step in another dtype. It must not be changed."""
+    _, calls = recorded_step(config, dtype)
+    return replayed_step(config, reference_ops, calls, "cpu", torch.float64)
 
 
 def replayed_step(
@@ -242,7 +250,7 @@ def test_a_bfloat16_step_leaves_the_same_bits(subject: Subject, name: str) -> No
     """
     config = the_config(subject, BFLOAT16_CONFIGS, name)
     recorded, calls = recorded_step(config, torch.bfloat16)
-    wide = replayed_step(config, reference_ops, calls, "cpu", torch.float64)
+    wide = wide_step(config, torch.bfloat16)
     twin = replayed_step(config, reference_ops, calls, subject.device, torch.bfloat16)
     got = replayed_step(config, subject.ops, calls, subject.device, torch.bfloat16)
     model_no_worse(got.own, twin=twin.own, wide=wide.own, dtype=torch.bfloat16, kind_of=kind_of)
@@ -319,7 +327,7 @@ def test_a_broken_backward_pass_is_noticed(op: str) -> None:
 def test_a_broken_bfloat16_backward_pass_is_noticed(op: str) -> None:
     config = BFLOAT16_CONFIGS["one layer"]
     twin, calls = recorded_step(config, torch.bfloat16)
-    wide = replayed_step(config, reference_ops, calls, "cpu", torch.float64)
+    wide = wide_step(config, torch.bfloat16)
     model_no_worse(twin.own, twin=twin.own, wide=wide.own, dtype=torch.bfloat16, kind_of=kind_of)
     got = replayed_step(config, with_broken(op), calls, "cpu", torch.bfloat16)
     with pytest.raises(AssertionError, match=": off by"):
@@ -331,7 +339,7 @@ def test_a_bfloat16_gradient_off_by_a_little_is_noticed(op: str) -> None:
     """A twenty-fifth is less than twice the error of `orthogonalize`, but every kind of value has a yardstick of its own."""
     config = BFLOAT16_CONFIGS["tiny without codes"]
     twin, calls = recorded_step(config, torch.bfloat16)
-    wide = replayed_step(config, reference_ops, calls, "cpu", torch.float64)
+    wide = wide_step(config, torch.bfloat16)
     right = getattr(reference_ops, op)
     ops = models.ops_with(**{op: lambda *args, **kwargs: 1.04 * right(*args, **kwargs)})
     got = replayed_step(config, ops, calls, "cpu", torch.bfloat16)

@@ -143,30 +143,6 @@ def _by_torch(
     return y.detach(), dx, dw.reshape(1, -1)
 
 
-NORM_FORGETS_THE_ROOT = mutant(
-    "norm_forgets_the_root",
-    "(x_wide.square().mean(dim=-1, keepdim=True) + eps).sqrt()",
-    "(x_wide.square().mean(dim=-1, keepdim=True) + eps)",
-    compared="rms_norm",
-)
-
-
-@law(
-    weight=WEIGHTS,
-    dtype=ss.DTYPES,
-    power=st.integers(10, 40),
-    data=st.data(),
-    rejects=[NORM_FORGETS_THE_ROOT],
-)
-def test_rms_norm_ignores_the_scale(
-    ops: Subject, weight: TernaryWeight, dtype: torch.dtype, power: int, data: st.DataObject
-) -> None:
-    """A power of two on x changes not one bit, once eps is too small to count beside the mean square."""
-    x = ss.float_values((5, weight.shape[1]), "small integers", data.draw(ss.GENERATOR_SEEDS))
-    x = torch.where(x == 0, 1.0, x).to(dtype)
-    exact(ops.rms_norm(x * 2.0**power, weight, eps=1e-12), ops.rms_norm(x * 2.0**9, weight, eps=1e-12))
-
-
 # The squares of small integers are exact. 37 is small enough that float32 holds 2**120 times it.
 HUGE = st.sampled_from((70, 48, 60, 64, 120))
 COUNTS = st.integers(1, 37)
@@ -177,40 +153,47 @@ NORM_OF_HUGE_ROWS_OVERFLOWS = mutant(
 )
 
 
+SIZED = st.one_of(
+    st.tuples(st.deferred(ss.sizes), st.integers(10, 40)),
+    st.tuples(COUNTS, HUGE),
+)
+"""Numbers of channels, and powers of two that rows are multiplied by."""
+
+
 @law(
-    width=COUNTS,
+    # Two scales, of which each has as many examples as any other law.
+    share=2.0,
+    sized=SIZED,
     dtype=ss.DTYPES,
-    power=HUGE,
     data=st.data(),
     rejects=[
+        mutant(
+            "norm_forgets_the_root",
+            "(x_wide.square().mean(dim=-1, keepdim=True) + eps).sqrt()",
+            "(x_wide.square().mean(dim=-1, keepdim=True) + eps)",
+            compared="rms_norm",
+        ),
         NORM_OF_HUGE_ROWS_OVERFLOWS,
         mutant("norm_tames_less_than_squares", "2.0**least", "2.0**64.5"),
     ],
 )
-def test_rms_norm_of_huge_rows(
-    ops: Subject, width: int, dtype: torch.dtype, power: int, data: st.DataObject
+def test_rms_norm_ignores_the_scale(
+    ops: Subject, sized: tuple[int, int], dtype: torch.dtype, data: st.DataObject
 ) -> None:
-    """Rows whose squares overflow have the bits of the same rows at an ordinary size, beside rows of other sizes."""
+    """A power of two on x changes not one bit, once eps is too small to count beside the mean square.
+
+    This holds for the result and for the gradient of the weight, for rows whose squares overflow, and beside rows of another size.
+    """
+    (width, power), few = sized, {"eps": 1e-12}
     weight = data.draw(ss.weights((1, width)))
-    x = data.draw(ordinary_rows(width, dtype))
-    mixed = torch.cat([x * 2.0**power, x * 2.0**20])
-    wanted = ops.rms_norm(x * 2.0**20, weight)
-    exact(ops.rms_norm(mixed, weight), torch.cat([wanted, wanted]))
-
-
-@law(
-    width=COUNTS,
-    dtype=ss.DTYPES,
-    power=HUGE,
-    data=st.data(),
-    rejects=[NORM_OF_HUGE_ROWS_OVERFLOWS],
-)
-def test_rms_norm_weight_grad_of_huge_rows(
-    ops: Subject, width: int, dtype: torch.dtype, power: int, data: st.DataObject
-) -> None:
-    """Rows whose squares overflow count as the same rows at an ordinary size."""
     x, grad = (data.draw(ordinary_rows(width, dtype)) for _ in range(2))
-    exact(ops.rms_norm_weight_grad(grad, x * 2.0**power), ops.rms_norm_weight_grad(grad, x * 2.0**20))
+    wanted = ops.rms_norm(x * 2.0**9, weight, **few)
+    mixed = torch.cat([x * 2.0**power, x * 2.0**9])
+    exact(ops.rms_norm(mixed, weight, **few), torch.cat([wanted, wanted]))
+    exact(
+        ops.rms_norm_weight_grad(grad, x * 2.0**power, **few),
+        ops.rms_norm_weight_grad(grad, x * 2.0**9, **few),
+    )
 
 
 @law(
@@ -336,25 +319,6 @@ def test_rms_norm_weight_grad_scales_with_grad(
     )
     first = ops.rms_norm_weight_grad(grad, x)
     exact(ops.rms_norm_weight_grad(grad * -(2.0**power), x), first * -(2.0**power))
-
-
-@law(
-    width=st.deferred(ss.sizes),
-    dtype=ss.DTYPES,
-    power=st.integers(10, 40),
-    data=st.data(),
-    rejects=[NORM_FORGETS_THE_ROOT],
-)
-def test_rms_norm_weight_grad_ignores_the_scale(
-    ops: Subject, width: int, dtype: torch.dtype, power: int, data: st.DataObject
-) -> None:
-    """A power of two on x changes not one bit, once eps is too small to count beside the mean square."""
-    x, grad = (ss.float_values((5, width), "small integers", data.draw(ss.GENERATOR_SEEDS)) for _ in range(2))
-    x, grad = torch.where(x == 0, 1.0, x).to(dtype), grad.to(dtype)
-    exact(
-        ops.rms_norm_weight_grad(grad, x * 2.0**power, eps=1e-12),
-        ops.rms_norm_weight_grad(grad, x * 2.0**9, eps=1e-12),
-    )
 
 
 @law(
