@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -289,7 +290,11 @@ def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def run_cases(which: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "bench/bench_cases.py", "-k", which, *arguments]
-    return subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, timeout=300, check=False)
+    # Where the suite itself is spread over processes, its own run is not.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return subprocess.run(
+        command, cwd=machine.ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def test_results_of_another_device_are_refused(tmp_path: Path) -> None:
