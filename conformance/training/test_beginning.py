@@ -247,7 +247,7 @@ def test_a_table_goes_with_its_module(text: Path, tmp_path: Path, monkeypatch: p
 
 def test_names_are_many_at_most() -> None:
     names = tuple(f"part.{i}" for i in range(25))
-    found = beginning.Beginning("x", 1, "0", ("a",), names, ()).losses()
+    found = beginning.Beginning("x", 1, "0", ("a",), names, ()).all_warnings()
     assert len(found) == 1 and found[0].endswith("part.19 and 5 more")
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
 import torch
 
@@ -241,48 +241,6 @@ def find_texts(source: str, run: Path | None = None) -> tuple[list[Text], dict[s
     )
 
 
-def check_same_data(corpus: Corpus, recorded: Mapping[str, Any] | None) -> None:
-    """Refuse to go on with other bytes than the run was started with.
-
-    Args:
-        corpus: the bytes now.
-        recorded: settings of the run that is resumed, or None for a new one.
-
-    Raises:
-        TrainingError: the digests differ.
-    """
-    if recorded is not None and recorded["data_sha256"] != corpus.sha256:
-        raise TrainingError(
-            f"the run was started with data {recorded['data']!r} of {recorded['data_bytes']} bytes with SHA-256 "
-            f"{recorded['data_sha256'][:12]}... and cannot go on with data {corpus.source!r} of "
-            f"{corpus.data_N.numel()} bytes with SHA-256 {corpus.sha256[:12]}..."
-        )
-
-
-def check_same_split(corpus: Corpus, split: Split, context: int, recorded: Mapping[str, Any] | None) -> None:
-    """Refuse to go on with other validation bytes than the run was started with.
-
-    Args:
-        corpus, split: the bytes and how they are cut now.
-        context: bytes of a window.
-        recorded: settings of the run that is resumed, or None for a new one. A run that does not say how its bytes were cut is
-            from before folders were cut file by file.
-
-    Raises:
-        TrainingError: they differ.
-    """
-    if recorded is None:
-        return
-    if (
-        recorded.get("validation_sha256", _by_block(corpus, context).validation_sha256())
-        != split.validation_sha256()
-    ):
-        raise TrainingError(
-            f"the run was started with other validation bytes of {corpus.source!r}, which was cut by another rule, and cannot "
-            "go on with these"
-        )
-
-
 def split_corpus(corpus: Corpus, context: int) -> Split:
     """Return a corpus cut into training and validation bytes.
 
@@ -312,7 +270,7 @@ def split_corpus(corpus: Corpus, context: int) -> Split:
     validation = []
     if len(corpus.ends) > 1 and total < VALIDATION_EVERY * BLOCK_BYTES:
         validation = _ends_of_files(corpus.ends, context)
-    return _cut(total, validation) if validation else _by_block(corpus, context)
+    return _cut(total, validation) if validation else split_by_block(corpus, context)
 
 
 def split_apart(train: Corpus, validation: Corpus, context: int) -> Split:
@@ -338,27 +296,6 @@ def split_apart(train: Corpus, validation: Corpus, context: int) -> Split:
     return Split(Segments(((0, train.data_N.numel()),)), Segments(((0, validation.data_N.numel()),)))
 
 
-def check_same_validation(validation: Corpus | None, recorded: Mapping[str, Any] | None) -> None:
-    """Refuse to go on with other bytes to be judged by than the run was started with.
-
-    Args:
-        validation: the bytes of `val_data` now, or None where the run has none.
-        recorded: settings of the run that is resumed, or None for a new one.
-
-    Raises:
-        TrainingError: the digests differ, or the run was started without `val_data`.
-    """
-    if recorded is None or validation is None:
-        return
-    before = recorded.get("val_data_sha256")
-    if before != validation.sha256:
-        was = "without val_data" if before is None else f"with val_data of SHA-256 {str(before)[:12]}..."
-        raise TrainingError(
-            f"the run was started {was} and cannot go on with val_data {validation.source!r} of SHA-256 "
-            f"{validation.sha256[:12]}..."
-        )
-
-
 def _ends_of_files(ends: Sequence[int], context: int) -> list[tuple[int, int]]:
     """Return a tenth of the bytes at the ends of files that also keep a window for training; none where no file has room."""
     runs = []
@@ -374,7 +311,8 @@ def _ends_of_files(ends: Sequence[int], context: int) -> list[tuple[int, int]]:
     return runs
 
 
-def _by_block(corpus: Corpus, context: int) -> Split:
+def split_by_block(corpus: Corpus, context: int) -> Split:
+    """Return a corpus cut by blocks alone, whatever its files are; see `split_corpus`."""
     total = corpus.data_N.numel()
     block = max(context, min(BLOCK_BYTES, total // VALIDATION_EVERY))
     num_blocks = total // block

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arbitor.optimized.training.census import KINDS
+from arbitor.optimized.training.facts import RunFacts
 from arbitor.optimized.training.shown import shown
 from arbitor.optimized.training.whole_file import told, write_whole
 from arbitor.reference.constants import ACCUM_MAX
@@ -58,6 +59,26 @@ def plot_loss(path: Path, metrics: Metrics, baselines: Mapping[str, float]) -> N
     figure = _figure((8, 5), layout="constrained")
     _draw_loss(figure.add_subplot(), metrics, baselines)
     _write(path, figure, dpi=120)
+
+
+def draw_page(path: Path, facts: RunFacts) -> None:
+    """Draw the page of a run from all that is known of it; see `write_report`.
+
+    Args:
+        path: PNG file to write.
+        facts: of the run, its lines of metrics among them.
+
+    Raises:
+        TrainingError: the file cannot be written; what was there before is intact.
+    """
+    write_report(
+        path,
+        facts.metrics,
+        facts.words(),
+        baselines=facts.baselines,
+        steps=facts.run["steps"],
+        planned_rate=facts.planned_rate(),
+    )
 
 
 def write_report(
