@@ -40,11 +40,11 @@ def evaluate(
 
     Every byte of a file is predicted once, but for its first three.
     """
-    from arbitor.optimized.training.data import find_texts
     from arbitor.optimized.training.evaluate import Measured, file_bpb
     from arbitor.optimized.training.model_folder import open_model, trained_context
     from arbitor.optimized.training.options import preset_defaults
     from arbitor.optimized.training.runtime import choose_runtime
+    from arbitor.optimized.training.texts import find_texts
 
     runtime = choose_runtime(device or "auto", backend, dtype)
     found = [(source, *find_texts(source)) for source in sources]

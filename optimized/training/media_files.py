@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arbitor.optimized.training.data import NAMED_LEFT_OUT, VALIDATION_EVERY, no_data, walk
+from arbitor.optimized.training.data import VALIDATION_EVERY
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.regular import open_regular, read_regular
 from arbitor.optimized.training.shown import shown
+from arbitor.optimized.training.texts import NAMED_LEFT_OUT, no_data, walk
 from arbitor.reference.config import parsed_json
 
 SUFFIXES: Mapping[str, frozenset[str]] = {

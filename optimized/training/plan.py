@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from arbitor.optimized.training.checkpoint import load_header
-from arbitor.optimized.training.data import STDLIB
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.media import check_kinds
 from arbitor.optimized.training.options import BOUND, CHANGES, ROWS, Settings, TrainOptions, preset_defaults
 from arbitor.optimized.training.regular import JSON_BYTES, read_regular
 from arbitor.optimized.training.run_folder import check_model
 from arbitor.optimized.training.sizes import config_of
+from arbitor.optimized.training.texts import STDLIB
 from arbitor.reference.config import SIGN_VOTES, ArbConfig, parsed_json, with_fields, with_modules
 from arbitor.reference.presets import PRESETS
 from arbitor.reference.presets import preset as named_preset
