@@ -10,7 +10,6 @@ Legend: N outputs, K inputs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -248,41 +247,6 @@ class Ternary(Stateful):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the module returns."""
         return self.module(*args, **kwargs)
-
-    def backward(self, loss: Tensor, *, rate: float | Tensor, step: int | Tensor) -> bool:
-        """Run the backward pass of one micro-batch: ternary weights vote, and float parameters get gradients as always.
-
-        Args:
-            loss: a scalar computed with this module.
-            rate: size of the votes, 0 .. 127; about 6 while training is under way, falling to 0 towards its end.
-            step: number of this micro-batch, a coordinate of the dither.
-
-        Returns:
-            True; or False when the loss is not finite, in which case nothing has changed.
-
-        Raises:
-            TypeError or ValueError: a loss that is no scalar, has no graph, or was not computed with this module; a rate or step
-                that is not allowed.
-            RuntimeError: a weight was stepped or loaded since the loss was computed; or the model is torn, see `Voting`.
-        """
-        self.voting.check_whole()
-        checks.dtype_in("loss", loss, checks.FLOAT_DTYPES)
-        if loss.numel() != 1:
-            raise ValueError(f"loss has shape {tuple(loss.shape)}, but must be a scalar")
-        if not loss.requires_grad:
-            raise ValueError(
-                "loss has no graph, but must be computed with this module while gradients are on"
-            )
-        self.voting.strayed = False
-        if not math.isfinite(float(loss.detach())):
-            return False
-        with self.voting.taking(rate=rate, step=step) as taken:
-            loss.backward()
-            if not taken.reached:
-                raise ValueError(
-                    "loss was not computed with this module: its gradient came to none of the ternary weights"
-                )
-        return True
 
 
 def swap_linears(
