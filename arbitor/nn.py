@@ -103,6 +103,7 @@ class Linear(TernaryLinear):
         rules: Rules | None = None,
     ) -> None:
         _sizes(in_features=in_features, out_features=out_features)
+        checks.flag("bias", bias)
         context = _context(seed, device, dtype, ops, rules)
         super().__init__(context, in_features, out_features)
         self.in_features, self.out_features = in_features, out_features
@@ -116,11 +117,19 @@ class Linear(TernaryLinear):
     ) -> Self:
         """Return the layer whose weight is the nearest to that of a float layer, on its device; the bias is its own.
 
-        Raises TypeError for what is no nn.Linear, ValueError for a weight that is not finite.
+        Raises TypeError for what is no nn.Linear or of a dtype that no layer has, ValueError for a weight that is not finite or has
+        no values.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear is a {type(linear).__name__}, but must be a torch.nn.Linear")
         w_NK, rules = linear.weight.detach(), rules or Rules()
+        if w_NK.dtype not in checks.FLOAT_DTYPES:
+            raise TypeError(
+                f"linear has dtype {checks.names((w_NK.dtype,))}, but must have {checks.names(checks.FLOAT_DTYPES)}: "
+                "convert the model first, for example by .float()"
+            )
+        if w_NK.is_meta:
+            raise ValueError("linear is on the meta device, but must have values")
         form = {"group_size": rules.group_size, "mantissa_bits": rules.mantissa_bits}
         weight = ternarize(w_NK.cpu(), **form)
         layer = cls(
@@ -267,9 +276,12 @@ def swap_linears(
         What each layer lost, by name.
 
     Raises:
-        ValueError: nothing is selected; or a weight is not finite, or another layer's too, as that of an embedding often is. The
-            module is then as it was.
+        TypeError: what is given is no module, or a weight is of a dtype that no layer has.
+        ValueError: nothing is selected; or a weight is not finite, or another layer's too, as that of an embedding often is.
+        After an error the module is as it was.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module is a {type(module).__name__}, but must be a torch.nn.Module")
     chosen = {
         name: part
         for name, part in module.named_modules(remove_duplicate=False)
@@ -289,7 +301,13 @@ def swap_linears(
                     f"the weight of {name!r} is {owner!r} too, but must be of one layer: untie it, or leave the layer out"
                 )
     # A layer that stands in two places stays one layer.
-    swapped = {part: Linear.from_float(part, ops=ops, rules=rules) for part in dict.fromkeys(chosen.values())}
+    swapped: dict[nn.Linear, Linear] = {}
+    for name, part in chosen.items():
+        if part not in swapped:
+            try:
+                swapped[part] = Linear.from_float(part, ops=ops, rules=rules)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"the layer {name!r} is refused: {error}") from None
     losses = {}
     for name, part in chosen.items():
         layer = swapped[part]

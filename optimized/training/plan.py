@@ -51,7 +51,10 @@ def preset_config(preset: str) -> ArbConfig:
             return named_preset(preset)
         except ValueError as error:
             near = close_names(preset, PRESETS)
-            raise ValueError(f"{error}" + (f"; did you mean {near}?" if near else "")) from None
+            raise ValueError(
+                f"{error}, or a file that ends in {CONFIG_SUFFIX} or {CHECKPOINT_SUFFIX}"
+                + (f"; did you mean {near}?" if near else "")
+            ) from None
     path = Path(preset)
     try:
         content = read_regular(path, most=JSON_BYTES)
