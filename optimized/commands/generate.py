@@ -51,9 +51,7 @@ MOST_PROMPT_BYTES = 2**28
     default=0.8,
     help="Of the draws; 0: the likeliest byte [0.8].",
 )
-@click.option(
-    "--top-k", type=WholeNumber(1), help="Draw from so many of the likeliest bytes [all]."
-)
+@click.option("--top-k", type=WholeNumber(1), help="Draw from so many of the likeliest bytes [all].")
 @click.option(
     "--top-p",
     type=Number(0, 1, min_open=True),

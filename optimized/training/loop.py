@@ -121,21 +121,7 @@ def opened(options: TrainOptions, console: Console | None) -> Iterator[Run]:
         request = stack.enter_context(StopRequest(announced=announced).listening())
         options = _after_restart(options, world)
         folder = _folder(options) if world.is_first or options.run is not None else None
-        found = Found()
-        if folder is not None and options.resume:
-            folder.refuse_no_run()
-            if world.is_first:
-                stack.enter_context(folder.owned())
-            found = folder.find()
-        elif folder is not None:
-            folder.refuse_other_run()
-        settings = decide(options, found.settings, found.model)
-        runtime = choose_runtime(settings.device, settings.backend, settings.dtype)
-        world.take_device(runtime.device)
-        stack.enter_context(deterministic((found.settings or {}).get("threads")))
-        stack.enter_context(values_vouched_for())
-        path = None if folder is None else folder.path
-        run = Run(prepare(settings, runtime, world, found=found, folder=path), request)
+        run = Run(_prepared(options, folder, world, stack), request)
         request.stop_before("its first step; nothing was written")
         # Rank 0 alone writes.
         folder = folder if world.is_first else None
@@ -145,6 +131,27 @@ def opened(options: TrainOptions, console: Console | None) -> Iterator[Run]:
         run.begin(folder, saves=options.save, console=console)
         stack.callback(run.monitor.close)
         yield run
+
+
+def _prepared(options: TrainOptions, folder: RunFolder | None, world: World, stack: ExitStack) -> Prepared:
+    """Return what a run begins to step with. What holds until the run is closed is entered on the stack.
+
+    What was found to go on from ends here, since its tensors are as large as the model.
+    """
+    found = Found()
+    if folder is not None and options.resume:
+        folder.refuse_no_run()
+        if world.is_first:
+            stack.enter_context(folder.owned())
+        found = folder.find()
+    elif folder is not None:
+        folder.refuse_other_run()
+    settings = decide(options, found.settings, found.model)
+    runtime = choose_runtime(settings.device, settings.backend, settings.dtype)
+    world.take_device(runtime.device)
+    stack.enter_context(deterministic((found.settings or {}).get("threads")))
+    stack.enter_context(values_vouched_for())
+    return prepare(settings, runtime, world, found=found, folder=None if folder is None else folder.path)
 
 
 def _after_restart(options: TrainOptions, world: World) -> TrainOptions:

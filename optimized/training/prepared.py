@@ -32,7 +32,7 @@ class Prepared:
         settings: of the run, the runtime's choices among them.
         runtime: where it runs.
         world: the processes that it is made of.
-        found: what it goes on from.
+        found: what it goes on from, without the tensors of its checkpoint.
         text: what it learns from and is judged by.
         mix: the data that it has beside one text, or None.
         model: what learns, as it is before the first step of this process.
@@ -109,6 +109,8 @@ def prepare(
     if found.checkpoint is not None:
         check_fits(found.checkpoint, config_json, model)
         model.load_state(found.checkpoint.state)
+        # The model has the tensors now, and a run keeps no second copy of them.
+        found = replace(found, checkpoint=replace(found.checkpoint, state={}))
     elif settings.init_from is not None:
         beginning = begin_with(model, settings.init_from)
     document = {
@@ -120,8 +122,8 @@ def prepare(
     }
     if settings.init_from is not None:
         document["init_sha256"] = same_beginning(settings.init_from, beginning, found.settings)
-    checkpoint = None if found.checkpoint is None else found.checkpoint.state_sha256
-    check_agreement(world, config=config_json, document=document, checkpoint=checkpoint)
+    digest = None if found.checkpoint is None else found.checkpoint.state_sha256
+    check_agreement(world, config=config_json, document=document, checkpoint=digest)
     train_together(model, world)
     return Prepared(
         settings=settings,
