@@ -20,18 +20,7 @@ from torch import Tensor, nn
 
 from arbitor.model import settled
 from arbitor.reference import checks
-from arbitor.reference.config import ArbConfig
-from arbitor.reference.constants import (
-    DEFAULT_GROUP_SIZE,
-    DEFAULT_MANTISSA_BITS,
-    DEFAULT_ORTHOGONAL_STEPS,
-    DEFAULT_THETA,
-    DEFAULT_THETA_E,
-    EXPONENT_RULES,
-    GROUP_SIZES,
-    MAX_ORTHOGONAL_STEPS,
-    ON_FLIP,
-)
+from arbitor.reference.config import ArbConfig, at_rest, check_rules
 from arbitor.reference.convert import Loss, loss_of, ternarize
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
@@ -48,23 +37,17 @@ class Rules:
     Votes are always stochastic. Raises TypeError or ValueError, one sentence, for a field that is not allowed.
     """
 
-    group_size: int = DEFAULT_GROUP_SIZE
-    mantissa_bits: int = DEFAULT_MANTISSA_BITS
-    theta: int = DEFAULT_THETA
-    theta_e: int = DEFAULT_THETA_E
-    on_flip: str = "reset"
-    exponent_rule: str = "score"
-    orthogonal_steps: int = DEFAULT_ORTHOGONAL_STEPS
+    group_size: int = at_rest("group_size")
+    mantissa_bits: int = at_rest("mantissa_bits")
+    theta: int = at_rest("theta")
+    theta_e: int = at_rest("theta_e")
+    on_flip: str = at_rest("on_flip")
+    exponent_rule: str = at_rest("exponent_rule")
+    orthogonal_steps: int = at_rest("orthogonal_steps")
 
     def __post_init__(self) -> None:
         """Refuse a field that is not allowed."""
-        checks.one_of("group_size", self.group_size, GROUP_SIZES)
-        checks.mantissa_bits(self.mantissa_bits)
-        checks.threshold("theta", self.theta)
-        checks.threshold("theta_e", self.theta_e)
-        checks.one_of("on_flip", self.on_flip, ON_FLIP)
-        checks.one_of("exponent_rule", self.exponent_rule, EXPONENT_RULES)
-        checks.integer("orthogonal_steps", self.orthogonal_steps, 0, MAX_ORTHOGONAL_STEPS)
+        check_rules(self)
 
     @property
     def vote_rule(self) -> str:

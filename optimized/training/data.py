@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.optimized.training.texts import NAMED_LEFT_OUT, STDLIB, find_texts
+from arbitor.optimized.training.texts import STDLIB, find_texts, in_words
 from arbitor.reference.config import NGRAM
 
 BLOCK_BYTES = 64 * 1024
@@ -54,12 +54,7 @@ class Corpus:
     def description(self) -> str:
         """Return how many files and bytes these are, and what was left out, by number and name."""
         files = f"{self.num_files:,} file{'' if self.num_files == 1 else 's'}"
-        parts = []
-        for reason, paths in self.left_out.items():
-            more = ", ..." if len(paths) > NAMED_LEFT_OUT else ""
-            parts.append(f"{len(paths):,} {reason} ({', '.join(paths[:NAMED_LEFT_OUT])}{more})")
-        left_out = f"; left out: {', '.join(parts)}" if parts else ""
-        return f"{files}, {self.data_N.numel():,} bytes{left_out}"
+        return f"{files}, {self.data_N.numel():,} bytes{in_words(self.left_out)}"
 
 
 @dataclass(frozen=True)

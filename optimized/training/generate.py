@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Required, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -35,30 +35,29 @@ PIECE = 4096
 """Bytes of a prompt that are read in one pass: activations of no more are held at a time."""
 
 
+class Drawing(TypedDict, total=False):
+    """How `stream_batch` draws, reads and ends; it says what each of these is."""
+
+    temperature: Required[float]
+    top_k: int | None
+    top_p: float | None
+    stop: Sequence[bytes]
+    context: int | None
+    cuda_graph: bool
+
+
 def generate(
     model: ArbModel,
     prompt: bytes,
     num_bytes: int,
     *,
-    temperature: float,
     seed: int,
-    stop: Sequence[bytes] = (),
-    context: int | None = None,
     media: Features | None = None,
-    cuda_graph: bool = False,
+    **how: Unpack[Drawing],
 ) -> bytes:
     """Return the continuation of a prompt: `generate_batch` of one."""
-    [added] = generate_batch(
-        model,
-        [prompt],
-        num_bytes,
-        temperature=temperature,
-        seeds=[seed],
-        stop=stop,
-        context=context,
-        media=None if media is None else [media],
-        cuda_graph=cuda_graph,
-    )
+    before = None if media is None else [media]
+    [added] = generate_batch(model, [prompt], num_bytes, seeds=[seed], media=before, **how)
     return added
 
 
@@ -67,30 +66,13 @@ def generate_batch(
     prompts: Sequence[bytes],
     num_bytes: int,
     *,
-    temperature: float,
     seeds: Sequence[int],
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop: Sequence[bytes] = (),
-    context: int | None = None,
     media: Sequence[Features] | None = None,
-    cuda_graph: bool = False,
+    **how: Unpack[Drawing],
 ) -> list[bytes]:
     """Return the continuations of several prompts: all that `stream_batch`, which see, yields for each of them."""
     added = [bytearray() for _ in prompts]
-    for pieces in stream_batch(
-        model,
-        prompts,
-        num_bytes,
-        temperature=temperature,
-        seeds=seeds,
-        top_k=top_k,
-        top_p=top_p,
-        stop=stop,
-        context=context,
-        media=media,
-        cuda_graph=cuda_graph,
-    ):
+    for pieces in stream_batch(model, prompts, num_bytes, seeds=seeds, media=media, **how):
         for whole, piece in zip(added, pieces, strict=True):
             whole += piece
     return [bytes(whole) for whole in added]

@@ -6,7 +6,7 @@ import io
 import os
 import stat
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,15 @@ RUN_FILES = ("config.json", "metrics.jsonl")
 _STDLIB_SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "__pycache__", "lib2to3"}
 )
+
+
+def in_words(left_out: Mapping[str, Sequence[str]]) -> str:
+    """Return what was left out of a folder, by number and name, as the end of a sentence; nothing where all was taken."""
+    parts = []
+    for reason, paths in left_out.items():
+        more = ", ..." if len(paths) > NAMED_LEFT_OUT else ""
+        parts.append(f"{len(paths):,} {reason} ({', '.join(paths[:NAMED_LEFT_OUT])}{more})")
+    return f"; left out: {', '.join(parts)}" if parts else ""
 
 
 @dataclass(frozen=True)
