@@ -318,6 +318,8 @@ test_refusals_of_edges = refusals(
     refused("edge_sum", "no nodes", ValueError, "h_ND", ones(0, 5), _slots(-1, -1), _ROW),
     refused("edge_sum", "another device", ValueError, "neighbours_RJ", _H, meta(1, 2, dtype=_I32), _ROW),
     refused("edge_sum", "signs elsewhere", ValueError, "signs_RJ", _H, _slots(0, 1), meta(1, 2)),
+    refused("edge_sum_sign_grad", "nodes of one dimension", ValueError, "h_ND", ones(1, 5), ones(5), _slots(0, 1)),
+    refused("edge_sum_sign_grad", "no nodes", ValueError, "h_ND", ones(1, 5), ones(0, 5), _slots(-1, -1)),
     refused("edge_sum_input_grad", "neighbour N", ValueError,
             "neighbours_RJ", ones(1, 5), _slots(0, 4), _ROW, num_nodes=4),
     refused("edge_sum_input_grad", "no nodes", ValueError,
