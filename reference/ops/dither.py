@@ -32,10 +32,9 @@ _WORD = 0xFFFFFFFF
 
 def multiply_words(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     """Return the high and low 32 bits of a * b for int64 tensors holding uint32 words."""
-    # The full product needs 64 unsigned bits, one more than int64 holds, so it is built from 16-bit halves of `a`.
-    low_product = (a & 0xFFFF) * b
-    high_product = (a >> 16) * b + (low_product >> 16)
-    return high_product >> 16, ((high_product & 0xFFFF) << 16) | (low_product & 0xFFFF)
+    # int64 wraps modulo 2**64, so the bits are those of the unsigned product, also where its sign is lost.
+    product = a * b
+    return (product >> 32) & _WORD, product & _WORD
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
