@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from arbitor.optimized.training.runtime import Runtime
 
@@ -62,6 +63,32 @@ def recorded(*runs: Callable[[], None]) -> list[torch.cuda.CUDAGraph]:
                 run()
             graphs.append(graph)
     return graphs
+
+
+class Readout:
+    """Reads a few numbers of a device, while the device goes on with the work that is launched after them.
+
+    Attributes:
+        tensor: what is read. It must not be written to between `begin` and `numbers`.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        """Begin with a tensor. On CUDA its copy has pinned memory, so that the host does not wait for the copy to end."""
+        self.tensor = tensor
+        self._copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        self._done = torch.cuda.Event() if tensor.is_cuda else None
+
+    def begin(self) -> None:
+        """Read the numbers once all work that was launched so far is done."""
+        self._copy.copy_(self.tensor, non_blocking=True)
+        if self._done is not None:
+            self._done.record()
+
+    def numbers(self) -> list[float]:
+        """Wait for the numbers that were read last, and for no later work, and return them."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._copy.tolist()
 
 
 @contextmanager

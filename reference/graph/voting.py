@@ -223,7 +223,7 @@ class Voting:
             raise
         finally:
             self.current = None
-        if moves:
+        if taken.moves:
             self.leave(taken.notes, step=step)
 
     def leave(self, notes: Iterable[Note], *, step: int | Tensor) -> None:
