@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arbitor.optimized import settings
 from arbitor.reference import ops as reference_ops
 from bench import cases
 from bench.cases import BenchRow, Case
@@ -52,11 +53,11 @@ def called_with(case: Case, op: str) -> Sizes:
 
 
 class Gate:
-    """Checks each op once for each size that it is checked at, and remembers the verdict."""
+    """Checks each op once for each path and for each size that it is checked at, and remembers the verdict."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.verdicts: dict[tuple[str, tuple[tuple[str, int], ...]], str | None] = {}
+        self.verdicts: dict[tuple[str, str | None, tuple[tuple[str, int], ...]], str | None] = {}
 
     def ours(self, op: str, sizes: Sizes) -> None:
         """Raise Red unless our op agrees with the reference, in the way that its row of the table says.
@@ -66,7 +67,7 @@ class Gate:
         """
         row = cases.rows()[op]
         checked = small(row, sizes)
-        key = (op, tuple(sorted(checked.items())))
+        key = (op, settings.path(), tuple(sorted(checked.items())))
         if key not in self.verdicts:
             self.verdicts[key] = self._compare(op, checked)
         if self.verdicts[key] is not None:

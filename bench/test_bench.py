@@ -109,7 +109,9 @@ def test_every_stored_result_is_of_a_case() -> None:
 def test_linears_are_timed_at_every_width_and_number_of_tokens() -> None:
     for op in ("linear", "linear_input_grad", "linear_weight_grad"):
         found = {(s["M"], s["N"], s["K"]) for s in cases.rows()[op].shapes.values()}
-        assert {(m, n, n) for m in (1, 16, 64, 512, 4096) for n in (3072, 7168)} <= found
+        assert {(m, n, n) for m in (1, 8, 16, 64, 512, 4096) for n in (3072, 7168)} <= found
+    found = {(s["M"], s["N"], s["K"]) for s in cases.rows()["linear"].shapes.values()}
+    assert {(m, 16384, 15360) for m in (1, 8, 16, 64)} <= found
 
 
 def test_what_is_left_out_is_counted() -> None:
@@ -253,7 +255,7 @@ def test_a_wrong_op_gets_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_gates_keep_what_chooses_a_kernel() -> None:
     linear, conv = cases.all_cases()["linear-7168_m16-ours"], cases.all_cases()["conv1d-7168-ours"]
-    kept = {"M": 16, "N": 256, "K": 2304, "G": 12, "float_bytes": 2}
+    kept = {"M": 16, "N": 7168, "K": 2304, "G": 12, "float_bytes": 2}
     assert {**gate.small(linear.row, linear.sizes)} == kept
     assert gate.small(conv.row, conv.sizes)["stride"] == 2 and gate.small(conv.row, conv.sizes)["N"] == 64
 
