@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from arbitor.optimized.training.plan import decide, preset_config
 from arbitor.optimized.training.recording import LAUNCHED_FIRST, records
 from arbitor.optimized.training.runtime import Runtime
 from arbitor.reference.config import ArbConfig
-from arbitor.reference.graph import ArbModel, TernaryEmbedding, TernaryModule, voting
+from arbitor.reference.graph import ArbModel, TernaryEmbedding, TernaryModule, grouped, layers, voting
 from arbitor.reference.graph.voting import Note
 from conformance.compare import exact
 from conformance.graph import models
@@ -252,6 +253,38 @@ def test_recorded_passes_and_steps_are_those_that_are_launched(monkeypatch: pyte
     for wrong in ({"rate": 128.0}, {"step": -1}, {"step": 2**32}):
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))} is"):
             passes.take(models.random_ids(2, 16), **{"rate": 1.0, "step": 99, **wrong})
+
+
+def test_what_is_recorded_side_by_side_may_run_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stacks of gradients, the weights of a stack, and the steps of weights. Several uses of one weight stay in their order."""
+    for module in (layers, grouped):
+        # So that matrices of several shapes are made orthogonal.
+        monkeypatch.setattr(module, "MIN_ORTHOGONAL_RANK", 4)
+    in_turn, backwards = (ArbModel(LIVELY, seed=3) for _ in range(2))
+    most: list[int] = []
+
+    def last_first(pieces: Sequence[Callable[[], None]]) -> None:
+        most.append(len(pieces))
+        for piece in reversed(pieces):
+            piece()
+
+    backwards.voting.apart = last_first
+    for step in range(2):
+        ids_BT = models.random_ids(2, 16, seed=step)
+        for model in (in_turn, backwards):
+            # So strong that many counts saturate.
+            model.backward(model.losses(ids_BT), rate=100.0, step=step)
+        counts = [
+            {name: weight.trit_accum for name, weight in model.weights().items()}
+            for model in (in_turn, backwards)
+        ]
+        for name, want in counts[0].items():
+            exact(counts[1][name], want, name)
+        for model in (in_turn, backwards):
+            model.step()
+    stacks, of_stacks, steps = most[0], most[1 : 1 + most[0]], most[1 + most[0]]
+    assert stacks > 3 and max(of_stacks) > 1 and steps == len(in_turn.ternary_modules())
+    assert state_sha256(backwards.state()) == state_sha256(in_turn.state())
 
 
 def test_at_rate_zero_a_recorded_pass_moves_nothing() -> None:

@@ -11,13 +11,15 @@ launched kernels.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from operator import is_
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from arbitor.optimized.training.recording import LAUNCHED_FIRST, Readout, recorded
+from arbitor.optimized.training.recording import LAUNCHED_FIRST, Readout, recorded, side_by_side
 from arbitor.reference import checks
 
 if TYPE_CHECKING:
@@ -176,12 +178,24 @@ class RecordedPasses(Passes):
 
     def _record(self) -> tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph]:
         """Record both passes; the second reads what the first leaves."""
-        forward, backward = recorded(self._forward, self._backward)
+        with self._apart():
+            forward, backward = recorded(self._forward, self._backward)
         return forward, backward
 
     def _record_step(self) -> torch.cuda.CUDAGraph:
         """Record the step of all weights that the recorded pass lets vote."""
         # The recorded step reads rows where replays write them, and no copies of them.
         self.model.voting.notes = list(self._notes)
-        [graph] = recorded(self.model.step_weights)
+        with self._apart():
+            [graph] = recorded(self.model.step_weights)
         return graph
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Let work of which no piece needs another one be recorded side by side."""
+        voting = self.model.voting
+        voting.apart, before = side_by_side, voting.apart
+        try:
+            yield
+        finally:
+            voting.apart = before

@@ -7,16 +7,20 @@ the bits that launching gives.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from arbitor.optimized.training.runtime import Runtime
+from arbitor.reference.graph.voting import in_turn
 
 LAUNCHED_FIRST = 2
 """Runs before the one that is recorded: in them kernels are compiled, and libraries set themselves up."""
+
+BRANCHES = 8
+"""Most branches of a CUDA graph that begin at one place."""
 
 
 def records(
@@ -89,6 +93,26 @@ class Readout:
         if self._done is not None:
             self._done.synchronize()
         return self._copy.tolist()
+
+
+def side_by_side(pieces: Sequence[Callable[[], None]]) -> None:
+    """Run pieces of work that do not depend on each other as branches of the CUDA graph that is being recorded.
+
+    Small kernels leave most of a device idle. Kernels of several branches fill it. Where nothing is recorded the pieces run in
+    turn. What is given to a piece must live until this function returns.
+    """
+    if len(pieces) < 2 or not torch.cuda.is_current_stream_capturing():
+        in_turn(pieces)
+        return
+    stem = torch.cuda.current_stream()
+    branches = [torch.cuda.Stream() for _ in range(min(BRANCHES, len(pieces)))]
+    for branch in branches:
+        branch.wait_stream(stem)
+    for place, piece in enumerate(pieces):
+        with torch.cuda.stream(branches[place % len(branches)]):
+            piece()
+    for branch in branches:
+        stem.wait_stream(branch)
 
 
 @contextmanager

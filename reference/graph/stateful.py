@@ -51,8 +51,9 @@ class Stateful(ArbModule):
 
     def step_weights(self) -> None:
         """Apply the step rule to all weights that voted. It is the first half of a step, inside of `stepping`."""
-        for module in self.ternary_modules().values():
-            module.step_weight()
+        # A step delivers notes before it looks at its own weight.
+        self.voting.deliver()
+        self.voting.apart([module.step_weight for module in self.ternary_modules().values()])
         self.voting.ranks.finish()
 
     def step_tables(self) -> None:
