@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from importlib.util import find_spec
 
 import torch
 
@@ -240,6 +241,9 @@ def why_left_out(case: Case) -> str | None:
             return "a train step takes minutes in Triton's interpreter"
     if case.implementation == OURS_ON_TRITON and on_one_path():
         return "ours runs on Triton's kernels alone"
+    peer = next((peer for peer in peers_of(case.row.name) if peer.name == case.implementation), None)
+    if peer is not None and peer.needs and not (machine.on_gpu() and find_spec(peer.needs)):
+        return f"{peer.needs} is not installed, or there is no GPU"
     large = sizes.get("N", 0) * sizes.get("K", 0) > REFERENCE_MAX_WEIGHTS
     if case.implementation == REFERENCE and case.row.family in ("update", LINEARS) and large:
         return (
