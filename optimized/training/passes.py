@@ -11,15 +11,13 @@ launched kernels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from operator import is_
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from arbitor.optimized.training.recording import LAUNCHED_FIRST, Readout, recorded, side_by_side
+from arbitor.optimized.training.recording import LAUNCHED_FIRST, Readout, in_branches, recorded
 from arbitor.reference import checks
 
 if TYPE_CHECKING:
@@ -178,7 +176,7 @@ class RecordedPasses(Passes):
 
     def _record(self) -> tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph]:
         """Record both passes; the second reads what the first leaves."""
-        with self._apart():
+        with in_branches(self.model.voting):
             forward, backward = recorded(self._forward, self._backward)
         return forward, backward
 
@@ -186,16 +184,6 @@ class RecordedPasses(Passes):
         """Record the step of all weights that the recorded pass lets vote."""
         # The recorded step reads rows where replays write them, and no copies of them.
         self.model.voting.notes = list(self._notes)
-        with self._apart():
+        with in_branches(self.model.voting):
             [graph] = recorded(self.model.step_weights)
         return graph
-
-    @contextmanager
-    def _apart(self) -> Iterator[None]:
-        """Let work of which no piece needs another one be recorded side by side."""
-        voting = self.model.voting
-        voting.apart, before = side_by_side, voting.apart
-        try:
-            yield
-        finally:
-            voting.apart = before

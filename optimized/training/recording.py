@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.training.runtime import Runtime
-from arbitor.reference.graph.voting import in_turn
+from arbitor.reference.graph.voting import Voting, in_turn
 
 LAUNCHED_FIRST = 2
 """Runs before the one that is recorded: in them kernels are compiled, and libraries set themselves up."""
@@ -93,6 +93,16 @@ class Readout:
         if self._done is not None:
             self._done.synchronize()
         return self._copy.tolist()
+
+
+@contextmanager
+def in_branches(voting: Voting) -> Iterator[None]:
+    """Let the independent work of passes and steps be recorded side by side within the block."""
+    voting.apart, before = side_by_side, voting.apart
+    try:
+        yield
+    finally:
+        voting.apart = before
 
 
 def side_by_side(pieces: Sequence[Callable[[], None]]) -> None:
