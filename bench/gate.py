@@ -35,10 +35,18 @@ def small(row: BenchRow, sizes: Sizes) -> Sizes:
     left: tiles have their full width, the last is ragged, sums are split, a program takes more than one tile.
     """
     tiny = row.shapes.get("tiny", sizes)
-    most = {**tiny, **MOST.get(row.family, {})}
-    if "M" in sizes:
-        most["M"] = max(MAX_TOKENS, most["M"])
-    return {name: size if name in KEPT else min(size, most[name]) for name, size in sizes.items()}
+    most: dict[str, int | tuple[int, ...]] = {**tiny, **MOST.get(row.family, {})}
+    tokens = most.get("M")
+    if isinstance(tokens, int):
+        most["M"] = max(MAX_TOKENS, tokens)
+    return {name: size if name in KEPT else _checked(size, most[name]) for name, size in sizes.items()}
+
+
+def _checked(size: int, most: int | tuple[int, ...]) -> int:
+    """Return the size of a check for the size that is timed."""
+    if isinstance(most, int):
+        return min(size, most)
+    return max((reached for reached in most if reached <= size), default=size)
 
 
 def called_with(case: Case, op: str) -> Sizes:
