@@ -92,7 +92,7 @@ class Stateful(ArbModule):
 
     def step_weights(self) -> None:
         """Apply the step rule to all weights that voted. It is the first half of a step, inside of `stepping`."""
-        # A step delivers notes before it looks at its own weight.
+        # Each step would deliver all notes, and steps may run side by side.
         self.voting.deliver()
         self.voting.apart([module.step_weight for module in self.ternary_modules().values()])
         self.voting.ranks.finish()
