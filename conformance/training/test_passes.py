@@ -87,10 +87,14 @@ def without_graphs(monkeypatch: pytest.MonkeyPatch, replayed: list[str]) -> None
 
         def backward() -> None:
             replayed.append("backward")
+            strayed, torn = passes.model.voting.strayed, passes.model.voting.torn
+            passes.model.voting.torn = False
             with monkeypatch.context() as patch:
                 # A recording does not read its rate, which counts as above 0.
                 patch.setattr(voting, "Pass", lambda **given: voting_pass(**{**given, "moves": True}))
                 passes._backward()
+            # A replay runs no Python.
+            passes.model.voting.strayed, passes.model.voting.torn = strayed, torn
             for note, new in zip(in_graphs, passes._notes, strict=True):
                 for old_tensor, tensor in zip(note.seen, new.seen, strict=True):
                     if old_tensor is not None and tensor is not None:
@@ -167,6 +171,7 @@ STEPS = (
     ["accepted", "loaded", "launched"],
     ["accepted", "launched"],
     ["loaded"],
+    ["strayed", "accepted"],
     ["accepted"],
 )
 """What happens before each step: passes of recorded passes, and what else a user does. The first passes are launched,
@@ -175,7 +180,7 @@ until two were accepted."""
 REPLAYED_PASSES = sum(event in FIRST_BYTES for events in STEPS[3:] for event in events) + 1
 """Passes after the first two accepted ones. The pass that follows them is refused."""
 
-REPLAYED_STEPS = 6
+REPLAYED_STEPS = 7
 """Steps of one replayed pass, whose notes still wait for the step, and whose rows nothing has written over."""
 
 
@@ -194,6 +199,9 @@ def do(passes: Passes, what: str, micro_step: int) -> float | None:
     elif what == "validated":
         with torch.no_grad():
             return float(model.losses(ids_BT.to(model.voting.faults.device))["bytes"])
+    elif what == "strayed":
+        ids_BT = ids_BT.to(model.voting.faults.device)
+        model.objective(model.losses(ids_BT)).backward()  # type: ignore[no-untyped-call]
     else:
         ids_BT = ids_BT.to(model.voting.faults.device)
         assert model.backward(model.losses(ids_BT), rate=models.RATE, step=micro_step)
@@ -221,6 +229,11 @@ def compared_with_launched(config: ArbConfig, **options: Any) -> tuple[RecordedP
     assert recorded.model.embedding.table.steps == launched.model.embedding.table.steps
     assert recorded.model.voting.version == launched.model.voting.version > len(STEPS)
     return recorded, outcomes
+
+
+def interrupted() -> list[float]:
+    """Be interrupted while the host waits for the loss."""
+    raise KeyboardInterrupt
 
 
 LIVELY = replace(WHOLE, theta=1, theta_e=1)
@@ -253,6 +266,13 @@ def test_recorded_passes_and_steps_are_those_that_are_launched(monkeypatch: pyte
     for wrong in ({"rate": 128.0}, {"step": -1}, {"step": 2**32}):
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))} is"):
             passes.take(models.random_ids(2, 16), **{"rate": 1.0, "step": 99, **wrong})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(passes._seen_2, "numbers", interrupted)
+        passes.take(models.random_ids(2, 16), rate=models.RATE, step=99)
+    # Votes were cast, and their notes were not left.
+    for again in (passes.step, lambda: passes.take(models.random_ids(2, 16), rate=models.RATE, step=100)):
+        with pytest.raises(RuntimeError, match="the model holds part of a pass or step that raised"):
+            again()
 
 
 def test_what_is_recorded_side_by_side_may_run_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:

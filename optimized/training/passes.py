@@ -90,6 +90,8 @@ class RecordedPasses(Passes):
         checks.vote_clock(self.model.voting.seed, step, 0)
         if rate == 0:  # nothing votes: it is no pass like the others
             return super().take(ids_BT, rate=rate, step=step)
+        voting = self.model.voting
+        voting.check_ready()
         self._fill(ids_BT, rate, step)
         if self._accepted >= LAUNCHED_FIRST and self._graphs is None:
             self._graphs = self._record()
@@ -97,12 +99,13 @@ class RecordedPasses(Passes):
         self._left = []
         objective, nats = self._launch() if self._graphs is None else self._replay(*self._graphs)
         if not math.isfinite(objective):
-            self._objective = None
+            self._objective, voting.torn = None, False
             return None
         self._accepted += 1
         # Copies, as the next replay writes over what this one left; and the step as a number, as the step rule is launched.
         self._left = [note.on(torch.clone) for note in self._notes]
-        self.model.voting.leave(self._left, step=step)
+        voting.leave(self._left, step=step)
+        voting.torn = voting.strayed = False
         return nats
 
     def step(self) -> None:
@@ -150,6 +153,8 @@ class RecordedPasses(Passes):
         """Do as `_launch` by the graphs. The backward graph is on its way before the host has seen the loss."""
         forward.replay()
         self._seen_2.begin()
+        # The votes are on their way. Until their notes are left, whoever interrupts this leaves the model torn.
+        self.model.voting.torn = True
         backward.replay()
         return self._seen_2.numbers()
 

@@ -203,9 +203,7 @@ class Voting:
             TypeError or ValueError: a rate, step or size that is not allowed, before anything ran.
             RuntimeError: another pass is open, or the model is torn.
         """
-        self.check_whole()
-        if self.current is not None:
-            raise RuntimeError("a pass is open, but must end before another one begins")
+        self.check_ready()
         recorded = self.faults.is_cuda and torch.cuda.is_current_stream_capturing()
         checks.vote_rate(rate, values=not recorded)
         checks.vote_clock(self.seed, step, 0, values=not recorded)
@@ -249,6 +247,12 @@ class Voting:
     def forget(self, module: object) -> None:
         """Drop the notes for one module."""
         self.notes = [note for note in self.notes if getattr(note.tell, "__self__", None) is not module]
+
+    def check_ready(self) -> None:
+        """Refuse a pass while another one is open, and a pass of a model that is torn, by a RuntimeError."""
+        self.check_whole()
+        if self.current is not None:
+            raise RuntimeError("a pass is open, but must end before another one begins")
 
     def check_whole(self) -> None:
         """Refuse a model that a pass or a step left torn, by a RuntimeError."""
