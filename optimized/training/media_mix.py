@@ -50,7 +50,7 @@ from arbitor.optimized.training.media_speech import (
     tokens_of,
     trained_codec,
 )
-from arbitor.reference.config import SPECIAL_IDS, ArbConfig
+from arbitor.reference.config import NGRAM, SPECIAL_IDS, ArbConfig
 from arbitor.reference.graph import Targets
 from arbitor.reference.graph.audio import AUDIO_CODES
 from arbitor.reference.graph.codec import AudioCodec
@@ -371,17 +371,23 @@ class Mix:
         tokens_BN: Tensor | None = None,
     ) -> Batch:
         """Return a batch of texts after media, or of texts that a latent or tokens answer."""
-        lead = lead_of(media) if media else first_window(b"")
         end = CAPTION_END if media else b""
-        room = self.settings.context - len(lead)
+        room = self.settings.context
         marks = [] if tokens_BN is None else spoken_marks(tokens_BN.shape[1])
-        rows = [[*lead, *(text + end)[:room]] for text in texts]
+        if media:
+            lead = lead_of(media)
+            leads_B1 = torch.full((len(texts), 1), len(lead))
+            rows = [[*lead, *(text + end)[: room - len(lead)]] for text in texts]
+        else:
+            # As a prompt is read. Marks before it would tell the router that no text is asked for.
+            rows = [first_window(text[:room]) for text in texts]
+            leads_B1 = torch.tensor([[max(0, NGRAM - len(text))] for text in texts])
         longest = max(len(row) for row in rows) + len(marks)
         pad = SPECIAL_IDS["PAD"]
         # Filling before a text would tell how long the text is.
         ids_BT = torch.tensor([row + marks + [pad] * (longest - len(row) - len(marks)) for row in rows])
         place_T, ends_B1 = torch.arange(longest), torch.tensor([[len(row)] for row in rows])
-        taught_BT = (place_T >= len(lead)) & (place_T < ends_B1)
+        taught_BT = (place_T >= leads_B1) & (place_T < ends_B1)
         # The first id behind a text is no mark.
         spoken_BT = (place_T > ends_B1) & (place_T < ends_B1 + len(marks)) if marks else None
         answered = self._answered(kind, len(texts))

@@ -95,6 +95,8 @@ def _hann(like: Tensor) -> Tensor:
 class TokenSpectra(TableModule):
     """The spectrum that each token stands for when it is spoken, int16 [V, S] in steps of 1 / 1024."""
 
+    spectra: Tensor
+
     def __init__(self, context: GraphContext) -> None:
         super().__init__(context)
         limits = torch.iinfo(torch.int16)

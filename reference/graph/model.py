@@ -272,6 +272,25 @@ class ArbModel(Stateful):
             )
 
     @as_it_is
+    def draw(self, ids_BT: Tensor, **media: Any) -> Tensor:
+        """Return the latent that answers each sequence, float32 [B, *latent_shape]; nothing votes.
+
+        Args:
+            ids_BT: int64 [B, T], T >= 3, without filling.
+            media:  features, as for `trunk`.
+
+        Raises:
+            TypeError or ValueError: ids or features that are not allowed.
+            RuntimeError: the model has no video head.
+        """
+        if self.video_head is None:
+            raise RuntimeError("draw was called, but the model must have a video head: video_latent is 0")
+        _check_ids(ids_BT, NGRAM)
+        with torch.no_grad():
+            drawn: Tensor = self.video_head(self._text(self.trunk(ids_BT, **media), ids_BT))
+        return drawn
+
+    @as_it_is
     def say(self, ids_BT: Tensor, frames: int, **media: Any) -> Tensor:
         """Return the audio tokens that answer each sequence, int64 [B, frames]; nothing votes.
 
