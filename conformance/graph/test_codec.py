@@ -101,25 +101,21 @@ def test_what_each_loss_moves(name: str, movers: set[str]) -> None:
 
 
 def test_the_codec_learns_tones() -> None:
-    """After a few steps the spectra of held-out tones are nearer than the mean spectrum, and so is the sound."""
-    made, num_steps = codec(), 48
-    first: dict[str, float] = {}
+    """The loss falls, and codes and sound tell tones apart: their spectra are nearer than the mean spectrum is."""
+    pool, num_steps = (250.0, 1000.0, 3000.0, 6000.0), 40
+    made, first = codec(), 0.0
     for step in range(num_steps):
-        rng = torch.Generator().manual_seed(step)
-        hertz = (200 + 200 * torch.randint(0, 4, (6,), generator=rng)).tolist()
-        losses = made.learn(tones(*hertz, frames=6), rate=6.0 * (1 - step / num_steps), step=step)
-        first = first or losses
-    assert losses["spectrum"] < first["spectrum"] / 3
-    learned_BT = tones(200, 400, 600, 800)
+        drawn = torch.randint(0, 4, (8,), generator=torch.Generator().manual_seed(step)).tolist()
+        audio_BT = tones(*(pool[place] for place in drawn), frames=8)
+        error = made.learn(audio_BT, rate=3.0 * (1 - step / num_steps), step=step)["spectrum"]
+        first = first or error
+    assert error < 0.8 * first
+    learned_BT, held_BT = tones(*pool), tones(*pool, frames=9)
     made.tabulate([learned_BT[:2], learned_BT[2:]])
-    held_BT = tones(200, 400, 600, 800, frames=9)
-    want_BFS = spectra(held_BT)
-    tokens_BF = made.tokens(held_BT)
-    print(first, losses)
+    want_BFS, tokens_BF = spectra(held_BT), made.tokens(held_BT)
     mean_error = (want_BFS - spectra(learned_BT).mean(dim=(0, 1))).square().mean()
-    print(mean_error, (made.spectra_of(tokens_BF) - want_BFS).square().mean(), (spectra(made.speak(tokens_BF)) - want_BFS).square().mean(), tokens_BF)
     assert (made.spectra_of(tokens_BF) - want_BFS).square().mean() < 0.5 * mean_error
-    assert (spectra(made.speak(tokens_BF)) - want_BFS).square().mean() < mean_error
+    assert (spectra(made.speak(tokens_BF)) - want_BFS).square().mean() < 0.5 * mean_error
 
 
 def test_the_table_is_the_mean_of_the_frames_of_each_token() -> None:

@@ -120,16 +120,16 @@ def route_loss(router: OutputRouter, h_BPD: Tensor, modality_B: Tensor, present:
 
 
 def latent_loss(head: VideoHead, h_BPD: Tensor, latent: Tensor, taught_B: Tensor | None) -> Tensor:
-    """Return the mean squared error of the latent after the loop, over the sequences that teach it; 0 without such sequences.
+    """Return the mean squared error of the noise that the head predicts, over the sequences that teach a latent; 0 without such.
 
-    Math:    mean over these sequences and their L numbers of (head(h) - target)^2, from the noise that generation starts from
-    Source:  REFACTOR12 (targets padded to the head's latent, mean squared error); docs/spec/heads.md
+    Math:    mean of `VideoHead.noise_errors` over these sequences
+    Source:  docs/spec/heads.md; targets are padded to the head's latent (REFACTOR12)
     """
     target_BL = head.fitted(latent, h_BPD.shape[0]).flatten(1)
     if taught_B is not None:
         # This comes before the square, because a NaN that is left out later has a NaN as its gradient.
         target_BL = torch.where(taught_B[:, None], target_BL, 0.0)
-    error_B = (head(h_BPD).flatten(1) - target_BL).square().mean(dim=1)
+    error_B = head.noise_errors(h_BPD, target_BL)
     if taught_B is None:
         return error_B.mean()
     return torch.where(taught_B, error_B, 0.0).sum() / head.voting.ranks.divisor(taught_B)
