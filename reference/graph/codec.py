@@ -221,8 +221,8 @@ class AudioCodec(Stateful):
         """
         losses = self.losses(audio_BT)
         weights = {"commitment": COMMITMENT}
-        with self.voting.taking(rate=rate, step=step, undo=False):
-            torch.stack([weights.get(name, 1.0) * value for name, value in losses.items()]).sum().backward()
+        total = torch.stack([weights.get(name, 1.0) * value for name, value in losses.items()]).sum()
+        self.backward(total, rate=rate, step=step, undo=False)
         self.step()
         return {name: value.item() for name, value in losses.items()}
 
