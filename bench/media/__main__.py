@@ -252,19 +252,11 @@ def vowels_right(run: Run) -> float:
     learned = mix.training_items("speech")[:JUDGES]
     examples = torch.stack([read_audio(item.path) for item in learned])
     parts = len(SLOTS["audio"])
-    spoken = [values_of("audio", item.text) for item in learned]
-    means = {
-        vowel: torch.stack(
-            [
-                part
-                for row, values in zip(parts_of(examples, parts), spoken, strict=True)
-                for part, value in zip(row, values, strict=True)
-                if value == vowel
-            ]
-        ).mean(dim=0)
-        for vowel in VOWELS
-    }
-    names, centres = list(means), torch.stack(list(means.values()))
+    heard: dict[str, list[Tensor]] = {}
+    for row, item in zip(parts_of(examples, parts), learned, strict=True):
+        for part, vowel in zip(row, values_of("audio", item.text), strict=True):
+            heard.setdefault(vowel, []).append(part)
+    names, centres = list(heard), torch.stack([torch.stack(each).mean(dim=0) for each in heard.values()])
     right = [
         names[int((centres - part).square().sum(dim=-1).argmin())] == value
         for row, item in zip(parts_of(said(run), parts), mix.held_out_items("speech"), strict=True)
