@@ -53,7 +53,7 @@ said right, and least share of right choices."""
 JUDGES = 200
 """Sounds that say what vowels sound like."""
 
-STEPS = 640
+STEPS = 560
 MIX = "text=1,image=3,audio=5,video=5,speech=2"
 """Length of the run, and how often a micro-batch is of each kind."""
 

@@ -168,7 +168,7 @@ def test_the_noise_that_is_learned_lets_each_step_draw_better() -> None:
             module.step_weight()
     found = errors()
     assert found == sorted(found, reverse=True)
-    assert found[-1] < 0.5 * float((target_KL - target_KL.mean(dim=0)).square().mean())
+    assert found[-1] < 0.8 * float((target_KL - target_KL.mean(dim=0)).square().mean())
 
 
 def test_noise_is_a_sum_of_bytes_by_scalar_philox() -> None:

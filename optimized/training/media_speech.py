@@ -30,7 +30,7 @@ from arbitor.reference.graph.codec import AudioCodec
 CODEC_FILE = "codec.safetensors"
 """File of a run folder that holds the codec, written as a checkpoint is."""
 
-CODEC_STEPS = 160
+CODEC_STEPS = 120
 """Steps that train a codec."""
 
 CODEC_BATCH = 16

@@ -22,7 +22,7 @@ from arbitor.reference.graph.module import ArbModule, uncompiled, used
 from arbitor.reference.graph.units import unit_rows
 from arbitor.reference.ops.denoise import Halting, attended, signal_share
 
-FIRST_SIGNAL = 1 / 2
+FIRST_SIGNAL = 3 / 4
 """Share of signal in the energy of the first latent. The loop as a whole divides by its root, whatever the number of steps, and so
 enlarges errors of the head by it. The measurement behind this number is in docs/spec/heads.md."""
 
