@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import with_modules
 from arbitor.reference.graph import ArbModel, Targets
 from arbitor.reference.graph.audio import AUDIO_CODES
@@ -22,6 +23,7 @@ from arbitor.reference.graph.talker import SPOKEN_STRIDE, spoken_marks
 from arbitor.reference.graph.targets import spoken_streams
 from conformance.compare import alike, exact
 from conformance.graph import models
+from conformance.subject import Subject
 
 SPEAKS = replace(models.WHOLE, talker_tokens=AUDIO_CODES)
 
@@ -140,6 +142,23 @@ def test_a_codec_is_saved_whole() -> None:
     other.load_state(made.state())
     audio_BT = tones(310.0)
     exact(other.speak(other.tokens(audio_BT)), made.speak(made.tokens(audio_BT)))
+
+
+def test_both_op_sets_hear_and_say_the_same(subject: Subject) -> None:
+    """Losses are alike, and tokens and the table that follows from them are equal."""
+    audio_BT, results = tones(300.0, 1250.0, frames=3), []
+    for ops, device in (
+        (reference_ops, torch.device("cpu")),
+        (models.drawn_by_the_reference(subject.ops), subject.device),
+    ):
+        made = AudioCodec(models.NANO, ops=ops, device=device, seed=3)
+        losses = {name: value.detach().cpu() for name, value in made.losses(audio_BT.to(device)).items()}
+        made.tabulate([audio_BT.to(device)])
+        results.append((losses, made.tokens(audio_BT.to(device)).cpu(), made.spoken.spectra.cpu()))
+    for name, value in results[0][0].items():
+        alike(results[1][0][name], value, name)
+    exact(results[1][1], results[0][1])
+    assert (results[1][2].int() - results[0][2].int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize(

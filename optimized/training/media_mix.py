@@ -163,7 +163,7 @@ class Mix:
         }
         sidecars = {name: getattr(settings, name) for name in SIDECAR_OF.values()}
         self.encoders = encoders_of(sidecars, device=runtime.device)
-        for kind in self._folders.keys() & SIDECAR_OF.keys():
+        for kind in (kind for kind in self._folders if kind in SIDECAR_OF):
             sidecar = self.encoders.sidecar(SIDECAR_OF[kind])
             if kind != "video":
                 check_width(SIDECAR_OF[kind], sidecar.num_features, config)
