@@ -54,7 +54,7 @@ JUDGES = 200
 """Sounds that say what vowels sound like."""
 
 STEPS = 560
-MIX = "text=1,image=3,audio=6,video=5,speech=2"
+MIX = "text=2,image=3,audio=6,video=5,speech=2"
 """Length of the run, and how often a micro-batch is of each kind."""
 
 SHOWN = 12
