@@ -102,6 +102,23 @@ def test_only_votes_would_learn_too() -> None:
     assert float(squares(model).detach()) < before / 2 and same(bits(model.module[4]), frozen)
 
 
+def test_what_is_frozen_stays_and_the_rest_learns() -> None:
+    """docs/python.md says which call freezes what."""
+    model = Ternary(nn.Sequential(nn.Sequential(Linear(12, 24), nn.Linear(24, 24)), Linear(24, 3)))
+    inner, outer = model.module[0], model.module[1]
+    outer.requires_grad_(False)
+    inner.requires_grad_(False)
+    assert not inner[1].weight.requires_grad and outer.frozen and not inner[0].frozen
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert model.backward(model(torch.randn(8, 12)).square().mean(), rate=20.0, step=0)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed and all(name.startswith("module.0.0.") for name in changed)
+    model.requires_grad_(False)
+    assert inner[0].frozen
+    model.requires_grad_(True)
+    assert not outer.frozen
+
+
 def test_votes_are_a_function_of_seed_and_step() -> None:
     def after(seed: int, step: int) -> dict[str, Tensor]:
         model = Ternary(net(), seed=seed)
