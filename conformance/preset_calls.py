@@ -75,8 +75,9 @@ def of_codebooks() -> Iterator[tuple[str, Case]]:
     z, table = torch.zeros(16, 64, dtype=BF16), codes(4096, 64)
     yield "nearest_candidates", Case((z, table, dealt(16 * 4096, 4096).reshape(16, 4096)))
     yield "candidate_codes", Case((z,), {"num_codes": 10_000_000, "sign_bits": 14, "num_probes": 16})
-    window = {"first": 0, "window": 16, **CLOCK}
-    yield "revive_codes", Case((table, torch.zeros(4096, dtype=torch.int16), z), window)
+    usage, ids = torch.zeros(4096, dtype=torch.int16), dealt(16, 4096)
+    yield "revival_vectors", Case((z, table, ids, usage), {"first": 0, "window": 16})
+    yield "revive_codes", Case((table, z, dealt(16, 16)), {"first": 0})
 
 
 def of_experts() -> Iterator[tuple[str, Case]]:

@@ -105,9 +105,6 @@ MAX_ORDER = 16
 ALIVE_QUERY = 8
 """Sixteenths from which on an element of a vector gives its sign to a revived code. A smaller element gives 0."""
 
-REVIVAL_BLOCK = 255
-"""Philox block of the draws that revive codes; dither uses blocks 0 to 6."""
-
 MAX_NEIGHBOURS = 16
 """Most neighbours of a node in a table. The signs of a row then fit one word."""
 

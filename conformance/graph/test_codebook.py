@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -105,7 +104,7 @@ def test_only_used_rows_change() -> None:
 
 def test_uses_count_after_an_accepted_pass_and_a_step() -> None:
     codebook = TernaryVQCodebook(context(), 9, 10)
-    z = integers(200, 10).requires_grad_()
+    z = integers(3, 10).requires_grad_()
     ids, c, _ = codebook.quantize(z)
     # This pass is outside of `taking`, so it votes nothing.
     c.sum().backward()
@@ -116,7 +115,7 @@ def test_uses_count_after_an_accepted_pass_and_a_step() -> None:
     assert codebook.usage.eq(1).all()
     steps(codebook)
     want = 1 + 2 * ids.bincount(minlength=9)
-    # 400 positions look at 6 codes a step, of 2 passes.
+    # The 6 positions of 2 passes look at 6 codes of 9.
     first = 1 * 6 // 2
     window = (first + torch.arange(6)) % 9
     want[window] = want[window] >> 1
@@ -150,17 +149,37 @@ def test_windows_of_consecutive_steps_cover_the_table() -> None:
     """Also where a step has several passes, each with a number of its own."""
     starts: list[tuple[int, int]] = []
 
-    def record(usage: Tensor, *, first: int, window: int, out: Tensor) -> Tensor:
-        starts.append((first, window))
+    def record(usage: Tensor, vectors: Tensor, *, first: int, out: Tensor) -> Tensor:
+        starts.append((first, vectors.numel()))
         return usage
 
     codebook = TernaryVQCodebook(context(models.ops_with(age_codes=record)), 9, 10)
     for step in range(12):
-        train(codebook, integers(48, 10), step=step)
+        train(codebook, integers(1, 10), step=step)
         if step % 3 == 2:
             steps(codebook)
-    assert starts == [(step * 2 // 3, 2) for step in (2, 5, 8, 11)]
-    assert all(one + 2 == other for (one, _), (other, _) in pairwise(starts))
+    assert starts == [(step, 3) for step in (2, 5, 8, 11)]
+
+
+def test_every_revived_code_is_found_at_once() -> None:
+    """Each becomes a vector that no other code has, so that the same vectors find all of them."""
+    codebook = TernaryVQCodebook(context(num_codes=40), 40, 10)
+    codebook.usage.zero_()
+    z = integers(40, 10, high=1, seed=5)
+    used = set(train(codebook, z, step=0).tolist())
+    steps(codebook)
+    revived = set(range(40)) - used
+    assert len(used) < 40 and revived <= set(codebook.search(z).tolist())
+
+
+def test_codes_wait_until_there_are_vectors_for_them() -> None:
+    """A step that has vectors of one code alone revives one code, and the others are still at 0 for the next."""
+    codebook = TernaryVQCodebook(context(), 9, 10)
+    codebook.usage.zero_()
+    z = integers(1, 10, seed=3) + 0.25
+    train(codebook, z.expand(9, 10), step=0)
+    steps(codebook)
+    assert codebook.usage.eq(0).sum() == 7
 
 
 def test_a_revived_table_refuses_an_older_pass() -> None:

@@ -22,16 +22,13 @@ MOTIF_EXPONENT = -2
 """Exponent of a motif's scale. A motif that is added to its position has a quarter of the position's scale. The measurement is in
 docs/spec/codebook.md."""
 
-POSITIONS_PER_REVIVAL = 64
-"""Positions of a batch for each code that is checked after a step. So the average code is used 64 times between two checks."""
-
 
 class TernaryVQCodebook(TernaryEmbedding, TableModule):
     """A table of codes that vectors are compared with, and a count of how often each code was the nearest.
 
     Math:    search: the nearest code of all codes, or of those in the buckets that the signs of z name
              after a step: u_n += uses of code n in accepted backward passes. Then, in a window of the codes that moves on with
-             the steps, codes with u_n = 0 become vectors of the batch, and the counts of the other codes halve
+             the steps, codes with u_n = 0 become the vectors that lie farthest from their codes, and other counts halve
     Shapes:  search [..., C] -> int64 [...]; forward int64 [...] -> [..., C]; usage int16 [N]
     Start:   buckets by sign, exponents 0, counts 1
     Source:  docs/spec/codebook.md; REFACTOR14 (TernaryVQCodebook)
@@ -88,21 +85,13 @@ class TernaryVQCodebook(TernaryEmbedding, TableModule):
         z_RC = torch.cat([z.reshape(-1, z.shape[-1]) for z, _ in passes])
         ids_R = torch.cat([ids.reshape(-1) for _, ids in passes])
         self.ops.count_codes(self.usage, ids_R, out=self.usage)
-        window = min(self.num_codes, max(1, ids_R.numel() // POSITIONS_PER_REVIVAL))
+        window = min(self.num_codes, ids_R.numel())
         # `step` counts passes, so that the windows of consecutive steps follow each other. No other place is kept.
-        place: dict[str, Any] = {"first": self.voting.step * window // len(passes), "window": window}
-        self.ops.revive_codes(
-            self.weight,
-            self.usage,
-            z_RC,
-            **place,
-            seed=self.voting.seed,
-            step=self.voting.step,
-            tensor_id=self.tensor_id,
-            sign_bits=self.sign_bits if self.by_candidates else 0,
-            out=self.weight,
-        )
-        self.ops.age_codes(self.usage, **place, out=self.usage)
+        first = self.voting.step * window // len(passes)
+        vectors = self.ops.revival_vectors(z_RC, self.weight, ids_R, self.usage, first=first, window=window)
+        sign_bits = self.sign_bits if self.by_candidates else 0
+        self.ops.revive_codes(self.weight, z_RC, vectors, first=first, sign_bits=sign_bits, out=self.weight)
+        self.ops.age_codes(self.usage, vectors, first=first, out=self.usage)
         self.changed()
 
 
