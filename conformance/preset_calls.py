@@ -85,7 +85,8 @@ def of_experts() -> Iterator[tuple[str, Case]]:
     # The rows of generation, and of a step, in r14.
     for rows in (1, 1024):
         routed = torch.zeros(rows, 7168, dtype=BF16)
-        yield "choose_experts", Case((routed, weight(groups["num_groups"], 7168)), {"top_k": 2})
+        how = {"top_k": 2, "handicap_E": torch.zeros(groups["num_groups"], dtype=torch.int16)}
+        yield "choose_experts", Case((routed, weight(groups["num_groups"], 7168)), how)
     # The experts of r12, with its width cut, and of r9.
     for rows, columns in ((1192, 192), (128, 512)):
         stacked = weight(groups["num_groups"] * rows, columns)

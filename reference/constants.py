@@ -86,6 +86,12 @@ QUERY_STEPS, QUERY_MAX = 16, 127
 ROUTER_OCTAVES = 16
 """Octaves that an exponent of a router may lie below the largest. The choice of experts raises smaller exponents to that bound."""
 
+HANDICAP_STEPS = 64
+"""Steps of an expert's handicap that are one unit of the router's logit."""
+
+HANDICAP_MAX = 2**15 - 1
+"""Bound of a handicap: it saturates at plus and minus 32,767 steps, which are 512 units of a logit."""
+
 MAX_ROUTER_COLUMNS = 2**27
 """Most columns of a router's weight. A term of a score has at most 7 bits of a vector, 3 bits of a level and 16 octaves. A sum of
 2**27 terms therefore has 53 bits, and is exact in float64 in any order."""
