@@ -243,7 +243,10 @@ def test_shared_vq_by_dense_matrices(residual: bool) -> None:
     s = torch.randn(2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     u, codes, losses = module({"text": s})
     norm = lambda x: x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()  # noqa: E731
-    z = norm(s @ dequantize(module.down.weight, dtype=torch.float64).T)
+    d = s @ dequantize(module.down.weight, dtype=torch.float64).T
+    # Column 0 of the position three before counts in column 5 of ten.
+    earlier = torch.cat([torch.zeros_like(d[:, :3]), d[:, :2]], dim=1)
+    z = norm(d + torch.cat([earlier[..., 5:], earlier[..., :5]], dim=-1))
     text = module.bridge.tables["text"].weight
     exact(codes, reference_ops.nearest_codes(z, text))
     c = dequantize(text, dtype=torch.float64)[codes]
@@ -275,6 +278,33 @@ def test_shared_vq_reads_all_modalities_at_once() -> None:
         alike(value, torch.stack([of_part[name] for _, _, of_part in alone]).mean())
     assert rates[module.down.tensor_id] == rates[module.up.tensor_id] == [1.5]
     assert all(len(rates[table.tensor_id]) == 1 for table in module.bridge.codebooks.values())
+
+
+@pytest.mark.parametrize(
+    "media", [{}, {"image_BNF": (2, 4, 10), "audio_BNF": (2, 3, 7)}], ids=["text", "media"]
+)
+def test_codes_of_a_ledger_are_those_of_one_pass(media: dict[str, tuple[int, ...]]) -> None:
+    """Text is read in pieces, the first of them a single position, so that its next ones reach behind it to nothing."""
+    model = models.whole(dtype=torch.float64)
+    draw = torch.Generator().manual_seed(4)
+    features = {name: torch.randn(shape, generator=draw).double() for name, shape in media.items()}
+    ids_BT = models.random_ids(2, 30, seed=9)
+    with torch.no_grad():
+        trunk = model.trunk(ids_BT, **features)
+        ledger = model.new_ledger(2)
+        for start, end in (
+            (0, 3),
+            (3, 4),
+            (4, 6),
+            (6, 7),
+            (7, 8),
+            (8, 20),
+            *((n, n + 1) for n in range(20, 30)),
+        ):
+            ledger.retract()
+            model(ids_BT[:, start:end], ledger=ledger, **(features if start == 0 else {}))
+    exact(torch.stack([ledger.codes(0), ledger.codes(1)]), trunk.codes)
+    assert len(trunk.codes.unique()) > 10
 
 
 def test_every_weight_behind_a_code_votes() -> None:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
+from arbitor.reference.config import NGRAM
 from arbitor.reference.constants import USAGE_MAX
 from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
+from arbitor.reference.graph.ledger import KVLedger
 from arbitor.reference.graph.module import ArbModule, PartDict, TableModule, uncompiled, when_voting
 
 MOTIF_EXPONENT = -2
@@ -147,9 +149,15 @@ class MultimodalVQBridge(ArbModule):
 class SharedVQ(ArbModule):
     """The codebooks in the stream: a position becomes a code, and the code becomes a motif, which the layers see.
 
-    Math:    z = RMSNorm(W_down s); code = nearest of the modality; c = table(code), straight through; u = RMSNorm(W_up c)
-             the output is s + u / 4 with `motif_residual`, else u. Each loss is the mean over the modalities of the batch
+    A code names the position and the one NGRAM before it, which are six neighbouring bytes. A code of three bytes would say
+    nothing that the stream does not hold, and text has fewer runs of three bytes than a large table has codes.
+
+    Math:    d = W_down s; z_p = RMSNorm(d_p + turn(d_{p - 3})), where turn moves column c to (c + C // 2) mod C, and d is 0
+             before the first position of a modality; code = nearest of the modality; c = table(code), straight through;
+             u = RMSNorm(W_up c). The output is s + u / 4 with `motif_residual`, else u. Each loss is the mean over the
+             modalities of the batch
     Shapes:  by modality [B, P_m, D], one after the other -> [B, P, D], global ids int64 [B, P], losses [] by name
+    Ledger:  holds the d of text positions, so that a later pass finds the codes that one pass over all bytes finds
     Source:  REFACTOR14 (SharedVQ, motifs of width 64); docs/spec/codebook.md
     """
 
@@ -164,13 +172,19 @@ class SharedVQ(ArbModule):
         exponent = MOTIF_EXPONENT if config.motif_residual else 0
         self.up_norm = TernaryRMSNorm(context, config.width, exponent=exponent)
 
-    def forward(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward(
+        self, parts: Mapping[str, Tensor], ledger: KVLedger | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the stream after the codebooks, the code of each position, and the losses of the codebooks.
 
-        Both matrices read the positions of all modalities at once, so that they vote once.
+        Both matrices read the positions of all modalities at once, so that they vote once. With a ledger, text positions follow
+        the positions that it holds.
         """
         s_BPD = torch.cat(list(parts.values()), dim=1)
-        z_BPC = self.down_norm(self.down(s_BPD))
+        d_BPC = self.down(s_BPD)
+        z_BPC = self.down_norm(
+            d_BPC + self._earlier(d_BPC, parts, ledger).roll(d_BPC.shape[-1] // 2, dims=-1)
+        )
         codes, vectors = [], []
         losses: dict[str, Tensor] = {}
         for z_of_part, modality in zip(
@@ -184,6 +198,22 @@ class SharedVQ(ArbModule):
                 losses[name] = losses[name] + share if name in losses else share
         u_BPD = self.up_norm(self.up(torch.cat(vectors, dim=1)))
         return (u_BPD + s_BPD if self.motif_residual else u_BPD), torch.cat(codes, dim=1), losses
+
+    def _earlier(self, d_BPC: Tensor, parts: Mapping[str, Tensor], ledger: KVLedger | None) -> Tensor:
+        """Return the row of d NGRAM positions before each position in its modality, [B, P, C]; 0 where there is none."""
+        earlier, kept = [], []
+        for d_of_part, modality in zip(
+            d_BPC.split([s.shape[1] for s in parts.values()], dim=1), parts, strict=True
+        ):
+            before = d_of_part.new_zeros(d_of_part.shape[0], NGRAM, d_of_part.shape[2])
+            if ledger is not None and modality == "text":
+                before = ledger.previous_vectors(NGRAM)
+            earlier.append(torch.cat([before, d_of_part], dim=1)[:, : d_of_part.shape[1]])
+            # Text does not read media, so the ledger holds zeros for them.
+            kept.append(d_of_part if modality == "text" else torch.zeros_like(d_of_part))
+        if ledger is not None:
+            ledger.record_vectors(torch.cat(kept, dim=1))
+        return torch.cat(earlier, dim=1)
 
     @property
     def num_codes(self) -> int:

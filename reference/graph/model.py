@@ -180,7 +180,7 @@ class ArbModel(Stateful):
         if self.shared_vq is None:
             h_BPD = torch.cat(list(present.values()), dim=1)
         else:
-            h_BPD, codes_BP, losses = self.shared_vq(present)
+            h_BPD, codes_BP, losses = self.shared_vq(present, ledger)
         nodes_BPD = None
         if codes_BP is not None:
             if self.memory is not None:
