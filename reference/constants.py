@@ -90,7 +90,10 @@ HANDICAP_STEPS = 64
 """Steps of an expert's handicap that are one unit of the router's logit."""
 
 HANDICAP_MAX = 2**15 - 1
-"""Bound of a handicap: it saturates at plus and minus 32,767 steps, which are 512 units of a logit."""
+"""Largest handicap, 512 units of a logit. The least handicap of a router is 0."""
+
+HANDICAP_MOVE = 16
+"""Steps by which a handicap moves in a training step for an expert that has twice its share, or none."""
 
 MAX_ROUTER_COLUMNS = 2**27
 """Most columns of a router's weight. A term of a score has at most 7 bits of a vector, 3 bits of a level and 16 octaves. A sum of

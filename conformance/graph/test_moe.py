@@ -267,19 +267,41 @@ def test_the_load_counts_choices_of_accepted_passes_when_stepped() -> None:
     exact(moe.load, counted)
 
 
-def test_a_handicap_grows_by_one_where_an_expert_had_more_than_its_share(subject: Subject) -> None:
-    """The choices of all passes of a step count together; experts with just their share keep their handicap, to its bounds."""
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        # Ten choices, 3, 2, 1, 0 and 4 of them: a share of 2 is even, so the moves are 8, 0, -8, -16 and 16.
+        ((0, 0, 0, 0, 0), (24, 16, 8, 0, 32)),
+        ((100, 50, 8, 16, 0), (108, 50, 0, 0, 16)),
+        ((1, 2, 3, 0, 32767), (25, 18, 11, 0, 32767)),
+    ],
+)
+def test_a_handicap_grows_where_an_expert_had_more_than_its_share(
+    subject: Subject, before: tuple[int, ...], after: tuple[int, ...]
+) -> None:
+    """The choices of all passes of a step count together, and the least handicap is 0."""
     for ops, device in ((reference_ops, torch.device("cpu")), on(subject)):
-        parts = context(ops=ops, device=device, num_experts=5)
-        moe = SharedProjectionMoE(parts)
+        moe = SharedProjectionMoE(context(ops=ops, device=device, num_experts=5))
         handicap_E = moe.get_buffer("handicap")
-        handicap_E.copy_(torch.tensor([0, 0, 7, -32767, 32767]))
+        handicap_E.copy_(torch.tensor(before))
         one = torch.tensor([[[0, 4], [0, 4]]], device=device)
         two = torch.tensor([[[1, 2], [0, 4], [1, 4]]], device=device)
         moe.count_passes([(one,), (two,)])
-        # Ten choices: 3, 2, 1, 0 and 4 of them. An even load is 2.
-        exact(handicap_E.cpu(), torch.tensor([1, 0, 6, -32767, 32767], dtype=torch.int16))
+        exact(handicap_E.cpu(), torch.tensor(after, dtype=torch.int16))
         exact(moe.get_buffer("load").cpu(), torch.tensor([3, 2, 1, 0, 4]))
+
+
+def test_moves_of_a_handicap_are_bounded_and_cut_towards_0() -> None:
+    """Of 33 choices an expert with all but one has 4.8 times its share and moves by 16; a hundredth too much is no move."""
+    moe = SharedProjectionMoE(context(num_experts=5))
+    moe.count_passes([(torch.tensor([[[0]] * 32 + [[1]]]),)])
+    # 16 (5 - 33) / 33 is -13.6, and an expert without a choice moves by -16.
+    assert moe.get_buffer("handicap").tolist() == [32, 3, 0, 0, 0]
+    moe.get_buffer("handicap").zero_()
+    counts = [101, 99, 100, 100, 100]
+    chosen = torch.cat([torch.full((count,), expert) for expert, count in enumerate(counts)])
+    moe.count_passes([(chosen.reshape(1, -1, 1),)])
+    assert moe.get_buffer("handicap").tolist() == [0] * 5
 
 
 def test_a_handicap_counts_in_the_choice_and_not_in_the_shares() -> None:
@@ -316,7 +338,7 @@ def test_handicaps_even_out_the_load() -> None:
     moe.router.load(weight_of_trits(trits, exponents, 12, mantissa_bits=bits))
     x = torch.randn(1, 400, 24, generator=torch.Generator().manual_seed(1)) + 0.5
     loads = []
-    for _ in range(120):
+    for _ in range(80):
         experts = parts.ops.choose_experts(
             x, moe.router.weight, top_k=1, handicap_E=moe.get_buffer("handicap")
         )

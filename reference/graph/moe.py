@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from arbitor.reference.constants import HANDICAP_MAX
+from arbitor.reference.constants import HANDICAP_MAX, HANDICAP_MOVE
 from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.grouped import TernaryGroupedLinear
@@ -32,8 +32,9 @@ class SharedProjectionMoE(TableModule):
     Ties:    of experts with equal rows, the one of lowest index is chosen
     Paths:   grouped, with a slot for each of a position's k experts; or dense, for up to `dense_dispatch_max_tokens` positions,
              with a slot for each expert, and p_e = 0 for experts that were not chosen. Both have fixed shapes and are equal
-    Tables:  load int64 [E], how often each expert was chosen in backward passes that voted; handicap int16 [E], which a step
-             raises by 1 for experts that its passes chose more often than evenly, and lowers by 1 for those chosen less often
+    Tables:  load int64 [E], how often each expert was chosen in backward passes that voted; handicap int16 [E], at least 0
+             after a step: h_e <- h_e + min(trunc(16 (E n_e - n) / n), 16), n_e of n choices being of expert e; then the least
+             h is taken off all, so that it is 0
     Source:  REFACTOR7 (dense dispatch), REFACTOR12 (grouped); docs/spec/experts.md, docs/spec/graph.md for 1 + m; the share of
              a single expert as in Fedus et al., "Switch Transformers", 2021
     """
@@ -53,7 +54,7 @@ class SharedProjectionMoE(TableModule):
         self.down = TernaryLinear(context, config.shared_inner, config.width, gain=output_gain)
         zeros_E = torch.zeros(config.num_experts, dtype=torch.int64, device=context.device)
         self.add_table("load", zeros_E, 0, LOAD_MAX)
-        self.add_table("handicap", zeros_E.to(torch.int16), -HANDICAP_MAX, HANDICAP_MAX)
+        self.add_table("handicap", zeros_E.to(torch.int16), 0, HANDICAP_MAX)
 
     def forward(self, x_BPD: Tensor) -> Tensor:
         """Return the output of the chosen experts."""
@@ -76,13 +77,16 @@ class SharedProjectionMoE(TableModule):
         return self.expert_up(ranks_BPkr, experts_BPk)
 
     def count_passes(self, passes: list[tuple[Tensor, ...]]) -> None:
-        """Add to the load how often some passes chose each expert, and move the handicap of experts by 1 towards an even load."""
+        """Add to the load how often some passes chose each expert, and move the handicaps towards an even load."""
         chosen = torch.cat([experts_BPk.reshape(-1) for (experts_BPk,) in passes])
         load_E = self.ops.expert_load(chosen, num_groups=self.num_experts)
         self.get_buffer("load").add_(load_E)
+        surplus_E, total = self.num_experts * load_E - load_E.sum(), load_E.sum()
+        moves_E = torch.div(HANDICAP_MOVE * surplus_E, total, rounding_mode="trunc").clamp(max=HANDICAP_MOVE)
         handicap_E = self.get_buffer("handicap")
-        moved_E = handicap_E + torch.sign(self.num_experts * load_E - load_E.sum())
-        handicap_E.copy_(moved_E.clamp(-HANDICAP_MAX, HANDICAP_MAX))
+        moved_E = handicap_E + moves_E
+        # What all experts have in common changes no choice, and would grow without a bound.
+        handicap_E.copy_((moved_E - moved_E.amin()).clamp(max=HANDICAP_MAX))
 
     def load_shares(self) -> Tensor:
         """Return each expert's part of all choices counted so far, float64 [E]; zeros before the first step."""
