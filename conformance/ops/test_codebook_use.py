@@ -156,9 +156,15 @@ def test_count_codes_one_by_one(ops: Subject, num_codes: int, count: int, data: 
     data=st.data(),
     rejects=[
         mutant(
-            "gains_of_half_a_norm_more",
-            "code.square().sum(dim=1) / 2 - (z_q / QUERY_STEPS * code)",
-            "code.square().sum(dim=1) - (z_q / QUERY_STEPS * code)",
+            "distances_of_vectors_that_are_not_rounded",
+            "z_q = whole_sixteenths(z_RC).to(torch.float64)",
+            "z_q = z_RC.nan_to_num().clamp(-8, 8).to(torch.float64) * 16",
+            compared="revival_vectors",
+        ),
+        mutant(
+            "vectors_that_come_hardly_nearer",
+            "own_R > REVIVAL_RATIO * made_R",
+            "own_R > made_R",
             compared="revival_vectors",
         ),
         mutant(
@@ -169,8 +175,8 @@ def test_count_codes_one_by_one(ops: Subject, num_codes: int, count: int, data: 
         ),
         mutant(
             "vectors_without_a_code",
-            ".masked_fill(ids_R < 0, 0)",
-            "",
+            " & (ids_R >= 0), own_R",
+            ", own_R",
             compared="revival_vectors",
         ),
         mutant(
@@ -206,7 +212,7 @@ def test_count_codes_one_by_one(ops: Subject, num_codes: int, count: int, data: 
     ],
 )
 def test_revival_vectors_one_by_one(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
-    """In whole numbers: unused codes take turns to choose the vector that would come nearest by a code of its own."""
+    """In whole numbers: unused codes take turns to choose the vector that would gain most by a code of its own."""
     case = data.draw(revival_vectors_case(weight))
     z, _, ids, usage = case.args
     table = code_rows(weight)
@@ -214,7 +220,8 @@ def test_revival_vectors_one_by_one(ops: Subject, weight: TernaryWeight, data: s
     for place, (row, code) in enumerate(zip(z.to(torch.float64).tolist(), ids.tolist(), strict=True)):
         z_q = sixteenths(row)
         made = [32 * ((value > 7) - (value < -7)) for value in z_q]
-        gain = 0 if code < 0 else score(z_q, table[code]) - score(z_q, made)
+        own, new = distance(z_q, table[code]), distance(z_q, made)
+        gain = own - new if code >= 0 and own > 2 * new else 0
         if gain > gains.get(code, (0, 0))[0]:
             gains[code] = gain, place
     order = sorted(gains, key=lambda code: (-gains[code][0], code))
@@ -244,9 +251,9 @@ def code_rows(weight: TernaryWeight) -> list[list[int]]:
     ]
 
 
-def score(z_q: list[int], code: list[int]) -> int:
-    """Return |code|**2 / 2 - z . code in units of 2**-11, for z in sixteenths and a code in units of 2**-5."""
-    return sum(c * c - 4 * z * c for z, c in zip(z_q, code, strict=True))
+def distance(z_q: list[int], code: list[int]) -> int:
+    """Return |z - code|**2 in units of 2**-10, for z in sixteenths and a code in units of 2**-5."""
+    return sum((2 * z - c) ** 2 for z, c in zip(z_q, code, strict=True))
 
 
 @law(

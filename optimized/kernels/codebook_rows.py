@@ -19,12 +19,14 @@ from arbitor.reference.constants import (
     CODE_EXPONENT_MIN,
     QUERY_MAX,
     QUERY_STEPS,
+    REVIVAL_RATIO,
     USAGE_MAX,
 )
 
 LOW_EXPONENT, HIGH_EXPONENT = tl.constexpr(CODE_EXPONENT_MIN), tl.constexpr(CODE_EXPONENT_MAX)
 STEPS, MOST_STEPS = tl.constexpr(float(QUERY_STEPS)), tl.constexpr(float(QUERY_MAX))
 MOST_USES, ALIVE = tl.constexpr(USAGE_MAX), tl.constexpr(ALIVE_QUERY)
+RATIO = tl.constexpr(REVIVAL_RATIO)
 
 BLOCK = 256
 BLOCK_ROWS = 64
@@ -115,6 +117,12 @@ def revived_trits(z):
     return tl.where(z >= ALIVE, 1, 0) - tl.where(z <= -ALIVE, 1, 0)
 
 
+@triton.jit
+def distance(z, code):
+    """Return 2**10 |z_q / 16 - c|**2 as int32, for float32 vectors z_q and c of one block."""
+    return tl.sum((z * (4.0 * z - 128.0 * code) + 1024.0 * code * code).to(tl.int32), axis=0)
+
+
 @triton.jit(do_not_specialize=["num_columns", "row_groups", "row_words"])
 def _revival_gains_kernel(
     z_ptr, words_ptr, exponents_ptr, ids_ptr, gains_ptr, num_columns, row_groups, row_words,
@@ -131,9 +139,11 @@ def _revival_gains_kernel(
     levels = tl.load(exponents_ptr + row * row_groups + columns // GROUP_SIZE, mask=mask, other=0)
     own = code_values(words, columns % 16, levels).to(tl.float32)
     made = revived_trits(z).to(tl.float32)
-    # 16 times the gain. Every term is a multiple of 2**-7, and every sum is below 2**17.
-    gain = tl.sum(z * (made - own) - 8.0 * (made * made - own * own), axis=0)
-    tl.store(gains_ptr + vector, tl.where(code >= 0, (gain * 128.0).to(tl.int32), 0))
+    # Distances times 2**10. 4 z_q**2 - 128 z_q c + 1024 c**2 is a whole number, and its sum over 128 columns is below 2**25.
+    own_distance = distance(z, own)
+    made_distance = distance(z, made)
+    gain = tl.where((code >= 0) & (own_distance > RATIO * made_distance), own_distance - made_distance, 0)
+    tl.store(gains_ptr + vector, gain)
 
 
 @triton.jit(do_not_specialize=["first", "num_codes", "row_groups", "row_words"])

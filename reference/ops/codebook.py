@@ -21,6 +21,7 @@ from arbitor.reference.constants import (
     INIT_NONZERO,
     QUERY_MAX,
     QUERY_STEPS,
+    REVIVAL_RATIO,
     USAGE_MAX,
 )
 from arbitor.reference.dtypes import widened
@@ -225,7 +226,8 @@ def revival_vectors(
     """Return the vector that each code of a window should become: for an unused code one that lies far from its own code.
 
     Math:    T_r = sign(z_q[r]) where |z_q[r]| >= 8, else 0, the code that vector r would make
-             gain_r = score of ids[r] - score of T_r, scores of vector r as in nearest_codes
+             own_r = |z_q[r] / 16 - c'|**2, c' the code ids[r] as nearest_codes sees it; made_r = |z_q[r] / 16 - T_r|**2
+             gain_r = own_r - made_r where own_r > 2 made_r, else 0; 0 where ids[r] = -1
              of the vectors of each code, the one of the largest gain counts, if it is above 0; these vectors in order of
              their gain, the largest first, go to the codes n = (first + j) mod N, j < window, with usage[n] = 0, in order of j
     Shapes:  z_RC float32, bfloat16 or float64 [R, C]; ids int64 [R], the code of each vector, in 0 .. N - 1, or -1 for none;
@@ -233,7 +235,7 @@ def revival_vectors(
     Returns: int64 [window], in 0 .. R - 1; -1 for a code in use, and for unused codes after the last vector
     Ties:    of the vectors of a code the lowest; of vectors with equal gains the one whose code is lowest
     Raises:  TypeError or ValueError for a dtype, shape, device, weight, id or window that is not allowed
-    Laws:    exact: every gain is a multiple of 2**-11 below 2**13; no vector is named twice, and no two vectors of one code;
+    Laws:    exact: distances are multiples of 2**-10 below 2**15; no vector is named twice, and no two vectors of one code;
              a vector that is named lies nearer to the code that it makes than to its own
     Source:  docs/spec/codebook.md
     """
@@ -243,10 +245,10 @@ def revival_vectors(
     checks.same_device(weight=weight.packed, z_RC=z_RC, ids_R=ids_R, usage=usage)
     checks.values_between("ids_R", ids_R, -1, weight.shape[0] - 1)
     checks.code_window(weight.shape[0], first, window)
-    z_q = whole_sixteenths(z_RC)
-    own, made = searched_codes(weight, ids_R.clamp(min=0)), revived_trits(z_q)
-    scores = [code.square().sum(dim=1) / 2 - (z_q / QUERY_STEPS * code).sum(dim=1) for code in (own, made)]
-    gains_R = (scores[0] - scores[1]).masked_fill(ids_R < 0, 0)
+    z_q = whole_sixteenths(z_RC).to(torch.float64)
+    codes = searched_codes(weight, ids_R.clamp(min=0)), revived_trits(z_q)
+    own_R, made_R = ((z_q / QUERY_STEPS - code).square().sum(dim=1) for code in codes)
+    gains_R = torch.where((own_R > REVIVAL_RATIO * made_R) & (ids_R >= 0), own_R - made_R, 0.0)
     by_gain = gains_R.sort(descending=True, stable=True).indices
     by_code = by_gain[ids_R[by_gain].sort(stable=True).indices]
     farthest = torch.ones_like(by_code, dtype=torch.bool)
