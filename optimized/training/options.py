@@ -78,7 +78,7 @@ class Settings:
     preset: Annotated[
         str, Option(help="What to train: tiny, small, ... or FILE.json", default="tiny", bound=True)
     ]
-    # Not bound by its name: a resumed run must agree in the bytes, see `data.check_same_data`.
+    # Not bound by its name: a resumed run must agree in the bytes, see `run_text.check_same_data`.
     data: Annotated[
         str,
         Option(
