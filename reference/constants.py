@@ -114,9 +114,6 @@ MAX_ORDER = 16
 ALIVE_QUERY = 8
 """Sixteenths from which on an element of a vector gives its sign to a revived code. A smaller element gives 0."""
 
-REVIVAL_RATIO = 2
-"""A vector becomes a code if its own code is more than so many times as far, by squared distance, as the code that it makes."""
-
 MAX_NEIGHBOURS = 16
 """Most neighbours of a node in a table. The signs of a row then fit one word."""
 

@@ -162,12 +162,6 @@ def test_count_codes_one_by_one(ops: Subject, num_codes: int, count: int, data: 
             compared="revival_vectors",
         ),
         mutant(
-            "vectors_that_come_hardly_nearer",
-            "own_R > REVIVAL_RATIO * made_R",
-            "own_R > made_R",
-            compared="revival_vectors",
-        ),
-        mutant(
             "vectors_without_a_gain",
             "farthest & (gains_R[by_code] > 0)",
             "farthest & (gains_R[by_code] >= 0)",
@@ -175,8 +169,8 @@ def test_count_codes_one_by_one(ops: Subject, num_codes: int, count: int, data: 
         ),
         mutant(
             "vectors_without_a_code",
-            " & (ids_R >= 0), own_R",
-            ", own_R",
+            "torch.where(ids_R >= 0, own_R - made_R, 0.0)",
+            "own_R - made_R",
             compared="revival_vectors",
         ),
         mutant(
@@ -220,8 +214,7 @@ def test_revival_vectors_one_by_one(ops: Subject, weight: TernaryWeight, data: s
     for place, (row, code) in enumerate(zip(z.to(torch.float64).tolist(), ids.tolist(), strict=True)):
         z_q = sixteenths(row)
         made = [32 * ((value > 7) - (value < -7)) for value in z_q]
-        own, new = distance(z_q, table[code]), distance(z_q, made)
-        gain = own - new if code >= 0 and own > 2 * new else 0
+        gain = 0 if code < 0 else distance(z_q, table[code]) - distance(z_q, made)
         if gain > gains.get(code, (0, 0))[0]:
             gains[code] = gain, place
     order = sorted(gains, key=lambda code: (-gains[code][0], code))

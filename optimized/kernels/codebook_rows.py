@@ -19,14 +19,12 @@ from arbitor.reference.constants import (
     CODE_EXPONENT_MIN,
     QUERY_MAX,
     QUERY_STEPS,
-    REVIVAL_RATIO,
     USAGE_MAX,
 )
 
 LOW_EXPONENT, HIGH_EXPONENT = tl.constexpr(CODE_EXPONENT_MIN), tl.constexpr(CODE_EXPONENT_MAX)
 STEPS, MOST_STEPS = tl.constexpr(float(QUERY_STEPS)), tl.constexpr(float(QUERY_MAX))
 MOST_USES, ALIVE = tl.constexpr(USAGE_MAX), tl.constexpr(ALIVE_QUERY)
-RATIO = tl.constexpr(REVIVAL_RATIO)
 
 BLOCK = 256
 BLOCK_ROWS = 64
@@ -140,10 +138,8 @@ def _revival_gains_kernel(
     own = code_values(words, columns % 16, levels).to(tl.float32)
     made = revived_trits(z).to(tl.float32)
     # Distances times 2**10. 4 z_q**2 - 128 z_q c + 1024 c**2 is a whole number, and its sum over 128 columns is below 2**25.
-    own_distance = distance(z, own)
-    made_distance = distance(z, made)
-    gain = tl.where((code >= 0) & (own_distance > RATIO * made_distance), own_distance - made_distance, 0)
-    tl.store(gains_ptr + vector, gain)
+    gain = distance(z, own) - distance(z, made)
+    tl.store(gains_ptr + vector, tl.where(code >= 0, gain, 0))
 
 
 @triton.jit(do_not_specialize=["first", "num_codes", "row_groups", "row_words"])

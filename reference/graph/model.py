@@ -48,7 +48,7 @@ Head = TypeVar("Head", bound=ArbModule)
 LOSS_REFERENCE = math.log(VOCABULARY_SIZE)
 """Loss of a uniform guess, in nats per byte. The `sign` rule takes its vote size from the ratio of the loss to it."""
 
-LOSS_WEIGHTS = {"commitment": 0.25, "composite_commitment": 0.25}
+LOSS_WEIGHTS = {"commitment": 0.1, "composite_commitment": 0.25}
 """Weights of components of the loss in the sum that drives the votes. A component without an entry has weight 1."""
 
 

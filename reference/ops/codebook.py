@@ -21,7 +21,6 @@ from arbitor.reference.constants import (
     INIT_NONZERO,
     QUERY_MAX,
     QUERY_STEPS,
-    REVIVAL_RATIO,
     USAGE_MAX,
 )
 from arbitor.reference.dtypes import widened
@@ -227,7 +226,7 @@ def revival_vectors(
 
     Math:    T_r = sign(z_q[r]) where |z_q[r]| >= 8, else 0, the code that vector r would make
              own_r = |z_q[r] / 16 - c'|**2, c' the code ids[r] as nearest_codes sees it; made_r = |z_q[r] / 16 - T_r|**2
-             gain_r = own_r - made_r where own_r > 2 made_r, else 0; 0 where ids[r] = -1
+             gain_r = own_r - made_r; 0 where ids[r] = -1
              of the vectors of each code, the one of the largest gain counts, if it is above 0; these vectors in order of
              their gain, the largest first, go to the codes n = (first + j) mod N, j < window, with usage[n] = 0, in order of j
     Shapes:  z_RC float32, bfloat16 or float64 [R, C]; ids int64 [R], the code of each vector, in 0 .. N - 1, or -1 for none;
@@ -248,7 +247,7 @@ def revival_vectors(
     z_q = whole_sixteenths(z_RC).to(torch.float64)
     codes = searched_codes(weight, ids_R.clamp(min=0)), revived_trits(z_q)
     own_R, made_R = ((z_q / QUERY_STEPS - code).square().sum(dim=1) for code in codes)
-    gains_R = torch.where((own_R > REVIVAL_RATIO * made_R) & (ids_R >= 0), own_R - made_R, 0.0)
+    gains_R = torch.where(ids_R >= 0, own_R - made_R, 0.0)
     by_gain = gains_R.sort(descending=True, stable=True).indices
     by_code = by_gain[ids_R[by_gain].sort(stable=True).indices]
     farthest = torch.ones_like(by_code, dtype=torch.bool)
