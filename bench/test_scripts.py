@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import weakref
 from argparse import Namespace
 from dataclasses import asdict, replace
@@ -13,16 +14,17 @@ import pytest
 import torch
 
 from arbitor.optimized.training import schedule
+from arbitor.optimized.training.checkpoint import save_checkpoint
 from arbitor.optimized.training.data import Corpus, split_corpus, training_batch, validation_windows
 from arbitor.reference.audit import audit
 from arbitor.reference.config import SIGN_VOTES, with_fields
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.presets import preset
-from bench import ablation, generation, large, machine, parts, recall
+from bench import ablation, codes, generation, large, machine, parts, recall
 from bench.learning import __main__ as learning
 from bench.learning import learner, report, rules
 from bench.learning.dense import DenseOps, DenseWeight
-from conformance.graph.models import NANO
+from conformance.graph.models import NANO, WHOLE, random_ids
 
 
 def test_variants_of_the_ablation_differ_in_the_module_they_name() -> None:
@@ -66,6 +68,50 @@ def test_a_failed_run_of_the_ablation_is_said(capsys: pytest.CaptureFixture[str]
     extra = ("--data", "no such file", "--device", "cpu")
     assert not list(ablation.runs(NANO, [("no graph", 0)], side_by_side=1, steps=1, extra=extra))
     assert "no graph" in (said := capsys.readouterr().err) and "no such file" in said
+
+
+def test_codes_and_experts_are_counted_as_the_model_uses_them() -> None:
+    model = ArbModel(WHOLE, seed=3)
+    windows_WT = random_ids(5, 12)
+    found = codes.measure(model, windows_WT, batch=2)
+    ids = model.trunk(windows_WT).codes.flatten()
+    use = found["codebooks"]["shared_vq.bridge.tables.text"]
+    assert found["positions"] == use["vectors"] == ids.numel() == 50
+    shares = torch.bincount(ids).double() / 50
+    entropy = -float((shares[shares > 0] * shares[shares > 0].log()).sum())
+    assert (use["codes"], use["used"]) == (40, len(ids.unique()))
+    assert use["perplexity"] == pytest.approx(math.exp(entropy))
+    assert 0.1 < use["error"] < 1
+    # Of 50 positions each has two of four experts, twice in the layer that turns twice.
+    first, last = found["experts"].values()
+    assert sum(first["load"]) == 100 and sum(last["load"]) == 200
+    assert first["max_over_mean"] == max(first["load"]) / 25
+    assert found["val_bpb"] == pytest.approx(model.loss(windows_WT).item() / math.log(2), rel=1e-5)
+    assert not {"quantize", "modulations"} & {name for part in model.modules() for name in vars(part)}
+
+
+def test_runs_of_bytes_are_those_that_a_code_can_tell_apart() -> None:
+    windows_WT = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 8], [9, 2, 3, 4, 5, 6, 7]])
+    assert codes.runs_of_bytes(windows_WT, 3)["different"] == 7
+    # 123, 234, 345, 123456 and 234567; 234568; 923 and 923456.
+    assert codes.runs_of_bytes(windows_WT, 6)["different"] == 8
+    assert codes.runs_of_bytes(windows_WT[:1], 6)["perplexity"] == pytest.approx(5)
+
+
+def test_codes_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, file = tmp_path / "text", tmp_path / "one.safetensors"
+    text.write_bytes((machine.ROOT / "README.md").read_bytes() * 3)
+    model = ArbModel(replace(NANO, num_codes=40, code_dim=18), seed=3)
+    how = {"step": 1, "seed": 3, "best_bpb": None, "progress": {}, "run": {"data": str(text), "context": 16}}
+    save_checkpoint(file, model.state(), config=json.loads(model.config.to_json()), **how)
+    given = ["--run", str(file), "--positions", "100", "--device", "cpu"]
+    assert codes.main([*given, "--json", str(tmp_path / "codes.json")]) == 0
+    found = json.loads((tmp_path / "codes.json").read_text())
+    assert found["positions"] == 7 * 14 and found["steps"] == 1
+    assert "| shared_vq.bridge.tables.text | 40 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        codes.main([*given[:2], "--positions", "13", "--device", "cpu"])
+    assert "argument --positions: is 13, but must be at least 14" in capsys.readouterr().err
 
 
 def test_large_measures_each_length_and_a_checkpoint(

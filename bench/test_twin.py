@@ -33,7 +33,8 @@ UNUSED = ("image_sequencer", "audio_sequencer", "router", "video_head", "talker_
 def choosing_as_floats_do() -> ModuleType:
     """Return the reference with experts chosen by the float logits. Its own rule looks at activations in sixteenths."""
 
-    def choose_experts(x: Tensor, weight: TernaryWeight, *, top_k: int) -> Tensor:
+    def choose_experts(x: Tensor, weight: TernaryWeight, *, top_k: int, handicap_E: Tensor) -> Tensor:
+        assert not handicap_E.any(), "the twin has no handicaps"
         return reference_ops.linear(x, weight).topk(top_k, dim=-1).indices.sort(dim=-1).values
 
     ops = ModuleType("choosing_as_floats_do")

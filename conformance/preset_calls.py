@@ -75,8 +75,9 @@ def of_codebooks() -> Iterator[tuple[str, Case]]:
     z, table = torch.zeros(16, 64, dtype=BF16), codes(4096, 64)
     yield "nearest_candidates", Case((z, table, dealt(16 * 4096, 4096).reshape(16, 4096)))
     yield "candidate_codes", Case((z,), {"num_codes": 10_000_000, "sign_bits": 14, "num_probes": 16})
-    window = {"first": 0, "window": 16, **CLOCK}
-    yield "revive_codes", Case((table, torch.zeros(4096, dtype=torch.int16), z), window)
+    usage, ids = torch.zeros(4096, dtype=torch.int16), dealt(16, 4096)
+    yield "revival_vectors", Case((z, table, ids, usage), {"first": 0, "window": 16})
+    yield "revive_codes", Case((table, z, dealt(16, 16)), {"first": 0})
 
 
 def of_experts() -> Iterator[tuple[str, Case]]:
@@ -84,7 +85,8 @@ def of_experts() -> Iterator[tuple[str, Case]]:
     # The rows of generation, and of a step, in r14.
     for rows in (1, 1024):
         routed = torch.zeros(rows, 7168, dtype=BF16)
-        yield "choose_experts", Case((routed, weight(groups["num_groups"], 7168)), {"top_k": 2})
+        how = {"top_k": 2, "handicap_E": torch.zeros(groups["num_groups"], dtype=torch.int16)}
+        yield "choose_experts", Case((routed, weight(groups["num_groups"], 7168)), how)
     # The experts of r12, with its width cut, and of r9.
     for rows, columns in ((1192, 192), (128, 512)):
         stacked = weight(groups["num_groups"] * rows, columns)

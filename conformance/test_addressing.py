@@ -121,20 +121,23 @@ def test_codes_beyond_32_bits(subject: Subject) -> None:
     width, op = 64, subject.raw
     num_codes = BIG // width + 3
     last, clock = num_codes - 1, {"seed": 1, "step": 2, "tensor_id": 3}
+    ids = torch.tensor([last, last - 1], device=subject.device)
     empty = op("constant_weight")((num_codes, width), trit=0, exponent=0, device=subject.device)
     weight = op("from_spec")(empty)
     usage = torch.zeros(num_codes, dtype=torch.int16, device=subject.device)
     z = torch.ones(1, width, device=subject.device)
-    op("revive_codes")(weight, usage, z, first=last, window=1, out=weight, **clock)
+    vectors = op("revival_vectors")(z, weight, ids[:1], usage, first=last, window=1)
+    exact(vectors.cpu(), torch.tensor([0]))
+    op("revive_codes")(weight, z, vectors, first=last, out=weight)
     exact(op("nearest_codes")(z, weight).cpu(), torch.tensor([last]))
     buckets = {"num_codes": num_codes, "sign_bits": 20, "num_probes": 2}
     candidates = op("candidate_codes")(z, **buckets)
     exact(op("nearest_candidates")(z, weight, candidates).cpu(), torch.tensor([last]))
-    ids = torch.tensor([last, last - 1], device=subject.device)
     exact(op("embedding")(ids, weight).cpu(), torch.cat([torch.ones(1, width), torch.zeros(1, width)]))
     op("count_codes")(usage, ids[:1], out=usage)
-    op("age_codes")(usage, first=last - 1, window=2, out=usage)
-    exact(usage[-3:].cpu(), torch.tensor([0, 1, 0], dtype=torch.int16))
+    usage[last] = 3
+    op("age_codes")(usage, torch.cat([vectors, vectors - 1]), first=last - 1, out=usage)
+    exact(usage[-3:].cpu(), torch.tensor([0, 1, 1], dtype=torch.int16))
     votes = torch.full((1, width), 20, dtype=torch.int8, device=subject.device)
     op("accumulate")(weight, votes, rows=ids[:1], out=weight, **clock)
     op("apply_step")(weight, theta=20, rows=ids[:1], out=weight)

@@ -86,6 +86,15 @@ QUERY_STEPS, QUERY_MAX = 16, 127
 ROUTER_OCTAVES = 16
 """Octaves that an exponent of a router may lie below the largest. The choice of experts raises smaller exponents to that bound."""
 
+HANDICAP_STEPS = 64
+"""Steps of an expert's handicap that are one unit of the router's logit."""
+
+HANDICAP_MAX = 2**15 - 1
+"""Largest handicap, 512 units of a logit. The least handicap of a router is 0."""
+
+HANDICAP_MOVE = 16
+"""Steps by which a handicap moves in a training step for an expert that has twice its share, or none."""
+
 MAX_ROUTER_COLUMNS = 2**27
 """Most columns of a router's weight. A term of a score has at most 7 bits of a vector, 3 bits of a level and 16 octaves. A sum of
 2**27 terms therefore has 53 bits, and is exact in float64 in any order."""
@@ -104,9 +113,6 @@ MAX_ORDER = 16
 
 ALIVE_QUERY = 8
 """Sixteenths from which on an element of a vector gives its sign to a revived code. A smaller element gives 0."""
-
-REVIVAL_BLOCK = 255
-"""Philox block of the draws that revive codes; dither uses blocks 0 to 6."""
 
 MAX_NEIGHBOURS = 16
 """Most neighbours of a node in a table. The signs of a row then fit one word."""

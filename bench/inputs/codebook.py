@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from arbitor.reference.types import TernaryWeight
-from bench.inputs.maker import CLOCK, ORIGIN, Arguments, Inputs, Maker, Sizes, activations, ids, weight
+from bench.inputs.maker import ORIGIN, Arguments, Inputs, Maker, Sizes, activations, ids, weight
 
 MOST = {"M": 1024, "N": 2**17}
 
@@ -47,17 +47,28 @@ def count(make: Maker, s: Sizes) -> Arguments:
     return (counts, ids(make, s)), {"out": counts}
 
 
+def choose(make: Maker, s: Sizes) -> Arguments:
+    """Return the arguments of `revival_vectors`: no code of the window was used, so that each asks for a vector."""
+    table, at = codes(make, s), {"first": s["N"] // 2, "window": s["window"]}
+    return (activations(make, s, "K"), table, ids(make, s), usage(make, s, 0)), at
+
+
+def vectors(make: Maker, s: Sizes) -> Tensor:
+    """Return a vector of the batch for each code of the window."""
+    return make.integers(0, s["M"] - 1, (s["window"],), torch.int64)
+
+
 def revive(make: Maker, s: Sizes) -> Arguments:
-    """Return the arguments of `revive_codes`: no code was used, so that each of the window is revived."""
+    """Return the arguments of `revive_codes`: each code of the window is revived."""
     table = codes(make, s)
-    at = {"first": s["N"] // 2, "window": s["window"], **CLOCK, "sign_bits": s["sign_bits"], "out": table}
-    return (table, usage(make, s, 0), activations(make, s, "K")), at
+    at = {"first": s["N"] // 2, "sign_bits": s["sign_bits"], "out": table}
+    return (table, activations(make, s, "K"), vectors(make, s)), at
 
 
 def age(make: Maker, s: Sizes) -> Arguments:
     """Return the arguments of `age_codes`."""
     counts = usage(make, s, 100)
-    return (counts,), {"first": s["N"] // 2, "window": s["window"], "out": counts}
+    return (counts, vectors(make, s)), {"first": s["N"] // 2, "out": counts}
 
 
 INPUTS: Mapping[str, Inputs] = {
@@ -72,6 +83,7 @@ INPUTS: Mapping[str, Inputs] = {
         {},
     ),
     "count_codes": count,
+    "revival_vectors": choose,
     "revive_codes": revive,
     "age_codes": age,
 }

@@ -33,8 +33,10 @@ def grouped(make: Maker, s: Sizes, width: str) -> Arguments:
 
 
 def routed(make: Maker, s: Sizes) -> Arguments:
-    """Return vectors, and the weight of a router of one row an expert."""
-    return (activations(make, s, "K"), make.weight(s["N"], s["K"], s["G"])), {"top_k": s["top_k"]}
+    """Return vectors, the weight of a router of one row an expert, and a handicap of each expert."""
+    handicap = make.integers(-100, 100, (s["N"],), torch.int16)
+    given = (activations(make, s, "K"), make.weight(s["N"], s["K"], s["G"]))
+    return given, {"top_k": s["top_k"], "handicap_E": handicap}
 
 
 INPUTS: Mapping[str, Inputs] = {

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arbitor.reference import ops as reference_ops
+from arbitor.reference.constants import HANDICAP_STEPS
 from arbitor.reference.ops.scale import dequantize
 from bench.peers.experts import by_expert
 
@@ -72,9 +73,14 @@ class DenseOps:
             return torch.mm(grad_MN.T, x_MK, out_dtype=torch.float32)
         return torch.mm(grad_MN.T, x_MK).float()
 
-    def choose_experts(self, x: Tensor, weight: DenseWeight, *, top_k: int) -> Tensor:
-        """Choose by the product of the activations' dtype: float weights have no rule of ties."""
-        return self.linear(x, weight).topk(top_k, dim=-1).indices.sort(dim=-1).values
+    def choose_experts(
+        self, x: Tensor, weight: DenseWeight, *, top_k: int, handicap_E: Tensor | None = None
+    ) -> Tensor:
+        """Choose by the product of the activations' dtype less the handicaps: float weights have no rule of ties."""
+        logits = self.linear(x, weight)
+        if handicap_E is not None:
+            logits = logits.to(torch.float32) - handicap_E / HANDICAP_STEPS
+        return logits.topk(top_k, dim=-1).indices.sort(dim=-1).values
 
     def grouped_linear(self, x: Tensor, weight: DenseWeight, experts: Tensor, *, num_groups: int) -> Tensor:
         w_ENK = weight.value.to(x.dtype).unflatten(0, (num_groups, -1))

@@ -35,7 +35,8 @@ REPLAYED = {
     "expert_load": (0,),
     "ngram_rows": (0,),
     "count_codes": (1,),
-    "revive_codes": (2,),
+    "revival_vectors": (0, 2),
+    "revive_codes": (1,),
     "update_neighbours": (3, 4),
     "touch_strengths": (1,),
 }

@@ -60,7 +60,7 @@ def test_tables_are_named_with_their_type_and_shape() -> None:
     assert tables["shared_vq.bridge.tables.text.usage"].bytes == 40 * 2
     assert tables["AudioVQEncoder.codebook.usage"].dtype == "int16"
     assert {table.name for table in audit(NANO).tables} == {
-        f"layers.{i}.moe_graph.moe.load" for i in range(NANO.num_layers)
+        f"layers.{i}.moe_graph.moe.{table}" for i in range(NANO.num_layers) for table in ("load", "handicap")
     }
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -105,7 +104,7 @@ def test_only_used_rows_change() -> None:
 
 def test_uses_count_after_an_accepted_pass_and_a_step() -> None:
     codebook = TernaryVQCodebook(context(), 9, 10)
-    z = integers(200, 10).requires_grad_()
+    z = integers(3, 10).requires_grad_()
     ids, c, _ = codebook.quantize(z)
     # This pass is outside of `taking`, so it votes nothing.
     c.sum().backward()
@@ -116,7 +115,7 @@ def test_uses_count_after_an_accepted_pass_and_a_step() -> None:
     assert codebook.usage.eq(1).all()
     steps(codebook)
     want = 1 + 2 * ids.bincount(minlength=9)
-    # 400 positions look at 6 codes a step, of 2 passes.
+    # The 6 positions of 2 passes look at 6 codes of 9.
     first = 1 * 6 // 2
     window = (first + torch.arange(6)) % 9
     want[window] = want[window] >> 1
@@ -150,17 +149,37 @@ def test_windows_of_consecutive_steps_cover_the_table() -> None:
     """Also where a step has several passes, each with a number of its own."""
     starts: list[tuple[int, int]] = []
 
-    def record(usage: Tensor, *, first: int, window: int, out: Tensor) -> Tensor:
-        starts.append((first, window))
+    def record(usage: Tensor, vectors: Tensor, *, first: int, out: Tensor) -> Tensor:
+        starts.append((first, vectors.numel()))
         return usage
 
     codebook = TernaryVQCodebook(context(models.ops_with(age_codes=record)), 9, 10)
     for step in range(12):
-        train(codebook, integers(48, 10), step=step)
+        train(codebook, integers(1, 10), step=step)
         if step % 3 == 2:
             steps(codebook)
-    assert starts == [(step * 2 // 3, 2) for step in (2, 5, 8, 11)]
-    assert all(one + 2 == other for (one, _), (other, _) in pairwise(starts))
+    assert starts == [(step, 3) for step in (2, 5, 8, 11)]
+
+
+def test_every_revived_code_is_found_at_once() -> None:
+    """Each becomes a vector that no other code has, so that the same vectors find all of them."""
+    codebook = TernaryVQCodebook(context(num_codes=40), 40, 10)
+    codebook.usage.zero_()
+    z = integers(40, 10, high=1, seed=5)
+    used = set(train(codebook, z, step=0).tolist())
+    steps(codebook)
+    revived = set(range(40)) - used
+    assert len(used) < 40 and revived <= set(codebook.search(z).tolist())
+
+
+def test_codes_wait_until_there_are_vectors_for_them() -> None:
+    """A step that has vectors of one code alone revives one code, and the others are still at 0 for the next."""
+    codebook = TernaryVQCodebook(context(), 9, 10)
+    codebook.usage.zero_()
+    z = integers(1, 10, seed=3) + 0.25
+    train(codebook, z.expand(9, 10), step=0)
+    steps(codebook)
+    assert codebook.usage.eq(0).sum() == 7
 
 
 def test_a_revived_table_refuses_an_older_pass() -> None:
@@ -224,7 +243,10 @@ def test_shared_vq_by_dense_matrices(residual: bool) -> None:
     s = torch.randn(2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     u, codes, losses = module({"text": s})
     norm = lambda x: x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()  # noqa: E731
-    z = norm(s @ dequantize(module.down.weight, dtype=torch.float64).T)
+    d = s @ dequantize(module.down.weight, dtype=torch.float64).T
+    # Column 0 of the position three before counts in column 5 of ten.
+    earlier = torch.cat([torch.zeros_like(d[:, :3]), d[:, :2]], dim=1)
+    z = norm(d + torch.cat([earlier[..., 5:], earlier[..., :5]], dim=-1))
     text = module.bridge.tables["text"].weight
     exact(codes, reference_ops.nearest_codes(z, text))
     c = dequantize(text, dtype=torch.float64)[codes]
@@ -256,6 +278,33 @@ def test_shared_vq_reads_all_modalities_at_once() -> None:
         alike(value, torch.stack([of_part[name] for _, _, of_part in alone]).mean())
     assert rates[module.down.tensor_id] == rates[module.up.tensor_id] == [1.5]
     assert all(len(rates[table.tensor_id]) == 1 for table in module.bridge.codebooks.values())
+
+
+@pytest.mark.parametrize(
+    "media", [{}, {"image_BNF": (2, 4, 10), "audio_BNF": (2, 3, 7)}], ids=["text", "media"]
+)
+def test_codes_of_a_ledger_are_those_of_one_pass(media: dict[str, tuple[int, ...]]) -> None:
+    """Text is read in pieces, the first of them a single position, so that its next ones reach behind it to nothing."""
+    model = models.whole(dtype=torch.float64)
+    draw = torch.Generator().manual_seed(4)
+    features = {name: torch.randn(shape, generator=draw).double() for name, shape in media.items()}
+    ids_BT = models.random_ids(2, 30, seed=9)
+    with torch.no_grad():
+        trunk = model.trunk(ids_BT, **features)
+        ledger = model.new_ledger(2)
+        for start, end in (
+            (0, 3),
+            (3, 4),
+            (4, 6),
+            (6, 7),
+            (7, 8),
+            (8, 20),
+            *((n, n + 1) for n in range(20, 30)),
+        ):
+            ledger.retract()
+            model(ids_BT[:, start:end], ledger=ledger, **(features if start == 0 else {}))
+    exact(torch.stack([ledger.codes(0), ledger.codes(1)]), trunk.codes)
+    assert len(trunk.codes.unique()) > 10
 
 
 def test_every_weight_behind_a_code_votes() -> None:

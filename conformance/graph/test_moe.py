@@ -224,8 +224,8 @@ def test_equal_experts_are_chosen_alike_in_one_pass_and_byte_by_byte(dtype: torc
     """Of five equal experts the first are chosen, in one row as in many, though float products of them round differently."""
     chosen: list[Tensor] = []
 
-    def watched(x: Tensor, weight: Any, *, top_k: int) -> Tensor:
-        chosen.append(reference_ops.choose_experts(x, weight, top_k=top_k))
+    def watched(x: Tensor, weight: Any, **how: Any) -> Tensor:
+        chosen.append(reference_ops.choose_experts(x, weight, **how))
         return chosen[-1]
 
     sizes = {"num_experts": 5, "top_k": top_k, "window": 8, "block": 4, "num_summaries": 2}
@@ -265,6 +265,88 @@ def test_the_load_counts_choices_of_accepted_passes_when_stepped() -> None:
     model.load_state({name: value.clone() for name, value in model.state().items()})
     model.step()
     exact(moe.load, counted)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        # Ten choices, 3, 2, 1, 0 and 4 of them: a share of 2 is even, so the moves are 8, 0, -8, -16 and 16.
+        ((0, 0, 0, 0, 0), (24, 16, 8, 0, 32)),
+        ((100, 50, 8, 16, 0), (108, 50, 0, 0, 16)),
+        ((1, 2, 3, 0, 32767), (25, 18, 11, 0, 32767)),
+    ],
+)
+def test_a_handicap_grows_where_an_expert_had_more_than_its_share(
+    subject: Subject, before: tuple[int, ...], after: tuple[int, ...]
+) -> None:
+    """The choices of all passes of a step count together, and the least handicap is 0."""
+    for ops, device in ((reference_ops, torch.device("cpu")), on(subject)):
+        moe = SharedProjectionMoE(context(ops=ops, device=device, num_experts=5))
+        handicap_E = moe.get_buffer("handicap")
+        handicap_E.copy_(torch.tensor(before))
+        one = torch.tensor([[[0, 4], [0, 4]]], device=device)
+        two = torch.tensor([[[1, 2], [0, 4], [1, 4]]], device=device)
+        moe.count_passes([(one,), (two,)])
+        exact(handicap_E.cpu(), torch.tensor(after, dtype=torch.int16))
+        exact(moe.get_buffer("load").cpu(), torch.tensor([3, 2, 1, 0, 4]))
+
+
+def test_moves_of_a_handicap_are_bounded_and_cut_towards_0() -> None:
+    """Of 33 choices an expert with all but one has 4.8 times its share and moves by 16; a hundredth too much is no move."""
+    moe = SharedProjectionMoE(context(num_experts=5))
+    moe.count_passes([(torch.tensor([[[0]] * 32 + [[1]]]),)])
+    # 16 (5 - 33) / 33 is -13.6, and an expert without a choice moves by -16.
+    assert moe.get_buffer("handicap").tolist() == [32, 3, 0, 0, 0]
+    moe.get_buffer("handicap").zero_()
+    counts = [101, 99, 100, 100, 100]
+    chosen = torch.cat([torch.full((count,), expert) for expert, count in enumerate(counts)])
+    moe.count_passes([(chosen.reshape(1, -1, 1),)])
+    assert moe.get_buffer("handicap").tolist() == [0] * 5
+
+
+def test_a_handicap_counts_in_the_choice_and_not_in_the_shares() -> None:
+    """An expert that was first for every vector is chosen by none with a large handicap. The others share by their own logits."""
+    parts = context(dtype=torch.float64, top_k=2)
+    moe = SharedProjectionMoE(parts)
+    x_BPD = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found: list[Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        modulations = moe.modulations
+
+        def watched(x: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
+            found.extend((experts, shares))
+            return modulations(x, experts, shares)
+
+        patch.setattr(moe, "modulations", watched)
+        moe(x_BPD)
+        moe.get_buffer("handicap")[1] = 32767
+        moe(x_BPD)
+    before, _, after, shares = found
+    assert (before == 1).any() and not (after == 1).any()
+    logits = moe.router(x_BPD).gather(-1, after)
+    alike(shares, logits.softmax(dim=-1))
+
+
+def test_handicaps_even_out_the_load() -> None:
+    """A router whose rows favour one expert: without a handicap it is chosen always, after some steps as often as the others."""
+    parts = context(num_experts=4, top_k=1)
+    moe = SharedProjectionMoE(parts)
+    trits, exponents = trits_of(moe.router.weight), torch.full_like(moe.router.weight.exponents, -12)
+    trits[1:] = -trits[:1]
+    trits[0] = 1
+    bits = moe.router.weight.mantissa_bits
+    moe.router.load(weight_of_trits(trits, exponents, 12, mantissa_bits=bits))
+    x = torch.randn(1, 400, 24, generator=torch.Generator().manual_seed(1)) + 0.5
+    loads = []
+    for _ in range(80):
+        experts = parts.ops.choose_experts(
+            x, moe.router.weight, top_k=1, handicap_E=moe.get_buffer("handicap")
+        )
+        loads.append(torch.bincount(experts.flatten(), minlength=4))
+        moe.count_passes([(experts,)])
+    assert loads[0].max() > 300
+    late = torch.stack(loads[-40:]).sum(dim=0) / (40 * 100)
+    assert late.min() > 0.5 and late.max() < 2, late
 
 
 def test_numbered_names_each_expert_in_use_once() -> None:

@@ -102,6 +102,7 @@ def trained_state() -> dict[str, TernaryWeight | Tensor]:
         ("memory.structure.strengths", 0, 127, [-1]),
         ("memory.conversation.strengths", 0, 127, [-1]),
         ("layers.0.moe_graph.moe.load", 0, 2**63 - 1, [-1]),
+        ("layers.0.moe_graph.moe.handicap", 0, 32767, [-1]),
         ("layers.1.moe_graph.leak_shifts", 1, 4, [0, 5]),
     ],
 )

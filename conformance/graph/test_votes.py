@@ -178,12 +178,12 @@ def test_micro_batches_accumulate_one_after_the_other() -> None:
 def test_the_same_pass_from_the_same_state_gives_the_same_state() -> None:
     """An earlier pass leaves no gradient, no flag and no rows."""
     model, ids_BT = models.nano(theta=1, theta_e=1), models.random_ids(2, 10)
-    start = models.state_of(model)
+    start = {name: value.clone() for name, value in model.state().items()}
     ends = []
     for noise in (0, 1, 2):
         # No step follows this pass.
         model.backward(model.loss(models.random_ids(2, 10, seed=noise)), rate=models.RATE, step=noise)
-        model.load_weights(start)
+        model.load_state(start)
         model.backward(model.loss(ids_BT), rate=models.RATE, step=5)
         model.step()
         ends.append(tuple(models.state_of(model).values()))

@@ -29,7 +29,7 @@ from conformance.ops.test_codebook import (
     sixteenths,
     vectors,
 )
-from conformance.refusal import CLOCK, F16, ids, meta, ones, refusals, refused, scalar, weight
+from conformance.refusal import F16, ids, meta, ones, refusals, refused, scalar, weight
 from conformance.subject import Subject
 
 mutant = mutants_of("codebook")
@@ -79,26 +79,41 @@ def count_codes_calls(draw: st.DrawFn) -> Case:
     return Case((usage, ids // draw(st.sampled_from((1, 3)), label="duplicates")), kwargs)
 
 
+def drawn_ids(draw: st.DrawFn, low: int, high: int, count: int) -> Tensor:
+    """Draw int64 [count] from `low` to `high`."""
+    return torch.randint(low, high + 1, (count,), generator=ss.generator(draw(ss.GENERATOR_SEEDS)))
+
+
+@calls("revival_vectors")
+def revival_vectors_calls(draw: st.DrawFn) -> Case:
+    weight = draw(codebooks())
+    num_codes, width = weight.shape
+    count = draw(st.sampled_from((0, 1, 2, 40)))
+    # A vector that comes twice has equal gains.
+    z = draw(vectors(width, shape=(count,)))[: count // draw(st.sampled_from((1, 2)))].repeat(2, 1)[:count]
+    # Few codes have many vectors each.
+    ids = drawn_ids(draw, -1, draw(st.sampled_from((0, num_codes - 1))), z.shape[0])
+    return Case((z, weight, ids, draw(usages(num_codes))), draw(windows(num_codes)))
+
+
 @calls("revive_codes")
 def revive_codes_calls(draw: st.DrawFn) -> Case:
     weight = draw(codebooks())
-    count = draw(st.sampled_from((0, 1, 2, 40)))
+    count, at = draw(st.sampled_from((0, 1, 2, 40))), draw(windows(weight.shape[0]))
     z = draw(vectors(weight.shape[1], shape=(count,)))
-    kwargs = {
-        **draw(windows(weight.shape[0])),
-        **draw(ss.clocks()),
-        "sign_bits": draw(sign_bit_counts(*weight.shape)),
-    }
+    chosen = drawn_ids(draw, -1, count - 1, at.pop("window"))
+    kwargs = {**at, "sign_bits": draw(sign_bit_counts(*weight.shape))}
     ss.with_out(draw, weight, kwargs)
-    return Case((weight, draw(usages(weight.shape[0])), z), kwargs)
+    return Case((weight, z, chosen), kwargs)
 
 
 @calls("age_codes")
 def age_codes_calls(draw: st.DrawFn) -> Case:
     usage = draw(usages(draw(st.sampled_from((1, 5, 300)))))
     kwargs = draw(windows(usage.numel()))
+    chosen = drawn_ids(draw, -1, 2, kwargs.pop("window"))
     with_usage_out(draw, usage, kwargs)
-    return Case((usage,), kwargs)
+    return Case((usage, chosen), kwargs)
 
 
 # --- laws, and the mutants that they reject --------------------------------------------------------------------------
@@ -141,6 +156,104 @@ def test_count_codes_one_by_one(ops: Subject, num_codes: int, count: int, data: 
     data=st.data(),
     rejects=[
         mutant(
+            "distances_of_vectors_that_are_not_rounded",
+            "z_q = whole_sixteenths(z_RC).to(torch.float64)",
+            "z_q = z_RC.nan_to_num().clamp(-8, 8).to(torch.float64) * 16",
+            compared="revival_vectors",
+        ),
+        mutant(
+            "vectors_without_a_gain",
+            "farthest & (gains_R[by_code] > 0)",
+            "farthest & (gains_R[by_code] >= 0)",
+            compared="revival_vectors",
+        ),
+        mutant(
+            "vectors_without_a_code",
+            "torch.where(ids_R >= 0, own_R - made_R, 0.0)",
+            "own_R - made_R",
+            compared="revival_vectors",
+        ),
+        mutant(
+            "several_vectors_of_a_code",
+            "chosen = by_code[farthest & (gains_R[by_code] > 0)]",
+            "chosen = by_code[gains_R[by_code] > 0]",
+            compared="revival_vectors",
+        ),
+        mutant(
+            "the_nearest_vector_of_a_code",
+            "by_gain = gains_R.sort(descending=True, stable=True)",
+            "by_gain = gains_R.where(gains_R > 0, torch.inf).sort(stable=True)",
+            compared="revival_vectors",
+        ),
+        mutant(
+            "vectors_in_order_of_codes",
+            "    chosen = chosen[gains_R[chosen].sort(descending=True, stable=True).indices]\n",
+            "",
+            compared="revival_vectors",
+        ),
+        mutant(
+            "codes_in_use_revived",
+            "dead = (usage[rows] == 0)",
+            "dead = (usage[rows] <= 1)",
+            compared="revival_vectors",
+        ),
+        mutant(
+            "window_stops_at_the_end",
+            "rows = (first + torch.arange(window, device=usage.device)) % usage.numel()",
+            "rows = (first % usage.numel() + torch.arange(window, device=usage.device)).clamp(max=usage.numel() - 1)",
+            compared="revival_vectors",
+        ),
+    ],
+)
+def test_revival_vectors_one_by_one(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
+    """In whole numbers: unused codes take turns to choose the vector that would gain most by a code of its own."""
+    case = data.draw(revival_vectors_case(weight))
+    z, _, ids, usage = case.args
+    table = code_rows(weight)
+    gains: dict[int, tuple[int, int]] = {}
+    for place, (row, code) in enumerate(zip(z.to(torch.float64).tolist(), ids.tolist(), strict=True)):
+        z_q = sixteenths(row)
+        made = [32 * ((value > 7) - (value < -7)) for value in z_q]
+        gain = 0 if code < 0 else distance(z_q, table[code]) - distance(z_q, made)
+        if gain > gains.get(code, (0, 0))[0]:
+            gains[code] = gain, place
+    order = sorted(gains, key=lambda code: (-gains[code][0], code))
+    waiting, want = [gains[code][1] for code in order], []
+    for place in range(case.kwargs["window"]):
+        dead = usage[(int(case.kwargs["first"]) + place) % len(usage)] == 0
+        want.append(waiting.pop(0) if dead and waiting else -1)
+    exact(ops.revival_vectors(*case.args, **case.kwargs), torch.tensor(want, dtype=torch.int64))
+
+
+@st.composite
+def revival_vectors_case(draw: st.DrawFn, weight: TernaryWeight) -> Case:
+    """Draw a call of `revival_vectors` on a table."""
+    num_codes, width = weight.shape
+    count = draw(st.sampled_from((0, 1, 9, 33)))
+    z = draw(vectors(width, shape=(count,)))[: (count + 1) // 2].repeat(2, 1)[:count]
+    ids = drawn_ids(draw, -1, num_codes - 1, count)
+    return Case((z, weight, ids, draw(usages(num_codes))), draw(windows(num_codes)))
+
+
+def code_rows(weight: TernaryWeight) -> list[list[int]]:
+    """Return the codes as a search sees them, in units of 2**-5."""
+    exponents = weight.exponents.clamp(-5, 2).to(torch.int64) + 5
+    return [
+        [trit << int(levels[column // weight.group_size]) for column, trit in enumerate(trits)]
+        for trits, levels in zip(rows_of_trits(weight), exponents, strict=True)
+    ]
+
+
+def distance(z_q: list[int], code: list[int]) -> int:
+    """Return |z - code|**2 in units of 2**-10, for z in sixteenths and a code in units of 2**-5."""
+    return sum((2 * z - c) ** 2 for z, c in zip(z_q, code, strict=True))
+
+
+@law(
+    weight=codebooks(limit=64),
+    data=st.data(),
+    rejects=[
+        mutant(
             "search_rounds_up",
             ".clamp(-QUERY_MAX, QUERY_MAX).round()",
             ".clamp(-QUERY_MAX, QUERY_MAX).add(0.5).floor()",
@@ -148,33 +261,15 @@ def test_count_codes_one_by_one(ops: Subject, num_codes: int, count: int, data: 
         ),
         BUCKET_SIGNS_REVERSED,
         mutant(
-            "window_stops_at_the_end",
-            "rows = (first + torch.arange(window, device=usage.device)) % num_codes",
-            "rows = (first % num_codes + torch.arange(window, device=usage.device)).clamp(max=num_codes - 1).unique()",
+            "revived_window_stops_at_the_end",
+            "rows = (first + torch.arange(vectors.numel(), device=vectors.device)) % num_codes",
+            "rows = (first % num_codes + torch.arange(vectors.numel(), device=vectors.device)).clamp(max=num_codes - 1)",
             compared="revive_codes",
         ),
         mutant(
-            "codes_in_use_revived",
-            "rows[(usage[rows] == 0)",
-            "rows[(usage[rows] <= 1)",
-            compared="revive_codes",
-        ),
-        mutant(
-            "draws_of_the_dither",
-            "torch.full_like(dead, REVIVAL_BLOCK)",
-            "torch.zeros_like(dead)",
-            compared="revive_codes",
-        ),
-        mutant(
-            "draws_by_remainder",
-            "(word * num_vectors) >> 32]",
-            "word % num_vectors]",
-            compared="revive_codes",
-        ),
-        mutant(
-            "draws_from_the_first_half",
-            "(word * num_vectors) >> 32]",
-            "(word * num_vectors) >> 33]",
+            "the_first_vector_is_none",
+            "revived = rows[vectors >= 0]",
+            "vectors = vectors.where(vectors > 0, -1)\n    revived = rows[vectors >= 0]",
             compared="revive_codes",
         ),
         mutant(
@@ -185,34 +280,34 @@ def test_count_codes_one_by_one(ops: Subject, num_codes: int, count: int, data: 
         ),
         mutant(
             "counts_survive_revival",
-            "    for tensor in tensors.values():\n        tensor[dead] = 0\n",
-            '    tensors["exponents"][dead] = 0\n',
+            "    for tensor in tensors.values():\n        tensor[revived] = 0\n",
+            '    tensors["exponents"][revived] = 0\n',
             compared="revive_codes",
         ),
         mutant(
             "buckets_forgotten_at_revival",
-            "new[:, :sign_bits] = bucket_signs(dead, num_codes, sign_bits)",
+            "new[:, :sign_bits] = bucket_signs(revived, num_codes, sign_bits)",
             "pass",
             compared="revive_codes",
         ),
     ],
 )
-def test_revive_codes_by_scalar_philox(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
-    """One code of the window at a time: those in use stay, the others become the vector that Philox draws."""
+def test_revive_codes_one_by_one(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
+    """One code of the window at a time: those without a vector stay, the others become their vector."""
     num_codes, width = weight.shape
-    usage, count = data.draw(usages(num_codes)), data.draw(st.sampled_from((1, 2, 40)))
+    count = data.draw(st.sampled_from((1, 2, 40)))
     z = data.draw(vectors(width, shape=(count,)))
-    window, clock = data.draw(windows(num_codes)), data.draw(ss.clocks())
+    at = data.draw(windows(num_codes))
+    rng = ss.generator(data.draw(ss.GENERATOR_SEEDS))
+    chosen = torch.randint(-1, count, (at.pop("window"),), generator=rng)
     sign_bits = data.draw(sign_bit_counts(num_codes, width))
     trits = torch.tensor(rows_of_trits(weight), dtype=torch.int8)
     want = {name: tensor.clone() for name, tensor in weight.tensors().items()}
-    key = (clock["seed"] & oracle.WORD, clock["seed"] >> 32)
-    for place in range(window["window"]):
-        code = (int(window["first"]) + place) % num_codes
-        if usage[code]:
+    for place, vector in enumerate(chosen.tolist()):
+        if vector < 0:
             continue
-        draw = oracle.philox((code, 255, int(clock["step"]), clock["tensor_id"]), key)[0]
-        z_q = sixteenths(z[draw * count // 2**32].to(torch.float64).tolist())
+        code = (int(at["first"]) + place) % num_codes
+        z_q = sixteenths(z[vector].to(torch.float64).tolist())
         bucket = code * 2**sign_bits // num_codes
         signs = [1 if bucket >> column & 1 else -1 for column in range(sign_bits)]
         row = signs + [(value > 7) - (value < -7) for value in z_q][sign_bits:]
@@ -220,26 +315,7 @@ def test_revive_codes_by_scalar_philox(ops: Subject, weight: TernaryWeight, data
         for name in ("exponents", "trit_accum", "exponent_accum"):
             want[name][code] = 0
     want["packed"] = torch.tensor(oracle.pack(trits.flatten().tolist()), dtype=torch.uint8)
-    got = ops.revive_codes(weight, usage, z, **window, **clock, sign_bits=sign_bits)
-    exact(got, weight.with_tensors(**want))
-
-
-@law(
-    weight=codebooks(limit=64),
-    clock=ss.clocks(),
-    rejects=[
-        mutant(
-            "revived_from_nothing",
-            "dead = rows[(usage[rows] == 0) & (num_vectors > 0)]",
-            "dead = rows[usage[rows] == 0]\n    z_RC = z_RC if num_vectors else z_RC.new_zeros(1, z_RC.shape[1])",
-            compared="revive_codes",
-        ),
-    ],
-)
-def test_revive_codes_from_no_vectors(ops: Subject, weight: TernaryWeight, clock: dict[str, Any]) -> None:
-    usage = torch.zeros(weight.shape[0], dtype=torch.int16)
-    none = torch.zeros(0, weight.shape[1])
-    exact(ops.revive_codes(weight, usage, none, first=0, window=weight.shape[0], **clock), weight)
+    exact(ops.revive_codes(weight, z, chosen, **at, sign_bits=sign_bits), weight.with_tensors(**want))
 
 
 @law(
@@ -248,34 +324,42 @@ def test_revive_codes_from_no_vectors(ops: Subject, weight: TernaryWeight, clock
     rejects=[
         mutant(
             "revived_codes_stay_at_0",
-            "torch.where(usage[rows] == 0, 1, usage[rows] >> 1)",
+            "torch.where(vectors >= 0, 1, usage[rows] >> 1)",
             "usage[rows] >> 1",
             compared="age_codes",
         ),
         mutant(
+            "codes_that_wait_are_forgotten",
+            "torch.where(vectors >= 0, 1, usage[rows] >> 1)",
+            "torch.where((vectors >= 0) | (usage[rows] == 0), 1, usage[rows] >> 1)",
+            compared="age_codes",
+        ),
+        mutant(
             "use_is_not_forgotten",
-            "torch.where(usage[rows] == 0, 1, usage[rows] >> 1)",
-            "torch.where(usage[rows] == 0, 1, usage[rows])",
+            "torch.where(vectors >= 0, 1, usage[rows] >> 1)",
+            "torch.where(vectors >= 0, 1, usage[rows])",
             compared="age_codes",
         ),
         mutant("all_counters_age", "aged = usage.clone()", "aged = usage >> 1", compared="age_codes"),
     ],
 )
 def test_age_codes_one_by_one(ops: Subject, num_codes: int, data: st.DataObject) -> None:
-    """Counters of the window: 0, of a code just revived, becomes 1; the others halve."""
-    usage, window = data.draw(usages(num_codes)), data.draw(windows(num_codes))
+    """Counters of the window: of a code just revived it becomes 1; the others halve, and 0 stays 0."""
+    usage, at = data.draw(usages(num_codes)), data.draw(windows(num_codes))
+    rng = ss.generator(data.draw(ss.GENERATOR_SEEDS))
+    chosen = torch.randint(-1, 2, (at.pop("window"),), generator=rng)
     want = usage.tolist()
-    for place in range(window["window"]):
-        code = (int(window["first"]) + place) % num_codes
-        want[code] = want[code] // 2 if want[code] else 1
-    exact(ops.age_codes(usage, **window), torch.tensor(want, dtype=torch.int16))
+    for place, vector in enumerate(chosen.tolist()):
+        code = (int(at["first"]) + place) % num_codes
+        want[code] = 1 if vector >= 0 else want[code] // 2
+    exact(ops.age_codes(usage, chosen, **at), torch.tensor(want, dtype=torch.int16))
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
 _WINDOW = {"first": 0, "window": 2}
-_REVIVE = {**_WINDOW, **CLOCK}
+_AT = {"first": 0}
 
 
 def wide() -> TernaryWeight:
@@ -305,34 +389,55 @@ test_refusals_of_codebook_use = refusals(
     refused("count_codes", "another device", ValueError, "ids", counts(), meta(2, dtype=torch.int64)),
     refused("count_codes", "out of 4", ValueError, "out", counts(), ids(0), out=counts(4)),
     refused("count_codes", "out int32", TypeError, "out", counts(), ids(0), out=counts(3, torch.int32)),
-    refused("revive_codes", "129 columns", ValueError, "weight", wide, counts(2), ones(2, 129), **_REVIVE),
-    refused("revive_codes", "mantissa bits", ValueError, "mantissa_bits", with_mantissa, counts(), ones(2, 14), **_REVIVE),
-    refused("revive_codes", "counters of 4", ValueError, "usage", weight, counts(4), ones(2, 14), **_REVIVE),
-    refused("revive_codes", "int8 counters", TypeError, "usage", weight, counts(3, torch.int8), ones(2, 14), **_REVIVE),
-    refused("revive_codes", "13 columns", ValueError, "z_RC", weight, counts(), ones(2, 13), **_REVIVE),
-    refused("revive_codes", "three dimensions", ValueError, "z_RC", weight, counts(), ones(1, 2, 14), **_REVIVE),
-    refused("revive_codes", "float16", TypeError, "z_RC", weight, counts(), ones(2, 14, dtype=F16), **_REVIVE),
-    refused("revive_codes", "another device", ValueError, "z_RC", weight, counts(), meta(2, 14), **_REVIVE),
-    refused("revive_codes", "a window of 4", ValueError,
-            "window", weight, counts(), ones(2, 14), **{**_REVIVE, "window": 4}),
-    refused("revive_codes", "first -1", ValueError, "first", weight, counts(), ones(2, 14), **{**_REVIVE, "first": -1}),
-    refused("revive_codes", "first tensor -1", ValueError,
-            "first", weight, counts(), ones(2, 14), **{**_REVIVE, "first": scalar(-1)}),
-    refused("revive_codes", "step 2**32 - 1", ValueError,
-            "step", weight, counts(), ones(2, 14), **{**_REVIVE, "step": 2**32 - 1}),
+    refused("revival_vectors", "129 columns", ValueError, "weight", ones(2, 129), wide, ids(0, 0), counts(2), **_WINDOW),
+    refused("revival_vectors", "mantissa bits", ValueError,
+            "mantissa_bits", ones(2, 14), with_mantissa, ids(0, 0), counts(), **_WINDOW),
+    refused("revival_vectors", "counters of 4", ValueError, "usage", ones(2, 14), weight, ids(0, 0), counts(4), **_WINDOW),
+    refused("revival_vectors", "int8 counters", TypeError,
+            "usage", ones(2, 14), weight, ids(0, 0), counts(3, torch.int8), **_WINDOW),
+    refused("revival_vectors", "13 columns", ValueError, "z_RC", ones(2, 13), weight, ids(0, 0), counts(), **_WINDOW),
+    refused("revival_vectors", "three dimensions", ValueError, "z_RC", ones(1, 2, 14), weight, ids(0), counts(), **_WINDOW),
+    refused("revival_vectors", "float16", TypeError, "z_RC", ones(2, 14, dtype=F16), weight, ids(0, 0), counts(), **_WINDOW),
+    refused("revival_vectors", "three ids", ValueError, "ids_R", ones(2, 14), weight, ids(0, 0, 0), counts(), **_WINDOW),
+    refused("revival_vectors", "int32 ids", TypeError,
+            "ids_R", ones(2, 14), weight, ones(2, dtype=torch.int32), counts(), **_WINDOW),
+    refused("revival_vectors", "id N", ValueError, "ids_R", ones(2, 14), weight, ids(0, 3), counts(), **_WINDOW),
+    refused("revival_vectors", "another device", ValueError, "z_RC", meta(2, 14), weight, ids(0, 0), counts(), **_WINDOW),
+    refused("revival_vectors", "a window of 4", ValueError,
+            "window", ones(2, 14), weight, ids(0, 0), counts(), first=0, window=4),
+    refused("revival_vectors", "first -1", ValueError,
+            "first", ones(2, 14), weight, ids(0, 0), counts(), first=-1, window=2),
+    refused("revival_vectors", "first tensor -1", ValueError,
+            "first", ones(2, 14), weight, ids(0, 0), counts(), first=scalar(-1), window=2),
+    refused("revive_codes", "129 columns", ValueError, "weight", wide, ones(2, 129), ids(0), **_AT),
+    refused("revive_codes", "mantissa bits", ValueError, "mantissa_bits", with_mantissa, ones(2, 14), ids(0), **_AT),
+    refused("revive_codes", "13 columns", ValueError, "z_RC", weight, ones(2, 13), ids(0), **_AT),
+    refused("revive_codes", "three dimensions", ValueError, "z_RC", weight, ones(1, 2, 14), ids(0), **_AT),
+    refused("revive_codes", "float16", TypeError, "z_RC", weight, ones(2, 14, dtype=F16), ids(0), **_AT),
+    refused("revive_codes", "another device", ValueError, "z_RC", weight, meta(2, 14), ids(0), **_AT),
+    refused("revive_codes", "vectors of 4", ValueError, "vectors", weight, ones(2, 14), ids(0, 0, 0, 0), **_AT),
+    refused("revive_codes", "int32 vectors", TypeError, "vectors", weight, ones(2, 14), ones(2, dtype=torch.int32), **_AT),
+    refused("revive_codes", "vector R", ValueError, "vectors", weight, ones(2, 14), ids(2), **_AT),
+    refused("revive_codes", "vector -2", ValueError, "vectors", weight, ones(2, 14), ids(-2), **_AT),
+    refused("revive_codes", "first -1", ValueError, "first", weight, ones(2, 14), ids(0), first=-1),
+    refused("revive_codes", "first tensor -1", ValueError, "first", weight, ones(2, 14), ids(0), first=scalar(-1)),
     refused("revive_codes", "more buckets than codes", ValueError,
-            "sign_bits", weight, counts(), ones(2, 14), **_REVIVE, sign_bits=2),
+            "sign_bits", weight, ones(2, 14), ids(0), **_AT, sign_bits=2),
     refused("revive_codes", "out of another shape", ValueError,
-            "out", weight, counts(), ones(2, 14), **_REVIVE, out=lambda: weight(4)),
-    refused("age_codes", "int32 counters", TypeError, "usage", counts(3, torch.int32), **_WINDOW),
-    refused("age_codes", "a window of -1", ValueError, "window", counts(), first=0, window=-1),
-    refused("age_codes", "a window of 4", ValueError, "window", counts(), first=0, window=4),
-    refused("age_codes", "first 0.5", TypeError, "first", counts(), first=0.5, window=1),
-    refused("age_codes", "first of two", ValueError, "first", counts(), first=ids(0, 1), window=1),
-    refused("age_codes", "out of 4", ValueError, "out", counts(), **_WINDOW, out=counts(4)),
+            "out", weight, ones(2, 14), ids(0), **_AT, out=lambda: weight(4)),
+    refused("age_codes", "int32 counters", TypeError, "usage", counts(3, torch.int32), ids(0), **_AT),
+    refused("age_codes", "vectors of 4", ValueError, "vectors", counts(), ids(0, 0, 0, 0), **_AT),
+    refused("age_codes", "two dimensions", ValueError, "vectors", counts(), ones(1, 1, dtype=torch.int64), **_AT),
+    refused("age_codes", "int32 vectors", TypeError, "vectors", counts(), ones(2, dtype=torch.int32), **_AT),
+    refused("age_codes", "another device", ValueError, "vectors", counts(), meta(2, dtype=torch.int64), **_AT),
+    refused("age_codes", "first 0.5", TypeError, "first", counts(), ids(0), first=0.5),
+    refused("age_codes", "first of two", ValueError, "first", counts(), ids(0), first=ids(0, 1)),
+    refused("age_codes", "out of 4", ValueError, "out", counts(), ids(0), **_AT, out=counts(4)),
     rejects=[
         mutant("count_ids_unchecked", 'checks.values_between("ids", ids, -1, usage.numel() - 1)', "pass"),
-        mutant("window_unchecked", "checks.code_window(usage.numel(), first, window)", "pass"),
+        mutant("window_unchecked", "checks.code_window(weight.shape[0], first, window)", "pass"),
+        mutant("revivals_unchecked", "checks.revivals(usage.numel(), first, vectors)", "pass"),
+        mutant("vectors_unchecked", 'checks.values_between("vectors", vectors, -1, z_RC.shape[0] - 1)', "pass"),
     ],
 )
 # fmt: on

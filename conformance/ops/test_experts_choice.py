@@ -9,6 +9,7 @@ import math
 
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
 
 from arbitor.reference.constants import MAX_ROUTER_COLUMNS, groups_per_row, packed_bytes
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
@@ -49,12 +50,21 @@ def routers(draw: st.DrawFn) -> TernaryWeight:
     return weight_of_trits(trits, levels, size, mantissa_bits=weight.mantissa_bits)
 
 
+@st.composite
+def handicaps(draw: st.DrawFn, num_experts: int) -> Tensor:
+    """Draw handicaps: small ones, which decide where scores are close, or over all their range."""
+    most = draw(st.sampled_from((1, 40, 32767)), label="largest handicap")
+    rng = ss.generator(draw(ss.GENERATOR_SEEDS))
+    return torch.randint(-most, most + 1, (num_experts,), generator=rng).to(torch.int16)
+
+
 @calls("choose_experts")
 def choose_experts_calls(draw: st.DrawFn) -> Case:
     weight = draw(routers())
-    return Case(
-        (draw(vectors(weight.shape[1])), weight), {"top_k": draw(st.integers(1, weight.shape[0]), label="k")}
-    )
+    kwargs = {"top_k": draw(st.integers(1, weight.shape[0]), label="k")}
+    if draw(st.booleans(), label="with handicaps"):
+        kwargs["handicap_E"] = draw(handicaps(weight.shape[0]))
+    return Case((draw(vectors(weight.shape[1])), weight), kwargs)
 
 
 # --- laws, and the mutants that they reject --------------------------------------------------------------------------
@@ -152,6 +162,45 @@ def test_choose_experts_by_fractions(ops: Subject, weight: TernaryWeight, data: 
     exact(got, torch.tensor(want, dtype=torch.int64).reshape(len(want), top_k))
 
 
+@law(
+    weight=routers(),
+    data=st.data(),
+    rejects=[
+        mutant(
+            "handicaps_that_help",
+            "scores_ME = scores_ME - handicap_E",
+            "scores_ME = scores_ME + handicap_E",
+            compared="choose_experts",
+        ),
+        mutant(
+            "handicaps_in_steps_of_a_sixteenth",
+            "(QUERY_STEPS / HANDICAP_STEPS)",
+            "(1 / QUERY_STEPS)",
+            compared="choose_experts",
+        ),
+    ],
+)
+def test_choose_experts_after_handicaps(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
+    """A handicap of four steps counts as much as a score of 1, which a column of one sixteenth times a scale of 1 has."""
+    num_experts = weight.shape[0]
+    top_k = data.draw(st.integers(1, num_experts), label="k")
+    handicap = data.draw(handicaps(num_experts))
+    # Trits of -1 in the first columns, one for each part of the handicap: scores of whole numbers up to 2**13.
+    parts = [1, 4, 16, 64, 127]
+    counts = torch.randint(
+        0, 5, (num_experts, len(parts)), generator=ss.generator(data.draw(ss.GENERATOR_SEEDS))
+    )
+    trits = (counts - 2).sign().to(torch.int8)
+    router = weight_of_trits(trits, torch.zeros(num_experts, 1, dtype=torch.int8), 12)
+    x = torch.tensor(parts, dtype=torch.float32) / 16
+    scores = [
+        4 * sum(part * int(trit) for part, trit in zip(parts, row, strict=True)) - int(taken)
+        for row, taken in zip(trits, handicap, strict=True)
+    ]
+    want = sorted(sorted(range(num_experts), key=lambda e: -scores[e])[:top_k])
+    exact(ops.choose_experts(x, router, top_k=top_k, handicap_E=handicap), torch.tensor(want))
+
+
 @law(weight=routers(), data=st.data(), rejects=[TIES_TO_THE_LAST_EXPERT])
 def test_choose_experts_lets_the_lowest_of_equal_rows_win(
     ops: Subject, weight: TernaryWeight, data: st.DataObject
@@ -221,6 +270,12 @@ test_refusals_of_experts_choice = refusals(
     refused("choose_experts", "float16", TypeError, "x has dtype", ones(2, 14, dtype=F16), _SIX, top_k=2),
     refused("choose_experts", "another device", ValueError, "x is on", meta(2, 14), _SIX, top_k=2),
     refused("choose_experts", "too many columns", ValueError, "weight has shape", meta(2, 14), _wide_router, top_k=1),
-    rejects=[mutant("a_router_unchecked", "checks.router(x, weight, top_k, weight.packed)", "pass")],
+    refused("choose_experts", "five handicaps", ValueError,
+            "handicap_E", ones(2, 14), _SIX, top_k=2, handicap_E=ones(5, dtype=torch.int16)),
+    refused("choose_experts", "int32 handicaps", TypeError,
+            "handicap_E", ones(2, 14), _SIX, top_k=2, handicap_E=ones(6, dtype=torch.int32)),
+    refused("choose_experts", "handicaps elsewhere", ValueError,
+            "handicap_E", ones(2, 14), _SIX, top_k=2, handicap_E=meta(6, dtype=torch.int16)),
+    rejects=[mutant("a_router_unchecked", "checks.router(x, weight, top_k, handicap_E, weight.packed)", "pass")],
 )
 # fmt: on

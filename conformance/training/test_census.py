@@ -281,7 +281,7 @@ def test_a_report_of_codes() -> None:
 
 
 def test_a_report_of_experts_counts_since_the_one_before() -> None:
-    """With a router of zeros all logits are equal, so that every position takes the first two of four experts."""
+    """With a router of zeros and without handicaps, every position takes the first two of four experts."""
     model = ArbModel(replace(NANO, num_experts=4, top_k=2), seed=3)
     moe = model.layers[0].moe_graph.moe
     router = moe.router
@@ -293,6 +293,7 @@ def test_a_report_of_experts_counts_since_the_one_before() -> None:
     for step in range(3):
         levels, bits = router.weight.exponents, router.weight.mantissa_bits
         router.load(weight_of_trits(zeros, levels, mantissa_bits=bits))
+        moe.get_buffer("handicap").zero_()
         vote(model, step)
         if step == 1:
             model.step()

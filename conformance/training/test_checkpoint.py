@@ -198,7 +198,7 @@ EMBEDDING, LOAD = "embedding.table", "layers.0.moe_graph.moe.load"
         (_widen, "'embedding.table' does not have the shape its header states"),
         (_lose, "embedding.table.exponents is missing"),
         (_add, "tensors that belong to no weight"),
-        (_field("format", 3), "format version is 3"),
+        (_field("format", 2), "format version is 2"),
         (_field("weights", []), r"has \[\] for weights"),
         (_field("step", "2"), "has '2' for step"),
         (_field("best_bpb", True), "has True for best_bpb"),

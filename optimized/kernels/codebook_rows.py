@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.optimized.kernels.common import clock_step, philox_words, round_half_even, widen
-from arbitor.optimized.kernels.launch import Clock, announce_written, runs_here
+from arbitor.optimized.kernels.common import round_half_even, widen
+from arbitor.optimized.kernels.launch import announce_written, row_grid, runs_here
 from arbitor.optimized.layouts import DeviceWeight
 from arbitor.reference.constants import (
     ALIVE_QUERY,
@@ -19,13 +19,12 @@ from arbitor.reference.constants import (
     CODE_EXPONENT_MIN,
     QUERY_MAX,
     QUERY_STEPS,
-    REVIVAL_BLOCK,
     USAGE_MAX,
 )
 
 LOW_EXPONENT, HIGH_EXPONENT = tl.constexpr(CODE_EXPONENT_MIN), tl.constexpr(CODE_EXPONENT_MAX)
 STEPS, MOST_STEPS = tl.constexpr(float(QUERY_STEPS)), tl.constexpr(float(QUERY_MAX))
-MOST_USES, ALIVE, REVIVAL = tl.constexpr(USAGE_MAX), tl.constexpr(ALIVE_QUERY), tl.constexpr(REVIVAL_BLOCK)
+MOST_USES, ALIVE = tl.constexpr(USAGE_MAX), tl.constexpr(ALIVE_QUERY)
 
 BLOCK = 256
 BLOCK_ROWS = 64
@@ -110,44 +109,57 @@ def window_row(first, place, num_codes, FIRST_ON_DEVICE: tl.constexpr):
     return (start + place) % num_codes
 
 
-@triton.jit(
-    do_not_specialize=[
-        "first",
-        "num_codes",
-        "num_vectors",
-        "row_groups",
-        "row_words",
-        "seed_low",
-        "seed_high",
-        "step",
-        "tensor_id",
-    ]
-)
+@triton.jit
+def revived_trits(z):
+    """Return the trits (int32) that vectors in whole sixteenths make as codes."""
+    return tl.where(z >= ALIVE, 1, 0) - tl.where(z <= -ALIVE, 1, 0)
+
+
+@triton.jit
+def distance(z, code):
+    """Return 2**10 |z_q / 16 - c|**2 as int32, for float32 vectors z_q and c of one block."""
+    return tl.sum((z * (4.0 * z - 128.0 * code) + 1024.0 * code * code).to(tl.int32), axis=0)
+
+
+@triton.jit(do_not_specialize=["num_columns", "row_groups", "row_words"])
+def _revival_gains_kernel(
+    z_ptr, words_ptr, exponents_ptr, ids_ptr, gains_ptr, num_columns, row_groups, row_words,
+    GROUP_SIZE: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    vector = tl.program_id(0).to(tl.int64)
+    code = tl.load(ids_ptr + vector)
+    columns = tl.arange(0, BLOCK_C)
+    mask = columns < num_columns
+    z = query_values(tl.load(z_ptr + vector * num_columns + columns, mask=mask, other=0.0))
+    # A vector without a code reads code 0, and has no gain.
+    row = tl.maximum(code, 0)
+    words = tl.load(words_ptr + row * row_words + columns // 16, mask=mask, other=0)
+    levels = tl.load(exponents_ptr + row * row_groups + columns // GROUP_SIZE, mask=mask, other=0)
+    own = code_values(words, columns % 16, levels).to(tl.float32)
+    made = revived_trits(z).to(tl.float32)
+    # Distances times 2**10. 4 z_q**2 - 128 z_q c + 1024 c**2 is a whole number, and its sum over 128 columns is below 2**25.
+    gain = distance(z, own) - distance(z, made)
+    tl.store(gains_ptr + vector, tl.where(code >= 0, gain, 0))
+
+
+@triton.jit(do_not_specialize=["first", "num_codes", "row_groups", "row_words"])
 def _revive_codes_kernel(
-    z_ptr, usage_ptr, words_ptr, exponents_ptr, trit_accum_ptr, exponent_accum_ptr,
-    first, num_codes, num_columns, num_vectors, row_groups, row_words, seed_low, seed_high, step, tensor_id,
-    FIRST_ON_DEVICE: tl.constexpr, STEP_ON_DEVICE: tl.constexpr, SIGN_BITS: tl.constexpr,
+    z_ptr, vectors_ptr, words_ptr, exponents_ptr, trit_accum_ptr, exponent_accum_ptr,
+    first, num_codes, num_columns, row_groups, row_words,
+    FIRST_ON_DEVICE: tl.constexpr, SIGN_BITS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    row = window_row(first, tl.program_id(0).to(tl.int64), num_codes, FIRST_ON_DEVICE)
-    if tl.load(usage_ptr + row) != 0:
+    place = tl.program_id(0).to(tl.int64)
+    vector = tl.load(vectors_ptr + place)
+    if vector < 0:
         return
-    one = tl.zeros([1], dtype=tl.int64)
-    draw, _, _, _ = philox_words(
-        row + one,
-        tl.full([1], REVIVAL, tl.int32),
-        clock_step(step, STEP_ON_DEVICE),
-        tensor_id,
-        seed_low,
-        seed_high,
-    )
-    vector = tl.sum((draw.to(tl.int64) * num_vectors) >> 32, axis=0)
+    row = window_row(first, place, num_codes, FIRST_ON_DEVICE)
     word_ids = tl.arange(0, BLOCK_WORDS)
     lanes = tl.arange(0, 16)[None, :]
     columns = word_ids[:, None] * 16 + lanes
     mask = columns < num_columns
     z = query_values(tl.load(z_ptr + vector * num_columns + columns, mask=mask, other=0.0))
-    trits = tl.where(z >= ALIVE, 1, 0) - tl.where(z <= -ALIVE, 1, 0)
+    trits = revived_trits(z)
     trits = tl.where(columns < SIGN_BITS, bucket_trits(row, columns, num_codes, SIGN_BITS), trits)
     words = tl.xor_sum((trits & 3) << (2 * lanes), axis=1)
     tl.store(words_ptr + row * row_words + word_ids, words, mask=word_ids < row_words)
@@ -161,13 +173,13 @@ def _revive_codes_kernel(
 
 @triton.jit(do_not_specialize=["first", "window", "num_codes"])
 def _age_codes_kernel(
-    usage_ptr, first, window, num_codes, FIRST_ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr
+    usage_ptr, vectors_ptr, first, window, num_codes, FIRST_ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr
 ):
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     rows = window_row(first, places, num_codes, FIRST_ON_DEVICE)
     usage = tl.load(usage_ptr + rows, mask=places < window, other=0).to(tl.int32)
-    aged = tl.where(usage == 0, 1, usage >> 1)
-    tl.store(usage_ptr + rows, aged.to(tl.int16), mask=places < window)
+    revived = tl.load(vectors_ptr + places, mask=places < window, other=-1) >= 0
+    tl.store(usage_ptr + rows, tl.where(revived, 1, usage >> 1).to(tl.int16), mask=places < window)
 
 
 def sign_words_(words: Tensor, sign_bits: int) -> None:
@@ -191,37 +203,59 @@ def count_(usage: Tensor, ids: Tensor) -> None:
     _count_codes_kernel[grid](in_order, ends, usage, ids.numel(), BLOCK=BLOCK)
 
 
-def revive_(
-    weight: DeviceWeight,
-    usage: Tensor,
-    z_RC: Tensor,
-    first: int | Tensor,
-    window: int,
-    sign_bits: int,
-    clock: Clock,
-) -> None:
+def vectors_of_window(
+    z_RC: Tensor, weight: DeviceWeight, ids_R: Tensor, usage: Tensor, first: int | Tensor, window: int
+) -> Tensor:
+    """Launch `revival_vectors`; returns int64 [window]. The library sorts, all shapes are fixed, and nothing waits."""
+    runs_here(z_RC)
+    num_vectors, num_columns = z_RC.shape
+    if num_vectors == 0:
+        return torch.full((window,), -1, dtype=torch.int64, device=z_RC.device)
+    gains = torch.empty(num_vectors, dtype=torch.int32, device=z_RC.device)
+    _revival_gains_kernel[row_grid(num_vectors, 1)](
+        z_RC.contiguous(), weight.words, weight.exponents, ids_R.contiguous(), gains,
+        num_columns, weight.exponents.shape[1], weight.words.shape[1],
+        GROUP_SIZE=weight.group_size, BLOCK_C=triton.next_power_of_2(num_columns),
+    )  # fmt: skip
+    by_gain = gains.sort(descending=True, stable=True).indices
+    by_code = by_gain[ids_R[by_gain].sort(stable=True).indices]
+    codes, gains = ids_R[by_code], gains[by_code]
+    same_code = torch.zeros_like(codes, dtype=torch.bool)
+    same_code[1:] = codes[1:] == codes[:-1]
+    # The farthest vector of each code keeps its gain.
+    gains = gains.masked_fill(same_code, 0).clamp(min=0)
+    chosen = by_code[gains.sort(descending=True, stable=True).indices]
+    rows = (first + torch.arange(window, device=usage.device)) % usage.numel()
+    dead = usage[rows] == 0
+    places = dead.cumsum(dim=0) - 1
+    given = dead & (places < torch.count_nonzero(gains))
+    return torch.where(given, chosen[places.clamp(min=0, max=num_vectors - 1)], -1)
+
+
+def revive_(weight: DeviceWeight, z_RC: Tensor, vectors: Tensor, first: int | Tensor, sign_bits: int) -> None:
     """Launch `revive_codes`, in place."""
-    runs_here(usage)
-    if window == 0 or z_RC.shape[0] == 0:
+    runs_here(z_RC)
+    if vectors.numel() == 0 or z_RC.shape[0] == 0:
         return
     num_codes, num_columns = weight.shape
     groups, words = weight.exponents.shape[1], weight.words.shape[1]
-    _revive_codes_kernel[(window,)](
-        z_RC.contiguous(), usage.contiguous(), weight.words, weight.exponents, weight.trit_accum, weight.exponent_accum,
-        _start(first, num_codes), num_codes, num_columns, z_RC.shape[0], groups, words,
-        clock.seed_low, clock.seed_high, clock.step, clock.tensor_id,
-        FIRST_ON_DEVICE=isinstance(first, Tensor), STEP_ON_DEVICE=clock.step_on_device, SIGN_BITS=sign_bits,
+    _revive_codes_kernel[row_grid(vectors.numel(), 1)](
+        z_RC.contiguous(), vectors.contiguous(),
+        weight.words, weight.exponents, weight.trit_accum, weight.exponent_accum,
+        _start(first, num_codes), num_codes, num_columns, groups, words,
+        FIRST_ON_DEVICE=isinstance(first, Tensor), SIGN_BITS=sign_bits,
         BLOCK_WORDS=triton.next_power_of_2(words), BLOCK_GROUPS=triton.next_power_of_2(groups),
     )  # fmt: skip
     announce_written(weight.words, weight.exponents)
 
 
-def age_(usage: Tensor, first: int | Tensor, window: int) -> None:
+def age_(usage: Tensor, vectors: Tensor, first: int | Tensor) -> None:
     """Launch `age_codes`, in place."""
     runs_here(usage)
+    window = vectors.numel()
     if window:
         _age_codes_kernel[(triton.cdiv(window, BLOCK),)](
-            usage, _start(first, usage.numel()), window, usage.numel(),
+            usage, vectors.contiguous(), _start(first, usage.numel()), window, usage.numel(),
             FIRST_ON_DEVICE=isinstance(first, Tensor), BLOCK=BLOCK,
         )  # fmt: skip
 

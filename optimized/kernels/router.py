@@ -14,9 +14,14 @@ from arbitor.optimized.kernels.codebook_rows import query_values
 from arbitor.optimized.kernels.common import lane_weights, level_scales
 from arbitor.optimized.kernels.launch import row_grid, row_tile, runs_here
 from arbitor.optimized.layouts import DeviceWeight
-from arbitor.reference.constants import ROUTER_OCTAVES
+from arbitor.reference.constants import HANDICAP_STEPS, QUERY_STEPS, ROUTER_OCTAVES
 
 OCTAVES = tl.constexpr(ROUTER_OCTAVES)
+
+STEP_SCORE = QUERY_STEPS / HANDICAP_STEPS
+"""Units of a score that one step of a handicap takes, a power of two."""
+
+STEP = tl.constexpr(STEP_SCORE)
 
 BLOCK_COLUMNS = 1024
 BLOCK_VALUES = 1024
@@ -51,9 +56,11 @@ def _whole_sixteenths_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["num_vectors", "top_k"])
 def _best_rows_kernel(
     scores_ptr,
+    handicap_ptr,
     out_ptr,
     num_vectors,
     top_k,
+    HANDICAP: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -63,6 +70,10 @@ def _best_rows_kernel(
     mask = (vectors < num_vectors)[:, None] & (experts < EXPERTS)
     low = float("-inf")
     scores = tl.load(scores_ptr + vectors[:, None] * EXPERTS + experts, mask=mask, other=low)
+    if HANDICAP:
+        handicap = tl.load(handicap_ptr + experts, mask=experts < EXPERTS, other=0)
+        # The product is exact, so that one operation that does both rounds as two do.
+        scores -= handicap.to(tl.float64) * STEP
     chosen = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.int32)
     for _ in range(top_k):
         open_scores = tl.where((chosen == 0) & (experts < EXPERTS), scores, low)
@@ -74,10 +85,15 @@ def _best_rows_kernel(
     tl.store(out_ptr + places, (experts + tl.zeros_like(chosen)).to(tl.int64), mask=mask & (chosen > 0))
 
 
-def best_rows(scores_ME: Tensor, top_k: int) -> Tensor:
-    """Return the experts of the largest of some finite scores, int64 [M, k], ascending; of equal scores the lowest expert's."""
+def best_rows(scores_ME: Tensor, top_k: int, handicap_E: Tensor | None = None) -> Tensor:
+    """Return the experts of the largest of some finite scores, int64 [M, k], ascending; of equal scores the lowest expert's.
+
+    A handicap, int16 [E], is taken off the scores first.
+    """
     num_vectors, num_experts = scores_ME.shape
     if num_experts > BLOCK_SCORES:
+        if handicap_E is not None:
+            scores_ME = scores_ME - handicap_E.to(torch.float64) * STEP_SCORE
         order_ME = scores_ME.sort(dim=-1, descending=True, stable=True).indices
         return order_ME[:, :top_k].sort(dim=-1).values
     runs_here(scores_ME)
@@ -87,9 +103,11 @@ def best_rows(scores_ME: Tensor, top_k: int) -> Tensor:
         block_m = BLOCK_SCORES // block_e
         _best_rows_kernel[row_grid(1, triton.cdiv(num_vectors, block_m))](
             scores_ME.contiguous(),
+            None if handicap_E is None else handicap_E.contiguous(),
             out,
             num_vectors,
             top_k,
+            HANDICAP=handicap_E is not None,
             EXPERTS=num_experts,
             BLOCK_M=block_m,
             BLOCK_E=block_e,

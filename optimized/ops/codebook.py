@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.kernels import codebook, codebook_rows, scale
-from arbitor.optimized.kernels.launch import Clock, may_look_at_values, same_device, values_between
+from arbitor.optimized.kernels.launch import may_look_at_values, same_device, values_between
 from arbitor.optimized.layouts import AnyWeight, DeviceWeight
 from arbitor.optimized.ops.layout import canonical, deliver, on_device, target_of
 from arbitor.optimized.ops.op import op
@@ -24,6 +24,7 @@ __all__ = [
     "initial_codebook",
     "nearest_candidates",
     "nearest_codes",
+    "revival_vectors",
     "revive_codes",
 ]
 
@@ -103,42 +104,58 @@ def count_codes(usage: Tensor, ids: Tensor, *, out: Tensor | None = None) -> Ten
 
 
 @op()
-def revive_codes(
-    weight: AnyWeight,
-    usage: Tensor,
+def revival_vectors(
     z_RC: Tensor,
+    weight: AnyWeight,
+    ids_R: Tensor,
+    usage: Tensor,
     *,
     first: int | Tensor,
     window: int,
-    seed: int,
-    step: int | Tensor,
-    tensor_id: int,
+) -> Tensor:
+    """See reference; float64 is not supported."""
+    _check_vectors(weight, z_RC)
+    checks.usage_of(weight.shape[0], usage, None)
+    checks.tensor("ids_R", ids_R, torch.int64, z_RC.shape[:1])
+    checks.same_device(weight=weight.exponents, z_RC=z_RC, ids_R=ids_R, usage=usage)
+    values_between("ids_R", ids_R, -1, weight.shape[0] - 1)
+    checks.code_window(weight.shape[0], first, window, values=_look(first))
+    same_device("first", first, usage.device)
+    return codebook_rows.vectors_of_window(z_RC, on_device(weight), ids_R, usage, first, window)
+
+
+@op()
+def revive_codes(
+    weight: AnyWeight,
+    z_RC: Tensor,
+    vectors: Tensor,
+    *,
+    first: int | Tensor,
     sign_bits: int = 0,
     out: AnyWeight | None = None,
 ) -> AnyWeight:
     """See reference; float64 is not supported."""
-    checks.codebook(weight)
-    checks.usage_of(weight.shape[0], usage, None)
-    checks.last_dim("z_RC", z_RC, weight.shape[1], DTYPES)
-    if z_RC.ndim != 2:
-        raise ValueError(f"z_RC has shape {tuple(z_RC.shape)}, but must be [vectors, columns]")
-    checks.same_device(weight=weight.exponents, usage=usage, z_RC=z_RC)
-    _check_window(weight.shape[0], first, window, usage.device)
-    clock = Clock.of(seed, step, tensor_id, weight.device)
+    _check_vectors(weight, z_RC)
+    checks.revivals(weight.shape[0], first, vectors, values=_look(first))
+    checks.same_device(weight=weight.exponents, z_RC=z_RC, vectors=vectors)
+    same_device("first", first, vectors.device)
+    values_between("vectors", vectors, -1, z_RC.shape[0] - 1)
     checks.buckets(*weight.shape, sign_bits)
     checks.out_weight(out, weight)
     target = target_of(weight, out)
-    codebook_rows.revive_(target, usage, z_RC, first, window, sign_bits, clock)
+    codebook_rows.revive_(target, z_RC, vectors, first, sign_bits)
     return deliver(target, weight, out)
 
 
 @op()
-def age_codes(usage: Tensor, *, first: int | Tensor, window: int, out: Tensor | None = None) -> Tensor:
+def age_codes(usage: Tensor, vectors: Tensor, *, first: int | Tensor, out: Tensor | None = None) -> Tensor:
     """See reference."""
     checks.usage_of(None, usage, out)
-    _check_window(usage.numel(), first, window, usage.device)
+    checks.revivals(usage.numel(), first, vectors, values=_look(first))
+    checks.same_device(usage=usage, vectors=vectors)
+    same_device("first", first, usage.device)
     target = _target(usage, out)
-    codebook_rows.age_(target, first, window)
+    codebook_rows.age_(target, vectors, first)
     return _delivered(target, out)
 
 
@@ -147,11 +164,16 @@ def _vectors(z: Tensor) -> Tensor:
     return z.reshape(z.numel() // z.shape[-1], z.shape[-1])
 
 
-def _check_window(num_codes: int, first: int | Tensor, window: int, device: torch.device) -> None:
-    """Refuse a window that is not allowed. The value of a start on the device is checked only where value checks may run."""
-    look = not isinstance(first, Tensor) or may_look_at_values(first)
-    checks.code_window(num_codes, first, window, values=look)
-    same_device("first", first, device)
+def _check_vectors(weight: AnyWeight, z_RC: Tensor) -> None:
+    checks.codebook(weight)
+    checks.last_dim("z_RC", z_RC, weight.shape[1], DTYPES)
+    if z_RC.ndim != 2:
+        raise ValueError(f"z_RC has shape {tuple(z_RC.shape)}, but must be [vectors, columns]")
+
+
+def _look(first: int | Tensor) -> bool:
+    """Return whether the start of a window may be looked at: a number, or a tensor where value checks may run."""
+    return not isinstance(first, Tensor) or may_look_at_values(first)
 
 
 def _target(usage: Tensor, out: Tensor | None) -> Tensor:

@@ -75,15 +75,15 @@ def grouped_linear_weight_grad(
 
 
 @op()
-def choose_experts(x: Tensor, weight: AnyWeight, *, top_k: int) -> Tensor:
+def choose_experts(x: Tensor, weight: AnyWeight, *, top_k: int, handicap_E: Tensor | None = None) -> Tensor:
     """See reference; float64 is not supported.
 
     The library multiplies in float64, where every sum is exact, so that its order and its tiles change no bit.
     """
-    checks.router(x, weight, top_k, weight.exponents, DTYPES)
+    checks.router(x, weight, top_k, handicap_E, weight.exponents, DTYPES)
     x_MK = router.whole_sixteenths(x.reshape(-1, weight.shape[1]))
     scores_ME = torch.mm(x_MK, router.router_rows(on_device(weight)).T)
-    return router.best_rows(scores_ME, top_k).reshape(*x.shape[:-1], top_k)
+    return router.best_rows(scores_ME, top_k, handicap_E).reshape(*x.shape[:-1], top_k)
 
 
 @op()

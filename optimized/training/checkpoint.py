@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from arbitor.reference.graph.stateful import Stateful
     from arbitor.reference.types import LaidOutWeight
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of the file format; another one is refused."""
 
 METADATA_KEY = "arbitor"

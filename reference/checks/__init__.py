@@ -19,7 +19,14 @@ from arbitor.reference.checks.arguments import (
     threshold,
 )
 from arbitor.reference.checks.attention import decode_slots, slot_bias
-from arbitor.reference.checks.codebooks import buckets, code_columns, code_window, codebook, usage_of
+from arbitor.reference.checks.codebooks import (
+    buckets,
+    code_columns,
+    code_window,
+    codebook,
+    revivals,
+    usage_of,
+)
 from arbitor.reference.checks.conv import conv_columns, conv_gradient, conv_input, conv_positions
 from arbitor.reference.checks.denoise import denoise_loop
 from arbitor.reference.checks.edges import (
@@ -116,6 +123,7 @@ __all__ = [
     "one_of",
     "one_row",
     "out_weight",
+    "revivals",
     "router",
     "row_ids",
     "row_values",

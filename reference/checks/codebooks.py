@@ -59,3 +59,13 @@ def code_window(num_codes: int, first: int | Tensor, window: int, *, values: boo
             values_between("first", first, 0, 2**62)
     else:
         integer("first", first, 0, 2**62)
+
+
+def revivals(num_codes: int, first: int | Tensor, vectors: Tensor, *, values: bool = True) -> None:
+    """Refuse the vectors of a window that are not int64 [window], or a window that `code_window` refuses."""
+    dtype_in("vectors", vectors, (torch.int64,))
+    if vectors.ndim != 1 or vectors.numel() > num_codes:
+        raise ValueError(
+            f"vectors has shape {tuple(vectors.shape)}, but must be [window], and a window has at most {num_codes} codes"
+        )
+    code_window(num_codes, first, vectors.numel(), values=values)

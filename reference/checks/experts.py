@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from arbitor.reference.checks.arguments import integer
-from arbitor.reference.checks.tensors import FLOAT_DTYPES, dtype_in, last_dim, same_device, same_dtype
+from arbitor.reference.checks.tensors import FLOAT_DTYPES, dtype_in, last_dim, same_device, same_dtype, tensor
 from arbitor.reference.checks.weights import Weight
 from arbitor.reference.constants import MAX_ROUTER_COLUMNS
 
@@ -34,11 +34,16 @@ def expert_pair(grad_MN: Tensor, x_MK: Tensor, allowed: Sequence[torch.dtype] = 
 
 
 def router(
-    x: Tensor, weight: Weight, top_k: int, packed: Tensor, allowed: Sequence[torch.dtype] = FLOAT_DTYPES
+    x: Tensor,
+    weight: Weight,
+    top_k: int,
+    handicap_E: Tensor | None,
+    packed: Tensor,
+    allowed: Sequence[torch.dtype] = FLOAT_DTYPES,
 ) -> None:
-    """Refuse vectors that do not fit the weight of a router, or more experts than the weight has rows.
+    """Refuse vectors or handicaps that do not fit the weight of a router, or more experts than the weight has rows.
 
-    `packed` is a tensor of the weight. The vectors must be on its device.
+    `packed` is a tensor of the weight. The others must be on its device.
     """
     if weight.shape[1] > MAX_ROUTER_COLUMNS:
         raise ValueError(
@@ -47,6 +52,9 @@ def router(
     last_dim("x", x, weight.shape[1], allowed)
     same_device(weight=packed, x=x)
     integer("top_k", top_k, 1, weight.shape[0])
+    if handicap_E is not None:
+        tensor("handicap_E", handicap_E, torch.int16, weight.shape[:1])
+        same_device(weight=packed, handicap_E=handicap_E)
 
 
 def expert_slots(experts_M: Tensor, slots: torch.Size, **beside: Tensor) -> None:

@@ -12,18 +12,17 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
+from arbitor.reference.config import NGRAM
 from arbitor.reference.constants import USAGE_MAX
 from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
+from arbitor.reference.graph.ledger import KVLedger
 from arbitor.reference.graph.module import ArbModule, PartDict, TableModule, uncompiled, when_voting
 
 MOTIF_EXPONENT = -2
 """Exponent of a motif's scale. A motif that is added to its position has a quarter of the position's scale. The measurement is in
 docs/spec/codebook.md."""
-
-POSITIONS_PER_REVIVAL = 64
-"""Positions of a batch for each code that is checked after a step. So the average code is used 64 times between two checks."""
 
 
 class TernaryVQCodebook(TernaryEmbedding, TableModule):
@@ -31,7 +30,7 @@ class TernaryVQCodebook(TernaryEmbedding, TableModule):
 
     Math:    search: the nearest code of all codes, or of those in the buckets that the signs of z name
              after a step: u_n += uses of code n in accepted backward passes. Then, in a window of the codes that moves on with
-             the steps, codes with u_n = 0 become vectors of the batch, and the counts of the other codes halve
+             the steps, codes with u_n = 0 become the vectors that lie farthest from their codes, and other counts halve
     Shapes:  search [..., C] -> int64 [...]; forward int64 [...] -> [..., C]; usage int16 [N]
     Start:   buckets by sign, exponents 0, counts 1
     Source:  docs/spec/codebook.md; REFACTOR14 (TernaryVQCodebook)
@@ -88,21 +87,13 @@ class TernaryVQCodebook(TernaryEmbedding, TableModule):
         z_RC = torch.cat([z.reshape(-1, z.shape[-1]) for z, _ in passes])
         ids_R = torch.cat([ids.reshape(-1) for _, ids in passes])
         self.ops.count_codes(self.usage, ids_R, out=self.usage)
-        window = min(self.num_codes, max(1, ids_R.numel() // POSITIONS_PER_REVIVAL))
+        window = min(self.num_codes, ids_R.numel())
         # `step` counts passes, so that the windows of consecutive steps follow each other. No other place is kept.
-        place: dict[str, Any] = {"first": self.voting.step * window // len(passes), "window": window}
-        self.ops.revive_codes(
-            self.weight,
-            self.usage,
-            z_RC,
-            **place,
-            seed=self.voting.seed,
-            step=self.voting.step,
-            tensor_id=self.tensor_id,
-            sign_bits=self.sign_bits if self.by_candidates else 0,
-            out=self.weight,
-        )
-        self.ops.age_codes(self.usage, **place, out=self.usage)
+        first = self.voting.step * window // len(passes)
+        vectors = self.ops.revival_vectors(z_RC, self.weight, ids_R, self.usage, first=first, window=window)
+        sign_bits = self.sign_bits if self.by_candidates else 0
+        self.ops.revive_codes(self.weight, z_RC, vectors, first=first, sign_bits=sign_bits, out=self.weight)
+        self.ops.age_codes(self.usage, vectors, first=first, out=self.usage)
         self.changed()
 
 
@@ -158,9 +149,15 @@ class MultimodalVQBridge(ArbModule):
 class SharedVQ(ArbModule):
     """The codebooks in the stream: a position becomes a code, and the code becomes a motif, which the layers see.
 
-    Math:    z = RMSNorm(W_down s); code = nearest of the modality; c = table(code), straight through; u = RMSNorm(W_up c)
-             the output is s + u / 4 with `motif_residual`, else u. Each loss is the mean over the modalities of the batch
+    A code names the position and the one NGRAM before it, which are six neighbouring bytes. A code of three bytes would say
+    nothing that the stream does not hold, and text has fewer runs of three bytes than a large table has codes.
+
+    Math:    d = W_down s; z_p = RMSNorm(d_p + turn(d_{p - 3})), where turn moves column c to (c + C // 2) mod C, and d is 0
+             before the first position of a modality; code = nearest of the modality; c = table(code), straight through;
+             u = RMSNorm(W_up c). The output is s + u / 4 with `motif_residual`, else u. Each loss is the mean over the
+             modalities of the batch
     Shapes:  by modality [B, P_m, D], one after the other -> [B, P, D], global ids int64 [B, P], losses [] by name
+    Ledger:  holds the d of text positions, so that a later pass finds the codes that one pass over all bytes finds
     Source:  REFACTOR14 (SharedVQ, motifs of width 64); docs/spec/codebook.md
     """
 
@@ -175,13 +172,19 @@ class SharedVQ(ArbModule):
         exponent = MOTIF_EXPONENT if config.motif_residual else 0
         self.up_norm = TernaryRMSNorm(context, config.width, exponent=exponent)
 
-    def forward(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward(
+        self, parts: Mapping[str, Tensor], ledger: KVLedger | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the stream after the codebooks, the code of each position, and the losses of the codebooks.
 
-        Both matrices read the positions of all modalities at once, so that they vote once.
+        Both matrices read the positions of all modalities at once, so that they vote once. With a ledger, text positions follow
+        the positions that it holds.
         """
         s_BPD = torch.cat(list(parts.values()), dim=1)
-        z_BPC = self.down_norm(self.down(s_BPD))
+        d_BPC = self.down(s_BPD)
+        z_BPC = self.down_norm(
+            d_BPC + self._earlier(d_BPC, parts, ledger).roll(d_BPC.shape[-1] // 2, dims=-1)
+        )
         codes, vectors = [], []
         losses: dict[str, Tensor] = {}
         for z_of_part, modality in zip(
@@ -195,6 +198,22 @@ class SharedVQ(ArbModule):
                 losses[name] = losses[name] + share if name in losses else share
         u_BPD = self.up_norm(self.up(torch.cat(vectors, dim=1)))
         return (u_BPD + s_BPD if self.motif_residual else u_BPD), torch.cat(codes, dim=1), losses
+
+    def _earlier(self, d_BPC: Tensor, parts: Mapping[str, Tensor], ledger: KVLedger | None) -> Tensor:
+        """Return the row of d NGRAM positions before each position in its modality, [B, P, C]; 0 where there is none."""
+        earlier, kept = [], []
+        for d_of_part, modality in zip(
+            d_BPC.split([s.shape[1] for s in parts.values()], dim=1), parts, strict=True
+        ):
+            before = d_of_part.new_zeros(d_of_part.shape[0], NGRAM, d_of_part.shape[2])
+            if ledger is not None and modality == "text":
+                before = ledger.previous_vectors(NGRAM)
+            earlier.append(torch.cat([before, d_of_part], dim=1)[:, : d_of_part.shape[1]])
+            # Text does not read media, so the ledger holds zeros for them.
+            kept.append(d_of_part if modality == "text" else torch.zeros_like(d_of_part))
+        if ledger is not None:
+            ledger.record_vectors(torch.cat(kept, dim=1))
+        return torch.cat(earlier, dim=1)
 
     @property
     def num_codes(self) -> int:

@@ -66,6 +66,7 @@ class KVLedger:
         self.unread = 0
         self._ids = self._growing((), torch.int64)
         self._codes = self._growing((), torch.int64)
+        self._vectors = self._growing((config.code_dim,), dtype)
         self._layers = [LayerLedger(self) for _ in range(config.num_layers)]
         # The number of positions and of read ids, on the device of the rows. They are written in place, because a recorded pass
         # reads them there.
@@ -205,17 +206,36 @@ class KVLedger:
 
     def previous_codes(self, count: int) -> Tensor:
         """Return the codes of the `count` positions before this pass, int64 [B, count]; -1 where there was no position."""
-        places_Bn = self._first_B[:, None] - count + self.ahead(count)
-        if not any(self.positions):
-            return torch.full_like(places_Bn, -1)
-        return torch.where(places_Bn < 0, -1, self._codes.read(places_Bn.clamp(min=0)))
+        return self._previous(self._codes, count, -1)
 
     def record_codes(self, codes_BP: Tensor) -> None:
         """Append the codes of the positions of this pass."""
-        count = codes_BP.shape[1]
+        self._record(self._codes, codes_BP)
+
+    def previous_vectors(self, count: int) -> Tensor:
+        """Return what the codebooks kept of the `count` positions before this pass, [B, count, C]; 0 without a position."""
+        return self._previous(self._vectors, count, 0)
+
+    def record_vectors(self, vectors_BPC: Tensor) -> None:
+        """Append what later positions read of the positions of this pass to find their codes."""
+        self._record(self._vectors, vectors_BPC.detach())
+
+    def _previous(self, store: GrowingRows, count: int, nothing: int) -> Tensor:
+        """Return the rows of the `count` positions before this pass, [B, count, ...], filled where there was no position."""
+        places_Bn = self._first_B[:, None] - count + self.ahead(count)
+        if not any(self.positions):
+            shape = (*places_Bn.shape, *store.rows.shape[2:])
+            return torch.full(shape, nothing, dtype=store.rows.dtype, device=store.rows.device)
+        rows = store.read(places_Bn.clamp(min=0))
+        missing_Bn = (places_Bn < 0).reshape(*places_Bn.shape, *(1 for _ in rows.shape[2:]))
+        return rows.masked_fill(missing_Bn, nothing)
+
+    def _record(self, store: GrowingRows, values: Tensor) -> None:
+        """Append a row of each position of this pass."""
+        count = values.shape[1]
         self.expect(count)
         places_BP = self._first_B[:, None] + self.ahead(count)
-        self._codes.write(places_BP, codes_BP, max(self.positions) + count)
+        store.write(places_BP, values, max(self.positions) + count)
 
     def reserve(self, count: int) -> None:
         """Make room to read all unread ids, and to append `count` ids more and read all of these but the last."""
@@ -223,6 +243,7 @@ class KVLedger:
         self._ids.reserve(len(self) + count)
         if self.config.num_codes:
             self._codes.reserve(positions)
+            self._vectors.reserve(positions)
         for layer in self._layers:
             layer.log.reserve(self.scheduler.log_size(positions))
 
@@ -321,7 +342,7 @@ class KVLedger:
         return GrowingRows(self.batch, shape, dtype=dtype, device=self.device)
 
     def _stores(self) -> list[GrowingRows]:
-        return [self._ids, self._codes, *(layer.log for layer in self._layers)]
+        return [self._ids, self._codes, self._vectors, *(layer.log for layer in self._layers)]
 
     def _lengths_B1(self) -> Tensor:
         return (self._read_B + self.unread)[:, None]

@@ -49,7 +49,7 @@ Head = TypeVar("Head", bound=ArbModule)
 LOSS_REFERENCE = math.log(VOCABULARY_SIZE)
 """Loss of a uniform guess, in nats per byte. The `sign` rule takes its vote size from the ratio of the loss to it."""
 
-LOSS_WEIGHTS = {"commitment": 0.25, "composite_commitment": 0.25}
+LOSS_WEIGHTS = {"commitment": 0.1, "composite_commitment": 0.25}
 """Weights of components of the loss in the sum that drives the votes. A component without an entry has weight 1."""
 
 
@@ -181,7 +181,7 @@ class ArbModel(Stateful):
         if self.shared_vq is None:
             h_BPD = torch.cat(list(present.values()), dim=1)
         else:
-            h_BPD, codes_BP, losses = self.shared_vq(present)
+            h_BPD, codes_BP, losses = self.shared_vq(present, ledger)
         nodes_BPD = None
         if codes_BP is not None:
             if self.memory is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from arbitor.reference.constants import HANDICAP_MAX, HANDICAP_MOVE
 from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.grouped import TernaryGroupedLinear
@@ -24,14 +25,16 @@ MODULATION_GAIN = 0.25
 class SharedProjectionMoE(TableModule):
     """A SwiGLU whose hidden vector the chosen experts modulate, each by a matrix of rank r.
 
-    Math:    h = silu(W_gate x) * (W_up x); m_e = B_e A_e x; the k experts are those of `choose_experts`
+    Math:    h = silu(W_gate x) * (W_up x); m_e = B_e A_e x; the k experts are those of `choose_experts`, by logits less handicaps
              p = softmax of the router's logits W_router x over the chosen experts, or for k = 1 over all experts
              y = W_down (h * (1 + sum over the chosen e of p_e m_e))
     Shapes:  [B, P, D] -> [B, P, D]
     Ties:    of experts with equal rows, the one of lowest index is chosen
     Paths:   grouped, with a slot for each of a position's k experts; or dense, for up to `dense_dispatch_max_tokens` positions,
              with a slot for each expert, and p_e = 0 for experts that were not chosen. Both have fixed shapes and are equal
-    Tables:  load int64 [E], how often each expert was chosen in backward passes that voted
+    Tables:  load int64 [E], how often each expert was chosen in backward passes that voted; handicap int16 [E], at least 0
+             after a step: h_e <- h_e + min(trunc(16 (E n_e - n) / n), 16), n_e of n choices being of expert e; then the least
+             h is taken off all, so that it is 0
     Source:  REFACTOR7 (dense dispatch), REFACTOR12 (grouped); docs/spec/experts.md, docs/spec/graph.md for 1 + m; the share of
              a single expert as in Fedus et al., "Switch Transformers", 2021
     """
@@ -51,10 +54,13 @@ class SharedProjectionMoE(TableModule):
         self.down = TernaryLinear(context, config.shared_inner, config.width, gain=output_gain)
         zeros_E = torch.zeros(config.num_experts, dtype=torch.int64, device=context.device)
         self.add_table("load", zeros_E, 0, LOAD_MAX)
+        self.add_table("handicap", zeros_E.to(torch.int16), 0, HANDICAP_MAX)
 
     def forward(self, x_BPD: Tensor) -> Tensor:
         """Return the output of the chosen experts."""
-        experts_BPk = self.ops.choose_experts(x_BPD.detach(), self.router.weight, top_k=self.top_k)
+        experts_BPk = self.ops.choose_experts(
+            x_BPD.detach(), self.router.weight, top_k=self.top_k, handicap_E=self.get_buffer("handicap")
+        )
         shares_BPk = chosen_shares(self.router(x_BPD), experts_BPk)
         terms_BPkI = self.modulations(x_BPD, experts_BPk, shares_BPk)
         y_BPD = self.down(self.ops.gated(self.gate(x_BPD), self.up(x_BPD), terms_BPkI))
@@ -71,9 +77,16 @@ class SharedProjectionMoE(TableModule):
         return self.expert_up(ranks_BPkr, experts_BPk)
 
     def count_passes(self, passes: list[tuple[Tensor, ...]]) -> None:
-        """Add to the load how often some passes chose each expert."""
-        for (experts_BPk,) in passes:
-            self.get_buffer("load").add_(self.ops.expert_load(experts_BPk, num_groups=self.num_experts))
+        """Add to the load how often some passes chose each expert, and move the handicaps towards an even load."""
+        chosen = torch.cat([experts_BPk.reshape(-1) for (experts_BPk,) in passes])
+        load_E = self.ops.expert_load(chosen, num_groups=self.num_experts)
+        self.get_buffer("load").add_(load_E)
+        surplus_E, total = self.num_experts * load_E - load_E.sum(), load_E.sum()
+        moves_E = torch.div(HANDICAP_MOVE * surplus_E, total, rounding_mode="trunc").clamp(max=HANDICAP_MOVE)
+        handicap_E = self.get_buffer("handicap")
+        moved_E = handicap_E + moves_E
+        # What all experts have in common changes no choice, and would grow without a bound.
+        handicap_E.copy_((moved_E - moved_E.amin()).clamp(max=HANDICAP_MAX))
 
     def load_shares(self) -> Tensor:
         """Return each expert's part of all choices counted so far, float64 [E]; zeros before the first step."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from arbitor.reference.op_table.row import EXACT, OpRow, Shape
-from arbitor.reference.op_table.work import PHILOX_OPS, dither_ops, elements, groups, sizes, state, values
+from arbitor.reference.op_table.work import dither_ops, elements, groups, sizes, state, values
 
 # Sizes: M vectors, candidates of 2**sign_bits buckets, `window` codes that may be revived.
 CODES = sizes(
@@ -64,13 +64,18 @@ OPS = (
         ops_min=lambda s: s["M"],
     ),
     OpRow(
+        "revival_vectors", "codebook", EXACT, CODES,
+        bytes_min=lambda s: vectors(s) + s["M"] * values({**s, "N": 1}) + s["window"] * (2 + 8),
+        ops_min=lambda s: 4 * s["M"] * s["K"],
+    ),
+    OpRow(
         "revive_codes", "codebook", EXACT, CODES,
-        bytes_min=lambda s: s["window"] * (2 + s["float_bytes"] * s["K"] + state({**s, "N": 1})),
-        ops_min=lambda s: s["window"] * (PHILOX_OPS + 4 * s["K"]),
+        bytes_min=lambda s: s["window"] * (8 + s["float_bytes"] * s["K"] + state({**s, "N": 1})),
+        ops_min=lambda s: 4 * s["window"] * s["K"],
     ),
     OpRow(
         "age_codes", "codebook", EXACT, CODES,
-        bytes_min=lambda s: 4 * s["window"],
+        bytes_min=lambda s: s["window"] * (8 + 4),
         ops_min=lambda s: 2 * s["window"],
     ),
 )

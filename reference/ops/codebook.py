@@ -21,11 +21,9 @@ from arbitor.reference.constants import (
     INIT_NONZERO,
     QUERY_MAX,
     QUERY_STEPS,
-    REVIVAL_BLOCK,
     USAGE_MAX,
 )
 from arbitor.reference.dtypes import widened
-from arbitor.reference.ops.dither import philox
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.ops.scale import dequantize, initial_weight
 from arbitor.reference.promises import op
@@ -38,6 +36,7 @@ __all__ = [
     "initial_codebook",
     "nearest_candidates",
     "nearest_codes",
+    "revival_vectors",
     "revive_codes",
 ]
 
@@ -216,49 +215,91 @@ def count_codes(usage: Tensor, ids: Tensor, *, out: Tensor | None = None) -> Ten
 
 
 @op
-def revive_codes(
-    weight: TernaryWeight,
-    usage: Tensor,
+def revival_vectors(
     z_RC: Tensor,
+    weight: TernaryWeight,
+    ids_R: Tensor,
+    usage: Tensor,
     *,
     first: int | Tensor,
     window: int,
-    seed: int,
-    step: int | Tensor,
-    tensor_id: int,
+) -> Tensor:
+    """Return the vector that each code of a window should become: for an unused code one that lies far from its own code.
+
+    Math:    T_r = sign(z_q[r]) where |z_q[r]| >= 8, else 0, the code that vector r would make
+             own_r = |z_q[r] / 16 - c'|**2, c' the code ids[r] as nearest_codes sees it; made_r = |z_q[r] / 16 - T_r|**2
+             gain_r = own_r - made_r; 0 where ids[r] = -1
+             of the vectors of each code, the one of the largest gain counts, if it is above 0; these vectors in order of
+             their gain, the largest first, go to the codes n = (first + j) mod N, j < window, with usage[n] = 0, in order of j
+    Shapes:  z_RC float32, bfloat16 or float64 [R, C]; ids int64 [R], the code of each vector, in 0 .. N - 1, or -1 for none;
+             usage int16 [N]; first 0 .. 2**62, an integer or int64 []; window 0 .. N
+    Returns: int64 [window], in 0 .. R - 1; -1 for a code in use, and for unused codes after the last vector
+    Ties:    of the vectors of a code the lowest; of vectors with equal gains the one whose code is lowest
+    Raises:  TypeError or ValueError for a dtype, shape, device, weight, id or window that is not allowed
+    Laws:    exact: distances are multiples of 2**-10 below 2**15; no vector is named twice, and no two vectors of one code;
+             a vector that is named lies nearer to the code that it makes than to its own
+    Source:  docs/spec/codebook.md
+    """
+    _check_vectors(weight, z_RC)
+    checks.usage_of(weight.shape[0], usage, None)
+    checks.tensor("ids_R", ids_R, torch.int64, z_RC.shape[:1])
+    checks.same_device(weight=weight.packed, z_RC=z_RC, ids_R=ids_R, usage=usage)
+    checks.values_between("ids_R", ids_R, -1, weight.shape[0] - 1)
+    checks.code_window(weight.shape[0], first, window)
+    z_q = whole_sixteenths(z_RC).to(torch.float64)
+    codes = searched_codes(weight, ids_R.clamp(min=0)), revived_trits(z_q)
+    own_R, made_R = ((z_q / QUERY_STEPS - code).square().sum(dim=1) for code in codes)
+    gains_R = torch.where(ids_R >= 0, own_R - made_R, 0.0)
+    by_gain = gains_R.sort(descending=True, stable=True).indices
+    by_code = by_gain[ids_R[by_gain].sort(stable=True).indices]
+    farthest = torch.ones_like(by_code, dtype=torch.bool)
+    farthest[1:] = ids_R[by_code][1:] != ids_R[by_code][:-1]
+    chosen = by_code[farthest & (gains_R[by_code] > 0)]
+    chosen = chosen[gains_R[chosen].sort(descending=True, stable=True).indices]
+    rows = (first + torch.arange(window, device=usage.device)) % usage.numel()
+    dead = (usage[rows] == 0).nonzero().flatten()[: chosen.numel()]
+    vectors = torch.full_like(rows, -1)
+    vectors[dead] = chosen[: dead.numel()]
+    return vectors
+
+
+@op
+def revive_codes(
+    weight: TernaryWeight,
+    z_RC: Tensor,
+    vectors: Tensor,
+    *,
+    first: int | Tensor,
     sign_bits: int = 0,
     out: TernaryWeight | None = None,
 ) -> TernaryWeight:
-    """Return the table after the unused codes of a window have become vectors of the batch.
+    """Return the table after codes of a window have become vectors of the batch.
 
-    Math:    for n = (first + j) mod N, j < window, with usage[n] = 0: r = floor(w R / 2**32), w the first word of
-             Philox(key = seed, counter = (n, 255, step, tensor id)); T[n] = sign(z_q[r]) where |z_q[r]| >= 8, else 0;
-             the first s columns take the signs of the bucket of n, as in initial_codebook; E = 0, accumulators 0
-    Shapes:  usage int16 [N]; z_RC float32, bfloat16 or float64 [R, C], R < 2**31; first 0 .. 2**62, an integer or int64 [];
-             window 0 .. N
+    Math:    for n = (first + j) mod N with r = vectors[j] >= 0: T[n] = sign(z_q[r]) where |z_q[r]| >= 8, else 0; the first s
+             columns take the signs of the bucket of n, as in initial_codebook; E = 0, accumulators 0
+    Shapes:  z_RC float32, bfloat16 or float64 [R, C]; vectors int64 [window], window 0 .. N, each in -1 .. R - 1, as
+             revival_vectors returns; first 0 .. 2**62, an integer or int64 []
     Returns: a new weight; or `out` (may be `weight` itself), overwritten. All other codes keep every byte
-    Raises:  TypeError or ValueError for a dtype, shape, device, weight, window or dither coordinate that is not allowed
-    Laws:    a batch of no vectors revives nothing; codes in use and codes outside of the window keep every byte
+    Raises:  TypeError or ValueError for a dtype, shape, device, weight or vector that is not allowed
+    Laws:    codes outside of the window, and codes that become no vector, keep every byte
     Source:  docs/spec/codebook.md; REFACTOR14 (dead codes)
     """
-    _check_revival(weight, usage, z_RC, first, window)
-    checks.vote_clock(seed, step, tensor_id)
+    _check_vectors(weight, z_RC)
+    checks.revivals(weight.shape[0], first, vectors)
+    checks.same_device(weight=weight.packed, z_RC=z_RC, vectors=vectors)
+    checks.values_between("vectors", vectors, -1, z_RC.shape[0] - 1)
     checks.buckets(*weight.shape, sign_bits)
     checks.out_weight(out, weight)
-    num_codes, num_vectors = weight.shape[0], z_RC.shape[0]
-    rows = (first + torch.arange(window, device=usage.device)) % num_codes
-    dead = rows[(usage[rows] == 0) & (num_vectors > 0)]
-    step_word = torch.as_tensor(step, device=dead.device).expand_as(dead)
-    block, tensor_word = torch.full_like(dead, REVIVAL_BLOCK), torch.full_like(dead, tensor_id)
-    word, *_ = philox((dead, block, step_word, tensor_word), (seed & 0xFFFFFFFF, seed >> 32))
-    z_q = whole_sixteenths(z_RC)[(word * num_vectors) >> 32]
-    new = (z_q.sign() * (z_q.abs() >= ALIVE_QUERY)).to(torch.int8)
-    new[:, :sign_bits] = bucket_signs(dead, num_codes, sign_bits)
+    num_codes = weight.shape[0]
+    rows = (first + torch.arange(vectors.numel(), device=vectors.device)) % num_codes
+    revived = rows[vectors >= 0]
+    new = revived_trits(whole_sixteenths(z_RC)[vectors[vectors >= 0]]).to(torch.int8)
+    new[:, :sign_bits] = bucket_signs(revived, num_codes, sign_bits)
     trits = trits_of(weight)
-    trits[dead] = new
+    trits[revived] = new
     tensors = {name: tensor.clone() for name, tensor in weight.tensors().items() if name != "packed"}
     for tensor in tensors.values():
-        tensor[dead] = 0
+        tensor[revived] = 0
     fresh = weight_of_trits(trits, tensors["exponents"], weight.group_size).with_tensors(**tensors)
     if out is None:
         return fresh
@@ -268,22 +309,29 @@ def revive_codes(
 
 
 @op
-def age_codes(usage: Tensor, *, first: int | Tensor, window: int, out: Tensor | None = None) -> Tensor:
+def age_codes(usage: Tensor, vectors: Tensor, *, first: int | Tensor, out: Tensor | None = None) -> Tensor:
     """Return the counters, halved within a window, as a step does after `revive_codes` on the same window.
 
-    Math:    for n = (first + j) mod N, j < window: u_n <- 1 where u_n = 0, the code just revived; else floor(u_n / 2)
-    Shapes:  usage int16 [N], not negative; first 0 .. 2**62, an integer or int64 []; window 0 .. N
+    Math:    for n = (first + j) mod N: u_n <- 1 where vectors[j] >= 0, the code just revived; else floor(u_n / 2)
+    Shapes:  usage int16 [N], not negative; vectors int64 [window], window 0 .. N, as revival_vectors returns; first
+             0 .. 2**62, an integer or int64 []
     Returns: int16 [N], new; or `out` (may be `usage` itself), overwritten. In place only the window is touched
     Raises:  TypeError or ValueError for a dtype, shape, device or window that is not allowed
-    Laws:    counters outside of the window stay
+    Laws:    counters outside of the window stay; a code that waits for a vector keeps its 0
     Source:  docs/spec/codebook.md
     """
     checks.usage_of(None, usage, out)
-    checks.code_window(usage.numel(), first, window)
-    rows = (first + torch.arange(window, device=usage.device)) % usage.numel()
+    checks.revivals(usage.numel(), first, vectors)
+    checks.same_device(usage=usage, vectors=vectors)
+    rows = (first + torch.arange(vectors.numel(), device=usage.device)) % usage.numel()
     aged = usage.clone()
-    aged[rows] = torch.where(usage[rows] == 0, 1, usage[rows] >> 1)
+    aged[rows] = torch.where(vectors >= 0, 1, usage[rows] >> 1)
     return aged if out is None else out.copy_(aged)
+
+
+def revived_trits(z_q: Tensor) -> Tensor:
+    """Return the trits that vectors in whole sixteenths make as codes, in the dtype of z_q."""
+    return z_q.sign() * (z_q.abs() >= ALIVE_QUERY)
 
 
 def whole_sixteenths(z: Tensor) -> Tensor:
@@ -324,13 +372,8 @@ def _sets_of_ranks(sign_bits: int) -> Iterator[int]:
         yield from masks(total, sign_bits)
 
 
-def _check_revival(
-    weight: TernaryWeight, usage: Tensor, z_RC: Tensor, first: int | Tensor, window: int
-) -> None:
+def _check_vectors(weight: TernaryWeight, z_RC: Tensor) -> None:
     checks.codebook(weight)
-    checks.usage_of(weight.shape[0], usage, None)
     checks.last_dim("z_RC", z_RC, weight.shape[1])
     if z_RC.ndim != 2:
         raise ValueError(f"z_RC has shape {tuple(z_RC.shape)}, but must be [vectors, columns]")
-    checks.same_device(weight=weight.packed, usage=usage, z_RC=z_RC)
-    checks.code_window(weight.shape[0], first, window)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
-from arbitor.reference.constants import ROUTER_OCTAVES
+from arbitor.reference.constants import HANDICAP_STEPS, QUERY_STEPS, ROUTER_OCTAVES
 from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.ops.codebook import whole_sixteenths
 from arbitor.reference.ops.scale import dequantize
@@ -106,23 +106,29 @@ def grouped_linear_weight_grad(
 
 
 @op
-def choose_experts(x: Tensor, weight: TernaryWeight, *, top_k: int) -> Tensor:
-    """Return the experts whose rows of a router's weight fit each vector best.
+def choose_experts(
+    x: Tensor, weight: TernaryWeight, *, top_k: int, handicap_E: Tensor | None = None
+) -> Tensor:
+    """Return the experts whose rows of a router's weight fit each vector best, after what a handicap takes from each expert.
 
     Math:    x_q = rint(clamp(16 x, -127, 127)), NaN -> 0
              level' = max(level, largest level of the weight - 16 * 2**b), a level being E * 2**b + m
-             score_e = sum_k x_q[k] T[e, k] S', S' the scale of level'; the k experts of the largest scores
-    Shapes:  x float32, bfloat16 or float64 [..., K]; weight [E, K], one row an expert, K up to 2**27; top_k k in 1 .. E
+             score_e = sum_k x_q[k] T[e, k] S' - handicap_e / 4, S' the scale of level'; the k experts of the largest scores
+    Shapes:  x float32, bfloat16 or float64 [..., K]; weight [E, K], one row an expert, K up to 2**27; top_k k in 1 .. E;
+             handicap int16 [E], in steps of 2**-6 of a logit, which is 16 units of a score; None for zeros
     Returns: int64 [..., k], in 0 .. E - 1, ascending
     Ties:    the lowest expert
     Raises:  TypeError or ValueError for a dtype, shape, device or top_k that is not allowed
-    Laws:    exact: every sum fits float64 in any order; experts with equal rows tie on every device; vectors are
-             independent; a NaN counts as 0 and an infinity as 127 sixteenths of its sign
+    Laws:    exact: every sum over k fits float64 in any order, and the handicap is taken off in one addition of float64;
+             experts with equal rows and handicaps tie on every device; vectors are independent; equal handicaps change
+             nothing; a NaN counts as 0 and an infinity as 127 sixteenths of its sign
     Source:  docs/spec/experts.md
     """
-    checks.router(x, weight, top_k, weight.packed)
+    checks.router(x, weight, top_k, handicap_E, weight.packed)
     x_MK = whole_sixteenths(x).to(torch.float64).reshape(-1, weight.shape[1])
     scores_ME = x_MK @ router_rows(weight).T
+    if handicap_E is not None:
+        scores_ME = scores_ME - handicap_E.to(torch.float64) * (QUERY_STEPS / HANDICAP_STEPS)
     order_ME = scores_ME.sort(dim=-1, descending=True, stable=True).indices
     return order_ME[:, :top_k].sort(dim=-1).values.reshape(*x.shape[:-1], top_k)
 
