@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from arbitor.reference.constants import MIN_ORTHOGONAL_RANK
@@ -32,6 +32,9 @@ class TernaryLinear(TernaryModule):
              see a non-zero input. For gain 0 every trit is 0, at the scale of gain 1
     Votes:   from the gradient made orthogonal, unless `orthogonal` is False, as for a matrix whose rows are classes, or the
              smaller side of the weight is below MIN_ORTHOGONAL_RANK
+
+    Attributes:
+        adapter: what adds a change of low rank to y (`adapters.attach`), or None.
     """
 
     def __init__(
@@ -53,10 +56,17 @@ class TernaryLinear(TernaryModule):
 
         super().__init__(context, start)
         self.orthogonal = orthogonal and min(shape) >= MIN_ORTHOGONAL_RANK
+        self.adapter: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `ops.linear` of x, in the dtype of x."""
-        return self.run(_LinearFunction, x)
+        """Return `ops.linear` of x, in the dtype of x, and the change of the adapter if there is one."""
+        y = self.run(_LinearFunction, x)
+        return y if self.adapter is None else self.adapter(x, y)
+
+
+def plain(*linears: nn.Module) -> bool:
+    """Return whether all linears are ternary and have no adapter, so that an op may read their weights instead of calling them."""
+    return all(isinstance(linear, TernaryLinear) and linear.adapter is None for linear in linears)
 
 
 class TernaryRMSNorm(TernaryModule):

@@ -17,7 +17,7 @@ from arbitor.reference import checks
 from arbitor.reference.config import HALT_THRESHOLD
 from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.context import GraphContext
-from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear
+from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, plain
 from arbitor.reference.graph.module import ArbModule, uncompiled, used
 from arbitor.reference.graph.units import unit_rows
 from arbitor.reference.ops.denoise import Halting, attended, signal_share
@@ -131,7 +131,7 @@ class VideoHead(ArbModule):
             one_L = self.noise(torch.zeros(1, dtype=torch.int64, device=tokens_BPD.device), draw=draw)
             latent = one_L.expand(tokens_BPD.shape[0], self.size).unflatten(1, self.latent_shape)
         flat_BL = widened(latent).flatten(1)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not plain(self.latent_in, self.query, self.latent_out):
             out_BL = self._composed(flat_BL, tokens_BPD.to(flat_BL.dtype), halt_threshold)
         else:
             weights = (self.latent_in.weight, self.query.weight, self.steps.weight, self.latent_out.weight)
