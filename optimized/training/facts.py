@@ -15,7 +15,7 @@ from typing import Any
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.metrics import thinned_metrics
 from arbitor.optimized.training.run_folder import RunFolder
-from arbitor.optimized.training.schedule import gain_of, rate
+from arbitor.optimized.training.schedule import gain_of, learning_rate, rate
 from arbitor.reference.audit import AuditReport, audit
 from arbitor.reference.config import ArbConfig
 
@@ -65,6 +65,9 @@ class RunFacts:
     def planned_rate(self) -> Callable[[int], float]:
         """Return the rate of a step, as the schedule of now has it."""
         steps, theta, accum = self.run["steps"], self.config.theta, self.run["accum"]
+        flat = self.run.get("learning_rate")
+        if flat is not None:
+            return lambda step: learning_rate(step, steps, flat=flat)
         gain = gain_of(self.run.get("rate"), theta)
         return lambda step: rate(step, steps, theta=theta, gain=gain, accum=accum)
 
@@ -73,6 +76,7 @@ class RunFacts:
         run, made_of = self.run, self.audit()
         words = {
             "preset": f"{run['preset']}",
+            **self._words_of_adapters(),
             "weights": f"{made_of.weights:,}",
             "state": f"{made_of.canonical_bytes:,} bytes",
             "tables": f"{sum(table.bytes for table in made_of.tables):,} bytes",
@@ -86,6 +90,16 @@ class RunFacts:
             "device": ", ".join(f"{run.get(name)}" for name in ("device", "backend", "dtype")),
         }
         return words if self.state_sha256 is None else {**words, "state_sha256": self.state_sha256}
+
+    def _words_of_adapters(self) -> dict[str, str]:
+        """Return what a page says of adapters, or nothing for a run without them."""
+        run = self.run
+        if run.get("lora_rank") is None:
+            return {}
+        return {
+            "base": f"{Path(run['init_from']).name}",
+            "adapters": f"rank {run['lora_rank']}, alpha {run['lora_alpha']:g}, {run['lora_targets']}",
+        }
 
 
 def read_facts(folder: RunFolder) -> tuple[RunFacts, list[str]]:

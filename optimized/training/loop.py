@@ -27,10 +27,12 @@ from arbitor.optimized.distributed.run import (
 )
 from arbitor.optimized.distributed.world import World, joined
 from arbitor.optimized.settings import values_vouched_for
+from arbitor.optimized.training.adaptation import open_adaptation
+from arbitor.optimized.training.adapter_files import write_adapter
 from arbitor.optimized.training.baselines import baseline_bpb
 from arbitor.optimized.training.beginning import Beginning, begin_with
 from arbitor.optimized.training.census import Census
-from arbitor.optimized.training.checkpoint import Checkpoint, check_fits, state_sha256
+from arbitor.optimized.training.checkpoint import Checkpoint, adapter_sha256, check_fits, state_sha256
 from arbitor.optimized.training.data import (
     check_same_data,
     check_same_split,
@@ -287,8 +289,10 @@ class Run:
         self.best_bpb: float | None = None
         self.progress = Progress()
         self.saved: tuple[int, str] | None = None
-        self.recorded = self.mix is None and records(
-            settings.cuda_graph, runtime, vote_rule=config.vote_rule, num_ranks=world.count
+        self.recorded = (
+            self.mix is None
+            and settings.lora_rank is None
+            and records(settings.cuda_graph, runtime, vote_rule=config.vote_rule, num_ranks=world.count)
         )
         if found.checkpoint is not None:
             check_fits(found.checkpoint, self.config, self.model)
@@ -298,8 +302,10 @@ class Run:
             self.progress = Progress(**found.checkpoint.progress)
         self.beginning: Beginning | None = None
         if settings.init_from is not None and found.checkpoint is None:
-            self.beginning = begin_with(self.model, settings.init_from)
+            is_base = settings.lora_rank is not None
+            self.beginning = begin_with(self.model, settings.init_from, as_base=is_base)
             self.warnings += (*self.beginning.warnings, *self.beginning.losses())
+        self.adaptation = open_adaptation(self.model, settings, found.checkpoint, num_ranks=world.count)
         self.passes = RecordedPasses(self.model) if self.recorded else Passes(self.model)
         self.census = Census(self.model)
         self.document = {
@@ -387,6 +393,7 @@ class Run:
         return [
             f"model: {shown(settings.preset)}, {audit(self.model.config).weights:,} ternary weights",
             *([] if self.beginning is None else [self.beginning.description()]),
+            *([] if self.adaptation is None else [self.adaptation.description()]),
             f"data: {shown(settings.data)}: {self.corpus.description()}",
             f"validation: {judge}; judged on {self.windows_WT.shape[0]:,} windows of {settings.context:,}",
             *([] if self.mix is None else self.mix.first_lines()),
@@ -437,6 +444,7 @@ class Run:
                 self.store.save_final(state, **metadata)
             digest = state_sha256(state)
             self.saved = self.step, digest
+        self._write_adapter()
         summary = self._summary(digest)
         prompt = bytes(self.windows_WT[0, :SAMPLE_PROMPT_BYTES].tolist())
         sample = generate(
@@ -482,7 +490,7 @@ class Run:
                 values = {
                     "train_bpb": progress.nats / progress.losses / NATS_PER_BIT if progress.losses else None,
                     "rate": self._rate(self.step - 1),
-                    "flip_rate": counted.pop("flip_rate"),
+                    **({"flip_rate": counted.pop("flip_rate")} if "flip_rate" in counted else {}),
                     "tokens_per_second": taken / seconds if seconds > 0 else None,
                     "seconds": progress.seconds + time.monotonic() - self.clock,
                     "skipped": progress.skipped,
@@ -504,10 +512,11 @@ class Run:
     def _take_step(self, *, measured: bool) -> dict[str, Any] | None:
         """Take one step: votes from every micro-batch, then the step rule. Return the census of it, if asked for."""
         settings, progress = self.settings, self.progress
-        step_rate = self._rate(self.step)
+        step_rate, finite = self._rate(self.step), 0
         for micro_step in range(self.step * settings.accum, (self.step + 1) * settings.accum):
             nats = self._take_pass(step_rate, micro_step)
             if nats is not None:
+                finite += 1
                 progress.nats += nats
                 progress.losses += 1
                 progress.skipped_in_a_row = 0
@@ -523,6 +532,9 @@ class Run:
                     f"the loss was not finite in {MAX_SKIPPED_IN_A_ROW} micro-batches in a row, up to step "
                     f"{self.step + 1}; they changed nothing, and the run stops here"
                 )
+        if self.adaptation is not None:
+            taken = self.adaptation.step(self.step, losses=finite)
+            return self.adaptation.metrics(taken) if measured else None
         if not measured:
             self.model.step()
             return None
@@ -586,6 +598,8 @@ class Run:
         raise Stopped(asked, f"{done}; the checkpoint is written, go on with --resume")
 
     def _rate(self, step: int) -> float:
+        if self.adaptation is not None:
+            return self.adaptation.rate(step)
         settings = self.settings
         theta = self.model.config.theta
         gain = gain_of(settings.rate, theta)
@@ -608,6 +622,7 @@ class Run:
             "step": self.step,
             "best_bpb": self.best_bpb,
             "progress": {**asdict(self.progress), "faulty_rows": self._faulty_rows()},
+            **({} if self.adaptation is None else {"adapter": self.adaptation.state()}),
         }
 
     def _summary(self, digest: str) -> dict[str, Any]:
@@ -621,6 +636,9 @@ class Run:
             "steps": self.step,
             "seconds": round(self.progress.seconds, 3),
             "state_sha256": digest,
+            **(
+                {} if self.adaptation is None else {"adapter_sha256": adapter_sha256(self.adaptation.state())}
+            ),
             "skipped": self.progress.skipped,
             "faulty_rows": self._faulty_rows(),
             "recorded_passes": self.recorded,
@@ -636,6 +654,14 @@ class Run:
             return []
         with told(f"the report: {str(self.folder.metrics)!r} cannot be read"):
             return thinned_metrics(self.folder.metrics, REPORT_LINES)
+
+    def _write_adapter(self) -> None:
+        """Write the adapters of the best model, or of the last where none is kept, in peft's format."""
+        if self.adaptation is None or self.store is None or self.settings.init_from is None:
+            return
+        best = self.store.load_best(self.monitor.warn)
+        assert best.adapter is not None
+        write_adapter(self.store.adapter, best.adapter, base=self.settings.init_from)
 
     def _report(self) -> None:
         """Draw the page of a run that has lines of metrics, as far as it has come."""

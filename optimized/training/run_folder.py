@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arbitor.optimized.training.adapter_state import check_stated
 from arbitor.optimized.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -26,7 +27,7 @@ from arbitor.optimized.training.checkpoint import (
 )
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.metrics import last_step
-from arbitor.optimized.training.options import BOUND, CHANGES, ROWS
+from arbitor.optimized.training.options import ADAPTERS, BOUND, CHANGES, ROWS
 from arbitor.optimized.training.regular import JSON_BYTES, read_regular
 from arbitor.optimized.training.sizes import config_of
 from arbitor.optimized.training.whole_file import partial_of, told, write_whole
@@ -122,6 +123,7 @@ class RunFolder:
         report, loss_plot: pictures.
         latest, previous: checkpoints of the newest state and of the one before, so that one is always loadable.
         best, final: checkpoints of the best state by validation and of the last.
+        adapter: folder of the best adapters in peft's format, of a run that has adapters.
     """
 
     def __init__(self, path: Path) -> None:
@@ -133,6 +135,7 @@ class RunFolder:
         self.latest, self.previous, self.best, self.final = (
             path / f"{name}.safetensors" for name in ("latest", "previous", "best", "final")
         )
+        self.adapter = path / "adapter"
         self._latest_is_good = False
 
     @classmethod
@@ -412,6 +415,11 @@ def check_header(header: Mapping[str, Any]) -> None:
         raise CheckpointError(f"its header has {step} for step, but its run has {run['steps']} steps")
     if header["seed"] != run["seed"]:
         raise CheckpointError(f"its header has {header['seed']} for seed, but its run has {run['seed']}")
+    if (run.get("lora_rank") is None) == ("adapter" in header):
+        has, has_not = (
+            ("adapters", "its run has none") if "adapter" in header else ("no adapters", "its run has")
+        )
+        raise CheckpointError(f"its header has {has}, but {has_not}")
     _check_progress(header["progress"])
     check_model(header)
 
@@ -429,7 +437,13 @@ def check_model(header: Mapping[str, Any]) -> ArbConfig:
     layouts = {**header["weights"], **header["tables"]}
     if len(layouts) < config.num_layers:
         raise CheckpointError(f"it has {config.num_layers} layers, but {len(layouts)} weights and tables")
-    check_layouts(layouts, ArbModel(config, device="meta"))
+    model = ArbModel(config, device="meta")
+    check_layouts(layouts, model)
+    if "adapter" in header:
+        try:
+            check_stated(header["adapter"], model)
+        except ValueError as error:
+            raise CheckpointError(f"its {error}") from error
     return config
 
 
@@ -451,6 +465,10 @@ def _check_settings(run: Any) -> None:
             raise CheckpointError(
                 f"the settings of its run have {value!r} for {name}, outside {low} to {high}"
             )
+    # A run has all settings of adapters, or none.
+    for name in ("init_from", *ADAPTERS):
+        if run.get("lora_rank") is not None and run.get(name) is None:
+            raise CheckpointError(f"the settings of its run have a lora_rank, but no {name}")
     if not isinstance(run["data_sha256"], str):
         raise CheckpointError(f"the settings of its run have {run['data_sha256']!r} for data_sha256")
 

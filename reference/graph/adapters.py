@@ -36,7 +36,7 @@ MAX_ALPHA = 2.0**20
 """Largest alpha."""
 
 FIRST_TENSOR = 2**31
-"""Tensor id in the dither of the adapter of weight 0. No model has so many weights, and the noise of the video head has the last id."""
+"""Tensor id in the dither of the adapter of weight 0. No model has as many weights. The noise of the video head has the last id."""
 
 _BYTES = 6
 """Group size of the draws of A: two of the seven bytes of a group make an element."""
@@ -123,8 +123,7 @@ def attach(
     linears = linears_named(model, targets)
     _freeze(model)
     for linear in linears.values():
-        num_outputs, num_inputs = linear.weight.shape
-        b_NR = torch.zeros(num_outputs, rank, device=linear.device)
+        b_NR = torch.zeros(linear.weight.shape[0], rank, device=linear.device)
         linear.adapter = Adapter(starting_rows(linear, rank, seed=seed), b_NR, alpha=float(alpha))
     return adapters_of(model)
 
@@ -302,7 +301,7 @@ class Merge:
 def merged(linear: TernaryLinear) -> Tensor:
     """Return W + (alpha / R) B A of a linear, or W of one without an adapter, float64 [N, K] on the CPU."""
     w_NK = dequantize(linear.ops.to_spec(linear.weight).to("cpu"), dtype=torch.float64)
-    return w_NK if linear.adapter is None else w_NK + linear.adapter.matrix().to("cpu")
+    return w_NK + linear.adapter.matrix().to("cpu") if isinstance(linear.adapter, Adapter) else w_NK
 
 
 @torch.no_grad()
@@ -354,8 +353,7 @@ def use_float_linears(model: nn.Module) -> list[str]:
     for name, linear in linears.items():
         num_outputs, num_inputs = linear.weight.shape
         made = nn.Linear(num_inputs, num_outputs, bias=False, device=linear.device, dtype=linear.dtype)
-        made.weight.copy_(merged(linear))
-        made.requires_grad_(False)
+        made.weight = nn.Parameter(merged(linear).to(linear.device, linear.dtype), requires_grad=False)
         bias: Any = getattr(linear, "bias", None)
         if bias is not None:
             made.bias = bias

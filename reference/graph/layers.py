@@ -61,7 +61,19 @@ class TernaryLinear(TernaryModule):
     def forward(self, x: Tensor) -> Tensor:
         """Return `ops.linear` of x, in the dtype of x, and the change of the adapter if there is one."""
         y = self.run(_LinearFunction, x)
-        return y if self.adapter is None else self.adapter(x, y)
+        return y if self.adapter is None else self._adapted(x, y)
+
+    def _adapted(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y with the change of the adapter. A backward pass that comes through it has reached the model."""
+        assert self.adapter is not None
+        changed = self.adapter(x, y)
+        if changed.requires_grad:
+            changed.register_hook(self._note_reached)
+        return changed
+
+    def _note_reached(self, grad: Tensor) -> None:
+        if self.voting.current is not None:
+            self.voting.current.reached = True
 
 
 def plain(*linears: nn.Module) -> bool:
