@@ -38,6 +38,7 @@ class RunFacts:
         val_bpb, best_bpb: bits per byte of the newest validation and of the best; None where there was none.
         baselines: bits per byte of what counting achieves, by name.
         state_sha256: of the model at that step, or None where no checkpoint has it.
+        adapter_sha256: of its adapters at that step, or None where it has none or no checkpoint has them.
         versions: of what it was run with.
         metrics: lines of metrics, of many as many as a picture can show.
     """
@@ -50,6 +51,7 @@ class RunFacts:
     best_bpb: float | None
     baselines: Mapping[str, float]
     state_sha256: str | None = None
+    adapter_sha256: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     metrics: Sequence[Mapping[str, Any]] = ()
 
@@ -131,6 +133,9 @@ def read_facts(folder: RunFolder) -> tuple[RunFacts, list[str]]:
         best_bpb=min(learned, default=None),
         baselines=_baselines(start.document.get("baselines")),
         state_sha256=header["state_sha256"] if header.get("step") == step else None,
+        adapter_sha256=header["adapter"]["sha256"]
+        if header.get("step") == step and "adapter" in header
+        else None,
         versions=_strings(start.document.get("versions")),
         metrics=lines,
     )

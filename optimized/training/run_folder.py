@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arbitor.optimized.training.adapter_files import CONFIG_FILE, TENSORS_FILE
 from arbitor.optimized.training.adapter_state import check_stated
 from arbitor.optimized.training.checkpoint import (
     Checkpoint,
@@ -155,7 +156,8 @@ class RunFolder:
     def files_there(self) -> list[Path]:
         """Return those files of a run that the folder has."""
         small = (self.config, self.summary, self.metrics, self.sample, self.report, self.loss_plot)
-        return [path for path in (*small, *self._checkpoints()) if os.path.lexists(path)]
+        of_adapter = (self.adapter / name for name in (CONFIG_FILE, TENSORS_FILE))
+        return [path for path in (*small, *self._checkpoints(), *of_adapter) if os.path.lexists(path)]
 
     def has_run(self) -> bool:
         """Return whether a run has been started in the folder."""
@@ -216,7 +218,8 @@ class RunFolder:
 
     def _remove_partial_files(self) -> None:
         small = (self.config, self.summary, self.metrics, self.sample, self.report, self.loss_plot)
-        for path in (*small, *self._checkpoints()):
+        of_adapter = (self.adapter / name for name in (CONFIG_FILE, TENSORS_FILE))
+        for path in (*small, *self._checkpoints(), *of_adapter):
             with told(repr(str(partial_of(path)))):
                 partial_of(path).unlink(missing_ok=True)
 
