@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from arbitor.optimized.training.adapter_state import MATRICES, AdapterState
+from arbitor.optimized.training.checkpoint import write_safetensors
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.regular import JSON_BYTES, read_regular
 from arbitor.optimized.training.runtime import versions
@@ -84,7 +82,7 @@ def write_adapter(folder: str | PathLike[str], state: AdapterState, *, base: str
     }
     with told(f"the adapter in {str(path)!r}"):
         path.mkdir(parents=True, exist_ok=True)
-        write_whole(path / TENSORS_FILE, save_tensors(tensors, metadata={"format": "pt"}))
+        _write_tensors(path / TENSORS_FILE, tensors)
         write_whole(path / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
 
 
@@ -156,7 +154,15 @@ def _config(path: Path) -> Mapping[str, Any]:
     return config
 
 
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    write_whole(path, lambda file: write_safetensors(file, tensors, {"format": "pt"}))
+
+
 def _tensors(path: Path) -> dict[str, Tensor]:
+    # Here alone, since the trainer's modules are imported where this library may be missing.
+    from safetensors import SafetensorError
+    from safetensors.torch import load as load_tensors
+
     try:
         return load_tensors(read_regular(path))
     except OSError as error:
@@ -197,5 +203,5 @@ def write_floats(
     }
     with told(f"the model in {str(path)!r}"):
         path.mkdir(parents=True, exist_ok=True)
-        write_whole(path / "model.safetensors", save_tensors(tensors, metadata={"format": "pt"}))
+        _write_tensors(path / "model.safetensors", tensors)
         write_whole(path / "config.json", (json.dumps(document, indent=2) + "\n").encode())

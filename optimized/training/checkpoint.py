@@ -370,7 +370,7 @@ def write_checkpoint_beside(
     header["content_sha256"] = _content_sha256(header)
     with _writing(path):
         temporary = write_beside(
-            path, lambda file: _write_safetensors(file, tensors, {METADATA_KEY: _canonical_json(header)})
+            path, lambda file: write_safetensors(file, tensors, {METADATA_KEY: _canonical_json(header)})
         )
     return temporary, digest
 
@@ -385,8 +385,8 @@ def put_checkpoint(source: Path, target: Path) -> None:
         rename(source, target)
 
 
-def _write_safetensors(file: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors one after the other, so that a model is never held twice.
+def write_safetensors(file: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write CPU tensors into a safetensors file, one after the other, so that a model is never held twice.
 
     The library's own writer makes a temporary file of a random name, which a killed run would leave behind.
     """
