@@ -248,6 +248,19 @@ def test_adapters_that_the_loss_reads_alone_reach_the_model(base: Path, tmp_path
         model.backward(model.losses(torch.zeros(1, 8, dtype=torch.int64)), rate=1.0, step=0)
 
 
+def test_an_adapter_left_half_written_is_removed(base: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(options(base, run, steps=1))
+    assert sorted(path.name for path in (run / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    left = run / "adapter" / ".adapter_model.safetensors.partial"
+    left.write_bytes(b"half")
+    train(TrainOptions(run=run, resume=True))
+    assert not left.exists()
+
+
 def test_a_checkpoint_with_damaged_adapters_is_refused(base: Path, tmp_path: Path) -> None:
     train(options(base, tmp_path / "run", steps=1))
     path = tmp_path / "run" / "final.safetensors"

@@ -124,7 +124,6 @@ class RunFolder:
         report, loss_plot: pictures.
         latest, previous: checkpoints of the newest state and of the one before, so that one is always loadable.
         best, final: checkpoints of the best state by validation and of the last.
-        adapter: folder of the best adapters in peft's format, of a run that has adapters.
     """
 
     def __init__(self, path: Path) -> None:
@@ -136,7 +135,6 @@ class RunFolder:
         self.latest, self.previous, self.best, self.final = (
             path / f"{name}.safetensors" for name in ("latest", "previous", "best", "final")
         )
-        self.adapter = path / "adapter"
         self._latest_is_good = False
 
     @classmethod
@@ -150,14 +148,22 @@ class RunFolder:
     def __str__(self) -> str:
         return str(self.path)
 
+    @property
+    def adapter(self) -> Path:
+        """Folder of the best adapters in peft's format, of a run that has adapters."""
+        return self.path / "adapter"
+
     def _checkpoints(self) -> tuple[Path, ...]:
         return self.latest, self.previous, self.best, self.final
 
+    def _files(self) -> tuple[Path, ...]:
+        """Return every file that is written whole."""
+        small = (self.config, self.summary, self.metrics, self.sample, self.report, self.loss_plot)
+        return *small, *self._checkpoints(), self.adapter / CONFIG_FILE, self.adapter / TENSORS_FILE
+
     def files_there(self) -> list[Path]:
         """Return those files of a run that the folder has."""
-        small = (self.config, self.summary, self.metrics, self.sample, self.report, self.loss_plot)
-        of_adapter = (self.adapter / name for name in (CONFIG_FILE, TENSORS_FILE))
-        return [path for path in (*small, *self._checkpoints(), *of_adapter) if os.path.lexists(path)]
+        return [path for path in self._files() if os.path.lexists(path)]
 
     def has_run(self) -> bool:
         """Return whether a run has been started in the folder."""
@@ -217,9 +223,7 @@ class RunFolder:
             os.close(descriptor)
 
     def _remove_partial_files(self) -> None:
-        small = (self.config, self.summary, self.metrics, self.sample, self.report, self.loss_plot)
-        of_adapter = (self.adapter / name for name in (CONFIG_FILE, TENSORS_FILE))
-        for path in (*small, *self._checkpoints(), *of_adapter):
+        for path in self._files():
             with told(repr(str(partial_of(path)))):
                 partial_of(path).unlink(missing_ok=True)
 
