@@ -35,6 +35,7 @@ from arbitor.reference.graph.adapters import (
     linears_of,
     merge_ternary,
     merged_floats,
+    stacks_of,
     use_float_linears,
 )
 
@@ -68,7 +69,7 @@ def save_adapter(model: nn.Module, folder: str | PathLike[str], *, base: str = "
     state = AdapterState.of(model)
     if state is None:
         raise RuntimeError("save_adapter was called, but the model has no adapters")
-    write_adapter(folder, state, base=base)
+    write_adapter(folder, state, base=base, stacks=stacks_of(model))
 
 
 def load_adapter(model: nn.Module, folder: str | PathLike[str]) -> dict[str, Adapter]:
@@ -83,7 +84,7 @@ def load_adapter(model: nn.Module, folder: str | PathLike[str]) -> dict[str, Ada
 
 
 def float_model(folder: str | PathLike[str]) -> ArbModel:
-    """Return the model that `arb export --merge float` wrote, on the CPU, with a frozen `torch.nn.Linear` for each linear.
+    """Return the model that `arb export --merge float` wrote, on the CPU, with a frozen float module for each linear.
 
     The other weights have stayed ternary, and are held so. The model computes, and does not vote.
 
@@ -108,9 +109,7 @@ def float_model(folder: str | PathLike[str]) -> ArbModel:
             for name, table in model.tables().items():
                 table.copy_(tensors[name])
             for name in use_float_linears(model):
-                linear = model.get_submodule(name)
-                assert isinstance(linear, nn.Linear)
-                linear.weight.copy_(tensors[f"{name}.weight"])
+                model.get_submodule(name).get_parameter("weight").copy_(tensors[f"{name}.weight"])
     except OSError as error:
         raise TrainingError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -15,6 +15,7 @@ from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.adapters import (
     Adapter,
+    FloatGroupedLinear,
     Merge,
     adapters_of,
     attach,
@@ -137,6 +138,25 @@ def test_a_gradient_is_that_of_the_float_model() -> None:
     assert reached > 15
 
 
+def test_an_adapter_of_a_stack_changes_the_matrix_of_each_expert() -> None:
+    """A is shared, and B has rows for every expert. A slot without an expert gets zeros, whatever it holds."""
+    model = nano()
+    attach(model, rank=2, alpha=6, targets="expert_down")
+    moved(model)
+    stack = model.layers[0].moe_graph.moe.expert_down
+    w_ENK = merged(stack).to(torch.float32).unflatten(0, (stack.num_groups, -1))
+    x_MK, experts_M = torch.randn(6, w_ENK.shape[2]), torch.tensor([3, 0, -1, 1, 3, 2])
+    x_MK[2] = torch.nan
+    y_MN = stack(x_MK, experts_M)
+    for slot, expert in enumerate(experts_M.tolist()):
+        wanted = torch.zeros(w_ENK.shape[1]) if expert < 0 else x_MK[slot] @ w_ENK[expert].T
+        assert torch.allclose(y_MN[slot], wanted, atol=1e-5), slot
+    twin = FloatGroupedLinear(merged(stack).to(torch.float32), stack.num_groups)
+    assert torch.allclose(twin(x_MK, experts_M), y_MN, atol=1e-5)
+    several = twin(x_MK[[0, 1, 3, 4]].view(2, 2, -1), experts_M[[0, 1, 3, 4]].view(2, 2))
+    assert torch.allclose(several.flatten(0, 1), y_MN[[0, 1, 3, 4]], atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["key_up", "value_up"])
 def test_a_ledger_reads_with_adapters(name: str) -> None:
     """Byte by byte, where the base absorbs keys and values, the logits are those of one pass."""
@@ -218,7 +238,7 @@ def test_targets_are_suffixes_of_names() -> None:
     [
         ("nothing", "targets has 'nothing', but must end the name of a linear, such as"),
         ("moe.router", "chooses experts by exact integers"),
-        ("expert_down", "is a TernaryGroupedLinear, and adapters are for linears of one matrix"),
+        ("codebook", "is a TernaryVQCodebook, and adapters are for linears"),
         ("query_up,", "must name at least one linear"),
         ([], "must name at least one linear"),
         ("all-linear,query_up", "targets has 'all-linear'"),

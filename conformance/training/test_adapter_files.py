@@ -19,6 +19,7 @@ from arbitor.adapters import (
     load_adapter,
     merged_floats,
     save_adapter,
+    stacks_of,
     use_float_linears,
 )
 from arbitor.optimized.training.adapter_files import read_adapter, write_floats
@@ -87,8 +88,9 @@ def test_peft_reads_our_adapters(peft: Any, tmp_path: Path) -> None:
         text = inner(ids_BT)
     assert torch.allclose(found, wanted, atol=2e-3) and not torch.allclose(base, wanted, atol=2e-2)
     assert torch.allclose(torch.cat([first, last], dim=1), text, atol=2e-3)
-    layers = {name for name, part in inner.named_modules() if isinstance(part, peft.tuners.lora.Linear)}
-    assert layers == set(names) == set(adapters_of(model))
+    kinds = (peft.tuners.lora.Linear, peft.tuners.lora.layer.ParamWrapper)
+    layers = {name for name, part in inner.named_modules() if isinstance(part, kinds)}
+    assert layers == set(names) == set(adapters_of(model)) and stacks_of(model)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -103,7 +105,9 @@ def test_we_read_the_adapters_of_peft(peft: Any, tmp_path: Path, rslora: bool) -
         target_modules=["query_up", "value_up", "down"],
         rank_pattern={} if rslora else {"value_up": 2},
         use_rslora=rslora,
-        lora_dropout=0.1,
+        # peft has no dropout for parameters.
+        target_parameters=None if rslora else ["moe.expert_up.weight"],
+        lora_dropout=0.1 if rslora else 0.0,
     )
     wrapped = peft.get_peft_model(twin, config)
     inner = wrapped.base_model.model
@@ -121,6 +125,7 @@ def test_we_read_the_adapters_of_peft(peft: Any, tmp_path: Path, rslora: bool) -
         after = model(ids_BT)
     assert torch.allclose(after, wanted, atol=2e-3) and not torch.allclose(before, wanted, atol=2e-2)
     assert {adapter.rank for adapter in found.values()} == ({4} if rslora else {2, 4})
+    assert any("expert_up" in name for name in found) != rslora
     # And back, where several ranks are a pattern.
     save_adapter(model, tmp_path / "again")
     plain = model_of()

@@ -56,11 +56,15 @@ def _export_adapted(folder: Path, config: ArbConfig, checkpoint: Checkpoint, mer
     from arbitor.optimized.training.adapter_files import write_adapter, write_floats
     from arbitor.optimized.training.model_folder import load_into, trained_context, write_folder
     from arbitor.reference.graph import ArbModel
-    from arbitor.reference.graph.adapters import merge_ternary, merged_floats
+    from arbitor.reference.graph.adapters import merge_ternary, merged_floats, stacks_of
 
     assert checkpoint.adapter is not None
     if merge is None:
-        write_adapter(folder, checkpoint.adapter, base=str(checkpoint.run.get("init_from", config.name)))
+        base, stacks = (
+            str(checkpoint.run.get("init_from", config.name)),
+            stacks_of(ArbModel(config, device="meta")),
+        )
+        write_adapter(folder, checkpoint.adapter, base=base, stacks=stacks)
         return
     model = ArbModel(config, seed=checkpoint.seed)
     load_into(model, checkpoint)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,14 @@ FLOAT_MODEL_TYPE = "arbitor-float"
 
 WITHOUT_EFFECT = {
     *("auto_mapping", "base_model_name_or_path", "revision", "peft_version", "task_type", "inference_mode"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern"),
+    *(
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+    ),
     *("lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
     *("megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
 }
@@ -46,12 +53,15 @@ STARTS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of ``init_lora_weights`` for which peft leaves the weights of the base as they are."""
 
 
-def write_adapter(folder: str | PathLike[str], state: AdapterState, *, base: str) -> None:
+def write_adapter(
+    folder: str | PathLike[str], state: AdapterState, *, base: str, stacks: Collection[str] = ()
+) -> None:
     """Write adapters into a folder of peft, which is created.
 
     Args:
         folder: where to; files of an earlier adapter are overwritten, each whole or not at all.
         state: the adapters.
+        stacks: names of the linears whose weight is a stack of matrices. peft knows such a weight as a parameter.
         base: name of the model that they belong to, for whoever reads the folder.
 
     Raises:
@@ -70,7 +80,8 @@ def write_adapter(folder: str | PathLike[str], state: AdapterState, *, base: str
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        "target_modules": list(ranks),
+        "target_modules": [name for name in ranks if name not in stacks],
+        "target_parameters": [f"{name}.weight" for name in ranks if name in stacks] or None,
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != most},
         "alpha_pattern": {},
         "modules_to_save": None,

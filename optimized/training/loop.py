@@ -71,6 +71,7 @@ from arbitor.optimized.training.sizes import check_memory
 from arbitor.optimized.training.whole_file import told
 from arbitor.reference.audit import audit
 from arbitor.reference.graph import ArbModel
+from arbitor.reference.graph.adapters import stacks_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -661,7 +662,9 @@ class Run:
             return
         best = self.store.load_best(self.monitor.warn)
         assert best.adapter is not None
-        write_adapter(self.store.adapter, best.adapter, base=self.settings.init_from)
+        write_adapter(
+            self.store.adapter, best.adapter, base=self.settings.init_from, stacks=stacks_of(self.model)
+        )
 
     def _report(self) -> None:
         """Draw the page of a run that has lines of metrics, as far as it has come."""

@@ -1,6 +1,6 @@
 """Adapters: float matrices of low rank beside the linears of a frozen ternary model. They learn, and the base keeps every byte.
 
-Legend: N outputs, K inputs, R rank.
+Legend: N rows of a weight (outputs, or outputs of all experts), K inputs, R rank, M slots, E experts.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from arbitor.reference import checks
 from arbitor.reference.constants import RESERVED_STEP
 from arbitor.reference.convert import ternarize
 from arbitor.reference.dtypes import wide_dtype
+from arbitor.reference.graph.grouped import TernaryGroupedLinear
 from arbitor.reference.graph.layers import TernaryLinear
 from arbitor.reference.graph.module import ArbModule, TernaryModule
 from arbitor.reference.graph.moe import SharedProjectionMoE
@@ -42,11 +43,17 @@ _BYTES = 6
 """Group size of the draws of A: two of the seven bytes of a group make an element."""
 
 
+Adaptable = TernaryLinear | TernaryGroupedLinear
+"""A linear that can have an adapter: of one matrix, or of a matrix for each expert, stacked in one weight."""
+
+
 class Adapter(nn.Module):
     """A change of low rank that a linear adds to its output.
 
     Math:    y <- y + (alpha / R) B A x, in float32 or better, rounded once to the dtype of y
+             of a stack of matrices, B is the stack of the experts' B_e, and y <- y + (alpha / R) B_e A x, e the expert of each slot
     Shapes:  x [..., K], y [..., N] -> [..., N]
+             of a stack y [..., N / E], experts int64 [...] -> [..., N / E]; no change where the expert is -1
     Start:   A as `starting_rows` draws it, B zero: the model starts as its base
     Moving:  the parameters stay float32, whatever dtype activations have. They follow the model to its device
     Source:  Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; REFACTOR11 and 12; docs/spec/adapters.md
@@ -70,11 +77,13 @@ class Adapter(nn.Module):
         """The factor of the change, alpha / R."""
         return self.alpha / self.rank
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y with the change for x added."""
+    def forward(self, x: Tensor, y: Tensor, experts: Tensor | None = None) -> Tensor:
+        """Return y with the change for x added, by the expert of each slot if there are experts."""
         wide = wide_dtype(y)
-        change = F.linear(F.linear(x.to(wide), self.a_RK.to(wide)), self.b_NR.to(wide))
-        return (y.to(wide) + self.factor * change).to(y.dtype)
+        b_NR, z = self.b_NR.to(wide), F.linear(x.to(wide), self.a_RK.to(wide))
+        if experts is not None:
+            b_NR, z = _by_expert(b_NR, z, experts, num_outputs=y.shape[-1])
+        return (y.to(wide) + self.factor * F.linear(z, b_NR)).to(y.dtype)
 
     def matrix(self) -> Tensor:
         """Return the change as a matrix, float64 [N, K], without a gradient."""
@@ -88,6 +97,13 @@ class Adapter(nn.Module):
     def extra_repr(self) -> str:
         """Return what `print` shows of an adapter."""
         return f"rank={self.rank}, alpha={self.alpha}"
+
+
+def _by_expert(b_NR: Tensor, z: Tensor, experts: Tensor, *, num_outputs: int) -> tuple[Tensor, Tensor]:
+    """Return B with the experts side by side, [N / E, E R], and z [..., R] at the place of its expert among zeros, [..., E R]."""
+    b_ENR = b_NR.unflatten(0, (-1, num_outputs))
+    chosen = experts[..., None, None] == torch.arange(len(b_ENR), device=experts.device)[:, None]
+    return b_ENR.transpose(0, 1).flatten(1), torch.where(chosen, z[..., None, :], 0.0).flatten(-2)
 
 
 def attach(
@@ -181,7 +197,7 @@ def adapters_of(model: nn.Module) -> dict[str, Adapter]:
     }
 
 
-def linears_of(model: nn.Module) -> dict[str, TernaryLinear]:
+def linears_of(model: nn.Module) -> dict[str, Adaptable]:
     """Return the linears that can have an adapter by name, in definition order: all but those whose scores choose experts.
 
     The choice of experts is exact, by integers of the router's weight (docs/spec/experts.md). A float beside it would not be seen.
@@ -190,11 +206,16 @@ def linears_of(model: nn.Module) -> dict[str, TernaryLinear]:
     return {
         name: part
         for name, part in model.named_modules()
-        if name and isinstance(part, TernaryLinear) and part not in choosing
+        if name and isinstance(part, Adaptable) and part not in choosing
     }
 
 
-def linears_named(model: nn.Module, targets: str | Sequence[str]) -> dict[str, TernaryLinear]:
+def stacks_of(model: nn.Module) -> list[str]:
+    """Return the names of the linears that can have an adapter and are stacks of a matrix for each expert."""
+    return [name for name, part in linears_of(model).items() if isinstance(part, TernaryGroupedLinear)]
+
+
+def linears_named(model: nn.Module, targets: str | Sequence[str]) -> dict[str, Adaptable]:
     """Return the linears whose name is a target, or ends in a dot and a target, by name.
 
     Args:
@@ -230,12 +251,12 @@ def _why_not(model: nn.Module, suffix: str, linears: Iterable[str]) -> str:
         if isinstance(part, TernaryModule) and _ends_in(name, suffix):
             if isinstance(part, TernaryLinear):
                 return f"{name} chooses experts by exact integers, which no float can change"
-            return f"{name} is a {type(part).__name__}, and adapters are for linears of one matrix"
+            return f"{name} is a {type(part).__name__}, and adapters are for linears"
     known = sorted({name.rpartition(".")[2] for name in linears})
     return f"must end the name of a linear, such as {', '.join(known)}"
 
 
-def starting_rows(linear: TernaryLinear, rank: int, *, seed: int | None = None) -> Tensor:
+def starting_rows(linear: Adaptable, rank: int, *, seed: int | None = None) -> Tensor:
     """Return A as an adapter of a linear starts with it, float32 [R, K]: the same on every device.
 
     Math:    A[i, k] = ((2 u - 65535) / 65536) K^-1/2 with u = byte 0 + 256 byte 1 of the dither of group i K + k, at step
@@ -298,7 +319,7 @@ class Merge:
         return Merge(*(math.hypot(a, b) for a, b in pairs))
 
 
-def merged(linear: TernaryLinear) -> Tensor:
+def merged(linear: Adaptable) -> Tensor:
     """Return W + (alpha / R) B A of a linear, or W of one without an adapter, float64 [N, K] on the CPU."""
     w_NK = dequantize(linear.ops.to_spec(linear.weight).to("cpu"), dtype=torch.float64)
     return w_NK + linear.adapter.matrix().to("cpu") if isinstance(linear.adapter, Adapter) else w_NK
@@ -334,29 +355,54 @@ def merged_floats(model: nn.Module) -> dict[str, Tensor]:
     """Return every ternary weight of a model as floats by the name of its module, float32 [N, K] on the CPU, adapters merged."""
     floats = {}
     for name, module in model.named_modules():
-        if isinstance(module, TernaryLinear):
+        if isinstance(module, Adaptable):
             floats[name] = merged(module).to(torch.float32)
         elif isinstance(module, TernaryModule):
             floats[name] = dequantize(module.ops.to_spec(module.weight).to("cpu"))
     return floats
 
 
+class FloatGroupedLinear(nn.Module):
+    """y = x W_e^T as `TernaryGroupedLinear` computes it, with one float parameter, the stack of all experts' matrices."""
+
+    def __init__(self, weight_NK: Tensor, num_groups: int) -> None:
+        super().__init__()
+        self.weight, self.num_groups = nn.Parameter(weight_NK, requires_grad=False), num_groups
+
+    def forward(self, x_MK: Tensor, experts_M: Tensor) -> Tensor:
+        """Return the product of each slot with the matrix of its expert; zeros where the expert is -1."""
+        w_ENK = self.weight.unflatten(0, (self.num_groups, -1))
+        y_MN = torch.zeros(*experts_M.shape, w_ENK.shape[1], dtype=x_MK.dtype, device=x_MK.device)
+        for expert, w_NK in enumerate(w_ENK):
+            slots = (experts_M == expert).nonzero(as_tuple=True)
+            y_MN = y_MN.index_put(slots, F.linear(x_MK[slots], w_NK.to(x_MK.dtype)))
+        return y_MN
+
+
 @torch.no_grad()
 def use_float_linears(model: nn.Module) -> list[str]:
-    """Replace every linear that can have an adapter by a `torch.nn.Linear` with the merged weight, and return their names.
+    """Replace every linear that can have an adapter by a float module with the merged weight, and return their names.
 
-    The model then computes as before, and other libraries know its linears, as peft does. The float weights require no gradient. No
-    weight votes and no table counts any more.
+    The module is a `torch.nn.Linear`, or for stacked matrices a `FloatGroupedLinear`. The model then computes as before, and other
+    libraries know its linears, as peft does. The float weights require no gradient. No weight votes and no table counts any more.
     """
     linears = linears_of(model)
     _freeze(model)
     for name, linear in linears.items():
-        num_outputs, num_inputs = linear.weight.shape
-        made = nn.Linear(num_inputs, num_outputs, bias=False, device=linear.device, dtype=linear.dtype)
-        made.weight = nn.Parameter(merged(linear).to(linear.device, linear.dtype), requires_grad=False)
-        bias: Any = getattr(linear, "bias", None)
-        if bias is not None:
-            made.bias = bias
+        weight = merged(linear).to(linear.device, linear.dtype)
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, made)
+        setattr(model.get_submodule(parent), last, _float_module(linear, weight))
     return list(linears)
+
+
+def _float_module(linear: Adaptable, weight_NK: Tensor) -> nn.Module:
+    """Return the float module that computes as a linear does, with a weight."""
+    if isinstance(linear, TernaryGroupedLinear):
+        return FloatGroupedLinear(weight_NK, linear.num_groups)
+    num_outputs, num_inputs = weight_NK.shape
+    made = nn.Linear(num_inputs, num_outputs, bias=False, device="meta")
+    made.weight = nn.Parameter(weight_NK, requires_grad=False)
+    # Layers of `arbitor.nn` may have one.
+    bias: Any = getattr(linear, "bias", None)
+    made.bias = bias
+    return made

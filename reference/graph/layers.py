@@ -32,9 +32,6 @@ class TernaryLinear(TernaryModule):
              see a non-zero input. For gain 0 every trit is 0, at the scale of gain 1
     Votes:   from the gradient made orthogonal, unless `orthogonal` is False, as for a matrix whose rows are classes, or the
              smaller side of the weight is below MIN_ORTHOGONAL_RANK
-
-    Attributes:
-        adapter: what adds a change of low rank to y (`adapters.attach`), or None.
     """
 
     def __init__(
@@ -56,24 +53,10 @@ class TernaryLinear(TernaryModule):
 
         super().__init__(context, start)
         self.orthogonal = orthogonal and min(shape) >= MIN_ORTHOGONAL_RANK
-        self.adapter: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `ops.linear` of x, in the dtype of x, and the change of the adapter if there is one."""
-        y = self.run(_LinearFunction, x)
-        return y if self.adapter is None else self._adapted(x, y)
-
-    def _adapted(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y with the change of the adapter. A backward pass that comes through it has reached the model."""
-        assert self.adapter is not None
-        changed = self.adapter(x, y)
-        if changed.requires_grad:
-            changed.register_hook(self._note_reached)
-        return changed
-
-    def _note_reached(self, grad: Tensor) -> None:
-        if self.voting.current is not None:
-            self.voting.current.reached = True
+        return self.adapted(self.run(_LinearFunction, x), x)
 
 
 def plain(*linears: nn.Module) -> bool:
