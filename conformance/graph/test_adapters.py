@@ -99,9 +99,9 @@ def test_the_base_keeps_every_byte_and_only_adapters_learn() -> None:
     adapters = attach(model, rank=4)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {f"{name}.adapter.{part}" for name in adapters for part in ("a_RK", "b_NR")}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
     losses = []
-    for step in range(12):
+    for step in range(6):
         optimizer.zero_grad()
         components = model.losses(ids_BT, **media(3))
         losses.append(components["bytes"].item())

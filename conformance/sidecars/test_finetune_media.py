@@ -76,7 +76,7 @@ def test_killed_and_resumed_ends_the_same(
     base: Path, media: Path, checkpoints: Path, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With every kind, after which heads and readers of media have moved, and the base has not."""
-    more = {"feature_cache": cache, "lora_rank": 2, "steps": 8}
+    more = {"feature_cache": cache, "lora_rank": 2, "steps": 8, "eval_interval": 8}
     train(options(base, media, checkpoints, tmp_path / "whole", *ALL, **more))
     want = outcome(tmp_path / "whole")
     assert want[2].keys() == {"text", *ALL} and want[2]["video"]["val_latent"] > 0
@@ -120,11 +120,11 @@ def test_captions_are_read_from_the_pictures(base: Path, media: Path, checkpoint
         "image",
         save=False,
         feature_cache=cache,
-        steps=40,
+        steps=24,
         batch=12,
         mix="text=0,image=1",
         eval_interval=1000,
-        learning_rate=0.02,
+        learning_rate=0.03,
     )
     with opened(asked, None) as run:
         assert run.mix is not None and adapters_of(run.model)

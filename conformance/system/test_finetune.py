@@ -12,7 +12,10 @@ import torch
 from arbitor import ArbModel
 from arbitor.adapters import adapters_of, float_model, load_adapter
 from arbitor.optimized.training.checkpoint import load_checkpoint
-from conformance.system.command import Here, arb, check_refused
+from arbitor.optimized.training.loop import train
+from arbitor.optimized.training.options import TrainOptions
+from conformance.system.command import Here, check_refused
+from conformance.training import nano
 from conformance.training.test_finetune import OTHER
 
 
@@ -25,31 +28,21 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tuned(finished: Path, other: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of adapters, with pictures."""
+    """The folder of a run of adapters."""
     folder = tmp_path_factory.mktemp("runs") / "tuned"
-    options = [
-        "--steps",
-        "30",
-        "--batch",
-        "2",
-        "--context",
-        "16",
-        "--lora-rank",
-        "2",
-        "--learning-rate",
-        "0.02",
-    ]
-    intervals = ["--eval-interval", "10", "--log-interval", "5"]
-    where = ["--base", str(finished), "--data", str(other), "--device", "cpu", "--run", str(folder)]
-    result = arb("finetune", *where, *options, *intervals)
-    assert result.returncode == 0, result.stderr.decode()
-    out = result.stdout.decode()
-    assert (
-        "parts of" in out
-        and "which stay as they are" in out
-        and "floats that AdamW moves; the base is frozen" in out
-    )
-    assert f"adapters {json.loads((folder / 'summary.json').read_text())['adapter_sha256'][:16]}" in out
+    options = {"init_from": str(finished), "data": str(other), "device": "cpu", "run": folder, "steps": 30}
+    more = {
+        "batch": 2,
+        "context": 16,
+        "lora_rank": 2,
+        "learning_rate": 0.02,
+        "eval_interval": 10,
+        "log_interval": 5,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        nano.register(patch)
+        nano.without_pictures(patch)
+        train(TrainOptions(finetune=True, **options, **more))
     return folder
 
 
@@ -80,8 +73,8 @@ def test_adapters_are_measured_described_and_drawn(
     alone = json.loads(here("info", str(tuned / "best.safetensors"), "--json").stdout)
     assert alone["adapters"] == said["adapters"] and alone["lora_alpha"] == 16.0
     assert "adapters" not in json.loads(here("info", str(finished / "best.safetensors"), "--json").stdout)
-    assert (tuned / "report.png").stat().st_size > 10_000
     assert here("report", str(tuned)).returncode == 0
+    assert (tuned / "report.png").stat().st_size > 10_000
     same = ["--prompt", "The root of ", "--bytes", "12", "--device", "cpu", "--temperature", "0"]
     texts = [here("generate", "--run", str(run), *same).stdout for run in (finished, tuned)]
     model = ArbModel.from_pretrained(tuned, device="cpu")
@@ -161,6 +154,20 @@ def test_what_makes_no_sense_is_refused(here: Here, finished: Path, tuned: Path,
     check_refused(here("export", str(finished), run, "--merge", "float"), 2, "has no adapters")
     check_refused(here("export", str(tuned), str(finished), "--merge", "float"), 2, "must be new or empty")
     assert not Path(run).exists()
+
+
+def test_the_command_says_what_learns(here: Here, finished: Path, other: Path, tmp_path: Path) -> None:
+    where = ["--base", str(finished), "--data", str(other), "--device", "cpu", "--run", str(tmp_path / "run")]
+    result = here(
+        "finetune", *where, "--steps", "1", "--batch", "2", "--ctx", "16", "--lora-targets", "byte_head.down"
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    out = result.stdout.decode()
+    assert (
+        "which stay as they are" in out and "adapters: 1 of rank 8, " in out and "the base is frozen" in out
+    )
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert f"adapters {summary['adapter_sha256'][:16]}" in out
 
 
 def test_the_run_is_finished_by_either_command(here: Here, tuned: Path, tmp_path: Path) -> None:
