@@ -6,7 +6,7 @@ import codecs
 import importlib
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from arbitor import pretrained
 from arbitor.optimized.training.adapter_state import AdapterState
-from arbitor.optimized.training.generate import stream_batch
+from arbitor.optimized.training.generate import MOST_SEED, stream_batch
 from arbitor.optimized.training.media import Features, encoders_of, media_features
 from arbitor.optimized.training.model_folder import load_into, trained_context, write_folder
+from arbitor.optimized.training.options import MOST_BYTES
 from arbitor.optimized.training.recording import records
 from arbitor.optimized.training.runtime import OP_SETS, Runtime, choose_runtime
-from arbitor.reference import graph
+from arbitor.reference import checks, graph
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.adapters import adapters_of
 from arbitor.reference.graph.ledger import KVLedger
@@ -248,7 +249,8 @@ class ArbModel(graph.ArbModel):
             top_k: only so many of the likeliest bytes may be drawn, 1 .. 256.
             top_p: only the likeliest bytes may be drawn, as few as have this probability together, above 0 and at most 1.
             stop: a string or bytes, or several: a text ends before the first that would come.
-            seed: of the draws, for the first prompt; the next has the next number, and so on. Or one number for each prompt.
+            seed: of the draws, for the first prompt, 0 .. 2^64 - 1; the next has the next number, and so on. Or one number for
+                each prompt.
             context: bytes at the end of a prompt that are read, at least 3. None: as many as the model was trained on, or all
                 where nobody said.
             images, sounds, clips: raw media that stand before the prompts, one for each, as for `trunk`; None: none. A text after
@@ -262,11 +264,11 @@ class ArbModel(graph.ArbModel):
         Raises:
             TypeError or ValueError: an argument of another type, or out of range.
         """
+        checks.integer("max_new_bytes", max_new_bytes, 0, MOST_BYTES)
         alone = isinstance(prompts, Text)
-        several: list[Text] = [cast(Text, prompts)] if alone else list(cast(Sequence[Text], prompts))
-        given = [_bytes_of(f"prompts[{place}]", text) for place, text in enumerate(several)]
-        stops = [stop] if isinstance(stop, Text) else list(stop)
-        seeds = [seed + place for place in range(len(given))] if isinstance(seed, int) else list(seed)
+        several = _texts("prompts", prompts)
+        given = [_bytes_of("prompts" if alone else f"prompts[{i}]", text) for i, text in enumerate(several)]
+        stops = [_bytes_of("stop", text) for text in _texts("stop", stop)]
         made = self._features(images=images, sounds=sounds, clips=clips)
         media: list[Features] | None = None
         if made:
@@ -283,10 +285,10 @@ class ArbModel(graph.ArbModel):
             given,
             max_new_bytes,
             temperature=temperature,
-            seeds=seeds,
+            seeds=_seeds(seed, len(given)),
             top_k=top_k,
             top_p=top_p,
-            stop=[_bytes_of("stop", text) for text in stops],
+            stop=stops,
             context=self.trained_context if context is None else context,
             media=media,
             cuda_graph=self._records(),
@@ -340,12 +342,14 @@ def settled(
         ) from None
     # Shapes are the same with every op set.
     kind = "auto" if auto else "cpu" if place.type == "meta" else place.type
+    if ops is not None and not isinstance(ops, ModuleType | str):
+        raise TypeError(f"ops is a {type(ops).__name__}, but must be a module or one of {', '.join(OP_SETS)}")
+    if isinstance(ops, str) and ops not in OP_SETS:
+        raise ValueError(f"ops is {ops!r}, but must be a module or one of {', '.join(OP_SETS)}")
     runtime = choose_runtime(kind, ops if isinstance(ops, str) else None)
     if auto:
         place = torch.device(runtime.device)
     op_set = ops if isinstance(ops, ModuleType) else runtime.ops()
-    if ops is not None and not isinstance(ops, ModuleType | str):
-        raise TypeError(f"ops is a {type(ops).__name__}, but must be a module or one of {', '.join(OP_SETS)}")
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}")
@@ -362,11 +366,36 @@ def _joined(like: Text, pieces: Sequence[Text]) -> Text:
     return "".join(cast(list[str], pieces)) if isinstance(like, str) else b"".join(cast(list[bytes], pieces))
 
 
+def _seeds(seed: Any, count: int) -> list[int]:
+    """Return a seed for each of some prompts, from the first or from all of them."""
+    if isinstance(seed, Sequence) and not isinstance(seed, Text):
+        return list(seed)
+    checks.integer("seed", seed, 0, MOST_SEED)
+    return [seed + place for place in range(count)]
+
+
+def _texts(name: str, texts: Text | Sequence[Text]) -> list[Text]:
+    """Return a text, or several, as a list; refuse what is neither."""
+    if isinstance(texts, Text):
+        return [texts]
+    # The order of a set is no order, and of a mapping it is not clear what is meant.
+    if not isinstance(texts, Iterable) or isinstance(texts, Mapping | Set):
+        raise TypeError(
+            f"{name} is a {type(texts).__name__}, but must be a string or bytes, or a sequence of them"
+        )
+    return list(texts)
+
+
 def _bytes_of(name: str, text: Text) -> bytes:
     """Return the bytes of a text; refuse what is none."""
     if not isinstance(text, Text):
         raise TypeError(f"{name} is a {type(text).__name__}, but must be a string or bytes")
-    return text.encode() if isinstance(text, str) else text
+    try:
+        return text.encode() if isinstance(text, str) else text
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} holds {text[error.start]!r}, which UTF-8 has no bytes for, but must be text, or bytes"
+        ) from None
 
 
 def _as_given(pieces: Iterator[list[bytes]], prompts: Sequence[Text]) -> Iterator[list[Text]]:

@@ -10,7 +10,6 @@ Legend: N outputs, K inputs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -21,18 +20,7 @@ from torch import Tensor, nn
 
 from arbitor.model import settled
 from arbitor.reference import checks
-from arbitor.reference.config import ArbConfig
-from arbitor.reference.constants import (
-    DEFAULT_GROUP_SIZE,
-    DEFAULT_MANTISSA_BITS,
-    DEFAULT_ORTHOGONAL_STEPS,
-    DEFAULT_THETA,
-    DEFAULT_THETA_E,
-    EXPONENT_RULES,
-    GROUP_SIZES,
-    MAX_ORTHOGONAL_STEPS,
-    ON_FLIP,
-)
+from arbitor.reference.config import ArbConfig, at_rest, check_rules
 from arbitor.reference.convert import Loss, loss_of, ternarize
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
@@ -49,23 +37,17 @@ class Rules:
     Votes are always stochastic. Raises TypeError or ValueError, one sentence, for a field that is not allowed.
     """
 
-    group_size: int = DEFAULT_GROUP_SIZE
-    mantissa_bits: int = DEFAULT_MANTISSA_BITS
-    theta: int = DEFAULT_THETA
-    theta_e: int = DEFAULT_THETA_E
-    on_flip: str = "reset"
-    exponent_rule: str = "score"
-    orthogonal_steps: int = DEFAULT_ORTHOGONAL_STEPS
+    group_size: int = at_rest("group_size")
+    mantissa_bits: int = at_rest("mantissa_bits")
+    theta: int = at_rest("theta")
+    theta_e: int = at_rest("theta_e")
+    on_flip: str = at_rest("on_flip")
+    exponent_rule: str = at_rest("exponent_rule")
+    orthogonal_steps: int = at_rest("orthogonal_steps")
 
     def __post_init__(self) -> None:
         """Refuse a field that is not allowed."""
-        checks.one_of("group_size", self.group_size, GROUP_SIZES)
-        checks.mantissa_bits(self.mantissa_bits)
-        checks.threshold("theta", self.theta)
-        checks.threshold("theta_e", self.theta_e)
-        checks.one_of("on_flip", self.on_flip, ON_FLIP)
-        checks.one_of("exponent_rule", self.exponent_rule, EXPONENT_RULES)
-        checks.integer("orthogonal_steps", self.orthogonal_steps, 0, MAX_ORTHOGONAL_STEPS)
+        check_rules(self)
 
     @property
     def vote_rule(self) -> str:
@@ -104,6 +86,7 @@ class Linear(TernaryLinear):
         rules: Rules | None = None,
     ) -> None:
         _sizes(in_features=in_features, out_features=out_features)
+        checks.flag("bias", bias)
         context = _context(seed, device, dtype, ops, rules)
         super().__init__(context, in_features, out_features)
         self.in_features, self.out_features = in_features, out_features
@@ -117,11 +100,19 @@ class Linear(TernaryLinear):
     ) -> Self:
         """Return the layer whose weight is the nearest to that of a float layer, on its device; the bias is its own.
 
-        Raises TypeError for what is no nn.Linear, ValueError for a weight that is not finite.
+        Raises TypeError for what is no nn.Linear or of a dtype that no layer has, ValueError for a weight that is not finite or has
+        no values.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear is a {type(linear).__name__}, but must be a torch.nn.Linear")
         w_NK, rules = linear.weight.detach(), rules or Rules()
+        if w_NK.dtype not in checks.FLOAT_DTYPES:
+            raise TypeError(
+                f"linear has dtype {checks.names((w_NK.dtype,))}, but must have {checks.names(checks.FLOAT_DTYPES)}: "
+                "convert the model first, for example by .float()"
+            )
+        if w_NK.is_meta:
+            raise ValueError("linear is on the meta device, but must have values")
         form = {"group_size": rules.group_size, "mantissa_bits": rules.mantissa_bits}
         weight = ternarize(w_NK.cpu(), **form)
         layer = cls(
@@ -249,41 +240,6 @@ class Ternary(Stateful):
         """Return what the module returns."""
         return self.module(*args, **kwargs)
 
-    def backward(self, loss: Tensor, *, rate: float | Tensor, step: int | Tensor) -> bool:
-        """Run the backward pass of one micro-batch: ternary weights vote, and float parameters get gradients as always.
-
-        Args:
-            loss: a scalar computed with this module.
-            rate: size of the votes, 0 .. 127; about 6 while training is under way, falling to 0 towards its end.
-            step: number of this micro-batch, a coordinate of the dither.
-
-        Returns:
-            True; or False when the loss is not finite, in which case nothing has changed.
-
-        Raises:
-            TypeError or ValueError: a loss that is no scalar, has no graph, or was not computed with this module; a rate or step
-                that is not allowed.
-            RuntimeError: a weight was stepped or loaded since the loss was computed; or the model is torn, see `Voting`.
-        """
-        self.voting.check_whole()
-        checks.dtype_in("loss", loss, checks.FLOAT_DTYPES)
-        if loss.numel() != 1:
-            raise ValueError(f"loss has shape {tuple(loss.shape)}, but must be a scalar")
-        if not loss.requires_grad:
-            raise ValueError(
-                "loss has no graph, but must be computed with this module while gradients are on"
-            )
-        self.voting.strayed = False
-        if not math.isfinite(float(loss.detach())):
-            return False
-        with self.voting.taking(rate=rate, step=step) as taken:
-            loss.backward()
-            if not taken.reached:
-                raise ValueError(
-                    "loss was not computed with this module: its gradient came to none of the ternary weights"
-                )
-        return True
-
 
 def swap_linears(
     module: nn.Module,
@@ -303,9 +259,12 @@ def swap_linears(
         What each layer lost, by name.
 
     Raises:
-        ValueError: nothing is selected; or a weight is not finite, or another layer's too, as that of an embedding often is. The
-            module is then as it was.
+        TypeError: what is given is no module, or a weight is of a dtype that no layer has.
+        ValueError: nothing is selected; or a weight is not finite, or another layer's too, as that of an embedding often is.
+        After an error the module is as it was.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module is a {type(module).__name__}, but must be a torch.nn.Module")
     chosen = {
         name: part
         for name, part in module.named_modules(remove_duplicate=False)
@@ -325,7 +284,13 @@ def swap_linears(
                     f"the weight of {name!r} is {owner!r} too, but must be of one layer: untie it, or leave the layer out"
                 )
     # A layer that stands in two places stays one layer.
-    swapped = {part: Linear.from_float(part, ops=ops, rules=rules) for part in dict.fromkeys(chosen.values())}
+    swapped: dict[nn.Linear, Linear] = {}
+    for name, part in chosen.items():
+        if part not in swapped:
+            try:
+                swapped[part] = Linear.from_float(part, ops=ops, rules=rules)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"the layer {name!r} is refused: {error}") from None
     losses = {}
     for name, part in chosen.items():
         layer = swapped[part]

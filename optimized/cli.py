@@ -155,7 +155,7 @@ def _fail(sentence: str, code: int, tells: Callable[[], bool]) -> NoReturn:
     sentence = shown(" ".join(sentence.split()))
     with contextlib.suppress(OSError):
         if tells():
-            click.echo(f"arb: {sentence}{'' if sentence.endswith(('.', ')')) else '.'}", err=True)
+            click.echo(f"arb: {sentence}{'' if sentence.endswith(('.', ')', '?')) else '.'}", err=True)
     sys.exit(code)
 
 

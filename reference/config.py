@@ -20,7 +20,6 @@ from arbitor.reference.constants import (
     DEFAULT_THETA,
     DEFAULT_THETA_E,
     EXPONENT_RULES,
-    GROUP_SIZES,
     MAX_ORTHOGONAL_STEPS,
     MAX_SIGN_BITS,
     ON_FLIP,
@@ -265,14 +264,8 @@ class ArbConfig:
             raise ValueError(
                 f"rotary_dim is {self.rotary_dim}, but must be even and below head_dim, which is {self.head_dim}"
             )
-        checks.one_of("group_size", self.group_size, GROUP_SIZES)
-        checks.mantissa_bits(self.mantissa_bits)
-        checks.threshold("theta", self.theta)
-        checks.threshold("theta_e", self.theta_e)
-        checks.integer("orthogonal_steps", self.orthogonal_steps, 0, MAX_ORTHOGONAL_STEPS)
+        check_rules(self)
         checks.integer("max_vote_step", self.max_vote_step, 1, ACCUM_MAX)
-        checks.one_of("on_flip", self.on_flip, ON_FLIP)
-        checks.one_of("exponent_rule", self.exponent_rule, EXPONENT_RULES)
         checks.one_of("vote_rule", self.vote_rule, VOTE_RULES)
 
     def to_json(self) -> str:
@@ -303,6 +296,21 @@ class ArbConfig:
         if missing:
             raise ValueError(f"config has no field {missing[0]!r}, but must name every one without a default")
         return cls(**values)
+
+
+def check_rules(rules: Any) -> None:
+    """Refuse rules that no weight is held or trained by.
+
+    Args:
+        rules: an `ArbConfig`, or what has its fields from `group_size` to `orthogonal_steps` without the rule of the votes.
+    """
+    checks.group_size(rules.group_size)
+    checks.mantissa_bits(rules.mantissa_bits)
+    checks.threshold("theta", rules.theta)
+    checks.threshold("theta_e", rules.theta_e)
+    checks.one_of("on_flip", rules.on_flip, ON_FLIP)
+    checks.one_of("exponent_rule", rules.exponent_rule, EXPONENT_RULES)
+    checks.integer("orthogonal_steps", rules.orthogonal_steps, 0, MAX_ORTHOGONAL_STEPS)
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ def routed(run: Run) -> float:
     """Return the share of right choices of the router, as a mean over texts and each kind of media."""
     mix, model = mix_of(run), run.model
     assert model.router is not None
-    batches = [Batch("text", windows_BT) for windows_BT in run.windows_WT.split(run.settings.batch)]
+    batches = [Batch("text", windows_BT) for windows_BT in run.text.windows_WT.split(run.settings.batch)]
     batches += [batch for kind in SLOTS for batch in mix.held_out(kind)]
     right: dict[str, list[Tensor]] = {}
     absent_3 = torch.tensor([name not in model.answering for name in MODALITIES])

@@ -60,7 +60,7 @@ def test_names_and_objects_mean_the_same() -> None:
         ({"device": "xpu"}, ValueError, "device is 'xpu'"),
         ({"dtype": "float8"}, ValueError, "dtype is 'float8'"),
         ({"dtype": torch.float16}, ValueError, "dtype is torch.float16"),
-        ({"ops": "cuda"}, ValueError, "backend is 'cuda'"),
+        ({"ops": "cuda"}, ValueError, "ops is 'cuda'"),
         ({"ops": 3}, TypeError, "ops is a int"),
         ({"seed": -1}, ValueError, "seed is -1"),
     ],
@@ -102,8 +102,8 @@ def test_text_is_that_of_the_command(
 ) -> None:
     arb, run = Here(capfdbinary), tmp_path / "run"
     train(options(text, run))
-    for arguments in ({}, {"seed": 7, "temperature": 0.5}, {"temperature": 0}):
-        flags = [f"--{name}={value}" for name, value in arguments.items()]
+    for arguments in ({}, {"seed": 7, "temperature": 0.5}, {"temperature": 0}, {"top_k": 9, "top_p": 0.8}):
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()]
         done = arb(
             "generate", "--run", str(run), "--prompt", "7 squared", "--bytes", "24", "--device", "cpu", *flags
         )
@@ -182,20 +182,34 @@ def test_the_others_go_on_after_one_has_stopped(model: ArbModel) -> None:
 @pytest.mark.parametrize(
     ("asked", "error", "sentence"),
     [
-        ({"max_new_bytes": -1}, ValueError, "num_bytes is -1"),
+        ({"max_new_bytes": -1}, ValueError, "max_new_bytes is -1"),
+        ({"max_new_bytes": 2.5}, TypeError, "max_new_bytes is a float"),
+        ({"max_new_bytes": None}, TypeError, "max_new_bytes is a NoneType"),
+        ({"temperature": "hot"}, TypeError, "temperature is a str"),
         ({"temperature": -0.5}, ValueError, "temperature is -0.5"),
         ({"temperature": float("nan")}, ValueError, "temperature is nan"),
         ({"top_k": 0}, ValueError, "top_k is 0"),
         ({"top_k": 257}, ValueError, "top_k is 257"),
+        ({"top_k": 1.5}, TypeError, "top_k is a float"),
+        ({"top_k": True}, TypeError, "top_k is a bool"),
         ({"top_p": 0.0}, ValueError, "top_p is 0.0"),
         ({"top_p": float("nan")}, ValueError, "top_p is nan"),
         ({"top_k": 3, "temperature": 0}, ValueError, "top_k is 3, but must be None"),
         ({"top_p": 0.5, "temperature": 0}, ValueError, "top_p is 0.5, but must be None"),
         ({"stop": ""}, ValueError, "stop holds an empty string"),
         ({"stop": [3]}, TypeError, "stop is a int"),
+        ({"stop": 3}, TypeError, "stop is a int"),
         ({"seed": [1, 2]}, ValueError, "seeds has 2 entries"),
+        ({"seed": [1.5]}, TypeError, r"seeds\[0\] is a float"),
+        ({"seed": 2**64}, ValueError, "seed is 18446744073709551616"),
+        ({"seed": "x"}, TypeError, "seed is a str"),
+        ({"seed": True}, TypeError, "seed is a bool"),
         ({"context": 2}, ValueError, "context is 2"),
+        ({"context": 3.5}, TypeError, "context is a float"),
         ({"prompts": [3]}, TypeError, r"prompts\[0\] is a int"),
+        ({"prompts": 3}, TypeError, "prompts is a int"),
+        ({"prompts": {"ab": 1}}, TypeError, "prompts is a dict"),
+        ({"prompts": "a\ud800"}, ValueError, r"prompts holds '\\ud800'"),
     ],
 )
 def test_wrong_options_of_generate_are_named(

@@ -155,11 +155,23 @@ def test_a_loss_that_is_not_finite_changes_nothing() -> None:
         ),
         (lambda model: Linear(0, 4), ValueError, "in_features is 0"),
         (lambda model: Linear(4, 2.5), TypeError, "out_features is a float"),
+        (lambda model: Linear(4, 4, bias="no"), TypeError, "bias is 'no'"),
         (lambda model: Embedding(4, -1), ValueError, "embedding_dim is -1"),
         (lambda model: RMSNorm(0), ValueError, "width is 0"),
         (lambda model: Rules(theta=0), ValueError, "theta is 0"),
         (lambda model: Rules(group_size=7), ValueError, "group_size is 7"),
         (lambda model: Linear.from_float(nn.Conv1d(2, 2, 1)), TypeError, "linear is a Conv1d"),
+        (lambda model: swap_linears(None), TypeError, "module is a NoneType"),
+        (
+            lambda model: swap_linears(nn.Sequential(nn.Linear(2, 2).half())),
+            TypeError,
+            r"the layer '0' is refused: linear has dtype float16, .* by \.float\(\)",
+        ),
+        (
+            lambda model: swap_linears(nn.Sequential(nn.Linear(2, 2, device="meta"))),
+            ValueError,
+            "the layer '0' is refused: linear is on the meta device",
+        ),
     ],
 )
 def test_wrong_uses_are_named(wrong: Any, error: type[Exception], sentence: str) -> None:

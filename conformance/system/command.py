@@ -77,7 +77,7 @@ def check_refused(result: subprocess.CompletedProcess[bytes], code: int, *parts:
     """One sentence on stderr with each of the parts, the exit code, and no traceback."""
     err = result.stderr.decode()
     assert result.returncode == code, (result.returncode, err)
-    assert err.startswith("arb: ") and err.count("\n") == 1 and err.rstrip().endswith((".", ")")), err
+    assert err.startswith("arb: ") and err.count("\n") == 1 and err.rstrip().endswith((".", ")", "?")), err
     assert "Traceback" not in err
     for part in parts:
         assert part in err, (part, err)

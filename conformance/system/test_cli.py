@@ -7,12 +7,14 @@ import os
 import pty
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from arbitor.optimized.cli import cli
 from arbitor.optimized.training import generate as generation
 from arbitor.optimized.training import loop
 from arbitor.optimized.training.checkpoint import load_checkpoint
@@ -32,7 +34,7 @@ PLAIN = "arbitor.optimized.cli"
 """The command without the preset nano and without torch, until a command needs it."""
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["-h"], [], ["train", "--help"], ["audit", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], [], *([name, "--help"] for name in cli.commands)])
 def test_help_needs_no_torch(arguments: list[str]) -> None:
     """Help is quick because nothing heavy is imported for it: counted, not timed."""
     code = (
@@ -73,12 +75,16 @@ def test_version() -> None:
         (["train", "--bogus"], ["No such option", "--bogus"]),
         (["train", "--steps", "0"], ["--steps", "0 is not in the range"]),
         (["train", "--context", "3"], ["--context"]),
-        (["train", "--batch", "many"], ["--batch", "'many' is not a valid integer"]),
+        (["train", "--batch", "many"], ["--batch", "'many' is not a valid whole number"]),
+        (["train", "--rate", "nan"], ["--rate", "'nan' is not a finite number"]),
         (["train", "--device", "tpu"], ["--device", "'tpu'"]),
         (["train", "--seed", "-1"], ["--seed"]),
         (["train", "--resume"], ["--resume needs --run"]),
         (["generate"], ["--run"]),
         (["generate", "--run", "x", "--temperature", "-1"], ["--temperature"]),
+        (["generate", "--run", "x", "--temperature", "inf"], ["--temperature", "'inf' is not a finite"]),
+        (["generate", "--run", "x", "--top-k", "0"], ["--top-k", "0 is not in the range"]),
+        (["generate", "--run", "x", "--top-p", "0"], ["--top-p", "0.0 is not in the range"]),
         (["generate", "--context", "2", "--run", "x"], ["--context", "2 is not in the range"]),
         (
             ["generate", "--prompt-file", "b", "--prompt", "", "--run", "x"],
@@ -102,7 +108,8 @@ def train(text: Path, run: Path, *more: str) -> list[str]:
         (None, [], 1, ["cannot read the data", "No such file"]),
         (b"", [], 1, ["is empty"]),
         (TEXT[:100], ["--context", "64"], 1, ["has 100 bytes", "context of 64", "128 bytes"]),
-        (TEXT, ["--preset", "huge"], 2, ["'huge'", "'tiny'"]),
+        (TEXT, ["--preset", "huge"], 2, ["'huge'", "'tiny'", "or a file that ends in .json"]),
+        (TEXT, ["--preset", "tinny"], 2, ["did you mean 'tiny'?\n"]),
         (TEXT, ["--backend", "triton"], 1, ["TRITON_INTERPRET"]),
         (
             TEXT,
@@ -111,7 +118,7 @@ def train(text: Path, run: Path, *more: str) -> list[str]:
             ["cuda_graph is True", "device cpu", "only the triton backend on cuda with stochastic votes"],
         ),
     ],
-    ids=["missing", "empty", "short", "preset", "backend", "graph"],
+    ids=["missing", "empty", "short", "preset", "misspelt", "backend", "graph"],
 )
 def test_train_refuses(
     here: Here, tmp_path: Path, content: bytes | None, more: list[str], code: int, parts: list[str]
@@ -120,6 +127,24 @@ def test_train_refuses(
         (tmp_path / "data").write_bytes(content)
     check_refused(here(*train(tmp_path / "data", tmp_path / "run", *more)), code, *parts)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "there"),
+    [
+        (lambda path: path.write_bytes(b"mine"), "a file"),
+        (lambda path: path.symlink_to("nowhere"), "a link to no folder"),
+        (lambda path: path.symlink_to(path.name), "a link to no folder"),
+        (lambda path: os.mkfifo(path), "a pipe"),
+    ],
+    ids=["file", "dangling", "loop", "pipe"],
+)
+def test_a_run_folder_that_is_none_is_refused_before_anything_is_read(
+    here: Here, tmp_path: Path, make: Callable[[Path], object], there: str
+) -> None:
+    make(tmp_path / "run")
+    result = here(*train(tmp_path / "missing", tmp_path / "run"))
+    check_refused(result, 1, f"the run folder '{tmp_path / 'run'}' is {there}, but must be a folder")
 
 
 def test_train_says_what_needs_less_memory(
@@ -173,6 +198,16 @@ def test_train_refuses_to_start_twice(here: Here, finished: Path, text: Path) ->
         ("audit", ["--max-moe-iters", "2"], "max_moe_iters is 2, but changes nothing of the preset tiny"),
         ("audit", ["--disable-moe", "--max-moe-iters", "3"], "max_moe_iters is 3, but must be 1 without"),
         ("generate", ["--temperature", "0", "--seed", "0"], "--seed was given, but does nothing with --temp"),
+        (
+            "generate",
+            ["--temperature", "0", "--top-k", "3"],
+            "--top-k was given, but does nothing with --temp",
+        ),
+        (
+            "generate",
+            ["--bytes", "0", "--top-p", "0.5"],
+            "--top-p was given, but does nothing with --bytes 0",
+        ),
         ("generate", ["--bytes", "0", "--seed", "1"], "--seed was given, but does nothing with --bytes 0"),
         (
             "generate",

@@ -110,6 +110,13 @@ def test_eval_reads_a_window_as_long_as_asked_for(finished: Path) -> None:
     assert by_length[0].nats != by_length[1].nats
 
 
+def test_eval_of_nothing_is_no_success(here: Here, finished: Path, tmp_path: Path) -> None:
+    """A script that looks at the exit code would take a file of three bytes for one that was measured."""
+    (tmp_path / "short").write_bytes(b"abc")
+    result = here("eval", "--run", str(finished), "--data", str(tmp_path / "short"), "--device", "cpu")
+    check_refused(result, 1, "nothing was measured", "has the 4 bytes that are needed")
+
+
 def test_eval_of_a_loss_that_is_not_finite(
     here: Here, finished: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +131,7 @@ def test_eval_of_a_loss_that_is_not_finite(
         (["eval", "--run", "RUN"], 2, ["Missing option '--data'"]),
         (["eval", "--run", "RUN", "--data", ""], 2, ["'' is empty"]),
         (["eval", "--run", "RUN", "--data", "missing"], 1, ["cannot read the data 'missing'"]),
+        (["eval", "--run", "RUN", "--data", os.devnull], 1, ["is a device, but must be a regular file"]),
         (["eval", "--run", "RUN", "--data", "RUN/final.safetensors"], 1, ["a file of weights by its name"]),
         (["eval", "--run", "missing", "--data", "stdlib"], 1, ["there is no checkpoint 'missing'"]),
         (["eval", "--run", "RUN", "--data", "stdlib", "--ctx", "3"], 2, ["--ctx", "3 is not in the range"]),

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from arbitor.optimized.training.loop import train
 from conformance.training import nano
+from conformance.training.runs import options
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -31,6 +33,18 @@ def nano_preset(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if "pictures" not in request.fixturenames:
         nano.without_pictures(monkeypatch)
     monkeypatch.delenv("ARB_BACKEND", raising=False)
+
+
+@pytest.fixture(scope="package")
+def finished(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+    """The folder of a finished run of ``nano``, not to be written to."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "text.txt").write_bytes(nano.TEXT)
+    with pytest.MonkeyPatch.context() as patch:
+        nano.register(patch)
+        nano.without_pictures(patch)
+        train(options(folder / "text.txt", folder / "run"))
+    return folder / "run"
 
 
 @pytest.fixture

@@ -51,4 +51,4 @@ def without_pictures(patch: pytest.MonkeyPatch) -> None:
         path.write_bytes(b"a picture")
 
     patch.setattr(loop, "plot_loss", stand_in)
-    patch.setattr(loop, "write_report", stand_in)
+    patch.setattr(loop, "draw_page", stand_in)

@@ -30,7 +30,6 @@ from arbitor.reference.config import with_fields
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.presets import PRESETS
 from arbitor.reference.types import TernaryWeight
-from conformance.training import nano
 from conformance.training.forge import first_element, forged
 from conformance.training.nano import NANO, TEXT, WHOLE
 from conformance.training.runs import Killed, kill_at, options
@@ -39,18 +38,6 @@ State = Mapping[str, TernaryWeight | Tensor]
 
 OTHER_TEXT = b"".join(b"The number %d follows %d.\n" % (i + 1, i) for i in range(150))
 """Bytes that no run here has seen."""
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of ``nano``."""
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "text.txt").write_bytes(TEXT)
-    with pytest.MonkeyPatch.context() as patch:
-        nano.register(patch)
-        nano.without_pictures(patch)
-        train(options(folder / "text.txt", folder / "run"))
-    return folder / "run"
 
 
 @pytest.fixture
@@ -247,7 +234,7 @@ def test_a_table_goes_with_its_module(text: Path, tmp_path: Path, monkeypatch: p
 
 def test_names_are_many_at_most() -> None:
     names = tuple(f"part.{i}" for i in range(25))
-    found = beginning.Beginning("x", 1, "0", ("a",), names, ()).losses()
+    found = beginning.Beginning("x", 1, "0", ("a",), names, ()).all_warnings()
     assert len(found) == 1 and found[0].endswith("part.19 and 5 more")
 
 

@@ -15,13 +15,13 @@ from arbitor.optimized.training.data import (
     BLOCK_BYTES,
     Corpus,
     Split,
-    check_same_split,
     load_corpus,
     split_corpus,
     training_batch,
     validation_windows,
 )
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.run_text import check_same_split
 
 
 def corpus_of(size: int) -> Corpus:

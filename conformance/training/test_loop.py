@@ -22,6 +22,7 @@ from arbitor.optimized.training.checkpoint import load_checkpoint, state_sha256
 from arbitor.optimized.training.data import load_corpus, split_corpus, training_batch, validation_windows
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import validation_bpb
+from arbitor.optimized.training.facts import RunFacts
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.monitor import Monitor
@@ -59,11 +60,11 @@ def test_the_time_of_a_run_is_that_of_its_training(
         late[0] += 3600
         return real_generate(*args, **settings)
 
-    def write_report(path: Path, metrics: Any, shown: dict[str, str], **more: Any) -> None:
-        facts.update(shown)
+    def draw_page(path: Path, of_run: RunFacts) -> None:
+        facts.update(of_run.words())
 
     monkeypatch.setattr(loop, "generate", generate)
-    monkeypatch.setattr(loop, "write_report", write_report)
+    monkeypatch.setattr(loop, "draw_page", draw_page)
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late[0]))
     summary = train(options(text, tmp_path / "run")).summary
     assert late[0] == 3600 > summary["seconds"] and facts["time"] == f"{summary['seconds']:,.0f} s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import signal
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 
 from arbitor.optimized.training import loop
-from arbitor.optimized.training.checkpoint import load_checkpoint
+from arbitor.optimized.training.checkpoint import Checkpoint, load_checkpoint
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.metrics import read_metrics
@@ -56,6 +57,16 @@ def test_train_remembers_the_best_model_from_before_it_was_killed(
     summary = train(TrainOptions(run=run, resume=True)).summary
     assert (summary["best_bpb"], summary["val_bpb"]) == (4.0, 4.25)
     assert load_checkpoint(run / "best.safetensors").step == 2
+
+
+def test_a_resumed_run_holds_its_model_once(text: Path, tmp_path: Path) -> None:
+    """The tensors that were read from the checkpoint are as large as the model, and nothing needs them again."""
+    run = tmp_path / "run"
+    train(options(text, run, steps=4))
+    with loop.opened(TrainOptions(run=run, resume=True, steps=5), None) as resumed:
+        assert resumed.step == 4
+        gc.collect()
+        assert not [each for each in gc.get_objects() if type(each) is Checkpoint and each.state]
 
 
 def outcome(folder: Path, summary: dict[str, Any]) -> tuple[object, ...]:

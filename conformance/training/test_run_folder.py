@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,22 +27,10 @@ from conformance.training.forge import Change, forged
 from conformance.training.runs import Killed, kill_at, options
 
 
-@pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of a finished run, not to be written to."""
-    folder = tmp_path_factory.mktemp("done")
-    (folder / "text.txt").write_bytes(nano.TEXT)
-    with pytest.MonkeyPatch.context() as patch:
-        nano.register(patch)
-        nano.without_pictures(patch)
-        train(options(folder / "text.txt", folder / "run"))
-    yield folder / "run"
-
-
 @pytest.fixture
-def run(done: Path, tmp_path: Path) -> Path:
+def run(finished: Path, tmp_path: Path) -> Path:
     """A copy of it."""
-    return Path(shutil.copytree(done, tmp_path / "run"))
+    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def content(folder: Path) -> dict[str, bytes]:

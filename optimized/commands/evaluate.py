@@ -40,11 +40,13 @@ def evaluate(
 
     Every byte of a file is predicted once, but for its first three.
     """
-    from arbitor.optimized.training.data import find_texts
+    from arbitor.optimized.training.errors import TrainingError
     from arbitor.optimized.training.evaluate import Measured, file_bpb
     from arbitor.optimized.training.model_folder import open_model, trained_context
     from arbitor.optimized.training.options import preset_defaults
     from arbitor.optimized.training.runtime import choose_runtime
+    from arbitor.optimized.training.texts import find_texts
+    from arbitor.reference.config import NGRAM
 
     runtime = choose_runtime(device or "auto", backend, dtype)
     found = [(source, *find_texts(source)) for source in sources]
@@ -78,6 +80,11 @@ def evaluate(
                 rows.append(_row(name, measured))
                 if not as_json:
                     click.echo(_line(_in_words(measured), f"{measured.predicted:,}", shown(name)))
+    if not total.predicted:
+        named = ", ".join(repr(source) for source in sources)
+        raise TrainingError(
+            f"nothing was measured: no file of {named} has the {NGRAM + 1} bytes that are needed"
+        )
     if as_json:
         click.echo(json.dumps({**head, "files": rows, "total": _row("total", total)}, indent=2))
     elif len(rows) > 1:

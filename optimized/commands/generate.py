@@ -14,7 +14,16 @@ from typing import Any
 import click
 
 from arbitor.optimized.commands.media_prompt import media_of_files, media_options
-from arbitor.optimized.commands.parameters import FilePath, of_run, refuse_given, setting, settings, warn
+from arbitor.optimized.commands.parameters import (
+    FilePath,
+    Number,
+    WholeNumber,
+    of_run,
+    refuse_given,
+    setting,
+    settings,
+    warn,
+)
 from arbitor.optimized.training.options import MOST_BYTES
 from arbitor.optimized.training.shown import shown
 
@@ -34,13 +43,19 @@ MOST_PROMPT_BYTES = 2**28
     help="A file with the bytes to continue; -: standard input [none].",
 )
 @click.option(
-    "--bytes", "num_bytes", type=click.IntRange(0, MOST_BYTES), default=256, help="Bytes to add [256]."
+    "--bytes", "num_bytes", type=WholeNumber(0, MOST_BYTES), default=256, help="Bytes to add [256]."
 )
 @click.option(
     "--temperature",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     default=0.8,
     help="Of the draws; 0: the likeliest byte [0.8].",
+)
+@click.option("--top-k", type=WholeNumber(1), help="Draw from so many of the likeliest bytes [all].")
+@click.option(
+    "--top-p",
+    type=Number(0, 1, min_open=True),
+    help="Draw from the likeliest bytes of this probability [all].",
 )
 @setting(
     "context", help="Bytes at the end of the prompt that are read, at most", default_help="as trained", low=3
@@ -58,6 +73,8 @@ def generate(
     prompt_file: str | None,
     num_bytes: int,
     temperature: float,
+    top_k: int | None,
+    top_p: float | None,
     context: int | None,
     seed: int,
     device: str | None,
@@ -74,10 +91,23 @@ def generate(
     if prompt is not None and prompt_file is not None:
         raise click.UsageError(f"--prompt-file {prompt_file!r} was given with --prompt, but only one may be")
     if num_bytes == 0:
-        unread = ("temperature", "context", "seed", "cuda_graph", "image", "audio", "video", "sidecar")
+        unread = (
+            "temperature",
+            "top_k",
+            "top_p",
+            "context",
+            "seed",
+            "cuda_graph",
+            "image",
+            "audio",
+            "video",
+            "sidecar",
+        )
         refuse_given(command, *unread, where="with --bytes 0")
     if temperature == 0:
-        refuse_given(command, "seed", where="with --temperature 0, which takes the likeliest byte")
+        refuse_given(
+            command, "seed", "top_k", "top_p", where="with --temperature 0, which takes the likeliest byte"
+        )
     if not prompt and prompt_file is None:
         refuse_given(command, "context", where="without --prompt or --prompt-file")
     from arbitor.optimized.training.generate import stream_batch
@@ -100,6 +130,8 @@ def generate(
             num_bytes,
             temperature=temperature,
             seeds=[seed],
+            top_k=top_k,
+            top_p=top_p,
             stop=[CAPTION_END] if before else (),
             context=context or trained_context(checkpoint),
             media=[before] if before else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,25 @@ class FilePath(click.Path):
         if value == "":
             self.fail("'' is empty, but must name a file or a folder", param, ctx)
         return super().convert(value, param, ctx)
+
+
+class WholeNumber(click.IntRange):
+    """A whole number from a range. What is no number is refused in words."""
+
+    name = "whole number"
+
+
+class Number(click.FloatRange):
+    """A number from a range. What is no number, or is no finite one, is refused in words."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number; refuse NaN, which is in every range of click, and infinity."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
 
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -61,9 +81,9 @@ def setting(
     if option.choices:
         kind = click.Choice(option.choices)
     elif row.kind is float:
-        kind = click.FloatRange(option.low if low is None else low, option.high)
+        kind = Number(option.low if low is None else low, option.high)
     elif row.kind is int:
-        kind = click.IntRange(option.low if low is None else low, option.high)
+        kind = WholeNumber(option.low if low is None else low, option.high)
     return click.option(flag, *option.also, name, type=kind, default=default, help=text)
 
 

@@ -27,7 +27,7 @@ def report(runs: tuple[Path, ...], picture: Path | None) -> None:
     """
     from arbitor.optimized.training.errors import TrainingError
     from arbitor.optimized.training.facts import read_facts
-    from arbitor.optimized.training.report import compare_runs, write_report
+    from arbitor.optimized.training.report import compare_runs, draw_page
     from arbitor.optimized.training.run_folder import RunFolder
 
     if picture is None and len(runs) > 1:
@@ -49,14 +49,7 @@ def report(runs: tuple[Path, ...], picture: Path | None) -> None:
         if len(facts) > 1:
             compare_runs(target, {str(each): facts[each].metrics for each in facts})
         else:
-            write_report(
-                target,
-                first.metrics,
-                first.words(),
-                baselines=first.baselines,
-                steps=first.run["steps"],
-                planned_rate=first.planned_rate(),
-            )
+            draw_page(target, first)
     except TrainingError:
         raise
     # Lines that no run of ours wrote can hold anything.

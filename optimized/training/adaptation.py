@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from arbitor.optimized.training.adapter_files import write_adapter
 from arbitor.optimized.training.adapter_state import AdapterState, named_parameters
+from arbitor.optimized.training.checkpoint import Checkpoint, adapter_sha256
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.schedule import learning_rate
-from arbitor.reference.graph.adapters import attach
+from arbitor.reference.graph.adapters import attach, stacks_of
 
 if TYPE_CHECKING:
-    from arbitor.optimized.training.checkpoint import Checkpoint
     from arbitor.optimized.training.options import Settings
+    from arbitor.optimized.training.run_folder import RunFolder
     from arbitor.reference.graph import ArbModel
 
 
@@ -114,6 +117,10 @@ class Adaptation:
         assert state is not None
         return state
 
+    def sha256(self) -> str:
+        """Return the digest of the floats of a checkpoint."""
+        return adapter_sha256(self.state())
+
     def description(self) -> str:
         """Return what learns, in a sentence."""
         numbers = sum(each.numel() for each in self._parameters.values())
@@ -141,3 +148,20 @@ def open_adaptation(
     if num_ranks > 1:
         raise TrainingError(f"{num_ranks} ranks were started, but adapters are trained by one")
     return Adaptation(model, settings, checkpoint)
+
+
+def write_best(folder: RunFolder, adaptation: Adaptation, base: str, warn: Callable[[str], None]) -> None:
+    """Write the adapters of the best model of a run, or of its last where none is kept, in peft's format.
+
+    Args:
+        folder: of the run.
+        adaptation: of the run.
+        base: what the run began with.
+        warn: is told one sentence for each checkpoint that is refused.
+
+    Raises:
+        TrainingError: the disk is full or cannot be written.
+    """
+    best = folder.load_best(warn).adapter
+    assert best is not None
+    write_adapter(folder.adapter, best, base=base, stacks=stacks_of(adaptation.model))

@@ -7,9 +7,10 @@ nothing here. A table goes with its module: where a weight of the module begins 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,10 +60,10 @@ class Beginning:
             "no votes are gathered yet"
         )
 
-    def losses(self) -> tuple[str, ...]:
-        """Return a sentence for the parts that begin anew, and one for those that are left out, where there are any."""
+    def all_warnings(self) -> tuple[str, ...]:
+        """Return the warnings, a sentence for the parts that begin anew, and one for the parts that are left out."""
         source = shown(self.source)
-        found = []
+        found = list(self.warnings)
         if self.fresh:
             found.append(f"begin anew, as {source} has no such parts of that size: {_names(self.fresh)}")
         if self.left_out:
@@ -137,6 +138,29 @@ def _without_votes(weight: TernaryWeight) -> TernaryWeight:
         trit_accum=torch.zeros_like(weight.trit_accum),
         exponent_accum=torch.zeros_like(weight.exponent_accum),
     )
+
+
+def same_beginning(
+    source: str, beginning: Beginning | None, recorded: Mapping[str, Any] | None
+) -> str | None:
+    """Return the ``state_sha256`` of what a run began with. A run that starts again at step 0 begins with the same.
+
+    Args:
+        source: what was asked for.
+        beginning: what the run begins with now, or None where it goes on from a checkpoint of its own.
+        recorded: settings of the run that is resumed, or None for a new one.
+
+    Raises:
+        TrainingError: the run began with other weights than are there now.
+    """
+    before = (recorded or {}).get("init_sha256")
+    now = before if beginning is None else beginning.state_sha256
+    if before not in (None, now):
+        raise TrainingError(
+            f"the run was started with the weights of {source!r} of state {str(before)[:12]}... and cannot begin with "
+            f"{str(now)[:12]}..., which are there now"
+        )
+    return now
 
 
 def _fits(checkpoint: Checkpoint, name: str, here: object) -> bool:

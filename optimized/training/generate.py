@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Required, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -18,14 +18,32 @@ from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training.media import Features, lead_of
 from arbitor.optimized.training.options import MOST_BYTES
 from arbitor.optimized.training.readers import Reader, RecordedReader
+from arbitor.reference import checks
 from arbitor.reference.config import NGRAM, NUM_BYTES, SPECIAL_IDS
 from arbitor.reference.graph.ledger import KVLedger
 
 if TYPE_CHECKING:
     from arbitor.reference.graph import ArbModel
 
+MOST_CONTEXT = 2**31 - 1
+"""Bytes of a prompt that are read, at most."""
+
+MOST_SEED = 2**64 - 1
+"""The largest seed that torch's generator takes."""
+
 PIECE = 4096
 """Bytes of a prompt that are read in one pass: activations of no more are held at a time."""
+
+
+class Drawing(TypedDict, total=False):
+    """How `stream_batch` draws, reads and ends; it says what each of these is."""
+
+    temperature: Required[float]
+    top_k: int | None
+    top_p: float | None
+    stop: Sequence[bytes]
+    context: int | None
+    cuda_graph: bool
 
 
 def generate(
@@ -33,25 +51,13 @@ def generate(
     prompt: bytes,
     num_bytes: int,
     *,
-    temperature: float,
     seed: int,
-    stop: Sequence[bytes] = (),
-    context: int | None = None,
     media: Features | None = None,
-    cuda_graph: bool = False,
+    **how: Unpack[Drawing],
 ) -> bytes:
     """Return the continuation of a prompt: `generate_batch` of one."""
-    [added] = generate_batch(
-        model,
-        [prompt],
-        num_bytes,
-        temperature=temperature,
-        seeds=[seed],
-        stop=stop,
-        context=context,
-        media=None if media is None else [media],
-        cuda_graph=cuda_graph,
-    )
+    before = None if media is None else [media]
+    [added] = generate_batch(model, [prompt], num_bytes, seeds=[seed], media=before, **how)
     return added
 
 
@@ -60,30 +66,13 @@ def generate_batch(
     prompts: Sequence[bytes],
     num_bytes: int,
     *,
-    temperature: float,
     seeds: Sequence[int],
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop: Sequence[bytes] = (),
-    context: int | None = None,
     media: Sequence[Features] | None = None,
-    cuda_graph: bool = False,
+    **how: Unpack[Drawing],
 ) -> list[bytes]:
     """Return the continuations of several prompts: all that `stream_batch`, which see, yields for each of them."""
     added = [bytearray() for _ in prompts]
-    for pieces in stream_batch(
-        model,
-        prompts,
-        num_bytes,
-        temperature=temperature,
-        seeds=seeds,
-        top_k=top_k,
-        top_p=top_p,
-        stop=stop,
-        context=context,
-        media=media,
-        cuda_graph=cuda_graph,
-    ):
+    for pieces in stream_batch(model, prompts, num_bytes, seeds=seeds, media=media, **how):
         for whole, piece in zip(added, pieces, strict=True):
             whole += piece
     return [bytes(whole) for whole in added]
@@ -116,8 +105,8 @@ def stream_batch(
         prompts: bytes to continue; may be empty.
         num_bytes: how many bytes to add to each at most, 0 to `MOST_BYTES`.
         temperature: 0 takes the likeliest byte (the lowest of several); otherwise logits are divided by it.
-        seeds: of the CPU generators that draw, one a prompt; the same seed gives the same bytes on the same device. At
-            temperature 0 nothing is drawn.
+        seeds: of the CPU generators that draw, one a prompt, 0 .. 2^64 - 1; the same seed gives the same bytes on the same
+            device. At temperature 0 nothing is drawn.
         top_k: only so many of the likeliest bytes may be drawn, 1 .. 256; None: all.
         top_p: only the likeliest bytes may be drawn, as few as have this probability together, above 0 and at most 1. It is
             asked of what `top_k` leaves; None: all.
@@ -132,16 +121,15 @@ def stream_batch(
         and after one. The iterator ends when every sequence has.
 
     Raises:
-        ValueError: an argument is out of range, at once; or, from the iterator, the model's logits are not finite.
+        TypeError or ValueError: an argument is of another type or out of range, at once; or, from the iterator, the model's
+            logits are not finite.
     """
-    if not 0 <= num_bytes <= MOST_BYTES:
-        raise ValueError(f"num_bytes is {num_bytes}, but must be from 0 to {MOST_BYTES}")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature is {temperature}, but must be finite and at least 0")
-    if top_k is not None and not 1 <= top_k <= NUM_BYTES:
-        raise ValueError(f"top_k is {top_k}, but must be from 1 to {NUM_BYTES}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}, but must be above 0 and at most 1")
+    checks.integer("num_bytes", num_bytes, 0, MOST_BYTES)
+    checks.number("temperature", temperature, 0.0, math.inf)
+    if top_k is not None:
+        checks.integer("top_k", top_k, 1, NUM_BYTES)
+    if top_p is not None:
+        checks.number("top_p", top_p, 0.0, 1.0, open_low=True)
     for name, value in (("top_k", top_k), ("top_p", top_p)):
         if value is not None and temperature == 0:
             raise ValueError(
@@ -149,8 +137,10 @@ def stream_batch(
             )
     if b"" in stop:
         raise ValueError("stop holds an empty string, but each must have at least one byte")
-    if context is not None and context < NGRAM:
-        raise ValueError(f"context is {context}, but must be at least {NGRAM}")
+    if context is not None:
+        checks.integer("context", context, NGRAM, MOST_CONTEXT)
+    for place, seed in enumerate(seeds):
+        checks.integer(f"seeds[{place}]", seed, 0, MOST_SEED)
     if len(seeds) != len(prompts):
         raise ValueError(
             f"seeds has {len(seeds)} entries, but must have one for each of {len(prompts)} prompts"

@@ -6,7 +6,6 @@ seed and the step, so a run that was killed and resumed ends with the same weigh
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -16,48 +15,26 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from arbitor.optimized.distributed.run import (
-    check_agreement,
-    faults,
-    measured,
-    train_together,
-    whole_state,
-)
+from arbitor.optimized.distributed.run import faults, measured, whole_state
 from arbitor.optimized.distributed.world import World, joined
 from arbitor.optimized.settings import values_vouched_for
-from arbitor.optimized.training.adaptation import open_adaptation
-from arbitor.optimized.training.adapter_files import write_adapter
-from arbitor.optimized.training.baselines import baseline_bpb
-from arbitor.optimized.training.beginning import Beginning, begin_with
+from arbitor.optimized.training.adaptation import write_best
 from arbitor.optimized.training.census import Census
-from arbitor.optimized.training.checkpoint import Checkpoint, adapter_sha256, check_fits, state_sha256
-from arbitor.optimized.training.data import (
-    check_same_data,
-    check_same_split,
-    check_same_validation,
-    load_corpus,
-    split_apart,
-    split_corpus,
-    training_batch,
-    validation_windows,
-)
+from arbitor.optimized.training.checkpoint import state_sha256
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import NATS_PER_BIT, validation_bpb
 from arbitor.optimized.training.facts import REPORT_LINES, RunFacts
+from arbitor.optimized.training.first_lines import first_lines
 from arbitor.optimized.training.generate import generate
-from arbitor.optimized.training.media_mix import open_mix
 from arbitor.optimized.training.metrics import thinned_metrics
 from arbitor.optimized.training.monitor import Monitor
-from arbitor.optimized.training.options import Settings, TrainOptions
+from arbitor.optimized.training.options import TrainOptions
 from arbitor.optimized.training.passes import Passes, RecordedPasses
-from arbitor.optimized.training.plan import decide, run_config
-from arbitor.optimized.training.recording import records
-from arbitor.optimized.training.report import plot_loss, write_report
+from arbitor.optimized.training.plan import decide
+from arbitor.optimized.training.prepared import Prepared, prepare
+from arbitor.optimized.training.report import draw_page, plot_loss
 from arbitor.optimized.training.run_folder import Found, Progress, RunFolder
 from arbitor.optimized.training.runtime import (
-    Runtime,
     Stopped,
     StopRequest,
     choose_runtime,
@@ -66,12 +43,8 @@ from arbitor.optimized.training.runtime import (
     versions,
 )
 from arbitor.optimized.training.schedule import gain_of, rate
-from arbitor.optimized.training.shown import shown
-from arbitor.optimized.training.sizes import check_memory
 from arbitor.optimized.training.whole_file import told
 from arbitor.reference.audit import audit
-from arbitor.reference.graph import ArbModel
-from arbitor.reference.graph.adapters import stacks_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -149,22 +122,7 @@ def opened(options: TrainOptions, console: Console | None) -> Iterator[Run]:
         request = stack.enter_context(StopRequest(announced=announced).listening())
         options = _after_restart(options, world)
         folder = _folder(options) if world.is_first or options.run is not None else None
-        found = Found()
-        if folder is not None and options.resume:
-            folder.refuse_no_run()
-            if world.is_first:
-                stack.enter_context(folder.owned())
-            found = folder.find()
-        elif folder is not None:
-            folder.refuse_other_run()
-        settings = decide(options, found.settings, found.model)
-        if found.checkpoint is not None and settings.steps > found.checkpoint.run["steps"]:
-            found = replace(found, note=_longer(found.checkpoint, settings.steps))
-        runtime = choose_runtime(settings.device, settings.backend, settings.dtype)
-        world.take_device(runtime.device)
-        stack.enter_context(deterministic((found.settings or {}).get("threads")))
-        stack.enter_context(values_vouched_for())
-        run = Run(settings, runtime, found, request, world, None if folder is None else folder.path)
+        run = Run(_prepared(options, folder, world, stack), request)
         request.stop_before("its first step; nothing was written")
         # Rank 0 alone writes.
         folder = folder if world.is_first else None
@@ -176,13 +134,25 @@ def opened(options: TrainOptions, console: Console | None) -> Iterator[Run]:
         yield run
 
 
-def _longer(checkpoint: Checkpoint, steps: int) -> str:
-    """Return what happens to a run that is given more steps."""
-    before = checkpoint.run["steps"]
-    return (
-        f"going on at step {checkpoint.step:,} of {before:,} with {steps:,} steps in all: from here on the rate is that of a run "
-        f"of {steps:,}"
-    )
+def _prepared(options: TrainOptions, folder: RunFolder | None, world: World, stack: ExitStack) -> Prepared:
+    """Return what a run begins to step with. What holds until the run is closed is entered on the stack.
+
+    What was found to go on from ends here, since its tensors are as large as the model.
+    """
+    found = Found()
+    if folder is not None and options.resume:
+        folder.refuse_no_run()
+        if world.is_first:
+            stack.enter_context(folder.owned())
+        found = folder.find()
+    elif folder is not None:
+        folder.refuse_other_run()
+    settings = decide(options, found.settings, found.model)
+    runtime = choose_runtime(settings.device, settings.backend, settings.dtype)
+    world.take_device(runtime.device)
+    stack.enter_context(deterministic((found.settings or {}).get("threads")))
+    stack.enter_context(values_vouched_for())
+    return prepare(settings, runtime, world, found=found, folder=None if folder is None else folder.path)
 
 
 def _after_restart(options: TrainOptions, world: World) -> TrainOptions:
@@ -200,17 +170,12 @@ def _folder(options: TrainOptions) -> RunFolder | None:
     return RunFolder.new(Path(name).stem) if options.save else None
 
 
-def _ranks(count: int) -> str:
-    """Return a number of ranks in words."""
-    return f"{count} rank{'' if count == 1 else 's'}"
-
-
 class Run:
-    """A run under way: what its steps work with, and how far it has come.
+    """A run under way: it steps, validates, saves and reports.
 
     Attributes:
-        settings: of the run, the runtime's choices among them.
-        model: what learns.
+        prepared: what it steps with.
+        settings, world, text, mix, model, adaptation: parts of it.
         step: steps taken.
         val_bpb: bits per byte of the newest validation of this process, or None.
         best_bpb: the lowest of all validations after step 0, or None.
@@ -218,124 +183,30 @@ class Run:
         saved: step and ``state_sha256`` of the newest checkpoint of this process, or None.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        runtime: Runtime,
-        found: Found,
-        request: StopRequest,
-        world: World,
-        folder: Path | None,
-    ) -> None:
-        """Read the data and build the model, or load it. Nothing is written.
+    def __init__(self, prepared: Prepared, request: StopRequest) -> None:
+        """Begin where the newest checkpoint ends, or at step 0.
 
         Args:
-            settings: of the run, decided.
-            runtime: where it runs, as the settings say.
-            found: what to go on from.
+            prepared: what to step with.
             request: to stop.
-            world: the processes that the run is made of.
-            folder: of the run, which is no part of its data; or None where nothing is written.
-
-        Raises:
-            TrainingError, ValueError: as `train`.
         """
-        self.settings = replace(
-            settings,
-            device=runtime.device,
-            backend=runtime.backend,
-            dtype=str(runtime.dtype).removeprefix("torch."),
-        )
-        self.runtime = runtime
+        self.prepared = prepared
         self.request = request
-        self.world = world
-        self.found = found
-        world.check_batch(settings.batch)
-
-        self.corpus = load_corpus(settings.data, folder)
-        check_same_data(self.corpus, found.settings)
-        self.judge = self.corpus
-        if settings.val_data is None:
-            self.split = split_corpus(self.corpus, settings.context)
-        else:
-            self.judge = load_corpus(settings.val_data, folder)
-            check_same_validation(self.judge, found.settings)
-            self.split = split_apart(self.corpus, self.judge, settings.context)
-        check_same_split(self.corpus, self.split, settings.context, found.settings)
-        self.windows_WT = validation_windows(
-            self.judge, self.split, count=settings.eval_windows, context=settings.context
-        )
-        self.baselines = baseline_bpb(self.corpus, self.split.train, self.windows_WT)
-
-        config, lost = run_config(settings, found.model)
-        self.warnings = (*found.warnings, *lost)
-        check_memory(config, runtime.device)
-        self.config = json.loads(config.to_json())
-        self.mix = open_mix(
-            settings,
-            config,
-            runtime,
-            corpus=self.corpus,
-            split=self.split,
-            run=folder,
-            recorded=found.settings,
-        )
-        if self.mix is not None and world.count > 1:
-            raise TrainingError(f"{world.count} ranks were started, but a mix with media is trained by one")
-        self.model = ArbModel(
-            config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=settings.seed
-        )
+        self.settings, self.world = prepared.settings, prepared.world
+        self.text, self.mix, self.model = prepared.text, prepared.mix, prepared.model
+        self.adaptation = prepared.adaptation
         self.step = 0
         self.val_bpb: float | None = None
         self.best_bpb: float | None = None
         self.progress = Progress()
         self.saved: tuple[int, str] | None = None
-        self.recorded = (
-            self.mix is None
-            and settings.lora_rank is None
-            and records(settings.cuda_graph, runtime, vote_rule=config.vote_rule, num_ranks=world.count)
-        )
-        if found.checkpoint is not None:
-            check_fits(found.checkpoint, self.config, self.model)
-            self.model.load_state(found.checkpoint.state)
-            self.step = found.checkpoint.step
-            self.best_bpb = found.checkpoint.best_bpb
-            self.progress = Progress(**found.checkpoint.progress)
-        self.beginning: Beginning | None = None
-        if settings.init_from is not None and found.checkpoint is None:
-            is_base = settings.lora_rank is not None
-            self.beginning = begin_with(self.model, settings.init_from, as_base=is_base)
-            self.warnings += (*self.beginning.warnings, *self.beginning.losses())
-        self.adaptation = open_adaptation(self.model, settings, found.checkpoint, num_ranks=world.count)
-        self.passes = RecordedPasses(self.model) if self.recorded else Passes(self.model)
+        checkpoint = prepared.found.checkpoint
+        if checkpoint is not None:
+            self.step = checkpoint.step
+            self.best_bpb = checkpoint.best_bpb
+            self.progress = Progress(**checkpoint.progress)
+        self.passes = RecordedPasses(self.model) if prepared.recorded else Passes(self.model)
         self.census = Census(self.model)
-        self.document = {
-            **self.settings.as_json(),
-            "data_bytes": self.corpus.data_N.numel(),
-            "data_sha256": self.corpus.sha256,
-            "validation_sha256": self.split.validation_sha256(),
-            "threads": torch.get_num_threads(),
-            **({} if self.mix is None else self.mix.document()),
-            "ranks": world.count,
-        }
-        if settings.val_data is not None:
-            self.document["val_data_sha256"] = self.judge.sha256
-        if settings.init_from is not None:
-            self._check_same_beginning()
-        checkpoint = None if found.checkpoint is None else found.checkpoint.state_sha256
-        check_agreement(world, config=self.config, document=self.document, checkpoint=checkpoint)
-        train_together(self.model, world)
-
-    def _check_same_beginning(self) -> None:
-        """Record which weights the run began with; a run that starts again at step 0 begins with the same."""
-        before = (self.found.settings or {}).get("init_sha256")
-        now = before if self.beginning is None else self.beginning.state_sha256
-        if before not in (None, now):
-            raise TrainingError(
-                f"the run was started with the weights of {self.settings.init_from!r} of state {str(before)[:12]}... and cannot "
-                f"begin with {str(now)[:12]}..., which are there now"
-            )
-        self.document["init_sha256"] = now
 
     def begin(self, folder: RunFolder | None, *, saves: bool, console: Console | None) -> None:
         """Write how the run is started, and begin to report.
@@ -348,68 +219,33 @@ class Run:
         Raises:
             TrainingError: a file cannot be written.
         """
+        prepared = self.prepared
         self.folder = folder
         self.saves = saves
         self.store = folder if saves else None
         self.clock = time.monotonic()
-        if self.found.checkpoint is not None and self.settings.steps > self.found.checkpoint.run["steps"]:
+        if prepared.is_longer():
             # The checkpoint says how many steps a run has: from here on it has more, also if it is killed before the next save.
             self._save_latest()
         if folder is not None:
-            began = self.found.beginning if self.beginning is None else asdict(self.beginning)
+            began = prepared.found.beginning if prepared.beginning is None else asdict(prepared.beginning)
             folder.write_config(
                 {
-                    "model": self.config,
-                    "run": self.document,
+                    "model": prepared.config,
+                    "run": prepared.document,
                     "versions": versions(),
-                    "baselines": dict(self.baselines),
+                    "baselines": dict(self.text.baselines),
                     **({} if began is None else {"beginning": began}),
                 }
             )
         self.monitor = Monitor(folder, steps=self.settings.steps, start_step=self.step, console=console)
-        for warning in self.warnings:
+        for warning in prepared.warnings:
             self.monitor.warn(warning)
-        if self.found.note:
-            self.monitor.say(self.found.note)
-        ranks_before = (self.found.settings or self.document).get("ranks", 1)
-        if ranks_before != self.world.count:
-            self.monitor.say(
-                f"the run had {_ranks(ranks_before)} and goes on with {_ranks(self.world.count)}: from here on gradients are "
-                "summed in another order, so its state is not that of a run that keeps its ranks"
-            )
-        for sentence in self._first_lines():
+        for sentence in first_lines(prepared):
             self.monitor.say(sentence)
         if self.mix is not None:
             self.mix.begin(self.monitor.warn)
         self.clock = time.monotonic()
-
-    def _first_lines(self) -> list[str]:
-        """Return what is trained, on what bytes, how long and where."""
-        settings, threads = self.settings, self.document["threads"]
-        windows = settings.batch * settings.accum
-        total = settings.steps * windows * settings.context
-        judge = self.split.description()
-        if settings.val_data is not None:
-            judge = f"{shown(settings.val_data)}: {self.judge.description()}"
-        return [
-            f"model: {shown(settings.preset)}, {audit(self.model.config).weights:,} ternary weights",
-            *([] if self.beginning is None else [self.beginning.description()]),
-            *([] if self.adaptation is None else [self.adaptation.description()]),
-            f"data: {shown(settings.data)}: {self.corpus.description()}",
-            f"validation: {judge}; judged on {self.windows_WT.shape[0]:,} windows of {settings.context:,}",
-            *([] if self.mix is None else self.mix.first_lines()),
-            f"steps: {settings.steps:,} of {windows:,} windows of {settings.context:,} bytes: {total:,} bytes, "
-            f"{total / self.split.train.num_bytes():,.2f} times what is there to learn from",
-            f"device: {settings.device}, {settings.backend}, {settings.dtype}, {threads} CPU thread{'' if threads == 1 else 's'}",
-            *self._lines_of_ranks(),
-        ]
-
-    def _lines_of_ranks(self) -> list[str]:
-        """Return how the windows are shared; nothing for a process that is alone."""
-        count, batch = self.world.count, self.settings.batch
-        return (
-            [] if count == 1 else [f"{_ranks(count)}: each reads {batch // count:,} windows of a micro-batch"]
-        )
 
     def take_steps(self) -> None:
         """Take every step that is left.
@@ -426,7 +262,7 @@ class Run:
             # What ended the run says more than why its report can't be had, whatever that is.
             with suppress(Exception):
                 self._count_time()
-                self._report()
+                self._draw_page(self._facts())
             raise
 
     def finish(self) -> TrainResult:
@@ -445,9 +281,10 @@ class Run:
                 self.store.save_final(state, **metadata)
             digest = state_sha256(state)
             self.saved = self.step, digest
-        self._write_adapter()
+        if self.adaptation is not None and self.store is not None:
+            write_best(self.store, self.adaptation, str(self.settings.init_from), self.monitor.warn)
         summary = self._summary(digest)
-        prompt = bytes(self.windows_WT[0, :SAMPLE_PROMPT_BYTES].tolist())
+        prompt = bytes(self.text.windows_WT[0, :SAMPLE_PROMPT_BYTES].tolist())
         sample = generate(
             self.model,
             prompt,
@@ -455,19 +292,20 @@ class Run:
             temperature=SAMPLE_TEMPERATURE,
             seed=self.settings.seed,
             context=self.settings.context,
-            cuda_graph=self.recorded,
+            cuda_graph=self.prepared.recorded,
         )
         if self.folder is not None:
             self.folder.write_sample(prompt + sample)
             self.folder.write_summary(summary)
-            plot_loss(self.folder.loss_plot, self._metrics(), self.baselines)
-            self._report()
+            facts = self._facts()
+            plot_loss(self.folder.loss_plot, facts.metrics, facts.baselines)
+            self._draw_page(facts)
         self.monitor.close()
         path = None if self.folder is None else self.folder.path
         return TrainResult(summary=summary, prompt=prompt, sample=sample, folder=path)
 
     def _take_steps(self) -> None:
-        settings, progress = self.settings, self.progress
+        settings = self.settings
         if self.step == 0:
             # There is a previous one then from the first save on, and a full disk shows at once. It is there before a best one
             # is, so that whoever resumes finds it.
@@ -484,21 +322,9 @@ class Run:
             now_validating = self.step % settings.eval_interval == 0 or self.step == settings.steps
             values: dict[str, Any] = {}
             if counted is not None:
-                seconds = time.monotonic() - logged_at
-                taken = (self.step - logged_step) * settings.accum * settings.batch * settings.context
-                if self.mix is not None:
-                    taken, self.mix.ids_taken = self.mix.ids_taken, 0
-                values = {
-                    "train_bpb": progress.nats / progress.losses / NATS_PER_BIT if progress.losses else None,
-                    "rate": self._rate(self.step - 1),
-                    **({"flip_rate": counted.pop("flip_rate")} if "flip_rate" in counted else {}),
-                    "tokens_per_second": taken / seconds if seconds > 0 else None,
-                    "seconds": progress.seconds + time.monotonic() - self.clock,
-                    "skipped": progress.skipped,
-                    "faulty_rows": self._faulty_rows(),
-                    **measured(self.model, steps=self.step - logged_step, seconds=seconds),
-                }
-                progress.nats, progress.losses = 0.0, 0
+                values = self._numbers(
+                    counted.pop("flip_rate", None), time.monotonic() - logged_at, self.step - logged_step
+                )
             if now_validating:
                 self._validate()
                 values["val_bpb"] = self.val_bpb
@@ -509,6 +335,30 @@ class Run:
                 logged_at, logged_step = time.monotonic(), self.step
             if self.step % settings.save_interval == 0 or self.step == settings.steps:
                 self._save_latest()
+
+    def _numbers(self, flip_rate: float | None, seconds: float, steps: int) -> dict[str, Any]:
+        """Return the numbers of a line of metrics: of the newest step, and of the steps since the line before.
+
+        Args:
+            flip_rate: of the newest step; None where no weight learns.
+            seconds, steps: since the line before.
+        """
+        settings, progress = self.settings, self.progress
+        taken = steps * settings.accum * settings.batch * settings.context
+        if self.mix is not None:
+            taken, self.mix.ids_taken = self.mix.ids_taken, 0
+        train_bpb = progress.nats / progress.losses / NATS_PER_BIT if progress.losses else None
+        progress.nats, progress.losses = 0.0, 0
+        return {
+            "train_bpb": train_bpb,
+            "rate": self._rate(self.step - 1),
+            **({} if flip_rate is None else {"flip_rate": flip_rate}),
+            "tokens_per_second": taken / seconds if seconds > 0 else None,
+            "seconds": progress.seconds + time.monotonic() - self.clock,
+            "skipped": progress.skipped,
+            "faulty_rows": self._faulty_rows(),
+            **measured(self.model, steps=steps, seconds=seconds),
+        }
 
     def _take_step(self, *, measured: bool) -> dict[str, Any] | None:
         """Take one step: votes from every micro-batch, then the step rule. Return the census of it, if asked for."""
@@ -545,18 +395,10 @@ class Run:
 
     def _take_pass(self, step_rate: float, micro_step: int) -> float | None:
         """Run the pass of a micro-batch; see `Passes.take`."""
-        settings = self.settings
         if self.mix is not None:
             return self.mix.take(self.model, rate=step_rate, micro_step=micro_step)
-        ids_BT = training_batch(
-            self.corpus,
-            self.split,
-            batch=settings.batch,
-            context=settings.context,
-            seed=settings.seed,
-            micro_step=micro_step,
-        )
-        return self.passes.take(self.world.share(ids_BT), rate=step_rate, step=micro_step)
+        ids_BT = self.world.share(self.text.batch(micro_step))
+        return self.passes.take(ids_BT, rate=step_rate, step=micro_step)
 
     def _media_metrics(self, *, validated: bool) -> dict[str, Any]:
         """Return the group of metrics of a mix, or nothing for a run of one text."""
@@ -565,10 +407,10 @@ class Run:
     def _validate(self) -> None:
         """Measure the model, and keep it where it is the best so far. A model that nobody trained is no candidate."""
         if self.mix is not None:
-            self.val_bpb = self.mix.validate(self.model, self.windows_WT)
+            self.val_bpb = self.mix.validate(self.model, self.text.windows_WT)
         else:
             self.val_bpb = validation_bpb(
-                self.model, self.windows_WT, batch=self.settings.batch, device=self.runtime.device
+                self.model, self.text.windows_WT, batch=self.settings.batch, device=self.settings.device
             )
         better = self.val_bpb is not None and (self.best_bpb is None or self.val_bpb < self.best_bpb)
         if better and (self.step > 0 or self.settings.init_from is not None):
@@ -617,9 +459,9 @@ class Run:
     def _checkpoint_metadata(self) -> dict[str, Any]:
         self._count_time()
         return {
-            "config": self.config,
+            "config": self.prepared.config,
             "seed": self.settings.seed,
-            "run": self.document,
+            "run": self.prepared.document,
             "step": self.step,
             "best_bpb": self.best_bpb,
             "progress": {**asdict(self.progress), "faulty_rows": self._faulty_rows()},
@@ -628,64 +470,45 @@ class Run:
 
     def _summary(self, digest: str) -> dict[str, Any]:
         """Return what ``summary.json`` holds, of a model with this ``state_sha256``."""
+        document = self.prepared.document
         return {
             "preset": self.settings.preset,
             "weights": audit(self.model.config).weights,
             "val_bpb": self.val_bpb,
             "best_bpb": self.best_bpb,
-            "baselines": dict(self.baselines),
+            "baselines": dict(self.text.baselines),
             "steps": self.step,
             "seconds": round(self.progress.seconds, 3),
             "state_sha256": digest,
-            **(
-                {} if self.adaptation is None else {"adapter_sha256": adapter_sha256(self.adaptation.state())}
-            ),
+            **({} if self.adaptation is None else {"adapter_sha256": self.adaptation.sha256()}),
             "skipped": self.progress.skipped,
             "faulty_rows": self._faulty_rows(),
-            "recorded_passes": self.recorded,
+            "recorded_passes": self.prepared.recorded,
             **({} if self.mix is None else {"media": self.mix.validated}),
-            **{name: value for name, value in self.document.items() if name not in ("preset", "steps")},
-            "device_name": device_name(self.runtime),
+            **{name: value for name, value in document.items() if name not in ("preset", "steps")},
+            "device_name": device_name(self.prepared.runtime),
             "versions": versions(),
         }
 
-    def _metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics so far, of many as many as a picture can show."""
-        if self.folder is None:
-            return []
-        with told(f"the report: {str(self.folder.metrics)!r} cannot be read"):
-            return thinned_metrics(self.folder.metrics, REPORT_LINES)
-
-    def _write_adapter(self) -> None:
-        """Write the adapters of the best model, or of the last where none is kept, in peft's format."""
-        if self.adaptation is None or self.store is None or self.settings.init_from is None:
-            return
-        best = self.store.load_best(self.monitor.warn)
-        assert best.adapter is not None
-        write_adapter(
-            self.store.adapter, best.adapter, base=self.settings.init_from, stacks=stacks_of(self.model)
-        )
-
-    def _report(self) -> None:
-        """Draw the page of a run that has lines of metrics, as far as it has come."""
-        metrics = self._metrics()
-        if self.folder is None or not metrics:
-            return
-        facts = RunFacts(
-            run=self.document,
+    def _facts(self) -> RunFacts:
+        """Return what is known of the run, as far as it has come."""
+        metrics: list[dict[str, Any]] = []
+        if self.folder is not None:
+            with told(f"the report: {str(self.folder.metrics)!r} cannot be read"):
+                metrics = thinned_metrics(self.folder.metrics, REPORT_LINES)
+        return RunFacts(
+            run=self.prepared.document,
             config=self.model.config,
             step=self.step,
             seconds=self.progress.seconds,
             val_bpb=self.val_bpb,
             best_bpb=self.best_bpb,
-            baselines=self.baselines,
+            baselines=self.text.baselines,
             state_sha256=self.saved[1] if self.saved is not None and self.saved[0] == self.step else None,
+            metrics=metrics,
         )
-        write_report(
-            self.folder.report,
-            metrics,
-            facts.words(),
-            baselines=facts.baselines,
-            steps=self.settings.steps,
-            planned_rate=facts.planned_rate(),
-        )
+
+    def _draw_page(self, facts: RunFacts) -> None:
+        """Draw the page of the run, if it has lines of metrics."""
+        if self.folder is not None and facts.metrics:
+            draw_page(self.folder.report, facts)

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arbitor.optimized.training.data import NAMED_LEFT_OUT, VALIDATION_EVERY, no_data, walk
+from arbitor.optimized.training.data import VALIDATION_EVERY
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.regular import open_regular, read_regular
 from arbitor.optimized.training.shown import shown
+from arbitor.optimized.training.texts import in_words, no_data, walk
 from arbitor.reference.config import parsed_json
 
 SUFFIXES: Mapping[str, frozenset[str]] = {
@@ -72,11 +73,7 @@ class MediaFolder:
     def description(self) -> str:
         """Return how many items there are, how many of them are held out, and what was left out."""
         number = len(self.train) + len(self.validation)
-        found = f"{number:,} with text, {len(self.validation):,} of them held out"
-        for reason, paths in self.left_out.items():
-            more = ", ..." if len(paths) > NAMED_LEFT_OUT else ""
-            found += f"; left out: {len(paths):,} {reason} ({', '.join(paths[:NAMED_LEFT_OUT])}{more})"
-        return found
+        return f"{number:,} with text, {len(self.validation):,} of them held out{in_words(self.left_out)}"
 
 
 def load_media(kind: str, source: str, run: Path | None = None) -> MediaFolder:

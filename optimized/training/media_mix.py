@@ -453,19 +453,23 @@ def open_mix(
     split: Split,
     run: Path | None,
     recorded: Mapping[str, Any] | None,
+    num_ranks: int = 1,
 ) -> Mix | None:
     """Return the mix of a run, or None where the run has one text and nothing else.
 
     Args:
         settings, config, runtime, corpus, split, run: as for `Mix`.
         recorded: settings of the run that is resumed, or None for a new one.
+        num_ranks: ranks that train the model. A mix is trained by one.
 
     Raises:
-        TrainingError, SidecarError, ValueError: as `Mix` and `Mix.refuse_other`; or passes are to be recorded, although those of a
-            mix have no one shape.
+        TrainingError, SidecarError, ValueError: as `Mix` and `Mix.refuse_other`; or there are several ranks; or passes are to be
+            recorded, although those of a mix have no one shape.
     """
     if len(data_of(settings)) == 1:
         return None
+    if num_ranks > 1:
+        raise TrainingError(f"{num_ranks} ranks were started, but a mix with media is trained by one")
     if settings.cuda_graph:
         raise ValueError(
             "cuda_graph is True, but must be False or None for a mix: its passes have no one shape"

@@ -105,7 +105,7 @@ class Settings:
             commands=("train",),
         ),
     ]
-    # Not bound by its name: a resumed run must agree in the bytes, see `data.check_same_data`.
+    # Not bound by its name: a resumed run must agree in the bytes, see `run_text.check_same_data`.
     data: Annotated[
         str,
         Option(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from arbitor.optimized.training.checkpoint import load_header
-from arbitor.optimized.training.data import STDLIB
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.media import check_kinds
 from arbitor.optimized.training.options import (
@@ -26,6 +25,7 @@ from arbitor.optimized.training.options import (
 from arbitor.optimized.training.regular import JSON_BYTES, read_regular
 from arbitor.optimized.training.run_folder import check_model
 from arbitor.optimized.training.sizes import config_of
+from arbitor.optimized.training.texts import STDLIB
 from arbitor.reference.config import SIGN_VOTES, ArbConfig, parsed_json, with_fields, with_modules
 from arbitor.reference.presets import PRESETS
 from arbitor.reference.presets import preset as named_preset
@@ -60,7 +60,10 @@ def preset_config(preset: str) -> ArbConfig:
             return named_preset(preset)
         except ValueError as error:
             near = close_names(preset, PRESETS)
-            raise ValueError(f"{error}" + (f"; did you mean {near}?" if near else "")) from None
+            raise ValueError(
+                f"{error}, or a file that ends in {CONFIG_SUFFIX} or {CHECKPOINT_SUFFIX}"
+                + (f"; did you mean {near}?" if near else "")
+            ) from None
     path = Path(preset)
     try:
         content = read_regular(path, most=JSON_BYTES)

@@ -21,8 +21,10 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
+    stat.S_IFREG: "a file",
+    stat.S_IFLNK: "a link to no folder",
 }
-"""What a file that is not regular is called, by its type."""
+"""What a file is called, by its type."""
 
 
 def open_regular(path: Path, *, most: int | None = None) -> IO[bytes]:

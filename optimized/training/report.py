@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arbitor.optimized.training.census import KINDS
+from arbitor.optimized.training.facts import RunFacts
 from arbitor.optimized.training.shown import shown
 from arbitor.optimized.training.whole_file import told, write_whole
 from arbitor.reference.constants import ACCUM_MAX
@@ -58,6 +59,26 @@ def plot_loss(path: Path, metrics: Metrics, baselines: Mapping[str, float]) -> N
     figure = _figure((8, 5), layout="constrained")
     _draw_loss(figure.add_subplot(), metrics, baselines)
     _write(path, figure, dpi=120)
+
+
+def draw_page(path: Path, facts: RunFacts) -> None:
+    """Draw the page of a run from all that is known of it; see `write_report`.
+
+    Args:
+        path: PNG file to write.
+        facts: of the run, its lines of metrics among them.
+
+    Raises:
+        TrainingError: the file cannot be written; what was there before is intact.
+    """
+    write_report(
+        path,
+        facts.metrics,
+        facts.words(),
+        baselines=facts.baselines,
+        steps=facts.run["steps"],
+        planned_rate=facts.planned_rate(),
+    )
 
 
 def write_report(
@@ -132,10 +153,7 @@ def compare_runs(path: Path, runs: Mapping[str, Metrics]) -> None:
                 (line["seconds"] / 3600, line[what]) for line in lines if line.get("seconds") is not None
             ]
             for axes, points in ((over_steps, steps), (over_time, hours)):
-                if points:
-                    axes.plot(
-                        *zip(*points, strict=True), linewidth=width, markersize=3, **_marker(points), **look
-                    )
+                _draw_line(axes, points, linewidth=width, **look)
         over_steps.plot([], [], label="\N{ZERO WIDTH SPACE}" + label, **look)
     over_steps.legend(fontsize=9)
     _label(over_steps, "loss: validation, and training thin", xlabel="step", ylabel="bits per byte")
@@ -176,6 +194,12 @@ def _marker(points: Sequence[Any]) -> dict[str, Any]:
     return {"marker": "o" if len(points) < FEW_POINTS else ""}
 
 
+def _draw_line(axes: Axes, points: Sequence[Any], **look: Any) -> None:
+    """Draw a line through some points, if there are any."""
+    if points:
+        axes.plot(*zip(*points, strict=True), markersize=3, **_marker(points), **look)
+
+
 def _colour(place: int) -> Any:
     """Colour of a codebook or layer by its place among those of a panel."""
     from matplotlib import colormaps
@@ -197,10 +221,7 @@ def _label(axes: Axes, title: str, **labels: Any) -> None:
 def _draw_loss(axes: Axes, metrics: Metrics, baselines: Mapping[str, float]) -> None:
     for name, label, style in (("train_bpb", "training", "-"), ("val_bpb", "validation", "-")):
         points = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
-        if points:
-            axes.plot(
-                *zip(*points, strict=True), style, label=label, markersize=3, linewidth=1, **_marker(points)
-            )
+        _draw_line(axes, points, label=label, linestyle=style, linewidth=1)
     for i, (name, bpb) in enumerate(baselines.items()):
         axes.axhline(bpb, linestyle="--", linewidth=0.8, color=f"C{i + 2}", label=f"{name} {bpb:.2f}")
     _label(axes, "loss", xlabel="step", ylabel="bits per byte")
@@ -214,8 +235,7 @@ def _draw_rate(axes: Axes, metrics: Metrics, steps: int, planned_rate: Callable[
     planned = [planned_rate(step) for step in at]
     axes.plot([step + 1 for step in at], planned, color="0.8", linewidth=4, label="planned")
     points = [(line["step"], line["rate"]) for line in metrics if line.get("rate") is not None]
-    if points:
-        axes.plot(*zip(*points, strict=True), color="C0", label="done", markersize=3, **_marker(points))
+    _draw_line(axes, points, color="C0", label="done")
     axes.set_ylim(bottom=0)
     _label(axes, "rate of the votes", xlabel="step", ylabel="votes per rms of a row")
     axes.legend(fontsize=9, loc="lower center")
@@ -248,10 +268,7 @@ def _draw_kinds(
         points = [(line["step"], line["kinds"].get(kind, {}).get(what)) for line in lines]
         points = [(step, 100 * y) for step, y in points if y is not None and (y > 0 or not logarithmic)]
         drawn += [y for _, y in points]
-        if points:
-            axes.plot(
-                *zip(*points, strict=True), linewidth=1.2, markersize=3, **_marker(points), **_look(kind)
-            )
+        _draw_line(axes, points, linewidth=1.2, **_look(kind))
     first, last = lines[0]["step"], lines[-1]["step"]
     if drawn and logarithmic:
         axes.set_yscale("log")
@@ -299,16 +316,7 @@ def _draw_codes(axes: Axes, lines: Metrics, kinds: Sequence[str]) -> None:
             uses = [(line["step"], line.get("codebooks", {}).get(name, {})) for line in lines]
             points = [(step, 100 * use[what] / use["codes"]) for step, use in uses if what in use]
             label = _short(name) if what == "used" else None
-            if points:
-                axes.plot(
-                    *zip(*points, strict=True),
-                    color=_colour(i),
-                    linestyle=style,
-                    linewidth=1.2,
-                    markersize=3,
-                    label=label,
-                    **_marker(points),
-                )
+            _draw_line(axes, points, color=_colour(i), linestyle=style, linewidth=1.2, label=label)
     for what, style in styles.items():
         axes.plot([], [], color="0.3", linestyle=style, linewidth=1.2, label=what)
     # Room for the legend.
@@ -325,16 +333,7 @@ def _draw_experts(axes: Axes, lines: Metrics, kinds: Sequence[str]) -> None:
             loads = [(line["step"], line.get("experts", {}).get(name)) for line in lines]
             points = [(step, load[what]) for step, load in loads if load]
             label = _short(name) if what == "max_over_mean" else None
-            if points:
-                axes.plot(
-                    *zip(*points, strict=True),
-                    color=_colour(i),
-                    linestyle=style,
-                    linewidth=1.2,
-                    markersize=3,
-                    label=label,
-                    **_marker(points),
-                )
+            _draw_line(axes, points, color=_colour(i), linestyle=style, linewidth=1.2, label=label)
     axes.axhline(1, color="0.6", linewidth=0.8)
     # Room for the legend.
     axes.set_ylim(0, 1.4 * axes.get_ylim()[1])

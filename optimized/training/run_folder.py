@@ -29,7 +29,7 @@ from arbitor.optimized.training.checkpoint import (
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.metrics import last_step
 from arbitor.optimized.training.options import ADAPTERS, BOUND, CHANGES, ROWS
-from arbitor.optimized.training.regular import JSON_BYTES, read_regular
+from arbitor.optimized.training.regular import JSON_BYTES, kind_of, read_regular
 from arbitor.optimized.training.sizes import config_of
 from arbitor.optimized.training.whole_file import partial_of, told, write_whole
 from arbitor.reference.config import ArbConfig, parsed_json
@@ -182,11 +182,14 @@ class RunFolder:
             )
 
     def refuse_other_run(self) -> None:
-        """Refuse to start a run in a folder that holds one.
+        """Refuse to start a run in a folder that holds one, or where a folder cannot be.
 
         Raises:
-            TrainingError: it does.
+            TrainingError: it does; or there is something else than a folder in its place.
         """
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            there = kind_of(self.path.lstat().st_mode)
+            raise TrainingError(f"the run folder {str(self)!r} is {there}, but must be a folder")
         if self.has_run():
             raise TrainingError(
                 f"the run folder {str(self)!r} already holds a run: continue it with --resume, or name another"

@@ -29,7 +29,7 @@ from arbitor.reference.graph.module import ArbModule, PartList, as_it_is
 from arbitor.reference.graph.moe_graph import MoEGraph, RecurrentMoEGraph
 from arbitor.reference.graph.router import MODALITIES, OutputRouter
 from arbitor.reference.graph.sequencer import AudioSequencer, ByteEmbedding, ImageSequencer, TrigramSequencer
-from arbitor.reference.graph.stateful import Stateful
+from arbitor.reference.graph.stateful import Stateful, scalar
 from arbitor.reference.graph.talker import TalkerHead
 from arbitor.reference.graph.targets import (
     Targets,
@@ -357,11 +357,11 @@ class ArbModel(Stateful):
     def objective(loss: Tensor | Mapping[str, Tensor]) -> Tensor:
         """Return the loss that drives the votes, []: the loss itself, or the sum of its components weighted by LOSS_WEIGHTS."""
         if not isinstance(loss, Mapping):
-            return _scalar("loss", loss)
+            return scalar("loss", loss)
         if not loss:
             raise ValueError("loss has no components, but must have at least one")
         return torch.stack(
-            [LOSS_WEIGHTS.get(name, 1.0) * _scalar(f"loss[{name!r}]", value) for name, value in loss.items()]
+            [LOSS_WEIGHTS.get(name, 1.0) * scalar(f"loss[{name!r}]", value) for name, value in loss.items()]
         ).sum()
 
     @as_it_is
@@ -391,28 +391,13 @@ class ArbModel(Stateful):
                 or step that is not allowed.
             RuntimeError: a weight was stepped or loaded since the loss was computed; or the model is torn (`Voting`).
         """
-        self.voting.check_whole()
-        ranks = self.voting.ranks
-        loss = ranks.part(self.objective(loss))
-        if not loss.requires_grad:
-            raise ValueError(
-                "loss has no graph, but must be computed with this model while gradients are on, and come through a weight that "
-                "is not frozen or has an adapter"
-            )
-        self.voting.strayed = False
-        value = float(ranks.total(loss.detach()))
-        if not math.isfinite(value):
-            return False
-        size = 1
-        if self.config.vote_rule == "sign":
-            size = self.ops.step_from_loss(max(value, 0.0), LOSS_REFERENCE, self.config.max_vote_step)
-        with self.voting.taking(rate=rate, step=step, size=size, undo=undo) as taken:
-            loss.backward()
-            if not taken.reached:
-                raise ValueError(
-                    "loss was not computed with this model: its gradient came to none of the model's weights"
-                )
-        return True
+        return super().backward(self.objective(loss), rate=rate, step=step, undo=undo)
+
+    def vote_size(self, loss: float) -> int:
+        """Return the size of the votes of a pass whose loss is finite, as the `sign` rule asks for it."""
+        if self.config.vote_rule != "sign":
+            return super().vote_size(loss)
+        return self.ops.step_from_loss(max(loss, 0.0), LOSS_REFERENCE, self.config.max_vote_step)
 
 
 def _head(target: str, name: str, head: Head | None) -> Head:
@@ -430,14 +415,6 @@ def _check_ids(ids_BT: Tensor, num_bytes: int) -> None:
             f"ids_BT has shape {tuple(ids_BT.shape)}, but must be [batch, bytes] with at least one sequence of at least "
             f"{num_bytes} bytes"
         )
-
-
-def _scalar(name: str, loss: Tensor) -> Tensor:
-    """Return a loss of one element as a tensor without dimensions; refuse a loss of another shape."""
-    checks.dtype_in(name, loss, checks.FLOAT_DTYPES)
-    if loss.numel() != 1:
-        raise ValueError(f"{name} has shape {tuple(loss.shape)}, but must be a scalar")
-    return loss.reshape(())
 
 
 def _sequence(

@@ -1,4 +1,4 @@
-"""The state of a model, every weight and integer table below it by name, and how it is stepped, saved and loaded."""
+"""The state of a model, every weight and integer table below it by name: how it votes, is stepped, saved and loaded."""
 
 from __future__ import annotations
 
@@ -20,6 +20,48 @@ BESIDE_TRITS = ("exponents", "trit_accum", "exponent_accum")
 
 class Stateful(ArbModule):
     """A whole model. Its submodules hold ternary weights and integer tables, and share a context that no other model has."""
+
+    def backward(self, loss: Tensor, *, rate: float | Tensor, step: int | Tensor, undo: bool = True) -> bool:
+        """Run the backward pass of one micro-batch: ternary weights vote, and float parameters get gradients as always.
+
+        Args:
+            loss: a scalar computed with this model.
+            rate: size of the votes, 0 .. 127, a number or a 0-dim float32 tensor; about 6 while training is under way, falling to 0
+                towards its end.
+            step: number of this micro-batch, a coordinate of the dither; a number or a 0-dim int64 tensor.
+            undo: whether a pass that raises leaves every byte as it was, for which the pass keeps copies (`Voting.taking`).
+
+        Returns:
+            True; or False if the loss is not finite. Then every byte stays as it was.
+
+        Raises:
+            TypeError or ValueError: a loss that is no scalar tensor, has no graph, or was not computed with this model; a rate
+                or step that is not allowed.
+            RuntimeError: a weight was stepped or loaded since the loss was computed; or the model is torn (`Voting`).
+        """
+        self.voting.check_whole()
+        ranks = self.voting.ranks
+        loss = ranks.part(scalar("loss", loss))
+        if not loss.requires_grad:
+            raise ValueError(
+                "loss has no graph, but must be computed with this model while gradients are on, and come through a weight that "
+                "is not frozen or has an adapter"
+            )
+        self.voting.strayed = False
+        value = float(ranks.total(loss.detach()))
+        if not math.isfinite(value):
+            return False
+        with self.voting.taking(rate=rate, step=step, size=self.vote_size(value), undo=undo) as taken:
+            loss.backward()
+            if not taken.reached:
+                raise ValueError(
+                    "loss was not computed with this model: its gradient came to none of the model's weights"
+                )
+        return True
+
+    def vote_size(self, loss: float) -> int:
+        """Return the size of the votes of a pass whose loss is finite; 1 where the rate gives votes their size."""
+        return 1
 
     def step(self) -> None:
         """Apply the step rule to all weights that voted since the last step, as the notes of passes say, then count tables.
@@ -177,3 +219,11 @@ class Stateful(ArbModule):
         changed, modules = self.changed_trits(snapshot), self.ternary_modules()
         total = sum(math.prod(modules[name].weight.shape) for name in changed)
         return float(torch.stack(list(changed.values())).sum()) / total
+
+
+def scalar(name: str, loss: Tensor) -> Tensor:
+    """Return a loss of one element as a tensor without dimensions; refuse a loss of another shape."""
+    checks.dtype_in(name, loss, checks.FLOAT_DTYPES)
+    if loss.numel() != 1:
+        raise ValueError(f"{name} has shape {tuple(loss.shape)}, but must be a scalar")
+    return loss.reshape(())

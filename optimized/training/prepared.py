@@ -1,0 +1,149 @@
+"""What a run begins to step with: its text, its model, and what is recorded of both. Nothing is written here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arbitor.optimized.distributed.run import check_agreement, train_together
+from arbitor.optimized.distributed.world import World
+from arbitor.optimized.training.adaptation import Adaptation, open_adaptation
+from arbitor.optimized.training.beginning import Beginning, begin_with, same_beginning
+from arbitor.optimized.training.checkpoint import check_fits
+from arbitor.optimized.training.media_mix import Mix, open_mix
+from arbitor.optimized.training.options import Settings
+from arbitor.optimized.training.plan import run_config
+from arbitor.optimized.training.recording import records
+from arbitor.optimized.training.run_folder import Found
+from arbitor.optimized.training.run_text import RunText, read_text
+from arbitor.optimized.training.runtime import Runtime
+from arbitor.optimized.training.sizes import check_memory
+from arbitor.reference.graph import ArbModel
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run begins to step with.
+
+    Attributes:
+        settings: of the run, the runtime's choices among them.
+        runtime: where it runs.
+        world: the processes that it is made of.
+        found: what it goes on from, without the tensors of its checkpoint.
+        text: what it learns from and is judged by.
+        mix: the data that it has beside one text, or None.
+        model: what learns, as it is before the first step of this process.
+        adaptation: the adapters of the model, which learn instead of its weights, or None.
+        config: configuration of the model, as JSON data.
+        recorded: whether passes are recorded and replayed.
+        beginning: the weights of another run, where this process has begun with them; else None.
+        document: settings of the run, and what is known of its data, as JSON data.
+        warnings: sentences that the user should read.
+    """
+
+    settings: Settings
+    runtime: Runtime
+    world: World
+    found: Found
+    text: RunText
+    mix: Mix | None
+    model: ArbModel
+    adaptation: Adaptation | None
+    config: dict[str, Any]
+    recorded: bool
+    beginning: Beginning | None
+    document: dict[str, Any]
+    warnings: tuple[str, ...]
+
+    def is_longer(self) -> bool:
+        """Return whether the run has more steps now than its newest checkpoint says."""
+        checkpoint = self.found.checkpoint
+        return checkpoint is not None and self.settings.steps > checkpoint.run["steps"]
+
+
+def prepare(
+    settings: Settings, runtime: Runtime, world: World, *, found: Found, folder: Path | None
+) -> Prepared:
+    """Return what a run begins to step with: its data, read, and its model, made or loaded.
+
+    Args:
+        settings: of the run, decided.
+        runtime: where it runs, as the settings say.
+        world: the processes that the run is made of.
+        found: what to go on from.
+        folder: of the run, which is no part of its data; or None where nothing is written.
+
+    Raises:
+        TrainingError: the data, the checkpoint or the device is refused, or the ranks do not agree.
+        ValueError: a setting does not fit the model, the data or the number of ranks.
+    """
+    settings = replace(
+        settings,
+        device=runtime.device,
+        backend=runtime.backend,
+        dtype=str(runtime.dtype).removeprefix("torch."),
+    )
+    world.check_batch(settings.batch)
+    text = read_text(settings, folder, found.settings)
+    config, lost = run_config(settings, found.model)
+    check_memory(config, runtime.device)
+    mix = open_mix(
+        settings,
+        config,
+        runtime,
+        corpus=text.corpus,
+        split=text.split,
+        run=folder,
+        recorded=found.settings,
+        num_ranks=world.count,
+    )
+    recorded = (
+        mix is None
+        and settings.lora_rank is None
+        and records(settings.cuda_graph, runtime, vote_rule=config.vote_rule, num_ranks=world.count)
+    )
+    model = ArbModel(
+        config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=settings.seed
+    )
+    config_json = json.loads(config.to_json())
+    beginning = None
+    if found.checkpoint is not None:
+        check_fits(found.checkpoint, config_json, model)
+        model.load_state(found.checkpoint.state)
+    elif settings.init_from is not None:
+        beginning = begin_with(model, settings.init_from, as_base=settings.lora_rank is not None)
+    adaptation = open_adaptation(model, settings, found.checkpoint, num_ranks=world.count)
+    if found.checkpoint is not None:
+        # The model has the tensors now, and a run keeps no second copy of them.
+        found = replace(found, checkpoint=replace(found.checkpoint, state={}, adapter=None))
+    document = {
+        **settings.as_json(),
+        **text.document(),
+        "threads": torch.get_num_threads(),
+        **({} if mix is None else mix.document()),
+        "ranks": world.count,
+    }
+    if settings.init_from is not None:
+        document["init_sha256"] = same_beginning(settings.init_from, beginning, found.settings)
+    digest = None if found.checkpoint is None else found.checkpoint.state_sha256
+    check_agreement(world, config=config_json, document=document, checkpoint=digest)
+    train_together(model, world)
+    return Prepared(
+        settings=settings,
+        runtime=runtime,
+        world=world,
+        found=found,
+        text=text,
+        mix=mix,
+        model=model,
+        adaptation=adaptation,
+        config=config_json,
+        recorded=recorded,
+        beginning=beginning,
+        document=document,
+        warnings=(*found.warnings, *lost, *(() if beginning is None else beginning.all_warnings())),
+    )
