@@ -85,7 +85,8 @@ class Adaptation:
             for grad in grads:
                 grad.div_(losses)
             norm = float(torch.stack([grad.norm() for grad in grads]).norm())
-            faulty = sum(int((~grad.isfinite()).any(dim=1).sum()) for grad in grads)
+            # Where the norm is finite, so is every gradient, and the host has waited for the device once.
+            faulty = 0 if math.isfinite(norm) else _faulty_rows(grads)
             self.model.voting.faults += faulty
             if not faulty:
                 for group in self.optimizer.param_groups:
@@ -129,6 +130,11 @@ class Adaptation:
             f"adapters: {len(self.adapters):,} of rank {', '.join(map(str, ranks))}, {numbers:,} floats that AdamW moves; "
             "the base is frozen"
         )
+
+
+def _faulty_rows(grads: list[Tensor]) -> int:
+    """Return how many rows of gradients have an element that is not finite."""
+    return int(torch.stack([(~grad.isfinite()).any(dim=1).sum() for grad in grads]).sum())
 
 
 def open_adaptation(
