@@ -23,7 +23,9 @@ from arbitor.adapters import (
     use_float_linears,
 )
 from arbitor.optimized.training.adapter_files import read_adapter, write_floats
+from arbitor.optimized.training.adapter_state import check_stated, state_from
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.reference.graph import ArbModel as ReferenceModel
 from conformance.graph.models import NANO, WHOLE, random_ids
 from conformance.graph.test_adapters import media, moved
 from conformance.report import skip
@@ -198,6 +200,54 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(TrainingError, match="cannot be used"):
         read_adapter(tmp_path)
+
+
+STATED = {
+    "alpha": 4.0,
+    "ranks": {"byte_head.down": 2},
+    "moments": ["byte_head.down.lora_A"],
+    "sha256": "",
+}
+"""What a header says of adapters."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"alpha": "4"}, "adapter is no object with alpha, ranks, moments and sha256"),
+        ({"ranks": {}}, "adapter has no ranks"),
+        ({"ranks": {"byte_head.norm": 2}}, "no linear of that name"),
+        ({"ranks": {"layers.0.moe_graph.moe.router": 2}}, "no linear of that name"),
+        ({"ranks": {"byte_head.down": True}}, "adapter has rank True"),
+        ({"ranks": {"byte_head.down": 2**20}}, "outside 1 to 65536"),
+        ({"moments": ["byte_head.up.lora_A"]}, "which is no matrix of it"),
+        ({"moments": ["byte_head.down.lora_A"] * 2}, "twice"),
+    ],
+)
+def test_a_header_of_adapters_that_no_model_has_is_refused(changes: dict[str, Any], sentence: str) -> None:
+    model = ReferenceModel(NANO, device="meta")
+    check_stated(STATED, model)
+    with pytest.raises(ValueError, match=sentence):
+        check_stated({**STATED, **changes}, model)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "sentence"),
+    [
+        ("byte_head.down.lora_A", torch.ones(3, 36), "its adapter has rank 2"),
+        ("byte_head.down.lora_B", torch.full((24, 2), torch.inf), "all must be finite"),
+        ("byte_head.down.lora_A.exp_avg", torch.ones(2, 35), "exp_avg has shape"),
+        ("byte_head.down.lora_A.exp_avg_sq", -torch.ones(2, 36), "finite and at least 0"),
+        ("byte_head.down.lora_A.step", torch.ones(1), "step has shape"),
+    ],
+)
+def test_floats_that_no_run_leaves_are_refused(name: str, tensor: torch.Tensor, sentence: str) -> None:
+    like = {"exp_avg": torch.ones(2, 36), "exp_avg_sq": torch.ones(2, 36), "step": torch.tensor(3.0)}
+    tensors = {"byte_head.down.lora_A": torch.ones(2, 36), "byte_head.down.lora_B": torch.ones(24, 2)}
+    tensors |= {f"byte_head.down.lora_A.{part}": value for part, value in like.items()}
+    assert state_from(STATED, tensors).moments["byte_head.down.lora_A"]["step"].item() == 3
+    with pytest.raises(ValueError, match=sentence):
+        state_from(STATED, {**tensors, name: tensor})
 
 
 def test_half_precision_is_read_as_float32(tmp_path: Path) -> None:
