@@ -64,9 +64,9 @@ class Option:
     commands: tuple[str, ...] = ("train", "finetune")
 
 
-def _source(help: str, *, on_hub: bool = False) -> Option:
+def _source(help: str, **more: Any) -> Option:
     """Return the option of a path that is left out by default."""
-    return Option(help=help, default=None, default_help="none", path=True, on_hub=on_hub)
+    return Option(help=help, default=None, default_help="none", path=True, **more)
 
 
 def _model_change(help: str, *, commands: tuple[str, ...] = ("train",), **more: Any) -> Option:
@@ -119,6 +119,10 @@ class Settings:
     data_image: Annotated[str | None, _source("Folder of pictures with captions, which needs --vision")]
     data_audio: Annotated[str | None, _source("Folder of sounds with transcripts, which needs --audio")]
     data_video: Annotated[str | None, _source("Folder of videos with captions, which needs --video")]
+    data_speech: Annotated[
+        str | None,
+        _source("Folder of sounds with transcripts, which the model learns to say", commands=("train",)),
+    ]
     mix: Annotated[
         str | None,
         Option(
@@ -196,6 +200,7 @@ class Settings:
     enable_image: Annotated[bool, _model_change("Reads features of pictures", default=False)]
     enable_audio: Annotated[bool, _model_change("Reads features of sounds", default=False)]
     enable_video: Annotated[bool, _model_change("A video head, and a router to choose it", default=False)]
+    enable_speech: Annotated[bool, _model_change("A talker head, and a router to choose it", default=False)]
     max_moe_iters: Annotated[
         int | None,
         _model_change(
