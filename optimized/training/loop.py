@@ -387,10 +387,10 @@ class Run:
             taken = self.adaptation.step(self.step, losses=finite)
             return self.adaptation.metrics(taken) if measured else None
         if not measured:
-            self.model.step()
+            self.passes.step()
             return None
         self.census.before_step()
-        self.model.step()
+        self.passes.step()
         return self.census.after_step()
 
     def _take_pass(self, step_rate: float, micro_step: int) -> float | None:
