@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from arbitor import convert, nn, optimized, reference, sidecars
+    from arbitor import adapters, convert, nn, optimized, reference, sidecars
     from arbitor.model import ArbModel
     from arbitor.optimizer import ArbOptimizer
     from arbitor.reference.config import ArbConfig
@@ -34,6 +34,7 @@ __all__ = [
     "ArbOptimizer",
     "TernaryWeight",
     "__version__",
+    "adapters",
     "convert",
     "nn",
     "ops",
@@ -53,7 +54,7 @@ _HOMES = {
 }
 """Where each exported name is defined."""
 
-_MODULES = ("convert", "nn", "optimized", "reference", "sidecars")
+_MODULES = ("adapters", "convert", "nn", "optimized", "reference", "sidecars")
 """Modules that are imported when they are first used."""
 
 

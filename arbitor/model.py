@@ -16,15 +16,17 @@ import torch
 from torch import Tensor
 
 from arbitor import pretrained
+from arbitor.optimized.training.adapter_state import AdapterState
 from arbitor.optimized.training.generate import MOST_SEED, stream_batch
 from arbitor.optimized.training.media import Features, encoders_of, media_features
-from arbitor.optimized.training.model_folder import trained_context, write_folder
+from arbitor.optimized.training.model_folder import load_into, trained_context, write_folder
 from arbitor.optimized.training.options import MOST_BYTES
 from arbitor.optimized.training.recording import records
 from arbitor.optimized.training.runtime import OP_SETS, Runtime, choose_runtime
 from arbitor.reference import checks, graph
 from arbitor.reference.audit import APART, area_of
 from arbitor.reference.config import ArbConfig
+from arbitor.reference.graph.adapters import adapters_of
 from arbitor.reference.graph.ledger import KVLedger
 from arbitor.reference.graph.model import Trunk
 from arbitor.reference.graph.module import as_it_is
@@ -170,7 +172,7 @@ class ArbModel(graph.ArbModel):
         place, number_format, op_set = settled(device, dtype, ops)
         config, checkpoint = pretrained.read_source(source, revision)
         model = cls(config, device=place, dtype=number_format, ops=op_set, seed=checkpoint.seed)
-        model.load_state(checkpoint.state)
+        load_into(model, checkpoint)
         model.steps_taken = checkpoint.step
         model.trained_context = trained_context(checkpoint)
         # Of a run that learned from media. They are loaded when the first picture or sound comes.
@@ -197,7 +199,10 @@ class ArbModel(graph.ArbModel):
                 "backward was called without a step after it, but save_pretrained must follow model.step()"
             )
         run = {} if self.trained_context is None else {"context": self.trained_context}
-        write_folder(folder, self.config, self.state(), step=self.steps_taken, seed=self.seed, run=run)
+        adapter = AdapterState.of(self)
+        write_folder(
+            folder, self.config, self.state(), step=self.steps_taken, seed=self.seed, run=run, adapter=adapter
+        )
 
     def push_to_hub(
         self, name: str, *, private: bool | None = None, message: str = "Upload an ARB model"
@@ -299,7 +304,8 @@ class ArbModel(graph.ArbModel):
     def _records(self) -> bool:
         """Whether steps of generation are recorded and replayed: the same bytes, sooner."""
         backend = next((name for name, home in OP_SETS.items() if home == self.context.op_set.name), "")
-        return records(None, Runtime(self.context.device.type, backend, self.dtype))
+        runtime = Runtime(self.context.device.type, backend, self.dtype)
+        return records(None, runtime, adapted=bool(adapters_of(self)))
 
     @property
     def num_weights(self) -> int:

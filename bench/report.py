@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import arbitor.adapters
 import arbitor.nn
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.op_table import FAMILIES, OP_TABLE
@@ -271,9 +272,9 @@ def ops_page() -> str:
 
 
 def api_page() -> str:
-    """Return docs/api.md: what `arbitor`, `arbitor.nn` and `arbitor.convert` export, with signatures and docstrings."""
+    """Return docs/api.md: what `arbitor` and three of its modules export, with signatures and docstrings."""
     text = [GENERATED, "", "# API", "", API_NOTE]
-    for module in (arbitor, arbitor.nn, arbitor.convert):
+    for module in (arbitor, arbitor.nn, arbitor.adapters, arbitor.convert):
         names = [name for name in module.__all__ if not name.startswith("_")]
         objects = {
             name: getattr(module, name) for name in names if not inspect.ismodule(getattr(module, name))

@@ -16,7 +16,18 @@ from typing import NoReturn
 
 import click
 
-from arbitor.optimized.commands import audit, evaluate, export, generate, info, preset, report, smoke, train
+from arbitor.optimized.commands import (
+    audit,
+    evaluate,
+    export,
+    finetune,
+    generate,
+    info,
+    preset,
+    report,
+    smoke,
+    train,
+)
 from arbitor.optimized.training.shown import shown
 from arbitor.optimized.version import package_version
 
@@ -100,6 +111,7 @@ def cli(context: click.Context) -> None:
 
 for _command in (
     train.train,
+    finetune.finetune,
     generate.generate,
     evaluate.evaluate,
     info.info,

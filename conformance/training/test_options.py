@@ -14,8 +14,17 @@ import pytest
 
 from arbitor.optimized import cli
 from arbitor.optimized.training.data import MIN_CONTEXT
-from arbitor.optimized.training.options import BOUND, CHANGES, PRESET_DEFAULTS, ROWS, preset_defaults
+from arbitor.optimized.training.options import (
+    ADAPTERS,
+    BOUND,
+    CHANGES,
+    FINETUNE_DEFAULTS,
+    PRESET_DEFAULTS,
+    ROWS,
+    preset_defaults,
+)
 from arbitor.reference.config import MAX_MOE_ITERS
+from arbitor.reference.graph.adapters import ALL_LINEAR, DEFAULT_ALPHA, DEFAULT_RANK
 from arbitor.reference.presets import PRESETS
 from conformance.system.command import REPOSITORY, environment
 
@@ -80,6 +89,9 @@ def test_rows_agree_with_what_they_describe() -> None:
     assert ROWS["context"].option.low == MIN_CONTEXT
     assert ROWS["max_moe_iters"].option.high == MAX_MOE_ITERS
     assert set(CHANGES) < set(BOUND)
+    assert set(ADAPTERS) < set(FINETUNE_DEFAULTS)
+    assert (FINETUNE_DEFAULTS["lora_rank"], FINETUNE_DEFAULTS["lora_alpha"]) == (DEFAULT_RANK, DEFAULT_ALPHA)
+    assert FINETUNE_DEFAULTS["lora_targets"] == ALL_LINEAR
     assert {"nano", "whole"} < PRESET_DEFAULTS.keys() <= PRESETS.keys()
     for preset in PRESETS:
         for name, value in preset_defaults(preset).items():

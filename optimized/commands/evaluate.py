@@ -62,8 +62,11 @@ def evaluate(
             "device": runtime.device,
             "backend": runtime.backend,
         }
+        adapters = "" if checkpoint.adapter is None else f", {len(checkpoint.adapter.matrices):,} adapters"
+        if checkpoint.adapter is not None:
+            head["adapters"] = len(checkpoint.adapter.matrices)
         if not as_json:
-            click.echo(f"model: {head['model']} after {checkpoint.step:,} steps, {shown(str(run))}")
+            click.echo(f"model: {head['model']} after {checkpoint.step:,} steps{adapters}, {shown(str(run))}")
             click.echo(f"windows: {length:,} bytes; device: {runtime.device}, {runtime.backend}")
             click.echo(_line("bits per byte", "bytes", "file"))
         for source, texts, left_out in found:

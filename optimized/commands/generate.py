@@ -165,9 +165,11 @@ def generate(
     from arbitor.optimized.training.runtime import choose_runtime
 
     runtime = choose_runtime(device or "auto", backend, dtype)
-    record = records(cuda_graph, runtime)
     given = os.fsencode(prompt or "") if prompt_file is None else _prompt_of(prompt_file)
+    # What cannot be recorded on this device is refused before the model is read.
+    records(cuda_graph, runtime)
     with open_model(run, runtime, warn) as (model, checkpoint):
+        record = records(cuda_graph, runtime, adapted=checkpoint.adapter is not None)
         before = media_of_files(
             checkpoint.run, model.config, runtime.device, sidecar=sources, warn=warn, **media
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from arbitor.optimized.commands.parameters import FilePath, warn
+from arbitor.optimized.training.options import ADAPTERS
 from arbitor.optimized.training.shown import shown
 
 if TYPE_CHECKING:
@@ -61,6 +63,19 @@ def _said_of_model(weights: Path) -> dict[str, Any]:
         "best_bpb": header["best_bpb"],
         "seed": header["seed"],
         "state_sha256": header["state_sha256"],
+        **_adapters(header),
+    }
+
+
+def _adapters(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is said of the adapters in a header, or nothing."""
+    stated = header.get("adapter")
+    if stated is None:
+        return {}
+    return {
+        "adapters": len(stated["ranks"]),
+        "lora_alpha": stated["alpha"],
+        "adapter_sha256": stated["sha256"],
     }
 
 
@@ -97,8 +112,21 @@ def _said(folder: RunFolder, facts: RunFacts) -> dict[str, Any]:
         "seed": run["seed"],
         **{name: run.get(name) for name in ("device", "backend", "dtype")},
         "state_sha256": facts.state_sha256,
+        **_settings_of_adapters(facts),
         "versions": dict(facts.versions),
-        "files": {path.name: path.lstat().st_size for path in folder.files_there()},
+        "files": {str(path.relative_to(folder.path)): path.lstat().st_size for path in folder.files_there()},
+    }
+
+
+def _settings_of_adapters(facts: RunFacts) -> dict[str, Any]:
+    """Return what is said of the adapters of a run, or nothing for a run without them."""
+    run = facts.run
+    if run.get("lora_rank") is None:
+        return {}
+    return {
+        "base": run["init_from"],
+        **{name: run[name] for name in ADAPTERS},
+        "adapter_sha256": facts.adapter_sha256,
     }
 
 

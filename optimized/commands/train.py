@@ -3,26 +3,47 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 from arbitor.optimized.commands.parameters import FilePath, settings
-from arbitor.optimized.training.options import ROWS
+from arbitor.optimized.training.options import settings_of
 from arbitor.optimized.training.shown import Unbreakable, printable, shown
 
 if TYPE_CHECKING:
     from arbitor.optimized.training.loop import TrainResult
 
 
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def run_options(command: _Command) -> _Command:
+    """Give a command that trains the options that say where its run is."""
+    for give in (
+        click.option(
+            "--no-save", is_flag=True, help="Write no checkpoints; without --run, write nothing [off]."
+        ),
+        click.option(
+            "--resume", is_flag=True, help="Go on with the run in --run, with its own settings [off]."
+        ),
+        click.option(
+            "--run",
+            "--out",
+            "run",
+            type=FilePath(path_type=Path),
+            help="Run folder [runs/<preset>-<number>].",
+        ),
+    ):
+        command = give(command)
+    return command
+
+
 @click.command()
-@settings(*(name for name, row in ROWS.items() if row.option.asked))
-@click.option(
-    "--run", "--out", "run", type=FilePath(path_type=Path), help="Run folder [runs/<preset>-<number>]."
-)
-@click.option("--resume", is_flag=True, help="Go on with the run in --run, with its own settings [off].")
-@click.option("--no-save", is_flag=True, help="Write no checkpoints; without --run, write nothing [off].")
+@settings(*settings_of("train"))
+@run_options
 def train(no_save: bool, **options: Any) -> None:
     """Train a model on bytes, and compare it with what counting alone achieves."""
     if options["resume"] and options["run"] is None:
@@ -34,10 +55,11 @@ def train(no_save: bool, **options: Any) -> None:
 
     console = Console(file=cast(Any, Unbreakable(sys.stdout)))
     result = run_training(TrainOptions(save=not no_save, **options), console=console)
-    _print_result(console, result)
+    print_result(console, result)
 
 
-def _print_result(console: Any, result: TrainResult) -> None:
+def print_result(console: Any, result: TrainResult) -> None:
+    """Print how a run compares with what counting achieves, a sample, and where the run is."""
     from rich.table import Table
     from rich.text import Text
 
@@ -57,9 +79,11 @@ def _print_result(console: Any, result: TrainResult) -> None:
     console.print(table)
     console.print("sample, prompt first:", highlight=False)
     console.print(Text(printable(result.prompt), style="dim") + Text(printable(result.sample)))
+    # The state of a base does not change below adapters.
+    digest = summary.get("adapter_sha256", summary["state_sha256"])
+    what = "adapters" if "adapter_sha256" in summary else "state"
     console.print(
-        f"{summary['steps']} steps in {summary['seconds']:.0f} s, state {summary['state_sha256'][:16]}",
-        highlight=False,
+        f"{summary['steps']} steps in {summary['seconds']:.0f} s, {what} {digest[:16]}", highlight=False
     )
     if result.folder is not None:
         folder = shown(str(result.folder))

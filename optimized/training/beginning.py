@@ -38,6 +38,7 @@ class Beginning:
         fresh: parts of the model that the source does not have, or has with another layout. They begin anew.
         left_out: parts of the source that the model does not have.
         warnings: a sentence for each checkpoint of the source that was refused.
+        is_base: whether the model stays as it was loaded, below adapters.
     """
 
     source: str
@@ -47,10 +48,13 @@ class Beginning:
     fresh: tuple[str, ...]
     left_out: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    is_base: bool = False
 
     def description(self) -> str:
         """Return what was taken over, in a sentence."""
         parts = len(self.kept) + len(self.fresh)
+        if self.is_base:
+            return f"base: {parts:,} parts of {shown(self.source)} after {self.step:,} steps, which stay as they are"
         return (
             f"weights: {len(self.kept):,} of {parts:,} parts are those of {shown(self.source)} after {self.step:,} steps; "
             "no votes are gathered yet"
@@ -67,21 +71,26 @@ class Beginning:
         return tuple(found)
 
 
-def begin_with(model: ArbModel, source: str) -> Beginning:
+def begin_with(model: ArbModel, source: str, *, as_base: bool = False) -> Beginning:
     """Load into a new model what fits it of another one.
 
     Args:
         model: newly made; what does not fit stays as it is.
         source: a run, of which the best checkpoint is taken; a folder of `model_folder.write_folder`; or a checkpoint.
+        as_base: whether the model is to stay as it is loaded. Then every part of it must be the source's, and keeps its votes.
 
     Raises:
-        TrainingError: there is no such model, it cannot be trusted, or no weight of it fits.
+        TrainingError: there is no such model, it cannot be trusted, it has adapters, or no weight of it fits.
     """
     warnings: list[str] = []
     try:
         _, checkpoint = read_model(Path(source), warnings.append)
     except FileNotFoundError as error:
         raise TrainingError(str(error)) from error
+    if checkpoint.adapter is not None:
+        raise TrainingError(
+            f"{source!r} has adapters, but a run must begin with ternary weights alone: arb export --merge ternary makes them"
+        )
     modules, tables = model.ternary_modules(), model.tables()
     kept = [name for name, module in modules.items() if _fits(checkpoint, name, module.weight)]
     if not kept:
@@ -91,13 +100,7 @@ def begin_with(model: ArbModel, source: str) -> Beginning:
         for name in kept:
             weight = checkpoint.state[name]
             assert isinstance(weight, TernaryWeight)
-            modules[name].load(
-                replace(
-                    weight,
-                    trit_accum=torch.zeros_like(weight.trit_accum),
-                    exponent_accum=torch.zeros_like(weight.exponent_accum),
-                )
-            )
+            modules[name].load(weight if as_base else _without_votes(weight))
         ranges = model.table_ranges()
         for name, table in tables.items():
             owner = name.rpartition(".")[0]
@@ -113,6 +116,10 @@ def begin_with(model: ArbModel, source: str) -> Beginning:
                 kept.append(name)
             else:
                 fresh.append(name)
+    if as_base and fresh:
+        raise TrainingError(
+            f"{source!r} cannot be the base of this model, as it has no such parts of that size: {_names(fresh)}"
+        )
     return Beginning(
         source=source,
         step=checkpoint.step,
@@ -121,6 +128,15 @@ def begin_with(model: ArbModel, source: str) -> Beginning:
         fresh=tuple(fresh),
         left_out=tuple(name for name in checkpoint.state if name not in modules and name not in tables),
         warnings=tuple(warnings),
+        is_base=as_base,
+    )
+
+
+def _without_votes(weight: TernaryWeight) -> TernaryWeight:
+    return replace(
+        weight,
+        trit_accum=torch.zeros_like(weight.trit_accum),
+        exponent_accum=torch.zeros_like(weight.exponent_accum),
     )
 
 

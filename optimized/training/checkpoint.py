@@ -3,7 +3,7 @@
 A file holds the canonical form of every weight as ``<name>.packed``, ``.exponents``, ``.trit_accum`` and
 ``.exponent_accum``, every integer table (counters, neighbours) under its name, and one JSON object in the header under
 ``arbitor``: format version, model configuration, step, seed, best bits per byte, the settings of the run, the shape of
-every weight and table, and two digests.
+every weight and table, and two digests. Where the model has adapters, their floats stand beside the integers (`adapter_state`).
 ``state_sha256`` is over the tensors alone (two runs that agree in it hold the same model); ``content_sha256``
 is over everything else in the object, that digest included.
 """
@@ -23,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from arbitor.optimized.training.adapter_state import AdapterState, names_of, state_from
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.regular import open_regular
 from arbitor.optimized.training.whole_file import rename, told, write_beside
@@ -52,8 +53,9 @@ _DTYPE_CODES = {
     torch.int16: "I16",
     torch.int32: "I32",
     torch.int64: "I64",
+    torch.float32: "F32",
 }
-"""The dtypes of weights and tables, all of them integers, as the format names them."""
+"""The dtypes of weights and tables, all of them integers, and that of adapters, as the format names them."""
 
 _DTYPES = {code: dtype for dtype, code in _DTYPE_CODES.items()}
 """The same, the other way round."""
@@ -97,6 +99,7 @@ class Checkpoint:
         run: the settings of the run as JSON data; what a resumed run must agree with.
         progress: counters that a resumed run carries on, as JSON data.
         state_sha256: hex digest over the state.
+        adapter: floats of adapters beside the state, or None for a model without them.
     """
 
     state: dict[str, TernaryWeight | Tensor]
@@ -107,6 +110,7 @@ class Checkpoint:
     run: dict[str, Any]
     progress: dict[str, Any]
     state_sha256: str
+    adapter: AdapterState | None = None
 
 
 def state_sha256(state: State) -> str:
@@ -121,6 +125,11 @@ def state_sha256(state: State) -> str:
     return _tensors_sha256(_named_tensors(state))
 
 
+def adapter_sha256(adapter: AdapterState) -> str:
+    """Return the digest of the floats of adapters and of what AdamW keeps for them, made as `state_sha256` is."""
+    return _tensors_sha256(_on_cpu(adapter.tensors()))
+
+
 def save_checkpoint(
     path: Path,
     state: State,
@@ -131,6 +140,7 @@ def save_checkpoint(
     best_bpb: float | None,
     run: Mapping[str, Any],
     progress: Mapping[str, Any],
+    adapter: AdapterState | None = None,
 ) -> str:
     """Write a checkpoint so that ``path`` holds what it held before or all of the new one, never a part.
 
@@ -142,7 +152,15 @@ def save_checkpoint(
             it.
     """
     temporary, digest = write_checkpoint_beside(
-        path, state, config=config, step=step, seed=seed, best_bpb=best_bpb, run=run, progress=progress
+        path,
+        state,
+        config=config,
+        step=step,
+        seed=seed,
+        best_bpb=best_bpb,
+        run=run,
+        progress=progress,
+        adapter=adapter,
     )
     put_checkpoint(temporary, path)
     return digest
@@ -171,6 +189,7 @@ def load_checkpoint(path: Path, check: HeaderCheck | None = None) -> Checkpoint:
                 for name, (dtype, shape) in entries.items()
             }
             _state(header, shapes)
+            _adapter(header, shapes)
             tensors = {name: _read_tensor(file, dtype, shape) for name, (dtype, shape) in entries.items()}
         return _verified(header, tensors)
 
@@ -293,6 +312,10 @@ def _named_tensors(state: State) -> dict[str, Tensor]:
             named[name] = value
         else:
             named |= {f"{name}.{part}": tensor for part, tensor in value.tensors().items()}
+    return _on_cpu(named)
+
+
+def _on_cpu(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in named.items()}
 
 
@@ -314,12 +337,15 @@ def _content_sha256(metadata: Mapping[str, Any]) -> str:
     return hashlib.sha256(_canonical_json(rest).encode()).hexdigest()
 
 
-def write_checkpoint_beside(path: Path, state: State, **metadata: Any) -> tuple[Path, str]:
+def write_checkpoint_beside(
+    path: Path, state: State, *, adapter: AdapterState | None = None, **metadata: Any
+) -> tuple[Path, str]:
     """Write a checkpoint beside its place, and flush it to the disk.
 
     Args:
         path: where it belongs.
         state: as of ``ArbModel.state``.
+        adapter: floats to write beside it.
         metadata: as for ``save_checkpoint``.
 
     Returns:
@@ -337,10 +363,14 @@ def write_checkpoint_beside(path: Path, state: State, **metadata: Any) -> tuple[
         "tables": {name: layout(value) for name, value in state.items() if isinstance(value, Tensor)},
         "state_sha256": digest,
     }
+    if adapter is not None:
+        floats = _on_cpu(adapter.tensors())
+        header["adapter"] = adapter.header(_tensors_sha256(floats))
+        tensors |= floats
     header["content_sha256"] = _content_sha256(header)
     with _writing(path):
         temporary = write_beside(
-            path, lambda file: _write_safetensors(file, tensors, {METADATA_KEY: _canonical_json(header)})
+            path, lambda file: write_safetensors(file, tensors, {METADATA_KEY: _canonical_json(header)})
         )
     return temporary, digest
 
@@ -355,8 +385,8 @@ def put_checkpoint(source: Path, target: Path) -> None:
         rename(source, target)
 
 
-def _write_safetensors(file: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors one after the other, so that a model is never held twice.
+def write_safetensors(file: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write CPU tensors into a safetensors file, one after the other, so that a model is never held twice.
 
     The library's own writer makes a temporary file of a random name, which a killed run would leave behind.
     """
@@ -468,13 +498,32 @@ def _state(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str
     """Return weights and tables as the header lays them out; tensors on the meta device are welcome."""
     weights = {name: _weight(name, stated, tensors) for name, stated in header["weights"].items()}
     tables = {name: _table(name, stated, tensors) for name, stated in header["tables"].items()}
-    if len(tensors) != len(PARTS) * len(weights) + len(tables):
+    if len(tensors) != len(PARTS) * len(weights) + len(tables) + len(_floats(header)):
         raise CheckpointError("it holds tensors that belong to no weight and are no table")
     return {**weights, **tables}
 
 
+def _floats(header: Mapping[str, Any]) -> list[str]:
+    """Return the names of the floats that a header states."""
+    return names_of(header["adapter"]) if "adapter" in header else []
+
+
+def _adapter(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterState | None:
+    """Return the floats of the adapters that a header states, or None; tensors on the meta device are welcome."""
+    if "adapter" not in header:
+        return None
+    for name in _floats(header):
+        if name not in tensors:
+            raise CheckpointError(f"{name} is missing")
+    with _refusing():
+        return state_from(header["adapter"], tensors)
+
+
 def _verified(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoint:
-    if header["state_sha256"] != _tensors_sha256(tensors):
+    floats = {name: tensors[name] for name in _floats(header)}
+    integers = {name: tensor for name, tensor in tensors.items() if name not in floats}
+    matches = header["state_sha256"] == _tensors_sha256(integers)
+    if not matches or (floats and header["adapter"]["sha256"] != _tensors_sha256(floats)):
         raise CheckpointError("its tensors do not match their digest, so it was changed or damaged")
     state = _state(header, tensors)
     for name, value in state.items():
@@ -491,6 +540,7 @@ def _verified(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Check
         run=header["run"],
         progress=header["progress"],
         state_sha256=header["state_sha256"],
+        adapter=_adapter(header, tensors),
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.metrics import thinned_metrics
 from arbitor.optimized.training.run_folder import RunFolder
-from arbitor.optimized.training.schedule import gain_of, rate
+from arbitor.optimized.training.schedule import gain_of, learning_rate, rate
 from arbitor.reference.audit import AuditReport, audit
 from arbitor.reference.config import ArbConfig
 
@@ -38,6 +38,7 @@ class RunFacts:
         val_bpb, best_bpb: bits per byte of the newest validation and of the best; None where there was none.
         baselines: bits per byte of what counting achieves, by name.
         state_sha256: of the model at that step, or None where no checkpoint has it.
+        adapter_sha256: of its adapters at that step, or None where it has none or no checkpoint has them.
         versions: of what it was run with.
         metrics: lines of metrics, of many as many as a picture can show.
     """
@@ -50,6 +51,7 @@ class RunFacts:
     best_bpb: float | None
     baselines: Mapping[str, float]
     state_sha256: str | None = None
+    adapter_sha256: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     metrics: Sequence[Mapping[str, Any]] = ()
 
@@ -65,6 +67,9 @@ class RunFacts:
     def planned_rate(self) -> Callable[[int], float]:
         """Return the rate of a step, as the schedule of now has it."""
         steps, theta, accum = self.run["steps"], self.config.theta, self.run["accum"]
+        flat = self.run.get("learning_rate")
+        if flat is not None:
+            return lambda step: learning_rate(step, steps, flat=flat)
         gain = gain_of(self.run.get("rate"), theta)
         return lambda step: rate(step, steps, theta=theta, gain=gain, accum=accum)
 
@@ -73,6 +78,7 @@ class RunFacts:
         run, made_of = self.run, self.audit()
         words = {
             "preset": f"{run['preset']}",
+            **self._words_of_adapters(),
             "weights": f"{made_of.weights:,}",
             "state": f"{made_of.canonical_bytes:,} bytes",
             "tables": f"{sum(table.bytes for table in made_of.tables):,} bytes",
@@ -86,6 +92,16 @@ class RunFacts:
             "device": ", ".join(f"{run.get(name)}" for name in ("device", "backend", "dtype")),
         }
         return words if self.state_sha256 is None else {**words, "state_sha256": self.state_sha256}
+
+    def _words_of_adapters(self) -> dict[str, str]:
+        """Return what a page says of adapters, or nothing for a run without them."""
+        run = self.run
+        if run.get("lora_rank") is None:
+            return {}
+        return {
+            "base": f"{Path(run['init_from']).name}",
+            "adapters": f"rank {run['lora_rank']}, alpha {run['lora_alpha']:g}, {run['lora_targets']}",
+        }
 
 
 def read_facts(folder: RunFolder) -> tuple[RunFacts, list[str]]:
@@ -117,6 +133,9 @@ def read_facts(folder: RunFolder) -> tuple[RunFacts, list[str]]:
         best_bpb=min(learned, default=None),
         baselines=_baselines(start.document.get("baselines")),
         state_sha256=header["state_sha256"] if header.get("step") == step else None,
+        adapter_sha256=header["adapter"]["sha256"]
+        if header.get("step") == step and "adapter" in header
+        else None,
         versions=_strings(start.document.get("versions")),
         metrics=lines,
     )

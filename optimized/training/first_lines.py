@@ -17,6 +17,7 @@ def first_lines(prepared: Prepared) -> list[str]:
         *_of_going_on(prepared),
         f"model: {shown(settings.preset)}, {audit(prepared.model.config).weights:,} ternary weights",
         *([] if prepared.beginning is None else [prepared.beginning.description()]),
+        *([] if prepared.adaptation is None else [prepared.adaptation.description()]),
         *prepared.text.first_lines(),
         *([] if mix is None else mix.first_lines()),
         f"steps: {settings.steps:,} of {windows:,} windows of {settings.context:,} bytes: {total:,} bytes, "

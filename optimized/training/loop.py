@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from arbitor.optimized.distributed.run import faults, measured, whole_state
 from arbitor.optimized.distributed.world import World, joined
 from arbitor.optimized.settings import values_vouched_for
+from arbitor.optimized.training.adaptation import write_best
 from arbitor.optimized.training.census import Census
 from arbitor.optimized.training.checkpoint import state_sha256
 from arbitor.optimized.training.errors import TrainingError
@@ -174,7 +175,7 @@ class Run:
 
     Attributes:
         prepared: what it steps with.
-        settings, world, text, mix, model: parts of it.
+        settings, world, text, mix, model, adaptation: parts of it.
         step: steps taken.
         val_bpb: bits per byte of the newest validation of this process, or None.
         best_bpb: the lowest of all validations after step 0, or None.
@@ -193,6 +194,7 @@ class Run:
         self.request = request
         self.settings, self.world = prepared.settings, prepared.world
         self.text, self.mix, self.model = prepared.text, prepared.mix, prepared.model
+        self.adaptation = prepared.adaptation
         self.step = 0
         self.val_bpb: float | None = None
         self.best_bpb: float | None = None
@@ -279,6 +281,8 @@ class Run:
                 self.store.save_final(state, **metadata)
             digest = state_sha256(state)
             self.saved = self.step, digest
+        if self.adaptation is not None and self.store is not None:
+            write_best(self.store, self.adaptation, str(self.settings.init_from), self.monitor.warn)
         summary = self._summary(digest)
         prompt = bytes(self.text.windows_WT[0, :SAMPLE_PROMPT_BYTES].tolist())
         sample = generate(
@@ -319,7 +323,7 @@ class Run:
             values: dict[str, Any] = {}
             if counted is not None:
                 values = self._numbers(
-                    counted.pop("flip_rate"), time.monotonic() - logged_at, self.step - logged_step
+                    counted.pop("flip_rate", None), time.monotonic() - logged_at, self.step - logged_step
                 )
             if now_validating:
                 self._validate()
@@ -332,11 +336,11 @@ class Run:
             if self.step % settings.save_interval == 0 or self.step == settings.steps:
                 self._save_latest()
 
-    def _numbers(self, flip_rate: float, seconds: float, steps: int) -> dict[str, Any]:
+    def _numbers(self, flip_rate: float | None, seconds: float, steps: int) -> dict[str, Any]:
         """Return the numbers of a line of metrics: of the newest step, and of the steps since the line before.
 
         Args:
-            flip_rate: of the newest step.
+            flip_rate: of the newest step; None where no weight learns.
             seconds, steps: since the line before.
         """
         settings, progress = self.settings, self.progress
@@ -348,7 +352,7 @@ class Run:
         return {
             "train_bpb": train_bpb,
             "rate": self._rate(self.step - 1),
-            "flip_rate": flip_rate,
+            **({} if flip_rate is None else {"flip_rate": flip_rate}),
             "tokens_per_second": taken / seconds if seconds > 0 else None,
             "seconds": progress.seconds + time.monotonic() - self.clock,
             "skipped": progress.skipped,
@@ -359,10 +363,11 @@ class Run:
     def _take_step(self, *, measured: bool) -> dict[str, Any] | None:
         """Take one step: votes from every micro-batch, then the step rule. Return the census of it, if asked for."""
         settings, progress = self.settings, self.progress
-        step_rate = self._rate(self.step)
+        step_rate, finite = self._rate(self.step), 0
         for micro_step in range(self.step * settings.accum, (self.step + 1) * settings.accum):
             nats = self._take_pass(step_rate, micro_step)
             if nats is not None:
+                finite += 1
                 progress.nats += nats
                 progress.losses += 1
                 progress.skipped_in_a_row = 0
@@ -378,6 +383,9 @@ class Run:
                     f"the loss was not finite in {MAX_SKIPPED_IN_A_ROW} micro-batches in a row, up to step "
                     f"{self.step + 1}; they changed nothing, and the run stops here"
                 )
+        if self.adaptation is not None:
+            taken = self.adaptation.step(self.step, losses=finite)
+            return self.adaptation.metrics(taken) if measured else None
         if not measured:
             self.passes.step()
             return None
@@ -433,6 +441,8 @@ class Run:
         raise Stopped(asked, f"{done}; the checkpoint is written, go on with --resume")
 
     def _rate(self, step: int) -> float:
+        if self.adaptation is not None:
+            return self.adaptation.rate(step)
         settings = self.settings
         theta = self.model.config.theta
         gain = gain_of(settings.rate, theta)
@@ -455,6 +465,7 @@ class Run:
             "step": self.step,
             "best_bpb": self.best_bpb,
             "progress": {**asdict(self.progress), "faulty_rows": self._faulty_rows()},
+            **({} if self.adaptation is None else {"adapter": self.adaptation.state()}),
         }
 
     def _summary(self, digest: str) -> dict[str, Any]:
@@ -469,6 +480,7 @@ class Run:
             "steps": self.step,
             "seconds": round(self.progress.seconds, 3),
             "state_sha256": digest,
+            **({} if self.adaptation is None else {"adapter_sha256": self.adaptation.sha256()}),
             "skipped": self.progress.skipped,
             "faulty_rows": self._faulty_rows(),
             "recorded_passes": self.prepared.recorded,

@@ -14,6 +14,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from arbitor.optimized.training.adapter_state import AdapterState
 from arbitor.optimized.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -90,8 +91,15 @@ def _opened(
         model = ArbModel(
             config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=checkpoint.seed
         )
-        model.load_state(checkpoint.state)
+        load_into(model, checkpoint)
         yield model, checkpoint
+
+
+def load_into(model: ArbModel, checkpoint: Checkpoint) -> None:
+    """Load a checkpoint that fits a model, and give the model the adapters of the checkpoint."""
+    model.load_state(checkpoint.state)
+    if checkpoint.adapter is not None:
+        checkpoint.adapter.attach_to(model)
 
 
 def trained_context(checkpoint: Checkpoint) -> int | None:
@@ -143,7 +151,10 @@ def _config_of(checkpoint: Checkpoint, path: Path) -> ArbConfig:
     """Return the configuration of a checkpoint whose model it fits, which is looked at without memory."""
     try:
         config = config_of(checkpoint.config)
-        check_fits(checkpoint, checkpoint.config, ArbModel(config, device="meta"))
+        model = ArbModel(config, device="meta")
+        check_fits(checkpoint, checkpoint.config, model)
+        if checkpoint.adapter is not None:
+            checkpoint.adapter.attach_to(model)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"the checkpoint in {str(path)!r} is refused: {error}") from error
     return config
@@ -157,6 +168,7 @@ def write_folder(
     step: int,
     seed: int,
     run: Mapping[str, Any],
+    adapter: AdapterState | None = None,
 ) -> None:
     """Write a model into a folder, which is created: `model.safetensors`, then `config.json`, each whole or not at all.
 
@@ -166,6 +178,7 @@ def write_folder(
         step: steps that it was trained for.
         seed: of its dither.
         run: what is known of its training, JSON data.
+        adapter: floats of its adapters, or None.
 
     Raises:
         ValueError: the folder is that of a run, or has a `config.json` of something else.
@@ -196,6 +209,7 @@ def write_folder(
         best_bpb=None,
         run=run,
         progress={},
+        adapter=adapter,
     )
     with told(repr(str(path / CONFIG_FILE))):
         write_whole(path / CONFIG_FILE, (json.dumps(document, indent=2) + "\n").encode())

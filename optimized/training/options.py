@@ -45,6 +45,7 @@ class Option:
         path: whether it is a path, so that a run keeps the whole path and can be resumed from another folder.
         on_hub: whether it may also be a name on a hub, of a path.
         asked: whether it can be asked for. Others are what the preset says, and recorded.
+        commands: the commands that train and have it.
     """
 
     help: str
@@ -60,15 +61,35 @@ class Option:
     path: bool = False
     on_hub: bool = False
     asked: bool = True
+    commands: tuple[str, ...] = ("train", "finetune")
 
 
-def _source(help: str, *, on_hub: bool = False) -> Option:
+def _source(help: str, **more: Any) -> Option:
     """Return the option of a path that is left out by default."""
-    return Option(help=help, default=None, default_help="none", path=True, on_hub=on_hub)
+    return Option(help=help, default=None, default_help="none", path=True, **more)
 
 
-def _model_change(help: str, **more: Any) -> Option:
-    return Option(help=help, bound=True, changes_model=True, **more)
+def _model_change(help: str, *, commands: tuple[str, ...] = ("train",), **more: Any) -> Option:
+    return Option(help=help, bound=True, changes_model=True, commands=commands, **more)
+
+
+FINETUNE_DEFAULTS: Mapping[str, Any] = {
+    "lora_rank": 8,
+    "lora_alpha": 16.0,
+    "lora_targets": "all-linear",
+    "learning_rate": 1e-3,
+    "weight_decay": 0.0,
+    "max_moe_iters": 1,
+}
+"""Defaults of `arb finetune` for settings that other runs do not have, or leave to the preset."""
+
+
+def _of_adapters(name: str, help: str, **more: Any) -> Option:
+    """Return the option of a setting of adapters. It is None in a run that has none."""
+    default_help = str(FINETUNE_DEFAULTS[name])
+    return Option(
+        help=help, default=None, default_help=default_help, bound=True, commands=("finetune",), **more
+    )
 
 
 @dataclass(frozen=True)
@@ -76,7 +97,13 @@ class Settings:
     """Every setting of a run, decided. It is written to ``config.json`` and into each checkpoint as plain data."""
 
     preset: Annotated[
-        str, Option(help="What to train: tiny, small, ... or FILE.json", default="tiny", bound=True)
+        str,
+        Option(
+            help="What to train: tiny, small, ... or FILE.json",
+            default="tiny",
+            bound=True,
+            commands=("train",),
+        ),
     ]
     # Not bound by its name: a resumed run must agree in the bytes, see `run_text.check_same_data`.
     data: Annotated[
@@ -93,7 +120,8 @@ class Settings:
     data_audio: Annotated[str | None, _source("Folder of sounds with transcripts, which needs --audio")]
     data_video: Annotated[str | None, _source("Folder of videos with captions, which needs --video")]
     data_speech: Annotated[
-        str | None, _source("Folder of sounds with transcripts, which the model learns to say")
+        str | None,
+        _source("Folder of sounds with transcripts, which the model learns to say", commands=("train",)),
     ]
     mix: Annotated[
         str | None,
@@ -136,6 +164,7 @@ class Settings:
             default_help="weights drawn by the seed",
             bound=True,
             path=True,
+            commands=("train",),
         ),
     ]
     steps: Annotated[int, Option(help="Optimisation steps", default=1000, low=1, bound=True)]
@@ -161,6 +190,7 @@ class Settings:
             low=0,
             high=127,
             bound=True,
+            commands=("train",),
         ),
     ]
     disable_vq: Annotated[bool, _model_change("No codes, and nothing that needs them", default=False)]
@@ -174,7 +204,12 @@ class Settings:
     max_moe_iters: Annotated[
         int | None,
         _model_change(
-            "Most turns of the last layer's loop", default=None, default_help=OF_PRESET, low=1, high=16
+            "Most turns of the last layer's loop",
+            default=None,
+            default_help=OF_PRESET,
+            low=1,
+            high=16,
+            commands=("train", "finetune"),
         ),
     ]
     sign_votes: Annotated[
@@ -237,8 +272,25 @@ class Settings:
             default=None,
             default_help="wherever possible",
             has_opposite=True,
+            commands=("train",),
         ),
     ]
+    lora_rank: Annotated[int | None, _of_adapters("lora_rank", "Rank of the adapters", low=1, high=2**16)]
+    lora_alpha: Annotated[
+        float | None,
+        _of_adapters("lora_alpha", "Factor of the adapters times their rank", low=0, high=2**20),
+    ]
+    lora_targets: Annotated[
+        str | None,
+        _of_adapters(
+            "lora_targets", "Linears that get adapters, by the ends of their names: query_up,value_up"
+        ),
+    ]
+    learning_rate: Annotated[
+        float | None,
+        _of_adapters("learning_rate", "Of AdamW, where the schedule is flat", low=0, high=1),
+    ]
+    weight_decay: Annotated[float | None, _of_adapters("weight_decay", "Of AdamW", low=0, high=1)]
 
     def as_json(self) -> dict[str, Any]:
         """Return the settings as JSON data."""
@@ -302,6 +354,15 @@ ROWS: Mapping[str, Row] = {
 CHANGES = tuple(name for name, row in ROWS.items() if row.option.changes_model)
 """Settings that change the model of the preset: modules off or on, and the seeds' votes."""
 
+ADAPTERS = tuple(name for name, row in ROWS.items() if row.option.commands == ("finetune",))
+"""Settings of adapters, which are None in a run without them."""
+
+
+def settings_of(command: str) -> tuple[str, ...]:
+    """Return the settings that a command which trains can be asked for, by name."""
+    return tuple(name for name, row in ROWS.items() if row.option.asked and command in row.option.commands)
+
+
 BOUND = tuple(name for name, row in ROWS.items() if row.option.bound)
 """Settings that decide what a run computes: a resumed run must agree with them."""
 
@@ -353,11 +414,13 @@ class TrainOptions:
         run: the run folder.
         resume: continue what the run folder holds.
         save: whether to write checkpoints.
+        finetune: whether the run trains adapters over the frozen weights of `init_from`.
     """
 
     run: Path | None = None
     resume: bool = False
     save: bool = True
+    finetune: bool = False
 
     if TYPE_CHECKING:
 

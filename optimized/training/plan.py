@@ -12,7 +12,16 @@ from typing import Any
 from arbitor.optimized.training.checkpoint import load_header
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.media import check_kinds
-from arbitor.optimized.training.options import BOUND, CHANGES, ROWS, Settings, TrainOptions, preset_defaults
+from arbitor.optimized.training.options import (
+    ADAPTERS,
+    BOUND,
+    CHANGES,
+    FINETUNE_DEFAULTS,
+    ROWS,
+    Settings,
+    TrainOptions,
+    preset_defaults,
+)
 from arbitor.optimized.training.regular import JSON_BYTES, read_regular
 from arbitor.optimized.training.run_folder import check_model
 from arbitor.optimized.training.sizes import config_of
@@ -186,6 +195,7 @@ def decide(
         is_path = option.path and (os.path.exists(value) or not option.on_hub)
         if is_path and (name, value) != ("data", STDLIB):
             asked[name] = os.path.abspath(value)
+    _check_kind(options, asked, recorded)
     if recorded is None and "init_from" in asked:
         asked["preset"] = asked.get("preset") or _preset_of_source(asked["init_from"])
     if not options.save and "save_interval" in asked:
@@ -197,6 +207,8 @@ def decide(
     # A run from before there was a setting has its default.
     name = model["name"] if model is not None else preset_config(preset).name
     known = {**preset_defaults(name), "preset": preset, **known}
+    if recorded is None and options.finetune:
+        _settle_adapters(asked, known)
     if recorded is None:
         config = model_config(preset, **{name: asked.get(name) for name in CHANGES})
         if "rate" in asked and config.vote_rule == "sign":
@@ -224,6 +236,46 @@ def decide(
             f"batch times context is {settings.batch * settings.context}, but must be at most {BATCH_BYTES}"
         )
     return settings
+
+
+def _check_kind(options: TrainOptions, asked: Mapping[str, Any], recorded: Mapping[str, Any] | None) -> None:
+    """Refuse settings of adapters in a run without them, and what a run with adapters has no use for.
+
+    Raises:
+        TrainingError: `arb finetune` is to go on with a run that has no adapters.
+        ValueError: a setting asked for does nothing in this kind of run, or a new run with adapters has no base.
+    """
+    has_adapters = options.finetune if recorded is None else recorded.get("lora_rank") is not None
+    if options.finetune and not has_adapters:
+        raise TrainingError(
+            f"the run in {str(options.run)!r} trains ternary weights and has no adapters: go on with it by arb train --resume"
+        )
+    command, other = ("finetune", "train") if has_adapters else ("train", "finetune")
+    for name in asked:
+        of_this = command in ROWS[name].option.commands or (has_adapters and name in ("init_from", "preset"))
+        if not of_this:
+            raise ValueError(
+                f"{name} is {asked[name]!r}, but does nothing in arb {command}: it is of arb {other}"
+            )
+    if options.finetune and recorded is None and "init_from" not in asked:
+        raise ValueError("init_from is not set, but must name the base, whose weights stay as they are")
+    if asked.get("lora_alpha") == 0:
+        raise ValueError("lora_alpha is 0, but must be above 0")
+
+
+def _settle_adapters(asked: dict[str, Any], known: dict[str, Any]) -> None:
+    """Give a new run with adapters the defaults of their settings, and its model the turns of the last layer."""
+    known.update({name: FINETUNE_DEFAULTS[name] for name in ADAPTERS})
+    config = preset_config(asked["preset"])
+    default = FINETUNE_DEFAULTS["max_moe_iters"]
+    turns = asked.pop("max_moe_iters", default)
+    if config.num_experts:
+        known["max_moe_iters"] = turns
+    elif turns != default:
+        asked["max_moe_iters"] = turns
+    # Asked for or not, it is left out of what would be refused as no change of the base.
+    if config.num_experts and config.max_moe_iters != turns:
+        asked["max_moe_iters"] = turns
 
 
 def _preset_of_source(source: str) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from arbitor.optimized.distributed.run import check_agreement, train_together
 from arbitor.optimized.distributed.world import World
+from arbitor.optimized.training.adaptation import Adaptation, open_adaptation
 from arbitor.optimized.training.beginning import Beginning, begin_with, same_beginning
 from arbitor.optimized.training.checkpoint import check_fits
 from arbitor.optimized.training.media_mix import Mix, open_mix
@@ -36,6 +37,7 @@ class Prepared:
         text: what it learns from and is judged by.
         mix: the data that it has beside one text, or None.
         model: what learns, as it is before the first step of this process.
+        adaptation: the adapters of the model, which learn instead of its weights, or None.
         config: configuration of the model, as JSON data.
         recorded: whether passes are recorded and replayed.
         beginning: the weights of another run, where this process has begun with them; else None.
@@ -50,6 +52,7 @@ class Prepared:
     text: RunText
     mix: Mix | None
     model: ArbModel
+    adaptation: Adaptation | None
     config: dict[str, Any]
     recorded: bool
     beginning: Beginning | None
@@ -98,8 +101,10 @@ def prepare(
         recorded=found.settings,
         num_ranks=world.count,
     )
-    recorded = mix is None and records(
-        settings.cuda_graph, runtime, vote_rule=config.vote_rule, num_ranks=world.count
+    recorded = (
+        mix is None
+        and settings.lora_rank is None
+        and records(settings.cuda_graph, runtime, vote_rule=config.vote_rule, num_ranks=world.count)
     )
     model = ArbModel(
         config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=settings.seed
@@ -109,10 +114,12 @@ def prepare(
     if found.checkpoint is not None:
         check_fits(found.checkpoint, config_json, model)
         model.load_state(found.checkpoint.state)
-        # The model has the tensors now, and a run keeps no second copy of them.
-        found = replace(found, checkpoint=replace(found.checkpoint, state={}))
     elif settings.init_from is not None:
-        beginning = begin_with(model, settings.init_from)
+        beginning = begin_with(model, settings.init_from, as_base=settings.lora_rank is not None)
+    adaptation = open_adaptation(model, settings, found.checkpoint, num_ranks=world.count)
+    if found.checkpoint is not None:
+        # The model has the tensors now, and a run keeps no second copy of them.
+        found = replace(found, checkpoint=replace(found.checkpoint, state={}, adapter=None))
     document = {
         **settings.as_json(),
         **text.document(),
@@ -133,6 +140,7 @@ def prepare(
         text=text,
         mix=mix,
         model=model,
+        adaptation=adaptation,
         config=config_json,
         recorded=recorded,
         beginning=beginning,

@@ -24,7 +24,12 @@ BRANCHES = 8
 
 
 def records(
-    asked: bool | None, runtime: Runtime, *, vote_rule: str | None = None, num_ranks: int = 1
+    asked: bool | None,
+    runtime: Runtime,
+    *,
+    vote_rule: str | None = None,
+    num_ranks: int = 1,
+    adapted: bool = False,
 ) -> bool:
     """Whether passes are recorded and replayed, for what was asked; if nothing was, they are wherever they can be.
 
@@ -34,6 +39,7 @@ def records(
         vote_rule: of the votes of these passes; None for passes in which nothing votes. The sign rule derives the size of a vote
             from the loss, on the host, so that no two of its passes need be the same.
         num_ranks: ranks that train the model. What several of them exchange is not recorded.
+        adapted: whether the model has adapters, with which attention reads a ledger by rows, and not in one op.
 
     Raises:
         ValueError: they cannot be, but were asked for.
@@ -43,6 +49,7 @@ def records(
         and runtime.backend == "triton"
         and vote_rule in (None, "stochastic")
         and num_ranks == 1
+        and not adapted
     )
     if asked and not possible:
         votes, only = "", ""
@@ -50,6 +57,8 @@ def records(
             votes, only = f" and vote rule {vote_rule}", " with stochastic votes"
         if num_ranks > 1:
             votes, only = f"{votes} and {num_ranks} ranks", f"{only} on one rank"
+        if adapted:
+            votes, only = f"{votes} and adapters", f"{only} without adapters"
         raise ValueError(
             f"cuda_graph is True, but must be False or None for device {runtime.device}, backend {runtime.backend}{votes}: "
             f"only the triton backend on cuda{only} can be recorded"

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arbitor.optimized.training.adapter_files import CONFIG_FILE, TENSORS_FILE
+from arbitor.optimized.training.adapter_state import check_stated
 from arbitor.optimized.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -26,7 +28,7 @@ from arbitor.optimized.training.checkpoint import (
 )
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.metrics import last_step
-from arbitor.optimized.training.options import BOUND, CHANGES, ROWS
+from arbitor.optimized.training.options import ADAPTERS, BOUND, CHANGES, ROWS
 from arbitor.optimized.training.regular import JSON_BYTES, kind_of, read_regular
 from arbitor.optimized.training.sizes import config_of
 from arbitor.optimized.training.whole_file import partial_of, told, write_whole
@@ -146,13 +148,22 @@ class RunFolder:
     def __str__(self) -> str:
         return str(self.path)
 
+    @property
+    def adapter(self) -> Path:
+        """Folder of the best adapters in peft's format, of a run that has adapters."""
+        return self.path / "adapter"
+
     def _checkpoints(self) -> tuple[Path, ...]:
         return self.latest, self.previous, self.best, self.final
 
+    def _files(self) -> tuple[Path, ...]:
+        """Return every file that is written whole."""
+        small = (self.config, self.summary, self.metrics, self.sample, self.report, self.loss_plot)
+        return *small, *self._checkpoints(), self.adapter / CONFIG_FILE, self.adapter / TENSORS_FILE
+
     def files_there(self) -> list[Path]:
         """Return those files of a run that the folder has."""
-        small = (self.config, self.summary, self.metrics, self.sample, self.report, self.loss_plot)
-        return [path for path in (*small, *self._checkpoints()) if os.path.lexists(path)]
+        return [path for path in self._files() if os.path.lexists(path)]
 
     def has_run(self) -> bool:
         """Return whether a run has been started in the folder."""
@@ -215,8 +226,7 @@ class RunFolder:
             os.close(descriptor)
 
     def _remove_partial_files(self) -> None:
-        small = (self.config, self.summary, self.metrics, self.sample, self.report, self.loss_plot)
-        for path in (*small, *self._checkpoints()):
+        for path in self._files():
             with told(repr(str(partial_of(path)))):
                 partial_of(path).unlink(missing_ok=True)
 
@@ -415,6 +425,11 @@ def check_header(header: Mapping[str, Any]) -> None:
         raise CheckpointError(f"its header has {step} for step, but its run has {run['steps']} steps")
     if header["seed"] != run["seed"]:
         raise CheckpointError(f"its header has {header['seed']} for seed, but its run has {run['seed']}")
+    if (run.get("lora_rank") is None) == ("adapter" in header):
+        has, has_not = (
+            ("adapters", "its run has none") if "adapter" in header else ("no adapters", "its run has")
+        )
+        raise CheckpointError(f"its header has {has}, but {has_not}")
     _check_progress(header["progress"])
     check_model(header)
 
@@ -432,7 +447,13 @@ def check_model(header: Mapping[str, Any]) -> ArbConfig:
     layouts = {**header["weights"], **header["tables"]}
     if len(layouts) < config.num_layers:
         raise CheckpointError(f"it has {config.num_layers} layers, but {len(layouts)} weights and tables")
-    check_layouts(layouts, ArbModel(config, device="meta"))
+    model = ArbModel(config, device="meta")
+    check_layouts(layouts, model)
+    if "adapter" in header:
+        try:
+            check_stated(header["adapter"], model)
+        except ValueError as error:
+            raise CheckpointError(f"its {error}") from error
     return config
 
 
@@ -454,6 +475,10 @@ def _check_settings(run: Any) -> None:
             raise CheckpointError(
                 f"the settings of its run have {value!r} for {name}, outside {low} to {high}"
             )
+    # A run has all settings of adapters, or none.
+    for name in ("init_from", *ADAPTERS):
+        if run.get("lora_rank") is not None and run.get(name) is None:
+            raise CheckpointError(f"the settings of its run have a lora_rank, but no {name}")
     if not isinstance(run["data_sha256"], str):
         raise CheckpointError(f"the settings of its run have {run['data_sha256']!r} for data_sha256")
 

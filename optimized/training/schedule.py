@@ -54,17 +54,39 @@ def rate(
     Raises:
         ValueError: an argument is out of range.
     """
+    if not (math.isfinite(gain) and gain >= 0):
+        raise ValueError(f"gain is {gain}: it must be finite and at least 0")
+    if accum < 1:
+        raise ValueError(f"accum is {accum}: it must be at least 1")
+    share = share_of_rate(step, steps, decay=decay)
+    return torch.tensor(gain * theta * share / math.sqrt(accum), dtype=torch.float32).item()
+
+
+def share_of_rate(step: int, steps: int, *, decay: float = DECAY_FRACTION) -> float:
+    """Return the share of the flat rate that a step has, 0 to 1, as `rate` has it.
+
+    Args:
+        step, steps, decay: as for `rate`.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
     if steps < 1:
         raise ValueError(f"steps is {steps}: it must be at least 1")
     if not 0 <= step <= steps:
         raise ValueError(f"step is {step}: it must be from 0 to steps, which is {steps}")
-    if not (math.isfinite(gain) and gain >= 0):
-        raise ValueError(f"gain is {gain}: it must be finite and at least 0")
     if not 0 < decay <= 1:
         raise ValueError(f"decay is {decay}: it must be above 0 and at most 1")
-    if accum < 1:
-        raise ValueError(f"accum is {accum}: it must be at least 1")
     warmup = math.ceil(WARMUP_FRACTION * steps)
     falling = math.ceil(decay * steps)
-    factor = min(1.0, (step + 1) / warmup, (steps - step) / falling)
-    return torch.tensor(gain * theta * factor / math.sqrt(accum), dtype=torch.float32).item()
+    return min(1.0, (step + 1) / warmup, (steps - step) / falling)
+
+
+def learning_rate(step: int, steps: int, *, flat: float) -> float:
+    """Return the learning rate of AdamW in a step, which rises and falls as `rate` does.
+
+    Args:
+        step, steps: as for `rate`.
+        flat: the rate between the two.
+    """
+    return flat * share_of_rate(step, steps)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.graph.context import GraphContext
-from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm
+from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm, plain
 from arbitor.reference.graph.ledger import LayerLedger, mean_of_parts, rows_at
 from arbitor.reference.graph.module import ArbModule
 from arbitor.reference.graph.rotary import Turns, rotary_turns, turns_at, with_turned_key
@@ -37,8 +37,8 @@ class LatentAttention(ArbModule):
              y_p = W_output [sum over the visible s of softmax(q_p . k_s / sqrt(C) + ln n_s) v_s, all heads]
              ContextAttentionScheduler says which s are visible to p. It is a position s <= p (n = 1), or a block of n positions,
              with the mean of their l^, and the mean of their k^R turned to the middle of the block
-    Absorbed: one position with a ledger is read without keys and values of heads. There q . k_s = (W_key_up^T q^C) . l^_s +
-             q^R . k^R_s, and the values are W_value_up applied to the mean of the latents
+    Absorbed: one position with a ledger is read without keys and values of heads, unless W_key_up or W_value_up has an adapter.
+             There q . k_s = (W_key_up^T q^C) . l^_s + q^R . k^R_s, and the values are W_value_up applied to the mean of the latents
     Shapes:  [B, P, D] -> [B, P, D]
     Source:  DeepSeek-V2 (2024), section 2.1; keys and values of one width C, so that fused attention kernels apply
     """
@@ -82,7 +82,8 @@ class LatentAttention(ArbModule):
         else:
             rows_BPK = self._rows(key_BPR, latent_BPL, turns)
             cache.append(rows_BPK)
-            if x_BPD.shape[1] == 1 and not torch.is_grad_enabled():
+            absorbs = plain(self.key_up, self.value_up) and not torch.is_grad_enabled()
+            if x_BPD.shape[1] == 1 and absorbs:
                 heads_BPHC = self._absorbed(q_BPHC[:, 0], cache)[:, None]
             else:
                 heads_BPHC = self._over_past(q_BPHC, cache.seen, self._reader(cache, rows_BPK, positions))
@@ -164,7 +165,7 @@ class LatentAttention(ArbModule):
 
     def _seen_from_start(self, num_queries: int, skipped: int) -> Seen:
         """Return what the positions from `skipped` on see when nothing was read before this pass."""
-        return self.scheduler.seen(torch.full((1,), skipped, device=self.key_up.device), num_queries)
+        return self.scheduler.seen(torch.full((1,), skipped, device=self.latent_norm.device), num_queries)
 
     def _log_of(self, rows_BPK: Tensor) -> Tensor:
         """Return the log [B, N, K] of the rows of positions 0, 1, ..., such that gradients reach the rows."""

@@ -36,8 +36,8 @@ class TernaryGroupedLinear(TernaryModule):
         self.orthogonal = min(num_inputs, num_outputs) >= MIN_ORTHOGONAL_RANK
 
     def forward(self, x_MK: Tensor, experts_M: Tensor) -> Tensor:
-        """Return `ops.grouped_linear` of x, in the dtype of x."""
-        return self.run(_GroupedLinearFunction, x_MK, experts_M)
+        """Return `ops.grouped_linear` of x, in the dtype of x, and the change of the adapter if there is one."""
+        return self.adapted(self.run(_GroupedLinearFunction, x_MK, experts_M), x_MK, experts_M)
 
 
 class _GroupedLinearFunction(torch.autograd.Function):

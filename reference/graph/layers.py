@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from arbitor.reference.constants import MIN_ORTHOGONAL_RANK
 from arbitor.reference.graph.context import GraphContext
@@ -55,8 +55,13 @@ class TernaryLinear(TernaryModule):
         self.orthogonal = orthogonal and min(shape) >= MIN_ORTHOGONAL_RANK
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `ops.linear` of x, in the dtype of x."""
-        return self.run(_LinearFunction, x)
+        """Return `ops.linear` of x, in the dtype of x, and the change of the adapter if there is one."""
+        return self.adapted(self.run(_LinearFunction, x), x)
+
+
+def plain(*linears: nn.Module) -> bool:
+    """Return whether all linears are ternary and have no adapter, so that an op may read their weights instead of calling them."""
+    return all(isinstance(linear, TernaryLinear) and linear.adapter is None for linear in linears)
 
 
 class TernaryRMSNorm(TernaryModule):

@@ -260,6 +260,7 @@ class TernaryModule(ArbModule):
         voted:     whether the weight voted since the last `step_weight`, as far as notes were delivered.
         uses:      how often a pass of the model uses the weight (`used`).
         steps:     how often the weight was stepped or loaded; a backward pass refuses a weight that changed since its forward pass.
+        adapter:   what adds a change of low rank to the output of a linear (`adapters.attach`), or None.
     """
 
     def __init__(
@@ -267,6 +268,7 @@ class TernaryModule(ArbModule):
     ) -> None:
         super().__init__(context, frozen=frozen)
         self.voted = False
+        self.adapter: nn.Module | None = None
         self.uses = 1
         self.steps = 0
         self.tensor_id = context.next_tensor_id()
@@ -300,6 +302,23 @@ class TernaryModule(ArbModule):
         The function is given the inputs, `anchor()` and this module.
         """
         return uncompiled(_apply, function, args, self)
+
+    def adapted(self, y: Tensor, *inputs: Tensor) -> Tensor:
+        """Return the output y for some inputs, with the change of the adapter if there is one.
+
+        A backward pass that comes through the adapter has reached the model, also where it comes to no weight.
+        """
+        if self.adapter is None:
+            return y
+        x, *experts = inputs
+        changed = self.adapter(x, y, *experts)
+        if changed.requires_grad:
+            changed.register_hook(self._note_reached)
+        return changed
+
+    def _note_reached(self, grad: Tensor) -> None:
+        if self.voting.current is not None:
+            self.voting.current.reached = True
 
     def forward_weight(self, ctx: Any) -> LaidOutWeight:
         """Return the weight for the forward pass of a function, and let `ctx` hold it until the backward pass."""

@@ -45,7 +45,8 @@ class Stateful(ArbModule):
         loss = ranks.part(scalar("loss", loss))
         if not loss.requires_grad:
             raise ValueError(
-                "loss has no graph, but must be computed with this model while gradients are on and a weight is not frozen"
+                "loss has no graph, but must be computed with this model while gradients are on, and come through a weight that "
+                "is not frozen or has an adapter"
             )
         self.voting.strayed = False
         value = float(ranks.total(loss.detach()))

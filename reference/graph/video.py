@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from arbitor.reference import checks
 from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.context import GraphContext
-from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear
+from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, plain
 from arbitor.reference.graph.module import ArbModule, uncompiled, used
 from arbitor.reference.graph.units import unit_rows
 from arbitor.reference.ops.denoise import Halting, attended, signal_share
@@ -158,7 +158,7 @@ class VideoHead(ArbModule):
         if latent is None:
             latent = self._first(tokens_BPD, draw).unflatten(1, self.latent_shape)
         flat_BL, alphas = widened(latent).flatten(1), self.alphas[:steps]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not plain(self.latent_in, self.query, self.latent_out):
             out_BL = self._composed(flat_BL, tokens_BPD.to(flat_BL.dtype), alphas, halt_threshold)
         else:
             weights = (self.latent_in.weight, self.query.weight, self.steps.weight, self.latent_out.weight)

@@ -1,0 +1,139 @@
+"""`arb finetune` on text, pictures, sounds and videos: it repeats to the bit, and captions are learned over a frozen base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from arbitor.optimized.training.checkpoint import load_checkpoint
+from arbitor.optimized.training.loop import opened, train
+from arbitor.optimized.training.metrics import read_metrics
+from arbitor.optimized.training.options import TrainOptions
+from arbitor.reference.graph.adapters import adapters_of
+from conformance.sidecars import media_runs
+from conformance.sidecars.media_runs import register, render
+from conformance.training.nano import without_pictures
+from conformance.training.runs import Killed, kill_at
+
+ALL = ("image", "audio", "video")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    without_pictures(monkeypatch)
+    register(monkeypatch)
+    monkeypatch.delenv("ARB_BACKEND", raising=False)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> Path:
+    return render(tmp_path_factory.mktemp("media") / "data", checkpoints)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("features"))
+
+
+@pytest.fixture(scope="module")
+def base(media: Path, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of every module that has read text alone."""
+    folder = tmp_path_factory.mktemp("base") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        register(patch)
+        without_pictures(patch)
+        train(media_runs.options(media, checkpoints, folder, steps=2))
+    return folder
+
+
+def options(
+    base: Path, media: Path, checkpoints: Path, run: Path | None, *kinds: str, **changes: Any
+) -> TrainOptions:
+    made = media_runs.options(media, checkpoints, run, *kinds, **changes)
+    return replace(made, preset=None, finetune=True, init_from=str(base))
+
+
+def outcome(folder: Path) -> tuple[Any, ...]:
+    summary = json.loads((folder / "summary.json").read_text())
+    lines = [
+        {name: line.get(name) for name in ("step", "train_bpb", "val_bpb", "grad_norm", "media")}
+        for line in read_metrics(folder / "metrics.jsonl")
+    ]
+    return summary["adapter_sha256"], summary["state_sha256"], summary["media"], lines
+
+
+def test_killed_and_resumed_ends_the_same(
+    base: Path, media: Path, checkpoints: Path, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every kind, after which heads and readers of media have moved, and the base has not."""
+    more = {"feature_cache": cache, "lora_rank": 2, "steps": 8, "eval_interval": 8}
+    train(options(base, media, checkpoints, tmp_path / "whole", *ALL, **more))
+    want = outcome(tmp_path / "whole")
+    assert want[2].keys() == {"text", *ALL} and want[2]["video"]["val_latent"] > 0
+    folder = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        kill_at(patch, 5)
+        with pytest.raises(Killed):
+            train(options(base, media, checkpoints, folder, *ALL, **more))
+    train(TrainOptions(run=folder, resume=True, finetune=True))
+    got = outcome(folder)
+    # The line of the step after the resumption lacks the step before the kill.
+    assert got[:3] == want[:3] and got[3][-1] == want[3][-1]
+    state = load_checkpoint(folder / "final.safetensors").adapter
+    assert state is not None
+    moved = {name for name, (_, b_NR) in state.matrices.items() if b_NR.any()}
+    assert {
+        "image_sequencer.project",
+        "audio_sequencer.project",
+        "video_head.latent_out",
+        "router.out",
+        "byte_head.down",
+    } <= moved
+    source = load_checkpoint(base / "best.safetensors")
+    assert {name for name, kept in state.moments.items() if kept["step"] < 8}, "every kind was in every step"
+    final = load_checkpoint(folder / "final.safetensors").state
+    assert all(
+        torch.equal(part, source.state[name].tensors()[key])  # type: ignore[union-attr]
+        for name, weight in final.items()
+        if not isinstance(weight, torch.Tensor)
+        for key, part in weight.tensors().items()
+    )
+
+
+def test_captions_are_read_from_the_pictures(base: Path, media: Path, checkpoints: Path, cache: str) -> None:
+    """After some steps the words are likelier after their own picture than after another one. The base had seen none."""
+    asked = options(
+        base,
+        media,
+        checkpoints,
+        None,
+        "image",
+        save=False,
+        feature_cache=cache,
+        steps=24,
+        batch=12,
+        mix="text=0,image=1",
+        eval_interval=1000,
+        learning_rate=0.03,
+    )
+    with opened(asked, None) as run:
+        assert run.mix is not None and adapters_of(run.model)
+        run.take_steps()
+        batch = run.mix._of_items("image", run.mix._folders["image"].train)
+        own = batch.on("cpu")
+        other = {**own, "image_BNF": own["image_BNF"].roll(1, 0)}
+        taught = own.pop("targets").taught_BT
+        other.pop("targets")
+        with torch.no_grad():
+            nats = [run.model.loss(**each, taught_BT=taught).item() for each in (own, other)]
+    assert nats[0] < 0.9 * nats[1], nats
