@@ -325,7 +325,8 @@ def gradients_of(
     for key, value in bound.arguments.items():
         if isinstance(value, Tensor):
             bound.arguments[key] = asking(convert(value)) if key in GRADIENTS[name] else convert(value)
-    result = subject.raw(name)(*bound.args, **bound.kwargs)
+    # By name, as a keyword may ask for a gradient too.
+    result = subject.raw(name)(**bound.arguments)
     bound.apply_defaults()
     rng = torch.Generator().manual_seed(result.numel())
     dtype = next(value.dtype for value in case.args if isinstance(value, Tensor))

@@ -59,6 +59,7 @@ def test_an_unknown_preset_is_refused() -> None:
         ("top_k", 5, ValueError, "top_k is 5, but must be an integer from 1 to 4"),
         ("rotary_dim", 3, ValueError, "rotary_dim is 3, but must be even and below head_dim, which is 12"),
         ("rotary_dim", 12, ValueError, "rotary_dim is 12, but must be even and below head_dim, which is 12"),
+        ("max_moe_iters", 17, ValueError, "max_moe_iters is 17, but must be an integer from 1 to 16"),
         ("group_size", 13, ValueError, "group_size is 13"),
         ("theta", 0, ValueError, "theta is 0"),
         ("theta_e", 128, ValueError, "theta_e is 128"),

@@ -246,6 +246,7 @@ test_refusals_of_scale = refusals(
     refused("constant_weight", "trit -2", ValueError, "trit is -2", (2, 3), trit=-2, exponent=0),
     refused("constant_weight", "exponent 16", ValueError, "exponent", (2, 3), trit=1, exponent=16),
     refused("constant_weight", "exponent -33", ValueError, "exponent", (2, 3), trit=1, exponent=-33),
+    refused("constant_weight", "group 12.0", ValueError, "group_size", (2, 3), trit=1, exponent=0, group_size=12.0),
     refused("constant_weight", "group 7", ValueError, "group_size", (2, 3), trit=1, exponent=0, group_size=7),
     rejects=[
         mutant("dequantized_rows_unchecked", 'checks.values_between("rows", rows, 0, num_rows - 1)', "pass"),
