@@ -56,6 +56,7 @@ def test_an_unknown_preset_is_refused() -> None:
         ("width", 0, ValueError, "width is 0"),
         ("width", 24.0, TypeError, "width is a float"),
         ("num_layers", True, TypeError, "num_layers is a bool"),
+        ("use_moe", 1, TypeError, "use_moe is 1, but must be true or false"),
         ("top_k", 5, ValueError, "top_k is 5, but must be an integer from 1 to 4"),
         ("rotary_dim", 3, ValueError, "rotary_dim is 3, but must be even and below head_dim, which is 12"),
         ("rotary_dim", 12, ValueError, "rotary_dim is 12, but must be even and below head_dim, which is 12"),
