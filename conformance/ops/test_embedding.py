@@ -193,6 +193,7 @@ test_refusals_of_embedding = refusals(
     refused("embedding", "float16", TypeError, "dtype", ids(0), weight, dtype=lambda: F16),
     refused("embedding_row_grads", "id -1", ValueError, "ids", ids(-1), ones(1, 4)),
     refused("embedding_row_grads", "other positions", ValueError, "grad", ids(0, 1), ones(3, 4)),
+    refused("embedding_row_grads", "no columns", ValueError, "grad", ids(0, 1), ones(2, 0)),
     refused("embedding_row_grads", "int8", TypeError, "grad", ids(0, 1), ones(2, 4, dtype=I8)),
     rejects=[
         mutant("embedding_ids_unchecked", 'checks.values_between("ids", ids, 0, weight.shape[0] - 1)', "pass"),

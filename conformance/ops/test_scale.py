@@ -240,6 +240,7 @@ test_refusals_of_scale = refusals(
     refused("initial_weight", "std 0", ValueError, "std", (2, 3), std=0.0, seed=0, tensor_id=0),
     refused("initial_weight", "std NaN", ValueError, "std", (2, 3), std=float("nan"), seed=0, tensor_id=0),
     refused("initial_weight", "std 10**400", ValueError, "std", (2, 3), std=10**400, seed=0, tensor_id=0),
+    refused("initial_weight", "group 0", ValueError, "group_size", (2, 3), std=1.0, seed=0, tensor_id=0, group_size=0),
     refused("initial_weight", "no rows", ValueError, "shape", (0, 3), std=1.0, seed=0, tensor_id=0),
     refused("initial_weight", "2**33 groups", ValueError, "shape", (2**31, 48), std=1.0, seed=0, tensor_id=0),
     refused("constant_weight", "trit 2", ValueError, "trit", (2, 3), trit=2, exponent=0),
