@@ -1,7 +1,8 @@
 """What is timed: every op of the table and some compounds, at each shape, by every implementation.
 
 A case id is `op-shape-implementation`, for example `linear-7168_m16-ours`. Shapes are those of `op_table`. A linear is timed
-with M of 1, 16, 64, 512 and 4096 at each width besides. A case that a machine cannot run is counted, with the reason.
+with M of 1, 8, 16, 64, 512 and 4096 at each width besides, and `linear` with few rows of a large matrix. An op that has CUDA C++
+kernels is timed a second time on Triton's kernels alone. A case that a machine cannot run is counted, with the reason.
 """
 
 from __future__ import annotations
@@ -10,13 +11,21 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from importlib.util import find_spec
 
+import torch
+
+from arbitor.optimized import settings
+from arbitor.optimized.ops import paths
 from arbitor.reference.constants import DEFAULT_ORTHOGONAL_STEPS
-from arbitor.reference.op_table import OP_TABLE, Shape
+from arbitor.reference.op_table import OP_TABLE, OpRow, Shape
 from bench import machine, train_step
 from bench.peers import peers_of
 
-OURS, REFERENCE = "ours", "reference"
+OURS, OURS_ON_TRITON, REFERENCE = "ours", "ours on Triton", "reference"
+
+ALL_OURS = (OURS, OURS_ON_TRITON)
+"""Implementations of this repository that are checked before they are timed and must not become slower."""
 
 LINEARS = "linear"
 """Family of the ops that are timed with the M of TOKENS."""
@@ -24,8 +33,17 @@ LINEARS = "linear"
 TRAIN_FAMILY = "train_step"
 """Family of the compounds that are a whole train step; it has no file of ops."""
 
-TOKENS = (1, 16, 64, 512, 4096)
-"""Activation rows M that a linear is timed at. One to 64 rows are what decoding has, 512 and 4096 what training has."""
+FEW_TOKENS = (1, 8, 16, 64)
+"""Activation rows M that decoding has."""
+
+TOKENS = (*FEW_TOKENS, 512, 4096)
+"""Activation rows M that a linear is timed at. 512 and 4096 are what training has."""
+
+LARGE_LINEAR: Shape = {"N": 16384, "K": 15360, "G": 12, "float_bytes": 2}
+"""A matrix so large that the time of `linear` with few rows is that of its bytes."""
+
+ON_BOTH_PATHS = ("linear", "update_step")
+"""Rows of ops that have CUDA C++ kernels, which are timed on Triton's kernels besides."""
 
 WIDTHS = ("3072", "7168")
 """Shapes of the table whose N and K the M above are combined with."""
@@ -97,7 +115,7 @@ def rows() -> Mapping[str, BenchRow]:
         BenchRow(
             name=row.name,
             family=row.family,
-            shapes=_with_tokens(row.shapes) if row.family == LINEARS else row.shapes,
+            shapes=_with_tokens(row) if row.family == LINEARS else row.shapes,
             bytes_min=row.bytes_min,
             ops_min=row.ops_min,
             capturable=row.capturable,
@@ -164,21 +182,25 @@ def families() -> tuple[str, ...]:
     return tuple(sorted(ranks, key=lambda family: (ranks[family], family)))
 
 
-def _with_tokens(shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
+def _with_tokens(row: OpRow) -> Mapping[str, Shape]:
     """Return a linear's shapes with the M of TOKENS at each width, those the table has under the table's names."""
-    found = dict(shapes)
-    for width in (width for width in WIDTHS if width in shapes):
+    found = dict(row.shapes)
+    for width in (width for width in WIDTHS if width in row.shapes):
         for tokens in TOKENS:
-            sizes = {**shapes[width], "M": tokens}
+            sizes = {**row.shapes[width], "M": tokens}
             if all(dict(other) != sizes for other in found.values()):
                 found[f"{width}_m{tokens}"] = sizes
+    if row.name == "linear":
+        name = f"{LARGE_LINEAR['N']}x{LARGE_LINEAR['K']}"
+        found |= {f"{name}_m{tokens}": {**LARGE_LINEAR, "M": tokens} for tokens in FEW_TOKENS}
     order = {name: (sizes["K"], sizes["M"]) for name, sizes in found.items()}
     return {name: found[name] for name in sorted(found, key=order.__getitem__)}
 
 
 def implementations(row: BenchRow) -> tuple[str, ...]:
     """Return the names of what is timed for a row: ours, the peers, the reference."""
-    return (OURS, *(peer.name for peer in peers_of(row.name)), REFERENCE)
+    on_triton = (OURS_ON_TRITON,) if row.name in ON_BOTH_PATHS else ()
+    return (OURS, *on_triton, *(peer.name for peer in peers_of(row.name)), REFERENCE)
 
 
 @cache
@@ -200,6 +222,13 @@ def interpreted() -> bool:
     return not machine.on_gpu() and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def on_one_path() -> bool:
+    """Whether ours has no CUDA C++ kernels here, because they cannot be had or ARB_PATH is triton."""
+    if not machine.on_gpu() or settings.path() == "triton":
+        return True
+    return paths.why_not(torch.device("cuda")) is not None
+
+
 def why_left_out(case: Case) -> str | None:
     """Return why a case does not run on this machine, or None if it does."""
     sizes = case.sizes
@@ -210,8 +239,13 @@ def why_left_out(case: Case) -> str | None:
             return "Triton kernels need CUDA"
         if case.implementation == OURS and case.row.family == TRAIN_FAMILY:
             return "a train step takes minutes in Triton's interpreter"
+    if case.implementation == OURS_ON_TRITON and on_one_path():
+        return "ours runs on Triton's kernels alone"
+    peer = next((peer for peer in peers_of(case.row.name) if peer.name == case.implementation), None)
+    if peer is not None and peer.needs and not (machine.on_gpu() and find_spec(peer.needs)):
+        return f"{peer.needs} is not installed, or there is no GPU"
     large = sizes.get("N", 0) * sizes.get("K", 0) > REFERENCE_MAX_WEIGHTS
-    if case.implementation == REFERENCE and case.row.family == "update" and large:
+    if case.implementation == REFERENCE and case.row.family in ("update", LINEARS) and large:
         return (
             f"the reference's int64 temporaries are too large for more than {REFERENCE_MAX_WEIGHTS:,} weights"
         )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arbitor.optimized import settings
 from arbitor.reference import ops as reference_ops
 from bench import cases
 from bench.cases import BenchRow, Case
@@ -34,10 +35,18 @@ def small(row: BenchRow, sizes: Sizes) -> Sizes:
     left: tiles have their full width, the last is ragged, sums are split, a program takes more than one tile.
     """
     tiny = row.shapes.get("tiny", sizes)
-    most = {**tiny, **MOST.get(row.family, {})}
-    if "M" in sizes:
-        most["M"] = max(MAX_TOKENS, most["M"])
-    return {name: size if name in KEPT else min(size, most[name]) for name, size in sizes.items()}
+    most: dict[str, int | tuple[int, ...]] = {**tiny, **MOST.get(row.family, {})}
+    tokens = most.get("M")
+    if isinstance(tokens, int):
+        most["M"] = max(MAX_TOKENS, tokens)
+    return {name: size if name in KEPT else _checked(size, most[name]) for name, size in sizes.items()}
+
+
+def _checked(size: int, most: int | tuple[int, ...]) -> int:
+    """Return the size of a check for the size that is timed."""
+    if isinstance(most, int):
+        return min(size, most)
+    return max((reached for reached in most if reached <= size), default=size)
 
 
 def called_with(case: Case, op: str) -> Sizes:
@@ -52,11 +61,11 @@ def called_with(case: Case, op: str) -> Sizes:
 
 
 class Gate:
-    """Checks each op once for each size that it is checked at, and remembers the verdict."""
+    """Checks each op once for each path and for each size that it is checked at, and remembers the verdict."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.verdicts: dict[tuple[str, tuple[tuple[str, int], ...]], str | None] = {}
+        self.verdicts: dict[tuple[str, str | None, tuple[tuple[str, int], ...]], str | None] = {}
 
     def ours(self, op: str, sizes: Sizes) -> None:
         """Raise Red unless our op agrees with the reference, in the way that its row of the table says.
@@ -66,7 +75,7 @@ class Gate:
         """
         row = cases.rows()[op]
         checked = small(row, sizes)
-        key = (op, tuple(sorted(checked.items())))
+        key = (op, settings.path(), tuple(sorted(checked.items())))
         if key not in self.verdicts:
             self.verdicts[key] = self._compare(op, checked)
         if self.verdicts[key] is not None:

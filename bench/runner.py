@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,7 @@ from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import NUM_BYTES
 from arbitor.reference.types import TernaryWeight
 from bench import cases, gate, machine, regression, rooflines, timing, train_step
-from bench.cases import OURS, REFERENCE, TRAIN_FAMILY, Case
+from bench.cases import ALL_OURS, OURS, OURS_ON_TRITON, REFERENCE, TRAIN_FAMILY, Case
 from bench.inputs import CLOCK, INPUTS, RATE, Arguments, Maker
 from bench.peers import Peer, peers_of
 
@@ -82,7 +83,7 @@ def measure(benchmark: Any, session: Session, case_id: str) -> None:
     # A result is known by its case, in whichever file and function the case ran.
     benchmark.name = benchmark.fullname = case.id
     try:
-        with session.timer.current():
+        with session.timer.current(), on_path_of(case):
             _measure(benchmark, session, case)
     except gate.Red as red:
         pytest.fail(f"no number: {red}", pytrace=False)
@@ -90,18 +91,27 @@ def measure(benchmark: Any, session: Session, case_id: str) -> None:
         session.timer.free()
 
 
+@contextmanager
+def on_path_of(case: Case) -> Iterator[None]:
+    """Keep ops to Triton's kernels within the block, for a case that says so."""
+    with pytest.MonkeyPatch.context() as patch:
+        if case.implementation == OURS_ON_TRITON:
+            patch.setenv("ARB_PATH", "triton")
+        yield
+
+
 def _measure(benchmark: Any, session: Session, case: Case) -> None:
     peer = next((peer for peer in peers_of(case.row.name) if peer.name == case.implementation), None)
-    if case.implementation == OURS:
+    if case.implementation in ALL_OURS:
         for op in case.row.gates():
             session.gate.ours(op, gate.called_with(case, op))
     elif peer is not None:
         session.gate.peer(case.row.name, peer, case.sizes)
     _refuse_without_memory(session, case)
     call = _call(session, case, peer)
-    capturable = case.row.capturable and (peer.capturable if peer else case.implementation == OURS)
+    capturable = case.row.capturable and (peer.capturable if peer else case.implementation in ALL_OURS)
     share = REFERENCE_SHARE if case.implementation == REFERENCE or not machine.on_gpu() else 1.0
-    if cases.interpreted() and case.implementation == OURS:
+    if cases.interpreted() and case.implementation in ALL_OURS:
         # That the code runs is all there is to learn.
         share = 0.0
     timed = _time(benchmark, session.timer, call, capturable=capturable, share=share)
@@ -116,7 +126,7 @@ def _measure(benchmark: Any, session: Session, case: Case) -> None:
         "sizes": dict(case.sizes),
         "implementation": case.implementation,
         "note": (peer.note if peer else cases.NOTES.get(case.row.name, "")) or None,
-        "gate": "passed" if case.implementation == OURS or (peer and peer.checked) else None,
+        "gate": "passed" if case.implementation in ALL_OURS or (peer and peer.checked) else None,
         "recorded_passes": _replays_passes(case),
         **info,
         **_against_ceilings(session.ceilings, case, peer, info["p50_us"]),
@@ -143,7 +153,7 @@ def _refuse_without_memory(session: Session, case: Case) -> None:
     """Skip a case whose inputs and results alone don't fit."""
     if session.timer.device.type != "cuda" or case.row.family != "update":
         return
-    bytes_per_weight = 20 if case.implementation not in (OURS, REFERENCE) else 8
+    bytes_per_weight = 20 if case.implementation not in (*ALL_OURS, REFERENCE) else 8
     need = bytes_per_weight * case.sizes["N"] * case.sizes["K"] + MEMORY_RESERVE
     free = torch.cuda.mem_get_info()[0]
     if need > free:
@@ -161,7 +171,7 @@ def _call(session: Session, case: Case, peer: Peer | None) -> Callable[[], Any]:
     if peer is not None:
         return peer.build(arguments, case.sizes)
     ops = op_set(case.implementation)
-    if case.implementation == OURS and name != "from_spec":
+    if case.implementation in ALL_OURS and name != "from_spec":
         arguments = _in_device_layout(ops, arguments)
     args, kwargs = arguments
     op = getattr(ops, name)

@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 
+from arbitor.optimized import settings
+from arbitor.optimized.ops import paths
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.op_table import FAMILIES, OP_TABLE
 from arbitor.reference.ops.packing import trits_of
 from bench import cases, gate, inputs, machine, regression, report, rooflines, runner, timing
 from bench.conftest import reason_of
 from bench.peers import peers_of
+from conformance import cuda_calls
 
 CEILINGS = rooflines.Ceilings(copy_gbps=4000.0, matmul_tflops=800.0, overhead_us=2.0)
 
@@ -109,7 +112,41 @@ def test_every_stored_result_is_of_a_case() -> None:
 def test_linears_are_timed_at_every_width_and_number_of_tokens() -> None:
     for op in ("linear", "linear_input_grad", "linear_weight_grad"):
         found = {(s["M"], s["N"], s["K"]) for s in cases.rows()[op].shapes.values()}
-        assert {(m, n, n) for m in (1, 16, 64, 512, 4096) for n in (3072, 7168)} <= found
+        assert {(m, n, n) for m in (1, 8, 16, 64, 512, 4096) for n in (3072, 7168)} <= found
+    found = {(s["M"], s["N"], s["K"]) for s in cases.rows()["linear"].shapes.values()}
+    assert {(m, 16384, 15360) for m in (1, 8, 16, 64)} <= found
+
+
+def test_what_has_cuda_kernels_is_timed_on_triton_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_triton = [case for case in cases.all_cases().values() if case.implementation == cases.OURS_ON_TRITON]
+    timed = {op for case in on_triton for op in case.row.gates()}
+    assert timed == {op for op, _ in cuda_calls.calls()}
+    monkeypatch.delenv("ARB_PATH", raising=False)
+    for case in (on_triton[0], cases.all_cases()["linear-7168_m16-ours"]):
+        with runner.on_path_of(case):
+            assert settings.path() == ("triton" if case is on_triton[0] else None)
+        assert settings.path() is None
+    monkeypatch.setattr(machine, "on_gpu", lambda: True)
+    monkeypatch.setattr(paths, "why_not", lambda device: None)
+    assert cases.why_left_out(on_triton[0]) is None
+    monkeypatch.setattr(paths, "why_not", lambda device: "cuda-core is missing")
+    assert cases.why_left_out(on_triton[0]) == "ours runs on Triton's kernels alone"
+    monkeypatch.setattr(paths, "why_not", lambda device: None)
+    monkeypatch.setenv("ARB_PATH", "triton")
+    assert cases.why_left_out(on_triton[0]) == "ours runs on Triton's kernels alone"
+
+
+def test_an_op_is_checked_on_each_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[str | None] = []
+    checks = gate.Gate(torch.device("cpu"))
+    monkeypatch.setattr(checks, "_compare", lambda op, sizes: compared.append(settings.path()))
+    monkeypatch.delenv("ARB_PATH", raising=False)
+    sizes = OP_TABLE["linear"].shapes["tiny"]
+    for path in (None, None, "triton", "triton"):
+        if path is not None:
+            monkeypatch.setenv("ARB_PATH", path)
+        checks.ours("linear", sizes)
+    assert compared == [None, "triton"]
 
 
 def test_what_is_left_out_is_counted() -> None:
@@ -253,7 +290,7 @@ def test_a_wrong_op_gets_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_gates_keep_what_chooses_a_kernel() -> None:
     linear, conv = cases.all_cases()["linear-7168_m16-ours"], cases.all_cases()["conv1d-7168-ours"]
-    kept = {"M": 16, "N": 256, "K": 2304, "G": 12, "float_bytes": 2}
+    kept = {"M": 16, "N": 4816, "K": 2304, "G": 12, "float_bytes": 2}
     assert {**gate.small(linear.row, linear.sizes)} == kept
     assert gate.small(conv.row, conv.sizes)["stride"] == 2 and gate.small(conv.row, conv.sizes)["N"] == 64
 

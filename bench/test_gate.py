@@ -101,8 +101,9 @@ def adding(s: Sizes) -> Any:
 def multiplied(s: Sizes, *, transposed: bool = False) -> Any:
     if s["M"] > linear_ops.FEW_ROWS or s["float_bytes"] == 4:
         return tile(s["K"], scale.BLOCK_COLUMNS)
-    few_rows = not transposed and s["M"] <= cuda_product.FEW
-    block = cuda_product.block_of(-(-s["N"] // cuda_product.OUTPUTS), s["M"]) if few_rows else None
+    tiles = -(-s["N"] // cuda_product.OUTPUTS)
+    most = cuda_product.MOST if tiles >= cuda_product.MANY else cuda_product.FEW
+    block = cuda_product.block_of(tiles, s["M"]) if not transposed and s["M"] <= most else None
     return block, product(s, s["M"], 1, transposed=transposed)
 
 

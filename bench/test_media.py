@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from arbitor.optimized.training import media_speech
+from arbitor.sidecars import read_audio
 from bench.media import __main__ as demo
 from bench.media.render import SLOTS, TEMPLATES, render, slot_bits, values_of
 
@@ -57,6 +59,7 @@ def test_the_demonstration_is_a_run_that_says_what_it_missed(
 ) -> None:
     """One step teaches nothing: every figure is there, and the status says that goals are missed."""
     arguments = ["--run", str(tmp_path / "run"), "--steps", "1", "--count", "12", "--batch", "2"]
+    monkeypatch.setattr(media_speech, "CODEC_STEPS", 1)
     assert demo.main(arguments) == 1
     figures = json.loads((tmp_path / "run" / "media.json").read_text())["figures"]
     assert [figure["name"].partition(":")[0] for figure in figures] == [
@@ -64,9 +67,12 @@ def test_the_demonstration_is_a_run_that_says_what_it_missed(
         "image",
         "audio",
         "audio",
-        "video",
+        *["video"] * 4,
+        "speech",
         "router",
     ]
     assert not all(figure["reached"] for figure in figures)
     assert (tmp_path / "run" / "media.png").stat().st_size > 1000
+    sound = read_audio(tmp_path / "run" / "media.wav")
+    assert len(sound) == 16_000 and sound.abs().max() > 0
     assert "image: slots right" in capsys.readouterr().out

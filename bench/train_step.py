@@ -116,7 +116,7 @@ def graph_step(config: ArbConfig, ops: ModuleType, ids_BT: Tensor, *, record: bo
     def step() -> bool:
         if passes.take(ids_BT, rate=RATE, step=next(taken)) is None:
             return False
-        model.step()
+        passes.step()
         return True
 
     return step

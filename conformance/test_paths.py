@@ -19,6 +19,7 @@ from arbitor.optimized.cuda import update as cuda_update
 from arbitor.optimized.cuda.compiler import Kernel
 from arbitor.optimized.layouts import DeviceWeight, words_per_row
 from arbitor.optimized.ops import paths
+from arbitor.optimized.training import whole_file
 from arbitor.reference.constants import GROUP_SIZES, groups_per_row
 from arbitor.reference.types import TernaryWeight
 from conformance import cuda_calls
@@ -166,6 +167,26 @@ def test_a_cache_that_cannot_be_written_costs_time_alone(
         codes = {compiler.machine_code(kernel, "sm_90") for _ in range(3)}
     assert codes == {f"{kernel} for sm_90".encode()} and len(compiled) == 3
     assert len({str(warning.message) for warning in said}) == len(said) <= 2
+
+
+def test_processes_that_compile_one_kernel_at_once_do_not_disturb_each_other(
+    compiled: list[tuple[Kernel, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Another process keeps the kernel when this one has written its file and not put it in place yet."""
+    kernel, real, codes = Kernel.of("step", "step_trits", CARRY=0), whole_file.rename, list[bytes]()
+
+    def rename(source: Path, target: Path) -> None:
+        monkeypatch.setattr(whole_file, "rename", real)
+        codes.append(compiler.machine_code(kernel, "sm_90"))
+        real(source, target)
+
+    monkeypatch.setattr(whole_file, "rename", rename)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        codes += [compiler.machine_code(kernel, "sm_90") for _ in range(2)]
+    assert len(compiled) == 2 and len(set(codes)) == 1 and len(codes) == 3
+    [kept] = (tmp_path / "cache").iterdir()
+    assert kept.read_bytes() == codes[0]
 
 
 def device_weight(num_rows: int, num_columns: int, group_size: int = 12) -> DeviceWeight:

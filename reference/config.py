@@ -410,6 +410,9 @@ DINOv2-small and Moonshine-base, and the codes of REFACTOR11."""
 VIDEO_LATENT = 16_384
 """Numbers of a video latent where the video head is switched on and the preset names no number: [16, 1, 32, 32] (REFACTOR9)."""
 
+TALKER_TOKENS = 289
+"""Tokens of the talker head where it is switched on and the preset names no number: the codes of the audio encoder (REFACTOR9)."""
+
 ROUTER_SHARE = 4
 """Width of the model over the width inside of its router, where the video head brings a router along (REFACTOR14)."""
 
@@ -438,6 +441,7 @@ def with_modules(
     image: bool = False,
     audio: bool = False,
     video: bool = False,
+    speech: bool = False,
 ) -> ArbConfig:
     """Return a configuration with modules switched off, or memory and media on (REFACTOR12's options of the trainer).
 
@@ -449,6 +453,7 @@ def with_modules(
         max_moe_iters: most turns of the last layer's loop; None leaves it as it is.
         image, audio:  True lets the model read features of pictures, or of sounds.
         video:         True gives the model a video head, and a router to choose it.
+        speech:        True gives the model a talker head, and a router to choose it.
 
     The fields that only a left-out module reads return to rest (`with_fields`).
     Raises ValueError for memory without codes, turns without experts, or turns out of range.
@@ -471,6 +476,9 @@ def with_modules(
             changes |= {name: getattr(config, name) or features[name] for name in names}
     if video:
         changes["video_latent"] = config.video_latent or VIDEO_LATENT
+    if speech:
+        changes["talker_tokens"] = config.talker_tokens or TALKER_TOKENS
+    if video or speech:
         changes["router_inner"] = config.router_inner or max(1, config.width // ROUTER_SHARE)
     return with_fields(config, **changes)
 

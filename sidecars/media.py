@@ -1,4 +1,4 @@
-"""Files of pictures, sound and video, decoded to tensors by Pillow and PyAV.
+"""Files of pictures, sound and video, decoded to tensors by Pillow and PyAV, and written from tensors.
 
 Legend: H and W sides of a picture, T samples or frames.
 """
@@ -6,6 +6,7 @@ Legend: H and W sides of a picture, T samples or frames.
 from __future__ import annotations
 
 import warnings
+import wave
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arbitor.reference import checks
 from arbitor.sidecars.audio import SAMPLE_RATE
 from arbitor.sidecars.libraries import library
 from arbitor.sidecars.sidecar import SidecarError
@@ -27,6 +29,9 @@ MAX_SECONDS = 3600
 
 MAX_FRAMES = 4096
 """Most frames of a video that are read unless said otherwise."""
+
+FRAMES_PER_SECOND = 10
+"""Frames a second of videos that are written unless said otherwise."""
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -152,3 +157,70 @@ def _decoding(path: str | Path) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise SidecarError(f"{str(path)!r} cannot be decoded ({type(error).__name__}: {reason})") from error
+
+
+def write_image(path: str | Path, image: Tensor) -> None:
+    """Write a picture uint8 [3, H, W] as PNG.
+
+    Raises TypeError or ValueError for another picture, SidecarError where the file cannot be written.
+    """
+    _check_frames("image", image, 3)
+    pil = library("PIL.Image")
+    with _writing(path):
+        pil.fromarray(image.movedim(0, 2).cpu().contiguous().numpy()).save(str(path), format="PNG")
+
+
+def write_video(path: str | Path, frames: Tensor, *, frames_per_second: int = FRAMES_PER_SECOND) -> None:
+    """Write frames uint8 [T, 3, H, W] with even sides as MP4.
+
+    Raises TypeError or ValueError for other frames, SidecarError where the file cannot be written.
+    """
+    _check_frames("frames", frames, 4)
+    if frames.shape[-1] % 2 or frames.shape[-2] % 2:
+        raise ValueError(
+            f"frames has shape {tuple(frames.shape)}, but must have even sides, as the colours of MP4 have half of them"
+        )
+    av = library("av")
+    with _writing(path), av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=frames_per_second)
+        stream.width, stream.height, stream.pix_fmt = frames.shape[3], frames.shape[2], "yuv420p"
+        for frame in frames.movedim(1, 3).cpu().contiguous().numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def write_audio(path: str | Path, clip: Tensor) -> None:
+    """Write a sound float [T] at 16 kHz in [-1, 1] as WAV, mono, 16 bits.
+
+    Raises TypeError or ValueError for another sound, SidecarError where the file cannot be written.
+    """
+    checks.dtype_in("clip", clip, (torch.float32,))
+    # A NaN fails the comparison too.
+    if clip.ndim != 1 or len(clip) == 0 or not bool(clip.abs().max() <= 1):
+        raise ValueError(f"clip has shape {tuple(clip.shape)}, but must be [samples], all of them in [-1, 1]")
+    samples = (clip.cpu() * 32767).round().to(torch.int16)
+    with _writing(path), Path(path).open("wb") as binary, wave.open(binary, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLE_RATE)
+        file.writeframes(samples.numpy().astype("<i2").tobytes())
+
+
+def _check_frames(name: str, pixels: Tensor, dims: int) -> None:
+    """Refuse what is no uint8 [..., 3, H, W] with so many dimensions."""
+    checks.dtype_in(name, pixels, (torch.uint8,))
+    if pixels.ndim != dims or pixels.shape[-3] != 3 or 0 in pixels.shape:
+        wanted = "[3, height, width]" if dims == 3 else "[frames, 3, height, width]"
+        raise ValueError(f"{name} has shape {tuple(pixels.shape)}, but must be {wanted}")
+
+
+@contextmanager
+def _writing(path: str | Path) -> Iterator[None]:
+    """Turn an error of writing into a SidecarError that names the file."""
+    try:
+        yield
+    except (SidecarError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SidecarError(f"{str(path)!r} cannot be written ({type(error).__name__}: {reason})") from error

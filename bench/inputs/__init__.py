@@ -26,8 +26,11 @@ FAMILIES: Mapping[str, Mapping[str, Inputs]] = {
 INPUTS: Mapping[str, Inputs] = {op: make for family in FAMILIES.values() for op, make in family.items()}
 """What makes the arguments of an op, by the op's name."""
 
-MOST: Mapping[str, Sizes] = {name: getattr(_MODULES[name], "MOST", {}) for name in FAMILIES}
-"""Largest sizes of a check by family, where those of the tiny shape would not do."""
+MOST: Mapping[str, Mapping[str, int | tuple[int, ...]]] = {
+    name: getattr(_MODULES[name], "MOST", {}) for name in FAMILIES
+}
+"""Largest sizes of a check by family, where those of the tiny shape would not do. Of several numbers, in ascending order, a size is
+checked at the largest one that it reaches: each of them takes another path."""
 
 
 def faults(

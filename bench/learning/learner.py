@@ -17,6 +17,7 @@ from torch import Tensor
 
 from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training.data import Corpus, Split, training_batch
+from arbitor.optimized.training.recording import in_branches
 from arbitor.optimized.training.schedule import rate
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import ArbModel, GraphContext
@@ -129,7 +130,8 @@ class Learner:
     def _record(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        branches = in_branches(self.model.voting) if self.rule.kind == "integer" else nullcontext()
+        with branches, torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             loss = self._take(size)
         return graph, loss
 

@@ -31,6 +31,7 @@ class Peer:
         checked:    whether its output is compared with the op's; `note` says why where it is not.
         matched:    from its output and the op's, the two that must agree within the rounding of the peer's dtype.
         capturable: whether it may be recorded in a CUDA graph.
+        needs:      a package for CUDA that no other file of this repository needs, or nothing. Without it the peer is left out.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Peer:
     checked: bool = True
     matched: Callable[[Any, Any], tuple[Any, Any]] = lambda output, expected: (output, expected)
     capturable: bool = True
+    needs: str = ""
 
 
 def peers_of(op: str) -> tuple[Peer, ...]:
@@ -50,15 +52,16 @@ def peers_of(op: str) -> tuple[Peer, ...]:
 
 @cache
 def _all_peers() -> Mapping[str, tuple[Peer, ...]]:
-    """Return the peers by op, from every file of this folder; raise ValueError where two files have peers of one op."""
+    """Return the peers by op, from every file of this folder; raise ValueError where two peers of one op have one name."""
     found: dict[str, tuple[Peer, ...]] = {}
     for file in sorted(file.name for file in pkgutil.iter_modules(__path__)):
         for op, peers in import_module(f"{__name__}.{file}").PEERS.items():
-            if op in found:
+            found[op] = (*found.get(op, ()), *peers)
+            names = [peer.name for peer in found[op]]
+            if len(set(names)) < len(names):
                 raise ValueError(
-                    f"bench/peers/{file}.py has peers of {op}, but another file before it has some too"
+                    f"bench/peers/{file}.py has a peer of {op} with the name of another one: {names}"
                 )
-            found[op] = peers
     return MappingProxyType(found)
 
 

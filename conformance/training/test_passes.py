@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from arbitor.optimized.settings import values_vouched_for
+from arbitor.optimized.training.census import Census
 from arbitor.optimized.training.checkpoint import state_sha256
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import train
@@ -20,7 +23,9 @@ from arbitor.optimized.training.passes import Passes, RecordedPasses
 from arbitor.optimized.training.plan import decide, preset_config
 from arbitor.optimized.training.recording import LAUNCHED_FIRST, records
 from arbitor.optimized.training.runtime import Runtime
-from arbitor.reference.graph import ArbModel, TernaryEmbedding
+from arbitor.reference.config import ArbConfig
+from arbitor.reference.graph import ArbModel, TernaryEmbedding, TernaryModule, grouped, layers, voting
+from arbitor.reference.graph.voting import Note
 from conformance.compare import exact
 from conformance.graph import models
 from conformance.report import needs_cuda
@@ -66,12 +71,62 @@ class Launches:
         self.replay = run
 
 
-def step_without_a_trace(model: ArbModel) -> None:
-    """Step the weights and leave no note of it in the modules, as a replay runs no Python."""
+def without_graphs(monkeypatch: pytest.MonkeyPatch, replayed: list[str]) -> None:
+    """Let recorded passes and steps run on the CPU, on memory that every replay writes over, as the memory of CUDA graphs."""
+
+    voting_pass = voting.Pass
+
+    def record(passes: RecordedPasses) -> tuple[Any, Any]:
+        in_graphs = [note.on(torch.clone) for note in passes._notes]
+
+        def forward() -> None:
+            replayed.append("forward")
+            for note in in_graphs:
+                note.on(lambda tensor: tensor.fill_(POISON))
+            passes._forward()
+
+        def backward() -> None:
+            replayed.append("backward")
+            strayed, torn = passes.model.voting.strayed, passes.model.voting.torn
+            passes.model.voting.torn = False
+            with monkeypatch.context() as patch:
+                # A recording does not read its rate, which counts as above 0.
+                patch.setattr(voting, "Pass", lambda **given: voting_pass(**{**given, "moves": True}))
+                passes._backward()
+            # A replay runs no Python.
+            passes.model.voting.strayed, passes.model.voting.torn = strayed, torn
+            for note, new in zip(in_graphs, passes._notes, strict=True):
+                for old_tensor, tensor in zip(note.seen, new.seen, strict=True):
+                    if old_tensor is not None and tensor is not None:
+                        old_tensor.copy_(tensor)
+            passes._notes = in_graphs
+
+        return Launches(forward), Launches(backward)
+
+    def record_step(passes: RecordedPasses) -> Any:
+        in_graphs = list(passes._notes)
+
+        def step() -> None:
+            replayed.append("step")
+            step_without_a_trace(passes.model, in_graphs)
+
+        return Launches(step)
+
+    monkeypatch.setattr(RecordedPasses, "_record", record)
+    monkeypatch.setattr(RecordedPasses, "_record_step", record_step)
+
+
+def step_without_a_trace(model: ArbModel, notes: list[Note]) -> None:
+    """Step the weights as some notes say and leave no sign of it in the modules, as a replay runs no Python."""
     modules, version = model.ternary_modules().values(), model.voting.version
     kept = [
         (module, module.voted, module.steps, list(getattr(module, "used_rows", ()))) for module in modules
     ]
+    for module in modules:
+        module.forget_votes()
+    for note in notes:
+        if note.tell.__name__ == TernaryModule.note_vote.__name__:
+            note.tell(*note.seen)
     model.step_weights()
     for module, voted, steps, rows in kept:
         module.voted, module.steps = voted, steps
@@ -80,48 +135,176 @@ def step_without_a_trace(model: ArbModel) -> None:
     model.voting.version = version
 
 
-def test_passes_take_buffers_notes_and_refusals_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of a recorded pass but the graphs, on the CPU: its buffers, what it leaves, and losses that are not finite.
+POISON = -7
+"""What a replay leaves in memory that it uses otherwise."""
 
-    The first micro-batches are refused: nothing is recorded before a backward pass has run. Then whole steps, and parts of one.
-    """
-    records_at: list[int] = []
+FIRST_BYTES = {"accepted": 100, "refused": 200, "not a number": 201}
+"""First byte of the first window, by what becomes of a pass. Two kinds have a loss of NaN: one with gradients that are numbers."""
 
-    def record(passes: RecordedPasses) -> tuple[Any, Any]:
-        records_at.append(len(outcomes))
-        return Launches(passes._forward), Launches(passes._backward)
 
+def some_losses_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the loss be NaN by the first byte, inside of a graph as outside."""
     real = ArbModel.losses
 
     def losses(model: ArbModel, ids_BT: Tensor) -> dict[str, Tensor]:
-        found = real(model, ids_BT)
-        return {**found, "bytes": torch.where(ids_BT[0, 0] >= 200, math.nan, found["bytes"])}
+        found, first = real(model, ids_BT), ids_BT[0, 0]
+        nats = torch.where(first == FIRST_BYTES["refused"], math.nan, found["bytes"])
+        return {**found, "bytes": nats * torch.where(first == FIRST_BYTES["not a number"], math.nan, 1.0)}
 
     monkeypatch.setattr(ArbModel, "losses", losses)
-    monkeypatch.setattr(RecordedPasses, "_record", record)
-    lively = replace(models.WHOLE, theta=1, theta_e=1)
-    both = [kind(ArbModel(lively, seed=3)) for kind in (Passes, RecordedPasses)]
-    outcomes: list[list[float | None]] = []
-    for micro_step in range(16):
-        ids_BT = models.random_ids(3, 24, seed=micro_step)
-        ids_BT[0, 0] = 200 if micro_step in (0, 1, 5, 8, 9) else 100
-        outcomes.append([each.take(ids_BT, rate=models.RATE, step=micro_step) for each in both])
-        if micro_step % 2:
-            for each in both:
-                each.model.step()
-            for name, want in both[0].model.state().items():
-                exact(both[1].model.state()[name], want, name)
-    assert [launched for launched, _ in outcomes] == [replayed for _, replayed in outcomes]
-    assert [step for step, (nats, _) in enumerate(outcomes) if nats is None] == [0, 1, 5, 8, 9]
-    # Steps 2 and 3 were accepted.
-    assert records_at == [4]
-    start = ArbModel(lively, seed=3).tables()
-    assert sum(not torch.equal(start[name], table) for name, table in both[1].model.tables().items()) > 5
-    with pytest.raises(ValueError, match=r"ids_BT has shape \(1, 24\), but must have that of all passes"):
-        both[1].take(models.random_ids(1, 24), rate=models.RATE, step=16)
+
+
+STEPS = (
+    ["refused", "not a number"],
+    ["accepted"],
+    ["accepted", "refused"],
+    ["accepted"],
+    ["accepted", "refused"],
+    ["refused", "accepted"],
+    ["accepted", "not a number"],
+    ["not a number", "accepted"],
+    ["refused", "refused"],
+    ["accepted", "accepted"],
+    ["accepted", "validated"],
+    ["accepted", "at rate 0"],
+    ["accepted", "counted"],
+    ["accepted", "loaded", "launched"],
+    ["accepted", "launched"],
+    ["loaded"],
+    ["strayed", "accepted"],
+    ["accepted"],
+)
+"""What happens before each step: passes of recorded passes, and what else a user does. The first passes are launched,
+until two were accepted."""
+
+REPLAYED_PASSES = sum(event in FIRST_BYTES for events in STEPS[3:] for event in events) + 1
+"""Passes after the first two accepted ones. The pass that follows them is refused."""
+
+REPLAYED_STEPS = 7
+"""Steps of one replayed pass, whose notes still wait for the step, and whose rows nothing has written over."""
+
+
+def do(passes: Passes, what: str, micro_step: int) -> float | None:
+    """Do one thing of STEPS, and return the nats of a pass that was accepted."""
+    model = passes.model
+    ids_BT = models.random_ids(2, 16, seed=micro_step)
+    ids_BT[0, 0] = FIRST_BYTES.get(what, FIRST_BYTES["accepted"])
+    if what in FIRST_BYTES or what == "at rate 0":
+        rate = 0.0 if what == "at rate 0" else models.RATE
+        return passes.take(ids_BT, rate=rate, step=micro_step)
+    if what == "loaded":
+        model.load_state({name: value.clone() for name, value in model.state().items()})
+    elif what == "counted":
+        Census(model).before_step()
+    elif what == "validated":
+        with torch.no_grad():
+            return float(model.losses(ids_BT.to(model.voting.faults.device))["bytes"])
+    elif what == "strayed":
+        ids_BT = ids_BT.to(model.voting.faults.device)
+        model.objective(model.losses(ids_BT)).backward()  # type: ignore[no-untyped-call]
+    else:
+        ids_BT = ids_BT.to(model.voting.faults.device)
+        assert model.backward(model.losses(ids_BT), rate=models.RATE, step=micro_step)
+    return None
+
+
+def compared_with_launched(config: ArbConfig, **options: Any) -> tuple[RecordedPasses, list[list[str]]]:
+    """Take STEPS with passes that are launched and with recorded ones, and compare the two after each step, bit by bit.
+
+    Returns:
+        the recorded passes, and what became of each of STEPS.
+    """
+    launched, recorded = (kind(ArbModel(config, seed=3, **options)) for kind in (Passes, RecordedPasses))
+    outcomes: list[list[str]] = []
+    for step, events in enumerate(STEPS):
+        outcomes.append([])
+        for place, what in enumerate(events):
+            nats, again = (do(each, what, 4 * step + place) for each in (launched, recorded))
+            assert again == nats, (step, what)
+            outcomes[-1].append("nothing" if nats is None else "nats")
+        launched.step()
+        recorded.step()
+        assert state_sha256(recorded.model.state()) == state_sha256(launched.model.state()), (step, events)
+        assert int(recorded.model.voting.faults) == int(launched.model.voting.faults) == 0, (step, events)
+    assert recorded.model.embedding.table.steps == launched.model.embedding.table.steps
+    assert recorded.model.voting.version == launched.model.voting.version > len(STEPS)
+    return recorded, outcomes
+
+
+def interrupted() -> list[float]:
+    """Be interrupted while the host waits for the loss."""
+    raise KeyboardInterrupt
+
+
+LIVELY = replace(WHOLE, theta=1, theta_e=1)
+"""A model in which most counts are full at each step."""
+
+
+def test_recorded_passes_and_steps_are_those_that_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of recorded passes and steps but the graphs, on the CPU: buffers, notes, losses that are not finite.
+
+    The first micro-batches are refused: nothing is recorded before a backward pass has run.
+    """
+    replayed: list[str] = []
+    some_losses_are_not_finite(monkeypatch)
+    without_graphs(monkeypatch, replayed)
+    passes, outcomes = compared_with_launched(LIVELY)
+    assert [
+        event for events in STEPS for event in events if event in ("accepted", "at rate 0", "validated")
+    ] == [
+        event
+        for events, seen in zip(STEPS, outcomes, strict=True)
+        for event, outcome in zip(events, seen, strict=True)
+        if outcome == "nats"
+    ]
+    assert replayed.count("forward") == replayed.count("backward") == REPLAYED_PASSES
+    assert replayed.count("step") == REPLAYED_STEPS
+    start = ArbModel(LIVELY, seed=3).tables()
+    assert sum(not torch.equal(start[name], table) for name, table in passes.model.tables().items()) > 5
+    with pytest.raises(ValueError, match=r"ids_BT has shape \(1, 16\), but must have that of all passes"):
+        passes.take(models.random_ids(1, 16), rate=models.RATE, step=99)
     for wrong in ({"rate": 128.0}, {"step": -1}, {"step": 2**32}):
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))} is"):
-            both[1].take(models.random_ids(3, 24), **{"rate": 1.0, "step": 16, **wrong})
+            passes.take(models.random_ids(2, 16), **{"rate": 1.0, "step": 99, **wrong})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(passes._seen_2, "numbers", interrupted)
+        passes.take(models.random_ids(2, 16), rate=models.RATE, step=99)
+    # Votes were cast, and their notes were not left.
+    for again in (passes.step, lambda: passes.take(models.random_ids(2, 16), rate=models.RATE, step=100)):
+        with pytest.raises(RuntimeError, match="the model holds part of a pass or step that raised"):
+            again()
+
+
+def test_what_is_recorded_side_by_side_may_run_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stacks of gradients, the weights of a stack, and the steps of weights. Several uses of one weight stay in their order."""
+    for module in (layers, grouped):
+        # So that matrices of several shapes are made orthogonal.
+        monkeypatch.setattr(module, "MIN_ORTHOGONAL_RANK", 4)
+    in_turn, backwards = (ArbModel(LIVELY, seed=3) for _ in range(2))
+    most: list[int] = []
+
+    def last_first(pieces: Sequence[Callable[[], None]]) -> None:
+        most.append(len(pieces))
+        for piece in reversed(pieces):
+            piece()
+
+    backwards.voting.apart = last_first
+    for step in range(2):
+        ids_BT = models.random_ids(2, 16, seed=step)
+        for model in (in_turn, backwards):
+            # So strong that many counts saturate.
+            model.backward(model.losses(ids_BT), rate=100.0, step=step)
+        counts = [
+            {name: weight.trit_accum for name, weight in model.weights().items()}
+            for model in (in_turn, backwards)
+        ]
+        for name, want in counts[0].items():
+            exact(counts[1][name], want, name)
+        for model in (in_turn, backwards):
+            model.step()
+    stacks, of_stacks, steps = most[0], most[1 : 1 + most[0]], most[1 + most[0]]
+    assert stacks > 3 and max(of_stacks) > 1 and steps == len(in_turn.ternary_modules())
+    assert state_sha256(backwards.state()) == state_sha256(in_turn.state())
 
 
 def test_at_rate_zero_a_recorded_pass_moves_nothing() -> None:
@@ -131,7 +314,7 @@ def test_at_rate_zero_a_recorded_pass_moves_nothing() -> None:
     # None of them is recorded, as there is no GPU here.
     for step in range(LAUNCHED_FIRST + 2):
         assert passes.take(models.random_ids(3, 24), rate=0.0, step=step) is not None
-        passes.model.step()
+        passes.step()
     assert not models.changed_tensors(weights, passes.model)
     assert all(torch.equal(before[name], table) for name, table in passes.model.tables().items())
 
@@ -177,15 +360,16 @@ def options(text: Path, *, cuda_graph: bool, **changes: Any) -> TrainOptions:
     return replace(plain, **changes)
 
 
-def outcome(folder: Path, summary: dict[str, Any]) -> tuple[Any, ...]:
+def outcome(folder: Path | None, summary: dict[str, Any]) -> tuple[Any, ...]:
     """Return what does not depend on how passes were launched, nor on the clock."""
+    assert folder is not None
     clocks = {"seconds": 0, "tokens_per_second": 0}
     lines = [{**line, **clocks} for line in read_metrics(folder / "metrics.jsonl")]
     return lines, {**summary, "seconds": 0, "cuda_graph": None, "recorded_passes": None}
 
 
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """Return a list that grows by one with each graph that is replayed, two a pass."""
+    """Return a list that grows by one with each graph that is replayed: two a pass, and one a step that is not launched."""
     counted: list[None] = []
     real = torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (counted.append(None), real(graph))[1])
@@ -219,12 +403,17 @@ def test_recorded_passes_train_to_the_same_bits(
         variant(text, tmp_path, name, cuda_graph=False),
         variant(text, tmp_path, name, cuda_graph=True),
     )
-    replayed = replays(monkeypatch)
-    outcomes = [
-        outcome(asked.run, train(asked).summary) for asked in (first, second) if asked.run is not None
-    ]
-    assert len(replayed) == 2 * (9 * (second.accum or 1) - LAUNCHED_FIRST) + SAMPLED
-    assert outcomes[1] == outcomes[0]
+    replayed, steps, passes = replays(monkeypatch), 9, 9 * (second.accum or 1) - LAUNCHED_FIRST
+    launched = outcome(first.run, train(first).summary)
+    assert not replayed
+    assert outcome(second.run, train(second).summary) == launched
+    # The census of each step has had the notes delivered, so each step is launched.
+    assert len(replayed) == 2 * passes + SAMPLED
+    replayed.clear()
+    rarely = train(replace(second, run=tmp_path / "rarely", log_interval=steps)).summary
+    assert rarely["state_sha256"] == launched[1]["state_sha256"]
+    replayed_steps = 0 if second.accum else steps - LAUNCHED_FIRST - 1
+    assert len(replayed) == 2 * passes + replayed_steps + SAMPLED
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -246,8 +435,9 @@ def variant(text: Path, folder: Path, name: str, *, cuda_graph: bool) -> TrainOp
     return options(text, cuda_graph=cuda_graph, preset=str(preset), run=run, log_interval=1, **settings)
 
 
+@pytest.mark.parametrize("accum", [1, 2])
 def test_a_recorded_pass_whose_loss_is_not_finite_changes_nothing(
-    subject: Subject, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    subject: Subject, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accum: int
 ) -> None:
     """The loss is NaN for windows that begin in a certain way, inside of the graph as outside: some of them in most steps."""
     needs_cuda(subject, "recorded passes without a finite loss")
@@ -263,10 +453,25 @@ def test_a_recorded_pass_whose_loss_is_not_finite_changes_nothing(
     outcomes = []
     for cuda_graph in (False, True):
         folder = tmp_path / str(cuda_graph)
-        asked = options(text, cuda_graph=cuda_graph, run=folder, accum=2, steps=12)
+        asked = options(
+            text, cuda_graph=cuda_graph, run=folder, accum=accum, steps=24 // accum, log_interval=5
+        )
         outcomes.append(outcome(folder, train(asked).summary))
     assert 4 < outcomes[0][1]["skipped"] < 20
     assert outcomes[1] == outcomes[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_graphs_of_passes_and_steps_are_those_that_are_launched(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """As on the CPU, with CUDA graphs."""
+    needs_cuda(subject, f"graphs of passes and steps, {dtype}")
+    some_losses_are_not_finite(monkeypatch)
+    replayed = replays(monkeypatch)
+    with values_vouched_for():
+        compared_with_launched(LIVELY, ops=subject.ops, device=subject.device, dtype=dtype)
+    assert len(replayed) == 2 * REPLAYED_PASSES + REPLAYED_STEPS
 
 
 def test_a_recorded_run_that_was_killed_is_resumed_to_the_same_bits(
@@ -282,5 +487,7 @@ def test_a_recorded_run_that_was_killed_is_resumed_to_the_same_bits(
     replayed = replays(monkeypatch)
     resumed = train(TrainOptions(run=folder, resume=True)).summary
     # The last checkpoint is of step 6.
-    assert len(replayed) == 2 * (14 - 6 - LAUNCHED_FIRST) + SAMPLED
+    passes = 14 - 6 - LAUNCHED_FIRST
+    # Every second step is counted by the census, and launched.
+    assert len(replayed) == 2 * passes + passes // 2 + SAMPLED
     assert resumed["state_sha256"] == whole["state_sha256"]

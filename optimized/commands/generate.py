@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from arbitor.optimized.commands.media_prompt import media_of_files, media_options
+from arbitor.optimized.commands.media_prompt import asked_sidecars, media_of_files, media_options
 from arbitor.optimized.commands.parameters import (
     FilePath,
     Number,
@@ -29,6 +29,12 @@ from arbitor.optimized.training.shown import shown
 
 STDIN = "-"
 """How standard input is called where a file is expected."""
+
+SUFFIXES = {"video": (".png", ".mp4"), "audio": (".wav",)}
+"""How a file may end that an answer is written to, the usual end first. A .png has the first frame."""
+
+MOST_SECONDS = 60
+"""Longest sound that is said, in seconds."""
 
 MOST_PROMPT_BYTES = 2**28
 """Bytes of a prompt at most: standard input may never end."""
@@ -64,6 +70,24 @@ MOST_PROMPT_BYTES = 2**28
 @settings("device", "backend", "dtype")
 @setting("cuda_graph", help="Record a step once, then replay it: the same bytes, sooner")
 @media_options
+@click.option(
+    "--as",
+    "answer",
+    type=click.Choice(["text", "video", "audio"]),
+    help="What answers [what the router says].",
+)
+@click.option(
+    "--to",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="File of a picture (.png), video (.mp4) or sound (.wav) [answer.png or answer.wav].",
+)
+@click.option(
+    "--seconds",
+    type=Number(0, MOST_SECONDS, min_open=True),
+    default=1.0,
+    help="Length of a sound [1].",
+)
 @click.pass_context
 def generate(
     command: click.Context,
@@ -81,13 +105,30 @@ def generate(
     backend: str | None,
     dtype: str | None,
     cuda_graph: bool | None,
+    answer: str | None,
+    to: Path | None,
+    seconds: float,
+    sidecar: tuple[str, ...],
     **media: Any,
 ) -> None:
     """Continue a prompt with the best model of a run. Bytes come as they are drawn.
 
     A pipe gets them as they are, a terminal without control characters. Standard error says how fast it was. Media stand before the
     prompt. The text after them ends at the first line end.
+
+    Where the run learned from videos or speech, the router decides whether a text, a picture or a sound answers a prompt without
+    media. --as decides in its place. A picture or a sound is written to a file, whose name is printed.
     """
+    sources = asked_sidecars(sidecar)
+    if answer in ("text", "audio") and "video" in sources:
+        raise click.UsageError("--sidecar video=... was given, but does nothing with --as " + answer)
+    if answer == "text":
+        refuse_given(command, "to", "seconds", where="with --as text")
+    if answer in ("video", "audio"):
+        of_text = ("num_bytes", "temperature", "top_k", "top_p", "seed", "cuda_graph")
+        refuse_given(command, *of_text, where=f"with --as {answer}")
+    if answer == "video":
+        refuse_given(command, "seconds", where="with --as video")
     if prompt is not None and prompt_file is not None:
         raise click.UsageError(f"--prompt-file {prompt_file!r} was given with --prompt, but only one may be")
     if num_bytes == 0:
@@ -112,6 +153,13 @@ def generate(
         refuse_given(command, "context", where="without --prompt or --prompt-file")
     from arbitor.optimized.training.generate import stream_batch
     from arbitor.optimized.training.media import CAPTION_END
+    from arbitor.optimized.training.media_answer import (
+        chosen,
+        prompt_ids,
+        refuse_untaught,
+        write_audio_answer,
+        write_video_answer,
+    )
     from arbitor.optimized.training.model_folder import open_model, trained_context
     from arbitor.optimized.training.recording import records
     from arbitor.optimized.training.runtime import choose_runtime
@@ -120,7 +168,27 @@ def generate(
     record = records(cuda_graph, runtime)
     given = os.fsencode(prompt or "") if prompt_file is None else _prompt_of(prompt_file)
     with open_model(run, runtime, warn) as (model, checkpoint):
-        before = media_of_files(checkpoint.run, model.config, runtime.device, warn=warn, **media)
+        before = media_of_files(
+            checkpoint.run, model.config, runtime.device, sidecar=sources, warn=warn, **media
+        )
+        read = context or trained_context(checkpoint)
+        ids_1T = prompt_ids(given[-read:] if read else given, before, runtime.device)
+        answers = answer or chosen(model, checkpoint.run, ids_1T, before)
+        refuse_untaught(model, checkpoint.run, answers)
+        if answers != "text":
+            path = _file_of(answers, to)
+            if answers == "video":
+                source = sources.get("video") or checkpoint.run.get("video")
+                write_video_answer(model, ids_1T, before, path, source=source, device=runtime.device)
+            else:
+                folder = run if run.is_dir() else run.parent
+                write_audio_answer(
+                    model, ids_1T, before, path, folder=folder, seconds=seconds, runtime=runtime
+                )
+            click.echo(str(path))
+            return
+        if to is not None:
+            warn(f"the router answers with a text, so {str(to)!r} is not written")
         began = time.monotonic()
         pieces = stream_batch(
             model,
@@ -131,7 +199,7 @@ def generate(
             top_k=top_k,
             top_p=top_p,
             stop=[CAPTION_END] if before else (),
-            context=context or trained_context(checkpoint),
+            context=read,
             media=[before] if before else None,
             cuda_graph=record,
         )
@@ -145,11 +213,29 @@ def generate(
         write(b"", True)
         ended = time.monotonic()
     # The first byte comes with the reading of the prompt.
-    seconds, steps = ended - first, count - 1
-    if steps > 0 and seconds > 0:
+    spent, steps = ended - first, count - 1
+    if steps > 0 and spent > 0:
         warn(
-            f"{count:,} bytes in {ended - began:.2f} s: the first after {first - began:.2f} s, then {steps / seconds:,.1f} a second"
+            f"{count:,} bytes in {ended - began:.2f} s: the first after {first - began:.2f} s, then {steps / spent:,.1f} a second"
         )
+
+
+def _file_of(answers: str, to: Path | None) -> Path:
+    """Return the file that an answer is written to. One that nobody named must not exist.
+
+    Raises:
+        TrainingError: the file ends in another way than the answer, or exists although nobody named it.
+    """
+    from arbitor.optimized.training.errors import TrainingError
+
+    path = to or Path("answer" + SUFFIXES[answers][0])
+    if path.suffix.lower() not in SUFFIXES[answers]:
+        raise TrainingError(
+            f"the answer is of {answers}, but --to is {str(path)!r}: it must end in {' or '.join(SUFFIXES[answers])}"
+        )
+    if to is None and path.exists():
+        raise TrainingError(f"{str(path)!r} exists, and would be overwritten: name a file with --to")
+    return path
 
 
 def _writer() -> Callable[[bytes, bool], None]:

@@ -25,6 +25,9 @@ _MEDIA = {
 _SIDECARS = ("vision", "audio")
 """Sidecars that read media before a prompt."""
 
+_ALL_SIDECARS = (*_SIDECARS, "video")
+"""Those, and the autoencoder that decodes what the video head draws."""
+
 
 def media_options(command: _Command) -> _Command:
     """Give a command the options of media before its prompt: parameters `image`, `audio`, `video` and `sidecar`."""
@@ -32,7 +35,7 @@ def media_options(command: _Command) -> _Command:
         "--sidecar",
         multiple=True,
         metavar="KIND=SOURCE",
-        help="Encoder in place of the run's own: vision=..., audio=... [of the run].",
+        help="Sidecar in place of the run's own: vision=..., audio=..., video=... [of the run].",
     )(command)
     for name, text in reversed(_MEDIA.items()):
         command = click.option(
@@ -49,7 +52,7 @@ def media_of_files(
     image: Path | None,
     audio: Path | None,
     video: Path | None,
-    sidecar: Sequence[str],
+    sidecar: Mapping[str, str],
     warn: Callable[[str], None],
 ) -> Features | None:
     """Return the features of the media that were given, or None without media.
@@ -59,18 +62,18 @@ def media_of_files(
         config: of the model.
         device: where the sidecars run.
         image, audio, video: files, or None. Of a video some frames are read as pictures.
-        sidecar: sources of sidecars in place of the run's own, as KIND=SOURCE.
+        sidecar: sources of sidecars by kind, in place of the run's own.
         warn: is told a sentence where a sidecar is not the one that the run was trained with.
 
     Raises:
-        click.UsageError: a sidecar without its medium, or no KIND=SOURCE.
+        click.UsageError: a sidecar without its medium.
         SidecarError: a file cannot be decoded, or a sidecar is not named or cannot be loaded.
         ValueError: media that the model was not built for.
     """
     from arbitor.optimized.training.media import encoders_of, media_features
     from arbitor.sidecars import read_audio, read_image, read_video
 
-    asked = _asked(sidecar)
+    asked = {kind: source for kind, source in sidecar.items() if kind in _SIDECARS}
     needed = {kind for kind, files in (("vision", (image, video)), ("audio", (audio,))) if any(files)}
     for kind in asked.keys() - needed:
         media = "--image or --video" if kind == "vision" else "--audio"
@@ -95,14 +98,18 @@ def media_of_files(
     return made
 
 
-def _asked(sidecar: Sequence[str]) -> dict[str, str]:
-    """Return the sources of sidecars by kind."""
+def asked_sidecars(sidecar: Sequence[str]) -> dict[str, str]:
+    """Return the sources of sidecars by kind.
+
+    Raises:
+        click.UsageError: a text is no KIND=SOURCE, or names a kind twice.
+    """
     found: dict[str, str] = {}
     for text in sidecar:
         kind, _, source = text.partition("=")
-        if kind not in _SIDECARS or not source or kind in found:
+        if kind not in _ALL_SIDECARS or not source or kind in found:
             raise click.UsageError(
-                f"--sidecar is {text!r}, but must be KIND=SOURCE with {' or '.join(_SIDECARS)} as its kind, once each"
+                f"--sidecar is {text!r}, but must be KIND=SOURCE with {' or '.join(_ALL_SIDECARS)} as its kind, once each"
             )
         found[kind] = source
     return found

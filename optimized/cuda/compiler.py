@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import os
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +82,10 @@ def machine_code(kernel: Kernel, architecture: str) -> bytes:
     code = _compile(text, kernel, architecture)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, code)
+        # Other processes may keep the same kernel now. Each writes it in a folder of its own and puts it in place whole.
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as own:
+            write_whole(Path(own) / path.name, code)
+            os.replace(Path(own) / path.name, path)
     except OSError as error:
         _not_kept(path.parent, error)
     return code

@@ -26,6 +26,10 @@ constexpr int LEVELS = CHUNK / GROUP_SIZE;
 constexpr int LEVEL_WORDS = (LEVELS + 3) / 4;
 constexpr int STEP = 4 * CHUNK;
 constexpr int THREADS = 32 * TILES * SPLITS;
+// Pieces of x that a thread reads before it writes one, and those that it reads while it multiplies the phase before. A
+// multiprocessor with one block has registers for them, and no other block to work for while they are on their way.
+constexpr int AT_ONCE = 4;
+constexpr int AHEAD = BLOCKS == 1 ? 2 : 0;
 
 // The words and levels of a thread's chunk, for the outputs g and g + 8.
 struct Chunk {
@@ -125,15 +129,39 @@ __device__ __forceinline__ unsigned half_scales(const unsigned (&levels)[LEVEL_W
 // write at the same time out of each other's banks.
 __device__ __forceinline__ int pieces_of(int num_rows) { return 2 * num_rows + 1; }
 
-// Lay out `blocks` times sixteen columns of x as the pairs l and l + 8, from the column `begin` on. Past the last column x is 0.
-__device__ __forceinline__ void lay_out(uint4* pairs, const unsigned short* __restrict__ x, int begin, int blocks, int num_rows,
-                                        int num_inputs) {
-    for (int row = 0; row < num_rows; row++, x += num_inputs) {
-        for (int block = threadIdx.x; block < blocks; block += THREADS) {
-            const int column = begin + 16 * block;
-            uint4 low = make_uint4(0, 0, 0, 0), high = low;
-            if (column < num_inputs) low = __ldg(reinterpret_cast<const uint4*>(x + column));
-            if (column + 8 < num_inputs) high = __ldg(reinterpret_cast<const uint4*>(x + column) + 1);
+// Pieces of x on their way from global to shared memory: sixteen columns of a row each.
+template <int COUNT>
+struct Pieces {
+    uint4 low[COUNT], high[COUNT];
+};
+
+// What a phase reads of x: `blocks` times sixteen columns of each row, from the column `begin` on. Past the last column x is 0.
+// Neighbouring threads take neighbouring blocks of a row, so that they write to different banks.
+struct Phase {
+    const unsigned short* x;
+    int begin, blocks, num_rows, num_inputs;
+
+    // Read the pieces `first`, `first` + THREADS, ... All of them are on their way at once.
+    template <int COUNT>
+    __device__ __forceinline__ void read(Pieces<COUNT>& pieces, int first) const {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            const int place = first + i * THREADS, row = place / blocks, column = begin + 16 * (place - row * blocks);
+            const uint4* from = reinterpret_cast<const uint4*>(x + static_cast<long long>(row) * num_inputs + column);
+            pieces.low[i] = pieces.high[i] = make_uint4(0, 0, 0, 0);
+            if (row < num_rows && column < num_inputs) pieces.low[i] = __ldg(from);
+            if (row < num_rows && column + 8 < num_inputs) pieces.high[i] = __ldg(from + 1);
+        }
+    }
+
+    // Write the pieces that were read from `first` on as the pairs l and l + 8.
+    template <int COUNT>
+    __device__ __forceinline__ void write(uint4* pairs, const Pieces<COUNT>& pieces, int first) const {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            const int place = first + i * THREADS, row = place / blocks, block = place - row * blocks;
+            if (row >= num_rows) break;
+            const uint4 low = pieces.low[i], high = pieces.high[i];
             uint4* to = pairs + block * pieces_of(num_rows) + row;
             to[0] = make_uint4(__byte_perm(low.x, high.x, 0x5410), __byte_perm(low.x, high.x, 0x7632),
                                __byte_perm(low.y, high.y, 0x5410), __byte_perm(low.y, high.y, 0x7632));
@@ -141,7 +169,16 @@ __device__ __forceinline__ void lay_out(uint4* pairs, const unsigned short* __re
                                       __byte_perm(low.w, high.w, 0x5410), __byte_perm(low.w, high.w, 0x7632));
         }
     }
-}
+
+    // Read and write the pieces from `first` on.
+    __device__ __forceinline__ void lay_out(uint4* pairs, int first) const {
+        for (; first < num_rows * blocks; first += AT_ONCE * THREADS) {
+            Pieces<AT_ONCE> pieces;
+            read(pieces, first);
+            write(pairs, pieces, first);
+        }
+    }
+};
 
 // Add the products of a chunk to the sums. `pairs` are those of x from the first column of the chunk on, for the row of a thread.
 __device__ __forceinline__ void multiply_chunk(float (&sums)[ROW_TILES][4], Chunk& chunk, const uint4* const (&pairs)[ROW_TILES],
@@ -214,11 +251,21 @@ few_rows_product(const unsigned short* __restrict__ x, const unsigned* __restric
     Chunk next;
     int step = split;
     if (step < steps) read(next, step);
+    const auto phase_from = [&](int begin) {
+        return Phase{x, begin * STEP, (min(begin + phase_steps, steps) - begin) * (STEP / 16), num_rows, num_inputs};
+    };
+    Pieces<AHEAD ? AHEAD : 1> ahead;
+    if constexpr (AHEAD) phase_from(0).read(ahead, threadIdx.x);
     for (int begin = 0; begin < steps; begin += phase_steps) {
         const int end = min(begin + phase_steps, steps);
+        const Phase phase = phase_from(begin);
         if (begin) __syncthreads();
-        lay_out(shared, x, begin * STEP, (end - begin) * (STEP / 16), num_rows, num_inputs);
+        if constexpr (AHEAD) phase.write(shared, ahead, threadIdx.x);
+        phase.lay_out(shared, threadIdx.x + AHEAD * THREADS);
         __syncthreads();
+        if constexpr (AHEAD) {
+            if (end < steps) phase_from(end).read(ahead, threadIdx.x);
+        }
         for (; step < end; step += SPLITS) {
             Chunk chunk = next;
             // The next chunk is on its way while this one is multiplied.

@@ -31,7 +31,7 @@ from arbitor.reference.config import parsed_json
 from arbitor.reference.types import TernaryWeight
 
 if TYPE_CHECKING:
-    from arbitor.reference.graph import ArbModel
+    from arbitor.reference.graph.stateful import Stateful
     from arbitor.reference.types import LaidOutWeight
 
 FORMAT_VERSION = 2
@@ -220,7 +220,7 @@ def _told_of(path: Path) -> Iterator[None]:
         ) from error
 
 
-def check_fits(checkpoint: Checkpoint, config: Mapping[str, Any], model: ArbModel) -> None:
+def check_fits(checkpoint: Checkpoint, config: Mapping[str, Any], model: Stateful) -> None:
     """Refuse a checkpoint of another model, or with tables that no model can have, before anything of it is used.
 
     Args:
@@ -249,7 +249,7 @@ def check_fits(checkpoint: Checkpoint, config: Mapping[str, Any], model: ArbMode
             checks.values_between(f"the checkpoint's {name}", table, low, high)
 
 
-def check_layouts(theirs: Mapping[str, Mapping[str, Any]], model: ArbModel) -> None:
+def check_layouts(theirs: Mapping[str, Mapping[str, Any]], model: Stateful) -> None:
     """Refuse weights and tables of another model by their layouts.
 
     Args:

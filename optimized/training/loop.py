@@ -379,10 +379,10 @@ class Run:
                     f"{self.step + 1}; they changed nothing, and the run stops here"
                 )
         if not measured:
-            self.model.step()
+            self.passes.step()
             return None
         self.census.before_step()
-        self.model.step()
+        self.passes.step()
         return self.census.after_step()
 
     def _take_pass(self, step_rate: float, micro_step: int) -> float | None:

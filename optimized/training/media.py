@@ -19,11 +19,14 @@ from arbitor.sidecars import Encoders
 if TYPE_CHECKING:
     from arbitor.optimized.training.options import Settings
 
-KINDS = ("text", "code", "image", "audio", "video")
+KINDS = ("text", "code", "image", "audio", "video", "speech")
 """Kinds of data that a run may mix. A micro-batch is of one kind."""
 
 SIDECAR_OF = {"image": "vision", "audio": "audio", "video": "video"}
 """Setting that names the sidecar of a kind of media."""
+
+FOLDERS = (*SIDECAR_OF, "speech")
+"""Kinds of data that are folders of files with texts. Speech needs no sidecar."""
 
 CAPTION_END = b"\n"
 """What ends a text after a picture or a sound, so that whoever generates knows its end."""

@@ -19,10 +19,13 @@ from arbitor.optimized.training.shown import shown
 from arbitor.optimized.training.texts import in_words, no_data, walk
 from arbitor.reference.config import parsed_json
 
+_SOUNDS = frozenset({".aac", ".aiff", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".wav"})
+
 SUFFIXES: Mapping[str, frozenset[str]] = {
     "image": frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}),
-    "audio": frozenset({".aac", ".aiff", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".wav"}),
+    "audio": _SOUNDS,
     "video": frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm"}),
+    "speech": _SOUNDS,
 }
 """How files of a kind end, in lower case."""
 
@@ -56,7 +59,7 @@ class MediaFolder:
     """The items of a folder, cut in two. No file is in both parts, nor two files of equal content.
 
     Attributes:
-        kind: `image`, `audio` or `video`.
+        kind: `image`, `audio`, `video` or `speech`.
         source: what was asked for.
         train, validation: what the model learns from, and what it is judged by.
         left_out: files of the kind that are no data: paths in the folder, by the reason.
@@ -83,7 +86,7 @@ def load_media(kind: str, source: str, run: Path | None = None) -> MediaFolder:
     held out, at least one.
 
     Args:
-        kind: `image`, `audio` or `video`.
+        kind: `image`, `audio`, `video` or `speech`.
         source: path of the folder.
         run: the folder of the run that reads them, which is never data.
 

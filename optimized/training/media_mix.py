@@ -32,6 +32,7 @@ from arbitor.optimized.training.evaluate import NATS_PER_BIT, validation_bpb
 from arbitor.optimized.training.generate import first_window
 from arbitor.optimized.training.media import (
     CAPTION_END,
+    FOLDERS,
     SIDECAR_OF,
     Features,
     check_width,
@@ -41,12 +42,24 @@ from arbitor.optimized.training.media import (
     weights_of,
 )
 from arbitor.optimized.training.media_files import Item, MediaFolder, load_media
-from arbitor.reference.config import SPECIAL_IDS, ArbConfig
+from arbitor.optimized.training.media_speech import (
+    CODEC_FILE,
+    load_codec,
+    padded,
+    save_codec,
+    tokens_of,
+    trained_codec,
+)
+from arbitor.reference.config import NGRAM, SPECIAL_IDS, ArbConfig
 from arbitor.reference.graph import Targets
+from arbitor.reference.graph.audio import AUDIO_CODES
+from arbitor.reference.graph.codec import AudioCodec
 from arbitor.reference.graph.router import MODALITIES
+from arbitor.reference.graph.talker import spoken_marks
+from arbitor.reference.graph.targets import NO_TOKEN
 from arbitor.reference.graph.video import latent_shape
 from arbitor.sidecars import FeatureCache, SidecarError, read_audio, read_image, read_video
-from arbitor.sidecars.audio import SAMPLE_RATE
+from arbitor.sidecars.audio import SAMPLE_RATE, refuse_clip
 from arbitor.sidecars.encoders import whole_seconds
 
 if TYPE_CHECKING:
@@ -60,8 +73,11 @@ MAX_CLIP_SECONDS = 30
 CACHE_FOLDER = "features"
 """Folder of features in the folder of a run."""
 
-ANSWERED_BY = {"video": "video"}
+ANSWERED_BY = {"video": "video", "speech": "audio"}
 """Head that answers the samples of a kind, where it is not the byte head."""
+
+COMPONENTS = ("bytes", "route", "latent", "tokens")
+"""Components of the loss that lines of metrics have."""
 
 Say = Callable[[str], None]
 """What is told a sentence."""
@@ -143,11 +159,11 @@ class Mix:
             code = load_corpus(sources["code"], run)
             self._corpora["code"] = (code, split_corpus(code, settings.context))
         self._folders: dict[str, MediaFolder] = {
-            kind: load_media(kind, sources[kind], run) for kind in sources if kind in SIDECAR_OF
+            kind: load_media(kind, sources[kind], run) for kind in sources if kind in FOLDERS
         }
         sidecars = {name: getattr(settings, name) for name in SIDECAR_OF.values()}
         self.encoders = encoders_of(sidecars, device=runtime.device)
-        for kind in self._folders:
+        for kind in (kind for kind in self._folders if kind in SIDECAR_OF):
             sidecar = self.encoders.sidecar(SIDECAR_OF[kind])
             if kind != "video":
                 check_width(SIDECAR_OF[kind], sidecar.num_features, config)
@@ -157,22 +173,27 @@ class Mix:
         self._decoded: set[bytes] = set()
         self._seconds: dict[bytes, int] = {}
         self._warn: Say = lambda sentence: None
+        self._runtime = runtime
+        self._codec: AudioCodec | None = None
+        self._tokens: dict[bytes, Tensor] = {}
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._sums: dict[str, dict[str, list[float]]] = {}
         self.ids_taken = 0
         self.validated: dict[str, dict[str, float | None]] = {}
 
     def begin(self, warn: Say) -> None:
-        """Open the cache of features, which is the first thing that is written.
+        """Open the cache of features, which is the first thing that is written, and train the codec of speech.
 
         Args:
             warn: is told one sentence for each file that cannot be decoded.
 
         Raises:
-            TrainingError: the folder of the cache cannot be made.
+            TrainingError: the folder of the cache cannot be made, or the codec of the run folder is refused.
         """
         self._warn = warn
-        if not self._folders:
+        if "speech" in self._folders:
+            self._codec = self._opened_codec()
+        if not self._folders.keys() & SIDECAR_OF.keys():
             return
         folder = self.settings.feature_cache or (None if self.run is None else self.run / CACHE_FOLDER)
         if folder is None:
@@ -185,12 +206,39 @@ class Mix:
                 f"cannot use the folder of features {str(folder)!r}: {error.strerror or error}"
             ) from error
 
+    @property
+    def codec(self) -> AudioCodec:
+        """The codec of a run that learns to speak, once `begin` was called."""
+        if self._codec is None:
+            raise RuntimeError("codec was read, but the run must learn from speech, and have begun")
+        return self._codec
+
+    def _opened_codec(self) -> AudioCodec:
+        """Return the codec of the run folder; or train it, and write it where the run has a folder."""
+        folder = self._folders["speech"]
+        path = None if self.run is None else self.run / CODEC_FILE
+        if path is not None and path.exists():
+            return load_codec(path, self._runtime, sha256=folder.sha256)
+        items = folder.train
+
+        def read(number: int) -> Tensor:
+            item = self._readable("speech", items, number)
+            return read_audio(item.path, max_seconds=MAX_CLIP_SECONDS)
+
+        seed = self.settings.seed
+        codec = trained_codec(read, len(items), self.config, self._runtime, seed=seed)
+        if path is not None:
+            save_codec(path, codec, seed=seed, sha256=folder.sha256)
+        return codec
+
     def document(self) -> dict[str, Any]:
         """Return what a resumed run must agree with: digests of the data, and the identities of the sidecars."""
         digests = {kind: folder.sha256 for kind, folder in self._folders.items()}
         digests |= {kind: corpus.sha256 for kind, (corpus, _) in self._corpora.items() if kind != "text"}
         sidecars = {
-            SIDECAR_OF[kind]: self.encoders.sidecar(SIDECAR_OF[kind]).identity for kind in self._folders
+            SIDECAR_OF[kind]: self.encoders.sidecar(SIDECAR_OF[kind]).identity
+            for kind in self._folders
+            if kind in SIDECAR_OF
         }
         return {"media_sha256": digests, "sidecars": sidecars}
 
@@ -272,7 +320,12 @@ class Mix:
         )
 
     def feature(self, kind: str, item: Item, seconds: int | None = None) -> Tensor:
-        """Return the features of an item, or its latent; of a sound that is filled up to some seconds."""
+        """Return the features of an item, its latent, or its tokens; of a sound that is filled up to some seconds."""
+        if kind == "speech":
+            if item.content not in self._tokens:
+                clip = read_audio(item.path, max_seconds=MAX_CLIP_SECONDS)
+                self._tokens[item.content] = tokens_of(self.codec, clip).to(torch.int16)
+            return self._tokens[item.content].long()
         if kind == "image":
             return self.encoders.features("vision", item.content, lambda: read_image(item.path))
         if kind == "video":
@@ -296,29 +349,51 @@ class Mix:
         texts = [item.text for item in items]
         if kind == "video":
             latent = torch.stack([self.feature(kind, item) for item in items])
-            return self._captions(kind, texts, {}, latent)
+            return self._captions(kind, texts, {}, latent=latent)
+        if kind == "speech":
+            return self._captions(
+                kind, texts, {}, tokens_BN=padded([self.feature(kind, item) for item in items], NO_TOKEN)
+            )
         seconds = None
         if kind == "audio":
             # Sounds of a batch have one length.
             seconds = max(self._seconds[item.content] for item in items)
         features_BNF = torch.stack([self.feature(kind, item, seconds) for item in items])
-        return self._captions(kind, texts, {f"{kind}_BNF": features_BNF}, None)
+        return self._captions(kind, texts, {f"{kind}_BNF": features_BNF})
 
-    def _captions(self, kind: str, texts: Sequence[bytes], media: Features, latent: Tensor | None) -> Batch:
-        """Return a batch of texts after media, or of texts that a latent answers."""
-        lead = lead_of(media) if media else first_window(b"")
+    def _captions(
+        self,
+        kind: str,
+        texts: Sequence[bytes],
+        media: Features,
+        *,
+        latent: Tensor | None = None,
+        tokens_BN: Tensor | None = None,
+    ) -> Batch:
+        """Return a batch of texts after media, or of texts that a latent or tokens answer."""
         end = CAPTION_END if media else b""
-        room = self.settings.context - len(lead)
-        rows = [[*lead, *(text + end)[:room]] for text in texts]
-        longest = max(len(row) for row in rows)
+        room = self.settings.context
+        marks = [] if tokens_BN is None else spoken_marks(tokens_BN.shape[1])
+        if media:
+            lead = lead_of(media)
+            leads_B1 = torch.full((len(texts), 1), len(lead))
+            rows = [[*lead, *(text + end)[: room - len(lead)]] for text in texts]
+        else:
+            # As a prompt is read. Marks before it would tell the router that no text is asked for.
+            rows = [first_window(text[:room]) for text in texts]
+            leads_B1 = torch.tensor([[max(0, NGRAM - len(text))] for text in texts])
+        longest = max(len(row) for row in rows) + len(marks)
         pad = SPECIAL_IDS["PAD"]
         # Filling before a text would tell how long the text is.
-        ids_BT = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
-        place_T = torch.arange(longest)
-        taught_BT = (place_T >= len(lead)) & (place_T < torch.tensor([[len(row)] for row in rows]))
+        ids_BT = torch.tensor([row + marks + [pad] * (longest - len(row) - len(marks)) for row in rows])
+        place_T, ends_B1 = torch.arange(longest), torch.tensor([[len(row)] for row in rows])
+        taught_BT = (place_T >= leads_B1) & (place_T < ends_B1)
+        # The first id behind a text is no mark.
+        spoken_BT = (place_T > ends_B1) & (place_T < ends_B1 + len(marks)) if marks else None
         answered = self._answered(kind, len(texts))
         modality_B = None if answered is None else answered.modality_B
-        return Batch(kind, ids_BT, media, Targets(modality_B, latent, taught_BT=taught_BT))
+        targets = Targets(modality_B, latent, tokens_BN, taught_BT=taught_BT, spoken_BT=spoken_BT)
+        return Batch(kind, ids_BT, media, targets)
 
     def _answered(self, kind: str, batch: int) -> Targets | None:
         """Return the targets of the router for samples of a kind, or None where it learns nothing."""
@@ -334,7 +409,7 @@ class Mix:
             return None
         self.ids_taken += batch.ids_BT.numel()
         sums = self._sums.setdefault(batch.kind, {})
-        for name in ("bytes", "route", "latent"):
+        for name in COMPONENTS:
             if name in losses:
                 sums.setdefault(name, []).append(losses[name].item())
         return losses["bytes"].item()
@@ -408,7 +483,11 @@ class Mix:
         """Return whether an item can be decoded. Features of what can are made, and kept; a sentence names what cannot."""
         if item.content not in self._decoded and item.path not in self._unreadable:
             try:
-                self.feature(kind, item)
+                # The codec is trained on what can be decoded, before there are tokens.
+                if kind == "speech":
+                    refuse_clip(repr(str(item.path)), read_audio(item.path, max_seconds=MAX_CLIP_SECONDS))
+                else:
+                    self.feature(kind, item)
                 self._decoded.add(item.content)
             except (SidecarError, ValueError) as error:
                 # A ValueError is about a medium that was decoded, such as a video of four pixels, and names no file.
@@ -425,7 +504,7 @@ class Mix:
         with torch.no_grad():
             for batch in batches:
                 losses = model.losses(**batch.on(model.voting.faults.device))
-                for name in ("bytes", "route", "latent"):
+                for name in COMPONENTS:
                     if name in losses:
                         count = batch.taught_bytes() if name == "bytes" else len(batch.ids_BT)
                         sums[name] = sums.get(name, 0.0) + losses[name].item() * count
@@ -491,6 +570,11 @@ def _refuse_unread(sources: Mapping[str, str], config: ArbConfig) -> None:
                 f"data_{kind} is {sources[kind]!r}, but must be left out for the model {config.name!r}, whose {field_name} is 0: "
                 f"{switch} switches it on"
             )
+    if "speech" in sources and config.talker_tokens != AUDIO_CODES:
+        raise ValueError(
+            f"data_speech is {sources['speech']!r}, but must be left out for the model {config.name!r}, whose talker_tokens is "
+            f"{config.talker_tokens} and not {AUDIO_CODES}: --enable-speech switches a talker head on"
+        )
     if "video" in sources and len(latent_shape(config.video_latent)) == 1:
         raise ValueError(
             f"data_video is {sources['video']!r}, but must be left out for the model {config.name!r}: its video_latent, "

@@ -92,6 +92,9 @@ class Settings:
     data_image: Annotated[str | None, _source("Folder of pictures with captions, which needs --vision")]
     data_audio: Annotated[str | None, _source("Folder of sounds with transcripts, which needs --audio")]
     data_video: Annotated[str | None, _source("Folder of videos with captions, which needs --video")]
+    data_speech: Annotated[
+        str | None, _source("Folder of sounds with transcripts, which the model learns to say")
+    ]
     mix: Annotated[
         str | None,
         Option(
@@ -167,6 +170,7 @@ class Settings:
     enable_image: Annotated[bool, _model_change("Reads features of pictures", default=False)]
     enable_audio: Annotated[bool, _model_change("Reads features of sounds", default=False)]
     enable_video: Annotated[bool, _model_change("A video head, and a router to choose it", default=False)]
+    enable_speech: Annotated[bool, _model_change("A talker head, and a router to choose it", default=False)]
     max_moe_iters: Annotated[
         int | None,
         _model_change(

@@ -1,20 +1,23 @@
-"""The pass of a micro-batch: forward, backward, votes. On a GPU it is recorded once and then replayed.
+"""The pass of a micro-batch (forward, backward, votes) and the step after it. On a GPU they are recorded and then replayed.
 
-There are two CUDA graphs, since the host looks at the loss between them: a loss that is not finite must change nothing. The
-step rule, which looks at the notes that the passes left, is launched from Python while the device is still busy with the backward
-pass.
+A pass has two CUDA graphs. The host reads the loss of the forward graph while the backward graph runs. A loss that is not finite
+must change nothing, so the backward graph then votes at rate 0 and puts the count of faults back.
+
+The step of the weights has a third graph, because its some hundred launches from Python would take as long as a backward pass. The
+graph serves a step of one pass. A step of several passes, whose rows are united first, is launched. Tables are always counted by
+launched kernels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from operator import is_
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from arbitor.optimized.training.recording import LAUNCHED_FIRST, recorded
+from arbitor.optimized.training.recording import LAUNCHED_FIRST, Readout, in_branches, recorded
 from arbitor.reference import checks
 
 if TYPE_CHECKING:
@@ -48,9 +51,13 @@ class Passes:
             return None
         return float(self.model.voting.ranks.mean(losses["bytes"].detach()))
 
+    def step(self) -> None:
+        """Take the step of the model that follows the passes since the last step, as `ArbModel.step` does."""
+        self.model.step()
+
 
 class RecordedPasses(Passes):
-    """Takes the passes of a model on CUDA from two graphs, once `LAUNCHED_FIRST` of them were accepted.
+    """Takes the passes of a model on CUDA from two graphs, once `LAUNCHED_FIRST` of them were accepted, and their steps from one.
 
     The first ones are launched, on the same buffers and with the same kernels as are then recorded. The graphs read and write
     the memory of the model as it is then: it must not be moved, and what is frozen must stay so. All passes have ids of one shape.
@@ -62,12 +69,20 @@ class RecordedPasses(Passes):
         device = model.voting.faults.device
         self._ids_BT: Tensor | None = None
         self._rate = torch.zeros((), device=device)
+        # The rate at which the pass votes: 0 if its loss is not finite.
+        self._rate_taken = torch.zeros((), device=device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._objective: Tensor | None = None
-        self._seen_2 = torch.zeros(2, dtype=torch.float64, device=device)
+        self._seen_2 = Readout(torch.zeros(2, dtype=torch.float64, device=device))
+        # The notes of a pass, with the rows where replays write them.
         self._notes: list[Note] = []
         self._accepted = 0
         self._graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
+        # The notes that the last pass left, while the rows that a replay wrote for them are still there.
+        self._left: list[Note] = []
+        # Then its kernels are compiled, for the number of rows of one pass.
+        self._lone_step_launched = False
+        self._step_graph: torch.cuda.CUDAGraph | None = None
 
     def take(self, ids_BT: Tensor, *, rate: float, step: int) -> float | None:
         """See `Passes.take`; raises ValueError for ids of another shape than before."""
@@ -75,20 +90,41 @@ class RecordedPasses(Passes):
         checks.vote_clock(self.model.voting.seed, step, 0)
         if rate == 0:  # nothing votes: it is no pass like the others
             return super().take(ids_BT, rate=rate, step=step)
+        voting = self.model.voting
+        voting.check_ready()
         self._fill(ids_BT, rate, step)
         if self._accepted >= LAUNCHED_FIRST and self._graphs is None:
             self._graphs = self._record()
-        forward, backward = self._runs()
-        forward()
-        objective, nats = self._seen_2.tolist()
+        # Whatever becomes of this pass, it writes over the rows of the one before.
+        self._left = []
+        objective, nats = self._launch() if self._graphs is None else self._replay(*self._graphs)
         if not math.isfinite(objective):
-            self._objective = None
+            self._objective, voting.torn = None, False
             return None
-        backward()
         self._accepted += 1
         # Copies, as the next replay writes over what this one left; and the step as a number, as the step rule is launched.
-        self.model.voting.leave([note.on(torch.clone) for note in self._notes], step=step)
-        return float(nats)
+        self._left = [note.on(torch.clone) for note in self._notes]
+        voting.leave(self._left, step=step)
+        voting.torn = voting.strayed = False
+        return nats
+
+    def step(self) -> None:
+        """See `Passes.step`. The step of a single pass that was replayed is replayed too, once such a step was launched."""
+        voting, left, self._left = self.model.voting, self._left, []
+        # Notes of other passes may have come, and these notes may have been delivered or forgotten.
+        lone = bool(left) and len(voting.notes) == len(left) and all(map(is_, voting.notes, left))
+        if self._graphs is None or not (lone and self._lone_step_launched):
+            super().step()
+            self._lone_step_launched |= lone
+            return
+        with self.model.stepping():
+            if self._step_graph is None:
+                self._step_graph = self._record_step()
+            voting.deliver()
+            self._step_graph.replay()
+            for module in self.model.ternary_modules().values():
+                module.note_step()
+            self.model.step_tables()
 
     def _fill(self, ids_BT: Tensor, rate: float, step: int) -> None:
         """Write what a pass reads into its buffers."""
@@ -98,34 +134,61 @@ class RecordedPasses(Passes):
             raise ValueError(
                 f"ids_BT has shape {tuple(ids_BT.shape)}, but must have that of all passes, {tuple(self._ids_BT.shape)}"
             )
-        self._ids_BT.copy_(ids_BT)
+        # Other memory would make the host wait for the step before, which still runs.
+        pinned_BT = ids_BT.pin_memory() if ids_BT.is_cpu and self._ids_BT.is_cuda else ids_BT
+        self._ids_BT.copy_(pinned_BT, non_blocking=True)
         self._rate.fill_(rate)
         self._step.fill_(step)
 
-    def _runs(self) -> tuple[Callable[[], None], Callable[[], None]]:
-        """What runs the forward and the backward pass of the buffers."""
-        if self._graphs is None:
-            return self._forward, self._backward
-        forward, backward = self._graphs
-        return forward.replay, backward.replay
+    def _launch(self) -> list[float]:
+        """Run the pass of the buffers, kernel by kernel, and return its objective and its nats per byte."""
+        self._forward()
+        self._seen_2.begin()
+        seen = self._seen_2.numbers()
+        if math.isfinite(seen[0]):
+            self._backward()
+        return seen
+
+    def _replay(self, forward: torch.cuda.CUDAGraph, backward: torch.cuda.CUDAGraph) -> list[float]:
+        """Do as `_launch` by the graphs. The backward graph is on its way before the host has seen the loss."""
+        forward.replay()
+        self._seen_2.begin()
+        # The votes are on their way. Until their notes are left, whoever interrupts this leaves the model torn.
+        self.model.voting.torn = True
+        backward.replay()
+        return self._seen_2.numbers()
 
     def _forward(self) -> None:
         assert self._ids_BT is not None
         losses = self.model.losses(self._ids_BT)
         self._objective = self.model.objective(losses)
-        self._seen_2.copy_(torch.stack([self._objective.detach(), losses["bytes"].detach()]))
+        objective = self._objective.detach()
+        self._seen_2.tensor.copy_(torch.stack([objective, losses["bytes"].detach()]))
+        self._rate_taken.copy_(torch.where(objective.isfinite(), self._rate, 0.0))
 
     def _backward(self) -> None:
         assert self._objective is not None
         voting = self.model.voting
-        left_before = len(voting.notes)
-        with voting.taking(rate=self._rate, step=self._step, undo=False):
+        left_before, step_before, faults_before = len(voting.notes), voting.step, voting.faults.clone()
+        with voting.taking(rate=self._rate_taken, step=self._step, undo=False):
             self._objective.backward()
         self._objective = None
+        # A refused pass counts no faults. All else that a pass changes are counts of votes, and at rate 0 there are none.
+        voting.faults.copy_(torch.where(self._seen_2.tensor[0].isfinite(), voting.faults, faults_before))
         # A replay runs no Python: `take` leaves these notes after each of them, and after passes that were launched.
         self._notes, voting.notes = voting.notes[left_before:], voting.notes[:left_before]
+        voting.step = step_before
 
     def _record(self) -> tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph]:
         """Record both passes; the second reads what the first leaves."""
-        forward, backward = recorded(self._forward, self._backward)
+        with in_branches(self.model.voting):
+            forward, backward = recorded(self._forward, self._backward)
         return forward, backward
+
+    def _record_step(self) -> torch.cuda.CUDAGraph:
+        """Record the step of all weights that the recorded pass lets vote."""
+        # The recorded step reads rows where replays write them, and no copies of them.
+        self.model.voting.notes = list(self._notes)
+        with in_branches(self.model.voting):
+            [graph] = recorded(self.model.step_weights)
+        return graph

@@ -144,6 +144,7 @@ def _changed(
     enable_image: bool = False,
     enable_audio: bool = False,
     enable_video: bool = False,
+    enable_speech: bool = False,
 ) -> ArbConfig:
     return with_modules(
         with_fields(config, **SIGN_VOTES) if sign_votes else config,
@@ -155,6 +156,7 @@ def _changed(
         image=enable_image,
         audio=enable_audio,
         video=enable_video,
+        speech=enable_speech,
     )
 
 

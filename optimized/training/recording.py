@@ -7,15 +7,20 @@ the bits that launching gives.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from arbitor.optimized.training.runtime import Runtime
+from arbitor.reference.graph.voting import Voting, in_turn
 
 LAUNCHED_FIRST = 2
 """Runs before the one that is recorded: in them kernels are compiled, and libraries set themselves up."""
+
+BRANCHES = 8
+"""Most branches of a CUDA graph that begin at one place."""
 
 
 def records(
@@ -62,6 +67,62 @@ def recorded(*runs: Callable[[], None]) -> list[torch.cuda.CUDAGraph]:
                 run()
             graphs.append(graph)
     return graphs
+
+
+class Readout:
+    """Reads a few numbers of a device, while the device goes on with the work that is launched after them.
+
+    Attributes:
+        tensor: what is read. It must not be written to between `begin` and `numbers`.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        """Begin with a tensor. On CUDA its copy has pinned memory, so that the host does not wait for the copy to end."""
+        self.tensor = tensor
+        self._copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        self._done = torch.cuda.Event() if tensor.is_cuda else None
+
+    def begin(self) -> None:
+        """Read the numbers once all work that was launched so far is done."""
+        self._copy.copy_(self.tensor, non_blocking=True)
+        if self._done is not None:
+            self._done.record()
+
+    def numbers(self) -> list[float]:
+        """Wait for the numbers that were read last, and for no later work, and return them."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._copy.tolist()
+
+
+@contextmanager
+def in_branches(voting: Voting) -> Iterator[None]:
+    """Let the independent work of passes and steps be recorded side by side within the block."""
+    voting.apart, before = side_by_side, voting.apart
+    try:
+        yield
+    finally:
+        voting.apart = before
+
+
+def side_by_side(pieces: Sequence[Callable[[], None]]) -> None:
+    """Run pieces of work that do not depend on each other as branches of the CUDA graph that is being recorded.
+
+    Small kernels leave most of a device idle. Kernels of several branches fill it. Where nothing is recorded the pieces run in
+    turn. What is given to a piece must live until this function returns.
+    """
+    if len(pieces) < 2 or not torch.cuda.is_current_stream_capturing():
+        in_turn(pieces)
+        return
+    stem = torch.cuda.current_stream()
+    branches = [torch.cuda.Stream() for _ in range(min(BRANCHES, len(pieces)))]
+    for branch in branches:
+        branch.wait_stream(stem)
+    for place, piece in enumerate(pieces):
+        with torch.cuda.stream(branches[place % len(branches)]):
+            piece()
+    for branch in branches:
+        stem.wait_stream(branch)
 
 
 @contextmanager

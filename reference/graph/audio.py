@@ -123,6 +123,12 @@ class AudioVQEncoder(ArbModule):
     @as_it_is
     def encode(self, audio: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return logits and tokens of each frame, and the two losses of the codebook by name."""
+        code_BFC, ids_BF, losses = self.coded(audio)
+        return widened(self.out(code_BFC)), ids_BF, losses
+
+    @as_it_is
+    def coded(self, audio: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the code of each frame, straight through to z, float [B, F, 128]; its token; and the losses of the codebook."""
         audio_BT = audio_batch(audio)
         if audio_BT.shape[1] < SAMPLES_PER_FRAME:
             raise ValueError(
@@ -132,4 +138,4 @@ class AudioVQEncoder(ArbModule):
         h_BCF = F.silu(self.second(h_BCL))
         z_BFC = unit_rows(self.project(h_BCF.transpose(1, 2)))
         ids_BF, code_BFC, losses = self.codebook.quantize(z_BFC)
-        return widened(self.out(code_BFC)), ids_BF, losses
+        return code_BFC, ids_BF, losses

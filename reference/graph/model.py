@@ -30,13 +30,14 @@ from arbitor.reference.graph.moe_graph import MoEGraph, RecurrentMoEGraph
 from arbitor.reference.graph.router import MODALITIES, OutputRouter
 from arbitor.reference.graph.sequencer import AudioSequencer, ByteEmbedding, ImageSequencer, TrigramSequencer
 from arbitor.reference.graph.stateful import Stateful, scalar
-from arbitor.reference.graph.talker import TalkerHead
+from arbitor.reference.graph.talker import MAX_TOKENS, SPOKEN_STRIDE, TalkerHead, spoken_marks
 from arbitor.reference.graph.targets import (
     Targets,
     byte_loss,
     ended_streams,
     latent_loss,
     route_loss,
+    spoken_streams,
     taught_by,
     token_loss,
 )
@@ -270,6 +271,51 @@ class ArbModel(Stateful):
                 else None,
             )
 
+    @as_it_is
+    def draw(self, ids_BT: Tensor, **media: Any) -> Tensor:
+        """Return the latent that answers each sequence, float32 [B, *latent_shape]; nothing votes.
+
+        Args:
+            ids_BT: int64 [B, T], T >= 3, without filling.
+            media:  features, as for `trunk`.
+
+        Raises:
+            TypeError or ValueError: ids or features that are not allowed.
+            RuntimeError: the model has no video head.
+        """
+        if self.video_head is None:
+            raise RuntimeError("draw was called, but the model must have a video head: video_latent is 0")
+        _check_ids(ids_BT, NGRAM)
+        with torch.no_grad():
+            drawn: Tensor = self.video_head(self._text(self.trunk(ids_BT, **media), ids_BT))
+        return drawn
+
+    @as_it_is
+    def say(self, ids_BT: Tensor, frames: int, **media: Any) -> Tensor:
+        """Return the audio tokens that answer each sequence, int64 [B, frames]; nothing votes.
+
+        The talker answers at `spoken_marks` behind the ids, which have read all of them.
+
+        Args:
+            ids_BT: int64 [B, T], T >= 3, without filling.
+            frames: number of tokens, at least 1.
+            media:  features, as for `trunk`.
+
+        Raises:
+            TypeError or ValueError: ids, frames or features that are not allowed.
+            RuntimeError: the model has no talker head.
+        """
+        if self.talker_head is None:
+            raise RuntimeError("say was called, but the model must have a talker head: talker_tokens is 0")
+        checks.integer("frames", frames, 1, MAX_TOKENS)
+        _check_ids(ids_BT, NGRAM)
+        mark_ids = ids_BT.new_tensor(spoken_marks(frames)).expand(ids_BT.shape[0], -1)
+        marked_BT = torch.cat([ids_BT, mark_ids], dim=1)
+        with torch.no_grad():
+            h_BPD = self._text(self.trunk(marked_BT, **media), marked_BT)[:, 1 - mark_ids.shape[1] :]
+            tokens: Tensor = self.talker_head(h_BPD, stride=SPOKEN_STRIDE, length=frames)
+        return tokens
+
     def new_ledger(self, batch: int = 1) -> KVLedger:
         """Return an empty transcript of some sequences for this model."""
         return KVLedger(self.config, batch, device=self.context.device, dtype=self.dtype)
@@ -309,11 +355,15 @@ class ArbModel(Stateful):
             **taught,
         }
 
-    def _taught_losses(self, h_BPD: Tensor, targets: Targets) -> dict[str, Tensor]:
+    def _taught_losses(self, whole_BPD: Tensor, targets: Targets) -> dict[str, Tensor]:
         """Return the losses of the targets that are given, by name."""
         modality_B, found = targets.modality_B, {}
+        said_BPD = h_BPD = whole_BPD
+        stride = None
         if targets.taught_BT is not None:
-            h_BPD = ended_streams(h_BPD, targets.taught_BT)
+            said_BPD = h_BPD = ended_streams(whole_BPD, targets.taught_BT)
+        if targets.spoken_BT is not None:
+            said_BPD, stride = spoken_streams(whole_BPD, targets.spoken_BT), SPOKEN_STRIDE
         if modality_B is not None:
             router = _head("modality_B", "router", self.router)
             found["route"] = route_loss(router, h_BPD, modality_B, self.answering)
@@ -322,7 +372,8 @@ class ArbModel(Stateful):
             found["latent"] = latent_loss(video, h_BPD, targets.latent, taught_by(modality_B, "video"))
         if targets.tokens_BN is not None:
             talker = _head("tokens_BN", "talker head", self.talker_head)
-            found["tokens"] = token_loss(talker, h_BPD, targets.tokens_BN, taught_by(modality_B, "audio"))
+            taught_B = taught_by(modality_B, "audio")
+            found["tokens"] = token_loss(talker, said_BPD, targets.tokens_BN, taught_B, stride=stride)
         return found
 
     @property

@@ -361,6 +361,12 @@ class TernaryModule(ArbModule):
             self.apply_step(rows=None)
         self.forget_votes()
 
+    def note_step(self) -> None:
+        """Note a step that moved the weight without `step_weight`, as a replay of a recorded step does."""
+        if self.voted and not self.frozen:
+            self.changed()
+        self.forget_votes()
+
     def forget_votes(self) -> None:
         """Forget that the weight voted."""
         self.voted = False

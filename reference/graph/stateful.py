@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Self, cast
 
 import torch
@@ -71,6 +72,13 @@ class Stateful(ArbModule):
             RuntimeError: gradients came through the weights outside of a pass, and so did not vote; or a pass or a step that
                 raised left the model torn.
         """
+        with self.stepping():
+            self.step_weights()
+            self.step_tables()
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Refuse a step as `step` does, and mark the model torn until the step inside of this context is done."""
         self.voting.check_whole()
         if self.voting.strayed:
             raise RuntimeError(
@@ -79,12 +87,20 @@ class Stateful(ArbModule):
             )
         # The mark holds until the step is done, because a step that raises has moved some weights and not others.
         self.voting.torn = True
-        for module in self.ternary_modules().values():
-            module.step_weight()
+        yield
+        self.voting.torn = False
+
+    def step_weights(self) -> None:
+        """Apply the step rule to all weights that voted. It is the first half of a step, inside of `stepping`."""
+        # Each step would deliver all notes, and steps may run side by side.
+        self.voting.deliver()
+        self.voting.apart([module.step_weight for module in self.ternary_modules().values()])
         self.voting.ranks.finish()
+
+    def step_tables(self) -> None:
+        """Count what passes recorded for tables. It is the second half of a step, inside of `stepping`."""
         for keeper in self.table_modules().values():
             keeper.step_tables()
-        self.voting.torn = False
 
     def change_dtype(self, dtype: torch.dtype) -> None:
         """Let activations be of another dtype from now on; refuse one that is not allowed."""

@@ -9,14 +9,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arbitor.reference import checks
+from arbitor.reference.config import SPECIAL_IDS
 from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryLinear
 from arbitor.reference.graph.module import ArbModule, as_it_is
 from arbitor.reference.graph.units import unit_rows
 
+SPOKEN_STRIDE = 5
+"""Tokens that a mark behind a text answers with, all of them equal: 50 ms of sound."""
+
 MAX_TOKENS = 2**31 - 1
 """Largest `length` and `stride`."""
+
+
+def spoken_marks(tokens: int) -> list[int]:
+    """Return the ids of the marks behind a text at which the talker answers with so many tokens.
+
+    AUDIO_START comes first and is no mark. Mark k is the id k mod 256, so that each mark tells its time. Each mark has read all of
+    the text, as no letter of the text has.
+    """
+    return [SPECIAL_IDS["AUDIO_START"], *(place % 256 for place in range(-(-tokens // SPOKEN_STRIDE)))]
 
 
 class TalkerHead(ArbModule):

@@ -32,6 +32,8 @@ class Targets:
                     answers teach a latent, and only the sequences that audio answers teach tokens.
         latent:     float [B, ...], the answer of video, in a shape that `VideoHead.fitted` takes.
         tokens_BN:  int64 [B, N], the answer of audio; NO_TOKEN where there is no token.
+        spoken_BT:  bool [B, T], the ids at which audio answers, as many in each sequence, from the third id on (`spoken_marks`
+                    behind a text). Token n is then the target of mark n // SPOKEN_STRIDE. None: every position answers.
         taught_BT:  bool [B, T], the ids that the byte head learns to predict. Of the first three ids none is ever predicted.
                     Filling, and marks that a prompt begins with, are no such ids. The other heads then read each sequence up
                     to its last id that teaches (`ended_streams`), as filling stands behind it.
@@ -41,6 +43,7 @@ class Targets:
     latent: Tensor | None = None
     tokens_BN: Tensor | None = None
     taught_BT: Tensor | None = None
+    spoken_BT: Tensor | None = None
 
 
 def byte_loss(logits_BPV: Tensor, ids_BT: Tensor, taught_BT: Tensor | None, ranks: Ranks) -> Tensor:
@@ -79,6 +82,27 @@ def ended_streams(h_BPD: Tensor, taught_BT: Tensor) -> Tensor:
     return h_BPD[rows_B1, places_BP.clamp(min=0)]
 
 
+def spoken_streams(h_BPD: Tensor, spoken_BT: Tensor) -> Tensor:
+    """Return the positions that have read the marks at which audio answers, [B, K, D] with K marks in each sequence.
+
+    Raises TypeError or ValueError for marks that are not bool [B, P + 2], of unequal number, or among the first two ids.
+    """
+    batch, positions = h_BPD.shape[:2]
+    checks.tensor("spoken_BT", spoken_BT, torch.bool, (batch, positions + NGRAM - 1))
+    counts_B = spoken_BT.sum(dim=1)
+    if (
+        int(counts_B[0]) == 0
+        or bool((counts_B != counts_B[0]).any())
+        or bool(spoken_BT[:, : NGRAM - 1].any())
+    ):
+        raise ValueError(
+            f"spoken_BT has {counts_B.tolist()} marks, but must have the same number in each sequence, at least 1, and none among "
+            "the first two ids"
+        )
+    places_BK = spoken_BT.nonzero()[:, 1].reshape(batch, -1) - (NGRAM - 1)
+    return h_BPD[torch.arange(batch, device=h_BPD.device)[:, None], places_BK]
+
+
 def route_loss(router: OutputRouter, h_BPD: Tensor, modality_B: Tensor, present: tuple[str, ...]) -> Tensor:
     """Return the mean cross-entropy of the router's choice among the heads that are present, [].
 
@@ -96,26 +120,29 @@ def route_loss(router: OutputRouter, h_BPD: Tensor, modality_B: Tensor, present:
 
 
 def latent_loss(head: VideoHead, h_BPD: Tensor, latent: Tensor, taught_B: Tensor | None) -> Tensor:
-    """Return the mean squared error of the latent after the loop, over the sequences that teach it; 0 without such sequences.
+    """Return the mean squared error of the noise that the head predicts, over the sequences that teach a latent; 0 without such.
 
-    Math:    mean over these sequences and their L numbers of (head(h) - target)^2, from the noise that generation starts from
-    Source:  REFACTOR12 (targets padded to the head's latent, mean squared error); docs/spec/heads.md
+    Math:    mean of `VideoHead.noise_errors` over these sequences
+    Source:  docs/spec/heads.md; targets are padded to the head's latent (REFACTOR12)
     """
     target_BL = head.fitted(latent, h_BPD.shape[0]).flatten(1)
     if taught_B is not None:
         # This comes before the square, because a NaN that is left out later has a NaN as its gradient.
         target_BL = torch.where(taught_B[:, None], target_BL, 0.0)
-    error_B = (head(h_BPD).flatten(1) - target_BL).square().mean(dim=1)
+    error_B = head.noise_errors(h_BPD, target_BL)
     if taught_B is None:
         return error_B.mean()
     return torch.where(taught_B, error_B, 0.0).sum() / head.voting.ranks.divisor(taught_B)
 
 
-def token_loss(head: TalkerHead, h_BPD: Tensor, tokens_BN: Tensor, taught_B: Tensor | None) -> Tensor:
+def token_loss(
+    head: TalkerHead, h_BPD: Tensor, tokens_BN: Tensor, taught_B: Tensor | None, *, stride: int | None = None
+) -> Tensor:
     """Return the mean cross-entropy of the target tokens, []; 0 without targets.
 
-    Math:    with s = ceil(N / P) a position says s tokens, as `TalkerHead` repeats them. Token n is the target of position n // s
-    Raises:  TypeError or ValueError for tokens that are no int64 [B, N] with N >= 1 in NO_TOKEN .. V - 1
+    Math:    a position says s = `stride` tokens, or ceil(N / P) where that is None, as `TalkerHead` repeats them. Token n is the
+             target of position n // s
+    Raises:  TypeError or ValueError for tokens that are no int64 [B, N] with N >= 1 in NO_TOKEN .. V - 1, or more than P s
     Source:  REFACTOR11 (cross-entropy of `token_logits`); docs/spec/heads.md
     """
     checks.dtype_in("tokens_BN", tokens_BN, (torch.int64,))
@@ -126,7 +153,12 @@ def token_loss(head: TalkerHead, h_BPD: Tensor, tokens_BN: Tensor, taught_B: Ten
         )
     logits_BPV = head.token_logits(h_BPD)
     checks.values_between("tokens_BN", tokens_BN, NO_TOKEN, logits_BPV.shape[-1] - 1)
-    stride = head.stride(h_BPD.shape[1], tokens_BN.shape[1])
+    stride = stride or head.stride(h_BPD.shape[1], tokens_BN.shape[1])
+    if tokens_BN.shape[1] > stride * h_BPD.shape[1]:
+        raise ValueError(
+            f"tokens_BN has shape {tuple(tokens_BN.shape)}, but must have at most {stride * h_BPD.shape[1]} tokens, {stride} for "
+            "each mark"
+        )
     positions_N = torch.arange(tokens_BN.shape[1], device=h_BPD.device) // stride
     if taught_B is not None:
         tokens_BN = torch.where(taught_B[:, None], tokens_BN, NO_TOKEN)

@@ -8,9 +8,10 @@ hands its notes to the model, whose next step delivers them. A pass that raises 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -142,6 +143,8 @@ class Voting:
         torn:    whether a step raised, or a pass that could not be undone. The state is then of no use until another is loaded.
         strayed: whether gradients came through weights outside of a pass, and no pass was taken since.
         ranks:   the ranks that train the model together.
+        apart:   runs pieces of work of which none writes what another one reads or writes, but for sums of integers. They run in
+            turn, unless whoever records them lets them run side by side.
     """
 
     def __init__(
@@ -167,6 +170,7 @@ class Voting:
         self.torn = False
         self.strayed = False
         self.ranks = Ranks()
+        self.apart: Callable[[Sequence[Callable[[], None]]], None] = in_turn
 
     @property
     def ops(self) -> ModuleType:
@@ -199,9 +203,7 @@ class Voting:
             TypeError or ValueError: a rate, step or size that is not allowed, before anything ran.
             RuntimeError: another pass is open, or the model is torn.
         """
-        self.check_whole()
-        if self.current is not None:
-            raise RuntimeError("a pass is open, but must end before another one begins")
+        self.check_ready()
         recorded = self.faults.is_cuda and torch.cuda.is_current_stream_capturing()
         checks.vote_rate(rate, values=not recorded)
         checks.vote_clock(self.seed, step, 0, values=not recorded)
@@ -223,7 +225,7 @@ class Voting:
             raise
         finally:
             self.current = None
-        if moves:
+        if taken.moves:
             self.leave(taken.notes, step=step)
 
     def leave(self, notes: Iterable[Note], *, step: int | Tensor) -> None:
@@ -245,6 +247,12 @@ class Voting:
     def forget(self, module: object) -> None:
         """Drop the notes for one module."""
         self.notes = [note for note in self.notes if getattr(note.tell, "__self__", None) is not module]
+
+    def check_ready(self) -> None:
+        """Refuse a pass while another one is open, and a pass of a model that is torn, by a RuntimeError."""
+        self.check_whole()
+        if self.current is not None:
+            raise RuntimeError("a pass is open, but must end before another one begins")
 
     def check_whole(self) -> None:
         """Refuse a model that a pass or a step left torn, by a RuntimeError."""
@@ -330,15 +338,26 @@ class Voting:
         for vote in taken.waiting:
             stacks.setdefault(vote.matrix, []).append(vote)
         taken.waiting.clear()
-        for votes in stacks.values():
-            grads = [vote.grad_NK for vote in votes]
-            made = self.ops.orthogonalize(
-                grads[0] if len(grads) == 1 else torch.cat(grads),
-                iterations=self.orthogonal_steps,
-                num_groups=sum(vote.num_matrices for vote in votes),
-            )
-            for vote, grad_NK in zip(votes, made.split([len(grad) for grad in grads]), strict=True):
-                self._count(taken, replace(vote, grad_NK=grad_NK))
+        # The gradients of one weight are in one stack, or are of other rows.
+        self.apart([partial(self._count_stack, taken, votes) for votes in stacks.values()])
+
+    def _count_stack(self, taken: Pass, votes: Sequence[Vote]) -> None:
+        """Make gradients of one shape orthogonal in one call, and count their votes."""
+        grads = [vote.grad_NK for vote in votes]
+        made = self.ops.orthogonalize(
+            grads[0] if len(grads) == 1 else torch.cat(grads),
+            iterations=self.orthogonal_steps,
+            num_groups=sum(vote.num_matrices for vote in votes),
+        )
+        of_weights: dict[int, list[Vote]] = {}
+        for vote, grad_NK in zip(votes, made.split([len(grad) for grad in grads]), strict=True):
+            of_weights.setdefault(vote.tensor_id, []).append(replace(vote, grad_NK=grad_NK))
+        self.apart([partial(self._count_each, taken, of_weight) for of_weight in of_weights.values()])
+
+    def _count_each(self, taken: Pass, votes: Sequence[Vote]) -> None:
+        """Count votes in their order."""
+        for vote in votes:
+            self._count(taken, vote)
 
     def _count(self, taken: Pass, vote: Vote) -> None:
         """Count a vote whose gradient is as it votes."""
@@ -367,6 +386,12 @@ class Voting:
         if self.current is not None:
             raise RuntimeError("a pass is open, but must end before the model is copied")
         return self.__dict__
+
+
+def in_turn(pieces: Sequence[Callable[[], None]]) -> None:
+    """Run pieces of work one after the other."""
+    for piece in pieces:
+        piece()
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
