@@ -100,6 +100,8 @@ def convert_file(
         TrainingError: a file cannot be read or written, or the source is no safetensors file.
         TypeError, ValueError: a matrix has an element that is not finite, no matrix is selected, or the format is not allowed.
     """
+    if select is not None and not callable(select):
+        raise TypeError(f"select is a {type(select).__name__}, but must be a function of a name")
     tensors: dict[str, Tensor] = {}
     stated: dict[str, Any] = {}
     losses: dict[str, Loss] = {}
@@ -173,8 +175,10 @@ def restore_file(source: FileName, target: FileName) -> list[str]:
 def swap_back(module: torch.nn.Module) -> list[str]:
     """Replace every `arbitor.nn.Linear` below a module by a `torch.nn.Linear` with the same weight; return their names.
 
-    Raises ValueError where there is none.
+    Raises TypeError for what is no module, ValueError where there is none of them.
     """
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module is a {type(module).__name__}, but must be a torch.nn.Module")
     chosen = {
         name: part
         for name, part in module.named_modules(remove_duplicate=False)

@@ -23,6 +23,7 @@ from arbitor.optimized.training.options import MOST_BYTES
 from arbitor.optimized.training.recording import records
 from arbitor.optimized.training.runtime import OP_SETS, Runtime, choose_runtime
 from arbitor.reference import checks, graph
+from arbitor.reference.audit import APART, area_of
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.ledger import KVLedger
 from arbitor.reference.graph.model import Trunk
@@ -302,8 +303,12 @@ class ArbModel(graph.ArbModel):
 
     @property
     def num_weights(self) -> int:
-        """Ternary weights of the model."""
-        return sum(math.prod(module.weight.shape) for module in self.ternary_modules().values())
+        """Ternary weights of the model, as `arb audit` counts them. The sign of an edge of the graph is no weight."""
+        return sum(
+            math.prod(module.weight.shape)
+            for name, module in self.ternary_modules().items()
+            if area_of(name) not in APART
+        )
 
     @property
     def state_bytes(self) -> int:

@@ -259,12 +259,14 @@ def swap_linears(
         What each layer lost, by name.
 
     Raises:
-        TypeError: what is given is no module, or a weight is of a dtype that no layer has.
+        TypeError: an argument is of another type, or a weight is of a dtype that no layer has.
         ValueError: nothing is selected; or a weight is not finite, or another layer's too, as that of an embedding often is.
         After an error the module is as it was.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}, but must be a torch.nn.Module")
+    if select is not None and not callable(select):
+        raise TypeError(f"select is a {type(select).__name__}, but must be a function of a name and a layer")
     chosen = {
         name: part
         for name, part in module.named_modules(remove_duplicate=False)
@@ -313,6 +315,8 @@ def _context(
 ) -> GraphContext:
     """Return a context for one layer."""
     place, number_format, op_set = settled(device, dtype, ops)
+    if rules is not None and not isinstance(rules, Rules):
+        raise TypeError(f"rules is a {type(rules).__name__}, but must be Rules")
     if seed is None:
         seed = int(torch.randint(2**63 - 1, ()))
     config = cast(ArbConfig, rules or Rules())

@@ -2,6 +2,7 @@
 
 pytest conformance                                  # arbitor.optimized.ops: on CUDA, or in Triton's interpreter
 pytest conformance --impl arbitor.reference.ops     # any module with the names of the op table
+pytest conformance --family packing --family votes  # what is known of these families; an implementation may lack the others
 pytest conformance --device cuda --examples 200 --hypothesis-profile nightly
 """
 
@@ -55,6 +56,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--examples", type=int, default=0, metavar="N", help="examples per op and law (0: by device)"
     )
+    group.addoption(
+        "--family",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="laws, golden vectors and comparison of this family of ops alone; may be given several times",
+    )
 
 
 # This runs after hypothesis has loaded the profile of its own option.
@@ -100,6 +108,36 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.register_profile("sized", settings.get_profile(profile), **chosen)
     settings.load_profile("sized")
 
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests of the families that were asked for, so that an implementation may have some ops and not others."""
+    wanted = config.getoption("--family")
+    if not wanted:
+        return
+    # This imports every file of a family, which pytest must have done first.
+    from conformance.families import FAMILIES, FILES
+
+    for family in wanted:
+        if family not in FAMILIES:
+            raise pytest.UsageError(f"--family is {family!r}, but must be one of {', '.join(FAMILIES)}")
+    ops = {op for family in wanted for op in FAMILIES[family]}
+
+    def is_wanted(item: pytest.Item) -> bool:
+        if item.path.parent.name == "ops":
+            return FILES.get(item.path.stem) in wanted
+        values = (
+            item.callspec.params.values()
+            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+            else ()
+        )
+        return item.path.stem in OP_BY_OP and any(isinstance(value, str) and value in ops for value in values)
+
+    config.hook.pytest_deselected(items=[item for item in items if not is_wanted(item)])
+    items[:] = [item for item in items if is_wanted(item)]
+
+
+OP_BY_OP = ("test_comparison", "test_vectors")
+"""Files whose tests are of one op each, which is a parameter."""
 
 SUBJECT = pytest.StashKey[Subject | str]()
 WHERE = pytest.StashKey[str]()

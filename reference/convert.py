@@ -132,8 +132,11 @@ def ternarize_all(
 
     Raises TypeError or ValueError as `ternarize`, with the name of the tensor.
     """
+    if not isinstance(matrices, Mapping):
+        raise TypeError(f"matrices is a {type(matrices).__name__}, but must be a mapping of names to tensors")
     weights, losses = {}, {}
     for name, tensor in matrices.items():
+        checks.is_tensor(name, tensor)
         if tensor.ndim < 2 or not tensor.is_floating_point():
             continue
         w_NK = tensor.detach().flatten(1)

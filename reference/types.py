@@ -5,6 +5,7 @@ Legend: N rows (outputs, or table entries), K columns (inputs, or width), G colu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, Self
 
@@ -56,6 +57,20 @@ def has_memory(tensor: Tensor) -> bool:
 @dataclass(frozen=True)
 class StateTensors:
     """The methods of a weight on its state tensors, in canonical form or in a device layout."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> None:
+        """Refuse a function of torch that is given a weight, by a TypeError.
+
+        Torch also asks for this method before it hands the weights of its own modules to a fused kernel. A module of torch with a
+        ternary layer inside then takes the way that calls the layer.
+        """
+        name = getattr(func, "__name__", func)
+        raise TypeError(
+            f"{name} was given a {cls.__name__}, but must be given tensors: `dequantize` makes one of a weight"
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state tensors by field name, in field order."""

@@ -17,6 +17,7 @@ from arbitor.optimized.training.loop import train
 from arbitor.reference import graph
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.audit import audit
+from arbitor.reference.presets import PRESETS
 from conformance.system.command import Here
 from conformance.training import nano
 from conformance.training.runs import options
@@ -79,6 +80,12 @@ def test_sizes(model: ArbModel) -> None:
     assert second.strip() == (
         f"nano: {report.weights:,} ternary weights, {model.state_bytes:,} bytes of state, device=cpu, dtype=torch.float32"
     )
+
+
+def test_a_model_has_as_many_weights_as_the_command_says() -> None:
+    """In every preset. Signs of edges are ternary state, and no weights."""
+    for name in PRESETS:
+        assert ArbModel(name, device="meta").num_weights == audit(preset(name)).weights, name
 
 
 def test_copies_are_models_too(model: ArbModel) -> None:

@@ -155,6 +155,20 @@ def test_bad_input_is_one_sentence(
 
 
 @pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (lambda source: convert.convert_file(source, source, select="layer"), "select is a str"),
+        (lambda source: convert.ternarize_all([torch.ones(2, 2)]), "matrices is a list"),
+        (lambda source: convert.ternarize_all({"w": 3}), "w is a int, but must be a torch.Tensor"),
+        (lambda source: convert.swap_back(None), "module is a NoneType"),
+    ],
+)
+def test_wrong_arguments_are_named(source: Path, wrong: Any, sentence: str) -> None:
+    with pytest.raises(TypeError, match=sentence):
+        wrong(source)
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"shape": [10**6, 10**6]},

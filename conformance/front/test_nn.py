@@ -102,6 +102,36 @@ def test_only_votes_would_learn_too() -> None:
     assert float(squares(model).detach()) < before / 2 and same(bits(model.module[4]), frozen)
 
 
+def test_fused_kernels_of_torch_leave_ternary_layers_alone() -> None:
+    """Without gradients torch hands the weights of its encoder layers to a kernel. Two of four are no tensors here."""
+    layer = nn.TransformerEncoderLayer(24, 2, 48, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1)
+    assert len(swap_linears(encoder)) == 2
+    x_BTK, is_padding_BT = torch.randn(2, 5, 24), torch.tensor([[0, 0, 0, 0, 1], [0, 0, 0, 1, 1]]).bool()
+    with_gradients = encoder(x_BTK, src_key_padding_mask=is_padding_BT)
+    with torch.no_grad():
+        without = encoder.eval()(x_BTK, src_key_padding_mask=is_padding_BT)
+    seen_BT1 = ~is_padding_BT[..., None]
+    assert torch.allclose(without * seen_BT1, with_gradients * seen_BT1, atol=1e-5)
+
+
+def test_what_is_frozen_stays_and_the_rest_learns() -> None:
+    """docs/python.md says which call freezes what."""
+    model = Ternary(nn.Sequential(nn.Sequential(Linear(12, 24), nn.Linear(24, 24)), Linear(24, 3)))
+    inner, outer = model.module[0], model.module[1]
+    outer.requires_grad_(False)
+    inner.requires_grad_(False)
+    assert not inner[1].weight.requires_grad and outer.frozen and not inner[0].frozen
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert model.backward(model(torch.randn(8, 12)).square().mean(), rate=20.0, step=0)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed and all(name.startswith("module.0.0.") for name in changed)
+    model.requires_grad_(False)
+    assert inner[0].frozen
+    model.requires_grad_(True)
+    assert not outer.frozen
+
+
 def test_votes_are_a_function_of_seed_and_step() -> None:
     def after(seed: int, step: int) -> dict[str, Tensor]:
         model = Ternary(net(), seed=seed)
@@ -162,6 +192,13 @@ def test_a_loss_that_is_not_finite_changes_nothing() -> None:
         (lambda model: Rules(group_size=7), ValueError, "group_size is 7"),
         (lambda model: Linear.from_float(nn.Conv1d(2, 2, 1)), TypeError, "linear is a Conv1d"),
         (lambda model: swap_linears(None), TypeError, "module is a NoneType"),
+        (lambda model: swap_linears(nn.Sequential(nn.Linear(2, 2)), "0"), TypeError, "select is a str"),
+        (lambda model: Linear(4, 4, rules={"theta": 9}), TypeError, "rules is a dict, but must be Rules"),
+        (
+            lambda model: nn.functional.linear(torch.ones(1, 12), model.module[0].weight),
+            TypeError,
+            "linear was given a TernaryWeight, but must be given tensors: `dequantize`",
+        ),
         (
             lambda model: swap_linears(nn.Sequential(nn.Linear(2, 2).half())),
             TypeError,

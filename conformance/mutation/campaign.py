@@ -43,7 +43,7 @@ class RedBaselineError(Exception):
 
 @dataclass(frozen=True)
 class Options:
-    """How a campaign runs; see `python -m conformance.mutate --help`."""
+    """How a campaign runs, as `python -m conformance.mutate --help` says it."""
 
     root: Path
     out: Path
@@ -62,7 +62,7 @@ class Options:
     say: Callable[[str], None] = field(default=print)
 
     def arguments(self, units: Sequence[Unit]) -> list[str]:
-        """Return pytest's arguments for units of one implementation; few examples where each is dear."""
+        """Return pytest's arguments for units of one implementation. Where an example is dear, there are few."""
         own = ["--impl", units[0].impl] if units[0].impl else ["--examples", str(self.examples)]
         shared = ["-q", "--no-header", "-p", "no:cacheprovider", "--device", self.device]
         return [*(unit.tests for unit in units), *shared, *own]
@@ -148,7 +148,7 @@ class Campaign:
         units = sorted({unit for of_file in stages.values() for stage in of_file for unit in stage})
         self.load_baseline()
         self.units = [unit for unit in units if str(unit) not in self.baseline]
-        # Longest first, so that none of them is left to run alone; large files take long where nothing is known.
+        # Longest first, so that none of them is left to run alone. Where nothing is known, a large file counts as long.
         size = {unit: self.options.root.joinpath(unit.tests).stat().st_size for unit in self.units}
         slowness = {unit: (self.expected.get(str(unit), math.inf), size[unit]) for unit in self.units}
         self.units.sort(key=slowness.__getitem__, reverse=True)
@@ -244,7 +244,7 @@ class Campaign:
             self.changed.notify_all()
 
     def try_mutant(self, worker: Worker, mutant: Mutant, stages: list[list[Unit]], source: str) -> None:
-        """Run the tests that reach a mutant, cheapest first, until one fails; write down which.
+        """Run the tests that reach a mutant, cheapest first, until one fails, and write down which.
 
         Tests of one stage and implementation share a process, since a process costs as much as many tests. A mutant that
         outlives the patience is written down with how many tests were left out.
@@ -305,12 +305,12 @@ class Campaign:
             self.options.say(shown(record))
 
     def tests_of(self, mutant: Mutant, stages: list[list[Unit]]) -> list[tuple[list[Unit], dict[str, float]]]:
-        """Return the tests that call the function of a mutant, with their seconds; all tests for code outside of functions.
+        """Return the tests that call the function of a mutant, with their seconds: of code outside of functions, all tests.
 
-        They come in groups of one stage and implementation, cheap files first and cheap tests of a file first. What is called
-        while a file of tests is imported is used by any test of it; where that file has not the name of the mutant's, that is
-        too many to run. A compiled kernel or a cached result hides a call: where the function is decorated, calls of the
-        whole file count.
+        They come in groups of one stage and implementation, cheap files first and cheap tests of a file first. A function that is
+        called while a file of tests is imported may be used by every test of the file. These are too many to run, unless the file
+        is named as that of the mutant. A compiled kernel or a cached result hides a call, so that of a decorated function the
+        calls of its whole file count.
         """
         found = []
         wanted = {EVERYTHING, f"{mutant.file}:{mutant.function}"}
@@ -345,7 +345,7 @@ def seconds_of(record: dict[str, Any]) -> float:
 
 
 def files_of(root: Path) -> list[Path]:
-    """Return the files of a tree that git would keep; without git, all but what is known to be made."""
+    """Return the files of a tree that git would keep. Without git these are all but those that are known to be made."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=root,
@@ -366,7 +366,7 @@ def files_of(root: Path) -> list[Path]:
 
 
 def copy_tree(root: Path, target: Path) -> None:
-    """Copy the files of a tree; links stay links."""
+    """Copy the files of a tree. A link is copied as a link."""
     for path in files_of(root):
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root / path, target / path, follow_symlinks=False)

@@ -142,7 +142,7 @@ class _Changes:
         return [change for change in self.found if self._parses(change)]
 
     def _parses(self, change: Change) -> bool:
-        """Return whether Python reads the file with a change; dropping a parenthesised `with` leaves a parenthesis, say."""
+        """Return whether Python reads the file with a change. A dropped `with` in parentheses, for example, leaves one of them."""
         first, last = change[4]
         statement = self.source[:first] + change[5].encode() + self.source[last:]
         try:

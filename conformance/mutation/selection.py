@@ -74,7 +74,7 @@ class Selection:
         ]
         if path.parts[0] != "reference":
             return [[Unit(str(test)) for test in tests] for tests in (named, rest)]
-        # Laws find most faults of the reference at once; the comparison of all ops needs another implementation.
+        # Laws find most faults of the reference at once. The comparison of all ops needs another implementation.
         by_itself = [
             [Unit(str(test), REFERENCE_OPS if self.takes_ops(test) else "") for test in tests]
             for tests in (named, rest)

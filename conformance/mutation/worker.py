@@ -34,7 +34,7 @@ import pytest  # noqa: E402
 
 PRODUCT = ("reference", "optimized")
 MONITORING: Any = getattr(sys, "monitoring", None)
-"""Sees the first call of a function in a test, and costs nothing afterwards; before Python 3.12 every call is traced."""
+"""Sees the first call of a function in a test, and costs nothing afterwards. Before Python 3.12 every call is traced."""
 
 TIMED_OUT = -1
 EVERYTHING = "*"
@@ -88,7 +88,7 @@ class Recorder:
         return MONITORING.DISABLE
 
     def trace(self, frame: FrameType, event: str, _: Any) -> None:
-        """Note a call; lines are not followed."""
+        """Note a call. Lines are not followed."""
         self.note(frame.f_code)
 
     def note(self, code: CodeType) -> None:
@@ -153,7 +153,7 @@ class Recorder:
 
 
 class Chosen:
-    """A pytest plugin that runs some tests, in an order; and those that the record does not know."""
+    """A pytest plugin that runs some tests in an order, and the tests that the record does not know."""
 
     def __init__(self, keep: dict[str, float], known: list[str]) -> None:
         self.keep, self.others = keep, set(known) - keep.keys()

@@ -69,7 +69,7 @@ def test_a_setting_is_one_row(text: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[0, 2, 0, 0, 1]", (done.stdout, done.stderr)
-    assert "--volume INTEGER RANGE" in done.stdout and "How loud [3]." in done.stdout
+    assert "--volume WHOLE NUMBER" in done.stdout and "How loud [3]." in done.stdout
     assert json.loads((run / "config.json").read_text())["run"]["volume"] == 7
     too_loud, refused = done.stderr.splitlines()
     assert "--volume" in too_loud and "12 is not in the range 1<=x<=11" in too_loud

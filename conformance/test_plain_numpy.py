@@ -1,0 +1,60 @@
+"""The suite as others use it: for an implementation outside of this repository's own two, which has some of the ops."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from arbitor.reference.op_table import OP_TABLE
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def suite(*arguments: str, broken: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the suite against `conformance.plain_numpy`, after a statement that breaks it."""
+    code = (
+        "import sys, numpy, pytest, torch\nfrom conformance import plain_numpy\n"
+        f"{broken}\nsys.exit(pytest.main(sys.argv[1:]))"
+    )
+    given = ["conformance/ops", "conformance/test_comparison.py", "conformance/test_vectors.py"]
+    options = [
+        "--impl",
+        "conformance.plain_numpy",
+        "--device",
+        "cpu",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *arguments,
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *given, *options],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_an_implementation_in_numpy_passes() -> None:
+    families = [f"--family={name}" for name in ("packing", "dither", "votes")]
+    result = suite("--examples=5", *families)
+    assert result.returncode == 0, result.stdout[-2000:]
+    assert f"compared:       7 of {len(OP_TABLE)} ops (7 EXACT) on 35 examples" in result.stdout
+    assert "failed" not in result.stdout
+
+
+def test_a_slip_in_it_is_found() -> None:
+    """Votes that are rounded away from zero, not to even, differ in ties alone."""
+    broken = "numpy.rint = lambda x: numpy.sign(x) * numpy.floor(abs(x) + 0.5)"
+    result = suite("--family=votes", "--maxfail=1", broken=broken)
+    assert result.returncode == 1 and "stochastic_votes" in result.stdout, result.stdout[-2000:]
+
+
+def test_a_family_that_is_none_is_named() -> None:
+    result = suite("--family=pakking")
+    assert result.returncode == 4
+    assert "--family is 'pakking', but must be one of activations, attention," in result.stderr
