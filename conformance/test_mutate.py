@@ -13,7 +13,7 @@ from conformance import mutate
 from conformance.import_lint import ROOT
 from conformance.mutation.campaign import records
 from conformance.mutation.operators import mutants_of
-from conformance.mutation.selection import Selection
+from conformance.mutation.selection import Selection, Unit
 
 PRODUCT = '''"""A product."""
 
@@ -277,8 +277,16 @@ def test_the_excuses_of_this_tree_hold() -> None:
 
 
 def test_every_file_of_the_product_has_tests() -> None:
+    """Also those of other folders: mutants lived while no test was left out, as tests of another folder saw them."""
     selection = Selection(ROOT)
     assert all(selection.stages(file)[0] for file in mutate.files(ROOT, ["reference", "optimized"]))
+    for file, tests in (
+        ("optimized/training/media_mix.py", "conformance/sidecars/test_media_runs.py"),
+        ("optimized/training/loop.py", "conformance/sidecars/test_media_runs.py"),
+        ("optimized/commands/audit.py", "conformance/system/test_cli.py"),
+        ("optimized/commands/report.py", "conformance/system/test_finished_runs.py"),
+    ):
+        assert Unit(tests) in selection.stages(file)[1]
 
 
 def test_paths_outside_of_the_product_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

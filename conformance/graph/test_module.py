@@ -134,12 +134,20 @@ def test_a_functional_call_computes_with_the_state_given() -> None:
     assert not differences(held(model), before)
 
 
-@pytest.mark.parametrize("assign", [False, True])
-def test_a_state_dict_is_loaded_and_computed_with(assign: bool) -> None:
+LOADS: dict[str, Callable[[ArbModel], object]] = {
+    "a state dict": lambda model: model.load_state_dict(held(models.whole())),
+    "a state dict, assigned": lambda model: model.load_state_dict(held(models.whole()), assign=True),
+    "a state": lambda model: model.load_state(models.whole().state()),
+}
+"""Ways to load the state of the model that `models.whole` returns."""
+
+
+@pytest.mark.parametrize("what", LOADS)
+def test_a_state_is_loaded_and_computed_with(what: str) -> None:
     model = ArbModel(models.WHOLE, seed=9)
     loss = model.loss(IDS)
     model.backward(model.losses(IDS), rate=models.RATE, step=0)
-    model.load_state_dict(held(models.whole()), assign=assign)
+    LOADS[what](model)
     exact(model(IDS), models.whole()(IDS))
     with pytest.raises(RuntimeError, match="changed between forward and backward"):
         model.backward(loss, rate=1.0, step=0)

@@ -2,17 +2,19 @@
 
 `reference/ops/scale.py`, `optimized/ops/scale.py` and `optimized/kernels/scale.py` are tested by `test_scale.py` and by
 `test_scale_<part>.py`. `optimized/kernels/segments.py`, which has no tests of its name, is tested by those of the files that
-import it. Then come the rest of the folders that these lie in, and what lies at the top of `conformance`. A family of ops has
-nothing to do with the others: of files of ops and kernels, the tests of another family are left out.
+import it. Then come the rest of the folders that these lie in, what lies at the top of `conformance`, and tests of other folders
+that import the file by its name, or the command line if the file is a command. A family of ops has nothing to do with the others:
+of files of ops and kernels, the tests of another family are left out.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from conformance.import_lint import import_graph, module_name
+from conformance.import_lint import import_graph, imported, module_name
 from conformance.mutation.worker import PRODUCT
 
 REFERENCE_OPS = "arbitor.reference.ops"
@@ -25,6 +27,10 @@ OF_THE_SUITE = (
     "test_mutate",
 )
 """Tests of the tests, and of what no interpreter runs: they are slow and judge no result of the product."""
+
+COMMANDS = ("optimized", "commands")
+COMMAND_LINE = ("arbitor.optimized.cli", "conformance.system.command")
+"""The modules by which tests run commands, in this process or in one of its own."""
 
 
 @dataclass(frozen=True, order=True)
@@ -46,6 +52,7 @@ class Selection:
         files = sorted((root / "conformance").rglob("test_*.py"))
         self.tests = [path.relative_to(root) for path in files if path.stem not in OF_THE_SUITE]
         self.stems = {path.stem for top in PRODUCT for path in (root / top).rglob("*.py")}
+        self.imported: dict[Path, set[str]] = {}
         self.importers: dict[str, set[str]] = {}
         for name, targets in import_graph(root).items():
             for target in targets:
@@ -61,7 +68,9 @@ class Selection:
         rest = [
             test
             for test in self.tests
-            if test.parent in folders and test not in named and not (of_family and self.alone(test))
+            if test not in named
+            and (test.parent in folders or self.imports(test, path))
+            and not (of_family and self.alone(test))
         ]
         if path.parts[0] != "reference":
             return [[Unit(str(test)) for test in tests] for tests in (named, rest)]
@@ -118,6 +127,14 @@ class Selection:
             if found:
                 return found
         return []
+
+    def imports(self, test: Path, path: Path) -> bool:
+        """Return whether tests import a file of the product by its name; of a command, whether they import the command line."""
+        modules = (module_name(self.root / path, self.root), *COMMAND_LINE * (path.parts[:-1] == COMMANDS))
+        if test not in self.imported:
+            nodes = ast.walk(ast.parse((self.root / test).read_text()))
+            self.imported[test] = {name for node in nodes for name in imported(node, test)}
+        return any(f"{name}.".startswith(f"{each}.") for name in self.imported[test] for each in modules)
 
     def alone(self, test: Path) -> bool:
         """Return whether a file of tests is of one family of ops."""

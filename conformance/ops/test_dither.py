@@ -182,6 +182,7 @@ _VOTES = {"group_size": 12, **CLOCK}
 test_refusals_of_dither = refusals(
     "dither",
     refused("dither_bytes", "group size 13", ValueError, "group_size", ids(0), group_size=13, **CLOCK),
+    refused("dither_bytes", "group size 12.0", ValueError, "group_size", ids(0), group_size=12.0, **CLOCK),
     refused("dither_bytes", "group size 0", ValueError, "group_size", ids(0), group_size=0, **CLOCK),
     refused("dither_bytes", "id -1", ValueError, "group_ids", ids(-1), **_VOTES),
     refused("dither_bytes", "id 2**32", ValueError, "group_ids", ids(2**32), **_VOTES),

@@ -334,6 +334,7 @@ test_refusals_of_edges = refusals(
     refused("edge_sum_input_grad", "signs of another dtype", TypeError,
             "signs_RJ", ones(1, 5), _slots(0, 1), ones(1, 2, dtype=_BF16), num_nodes=4),
     refused("edge_sum_sign_grad", "neighbour -2", ValueError, "neighbours_RJ", ones(1, 5), _H, _slots(0, -2)),
+    refused("edge_sum_sign_grad", "one node", ValueError, "h_ND", ones(1, 5), ones(5), _slots(0, 0)),
     refused("edge_sum_sign_grad", "other columns", ValueError, "grad_RD", ones(1, 6), _H, _slots(0, 1)),
     refused("edge_sum_sign_grad", "two dtypes", TypeError, "h_ND", ones(1, 5, dtype=_BF16), _H, _slots(0, 1)),
     refused("edge_sum_sign_grad", "other rows", ValueError, "grad_RD", ones(2, 5), _H, _slots(0, 1)),

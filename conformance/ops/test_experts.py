@@ -533,6 +533,8 @@ test_refusals_of_experts = refusals(
             "experts_M", ones(1, 2, 14), _SIX, ids(0, 1), num_groups=3),
     refused("grouped_linear", "float16", TypeError, "x_MK", ones(2, 14, dtype=F16), _SIX, ids(0, 1), num_groups=3),
     refused("grouped_linear", "another device", ValueError, "x_MK", meta(2, 14), _SIX, ids(0, 1), num_groups=3),
+    refused("grouped_linear_input_grad", "one dimension", ValueError,
+            "grad_MN", ones(2), _SIX, lambda: torch.tensor(0), num_groups=3),
     refused("grouped_linear_input_grad", "six columns", ValueError,
             "grad_MN", ones(2, 6), _SIX, ids(0, 1), num_groups=3),
     refused("grouped_linear_input_grad", "int8", TypeError,

@@ -466,6 +466,7 @@ test_refusals_of_votes = refusals(
     refused("row_exponents", "float16", TypeError, "grad_NK", ones(2, 3, dtype=F16)),
     refused("row_exponents", "one dimension", ValueError, "grad_NK", ones(3)),
     refused("row_exponents", "no columns", ValueError, "grad_NK", ones(3, 0)),
+    refused("stochastic_votes", "group 0", ValueError, "group_size", ones(2, 3), 1.0, **{**_VOTES, "group_size": 0}),
     refused("stochastic_votes", "rate -1", ValueError, "rate", ones(2, 3), -1.0, **_VOTES),
     refused("stochastic_votes", "rate 128", ValueError, "rate", ones(2, 3), 128.0, **_VOTES),
     refused("stochastic_votes", "rate NaN", ValueError, "rate", ones(2, 3), float("nan"), **_VOTES),

@@ -86,6 +86,7 @@ def test_a_batch_is_of_one_kind_and_has_its_media_before_its_text(mix: Mix) -> N
         # A text that a latent answers is read as a prompt is.
         lead = lead_of(batch.media) if batch.media else []
         assert batch.ids_BT.shape[1] <= 24
+        assert batch.taught_bytes() == int(batch.targets.taught_BT[:, 3:].sum()) < batch.ids_BT.numel()
         for row, taught in zip(batch.ids_BT.tolist(), batch.targets.taught_BT.tolist(), strict=True):
             text = bytes(row[place] for place in range(len(row)) if taught[place])
             filling = len(row) - len(lead) - len(text)

@@ -140,6 +140,7 @@ def test_eval_of_a_loss_that_is_not_finite(
         (["report"], 2, ["Missing argument 'RUNS"]),
         (["report", "missing"], 1, ["'missing' holds no run"]),
         (["report", "RUN", "RUN"], 2, ["--picture is needed with several runs"]),
+        (["report", *["RUN"] * 65, "--picture", "x.png"], 2, ["65 runs were named", "at most 64"]),
         (["report", "RUN", "--picture", "missing/x.png"], 1, ["there is no folder 'missing'"]),
         (["export", "RUN"], 2, ["Missing argument 'FOLDER'"]),
         (["export", "RUN", "RUN"], 2, ["must be one of its own: it holds a run"]),

@@ -220,6 +220,26 @@ def test_forged_with_nothing_changed_is_accepted(saved: Path) -> None:
     assert load_checkpoint(forged(saved, lambda tensors, header: None)).state_sha256 == before
 
 
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        ([], "its header is no object"),
+        ({"w": {"dtype": "I8", "shape": [-3], "data_offsets": [0, 0]}}, "'w' has numbers that are no sizes"),
+        (
+            {"w": {"dtype": "I8", "shape": [True], "data_offsets": [0, 1]}},
+            "'w' has numbers that are no sizes",
+        ),
+        ({"w": {"dtype": "I8", "shape": [1], "data_offsets": [3, 4]}}, "'w' is not where it should be"),
+    ],
+)
+def test_a_header_that_describes_no_tensors_is_refused(tmp_path: Path, header: Any, says: str) -> None:
+    text = json.dumps(header).encode()
+    path = tmp_path / "forged.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(CheckpointError, match=says):
+        load_checkpoint(path)
+
+
 def test_checkpoint_of_another_program_is_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file({"w": torch.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="not of this program"):

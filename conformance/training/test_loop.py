@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from arbitor.optimized.training.facts import RunFacts
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.monitor import Monitor
+from arbitor.optimized.training.runtime import Stopped
 from arbitor.optimized.training.schedule import rate
 from arbitor.reference.audit import audit
 from arbitor.reference.graph import ArbModel
@@ -268,3 +270,24 @@ def test_train_without_saving_writes_no_checkpoint(text: Path, tmp_path: Path) -
     train(options(text, tmp_path / "run", save=False))
     assert not list((tmp_path / "run").glob("*.safetensors"))
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("save", "says"),
+    [(False, "nothing was saved"), (True, "the checkpoint is written, go on with --resume")],
+)
+def test_a_run_that_is_asked_to_stop_says_what_is_saved(
+    text: Path, tmp_path: Path, save: bool, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes during the first step, and the run ends after it."""
+    before = loop.Run._take_pass
+
+    def interrupted(run: Any, *args: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return before(run, *args)
+
+    monkeypatch.setattr(loop.Run, "_take_pass", interrupted)
+    folder = tmp_path / "run" if save else None
+    with pytest.raises(Stopped, match=f"stopped by SIGTERM after step 1 of 8; {says}"):
+        train(options(text, folder, save=save))
+    assert not save or load_checkpoint(tmp_path / "run" / "latest.safetensors").step == 1

@@ -210,6 +210,12 @@ def test_nothing_but_regular_files_is_read(run: Path) -> None:
     os.mkfifo(run / "metrics.jsonl")
     with pytest.raises(TrainingError, match=r"metrics\.jsonl.*it is a pipe"):
         resume(run)
+    refusals: list[str] = []
+    for name in ("best", "final", "previous"):
+        (run / f"{name}.safetensors").write_bytes(b"damaged")
+    with pytest.raises(TrainingError, match="holds no checkpoint that can be used"):
+        RunFolder(run).load_best(refusals.append)
+    assert len(refusals) == 4 and "it is a pipe" in refusals[2]
 
 
 def test_a_sparse_file_takes_no_memory(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

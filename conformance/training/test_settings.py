@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from arbitor.optimized import settings
+from arbitor.optimized.training import sizes
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.options import TrainOptions, preset_defaults
 from arbitor.optimized.training.plan import decide, preset_config, settings_config
 from arbitor.optimized.training.runtime import choose_runtime, deterministic
 from arbitor.optimized.training.schedule import GAIN, gain_of, rate
 from arbitor.reference.config import with_modules
+from arbitor.reference.presets import PRESETS
 from conformance.training.nano import NANO, NANO_DEFAULTS
 
 
@@ -217,3 +219,14 @@ def test_a_preset_file_is_refused_in_a_sentence(
     with pytest.raises(error, match=sentence) as caught:
         decide(TrainOptions(preset=str(path)), None)
     assert str(caught.value).startswith(f"preset is the file {str(path)!r}") and "\n" not in str(caught.value)
+
+
+def test_a_state_beyond_the_memory_of_the_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1}
+    monkeypatch.setattr(sizes.os, "sysconf", pages.__getitem__)
+    with pytest.raises(
+        TrainingError, match=r"the model 'tiny' has a state of 0\.0 GiB, but cpu has 0\.0 GiB"
+    ):
+        sizes.check_memory(PRESETS["tiny"], "cpu")
+    pages["SC_PHYS_PAGES"] = 2**20
+    sizes.check_memory(PRESETS["tiny"], "cpu")

@@ -19,8 +19,8 @@ def matrix_shape(name: str, shape: Sequence[int]) -> tuple[int, int]:
 
 
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
-    """Refuse a value that is not listed."""
-    if isinstance(value, bool) or value not in allowed:
+    """Refuse a value that is not listed. A float is no integer of the list, even if the two are equal."""
+    if isinstance(value, (bool, float)) or value not in allowed:
         raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, allowed))}")
 
 

@@ -10,7 +10,6 @@ from arbitor.reference.checks.arguments import integer, number
 from arbitor.reference.checks.tensors import (
     FLOAT_DTYPES,
     dtype_in,
-    is_tensor,
     same_device,
     same_dtype,
     tensor,
@@ -25,7 +24,6 @@ def decode_slots(q_BHK: Tensor, keys_BSK: Tensor, bias_BS: Tensor, *, value_widt
         raise ValueError(
             f"q_BHK has shape {tuple(q_BHK.shape)}, but must be [batch, heads, columns] with at least one column"
         )
-    is_tensor("keys_BSK", keys_BSK)
     same_dtype("keys_BSK", keys_BSK, "q_BHK", q_BHK)
     batch, _, columns = q_BHK.shape
     if keys_BSK.ndim != 3 or keys_BSK.shape[0] != batch or keys_BSK.shape[2] != columns:

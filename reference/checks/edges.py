@@ -10,7 +10,6 @@ from torch import Tensor
 from arbitor.reference.checks.tensors import (
     FLOAT_DTYPES,
     dtype_in,
-    is_tensor,
     matrix,
     same_device,
     same_dtype,
@@ -38,7 +37,6 @@ def edge_slots(neighbours_RJ: Tensor, **beside: Tensor) -> None:
 
 def edge_signs(signs_RJ: Tensor, neighbours_RJ: Tensor, other_name: str, other: Tensor) -> None:
     """Refuse signs that are not one for each slot, in the dtype and on the device of the vectors that they multiply."""
-    is_tensor("signs_RJ", signs_RJ)
     same_dtype("signs_RJ", signs_RJ, other_name, other)
     same_shape("signs_RJ", signs_RJ, "neighbours_RJ", neighbours_RJ)
     same_device(**{other_name: other}, signs_RJ=signs_RJ)

@@ -1,0 +1,77 @@
+"""The tables that `arb audit` prints hold what `arb audit --json` counts, every row and every heading."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from arbitor.optimized import cli
+
+MIB = 2**20
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Return what the command prints."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(["audit", *arguments])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def rows_of(text: str) -> list[tuple[str, ...]]:
+    """Return the cells of all rows of all tables, headings among them."""
+    lines = [line.replace("┃", "│").strip() for line in text.splitlines()]
+    cells = [tuple(cell.strip() for cell in line.strip("│").split("│")) for line in lines if "│" in line]
+    return cells
+
+
+def wanted(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return the rows that a report asks for."""
+
+    def area(name: str, of: dict[str, Any]) -> tuple[str, ...]:
+        sizes = (f"{of[f'{form}_bytes'] / MIB:.2f}" for form in ("canonical", "resident"))
+        return name, f"{of['weights']:,}", *sizes
+
+    rows = [("area", "ternary weights", "canonical MiB", "on a GPU MiB")]
+    rows += [area(each["name"], each) for each in report["areas"]]
+    rows += [area("total", report), *(area(each["name"], each) for each in report["apart"])]
+    if report["tables"]:
+        rows += [("integer table, apart", "dtype", "shape", "MiB")]
+        rows += [
+            (
+                each["name"],
+                each["dtype"],
+                " x ".join(f"{size:,}" for size in each["shape"]),
+                f"{each['bytes'] / MIB:.2f}",
+            )
+            for each in report["tables"]
+        ]
+        rows += [("total", "", "", f"{report['table_bytes'] / MIB:.2f}")]
+    if report["figures"]:
+        rows += [("figure", "source", "seed", "ours", "difference", "")]
+        rows += [
+            (
+                each["what"],
+                each["source"],
+                *(f"{each[name]:,}" for name in ("seed", "ours")),
+                f"{each['ours'] - each['seed']:+,}",
+            )
+            for each in report["figures"]
+        ]
+    return rows
+
+
+@pytest.mark.parametrize("preset", ["tiny", "r14"])
+def test_every_row_is_printed(
+    preset: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`r14` has integer tables, and figures of its seed."""
+    monkeypatch.setenv("COLUMNS", "200")
+    report = json.loads(printed(capsys, "--preset", preset, "--json"))
+    rows = wanted(report)
+    assert [
+        row[: len(want)] for row, want in zip(rows_of(printed(capsys, "--preset", preset)), rows, strict=True)
+    ] == rows
+    assert bool(report["figures"]) == (preset == "r14") and report["tables"]
