@@ -74,8 +74,8 @@ def test_pack_trits_roundtrip(ops: Subject, trits: Tensor) -> None:
 
 UNPACK_MOST_SIGNIFICANT_FIRST = mutant(
     "unpack_most_significant_first",
-    "places[positions % TRITS_PER_BYTE]",
-    "places.flip(0)[positions % TRITS_PER_BYTE]",
+    "- 1 for j in range(TRITS_PER_BYTE)]",
+    "- 1 for j in reversed(range(TRITS_PER_BYTE))]",
     compared="unpack_trits",
 )
 
@@ -87,8 +87,8 @@ def test_unpack_trits_roundtrip(ops: Subject, packed: Tensor) -> None:
 
 BOTH_MOST_SIGNIFICANT_FIRST = mutant(
     "both_most_significant_first",
-    "[3**j for j in range(TRITS_PER_BYTE)]",
-    "[3 ** (4 - j) for j in range(TRITS_PER_BYTE)]",
+    "for j in range(TRITS_PER_BYTE)]",
+    "for j in reversed(range(TRITS_PER_BYTE))]",
     compared="pack_trits",
     times=2,
 )

@@ -95,9 +95,8 @@ def test_group_scales_by_fractions(ops: Subject) -> None:
         MANTISSA_IGNORED,
         mutant(
             "groups_across_rows",
-            "scales[:, columns // weight.group_size]",
-            "group_scales(weight.exponents.reshape(-1), mantissa_bits=weight.mantissa_bits)"
-            "[(rows[:, None] * num_columns + columns) // weight.group_size]",
+            "scales.repeat_interleave(weight.group_size, dim=1)[:, :num_columns]",
+            "scales.flatten().repeat_interleave(weight.group_size)[: trits.numel()].reshape(trits.shape)",
             compared="dequantize",
         ),
     ],
