@@ -72,7 +72,7 @@ def test_exponents_and_their_counts_move_with_the_trits() -> None:
     """E_accum is active in most groups, as REFACTOR7 reports, and a model learns meanwhile."""
     model, ids_BT = ArbModel(CONFIG, seed=3), models.random_ids(2, 12)
     before, losses = models.state_of(model), []
-    for step in range(40):
+    for step in range(60):
         components = model.losses(ids_BT)
         losses.append(components["bytes"].item())
         assert model.backward(components, rate=1.0, step=step)

@@ -245,7 +245,7 @@ def test_train_creates_no_folder_for_a_run_it_refuses(text: Path, tmp_path: Path
 
 
 def test_train_refuses_a_folder_that_is_no_folder(text: Path) -> None:
-    with pytest.raises(TrainingError, match="cannot use the run folder"):
+    with pytest.raises(TrainingError, match="is a file, but must be a folder"):
         train(options(text, text))
     with pytest.raises(TrainingError, match="cannot use the run folder"):
         train(options(text, text / "below"))
