@@ -41,7 +41,7 @@ help: ## this list
 	@echo "  make docs                                the site, in site/index.html"
 	@echo "  make demo PYTHON=/opt/python3.12/bin/python3    choose the Python of the environment"
 
-demo: $(VENV)/.installed-arb ## train the tiny preset on Python's own sources, show the result (8 to 10 minutes)
+demo: $(VENV)/.installed-arb ## train the tiny preset on Python's own sources, show the result (6 to 10 minutes)
 	rm -rf $(DEMO_RUN)
 	$(BIN)/arb train --preset tiny --data stdlib --device auto --seed 0 --run $(DEMO_RUN) $(DEMO)
 
