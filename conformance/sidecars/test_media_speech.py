@@ -101,6 +101,15 @@ def test_a_batch_of_speech_has_marks_behind_its_text(media: Path, checkpoints: P
         assert targets.tokens_BN[b, len(own) :].eq(NO_TOKEN).all()
 
 
+def test_one_folder_may_be_heard_and_spoken(media: Path, checkpoints: Path) -> None:
+    """What is known of a file as speech, which is only that it can be decoded, is not taken for what a sound needs."""
+    asked_of = asked(media, checkpoints, None, "audio", save=False, batch=2, mix="text=0,audio=1,speech=1")
+    with opened(asked_of, None) as run:
+        assert run.mix is not None
+        kinds = {run.mix.batch(number).kind for number in range(8)}
+    assert kinds == {"audio", "speech"}
+
+
 def test_a_run_says_how_the_talker_does(trained: Path) -> None:
     lines = list(read_metrics(trained / "metrics.jsonl"))
     assert "val_tokens" in lines[-1]["media"]["speech"]

@@ -169,8 +169,9 @@ class Mix:
                 check_width(SIDECAR_OF[kind], sidecar.num_features, config)
         # The router has nothing to learn where one head answers everything.
         self._routed = bool(config.router_inner and self.kinds.keys() & ANSWERED_BY.keys())
-        self._unreadable: set[Path] = set()
-        self._decoded: set[bytes] = set()
+        # By kind, since one file may be asked for as several media.
+        self._unreadable: set[tuple[str, Path]] = set()
+        self._decoded: set[tuple[str, bytes]] = set()
         self._seconds: dict[bytes, int] = {}
         self._warn: Say = lambda sentence: None
         self._runtime = runtime
@@ -481,20 +482,21 @@ class Mix:
 
     def _is_readable(self, kind: str, item: Item) -> bool:
         """Return whether an item can be decoded. Features of what can are made, and kept; a sentence names what cannot."""
-        if item.content not in self._decoded and item.path not in self._unreadable:
+        decoded, unreadable = (kind, item.content), (kind, item.path)
+        if decoded not in self._decoded and unreadable not in self._unreadable:
             try:
                 # The codec is trained on what can be decoded, before there are tokens.
                 if kind == "speech":
                     refuse_clip(repr(str(item.path)), read_audio(item.path, max_seconds=MAX_CLIP_SECONDS))
                 else:
                     self.feature(kind, item)
-                self._decoded.add(item.content)
+                self._decoded.add(decoded)
             except (SidecarError, ValueError) as error:
                 # A ValueError is about a medium that was decoded, such as a video of four pixels, and names no file.
                 what = f"{str(item.path)!r}: " if isinstance(error, ValueError) else ""
-                self._unreadable.add(item.path)
+                self._unreadable.add(unreadable)
                 self._warn(f"{what}{error}; the file is left out")
-        return item.path not in self._unreadable
+        return unreadable not in self._unreadable
 
     @staticmethod
     def _validated(model: ArbModel, batches: Iterator[Batch]) -> dict[str, float | None]:
