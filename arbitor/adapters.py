@@ -23,8 +23,8 @@ from arbitor.model import ArbModel
 from arbitor.optimized.training.adapter_files import FLOAT_MODEL_TYPE, read_adapter, write_adapter
 from arbitor.optimized.training.adapter_state import AdapterState
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.optimized.training.regular import JSON_BYTES, read_regular
-from arbitor.reference.config import ArbConfig, parsed_json
+from arbitor.optimized.training.regular import json_object
+from arbitor.reference.config import ArbConfig
 from arbitor.reference.convert import ternarize
 from arbitor.reference.graph.adapters import (
     Adapter,
@@ -93,7 +93,7 @@ def float_model(folder: str | PathLike[str]) -> ArbModel:
     """
     path = Path(folder)
     try:
-        document = parsed_json(read_regular(path / "config.json", most=JSON_BYTES))
+        document = json_object(path / "config.json")
         if document["model_type"] != FLOAT_MODEL_TYPE:
             raise ValueError(
                 f"its model_type is {document['model_type']!r}, but must be {FLOAT_MODEL_TYPE!r}"

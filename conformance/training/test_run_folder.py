@@ -227,7 +227,7 @@ def test_a_sparse_file_takes_no_memory(run: Path, monkeypatch: pytest.MonkeyPatc
     def read(*arguments: Any) -> None:
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr(checkpoints, "_read_tensor", read)
+    monkeypatch.setattr(checkpoints, "read_tensor", read)
     os.truncate(latest, 3 * 2**30)
     (run / "previous.safetensors").unlink()
     check_refused_without_reading(run, "its header says")

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.training.adapter_state import MATRICES, AdapterState
-from arbitor.optimized.training.checkpoint import write_safetensors
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.optimized.training.regular import JSON_BYTES, read_regular
+from arbitor.optimized.training.regular import json_object, read_regular
 from arbitor.optimized.training.runtime import versions
+from arbitor.optimized.training.tensor_file import write_safetensors
 from arbitor.optimized.training.whole_file import told, write_whole
-from arbitor.reference.config import ArbConfig, parsed_json
+from arbitor.reference.config import ArbConfig
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 """The files of a folder of peft."""
@@ -138,13 +138,8 @@ def read_adapter(folder: str | PathLike[str]) -> AdapterState:
 
 def _config(path: Path) -> Mapping[str, Any]:
     """Return the configuration of a folder of peft; refuse fields that change what adapters compute."""
-    try:
-        config = parsed_json(read_regular(path, most=JSON_BYTES))
-    except OSError as error:
-        raise TrainingError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise TrainingError(f"{str(path)!r} cannot be used: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+    config = json_object(path)
+    if config.get("peft_type") != "LORA":
         raise TrainingError(f"{str(path)!r} is refused: its peft_type must be LORA")
     alpha = config.get("lora_alpha")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < float("inf"):

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -26,6 +24,14 @@ from torch import Tensor
 from arbitor.optimized.training.adapter_state import AdapterState, names_of, state_from
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.regular import open_regular
+from arbitor.optimized.training.tensor_file import (
+    DamagedFileError,
+    Entries,
+    bytes_of,
+    read_entries,
+    read_tensor,
+    write_safetensors,
+)
 from arbitor.optimized.training.whole_file import rename, told, write_beside
 from arbitor.reference import checks
 from arbitor.reference.config import parsed_json
@@ -43,22 +49,6 @@ METADATA_KEY = "arbitor"
 
 PARTS = ("packed", "exponents", "trit_accum", "exponent_accum")
 """The tensors of a weight, by their name in `TernaryWeight`."""
-
-HEADER_BYTES = 2**26
-"""Bytes of a header at most: one with ten thousand weights has some three million."""
-
-_DTYPE_CODES = {
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.float32: "F32",
-}
-"""The dtypes of weights and tables, all of them integers, and that of adapters, as the format names them."""
-
-_DTYPES = {code: dtype for dtype, code in _DTYPE_CODES.items()}
-"""The same, the other way round."""
 
 State = Mapping[str, TernaryWeight | Tensor]
 """What ``ArbModel.state`` returns: weights in canonical form and integer tables, by name."""
@@ -190,7 +180,7 @@ def load_checkpoint(path: Path, check: HeaderCheck | None = None) -> Checkpoint:
             }
             _state(header, shapes)
             _adapter(header, shapes)
-            tensors = {name: _read_tensor(file, dtype, shape) for name, (dtype, shape) in entries.items()}
+            tensors = {name: read_tensor(file, dtype, shape) for name, (dtype, shape) in entries.items()}
         return _verified(header, tensors)
 
 
@@ -209,7 +199,7 @@ def load_header(path: Path, check: HeaderCheck | None = None) -> dict[str, Any]:
 
 def _checked_header(file: IO[bytes], check: HeaderCheck | None) -> tuple[dict[str, Any], Entries]:
     """Return the header of a file and the entries of its tensors, which are left to read."""
-    text, entries = _read_entries(file)
+    text, entries = read_entries(file, METADATA_KEY)
     header = _verified_header(text)
     if check is not None:
         check(header)
@@ -225,7 +215,7 @@ def _told_of(path: Path) -> Iterator[None]:
         raise CheckpointError(f"there is no checkpoint {str(path)!r}") from error
     except CheckpointError as error:
         raise CheckpointError(f"the checkpoint {str(path)!r} is refused: {error}") from error
-    except (OSError, _Damaged) as error:
+    except (OSError, DamagedFileError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise CheckpointError(
             f"the checkpoint {str(path)!r} is damaged or not a safetensors file: {reason}"
@@ -324,7 +314,7 @@ def _tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
-        digest.update(_bytes_of(tensor))
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 
@@ -385,89 +375,8 @@ def put_checkpoint(source: Path, target: Path) -> None:
         rename(source, target)
 
 
-def write_safetensors(file: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write CPU tensors into a safetensors file, one after the other, so that a model is never held twice.
-
-    The library's own writer makes a temporary file of a random name, which a killed run would leave behind.
-    """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    offset = 0
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        end = offset + tensor.nbytes
-        header[name] = {
-            "dtype": _DTYPE_CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little"))
-    file.write(text)
-    for name in sorted(tensors):
-        file.write(_bytes_of(tensors[name]))
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.numpy().data).cast("B")
-
-
 def _writing(path: Path) -> AbstractContextManager[None]:
     return told(f"the checkpoint {str(path)!r}", "; the checkpoints written before are intact")
-
-
-class _Damaged(Exception):
-    """A file that is no safetensors file, or a part of one."""
-
-
-Entries = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-"""Dtype and shape of the tensors of a file, by name, in the order of their bytes."""
-
-
-def _read_entries(file: IO[bytes]) -> tuple[str | None, Entries]:
-    """Return our JSON text and the entries of a safetensors file; its tensors are what is left to read.
-
-    Raises:
-        _Damaged: it is none. Entries must lie one after the other, and end where the file ends.
-    """
-    size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(HEADER_BYTES, size - 8):
-        raise _Damaged(f"its header would have {length:,} bytes, in a file of {size:,}")
-    try:
-        header = parsed_json(file.read(length))
-        if not isinstance(header, dict):
-            raise ValueError("its header is no object")
-        metadata = header.pop("__metadata__", {})
-        text = metadata.get(METADATA_KEY)
-        entries: Entries = {}
-        place = 0
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
-            if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
-                raise ValueError(f"the tensor {name!r} has numbers that are no sizes")
-            dtype = _DTYPES.get(entry["dtype"])
-            if dtype is None:
-                # Of another program: it is not read.
-                return None, {}
-            if start != place or end - start != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"the tensor {name!r} is not where it should be")
-            entries[name] = dtype, shape
-            place = end
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _Damaged(str(error) or type(error).__name__) from error
-    if 8 + length + place != size:
-        raise _Damaged(f"it has {size:,} bytes, but its header says {8 + length + place:,}")
-    return text, entries
-
-
-def _read_tensor(file: IO[bytes], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """Read a tensor into memory of its own, so that a model is never held twice."""
-    tensor = torch.empty(shape, dtype=dtype)
-    if tensor.numel() and file.readinto(_bytes_of(tensor)) != tensor.nbytes:  # type: ignore[attr-defined]
-        raise _Damaged("it ends before its last tensor does")
-    return tensor
 
 
 def _verified_header(text: Any) -> dict[str, Any]:

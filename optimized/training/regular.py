@@ -10,7 +10,10 @@ import errno
 import os
 import stat
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from arbitor.optimized.training.errors import TrainingError
+from arbitor.reference.config import parsed_json
 
 JSON_BYTES = 2**20
 """Bytes that a file of JSON has at most: a configuration has two thousand."""
@@ -62,6 +65,23 @@ def read_regular(path: Path, *, most: int | None = None) -> bytes:
     if most is not None and len(content) > most:
         raise _too_large(path, most)
     return content
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a regular file of at most `JSON_BYTES`.
+
+    Raises:
+        TrainingError: the file cannot be read, or holds no JSON object.
+    """
+    try:
+        value = parsed_json(read_regular(path, most=JSON_BYTES))
+    except OSError as error:
+        raise TrainingError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise TrainingError(f"{str(path)!r} cannot be used: {error}") from error
+    if not isinstance(value, dict):
+        raise TrainingError(f"{str(path)!r} does not hold a JSON object")
+    return value
 
 
 def kind_of(mode: int) -> str:

@@ -29,10 +29,10 @@ from arbitor.optimized.training.checkpoint import (
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.metrics import last_step
 from arbitor.optimized.training.options import ADAPTERS, BOUND, CHANGES, ROWS
-from arbitor.optimized.training.regular import JSON_BYTES, kind_of, read_regular
+from arbitor.optimized.training.regular import json_object, kind_of
 from arbitor.optimized.training.sizes import config_of
 from arbitor.optimized.training.whole_file import partial_of, told, write_whole
-from arbitor.reference.config import ArbConfig, parsed_json
+from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import ArbModel
 
 RUNS_ROOT = Path("runs")
@@ -330,13 +330,13 @@ class RunFolder:
         warnings = [f"{refusal}; going on from the one before it" for refusal in refusals]
         if checkpoint is None:
             self._refuse_lost_steps()
-            document = _read_json(self.config)
+            document = json_object(self.config)
             self._recorded_config(document)
             note = f"{str(self)!r} holds no checkpoint yet: starting at step 0"
             return Found(None, document["run"], document["model"], note=note)
         document = {}
         try:
-            document = _read_json(self.config)
+            document = json_object(self.config)
             self._refuse_checkpoint_of_another_run(checkpoint, document)
         except CheckpointError:
             raise
@@ -360,7 +360,7 @@ class RunFolder:
         refusals: list[str] = []
         document: Mapping[str, Any] = {}
         try:
-            document = _read_json(self.config)
+            document = json_object(self.config)
         except TrainingError as error:
             refusals.append(str(error))
         for path in self._checkpoints():
@@ -521,20 +521,3 @@ def _writable(value: Any) -> Any:
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     with told(repr(str(path))):
         write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object that a run wrote.
-
-    Raises:
-        TrainingError: the file is unreadable or not a JSON object.
-    """
-    try:
-        value = parsed_json(read_regular(path, most=JSON_BYTES))
-    except OSError as error:
-        raise TrainingError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise TrainingError(f"{str(path)!r} cannot be used: {error}") from error
-    if not isinstance(value, dict):
-        raise TrainingError(f"{str(path)!r} does not hold a JSON object")
-    return value
