@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 import wave
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,16 +147,27 @@ def _frames(container: Any, stream: Any) -> Iterator[Any]:
 @contextmanager
 def _decoding(path: str | Path) -> Iterator[None]:
     """Turn an error of a decoder into a SidecarError that names the file."""
-    file = Path(path)
-    if not file.is_file():
+    if not Path(path).is_file():
         raise SidecarError(f"{str(path)!r} is no file that exists")
+    with _told(path, "decoded"):
+        yield
+
+
+def _writing(path: str | Path) -> AbstractContextManager[None]:
+    """Turn an error of writing into a SidecarError that names the file."""
+    return _told(path, "written")
+
+
+@contextmanager
+def _told(path: str | Path, done: str) -> Iterator[None]:
+    """Turn an error of a library into a SidecarError that says what cannot be done with a file."""
     try:
         yield
     except (SidecarError, MemoryError):
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise SidecarError(f"{str(path)!r} cannot be decoded ({type(error).__name__}: {reason})") from error
+        raise SidecarError(f"{str(path)!r} cannot be {done} ({type(error).__name__}: {reason})") from error
 
 
 def write_image(path: str | Path, image: Tensor) -> None:
@@ -212,15 +223,3 @@ def _check_frames(name: str, pixels: Tensor, dims: int) -> None:
     if pixels.ndim != dims or pixels.shape[-3] != 3 or 0 in pixels.shape:
         wanted = "[3, height, width]" if dims == 3 else "[frames, 3, height, width]"
         raise ValueError(f"{name} has shape {tuple(pixels.shape)}, but must be {wanted}")
-
-
-@contextmanager
-def _writing(path: str | Path) -> Iterator[None]:
-    """Turn an error of writing into a SidecarError that names the file."""
-    try:
-        yield
-    except (SidecarError, MemoryError):
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise SidecarError(f"{str(path)!r} cannot be written ({type(error).__name__}: {reason})") from error
