@@ -250,11 +250,9 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
         loss = None
         if labels is not None:
             shifted = labels[:, 1:].to(logits_BTV.device)
-            loss = F.cross_entropy(
-                logits_BTV[:, :-1].reshape(-1, logits_BTV.shape[-1]),
-                shifted.reshape(-1),
-                ignore_index=IGNORED_LABEL,
-            )
+            wanted = shifted != IGNORED_LABEL
+            # Of the wanted places alone: zeros between them would change the order of the sum, and so its last bits.
+            loss = F.cross_entropy(logits_BTV[:, :-1][wanted], shifted[wanted])
         output = library("transformers.modeling_outputs").CausalLMOutputWithPast
         return output(loss=loss, logits=logits_BTV, past_key_values=cache if use_cache else None)
 
