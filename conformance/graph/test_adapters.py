@@ -29,6 +29,7 @@ from arbitor.reference.graph.adapters import (
     use_float_linears,
 )
 from arbitor.reference.graph.layers import TernaryLinear
+from conformance.compare import exact
 from conformance.graph import models
 from conformance.graph.models import WHOLE, drawn_by_the_reference, nano, random_ids
 from conformance.subject import Subject
@@ -155,6 +156,25 @@ def test_an_adapter_of_a_stack_changes_the_matrix_of_each_expert() -> None:
     assert torch.allclose(twin(x_MK, experts_M), y_MN, atol=1e-5)
     several = twin(x_MK[[0, 1, 3, 4]].view(2, 2, -1), experts_M[[0, 1, 3, 4]].view(2, 2))
     assert torch.allclose(several.flatten(0, 1), y_MN[[0, 1, 3, 4]], atol=1e-5)
+
+
+def test_a_slot_without_an_expert_teaches_no_adapter() -> None:
+    """Gradients are those of the other slots, bit for bit, whatever the slot holds."""
+    model = nano()
+    attach(model, rank=2, alpha=6, targets="expert_down")
+    moved(model)
+    stack = model.layers[0].moe_graph.moe.expert_down
+    experts_M = torch.tensor([3, 0, -1, 1])
+    grads = []
+    for unused in (0.0, torch.nan, torch.inf):
+        x_MK = torch.arange(4.0 * stack.weight.shape[1]).reshape(4, -1) / 64
+        x_MK[2] = unused
+        stack.adapter.zero_grad()
+        stack(x_MK, experts_M).square().sum().backward()
+        grads.append((stack.adapter.a_RK.grad, stack.adapter.b_NR.grad))
+    assert all(grad.any() for grad in grads[0])
+    exact(grads[1], grads[0])
+    exact(grads[2], grads[0])
 
 
 @pytest.mark.parametrize("name", ["key_up", "value_up"])

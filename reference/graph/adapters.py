@@ -80,6 +80,9 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor, y: Tensor, experts: Tensor | None = None) -> Tensor:
         """Return y with the change for x added, by the expert of each slot if there are experts."""
         wide = wide_dtype(y)
+        if experts is not None:
+            # Whatever a slot without an expert holds, A has no gradient of it. A zero times NaN would be one.
+            x = torch.where((experts < 0)[..., None], 0.0, x)
         b_NR, z = self.b_NR.to(wide), F.linear(x.to(wide), self.a_RK.to(wide))
         if experts is not None:
             b_NR, z = _by_expert(b_NR, z, experts, num_outputs=y.shape[-1])
