@@ -214,8 +214,8 @@ def guessed(wanted: Sequence[Sequence[str]]) -> float:
 
 def mean_error(mix: Mix) -> float:
     """Return the squared error, on the videos held out, of the mean latent of those that were learned from."""
-    learned = torch.stack([mix.feature("video", item) for item in mix.training_items("video")])
-    held_out = torch.stack([mix.feature("video", item) for item in mix.held_out_items("video")])
+    learned = torch.stack([mix.reader.feature("video", item) for item in mix.training_items("video")])
+    held_out = torch.stack([mix.reader.feature("video", item) for item in mix.held_out_items("video")])
     return float((held_out - learned.mean(dim=0)).square().mean())
 
 
@@ -243,7 +243,7 @@ def said(run: Run) -> Tensor:
     mix = mix_of(run)
     frames = RATE // SAMPLES_PER_FRAME
     tokens = [run.model.say(torch.tensor([list(item.text)]), frames) for item in mix.held_out_items("speech")]
-    return mix.codec.speak(torch.cat(tokens))
+    return mix.reader.codec.speak(torch.cat(tokens))
 
 
 def vowels_right(run: Run) -> float:
@@ -318,7 +318,7 @@ def sheet(run: Run, path: Path) -> None:
         drawn = run.model.video_head(text_of(run.model, batch))
     for column, item in enumerate(videos):
         for row, latent, name in (
-            (2, mix.feature("video", item), "latent of the file"),
+            (2, mix.reader.feature("video", item), "latent of the file"),
             (3, drawn[column], "drawn"),
         ):
             axes[row, column].imshow(latent.flatten(0, 2).numpy().T, aspect="auto", vmin=-2, vmax=2)

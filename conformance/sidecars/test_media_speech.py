@@ -83,7 +83,7 @@ def test_a_batch_of_speech_has_marks_behind_its_text(media: Path, checkpoints: P
     with opened(asked(media, checkpoints, None, save=False, batch=3, mix="text=0,speech=1"), None) as run:
         assert run.mix is not None
         batch = run.mix.batch(4)
-        targets, codec = batch.targets, run.mix.codec
+        targets, codec = batch.targets, run.mix.reader.codec
         items = {item.text: item for item in run.mix._folders["speech"].train}
     assert targets is not None and targets.tokens_BN is not None
     assert targets.taught_BT is not None and targets.spoken_BT is not None

@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,46 +28,35 @@ from arbitor.optimized.training.data import (
 )
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import NATS_PER_BIT, validation_bpb
-from arbitor.optimized.training.generate import first_window
 from arbitor.optimized.training.media import (
-    CAPTION_END,
     FOLDERS,
     SIDECAR_OF,
-    Features,
     check_width,
     data_of,
     encoders_of,
-    lead_of,
     weights_of,
 )
+from arbitor.optimized.training.media_batch import Batch, captioned
 from arbitor.optimized.training.media_files import Item, MediaFolder, load_media
+from arbitor.optimized.training.media_reader import MediaReader, Say, clip_of
 from arbitor.optimized.training.media_speech import (
     CODEC_FILE,
     load_codec,
-    padded,
     save_codec,
-    tokens_of,
     trained_codec,
 )
-from arbitor.reference.config import NGRAM, SPECIAL_IDS, ArbConfig
+from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import Targets
 from arbitor.reference.graph.audio import AUDIO_CODES
 from arbitor.reference.graph.codec import AudioCodec
 from arbitor.reference.graph.router import MODALITIES
-from arbitor.reference.graph.talker import spoken_marks
-from arbitor.reference.graph.targets import NO_TOKEN
 from arbitor.reference.graph.video import latent_shape
-from arbitor.sidecars import FeatureCache, SidecarError, read_audio, read_image, read_video
-from arbitor.sidecars.audio import SAMPLE_RATE, refuse_clip
-from arbitor.sidecars.encoders import whole_seconds
+from arbitor.sidecars import FeatureCache
 
 if TYPE_CHECKING:
     from arbitor.optimized.training.options import Settings
     from arbitor.optimized.training.runtime import Runtime
     from arbitor.reference.graph import ArbModel
-
-MAX_CLIP_SECONDS = 30
-"""Longest sound that is learned from, in seconds. Attention is over all of its frames, 41 and two thirds a second."""
 
 CACHE_FOLDER = "features"
 """Folder of features in the folder of a run."""
@@ -78,43 +66,6 @@ ANSWERED_BY = {"video": "video", "speech": "audio"}
 
 COMPONENTS = ("bytes", "route", "latent", "tokens")
 """Components of the loss that lines of metrics have."""
-
-Say = Callable[[str], None]
-"""What is told a sentence."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The samples of a micro-batch, all of one kind, on the CPU.
-
-    Attributes:
-        kind: one of KINDS.
-        ids_BT: int64 [B, T]. Texts of samples of media have PAD behind them, where no position of the text sees it.
-        media: features before the ids, by their names in `ArbModel.trunk`.
-        targets: what the heads are taught; None: every byte.
-    """
-
-    kind: str
-    ids_BT: Tensor
-    media: Features = field(default_factory=dict)
-    targets: Targets | None = None
-
-    def taught_bytes(self) -> int:
-        """Return the number of bytes that are predicted."""
-        mask = None if self.targets is None else self.targets.taught_BT
-        return self.ids_BT[:, 3:].numel() if mask is None else int(mask[:, 3:].sum())
-
-    def on(self, device: torch.device | str) -> dict[str, Any]:
-        """Return the arguments of `ArbModel.losses` on a device."""
-        media = {name: value.to(device) for name, value in self.media.items()}
-        arguments: dict[str, Any] = {"ids_BT": self.ids_BT.to(device), **media}
-        if self.targets is not None:
-            moved = {
-                name: None if value is None else value.to(device)
-                for name, value in vars(self.targets).items()
-            }
-            arguments["targets"] = Targets(**moved)
-        return arguments
 
 
 class Mix:
@@ -169,14 +120,8 @@ class Mix:
                 check_width(SIDECAR_OF[kind], sidecar.num_features, config)
         # The router has nothing to learn where one head answers everything.
         self._routed = bool(config.router_inner and self.kinds.keys() & ANSWERED_BY.keys())
-        # By kind, since one file may be asked for as several media.
-        self._unreadable: set[tuple[str, Path]] = set()
-        self._decoded: set[tuple[str, bytes]] = set()
-        self._seconds: dict[bytes, int] = {}
-        self._warn: Say = lambda sentence: None
+        self.reader = MediaReader(self.encoders, side=latent_shape(config.video_latent)[-1])
         self._runtime = runtime
-        self._codec: AudioCodec | None = None
-        self._tokens: dict[bytes, Tensor] = {}
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._sums: dict[str, dict[str, list[float]]] = {}
         self.ids_taken = 0
@@ -191,9 +136,9 @@ class Mix:
         Raises:
             TrainingError: the folder of the cache cannot be made, or the codec of the run folder is refused.
         """
-        self._warn = warn
+        self.reader.warn = warn
         if "speech" in self._folders:
-            self._codec = self._opened_codec()
+            self.reader.codec = self._opened_codec()
         if not self._folders.keys() & SIDECAR_OF.keys():
             return
         folder = self.settings.feature_cache or (None if self.run is None else self.run / CACHE_FOLDER)
@@ -207,13 +152,6 @@ class Mix:
                 f"cannot use the folder of features {str(folder)!r}: {error.strerror or error}"
             ) from error
 
-    @property
-    def codec(self) -> AudioCodec:
-        """The codec of a run that learns to speak, once `begin` was called."""
-        if self._codec is None:
-            raise RuntimeError("codec was read, but the run must learn from speech, and have begun")
-        return self._codec
-
     def _opened_codec(self) -> AudioCodec:
         """Return the codec of the run folder; or train it, and write it where the run has a folder."""
         folder = self._folders["speech"]
@@ -223,8 +161,7 @@ class Mix:
         items = folder.train
 
         def read(number: int) -> Tensor:
-            item = self._readable("speech", items, number)
-            return read_audio(item.path, max_seconds=MAX_CLIP_SECONDS)
+            return clip_of(self._readable("speech", items, number))
 
         seed = self.settings.seed
         codec = trained_codec(read, len(items), self.config, self._runtime, seed=seed)
@@ -314,87 +251,24 @@ class Mix:
         """Return the item at a place, or the next one that can be decoded."""
         for number in range(len(items)):
             item = items[(place + number) % len(items)]
-            if self._is_readable(kind, item):
+            if self.reader.is_readable(kind, item):
                 return item
         raise TrainingError(
             f"the folder {self._folders[kind].source!r} has no file of {kind} that can be decoded"
         )
 
-    def feature(self, kind: str, item: Item, seconds: int | None = None) -> Tensor:
-        """Return the features of an item, its latent, or its tokens; of a sound that is filled up to some seconds."""
-        if kind == "speech":
-            if item.content not in self._tokens:
-                clip = read_audio(item.path, max_seconds=MAX_CLIP_SECONDS)
-                self._tokens[item.content] = tokens_of(self.codec, clip).to(torch.int16)
-            return self._tokens[item.content].long()
-        if kind == "image":
-            return self.encoders.features("vision", item.content, lambda: read_image(item.path))
-        if kind == "video":
-            side = latent_shape(self.config.video_latent)[-1]
-            return self.encoders.features(
-                "video", item.content, lambda: read_video(item.path, max_frames=1).frames, side=side
-            )
-        if item.content not in self._seconds:
-            clip = whole_seconds(read_audio(item.path, max_seconds=MAX_CLIP_SECONDS))
-            self._seconds[item.content] = len(clip) // SAMPLE_RATE
-        seconds = seconds or self._seconds[item.content]
-        filled = seconds * SAMPLE_RATE
-        return self.encoders.features(
-            "audio",
-            item.content + seconds.to_bytes(4, "little"),
-            lambda: whole_seconds(read_audio(item.path, max_seconds=MAX_CLIP_SECONDS), filled),
-        )
-
     def _of_items(self, kind: str, items: Sequence[Item]) -> Batch:
         """Return the batch of some items that can be decoded."""
-        texts = [item.text for item in items]
-        if kind == "video":
-            latent = torch.stack([self.feature(kind, item) for item in items])
-            return self._captions(kind, texts, {}, latent=latent)
-        if kind == "speech":
-            return self._captions(
-                kind, texts, {}, tokens_BN=padded([self.feature(kind, item) for item in items], NO_TOKEN)
-            )
-        seconds = None
-        if kind == "audio":
-            # Sounds of a batch have one length.
-            seconds = max(self._seconds[item.content] for item in items)
-        features_BNF = torch.stack([self.feature(kind, item, seconds) for item in items])
-        return self._captions(kind, texts, {f"{kind}_BNF": features_BNF})
-
-    def _captions(
-        self,
-        kind: str,
-        texts: Sequence[bytes],
-        media: Features,
-        *,
-        latent: Tensor | None = None,
-        tokens_BN: Tensor | None = None,
-    ) -> Batch:
-        """Return a batch of texts after media, or of texts that a latent or tokens answer."""
-        end = CAPTION_END if media else b""
-        room = self.settings.context
-        marks = [] if tokens_BN is None else spoken_marks(tokens_BN.shape[1])
-        if media:
-            lead = lead_of(media)
-            leads_B1 = torch.full((len(texts), 1), len(lead))
-            rows = [[*lead, *(text + end)[: room - len(lead)]] for text in texts]
-        else:
-            # As a prompt is read. Marks before it would tell the router that no text is asked for.
-            rows = [first_window(text[:room]) for text in texts]
-            leads_B1 = torch.tensor([[max(0, NGRAM - len(text))] for text in texts])
-        longest = max(len(row) for row in rows) + len(marks)
-        pad = SPECIAL_IDS["PAD"]
-        # Filling before a text would tell how long the text is.
-        ids_BT = torch.tensor([row + marks + [pad] * (longest - len(row) - len(marks)) for row in rows])
-        place_T, ends_B1 = torch.arange(longest), torch.tensor([[len(row)] for row in rows])
-        taught_BT = (place_T >= leads_B1) & (place_T < ends_B1)
-        # The first id behind a text is no mark.
-        spoken_BT = (place_T > ends_B1) & (place_T < ends_B1 + len(marks)) if marks else None
+        texts, context = [item.text for item in items], self.settings.context
         answered = self._answered(kind, len(texts))
         modality_B = None if answered is None else answered.modality_B
-        targets = Targets(modality_B, latent, tokens_BN, taught_BT=taught_BT, spoken_BT=spoken_BT)
-        return Batch(kind, ids_BT, media, targets)
+        values = self.reader.of_batch(kind, items)
+        if kind == "video":
+            return captioned(kind, texts, context=context, modality_B=modality_B, latent=values)
+        if kind == "speech":
+            return captioned(kind, texts, context=context, modality_B=modality_B, tokens_BN=values)
+        media = {f"{kind}_BNF": values}
+        return captioned(kind, texts, context=context, modality_B=modality_B, media=media)
 
     def _answered(self, kind: str, batch: int) -> Targets | None:
         """Return the targets of the router for samples of a kind, or None where it learns nothing."""
@@ -474,29 +348,11 @@ class Mix:
     def held_out_items(self, kind: str) -> list[Item]:
         """Return the items of media that are held out and can be decoded, `eval_windows` of them at most."""
         items = self._folders[kind].validation[: self.settings.eval_windows]
-        return [item for item in items if self._is_readable(kind, item)]
+        return [item for item in items if self.reader.is_readable(kind, item)]
 
     def training_items(self, kind: str) -> list[Item]:
         """Return the items of media that are learned from and can be decoded."""
-        return [item for item in self._folders[kind].train if self._is_readable(kind, item)]
-
-    def _is_readable(self, kind: str, item: Item) -> bool:
-        """Return whether an item can be decoded. Features of what can are made, and kept; a sentence names what cannot."""
-        decoded, unreadable = (kind, item.content), (kind, item.path)
-        if decoded not in self._decoded and unreadable not in self._unreadable:
-            try:
-                # The codec is trained on what can be decoded, before there are tokens.
-                if kind == "speech":
-                    refuse_clip(repr(str(item.path)), read_audio(item.path, max_seconds=MAX_CLIP_SECONDS))
-                else:
-                    self.feature(kind, item)
-                self._decoded.add(decoded)
-            except (SidecarError, ValueError) as error:
-                # A ValueError is about a medium that was decoded, such as a video of four pixels, and names no file.
-                what = f"{str(item.path)!r}: " if isinstance(error, ValueError) else ""
-                self._unreadable.add(unreadable)
-                self._warn(f"{what}{error}; the file is left out")
-        return unreadable not in self._unreadable
+        return [item for item in self._folders[kind].train if self.reader.is_readable(kind, item)]
 
     @staticmethod
     def _validated(model: ArbModel, batches: Iterator[Batch]) -> dict[str, float | None]:

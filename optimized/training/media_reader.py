@@ -1,0 +1,116 @@
+"""Files of media as what a model takes of them: features, latents and tokens. Which files can be decoded is found out once.
+
+Legend: B items of a batch, N vectors or tokens, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from arbitor.optimized.training.media_files import Item
+from arbitor.optimized.training.media_speech import padded, tokens_of
+from arbitor.reference.graph.codec import AudioCodec
+from arbitor.reference.graph.targets import NO_TOKEN
+from arbitor.sidecars import SidecarError, read_audio, read_image, read_video
+from arbitor.sidecars.audio import SAMPLE_RATE, refuse_clip
+from arbitor.sidecars.encoders import Encoders, whole_seconds
+
+MAX_CLIP_SECONDS = 30
+"""Longest sound that is learned from, in seconds. Attention is over all of its frames, 41 and two thirds a second."""
+
+Say = Callable[[str], None]
+"""What is told a sentence."""
+
+
+def clip_of(item: Item) -> Tensor:
+    """Return the sound of an item, float32 [T] at 16 kHz, MAX_CLIP_SECONDS at most."""
+    return read_audio(item.path, max_seconds=MAX_CLIP_SECONDS)
+
+
+class MediaReader:
+    """Reads items of media through encoders.
+
+    Attributes:
+        encoders: of pictures, sounds and videos, with their cache.
+        side: rows of the latent of a frame.
+        warn: is told one sentence for each file that cannot be decoded.
+    """
+
+    def __init__(self, encoders: Encoders, *, side: int) -> None:
+        self.encoders, self.side = encoders, side
+        self.warn: Say = lambda sentence: None
+        self._codec: AudioCodec | None = None
+        # By kind, since one file may be asked for as several media.
+        self._unreadable: set[tuple[str, Path]] = set()
+        self._decoded: set[tuple[str, bytes]] = set()
+        self._seconds: dict[bytes, int] = {}
+        self._tokens: dict[bytes, Tensor] = {}
+
+    @property
+    def codec(self) -> AudioCodec:
+        """What makes tokens of speech. It is set once it has learned; before, a RuntimeError is raised."""
+        if self._codec is None:
+            raise RuntimeError("codec was read, but the run must learn from speech, and have begun")
+        return self._codec
+
+    @codec.setter
+    def codec(self, codec: AudioCodec) -> None:
+        self._codec = codec
+
+    def feature(self, kind: str, item: Item, seconds: int | None = None) -> Tensor:
+        """Return the features of an item, its latent, or its tokens; of a sound that is filled up to some seconds."""
+        if kind == "speech":
+            if item.content not in self._tokens:
+                self._tokens[item.content] = tokens_of(self.codec, clip_of(item)).to(torch.int16)
+            return self._tokens[item.content].long()
+        if kind == "image":
+            return self.encoders.features("vision", item.content, lambda: read_image(item.path))
+        if kind == "video":
+            return self.encoders.features(
+                "video", item.content, lambda: read_video(item.path, max_frames=1).frames, side=self.side
+            )
+        seconds = seconds or self._seconds_of(item)
+        filled = seconds * SAMPLE_RATE
+        return self.encoders.features(
+            "audio",
+            item.content + seconds.to_bytes(4, "little"),
+            lambda: whole_seconds(clip_of(item), filled),
+        )
+
+    def _seconds_of(self, item: Item) -> int:
+        """Return the whole seconds that a sound fills."""
+        if item.content not in self._seconds:
+            self._seconds[item.content] = len(whole_seconds(clip_of(item))) // SAMPLE_RATE
+        return self._seconds[item.content]
+
+    def of_batch(self, kind: str, items: Sequence[Item]) -> Tensor:
+        """Return the features [B, N, F], latents [B, ...] or tokens int64 [B, N] of items that can be decoded.
+
+        Sounds are filled up to the longest of them, and tokens by NO_TOKEN.
+        """
+        if kind == "speech":
+            return padded([self.feature(kind, item) for item in items], NO_TOKEN)
+        seconds = max(map(self._seconds_of, items)) if kind == "audio" else None
+        return torch.stack([self.feature(kind, item, seconds) for item in items])
+
+    def is_readable(self, kind: str, item: Item) -> bool:
+        """Return whether an item can be decoded. Features of what can are made, and kept; a sentence names what cannot."""
+        decoded, unreadable = (kind, item.content), (kind, item.path)
+        if decoded not in self._decoded and unreadable not in self._unreadable:
+            try:
+                # The codec is trained on what can be decoded, before there are tokens.
+                if kind == "speech":
+                    refuse_clip(repr(str(item.path)), clip_of(item))
+                else:
+                    self.feature(kind, item)
+                self._decoded.add(decoded)
+            except (SidecarError, ValueError) as error:
+                # A ValueError is about a medium that was decoded, such as a video of four pixels, and names no file.
+                what = f"{str(item.path)!r}: " if isinstance(error, ValueError) else ""
+                self._unreadable.add(unreadable)
+                self.warn(f"{what}{error}; the file is left out")
+        return unreadable not in self._unreadable
