@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 
 import pytest
@@ -19,6 +20,7 @@ from conformance.compare import (
     roundings,
     unsigned_zeros,
 )
+from conformance.import_lint import ROOT
 from conformance.poison import PATTERNS, poisoned
 from conformance.subject import Subject
 
@@ -257,3 +259,16 @@ def test_subject_poisons_outputs() -> None:
 def test_subject_names_a_missing_op() -> None:
     with pytest.raises(AssertionError, match="has no op `rms_norm`"):
         Subject(_Ops, "faulty").rms_norm(torch.zeros(3))
+
+
+def test_no_other_tolerance_for_tensors_exists() -> None:
+    """Tensors are compared by the comparers alone: a tolerance of a test's own is chosen to let the test pass."""
+    others = {"allclose", "isclose", "assert_close", "assert_allclose"}
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {node.attr}"
+        for folder in ("conformance", "bench")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in others
+    ]
+    assert not found, "\n".join(found)

@@ -112,7 +112,7 @@ def test_fused_kernels_of_torch_leave_ternary_layers_alone() -> None:
     with torch.no_grad():
         without = encoder.eval()(x_BTK, src_key_padding_mask=is_padding_BT)
     seen_BT1 = ~is_padding_BT[..., None]
-    assert torch.allclose(without * seen_BT1, with_gradients * seen_BT1, atol=1e-5)
+    alike(without * seen_BT1, with_gradients * seen_BT1)
 
 
 def test_what_is_frozen_stays_and_the_rest_learns() -> None:
