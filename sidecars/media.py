@@ -209,7 +209,8 @@ def write_audio(path: str | Path, clip: Tensor) -> None:
     # A NaN fails the comparison too.
     if clip.ndim != 1 or len(clip) == 0 or not bool(clip.abs().max() <= 1):
         raise ValueError(f"clip has shape {tuple(clip.shape)}, but must be [samples], all of them in [-1, 1]")
-    samples = (clip.cpu() * 32767).round().to(torch.int16)
+    # Readers divide by 2**15, so that a sound that was read is written as it was.
+    samples = (clip.cpu() * 2**15).round().clamp(max=2**15 - 1).to(torch.int16)
     with _writing(path), Path(path).open("wb") as binary, wave.open(binary, "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)

@@ -107,7 +107,7 @@ def test_a_head_that_knows_the_noise_draws_the_target(monkeypatch: pytest.Monkey
     monkeypatch.setattr(head, "_predicted", knows)
     assert head.noise_errors(tokens(), target_BL).max() < 1e-12
     drawn = [head(tokens(), steps=count).flatten(1) for count in (1, 2, 3)]
-    torch.testing.assert_close(drawn[-1], target_BL, rtol=0, atol=1e-5)
+    alike(drawn[-1], target_BL)
     errors = [float((latent - target_BL).square().mean()) for latent in (begin_BL, *drawn)]
     assert errors == sorted(errors, reverse=True)
 

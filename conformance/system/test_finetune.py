@@ -14,6 +14,7 @@ from arbitor.adapters import adapters_of, float_model, load_adapter
 from arbitor.optimized.training.checkpoint import load_checkpoint
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.options import TrainOptions
+from conformance.compare import alike
 from conformance.system.command import Here, check_refused
 from conformance.training import nano
 from conformance.training.test_finetune import OTHER
@@ -103,7 +104,7 @@ def test_adapters_are_exported_alone_and_merged(here: Here, tuned: Path, other: 
     assert here("export", str(tuned), str(floats), "--merge", "float").returncode == 0
     ids_BT = torch.arange(20).unsqueeze(0)
     wanted = ArbModel.from_pretrained(tuned, device="cpu")(ids_BT)
-    assert torch.allclose(float_model(floats)(ids_BT), wanted, atol=2e-3)
+    alike(float_model(floats)(ids_BT), wanted)
 
     ternary = tmp_path / "ternary"
     result = here("export", str(tuned), str(ternary), "--merge", "ternary")

@@ -180,7 +180,7 @@ def test_micro_batches_share_a_step(base: Path, tmp_path: Path, monkeypatch: pyt
     two = grads.pop()
     train(options(base, None, save=False, save_interval=None, steps=1, accum=1, batch=1))
     one = grads.pop()
-    assert any(not torch.allclose(a, b) for a, b in zip(one, two, strict=True))
+    assert any((a - b).norm() > b.norm() / 64 for a, b in zip(one, two, strict=True))
     norm = torch.stack([grad.norm() for grad in two]).norm()
     assert 0.2 < norm / torch.stack([grad.norm() for grad in one]).norm() < 1.5
 
