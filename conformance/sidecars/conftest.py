@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from conformance.sidecars.media_runs import register, render
+from conformance.training.nano import without_pictures
 
 LIBRARIES = ("transformers", "diffusers", "optimum.quanto", "PIL", "av")
 """What these tests need."""
@@ -108,3 +112,27 @@ def real_checkpoint() -> object:
             pytest.skip(f"no {REAL[kind]} in the cache of the hub, HF_HUB_CACHE ({where})")
 
     return find
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let a test take short runs on one thread, without pictures at their end."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    without_pictures(monkeypatch)
+    register(monkeypatch)
+    monkeypatch.delenv("ARB_BACKEND", raising=False)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> Path:
+    """Return a folder with rendered media of every kind."""
+    return render(tmp_path_factory.mktemp("media") / "data", checkpoints)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return a folder of features that the tests of a file share."""
+    return str(tmp_path_factory.mktemp("features"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,32 +16,13 @@ from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.options import TrainOptions
 from arbitor.reference.graph.adapters import adapters_of
 from conformance.sidecars import media_runs
-from conformance.sidecars.media_runs import register, render
+from conformance.sidecars.media_runs import register
 from conformance.training.nano import without_pictures
 from conformance.training.runs import Killed, kill_at
 
 ALL = ("image", "audio", "video")
 
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    without_pictures(monkeypatch)
-    register(monkeypatch)
-    monkeypatch.delenv("ARB_BACKEND", raising=False)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def media(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> Path:
-    return render(tmp_path_factory.mktemp("media") / "data", checkpoints)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("features"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

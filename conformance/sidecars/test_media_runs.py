@@ -28,32 +28,13 @@ from arbitor.reference.config import SPECIAL_IDS
 from arbitor.sidecars import AudioSidecar, read_audio, read_image, read_video
 from arbitor.sidecars.encoders import first_frame
 from conformance.compare import exact
-from conformance.sidecars.media_runs import PATCHES, options, register, render, save_video
+from conformance.sidecars.media_runs import PATCHES, options, register, save_video
 from conformance.training.nano import without_pictures
 from conformance.training.runs import Killed, kill_at
 
 ALL = ("image", "audio", "video")
 
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    without_pictures(monkeypatch)
-    register(monkeypatch)
-    monkeypatch.delenv("ARB_BACKEND", raising=False)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def media(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> Path:
-    return render(tmp_path_factory.mktemp("media") / "data", checkpoints)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("features"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

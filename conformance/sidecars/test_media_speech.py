@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,19 +49,14 @@ def quick(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def short(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
-def media(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> Path:
-    root = media_runs.render(tmp_path_factory.mktemp("speech") / "data", checkpoints)
-    (root / "preset.json").write_text(CONFIG.to_json())
-    return root
+def media(media: Path) -> Path:
+    (media / "preset.json").write_text(CONFIG.to_json())
+    return media
 
 
 def asked(media: Path, checkpoints: Path, run: Path | None, *kinds: str, **changes: Any) -> Any:
