@@ -16,8 +16,9 @@ from torch import Tensor
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import ArbModel
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.types import TernaryWeight
-from conformance.subject import MAKERS
+from conformance.subject import MAKERS, Subject
 
 NANO = ArbConfig(
     name="nano",
@@ -140,3 +141,26 @@ def ops_noting_rates() -> tuple[ModuleType, dict[int, list[float]]]:
         return reference_ops.accumulate_gradient(weight, grad, rate, **kwargs)
 
     return ops_with(accumulate_gradient=note), rates
+
+
+def quick_context(
+    *,
+    dtype: torch.dtype = torch.float32,
+    ops: Any = reference_ops,
+    device: torch.device | str = "cpu",
+    **fields: Any,
+) -> GraphContext:
+    """Return a context for parts of a small model, whose weights move after few votes."""
+    config = nano(theta=2, theta_e=3, **fields).config
+    return GraphContext(ops, config, device=device, dtype=dtype, seed=11)
+
+
+def integers(*shape: int, seed: int = 0, high: int = 8) -> Tensor:
+    """Return floats whose products and sums are exact: whole numbers from -high to high."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-high, high + 1, shape, generator=generator).to(torch.float32)
+
+
+def on(subject: Subject) -> tuple[Any, torch.device]:
+    """Return the ops of a subject, with weights that the reference draws, and where they run."""
+    return drawn_by_the_reference(subject.ops), subject.device

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,6 +25,9 @@ from conformance.subject import Subject
 
 CODES = {"num_codes": 9, "code_dim": 10}
 
+# As small as the numbers that codes are of.
+integers = partial(models.integers, high=3)
+
 
 def context(
     ops: Any = reference_ops, device: Any = "cpu", dtype: torch.dtype = torch.float32, **fields: Any
@@ -36,12 +40,6 @@ def steps(codebook: TernaryVQCodebook) -> None:
     """Do what a model's step does."""
     codebook.step_weight()
     codebook.step_tables()
-
-
-def integers(*shape: int, seed: int = 0, high: int = 3) -> Tensor:
-    """Return floats whose products and sums are exact."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-high, high + 1, shape, generator=generator).to(torch.float32)
 
 
 def train(codebook: TernaryVQCodebook, z: Tensor, *, step: int, rate: float = 1.0) -> Tensor:

@@ -1,59 +1,31 @@
-"""Both paths of the mixture of experts give one result. Only experts in use vote, and large weights are taken in parts.
-
-Legend: M slots (rows of activations), N outputs, K inputs, E experts.
-"""
+"""Both paths of the mixture of experts give one result, shares and load are those of the rule, and a step waits for nothing."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from arbitor.reference import ops as reference_ops
-from arbitor.reference.graph import TernaryLinear, layers
 from arbitor.reference.graph.context import GraphContext
-from arbitor.reference.graph.grouped import TernaryGroupedLinear, numbered
+from arbitor.reference.graph.grouped import TernaryGroupedLinear
 from arbitor.reference.graph.moe import SharedProjectionMoE, all_shares, chosen_shares
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.types import TernaryWeight
 from conformance.compare import alike, exact, unsigned_zeros
 from conformance.graph import models
-from conformance.report import needs_cuda, skip
-from conformance.subject import Subject, weight_of
-
-
-def context(
-    *,
-    dtype: torch.dtype = torch.float32,
-    ops: Any = reference_ops,
-    device: torch.device | str = "cpu",
-    **fields: Any,
-) -> GraphContext:
-    config = models.nano(theta=2, theta_e=3, **fields).config
-    return GraphContext(ops, config, device=device, dtype=dtype, seed=11)
-
-
-def integers(*shape: int, seed: int) -> Tensor:
-    """Return floats whose products and sums are exact."""
-    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).to(torch.float32)
-
-
-def on(subject: Subject) -> tuple[Any, torch.device]:
-    """Return the ops of a subject, with weights that the reference draws, and where they run."""
-    return models.drawn_by_the_reference(subject.ops), subject.device
+from conformance.graph.models import integers, on, quick_context
+from conformance.report import needs_cuda
+from conformance.subject import Subject
 
 
 def both_paths(**fields: Any) -> list[tuple[GraphContext, SharedProjectionMoE]]:
     """Return the same module on the grouped and on the dense path."""
     made = []
     for dense_max in (0, 1000):
-        parts = context(dense_dispatch_max_tokens=dense_max, **fields)
+        parts = quick_context(dense_dispatch_max_tokens=dense_max, **fields)
         made.append((parts, SharedProjectionMoE(parts)))
     return made
 
@@ -141,7 +113,7 @@ def test_only_few_positions_take_the_dense_path() -> None:
         asked.append(experts.numel())
         return reference_ops.grouped_linear(x, weight, experts, num_groups=num_groups)
 
-    parts = context(ops=models.ops_with(grouped_linear=watched), dense_dispatch_max_tokens=6)
+    parts = quick_context(ops=models.ops_with(grouped_linear=watched), dense_dispatch_max_tokens=6)
     moe = SharedProjectionMoE(parts)
     for positions in (3, 4):
         moe(torch.ones(2, positions, 24))
@@ -187,7 +159,7 @@ def test_the_router_votes_with_the_gradient_of_plain_autograd(top_k: int, dense_
         found[tuple(result.shape)] = result
         return result
 
-    parts = context(
+    parts = quick_context(
         ops=models.ops_with(linear_weight_grad=kept),
         dtype=torch.float64,
         top_k=top_k,
@@ -281,7 +253,7 @@ def test_a_handicap_grows_where_an_expert_had_more_than_its_share(
 ) -> None:
     """The choices of all passes of a step count together, and the least handicap is 0."""
     for ops, device in ((reference_ops, torch.device("cpu")), on(subject)):
-        moe = SharedProjectionMoE(context(ops=ops, device=device, num_experts=5))
+        moe = SharedProjectionMoE(quick_context(ops=ops, device=device, num_experts=5))
         handicap_E = moe.get_buffer("handicap")
         handicap_E.copy_(torch.tensor(before))
         one = torch.tensor([[[0, 4], [0, 4]]], device=device)
@@ -293,7 +265,7 @@ def test_a_handicap_grows_where_an_expert_had_more_than_its_share(
 
 def test_moves_of_a_handicap_are_bounded_and_cut_towards_0() -> None:
     """Of 33 choices an expert with all but one has 4.8 times its share and moves by 16; a hundredth too much is no move."""
-    moe = SharedProjectionMoE(context(num_experts=5))
+    moe = SharedProjectionMoE(quick_context(num_experts=5))
     moe.count_passes([(torch.tensor([[[0]] * 32 + [[1]]]),)])
     # 16 (5 - 33) / 33 is -13.6, and an expert without a choice moves by -16.
     assert moe.get_buffer("handicap").tolist() == [32, 3, 0, 0, 0]
@@ -306,7 +278,7 @@ def test_moves_of_a_handicap_are_bounded_and_cut_towards_0() -> None:
 
 def test_a_handicap_counts_in_the_choice_and_not_in_the_shares() -> None:
     """An expert that was first for every vector is chosen by none with a large handicap. The others share by their own logits."""
-    parts = context(dtype=torch.float64, top_k=2)
+    parts = quick_context(dtype=torch.float64, top_k=2)
     moe = SharedProjectionMoE(parts)
     x_BPD = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found: list[Tensor] = []
@@ -329,7 +301,7 @@ def test_a_handicap_counts_in_the_choice_and_not_in_the_shares() -> None:
 
 def test_handicaps_even_out_the_load() -> None:
     """A router whose rows favour one expert: without a handicap it is chosen always, after some steps as often as the others."""
-    parts = context(num_experts=4, top_k=1)
+    parts = quick_context(num_experts=4, top_k=1)
     moe = SharedProjectionMoE(parts)
     trits, exponents = trits_of(moe.router.weight), torch.full_like(moe.router.weight.exponents, -12)
     trits[1:] = -trits[:1]
@@ -347,241 +319,6 @@ def test_handicaps_even_out_the_load() -> None:
     assert loads[0].max() > 300
     late = torch.stack(loads[-40:]).sum(dim=0) / (40 * 100)
     assert late.min() > 0.5 and late.max() < 2, late
-
-
-def test_numbered_names_each_expert_in_use_once() -> None:
-    experts = torch.tensor([7, -1, 3, 7, 900])
-    groups, used = numbered(experts)
-    assert groups.tolist() == [1, -1, 0, 1, 2] and used.tolist() == [3, 7, 900, -1, -1]
-    assert numbered(torch.tensor([-1, -1]))[1].tolist() == [-1, -1]
-    assert numbered(experts[:0])[0].tolist() == []
-
-
-@pytest.mark.parametrize(
-    ("vote_rule", "experts"),
-    [("stochastic", [2]), ("stochastic", [5, -1, 5, 0]), ("sign", [4, 4, 0, 1, -1, 0, 5, 4, 2])],
-    ids=["1", "4", "9"],
-)
-def test_a_grouped_linear_votes_and_steps_alike(subject: Subject, vote_rule: str, experts: list[int]) -> None:
-    """With fewer slots than experts and with more, the op set under test leaves what the reference leaves."""
-    results = []
-    for ops, device in ((reference_ops, torch.device("cpu")), on(subject)):
-        config = models.nano(theta=5, theta_e=3, vote_rule=vote_rule).config
-        parts = GraphContext(ops, config, device=device, dtype=torch.float32, seed=7)
-        layer = TernaryGroupedLinear(parts, 6, 13, 5)
-        slots, outputs = torch.tensor(experts, device=device), []
-        for step in range(2):
-            x = integers(len(experts), 13, seed=step).to(device).requires_grad_()
-            y = layer(x, slots)
-            with parts.voting.taking(rate=2.0, step=step, size=2):
-                (y * integers(len(experts), 5, seed=9).to(device)).sum().backward()
-            outputs += [y.detach().cpu(), x.grad.cpu()]
-            layer.step_weight()
-        weight = ops.to_spec(layer.weight).to("cpu")
-        voted = weight.trit_accum.reshape(6, -1).any(dim=1) | weight.exponent_accum.reshape(6, -1).any(dim=1)
-        assert set(voted.nonzero().flatten().tolist()) <= set(experts)
-        results.append((unsigned_zeros(tuple(outputs)), weight))
-    exact(results[1], results[0])
-    assert results[0][1].trit_accum.any()
-
-
-@pytest.mark.parametrize("vote_rule", ["stochastic", "sign"])
-@pytest.mark.parametrize("count", [3, 9])
-def test_large_weights_vote_in_parts(monkeypatch: pytest.MonkeyPatch, vote_rule: str, count: int) -> None:
-    """However many rows vote at a time, the state is the same, before the step and after it."""
-    experts, states = torch.arange(count) % 4, []
-    for most in (2**27, 100, 1):
-        monkeypatch.setattr(layers, "VOTE_ELEMENTS", most)
-        made: list[Tensor] = []
-
-        def watched(op: Any, made: list[Tensor] = made) -> Any:
-            def run(*args: Any, **kwargs: Any) -> Tensor:
-                made.append(op(*args, **kwargs))
-                return made[-1]
-
-            return run
-
-        ops = models.ops_with(
-            linear_weight_grad=watched(reference_ops.linear_weight_grad),
-            grouped_linear_weight_grad=watched(reference_ops.grouped_linear_weight_grad),
-        )
-        parts = context(ops=ops, vote_rule=vote_rule)
-        plain, grouped = TernaryLinear(parts, 14, 20), TernaryGroupedLinear(parts, 5, 20, 6)
-        found: list[Any] = []
-        for step in range(2):
-            x = integers(count, 14, seed=step)
-            with parts.voting.taking(rate=2.0, step=step, size=3):
-                (grouped(plain(x), experts) * integers(count, 6, seed=5)).sum().backward()
-            found += [plain.weight.clone(), grouped.weight.clone()]
-            plain.step_weight()
-            grouped.step_weight()
-        states.append((*found, plain.weight, grouped.weight))
-        # One output of every expert is the least part.
-        row = 20 * min(count, 5)
-        assert max(grad.numel() for grad in made) <= max(most, row)
-        assert (len(made) == 4) == (most == 2**27)
-    exact(states[1], states[0])
-    exact(states[2], states[0])
-
-
-def test_large_weights_are_unpacked_in_parts(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The op set's own bound on dense copies changes no bit of sums that are exact, and is kept."""
-    try:
-        linear = importlib.import_module(f"{subject.ops.__name__}.linear")
-        limit = linear.DENSE_ELEMENTS
-    except (ImportError, AttributeError):
-        skip("dense copies in parts", f"{subject.name} has no bound on them")
-    weight = reference_ops.initial_weight((40, 36), std=0.2, seed=1, tensor_id=2)
-    calls = (("linear", integers(5, 36, seed=1)), ("linear_input_grad", integers(5, 40, seed=2)))
-    for dtype in (torch.float32, torch.bfloat16):
-        for name, values in calls:
-            results = []
-            for most in (limit, 1):
-                monkeypatch.setattr(linear, "DENSE_ELEMENTS", most)
-                results.append(unsigned_zeros(subject.call(name, values.to(dtype), weight)))
-            exact(results[1], results[0], name)
-    assert len(linear.row_ranges(40, 36)) == 3
-
-
-class Work(TorchDispatchMode):
-    """Notes what is asked of the device while it is active: launches of Triton, and ops of torch with the shapes they return.
-
-    asked:    all of it in its order, as comparable values.
-    launches: of these the kernels, by name.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked: list[tuple[str, Any]] = []
-        self.launches: list[str] = []
-        self.launching = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        # What the interpreter does with torch is no work of a GPU.
-        if not self.launching:
-            made = result if isinstance(result, (tuple, list)) else (result,)
-            self.asked.append((str(func), [tuple(each.shape) for each in made if isinstance(each, Tensor)]))
-        return result
-
-    def launch(self, kernel: Any, grid: Any, run: Any) -> Any:
-        """Note a launch, then have it run."""
-        self.asked.append((kernel.fn.__name__, grid))
-        self.launches.append(kernel.fn.__name__)
-        self.launching = True
-        try:
-            return run()
-        finally:
-            self.launching = False
-
-
-@contextmanager
-def watched_work() -> Iterator[Work]:
-    """Note the work of the device, kernels included, compiled or interpreted."""
-    from triton.runtime.interpreter import InterpretedFunction
-    from triton.runtime.jit import JITFunction
-
-    def noting(run: Any, work: Work) -> Any:
-        return lambda kernel, *args, grid, **kwargs: work.launch(
-            kernel, grid, lambda: run(kernel, *args, grid=grid, **kwargs)
-        )
-
-    with pytest.MonkeyPatch.context() as patch, Work() as work:
-        patch.setenv("ARB_VALUE_CHECKS", "0")
-        for kind in (InterpretedFunction, JITFunction):
-            patch.setattr(kind, "run", noting(kind.run, work))
-        yield work
-
-
-def needs_launches(subject: Subject) -> None:
-    """Leave a test of launches out where they are not Triton's."""
-    if subject.name != "arbitor.optimized.ops":
-        skip("launches of experts", f"it counts those of arbitor.optimized.ops, not of {subject.name}")
-
-
-WAITING = ("_local_scalar_dense", "nonzero", "unique", "bincount", "masked_select")
-"""Parts of the names of torch's ops that wait for the device. They return a number, or a shape that values decide."""
-
-SORTING = ("_count_slots_kernel", "_place_slots_kernel")
-"""The launches that bring slots in the order of their experts, before the launch that multiplies."""
-
-SPREADS = {
-    "sorted": (4, [[0] * 9, [3] * 9, [0, 1, 2, 3, 0, 1, 2, 3, 0], [2, 0, 2, -1, 0, 0, -1, 2, 2], [-1] * 9]),
-    "few": (16, [[7, 7], [0, 15], [15, -1], [-1, -1]]),
-}
-"""Spreads of slots over experts: all on one, even, some experts and slots unused, none used. Slots of `few` are not sorted."""
-
-
-@pytest.mark.parametrize("kind", SPREADS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_grouped_product_is_one_launch_however_slots_fall(
-    subject: Subject, kind: str, dtype: torch.dtype
-) -> None:
-    """And nothing else that is asked of the device depends on it either."""
-    needs_launches(subject)
-    num_groups, spreads = SPREADS[kind]
-    num_rows, num_columns, count = 5, 13, len(spreads[0])
-    weight = weight_of(subject, num_groups * num_rows, num_columns)
-    x = integers(count, num_columns, seed=1).to(subject.device, dtype)
-    grad = integers(count, num_rows, seed=2).to(subject.device, dtype)
-    for name, operands in (
-        ("grouped_linear", (x, weight)),
-        ("grouped_linear_input_grad", (grad, weight)),
-        ("grouped_linear_weight_grad", (grad, x)),
-    ):
-        done = []
-        for spread in spreads:
-            experts = torch.tensor(spread, device=subject.device)
-            with watched_work() as work:
-                subject.raw(name)(*operands, experts, num_groups=num_groups)
-            products = [launch for launch in work.launches if launch not in SORTING]
-            assert len(products) == 1, f"{name} of slots {spread}: {work.launches}"
-            done.append(work)
-        same_work(done, name)
-
-
-def test_a_gate_is_one_launch_forward_and_one_backward(subject: Subject) -> None:
-    """One launch makes the gradients of gate, up and terms. All terms have one gradient, and no copy of it is made."""
-    needs_launches(subject)
-    gate, up, grad = (integers(3, 5, seed=seed).to(subject.device) for seed in range(3))
-    terms = integers(3, 2, 5, seed=3).to(subject.device)
-    leaves = [each.requires_grad_() for each in (gate, up, terms)]
-    with watched_work() as work:
-        found = torch.autograd.grad(subject.raw("gated")(*leaves), leaves, grad)
-    assert work.launches == ["_gated_kernel", "_gated_grads_kernel"]
-    exact(found[:2], subject.raw("gated_grads")(grad, *(leaf.detach() for leaf in leaves))[:2])
-    assert found[2].stride(1) == 0 and found[2].shape == terms.shape
-
-
-@pytest.mark.parametrize("count", [3, 9])
-def test_votes_of_experts_take_one_launch_a_part(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch, count: int
-) -> None:
-    """With fewer slots than experts and with more, parts follow from the shape of the weight, and other work from shapes too."""
-    needs_launches(subject)
-    # A part is two of six outputs of each of five experts.
-    monkeypatch.setattr(layers, "VOTE_ELEMENTS", 2 * 5 * 14)
-    layer = TernaryGroupedLinear(
-        context(ops=models.drawn_by_the_reference(subject.ops), device=subject.device), 5, 14, 6
-    )
-    x, grad = (integers(count, width, seed=width).to(subject.device) for width in (14, 6))
-    places, done = torch.arange(count, device=subject.device), []
-    for experts in (places * 0, places % 5, places % 2 * 4 - 1, places * 0 - 1):
-        leaf = x.clone().requires_grad_()
-        with layer.voting.taking(rate=2.0, step=0), watched_work() as work:
-            layer(leaf, experts).backward(grad)
-        assert work.launches.count("_grouped_weight_grad_kernel") == 3, work.launches
-        assert work.launches.count("_packed_product_kernel") == 2, work.launches
-        done.append(work)
-    same_work(done, "a pass of a grouped linear")
-
-
-def same_work(done: list[Work], what: str) -> None:
-    """Fail unless all of some work is the same, and none of it waits for the device."""
-    for index, work in enumerate(done):
-        waits = [name for name, _ in work.asked if any(part in name for part in WAITING)]
-        assert not waits, f"{what}, spread {index}, waits in {waits}"
-        assert work.asked == done[0].asked, f"{what}: spreads {index} and 0 ask for other work"
 
 
 @pytest.mark.parametrize(

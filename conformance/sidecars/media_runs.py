@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
+from arbitor.optimized.training.loop import Run
 from arbitor.optimized.training.options import PRESET_DEFAULTS, TrainOptions
 from arbitor.sidecars.vision import PREPROCESSING, PREPROCESSOR
 from conformance.graph.models import WHOLE
@@ -118,3 +121,16 @@ def options(root: Path, checkpoints: Path, run: Path | None, *kinds: str, **chan
     if not changes.get("save", True):
         del settings["save_interval"]
     return TrainOptions(run=run, **{**settings, **media, **changes})
+
+
+def assert_captions_are_read(run: Run) -> None:
+    """Fail unless the words of pictures are likelier after their own picture than after another one."""
+    assert run.mix is not None
+    batch = run.mix._of_items("image", run.mix._folders["image"].train)
+    own = batch.on("cpu")
+    other = {**own, "image_BNF": own["image_BNF"].roll(1, 0)}
+    taught: Tensor = own.pop("targets").taught_BT
+    other.pop("targets")
+    with torch.no_grad():
+        nats = [run.model.loss(**each, taught_BT=taught).item() for each in (own, other)]
+    assert nats[0] < 0.9 * nats[1], nats
