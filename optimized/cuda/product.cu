@@ -3,13 +3,9 @@
 // Legend: M rows of x, N outputs, K inputs; KW words a row, KG groups a row; G columns a group.
 //
 // A warp multiplies tiles of 16 outputs by 8 rows of x with `mma.m16n8k16`. Thread 4 g + t of a warp holds four inputs of the
-// outputs g and g + 8 there. Which four is open, as long as x comes in the same order. So a thread takes a chunk of its own: 96
-// neighbouring columns, that is six words of a row and the whole groups of these columns. A step of a warp is the four chunks of
-// its threads t, 384 columns.
-//
-// A lane of two bits is 00, 01 or 11. Shifted to the top of a bfloat16 it is 0, +2 or -2. The lanes l and l + 8 of a word reach
-// the top of their halves by one shift. One mask and one multiplication with half their scales make them weights. x is laid out
-// in shared memory as such pairs, for as many columns at a time as fit there.
+// outputs g and g + 8 there. Which four is open, as long as x comes in the same order. So a thread takes a chunk of its own (`chunk.cuh`),
+// and a step of a warp is the four chunks of its threads t. x is laid out in shared memory as the pairs of lanes of a word, for as
+// many columns at a time as fit there.
 //
 // Constants that the host defines:
 //   GROUP_SIZE, MANTISSA_BITS   of the weight; 96 columns are whole groups
@@ -20,11 +16,8 @@
 //   WORD_BYTES   8 where every row of words starts at a multiple of 8 bytes, else 4
 //   LEVEL_BYTES  4 where every chunk of levels starts at a multiple of 4 bytes and fills such words, else 1
 
-constexpr int CHUNK = 96;
-constexpr int WORDS = CHUNK / 16;
-constexpr int LEVELS = CHUNK / GROUP_SIZE;
-constexpr int LEVEL_WORDS = (LEVELS + 3) / 4;
-constexpr int STEP = 4 * CHUNK;
+#include "chunk.cuh"
+
 constexpr int THREADS = 32 * TILES * SPLITS;
 // Pieces of x that a thread reads before it writes one, and those that it reads while it multiplies the phase before. A
 // multiprocessor with one block has registers for them, and no other block to work for while they are on their way.
@@ -37,64 +30,13 @@ struct Chunk {
     unsigned levels[2][LEVEL_WORDS];
 };
 
-__device__ __forceinline__ unsigned multiply(unsigned a, unsigned b) {
-    unsigned product;
-#if __CUDA_ARCH__ >= 900
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-#else
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
-#endif
-    return product;
-}
-
 __device__ __forceinline__ void multiply_tiles(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ unsigned short rounded(float value) {
-    unsigned short bits;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
-}
-
-// Read the levels of a whole chunk. Rows of levels start anywhere, so they are read as the aligned words around them.
-__device__ __forceinline__ void read_levels(unsigned (&levels)[LEVEL_WORDS], const signed char* at, const unsigned* last) {
-    if constexpr (LEVEL_BYTES == 4) {
-#pragma unroll
-        for (int i = 0; i < LEVEL_WORDS; i++) levels[i] = __ldg(reinterpret_cast<const unsigned*>(at) + i);
-    } else {
-        const unsigned long long address = reinterpret_cast<unsigned long long>(at);
-        const unsigned* aligned = reinterpret_cast<const unsigned*>(address & ~3ull);
-        const unsigned shift = 8 * (static_cast<unsigned>(address) & 3);
-        unsigned low = __ldg(aligned);
-#pragma unroll
-        for (int i = 0; i < LEVEL_WORDS; i++) {
-            // The last word may lie past the tensor, where none of its bytes is used.
-            const unsigned* next = aligned + i + 1;
-            const unsigned high = __ldg(next < last ? next : last);
-            levels[i] = __funnelshift_r(low, high, shift);
-            low = high;
-        }
-    }
-}
-
-__device__ __forceinline__ void read_words(unsigned (&words)[WORDS], const unsigned* at) {
-    if constexpr (WORD_BYTES == 8) {
-#pragma unroll
-        for (int i = 0; i < WORDS / 2; i++) {
-            const uint2 pair = __ldg(reinterpret_cast<const uint2*>(at) + i);
-            words[2 * i] = pair.x;
-            words[2 * i + 1] = pair.y;
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < WORDS; i++) words[i] = __ldg(at + i);
-    }
-}
-
-// Read what there is of a chunk at the end of a row. Past the end trits are 0, and levels too: another byte might be no scale.
+// Read what there is of a chunk at the end of a row, trits of 0 past the end.
 __device__ __forceinline__ void read_end(unsigned (&words)[WORDS], unsigned (&levels)[LEVEL_WORDS], const unsigned* row_of_words,
                                          const signed char* row_of_levels, int chunk, int row_words, int row_groups) {
 #pragma unroll
@@ -102,27 +44,7 @@ __device__ __forceinline__ void read_end(unsigned (&words)[WORDS], unsigned (&le
         const int word = chunk * WORDS + i;
         words[i] = word < row_words ? __ldg(row_of_words + word) : 0;
     }
-#pragma unroll
-    for (int i = 0; i < LEVEL_WORDS; i++) levels[i] = 0;
-#pragma unroll
-    for (int i = 0; i < LEVELS; i++) {
-        const int group = chunk * LEVELS + i;
-        const unsigned level = group < row_groups ? __ldg(row_of_levels + group) & 255 : 0;
-        levels[i / 4] |= level << (8 * (i % 4));
-    }
-}
-
-// Return half the scales of the groups `low` and `high` of a chunk as a pair of bfloat16. `levels` are 128 higher than levels.
-__device__ __forceinline__ unsigned half_scales(const unsigned (&levels)[LEVEL_WORDS], int low, int high) {
-    unsigned pair;
-    if (low / 4 == high / 4) {
-        pair = __byte_perm(levels[low / 4], 0, 0x4040 | low % 4 | high % 4 << 8);
-    } else {
-        pair = __byte_perm(levels[low / 4], 0, 0x4440 | low % 4) | __byte_perm(levels[high / 4], 0, 0x4044 | high % 4 << 8);
-    }
-    // A level with the bias of bfloat16 is the top of its scale's bits; an exponent less by one is half of it.
-    constexpr int bias = (((127 << MANTISSA_BITS) - 128) << (7 - MANTISSA_BITS)) - (1 << 7);
-    return pair * (1u << (7 - MANTISSA_BITS)) + static_cast<unsigned>(bias * 0x10001);
+    read_last_levels(levels, row_of_levels, chunk, row_groups);
 }
 
 // Pieces of 16 bytes that sixteen columns of x take in shared memory, two for each row. One more keeps the threads that read or
@@ -200,9 +122,7 @@ __device__ __forceinline__ void multiply_chunk(float (&sums)[ROW_TILES][4], Chun
                 unsigned a[4];
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const int half = i % 2, pair = 4 * four + 2 * two + i / 2, column = 16 * word + pair;
-                    const unsigned trits = (chunk.words[half][word] << (14 - 2 * pair)) & 0xC000C000u;
-                    a[i] = multiply(trits, half_scales(chunk.levels[half], column / GROUP_SIZE, (column + 8) / GROUP_SIZE));
+                    a[i] = weights(chunk.words[i % 2][word], word, 4 * four + 2 * two + i / 2, chunk.levels[i % 2]);
                 }
 #pragma unroll
                 for (int i = 0; i < ROW_TILES; i++) {

@@ -35,16 +35,32 @@ PAIR_BYTES = 36_000
 
 
 def fits(x_MK: Tensor, weight: DeviceWeight) -> bool:
-    """Return whether the kernel takes a product: few rows of bfloat16 that start at 16 bytes, and groups that fit a chunk."""
+    """Return whether the kernel takes a product: few rows, and what `fits_chunks`."""
     most = MOST if _tiles(weight) >= MANY else FEW
+    return x_MK.shape[0] <= most and fits_chunks(x_MK, weight)
+
+
+def fits_chunks(x_MK: Tensor, weight: DeviceWeight) -> bool:
+    """Return whether chunks of a weight can be multiplied by x: rows of bfloat16 that start at 16 bytes, and groups that fit a chunk."""
     return (
         x_MK.dtype is torch.bfloat16
-        and 0 < x_MK.shape[0] <= most
+        and x_MK.shape[0] > 0
         and weight.shape[0] <= MAX_COLUMNS
         and x_MK.shape[1] % 8 == 0
         and CHUNK % weight.group_size == 0
         and aligned(x_MK, 16)
     )
+
+
+def chunk_constants(weight: DeviceWeight) -> dict[str, int]:
+    """Return what `chunk.cuh` is told of a weight."""
+    levels, row_groups = CHUNK // weight.group_size, weight.exponents.shape[1]
+    return {
+        "GROUP_SIZE": weight.group_size,
+        "MANTISSA_BITS": weight.mantissa_bits,
+        "WORD_BYTES": 8 if weight.words.shape[1] % 2 == 0 and aligned(weight.words, 8) else 4,
+        "LEVEL_BYTES": 4 if levels % 4 == 0 and row_groups % 4 == 0 and aligned(weight.exponents, 4) else 1,
+    }
 
 
 def few_rows_product(x_MK: Tensor, weight: DeviceWeight) -> Tensor:
@@ -56,18 +72,14 @@ def few_rows_product(x_MK: Tensor, weight: DeviceWeight) -> Tensor:
     num_outputs, row_words, row_groups = weight.shape[0], weight.words.shape[1], weight.exponents.shape[1]
     tiles, splits = block_of(_tiles(weight), num_rows)
     row_tiles = math.ceil(num_rows / ROWS)
-    levels = CHUNK // weight.group_size
     kernel = Kernel.of(
         "product",
         "few_rows_product",
-        GROUP_SIZE=weight.group_size,
-        MANTISSA_BITS=weight.mantissa_bits,
+        **chunk_constants(weight),
         ROW_TILES=row_tiles,
         TILES=tiles,
         SPLITS=splits,
         BLOCKS=3 if tiles * splits <= 8 else 1,
-        WORD_BYTES=8 if row_words % 2 == 0 and aligned(weight.words, 8) else 4,
-        LEVEL_BYTES=4 if levels % 4 == 0 and row_groups % 4 == 0 and aligned(weight.exponents, 4) else 1,
     )
     # Sixteen columns take two pieces of 16 bytes for each row, and one more.
     step_bytes = STEP // 16 * (2 * num_rows + 1) * 16
