@@ -41,7 +41,7 @@ def fits(x_MK: Tensor, weight: DeviceWeight) -> bool:
 
 
 def fits_chunks(x_MK: Tensor, weight: DeviceWeight) -> bool:
-    """Return whether x can be multiplied by chunks of a weight: rows of bfloat16 that start at 16 bytes, groups that fit a chunk."""
+    """Return whether x can meet chunks of a weight: rows of bfloat16 that start at 16 bytes, and groups that fit a chunk."""
     return (
         x_MK.dtype is torch.bfloat16
         and x_MK.shape[0] > 0
