@@ -1,6 +1,7 @@
-// y = x W^T for many rows of x in bfloat16, on Hopper. W is read in the device layout, and becomes operands of `wgmma` in registers.
+// y = x W^T for many rows of x in bfloat16, on Hopper, with one matrix W or with that of each row's expert in a stack. W is read in the
+// device layout, and becomes operands of `wgmma` in registers.
 //
-// Legend: M rows of x, N outputs, K inputs; KW words a row, KG groups a row; G columns a group.
+// Legend: M rows of x, or slots; E experts, N outputs, K inputs; KW words a row, KG groups a row; G columns a group.
 //
 // A warp group multiplies tiles of 64 outputs by ROWS rows of x with `wgmma`. Its warp i holds the outputs 16 i .. 16 i + 15, and thread
 // 4 g + t of a warp holds four inputs of the outputs g and g + 8, as with `mma.sync`. Which four is open, as long as x comes in the same
@@ -15,7 +16,8 @@
 //
 // Constants that the host defines:
 //   GROUP_SIZE, MANTISSA_BITS   of the weight; 96 columns are whole groups
-//   ROWS         rows of x that a block multiplies: 16, 32, 64, 128 or 256
+//   SLOTS        0 for rows of one matrix, 1 for slots sorted by expert, 2 for slots that read the matrix of their expert each for itself
+//   ROWS         rows of x, or slots, of a tile, which a block multiplies: 8, 16, 32, 64, 128 or 256
 //   WARP_GROUPS  warp groups of a block that multiply
 //   HEIGHT       tiles of 64 outputs of a warp group
 //   BLOCKS       blocks that a multiprocessor must have room for
@@ -49,6 +51,8 @@ __device__ __forceinline__ unsigned long long described(unsigned address) {
     return (address & 0x3FFFF) >> 4 | inputs_apart << 16 | rows_apart << 32;
 }
 
+#define SUMS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define NAMES_4 "%0,%1,%2,%3"
 #define SUMS_8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define SUMS_16(i) SUMS_8(i), SUMS_8(i + 8)
 #define SUMS_32(i) SUMS_16(i), SUMS_16(i + 16)
@@ -72,7 +76,9 @@ __device__ __forceinline__ unsigned long long described(unsigned address) {
 
 // Add to the sums of 64 outputs and ROWS rows the products of sixteen inputs. They are on their way when this returns.
 __device__ __forceinline__ void multiply_tile(float (&d)[ROWS / 2], const unsigned (&a)[4], unsigned long long x_tile_of_product) {
-#if ROWS == 16
+#if ROWS == 8
+    WGMMA(8, NAMES_4, SUMS_4(0), "%4", "%5", "%6", "%7", "%8");
+#elif ROWS == 16
     WGMMA(16, NAMES_8, SUMS_8(0), "%8", "%9", "%10", "%11", "%12");
 #elif ROWS == 32
     WGMMA(32, NAMES_16, SUMS_16(0), "%16", "%17", "%18", "%19", "%20");
@@ -85,23 +91,84 @@ __device__ __forceinline__ void multiply_tile(float (&d)[ROWS / 2], const unsign
 #endif
 }
 
-// Write x in the order of slabs, [row tile][step][word of a chunk][lane][row][thread]. Past the last row or column it is 0.
+// What slots are cut into tiles by: `experts` int64 [M] where each reads its own matrix; sorted slots have an `order` int64 [M] and
+// `starts` int64 [E + 2], where the slots of each expert begin in it, and behind them the unused ones.
+struct Slots {
+    const long long* experts;
+    const long long* order;
+    const long long* starts;
+    int num_slots, num_experts;
+
+    // The expert of a tile, E if its slots are unused and -1 if there is no such tile; its first place, and its number of places.
+    struct Tile {
+        int expert, first, count;
+    };
+
+    // Return a tile. All threads of a warp call this.
+    __device__ __forceinline__ Tile tile(int number) const {
+        if constexpr (SLOTS == 0) return {0, number * ROWS, min(ROWS, num_slots - number * ROWS)};
+        if constexpr (SLOTS == 2) {
+            const int expert = static_cast<int>(__ldg(experts + number));
+            return {expert < 0 ? num_experts : expert, number, 1};
+        }
+        const int lane = threadIdx.x % 32;
+        for (int first = 0, before = 0; first <= num_experts; first += 32) {
+            const int expert = first + lane;
+            const bool inside = expert <= num_experts;
+            const int start = inside ? static_cast<int>(__ldg(starts + expert)) : 0;
+            const int count = inside ? static_cast<int>(__ldg(starts + expert + 1)) - start : 0;
+            const int tiles = (count + ROWS - 1) / ROWS;
+            int end = tiles;
+#pragma unroll
+            for (int i = 1; i < 32; i *= 2) {
+                const int below = __shfl_up_sync(~0u, end, i);
+                end += lane >= i ? below : 0;
+            }
+            end += before;
+            const unsigned found = __ballot_sync(~0u, number < end);
+            if (found) {
+                const int of = __ffs(found) - 1, place = number - __shfl_sync(~0u, end - tiles, of);
+                const int begin = __shfl_sync(~0u, start, of), size = __shfl_sync(~0u, count, of);
+                return {first + of, begin + place * ROWS, min(ROWS, size - place * ROWS)};
+            }
+            before = __shfl_sync(~0u, end, 31);
+        }
+        return {-1, 0, 0};
+    }
+
+    // Return the slot, or the row, at a place.
+    __device__ __forceinline__ long long at(int place) const { return SLOTS == 1 ? __ldg(order + place) : place; }
+};
+
+// Write x in the order of slabs, [tile][step][word of a chunk][lane][row][thread]. Past the last row or column it is 0. slots_of_row:
+// neighbouring slots that read one row of x.
 extern "C" __global__ void __launch_bounds__(128)
-lay_out_rows(const unsigned short* __restrict__ x, uint4* __restrict__ slabs, int num_rows, int num_inputs, int num_slabs) {
+lay_out_rows(const unsigned short* __restrict__ x, uint4* __restrict__ slabs, const long long* __restrict__ experts,
+             const long long* __restrict__ order, const long long* __restrict__ starts, int num_slots, int num_experts, int slots_of_row,
+             int num_inputs, int num_slabs, int num_tiles) {
     const long long place = static_cast<long long>(blockIdx.x) * 128 + threadIdx.x;
     const int in_tile = static_cast<int>(place % ROWS);
     const long long slab_of_all = place / ROWS;
-    const int slab = static_cast<int>(slab_of_all % num_slabs);
-    const long long row = slab_of_all / num_slabs * ROWS + in_tile;
-    if (slab_of_all / num_slabs * ROWS >= num_rows) return;
+    const int slab = static_cast<int>(slab_of_all % num_slabs), number = static_cast<int>(slab_of_all / num_slabs);
+    // A warp may hold rows of several tiles, which are found one after the other.
+    const Slots slots{experts, order, starts, num_slots, num_experts};
+    Slots::Tile tile{-1, 0, 0};
+    const int first_number = __shfl_sync(~0u, number, 0), last_number = __shfl_sync(~0u, number, 31);
+    for (int i = first_number; i <= min(last_number, num_tiles - 1); i++) {
+        const Slots::Tile found = slots.tile(i);
+        if (i == number) tile = found;
+    }
+    if (tile.expert < 0 || tile.expert == num_experts) return;
+    const int num_rows = tile.count;
+    const long long row = in_tile < num_rows ? slots.at(tile.first + in_tile) / slots_of_row : 0;
     uint4 low[4], high[4];
 #pragma unroll
     for (int t = 0; t < 4; t++) {
         const int column = slab / WORDS * STEP + t * CHUNK + slab % WORDS * 16;
         const uint4* from = reinterpret_cast<const uint4*>(x + row * num_inputs + column);
         low[t] = high[t] = make_uint4(0, 0, 0, 0);
-        if (row < num_rows && column < num_inputs) low[t] = __ldg(from);
-        if (row < num_rows && column + 8 < num_inputs) high[t] = __ldg(from + 1);
+        if (in_tile < num_rows && column < num_inputs) low[t] = __ldg(from);
+        if (in_tile < num_rows && column + 8 < num_inputs) high[t] = __ldg(from + 1);
     }
     uint4* to = slabs + slab_of_all * (ROWS * 8) + in_tile;
 #pragma unroll
@@ -117,17 +184,45 @@ lay_out_rows(const unsigned short* __restrict__ x, uint4* __restrict__ slabs, in
     }
 }
 
-// Blocks are ordered by row tile, then part of the sums, then outputs. out: bfloat16 [M, N], or float32 [parts, M, N].
+// Blocks are ordered by tile, then part of the sums, then outputs. Those of sorted slots are ordered by outputs, so that tiles of one
+// expert read its rows at about the same time. out: bfloat16 [M, N], or float32 [parts, M, N].
 extern "C" __global__ void __launch_bounds__(32 * (WARPS + COPY_WARPS), BLOCKS)
 many_rows_product(const uint4* __restrict__ slabs, const unsigned* __restrict__ words, const signed char* __restrict__ levels,
-                  void* __restrict__ out, int num_rows, int num_outputs, int num_inputs, int row_words, int row_groups, int num_parts,
-                  int part_steps) {
+                  void* __restrict__ out, const long long* __restrict__ experts, const long long* __restrict__ order,
+                  const long long* __restrict__ starts, int num_slots, int num_experts, int num_outputs, int num_inputs, int row_words,
+                  int row_groups, int num_parts, int part_steps, int num_tiles) {
     extern __shared__ __align__(128) unsigned char slabs_here[];
     __shared__ unsigned long long full[WORDS], empty[WORDS];
     constexpr int BLOCK_OUTPUTS = 64 * HEIGHT * WARP_GROUPS;
     const int output_blocks = (num_outputs + BLOCK_OUTPUTS - 1) / BLOCK_OUTPUTS;
-    const int output_block = blockIdx.x % output_blocks, part = blockIdx.x / output_blocks % num_parts;
-    const int row_tile = blockIdx.x / output_blocks / num_parts;
+    int number, part, output_block;
+    if constexpr (SLOTS == 1) {
+        number = blockIdx.x % num_tiles, part = blockIdx.x / num_tiles % num_parts, output_block = blockIdx.x / num_tiles / num_parts;
+    } else {
+        output_block = blockIdx.x % output_blocks, part = blockIdx.x / output_blocks % num_parts;
+        number = blockIdx.x / output_blocks / num_parts;
+    }
+    const Slots slots{experts, order, starts, num_slots, num_experts};
+    const Slots::Tile tile = slots.tile(number);
+    if (tile.expert < 0) return;
+    const auto store = [&](int place, int output, float value) {
+        const long long at = slots.at(tile.first + place) * num_outputs + output;
+        if constexpr (PARTS) {
+            static_cast<float*>(out)[static_cast<long long>(part) * num_slots * num_outputs + at] = value;
+        } else {
+            static_cast<unsigned short*>(out)[at] = rounded(value);
+        }
+    };
+    // Unused slots give zeros.
+    if (SLOTS != 0 && tile.expert == num_experts) {
+        for (int i = threadIdx.x; i < tile.count * BLOCK_OUTPUTS; i += 32 * (WARPS + COPY_WARPS)) {
+            const int output = output_block * BLOCK_OUTPUTS + i % BLOCK_OUTPUTS;
+            if (output < num_outputs) store(i / BLOCK_OUTPUTS, output, 0);
+        }
+        return;
+    }
+    words += static_cast<long long>(tile.expert) * num_outputs * row_words;
+    levels += static_cast<long long>(tile.expert) * num_outputs * row_groups;
     const int steps = (num_inputs + STEP - 1) / STEP, begin = part * part_steps, end = min(begin + part_steps, steps);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
@@ -143,7 +238,7 @@ many_rows_product(const uint4* __restrict__ slabs, const unsigned* __restrict__ 
     if (warp >= WARPS) {
         if constexpr (TALL) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (warp == WARPS && lane == 0) {
-            const uint4* from = slabs + (static_cast<long long>(row_tile) * steps + begin) * WORDS * (SLAB_BYTES / 16);
+            const uint4* from = slabs + (static_cast<long long>(number) * steps + begin) * WORDS * (SLAB_BYTES / 16);
             for (int step = begin; step < end; step++) {
                 for (int i = 0; i < WORDS; i++) {
                     // The first time there is nothing to wait for.
@@ -263,15 +358,8 @@ many_rows_product(const uint4* __restrict__ slabs, const unsigned* __restrict__ 
     for (int i = 0; i < HEIGHT; i++) {
 #pragma unroll
         for (int j = 0; j < ROWS / 2; j++) {
-            const long long output = first_output + 64 * i + 8 * (j % 4 / 2);
-            const long long row = static_cast<long long>(row_tile) * ROWS + 8 * (j / 4) + 2 * t + j % 2;
-            if (row < num_rows && output < num_outputs) {
-                if constexpr (PARTS) {
-                    static_cast<float*>(out)[(static_cast<long long>(part) * num_rows + row) * num_outputs + output] = sums[i][j];
-                } else {
-                    static_cast<unsigned short*>(out)[row * num_outputs + output] = rounded(sums[i][j]);
-                }
-            }
+            const int output = static_cast<int>(first_output) + 64 * i + 8 * (j % 4 / 2), place = 8 * (j / 4) + 2 * t + j % 2;
+            if (place < tile.count && output < num_outputs) store(place, output, sums[i][j]);
         }
     }
 }

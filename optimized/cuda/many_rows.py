@@ -16,6 +16,7 @@ from arbitor.optimized.cuda.compiler import Kernel
 from arbitor.optimized.cuda.launch import launch
 from arbitor.optimized.cuda.product import STEP, chunk_constants, fits_chunks
 from arbitor.optimized.kernels.parts import add_parts, parts_of
+from arbitor.optimized.kernels.slots import Plan
 from arbitor.optimized.layouts import DeviceWeight
 
 WORDS = 6
@@ -76,6 +77,8 @@ def fits(x_MK: Tensor, weight: DeviceWeight) -> bool:
 
 def form_of(num_rows: int, weight: DeviceWeight) -> Form:
     """Return the form for a number of rows of x."""
+    if num_rows <= 8:
+        return Form(8, 2, 1, 2, 4, 4)
     if num_rows <= 16:
         return Form(16, 2, 1, 2, 4, 4)
     if num_rows <= 64:
@@ -83,15 +86,35 @@ def form_of(num_rows: int, weight: DeviceWeight) -> Form:
     return Form(128, 2, 2, 1, 2, 1)
 
 
-def many_rows_product(x_MK: Tensor, weight: DeviceWeight, form: Form | None = None) -> Tensor:
-    """Return x W^T, bfloat16 [M, N], for contiguous rows that `fits`."""
-    num_rows, num_inputs = x_MK.shape
-    num_outputs, row_words, row_groups = weight.shape[0], weight.words.shape[1], weight.exponents.shape[1]
-    form = form or form_of(num_rows, weight)
-    steps, row_tiles = math.ceil(num_inputs / STEP), math.ceil(num_rows / form.rows)
+def many_rows_product(
+    x: Tensor,
+    weight: DeviceWeight,
+    form: Form,
+    *,
+    num_groups: int = 1,
+    experts_M: Tensor | None = None,
+    plan: Plan | None = None,
+    slots_of_row: int = 1,
+) -> Tensor:
+    """Return x W^T, bfloat16 [M, N], for contiguous rows that `fits`. The other arguments are those of `packed_product`.
+
+    With a plan sums are not cut.
+    """
+    num_slots, num_inputs = x.shape[0] * slots_of_row, x.shape[1]
+    num_outputs = weight.shape[0] // num_groups
+    row_words, row_groups = weight.words.shape[1], weight.exponents.shape[1]
+    steps, num_tiles = math.ceil(num_inputs / STEP), math.ceil(num_slots / form.rows)
     part_steps, num_parts = parts_of(steps, form.parts)
+    slots = 0
+    if experts_M is not None:
+        slots, num_tiles = 2, num_slots
+    elif plan is not None:
+        # Every expert, and the unused slots, may have a tile that is not full.
+        slots, num_tiles = 1, num_tiles + num_groups + 1
+        part_steps, num_parts = steps, 1
     constants = {
         **chunk_constants(weight),
+        "SLOTS": slots,
         "ROWS": form.rows,
         "WARP_GROUPS": form.warp_groups,
         "HEIGHT": form.heights,
@@ -99,33 +122,27 @@ def many_rows_product(x_MK: Tensor, weight: DeviceWeight, form: Form | None = No
         "BATCH": form.batch,
         "PARTS": int(num_parts > 1),
     }
-    places = row_tiles * steps * WORDS * form.rows
-    slabs = torch.empty(places * LANES * 4, dtype=torch.int32, device=x_MK.device)
+    order, starts = (None, None) if plan is None else (plan.order, plan.starts)
+    by = (experts_M, order, starts, np.int32(num_slots), np.int32(num_groups))
+    places = num_tiles * steps * WORDS * form.rows
+    slabs = torch.empty(places * LANES * 4, dtype=torch.int32, device=x.device)
     launch(
         Kernel.of("many_rows", "lay_out_rows", **constants),
-        (x_MK, slabs, *map(np.int32, (num_rows, num_inputs, steps * WORDS))),
+        (x, slabs, *by, *map(np.int32, (slots_of_row, num_inputs, steps * WORDS, num_tiles))),
         blocks=math.ceil(places / 128),
         threads=128,
-        device=x_MK.device,
+        device=x.device,
     )
-    y_MN = torch.empty(num_rows, num_outputs, dtype=torch.bfloat16, device=x_MK.device)
-    sums = (
-        y_MN
-        if num_parts == 1
-        else torch.empty(num_parts, num_rows, num_outputs, dtype=torch.float32, device=x_MK.device)
-    )
+    y_MN = torch.empty(num_slots, num_outputs, dtype=torch.bfloat16, device=x.device)
+    shape = (num_parts, num_slots, num_outputs)
+    sums = y_MN if num_parts == 1 else torch.empty(shape, dtype=torch.float32, device=x.device)
+    sizes = (num_outputs, num_inputs, row_words, row_groups, num_parts, part_steps, num_tiles)
     launch(
         Kernel.of("many_rows", "many_rows_product", **constants),
-        (
-            slabs,
-            weight.words,
-            weight.exponents,
-            sums,
-            *map(np.int32, (num_rows, num_outputs, num_inputs, row_words, row_groups, num_parts, part_steps)),
-        ),
-        blocks=math.ceil(num_outputs / form.outputs) * num_parts * row_tiles,
+        (slabs, weight.words, weight.exponents, sums, *by, *map(np.int32, sizes)),
+        blocks=math.ceil(num_outputs / form.outputs) * num_parts * num_tiles,
         threads=form.threads,
-        device=x_MK.device,
+        device=x.device,
         shared_bytes=form.shared_bytes,
     )
     return y_MN if num_parts == 1 else add_parts(sums, y_MN)

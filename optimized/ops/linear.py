@@ -90,7 +90,9 @@ def _product(x: Tensor, weight: DeviceWeight, *, transposed: bool) -> Tensor:
     if not transposed and takes_cuda(cuda_product.fits(x_MK, weight), x.device):
         return cuda_product.few_rows_product(x_MK, weight).reshape(*x.shape[:-1], num_outputs)
     if not transposed and takes_cuda(many_rows.fits(x_MK, weight), x.device, only=compiler.HOPPER):
-        return many_rows.many_rows_product(x_MK, weight).reshape(*x.shape[:-1], num_outputs)
+        return many_rows.many_rows_product(x_MK, weight, many_rows.form_of(x_MK.shape[0], weight)).reshape(
+            *x.shape[:-1], num_outputs
+        )
     # A product counts the rows of a weight in 32 bits, as it counts the columns. The columns never exceed MAX_COLUMNS.
     if x.dtype is torch.bfloat16 and 0 < x_MK.shape[0] <= FEW_ROWS and weight.shape[0] <= MAX_COLUMNS:
         y_MN = packed_product(x_MK, weight, transposed=transposed)
