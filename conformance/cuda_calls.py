@@ -43,6 +43,12 @@ PRODUCTS = (
     (16, 1160, 48, 2, (70,)),
     (17, 1160, 96, 2, (16,)),
 )
+GROUPED = (
+    # Experts, rows of one, columns, columns of a group, mantissa bits, slots.
+    (5, 40, 392, 12, 2, (3, 5, 40, 300)),
+    (40, 70, 520, 12, 1, (30, 700)),
+    (2, 130, 776, 16, 0, (2, 100)),
+)
 UPDATES = (
     (5, 16, 12, 2),
     (33, 1536, 12, 1),
@@ -65,6 +71,16 @@ def calls() -> Iterator[tuple[str, Case]]:
             if count > 2:
                 x[1, -1], x[2, 0] = float("nan"), float("inf")
             yield "linear", Case((x, weight))
+    for num_groups, num_rows, num_columns, group_size, mantissa_bits, counts in GROUPED:
+        weight = random_weight(draws, num_groups * num_rows, num_columns, group_size, mantissa_bits)
+        for count in counts:
+            experts = torch.randint(-1, num_groups, (count,), generator=draws)
+            x = torch.randn(count, num_columns, generator=draws).to(torch.bfloat16)
+            yield "grouped_linear", Case((x, weight, experts), {"num_groups": num_groups})
+        # Two slots read one row in memory.
+        x = torch.randn(6, 1, num_columns, generator=draws).to(torch.bfloat16).expand(6, 2, num_columns)
+        experts = torch.randint(-1, num_groups, (6, 2), generator=draws)
+        yield "grouped_linear", Case((x, weight, experts), {"num_groups": num_groups})
     for place, (shape, rule, dtype) in enumerate(
         product(UPDATES, EXPONENT_RULES, (torch.bfloat16, torch.float32))
     ):

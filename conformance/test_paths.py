@@ -29,6 +29,7 @@ from conformance.report import needs_cuda, skip
 from conformance.subject import Subject
 
 # Not by name: `ops` has ops of the names of its files.
+experts_ops = import_module("arbitor.optimized.ops.experts")
 linear_ops = import_module("arbitor.optimized.ops.linear")
 update_ops = import_module("arbitor.optimized.ops.update")
 
@@ -344,7 +345,7 @@ def test_a_kernel_takes_every_call_of_the_comparison(monkeypatch: pytest.MonkeyP
             raise InterruptedError
         return False
 
-    for module in (linear_ops, update_ops):
+    for module in (experts_ops, linear_ops, update_ops):
         monkeypatch.setattr(module, "takes_cuda", stop)
     for op, case in CALLS:
         args = [
