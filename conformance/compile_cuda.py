@@ -44,6 +44,7 @@ def noted(kernels: dict[Kernel, str], cause: list[str]) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, {"ARB_PATH": "cuda"}))
         stack.enter_context(mock.patch.object(compiler, "why_missing", lambda: None))
+        stack.enter_context(cuda_calls.of_any_size())
         for host in HOSTS:
             stack.enter_context(mock.patch.object(host, "launch", note))
         yield

@@ -30,22 +30,24 @@ __device__ __forceinline__ unsigned short rounded(float value) {
     return bits;
 }
 
-// Read the levels of a whole chunk. Rows of levels start anywhere, so they are read as the aligned words around them.
-__device__ __forceinline__ void read_levels(unsigned (&levels)[LEVEL_WORDS], const signed char* at, const unsigned* last) {
+// Read the levels of a chunk, of which the row has `there`. Those past the end are 0, since another byte might be no scale. Rows of
+// levels start anywhere, so they are read as the aligned words around them, the last of which holds the end of the tensor.
+__device__ __forceinline__ void read_levels(unsigned (&levels)[LEVEL_WORDS], const signed char* at, const unsigned* last, int there) {
     if constexpr (LEVEL_BYTES == 4) {
 #pragma unroll
-        for (int i = 0; i < LEVEL_WORDS; i++) levels[i] = __ldg(reinterpret_cast<const unsigned*>(at) + i);
+        for (int i = 0; i < LEVEL_WORDS; i++) levels[i] = 4 * i < there ? __ldg(reinterpret_cast<const unsigned*>(at) + i) : 0;
     } else {
         const unsigned long long address = reinterpret_cast<unsigned long long>(at);
         const unsigned* aligned = reinterpret_cast<const unsigned*>(address & ~3ull);
         const unsigned shift = 8 * (static_cast<unsigned>(address) & 3);
-        unsigned low = __ldg(aligned);
+        unsigned low = __ldg(aligned < last ? aligned : last);
 #pragma unroll
         for (int i = 0; i < LEVEL_WORDS; i++) {
-            // The last word may lie past the tensor, where none of its bytes is used.
             const unsigned* next = aligned + i + 1;
             const unsigned high = __ldg(next < last ? next : last);
-            levels[i] = __funnelshift_r(low, high, shift);
+            const int bytes = there - 4 * i;
+            const unsigned kept = bytes >= 4 ? ~0u : bytes > 0 ? (1u << (8 * bytes)) - 1 : 0;
+            levels[i] = __funnelshift_r(low, high, shift) & kept;
             low = high;
         }
     }
@@ -76,18 +78,6 @@ __device__ __forceinline__ unsigned half_scales(const unsigned (&levels)[LEVEL_W
     // A level with the bias of bfloat16 is the top of its scale's bits; an exponent less by one is half of it.
     constexpr int bias = (((127 << MANTISSA_BITS) - 128) << (7 - MANTISSA_BITS)) - (1 << 7);
     return pair * (1u << (7 - MANTISSA_BITS)) + static_cast<unsigned>(bias * 0x10001);
-}
-
-// Read the levels that there are of a chunk at the end of a row, 0 past the end: another byte might be no scale.
-__device__ __forceinline__ void read_last_levels(unsigned (&levels)[LEVEL_WORDS], const signed char* row, int chunk, int row_groups) {
-#pragma unroll
-    for (int i = 0; i < LEVEL_WORDS; i++) levels[i] = 0;
-#pragma unroll
-    for (int i = 0; i < LEVELS; i++) {
-        const int group = chunk * LEVELS + i;
-        const unsigned level = group < row_groups ? __ldg(row + group) & 255 : 0;
-        levels[i / 4] |= level << (8 * (i % 4));
-    }
 }
 
 // Return the pair of weights of the lanes `pair` and `pair` + 8 of a word of a chunk. `levels` are 128 higher than levels.

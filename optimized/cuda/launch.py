@@ -28,6 +28,7 @@ def launch(
     threads: int,
     device: torch.device,
     shared_bytes: int = 0,
+    starts_early: bool = False,
 ) -> None:
     """Launch a kernel.
 
@@ -38,6 +39,8 @@ def launch(
         threads: of a block.
         device: of the tensors. It must be torch's current device, as it is inside of an op.
         shared_bytes: of shared memory for a block, beside what the kernel declares; 48 KiB in all at most on GPUs before Hopper.
+        starts_early: blocks may start when all of the launch before have. The kernel waits for that launch where it must
+            (`griddepcontrol.wait`), and that launch says when they may (`griddepcontrol.launch_dependents`).
     """
     core = importlib.import_module("cuda.core")
     # Torch's context is the one that cuda-core takes for a device, so nothing changes but what cuda-core knows of this thread.
@@ -46,7 +49,8 @@ def launch(
     if shared_bytes > UNASKED_BYTES:
         _allow_shared(kernel, device, shared_bytes)
     stream = core.Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
-    config = core.LaunchConfig(grid=blocks, block=threads, shmem_size=shared_bytes)
+    options = {"programmatic_stream_serialization": True} if starts_early and _can_start_early() else {}
+    config = core.LaunchConfig(grid=blocks, block=threads, shmem_size=shared_bytes, **options)
     core.launch(stream, config, function, *map(_as_passed, arguments))
 
 
@@ -59,6 +63,12 @@ def _as_passed(argument: Argument) -> Any:
     if isinstance(argument, Tensor):
         return argument.data_ptr()
     return 0 if argument is None else argument
+
+
+@functools.cache
+def _can_start_early() -> bool:
+    """Return whether this release of cuda-core launches kernels that start early. Without it they start later."""
+    return hasattr(importlib.import_module("cuda.core").LaunchConfig, "programmatic_stream_serialization")
 
 
 @functools.cache

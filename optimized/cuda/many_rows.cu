@@ -22,7 +22,8 @@
 //   HEIGHT       tiles of 64 outputs of a warp group
 //   BLOCKS       blocks that a multiprocessor must have room for
 //   BATCH        products of 16 inputs, 1, 2 or 4, whose operands are made at once
-//   PARTS        1 where sums of parts are stored as float32, else 0
+//   PARTS        1 where sums are cut into parts, else 0
+//   RESIDENT     1 where shared memory has room for all slabs of a tile, which are copied once, else 0
 //   WORD_BYTES   8 where every row of words starts at a multiple of 8 bytes, else 4
 //   LEVEL_BYTES  4 where every chunk of levels starts at a multiple of 4 bytes and fills such words, else 1
 
@@ -43,6 +44,14 @@ __device__ __forceinline__ void wait_for(unsigned barrier, unsigned parity) {
         "{\n.reg .pred done;\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(barrier),
         "r"(parity)
         : "memory");
+}
+
+// Copy slabs to shared memory. `barrier` is told of their bytes, and when they are there.
+__device__ __forceinline__ void copy_slabs(unsigned to, const uint4* from, unsigned barrier, unsigned bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+                 : "memory");
 }
 
 // Describe a tile [ROWS, 16] of x to `wgmma`: eight rows of eight inputs lie together, one after the other, without a swizzle.
@@ -141,12 +150,15 @@ struct Slots {
 };
 
 // Write x in the order of slabs, [tile][step][word of a chunk][lane][row][thread]. Past the last row or column it is 0. slots_of_row:
-// neighbouring slots that read one row of x.
+// neighbouring slots that read one row of x. `tickets` become 0.
 extern "C" __global__ void __launch_bounds__(128)
 lay_out_rows(const unsigned short* __restrict__ x, uint4* __restrict__ slabs, const long long* __restrict__ experts,
-             const long long* __restrict__ order, const long long* __restrict__ starts, int num_slots, int num_experts, int slots_of_row,
-             int num_inputs, int num_slabs, int num_tiles) {
+             const long long* __restrict__ order, const long long* __restrict__ starts, int num_slots, int num_experts,
+             int* __restrict__ tickets, int num_tickets, int slots_of_row, int num_inputs, int num_slabs, int num_tiles) {
+    // The blocks of the product may start, and read weights. They wait for slabs.
+    asm volatile("griddepcontrol.launch_dependents;");
     const long long place = static_cast<long long>(blockIdx.x) * 128 + threadIdx.x;
+    for (long long i = place; i < num_tickets; i += gridDim.x * 128ll) tickets[i] = 0;
     const int in_tile = static_cast<int>(place % ROWS);
     const long long slab_of_all = place / ROWS;
     const int slab = static_cast<int>(slab_of_all % num_slabs), number = static_cast<int>(slab_of_all / num_slabs);
@@ -184,40 +196,38 @@ lay_out_rows(const unsigned short* __restrict__ x, uint4* __restrict__ slabs, co
     }
 }
 
-// Blocks are ordered by tile, then part of the sums, then outputs. Those of sorted slots are ordered by outputs, so that tiles of one
-// expert read its rows at about the same time. out: bfloat16 [M, N], or float32 [parts, M, N].
+// Blocks are ordered by tile, then part of the sums, then run. Those of sorted slots are ordered by run, so that tiles of one expert read
+// its rows at about the same time. A run is every num_runs-th of the ranges of outputs that a block computes at a time.
+//
+// out:     bfloat16 [M, N]
+// parts:   float32 [parts, M, N], where sums are cut
+// tickets: [tiles, ranges of outputs], 0. The block that takes the last ticket adds the parts, in their order
 extern "C" __global__ void __launch_bounds__(32 * (WARPS + COPY_WARPS), BLOCKS)
 many_rows_product(const uint4* __restrict__ slabs, const unsigned* __restrict__ words, const signed char* __restrict__ levels,
-                  void* __restrict__ out, const long long* __restrict__ experts, const long long* __restrict__ order,
-                  const long long* __restrict__ starts, int num_slots, int num_experts, int num_outputs, int num_inputs, int row_words,
-                  int row_groups, int num_parts, int part_steps, int num_tiles) {
+                  unsigned short* __restrict__ out, float* parts, const long long* __restrict__ experts,
+                  const long long* __restrict__ order, const long long* __restrict__ starts, int num_slots, int num_experts, int* tickets,
+                  int num_outputs, int num_inputs, int row_words, int row_groups, int num_parts, int part_steps, int num_tiles,
+                  int num_runs) {
     extern __shared__ __align__(128) unsigned char slabs_here[];
     __shared__ unsigned long long full[WORDS], empty[WORDS];
+    __shared__ int ticket;
     constexpr int BLOCK_OUTPUTS = 64 * HEIGHT * WARP_GROUPS;
-    const int output_blocks = (num_outputs + BLOCK_OUTPUTS - 1) / BLOCK_OUTPUTS;
-    int number, part, output_block;
+    const int ranges = (num_outputs + BLOCK_OUTPUTS - 1) / BLOCK_OUTPUTS;
+    int number, part, run;
     if constexpr (SLOTS == 1) {
-        number = blockIdx.x % num_tiles, part = blockIdx.x / num_tiles % num_parts, output_block = blockIdx.x / num_tiles / num_parts;
+        number = blockIdx.x % num_tiles, part = blockIdx.x / num_tiles % num_parts, run = blockIdx.x / num_tiles / num_parts;
     } else {
-        output_block = blockIdx.x % output_blocks, part = blockIdx.x / output_blocks % num_parts;
-        number = blockIdx.x / output_blocks / num_parts;
+        run = blockIdx.x % num_runs, part = blockIdx.x / num_runs % num_parts, number = blockIdx.x / num_runs / num_parts;
     }
     const Slots slots{experts, order, starts, num_slots, num_experts};
     const Slots::Tile tile = slots.tile(number);
     if (tile.expert < 0) return;
-    const auto store = [&](int place, int output, float value) {
-        const long long at = slots.at(tile.first + place) * num_outputs + output;
-        if constexpr (PARTS) {
-            static_cast<float*>(out)[static_cast<long long>(part) * num_slots * num_outputs + at] = value;
-        } else {
-            static_cast<unsigned short*>(out)[at] = rounded(value);
-        }
-    };
+    const auto place_of = [&](int place, int output) { return slots.at(tile.first + place) * num_outputs + output; };
     // Unused slots give zeros.
     if (SLOTS != 0 && tile.expert == num_experts) {
-        for (int i = threadIdx.x; i < tile.count * BLOCK_OUTPUTS; i += 32 * (WARPS + COPY_WARPS)) {
-            const int output = output_block * BLOCK_OUTPUTS + i % BLOCK_OUTPUTS;
-            if (output < num_outputs) store(i / BLOCK_OUTPUTS, output, 0);
+        for (int i = threadIdx.x; i < tile.count * num_outputs; i += 32 * (WARPS + COPY_WARPS)) {
+            const int output = i % num_outputs;
+            if (output / BLOCK_OUTPUTS % num_runs == run) out[place_of(i / num_outputs, output)] = 0;
         }
         return;
     }
@@ -238,18 +248,21 @@ many_rows_product(const uint4* __restrict__ slabs, const unsigned* __restrict__ 
     if (warp >= WARPS) {
         if constexpr (TALL) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (warp == WARPS && lane == 0) {
-            const uint4* from = slabs + (static_cast<long long>(number) * steps + begin) * WORDS * (SLAB_BYTES / 16);
-            for (int step = begin; step < end; step++) {
-                for (int i = 0; i < WORDS; i++) {
-                    // The first time there is nothing to wait for.
-                    wait_for(shared_address(empty + i), (step - begin + 1) & 1);
-                    const unsigned barrier = shared_address(full + i);
-                    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(SLAB_BYTES) : "memory");
-                    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                                     shared_address(slabs_here + i * SLAB_BYTES)),
-                                 "l"(__cvta_generic_to_global(from)), "r"(SLAB_BYTES), "r"(barrier)
-                                 : "memory");
-                    from += SLAB_BYTES / 16;
+            asm volatile("griddepcontrol.wait;" ::: "memory");
+            const uint4* first = slabs + (static_cast<long long>(number) * steps + begin) * WORDS * (SLAB_BYTES / 16);
+            if constexpr (RESIDENT) {
+                copy_slabs(shared_address(slabs_here), first, shared_address(full), (end - begin) * WORDS * SLAB_BYTES);
+            } else {
+                int round = 0;
+                for (int range = run; range < ranges; range += num_runs) {
+                    const uint4* from = first;
+                    for (int step = begin; step < end; step++, round++) {
+                        for (int i = 0; i < WORDS; i++, from += SLAB_BYTES / 16) {
+                            // The first time there is nothing to wait for.
+                            wait_for(shared_address(empty + i), (round + 1) & 1);
+                            copy_slabs(shared_address(slabs_here + i * SLAB_BYTES), from, shared_address(full + i), SLAB_BYTES);
+                        }
+                    }
                 }
             }
         }
@@ -257,20 +270,20 @@ many_rows_product(const uint4* __restrict__ slabs, const unsigned* __restrict__ 
     }
     if constexpr (TALL) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(BLOCKS == 1 ? 240 : 232));
 
-    const int g = lane / 4, t = lane % 4;
-    const long long first_output = static_cast<long long>(output_block) * BLOCK_OUTPUTS + warp / 4 * (64 * HEIGHT) + warp % 4 * 16 + g;
+    const int g = lane / 4, t = lane % 4, output_of_thread = warp / 4 * (64 * HEIGHT) + warp % 4 * 16 + g;
     const unsigned* words_of[HEIGHT][2];
     const signed char* levels_of[HEIGHT][2];
+    const auto turn_to = [&](int range) {
 #pragma unroll
-    for (int i = 0; i < 2 * HEIGHT; i++) {
-        // An output past the last is read as the last. Its sums are not stored.
-        const long long output = min(first_output + i / 2 * 64 + i % 2 * 8, static_cast<long long>(num_outputs - 1));
-        words_of[i / 2][i % 2] = words + output * row_words;
-        levels_of[i / 2][i % 2] = levels + output * row_groups;
-    }
+        for (int i = 0; i < 2 * HEIGHT; i++) {
+            // An output past the last is read as the last. Its sums are not stored.
+            const int output = min(range * BLOCK_OUTPUTS + output_of_thread + i / 2 * 64 + i % 2 * 8, num_outputs - 1);
+            words_of[i / 2][i % 2] = words + static_cast<long long>(output) * row_words;
+            levels_of[i / 2][i % 2] = levels + static_cast<long long>(output) * row_groups;
+        }
+    };
     const unsigned* last = reinterpret_cast<const unsigned*>(
         reinterpret_cast<unsigned long long>(levels + static_cast<long long>(num_outputs) * row_groups - 1) & ~3ull);
-    const int whole_chunks = num_inputs / CHUNK;
     unsigned word_of[HEIGHT][2][WORDS], level_of[HEIGHT][2][LEVEL_WORDS], next_level_of[HEIGHT][2][LEVEL_WORDS];
     // Read the words `i` and `i` + 1 of the chunks of a step, trits of 0 past the end of a row.
     const auto read_two_words = [&](int step, int i) {
@@ -290,76 +303,106 @@ many_rows_product(const uint4* __restrict__ slabs, const unsigned* __restrict__ 
         }
     };
     const auto read_next_levels = [&](int step) {
-        const int chunk = 4 * step + t;
+        const int first = (4 * step + t) * LEVELS;
 #pragma unroll
         for (int j = 0; j < 2 * HEIGHT; j++) {
-            if (chunk < whole_chunks) {
-                read_levels(next_level_of[j / 2][j % 2], levels_of[j / 2][j % 2] + chunk * LEVELS, last);
-            } else {
-                read_last_levels(next_level_of[j / 2][j % 2], levels_of[j / 2][j % 2], chunk, row_groups);
-            }
+            read_levels(next_level_of[j / 2][j % 2], levels_of[j / 2][j % 2] + first, last, row_groups - first);
         }
     };
 
     float sums[HEIGHT][ROWS / 2];
-#pragma unroll
-    for (int i = 0; i < HEIGHT; i++) {
-#pragma unroll
-        for (int j = 0; j < ROWS / 2; j++) sums[i][j] = 0;
-    }
+    turn_to(run);
 #pragma unroll
     for (int i = 0; i < WORDS; i += 2) read_two_words(begin, i);
     read_next_levels(begin);
-    for (int step = begin; step < end; step++) {
+    if constexpr (RESIDENT) wait_for(shared_address(full), 0);
+    int round = 0;
+    for (int range = run; range < ranges; range += num_runs) {
 #pragma unroll
-        for (int j = 0; j < 2 * HEIGHT * LEVEL_WORDS; j++) {
-            const int i = j / LEVEL_WORDS, level = j % LEVEL_WORDS;
-            level_of[i / 2][i % 2][level] = next_level_of[i / 2][i % 2][level] ^ 0x80808080u;
+        for (int i = 0; i < HEIGHT; i++) {
+#pragma unroll
+            for (int j = 0; j < ROWS / 2; j++) sums[i][j] = 0;
         }
-        // Past the last step this reads nothing: no word lies there, and no level.
-        read_next_levels(step + 1);
+        for (int step = begin; step < end; step++, round++) {
+            const bool is_last = step + 1 == end;
+            const int next = is_last ? begin : step + 1;
 #pragma unroll
-        for (int i = 0; i < WORDS; i++) {
+            for (int j = 0; j < 2 * HEIGHT * LEVEL_WORDS; j++) {
+                const int i = j / LEVEL_WORDS, level = j % LEVEL_WORDS;
+                level_of[i / 2][i % 2][level] = next_level_of[i / 2][i % 2][level] ^ 0x80808080u;
+            }
+            // After the last range its rows are read once more, for nothing.
+            if (is_last) turn_to(min(range + num_runs, ranges - 1));
+            read_next_levels(next);
 #pragma unroll
-            for (int first = 0; first < PRODUCTS; first += BATCH) {
-                unsigned a[HEIGHT][BATCH][4];
+            for (int i = 0; i < WORDS; i++) {
 #pragma unroll
-                for (int height = 0; height < HEIGHT; height++) {
-#pragma unroll
-                    for (int j = 0; j < 4 * BATCH; j++) {
-                        const int half = j % 2, pair = 2 * (first + j / 4) + j % 4 / 2;
-                        a[height][j / 4][j % 4] = weights(word_of[height][half][i], i, pair, level_of[height][half]);
-                    }
-                }
-                if (first == 0) wait_for(shared_address(full + i), (step - begin) & 1);
-                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-                const unsigned slab = shared_address(slabs_here + i * SLAB_BYTES);
-#pragma unroll
-                for (int j = 0; j < BATCH; j++) {
+                for (int first = 0; first < PRODUCTS; first += BATCH) {
+                    unsigned a[HEIGHT][BATCH][4];
 #pragma unroll
                     for (int height = 0; height < HEIGHT; height++) {
-                        multiply_tile(sums[height], a[height][j], described(slab + (first + j) * ROWS * 32));
+#pragma unroll
+                        for (int j = 0; j < 4 * BATCH; j++) {
+                            const int half = j % 2, pair = 2 * (first + j / 4) + j % 4 / 2;
+                            a[height][j / 4][j % 4] = weights(word_of[height][half][i], i, pair, level_of[height][half]);
+                        }
+                    }
+                    if (!RESIDENT && first == 0) wait_for(shared_address(full + i), round & 1);
+                    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                    const int slab = RESIDENT ? (step - begin) * WORDS + i : i;
+                    const unsigned slab_address = shared_address(slabs_here) + slab * SLAB_BYTES;
+#pragma unroll
+                    for (int j = 0; j < BATCH; j++) {
+#pragma unroll
+                        for (int height = 0; height < HEIGHT; height++) {
+                            multiply_tile(sums[height], a[height][j], described(slab_address + (first + j) * ROWS * 32));
+                        }
+                    }
+                    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                    // The batch before is done.
+                    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                    if (!RESIDENT && first == 0 && lane == 0 && (i || round)) {
+                        const unsigned barrier = shared_address(empty + (i ? i - 1 : WORDS - 1));
+                        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
                     }
                 }
-                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                // The batch before is done.
-                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-                if (first == 0 && lane == 0 && (i || step > begin)) {
-                    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(empty + (i ? i - 1 : WORDS - 1)))
-                                 : "memory");
+                if (i % 2) read_two_words(next, i - 1);
+            }
+        }
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+
+        // The compiler must not know that places are those of the range before: it would keep the address of each sum.
+        int first_place = 2 * t;
+        asm volatile("" : "+r"(first_place));
+#pragma unroll
+        for (int i = 0; i < HEIGHT; i++) {
+#pragma unroll
+            for (int j = 0; j < ROWS / 2; j++) {
+                const int output = range * BLOCK_OUTPUTS + output_of_thread + 64 * i + 8 * (j % 4 / 2);
+                const int place = first_place + 8 * (j / 4) + j % 2;
+                if (place >= tile.count || output >= num_outputs) continue;
+                if constexpr (PARTS) {
+                    parts[static_cast<long long>(part) * num_slots * num_outputs + place_of(place, output)] = sums[i][j];
+                } else {
+                    out[place_of(place, output)] = rounded(sums[i][j]);
                 }
             }
-            if (i % 2) read_two_words(step + 1, i - 1);
         }
-    }
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-
-#pragma unroll
-    for (int i = 0; i < HEIGHT; i++) {
-#pragma unroll
-        for (int j = 0; j < ROWS / 2; j++) {
-            const int output = static_cast<int>(first_output) + 64 * i + 8 * (j % 4 / 2), place = 8 * (j / 4) + 2 * t + j % 2;
-            if (place < tile.count && output < num_outputs) store(place, output, sums[i][j]);
+        if constexpr (PARTS) {
+            __threadfence();
+            asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS) : "memory");
+            if (threadIdx.x == 0) ticket = atomicAdd(tickets + number * ranges + range, 1);
+            asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS) : "memory");
+            if (ticket != num_parts - 1) continue;
+            __threadfence();
+            for (int i = threadIdx.x; i < tile.count * BLOCK_OUTPUTS; i += 32 * WARPS) {
+                const int output = range * BLOCK_OUTPUTS + i % BLOCK_OUTPUTS;
+                if (output >= num_outputs) continue;
+                const long long at = place_of(i / BLOCK_OUTPUTS, output);
+                float total = 0;
+                for (int j = 0; j < num_parts; j++) total += __ldcg(parts + static_cast<long long>(j) * num_slots * num_outputs + at);
+                out[at] = rounded(total);
+            }
         }
     }
 }

@@ -9,7 +9,6 @@
 //
 // Constants that the host defines:
 //   GROUP_SIZE, MANTISSA_BITS   of the weight; 96 columns are whole groups
-//   ROW_TILES    tiles of 8 rows of x
 //   TILES        tiles of 16 outputs that a block computes
 //   SPLITS       warps among which the steps of a tile are dealt out; their sums are added in order
 //   BLOCKS       blocks that a multiprocessor must have room for
@@ -37,14 +36,12 @@ __device__ __forceinline__ void multiply_tiles(float (&sums)[4], const unsigned 
 }
 
 // Read what there is of a chunk at the end of a row, trits of 0 past the end.
-__device__ __forceinline__ void read_end(unsigned (&words)[WORDS], unsigned (&levels)[LEVEL_WORDS], const unsigned* row_of_words,
-                                         const signed char* row_of_levels, int chunk, int row_words, int row_groups) {
+__device__ __forceinline__ void read_end(unsigned (&words)[WORDS], const unsigned* row_of_words, int chunk, int row_words) {
 #pragma unroll
     for (int i = 0; i < WORDS; i++) {
         const int word = chunk * WORDS + i;
         words[i] = word < row_words ? __ldg(row_of_words + word) : 0;
     }
-    read_last_levels(levels, row_of_levels, chunk, row_groups);
 }
 
 // Pieces of 16 bytes that sixteen columns of x take in shared memory, two for each row. One more keeps the threads that read or
@@ -103,8 +100,7 @@ struct Phase {
 };
 
 // Add the products of a chunk to the sums. `pairs` are those of x from the first column of the chunk on, for the row of a thread.
-__device__ __forceinline__ void multiply_chunk(float (&sums)[ROW_TILES][4], Chunk& chunk, const uint4* const (&pairs)[ROW_TILES],
-                                               int num_rows) {
+__device__ __forceinline__ void multiply_chunk(float (&sums)[4], Chunk& chunk, const uint4* pairs, int num_rows) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
 #pragma unroll
@@ -114,9 +110,7 @@ __device__ __forceinline__ void multiply_chunk(float (&sums)[ROW_TILES][4], Chun
     for (int word = 0; word < WORDS; word++) {
 #pragma unroll
         for (int four = 0; four < 2; four++) {
-            uint4 of_x[ROW_TILES];
-#pragma unroll
-            for (int i = 0; i < ROW_TILES; i++) of_x[i] = pairs[i][word * pieces_of(num_rows) + four * num_rows];
+            const uint4 of_x = pairs[word * pieces_of(num_rows) + four * num_rows];
 #pragma unroll
             for (int two = 0; two < 2; two++) {
                 unsigned a[4];
@@ -124,10 +118,7 @@ __device__ __forceinline__ void multiply_chunk(float (&sums)[ROW_TILES][4], Chun
                 for (int i = 0; i < 4; i++) {
                     a[i] = weights(chunk.words[i % 2][word], word, 4 * four + 2 * two + i / 2, chunk.levels[i % 2]);
                 }
-#pragma unroll
-                for (int i = 0; i < ROW_TILES; i++) {
-                    multiply_tiles(sums[i], a, two ? of_x[i].z : of_x[i].x, two ? of_x[i].w : of_x[i].y);
-                }
+                multiply_tiles(sums, a, two ? of_x.z : of_x.x, two ? of_x.w : of_x.y);
             }
         }
     }
@@ -160,14 +151,15 @@ few_rows_product(const unsigned short* __restrict__ x, const unsigned* __restric
         for (int half = 0; half < 2; half++) {
             if (at < whole_chunks) {
                 read_words(chunk.words[half], words_of[half] + at * WORDS);
-                read_levels(chunk.levels[half], levels_of[half] + at * LEVELS, last);
+                read_levels(chunk.levels[half], levels_of[half] + at * LEVELS, last, LEVELS);
             } else {
-                read_end(chunk.words[half], chunk.levels[half], words_of[half], levels_of[half], at, row_words, row_groups);
+                read_end(chunk.words[half], words_of[half], at, row_words);
+                read_levels(chunk.levels[half], levels_of[half] + at * LEVELS, last, row_groups - at * LEVELS);
             }
         }
     };
 
-    float sums[ROW_TILES][4] = {};
+    float sums[4] = {};
     Chunk next;
     int step = split;
     if (step < steps) read(next, step);
@@ -190,32 +182,25 @@ few_rows_product(const unsigned short* __restrict__ x, const unsigned* __restric
             Chunk chunk = next;
             // The next chunk is on its way while this one is multiplied.
             if (step + SPLITS < steps) read(next, step + SPLITS);
-            const uint4* pairs[ROW_TILES];
-#pragma unroll
-            for (int i = 0; i < ROW_TILES; i++) {
-                // A row past the last is read as the last, and gives sums that are not stored.
-                pairs[i] = shared + (4 * (step - begin) + t) * WORDS * pieces_of(num_rows) + min(8 * i + g, num_rows - 1);
-            }
+            // A row past the last is read as the last, and gives sums that are not stored.
+            const uint4* pairs = shared + (4 * (step - begin) + t) * WORDS * pieces_of(num_rows) + min(g, num_rows - 1);
             multiply_chunk(sums, chunk, pairs, num_rows);
         }
     }
 
     // The sums of the warps take the place of x.
     __syncthreads();
-    float(*parts)[SPLITS][ROW_TILES * 4][32] = reinterpret_cast<float(*)[SPLITS][ROW_TILES * 4][32]>(shared);
+    float(*parts)[SPLITS][4][32] = reinterpret_cast<float(*)[SPLITS][4][32]>(shared);
 #pragma unroll
-    for (int i = 0; i < ROW_TILES; i++) {
-#pragma unroll
-        for (int j = 0; j < 4; j++) parts[tile][split][4 * i + j][lane] = sums[i][j];
-    }
+    for (int i = 0; i < 4; i++) parts[tile][split][i][lane] = sums[i];
     __syncthreads();
-    for (int sum = threadIdx.x; sum < TILES * ROW_TILES * 4 * 32; sum += THREADS) {
-        const int of_lane = sum % 32, place = sum / 32 % (ROW_TILES * 4), of_tile = sum / (ROW_TILES * 4 * 32);
+    for (int sum = threadIdx.x; sum < TILES * 4 * 32; sum += THREADS) {
+        const int of_lane = sum % 32, place = sum / 32 % 4, of_tile = sum / (4 * 32);
         float total = parts[of_tile][0][place][of_lane];
 #pragma unroll
         for (int i = 1; i < SPLITS; i++) total += parts[of_tile][i][place][of_lane];
-        const long long output = (static_cast<long long>(blockIdx.x) * TILES + of_tile) * 16 + of_lane / 4 + 8 * (place % 4 / 2);
-        const int row = 8 * (place / 4) + 2 * (of_lane % 4) + place % 2;
+        const long long output = (static_cast<long long>(blockIdx.x) * TILES + of_tile) * 16 + of_lane / 4 + 8 * (place / 2);
+        const int row = 2 * (of_lane % 4) + place % 2;
         if (row < num_rows && output < num_outputs) y[static_cast<long long>(row) * num_outputs + output] = rounded(total);
     }
 }

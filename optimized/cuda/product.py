@@ -21,11 +21,11 @@ CHUNK = 96
 STEP = 4 * CHUNK
 """Columns of a row that a warp takes at a time."""
 
-OUTPUTS, ROWS = 16, 8
-"""Outputs and rows of a tile."""
+OUTPUTS = 16
+"""Outputs of a tile, which has FEW rows."""
 
-FEW, MOST = 8, 16
-"""Rows that the kernel takes of any weight, and of a weight with MANY tiles. `docs/log.md` has the times beside Triton's."""
+FEW = 8
+"""Most rows that the kernel takes. `docs/log.md` has the times beside Triton's and those of `many_rows.cu`."""
 
 MANY, SOME = 600, 300
 """Tiles of outputs from which on blocks are larger: the tiles of 9,600 and of 4,800 outputs."""
@@ -36,8 +36,7 @@ PAIR_BYTES = 36_000
 
 def fits(x_MK: Tensor, weight: DeviceWeight) -> bool:
     """Return whether the kernel takes a product: few rows, and what `fits_chunks`."""
-    most = MOST if _tiles(weight) >= MANY else FEW
-    return x_MK.shape[0] <= most and fits_chunks(x_MK, weight)
+    return x_MK.shape[0] <= FEW and fits_chunks(x_MK, weight)
 
 
 def fits_chunks(x_MK: Tensor, weight: DeviceWeight) -> bool:
@@ -71,12 +70,10 @@ def few_rows_product(x_MK: Tensor, weight: DeviceWeight) -> Tensor:
     num_rows, num_inputs = x_MK.shape
     num_outputs, row_words, row_groups = weight.shape[0], weight.words.shape[1], weight.exponents.shape[1]
     tiles, splits = block_of(_tiles(weight), num_rows)
-    row_tiles = math.ceil(num_rows / ROWS)
     kernel = Kernel.of(
         "product",
         "few_rows_product",
         **chunk_constants(weight),
-        ROW_TILES=row_tiles,
         TILES=tiles,
         SPLITS=splits,
         BLOCKS=3 if tiles * splits <= 8 else 1,
@@ -85,7 +82,7 @@ def few_rows_product(x_MK: Tensor, weight: DeviceWeight) -> Tensor:
     step_bytes = STEP // 16 * (2 * num_rows + 1) * 16
     steps = math.ceil(num_inputs / STEP)
     phase_steps = max(PAIR_BYTES // step_bytes // splits, 1) * splits
-    sum_bytes = tiles * splits * row_tiles * 4 * 32 * 4
+    sum_bytes = tiles * splits * 4 * 32 * 4
     y_MN = torch.empty(num_rows, num_outputs, dtype=torch.bfloat16, device=x_MK.device)
     launch(
         kernel,
@@ -113,7 +110,7 @@ def block_of(tiles: int, num_rows: int) -> tuple[int, int]:
 
     x is laid out again in every block. For more than half a tile of rows a block is therefore larger, where there are enough tiles.
     """
-    tall = num_rows > ROWS // 2
+    tall = num_rows > FEW // 2
     if tiles >= MANY:
         return (8 if tall else 4), 2
     return (4 if tall and tiles >= SOME else 2), 4

@@ -18,8 +18,8 @@ from arbitor.optimized.kernels.norm import TAMING_POWER, inverse_rms, taming_pow
 from arbitor.reference.constants import DEFAULT_EPS
 
 BLOCK = 1024
-BLOCK_TOKENS = 4
-BLOCK_COLUMNS = 1024
+BLOCK_TOKENS = 2
+BLOCK_COLUMNS = 2048
 BLOCK_MIXED = 32
 BLOCK_MIXED_TOKENS = 128
 

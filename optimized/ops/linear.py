@@ -96,12 +96,11 @@ def _product(x: Tensor, weight: DeviceWeight, *, transposed: bool) -> Tensor:
     """
     x_MK = matrix_of(x)
     num_outputs = weight.shape[1 if transposed else 0]
+    if not transposed and takes_cuda(many_rows.fits(x_MK, weight), x.device, only=compiler.HOPPER):
+        y_MN = many_rows.many_rows_product(x_MK, weight, many_rows.form_of(x_MK.shape[0], num_outputs))
+        return y_MN.reshape(*x.shape[:-1], num_outputs)
     if not transposed and takes_cuda(cuda_product.fits(x_MK, weight), x.device):
         return cuda_product.few_rows_product(x_MK, weight).reshape(*x.shape[:-1], num_outputs)
-    if not transposed and takes_cuda(many_rows.fits(x_MK, weight), x.device, only=compiler.HOPPER):
-        return many_rows.many_rows_product(x_MK, weight, many_rows.form_of(x_MK.shape[0], weight)).reshape(
-            *x.shape[:-1], num_outputs
-        )
     if not transposed and multiplies_float_rows(x_MK):
         return float_rows_product(x_MK, weight).reshape(*x.shape[:-1], num_outputs)
     # A product counts the rows of a weight in 32 bits, as it counts the columns. The columns never exceed MAX_COLUMNS.
