@@ -225,9 +225,11 @@ many_rows_product(const uint4* __restrict__ slabs, const unsigned* __restrict__ 
     const auto place_of = [&](int place, int output) { return slots.at(tile.first + place) * num_outputs + output; };
     // Unused slots give zeros.
     if (SLOTS != 0 && tile.expert == num_experts) {
-        for (int i = threadIdx.x; i < tile.count * num_outputs; i += 32 * (WARPS + COPY_WARPS)) {
-            const int output = i % num_outputs;
-            if (output / BLOCK_OUTPUTS % num_runs == run) out[place_of(i / num_outputs, output)] = 0;
+        for (int place = 0; place < tile.count; place++) {
+            for (int range = run; range < ranges; range += num_runs) {
+                const int begins = range * BLOCK_OUTPUTS, size = min(BLOCK_OUTPUTS, num_outputs - begins);
+                for (int i = threadIdx.x; i < size; i += 32 * (WARPS + COPY_WARPS)) out[place_of(place, begins + i)] = 0;
+            }
         }
         return;
     }
