@@ -156,10 +156,10 @@ def _rms_norm_input_grad_kernel(
             # The root mean square of the row itself. To divide by a power of two is exact, so a quotient rounds as before.
             rms = rms / power
             # Loaded last, since a branch keeps all that was loaded before it in registers.
-            scaled = load_row(grad_ptr, row, columns, num_columns) * w
+            scaled = load_row(grad_ptr, row, columns, num_columns) * w / rms
             unit = unit_row(x, rms)
             mean = tl.div_rn(tl.sum(unit * scaled, axis=0), width)
-            store_row(out_ptr, row, columns, num_columns, (scaled - unit * mean) / rms)
+            store_row(out_ptr, row, columns, num_columns, scaled - unit * mean)
     else:
         for row in range(begin, end):
             rms, power = root_mean_square(x_ptr, row, num_columns, eps, BLOCK)
@@ -168,15 +168,15 @@ def _rms_norm_input_grad_kernel(
             for start in range(0, num_columns, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
                 w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
-                scaled = load_row(grad_ptr, row, columns, num_columns) * w
+                scaled = load_row(grad_ptr, row, columns, num_columns) * w / rms
                 products += unit_row(load_row(x_ptr, row, columns, num_columns), rms) * scaled
             mean = tl.div_rn(tl.sum(products, axis=0), width)
             for start in range(0, num_columns, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
                 w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
-                scaled = load_row(grad_ptr, row, columns, num_columns) * w
+                scaled = load_row(grad_ptr, row, columns, num_columns) * w / rms
                 unit = unit_row(load_row(x_ptr, row, columns, num_columns), rms)
-                store_row(out_ptr, row, columns, num_columns, (scaled - unit * mean) / rms)
+                store_row(out_ptr, row, columns, num_columns, scaled - unit * mean)
 
 
 @triton.jit
