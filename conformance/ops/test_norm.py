@@ -203,9 +203,7 @@ def test_rms_norm_ignores_the_scale(
     data=st.data(),
     rejects=[
         NORM_OF_HUGE_ROWS_OVERFLOWS,
-        mutant(
-            "norm_grad_of_the_tamed_row", "keepdim=True)) * power).to", "keepdim=True))).to"
-        ),
+        mutant("norm_grad_of_the_tamed_row", "keepdim=True)) * power).to", "keepdim=True))).to"),
     ],
 )
 def test_rms_norm_input_grad_of_huge_rows(
