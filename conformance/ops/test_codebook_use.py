@@ -21,14 +21,8 @@ from conformance.case import Case, calls
 from conformance.compare import exact
 from conformance.law import law
 from conformance.mutant import mutants_of
-from conformance.ops.test_codebook import (
-    BUCKET_SIGNS_REVERSED,
-    codebooks,
-    rows_of_trits,
-    sign_bit_counts,
-    sixteenths,
-    vectors,
-)
+from conformance.ops.test_codebook import codebooks, rows_of_trits, sign_bit_counts, sixteenths, vectors
+from conformance.ops.test_codebook_buckets import BUCKET_SIGNS_REVERSED
 from conformance.refusal import F16, ids, meta, ones, refusals, refused, scalar, weight
 from conformance.subject import Subject
 
