@@ -20,6 +20,7 @@ from conformance.training.runs import options
 
 PAGES = (
     "README.md",
+    "docs/implementing.md",
     "docs/python.md",
     *(f"docs/tutorials/{page.name}" for page in (ROOT / "docs/tutorials").glob("*.md")),
 )

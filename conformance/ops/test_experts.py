@@ -12,15 +12,16 @@ from torch import Tensor
 
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.types import TernaryWeight
-from conformance import oracle
-from conformance import strategies as ss
-from conformance.case import Case, calls
-from conformance.compare import exact, unsigned_zeros
-from conformance.law import law
-from conformance.mutant import mutants_of
-from conformance.refusal import F16, I8, ids, meta, ones, refusals, refused, weight
-from conformance.report import needs_cuda
-from conformance.subject import Subject, weight_of
+
+from .. import oracle
+from .. import strategies as ss
+from ..case import Case, calls
+from ..compare import exact, unsigned_zeros
+from ..law import law
+from ..mutant import mutants_of
+from ..refusal import F16, I8, ids, meta, ones, refusals, refused, weight
+from ..report import needs_cuda
+from ..subject import Subject, weight_of
 
 mutant = mutants_of("experts")
 

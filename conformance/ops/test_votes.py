@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from arbitor.reference.constants import RESERVED_STEP, SILENT_ROW
-from conformance import oracle
-from conformance import strategies as ss
-from conformance.case import Case, calls
-from conformance.compare import exact
-from conformance.law import law
-from conformance.mutant import mutants_of
-from conformance.ops.test_dither import STEP_TENSOR_IGNORED
-from conformance.refusal import CLOCK, F16, F32, ids, meta, ones, refusals, refused, scalar
-from conformance.subject import Subject
+
+from .. import oracle
+from .. import strategies as ss
+from ..case import Case, calls
+from ..compare import exact
+from ..law import law
+from ..mutant import mutants_of
+from ..refusal import CLOCK, F16, F32, ids, meta, ones, refusals, refused, scalar
+from ..subject import Subject
+from .test_dither import STEP_TENSOR_IGNORED
 
 mutant = mutants_of("votes")
 
