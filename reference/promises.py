@@ -67,7 +67,8 @@ def op(function: Callable[P, R]) -> Callable[P, R]:
 def naming_weights(function: Callable[P, R]) -> Callable[P, R]:
     """Return an op that refuses what is no weight by the name of its argument.
 
-    Nothing else can stand for a weight, so that the op fails in any case. That is why this looks only then, and costs nothing before.
+    Nothing else can stand for a weight, so that the op fails in any case. That is why this looks only after a failure, and costs
+    nothing before.
     """
     signature = inspect.signature(function)
     # Annotations are text here. Those of every op set end in this word.
