@@ -167,6 +167,15 @@ class Settings:
             commands=("train",),
         ),
     ]
+    keep_votes: Annotated[
+        bool,
+        Option(
+            help="With --init-from: go on with the votes that its weights have gathered too",
+            default=False,
+            bound=True,
+            commands=("train",),
+        ),
+    ]
     steps: Annotated[int, Option(help="Optimisation steps", default=1000, low=1, bound=True)]
     batch: Annotated[
         int,

@@ -229,6 +229,8 @@ def decide(
         ROWS[name].check(value)
     settings = Settings(**values)
     check_kinds(settings)
+    if settings.keep_votes and settings.init_from is None:
+        raise ValueError("keep_votes is True, but does nothing without init_from, whose votes it keeps")
     if settings.steps * settings.accum >= MICRO_STEPS:
         raise ValueError(f"steps times accum is {settings.steps * settings.accum}, but must be below 2**32")
     if settings.batch * settings.context > BATCH_BYTES:
