@@ -107,7 +107,7 @@ class Mix:
         _refuse_unread(sources, config)
         self._corpora: dict[str, tuple[Corpus, Split]] = {"text": (corpus, split)}
         if "code" in sources:
-            code = load_corpus(sources["code"], run)
+            code = load_corpus(sources["code"], run, stream_bytes=settings.stream_bytes)
             self._corpora["code"] = (code, split_corpus(code, settings.context))
         self._folders: dict[str, MediaFolder] = {
             kind: load_media(kind, sources[kind], run) for kind in sources if kind in FOLDERS

@@ -109,19 +109,23 @@ class Settings:
     data: Annotated[
         str,
         Option(
-            help="stdlib (the sources of this Python), a file or a folder",
+            help="stdlib (the sources of this Python), a file, a folder or hf:NAME[/CONFIG][:SPLIT]",
             default="stdlib",
             path=True,
             also=("--data-text",),
         ),
     ]
-    data_code: Annotated[str | None, _source("More bytes to learn from, a file or a folder")]
+    data_code: Annotated[str | None, _source("More bytes to learn from, a file, a folder or a stream")]
     data_image: Annotated[str | None, _source("Folder of pictures with captions, which needs --vision")]
     data_audio: Annotated[str | None, _source("Folder of sounds with transcripts, which needs --audio")]
     data_video: Annotated[str | None, _source("Folder of videos with captions, which needs --video")]
     data_speech: Annotated[
         str | None,
         _source("Folder of sounds with transcripts, which the model learns to say", commands=("train",)),
+    ]
+    stream_bytes: Annotated[
+        int,
+        Option(help="Bytes of a stream that are read, at most", default=2**28, low=1, high=2**44, bound=True),
     ]
     mix: Annotated[
         str | None,
@@ -150,7 +154,7 @@ class Settings:
     val_data: Annotated[
         str | None,
         Option(
-            help="What the run is judged by, a file or a folder",
+            help="What the run is judged by, a file, a folder or a stream",
             default=None,
             default_help="a tenth of --data",
             path=True,

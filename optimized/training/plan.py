@@ -25,6 +25,7 @@ from arbitor.optimized.training.options import (
 from arbitor.optimized.training.regular import JSON_BYTES, read_regular
 from arbitor.optimized.training.run_folder import check_model
 from arbitor.optimized.training.sizes import config_of
+from arbitor.optimized.training.streams import is_stream, stream_of
 from arbitor.optimized.training.texts import STDLIB
 from arbitor.reference.config import SIGN_VOTES, ArbConfig, parsed_json, with_fields, with_modules
 from arbitor.reference.presets import PRESETS
@@ -35,6 +36,9 @@ CONFIG_SUFFIX = ".json"
 
 CHECKPOINT_SUFFIX = ".safetensors"
 """How a preset ends that is a checkpoint, whose header holds the configuration."""
+
+OF_TEXT = ("data", "data_code", "val_data")
+"""Settings that name bytes, which may come from a stream."""
 
 BATCH_BYTES = 2**28
 """Bytes of a micro-batch at most."""
@@ -193,7 +197,9 @@ def decide(
     for name, value in asked.items():
         option = ROWS[name].option
         is_path = option.path and (os.path.exists(value) or not option.on_hub)
-        if is_path and (name, value) != ("data", STDLIB):
+        if name in OF_TEXT and is_stream(value):
+            asked[name] = stream_of(value).source()
+        elif is_path and (name, value) != ("data", STDLIB):
             asked[name] = os.path.abspath(value)
     _check_kind(options, asked, recorded)
     if recorded is None and "init_from" in asked:
@@ -229,6 +235,11 @@ def decide(
         ROWS[name].check(value)
     settings = Settings(**values)
     check_kinds(settings)
+    has_stream = any(is_stream(getattr(settings, name) or "") for name in OF_TEXT)
+    if "stream_bytes" in asked and not has_stream:
+        raise ValueError(
+            f"stream_bytes is {settings.stream_bytes}, but does nothing without data of a stream, hf:NAME"
+        )
     if settings.keep_votes and settings.init_from is None:
         raise ValueError("keep_votes is True, but does nothing without init_from, whose votes it keeps")
     if settings.steps * settings.accum >= MICRO_STEPS:
