@@ -143,7 +143,7 @@ def one_step(model: ArbModel, codec: AudioCodec, raw: Raw, runtime: Runtime, *, 
         lambda: Targets(
             raw.modality_B.to(runtime.device),
             latent=encoders.latents(raw.clips, side=side).to(runtime.device),
-            tokens_BN=torch.stack([tokens_of(codec, clip) for clip in raw.sounds]).to(runtime.device),
+            tokens_BN=torch.stack(tokens_of(codec, raw.sounds)).to(runtime.device),
         ),
     )
     of_forward, losses = measured(

@@ -206,8 +206,12 @@ class Settings:
             commands=("train",),
         ),
     ]
-    disable_vq: Annotated[bool, _model_change("No codes, and nothing that needs them", default=False)]
-    disable_graph: Annotated[bool, _model_change("No graph over the codes", default=False)]
+    disable_vq: Annotated[
+        bool, _model_change("No codes, and nothing that needs them", default=False, also=("--no-vq",))
+    ]
+    disable_graph: Annotated[
+        bool, _model_change("No graph over the codes", default=False, also=("--no-graph",))
+    ]
     disable_moe: Annotated[bool, _model_change("No experts", default=False)]
     enable_memory: Annotated[bool, _model_change("Tables of code n-grams", default=False)]
     enable_image: Annotated[bool, _model_change("Reads features of pictures", default=False)]
@@ -239,9 +243,9 @@ class Settings:
     save_interval: Annotated[
         int,
         Option(
-            help="Steps between checkpoints",
+            help="Steps between checkpoints, 0 for none before the last",
             default=100,
-            low=1,
+            low=0,
         ),
     ]
     log_interval: Annotated[
@@ -252,7 +256,16 @@ class Settings:
             low=1,
         ),
     ]
-    eval_windows: Annotated[int, Option(help="Validation windows, at most", default=256, low=1, asked=False)]
+    eval_windows: Annotated[
+        int,
+        Option(
+            help="Validation windows, at most, and files of each kind of media",
+            default=256,
+            low=1,
+            bound=True,
+            also=("--eval-steps",),
+        ),
+    ]
     sample_bytes: Annotated[
         int, Option(help="Bytes of the sample at the end", default=256, low=0, asked=False)
     ]
@@ -426,12 +439,14 @@ class TrainOptions:
     Attributes:
         run: the run folder.
         resume: continue what the run folder holds.
+        reset: begin anew where the run folder holds a run, whose files go.
         save: whether to write checkpoints.
         finetune: whether the run trains adapters over the frozen weights of `init_from`.
     """
 
     run: Path | None = None
     resume: bool = False
+    reset: bool = False
     save: bool = True
     finetune: bool = False
 

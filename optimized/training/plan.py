@@ -204,7 +204,8 @@ def decide(
     _check_kind(options, asked, recorded)
     if recorded is None and "init_from" in asked:
         asked["preset"] = asked.get("preset") or _preset_of_source(asked["init_from"])
-    if not options.save and "save_interval" in asked:
+    # 0 says that nothing is saved on the way, which holds.
+    if not options.save and asked.get("save_interval"):
         raise ValueError(
             f"save_interval is {asked['save_interval']}, but does nothing in a run that saves no checkpoints"
         )
