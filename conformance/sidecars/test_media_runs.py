@@ -152,6 +152,23 @@ def test_killed_and_resumed_ends_the_same(
     assert any("train_latent" in line["media"].get("video", {}) for line in lines)
 
 
+def test_one_kind_alone_goes_on_the_same(
+    media: Path, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of pictures alone learns no text, has no experts, and is resumed without the name of its kind."""
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3)
+        with pytest.raises(Killed):
+            train(options(media, checkpoints, folder, "image", only="vision"))
+    result = train(TrainOptions(run=folder, resume=True))
+    assert set(result.summary["media"]) == {"image"}
+    document = json.loads((folder / "config.json").read_text())
+    assert not document["model"]["use_moe"] and document["run"]["only"] == "vision"
+    with pytest.raises(TrainingError, match="started with only vision and cannot go on with only audio"):
+        train(TrainOptions(run=folder, resume=True, only="audio"))
+
+
 def test_a_text_model_grows_eyes_and_ends_the_same_when_killed(
     media: Path, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,6 +127,17 @@ class Settings:
         int,
         Option(help="Bytes of a stream that are read, at most", default=2**28, low=1, high=2**44, bound=True),
     ]
+    only: Annotated[
+        str | None,
+        Option(
+            help="Learn from one kind of data alone, without experts but for text",
+            default=None,
+            default_help="every kind of data",
+            choices=("text", "vision", "audio", "diffusion"),
+            bound=True,
+            commands=("train",),
+        ),
+    ]
     mix: Annotated[
         str | None,
         Option(

@@ -11,7 +11,7 @@ from typing import Any
 
 from arbitor.optimized.training.checkpoint import load_header
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.optimized.training.media import check_kinds
+from arbitor.optimized.training.media import KINDS, check_kinds
 from arbitor.optimized.training.options import (
     ADAPTERS,
     BOUND,
@@ -204,6 +204,8 @@ def decide(
     _check_kind(options, asked, recorded)
     if recorded is None and "init_from" in asked:
         asked["preset"] = asked.get("preset") or _preset_of_source(asked["init_from"])
+    if recorded is None and "only" in asked:
+        _settle_only(asked, preset_config(asked.get("preset") or ROWS["preset"].option.default))
     # 0 says that nothing is saved on the way, which holds.
     if not options.save and asked.get("save_interval"):
         raise ValueError(
@@ -275,6 +277,42 @@ def _check_kind(options: TrainOptions, asked: Mapping[str, Any], recorded: Mappi
         raise ValueError("init_from is not set, but must name the base, whose weights stay as they are")
     if asked.get("lora_alpha") == 0:
         raise ValueError("lora_alpha is 0, but must be above 0")
+
+
+ONLY: Mapping[str, tuple[str, str]] = {
+    "vision": ("image", "image_features"),
+    "audio": ("audio", "audio_features"),
+    "diffusion": ("video", "video_latent"),
+}
+"""Kind of data of a run on one kind alone, and the field that a model must have for it, by the seeds' name of the run."""
+
+
+def _settle_only(asked: dict[str, Any], config: ArbConfig) -> None:
+    """Give a new run on one kind of data the settings that it stands for.
+
+    Args:
+        asked: settings asked for; gets the others.
+        config: of the preset.
+
+    Raises:
+        ValueError: another kind of data, or a mix, is asked for too.
+    """
+    only = asked["only"]
+    kind, field = ONLY.get(only, ("text", ""))
+    for name in ("mix", *(f"data_{other}" for other in KINDS[1:] if other != kind)):
+        if name in asked:
+            raise ValueError(
+                f"{name} is {asked[name]!r}, but must be left out of a run of {only} alone (only)"
+            )
+    if kind == "text":
+        return
+    if f"data_{kind}" not in asked:
+        raise ValueError(f"only is {only!r}, but needs data_{kind}, which is what is learned")
+    asked["mix"] = f"text=0,{kind}=1"
+    if not getattr(config, field):
+        asked[f"enable_{kind}"] = True
+    if config.use_moe:
+        asked["disable_moe"] = True
 
 
 def _settle_adapters(asked: dict[str, Any], known: dict[str, Any]) -> None:
