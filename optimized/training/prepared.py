@@ -131,7 +131,12 @@ def prepare(
         check_fits(found.checkpoint, config_json, model)
         model.load_state(found.checkpoint.state)
     elif settings.init_from is not None:
-        beginning = begin_with(model, settings.init_from, as_base=settings.lora_rank is not None)
+        beginning = begin_with(
+            model,
+            settings.init_from,
+            keep_votes=settings.keep_votes,
+            as_base=settings.lora_rank is not None,
+        )
     adaptation = open_adaptation(model, settings, found.checkpoint, num_ranks=world.count)
     if found.checkpoint is not None:
         # The model has the tensors now, and a run keeps no second copy of them.
