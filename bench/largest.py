@@ -2,9 +2,10 @@
 
     python -m bench.largest --weights 90e9 --out largest.json
 
-The model is a trunk of equal layers, as many as make up the weights, with experts and without codes. It reads random bytes. Each step is
-a forward pass, a backward pass in which every matrix votes, and the step rule. The rate is theta, ten times that of a training, so that a
-single step moves trits. A step counts if its loss is finite and trits of the first and of the last layer have changed. What is measured is written again after each step, so that a run which is cut off leaves what it had.
+The model is a trunk of equal layers, as many as make up the weights, with experts and without codes. It reads random bytes.
+A step is a forward pass, a backward pass in which every matrix votes, and the step rule. The rate is theta, ten times that of a
+training, so that a single step moves trits. A step counts if its loss is finite and trits of the first and of the last layer have
+changed. What is measured is written again after each step, so that a run which is cut off leaves what it had.
 """
 
 from __future__ import annotations

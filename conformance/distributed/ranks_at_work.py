@@ -21,9 +21,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from arbitor.optimized.distributed import ranks as ranks_module
+from arbitor.optimized.distributed.changes import changes_bytes
 from arbitor.optimized.distributed.ranks import GroupRanks
 from arbitor.optimized.distributed.run import train_together, whole_state
-from arbitor.optimized.distributed.sizes import received_bytes
+from arbitor.optimized.distributed.sizes import read_bytes, received_bytes
 from arbitor.optimized.distributed.world import World, joined
 from arbitor.optimized.training.census import Census
 from arbitor.optimized.training.checkpoint import state_sha256
@@ -75,9 +77,13 @@ def digest_of(model: ArbModel) -> str | None:
 
 
 def sums_as_the_rule_says(world: World, folder: Path) -> Any:
-    """Two passes of a step, and another step, by the ranks, and by the oracle on rank 0."""
+    """Two passes of a step, and another step, by the ranks, and by the oracle on rank 0.
+
+    Owners send what changed in one piece, in pieces of few weights, and weight by weight.
+    """
     found = {}
-    for name, (config, dtype) in CASES.items():
+    for (name, (config, dtype)), size in zip(CASES.items(), (2**26, 2**12, 1), strict=True):
+        ranks_module.PIECE_BYTES = size
         model, alone = together(config, world, dtype), model_of(config, dtype)
         both = (model, alone) if world.is_first else (model,)
         for step in range(3):
@@ -95,6 +101,7 @@ def sums_as_the_rule_says(world: World, folder: Path) -> Any:
             each.step()
             censuses.append(census.after_step())
         found[name] = {"hashes": (digest_of(model), state_sha256(alone.state())), "censuses": censuses}
+    ranks_module.PIECE_BYTES = 2**26
     return found
 
 
@@ -149,6 +156,8 @@ def counts_bytes(world: World, folder: Path) -> Any:
         assert isinstance(ranks, GroupRanks)
         ids_BT = world.share(models.random_ids(BATCH, LENGTH))
         losses = model.losses(ids_BT)
+        read = model.state_dict()
+        before = {each: tensor.clone() for each, tensor in read.items()}
         ranks.measured()
         # The rows of the table of bytes, and the loss, are no matrices.
         for module in model.ternary_modules().values():
@@ -159,20 +168,33 @@ def counts_bytes(world: World, folder: Path) -> Any:
         model.backward(losses, rate=RATE, step=0)
         model.step()
         received = ranks.measured()[1]
-        matrices = [m for m in model.ternary_modules().values() if m.tensor_id in ranks.owners]
+        matrices = {n: m for n, m in model.ternary_modules().items() if m.tensor_id in ranks.owners}
         # A matrix that is not made orthogonal votes in float32.
         wanted = sum(
             received_bytes(
                 module.weight,
                 world.count,
                 gradient_bytes=grad_bytes if getattr(module, "orthogonal", False) else 4,
+                changed=0,
                 uses=module.uses,
             )
-            for module in matrices
+            - (world.count - 1) * changes_bytes(read_bytes(module.weight), 0)
+            for module in matrices.values()
         )
+        # The weights of an owner are one piece.
+        for owner in range(world.count):
+            size = differ = 0
+            for of, module in matrices.items():
+                if ranks.owners[module.tensor_id] == owner:
+                    size += read_bytes(module.weight)
+                    for part in ("packed", "exponents"):
+                        differ += int((read[f"{of}.{part}"] != before[f"{of}.{part}"]).sum())
+            assert 0 < 2 * differ < size, "the changes are fewer than the bytes, or this compares nothing"
+            wanted += (world.count - 1) * changes_bytes(size, differ)
         loss_bytes = 4 * (world.count - 1) * world.count
+        sizes_bytes = 8 * (world.count - 1) * world.count
         everyones = int(ranks.total(torch.tensor(received)))
-        found[name] = (everyones - loss_bytes, wanted)
+        found[name] = (everyones - loss_bytes - sizes_bytes, wanted)
     return found
 
 

@@ -12,13 +12,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from arbitor.optimized.distributed.changes import change, changes
 from arbitor.optimized.distributed.world import World, answered, as_bytes, from_bytes
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.layers import TernaryEmbedding
@@ -29,6 +29,50 @@ from arbitor.reference.types import LaidOutWeight, TernaryWeight, without_memory
 
 PENDING_BYTES = 2**26
 """Bytes of gradients of a rank that are on their way at a time. An owner holds as many for each rank."""
+
+PIECE_BYTES = 2**26
+"""Most bytes of the trits and levels of several weights that are sent as one. A larger weight is sent alone."""
+
+
+class Piece:
+    """Trits and levels of weights of one owner, as bytes one after the other, which the owner steps and sends to all ranks.
+
+    Attributes:
+        size: bytes of the piece.
+        sent: on the owner, uint8: the changes of the steps, once the piece is closed.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._tensors: list[Tensor] = []
+        self._before: list[Tensor] = []
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._tensors[0].device
+
+    def add(self, tensors: list[Tensor], step: Callable[[], None] | None) -> None:
+        """Add tensors of bytes, which share memory with a weight. The owner steps the weight here."""
+        self._tensors += tensors
+        self.size += sum(each.numel() for each in tensors)
+        if step is not None:
+            self._before += [each.clone() for each in tensors]
+            step()
+
+    def close(self) -> None:
+        """Find the changes of the steps of a piece that is full."""
+        self.sent = changes(torch.cat(self._before), torch.cat(self._tensors))
+        self._before.clear()
+
+    def change(self, sent: Tensor) -> None:
+        """Give the weights what their owner has sent."""
+        piece = torch.cat(self._tensors)
+        change(piece, sent)
+        for tensor, content in zip(
+            self._tensors, piece.split([len(each) for each in self._tensors]), strict=True
+        ):
+            tensor.copy_(content)
 
 
 class GroupRanks(Ranks):
@@ -48,6 +92,7 @@ class GroupRanks(Ranks):
         self._world, self._model = world, model
         self._under_way: deque[tuple[int, Callable[[], None]]] = deque()
         self._pending = 0
+        self._pieces: dict[int, list[Piece]] = {}
         self._waited = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.owners = owners(model, self.count)
@@ -78,7 +123,7 @@ class GroupRanks(Ranks):
         return self.total(values) / self.count
 
     def steps(self, tensor_id: int) -> bool:
-        """See `Ranks`."""
+        """Return whether this rank steps a weight. The other ranks are given the weight after the step."""
         return self.owners.get(tensor_id, self.number) == self.number
 
     def answers_for(self, tensor_id: int) -> bool:
@@ -107,26 +152,31 @@ class GroupRanks(Ranks):
 
         self._later(gradient.grad_NK.nbytes, end)
 
-    def spread(self, tensor_id: int, weight: LaidOutWeight) -> None:
+    def step(self, tensor_id: int, weight: LaidOutWeight, apply: Callable[[], None]) -> None:
         """See `Ranks`."""
         owner = self.owners.get(tensor_id)
         if owner is None:
+            apply()
             return
-        for name, tensor in weight.tensors().items():
-            if name not in VOTED_IN and tensor.numel():
-                # A copy would arrive in place of the tensor.
-                assert tensor.is_contiguous()
-                work = self._work(dist.broadcast, as_bytes(tensor), src=owner)
-                self.received += tensor.nbytes * (self.number != owner)
-                self._later(tensor.nbytes, partial(self._wait, work))
+        read = [each for name, each in weight.tensors().items() if name not in VOTED_IN and each.numel()]
+        # A copy would arrive in place of the tensor.
+        assert all(each.is_contiguous() for each in read)
+        pieces, size = self._pieces.setdefault(owner, []), sum(each.nbytes for each in read)
+        if not pieces or pieces[-1].size + size > PIECE_BYTES:
+            if pieces and owner == self.number:
+                pieces[-1].close()
+            pieces.append(Piece())
+        pieces[-1].add([as_bytes(each) for each in read], apply if owner == self.number else None)
 
     def finish(self) -> None:
         """See `Ranks`."""
+        self._spread()
         self._end_down_to(0)
 
     def abandon(self) -> None:
         """See `Ranks`."""
         self._under_way.clear()
+        self._pieces.clear()
         self._pending = 0
 
     def state(self) -> dict[str, TernaryWeight | Tensor] | None:
@@ -151,6 +201,35 @@ class GroupRanks(Ranks):
         found = self._waited, self.received
         self._waited, self.received, self._events = 0.0, 0, []
         return found
+
+    def _spread(self) -> None:
+        """Begin to send what the steps of owners have changed."""
+        pieces, self._pieces = self._pieces, {}
+        most = max(map(len, pieces.values()), default=0)
+        own = pieces.get(self.number, [])
+        if own:
+            own[-1].close()
+        sizes = torch.tensor([len(each.sent) for each in own] + [0] * (most - len(own)))
+        # The sizes are known to no other rank, as all else that is exchanged is.
+        all_sizes = self._gathered(sizes) if most else []
+        for place in range(most):
+            for owner in sorted(pieces):
+                if place < len(pieces[owner]):
+                    self._send(pieces[owner][place], owner, int(all_sizes[owner][place]))
+
+    def _send(self, piece: Piece, owner: int, size: int) -> None:
+        """Begin to send the changes of a piece from its owner to all."""
+        is_mine = owner == self.number
+        sent = piece.sent if is_mine else torch.empty(size, dtype=torch.uint8, device=piece.device)
+        work = self._work(dist.broadcast, sent, src=owner)
+        self.received += size * (not is_mine)
+
+        def end() -> None:
+            self._wait(work)
+            if not is_mine:
+                piece.change(sent)
+
+        self._later(size, end)
 
     def _brought(self, weight: LaidOutWeight, owner: int) -> dict[str, Tensor]:
         """Return the accumulators of a weight, sent from its owner to rank 0."""
