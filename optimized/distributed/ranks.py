@@ -236,14 +236,15 @@ class GroupRanks(Ranks):
         found = {}
         for name in VOTED_IN:
             tensor = weight.tensors()[name]
+            # By way of the CPU: a GPU needs no room for it, and a backend of GPUs need not send between two ranks.
             if self.number == owner:
                 with answered():
-                    dist.send(as_bytes(tensor), dst=0)
+                    dist.send(as_bytes(tensor.cpu()), dst=0)
             elif self.number == 0:
-                arrived = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+                arrived = torch.empty(tensor.shape, dtype=tensor.dtype)
                 with answered():
                     dist.recv(as_bytes(arrived), src=owner)
-                found[name] = arrived
+                found[name] = arrived.to(tensor.device)
         return found
 
     def _cast_once(self, tensor_id: int, total: Gradient, cast: Callable[[Gradient | None], None]) -> None:
