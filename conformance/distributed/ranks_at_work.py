@@ -48,10 +48,11 @@ TERMS = (1.0, 2.0**30, -(2.0**30))
 PLAIN = replace(nano.WHOLE, composite_codes=0, composite_inner=1280, num_experts=120)
 """Every module but composites, whose losses are means over chosen positions. There are more experts than slots of a rank."""
 
-CASES: dict[str, tuple[ArbConfig, torch.dtype]] = {
-    "every module": (PLAIN, torch.float32),
-    "bfloat16": (nano.NANO, torch.bfloat16),
-    "sign votes": (with_fields(nano.NANO, **SIGN_VOTES), torch.float32),
+CASES: dict[str, tuple[ArbConfig, torch.dtype, str]] = {
+    "every module": (PLAIN, torch.float32, "full"),
+    "bfloat16": (nano.NANO, torch.bfloat16, "full"),
+    "sign votes": (with_fields(nano.NANO, **SIGN_VOTES), torch.float32, "full"),
+    "eight bits": (nano.NANO, torch.bfloat16, "mxint8"),
 }
 """Models that are compared with the oracle bit for bit."""
 
@@ -60,9 +61,11 @@ def model_of(config: ArbConfig, dtype: torch.dtype = torch.float32) -> ArbModel:
     return ArbModel(config, dtype=dtype, seed=3)
 
 
-def together(config: ArbConfig, world: World, dtype: torch.dtype = torch.float32) -> ArbModel:
+def together(
+    config: ArbConfig, world: World, dtype: torch.dtype = torch.float32, exchange: str = "full"
+) -> ArbModel:
     model = model_of(config, dtype)
-    train_together(model, world)
+    train_together(model, world, exchange=exchange)
     return model
 
 
@@ -82,15 +85,15 @@ def sums_as_the_rule_says(world: World, folder: Path) -> Any:
     Owners send what changed in one piece, in pieces of few weights, and weight by weight.
     """
     found = {}
-    for (name, (config, dtype)), size in zip(CASES.items(), (2**26, 2**12, 1), strict=True):
+    for (name, (config, dtype, exchange)), size in zip(CASES.items(), (2**26, 2**12, 1, 2**26), strict=True):
         ranks_module.PIECE_BYTES = size
-        model, alone = together(config, world, dtype), model_of(config, dtype)
+        model, alone = together(config, world, dtype, exchange), model_of(config, dtype)
         both = (model, alone) if world.is_first else (model,)
         for step in range(3):
             take_pass(model, world, step)
             if world.is_first:
                 ids_BT = models.random_ids(BATCH, LENGTH, seed=step)
-                oracle.take_pass(alone, ids_BT, count=world.count, rate=RATE, step=step)
+                oracle.take_pass(alone, ids_BT, count=world.count, rate=RATE, step=step, exchange=exchange)
             if step == 1:
                 for each in both:
                     each.step()

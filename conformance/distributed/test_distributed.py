@@ -152,8 +152,10 @@ def test_every_check_ran(found: Found) -> None:
 @pytest.mark.parametrize("case", ranks_at_work.CASES)
 def test_gradients_are_summed_in_rank_order_before_they_vote(found: Found, case: str) -> None:
     """Every bit of the state is the oracle's, after two steps, one of them of two passes."""
-    ours, oracles = found[1][0]["sums_as_the_rule_says"][case]["hashes"]
+    of_cases = found[1][0]["sums_as_the_rule_says"]
+    ours, oracles = of_cases[case]["hashes"]
     assert ours == oracles
+    assert sum(each["hashes"][0] == ours for each in of_cases.values()) == 1, "two cases are one"
 
 
 @both

@@ -7,10 +7,11 @@ Legend: N rows of a gradient, K columns, S rows or matrices that one rank names.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,12 +21,17 @@ from torch import Tensor
 
 from arbitor.optimized.distributed.changes import change, changes
 from arbitor.optimized.distributed.world import World, answered, as_bytes, from_bytes
+from arbitor.optimized.training.options import EXCHANGES
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.layers import TernaryEmbedding
 from arbitor.reference.graph.module import TernaryModule
+from arbitor.reference.graph.mxint8 import decoded, encoded
 from arbitor.reference.graph.ranks import Gradient, Ranks
 from arbitor.reference.graph.voting import VOTED_IN
 from arbitor.reference.types import LaidOutWeight, TernaryWeight, without_memory
+
+FULL, MXINT8 = EXCHANGES
+"""In the dtype of the activations, or in eight bits."""
 
 PENDING_BYTES = 2**26
 """Bytes of gradients of a rank that are on their way at a time. An owner holds as many for each rank."""
@@ -85,11 +91,17 @@ class GroupRanks(Ranks):
         received: bytes that this rank was sent by others.
     """
 
-    def __init__(self, model: ArbModel, world: World) -> None:
-        """Begin with a model that is the same on every rank. From here on the ranks hold the accumulators of their own matrices."""
+    def __init__(self, model: ArbModel, world: World, *, exchange: str = FULL) -> None:
+        """Begin with a model that is the same on every rank. From here on the ranks hold the accumulators of their own matrices.
+
+        Args:
+            model, world: the model, and the ranks that train it.
+            exchange: how the gradients of matrices travel that are made orthogonal, one of `EXCHANGES`.
+        """
         self.number, self.count = world.number, world.count
         self.received = 0
         self._world, self._model = world, model
+        self._in_eight_bits = exchange == MXINT8
         self._under_way: deque[tuple[int, Callable[[], None]]] = deque()
         self._pending = 0
         self._pieces: dict[int, list[Piece]] = {}
@@ -132,8 +144,10 @@ class GroupRanks(Ranks):
 
     def exchange(self, tensor_id: int, gradient: Gradient, cast: Callable[[Gradient | None], None]) -> None:
         """See `Ranks`."""
-        owner = self.owners.get(tensor_id)
-        grads = self._begin_gather(gradient.grad_NK, owner)
+        owner, grad_NK = self.owners.get(tensor_id), gradient.grad_NK
+        orthogonal = self._model.voting.makes_orthogonal(gradient.num_matrices)
+        compact = self._in_eight_bits and orthogonal and not gradient.chosen
+        grads = self._begin_gather(encoded(grad_NK) if compact else grad_NK, owner)
         rows = None
         if gradient.chosen:
             assert gradient.rows is not None
@@ -144,13 +158,14 @@ class GroupRanks(Ranks):
             if grad_parts is None:
                 cast(None)
             elif row_parts is None:
-                total = in_order([part.to(torch.float32) for part in grad_parts])
+                wide = (decoded(each, *grad_NK.shape) if compact else each.float() for each in grad_parts)
+                total = in_order(wide)
                 cast(Gradient(total, gradient.rows, gradient.num_matrices, chosen=False))
             else:
                 total_of_rows = merged(grad_parts, row_parts, gradient.num_matrices, self._model.ops)
                 self._cast_once(tensor_id, total_of_rows, cast)
 
-        self._later(gradient.grad_NK.nbytes, end)
+        self._later(grad_NK.nbytes, end)
 
     def step(self, tensor_id: int, weight: LaidOutWeight, apply: Callable[[], None]) -> None:
         """See `Ranks`."""
@@ -341,12 +356,9 @@ def has_owner(module: TernaryModule) -> bool:
     return not isinstance(module, TernaryEmbedding) and not module.built_frozen
 
 
-def in_order(parts: list[Tensor]) -> Tensor:
+def in_order(parts: Iterable[Tensor]) -> Tensor:
     """Return the sum of tensors, the first two first."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+    return functools.reduce(torch.add, parts)
 
 
 def merged(grads: list[Tensor], rows: list[Tensor], num_matrices: int, ops: Any) -> Gradient:
