@@ -15,13 +15,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
+from arbitor.optimized import ops as triton_ops
 from arbitor.optimized.distributed import ranks as ranks_module
+from arbitor.optimized.distributed import run
 from arbitor.optimized.distributed.changes import changes_bytes
 from arbitor.optimized.distributed.ranks import GroupRanks
 from arbitor.optimized.distributed.run import train_together, whole_state
@@ -31,6 +34,7 @@ from arbitor.optimized.training.census import Census
 from arbitor.optimized.training.checkpoint import state_sha256
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.options import TrainOptions
+from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import SIGN_VOTES, ArbConfig, with_fields
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.types import has_memory
@@ -238,16 +242,50 @@ def refuses_ranks_that_differ(world: World, folder: Path) -> Any:
     for name, changes in {
         "data": {"data": str(other if is_last else text)},
         "seed": {"seed": int(is_last)},
+        "config": {"preset": "whole" if is_last else "nano"},
+        "exchange": {"exchange": "mxint8" if is_last else "full"},
+        "code_sha256": {},
         "batch": {"batch": 5 * world.count + 1},
         "cuda_graph": {"cuda_graph": True},
     }.items():
-        try:
-            train(replace(options, **changes))  # type: ignore[type-var]
-            found[name] = "was accepted"
-        except (RuntimeError, ValueError) as error:
-            found[name] = str(error)
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "code_sha256" and is_last:
+                patch.setattr(run, "code_sha256", lambda: "another")
+            found[name] = refused(replace(options, **changes))  # type: ignore[type-var]
     found["folder"] = str((folder / "refused").exists())
     return found
+
+
+def refused(options: TrainOptions) -> str:
+    """Return the sentence with which a run is refused."""
+    try:
+        train(options)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return "was accepted"
+
+
+def agrees_on_triton(world: World, folder: Path) -> Any:
+    """Votes of a matrix, and of rows that each rank chose, and their step: the same bits by the reference and by kernels."""
+    # Weights are drawn by the reference, as kernels take seconds for it in the interpreter. The matrix votes as it is, for a
+    # gradient that is made orthogonal is not the same in every bit.
+    drawn = {name: getattr(reference_ops, name) for name in ("initial_weight", "constant_weight")}
+    triton = ModuleType("triton_ops")
+    triton.__dict__.update({name: getattr(triton_ops, name) for name in triton_ops.__all__} | drawn)
+    digests = []
+    for ops in (reference_ops, triton):
+        model = ArbModel(nano.NANO, ops=ops, seed=3)
+        train_together(model, world, exchange="full")
+        gate, table = model.byte_head.gate, model.embedding.table
+        generator = torch.Generator().manual_seed(world.number)
+        chosen = torch.randperm(table.weight.shape[0], generator=generator)[:7]
+        for step in range(2):
+            with model.voting.taking(rate=RATE, step=step, undo=False):
+                gate.vote(torch.randn(gate.weight.shape, generator=generator))
+                table.vote(torch.randn(7, table.weight.shape[1], generator=generator), chosen, chosen=True)
+            model.step()
+        digests.append(digest_of(model))
+    return digests
 
 
 def passes_signals_on(world: World, folder: Path) -> Any:
@@ -301,6 +339,7 @@ CHECKS: tuple[Callable[[World, Path], Any], ...] = (
     counts_bytes,
     refuses_what_is_not_finite,
     counts_faults,
+    agrees_on_triton,
     refuses_ranks_that_differ,
     passes_signals_on,
     shares_windows,
