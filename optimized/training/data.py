@@ -13,6 +13,7 @@ import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from mmap import mmap
 from pathlib import Path
 
 import torch
@@ -116,7 +117,8 @@ def load_corpus(source: str, run: Path | None = None) -> Corpus:
     Args:
         source: ``stdlib`` for the Python sources that every Python carries (with the texts of
             ``pydoc_data.topics``), or the path of a file (its bytes as they are) or of a folder (every
-            regular file in it, sorted by relative path). Of a folder are left out: links, empty files, files that look binary
+            regular file in it, sorted by relative path). A file may be larger than the memory: it is then mapped, and must stay as
+            it is while it is used. Of a folder are left out: links, empty files, files that look binary
             and files of weights, version control, and the folders of runs.
         run: the folder of the run that reads them, which is never data.
 
@@ -126,17 +128,22 @@ def load_corpus(source: str, run: Path | None = None) -> Corpus:
     """
     files, left_out = find_texts(source, run)
     is_folder = source != STDLIB and Path(source).is_dir()
-    chunks = [file.read() for file in files]
-    data = bytearray().join(chunks)
+    data: bytearray | mmap
+    if len(files) == 1:
+        content = files[0].content_or_map()
+        data, lengths = (content if isinstance(content, mmap) else bytearray(content)), [len(content)]
+    else:
+        chunks = [file.read() for file in files]
+        data, lengths = bytearray().join(chunks), [len(chunk) for chunk in chunks]
     if not data:
         raise TrainingError(f"the data file {source!r} is empty: there is nothing to learn from")
     return Corpus(
         source=source,
         data_N=torch.frombuffer(data, dtype=torch.uint8),
         sha256=hashlib.sha256(data).hexdigest(),
-        num_files=len(chunks),
+        num_files=len(lengths),
         left_out=left_out,
-        ends=tuple(itertools.accumulate(map(len, chunks))) if is_folder else (),
+        ends=tuple(itertools.accumulate(lengths)) if is_folder else (),
     )
 
 

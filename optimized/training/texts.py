@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import mmap
 import os
 import stat
 import sysconfig
@@ -18,6 +19,9 @@ from arbitor.optimized.training.shown import shown
 
 STDLIB = "stdlib"
 """How the Python sources that every Python carries are asked for."""
+
+MAPPED_BYTES = 2**28
+"""Bytes of a file up to which it is read into memory as a whole."""
 
 BINARY_PROBE_BYTES = 8 * 1024
 """A file of a folder with a NUL in its first so many bytes is taken for binary and left out."""
@@ -67,6 +71,19 @@ class Text:
     def read(self) -> bytes:
         """Return all of its bytes."""
         return self.content if self.path is None else _read(self.path)
+
+    def content_or_map(self) -> bytes | mmap.mmap:
+        """Return all of its bytes: read, or of a file of more than `MAPPED_BYTES` as the machine pages them in.
+
+        A mapped file may be larger than the memory. It must stay as it is while it is used.
+        """
+        if self.path is None:
+            return self.content
+        with _reading(self.path), open_regular(self.path) as file:
+            if os.fstat(file.fileno()).st_size <= MAPPED_BYTES:
+                return file.read()
+            # A tensor wants memory that may be written to. The copy is made of the pages that are, which are none.
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
     @contextmanager
     def opened(self) -> Iterator[IO[bytes]]:
