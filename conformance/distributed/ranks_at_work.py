@@ -86,11 +86,13 @@ def digest_of(model: ArbModel) -> str | None:
 def sums_as_the_rule_says(world: World, folder: Path) -> Any:
     """Two passes of a step, and another step, by the ranks, and by the oracle on rank 0.
 
-    Owners send what changed in one piece, in pieces of few weights, and weight by weight.
+    Owners send what changed in one piece, in pieces of few weights, and weight by weight. Gradients are sent whole, in rows, and in
+    runs of some rows.
     """
     found = {}
-    for (name, (config, dtype, exchange)), size in zip(CASES.items(), (2**26, 2**12, 1, 2**26), strict=True):
-        ranks_module.PIECE_BYTES = size
+    sizes = ((2**26, 2**31), (2**12, 1), (1, 2**13), (2**26, 2**13))
+    for (name, (config, dtype, exchange)), (piece, held) in zip(CASES.items(), sizes, strict=True):
+        ranks_module.PIECE_BYTES, ranks_module.HELD_BYTES = piece, held
         model, alone = together(config, world, dtype, exchange), model_of(config, dtype)
         both = (model, alone) if world.is_first else (model,)
         for step in range(3):
@@ -108,7 +110,7 @@ def sums_as_the_rule_says(world: World, folder: Path) -> Any:
             each.step()
             censuses.append(census.after_step())
         found[name] = {"hashes": (digest_of(model), state_sha256(alone.state())), "censuses": censuses}
-    ranks_module.PIECE_BYTES = 2**26
+    ranks_module.PIECE_BYTES, ranks_module.HELD_BYTES = sizes[0]
     return found
 
 

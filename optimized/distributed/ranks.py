@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,7 +35,10 @@ FULL, MXINT8 = EXCHANGES
 """In the dtype of the activations, or in eight bits."""
 
 PENDING_BYTES = 2**26
-"""Bytes of gradients of a rank that are on their way at a time. An owner holds as many for each rank."""
+"""Most bytes of a rank that are on their way at a time."""
+
+HELD_BYTES = 2**31
+"""Most bytes of the gradients of all ranks that an owner holds at a time. Of many ranks fewer are on their way."""
 
 PIECE_BYTES = 2**26
 """Most bytes of the trits and levels of several weights that are sent as one. A larger weight is sent alone."""
@@ -104,6 +108,7 @@ class GroupRanks(Ranks):
         self._in_eight_bits = exchange == MXINT8
         self._under_way: deque[tuple[int, Callable[[], None]]] = deque()
         self._pending = 0
+        self._most_pending = min(PENDING_BYTES, HELD_BYTES // self.count)
         self._pieces: dict[int, list[Piece]] = {}
         self._waited = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -144,28 +149,35 @@ class GroupRanks(Ranks):
 
     def exchange(self, tensor_id: int, gradient: Gradient, cast: Callable[[Gradient | None], None]) -> None:
         """See `Ranks`."""
-        owner, grad_NK = self.owners.get(tensor_id), gradient.grad_NK
-        orthogonal = self._model.voting.makes_orthogonal(gradient.num_matrices)
-        compact = self._in_eight_bits and orthogonal and not gradient.chosen
-        grads = self._begin_gather(encoded(grad_NK) if compact else grad_NK, owner)
-        rows = None
         if gradient.chosen:
-            assert gradient.rows is not None
-            rows = self._begin_gather(gradient.rows, owner)
+            self._exchange_chosen(tensor_id, gradient, cast)
+            return
+        owner, grad_NK = self.owners.get(tensor_id), gradient.grad_NK
+        arrives = owner is None or owner == self.number
+        compact = self._in_eight_bits and self._model.voting.makes_orthogonal(gradient.num_matrices)
+        num_rows, num_columns = grad_NK.shape
+        # An owner holds some rows of the gradients of all ranks at a time, so that its memory does not grow with their number.
+        step = max(self._most_pending // (4 * num_columns * grad_NK.element_size()), 1)
+        total = torch.empty_like(grad_NK, dtype=torch.float32) if arrives else None
 
-        def end() -> None:
-            grad_parts, row_parts = grads(), None if rows is None else rows()
-            if grad_parts is None:
-                cast(None)
-            elif row_parts is None:
-                wide = (decoded(each, *grad_NK.shape) if compact else each.float() for each in grad_parts)
-                total = in_order(wide)
-                cast(Gradient(total, gradient.rows, gradient.num_matrices, chosen=False))
-            else:
-                total_of_rows = merged(grad_parts, row_parts, gradient.num_matrices, self._model.ops)
-                self._cast_once(tensor_id, total_of_rows, cast)
+        def begin(first: int, last: int) -> None:
+            part = grad_NK[first:last]
+            sent = encoded(part) if compact else part
+            wait = self._begin_gather(sent, owner)
 
-        self._later(grad_NK.nbytes, end)
+            def end() -> None:
+                parts = wait()
+                if total is not None and parts is not None:
+                    wide = (decoded(each, *part.shape) if compact else each.float() for each in parts)
+                    total[first:last] = in_order(wide)
+                if last == num_rows:
+                    of_all = None if total is None else replace(gradient, grad_NK=total)
+                    cast(of_all)
+
+            self._later(sent.nbytes, end)
+
+        for first in range(0, max(num_rows, 1), step):
+            begin(first, min(first + step, num_rows))
 
     def step(self, tensor_id: int, weight: LaidOutWeight, apply: Callable[[], None]) -> None:
         """See `Ranks`."""
@@ -216,6 +228,24 @@ class GroupRanks(Ranks):
         found = self._waited, self.received
         self._waited, self.received, self._events = 0.0, 0, []
         return found
+
+    def _exchange_chosen(
+        self, tensor_id: int, gradient: Gradient, cast: Callable[[Gradient | None], None]
+    ) -> None:
+        """Exchange the gradients of rows, or of matrices of a stack, that each rank has chosen."""
+        owner, num_matrices = self.owners.get(tensor_id), gradient.num_matrices
+        assert gradient.rows is not None
+        grads = self._begin_gather(gradient.grad_NK, owner)
+        rows = self._begin_gather(gradient.rows, owner)
+
+        def end() -> None:
+            grad_parts, row_parts = grads(), rows()
+            if grad_parts is None or row_parts is None:
+                cast(None)
+                return
+            self._cast_once(tensor_id, merged(grad_parts, row_parts, num_matrices, self._model.ops), cast)
+
+        self._later(gradient.grad_NK.nbytes, end)
 
     def _spread(self) -> None:
         """Begin to send what the steps of owners have changed."""
@@ -322,7 +352,7 @@ class GroupRanks(Ranks):
         """Keep what ends an exchange of so many bytes, and end older exchanges if too many are under way."""
         self._under_way.append((size, end))
         self._pending += size
-        self._end_down_to(PENDING_BYTES)
+        self._end_down_to(self._most_pending)
 
     def _end_down_to(self, size: int) -> None:
         """End exchanges, the oldest first, until at most so many bytes are under way; 0: all of them."""
