@@ -13,6 +13,7 @@ from typing import Any
 import click
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
 from arbitor.optimized.cli import cli
 from arbitor.optimized.training.loop import train
@@ -79,6 +80,25 @@ def test_a_command_is_understood(command: str) -> None:
     found = cli.get_command(click.Context(cli), name)
     assert found is not None, f"there is no command {name}"
     found.make_context(name, arguments)
+
+
+TORCHRUN = sorted(
+    {
+        line.strip()
+        for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
+        for line in re.findall(r"^ *torchrun .*$", page.read_text(), re.M)
+    }
+)
+
+
+@pytest.mark.parametrize("line", TORCHRUN)
+def test_a_line_of_torchrun_is_understood(line: str) -> None:
+    """Torchrun takes its part of every such line of the pages, and the parser of `arb train` the rest."""
+    found = get_args_parser().parse_args(shlex.split(line)[1:])
+    assert found.module and found.training_script == "arbitor.train"
+    command = cli.get_command(click.Context(cli), "train")
+    assert command is not None
+    command.make_context("train", found.training_script_args)
 
 
 @pytest.mark.parametrize("source", EXAMPLES)

@@ -23,6 +23,9 @@ AUTO = "auto"
 MOST_BYTES = 2**24
 """Bytes that a prompt is continued by, at most."""
 
+EXCHANGES = ("full", "mxint8")
+"""How ranks send the gradients that are made orthogonal: in the dtype of the activations, or in eight bits."""
+
 OF_PRESET = "of the preset"
 """How help names a default that is a field of the preset's model."""
 
@@ -321,6 +324,16 @@ class Settings:
             default=None,
             default_help="wherever possible",
             has_opposite=True,
+            commands=("train",),
+        ),
+    ]
+    exchange: Annotated[
+        str,
+        Option(
+            help="How several ranks send gradients: mxint8 halves bfloat16",
+            default="full",
+            choices=EXCHANGES,
+            bound=True,
             commands=("train",),
         ),
     ]

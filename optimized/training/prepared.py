@@ -16,7 +16,7 @@ from arbitor.optimized.training.batch_size import BatchSize, fitting_batch
 from arbitor.optimized.training.beginning import Beginning, begin_with, same_beginning
 from arbitor.optimized.training.checkpoint import check_fits
 from arbitor.optimized.training.media_mix import Mix, open_mix
-from arbitor.optimized.training.options import AUTO, Settings
+from arbitor.optimized.training.options import AUTO, EXCHANGES, Settings
 from arbitor.optimized.training.plan import run_config
 from arbitor.optimized.training.recording import records
 from arbitor.optimized.training.run_folder import Found
@@ -100,6 +100,10 @@ def prepare(
     if auto_batch and world.count > 1:
         raise ValueError(f"batch is {AUTO!r}, but must be a number where {world.count} ranks share it")
     world.check_batch(settings.batch)
+    if world.count == 1 and settings.exchange != EXCHANGES[0] and found.settings is None:
+        raise ValueError(
+            f"exchange is {settings.exchange!r}, but does nothing with one rank, which sends no gradients"
+        )
     text = read_text(settings, folder, found.settings)
     config, lost = run_config(settings, found.model)
     check_memory(config, runtime.device)
@@ -152,7 +156,7 @@ def prepare(
         document["init_sha256"] = same_beginning(settings.init_from, beginning, found.settings)
     digest = None if found.checkpoint is None else found.checkpoint.state_sha256
     check_agreement(world, config=config_json, document=document, checkpoint=digest)
-    train_together(model, world)
+    train_together(model, world, exchange=settings.exchange)
     return Prepared(
         settings=settings,
         runtime=runtime,
