@@ -36,12 +36,13 @@ class ByteNgrams(ArbModule):
     def __init__(self, context: GraphContext) -> None:
         super().__init__(context)
         shape = (context.config.ngram_rows, context.config.ngram_dim)
-        self.num_rows, self.bytes_before = shape[0], max(ORDERS) - 1
+        self.num_rows, self.orders = shape[0], ORDERS
+        self.bytes_before = max(self.orders) - 1
         self.table = TernaryEmbedding(
             context, *shape, start=lambda _: context.constant_weight(shape, trit=0, exponent=0)
         )
         self.output = TernaryLinear(
-            context, shape[1], context.config.width, gain=1.0 / math.sqrt(len(ORDERS))
+            context, shape[1], context.config.width, gain=1.0 / math.sqrt(len(self.orders))
         )
 
     def forward(self, ids_BT: Tensor, previous: Tensor | None = None) -> Tensor:
@@ -55,7 +56,7 @@ class ByteNgrams(ArbModule):
         The order is the salt of the hash, so that runs of several lengths share the table and no row on purpose.
         """
         found = []
-        for order in ORDERS:
+        for order in self.orders:
             before = None if previous is None else previous[:, previous.shape[1] - order + 1 :]
             rows_BT = self.ops.ngram_rows(
                 ids_BT, order=order, num_rows=self.num_rows, salt=order, previous=before
