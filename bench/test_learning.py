@@ -342,6 +342,20 @@ def test_the_graph_learns_with_all_its_losses(tmp_path: Path) -> None:
     exact(tuple(model.model.state().values()), tuple(twin.state().values()))
     tables = sum(table.nbytes for part in twin.table_modules().values() for table in part.tables().values())
     assert model.state_bytes > tables + model.num_weights
+    corpus = open_corpus(str(_text(tmp_path / "text")))
+    split = split_corpus(corpus, 16)
+    windows = validation_windows(corpus, split, count=3, context=16)
+    given = (architecture, rules.RULES["integer"], corpus, split, windows)
+    how: dict[str, Any] = {"seed": 0, "steps": 2, "device": "cpu", "evaluations": 1}
+    found = training.train(*given, **how, piece=tmp_path / "piece")
+    assert [step for step, _ in found["curve"]] == [0, 2] and len(found["use"]) == 2
+    use = found["use"][1]["codebooks"]["shared_vq.bridge.tables.text"]
+    assert use["codes"] == WHOLE.num_codes and 1 <= use["perplexity"] <= use["used"] <= 3 * 14
+    assert len(found["use"][1]["experts"]) == WHOLE.num_layers
+    assert training.train(*given, **how, piece=tmp_path / "piece") == found
+    drawn = {**asdict(_job("integer")), **jobs.settings_of(_job("integer")), **found}
+    report.curves([drawn], tmp_path / "page.png", title="test")
+    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_sizes_are_names_presets_and_files() -> None:

@@ -20,6 +20,7 @@ from arbitor.reference.graph import ArbModel, GraphContext
 from arbitor.reference.graph.model import LOSS_REFERENCE
 from arbitor.reference.graph.stateful import Stateful
 from arbitor.reference.presets import preset
+from bench.codes import use_of
 from bench.learning.rules import (
     FIXED_SCALES,
     FLOAT_BYTES,
@@ -120,6 +121,12 @@ class Learner:
             for windows_BT in windows_WT.split(self.architecture.batch):
                 nats += self._loss(windows_BT.to(self.device)).item() * windows_BT.shape[0]
         return nats / windows_WT.shape[0] / math.log(2)
+
+    def use(self, windows_WT: Tensor) -> dict[str, Any] | None:
+        """Return the bits per byte of some windows, and how codes and experts are used on them; None for a model without either."""
+        if not isinstance(self.model, ArbModel) or not self.model.table_modules():
+            return None
+        return use_of(self.model, windows_WT, batch=self.architecture.batch)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all that a step reads and the steps before have made, by name: the state that a run goes on from.

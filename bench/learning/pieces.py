@@ -32,6 +32,7 @@ class History:
         taken:   steps.
         loss:    loss of the last step where the rule asks for it, in nats.
         curve:   (step, bits per byte of the validation windows).
+        use:     for each point of the curve how codes and experts are used, if the model has some.
         seconds: of the steps that were timed.
         timed:   how many these are.
         commits: commits that took steps, in their order.
@@ -40,6 +41,7 @@ class History:
     taken: int = 0
     loss: float | None = None
     curve: list[tuple[int, float]] = field(default_factory=list)
+    use: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     timed: int = 0
     commits: list[str] = field(default_factory=list)

@@ -65,8 +65,8 @@ def table(runs: Sequence[Run]) -> str:
 def curves(runs: Sequence[Run], path: Path, *, title: str) -> None:
     """Draw validation bits per byte over tokens, seconds, weights and bytes of state; written atomically.
 
-    Each data set, model and length has a row with a curve for each run. Each data set has a last row with a point for each rule,
-    model and length.
+    Each data set, model and length has a row with a curve for each run, and another one if its model has codes or experts. Each
+    data set has a last row with a point for each rule, model and length.
     """
     import matplotlib
 
@@ -82,11 +82,14 @@ def curves(runs: Sequence[Run], path: Path, *, title: str) -> None:
         return
     rules = list(dict.fromkeys(rule for panel in panels.values() for rule in panel))
     texts = list(dict.fromkeys(data for data, _, _ in panels))
-    rows = len(panels) + len(texts)
+    used = [panel for panel in panels if any("use" in run for same in panels[panel].values() for run in same)]
+    rows = len(panels) + len(used) + len(texts)
     figure, axes = plt.subplots(rows, 2, figsize=(11, 3.6 * rows), squeeze=False, constrained_layout=True)
     for row, (panel, by_rule) in zip(axes, panels.items(), strict=False):
         _draw_curves(row, panel, by_rule, rules)
-    for row, data in zip(axes[len(panels) :], texts, strict=True):
+    for row, panel in zip(axes[len(panels) :], used, strict=False):
+        _draw_use(row, panel, [run for same in panels[panel].values() for run in same if "use" in run])
+    for row, data in zip(axes[len(panels) + len(used) :], texts, strict=True):
         _draw_points(row, data, {key: found for key, found in panels.items() if key[0] == data}, rules)
     figure.suptitle(f"Rules compared: {title}", fontsize=11)
     write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png"))
@@ -113,6 +116,42 @@ def _draw_curves(
         axis.grid(alpha=0.3)
     row[0].set_title(f"{data}, {size} weights, {steps:,} steps", fontsize=10)
     row[0].legend(fontsize=8)
+
+
+def _draw_use(row: Any, panel: tuple[str, str, int], runs: Sequence[Run]) -> None:
+    """Draw how many codes the validation text uses, and how busy the idlest and the busiest expert are, over steps."""
+    data, size, steps = panel
+    for run in runs:
+        taken = [step for step, _ in run["curve"]]
+        for name in run["use"][0]["codebooks"]:
+            seen = [use["codebooks"][name] for use in run["use"]]
+            row[0].plot(
+                taken, [each["used"] for each in seen], color="C0", label=f"used, of {seen[0]['codes']:,}"
+            )
+            row[0].plot(taken, [each["perplexity"] for each in seen], color="C1", label="perplexity")
+        layers = [list(use["experts"].values()) for use in run["use"]]
+        if layers[0]:
+            row[1].plot(
+                taken,
+                [max(each["max_over_mean"] for each in of) for of in layers],
+                color="C2",
+                label="busiest",
+            )
+            row[1].plot(
+                taken,
+                [min(each["min_over_mean"] for each in of) for of in layers],
+                color="C3",
+                label="idlest",
+            )
+    row[0].set(xlabel="steps", ylabel="codes")
+    row[1].set(xlabel="steps", ylabel="load of an expert over an even share")
+    row[0].set_title(
+        f"{data}, {size}, {steps:,} steps: codes and experts on the validation text", fontsize=10
+    )
+    for axis in row:
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
 
 
 def _draw_points(

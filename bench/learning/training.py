@@ -61,7 +61,8 @@ def train(
         learner = Learner(architecture, rule, seed=seed, device=device)
         history = None if piece is None else load(piece, learner, job or {})
         if history is None:
-            history = History(curve=[(0, learner.bits_per_byte(windows_WT))])
+            history = History()
+            _evaluate(learner, windows_WT, history)
         if commit not in history.commits:
             history.commits.append(commit)
         every, began_at = max(1, math.ceil(steps / evaluations)), learner.taken
@@ -83,7 +84,7 @@ def train(
             history.seconds += time.perf_counter() - began
             history.timed += learner.taken - first
             if learner.taken == stop:
-                history.curve.append((learner.taken, learner.bits_per_byte(windows_WT)))
+                _evaluate(learner, windows_WT, history)
                 progress(learner.taken)
         history.taken, history.loss = learner.taken, learner.last_loss
         if piece is not None:
@@ -97,8 +98,18 @@ def train(
         "val_bpb": history.curve[-1][1],
         "curve": history.curve,
         "commit": ", then ".join(history.commits),
+        **({"use": history.use} if history.use else {}),
     }
     return {**done, "unfinished": history.taken} if history.taken < steps else done
+
+
+def _evaluate(learner: Learner, windows_WT: Tensor, history: History) -> None:
+    """Add a point to the curve of a run."""
+    use = learner.use(windows_WT)
+    bpb = learner.bits_per_byte(windows_WT) if use is None else use.pop("val_bpb")
+    history.curve.append((learner.taken, bpb))
+    if use is not None:
+        history.use.append(use)
 
 
 def judge(
