@@ -432,6 +432,7 @@ BOUND = tuple(name for name, row in ROWS.items() if row.option.bound)
 PRESET_DEFAULTS: dict[str, Mapping[str, Any]] = {
     "tiny": {"steps": 500, "batch": 32},
     "small": {"batch": 64, "context": 256, "eval_windows": 512},
+    "r12": {"batch": 32, "context": 256},
 }
 """Defaults that suit a preset better than those of the rows, which are cautious: one step of a large model fills a GPU."""
 
