@@ -63,10 +63,8 @@ def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     checks.dtype_in("grad", grad, DTYPES)
     checks.same_dtype("x", x, "grad", grad)
     checks.same_device(grad=grad, x=x)
-    if 0 in (grad.ndim, x.ndim) or grad.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, but its leading dimensions must match grad, {tuple(grad.shape)}"
-        )
+    checks.some_dimension("grad", grad)
+    checks.leading_dims("x", x, grad.shape[:-1], "grad", grad)
     return wide_product(matrix_of(grad).T, matrix_of(x))
 
 
