@@ -119,7 +119,13 @@ def among(s: Sizes) -> Any:
 
 
 def attending(s: Sizes) -> Any:
-    return tile(s["L"], 2**30), s["R"], s["S"] > attention.PART_SLOTS, s["H"] > attention.BLOCK_HEADS
+    return (
+        tile(s["L"], 2**30),
+        s["R"],
+        s["S"] > attention.PART_SLOTS,
+        s["S"] > attention.NEAR_SLOTS,
+        s["H"] > attention.BLOCK_HEADS,
+    )
 
 
 def looping(s: Sizes) -> Any:
