@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 
+from arbitor.optimized.cuda import many_rows
 from arbitor.optimized.cuda import product as cuda_product
 from arbitor.optimized.cuda import update as cuda_update
 from arbitor.optimized.kernels import (
@@ -98,12 +100,20 @@ def adding(s: Sizes) -> Any:
     return widths, experts.is_cut(s["M"], tiles)
 
 
+def of_many_rows(s: Sizes) -> Any:
+    """What the kernel for many rows chooses: its form, and whether sums are cut."""
+    form = many_rows.form_of(s["M"], s["N"])
+    return replace(form, parts=0), form.parts > 1, s["K"] > cuda_product.STEP
+
+
 def multiplied(s: Sizes, *, transposed: bool = False) -> Any:
+    if not transposed and s["float_bytes"] == 2 and many_rows.pays(s["M"], s["N"], s["K"]):
+        return of_many_rows(s)
     if s["M"] > linear_ops.FEW_ROWS or s["float_bytes"] == 4:
         return tile(s["K"], scale.BLOCK_COLUMNS)
     tiles = -(-s["N"] // cuda_product.OUTPUTS)
-    most = cuda_product.MOST if tiles >= cuda_product.MANY else cuda_product.FEW
-    block = cuda_product.block_of(tiles, s["M"]) if not transposed and s["M"] <= most else None
+    takes = not transposed and s["M"] <= cuda_product.FEW
+    block = cuda_product.block_of(tiles, s["M"]) if takes else None
     return block, product(s, s["M"], 1, transposed=transposed)
 
 
@@ -130,7 +140,7 @@ def attending(s: Sizes) -> Any:
 
 def looping(s: Sizes) -> Any:
     widths = (denoise.BLOCK, denoise.BLOCK_COLUMNS, denoise.BLOCK_MIXED)
-    tokens = s["P"] > denoise.BLOCK_MIXED_TOKENS
+    tokens = s["P"] > denoise.BLOCK_MIXED_TOKENS, s["B"] <= linear_ops.FEW_FLOAT_ROWS
     return tile(s["L"], denoise.BLOCK), [tile(s["D"], width) for width in widths], tokens, s["halting"]
 
 

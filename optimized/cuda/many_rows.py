@@ -87,9 +87,13 @@ class Form:
 
 def fits(x_MK: Tensor, weight: DeviceWeight) -> bool:
     """Return whether the kernel takes a product with one matrix: more rows than `product.cu`, and fewer than the library."""
-    num_weights = weight.shape[0] * weight.shape[1]
-    most = next((most for least, most in MOST if num_weights >= least), 0)
-    return FEW < x_MK.shape[0] <= most and fits_chunks(x_MK, weight)
+    return pays(x_MK.shape[0], *weight.shape) and fits_chunks(x_MK, weight)
+
+
+def pays(num_rows: int, num_outputs: int, num_inputs: int) -> bool:
+    """Return whether the kernel is the fastest for a product of this size."""
+    most = next((most for least, most in MOST if num_outputs * num_inputs >= least), 0)
+    return FEW < num_rows <= most
 
 
 def fits_slots(x: Tensor, weight: DeviceWeight) -> bool:
