@@ -42,6 +42,7 @@ PROGRAMS = 2 * 132
 # Not by name: `ops` has ops of the names of its files.
 expert_ops = import_module("arbitor.optimized.ops.experts")
 linear_ops = import_module("arbitor.optimized.ops.linear")
+orthogonal_ops = import_module("arbitor.optimized.ops.orthogonal")
 
 
 def tile(size: int, most: int) -> tuple[int, bool]:
@@ -154,6 +155,12 @@ def summing(s: Sizes) -> Any:
     return tile(s["K"], norm.BLOCK_COLUMNS), block, row_blocks > 1, parts > 1
 
 
+def orthogonalized(s: Sizes) -> Any:
+    side = min(s["N"] // s["E"], s["K"])
+    in_quarters = side >= orthogonal_ops.LEAST_SIDE and side % orthogonal_ops.SIDE_MULTIPLE == 0
+    return tile(s["K"], orthogonal.BLOCK_COLUMNS), s["N"] // s["E"] > s["K"], in_quarters
+
+
 def convolved(s: Sizes) -> Any:
     """As the linear that it is, with a row for each place of its output."""
     places = (s["L"] + 2 * s["padding"] - s["J"]) // s["stride"] + 1
@@ -187,7 +194,7 @@ PATHS: dict[str, Callable[[Sizes], Any]] = {
     "nearest_candidates": among,
     "grouped_linear": grouped,
     "grouped_linear_input_grad": lambda s: grouped(s, transposed=True),
-    "orthogonalize": lambda s: (tile(s["K"], orthogonal.BLOCK_COLUMNS), s["N"] // s["E"] > s["K"]),
+    "orthogonalize": orthogonalized,
     "grouped_linear_weight_grad": adding,
     "decode_attention": attending,
     "edge_sum": lambda s: (s["J"], columns(edges.BLOCK_COLUMNS)(s)),

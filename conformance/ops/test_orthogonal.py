@@ -260,7 +260,7 @@ def test_symmetric_products_in_quarters(
     num_groups: int,
     dtype: torch.dtype,
 ) -> None:
-    """Where only the blocks on and above the diagonal are computed, as for sides of 1,024, the result is that of the rule."""
+    """Where only the blocks on and above the diagonal are computed, as for sides of 4,096, the result is that of the rule."""
     if subject.name != "arbitor.optimized.ops":
         skip("quarters", f"they are how arbitor.optimized.ops computes, not {subject.name}")
     monkeypatch.setattr(import_module("arbitor.optimized.ops.orthogonal"), "LEAST_SIDE", 64)

@@ -68,12 +68,6 @@ __device__ __forceinline__ int byte_of(unsigned word, int place) {
     return static_cast<int>(word << (24 - 8 * place)) >> 24;
 }
 
-// Copy 16 bytes to shared memory. They are there after `cp.async.wait_all`.
-__device__ __forceinline__ void copy_piece(uint4* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
-                 "l"(__cvta_generic_to_global(from)));
-}
-
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 count_votes(const void* __restrict__ gradient, const int* __restrict__ row_exponents, const unsigned* __restrict__ words,
             unsigned char* __restrict__ trit_counts, signed char* __restrict__ exponent_counts, const float* rate_at, float rate,
@@ -90,18 +84,20 @@ count_votes(const void* __restrict__ gradient, const int* __restrict__ row_expon
     const long long first = first_row * num_columns + first_chunk * CHUNK;
     const char* gradient_of_warp = static_cast<const char*>(gradient) + first * GRADIENT_BYTES;
     trit_counts += first;
+    // All pieces are on their way before the first is written.
+    uint4 gradient_pieces[GRADIENTS], count_pieces[COUNTS];
 #pragma unroll
     for (int i = 0; i < GRADIENTS; i++) {
         const int of = (i * 32 + lane_of_warp) / GRADIENTS, piece = (i * 32 + lane_of_warp) % GRADIENTS;
         const Chunks::Range range = chunks.of(of);
         const char* from = gradient_of_warp + range.at * GRADIENT_BYTES + 16 * piece;
-        if (piece * 16 < range.size * GRADIENT_BYTES) copy_piece(gradients + piece * APART + of, from);
+        if (piece * 16 < range.size * GRADIENT_BYTES) gradient_pieces[i] = __ldcs(reinterpret_cast<const uint4*>(from));
     }
 #pragma unroll
     for (int i = 0; i < COUNTS; i++) {
         const int of = (i * 32 + lane_of_warp) / COUNTS, piece = (i * 32 + lane_of_warp) % COUNTS;
         const Chunks::Range range = chunks.of(of);
-        if (piece * 16 < range.size) copy_piece(counts_here + piece * APART + of, trit_counts + range.at + 16 * piece);
+        if (piece * 16 < range.size) count_pieces[i] = *reinterpret_cast<const uint4*>(trit_counts + range.at + 16 * piece);
     }
     // A thread without a chunk does the work of the last again, and keeps the result to itself.
     const bool has_chunk = lane_of_warp < chunks.count;
@@ -130,7 +126,16 @@ count_votes(const void* __restrict__ gradient, const int* __restrict__ row_expon
         }
     }
 
-    asm volatile("cp.async.wait_all;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < GRADIENTS; i++) {
+        const int place = i * 32 + lane_of_warp;
+        gradients[place % GRADIENTS * APART + place / GRADIENTS] = gradient_pieces[i];
+    }
+#pragma unroll
+    for (int i = 0; i < COUNTS; i++) {
+        const int place = i * 32 + lane_of_warp;
+        counts_here[place % COUNTS * APART + place / COUNTS] = count_pieces[i];
+    }
     __syncwarp();
     int scores[GROUPS] = {};
 #pragma unroll
