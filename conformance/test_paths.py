@@ -275,6 +275,31 @@ def test_blocks_of_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len({constants["SPLITS"] for constants, _, _ in launched}) == 1
 
 
+@pytest.mark.usefixtures("words")
+def test_blocks_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many blocks as a form counts on fit a multiprocessor, all outputs have a block, and slabs that stay have their room."""
+    launched: list[tuple[Kernel, tuple[Any, ...], dict[str, Any]]] = []
+    monkeypatch.setattr(
+        many_rows, "launch", lambda kernel, given, **how: launched.append((kernel, given, how))
+    )
+    monkeypatch.setattr(many_rows, "add_parts", lambda sums, out: out)
+    weight = device_weight(1000, 3000)
+    forms = [many_rows.form_of(count, 1000) for count in (9, 17, 64, 65, 129, 5000)]
+    for form in [*forms, *(many_rows.slot_form_of(count, 10) for count in (10, 100, 200, 2000))]:
+        launched.clear()
+        many_rows.many_rows_product(torch.zeros(33, 3000, dtype=torch.bfloat16), weight, form)
+        (laying, _, of_rows), (product_, given, how) = launched
+        constants = dict(product_.constants)
+        assert laying.constants == product_.constants and not of_rows.get("starts_early", False)
+        assert how["threads"] * form.blocks <= 2048 and how["shared_bytes"] * form.blocks < 227 * 1024
+        steps = 8 if constants["RESIDENT"] else 1
+        assert how["shared_bytes"] == steps * 6 * 128 * form.rows
+        parts, _, tiles, runs = map(int, given[-4:])
+        assert how["blocks"] == parts * tiles * runs and tiles * form.rows >= 33
+        assert form.runs or runs * form.outputs >= 1000
+        assert given[3].dtype is (torch.float32 if parts > 1 else torch.bfloat16)
+
+
 def on_cuda_alone(subject: Subject) -> None:
     needs_cuda(subject, "CUDA C++ kernels")
     if (reason := paths.why_not(CUDA)) is not None:
