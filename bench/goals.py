@@ -65,8 +65,8 @@ GOALS: tuple[Goal, ...] = (
     ),
     Goal(
         "orthogonalizing a 7168 x 7168 gradient", "orthogonalize", ("7168",), "Muon's iteration, bf16",
-        (0.99,), (1.5,),
-        "sums beside the products; the goal is 90 % of the product limit with each half of a symmetric product once",
+        (0.99,), (1.56,),
+        "sums beside the products. The goal is 90 % of the product limit, with each half of a symmetric product once",
     ),
     Goal(
         "denoise loop of r9 and r14, one sample", "denoise_loop", ("r9", "r14"), "torch dense float32",
