@@ -223,6 +223,16 @@ def test_what_a_product_takes() -> None:
         for count in (1, 8, 9, 16, 17, 512, 513, 1024, 1025, 2**20):
             inside = bool(taken_rows) and taken_rows[0] <= count <= taken_rows[1]
             assert many_rows.pays(count, size // 1024, 1024) is inside, (size, count)
+    # Experts, by the size of one.
+    for outputs, inputs, is_taken in (
+        (21216, 1024, True),
+        (640, 1024, True),
+        (24, 21216, False),
+        (700, 700, False),
+    ):
+        assert many_rows.pays_for_experts(outputs, inputs) is is_taken
+    assert many_rows.fits_slots(torch.zeros(3, 640, dtype=torch.bfloat16), device_weight(2048, 640), 2)
+    assert not many_rows.fits_slots(torch.zeros(3, 640, dtype=torch.bfloat16), device_weight(2048, 640), 4)
     large = device_weight(2**17, 32)
     assert many_rows.fits(torch.zeros(17, 32, dtype=torch.bfloat16), large)
     assert not many_rows.fits(torch.zeros(17, 32), large)
