@@ -335,7 +335,8 @@ class TernaryModule(ArbModule):
         if ctx.steps != self.steps:
             raise RuntimeError("weight was changed between forward and backward, but a step must follow both")
         if self.voting.current is None:
-            self.voting.strayed = self.voting.strayed or not self.frozen
+            if not self.frozen:
+                self.voting.stray()
             return ctx.weight
         self.voting.current.reached = True
         if self.moves and not _same_tensors(ctx.weight.tensors(), self.weight.tensors()):

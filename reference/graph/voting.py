@@ -142,6 +142,7 @@ class Voting:
         version: steps and loads of the model's weights and tables so far. Each of them makes ledgers stale.
         torn:    whether a step raised, or a pass that could not be undone. The state is then of no use until another is loaded.
         strayed: whether gradients came through weights outside of a pass, and no pass was taken since.
+        alone:   whether the weights are of a layer that belongs to no model, so that nobody can take a pass or a step.
         ranks:   the ranks that train the model together.
         apart:   runs pieces of work of which none writes what another one reads or writes, but for sums of integers. They run in
             turn, unless whoever records them lets them run side by side.
@@ -169,6 +170,7 @@ class Voting:
         self.version = 0
         self.torn = False
         self.strayed = False
+        self.alone = False
         self.ranks = Ranks()
         self.apart: Callable[[Sequence[Callable[[], None]]], None] = in_turn
 
@@ -247,6 +249,19 @@ class Voting:
     def forget(self, module: object) -> None:
         """Drop the notes for one module."""
         self.notes = [note for note in self.notes if getattr(note.tell, "__self__", None) is not module]
+
+    def stray(self) -> None:
+        """Note that gradients came through weights outside of a pass, which the next step refuses. A lone layer has no step.
+
+        Raises:
+            RuntimeError: the weights are of a layer that belongs to no model.
+        """
+        if self.alone:
+            raise RuntimeError(
+                "gradients came through a ternary layer that belongs to no model, and so would never learn: wrap the module in "
+                "arbitor.nn.Ternary and call its backward, or keep the layer as it is by requires_grad_(False)"
+            )
+        self.strayed = True
 
     def check_ready(self) -> None:
         """Refuse a pass while another one is open, and a pass of a model that is torn, by a RuntimeError."""
