@@ -89,6 +89,8 @@ class Figure:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Render, train, measure, and print. Return the exit status."""
     asked = parsed(arguments)
+    # Operations are so small here that threads wait for each other longer than they work.
+    torch.set_num_threads(1)
     root = asked.run.with_name(asked.run.name + "-data")
     config = with_modules(preset("tiny"), vq=False)
     render(root, count=asked.count, seed=asked.seed)
@@ -106,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         batch=asked.batch,
         context=48,
         seed=asked.seed,
-        eval_interval=max(1, asked.steps // 4),
+        eval_interval=asked.steps,
         save_interval=asked.steps,
         device="cpu",
         **options,
@@ -250,7 +252,7 @@ def vowels_right(run: Run) -> float:
     """Return the share of vowels that are said right: the mean spectrum of their part is nearest to that of the vowel."""
     mix = mix_of(run)
     learned = mix.training_items("speech")[:JUDGES]
-    examples = torch.stack([read_audio(item.path) for item in learned])
+    examples = torch.stack([read_audio(item.medium()) for item in learned])
     parts = len(SLOTS["audio"])
     heard: dict[str, list[Tensor]] = {}
     for row, item in zip(parts_of(examples, parts), learned, strict=True):
@@ -309,7 +311,7 @@ def sheet(run: Run, path: Path) -> None:
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, item, text in zip(axes[:2].flat, items, texts, strict=False):
-        axis.imshow(read_image(item.path).movedim(0, 2).numpy())
+        axis.imshow(read_image(item.medium()).movedim(0, 2).numpy())
         axis.set_title(shown(text.decode("ascii", errors="replace")), fontsize=8)
     videos: list[Item] = mix.held_out_items("video")[: SHOWN // 2]
     batch = next(iter(mix.held_out("video")))
