@@ -7,7 +7,8 @@ the run folder, each beside what is reached without the medium: slots of texts t
 after each step, vowels that are said right, and the choices of the router. `media.png` shows pictures with the texts that the model
 wrote, and `media.wav` has a sound that it said. The process fails where a goal is missed.
 
-Rates, objectives and mixes were chosen on files of seed 0. Those of another seed, the default, are judged.
+Rates, objectives and mixes were chosen on files of seed 0, and the number of steps after a run on files of seed 1. Those of seed 2,
+the default, are judged.
 """
 
 from __future__ import annotations
