@@ -138,7 +138,7 @@ class FeatureCache:
 def _digest_of(features: Tensor) -> Tensor:
     """Return the SHA-256 of some features, of their dtype and shape too, as uint8 [32]."""
     digest = hashlib.sha256(f"{features.dtype}:{tuple(features.shape)}:".encode())
-    digest.update(features.contiguous().view(-1).view(torch.uint8).numpy())
+    digest.update(features.contiguous().view(-1).view(torch.uint8).numpy().data)
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 

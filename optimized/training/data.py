@@ -157,7 +157,7 @@ def load_corpus(source: str, run: Path | None = None, *, stream_bytes: int = STR
 
 def _mapped_corpus(source: str, path: Path) -> Corpus:
     data_N = mapped(path)
-    return Corpus(source, data_N, hashlib.sha256(data_N.numpy()).hexdigest(), num_files=1)
+    return Corpus(source, data_N, hashlib.sha256(data_N.numpy().data).hexdigest(), num_files=1)
 
 
 def split_corpus(corpus: Corpus, context: int) -> Split:

@@ -28,7 +28,7 @@ from arbitor.optimized.training.first_lines import first_lines
 from arbitor.optimized.training.generate import generate
 from arbitor.optimized.training.metrics import thinned_metrics
 from arbitor.optimized.training.monitor import Monitor
-from arbitor.optimized.training.options import TrainOptions
+from arbitor.optimized.training.options import AUTO, TrainOptions
 from arbitor.optimized.training.passes import Passes, RecordedPasses
 from arbitor.optimized.training.plan import decide
 from arbitor.optimized.training.prepared import Prepared, prepare
@@ -158,7 +158,14 @@ def _prepared(options: TrainOptions, folder: RunFolder | None, world: World, sta
     world.take_device(runtime.device)
     stack.enter_context(deterministic((found.settings or {}).get("threads")))
     stack.enter_context(values_vouched_for())
-    return prepare(settings, runtime, world, found=found, folder=None if folder is None else folder.path)
+    return prepare(
+        settings,
+        runtime,
+        world,
+        found=found,
+        folder=None if folder is None else folder.path,
+        auto_batch=options.batch == AUTO and found.settings is None,
+    )
 
 
 def _after_restart(options: TrainOptions, world: World) -> TrainOptions:

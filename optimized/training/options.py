@@ -17,8 +17,14 @@ from arbitor.optimized.settings import BACKENDS
 
 _T = TypeVar("_T")
 
+AUTO = "auto"
+"""The word that stands for a number which the machine decides, where `Option.auto` allows it."""
+
 MOST_BYTES = 2**24
 """Bytes that a prompt is continued by, at most."""
+
+EXCHANGES = ("full", "mxint8")
+"""How ranks send the gradients that are made orthogonal: in the dtype of the activations, or in eight bits."""
 
 OF_PRESET = "of the preset"
 """How help names a default that is a field of the preset's model."""
@@ -42,6 +48,7 @@ class Option:
             setting is bound.
         also: other spellings of it on the command line.
         has_opposite: whether a switch can be asked for and asked against, with ``--no-`` before its name.
+        auto: whether `AUTO` may be asked for in the place of a number. The run has a number then.
         path: whether it is a path, so that a run keeps the whole path and can be resumed from another folder.
         on_hub: whether it may also be a name on a hub, of a path.
         asked: whether it can be asked for. Others are what the preset says, and recorded.
@@ -58,6 +65,7 @@ class Option:
     changes_model: bool = False
     also: tuple[str, ...] = ()
     has_opposite: bool = False
+    auto: bool = False
     path: bool = False
     on_hub: bool = False
     asked: bool = True
@@ -194,7 +202,14 @@ class Settings:
     steps: Annotated[int, Option(help="Optimisation steps", default=1000, low=1, bound=True)]
     batch: Annotated[
         int,
-        Option(help="Windows of a micro-batch", default=4, low=1, high=2**20, bound=True),
+        Option(
+            help="Windows of a micro-batch; auto: what memory holds",
+            default=4,
+            low=1,
+            high=2**20,
+            bound=True,
+            auto=True,
+        ),
     ]
     # The shortest window: three bytes are read to predict the fourth.
     context: Annotated[
@@ -312,6 +327,16 @@ class Settings:
             commands=("train",),
         ),
     ]
+    exchange: Annotated[
+        str,
+        Option(
+            help="How several ranks send gradients: mxint8 halves bfloat16",
+            default="full",
+            choices=EXCHANGES,
+            bound=True,
+            commands=("train",),
+        ),
+    ]
     lora_rank: Annotated[int | None, _of_adapters("lora_rank", "Rank of the adapters", low=1, high=2**16)]
     lora_alpha: Annotated[
         float | None,
@@ -356,14 +381,15 @@ class Row:
         Raises:
             TypeError, ValueError: it is of another type, or outside of its range; one sentence names it.
         """
-        if value is None and self.optional:
+        if (value is None and self.optional) or (value == AUTO and self.option.auto):
             return
         # True is no whole number here, although Python has it so.
         if value == "":
             raise ValueError(f"{self.name} is '', but must not be empty")
         is_of_kind = type(value) is self.kind or (self.kind is float and type(value) is int)
         if not is_of_kind:
-            raise TypeError(f"{self.name} is {value!r}, but must be {_KINDS[self.kind]}")
+            or_auto = f" or {AUTO!r}" if self.option.auto else ""
+            raise TypeError(f"{self.name} is {value!r}, but must be {_KINDS[self.kind]}{or_auto}")
         if self.option.choices and value not in self.option.choices:
             raise ValueError(f"{self.name} is {value!r}, but must be one of {', '.join(self.option.choices)}")
         low, high = self.option.low, self.option.high
@@ -406,6 +432,7 @@ BOUND = tuple(name for name, row in ROWS.items() if row.option.bound)
 PRESET_DEFAULTS: dict[str, Mapping[str, Any]] = {
     "tiny": {"steps": 500, "batch": 32},
     "small": {"batch": 64, "context": 256, "eval_windows": 512},
+    "r12": {"batch": 32, "context": 256},
 }
 """Defaults that suit a preset better than those of the rows, which are cautious: one step of a large model fills a GPU."""
 

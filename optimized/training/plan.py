@@ -14,6 +14,7 @@ from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.media import KINDS, check_kinds
 from arbitor.optimized.training.options import (
     ADAPTERS,
+    AUTO,
     BOUND,
     CHANGES,
     FINETUNE_DEFAULTS,
@@ -202,6 +203,7 @@ def decide(
         elif is_path and (name, value) != ("data", STDLIB):
             asked[name] = os.path.abspath(value)
     _check_kind(options, asked, recorded)
+    _check_auto(options, asked, recorded)
     if recorded is None and "init_from" in asked:
         asked["preset"] = asked.get("preset") or _preset_of_source(asked["init_from"])
     if recorded is None and "only" in asked:
@@ -277,6 +279,23 @@ def _check_kind(options: TrainOptions, asked: Mapping[str, Any], recorded: Mappi
         raise ValueError("init_from is not set, but must name the base, whose weights stay as they are")
     if asked.get("lora_alpha") == 0:
         raise ValueError("lora_alpha is 0, but must be above 0")
+
+
+def _check_auto(options: TrainOptions, asked: dict[str, Any], recorded: Mapping[str, Any] | None) -> None:
+    """Take a batch that the machine decides out of what is asked for: a resumed run has one, a new run's is decided later.
+
+    Raises:
+        ValueError: a run of this kind needs a number.
+    """
+    if asked.get("batch") != AUTO:
+        return
+    del asked["batch"]
+    if recorded is not None:
+        return
+    other = next((name for name in asked if name.startswith("data_")), None)
+    where = "in arb finetune" if options.finetune else f"beside {other}" if other else ""
+    if where:
+        raise ValueError(f"batch is {AUTO!r}, but must be a number {where}")
 
 
 ONLY: Mapping[str, tuple[str, str]] = {
