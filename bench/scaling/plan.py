@@ -3,8 +3,7 @@
     python -m bench.scaling.plan
 
 prints the tables of docs/scaling.md. Bytes follow from the rule (`arbitor.optimized.distributed.sizes`). Times are sums of parts.
-None
-of them was measured on more than one GPU.
+None of them was measured on more than one GPU.
 """
 
 from __future__ import annotations

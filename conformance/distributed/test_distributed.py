@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from arbitor.optimized.distributed.world import LOST
@@ -122,7 +123,8 @@ def found(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[dict[str, Any]]]:
     """What each rank found, and the folder in which they worked, for a number of ranks."""
-    count = request.param
+    count, asked = request.param, request.config.getoption("--device")
+    device = "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
     if count == 2:
         folder = request.getfixturevalue("survivor")["folder"]
     else:
@@ -137,7 +139,7 @@ def found(
                 folder / "text.txt", folder / "alone", steps=6, batch=ranks_at_work.BATCH, save_interval=3
             )
         )
-    code, _, err = ended(torchrun(count, "conformance.distributed.ranks_at_work", str(folder)))
+    code, _, err = ended(torchrun(count, "conformance.distributed.ranks_at_work", str(folder), device))
     assert code == 0, err
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(count)]
 
