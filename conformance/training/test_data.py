@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from arbitor.optimized.training import texts
 from arbitor.optimized.training.data import (
     BLOCK_BYTES,
     Corpus,
@@ -107,26 +106,6 @@ def test_what_is_left_out_of_a_folder_is_named_and_counted(tmp_path: Path) -> No
     ):
         assert part in described
     assert load_corpus(str(tmp_path / "a.txt")).description() == "1 file, 4 bytes"
-
-
-def test_a_large_file_is_mapped_and_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So it may be larger than the memory, and ranks of one machine share its pages."""
-    path, content = tmp_path / "large", bytes(range(256)) * 300
-    path.write_bytes(content)
-    copied = load_corpus(str(path))
-    monkeypatch.setattr(texts, "MAPPED_BYTES", len(content) - 1)
-    mapped = load_corpus(str(path))
-    assert mapped.sha256 == copied.sha256 and torch.equal(mapped.data_N, copied.data_N)
-    split = split_corpus(mapped, 64)
-    drawn = [
-        training_batch(each, split, batch=3, context=64, seed=1, micro_step=2) for each in (mapped, copied)
-    ]
-    assert torch.equal(*drawn)
-    with path.open("r+b") as file:
-        file.write(b"another")
-    assert bytes(mapped.data_N[:7].tolist()) == b"another"
-    mapped.data_N[0] = 0
-    assert path.read_bytes().startswith(b"another"), "the file is never written to"
 
 
 def test_data_in_the_folder_of_the_run_is_refused(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import mmap
 import os
 import stat
 import sysconfig
@@ -16,12 +15,10 @@ from typing import IO, Literal
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.regular import kind_of, open_regular, read_regular
 from arbitor.optimized.training.shown import shown
+from arbitor.optimized.training.streams import is_stream
 
 STDLIB = "stdlib"
 """How the Python sources that every Python carries are asked for."""
-
-MAPPED_BYTES = 2**28
-"""Bytes of a file up to which it is read into memory as a whole."""
 
 BINARY_PROBE_BYTES = 8 * 1024
 """A file of a folder with a NUL in its first so many bytes is taken for binary and left out."""
@@ -72,19 +69,6 @@ class Text:
         """Return all of its bytes."""
         return self.content if self.path is None else _read(self.path)
 
-    def content_or_map(self) -> bytes | mmap.mmap:
-        """Return all of its bytes: read, or of a file of more than `MAPPED_BYTES` as the machine pages them in.
-
-        A mapped file may be larger than the memory. It must stay as it is while it is used.
-        """
-        if self.path is None:
-            return self.content
-        with _reading(self.path), open_regular(self.path) as file:
-            if os.fstat(file.fileno()).st_size <= MAPPED_BYTES:
-                return file.read()
-            # A tensor wants memory that may be written to. The copy is made of the pages that are, which are none.
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-
     @contextmanager
     def opened(self) -> Iterator[IO[bytes]]:
         """Open it to be read from its start, until the end of the block.
@@ -110,6 +94,10 @@ def find_texts(source: str, run: Path | None = None) -> tuple[list[Text], dict[s
     """
     if source == STDLIB:
         return _stdlib_texts(), {}
+    if is_stream(source):
+        raise TrainingError(
+            f"the data {source!r} is a stream, but must be a file or a folder where each file counts"
+        )
     path = Path(source)
     try:
         mode = path.stat().st_mode
