@@ -106,6 +106,15 @@ def test_one_rank_of_torchrun_computes_what_a_process_alone_does(
     assert hashes[0] == hashes[1]
 
 
+def test_one_rank_refuses_a_way_of_exchange(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nano.register(monkeypatch)
+    (tmp_path / "text.txt").write_bytes(nano.TEXT)
+    with pytest.raises(
+        ValueError, match=r"^exchange is 'mxint8', but does nothing with one rank, which sends no"
+    ):
+        train(options(tmp_path / "text.txt", None, save=False, exchange="mxint8"))
+
+
 @pytest.mark.parametrize("value", ["two", "", "-1"])
 def test_an_environment_that_torchrun_never_sets_is_refused(
     monkeypatch: pytest.MonkeyPatch, value: str
