@@ -231,6 +231,30 @@ def counts_bytes(world: World, folder: Path) -> Any:
     return found
 
 
+def sends_no_more_rows_than_there_are(world: World, folder: Path) -> Any:
+    """Bytes received for a table that is named in more slots than it has rows, and for as many slots; and what they leave."""
+    found = []
+    for more in (0, 100):
+        model = together(nano.NANO, world)
+        table, ranks = model.embedding.table, model.voting.ranks
+        assert isinstance(ranks, GroupRanks)
+        num_rows, num_columns = table.weight.shape
+        generator = torch.Generator().manual_seed(world.number)
+        grad = torch.randn(num_rows, num_columns, generator=generator)
+        rows = torch.arange(num_rows)
+        rows[-3:] = -1
+        grad[-3:] = 0.0
+        grad = torch.cat([grad, torch.zeros(more, num_columns)]).to(Place.device)
+        rows = torch.cat([rows, torch.full((more,), -1)]).to(Place.device)
+        ranks.measured()
+        with model.voting.taking(rate=RATE, step=0, undo=False):
+            table.vote(grad, rows, chosen=True)
+        received = ranks.measured()[1]
+        model.step()
+        found.append((digest_of(model), received, (world.count - 1) * num_rows * (4 * num_columns + 8)))
+    return found
+
+
 def refuses_what_is_not_finite(world: World, folder: Path) -> Any:
     model = together(nano.WHOLE, world)
     take_pass(model, world, 0)
@@ -366,6 +390,7 @@ CHECKS: tuple[Callable[[World, Path], Any], ...] = (
     is_one_batch,
     agrees_after_steps,
     counts_bytes,
+    sends_no_more_rows_than_there_are,
     refuses_what_is_not_finite,
     counts_faults,
     agrees_on_triton,
