@@ -119,6 +119,7 @@ class ArbModel(Stateful):
         device: device of the weights; `meta` builds a model without memory, for the audit.
         dtype:  dtype of activations: float32, bfloat16, or float64 with the reference.
         seed:   64-bit seed of the starting weights and of the dither.
+        elsewhere: tensor ids of the weights whose accumulators another rank keeps; they read as zeros here.
 
     Math:    s = sequencer(embedding(ids)); x = shared_vq(s); h = layers(memory(x), nodes = graph(codes));
              logits = byte_head(h); position p predicts byte p + 3
@@ -133,8 +134,9 @@ class ArbModel(Stateful):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        elsewhere: frozenset[int] = frozenset(),
     ) -> None:
-        context = GraphContext(ops, config, device=device, dtype=dtype, seed=seed)
+        context = GraphContext(ops, config, device=device, dtype=dtype, seed=seed, elsewhere=elsewhere)
         super().__init__(context)
         self.embedding = ByteEmbedding(context)
         self.sequencer = TrigramSequencer(context)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.context import GraphContext
-from arbitor.reference.graph.voting import Voting
+from arbitor.reference.graph.voting import VOTED_IN, Voting
 from arbitor.reference.promises import differentiable_once
-from arbitor.reference.types import LaidOutWeight, TernaryWeight
+from arbitor.reference.types import LaidOutWeight, TernaryWeight, has_memory, without_memory
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Result = TypeVar("Result")
@@ -272,7 +272,12 @@ class TernaryModule(ArbModule):
         self.uses = 1
         self.steps = 0
         self.tensor_id = context.next_tensor_id()
-        self._weight: LaidOutWeight = self.ops.from_spec(make(self.tensor_id))
+        weight: LaidOutWeight = self.ops.from_spec(make(self.tensor_id))
+        if self.tensor_id in context.elsewhere:
+            weight = weight.with_tensors(
+                **{name: without_memory(weight.tensors()[name]) for name in VOTED_IN}
+            )
+        self._weight = weight
         self._tensors = self._weight.tensors()
         for name, tensor in self._tensors.items():
             self.register_buffer(name, tensor)
@@ -424,7 +429,9 @@ class TernaryModule(ArbModule):
     def overwrite(self, weight: TernaryWeight) -> None:
         """Do as `load` with a weight that was checked."""
         for name, tensor in self.ops.from_spec(weight.to(self.device)).tensors().items():
-            self.get_buffer(name).copy_(tensor)
+            # What another rank keeps is no business of this one.
+            if has_memory(self.get_buffer(name)):
+                self.get_buffer(name).copy_(tensor)
         self.note_loaded()
 
     def forget(self) -> None:
