@@ -69,6 +69,17 @@ def test_a_rank_that_never_came_is_silent_too(store: HashStore, ends: list[int])
     assert ends == [1]
 
 
+def test_a_rank_whose_store_is_gone_ends(ends: list[int], capfd: pytest.CaptureFixture[str]) -> None:
+    """The store goes with the rank that holds it."""
+
+    class Gone(HashStore):
+        def set(self, key: str, value: str) -> None:
+            raise RuntimeError("Connection reset by peer")
+
+    heart(Gone(), 0)._thread.join(timeout=10)
+    assert ends == [1] and capfd.readouterr().err == f"arb: {world.LOST}.\n"
+
+
 def test_one_rank_tells(store: HashStore) -> None:
     assert [world.World(number, 3, store).tells() for number in (2, 0, 1)] == [True, False, False]
     assert [world.World(number, 3).tells() for number in (2, 0, 1)] == [False, True, False]
@@ -116,14 +127,20 @@ def test_an_environment_that_torchrun_never_sets_is_refused(
         pass
 
 
-def test_a_group_that_the_caller_made_is_used(tmp_path: Path) -> None:
+def test_a_group_that_the_caller_made_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         with world.joined() as joined:
             assert (joined.number, joined.count) == (0, 1)
         assert dist.is_initialized()
+        # One of several, of whom the environment says nothing.
+        monkeypatch.setattr(dist, "get_rank", lambda: 1)
+        monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+        with world.joined() as joined:
+            assert (joined.number, joined.count) == (1, 3)
     finally:
+        monkeypatch.undo()
         dist.destroy_process_group()
 
 

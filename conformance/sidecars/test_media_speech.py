@@ -162,7 +162,11 @@ def test_answers_are_written(trained: Path, tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("answer", ["text", "video", "audio"])
 def test_the_router_decides(
-    answer: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    answer: str,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """What the router of a run says is what is written, and --as is asked first."""
     monkeypatch.chdir(tmp_path)
@@ -175,6 +179,9 @@ def test_the_router_decides(
     printed = arb(common)
     made = {"text": None, "video": "answer.png", "audio": "answer.wav"}[answer]
     if made is None:
+        capfd.readouterr()
+        assert arb([*common, "--to", "a.png"]) == printed
+        assert "the router answers with a text, so 'a.png' is not written" in capfd.readouterr().err
         assert printed.startswith(b"red") and not list(tmp_path.iterdir())
     else:
         assert printed.decode().strip() == made and (tmp_path / made).is_file()

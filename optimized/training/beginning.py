@@ -96,26 +96,25 @@ def begin_with(model: ArbModel, source: str, *, as_base: bool = False) -> Beginn
     if not kept:
         raise TrainingError(f"no weight of {source!r} fits the model {model.config.name!r}")
     fresh = [name for name in modules if name not in kept]
-    with torch.no_grad():
-        for name in kept:
-            weight = checkpoint.state[name]
-            assert isinstance(weight, TernaryWeight)
-            modules[name].load(weight if as_base else _without_votes(weight))
-        ranges = model.table_ranges()
-        for name, table in tables.items():
-            owner = name.rpartition(".")[0]
-            is_whole = not any(f"{weight}.".startswith(f"{owner}.") for weight in fresh)
-            there = checkpoint.state.get(name)
-            if (
-                is_whole
-                and isinstance(there, Tensor)
-                and _fits(checkpoint, name, table)
-                and _within(there, ranges[name])
-            ):
-                table.copy_(there)
-                kept.append(name)
-            else:
-                fresh.append(name)
+    for name in kept:
+        weight = checkpoint.state[name]
+        assert isinstance(weight, TernaryWeight)
+        modules[name].load(weight if as_base else _without_votes(weight))
+    ranges = model.table_ranges()
+    for name, table in tables.items():
+        owner = name.rpartition(".")[0]
+        is_whole = not any(f"{weight}.".startswith(f"{owner}.") for weight in fresh)
+        there = checkpoint.state.get(name)
+        if (
+            is_whole
+            and isinstance(there, Tensor)
+            and _fits(checkpoint, name, table)
+            and _within(there, ranges[name])
+        ):
+            table.copy_(there)
+            kept.append(name)
+        else:
+            fresh.append(name)
     if as_base and fresh:
         raise TrainingError(
             f"{source!r} cannot be the base of this model, as it has no such parts of that size: {_names(fresh)}"
