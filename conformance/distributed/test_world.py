@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore
 
-from arbitor.optimized.distributed import world
+from arbitor.optimized.distributed import ranks, world
 from arbitor.optimized.distributed.ranks import owners
 from arbitor.optimized.distributed.run import measured, train_together, whole_state
 from arbitor.optimized.training.errors import TrainingError
@@ -156,6 +158,24 @@ def test_each_rank_of_a_host_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(TrainingError, match=r"^rank 2 is number 2 on its host, but must be below .* 2$"):
         world.World(2, 4).take_device("cuda")
+
+
+def test_exchanges_end_when_too_much_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest ends first, and no more end than have to: what has ended is under way no more."""
+    monkeypatch.setattr(ranks, "PENDING_BYTES", 100)
+    group, ended = ranks.GroupRanks.__new__(ranks.GroupRanks), []
+    group._under_way, group._pending = deque(), 0
+    seen = []
+    for number, size in enumerate((40, 60, 30, 70, 10)):
+        group._later(size, partial(ended.append, number))
+        seen.append(list(ended))
+    assert seen == [[], [], [0], [0, 1], [0, 1, 2]]
+    group.finish()
+    assert ended == [0, 1, 2, 3, 4] and group._pending == 0
+    group._later(100, partial(ended.append, 5))
+    group.abandon()
+    group.finish()
+    assert len(ended) == 5 and group._pending == 0
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])

@@ -14,7 +14,9 @@ from torch import Tensor
 from arbitor import ArbModel
 from arbitor.optimized import cli
 from arbitor.optimized.training import media_speech
+from arbitor.optimized.training.generate import first_window
 from arbitor.optimized.training.loop import opened, train
+from arbitor.optimized.training.media import lead_of
 from arbitor.optimized.training.media_answer import chosen, prompt_ids
 from arbitor.optimized.training.media_speech import CODEC_FILE, load_codec, whole_frames
 from arbitor.optimized.training.metrics import read_metrics
@@ -186,6 +188,13 @@ def test_the_router_decides(
     else:
         assert printed.decode().strip() == made and (tmp_path / made).is_file()
     assert arb([*common, "--as", "text"]).startswith(b"red")
+
+
+def test_a_prompt_stands_behind_the_marks_of_its_media() -> None:
+    """Without media a prompt that is shorter than a window is filled up in front."""
+    image = {"image_BNF": torch.zeros(1, 4, 3)}
+    assert prompt_ids(b"red", image, "cpu").tolist() == [[*lead_of(image), *b"red"]]
+    assert prompt_ids(b"r", None, "cpu").tolist() == [list(first_window(b"r"))] != [list(b"r")]
 
 
 def test_an_untaught_router_is_not_asked(trained: Path) -> None:
