@@ -288,6 +288,16 @@ def test_decode_attention_of_no_slots(ops: Subject, dtype: torch.dtype, batch: i
     exact(unsigned_zeros(got), torch.zeros(batch, heads, 3, dtype=dtype))
 
 
+def test_decode_attention_of_parts_far_apart(subject: Subject) -> None:
+    """Scores of later slots may be hundreds above those of the first, which then weigh nothing."""
+    keys = torch.cat([torch.zeros(1, 300, 2), torch.ones(1, 1, 2), torch.zeros(1, 20, 2)], dim=1)
+    q, values = torch.full((1, 3, 3), 150.0), torch.arange(321.0)[None, :, None]
+    slots = torch.cat([values, keys], dim=2)
+    q[..., 0] = 0.0
+    got = subject.call("decode_attention", q, slots, torch.zeros(1, 321), value_width=1, scale=1.0)
+    exact(got, torch.full((1, 3, 1), 300.0))
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
