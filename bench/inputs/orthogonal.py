@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from bench.inputs.maker import FLOATS, Inputs
 
-MOST = {"N": 2304, "K": 2304}
+MOST = {"N": 4160, "K": 4160}
 
 INPUTS: Mapping[str, Inputs] = {
     "orthogonalize": lambda make, s: (
