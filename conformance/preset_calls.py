@@ -138,6 +138,7 @@ def of_updates() -> Iterator[tuple[str, Case]]:
     matrix, grad = weight(64, WIDTH), torch.zeros(64, WIDTH)
     votes = grad.to(torch.int8)
     yield "orthogonalize", Case((grad.to(BF16),))
+    yield "average_gradient", Case((grad.to(BF16), votes, votes[:, 0].contiguous(), 0.5))
     yield "row_exponents", Case((grad,))
     yield "sign_votes", Case((grad, 3))
     yield "stochastic_votes", Case((grad, 0.5), CLOCK)

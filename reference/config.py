@@ -161,6 +161,7 @@ class ArbConfig:
         exponent_rule:  `score`, `sign` or `frozen`.
         vote_rule:      `stochastic` or `sign`.
         orthogonal_steps: iterations of `orthogonalize` before the gradient of a matrix casts stochastic votes; 0 for none.
+        average_gradients: whether a running mean leads a gradient before it is made orthogonal. It takes a byte a weight.
         max_vote_step:  largest vote of the `sign` rule, 1 .. 127.
 
     Raises TypeError or ValueError, one sentence, for a field that is not allowed.
@@ -216,6 +217,7 @@ class ArbConfig:
     exponent_rule: str = "score"
     vote_rule: str = "stochastic"
     orthogonal_steps: int = DEFAULT_ORTHOGONAL_STEPS
+    average_gradients: bool = False
     max_vote_step: int = 8
 
     def __post_init__(self) -> None:
@@ -371,6 +373,11 @@ SWITCHES = (
         ("router_inner",),
     ),
     Switch("with vote_rule 'sign'", lambda config: config.vote_rule != "sign", ("orthogonal_steps",)),
+    Switch(
+        "without orthogonal_steps that are read",
+        lambda config: config.orthogonal_steps > 0 and config.vote_rule != "sign",
+        ("average_gradients",),
+    ),
     Switch("with vote_rule 'stochastic'", lambda config: config.vote_rule == "sign", ("max_vote_step",)),
     Switch("with exponent_rule 'frozen'", lambda config: config.exponent_rule != "frozen", ("theta_e",)),
 )

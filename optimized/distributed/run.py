@@ -38,8 +38,15 @@ def check_agreement(
 
 
 def train_together(model: ArbModel, world: World) -> None:
-    """Let the processes of a run train a model, which is the same on each of them. One process alone changes nothing."""
+    """Let the processes of a run train a model, which is the same on each of them. One process alone changes nothing.
+
+    Raises ValueError for a model whose gradients have running means: each would lie with one rank, and no checkpoint collects them.
+    """
     if world.count > 1:
+        if model.config.average_gradients:
+            raise ValueError(
+                f"average_gradients is True, but must be False with {world.count} ranks: nothing collects the means"
+            )
         GroupRanks(model, world)
 
 

@@ -49,6 +49,7 @@ from arbitor.reference.checks.memory import ngrams, strength_rule, strengths_of
 from arbitor.reference.checks.tensors import (
     FLOAT_DTYPES,
     GRADIENT_DTYPES,
+    averages,
     dtype_in,
     gradient_matrix,
     is_tensor,
@@ -79,6 +80,7 @@ __all__ = [
     "GRADIENT_DTYPES",
     "MAX_RATE",
     "Weight",
+    "averages",
     "buckets",
     "code_columns",
     "code_window",
