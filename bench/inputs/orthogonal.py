@@ -11,7 +11,6 @@ from bench.inputs.maker import FLOATS, Arguments, Inputs, Maker, Sizes
 MOST = {"N": 2304, "K": 2304}
 
 
-
 def averaged(make: Maker, s: Sizes) -> Arguments:
     """Return the arguments of `average_gradient`, which overwrites the mean."""
     grad = make.normal((s["N"], s["K"]), FLOATS[s["float_bytes"]])
