@@ -51,6 +51,7 @@ from arbitor.reference.checks.memory import ngrams, strength_rule, strengths_of
 from arbitor.reference.checks.tensors import (
     FLOAT_DTYPES,
     GRADIENT_DTYPES,
+    averages,
     dtype_in,
     float_dtype,
     gradient_matrix,
@@ -84,6 +85,7 @@ __all__ = [
     "GRADIENT_DTYPES",
     "MAX_RATE",
     "Weight",
+    "averages",
     "batch_vectors",
     "buckets",
     "candidate_slots",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.context import GraphContext
-from arbitor.reference.graph.voting import VOTED_IN, Voting
+from arbitor.reference.graph.voting import VOTED_IN, Average, Voting
 from arbitor.reference.promises import differentiable_once
 from arbitor.reference.types import LaidOutWeight, TernaryWeight, has_memory, without_memory
 
@@ -261,6 +261,7 @@ class TernaryModule(ArbModule):
         uses:      how often a pass of the model uses the weight (`used`).
         steps:     how often the weight was stepped or loaded; a backward pass refuses a weight that changed since its forward pass.
         adapter:   what adds a change of low rank to the output of a linear (`adapters.attach`), or None.
+        average:   the running mean of the weight's gradients (`averages`), or None.
     """
 
     def __init__(
@@ -269,6 +270,7 @@ class TernaryModule(ArbModule):
         super().__init__(context, frozen=frozen)
         self.voted = False
         self.adapter: nn.Module | None = None
+        self.average: Average | None = None
         self.uses = 1
         self.steps = 0
         self.tensor_id = context.next_tensor_id()
@@ -373,6 +375,7 @@ class TernaryModule(ArbModule):
             uses=self.uses,
             chosen=chosen,
             voted=self.note_vote,
+            average=self.average,
         )
 
     def note_vote(self, rows: Tensor | None) -> None:

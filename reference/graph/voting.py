@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,16 @@ VOTED_IN = ("trit_accum", "exponent_accum")
 
 WAITING_ELEMENTS = 2**25
 """Elements of the gradients that wait to be made orthogonal, above which all of them vote: 64 MiB of bfloat16."""
+
+
+class Average(Protocol):
+    """A running mean of the gradients of a weight, as a vote sees it. `averages.GradientAverage` fits."""
+
+    def lead(self, grad_NK: Tensor, rows: Tensor | None, rate: float | Tensor) -> Tensor:
+        """Return what votes for a gradient of the weight, or of its rows, and change the mean in place."""
+
+    def tables(self) -> dict[str, Tensor]:
+        """Return the integers of the mean by name."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class Vote:
         rows:         int64 [N], the rows of the weight that vote, or None for all.
         num_matrices: matrices that are stacked in the gradient and are made orthogonal, or 0.
         uses:         how often a pass uses the weight.
+        average:      the running mean that leads a gradient that is made orthogonal, or None.
     """
 
     weight: LaidOutWeight
@@ -67,6 +78,7 @@ class Vote:
     rows: Tensor | None
     num_matrices: int
     uses: int
+    average: Average | None
 
     @property
     def matrix(self) -> tuple[int, int, torch.device]:
@@ -296,11 +308,13 @@ class Voting:
         uses: int = 1,
         chosen: bool = False,
         voted: Callable[[Tensor | None], None] | None = None,
+        average: Average | None = None,
     ) -> None:
         """Count the votes of a gradient, summed over ranks, in the accumulators of `weight`, in place, now or before the pass ends.
 
         A gradient of `num_matrices` stacked matrices is first made orthogonal, in the dtype of the activations, unless the rule is
         `sign`. With 0 matrices the gradient votes as it is, as the rows of a table do.
+        With an `average` the gradient is led by it before it is made orthogonal. A gradient that votes as it is has none.
         If a pass uses a weight several times, each of the `uses` votes at its part of the rate. The size of a vote does not depend
         on the size of the gradient, so votes at the full rate would together go too far. The `sign` rule has no rate to divide.
         Rows that are `chosen` follow from the batch (`Gradient`). The pass leaves a note for `voted`, the method of a module, with
@@ -314,7 +328,9 @@ class Voting:
         self.ranks.exchange(
             tensor_id,
             Gradient(grad_NK, rows, num_matrices, chosen),
-            lambda total: self._cast_total(weight, total, tensor_id=tensor_id, uses=uses, voted=voted),
+            lambda total: self._cast_total(
+                weight, total, tensor_id=tensor_id, uses=uses, voted=voted, average=average
+            ),
         )
 
     def makes_orthogonal(self, num_matrices: int) -> bool:
@@ -329,12 +345,13 @@ class Voting:
         tensor_id: int,
         uses: int,
         voted: Callable[[Tensor | None], None] | None,
+        average: Average | None,
     ) -> None:
         """Count the votes of a gradient that was summed over ranks, unless it is None, and leave a note of them."""
         taken = self.current
         assert taken is not None
         if total is not None:
-            vote = Vote(weight, total.grad_NK, tensor_id, total.rows, total.num_matrices, uses)
+            vote = Vote(weight, total.grad_NK, tensor_id, total.rows, total.num_matrices, uses, average)
             if self.makes_orthogonal(total.num_matrices):
                 taken.waiting.append(replace(vote, grad_NK=total.grad_NK.to(self.dtype)))
                 if sum(vote.grad_NK.numel() for vote in taken.waiting) > WAITING_ELEMENTS:
@@ -358,7 +375,8 @@ class Voting:
 
     def _count_stack(self, taken: Pass, votes: Sequence[Vote]) -> None:
         """Make gradients of one shape orthogonal in one call, and count their votes."""
-        grads = [vote.grad_NK for vote in votes]
+        # A gradient of a weight is led by those before it.
+        grads = [self._led(taken, vote) for vote in votes]
         made = self.ops.orthogonalize(
             grads[0] if len(grads) == 1 else torch.cat(grads),
             iterations=self.orthogonal_steps,
@@ -369,6 +387,21 @@ class Voting:
             of_weights.setdefault(vote.tensor_id, []).append(replace(vote, grad_NK=grad_NK))
         self.apart([partial(self._count_each, taken, of_weight) for of_weight in of_weights.values()])
 
+    def _led(self, taken: Pass, vote: Vote) -> Tensor:
+        """Return what is made orthogonal for a vote: its gradient, led by the running mean if the weight has one."""
+        if vote.average is None:
+            return vote.grad_NK
+        self._begin_writing(taken)
+        for table in vote.average.tables().values():
+            taken.keep(table, vote.rows)
+        return vote.average.lead(vote.grad_NK, vote.rows, taken.rate)
+
+    def _begin_writing(self, taken: Pass) -> None:
+        """Note that the pass is about to write to the state of the model."""
+        if not taken.wrote:
+            taken.keep(self.faults)
+        taken.wrote = True
+
     def _count_each(self, taken: Pass, votes: Sequence[Vote]) -> None:
         """Count votes in their order."""
         for vote in votes:
@@ -377,10 +410,8 @@ class Voting:
     def _count(self, taken: Pass, vote: Vote) -> None:
         """Count a vote whose gradient is as it votes."""
         weight, grad_NK = vote.weight, vote.grad_NK
-        if not taken.wrote:
-            taken.keep(self.faults)
+        self._begin_writing(taken)
         taken.keep_weight(vote.tensor_id, weight, vote.rows)
-        taken.wrote = True
         clock: dict[str, Any] = {
             "seed": self.seed,
             "step": taken.step,
