@@ -1,5 +1,7 @@
-"""Router kernels: the operands of the choice of experts, as float64, and the choice by scores. The library multiplies.
+"""Router kernels: the choice of experts in one launch for routers of a usual size, and the pieces of it for others.
 
+Scores are whole numbers, so that every way to add them up gives the same. One launch splits a weight into digits of 7 bits, which
+tensor cores multiply with the vectors in int8. For others the operands are made in float64, and the library multiplies.
 Legend: E experts, K columns, M vectors; KW words a row, KG groups a row.
 """
 
@@ -11,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.optimized.kernels.codebook_rows import query_values
-from arbitor.optimized.kernels.common import lane_weights, level_scales
+from arbitor.optimized.kernels.common import lane_trits, lane_weights, level_scales
 from arbitor.optimized.kernels.launch import row_grid, row_tile, runs_here
 from arbitor.optimized.layouts import DeviceWeight
 from arbitor.reference.constants import HANDICAP_STEPS, QUERY_STEPS, ROUTER_OCTAVES
@@ -26,8 +28,91 @@ STEP = tl.constexpr(STEP_SCORE)
 BLOCK_COLUMNS = 1024
 BLOCK_VALUES = 1024
 
+FEW_VECTORS = 1024
+"""Most vectors that take the smallest tile, of which there are more."""
+
 BLOCK_SCORES = 1024
 """Scores of a program that chooses. A vector with more is sorted by the library."""
+
+
+FUSED_EXPERTS, FUSED_COLUMNS = 128, 4096
+"""Largest router that one launch chooses by. Each program reads all of its weight."""
+
+DIGIT_BITS = tl.constexpr(7)
+"""Bits of a digit of a weight, whose sign is kept apart. Three digits hold 2 mantissa bits, a leading bit and 16 octaves."""
+
+DIGIT = tl.constexpr(2**7 - 1)
+"""Largest digit."""
+
+
+@triton.jit
+def largest_level(levels_ptr, num_levels, BLOCK: tl.constexpr):
+    """Return the largest of some int8 levels, as int32."""
+    largest = tl.full([BLOCK], -128, tl.int32)
+    for start in range(0, num_levels, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        levels = tl.load(levels_ptr + places, mask=places < num_levels, other=-128).to(tl.int32)
+        largest = tl.maximum(largest, levels)
+    return tl.max(largest, axis=0)
+
+
+@triton.jit
+def best_of_scores(scores, experts, top_k, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Return int32 [BLOCK_M, BLOCK_E], 1 for the experts of the `top_k` largest finite scores, of equal ones the lowest."""
+    low = float("-inf")
+    chosen = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.int32)
+    for _ in range(top_k):
+        open_scores = tl.where((chosen == 0) & (experts < EXPERTS), scores, low)
+        is_best = open_scores == tl.max(open_scores, axis=1)[:, None]
+        best = tl.min(tl.where(is_best, experts, BLOCK_E), axis=1)
+        chosen += (experts == best[:, None]).to(tl.int32)
+    return chosen
+
+
+@triton.jit(do_not_specialize=["num_vectors", "top_k"])
+def _choose_kernel(
+    x_ptr, words_ptr, levels_ptr, handicap_ptr, out_ptr, num_vectors, top_k, num_columns, row_groups, row_words,
+    HANDICAP: tl.constexpr, EXPERTS: tl.constexpr, GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_LEVELS: tl.constexpr,
+):  # fmt: skip
+    vectors = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.arange(0, BLOCK_E)
+    largest = largest_level(levels_ptr, EXPERTS * row_groups, BLOCK_LEVELS)
+    least = largest - (OCTAVES << MANTISSA_BITS)
+    # The unit of all weights: the last mantissa bit at the exponent of the least level.
+    unit = least >> MANTISSA_BITS
+    low = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.int32)
+    middle = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.int32)
+    high = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.int32)
+    for start in range(0, num_columns, BLOCK_K):
+        columns = start + tl.arange(0, BLOCK_K)
+        inside = columns < num_columns
+        x_mask = (vectors < num_vectors)[:, None] & inside[None, :]
+        x = tl.load(x_ptr + vectors[:, None] * num_columns + columns[None, :], mask=x_mask, other=0.0)
+        steps = query_values(x).to(tl.int8)
+        mask = (rows < EXPERTS)[:, None] & inside[None, :]
+        words = tl.load(words_ptr + rows[:, None] * row_words + columns[None, :] // 16, mask=mask, other=0)
+        groups = rows[:, None] * row_groups + columns[None, :] // GROUP_SIZE
+        levels = tl.load(levels_ptr + groups, mask=mask, other=-128).to(tl.int32)
+        levels = tl.maximum(levels, least)
+        whole = (levels & ((1 << MANTISSA_BITS) - 1)) + (1 << MANTISSA_BITS)
+        size = whole << ((levels >> MANTISSA_BITS) - unit)
+        trits = lane_trits(words, columns[None, :] % 16)
+        low = tl.dot(steps, tl.trans((trits * (size & DIGIT)).to(tl.int8)), low)
+        middle = tl.dot(steps, tl.trans((trits * ((size >> DIGIT_BITS) & DIGIT)).to(tl.int8)), middle)
+        high = tl.dot(steps, tl.trans((trits * (size >> (2 * DIGIT_BITS))).to(tl.int8)), high)
+    sums = low.to(tl.int64) + (middle.to(tl.int64) << DIGIT_BITS) + (high.to(tl.int64) << (2 * DIGIT_BITS))
+    scale = ((unit - MANTISSA_BITS + 127) << 23).to(tl.float32, bitcast=True)
+    # Both factors and the product are exact.
+    scores = sums.to(tl.float64) * scale.to(tl.float64)
+    experts = rows[None, :]
+    if HANDICAP:
+        handicap = tl.load(handicap_ptr + experts, mask=experts < EXPERTS, other=0)
+        scores -= handicap.to(tl.float64) * STEP
+    chosen = best_of_scores(scores, experts, top_k, EXPERTS, BLOCK_M, BLOCK_E)
+    places = vectors[:, None] * top_k + tl.cumsum(chosen, axis=1) - 1
+    mask = (vectors < num_vectors)[:, None] & (experts < EXPERTS) & (chosen > 0)
+    tl.store(out_ptr + places, (experts + tl.zeros_like(chosen)).to(tl.int64), mask=mask)
 
 
 @triton.jit(do_not_specialize=["row_groups", "row_words", "row_blocks"])
@@ -74,15 +159,36 @@ def _best_rows_kernel(
         handicap = tl.load(handicap_ptr + experts, mask=experts < EXPERTS, other=0)
         # The product is exact, so that one operation that does both rounds as two do.
         scores -= handicap.to(tl.float64) * STEP
-    chosen = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.int32)
-    for _ in range(top_k):
-        open_scores = tl.where((chosen == 0) & (experts < EXPERTS), scores, low)
-        is_best = open_scores == tl.max(open_scores, axis=1)[:, None]
-        # Every score is finite. Of equal ones the lowest expert is taken.
-        best = tl.min(tl.where(is_best, experts, BLOCK_E), axis=1)
-        chosen += (experts == best[:, None]).to(tl.int32)
+    chosen = best_of_scores(scores, experts, top_k, EXPERTS, BLOCK_M, BLOCK_E)
     places = vectors[:, None] * top_k + tl.cumsum(chosen, axis=1) - 1
     tl.store(out_ptr + places, (experts + tl.zeros_like(chosen)).to(tl.int64), mask=mask & (chosen > 0))
+
+
+def chosen_rows(x_MK: Tensor, weight: DeviceWeight, top_k: int, handicap_E: Tensor | None = None) -> Tensor:
+    """Return the experts that vectors choose, int64 [M, k], ascending, in one launch for a router that `is_fused`.
+
+    x_MK:       float32 or bfloat16, contiguous
+    handicap_E: int16 [E], taken off the scores
+    """
+    runs_here(x_MK)
+    num_vectors, num_columns = x_MK.shape
+    num_experts, num_groups = weight.exponents.shape
+    out = torch.empty(num_vectors, top_k, dtype=torch.int64, device=x_MK.device)
+    if num_vectors:
+        block_m = 16 if num_vectors <= FEW_VECTORS else 64
+        _choose_kernel[row_grid(1, triton.cdiv(num_vectors, block_m))](
+            x_MK, weight.words, weight.exponents, None if handicap_E is None else handicap_E.contiguous(), out,
+            num_vectors, top_k, num_columns, num_groups, weight.words.shape[1],
+            HANDICAP=handicap_E is not None, EXPERTS=num_experts, GROUP_SIZE=weight.group_size,
+            MANTISSA_BITS=weight.mantissa_bits, BLOCK_M=block_m, BLOCK_E=max(16, triton.next_power_of_2(num_experts)),
+            BLOCK_K=64, BLOCK_LEVELS=1024,
+        )  # fmt: skip
+    return out
+
+
+def is_fused(weight: DeviceWeight) -> bool:
+    """Return whether one launch chooses by a router. A sum of any digit stays below 2^26."""
+    return weight.shape[0] <= FUSED_EXPERTS and weight.shape[1] <= FUSED_COLUMNS
 
 
 def best_rows(scores_ME: Tensor, top_k: int, handicap_E: Tensor | None = None) -> Tensor:
