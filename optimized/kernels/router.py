@@ -57,7 +57,9 @@ def largest_level(levels_ptr, num_levels, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def best_of_scores(scores, experts, top_k, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
+def best_of_scores(
+    scores, experts, top_k, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr
+):
     """Return int32 [BLOCK_M, BLOCK_E], 1 for the experts of the `top_k` largest finite scores, of equal ones the lowest."""
     low = float("-inf")
     chosen = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.int32)

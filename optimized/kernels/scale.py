@@ -29,9 +29,10 @@ def _group_scales_kernel(levels_ptr, scales_ptr, size, MANTISSA_BITS: tl.constex
     tl.store(scales_ptr + index, level_scales(levels, MANTISSA_BITS), mask=index < size)
 
 
-@triton.jit(do_not_specialize=["row_groups", "row_words", "row_blocks"])
+@triton.jit(do_not_specialize=["row_groups", "row_words", "row_blocks", "matrix_rows"])
 def _dequantize_kernel(
     rows_ptr, words_ptr, exponents_ptr, out_ptr, num_columns, row_groups, row_words, row_blocks,
+    matrix_rows, out_columns,
     HAS_ROWS: tl.constexpr, GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     slot = (tl.program_id(0) // row_blocks).to(tl.int64)
@@ -41,7 +42,9 @@ def _dequantize_kernel(
     words = tl.load(words_ptr + row * row_words + columns // 16, mask=mask, other=0)
     levels = tl.load(exponents_ptr + row * row_groups + columns // GROUP_SIZE, mask=mask, other=0)
     values = lane_weights(words, columns % 16, level_scales(levels, MANTISSA_BITS))
-    tl.store(out_ptr + slot * num_columns + columns, values.to(out_ptr.dtype.element_ty), mask=mask)
+    # Matrices of a stack stand side by side.
+    out_row = out_ptr + slot % matrix_rows * out_columns + slot // matrix_rows * num_columns
+    tl.store(out_row + columns, values.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(
@@ -79,17 +82,23 @@ def scales_of(levels: Tensor, mantissa_bits: int) -> Tensor:
     return scales
 
 
-def dense_rows(weight: DeviceWeight, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
-    """Launch `dequantize`; returns `dtype` [N, K], or [R, K] for int64 rows [R]."""
+def dense_rows(
+    weight: DeviceWeight, dtype: torch.dtype, rows: Tensor | None = None, *, num_groups: int = 1
+) -> Tensor:
+    """Launch `dequantize`; returns `dtype` [N, K], or [R, K] for int64 rows [R].
+
+    A stack of `num_groups` matrices comes side by side, [N / num_groups, num_groups K].
+    """
     runs_here(weight.words)
     num_columns = weight.shape[1]
     num_slots = weight.shape[0] if rows is None else rows.shape[0]
-    out = torch.empty(num_slots, num_columns, dtype=dtype, device=weight.device)
+    matrix_rows, out_columns = num_slots // num_groups, num_groups * num_columns
+    out = torch.empty(matrix_rows, out_columns, dtype=dtype, device=weight.device)
     if num_slots:
         block, row_blocks = row_tile(num_columns, BLOCK_COLUMNS)
         _dequantize_kernel[row_grid(num_slots, row_blocks)](
             weight.words if rows is None else rows.contiguous(), weight.words, weight.exponents, out,
-            num_columns, weight.exponents.shape[1], weight.words.shape[1], row_blocks,
+            num_columns, weight.exponents.shape[1], weight.words.shape[1], row_blocks, matrix_rows, out_columns,
             HAS_ROWS=rows is not None, GROUP_SIZE=weight.group_size, MANTISSA_BITS=weight.mantissa_bits, BLOCK=block,
         )  # fmt: skip
     return out

@@ -5,11 +5,13 @@ Legend: E experts, N outputs of an expert, K inputs, M slots, in one dimension o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from arbitor.optimized.kernels import ranks as rank_kernels
 from arbitor.optimized.kernels import router
 from arbitor.optimized.kernels.experts import weight_grad
 from arbitor.optimized.kernels.launch import values_between
@@ -28,6 +30,8 @@ __all__ = [
     "grouped_linear",
     "grouped_linear_input_grad",
     "grouped_linear_weight_grad",
+    "weigh_ranks",
+    "weigh_ranks_grads",
 ]
 
 
@@ -72,6 +76,31 @@ def grouped_linear_weight_grad(
     plan = Plan.of(experts_M.flatten(), num_groups)
     (grad, grad_slots), (x, x_slots) = rows_of_slots(grad_MN), rows_of_slots(x_MK)
     return weight_grad(grad, x, plan, num_groups, grad_slots=grad_slots, x_slots=x_slots)
+
+
+def _weighed_grads(grad: Tensor, *, ranks: Tensor, logits: Tensor, experts: Tensor) -> Mapping[str, Tensor]:
+    """Return the gradients of `weigh_ranks`."""
+    of_ranks, of_logits = weigh_ranks_grads(grad, ranks, logits, experts)
+    return {"ranks": of_ranks, "logits": of_logits}
+
+
+@op(ranks=_weighed_grads, logits=_weighed_grads)
+def weigh_ranks(ranks: Tensor, logits: Tensor, experts: Tensor) -> Tensor:
+    """See reference; float64 is not supported."""
+    checks.weighed_ranks(ranks, logits, experts, DTYPES)
+    values_between("experts", experts, 0, logits.shape[-1] - 1)
+    return rank_kernels.weighed(ranks, logits, experts)
+
+
+@op()
+def weigh_ranks_grads(grad: Tensor, ranks: Tensor, logits: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """See reference; float64 is not supported. One launch makes both gradients."""
+    checks.weighed_ranks(ranks, logits, experts, DTYPES)
+    values_between("experts", experts, 0, logits.shape[-1] - 1)
+    checks.same_dtype("grad", grad, "ranks", ranks)
+    checks.same_shape("grad", grad, "ranks", ranks)
+    checks.same_device(ranks=ranks, grad=grad)
+    return rank_kernels.weighed_grads(grad, ranks, logits, experts)
 
 
 @op()

@@ -43,7 +43,9 @@ from arbitor.reference.checks.experts import (
     expert_rows,
     expert_slots,
     router,
+    side_by_side,
     stacked_rows,
+    weighed_ranks,
 )
 from arbitor.reference.checks.memory import ngrams, strength_rule, strengths_of
 from arbitor.reference.checks.tensors import (
@@ -59,6 +61,7 @@ from arbitor.reference.checks.tensors import (
     same_device,
     same_dtype,
     same_shape,
+    sum_of,
     tensor,
     values_between,
 )
@@ -131,10 +134,12 @@ __all__ = [
     "same_device",
     "same_dtype",
     "same_shape",
+    "side_by_side",
     "slot_bias",
     "stacked_rows",
     "strength_rule",
     "strengths_of",
+    "sum_of",
     "tensor",
     "threshold",
     "turns",
@@ -142,5 +147,6 @@ __all__ = [
     "values_between",
     "vote_clock",
     "vote_rate",
+    "weighed_ranks",
     "weight_values",
 ]

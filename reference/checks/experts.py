@@ -80,3 +80,36 @@ def stacked_rows(name: str, num_rows: int, num_groups: int) -> int:
 def expert_rows(weight: Weight, num_groups: int) -> int:
     """Return the rows of one expert; refuse a stacked weight whose rows are not a whole number for each."""
     return stacked_rows("weight", weight.shape[0], num_groups)
+
+
+def side_by_side(name: str, num_columns: int, num_groups: int) -> int:
+    """Return the columns of one of several matrices side by side; refuse columns that are not a whole number for each."""
+    integer("num_groups", num_groups, 1, 2**31 - 1)
+    if num_columns % num_groups:
+        raise ValueError(
+            f"num_groups is {num_groups}, but must divide the columns of {name}, which has {num_columns}"
+        )
+    return num_columns // num_groups
+
+
+def weighed_ranks(
+    ranks: Tensor, logits: Tensor, experts: Tensor, allowed: Sequence[torch.dtype] = FLOAT_DTYPES
+) -> None:
+    """Refuse ranks of all experts, logits of a router and chosen experts that do not fit each other."""
+    dtype_in("logits", logits, allowed)
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}, but must be [..., experts]")
+    same_dtype("ranks", ranks, "logits", logits)
+    num_experts = logits.shape[-1]
+    lead = logits.shape[:-1]
+    if ranks.ndim == 0 or ranks.shape[:-1] != lead or ranks.shape[-1] == 0 or ranks.shape[-1] % num_experts:
+        raise ValueError(
+            f"ranks has shape {tuple(ranks.shape)}, but must be {tuple(lead)} and then a multiple of the {num_experts} experts of "
+            "logits"
+        )
+    dtype_in("experts", experts, (torch.int64,))
+    if experts.ndim == 0 or experts.shape[:-1] != lead or not 1 <= experts.shape[-1] <= num_experts:
+        raise ValueError(
+            f"experts has shape {tuple(experts.shape)}, but must be {tuple(lead)} and then 1 to {num_experts} experts"
+        )
+    same_device(logits=logits, ranks=ranks, experts=experts)

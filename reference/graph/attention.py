@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.graph.context import GraphContext
-from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm, plain
+from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm, fan_out, plain
 from arbitor.reference.graph.ledger import LayerLedger, mean_of_parts, rows_at
 from arbitor.reference.graph.module import ArbModule
 from arbitor.reference.graph.rotary import Turns, rotary_turns, turns_at, with_turned_key
@@ -69,8 +69,9 @@ class LatentAttention(ArbModule):
         if cache is not None:
             positions = positions + cache.first_B[:, None]
         turns = turns_at(positions, self.rotary_dim)
-        q_BPHC = self._queries(x_BPD, turns)
-        key_BPR, latent_BPL = self._latents(x_BPD)
+        query_BPL, down_BPK = fan_out(x_BPD, self.query_down, self.latent_down)
+        q_BPHC = self._queries(query_BPL, turns)
+        key_BPR, latent_BPL = self._latents(down_BPK)
         fits = x_BPD.shape[1] <= self.scheduler.window
         if fits and (cache is None or cache.is_empty):
             if cache is not None:
@@ -89,9 +90,9 @@ class LatentAttention(ArbModule):
                 heads_BPHC = self._over_past(q_BPHC, cache.seen, self._reader(cache, rows_BPK, positions))
         return self.output(heads_BPHC.flatten(-2))
 
-    def _queries(self, x_BPD: Tensor, turns: Turns) -> Tensor:
-        """Return the queries of all heads, their rotary columns turned."""
-        q_BPHC = self.query_up(self.query_norm(self.query_down(x_BPD)))
+    def _queries(self, query_BPL: Tensor, turns: Turns) -> Tensor:
+        """Return the queries of all heads for W_query_down x, their rotary columns turned."""
+        q_BPHC = self.query_up(self.query_norm(query_BPL))
         return self.ops.rotate(q_BPHC.unflatten(-1, (self.num_heads, self.head_dim)), *turns)
 
     def _turned_key(self, key_BPR: Tensor, turns: Turns) -> Tensor:
@@ -102,15 +103,16 @@ class LatentAttention(ArbModule):
         """Return the row that is kept of each position: [rotary key; normed latent; rotary key turned to the position]."""
         return torch.cat([key_BPR, latent_BPL, self._turned_key(key_BPR, turns)], dim=-1)
 
-    def _latents(self, x_BPD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rotary key of each position, not turned, and its normed latent."""
-        latent_BPL, key_BPR = self.latent_down(x_BPD).split([self.kv_latent, self.rotary_dim], dim=-1)
+    def _latents(self, down_BPK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rotary key of each position, not turned, and its normed latent, for W_latent_down x."""
+        latent_BPL, key_BPR = down_BPK.split([self.kv_latent, self.rotary_dim], dim=-1)
         return key_BPR, self.latent_norm(latent_BPL)
 
     def _heads(self, latent_BSL: Tensor, turned_BSR: Tensor) -> KeysValues:
         """Return keys and values of all heads for normed latents and turned rotary keys."""
-        plain_BSHC = self.key_up(latent_BSL).unflatten(-1, (self.num_heads, self.plain_dim))
-        values_BSHC = self.value_up(latent_BSL).unflatten(-1, (self.num_heads, self.head_dim))
+        plain_BSN, values_BSN = fan_out(latent_BSL, self.key_up, self.value_up)
+        plain_BSHC = plain_BSN.unflatten(-1, (self.num_heads, self.plain_dim))
+        values_BSHC = values_BSN.unflatten(-1, (self.num_heads, self.head_dim))
         return self.ops.head_keys(turned_BSR, plain_BSHC), values_BSHC
 
     def _heads_of_rows(self, rows_BSK: Tensor) -> KeysValues:

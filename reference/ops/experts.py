@@ -13,7 +13,7 @@ from torch import Tensor
 
 from arbitor.reference import checks
 from arbitor.reference.constants import HANDICAP_STEPS, QUERY_STEPS, ROUTER_OCTAVES
-from arbitor.reference.dtypes import wide_dtype
+from arbitor.reference.dtypes import wide_dtype, widened
 from arbitor.reference.ops.codebook import whole_sixteenths
 from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.promises import op
@@ -25,6 +25,8 @@ __all__ = [
     "grouped_linear",
     "grouped_linear_input_grad",
     "grouped_linear_weight_grad",
+    "weigh_ranks",
+    "weigh_ranks_grads",
 ]
 
 
@@ -103,6 +105,62 @@ def grouped_linear_weight_grad(
         slots = experts_M == expert
         grads_ENK[expert] = grad_MN[slots].to(wide).T @ x_MK[slots].to(wide)
     return grads_ENK.flatten(0, 1)
+
+
+@op
+def weigh_ranks(ranks: Tensor, logits: Tensor, experts: Tensor) -> Tensor:
+    """Return the ranks of the chosen experts times their shares, and zeros for all other experts.
+
+    Math:    y[e, j] = p[e] * ranks[e, j] for the chosen e, with p a softmax of the logits over the chosen experts, or for a
+             single one over all experts; y[e, j] = 0 for the others
+    Shapes:  ranks [..., E r], logits [..., E], both of one dtype, float32, bfloat16 or float64; experts int64 [..., k],
+             different ones of 0 .. E - 1, k of 1 or more
+    Returns: dtype and shape of ranks
+    Raises:  TypeError or ValueError for a dtype, shape, device or expert that is not allowed
+    Laws:    linear in the ranks; what the ranks of an expert hold that was not chosen does not matter; shares add up to 1 for
+             k above 1
+    Source:  docs/spec/experts.md
+    """
+    checks.weighed_ranks(ranks, logits, experts)
+    checks.values_between("experts", experts, 0, logits.shape[-1] - 1)
+    is_chosen, shares_E = _shares(logits, experts)
+    weighed = widened(ranks).unflatten(-1, (logits.shape[-1], -1)) * shares_E[..., None]
+    return torch.where(is_chosen[..., None], weighed, 0.0).flatten(-2).to(ranks.dtype)
+
+
+@op
+def weigh_ranks_grads(grad: Tensor, ranks: Tensor, logits: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the loss with respect to the ranks and the logits of `weigh_ranks`.
+
+    Math:    d ranks[e, j] = p[e] dy[e, j] for the chosen e, else 0; q[e] = sum_j dy[e, j] ranks[e, j] for the chosen e, else 0
+             d logits[e] = p[e] (q[e] - sum_c p[c] q[c]) for every e that the softmax runs over, else 0
+    Shapes:  as for `weigh_ranks`, and grad like ranks
+    Returns: two tensors of the dtype of ranks, with the shapes of ranks and of logits
+    Raises:  TypeError or ValueError for a dtype, shape, device or expert that is not allowed
+    Laws:    the gradients of `weigh_ranks` by autograd
+    Source:  docs/spec/experts.md
+    """
+    checks.weighed_ranks(ranks, logits, experts)
+    checks.values_between("experts", experts, 0, logits.shape[-1] - 1)
+    checks.same_dtype("grad", grad, "ranks", ranks)
+    checks.same_shape("grad", grad, "ranks", ranks)
+    checks.same_device(ranks=ranks, grad=grad)
+    is_chosen, shares_E = _shares(logits, experts)
+    matrix = (logits.shape[-1], -1)
+    is_rank = is_chosen[..., None]
+    dy = torch.where(is_rank, widened(grad).unflatten(-1, matrix), 0.0)
+    grad_ranks = shares_E[..., None] * dy
+    of_shares_E = (dy * torch.where(is_rank, widened(ranks).unflatten(-1, matrix), 0.0)).sum(dim=-1)
+    mean = (shares_E * of_shares_E).sum(dim=-1, keepdim=True)
+    grad_logits = shares_E * (of_shares_E - mean)
+    return grad_ranks.flatten(-2).to(ranks.dtype), grad_logits.to(ranks.dtype)
+
+
+def _shares(logits: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which experts are chosen, bool [..., E], and the shares of those that the softmax runs over, 0 for the others."""
+    is_chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, experts, True)
+    over = is_chosen if experts.shape[-1] > 1 else torch.ones_like(is_chosen)
+    return is_chosen, widened(logits).masked_fill(~over, -torch.inf).softmax(dim=-1)
 
 
 @op
