@@ -50,7 +50,9 @@ def op(function: Callable[P, R]) -> Callable[P, R]:
         if autocast_is_on():
             with without_autocast():
                 return call(*args, **kwargs)
-        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, (Tensor, StateTensors)))
+        tensors = (
+            value for value in (*args, *kwargs.values()) if isinstance(value, (Tensor, StateTensors, tuple))
+        )
         index = max(map(index_of, (kwargs.get("device"), *tensors)))
         if index >= 0 and index != torch.cuda.current_device():
             with torch.cuda.device(index):
@@ -61,7 +63,12 @@ def op(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def index_of(value: object) -> int:
-    """Return the index of the CUDA device that an argument names or lies on, or -1 if there is no such device."""
+    """Return the index of the CUDA device that an argument names or lies on, or -1 if there is no such device.
+
+    Several weights in a tuple lie on one device.
+    """
+    if isinstance(value, tuple):
+        return index_of(value[0]) if value else -1
     if isinstance(value, Tensor):
         return value.get_device()
     if isinstance(value, StateTensors):

@@ -68,12 +68,16 @@ from arbitor.reference.checks.tensors import (
 from arbitor.reference.checks.votes import MAX_RATE, fault_counter, gradient_of, vote_clock, vote_rate
 from arbitor.reference.checks.weights import (
     Weight,
+    alike_weights,
     group_ids_fit,
     one_row,
     out_weight,
+    out_weights,
     row_ids,
     row_values,
     rows_of,
+    several_weights,
+    stacked_gradient,
     weight_values,
 )
 
@@ -82,6 +86,7 @@ __all__ = [
     "GRADIENT_DTYPES",
     "MAX_RATE",
     "Weight",
+    "alike_weights",
     "buckets",
     "code_columns",
     "code_window",
@@ -126,6 +131,7 @@ __all__ = [
     "one_of",
     "one_row",
     "out_weight",
+    "out_weights",
     "revivals",
     "router",
     "row_ids",
@@ -134,8 +140,10 @@ __all__ = [
     "same_device",
     "same_dtype",
     "same_shape",
+    "several_weights",
     "side_by_side",
     "slot_bias",
+    "stacked_gradient",
     "stacked_rows",
     "strength_rule",
     "strengths_of",

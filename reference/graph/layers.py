@@ -135,6 +135,11 @@ class TernaryEmbedding(TernaryModule):
         if rows is not None:
             self.used_rows.append(rows)
 
+    @property
+    def steps_whole(self) -> bool:
+        """Whether the next step moves all rows: never, as only rows that a batch used vote."""
+        return False
+
     def step_weight(self) -> None:
         """Apply the step rule to the rows that voted since the last step, unless the table is frozen."""
         self.voting.deliver()
