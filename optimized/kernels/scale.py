@@ -83,17 +83,26 @@ def scales_of(levels: Tensor, mantissa_bits: int) -> Tensor:
 
 
 def dense_rows(
-    weight: DeviceWeight, dtype: torch.dtype, rows: Tensor | None = None, *, num_groups: int = 1
+    weight: DeviceWeight,
+    dtype: torch.dtype,
+    rows: Tensor | None = None,
+    *,
+    num_groups: int = 1,
+    row_multiple: int = 1,
 ) -> Tensor:
     """Launch `dequantize`; returns `dtype` [N, K], or [R, K] for int64 rows [R].
 
-    A stack of `num_groups` matrices comes side by side, [N / num_groups, num_groups K].
+    A stack of `num_groups` matrices comes side by side, [N / num_groups, num_groups K]. Rows of zeros follow, to a multiple of
+    `row_multiple`.
     """
     runs_here(weight.words)
     num_columns = weight.shape[1]
     num_slots = weight.shape[0] if rows is None else rows.shape[0]
     matrix_rows, out_columns = num_slots // num_groups, num_groups * num_columns
-    out = torch.empty(matrix_rows, out_columns, dtype=dtype, device=weight.device)
+    out_rows = triton.cdiv(matrix_rows, row_multiple) * row_multiple
+    out = torch.empty(out_rows, out_columns, dtype=dtype, device=weight.device)
+    if out_rows > matrix_rows:
+        out[matrix_rows:].zero_()
     if num_slots:
         block, row_blocks = row_tile(num_columns, BLOCK_COLUMNS)
         _dequantize_kernel[row_grid(num_slots, row_blocks)](

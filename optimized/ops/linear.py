@@ -27,6 +27,9 @@ FEW_ROWS = 64
 DENSE_ELEMENTS = 2**27
 """Most elements of a weight that are unpacked at a time: 256 MiB of bfloat16."""
 
+OUTPUT_MULTIPLE = 8
+"""Number that divides the outputs of the library's product: rows at odd addresses of bfloat16 would take six times as long."""
+
 ROW_MULTIPLE = 16
 """Number that divides the rows of a part, so that no part starts at an address for which a kernel would compile anew."""
 
@@ -61,8 +64,8 @@ def linear_input_grad(
     in_place = out is not None and out.is_contiguous() and out.numel() and _is_dense(grad_MN, rows)
     if in_place and _unpacks_whole(rows):
         # The library adds before it rounds.
-        w_NK = dense_rows(rows, grad.dtype, num_groups=num_groups)
-        narrow_product(grad_MN, w_NK, added=out.view(-1, shape[-1]))
+        w_NK = dense_rows(rows, grad.dtype, num_groups=num_groups, row_multiple=OUTPUT_MULTIPLE)
+        narrow_product(padded(grad_MN), w_NK, added=out.view(-1, shape[-1]))
         return out
     if num_groups == 1:
         dx_MK = _input_grad(grad_MN, rows)
@@ -82,7 +85,7 @@ def linear_weight_grad(grad: Tensor, x: Tensor, *, num_groups: int = 1) -> Tenso
             f"x has shape {tuple(x.shape)}, but its leading dimensions must match grad, {tuple(grad.shape)}"
         )
     checks.side_by_side("x", x.shape[-1], num_groups)
-    w_NK = wide_product(matrix_of(grad).T, matrix_of(x))
+    w_NK = wide_product(padded(matrix_of(grad)).T, matrix_of(x))[: grad.shape[-1]]
     if num_groups == 1:
         return w_NK
     return w_NK.unflatten(1, (num_groups, -1)).transpose(0, 1).flatten(0, 1)
@@ -104,6 +107,12 @@ def narrow_product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
         return torch.mm(a, b) if added is None else added.addmm_(a, b)
     wide = wide_product(a, b)
     return wide.to(a.dtype) if added is None else added.copy_(added.float() + wide)
+
+
+def padded(grad_MN: Tensor) -> Tensor:
+    """Return gradients of outputs with columns of zeros, to a multiple of OUTPUT_MULTIPLE."""
+    missing = -grad_MN.shape[1] % OUTPUT_MULTIPLE
+    return torch.nn.functional.pad(grad_MN, (0, missing)) if missing else grad_MN
 
 
 def matrix_of(x: Tensor) -> Tensor:
@@ -129,7 +138,8 @@ def _product(x_MK: Tensor, weight: DeviceWeight) -> Tensor:
         return packed_product(x_MK, weight, transposed=False)
     parts = row_ranges(*weight.shape)
     if len(parts) == 1:
-        return narrow_product(x_MK, dense_rows(weight, x_MK.dtype).T)
+        w_NK = dense_rows(weight, x_MK.dtype, row_multiple=OUTPUT_MULTIPLE)
+        return narrow_product(x_MK, w_NK.T)[:, : weight.shape[0]]
     y_MN = torch.empty(x_MK.shape[0], weight.shape[0], dtype=x_MK.dtype, device=x_MK.device)
     for rows in parts:
         # The memory of unpacked rows is free before the next are unpacked.
@@ -145,7 +155,8 @@ def _input_grad(grad_MN: Tensor, weight: DeviceWeight) -> Tensor:
         return packed_product(grad_MN, weight, transposed=True)
     parts = row_ranges(*weight.shape)
     if len(parts) == 1:
-        return narrow_product(grad_MN, dense_rows(weight, grad_MN.dtype))
+        w_NK = dense_rows(weight, grad_MN.dtype, row_multiple=OUTPUT_MULTIPLE)
+        return narrow_product(padded(grad_MN), w_NK)
     dx_MK = torch.zeros(grad_MN.shape[0], weight.shape[1], dtype=torch.float32, device=grad_MN.device)
     for rows in parts:
         dx_MK += wide_product(
