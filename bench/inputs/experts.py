@@ -47,6 +47,15 @@ def weighings(make: Maker, s: Sizes) -> tuple[Tensor, ...]:
     return ranks, logits, (first + torch.arange(s["top_k"], device=make.device)) % s["E"]
 
 
+def balanced(make: Maker, s: Sizes) -> Arguments:
+    """Return choices, and the tables of experts that they change in place."""
+    tables = (
+        make.integers(0, 2**20, (s["E"],), torch.int64),
+        make.integers(0, 100, (s["E"],), torch.int16),
+    )
+    return (dealt(make, s), *tables), {"out": tables}
+
+
 INPUTS: Mapping[str, Inputs] = {
     "choose_experts": routed,
     "grouped_linear": lambda make, s: grouped(make, s, "K"),
@@ -61,4 +70,5 @@ INPUTS: Mapping[str, Inputs] = {
         {},
     ),
     "expert_load": lambda make, s: ((dealt(make, s),), {"num_groups": s["E"]}),
+    "balance_experts": balanced,
 }

@@ -16,7 +16,13 @@ from arbitor.optimized.kernels.codebook_rows import query_values
 from arbitor.optimized.kernels.common import lane_trits, lane_weights, level_scales
 from arbitor.optimized.kernels.launch import row_grid, row_tile, runs_here
 from arbitor.optimized.layouts import DeviceWeight
-from arbitor.reference.constants import HANDICAP_STEPS, QUERY_STEPS, ROUTER_OCTAVES
+from arbitor.reference.constants import (
+    HANDICAP_MAX,
+    HANDICAP_MOVE,
+    HANDICAP_STEPS,
+    QUERY_STEPS,
+    ROUTER_OCTAVES,
+)
 
 OCTAVES = tl.constexpr(ROUTER_OCTAVES)
 
@@ -27,6 +33,11 @@ STEP = tl.constexpr(STEP_SCORE)
 
 BLOCK_COLUMNS = 1024
 BLOCK_VALUES = 1024
+
+MOVE, MOST_HANDICAP = tl.constexpr(HANDICAP_MOVE), tl.constexpr(HANDICAP_MAX)
+
+BLOCK_CHOSEN = 4096
+"""Choices that are counted at a time."""
 
 FEW_VECTORS = 1024
 """Most vectors that take the smallest tile, of which there are more."""
@@ -167,6 +178,47 @@ def _best_rows_kernel(
     chosen = best_of_scores(scores, experts, top_k, EXPERTS, BLOCK_M, BLOCK_E)
     places = vectors[:, None] * top_k + tl.cumsum(chosen, axis=1) - 1
     tl.store(out_ptr + places, (experts + tl.zeros_like(chosen)).to(tl.int64), mask=mask & (chosen > 0))
+
+
+@triton.jit(do_not_specialize=["num_chosen"])
+def _balance_kernel(
+    chosen_ptr, load_ptr, handicap_ptr, new_load_ptr, new_handicap_ptr, num_chosen,
+    EXPERTS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    experts = tl.arange(0, BINS)
+    mask = experts < EXPERTS
+    counts = tl.zeros([BINS], dtype=tl.int64)
+    for start in range(0, num_chosen, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        # What is no choice is counted behind the experts.
+        chosen = tl.load(chosen_ptr + places, mask=places < num_chosen, other=-1).to(tl.int32)
+        counts += tl.histogram(tl.where(chosen < 0, EXPERTS, chosen), BINS).to(tl.int64)
+    counts = tl.where(mask, counts, 0)
+    total = tl.sum(counts, axis=0)
+    load = tl.load(load_ptr + experts, mask=mask, other=0)
+    handicap = tl.load(handicap_ptr + experts, mask=mask, other=0)
+    tl.store(new_load_ptr + experts, load + counts, mask=mask)
+    surplus = MOVE * (EXPERTS * counts - total)
+    # A division of whole numbers cuts towards 0.
+    moves = tl.minimum(surplus // tl.maximum(total, 1), MOVE)
+    moved = handicap.to(tl.int64) + moves
+    least = tl.min(tl.where(mask, moved, 2**62), axis=0)
+    evened = tl.minimum(moved - least, MOST_HANDICAP)
+    tl.store(
+        new_handicap_ptr + experts, tl.where(total > 0, evened, handicap.to(tl.int64)).to(tl.int16), mask=mask
+    )
+
+
+def balance(
+    chosen: Tensor, load_E: Tensor, handicap_E: Tensor, new_load_E: Tensor, new_handicap_E: Tensor
+) -> None:
+    """Launch `balance_experts` on contiguous tensors. The new tables may be the old ones."""
+    runs_here(load_E)
+    num_experts = load_E.numel()
+    _balance_kernel[(1,)](
+        chosen, load_E, handicap_E, new_load_E, new_handicap_E, chosen.numel(),
+        EXPERTS=num_experts, BINS=triton.next_power_of_2(num_experts + 1), BLOCK=BLOCK_CHOSEN, num_warps=8,
+    )  # fmt: skip
 
 
 def chosen_rows(x_MK: Tensor, weight: DeviceWeight, top_k: int, handicap_E: Tensor | None = None) -> Tensor:

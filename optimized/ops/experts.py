@@ -25,6 +25,7 @@ from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
 __all__ = [
+    "balance_experts",
     "choose_experts",
     "expert_load",
     "grouped_linear",
@@ -126,6 +127,18 @@ def expert_load(experts: Tensor, *, num_groups: int) -> Tensor:
     counts = torch.zeros(num_groups + 1, dtype=torch.int64, device=experts.device)
     slots = experts.flatten() + 1
     return counts.scatter_add_(0, slots, torch.ones_like(slots))[1:].contiguous()
+
+
+@op()
+def balance_experts(
+    chosen: Tensor, load_E: Tensor, handicap_E: Tensor, *, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """See reference. One program counts and moves, in one launch."""
+    checks.balance(chosen, load_E, handicap_E, out)
+    values_between("chosen", chosen, -1, load_E.numel() - 1)
+    made = out or (torch.empty_like(load_E), torch.empty_like(handicap_E))
+    router.balance(chosen.contiguous(), load_E.contiguous(), handicap_E.contiguous(), *made)
+    return made
 
 
 def _product(

@@ -38,6 +38,7 @@ from arbitor.reference.checks.edges import (
     node_matrix,
 )
 from arbitor.reference.checks.experts import (
+    balance,
     expert_matrix,
     expert_pair,
     expert_rows,
@@ -87,6 +88,7 @@ __all__ = [
     "MAX_RATE",
     "Weight",
     "alike_weights",
+    "balance",
     "buckets",
     "code_columns",
     "code_window",

@@ -113,3 +113,20 @@ def weighed_ranks(
             f"experts has shape {tuple(experts.shape)}, but must be {tuple(lead)} and then 1 to {num_experts} experts"
         )
     same_device(logits=logits, ranks=ranks, experts=experts)
+
+
+def balance(chosen: Tensor, load_E: Tensor, handicap_E: Tensor, out: tuple[Tensor, Tensor] | None) -> None:
+    """Refuse choices and tables of experts that do not fit each other, or tables to write into that differ from them."""
+    dtype_in("chosen", chosen, (torch.int64,))
+    dtype_in("load_E", load_E, (torch.int64,))
+    if load_E.ndim != 1 or load_E.numel() == 0:
+        raise ValueError(f"load_E has shape {tuple(load_E.shape)}, but must be [experts]")
+    tensor("handicap_E", handicap_E, torch.int16, load_E.shape)
+    same_device(chosen=chosen, load_E=load_E, handicap_E=handicap_E)
+    if out is None:
+        return
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise ValueError("out must be a tuple of a load and handicaps")
+    for value, like in zip(out, (load_E, handicap_E), strict=True):
+        tensor("out", value, like.dtype, like.shape)
+        same_device(load_E=load_E, out=value)

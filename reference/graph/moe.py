@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from arbitor.reference.constants import HANDICAP_MAX, HANDICAP_MOVE
+from arbitor.reference.constants import HANDICAP_MAX
 from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.grouped import TernaryGroupedLinear
@@ -100,15 +100,9 @@ class SharedProjectionMoE(TableModule):
 
     def count_passes(self, passes: list[tuple[Tensor, ...]]) -> None:
         """Add to the load how often some passes chose each expert, and move the handicaps towards an even load."""
-        chosen = torch.cat([experts_BPk.reshape(-1) for (experts_BPk,) in passes])
-        load_E = self.ops.expert_load(chosen, num_groups=self.num_experts)
-        self.get_buffer("load").add_(load_E)
-        surplus_E, total = self.num_experts * load_E - load_E.sum(), load_E.sum()
-        moves_E = torch.div(HANDICAP_MOVE * surplus_E, total, rounding_mode="trunc").clamp(max=HANDICAP_MOVE)
-        handicap_E = self.get_buffer("handicap")
-        moved_E = handicap_E + moves_E
-        # What all experts have in common changes no choice, and would grow without a bound.
-        handicap_E.copy_((moved_E - moved_E.amin()).clamp(max=HANDICAP_MAX))
+        chosen = [experts_BPk.reshape(-1) for (experts_BPk,) in passes]
+        tables = (self.get_buffer("load"), self.get_buffer("handicap"))
+        self.ops.balance_experts(chosen[0] if len(chosen) == 1 else torch.cat(chosen), *tables, out=tables)
 
     def load_shares(self) -> Tensor:
         """Return each expert's part of all choices counted so far, float64 [E]; zeros before the first step."""

@@ -86,5 +86,10 @@ OPS = (
         bytes_min=lambda s: 8 * (s["M"] + s["E"]),
         ops_min=lambda s: s["M"],
     ),
+    OpRow(
+        "balance_experts", "experts", EXACT, LOADS,
+        bytes_min=lambda s: 8 * s["M"] + 20 * s["E"],
+        ops_min=lambda s: s["M"] + 8 * s["E"],
+    ),
 )
 # fmt: on

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
-from arbitor.reference.constants import HANDICAP_STEPS, QUERY_STEPS, ROUTER_OCTAVES
+from arbitor.reference.constants import (
+    HANDICAP_MAX,
+    HANDICAP_MOVE,
+    HANDICAP_STEPS,
+    QUERY_STEPS,
+    ROUTER_OCTAVES,
+)
 from arbitor.reference.dtypes import wide_dtype, widened
 from arbitor.reference.ops.codebook import whole_sixteenths
 from arbitor.reference.ops.scale import dequantize
@@ -20,6 +26,7 @@ from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
 __all__ = [
+    "balance_experts",
     "choose_experts",
     "expert_load",
     "grouped_linear",
@@ -196,6 +203,39 @@ def router_rows(weight: TernaryWeight) -> Tensor:
     levels = weight.exponents.to(torch.int32)
     seen = torch.maximum(levels, levels.amax() - (ROUTER_OCTAVES << weight.mantissa_bits))
     return dequantize(weight.with_tensors(exponents=seen.to(torch.int8)), dtype=torch.float64)
+
+
+@op
+def balance_experts(
+    chosen: Tensor, load_E: Tensor, handicap_E: Tensor, *, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the load and the handicaps of experts after some choices.
+
+    Math:    n choices, n_e of them of expert e; load[e] <- load[e] + n_e
+             h[e] <- h[e] + min(trunc(16 (E n_e - n) / n), 16); then h[e] <- min(h[e] - the least h, 32767). Without a choice
+             nothing changes
+    Shapes:  chosen int64 [...] in -1 .. E - 1, of which -1 is no choice; load int64 [E]; handicap int16 [E]
+    Returns: new tensors; or `out` (may be the tables themselves), overwritten
+    Raises:  TypeError or ValueError for a dtype, shape, device or expert that is not allowed
+    Laws:    the order of the choices does not matter; an expert with just its share moves by 0 before the least is taken off
+    Source:  docs/spec/experts.md
+    """
+    checks.balance(chosen, load_E, handicap_E, out)
+    num_experts = load_E.numel()
+    checks.values_between("chosen", chosen, -1, num_experts - 1)
+    count_E = expert_load(chosen, num_groups=num_experts)
+    total = count_E.sum()
+    surplus_E = HANDICAP_MOVE * (num_experts * count_E - total)
+    moves_E = torch.div(surplus_E, total.clamp(min=1), rounding_mode="trunc").clamp(max=HANDICAP_MOVE)
+    moved_E = handicap_E + moves_E
+    # What all experts have in common changes no choice, and would grow without a bound.
+    evened_E = (moved_E - moved_E.amin()).clamp(max=HANDICAP_MAX).to(torch.int16)
+    made = (load_E + count_E, torch.where(total > 0, evened_E, handicap_E))
+    if out is None:
+        return made
+    for target, value in zip(out, made, strict=True):
+        target.copy_(value)
+    return out
 
 
 @op
