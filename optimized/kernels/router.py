@@ -233,12 +233,14 @@ def chosen_rows(x_MK: Tensor, weight: DeviceWeight, top_k: int, handicap_E: Tens
     out = torch.empty(num_vectors, top_k, dtype=torch.int64, device=x_MK.device)
     if num_vectors:
         block_m = 16 if num_vectors <= FEW_VECTORS else 64
+        # Wide tiles: a program waits for memory once or twice.
+        block_k = max(32, min(256, triton.next_power_of_2(num_columns)))
         _choose_kernel[row_grid(1, triton.cdiv(num_vectors, block_m))](
             x_MK, weight.words, weight.exponents, None if handicap_E is None else handicap_E.contiguous(), out,
             num_vectors, top_k, num_columns, num_groups, weight.words.shape[1],
             HANDICAP=handicap_E is not None, EXPERTS=num_experts, GROUP_SIZE=weight.group_size,
             MANTISSA_BITS=weight.mantissa_bits, BLOCK_M=block_m, BLOCK_E=max(16, triton.next_power_of_2(num_experts)),
-            BLOCK_K=64, BLOCK_LEVELS=1024,
+            BLOCK_K=block_k, BLOCK_LEVELS=4096, num_warps=8,
         )  # fmt: skip
     return out
 

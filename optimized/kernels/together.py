@@ -36,8 +36,14 @@ BLOCK_WORDS, BLOCK_GROUPS = 128, 1024
 TILE = 2048
 """Lanes of a tile of groups that count votes."""
 
+NARROW_COLUMNS = 128
+"""Columns up to which rows are narrow."""
+
 ALIGNED = 16
 """Bytes that an address is a multiple of where kernels may read so many at once."""
+
+MOST_TABLES = 4096
+"""Most tables that are kept."""
 
 _TABLES: dict[tuple[int, ...], Tensor] = {}
 """Tables on their device by their content. None is ever dropped, because a recorded graph reads it at each replay."""
@@ -155,6 +161,11 @@ def _step_together_kernel(
         tl.store(exponent_accum_ptr + groups, (of_group - full_e * theta_e).to(tl.int8), mask=inside)
 
 
+def is_narrow(weight: DeviceWeight) -> bool:
+    """Return whether the rows of a weight are so narrow that a program should count in several of them."""
+    return weight.shape[1] <= NARROW_COLUMNS and weight.shape[0] > 1
+
+
 def counts_together(weights: Sequence[DeviceWeight], tensor_ids: Sequence[int]) -> bool:
     """Return whether `count_together_` takes weights of one shape."""
     is_small = weights[0].trit_accum.numel() <= MOST_ELEMENTS
@@ -252,11 +263,16 @@ def _has_table(rows: Sequence[Sequence[int]], device: torch.device) -> bool:
 
 
 def _table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Return a table on the device, made once."""
+    """Return a table on the device, made once. Those of weights that come and go are not kept for ever."""
     key = _key(rows, device)
-    if key not in _TABLES:
-        _TABLES[key] = torch.tensor(rows, dtype=torch.int64).to(device)
-    return _TABLES[key]
+    if key in _TABLES:
+        return _TABLES[key]
+    made = torch.tensor(rows, dtype=torch.int64)
+    # Other memory would make the host wait for the device.
+    made = (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
+    if len(_TABLES) < MOST_TABLES:
+        _TABLES[key] = made
+    return made
 
 
 def _key(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[int, ...]:

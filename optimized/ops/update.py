@@ -180,7 +180,10 @@ def _count_gradient_(
     faults: Tensor | None,
 ) -> None:
     """Launch `accumulate_gradient`, in place, for a contiguous gradient."""
-    if takes_cuda(cuda_update.fits_count(target, grad_NK, rows), target.device):
+    tensor_ids = (clock.tensor_id % 2**32,)
+    if rows is None and together.is_narrow(target) and together.counts_together([target], tensor_ids):
+        together.count_together_([target], grad_NK, rate, clock, tensor_ids, exponent_rule, faults)
+    elif takes_cuda(cuda_update.fits_count(target, grad_NK, rows), target.device):
         cuda_update.count_votes_(target, grad_NK, rate, clock, exponent_rule, faults)
     else:
         update.count_votes_(target, grad_NK, rate, clock, exponent_rule, rows, faults)
