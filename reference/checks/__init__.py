@@ -18,7 +18,7 @@ from arbitor.reference.checks.arguments import (
     one_of,
     threshold,
 )
-from arbitor.reference.checks.attention import decode_slots, slot_bias
+from arbitor.reference.checks.attention import decode_slots, slot_bias, view_of_past
 from arbitor.reference.checks.codebooks import (
     buckets,
     code_columns,
@@ -155,6 +155,7 @@ __all__ = [
     "turns",
     "usage_of",
     "values_between",
+    "view_of_past",
     "vote_clock",
     "vote_rate",
     "weighed_ranks",

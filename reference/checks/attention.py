@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from arbitor.reference.checks.arguments import integer, number
@@ -40,3 +41,14 @@ def slot_bias(bias_BS: Tensor) -> None:
     """Refuse a bias that is NaN or +inf; -inf hides its slot."""
     if bias_BS.device.type != "meta" and not bool((bias_BS < math.inf).all()):
         raise ValueError("bias_BS holds NaN or +inf, but its elements must be finite or -inf")
+
+
+def view_of_past(first_B: Tensor, *, num_queries: int, window: int, block: int, num_summaries: int) -> None:
+    """Refuse first positions that are not int64 [B], or sizes of a view that are no whole numbers from 1 on."""
+    dtype_in("first_B", first_B, (torch.int64,))
+    if first_B.ndim != 1:
+        raise ValueError(f"first_B has shape {tuple(first_B.shape)}, but must be [batch]")
+    integer("num_queries", num_queries, 1, 2**20)
+    integer("window", window, 1, 2**20)
+    integer("block", block, 1, 2**20)
+    integer("num_summaries", num_summaries, 1, 2**20)
