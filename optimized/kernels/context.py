@@ -29,6 +29,18 @@ def start_of(positions, span, UNIT: tl.constexpr):
 
 
 @triton.jit
+def next_start_of(start, UNIT: tl.constexpr, SUMMARIES: tl.constexpr):
+    """Return the start of the next level, whose blocks have four times UNIT positions, for int64 starts of a level."""
+    return start_of(start, SUMMARIES * UNIT, CHILDREN * UNIT)
+
+
+@triton.jit
+def blocks_of(num_queries, UNIT: tl.constexpr, SUMMARIES: tl.constexpr):
+    """Return the slots of a level, whose blocks have UNIT positions."""
+    return SUMMARIES + CHILDREN - 1 + (num_queries + (UNIT - 2)) // UNIT
+
+
+@triton.jit
 def log_place(positions, SIZE: tl.constexpr):
     """Return the places of int64 positions in a log whose smallest blocks have SIZE positions."""
     places = positions
@@ -67,15 +79,14 @@ def _visible_slots_kernel(
     sees = (position[None, :] >= start[:, None]) & (position[None, :] <= last[:, None])
     bias = tl.where(inside[None, :] & sees, 0.0, float("-inf"))
     for level in tl.static_range(LEVELS):
-        UNIT: tl.constexpr = SIZE << (2 * level)
-        next_oldest = start_of(oldest, SUMMARIES * UNIT, CHILDREN * UNIT)
-        next_newest = start_of(newest, SUMMARIES * UNIT, CHILDREN * UNIT)
-        next_start = start_of(start, SUMMARIES * UNIT, CHILDREN * UNIT)
-        number = SUMMARIES + CHILDREN - 1 + (num_queries - 1 + UNIT - 1) // UNIT
+        next_oldest = next_start_of(oldest, SIZE << (2 * level), SUMMARIES)
+        next_newest = next_start_of(newest, SIZE << (2 * level), SUMMARIES)
+        next_start = next_start_of(start, SIZE << (2 * level), SUMMARIES)
+        number = blocks_of(num_queries, SIZE << (2 * level), SUMMARIES)
         of_level = slots - offset
         inside = (of_level >= 0) & (of_level < number)
-        begin = next_oldest + of_level.to(tl.int64) * UNIT
-        place = log_place(begin + (UNIT - 1), SIZE) + 1 + level
+        begin = next_oldest + of_level.to(tl.int64) * (SIZE << (2 * level))
+        place = log_place(begin + ((SIZE << (2 * level)) - 1), SIZE) + 1 + level
         places = tl.where(inside, tl.where(begin < newest, place, 0), places)
         sees = (begin[None, :] >= next_start[:, None]) & (begin[None, :] < start[:, None])
         bias = tl.where(inside[None, :] & sees, weight_of(level, w0, w1, w2, w3, w4, w5, w6, w7), bias)
