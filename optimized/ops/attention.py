@@ -16,14 +16,22 @@ __all__ = ["decode_attention", "visible_slots"]
 
 @op()
 def decode_attention(
-    q_BHK: Tensor, keys_BSK: Tensor, bias_BS: Tensor, *, value_width: int, scale: float
+    q_BHK: Tensor,
+    keys_BSK: Tensor,
+    bias_BS: Tensor,
+    *,
+    value_width: int,
+    scale: float,
+    places_BS: Tensor | None = None,
 ) -> Tensor:
     """See reference; float64 is not supported."""
     checks.dtype_in("q_BHK", q_BHK, DTYPES)
-    checks.decode_slots(q_BHK, keys_BSK, bias_BS, value_width=value_width, scale=scale)
+    checks.decode_slots(q_BHK, keys_BSK, bias_BS, places_BS, value_width=value_width, scale=scale)
+    if places_BS is not None:
+        values_between("places_BS", places_BS, 0, keys_BSK.shape[1] - 1)
     if may_look_at_values(bias_BS):
         checks.slot_bias(bias_BS)
-    return kernels.attended(q_BHK, keys_BSK, bias_BS, value_width, float(scale))
+    return kernels.attended(q_BHK, keys_BSK, bias_BS, value_width, float(scale), places_BS)
 
 
 @op()

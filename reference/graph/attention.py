@@ -155,10 +155,11 @@ class LatentAttention(ArbModule):
         )
         mean_BHL = self.ops.decode_attention(
             torch.cat([q_latent.unflatten(0, (batch, self.num_heads)), q_rotary], dim=-1),
-            rows_at(cache.log.rows[..., self.rotary_dim :], view.places_BS),
+            cache.log.rows[..., self.rotary_dim :],
             view.bias_BQS[:, 0].to(wide_dtype(q_BHC)),
             value_width=self.kv_latent,
             scale=self.scale,
+            places_BS=view.places_BS,
         )
         values_MC = self.ops.grouped_linear(
             mean_BHL.flatten(0, 1), self.value_up.weight, heads_M, num_groups=self.num_heads

@@ -24,7 +24,13 @@ __all__ = ["decode_attention", "visible_slots"]
 
 @op
 def decode_attention(
-    q_BHK: Tensor, keys_BSK: Tensor, bias_BS: Tensor, *, value_width: int, scale: float
+    q_BHK: Tensor,
+    keys_BSK: Tensor,
+    bias_BS: Tensor,
+    *,
+    value_width: int,
+    scale: float,
+    places_BS: Tensor | None = None,
 ) -> Tensor:
     """Return each head's weighted mean of the visible slots, which all heads share.
 
@@ -32,15 +38,19 @@ def decode_attention(
              y[b, h, l] = sum_s a[b, h, s] * keys[b, s, l], l < L
     Shapes:  q float32, bfloat16 or float64 [B, H, K], keys of the same dtype [B, S, K]; bias float32 (float64 for float64
              inputs) [B, S], each finite or -inf. A slot of bias -inf is not visible. A slot of bias ln n stands for n slots
-             with its key. L = value_width in 1 .. K; B, H and S may be 0
+             with its key. L = value_width in 1 .. K; B, H and S may be 0. With places int64 [B, S] the keys are those of a log
+             [B, N, K], and slot s is row places[b, s] of it
     Returns: dtype of q, [B, H, L]; zeros for a sequence that sees no slot
     Raises:  TypeError or ValueError for a dtype, shape, device, width, scale or bias that is not allowed
     Laws:    an invisible slot is not read, so not even a NaN in it shows; a single visible slot gives its value exactly;
              n equal slots give the same as one slot of bias ln n
     Source:  docs/spec/attention.md; DeepSeek-V2 (2024), section 2.1 (absorbed form)
     """
-    checks.decode_slots(q_BHK, keys_BSK, bias_BS, value_width=value_width, scale=scale)
+    checks.decode_slots(q_BHK, keys_BSK, bias_BS, places_BS, value_width=value_width, scale=scale)
     checks.slot_bias(bias_BS)
+    if places_BS is not None:
+        checks.values_between("places_BS", places_BS, 0, keys_BSK.shape[1] - 1)
+        keys_BSK = keys_BSK[torch.arange(len(places_BS), device=places_BS.device)[:, None], places_BS]
     wide = wide_dtype(q_BHK)
     visible_BS1 = (bias_BS > -torch.inf)[:, :, None]
     keys_BSK = torch.where(visible_BS1, keys_BSK.to(wide), 0.0)
