@@ -61,8 +61,7 @@ def linear_input_grad(
     shape = (*grad.shape[:-1], num_groups * weight.shape[1])
     checks.sum_of("out", out, shape, grad=grad)
     grad_MN, rows = matrix_of(grad), on_device(weight)
-    in_place = out is not None and out.is_contiguous() and out.numel() and _is_dense(grad_MN, rows)
-    if in_place and _unpacks_whole(rows):
+    if out is not None and out.numel() and _adds_in_place(grad_MN, rows, out):
         # The library adds before it rounds.
         w_NK = dense_rows(rows, grad.dtype, num_groups=num_groups, row_multiple=OUTPUT_MULTIPLE)
         narrow_product(padded(grad_MN), w_NK, added=out.view(-1, shape[-1]))
@@ -118,6 +117,11 @@ def padded(grad_MN: Tensor) -> Tensor:
 def matrix_of(x: Tensor) -> Tensor:
     """Return x as contiguous rows [M, last]. M is computed here, because torch cannot infer it for an empty batch."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+
+
+def _adds_in_place(grad_MN: Tensor, weight: DeviceWeight, out: Tensor) -> bool:
+    """Return whether one product of the library adds to a tensor."""
+    return out.is_contiguous() and _is_dense(grad_MN, weight) and _unpacks_whole(weight)
 
 
 def _is_dense(x_MK: Tensor, weight: DeviceWeight) -> bool:

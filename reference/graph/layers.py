@@ -189,10 +189,11 @@ def fan_out(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
     The gradients that x has from them are added up one after the other as they are made, without a launch for a sum. Where one of
     the linears is a float module, which a merge puts in its place, each is called by itself.
     """
-    if not all(isinstance(module, Multiplier) for module in modules):
+    linears = [module for module in modules if isinstance(module, Multiplier)]
+    if len(linears) < len(modules):
         return tuple(module(x) for module in modules)
-    outputs: tuple[Tensor, ...] = uncompiled(_fan_out, x, modules)
-    return tuple(module.adapted(y, x) for module, y in zip(modules, outputs, strict=True))
+    outputs: tuple[Tensor, ...] = uncompiled(_fan_out, x, tuple(linears))
+    return tuple(linear.adapted(y, x) for linear, y in zip(linears, outputs, strict=True))
 
 
 def _fan_out(x: Tensor, modules: tuple[Multiplier, ...]) -> tuple[Tensor, ...]:
