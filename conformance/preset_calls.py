@@ -91,6 +91,10 @@ def of_experts() -> Iterator[tuple[str, Case]]:
     ranks, logits, chosen = torch.zeros(64, 768, dtype=BF16), torch.zeros(64, 32, dtype=BF16), dealt(128, 32)
     yield "weigh_ranks", Case((ranks, logits, chosen.reshape(64, 2)))
     yield "weigh_ranks_grads", Case((ranks, ranks, logits, chosen.reshape(64, 2)))
+    # Those of r12, of the chosen alone.
+    ranks, only = torch.zeros(64, 2 * 1192, dtype=BF16), {"chosen_only": True}
+    yield "weigh_ranks", Case((ranks, logits, chosen.reshape(64, 2)), only)
+    yield "weigh_ranks_grads", Case((ranks, ranks, logits, chosen.reshape(64, 2)), only)
     # The experts of r12, with its width cut, and of r9.
     for rows, columns in ((1192, 192), (128, 512)):
         stacked = weight(groups["num_groups"] * rows, columns)

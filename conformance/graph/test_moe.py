@@ -13,7 +13,7 @@ from arbitor.reference.graph.adapters import attach
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.grouped import TernaryGroupedLinear
 from arbitor.reference.graph.layers import fan_out
-from arbitor.reference.graph.moe import DENSE_RANKS, FEW_POSITIONS, SharedProjectionMoE, chosen_shares
+from arbitor.reference.graph.moe import DENSE_RANKS, FEW_POSITIONS, SharedProjectionMoE
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.types import TernaryWeight
 from conformance.compare import alike, exact, unsigned_zeros
@@ -95,7 +95,7 @@ def state_after_a_vote(parts: GraphContext, moe: SharedProjectionMoE, chosen: li
             (ranks_MR,) = fan_out(x_MD, moe.expert_down)
             y_MI = moe.all_modulations(ranks_MR, logits_ME, experts_Mk)
         else:
-            y_MI = moe.modulations(x_MD, experts_Mk, chosen_shares(logits_ME, experts_Mk)).sum(dim=-2)
+            y_MI = moe.modulations(x_MD, logits_ME, experts_Mk).sum(dim=-2)
         (y_MI * integers(len(chosen), INNER, seed=2).to(parts.device)).sum().backward()
     voted = canonical(moe.expert_up)
     assert voted.trit_accum.any() and canonical(moe.expert_down).trit_accum.any()
@@ -138,23 +138,6 @@ def test_an_adapter_of_experts_asks_for_the_chosen_alone() -> None:
     assert moe.takes_all(1000)
     attach(moe, targets="expert_up", rank=2)
     assert not moe.takes_all(1000)
-
-
-def test_shares_are_a_softmax_over_the_chosen_experts() -> None:
-    logits = torch.randn(5, 7, 6, generator=torch.Generator().manual_seed(1))
-    chosen = logits.topk(3, dim=-1).indices.sort(dim=-1).values
-    shares = torch.zeros_like(logits).scatter(-1, chosen, chosen_shares(logits, chosen))
-    want = logits.masked_fill(~(shares > 0), -torch.inf).softmax(dim=-1)
-    alike(shares, want)
-    assert ((shares > 0).sum(dim=-1) == 3).all()
-    alike(reference_ops.weigh_ranks(torch.ones_like(logits), logits, chosen), shares)
-
-
-def test_the_share_of_a_single_expert_is_its_part_of_all() -> None:
-    logits = torch.randn(5, 7, 6, generator=torch.Generator().manual_seed(2))
-    chosen = logits.argmax(dim=-1, keepdim=True)
-    alike(chosen_shares(logits, chosen), logits.softmax(dim=-1).amax(dim=-1, keepdim=True))
-    assert chosen_shares(logits.to(torch.bfloat16), chosen).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -306,18 +289,17 @@ def test_a_handicap_counts_in_the_choice_and_not_in_the_shares() -> None:
     with pytest.MonkeyPatch.context() as patch:
         modulations = moe.modulations
 
-        def watched(x: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
-            found.extend((experts, shares))
-            return modulations(x, experts, shares)
+        def watched(x: Tensor, logits: Tensor, experts: Tensor) -> Tensor:
+            found.extend((experts, logits))
+            return modulations(x, logits, experts)
 
         patch.setattr(moe, "modulations", watched)
         moe(x_BPD)
         moe.get_buffer("handicap")[1] = 32767
         moe(x_BPD)
-    before, _, after, shares = found
+    before, _, after, logits = found
     assert (before == 1).any() and not (after == 1).any()
-    logits = moe.router(x_BPD).gather(-1, after)
-    alike(shares, logits.softmax(dim=-1))
+    alike(logits, moe.router(x_BPD))
 
 
 def test_handicaps_even_out_the_load() -> None:

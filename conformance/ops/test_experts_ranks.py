@@ -14,7 +14,7 @@ from torch import Tensor
 
 from conformance import strategies as ss
 from conformance.case import Case, calls, magnitude
-from conformance.compare import exact, no_worse
+from conformance.compare import alike, exact, no_worse
 from conformance.law import law
 from conformance.mutant import mutants_of
 from conformance.refusal import F16, ids, meta, ones, refusals, refused
@@ -42,14 +42,24 @@ def weighings(draw: st.DrawFn, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
     return ranks, logits, experts.sort(dim=-1).values
 
 
+def slots_of(ranks: Tensor, logits: Tensor, experts: Tensor) -> Tensor:
+    """Return the ranks of the chosen experts alone, in the order of the experts."""
+    of_experts = ranks.unflatten(-1, (logits.shape[-1], -1))
+    index = experts[..., None].expand(*experts.shape, of_experts.shape[-1])
+    return of_experts.gather(-2, index).flatten(-2)
+
+
 @calls("weigh_ranks", "weigh_ranks_grads")
 def weigh_ranks_calls(draw: st.DrawFn, op: str) -> Case:
     dtype = draw(ss.DTYPES)
     found = draw(weighings(dtype))
+    kwargs = {}
+    if draw(st.booleans(), label="chosen only"):
+        kwargs, found = {"chosen_only": True}, (slots_of(*found), *found[1:])
     if op == "weigh_ranks_grads":
         grad = draw(ss.activations(tuple(found[0].shape), dtype, exact=False, kinds=KINDS))
-        return Case((grad, *found))
-    return Case(found)
+        return Case((grad, *found), kwargs)
+    return Case(found, kwargs)
 
 
 def shares_of(logits: Tensor, experts: Tensor) -> Tensor:
@@ -63,19 +73,23 @@ def shares_of(logits: Tensor, experts: Tensor) -> Tensor:
 @magnitude("weigh_ranks")
 def magnitude_of_weighed(op: Callable[..., Any], case: Case) -> Tensor:
     """Return the absolute result. The logits keep their signs."""
-    return op(*(value.to(torch.float64) for value in case.args[:2]), case.args[2]).abs()
+    return op(*(value.to(torch.float64) for value in case.args[:2]), case.args[2], **case.kwargs).abs()
 
 
 @magnitude("weigh_ranks_grads")
 def magnitude_of_weighed_grads(op: Callable[..., Any], case: Case) -> tuple[Tensor, Tensor]:
     """Return the absolute gradients of the ranks, and the absolute terms of those of the logits."""
     grad, ranks, logits = (value.to(torch.float64) for value in case.args[:3])
-    experts, matrix = case.args[3], (logits.shape[-1], -1)
+    experts, products = case.args[3], grad.abs() * ranks.abs()
     shares_E = shares_of(logits, experts)
-    is_chosen = torch.zeros_like(logits).scatter(-1, experts, 1.0)
-    terms_E = (grad.abs() * ranks.abs()).unflatten(-1, matrix).sum(dim=-1) * is_chosen
+    if case.kwargs.get("chosen_only"):
+        of_slots = products.unflatten(-1, (experts.shape[-1], -1)).sum(dim=-1)
+        terms_E = torch.zeros_like(logits).scatter(-1, experts, of_slots)
+    else:
+        is_chosen = torch.zeros_like(logits).scatter(-1, experts, 1.0)
+        terms_E = products.unflatten(-1, (logits.shape[-1], -1)).sum(dim=-1) * is_chosen
     of_logits = shares_E * (terms_E + (shares_E * terms_E).sum(dim=-1, keepdim=True))
-    return op(grad, ranks, logits, experts)[0].abs(), of_logits
+    return op(grad, ranks, logits, experts, **case.kwargs)[0].abs(), of_logits
 
 
 # --- laws, and the mutants that they reject --------------------------------------------------------------------------
@@ -181,6 +195,31 @@ def test_weigh_ranks_reads_the_chosen_alone(ops: Subject, data: st.DataObject) -
     )
 
 
+@law(
+    data=st.data(),
+    rejects=[
+        mutant("slots_with_shares_in_their_order", "shares_k = shares_E.gather(-1, experts)",
+               "shares_k = shares_E[..., : experts.shape[-1]]", compared="weigh_ranks"),
+        mutant("gradients_of_slots_unweighed", "grad_ranks = shares_E.gather(-1, experts)[..., None] * dy",
+               "grad_ranks = 1.0 * dy", compared="weigh_ranks_grads"),
+        mutant("gradients_of_slots_in_their_order", "scatter(-1, experts, of_shares_k)",
+               "scatter(-1, torch.arange(experts.shape[-1]).expand(experts.shape), of_shares_k)",
+               compared="weigh_ranks_grads"),
+    ],
+)  # fmt: skip
+def test_weigh_ranks_of_the_chosen_only(ops: Subject, data: st.DataObject) -> None:
+    """Ranks of the chosen experts alone are weighed as among those of all, and so are the gradients."""
+    ranks, logits, experts = data.draw(weighings(torch.float32))
+    given, how = (slots_of(ranks, logits, experts), logits, experts), {"chosen_only": True}
+    grad = ranks.flip(-1)
+    y = ops.weigh_ranks(ranks, logits, experts)
+    exact(ops.weigh_ranks(*given, **how), slots_of(y, logits, experts))
+    of_ranks, of_logits = ops.weigh_ranks_grads(grad, ranks, logits, experts)
+    got, got_logits = ops.weigh_ranks_grads(slots_of(grad, logits, experts), *given, **how)
+    exact(got, slots_of(of_ranks, logits, experts))
+    alike(got_logits, of_logits)
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -198,6 +237,9 @@ test_refusals_of_experts_ranks = refusals(
     refused("weigh_ranks", "expert E", ValueError, "experts", ones(6), ones(3), ids(3)),
     refused("weigh_ranks", "expert -1", ValueError, "experts", ones(6), ones(3), ids(-1)),
     refused("weigh_ranks", "int32 experts", TypeError, "experts", ones(6), ones(3), ones(1, dtype=torch.int32)),
+    refused("weigh_ranks", "ranks of all for two chosen of three", ValueError,
+            "ranks", ones(3), ones(3), ids(0, 1), chosen_only=True),
+    refused("weigh_ranks", "a number for a flag", TypeError, "chosen_only", ones(6), ones(3), ids(0), chosen_only=1),
     refused("weigh_ranks", "two devices", ValueError, "ranks", meta(6), ones(3), ids(0)),
     refused("weigh_ranks_grads", "another shape", ValueError, "grad", ones(3), ones(6), ones(3), ids(0)),
     refused("weigh_ranks_grads", "another dtype", TypeError,
@@ -205,7 +247,7 @@ test_refusals_of_experts_ranks = refusals(
     refused("weigh_ranks_grads", "elsewhere", ValueError, "grad", meta(6), ones(6), ones(3), ids(0)),
     refused("weigh_ranks_grads", "expert E", ValueError, "experts", ones(6), ones(6), ones(3), ids(3)),
     rejects=[
-        mutant("ranks_unchecked", "checks.weighed_ranks(ranks, logits, experts)", "pass", times=2),
+        mutant("ranks_unchecked", "checks.weighed_ranks(ranks, logits, experts, chosen_only)", "pass", times=2),
         mutant(
             "chosen_experts_unchecked",
             'checks.values_between("experts", experts, 0, logits.shape[-1] - 1)',

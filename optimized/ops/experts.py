@@ -79,29 +79,33 @@ def grouped_linear_weight_grad(
     return weight_grad(grad, x, plan, num_groups, grad_slots=grad_slots, x_slots=x_slots)
 
 
-def _weighed_grads(grad: Tensor, *, ranks: Tensor, logits: Tensor, experts: Tensor) -> Mapping[str, Tensor]:
+def _weighed_grads(
+    grad: Tensor, *, ranks: Tensor, logits: Tensor, experts: Tensor, chosen_only: bool
+) -> Mapping[str, Tensor]:
     """Return the gradients of `weigh_ranks`."""
-    of_ranks, of_logits = weigh_ranks_grads(grad, ranks, logits, experts)
+    of_ranks, of_logits = weigh_ranks_grads(grad, ranks, logits, experts, chosen_only=chosen_only)
     return {"ranks": of_ranks, "logits": of_logits}
 
 
 @op(ranks=_weighed_grads, logits=_weighed_grads)
-def weigh_ranks(ranks: Tensor, logits: Tensor, experts: Tensor) -> Tensor:
+def weigh_ranks(ranks: Tensor, logits: Tensor, experts: Tensor, *, chosen_only: bool = False) -> Tensor:
     """See reference; float64 is not supported."""
-    checks.weighed_ranks(ranks, logits, experts, DTYPES)
+    checks.weighed_ranks(ranks, logits, experts, chosen_only, DTYPES)
     values_between("experts", experts, 0, logits.shape[-1] - 1)
-    return rank_kernels.weighed(ranks, logits, experts)
+    return rank_kernels.weighed(ranks, logits, experts, chosen_only)
 
 
 @op()
-def weigh_ranks_grads(grad: Tensor, ranks: Tensor, logits: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+def weigh_ranks_grads(
+    grad: Tensor, ranks: Tensor, logits: Tensor, experts: Tensor, *, chosen_only: bool = False
+) -> tuple[Tensor, Tensor]:
     """See reference; float64 is not supported. One launch makes both gradients."""
-    checks.weighed_ranks(ranks, logits, experts, DTYPES)
+    checks.weighed_ranks(ranks, logits, experts, chosen_only, DTYPES)
     values_between("experts", experts, 0, logits.shape[-1] - 1)
     checks.same_dtype("grad", grad, "ranks", ranks)
     checks.same_shape("grad", grad, "ranks", ranks)
     checks.same_device(ranks=ranks, grad=grad)
-    return rank_kernels.weighed_grads(grad, ranks, logits, experts)
+    return rank_kernels.weighed_grads(grad, ranks, logits, experts, chosen_only)
 
 
 @op()

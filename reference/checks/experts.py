@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from arbitor.reference.checks.arguments import integer
+from arbitor.reference.checks.arguments import flag, integer
 from arbitor.reference.checks.tensors import FLOAT_DTYPES, dtype_in, last_dim, same_device, same_dtype, tensor
 from arbitor.reference.checks.weights import Weight
 from arbitor.reference.constants import MAX_ROUTER_COLUMNS
@@ -93,24 +93,28 @@ def side_by_side(name: str, num_columns: int, num_groups: int) -> int:
 
 
 def weighed_ranks(
-    ranks: Tensor, logits: Tensor, experts: Tensor, allowed: Sequence[torch.dtype] = FLOAT_DTYPES
+    ranks: Tensor,
+    logits: Tensor,
+    experts: Tensor,
+    chosen_only: bool,
+    allowed: Sequence[torch.dtype] = FLOAT_DTYPES,
 ) -> None:
-    """Refuse ranks of all experts, logits of a router and chosen experts that do not fit each other."""
+    """Refuse ranks of all experts or of those chosen, logits of a router and chosen experts that do not fit each other."""
+    flag("chosen_only", chosen_only)
     dtype_in("logits", logits, allowed)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits has shape {tuple(logits.shape)}, but must be [..., experts]")
-    same_dtype("ranks", ranks, "logits", logits)
-    num_experts = logits.shape[-1]
-    lead = logits.shape[:-1]
-    if ranks.ndim == 0 or ranks.shape[:-1] != lead or ranks.shape[-1] == 0 or ranks.shape[-1] % num_experts:
-        raise ValueError(
-            f"ranks has shape {tuple(ranks.shape)}, but must be {tuple(lead)} and then a multiple of the {num_experts} experts of "
-            "logits"
-        )
+    lead, num_experts = logits.shape[:-1], logits.shape[-1]
     dtype_in("experts", experts, (torch.int64,))
     if experts.ndim == 0 or experts.shape[:-1] != lead or not 1 <= experts.shape[-1] <= num_experts:
         raise ValueError(
             f"experts has shape {tuple(experts.shape)}, but must be {tuple(lead)} and then 1 to {num_experts} experts"
+        )
+    same_dtype("ranks", ranks, "logits", logits)
+    parts = experts.shape[-1] if chosen_only else num_experts
+    if ranks.ndim == 0 or ranks.shape[:-1] != lead or ranks.shape[-1] == 0 or ranks.shape[-1] % parts:
+        raise ValueError(
+            f"ranks has shape {tuple(ranks.shape)}, but must be {tuple(lead)} and then a multiple of {parts}, the number of experts"
         )
     same_device(logits=logits, ranks=ranks, experts=experts)
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from arbitor.reference.constants import HANDICAP_MAX
-from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.grouped import TernaryGroupedLinear
 from arbitor.reference.graph.layers import TernaryLinear, fan_out
@@ -76,7 +75,7 @@ class SharedProjectionMoE(TableModule):
             terms_BPkI = self.all_modulations(ranks_BPR, logits_BPE, experts_BPk).unsqueeze(-2)
         else:
             gate_BPI, up_BPI, logits_BPE = fan_out(x_BPD, self.gate, self.up, self.router)
-            terms_BPkI = self.modulations(x_BPD, experts_BPk, chosen_shares(logits_BPE, experts_BPk))
+            terms_BPkI = self.modulations(x_BPD, logits_BPE, experts_BPk)
         y_BPD = self.down(self.ops.gated(gate_BPI, up_BPI, terms_BPkI))
         return when_voting(y_BPD, self, experts_BPk)
 
@@ -88,11 +87,12 @@ class SharedProjectionMoE(TableModule):
         is_cheap = self.num_experts * self.expert_rank <= DENSE_RANKS and num_positions > FEW_POSITIONS
         return is_cheap or num_positions <= self.dense_max
 
-    def modulations(self, x_BPD: Tensor, experts_BPk: Tensor, shares_BPk: Tensor) -> Tensor:
+    def modulations(self, x_BPD: Tensor, logits_BPE: Tensor, experts_BPk: Tensor) -> Tensor:
         """Return share times m_e of each expert that a position takes, [B, P, k, I]."""
         x_BPkD = x_BPD.unsqueeze(-2).expand(*experts_BPk.shape, -1)
-        ranks_BPkr = self.expert_down(x_BPkD, experts_BPk) * shares_BPk.unsqueeze(-1)
-        return self.expert_up(ranks_BPkr, experts_BPk)
+        ranks_BPkr = self.expert_down(x_BPkD, experts_BPk)
+        weighed_BPR = self.ops.weigh_ranks(ranks_BPkr.flatten(-2), logits_BPE, experts_BPk, chosen_only=True)
+        return self.expert_up(weighed_BPR.view_as(ranks_BPkr), experts_BPk)
 
     def all_modulations(self, ranks_BPR: Tensor, logits_BPE: Tensor, experts_BPk: Tensor) -> Tensor:
         """Return the sum of share times m_e over the chosen experts, [B, P, I], for A_e x of all experts, R = E r."""
@@ -108,19 +108,3 @@ class SharedProjectionMoE(TableModule):
         """Return each expert's part of all choices counted so far, float64 [E]; zeros before the first step."""
         load_E = self.get_buffer("load")
         return load_E / load_E.sum().clamp(min=1).to(torch.float64)
-
-
-def chosen_shares(logits_BPE: Tensor, experts_BPk: Tensor) -> Tensor:
-    """Return the shares of the chosen experts, [B, P, k] in the dtype of the router's logits.
-
-    Math:    k > 1: a softmax over the logits of the chosen experts, which adds up to 1
-             k = 1: the share of the chosen expert in a softmax over the logits of all experts. A softmax over a single logit is
-             always 1 and has no gradient, so the router would learn nothing
-    Returns: the softmax runs in float32 or better
-    """
-    wide_BPE = widened(logits_BPE)
-    if experts_BPk.shape[-1] == 1:
-        shares_BPk = wide_BPE.softmax(dim=-1).gather(-1, experts_BPk)
-    else:
-        shares_BPk = wide_BPE.gather(-1, experts_BPk).softmax(dim=-1)
-    return shares_BPk.to(logits_BPE.dtype)

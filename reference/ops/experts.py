@@ -115,28 +115,38 @@ def grouped_linear_weight_grad(
 
 
 @op
-def weigh_ranks(ranks: Tensor, logits: Tensor, experts: Tensor) -> Tensor:
+def weigh_ranks(ranks: Tensor, logits: Tensor, experts: Tensor, *, chosen_only: bool = False) -> Tensor:
     """Return the ranks of the chosen experts times their shares, and zeros for all other experts.
 
     Math:    y[e, j] = p[e] * ranks[e, j] for the chosen e, with p a softmax of the logits over the chosen experts, or for a
              single one over all experts; y[e, j] = 0 for the others
     Shapes:  ranks [..., E r], logits [..., E], both of one dtype, float32, bfloat16 or float64; experts int64 [..., k],
-             different ones of 0 .. E - 1, k of 1 or more
+             different ones of 0 .. E - 1, k of 1 or more. With `chosen_only` the ranks are [..., k r], those of the chosen
+             experts in their order
     Returns: dtype and shape of ranks
     Raises:  TypeError or ValueError for a dtype, shape, device or expert that is not allowed
     Laws:    linear in the ranks; what the ranks of an expert hold that was not chosen does not matter; shares add up to 1 for
              k above 1
     Source:  docs/spec/experts.md
     """
-    checks.weighed_ranks(ranks, logits, experts)
+    checks.weighed_ranks(ranks, logits, experts, chosen_only)
     checks.values_between("experts", experts, 0, logits.shape[-1] - 1)
     is_chosen, shares_E = _shares(logits, experts)
+    if chosen_only:
+        shares_k = shares_E.gather(-1, experts)
+        return (
+            (widened(ranks).unflatten(-1, (experts.shape[-1], -1)) * shares_k[..., None])
+            .flatten(-2)
+            .to(ranks.dtype)
+        )
     weighed = widened(ranks).unflatten(-1, (logits.shape[-1], -1)) * shares_E[..., None]
     return torch.where(is_chosen[..., None], weighed, 0.0).flatten(-2).to(ranks.dtype)
 
 
 @op
-def weigh_ranks_grads(grad: Tensor, ranks: Tensor, logits: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+def weigh_ranks_grads(
+    grad: Tensor, ranks: Tensor, logits: Tensor, experts: Tensor, *, chosen_only: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return the gradients of the loss with respect to the ranks and the logits of `weigh_ranks`.
 
     Math:    d ranks[e, j] = p[e] dy[e, j] for the chosen e, else 0; q[e] = sum_j dy[e, j] ranks[e, j] for the chosen e, else 0
@@ -147,17 +157,24 @@ def weigh_ranks_grads(grad: Tensor, ranks: Tensor, logits: Tensor, experts: Tens
     Laws:    the gradients of `weigh_ranks` by autograd
     Source:  docs/spec/experts.md
     """
-    checks.weighed_ranks(ranks, logits, experts)
+    checks.weighed_ranks(ranks, logits, experts, chosen_only)
     checks.values_between("experts", experts, 0, logits.shape[-1] - 1)
     checks.same_dtype("grad", grad, "ranks", ranks)
     checks.same_shape("grad", grad, "ranks", ranks)
     checks.same_device(ranks=ranks, grad=grad)
     is_chosen, shares_E = _shares(logits, experts)
-    matrix = (logits.shape[-1], -1)
-    is_rank = is_chosen[..., None]
-    dy = torch.where(is_rank, widened(grad).unflatten(-1, matrix), 0.0)
-    grad_ranks = shares_E[..., None] * dy
-    of_shares_E = (dy * torch.where(is_rank, widened(ranks).unflatten(-1, matrix), 0.0)).sum(dim=-1)
+    if chosen_only:
+        matrix = (experts.shape[-1], -1)
+        dy = widened(grad).unflatten(-1, matrix)
+        grad_ranks = shares_E.gather(-1, experts)[..., None] * dy
+        of_shares_k = (dy * widened(ranks).unflatten(-1, matrix)).sum(dim=-1)
+        of_shares_E = torch.zeros_like(shares_E).scatter(-1, experts, of_shares_k)
+    else:
+        matrix = (logits.shape[-1], -1)
+        is_rank = is_chosen[..., None]
+        dy = torch.where(is_rank, widened(grad).unflatten(-1, matrix), 0.0)
+        grad_ranks = shares_E[..., None] * dy
+        of_shares_E = (dy * torch.where(is_rank, widened(ranks).unflatten(-1, matrix), 0.0)).sum(dim=-1)
     mean = (shares_E * of_shares_E).sum(dim=-1, keepdim=True)
     grad_logits = shares_E * (of_shares_E - mean)
     return grad_ranks.flatten(-2).to(ranks.dtype), grad_logits.to(ranks.dtype)
