@@ -215,7 +215,10 @@ def _rms_norm_weight_grad_kernel(
 def _tile(num_columns: int) -> dict[str, int]:
     """Return the block of a kernel that gives each row a program, and the warps that share it."""
     block, _ = row_tile(num_columns, BLOCK_COLUMNS)
-    return {"BLOCK": block, "num_warps": 2 if block <= 1024 else 4 if block <= 4096 else 8}
+    return {
+        "BLOCK": block,
+        "num_warps": 1 if block <= 512 else 2 if block <= 1024 else 4 if block <= 4096 else 8,
+    }
 
 
 def normalize(x_MK: Tensor, weight: DeviceWeight, eps: float) -> Tensor:

@@ -1,7 +1,8 @@
-"""Router kernels: the choice of experts in one launch for routers of a usual size, and the pieces of it for others.
+"""Router kernels: the choice of experts in two launches for routers of a usual size, and the pieces of it for others.
 
-Scores are whole numbers, so that every way to add them up gives the same. One launch splits a weight into digits of 7 bits, which
-tensor cores multiply with the vectors in int8. For others the operands are made in float64, and the library multiplies.
+Scores are whole numbers, so that every way to add them up gives the same. One launch splits the weight into digits of 7 bits. In
+the other one tensor cores multiply the digits with the vectors in int8, and the largest scores are taken. For larger routers the
+operands are made in float64, and the library multiplies.
 Legend: E experts, K columns, M vectors; KW words a row, KG groups a row.
 """
 
@@ -47,7 +48,7 @@ BLOCK_SCORES = 1024
 
 
 FUSED_EXPERTS, FUSED_COLUMNS = 128, 4096
-"""Largest router that one launch chooses by. Each program reads all of its weight."""
+"""Largest router that is multiplied by digits. Each program reads all of them."""
 
 DIGIT_BITS = tl.constexpr(7)
 """Bits of a digit of a weight, whose sign is kept apart. Three digits hold 2 mantissa bits, a leading bit and 16 octaves."""
@@ -82,18 +83,39 @@ def best_of_scores(
     return chosen
 
 
-@triton.jit(do_not_specialize=["num_vectors", "top_k"])
+@triton.jit(do_not_specialize=["row_groups", "row_words", "row_blocks", "plane"])
+def _router_digits_kernel(
+    words_ptr, levels_ptr, digits_ptr, unit_ptr, num_columns, row_groups, row_words, row_blocks, num_levels, plane,
+    GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_LEVELS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) // row_blocks
+    columns = (tl.program_id(0) % row_blocks) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < num_columns
+    least = largest_level(levels_ptr, num_levels, BLOCK_LEVELS) - (OCTAVES << MANTISSA_BITS)
+    # The unit of all weights: the last mantissa bit at the exponent of the least level.
+    lowest = least >> MANTISSA_BITS
+    words = tl.load(words_ptr + row * row_words + columns // 16, mask=mask, other=0)
+    levels = tl.load(levels_ptr + row * row_groups + columns // GROUP_SIZE, mask=mask, other=0).to(tl.int32)
+    levels = tl.maximum(levels, least)
+    whole = (levels & ((1 << MANTISSA_BITS) - 1)) + (1 << MANTISSA_BITS)
+    size = whole << ((levels >> MANTISSA_BITS) - lowest)
+    trits = lane_trits(words, columns % 16)
+    out_ptr = digits_ptr + row * num_columns + columns
+    tl.store(out_ptr, (trits * (size & DIGIT)).to(tl.int8), mask=mask)
+    tl.store(out_ptr + plane, (trits * ((size >> DIGIT_BITS) & DIGIT)).to(tl.int8), mask=mask)
+    tl.store(out_ptr + 2 * plane, (trits * (size >> (2 * DIGIT_BITS))).to(tl.int8), mask=mask)
+    if tl.program_id(0) == 0:
+        tl.store(unit_ptr, ((lowest - MANTISSA_BITS + 127) << 23).to(tl.float32, bitcast=True))
+
+
+@triton.jit(do_not_specialize=["num_vectors", "top_k", "plane"])
 def _choose_kernel(
-    x_ptr, words_ptr, levels_ptr, handicap_ptr, out_ptr, num_vectors, top_k, num_columns, row_groups, row_words,
-    HANDICAP: tl.constexpr, EXPERTS: tl.constexpr, GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_LEVELS: tl.constexpr,
+    x_ptr, digits_ptr, unit_ptr, handicap_ptr, out_ptr, num_vectors, top_k, num_columns, plane,
+    HANDICAP: tl.constexpr, EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     vectors = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = tl.arange(0, BLOCK_E)
-    largest = largest_level(levels_ptr, EXPERTS * row_groups, BLOCK_LEVELS)
-    least = largest - (OCTAVES << MANTISSA_BITS)
-    # The unit of all weights: the last mantissa bit at the exponent of the least level.
-    unit = least >> MANTISSA_BITS
     low = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.int32)
     middle = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.int32)
     high = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.int32)
@@ -103,24 +125,15 @@ def _choose_kernel(
         x_mask = (vectors < num_vectors)[:, None] & inside[None, :]
         x = tl.load(x_ptr + vectors[:, None] * num_columns + columns[None, :], mask=x_mask, other=0.0)
         steps = query_values(x).to(tl.int8)
-        mask = (rows < EXPERTS)[:, None] & inside[None, :]
-        words = tl.load(words_ptr + rows[:, None] * row_words + columns[None, :] // 16, mask=mask, other=0)
-        groups = rows[:, None] * row_groups + columns[None, :] // GROUP_SIZE
-        levels = tl.load(levels_ptr + groups, mask=mask, other=-128).to(tl.int32)
-        levels = tl.maximum(levels, least)
-        whole = (levels & ((1 << MANTISSA_BITS) - 1)) + (1 << MANTISSA_BITS)
-        size = whole << ((levels >> MANTISSA_BITS) - unit)
-        trits = lane_trits(words, columns[None, :] % 16)
-        digits = (trits * (size & DIGIT)).to(tl.int8)
-        low = tl.dot(steps, tl.trans(digits), low, out_dtype=tl.int32)
-        digits = (trits * ((size >> DIGIT_BITS) & DIGIT)).to(tl.int8)
-        middle = tl.dot(steps, tl.trans(digits), middle, out_dtype=tl.int32)
-        digits = (trits * (size >> (2 * DIGIT_BITS))).to(tl.int8)
-        high = tl.dot(steps, tl.trans(digits), high, out_dtype=tl.int32)
+        # Columns come first, so that no operand is turned around.
+        digit_ptr = digits_ptr + rows[None, :] * num_columns + columns[:, None]
+        mask = (rows < EXPERTS)[None, :] & inside[:, None]
+        low = tl.dot(steps, tl.load(digit_ptr, mask=mask, other=0), low, out_dtype=tl.int32)
+        middle = tl.dot(steps, tl.load(digit_ptr + plane, mask=mask, other=0), middle, out_dtype=tl.int32)
+        high = tl.dot(steps, tl.load(digit_ptr + 2 * plane, mask=mask, other=0), high, out_dtype=tl.int32)
     sums = low.to(tl.int64) + (middle.to(tl.int64) << DIGIT_BITS) + (high.to(tl.int64) << (2 * DIGIT_BITS))
-    scale = ((unit - MANTISSA_BITS + 127) << 23).to(tl.float32, bitcast=True)
     # Both factors and the product are exact.
-    scores = sums.to(tl.float64) * scale.to(tl.float64)
+    scores = sums.to(tl.float64) * tl.load(unit_ptr).to(tl.float64)
     experts = rows[None, :]
     if HANDICAP:
         handicap = tl.load(handicap_ptr + experts, mask=experts < EXPERTS, other=0)
@@ -222,7 +235,7 @@ def balance(
 
 
 def chosen_rows(x_MK: Tensor, weight: DeviceWeight, top_k: int, handicap_E: Tensor | None = None) -> Tensor:
-    """Return the experts that vectors choose, int64 [M, k], ascending, in one launch for a router that `is_fused`.
+    """Return the experts that vectors choose, int64 [M, k], ascending, in two launches for a router that `is_fused`.
 
     x_MK:       float32 or bfloat16, contiguous
     handicap_E: int16 [E], taken off the scores
@@ -231,22 +244,30 @@ def chosen_rows(x_MK: Tensor, weight: DeviceWeight, top_k: int, handicap_E: Tens
     num_vectors, num_columns = x_MK.shape
     num_experts, num_groups = weight.exponents.shape
     out = torch.empty(num_vectors, top_k, dtype=torch.int64, device=x_MK.device)
-    if num_vectors:
-        block_m = 16 if num_vectors <= FEW_VECTORS else 64
-        # Wide tiles: a program waits for memory once or twice.
-        block_k = max(32, min(256, triton.next_power_of_2(num_columns)))
-        _choose_kernel[row_grid(1, triton.cdiv(num_vectors, block_m))](
-            x_MK, weight.words, weight.exponents, None if handicap_E is None else handicap_E.contiguous(), out,
-            num_vectors, top_k, num_columns, num_groups, weight.words.shape[1],
-            HANDICAP=handicap_E is not None, EXPERTS=num_experts, GROUP_SIZE=weight.group_size,
-            MANTISSA_BITS=weight.mantissa_bits, BLOCK_M=block_m, BLOCK_E=max(16, triton.next_power_of_2(num_experts)),
-            BLOCK_K=block_k, BLOCK_LEVELS=4096, num_warps=8,
-        )  # fmt: skip
+    if not num_vectors:
+        return out
+    digits_3EK = torch.empty(3, num_experts, num_columns, dtype=torch.int8, device=x_MK.device)
+    unit = torch.empty((), dtype=torch.float32, device=x_MK.device)
+    plane = num_experts * num_columns
+    block, row_blocks = row_tile(num_columns, BLOCK_COLUMNS)
+    _router_digits_kernel[row_grid(num_experts, row_blocks)](
+        weight.words, weight.exponents, digits_3EK, unit, num_columns, num_groups, weight.words.shape[1], row_blocks,
+        weight.exponents.numel(), plane,
+        GROUP_SIZE=weight.group_size, MANTISSA_BITS=weight.mantissa_bits, BLOCK=block, BLOCK_LEVELS=BLOCK_VALUES,
+    )  # fmt: skip
+    block_m = 16 if num_vectors <= FEW_VECTORS else 64
+    _choose_kernel[row_grid(1, triton.cdiv(num_vectors, block_m))](
+        x_MK, digits_3EK, unit, None if handicap_E is None else handicap_E.contiguous(), out,
+        num_vectors, top_k, num_columns, plane,
+        HANDICAP=handicap_E is not None, EXPERTS=num_experts,
+        BLOCK_M=block_m, BLOCK_E=max(16, triton.next_power_of_2(num_experts)),
+        BLOCK_K=max(32, min(128, triton.next_power_of_2(num_columns))),
+    )  # fmt: skip
     return out
 
 
 def is_fused(weight: DeviceWeight) -> bool:
-    """Return whether one launch chooses by a router. A sum of any digit stays below 2^26."""
+    """Return whether a router is multiplied by digits. A sum of products of one digit stays below 2^26."""
     return weight.shape[0] <= FUSED_EXPERTS and weight.shape[1] <= FUSED_COLUMNS
 
 

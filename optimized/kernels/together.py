@@ -75,11 +75,12 @@ def _count_together_kernel(
     GROUP_SIZE: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr, IS_ALIGNED: tl.constexpr,
 ):  # fmt: skip
     number = (tl.program_id(0) // weight_blocks).to(tl.int64)
-    groups = (tl.program_id(0) % weight_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = groups < num_rows.to(tl.int64) * row_groups
-    rows, group_of_row = groups // row_groups, (groups % row_groups).to(tl.int32)
+    # A weight that is small enough has places of 32 bits, whose divisions are cheap.
+    groups = (tl.program_id(0) % weight_blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = groups < num_rows * row_groups
+    rows = groups // row_groups
     lanes = tl.arange(0, PLACES)[None, :]
-    columns = group_of_row[:, None] * GROUP_SIZE + lanes
+    columns = (groups - rows * row_groups)[:, None] * GROUP_SIZE + lanes
     mask = inside[:, None] & (lanes < GROUP_SIZE) & (columns < num_columns)
     words_ptr = tensor_at(table_ptr, number * 4, words_like, IS_ALIGNED)
     trit_accum_ptr = tensor_at(table_ptr, number * 4 + 1, counts_like, IS_ALIGNED)
@@ -88,10 +89,9 @@ def _count_together_kernel(
 
     if RATE_ON_DEVICE:
         rate = tl.load(rate)
-    of_grad = number * num_rows + rows
-    row_exponents = tl.load(row_exponents_ptr + of_grad, mask=inside, other=0)
+    row_exponents = tl.load(row_exponents_ptr + number * num_rows + rows, mask=inside, other=0)
     places = rows[:, None] * num_columns + columns
-    grad = tl.load(grad_ptr + of_grad[:, None] * num_columns + columns, mask=mask, other=0.0)
+    grad = tl.load(grad_ptr + number * num_rows * num_columns + places, mask=mask, other=0.0)
     place_bytes, exponent_byte = group_dither(
         groups, clock_step(step, STEP_ON_DEVICE), tensor_id, seed_low, seed_high, GROUP_SIZE, PLACES
     )
@@ -125,8 +125,9 @@ def _step_together_kernel(
     begin = tl.max(tl.where(ends <= program, ends, 0), axis=0)
     words_ptr = tensor_at(row_ptr, 0, words_like, IS_ALIGNED)
     trit_accum_ptr = tensor_at(row_ptr, 1, counts_like, IS_ALIGNED)
-    num_words, num_columns = tl.load(row_ptr + 4), tl.load(row_ptr + 6)
-    block = program - begin
+    # A weight that is small enough has places of 32 bits, whose divisions are cheap.
+    num_words, num_columns = tl.load(row_ptr + 4).to(tl.int32), tl.load(row_ptr + 6).to(tl.int32)
+    block = (program - begin).to(tl.int32)
     word_blocks = (num_words + WORDS - 1) // WORDS
     if block < word_blocks:
         word_ids = block * WORDS + tl.arange(0, WORDS)
@@ -153,7 +154,7 @@ def _step_together_kernel(
         exponents_ptr = tensor_at(row_ptr, 2, counts_like, IS_ALIGNED)
         exponent_accum_ptr = tensor_at(row_ptr, 3, counts_like, IS_ALIGNED)
         groups = (block - word_blocks) * GROUPS + tl.arange(0, GROUPS)
-        inside = groups < tl.load(row_ptr + 5)
+        inside = groups < tl.load(row_ptr + 5).to(tl.int32)
         of_group = tl.load(exponent_accum_ptr + groups, mask=inside, other=0).to(tl.int32)
         full_e = full_count(of_group, theta_e)
         levels = tl.load(exponents_ptr + groups, mask=inside, other=0).to(tl.int32) - full_e
