@@ -255,13 +255,13 @@ def chosen_rows(x_MK: Tensor, weight: DeviceWeight, top_k: int, handicap_E: Tens
         weight.exponents.numel(), plane,
         GROUP_SIZE=weight.group_size, MANTISSA_BITS=weight.mantissa_bits, BLOCK=block, BLOCK_LEVELS=BLOCK_VALUES,
     )  # fmt: skip
-    block_m = 16 if num_vectors <= FEW_VECTORS else 64
+    block_m, block_k = (16, 128) if num_vectors <= FEW_VECTORS else (64, 64)
     _choose_kernel[row_grid(1, triton.cdiv(num_vectors, block_m))](
         x_MK, digits_3EK, unit, None if handicap_E is None else handicap_E.contiguous(), out,
         num_vectors, top_k, num_columns, plane,
         HANDICAP=handicap_E is not None, EXPERTS=num_experts,
         BLOCK_M=block_m, BLOCK_E=max(16, triton.next_power_of_2(num_experts)),
-        BLOCK_K=max(32, min(128, triton.next_power_of_2(num_columns))),
+        BLOCK_K=max(32, min(block_k, triton.next_power_of_2(num_columns))),
     )  # fmt: skip
     return out
 
