@@ -7,12 +7,12 @@ import math
 import torch
 from hypothesis import strategies as st
 
-from conformance.case import Case, calls
-from conformance.compare import exact
-from conformance.law import law
-from conformance.mutant import mutants_of
-from conformance.refusal import ids, refusals, refused
-from conformance.subject import Subject
+from ..case import Case, calls
+from ..compare import exact
+from ..law import law
+from ..mutant import mutants_of
+from ..refusal import ids, refusals, refused
+from ..subject import Subject
 
 mutant = mutants_of("attention")
 

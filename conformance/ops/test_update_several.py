@@ -8,14 +8,15 @@ import torch
 from hypothesis import strategies as st
 
 from arbitor.reference.types import TernaryWeight
-from conformance import strategies as ss
-from conformance.case import Case, calls
-from conformance.compare import exact
-from conformance.law import law
-from conformance.mutant import mutants_of
-from conformance.ops.test_update_step import ON_FLIP, THETAS
-from conformance.refusal import CLOCK, ones, refusals, refused, weight
-from conformance.subject import Subject
+
+from .. import strategies as ss
+from ..case import Case, calls
+from ..compare import exact
+from ..law import law
+from ..mutant import mutants_of
+from ..refusal import CLOCK, ones, refusals, refused, weight
+from ..subject import Subject
+from .test_update_step import ON_FLIP, THETAS
 
 mutant = mutants_of("update")
 

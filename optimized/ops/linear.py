@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arbitor.optimized.cuda import compiler, many_rows
 from arbitor.optimized.cuda import product as cuda_product
+from arbitor.optimized.kernels.float_rows import float_rows_product
 from arbitor.optimized.kernels.products import packed_product
 from arbitor.optimized.kernels.scale import dense_rows
 from arbitor.optimized.layouts import MAX_COLUMNS, AnyWeight, DeviceWeight
@@ -20,6 +22,9 @@ from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
 __all__ = ["linear", "linear_input_grad", "linear_weight_grad"]
+
+FEW_FLOAT_ROWS = 4
+"""Most rows of float32 for which a product that unpacks the weight on its way is faster than unpacking first."""
 
 FEW_ROWS = 64
 """Most rows for which a product that unpacks the weight on its way is faster than unpacking first."""
@@ -79,10 +84,8 @@ def linear_weight_grad(grad: Tensor, x: Tensor, *, num_groups: int = 1) -> Tenso
     checks.dtype_in("grad", grad, DTYPES)
     checks.same_dtype("x", x, "grad", grad)
     checks.same_device(grad=grad, x=x)
-    if 0 in (grad.ndim, x.ndim) or grad.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, but its leading dimensions must match grad, {tuple(grad.shape)}"
-        )
+    checks.some_dimension("grad", grad)
+    checks.leading_dims("x", x, grad.shape[:-1], "grad", grad)
     checks.side_by_side("x", x.shape[-1], num_groups)
     w_NK = wide_product(padded(matrix_of(grad)).T, matrix_of(x))[: grad.shape[-1]]
     if num_groups == 1:
@@ -114,6 +117,11 @@ def padded(grad_MN: Tensor) -> Tensor:
     return torch.nn.functional.pad(grad_MN, (0, missing)) if missing else grad_MN
 
 
+def multiplies_float_rows(x_MK: Tensor) -> bool:
+    """Return whether `float_rows_product` takes rows."""
+    return x_MK.dtype is torch.float32 and 0 < x_MK.shape[0] <= FEW_FLOAT_ROWS
+
+
 def matrix_of(x: Tensor) -> Tensor:
     """Return x as contiguous rows [M, last]. M is computed here, because torch cannot infer it for an empty batch."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
@@ -136,8 +144,12 @@ def _is_dense(x_MK: Tensor, weight: DeviceWeight) -> bool:
 
 def _product(x_MK: Tensor, weight: DeviceWeight) -> Tensor:
     """Return x W^T in the dtype of x. The library takes a large weight by ranges of unpacked rows."""
+    if takes_cuda(many_rows.fits(x_MK, weight), x_MK.device, only=compiler.HOPPER):
+        return many_rows.many_rows_product(x_MK, weight, many_rows.form_of(x_MK.shape[0], weight.shape[0]))
     if takes_cuda(cuda_product.fits(x_MK, weight), x_MK.device):
         return cuda_product.few_rows_product(x_MK, weight)
+    if multiplies_float_rows(x_MK):
+        return float_rows_product(x_MK, weight)
     if not _is_dense(x_MK, weight):
         return packed_product(x_MK, weight, transposed=False)
     parts = row_ranges(*weight.shape)
