@@ -67,7 +67,8 @@ class Subject:
             device_kwargs.setdefault("device", self.device)
         written = [device_kwargs[name] for name in WRITTEN if device_kwargs.get(name) is not None]
         writable = {id(part) for value in written for part in (value, *parts_of(value))}
-        inputs = [value for value in (*device_args, *device_kwargs.values()) if id(value) not in writable]
+        given_parts = (parts_of(value) or (value,) for value in (*device_args, *device_kwargs.values()))
+        inputs = [part for parts in given_parts for part in parts if id(part) not in writable]
         before = {path: tensor.clone() for path, tensor in tensors_of(inputs).items()}
         with poisoned(pattern):
             result = self.raw(op)(*device_args, **device_kwargs)

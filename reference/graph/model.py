@@ -27,6 +27,7 @@ from arbitor.reference.graph.ledger import KVLedger, LayerLedger
 from arbitor.reference.graph.memory import MemGram
 from arbitor.reference.graph.module import ArbModule, PartList, as_it_is
 from arbitor.reference.graph.moe_graph import MoEGraph, RecurrentMoEGraph
+from arbitor.reference.graph.rotary import Turns, turns_of_pass
 from arbitor.reference.graph.router import MODALITIES, OutputRouter
 from arbitor.reference.graph.sequencer import AudioSequencer, ByteEmbedding, ImageSequencer, TrigramSequencer
 from arbitor.reference.graph.stateful import Stateful, scalar
@@ -70,10 +71,15 @@ class ArbLayer(ArbModule):
         self.moe_graph = kind(context, output_gain=output_gain)
 
     def forward(
-        self, h_BPD: Tensor, nodes_BPD: Tensor | None = None, cache: LayerLedger | None = None
+        self,
+        h_BPD: Tensor,
+        nodes_BPD: Tensor | None = None,
+        cache: LayerLedger | None = None,
+        turns: Turns | None = None,
     ) -> Tensor:
         """Return the residual stream after this layer. With a cache, positions also see the positions that it holds."""
-        return self.moe_graph(h_BPD + self.attention(self.attention_norm(h_BPD), cache), nodes_BPD)
+        gathered_BPD = self.attention(self.attention_norm(h_BPD), cache, turns)
+        return self.moe_graph(h_BPD + gathered_BPD, nodes_BPD)
 
 
 @dataclass(frozen=True)
@@ -195,9 +201,10 @@ class ArbModel(Stateful):
             if ledger is not None:
                 ledger.record_codes(codes_BP)
         last = len(self.layers) - 1
+        turns = turns_of_pass(h_BPD, None if ledger is None else ledger.first_B, self.config.rotary_dim)
         for index, layer in enumerate(self.layers):
             cache = None if ledger is None else ledger.layer(index)
-            h_BPD = layer(h_BPD, nodes_BPD if index == last else None, cache)
+            h_BPD = layer(h_BPD, nodes_BPD if index == last else None, cache, turns)
         return Trunk(h_BPD, codes_BP, losses)
 
     def forward(

@@ -389,6 +389,11 @@ class TernaryModule(ArbModule):
             self.apply_step(rows=None)
         self.forget_votes()
 
+    @property
+    def steps_whole(self) -> bool:
+        """Whether the next step moves all rows of the weight, as far as notes were delivered."""
+        return self.voted and not self.frozen
+
     def note_step(self) -> None:
         """Note a step that moved the weight without `step_weight`, as a replay of a recorded step does."""
         if self.voted and not self.frozen:

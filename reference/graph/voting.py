@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -84,6 +85,12 @@ class Vote:
     def matrix(self) -> tuple[int, int, torch.device]:
         """Rows and columns of each matrix, and where it lies."""
         return self.grad_NK.shape[0] // self.num_matrices, self.grad_NK.shape[1], self.grad_NK.device
+
+    @property
+    def kind(self) -> tuple[int, ...]:
+        """What votes have in common whose weights can be counted in together: all rows or some, shape, format and uses."""
+        weight = self.weight
+        return int(self.rows is None), *weight.shape, weight.group_size, weight.mantissa_bits, self.uses
 
 
 class Pass:
@@ -374,7 +381,9 @@ class Voting:
         self.apart([partial(self._count_stack, taken, votes) for votes in stacks.values()])
 
     def _count_stack(self, taken: Pass, votes: Sequence[Vote]) -> None:
-        """Make gradients of one shape orthogonal in one call, and count their votes."""
+        """Make gradients of one shape orthogonal in one call, and count their votes, those of alike weights in one call."""
+        # Votes of one weight keep their order.
+        votes = sorted(votes, key=lambda vote: vote.kind)
         # A gradient of a weight is led by those before it.
         grads = [self._led(taken, vote) for vote in votes]
         made = self.ops.orthogonalize(
@@ -382,10 +391,42 @@ class Voting:
             iterations=self.orthogonal_steps,
             num_groups=sum(vote.num_matrices for vote in votes),
         )
+        pieces, begin = [], 0
+        for _, of_kind in groupby(votes, key=lambda vote: vote.kind):
+            alike = list(of_kind)
+            end = begin + sum(len(vote.grad_NK) for vote in alike)
+            pieces += self._pieces(taken, alike, made[begin:end])
+            begin = end
+        self.apart(pieces)
+
+    def _pieces(self, taken: Pass, votes: Sequence[Vote], made: Tensor) -> list[Callable[[], None]]:
+        """Return the calls that count the votes of alike weights, whose orthogonal gradients lie one below the other.
+
+        One call counts for all of them, unless some rows vote, or a weight votes twice: a count saturates, so that order matters.
+        """
+        if votes[0].rows is None and len({vote.tensor_id for vote in votes}) == len(votes) > 1:
+            return [partial(self._count_together, taken, votes, made)]
         of_weights: dict[int, list[Vote]] = {}
-        for vote, grad_NK in zip(votes, made.split([len(grad) for grad in grads]), strict=True):
+        for vote, grad_NK in zip(votes, made.split([len(vote.grad_NK) for vote in votes]), strict=True):
             of_weights.setdefault(vote.tensor_id, []).append(replace(vote, grad_NK=grad_NK))
-        self.apart([partial(self._count_each, taken, of_weight) for of_weight in of_weights.values()])
+        return [partial(self._count_each, taken, of_weight) for of_weight in of_weights.values()]
+
+    def _count_together(self, taken: Pass, votes: Sequence[Vote], grad_NK: Tensor) -> None:
+        """Count the votes of alike weights, all rows of each, whose gradients lie one below the other."""
+        for vote in votes:
+            self._before_count(taken, vote)
+        weights = tuple(vote.weight for vote in votes)
+        self.ops.accumulate_gradients(
+            weights,
+            grad_NK,
+            part_of_rate(taken.rate, votes[0].uses),
+            seed=self.seed,
+            step=taken.step,
+            tensor_ids=tuple(vote.tensor_id for vote in votes),
+            exponent_rule=self.exponent_rule,
+            faults=self.faults,
+            out=weights,
+        )
 
     def _led(self, taken: Pass, vote: Vote) -> Tensor:
         """Return what is made orthogonal for a vote: its gradient, led by the running mean if the weight has one."""
@@ -410,8 +451,7 @@ class Voting:
     def _count(self, taken: Pass, vote: Vote) -> None:
         """Count a vote whose gradient is as it votes."""
         weight, grad_NK = vote.weight, vote.grad_NK
-        self._begin_writing(taken)
-        taken.keep_weight(vote.tensor_id, weight, vote.rows)
+        self._before_count(taken, vote)
         clock: dict[str, Any] = {
             "seed": self.seed,
             "step": taken.step,
@@ -426,6 +466,11 @@ class Voting:
         else:
             self.faults += self.ops.count_nonfinite_rows(grad_NK)
             self.ops.accumulate(weight, self.ops.sign_votes(grad_NK, taken.size), **clock)
+
+    def _before_count(self, taken: Pass, vote: Vote) -> None:
+        """Keep what a vote is about to change, and note that the pass writes."""
+        self._begin_writing(taken)
+        taken.keep_weight(vote.tensor_id, vote.weight, vote.rows)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle; raise RuntimeError while a pass is open."""
