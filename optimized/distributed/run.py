@@ -37,8 +37,12 @@ def check_agreement(
     world.agree({**facts, **config, "code_sha256": code_sha256(), "checkpoint": checkpoint})
 
 
-def train_together(model: ArbModel, world: World) -> None:
+def train_together(model: ArbModel, world: World, *, exchange: str) -> None:
     """Let the processes of a run train a model, which is the same on each of them. One process alone changes nothing.
+
+    Args:
+        model, world: the model, and the processes.
+        exchange: how gradients travel, as for `GroupRanks`.
 
     Raises ValueError for a model whose gradients have running means: each would lie with one rank, and no checkpoint collects them.
     """
@@ -47,7 +51,7 @@ def train_together(model: ArbModel, world: World) -> None:
             raise ValueError(
                 f"average_gradients is True, but must be False with {world.count} ranks: nothing collects the means"
             )
-        GroupRanks(model, world)
+        GroupRanks(model, world, exchange=exchange)
 
 
 def whole_state(model: ArbModel) -> dict[str, TernaryWeight | Tensor] | None:

@@ -393,7 +393,7 @@ class ArbModel(Stateful):
         return self.trunk(ids_BT, **media)
 
     def _byte_loss(self, trunk: Trunk, ids_BT: Tensor, taught_BT: Tensor | None) -> Tensor:
-        """Return the mean loss of the bytes from the fourth on, or of those of them that teach."""
+        """Return the mean loss of the bytes that teach, from the fourth byte on."""
         return byte_loss(self.byte_head(self._text(trunk, ids_BT)), ids_BT, taught_BT, self.voting.ranks)
 
     def _proposal_losses(self, trunk: Trunk) -> dict[str, Tensor]:
