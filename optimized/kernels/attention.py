@@ -68,7 +68,7 @@ def operand(values, NATIVE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_heads", "num_slots", "head_blocks", "num_parts"])
 def _decode_attention_kernel(
-    q_ptr, keys_ptr, bias_ptr, sums_ptr, tops_ptr, totals_ptr,
+    q_ptr, keys_ptr, bias_ptr, places_ptr, sums_ptr, tops_ptr, totals_ptr, sequence_stride, row_stride,
     num_heads, num_slots, head_blocks, num_parts, num_latent, num_rotary, scale,
     PART: tl.constexpr, NEAR: tl.constexpr, LATER_PART: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, HAS_ROTARY: tl.constexpr, NATIVE: tl.constexpr,
@@ -103,7 +103,10 @@ def _decode_attention_kernel(
         slots = start + tl.arange(0, BLOCK_S)
         bias = tl.load(bias_ptr + sequence * num_slots + slots, mask=slots < num_slots, other=float("-inf"))
         visible = bias > float("-inf")
-        rows = (sequence * num_slots + slots)[:, None] * num_columns
+        rows = slots.to(tl.int64)
+        if places_ptr is not None:
+            rows = tl.load(places_ptr + sequence * num_slots + slots, mask=visible, other=0)
+        rows = (sequence * sequence_stride + rows * row_stride)[:, None]
         mask = visible[:, None] & is_latent[None, :]
         latent = operand(tl.load(keys_ptr + rows + latents[None, :], mask=mask, other=0.0), NATIVE)
         scores = slots_dot(q_latent, latent, NATIVE)
@@ -158,11 +161,19 @@ def parts_of_slots(num_slots: int) -> int:
     return triton.cdiv(near, PART_SLOTS) + triton.cdiv(later, LATER_PART_SLOTS)
 
 
-def attended(q_BHK: Tensor, keys_BSK: Tensor, bias_BS: Tensor, num_latent: int, scale: float) -> Tensor:
-    """Launch `decode_attention` on checked arguments."""
+def attended(
+    q_BHK: Tensor,
+    keys_BSK: Tensor,
+    bias_BS: Tensor,
+    num_latent: int,
+    scale: float,
+    places_BS: Tensor | None = None,
+) -> Tensor:
+    """Launch `decode_attention` on checked arguments. Rows of keys may lie apart in memory."""
     runs_here(q_BHK)
     batch, num_heads, num_columns = q_BHK.shape
-    num_slots, num_rotary = keys_BSK.shape[1], num_columns - num_latent
+    num_slots, num_rotary = bias_BS.shape[1], num_columns - num_latent
+    keys_BSK = keys_BSK if keys_BSK.stride(-1) == 1 else keys_BSK.contiguous()
     shape = (batch, num_heads, num_latent)
     if not (batch and num_heads and num_slots):
         return torch.zeros(shape, dtype=q_BHK.dtype, device=q_BHK.device)
@@ -173,11 +184,13 @@ def attended(q_BHK: Tensor, keys_BSK: Tensor, bias_BS: Tensor, num_latent: int, 
     totals = torch.empty(batch, num_heads, num_parts, dtype=torch.float32, device=q_BHK.device)
     _decode_attention_kernel[row_grid(batch * head_blocks, num_parts)](
         q_BHK.contiguous(),
-        keys_BSK.contiguous(),
+        keys_BSK,
         bias_BS.contiguous(),
+        None if places_BS is None else places_BS.contiguous(),
         sums,
         tops,
         totals,
+        *keys_BSK.stride()[:2],
         num_heads,
         num_slots,
         head_blocks,
