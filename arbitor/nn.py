@@ -310,6 +310,10 @@ def swap_linears(
 class _OwnContext(GraphContext):
     """The context of a layer that belongs to no model yet."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.voting.alone = True
+
 
 def _context(
     seed: int | None,

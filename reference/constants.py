@@ -137,3 +137,10 @@ def packed_bytes(num_trits: int) -> int:
 def level_range(mantissa_bits: int) -> tuple[int, int]:
     """Return the smallest and largest stored scale level E * 2**b + m for b mantissa bits."""
     return EXPONENT_MIN << mantissa_bits, ((EXPONENT_MAX + 1) << mantissa_bits) - 1
+
+
+CONTEXT_LEVELS = 8
+"""Number of block sizes in the view of a position on a long past. With blocks of 64 the largest block holds a million positions."""
+
+CONTEXT_CHILDREN = 4
+"""Blocks of a level that make one block of the next level."""

@@ -8,7 +8,7 @@ import torch
 
 from bench.inputs.maker import FLOATS, Arguments, Inputs, Maker, Sizes
 
-MOST = {"N": 2304, "K": 2304}
+MOST = {"N": 4160, "K": 4160}
 
 
 def averaged(make: Maker, s: Sizes) -> Arguments:

@@ -1,4 +1,5 @@
-"""Kernels around the products of `orthogonalize`: the average before them, a norm, the division by it, sums and symmetric matrices.
+"""Kernels around the products of `orthogonalize`: the average before them, a norm, the division by it, sums of two matrices, and
+symmetric matrices.
 
 Legend: E matrices of N rows each, stacked, K columns; R rows and columns of a symmetric matrix. Rows address in 64 bits, columns
 within a row in 32.

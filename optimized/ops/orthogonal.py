@@ -20,6 +20,12 @@ from arbitor.reference.constants import DEFAULT_ORTHOGONAL_STEPS, MAX_ORTHOGONAL
 
 __all__ = ["average_gradient", "orthogonalize"]
 
+LEAST_SIDE = 4096
+"""Least rows of a symmetric matrix of which only the blocks on and above the diagonal are computed. 3,072 were slower so."""
+
+SIDE_MULTIPLE = 64
+"""What divides these rows, so that a quarter of them starts where the library's fast products want it."""
+
 
 @op()
 def average_gradient(
@@ -44,13 +50,6 @@ def average_gradient(
     for part, value in zip(out, found, strict=True):
         part.copy_(value)
     return out
-
-
-LEAST_SIDE = 1024
-"""Least rows of a symmetric matrix of which only the blocks on and above the diagonal are computed. Fewer do not fill a GPU."""
-
-SIDE_MULTIPLE = 64
-"""What divides these rows, so that a quarter of them starts where the library's fast products want it."""
 
 
 @op()

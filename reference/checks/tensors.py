@@ -152,3 +152,13 @@ def last_dim_not_empty(name: str, value: Tensor) -> None:
     """Refuse a tensor without a last dimension, or with an empty one."""
     if value.ndim == 0 or value.shape[-1] == 0:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, but needs a last dimension of at least 1")
+
+
+def sum_of(name: str, value: Tensor | None, shape: Sequence[int], **beside: Tensor) -> None:
+    """Refuse a tensor to add a result to that differs from the result in dtype, shape or device. One tensor is `beside` it."""
+    if value is None:
+        return
+    ((other_name, other),) = beside.items()
+    same_dtype(name, value, other_name, other)
+    tensor(name, value, other.dtype, shape)
+    same_device(**beside, **{name: value})

@@ -335,7 +335,10 @@ class KVLedger:
             raise RuntimeError("the ledger was looked at, but a pass must begin first")
         found = self._pass.seen
         if (num_queries, skipped) not in found:
-            found[num_queries, skipped] = self.scheduler.seen(self._first_B + skipped, num_queries)
+            first_B, voting = self._first_B, None if self._owner is None else self._owner()
+            found[num_queries, skipped] = self.scheduler.seen(
+                first_B + skipped if skipped else first_B, num_queries, None if voting is None else voting.ops
+            )
         return found[num_queries, skipped]
 
     def _growing(self, shape: tuple[int, ...], dtype: torch.dtype) -> GrowingRows:
@@ -428,7 +431,10 @@ class LayerLedger:
         """
         ledger, scheduler, count = self.ledger, self.ledger.scheduler, rows_BPK.shape[1]
         ledger.expect(count)
-        places_BP = scheduler.place_of_position(ledger.first_B[:, None] + ledger.ahead(count))
+        if count == 1:
+            places_BP = self.seen(1).own_BQ
+        else:
+            places_BP = scheduler.place_of_position(ledger.first_B[:, None] + ledger.ahead(count))
         self.log.write(places_BP, rows_BPK.detach(), scheduler.log_size(max(ledger.positions) + count))
         if count > 1:
             self.summarise(count)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.context import GraphContext
-from arbitor.reference.graph.voting import Average, Voting
+from arbitor.reference.graph.voting import VOTED_IN, Average, Voting
 from arbitor.reference.promises import differentiable_once
-from arbitor.reference.types import LaidOutWeight, TernaryWeight
+from arbitor.reference.types import LaidOutWeight, TernaryWeight, has_memory, without_memory
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Result = TypeVar("Result")
@@ -274,7 +274,12 @@ class TernaryModule(ArbModule):
         self.uses = 1
         self.steps = 0
         self.tensor_id = context.next_tensor_id()
-        self._weight: LaidOutWeight = self.ops.from_spec(make(self.tensor_id))
+        weight: LaidOutWeight = self.ops.from_spec(make(self.tensor_id))
+        if self.tensor_id in context.elsewhere:
+            weight = weight.with_tensors(
+                **{name: without_memory(weight.tensors()[name]) for name in VOTED_IN}
+            )
+        self._weight = weight
         self._tensors = self._weight.tensors()
         for name, tensor in self._tensors.items():
             self.register_buffer(name, tensor)
@@ -337,7 +342,8 @@ class TernaryModule(ArbModule):
         if ctx.steps != self.steps:
             raise RuntimeError("weight was changed between forward and backward, but a step must follow both")
         if self.voting.current is None:
-            self.voting.strayed = self.voting.strayed or not self.frozen
+            if not self.frozen:
+                self.voting.stray()
             return ctx.weight
         self.voting.current.reached = True
         if self.moves and not _same_tensors(ctx.weight.tensors(), self.weight.tensors()):
@@ -383,6 +389,11 @@ class TernaryModule(ArbModule):
             self.apply_step(rows=None)
         self.forget_votes()
 
+    @property
+    def steps_whole(self) -> bool:
+        """Whether the next step moves all rows of the weight, as far as notes were delivered."""
+        return self.voted and not self.frozen
+
     def note_step(self) -> None:
         """Note a step that moved the weight without `step_weight`, as a replay of a recorded step does."""
         if self.voted and not self.frozen:
@@ -426,7 +437,9 @@ class TernaryModule(ArbModule):
     def overwrite(self, weight: TernaryWeight) -> None:
         """Do as `load` with a weight that was checked."""
         for name, tensor in self.ops.from_spec(weight.to(self.device)).tensors().items():
-            self.get_buffer(name).copy_(tensor)
+            # What another rank keeps is no business of this one.
+            if has_memory(self.get_buffer(name)):
+                self.get_buffer(name).copy_(tensor)
         self.note_loaded()
 
     def forget(self) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -85,6 +86,12 @@ class Vote:
         """Rows and columns of each matrix, and where it lies."""
         return self.grad_NK.shape[0] // self.num_matrices, self.grad_NK.shape[1], self.grad_NK.device
 
+    @property
+    def kind(self) -> tuple[int, ...]:
+        """What votes have in common whose weights can be counted in together: all rows or some, shape, format and uses."""
+        weight = self.weight
+        return int(self.rows is None), *weight.shape, weight.group_size, weight.mantissa_bits, self.uses
+
 
 class Pass:
     """One backward pass while it is open.
@@ -154,6 +161,7 @@ class Voting:
         version: steps and loads of the model's weights and tables so far. Each of them makes ledgers stale.
         torn:    whether a step raised, or a pass that could not be undone. The state is then of no use until another is loaded.
         strayed: whether gradients came through weights outside of a pass, and no pass was taken since.
+        alone:   whether the weights are of a layer that belongs to no model, so that nobody can take a pass or a step.
         ranks:   the ranks that train the model together.
         apart:   runs pieces of work of which none writes what another one reads or writes, but for sums of integers. They run in
             turn, unless whoever records them lets them run side by side.
@@ -181,6 +189,7 @@ class Voting:
         self.version = 0
         self.torn = False
         self.strayed = False
+        self.alone = False
         self.ranks = Ranks()
         self.apart: Callable[[Sequence[Callable[[], None]]], None] = in_turn
 
@@ -259,6 +268,19 @@ class Voting:
     def forget(self, module: object) -> None:
         """Drop the notes for one module."""
         self.notes = [note for note in self.notes if getattr(note.tell, "__self__", None) is not module]
+
+    def stray(self) -> None:
+        """Note that gradients came through weights outside of a pass, which the next step refuses. A lone layer has no step.
+
+        Raises:
+            RuntimeError: the weights are of a layer that belongs to no model.
+        """
+        if self.alone:
+            raise RuntimeError(
+                "gradients came through a ternary layer that belongs to no model, and so would never learn: wrap the module in "
+                "arbitor.nn.Ternary and call its backward, or keep the layer as it is by requires_grad_(False)"
+            )
+        self.strayed = True
 
     def check_ready(self) -> None:
         """Refuse a pass while another one is open, and a pass of a model that is torn, by a RuntimeError."""
@@ -359,7 +381,9 @@ class Voting:
         self.apart([partial(self._count_stack, taken, votes) for votes in stacks.values()])
 
     def _count_stack(self, taken: Pass, votes: Sequence[Vote]) -> None:
-        """Make gradients of one shape orthogonal in one call, and count their votes."""
+        """Make gradients of one shape orthogonal in one call, and count their votes, those of alike weights in one call."""
+        # Votes of one weight keep their order.
+        votes = sorted(votes, key=lambda vote: vote.kind)
         # A gradient of a weight is led by those before it.
         grads = [self._led(taken, vote) for vote in votes]
         made = self.ops.orthogonalize(
@@ -367,10 +391,42 @@ class Voting:
             iterations=self.orthogonal_steps,
             num_groups=sum(vote.num_matrices for vote in votes),
         )
+        pieces, begin = [], 0
+        for _, of_kind in groupby(votes, key=lambda vote: vote.kind):
+            alike = list(of_kind)
+            end = begin + sum(len(vote.grad_NK) for vote in alike)
+            pieces += self._pieces(taken, alike, made[begin:end])
+            begin = end
+        self.apart(pieces)
+
+    def _pieces(self, taken: Pass, votes: Sequence[Vote], made: Tensor) -> list[Callable[[], None]]:
+        """Return the calls that count the votes of alike weights, whose orthogonal gradients lie one below the other.
+
+        One call counts for all of them, unless some rows vote, or a weight votes twice: a count saturates, so that order matters.
+        """
+        if votes[0].rows is None and len({vote.tensor_id for vote in votes}) == len(votes) > 1:
+            return [partial(self._count_together, taken, votes, made)]
         of_weights: dict[int, list[Vote]] = {}
-        for vote, grad_NK in zip(votes, made.split([len(grad) for grad in grads]), strict=True):
+        for vote, grad_NK in zip(votes, made.split([len(vote.grad_NK) for vote in votes]), strict=True):
             of_weights.setdefault(vote.tensor_id, []).append(replace(vote, grad_NK=grad_NK))
-        self.apart([partial(self._count_each, taken, of_weight) for of_weight in of_weights.values()])
+        return [partial(self._count_each, taken, of_weight) for of_weight in of_weights.values()]
+
+    def _count_together(self, taken: Pass, votes: Sequence[Vote], grad_NK: Tensor) -> None:
+        """Count the votes of alike weights, all rows of each, whose gradients lie one below the other."""
+        for vote in votes:
+            self._before_count(taken, vote)
+        weights = tuple(vote.weight for vote in votes)
+        self.ops.accumulate_gradients(
+            weights,
+            grad_NK,
+            part_of_rate(taken.rate, votes[0].uses),
+            seed=self.seed,
+            step=taken.step,
+            tensor_ids=tuple(vote.tensor_id for vote in votes),
+            exponent_rule=self.exponent_rule,
+            faults=self.faults,
+            out=weights,
+        )
 
     def _led(self, taken: Pass, vote: Vote) -> Tensor:
         """Return what is made orthogonal for a vote: its gradient, led by the running mean if the weight has one."""
@@ -395,8 +451,7 @@ class Voting:
     def _count(self, taken: Pass, vote: Vote) -> None:
         """Count a vote whose gradient is as it votes."""
         weight, grad_NK = vote.weight, vote.grad_NK
-        self._begin_writing(taken)
-        taken.keep_weight(vote.tensor_id, weight, vote.rows)
+        self._before_count(taken, vote)
         clock: dict[str, Any] = {
             "seed": self.seed,
             "step": taken.step,
@@ -411,6 +466,11 @@ class Voting:
         else:
             self.faults += self.ops.count_nonfinite_rows(grad_NK)
             self.ops.accumulate(weight, self.ops.sign_votes(grad_NK, taken.size), **clock)
+
+    def _before_count(self, taken: Pass, vote: Vote) -> None:
+        """Keep what a vote is about to change, and note that the pass writes."""
+        self._begin_writing(taken)
+        taken.keep_weight(vote.tensor_id, vote.weight, vote.rows)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle; raise RuntimeError while a pass is open."""
