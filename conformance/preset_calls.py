@@ -149,7 +149,8 @@ def of_updates() -> Iterator[tuple[str, Case]]:
     votes = grad.to(torch.int8)
     yield "orthogonalize", Case((grad.to(BF16),))
     # A side whose symmetric products are computed in quarters.
-    yield "orthogonalize", Case((torch.zeros(1024, 1040, dtype=BF16),))
+    yield "orthogonalize", Case((torch.zeros(4096, 4112, dtype=BF16),))
+    yield "average_gradient", Case((grad.to(BF16), votes, votes[:, 0].contiguous(), 0.5))
     yield "row_exponents", Case((grad,))
     yield "sign_votes", Case((grad, 3))
     yield "stochastic_votes", Case((grad, 0.5), CLOCK)

@@ -45,6 +45,9 @@ MAX_ORTHOGONAL_STEPS = 10
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of x, x^3 and x^5 in a step. A singular value grows up to 3.44-fold while small, and never beyond 1.21."""
 
+AVERAGE_EXPONENT_MIN, AVERAGE_EXPONENT_MAX = -128, 121
+"""Exponents of the rows of a gradient's mean. With 7 bits above them, the upper end is that of float32."""
+
 MIN_ORTHOGONAL_RANK = 32
 """Smaller side from which on the gradient of a matrix is orthogonalised. A narrower matrix has few directions to even out."""
 

@@ -12,7 +12,7 @@ import torch
 
 from bench.inputs.maker import FLOATS, Arguments, Inputs, Maker, Sizes
 
-MOST = {"H": 128, "S": 1024, "L": 512}
+MOST = {"H": 128, "S": 1600, "L": 512}
 
 
 def decode(make: Maker, s: Sizes) -> Arguments:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,6 +20,7 @@ from arbitor.reference.op_table import OP_TABLE
 from .. import strategies as ss
 from ..case import Case, calls, magnitude
 from ..compare import exact, no_worse, unsigned_zeros
+from ..families import compare
 from ..law import law
 from ..mutant import mutants_of
 from ..refusal import F16, ids, meta, ones, refusals, refused
@@ -294,6 +296,29 @@ def test_decode_attention_of_no_slots(ops: Subject, dtype: torch.dtype, batch: i
     q, keys = torch.ones(batch, heads, 5, dtype=dtype), torch.ones(batch, 0, 5, dtype=dtype)
     got = ops.decode_attention(q, keys, torch.ones(batch, 0), value_width=3, scale=1.0)
     exact(unsigned_zeros(got), torch.zeros(batch, heads, 3, dtype=dtype))
+
+
+def test_decode_attention_of_parts_far_apart(subject: Subject) -> None:
+    """Scores of later slots may be hundreds above those of the first, which then weigh nothing."""
+    keys = torch.cat([torch.zeros(1, 300, 2), torch.ones(1, 1, 2), torch.zeros(1, 20, 2)], dim=1)
+    q, values = torch.full((1, 3, 3), 150.0), torch.arange(321.0)[None, :, None]
+    slots = torch.cat([values, keys], dim=2)
+    q[..., 0] = 0.0
+    got = subject.call("decode_attention", q, slots, torch.zeros(1, 321), value_width=1, scale=1.0)
+    exact(got, torch.full((1, 3, 1), 300.0))
+
+
+# --- long sequences -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("heads", "slots"), [(2, 1025), (3, 1700)])
+def test_long_sequences(subject: Subject, heads: int, slots: int) -> None:
+    """An implementation may cut a sequence into parts, of other sizes the further it goes. The sum is the same."""
+    draws = ss.generator(slots)
+    q, keys = (torch.randn(2, count, 22, generator=draws).to(torch.bfloat16) for count in (heads, slots))
+    bias = torch.where(torch.rand(2, slots, generator=draws) < 0.5, 0.0, -torch.inf)
+    bias[1, :1030] = -torch.inf
+    compare(subject, "decode_attention", Case((q, keys, bias), {"value_width": 16, "scale": 0.25}))
 
 
 @law(

@@ -159,9 +159,9 @@ def _rms_norm_input_grad_kernel(
             inverse = 1.0 / rms
             # The root mean square of the row itself. To divide by a power of two is exact, so a quotient rounds as before.
             rms = rms / power
-            # Loaded last, since a branch keeps all that was loaded before it in registers.
-            scaled = load_row(grad_ptr, row, num_columns, columns, num_columns) * w * inverse
             unit = unit_row(x, rms)
+            # Loaded last, since a branch keeps all that was loaded before it in registers, as a product before `unit` would.
+            scaled = load_row(grad_ptr, row, num_columns, columns, num_columns) * w * inverse
             mean = tl.div_rn(tl.sum(unit * scaled, axis=0), width)
             store_row(out_ptr, row, columns, num_columns, (scaled - unit * mean) * power)
     else:

@@ -5,7 +5,6 @@ Legend: E experts, N outputs of an expert, K inputs, M slots, in one dimension o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -165,7 +164,7 @@ def _product(
     by: dict[str, Any] = {"num_groups": num_groups, "slots_of_row": slots_of_row}
     by |= {"experts_M": experts} if few else {"plan": Plan.of(experts, num_groups)}
     if not transposed and takes_cuda(many_rows.fits_slots(x, weight), x.device, only=compiler.HOPPER):
-        form = many_rows.slot_form_of(1 if few else math.ceil(num_slots / num_groups))
+        form = many_rows.slot_form_of(num_slots, num_groups)
         y = many_rows.many_rows_product(x, weight, form, **by)
     else:
         y = packed_product(x, weight, transposed=transposed, **by)

@@ -54,6 +54,7 @@ from arbitor.reference.checks.memory import ngrams, strength_rule, strengths_of
 from arbitor.reference.checks.tensors import (
     FLOAT_DTYPES,
     GRADIENT_DTYPES,
+    averages,
     dtype_in,
     float_dtype,
     gradient_matrix,
@@ -93,6 +94,7 @@ __all__ = [
     "MAX_RATE",
     "Weight",
     "alike_weights",
+    "averages",
     "balance",
     "batch_vectors",
     "buckets",

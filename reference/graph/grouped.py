@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from arbitor.reference.constants import MIN_ORTHOGONAL_RANK
+from arbitor.reference.graph.averages import average_of
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import Multiplier, row_ranges
 from arbitor.reference.promises import differentiable_once
@@ -37,6 +38,7 @@ class TernaryGroupedLinear(Multiplier):
         )
         self.num_groups = num_groups
         self.orthogonal = min(num_inputs, num_outputs) >= MIN_ORTHOGONAL_RANK
+        self.average = average_of(context, shape, orthogonal=self.orthogonal)
 
     def forward(self, x_MK: Tensor, experts_M: Tensor) -> Tensor:
         """Return `ops.grouped_linear` of x, in the dtype of x, and the change of the adapter if there is one."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from arbitor.reference.constants import MIN_ORTHOGONAL_RANK
+from arbitor.reference.graph.averages import average_of
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.module import TernaryModule, uncompiled
 from arbitor.reference.promises import differentiable_once
@@ -62,6 +63,7 @@ class TernaryLinear(Multiplier):
 
         super().__init__(context, start)
         self.orthogonal = orthogonal and min(shape) >= MIN_ORTHOGONAL_RANK
+        self.average = average_of(context, shape, orthogonal=self.orthogonal)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `ops.linear` of x, in the dtype of x, and the change of the adapter if there is one."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,16 @@ VOTED_IN = ("trit_accum", "exponent_accum")
 
 WAITING_ELEMENTS = 2**25
 """Elements of the gradients that wait to be made orthogonal, above which all of them vote: 64 MiB of bfloat16."""
+
+
+class Average(Protocol):
+    """A running mean of the gradients of a weight, as a vote sees it. `averages.GradientAverage` fits."""
+
+    def lead(self, grad_NK: Tensor, rows: Tensor | None, rate: float | Tensor) -> Tensor:
+        """Return what votes for a gradient of the weight, or of its rows, and change the mean in place."""
+
+    def tables(self) -> dict[str, Tensor]:
+        """Return the integers of the mean by name."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,7 @@ class Vote:
         rows:         int64 [N], the rows of the weight that vote, or None for all.
         num_matrices: matrices that are stacked in the gradient and are made orthogonal, or 0.
         uses:         how often a pass uses the weight.
+        average:      the running mean that leads a gradient that is made orthogonal, or None.
     """
 
     weight: LaidOutWeight
@@ -68,6 +79,7 @@ class Vote:
     rows: Tensor | None
     num_matrices: int
     uses: int
+    average: Average | None
 
     @property
     def matrix(self) -> tuple[int, int, torch.device]:
@@ -149,6 +161,7 @@ class Voting:
         version: steps and loads of the model's weights and tables so far. Each of them makes ledgers stale.
         torn:    whether a step raised, or a pass that could not be undone. The state is then of no use until another is loaded.
         strayed: whether gradients came through weights outside of a pass, and no pass was taken since.
+        alone:   whether the weights are of a layer that belongs to no model, so that nobody can take a pass or a step.
         ranks:   the ranks that train the model together.
         apart:   runs pieces of work of which none writes what another one reads or writes, but for sums of integers. They run in
             turn, unless whoever records them lets them run side by side.
@@ -176,6 +189,7 @@ class Voting:
         self.version = 0
         self.torn = False
         self.strayed = False
+        self.alone = False
         self.ranks = Ranks()
         self.apart: Callable[[Sequence[Callable[[], None]]], None] = in_turn
 
@@ -255,6 +269,19 @@ class Voting:
         """Drop the notes for one module."""
         self.notes = [note for note in self.notes if getattr(note.tell, "__self__", None) is not module]
 
+    def stray(self) -> None:
+        """Note that gradients came through weights outside of a pass, which the next step refuses. A lone layer has no step.
+
+        Raises:
+            RuntimeError: the weights are of a layer that belongs to no model.
+        """
+        if self.alone:
+            raise RuntimeError(
+                "gradients came through a ternary layer that belongs to no model, and so would never learn: wrap the module in "
+                "arbitor.nn.Ternary and call its backward, or keep the layer as it is by requires_grad_(False)"
+            )
+        self.strayed = True
+
     def check_ready(self) -> None:
         """Refuse a pass while another one is open, and a pass of a model that is torn, by a RuntimeError."""
         self.check_whole()
@@ -288,11 +315,13 @@ class Voting:
         uses: int = 1,
         chosen: bool = False,
         voted: Callable[[Tensor | None], None] | None = None,
+        average: Average | None = None,
     ) -> None:
         """Count the votes of a gradient, summed over ranks, in the accumulators of `weight`, in place, now or before the pass ends.
 
         A gradient of `num_matrices` stacked matrices is first made orthogonal, in the dtype of the activations, unless the rule is
         `sign`. With 0 matrices the gradient votes as it is, as the rows of a table do.
+        With an `average` the gradient is led by it before it is made orthogonal. A gradient that votes as it is has none.
         If a pass uses a weight several times, each of the `uses` votes at its part of the rate. The size of a vote does not depend
         on the size of the gradient, so votes at the full rate would together go too far. The `sign` rule has no rate to divide.
         Rows that are `chosen` follow from the batch (`Gradient`). The pass leaves a note for `voted`, the method of a module, with
@@ -306,7 +335,9 @@ class Voting:
         self.ranks.exchange(
             tensor_id,
             Gradient(grad_NK, rows, num_matrices, chosen),
-            lambda total: self._cast_total(weight, total, tensor_id=tensor_id, uses=uses, voted=voted),
+            lambda total: self._cast_total(
+                weight, total, tensor_id=tensor_id, uses=uses, voted=voted, average=average
+            ),
         )
 
     def makes_orthogonal(self, num_matrices: int) -> bool:
@@ -321,12 +352,13 @@ class Voting:
         tensor_id: int,
         uses: int,
         voted: Callable[[Tensor | None], None] | None,
+        average: Average | None,
     ) -> None:
         """Count the votes of a gradient that was summed over ranks, unless it is None, and leave a note of them."""
         taken = self.current
         assert taken is not None
         if total is not None:
-            vote = Vote(weight, total.grad_NK, tensor_id, total.rows, total.num_matrices, uses)
+            vote = Vote(weight, total.grad_NK, tensor_id, total.rows, total.num_matrices, uses, average)
             if self.makes_orthogonal(total.num_matrices):
                 taken.waiting.append(replace(vote, grad_NK=total.grad_NK.to(self.dtype)))
                 if sum(vote.grad_NK.numel() for vote in taken.waiting) > WAITING_ELEMENTS:
@@ -352,7 +384,8 @@ class Voting:
         """Make gradients of one shape orthogonal in one call, and count their votes, those of alike weights in one call."""
         # Votes of one weight keep their order.
         votes = sorted(votes, key=lambda vote: vote.kind)
-        grads = [vote.grad_NK for vote in votes]
+        # A gradient of a weight is led by those before it.
+        grads = [self._led(taken, vote) for vote in votes]
         made = self.ops.orthogonalize(
             grads[0] if len(grads) == 1 else torch.cat(grads),
             iterations=self.orthogonal_steps,
@@ -395,6 +428,21 @@ class Voting:
             out=weights,
         )
 
+    def _led(self, taken: Pass, vote: Vote) -> Tensor:
+        """Return what is made orthogonal for a vote: its gradient, led by the running mean if the weight has one."""
+        if vote.average is None:
+            return vote.grad_NK
+        self._begin_writing(taken)
+        for table in vote.average.tables().values():
+            taken.keep(table, vote.rows)
+        return vote.average.lead(vote.grad_NK, vote.rows, taken.rate)
+
+    def _begin_writing(self, taken: Pass) -> None:
+        """Note that the pass is about to write to the state of the model."""
+        if not taken.wrote:
+            taken.keep(self.faults)
+        taken.wrote = True
+
     def _count_each(self, taken: Pass, votes: Sequence[Vote]) -> None:
         """Count votes in their order."""
         for vote in votes:
@@ -421,10 +469,8 @@ class Voting:
 
     def _before_count(self, taken: Pass, vote: Vote) -> None:
         """Keep what a vote is about to change, and note that the pass writes."""
-        if not taken.wrote:
-            taken.keep(self.faults)
+        self._begin_writing(taken)
         taken.keep_weight(vote.tensor_id, vote.weight, vote.rows)
-        taken.wrote = True
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle; raise RuntimeError while a pass is open."""
