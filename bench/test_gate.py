@@ -91,6 +91,8 @@ def product(s: Sizes, num_slots: int, num_groups: int, *, transposed: bool = Fal
 
 def grouped(s: Sizes, *, transposed: bool = False) -> Any:
     """All but whether sums are cut: uncut, few slots would have more weights than the reference has time for."""
+    if not transposed and s["float_bytes"] == 2 and many_rows.pays_for_experts(s["N"], s["K"]):
+        return many_rows.slot_form_of(s["M"], s["E"])
     return few(s), product(s, 1 if few(s) else s["M"], s["E"], transposed=transposed)[1:]
 
 

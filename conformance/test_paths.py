@@ -223,6 +223,16 @@ def test_what_a_product_takes() -> None:
         for count in (1, 8, 9, 16, 17, 512, 513, 1024, 1025, 2**20):
             inside = bool(taken_rows) and taken_rows[0] <= count <= taken_rows[1]
             assert many_rows.pays(count, size // 1024, 1024) is inside, (size, count)
+    # Experts, by the size of one.
+    for outputs, inputs, is_taken in (
+        (21216, 1024, True),
+        (640, 1024, True),
+        (24, 21216, False),
+        (700, 700, False),
+    ):
+        assert many_rows.pays_for_experts(outputs, inputs) is is_taken
+    assert many_rows.fits_slots(torch.zeros(3, 640, dtype=torch.bfloat16), device_weight(2048, 640), 2)
+    assert not many_rows.fits_slots(torch.zeros(3, 640, dtype=torch.bfloat16), device_weight(2048, 640), 4)
     large = device_weight(2**17, 32)
     assert many_rows.fits(torch.zeros(17, 32, dtype=torch.bfloat16), large)
     assert not many_rows.fits(torch.zeros(17, 32), large)
@@ -273,6 +283,31 @@ def test_blocks_of_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
             # Every warp of a tile has a step in each phase.
             assert phase_steps % splits == 0
         assert len({constants["SPLITS"] for constants, _, _ in launched}) == 1
+
+
+@pytest.mark.usefixtures("words")
+def test_blocks_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many blocks as a form counts on fit a multiprocessor, all outputs have a block, and slabs that stay have their room."""
+    launched: list[tuple[Kernel, tuple[Any, ...], dict[str, Any]]] = []
+    monkeypatch.setattr(
+        many_rows, "launch", lambda kernel, given, **how: launched.append((kernel, given, how))
+    )
+    monkeypatch.setattr(many_rows, "add_parts", lambda sums, out: out)
+    weight = device_weight(1000, 3000)
+    forms = [many_rows.form_of(count, 1000) for count in (9, 17, 64, 65, 129, 5000)]
+    for form in [*forms, *(many_rows.slot_form_of(count, 10) for count in (10, 100, 200, 2000))]:
+        launched.clear()
+        many_rows.many_rows_product(torch.zeros(33, 3000, dtype=torch.bfloat16), weight, form)
+        (laying, _, of_rows), (product_, given, how) = launched
+        constants = dict(product_.constants)
+        assert laying.constants == product_.constants and not of_rows.get("starts_early", False)
+        assert how["threads"] * form.blocks <= 2048 and how["shared_bytes"] * form.blocks < 227 * 1024
+        steps = 8 if constants["RESIDENT"] else 1
+        assert how["shared_bytes"] == steps * 6 * 128 * form.rows
+        parts, _, tiles, runs = map(int, given[-4:])
+        assert how["blocks"] == parts * tiles * runs and tiles * form.rows >= 33
+        assert form.runs or runs * form.outputs >= 1000
+        assert given[3].dtype is (torch.float32 if parts > 1 else torch.bfloat16)
 
 
 def on_cuda_alone(subject: Subject) -> None:

@@ -31,8 +31,8 @@ ROWS = ((2**27, FEW + 1, MAX_COLUMNS), (2**24, FEW + 1, 1024), (2**22, 17, 512))
 `docs/log.md` has the times.
 """
 
-LEAST_INPUTS = 256
-"""Least inputs of an expert: a step has 384 columns."""
+LEAST_EXPERT, LEAST_SIDE = 2**19, 256
+"""Least weights, and least inputs and outputs, of an expert. A step has 384 columns, and a block 128 outputs or more."""
 
 PROCESSORS = 132
 """Multiprocessors of an H100 or H200."""
@@ -44,7 +44,7 @@ SHARED_BYTES = 227 * 1024
 """Bytes of shared memory of a multiprocessor that blocks can have."""
 
 TALL = 256
-"""Sums of a thread from which on a whole warp group copies, times two."""
+"""Heights times (rows + 64) from which on a whole warp group copies, as `many_rows.cu` has it."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,14 @@ def pays(num_rows: int, num_outputs: int, num_inputs: int) -> bool:
     return least <= num_rows <= most
 
 
-def fits_slots(x: Tensor, weight: DeviceWeight) -> bool:
-    """Return whether the kernel takes slots of a stack of matrices: steps must not be mostly empty."""
-    return weight.shape[1] >= LEAST_INPUTS and fits_chunks(x, weight)
+def fits_slots(x: Tensor, weight: DeviceWeight, num_groups: int) -> bool:
+    """Return whether the kernel takes slots of a stack of matrices."""
+    return pays_for_experts(weight.shape[0] // num_groups, weight.shape[1]) and fits_chunks(x, weight)
+
+
+def pays_for_experts(num_outputs: int, num_inputs: int) -> bool:
+    """Return whether the kernel is the fastest for experts of this size: neither steps nor blocks may be mostly empty."""
+    return min(num_outputs, num_inputs) >= LEAST_SIDE and num_outputs * num_inputs >= LEAST_EXPERT
 
 
 def form_of(num_rows: int, num_outputs: int) -> Form:

@@ -163,7 +163,9 @@ def _product(
     experts = experts_M.flatten().contiguous()
     by: dict[str, Any] = {"num_groups": num_groups, "slots_of_row": slots_of_row}
     by |= {"experts_M": experts} if few else {"plan": Plan.of(experts, num_groups)}
-    if not transposed and takes_cuda(many_rows.fits_slots(x, weight), x.device, only=compiler.HOPPER):
+    if not transposed and takes_cuda(
+        many_rows.fits_slots(x, weight, num_groups), x.device, only=compiler.HOPPER
+    ):
         form = many_rows.slot_form_of(num_slots, num_groups)
         y = many_rows.many_rows_product(x, weight, form, **by)
     else:
