@@ -39,7 +39,7 @@ IN_SUITE = {link.resolve().relative_to(ROOT) for link in (ROOT / SUITE).iterdir(
 TEST_PACKAGES = ("conformance", "bench")
 REFERENCE_FOR_SIDECARS = ("checks",)
 FOR_SIDECARS = ("arbitor", "numpy", "torch")
-OF_OTHERS = ("accelerate", "av", "diffusers", "huggingface_hub", "optimum", "PIL", "transformers")
+OF_OTHERS = ("accelerate", "av", "datasets", "diffusers", "huggingface_hub", "optimum", "PIL", "transformers")
 """Libraries that `sidecars/libraries.py` imports by name, so that they may be missing."""
 
 

@@ -90,6 +90,14 @@ class StateTensors:
         """Return a copy that shares no memory with this weight."""
         return self.with_tensors(**{name: tensor.clone() for name, tensor in self.tensors().items()})
 
+    def into(self, out: Self | None) -> Self:
+        """Return this weight, or `out` with the state tensors of this weight copied into it."""
+        if out is None:
+            return self
+        for name, tensor in self.tensors().items():
+            out.tensors()[name].copy_(tensor)
+        return out
+
     @property
     def device(self) -> torch.device:
         """Device of the state tensors."""

@@ -13,6 +13,7 @@ from typing import Any
 import click
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
 from arbitor.optimized.cli import cli
 from arbitor.optimized.training.loop import train
@@ -25,11 +26,7 @@ PAGES = (
     "README.md",
     "docs/implementing.md",
     "docs/python.md",
-    *(
-        f"docs/tutorials/{page.name}"
-        for page in (ROOT / "docs/tutorials").glob("*.md")
-        if page.name != "many-gpus.md"  # it has commands alone
-    ),
+    *(f"docs/tutorials/{page.name}" for page in (ROOT / "docs/tutorials").glob("*.md")),
 )
 EXAMPLES = [
     pytest.param(block, id=f"{page}-{place}")
@@ -87,6 +84,25 @@ def test_a_command_is_understood(command: str) -> None:
     found = cli.get_command(click.Context(cli), name)
     assert found is not None, f"there is no command {name}"
     found.make_context(name, arguments)
+
+
+TORCHRUN = sorted(
+    {
+        line.strip()
+        for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
+        for line in re.findall(r"^ *torchrun .*$", page.read_text(), re.M)
+    }
+)
+
+
+@pytest.mark.parametrize("line", TORCHRUN)
+def test_a_line_of_torchrun_is_understood(line: str) -> None:
+    """Torchrun takes its part of every such line of the pages, and the parser of `arb train` the rest."""
+    found = get_args_parser().parse_args(shlex.split(line)[1:])
+    assert found.module and found.training_script == "arbitor.train"
+    command = cli.get_command(click.Context(cli), "train")
+    assert command is not None
+    command.make_context("train", found.training_script_args)
 
 
 @pytest.mark.parametrize("source", EXAMPLES)

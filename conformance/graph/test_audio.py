@@ -15,7 +15,7 @@ from arbitor.reference.ops.scale import dequantize
 from conformance.compare import alike, exact, unsigned_zeros
 from conformance.graph.test_op_sets import contexts, integers
 from conformance.graph.test_video import count_weights, on_meta, weights_of
-from conformance.graph.test_votes import context
+from conformance.graph.test_voting import context
 from conformance.subject import Subject
 
 

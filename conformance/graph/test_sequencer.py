@@ -13,7 +13,7 @@ from arbitor.reference.ops.scale import dequantize
 from conformance.compare import alike, exact
 from conformance.graph.test_op_sets import contexts
 from conformance.graph.test_video import count_weights
-from conformance.graph.test_votes import context
+from conformance.graph.test_voting import context
 from conformance.subject import Subject
 
 FIELDS: dict[str, Any] = {"image_features": 8, "audio_features": 9}

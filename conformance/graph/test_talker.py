@@ -12,7 +12,7 @@ from conformance.compare import alike, exact
 from conformance.graph import models
 from conformance.graph.test_op_sets import contexts
 from conformance.graph.test_video import count_weights, on_meta
-from conformance.graph.test_votes import context
+from conformance.graph.test_voting import context
 from conformance.subject import Subject
 
 

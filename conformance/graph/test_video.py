@@ -33,7 +33,7 @@ from conformance import oracle
 from conformance.compare import alike, exact
 from conformance.graph import models
 from conformance.graph.test_op_sets import contexts, integers
-from conformance.graph.test_votes import context
+from conformance.graph.test_voting import context
 from conformance.subject import Subject
 
 FIELDS: dict[str, Any] = {"video_latent": 20, "video_steps": 3}

@@ -24,14 +24,8 @@ from ..law import law
 from ..mutant import mutants_of
 from ..refusal import F16, ids, meta, ones, refusals, refused, scalar, weight
 from ..subject import Subject
-from .test_codebook import (
-    BUCKET_SIGNS_REVERSED,
-    codebooks,
-    rows_of_trits,
-    sign_bit_counts,
-    sixteenths,
-    vectors,
-)
+from .test_codebook import codebooks, rows_of_trits, sign_bit_counts, sixteenths, vectors
+from .test_codebook_buckets import BUCKET_SIGNS_REVERSED
 
 mutant = mutants_of("codebook")
 

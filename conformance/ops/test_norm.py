@@ -144,8 +144,8 @@ def _by_torch(
     return y.detach(), dx, dw.reshape(1, -1)
 
 
-# The squares of small integers are exact. 37 is small enough that float32 holds 2**120 times it.
-HUGE = st.sampled_from((70, 48, 60, 64, 120))
+# The squares of small integers are exact. 8 times 2**124 is the largest power of two that float32 holds.
+HUGE = st.sampled_from((70, 48, 60, 64, 124))
 COUNTS = st.integers(1, 37)
 
 
@@ -204,19 +204,49 @@ def test_rms_norm_ignores_the_scale(
     data=st.data(),
     rejects=[
         NORM_OF_HUGE_ROWS_OVERFLOWS,
-        mutant("norm_grad_of_the_tamed_row", " / rms * power)", " / rms)"),
+        mutant("norm_grad_of_the_tamed_row", "keepdim=True)) * power).to", "keepdim=True))).to"),
     ],
 )
 def test_rms_norm_input_grad_of_huge_rows(
     ops: Subject, width: int, dtype: torch.dtype, power: int, data: st.DataObject
 ) -> None:
-    """The gradient shrinks as the row grows: by the same power of two, bit for bit, as long as it is no subnormal number."""
+    """The gradient shrinks as the row grows: by the same power of two, bit for bit, as long as nothing is a subnormal number."""
     weight = data.draw(ss.weights((1, width), levels=(0, 15)))
     x, grad = (data.draw(ordinary_rows(width, dtype)) for _ in range(2))
+    grad = grad * 2.0**40
     got = ops.rms_norm_input_grad(grad, x * 2.0**power, weight)
-    want = ops.rms_norm_input_grad(grad, x * 2.0**20, weight).to(torch.float64) * 2.0 ** (20 - power)
-    kept = want.abs() >= torch.finfo(torch.float32).smallest_normal
-    exact(torch.where(kept, got.to(torch.float64), 0.0), torch.where(kept, want, 0.0))
+    want = ops.rms_norm_input_grad(grad, x * 2.0**20, weight)
+    exact(got, (want.to(torch.float64) * 2.0 ** (20 - power)).to(dtype))
+
+
+@law(
+    width=st.sampled_from((2, 4, 8, 16)),
+    dtype=ss.DTYPES,
+    data=st.data(),
+    rejects=[
+        mutant(
+            "norm_grad_divided_last",
+            "return ((scaled - unit * (unit * scaled).mean(dim=-1, keepdim=True)) * power)",
+            "scaled = scaled * rms\n"
+            "    return ((scaled - unit * (unit * scaled).mean(dim=-1, keepdim=True)) / rms * power)",
+        ),
+    ],
+)
+def test_rms_norm_input_grad_of_faint_rows(
+    ops: Subject, width: int, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    """Where eps is all that a root mean square has, no product on the way underflows before it is divided by it.
+
+    All is an integer times a power of two here, so that every step but the last is exact: rms is 2**-20.
+    """
+    trits = data.draw(ss.trit_tensors((1, width)))
+    weight = weight_of_trits(trits, torch.zeros(1, 1, dtype=torch.int8), 16)
+    rows, grad = (data.draw(ordinary_rows(width, dtype)) for _ in range(2))
+    x = rows * 2.0**-100
+    unit, scaled = rows.to(torch.float64) * 2.0**-80, grad.to(torch.float64) * trits * 2.0**20
+    want = scaled - unit * (unit * scaled).mean(dim=-1, keepdim=True)
+    got = ops.rms_norm_input_grad(grad, x, weight, eps=2.0**-40)
+    exact(unsigned_zeros(got), unsigned_zeros(want.to(torch.float32).to(dtype)))
 
 
 @law(width=COUNTS, dtype=ss.DTYPES, data=st.data(), rejects=[NORM_OF_HUGE_ROWS_OVERFLOWS])

@@ -88,7 +88,7 @@ def setting(
     text = f"{help or option.help} [{default_help}]."
     if row.kind is bool:
         spelling = f"{flag}/--no-{flag.removeprefix('--')}" if option.has_opposite else flag
-        return click.option(spelling, name, is_flag=True, default=None, help=text)
+        return click.option(spelling, *option.also, name, is_flag=True, default=None, help=text)
     kind: click.ParamType | type = row.kind
     if option.choices:
         kind = click.Choice(option.choices)

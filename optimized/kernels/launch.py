@@ -33,11 +33,16 @@ def runs_here(tensor: Tensor) -> None:
     )
 
 
-def may_look_at_values(tensor: Tensor) -> bool:
-    """Return whether a value check may run. A check waits for the device, which no graph capture survives."""
+def may_look_at_values(value: object) -> bool:
+    """Return whether a value check may run: of a number always, of a tensor where nothing keeps the host from waiting for it.
+
+    A check waits for the device, which no graph capture survives.
+    """
+    if not isinstance(value, Tensor):
+        return True
     if not settings.value_checks():
         return False
-    return not (tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    return not (value.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def values_between(name: str, value: Tensor, low: int, high: int) -> None:
@@ -63,8 +68,7 @@ def row_ids(rows: Tensor | None, num_rows: int, device: torch.device) -> None:
 
 def vote_rate(rate: float | Tensor, device: torch.device) -> None:
     """Refuse a rate that is not allowed, or a tensor elsewhere. Its value is checked only where value checks may run."""
-    look = not isinstance(rate, Tensor) or may_look_at_values(rate)
-    checks.vote_rate(rate, values=look)
+    checks.vote_rate(rate, values=may_look_at_values(rate))
     same_device("rate", rate, device)
 
 
@@ -126,8 +130,7 @@ class Clock:
         last_step: int = RESERVED_STEP - 1,
     ) -> Clock:
         """Return the checked coordinates. The value of a step on the device is checked only where value checks may run."""
-        look = not isinstance(step, Tensor) or may_look_at_values(step)
-        checks.vote_clock(seed, step, tensor_id, last_step=last_step, values=look)
+        checks.vote_clock(seed, step, tensor_id, last_step=last_step, values=may_look_at_values(step))
         same_device("step", step, device)
         on_device = isinstance(step, Tensor)
         return cls(

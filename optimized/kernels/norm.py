@@ -135,7 +135,10 @@ def _rms_norm_kernel(
 
 @triton.jit
 def unit_row(x, rms):
-    """Return x^ by a division. An inverse would round once more, and where the terms of dx cancel, only roundings are left."""
+    """Return x^ by a division. An inverse would round once more, and where the terms of dx cancel, only roundings are left.
+
+    The gradient itself may be multiplied by an inverse: both terms of dx then have the same rounding as a factor.
+    """
     return tl.div_rn(x, rms)
 
 
@@ -153,30 +156,32 @@ def _rms_norm_input_grad_kernel(
         for row in range(begin, end):
             x = load_row(x_ptr, row, columns, num_columns)
             rms, power = root_mean_square_of(x, num_columns, eps)
+            inverse = 1.0 / rms
             # The root mean square of the row itself. To divide by a power of two is exact, so a quotient rounds as before.
             rms = rms / power
             # Loaded last, since a branch keeps all that was loaded before it in registers.
-            scaled = load_row(grad_ptr, row, columns, num_columns) * w
+            scaled = load_row(grad_ptr, row, columns, num_columns) * w * inverse
             unit = unit_row(x, rms)
             mean = tl.div_rn(tl.sum(unit * scaled, axis=0), width)
-            store_row(out_ptr, row, columns, num_columns, (scaled - unit * mean) / rms)
+            store_row(out_ptr, row, columns, num_columns, (scaled - unit * mean) * power)
     else:
         for row in range(begin, end):
             rms, power = root_mean_square(x_ptr, row, num_columns, eps, BLOCK)
+            inverse = 1.0 / rms
             rms = rms / power
             products = tl.zeros([BLOCK], dtype=tl.float32)
             for start in range(0, num_columns, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
                 w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
-                scaled = load_row(grad_ptr, row, columns, num_columns) * w
+                scaled = load_row(grad_ptr, row, columns, num_columns) * w * inverse
                 products += unit_row(load_row(x_ptr, row, columns, num_columns), rms) * scaled
             mean = tl.div_rn(tl.sum(products, axis=0), width)
             for start in range(0, num_columns, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
                 w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
-                scaled = load_row(grad_ptr, row, columns, num_columns) * w
+                scaled = load_row(grad_ptr, row, columns, num_columns) * w * inverse
                 unit = unit_row(load_row(x_ptr, row, columns, num_columns), rms)
-                store_row(out_ptr, row, columns, num_columns, (scaled - unit * mean) / rms)
+                store_row(out_ptr, row, columns, num_columns, (scaled - unit * mean) * power)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from torch import Tensor
 from arbitor.optimized.kernels import codebook, codebook_rows, scale
 from arbitor.optimized.kernels.launch import may_look_at_values, same_device, values_between
 from arbitor.optimized.layouts import AnyWeight, DeviceWeight
-from arbitor.optimized.ops.layout import canonical, deliver, on_device, target_of
+from arbitor.optimized.ops.layout import canonical, deliver, deliver_table, on_device, table_target, target_of
 from arbitor.optimized.ops.op import op
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
@@ -79,11 +79,7 @@ def nearest_candidates(z: Tensor, weight: AnyWeight, candidates: Tensor) -> Tens
     """See reference; float64 is not supported."""
     checks.codebook(weight)
     checks.last_dim("z", z, weight.shape[1], DTYPES)
-    checks.dtype_in("candidates", candidates, (torch.int64,))
-    if candidates.ndim != z.ndim or candidates.shape[:-1] != z.shape[:-1]:
-        raise ValueError(
-            f"candidates has shape {tuple(candidates.shape)}, but must be one row for each vector of z, {tuple(z.shape)}"
-        )
+    checks.candidate_slots(candidates, z)
     checks.same_device(weight=weight.exponents, z=z, candidates=candidates)
     values_between("candidates", candidates, -1, weight.shape[0] - 1)
     vectors = _vectors(z)
@@ -98,9 +94,9 @@ def count_codes(usage: Tensor, ids: Tensor, *, out: Tensor | None = None) -> Ten
     checks.dtype_in("ids", ids, (torch.int64,))
     checks.same_device(usage=usage, ids=ids)
     values_between("ids", ids, -1, usage.numel() - 1)
-    target = _target(usage, out)
+    target = table_target(usage, out)
     codebook_rows.count_(target, ids.reshape(-1))
-    return _delivered(target, out)
+    return deliver_table(target, out)
 
 
 @op()
@@ -114,12 +110,12 @@ def revival_vectors(
     window: int,
 ) -> Tensor:
     """See reference; float64 is not supported."""
-    _check_vectors(weight, z_RC)
+    checks.batch_vectors(weight, z_RC, DTYPES)
     checks.usage_of(weight.shape[0], usage, None)
     checks.tensor("ids_R", ids_R, torch.int64, z_RC.shape[:1])
     checks.same_device(weight=weight.exponents, z_RC=z_RC, ids_R=ids_R, usage=usage)
     values_between("ids_R", ids_R, -1, weight.shape[0] - 1)
-    checks.code_window(weight.shape[0], first, window, values=_look(first))
+    checks.code_window(weight.shape[0], first, window, values=may_look_at_values(first))
     same_device("first", first, usage.device)
     return codebook_rows.vectors_of_window(z_RC, on_device(weight), ids_R, usage, first, window)
 
@@ -135,8 +131,8 @@ def revive_codes(
     out: AnyWeight | None = None,
 ) -> AnyWeight:
     """See reference; float64 is not supported."""
-    _check_vectors(weight, z_RC)
-    checks.revivals(weight.shape[0], first, vectors, values=_look(first))
+    checks.batch_vectors(weight, z_RC, DTYPES)
+    checks.revivals(weight.shape[0], first, vectors, values=may_look_at_values(first))
     checks.same_device(weight=weight.exponents, z_RC=z_RC, vectors=vectors)
     same_device("first", first, vectors.device)
     values_between("vectors", vectors, -1, z_RC.shape[0] - 1)
@@ -151,38 +147,14 @@ def revive_codes(
 def age_codes(usage: Tensor, vectors: Tensor, *, first: int | Tensor, out: Tensor | None = None) -> Tensor:
     """See reference."""
     checks.usage_of(None, usage, out)
-    checks.revivals(usage.numel(), first, vectors, values=_look(first))
+    checks.revivals(usage.numel(), first, vectors, values=may_look_at_values(first))
     checks.same_device(usage=usage, vectors=vectors)
     same_device("first", first, usage.device)
-    target = _target(usage, out)
+    target = table_target(usage, out)
     codebook_rows.age_(target, vectors, first)
-    return _delivered(target, out)
+    return deliver_table(target, out)
 
 
 def _vectors(z: Tensor) -> Tensor:
     """Return vectors as [Q, C]."""
     return z.reshape(z.numel() // z.shape[-1], z.shape[-1])
-
-
-def _check_vectors(weight: AnyWeight, z_RC: Tensor) -> None:
-    checks.codebook(weight)
-    checks.last_dim("z_RC", z_RC, weight.shape[1], DTYPES)
-    if z_RC.ndim != 2:
-        raise ValueError(f"z_RC has shape {tuple(z_RC.shape)}, but must be [vectors, columns]")
-
-
-def _look(first: int | Tensor) -> bool:
-    """Return whether the start of a window may be looked at: a number, or a tensor where value checks may run."""
-    return not isinstance(first, Tensor) or may_look_at_values(first)
-
-
-def _target(usage: Tensor, out: Tensor | None) -> Tensor:
-    """Return contiguous counters that a kernel may overwrite: `out` if it is contiguous, else a copy."""
-    if out is not None and out.is_contiguous():
-        return out if out is usage else out.copy_(usage)
-    return usage.clone(memory_format=torch.contiguous_format)
-
-
-def _delivered(target: Tensor, out: Tensor | None) -> Tensor:
-    """Return the counters, in `out` if there is one."""
-    return target if out is None or out is target else out.copy_(target)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from arbitor.optimized.kernels import edges as kernels
 from arbitor.optimized.kernels.launch import values_between
 from arbitor.optimized.layouts import AnyWeight
-from arbitor.optimized.ops.layout import deliver, target_of
+from arbitor.optimized.ops.layout import deliver, deliver_table, table_target, target_of
 from arbitor.optimized.ops.op import op
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
@@ -81,20 +80,12 @@ def update_neighbours(
     values_between("sources_M", sources_M, -1, num_nodes - 1)
     values_between("targets_M", targets_M, -1, 2**31 - 1 if allow_loops else num_nodes - 1)
     into = (None, None, None) if out is None else out
-    neighbours, scores = _target(neighbours_NJ, into[0]), _target(scores_NJ, into[1])
+    neighbours, scores = table_target(neighbours_NJ, into[0]), table_target(scores_NJ, into[1])
     target = target_of(signs, into[2])
     kernels.update_(neighbours, scores, target, sources_M, targets_M, allow_loops)
     updated = deliver(target, signs, into[2])
     if out is None:
         return neighbours, scores, updated
-    for made, asked in ((neighbours, out[0]), (scores, out[1])):
-        if made is not asked:
-            asked.copy_(made)
+    deliver_table(neighbours, out[0])
+    deliver_table(scores, out[1])
     return out
-
-
-def _target(table: Tensor, out: Tensor | None) -> Tensor:
-    """Return a contiguous table that a kernel may overwrite: `out` if it is contiguous, else a copy."""
-    if out is not None and out.is_contiguous():
-        return out if out is table else out.copy_(table)
-    return table.clone(memory_format=torch.contiguous_format)

@@ -31,9 +31,6 @@ def embedding_row_grads(ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     checks.dtype_in("grad", grad, DTYPES)
     checks.same_device(ids=ids, grad=grad)
     checks.last_dim_not_empty("grad", grad)
-    if grad.shape[:-1] != ids.shape:
-        raise ValueError(
-            f"grad has shape {tuple(grad.shape)}, but its leading dimensions must match ids, {tuple(ids.shape)}"
-        )
+    checks.leading_dims("grad", grad, ids.shape, "ids", ids)
     values_between("ids", ids, 0, 2**63 - 1)
     return kernels.row_grads(ids.reshape(-1), grad.reshape(ids.numel(), grad.shape[-1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from arbitor.optimized.kernels import packing
@@ -73,7 +74,7 @@ def target_of(weight: AnyWeight, out: AnyWeight | None) -> DeviceWeight:
     if out is weight and isinstance(weight, DeviceWeight):
         return weight
     if isinstance(out, DeviceWeight):
-        copy_(on_device(weight), out)
+        on_device(weight).into(out)
         return out
     return from_spec(weight) if isinstance(weight, TernaryWeight) else weight.clone()
 
@@ -83,12 +84,17 @@ def deliver(result: DeviceWeight, weight: AnyWeight, out: AnyWeight | None) -> A
     if out is None:
         return result if isinstance(weight, DeviceWeight) else canonical(result)
     if isinstance(out, TernaryWeight):
-        copy_(canonical(result), out)
+        canonical(result).into(out)
     return out
 
 
-def copy_(source: AnyWeight, target: AnyWeight) -> None:
-    """Copy the state of one weight over another of the same kind and shape."""
-    tensors: dict[str, Tensor] = source.tensors()
-    for name, tensor in target.tensors().items():
-        tensor.copy_(tensors[name])
+def table_target(table: Tensor, out: Tensor | None) -> Tensor:
+    """Return a contiguous table that an update's kernels may overwrite: `out` if it is contiguous, else a copy."""
+    if out is not None and out.is_contiguous():
+        return out if out is table else out.copy_(table)
+    return table.clone(memory_format=torch.contiguous_format)
+
+
+def deliver_table(target: Tensor, out: Tensor | None) -> Tensor:
+    """Return an updated table, in `out` if there is one."""
+    return target if out is None or out is target else out.copy_(target)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from arbitor.optimized.kernels import memory as kernels
 from arbitor.optimized.kernels.launch import may_look_at_values, same_device, values_between
+from arbitor.optimized.ops.layout import deliver_table, table_target
 from arbitor.optimized.ops.op import op
 from arbitor.reference import checks
 
@@ -41,13 +42,9 @@ def touch_strengths(
     checks.dtype_in("rows", rows, (torch.int64,))
     checks.same_device(strengths=strengths, rows=rows)
     checks.strength_rule(gain, shift)
-    look = not isinstance(first, Tensor) or may_look_at_values(first)
-    checks.code_window(strengths.numel(), first, window, values=look)
+    checks.code_window(strengths.numel(), first, window, values=may_look_at_values(first))
     same_device("first", first, strengths.device)
     values_between("rows", rows, -1, strengths.numel() - 1)
-    if out is not None and out.is_contiguous():
-        target = out if out is strengths else out.copy_(strengths)
-    else:
-        target = strengths.clone(memory_format=torch.contiguous_format)
+    target = table_target(strengths, out)
     kernels.touch_(target, rows.reshape(-1), gain, first, window, shift)
-    return target if out is None or out is target else out.copy_(target)
+    return deliver_table(target, out)

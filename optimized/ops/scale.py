@@ -45,8 +45,7 @@ def dequantize(
     weight: AnyWeight, *, dtype: torch.dtype = torch.float32, rows: Tensor | None = None
 ) -> Tensor:
     """See reference."""
-    if dtype not in checks.FLOAT_DTYPES:
-        raise TypeError(f"dtype is {checks.names((dtype,))}, but must be {checks.names(checks.FLOAT_DTYPES)}")
+    checks.float_dtype("dtype", dtype)
     if rows is not None:
         checks.row_ids(rows, weight.device)
         values_between("rows", rows, 0, weight.shape[0] - 1)

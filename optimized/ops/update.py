@@ -110,7 +110,6 @@ def count_nonfinite_rows(grad_NK: Tensor) -> Tensor:
 @op()
 def count_changed_trits(before: AnyWeight, after: AnyWeight) -> Tensor:
     """See reference."""
-    if before.shape != after.shape:
-        raise ValueError(f"after has shape {after.shape}, but must match before, {before.shape}")
+    checks.same_shape("after", after, "before", before)
     checks.same_device(before=before.exponents, after=after.exponents)
     return update.changed_trits(on_device(before).words, on_device(after).words)

@@ -23,6 +23,9 @@ AUTO = "auto"
 MOST_BYTES = 2**24
 """Bytes that a prompt is continued by, at most."""
 
+EXCHANGES = ("full", "mxint8")
+"""How ranks send the gradients that are made orthogonal: in the dtype of the activations, or in eight bits."""
+
 OF_PRESET = "of the preset"
 """How help names a default that is a field of the preset's model."""
 
@@ -114,19 +117,34 @@ class Settings:
     data: Annotated[
         str,
         Option(
-            help="stdlib (the sources of this Python), a file or a folder",
+            help="stdlib (the sources of this Python), a file, a folder or hf:NAME[/CONFIG][:SPLIT]",
             default="stdlib",
             path=True,
             also=("--data-text",),
         ),
     ]
-    data_code: Annotated[str | None, _source("More bytes to learn from, a file or a folder")]
+    data_code: Annotated[str | None, _source("More bytes to learn from, a file, a folder or a stream")]
     data_image: Annotated[str | None, _source("Folder of pictures with captions, which needs --vision")]
     data_audio: Annotated[str | None, _source("Folder of sounds with transcripts, which needs --audio")]
     data_video: Annotated[str | None, _source("Folder of videos with captions, which needs --video")]
     data_speech: Annotated[
         str | None,
         _source("Folder of sounds with transcripts, which the model learns to say", commands=("train",)),
+    ]
+    stream_bytes: Annotated[
+        int,
+        Option(help="Bytes of a stream that are read, at most", default=2**28, low=1, high=2**44, bound=True),
+    ]
+    only: Annotated[
+        str | None,
+        Option(
+            help="Learn from one kind of data alone, without experts but for text",
+            default=None,
+            default_help="every kind of data",
+            choices=("text", "vision", "audio", "diffusion"),
+            bound=True,
+            commands=("train",),
+        ),
     ]
     mix: Annotated[
         str | None,
@@ -155,7 +173,7 @@ class Settings:
     val_data: Annotated[
         str | None,
         Option(
-            help="What the run is judged by, a file or a folder",
+            help="What the run is judged by, a file, a folder or a stream",
             default=None,
             default_help="a tenth of --data",
             path=True,
@@ -169,6 +187,15 @@ class Settings:
             default_help="weights drawn by the seed",
             bound=True,
             path=True,
+            commands=("train",),
+        ),
+    ]
+    keep_votes: Annotated[
+        bool,
+        Option(
+            help="With --init-from: go on with the votes that its weights have gathered too",
+            default=False,
+            bound=True,
             commands=("train",),
         ),
     ]
@@ -205,8 +232,12 @@ class Settings:
             commands=("train",),
         ),
     ]
-    disable_vq: Annotated[bool, _model_change("No codes, and nothing that needs them", default=False)]
-    disable_graph: Annotated[bool, _model_change("No graph over the codes", default=False)]
+    disable_vq: Annotated[
+        bool, _model_change("No codes, and nothing that needs them", default=False, also=("--no-vq",))
+    ]
+    disable_graph: Annotated[
+        bool, _model_change("No graph over the codes", default=False, also=("--no-graph",))
+    ]
     disable_moe: Annotated[bool, _model_change("No experts", default=False)]
     enable_memory: Annotated[bool, _model_change("Tables of code n-grams", default=False)]
     enable_image: Annotated[bool, _model_change("Reads features of pictures", default=False)]
@@ -238,9 +269,9 @@ class Settings:
     save_interval: Annotated[
         int,
         Option(
-            help="Steps between checkpoints",
+            help="Steps between checkpoints, 0 for none before the last",
             default=100,
-            low=1,
+            low=0,
         ),
     ]
     log_interval: Annotated[
@@ -251,7 +282,16 @@ class Settings:
             low=1,
         ),
     ]
-    eval_windows: Annotated[int, Option(help="Validation windows, at most", default=256, low=1, asked=False)]
+    eval_windows: Annotated[
+        int,
+        Option(
+            help="Validation windows, at most, and files of each kind of media",
+            default=256,
+            low=1,
+            bound=True,
+            also=("--eval-steps",),
+        ),
+    ]
     sample_bytes: Annotated[
         int, Option(help="Bytes of the sample at the end", default=256, low=0, asked=False)
     ]
@@ -284,6 +324,16 @@ class Settings:
             default=None,
             default_help="wherever possible",
             has_opposite=True,
+            commands=("train",),
+        ),
+    ]
+    exchange: Annotated[
+        str,
+        Option(
+            help="How several ranks send gradients: mxint8 halves bfloat16",
+            default="full",
+            choices=EXCHANGES,
+            bound=True,
             commands=("train",),
         ),
     ]
@@ -382,6 +432,7 @@ BOUND = tuple(name for name, row in ROWS.items() if row.option.bound)
 PRESET_DEFAULTS: dict[str, Mapping[str, Any]] = {
     "tiny": {"steps": 500, "batch": 32},
     "small": {"batch": 64, "context": 256, "eval_windows": 512},
+    "r12": {"batch": 32, "context": 256},
 }
 """Defaults that suit a preset better than those of the rows, which are cautious: one step of a large model fills a GPU."""
 
@@ -426,12 +477,14 @@ class TrainOptions:
     Attributes:
         run: the run folder.
         resume: continue what the run folder holds.
+        reset: begin anew where the run folder holds a run, whose files go.
         save: whether to write checkpoints.
         finetune: whether the run trains adapters over the frozen weights of `init_from`.
     """
 
     run: Path | None = None
     resume: bool = False
+    reset: bool = False
     save: bool = True
     finetune: bool = False
 

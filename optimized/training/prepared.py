@@ -16,7 +16,7 @@ from arbitor.optimized.training.batch_size import BatchSize, fitting_batch
 from arbitor.optimized.training.beginning import Beginning, begin_with, same_beginning
 from arbitor.optimized.training.checkpoint import check_fits
 from arbitor.optimized.training.media_mix import Mix, open_mix
-from arbitor.optimized.training.options import AUTO, Settings
+from arbitor.optimized.training.options import AUTO, EXCHANGES, Settings
 from arbitor.optimized.training.plan import run_config
 from arbitor.optimized.training.recording import records
 from arbitor.optimized.training.run_folder import Found
@@ -100,6 +100,10 @@ def prepare(
     if auto_batch and world.count > 1:
         raise ValueError(f"batch is {AUTO!r}, but must be a number where {world.count} ranks share it")
     world.check_batch(settings.batch)
+    if world.count == 1 and settings.exchange != EXCHANGES[0] and found.settings is None:
+        raise ValueError(
+            f"exchange is {settings.exchange!r}, but does nothing with one rank, which sends no gradients"
+        )
     text = read_text(settings, folder, found.settings)
     config, lost = run_config(settings, found.model)
     check_memory(config, runtime.device)
@@ -131,7 +135,12 @@ def prepare(
         check_fits(found.checkpoint, config_json, model)
         model.load_state(found.checkpoint.state)
     elif settings.init_from is not None:
-        beginning = begin_with(model, settings.init_from, as_base=settings.lora_rank is not None)
+        beginning = begin_with(
+            model,
+            settings.init_from,
+            keep_votes=settings.keep_votes,
+            as_base=settings.lora_rank is not None,
+        )
     adaptation = open_adaptation(model, settings, found.checkpoint, num_ranks=world.count)
     if found.checkpoint is not None:
         # The model has the tensors now, and a run keeps no second copy of them.
@@ -147,7 +156,7 @@ def prepare(
         document["init_sha256"] = same_beginning(settings.init_from, beginning, found.settings)
     digest = None if found.checkpoint is None else found.checkpoint.state_sha256
     check_agreement(world, config=config_json, document=document, checkpoint=digest)
-    train_together(model, world)
+    train_together(model, world, exchange=settings.exchange)
     return Prepared(
         settings=settings,
         runtime=runtime,

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from arbitor.reference.checks.arguments import integer
-from arbitor.reference.checks.tensors import FLOAT_DTYPES, dtype_in, same_device, same_dtype, same_shape
+from arbitor.reference.checks.tensors import (
+    FLOAT_DTYPES,
+    dtype_in,
+    same_device,
+    same_dtype,
+    same_shape,
+    some_dimension,
+)
 
 
 def gate_inputs(
@@ -16,8 +23,7 @@ def gate_inputs(
 ) -> None:
     """Refuse a gate, the values that it lets through, and terms that do not fit each other."""
     dtype_in("gate", gate, allowed)
-    if gate.ndim == 0:
-        raise ValueError(f"gate has shape {tuple(gate.shape)}, but must have at least one dimension")
+    some_dimension("gate", gate)
     same_dtype("up", up, "gate", gate)
     same_shape("up", up, "gate", gate)
     same_device(gate=gate, up=up)

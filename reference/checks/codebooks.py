@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from arbitor.reference.checks.arguments import integer
-from arbitor.reference.checks.tensors import dtype_in, same_device, tensor, values_between
+from arbitor.reference.checks.tensors import (
+    FLOAT_DTYPES,
+    dtype_in,
+    last_dim,
+    same_device,
+    tensor,
+    values_between,
+)
 from arbitor.reference.constants import MAX_CODE_DIM, MAX_SIGN_BITS
 
 
@@ -32,6 +40,23 @@ def buckets(num_codes: int, num_columns: int, sign_bits: int) -> None:
         raise ValueError(
             f"sign_bits is {sign_bits}, but {2**sign_bits} buckets need as many codes, and there are {num_codes}"
         )
+
+
+def candidate_slots(candidates: Tensor, z: Tensor) -> None:
+    """Refuse candidates that are not int64 with one row for each vector."""
+    dtype_in("candidates", candidates, (torch.int64,))
+    if candidates.ndim != z.ndim or candidates.shape[:-1] != z.shape[:-1]:
+        raise ValueError(
+            f"candidates has shape {tuple(candidates.shape)}, but must be one row for each vector of z, {tuple(z.shape)}"
+        )
+
+
+def batch_vectors(weight: Any, z_RC: Tensor, allowed: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
+    """Refuse a weight that is no codebook, or vectors of a batch that are not [R, C] of its width."""
+    codebook(weight)
+    last_dim("z_RC", z_RC, weight.shape[1], allowed)
+    if z_RC.ndim != 2:
+        raise ValueError(f"z_RC has shape {tuple(z_RC.shape)}, but must be [vectors, columns]")
 
 
 def usage_of(num_codes: int | None, usage: Tensor, out: Tensor | None) -> None:

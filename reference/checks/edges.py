@@ -62,10 +62,7 @@ def neighbour_tables(
     if num_slots > MAX_NEIGHBOURS:
         raise ValueError(f"neighbours_NJ has {num_slots} slots a row, but may have at most {MAX_NEIGHBOURS}")
     tensor("scores_NJ", scores_NJ, torch.int8, neighbours_NJ.shape)
-    if tuple(signs.shape) != tuple(neighbours_NJ.shape):
-        raise ValueError(
-            f"signs has shape {tuple(signs.shape)}, but must match neighbours_NJ, {tuple(neighbours_NJ.shape)}"
-        )
+    same_shape("signs", signs, "neighbours_NJ", neighbours_NJ)
     same_device(neighbours_NJ=neighbours_NJ, scores_NJ=scores_NJ, signs=signs.exponents)
     if out is None:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,9 +72,9 @@ def last_dim(name: str, value: Tensor, size: int, allowed: Sequence[torch.dtype]
         raise ValueError(f"{name} has shape {tuple(value.shape)}, but its last dimension must be {size}")
 
 
-def same_shape(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    """Refuse two tensors of different shapes."""
-    if value.shape != other.shape:
+def same_shape(name: str, value: Any, other_name: str, other: Any) -> None:
+    """Refuse two tensors, or weights, of different shapes."""
+    if tuple(value.shape) != tuple(other.shape):
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}, but must match {other_name}, {tuple(other.shape)}"
         )
@@ -106,6 +107,26 @@ def values_between(name: str, value: Tensor, low: int, high: int) -> None:
     if smallest < low or largest > high:
         worst = smallest if smallest < low else largest
         raise ValueError(f"{name} holds {worst}, but its elements must lie from {low} to {high}")
+
+
+def some_dimension(name: str, value: Tensor) -> None:
+    """Refuse a tensor without a dimension."""
+    if value.ndim == 0:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, but must have at least one dimension")
+
+
+def leading_dims(name: str, value: Tensor, size: Sequence[int], other_name: str, other: Tensor) -> None:
+    """Refuse a tensor whose dimensions before the last are not `size`, which another tensor has."""
+    if value.ndim == 0 or tuple(value.shape[:-1]) != tuple(size):
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, but its leading dimensions must match {other_name}, {tuple(other.shape)}"
+        )
+
+
+def float_dtype(name: str, dtype: torch.dtype) -> None:
+    """Refuse a dtype that no activation has."""
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} is {names((dtype,))}, but must be {names(FLOAT_DTYPES)}")
 
 
 def last_dim_not_empty(name: str, value: Tensor) -> None:

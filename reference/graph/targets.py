@@ -47,7 +47,7 @@ class Targets:
 
 
 def byte_loss(logits_BPV: Tensor, ids_BT: Tensor, taught_BT: Tensor | None, ranks: Ranks) -> Tensor:
-    """Return the mean cross-entropy of the ids from the fourth on, or of those of them that teach; 0 without such ids.
+    """Return the mean cross-entropy of the ids that teach, from the fourth id on; 0 where no id teaches.
 
     Args:
         logits_BPV: logits of every position; position p predicts id p + 3. Those of the last position are left out.
@@ -120,7 +120,7 @@ def route_loss(router: OutputRouter, h_BPD: Tensor, modality_B: Tensor, present:
 
 
 def latent_loss(head: VideoHead, h_BPD: Tensor, latent: Tensor, taught_B: Tensor | None) -> Tensor:
-    """Return the mean squared error of the noise that the head predicts, over the sequences that teach a latent; 0 without such.
+    """Return the mean squared error of the noise that the head predicts, over the sequences that teach a latent; 0 where none does.
 
     Math:    mean of `VideoHead.noise_errors` over these sequences
     Source:  docs/spec/heads.md; targets are padded to the head's latent (REFACTOR12)

@@ -164,11 +164,7 @@ def nearest_candidates(z: Tensor, weight: TernaryWeight, candidates: Tensor) -> 
     """
     checks.codebook(weight)
     checks.last_dim("z", z, weight.shape[1])
-    checks.dtype_in("candidates", candidates, (torch.int64,))
-    if candidates.ndim != z.ndim or candidates.shape[:-1] != z.shape[:-1]:
-        raise ValueError(
-            f"candidates has shape {tuple(candidates.shape)}, but must be one row for each vector of z, {tuple(z.shape)}"
-        )
+    checks.candidate_slots(candidates, z)
     checks.same_device(weight=weight.packed, z=z, candidates=candidates)
     checks.values_between("candidates", candidates, -1, weight.shape[0] - 1)
     num_columns, num_candidates = weight.shape[1], candidates.shape[-1]
@@ -240,7 +236,7 @@ def revival_vectors(
              a vector that is named lies nearer to the code that it makes than to its own
     Source:  docs/spec/codebook.md
     """
-    _check_vectors(weight, z_RC)
+    checks.batch_vectors(weight, z_RC)
     checks.usage_of(weight.shape[0], usage, None)
     checks.tensor("ids_R", ids_R, torch.int64, z_RC.shape[:1])
     checks.same_device(weight=weight.packed, z_RC=z_RC, ids_R=ids_R, usage=usage)
@@ -284,7 +280,7 @@ def revive_codes(
     Laws:    codes outside of the window, and codes that become no vector, keep every byte
     Source:  docs/spec/codebook.md; REFACTOR14 (dead codes)
     """
-    _check_vectors(weight, z_RC)
+    checks.batch_vectors(weight, z_RC)
     checks.revivals(weight.shape[0], first, vectors)
     checks.same_device(weight=weight.packed, z_RC=z_RC, vectors=vectors)
     checks.values_between("vectors", vectors, -1, z_RC.shape[0] - 1)
@@ -300,12 +296,7 @@ def revive_codes(
     tensors = {name: tensor.clone() for name, tensor in weight.tensors().items() if name != "packed"}
     for tensor in tensors.values():
         tensor[revived] = 0
-    fresh = weight_of_trits(trits, tensors["exponents"], weight.group_size).with_tensors(**tensors)
-    if out is None:
-        return fresh
-    for name, tensor in out.tensors().items():
-        tensor.copy_(fresh.tensors()[name])
-    return out
+    return weight_of_trits(trits, tensors["exponents"], weight.group_size).with_tensors(**tensors).into(out)
 
 
 @op
@@ -370,10 +361,3 @@ def _sets_of_ranks(sign_bits: int) -> Iterator[int]:
 
     for total in range(sign_bits * (sign_bits + 1) // 2 + 1):
         yield from masks(total, sign_bits)
-
-
-def _check_vectors(weight: TernaryWeight, z_RC: Tensor) -> None:
-    checks.codebook(weight)
-    checks.last_dim("z_RC", z_RC, weight.shape[1])
-    if z_RC.ndim != 2:
-        raise ValueError(f"z_RC has shape {tuple(z_RC.shape)}, but must be [vectors, columns]")

@@ -200,6 +200,5 @@ def _written(
         return neighbours_NJ, scores_NJ, fresh
     out[0].copy_(neighbours_NJ)
     out[1].copy_(scores_NJ)
-    for name, tensor in out[2].tensors().items():
-        tensor.copy_(fresh.tensors()[name])
+    fresh.into(out[2])
     return out

@@ -49,10 +49,7 @@ def embedding_row_grads(ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     checks.dtype_in("grad", grad, checks.FLOAT_DTYPES)
     checks.same_device(ids=ids, grad=grad)
     checks.last_dim_not_empty("grad", grad)
-    if grad.shape[:-1] != ids.shape:
-        raise ValueError(
-            f"grad has shape {tuple(grad.shape)}, but its leading dimensions must match ids, {tuple(ids.shape)}"
-        )
+    checks.leading_dims("grad", grad, ids.shape, "ids", ids)
     checks.values_between("ids", ids, 0, 2**63 - 1)
     used, slots = ids.reshape(-1).unique(sorted=True, return_inverse=True)
     rows = torch.full((ids.numel(),), -1, dtype=torch.int64, device=ids.device)

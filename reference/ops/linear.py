@@ -65,10 +65,8 @@ def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     checks.dtype_in("grad", grad, checks.FLOAT_DTYPES)
     checks.same_dtype("x", x, "grad", grad)
     checks.same_device(grad=grad, x=x)
-    if 0 in (grad.ndim, x.ndim) or grad.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, but its leading dimensions must match grad, {tuple(grad.shape)}"
-        )
+    checks.some_dimension("grad", grad)
+    checks.leading_dims("x", x, grad.shape[:-1], "grad", grad)
     dtype = wide_dtype(grad)
     grad_MN = grad.reshape(-1, grad.shape[-1]).to(dtype)
     x_MK = x.reshape(-1, x.shape[-1]).to(dtype)

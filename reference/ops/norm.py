@@ -53,7 +53,7 @@ def rms_norm_input_grad(
 ) -> Tensor:
     """Return the gradient of the loss with respect to the input of `rms_norm`.
 
-    Math:    dx = (dy * w - x^ * mean(x^ * dy * w)) / rms
+    Math:    dx = s - x^ * mean(x^ * s) with s = dy * w / rms
     Shapes:  grad and x of one dtype, [..., K]; weight (1, K)
     Returns: dtype and shape of x
     Raises:  TypeError or ValueError for a dtype, shape, device or eps that is not allowed
@@ -64,9 +64,10 @@ def rms_norm_input_grad(
     tame, power, tame_eps = tamed(x.to(dtype), eps)
     rms = _rms(tame, tame_eps)
     unit = tame / rms
-    scaled = grad.to(dtype) * dequantize(weight, dtype=dtype)[0]
+    # Divided first: beside a row near 0, unit times the mean may be too small for the dtype where its quotient is not.
+    scaled = grad.to(dtype) * dequantize(weight, dtype=dtype)[0] / rms
     # The rms of the tame row is the power times the rms of x, so the power cancels.
-    return ((scaled - unit * (unit * scaled).mean(dim=-1, keepdim=True)) / rms * power).to(x.dtype)
+    return ((scaled - unit * (unit * scaled).mean(dim=-1, keepdim=True)) * power).to(x.dtype)
 
 
 @op
@@ -81,8 +82,8 @@ def rms_norm_weight_grad(grad: Tensor, x: Tensor, *, eps: float = DEFAULT_EPS) -
     Source:  docs/spec/norm.md
     """
     dtype = _check(None, eps, x=x, grad=grad)
-    tame, _, tame_eps = tamed(x.to(dtype), eps)
-    return (grad.to(dtype) * tame / _rms(tame, tame_eps)).reshape(-1, x.shape[-1]).sum(dim=0, keepdim=True)
+    products = grad.to(dtype) * unit_rows(x.to(dtype), eps)
+    return products.reshape(-1, x.shape[-1]).sum(dim=0, keepdim=True)
 
 
 def unit_rows(x_wide: Tensor, eps: float = DEFAULT_EPS) -> Tensor:

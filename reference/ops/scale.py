@@ -63,8 +63,7 @@ def dequantize(
     Raises:  TypeError for another dtype; ValueError for a row that does not exist
     Source:  docs/spec/scale.md
     """
-    if dtype not in checks.FLOAT_DTYPES:
-        raise TypeError(f"dtype is {checks.names((dtype,))}, but must be {checks.names(checks.FLOAT_DTYPES)}")
+    checks.float_dtype("dtype", dtype)
     num_rows, num_columns = weight.shape
     if rows is None:
         trits, exponents = digits_of(weight.packed, weight.shape), weight.exponents

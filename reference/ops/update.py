@@ -80,7 +80,7 @@ def accumulate(
         else:
             exponent_vote = torch.sign(score)
         exponent_accum[rows] = _saturate(exponent_accum[rows] + exponent_vote)
-    return _deliver(weight.with_tensors(trit_accum=trit_accum, exponent_accum=exponent_accum), out)
+    return weight.with_tensors(trit_accum=trit_accum, exponent_accum=exponent_accum).into(out)
 
 
 @op
@@ -128,15 +128,13 @@ def apply_step(
     trits[rows] = (trits[rows] - full).clamp(-1, 1).to(torch.int8)
     kept = torch.zeros_like(count) if on_flip == "reset" else count - full * theta
     trit_accum[rows] = torch.where(full != 0, kept, count).to(torch.int8)
-    return _deliver(
-        weight.with_tensors(
-            packed=pack_trits(trits),
-            exponents=exponents,
-            trit_accum=trit_accum,
-            exponent_accum=exponent_accum,
-        ),
-        out,
+    stepped = weight.with_tensors(
+        packed=pack_trits(trits),
+        exponents=exponents,
+        trit_accum=trit_accum,
+        exponent_accum=exponent_accum,
     )
+    return stepped.into(out)
 
 
 @op
@@ -205,8 +203,7 @@ def count_changed_trits(before: TernaryWeight, after: TernaryWeight) -> Tensor:
     Laws:    0 for equal weights; symmetric
     Source:  the flip rate that a trainer logs
     """
-    if before.shape != after.shape:
-        raise ValueError(f"after has shape {after.shape}, but must match before, {before.shape}")
+    checks.same_shape("after", after, "before", before)
     checks.same_device(before=before.packed, after=after.packed)
     return (unpack_trits(before.packed, before.shape) != unpack_trits(after.packed, after.shape)).sum()
 
@@ -222,12 +219,3 @@ def _used_rows(weight: TernaryWeight, rows: Tensor | None, *per_row: Tensor) -> 
         return (torch.arange(weight.shape[0], device=weight.device), *per_row)
     used = rows >= 0
     return (rows[used], *(values[used] for values in per_row))
-
-
-def _deliver(result: TernaryWeight, out: TernaryWeight | None) -> TernaryWeight:
-    """Return `result`, or `out` after copying `result` into it."""
-    if out is None:
-        return result
-    for name, tensor in out.tensors().items():
-        tensor.copy_(result.tensors()[name])
-    return out
