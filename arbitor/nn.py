@@ -54,6 +54,11 @@ class Rules:
         """How gradients become votes."""
         return "stochastic"
 
+    @property
+    def average_gradients(self) -> bool:
+        """Whether a running mean leads a gradient: layers in models of others keep none."""
+        return False
+
 
 class Linear(TernaryLinear):
     """y = x W^T + bias, with a ternary weight.

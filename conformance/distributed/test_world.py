@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore
 
-from arbitor.optimized.distributed import world
+from arbitor.optimized.distributed import ranks, world
 from arbitor.optimized.distributed.ranks import owners
-from arbitor.optimized.distributed.run import measured, train_together, whole_state
+from arbitor.optimized.distributed.run import kept_elsewhere, measured, train_together, whole_state
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import train
+from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.ranks import Ranks
+from arbitor.reference.graph.voting import VOTED_IN
 from arbitor.reference.types import has_memory, without_memory
 from conformance.graph import models
 from conformance.training import nano
@@ -69,6 +73,17 @@ def test_a_rank_that_never_came_is_silent_too(store: HashStore, ends: list[int])
     assert ends == [1]
 
 
+def test_a_rank_whose_store_is_gone_ends(ends: list[int], capfd: pytest.CaptureFixture[str]) -> None:
+    """The store goes with the rank that holds it."""
+
+    class Gone(HashStore):
+        def set(self, key: str, value: str) -> None:
+            raise RuntimeError("Connection reset by peer")
+
+    heart(Gone(), 0)._thread.join(timeout=10)
+    assert ends == [1] and capfd.readouterr().err == f"arb: {world.LOST}.\n"
+
+
 def test_one_rank_tells(store: HashStore) -> None:
     assert [world.World(number, 3, store).tells() for number in (2, 0, 1)] == [True, False, False]
     assert [world.World(number, 3).tells() for number in (2, 0, 1)] == [False, True, False]
@@ -104,6 +119,15 @@ def test_one_rank_of_torchrun_computes_what_a_process_alone_does(
     assert hashes[0] == hashes[1]
 
 
+def test_one_rank_refuses_a_way_of_exchange(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nano.register(monkeypatch)
+    (tmp_path / "text.txt").write_bytes(nano.TEXT)
+    with pytest.raises(
+        ValueError, match=r"^exchange is 'mxint8', but does nothing with one rank, which sends no"
+    ):
+        train(options(tmp_path / "text.txt", None, save=False, exchange="mxint8"))
+
+
 @pytest.mark.parametrize("value", ["two", "", "-1"])
 def test_an_environment_that_torchrun_never_sets_is_refused(
     monkeypatch: pytest.MonkeyPatch, value: str
@@ -116,14 +140,20 @@ def test_an_environment_that_torchrun_never_sets_is_refused(
         pass
 
 
-def test_a_group_that_the_caller_made_is_used(tmp_path: Path) -> None:
+def test_a_group_that_the_caller_made_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         with world.joined() as joined:
             assert (joined.number, joined.count) == (0, 1)
         assert dist.is_initialized()
+        # One of several, of whom the environment says nothing.
+        monkeypatch.setattr(dist, "get_rank", lambda: 1)
+        monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+        with world.joined() as joined:
+            assert (joined.number, joined.count) == (1, 3)
     finally:
+        monkeypatch.undo()
         dist.destroy_process_group()
 
 
@@ -139,6 +169,24 @@ def test_each_rank_of_a_host_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(TrainingError, match=r"^rank 2 is number 2 on its host, but must be below .* 2$"):
         world.World(2, 4).take_device("cuda")
+
+
+def test_exchanges_end_when_too_much_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest ends first, and no more end than have to: what has ended is under way no more."""
+    monkeypatch.setattr(ranks, "PENDING_BYTES", 100)
+    group, ended = ranks.GroupRanks.__new__(ranks.GroupRanks), []
+    group._under_way, group._pending = deque(), 0
+    seen = []
+    for number, size in enumerate((40, 60, 30, 70, 10)):
+        group._later(size, partial(ended.append, number))
+        seen.append(list(ended))
+    assert seen == [[], [], [0], [0, 1], [0, 1, 2]]
+    group.finish()
+    assert ended == [0, 1, 2, 3, 4] and group._pending == 0
+    group._later(100, partial(ended.append, 5))
+    group.abandon()
+    group.finish()
+    assert len(ended) == 5 and group._pending == 0
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
@@ -157,6 +205,28 @@ def test_owners_share_the_weights_evenly(count: int) -> None:
         if "norm" in name.rpartition(".")[2] or name == "embedding.table"
     }
     assert found.keys() == sizes.keys() - frozen_or_table
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_accumulators_of_other_ranks_are_never_made(number: int) -> None:
+    """A model of two ranks takes the memory of its part from the beginning, and loads its part of a state."""
+    config, two = models.NANO, world.World(number, 2)
+    elsewhere = kept_elsewhere(config, two)
+    whole, part = ArbModel(config, seed=1), ArbModel(config, seed=2, elsewhere=elsewhere)
+    assert elsewhere == {each for each, owner in owners(whole, 2).items() if owner != number} != set()
+    for module in whole.ternary_modules().values():
+        module.get_buffer("trit_accum").random_(-20, 20)
+    part.load_state(whole.state())
+    for name, module in part.ternary_modules().items():
+        is_here = module.tensor_id not in elsewhere
+        for of_part, tensor in module.weight.tensors().items():
+            same = torch.equal(tensor, whole.ternary_modules()[name].weight.tensors()[of_part])
+            if of_part in VOTED_IN:
+                assert has_memory(tensor) == is_here or tensor.numel() == 1
+                assert same if is_here else not tensor.any(), (name, of_part)
+            else:
+                assert same, (name, of_part)
+    assert kept_elsewhere(config, world.World()) == frozenset()
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 5), (7, 1), (4, 6)])
