@@ -119,6 +119,26 @@ def test_one_rank_of_torchrun_computes_what_a_process_alone_does(
     assert hashes[0] == hashes[1]
 
 
+def test_a_step_that_raises_leaves_nothing_to_send() -> None:
+    """What it had begun would be taken for a part of a later step, after another state was loaded."""
+
+    class Failing(Ranks):
+        abandoned = 0
+
+        def step(self, tensor_id: int, weight: Any, apply: Any) -> None:
+            raise RuntimeError("the exchange broke")
+
+        def abandon(self) -> None:
+            self.abandoned += 1
+
+    model = models.nano()
+    model.voting.ranks = ranks = Failing()
+    assert model.backward(model.losses(models.random_ids(2, 12)), rate=40.0, step=0)
+    with pytest.raises(RuntimeError, match="the exchange broke"):
+        model.step()
+    assert ranks.abandoned == 1 and model.voting.torn
+
+
 def test_one_rank_refuses_a_way_of_exchange(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     nano.register(monkeypatch)
     (tmp_path / "text.txt").write_bytes(nano.TEXT)
