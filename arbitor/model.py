@@ -23,6 +23,7 @@ from arbitor.optimized.training.model_folder import load_into, trained_context, 
 from arbitor.optimized.training.options import MOST_BYTES
 from arbitor.optimized.training.recording import records
 from arbitor.optimized.training.runtime import OP_SETS, Runtime, choose_runtime
+from arbitor.optimized.training.schedule import GAIN
 from arbitor.reference import checks, graph
 from arbitor.reference.audit import APART, area_of
 from arbitor.reference.config import ArbConfig
@@ -327,6 +328,43 @@ class ArbModel(graph.ArbModel):
             f"{self.config.name}: {self.num_weights:,} ternary weights, {self.state_bytes:,} bytes of state, "
             f"device={self.context.device}, dtype={self.dtype}"
         )
+
+    def _ternary_update_memory(
+        self,
+        *,
+        loss_signal: Tensor | None = None,
+        loss_components: Mapping[str, Tensor] | None = None,
+        rate: float | None = None,
+    ) -> bool:
+        """Do as `backward` and `step` do: the name that the seed documents have for the two.
+
+        It runs the backward pass itself, so that `loss.backward()` before it has to go.
+
+        Args:
+            loss_signal: a scalar loss of this model, with its graph.
+            loss_components: losses by name, as `losses` returns them, in place of `loss_signal`.
+            rate: size of the votes; None: that of the flat part of a run.
+
+        Returns:
+            Whether the loss was finite. If it was not, every byte stays as it was.
+
+        Raises:
+            TypeError or ValueError: none of the two losses is given, or both; or as `backward`.
+        """
+        if (loss_signal is None) == (loss_components is None):
+            raise ValueError(
+                "loss_signal and loss_components are both given or both missing, but one of them must say what is learned"
+            )
+        if loss_signal is not None and not isinstance(loss_signal, Tensor):
+            raise TypeError(
+                f"loss_signal is a {type(loss_signal).__name__}, but must be the loss as a tensor with its graph: votes are "
+                "cast by the backward pass that this call runs, in place of loss.backward()"
+            )
+        loss: Any = loss_components if loss_signal is None else loss_signal
+        size = GAIN * self.config.theta if rate is None else rate
+        voted = self.backward(loss, rate=size, step=self.steps_taken)
+        self.step()
+        return voted
 
     def step(self) -> None:
         """Apply the step rule, as `Stateful.step` says, and count the step."""

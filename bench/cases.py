@@ -1,7 +1,7 @@
 """What is timed: every op of the table and some compounds, at each shape, by every implementation.
 
 A case id is `op-shape-implementation`, for example `linear-7168_m16-ours`. Shapes are those of `op_table`. A linear is timed
-with M of 1, 8, 16, 64, 512 and 4096 at each width besides, and `linear` with few rows of a large matrix. An op that has CUDA C++
+with the M of TOKENS at each width besides, and `linear` with those of LARGE_TOKENS at a large matrix. An op that has CUDA C++
 kernels is timed a second time on Triton's kernels alone. A case that a machine cannot run is counted, with the reason.
 """
 
@@ -33,16 +33,16 @@ LINEARS = "linear"
 TRAIN_FAMILY = "train_step"
 """Family of the compounds that are a whole train step; it has no file of ops."""
 
-FEW_TOKENS = (1, 8, 16, 64)
-"""Activation rows M that decoding has."""
+LARGE_TOKENS = (1, 8, 16, 64, 256, 512)
+"""Activation rows M that `linear` is timed at with LARGE_LINEAR, from one sequence that decodes to a small batch."""
 
-TOKENS = (*FEW_TOKENS, 512, 4096)
+TOKENS = (*LARGE_TOKENS, 4096)
 """Activation rows M that a linear is timed at. 512 and 4096 are what training has."""
 
 LARGE_LINEAR: Shape = {"N": 16384, "K": 15360, "G": 12, "float_bytes": 2}
-"""A matrix so large that the time of `linear` with few rows is that of its bytes."""
+"""A matrix so large that the time of `linear` with few rows is that of its bytes, not that of a launch."""
 
-ON_BOTH_PATHS = ("linear", "update_step")
+ON_BOTH_PATHS = ("grouped_linear", "linear", "update_step")
 """Rows of ops that have CUDA C++ kernels, which are timed on Triton's kernels besides."""
 
 WIDTHS = ("3072", "7168")
@@ -192,7 +192,7 @@ def _with_tokens(row: OpRow) -> Mapping[str, Shape]:
                 found[f"{width}_m{tokens}"] = sizes
     if row.name == "linear":
         name = f"{LARGE_LINEAR['N']}x{LARGE_LINEAR['K']}"
-        found |= {f"{name}_m{tokens}": {**LARGE_LINEAR, "M": tokens} for tokens in FEW_TOKENS}
+        found |= {f"{name}_m{tokens}": {**LARGE_LINEAR, "M": tokens} for tokens in LARGE_TOKENS}
     order = {name: (sizes["K"], sizes["M"]) for name, sizes in found.items()}
     return {name: found[name] for name in sorted(found, key=order.__getitem__)}
 

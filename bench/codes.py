@@ -119,12 +119,18 @@ def runs_of_bytes(windows_WT: Tensor, length: int) -> dict[str, float]:
 
 
 def measure(model: ArbModel, windows_WT: Tensor, *, batch: int) -> dict[str, Any]:
-    """Return how a model uses its codes and experts on some windows of bytes, int64 [W, T] on the CPU."""
+    """Return how a model uses its codes and experts on some windows of bytes, int64 [W, T] on the CPU, and what runs these have."""
+    positions = windows_WT.shape[0] * (windows_WT.shape[1] - NGRAM + 1)
+    runs = {str(length): runs_of_bytes(windows_WT, length) for length in RUNS}
+    return {"positions": positions, "runs": runs, **use_of(model, windows_WT, batch=batch)}
+
+
+def use_of(model: ArbModel, windows_WT: Tensor, *, batch: int) -> dict[str, Any]:
+    """Return the bits per byte of a model on some windows of bytes, and how it uses its codes and experts on them."""
     nats, device = 0.0, model.voting.faults.device
     with torch.no_grad(), watched(model) as seen:
         for windows_BT in windows_WT.split(batch):
             nats += model.loss(windows_BT.to(device)).item() * windows_BT.shape[0]
-    positions = windows_WT.shape[0] * (windows_WT.shape[1] - NGRAM + 1)
     codebooks = {
         name: {
             "codes": uses_N.numel(),
@@ -143,9 +149,8 @@ def measure(model: ArbModel, windows_WT: Tensor, *, batch: int) -> dict[str, Any
         }
         for name, load_E in seen.load_E.items()
     }
-    runs = {str(length): runs_of_bytes(windows_WT, length) for length in RUNS}
     bpb = nats / windows_WT.shape[0] / NATS_PER_BIT
-    return {"positions": positions, "val_bpb": bpb, "runs": runs, "codebooks": codebooks, "experts": experts}
+    return {"val_bpb": bpb, "codebooks": codebooks, "experts": experts}
 
 
 def lines(found: dict[str, Any]) -> Iterator[str]:

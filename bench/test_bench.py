@@ -20,7 +20,7 @@ from arbitor.optimized.ops import paths
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.op_table import FAMILIES, OP_TABLE
 from arbitor.reference.ops.packing import trits_of
-from bench import cases, gate, inputs, machine, regression, report, rooflines, runner, timing
+from bench import cases, gate, goals, inputs, machine, regression, report, rooflines, runner, timing
 from bench.conftest import reason_of
 from bench.peers import peers_of
 from conformance import cuda_calls
@@ -113,9 +113,23 @@ def test_every_stored_result_is_of_a_case() -> None:
 def test_linears_are_timed_at_every_width_and_number_of_tokens() -> None:
     for op in ("linear", "linear_input_grad", "linear_weight_grad"):
         found = {(s["M"], s["N"], s["K"]) for s in cases.rows()[op].shapes.values()}
-        assert {(m, n, n) for m in (1, 8, 16, 64, 512, 4096) for n in (3072, 7168)} <= found
+        assert {(m, n, n) for m in (1, 8, 16, 64, 256, 512, 4096) for n in (3072, 7168)} <= found
     found = {(s["M"], s["N"], s["K"]) for s in cases.rows()["linear"].shapes.values()}
-    assert {(m, 16384, 15360) for m in (1, 8, 16, 64)} <= found
+    assert {(m, 16384, 15360) for m in (1, 8, 16, 64, 256, 512)} <= found
+
+
+def test_goals_are_those_of_cases() -> None:
+    for goal in goals.GOALS:
+        for shape in goal.shapes:
+            for name in ("ours", goal.peer):
+                assert f"{goal.op}-{shape}-{name}".replace(" ", "_") in cases.all_cases()
+        assert len(goal.shapes) == len(goal.before) == len(goal.goals)
+    result = {"op": "linear", "shape": "7168", "mode": "graph"}
+    ours, peer = ({**result, "implementation": name} for name in ("ours", goals.CUBLAS))
+    lines = goals.table([ours, peer], lambda ours, peer: 0.5)
+    [line] = [line for line in lines if "4,096 rows" in line]
+    assert line.split("|")[2:5] == [" 0.94x ", " 0.5x ", " 0.98x "]
+    assert sum("not measured" in line for line in lines) >= len(lines) - 3
 
 
 def test_what_has_cuda_kernels_is_timed_on_triton_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from arbitor.optimized.training import media_speech
 from arbitor.optimized.training.options import PRESET_DEFAULTS
 from arbitor.sidecars import read_audio
 from bench.media import __main__ as demo
+from bench.media import mixed_step
 from bench.media.render import SLOTS, TEMPLATES, render, slot_bits, values_of
 
 LIBRARIES = ("transformers", "diffusers", "optimum", "PIL", "av")
@@ -78,3 +79,43 @@ def test_the_demonstration_is_a_run_that_says_what_it_missed(
     sound = read_audio(tmp_path / "run" / "media.wav")
     assert len(sound) == 16_000 and sound.abs().max() > 0
     assert "image: slots right" in capsys.readouterr().out
+
+
+@needs_sidecars
+def test_a_mixed_step_says_what_it_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small networks of the same libraries: every sidecar is read, every loss is there, and every weight gets a vote."""
+    import diffusers
+    import transformers
+
+    def sound() -> transformers.MoonshineModel:
+        sizes = {
+            f"{part}_num_{name}": 2
+            for part in ("encoder", "decoder")
+            for name in ("hidden_layers", "attention_heads")
+        }
+        return transformers.MoonshineModel(
+            transformers.MoonshineConfig(
+                hidden_size=52, intermediate_size=96, vocab_size=64, partial_rotary_factor=0.62, **sizes
+            )
+        )
+
+    def vision() -> transformers.Dinov2Model:
+        sizes = {"hidden_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 518}
+        return transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
+
+    small = {"vision": vision, "audio": sound, "video": lambda: diffusers.AutoencoderKLWan(base_dim=4)}
+    monkeypatch.setattr(
+        mixed_step, "STANDARD", {mixed_step.KINDS[kind]: make for kind, make in small.items()}
+    )
+    monkeypatch.setattr(mixed_step, "SIDE", 32)
+    out = tmp_path / "mixed.json"
+    arguments = ["--preset", "tiny", "--device", "cpu", "--ctx", "16", "--passes", "3", "--out", str(out)]
+    assert mixed_step.main(arguments) == 0
+    report = json.loads(out.read_text())
+    assert {"bytes", "route", "latent", "tokens"} <= set(report["steps"][-1]["losses"])
+    assert report["steps"][0]["without_votes"] and report["steps"][-1]["without_votes"] == []
+    for row in report["sidecars"].values():
+        assert row["precision"] == "int8" and row["difference_to_cpu"] == 0
+    monkeypatch.setattr(mixed_step, "without_votes", lambda model: ["embedding.table"])
+    assert mixed_step.main(arguments) == 1
+    assert "weights got no vote in 3 steps: embedding.table" in json.loads(out.read_text())["failed"]

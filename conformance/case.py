@@ -20,9 +20,10 @@ from arbitor.reference import ops as reference_ops
 from arbitor.reference.op_table import OP_TABLE, NoWorse
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.types import TernaryWeight
-from conformance.compare import exact, no_worse, unsigned_zeros
-from conformance.report import LEDGER
-from conformance.subject import Subject
+
+from .compare import exact, no_worse, unsigned_zeros
+from .report import LEDGER
+from .subject import Subject
 
 
 @dataclass

@@ -4,7 +4,8 @@
     python -m conformance.compile_cuda step      # some sources
 
 Ops are called on the inputs of `cuda_calls` while a GPU is pretended, and the launches of CUDA C++ kernels are noted instead of
-made. Afterwards each kernel that they asked for is compiled for Hopper, and one of each source for the oldest architecture.
+made. Afterwards each kernel that they asked for is compiled for Hopper, and one of each source for the oldest architecture, unless
+the source is for Hopper alone.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ import torch
 import triton
 
 from arbitor.optimized import ops
-from arbitor.optimized.cuda import compiler, product, update
+from arbitor.optimized.cuda import compiler, many_rows, product, update
 from arbitor.optimized.cuda.compiler import Kernel
 from conformance import cuda_calls
 from conformance.pretend_cuda import DEVICE, pretended
 from conformance.subject import Subject
 
-OLDEST, HOPPER = "sm_80", "sm_90"
-"""Architectures that are compiled for. The oldest is that of `compiler.LEAST_CAPABILITY`."""
+CAPABILITIES = (compiler.LEAST_CAPABILITY, compiler.HOPPER)
+"""Compute capabilities that are compiled for."""
 
-HOSTS = (product, update)
+HOSTS = (many_rows, product, update)
 """Modules that launch kernels of the folder."""
 
 
@@ -43,6 +44,7 @@ def noted(kernels: dict[Kernel, str], cause: list[str]) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, {"ARB_PATH": "cuda"}))
         stack.enter_context(mock.patch.object(compiler, "why_missing", lambda: None))
+        stack.enter_context(cuda_calls.of_any_size())
         for host in HOSTS:
             stack.enter_context(mock.patch.object(host, "launch", note))
         yield
@@ -75,9 +77,10 @@ def main(sources: list[str]) -> int:
         tried = [kernel for kernel in kernels if kernel.source == source]
         print(source, end=": ", flush=True)
         for kernel in tried:
-            for architecture in (OLDEST, HOPPER) if kernel is tried[0] else (HOPPER,):
+            both = kernel is tried[0] and source not in compiler.HOPPER_SOURCES
+            for capability in CAPABILITIES if both else (compiler.HOPPER,):
                 try:
-                    compiler.machine_code(kernel, architecture)
+                    compiler.machine_code(kernel, kernel.architecture(capability))
                 except RuntimeError as error:
                     complaints.append(f"{error}\nas {kernels[kernel]} launches it")
         print(f"{len(tried)} kernels")

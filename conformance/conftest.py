@@ -16,8 +16,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-from conformance import report, strategies
-from conformance.subject import Subject
+from . import report, strategies
+from .subject import Subject
 
 COMMON = {
     # The first call of a kernel compiles it.
@@ -102,7 +102,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if kind == "interpreter":
         chosen["phases"] = [Phase.explicit, Phase.generate]
         # Only here: without Triton its interpreter cannot be imported.
-        from conformance import interpreter
+        from . import interpreter
 
         interpreter.spare()
     settings.register_profile("sized", settings.get_profile(profile), **chosen)
@@ -115,7 +115,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not wanted:
         return
     # This imports every file of a family, which pytest must have done first.
-    from conformance.families import FAMILIES, FILES
+    from .families import FAMILIES, FILES
 
     for family in wanted:
         if family not in FAMILIES:

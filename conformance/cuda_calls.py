@@ -7,12 +7,15 @@ Drawn calls seldom have the widths and rows that these kernels ask for. `compile
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from arbitor.optimized.cuda import many_rows
 from arbitor.reference.constants import ACCUM_MAX, EXPONENT_RULES, ON_FLIP, groups_per_row, level_range
 from arbitor.reference.ops.packing import weight_of_trits
 from arbitor.reference.types import TernaryWeight
@@ -31,9 +34,24 @@ PRODUCTS = (
     (16, 1160, 32, 0, (4,)),
     (16, 1160, 48, 2, (6,)),
     (17, 1160, 96, 2, (8,)),
-    # Tiles enough for larger blocks, and for more rows.
+    # Tiles enough for larger blocks.
     (4850, 200, 12, 2, (1, 8)),
-    (9700, 392, 12, 2, (1, 8, 9, 16)),
+    (9700, 392, 12, 2, (1, 8)),
+    # More rows, on Hopper.
+    (100, 1000, 12, 2, (9, 17, 65)),
+    (300, 3080, 12, 1, (40, 200, 300)),
+    (7000, 392, 12, 2, (300,)),
+    (70, 1160, 6, 2, (64,)),
+    (40, 776, 16, 0, (33,)),
+    (40, 776, 24, 1, (12,)),
+    (16, 1160, 48, 2, (70,)),
+    (17, 1160, 96, 2, (16,)),
+)
+GROUPED = (
+    # Experts, rows of one, columns, columns of a group, mantissa bits, slots.
+    (5, 40, 392, 12, 2, (3, 5, 40, 300)),
+    (40, 70, 520, 12, 1, (30, 700)),
+    (2, 130, 776, 16, 0, (2, 100)),
 )
 UPDATES = (
     (5, 16, 12, 2),
@@ -47,6 +65,13 @@ UPDATES = (
 RATES = (0.0, 1e-12, 0.7, 5.9, 127.0)
 
 
+@contextmanager
+def of_any_size() -> Iterator[None]:
+    """Let kernels take weights within the block that are too small to be worth it, as those of these calls are."""
+    with mock.patch.object(many_rows, "MOST", ((0, 2**20),)):
+        yield
+
+
 def calls() -> Iterator[tuple[str, Case]]:
     """Yield op and call, the same on every run."""
     draws = torch.Generator().manual_seed(1)
@@ -57,6 +82,16 @@ def calls() -> Iterator[tuple[str, Case]]:
             if count > 2:
                 x[1, -1], x[2, 0] = float("nan"), float("inf")
             yield "linear", Case((x, weight))
+    for num_groups, num_rows, num_columns, group_size, mantissa_bits, counts in GROUPED:
+        weight = random_weight(draws, num_groups * num_rows, num_columns, group_size, mantissa_bits)
+        for count in counts:
+            experts = torch.randint(-1, num_groups, (count,), generator=draws)
+            x = torch.randn(count, num_columns, generator=draws).to(torch.bfloat16)
+            yield "grouped_linear", Case((x, weight, experts), {"num_groups": num_groups})
+        # Two slots read one row in memory.
+        x = torch.randn(6, 1, num_columns, generator=draws).to(torch.bfloat16).expand(6, 2, num_columns)
+        experts = torch.randint(-1, num_groups, (6, 2), generator=draws)
+        yield "grouped_linear", Case((x, weight, experts), {"num_groups": num_groups})
     for place, (shape, rule, dtype) in enumerate(
         product(UPDATES, EXPONENT_RULES, (torch.bfloat16, torch.float32))
     ):

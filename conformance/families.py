@@ -14,10 +14,11 @@ from pathlib import Path
 from arbitor.reference import op_table
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.op_table import OP_TABLE
-from conformance.case import CASES, MAGNITUDES, compare
-from conformance.law import LAWS
-from conformance.mutant import MUTANTS
-from conformance.refusal import REFUSALS, REFUSES_NOTHING
+
+from .case import CASES, MAGNITUDES, compare
+from .law import LAWS
+from .mutant import MUTANTS
+from .refusal import REFUSALS, REFUSES_NOTHING
 
 __all__ = [
     "CASES",
@@ -31,6 +32,7 @@ __all__ = [
     "compare",
 ]
 
+HERE = Path(__file__).parent
 ROOT = Path(__file__).resolve().parents[1]
 
 FAMILIES: dict[str, tuple[str, ...]] = {
@@ -48,12 +50,12 @@ def family_of(stem: str) -> str | None:
 
 
 FILES: dict[str, str | None] = {
-    path.stem: family_of(path.stem) for path in sorted((ROOT / "conformance" / "ops").glob("test_*.py"))
+    path.stem: family_of(path.stem) for path in sorted((HERE / "ops").glob("test_*.py"))
 }
 """The family of each file of `conformance/ops`, by the name of the file without `.py`."""
 
 for _stem in FILES:
-    importlib.import_module(f"conformance.ops.{_stem}")
+    importlib.import_module(f"{__package__}.ops.{_stem}")
 
 
 def missing(family: str) -> list[str]:
@@ -82,8 +84,6 @@ def missing(family: str) -> list[str]:
                 op in mutant.compared for mutant in MUTANTS.values()
             ),
             f"a call that `{op}` refuses": op in REFUSES_NOTHING or any(case.op == op for case in REFUSALS),
-            f"the golden vector conformance/vectors/{op}.json": (
-                ROOT / "conformance" / "vectors" / f"{op}.json"
-            ).exists(),
+            f"the golden vector conformance/vectors/{op}.json": (HERE / "vectors" / f"{op}.json").exists(),
         }
     return [f"family `{family}` lacks {piece}" for piece, present in pieces.items() if not present]

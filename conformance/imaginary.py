@@ -142,13 +142,13 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conformance import strategies as ss
-from conformance.case import Case, calls
-from conformance.compare import exact
-from conformance.law import law
-from conformance.mutant import mutants_of
-from conformance.refusal import ones, refusals, refused
-from conformance.subject import Subject
+from .. import strategies as ss
+from ..case import Case, calls
+from ..compare import exact
+from ..law import law
+from ..mutant import mutants_of
+from ..refusal import ones, refusals, refused
+from ..subject import Subject
 
 mutant = mutants_of("mirror")
 ''',

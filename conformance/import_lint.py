@@ -4,9 +4,10 @@
 
 reference imports torch, the standard library and itself, and imports at the top of a file only. optimized imports of reference
 what holds no op. Modules of either import each other in one direction: no circle, not even one for type checkers alone. Nothing
-that is installed imports conformance or bench. The modules of arbitor itself may import all that is installed, and nothing that is
-installed imports them. sidecars imports of ours the checks of reference. It alone imports libraries of other projects, by
-`libraries.library`. Environment variables named ARB_* are read in optimized/settings.py.
+that is installed imports conformance or bench. The modules of arbitor itself may import all that is installed, and nothing that
+is installed imports them. The suite that is installed as arbitor.conformance is links to files here, which import each other
+relatively, so that they work under both names. sidecars imports of ours the checks of reference. It alone imports libraries of
+other projects, by `libraries.library`. Environment variables named ARB_* are read in optimized/settings.py.
 """
 
 from __future__ import annotations
@@ -32,10 +33,13 @@ REFERENCE_FOR_OPTIMIZED = (
 FRONT = "arbitor"
 INSTALLED = (FRONT, "reference", "optimized", "sidecars")
 SETTINGS = Path("optimized/settings.py")
+SUITE = Path("arbitor/conformance")
+IN_SUITE = {link.resolve().relative_to(ROOT) for link in (ROOT / SUITE).iterdir() if link.is_symlink()}
+"""Files and folders that are installed as `arbitor.conformance`."""
 TEST_PACKAGES = ("conformance", "bench")
 REFERENCE_FOR_SIDECARS = ("checks",)
 FOR_SIDECARS = ("arbitor", "numpy", "torch")
-OF_OTHERS = ("accelerate", "av", "diffusers", "huggingface_hub", "optimum", "PIL", "transformers")
+OF_OTHERS = ("accelerate", "av", "datasets", "diffusers", "huggingface_hub", "optimum", "PIL", "transformers")
 """Libraries that `sidecars/libraries.py` imports by name, so that they may be missing."""
 
 
@@ -54,7 +58,7 @@ def breaches_of(source: str, path: Path) -> Iterator[tuple[int, str]]:
     folder = path.parts[0]
     for node in ast.walk(ast.parse(source)):
         for module in imported(node, path):
-            reason = refused(folder, module)
+            reason = refused(folder, module) or _refused_of_suite(path, node, module)
             if reason:
                 yield node.lineno, f"imports {module}: {reason}"
         if folder == "reference" and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -62,7 +66,7 @@ def breaches_of(source: str, path: Path) -> Iterator[tuple[int, str]]:
                 if isinstance(inner, (ast.Import, ast.ImportFrom)):
                     yield inner.lineno, "imports inside of a function: reference imports at the top of a file"
         is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
-        is_ours = folder in INSTALLED and path != SETTINGS
+        is_ours = folder in INSTALLED and path != SETTINGS and SUITE not in path.parents
         if is_ours and is_text and re.fullmatch(r"ARB_[A-Z0-9_]+", node.value):
             yield node.lineno, f"names {node.value}: environment variables are read in {SETTINGS}"
 
@@ -165,6 +169,17 @@ def refused(folder: str, module: str) -> str | None:
             return f"sidecars imports of ours only reference.{', reference.'.join(REFERENCE_FOR_SIDECARS)}"
     if folder == "optimized" and of_reference and (len(rest) < 2 or rest[1] not in REFERENCE_FOR_OPTIMIZED):
         return f"optimized imports of reference only {', '.join(REFERENCE_FOR_OPTIMIZED)}"
+    return None
+
+
+def _refused_of_suite(path: Path, node: ast.AST, module: str) -> str | None:
+    """Return why the file may not import a module of the suite that is installed, or None if it may."""
+    in_suite = path in IN_SUITE or path.parent in IN_SUITE
+    if in_suite and module.split(".")[0] == "conformance":
+        return "a file that arbitor/conformance links to imports others of the suite relatively"
+    of_suite = module.split(".")[:2] == list(SUITE.parts)
+    if of_suite and path.parts[0] == FRONT and SUITE not in path.parents:
+        return "what is installed does not import the tests"
     return None
 
 

@@ -13,9 +13,9 @@ from typing import Any
 from hypothesis import Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
-from conformance.mutant import Mutant
-from conformance.report import LEDGER
-from conformance.subject import Subject
+from .mutant import Mutant
+from .report import LEDGER
+from .subject import Subject
 
 LAWS: dict[str, Law] = {}
 """Every law by name, as far as the files of families are imported (families.py imports all)."""

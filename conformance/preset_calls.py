@@ -138,6 +138,8 @@ def of_updates() -> Iterator[tuple[str, Case]]:
     matrix, grad = weight(64, WIDTH), torch.zeros(64, WIDTH)
     votes = grad.to(torch.int8)
     yield "orthogonalize", Case((grad.to(BF16),))
+    # A side whose symmetric products are computed in quarters.
+    yield "orthogonalize", Case((torch.zeros(1024, 1040, dtype=BF16),))
     yield "row_exponents", Case((grad,))
     yield "sign_votes", Case((grad, 3))
     yield "stochastic_votes", Case((grad, 0.5), CLOCK)

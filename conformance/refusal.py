@@ -15,9 +15,10 @@ from torch import Tensor
 
 from arbitor.reference.ops.packing import weight_of_trits
 from arbitor.reference.types import TernaryWeight
-from conformance.law import Law, filed
-from conformance.mutant import Mutant
-from conformance.subject import Subject
+
+from .law import Law, filed
+from .mutant import Mutant
+from .subject import Subject
 
 CLOCK: dict[str, Any] = {"seed": 1, "step": 2, "tensor_id": 3}
 I8, F16, F32 = torch.int8, torch.float16, torch.float32

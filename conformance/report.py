@@ -10,7 +10,7 @@ import pytest
 from arbitor.reference.op_table import OP_TABLE
 
 if TYPE_CHECKING:
-    from conformance.subject import Subject
+    from .subject import Subject
 
 
 class Ledger:

@@ -28,7 +28,8 @@ from arbitor.reference.constants import (
 )
 from arbitor.reference.ops.packing import weight_of_trits
 from arbitor.reference.types import TernaryWeight
-from conformance import oracle
+
+from . import oracle
 
 DENSE_LIMIT = 4096
 """Most elements of a dense draw. Hypothesis gives up above 4,096."""

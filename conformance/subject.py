@@ -18,8 +18,9 @@ from torch import Tensor
 
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.types import TernaryWeight
-from conformance.compare import bits_of, tensors_of
-from conformance.poison import PATTERNS, poisoned
+
+from .compare import bits_of, tensors_of
+from .poison import PATTERNS, poisoned
 
 WRITTEN = ("out", "faults")
 """Arguments that an op may write."""

@@ -44,6 +44,9 @@ def spoilt(arguments: dict[str, Any], key: str) -> Iterator[tuple[str, type[Exce
     lie = {name for name, each in arguments.items() if isinstance(each, TernaryWeight) or _has_elements(each)}
     if lie - {key, "out"} and key in lie:
         yield "elsewhere", ValueError, lambda: value.to("meta")
+    if isinstance(value, TernaryWeight):
+        yield "floats", TypeError, lambda: reference_ops.dequantize(value)
+        yield "a text", TypeError, lambda: "weight"
     if not isinstance(value, Tensor):
         return
     if value.ndim:

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 
 from arbitor.reference.op_table import OP_TABLE
-from conformance.case import Case, compare
-from conformance.families import CASES
-from conformance.subject import Subject
+
+from .case import Case, compare
+from .families import CASES
+from .subject import Subject
 
 
 @pytest.mark.parametrize("name", OP_TABLE)

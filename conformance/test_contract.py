@@ -112,6 +112,9 @@ def test_imports_keep_the_rules() -> None:
         ("optimized/a.py", "from arbitor import ArbModel"),
         ("optimized/a.py", "import arbitor.front"),
         ("arbitor/a.py", "from conformance import compare"),
+        ("arbitor/a.py", "from arbitor.conformance import compare"),
+        ("conformance/law.py", "from conformance.mutant import Mutant"),
+        ("conformance/ops/test_votes.py", "from conformance import oracle"),
         ("arbitor/a.py", "from huggingface_hub import HfApi"),
         ("sidecars/a.py", "from diffusers import AutoencoderKLWan"),
         ("sidecars/a.py", "import scipy"),
@@ -134,6 +137,7 @@ def test_import_lint_rejects(path: str, source: str) -> None:
             "import torch, numpy; from arbitor.reference import checks; from arbitor.sidecars import audio",
         ),
         ("arbitor/a.py", "from arbitor.optimized.ops import linear; from arbitor.reference import ops"),
+        ("conformance/ops/test_votes.py", "from .. import oracle"),
         ("bench/a.py", "from conformance.compare import exact; from arbitor.reference import ops"),
     ],
 )

@@ -12,9 +12,10 @@ import torch
 from arbitor.reference.op_table import OP_TABLE
 from arbitor.reference.ops.dither import philox
 from arbitor.reference.ops.packing import weight_of_trits
-from conformance import oracle
-from conformance.compare import exact
-from conformance.subject import Subject
+
+from . import oracle
+from .compare import exact
+from .subject import Subject
 
 FOLDER = Path(__file__).parent / "vectors"
 FILES = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}

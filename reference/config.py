@@ -141,6 +141,8 @@ class ArbConfig:
         num_summaries:  summaries of a size that attention sees, at least.
         memory_rows:    rows of each memory table; 0 for no memory.
         memory_dim:     width of a memory row.
+        ngram_rows:     rows of the table of runs of bytes; 0 for none.
+        ngram_dim:      width of such a row.
         composite_codes: entries of the composite codebook; 0 for no proposals.
         composite_inner: width between a position and its proposal.
         image_features: width of an image patch's features; 0 for no images.
@@ -198,6 +200,8 @@ class ArbConfig:
     num_summaries: int = 16
     memory_rows: int = 0
     memory_dim: int = 64
+    ngram_rows: int = 0
+    ngram_dim: int = 64
     composite_codes: int = 0
     composite_inner: int = 1280
     image_features: int = 0
@@ -362,6 +366,7 @@ SWITCHES = (
     ),
     Switch("without composite_codes", lambda config: config.composite_codes > 0, ("composite_inner",)),
     Switch("without memory_rows", lambda config: config.memory_rows > 0, ("memory_dim",)),
+    Switch("without ngram_rows", lambda config: config.ngram_rows > 0, ("ngram_dim",)),
     Switch("without image_features", lambda config: config.image_features > 0, ("image_codes",)),
     Switch("without audio_features", lambda config: config.audio_features > 0, ("audio_codes",)),
     Switch("without video_latent", lambda config: config.video_latent > 0, ("video_steps",)),

@@ -4,6 +4,7 @@
   says float32. So autocast is off inside of an op, on every device that ops run on.
 - Device: an op runs on the device of its tensors, whichever device is current. Some functions of torch do not: `torch.ldexp` of
   torch 2.11 gives zeros on another GPU. So the device of the tensors becomes the current one inside of an op.
+- Refusals: what is no weight, where a weight is asked for, is refused by the name of the argument.
 - Gradients: a gradient that is computed by hand cannot be differentiated again. `differentiable_once` stands above such a backward
   pass, in the graph and in other op sets, and lets a second derivative raise.
 """
@@ -11,6 +12,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, ParamSpec, TypeVar
@@ -44,6 +47,7 @@ def without_autocast() -> Iterator[None]:
 
 def op(function: Callable[P, R]) -> Callable[P, R]:
     """Return an op of the reference that keeps what every op promises; signature, docstring and module stay its own."""
+    function = naming_weights(function)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -51,7 +55,7 @@ def op(function: Callable[P, R]) -> Callable[P, R]:
             with without_autocast():
                 return call(*args, **kwargs)
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, (Tensor, StateTensors)))
-        index = max(map(index_of, (kwargs.get("device"), *tensors)))
+        index = max(index_of_device(kwargs.get("device")), *map(index_of, tensors), -1)
         if index >= 0 and index != torch.cuda.current_device():
             with torch.cuda.device(index):
                 return function(*args, **kwargs)
@@ -60,17 +64,61 @@ def op(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def naming_weights(function: Callable[P, R]) -> Callable[P, R]:
+    """Return an op that refuses what is no weight by the name of its argument.
+
+    Nothing else can stand for a weight, so that the op fails in any case. That is why this looks only after a failure, and costs
+    nothing before.
+    """
+    signature = inspect.signature(function)
+    # Annotations are text here. Those of every op set end in this word.
+    weights = [
+        name
+        for name, each in signature.parameters.items()
+        if re.match(r"[A-Za-z]*Weight\b", str(each.annotation))
+    ]
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except Exception:
+            try:
+                given = signature.bind(*args, **kwargs).arguments
+            except TypeError:
+                given = {}
+            for name in weights:
+                if name in given and given[name] is not signature.parameters[name].default:
+                    is_weight(name, given[name])
+            raise
+
+    return call
+
+
+def is_weight(name: str, value: object) -> None:
+    """Refuse what is no weight, in canonical form or in a device layout."""
+    if not isinstance(value, StateTensors):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}, but must be a weight, for example a TernaryWeight"
+        ) from None
+
+
+def index_of_device(device: object) -> int:
+    """Return the index of the CUDA device that `device` names, or -1 if it names none."""
+    if isinstance(device, (str, torch.device)):
+        device = torch.device(device)
+        return device.index if device.type == "cuda" and device.index is not None else -1
+    return -1
+
+
 def index_of(value: object) -> int:
-    """Return the index of the CUDA device that an argument names or lies on, or -1 if there is no such device."""
+    """Return the index of the CUDA device that an argument lies on, or -1 if there is no such device."""
     if isinstance(value, Tensor):
         return value.get_device()
     if isinstance(value, StateTensors):
         # Every layout has exponents. A look at all fields would take longer than the rest of a call's wrapping.
         exponents: Tensor = getattr(value, "exponents")  # noqa: B009
         return exponents.get_device()
-    if isinstance(value, (str, torch.device)):
-        device = torch.device(value)
-        return device.index if device.type == "cuda" and device.index is not None else -1
     return -1
 
 

@@ -17,6 +17,7 @@ EXTRA_OF = {
     "PIL.Image": "media",
     "PIL.ImageOps": "media",
     "av": "media",
+    "datasets": "streams",
 }
 """The extra of this package that installs each library, by import name."""
 

@@ -9,19 +9,27 @@
     python -m bench.learning --without A.json --seconds 500 ...                # what A.json has not, as far as the time goes
     python -m bench.learning --report A.json B.json --out ...                  # table and curves; B.json has the last word
 
-Every rule sees the same windows in the same order for a seed, and is judged on the same validation windows. Each run is written
-when it ends, in case the time is cut short. Curves go to a PNG beside the JSON file.
+Any size, text and length, with every rule tuned for it, in pieces of four minutes:
+
+    python -m bench.learning --suite tune best --size '110 M' --steps 24000 --data TEXTS --out LONG --pieces --seconds 240
+    ... again, until it says that nothing is left
+    python -m bench.learning --judge OTHER_TEXT --out LONG                     # once, when all choices are made
+
+A size is a name of the benchmark, a preset or a JSON file, and with `/trunk` behind it the trunk of that alone. Every rule sees the
+same windows in the same order for a seed, and is judged on the same validation windows. Each run is written when it ends, in case
+the time is cut short. With `--pieces` a run that was cut short goes on from where it was. Curves go to a PNG beside the JSON file.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,96 +37,65 @@ from typing import Any
 import torch
 from rich.progress import Progress, TaskID
 
-from arbitor.optimized.training.data import load_corpus, split_corpus, validation_windows
+from arbitor.optimized.training.data import split_corpus, validation_windows
+from arbitor.optimized.training.errors import TrainingError
 from bench import machine, parts
-from bench.learning.learner import Architecture, train
+from bench.learning.corpora import open_corpus
+from bench.learning.jobs import (
+    JOB,
+    SUITES,
+    Job,
+    architecture_of,
+    at_an_end,
+    jobs_of,
+    measured,
+    rule_of,
+    settings_of,
+)
+from bench.learning.judging import judge_runs
 from bench.learning.report import curves, page, table
-from bench.learning.rules import RULES, Rule
+from bench.learning.rules import RULES
+from bench.learning.training import train
 
-SIZES: Mapping[str, Architecture] = {
-    "7 M": Architecture("7 M"),
-    "29 M": Architecture("29 M", width=768),
-    "0.7 M": Architecture("0.7 M", width=128, num_layers=3),
-    "small": Architecture("small", preset="small"),
-    "toy": Architecture("toy", width=64, num_layers=1, context=64, batch=8),
-}
-"""Architectures by name: the benchmark; four times its weights; float weights in the memory that ternary ones of the benchmark
-take; the graph; and one for a quick look."""
-
-SUITES = ("table", "time", "long", "wide", "memory", "sweep", "long-sweep", "graph", "toy")
-"""What can be run, see `jobs_of`."""
-
-BEST = ("integer", "fixed scales", "straight-through", "float AdamW")
-SWEPT: Mapping[str, Sequence[tuple[float, float]]] = {
-    "integer": ((4 / 64, 0.6), (8 / 64, 0.6), (6 / 64, 0.9)),
-    "straight-through": ((1e-3, 0.4), (1.5e-3, 0.4), (3e-3, 0.4), (4e-3, 0.4), (2e-3, 0.6)),
-    "straight-through Muon": ((1e-3, 0.4), (4e-3, 0.4), (8e-3, 0.4)),
-    "float AdamW": ((1e-3, 0.4), (2e-3, 0.4), (3e-3, 0.4), (2e-3, 0.6)),
-    "float Muon": ((1e-3, 0.4), (4e-3, 0.4), (8e-3, 0.4)),
-}
-SWEPT_LONG: Mapping[str, Sequence[tuple[float, float]]] = {
-    "fixed scales": (
-        (3 / 64, 1.0), (4 / 64, 1.0), (6 / 64, 1.0), (8 / 64, 1.0), (2 / 64, 0.6), (3 / 64, 0.6),
-    ),
-    "straight-through": ((1e-3, 0.6), (1.4e-3, 1.0), (2e-3, 1.0)),
-    "float AdamW": ((1e-3, 1.0),),
-}  # fmt: skip
-"""Rates and shares of decay that a rule is tried with besides its own, at the length of the benchmark and at four times that."""
+WINDOWS = 512
+"""Validation windows."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One model to train."""
-
-    suite: str
-    size: str
-    rule: str
-    seed: int
-    steps: int
-    data: str
-    rate: float | None = None
-    decay: float | None = None
-
-
-JOB = ("suite", "size", "rule", "seed", "steps", "data", "learning_rate", "decay")
-"""What a run is known by in results."""
-
-
-def jobs_of(suite: str, *, seeds: Sequence[int], steps: int, data: str) -> Iterator[Job]:
-    """Yield the runs of a suite, the first seed of all rules before the second of any."""
-    plans: Mapping[str, tuple[str, Sequence[str], int]] = {
-        "table": ("7 M", tuple(RULES), steps),
-        "long": ("7 M", BEST, 4 * steps),
-        "time": ("7 M", ("integer",), 3 * steps // 4),
-        "wide": ("29 M", BEST, steps),
-        "memory": ("0.7 M", ("float AdamW",), steps),
-        "graph": ("small", BEST, steps // 3),
-        "toy": ("toy", tuple(RULES), steps),
-    }
-    if suite in ("sweep", "long-sweep"):
-        swept, length = (SWEPT, steps) if suite == "sweep" else (SWEPT_LONG, 4 * steps)
-        for seed in seeds:
-            for name, tried in swept.items():
-                for rate, decay in tried:
-                    yield Job(suite, "7 M", name, seed, length, data, rate, decay)
-        return
-    size, rules, length = plans[suite]
-    for seed in seeds:
-        for name in rules:
-            yield Job(suite, size, name, seed, length, data)
-
-
-def run(job: Job, *, device: str, progress: Any) -> dict[str, Any]:
-    """Train one model."""
-    architecture, rule = SIZES[job.size], rule_of(job)
-    corpus = load_corpus(job.data)
+def run(
+    job: Job,
+    *,
+    device: str,
+    progress: Any,
+    piece: Path | None = None,
+    commit: str = "",
+    until: float = float("inf"),
+) -> dict[str, Any]:
+    """Train one model, or as much of it as the time allows."""
+    architecture, rule = architecture_of(job.size), rule_of(job)
+    corpus = open_corpus(job.data)
     split = split_corpus(corpus, architecture.context)
-    windows_WT = validation_windows(corpus, split, count=512, context=architecture.context)
+    windows_WT = validation_windows(corpus, split, count=WINDOWS, context=architecture.context)
+    facts = {"data_bytes": corpus.data_N.numel(), "data_sha256": corpus.sha256}
     result = train(
         architecture, rule, corpus, split, windows_WT, seed=job.seed, steps=job.steps, device=device, progress=progress,
+        piece=piece, job=identity(job, corpus.sha256), commit=commit, until=until,
     )  # fmt: skip
-    facts = {"data_bytes": corpus.data_N.numel(), "data_sha256": corpus.sha256}
     return {**facts, **result}
+
+
+def identity(job: Job, data_sha256: str) -> dict[str, Any]:
+    """Return what a piece must agree with to be of a run, JSON data. The suite is not part of it."""
+    named = {**asdict(job), **settings_of(job), "data_sha256": data_sha256}
+    return {name: value for name, value in named.items() if name not in ("suite", "data", "rate")}
+
+
+def piece_of(job: Job, path: Path) -> Path:
+    """Return the file that a run goes on from, in a folder beside its results. `best` goes on from what `tune` ended with."""
+    named = json.dumps({"data": settings_of(job)["data"], **identity(job, "")}, sort_keys=True)
+    name = f"{job.size} {job.rule} {job.seed}".replace("/", "-").replace(" ", "-")
+    return (
+        path.with_suffix(".pieces") / f"{name}-{hashlib.sha256(named.encode()).hexdigest()[:12]}.safetensors"
+    )
 
 
 def commit_name(given: str | None) -> str:
@@ -127,40 +104,96 @@ def commit_name(given: str | None) -> str:
     return f"{info['id']}{', changed' if info['dirty'] else ''}"
 
 
-def data_name(data: str) -> str:
-    """Return what results call a data set: paths are of one machine."""
-    return data if data == "stdlib" else Path(data).name
-
-
-def measured(job: Job, run: Mapping[str, Any]) -> bool:
-    """Return whether a run of some results is this job, and came to something. It may be of another commit, which it names."""
-    wanted = {**asdict(job), **settings_of(job)}
-    # A run of an older file does not hold the fields of its rule.
-    held = {"config": wanted["config"], **run}
-    return "failed" not in run and all(held[name] == wanted[name] for name in (*JOB, "config"))
-
-
-def settings_of(job: Job) -> dict[str, Any]:
-    """Return what results hold of a job besides its own fields: the name of its data, and the settings of its rule."""
-    rule = rule_of(job)
-    data = data_name(job.data)
-    return {"data": data, "learning_rate": rule.rate, "decay": rule.decay, "config": dict(rule.config)}
-
-
-def rule_of(job: Job) -> Rule:
-    """Return the rule of a job, with the rate and the decay asked for."""
-    asked = {name: getattr(job, name) for name in ("rate", "decay") if getattr(job, name) is not None}
-    return replace(RULES[job.rule], **asked)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the suites asked for; return 1 if a run failed."""
+    """Run the suites asked for; return 1 if a run failed or is left."""
+    parser = parser_of()
+    args = parser.parse_args(argv)
+    path = None if args.out is None else args.out.with_suffix(".json")
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.report:
+        try:
+            document = merged([read(parser, "--report", file) for file in args.report])
+        except ValueError as error:
+            parser.error(f"argument {error}")
+        return publish(document, path)
+    if args.judge is not None:
+        if path is None:
+            parser.error("argument --judge: needs --out, the results whose runs are judged")
+        return judged(parser, args.judge, read(parser, "--out", path), path, device)
+    worker, workers = share_of(parser, args.worker)
+    if args.steps < 1:
+        parser.error(f"argument --steps: is {args.steps}, but must be at least 1")
+    if args.pieces and path is None:
+        parser.error("argument --pieces: needs --out, beside which pieces are kept")
+    check_sizes(parser, args)
+    held = [run for file in args.without for run in read(parser, "--without", file)["runs"]]
+    runs: list[dict[str, Any]] = []
+    if args.pieces and path is not None and path.exists():
+        runs = read(parser, "--out", path)["runs"]
+    command = ["python", "-m", "bench.learning", *(sys.argv[1:] if argv is None else argv)]
+    document = {"machine": machine.machine_info(), "command": shlex.join(command), "runs": runs}
+    began, commit = time.monotonic(), commit_name(args.commit)
+    origin = {"commit": commit, "date": time.strftime("%Y-%m-%d")}
+    until = began + args.seconds
+    left = 0
+    with Progress(transient=True) as bar:
+        for suite in args.suite:
+            if left:
+                break
+            # `best` asks what `tune` found, so a suite is laid out when its turn comes.
+            try:
+                jobs = planned(args, suite, [*held, *runs])
+            except ValueError as error:
+                print(error, file=sys.stderr)
+                left += 1
+                break
+            jobs = [job for job in jobs if not any(measured(job, run) for run in held)][worker::workers]
+            jobs = [job for job in jobs if not any(measured(job, run) for run in runs)]
+            for number, job in enumerate(jobs):
+                if time.monotonic() > until:
+                    left += len(jobs) - number
+                    break
+                piece = piece_of(job, path) if args.pieces and path is not None else None
+                task = bar.add_task(f"{job.suite}: {job.rule}, seed {job.seed}", total=job.steps)
+                more: dict[str, Any] = {"piece": piece, "commit": commit, "until": until} if piece else {}
+                done = parts.attempt(
+                    partial(run, job, device=device, progress=partial(_show, bar, task), **more)
+                )
+                bar.remove_task(task)
+                line = f"{job.suite:7} {job.size:6} {job.rule:17} seed {job.seed}"
+                if "unfinished" in done:
+                    left += 1
+                    print(f"{line}  {done['unfinished']} of {job.steps} steps", flush=True)
+                else:
+                    runs.append({**asdict(job), **settings_of(job), **origin, **done})
+                    parts.write(path, document)
+                    result = done.get("failed") or f"{done['val_bpb']:.4f} in {done['seconds']} s"
+                    print(f"{line}  {result}", flush=True)
+                parts.free()
+    if left:
+        print(f"{left} runs not done: time is over", file=sys.stderr)
+    for sentence in at_an_end(runs):
+        print(sentence, file=sys.stderr)
+    return publish(document, path) or parts.exit_status(runs) or int(left > 0)
+
+
+def planned(args: argparse.Namespace, suite: str, runs: Sequence[Mapping[str, Any]]) -> list[Job]:
+    """Return the runs of a suite that the options ask for, on every text; raise as `jobs_of`."""
+    how: dict[str, Any] = {"seeds": args.seeds, "steps": args.steps, "sizes": args.size, "rules": args.rules}
+    return [job for data in args.data for job in jobs_of(suite, data=data, runs=runs, **how)]
+
+
+def parser_of() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.learning",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--suite", nargs="+", default=["table"], choices=SUITES)
+    parser.add_argument("--size", nargs="+", metavar="SIZE", help="what is trained [what the suite says]")
     parser.add_argument("--rules", nargs="+", choices=list(RULES), metavar="RULE", help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
@@ -174,63 +207,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--worker", default="0/1", metavar="I/N", help="take every N-th run from the I-th on [0/1]"
     )
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after so many")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="start no run, and with --pieces take no step, after so many",
+    )
+    parser.add_argument(
+        "--pieces", action="store_true", help="go on with the runs of --out, and keep what they go on from"
+    )
     parser.add_argument(
         "--without", nargs="+", type=Path, default=[], metavar="JSON", help="leave out what these files hold"
     )
     parser.add_argument("--report", nargs="+", type=Path, metavar="JSON", help="measure nothing, merge these")
+    parser.add_argument(
+        "--judge",
+        metavar="TEXT",
+        help="train nothing, judge the runs of `best` in --out by a text that no choice was made on",
+    )
     parser.add_argument("--commit", metavar="ID", help="the commit that is measured, where git can't say")
     parser.add_argument("--out", type=Path, help="where to write JSON and PNG, without their suffix")
-    args = parser.parse_args(argv)
+    return parser
 
-    path = None if args.out is None else args.out.with_suffix(".json")
-    if args.report:
+
+def check_sizes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the program with a sentence for a size that is none, or that a float rule is asked to train with codes."""
+    for size in args.size or ():
         try:
-            document = merged([read(parser, "--report", file) for file in args.report])
-        except ValueError as error:
-            parser.error(f"argument {error}")
-        return publish(document, path)
-    worker, workers = share_of(parser, args.worker)
-    if args.steps < 1:
-        parser.error(f"argument --steps: is {args.steps}, but must be at least 1")
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    jobs = [
-        job
-        for suite in args.suite
-        for data in args.data
-        for job in jobs_of(suite, seeds=args.seeds, steps=args.steps, data=data)
-        if args.rules is None or job.rule in args.rules
-    ]
-    held = [run for file in args.without for run in read(parser, "--without", file)["runs"]]
-    jobs = [job for job in jobs if not any(measured(job, run) for run in held)][worker::workers]
-    origin = {"commit": commit_name(args.commit), "date": time.strftime("%Y-%m-%d")}
-    runs: list[dict[str, Any]] = []
-    command = ["python", "-m", "bench.learning", *(sys.argv[1:] if argv is None else argv)]
-    document = {
-        "machine": machine.machine_info(),
-        "command": shlex.join(command),
-        "runs": runs,
-    }
-    began = time.monotonic()
-    with Progress(transient=True) as bar:
-        for job in jobs:
-            if time.monotonic() - began > args.seconds:
-                break
-            task = bar.add_task(f"{job.suite}: {job.rule}, seed {job.seed}", total=job.steps)
-            progress = partial(_show, bar, task)
-            done = parts.attempt(partial(run, job, device=device, progress=progress))
-            bar.remove_task(task)
-            runs.append({**origin, **asdict(job), **settings_of(job), **done})
-            parts.write(path, document)
-            line = f"{job.suite:7} {job.size:6} {job.rule:17} seed {job.seed}"
-            result = done.get("failed") or f"{done['val_bpb']:.4f} in {done['seconds']} s"
-            print(f"{line}  {result}", flush=True)
-            parts.free()
-    if len(runs) < len(jobs):
-        print(f"{len(jobs) - len(runs)} of {len(jobs)} runs not started: time is over", file=sys.stderr)
-    return publish(document, path) or parts.exit_status(runs) or int(len(runs) < len(jobs))
+            architecture = architecture_of(size)
+        except (ValueError, TrainingError) as error:
+            parser.error(f"argument --size: {error}")
+        floats = [rule for rule in args.rules or RULES if RULES[rule].kind != "integer"]
+        if architecture.has_codes and floats:
+            parser.error(
+                f"argument --size: is {size!r}, whose codes only integer rules train, but --rules has {floats[0]!r}: name integer "
+                f"rules alone, or take '{size}/trunk'"
+            )
+
+
+def judged(
+    parser: argparse.ArgumentParser, text: str, document: dict[str, Any], path: Path, device: str
+) -> int:
+    """Judge the runs of some results by a held-out text, and publish them."""
+    try:
+        judge_runs(
+            document["runs"], text, lambda job: piece_of(job, path), identity, device=device, windows=WINDOWS
+        )
+    except (ValueError, TrainingError) as error:
+        parser.error(f"argument --judge: {error}")
+    return publish(document, path)
 
 
 def read(parser: argparse.ArgumentParser, option: str, file: Path) -> dict[str, Any]:

@@ -6,24 +6,21 @@ Legend: B batch, T bytes of a window, W validation windows.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from arbitor.optimized.settings import values_vouched_for
-from arbitor.optimized.training.data import Corpus, Split, training_batch
+from arbitor.optimized.training.passes import Passes, RecordedPasses
 from arbitor.optimized.training.recording import in_branches
-from arbitor.optimized.training.schedule import rate
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import ArbModel, GraphContext
 from arbitor.reference.graph.model import LOSS_REFERENCE
 from arbitor.reference.graph.stateful import Stateful
 from arbitor.reference.presets import preset
+from bench.codes import use_of
 from bench.learning.rules import (
     FIXED_SCALES,
     FLOAT_BYTES,
@@ -44,14 +41,19 @@ EAGER_STEPS = 3
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is trained: a byte transformer of so many layers and so wide, or a preset of the graph."""
+    """What is trained: a byte transformer of so many layers and so wide, or the graph of a configuration."""
 
     name: str
     width: int = 384
     num_layers: int = 4
     context: int = 256
     batch: int = 64
-    preset: str | None = None
+    config: ArbConfig | None = None
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether the model has codes, which no float rule can train."""
+        return self.config is not None and self.config.num_codes > 0
 
 
 class Learner:
@@ -79,12 +81,18 @@ class Learner:
         # torch's Muon takes its rate from the host in every step.
         self.capture = capture and device == "cuda" and not rule.muon
         self.taken, self.last_loss = 0, LOSS_REFERENCE
+        self.passes = self._passes()
         trained = {name: m.weight for name, m in self.model.ternary_modules().items() if not m.frozen}
         self.num_weights = sum(math.prod(weight.shape) for weight in trained.values())
         self.state_bytes = integer_bytes(trained) if rule.kind == "integer" else self._float_bytes()
+        self.state_bytes += sum(
+            table.nbytes for part in self.model.table_modules().values() for table in part.tables().values()
+        )
 
     def step(self, ids_BT: Tensor, share: float) -> Tensor:
-        """Take one step at a share of the rule's rate, and return its loss, [] on the device."""
+        """Take one step at a share of the rule's rate, and return its loss, []."""
+        if self.passes is not None:
+            return self._take_passes(self.passes, ids_BT, share)
         self.ids_BT.copy_(ids_BT)
         height = self.rule.rate * (1.0 if self.optimizers else self.config.theta)
         self.rate.fill_(share * height)
@@ -113,6 +121,63 @@ class Learner:
             for windows_BT in windows_WT.split(self.architecture.batch):
                 nats += self._loss(windows_BT.to(self.device)).item() * windows_BT.shape[0]
         return nats / windows_WT.shape[0] / math.log(2)
+
+    def use(self, windows_WT: Tensor) -> dict[str, Any] | None:
+        """Return the bits per byte of some windows, and how codes and experts are used on them; None for a model without either."""
+        if not isinstance(self.model, ArbModel) or not self.model.table_modules():
+            return None
+        return use_of(self.model, windows_WT, batch=self.architecture.batch)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that a step reads and the steps before have made, by name: the state that a run goes on from.
+
+        Buffers of another dtype than those of weights and tables are made from masters, and are left out.
+        """
+        found = {
+            name: tensor for name, tensor in self.model.named_buffers() if not tensor.is_floating_point()
+        }
+        found["faults"] = self.model.voting.faults
+        if self.optimizers:
+            found |= {f"master.{n}": weight.master for n, weight in enumerate(self.ops.weights)}
+        for place, optimizer in enumerate(self.optimizers):
+            for n, master in enumerate(optimizer.param_groups[0]["params"]):
+                for name, tensor in self._state_of(optimizer, master).items():
+                    found[f"optimizer.{place}.{n}.{name}"] = tensor
+        return found
+
+    def _state_of(self, optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:
+        """Return what an optimizer keeps of a weight. It begins with zeros, which is how torch begins with its first step."""
+        if master not in optimizer.state:
+            names = (
+                ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("exp_avg", "exp_avg_sq")
+            )
+            optimizer.state[master] = {name: torch.zeros_like(master) for name in names}
+            if "exp_avg" in names:
+                on = master.device if self.device == "cuda" else "cpu"
+                optimizer.state[master]["step"] = torch.zeros((), dtype=torch.float32, device=on)
+        return dict(optimizer.state[master])
+
+    def loaded(self, taken: int, loss: float | None) -> None:
+        """Go on from `taken` steps, whose state was written to `tensors`, with the loss of the last of them."""
+        self.taken = taken
+        if loss is not None:
+            self.last_loss = loss
+        if self.optimizers:
+            self.ops.refresh()
+
+    def _passes(self) -> Passes | None:
+        """Return the passes of the product, by which it trains the graph with all of its losses; None for another model or rule."""
+        if self.rule.kind != "integer" or not isinstance(self.model, ArbModel):
+            return None
+        # As `arb train`: the sign rule asks for the loss on the host, and its passes are not recorded.
+        recorded = self.capture and self.config.vote_rule == "stochastic"
+        return RecordedPasses(self.model) if recorded else Passes(self.model)
+
+    def _take_passes(self, passes: Passes, ids_BT: Tensor, share: float) -> Tensor:
+        nats = passes.take(ids_BT, rate=share * self.rule.rate * self.config.theta, step=self.taken)
+        passes.step()
+        self.taken += 1
+        return torch.tensor(math.nan if nats is None else nats)
 
     def _take(self, size: int) -> Tensor:
         loss = self._loss(self.ids_BT)
@@ -163,11 +228,11 @@ class Learner:
         changes = dict(self.rule.config)
         if self.rule.kind != "integer":
             changes |= {"vote_rule": "stochastic", "orthogonal_steps": 0, **FIXED_SCALES}
-        return replace(preset(self.architecture.preset or "tiny"), **changes)
+        return replace(self.architecture.config or preset("tiny"), **changes)
 
     def _model(self, seed: int) -> Stateful:
         parts: dict[str, Any] = {"device": self.device, "dtype": self.dtype, "seed": seed}
-        if self.architecture.preset is not None:
+        if self.architecture.config is not None:
             return ArbModel(self.config, ops=self.ops, **parts)
         context = GraphContext(self.ops, self.config, **parts)
         shape = self.architecture
@@ -206,63 +271,3 @@ class Learner:
     def _float_bytes(self) -> float:
         muon, adamw = (sum(each.numel() for each in masters) for masters in self._masters())
         return float(MUON_BYTES * muon + FLOAT_BYTES * adamw)
-
-
-def train(
-    architecture: Architecture,
-    rule: Rule,
-    corpus: Corpus,
-    split: Split,
-    windows_WT: Tensor,
-    *,
-    seed: int,
-    steps: int,
-    device: str,
-    evaluations: int = 10,
-    progress: Callable[[int], None] = lambda step: None,
-) -> dict[str, Any]:
-    """Train one model and return what came of it: the curve, the bytes of its state, and how long its steps take.
-
-    `seconds` is for all steps, without validation, and as if the first few, which compile kernels, were as fast as the rest
-    (unless there are hardly more). The sign rule waits for its loss in each step, and records one for each size of its votes on
-    the way.
-    """
-    with values_vouched_for(), _side_stream(device):
-        learner = Learner(architecture, rule, seed=seed, device=device)
-        every = max(1, math.ceil(steps / evaluations))
-        curve, seconds, timed = [(0, learner.bits_per_byte(windows_WT))], 0.0, 0
-        while learner.taken < steps:
-            began, first, until = time.perf_counter(), learner.taken, min(learner.taken + every, steps)
-            while learner.taken < until:
-                # By now kernels are compiled and the step is recorded.
-                if learner.taken == EAGER_STEPS + 1 < until:
-                    synchronize(device)
-                    began, first = time.perf_counter(), learner.taken
-                ids_BT = training_batch(
-                    corpus, split, batch=architecture.batch, context=architecture.context, seed=seed, micro_step=learner.taken,
-                )  # fmt: skip
-                learner.step(ids_BT, rate(learner.taken, steps, theta=1, gain=1.0, decay=rule.decay))
-            synchronize(device)
-            seconds, timed = seconds + time.perf_counter() - began, timed + until - first
-            curve.append((learner.taken, learner.bits_per_byte(windows_WT)))
-            progress(learner.taken)
-    return {
-        "weights": learner.num_weights,
-        "state_bytes": learner.state_bytes,
-        "steps": steps,
-        "tokens": steps * architecture.batch * architecture.context,
-        "seconds": round(seconds / timed * steps, 2),
-        "val_bpb": curve[-1][1],
-        "curve": curve,
-    }
-
-
-def synchronize(device: str) -> None:
-    """Wait for the device, if there is something to wait for."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _side_stream(device: str) -> AbstractContextManager[Any]:
-    """Return a context in which work goes to a stream that a graph can be recorded on."""
-    return torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext()

@@ -40,57 +40,137 @@ def page(document: Mapping[str, Any]) -> str:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """Return a Markdown table: one line for all seeds of a rule, with the spread between them."""
+    """Return a Markdown table: one line for all seeds of a rule, with the spread between them.
+
+    Runs that were judged by a held-out text have a column for it.
+    """
+    judged = any("held_out" in run for run in runs)
     lines = [
         "| suite | data | model | steps | rule | rate | decay | val bpb | spread | seeds | tokens | seconds | MB of state "
-        "| commit |",
-        "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+        f"|{' held out |' if judged else ''} commit |",
+        f"|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|{'---:|' if judged else ''}---|",
     ]
     for (suite, data, size, steps, rule, rate, decay, commit), same in grouped(runs).items():
         values = [run["val_bpb"] for run in same]
+        held_out = [run["held_out"]["bpb"] for run in same if "held_out" in run]
+        shown = f" {mean(held_out):.3f} |" if held_out else " |" if judged else ""
         lines.append(
             f"| {suite} | {data} | {size} | {steps:,} | {rule} | {rate:.4g} | {decay:g} | {mean(values):.3f} "
             f"| {max(values) - min(values):.3f} | {len(values)} | {same[0]['tokens'] / 1e6:.1f} M "
-            f"| {mean(run['seconds'] for run in same):.1f} | {same[0]['state_bytes'] / 1e6:.1f} | {commit} |"
+            f"| {mean(run['seconds'] for run in same):.1f} | {same[0]['state_bytes'] / 1e6:.1f} |{shown} {commit} |"
         )
     return "\n".join(lines)
 
 
 def curves(runs: Sequence[Run], path: Path, *, title: str) -> None:
-    """Draw validation bits per byte over tokens and over seconds, a panel for each data set and model; written atomically."""
+    """Draw validation bits per byte over tokens, seconds, weights and bytes of state; written atomically.
+
+    Each data set, model and length has a row with a curve for each run, and another one if its model has codes or experts. Each
+    data set has a last row with a point for each rule, model and length.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    shown = [same for key, same in grouped(runs).items() if "sweep" not in key[0] and key[0] != "tune"]
     panels: dict[tuple[str, str, int], dict[str, list[Run]]] = {}
-    for (suite, data, size, steps, rule, *_), same in grouped(runs).items():
-        if "sweep" not in suite:
-            panels.setdefault((data, size, steps), {}).setdefault(rule, []).extend(same)
+    for same in shown:
+        of_panel = panels.setdefault((same[0]["data"], same[0]["size"], same[0]["steps"]), {})
+        of_panel.setdefault(same[0]["rule"], []).extend(same)
     if not panels:
         return
     rules = list(dict.fromkeys(rule for panel in panels.values() for rule in panel))
-    figure, axes = plt.subplots(
-        len(panels), 2, figsize=(11, 3.6 * len(panels)), squeeze=False, constrained_layout=True
-    )
-    for row, ((data, size, steps), by_rule) in zip(axes, panels.items(), strict=True):
-        best = min(run["val_bpb"] for same in by_rule.values() for run in same)
-        for rule, same in by_rule.items():
-            color = f"C{rules.index(rule)}"
-            for number, run in enumerate(same):
-                points = run["curve"][1:]
-                values = [bpb for _, bpb in points]
-                label = f"{rule} {mean(each['val_bpb'] for each in same):.3f}" if number == 0 else None
-                tokens_a_step = run["tokens"] / run["steps"]
-                row[0].plot(
-                    [step * tokens_a_step / 1e6 for step, _ in points], values, color=color, label=label
-                )
-                row[1].plot([step / steps * run["seconds"] for step, _ in points], values, color=color)
-        for axis, unit in zip(row, ("million tokens", "seconds of training"), strict=True):
-            axis.set(xlabel=unit, ylabel="validation bits per byte", ylim=(best - 0.05, best + 1.2))
-            axis.grid(alpha=0.3)
-        row[0].set_title(f"{data}, {size} weights, {steps:,} steps", fontsize=10)
-        row[0].legend(fontsize=8)
+    texts = list(dict.fromkeys(data for data, _, _ in panels))
+    used = [panel for panel in panels if any("use" in run for same in panels[panel].values() for run in same)]
+    rows = len(panels) + len(used) + len(texts)
+    figure, axes = plt.subplots(rows, 2, figsize=(11, 3.6 * rows), squeeze=False, constrained_layout=True)
+    for row, (panel, by_rule) in zip(axes, panels.items(), strict=False):
+        _draw_curves(row, panel, by_rule, rules)
+    for row, panel in zip(axes[len(panels) :], used, strict=False):
+        _draw_use(row, panel, [run for same in panels[panel].values() for run in same if "use" in run])
+    for row, data in zip(axes[len(panels) + len(used) :], texts, strict=True):
+        _draw_points(row, data, {key: found for key, found in panels.items() if key[0] == data}, rules)
     figure.suptitle(f"Rules compared: {title}", fontsize=11)
     write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png"))
     plt.close(figure)
+
+
+def _draw_curves(
+    row: Any, panel: tuple[str, str, int], by_rule: Mapping[str, list[Run]], rules: list[str]
+) -> None:
+    """Draw the runs of a data set, model and length over tokens and over seconds."""
+    data, size, steps = panel
+    best = min(run["val_bpb"] for same in by_rule.values() for run in same)
+    for rule, same in by_rule.items():
+        color = f"C{rules.index(rule)}"
+        for number, run in enumerate(same):
+            points = run["curve"][1:]
+            values = [bpb for _, bpb in points]
+            label = f"{rule} {mean(each['val_bpb'] for each in same):.3f}" if number == 0 else None
+            tokens_a_step = run["tokens"] / run["steps"]
+            row[0].plot([step * tokens_a_step / 1e6 for step, _ in points], values, color=color, label=label)
+            row[1].plot([step / steps * run["seconds"] for step, _ in points], values, color=color)
+    for axis, unit in zip(row, ("million tokens", "seconds of training"), strict=True):
+        axis.set(xlabel=unit, ylabel="validation bits per byte", ylim=(best - 0.05, best + 1.2))
+        axis.grid(alpha=0.3)
+    row[0].set_title(f"{data}, {size} weights, {steps:,} steps", fontsize=10)
+    row[0].legend(fontsize=8)
+
+
+def _draw_use(row: Any, panel: tuple[str, str, int], runs: Sequence[Run]) -> None:
+    """Draw how many codes the validation text uses, and how busy the idlest and the busiest expert are, over steps."""
+    data, size, steps = panel
+    for run in runs:
+        taken = [step for step, _ in run["curve"]]
+        for name in run["use"][0]["codebooks"]:
+            seen = [use["codebooks"][name] for use in run["use"]]
+            row[0].plot(
+                taken, [each["used"] for each in seen], color="C0", label=f"used, of {seen[0]['codes']:,}"
+            )
+            row[0].plot(taken, [each["perplexity"] for each in seen], color="C1", label="perplexity")
+        layers = [list(use["experts"].values()) for use in run["use"]]
+        if layers[0]:
+            row[1].plot(
+                taken,
+                [max(each["max_over_mean"] for each in of) for of in layers],
+                color="C2",
+                label="busiest",
+            )
+            row[1].plot(
+                taken,
+                [min(each["min_over_mean"] for each in of) for of in layers],
+                color="C3",
+                label="idlest",
+            )
+    row[0].set(xlabel="steps", ylabel="codes")
+    row[1].set(xlabel="steps", ylabel="load of an expert over an even share")
+    row[0].set_title(
+        f"{data}, {size}, {steps:,} steps: codes and experts on the validation text", fontsize=10
+    )
+    for axis in row:
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+
+
+def _draw_points(
+    row: Any, data: str, panels: Mapping[tuple[str, str, int], Mapping[str, list[Run]]], rules: list[str]
+) -> None:
+    """Draw where the runs of a data set ended, over weights and over bytes of state; runs of one rule and length are joined."""
+    lines: dict[tuple[str, int], list[tuple[int, float, float]]] = {}
+    for (_, _, steps), by_rule in panels.items():
+        for rule, same in by_rule.items():
+            bpb = mean(run["val_bpb"] for run in same)
+            lines.setdefault((rule, steps), []).append((same[0]["weights"], same[0]["state_bytes"], bpb))
+    lengths = sorted({steps for _, steps in lines})
+    for (rule, steps), points in lines.items():
+        points.sort()
+        style = {"color": f"C{rules.index(rule)}", "marker": "osD^vP*X"[lengths.index(steps) % 8]}
+        for axis, column in zip(row, (0, 1), strict=True):
+            axis.plot([point[column] for point in points], [point[2] for point in points], **style)
+    for axis, unit in zip(row, ("weights", "bytes of training state"), strict=True):
+        axis.set(xlabel=unit, ylabel="validation bits per byte at the end", xscale="log")
+        axis.grid(alpha=0.3)
+    marks = ", ".join(f"{mark}: {steps:,}" for mark, steps in zip("osD^vP*X", lengths, strict=False))
+    row[0].set_title(f"{data}, steps by mark: {marks}", fontsize=10)

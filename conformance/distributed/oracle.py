@@ -6,15 +6,16 @@ Legend: B windows of all ranks, T bytes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from arbitor.reference.graph import ArbModel
+from arbitor.reference.graph import ArbModel, mxint8
 from arbitor.reference.graph.model import LOSS_REFERENCE
 from arbitor.reference.graph.ranks import Gradient, Ranks
-from arbitor.reference.graph.voting import Note
+from arbitor.reference.graph.voting import Note, Voting
 
 Exchange = tuple[Gradient, Callable[[Gradient | None], None]]
 
@@ -42,7 +43,9 @@ class OneOfMany(Ranks):
         raise NotImplementedError("the oracle takes models whose losses are means over all positions")
 
 
-def take_pass(model: ArbModel, ids_BT: Tensor, *, count: int, rate: float, step: int) -> None:
+def take_pass(
+    model: ArbModel, ids_BT: Tensor, *, count: int, rate: float, step: int, exchange: str = "full"
+) -> None:
     """Do to a model what a pass of `count` ranks does, each with its part of the windows."""
     voting, ranks = model.voting, OneOfMany(count)
     voting.ranks = ranks
@@ -59,13 +62,21 @@ def take_pass(model: ArbModel, ids_BT: Tensor, *, count: int, rate: float, step:
         size = model.ops.step_from_loss(loss, LOSS_REFERENCE, config.max_vote_step)
     with voting.taking(rate=rate, step=step, size=size) as taken:
         for exchanges in zip(*kept, strict=True):
-            gradients = [gradient for gradient, _ in exchanges]
+            gradients = [sent(gradient, exchange, voting) for gradient, _ in exchanges]
             # The function knows its weight, which is the same in every pass.
             _, cast = exchanges[0]
             cast(summed(gradients))
         for of_ranks in zip(*notes, strict=True):
             seen = zip(*(note.seen for note in of_ranks), strict=True)
             taken.notes.append(Note(of_ranks[0].tell, tuple(torch.cat(each) for each in seen)))
+
+
+def sent(gradient: Gradient, exchange: str, voting: Voting) -> Gradient:
+    """Return a gradient as it arrives."""
+    if exchange == "full" or gradient.chosen or not voting.makes_orthogonal(gradient.num_matrices):
+        return gradient
+    grad_NK = gradient.grad_NK
+    return replace(gradient, grad_NK=mxint8.decoded(mxint8.encoded(grad_NK), *grad_NK.shape))
 
 
 def in_order(terms: list[Tensor]) -> Tensor:

@@ -15,20 +15,26 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
+from arbitor.optimized import ops as triton_ops
+from arbitor.optimized.distributed import ranks as ranks_module
+from arbitor.optimized.distributed import run
+from arbitor.optimized.distributed.changes import changes_bytes
 from arbitor.optimized.distributed.ranks import GroupRanks
 from arbitor.optimized.distributed.run import train_together, whole_state
-from arbitor.optimized.distributed.sizes import received_bytes
+from arbitor.optimized.distributed.sizes import read_bytes, received_bytes
 from arbitor.optimized.distributed.world import World, joined
 from arbitor.optimized.training.census import Census
 from arbitor.optimized.training.checkpoint import state_sha256
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.options import TrainOptions
+from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import SIGN_VOTES, ArbConfig, with_fields
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.types import has_memory
@@ -46,10 +52,11 @@ TERMS = (1.0, 2.0**30, -(2.0**30))
 PLAIN = replace(nano.WHOLE, composite_codes=0, composite_inner=1280, num_experts=120)
 """Every module but composites, whose losses are means over chosen positions. There are more experts than slots of a rank."""
 
-CASES: dict[str, tuple[ArbConfig, torch.dtype]] = {
-    "every module": (PLAIN, torch.float32),
-    "bfloat16": (nano.NANO, torch.bfloat16),
-    "sign votes": (with_fields(nano.NANO, **SIGN_VOTES), torch.float32),
+CASES: dict[str, tuple[ArbConfig, torch.dtype, str]] = {
+    "every module": (PLAIN, torch.float32, "full"),
+    "bfloat16": (nano.NANO, torch.bfloat16, "full"),
+    "sign votes": (with_fields(nano.NANO, **SIGN_VOTES), torch.float32, "full"),
+    "eight bits": (nano.NANO, torch.bfloat16, "mxint8"),
 }
 """Models that are compared with the oracle bit for bit."""
 
@@ -58,9 +65,11 @@ def model_of(config: ArbConfig, dtype: torch.dtype = torch.float32) -> ArbModel:
     return ArbModel(config, dtype=dtype, seed=3)
 
 
-def together(config: ArbConfig, world: World, dtype: torch.dtype = torch.float32) -> ArbModel:
+def together(
+    config: ArbConfig, world: World, dtype: torch.dtype = torch.float32, exchange: str = "full"
+) -> ArbModel:
     model = model_of(config, dtype)
-    train_together(model, world)
+    train_together(model, world, exchange=exchange)
     return model
 
 
@@ -75,16 +84,22 @@ def digest_of(model: ArbModel) -> str | None:
 
 
 def sums_as_the_rule_says(world: World, folder: Path) -> Any:
-    """Two passes of a step, and another step, by the ranks, and by the oracle on rank 0."""
+    """Two passes of a step, and another step, by the ranks, and by the oracle on rank 0.
+
+    Owners send what changed in one piece, in pieces of few weights, and weight by weight. Gradients are sent whole, in rows, and in
+    runs of some rows.
+    """
     found = {}
-    for name, (config, dtype) in CASES.items():
-        model, alone = together(config, world, dtype), model_of(config, dtype)
+    sizes = ((2**26, 2**31), (2**12, 1), (1, 2**13), (2**26, 2**13))
+    for (name, (config, dtype, exchange)), (piece, held) in zip(CASES.items(), sizes, strict=True):
+        ranks_module.PIECE_BYTES, ranks_module.HELD_BYTES = piece, held
+        model, alone = together(config, world, dtype, exchange), model_of(config, dtype)
         both = (model, alone) if world.is_first else (model,)
         for step in range(3):
             take_pass(model, world, step)
             if world.is_first:
                 ids_BT = models.random_ids(BATCH, LENGTH, seed=step)
-                oracle.take_pass(alone, ids_BT, count=world.count, rate=RATE, step=step)
+                oracle.take_pass(alone, ids_BT, count=world.count, rate=RATE, step=step, exchange=exchange)
             if step == 1:
                 for each in both:
                     each.step()
@@ -95,6 +110,7 @@ def sums_as_the_rule_says(world: World, folder: Path) -> Any:
             each.step()
             censuses.append(census.after_step())
         found[name] = {"hashes": (digest_of(model), state_sha256(alone.state())), "censuses": censuses}
+    ranks_module.PIECE_BYTES, ranks_module.HELD_BYTES = sizes[0]
     return found
 
 
@@ -149,6 +165,8 @@ def counts_bytes(world: World, folder: Path) -> Any:
         assert isinstance(ranks, GroupRanks)
         ids_BT = world.share(models.random_ids(BATCH, LENGTH))
         losses = model.losses(ids_BT)
+        read = model.state_dict()
+        before = {each: tensor.clone() for each, tensor in read.items()}
         ranks.measured()
         # The rows of the table of bytes, and the loss, are no matrices.
         for module in model.ternary_modules().values():
@@ -159,20 +177,33 @@ def counts_bytes(world: World, folder: Path) -> Any:
         model.backward(losses, rate=RATE, step=0)
         model.step()
         received = ranks.measured()[1]
-        matrices = [m for m in model.ternary_modules().values() if m.tensor_id in ranks.owners]
+        matrices = {n: m for n, m in model.ternary_modules().items() if m.tensor_id in ranks.owners}
         # A matrix that is not made orthogonal votes in float32.
         wanted = sum(
             received_bytes(
                 module.weight,
                 world.count,
                 gradient_bytes=grad_bytes if getattr(module, "orthogonal", False) else 4,
+                changed=0,
                 uses=module.uses,
             )
-            for module in matrices
+            - (world.count - 1) * changes_bytes(read_bytes(module.weight), 0)
+            for module in matrices.values()
         )
+        # The weights of an owner are one piece.
+        for owner in range(world.count):
+            size = differ = 0
+            for of, module in matrices.items():
+                if ranks.owners[module.tensor_id] == owner:
+                    size += read_bytes(module.weight)
+                    for part in ("packed", "exponents"):
+                        differ += int((read[f"{of}.{part}"] != before[f"{of}.{part}"]).sum())
+            assert 0 < 2 * differ < size, "the changes are fewer than the bytes, or this compares nothing"
+            wanted += (world.count - 1) * changes_bytes(size, differ)
         loss_bytes = 4 * (world.count - 1) * world.count
+        sizes_bytes = 8 * (world.count - 1) * world.count
         everyones = int(ranks.total(torch.tensor(received)))
-        found[name] = (everyones - loss_bytes, wanted)
+        found[name] = (everyones - loss_bytes - sizes_bytes, wanted)
     return found
 
 
@@ -213,16 +244,50 @@ def refuses_ranks_that_differ(world: World, folder: Path) -> Any:
     for name, changes in {
         "data": {"data": str(other if is_last else text)},
         "seed": {"seed": int(is_last)},
+        "config": {"preset": "whole" if is_last else "nano"},
+        "exchange": {"exchange": "mxint8" if is_last else "full"},
+        "code_sha256": {},
         "batch": {"batch": 5 * world.count + 1},
         "cuda_graph": {"cuda_graph": True},
     }.items():
-        try:
-            train(replace(options, **changes))  # type: ignore[type-var]
-            found[name] = "was accepted"
-        except (RuntimeError, ValueError) as error:
-            found[name] = str(error)
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "code_sha256" and is_last:
+                patch.setattr(run, "code_sha256", lambda: "another")
+            found[name] = refused(replace(options, **changes))  # type: ignore[type-var]
     found["folder"] = str((folder / "refused").exists())
     return found
+
+
+def refused(options: TrainOptions) -> str:
+    """Return the sentence with which a run is refused."""
+    try:
+        train(options)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return "was accepted"
+
+
+def agrees_on_triton(world: World, folder: Path) -> Any:
+    """Votes of a matrix, and of rows that each rank chose, and their step: the same bits by the reference and by kernels."""
+    # Weights are drawn by the reference, as kernels take seconds for it in the interpreter. The matrix votes as it is, for a
+    # gradient that is made orthogonal is not the same in every bit.
+    drawn = {name: getattr(reference_ops, name) for name in ("initial_weight", "constant_weight")}
+    triton = ModuleType("triton_ops")
+    triton.__dict__.update({name: getattr(triton_ops, name) for name in triton_ops.__all__} | drawn)
+    digests = []
+    for ops in (reference_ops, triton):
+        model = ArbModel(nano.NANO, ops=ops, seed=3)
+        train_together(model, world, exchange="full")
+        gate, table = model.byte_head.gate, model.embedding.table
+        generator = torch.Generator().manual_seed(world.number)
+        chosen = torch.randperm(table.weight.shape[0], generator=generator)[:7]
+        for step in range(2):
+            with model.voting.taking(rate=RATE, step=step, undo=False):
+                gate.vote(torch.randn(gate.weight.shape, generator=generator))
+                table.vote(torch.randn(7, table.weight.shape[1], generator=generator), chosen, chosen=True)
+            model.step()
+        digests.append(digest_of(model))
+    return digests
 
 
 def passes_signals_on(world: World, folder: Path) -> Any:
@@ -276,6 +341,7 @@ CHECKS: tuple[Callable[[World, Path], Any], ...] = (
     counts_bytes,
     refuses_what_is_not_finite,
     counts_faults,
+    agrees_on_triton,
     refuses_ranks_that_differ,
     passes_signals_on,
     shares_windows,

@@ -8,10 +8,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,15 +38,17 @@ STEPS, SAVED_EVERY, KILLED_AT, STOPPED_AT = 30, 3, 5, 12
 """Steps of the run that is killed and then stopped."""
 
 
-def torchrun(count: int, *arguments: str, restarts: int = 0) -> subprocess.Popen[str]:
-    """Start ranks, without a terminal, on a port that is free."""
+def torchrun(
+    count: int, *arguments: str, restarts: int = 0, nodes: Sequence[str] = ("--standalone",)
+) -> subprocess.Popen[str]:
+    """Start ranks, without a terminal, on a port that is free. Kernels of Triton run in its interpreter."""
     return subprocess.Popen(
         [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
+            sys.executable, "-m", "torch.distributed.run", *nodes, f"--nproc-per-node={count}",
             f"--max-restarts={restarts}", "-m", *arguments,
         ],
         cwd=REPOSITORY,
-        env={**environment(), "TORCH_CPP_LOG_LEVEL": "ERROR"},
+        env={**environment(), "TORCH_CPP_LOG_LEVEL": "ERROR", "TRITON_INTERPRET": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -152,8 +157,10 @@ def test_every_check_ran(found: Found) -> None:
 @pytest.mark.parametrize("case", ranks_at_work.CASES)
 def test_gradients_are_summed_in_rank_order_before_they_vote(found: Found, case: str) -> None:
     """Every bit of the state is the oracle's, after two steps, one of them of two passes."""
-    ours, oracles = found[1][0]["sums_as_the_rule_says"][case]["hashes"]
+    of_cases = found[1][0]["sums_as_the_rule_says"]
+    ours, oracles = of_cases[case]["hashes"]
     assert ours == oracles
+    assert sum(each["hashes"][0] == ours for each in of_cases.values()) == 1, "two cases are one"
 
 
 @both
@@ -218,6 +225,12 @@ def test_a_fault_is_counted_once(found: Found) -> None:
 
 
 @both
+def test_triton_and_the_reference_agree_on_ranks(found: Found) -> None:
+    reference, triton = found[1][0]["agrees_on_triton"]
+    assert reference == triton is not None
+
+
+@both
 def test_ranks_that_differ_are_refused(found: Found) -> None:
     sentences = [of_rank["refuses_ranks_that_differ"] for of_rank in found[1]]
     last = len(sentences) - 1
@@ -225,6 +238,12 @@ def test_ranks_that_differ_are_refused(found: Found) -> None:
     assert f"rank {last} has" in sentences[0]["data"] and "for data_bytes" in sentences[0]["data"]
     wanted = f"rank {last} has 1 for seed, but rank 0 has 0, and all ranks must have the same"
     assert sentences[0]["seed"] == wanted
+    for name, wanted in {
+        "config": r"rank \d has .* for \w+, but rank 0 has .*, and all ranks must have the same",
+        "exchange": f"rank {last} has 'mxint8' for exchange, but rank 0 has 'full', and all ranks must have the same",
+        "code_sha256": f"rank {last} has 'another' for code_sha256, but rank 0 has '[0-9a-f]{{64}}', and all .*",
+    }.items():
+        assert re.fullmatch(wanted, sentences[0][name]), sentences[0][name]
     assert sentences[0]["batch"].endswith(f"but must be a multiple of the {last + 1} ranks")
     assert "cuda_graph" in sentences[0]["cuda_graph"] and f"{last + 1} ranks" in sentences[0]["cuda_graph"]
     assert sentences[0]["folder"] == "False"
@@ -287,6 +306,28 @@ def test_sigterm_saves(survivor: dict[str, Any]) -> None:
         f"arb: stopped by SIGTERM after step {survivor['stopped_at']} of {STEPS}; the checkpoint is written"
     )
     assert sum(said in line for line in survivor["err"].splitlines()) == 1, survivor["err"]
+
+
+@two
+def test_two_agents_train_as_one(found: Found) -> None:
+    """Two nodes are two agents, which find each other by the address of one. Here they are on one machine."""
+    folder, ranks = found
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=two")
+    agents = [
+        torchrun(
+            1, "conformance.system.nano_arb", "no-pictures", "train", "--preset", "nano", "--data", str(folder / "text.txt"),
+            "--device", "cpu", "--steps", "6", "--batch", str(ranks_at_work.BATCH), "--log-interval", "2",
+            "--out", str(folder / "nodes"), nodes=nodes,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    for code, _, err in map(ended, agents):
+        assert code == 0, err
+    summary = json.loads((folder / "nodes" / "summary.json").read_text())
+    assert summary["state_sha256"] == ranks[0]["trains"]["hashes"][1]
 
 
 @both

@@ -98,7 +98,7 @@ def test_a_process_alone_joins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [alone.signal(None), alone.signal(15)] == [None, 15]
         alone.agree({"seed": 1})
         alone.check_batch(7)
-        train_together(model, alone)
+        train_together(model, alone, exchange="full")
     assert type(model.voting.ranks) is Ranks
     assert whole_state(model).keys() == model.state().keys()  # type: ignore[union-attr]
     assert measured(model, steps=1, seconds=1.0) == {}

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
+import torch
+from torch.distributed.run import get_args_parser
 
 from arbitor.optimized.cli import cli
 from arbitor.optimized.training.loop import train
@@ -20,6 +24,7 @@ from conformance.training.runs import options
 
 PAGES = (
     "README.md",
+    "docs/implementing.md",
     "docs/python.md",
     *(f"docs/tutorials/{page.name}" for page in (ROOT / "docs/tutorials").glob("*.md")),
 )
@@ -42,6 +47,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         nano.without_pictures(patch)
         train(options(folder / "text.txt", folder / "runs" / "demo"))
     return folder
+
+
+SCRIPTS = sorted((ROOT / "docs" / "scripts").glob("*.py"))
+"""Scripts that a reader runs from end to end; here they take few steps, and a small model."""
 
 
 # A command stands at the start of a line. What follows two blanks and a # is a remark.
@@ -73,6 +82,25 @@ def test_a_command_is_understood(command: str) -> None:
     found.make_context(name, arguments)
 
 
+TORCHRUN = sorted(
+    {
+        line.strip()
+        for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
+        for line in re.findall(r"^ *torchrun .*$", page.read_text(), re.M)
+    }
+)
+
+
+@pytest.mark.parametrize("line", TORCHRUN)
+def test_a_line_of_torchrun_is_understood(line: str) -> None:
+    """Torchrun takes its part of every such line of the pages, and the parser of `arb train` the rest."""
+    found = get_args_parser().parse_args(shlex.split(line)[1:])
+    assert found.module and found.training_script == "arbitor.train"
+    command = cli.get_command(click.Context(cli), "train")
+    assert command is not None
+    command.make_context("train", found.training_script_args)
+
+
 @pytest.mark.parametrize("source", EXAMPLES)
 def test_an_example_runs(source: str, demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "transformers" in source and importlib.util.find_spec("transformers") is None:
@@ -84,3 +112,19 @@ def test_an_example_runs(source: str, demo: Path, monkeypatch: pytest.MonkeyPatc
         assert left["losses"][-1] < left["losses"][0] - 1
     if "lost" in left:
         assert left["lost"].keys() and all(0 < loss.error < 0.6 for loss in left["lost"].values())
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_a_script_runs(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "nano.json").write_text(nano.NANO.to_json())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(script), "20", "nano.json"])
+    with torch.random.fork_rng():
+        left = runpy.run_path(str(script), run_name="__main__")
+    said = capsys.readouterr().out
+    # Each ends with what it had at first and at last.
+    first, last = (left[name] for name in (("first", "last") if "first" in left else ("begun", "ended")))
+    assert last < first - 0.2, said
+    assert f"{first:.3f} -> {last:.3f} bits a byte" in said

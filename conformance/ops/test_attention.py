@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arbitor.reference.op_table import OP_TABLE
-from conformance import strategies as ss
-from conformance.case import Case, calls, magnitude
-from conformance.compare import exact, no_worse, unsigned_zeros
-from conformance.law import law
-from conformance.mutant import mutants_of
-from conformance.refusal import F16, meta, ones, refusals, refused
-from conformance.subject import Subject
+
+from .. import strategies as ss
+from ..case import Case, calls, magnitude
+from ..compare import exact, no_worse, unsigned_zeros
+from ..law import law
+from ..mutant import mutants_of
+from ..refusal import F16, meta, ones, refusals, refused
+from ..subject import Subject
 
 mutant = mutants_of("attention")
 

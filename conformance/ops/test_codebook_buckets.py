@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from arbitor.reference.constants import RESERVED_STEP
 from arbitor.reference.ops.packing import trits_of
 from arbitor.reference.ops.scale import dequantize
-from conformance import oracle
-from conformance import strategies as ss
-from conformance.compare import exact
-from conformance.law import law
-from conformance.mutant import mutants_of
-from conformance.ops.test_codebook import sign_bit_counts, sixteenths, vectors
-from conformance.subject import Subject
+
+from .. import oracle
+from .. import strategies as ss
+from ..compare import exact
+from ..law import law
+from ..mutant import mutants_of
+from ..subject import Subject
+from .test_codebook import sign_bit_counts, sixteenths, vectors
 
 mutant = mutants_of("codebook")
 

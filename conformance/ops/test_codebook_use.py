@@ -15,16 +15,17 @@ from torch import Tensor
 
 from arbitor.reference.constants import USAGE_MAX
 from arbitor.reference.types import TernaryWeight
-from conformance import oracle
-from conformance import strategies as ss
-from conformance.case import Case, calls
-from conformance.compare import exact
-from conformance.law import law
-from conformance.mutant import mutants_of
-from conformance.ops.test_codebook import codebooks, rows_of_trits, sign_bit_counts, sixteenths, vectors
-from conformance.ops.test_codebook_buckets import BUCKET_SIGNS_REVERSED
-from conformance.refusal import F16, ids, meta, ones, refusals, refused, scalar, weight
-from conformance.subject import Subject
+
+from .. import oracle
+from .. import strategies as ss
+from ..case import Case, calls
+from ..compare import exact
+from ..law import law
+from ..mutant import mutants_of
+from ..refusal import F16, ids, meta, ones, refusals, refused, scalar, weight
+from ..subject import Subject
+from .test_codebook import codebooks, rows_of_trits, sign_bit_counts, sixteenths, vectors
+from .test_codebook_buckets import BUCKET_SIGNS_REVERSED
 
 mutant = mutants_of("codebook")
 

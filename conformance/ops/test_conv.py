@@ -6,14 +6,14 @@ import torch
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from conformance import strategies as ss
-from conformance.case import Case, calls
-from conformance.compare import exact, unsigned_zeros
-from conformance.law import law
-from conformance.mutant import mutants_of
-from conformance.ops.test_linear import dense
-from conformance.refusal import F16, ones, refusals, refused, weight
-from conformance.subject import Subject
+from .. import strategies as ss
+from ..case import Case, calls
+from ..compare import exact, unsigned_zeros
+from ..law import law
+from ..mutant import mutants_of
+from ..refusal import F16, ones, refusals, refused, weight
+from ..subject import Subject
+from .test_linear import dense
 
 mutant = mutants_of("conv")
 

@@ -17,13 +17,14 @@ from arbitor.reference.constants import DEFAULT_EPS, groups_per_row
 from arbitor.reference.ops.packing import weight_of_trits
 from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.types import TernaryWeight
-from conformance import strategies as ss
-from conformance.case import Case, calls, magnitude
-from conformance.compare import exact
-from conformance.law import law
-from conformance.mutant import mutants_of
-from conformance.refusal import F16, Refusal, meta, ones, refusals, refused, weight
-from conformance.subject import Subject
+
+from .. import strategies as ss
+from ..case import Case, calls, magnitude
+from ..compare import exact
+from ..law import law
+from ..mutant import mutants_of
+from ..refusal import F16, Refusal, meta, ones, refusals, refused, weight
+from ..subject import Subject
 
 mutant = mutants_of("denoise")
 

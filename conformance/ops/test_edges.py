@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from conformance import strategies as ss
-from conformance.case import Case, calls, compare
-from conformance.compare import exact, unsigned_zeros
-from conformance.law import law
-from conformance.mutant import mutants_of
-from conformance.refusal import F16, I8, ids, meta, ones, refusals, refused
-from conformance.report import needs_cuda
-from conformance.subject import Subject
+from .. import strategies as ss
+from ..case import Case, calls, compare
+from ..compare import exact, unsigned_zeros
+from ..law import law
+from ..mutant import mutants_of
+from ..refusal import F16, I8, ids, meta, ones, refusals, refused
+from ..report import needs_cuda
+from ..subject import Subject
 
 mutant = mutants_of("edges")
 

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.types import TernaryWeight
-from conformance import oracle
-from conformance import strategies as ss
-from conformance.case import Case, calls
-from conformance.compare import exact
-from conformance.law import law
-from conformance.mutant import mutants_of
-from conformance.refusal import I8, ids, meta, ones, refusals, refused, weight
-from conformance.subject import Subject
+
+from .. import oracle
+from .. import strategies as ss
+from ..case import Case, calls
+from ..compare import exact
+from ..law import law
+from ..mutant import mutants_of
+from ..refusal import I8, ids, meta, ones, refusals, refused, weight
+from ..subject import Subject
 
 mutant = mutants_of("edges")
 

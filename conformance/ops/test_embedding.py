@@ -10,16 +10,17 @@ from torch import Tensor
 
 from arbitor.reference.ops.packing import trits_of
 from arbitor.reference.types import TernaryWeight
-from conformance import oracle
-from conformance import strategies as ss
-from conformance.case import Case, calls, compare
-from conformance.compare import exact, unsigned_zeros
-from conformance.law import law
-from conformance.mutant import mutants_of
-from conformance.ops.test_scale import ROWS_IN_ORDER
-from conformance.ops.test_update_step import STEP_MOVES_EVERY_ROW
-from conformance.refusal import F16, I8, ids, ones, refusals, refused, weight
-from conformance.subject import Subject
+
+from .. import oracle
+from .. import strategies as ss
+from ..case import Case, calls, compare
+from ..compare import exact, unsigned_zeros
+from ..law import law
+from ..mutant import mutants_of
+from ..refusal import F16, I8, ids, ones, refusals, refused, weight
+from ..subject import Subject
+from .test_scale import ROWS_IN_ORDER
+from .test_update_step import STEP_MOVES_EVERY_ROW
 
 mutant = mutants_of("embedding")
 

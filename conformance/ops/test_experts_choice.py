@@ -14,16 +14,17 @@ from torch import Tensor
 from arbitor.reference.constants import MAX_ROUTER_COLUMNS, groups_per_row, packed_bytes
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.types import TernaryWeight
-from conformance import oracle
-from conformance import strategies as ss
-from conformance.case import Case, calls
-from conformance.compare import exact
-from conformance.law import law
-from conformance.mutant import mutants_of
-from conformance.ops.test_codebook import vectors
-from conformance.ops.test_experts import EXPERTS
-from conformance.refusal import F16, meta, ones, refusals, refused, weight
-from conformance.subject import Subject
+
+from .. import oracle
+from .. import strategies as ss
+from ..case import Case, calls
+from ..compare import exact
+from ..law import law
+from ..mutant import mutants_of
+from ..refusal import F16, meta, ones, refusals, refused, weight
+from ..subject import Subject
+from .test_codebook import vectors
+from .test_experts import EXPERTS
 
 mutant = mutants_of("experts")
 

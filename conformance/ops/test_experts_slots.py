@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import ops as reference_ops
-from conformance import strategies as ss
-from conformance.compare import exact
-from conformance.report import needs_cuda
-from conformance.subject import Subject, weight_of
+
+from .. import strategies as ss
+from ..compare import exact
+from ..report import needs_cuda
+from ..subject import Subject, weight_of
 
 
 @pytest.mark.parametrize("shape", [(19, 30), (19, 300), (150, 30)])

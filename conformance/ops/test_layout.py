@@ -10,15 +10,16 @@ from hypothesis import strategies as st
 
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.types import TernaryWeight
-from conformance import strategies as ss
-from conformance.case import Case, calls
-from conformance.compare import exact
-from conformance.law import law
-from conformance.mutant import mutants_of
-from conformance.poison import PATTERNS
-from conformance.refusal import refuses_nothing
-from conformance.report import skip
-from conformance.subject import Subject
+
+from .. import strategies as ss
+from ..case import Case, calls
+from ..compare import exact
+from ..law import law
+from ..mutant import mutants_of
+from ..poison import PATTERNS
+from ..refusal import refuses_nothing
+from ..report import skip
+from ..subject import Subject
 
 mutant = mutants_of("layout")
 

@@ -13,15 +13,16 @@ from arbitor.reference.constants import SILENT_ROW
 from arbitor.reference.op_table import OP_TABLE
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.types import TernaryWeight
-from conformance import oracle
-from conformance import strategies as ss
-from conformance.case import Case, calls
-from conformance.compare import exact, no_worse, one_rounding, roundings, unsigned_zeros
-from conformance.law import law
-from conformance.mutant import mutants_of
-from conformance.ops.test_votes import ASCENT
-from conformance.refusal import F16, I8, meta, ones, refusals, refused, weight
-from conformance.subject import Subject
+
+from .. import oracle
+from .. import strategies as ss
+from ..case import Case, calls
+from ..compare import exact, no_worse, one_rounding, roundings, unsigned_zeros
+from ..law import law
+from ..mutant import mutants_of
+from ..refusal import F16, I8, meta, ones, refusals, refused, weight
+from ..subject import Subject
+from .test_votes import ASCENT
 
 mutant = mutants_of("linear")
 

@@ -16,14 +16,15 @@ from arbitor.reference.ops import constant_weight, initial_weight
 from arbitor.reference.ops.packing import weight_of_trits
 from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.types import TernaryWeight
-from conformance import strategies as ss
-from conformance.case import Case, calls, compare, magnitude
-from conformance.compare import exact, no_worse, one_rounding, roundings, unsigned_zeros
-from conformance.law import law
-from conformance.mutant import mutants_of
-from conformance.refusal import F16, meta, ones, refusals, refused, weight
-from conformance.report import needs_cuda
-from conformance.subject import Subject
+
+from .. import strategies as ss
+from ..case import Case, calls, compare, magnitude
+from ..compare import exact, no_worse, one_rounding, roundings, unsigned_zeros
+from ..law import law
+from ..mutant import mutants_of
+from ..refusal import F16, meta, ones, refusals, refused, weight
+from ..report import needs_cuda
+from ..subject import Subject
 
 mutant = mutants_of("norm")
 

@@ -12,13 +12,14 @@ from torch import Tensor
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.constants import NEWTON_SCHULZ
 from arbitor.reference.op_table import OP_TABLE
-from conformance import strategies as ss
-from conformance.case import Case, calls, magnitude
-from conformance.compare import exact, no_worse
-from conformance.law import law
-from conformance.mutant import mutants_of
-from conformance.refusal import ones, refusals, refused
-from conformance.subject import Subject
+
+from .. import strategies as ss
+from ..case import Case, calls, magnitude
+from ..compare import exact, no_worse
+from ..law import law
+from ..mutant import mutants_of
+from ..refusal import ones, refusals, refused
+from ..subject import Subject
 
 mutant = mutants_of("orthogonal")
 

@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from arbitor.reference.constants import packed_bytes
-from conformance import oracle
-from conformance import strategies as ss
-from conformance.case import Case, calls
-from conformance.compare import exact
-from conformance.law import law
-from conformance.mutant import mutants_of
-from conformance.refusal import I8, ones, refusals, refused
-from conformance.subject import Subject
+
+from .. import oracle
+from .. import strategies as ss
+from ..case import Case, calls
+from ..compare import exact
+from ..law import law
+from ..mutant import mutants_of
+from ..refusal import I8, ones, refusals, refused
+from ..subject import Subject
 
 mutant = mutants_of("packing")
 

@@ -12,15 +12,16 @@ from torch import Tensor
 from arbitor.reference.constants import EXPONENT_MAX, EXPONENT_MIN, MANTISSA_BITS, RESERVED_STEP
 from arbitor.reference.ops.packing import trits_of
 from arbitor.reference.types import TernaryWeight
-from conformance import oracle
-from conformance import strategies as ss
-from conformance.case import Case, calls
-from conformance.compare import exact
-from conformance.law import law
-from conformance.mutant import mutants_of
-from conformance.ops.test_packing import UNPACK_MOST_SIGNIFICANT_FIRST
-from conformance.refusal import F16, I8, ids, ones, refusals, refused, scalar, weight
-from conformance.subject import Subject
+
+from .. import oracle
+from .. import strategies as ss
+from ..case import Case, calls
+from ..compare import exact
+from ..law import law
+from ..mutant import mutants_of
+from ..refusal import F16, I8, ids, ones, refusals, refused, scalar, weight
+from ..subject import Subject
+from .test_packing import UNPACK_MOST_SIGNIFICANT_FIRST
 
 mutant = mutants_of("scale")
 

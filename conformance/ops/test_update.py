@@ -12,15 +12,16 @@ from torch import Tensor
 from arbitor.reference.constants import RESERVED_STEP
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.types import TernaryWeight
-from conformance import oracle
-from conformance import strategies as ss
-from conformance.case import Case, calls
-from conformance.compare import exact
-from conformance.law import law
-from conformance.mutant import mutants_of
-from conformance.ops.test_votes import DITHER_AT_RATE_ZERO, RATE_UNCHECKED
-from conformance.refusal import CLOCK, F32, I8, ids, meta, ones, refusals, refused, scalar, weight
-from conformance.subject import Subject
+
+from .. import oracle
+from .. import strategies as ss
+from ..case import Case, calls
+from ..compare import exact
+from ..law import law
+from ..mutant import mutants_of
+from ..refusal import CLOCK, F32, I8, ids, meta, ones, refusals, refused, scalar, weight
+from ..subject import Subject
+from .test_votes import DITHER_AT_RATE_ZERO, RATE_UNCHECKED
 
 mutant = mutants_of("update")
 

@@ -9,13 +9,16 @@ from arbitor.reference.constants import level_range
 from arbitor.reference.ops.packing import trits_of
 from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.types import TernaryWeight
-from conformance import oracle
-from conformance import strategies as ss
-from conformance.case import Case, calls
-from conformance.compare import exact
-from conformance.law import law
-from conformance.mutant import mutants_of
-from conformance.ops.test_update import (
+
+from .. import oracle
+from .. import strategies as ss
+from ..case import Case, calls
+from ..compare import exact
+from ..law import law
+from ..mutant import mutants_of
+from ..refusal import CLOCK, ids, refusals, refused, weight
+from ..subject import Subject
+from .test_update import (
     SCORE_WITHOUT_TRITS,
     SMALL,
     TINY,
@@ -23,9 +26,7 @@ from conformance.ops.test_update import (
     trit_rows,
     votes_for,
 )
-from conformance.ops.test_votes import ASCENT
-from conformance.refusal import CLOCK, ids, refusals, refused, weight
-from conformance.subject import Subject
+from .test_votes import ASCENT
 
 mutant = mutants_of("update")
 

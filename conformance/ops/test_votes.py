@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from arbitor.reference.constants import RESERVED_STEP, SILENT_ROW
-from conformance import oracle
-from conformance import strategies as ss
-from conformance.case import Case, calls
-from conformance.compare import exact
-from conformance.law import law
-from conformance.mutant import mutants_of
-from conformance.ops.test_dither import STEP_TENSOR_IGNORED
-from conformance.refusal import CLOCK, F16, F32, ids, meta, ones, refusals, refused, scalar
-from conformance.subject import Subject
+
+from .. import oracle
+from .. import strategies as ss
+from ..case import Case, calls
+from ..compare import exact
+from ..law import law
+from ..mutant import mutants_of
+from ..refusal import CLOCK, F16, F32, ids, meta, ones, refusals, refused, scalar
+from ..subject import Subject
+from .test_dither import STEP_TENSOR_IGNORED
 
 mutant = mutants_of("votes")
 
@@ -492,6 +493,7 @@ test_refusals_of_votes = refusals(
     refused("sign_votes", "step 128", ValueError, "step_size", ones(2, 3), 128),
     refused("sign_votes", "step 1.5", TypeError, "step_size", ones(2, 3), 1.5),
     refused("step_from_loss", "a negative loss", ValueError, "loss", -0.1, 5.5, 8),
+    refused("step_from_loss", "a text", TypeError, "loss is a str, but must be a number", "cpu", 5.5, 8),
     refused("step_from_loss", "a NaN loss", ValueError, "loss", float("nan"), 5.5, 8),
     refused("step_from_loss", "reference 0", ValueError, "loss_ref", 1.0, 0.0, 8),
     refused("step_from_loss", "step 0", ValueError, "max_step", 1.0, 5.5, 0),

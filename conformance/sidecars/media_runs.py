@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import wave
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,20 +79,25 @@ def register(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(PRESET_DEFAULTS, CONFIG.name, {"sample_bytes": 4, "eval_windows": 4})
 
 
-def render(root: Path, checkpoints: Path, *, each: int = 4) -> Path:
-    """Write folders `image`, `audio` and `video` with texts, `preset.json`, `text.txt`, and `dinov2`, a sidecar of few patches."""
+WRITERS: dict[str, tuple[str, Callable[[Path, str, int], None]]] = {
+    "image": ("png", save_image),
+    "audio": ("wav", lambda path, _, number: save_sound(path, 200.0 + 50 * number, 0.2 + 0.3 * (number % 5))),
+    "video": ("mkv", save_video),
+}
+"""How files of a kind end, and what writes one, by its colour and number."""
+
+
+def render(root: Path, checkpoints: Path, *, each: int = 4, kinds: Iterable[str] = tuple(WRITERS)) -> Path:
+    """Write a folder of each kind with texts, `preset.json`, `text.txt`, and `dinov2`, a sidecar of few patches."""
     shutil.copytree(checkpoints / "dinov2", root / "dinov2")
     few = {"size": {"shortest_edge": 60}, "crop_size": {"height": 56, "width": 56}}
     (root / "dinov2" / PREPROCESSOR).write_text(json.dumps(PREPROCESSING | few))
-    for kind in ("image", "audio", "video"):
+    for kind in kinds:
+        suffix, write = WRITERS[kind]
         (root / kind).mkdir(parents=True)
-    for index, colour in enumerate(list(COLOURS) * each):
-        name = f"{index:02d}"
-        save_image(root / "image" / f"{name}.png", colour, index)
-        save_sound(root / "audio" / f"{name}.wav", 200.0 + 50 * index, 0.2 + 0.3 * (index % 5))
-        save_video(root / "video" / f"{name}.mkv", colour, index)
-        for kind in ("image", "audio", "video"):
-            (root / kind / f"{name}.txt").write_text(f"{colour} number {index}")
+        for index, colour in enumerate(list(COLOURS) * each):
+            write(root / kind / f"{index:02d}.{suffix}", colour, index)
+            (root / kind / f"{index:02d}.txt").write_text(f"{colour} number {index}")
     (root / "preset.json").write_text(CONFIG.to_json())
     (root / "text.txt").write_bytes(b"".join(b"line %d of a text.\n" % i for i in range(60)))
     return root

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -49,14 +51,14 @@ def test_other_content_and_other_sidecars_have_their_own(tmp_path: Path) -> None
 
 
 def test_the_bound_holds_and_the_oldest_go(tmp_path: Path) -> None:
-    cache = FeatureCache(tmp_path, max_bytes=1500)
+    cache = FeatureCache(tmp_path, max_bytes=1800)
     for number in range(3):
         cache.get(bytes([number]), sidecar(), Maker(number))
         for path in tmp_path.iterdir():
             os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns - 10**9))
     cache.get(bytes([0]), sidecar(), Maker(0))
     cache.get(b"new", sidecar(), Maker(9))
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 1500
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 1800
     kept, gone = Maker(0), Maker(1)
     cache.get(bytes([0]), sidecar(), kept)
     cache.get(bytes([1]), sidecar(), gone)
@@ -70,12 +72,22 @@ def test_what_is_larger_than_the_bound_is_made_and_not_kept(tmp_path: Path) -> N
     assert make.calls == 2 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("damage", ["cut", "other", "empty"])
+@pytest.mark.parametrize("damage", ["cut", "other", "empty", "a bit", "a pipe", "a link"])
 def test_a_damaged_file_is_made_anew(tmp_path: Path, damage: str) -> None:
-    cache, make = FeatureCache(tmp_path), Maker(1.0)
+    """Also where one bit of the features has changed, which no format notices, and where nothing would ever be read."""
+    cache, make = FeatureCache(tmp_path / "cache"), Maker(1.0)
     cache.get(b"a", sidecar(), make)
-    [path] = tmp_path.iterdir()
-    path.write_bytes({"cut": path.read_bytes()[:-1], "other": b"x" * 200, "empty": b""}[damage])
+    [path] = cache.folder.iterdir()
+    data = path.read_bytes()
+    path.unlink()
+    if damage == "a pipe":
+        os.mkfifo(path)
+    elif damage == "a link":
+        (tmp_path / "elsewhere").write_bytes(data)
+        path.symlink_to(tmp_path / "elsewhere")
+    else:
+        bit = data[:-5] + bytes([data[-5] ^ 1]) + data[-4:]
+        path.write_bytes({"cut": data[:-1], "other": b"x" * 200, "empty": b"", "a bit": bit}[damage])
     for _ in range(2):
         exact(cache.get(b"a", sidecar(), make), make.features)
     assert make.calls == 2
@@ -87,6 +99,41 @@ def test_nothing_half_written_is_left(tmp_path: Path) -> None:
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
     with pytest.raises(ValueError, match="max_bytes is 0"):
         FeatureCache(tmp_path, max_bytes=0)
+
+
+def test_what_a_killed_process_left_goes_after_an_hour(tmp_path: Path) -> None:
+    for name, age in (("old", 3700), ("new", 60)):
+        path = tmp_path / f".{name}.partial"
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - age,) * 2)
+    FeatureCache(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".new.partial"]
+
+
+def test_files_are_as_readable_as_others(tmp_path: Path) -> None:
+    """A cache may be shared by users: the umask decides, as for any file."""
+    before = os.umask(0o022)
+    try:
+        FeatureCache(tmp_path).get(b"a", sidecar(), Maker(1.0))
+    finally:
+        os.umask(before)
+    [path] = tmp_path.iterdir()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_the_folder_is_not_looked_at_for_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But often enough that files of other processes count: once more after each sixteenth of the bound."""
+    looks = []
+    real = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: looks.append(pattern) or real(self, pattern))
+    cache = FeatureCache(tmp_path, max_bytes=16 * 2000)
+    other = FeatureCache(tmp_path)
+    for number in range(24):
+        cache.get(b"one %d" % number, sidecar(), Maker(number))
+        other.get(b"other %d" % number, sidecar(), Maker(number))
+    assert 3 < len([pattern for pattern in looks if not pattern.startswith(".")]) < 24
+    size = sum(path.stat().st_size for path in real(tmp_path, "*"))
+    assert size <= 16 * 2000 + 2 * 2000
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,17 +16,25 @@ from arbitor import ArbModel
 from arbitor.optimized import cli
 from arbitor.optimized.distributed.world import World
 from arbitor.optimized.training import loop
+from arbitor.optimized.training.checkpoint import load_checkpoint
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import opened, train
 from arbitor.optimized.training.media import lead_of
 from arbitor.optimized.training.media_mix import Mix
 from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.options import TrainOptions
-from arbitor.reference.config import SPECIAL_IDS
+from arbitor.reference.config import SPECIAL_IDS, with_fields
 from arbitor.sidecars import AudioSidecar, read_audio, read_image, read_video
 from arbitor.sidecars.encoders import first_frame
 from conformance.compare import exact
-from conformance.sidecars.media_runs import PATCHES, assert_captions_are_read, options, register, save_video
+from conformance.sidecars.media_runs import (
+    CONFIG,
+    PATCHES,
+    assert_captions_are_read,
+    options,
+    register,
+    save_video,
+)
 from conformance.training.nano import without_pictures
 from conformance.training.runs import Killed, kill_at
 
@@ -142,6 +150,50 @@ def test_killed_and_resumed_ends_the_same(
     kinds = {kind for line in lines for kind in line["media"]}
     assert kinds == {"text", *ALL}
     assert any("train_latent" in line["media"].get("video", {}) for line in lines)
+
+
+def test_one_kind_alone_goes_on_the_same(
+    media: Path, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of pictures alone learns no text, has no experts, and is resumed without the name of its kind."""
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3)
+        with pytest.raises(Killed):
+            train(options(media, checkpoints, folder, "image", only="vision"))
+    result = train(TrainOptions(run=folder, resume=True))
+    assert set(result.summary["media"]) == {"image"}
+    document = json.loads((folder / "config.json").read_text())
+    assert not document["model"]["use_moe"] and document["run"]["only"] == "vision"
+    with pytest.raises(TrainingError, match="started with only vision and cannot go on with only audio"):
+        train(TrainOptions(run=folder, resume=True, only="audio"))
+
+
+def test_a_text_model_grows_eyes_and_ends_the_same_when_killed(
+    media: Path, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run on text alone goes on with pictures: its model begins with every old byte, edges and votes too."""
+    blind = with_fields(CONFIG, image_features=0)
+    (tmp_path / "blind.json").write_text(blind.to_json())
+    source = tmp_path / "source"
+    train(options(media, checkpoints, source, preset=str(tmp_path / "blind.json")))
+    before = load_checkpoint(source / "best.safetensors").state
+    for name, step in (("whole", None), ("killed", 3)):
+        asked = options(media, checkpoints, tmp_path / name, "image", init_from=str(source), keep_votes=True)
+        if step is None:
+            train(asked)
+            continue
+        with monkeypatch.context() as patch:
+            kill_at(patch, step)
+            with pytest.raises(Killed):
+                train(asked)
+        train(TrainOptions(run=tmp_path / name, resume=True))
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    began = json.loads((tmp_path / "whole" / "config.json").read_text())["beginning"]
+    assert set(began["kept"]) | set(began["moved"]) == set(before) and began["left_out"] == []
+    assert "graph.edges.neighbours" in began["moved"]
+    fresh = {name.split(".")[0] for name in began["fresh"]}
+    assert fresh == {"image_sequencer", "shared_vq"}
 
 
 def test_other_data_and_other_sidecars_are_refused(

@@ -18,8 +18,9 @@ from arbitor.optimized.training.generate import first_window
 from arbitor.optimized.training.loop import opened, train
 from arbitor.optimized.training.media import lead_of
 from arbitor.optimized.training.media_answer import chosen, prompt_ids
-from arbitor.optimized.training.media_speech import CODEC_FILE, load_codec, whole_frames
+from arbitor.optimized.training.media_speech import load_codec, whole_frames
 from arbitor.optimized.training.metrics import read_metrics
+from arbitor.optimized.training.run_folder import CODEC_FILE
 from arbitor.optimized.training.runtime import choose_runtime
 from arbitor.reference.graph.talker import SPOKEN_STRIDE, spoken_marks
 from arbitor.reference.graph.targets import NO_TOKEN

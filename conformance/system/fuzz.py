@@ -1,6 +1,6 @@
 """Damages the files of a run at random, and looks for what is not refused: seconds in the suite, hours by hand.
 
-    python -m conformance.system.fuzz --mutations 10000 --seed 1
+    python -m conformance.system.fuzz --mutations 10000 --seed 1 --jobs 2
 
 A mutation changes bytes, cuts, repeats or swaps pieces of one file of a run folder; or changes a value somewhere in its JSON, as a
 careful forger would, with digests that fit. Then the run is read as ``--resume``, ``--init-from`` and the commands for finished
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import multiprocessing
 import random
 import shutil
 import sys
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from arbitor.optimized.training import checkpoint as checkpoints
 from arbitor.optimized.training.beginning import begin_with
@@ -188,19 +190,20 @@ def use(folder: Path) -> str:
     return "+".join(used) or "nothing"
 
 
-def campaign(folder: Path, *, mutations: int, seed: int) -> Counter[str]:
+def campaign(folder: Path, *, mutations: int, seed: int, first: int = 0) -> Counter[str]:
     """Mutate copies of a run folder, and count what was still usable.
 
     Args:
         folder: of a finished run.
         mutations: how many.
         seed: of the draws.
+        first: number of the first mutation.
 
     Raises:
         AssertionError: a mutation raised what is no sentence, or took too long; the message says how to see it again.
     """
     ends: Counter[str] = Counter()
-    for number in range(mutations):
+    for number in range(first, first + mutations):
         draw = random.Random(f"{seed} {number}")
         with tempfile.TemporaryDirectory() as scratch:
             copied = Path(scratch) / "run"
@@ -220,10 +223,27 @@ def campaign(folder: Path, *, mutations: int, seed: int) -> Counter[str]:
     return ends
 
 
+def side_by_side(folder: Path, *, mutations: int, seed: int, jobs: int) -> Counter[str]:
+    """Do a `campaign` in several processes."""
+    sizes = [mutations // jobs + (part < mutations % jobs) for part in range(jobs)]
+    parts = [(folder, size, seed, sum(sizes[:part])) for part, size in enumerate(sizes)]
+    # They import anew: torch's threads do not survive a fork, and a model was trained here.
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        return sum(pool.imap_unordered(_part, parts), Counter())
+
+
+def _part(given: tuple[Path, int, int, int]) -> Counter[str]:
+    folder, mutations, seed, first = given
+    torch.set_num_threads(1)
+    nano.register(pytest.MonkeyPatch())
+    return campaign(folder, mutations=mutations, seed=seed, first=first)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Damage the files of a run at random.")
     parser.add_argument("--mutations", type=int, default=1000, help="how many [1000]")
     parser.add_argument("--seed", type=int, default=0, help="of the draws [0]")
+    parser.add_argument("--jobs", type=int, default=1, help="processes side by side [1]")
     options = parser.parse_args()
     from arbitor.optimized.training.loop import train
     from conformance.training import runs
@@ -235,7 +255,9 @@ def main() -> None:
         text.write_bytes(nano.TEXT)
         train(runs.options(text, Path(scratch) / "run"))
         began = time.monotonic()
-        ends = campaign(Path(scratch) / "run", mutations=options.mutations, seed=options.seed)
+        ends = side_by_side(
+            Path(scratch) / "run", mutations=options.mutations, seed=options.seed, jobs=options.jobs
+        )
     print(
         f"{options.mutations:,} mutations of seed {options.seed} in {time.monotonic() - began:.0f} s, no fault"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from arbitor.optimized.training.media import check_kinds, weights_of
 from arbitor.optimized.training.media_batch import Batch
 from arbitor.optimized.training.media_files import MediaFolder, load_media
 from arbitor.optimized.training.media_mix import Mix
-from arbitor.optimized.training.options import ROWS, TrainOptions
+from arbitor.optimized.training.options import CHANGES, ROWS, TrainOptions
 from arbitor.optimized.training.plan import decide
 
 
@@ -157,9 +158,38 @@ def test_kinds_and_their_weights() -> None:
     check_kinds(decide(TrainOptions(preset="nano"), None))
 
 
+def test_a_run_on_one_kind_alone() -> None:
+    """Names of the seeds' trainers, in the settings that they stand for. What the preset has already is not asked for."""
+    for only, kind, changes in (
+        ("vision", "image", MEDIA),
+        ("audio", "audio", {"data_audio": "sounds", "audio": "UsefulSensors/moonshine-base"}),
+        ("diffusion", "video", {"data_video": "videos", "video": "vae.safetensors"}),
+    ):
+        settings = decide(TrainOptions(preset="small", only=only, **changes), None)
+        assert {kind: int(weight) for kind, weight in weights_of(settings).items()} == {"text": 0, kind: 1}
+        switched = {name for name in CHANGES if getattr(settings, name)}
+        assert switched == {f"enable_{kind}", "disable_moe"}
+        settings = decide(TrainOptions(preset="tiny", only=only, **changes), None)
+        assert {name for name in CHANGES if getattr(settings, name)} == {"disable_moe"}
+    assert decide(TrainOptions(preset="small", only="text"), None) == replace(
+        decide(TrainOptions(preset="small"), None), only="text"
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
+        (
+            {**MEDIA, "only": "text"},
+            r"data_image is .*pictures', but must be left out of a run of text alone \(only\)",
+        ),
+        ({**MEDIA, "only": "audio"}, "data_image is .*, but must be left out of a run of audio alone"),
+        (
+            {**MEDIA, "only": "vision", "mix": "image=1"},
+            "mix is 'image=1', but must be left out of a run of vision",
+        ),
+        ({"only": "vision"}, "only is 'vision', but needs data_image, which is what is learned"),
+        ({"only": "smell"}, "only is 'smell', but must be one of text, vision, audio, diffusion"),
         ({"mix": "text=1"}, "does nothing with one kind of data"),
         ({**MEDIA, "mix": "text"}, "must be a list of KIND=NUMBER"),
         ({**MEDIA, "mix": "smell=1"}, "must be a list of KIND=NUMBER"),

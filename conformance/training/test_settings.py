@@ -146,7 +146,7 @@ def test_decide_refuses_numbers_out_of_range(options: dict[str, int], named: str
     ("options", "sentence"),
     [
         ({"steps": "5"}, "steps is '5', but must be a whole number"),
-        ({"batch": True}, "batch is True, but must be a whole number"),
+        ({"batch": True}, "batch is True, but must be a whole number or 'auto'"),
         ({"seed": 1.0}, "seed is 1.0, but must be a whole number"),
         ({"disable_vq": 1}, "disable_vq is 1, but must be True or False"),
         ({"data": 7}, "data is 7, but must be a string"),

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from arbitor.optimized.training.options import ROWS, default_in_words
+from arbitor.optimized.training.options import AUTO, ROWS, default_in_words
 from arbitor.optimized.training.shown import shown
 
 MIB = 2**20
@@ -31,6 +31,14 @@ class WholeNumber(click.IntRange):
     """A whole number from a range. What is no number is refused in words."""
 
     name = "whole number"
+
+
+class WholeNumberOrAuto(WholeNumber):
+    """A whole number from a range, or a word for one that the machine decides."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number, or the word."""
+        return value if value == AUTO else super().convert(value, param, ctx)
 
 
 class Number(click.FloatRange):
@@ -56,6 +64,7 @@ def setting(
     default: Any = None,
     default_help: str | None = None,
     low: int | None = None,
+    auto: bool = False,
 ) -> Callable[[_Command], _Command]:
     """Return the option of a setting, as the table of settings has it.
 
@@ -65,6 +74,7 @@ def setting(
         default: of the command, where it has one of its own.
         default_help: what help says of it.
         low: the least number that the command allows, where it has one of its own.
+        auto: whether the command lets the machine decide, where the setting allows it.
     """
     row = ROWS[name]
     option = row.option
@@ -76,14 +86,15 @@ def setting(
     text = f"{help or option.help} [{default_help}]."
     if row.kind is bool:
         spelling = f"{flag}/--no-{flag.removeprefix('--')}" if option.has_opposite else flag
-        return click.option(spelling, name, is_flag=True, default=None, help=text)
+        return click.option(spelling, *option.also, name, is_flag=True, default=None, help=text)
     kind: click.ParamType | type = row.kind
     if option.choices:
         kind = click.Choice(option.choices)
     elif row.kind is float:
         kind = Number(option.low if low is None else low, option.high)
     elif row.kind is int:
-        kind = WholeNumber(option.low if low is None else low, option.high)
+        number = WholeNumberOrAuto if auto and option.auto else WholeNumber
+        kind = number(option.low if low is None else low, option.high)
     return click.option(flag, *option.also, name, type=kind, default=default, help=text)
 
 
@@ -92,7 +103,7 @@ def settings(*names: str) -> Callable[[_Command], _Command]:
 
     def give(command: _Command) -> _Command:
         for name in reversed(names):
-            command = setting(name)(command)
+            command = setting(name, auto=True)(command)
         return command
 
     return give

@@ -27,6 +27,11 @@ def run_options(command: _Command) -> _Command:
             "--no-save", is_flag=True, help="Write no checkpoints; without --run, write nothing [off]."
         ),
         click.option(
+            "--reset",
+            is_flag=True,
+            help="Remove the run that --run holds, and begin anew there [off].",
+        ),
+        click.option(
             "--resume", is_flag=True, help="Go on with the run in --run, with its own settings [off]."
         ),
         click.option(

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib
 import os
+import re
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -24,6 +25,13 @@ FOLDER = Path(__file__).parent
 
 LEAST_CAPABILITY = (8, 0)
 """Least compute capability of a GPU that runs the kernels: the first with `mma.sync` for bfloat16."""
+
+
+HOPPER = (9, 0)
+"""Compute capability of Hopper. A source that needs `wgmma` is for it alone."""
+
+HOPPER_SOURCES = frozenset({"many_rows"})
+"""Sources that are for Hopper alone."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,10 @@ class Kernel:
     def of(cls, source: str, entry: str, **constants: int) -> Kernel:
         """Return the kernel for constants by name."""
         return cls(source, entry, tuple(constants.items()))
+
+    def architecture(self, capability: tuple[int, int]) -> str:
+        """Return what the compiler calls GPUs of a compute capability; the suffix `a` lets a source use what later ones lack."""
+        return f"sm_{capability[0]}{capability[1]}{'a' if self.source in HOPPER_SOURCES else ''}"
 
     def __str__(self) -> str:
         """Return the kernel as a reader would name it."""
@@ -68,7 +80,7 @@ def machine_code(kernel: Kernel, architecture: str) -> bytes:
     Raises:
         RuntimeError: the compiler refuses the source, with what it says.
     """
-    text = (FOLDER / f"{kernel.source}.cu").read_text()
+    text = source_text(kernel.source)
     known = hashlib.sha256(
         repr((text, kernel.constants, architecture, _compiler_version())).encode()
     ).hexdigest()
@@ -89,6 +101,12 @@ def machine_code(kernel: Kernel, architecture: str) -> bytes:
     except OSError as error:
         _not_kept(path.parent, error)
     return code
+
+
+def source_text(source: str) -> str:
+    """Return the text of a source, with the files of this folder that it includes in their places."""
+    text = (FOLDER / f"{source}.cu").read_text()
+    return re.sub(r'^#include "(.*)"$', lambda line: (FOLDER / line[1]).read_text(), text, flags=re.MULTILINE)
 
 
 @functools.cache

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from arbitor.optimized.cuda.compiler import Kernel, loaded
 
+UNASKED_BYTES = 47 * 1024
+"""Bytes of shared memory that a launch may have unasked, beside the little that a kernel declares."""
+
 Argument = Tensor | np.generic | None
 """An argument of a kernel: a tensor stands for its address, None for no address, and a number of NumPy has a type of C."""
 
@@ -25,6 +28,7 @@ def launch(
     threads: int,
     device: torch.device,
     shared_bytes: int = 0,
+    starts_early: bool = False,
 ) -> None:
     """Launch a kernel.
 
@@ -34,15 +38,19 @@ def launch(
         blocks: of the grid, 1 .. 2^31 - 1.
         threads: of a block.
         device: of the tensors. It must be torch's current device, as it is inside of an op.
-        shared_bytes: of shared memory for a block, beside what the kernel declares, 48 KiB in all at most.
+        shared_bytes: of shared memory for a block, beside what the kernel declares; 48 KiB in all at most on GPUs before Hopper.
+        starts_early: blocks may start when all of the launch before have. The kernel waits for that launch where it must
+            (`griddepcontrol.wait`), and that launch says when they may (`griddepcontrol.launch_dependents`).
     """
     core = importlib.import_module("cuda.core")
     # Torch's context is the one that cuda-core takes for a device, so nothing changes but what cuda-core knows of this thread.
     core.Device(device.index).set_current()
-    major, minor = _capability(device)
-    function = loaded(kernel, f"sm_{major}{minor}")
+    function = loaded(kernel, kernel.architecture(_capability(device)))
+    if shared_bytes > UNASKED_BYTES:
+        _allow_shared(kernel, device, shared_bytes)
     stream = core.Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
-    config = core.LaunchConfig(grid=blocks, block=threads, shmem_size=shared_bytes)
+    options = {"programmatic_stream_serialization": True} if starts_early and _can_start_early() else {}
+    config = core.LaunchConfig(grid=blocks, block=threads, shmem_size=shared_bytes, **options)
     core.launch(stream, config, function, *map(_as_passed, arguments))
 
 
@@ -55,6 +63,26 @@ def _as_passed(argument: Argument) -> Any:
     if isinstance(argument, Tensor):
         return argument.data_ptr()
     return 0 if argument is None else argument
+
+
+@functools.cache
+def _can_start_early() -> bool:
+    """Return whether this release of cuda-core launches kernels that start early. Without it they start later."""
+    return hasattr(importlib.import_module("cuda.core").LaunchConfig, "programmatic_stream_serialization")
+
+
+@functools.cache
+def _allow_shared(kernel: Kernel, device: torch.device, num_bytes: int) -> None:
+    """Ask for more shared memory than a block gets unasked, once for a kernel on a device."""
+    driver = importlib.import_module("cuda.bindings.driver")
+    function = loaded(kernel, kernel.architecture(_capability(device)))
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    place = driver.CUdevice(device.index)
+    (status,) = driver.cuKernelSetAttribute(
+        attribute, num_bytes, driver.CUkernel(int(function.handle)), place
+    )
+    if int(status) != 0:
+        raise RuntimeError(f"{kernel} gets no {num_bytes} bytes of shared memory on {device}: {status}")
 
 
 @functools.cache

@@ -3,28 +3,20 @@
 // Legend: M rows of x, N outputs, K inputs; KW words a row, KG groups a row; G columns a group.
 //
 // A warp multiplies tiles of 16 outputs by 8 rows of x with `mma.m16n8k16`. Thread 4 g + t of a warp holds four inputs of the
-// outputs g and g + 8 there. Which four is open, as long as x comes in the same order. So a thread takes a chunk of its own: 96
-// neighbouring columns, that is six words of a row and the whole groups of these columns. A step of a warp is the four chunks of
-// its threads t, 384 columns.
-//
-// A lane of two bits is 00, 01 or 11. Shifted to the top of a bfloat16 it is 0, +2 or -2. The lanes l and l + 8 of a word reach
-// the top of their halves by one shift. One mask and one multiplication with half their scales make them weights. x is laid out
-// in shared memory as such pairs, for as many columns at a time as fit there.
+// outputs g and g + 8 there. Which four is open, as long as x comes in the same order. So a thread takes a chunk of its own (`chunk.cuh`),
+// and a step of a warp is the four chunks of its threads t. x is laid out in shared memory as the pairs of lanes of a word, for as
+// many columns at a time as fit there.
 //
 // Constants that the host defines:
 //   GROUP_SIZE, MANTISSA_BITS   of the weight; 96 columns are whole groups
-//   ROW_TILES    tiles of 8 rows of x
 //   TILES        tiles of 16 outputs that a block computes
 //   SPLITS       warps among which the steps of a tile are dealt out; their sums are added in order
 //   BLOCKS       blocks that a multiprocessor must have room for
 //   WORD_BYTES   8 where every row of words starts at a multiple of 8 bytes, else 4
 //   LEVEL_BYTES  4 where every chunk of levels starts at a multiple of 4 bytes and fills such words, else 1
 
-constexpr int CHUNK = 96;
-constexpr int WORDS = CHUNK / 16;
-constexpr int LEVELS = CHUNK / GROUP_SIZE;
-constexpr int LEVEL_WORDS = (LEVELS + 3) / 4;
-constexpr int STEP = 4 * CHUNK;
+#include "chunk.cuh"
+
 constexpr int THREADS = 32 * TILES * SPLITS;
 // Pieces of x that a thread reads before it writes one, and those that it reads while it multiplies the phase before. A
 // multiprocessor with one block has registers for them, and no other block to work for while they are on their way.
@@ -37,92 +29,19 @@ struct Chunk {
     unsigned levels[2][LEVEL_WORDS];
 };
 
-__device__ __forceinline__ unsigned multiply(unsigned a, unsigned b) {
-    unsigned product;
-#if __CUDA_ARCH__ >= 900
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-#else
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
-#endif
-    return product;
-}
-
 __device__ __forceinline__ void multiply_tiles(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ unsigned short rounded(float value) {
-    unsigned short bits;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
-}
-
-// Read the levels of a whole chunk. Rows of levels start anywhere, so they are read as the aligned words around them.
-__device__ __forceinline__ void read_levels(unsigned (&levels)[LEVEL_WORDS], const signed char* at, const unsigned* last) {
-    if constexpr (LEVEL_BYTES == 4) {
-#pragma unroll
-        for (int i = 0; i < LEVEL_WORDS; i++) levels[i] = __ldg(reinterpret_cast<const unsigned*>(at) + i);
-    } else {
-        const unsigned long long address = reinterpret_cast<unsigned long long>(at);
-        const unsigned* aligned = reinterpret_cast<const unsigned*>(address & ~3ull);
-        const unsigned shift = 8 * (static_cast<unsigned>(address) & 3);
-        unsigned low = __ldg(aligned);
-#pragma unroll
-        for (int i = 0; i < LEVEL_WORDS; i++) {
-            // The last word may lie past the tensor, where none of its bytes is used.
-            const unsigned* next = aligned + i + 1;
-            const unsigned high = __ldg(next < last ? next : last);
-            levels[i] = __funnelshift_r(low, high, shift);
-            low = high;
-        }
-    }
-}
-
-__device__ __forceinline__ void read_words(unsigned (&words)[WORDS], const unsigned* at) {
-    if constexpr (WORD_BYTES == 8) {
-#pragma unroll
-        for (int i = 0; i < WORDS / 2; i++) {
-            const uint2 pair = __ldg(reinterpret_cast<const uint2*>(at) + i);
-            words[2 * i] = pair.x;
-            words[2 * i + 1] = pair.y;
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < WORDS; i++) words[i] = __ldg(at + i);
-    }
-}
-
-// Read what there is of a chunk at the end of a row. Past the end trits are 0, and levels too: another byte might be no scale.
-__device__ __forceinline__ void read_end(unsigned (&words)[WORDS], unsigned (&levels)[LEVEL_WORDS], const unsigned* row_of_words,
-                                         const signed char* row_of_levels, int chunk, int row_words, int row_groups) {
+// Read what there is of a chunk at the end of a row, trits of 0 past the end.
+__device__ __forceinline__ void read_end(unsigned (&words)[WORDS], const unsigned* row_of_words, int chunk, int row_words) {
 #pragma unroll
     for (int i = 0; i < WORDS; i++) {
         const int word = chunk * WORDS + i;
         words[i] = word < row_words ? __ldg(row_of_words + word) : 0;
     }
-#pragma unroll
-    for (int i = 0; i < LEVEL_WORDS; i++) levels[i] = 0;
-#pragma unroll
-    for (int i = 0; i < LEVELS; i++) {
-        const int group = chunk * LEVELS + i;
-        const unsigned level = group < row_groups ? __ldg(row_of_levels + group) & 255 : 0;
-        levels[i / 4] |= level << (8 * (i % 4));
-    }
-}
-
-// Return half the scales of the groups `low` and `high` of a chunk as a pair of bfloat16. `levels` are 128 higher than levels.
-__device__ __forceinline__ unsigned half_scales(const unsigned (&levels)[LEVEL_WORDS], int low, int high) {
-    unsigned pair;
-    if (low / 4 == high / 4) {
-        pair = __byte_perm(levels[low / 4], 0, 0x4040 | low % 4 | high % 4 << 8);
-    } else {
-        pair = __byte_perm(levels[low / 4], 0, 0x4440 | low % 4) | __byte_perm(levels[high / 4], 0, 0x4044 | high % 4 << 8);
-    }
-    // A level with the bias of bfloat16 is the top of its scale's bits; an exponent less by one is half of it.
-    constexpr int bias = (((127 << MANTISSA_BITS) - 128) << (7 - MANTISSA_BITS)) - (1 << 7);
-    return pair * (1u << (7 - MANTISSA_BITS)) + static_cast<unsigned>(bias * 0x10001);
 }
 
 // Pieces of 16 bytes that sixteen columns of x take in shared memory, two for each row. One more keeps the threads that read or
@@ -181,8 +100,7 @@ struct Phase {
 };
 
 // Add the products of a chunk to the sums. `pairs` are those of x from the first column of the chunk on, for the row of a thread.
-__device__ __forceinline__ void multiply_chunk(float (&sums)[ROW_TILES][4], Chunk& chunk, const uint4* const (&pairs)[ROW_TILES],
-                                               int num_rows) {
+__device__ __forceinline__ void multiply_chunk(float (&sums)[4], Chunk& chunk, const uint4* pairs, int num_rows) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
 #pragma unroll
@@ -192,22 +110,15 @@ __device__ __forceinline__ void multiply_chunk(float (&sums)[ROW_TILES][4], Chun
     for (int word = 0; word < WORDS; word++) {
 #pragma unroll
         for (int four = 0; four < 2; four++) {
-            uint4 of_x[ROW_TILES];
-#pragma unroll
-            for (int i = 0; i < ROW_TILES; i++) of_x[i] = pairs[i][word * pieces_of(num_rows) + four * num_rows];
+            const uint4 of_x = pairs[word * pieces_of(num_rows) + four * num_rows];
 #pragma unroll
             for (int two = 0; two < 2; two++) {
                 unsigned a[4];
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const int half = i % 2, pair = 4 * four + 2 * two + i / 2, column = 16 * word + pair;
-                    const unsigned trits = (chunk.words[half][word] << (14 - 2 * pair)) & 0xC000C000u;
-                    a[i] = multiply(trits, half_scales(chunk.levels[half], column / GROUP_SIZE, (column + 8) / GROUP_SIZE));
+                    a[i] = weights(chunk.words[i % 2][word], word, 4 * four + 2 * two + i / 2, chunk.levels[i % 2]);
                 }
-#pragma unroll
-                for (int i = 0; i < ROW_TILES; i++) {
-                    multiply_tiles(sums[i], a, two ? of_x[i].z : of_x[i].x, two ? of_x[i].w : of_x[i].y);
-                }
+                multiply_tiles(sums, a, two ? of_x.z : of_x.x, two ? of_x.w : of_x.y);
             }
         }
     }
@@ -240,14 +151,15 @@ few_rows_product(const unsigned short* __restrict__ x, const unsigned* __restric
         for (int half = 0; half < 2; half++) {
             if (at < whole_chunks) {
                 read_words(chunk.words[half], words_of[half] + at * WORDS);
-                read_levels(chunk.levels[half], levels_of[half] + at * LEVELS, last);
+                read_levels(chunk.levels[half], levels_of[half] + at * LEVELS, last, LEVELS);
             } else {
-                read_end(chunk.words[half], chunk.levels[half], words_of[half], levels_of[half], at, row_words, row_groups);
+                read_end(chunk.words[half], words_of[half], at, row_words);
+                read_levels(chunk.levels[half], levels_of[half] + at * LEVELS, last, row_groups - at * LEVELS);
             }
         }
     };
 
-    float sums[ROW_TILES][4] = {};
+    float sums[4] = {};
     Chunk next;
     int step = split;
     if (step < steps) read(next, step);
@@ -270,32 +182,25 @@ few_rows_product(const unsigned short* __restrict__ x, const unsigned* __restric
             Chunk chunk = next;
             // The next chunk is on its way while this one is multiplied.
             if (step + SPLITS < steps) read(next, step + SPLITS);
-            const uint4* pairs[ROW_TILES];
-#pragma unroll
-            for (int i = 0; i < ROW_TILES; i++) {
-                // A row past the last is read as the last, and gives sums that are not stored.
-                pairs[i] = shared + (4 * (step - begin) + t) * WORDS * pieces_of(num_rows) + min(8 * i + g, num_rows - 1);
-            }
+            // A row past the last is read as the last, and gives sums that are not stored.
+            const uint4* pairs = shared + (4 * (step - begin) + t) * WORDS * pieces_of(num_rows) + min(g, num_rows - 1);
             multiply_chunk(sums, chunk, pairs, num_rows);
         }
     }
 
     // The sums of the warps take the place of x.
     __syncthreads();
-    float(*parts)[SPLITS][ROW_TILES * 4][32] = reinterpret_cast<float(*)[SPLITS][ROW_TILES * 4][32]>(shared);
+    float(*parts)[SPLITS][4][32] = reinterpret_cast<float(*)[SPLITS][4][32]>(shared);
 #pragma unroll
-    for (int i = 0; i < ROW_TILES; i++) {
-#pragma unroll
-        for (int j = 0; j < 4; j++) parts[tile][split][4 * i + j][lane] = sums[i][j];
-    }
+    for (int i = 0; i < 4; i++) parts[tile][split][i][lane] = sums[i];
     __syncthreads();
-    for (int sum = threadIdx.x; sum < TILES * ROW_TILES * 4 * 32; sum += THREADS) {
-        const int of_lane = sum % 32, place = sum / 32 % (ROW_TILES * 4), of_tile = sum / (ROW_TILES * 4 * 32);
+    for (int sum = threadIdx.x; sum < TILES * 4 * 32; sum += THREADS) {
+        const int of_lane = sum % 32, place = sum / 32 % 4, of_tile = sum / (4 * 32);
         float total = parts[of_tile][0][place][of_lane];
 #pragma unroll
         for (int i = 1; i < SPLITS; i++) total += parts[of_tile][i][place][of_lane];
-        const long long output = (static_cast<long long>(blockIdx.x) * TILES + of_tile) * 16 + of_lane / 4 + 8 * (place % 4 / 2);
-        const int row = 8 * (place / 4) + 2 * (of_lane % 4) + place % 2;
+        const long long output = (static_cast<long long>(blockIdx.x) * TILES + of_tile) * 16 + of_lane / 4 + 8 * (place / 2);
+        const int row = 2 * (of_lane % 4) + place % 2;
         if (row < num_rows && output < num_outputs) y[static_cast<long long>(row) * num_outputs + output] = rounded(total);
     }
 }

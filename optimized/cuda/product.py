@@ -21,11 +21,11 @@ CHUNK = 96
 STEP = 4 * CHUNK
 """Columns of a row that a warp takes at a time."""
 
-OUTPUTS, ROWS = 16, 8
-"""Outputs and rows of a tile."""
+OUTPUTS = 16
+"""Outputs of a tile, which has FEW rows."""
 
-FEW, MOST = 8, 16
-"""Rows that the kernel takes of any weight, and of a weight with MANY tiles. `docs/log.md` has the times beside Triton's."""
+FEW = 8
+"""Most rows that the kernel takes. `docs/log.md` has the times beside Triton's and those of `many_rows.cu`."""
 
 MANY, SOME = 600, 300
 """Tiles of outputs from which on blocks are larger: the tiles of 9,600 and of 4,800 outputs."""
@@ -35,16 +35,31 @@ PAIR_BYTES = 36_000
 
 
 def fits(x_MK: Tensor, weight: DeviceWeight) -> bool:
-    """Return whether the kernel takes a product: few rows of bfloat16 that start at 16 bytes, and groups that fit a chunk."""
-    most = MOST if _tiles(weight) >= MANY else FEW
+    """Return whether the kernel takes a product: few rows, and what `fits_chunks`."""
+    return x_MK.shape[0] <= FEW and fits_chunks(x_MK, weight)
+
+
+def fits_chunks(x_MK: Tensor, weight: DeviceWeight) -> bool:
+    """Return whether x can meet chunks of a weight: rows of bfloat16 that start at 16 bytes, and groups that fit a chunk."""
     return (
         x_MK.dtype is torch.bfloat16
-        and 0 < x_MK.shape[0] <= most
+        and x_MK.shape[0] > 0
         and weight.shape[0] <= MAX_COLUMNS
         and x_MK.shape[1] % 8 == 0
         and CHUNK % weight.group_size == 0
         and aligned(x_MK, 16)
     )
+
+
+def chunk_constants(weight: DeviceWeight) -> dict[str, int]:
+    """Return what `chunk.cuh` is told of a weight."""
+    levels, row_groups = CHUNK // weight.group_size, weight.exponents.shape[1]
+    return {
+        "GROUP_SIZE": weight.group_size,
+        "MANTISSA_BITS": weight.mantissa_bits,
+        "WORD_BYTES": 8 if weight.words.shape[1] % 2 == 0 and aligned(weight.words, 8) else 4,
+        "LEVEL_BYTES": 4 if levels % 4 == 0 and row_groups % 4 == 0 and aligned(weight.exponents, 4) else 1,
+    }
 
 
 def few_rows_product(x_MK: Tensor, weight: DeviceWeight) -> Tensor:
@@ -55,25 +70,19 @@ def few_rows_product(x_MK: Tensor, weight: DeviceWeight) -> Tensor:
     num_rows, num_inputs = x_MK.shape
     num_outputs, row_words, row_groups = weight.shape[0], weight.words.shape[1], weight.exponents.shape[1]
     tiles, splits = block_of(_tiles(weight), num_rows)
-    row_tiles = math.ceil(num_rows / ROWS)
-    levels = CHUNK // weight.group_size
     kernel = Kernel.of(
         "product",
         "few_rows_product",
-        GROUP_SIZE=weight.group_size,
-        MANTISSA_BITS=weight.mantissa_bits,
-        ROW_TILES=row_tiles,
+        **chunk_constants(weight),
         TILES=tiles,
         SPLITS=splits,
         BLOCKS=3 if tiles * splits <= 8 else 1,
-        WORD_BYTES=8 if row_words % 2 == 0 and aligned(weight.words, 8) else 4,
-        LEVEL_BYTES=4 if levels % 4 == 0 and row_groups % 4 == 0 and aligned(weight.exponents, 4) else 1,
     )
     # Sixteen columns take two pieces of 16 bytes for each row, and one more.
     step_bytes = STEP // 16 * (2 * num_rows + 1) * 16
     steps = math.ceil(num_inputs / STEP)
     phase_steps = max(PAIR_BYTES // step_bytes // splits, 1) * splits
-    sum_bytes = tiles * splits * row_tiles * 4 * 32 * 4
+    sum_bytes = tiles * splits * 4 * 32 * 4
     y_MN = torch.empty(num_rows, num_outputs, dtype=torch.bfloat16, device=x_MK.device)
     launch(
         kernel,
@@ -101,7 +110,7 @@ def block_of(tiles: int, num_rows: int) -> tuple[int, int]:
 
     x is laid out again in every block. For more than half a tile of rows a block is therefore larger, where there are enough tiles.
     """
-    tall = num_rows > ROWS // 2
+    tall = num_rows > FEW // 2
     if tiles >= MANY:
         return (8 if tall else 4), 2
     return (4 if tall and tiles >= SOME else 2), 4

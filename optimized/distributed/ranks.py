@@ -7,28 +7,82 @@ Legend: N rows of a gradient, K columns, S rows or matrices that one rank names.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from arbitor.optimized.distributed.changes import change, changes
 from arbitor.optimized.distributed.world import World, answered, as_bytes, from_bytes
+from arbitor.optimized.training.options import EXCHANGES
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.layers import TernaryEmbedding
 from arbitor.reference.graph.module import TernaryModule
+from arbitor.reference.graph.mxint8 import decoded, encoded
 from arbitor.reference.graph.ranks import Gradient, Ranks
 from arbitor.reference.graph.voting import VOTED_IN
 from arbitor.reference.types import LaidOutWeight, TernaryWeight, without_memory
 
+FULL, MXINT8 = EXCHANGES
+"""In the dtype of the activations, or in eight bits."""
+
 PENDING_BYTES = 2**26
-"""Bytes of gradients of a rank that are on their way at a time. An owner holds as many for each rank."""
+"""Most bytes of a rank that are on their way at a time."""
+
+HELD_BYTES = 2**31
+"""Most bytes of the gradients of all ranks that an owner holds at a time. Of many ranks fewer are on their way."""
+
+PIECE_BYTES = 2**26
+"""Most bytes of the trits and levels of several weights that are sent as one. A larger weight is sent alone."""
+
+
+class Piece:
+    """Trits and levels of weights of one owner, as bytes one after the other, which the owner steps and sends to all ranks.
+
+    Attributes:
+        size: bytes of the piece.
+        sent: on the owner, uint8: the changes of the steps, once the piece is closed.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._tensors: list[Tensor] = []
+        self._before: list[Tensor] = []
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._tensors[0].device
+
+    def add(self, tensors: list[Tensor], step: Callable[[], None] | None) -> None:
+        """Add tensors of bytes, which share memory with a weight. The owner steps the weight here."""
+        self._tensors += tensors
+        self.size += sum(each.numel() for each in tensors)
+        if step is not None:
+            self._before += [each.clone() for each in tensors]
+            step()
+
+    def close(self) -> None:
+        """Find the changes of the steps of a piece that is full."""
+        self.sent = changes(torch.cat(self._before), torch.cat(self._tensors))
+        self._before.clear()
+
+    def change(self, sent: Tensor) -> None:
+        """Give the weights what their owner has sent."""
+        piece = torch.cat(self._tensors)
+        change(piece, sent)
+        for tensor, content in zip(
+            self._tensors, piece.split([len(each) for each in self._tensors]), strict=True
+        ):
+            tensor.copy_(content)
 
 
 class GroupRanks(Ranks):
@@ -41,13 +95,21 @@ class GroupRanks(Ranks):
         received: bytes that this rank was sent by others.
     """
 
-    def __init__(self, model: ArbModel, world: World) -> None:
-        """Begin with a model that is the same on every rank. From here on the ranks hold the accumulators of their own matrices."""
+    def __init__(self, model: ArbModel, world: World, *, exchange: str = FULL) -> None:
+        """Begin with a model that is the same on every rank. From here on the ranks hold the accumulators of their own matrices.
+
+        Args:
+            model, world: the model, and the ranks that train it.
+            exchange: how the gradients of matrices travel that are made orthogonal, one of `EXCHANGES`.
+        """
         self.number, self.count = world.number, world.count
         self.received = 0
         self._world, self._model = world, model
+        self._in_eight_bits = exchange == MXINT8
         self._under_way: deque[tuple[int, Callable[[], None]]] = deque()
         self._pending = 0
+        self._most_pending = min(PENDING_BYTES, HELD_BYTES // self.count)
+        self._pieces: dict[int, list[Piece]] = {}
         self._waited = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.owners = owners(model, self.count)
@@ -78,7 +140,7 @@ class GroupRanks(Ranks):
         return self.total(values) / self.count
 
     def steps(self, tensor_id: int) -> bool:
-        """See `Ranks`."""
+        """Return whether this rank steps a weight. The other ranks are given the weight after the step."""
         return self.owners.get(tensor_id, self.number) == self.number
 
     def answers_for(self, tensor_id: int) -> bool:
@@ -87,46 +149,61 @@ class GroupRanks(Ranks):
 
     def exchange(self, tensor_id: int, gradient: Gradient, cast: Callable[[Gradient | None], None]) -> None:
         """See `Ranks`."""
-        owner = self.owners.get(tensor_id)
-        grads = self._begin_gather(gradient.grad_NK, owner)
-        rows = None
         if gradient.chosen:
-            assert gradient.rows is not None
-            rows = self._begin_gather(gradient.rows, owner)
+            self._exchange_chosen(tensor_id, gradient, cast)
+            return
+        owner, grad_NK = self.owners.get(tensor_id), gradient.grad_NK
+        arrives = owner is None or owner == self.number
+        compact = self._in_eight_bits and self._model.voting.makes_orthogonal(gradient.num_matrices)
+        num_rows, num_columns = grad_NK.shape
+        # An owner holds some rows of the gradients of all ranks at a time, so that its memory does not grow with their number.
+        step = max(self._most_pending // (4 * num_columns * grad_NK.element_size()), 1)
+        total = torch.empty_like(grad_NK, dtype=torch.float32) if arrives else None
 
-        def end() -> None:
-            grad_parts, row_parts = grads(), None if rows is None else rows()
-            if grad_parts is None:
-                cast(None)
-            elif row_parts is None:
-                total = in_order([part.to(torch.float32) for part in grad_parts])
-                cast(Gradient(total, gradient.rows, gradient.num_matrices, chosen=False))
-            else:
-                total_of_rows = merged(grad_parts, row_parts, gradient.num_matrices, self._model.ops)
-                self._cast_once(tensor_id, total_of_rows, cast)
+        def begin(first: int, last: int) -> None:
+            part = grad_NK[first:last]
+            sent = encoded(part) if compact else part
+            wait = self._begin_gather(sent, owner)
 
-        self._later(gradient.grad_NK.nbytes, end)
+            def end() -> None:
+                parts = wait()
+                if total is not None and parts is not None:
+                    wide = (decoded(each, *part.shape) if compact else each.float() for each in parts)
+                    total[first:last] = in_order(wide)
+                if last == num_rows:
+                    of_all = None if total is None else replace(gradient, grad_NK=total)
+                    cast(of_all)
 
-    def spread(self, tensor_id: int, weight: LaidOutWeight) -> None:
+            self._later(sent.nbytes, end)
+
+        for first in range(0, max(num_rows, 1), step):
+            begin(first, min(first + step, num_rows))
+
+    def step(self, tensor_id: int, weight: LaidOutWeight, apply: Callable[[], None]) -> None:
         """See `Ranks`."""
         owner = self.owners.get(tensor_id)
         if owner is None:
+            apply()
             return
-        for name, tensor in weight.tensors().items():
-            if name not in VOTED_IN and tensor.numel():
-                # A copy would arrive in place of the tensor.
-                assert tensor.is_contiguous()
-                work = self._work(dist.broadcast, as_bytes(tensor), src=owner)
-                self.received += tensor.nbytes * (self.number != owner)
-                self._later(tensor.nbytes, partial(self._wait, work))
+        read = [each for name, each in weight.tensors().items() if name not in VOTED_IN and each.numel()]
+        # A copy would arrive in place of the tensor.
+        assert all(each.is_contiguous() for each in read)
+        pieces, size = self._pieces.setdefault(owner, []), sum(each.nbytes for each in read)
+        if not pieces or pieces[-1].size + size > PIECE_BYTES:
+            if pieces and owner == self.number:
+                pieces[-1].close()
+            pieces.append(Piece())
+        pieces[-1].add([as_bytes(each) for each in read], apply if owner == self.number else None)
 
     def finish(self) -> None:
         """See `Ranks`."""
+        self._spread()
         self._end_down_to(0)
 
     def abandon(self) -> None:
         """See `Ranks`."""
         self._under_way.clear()
+        self._pieces.clear()
         self._pending = 0
 
     def state(self) -> dict[str, TernaryWeight | Tensor] | None:
@@ -152,19 +229,67 @@ class GroupRanks(Ranks):
         self._waited, self.received, self._events = 0.0, 0, []
         return found
 
+    def _exchange_chosen(
+        self, tensor_id: int, gradient: Gradient, cast: Callable[[Gradient | None], None]
+    ) -> None:
+        """Exchange the gradients of rows, or of matrices of a stack, that each rank has chosen."""
+        owner, num_matrices = self.owners.get(tensor_id), gradient.num_matrices
+        assert gradient.rows is not None
+        grads = self._begin_gather(gradient.grad_NK, owner)
+        rows = self._begin_gather(gradient.rows, owner)
+
+        def end() -> None:
+            grad_parts, row_parts = grads(), rows()
+            if grad_parts is None or row_parts is None:
+                cast(None)
+                return
+            self._cast_once(tensor_id, merged(grad_parts, row_parts, num_matrices, self._model.ops), cast)
+
+        self._later(gradient.grad_NK.nbytes, end)
+
+    def _spread(self) -> None:
+        """Begin to send what the steps of owners have changed."""
+        pieces, self._pieces = self._pieces, {}
+        most = max(map(len, pieces.values()), default=0)
+        own = pieces.get(self.number, [])
+        if own:
+            own[-1].close()
+        sizes = torch.tensor([len(each.sent) for each in own] + [0] * (most - len(own)))
+        # The sizes are known to no other rank, as all else that is exchanged is.
+        all_sizes = self._gathered(sizes) if most else []
+        for place in range(most):
+            for owner in sorted(pieces):
+                if place < len(pieces[owner]):
+                    self._send(pieces[owner][place], owner, int(all_sizes[owner][place]))
+
+    def _send(self, piece: Piece, owner: int, size: int) -> None:
+        """Begin to send the changes of a piece from its owner to all."""
+        is_mine = owner == self.number
+        sent = piece.sent if is_mine else torch.empty(size, dtype=torch.uint8, device=piece.device)
+        work = self._work(dist.broadcast, sent, src=owner)
+        self.received += size * (not is_mine)
+
+        def end() -> None:
+            self._wait(work)
+            if not is_mine:
+                piece.change(sent)
+
+        self._later(size, end)
+
     def _brought(self, weight: LaidOutWeight, owner: int) -> dict[str, Tensor]:
         """Return the accumulators of a weight, sent from its owner to rank 0."""
         found = {}
         for name in VOTED_IN:
             tensor = weight.tensors()[name]
+            # By way of the CPU: a GPU needs no room for it, and a backend of GPUs need not send between two ranks.
             if self.number == owner:
                 with answered():
-                    dist.send(as_bytes(tensor), dst=0)
+                    dist.send(as_bytes(tensor.cpu()), dst=0)
             elif self.number == 0:
-                arrived = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+                arrived = torch.empty(tensor.shape, dtype=tensor.dtype)
                 with answered():
                     dist.recv(as_bytes(arrived), src=owner)
-                found[name] = arrived
+                found[name] = arrived.to(tensor.device)
         return found
 
     def _cast_once(self, tensor_id: int, total: Gradient, cast: Callable[[Gradient | None], None]) -> None:
@@ -227,7 +352,7 @@ class GroupRanks(Ranks):
         """Keep what ends an exchange of so many bytes, and end older exchanges if too many are under way."""
         self._under_way.append((size, end))
         self._pending += size
-        self._end_down_to(PENDING_BYTES)
+        self._end_down_to(self._most_pending)
 
     def _end_down_to(self, size: int) -> None:
         """End exchanges, the oldest first, until at most so many bytes are under way; 0: all of them."""
@@ -261,12 +386,9 @@ def has_owner(module: TernaryModule) -> bool:
     return not isinstance(module, TernaryEmbedding) and not module.built_frozen
 
 
-def in_order(parts: list[Tensor]) -> Tensor:
+def in_order(parts: Iterable[Tensor]) -> Tensor:
     """Return the sum of tensors, the first two first."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+    return functools.reduce(torch.add, parts)
 
 
 def merged(grads: list[Tensor], rows: list[Tensor], num_matrices: int, ops: Any) -> Gradient:

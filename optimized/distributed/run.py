@@ -37,10 +37,15 @@ def check_agreement(
     world.agree({**facts, **config, "code_sha256": code_sha256(), "checkpoint": checkpoint})
 
 
-def train_together(model: ArbModel, world: World) -> None:
-    """Let the processes of a run train a model, which is the same on each of them. One process alone changes nothing."""
+def train_together(model: ArbModel, world: World, *, exchange: str) -> None:
+    """Let the processes of a run train a model, which is the same on each of them. One process alone changes nothing.
+
+    Args:
+        model, world: the model, and the processes.
+        exchange: how gradients travel, as for `GroupRanks`.
+    """
     if world.count > 1:
-        GroupRanks(model, world)
+        GroupRanks(model, world, exchange=exchange)
 
 
 def whole_state(model: ArbModel) -> dict[str, TernaryWeight | Tensor] | None:

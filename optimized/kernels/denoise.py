@@ -18,10 +18,10 @@ from arbitor.optimized.kernels.norm import TAMING_POWER, inverse_rms, taming_pow
 from arbitor.reference.constants import DEFAULT_EPS
 
 BLOCK = 1024
-BLOCK_TOKENS = 16
-BLOCK_COLUMNS = 256
-BLOCK_MIXED = 64
-BLOCK_MIXED_TOKENS = 32
+BLOCK_TOKENS = 2
+BLOCK_COLUMNS = 2048
+BLOCK_MIXED = 32
+BLOCK_MIXED_TOKENS = 128
 
 
 @triton.jit

@@ -1,6 +1,7 @@
-"""Kernels around the products of `orthogonalize`: a norm, the division by it, and sums of two matrices.
+"""Kernels around the products of `orthogonalize`: a norm, the division by it, sums of two matrices, and symmetric matrices.
 
-Legend: E matrices of N rows each, stacked, K columns. Rows address in 64 bits, columns within a row in 32.
+Legend: E matrices of N rows each, stacked, K columns; R rows and columns of a symmetric matrix. Rows address in 64 bits, columns
+within a row in 32.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from arbitor.optimized.kernels.common import narrow, widen
 from arbitor.optimized.kernels.launch import gradient_columns, row_grid, row_tile, runs_here
+
+SYMMETRIC_BLOCK = 64
+"""Rows and columns of a tile of a symmetric matrix."""
 
 BLOCK_COLUMNS = 1024
 BLOCK = 1024
@@ -76,6 +80,44 @@ def _sum_kernel(
     tl.store(out_ptr + places, narrow(values, out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize=["quarter"])
+def _whole_kernel(
+    diagonals_ptr, beside_ptr, far_ptr, s_ptr, out_ptr, a, b, quarter, row_tiles,
+    ADDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # A program makes a tile within the block of two quarters.
+    tile = tl.program_id(0) % (row_tiles * row_tiles)
+    block = tl.program_id(0) // (row_tiles * row_tiles)
+    matrix, of_rows, of_columns = (block // 16).to(tl.int64), block // 4 % 4, block % 4
+    rows = tile // row_tiles * BLOCK + tl.arange(0, BLOCK)
+    columns = tile % row_tiles * BLOCK + tl.arange(0, BLOCK)
+    # Below the diagonal, the block of the swapped quarters is read along its rows and turned.
+    upper, lower = tl.minimum(of_rows, of_columns), tl.maximum(of_rows, of_columns)
+    turned = of_rows > of_columns
+    part_ptr, width = diagonals_ptr + (matrix * 4 + upper) * quarter * quarter, quarter
+    if upper != lower:
+        if upper // 2 == lower // 2:
+            part_ptr = beside_ptr + (matrix * 2 + upper // 2) * quarter * quarter
+        else:
+            width = 2 * quarter
+            part_ptr = far_ptr + (matrix * 2 * quarter + upper * quarter) * width + (lower - 2) * quarter
+    part_rows, part_columns = tl.where(turned, columns, rows), tl.where(turned, rows, columns)
+    mask = (part_rows < quarter)[:, None] & (part_columns < quarter)[None, :]
+    values = tl.load(
+        part_ptr + part_rows.to(tl.int64)[:, None] * width + part_columns[None, :], mask=mask, other=0.0
+    )
+    if turned:
+        values = tl.trans(values)
+    side = 4 * quarter
+    places = (
+        (matrix * side + of_rows * quarter + rows)[:, None] * side + of_columns * quarter + columns[None, :]
+    )
+    mask = (rows < quarter)[:, None] & (columns < quarter)[None, :]
+    if ADDS:
+        values = a * widen(tl.load(s_ptr + places, mask=mask, other=0.0)) + b * values
+    tl.store(out_ptr + places, narrow(values, out_ptr.dtype.element_ty), mask=mask)
+
+
 def row_squares(grad_NK: Tensor) -> Tensor:
     """Return the sum of squares of each row, float64 [N]; not finite where the row is not."""
     runs_here(grad_NK)
@@ -119,4 +161,40 @@ def weighted_sum(x: Tensor, y: Tensor, a: float, b: float, *, squares_N: Tensor 
         x, y, out, out if squares_N is None else squares_N, a, b, x.shape[-1], x.numel(),
         MARK=squares_N is not None, BLOCK=BLOCK,
     )  # fmt: skip
+    return out
+
+
+def whole_of_quarters(
+    diagonals: Tensor,
+    beside: Tensor,
+    far: Tensor,
+    dtype: torch.dtype,
+    *,
+    added: tuple[Tensor, float, float] | None = None,
+) -> Tensor:
+    """Return symmetric matrices [E, R, R] in a dtype, rounded once, of the blocks of their quarters that were computed.
+
+    diagonals: float32 [E, 4, R / 4, R / 4], each quarter with itself
+    beside:    float32 [E, 2, R / 4, R / 4], the first quarter with the second, and the third with the fourth
+    far:       float32 [E, R / 2, R / 2], the first half with the second
+    added:     (S, a, b) returns a S + b times the matrices, with S [E, R, R] in the dtype
+    """
+    runs_here(far)
+    num_matrices, half, _ = far.shape
+    out = torch.empty(num_matrices, 2 * half, 2 * half, dtype=dtype, device=far.device)
+    s, a, b = added or (out, 0.0, 0.0)
+    row_tiles = triton.cdiv(half // 2, SYMMETRIC_BLOCK)
+    _whole_kernel[row_grid(num_matrices * 16, row_tiles * row_tiles)](
+        diagonals,
+        beside,
+        far,
+        s,
+        out,
+        a,
+        b,
+        half // 2,
+        row_tiles,
+        ADDS=added is not None,
+        BLOCK=SYMMETRIC_BLOCK,
+    )
     return out

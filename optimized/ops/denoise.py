@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from arbitor.optimized.kernels import denoise
+from arbitor.optimized.kernels.float_rows import float_rows_product
 from arbitor.optimized.kernels.scale import dense_rows
-from arbitor.optimized.layouts import AnyWeight
+from arbitor.optimized.layouts import AnyWeight, DeviceWeight
 from arbitor.optimized.ops.layout import on_device
+from arbitor.optimized.ops.linear import multiplies_float_rows
 from arbitor.optimized.ops.op import op
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
@@ -60,20 +62,32 @@ def denoise_loop(
     alphas: Sequence[float],
     halt_threshold: float | None = None,
 ) -> Tensor:
-    """See reference; float64 is not supported. Weights are unpacked once, not once a step."""
+    """See reference; float64 is not supported.
+
+    Few samples read each weight in its two bits at each step. For many, weights are unpacked once, not once a step.
+    """
     weights = {"latent_in": latent_in, "query": query, "step_rows": step_rows, "latent_out": latent_out}
     checks.denoise_loop(latent_BL, tokens_BPD, weights, alphas, halt_threshold, DTYPES)
     if latent_BL.shape[0] == 0:
         return latent_BL.clone()
-    w_in, w_query, rows_TD, w_out = (
-        dense_rows(on_device(weight), torch.float32) for weight in weights.values()
-    )
     latent = latent_BL.to(torch.float32).contiguous()
+    multiply_in, multiply_query, multiply_out = (
+        _product_with(on_device(weight), latent) for weight in (latent_in, query, latent_out)
+    )
+    rows_TD = dense_rows(on_device(step_rows), torch.float32)
     loop = denoise.DenoiseLoop(latent, tokens_BPD.contiguous(), rows_TD)
     for step, alpha in enumerate(alphas):
-        n_BD = loop.unit_rows(torch.mm(latent, w_in.T))
-        m_BD = loop.mixed(n_BD, torch.mm(n_BD, w_query.T), step)
-        latent = loop.step(latent, torch.mm(m_BD, w_out.T), alpha, halts=halt_threshold is not None)
+        n_BD = loop.unit_rows(multiply_in(latent))
+        m_BD = loop.mixed(n_BD, multiply_query(n_BD), step)
+        latent = loop.step(latent, multiply_out(m_BD), alpha, halts=halt_threshold is not None)
         if halt_threshold is not None:
             total = loop.halt(latent, halt_threshold, first=step == 0, last=step + 1 == len(alphas))
     return (latent if halt_threshold is None else total).to(latent_BL.dtype)
+
+
+def _product_with(weight: DeviceWeight, latent_BL: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the product x W^T of a loop over as many samples as a latent has, all in float32."""
+    if multiplies_float_rows(latent_BL):
+        return lambda x: float_rows_product(x, weight)
+    w_NK = dense_rows(weight, torch.float32)
+    return lambda x: torch.mm(x, w_NK.T)

@@ -5,11 +5,13 @@ Legend: E experts, N outputs of an expert, K inputs, M slots, in one dimension o
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from arbitor.optimized.cuda import compiler, many_rows
 from arbitor.optimized.kernels import router
 from arbitor.optimized.kernels.experts import weight_grad
 from arbitor.optimized.kernels.launch import values_between
@@ -19,6 +21,7 @@ from arbitor.optimized.layouts import AnyWeight, DeviceWeight
 from arbitor.optimized.ops.layout import on_device
 from arbitor.optimized.ops.linear import matrix_of
 from arbitor.optimized.ops.op import op
+from arbitor.optimized.ops.paths import takes_cuda
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
@@ -111,15 +114,13 @@ def _product(
     x, slots_of_row = rows_of_slots(x_MK)
     few = few_slots(num_slots, num_groups)
     experts = experts_M.flatten().contiguous()
-    y = packed_product(
-        x,
-        weight,
-        transposed=transposed,
-        num_groups=num_groups,
-        experts_M=experts if few else None,
-        plan=None if few else Plan.of(experts, num_groups),
-        slots_of_row=slots_of_row,
-    )
+    by: dict[str, Any] = {"num_groups": num_groups, "slots_of_row": slots_of_row}
+    by |= {"experts_M": experts} if few else {"plan": Plan.of(experts, num_groups)}
+    if not transposed and takes_cuda(many_rows.fits_slots(x, weight), x.device, only=compiler.HOPPER):
+        form = many_rows.slot_form_of(1 if few else math.ceil(num_slots / num_groups))
+        y = many_rows.many_rows_product(x, weight, form, **by)
+    else:
+        y = packed_product(x, weight, transposed=transposed, **by)
     return y.reshape(*experts_M.shape, num_outputs)
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arbitor.optimized.cuda import compiler, many_rows
 from arbitor.optimized.cuda import product as cuda_product
+from arbitor.optimized.kernels.float_rows import float_rows_product
 from arbitor.optimized.kernels.products import packed_product
 from arbitor.optimized.kernels.scale import dense_rows
 from arbitor.optimized.layouts import MAX_COLUMNS, AnyWeight, DeviceWeight
@@ -20,6 +22,9 @@ from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
 __all__ = ["linear", "linear_input_grad", "linear_weight_grad"]
+
+FEW_FLOAT_ROWS = 4
+"""Most rows of float32 for which a product that unpacks the weight on its way is faster than unpacking first."""
 
 FEW_ROWS = 64
 """Most rows for which a product that unpacks the weight on its way is faster than unpacking first."""
@@ -70,6 +75,11 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a.float(), b.float())
 
 
+def multiplies_float_rows(x_MK: Tensor) -> bool:
+    """Return whether `float_rows_product` takes rows."""
+    return x_MK.dtype is torch.float32 and 0 < x_MK.shape[0] <= FEW_FLOAT_ROWS
+
+
 def matrix_of(x: Tensor) -> Tensor:
     """Return x as contiguous rows [M, last]. M is computed here, because torch cannot infer it for an empty batch."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
@@ -78,14 +88,19 @@ def matrix_of(x: Tensor) -> Tensor:
 def _product(x: Tensor, weight: DeviceWeight, *, transposed: bool) -> Tensor:
     """Return x W^T, or x W, in the dtype of x.
 
-    For few rows in bfloat16 a kernel unpacks the weight on its way. The library is faster for many rows, and in float32. It takes
-    a large weight by ranges of unpacked rows. Forward, a range gives some of the outputs. Backward, a range gives a part of every
-    sum. The parts are added in float32 and rounded once, as the sums of one product are.
+    For few rows a kernel unpacks the weight on its way. The library is faster for many rows, and for float32 where the weight is
+    transposed. It takes a large weight by ranges of unpacked rows. Forward, a range gives some of the outputs. Backward, a range
+    gives a part of every sum. The parts are added in float32 and rounded once, as the sums of one product are.
     """
     x_MK = matrix_of(x)
     num_outputs = weight.shape[1 if transposed else 0]
+    if not transposed and takes_cuda(many_rows.fits(x_MK, weight), x.device, only=compiler.HOPPER):
+        y_MN = many_rows.many_rows_product(x_MK, weight, many_rows.form_of(x_MK.shape[0], num_outputs))
+        return y_MN.reshape(*x.shape[:-1], num_outputs)
     if not transposed and takes_cuda(cuda_product.fits(x_MK, weight), x.device):
         return cuda_product.few_rows_product(x_MK, weight).reshape(*x.shape[:-1], num_outputs)
+    if not transposed and multiplies_float_rows(x_MK):
+        return float_rows_product(x_MK, weight).reshape(*x.shape[:-1], num_outputs)
     # A product counts the rows of a weight in 32 bits, as it counts the columns. The columns never exceed MAX_COLUMNS.
     if x.dtype is torch.bfloat16 and 0 < x_MK.shape[0] <= FEW_ROWS and weight.shape[0] <= MAX_COLUMNS:
         y_MN = packed_product(x_MK, weight, transposed=transposed)

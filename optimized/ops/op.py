@@ -2,6 +2,7 @@
 
 - Dtypes: autocast is off inside of an op, as in the reference.
 - Device: kernels are launched on the device of the tensors, whichever device is current.
+- Refusals: what is no weight, where a weight is asked for, is refused by the name of the argument.
 - Gradients: `op(x=...)` names the function that computes the gradient of the argument `x`. If an op has no gradient, a call that
   asks for one raises. An op that is compared EXACT returns integers, or floats made of integers. They have no gradient, so its
   results are detached, as the results of the reference are.
@@ -19,7 +20,14 @@ from torch import Tensor
 
 from arbitor.optimized.layouts import DeviceWeight
 from arbitor.reference.op_table import EXACT, OP_TABLE
-from arbitor.reference.promises import autocast_is_on, differentiable_once, index_of, without_autocast
+from arbitor.reference.promises import (
+    autocast_is_on,
+    differentiable_once,
+    index_of,
+    index_of_device,
+    naming_weights,
+    without_autocast,
+)
 from arbitor.reference.types import TernaryWeight
 
 P = ParamSpec("P")
@@ -41,6 +49,7 @@ def op(**gradients: Gradient) -> Callable[[Callable[P, R]], Callable[P, R]]:
         name, signature = function.__name__, inspect.signature(function)
         first = next(iter(signature.parameters))
         told_where = "device" in signature.parameters
+        function = naming_weights(function)
         # A function without a row in the table is no op yet, and counts as one that returns floats.
         differentiable = name not in OP_TABLE or OP_TABLE[name].output is not EXACT
 
@@ -50,7 +59,7 @@ def op(**gradients: Gradient) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 with without_autocast():
                     return call(*args, **kwargs)
             if told_where:
-                index = index_of(kwargs.get("device"))
+                index = index_of_device(kwargs.get("device"))
             else:
                 index = index_of(args[0] if args else kwargs.get(first))
             if index >= 0 and index != torch.cuda.current_device():

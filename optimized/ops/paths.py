@@ -17,12 +17,13 @@ from arbitor.optimized import settings
 from arbitor.optimized.cuda import compiler
 
 
-def takes_cuda(fits: bool, device: torch.device) -> bool:
+def takes_cuda(fits: bool, device: torch.device, *, only: tuple[int, int] | None = None) -> bool:
     """Return whether a call goes to its CUDA C++ kernel.
 
     Args:
         fits: whether the kernel takes such a call.
         device: of the tensors.
+        only: the compute capability of the GPUs that the kernel is for, where it is not for all later ones.
 
     Raises:
         RuntimeError: `ARB_PATH` is `cuda`, and CUDA C++ kernels cannot be had on the device.
@@ -35,8 +36,8 @@ def takes_cuda(fits: bool, device: torch.device) -> bool:
         reason = why_not(device)
         if reason is not None:
             raise RuntimeError(f"ARB_PATH is 'cuda', but {reason}")
-        return fits
-    if not fits or device.type != "cuda":
+        return fits and _is_for(device, only)
+    if not fits or device.type != "cuda" or not _is_for(device, only):
         return False
     reason = why_not(device)
     if reason is not None:
@@ -49,6 +50,10 @@ def why_not(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"CUDA C++ kernels run on CUDA, and a tensor is on {device}"
     return _why_not(device)
+
+
+def _is_for(device: torch.device, only: tuple[int, int] | None) -> bool:
+    return only is None or torch.cuda.get_device_capability(device) == only
 
 
 @functools.cache

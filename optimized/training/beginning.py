@@ -1,26 +1,21 @@
 """A run that begins with the weights of another: what it takes over, and what begins anew.
 
-A part is a weight or a table of integers. The run takes over every part that has the same name and the same layout in both models,
-in every byte of its trits and scales. Votes are not taken over: those that were gathered at another rate, on other bytes, decide
-nothing here. A table goes with its module: where a weight of the module begins anew, so does the table.
+What it takes over is the rule of growth (`arbitor.reference.graph.growth`). Votes are taken over on request alone: those that were
+gathered at another rate, on other bytes, decide little here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from arbitor.optimized.training.checkpoint import Checkpoint, layout
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.model_folder import read_model
 from arbitor.optimized.training.shown import shown
 from arbitor.reference.graph import ArbModel
-from arbitor.reference.types import TernaryWeight
+from arbitor.reference.graph.growth import grow
 
 NAMED = 20
 """Parts of a kind that a sentence names at most; ``config.json`` of the run names all."""
@@ -35,35 +30,43 @@ class Beginning:
         step: steps that the source was trained for.
         state_sha256: of the source.
         kept: parts that were taken over, by name.
-        fresh: parts of the model that the source does not have, or has with another layout. They begin anew.
+        moved: edge tables, of which the rows of codes that both models have were taken over.
+        fresh: parts of the model that the source does not have, or has with another layout or of other codes. They begin anew.
         left_out: parts of the source that the model does not have.
         warnings: a sentence for each checkpoint of the source that was refused.
         is_base: whether the model stays as it was loaded, below adapters.
+        has_votes: whether the votes of the source were taken over.
     """
 
     source: str
     step: int
     state_sha256: str
     kept: tuple[str, ...]
+    moved: tuple[str, ...]
     fresh: tuple[str, ...]
     left_out: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     is_base: bool = False
+    has_votes: bool = False
 
     def description(self) -> str:
         """Return what was taken over, in a sentence."""
-        parts = len(self.kept) + len(self.fresh)
+        parts = len(self.kept) + len(self.moved) + len(self.fresh)
         if self.is_base:
             return f"base: {parts:,} parts of {shown(self.source)} after {self.step:,} steps, which stay as they are"
         return (
             f"weights: {len(self.kept):,} of {parts:,} parts are those of {shown(self.source)} after {self.step:,} steps; "
-            "no votes are gathered yet"
+            f"{'with their votes' if self.has_votes else 'no votes are gathered yet'}"
         )
 
     def all_warnings(self) -> tuple[str, ...]:
         """Return the warnings, a sentence for the parts that begin anew, and one for the parts that are left out."""
         source = shown(self.source)
         found = list(self.warnings)
+        if self.moved:
+            found.append(
+                f"keep the rows of codes that {source} has too, and begin anew elsewhere: {_names(self.moved)}"
+            )
         if self.fresh:
             found.append(f"begin anew, as {source} has no such parts of that size: {_names(self.fresh)}")
         if self.left_out:
@@ -71,12 +74,13 @@ class Beginning:
         return tuple(found)
 
 
-def begin_with(model: ArbModel, source: str, *, as_base: bool = False) -> Beginning:
+def begin_with(model: ArbModel, source: str, *, keep_votes: bool = False, as_base: bool = False) -> Beginning:
     """Load into a new model what fits it of another one.
 
     Args:
         model: newly made; what does not fit stays as it is.
         source: a run, of which the best checkpoint is taken; a folder of `model_folder.write_folder`; or a checkpoint.
+        keep_votes: whether the votes that the weights of the source have gathered are taken over too.
         as_base: whether the model is to stay as it is loaded. Then every part of it must be the source's, and keeps its votes.
 
     Raises:
@@ -84,58 +88,30 @@ def begin_with(model: ArbModel, source: str, *, as_base: bool = False) -> Beginn
     """
     warnings: list[str] = []
     try:
-        _, checkpoint = read_model(Path(source), warnings.append)
+        config, checkpoint = read_model(Path(source), warnings.append)
     except FileNotFoundError as error:
         raise TrainingError(str(error)) from error
     if checkpoint.adapter is not None:
         raise TrainingError(
             f"{source!r} has adapters, but a run must begin with ternary weights alone: arb export --merge ternary makes them"
         )
-    modules, tables = model.ternary_modules(), model.tables()
-    kept = [name for name, module in modules.items() if _fits(checkpoint, name, module.weight)]
-    if not kept:
+    modules = model.ternary_modules()
+    growth = grow(model, config, checkpoint.state, votes=keep_votes or as_base)
+    if not any(name in modules for name in growth.kept):
         raise TrainingError(f"no weight of {source!r} fits the model {model.config.name!r}")
-    fresh = [name for name in modules if name not in kept]
-    for name in kept:
-        weight = checkpoint.state[name]
-        assert isinstance(weight, TernaryWeight)
-        modules[name].load(weight if as_base else _without_votes(weight))
-    ranges = model.table_ranges()
-    for name, table in tables.items():
-        owner = name.rpartition(".")[0]
-        is_whole = not any(f"{weight}.".startswith(f"{owner}.") for weight in fresh)
-        there = checkpoint.state.get(name)
-        if (
-            is_whole
-            and isinstance(there, Tensor)
-            and _fits(checkpoint, name, table)
-            and _within(there, ranges[name])
-        ):
-            table.copy_(there)
-            kept.append(name)
-        else:
-            fresh.append(name)
-    if as_base and fresh:
+    if as_base and (growth.fresh or growth.moved):
+        names = _names((*growth.moved, *growth.fresh))
         raise TrainingError(
-            f"{source!r} cannot be the base of this model, as it has no such parts of that size: {_names(fresh)}"
+            f"{source!r} cannot be the base of this model, as it has no such parts of that size: {names}"
         )
     return Beginning(
         source=source,
         step=checkpoint.step,
         state_sha256=checkpoint.state_sha256,
-        kept=tuple(kept),
-        fresh=tuple(fresh),
-        left_out=tuple(name for name in checkpoint.state if name not in modules and name not in tables),
+        **{field.name: getattr(growth, field.name) for field in fields(growth)},
         warnings=tuple(warnings),
         is_base=as_base,
-    )
-
-
-def _without_votes(weight: TernaryWeight) -> TernaryWeight:
-    return replace(
-        weight,
-        trit_accum=torch.zeros_like(weight.trit_accum),
-        exponent_accum=torch.zeros_like(weight.exponent_accum),
+        has_votes=keep_votes or as_base,
     )
 
 
@@ -160,15 +136,6 @@ def same_beginning(
             f"{str(now)[:12]}..., which are there now"
         )
     return now
-
-
-def _fits(checkpoint: Checkpoint, name: str, here: object) -> bool:
-    """Whether a checkpoint has a part of this name that is laid out as it is here."""
-    return name in checkpoint.state and layout(checkpoint.state[name]) == layout(here)  # type: ignore[arg-type]
-
-
-def _within(table: Tensor, bounds: tuple[int, int]) -> bool:
-    return table.numel() == 0 or (bounds[0] <= int(table.min()) and int(table.max()) <= bounds[1])
 
 
 def _names(names: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.streams import is_stream, mapped, written
 from arbitor.optimized.training.texts import STDLIB, find_texts, in_words
 from arbitor.reference.config import NGRAM
 
@@ -26,6 +27,12 @@ BLOCK_BYTES = 64 * 1024
 
 VALIDATION_EVERY = 10
 """One block in this many is kept for validation."""
+
+MAPPED_BYTES = 2**30
+"""A file of so many bytes is mapped, not read."""
+
+STREAM_BYTES = 2**28
+"""Bytes of a stream that are read, at most, where nobody says."""
 
 MIN_CONTEXT = NGRAM + 1
 """The shortest window, in bytes: three are read to predict the fourth."""
@@ -36,7 +43,7 @@ class Corpus:
     """Bytes to learn from.
 
     Attributes:
-        source: what was asked for: ``stdlib``, or the path of a file or folder.
+        source: what was asked for: ``stdlib``, the path of a file or folder, or a stream.
         data_N: uint8 [N].
         sha256: hex digest of the N bytes.
         num_files: how many files they came from.
@@ -53,6 +60,8 @@ class Corpus:
 
     def description(self) -> str:
         """Return how many files and bytes these are, and what was left out, by number and name."""
+        if is_stream(self.source):
+            return f"a stream, of which {self.data_N.numel():,} bytes are read"
         files = f"{self.num_files:,} file{'' if self.num_files == 1 else 's'}"
         return f"{files}, {self.data_N.numel():,} bytes{in_words(self.left_out)}"
 
@@ -110,21 +119,27 @@ class Split:
         return hashlib.sha256(repr(self.validation.runs).encode()).hexdigest()
 
 
-def load_corpus(source: str, run: Path | None = None) -> Corpus:
+def load_corpus(source: str, run: Path | None = None, *, stream_bytes: int = STREAM_BYTES) -> Corpus:
     """Return a corpus, read.
 
     Args:
         source: ``stdlib`` for the Python sources that every Python carries (with the texts of
             ``pydoc_data.topics``), or the path of a file (its bytes as they are) or of a folder (every
             regular file in it, sorted by relative path). Of a folder are left out: links, empty files, files that look binary
-            and files of weights, version control, and the folders of runs.
+            and files of weights, version control, and the folders of runs. Or a stream, see `streams`. A file of MAPPED_BYTES or
+            more, and a stream, stay on disk until their bytes are needed, and must not change meanwhile.
         run: the folder of the run that reads them, which is never data.
+        stream_bytes: bytes of a stream that are read, at most.
 
     Raises:
         TrainingError: the path is missing, unreadable, neither file nor folder, holds no text, is a file of weights, or lies in
-            the folder of the run.
+            the folder of the run; or the stream cannot be read.
     """
+    if is_stream(source):
+        return _mapped_corpus(source, written(source, stream_bytes))
     files, left_out = find_texts(source, run)
+    if len(files) == 1 and files[0].path == Path(source) and Path(source).stat().st_size >= MAPPED_BYTES:
+        return _mapped_corpus(source, Path(source))
     is_folder = source != STDLIB and Path(source).is_dir()
     chunks = [file.read() for file in files]
     data = bytearray().join(chunks)
@@ -138,6 +153,11 @@ def load_corpus(source: str, run: Path | None = None) -> Corpus:
         left_out=left_out,
         ends=tuple(itertools.accumulate(map(len, chunks))) if is_folder else (),
     )
+
+
+def _mapped_corpus(source: str, path: Path) -> Corpus:
+    data_N = mapped(path)
+    return Corpus(source, data_N, hashlib.sha256(data_N.numpy().data).hexdigest(), num_files=1)
 
 
 def split_corpus(corpus: Corpus, context: int) -> Split:

@@ -20,6 +20,7 @@ def first_lines(prepared: Prepared) -> list[str]:
         *([] if prepared.adaptation is None else [prepared.adaptation.description()]),
         *prepared.text.first_lines(),
         *([] if mix is None else mix.first_lines()),
+        *([] if prepared.batch_size is None else [prepared.batch_size.reason]),
         f"steps: {settings.steps:,} of {windows:,} windows of {settings.context:,} bytes: {total:,} bytes, "
         f"{total / prepared.text.split.train.num_bytes():,.2f} times what is there to learn from",
         f"device: {settings.device}, {settings.backend}, {settings.dtype}, {threads} CPU thread{'' if threads == 1 else 's'}",

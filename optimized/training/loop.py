@@ -28,7 +28,7 @@ from arbitor.optimized.training.first_lines import first_lines
 from arbitor.optimized.training.generate import generate
 from arbitor.optimized.training.metrics import thinned_metrics
 from arbitor.optimized.training.monitor import Monitor
-from arbitor.optimized.training.options import TrainOptions
+from arbitor.optimized.training.options import AUTO, TrainOptions
 from arbitor.optimized.training.passes import Passes, RecordedPasses
 from arbitor.optimized.training.plan import decide
 from arbitor.optimized.training.prepared import Prepared, prepare
@@ -112,6 +112,10 @@ def opened(options: TrainOptions, console: Console | None) -> Iterator[Run]:
     """
     if options.resume and options.run is None:
         raise ValueError("run is not set, but must name the folder of the run to resume")
+    if options.reset and (options.resume or options.run is None):
+        raise ValueError(
+            "reset is True, but does nothing without run, the folder of a run to begin anew, or with resume"
+        )
     if options.run is not None and not os.fspath(options.run):
         raise ValueError("run is '', but must name a folder")
     with ExitStack() as stack:
@@ -128,6 +132,8 @@ def opened(options: TrainOptions, console: Console | None) -> Iterator[Run]:
         folder = folder if world.is_first else None
         if folder is not None and not options.resume:
             stack.enter_context(folder.owned())
+            if options.reset:
+                folder.reset()
             folder.refuse_other_run()
         run.begin(folder, saves=options.save, console=console)
         stack.callback(run.monitor.close)
@@ -146,13 +152,20 @@ def _prepared(options: TrainOptions, folder: RunFolder | None, world: World, sta
             stack.enter_context(folder.owned())
         found = folder.find()
     elif folder is not None:
-        folder.refuse_other_run()
+        folder.refuse_other_run(is_reset=options.reset)
     settings = decide(options, found.settings, found.model)
     runtime = choose_runtime(settings.device, settings.backend, settings.dtype)
     world.take_device(runtime.device)
     stack.enter_context(deterministic((found.settings or {}).get("threads")))
     stack.enter_context(values_vouched_for())
-    return prepare(settings, runtime, world, found=found, folder=None if folder is None else folder.path)
+    return prepare(
+        settings,
+        runtime,
+        world,
+        found=found,
+        folder=None if folder is None else folder.path,
+        auto_batch=options.batch == AUTO and found.settings is None,
+    )
 
 
 def _after_restart(options: TrainOptions, world: World) -> TrainOptions:
@@ -333,7 +346,8 @@ class Run:
                 self.monitor.log(self.step, {**values, **(counted or {})})
             if now_logging:
                 logged_at, logged_step = time.monotonic(), self.step
-            if self.step % settings.save_interval == 0 or self.step == settings.steps:
+            between = settings.save_interval > 0 and self.step % settings.save_interval == 0
+            if between or self.step == settings.steps:
                 self._save_latest()
 
     def _numbers(self, flip_rate: float | None, seconds: float, steps: int) -> dict[str, Any]:

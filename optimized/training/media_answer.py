@@ -15,7 +15,8 @@ from torch import Tensor
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.generate import first_window
 from arbitor.optimized.training.media import Features, encoders_of, lead_of
-from arbitor.optimized.training.media_speech import CODEC_FILE, load_codec
+from arbitor.optimized.training.media_speech import load_codec
+from arbitor.optimized.training.run_folder import CODEC_FILE
 from arbitor.optimized.training.runtime import Runtime
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.audio import SAMPLES_PER_FRAME

@@ -40,11 +40,11 @@ from arbitor.optimized.training.media_batch import Batch, captioned
 from arbitor.optimized.training.media_files import Item, MediaFolder, load_media
 from arbitor.optimized.training.media_reader import MediaReader, Say, clip_of
 from arbitor.optimized.training.media_speech import (
-    CODEC_FILE,
     load_codec,
     save_codec,
     trained_codec,
 )
+from arbitor.optimized.training.run_folder import CODEC_FILE
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import Targets
 from arbitor.reference.graph.audio import AUDIO_CODES
@@ -107,7 +107,7 @@ class Mix:
         _refuse_unread(sources, config)
         self._corpora: dict[str, tuple[Corpus, Split]] = {"text": (corpus, split)}
         if "code" in sources:
-            code = load_corpus(sources["code"], run)
+            code = load_corpus(sources["code"], run, stream_bytes=settings.stream_bytes)
             self._corpora["code"] = (code, split_corpus(code, settings.context))
         self._folders: dict[str, MediaFolder] = {
             kind: load_media(kind, sources[kind], run) for kind in sources if kind in FOLDERS
@@ -139,6 +139,7 @@ class Mix:
         self.reader.warn = warn
         if "speech" in self._folders:
             self.reader.codec = self._opened_codec()
+            self.reader.speech = (*self._folders["speech"].train, *self._folders["speech"].validation)
         if not self._folders.keys() & SIDECAR_OF.keys():
             return
         folder = self.settings.feature_cache or (None if self.run is None else self.run / CACHE_FOLDER)

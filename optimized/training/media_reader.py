@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.training.media_files import Item
-from arbitor.optimized.training.media_speech import padded, tokens_of
+from arbitor.optimized.training.media_speech import TOGETHER, padded, tokens_of
 from arbitor.reference.graph.codec import AudioCodec
 from arbitor.reference.graph.targets import NO_TOKEN
 from arbitor.sidecars import SidecarError, read_audio, read_image, read_video
@@ -38,11 +38,14 @@ class MediaReader:
         encoders: of pictures, sounds and videos, with their cache.
         side: rows of the latent of a frame.
         warn: is told one sentence for each file that cannot be decoded.
+        speech: the sounds that a run learns to say, of which neighbours become tokens in one pass.
     """
 
     def __init__(self, encoders: Encoders, *, side: int) -> None:
         self.encoders, self.side = encoders, side
         self.warn: Say = lambda sentence: None
+        self.speech: Sequence[Item] = ()
+        self._together: dict[bytes, list[Item]] | None = None
         self._codec: AudioCodec | None = None
         # By kind, since one file may be asked for as several media.
         self._unreadable: set[tuple[str, Path]] = set()
@@ -64,9 +67,7 @@ class MediaReader:
     def feature(self, kind: str, item: Item, seconds: int | None = None) -> Tensor:
         """Return the features of an item, its latent, or its tokens; of a sound that is filled up to some seconds."""
         if kind == "speech":
-            if item.content not in self._tokens:
-                self._tokens[item.content] = tokens_of(self.codec, clip_of(item)).to(torch.int16)
-            return self._tokens[item.content].long()
+            return self._spoken(item)
         if kind == "image":
             return self.encoders.features("vision", item.content, lambda: read_image(item.path))
         if kind == "video":
@@ -80,6 +81,25 @@ class MediaReader:
             item.content + seconds.to_bytes(4, "little"),
             lambda: whole_seconds(clip_of(item), filled),
         )
+
+    def _spoken(self, item: Item) -> Tensor:
+        """Return the tokens of a sound, and keep those of its neighbours in `speech`.
+
+        The neighbours are the same ones whenever the sound is asked for, so that its tokens do not depend on what was drawn before.
+        """
+        if item.content not in self._tokens:
+            if self._together is None:
+                unique = list({each.content: each for each in self.speech}.values())
+                groups = [unique[begin : begin + TOGETHER] for begin in range(0, len(unique), TOGETHER)]
+                self._together = {each.content: group for group in groups for each in group}
+            found = [
+                each for each in self._together.get(item.content, [item]) if self.is_readable("speech", each)
+            ]
+            tokens = tokens_of(self.codec, [clip_of(each) for each in found])
+            self._tokens |= {
+                each.content: row.to(torch.int16) for each, row in zip(found, tokens, strict=True)
+            }
+        return self._tokens[item.content].long()
 
     def _seconds_of(self, item: Item) -> int:
         """Return the whole seconds that a sound fills."""

@@ -27,9 +27,6 @@ from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.audio import SAMPLES_PER_FRAME
 from arbitor.reference.graph.codec import AudioCodec
 
-CODEC_FILE = "codec.safetensors"
-"""File of a run folder that holds the codec, written as a checkpoint is."""
-
 CODEC_STEPS = 120
 """Steps that train a codec."""
 
@@ -38,6 +35,9 @@ CODEC_BATCH = 16
 
 PIECE_FRAMES = 20
 """Frames of such a piece, a fifth of a second."""
+
+TOGETHER = 16
+"""Sounds whose tokens are made in one pass, since the pass reads every weight once, whatever the number of sounds."""
 
 TABULATED = 1000
 """Sounds at most whose frames say what tokens sound like."""
@@ -68,11 +68,18 @@ def trained_codec(
         pieces = [_piece(read(draw % count), place) for draw, place in _draws(seed, step)]
         audio_BT = torch.stack(pieces).to(runtime.device)
         codec.learn(audio_BT, rate=rate(step, CODEC_STEPS, theta=config.theta), step=step)
-    codec.tabulate(
-        whole_frames(read(number), PIECE_FRAMES)[None].to(runtime.device)
-        for number in range(min(count, TABULATED))
-    )
+    codec.tabulate(audio_BT.to(runtime.device) for audio_BT in _equal(read, min(count, TABULATED)))
     return codec
+
+
+def _equal(read: Callable[[int], Tensor], count: int) -> Iterator[Tensor]:
+    """Yield the first sounds, float [B, 160 F], those of equal length among TOGETHER neighbours in one batch."""
+    for begin in range(0, count, TOGETHER):
+        of_length: dict[int, list[Tensor]] = {}
+        for number in range(begin, min(begin + TOGETHER, count)):
+            clip = whole_frames(read(number), PIECE_FRAMES)
+            of_length.setdefault(len(clip), []).append(clip)
+        yield from map(torch.stack, of_length.values())
 
 
 def _draws(seed: int, step: int) -> Iterator[tuple[int, int]]:
@@ -141,10 +148,16 @@ def load_codec(path: Path, runtime: Runtime, *, sha256: str | None = None) -> Au
     return codec
 
 
-def tokens_of(codec: AudioCodec, clip: Tensor) -> Tensor:
-    """Return the tokens of a sound float [T] on the CPU, int64 [F]."""
-    audio_1T = whole_frames(clip)[None].to(codec.voting.faults.device)
-    return codec.tokens(audio_1T)[0].cpu()
+def tokens_of(codec: AudioCodec, clips: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tokens of sounds float [T] on the CPU, int64 [F] each.
+
+    The sounds are filled up with silence to the longest. The encoder has no biases, so that silence behind a sound is to it what
+    the end of the sound is.
+    """
+    whole = [whole_frames(clip) for clip in clips]
+    audio_BT = padded(whole, 0).to(codec.voting.faults.device)
+    tokens_BF = codec.tokens(audio_BT).cpu()
+    return [row_F[: len(clip) // SAMPLES_PER_FRAME] for row_F, clip in zip(tokens_BF, whole, strict=True)]
 
 
 def padded(rows: Sequence[Tensor], fill: int) -> Tensor:

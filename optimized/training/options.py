@@ -17,8 +17,14 @@ from arbitor.optimized.settings import BACKENDS
 
 _T = TypeVar("_T")
 
+AUTO = "auto"
+"""The word that stands for a number which the machine decides, where `Option.auto` allows it."""
+
 MOST_BYTES = 2**24
 """Bytes that a prompt is continued by, at most."""
+
+EXCHANGES = ("full", "mxint8")
+"""How ranks send the gradients that are made orthogonal: in the dtype of the activations, or in eight bits."""
 
 OF_PRESET = "of the preset"
 """How help names a default that is a field of the preset's model."""
@@ -42,6 +48,7 @@ class Option:
             setting is bound.
         also: other spellings of it on the command line.
         has_opposite: whether a switch can be asked for and asked against, with ``--no-`` before its name.
+        auto: whether `AUTO` may be asked for in the place of a number. The run has a number then.
         path: whether it is a path, so that a run keeps the whole path and can be resumed from another folder.
         on_hub: whether it may also be a name on a hub, of a path.
         asked: whether it can be asked for. Others are what the preset says, and recorded.
@@ -58,6 +65,7 @@ class Option:
     changes_model: bool = False
     also: tuple[str, ...] = ()
     has_opposite: bool = False
+    auto: bool = False
     path: bool = False
     on_hub: bool = False
     asked: bool = True
@@ -109,19 +117,34 @@ class Settings:
     data: Annotated[
         str,
         Option(
-            help="stdlib (the sources of this Python), a file or a folder",
+            help="stdlib (the sources of this Python), a file, a folder or hf:NAME[/CONFIG][:SPLIT]",
             default="stdlib",
             path=True,
             also=("--data-text",),
         ),
     ]
-    data_code: Annotated[str | None, _source("More bytes to learn from, a file or a folder")]
+    data_code: Annotated[str | None, _source("More bytes to learn from, a file, a folder or a stream")]
     data_image: Annotated[str | None, _source("Folder of pictures with captions, which needs --vision")]
     data_audio: Annotated[str | None, _source("Folder of sounds with transcripts, which needs --audio")]
     data_video: Annotated[str | None, _source("Folder of videos with captions, which needs --video")]
     data_speech: Annotated[
         str | None,
         _source("Folder of sounds with transcripts, which the model learns to say", commands=("train",)),
+    ]
+    stream_bytes: Annotated[
+        int,
+        Option(help="Bytes of a stream that are read, at most", default=2**28, low=1, high=2**44, bound=True),
+    ]
+    only: Annotated[
+        str | None,
+        Option(
+            help="Learn from one kind of data alone, without experts but for text",
+            default=None,
+            default_help="every kind of data",
+            choices=("text", "vision", "audio", "diffusion"),
+            bound=True,
+            commands=("train",),
+        ),
     ]
     mix: Annotated[
         str | None,
@@ -150,7 +173,7 @@ class Settings:
     val_data: Annotated[
         str | None,
         Option(
-            help="What the run is judged by, a file or a folder",
+            help="What the run is judged by, a file, a folder or a stream",
             default=None,
             default_help="a tenth of --data",
             path=True,
@@ -167,10 +190,26 @@ class Settings:
             commands=("train",),
         ),
     ]
+    keep_votes: Annotated[
+        bool,
+        Option(
+            help="With --init-from: go on with the votes that its weights have gathered too",
+            default=False,
+            bound=True,
+            commands=("train",),
+        ),
+    ]
     steps: Annotated[int, Option(help="Optimisation steps", default=1000, low=1, bound=True)]
     batch: Annotated[
         int,
-        Option(help="Windows of a micro-batch", default=4, low=1, high=2**20, bound=True),
+        Option(
+            help="Windows of a micro-batch; auto: what memory holds",
+            default=4,
+            low=1,
+            high=2**20,
+            bound=True,
+            auto=True,
+        ),
     ]
     # The shortest window: three bytes are read to predict the fourth.
     context: Annotated[
@@ -193,8 +232,12 @@ class Settings:
             commands=("train",),
         ),
     ]
-    disable_vq: Annotated[bool, _model_change("No codes, and nothing that needs them", default=False)]
-    disable_graph: Annotated[bool, _model_change("No graph over the codes", default=False)]
+    disable_vq: Annotated[
+        bool, _model_change("No codes, and nothing that needs them", default=False, also=("--no-vq",))
+    ]
+    disable_graph: Annotated[
+        bool, _model_change("No graph over the codes", default=False, also=("--no-graph",))
+    ]
     disable_moe: Annotated[bool, _model_change("No experts", default=False)]
     enable_memory: Annotated[bool, _model_change("Tables of code n-grams", default=False)]
     enable_image: Annotated[bool, _model_change("Reads features of pictures", default=False)]
@@ -226,9 +269,9 @@ class Settings:
     save_interval: Annotated[
         int,
         Option(
-            help="Steps between checkpoints",
+            help="Steps between checkpoints, 0 for none before the last",
             default=100,
-            low=1,
+            low=0,
         ),
     ]
     log_interval: Annotated[
@@ -239,7 +282,16 @@ class Settings:
             low=1,
         ),
     ]
-    eval_windows: Annotated[int, Option(help="Validation windows, at most", default=256, low=1, asked=False)]
+    eval_windows: Annotated[
+        int,
+        Option(
+            help="Validation windows, at most, and files of each kind of media",
+            default=256,
+            low=1,
+            bound=True,
+            also=("--eval-steps",),
+        ),
+    ]
     sample_bytes: Annotated[
         int, Option(help="Bytes of the sample at the end", default=256, low=0, asked=False)
     ]
@@ -272,6 +324,16 @@ class Settings:
             default=None,
             default_help="wherever possible",
             has_opposite=True,
+            commands=("train",),
+        ),
+    ]
+    exchange: Annotated[
+        str,
+        Option(
+            help="How several ranks send gradients: mxint8 halves bfloat16",
+            default="full",
+            choices=EXCHANGES,
+            bound=True,
             commands=("train",),
         ),
     ]
@@ -319,14 +381,15 @@ class Row:
         Raises:
             TypeError, ValueError: it is of another type, or outside of its range; one sentence names it.
         """
-        if value is None and self.optional:
+        if (value is None and self.optional) or (value == AUTO and self.option.auto):
             return
         # True is no whole number here, although Python has it so.
         if value == "":
             raise ValueError(f"{self.name} is '', but must not be empty")
         is_of_kind = type(value) is self.kind or (self.kind is float and type(value) is int)
         if not is_of_kind:
-            raise TypeError(f"{self.name} is {value!r}, but must be {_KINDS[self.kind]}")
+            or_auto = f" or {AUTO!r}" if self.option.auto else ""
+            raise TypeError(f"{self.name} is {value!r}, but must be {_KINDS[self.kind]}{or_auto}")
         if self.option.choices and value not in self.option.choices:
             raise ValueError(f"{self.name} is {value!r}, but must be one of {', '.join(self.option.choices)}")
         low, high = self.option.low, self.option.high
@@ -369,6 +432,7 @@ BOUND = tuple(name for name, row in ROWS.items() if row.option.bound)
 PRESET_DEFAULTS: dict[str, Mapping[str, Any]] = {
     "tiny": {"steps": 500, "batch": 32},
     "small": {"batch": 64, "context": 256, "eval_windows": 512},
+    "r12": {"batch": 32, "context": 256},
 }
 """Defaults that suit a preset better than those of the rows, which are cautious: one step of a large model fills a GPU."""
 
@@ -413,12 +477,14 @@ class TrainOptions:
     Attributes:
         run: the run folder.
         resume: continue what the run folder holds.
+        reset: begin anew where the run folder holds a run, whose files go.
         save: whether to write checkpoints.
         finetune: whether the run trains adapters over the frozen weights of `init_from`.
     """
 
     run: Path | None = None
     resume: bool = False
+    reset: bool = False
     save: bool = True
     finetune: bool = False
 

@@ -11,9 +11,10 @@ from typing import Any
 
 from arbitor.optimized.training.checkpoint import load_header
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.optimized.training.media import check_kinds
+from arbitor.optimized.training.media import KINDS, check_kinds
 from arbitor.optimized.training.options import (
     ADAPTERS,
+    AUTO,
     BOUND,
     CHANGES,
     FINETUNE_DEFAULTS,
@@ -25,6 +26,7 @@ from arbitor.optimized.training.options import (
 from arbitor.optimized.training.regular import JSON_BYTES, read_regular
 from arbitor.optimized.training.run_folder import check_model
 from arbitor.optimized.training.sizes import config_of
+from arbitor.optimized.training.streams import is_stream, stream_of
 from arbitor.optimized.training.texts import STDLIB
 from arbitor.reference.config import SIGN_VOTES, ArbConfig, parsed_json, with_fields, with_modules
 from arbitor.reference.presets import PRESETS
@@ -35,6 +37,9 @@ CONFIG_SUFFIX = ".json"
 
 CHECKPOINT_SUFFIX = ".safetensors"
 """How a preset ends that is a checkpoint, whose header holds the configuration."""
+
+OF_TEXT = ("data", "data_code", "val_data")
+"""Settings that name bytes, which may come from a stream."""
 
 BATCH_BYTES = 2**28
 """Bytes of a micro-batch at most."""
@@ -193,12 +198,18 @@ def decide(
     for name, value in asked.items():
         option = ROWS[name].option
         is_path = option.path and (os.path.exists(value) or not option.on_hub)
-        if is_path and (name, value) != ("data", STDLIB):
+        if name in OF_TEXT and is_stream(value):
+            asked[name] = stream_of(value).source()
+        elif is_path and (name, value) != ("data", STDLIB):
             asked[name] = os.path.abspath(value)
     _check_kind(options, asked, recorded)
+    _check_auto(options, asked, recorded)
     if recorded is None and "init_from" in asked:
         asked["preset"] = asked.get("preset") or _preset_of_source(asked["init_from"])
-    if not options.save and "save_interval" in asked:
+    if recorded is None and "only" in asked:
+        _settle_only(asked, preset_config(asked.get("preset") or ROWS["preset"].option.default))
+    # 0 says that nothing is saved on the way, which holds.
+    if not options.save and asked.get("save_interval"):
         raise ValueError(
             f"save_interval is {asked['save_interval']}, but does nothing in a run that saves no checkpoints"
         )
@@ -229,6 +240,13 @@ def decide(
         ROWS[name].check(value)
     settings = Settings(**values)
     check_kinds(settings)
+    has_stream = any(is_stream(getattr(settings, name) or "") for name in OF_TEXT)
+    if "stream_bytes" in asked and not has_stream:
+        raise ValueError(
+            f"stream_bytes is {settings.stream_bytes}, but does nothing without data of a stream, hf:NAME"
+        )
+    if settings.keep_votes and settings.init_from is None:
+        raise ValueError("keep_votes is True, but does nothing without init_from, whose votes it keeps")
     if settings.steps * settings.accum >= MICRO_STEPS:
         raise ValueError(f"steps times accum is {settings.steps * settings.accum}, but must be below 2**32")
     if settings.batch * settings.context > BATCH_BYTES:
@@ -261,6 +279,59 @@ def _check_kind(options: TrainOptions, asked: Mapping[str, Any], recorded: Mappi
         raise ValueError("init_from is not set, but must name the base, whose weights stay as they are")
     if asked.get("lora_alpha") == 0:
         raise ValueError("lora_alpha is 0, but must be above 0")
+
+
+def _check_auto(options: TrainOptions, asked: dict[str, Any], recorded: Mapping[str, Any] | None) -> None:
+    """Take a batch that the machine decides out of what is asked for: a resumed run has one, a new run's is decided later.
+
+    Raises:
+        ValueError: a run of this kind needs a number.
+    """
+    if asked.get("batch") != AUTO:
+        return
+    del asked["batch"]
+    if recorded is not None:
+        return
+    other = next((name for name in asked if name.startswith("data_")), None)
+    where = "in arb finetune" if options.finetune else f"beside {other}" if other else ""
+    if where:
+        raise ValueError(f"batch is {AUTO!r}, but must be a number {where}")
+
+
+ONLY: Mapping[str, tuple[str, str]] = {
+    "vision": ("image", "image_features"),
+    "audio": ("audio", "audio_features"),
+    "diffusion": ("video", "video_latent"),
+}
+"""Kind of data of a run on one kind alone, and the field that a model must have for it, by the seeds' name of the run."""
+
+
+def _settle_only(asked: dict[str, Any], config: ArbConfig) -> None:
+    """Give a new run on one kind of data the settings that it stands for.
+
+    Args:
+        asked: settings asked for; gets the others.
+        config: of the preset.
+
+    Raises:
+        ValueError: another kind of data, or a mix, is asked for too.
+    """
+    only = asked["only"]
+    kind, field = ONLY.get(only, ("text", ""))
+    for name in ("mix", *(f"data_{other}" for other in KINDS[1:] if other != kind)):
+        if name in asked:
+            raise ValueError(
+                f"{name} is {asked[name]!r}, but must be left out of a run of {only} alone (only)"
+            )
+    if kind == "text":
+        return
+    if f"data_{kind}" not in asked:
+        raise ValueError(f"only is {only!r}, but needs data_{kind}, which is what is learned")
+    asked["mix"] = f"text=0,{kind}=1"
+    if not getattr(config, field):
+        asked[f"enable_{kind}"] = True
+    if config.use_moe:
+        asked["disable_moe"] = True
 
 
 def _settle_adapters(asked: dict[str, Any], known: dict[str, Any]) -> None:

@@ -12,10 +12,11 @@ import torch
 from arbitor.optimized.distributed.run import check_agreement, train_together
 from arbitor.optimized.distributed.world import World
 from arbitor.optimized.training.adaptation import Adaptation, open_adaptation
+from arbitor.optimized.training.batch_size import BatchSize, fitting_batch
 from arbitor.optimized.training.beginning import Beginning, begin_with, same_beginning
 from arbitor.optimized.training.checkpoint import check_fits
 from arbitor.optimized.training.media_mix import Mix, open_mix
-from arbitor.optimized.training.options import Settings
+from arbitor.optimized.training.options import AUTO, EXCHANGES, Settings
 from arbitor.optimized.training.plan import run_config
 from arbitor.optimized.training.recording import records
 from arbitor.optimized.training.run_folder import Found
@@ -43,6 +44,7 @@ class Prepared:
         beginning: the weights of another run, where this process has begun with them; else None.
         document: settings of the run, and what is known of its data, as JSON data.
         warnings: sentences that the user should read.
+        batch_size: why a micro-batch has as many windows as it has, where the machine decided it.
     """
 
     settings: Settings
@@ -58,6 +60,7 @@ class Prepared:
     beginning: Beginning | None
     document: dict[str, Any]
     warnings: tuple[str, ...]
+    batch_size: BatchSize | None = None
 
     def is_longer(self) -> bool:
         """Return whether the run has more steps now than its newest checkpoint says."""
@@ -66,7 +69,13 @@ class Prepared:
 
 
 def prepare(
-    settings: Settings, runtime: Runtime, world: World, *, found: Found, folder: Path | None
+    settings: Settings,
+    runtime: Runtime,
+    world: World,
+    *,
+    found: Found,
+    folder: Path | None,
+    auto_batch: bool = False,
 ) -> Prepared:
     """Return what a run begins to step with: its data, read, and its model, made or loaded.
 
@@ -76,6 +85,7 @@ def prepare(
         world: the processes that the run is made of.
         found: what to go on from.
         folder: of the run, which is no part of its data; or None where nothing is written.
+        auto_batch: whether memory decides how many windows a micro-batch has.
 
     Raises:
         TrainingError: the data, the checkpoint or the device is refused, or the ranks do not agree.
@@ -87,10 +97,20 @@ def prepare(
         backend=runtime.backend,
         dtype=str(runtime.dtype).removeprefix("torch."),
     )
+    if auto_batch and world.count > 1:
+        raise ValueError(f"batch is {AUTO!r}, but must be a number where {world.count} ranks share it")
     world.check_batch(settings.batch)
+    if world.count == 1 and settings.exchange != EXCHANGES[0] and found.settings is None:
+        raise ValueError(
+            f"exchange is {settings.exchange!r}, but does nothing with one rank, which sends no gradients"
+        )
     text = read_text(settings, folder, found.settings)
     config, lost = run_config(settings, found.model)
     check_memory(config, runtime.device)
+    batch_size = fitting_batch(config, settings, runtime) if auto_batch else None
+    if batch_size is not None:
+        settings = replace(settings, batch=batch_size.windows)
+        text = replace(text, settings=settings)
     mix = open_mix(
         settings,
         config,
@@ -115,7 +135,12 @@ def prepare(
         check_fits(found.checkpoint, config_json, model)
         model.load_state(found.checkpoint.state)
     elif settings.init_from is not None:
-        beginning = begin_with(model, settings.init_from, as_base=settings.lora_rank is not None)
+        beginning = begin_with(
+            model,
+            settings.init_from,
+            keep_votes=settings.keep_votes,
+            as_base=settings.lora_rank is not None,
+        )
     adaptation = open_adaptation(model, settings, found.checkpoint, num_ranks=world.count)
     if found.checkpoint is not None:
         # The model has the tensors now, and a run keeps no second copy of them.
@@ -131,7 +156,7 @@ def prepare(
         document["init_sha256"] = same_beginning(settings.init_from, beginning, found.settings)
     digest = None if found.checkpoint is None else found.checkpoint.state_sha256
     check_agreement(world, config=config_json, document=document, checkpoint=digest)
-    train_together(model, world)
+    train_together(model, world, exchange=settings.exchange)
     return Prepared(
         settings=settings,
         runtime=runtime,
@@ -145,5 +170,6 @@ def prepare(
         recorded=recorded,
         beginning=beginning,
         document=document,
+        batch_size=batch_size,
         warnings=(*found.warnings, *lost, *(() if beginning is None else beginning.all_warnings())),
     )

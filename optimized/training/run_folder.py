@@ -113,6 +113,10 @@ class Start:
     refusals: list[str]
 
 
+CODEC_FILE = "codec.safetensors"
+"""File of a run folder that holds the codec of a run that learns from speech, written as a checkpoint is."""
+
+
 class RunFolder:
     """The folder of one run. Making one touches nothing; only the process that has it `owned` writes in it.
 
@@ -153,6 +157,11 @@ class RunFolder:
         """Folder of the best adapters in peft's format, of a run that has adapters."""
         return self.path / "adapter"
 
+    @property
+    def codec(self) -> Path:
+        """File of the codec of a run that learns from speech."""
+        return self.path / CODEC_FILE
+
     def _checkpoints(self) -> tuple[Path, ...]:
         return self.latest, self.previous, self.best, self.final
 
@@ -181,8 +190,29 @@ class RunFolder:
                 f"{str(self)!r} {there}, so there is nothing to go on with: without --resume a run begins there"
             )
 
-    def refuse_other_run(self) -> None:
+    def reset(self) -> None:
+        """Remove the files of the run that the folder holds, so that another can begin. Features and other files stay.
+
+        Raises:
+            TrainingError: a file cannot be removed.
+        """
+        if not self.has_run():
+            return
+        # First what a run is resumed from: a folder that is half removed must not go on as the old run.
+        for path in (
+            *self._checkpoints(),
+            self.codec,
+            *self._files(),
+            *self.path.glob("events.out.tfevents.*.arb"),
+        ):
+            with told(repr(str(path))):
+                path.unlink(missing_ok=True)
+
+    def refuse_other_run(self, *, is_reset: bool = False) -> None:
         """Refuse to start a run in a folder that holds one, or where a folder cannot be.
+
+        Args:
+            is_reset: whether a run that is there will be removed first.
 
         Raises:
             TrainingError: it does; or there is something else than a folder in its place.
@@ -190,9 +220,10 @@ class RunFolder:
         if os.path.lexists(self.path) and not self.path.is_dir():
             there = kind_of(self.path.lstat().st_mode)
             raise TrainingError(f"the run folder {str(self)!r} is {there}, but must be a folder")
-        if self.has_run():
+        if self.has_run() and not is_reset:
             raise TrainingError(
-                f"the run folder {str(self)!r} already holds a run: continue it with --resume, or name another"
+                f"the run folder {str(self)!r} already holds a run: continue it with --resume, remove it with "
+                "--reset, or name another"
             )
 
     @contextlib.contextmanager

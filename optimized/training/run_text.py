@@ -93,12 +93,12 @@ def read_text(settings: Settings, folder: Path | None, recorded: Mapping[str, An
         TrainingError: the bytes cannot be read, are too few, or are not those that the run was started with.
         ValueError: the context is too short.
     """
-    corpus = judge = load_corpus(settings.data, folder)
+    corpus = judge = load_corpus(settings.data, folder, stream_bytes=settings.stream_bytes)
     check_same_data(corpus, recorded)
     if settings.val_data is None:
         split = split_corpus(corpus, settings.context)
     else:
-        judge = load_corpus(settings.val_data, folder)
+        judge = load_corpus(settings.val_data, folder, stream_bytes=settings.stream_bytes)
         check_same_validation(judge, recorded)
         split = split_apart(corpus, judge, settings.context)
     check_same_split(corpus, split, settings.context, recorded)

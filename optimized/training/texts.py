@@ -15,6 +15,7 @@ from typing import IO, Literal
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.regular import kind_of, open_regular, read_regular
 from arbitor.optimized.training.shown import shown
+from arbitor.optimized.training.streams import is_stream
 
 STDLIB = "stdlib"
 """How the Python sources that every Python carries are asked for."""
@@ -93,6 +94,10 @@ def find_texts(source: str, run: Path | None = None) -> tuple[list[Text], dict[s
     """
     if source == STDLIB:
         return _stdlib_texts(), {}
+    if is_stream(source):
+        raise TrainingError(
+            f"the data {source!r} is a stream, but must be a file or a folder where each file counts"
+        )
     path = Path(source)
     try:
         mode = path.stat().st_mode

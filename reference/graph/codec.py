@@ -143,7 +143,7 @@ class AudioCodec(Stateful):
     def tokens(self, audio: Tensor) -> Tensor:
         """Return the token of each frame, int64 [B, F]; `AudioVQEncoder` says which audio is allowed."""
         with torch.no_grad():
-            return self.encoder(audio)[1]
+            return self.encoder.coded(audio)[1]
 
     def tabulate(self, clips: Iterable[Tensor]) -> None:
         """Set the spectrum of each token to the mean of the frames of some sounds that have the token.

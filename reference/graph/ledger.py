@@ -204,6 +204,12 @@ class KVLedger:
         self.unread = 0
         self._append(predicted_B[:, None].to(self.device))
 
+    def previous_ids(self, count: int) -> Tensor:
+        """Return the `count` ids before those of the window of this pass (`begin`), int64 [B, count]; -1 where there was none."""
+        read = CONTEXT if any(self.positions) else 0
+        places_Bn = self._read_B[:, None] - read - count + self.ahead(count)
+        return self._ids.read(places_Bn.clamp(min=0)).masked_fill(places_Bn < 0, -1)
+
     def previous_codes(self, count: int) -> Tensor:
         """Return the codes of the `count` positions before this pass, int64 [B, count]; -1 where there was no position."""
         return self._previous(self._codes, count, -1)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from arbitor.reference import checks
 from arbitor.reference import ops as reference_ops
@@ -27,6 +28,7 @@ from arbitor.reference.graph.ledger import KVLedger, LayerLedger
 from arbitor.reference.graph.memory import MemGram
 from arbitor.reference.graph.module import ArbModule, PartList, as_it_is
 from arbitor.reference.graph.moe_graph import MoEGraph, RecurrentMoEGraph
+from arbitor.reference.graph.ngrams import ByteNgrams
 from arbitor.reference.graph.router import MODALITIES, OutputRouter
 from arbitor.reference.graph.sequencer import AudioSequencer, ByteEmbedding, ImageSequencer, TrigramSequencer
 from arbitor.reference.graph.stateful import Stateful, scalar
@@ -142,6 +144,7 @@ class ArbModel(Stateful):
         self.graph = None
         if self.shared_vq is not None and config.num_hops:
             self.graph = TernaryGraph(context, self.shared_vq.bridge)
+        self.ngrams = ByteNgrams(context) if config.ngram_rows else None
         self.memory = MemGram(context) if config.memory_rows else None
         self.composite = CompositeProposalHead(context) if config.composite_codes else None
         last = config.num_layers - 1
@@ -182,6 +185,9 @@ class ArbModel(Stateful):
             h_BPD = torch.cat(list(present.values()), dim=1)
         else:
             h_BPD, codes_BP, losses = self.shared_vq(present, ledger)
+        if self.ngrams is not None:
+            before = None if ledger is None else ledger.previous_ids(self.ngrams.bytes_before)
+            h_BPD = _added_to_text(h_BPD, self.ngrams(ids_BT, before))
         nodes_BPD = None
         if codes_BP is not None:
             if self.memory is not None:
@@ -456,6 +462,12 @@ def _head(target: str, name: str, head: Head | None) -> Head:
     if head is None:
         raise ValueError(f"{target} is given, but must be None: the model has no {name}")
     return head
+
+
+def _added_to_text(h_BPD: Tensor, m_BPD: Tensor) -> Tensor:
+    """Return the stream with something added to its text positions, which are the last."""
+    media = h_BPD.shape[1] - m_BPD.shape[1]
+    return h_BPD + (F.pad(m_BPD, (0, 0, media, 0)) if media else m_BPD)
 
 
 def _check_ids(ids_BT: Tensor, num_bytes: int) -> None:

@@ -392,8 +392,9 @@ class TernaryModule(ArbModule):
 
     def apply_step(self, *, rows: Tensor | None) -> None:
         """Apply the step rule to the weight, or to its unique `rows` (-1: unused slot)."""
-        rule, weight, ranks = self.config, self.weight, self.voting.ranks
-        if ranks.steps(self.tensor_id):
+        rule, weight = self.config, self.weight
+
+        def apply() -> None:
             self.ops.apply_step(
                 weight,
                 theta=rule.theta,
@@ -402,7 +403,8 @@ class TernaryModule(ArbModule):
                 rows=rows,
                 out=weight,
             )
-        ranks.spread(self.tensor_id, weight)
+
+        self.voting.ranks.step(self.tensor_id, weight, apply)
         self.changed()
 
     def changed(self) -> None:

@@ -70,10 +70,6 @@ class Ranks:
         """Return the mean over ranks of a value."""
         return values
 
-    def steps(self, tensor_id: int) -> bool:
-        """Return whether this rank steps a weight. The other ranks are given the weight after the step."""
-        return True
-
     def answers_for(self, tensor_id: int) -> bool:
         """Return whether this rank is the one that counts what is to be counted once of a weight, such as faults."""
         return True
@@ -85,11 +81,15 @@ class Ranks:
         """
         cast(gradient)
 
-    def spread(self, tensor_id: int, weight: LaidOutWeight) -> None:
-        """Give the trits and exponents of a weight after a step to the ranks that do not step it, at the latest in `finish`."""
+    def step(self, tensor_id: int, weight: LaidOutWeight, apply: Callable[[], None]) -> None:
+        """Step a weight by `apply`, on the rank that steps it. The other ranks are given its trits and exponents.
+
+        They have them at the latest after `finish`.
+        """
+        apply()
 
     def finish(self) -> None:
-        """End what `exchange` and `spread` have begun."""
+        """End what `exchange` and `step` have begun."""
 
     def abandon(self) -> None:
-        """Forget what `exchange` and `spread` have begun."""
+        """Forget what `exchange` and `step` have begun."""

@@ -195,6 +195,9 @@ class Stateful(ArbModule):
     def load_weights(self, weights: Mapping[str, TernaryWeight]) -> None:
         """Overwrite every weight, in place. Nothing changes unless all of them fit.
 
+        Integer tables stay as they are: neighbours, ages of codes, strengths of memory, handicaps of experts. `load_state`
+        restores a whole model, tables and weights.
+
         Raises TypeError or ValueError for a missing or unknown name, another shape or format, or a value out of range.
         """
         modules = self.ternary_modules()

@@ -293,7 +293,7 @@ class Voting:
         """
         if grad_NK.dtype == torch.float64:
             grad_NK = grad_NK.to(torch.float32)
-        if self._makes_orthogonal(num_matrices):
+        if self.makes_orthogonal(num_matrices):
             # Ranks exchange no more bits than the votes come from.
             grad_NK = grad_NK.to(self.dtype)
         self.ranks.exchange(
@@ -302,7 +302,7 @@ class Voting:
             lambda total: self._cast_total(weight, total, tensor_id=tensor_id, uses=uses, voted=voted),
         )
 
-    def _makes_orthogonal(self, num_matrices: int) -> bool:
+    def makes_orthogonal(self, num_matrices: int) -> bool:
         """Return whether a gradient of so many stacked matrices is made orthogonal before it votes."""
         return bool(num_matrices and self.orthogonal_steps and self.vote_rule == "stochastic")
 
@@ -320,7 +320,7 @@ class Voting:
         assert taken is not None
         if total is not None:
             vote = Vote(weight, total.grad_NK, tensor_id, total.rows, total.num_matrices, uses)
-            if self._makes_orthogonal(total.num_matrices):
+            if self.makes_orthogonal(total.num_matrices):
                 taken.waiting.append(replace(vote, grad_NK=total.grad_NK.to(self.dtype)))
                 if sum(vote.grad_NK.numel() for vote in taken.waiting) > WAITING_ELEMENTS:
                     self._count_waiting(taken)

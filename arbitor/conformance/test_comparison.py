@@ -1,0 +1,1 @@
+../../conformance/test_comparison.py

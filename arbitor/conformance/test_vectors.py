@@ -1,0 +1,1 @@
+../../conformance/test_vectors.py

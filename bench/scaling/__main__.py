@@ -1,0 +1,207 @@
+"""Check that ranks compute what they should, then measure what they gain, for several numbers of ranks on one machine.
+
+    python -m bench.scaling --ranks 1 2 4 8 --models small 110M r12 --out scaling.json     # one rank a GPU, over NCCL
+    python -m bench.scaling --ranks 1 2 8 --models tiny --device cpu --out scaling.json    # over gloo
+
+A check comes first for each number of ranks: two runs of one seed end with one state, and all ranks read the same weights. Where
+it fails, nothing is measured with that number. Then come the rates of exchanges, and steps of each model with as many windows for
+each rank (weak scaling) and for all ranks together (strong scaling), ours and the float twin's under DDP and FSDP2. Every part is
+a start of torchrun of its own, with a limit of time, and is written as soon as it is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from json import loads
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import machine, parts
+from bench.scaling.at_work import EXCHANGED_BYTES, MODELS
+from bench.scaling.floats import BYTES_A_WEIGHT
+
+WEAK, STRONG = "weak", "strong"
+"""Scalings: as many windows for each rank, or for all ranks together."""
+
+
+def planned(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield what is to be run, in order: the number of ranks, the part, and what it is asked for."""
+    for ranks in asked.ranks:
+        yield {"ranks": ranks, "part": "check"}
+        yield {"ranks": ranks, "part": "rates"}
+        for model in asked.models:
+            for scaling in (WEAK, STRONG):
+                if scaling == STRONG and (ranks == 1 or asked.windows % ranks):
+                    continue
+                windows = asked.windows if scaling == WEAK else asked.windows // ranks
+                for part in ("ours", "floats"):
+                    yield {
+                        "ranks": ranks,
+                        "part": part,
+                        "model": model,
+                        "scaling": scaling,
+                        "windows": windows,
+                    }
+
+
+def run(part: Mapping[str, Any], asked: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """Run a part in at most so many seconds; return what came out, or why it `failed`."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "part.json"
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={part['ranks']}",
+            "-m", "bench.scaling.at_work", "--part", part["part"], "--device", asked.device, "--out", str(out),
+            "--length", str(asked.length), "--steps", str(asked.steps), "--exchanged-bytes", str(asked.exchanged_bytes),
+            *(("--model", part["model"], "--windows", str(part["windows"])) if "model" in part else ()),
+            *(("--share-gpu",) if asked.share_gpu else ()),
+        ]  # fmt: skip
+        # torchrun ends its ranks when it is told to end, and would leave them if it were killed.
+        process = subprocess.Popen(
+            command, cwd=machine.ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            _, err = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.communicate()
+            return {"failed": f"took more than {seconds:.0f} s"}
+        if process.returncode or not out.exists():
+            sys.stderr.write(err)
+            return {"failed": reason_of(err)}
+        found: dict[str, Any] = loads(out.read_text())
+        return found
+
+
+def reason_of(err: str) -> str:
+    """Return the line of what torchrun wrote that says why a rank failed."""
+    lines = [line.partition("]:")[2].strip() or line.strip() for line in err.splitlines()]
+    said = [line for line in lines if line.partition(":")[0].endswith(("Error", "Lost", "OutOfMemoryError"))]
+    return said[0] if said else "a rank ended without a word"
+
+
+def tables(report: Mapping[str, Any]) -> str:
+    """Return a report as Markdown."""
+    lines = [
+        "| ranks | check | all-reduce GB/s | gather to owners GB/s | broadcast GB/s |",
+        "|---:|---|---:|---:|---:|",
+    ]
+    by_part = {(each["ranks"], each["part"]): each for each in report["parts"] if "model" not in each}
+    for ranks in report["ranks"]:
+        check, rates = by_part.get((ranks, "check"), {}), by_part.get((ranks, "rates"), {})
+        said = check.get("failed") or ("passed" if "state_sha256" in check else "not run")
+        cells = [
+            f"{rates['exchanges'][name]['gigabytes_per_second']:.2f}"
+            if "exchanges" in rates
+            else rates.get("failed", "")
+            for name in ("all_reduce", "gather to owners", "broadcast")
+        ]
+        lines.append(f"| {ranks} | {said} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "| model | scaling | ranks | way | s a step | bytes a second | of linear | received a weight | waiting | peak MiB |",
+        "|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    rows = [row for each in report["parts"] if "model" in each for row in rows_of(each)]
+    alone = {
+        (row["model"], row["way"]): row["bytes_per_second"]
+        for row in rows
+        if row["ranks"] == 1 and "seconds" in row
+    }
+    for row in sorted(
+        rows, key=lambda row: (MODELS.index(row["model"]), row["scaling"] == STRONG, row["way"])
+    ):
+        lead = f"| {row['model']} | {row['scaling']} | {row['ranks']} | {row['way']} |"
+        if "failed" in row:
+            lines.append(f"{lead} {row['failed']} | | | | | |")
+            continue
+        one = alone.get((row["model"], row["way"]))
+        linear = "" if one is None else f"{row['bytes_per_second'] / one / row['ranks']:.3f}"
+        waiting = "" if "waiting_share" not in row else f"{row['waiting_share']:.3f}"
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}"
+        lines.append(
+            f"{lead} {row['seconds']:.4f} | {row['bytes_per_second']:,.0f} | {linear} | {row['received']:.3f} "
+            f"| {waiting} | {peak} |"
+        )
+    return "\n".join(lines)
+
+
+def rows_of(part: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of the table of steps that a part gives."""
+    what = {name: part[name] for name in ("model", "scaling", "ranks")}
+    if part["part"] == "ours":
+        row = {**part, **what, "way": "ours", "received": part.get("received_bytes_a_weight")}
+        return [row]
+    if "failed" in part:
+        return [{**what, "way": "floats", "failed": part["failed"]}]
+    return [
+        {**part[way], **what, "way": way, "received": part[way]["received_bytes_a_weight_by_count"]}
+        for way in BYTES_A_WEIGHT
+        if way in part
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check, measure, write the JSON file after each part, print the tables; return 1 if a part failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.scaling", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks (1 2)")
+    parser.add_argument(
+        "--models", nargs="*", default=["small", "110M", "r12"], choices=MODELS, metavar="NAME"
+    )
+    parser.add_argument(
+        "--windows", type=int, default=64, help="of a rank, or of all ranks for strong scaling (64)"
+    )
+    parser.add_argument("--length", type=int, default=256, help="bytes of a window (256)")
+    parser.add_argument(
+        "--steps", type=int, default=10, help="that are timed, after as many that are not (10)"
+    )
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--share-gpu",
+        action="store_true",
+        help="all ranks take one GPU, and exchange over gloo: checks alone mean much",
+    )
+    parser.add_argument(
+        "--exchanged-bytes", type=int, default=EXCHANGED_BYTES, help="of an exchange that is timed (2^28)"
+    )
+    parser.add_argument("--part-seconds", type=float, default=180.0, help="limit of a part (180)")
+    parser.add_argument(
+        "--budget", type=float, default=3600.0, help="start no part after so many seconds (3600)"
+    )
+    parser.add_argument("--out", type=Path, help="where to write the JSON file")
+    asked = parser.parse_args(argv)
+    report: dict[str, Any] = {
+        "device": machine.device_name(),
+        "torch": torch.__version__,
+        "ranks": asked.ranks,
+    }
+    report |= {"windows": asked.windows, "length": asked.length, "share_gpu": asked.share_gpu, "parts": []}
+    began, red = time.monotonic(), set()
+    for part in planned(asked):
+        left = asked.budget - (time.monotonic() - began)
+        if part["ranks"] in red:
+            found: dict[str, Any] = {"failed": "the check of this number of ranks failed"}
+        elif left <= 0:
+            found = {"failed": "the budget was spent"}
+        else:
+            found = run(part, asked, min(asked.part_seconds, left))
+        if part["part"] == "check" and "failed" in found:
+            red.add(part["ranks"])
+        report["parts"].append({**part, **found})
+        parts.write(asked.out, report)
+    print(tables(report))
+    return parts.exit_status(report["parts"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""What a step costs on machines that nobody here has, from measured rates of one GPU and data sheets of links.
+
+    python -m bench.scaling.plan
+
+prints the tables of docs/scaling.md. Bytes follow from the rule (`arbitor.optimized.distributed.sizes`). Times are sums of parts.
+None
+of them was measured on more than one GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from arbitor.optimized.distributed.sizes import kept_bytes, received_bytes
+from arbitor.optimized.layouts import DeviceWeight
+from arbitor.reference.graph.mxint8 import encoded_bytes
+
+SIDE = 960
+"""Rows and columns of the matrix that bytes a weight are counted on: a multiple of 16, 12 and 32, so that nothing is ragged."""
+
+WEIGHT = DeviceWeight(
+    words=torch.empty(SIDE, SIDE // 16, dtype=torch.int32, device="meta"),
+    exponents=torch.empty(SIDE, SIDE // 12, dtype=torch.int8, device="meta"),
+    trit_accum=torch.empty(SIDE, SIDE, dtype=torch.int8, device="meta"),
+    exponent_accum=torch.empty(SIDE, SIDE // 12, dtype=torch.int8, device="meta"),
+    shape=(SIDE, SIDE),
+    group_size=12,
+)
+
+GRADIENT_BYTES = {"bfloat16": 2.0, "mxint8": encoded_bytes(SIDE, SIDE) / SIDE**2}
+"""Bytes of an element of a gradient that is made orthogonal."""
+
+CHANGED_BYTES = 0.01
+"""Bytes of trits and scales that a step changes, for a weight. Measured shares are in docs/scaling.md, below this."""
+
+FLOATS = {"DDP": 4.0, "FSDP2": 6.0}
+"""Bytes that a rank of N float ranks receives for a weight, over (N - 1) / N, in bfloat16."""
+
+PRODUCT_SECONDS = 3 * 589e-6 / (7168**2 * 4096)
+"""Of a weight and a position: the product of a linear and its two gradients, 7168 x 7168 with 4,096 rows, one H200."""
+
+ORTHOGONAL_SECONDS = 10.9e-3 / 7168**2
+"""Of a weight: `orthogonalize` of 7168 x 7168, one H200."""
+
+UPDATE_SECONDS = 4.43e-3 / 2**30
+"""Of a weight: votes and step of 2^30 weights, one H200."""
+
+NVLINK, NETWORK = 450e9 * 0.8, 50e9 * 0.8
+"""Bytes a second that a GPU receives within a host and from other hosts: four fifths of the data sheets of an H200 (900 GB/s both
+ways) and of a 400 Gb/s adapter for each GPU. They are assumptions."""
+
+GPUS_OF_HOST = 8
+"""GPUs that NVLINK connects."""
+
+POSITIONS = 2**14
+"""Bytes that a GPU reads in a step."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step of a model costs a rank.
+
+    Fields:
+        kept: bytes.
+        received: bytes.
+        products, orthogonal, update: seconds of the GPU.
+        exchange: seconds of the link, if nothing else holds it up.
+    """
+
+    kept: float
+    received: float
+    products: float
+    orthogonal: float
+    update: float
+    exchange: float
+
+
+def kept(count: int) -> float:
+    """Return the bytes a weight that a rank keeps."""
+    return kept_bytes(WEIGHT, count) / SIDE**2
+
+
+def received(count: int, gradients: str) -> float:
+    """Return the bytes a weight that a rank receives in a step.
+
+    Args:
+        count: ranks.
+        gradients: a key of `GRADIENT_BYTES`.
+    """
+    changed = round(CHANGED_BYTES * SIDE**2)
+    of_all = received_bytes(WEIGHT, count, gradient_bytes=GRADIENT_BYTES[gradients], changed=changed)
+    return of_all / count / SIDE**2
+
+
+def of_floats(count: int, way: str) -> float:
+    """Return the bytes a weight that a rank of float weights receives in a step. `way` is a key of `FLOATS`."""
+    return FLOATS[way] * (count - 1) / count
+
+
+def step(weights: float, count: int, gradients: str) -> Step:
+    """Return what a step costs a rank, of a model whose positions use every weight once."""
+    bytes_received = received(count, gradients) * weights
+    # Every rank receives as much from each other rank.
+    outside = max(count - GPUS_OF_HOST, 0) / max(count - 1, 1)
+    seconds = max(bytes_received * (1 - outside) / NVLINK, bytes_received * outside / NETWORK)
+    return Step(
+        kept=kept(count) * weights,
+        received=bytes_received,
+        products=PRODUCT_SECONDS * weights * POSITIONS,
+        orthogonal=ORTHOGONAL_SECONDS * weights / count,
+        update=UPDATE_SECONDS * weights / count,
+        exchange=seconds,
+    )
+
+
+def table_of_bytes() -> str:
+    """Return the table of bytes a weight, as Markdown."""
+    lines = [
+        "| ranks | kept | received, bfloat16 | received, mxint8 | DDP | FSDP2 | of FSDP2, bfloat16 | of FSDP2, mxint8 |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for count in (1, 2, 4, 8, 64, 1024):
+        ours = [received(count, gradients) for gradients in GRADIENT_BYTES]
+        floats = [of_floats(count, way) for way in FLOATS]
+        shares = ["" if count == 1 else f"{each / floats[1]:.3f}" for each in ours]
+        cells = [f"{kept(count):.3f}", *(f"{each:.3f}" for each in (*ours, *floats)), *shares]
+        lines.append(f"| {count:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def table_of_steps() -> str:
+    """Return the table of large models, as Markdown."""
+    lines = [
+        "| weights | ranks | gradients | kept, GB | received, GB | products s | orthogonal s | votes, step s | exchange s |",
+        "|---:|---:|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for billions, count in ((10, 8), (100, 8), (100, 64), (1000, 1024)):
+        for gradients in GRADIENT_BYTES:
+            cost = step(billions * 1e9, count, gradients)
+            lines.append(
+                f"| {billions:,} B | {count:,} | {gradients} | {cost.kept / 1e9:.1f} | {cost.received / 1e9:,.1f} "
+                f"| {cost.products:.2f} | {cost.orthogonal:.3f} | {cost.update:.4f} | {cost.exchange:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table_of_bytes(), table_of_steps(), sep="\n\n")

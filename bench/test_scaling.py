@@ -1,0 +1,109 @@
+"""The plan of docs/scaling.md is what its formulas say, and the scripts that measure ranks and the largest model measure them."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from arbitor.reference.audit import audit
+from bench import largest, machine
+from bench.scaling import __main__ as scaling
+from bench.scaling import plan
+from bench.scaling.at_work import MODELS, trunk_of
+
+PAGE = machine.ROOT / "docs" / "scaling.md"
+
+
+@pytest.mark.parametrize("table", [plan.table_of_bytes, plan.table_of_steps])
+def test_the_page_has_the_tables_of_the_plan(table: object) -> None:
+    assert callable(table)
+    assert table() in PAGE.read_text(), (
+        "run python -m bench.scaling.plan, and put its tables into docs/scaling.md"
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 64])
+def test_the_formulas_of_the_page(count: int) -> None:
+    assert plan.kept(count) == pytest.approx(1 / 4 + 1 / 12 + (1 + 1 / 12) / count)
+    for gradients, size in (("bfloat16", 2), ("mxint8", 33 / 32)):
+        wanted = (count - 1) / count * (size + 1 / 765 + 2 * plan.CHANGED_BYTES)
+        assert plan.received(count, gradients) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_fifth_of_fsdp2_takes_eight_bits() -> None:
+    shares = {name: plan.received(8, name) / plan.of_floats(8, "FSDP2") for name in plan.GRADIENT_BYTES}
+    assert shares["mxint8"] < 1 / 5 < 1 / 3 < shares["bfloat16"]
+
+
+def test_links_between_hosts_are_counted_for_what_comes_from_other_hosts() -> None:
+    inside, outside = plan.step(1e9, 8, "bfloat16"), plan.step(1e9, 16, "bfloat16")
+    assert inside.exchange == pytest.approx(inside.received / plan.NVLINK)
+    assert outside.exchange == pytest.approx(outside.received * 8 / 15 / plan.NETWORK)
+    assert outside.orthogonal == pytest.approx(inside.orthogonal / 2)
+    assert outside.products == inside.products
+
+
+def test_the_110m_model_has_its_weights() -> None:
+    assert audit(trunk_of("110M")).weights == pytest.approx(110e6, rel=0.02)
+
+
+def test_a_trunk_has_at_least_the_weights_that_are_asked_for() -> None:
+    config = largest.of_weights(3e6, 128)
+    assert audit(config).weights >= 3e6 > audit(largest.trunk(128, config.num_layers - 1)).weights
+    with pytest.raises(
+        ValueError, match=r"weights is 10, but must be at least [\d,]+, which one layer of width 128 has"
+    ):
+        largest.of_weights(10, 128)
+
+
+def test_the_largest_model_is_stepped_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "largest.json"
+    arguments = ["--weights", "1e5", "--width", "32", "--context", "16", "--device", "cpu", "--out", str(out)]
+    assert largest.main(arguments) == 0
+    report = json.loads(out.read_text())
+    assert report["weights"] >= 1e5 and 1.38 < report["bytes_a_weight"] < 1.5
+    first, second = report["steps"]
+    assert second["bits_per_byte"] < first["bits_per_byte"] and min(first["changed_bytes_of_trits"]) > 0
+    assert f"{report['weights']:,} weights" in capsys.readouterr().out
+
+
+def asked(**changes: object) -> Namespace:
+    plain = {"ranks": [1, 2, 3], "models": ["small"], "windows": 4, "length": 64, "steps": 1, "device": "cpu"}
+    return Namespace(**{**plain, "exchanged_bytes": 2**12, "share_gpu": False, **changes})
+
+
+def test_a_check_comes_before_what_it_is_for() -> None:
+    parts = list(scaling.planned(asked()))
+    assert [each["part"] for each in parts if "model" not in each] == ["check", "rates"] * 3
+    assert [(e["ranks"], e["scaling"], e["windows"]) for e in parts if e["part"] == "ours"] == [
+        (1, "weak", 4), (2, "weak", 4), (2, "strong", 2), (3, "weak", 4),
+    ]  # fmt: skip
+
+
+def test_two_ranks_are_checked() -> None:
+    found = scaling.run({"ranks": 2, "part": "check"}, asked(), seconds=120)
+    assert len(found["state_sha256"]) == 64 and found["compared_with_a_process_alone"] is False, found
+
+
+def test_a_check_that_fails_stops_what_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run: list[str] = []
+
+    def failing(part: dict[str, str], *_: object) -> dict[str, str]:
+        run.append(part["part"])
+        return {"failed": "RuntimeError: ranks differ"}
+
+    monkeypatch.setattr(scaling, "run", failing)
+    assert scaling.main(["--ranks", "2", "--models", *MODELS[:1], "--out", str(tmp_path / "out.json")]) == 1
+    assert run == ["check"]
+    assert "| 2 | RuntimeError: ranks differ |" in capsys.readouterr().out
+
+
+def test_why_a_rank_failed_is_found_in_what_torchrun_wrote() -> None:
+    err = "[rank0]: Traceback (most recent call last):\n[rank0]: RuntimeError: the loss is not finite\nerror_file: <N/A>"
+    assert scaling.reason_of(err) == "RuntimeError: the loss is not finite"
+    assert scaling.reason_of("Signal 9") == "a rank ended without a word"

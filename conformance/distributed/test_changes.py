@@ -1,0 +1,44 @@
+"""Changes of bytes make one piece into another, whatever changed, and are as long as their formula says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from arbitor.optimized.distributed.changes import BLOCK, change, changes, changes_bytes
+
+SIZES = (1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7, 20 * BLOCK)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.2, 0.49, 0.6, 1.0])
+def test_changes_make_the_piece_what_it_became(size: int, share: float) -> None:
+    generator = torch.Generator().manual_seed(size)
+    before = torch.randint(256, (size,), generator=generator).to(torch.uint8)
+    differ = torch.rand(size, generator=generator) < share
+    after = torch.where(differ, before + 1, before)
+    sent, piece = changes(before, after), before.clone()
+    change(piece, sent)
+    assert torch.equal(piece, after)
+    assert sent.dtype is torch.uint8 and len(sent) == changes_bytes(size, int(differ.sum())) <= size
+
+
+@pytest.mark.parametrize("place", [0, BLOCK - 1, BLOCK, 6 * BLOCK - 1])
+def test_one_change_costs_two_bytes(place: int) -> None:
+    before = torch.zeros(6 * BLOCK, dtype=torch.uint8)
+    after = before.clone()
+    after[place] = 255
+    sent = changes(before, after)
+    assert sent.tolist() == [int(block == place // BLOCK) for block in range(6)] + [place % BLOCK, 255]
+    change(before, sent)
+    assert torch.equal(before, after)
+
+
+def test_a_whole_block_of_changes_is_counted() -> None:
+    before = torch.zeros(9 * BLOCK, dtype=torch.uint8)
+    after = before.clone()
+    after[BLOCK : 2 * BLOCK] = 7
+    sent = changes(before, after)
+    assert len(sent) == 9 + 2 * BLOCK and sent[1] == BLOCK
+    change(before, sent)
+    assert torch.equal(before, after)

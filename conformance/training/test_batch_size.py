@@ -1,0 +1,107 @@
+"""A batch that memory decides: the largest that fits, recorded as a number, and the same run as with that number."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arbitor.optimized.training import batch_size
+from arbitor.optimized.training.batch_size import Memory, fitting_batch, free_bytes
+from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.loop import train
+from arbitor.optimized.training.options import Settings, TrainOptions
+from arbitor.optimized.training.plan import decide
+from arbitor.optimized.training.runtime import choose_runtime
+from conformance.training import nano
+from conformance.training.runs import options
+
+FIXED, WINDOW = 100, 100
+"""Bytes that a pass takes in these tests: so many, and so many for each window."""
+
+
+def settings_of_nano() -> Settings:
+    return decide(TrainOptions(preset="nano", device="cpu", context=16), None)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "fails_at", "windows"),
+    [
+        (FIXED + 7 * WINDOW, None, 4),
+        (FIXED + 8 * WINDOW, None, 8),
+        (FIXED + 8 * WINDOW, 8, 4),
+        (FIXED + WINDOW, None, 1),
+        (10**9, None, 2**16 // 16),
+    ],
+)
+def test_the_largest_power_of_two_that_fits(
+    monkeypatch: pytest.MonkeyPatch, allowed: int, fails_at: int | None, windows: int
+) -> None:
+    measured = []
+
+    def of_pass(memory: Memory, passes: Any, count: int, context: int) -> int:
+        memory.allowed = allowed
+        measured.append(count)
+        return 2**63 if count == fails_at else FIXED + WINDOW * count
+
+    monkeypatch.setattr(Memory, "of_pass", of_pass)
+    chosen = fitting_batch(nano.NANO, settings_of_nano(), choose_runtime("cpu"))
+    assert chosen.windows == windows
+    # Only a pass that memory refuses is one too many.
+    assert max(measured) == (fails_at or windows)
+    assert f"batch: {windows:,} window" in chosen.reason
+
+
+def test_a_window_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_size, "free_bytes", lambda: 0)
+    monkeypatch.setattr(Memory, "_peak", lambda memory: 0 if not hasattr(memory, "_base") else 2**30)
+    with pytest.raises(TrainingError, match=r"a window of 16 bytes takes 1\.00 GiB of memory, .* 0\.00 GiB"):
+        fitting_batch(nano.NANO, settings_of_nano(), choose_runtime("cpu"))
+
+
+def test_a_run_has_the_number_from_then_on(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_size, "MOST_BYTES", 64)
+    chosen = train(options(text, tmp_path / "auto", batch="auto", steps=3)).summary
+    asked = train(options(text, tmp_path / "four", batch=4, steps=3)).summary
+    assert chosen["batch"] == asked["batch"] == 4
+    assert chosen["state_sha256"] == asked["state_sha256"]
+    assert json.loads((tmp_path / "auto" / "config.json").read_text())["run"]["batch"] == 4
+    monkeypatch.setattr(batch_size, "MOST_BYTES", 1)
+    longer = replace(options(text, tmp_path / "auto", batch="auto", steps=4), resume=True, preset=None)
+    assert train(longer).summary["batch"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"finetune": True, "init_from": "x"}, "in arb finetune"),
+        ({"data_code": "x"}, "beside data_code"),
+        ({"data_speech": "x"}, "beside data_speech"),
+    ],
+)
+def test_a_run_that_cannot_be_measured_needs_a_number(changes: dict[str, Any], where: str) -> None:
+    with pytest.raises(ValueError, match=f"batch is 'auto', but must be a number {where}"):
+        decide(TrainOptions(preset=None if "finetune" in changes else "nano", batch="auto", **changes), None)
+
+
+def test_no_other_word_stands_for_a_number() -> None:
+    with pytest.raises(TypeError, match="batch is 'most', but must be a whole number or 'auto'"):
+        decide(TrainOptions(preset="nano", batch="most"), None)
+    with pytest.raises(TypeError, match=r"^context is 'auto', but must be a whole number$"):
+        decide(TrainOptions(preset="nano", context="auto"), None)
+
+
+def test_memory_is_that_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_size, "CGROUP", tmp_path)
+    of_machine = free_bytes()
+    assert of_machine > 2**20
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("2000\n")
+    assert free_bytes() == 3000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes() > 2**20

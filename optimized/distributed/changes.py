@@ -1,0 +1,58 @@
+"""Bytes that changed, as the owner of a weight sends them: few of its trits and levels change in a step.
+
+A piece is a run of bytes that all ranks have. It is sent as a whole, or as its changes: how many bytes of each block of BLOCK
+changed, the place of each in its block, and its value. The number of bytes that arrive tells which of the two it is.
+Legend: P bytes of a piece, S blocks, C changed bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 255
+"""Bytes of a block, so that a place in it is a byte, and so is the number of its changes."""
+
+
+def num_blocks(num_bytes: int) -> int:
+    """Return S, the blocks of a piece of P bytes. The last one may be shorter."""
+    return -(-num_bytes // BLOCK)
+
+
+def changes_bytes(num_bytes: int, num_changed: int) -> int:
+    """Return how many bytes are sent for a piece of P bytes of which C differ."""
+    return min(num_blocks(num_bytes) + 2 * num_changed, num_bytes)
+
+
+def changes(before_P: Tensor, after_P: Tensor) -> Tensor:
+    """Return what makes one piece into another: uint8 counts [S], places [C] and values [C], or the piece [P] if that is no longer.
+
+    Args:
+        before_P, after_P: uint8 [P].
+    """
+    size, differ_P = after_P.numel(), before_P != after_P
+    num_changed = int(differ_P.sum())
+    if changes_bytes(size, num_changed) == size:
+        return after_P
+    changed_C = differ_P.nonzero().flatten()
+    counts_S = torch.bincount(changed_C // BLOCK, minlength=num_blocks(size))
+    return torch.cat([counts_S.to(torch.uint8), (changed_C % BLOCK).to(torch.uint8), after_P[changed_C]])
+
+
+def change(piece_P: Tensor, sent: Tensor) -> None:
+    """Make a piece what it is after its changes, in place.
+
+    Args:
+        piece_P: uint8 [P], the piece before.
+        sent: uint8, what `changes` returned.
+    """
+    size = piece_P.numel()
+    if sent.numel() == size:
+        piece_P.copy_(sent)
+        return
+    counts_S, rest = sent[: num_blocks(size)].to(torch.int64), sent[num_blocks(size) :]
+    places_C, values_C = rest.chunk(2) if rest.numel() else (rest, rest)
+    firsts_S = torch.arange(0, size, BLOCK, device=sent.device)
+    # The number of changes is known here, so the device need not be asked for it.
+    firsts_C = firsts_S.repeat_interleave(counts_S, output_size=places_C.numel())
+    piece_P[firsts_C + places_C] = values_C

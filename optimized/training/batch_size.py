@@ -1,0 +1,143 @@
+"""How many windows a micro-batch has by ``--batch auto``: as many as memory holds, measured by passes of a model of its own."""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.options import Settings
+from arbitor.optimized.training.passes import Passes
+from arbitor.optimized.training.runtime import Runtime
+from arbitor.reference.config import ArbConfig
+from arbitor.reference.graph import ArbModel
+
+SHARE = 0.75
+"""How much of the free memory a pass may take. What validation, a recording and a checkpoint need has to fit beside it."""
+
+MOST_BYTES = 2**16
+"""Bytes of a micro-batch at most: memory says nothing of how well a batch learns. `small` has 2**14 by default."""
+
+CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux says what memory a container may have."""
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """A number of windows, and why it is that.
+
+    Attributes:
+        windows: a power of two.
+        reason: a sentence without its end mark.
+    """
+
+    windows: int
+    reason: str
+
+
+def fitting_batch(config: ArbConfig, settings: Settings, runtime: Runtime) -> BatchSize:
+    """Return the largest power of two of windows whose pass fits memory.
+
+    A pass of 1, 2, 4, ... windows is measured while the next one is sure to fit. The memory of a pass grows by the same
+    amount for each window, so that two passes tell what the next will take.
+
+    Args:
+        config: of the model.
+        settings: of the run; its batch is not read.
+        runtime: where it runs.
+
+    Raises:
+        TrainingError: a pass of one window does not fit.
+    """
+    model = ArbModel(
+        config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=settings.seed
+    )
+    passes, memory = Passes(model), Memory(runtime.device)
+    windows, before = 1, 0
+    most = max(1, MOST_BYTES // settings.context)
+    while True:
+        taken = memory.of_pass(passes, windows, settings.context)
+        if taken > memory.allowed and windows > 1:
+            windows, taken = windows // 2, before
+            break
+        if taken > memory.allowed:
+            raise TrainingError(
+                f"batch is 'auto', but a window of {settings.context:,} bytes takes {_gib(taken)} of memory, and a pass may take "
+                f"{_gib(memory.allowed)}: a smaller --context needs less"
+            )
+        # Of one window it is not known yet how much grows with it.
+        next_taken = 2 * taken if windows == 1 else taken + 2 * (taken - before)
+        if 2 * windows > most or next_taken > memory.allowed:
+            break
+        windows, before = 2 * windows, taken
+    del model, passes
+    gc.collect()
+    if runtime.device == "cuda":
+        torch.cuda.empty_cache()
+    plural = "" if windows == 1 else "s"
+    why = (
+        f"the most that auto takes of {settings.context:,} bytes"
+        if 2 * windows > most
+        else f"a pass takes {_gib(taken)} of {_gib(memory.allowed)}"
+    )
+    return BatchSize(windows, f"batch: {windows:,} window{plural}, chosen by auto: {why}")
+
+
+class Memory:
+    """What passes take of the memory of a device.
+
+    Attributes:
+        allowed: bytes that a pass may take beside what was taken before.
+    """
+
+    def __init__(self, device: str) -> None:
+        """Look at the memory that is free now."""
+        self.device = device
+        self.allowed = int(SHARE * (free_bytes() if device == "cpu" else torch.cuda.mem_get_info()[0]))
+        self._base = self._peak()
+
+    def of_pass(self, passes: Passes, windows: int, context: int) -> int:
+        """Run a pass over bytes at random, and return the bytes that it took at most."""
+        generator = torch.Generator().manual_seed(windows)
+        ids_BT = torch.randint(256, (windows, context), generator=generator)
+        try:
+            passes.take(ids_BT, rate=1.0, step=0)
+        except torch.OutOfMemoryError:
+            return 2**63
+        return self._peak() - self._base
+
+    def _peak(self) -> int:
+        """Return the most bytes that this process has held; it only grows, as the passes do."""
+        if self.device == "cpu":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return torch.cuda.max_memory_allocated()
+
+
+def free_bytes() -> int:
+    """Return the bytes of main memory that this process can still take, of the machine and of its container."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    lines = _text(Path("/proc/meminfo")).splitlines()
+    found = [line.split() for line in lines if line.startswith("MemAvailable:")]
+    if found:
+        free = int(found[0][1]) * 1024
+    limit, used = _text(CGROUP / "memory.max").strip(), _text(CGROUP / "memory.current").strip()
+    if limit.isdecimal() and used.isdecimal():
+        free = min(free, max(0, int(limit) - int(used)))
+    return free
+
+
+def _text(path: Path) -> str:
+    """Return a file of the system, or nothing where there is none."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _gib(size: int) -> str:
+    return "more than there is" if size >= 2**63 else f"{size / 2**30:,.2f} GiB"
