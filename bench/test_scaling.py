@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from arbitor.reference.audit import audit
+from arbitor.reference.graph import ArbModel
+from arbitor.reference.presets import preset
 from bench import largest, machine
 from bench.scaling import __main__ as scaling
 from bench.scaling import plan
@@ -17,7 +19,7 @@ from bench.scaling.at_work import MODELS, trunk_of
 PAGE = machine.ROOT / "docs" / "scaling.md"
 
 
-@pytest.mark.parametrize("table", [plan.table_of_bytes, plan.table_of_steps])
+@pytest.mark.parametrize("table", [plan.table_of_bytes, plan.table_of_steps, plan.table_of_experts])
 def test_the_page_has_the_tables_of_the_plan(table: object) -> None:
     assert callable(table)
     assert table() in PAGE.read_text(), (
@@ -44,6 +46,12 @@ def test_links_between_hosts_are_counted_for_what_comes_from_other_hosts() -> No
     assert outside.exchange == pytest.approx(outside.received * 8 / 15 / plan.NETWORK)
     assert outside.orthogonal == pytest.approx(inside.orthogonal / 2)
     assert outside.products == inside.products
+
+
+def test_experts_are_counted_as_the_model_has_them() -> None:
+    modules = ArbModel(preset("r12"), device="meta").ternary_modules()
+    stacks = [m.weight.shape for name, m in modules.items() if name.endswith(("expert_down", "expert_up"))]
+    assert plan.experts("r12")[0] == sum(rows * columns for rows, columns in stacks)
 
 
 def test_the_110m_model_has_its_weights() -> None:

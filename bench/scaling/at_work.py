@@ -6,6 +6,7 @@ Legend: B windows of a rank, T bytes of a window.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import statistics
@@ -159,37 +160,50 @@ def timed(call: Callable[[], Any], runtime: Runtime, times: int) -> float:
 
 @values_vouched_for()
 def ours(world: World, runtime: Runtime, asked: argparse.Namespace) -> dict[str, Any]:
-    """Time steps of our model."""
-    model = model_of(trunk_of(asked.model), runtime, world)
+    """Time steps of our model. A single rank, which exchanges with itself, has a process alone beside it."""
+    config, found = trunk_of(asked.model), {}
+    if world.count == 1:
+        step = our_step(model_of(config, runtime, None), world, runtime, asked)
+        found["seconds_of_a_process_alone"] = timed(step, runtime, asked.steps)
+        del step
+        parts.free()
+    model = model_of(config, runtime, world)
     ranks = model.voting.ranks
     assert isinstance(ranks, GroupRanks)
-    taken = 0
-
-    def step() -> None:
-        nonlocal taken
-        ids_BT = windows(world, asked.windows, asked.length, runtime.device, taken)
-        if not model.backward(model.losses(ids_BT), rate=RATE, step=taken, undo=False):
-            raise RuntimeError(f"the loss of step {taken} is not finite")
-        model.step()
-        taken += 1
-
-    # The first steps compile kernels, and move more than the later ones.
-    for _ in range(asked.steps):
-        step()
+    step = our_step(model, world, runtime, asked)
     ranks.measured()
     if runtime.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = timed(step, runtime, asked.steps)
     waited, received = ranks.measured()
     everyones = float(ranks.total(torch.tensor(float(received)))) / (asked.steps + 1)
-    weights = audit(trunk_of(asked.model)).weights
+    weights = audit(config).weights
     return {
+        **found,
         **sizes_of(world, asked, seconds),
         "weights": weights,
         "waiting_share": waited / (seconds * (asked.steps + 1)),
         "received_bytes_a_weight": everyones / world.count / weights,
         "peak_bytes": torch.cuda.max_memory_allocated() if runtime.device == "cuda" else None,
     }
+
+
+def our_step(
+    model: ArbModel, world: World, runtime: Runtime, asked: argparse.Namespace
+) -> Callable[[], None]:
+    """Return what takes a step of our model, after steps in which kernels are compiled and more moves than later."""
+    taken = itertools.count()
+
+    def step() -> None:
+        number = next(taken)
+        ids_BT = windows(world, asked.windows, asked.length, runtime.device, number)
+        if not model.backward(model.losses(ids_BT), rate=RATE, step=number, undo=False):
+            raise RuntimeError(f"the loss of step {number} is not finite")
+        model.step()
+
+    for _ in range(asked.steps):
+        step()
+    return step
 
 
 def sizes_of(world: World, asked: argparse.Namespace, seconds: float) -> dict[str, Any]:

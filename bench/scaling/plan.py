@@ -3,8 +3,7 @@
     python -m bench.scaling.plan
 
 prints the tables of docs/scaling.md. Bytes follow from the rule (`arbitor.optimized.distributed.sizes`). Times are sums of parts.
-None
-of them was measured on more than one GPU.
+None of them was measured on more than one GPU.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import torch
 from arbitor.optimized.distributed.sizes import kept_bytes, received_bytes
 from arbitor.optimized.layouts import DeviceWeight
 from arbitor.reference.graph.mxint8 import encoded_bytes
+from arbitor.reference.presets import preset
 
 SIDE = 960
 """Rows and columns of the matrix that bytes a weight are counted on: a multiple of 16, 12 and 32, so that nothing is ragged."""
@@ -146,5 +146,40 @@ def table_of_steps() -> str:
     return "\n".join(lines)
 
 
+def row_of_memory(weights: float, count: int) -> str:
+    """Return a row of a table of memory: what a rank keeps of a model, and what a rank of float AdamW would."""
+    return f"| {weights / 1e9:.0f} B | {count} | {kept(count) * weights / 2**30:.1f} | {16 / count * weights / 2**30:,.1f} |"
+
+
+def experts(name: str) -> tuple[int, int, int]:
+    """Return the weights of the experts of a preset, and what a rank of very many receives for them in a step.
+
+    Returns:
+        Weights; bytes of their gradients in bfloat16; and bytes of the slots if experts were spread over ranks: a slot takes the
+        position to the rank of its expert and the modulation back, and the backward pass takes the gradients of both.
+    """
+    config = preset(name)
+    width = config.width + config.shared_inner
+    weights = config.num_layers * config.num_experts * config.expert_rank * width
+    slots = config.num_layers * config.top_k * POSITIONS
+    return weights, 2 * weights, 2 * 2 * slots * width
+
+
+def table_of_experts() -> str:
+    """Return the table of experts and codes over ranks, as Markdown."""
+    lines = [
+        "| preset | weights of experts | gradients, MB | slots, MB | slots over gradients | weights of codes |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name in ("small", "r11", "r12", "r14"):
+        config, (weights, gradients, slots) = preset(name), experts(name)
+        codes = (config.num_codes + config.composite_codes) * (config.code_dim if config.num_codes else 0)
+        lines.append(
+            f"| {name} | {weights / 1e6:,.0f} M | {gradients / 1e6:,.0f} | {slots / 1e6:,.0f} | {slots / gradients:.1f} "
+            f"| {codes / 1e6:,.0f} M |"
+        )
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(table_of_bytes(), table_of_steps(), sep="\n\n")
+    print(table_of_bytes(), table_of_steps(), table_of_experts(), sep="\n\n")

@@ -107,7 +107,10 @@ def summed(gradients: list[Gradient]) -> Gradient:
     rows = [row + ahead for row in sums for ahead in range(height)]
     total = torch.cat(list(sums.values())).to(torch.float32) if sums else first.grad_NK[:0].to(torch.float32)
     return Gradient(
-        total, torch.tensor(rows, dtype=torch.int64), len(sums) if first.num_matrices else 0, chosen=True
+        total,
+        torch.tensor(rows, dtype=torch.int64, device=total.device),
+        len(sums) if first.num_matrices else 0,
+        chosen=True,
     )
 
 
@@ -119,8 +122,8 @@ def watch_totals(model: ArbModel) -> dict[str, Tensor]:
 
     def watched(weight: Any, total: Gradient | None, *, tensor_id: int, **more: Any) -> None:
         if total is not None:
-            dense = found.setdefault(names[tensor_id], torch.zeros(weight.shape, dtype=torch.float64))
             grad = total.grad_NK.to(torch.float64)
+            dense = found.setdefault(names[tensor_id], grad.new_zeros(weight.shape))
             if total.rows is None:
                 dense += grad
             else:

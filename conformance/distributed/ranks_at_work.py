@@ -1,8 +1,10 @@
 """What ranks find out together, for test_distributed.py: torchrun starts this module once for many checks.
 
-    torchrun --nproc-per-node 2 -m conformance.distributed.ranks_at_work FOLDER
+    torchrun --nproc-per-node 2 -m conformance.distributed.ranks_at_work FOLDER cpu
 
-Every rank writes FOLDER/rank<number>.json: what each check returned, by its name. The tests compare.
+On `cuda` the kernels of Triton compute, and each rank has a GPU of its own, with NCCL between them. On a machine of fewer GPUs all
+ranks share one, and gloo is between them. Every rank writes FOLDER/rank<number>.json: what each check returned, by its name. The
+tests compare.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +23,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from rich.console import Console
 
 from arbitor.optimized import ops as triton_ops
@@ -29,7 +33,7 @@ from arbitor.optimized.distributed.changes import changes_bytes
 from arbitor.optimized.distributed.ranks import GroupRanks
 from arbitor.optimized.distributed.run import train_together, whole_state
 from arbitor.optimized.distributed.sizes import read_bytes, received_bytes
-from arbitor.optimized.distributed.world import World, joined
+from arbitor.optimized.distributed.world import World, as_bytes, joined
 from arbitor.optimized.training.census import Census
 from arbitor.optimized.training.checkpoint import state_sha256
 from arbitor.optimized.training.loop import train
@@ -37,6 +41,7 @@ from arbitor.optimized.training.options import TrainOptions
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import SIGN_VOTES, ArbConfig, with_fields
 from arbitor.reference.graph import ArbModel
+from arbitor.reference.graph.voting import VOTED_IN
 from arbitor.reference.types import has_memory
 from conformance.compare import alike
 from conformance.distributed import oracle
@@ -61,8 +66,20 @@ CASES: dict[str, tuple[ArbConfig, torch.dtype, str]] = {
 """Models that are compared with the oracle bit for bit."""
 
 
+class Place:
+    """Where the ranks compute, and with what."""
+
+    device = "cpu"
+    ops: ModuleType = reference_ops
+
+
 def model_of(config: ArbConfig, dtype: torch.dtype = torch.float32) -> ArbModel:
-    return ArbModel(config, dtype=dtype, seed=3)
+    return ArbModel(config, ops=Place.ops, device=Place.device, dtype=dtype, seed=3)
+
+
+def random_ids(seed: int = 0) -> torch.Tensor:
+    """Return the windows of all ranks."""
+    return models.random_ids(BATCH, LENGTH, seed=seed).to(Place.device)
 
 
 def together(
@@ -74,7 +91,7 @@ def together(
 
 
 def take_pass(model: ArbModel, world: World, step: int) -> bool:
-    ids_BT = world.share(models.random_ids(BATCH, LENGTH, seed=step))
+    ids_BT = world.share(random_ids(step))
     return model.backward(model.losses(ids_BT), rate=RATE, step=step, undo=False)
 
 
@@ -98,7 +115,7 @@ def sums_as_the_rule_says(world: World, folder: Path) -> Any:
         for step in range(3):
             take_pass(model, world, step)
             if world.is_first:
-                ids_BT = models.random_ids(BATCH, LENGTH, seed=step)
+                ids_BT = random_ids(step)
                 oracle.take_pass(alone, ids_BT, count=world.count, rate=RATE, step=step, exchange=exchange)
             if step == 1:
                 for each in both:
@@ -118,7 +135,7 @@ def adds_in_order(world: World, folder: Path) -> Any:
     """Terms whose sum depends on the order, as values and as the gradient of a matrix that votes as it is."""
     model = together(nano.NANO, world)
     ranks, head = model.voting.ranks, model.byte_head.vocabulary
-    term = torch.tensor(TERMS[world.number])
+    term = torch.tensor(TERMS[world.number], device=Place.device)
     totals = oracle.watch_totals(model)
     with model.voting.taking(rate=RATE, step=0, undo=False):
         head.vote(term.expand(head.weight.shape))
@@ -131,10 +148,10 @@ def is_one_batch(world: World, folder: Path) -> Any:
     model, alone = together(nano.WHOLE, world), model_of(nano.WHOLE)
     ours, theirs = oracle.watch_totals(model), oracle.watch_totals(alone)
     take_pass(model, world, 0)
-    alone.backward(alone.losses(models.random_ids(BATCH, LENGTH)), rate=RATE, step=0)
+    alone.backward(alone.losses(random_ids()), rate=RATE, step=0)
     # One rank has nothing to say of a weight that another one steps.
     for name, total in ours.items():
-        alike(total, theirs[name], name)
+        alike(total.cpu(), theirs[name].cpu(), name)
     model.step()
     alone.step()
     same = {name: bool(torch.equal(table, alone.tables()[name])) for name, table in model.tables().items()}
@@ -149,10 +166,16 @@ def agrees_after_steps(world: World, folder: Path) -> Any:
         model.step()
     weights = {name: module.weight for name, module in model.ternary_modules().items()}
     read = {
-        f"{name}.{part}": w.tensors()[part] for name, w in weights.items() for part in ("packed", "exponents")
+        f"{name}.{part}": each.tensors()[part].cpu()
+        for name, each in weights.items()
+        for part in each.tensors()
+        if part not in VOTED_IN
     }
     kept = {name: has_memory(weight.trit_accum) for name, weight in weights.items()}  # type: ignore[attr-defined]
-    return {"read": state_sha256({**read, **model.tables()}), "kept": kept}
+    return {
+        "read": state_sha256({**read, **{name: table.cpu() for name, table in model.tables().items()}}),
+        "kept": kept,
+    }
 
 
 def counts_bytes(world: World, folder: Path) -> Any:
@@ -163,7 +186,7 @@ def counts_bytes(world: World, folder: Path) -> Any:
         model = together(config, world, dtype)
         ranks = model.voting.ranks
         assert isinstance(ranks, GroupRanks)
-        ids_BT = world.share(models.random_ids(BATCH, LENGTH))
+        ids_BT = world.share(random_ids())
         losses = model.losses(ids_BT)
         read = model.state_dict()
         before = {each: tensor.clone() for each, tensor in read.items()}
@@ -196,8 +219,9 @@ def counts_bytes(world: World, folder: Path) -> Any:
             for of, module in matrices.items():
                 if ranks.owners[module.tensor_id] == owner:
                     size += read_bytes(module.weight)
-                    for part in ("packed", "exponents"):
-                        differ += int((read[f"{of}.{part}"] != before[f"{of}.{part}"]).sum())
+                    for part in module.weight.tensors().keys() - VOTED_IN:
+                        after, was = (as_bytes(each[f"{of}.{part}"]) for each in (read, before))
+                        differ += int((after != was).sum())
             assert 0 < 2 * differ < size, "the changes are fewer than the bytes, or this compares nothing"
             wanted += (world.count - 1) * changes_bytes(size, differ)
         loss_bytes = 4 * (world.count - 1) * world.count
@@ -207,12 +231,36 @@ def counts_bytes(world: World, folder: Path) -> Any:
     return found
 
 
+def sends_no_more_rows_than_there_are(world: World, folder: Path) -> Any:
+    """Bytes received for a table that is named in more slots than it has rows, and for as many slots; and what they leave."""
+    found = []
+    for more in (0, 100):
+        model = together(nano.NANO, world)
+        table, ranks = model.embedding.table, model.voting.ranks
+        assert isinstance(ranks, GroupRanks)
+        num_rows, num_columns = table.weight.shape
+        generator = torch.Generator().manual_seed(world.number)
+        grad = torch.randn(num_rows, num_columns, generator=generator)
+        rows = torch.arange(num_rows)
+        rows[-3:] = -1
+        grad[-3:] = 0.0
+        grad = torch.cat([grad, torch.zeros(more, num_columns)]).to(Place.device)
+        rows = torch.cat([rows, torch.full((more,), -1)]).to(Place.device)
+        ranks.measured()
+        with model.voting.taking(rate=RATE, step=0, undo=False):
+            table.vote(grad, rows, chosen=True)
+        received = ranks.measured()[1]
+        model.step()
+        found.append((digest_of(model), received, (world.count - 1) * num_rows * (4 * num_columns + 8)))
+    return found
+
+
 def refuses_what_is_not_finite(world: World, folder: Path) -> Any:
     model = together(nano.WHOLE, world)
     take_pass(model, world, 0)
     model.step()
     before = digest_of(model)
-    losses = model.losses(world.share(models.random_ids(BATCH, LENGTH, seed=1)))
+    losses = model.losses(world.share(random_ids(1)))
     broken = {**losses, "bytes": losses["bytes"] * (math.nan if world.number == world.count - 1 else 1.0)}
     accepted = model.backward(broken, rate=RATE, step=1)
     model.step()
@@ -224,11 +272,11 @@ def counts_faults(world: World, folder: Path) -> Any:
     model = together(nano.NANO, world)
     for module in (model.byte_head.gate, model.embedding.table):
         rows, columns = module.weight.shape
-        grad = torch.ones(2 if module is model.embedding.table else rows, columns)
+        grad = torch.ones(2 if module is model.embedding.table else rows, columns, device=Place.device)
         if world.number == world.count - 1:
             grad[1] = math.inf
         with model.voting.taking(rate=RATE, step=0, undo=False):
-            chosen = torch.tensor([4, 9]) if module is model.embedding.table else None
+            chosen = torch.tensor([4, 9], device=Place.device) if module is model.embedding.table else None
             module.vote(grad, chosen, chosen=chosen is not None)
     return int(model.voting.ranks.total(model.voting.faults))
 
@@ -237,7 +285,7 @@ def refuses_ranks_that_differ(world: World, folder: Path) -> Any:
     """Other data, another seed, another batch than can be shared: every rank raises the same sentence, and writes nothing."""
     text, other = folder / "text.txt", folder / "other.txt"
     options = TrainOptions(
-        preset="nano", data=str(text), device="cpu", run=folder / "refused", steps=2, batch=BATCH
+        preset="nano", data=str(text), device=Place.device, run=folder / "refused", steps=2, batch=BATCH
     )
     is_last = world.number == world.count - 1
     found = {}
@@ -276,15 +324,16 @@ def agrees_on_triton(world: World, folder: Path) -> Any:
     triton.__dict__.update({name: getattr(triton_ops, name) for name in triton_ops.__all__} | drawn)
     digests = []
     for ops in (reference_ops, triton):
-        model = ArbModel(nano.NANO, ops=ops, seed=3)
+        model = ArbModel(nano.NANO, ops=ops, device=Place.device, seed=3)
         train_together(model, world, exchange="full")
         gate, table = model.byte_head.gate, model.embedding.table
         generator = torch.Generator().manual_seed(world.number)
         chosen = torch.randperm(table.weight.shape[0], generator=generator)[:7]
         for step in range(2):
             with model.voting.taking(rate=RATE, step=step, undo=False):
-                gate.vote(torch.randn(gate.weight.shape, generator=generator))
-                table.vote(torch.randn(7, table.weight.shape[1], generator=generator), chosen, chosen=True)
+                gate.vote(torch.randn(gate.weight.shape, generator=generator).to(Place.device))
+                grad = torch.randn(7, table.weight.shape[1], generator=generator).to(Place.device)
+                table.vote(grad, chosen.to(Place.device), chosen=True)
             model.step()
         digests.append(digest_of(model))
     return digests
@@ -301,7 +350,9 @@ def shares_windows(world: World, folder: Path) -> Any:
 def trains(world: World, folder: Path) -> Any:
     """Two runs of one seed; the second prints. Then a run that is left unfinished, for one process to go on with."""
     text, shown = folder / "text.txt", io.StringIO()
-    options = TrainOptions(preset="nano", data=str(text), device="cpu", steps=6, batch=BATCH, log_interval=2)
+    options = TrainOptions(
+        preset="nano", data=str(text), device=Place.device, steps=6, batch=BATCH, log_interval=2
+    )
     first = train(replace(options, save=False)).summary  # type: ignore[type-var]
     second = train(replace(options, run=folder / "run"), console=Console(file=shown)).summary  # type: ignore[type-var]
     with pytest.MonkeyPatch.context() as patch, suppress(Killed):
@@ -328,7 +379,7 @@ def goes_on(world: World, folder: Path) -> Any:
         return None
     settings = json.loads((survivor / "config.json").read_text())["run"]
     asked = {name: settings[name] for name in ("preset", "data", "steps", "batch", "log_interval")}
-    whole = train(TrainOptions(device="cpu", save=False, **asked)).summary
+    whole = train(TrainOptions(device=Place.device, save=False, **asked)).summary
     resumed = train(TrainOptions(run=survivor, resume=True)).summary
     return [whole["state_sha256"], resumed["state_sha256"]]
 
@@ -339,6 +390,7 @@ CHECKS: tuple[Callable[[World, Path], Any], ...] = (
     is_one_batch,
     agrees_after_steps,
     counts_bytes,
+    sends_no_more_rows_than_there_are,
     refuses_what_is_not_finite,
     counts_faults,
     agrees_on_triton,
@@ -351,10 +403,28 @@ CHECKS: tuple[Callable[[World, Path], Any], ...] = (
 )
 
 
-def main(folder: Path) -> None:
+@contextmanager
+def a_world(patch: pytest.MonkeyPatch) -> Iterator[World]:
+    """Join the ranks as a run does, or let them share a GPU."""
+    if Place.device == "cpu" or torch.cuda.device_count() >= int(os.environ["WORLD_SIZE"]):
+        with joined() as world:
+            world.take_device(Place.device)
+            yield world
+        return
+    patch.setattr(World, "take_device", lambda *_: None)
+    dist.init_process_group("cpu:gloo,cuda:gloo")
+    yield World(dist.get_rank(), dist.get_world_size())
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main(folder: Path, device: str) -> None:
     torch.set_num_threads(1)
+    Place.device = device
+    if device == "cuda":
+        Place.ops = triton_ops
     found = {}
-    with joined() as world, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, a_world(patch) as world:
         nano.register(patch)
         nano.without_pictures(patch)
         for check in CHECKS:
@@ -369,4 +439,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -41,14 +41,15 @@ STEPS, SAVED_EVERY, KILLED_AT, STOPPED_AT = 30, 3, 5, 12
 def torchrun(
     count: int, *arguments: str, restarts: int = 0, nodes: Sequence[str] = ("--standalone",)
 ) -> subprocess.Popen[str]:
-    """Start ranks, without a terminal, on a port that is free. Kernels of Triton run in its interpreter."""
+    """Start ranks, without a terminal, on a port that is free. On a CPU kernels of Triton run in its interpreter."""
+    interpreted = {name: os.environ[name] for name in ("TRITON_INTERPRET",) if name in os.environ}
     return subprocess.Popen(
         [
             sys.executable, "-m", "torch.distributed.run", *nodes, f"--nproc-per-node={count}",
             f"--max-restarts={restarts}", "-m", *arguments,
         ],
         cwd=REPOSITORY,
-        env={**environment(), "TORCH_CPP_LOG_LEVEL": "ERROR", "TRITON_INTERPRET": "1"},
+        env={**environment(), **interpreted, "TORCH_CPP_LOG_LEVEL": "ERROR"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -123,6 +124,8 @@ def found(
 ) -> tuple[Path, list[dict[str, Any]]]:
     """What each rank found, and the folder in which they worked, for a number of ranks."""
     count = request.param
+    # The suite has set it, or has a GPU.
+    device = "cpu" if "TRITON_INTERPRET" in os.environ else "cuda"
     if count == 2:
         folder = request.getfixturevalue("survivor")["folder"]
     else:
@@ -137,7 +140,7 @@ def found(
                 folder / "text.txt", folder / "alone", steps=6, batch=ranks_at_work.BATCH, save_interval=3
             )
         )
-    code, _, err = ended(torchrun(count, "conformance.distributed.ranks_at_work", str(folder)))
+    code, _, err = ended(torchrun(count, "conformance.distributed.ranks_at_work", str(folder), device))
     assert code == 0, err
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(count)]
 
@@ -209,6 +212,13 @@ def test_one_rank_keeps_the_accumulators_of_a_matrix(found: Found) -> None:
 def test_bytes_are_those_of_the_table(found: Found) -> None:
     for dtype, (counted, wanted) in found[1][0]["counts_bytes"].items():
         assert counted == wanted > 0, dtype
+
+
+@both
+def test_a_small_table_sends_its_rows_and_not_its_slots(found: Found) -> None:
+    for of_rank in found[1]:
+        plain, longer = of_rank["sends_no_more_rows_than_there_are"]
+        assert plain == longer and plain[1] == plain[2] > 0
 
 
 @both

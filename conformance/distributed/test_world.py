@@ -17,10 +17,12 @@ from torch.distributed import HashStore
 
 from arbitor.optimized.distributed import ranks, world
 from arbitor.optimized.distributed.ranks import owners
-from arbitor.optimized.distributed.run import measured, train_together, whole_state
+from arbitor.optimized.distributed.run import kept_elsewhere, measured, train_together, whole_state
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import train
+from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.ranks import Ranks
+from arbitor.reference.graph.voting import VOTED_IN
 from arbitor.reference.types import has_memory, without_memory
 from conformance.graph import models
 from conformance.training import nano
@@ -117,6 +119,15 @@ def test_one_rank_of_torchrun_computes_what_a_process_alone_does(
     assert hashes[0] == hashes[1]
 
 
+def test_one_rank_refuses_a_way_of_exchange(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nano.register(monkeypatch)
+    (tmp_path / "text.txt").write_bytes(nano.TEXT)
+    with pytest.raises(
+        ValueError, match=r"^exchange is 'mxint8', but does nothing with one rank, which sends no"
+    ):
+        train(options(tmp_path / "text.txt", None, save=False, exchange="mxint8"))
+
+
 @pytest.mark.parametrize("value", ["two", "", "-1"])
 def test_an_environment_that_torchrun_never_sets_is_refused(
     monkeypatch: pytest.MonkeyPatch, value: str
@@ -193,6 +204,28 @@ def test_owners_share_the_weights_evenly(count: int) -> None:
         if "norm" in name.rpartition(".")[2] or name == "embedding.table"
     }
     assert found.keys() == sizes.keys() - frozen_or_table
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_accumulators_of_other_ranks_are_never_made(number: int) -> None:
+    """A model of two ranks takes the memory of its part from the beginning, and loads its part of a state."""
+    config, two = models.NANO, world.World(number, 2)
+    elsewhere = kept_elsewhere(config, two)
+    whole, part = ArbModel(config, seed=1), ArbModel(config, seed=2, elsewhere=elsewhere)
+    assert elsewhere == {each for each, owner in owners(whole, 2).items() if owner != number} != set()
+    for module in whole.ternary_modules().values():
+        module.get_buffer("trit_accum").random_(-20, 20)
+    part.load_state(whole.state())
+    for name, module in part.ternary_modules().items():
+        is_here = module.tensor_id not in elsewhere
+        for of_part, tensor in module.weight.tensors().items():
+            same = torch.equal(tensor, whole.ternary_modules()[name].weight.tensors()[of_part])
+            if of_part in VOTED_IN:
+                assert has_memory(tensor) == is_here or tensor.numel() == 1
+                assert same if is_here else not tensor.any(), (name, of_part)
+            else:
+                assert same, (name, of_part)
+    assert kept_elsewhere(config, world.World()) == frozenset()
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 5), (7, 1), (4, 6)])

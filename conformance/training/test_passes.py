@@ -304,7 +304,8 @@ def test_what_is_recorded_side_by_side_may_run_in_any_order(monkeypatch: pytest.
         for model in (in_turn, backwards):
             model.step()
     stacks, of_stacks, steps = most[0], most[1 : 1 + most[0]], most[1 + most[0]]
-    assert stacks > 3 and max(of_stacks) > 1 and steps == len(in_turn.ternary_modules())
+    # Most weights step in one call.
+    assert stacks > 3 and max(of_stacks) > 1 and 1 < steps < len(in_turn.ternary_modules())
     assert state_sha256(backwards.state()) == state_sha256(in_turn.state())
 
 

@@ -228,5 +228,10 @@ def test_a_state_beyond_the_memory_of_the_machine_is_refused(monkeypatch: pytest
         TrainingError, match=r"the model 'tiny' has a state of 0\.0 GiB, but cpu has 0\.0 GiB"
     ):
         sizes.check_memory(PRESETS["tiny"], "cpu")
+    # Its accumulators alone would not fit. Of many ranks each keeps a part of them.
+    pages["SC_PHYS_PAGES"] = sizes.least_state_bytes(PRESETS["tiny"]) * 2 // 3 // 4096
+    sizes.check_memory(PRESETS["tiny"], "cpu", num_ranks=3)
+    with pytest.raises(TrainingError, match="has a state of"):
+        sizes.check_memory(PRESETS["tiny"], "cpu")
     pages["SC_PHYS_PAGES"] = 2**20
     sizes.check_memory(PRESETS["tiny"], "cpu")

@@ -113,6 +113,7 @@ class GroupRanks(Ranks):
         self._waited = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.owners = owners(model, self.count)
+        self._num_rows = {each.tensor_id: each.weight.shape[0] for each in model.ternary_modules().values()}
         for module in model.ternary_modules().values():
             if not self.steps(module.tensor_id):
                 for name in VOTED_IN:
@@ -233,17 +234,23 @@ class GroupRanks(Ranks):
         self, tensor_id: int, gradient: Gradient, cast: Callable[[Gradient | None], None]
     ) -> None:
         """Exchange the gradients of rows, or of matrices of a stack, that each rank has chosen."""
-        owner, num_matrices = self.owners.get(tensor_id), gradient.num_matrices
+        owner, num_matrices, most = (
+            self.owners.get(tensor_id),
+            gradient.num_matrices,
+            self._num_rows[tensor_id],
+        )
         assert gradient.rows is not None
-        grads = self._begin_gather(gradient.grad_NK, owner)
-        rows = self._begin_gather(gradient.rows, owner)
+        # A small table has more slots than rows.
+        grads = self._begin_gather(gradient.grad_NK[:most], owner)
+        rows = self._begin_gather(gradient.rows[:most], owner)
 
         def end() -> None:
             grad_parts, row_parts = grads(), rows()
             if grad_parts is None or row_parts is None:
                 cast(None)
                 return
-            self._cast_once(tensor_id, merged(grad_parts, row_parts, num_matrices, self._model.ops), cast)
+            total = merged(grad_parts, row_parts, num_matrices, most, self._model.ops)
+            self._cast_once(tensor_id, total, cast)
 
         self._later(gradient.grad_NK.nbytes, end)
 
@@ -391,17 +398,18 @@ def in_order(parts: Iterable[Tensor]) -> Tensor:
     return functools.reduce(torch.add, parts)
 
 
-def merged(grads: list[Tensor], rows: list[Tensor], num_matrices: int, ops: Any) -> Gradient:
+def merged(grads: list[Tensor], rows: list[Tensor], num_matrices: int, most: int, ops: Any) -> Gradient:
     """Return the gradients of rows that ranks have chosen as one gradient, in which each row, or matrix of a stack, stands once.
 
     Args:
         grads: float [S, K] of each rank.
         rows: int64 [S] of each rank, -1 for an unused slot, whose gradient is 0.
         num_matrices: matrices stacked in the gradient of a rank; 0: rows are merged one by one.
+        most: rows of the weight.
         ops: the op set that sums.
 
     Returns:
-        A gradient with a slot for each slot of all ranks, those left over unused.
+        A gradient with a slot for each slot of all ranks, or for each row of the weight if these are fewer.
     """
     height = grads[0].shape[0] // num_matrices if num_matrices else 1
     grad, row = torch.cat(grads), torch.cat(rows)
@@ -411,6 +419,7 @@ def merged(grads: list[Tensor], rows: list[Tensor], num_matrices: int, ops: Any)
     names, sums = ops.embedding_row_grads(
         torch.where(firsts < 0, stand_in, firsts), grad.reshape(len(firsts), -1)
     )
+    names, sums = names[: most // height], sums[: most // height]
     names = torch.where((firsts >= 0).any(), names, -1)
     ahead = torch.arange(height, device=row.device)
     all_rows = torch.where(names[:, None] < 0, -1, names[:, None] + ahead).flatten()

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arbitor.optimized.distributed.ranks import GroupRanks
+from arbitor.optimized.distributed.ranks import GroupRanks, owners
 from arbitor.optimized.distributed.world import World, code_sha256
+from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.types import TernaryWeight
 
@@ -43,9 +44,23 @@ def train_together(model: ArbModel, world: World, *, exchange: str) -> None:
     Args:
         model, world: the model, and the processes.
         exchange: how gradients travel, as for `GroupRanks`.
+
+    Raises ValueError for a model whose gradients have running means: each would lie with one rank, and no checkpoint collects them.
     """
     if world.count > 1:
+        if model.config.average_gradients:
+            raise ValueError(
+                f"average_gradients is True, but must be False with {world.count} ranks: nothing collects the means"
+            )
         GroupRanks(model, world, exchange=exchange)
+
+
+def kept_elsewhere(config: ArbConfig, world: World) -> frozenset[int]:
+    """Return the tensor ids of the weights of a model whose accumulators other ranks will keep, so that none is made here."""
+    if world.count == 1:
+        return frozenset()
+    found = owners(ArbModel(config, device="meta"), world.count)
+    return frozenset(tensor_id for tensor_id, owner in found.items() if owner != world.number)
 
 
 def whole_state(model: ArbModel) -> dict[str, TernaryWeight | Tensor] | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from arbitor.optimized.distributed.run import check_agreement, train_together
+from arbitor.optimized.distributed.run import check_agreement, kept_elsewhere, train_together
 from arbitor.optimized.distributed.world import World
 from arbitor.optimized.training.adaptation import Adaptation, open_adaptation
 from arbitor.optimized.training.batch_size import BatchSize, fitting_batch
@@ -106,7 +106,7 @@ def prepare(
         )
     text = read_text(settings, folder, found.settings)
     config, lost = run_config(settings, found.model)
-    check_memory(config, runtime.device)
+    check_memory(config, runtime.device, num_ranks=world.count)
     batch_size = fitting_batch(config, settings, runtime) if auto_batch else None
     if batch_size is not None:
         settings = replace(settings, batch=batch_size.windows)
@@ -127,7 +127,12 @@ def prepare(
         and records(settings.cuda_graph, runtime, vote_rule=config.vote_rule, num_ranks=world.count)
     )
     model = ArbModel(
-        config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=settings.seed
+        config,
+        ops=runtime.ops(),
+        device=runtime.device,
+        dtype=runtime.dtype,
+        seed=settings.seed,
+        elsewhere=kept_elsewhere(config, world),
     )
     config_json = json.loads(config.to_json())
     beginning = None

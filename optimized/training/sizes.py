@@ -17,6 +17,9 @@ from arbitor.reference.graph import ArbModel
 REPEATS = {"num_layers": 1024, "num_hops": 64, "video_steps": 1024}
 """The most of what a model is built of one by one. Each takes milliseconds to build, however small it is."""
 
+ACCUMULATORS = 5 / 6
+"""Most of the state of a weight that its accumulators take: a byte a trit beside a fifth."""
+
 FEW = 2
 """How many of each are built to see what one more costs."""
 
@@ -45,17 +48,18 @@ def check_size(config: ArbConfig) -> None:
     _meta(config, config.num_layers)
 
 
-def check_memory(config: ArbConfig, device: str) -> None:
+def check_memory(config: ArbConfig, device: str, *, num_ranks: int = 1) -> None:
     """Refuse to build a model whose state alone is larger than the memory of the machine or of the GPU.
 
     Args:
         config: of a size that `check_size` lets pass.
         device: where it would be built.
+        num_ranks: ranks that train it together. Each keeps a part of the accumulators.
 
     Raises:
         TrainingError: it is larger; the sentence has both sizes.
     """
-    needed = least_state_bytes(config)
+    needed = int(least_state_bytes(config) * (1 - ACCUMULATORS * (1 - 1 / num_ranks)))
     if device == "cuda":
         there = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     else:

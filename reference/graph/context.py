@@ -27,6 +27,7 @@ class GraphContext:
         seed:        seed of the starting weights and of the dither.
         voting:      how weights vote, and the notes that passes left for the next step.
         num_weights: number of weights so far.
+        elsewhere:   tensor ids of the weights whose accumulators another rank keeps (`Ranks`).
         moving:      whether the modules are being moved right now (`graph.module.Part`).
 
     Raises:
@@ -34,7 +35,14 @@ class GraphContext:
     """
 
     def __init__(
-        self, ops: ModuleType, config: ArbConfig, *, device: torch.device | str, dtype: torch.dtype, seed: int
+        self,
+        ops: ModuleType,
+        config: ArbConfig,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        seed: int,
+        elsewhere: frozenset[int] = frozenset(),
     ) -> None:
         checks.integer("seed", seed, 0, 2**64 - 1)
         self.op_set = OpSet(ops)
@@ -45,6 +53,7 @@ class GraphContext:
         self.seed = seed
         self.voting = Voting(self.op_set, config, seed=seed, device=device, dtype=dtype)
         self.num_weights = 0
+        self.elsewhere = elsewhere
         self.moving = False
         self._warned_of_autocast = False
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.context import GraphContext
-from arbitor.reference.graph.voting import Voting
+from arbitor.reference.graph.voting import VOTED_IN, Average, Voting
 from arbitor.reference.promises import differentiable_once
-from arbitor.reference.types import LaidOutWeight, TernaryWeight
+from arbitor.reference.types import LaidOutWeight, TernaryWeight, has_memory, without_memory
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Result = TypeVar("Result")
@@ -261,6 +261,7 @@ class TernaryModule(ArbModule):
         uses:      how often a pass of the model uses the weight (`used`).
         steps:     how often the weight was stepped or loaded; a backward pass refuses a weight that changed since its forward pass.
         adapter:   what adds a change of low rank to the output of a linear (`adapters.attach`), or None.
+        average:   the running mean of the weight's gradients (`averages`), or None.
     """
 
     def __init__(
@@ -269,10 +270,16 @@ class TernaryModule(ArbModule):
         super().__init__(context, frozen=frozen)
         self.voted = False
         self.adapter: nn.Module | None = None
+        self.average: Average | None = None
         self.uses = 1
         self.steps = 0
         self.tensor_id = context.next_tensor_id()
-        self._weight: LaidOutWeight = self.ops.from_spec(make(self.tensor_id))
+        weight: LaidOutWeight = self.ops.from_spec(make(self.tensor_id))
+        if self.tensor_id in context.elsewhere:
+            weight = weight.with_tensors(
+                **{name: without_memory(weight.tensors()[name]) for name in VOTED_IN}
+            )
+        self._weight = weight
         self._tensors = self._weight.tensors()
         for name, tensor in self._tensors.items():
             self.register_buffer(name, tensor)
@@ -335,7 +342,8 @@ class TernaryModule(ArbModule):
         if ctx.steps != self.steps:
             raise RuntimeError("weight was changed between forward and backward, but a step must follow both")
         if self.voting.current is None:
-            self.voting.strayed = self.voting.strayed or not self.frozen
+            if not self.frozen:
+                self.voting.stray()
             return ctx.weight
         self.voting.current.reached = True
         if self.moves and not _same_tensors(ctx.weight.tensors(), self.weight.tensors()):
@@ -367,6 +375,7 @@ class TernaryModule(ArbModule):
             uses=self.uses,
             chosen=chosen,
             voted=self.note_vote,
+            average=self.average,
         )
 
     def note_vote(self, rows: Tensor | None) -> None:
@@ -379,6 +388,11 @@ class TernaryModule(ArbModule):
         if self.voted and not self.frozen:
             self.apply_step(rows=None)
         self.forget_votes()
+
+    @property
+    def steps_whole(self) -> bool:
+        """Whether the next step moves all rows of the weight, as far as notes were delivered."""
+        return self.voted and not self.frozen
 
     def note_step(self) -> None:
         """Note a step that moved the weight without `step_weight`, as a replay of a recorded step does."""
@@ -423,7 +437,9 @@ class TernaryModule(ArbModule):
     def overwrite(self, weight: TernaryWeight) -> None:
         """Do as `load` with a weight that was checked."""
         for name, tensor in self.ops.from_spec(weight.to(self.device)).tensors().items():
-            self.get_buffer(name).copy_(tensor)
+            # What another rank keeps is no business of this one.
+            if has_memory(self.get_buffer(name)):
+                self.get_buffer(name).copy_(tensor)
         self.note_loaded()
 
     def forget(self) -> None:

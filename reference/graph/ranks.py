@@ -19,7 +19,7 @@ class Gradient:
 
     Fields:
         grad_NK:      the gradient of the weight, or of its `rows`.
-        rows:         int64 [N], the rows of the weight, -1 for an unused slot; None for all rows.
+        rows:         int64 [N], the rows of the weight, each once, and -1 for unused slots, which stand last; None for all rows.
         num_matrices: matrices that are stacked in the gradient and are made orthogonal; 0 if the rows vote as they are.
         chosen:       whether the batch chose the rows, so that each rank may name others. A matrix of a stack is chosen as a whole.
     """
