@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from arbitor.optimized.training import media_speech
 from arbitor.optimized.training.options import PRESET_DEFAULTS
@@ -63,6 +64,8 @@ def test_the_demonstration_is_a_run_that_says_what_it_missed(
     monkeypatch.setitem(PRESET_DEFAULTS, "tiny", {"sample_bytes": 4, "eval_windows": 4})
     arguments = ["--run", str(tmp_path / "run"), "--steps", "1", "--count", "12", "--batch", "2"]
     monkeypatch.setattr(media_speech, "CODEC_STEPS", 1)
+    # The command takes one thread, and other tests have theirs.
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     assert demo.main(arguments) == 1
     figures = json.loads((tmp_path / "run" / "media.json").read_text())["figures"]
     assert [figure["name"].partition(":")[0] for figure in figures] == [

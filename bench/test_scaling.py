@@ -115,3 +115,16 @@ def test_why_a_rank_failed_is_found_in_what_torchrun_wrote() -> None:
     err = "[rank0]: Traceback (most recent call last):\n[rank0]: RuntimeError: the loss is not finite\nerror_file: <N/A>"
     assert scaling.reason_of(err) == "RuntimeError: the loss is not finite"
     assert scaling.reason_of("Signal 9") == "a rank ended without a word"
+
+
+def test_the_page_tells_the_stored_step_of_the_largest_model() -> None:
+    """docs/scaling.md has its numbers from bench/results."""
+    stored = json.loads((machine.RESULTS / "nvidia-h200" / "largest.json").read_text())
+    text = PAGE.read_text()
+    for figure in (
+        f"{stored['weights']:,} weights",
+        f"{stored['state_bytes'] / 2**30:.1f} GiB",
+        f"{max(step['peak_bytes'] for step in stored['steps']) / 2**30:.1f} GiB",
+        f"trunk of {stored['layers']} layers",
+    ):
+        assert figure in text, figure

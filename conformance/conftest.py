@@ -189,5 +189,7 @@ def pytest_testnodedown(node: object) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say what was compared, where and how."""
     terminalreporter.section("conformance")
-    for line in report.LEDGER.lines(config.getoption("--impl"), config.stash[WHERE]):
+    for line in report.LEDGER.lines(
+        config.getoption("--impl"), config.stash[WHERE], config.getoption("--family")
+    ):
         terminalreporter.write_line(line)

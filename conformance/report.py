@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from typing import TYPE_CHECKING, NoReturn
 
 import pytest
@@ -31,15 +32,16 @@ class Ledger:
         self.law_examples.update(counts["law_examples"])
         self.skipped.update(counts["skipped"])
 
-    def lines(self, implementation: str, where: str) -> list[str]:
-        """Return the summary."""
-        missing = [name for name in OP_TABLE if not self.compared[name]]
+    def lines(self, implementation: str, where: str, families: Collection[str] = ()) -> list[str]:
+        """Return the summary, of the ops of some families, or of all."""
+        asked = [name for name, row in OP_TABLE.items() if not families or row.family in families]
+        missing = [name for name in asked if not self.compared[name]]
         kinds = Counter(str(OP_TABLE[name].output) for name in self.compared)
         how = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none"
         lines = [
             f"implementation: {implementation}",
             f"where:          {where}",
-            f"compared:       {len(self.compared)} of {len(OP_TABLE)} ops ({how})"
+            f"compared:       {len(self.compared)} of {len(asked)} ops ({how})"
             f" on {self.compared.total()} examples",
             f"laws:           {len(self.law_examples)} on {self.law_examples.total()} examples",
         ]

@@ -11,6 +11,7 @@ import io
 import os
 import sys
 import traceback as traceback_module
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
@@ -60,7 +61,7 @@ def run_command(command: click.Command, argv: Sequence[str] | None = None, *, na
             stream.reconfigure(errors="backslashreplace")
     tells: Callable[[], bool] = _always
     try:
-        with _among_ranks(arguments) as tells:
+        with _warnings_in_sentences(), _among_ranks(arguments) as tells:
             command(arguments, prog_name=name, standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
         _fail("stopped by SIGINT", 130, tells)
@@ -91,6 +92,20 @@ def _hint(error: click.UsageError) -> str:
 
 def _always() -> bool:
     return True
+
+
+@contextlib.contextmanager
+def _warnings_in_sentences() -> Iterator[None]:
+    """Let a warning of Python be a sentence on stderr too, without the place in the code that it came from."""
+
+    def tell(message: Warning | str, *where: object, **more: object) -> None:
+        sentence = shown(" ".join(str(message).split())).rstrip(".")
+        with contextlib.suppress(OSError):
+            click.echo(f"arb: {sentence}.", err=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = tell
+        yield
 
 
 @contextlib.contextmanager

@@ -251,6 +251,31 @@ def test_every_weight_of_it_votes() -> None:
         assert layer.voted and layer.weight.trit_accum.any()
 
 
+def test_a_model_reads_its_memory_by_the_codes_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory is part of the stream, and with a ledger an n-gram may begin in an earlier pass."""
+    model, asked = models.whole(), []
+    assert model.memory is not None
+
+    def forward(h_BPD: Tensor, codes_BP: Tensor, previous: Tensor | None = None) -> Tensor:
+        asked.append((codes_BP, previous))
+        return torch.zeros_like(h_BPD)
+
+    ids_BT, ledger = models.random_ids(1, 12), model.new_ledger()
+    with torch.no_grad():
+        read = model(ids_BT)
+        monkeypatch.setattr(model.memory, "forward", forward)
+        assert not torch.equal(model(ids_BT), read)
+        for piece in (ids_BT[:, :7], ids_BT[:, 7:]):
+            ledger.retract()
+            model(piece, ledger=ledger)
+    (whole, none), (first, before), (second, between) = asked
+    assert none is None
+    exact(torch.cat([first, second], dim=1), whole)
+    count = model.memory.codes_before
+    exact(before, torch.full((1, count), -1))
+    exact(between, torch.cat([before, first], dim=1)[:, -count:])
+
+
 def test_large_tables_need_no_memory_on_meta() -> None:
     module = MemGram(context(device="meta", memory_rows=10_000_000, memory_dim=64))
     assert module.structure.strengths.shape == (10_000_000,)

@@ -66,7 +66,9 @@ def test_a_rate_on_the_device_is_divided_alike(subject: Subject, uses: int) -> N
         rate = torch.tensor(value, device=subject.device)
         # The quotient has enough bits in float64 to be rounded once.
         want = torch.tensor(float(rate) / uses, dtype=torch.float32).item()
-        assert float(part_of_rate(rate, uses)) == want
+        part = part_of_rate(rate, uses)
+        # It stays where it is: a number would wait for the device.
+        assert isinstance(part, torch.Tensor) and float(part) == want
         assert torch.tensor(part_of_rate(value, uses), dtype=torch.float32).item() == want
 
 

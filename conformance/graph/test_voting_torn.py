@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from arbitor.reference import ops
-from arbitor.reference.graph import TernaryEmbedding
+from arbitor.reference.graph import TernaryEmbedding, TernaryLinear
 from conformance.compare import exact
 from conformance.graph import models
 from conformance.graph.test_voting import context
@@ -74,6 +75,22 @@ def test_a_pass_that_raises_leaves_nothing_wherever_it_raises(vote_rule: str) ->
     for each in (model, plain):
         each.step()
     exact(tuple(model.state().values()), tuple(plain.state().values()))
+
+
+@pytest.mark.parametrize("vote_rule", ["stochastic", "sign"])
+def test_a_pass_that_raises_counts_no_faults(vote_rule: str) -> None:
+    """Rows of its gradients that were not finite are counted no more."""
+    parts = context(vote_rule=vote_rule)
+    layer = TernaryLinear(parts, 12, 4)
+    parts.voting.faults += 3
+    y = layer(torch.ones(5, 12))
+    y.register_hook(lambda grad: grad * math.nan)
+    with pytest.raises(RuntimeError, match="planted"), parts.voting.taking(rate=1.0, step=0) as taken:
+        y.sum().backward()
+        parts.voting._count_waiting(taken)
+        assert parts.voting.faults == 7
+        raise RuntimeError("planted")
+    assert parts.voting.faults == 3
 
 
 @pytest.mark.parametrize("fail", [0, 40])

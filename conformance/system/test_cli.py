@@ -7,6 +7,7 @@ import os
 import pty
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -484,3 +485,16 @@ def test_an_unforeseen_error_is_one_sentence_too() -> None:
         done = subprocess.run(command, env=environment(), cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 1
     assert b"No space left on device" in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_a_warning_is_a_sentence(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of an encoder of another project that cannot be kept as it should be."""
+
+    def warns(**options: Any) -> None:
+        warnings.warn("\x1b[31mit is kept\n in bfloat16", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(cli.commands["preset"], "callback", warns)
+    result = here("preset", "tiny")
+    assert result.returncode == 0
+    said = result.stderr.decode()
+    assert said.startswith("arb: ") and said.endswith("[31mit is kept in bfloat16.\n") and "\x1b" not in said

@@ -172,20 +172,22 @@ def _whole_kernel(
 
 
 def average(
-    grad_NK: Tensor, mean_NK: Tensor, exponents_N: Tensor, rate: float | Tensor, out: tuple[Tensor, Tensor]
-) -> Tensor:
-    """Launch `average_gradient`: write the new mean to `out`, which may be the old one, and return what votes; all contiguous."""
+    grad_NK: Tensor,
+    mean_NK: Tensor,
+    exponents_N: Tensor,
+    rate: float | Tensor,
+    out: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Launch `average_gradient`, which writes to `out`. All tensors are contiguous, and those of `out` may be the given ones."""
     runs_here(grad_NK)
     num_rows, num_columns = grad_NK.shape
     gradient_columns(num_columns)
-    led_NK = torch.empty_like(grad_NK)
     block, _ = row_tile(num_columns, BLOCK_COLUMNS)
     if num_rows:
         _average_kernel[row_grid(num_rows, 1)](
-            grad_NK, mean_NK, exponents_N, led_NK, *out, rate_argument(rate), num_columns,
+            grad_NK, mean_NK, exponents_N, *out, rate_argument(rate), num_columns,
             RATE_ON_DEVICE=isinstance(rate, Tensor), LEAST=AVERAGE_EXPONENT_MIN, BLOCK=block,
         )  # fmt: skip
-    return led_NK
 
 
 def row_squares(grad_NK: Tensor) -> Tensor:

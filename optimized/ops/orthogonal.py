@@ -34,19 +34,22 @@ def average_gradient(
     exponents_N: Tensor,
     rate: float | Tensor,
     *,
-    out: tuple[Tensor, Tensor] | None = None,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference."""
     checks.averages("grad_NK", grad_NK, mean_NK, exponents_N, out)
     vote_rate(rate, grad_NK.device)
-    given = (mean_NK.contiguous(), exponents_N.contiguous())
-    target = (torch.empty_like(given[0]), torch.empty_like(given[1]))
-    if out is not None and out[0].is_contiguous() and out[1].is_contiguous():
-        target = out
-    led_NK = average(grad_NK.contiguous(), *given, rate, target)
-    if out is not None and target is not out:
-        return led_NK, out[0].copy_(target[0]), out[1].copy_(target[1])
-    return led_NK, *target
+    given = (grad_NK.contiguous(), mean_NK.contiguous(), exponents_N.contiguous())
+    if out is not None and all(part.is_contiguous() for part in out):
+        average(*given, rate, out)
+        return out
+    found = (torch.empty_like(given[0]), torch.empty_like(given[1]), torch.empty_like(given[2]))
+    average(*given, rate, found)
+    if out is None:
+        return found
+    for part, value in zip(out, found, strict=True):
+        part.copy_(value)
+    return out
 
 
 @op()

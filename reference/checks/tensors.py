@@ -66,13 +66,19 @@ def gradient_matrix(name: str, value: Tensor, allowed: Sequence[torch.dtype] = G
 
 
 def averages(
-    name: str, grad_NK: Tensor, mean_NK: Tensor, exponents_N: Tensor, out: tuple[Tensor, Tensor] | None
+    name: str,
+    grad_NK: Tensor,
+    mean_NK: Tensor,
+    exponents_N: Tensor,
+    out: tuple[Tensor, Tensor, Tensor] | None,
 ) -> None:
     """Refuse a gradient, its mean int8 of the same shape and the exponents int8 of its rows if they do not fit, or an `out`."""
     gradient_matrix(name, grad_NK)
     found = {"mean_NK": mean_NK, "exponents_N": exponents_N}
     if out is not None:
-        found |= {"out[0]": out[0], "out[1]": out[1]}
+        tensor("out[0]", out[0], grad_NK.dtype, grad_NK.shape)
+        same_device(**{name: grad_NK}, **{"out[0]": out[0]})
+        found |= {"out[1]": out[1], "out[2]": out[2]}
     for place, (part, value) in enumerate(found.items()):
         tensor(part, value, torch.int8, grad_NK.shape[: 2 - place % 2])
     same_device(**{name: grad_NK}, **found)

@@ -34,9 +34,8 @@ class GradientAverage(TableModule):
         """Return what votes for a gradient of the weight, or of its unique `rows`, and change the mean in place."""
         mean_NK, exponents_N = self.get_buffer("mean"), self.get_buffer("exponents")
         if rows is None:
-            led_NK: Tensor = self.ops.average_gradient(
-                grad_NK, mean_NK, exponents_N, rate, out=(mean_NK, exponents_N)
-            )[0]
+            led_NK: Tensor = torch.empty_like(grad_NK)
+            self.ops.average_gradient(grad_NK, mean_NK, exponents_N, rate, out=(led_NK, mean_NK, exponents_N))
             return led_NK
         led_NK, mean_RK, exponents_R = self.ops.average_gradient(
             grad_NK, mean_NK[rows], exponents_N[rows], rate

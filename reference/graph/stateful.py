@@ -89,7 +89,11 @@ class Stateful(ArbModule):
             )
         # The mark holds until the step is done, because a step that raises has moved some weights and not others.
         self.voting.torn = True
-        yield
+        try:
+            yield
+        except BaseException:
+            self.voting.ranks.abandon()
+            raise
         self.voting.torn = False
 
     def step_weights(self) -> None:

@@ -29,7 +29,7 @@ def average_gradient(
     exponents_N: Tensor,
     rate: float | Tensor,
     *,
-    out: tuple[Tensor, Tensor] | None = None,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return a gradient with a quarter of its running mean, and the mean after it, int8 with an exponent a row.
 
@@ -38,8 +38,8 @@ def average_gradient(
              at rate 0, and for a row of g that is not finite: u = g, and q and e stay
     Shapes:  grad_NK float32 or bfloat16 [N, K]; mean_NK int8 [N, K]; exponents_N int8 [N]
              rate 0 .. 127, a number or a 0-dim float32 tensor: only whether it is 0 counts
-    Returns: u in the dtype of grad, q in -127 .. 127 and e in -128 .. 121; the last two new, or `out`, overwritten, which may be
-             (mean_NK, exponents_N) itself
+    Returns: u in the dtype of grad, q in -127 .. 127 and e in -128 .. 121; new, or `out`, overwritten, which may be
+             (grad_NK, mean_NK, exponents_N) itself
     Rounding: m and u are taken in float64, with one rounding each; u is rounded to float32 and then to its dtype; half to even
     Raises:  TypeError or ValueError for a dtype, shape, device or rate that is not allowed
     Laws:    2 * g with e + 1 gives 2 * u, q and one more than e; the mean is off by half a step of its row, or one where it is
@@ -60,12 +60,15 @@ def average_gradient(
     e_N = torch.where(m_NK.any(dim=1), (k_N - 7).clamp(min=AVERAGE_EXPONENT_MIN), 0)
     q_NK = (m_NK * _power_of_two(-e_N)[:, None]).round().clamp(-ACCUM_MAX, ACCUM_MAX).to(torch.int8)
     found = (
+        torch.where(moves_N[:, None], u_NK, grad_NK),
         torch.where(moves_N[:, None], q_NK, mean_NK),
         torch.where(moves_N, e_N.to(torch.int8), exponents_N),
     )
-    if out is not None:
-        found = (out[0].copy_(found[0]), out[1].copy_(found[1]))
-    return torch.where(moves_N[:, None], u_NK, grad_NK), *found
+    if out is None:
+        return found
+    for part, value in zip(out, found, strict=True):
+        part.copy_(value)
+    return out
 
 
 @op
