@@ -45,7 +45,7 @@ demo: $(VENV)/.installed-arb ## train the tiny preset on Python's own sources, s
 	rm -rf $(DEMO_RUN)
 	$(BIN)/arb train --preset tiny --data stdlib --device auto --seed 0 --run $(DEMO_RUN) $(DEMO)
 
-demo-media: $(VENV)/.installed-sidecars $(VENV)/.installed-media ## pictures, sounds and videos that a script renders: train, measure, show (8 minutes)
+demo-media: $(VENV)/.installed-sidecars $(VENV)/.installed-media ## pictures, sounds and videos that a script renders: train, measure, show (5 minutes)
 	rm -rf $(DEMO_MEDIA_RUN) $(DEMO_MEDIA_RUN)-data
 	$(BIN)/python -m bench.media --run $(DEMO_MEDIA_RUN) $(DEMO)
 

@@ -54,6 +54,11 @@ class Rules:
         """How gradients become votes."""
         return "stochastic"
 
+    @property
+    def average_gradients(self) -> bool:
+        """Whether a running mean leads a gradient: layers in models of others keep none."""
+        return False
+
 
 class Linear(TernaryLinear):
     """y = x W^T + bias, with a ternary weight.
@@ -304,6 +309,10 @@ def swap_linears(
 
 class _OwnContext(GraphContext):
     """The context of a layer that belongs to no model yet."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.voting.alone = True
 
 
 def _context(

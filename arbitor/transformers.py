@@ -239,7 +239,13 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
         given = sorted(name for name, value in more.items() if value is not None and value is not False)
         unread = [name for name in given if name not in ("position_ids", "cache_position", "logits_to_keep")]
         if unread:
-            raise ValueError(f"{unread[0]} is given, but the model does not read it")
+            # The library's Trainer gives it.
+            by_trainer = (
+                ": a trainer of the library cannot train weights that vote, use ArbModel.backward and step"
+            )
+            raise ValueError(
+                f"{unread[0]} is given, but the model does not read it{by_trainer if unread[0] == 'num_items_in_batch' else ''}"
+            )
         if return_dict is False:
             raise ValueError("return_dict is False, but must be True or None")
         cache = past_key_values

@@ -33,7 +33,7 @@ from arbitor.optimized.training.checkpoint import load_checkpoint, save_checkpoi
 from arbitor.optimized.training.plan import model_config
 from arbitor.optimized.training.runtime import choose_runtime
 from arbitor.optimized.training.smoke import smoke
-from arbitor.reference.config import NUM_BYTES
+from arbitor.reference.config import NUM_BYTES, ArbConfig, with_fields
 from arbitor.reference.graph import ArbModel
 from bench import machine, parts
 
@@ -45,10 +45,22 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "preset": "r12", "disable_vq": True, "disable_graph": True, "max_moe_iters": 1,
     },
     "r12 core alone": {"preset": "r12", "disable_vq": True, "disable_graph": True, "disable_moe": True},
+    "r12, every expert runs": {"preset": "r12"},
     "r14": {"preset": "r14"},
     "tiny": {"preset": "tiny"},
+    "tiny, every expert runs": {"preset": "tiny"},
 }  # fmt: skip
 """Arguments of `model_config` by the name of a model."""
+
+DENSE = " every expert runs"
+"""How the name of a model ends whose experts all run for every position (REFACTOR7), in place of the chosen ones."""
+
+
+def config_of(name: str) -> ArbConfig:
+    """Return the configuration of a model."""
+    config = model_config(**MODELS[name])
+    return with_fields(config, dense_dispatch_max_tokens=2**30) if name.endswith(DENSE) else config
+
 
 SEED_FIGURES: Mapping[tuple[str, int], str] = {
     ("r12", 4): "forward 0.392 s, backward and update 0.851 s, peak 1,734.90 MiB (REFACTOR12)",
@@ -65,7 +77,7 @@ PASSES = 6
 
 def measured(name: str, context: int, *, device: str, seed: int) -> dict[str, Any]:
     """Return the figures of a model at a length."""
-    runtime, config = choose_runtime(device, None, None), model_config(**MODELS[name])
+    runtime, config = choose_runtime(device, None, None), config_of(name)
     report = smoke(config, runtime, context=context, batch=1, backward=True, seed=seed, passes=PASSES)
     if runtime.device == "cuda":
         torch.cuda.empty_cache()
@@ -92,7 +104,7 @@ def through_a_checkpoint(name: str, *, device: str, seed: int) -> dict[str, Any]
 @values_vouched_for()
 def _through_a_checkpoint(name: str, stages: dict[str, Any], *, device: str, seed: int) -> dict[str, Any]:
     """Build a model, train it for two steps, write its state, read it into another model, and compare the two by digest."""
-    runtime, config = choose_runtime(device, None, None), model_config(**MODELS[name])
+    runtime, config = choose_runtime(device, None, None), config_of(name)
 
     def stage(what: str, began: float) -> None:
         runtime.synchronize()

@@ -18,7 +18,7 @@ import arbitor.adapters
 import arbitor.nn
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.op_table import FAMILIES, OP_TABLE
-from bench import goals, one_row
+from bench import goals, one_row, one_vote
 from bench.cases import OURS, REFERENCE, rows
 from bench.machine import RESULTS, ROOT
 from bench.regression import Baseline
@@ -218,6 +218,7 @@ def pages(results: Path = RESULTS) -> dict[Path, str]:
         docs / "api.md": api_page(),
         docs / "perf.md": perf_page(current, of_goals),
         docs / "how-it-learns.svg": one_row.picture(),
+        docs / "votes.svg": one_vote.picture(),
     }
     for folder, files in current.items():
         found[results / folder / "README.md"] = results_page(files)

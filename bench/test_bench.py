@@ -305,9 +305,9 @@ def test_a_wrong_op_gets_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_gates_keep_what_chooses_a_kernel() -> None:
     linear, conv = cases.all_cases()["linear-7168_m16-ours"], cases.all_cases()["conv1d-7168-ours"]
-    kept = {"M": 16, "N": 4816, "K": 2304, "G": 12, "float_bytes": 2}
+    kept = {"M": 16, "N": 7168, "K": 2352, "G": 12, "float_bytes": 2}
     assert {**gate.small(linear.row, linear.sizes)} == kept
-    assert gate.small(conv.row, conv.sizes)["stride"] == 2 and gate.small(conv.row, conv.sizes)["N"] == 64
+    assert gate.small(conv.row, conv.sizes)["stride"] == 2 and gate.small(conv.row, conv.sizes)["N"] == 7168
 
 
 def test_ratios_compare_like_with_like() -> None:

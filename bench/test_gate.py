@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 
+from arbitor.optimized.cuda import many_rows
 from arbitor.optimized.cuda import product as cuda_product
 from arbitor.optimized.cuda import update as cuda_update
 from arbitor.optimized.kernels import (
@@ -40,6 +42,7 @@ PROGRAMS = 2 * 132
 # Not by name: `ops` has ops of the names of its files.
 expert_ops = import_module("arbitor.optimized.ops.experts")
 linear_ops = import_module("arbitor.optimized.ops.linear")
+orthogonal_ops = import_module("arbitor.optimized.ops.orthogonal")
 
 
 def tile(size: int, most: int) -> tuple[int, bool]:
@@ -98,12 +101,20 @@ def adding(s: Sizes) -> Any:
     return widths, experts.is_cut(s["M"], tiles)
 
 
+def of_many_rows(s: Sizes) -> Any:
+    """What the kernel for many rows chooses: its form, and whether sums are cut."""
+    form = many_rows.form_of(s["M"], s["N"])
+    return replace(form, parts=0), form.parts > 1, s["K"] > cuda_product.STEP
+
+
 def multiplied(s: Sizes, *, transposed: bool = False) -> Any:
+    if not transposed and s["float_bytes"] == 2 and many_rows.pays(s["M"], s["N"], s["K"]):
+        return of_many_rows(s)
     if s["M"] > linear_ops.FEW_ROWS or s["float_bytes"] == 4:
         return tile(s["K"], scale.BLOCK_COLUMNS)
     tiles = -(-s["N"] // cuda_product.OUTPUTS)
-    most = cuda_product.MOST if tiles >= cuda_product.MANY else cuda_product.FEW
-    block = cuda_product.block_of(tiles, s["M"]) if not transposed and s["M"] <= most else None
+    takes = not transposed and s["M"] <= cuda_product.FEW
+    block = cuda_product.block_of(tiles, s["M"]) if takes else None
     return block, product(s, s["M"], 1, transposed=transposed)
 
 
@@ -119,12 +130,18 @@ def among(s: Sizes) -> Any:
 
 
 def attending(s: Sizes) -> Any:
-    return tile(s["L"], 2**30), s["R"], s["S"] > attention.PART_SLOTS, s["H"] > attention.BLOCK_HEADS
+    return (
+        tile(s["L"], 2**30),
+        s["R"],
+        s["S"] > attention.PART_SLOTS,
+        s["S"] > attention.NEAR_SLOTS,
+        s["H"] > attention.BLOCK_HEADS,
+    )
 
 
 def looping(s: Sizes) -> Any:
     widths = (denoise.BLOCK, denoise.BLOCK_COLUMNS, denoise.BLOCK_MIXED)
-    tokens = s["P"] > denoise.BLOCK_MIXED_TOKENS
+    tokens = s["P"] > denoise.BLOCK_MIXED_TOKENS, s["B"] <= linear_ops.FEW_FLOAT_ROWS
     return tile(s["L"], denoise.BLOCK), [tile(s["D"], width) for width in widths], tokens, s["halting"]
 
 
@@ -136,6 +153,12 @@ def summing(s: Sizes) -> Any:
     block, row_blocks = row_tile(s["K"], norm.BLOCK_SUMS)
     parts = norm.parts_of(s["M"], -(-norm.PROGRAMS // row_blocks), norm.PART_ROWS)[1]
     return tile(s["K"], norm.BLOCK_COLUMNS), block, row_blocks > 1, parts > 1
+
+
+def orthogonalized(s: Sizes) -> Any:
+    side = min(s["N"] // s["E"], s["K"])
+    in_quarters = side >= orthogonal_ops.LEAST_SIDE and side % orthogonal_ops.SIDE_MULTIPLE == 0
+    return tile(s["K"], orthogonal.BLOCK_COLUMNS), s["N"] // s["E"] > s["K"], in_quarters
 
 
 def convolved(s: Sizes) -> Any:
@@ -171,7 +194,7 @@ PATHS: dict[str, Callable[[Sizes], Any]] = {
     "nearest_candidates": among,
     "grouped_linear": grouped,
     "grouped_linear_input_grad": lambda s: grouped(s, transposed=True),
-    "orthogonalize": lambda s: (tile(s["K"], orthogonal.BLOCK_COLUMNS), s["N"] // s["E"] > s["K"]),
+    "orthogonalize": orthogonalized,
     "grouped_linear_weight_grad": adding,
     "decode_attention": attending,
     "edge_sum": lambda s: (s["J"], columns(edges.BLOCK_COLUMNS)(s)),

@@ -148,6 +148,8 @@ def test_stages_before_one_that_fails_are_kept() -> None:
 
 def test_every_seed_figure_is_of_a_model_that_is_measured() -> None:
     assert {name for name, _ in large.SEED_FIGURES} <= set(large.MODELS)
+    dense = [name for name in large.MODELS if large.config_of(name).dense_dispatch_max_tokens]
+    assert dense == ["r12, every expert runs", "tiny, every expert runs"]
 
 
 def test_a_part_that_fails_says_why(capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,6 +87,14 @@ def of_experts() -> Iterator[tuple[str, Case]]:
         routed = torch.zeros(rows, 7168, dtype=BF16)
         how = {"top_k": 2, "handicap_E": torch.zeros(groups["num_groups"], dtype=torch.int16)}
         yield "choose_experts", Case((routed, weight(groups["num_groups"], 7168)), how)
+    # All experts of small, of whose ranks those chosen count.
+    ranks, logits, chosen = torch.zeros(64, 768, dtype=BF16), torch.zeros(64, 32, dtype=BF16), dealt(128, 32)
+    yield "weigh_ranks", Case((ranks, logits, chosen.reshape(64, 2)))
+    yield "weigh_ranks_grads", Case((ranks, ranks, logits, chosen.reshape(64, 2)))
+    # Those of r12, of the chosen alone.
+    ranks, only = torch.zeros(64, 2 * 1192, dtype=BF16), {"chosen_only": True}
+    yield "weigh_ranks", Case((ranks, logits, chosen.reshape(64, 2)), only)
+    yield "weigh_ranks_grads", Case((ranks, ranks, logits, chosen.reshape(64, 2)), only)
     # The experts of r12, with its width cut, and of r9.
     for rows, columns in ((1192, 192), (128, 512)):
         stacked = weight(groups["num_groups"] * rows, columns)
@@ -112,6 +120,8 @@ def of_rows() -> Iterator[tuple[str, Case]]:
     for rows in (1, 16, 64):
         yield "linear", Case((x[:rows], table))
         yield "linear_input_grad", Case((torch.zeros(rows, 64, dtype=BF16), table))
+    # The matrices of small that give the terms of its experts, side by side.
+    yield "linear", Case((torch.zeros(128, 768, dtype=BF16), weight(32 * 1024, 24)), {"num_groups": 32})
     # The last width is more than a program holds of a row.
     for width in (WIDTH, 7168, 12_288):
         of_width, its_gain = torch.zeros(64, width, dtype=BF16), weight(1, width)
@@ -139,7 +149,8 @@ def of_updates() -> Iterator[tuple[str, Case]]:
     votes = grad.to(torch.int8)
     yield "orthogonalize", Case((grad.to(BF16),))
     # A side whose symmetric products are computed in quarters.
-    yield "orthogonalize", Case((torch.zeros(1024, 1040, dtype=BF16),))
+    yield "orthogonalize", Case((torch.zeros(4096, 4112, dtype=BF16),))
+    yield "average_gradient", Case((grad.to(BF16), votes, votes[:, 0].contiguous(), 0.5))
     yield "row_exponents", Case((grad,))
     yield "sign_votes", Case((grad, 3))
     yield "stochastic_votes", Case((grad, 0.5), CLOCK)

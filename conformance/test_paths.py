@@ -218,12 +218,14 @@ def test_what_a_product_takes() -> None:
     assert product.fits(x, weight) and product.fits(x[:1], weight)
     assert not product.fits(x[:0], weight)
     assert not product.fits(torch.zeros(9, 192, dtype=torch.bfloat16), weight)
-    large, larger = device_weight(2**14, 32), device_weight(2**20, 32)
-    for count, weights in ((9, (large, larger)), (512, (large, larger)), (1024, (larger,)), (1025, ())):
-        rows = torch.zeros(count, 32, dtype=torch.bfloat16)
-        assert [each for each in (weight, large, larger) if many_rows.fits(rows, each)] == [*weights]
-    # What the kernel for few rows takes it leaves.
-    assert not many_rows.fits(torch.zeros(8, 32, dtype=torch.bfloat16), large)
+    # More rows, by the size of the weight.
+    for size, taken_rows in ((2**21, ()), (2**22, (17, 512)), (2**24, (9, 1024)), (2**27, (9, 2**20))):
+        for count in (1, 8, 9, 16, 17, 512, 513, 1024, 1025, 2**20):
+            inside = bool(taken_rows) and taken_rows[0] <= count <= taken_rows[1]
+            assert many_rows.pays(count, size // 1024, 1024) is inside, (size, count)
+    large = device_weight(2**17, 32)
+    assert many_rows.fits(torch.zeros(17, 32, dtype=torch.bfloat16), large)
+    assert not many_rows.fits(torch.zeros(17, 32), large)
     assert not product.fits(x.float(), weight)
     assert not product.fits(torch.zeros(8, 196, dtype=torch.bfloat16), device_weight(20, 196))
     taken = {size for size in GROUP_SIZES if product.fits(x, device_weight(20, 192, size))}

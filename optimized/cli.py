@@ -65,8 +65,7 @@ def run_command(command: click.Command, argv: Sequence[str] | None = None, *, na
     except (KeyboardInterrupt, click.Abort):
         _fail("stopped by SIGINT", 130, tells)
     except click.UsageError as error:
-        hint = f" (try: {error.ctx.command_path} --help)" if error.ctx is not None else ""
-        _fail(error.format_message().rstrip(".") + hint, 2, tells)
+        _fail(error.format_message().rstrip(".") + _hint(error), 2, tells)
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code, tells)
     except Exception as error:
@@ -74,6 +73,20 @@ def run_command(command: click.Command, argv: Sequence[str] | None = None, *, na
             traceback_module.print_exc()
         _fail(*_explained(error), tells)
     sys.exit(0)
+
+
+def _hint(error: click.UsageError) -> str:
+    """Return what a user may have meant, and where help is."""
+    if error.ctx is None:
+        return ""
+    # Other programs take files, runs and prompts without an option.
+    options = [option.opts[0] for option in error.ctx.command.params if isinstance(option, click.Option)]
+    named = [name for name in ("--data", "--prompt", "--preset", "--run") if name in options]
+    if "unexpected extra argument" in error.format_message() and named:
+        return (
+            f": options name what is meant, such as {', '.join(named)} (try: {error.ctx.command_path} --help)"
+        )
+    return f" (try: {error.ctx.command_path} --help)"
 
 
 def _always() -> bool:

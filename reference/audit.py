@@ -54,7 +54,6 @@ AREA_OF = {
     "image_sequencer": areas.MEDIA,
     "audio_sequencer": areas.MEDIA,
     "memory": areas.MEMORY,
-    "ngrams": areas.MEMORY,
     AUDIO_ENCODER: AUDIO_ENCODER,
 }
 """Area of a module by its name in the model: REFACTOR14's areas in its order, then those that its table does not have."""

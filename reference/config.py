@@ -141,8 +141,6 @@ class ArbConfig:
         num_summaries:  summaries of a size that attention sees, at least.
         memory_rows:    rows of each memory table; 0 for no memory.
         memory_dim:     width of a memory row.
-        ngram_rows:     rows of the table of runs of bytes; 0 for none.
-        ngram_dim:      width of such a row.
         composite_codes: entries of the composite codebook; 0 for no proposals.
         composite_inner: width between a position and its proposal.
         image_features: width of an image patch's features; 0 for no images.
@@ -163,6 +161,7 @@ class ArbConfig:
         exponent_rule:  `score`, `sign` or `frozen`.
         vote_rule:      `stochastic` or `sign`.
         orthogonal_steps: iterations of `orthogonalize` before the gradient of a matrix casts stochastic votes; 0 for none.
+        average_gradients: whether a running mean leads a gradient before it is made orthogonal. It takes a byte a weight.
         max_vote_step:  largest vote of the `sign` rule, 1 .. 127.
 
     Raises TypeError or ValueError, one sentence, for a field that is not allowed.
@@ -200,8 +199,6 @@ class ArbConfig:
     num_summaries: int = 16
     memory_rows: int = 0
     memory_dim: int = 64
-    ngram_rows: int = 0
-    ngram_dim: int = 64
     composite_codes: int = 0
     composite_inner: int = 1280
     image_features: int = 0
@@ -220,6 +217,7 @@ class ArbConfig:
     exponent_rule: str = "score"
     vote_rule: str = "stochastic"
     orthogonal_steps: int = DEFAULT_ORTHOGONAL_STEPS
+    average_gradients: bool = False
     max_vote_step: int = 8
 
     def __post_init__(self) -> None:
@@ -366,7 +364,6 @@ SWITCHES = (
     ),
     Switch("without composite_codes", lambda config: config.composite_codes > 0, ("composite_inner",)),
     Switch("without memory_rows", lambda config: config.memory_rows > 0, ("memory_dim",)),
-    Switch("without ngram_rows", lambda config: config.ngram_rows > 0, ("ngram_dim",)),
     Switch("without image_features", lambda config: config.image_features > 0, ("image_codes",)),
     Switch("without audio_features", lambda config: config.audio_features > 0, ("audio_codes",)),
     Switch("without video_latent", lambda config: config.video_latent > 0, ("video_steps",)),
@@ -376,6 +373,11 @@ SWITCHES = (
         ("router_inner",),
     ),
     Switch("with vote_rule 'sign'", lambda config: config.vote_rule != "sign", ("orthogonal_steps",)),
+    Switch(
+        "without orthogonal_steps that are read",
+        lambda config: config.orthogonal_steps > 0 and config.vote_rule != "sign",
+        ("average_gradients",),
+    ),
     Switch("with vote_rule 'stochastic'", lambda config: config.vote_rule == "sign", ("max_vote_step",)),
     Switch("with exponent_rule 'frozen'", lambda config: config.exponent_rule != "frozen", ("theta_e",)),
 )

@@ -45,6 +45,9 @@ MAX_ORTHOGONAL_STEPS = 10
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of x, x^3 and x^5 in a step. A singular value grows up to 3.44-fold while small, and never beyond 1.21."""
 
+AVERAGE_EXPONENT_MIN, AVERAGE_EXPONENT_MAX = -128, 121
+"""Exponents of the rows of a gradient's mean. With 7 bits above them, the upper end is that of float32."""
+
 MIN_ORTHOGONAL_RANK = 32
 """Smaller side from which on the gradient of a matrix is orthogonalised. A narrower matrix has few directions to even out."""
 
@@ -134,3 +137,10 @@ def packed_bytes(num_trits: int) -> int:
 def level_range(mantissa_bits: int) -> tuple[int, int]:
     """Return the smallest and largest stored scale level E * 2**b + m for b mantissa bits."""
     return EXPONENT_MIN << mantissa_bits, ((EXPONENT_MAX + 1) << mantissa_bits) - 1
+
+
+CONTEXT_LEVELS = 8
+"""Number of block sizes in the view of a position on a long past. With blocks of 64 the largest block holds a million positions."""
+
+CONTEXT_CHILDREN = 4
+"""Blocks of a level that make one block of the next level."""

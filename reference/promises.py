@@ -54,7 +54,9 @@ def op(function: Callable[P, R]) -> Callable[P, R]:
         if autocast_is_on():
             with without_autocast():
                 return call(*args, **kwargs)
-        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, (Tensor, StateTensors)))
+        tensors = (
+            value for value in (*args, *kwargs.values()) if isinstance(value, (Tensor, StateTensors, tuple))
+        )
         index = max(index_of_device(kwargs.get("device")), *map(index_of, tensors), -1)
         if index >= 0 and index != torch.cuda.current_device():
             with torch.cuda.device(index):
@@ -112,7 +114,12 @@ def index_of_device(device: object) -> int:
 
 
 def index_of(value: object) -> int:
-    """Return the index of the CUDA device that an argument lies on, or -1 if there is no such device."""
+    """Return the index of the CUDA device that an argument lies on, or -1 if there is no such device.
+
+    Several weights in a tuple lie on one device.
+    """
+    if isinstance(value, tuple):
+        return index_of(value[0]) if value else -1
     if isinstance(value, Tensor):
         return value.get_device()
     if isinstance(value, StateTensors):

@@ -9,13 +9,22 @@ from arbitor.sidecars.audio import AudioSidecar, audio_frames
 from arbitor.sidecars.audit import SidecarAudit, audit_of, counted_mib, standard_audit
 from arbitor.sidecars.encoders import Encoders
 from arbitor.sidecars.features import FeatureCache
-from arbitor.sidecars.media import read_audio, read_image, read_video, write_audio, write_image, write_video
+from arbitor.sidecars.media import (
+    Blob,
+    read_audio,
+    read_image,
+    read_video,
+    write_audio,
+    write_image,
+    write_video,
+)
 from arbitor.sidecars.sidecar import Sidecar, SidecarError
 from arbitor.sidecars.video import VideoSidecar, whole_clip
 from arbitor.sidecars.vision import VisionSidecar
 
 __all__ = [
     "AudioSidecar",
+    "Blob",
     "Encoders",
     "FeatureCache",
     "Sidecar",

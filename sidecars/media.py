@@ -5,6 +5,7 @@ Legend: H and W sides of a picture, T samples or frames.
 
 from __future__ import annotations
 
+import io
 import warnings
 import wave
 from collections.abc import Iterator
@@ -34,7 +35,32 @@ FRAMES_PER_SECOND = 10
 """Frames a second of videos that are written unless said otherwise."""
 
 
-def read_image(path: str | Path) -> Tensor:
+class Blob(NamedTuple):
+    """A file that lies within another one, such as the member of an archive.
+
+    Fields:
+        name: what messages call it.
+        data: its bytes.
+    """
+
+    name: str
+    data: bytes
+
+    def __str__(self) -> str:
+        """Return the name."""
+        return self.name
+
+
+MediaFile = str | Path | Blob
+"""What is decoded: a path, or the bytes of a file."""
+
+
+def _opened(path: MediaFile) -> Any:
+    """Return what a library opens."""
+    return io.BytesIO(path.data) if isinstance(path, Blob) else str(path)
+
+
+def read_image(path: MediaFile) -> Tensor:
     """Return a picture of any format, size and mode as uint8 [3, H, W], upright.
 
     Greyscale is repeated in all channels, and greyscale of 16 bits is divided by 256. Transparency shows white. Only the first
@@ -45,7 +71,7 @@ def read_image(path: str | Path) -> Tensor:
     image_module, ops = library("PIL.Image"), library("PIL.ImageOps")
     with _decoding(path), warnings.catch_warnings():
         warnings.simplefilter("ignore", image_module.DecompressionBombWarning)
-        with image_module.open(path) as opened:
+        with image_module.open(_opened(path)) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise SidecarError(
                     f"{str(path)!r} is a picture of {opened.width} x {opened.height}, but may have at most {MAX_PIXELS} pixels"
@@ -54,7 +80,7 @@ def read_image(path: str | Path) -> Tensor:
         return torch.from_numpy(np.array(picture)).movedim(2, 0).contiguous()
 
 
-def _rgb(picture: Any, path: str | Path) -> Any:
+def _rgb(picture: Any, path: MediaFile) -> Any:
     """Return a picture of Pillow in RGB."""
     image_module = library("PIL.Image")
     if picture.mode == "F":
@@ -72,7 +98,7 @@ def _rgb(picture: Any, path: str | Path) -> Any:
     return picture.convert("RGB")
 
 
-def read_audio(path: str | Path, *, max_seconds: float = MAX_SECONDS) -> Tensor:
+def read_audio(path: MediaFile, *, max_seconds: float = MAX_SECONDS) -> Tensor:
     """Return the first sound track of a file as float32 [T], mono at 16 kHz, in [-1, 1].
 
     Channels are averaged, and FFmpeg resamples other rates.
@@ -81,7 +107,7 @@ def read_audio(path: str | Path, *, max_seconds: float = MAX_SECONDS) -> Tensor:
     """
     av = library("av")
     limit, parts, count = int(max_seconds * SAMPLE_RATE), [], 0
-    with _decoding(path), av.open(str(path)) as container:
+    with _decoding(path), av.open(_opened(path)) as container:
         if not container.streams.audio:
             raise SidecarError(f"{str(path)!r} has no sound")
         resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
@@ -112,7 +138,7 @@ class Video(NamedTuple):
     more: bool
 
 
-def read_video(path: str | Path, *, max_frames: int = MAX_FRAMES, every: int = 1) -> Video:
+def read_video(path: MediaFile, *, max_frames: int = MAX_FRAMES, every: int = 1) -> Video:
     """Return the frames of the first video track of a file: from the first frame on, one of each `every` frames.
 
     Raises SidecarError where the file cannot be decoded or has no pictures, ValueError for counts below 1.
@@ -122,7 +148,7 @@ def read_video(path: str | Path, *, max_frames: int = MAX_FRAMES, every: int = 1
             raise ValueError(f"{name} is {value}, but must be at least 1")
     av = library("av")
     kept: list[Tensor] = []
-    with _decoding(path), av.open(str(path)) as container:
+    with _decoding(path), av.open(_opened(path)) as container:
         if not container.streams.video:
             raise SidecarError(f"{str(path)!r} has no pictures")
         stream, more = container.streams.video[0], False
@@ -145,9 +171,9 @@ def _frames(container: Any, stream: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def _decoding(path: str | Path) -> Iterator[None]:
+def _decoding(path: MediaFile) -> Iterator[None]:
     """Turn an error of a decoder into a SidecarError that names the file."""
-    if not Path(path).is_file():
+    if not isinstance(path, Blob) and not Path(path).is_file():
         raise SidecarError(f"{str(path)!r} is no file that exists")
     with _told(path, "decoded"):
         yield
@@ -159,7 +185,7 @@ def _writing(path: str | Path) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _told(path: str | Path, done: str) -> Iterator[None]:
+def _told(path: MediaFile, done: str) -> Iterator[None]:
     """Turn an error of a library into a SidecarError that says what cannot be done with a file."""
     try:
         yield

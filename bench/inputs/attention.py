@@ -12,7 +12,7 @@ import torch
 
 from bench.inputs.maker import FLOATS, Arguments, Inputs, Maker, Sizes
 
-MOST = {"H": 128, "S": 1024, "L": 512}
+MOST = {"H": 128, "S": 1600, "L": 512}
 
 
 def decode(make: Maker, s: Sizes) -> Arguments:
@@ -23,4 +23,10 @@ def decode(make: Maker, s: Sizes) -> Arguments:
     return (q, keys, bias), {"value_width": s["L"], "scale": columns**-0.5}
 
 
-INPUTS: Mapping[str, Inputs] = {"decode_attention": decode}
+def looking_back(make: Maker, s: Sizes) -> Arguments:
+    """Return the arguments of `visible_slots`, for sequences of different lengths."""
+    sizes = {"num_queries": s["Q"], "window": s["w"], "block": s["b"], "num_summaries": s["N"]}
+    return (make.integers(0, 2**20, (s["B"],), torch.int64),), sizes
+
+
+INPUTS: Mapping[str, Inputs] = {"decode_attention": decode, "visible_slots": looking_back}

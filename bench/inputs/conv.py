@@ -12,7 +12,7 @@ from torch import Tensor
 from arbitor.reference.types import TernaryWeight
 from bench.inputs.maker import FLOATS, Inputs, Maker, Sizes
 
-MOST = {"C": 768, "L": 256}
+MOST = {"C": 768, "L": 1024, "N": (64, 7168)}
 
 
 def positions(s: Sizes) -> int:

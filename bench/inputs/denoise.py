@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from arbitor.reference.config import HALT_THRESHOLD
 from bench.inputs.maker import FLOATS, Arguments, Inputs, Maker, Sizes, activations
 
-MOST = {"D": 1088, "L": 16_384, "P": 298}
+MOST = {"D": 2112, "L": 16_384, "P": 298}
 
 
 def loop(make: Maker, s: Sizes) -> Arguments:

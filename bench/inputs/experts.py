@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from arbitor.reference.types import TernaryWeight
-from bench.inputs.maker import Arguments, Inputs, Maker, Sizes, activations
+from bench.inputs.maker import FLOATS, Arguments, Inputs, Maker, Sizes, activations
 
 MOST = {"M": 8192, "N": 640, "K": 1024}
 
@@ -39,6 +39,23 @@ def routed(make: Maker, s: Sizes) -> Arguments:
     return given, {"top_k": s["top_k"], "handicap_E": handicap}
 
 
+def weighings(make: Maker, s: Sizes) -> tuple[Tensor, ...]:
+    """Return ranks of all experts, logits, and experts of which k are dealt out to each position."""
+    floats = FLOATS[s["float_bytes"]]
+    ranks, logits = (make.normal((s["M"], width), floats) for width in (s["E"] * s["R"], s["E"]))
+    first = torch.arange(s["M"], device=make.device)[:, None]
+    return ranks, logits, (first + torch.arange(s["top_k"], device=make.device)) % s["E"]
+
+
+def balanced(make: Maker, s: Sizes) -> Arguments:
+    """Return choices, and the tables of experts that they change in place."""
+    tables = (
+        make.integers(0, 2**20, (s["E"],), torch.int64),
+        make.integers(0, 100, (s["E"],), torch.int16),
+    )
+    return (dealt(make, s), *tables), {"out": tables}
+
+
 INPUTS: Mapping[str, Inputs] = {
     "choose_experts": routed,
     "grouped_linear": lambda make, s: grouped(make, s, "K"),
@@ -47,5 +64,11 @@ INPUTS: Mapping[str, Inputs] = {
         (activations(make, s, "N"), activations(make, s, "K"), dealt(make, s)),
         {"num_groups": s["E"]},
     ),
+    "weigh_ranks": lambda make, s: (weighings(make, s), {}),
+    "weigh_ranks_grads": lambda make, s: (
+        (make.normal((s["M"], s["E"] * s["R"]), FLOATS[s["float_bytes"]]), *weighings(make, s)),
+        {},
+    ),
     "expert_load": lambda make, s: ((dealt(make, s),), {"num_groups": s["E"]}),
+    "balance_experts": balanced,
 }

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from bench.inputs.maker import Inputs, activations, weight
 
-MOST = {"N": (256, 4816, 9616), "K": 2304}
+MOST = {"M": 1040, "N": (256, 3072, 7168, 16384), "K": 2352}
 
 INPUTS: Mapping[str, Inputs] = {
     "linear": lambda make, s: ((activations(make, s, "K"), weight(make, s)), {}),

@@ -10,6 +10,7 @@ from statistics import mean
 from typing import Any
 
 from arbitor.optimized.training.plan import preset_config
+from arbitor.optimized.training.schedule import decay_of
 from arbitor.reference.config import with_modules
 from arbitor.reference.presets import PRESETS, preset
 from bench.learning.learner import Architecture
@@ -36,11 +37,12 @@ TRUNK = "/trunk"
 
 BEST = ("integer", "fixed scales", "straight-through", "float AdamW")
 
-TUNED = ("integer", "straight-through", "straight-through Muon", "float AdamW", "float Muon")
+TUNED = ("integer", "averaged", "straight-through", "straight-through Muon", "float AdamW", "float Muon")
 """Rules that the suite `tune` sweeps: ours, and the baselines."""
 
 GRID: Mapping[str, tuple[Sequence[float], Sequence[float]]] = {
     "integer": ((4 / 64, 6 / 64, 8 / 64), (0.6, 1.0)),
+    "averaged": ((4 / 64, 6 / 64, 8 / 64), (0.6, 1.0)),
     "straight-through": ((1e-3, 2e-3, 4e-3), (0.4, 1.0)),
     "straight-through Muon": ((2e-3, 4e-3, 8e-3), (0.4, 1.0)),
     "float AdamW": ((7e-4, 1.5e-3, 3e-3), (0.4, 1.0)),
@@ -57,7 +59,7 @@ SWEPT: Mapping[str, Sequence[tuple[float, float]]] = {
 }
 SWEPT_LONG: Mapping[str, Sequence[tuple[float, float]]] = {
     "fixed scales": (
-        (3 / 64, 1.0), (4 / 64, 1.0), (6 / 64, 1.0), (8 / 64, 1.0), (2 / 64, 0.6), (3 / 64, 0.6),
+        (3 / 64, 1.0), (4 / 64, 1.0), (6 / 64, 0.6), (8 / 64, 1.0), (2 / 64, 0.6), (3 / 64, 0.6),
     ),
     "straight-through": ((1e-3, 0.6), (1.4e-3, 1.0), (2e-3, 1.0)),
     "float AdamW": ((1e-3, 1.0),),
@@ -241,4 +243,5 @@ def settings_of(job: Job) -> dict[str, Any]:
 def rule_of(job: Job) -> Rule:
     """Return the rule of a job, with the rate and the decay asked for."""
     asked = {name: getattr(job, name) for name in ("rate", "decay") if getattr(job, name) is not None}
-    return replace(RULES[job.rule], **asked)
+    rule = replace(RULES[job.rule], **asked)
+    return rule if rule.decay is not None else replace(rule, decay=decay_of(job.steps))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arbitor.optimized.training.schedule import DECAY_FRACTION, GAIN
+from arbitor.optimized.training.schedule import GAIN
 from arbitor.reference.config import SIGN_VOTES
 from arbitor.reference.constants import groups_per_row
 from bench.learning.dense import DenseOps, DenseWeight
@@ -33,14 +33,14 @@ class Rule:
     Attributes:
         kind:   `integer`, `float` or `straight-through`.
         rate:   learning rate of AdamW and Muon, or for integers the gain of the schedule, in parts of theta.
-        decay:  share of the steps, at the end, over which the rate falls to 0.
+        decay:  share of the steps, at the end, over which the rate falls to 0; None for the product's, which the length decides.
         config: fields of the model's configuration that differ from the preset's.
         muon:   whether Muon moves the matrices, with steps as large as AdamW's.
     """
 
     kind: str
     rate: float
-    decay: float = 0.4
+    decay: float | None = 0.4
     config: Mapping[str, Any] = field(default_factory=dict)
     muon: bool = False
 
@@ -49,8 +49,9 @@ FIXED_SCALES = {"exponent_rule": "frozen", "mantissa_bits": 0}
 """Scales that stay the powers of two that they start as."""
 
 RULES: Mapping[str, Rule] = {
-    "integer": Rule("integer", GAIN, DECAY_FRACTION),
-    "fixed scales": Rule("integer", GAIN, DECAY_FRACTION, FIXED_SCALES),
+    "integer": Rule("integer", GAIN, None),
+    "averaged": Rule("integer", GAIN, None, {"average_gradients": True}),
+    "fixed scales": Rule("integer", GAIN, None, FIXED_SCALES),
     "rows alone": Rule("integer", 1.25 / 16, 0.4, {"theta": 16, "orthogonal_steps": 0, **FIXED_SCALES}),
     "sign": Rule("integer", 1 / 32, 0.4, SIGN_VOTES),
     "straight-through": Rule("straight-through", 2e-3),
@@ -58,9 +59,9 @@ RULES: Mapping[str, Rule] = {
     "float AdamW": Rule("float", 1.5e-3),
     "float Muon": Rule("float", 2e-3, muon=True),
 }
-"""Rules by name: the default of every preset; the same without votes on scales; stochastic votes of plain gradients with coarse
-counters; the seeds' votes, whose `rate` says only that they are cast, as large as the loss of the step before says; float latent
-weights behind ternary ones, and float weights, each with AdamW and with Muon."""
+"""Rules by name: the default of every preset; the same with a running mean of gradients; the same without votes on scales;
+stochastic votes of plain gradients with coarse counters; the seeds' votes, whose `rate` says only that they are cast, as large as
+the loss of the step before says; float latent weights behind ternary ones, and float weights, each with AdamW and with Muon."""
 
 
 class GaussianSpec:

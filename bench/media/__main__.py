@@ -7,7 +7,8 @@ the run folder, each beside what is reached without the medium: slots of texts t
 after each step, vowels that are said right, and the choices of the router. `media.png` shows pictures with the texts that the model
 wrote, and `media.wav` has a sound that it said. The process fails where a goal is missed.
 
-Rates, objectives and mixes were chosen on files of seed 0. Those of another seed, the default, are judged.
+Rates, objectives and mixes were chosen on files of seed 0, and the number of steps after a run on files of seed 1. Those of seed 2,
+the default, are judged.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ said right, and least share of right choices."""
 JUDGES = 200
 """Sounds that say what vowels sound like."""
 
-STEPS = 560
+STEPS = 800
 MIX = "text=2,image=3,audio=6,video=5,speech=2"
 """Length of the run, and how often a micro-batch is of each kind."""
 
@@ -89,6 +90,8 @@ class Figure:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Render, train, measure, and print. Return the exit status."""
     asked = parsed(arguments)
+    # Operations are so small here that threads wait for each other longer than they work.
+    torch.set_num_threads(1)
     root = asked.run.with_name(asked.run.name + "-data")
     config = with_modules(preset("tiny"), vq=False)
     render(root, count=asked.count, seed=asked.seed)
@@ -106,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         batch=asked.batch,
         context=48,
         seed=asked.seed,
-        eval_interval=max(1, asked.steps // 4),
+        eval_interval=asked.steps,
         save_interval=asked.steps,
         device="cpu",
         **options,
@@ -140,7 +143,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=2000, help="files of each kind")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--mix", default=MIX)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=2)
     return parser.parse_args(arguments)
 
 
@@ -250,7 +253,7 @@ def vowels_right(run: Run) -> float:
     """Return the share of vowels that are said right: the mean spectrum of their part is nearest to that of the vowel."""
     mix = mix_of(run)
     learned = mix.training_items("speech")[:JUDGES]
-    examples = torch.stack([read_audio(item.path) for item in learned])
+    examples = torch.stack([read_audio(item.medium()) for item in learned])
     parts = len(SLOTS["audio"])
     heard: dict[str, list[Tensor]] = {}
     for row, item in zip(parts_of(examples, parts), learned, strict=True):
@@ -309,7 +312,7 @@ def sheet(run: Run, path: Path) -> None:
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, item, text in zip(axes[:2].flat, items, texts, strict=False):
-        axis.imshow(read_image(item.path).movedim(0, 2).numpy())
+        axis.imshow(read_image(item.medium()).movedim(0, 2).numpy())
         axis.set_title(shown(text.decode("ascii", errors="replace")), fontsize=8)
     videos: list[Item] = mix.held_out_items("video")[: SHOWN // 2]
     batch = next(iter(mix.held_out("video")))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore
 
-from arbitor.optimized.distributed import world
+from arbitor.optimized.distributed import ranks, world
 from arbitor.optimized.distributed.ranks import owners
 from arbitor.optimized.distributed.run import kept_elsewhere, measured, train_together, whole_state
 from arbitor.optimized.training.errors import TrainingError
@@ -69,6 +71,17 @@ def test_a_rank_that_is_done_ends_nobody(store: HashStore, ends: list[int]) -> N
 def test_a_rank_that_never_came_is_silent_too(store: HashStore, ends: list[int]) -> None:
     heart(store, 0)._thread.join(timeout=10)
     assert ends == [1]
+
+
+def test_a_rank_whose_store_is_gone_ends(ends: list[int], capfd: pytest.CaptureFixture[str]) -> None:
+    """The store goes with the rank that holds it."""
+
+    class Gone(HashStore):
+        def set(self, key: str, value: str) -> None:
+            raise RuntimeError("Connection reset by peer")
+
+    heart(Gone(), 0)._thread.join(timeout=10)
+    assert ends == [1] and capfd.readouterr().err == f"arb: {world.LOST}.\n"
 
 
 def test_one_rank_tells(store: HashStore) -> None:
@@ -147,14 +160,20 @@ def test_an_environment_that_torchrun_never_sets_is_refused(
         pass
 
 
-def test_a_group_that_the_caller_made_is_used(tmp_path: Path) -> None:
+def test_a_group_that_the_caller_made_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         with world.joined() as joined:
             assert (joined.number, joined.count) == (0, 1)
         assert dist.is_initialized()
+        # One of several, of whom the environment says nothing.
+        monkeypatch.setattr(dist, "get_rank", lambda: 1)
+        monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+        with world.joined() as joined:
+            assert (joined.number, joined.count) == (1, 3)
     finally:
+        monkeypatch.undo()
         dist.destroy_process_group()
 
 
@@ -170,6 +189,24 @@ def test_each_rank_of_a_host_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(TrainingError, match=r"^rank 2 is number 2 on its host, but must be below .* 2$"):
         world.World(2, 4).take_device("cuda")
+
+
+def test_exchanges_end_when_too_much_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest ends first, and no more end than have to: what has ended is under way no more."""
+    monkeypatch.setattr(ranks, "PENDING_BYTES", 100)
+    group, ended = ranks.GroupRanks.__new__(ranks.GroupRanks), []
+    group._under_way, group._pending = deque(), 0
+    seen = []
+    for number, size in enumerate((40, 60, 30, 70, 10)):
+        group._later(size, partial(ended.append, number))
+        seen.append(list(ended))
+    assert seen == [[], [], [0], [0, 1], [0, 1, 2]]
+    group.finish()
+    assert ended == [0, 1, 2, 3, 4] and group._pending == 0
+    group._later(100, partial(ended.append, 5))
+    group.abandon()
+    group.finish()
+    assert len(ended) == 5 and group._pending == 0
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])

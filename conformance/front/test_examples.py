@@ -53,11 +53,15 @@ SCRIPTS = sorted((ROOT / "docs" / "scripts").glob("*.py"))
 """Scripts that a reader runs from end to end; here they take few steps, and a small model."""
 
 
-# A command stands at the start of a line. What follows two blanks and a # is a remark.
+# A command stands at the start of a line. What follows two blanks and a # is a remark. Under torchrun it is a module.
 COMMANDS = [
     pytest.param(command.partition("  #")[0].split("   #")[0], id=f"{page.name}-{place}")
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
-    for place, command in enumerate(re.findall(r"^arb +\w.*$", page.read_text(), re.M))
+    for place, command in enumerate(
+        re.findall(
+            r"^arb +\w.*$", re.sub(r"^torchrun .* -m arbitor\.", "arb ", page.read_text(), flags=re.M), re.M
+        )
+    )
 ]
 
 

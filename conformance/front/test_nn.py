@@ -93,6 +93,22 @@ def test_layers_learn_beside_float_ones() -> None:
     assert all(int(count) for count in model.changed_trits(trits).values())
 
 
+def test_a_loop_that_never_lets_layers_vote_is_refused() -> None:
+    """As a trainer of another library would run it: the float parameters learn, and the ternary layers would not."""
+    model = net()
+    with pytest.raises(RuntimeError, match="belongs to no model, and so would never learn: wrap the module"):
+        squares(model).backward()
+    with torch.no_grad():
+        squares(model)
+    for layer in model:
+        layer.requires_grad_(False)
+    model[4].requires_grad_(True)
+    squares(model).backward()
+    assert model[4].weight.grad is not None
+    held = Ternary(net())
+    assert held.backward(squares(held), rate=1.0, step=0)
+
+
 def test_only_votes_would_learn_too() -> None:
     model = Ternary(net())
     before, frozen = float(squares(model).detach()), bits(model.module[4])

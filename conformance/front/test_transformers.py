@@ -179,6 +179,10 @@ def test_what_the_model_cannot_do_is_refused(hub: Any, folder: Path, model: Any)
             {"input_ids": IDS, "inputs_embeds": IDS.float()},
             "inputs_embeds is given, but the model does not read it",
         ),
+        (
+            {"input_ids": IDS, "num_items_in_batch": 2},
+            "a trainer of the library cannot train weights that vote",
+        ),
         ({"input_ids": IDS, "attention_mask": torch.zeros_like(IDS)}, "attention_mask has row 0 with no ids"),
         (
             {"input_ids": IDS[:1, :3], "attention_mask": torch.tensor([[1, 0, 1]])},

@@ -33,6 +33,7 @@ REPLAYED = {
     "nearest_candidates": (0, 2),
     "choose_experts": (0,),
     "expert_load": (0,),
+    "balance_experts": (0,),
     "ngram_rows": (0,),
     "count_codes": (1,),
     "revival_vectors": (0, 2),

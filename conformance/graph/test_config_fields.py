@@ -26,6 +26,7 @@ BASES: dict[str, ArbConfig] = {
     "nano": NANO,
     "signs": with_fields(NANO, vote_rule="sign", theta=9),
     "frozen": with_fields(NANO, exponent_rule="frozen"),
+    "averaged": with_fields(NANO, average_gradients=True),
     "no experts": with_modules(NANO, moe=False),
     "candidates": replace(WHOLE, code_search="candidates", sign_bits=2, num_probes=1),
     "whole": WHOLE,
@@ -39,7 +40,7 @@ BASES: dict[str, ArbConfig] = {
 }
 """Configurations with each switch on, and with each off."""
 
-TRAINED = ("nano", "signs", "frozen", "no experts", "candidates")
+TRAINED = ("nano", "averaged", "signs", "frozen", "no experts", "candidates")
 """Configurations whose models are trained, to see fields at work that no weight shows at the start."""
 
 OTHER: dict[str, Any] = {

@@ -307,14 +307,15 @@ def test_a_model_changes_the_dtype_of_its_activations(
 def test_notes_move_with_the_model() -> None:
     model, plain = models.whole(), models.whole()
     for each in (model, plain):
-        each.backward(each.losses(IDS), rate=models.RATE, step=2)
+        each.backward(each.losses(IDS), rate=models.RATE, step=torch.tensor(2))
     model.to("cpu").to(torch.bfloat16)
+    assert torch.equal(model.voting.step, torch.tensor(2))
     assert {
         t.dtype for note in model.voting.notes for t in note.seen if t is not None and t.is_floating_point()
     } == {torch.bfloat16}
     model.to("meta")
     assert all(t.is_meta for note in model.voting.notes for t in note.seen if t is not None)
-    assert model.voting.faults.is_meta
+    assert model.voting.faults.is_meta and model.voting.step.is_meta
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import ops as reference_ops
+from arbitor.reference.graph.adapters import attach
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.grouped import TernaryGroupedLinear
-from arbitor.reference.graph.moe import SharedProjectionMoE, all_shares, chosen_shares
+from arbitor.reference.graph.layers import fan_out
+from arbitor.reference.graph.moe import DENSE_RANKS, FEW_POSITIONS, SharedProjectionMoE
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.types import TernaryWeight
 from conformance.compare import alike, exact, unsigned_zeros
@@ -49,12 +51,12 @@ def test_both_paths_give_the_same(request: pytest.FixtureRequest, op_set: str, t
         alike(got, want, what)
 
 
-MANY = (
-    [[0, 3], [0, 1], [1, 3], [0, 3], [0, 1]],
-    [[0.5, 0.5], [0.25, 0.75], [1.0, 0.0], [0.5, 0.25], [0.5, 0.5]],
-)
-FEW = ([[3]], [[0.75]])
-"""Experts and shares of some positions, none of which chose expert 2. FEW has so few slots of 8 experts that none is sorted."""
+MANY = [[0, 3], [0, 1], [1, 3], [0, 3], [0, 1]]
+FEW = [[3]]
+"""Experts of some positions, none of which chose expert 2. FEW has so few slots of 8 experts that none is sorted.
+
+Equal logits give shares of 1 / 2 to two chosen experts, and of 1 / 8 to a single one of 8, on which all sums are exact.
+"""
 
 INNER = 6
 
@@ -65,7 +67,7 @@ INNER = 6
     ids=["stochastic", "sign", "few slots"],
 )
 def test_both_paths_cast_the_same_votes(
-    subject: Subject, vote_rule: str, num_experts: int, chosen: tuple[Any, Any]
+    subject: Subject, vote_rule: str, num_experts: int, chosen: list[list[int]]
 ) -> None:
     """On exact sums both paths agree bit for bit. An expert that no position chose keeps every byte in both.
 
@@ -76,19 +78,24 @@ def test_both_paths_cast_the_same_votes(
     states = []
     for ops, device in ((reference_ops, torch.device("cpu")), on(subject)):
         for parts, moe in both_paths(ops=ops, device=device, **fields):
-            states.append(state_after_a_vote(parts, moe, *chosen))
+            states.append(state_after_a_vote(parts, moe, chosen))
     for state in states[1:]:
         exact(state, states[0])
 
 
-def state_after_a_vote(parts: GraphContext, moe: SharedProjectionMoE, chosen: Any, shares: Any) -> Any:
+def state_after_a_vote(parts: GraphContext, moe: SharedProjectionMoE, chosen: list[list[int]]) -> Any:
     """Let the experts of a module vote and step on exact sums. Return the gradient of the input and the weights of the experts."""
-    experts_Mk, shares_Mk = (torch.tensor(value, device=parts.device) for value in (chosen, shares))
+    experts_Mk = torch.tensor(chosen, device=parts.device)
     experts, unused = (moe.expert_down, moe.expert_up), slice(2 * INNER, 3 * INNER)
     before = canonical(moe.expert_up)
     x_MD = integers(len(chosen), 24, seed=1).to(parts.device).requires_grad_()
+    logits_ME = torch.zeros(len(chosen), moe.num_experts, device=parts.device)
     with parts.voting.taking(rate=2.0, step=0, size=3):
-        y_MI = moe.modulations(x_MD, experts_Mk, shares_Mk).sum(dim=-2)
+        if moe.takes_all(len(chosen)):
+            (ranks_MR,) = fan_out(x_MD, moe.expert_down)
+            y_MI = moe.all_modulations(ranks_MR, logits_ME, experts_Mk)
+        else:
+            y_MI = moe.modulations(x_MD, logits_ME, experts_Mk).sum(dim=-2)
         (y_MI * integers(len(chosen), INNER, seed=2).to(parts.device)).sum().backward()
     voted = canonical(moe.expert_up)
     assert voted.trit_accum.any() and canonical(moe.expert_down).trit_accum.any()
@@ -106,34 +113,31 @@ def canonical(module: TernaryGroupedLinear) -> TernaryWeight:
     return module.ops.to_spec(module.weight).to("cpu").clone()
 
 
-def test_only_few_positions_take_the_dense_path() -> None:
+def test_the_path_follows_from_sizes() -> None:
+    """Many positions of experts with few ranks take all experts, and so do up to `dense_dispatch_max_tokens` positions."""
     asked: list[int] = []
 
     def watched(x: Tensor, weight: Any, experts: Tensor, *, num_groups: int) -> Tensor:
         asked.append(experts.numel())
         return reference_ops.grouped_linear(x, weight, experts, num_groups=num_groups)
 
-    parts = quick_context(ops=models.ops_with(grouped_linear=watched), dense_dispatch_max_tokens=6)
-    moe = SharedProjectionMoE(parts)
-    for positions in (3, 4):
-        moe(torch.ones(2, positions, 24))
-    assert asked == [24, 24, 16, 16]
+    def slots_of(positions: int, **fields: int) -> list[int]:
+        asked.clear()
+        parts = quick_context(ops=models.ops_with(grouped_linear=watched), **fields)
+        SharedProjectionMoE(parts)(torch.ones(2, positions, 24))
+        return list(asked)
+
+    few, ranks = FEW_POSITIONS // 2, DENSE_RANKS // 4
+    assert slots_of(few) == [4 * few] * 2 and slots_of(few + 1) == []
+    assert slots_of(few + 1, expert_rank=ranks) == [] and slots_of(few + 1, expert_rank=ranks + 1) != []
+    assert slots_of(3, dense_dispatch_max_tokens=6) == [] and slots_of(4, dense_dispatch_max_tokens=6) != []
 
 
-def test_shares_are_a_softmax_over_the_chosen_experts() -> None:
-    logits = torch.randn(5, 7, 6, generator=torch.Generator().manual_seed(1))
-    chosen = logits.topk(3, dim=-1).indices.sort(dim=-1).values
-    shares = all_shares(chosen, chosen_shares(logits, chosen), 6)
-    want = logits.masked_fill(~(shares > 0), -torch.inf).softmax(dim=-1)
-    alike(shares, want)
-    assert ((shares > 0).sum(dim=-1) == 3).all()
-
-
-def test_the_share_of_a_single_expert_is_its_part_of_all() -> None:
-    logits = torch.randn(5, 7, 6, generator=torch.Generator().manual_seed(2))
-    chosen = logits.argmax(dim=-1, keepdim=True)
-    alike(chosen_shares(logits, chosen), logits.softmax(dim=-1).amax(dim=-1, keepdim=True))
-    assert chosen_shares(logits.to(torch.bfloat16), chosen).dtype == torch.bfloat16
+def test_an_adapter_of_experts_asks_for_the_chosen_alone() -> None:
+    moe = SharedProjectionMoE(quick_context())
+    assert moe.takes_all(1000)
+    attach(moe, targets="expert_up", rank=2)
+    assert not moe.takes_all(1000)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -154,8 +158,8 @@ def test_the_router_votes_with_the_gradient_of_plain_autograd(top_k: int, dense_
     """In float64, against dense matrices and the rule written out once more."""
     found: dict[tuple[int, ...], Tensor] = {}
 
-    def kept(grad: Tensor, x: Tensor) -> Tensor:
-        result = reference_ops.linear_weight_grad(grad, x)
+    def kept(grad: Tensor, x: Tensor, **how: Any) -> Tensor:
+        result = reference_ops.linear_weight_grad(grad, x, **how)
         found[tuple(result.shape)] = result
         return result
 
@@ -285,18 +289,17 @@ def test_a_handicap_counts_in_the_choice_and_not_in_the_shares() -> None:
     with pytest.MonkeyPatch.context() as patch:
         modulations = moe.modulations
 
-        def watched(x: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
-            found.extend((experts, shares))
-            return modulations(x, experts, shares)
+        def watched(x: Tensor, logits: Tensor, experts: Tensor) -> Tensor:
+            found.extend((experts, logits))
+            return modulations(x, logits, experts)
 
         patch.setattr(moe, "modulations", watched)
         moe(x_BPD)
         moe.get_buffer("handicap")[1] = 32767
         moe(x_BPD)
-    before, _, after, shares = found
+    before, _, after, logits = found
     assert (before == 1).any() and not (after == 1).any()
-    logits = moe.router(x_BPD).gather(-1, after)
-    alike(shares, logits.softmax(dim=-1))
+    alike(logits, moe.router(x_BPD))
 
 
 def test_handicaps_even_out_the_load() -> None:
@@ -324,10 +327,10 @@ def test_handicaps_even_out_the_load() -> None:
 @pytest.mark.parametrize(
     ("positions", "fields"),
     [
-        (64, {}),
+        (32, {}),
         # 4 slots are so few that none is sorted.
         (1, {"num_experts": 32}),
-        (64, {"dense_dispatch_max_tokens": 2 * 64}),
+        (64, {}),
     ],
     ids=["grouped", "few slots", "dense"],
 )
@@ -368,6 +371,7 @@ def test_a_step_waits_for_nothing_and_compiles_nothing_again(
     assert not compiled, f"compiled again: {compiled}"
     assert len({tuple(load.tolist()) for load in loads}) > 2, "the batches fell on experts alike"
     assert any((load == 0).any() for load in loads), "no expert was empty"
+    assert moe.takes_all(2 * positions) == (positions == 64)
 
 
 def uneven_batches(positions: int) -> list[Tensor]:

@@ -89,7 +89,11 @@ def test_a_pass_that_cannot_be_undone_leaves_the_model_torn(fail: int) -> None:
     calls["fail"] = -1
     assert bool(models.changed_tensors(weights, model)) is model.voting.torn is (fail > 0)
     if model.voting.torn:
-        for call in (model.step, lambda: model.backward(model.loss(ids_BT), rate=1.0, step=0)):
+        for call in (
+            model.step,
+            lambda: model.backward(model.loss(ids_BT), rate=1.0, step=0),
+            lambda: model.voting.taking(rate=1.0, step=0).__enter__(),
+        ):
             with pytest.raises(RuntimeError, match="must be loaded anew"):
                 call()
         model.load_state(start)

@@ -34,6 +34,9 @@ PASSED = (0, 5)
 SLOWER = 4
 """Times the seconds of the unchanged tree after which a mutant hangs."""
 
+SAVE_SECONDS = 10.0
+"""Seconds after which records of the unchanged tree are written, so that a campaign that is killed has lost few."""
+
 GIB = 2**30
 
 
@@ -134,6 +137,7 @@ class Campaign:
         self.expected: dict[str, float] = {}
         self.red: list[str] = []
         self.stopped = False
+        self.saved = time.monotonic()
         self.changed = threading.Condition()
         options.out.mkdir(parents=True, exist_ok=True)
         self.results = options.out / f"{options.name}.jsonl"
@@ -224,6 +228,7 @@ class Campaign:
         beside = self.options.out / f"baseline.{self.options.name}.tmp"
         beside.write_text(json.dumps({"key": self.key(), "units": self.baseline}))
         beside.replace(self.options.out / "baseline.json")
+        self.saved = time.monotonic()
 
     def run_unchanged(self, worker: Worker, unit: Unit) -> None:
         """Run tests without a mutation, and keep how long each took and what it called."""
@@ -241,6 +246,8 @@ class Campaign:
         with self.changed:
             start = max(0.0, answer["seconds"] - sum(test["seconds"] for test in tests.values()))
             self.baseline[str(unit)] = {**answer["record"], "start": start}
+            if time.monotonic() - self.saved > SAVE_SECONDS:
+                self.save_baseline()
             self.changed.notify_all()
 
     def try_mutant(self, worker: Worker, mutant: Mutant, stages: list[list[Unit]], source: str) -> None:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,9 +20,10 @@ from arbitor.reference.op_table import OP_TABLE
 from .. import strategies as ss
 from ..case import Case, calls, magnitude
 from ..compare import exact, no_worse, unsigned_zeros
+from ..families import compare
 from ..law import law
 from ..mutant import mutants_of
-from ..refusal import F16, meta, ones, refusals, refused
+from ..refusal import F16, ids, meta, ones, refusals, refused
 from ..subject import Subject
 
 mutant = mutants_of("attention")
@@ -72,6 +74,13 @@ def decode_attention_calls(draw: st.DrawFn) -> Case:
         visible = 1 << draw(st.integers(0, max(slots, 1).bit_length() - 1), label="visible")
         order = torch.rand(batch, slots, generator=ss.generator(draw(ss.GENERATOR_SEEDS))).argsort(dim=1)
         q, bias = torch.zeros_like(q), torch.where(order < visible, 0.0, -torch.inf)
+    if draw(st.booleans(), label="from a log"):
+        rng = ss.generator(draw(ss.GENERATOR_SEEDS))
+        places = torch.rand(batch, slots + 3, generator=rng).argsort(dim=1)[:, :slots]
+        log = torch.full((batch, slots + 3, latent + rotary + 5), 7.0, dtype=dtype)
+        each = torch.arange(batch)[:, None]
+        log[..., 5:][each, places] = keys
+        keys, options["places_BS"] = log[..., 5:], places
     return Case((q, keys, bias), options, sums_exact=exact_sums)
 
 
@@ -83,7 +92,8 @@ def magnitude_of_decode_attention(op: Callable[..., Any], case: Case) -> Tensor:
     by the mean of all such errors. So the terms are sum a_s |v_s| (1 + m_s) and (sum a_s |v_s|) (sum a_s m_s).
     """
     q, keys, bias = (value.to(torch.float64) for value in case.args)
-    width, scale = case.kwargs["value_width"], case.kwargs["scale"]
+    width, scale, places = (case.kwargs.get(name) for name in ("value_width", "scale", "places_BS"))
+    keys = keys if places is None else keys[torch.arange(len(places))[:, None], places]
     visible = bias > -torch.inf
     keys = torch.where(visible[:, :, None], keys, 0.0)
     terms = q.abs() @ keys.abs().mT * scale + torch.where(visible, bias.abs(), 0.0)[:, None]
@@ -288,6 +298,53 @@ def test_decode_attention_of_no_slots(ops: Subject, dtype: torch.dtype, batch: i
     exact(unsigned_zeros(got), torch.zeros(batch, heads, 3, dtype=dtype))
 
 
+def test_decode_attention_of_parts_far_apart(subject: Subject) -> None:
+    """Scores of later slots may be hundreds above those of the first, which then weigh nothing."""
+    keys = torch.cat([torch.zeros(1, 300, 2), torch.ones(1, 1, 2), torch.zeros(1, 20, 2)], dim=1)
+    q, values = torch.full((1, 3, 3), 150.0), torch.arange(321.0)[None, :, None]
+    slots = torch.cat([values, keys], dim=2)
+    q[..., 0] = 0.0
+    got = subject.call("decode_attention", q, slots, torch.zeros(1, 321), value_width=1, scale=1.0)
+    exact(got, torch.full((1, 3, 1), 300.0))
+
+
+# --- long sequences -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("heads", "slots"), [(2, 1025), (3, 1700)])
+def test_long_sequences(subject: Subject, heads: int, slots: int) -> None:
+    """An implementation may cut a sequence into parts, of other sizes the further it goes. The sum is the same."""
+    draws = ss.generator(slots)
+    q, keys = (torch.randn(2, count, 22, generator=draws).to(torch.bfloat16) for count in (heads, slots))
+    bias = torch.where(torch.rand(2, slots, generator=draws) < 0.5, 0.0, -torch.inf)
+    bias[1, :1030] = -torch.inf
+    compare(subject, "decode_attention", Case((q, keys, bias), {"value_width": 16, "scale": 0.25}))
+
+
+@law(
+    slots=SOME_SLOTS,
+    dtype=ss.DTYPES,
+    seed=ss.GENERATOR_SEEDS,
+    data=st.data(),
+    rejects=[
+        mutant("rows_of_the_first_log", "keys_BSK[torch.arange(len(places_BS), device=places_BS.device)[:, None], places_BS]",
+               "keys_BSK[:1].expand_as(keys_BSK)[torch.arange(len(places_BS))[:, None], places_BS]",
+               compared="decode_attention"),
+    ],
+)  # fmt: skip
+def test_decode_attention_from_a_log(
+    ops: Subject, slots: int, dtype: torch.dtype, seed: int, data: st.DataObject
+) -> None:
+    """Slots that are named rows of a log give the bits of the slots themselves."""
+    q, log = _draw(data, 2, 3, dtype=dtype), _draw(data, 2, slots + 4, dtype=dtype)
+    places = torch.rand(2, slots + 4, generator=ss.generator(seed)).argsort(dim=1)[:, :slots]
+    keys, bias = log[torch.arange(2)[:, None], places], torch.zeros(2, slots)
+    exact(
+        ops.decode_attention(q, log, bias, places_BS=places, **OPTIONS),
+        ops.decode_attention(q, keys, bias, **OPTIONS),
+    )
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -317,6 +374,16 @@ test_refusals_of_attention = refusals(
     refused("decode_attention", "float64 bias", TypeError, "bias_BS", Q, KEYS, ones(2, 4, dtype=F64), **AT),
     refused("decode_attention", "NaN in the bias", ValueError, "bias_BS", Q, KEYS, bias(float("nan"), 2, 4), **AT),
     refused("decode_attention", "+inf in the bias", ValueError, "bias_BS", Q, KEYS, bias(float("inf"), 2, 4), **AT),
+    refused("decode_attention", "int32 places", TypeError,
+            "places_BS", Q, KEYS, BIAS, places_BS=ones(2, 4, dtype=torch.int32), **AT),
+    refused("decode_attention", "places of one sequence", ValueError,
+            "places_BS", Q, KEYS, BIAS, places_BS=ids(0, 1, 2, 3), **AT),
+    refused("decode_attention", "row N of a log", ValueError,
+            "places_BS", Q, KEYS, BIAS, places_BS=lambda: torch.full((2, 4), 4), **AT),
+    refused("decode_attention", "a bias of all rows of a log", ValueError,
+            "bias_BS", Q, KEYS, BIAS, places_BS=lambda: torch.zeros(2, 3, dtype=torch.int64), **AT),
+    refused("decode_attention", "places elsewhere", ValueError,
+            "places_BS", Q, KEYS, BIAS, places_BS=meta(2, 4, dtype=torch.int64), **AT),
     refused("decode_attention", "another device", ValueError, "keys_BSK", Q, meta(2, 4, 5), BIAS, **AT),
     refused("decode_attention", "no values", ValueError, "value_width", Q, KEYS, BIAS, value_width=0, scale=0.5),
     refused("decode_attention", "6 of 5 columns", ValueError, "value_width", Q, KEYS, BIAS, value_width=6, scale=0.5),

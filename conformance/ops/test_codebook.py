@@ -14,7 +14,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from arbitor.reference.constants import MAX_CODE_DIM
+from arbitor.reference.constants import GROUP_SIZES, MAX_CODE_DIM, groups_per_row
 from arbitor.reference.ops import codebook as reference_codebook
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.ops.scale import dequantize
@@ -370,6 +370,19 @@ def test_the_reference_searches_in_chunks_without_a_trace(monkeypatch: pytest.Mo
     whole = search()
     monkeypatch.setattr(reference_codebook, "_CHUNK", 300)
     exact(search(), whole)
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_nearest_codes_count_the_square_of_every_group(subject: Subject, group_size: int) -> None:
+    """Near half of a code the square of the code decides against a code of zeros, whichever group the code is in."""
+    count = groups_per_row(100, group_size)
+    group_of_column = torch.arange(100) // group_size
+    trits = (group_of_column == torch.arange(count + 1)[:, None]).to(torch.int8)
+    exponents = (torch.arange(count) % 3).to(torch.int8).expand(count + 1, count).contiguous()
+    weight = weight_of_trits(trits, exponents, group_size)
+    halves = dequantize(weight)[:count] / 2
+    for more, wanted in ((1.0, torch.arange(count)), (-1.0, torch.full((count,), count))):
+        exact(subject.nearest_codes(halves + more / 16 * trits[:count], weight), wanted)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

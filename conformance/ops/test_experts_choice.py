@@ -6,6 +6,7 @@ Legend: E experts, K inputs, M vectors.
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import torch
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ from ..case import Case, calls
 from ..compare import exact
 from ..law import law
 from ..mutant import mutants_of
-from ..refusal import F16, meta, ones, refusals, refused, weight
+from ..refusal import F16, ids, meta, ones, refusals, refused, weight
 from ..subject import Subject
 from .test_codebook import vectors
 from .test_experts import EXPERTS
@@ -66,6 +67,20 @@ def choose_experts_calls(draw: st.DrawFn) -> Case:
     if draw(st.booleans(), label="with handicaps"):
         kwargs["handicap_E"] = draw(handicaps(weight.shape[0]))
     return Case((draw(vectors(weight.shape[1])), weight), kwargs)
+
+
+@calls("balance_experts")
+def balance_experts_calls(draw: st.DrawFn) -> Case:
+    num_experts = draw(st.one_of(EXPERTS, st.just(64)), label="E")
+    rng = ss.generator(draw(ss.GENERATOR_SEEDS))
+    few = draw(st.sampled_from((1, 3, num_experts)), label="experts in use")
+    count = draw(st.sampled_from((0, 1, 33, 5000)), label="choices")
+    chosen = torch.randint(-1, min(few, num_experts), (count,), generator=rng)
+    load = torch.randint(0, 2**40, (num_experts,), generator=rng)
+    tables = (load, draw(handicaps(num_experts)))
+    kind = draw(st.sampled_from(("new", "others", "themselves")), label="out")
+    outs = {"new": None, "others": tuple(table + 1 for table in tables), "themselves": tables}
+    return Case((chosen, *tables), {} if outs[kind] is None else {"out": outs[kind]})
 
 
 # --- laws, and the mutants that they reject --------------------------------------------------------------------------
@@ -245,6 +260,54 @@ def test_choose_experts_of_each_vector_alone(
         exact(ops.choose_experts(x[place], weight, top_k=top_k), together[place], "alone")
 
 
+def test_choose_experts_of_more_than_a_kernel_ranks(subject: Subject) -> None:
+    """Handicaps count among many experts as among few: here they order experts of equal rows."""
+    count, rng = 1100, ss.generator(3)
+    weight = weight_of_trits(torch.ones(count, 4, dtype=torch.int8), torch.zeros(count, 1, dtype=torch.int8))
+    handicap = torch.randperm(count, generator=rng).to(torch.int16)
+    got = subject.call("choose_experts", torch.ones(2, 4), weight, top_k=3, handicap_E=handicap)
+    exact(got, handicap.argsort()[:3].sort().values.expand(2, 3).contiguous())
+
+
+@law(
+    counts=st.lists(st.integers(0, 70), min_size=1, max_size=9),
+    data=st.data(),
+    rejects=[
+        mutant(
+            "moves_without_a_bound",
+            '.clamp(max=HANDICAP_MOVE)\n    moved_E',
+            "\n    moved_E",
+            compared="balance_experts",
+        ),
+        mutant(
+            "moves_rounded_down",
+            'rounding_mode="trunc"',
+            'rounding_mode="floor"',
+            compared="balance_experts",
+        ),
+        mutant("the_least_is_kept", "moved_E - moved_E.amin()", "moved_E", compared="balance_experts"),
+        mutant("handicaps_of_the_idle", "num_experts * count_E - total", "total - num_experts * count_E",
+               compared="balance_experts"),
+        mutant("moves_without_a_choice", "torch.where(total > 0, evened_E, handicap_E)", "evened_E",
+               compared="balance_experts"),
+    ],
+)  # fmt: skip
+def test_balance_experts_by_fractions(ops: Subject, counts: list[int], data: st.DataObject) -> None:
+    """In plain Python: what an expert has above its share, in sixteenths of it, cut towards 0, at most 16 of them."""
+    num_experts, total = len(counts), sum(counts)
+    before = data.draw(handicaps(num_experts))
+    chosen = torch.repeat_interleave(torch.arange(num_experts), torch.tensor(counts))
+    order = torch.randperm(total, generator=ss.generator(data.draw(ss.GENERATOR_SEEDS)))
+    load, handicap = ops.balance_experts(chosen[order], torch.arange(num_experts), before)
+    assert load.tolist() == [number + count for number, count in enumerate(counts)]
+    want = before.tolist()
+    if total:
+        moves = [min(math.trunc(Fraction(16 * (num_experts * n - total), total)), 16) for n in counts]
+        want = [h + move for h, move in zip(want, moves, strict=True)]
+        want = [min(h - min(want), 32767) for h in want]
+    assert handicap.tolist() == want
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +340,24 @@ test_refusals_of_experts_choice = refusals(
             "handicap_E", ones(2, 14), _SIX, top_k=2, handicap_E=ones(6, dtype=torch.int32)),
     refused("choose_experts", "handicaps elsewhere", ValueError,
             "handicap_E", ones(2, 14), _SIX, top_k=2, handicap_E=meta(6, dtype=torch.int16)),
+    refused("balance_experts", "int32 choices", TypeError,
+            "chosen", ones(2, dtype=torch.int32), ids(0, 0), ones(2, dtype=torch.int16)),
+    refused("balance_experts", "expert E", ValueError, "chosen", ids(2), ids(0, 0), ones(2, dtype=torch.int16)),
+    refused("balance_experts", "expert -2", ValueError, "chosen", ids(-2), ids(0, 0), ones(2, dtype=torch.int16)),
+    refused("balance_experts", "a matrix of loads", ValueError,
+            "load_E", ids(0), lambda: torch.zeros(1, 2, dtype=torch.int64), ones(2, dtype=torch.int16)),
+    refused("balance_experts", "no expert", ValueError,
+            "load_E", ids(-1), lambda: torch.zeros(0, dtype=torch.int64), ones(0, dtype=torch.int16)),
+    refused("balance_experts", "three handicaps of two", ValueError,
+            "handicap_E", ids(0), ids(0, 0), ones(3, dtype=torch.int16)),
+    refused("balance_experts", "int32 handicaps", TypeError,
+            "handicap_E", ids(0), ids(0, 0), ones(2, dtype=torch.int32)),
+    refused("balance_experts", "choices elsewhere", ValueError,
+            "load_E", meta(2, dtype=torch.int64), ids(0, 0), ones(2, dtype=torch.int16)),
+    refused("balance_experts", "one table to write into", ValueError,
+            "out", ids(0), ids(0, 0), ones(2, dtype=torch.int16), out=lambda: (torch.zeros(2, dtype=torch.int64),)),
+    refused("balance_experts", "another table to write into", TypeError, "out", ids(0), ids(0, 0),
+            ones(2, dtype=torch.int16), out=lambda: (torch.zeros(2, dtype=torch.int64),) * 2),
     rejects=[mutant("a_router_unchecked", "checks.router(x, weight, top_k, handicap_E, weight.packed)", "pass")],
 )
 # fmt: on

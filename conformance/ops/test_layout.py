@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -94,6 +95,28 @@ def test_layouts_share_no_memory(subject: Subject) -> None:
     after = subject.to_cpu(subject.raw("to_spec")(device_weight))
     for name, tensor in after.tensors().items():
         assert not torch.equal(tensor, before.tensors()[name]), f"the update left {name} as it was"
+
+
+def test_unused_slots_touch_no_row_before_the_weight(subject: Subject) -> None:
+    """A weight on part of a larger memory is updated in its own rows alone, though a row of -1 would lie before them."""
+    whole = subject.raw("from_spec")(
+        reference_ops.initial_weight((8, 40), std=0.1, seed=1, tensor_id=2).to(subject.device)
+    )
+    if "words" not in whole.tensors():
+        skip("a weight on part of a memory", f"{subject.name} has no layout whose rows lie apart")
+    for tensor in whole.tensors().values():
+        tensor[:4] = 99
+    before = whole.clone()
+    part = replace(whole, **{name: tensor[4:] for name, tensor in whole.tensors().items()}, shape=(4, 40))
+    rows = torch.tensor([-1, 2, -1], device=subject.device)
+    clock = {"seed": 1, "step": 3, "tensor_id": 2, "rows": rows, "out": part}
+    votes = torch.full((3, 40), 20, dtype=torch.int8, device=subject.device)
+    subject.raw("accumulate")(part, votes, **clock)
+    subject.raw("accumulate_gradient")(part, votes.to(torch.float32), 6.0, **clock)
+    subject.raw("apply_step")(part, theta=1, theta_e=1, on_flip="carry", rows=rows, out=part)
+    for name, tensor in whole.tensors().items():
+        same = tensor == before.tensors()[name]
+        assert same[:6].all() and same[7:].all() and not same[6].all(), name
 
 
 def _update_in_place(subject: Subject, weight: Any) -> None:

@@ -30,13 +30,28 @@ mutant = mutants_of("linear")
 # --- how calls are drawn ---------------------------------------------------------------------------------------------
 
 
+NUM_GROUPS = st.sampled_from((1, 1, 2, 5))
+"""Matrices that stand side by side."""
+
+
 @calls("linear", "linear_input_grad")
 def linear_calls(draw: st.DrawFn, op: str) -> Case:
     exact_sums = draw(st.booleans(), label="exact")
-    weight = draw(ss.weights(levels=ss.NARROW if exact_sums else None))
-    width = weight.shape[0 if op == "linear_input_grad" else 1]
-    x = draw(ss.activations((*draw(ss.leading()), width), draw(ss.DTYPES), exact=exact_sums))
-    return Case((x, weight), sums_exact=exact_sums)
+    levels, num_groups = ss.NARROW if exact_sums else None, draw(NUM_GROUPS, label="E")
+    num_rows, num_columns = draw(ss.matrix_shapes(30 if num_groups > 1 else None))
+    weight = draw(ss.weights((num_groups * num_rows, num_columns), levels=levels))
+    is_grad, lead, dtype = op == "linear_input_grad", draw(ss.leading()), draw(ss.DTYPES)
+    width = num_rows if is_grad else num_groups * num_columns
+    kwargs: dict[str, Any] = {"num_groups": num_groups} if num_groups > 1 else {}
+    if is_grad and draw(st.booleans(), label="added to another gradient"):
+        # With huge values a sum of two kinds would say little of the smaller one.
+        exact_sums = exact_sums and dtype is torch.float32
+        out = draw(
+            ss.activations((*lead, num_groups * num_columns), dtype, exact=exact_sums, kinds=("normal",))
+        )
+        kwargs["out"] = out.contiguous()
+    x = draw(ss.activations((*lead, width), dtype, exact=exact_sums))
+    return Case((x, weight), kwargs, sums_exact=exact_sums)
 
 
 @calls("linear_weight_grad")
@@ -47,15 +62,20 @@ def linear_weight_grad_calls(draw: st.DrawFn) -> Case:
     modest = ("normal", "tiny", "constant")
     kinds = draw(st.sampled_from(((modest, (*modest, "huge")), ((*modest, "wild"), (*modest, "wild")))))
     grad = draw(ss.activations((*rows, num_rows), dtype, exact=exact_sums, kinds=kinds[0]))
-    x = draw(ss.activations((*rows, num_columns), dtype, exact=exact_sums, kinds=kinds[1]))
-    return Case((grad, x), sums_exact=exact_sums)
+    num_groups = draw(NUM_GROUPS, label="E")
+    x = draw(ss.activations((*rows, num_groups * num_columns), dtype, exact=exact_sums, kinds=kinds[1]))
+    kwargs = {"num_groups": num_groups} if num_groups > 1 else {}
+    return Case((grad, x), kwargs, sums_exact=exact_sums)
 
 
 # --- laws, and the mutants that they reject --------------------------------------------------------------------------
 
 
-FORWARD = "return (x.to(wide) @ dequantize(weight, dtype=wide).T).to(x.dtype)"
+FORWARD = "return (x.to(wide) @ _matrix(weight, num_groups, wide).T).to(x.dtype)"
 """The line of the reference that most mutants replace."""
+
+WEIGHT_GRAD = "_stacked(grad_MN.T @ x_MK, num_groups)"
+"""What the reference returns as the gradient of the weight."""
 
 WEIGHTS = ss.weights(limit=70, levels=ss.NARROW)
 
@@ -88,8 +108,8 @@ LAST_COLUMN_DROPPED = mutant(
 )
 INPUT_GRAD_OF_THEFORWARD = mutant(
     "input_grad_of_the_forward",
-    "(grad.to(wide) @ dequantize(weight, dtype=wide))",
-    "(grad.to(wide) @ dequantize(weight, dtype=wide).abs())",
+    "grad.to(wide) @ _matrix(weight, num_groups, wide)",
+    "grad.to(wide) @ _matrix(weight, num_groups, wide).abs()",
     compared="linear_input_grad",
 )
 
@@ -129,14 +149,14 @@ def test_linear_by_exact_sums(
 
 WEIGHT_GRAD_OF_THE_LAST_ROW = mutant(
     "weight_grad_of_the_last_row",
-    "return grad_MN.T @ x_MK",
-    "return grad_MN[-1:].T @ x_MK[-1:]",
+    WEIGHT_GRAD,
+    "_stacked(grad_MN[-1:].T @ x_MK[-1:], num_groups)",
     compared="linear_weight_grad",
 )
 WEIGHT_GRAD_IN_BFLOAT16 = mutant(
     "weight_grad_in_bfloat16",
-    "return grad_MN.T @ x_MK",
-    "return (grad_MN.T @ x_MK).to(torch.bfloat16).to(dtype)",
+    WEIGHT_GRAD,
+    "_stacked((grad_MN.T @ x_MK).to(torch.bfloat16).to(dtype), num_groups)",
     compared="linear_weight_grad",
 )
 
@@ -151,9 +171,9 @@ WEIGHT_GRAD_IN_BFLOAT16 = mutant(
         WEIGHT_GRAD_IN_BFLOAT16,
         mutant(
             "weight_grad_unwritten",
-            "return grad_MN.T @ x_MK",
+            "return " + WEIGHT_GRAD,
             "out = torch.empty(grad.shape[-1], x.shape[-1], dtype=dtype)\n"
-            "    out[:, :64] = (grad_MN.T @ x_MK)[:, :64]\n    return out",
+            "    out[:, :64] = (grad_MN.T @ x_MK)[:, :64]\n    return _stacked(out, num_groups)",
             compared="linear_weight_grad",
         ),
     ],
@@ -184,6 +204,58 @@ def test_linear_is_linear(ops: Subject, weight: TernaryWeight, data: st.DataObje
     a, b = ss.float_values((5, weight.shape[1]), "small integers", 1), _floats(data, 5, weight.shape[1])
     b = torch.round(b * 1024) / 1024
     _equal(ops.linear(a + b.clamp(-8, 8), weight), ops.linear(a, weight) + ops.linear(b.clamp(-8, 8), weight))
+
+
+@law(
+    num_groups=st.sampled_from((2, 3, 7)),
+    shape=ss.matrix_shapes(24),
+    lead=ss.leading(),
+    data=st.data(),
+    rejects=[
+        mutant("matrices_interleaved", "w_EnK.transpose(0, 1).flatten(1)", "w_EnK.permute(1, 2, 0).flatten(1)",
+               compared=("linear", "linear_input_grad")),
+        mutant("matrices_of_rows", "w_EnK.transpose(0, 1).flatten(1)", "w_EnK.reshape(w_EnK.shape[1], -1)",
+               compared=("linear", "linear_input_grad")),
+        mutant("gradients_of_rows", "w.unflatten(1, (num_groups, -1)).transpose(0, 1).flatten(0, 1)",
+               "w.reshape(num_groups * w.shape[0], -1)", compared="linear_weight_grad"),
+    ],
+)  # fmt: skip
+def test_linear_of_matrices_side_by_side(
+    ops: Subject, num_groups: int, shape: tuple[int, int], lead: tuple[int, ...], data: st.DataObject
+) -> None:
+    """A stack multiplies its part of x with each of its matrices, and adds up. Its gradients are those of each matrix."""
+    num_rows, num_columns = shape
+    weight = data.draw(ss.weights((num_groups * num_rows, num_columns), levels=ss.NARROW))
+    w_ENK = dense(weight).reshape(num_groups, num_rows, num_columns)
+    x, dy = _floats(data, *lead, num_groups * num_columns), _floats(data, *lead, num_rows)
+    parts = x.to(torch.float64).split(num_columns, dim=-1)
+    wide = dy.to(torch.float64)
+    y = sum(part @ w.T for part, w in zip(parts, w_ENK, strict=True))
+    _equal(ops.linear(x, weight, num_groups=num_groups), y, "y")
+    dx = torch.cat([wide @ w for w in w_ENK], dim=-1)
+    _equal(ops.linear_input_grad(dy, weight, num_groups=num_groups), dx, "dx")
+    flat = wide.reshape(-1, num_rows).T
+    dw = torch.cat([flat @ part.reshape(-1, num_columns) for part in parts])
+    _equal(ops.linear_weight_grad(dy, x, num_groups=num_groups), dw, "dW")
+
+
+@law(
+    weight=WEIGHTS,
+    lead=ss.leading(),
+    data=st.data(),
+    rejects=[
+        mutant("a_sum_that_is_overwritten", "out.copy_(out.to(wide) + dx)", "out.copy_(dx)",
+               compared="linear_input_grad"),
+        mutant("a_sum_that_is_returned_alone", "out.copy_(out.to(wide) + dx)", "(out.to(wide) + dx).to(out.dtype)"),
+    ],
+)  # fmt: skip
+def test_linear_input_grad_is_added_to_a_sum(
+    ops: Subject, weight: TernaryWeight, lead: tuple[int, ...], data: st.DataObject
+) -> None:
+    """A gradient that is given as `out` becomes the sum of both."""
+    dy, out = _floats(data, *lead, weight.shape[0]), _floats(data, *lead, weight.shape[1])
+    want = out.to(torch.float64) + dy.to(torch.float64) @ dense(weight)
+    _equal(ops.linear_input_grad(dy, weight, out=out.clone()), want)
 
 
 @law(
@@ -260,8 +332,8 @@ def test_linear_rows_are_independent(ops: Subject, weight: TernaryWeight, data: 
     rejects=[
         mutant(
             "empty_batch_of_one",
-            "return grad_MN.T @ x_MK",
-            "return grad_MN.T @ x_MK if x_MK.shape[0] else x_MK.new_ones(grad.shape[-1], x.shape[-1])",
+            WEIGHT_GRAD,
+            "_stacked(grad_MN.T @ x_MK if x_MK.shape[0] else x_MK.new_ones(grad.shape[-1], x.shape[-1]), num_groups)",
             compared="linear_weight_grad",
         ),
     ],
@@ -352,6 +424,16 @@ test_refusals_of_linear = refusals(
     refused("linear_input_grad", "14 columns for 3 rows", ValueError, "grad", ones(2, 14), weight),
     refused("linear_input_grad", "float16", TypeError, "grad", ones(2, 3, dtype=F16), weight),
     refused("linear_input_grad", "another device", ValueError, "grad", meta(2, 3), weight),
+    refused("linear", "rows that do not divide", ValueError, "num_groups", ones(2, 28), weight, num_groups=2),
+    refused("linear", "columns of one matrix of three", ValueError, "x", ones(2, 14), weight, num_groups=3),
+    refused("linear", "no matrices", ValueError, "num_groups", ones(2, 14), weight, num_groups=0),
+    refused("linear_input_grad", "rows of the whole stack", ValueError, "grad", ones(2, 3), weight, num_groups=3),
+    refused("linear_input_grad", "a sum of another shape", ValueError, "out", ones(2, 3), weight, out=ones(2, 13)),
+    refused("linear_input_grad", "a sum of another dtype", TypeError,
+            "out", ones(2, 3), weight, out=ones(2, 14, dtype=torch.bfloat16)),
+    refused("linear_input_grad", "a sum elsewhere", ValueError, "out", ones(2, 3), weight, out=meta(2, 14)),
+    refused("linear_weight_grad", "columns that do not divide", ValueError,
+            "num_groups", ones(2, 3), ones(2, 14), num_groups=3),
     refused("linear_weight_grad", "other rows", ValueError, "x", ones(2, 3), ones(3, 14)),
     refused("linear_weight_grad", "two dtypes", TypeError, "x", ones(2, 3), ones(2, 14, dtype=torch.bfloat16)),
     refused("linear_weight_grad", "two devices", ValueError, "x", ones(2, 3), meta(2, 14)),

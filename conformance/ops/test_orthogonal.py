@@ -1,10 +1,12 @@
-"""Laws of orthogonalised gradients: singular values by a polynomial, in float64 and from the other end."""
+"""Laws of orthogonalised gradients, singular values by a polynomial in float64 and from the other end; and of averages."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,9 +18,11 @@ from arbitor.reference.op_table import OP_TABLE
 from .. import strategies as ss
 from ..case import Case, calls, magnitude
 from ..compare import exact, no_worse
+from ..families import compare
 from ..law import law
 from ..mutant import mutants_of
-from ..refusal import ones, refusals, refused
+from ..refusal import I8, ones, refusals, refused
+from ..report import skip
 from ..subject import Subject
 
 mutant = mutants_of("orthogonal")
@@ -63,6 +67,34 @@ def orthogonalize_calls(draw: st.DrawFn) -> Case:
     shape, num_groups = draw(stacks())
     grad = draw(ss.gradients(shape))
     return Case((grad,), {"iterations": draw(st.sampled_from((1, 2, 3, 5))), "num_groups": num_groups})
+
+
+@st.composite
+def means(
+    draw: st.DrawFn, shape: tuple[int, int], *, least: int = -128, most: int = 121
+) -> tuple[Tensor, Tensor]:
+    """Draw the mean of a gradient: bytes, and the exponents of rows from the least to the largest."""
+    rng = ss.generator(draw(ss.GENERATOR_SEEDS))
+    spread = draw(st.sampled_from((1, 2, 128)), label="spread")
+    mean = torch.randint(-spread + 1, spread, shape, generator=rng)
+    exponents = torch.randint(least, most + 1, shape[:1], generator=rng)
+    return mean.to(torch.int8), exponents.to(torch.int8)
+
+
+@calls("average_gradient")
+def average_gradient_calls(draw: st.DrawFn) -> Case:
+    shape = draw(ss.matrix_shapes(70))
+    shape = (0, shape[1]) if draw(st.integers(0, 19)) == 0 else shape
+    grad, (mean, exponents) = draw(ss.gradients(shape)), draw(means(shape))
+    kwargs: dict[str, Any] = {}
+    kind = draw(st.sampled_from(("new", "other", "itself", "strided")), label="out")
+    if kind == "itself":
+        kwargs["out"] = (mean, exponents)
+    elif kind != "new":
+        width = shape[1] * (2 if kind == "strided" else 1)
+        spare = torch.full((shape[0], width), 7, dtype=torch.int8)
+        kwargs["out"] = (spare[:, :: width // shape[1]], torch.full(shape[:1], 7, dtype=torch.int8))
+    return Case((grad, mean, exponents, draw(ss.rates())), kwargs)
 
 
 # --- laws, and the mutants that they reject --------------------------------------------------------------------------
@@ -243,10 +275,157 @@ def test_orthogonalize_takes_each_matrix_on_its_own(
         exact(got[index], want.unflatten(0, (num_groups, -1))[index])
 
 
+# --- how a GPU computes large sides ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_groups", "dtype"), [((64, 70), 1, torch.bfloat16), ((70, 64), 2, torch.float32)]
+)
+def test_symmetric_products_in_quarters(
+    subject: Subject,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int],
+    num_groups: int,
+    dtype: torch.dtype,
+) -> None:
+    """Where only the blocks on and above the diagonal are computed, as for sides of 4,096, the result is that of the rule."""
+    if subject.name != "arbitor.optimized.ops":
+        skip("quarters", f"they are how arbitor.optimized.ops computes, not {subject.name}")
+    monkeypatch.setattr(import_module("arbitor.optimized.ops.orthogonal"), "LEAST_SIDE", 64)
+    grad = torch.randn(num_groups * shape[0], shape[1], generator=ss.generator(5))
+    grad[1, 3] = torch.nan
+    options = {"iterations": 2, "num_groups": num_groups}
+    compare(subject, "orthogonalize", Case((grad.to(dtype),), options))
+
+
+AVERAGED = ss.matrix_shapes(40).flatmap(
+    lambda shape: st.tuples(st.just(shape), means(shape, least=-20, most=0))
+)
+
+
+@law(
+    drawn=AVERAGED,
+    seed=ss.GENERATOR_SEEDS,
+    power=st.integers(-30, 30),
+    rejects=[
+        mutant(
+            "average_without_its_exponent",
+            "m_NK = (kept_NK + wide_NK) / 2",
+            "m_NK = (mean_NK + wide_NK) / 2",
+            compared="average_gradient",
+        )
+    ],
+)
+def test_average_gradient_of_another_scale(ops: Subject, drawn: Any, seed: int, power: int) -> None:
+    """A power of two moves the exponents, and no bit of the mean."""
+    shape, (mean, exponents) = drawn
+    grad = torch.randn(shape, generator=ss.generator(seed))
+    led, new_mean, new_exponents = ops.average_gradient(grad, mean, exponents, 1.0)
+    scaled = ops.average_gradient(grad * 2.0**power, mean, exponents + power, 1.0)
+    exact(scaled, (led * 2.0**power, new_mean, new_exponents + power))
+
+
+@law(
+    drawn=AVERAGED,
+    seed=ss.GENERATOR_SEEDS,
+    rejects=[
+        mutant("average_with_a_bit_less", "(k_N - 7)", "(k_N - 6)", compared="average_gradient"),
+        mutant(
+            "average_towards_zero",
+            ".round().clamp(-ACCUM",
+            ".trunc().clamp(-ACCUM",
+            compared="average_gradient",
+        ),
+        mutant(
+            "average_of_the_whole_matrix",
+            "m_NK.abs().amax(dim=1)",
+            "m_NK.abs().amax().expand(len(m_NK))",
+            compared="average_gradient",
+        ),
+    ],
+)
+def test_average_gradient_is_off_by_half_a_step(ops: Subject, drawn: Any, seed: int) -> None:
+    """The mean is half the old one and half the gradient. Each row uses its seven bits."""
+    shape, (mean, exponents) = drawn
+    grad = torch.randn(shape, generator=ss.generator(seed)) * torch.logspace(-3, 3, shape[0])[:, None]
+    _, q, e = ops.average_gradient(grad, mean, exponents, 1.0)
+    want = (mean * 2.0 ** exponents.double()[:, None] + grad.double()) / 2
+    step = 2.0 ** e.double()[:, None]
+    limit = torch.where(q.abs() == 127, 1.0, 0.5)
+    assert ((q * step - want).abs() <= limit * step).all()
+    assert (q.abs().amax(dim=1) >= 64).all()
+
+
+@law(
+    shape=ss.matrix_shapes(40),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
+    seed=ss.GENERATOR_SEEDS,
+    rejects=[
+        mutant(
+            "average_against_the_gradient",
+            "m_NK = (kept_NK + wide_NK) / 2",
+            "m_NK = (kept_NK - wide_NK) / 2",
+            compared="average_gradient",
+        ),
+        mutant("mean_alone_leads", "((m_NK + wide_NK) / 2)", "(m_NK / 2)", compared="average_gradient"),
+    ],
+)
+def test_average_gradient_comes_to_what_is_repeated(
+    ops: Subject, shape: tuple[int, int], dtype: torch.dtype, seed: int
+) -> None:
+    """Ten times the same gradient: what leads is that gradient, as near as seven bits say it."""
+    grad = torch.randn(shape, generator=ss.generator(seed)).to(dtype)
+    mean, exponents = torch.zeros(shape, dtype=torch.int8), torch.zeros(shape[0], dtype=torch.int8)
+    for _ in range(10):
+        led, mean, exponents = ops.average_gradient(grad, mean, exponents, 1.0)
+    largest = grad.double().abs().amax(dim=1, keepdim=True)
+    assert ((led.double() - grad.double()).abs() <= largest / 64).all()
+
+
+@law(
+    drawn=AVERAGED,
+    seed=ss.GENERATOR_SEEDS,
+    bad=st.sampled_from((float("nan"), float("inf"))),
+    data=st.data(),
+    rejects=[
+        mutant(
+            "average_moves_at_rate_0",
+            "moves & grad_NK.isfinite().all(dim=1)",
+            "grad_NK.isfinite().all(dim=1)",
+            compared="average_gradient",
+        ),
+        mutant(
+            "average_takes_bad_rows",
+            "moves & grad_NK.isfinite().all(dim=1)",
+            "moves.expand(len(grad_NK))",
+            compared="average_gradient",
+        ),
+    ],
+)
+def test_average_gradient_leaves_bad_rows_as_they_are(
+    ops: Subject, drawn: Any, seed: int, bad: float, data: st.DataObject
+) -> None:
+    """A row with a NaN or an infinity, and all rows at rate 0. Other rows are what they are beside a good one."""
+    shape, (mean, exponents) = drawn
+    grad = torch.randn(shape, generator=ss.generator(seed))
+    exact(ops.average_gradient(grad, mean, exponents, 0.0), (grad, mean, exponents))
+    row, column = data.draw(st.integers(0, shape[0] - 1)), data.draw(st.integers(0, shape[1] - 1))
+    want = ops.average_gradient(grad, mean, exponents, 1.0)
+    faulty = grad.clone()
+    faulty[row, column] = bad
+    got = ops.average_gradient(faulty, mean, exponents, 1.0)
+    others = torch.arange(shape[0]) != row
+    exact(tuple(each[others] for each in got), tuple(each[others] for each in want))
+    exact(tuple(each[row] for each in got), (faulty[row], mean[row], exponents[row]))
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
 _GRADIENT = ones(4, 3)
+_SHORT = lambda: (ones(4, 3, dtype=I8)(), ones(3, dtype=I8)())  # noqa: E731
+_SHORTS = ones(4, 3, dtype=torch.int16)
+_MEAN = (ones(4, 3, dtype=I8), ones(4, dtype=I8))
 
 
 # fmt: off
@@ -260,7 +439,15 @@ test_refusals_of_orthogonal = refusals(
     refused("orthogonalize", "3.0 iterations", TypeError, "iterations", _GRADIENT, iterations=3.0),
     refused("orthogonalize", "3 matrices of 4 rows", ValueError, "num_groups", _GRADIENT, num_groups=3),
     refused("orthogonalize", "no matrix", ValueError, "num_groups", _GRADIENT, num_groups=0),
+    refused("average_gradient", "float64", TypeError, "grad_NK", ones(4, 3, dtype=torch.float64), *_MEAN, 1.0),
+    refused("average_gradient", "another mean", ValueError, "mean_NK", ones(4, 2), *_MEAN, 1.0),
+    refused("average_gradient", "a mean of int16", TypeError, "mean_NK", _GRADIENT, _SHORTS, _MEAN[1], 1.0),
+    refused("average_gradient", "too few exponents", ValueError, "exponents_N", _GRADIENT, _MEAN[0], ones(3, dtype=I8), 1.0),
+    refused("average_gradient", "another out", ValueError, "out[1]", _GRADIENT, *_MEAN, 1.0, out=_SHORT),
+    refused("average_gradient", "a rate of 128", ValueError, "rate", _GRADIENT, *_MEAN, 128.0),
     rejects=[
+        mutant("average_unchecked", 'checks.averages("grad_NK", grad_NK, mean_NK, exponents_N, out)', "pass"),
+        mutant("average_rate_unchecked", "checks.vote_rate(rate)", "pass"),
         mutant("iterations_unchecked", 'checks.integer("iterations", iterations, 1, MAX_ORTHOGONAL_STEPS)', "pass"),
         mutant("stack_unchecked", 'checks.stacked_rows("grad_NK", grad_NK.shape[0], num_groups)', "pass"),
     ],

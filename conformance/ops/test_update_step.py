@@ -302,7 +302,7 @@ test_refusals_of_update_step = refusals(
     refused("apply_step", "an out elsewhere", ValueError, "out", weight, out=lambda: weight().to("meta")),
     refused("apply_step", "another out", ValueError, "out", weight, out=lambda: weight(4)),
     rejects=[
-        mutant("theta_unchecked", 'checks.threshold("theta", theta)', "pass"),
+        mutant("theta_unchecked", 'checks.threshold("theta", theta)', "pass", times=2),
     ],
 )
 # fmt: on

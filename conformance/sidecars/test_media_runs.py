@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import shutil
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def outcome(folder: Path) -> tuple[Any, ...]:
 def test_killed_and_resumed_ends_the_same(
     media: Path, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With every kind, also without the features that the first process kept, and with other names of the files."""
+    """With every kind, also without the features that the first process kept, and with files in archives, under other names."""
     train(options(media, checkpoints, tmp_path / "whole", *ALL))
     want = outcome(tmp_path / "whole")
     assert want[1].keys() == {"text", *ALL} and want[1]["video"].keys() == {
@@ -135,16 +136,18 @@ def test_killed_and_resumed_ends_the_same(
         "val_latent",
     }
     moved = tmp_path / "moved"
-    shutil.copytree(media, moved)
-    for path in sorted((moved / "image").iterdir()):
-        path.rename(path.with_name(f"renamed-{path.name}"))
+    for kind in ALL:
+        (moved / kind).mkdir(parents=True)
+        with tarfile.open(moved / kind / "all.tar", "w") as tar:
+            for path in sorted((media / kind).iterdir()):
+                tar.add(path, f"renamed-{path.name}")
     folder = tmp_path / "killed"
     with monkeypatch.context() as patch:
         kill_at(patch, 3)
         with pytest.raises(Killed):
             train(options(media, checkpoints, folder, *ALL))
     shutil.rmtree(folder / "features")
-    train(TrainOptions(run=folder, resume=True, data_image=str(moved / "image")))
+    train(TrainOptions(run=folder, resume=True, **{f"data_{kind}": str(moved / kind) for kind in ALL}))
     assert outcome(folder) == want
     lines = read_metrics(folder / "metrics.jsonl")
     kinds = {kind for line in lines for kind in line["media"]}

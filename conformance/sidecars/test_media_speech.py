@@ -14,7 +14,9 @@ from torch import Tensor
 from arbitor import ArbModel
 from arbitor.optimized import cli
 from arbitor.optimized.training import media_speech
+from arbitor.optimized.training.generate import first_window
 from arbitor.optimized.training.loop import opened, train
+from arbitor.optimized.training.media import lead_of
 from arbitor.optimized.training.media_answer import chosen, prompt_ids
 from arbitor.optimized.training.media_speech import load_codec, whole_frames
 from arbitor.optimized.training.metrics import read_metrics
@@ -163,7 +165,11 @@ def test_answers_are_written(trained: Path, tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("answer", ["text", "video", "audio"])
 def test_the_router_decides(
-    answer: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    answer: str,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """What the router of a run says is what is written, and --as is asked first."""
     monkeypatch.chdir(tmp_path)
@@ -176,10 +182,20 @@ def test_the_router_decides(
     printed = arb(common)
     made = {"text": None, "video": "answer.png", "audio": "answer.wav"}[answer]
     if made is None:
+        capfd.readouterr()
+        assert arb([*common, "--to", "a.png"]) == printed
+        assert "the router answers with a text, so 'a.png' is not written" in capfd.readouterr().err
         assert printed.startswith(b"red") and not list(tmp_path.iterdir())
     else:
         assert printed.decode().strip() == made and (tmp_path / made).is_file()
     assert arb([*common, "--as", "text"]).startswith(b"red")
+
+
+def test_a_prompt_stands_behind_the_marks_of_its_media() -> None:
+    """Without media a prompt that is shorter than a window is filled up in front."""
+    image = {"image_BNF": torch.zeros(1, 4, 3)}
+    assert prompt_ids(b"red", image, "cpu").tolist() == [[*lead_of(image), *b"red"]]
+    assert prompt_ids(b"r", None, "cpu").tolist() == [list(first_window(b"r"))] != [list(b"r")]
 
 
 def test_an_untaught_router_is_not_asked(trained: Path) -> None:

@@ -86,21 +86,23 @@ def die_at_call(number: int, *, after: bool) -> None:
     os.fsync = flushed
 
 
-def live(arguments: list[str], output: Path, prepare: Callable[[], None]) -> int:
+def live(
+    arguments: list[str], output: Path, prepare: Callable[[], None], *, errors: Path | None = None
+) -> int:
     """Fork a process that runs ``arb``, and return its number.
 
     Args:
         arguments: of the command line.
         output: file that gets what it says.
+        errors: file that gets what it says on stderr, if that is another one.
         prepare: is called first in the new process.
     """
     process = os.fork()
     if process:
         return process
     try:
-        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        for number in (1, 2):
-            os.dup2(descriptor, number)
+        for number, path in ((1, output), (2, errors or output)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
         prepare()
         cli.main(arguments)
     except SystemExit as error:
@@ -246,10 +248,15 @@ def campaign(*, kills: int, seed: int, jobs: int) -> Counter[str]:
         scratch = Path(folder)
         prepared(scratch)
         parts = [(scratch, seed, part, kills // jobs + (part < kills % jobs)) for part in range(jobs)]
-        if jobs == 1:
-            return _part(parts[0])
-        with multiprocessing.get_context("fork").Pool(jobs) as pool:
-            return sum(pool.imap_unordered(_part, parts), Counter())
+        return beside(_part, parts)
+
+
+def beside(part: Callable[[Any], Counter[str]], parts: list[Any]) -> Counter[str]:
+    """Do the parts of a campaign in forked processes side by side, and return the sum of their counts."""
+    if len(parts) == 1:
+        return part(parts[0])
+    with multiprocessing.get_context("fork").Pool(len(parts)) as pool:
+        return sum(pool.imap_unordered(part, parts), Counter())
 
 
 def _part(given: tuple[Path, int, int, int]) -> Counter[str]:

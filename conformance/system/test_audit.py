@@ -70,8 +70,11 @@ def test_every_row_is_printed(
     """`r14` has integer tables, and figures of its seed."""
     monkeypatch.setenv("COLUMNS", "200")
     report = json.loads(printed(capsys, "--preset", preset, "--json"))
-    rows = wanted(report)
-    assert [
-        row[: len(want)] for row, want in zip(rows_of(printed(capsys, "--preset", preset)), rows, strict=True)
-    ] == rows
+    rows, text = wanted(report), printed(capsys, "--preset", preset)
+    assert [row[: len(want)] for row, want in zip(rows_of(text), rows, strict=True)] == rows
+    assert [line for line in text.splitlines() if ": " in line] == [
+        "trainable float parameters: 0",
+        "float buffers: 0",
+        "sidecars: not counted (--sidecars counts the frozen encoders of other projects)",
+    ]
     assert bool(report["figures"]) == (preset == "r14") and report["tables"]

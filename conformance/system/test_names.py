@@ -77,6 +77,7 @@ def test_no_sentence_has_a_name_raw(here: Here, text: Path, tmp_path: Path) -> N
         (["generate", "--run", "x", "--bytes", str(10**12)], 2, "is not in the range 0<=x<=16777216"),
         (["train", "--batch", str(10**9)], 2, "is not in the range"),
         (["train", "--batch", "100000", "--context", "100000"], 2, "batch times context is 10000000000"),
+        (["train", "text.txt"], 2, "extra argument (text.txt): options name what is meant, such as --data"),
         (["audit", "--preset", "smal"], 2, "did you mean 'small'?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

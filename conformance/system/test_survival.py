@@ -77,9 +77,21 @@ def test_same_seed_same_hash_in_another_process(
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
 
-KILLS = """
+CAMPAIGNS = """
+from arbitor.optimized.cli import cli
 from arbitor.optimized.training import monitor
-from conformance.system import kills
+from conformance.system import kills, lines
+
+ends = lines.campaign(lines=16, seed=20261129, jobs=1)
+assert ends.total() == 16 and len(ends) > 4, ends
+lines.WORKS, whole = {"preset": "nano"}, cli.commands["preset"].callback
+cli.commands["preset"].callback = lambda **options: {}["key"]
+try:
+    lines.campaign(lines=6, seed=0, jobs=1)
+except AssertionError as error:
+    assert "unforeseen" in str(error) and "KeyError" in str(error), error
+else:
+    raise AssertionError("an error that nobody foresaw went unnoticed")
 
 deaths = kills.campaign(kills=5, seed=20261129, jobs=1)
 assert deaths.total() >= 5 and len(deaths) > 1, deaths
@@ -93,13 +105,13 @@ else:
 """
 
 
-def test_sigkill_at_random_moments() -> None:
-    """Killed at any moment, also on a slow disk, a run ends as one that was not. The campaign notices one that does not.
+def test_campaigns_of_kills_and_of_command_lines() -> None:
+    """Killed at any moment, also on a slow disk, a run ends as one that was not. A line at random ends in a result or a sentence.
 
-    A process of its own, as it forks: torch's threads would not survive that.
+    Each campaign notices a planted fault. They are a process of their own, as they fork: torch's threads would not survive that.
     """
     result = subprocess.run(
-        [sys.executable, "-c", KILLS], cwd=REPOSITORY, env=environment(), capture_output=True
+        [sys.executable, "-c", CAMPAIGNS], cwd=REPOSITORY, env=environment(), capture_output=True
     )
     assert result.returncode == 0, result.stderr.decode()[-2000:]
 

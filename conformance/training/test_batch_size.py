@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from arbitor.optimized.training import batch_size
 from arbitor.optimized.training.batch_size import Memory, fitting_batch, free_bytes
@@ -57,7 +58,7 @@ def test_the_largest_power_of_two_that_fits(
 
 def test_a_window_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_size, "free_bytes", lambda: 0)
-    monkeypatch.setattr(Memory, "_peak", lambda memory: 0 if not hasattr(memory, "_base") else 2**30)
+    monkeypatch.setattr(Memory, "_held", lambda memory, name, on_device: 2**30 if name == "VmHWM" else 0)
     with pytest.raises(TrainingError, match=r"a window of 16 bytes takes 1\.00 GiB of memory, .* 0\.00 GiB"):
         fitting_batch(nano.NANO, settings_of_nano(), choose_runtime("cpu"))
 
@@ -105,3 +106,17 @@ def test_memory_is_that_of_the_container(tmp_path: Path, monkeypatch: pytest.Mon
     assert free_bytes() == 3000
     (tmp_path / "memory.max").write_text("max\n")
     assert free_bytes() > 2**20
+
+
+def test_a_pass_is_measured_alone() -> None:
+    """What the process held before does not count, neither that which it gave back nor that which it still holds."""
+
+    class Passes:
+        def take(self, ids_BT: torch.Tensor, *, rate: float, step: int) -> None:
+            assert ids_BT.shape == (2, 8)
+            torch.zeros(64 * 2**20, dtype=torch.uint8).add_(1)
+
+    kept = torch.zeros(32 * 2**20, dtype=torch.uint8).add_(1)
+    torch.zeros(256 * 2**20, dtype=torch.uint8).add_(1)
+    taken = Memory("cpu").of_pass(Passes(), 2, 8)  # type: ignore[arg-type]
+    assert 60 * 2**20 < taken < 80 * 2**20, (taken, kept.numel())

@@ -275,6 +275,15 @@ def test_a_source_that_cannot_be_used_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_no_model_begins_with_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"^there is no checkpoint '.*nowhere'$"):
+        begin_with(ArbModel(NANO), str(tmp_path / "nowhere"))
+    with pytest.raises(
+        TrainingError, match=r"^the folder '.*' holds no checkpoint: it is no run, and has no"
+    ):
+        begin_with(ArbModel(NANO), str(tmp_path))
+
+
 def test_a_forged_source_is_refused(text: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     train(options(text, source, preset="whole", context=34, batch=2, steps=1))

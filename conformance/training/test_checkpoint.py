@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from torch import Tensor
 from arbitor.optimized.training import checkpoint as checkpoints
 from arbitor.optimized.training.checkpoint import CheckpointError, load_checkpoint
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.model_folder import write_folder
 from arbitor.optimized.training.run_folder import RunFolder
 from arbitor.optimized.training.whole_file import partial_of
 from arbitor.reference.constants import MANTISSA_BITS, level_range
@@ -457,3 +459,49 @@ def test_checkpoint_keeps_scale_mantissas(tmp_path: Path, bits: int) -> None:
                 CheckpointError, match=f"holds {outside}, but its elements must lie from {low} to {high}"
             ):
                 load_checkpoint(path)
+
+
+FLOATS = {
+    "a.lora_A": torch.ones(2, 5),
+    "a.lora_B": torch.ones(3, 2),
+    "a.lora_A.exp_avg": torch.full((2, 5), -1.0),
+    "a.lora_A.exp_avg_sq": torch.ones(2, 5),
+    "a.lora_A.step": torch.tensor(3.0),
+}
+STATED = {"alpha": 4.0, "ranks": {"a": 2}, "moments": ["a.lora_A"], "sha256": ""}
+"""An adapter as a checkpoint holds it, and what the header says of it."""
+
+
+@pytest.mark.parametrize(
+    ("says", "header", "floats"),
+    [
+        ("alpha is 0", {"alpha": 0.0}, {}),
+        ("alpha is inf", {"alpha": math.inf}, {}),
+        ("a.lora_A has shape", {"ranks": {"a": 3}}, {}),
+        ("b.lora_A is missing", {"ranks": {"b": 2}}, {}),
+        ("a.lora_B.exp_avg is missing", {"moments": ["a.lora_B"]}, {}),
+        ("a.lora_A has dtype", {}, {"a.lora_A": torch.ones(2, 5, dtype=torch.bfloat16)}),
+        ("a.lora_A has shape", {}, {"a.lora_A": torch.ones(10)}),
+        ("a.lora_B has shape", {}, {"a.lora_B": torch.ones(3, 4)}),
+        ("a.lora_B holds", {}, {"a.lora_B": torch.full((3, 2), math.nan)}),
+        ("a.lora_A.exp_avg has shape", {}, {"a.lora_A.exp_avg": torch.ones(5, 2)}),
+        ("a.lora_A.exp_avg holds", {}, {"a.lora_A.exp_avg": torch.full((2, 5), math.inf)}),
+        ("a.lora_A.exp_avg_sq holds", {}, {"a.lora_A.exp_avg_sq": torch.full((2, 5), -1.0)}),
+        ("a.lora_A.step has shape", {}, {"a.lora_A.step": torch.ones(1)}),
+        ("a.lora_A.step holds", {}, {"a.lora_A.step": torch.tensor(-1.0)}),
+    ],
+)
+def test_floats_that_no_run_writes_are_refused(
+    says: str, header: dict[str, Any], floats: dict[str, Tensor]
+) -> None:
+    """A file whose digests fit may still say what is not so."""
+    whole = checkpoints._adapter({"adapter": STATED}, FLOATS)
+    assert whole is not None and whole.tensors().keys() == FLOATS.keys()
+    with pytest.raises(CheckpointError, match=f"^{re.escape(says)}"):
+        checkpoints._adapter({"adapter": {**STATED, **header}}, {**FLOATS, **floats})
+
+
+def test_a_folder_of_a_model_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(TrainingError, match=r"^cannot write the folder '.*file/model': Not a directory$"):
+        write_folder(tmp_path / "file" / "model", NANO, trained_weights(), step=2, seed=3, run={})

@@ -17,6 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from arbitor.optimized import settings
 from arbitor.optimized.training import loop
 from arbitor.optimized.training.baselines import NAMES
 from arbitor.optimized.training.checkpoint import load_checkpoint, state_sha256
@@ -291,3 +292,19 @@ def test_a_run_that_is_asked_to_stop_says_what_is_saved(
     with pytest.raises(Stopped, match=f"stopped by SIGTERM after step 1 of 8; {says}"):
         train(options(text, folder, save=save))
     assert not save or load_checkpoint(tmp_path / "run" / "latest.safetensors").step == 1
+
+
+def test_the_trainer_vouches_for_its_values_until_it_ends(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ops never wait for a device to look at ids and rows."""
+    seen: list[bool] = []
+    take = loop.Run.take_steps
+
+    def watched(run: loop.Run) -> None:
+        seen.append(settings.value_checks())
+        take(run)
+
+    monkeypatch.setattr(loop.Run, "take_steps", watched)
+    train(options(text, None, steps=1, save=False))
+    assert seen == [False] and settings.value_checks()

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.media import check_kinds, weights_of
+from arbitor.optimized.training.media_batch import Batch
 from arbitor.optimized.training.media_files import MediaFolder, load_media
+from arbitor.optimized.training.media_mix import Mix
 from arbitor.optimized.training.options import CHANGES, ROWS, TrainOptions
 from arbitor.optimized.training.plan import decide
 
@@ -203,3 +208,28 @@ def test_a_run_on_one_kind_alone() -> None:
 def test_settings_of_media_that_nothing_would_read(changes: dict[str, str], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         decide(TrainOptions(preset="nano", **changes), None)
+
+
+def test_held_out_batches_are_measured_without_gradients() -> None:
+    """The mean is over bytes for the loss of bytes, and over samples for the others. A loss that is not finite is none."""
+    seen: list[bool] = []
+    losses = iter(
+        [
+            {"bytes": torch.tensor(2.0), "route": torch.tensor(1.0), "codebook": torch.tensor(9.0)},
+            {"bytes": torch.tensor(4.0), "route": torch.tensor(math.inf)},
+        ]
+    )
+
+    def asked(ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
+        seen.append(torch.is_grad_enabled())
+        return next(losses)
+
+    model = SimpleNamespace(losses=asked, voting=SimpleNamespace(faults=torch.zeros(())))
+    batches = [
+        Batch("text", torch.zeros(2, 5, dtype=torch.int64)),
+        Batch("text", torch.zeros(1, 7, dtype=torch.int64)),
+    ]
+    found = Mix._validated(model, iter(batches))  # type: ignore[arg-type]
+    assert seen == [False, False]
+    assert found == {"val_bpb": (2.0 * 4 + 4.0 * 4) / 8 / math.log(2), "val_route": None}
+    assert Mix._validated(model, iter([])) == {"val_bpb": None}  # type: ignore[arg-type]

@@ -40,7 +40,10 @@ def test_monitor_writes_metrics_and_events(tmp_path: Path) -> None:
     ]
     assert events_of(tmp_path, "train_bpb") == [(2, 4.25)]
     assert events_of(tmp_path, "val_bpb") == [(0, 8.5)]
+    files = monitor._metrics
+    assert files is not None and not files.closed
     monitor.close()
+    assert files.closed
     monitor.close()
 
 

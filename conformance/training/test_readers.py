@@ -100,6 +100,8 @@ def test_a_reader_keeps_the_ledger_as_a_pass_does(monkeypatch: pytest.MonkeyPatc
     def recorded(run: Callable[[], None]) -> list[Any]:
         ledger = run.__self__.ledger  # type: ignore[attr-defined]
         recorded_at.append(ledger.places())
+        # Launched first, so that its kernels are compiled.
+        assert run.__self__._launched == LAUNCHED_FIRST  # type: ignore[attr-defined]
         return [Launches(run, ledger)]
 
     monkeypatch.setattr(readers, "recorded", recorded)

@@ -299,3 +299,28 @@ def test_a_bad_byte_costs_its_line_of_metrics_only(run: Path) -> None:
 
 def test_a_finished_run_says_so(run: Path) -> None:
     assert "is finished: all of its 8 steps are taken" in resume(run)
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with (
+        pytest.raises(TrainingError, match=r"^cannot use the run folder '.*file/run': Not a directory$"),
+        RunFolder(tmp_path / "file" / "run").owned(),
+    ):
+        pass
+
+
+def test_how_a_run_was_started_is_read_of_what_is_left(run: Path) -> None:
+    """Without a checkpoint its settings say it. A checkpoint that is refused says why."""
+    known = RunFolder(run).read_start()
+    checkpoint_files = sorted(run.glob("*.safetensors"))
+    for path in checkpoint_files:
+        path.rename(path.with_suffix(".away"))
+    start = RunFolder(run).read_start()
+    assert (start.run, start.config) == (known.run, known.config) and known.header is not None
+    assert start.header is None and not start.refusals
+    for path in checkpoint_files:
+        path.write_bytes(b"x")
+    with pytest.raises(TrainingError, match="is damaged or not a safetensors file") as told:
+        RunFolder(run).read_start()
+    assert str(told.value).count("; ") == len(RunFolder(run)._checkpoints()) - 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from arbitor.optimized.training.schedule import GAIN, rate
+from arbitor.optimized.training.schedule import GAIN, decay_of, rate
 from arbitor.reference import ops
 from arbitor.reference.constants import DEFAULT_THETA
 from arbitor.reference.types import TernaryWeight
@@ -50,6 +50,13 @@ def test_rate_falls_over_the_share_asked_for() -> None:
     for decay in (0.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match=r"^decay is"):
             rate(0, 10, decay=decay)
+
+
+def test_a_long_run_falls_from_the_start() -> None:
+    """Over 60 % of up to 1,500 steps, over all of 3,000 and more, and linearly between."""
+    assert [decay_of(steps) for steps in (1, 1500, 2250, 3000, 24_000)] == [0.6, 0.6, 0.8, 1.0, 1.0]
+    assert rate(1500, 3000, theta=64) == 3.0 and rate(600, 1500, theta=64) == 6.0
+    assert rate(1, 24_000, theta=64) == float(np.float32(6.0 * 2 / 720))
 
 
 def test_micro_batches_share_the_rate_by_the_root_of_their_number() -> None:

@@ -36,6 +36,8 @@ class WholeNumber(click.IntRange):
 class WholeNumberOrAuto(WholeNumber):
     """A whole number from a range, or a word for one that the machine decides."""
 
+    name = "whole number or auto"
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the number, or the word."""
         return value if value == AUTO else super().convert(value, param, ctx)

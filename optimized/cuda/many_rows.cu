@@ -150,15 +150,14 @@ struct Slots {
 };
 
 // Write x in the order of slabs, [tile][step][word of a chunk][lane][row][thread]. Past the last row or column it is 0. slots_of_row:
-// neighbouring slots that read one row of x. `tickets` become 0.
+// neighbouring slots that read one row of x.
 extern "C" __global__ void __launch_bounds__(128)
 lay_out_rows(const unsigned short* __restrict__ x, uint4* __restrict__ slabs, const long long* __restrict__ experts,
              const long long* __restrict__ order, const long long* __restrict__ starts, int num_slots, int num_experts,
-             int* __restrict__ tickets, int num_tickets, int slots_of_row, int num_inputs, int num_slabs, int num_tiles) {
+             int slots_of_row, int num_inputs, int num_slabs, int num_tiles) {
     // The blocks of the product may start, and read weights. They wait for slabs.
     asm volatile("griddepcontrol.launch_dependents;");
     const long long place = static_cast<long long>(blockIdx.x) * 128 + threadIdx.x;
-    for (long long i = place; i < num_tickets; i += gridDim.x * 128ll) tickets[i] = 0;
     const int in_tile = static_cast<int>(place % ROWS);
     const long long slab_of_all = place / ROWS;
     const int slab = static_cast<int>(slab_of_all % num_slabs), number = static_cast<int>(slab_of_all / num_slabs);
@@ -199,18 +198,14 @@ lay_out_rows(const unsigned short* __restrict__ x, uint4* __restrict__ slabs, co
 // Blocks are ordered by tile, then part of the sums, then run. Those of sorted slots are ordered by run, so that tiles of one expert read
 // its rows at about the same time. A run is every num_runs-th of the ranges of outputs that a block computes at a time.
 //
-// out:     bfloat16 [M, N]
-// parts:   float32 [parts, M, N], where sums are cut
-// tickets: [tiles, ranges of outputs], 0. The block that takes the last ticket adds the parts, in their order
+// out: bfloat16 [M, N], or, where sums are cut, float32 [parts, M, N]
 extern "C" __global__ void __launch_bounds__(32 * (WARPS + COPY_WARPS), BLOCKS)
 many_rows_product(const uint4* __restrict__ slabs, const unsigned* __restrict__ words, const signed char* __restrict__ levels,
-                  unsigned short* __restrict__ out, float* parts, const long long* __restrict__ experts,
-                  const long long* __restrict__ order, const long long* __restrict__ starts, int num_slots, int num_experts, int* tickets,
-                  int num_outputs, int num_inputs, int row_words, int row_groups, int num_parts, int part_steps, int num_tiles,
+                  void* __restrict__ out, const long long* __restrict__ experts, const long long* __restrict__ order,
+                  const long long* __restrict__ starts, int num_slots, int num_experts, int num_outputs, int num_inputs, int row_words, int row_groups, int num_parts, int part_steps, int num_tiles,
                   int num_runs) {
     extern __shared__ __align__(128) unsigned char slabs_here[];
     __shared__ unsigned long long full[WORDS], empty[WORDS];
-    __shared__ int ticket;
     constexpr int BLOCK_OUTPUTS = 64 * HEIGHT * WARP_GROUPS;
     const int ranges = (num_outputs + BLOCK_OUTPUTS - 1) / BLOCK_OUTPUTS;
     int number, part, run;
@@ -222,12 +217,21 @@ many_rows_product(const uint4* __restrict__ slabs, const unsigned* __restrict__ 
     const Slots slots{experts, order, starts, num_slots, num_experts};
     const Slots::Tile tile = slots.tile(number);
     if (tile.expert < 0) return;
-    const auto place_of = [&](int place, int output) { return slots.at(tile.first + place) * num_outputs + output; };
+    const auto store = [&](int place, int output, float value) {
+        const long long at = slots.at(tile.first + place) * num_outputs + output;
+        if constexpr (PARTS) {
+            static_cast<float*>(out)[static_cast<long long>(part) * num_slots * num_outputs + at] = value;
+        } else {
+            static_cast<unsigned short*>(out)[at] = rounded(value);
+        }
+    };
     // Unused slots give zeros.
     if (SLOTS != 0 && tile.expert == num_experts) {
-        for (int i = threadIdx.x; i < tile.count * num_outputs; i += 32 * (WARPS + COPY_WARPS)) {
-            const int output = i % num_outputs;
-            if (output / BLOCK_OUTPUTS % num_runs == run) out[place_of(i / num_outputs, output)] = 0;
+        for (int place = 0; place < tile.count; place++) {
+            for (int range = run; range < ranges; range += num_runs) {
+                const int begins = range * BLOCK_OUTPUTS, size = min(BLOCK_OUTPUTS, num_outputs - begins);
+                for (int i = threadIdx.x; i < size; i += 32 * (WARPS + COPY_WARPS)) store(place, begins + i, 0);
+            }
         }
         return;
     }
@@ -380,28 +384,7 @@ many_rows_product(const uint4* __restrict__ slabs, const unsigned* __restrict__ 
             for (int j = 0; j < ROWS / 2; j++) {
                 const int output = range * BLOCK_OUTPUTS + output_of_thread + 64 * i + 8 * (j % 4 / 2);
                 const int place = first_place + 8 * (j / 4) + j % 2;
-                if (place >= tile.count || output >= num_outputs) continue;
-                if constexpr (PARTS) {
-                    parts[static_cast<long long>(part) * num_slots * num_outputs + place_of(place, output)] = sums[i][j];
-                } else {
-                    out[place_of(place, output)] = rounded(sums[i][j]);
-                }
-            }
-        }
-        if constexpr (PARTS) {
-            __threadfence();
-            asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS) : "memory");
-            if (threadIdx.x == 0) ticket = atomicAdd(tickets + number * ranges + range, 1);
-            asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS) : "memory");
-            if (ticket != num_parts - 1) continue;
-            __threadfence();
-            for (int i = threadIdx.x; i < tile.count * BLOCK_OUTPUTS; i += 32 * WARPS) {
-                const int output = range * BLOCK_OUTPUTS + i % BLOCK_OUTPUTS;
-                if (output >= num_outputs) continue;
-                const long long at = place_of(i / BLOCK_OUTPUTS, output);
-                float total = 0;
-                for (int j = 0; j < num_parts; j++) total += __ldcg(parts + static_cast<long long>(j) * num_slots * num_outputs + at);
-                out[at] = rounded(total);
+                if (place < tile.count && output < num_outputs) store(place, output, sums[i][j]);
             }
         }
     }

@@ -15,7 +15,7 @@ from torch import Tensor
 from arbitor.optimized.cuda.compiler import Kernel
 from arbitor.optimized.cuda.launch import launch
 from arbitor.optimized.cuda.product import FEW, STEP, chunk_constants, fits_chunks
-from arbitor.optimized.kernels.parts import parts_of
+from arbitor.optimized.kernels.parts import add_parts, parts_of
 from arbitor.optimized.kernels.slots import Plan
 from arbitor.optimized.layouts import MAX_COLUMNS, DeviceWeight
 
@@ -25,8 +25,11 @@ WORDS = 6
 LANES = 8
 """Pairs of lanes of a word."""
 
-MOST = ((2**27, MAX_COLUMNS), (2**25, 1024), (2**19, 512))
-"""Weights from which on so many rows are faster than with the library, or with Triton's kernel. `docs/log.md` has the times."""
+ROWS = ((2**27, FEW + 1, MAX_COLUMNS), (2**24, FEW + 1, 1024), (2**22, 17, 512))
+"""Weights from which on the kernel is faster than the library and Triton's kernel, for the least and the most rows of each line.
+
+`docs/log.md` has the times.
+"""
 
 LEAST_INPUTS = 256
 """Least inputs of an expert: a step has 384 columns."""
@@ -80,6 +83,11 @@ class Form:
         """Bytes of a slab of x."""
         return 16 * LANES * self.rows
 
+    @property
+    def starts_early(self) -> bool:
+        """Whether blocks start before x is laid out. Where they do not fill a GPU, they would crowd on some multiprocessors."""
+        return self.rows <= 16
+
     def resident(self, steps: int) -> bool:
         """Whether a block has room for all slabs of so many steps, and copies them once for several ranges of outputs."""
         return self.runs > 0 and self.blocks * (steps * WORDS * self.slab_bytes + 2048) <= SHARED_BYTES
@@ -87,9 +95,14 @@ class Form:
 
 def fits(x_MK: Tensor, weight: DeviceWeight) -> bool:
     """Return whether the kernel takes a product with one matrix: more rows than `product.cu`, and fewer than the library."""
-    num_weights = weight.shape[0] * weight.shape[1]
-    most = next((most for least, most in MOST if num_weights >= least), 0)
-    return FEW < x_MK.shape[0] <= most and fits_chunks(x_MK, weight)
+    return pays(x_MK.shape[0], *weight.shape) and fits_chunks(x_MK, weight)
+
+
+def pays(num_rows: int, num_outputs: int, num_inputs: int) -> bool:
+    """Return whether the kernel is the fastest for a product of this size."""
+    lines = ((least, most) for weights, least, most in ROWS if num_outputs * num_inputs >= weights)
+    least, most = next(lines, (1, 0))
+    return least <= num_rows <= most
 
 
 def fits_slots(x: Tensor, weight: DeviceWeight) -> bool:
@@ -99,25 +112,33 @@ def fits_slots(x: Tensor, weight: DeviceWeight) -> bool:
 
 def form_of(num_rows: int, num_outputs: int) -> Form:
     """Return the form for rows of x, by what was the fastest on an H200 (`docs/log.md`)."""
-    for most, form in ((16, Form(16, 1, 1, 4, 4)), (32, Form(32, 1, 1, 3, 4)), (64, Form(64, 1, 1, 3, 4))):
-        if num_rows <= most:
-            return _filled(form, num_rows, num_outputs)
-    low, wide, high = Form(128, 1, 1, 2, 4), Form(128, 2, 1, 1, 4), Form(256, 2, 1, 1, 4)
+    low, high = Form(128, 1, 1, 2, 4), Form(256, 2, 1, 1, 4)
     if num_rows <= low.rows:
-        return _filled(
-            wide if _blocks(wide, num_rows, num_outputs) >= PROCESSORS else low, num_rows, num_outputs
+        kinds = (
+            (16, Form(16, 1, 1, 4, 4)),
+            (32, Form(32, 1, 1, 3, 4)),
+            (64, Form(64, 1, 1, 3, 4)),
+            (128, low),
         )
+        form = next(form for most, form in kinds if num_rows <= most)
+        return _filled(form, num_rows, num_outputs)
     enough = _blocks(high, num_rows, num_outputs) >= PROCESSORS * 2 // 5
     return _filled(high if enough else low, num_rows, num_outputs)
 
 
-def slot_form_of(average: int) -> Form:
-    """Return the form for so many slots of an expert on average."""
-    if average <= 8:
-        return Form(8, 1, 1, 4, 4)
-    if average <= 16:
-        return Form(16, 1, 1, 4, 4)
-    return Form(64, 1, 1, 3, 4)
+def slot_form_of(num_slots: int, num_groups: int) -> Form:
+    """Return the form for slots of so many experts. Runs of outputs make two blocks for each that a GPU has room for."""
+    average = math.ceil(num_slots / num_groups)
+    if num_slots <= num_groups:
+        form = Form(8, 2, 1, 2, 4)
+    elif average <= 12:
+        form = Form(16, 2, 1, 2, 4)
+    elif average <= 96:
+        form = Form(64, 3, 1, 1, 4)
+    else:
+        return Form(128, 2, 2, 1, 2)
+    tiles = max(math.ceil(num_slots / form.rows), min(num_slots, num_groups))
+    return replace(form, runs=math.ceil(2 * PROCESSORS * form.blocks / tiles))
 
 
 def _blocks(form: Form, num_rows: int, num_outputs: int) -> int:
@@ -171,35 +192,25 @@ def many_rows_product(
     by = (experts_M, order, starts, np.int32(num_slots), np.int32(num_groups))
     ranges, places = math.ceil(num_outputs / form.outputs), num_tiles * steps * WORDS * form.rows
     runs = min(form.runs or ranges, ranges)
-    tickets = num_tiles * ranges if num_parts > 1 else 0
-    # The tickets lie behind the slabs.
-    slabs = torch.empty(places * LANES * 4 + tickets, dtype=torch.int32, device=x.device)
-    ticket_words = slabs[places * LANES * 4 :]
+    slabs = torch.empty(places * LANES * 4, dtype=torch.int32, device=x.device)
     launch(
         Kernel.of("many_rows", "lay_out_rows", **constants),
-        (
-            x,
-            slabs,
-            *by,
-            ticket_words,
-            *map(np.int32, (tickets, slots_of_row, num_inputs, steps * WORDS, num_tiles)),
-        ),
+        (x, slabs, *by, *map(np.int32, (slots_of_row, num_inputs, steps * WORDS, num_tiles))),
         blocks=math.ceil(places / 128),
         threads=128,
         device=x.device,
     )
     y_MN = torch.empty(num_slots, num_outputs, dtype=torch.bfloat16, device=x.device)
-    parts = None
-    if num_parts > 1:
-        parts = torch.empty(num_parts, num_slots, num_outputs, dtype=torch.float32, device=x.device)
+    shape = (num_parts, num_slots, num_outputs)
+    sums = y_MN if num_parts == 1 else torch.empty(shape, dtype=torch.float32, device=x.device)
     sizes = (num_outputs, num_inputs, row_words, row_groups, num_parts, part_steps, num_tiles, runs)
     launch(
         Kernel.of("many_rows", "many_rows_product", **constants),
-        (slabs, weight.words, weight.exponents, y_MN, parts, *by, ticket_words, *map(np.int32, sizes)),
+        (slabs, weight.words, weight.exponents, sums, *by, *map(np.int32, sizes)),
         blocks=runs * num_parts * num_tiles,
         threads=form.threads,
         device=x.device,
         shared_bytes=(steps if resident else 1) * WORDS * form.slab_bytes,
-        starts_early=True,
+        starts_early=form.starts_early,
     )
-    return y_MN
+    return y_MN if num_parts == 1 else add_parts(sums, y_MN)

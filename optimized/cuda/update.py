@@ -21,8 +21,8 @@ from arbitor.reference.constants import EXPONENT_RULES, SCORE_SHIFT, SILENT_ROW
 CHUNK = 48
 """Columns of a row that a thread takes. They must be whole groups."""
 
-THREADS = 256
-"""Threads of a block."""
+VOTE_THREADS, THREADS = 128, 256
+"""Threads of a block of `votes.cu` and of `step.cu`."""
 
 
 def fits_count(weight: DeviceWeight, grad_NK: Tensor, rows: Tensor | None) -> bool:
@@ -33,7 +33,7 @@ def fits_count(weight: DeviceWeight, grad_NK: Tensor, rows: Tensor | None) -> bo
         and _whole_words(weight)
         and grad_NK.is_contiguous()
         and aligned(grad_NK, 16)
-        and weight.shape[0] * math.ceil(weight.shape[1] / CHUNK) <= MAX_PROGRAMS * THREADS
+        and weight.shape[0] * math.ceil(weight.shape[1] / CHUNK) <= MAX_PROGRAMS * VOTE_THREADS
     )
 
 
@@ -80,8 +80,8 @@ def count_votes_(
             np.int64(num_chunks),
             *map(np.int32, (row_chunks, num_columns, weight.words.shape[1], row_groups)),
         ),
-        blocks=math.ceil(num_chunks / THREADS),
-        threads=THREADS,
+        blocks=math.ceil(num_chunks / VOTE_THREADS),
+        threads=VOTE_THREADS,
         device=weight.device,
     )
 

@@ -3,7 +3,8 @@
 // Legend: N rows, K columns, KW words a row, KG groups a row, G columns a group, V row exponent.
 //
 // A thread takes 48 neighbouring columns of a row: three words and whole groups, so that a group's dither is made once, and its
-// score is summed by one thread. Sixteen columns are read and written at a time.
+// score is summed by one thread. Gradients and counts go through shared memory, where a warp turns them: its threads read and write
+// neighbouring pieces of 16 bytes in global memory, and each its own pieces here.
 //
 // Constants that the host defines:
 //   GROUP_SIZE       columns of a group; 48 columns are whole groups
@@ -16,6 +17,29 @@
 constexpr int CHUNK = 48;
 constexpr int GROUPS = CHUNK / GROUP_SIZE;
 constexpr int BLOCKS = GROUP_SIZE / 16 + 1;
+
+constexpr int WARPS = 4;
+// Pieces of 16 bytes of a chunk: of its gradient and of its counts.
+constexpr int GRADIENTS = CHUNK * GRADIENT_BYTES / 16;
+constexpr int COUNTS = CHUNK / 16;
+// Places from a piece of a chunk to the next, a piece of every thread and one more: this keeps threads out of each other's banks.
+constexpr int APART = 33;
+
+// The chunks of a warp, `count` of them from the place `first` of a row on. They may end a row and begin the next.
+struct Chunks {
+    int first, count, row_chunks, num_columns;
+
+    // Where the elements of a chunk begin, counted from those of the first, and how many there are.
+    struct Range {
+        int at, size;
+    };
+
+    __device__ __forceinline__ Range of(int place) const {
+        int chunk = first + place, at = place * CHUNK;
+        for (; chunk >= row_chunks; chunk -= row_chunks) at -= row_chunks * CHUNK - num_columns;
+        return {at, place < count ? min(CHUNK, num_columns - chunk * CHUNK) : 0};
+    }
+};
 
 // The four words of Philox4x32-10.
 struct Words {
@@ -44,13 +68,40 @@ __device__ __forceinline__ int byte_of(unsigned word, int place) {
     return static_cast<int>(word << (24 - 8 * place)) >> 24;
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
 count_votes(const void* __restrict__ gradient, const int* __restrict__ row_exponents, const unsigned* __restrict__ words,
             unsigned char* __restrict__ trit_counts, signed char* __restrict__ exponent_counts, const float* rate_at, float rate,
             const long long* step_at, unsigned step, unsigned tensor_id, unsigned seed_low, unsigned seed_high,
             long long num_chunks, int row_chunks, int num_columns, int row_words, int row_groups) {
-    const long long id = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (id >= num_chunks) return;
+    __shared__ uint4 gradients_of_warp[WARPS][GRADIENTS * APART], counts_of_warp[WARPS][COUNTS * APART];
+    const int lane_of_warp = threadIdx.x % 32;
+    uint4 *gradients = gradients_of_warp[threadIdx.x / 32], *counts_here = counts_of_warp[threadIdx.x / 32];
+    const long long first_id = (static_cast<long long>(blockIdx.x) * WARPS + threadIdx.x / 32) * 32;
+    if (first_id >= num_chunks) return;
+    const long long first_row = first_id / row_chunks;
+    const int first_chunk = static_cast<int>(first_id - first_row * row_chunks);
+    const Chunks chunks{first_chunk, static_cast<int>(min(num_chunks - first_id, 32ll)), row_chunks, num_columns};
+    const long long first = first_row * num_columns + first_chunk * CHUNK;
+    const char* gradient_of_warp = static_cast<const char*>(gradient) + first * GRADIENT_BYTES;
+    trit_counts += first;
+    // All pieces are on their way before the first is written.
+    uint4 gradient_pieces[GRADIENTS], count_pieces[COUNTS];
+#pragma unroll
+    for (int i = 0; i < GRADIENTS; i++) {
+        const int of = (i * 32 + lane_of_warp) / GRADIENTS, piece = (i * 32 + lane_of_warp) % GRADIENTS;
+        const Chunks::Range range = chunks.of(of);
+        const char* from = gradient_of_warp + range.at * GRADIENT_BYTES + 16 * piece;
+        if (piece * 16 < range.size * GRADIENT_BYTES) gradient_pieces[i] = __ldcs(reinterpret_cast<const uint4*>(from));
+    }
+#pragma unroll
+    for (int i = 0; i < COUNTS; i++) {
+        const int of = (i * 32 + lane_of_warp) / COUNTS, piece = (i * 32 + lane_of_warp) % COUNTS;
+        const Chunks::Range range = chunks.of(of);
+        if (piece * 16 < range.size) count_pieces[i] = *reinterpret_cast<const uint4*>(trit_counts + range.at + 16 * piece);
+    }
+    // A thread without a chunk does the work of the last again, and keeps the result to itself.
+    const bool has_chunk = lane_of_warp < chunks.count;
+    const long long id = first_id + min(lane_of_warp, chunks.count - 1);
     const long long row = id / row_chunks;
     const int chunk = static_cast<int>(id - row * row_chunks), column = chunk * CHUNK;
     if (rate_at) rate = *rate_at;
@@ -75,17 +126,26 @@ count_votes(const void* __restrict__ gradient, const int* __restrict__ row_expon
         }
     }
 
+#pragma unroll
+    for (int i = 0; i < GRADIENTS; i++) {
+        const int place = i * 32 + lane_of_warp;
+        gradients[place % GRADIENTS * APART + place / GRADIENTS] = gradient_pieces[i];
+    }
+#pragma unroll
+    for (int i = 0; i < COUNTS; i++) {
+        const int place = i * 32 + lane_of_warp;
+        counts_here[place % COUNTS * APART + place / COUNTS] = count_pieces[i];
+    }
+    __syncwarp();
     int scores[GROUPS] = {};
-    const long long first = row * num_columns + column;
 #pragma unroll
     for (int word = 0; word < CHUNK / 16; word++) {
         if (column + 16 * word >= num_columns) break;
-        const long long at = first + 16 * word;
         unsigned bits[16];
         if constexpr (GRADIENT_BYTES == 2) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const uint4 eight = __ldg(reinterpret_cast<const uint4*>(static_cast<const unsigned short*>(gradient) + at) + i);
+                const uint4 eight = gradients[(2 * word + i) * APART + lane_of_warp];
                 const unsigned pairs[4] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
@@ -96,7 +156,7 @@ count_votes(const void* __restrict__ gradient, const int* __restrict__ row_expon
         } else {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const uint4 four = __ldg(reinterpret_cast<const uint4*>(static_cast<const float*>(gradient) + at) + i);
+                const uint4 four = gradients[(4 * word + i) * APART + lane_of_warp];
                 bits[4 * i] = four.x;
                 bits[4 * i + 1] = four.y;
                 bits[4 * i + 2] = four.z;
@@ -111,8 +171,8 @@ count_votes(const void* __restrict__ gradient, const int* __restrict__ row_expon
                 for (int i = 0; i < 16; i++) bits[i] = silent ? 0 : __float_as_uint(__uint_as_float(bits[i]) * part);
             }
         }
-        uint4* counts_at = reinterpret_cast<uint4*>(trit_counts + at);
-        const uint4 before = *counts_at;
+        uint4& counts_at = counts_here[word * APART + lane_of_warp];
+        const uint4 before = counts_at;
         const unsigned counts[4] = {before.x, before.y, before.z, before.w};
         unsigned after[4] = {};
         unsigned trits = 0;
@@ -130,8 +190,18 @@ count_votes(const void* __restrict__ gradient, const int* __restrict__ row_expon
             after[lane / 4] |= (count & 255) << (8 * (lane % 4));
             if constexpr (EXPONENT_RULE != 2) scores[group] += vote * (static_cast<int>(trits << (30 - 2 * lane)) >> 30);
         }
-        *counts_at = make_uint4(after[0], after[1], after[2], after[3]);
+        counts_at = make_uint4(after[0], after[1], after[2], after[3]);
     }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < COUNTS; i++) {
+        const int of = (i * 32 + lane_of_warp) / COUNTS, piece = (i * 32 + lane_of_warp) % COUNTS;
+        const Chunks::Range range = chunks.of(of);
+        if (piece * 16 < range.size) {
+            *reinterpret_cast<uint4*>(trit_counts + range.at + 16 * piece) = counts_here[piece * APART + of];
+        }
+    }
+    if (!has_chunk) return;
 
     if constexpr (EXPONENT_RULE != 2) {
         int votes[GROUPS];

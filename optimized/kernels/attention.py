@@ -17,8 +17,13 @@ from arbitor.optimized.kernels.launch import row_grid, row_tile, runs_here
 
 BLOCK_HEADS = 16
 BLOCK_SLOTS = 32
-PART_SLOTS = 128
-"""Slots of a part. The number is constant, so that a sequence gives the same bits whatever else is in the batch."""
+PART_SLOTS, LATER_PART_SLOTS = 128, 512
+"""Slots of a part: of the first parts, and of those that follow NEAR_SLOTS.
+
+Where a part lies follows from the place of its slots alone, so that a sequence gives the same bits whatever else is in the batch. A
+short sequence has many parts, which occupy a GPU. A long one has few, since each writes a sum for every head.
+"""
+NEAR_SLOTS = 1024
 BLOCK_COLUMNS = 128
 NUM_WARPS = 4
 
@@ -63,12 +68,13 @@ def operand(values, NATIVE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_heads", "num_slots", "head_blocks", "num_parts"])
 def _decode_attention_kernel(
-    q_ptr, keys_ptr, bias_ptr, sums_ptr, tops_ptr, totals_ptr,
+    q_ptr, keys_ptr, bias_ptr, places_ptr, sums_ptr, tops_ptr, totals_ptr, sequence_stride, row_stride,
     num_heads, num_slots, head_blocks, num_parts, num_latent, num_rotary, scale,
-    PART: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
+    PART: tl.constexpr, NEAR: tl.constexpr, LATER_PART: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, HAS_ROTARY: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    part = tl.program_id(0) % num_parts
+    # The later parts are the longer ones. They start first.
+    part = num_parts - 1 - tl.program_id(0) % num_parts
     sequence = (tl.program_id(0) // num_parts // head_blocks).to(tl.int64)
     heads = (tl.program_id(0) // num_parts % head_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
     num_columns = num_latent + num_rotary
@@ -89,11 +95,18 @@ def _decode_attention_kernel(
     top = tl.full([BLOCK_H], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_H], dtype=tl.float32)
     sums = tl.zeros([BLOCK_H, BLOCK_L], dtype=tl.float32)
-    for start in range(0, PART, BLOCK_S):
-        slots = part * PART + start + tl.arange(0, BLOCK_S)
+    begin, end = part * PART, part * PART + PART
+    if part >= NEAR // PART:
+        begin = NEAR + (part - NEAR // PART) * LATER_PART
+        end = begin + LATER_PART
+    for start in range(begin, tl.minimum(end, num_slots), BLOCK_S):
+        slots = start + tl.arange(0, BLOCK_S)
         bias = tl.load(bias_ptr + sequence * num_slots + slots, mask=slots < num_slots, other=float("-inf"))
         visible = bias > float("-inf")
-        rows = (sequence * num_slots + slots)[:, None] * num_columns
+        rows = slots.to(tl.int64)
+        if places_ptr is not None:
+            rows = tl.load(places_ptr + sequence * num_slots + slots, mask=visible, other=0)
+        rows = (sequence * sequence_stride + rows * row_stride)[:, None]
         mask = visible[:, None] & is_latent[None, :]
         latent = operand(tl.load(keys_ptr + rows + latents[None, :], mask=mask, other=0.0), NATIVE)
         scores = slots_dot(q_latent, latent, NATIVE)
@@ -142,26 +155,42 @@ def _decode_attention_combine_kernel(
     tl.store(y_ptr + row * num_latent + columns, narrow(y, y_ptr.dtype.element_ty), mask=mask)
 
 
-def attended(q_BHK: Tensor, keys_BSK: Tensor, bias_BS: Tensor, num_latent: int, scale: float) -> Tensor:
-    """Launch `decode_attention` on checked arguments."""
+def parts_of_slots(num_slots: int) -> int:
+    """Return how many parts the slots of a sequence have."""
+    near, later = min(num_slots, NEAR_SLOTS), max(num_slots - NEAR_SLOTS, 0)
+    return triton.cdiv(near, PART_SLOTS) + triton.cdiv(later, LATER_PART_SLOTS)
+
+
+def attended(
+    q_BHK: Tensor,
+    keys_BSK: Tensor,
+    bias_BS: Tensor,
+    num_latent: int,
+    scale: float,
+    places_BS: Tensor | None = None,
+) -> Tensor:
+    """Launch `decode_attention` on checked arguments. Rows of keys may lie apart in memory."""
     runs_here(q_BHK)
     batch, num_heads, num_columns = q_BHK.shape
-    num_slots, num_rotary = keys_BSK.shape[1], num_columns - num_latent
+    num_slots, num_rotary = bias_BS.shape[1], num_columns - num_latent
+    keys_BSK = keys_BSK if keys_BSK.stride(-1) == 1 else keys_BSK.contiguous()
     shape = (batch, num_heads, num_latent)
     if not (batch and num_heads and num_slots):
         return torch.zeros(shape, dtype=q_BHK.dtype, device=q_BHK.device)
     y_BHL = torch.empty(shape, dtype=q_BHK.dtype, device=q_BHK.device)
-    head_blocks, num_parts = triton.cdiv(num_heads, BLOCK_HEADS), triton.cdiv(num_slots, PART_SLOTS)
+    head_blocks, num_parts = triton.cdiv(num_heads, BLOCK_HEADS), parts_of_slots(num_slots)
     sums = torch.empty(batch, num_heads, num_parts, num_latent, dtype=torch.float32, device=q_BHK.device)
     tops = torch.empty(batch, num_heads, num_parts, dtype=torch.float32, device=q_BHK.device)
     totals = torch.empty(batch, num_heads, num_parts, dtype=torch.float32, device=q_BHK.device)
     _decode_attention_kernel[row_grid(batch * head_blocks, num_parts)](
         q_BHK.contiguous(),
-        keys_BSK.contiguous(),
+        keys_BSK,
         bias_BS.contiguous(),
+        None if places_BS is None else places_BS.contiguous(),
         sums,
         tops,
         totals,
+        *keys_BSK.stride()[:2],
         num_heads,
         num_slots,
         head_blocks,
@@ -170,6 +199,8 @@ def attended(q_BHK: Tensor, keys_BSK: Tensor, bias_BS: Tensor, num_latent: int, 
         num_rotary,
         scale,
         PART=PART_SLOTS,
+        NEAR=NEAR_SLOTS,
+        LATER_PART=LATER_PART_SLOTS,
         BLOCK_H=BLOCK_HEADS,
         BLOCK_S=BLOCK_SLOTS,
         BLOCK_L=max(16, triton.next_power_of_2(num_latent)),

@@ -93,7 +93,7 @@ def _denoise_step_backward_kernel(
 @triton.jit
 def _unit_rows_kernel(x_ptr, n_ptr, num_columns, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    inverse, power = inverse_rms(x_ptr, row, num_columns, eps, BLOCK)
+    inverse, power = inverse_rms(x_ptr, row, num_columns, num_columns, eps, BLOCK)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < num_columns

@@ -39,9 +39,9 @@ def norm_weight(
 
 
 @triton.jit
-def load_row(x_ptr, row, columns, num_columns):
+def load_row(x_ptr, row, stride, columns, num_columns):
     """Return columns of a row of activations as float32."""
-    return widen(tl.load(x_ptr + row * num_columns + columns, mask=columns < num_columns, other=0.0))
+    return widen(tl.load(x_ptr + row * stride + columns, mask=columns < num_columns, other=0.0))
 
 
 @triton.jit
@@ -58,11 +58,11 @@ def root_of_mean(total, num_columns, eps):
 
 
 @triton.jit
-def sum_of_squares(x_ptr, row, power, num_columns, BLOCK: tl.constexpr):
+def sum_of_squares(x_ptr, row, stride, power, num_columns, BLOCK: tl.constexpr):
     """Return the sum of the squares of a row times a power of two, float32."""
     squares = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, num_columns, BLOCK):
-        x = load_row(x_ptr, row, start + tl.arange(0, BLOCK), num_columns) * power
+        x = load_row(x_ptr, row, stride, start + tl.arange(0, BLOCK), num_columns) * power
         squares += x * x
     return tl.sum(squares, axis=0)
 
@@ -91,25 +91,25 @@ def root_mean_square_of(x, num_columns, eps):
 
 
 @triton.jit
-def root_mean_square(x_ptr, row, num_columns, eps, BLOCK: tl.constexpr):
+def root_mean_square(x_ptr, row, stride, num_columns, eps, BLOCK: tl.constexpr):
     """Return the root mean square of a row times its power of two, and the power, float32."""
-    total = sum_of_squares(x_ptr, row, 1.0, num_columns, BLOCK)
+    total = sum_of_squares(x_ptr, row, stride, 1.0, num_columns, BLOCK)
     power = taming_power(total)
     if power < 1.0:
-        total = sum_of_squares(x_ptr, row, power, num_columns, BLOCK)
+        total = sum_of_squares(x_ptr, row, stride, power, num_columns, BLOCK)
     return root_of_mean(total, num_columns, eps * power * power), power
 
 
 @triton.jit
-def inverse_rms(x_ptr, row, num_columns, eps, BLOCK: tl.constexpr):
+def inverse_rms(x_ptr, row, stride, num_columns, eps, BLOCK: tl.constexpr):
     """Return 1 / rms of a row times its power of two, and the power, float32: x^ is x times the power, times the inverse."""
-    rms, power = root_mean_square(x_ptr, row, num_columns, eps, BLOCK)
+    rms, power = root_mean_square(x_ptr, row, stride, num_columns, eps, BLOCK)
     return 1.0 / rms, power
 
 
 @triton.jit(do_not_specialize=["num_m", "part_rows"])
 def _rms_norm_kernel(
-    x_ptr, words_ptr, exponents_ptr, y_ptr, num_m, part_rows, num_columns, eps,
+    x_ptr, words_ptr, exponents_ptr, y_ptr, num_m, part_rows, num_columns, x_stride, eps,
     GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     begin = tl.program_id(0).to(tl.int64) * part_rows
@@ -119,17 +119,17 @@ def _rms_norm_kernel(
         # All rows of the program share the weight, because to unpack it takes more instructions than to use it.
         w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
         for row in range(begin, end):
-            x = load_row(x_ptr, row, columns, num_columns)
+            x = load_row(x_ptr, row, x_stride, columns, num_columns)
             rms, power = root_mean_square_of(x, num_columns, eps)
             inverse = 1.0 / rms
             store_row(y_ptr, row, columns, num_columns, x * power * inverse * w)
     else:
         for row in range(begin, end):
-            inverse, power = inverse_rms(x_ptr, row, num_columns, eps, BLOCK)
+            inverse, power = inverse_rms(x_ptr, row, x_stride, num_columns, eps, BLOCK)
             for start in range(0, num_columns, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
                 w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
-                x = load_row(x_ptr, row, columns, num_columns) * power
+                x = load_row(x_ptr, row, x_stride, columns, num_columns) * power
                 store_row(y_ptr, row, columns, num_columns, x * inverse * w)
 
 
@@ -144,7 +144,7 @@ def unit_row(x, rms):
 
 @triton.jit(do_not_specialize=["num_m", "part_rows"])
 def _rms_norm_input_grad_kernel(
-    grad_ptr, x_ptr, words_ptr, exponents_ptr, out_ptr, num_m, part_rows, num_columns, eps,
+    grad_ptr, x_ptr, words_ptr, exponents_ptr, out_ptr, num_m, part_rows, num_columns, x_stride, eps,
     GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     begin = tl.program_id(0).to(tl.int64) * part_rows
@@ -154,40 +154,40 @@ def _rms_norm_input_grad_kernel(
         columns = tl.arange(0, BLOCK)
         w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
         for row in range(begin, end):
-            x = load_row(x_ptr, row, columns, num_columns)
+            x = load_row(x_ptr, row, x_stride, columns, num_columns)
             rms, power = root_mean_square_of(x, num_columns, eps)
             inverse = 1.0 / rms
             # The root mean square of the row itself. To divide by a power of two is exact, so a quotient rounds as before.
             rms = rms / power
-            # Loaded last, since a branch keeps all that was loaded before it in registers.
-            scaled = load_row(grad_ptr, row, columns, num_columns) * w * inverse
             unit = unit_row(x, rms)
+            # Loaded last, since a branch keeps all that was loaded before it in registers, as a product before `unit` would.
+            scaled = load_row(grad_ptr, row, num_columns, columns, num_columns) * w * inverse
             mean = tl.div_rn(tl.sum(unit * scaled, axis=0), width)
             store_row(out_ptr, row, columns, num_columns, (scaled - unit * mean) * power)
     else:
         for row in range(begin, end):
-            rms, power = root_mean_square(x_ptr, row, num_columns, eps, BLOCK)
+            rms, power = root_mean_square(x_ptr, row, x_stride, num_columns, eps, BLOCK)
             inverse = 1.0 / rms
             rms = rms / power
             products = tl.zeros([BLOCK], dtype=tl.float32)
             for start in range(0, num_columns, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
                 w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
-                scaled = load_row(grad_ptr, row, columns, num_columns) * w * inverse
-                products += unit_row(load_row(x_ptr, row, columns, num_columns), rms) * scaled
+                scaled = load_row(grad_ptr, row, num_columns, columns, num_columns) * w * inverse
+                products += unit_row(load_row(x_ptr, row, x_stride, columns, num_columns), rms) * scaled
             mean = tl.div_rn(tl.sum(products, axis=0), width)
             for start in range(0, num_columns, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
                 w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
-                scaled = load_row(grad_ptr, row, columns, num_columns) * w * inverse
-                unit = unit_row(load_row(x_ptr, row, columns, num_columns), rms)
+                scaled = load_row(grad_ptr, row, num_columns, columns, num_columns) * w * inverse
+                unit = unit_row(load_row(x_ptr, row, x_stride, columns, num_columns), rms)
                 store_row(out_ptr, row, columns, num_columns, (scaled - unit * mean) * power)
 
 
 @triton.jit
 def _inverse_rms_kernel(x_ptr, inverse_ptr, powers_ptr, num_columns, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    inverse, power = inverse_rms(x_ptr, row, num_columns, eps, BLOCK)
+    inverse, power = inverse_rms(x_ptr, row, num_columns, num_columns, eps, BLOCK)
     tl.store(inverse_ptr + row, inverse)
     tl.store(powers_ptr + row, power)
 
@@ -220,18 +220,21 @@ def _rms_norm_weight_grad_kernel(
 def _tile(num_columns: int) -> dict[str, int]:
     """Return the block of a kernel that gives each row a program, and the warps that share it."""
     block, _ = row_tile(num_columns, BLOCK_COLUMNS)
-    return {"BLOCK": block, "num_warps": 2 if block <= 1024 else 4 if block <= 4096 else 8}
+    return {
+        "BLOCK": block,
+        "num_warps": 1 if block <= 512 else 2 if block <= 1024 else 4 if block <= 4096 else 8,
+    }
 
 
 def normalize(x_MK: Tensor, weight: DeviceWeight, eps: float) -> Tensor:
-    """Launch `rms_norm` on x [M, K] contiguous."""
+    """Launch `rms_norm` on x [M, K], whose rows may lie apart in memory."""
     runs_here(x_MK)
     num_m, num_columns = x_MK.shape
     y = torch.empty(num_m, num_columns, dtype=x_MK.dtype, device=x_MK.device)
     if num_m:
         part_rows, num_parts = parts_of(num_m, PROGRAMS, 1)
         _rms_norm_kernel[(num_parts,)](
-            x_MK, weight.words, weight.exponents, y, num_m, part_rows, num_columns, eps,
+            x_MK, weight.words, weight.exponents, y, num_m, part_rows, num_columns, x_MK.stride(0), eps,
             GROUP_SIZE=weight.group_size, MANTISSA_BITS=weight.mantissa_bits,
             ONE_BLOCK=num_columns <= BLOCK_COLUMNS, **_tile(num_columns),
         )  # fmt: skip
@@ -239,14 +242,14 @@ def normalize(x_MK: Tensor, weight: DeviceWeight, eps: float) -> Tensor:
 
 
 def normalize_input_grad(grad_MK: Tensor, x_MK: Tensor, weight: DeviceWeight, eps: float) -> Tensor:
-    """Launch `rms_norm_input_grad` on tensors [M, K] contiguous."""
+    """Launch `rms_norm_input_grad` on tensors [M, K]. The rows of x may lie apart in memory."""
     runs_here(x_MK)
     num_m, num_columns = x_MK.shape
     out = torch.empty(num_m, num_columns, dtype=x_MK.dtype, device=x_MK.device)
     if num_m:
         part_rows, num_parts = parts_of(num_m, PROGRAMS, 1)
         _rms_norm_input_grad_kernel[(num_parts,)](
-            grad_MK, x_MK, weight.words, weight.exponents, out, num_m, part_rows, num_columns, eps,
+            grad_MK, x_MK, weight.words, weight.exponents, out, num_m, part_rows, num_columns, x_MK.stride(0), eps,
             GROUP_SIZE=weight.group_size, MANTISSA_BITS=weight.mantissa_bits,
             ONE_BLOCK=num_columns <= BLOCK_COLUMNS, **_tile(num_columns),
         )  # fmt: skip

@@ -1,4 +1,5 @@
-"""Kernels around the products of `orthogonalize`: a norm, the division by it, sums of two matrices, and symmetric matrices.
+"""Kernels around the products of `orthogonalize`: the average before them, a norm, the division by it, sums of two matrices, and
+symmetric matrices.
 
 Legend: E matrices of N rows each, stacked, K columns; R rows and columns of a symmetric matrix. Rows address in 64 bits, columns
 within a row in 32.
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from arbitor.optimized.kernels.common import narrow, widen
 from arbitor.optimized.kernels.launch import gradient_columns, row_grid, row_tile, runs_here
+from arbitor.optimized.kernels.votes import rate_argument
+from arbitor.reference.constants import AVERAGE_EXPONENT_MIN
 
 SYMMETRIC_BLOCK = 64
 """Rows and columns of a tile of a symmetric matrix."""
@@ -20,6 +23,56 @@ SYMMETRIC_BLOCK = 64
 BLOCK_COLUMNS = 1024
 BLOCK = 1024
 """Elements of a tile that may cross rows."""
+
+
+@triton.jit
+def _wide_power_of_two(exponents):
+    """Return float64 2**exponents for int32 exponents in [-1022, 1023]."""
+    return ((exponents.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["rate"])
+def _average_kernel(
+    grad_ptr, mean_ptr, exponents_ptr, led_ptr, new_mean_ptr, new_exponents_ptr, rate, num_columns,
+    RATE_ON_DEVICE: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    if RATE_ON_DEVICE:
+        rate = tl.load(rate)
+    exponent = tl.load(exponents_ptr + row).to(tl.int32)
+    kept = _wide_power_of_two(exponent)
+    largest = tl.zeros([BLOCK], dtype=tl.float64)
+    faulty = tl.zeros([BLOCK], dtype=tl.int32)
+    for start in range(0, num_columns, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        place, mask = row * num_columns + columns, columns < num_columns
+        grad = widen(tl.load(grad_ptr + place, mask=mask, other=0.0))
+        q = tl.load(mean_ptr + place, mask=mask, other=0)
+        # Neither an infinity nor a NaN is below infinity.
+        finite = tl.abs(grad) < float("inf")
+        faulty |= tl.where(finite, 0, 1)
+        m = (q.to(tl.float64) * kept + tl.where(finite, grad, 0.0).to(tl.float64)) * 0.5
+        largest = tl.maximum(largest, tl.abs(m))
+    moves = (rate != 0) & (tl.max(faulty, axis=0) == 0)
+    # A number above 0 is normal in float64, so its exponent can be read off its bits.
+    bits = tl.max(largest, axis=0).to(tl.int64, bitcast=True)
+    above = ((bits >> 52) & 0x7FF).to(tl.int32) - 1022
+    new_exponent = tl.where(bits != 0, tl.maximum(above - 7, LEAST), 0)
+    step = _wide_power_of_two(-new_exponent)
+    for start in range(0, num_columns, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        place, mask = row * num_columns + columns, columns < num_columns
+        given = tl.load(grad_ptr + place, mask=mask, other=0.0)
+        q = tl.load(mean_ptr + place, mask=mask, other=0)
+        grad = tl.where(moves, widen(given), 0.0).to(tl.float64)
+        m = (q.to(tl.float64) * kept + grad) * 0.5
+        led = narrow(((m + grad) * 0.5).to(tl.float32), led_ptr.dtype.element_ty)
+        # Adding and taking away 1.5 * 2**52 leaves no bits for a fraction: half to even.
+        rounded = (m * step + 6755399441055744.0) - 6755399441055744.0
+        new_q = tl.minimum(tl.maximum(rounded, -127.0), 127.0).to(tl.int8)
+        tl.store(led_ptr + place, tl.where(moves, led, given), mask=mask)
+        tl.store(new_mean_ptr + place, tl.where(moves, new_q, q), mask=mask)
+    tl.store(new_exponents_ptr + row, tl.where(moves, new_exponent, exponent).to(tl.int8))
 
 
 @triton.jit
@@ -116,6 +169,23 @@ def _whole_kernel(
     if ADDS:
         values = a * widen(tl.load(s_ptr + places, mask=mask, other=0.0)) + b * values
     tl.store(out_ptr + places, narrow(values, out_ptr.dtype.element_ty), mask=mask)
+
+
+def average(
+    grad_NK: Tensor, mean_NK: Tensor, exponents_N: Tensor, rate: float | Tensor, out: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Launch `average_gradient`: write the new mean to `out`, which may be the old one, and return what votes; all contiguous."""
+    runs_here(grad_NK)
+    num_rows, num_columns = grad_NK.shape
+    gradient_columns(num_columns)
+    led_NK = torch.empty_like(grad_NK)
+    block, _ = row_tile(num_columns, BLOCK_COLUMNS)
+    if num_rows:
+        _average_kernel[row_grid(num_rows, 1)](
+            grad_NK, mean_NK, exponents_N, led_NK, *out, rate_argument(rate), num_columns,
+            RATE_ON_DEVICE=isinstance(rate, Tensor), LEAST=AVERAGE_EXPONENT_MIN, BLOCK=block,
+        )  # fmt: skip
+    return led_NK
 
 
 def row_squares(grad_NK: Tensor) -> Tensor:

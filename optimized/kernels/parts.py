@@ -10,7 +10,7 @@ The cuts follow from shapes, or from the number of terms of the sum.
 | `norm` | the rows of a weight gradient | a number of rows, by the shape | a float32 sum |
 | `experts` | the slots of an expert | `PART_SLOTS` slots | a float32 sum |
 | `segments` | the edges of a segment | `PART_EDGES` sorted positions | a float64 sum |
-| `attention` | the slots of a sequence | `PART_SLOTS` slots | a largest score, a total and a float32 sum |
+| `attention` | the slots of a sequence | a number of slots, by their place | a largest score, a total and a float32 sum |
 | `denoise` | the squares of a latent | a tile of columns | two float32 sums |
 | `codebook` | the codes of a search, of which the nearest is kept | a number of codes, by the device | a score and a code |
 

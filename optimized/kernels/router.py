@@ -1,5 +1,8 @@
-"""Router kernels: the operands of the choice of experts, as float64, and the choice by scores. The library multiplies.
+"""Router kernels: the choice of experts in two launches for routers of a usual size, and the pieces of it for others.
 
+Scores are whole numbers, so that every way to add them up gives the same. One launch splits the weight into digits of 7 bits. In
+the other one tensor cores multiply the digits with the vectors in int8, and the largest scores are taken. For larger routers the
+operands are made in float64, and the library multiplies.
 Legend: E experts, K columns, M vectors; KW words a row, KG groups a row.
 """
 
@@ -11,10 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.optimized.kernels.codebook_rows import query_values
-from arbitor.optimized.kernels.common import lane_weights, level_scales
+from arbitor.optimized.kernels.common import lane_trits, lane_weights, level_scales
 from arbitor.optimized.kernels.launch import row_grid, row_tile, runs_here
 from arbitor.optimized.layouts import DeviceWeight
-from arbitor.reference.constants import HANDICAP_STEPS, QUERY_STEPS, ROUTER_OCTAVES
+from arbitor.reference.constants import (
+    HANDICAP_MAX,
+    HANDICAP_MOVE,
+    HANDICAP_STEPS,
+    QUERY_STEPS,
+    ROUTER_OCTAVES,
+)
 
 OCTAVES = tl.constexpr(ROUTER_OCTAVES)
 
@@ -26,8 +35,113 @@ STEP = tl.constexpr(STEP_SCORE)
 BLOCK_COLUMNS = 1024
 BLOCK_VALUES = 1024
 
+MOVE, MOST_HANDICAP = tl.constexpr(HANDICAP_MOVE), tl.constexpr(HANDICAP_MAX)
+
+BLOCK_CHOSEN = 4096
+"""Choices that are counted at a time."""
+
+FEW_VECTORS = 1024
+"""Most vectors that take the smallest tile, of which there are more."""
+
 BLOCK_SCORES = 1024
 """Scores of a program that chooses. A vector with more is sorted by the library."""
+
+
+FUSED_EXPERTS, FUSED_COLUMNS = 128, 4096
+"""Largest router that is multiplied by digits. Each program reads all of them."""
+
+DIGIT_BITS = tl.constexpr(7)
+"""Bits of a digit of a weight, whose sign is kept apart. Three digits hold 2 mantissa bits, a leading bit and 16 octaves."""
+
+DIGIT = tl.constexpr(2**7 - 1)
+"""Largest digit."""
+
+
+@triton.jit
+def largest_level(levels_ptr, num_levels, BLOCK: tl.constexpr):
+    """Return the largest of some int8 levels, as int32."""
+    largest = tl.full([BLOCK], -128, tl.int32)
+    for start in range(0, num_levels, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        levels = tl.load(levels_ptr + places, mask=places < num_levels, other=-128).to(tl.int32)
+        largest = tl.maximum(largest, levels)
+    return tl.max(largest, axis=0)
+
+
+@triton.jit
+def best_of_scores(
+    scores, experts, top_k, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    """Return int32 [BLOCK_M, BLOCK_E], 1 for the experts of the `top_k` largest finite scores, of equal ones the lowest."""
+    low = float("-inf")
+    chosen = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.int32)
+    for _ in range(top_k):
+        open_scores = tl.where((chosen == 0) & (experts < EXPERTS), scores, low)
+        is_best = open_scores == tl.max(open_scores, axis=1)[:, None]
+        best = tl.min(tl.where(is_best, experts, BLOCK_E), axis=1)
+        chosen += (experts == best[:, None]).to(tl.int32)
+    return chosen
+
+
+@triton.jit(do_not_specialize=["row_groups", "row_words", "row_blocks", "plane"])
+def _router_digits_kernel(
+    words_ptr, levels_ptr, digits_ptr, unit_ptr, num_columns, row_groups, row_words, row_blocks, num_levels, plane,
+    GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_LEVELS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) // row_blocks
+    columns = (tl.program_id(0) % row_blocks) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < num_columns
+    least = largest_level(levels_ptr, num_levels, BLOCK_LEVELS) - (OCTAVES << MANTISSA_BITS)
+    # The unit of all weights: the last mantissa bit at the exponent of the least level.
+    lowest = least >> MANTISSA_BITS
+    words = tl.load(words_ptr + row * row_words + columns // 16, mask=mask, other=0)
+    levels = tl.load(levels_ptr + row * row_groups + columns // GROUP_SIZE, mask=mask, other=0).to(tl.int32)
+    levels = tl.maximum(levels, least)
+    whole = (levels & ((1 << MANTISSA_BITS) - 1)) + (1 << MANTISSA_BITS)
+    size = whole << ((levels >> MANTISSA_BITS) - lowest)
+    trits = lane_trits(words, columns % 16)
+    out_ptr = digits_ptr + row * num_columns + columns
+    tl.store(out_ptr, (trits * (size & DIGIT)).to(tl.int8), mask=mask)
+    tl.store(out_ptr + plane, (trits * ((size >> DIGIT_BITS) & DIGIT)).to(tl.int8), mask=mask)
+    tl.store(out_ptr + 2 * plane, (trits * (size >> (2 * DIGIT_BITS))).to(tl.int8), mask=mask)
+    if tl.program_id(0) == 0:
+        tl.store(unit_ptr, ((lowest - MANTISSA_BITS + 127) << 23).to(tl.float32, bitcast=True))
+
+
+@triton.jit(do_not_specialize=["num_vectors", "top_k", "plane"])
+def _choose_kernel(
+    x_ptr, digits_ptr, unit_ptr, handicap_ptr, out_ptr, num_vectors, top_k, num_columns, plane,
+    HANDICAP: tl.constexpr, EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    vectors = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.arange(0, BLOCK_E)
+    low = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.int32)
+    middle = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.int32)
+    high = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.int32)
+    for start in range(0, num_columns, BLOCK_K):
+        columns = start + tl.arange(0, BLOCK_K)
+        inside = columns < num_columns
+        x_mask = (vectors < num_vectors)[:, None] & inside[None, :]
+        x = tl.load(x_ptr + vectors[:, None] * num_columns + columns[None, :], mask=x_mask, other=0.0)
+        steps = query_values(x).to(tl.int8)
+        # Columns come first, so that no operand is turned around.
+        digit_ptr = digits_ptr + rows[None, :] * num_columns + columns[:, None]
+        mask = (rows < EXPERTS)[None, :] & inside[:, None]
+        low = tl.dot(steps, tl.load(digit_ptr, mask=mask, other=0), low, out_dtype=tl.int32)
+        middle = tl.dot(steps, tl.load(digit_ptr + plane, mask=mask, other=0), middle, out_dtype=tl.int32)
+        high = tl.dot(steps, tl.load(digit_ptr + 2 * plane, mask=mask, other=0), high, out_dtype=tl.int32)
+    sums = low.to(tl.int64) + (middle.to(tl.int64) << DIGIT_BITS) + (high.to(tl.int64) << (2 * DIGIT_BITS))
+    # Both factors and the product are exact.
+    scores = sums.to(tl.float64) * tl.load(unit_ptr).to(tl.float64)
+    experts = rows[None, :]
+    if HANDICAP:
+        handicap = tl.load(handicap_ptr + experts, mask=experts < EXPERTS, other=0)
+        scores -= handicap.to(tl.float64) * STEP
+    chosen = best_of_scores(scores, experts, top_k, EXPERTS, BLOCK_M, BLOCK_E)
+    places = vectors[:, None] * top_k + tl.cumsum(chosen, axis=1) - 1
+    mask = (vectors < num_vectors)[:, None] & (experts < EXPERTS) & (chosen > 0)
+    tl.store(out_ptr + places, (experts + tl.zeros_like(chosen)).to(tl.int64), mask=mask)
 
 
 @triton.jit(do_not_specialize=["row_groups", "row_words", "row_blocks"])
@@ -74,15 +188,87 @@ def _best_rows_kernel(
         handicap = tl.load(handicap_ptr + experts, mask=experts < EXPERTS, other=0)
         # The product is exact, so that one operation that does both rounds as two do.
         scores -= handicap.to(tl.float64) * STEP
-    chosen = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.int32)
-    for _ in range(top_k):
-        open_scores = tl.where((chosen == 0) & (experts < EXPERTS), scores, low)
-        is_best = open_scores == tl.max(open_scores, axis=1)[:, None]
-        # Every score is finite. Of equal ones the lowest expert is taken.
-        best = tl.min(tl.where(is_best, experts, BLOCK_E), axis=1)
-        chosen += (experts == best[:, None]).to(tl.int32)
+    chosen = best_of_scores(scores, experts, top_k, EXPERTS, BLOCK_M, BLOCK_E)
     places = vectors[:, None] * top_k + tl.cumsum(chosen, axis=1) - 1
     tl.store(out_ptr + places, (experts + tl.zeros_like(chosen)).to(tl.int64), mask=mask & (chosen > 0))
+
+
+@triton.jit(do_not_specialize=["num_chosen"])
+def _balance_kernel(
+    chosen_ptr, load_ptr, handicap_ptr, new_load_ptr, new_handicap_ptr, num_chosen,
+    EXPERTS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    experts = tl.arange(0, BINS)
+    mask = experts < EXPERTS
+    counts = tl.zeros([BINS], dtype=tl.int64)
+    for start in range(0, num_chosen, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        # What is no choice is counted behind the experts.
+        chosen = tl.load(chosen_ptr + places, mask=places < num_chosen, other=-1).to(tl.int32)
+        counts += tl.histogram(tl.where(chosen < 0, EXPERTS, chosen), BINS).to(tl.int64)
+    counts = tl.where(mask, counts, 0)
+    total = tl.sum(counts, axis=0)
+    load = tl.load(load_ptr + experts, mask=mask, other=0)
+    handicap = tl.load(handicap_ptr + experts, mask=mask, other=0)
+    tl.store(new_load_ptr + experts, load + counts, mask=mask)
+    surplus = MOVE * (EXPERTS * counts - total)
+    # A division of whole numbers cuts towards 0.
+    moves = tl.minimum(surplus // tl.maximum(total, 1), MOVE)
+    moved = handicap.to(tl.int64) + moves
+    least = tl.min(tl.where(mask, moved, 2**62), axis=0)
+    evened = tl.minimum(moved - least, MOST_HANDICAP)
+    tl.store(
+        new_handicap_ptr + experts, tl.where(total > 0, evened, handicap.to(tl.int64)).to(tl.int16), mask=mask
+    )
+
+
+def balance(
+    chosen: Tensor, load_E: Tensor, handicap_E: Tensor, new_load_E: Tensor, new_handicap_E: Tensor
+) -> None:
+    """Launch `balance_experts` on contiguous tensors. The new tables may be the old ones."""
+    runs_here(load_E)
+    num_experts = load_E.numel()
+    _balance_kernel[(1,)](
+        chosen, load_E, handicap_E, new_load_E, new_handicap_E, chosen.numel(),
+        EXPERTS=num_experts, BINS=triton.next_power_of_2(num_experts + 1), BLOCK=BLOCK_CHOSEN, num_warps=8,
+    )  # fmt: skip
+
+
+def chosen_rows(x_MK: Tensor, weight: DeviceWeight, top_k: int, handicap_E: Tensor | None = None) -> Tensor:
+    """Return the experts that vectors choose, int64 [M, k], ascending, in two launches for a router that `is_fused`.
+
+    x_MK:       float32 or bfloat16, contiguous
+    handicap_E: int16 [E], taken off the scores
+    """
+    runs_here(x_MK)
+    num_vectors, num_columns = x_MK.shape
+    num_experts, num_groups = weight.exponents.shape
+    out = torch.empty(num_vectors, top_k, dtype=torch.int64, device=x_MK.device)
+    if not num_vectors:
+        return out
+    digits_3EK = torch.empty(3, num_experts, num_columns, dtype=torch.int8, device=x_MK.device)
+    unit = torch.empty((), dtype=torch.float32, device=x_MK.device)
+    plane = num_experts * num_columns
+    block, row_blocks = row_tile(num_columns, BLOCK_COLUMNS)
+    _router_digits_kernel[row_grid(num_experts, row_blocks)](
+        weight.words, weight.exponents, digits_3EK, unit, num_columns, num_groups, weight.words.shape[1], row_blocks,
+        weight.exponents.numel(), plane,
+        GROUP_SIZE=weight.group_size, MANTISSA_BITS=weight.mantissa_bits, BLOCK=block, BLOCK_LEVELS=BLOCK_VALUES,
+    )  # fmt: skip
+    block_m, block_k = (16, 128) if num_vectors <= FEW_VECTORS else (64, 64)
+    _choose_kernel[row_grid(1, triton.cdiv(num_vectors, block_m))](
+        x_MK, digits_3EK, unit, None if handicap_E is None else handicap_E.contiguous(), out,
+        num_vectors, top_k, num_columns, plane,
+        HANDICAP=handicap_E is not None, EXPERTS=num_experts,
+        BLOCK_M=block_m, BLOCK_E=max(16, triton.next_power_of_2(num_experts)),
+        BLOCK_K=max(32, min(block_k, triton.next_power_of_2(num_columns))),
+    )  # fmt: skip
+    return out
+
+
+def is_fused(weight: DeviceWeight) -> bool:
+    """Return whether a router is multiplied by digits. A sum of products of one digit stays below 2^26."""
+    return weight.shape[0] <= FUSED_EXPERTS and weight.shape[1] <= FUSED_COLUMNS
 
 
 def best_rows(scores_ME: Tensor, top_k: int, handicap_E: Tensor | None = None) -> Tensor:

@@ -29,19 +29,24 @@ def _group_scales_kernel(levels_ptr, scales_ptr, size, MANTISSA_BITS: tl.constex
     tl.store(scales_ptr + index, level_scales(levels, MANTISSA_BITS), mask=index < size)
 
 
-@triton.jit(do_not_specialize=["row_groups", "row_words", "row_blocks"])
+@triton.jit(do_not_specialize=["num_slots", "row_groups", "row_words", "row_blocks", "matrix_rows"])
 def _dequantize_kernel(
-    rows_ptr, words_ptr, exponents_ptr, out_ptr, num_columns, row_groups, row_words, row_blocks,
-    HAS_ROWS: tl.constexpr, GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr,
+    rows_ptr, words_ptr, exponents_ptr, out_ptr, num_slots, num_columns, row_groups, row_words, row_blocks,
+    matrix_rows, out_columns,
+    HAS_ROWS: tl.constexpr, GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    slot = (tl.program_id(0) // row_blocks).to(tl.int64)
-    row = tl.load(rows_ptr + slot) if HAS_ROWS else slot
-    columns = (tl.program_id(0) % row_blocks) * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < num_columns
-    words = tl.load(words_ptr + row * row_words + columns // 16, mask=mask, other=0)
-    levels = tl.load(exponents_ptr + row * row_groups + columns // GROUP_SIZE, mask=mask, other=0)
+    slots = (tl.program_id(0) // row_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = slots < num_slots
+    rows = tl.load(rows_ptr + slots, mask=inside, other=0) if HAS_ROWS else slots
+    columns = (tl.program_id(0) % row_blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = inside[:, None] & (columns < num_columns)
+    words = tl.load(words_ptr + rows[:, None] * row_words + columns // 16, mask=mask, other=0)
+    levels = tl.load(exponents_ptr + rows[:, None] * row_groups + columns // GROUP_SIZE, mask=mask, other=0)
     values = lane_weights(words, columns % 16, level_scales(levels, MANTISSA_BITS))
-    tl.store(out_ptr + slot * num_columns + columns, values.to(out_ptr.dtype.element_ty), mask=mask)
+    # Matrices of a stack stand side by side.
+    out_rows = slots % matrix_rows * out_columns + slots // matrix_rows * num_columns
+    tl.store(out_ptr + out_rows[:, None] + columns, values.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(
@@ -79,18 +84,36 @@ def scales_of(levels: Tensor, mantissa_bits: int) -> Tensor:
     return scales
 
 
-def dense_rows(weight: DeviceWeight, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
-    """Launch `dequantize`; returns `dtype` [N, K], or [R, K] for int64 rows [R]."""
+def dense_rows(
+    weight: DeviceWeight,
+    dtype: torch.dtype,
+    rows: Tensor | None = None,
+    *,
+    num_groups: int = 1,
+    row_multiple: int = 1,
+) -> Tensor:
+    """Launch `dequantize`; returns `dtype` [N, K], or [R, K] for int64 rows [R].
+
+    A stack of `num_groups` matrices comes side by side, [N / num_groups, num_groups K]. Rows of zeros follow, to a multiple of
+    `row_multiple`.
+    """
     runs_here(weight.words)
     num_columns = weight.shape[1]
     num_slots = weight.shape[0] if rows is None else rows.shape[0]
-    out = torch.empty(num_slots, num_columns, dtype=dtype, device=weight.device)
+    matrix_rows, out_columns = num_slots // num_groups, num_groups * num_columns
+    out_rows = triton.cdiv(matrix_rows, row_multiple) * row_multiple
+    out = torch.empty(out_rows, out_columns, dtype=dtype, device=weight.device)
+    if out_rows > matrix_rows:
+        out[matrix_rows:].zero_()
     if num_slots:
         block, row_blocks = row_tile(num_columns, BLOCK_COLUMNS)
-        _dequantize_kernel[row_grid(num_slots, row_blocks)](
+        # Narrow rows share a program.
+        tile_rows = max(1, BLOCK_COLUMNS // block)
+        _dequantize_kernel[row_grid(triton.cdiv(num_slots, tile_rows), row_blocks)](
             weight.words if rows is None else rows.contiguous(), weight.words, weight.exponents, out,
-            num_columns, weight.exponents.shape[1], weight.words.shape[1], row_blocks,
-            HAS_ROWS=rows is not None, GROUP_SIZE=weight.group_size, MANTISSA_BITS=weight.mantissa_bits, BLOCK=block,
+            num_slots, num_columns, weight.exponents.shape[1], weight.words.shape[1], row_blocks, matrix_rows, out_columns,
+            HAS_ROWS=rows is not None, GROUP_SIZE=weight.group_size, MANTISSA_BITS=weight.mantissa_bits,
+            ROWS=tile_rows, BLOCK=block,
         )  # fmt: skip
     return out
 

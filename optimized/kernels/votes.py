@@ -22,30 +22,33 @@ TILE = 2048
 """Lanes of a tile of groups. docs/log.md says why."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _row_exponents_kernel(
-    grad_ptr, exponents_ptr, faults_ptr, num_columns,
-    COUNT_FAULTS: tl.constexpr, BLOCK: tl.constexpr,
+    grad_ptr, exponents_ptr, faults_ptr, num_rows, num_columns,
+    COUNT_FAULTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    squares = tl.zeros([BLOCK], dtype=tl.float64)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = rows < num_rows
+    squares = tl.zeros([ROWS, BLOCK], dtype=tl.float64)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        address = grad_ptr + row * num_columns + columns
-        grad = widen(tl.load(address, mask=columns < num_columns, other=0.0)).to(tl.float64)
+        address = grad_ptr + rows[:, None] * num_columns + columns[None, :]
+        mask = inside[:, None] & (columns < num_columns)[None, :]
+        grad = widen(tl.load(address, mask=mask, other=0.0)).to(tl.float64)
         squares += grad * grad
     # The squares of float32 numbers and their sums neither overflow nor vanish in float64. So a mean square that is not finite
     # comes from an element that is not, and the exponent can be read off the bits of a normal number.
-    mean_square = tl.sum(squares, axis=0) / num_columns
+    mean_square = tl.sum(squares, axis=1) / num_columns
     bits = mean_square.to(tl.int64, bitcast=True)
     # A NaN may carry a sign.
     biased = ((bits >> 52) & 0x7FF).to(tl.int32)
     finite = biased < 2047
     exponent = (biased - 1022) >> 1
-    tl.store(exponents_ptr + row, tl.where(finite & (bits != 0), exponent, SILENT))
+    tl.store(exponents_ptr + rows, tl.where(finite & (bits != 0), exponent, SILENT), mask=inside)
     if COUNT_FAULTS:
         # The counts are integers, so their order cannot matter.
-        tl.atomic_add(faults_ptr, 1, mask=biased == 2047)
+        faults = tl.sum((biased == 2047).to(tl.int32), axis=0)
+        tl.atomic_add(faults_ptr, faults, mask=faults > 0)
 
 
 @triton.jit
@@ -156,9 +159,11 @@ def exponents_of_rows(grad_NK: Tensor, faults: Tensor | None = None) -> Tensor:
     exponents = torch.empty(num_rows, dtype=torch.int32, device=grad_NK.device)
     if num_rows:
         block, _ = row_tile(num_columns, BLOCK_COLUMNS)
-        _row_exponents_kernel[(num_rows,)](
-            grad_NK.contiguous(), exponents, exponents if faults is None else faults, num_columns,
-            COUNT_FAULTS=faults is not None, BLOCK=block, num_warps=warps_of(block),
+        # Narrow rows share a program.
+        rows = max(1, BLOCK_COLUMNS // block)
+        _row_exponents_kernel[row_grid(1, triton.cdiv(num_rows, rows))](
+            grad_NK.contiguous(), exponents, exponents if faults is None else faults, num_rows, num_columns,
+            COUNT_FAULTS=faults is not None, ROWS=rows, BLOCK=block, num_warps=warps_of(rows * block),
         )  # fmt: skip
     return exponents
 

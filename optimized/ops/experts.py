@@ -5,13 +5,14 @@ Legend: E experts, N outputs of an expert, K inputs, M slots, in one dimension o
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from arbitor.optimized.cuda import compiler, many_rows
+from arbitor.optimized.kernels import ranks as rank_kernels
 from arbitor.optimized.kernels import router
 from arbitor.optimized.kernels.experts import weight_grad
 from arbitor.optimized.kernels.launch import values_between
@@ -26,11 +27,14 @@ from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
 __all__ = [
+    "balance_experts",
     "choose_experts",
     "expert_load",
     "grouped_linear",
     "grouped_linear_input_grad",
     "grouped_linear_weight_grad",
+    "weigh_ranks",
+    "weigh_ranks_grads",
 ]
 
 
@@ -77,15 +81,46 @@ def grouped_linear_weight_grad(
     return weight_grad(grad, x, plan, num_groups, grad_slots=grad_slots, x_slots=x_slots)
 
 
+def _weighed_grads(
+    grad: Tensor, *, ranks: Tensor, logits: Tensor, experts: Tensor, chosen_only: bool
+) -> Mapping[str, Tensor]:
+    """Return the gradients of `weigh_ranks`."""
+    of_ranks, of_logits = weigh_ranks_grads(grad, ranks, logits, experts, chosen_only=chosen_only)
+    return {"ranks": of_ranks, "logits": of_logits}
+
+
+@op(ranks=_weighed_grads, logits=_weighed_grads)
+def weigh_ranks(ranks: Tensor, logits: Tensor, experts: Tensor, *, chosen_only: bool = False) -> Tensor:
+    """See reference; float64 is not supported."""
+    checks.weighed_ranks(ranks, logits, experts, chosen_only, DTYPES)
+    values_between("experts", experts, 0, logits.shape[-1] - 1)
+    return rank_kernels.weighed(ranks, logits, experts, chosen_only)
+
+
+@op()
+def weigh_ranks_grads(
+    grad: Tensor, ranks: Tensor, logits: Tensor, experts: Tensor, *, chosen_only: bool = False
+) -> tuple[Tensor, Tensor]:
+    """See reference; float64 is not supported. One launch makes both gradients."""
+    checks.weighed_ranks(ranks, logits, experts, chosen_only, DTYPES)
+    values_between("experts", experts, 0, logits.shape[-1] - 1)
+    checks.same_dtype("grad", grad, "ranks", ranks)
+    checks.same_shape("grad", grad, "ranks", ranks)
+    checks.same_device(ranks=ranks, grad=grad)
+    return rank_kernels.weighed_grads(grad, ranks, logits, experts, chosen_only)
+
+
 @op()
 def choose_experts(x: Tensor, weight: AnyWeight, *, top_k: int, handicap_E: Tensor | None = None) -> Tensor:
     """See reference; float64 is not supported.
 
-    The library multiplies in float64, where every sum is exact, so that its order and its tiles change no bit.
+    Every sum is exact, in int8 digits as in the library's float64, so that neither order nor tiles change a bit.
     """
     checks.router(x, weight, top_k, handicap_E, weight.exponents, DTYPES)
-    x_MK = router.whole_sixteenths(x.reshape(-1, weight.shape[1]))
-    scores_ME = torch.mm(x_MK, router.router_rows(on_device(weight)).T)
+    x_MK, rows = x.reshape(-1, weight.shape[1]).contiguous(), on_device(weight)
+    if router.is_fused(rows):
+        return router.chosen_rows(x_MK, rows, top_k, handicap_E).reshape(*x.shape[:-1], top_k)
+    scores_ME = torch.mm(router.whole_sixteenths(x_MK), router.router_rows(rows).T)
     return router.best_rows(scores_ME, top_k, handicap_E).reshape(*x.shape[:-1], top_k)
 
 
@@ -98,6 +133,18 @@ def expert_load(experts: Tensor, *, num_groups: int) -> Tensor:
     counts = torch.zeros(num_groups + 1, dtype=torch.int64, device=experts.device)
     slots = experts.flatten() + 1
     return counts.scatter_add_(0, slots, torch.ones_like(slots))[1:].contiguous()
+
+
+@op()
+def balance_experts(
+    chosen: Tensor, load_E: Tensor, handicap_E: Tensor, *, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """See reference. One program counts and moves, in one launch."""
+    checks.balance(chosen, load_E, handicap_E, out)
+    values_between("chosen", chosen, -1, load_E.numel() - 1)
+    made = out or (torch.empty_like(load_E), torch.empty_like(handicap_E))
+    router.balance(chosen.contiguous(), load_E.contiguous(), handicap_E.contiguous(), *made)
+    return made
 
 
 def _product(
@@ -117,7 +164,7 @@ def _product(
     by: dict[str, Any] = {"num_groups": num_groups, "slots_of_row": slots_of_row}
     by |= {"experts_M": experts} if few else {"plan": Plan.of(experts, num_groups)}
     if not transposed and takes_cuda(many_rows.fits_slots(x, weight), x.device, only=compiler.HOPPER):
-        form = many_rows.slot_form_of(1 if few else math.ceil(num_slots / num_groups))
+        form = many_rows.slot_form_of(num_slots, num_groups)
         y = many_rows.many_rows_product(x, weight, form, **by)
     else:
         y = packed_product(x, weight, transposed=transposed, **by)

@@ -32,40 +32,65 @@ FEW_ROWS = 64
 DENSE_ELEMENTS = 2**27
 """Most elements of a weight that are unpacked at a time: 256 MiB of bfloat16."""
 
+OUTPUT_MULTIPLE = 8
+"""Number that divides the outputs of the library's product: rows at odd addresses of bfloat16 would take six times as long."""
+
 ROW_MULTIPLE = 16
 """Number that divides the rows of a part, so that no part starts at an address for which a kernel would compile anew."""
 
 
-def _x_grad(grad: Tensor, *, weight: AnyWeight, **_: Any) -> Tensor:
+def _x_grad(grad: Tensor, *, weight: AnyWeight, num_groups: int, **_: Any) -> Tensor:
     """Return the gradient of `linear` with respect to x."""
-    return linear_input_grad(grad, weight)
+    return linear_input_grad(grad, weight, num_groups=num_groups)
 
 
 @op(x=_x_grad)
-def linear(x: Tensor, weight: AnyWeight) -> Tensor:
+def linear(x: Tensor, weight: AnyWeight, *, num_groups: int = 1) -> Tensor:
     """See reference; float64 is not supported."""
-    checks.last_dim("x", x, weight.shape[1], DTYPES)
+    num_rows = checks.expert_rows(weight, num_groups)
+    checks.last_dim("x", x, num_groups * weight.shape[1], DTYPES)
     checks.same_device(weight=weight.exponents, x=x)
-    return _product(x, on_device(weight), transposed=False)
+    x_MK, rows = matrix_of(x), on_device(weight)
+    y_MN = _product(x_MK, rows) if num_groups == 1 else _stacked_product(x_MK, rows, num_groups)
+    return y_MN.reshape(*x.shape[:-1], num_rows)
 
 
 @op()
-def linear_input_grad(grad: Tensor, weight: AnyWeight) -> Tensor:
+def linear_input_grad(
+    grad: Tensor, weight: AnyWeight, *, num_groups: int = 1, out: Tensor | None = None
+) -> Tensor:
     """See reference; float64 is not supported."""
-    checks.last_dim("grad", grad, weight.shape[0], DTYPES)
+    num_rows = checks.expert_rows(weight, num_groups)
+    checks.last_dim("grad", grad, num_rows, DTYPES)
     checks.same_device(weight=weight.exponents, grad=grad)
-    return _product(grad, on_device(weight), transposed=True)
+    shape = (*grad.shape[:-1], num_groups * weight.shape[1])
+    checks.sum_of("out", out, shape, grad=grad)
+    grad_MN, rows = matrix_of(grad), on_device(weight)
+    if out is not None and out.numel() and _adds_in_place(grad_MN, rows, out):
+        # The library adds before it rounds.
+        w_NK = dense_rows(rows, grad.dtype, num_groups=num_groups, row_multiple=OUTPUT_MULTIPLE)
+        narrow_product(padded(grad_MN), w_NK, added=out.view(-1, shape[-1]))
+        return out
+    if num_groups == 1:
+        dx_MK = _input_grad(grad_MN, rows)
+    else:
+        dx_MK = _stacked_input_grad(grad_MN, rows, num_groups)
+    return dx_MK.reshape(shape) if out is None else out.add_(dx_MK.reshape(shape))
 
 
 @op()
-def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
+def linear_weight_grad(grad: Tensor, x: Tensor, *, num_groups: int = 1) -> Tensor:
     """See reference; float64 is not supported. Nothing here is ternary, so the library multiplies."""
     checks.dtype_in("grad", grad, DTYPES)
     checks.same_dtype("x", x, "grad", grad)
     checks.same_device(grad=grad, x=x)
     checks.some_dimension("grad", grad)
     checks.leading_dims("x", x, grad.shape[:-1], "grad", grad)
-    return wide_product(matrix_of(grad).T, matrix_of(x))
+    checks.side_by_side("x", x.shape[-1], num_groups)
+    w_NK = wide_product(padded(matrix_of(grad)).T, matrix_of(x))[: grad.shape[-1]]
+    if num_groups == 1:
+        return w_NK
+    return w_NK.unflatten(1, (num_groups, -1)).transpose(0, 1).flatten(0, 1)
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
@@ -73,6 +98,23 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
     if a.device.type == "cuda" and a.dtype is torch.bfloat16 and a.numel() and b.numel():
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a.float(), b.float())
+
+
+def narrow_product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
+    """Return a @ b in the dtype of a, for two matrices in float32 or bfloat16; or `added`, to which the product was added.
+
+    On a CPU, where Triton's interpreter runs, the library would take subnormal bfloat16 numbers for zeros.
+    """
+    if a.device.type == "cuda" or a.dtype is torch.float32:
+        return torch.mm(a, b) if added is None else added.addmm_(a, b)
+    wide = wide_product(a, b)
+    return wide.to(a.dtype) if added is None else added.copy_(added.float() + wide)
+
+
+def padded(grad_MN: Tensor) -> Tensor:
+    """Return gradients of outputs with columns of zeros, to a multiple of OUTPUT_MULTIPLE."""
+    missing = -grad_MN.shape[1] % OUTPUT_MULTIPLE
+    return torch.nn.functional.pad(grad_MN, (0, missing)) if missing else grad_MN
 
 
 def multiplies_float_rows(x_MK: Tensor) -> bool:
@@ -85,44 +127,89 @@ def matrix_of(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
 
 
-def _product(x: Tensor, weight: DeviceWeight, *, transposed: bool) -> Tensor:
-    """Return x W^T, or x W, in the dtype of x.
+def _adds_in_place(grad_MN: Tensor, weight: DeviceWeight, out: Tensor) -> bool:
+    """Return whether one product of the library adds to a tensor."""
+    return out.is_contiguous() and _is_dense(grad_MN, weight) and _unpacks_whole(weight)
 
-    For few rows a kernel unpacks the weight on its way. The library is faster for many rows, and for float32 where the weight is
-    transposed. It takes a large weight by ranges of unpacked rows. Forward, a range gives some of the outputs. Backward, a range
-    gives a part of every sum. The parts are added in float32 and rounded once, as the sums of one product are.
+
+def _is_dense(x_MK: Tensor, weight: DeviceWeight) -> bool:
+    """Return whether the library multiplies, and no kernel that unpacks the weight on its way.
+
+    For few rows in bfloat16 such a kernel is faster. The library is faster for many rows, and in float32.
     """
-    x_MK = matrix_of(x)
-    num_outputs = weight.shape[1 if transposed else 0]
-    if not transposed and takes_cuda(many_rows.fits(x_MK, weight), x.device, only=compiler.HOPPER):
-        y_MN = many_rows.many_rows_product(x_MK, weight, many_rows.form_of(x_MK.shape[0], num_outputs))
-        return y_MN.reshape(*x.shape[:-1], num_outputs)
-    if not transposed and takes_cuda(cuda_product.fits(x_MK, weight), x.device):
-        return cuda_product.few_rows_product(x_MK, weight).reshape(*x.shape[:-1], num_outputs)
-    if not transposed and multiplies_float_rows(x_MK):
-        return float_rows_product(x_MK, weight).reshape(*x.shape[:-1], num_outputs)
     # A product counts the rows of a weight in 32 bits, as it counts the columns. The columns never exceed MAX_COLUMNS.
-    if x.dtype is torch.bfloat16 and 0 < x_MK.shape[0] <= FEW_ROWS and weight.shape[0] <= MAX_COLUMNS:
-        y_MN = packed_product(x_MK, weight, transposed=transposed)
-        return y_MN.reshape(*x.shape[:-1], num_outputs)
+    few = x_MK.dtype is torch.bfloat16 and 0 < x_MK.shape[0] <= FEW_ROWS and weight.shape[0] <= MAX_COLUMNS
+    return not few
+
+
+def _product(x_MK: Tensor, weight: DeviceWeight) -> Tensor:
+    """Return x W^T in the dtype of x. The library takes a large weight by ranges of unpacked rows."""
+    if takes_cuda(many_rows.fits(x_MK, weight), x_MK.device, only=compiler.HOPPER):
+        return many_rows.many_rows_product(x_MK, weight, many_rows.form_of(x_MK.shape[0], weight.shape[0]))
+    if takes_cuda(cuda_product.fits(x_MK, weight), x_MK.device):
+        return cuda_product.few_rows_product(x_MK, weight)
+    if multiplies_float_rows(x_MK):
+        return float_rows_product(x_MK, weight)
+    if not _is_dense(x_MK, weight):
+        return packed_product(x_MK, weight, transposed=False)
     parts = row_ranges(*weight.shape)
     if len(parts) == 1:
-        w_NK = dense_rows(weight, x.dtype)
-        return torch.mm(x_MK, w_NK if transposed else w_NK.T).reshape(*x.shape[:-1], num_outputs)
-    wide = torch.float32 if transposed else x.dtype
-    y_MN = torch.empty(x_MK.shape[0], num_outputs, dtype=wide, device=x.device)
+        w_NK = dense_rows(weight, x_MK.dtype, row_multiple=OUTPUT_MULTIPLE)
+        return narrow_product(x_MK, w_NK.T)[:, : weight.shape[0]]
+    y_MN = torch.empty(x_MK.shape[0], weight.shape[0], dtype=x_MK.dtype, device=x_MK.device)
     for rows in parts:
-        w_NK = dense_rows(rows_of(weight, rows), x.dtype)
-        part = slice(rows.start, rows.stop)
-        if not transposed:
-            y_MN[:, part] = torch.mm(x_MK, w_NK.T)
-        elif rows.start == 0:
-            y_MN.copy_(wide_product(x_MK[:, part], w_NK))
-        else:
-            y_MN += wide_product(x_MK[:, part], w_NK)
-        # The memory is free before the next rows are unpacked.
-        del w_NK
-    return y_MN.to(x.dtype).reshape(*x.shape[:-1], num_outputs)
+        # The memory of unpacked rows is free before the next are unpacked.
+        y_MN[:, rows.start : rows.stop] = narrow_product(
+            x_MK, dense_rows(rows_of(weight, rows), x_MK.dtype).T
+        )
+    return y_MN
+
+
+def _input_grad(grad_MN: Tensor, weight: DeviceWeight) -> Tensor:
+    """Return dy W in the dtype of dy. A range of unpacked rows gives a part of every sum."""
+    if not _is_dense(grad_MN, weight):
+        return packed_product(grad_MN, weight, transposed=True)
+    parts = row_ranges(*weight.shape)
+    if len(parts) == 1:
+        w_NK = dense_rows(weight, grad_MN.dtype, row_multiple=OUTPUT_MULTIPLE)
+        return narrow_product(padded(grad_MN), w_NK)
+    dx_MK = torch.zeros(grad_MN.shape[0], weight.shape[1], dtype=torch.float32, device=grad_MN.device)
+    for rows in parts:
+        dx_MK += wide_product(
+            grad_MN[:, rows.start : rows.stop], dense_rows(rows_of(weight, rows), grad_MN.dtype)
+        )
+    return dx_MK.to(grad_MN.dtype)
+
+
+def _stacked_product(x_MK: Tensor, weight: DeviceWeight, num_groups: int) -> Tensor:
+    """Return x W^T in the dtype of x, for the matrices of a stack side by side. Those of a large stack are taken in turn."""
+    if _unpacks_whole(weight):
+        return narrow_product(x_MK, dense_rows(weight, x_MK.dtype, num_groups=num_groups).T)
+    num_rows = weight.shape[0] // num_groups
+    y_MN = torch.zeros(x_MK.shape[0], num_rows, dtype=torch.float32, device=x_MK.device)
+    for x_Mk, matrix in zip(x_MK.split(weight.shape[1], dim=1), _matrices(weight, num_groups), strict=True):
+        for rows in row_ranges(*matrix.shape):
+            w_kN = dense_rows(rows_of(matrix, rows), x_MK.dtype).T
+            y_MN[:, rows.start : rows.stop] += wide_product(x_Mk, w_kN)
+    return y_MN.to(x_MK.dtype)
+
+
+def _stacked_input_grad(grad_MN: Tensor, weight: DeviceWeight, num_groups: int) -> Tensor:
+    """Return dy W in the dtype of dy, for the matrices of a stack side by side."""
+    if _unpacks_whole(weight):
+        return narrow_product(grad_MN, dense_rows(weight, grad_MN.dtype, num_groups=num_groups))
+    return torch.cat([_input_grad(grad_MN, matrix) for matrix in _matrices(weight, num_groups)], dim=1)
+
+
+def _unpacks_whole(weight: DeviceWeight) -> bool:
+    """Return whether all of a weight may be unpacked at a time."""
+    return math.prod(weight.shape) <= DENSE_ELEMENTS
+
+
+def _matrices(weight: DeviceWeight, num_groups: int) -> list[DeviceWeight]:
+    """Return the matrices of a stack, on the memory of their weight."""
+    num_rows = weight.shape[0] // num_groups
+    return [rows_of(weight, range(e * num_rows, (e + 1) * num_rows)) for e in range(num_groups)]
 
 
 def row_ranges(num_rows: int, num_columns: int) -> list[range]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.kernels import norm
+from arbitor.optimized.kernels.activations import vectors_of
 from arbitor.optimized.layouts import AnyWeight
 from arbitor.optimized.ops.layout import on_device
 from arbitor.optimized.ops.linear import matrix_of
@@ -26,14 +27,16 @@ def _x_grad(grad: Tensor, *, x: Tensor, weight: AnyWeight, eps: float) -> Tensor
 def rms_norm(x: Tensor, weight: AnyWeight, *, eps: float = DEFAULT_EPS) -> Tensor:
     """See reference; float64 is not supported."""
     _check(weight, eps, x)
-    return norm.normalize(matrix_of(x), on_device(weight), eps).reshape(x.shape)
+    return norm.normalize(vectors_of(x, 1), on_device(weight), eps).reshape(x.shape)
 
 
 @op()
 def rms_norm_input_grad(grad: Tensor, x: Tensor, weight: AnyWeight, *, eps: float = DEFAULT_EPS) -> Tensor:
     """See reference; float64 is not supported."""
     _check(weight, eps, x, grad)
-    return norm.normalize_input_grad(matrix_of(grad), matrix_of(x), on_device(weight), eps).reshape(x.shape)
+    return norm.normalize_input_grad(matrix_of(grad), vectors_of(x, 1), on_device(weight), eps).reshape(
+        x.shape
+    )
 
 
 @op()

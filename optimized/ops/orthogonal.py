@@ -1,11 +1,13 @@
-"""Orthogonalised gradients. See `arbitor.reference.ops.orthogonal`."""
+"""Orthogonalised gradients, and averages of gradients. See `arbitor.reference.ops.orthogonal`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from arbitor.optimized.kernels.launch import vote_rate
 from arbitor.optimized.kernels.orthogonal import (
+    average,
     row_factors,
     row_squares,
     scale_rows,
@@ -16,13 +18,35 @@ from arbitor.optimized.ops.op import op
 from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_ORTHOGONAL_STEPS, MAX_ORTHOGONAL_STEPS, NEWTON_SCHULZ
 
-__all__ = ["orthogonalize"]
+__all__ = ["average_gradient", "orthogonalize"]
 
-LEAST_SIDE = 1024
-"""Least rows of a symmetric matrix of which only the blocks on and above the diagonal are computed. Fewer do not fill a GPU."""
+LEAST_SIDE = 4096
+"""Least rows of a symmetric matrix of which only the blocks on and above the diagonal are computed. 3,072 were slower so."""
 
 SIDE_MULTIPLE = 64
 """What divides these rows, so that a quarter of them starts where the library's fast products want it."""
+
+
+@op()
+def average_gradient(
+    grad_NK: Tensor,
+    mean_NK: Tensor,
+    exponents_N: Tensor,
+    rate: float | Tensor,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See reference."""
+    checks.averages("grad_NK", grad_NK, mean_NK, exponents_N, out)
+    vote_rate(rate, grad_NK.device)
+    given = (mean_NK.contiguous(), exponents_N.contiguous())
+    target = (torch.empty_like(given[0]), torch.empty_like(given[1]))
+    if out is not None and out[0].is_contiguous() and out[1].is_contiguous():
+        target = out
+    led_NK = average(grad_NK.contiguous(), *given, rate, target)
+    if out is not None and target is not out:
+        return led_NK, out[0].copy_(target[0]), out[1].copy_(target[1])
+    return led_NK, *target
 
 
 @op()

@@ -6,17 +6,25 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.cuda import update as cuda_update
-from arbitor.optimized.kernels import update
+from arbitor.optimized.kernels import together, update
 from arbitor.optimized.kernels.launch import Clock, row_ids, values_between, vote_rate
 from arbitor.optimized.kernels.votes import exponents_of_rows
-from arbitor.optimized.layouts import AnyWeight
+from arbitor.optimized.layouts import AnyWeight, DeviceWeight
 from arbitor.optimized.ops.layout import deliver, on_device, target_of
 from arbitor.optimized.ops.op import op
 from arbitor.optimized.ops.paths import takes_cuda
 from arbitor.reference import checks
 from arbitor.reference.constants import ACCUM_MAX, DEFAULT_THETA, DEFAULT_THETA_E, EXPONENT_RULES, ON_FLIP
 
-__all__ = ["accumulate", "accumulate_gradient", "apply_step", "count_changed_trits", "count_nonfinite_rows"]
+__all__ = [
+    "accumulate",
+    "accumulate_gradient",
+    "accumulate_gradients",
+    "apply_step",
+    "apply_steps",
+    "count_changed_trits",
+    "count_nonfinite_rows",
+]
 
 
 @op()
@@ -60,10 +68,7 @@ def apply_step(
     row_ids(rows, weight.shape[0], weight.device)
     checks.out_weight(out, weight)
     target = target_of(weight, out)
-    if takes_cuda(cuda_update.fits_step(target, rows), target.device):
-        cuda_update.step_(target, theta, theta_e, on_flip == "carry")
-    else:
-        update.step_(target, theta, theta_e, on_flip == "carry", rows)
+    _step_(target, theta, theta_e, on_flip == "carry", rows)
     return deliver(target, weight, out)
 
 
@@ -90,12 +95,106 @@ def accumulate_gradient(
     checks.one_of("exponent_rule", exponent_rule, EXPONENT_RULES)
     clock = Clock.of(seed, step, tensor_id, weight.device)
     target = target_of(weight, out)
-    grad_NK = grad_NK.contiguous()
-    if takes_cuda(cuda_update.fits_count(target, grad_NK, rows), target.device):
+    _count_gradient_(target, grad_NK.contiguous(), rate, clock, exponent_rule, rows, faults)
+    return deliver(target, weight, out)
+
+
+@op()
+def accumulate_gradients(
+    weights: tuple[AnyWeight, ...],
+    grad_NK: Tensor,
+    rate: float | Tensor,
+    *,
+    seed: int,
+    step: int | Tensor,
+    tensor_ids: tuple[int, ...],
+    exponent_rule: str = "score",
+    faults: Tensor | None = None,
+    out: tuple[AnyWeight, ...] | None = None,
+) -> tuple[AnyWeight, ...]:
+    """See reference. Two launches serve all weights, unless they are large."""
+    checks.alike_weights(weights, tensor_ids)
+    checks.out_weights(out, weights)
+    checks.stacked_gradient(weights, grad_NK, checks.GRADIENT_DTYPES)
+    checks.fault_counter(faults, grad_NK)
+    vote_rate(rate, grad_NK.device)
+    checks.one_of("exponent_rule", exponent_rule, EXPONENT_RULES)
+    clocks = [Clock.of(seed, step, tensor_id, grad_NK.device) for tensor_id in tensor_ids]
+    targets = _targets_of(weights, out)
+    if together.counts_together(targets, tensor_ids):
+        together.count_together_(targets, grad_NK, rate, clocks[0], tensor_ids, exponent_rule, faults)
+    else:
+        parts = grad_NK.contiguous().chunk(len(targets))
+        for target, part_NK, clock in zip(targets, parts, clocks, strict=True):
+            _count_gradient_(target, part_NK, rate, clock, exponent_rule, None, faults)
+    return _delivered(targets, weights, out)
+
+
+@op()
+def apply_steps(
+    weights: tuple[AnyWeight, ...],
+    *,
+    theta: int = DEFAULT_THETA,
+    theta_e: int = DEFAULT_THETA_E,
+    on_flip: str = "reset",
+    out: tuple[AnyWeight, ...] | None = None,
+) -> tuple[AnyWeight, ...]:
+    """See reference. One launch serves all weights of a kind, but for large ones."""
+    checks.several_weights(weights)
+    checks.threshold("theta", theta)
+    checks.threshold("theta_e", theta_e)
+    checks.one_of("on_flip", on_flip, ON_FLIP)
+    checks.out_weights(out, weights)
+    targets, carry = _targets_of(weights, out), on_flip == "carry"
+    left = set(range(len(targets)))
+    for places in together.steps_together(targets):
+        together.step_together_([targets[place] for place in places], theta, theta_e, carry)
+        left -= set(places)
+    for place in sorted(left):
+        _step_(targets[place], theta, theta_e, carry, None)
+    return _delivered(targets, weights, out)
+
+
+def _targets_of(weights: tuple[AnyWeight, ...], out: tuple[AnyWeight, ...] | None) -> list[DeviceWeight]:
+    """Return the weights that an update's kernels may overwrite, as `target_of` each."""
+    outs = (None,) * len(weights) if out is None else out
+    return [target_of(weight, into) for weight, into in zip(weights, outs, strict=True)]
+
+
+def _delivered(
+    targets: list[DeviceWeight], weights: tuple[AnyWeight, ...], out: tuple[AnyWeight, ...] | None
+) -> tuple[AnyWeight, ...]:
+    """Return updated weights in `out`, or as the kinds of weights that came in."""
+    outs = (None,) * len(weights) if out is None else out
+    made = tuple(deliver(*each) for each in zip(targets, weights, outs, strict=True))
+    return made if out is None else out
+
+
+def _count_gradient_(
+    target: DeviceWeight,
+    grad_NK: Tensor,
+    rate: float | Tensor,
+    clock: Clock,
+    exponent_rule: str,
+    rows: Tensor | None,
+    faults: Tensor | None,
+) -> None:
+    """Launch `accumulate_gradient`, in place, for a contiguous gradient."""
+    tensor_ids = (clock.tensor_id % 2**32,)
+    if rows is None and together.is_narrow(target) and together.counts_together([target], tensor_ids):
+        together.count_together_([target], grad_NK, rate, clock, tensor_ids, exponent_rule, faults)
+    elif takes_cuda(cuda_update.fits_count(target, grad_NK, rows), target.device):
         cuda_update.count_votes_(target, grad_NK, rate, clock, exponent_rule, faults)
     else:
         update.count_votes_(target, grad_NK, rate, clock, exponent_rule, rows, faults)
-    return deliver(target, weight, out)
+
+
+def _step_(target: DeviceWeight, theta: int, theta_e: int, carry: bool, rows: Tensor | None) -> None:
+    """Launch `apply_step`, in place."""
+    if takes_cuda(cuda_update.fits_step(target, rows), target.device):
+        cuda_update.step_(target, theta, theta_e, carry)
+    else:
+        update.step_(target, theta, theta_e, carry, rows)
 
 
 @op()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
-import resource
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,9 @@ SHARE = 0.75
 
 MOST_BYTES = 2**16
 """Bytes of a micro-batch at most: memory says nothing of how well a batch learns. `small` has 2**14 by default."""
+
+PROCESS = Path("/proc/self")
+"""Where Linux says what memory this process has."""
 
 CGROUP = Path("/sys/fs/cgroup")
 """Where Linux says what memory a container may have."""
@@ -99,23 +104,30 @@ class Memory:
         """Look at the memory that is free now."""
         self.device = device
         self.allowed = int(SHARE * (free_bytes() if device == "cpu" else torch.cuda.mem_get_info()[0]))
-        self._base = self._peak()
+        # What this process held at most before is forgotten. Where a system forbids that, a pass seems to take more than it does.
+        if device == "cpu":
+            with contextlib.suppress(OSError):
+                (PROCESS / "clear_refs").write_text("5")
+        else:
+            torch.cuda.reset_peak_memory_stats()
+        self._base = self._held("VmRSS", torch.cuda.memory_allocated)
 
     def of_pass(self, passes: Passes, windows: int, context: int) -> int:
-        """Run a pass over bytes at random, and return the bytes that it took at most."""
+        """Run a pass over bytes at random, and return the bytes that it took at most; 2**63 where there were too few."""
         generator = torch.Generator().manual_seed(windows)
         ids_BT = torch.randint(256, (windows, context), generator=generator)
         try:
             passes.take(ids_BT, rate=1.0, step=0)
         except torch.OutOfMemoryError:
             return 2**63
-        return self._peak() - self._base
+        return self._held("VmHWM", torch.cuda.max_memory_allocated) - self._base
 
-    def _peak(self) -> int:
-        """Return the most bytes that this process has held; it only grows, as the passes do."""
-        if self.device == "cpu":
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return torch.cuda.max_memory_allocated()
+    def _held(self, of_process: str, of_device: Callable[[], int]) -> int:
+        """Return the bytes that this process holds, by the name that Linux has for it, or by torch on CUDA."""
+        if self.device != "cpu":
+            return of_device()
+        [kibibytes] = re.findall(rf"^{of_process}:\s+(\d+) kB$", _text(PROCESS / "status"), re.M)
+        return int(kibibytes) * 1024
 
 
 def free_bytes() -> int:

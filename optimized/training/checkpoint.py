@@ -489,5 +489,5 @@ def _refusing() -> Iterator[None]:
     """Refuse a checkpoint whose values a check refuses."""
     try:
         yield
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise CheckpointError(str(error)) from error

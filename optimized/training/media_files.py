@@ -1,7 +1,8 @@
 """Folders of media with texts: the files, the text of each, and what is held out. Nothing is decoded here.
 
 The text of `NAME.png` is in `NAME.txt` beside it, or in a line of a `.jsonl` file of the folder, as Hugging Face's folders of
-images and sounds have it: an object with the path in `file_name` and the text in `text`. A file may have several texts.
+images and sounds have it: an object with the path in `file_name` and the text in `text`. A file may have several texts. Or both lie
+in an archive of webdataset, see `media_archives`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from typing import Any
 
 from arbitor.optimized.training.data import VALIDATION_EVERY
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.media_archives import COMPRESSED, Place, samples_of
+from arbitor.optimized.training.media_archives import SUFFIX as ARCHIVE
 from arbitor.optimized.training.regular import open_regular, read_regular
 from arbitor.optimized.training.shown import shown
 from arbitor.optimized.training.texts import in_words, no_data, walk
 from arbitor.reference.config import parsed_json
+from arbitor.sidecars import Blob
 
 _SOUNDS = frozenset({".aac", ".aiff", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".wav"})
 
@@ -46,12 +50,26 @@ class Item:
     Attributes:
         content: SHA-256 of the file.
         text: bytes without line ends, at least one.
-        path: of the file.
+        path: of the file, or of the archive that it lies in.
+        place: where it lies in its archive, or None.
     """
 
     content: bytes
     text: bytes
     path: Path
+    place: Place | None = None
+
+    def medium(self) -> Path | Blob:
+        """Return what is decoded.
+
+        Raises:
+            TrainingError: the archive cannot be read.
+        """
+        return self.path if self.place is None else Blob(str(self), self.place.read(self.path))
+
+    def __str__(self) -> str:
+        """Return what messages call the file."""
+        return str(self.path) if self.place is None else f"{self.path}:{self.place.name}"
 
 
 @dataclass(frozen=True)
@@ -105,12 +123,20 @@ def load_media(kind: str, source: str, run: Path | None = None) -> MediaFolder:
     texts = _texts(paths, files)
     without = sorted(shown(path.relative_to(root).as_posix()) for path in files - texts.keys())
     told = {"linked": left_out.get("linked", []), "without text": without}
-    items = sorted(
+    found = [
         Item(content, text, path)
         for path in sorted(texts)
         for content in (_digest(path),)
         for text in texts[path]
-    )
+    ]
+    for archive in paths:
+        if archive.name.lower().endswith(COMPRESSED):
+            raise TrainingError(
+                f"{str(archive)!r} is compressed, but an archive of media must be a plain .tar file"
+            )
+        if archive.suffix.lower() == ARCHIVE:
+            found += _archived(archive, kind, root, without)
+    items = sorted(found)
     digest = hashlib.sha256()
     for item in items:
         digest.update(item.content + hashlib.sha256(item.text).digest())
@@ -156,6 +182,35 @@ def _texts(paths: Sequence[Path], files: set[Path]) -> dict[Path, list[bytes]]:
             if file in files:
                 texts.setdefault(file, []).append(text)
     return texts
+
+
+def _archived(archive: Path, kind: str, root: Path, without: list[str]) -> Iterator[Item]:
+    """Yield the items of an archive; what has no text is added to a list."""
+    for sample in samples_of(archive, SUFFIXES[kind]).values():
+        texts = [text for place in sample.texts if (text := _text_of(archive, place))]
+        for place in sample.media:
+            content = hashlib.sha256(place.read(archive)).digest()
+            yield from (Item(content, text, archive, place) for text in texts)
+            if not texts:
+                without.append(shown(f"{archive.relative_to(root).as_posix()}:{place.name}"))
+
+
+def _text_of(archive: Path, place: Place) -> bytes:
+    """Return the text of a member of an archive, which is the text itself or an object of JSON with it."""
+    if place.size > TEXT_BYTES:
+        raise TrainingError(f"{str(archive)!r} has the text {place.name!r} of more than {TEXT_BYTES:,} bytes")
+    data = place.read(archive)
+    if place.name.lower().endswith(".json"):
+        try:
+            values = parsed_json(data)
+            if not isinstance(values, dict):
+                raise ValueError("it is no object")
+            data = _field(values, TEXT_FIELDS).encode("utf-8", errors="surrogatepass")
+        except ValueError as error:
+            raise TrainingError(
+                f"the member {place.name!r} of {str(archive)!r} is refused: {error}"
+            ) from None
+    return _one_line(data)
 
 
 def _named_in(line: bytes, folder: Path, known: set[Path]) -> tuple[Path, bytes]:

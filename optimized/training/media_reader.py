@@ -6,7 +6,7 @@ Legend: B items of a batch, N vectors or tokens, F features.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,9 +26,18 @@ Say = Callable[[str], None]
 """What is told a sentence."""
 
 
+CLIPS_KEPT = 16
+"""Sounds that stay decoded, at most. One item is asked for its length, whether it can be read, and its samples."""
+
+
 def clip_of(item: Item) -> Tensor:
-    """Return the sound of an item, float32 [T] at 16 kHz, MAX_CLIP_SECONDS at most."""
-    return read_audio(item.path, max_seconds=MAX_CLIP_SECONDS)
+    """Return the sound of an item, float32 [T] at 16 kHz, MAX_CLIP_SECONDS at most. Nobody may change it."""
+    return _clip_of(item)
+
+
+@lru_cache(maxsize=CLIPS_KEPT)
+def _clip_of(item: Item) -> Tensor:
+    return read_audio(item.medium(), max_seconds=MAX_CLIP_SECONDS)
 
 
 class MediaReader:
@@ -48,7 +57,7 @@ class MediaReader:
         self._together: dict[bytes, list[Item]] | None = None
         self._codec: AudioCodec | None = None
         # By kind, since one file may be asked for as several media.
-        self._unreadable: set[tuple[str, Path]] = set()
+        self._unreadable: set[tuple[str, str]] = set()
         self._decoded: set[tuple[str, bytes]] = set()
         self._seconds: dict[bytes, int] = {}
         self._tokens: dict[bytes, Tensor] = {}
@@ -69,10 +78,10 @@ class MediaReader:
         if kind == "speech":
             return self._spoken(item)
         if kind == "image":
-            return self.encoders.features("vision", item.content, lambda: read_image(item.path))
+            return self.encoders.features("vision", item.content, lambda: read_image(item.medium()))
         if kind == "video":
             return self.encoders.features(
-                "video", item.content, lambda: read_video(item.path, max_frames=1).frames, side=self.side
+                "video", item.content, lambda: read_video(item.medium(), max_frames=1).frames, side=self.side
             )
         seconds = seconds or self._seconds_of(item)
         filled = seconds * SAMPLE_RATE
@@ -119,18 +128,18 @@ class MediaReader:
 
     def is_readable(self, kind: str, item: Item) -> bool:
         """Return whether an item can be decoded. Features of what can are made, and kept; a sentence names what cannot."""
-        decoded, unreadable = (kind, item.content), (kind, item.path)
+        decoded, unreadable = (kind, item.content), (kind, str(item))
         if decoded not in self._decoded and unreadable not in self._unreadable:
             try:
                 # The codec is trained on what can be decoded, before there are tokens.
                 if kind == "speech":
-                    refuse_clip(repr(str(item.path)), clip_of(item))
+                    refuse_clip(repr(str(item)), clip_of(item))
                 else:
                     self.feature(kind, item)
                 self._decoded.add(decoded)
             except (SidecarError, ValueError) as error:
                 # A ValueError is about a medium that was decoded, such as a video of four pixels, and names no file.
-                what = f"{str(item.path)!r}: " if isinstance(error, ValueError) else ""
+                what = f"{str(item)!r}: " if isinstance(error, ValueError) else ""
                 self._unreadable.add(unreadable)
                 self.warn(f"{what}{error}; the file is left out")
         return unreadable not in self._unreadable

@@ -12,7 +12,10 @@ WARMUP_FRACTION = 0.03
 """Share of the steps over which the rate climbs from 0."""
 
 DECAY_FRACTION = 0.6
-"""Share of the steps, at the end, over which the rate falls to 0."""
+"""Share of the steps, at the end, over which the rate falls to 0 in a short run."""
+
+SHORT_STEPS, LONG_STEPS = 1500, 3000
+"""Steps up to which a run is short, and from which on it is long. The rate of a long run falls over all steps but the warm-up."""
 
 GAIN = 6 / 64
 """Rate between the two in parts of theta: votes as large as the root mean square of their row move a trit in 11 steps."""
@@ -29,23 +32,23 @@ def rate(
     *,
     theta: int = DEFAULT_THETA,
     gain: float = GAIN,
-    decay: float = DECAY_FRACTION,
+    decay: float | None = None,
     accum: int = 1,
 ) -> float:
     """Return the ``rate`` argument of ``stochastic_votes`` in each micro-batch of a step.
 
-    The rate climbs linearly over the first 3 % of the steps and reaches ``gain * theta`` at the last of them. It falls linearly
-    over the last ``decay`` of all steps, and would be 0 at ``step == steps``, where no step is taken any more. At rate 0 no vote
-    is cast and nothing moves. Where a step has several micro-batches, each votes as strongly as a whole batch would. They share
-    the rate as noise adds up: it is divided by the square root of their number. Sign votes take their size from the loss, and
-    look at the rate only to see whether it is 0.
+    The rate climbs linearly over the first 3 % of the steps, and reaches ``gain * theta`` at the last of them unless it falls
+    already. It falls linearly over the last ``decay`` of all steps, and would be 0 at ``step == steps``, where no step is taken
+    any more. At rate 0 no vote is cast and nothing moves. Where a step has several micro-batches, each votes as strongly as a
+    whole batch would. They share the rate as noise adds up: it is divided by the square root of their number. Sign votes take
+    their size from the loss, and look at the rate only to see whether it is 0.
 
     Args:
         step: steps taken before this one, 0 to ``steps``.
         steps: length of the whole run, at least 1.
         theta: votes that move a trit, 1 to 127.
         gain: rate of the flat part in parts of theta, finite, at least 0.
-        decay: share of the steps over which it falls, above 0, at most 1.
+        decay: share of the steps over which it falls, above 0, at most 1; None for `decay_of` the steps.
         accum: micro-batches of a step, at least 1.
 
     Returns:
@@ -58,8 +61,18 @@ def rate(
         raise ValueError(f"gain is {gain}: it must be finite and at least 0")
     if accum < 1:
         raise ValueError(f"accum is {accum}: it must be at least 1")
-    share = share_of_rate(step, steps, decay=decay)
+    share = share_of_rate(step, steps, decay=decay_of(steps) if decay is None else decay)
     return torch.tensor(gain * theta * share / math.sqrt(accum), dtype=torch.float32).item()
+
+
+def decay_of(steps: int) -> float:
+    """Return the share of the steps over which the rate of votes falls: 0.6 of a short run, all of a long one, linear between.
+
+    Args:
+        steps: length of the whole run.
+    """
+    length = (steps - SHORT_STEPS) / (LONG_STEPS - SHORT_STEPS)
+    return DECAY_FRACTION + (1 - DECAY_FRACTION) * min(max(length, 0.0), 1.0)
 
 
 def share_of_rate(step: int, steps: int, *, decay: float = DECAY_FRACTION) -> float:

@@ -18,7 +18,7 @@ from arbitor.reference.checks.arguments import (
     one_of,
     threshold,
 )
-from arbitor.reference.checks.attention import decode_slots, slot_bias
+from arbitor.reference.checks.attention import decode_slots, slot_bias, view_of_past
 from arbitor.reference.checks.codebooks import (
     batch_vectors,
     buckets,
@@ -40,17 +40,21 @@ from arbitor.reference.checks.edges import (
     node_matrix,
 )
 from arbitor.reference.checks.experts import (
+    balance,
     expert_matrix,
     expert_pair,
     expert_rows,
     expert_slots,
     router,
+    side_by_side,
     stacked_rows,
+    weighed_ranks,
 )
 from arbitor.reference.checks.memory import ngrams, strength_rule, strengths_of
 from arbitor.reference.checks.tensors import (
     FLOAT_DTYPES,
     GRADIENT_DTYPES,
+    averages,
     dtype_in,
     float_dtype,
     gradient_matrix,
@@ -64,18 +68,23 @@ from arbitor.reference.checks.tensors import (
     same_dtype,
     same_shape,
     some_dimension,
+    sum_of,
     tensor,
     values_between,
 )
 from arbitor.reference.checks.votes import MAX_RATE, fault_counter, gradient_of, vote_clock, vote_rate
 from arbitor.reference.checks.weights import (
     Weight,
+    alike_weights,
     group_ids_fit,
     one_row,
     out_weight,
+    out_weights,
     row_ids,
     row_values,
     rows_of,
+    several_weights,
+    stacked_gradient,
     weight_values,
 )
 
@@ -84,6 +93,9 @@ __all__ = [
     "GRADIENT_DTYPES",
     "MAX_RATE",
     "Weight",
+    "alike_weights",
+    "averages",
+    "balance",
     "batch_vectors",
     "buckets",
     "candidate_slots",
@@ -132,6 +144,7 @@ __all__ = [
     "one_of",
     "one_row",
     "out_weight",
+    "out_weights",
     "revivals",
     "router",
     "row_ids",
@@ -140,17 +153,23 @@ __all__ = [
     "same_device",
     "same_dtype",
     "same_shape",
+    "several_weights",
+    "side_by_side",
     "slot_bias",
     "some_dimension",
+    "stacked_gradient",
     "stacked_rows",
     "strength_rule",
     "strengths_of",
+    "sum_of",
     "tensor",
     "threshold",
     "turns",
     "usage_of",
     "values_between",
+    "view_of_past",
     "vote_clock",
     "vote_rate",
+    "weighed_ranks",
     "weight_values",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from arbitor.reference.checks.arguments import integer, number
@@ -17,8 +18,16 @@ from arbitor.reference.checks.tensors import (
 from arbitor.reference.dtypes import wide_dtype
 
 
-def decode_slots(q_BHK: Tensor, keys_BSK: Tensor, bias_BS: Tensor, *, value_width: int, scale: float) -> None:
-    """Refuse queries, slots and biases that do not fit each other, a value width beyond the slots, or a bad scale."""
+def decode_slots(
+    q_BHK: Tensor,
+    keys_BSK: Tensor,
+    bias_BS: Tensor,
+    places_BS: Tensor | None,
+    *,
+    value_width: int,
+    scale: float,
+) -> None:
+    """Refuse queries, slots, biases and places that do not fit each other, a value width beyond the slots, or a bad scale."""
     dtype_in("q_BHK", q_BHK, FLOAT_DTYPES)
     if q_BHK.ndim != 3 or q_BHK.shape[2] == 0:
         raise ValueError(
@@ -30,7 +39,16 @@ def decode_slots(q_BHK: Tensor, keys_BSK: Tensor, bias_BS: Tensor, *, value_widt
         raise ValueError(
             f"keys_BSK has shape {tuple(keys_BSK.shape)}, but must be [{batch}, slots, {columns}], as q_BHK has it"
         )
-    tensor("bias_BS", bias_BS, wide_dtype(q_BHK), keys_BSK.shape[:2])
+    slots = keys_BSK.shape[:2]
+    if places_BS is not None:
+        dtype_in("places_BS", places_BS, (torch.int64,))
+        if places_BS.ndim != 2 or places_BS.shape[0] != batch or (places_BS.numel() and not slots[1]):
+            raise ValueError(
+                f"places_BS has shape {tuple(places_BS.shape)}, but must be [{batch}, slots], with rows in keys_BSK to name"
+            )
+        slots = places_BS.shape
+        same_device(q_BHK=q_BHK, places_BS=places_BS)
+    tensor("bias_BS", bias_BS, wide_dtype(q_BHK), slots)
     same_device(q_BHK=q_BHK, keys_BSK=keys_BSK, bias_BS=bias_BS)
     integer("value_width", value_width, 1, columns)
     number("scale", scale, 0.0, 2.0**15, open_low=True)
@@ -40,3 +58,14 @@ def slot_bias(bias_BS: Tensor) -> None:
     """Refuse a bias that is NaN or +inf; -inf hides its slot."""
     if bias_BS.device.type != "meta" and not bool((bias_BS < math.inf).all()):
         raise ValueError("bias_BS holds NaN or +inf, but its elements must be finite or -inf")
+
+
+def view_of_past(first_B: Tensor, *, num_queries: int, window: int, block: int, num_summaries: int) -> None:
+    """Refuse first positions that are not int64 [B], or sizes of a view that are no whole numbers from 1 on."""
+    dtype_in("first_B", first_B, (torch.int64,))
+    if first_B.ndim != 1:
+        raise ValueError(f"first_B has shape {tuple(first_B.shape)}, but must be [batch]")
+    integer("num_queries", num_queries, 1, 2**20)
+    integer("window", window, 1, 2**20)
+    integer("block", block, 1, 2**20)
+    integer("num_summaries", num_summaries, 1, 2**20)

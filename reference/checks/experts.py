@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from arbitor.reference.checks.arguments import integer
+from arbitor.reference.checks.arguments import flag, integer
 from arbitor.reference.checks.tensors import FLOAT_DTYPES, dtype_in, last_dim, same_device, same_dtype, tensor
 from arbitor.reference.checks.weights import Weight
 from arbitor.reference.constants import MAX_ROUTER_COLUMNS
@@ -80,3 +80,57 @@ def stacked_rows(name: str, num_rows: int, num_groups: int) -> int:
 def expert_rows(weight: Weight, num_groups: int) -> int:
     """Return the rows of one expert; refuse a stacked weight whose rows are not a whole number for each."""
     return stacked_rows("weight", weight.shape[0], num_groups)
+
+
+def side_by_side(name: str, num_columns: int, num_groups: int) -> int:
+    """Return the columns of one of several matrices side by side; refuse columns that are not a whole number for each."""
+    integer("num_groups", num_groups, 1, 2**31 - 1)
+    if num_columns % num_groups:
+        raise ValueError(
+            f"num_groups is {num_groups}, but must divide the columns of {name}, which has {num_columns}"
+        )
+    return num_columns // num_groups
+
+
+def weighed_ranks(
+    ranks: Tensor,
+    logits: Tensor,
+    experts: Tensor,
+    chosen_only: bool,
+    allowed: Sequence[torch.dtype] = FLOAT_DTYPES,
+) -> None:
+    """Refuse ranks of all experts or of those chosen, logits of a router and chosen experts that do not fit each other."""
+    flag("chosen_only", chosen_only)
+    dtype_in("logits", logits, allowed)
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}, but must be [..., experts]")
+    lead, num_experts = logits.shape[:-1], logits.shape[-1]
+    dtype_in("experts", experts, (torch.int64,))
+    if experts.ndim == 0 or experts.shape[:-1] != lead or not 1 <= experts.shape[-1] <= num_experts:
+        raise ValueError(
+            f"experts has shape {tuple(experts.shape)}, but must be {tuple(lead)} and then 1 to {num_experts} experts"
+        )
+    same_dtype("ranks", ranks, "logits", logits)
+    parts = experts.shape[-1] if chosen_only else num_experts
+    if ranks.ndim == 0 or ranks.shape[:-1] != lead or ranks.shape[-1] == 0 or ranks.shape[-1] % parts:
+        raise ValueError(
+            f"ranks has shape {tuple(ranks.shape)}, but must be {tuple(lead)} and then a multiple of {parts}, the number of experts"
+        )
+    same_device(logits=logits, ranks=ranks, experts=experts)
+
+
+def balance(chosen: Tensor, load_E: Tensor, handicap_E: Tensor, out: tuple[Tensor, Tensor] | None) -> None:
+    """Refuse choices and tables of experts that do not fit each other, or tables to write into that differ from them."""
+    dtype_in("chosen", chosen, (torch.int64,))
+    dtype_in("load_E", load_E, (torch.int64,))
+    if load_E.ndim != 1 or load_E.numel() == 0:
+        raise ValueError(f"load_E has shape {tuple(load_E.shape)}, but must be [experts]")
+    tensor("handicap_E", handicap_E, torch.int16, load_E.shape)
+    same_device(chosen=chosen, load_E=load_E, handicap_E=handicap_E)
+    if out is None:
+        return
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise ValueError("out must be a tuple of a load and handicaps")
+    for value, like in zip(out, (load_E, handicap_E), strict=True):
+        tensor("out", value, like.dtype, like.shape)
+        same_device(load_E=load_E, out=value)

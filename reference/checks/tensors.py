@@ -65,6 +65,19 @@ def gradient_matrix(name: str, value: Tensor, allowed: Sequence[torch.dtype] = G
         )
 
 
+def averages(
+    name: str, grad_NK: Tensor, mean_NK: Tensor, exponents_N: Tensor, out: tuple[Tensor, Tensor] | None
+) -> None:
+    """Refuse a gradient, its mean int8 of the same shape and the exponents int8 of its rows if they do not fit, or an `out`."""
+    gradient_matrix(name, grad_NK)
+    found = {"mean_NK": mean_NK, "exponents_N": exponents_N}
+    if out is not None:
+        found |= {"out[0]": out[0], "out[1]": out[1]}
+    for place, (part, value) in enumerate(found.items()):
+        tensor(part, value, torch.int8, grad_NK.shape[: 2 - place % 2])
+    same_device(**{name: grad_NK}, **found)
+
+
 def last_dim(name: str, value: Tensor, size: int, allowed: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
     """Refuse a tensor whose dtype is not allowed or whose last dimension is not `size`."""
     dtype_in(name, value, allowed)
@@ -133,3 +146,13 @@ def last_dim_not_empty(name: str, value: Tensor) -> None:
     """Refuse a tensor without a last dimension, or with an empty one."""
     if value.ndim == 0 or value.shape[-1] == 0:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, but needs a last dimension of at least 1")
+
+
+def sum_of(name: str, value: Tensor | None, shape: Sequence[int], **beside: Tensor) -> None:
+    """Refuse a tensor to add a result to that differs from the result in dtype, shape or device. One tensor is `beside` it."""
+    if value is None:
+        return
+    ((other_name, other),) = beside.items()
+    same_dtype(name, value, other_name, other)
+    tensor(name, value, other.dtype, shape)
+    same_device(**beside, **{name: value})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from arbitor.reference.checks.tensors import dtype_in, values_between
+from arbitor.reference.checks.tensors import dtype_in, same_device, values_between
 from arbitor.reference.constants import ACCUM_MAX, MAX_PACKED_BYTE, groups_per_row, level_range
 
 
@@ -90,3 +91,52 @@ def out_weight(out: Any, weight: Any) -> None:
             raise ValueError(
                 f"out has {field} {getattr(out, field)}, but must match weight, {getattr(weight, field)}"
             )
+
+
+def several_weights(weights: Any) -> None:
+    """Refuse anything but a tuple of one or more weights on one device."""
+    if not isinstance(weights, tuple):
+        raise TypeError(f"weights is a {type(weights).__name__}, but must be a tuple of weights")
+    if not weights:
+        raise ValueError("weights is empty, but must have at least one weight")
+    for weight in weights:
+        if not all(hasattr(weight, name) for name in ("shape", "group_size", "mantissa_bits")):
+            raise TypeError(f"weights holds a {type(weight).__name__}, but must hold weights")
+        if weight.device != weights[0].device:
+            raise ValueError(
+                f"weights holds a weight on {weight.device}, but all must be on {weights[0].device}"
+            )
+
+
+def alike_weights(weights: Any, tensor_ids: Any) -> None:
+    """Refuse weights that are not all of one shape and format, or that do not have a tensor id each."""
+    several_weights(weights)
+    for field in ("shape", "group_size", "mantissa_bits"):
+        found = {getattr(weight, field) for weight in weights}
+        if len(found) > 1:
+            raise ValueError(f"weights holds weights of {field} {sorted(found)}, but all must have one")
+    if not isinstance(tensor_ids, tuple) or len(tensor_ids) != len(weights):
+        raise ValueError(
+            f"tensor_ids is {tensor_ids!r}, but must be a tuple with one for each of the {len(weights)} weights"
+        )
+
+
+def out_weights(out: Any, weights: tuple[Any, ...]) -> None:
+    """Refuse weights to write into that are not as many as those updated, or differ from them in shape, format or device."""
+    if out is None:
+        return
+    if not isinstance(out, tuple) or len(out) != len(weights):
+        raise ValueError(f"out must be a tuple of {len(weights)} weights, as many as weights has")
+    for one, other in zip(out, weights, strict=True):
+        out_weight(one, other)
+
+
+def stacked_gradient(weights: tuple[Any, ...], grad_NK: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    """Refuse a gradient that does not hold the gradients of weights of one shape, one below the other."""
+    dtype_in("grad_NK", grad_NK, allowed)
+    num_rows, num_columns = weights[0].shape
+    if tuple(grad_NK.shape) != (len(weights) * num_rows, num_columns):
+        raise ValueError(
+            f"grad_NK has shape {tuple(grad_NK.shape)}, but must be {(len(weights) * num_rows, num_columns)}"
+        )
+    same_device(weights=weights[0].exponents, grad_NK=grad_NK)

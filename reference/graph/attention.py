@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.graph.context import GraphContext
-from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm, plain
+from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm, fan_out, plain
 from arbitor.reference.graph.ledger import LayerLedger, mean_of_parts, rows_at
 from arbitor.reference.graph.module import ArbModule
-from arbitor.reference.graph.rotary import Turns, rotary_turns, turns_at, with_turned_key
+from arbitor.reference.graph.rotary import Turns, rotary_turns, turns_at, turns_of_pass, with_turned_key
 from arbitor.reference.graph.scheduler import ContextAttentionScheduler, Seen
 
 __all__ = ["LatentAttention", "rotary_turns"]
@@ -60,17 +60,18 @@ class LatentAttention(ArbModule):
         self.value_up = TernaryLinear(context, config.kv_latent, heads_width)
         self.output = TernaryLinear(context, heads_width, config.width, gain=output_gain)
 
-    def forward(self, x_BPD: Tensor, cache: LayerLedger | None = None) -> Tensor:
+    def forward(self, x_BPD: Tensor, cache: LayerLedger | None = None, turns: Turns | None = None) -> Tensor:
         """Return what each position gathers from itself and the positions before it, including the positions of the cache.
 
         The cache gets the rows of these positions. A gradient reaches the positions of this pass, and no older position.
+        `turns` are those of the positions, `turns_of_pass`, which all layers of a model share.
         """
-        positions = torch.arange(x_BPD.shape[1], device=x_BPD.device)
-        if cache is not None:
-            positions = positions + cache.first_B[:, None]
-        turns = turns_at(positions, self.rotary_dim)
-        q_BPHC = self._queries(x_BPD, turns)
-        key_BPR, latent_BPL = self._latents(x_BPD)
+        first_B = None if cache is None else cache.first_B
+        if turns is None:
+            turns = turns_of_pass(x_BPD, first_B, self.rotary_dim)
+        query_BPL, down_BPK = fan_out(x_BPD, self.query_down, self.latent_down)
+        q_BPHC = self._queries(query_BPL, turns)
+        key_BPR, latent_BPL = self._latents(down_BPK)
         fits = x_BPD.shape[1] <= self.scheduler.window
         if fits and (cache is None or cache.is_empty):
             if cache is not None:
@@ -86,12 +87,12 @@ class LatentAttention(ArbModule):
             if x_BPD.shape[1] == 1 and absorbs:
                 heads_BPHC = self._absorbed(q_BPHC[:, 0], cache)[:, None]
             else:
-                heads_BPHC = self._over_past(q_BPHC, cache.seen, self._reader(cache, rows_BPK, positions))
+                heads_BPHC = self._over_past(q_BPHC, cache.seen, self._reader(cache, rows_BPK))
         return self.output(heads_BPHC.flatten(-2))
 
-    def _queries(self, x_BPD: Tensor, turns: Turns) -> Tensor:
-        """Return the queries of all heads, their rotary columns turned."""
-        q_BPHC = self.query_up(self.query_norm(self.query_down(x_BPD)))
+    def _queries(self, query_BPL: Tensor, turns: Turns) -> Tensor:
+        """Return the queries of all heads for W_query_down x, their rotary columns turned."""
+        q_BPHC = self.query_up(self.query_norm(query_BPL))
         return self.ops.rotate(q_BPHC.unflatten(-1, (self.num_heads, self.head_dim)), *turns)
 
     def _turned_key(self, key_BPR: Tensor, turns: Turns) -> Tensor:
@@ -102,15 +103,16 @@ class LatentAttention(ArbModule):
         """Return the row that is kept of each position: [rotary key; normed latent; rotary key turned to the position]."""
         return torch.cat([key_BPR, latent_BPL, self._turned_key(key_BPR, turns)], dim=-1)
 
-    def _latents(self, x_BPD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rotary key of each position, not turned, and its normed latent."""
-        latent_BPL, key_BPR = self.latent_down(x_BPD).split([self.kv_latent, self.rotary_dim], dim=-1)
+    def _latents(self, down_BPK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rotary key of each position, not turned, and its normed latent, for W_latent_down x."""
+        latent_BPL, key_BPR = down_BPK.split([self.kv_latent, self.rotary_dim], dim=-1)
         return key_BPR, self.latent_norm(latent_BPL)
 
     def _heads(self, latent_BSL: Tensor, turned_BSR: Tensor) -> KeysValues:
         """Return keys and values of all heads for normed latents and turned rotary keys."""
-        plain_BSHC = self.key_up(latent_BSL).unflatten(-1, (self.num_heads, self.plain_dim))
-        values_BSHC = self.value_up(latent_BSL).unflatten(-1, (self.num_heads, self.head_dim))
+        plain_BSN, values_BSN = fan_out(latent_BSL, self.key_up, self.value_up)
+        plain_BSHC = plain_BSN.unflatten(-1, (self.num_heads, self.plain_dim))
+        values_BSHC = values_BSN.unflatten(-1, (self.num_heads, self.head_dim))
         return self.ops.head_keys(turned_BSR, plain_BSHC), values_BSHC
 
     def _heads_of_rows(self, rows_BSK: Tensor) -> KeysValues:
@@ -153,10 +155,11 @@ class LatentAttention(ArbModule):
         )
         mean_BHL = self.ops.decode_attention(
             torch.cat([q_latent.unflatten(0, (batch, self.num_heads)), q_rotary], dim=-1),
-            rows_at(cache.log.rows[..., self.rotary_dim :], view.places_BS),
+            cache.log.rows[..., self.rotary_dim :],
             view.bias_BQS[:, 0].to(wide_dtype(q_BHC)),
             value_width=self.kv_latent,
             scale=self.scale,
+            places_BS=view.places_BS,
         )
         values_MC = self.ops.grouped_linear(
             mean_BHL.flatten(0, 1), self.value_up.weight, heads_M, num_groups=self.num_heads
@@ -165,7 +168,8 @@ class LatentAttention(ArbModule):
 
     def _seen_from_start(self, num_queries: int, skipped: int) -> Seen:
         """Return what the positions from `skipped` on see when nothing was read before this pass."""
-        return self.scheduler.seen(torch.full((1,), skipped, device=self.latent_norm.device), num_queries)
+        first_1 = torch.full((1,), skipped, device=self.latent_norm.device)
+        return self.scheduler.seen(first_1, num_queries, self.ops)
 
     def _log_of(self, rows_BPK: Tensor) -> Tensor:
         """Return the log [B, N, K] of the rows of positions 0, 1, ..., such that gradients reach the rows."""
@@ -189,13 +193,12 @@ class LatentAttention(ArbModule):
         keys_BNHC, values_BNHC = self._heads_of_rows(log_BNK)
         return lambda places_1S: (keys_BNHC[:, places_1S[0]], values_BNHC[:, places_1S[0]])
 
-    def _reader(
-        self, cache: LayerLedger, rows_BPK: Tensor, positions_BP: Tensor
-    ) -> Callable[[Tensor], KeysValues]:
+    def _reader(self, cache: LayerLedger, rows_BPK: Tensor) -> Callable[[Tensor], KeysValues]:
         """Return a function from places in the cache to keys and values. The rows of this pass keep their gradient."""
         if not (torch.is_grad_enabled() and rows_BPK.requires_grad):
             return lambda places_BS: self._heads_of_rows(cache.log.read(places_BS))
         each_B1 = torch.arange(rows_BPK.shape[0], device=rows_BPK.device)[:, None]
-        places_BP = self.scheduler.place_of_position(positions_BP)
+        ahead_P = torch.arange(rows_BPK.shape[1], device=rows_BPK.device)
+        places_BP = self.scheduler.place_of_position(cache.first_B[:, None] + ahead_P)
         log_BNK = cache.log.rows.index_put((each_B1, places_BP), rows_BPK)
         return lambda places_BS: self._heads_of_rows(rows_at(log_BNK, places_BS))

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from arbitor.reference.constants import MIN_ORTHOGONAL_RANK
+from arbitor.reference.graph.averages import average_of
 from arbitor.reference.graph.context import GraphContext
-from arbitor.reference.graph.module import TernaryModule
+from arbitor.reference.graph.module import TernaryModule, uncompiled
 from arbitor.reference.promises import differentiable_once
 from arbitor.reference.types import TernaryWeight
 
@@ -24,7 +26,15 @@ VOTE_ELEMENTS = 2**27
 """Most elements of a weight gradient that are made at a time, 512 MiB of float32. The rows of a larger one vote in parts."""
 
 
-class TernaryLinear(TernaryModule):
+class Multiplier(TernaryModule):
+    """A module whose weight multiplies an input with all of its rows: a linear, or the matrices of all experts."""
+
+    def vote_of(self, grad: Tensor, x: Tensor) -> None:
+        """Vote with the gradient of the output and the input of that product, some rows of the weight at a time."""
+        raise NotImplementedError
+
+
+class TernaryLinear(Multiplier):
     """y = x W^T. No bias.
 
     Shapes:  [..., K] -> [..., N]
@@ -53,10 +63,17 @@ class TernaryLinear(TernaryModule):
 
         super().__init__(context, start)
         self.orthogonal = orthogonal and min(shape) >= MIN_ORTHOGONAL_RANK
+        self.average = average_of(context, shape, orthogonal=self.orthogonal)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `ops.linear` of x, in the dtype of x, and the change of the adapter if there is one."""
         return self.adapted(self.run(_LinearFunction, x), x)
+
+    def vote_of(self, grad: Tensor, x: Tensor) -> None:
+        """Vote with the gradient of the output and the input of a product, some rows of the weight at a time."""
+        for rows in row_ranges(*self.weight.shape):
+            grad_NK = self.ops.linear_weight_grad(grad[..., rows.start : rows.stop], x)
+            self.vote(grad_NK, named_rows(rows, self), num_matrices=int(self.orthogonal))
 
 
 def plain(*linears: nn.Module) -> bool:
@@ -120,6 +137,11 @@ class TernaryEmbedding(TernaryModule):
         if rows is not None:
             self.used_rows.append(rows)
 
+    @property
+    def steps_whole(self) -> bool:
+        """Whether the next step moves all rows: never, as only rows that a batch used vote."""
+        return False
+
     def step_weight(self) -> None:
         """Apply the step rule to the rows that voted since the last step, unless the table is frozen."""
         self.voting.deliver()
@@ -159,11 +181,55 @@ class _LinearFunction(torch.autograd.Function):
         weight = module.backward_weight(ctx)
         grad_x = module.ops.linear_input_grad(grad, weight) if ctx.needs_input_grad[0] else None
         if module.moves:
-            for rows in row_ranges(*weight.shape):
-                part = grad[..., rows.start : rows.stop]
-                grad_NK = module.ops.linear_weight_grad(part, x)
-                module.vote(grad_NK, named_rows(rows, module), num_matrices=int(module.orthogonal))
+            module.vote_of(grad, x)
         return grad_x, None, None
+
+
+def fan_out(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
+    """Return the products of several linears that read the same x, each as `TernaryLinear` gives it.
+
+    The gradients that x has from them are added up one after the other as they are made, without a launch for a sum. Where one of
+    the linears is a float module, which a merge puts in its place, each is called by itself.
+    """
+    linears = [module for module in modules if isinstance(module, Multiplier)]
+    if len(linears) < len(modules):
+        return tuple(module(x) for module in modules)
+    outputs: tuple[Tensor, ...] = uncompiled(_fan_out, x, tuple(linears))
+    return tuple(linear.adapted(y, x) for linear, y in zip(linears, outputs, strict=True))
+
+
+def _fan_out(x: Tensor, modules: tuple[Multiplier, ...]) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = _FanOutFunction.apply(x, modules, *(module.anchor() for module in modules))
+    return found
+
+
+class _FanOutFunction(torch.autograd.Function):
+    """`ops.linear` of one input with several weights, with a backward pass in which all of them vote."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, modules: tuple[Multiplier, ...], *anchors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)
+        ctx.held = [SimpleNamespace() for _ in modules]
+        weights = [module.forward_weight(held) for module, held in zip(modules, ctx.held, strict=True)]
+        return tuple(module.ops.linear(x, weight) for module, weight in zip(modules, weights, strict=True))
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        grad_x: Tensor | None = None
+        for grad, held in zip(grads, ctx.held, strict=True):
+            if grad is None:
+                continue
+            module, weight = held.module, held.module.backward_weight(held)
+            if ctx.needs_input_grad[0]:
+                grad_x = module.ops.linear_input_grad(grad, weight, out=grad_x)
+            if module.moves:
+                module.vote_of(grad, x)
+        return grad_x, None, *(None for _ in ctx.held)
 
 
 def row_ranges(num_rows: int, row_elements: int) -> Iterator[range]:

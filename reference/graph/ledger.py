@@ -204,12 +204,6 @@ class KVLedger:
         self.unread = 0
         self._append(predicted_B[:, None].to(self.device))
 
-    def previous_ids(self, count: int) -> Tensor:
-        """Return the `count` ids before those of the window of this pass (`begin`), int64 [B, count]; -1 where there was none."""
-        read = CONTEXT if any(self.positions) else 0
-        places_Bn = self._read_B[:, None] - read - count + self.ahead(count)
-        return self._ids.read(places_Bn.clamp(min=0)).masked_fill(places_Bn < 0, -1)
-
     def previous_codes(self, count: int) -> Tensor:
         """Return the codes of the `count` positions before this pass, int64 [B, count]; -1 where there was no position."""
         return self._previous(self._codes, count, -1)
@@ -341,7 +335,10 @@ class KVLedger:
             raise RuntimeError("the ledger was looked at, but a pass must begin first")
         found = self._pass.seen
         if (num_queries, skipped) not in found:
-            found[num_queries, skipped] = self.scheduler.seen(self._first_B + skipped, num_queries)
+            first_B, voting = self._first_B, None if self._owner is None else self._owner()
+            found[num_queries, skipped] = self.scheduler.seen(
+                first_B + skipped if skipped else first_B, num_queries, None if voting is None else voting.ops
+            )
         return found[num_queries, skipped]
 
     def _growing(self, shape: tuple[int, ...], dtype: torch.dtype) -> GrowingRows:
@@ -434,7 +431,10 @@ class LayerLedger:
         """
         ledger, scheduler, count = self.ledger, self.ledger.scheduler, rows_BPK.shape[1]
         ledger.expect(count)
-        places_BP = scheduler.place_of_position(ledger.first_B[:, None] + ledger.ahead(count))
+        if count == 1:
+            places_BP = self.seen(1).own_BQ
+        else:
+            places_BP = scheduler.place_of_position(ledger.first_B[:, None] + ledger.ahead(count))
         self.log.write(places_BP, rows_BPK.detach(), scheduler.log_size(max(ledger.positions) + count))
         if count > 1:
             self.summarise(count)

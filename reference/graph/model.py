@@ -13,7 +13,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from arbitor.reference import checks
 from arbitor.reference import ops as reference_ops
@@ -28,7 +27,7 @@ from arbitor.reference.graph.ledger import KVLedger, LayerLedger
 from arbitor.reference.graph.memory import MemGram
 from arbitor.reference.graph.module import ArbModule, PartList, as_it_is
 from arbitor.reference.graph.moe_graph import MoEGraph, RecurrentMoEGraph
-from arbitor.reference.graph.ngrams import ByteNgrams
+from arbitor.reference.graph.rotary import Turns, turns_of_pass
 from arbitor.reference.graph.router import MODALITIES, OutputRouter
 from arbitor.reference.graph.sequencer import AudioSequencer, ByteEmbedding, ImageSequencer, TrigramSequencer
 from arbitor.reference.graph.stateful import Stateful, scalar
@@ -72,10 +71,15 @@ class ArbLayer(ArbModule):
         self.moe_graph = kind(context, output_gain=output_gain)
 
     def forward(
-        self, h_BPD: Tensor, nodes_BPD: Tensor | None = None, cache: LayerLedger | None = None
+        self,
+        h_BPD: Tensor,
+        nodes_BPD: Tensor | None = None,
+        cache: LayerLedger | None = None,
+        turns: Turns | None = None,
     ) -> Tensor:
         """Return the residual stream after this layer. With a cache, positions also see the positions that it holds."""
-        return self.moe_graph(h_BPD + self.attention(self.attention_norm(h_BPD), cache), nodes_BPD)
+        gathered_BPD = self.attention(self.attention_norm(h_BPD), cache, turns)
+        return self.moe_graph(h_BPD + gathered_BPD, nodes_BPD)
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,6 @@ class ArbModel(Stateful):
         self.graph = None
         if self.shared_vq is not None and config.num_hops:
             self.graph = TernaryGraph(context, self.shared_vq.bridge)
-        self.ngrams = ByteNgrams(context) if config.ngram_rows else None
         self.memory = MemGram(context) if config.memory_rows else None
         self.composite = CompositeProposalHead(context) if config.composite_codes else None
         last = config.num_layers - 1
@@ -187,9 +190,6 @@ class ArbModel(Stateful):
             h_BPD = torch.cat(list(present.values()), dim=1)
         else:
             h_BPD, codes_BP, losses = self.shared_vq(present, ledger)
-        if self.ngrams is not None:
-            before = None if ledger is None else ledger.previous_ids(self.ngrams.bytes_before)
-            h_BPD = _added_to_text(h_BPD, self.ngrams(ids_BT, before))
         nodes_BPD = None
         if codes_BP is not None:
             if self.memory is not None:
@@ -201,9 +201,10 @@ class ArbModel(Stateful):
             if ledger is not None:
                 ledger.record_codes(codes_BP)
         last = len(self.layers) - 1
+        turns = turns_of_pass(h_BPD, None if ledger is None else ledger.first_B, self.config.rotary_dim)
         for index, layer in enumerate(self.layers):
             cache = None if ledger is None else ledger.layer(index)
-            h_BPD = layer(h_BPD, nodes_BPD if index == last else None, cache)
+            h_BPD = layer(h_BPD, nodes_BPD if index == last else None, cache, turns)
         return Trunk(h_BPD, codes_BP, losses)
 
     def forward(
@@ -464,12 +465,6 @@ def _head(target: str, name: str, head: Head | None) -> Head:
     if head is None:
         raise ValueError(f"{target} is given, but must be None: the model has no {name}")
     return head
-
-
-def _added_to_text(h_BPD: Tensor, m_BPD: Tensor) -> Tensor:
-    """Return the stream with something added to its text positions, which are the last."""
-    media = h_BPD.shape[1] - m_BPD.shape[1]
-    return h_BPD + (F.pad(m_BPD, (0, 0, media, 0)) if media else m_BPD)
 
 
 def _check_ids(ids_BT: Tensor, num_bytes: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.context import GraphContext
-from arbitor.reference.graph.voting import VOTED_IN, Voting
+from arbitor.reference.graph.voting import VOTED_IN, Average, Voting
 from arbitor.reference.promises import differentiable_once
 from arbitor.reference.types import LaidOutWeight, TernaryWeight, has_memory, without_memory
 
@@ -261,6 +261,7 @@ class TernaryModule(ArbModule):
         uses:      how often a pass of the model uses the weight (`used`).
         steps:     how often the weight was stepped or loaded; a backward pass refuses a weight that changed since its forward pass.
         adapter:   what adds a change of low rank to the output of a linear (`adapters.attach`), or None.
+        average:   the running mean of the weight's gradients (`averages`), or None.
     """
 
     def __init__(
@@ -269,6 +270,7 @@ class TernaryModule(ArbModule):
         super().__init__(context, frozen=frozen)
         self.voted = False
         self.adapter: nn.Module | None = None
+        self.average: Average | None = None
         self.uses = 1
         self.steps = 0
         self.tensor_id = context.next_tensor_id()
@@ -340,7 +342,8 @@ class TernaryModule(ArbModule):
         if ctx.steps != self.steps:
             raise RuntimeError("weight was changed between forward and backward, but a step must follow both")
         if self.voting.current is None:
-            self.voting.strayed = self.voting.strayed or not self.frozen
+            if not self.frozen:
+                self.voting.stray()
             return ctx.weight
         self.voting.current.reached = True
         if self.moves and not _same_tensors(ctx.weight.tensors(), self.weight.tensors()):
@@ -372,6 +375,7 @@ class TernaryModule(ArbModule):
             uses=self.uses,
             chosen=chosen,
             voted=self.note_vote,
+            average=self.average,
         )
 
     def note_vote(self, rows: Tensor | None) -> None:
@@ -384,6 +388,11 @@ class TernaryModule(ArbModule):
         if self.voted and not self.frozen:
             self.apply_step(rows=None)
         self.forget_votes()
+
+    @property
+    def steps_whole(self) -> bool:
+        """Whether the next step moves all rows of the weight, as far as notes were delivered."""
+        return self.voted and not self.frozen
 
     def note_step(self) -> None:
         """Note a step that moved the weight without `step_weight`, as a replay of a recorded step does."""

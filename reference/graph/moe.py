@@ -8,11 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from arbitor.reference.constants import HANDICAP_MAX, HANDICAP_MOVE
-from arbitor.reference.dtypes import widened
+from arbitor.reference.constants import HANDICAP_MAX
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.grouped import TernaryGroupedLinear
-from arbitor.reference.graph.layers import TernaryLinear
+from arbitor.reference.graph.layers import TernaryLinear, fan_out
 from arbitor.reference.graph.module import TableModule, when_voting
 
 LOAD_MAX = 2**63 - 1
@@ -20,6 +19,13 @@ LOAD_MAX = 2**63 - 1
 
 MODULATION_GAIN = 0.25
 """Scale of the experts' modulation at the start, where 1 would give m_e the variance of x."""
+
+
+DENSE_RANKS = 1024
+"""Most ranks of all experts together for which products of all of them cost less than the slots of the chosen ones."""
+
+FEW_POSITIONS = 64
+"""Positions up to which the matrices of the chosen experts alone are read, however small all of them are."""
 
 
 class SharedProjectionMoE(TableModule):
@@ -30,8 +36,9 @@ class SharedProjectionMoE(TableModule):
              y = W_down (h * (1 + sum over the chosen e of p_e m_e))
     Shapes:  [B, P, D] -> [B, P, D]
     Ties:    of experts with equal rows, the one of lowest index is chosen
-    Paths:   grouped, with a slot for each of a position's k experts; or dense, for up to `dense_dispatch_max_tokens` positions,
-             with a slot for each expert, and p_e = 0 for experts that were not chosen. Both have fixed shapes and are equal
+    Paths:   grouped, with a slot for each of a position's k experts; or dense, with products of all experts, and p_e = 0 for
+             experts that were not chosen. Dense is taken for up to `dense_dispatch_max_tokens` positions, and for more than
+             FEW_POSITIONS where all experts have at most DENSE_RANKS ranks together. Both have fixed shapes and are equal
     Tables:  load int64 [E], how often each expert was chosen in backward passes that voted; handicap int16 [E], at least 0
              after a step: h_e <- h_e + min(trunc(16 (E n_e - n) / n), 16), n_e of n choices being of expert e; then the least
              h is taken off all, so that it is 0
@@ -61,56 +68,43 @@ class SharedProjectionMoE(TableModule):
         experts_BPk = self.ops.choose_experts(
             x_BPD.detach(), self.router.weight, top_k=self.top_k, handicap_E=self.get_buffer("handicap")
         )
-        shares_BPk = chosen_shares(self.router(x_BPD), experts_BPk)
-        terms_BPkI = self.modulations(x_BPD, experts_BPk, shares_BPk)
-        y_BPD = self.down(self.ops.gated(self.gate(x_BPD), self.up(x_BPD), terms_BPkI))
+        if self.takes_all(x_BPD.shape[:-1].numel()):
+            gate_BPI, up_BPI, logits_BPE, ranks_BPR = fan_out(
+                x_BPD, self.gate, self.up, self.router, self.expert_down
+            )
+            terms_BPkI = self.all_modulations(ranks_BPR, logits_BPE, experts_BPk).unsqueeze(-2)
+        else:
+            gate_BPI, up_BPI, logits_BPE = fan_out(x_BPD, self.gate, self.up, self.router)
+            terms_BPkI = self.modulations(x_BPD, logits_BPE, experts_BPk)
+        y_BPD = self.down(self.ops.gated(gate_BPI, up_BPI, terms_BPkI))
         return when_voting(y_BPD, self, experts_BPk)
 
-    def modulations(self, x_BPD: Tensor, experts_BPk: Tensor, shares_BPk: Tensor) -> Tensor:
-        """Return share times m_e of each expert that a position takes, [B, P, k, I], or [B, P, E, I] on the dense path."""
-        # The dense path takes every expert, in ascending order.
-        if x_BPD.shape[:-1].numel() <= self.dense_max:
-            shares_BPk = all_shares(experts_BPk, shares_BPk, self.num_experts)
-            experts_BPk = torch.arange(self.num_experts, device=x_BPD.device).expand(shares_BPk.shape)
+    def takes_all(self, num_positions: int) -> bool:
+        """Return whether a pass of so many positions takes products of all experts. An adapter asks for those chosen."""
+        stacks = (self.expert_down, self.expert_up)
+        if not all(isinstance(stack, TernaryGroupedLinear) and stack.adapter is None for stack in stacks):
+            return False
+        is_cheap = self.num_experts * self.expert_rank <= DENSE_RANKS and num_positions > FEW_POSITIONS
+        return is_cheap or num_positions <= self.dense_max
+
+    def modulations(self, x_BPD: Tensor, logits_BPE: Tensor, experts_BPk: Tensor) -> Tensor:
+        """Return share times m_e of each expert that a position takes, [B, P, k, I]."""
         x_BPkD = x_BPD.unsqueeze(-2).expand(*experts_BPk.shape, -1)
-        ranks_BPkr = self.expert_down(x_BPkD, experts_BPk) * shares_BPk.unsqueeze(-1)
-        return self.expert_up(ranks_BPkr, experts_BPk)
+        ranks_BPkr = self.expert_down(x_BPkD, experts_BPk)
+        weighed_BPR = self.ops.weigh_ranks(ranks_BPkr.flatten(-2), logits_BPE, experts_BPk, chosen_only=True)
+        return self.expert_up(weighed_BPR.view_as(ranks_BPkr), experts_BPk)
+
+    def all_modulations(self, ranks_BPR: Tensor, logits_BPE: Tensor, experts_BPk: Tensor) -> Tensor:
+        """Return the sum of share times m_e over the chosen experts, [B, P, I], for A_e x of all experts, R = E r."""
+        return self.expert_up.side_by_side(self.ops.weigh_ranks(ranks_BPR, logits_BPE, experts_BPk))
 
     def count_passes(self, passes: list[tuple[Tensor, ...]]) -> None:
         """Add to the load how often some passes chose each expert, and move the handicaps towards an even load."""
-        chosen = torch.cat([experts_BPk.reshape(-1) for (experts_BPk,) in passes])
-        load_E = self.ops.expert_load(chosen, num_groups=self.num_experts)
-        self.get_buffer("load").add_(load_E)
-        surplus_E, total = self.num_experts * load_E - load_E.sum(), load_E.sum()
-        moves_E = torch.div(HANDICAP_MOVE * surplus_E, total, rounding_mode="trunc").clamp(max=HANDICAP_MOVE)
-        handicap_E = self.get_buffer("handicap")
-        moved_E = handicap_E + moves_E
-        # What all experts have in common changes no choice, and would grow without a bound.
-        handicap_E.copy_((moved_E - moved_E.amin()).clamp(max=HANDICAP_MAX))
+        chosen = [experts_BPk.reshape(-1) for (experts_BPk,) in passes]
+        tables = (self.get_buffer("load"), self.get_buffer("handicap"))
+        self.ops.balance_experts(chosen[0] if len(chosen) == 1 else torch.cat(chosen), *tables, out=tables)
 
     def load_shares(self) -> Tensor:
         """Return each expert's part of all choices counted so far, float64 [E]; zeros before the first step."""
         load_E = self.get_buffer("load")
         return load_E / load_E.sum().clamp(min=1).to(torch.float64)
-
-
-def chosen_shares(logits_BPE: Tensor, experts_BPk: Tensor) -> Tensor:
-    """Return the shares of the chosen experts, [B, P, k] in the dtype of the router's logits.
-
-    Math:    k > 1: a softmax over the logits of the chosen experts, which adds up to 1
-             k = 1: the share of the chosen expert in a softmax over the logits of all experts. A softmax over a single logit is
-             always 1 and has no gradient, so the router would learn nothing
-    Returns: the softmax runs in float32 or better
-    """
-    wide_BPE = widened(logits_BPE)
-    if experts_BPk.shape[-1] == 1:
-        shares_BPk = wide_BPE.softmax(dim=-1).gather(-1, experts_BPk)
-    else:
-        shares_BPk = wide_BPE.gather(-1, experts_BPk).softmax(dim=-1)
-    return shares_BPk.to(logits_BPE.dtype)
-
-
-def all_shares(experts_k: Tensor, shares_k: Tensor, num_experts: int) -> Tensor:
-    """Return shares [..., k] of chosen experts as shares of all experts [..., E], zero for experts that were not chosen."""
-    zeros = shares_k.new_zeros(*shares_k.shape[:-1], num_experts)
-    return zeros.scatter(-1, experts_k, shares_k)

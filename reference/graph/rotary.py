@@ -32,6 +32,12 @@ def turns_at(positions: Tensor, rotary_dim: int) -> Turns:
     return angles.cos().to(torch.float32), angles.sin().to(torch.float32)
 
 
+def turns_of_pass(x_BPD: Tensor, first_B: Tensor | None, rotary_dim: int) -> Turns:
+    """Return the turns of the positions of a pass over x, which follow the position `first_B` of each sequence, int64 [B]; or 0."""
+    positions = torch.arange(x_BPD.shape[1], device=x_BPD.device)
+    return turns_at(positions if first_B is None else positions + first_B[:, None], rotary_dim)
+
+
 def with_turned_key(rows_BPK: Tensor, turns: Turns) -> Tensor:
     """Return rows of summaries with a turned copy of their first R columns, a rotary key, appended.
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Self, cast
 
 import torch
@@ -99,8 +100,22 @@ class Stateful(ArbModule):
         """Apply the step rule to all weights that voted. It is the first half of a step, inside of `stepping`."""
         # Each step would deliver all notes, and steps may run side by side.
         self.voting.deliver()
-        self.voting.apart([module.step_weight for module in self.ternary_modules().values()])
-        self.voting.ranks.finish()
+        modules, ranks = list(self.ternary_modules().values()), self.voting.ranks
+        # Ranks that step some of the weights each exchange them one by one, in one order.
+        whole = [module for module in modules if module.steps_whole] if ranks.count == 1 else []
+        together = set(whole)
+        pieces = [module.step_weight for module in modules if module not in together]
+        self.voting.apart([partial(self._step_together, whole), *pieces] if whole else pieces)
+        ranks.finish()
+
+    def _step_together(self, modules: Sequence[TernaryModule]) -> None:
+        """Apply the step rule to all rows of the weights of some modules, which voted."""
+        rule, weights = self.config, tuple(module.weight for module in modules)
+        self.ops.apply_steps(
+            weights, theta=rule.theta, theta_e=rule.theta_e, on_flip=rule.on_flip, out=weights
+        )
+        for module in modules:
+            module.note_step()
 
     def step_tables(self) -> None:
         """Count what passes recorded for tables. It is the second half of a step, inside of `stepping`."""

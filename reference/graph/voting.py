@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +30,16 @@ VOTED_IN = ("trit_accum", "exponent_accum")
 
 WAITING_ELEMENTS = 2**25
 """Elements of the gradients that wait to be made orthogonal, above which all of them vote: 64 MiB of bfloat16."""
+
+
+class Average(Protocol):
+    """A running mean of the gradients of a weight, as a vote sees it. `averages.GradientAverage` fits."""
+
+    def lead(self, grad_NK: Tensor, rows: Tensor | None, rate: float | Tensor) -> Tensor:
+        """Return what votes for a gradient of the weight, or of its rows, and change the mean in place."""
+
+    def tables(self) -> dict[str, Tensor]:
+        """Return the integers of the mean by name."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,7 @@ class Vote:
         rows:         int64 [N], the rows of the weight that vote, or None for all.
         num_matrices: matrices that are stacked in the gradient and are made orthogonal, or 0.
         uses:         how often a pass uses the weight.
+        average:      the running mean that leads a gradient that is made orthogonal, or None.
     """
 
     weight: LaidOutWeight
@@ -67,11 +79,18 @@ class Vote:
     rows: Tensor | None
     num_matrices: int
     uses: int
+    average: Average | None
 
     @property
     def matrix(self) -> tuple[int, int, torch.device]:
         """Rows and columns of each matrix, and where it lies."""
         return self.grad_NK.shape[0] // self.num_matrices, self.grad_NK.shape[1], self.grad_NK.device
+
+    @property
+    def kind(self) -> tuple[int, ...]:
+        """What votes have in common whose weights can be counted in together: all rows or some, shape, format and uses."""
+        weight = self.weight
+        return int(self.rows is None), *weight.shape, weight.group_size, weight.mantissa_bits, self.uses
 
 
 class Pass:
@@ -142,6 +161,7 @@ class Voting:
         version: steps and loads of the model's weights and tables so far. Each of them makes ledgers stale.
         torn:    whether a step raised, or a pass that could not be undone. The state is then of no use until another is loaded.
         strayed: whether gradients came through weights outside of a pass, and no pass was taken since.
+        alone:   whether the weights are of a layer that belongs to no model, so that nobody can take a pass or a step.
         ranks:   the ranks that train the model together.
         apart:   runs pieces of work of which none writes what another one reads or writes, but for sums of integers. They run in
             turn, unless whoever records them lets them run side by side.
@@ -169,6 +189,7 @@ class Voting:
         self.version = 0
         self.torn = False
         self.strayed = False
+        self.alone = False
         self.ranks = Ranks()
         self.apart: Callable[[Sequence[Callable[[], None]]], None] = in_turn
 
@@ -248,6 +269,19 @@ class Voting:
         """Drop the notes for one module."""
         self.notes = [note for note in self.notes if getattr(note.tell, "__self__", None) is not module]
 
+    def stray(self) -> None:
+        """Note that gradients came through weights outside of a pass, which the next step refuses. A lone layer has no step.
+
+        Raises:
+            RuntimeError: the weights are of a layer that belongs to no model.
+        """
+        if self.alone:
+            raise RuntimeError(
+                "gradients came through a ternary layer that belongs to no model, and so would never learn: wrap the module in "
+                "arbitor.nn.Ternary and call its backward, or keep the layer as it is by requires_grad_(False)"
+            )
+        self.strayed = True
+
     def check_ready(self) -> None:
         """Refuse a pass while another one is open, and a pass of a model that is torn, by a RuntimeError."""
         self.check_whole()
@@ -281,11 +315,13 @@ class Voting:
         uses: int = 1,
         chosen: bool = False,
         voted: Callable[[Tensor | None], None] | None = None,
+        average: Average | None = None,
     ) -> None:
         """Count the votes of a gradient, summed over ranks, in the accumulators of `weight`, in place, now or before the pass ends.
 
         A gradient of `num_matrices` stacked matrices is first made orthogonal, in the dtype of the activations, unless the rule is
         `sign`. With 0 matrices the gradient votes as it is, as the rows of a table do.
+        With an `average` the gradient is led by it before it is made orthogonal. A gradient that votes as it is has none.
         If a pass uses a weight several times, each of the `uses` votes at its part of the rate. The size of a vote does not depend
         on the size of the gradient, so votes at the full rate would together go too far. The `sign` rule has no rate to divide.
         Rows that are `chosen` follow from the batch (`Gradient`). The pass leaves a note for `voted`, the method of a module, with
@@ -299,7 +335,9 @@ class Voting:
         self.ranks.exchange(
             tensor_id,
             Gradient(grad_NK, rows, num_matrices, chosen),
-            lambda total: self._cast_total(weight, total, tensor_id=tensor_id, uses=uses, voted=voted),
+            lambda total: self._cast_total(
+                weight, total, tensor_id=tensor_id, uses=uses, voted=voted, average=average
+            ),
         )
 
     def makes_orthogonal(self, num_matrices: int) -> bool:
@@ -314,12 +352,13 @@ class Voting:
         tensor_id: int,
         uses: int,
         voted: Callable[[Tensor | None], None] | None,
+        average: Average | None,
     ) -> None:
         """Count the votes of a gradient that was summed over ranks, unless it is None, and leave a note of them."""
         taken = self.current
         assert taken is not None
         if total is not None:
-            vote = Vote(weight, total.grad_NK, tensor_id, total.rows, total.num_matrices, uses)
+            vote = Vote(weight, total.grad_NK, tensor_id, total.rows, total.num_matrices, uses, average)
             if self.makes_orthogonal(total.num_matrices):
                 taken.waiting.append(replace(vote, grad_NK=total.grad_NK.to(self.dtype)))
                 if sum(vote.grad_NK.numel() for vote in taken.waiting) > WAITING_ELEMENTS:
@@ -342,17 +381,67 @@ class Voting:
         self.apart([partial(self._count_stack, taken, votes) for votes in stacks.values()])
 
     def _count_stack(self, taken: Pass, votes: Sequence[Vote]) -> None:
-        """Make gradients of one shape orthogonal in one call, and count their votes."""
-        grads = [vote.grad_NK for vote in votes]
+        """Make gradients of one shape orthogonal in one call, and count their votes, those of alike weights in one call."""
+        # Votes of one weight keep their order.
+        votes = sorted(votes, key=lambda vote: vote.kind)
+        # A gradient of a weight is led by those before it.
+        grads = [self._led(taken, vote) for vote in votes]
         made = self.ops.orthogonalize(
             grads[0] if len(grads) == 1 else torch.cat(grads),
             iterations=self.orthogonal_steps,
             num_groups=sum(vote.num_matrices for vote in votes),
         )
+        pieces, begin = [], 0
+        for _, of_kind in groupby(votes, key=lambda vote: vote.kind):
+            alike = list(of_kind)
+            end = begin + sum(len(vote.grad_NK) for vote in alike)
+            pieces += self._pieces(taken, alike, made[begin:end])
+            begin = end
+        self.apart(pieces)
+
+    def _pieces(self, taken: Pass, votes: Sequence[Vote], made: Tensor) -> list[Callable[[], None]]:
+        """Return the calls that count the votes of alike weights, whose orthogonal gradients lie one below the other.
+
+        One call counts for all of them, unless some rows vote, or a weight votes twice: a count saturates, so that order matters.
+        """
+        if votes[0].rows is None and len({vote.tensor_id for vote in votes}) == len(votes) > 1:
+            return [partial(self._count_together, taken, votes, made)]
         of_weights: dict[int, list[Vote]] = {}
-        for vote, grad_NK in zip(votes, made.split([len(grad) for grad in grads]), strict=True):
+        for vote, grad_NK in zip(votes, made.split([len(vote.grad_NK) for vote in votes]), strict=True):
             of_weights.setdefault(vote.tensor_id, []).append(replace(vote, grad_NK=grad_NK))
-        self.apart([partial(self._count_each, taken, of_weight) for of_weight in of_weights.values()])
+        return [partial(self._count_each, taken, of_weight) for of_weight in of_weights.values()]
+
+    def _count_together(self, taken: Pass, votes: Sequence[Vote], grad_NK: Tensor) -> None:
+        """Count the votes of alike weights, all rows of each, whose gradients lie one below the other."""
+        for vote in votes:
+            self._before_count(taken, vote)
+        weights = tuple(vote.weight for vote in votes)
+        self.ops.accumulate_gradients(
+            weights,
+            grad_NK,
+            part_of_rate(taken.rate, votes[0].uses),
+            seed=self.seed,
+            step=taken.step,
+            tensor_ids=tuple(vote.tensor_id for vote in votes),
+            exponent_rule=self.exponent_rule,
+            faults=self.faults,
+            out=weights,
+        )
+
+    def _led(self, taken: Pass, vote: Vote) -> Tensor:
+        """Return what is made orthogonal for a vote: its gradient, led by the running mean if the weight has one."""
+        if vote.average is None:
+            return vote.grad_NK
+        self._begin_writing(taken)
+        for table in vote.average.tables().values():
+            taken.keep(table, vote.rows)
+        return vote.average.lead(vote.grad_NK, vote.rows, taken.rate)
+
+    def _begin_writing(self, taken: Pass) -> None:
+        """Note that the pass is about to write to the state of the model."""
+        if not taken.wrote:
+            taken.keep(self.faults)
+        taken.wrote = True
 
     def _count_each(self, taken: Pass, votes: Sequence[Vote]) -> None:
         """Count votes in their order."""
@@ -362,10 +451,7 @@ class Voting:
     def _count(self, taken: Pass, vote: Vote) -> None:
         """Count a vote whose gradient is as it votes."""
         weight, grad_NK = vote.weight, vote.grad_NK
-        if not taken.wrote:
-            taken.keep(self.faults)
-        taken.keep_weight(vote.tensor_id, weight, vote.rows)
-        taken.wrote = True
+        self._before_count(taken, vote)
         clock: dict[str, Any] = {
             "seed": self.seed,
             "step": taken.step,
@@ -380,6 +466,11 @@ class Voting:
         else:
             self.faults += self.ops.count_nonfinite_rows(grad_NK)
             self.ops.accumulate(weight, self.ops.sign_votes(grad_NK, taken.size), **clock)
+
+    def _before_count(self, taken: Pass, vote: Vote) -> None:
+        """Keep what a vote is about to change, and note that the pass writes."""
+        self._begin_writing(taken)
+        taken.keep_weight(vote.tensor_id, vote.weight, vote.rows)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle; raise RuntimeError while a pass is open."""

@@ -34,6 +34,19 @@ ROUTERS = sizes(
     _7168_m1024={"M": 1024, "N": 32, "K": 7168, "G": 12, "float_bytes": 2, "top_k": 2},
 )
 
+# Ranks of all experts of M positions, R an expert, of which k experts count.
+RANKS = sizes(
+    tiny={"M": 256, "E": 4, "R": 12, "float_bytes": 2, "top_k": 2},
+    small={"M": 16_256, "E": 32, "R": 24, "float_bytes": 2, "top_k": 2},
+)
+
+
+def weighed_bytes(s: Shape) -> int:
+    """Return the bytes of the ranks and logits that are read, those of the chosen experts, and of the ranks that are written."""
+    ranks = s["R"] * (s["top_k"] + s["E"]) + s["E"]
+    return s["M"] * (s["float_bytes"] * ranks + 8 * s["top_k"])
+
+
 LOADS = sizes(tiny={"M": 64, "E": 4}, small={"M": 32768, "E": 32})
 
 # fmt: off
@@ -59,9 +72,24 @@ OPS = (
         ops_min=linear_ops,
     ),
     OpRow(
+        "weigh_ranks", "experts", TWICE, RANKS,
+        bytes_min=weighed_bytes,
+        ops_min=lambda s: s["M"] * (s["top_k"] * s["R"] + 4 * s["E"]),
+    ),
+    OpRow(
+        "weigh_ranks_grads", "experts", TWICE, RANKS,
+        bytes_min=lambda s: weighed_bytes(s) + s["M"] * s["float_bytes"] * (s["top_k"] * s["R"] + s["E"]),
+        ops_min=lambda s: s["M"] * (3 * s["top_k"] * s["R"] + 8 * s["E"]),
+    ),
+    OpRow(
         "expert_load", "experts", EXACT, LOADS,
         bytes_min=lambda s: 8 * (s["M"] + s["E"]),
         ops_min=lambda s: s["M"],
+    ),
+    OpRow(
+        "balance_experts", "experts", EXACT, LOADS,
+        bytes_min=lambda s: 8 * s["M"] + 20 * s["E"],
+        ops_min=lambda s: s["M"] + 8 * s["E"],
     ),
 )
 # fmt: on

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from arbitor.reference.op_table.row import TWICE, OpRow, Shape
+from arbitor.reference.op_table.row import EXACT, TWICE, OpRow, Shape
 from arbitor.reference.op_table.work import elements, sizes
 
 
@@ -22,8 +22,20 @@ GRADIENTS = sizes(
     _7168={"N": 7168, "K": 7168, "E": 1, "iterations": 3, "float_bytes": 2},
 )
 
+# Sizes: a gradient of N rows and its mean.
+MEANS = sizes(
+    tiny={"N": 256, "K": 256, "float_bytes": 2},
+    small={"N": 1024, "K": 384, "float_bytes": 2},
+    _7168={"N": 7168, "K": 7168, "float_bytes": 2},
+)
+
 # fmt: off
 OPS = (
+    OpRow(
+        "average_gradient", "orthogonal", EXACT, MEANS,
+        bytes_min=lambda s: (2 * s["float_bytes"] + 2) * elements(s) + 2 * s["N"],
+        ops_min=lambda s: 8 * elements(s),
+    ),
     OpRow(
         "orthogonalize", "orthogonal", TWICE, GRADIENTS,
         bytes_min=lambda s: 2 * s["float_bytes"] * elements(s),

@@ -12,19 +12,28 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
-from arbitor.reference.constants import HANDICAP_STEPS, QUERY_STEPS, ROUTER_OCTAVES
-from arbitor.reference.dtypes import wide_dtype
+from arbitor.reference.constants import (
+    HANDICAP_MAX,
+    HANDICAP_MOVE,
+    HANDICAP_STEPS,
+    QUERY_STEPS,
+    ROUTER_OCTAVES,
+)
+from arbitor.reference.dtypes import wide_dtype, widened
 from arbitor.reference.ops.codebook import whole_sixteenths
 from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
 __all__ = [
+    "balance_experts",
     "choose_experts",
     "expert_load",
     "grouped_linear",
     "grouped_linear_input_grad",
     "grouped_linear_weight_grad",
+    "weigh_ranks",
+    "weigh_ranks_grads",
 ]
 
 
@@ -106,6 +115,79 @@ def grouped_linear_weight_grad(
 
 
 @op
+def weigh_ranks(ranks: Tensor, logits: Tensor, experts: Tensor, *, chosen_only: bool = False) -> Tensor:
+    """Return the ranks of the chosen experts times their shares, and zeros for all other experts.
+
+    Math:    y[e, j] = p[e] * ranks[e, j] for the chosen e, with p a softmax of the logits over the chosen experts, or for a
+             single one over all experts; y[e, j] = 0 for the others
+    Shapes:  ranks [..., E r], logits [..., E], both of one dtype, float32, bfloat16 or float64; experts int64 [..., k],
+             different ones of 0 .. E - 1, k of 1 or more. With `chosen_only` the ranks are [..., k r], those of the chosen
+             experts in their order
+    Returns: dtype and shape of ranks
+    Raises:  TypeError or ValueError for a dtype, shape, device or expert that is not allowed
+    Laws:    linear in the ranks; what the ranks of an expert hold that was not chosen does not matter; shares add up to 1 for
+             k above 1
+    Source:  docs/spec/experts.md
+    """
+    checks.weighed_ranks(ranks, logits, experts, chosen_only)
+    checks.values_between("experts", experts, 0, logits.shape[-1] - 1)
+    is_chosen, shares_E = _shares(logits, experts)
+    if chosen_only:
+        shares_k = shares_E.gather(-1, experts)
+        return (
+            (widened(ranks).unflatten(-1, (experts.shape[-1], -1)) * shares_k[..., None])
+            .flatten(-2)
+            .to(ranks.dtype)
+        )
+    weighed = widened(ranks).unflatten(-1, (logits.shape[-1], -1)) * shares_E[..., None]
+    return torch.where(is_chosen[..., None], weighed, 0.0).flatten(-2).to(ranks.dtype)
+
+
+@op
+def weigh_ranks_grads(
+    grad: Tensor, ranks: Tensor, logits: Tensor, experts: Tensor, *, chosen_only: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the loss with respect to the ranks and the logits of `weigh_ranks`.
+
+    Math:    d ranks[e, j] = p[e] dy[e, j] for the chosen e, else 0; q[e] = sum_j dy[e, j] ranks[e, j] for the chosen e, else 0
+             d logits[e] = p[e] (q[e] - sum_c p[c] q[c]) for every e that the softmax runs over, else 0
+    Shapes:  as for `weigh_ranks`, and grad like ranks
+    Returns: two tensors of the dtype of ranks, with the shapes of ranks and of logits
+    Raises:  TypeError or ValueError for a dtype, shape, device or expert that is not allowed
+    Laws:    the gradients of `weigh_ranks` by autograd
+    Source:  docs/spec/experts.md
+    """
+    checks.weighed_ranks(ranks, logits, experts, chosen_only)
+    checks.values_between("experts", experts, 0, logits.shape[-1] - 1)
+    checks.same_dtype("grad", grad, "ranks", ranks)
+    checks.same_shape("grad", grad, "ranks", ranks)
+    checks.same_device(ranks=ranks, grad=grad)
+    is_chosen, shares_E = _shares(logits, experts)
+    if chosen_only:
+        matrix = (experts.shape[-1], -1)
+        dy = widened(grad).unflatten(-1, matrix)
+        grad_ranks = shares_E.gather(-1, experts)[..., None] * dy
+        of_shares_k = (dy * widened(ranks).unflatten(-1, matrix)).sum(dim=-1)
+        of_shares_E = torch.zeros_like(shares_E).scatter(-1, experts, of_shares_k)
+    else:
+        matrix = (logits.shape[-1], -1)
+        is_rank = is_chosen[..., None]
+        dy = torch.where(is_rank, widened(grad).unflatten(-1, matrix), 0.0)
+        grad_ranks = shares_E[..., None] * dy
+        of_shares_E = (dy * torch.where(is_rank, widened(ranks).unflatten(-1, matrix), 0.0)).sum(dim=-1)
+    mean = (shares_E * of_shares_E).sum(dim=-1, keepdim=True)
+    grad_logits = shares_E * (of_shares_E - mean)
+    return grad_ranks.flatten(-2).to(ranks.dtype), grad_logits.to(ranks.dtype)
+
+
+def _shares(logits: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which experts are chosen, bool [..., E], and the shares of those that the softmax runs over, 0 for the others."""
+    is_chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, experts, True)
+    over = is_chosen if experts.shape[-1] > 1 else torch.ones_like(is_chosen)
+    return is_chosen, widened(logits).masked_fill(~over, -torch.inf).softmax(dim=-1)
+
+
+@op
 def choose_experts(
     x: Tensor, weight: TernaryWeight, *, top_k: int, handicap_E: Tensor | None = None
 ) -> Tensor:
@@ -138,6 +220,39 @@ def router_rows(weight: TernaryWeight) -> Tensor:
     levels = weight.exponents.to(torch.int32)
     seen = torch.maximum(levels, levels.amax() - (ROUTER_OCTAVES << weight.mantissa_bits))
     return dequantize(weight.with_tensors(exponents=seen.to(torch.int8)), dtype=torch.float64)
+
+
+@op
+def balance_experts(
+    chosen: Tensor, load_E: Tensor, handicap_E: Tensor, *, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the load and the handicaps of experts after some choices.
+
+    Math:    n choices, n_e of them of expert e; load[e] <- load[e] + n_e
+             h[e] <- h[e] + min(trunc(16 (E n_e - n) / n), 16); then h[e] <- min(h[e] - the least h, 32767). Without a choice
+             nothing changes
+    Shapes:  chosen int64 [...] in -1 .. E - 1, of which -1 is no choice; load int64 [E]; handicap int16 [E]
+    Returns: new tensors; or `out` (may be the tables themselves), overwritten
+    Raises:  TypeError or ValueError for a dtype, shape, device or expert that is not allowed
+    Laws:    the order of the choices does not matter; an expert with just its share moves by 0 before the least is taken off
+    Source:  docs/spec/experts.md
+    """
+    checks.balance(chosen, load_E, handicap_E, out)
+    num_experts = load_E.numel()
+    checks.values_between("chosen", chosen, -1, num_experts - 1)
+    count_E = expert_load(chosen, num_groups=num_experts)
+    total = count_E.sum()
+    surplus_E = HANDICAP_MOVE * (num_experts * count_E - total)
+    moves_E = torch.div(surplus_E, total.clamp(min=1), rounding_mode="trunc").clamp(max=HANDICAP_MOVE)
+    moved_E = handicap_E + moves_E
+    # What all experts have in common changes no choice, and would grow without a bound.
+    evened_E = (moved_E - moved_E.amin()).clamp(max=HANDICAP_MAX).to(torch.int16)
+    made = (load_E + count_E, torch.where(total > 0, evened_E, handicap_E))
+    if out is None:
+        return made
+    for target, value in zip(out, made, strict=True):
+        target.copy_(value)
+    return out
 
 
 @op

@@ -1,4 +1,4 @@
-"""Orthogonalised gradients: every direction of a matrix weighs about the same in the votes.
+"""Orthogonalised gradients: every direction of a matrix weighs about the same in the votes. Before that, averages of them.
 
 Legend: E matrices of N rows each, stacked, K columns; r = min(N, K); s the r x r matrix of products of rows (or columns).
 """
@@ -9,11 +9,63 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
-from arbitor.reference.constants import DEFAULT_ORTHOGONAL_STEPS, MAX_ORTHOGONAL_STEPS, NEWTON_SCHULZ
+from arbitor.reference.constants import (
+    ACCUM_MAX,
+    AVERAGE_EXPONENT_MIN,
+    DEFAULT_ORTHOGONAL_STEPS,
+    MAX_ORTHOGONAL_STEPS,
+    NEWTON_SCHULZ,
+)
 from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.promises import op
 
-__all__ = ["orthogonalize"]
+__all__ = ["average_gradient", "orthogonalize"]
+
+
+@op
+def average_gradient(
+    grad_NK: Tensor,
+    mean_NK: Tensor,
+    exponents_N: Tensor,
+    rate: float | Tensor,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a gradient with a quarter of its running mean, and the mean after it, int8 with an exponent a row.
+
+    Math:    m = (q 2**e + g) / 2 and u = (m + g) / 2, of a row with mean q 2**e. Then 2**(k - 1) <= max |m| < 2**k gives
+             e <- max(k - 7, -128), 0 for a row of zeros, and q <- clamp(rint(m / 2**e), -127, 127)
+             at rate 0, and for a row of g that is not finite: u = g, and q and e stay
+    Shapes:  grad_NK float32 or bfloat16 [N, K]; mean_NK int8 [N, K]; exponents_N int8 [N]
+             rate 0 .. 127, a number or a 0-dim float32 tensor: only whether it is 0 counts
+    Returns: u in the dtype of grad, q in -127 .. 127 and e in -128 .. 121; the last two new, or `out`, overwritten, which may be
+             (mean_NK, exponents_N) itself
+    Rounding: m and u are taken in float64, with one rounding each; u is rounded to float32 and then to its dtype; half to even
+    Raises:  TypeError or ValueError for a dtype, shape, device or rate that is not allowed
+    Laws:    2 * g with e + 1 gives 2 * u, q and one more than e; the mean is off by half a step of its row, or one where it is
+             clamped; the same gradient again and again is what u and the mean come to
+    Source:  docs/spec/orthogonal.md; the momentum of Nesterov as Muon takes it (Jordan et al. 2024), with a memory of one step
+    """
+    checks.averages("grad_NK", grad_NK, mean_NK, exponents_N, out)
+    checks.vote_rate(rate)
+    # A product with a power of two is exact, so it makes no difference whether it is fused with the sum.
+    wide_NK = grad_NK.to(torch.float64)
+    kept_NK = mean_NK.to(torch.float64) * _power_of_two(exponents_N)[:, None]
+    m_NK = (kept_NK + wide_NK) / 2
+    u_NK = ((m_NK + wide_NK) / 2).to(torch.float32).to(grad_NK.dtype)
+    moves = torch.as_tensor(rate, device=grad_NK.device) != 0
+    moves_N = moves & grad_NK.isfinite().all(dim=1)
+    m_NK = torch.where(moves_N[:, None], m_NK, 0.0)
+    _, k_N = torch.frexp(m_NK.abs().amax(dim=1))
+    e_N = torch.where(m_NK.any(dim=1), (k_N - 7).clamp(min=AVERAGE_EXPONENT_MIN), 0)
+    q_NK = (m_NK * _power_of_two(-e_N)[:, None]).round().clamp(-ACCUM_MAX, ACCUM_MAX).to(torch.int8)
+    found = (
+        torch.where(moves_N[:, None], q_NK, mean_NK),
+        torch.where(moves_N, e_N.to(torch.int8), exponents_N),
+    )
+    if out is not None:
+        found = (out[0].copy_(found[0]), out[1].copy_(found[1]))
+    return torch.where(moves_N[:, None], u_NK, grad_NK), *found
 
 
 @op
@@ -42,6 +94,11 @@ def orthogonalize(
     matrices = torch.where(finite_N, grad_NK, 0.0).unflatten(0, (num_groups, -1))
     out_NK = torch.cat([_one_matrix(matrix_NK, iterations) for matrix_NK in matrices])
     return torch.where(finite_N, out_NK, torch.nan)
+
+
+def _power_of_two(exponents: Tensor) -> Tensor:
+    """Return float64 2**exponents for integers from -1022 to 1023, exact whatever the device does with `ldexp`."""
+    return ((exponents.to(torch.int64) + 1023) << 52).view(torch.float64)
 
 
 def _one_matrix(grad_NK: Tensor, iterations: int) -> Tensor:

@@ -25,7 +25,15 @@ from arbitor.reference.ops.votes import stochastic_votes
 from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
-__all__ = ["accumulate", "accumulate_gradient", "apply_step", "count_changed_trits", "count_nonfinite_rows"]
+__all__ = [
+    "accumulate",
+    "accumulate_gradient",
+    "accumulate_gradients",
+    "apply_step",
+    "apply_steps",
+    "count_changed_trits",
+    "count_nonfinite_rows",
+]
 
 
 @op
@@ -181,6 +189,88 @@ def accumulate_gradient(
     if faults is not None:
         faults += count_nonfinite_rows(grad_NK)
     return counted
+
+
+@op
+def accumulate_gradients(
+    weights: tuple[TernaryWeight, ...],
+    grad_NK: Tensor,
+    rate: float | Tensor,
+    *,
+    seed: int,
+    step: int | Tensor,
+    tensor_ids: tuple[int, ...],
+    exponent_rule: str = "score",
+    faults: Tensor | None = None,
+    out: tuple[TernaryWeight, ...] | None = None,
+) -> tuple[TernaryWeight, ...]:
+    """Return several weights of one shape with the stochastic votes of their gradients counted.
+
+    Math:    accumulate_gradient of each weight, with its rows of the gradient and its tensor id
+    Shapes:  W weights [N, K] of one format, a tensor id each; grad_NK float32 or bfloat16 [W N, K], the gradients one below the
+             other
+             faults int64 []: the number of gradient rows that are not finite is added to it
+    Returns: new weights; or `out` (may be `weights` itself), overwritten
+    Raises:  as `accumulate_gradient`; a refused call writes neither `out` nor `faults`
+    Laws:    equal to its calls of `accumulate_gradient`
+    Source:  docs/spec/update.md
+    """
+    checks.alike_weights(weights, tensor_ids)
+    checks.out_weights(out, weights)
+    checks.stacked_gradient(weights, grad_NK, checks.GRADIENT_DTYPES)
+    checks.fault_counter(faults, grad_NK)
+    checks.vote_rate(rate)
+    checks.one_of("exponent_rule", exponent_rule, EXPONENT_RULES)
+    for tensor_id in tensor_ids:
+        checks.vote_clock(seed, step, tensor_id)
+    outs = (None,) * len(weights) if out is None else out
+    parts = zip(weights, grad_NK.chunk(len(weights)), tensor_ids, outs, strict=True)
+    made = tuple(
+        accumulate_gradient(
+            weight,
+            part_NK,
+            rate,
+            seed=seed,
+            step=step,
+            tensor_id=tensor_id,
+            exponent_rule=exponent_rule,
+            faults=faults,
+            out=target,
+        )
+        for weight, part_NK, tensor_id, target in parts
+    )
+    return made if out is None else out
+
+
+@op
+def apply_steps(
+    weights: tuple[TernaryWeight, ...],
+    *,
+    theta: int = DEFAULT_THETA,
+    theta_e: int = DEFAULT_THETA_E,
+    on_flip: str = "reset",
+    out: tuple[TernaryWeight, ...] | None = None,
+) -> tuple[TernaryWeight, ...]:
+    """Return several weights of any shapes after a step of each.
+
+    Math:    apply_step of each weight, with all of its rows
+    Returns: new weights; or `out` (may be `weights` itself), overwritten
+    Range:   theta and theta_e in 1 .. 127
+    Raises:  as `apply_step`; a refused call does not write to `out`
+    Laws:    equal to its calls of `apply_step`
+    Source:  docs/spec/update.md
+    """
+    checks.several_weights(weights)
+    checks.threshold("theta", theta)
+    checks.threshold("theta_e", theta_e)
+    checks.one_of("on_flip", on_flip, ON_FLIP)
+    checks.out_weights(out, weights)
+    outs = (None,) * len(weights) if out is None else out
+    made = tuple(
+        apply_step(weight, theta=theta, theta_e=theta_e, on_flip=on_flip, out=target)
+        for weight, target in zip(weights, outs, strict=True)
+    )
+    return made if out is None else out
 
 
 @op

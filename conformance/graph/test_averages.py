@@ -1,0 +1,140 @@
+"""A running mean leads the gradients of matrices: by the rule, once a use, never in a pass that is refused, and over a checkpoint.
+
+Legend: B batch, T bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from arbitor.reference import ops
+from arbitor.reference.config import SIGN_VOTES, with_fields
+from arbitor.reference.graph import ArbModel
+from arbitor.reference.graph.averages import GradientAverage
+from arbitor.reference.graph.context import GraphContext
+from arbitor.reference.graph.grouped import TernaryGroupedLinear
+from arbitor.reference.graph.layers import TernaryLinear
+from conformance.compare import exact
+from conformance.graph import models
+from conformance.graph.models import random_ids
+
+FIELDS = {"width": 48, "head_inner": 48, "average_gradients": True}
+
+
+def state(model: ArbModel) -> tuple[Any, ...]:
+    return tuple(each.clone() for each in model.state().values())
+
+
+def test_matrices_that_are_made_orthogonal_have_a_mean() -> None:
+    model = models.nano(**FIELDS, shared_inner=36, expert_rank=36)
+    seen = 0
+    for module in model.ternary_modules().values():
+        if isinstance(module, TernaryLinear | TernaryGroupedLinear):
+            assert (module.average is not None) == module.orthogonal
+            if module.average is not None:
+                seen += 1
+                assert module.average.get_buffer("mean").shape == module.weight.shape
+    assert seen and not any(
+        isinstance(part, GradientAverage) for part in models.nano(width=48).table_modules().values()
+    )
+
+
+def test_a_pass_votes_with_what_the_rule_says() -> None:
+    """Three gradients of a linear, of two uses each: the second use is led by the first."""
+    made: list[torch.Tensor] = []
+    whole = ops.orthogonalize
+
+    def watched(grad_NK: torch.Tensor, **how: Any) -> torch.Tensor:
+        made.append(grad_NK.clone())
+        return whole(grad_NK, **how)
+
+    config, watched_ops = (
+        with_fields(models.NANO, average_gradients=True),
+        models.ops_with(orthogonalize=watched),
+    )
+    parts = GraphContext(watched_ops, config, device="cpu", dtype=torch.float32, seed=0)
+    linear = TernaryLinear(parts, 33, 40)
+    assert linear.average is not None
+    want: list[torch.Tensor] = []
+    mean, exponents = torch.zeros(40, 33, dtype=torch.int8), torch.zeros(40, dtype=torch.int8)
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(2, 5, 33, generator=generator)
+        g = torch.randn(2, 5, 40, generator=generator)
+        with parts.voting.taking(rate=4.0, step=step):
+            for use in range(2):
+                linear(x[use]).backward(g[use])
+        for use in range(2):
+            led, mean, exponents = ops.average_gradient(g[use].T @ x[use], mean, exponents, 4.0)
+            want.append(led)
+    exact(torch.cat(made), torch.cat(want))
+    exact(tuple(linear.average.tables().values()), (mean, exponents))
+
+
+@pytest.mark.parametrize("undo", [True, False])
+def test_a_pass_that_is_refused_or_at_rate_0_changes_no_mean(undo: bool) -> None:
+    model = models.nano(**FIELDS)
+    for step in range(2):
+        assert model.backward(model.losses(random_ids(2, 9, seed=step)), rate=4.0, step=step)
+        model.step()
+    before, ids = state(model), random_ids(2, 9)
+    assert model.backward(model.losses(ids), rate=0.0, step=2, undo=undo)
+    exact(state(model), before)
+    assert not model.backward(model.loss(ids) * float("nan"), rate=4.0, step=2, undo=undo)
+    exact(state(model), before)
+
+
+def test_a_pass_that_raises_puts_the_means_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.nano(**FIELDS)
+    assert model.backward(model.losses(random_ids(2, 9)), rate=4.0, step=0)
+    model.step()
+    before = state(model)
+    whole, calls = model.voting._count, []
+
+    def fails(*args: Any) -> None:
+        calls.append(1)
+        whole(*args)
+        if len(calls) == 12:
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model.voting, "_count", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model.backward(model.losses(random_ids(2, 9, seed=1)), rate=4.0, step=1)
+    exact(state(model), before)
+
+
+def test_rows_in_parts_have_the_mean_of_the_whole() -> None:
+    """A weight whose gradient is made in parts keeps a mean for each row, as if it came at once."""
+    parts = GraphContext(
+        ops, with_fields(models.NANO, average_gradients=True), device="cpu", dtype=torch.float32, seed=0
+    )
+    at_once, in_parts = GradientAverage(parts, (7, 5)), GradientAverage(parts, (7, 5))
+    for step in range(2):
+        grad = torch.randn(7, 5, generator=torch.Generator().manual_seed(step))
+        led = at_once.lead(grad, None, 1.0)
+        exact(torch.cat([in_parts.lead(grad[rows], rows, 1.0) for rows in torch.arange(7).split(4)]), led)
+    exact(tuple(in_parts.tables().values()), tuple(at_once.tables().values()))
+
+
+def test_a_loaded_state_goes_on_to_the_bit() -> None:
+    model, other = models.nano(**FIELDS), models.nano(**FIELDS, seed=4)
+    for step in range(2):
+        assert model.backward(model.losses(random_ids(2, 9, seed=step)), rate=4.0, step=step)
+        model.step()
+    other.load_state(model.state())
+    other.voting.seed = model.voting.seed
+    for each in (model, other):
+        assert each.backward(each.losses(random_ids(2, 9, seed=5)), rate=4.0, step=2)
+        each.step()
+    exact(state(other), state(model))
+
+
+def test_a_mean_that_nothing_reads_is_refused() -> None:
+    for fields in ({"orthogonal_steps": 0}, SIGN_VOTES):
+        with pytest.raises(ValueError, match="average_gradients is True, but must be False"):
+            with_fields(models.NANO, average_gradients=True, **fields)
+    with pytest.raises(TypeError, match="average_gradients is 1, but must be true or false"):
+        with_fields(models.NANO, average_gradients=1)

@@ -1,0 +1,141 @@
+"""Archives of webdataset: samples are found by their keys, files are read from their places, and strangers' archives do no harm."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from arbitor.optimized.training import media_archives
+from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.media_files import load_media
+from arbitor.sidecars import Blob
+
+
+def archive(path: Path, members: Mapping[str, bytes], *, mode: str = "w") -> Path:
+    """Write an archive with members of these names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def members(count: int, *, begin: int = 0) -> dict[str, bytes]:
+    """Return the members of some samples, as webdataset's writer orders them."""
+    found = {}
+    for number in range(begin, begin + count):
+        found[f"shard/{number:04d}.jpg"] = b"picture %d" % number
+        found[f"shard/{number:04d}.txt"] = b"text\n %d" % number
+    return found
+
+
+def test_samples_of_several_archives(tmp_path: Path) -> None:
+    """Beside files with texts of their own; the order is that of the contents, wherever they lie."""
+    archive(tmp_path / "a" / "000.tar", members(3))
+    archive(tmp_path / "b.tar", members(2, begin=3))
+    (tmp_path / "alone.png").write_bytes(b"picture 5")
+    (tmp_path / "alone.txt").write_bytes(b"text 5")
+    found = load_media("image", str(tmp_path))
+    items = [*found.train, *found.validation]
+    assert sorted(item.text for item in items) == [b"text %d" % number for number in range(6)]
+    for item in items:
+        medium = item.medium()
+        data = medium.data if isinstance(medium, Blob) else medium.read_bytes()
+        assert data == b"picture " + item.text.split()[-1]
+    assert (
+        str(next(item for item in items if item.text == b"text 4")) == f"{tmp_path / 'b.tar'}:shard/0004.jpg"
+    )
+    # Unpacked, the same files are the same data.
+    with tarfile.open(tmp_path / "b.tar") as tar:
+        tar.extractall(tmp_path, filter="data")
+    (tmp_path / "b.tar").unlink()
+    assert load_media("image", str(tmp_path)).sha256 == found.sha256
+
+
+def test_texts_in_json_and_several_media(tmp_path: Path) -> None:
+    """A key ends at the first dot behind the last slash. A member of another kind is no medium, and no text."""
+    made = {
+        "one.left.png": b"left",
+        "one.right.PNG": b"right",
+        "one.json": json.dumps({"caption": "two\n eyes", "width": 3}).encode(),
+        "one.cls": b"7",
+        "v1.0/two.png": b"dotted",
+        "v1.0/two.txt": b"dots",
+        "three.png": b"alone",
+    }
+    archive(tmp_path / "data.tar", made)
+    found = load_media("image", str(tmp_path))
+    texts = {item.medium().data: item.text for item in (*found.train, *found.validation)}  # type: ignore[union-attr]
+    assert texts == {b"left": b"two eyes", b"right": b"two eyes", b"dotted": b"dots"}
+    assert found.left_out == {"without text": ["data.tar:three.png"]}
+
+
+def test_names_that_lead_elsewhere_are_names(tmp_path: Path) -> None:
+    """Nothing is extracted, and links and devices are no members."""
+    path = tmp_path / "data" / "evil.tar"
+    archive(
+        path,
+        {"../../../etc/a.png": b"one", "../../../etc/a.txt": b"text", "/b.png": b"two", "/b.txt": b"text"},
+    )
+    with tarfile.open(path, "a") as tar:
+        for name, kind in (
+            ("c.png", tarfile.SYMTYPE),
+            ("d.png", tarfile.CHRTYPE),
+            ("e.png", tarfile.LNKTYPE),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+    found = load_media("image", str(tmp_path / "data"))
+    assert len(found.train) + len(found.validation) == 2
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "evil.tar"]
+
+
+@pytest.mark.parametrize(
+    ("write", "says"),
+    [
+        (lambda path: path.write_bytes(b"no archive" * 100), "is no archive that can be read"),
+        (lambda path: path.write_bytes(b""), "is no archive that can be read"),
+        (lambda path: archive(path, {**members(2), "a.png": b"x", "a.json": b"[]"}), "a.json.*is refused: it is no object"),
+        (lambda path: archive(path, {"a.png": b"x", "a.json": b"{}"}), "a.json.*it has none of text, caption, transcription"),
+        (lambda path: archive(path, {"a.png": b"x", "a.txt": b" " * (2**20 + 1)}), "the text 'a.txt' of more than 1,048,576 bytes"),
+        (lambda path: archive(path, {"a.png": b"x" * 200, "a.txt": b"a"}), "of 200 bytes, but a member has at most 100"),
+        (lambda path: archive(path, {f"{i}.png": b"" for i in range(9)}), "has more than 8 members"),
+    ],
+)  # fmt: skip
+def test_archives_that_are_refused(
+    tmp_path: Path, write: object, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "200 bytes" in says:
+        monkeypatch.setattr(media_archives, "MEMBER_BYTES", 100)
+    monkeypatch.setattr(media_archives, "MEMBERS", 8)
+    write(tmp_path / "data.tar")  # type: ignore[operator]
+    with pytest.raises(TrainingError, match=says):
+        load_media("image", str(tmp_path))
+
+
+@pytest.mark.parametrize("suffix", ["tar.gz", "tgz", "tar.xz"])
+def test_compressed_archives_are_refused(tmp_path: Path, suffix: str) -> None:
+    archive(tmp_path / f"data.{suffix}", members(3), mode=f"w:{'xz' if suffix.endswith('xz') else 'gz'}")
+    with pytest.raises(
+        TrainingError, match=r"is compressed, but an archive of media must be a plain \.tar file"
+    ):
+        load_media("image", str(tmp_path))
+
+
+def test_an_archive_that_was_cut_is_a_sentence(tmp_path: Path) -> None:
+    path = archive(tmp_path / "data.tar", members(4))
+    found = load_media("image", str(tmp_path))
+    last = max((*found.train, *found.validation), key=lambda item: item.place)  # type: ignore[arg-type, return-value]
+    assert last.place is not None
+    with path.open("r+b") as file:
+        file.truncate(last.place.begin + 3)
+    with pytest.raises(TrainingError, match=r"ends within its member 'shard/0003\.jpg'"):
+        last.medium()

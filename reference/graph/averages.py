@@ -1,0 +1,50 @@
+"""The running mean of a matrix's gradients, which leads a gradient before it is made orthogonal.
+
+Legend: N rows and K columns of a weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from arbitor.reference.constants import ACCUM_MAX, AVERAGE_EXPONENT_MAX, AVERAGE_EXPONENT_MIN
+from arbitor.reference.graph.context import GraphContext
+from arbitor.reference.graph.module import TableModule
+
+
+class GradientAverage(TableModule):
+    """A byte for each element of a weight, and an exponent for each row. Every gradient of the weight changes it at once.
+
+    Math:    see `average_gradient`
+    Shapes:  mean int8 [N, K], exponents int8 [N]
+    Start:   zeros
+    Source:  docs/spec/orthogonal.md
+    """
+
+    def __init__(self, context: GraphContext, shape: tuple[int, int]) -> None:
+        super().__init__(context)
+        mean_NK, exponents_N = (
+            torch.zeros(size, dtype=torch.int8, device=context.device) for size in (shape, shape[:1])
+        )
+        self.add_table("mean", mean_NK, -ACCUM_MAX, ACCUM_MAX)
+        self.add_table("exponents", exponents_N, AVERAGE_EXPONENT_MIN, AVERAGE_EXPONENT_MAX)
+
+    def lead(self, grad_NK: Tensor, rows: Tensor | None, rate: float | Tensor) -> Tensor:
+        """Return what votes for a gradient of the weight, or of its unique `rows`, and change the mean in place."""
+        mean_NK, exponents_N = self.get_buffer("mean"), self.get_buffer("exponents")
+        if rows is None:
+            led_NK: Tensor = self.ops.average_gradient(
+                grad_NK, mean_NK, exponents_N, rate, out=(mean_NK, exponents_N)
+            )[0]
+            return led_NK
+        led_NK, mean_RK, exponents_R = self.ops.average_gradient(
+            grad_NK, mean_NK[rows], exponents_N[rows], rate
+        )
+        mean_NK[rows], exponents_N[rows] = mean_RK, exponents_R
+        return led_NK
+
+
+def average_of(context: GraphContext, shape: tuple[int, int], *, orthogonal: bool) -> GradientAverage | None:
+    """Return the average of a weight, or None where the configuration has none or the gradient votes as it is."""
+    return GradientAverage(context, shape) if orthogonal and context.config.average_gradients else None
