@@ -191,11 +191,11 @@ def test_each_rank_of_a_host_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPa
         world.World(2, 4).take_device("cuda")
 
 
-def test_exchanges_end_when_too_much_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exchanges_end_when_too_much_is_under_way() -> None:
     """The oldest ends first, and no more end than have to: what has ended is under way no more."""
-    monkeypatch.setattr(ranks, "PENDING_BYTES", 100)
     group, ended = ranks.GroupRanks.__new__(ranks.GroupRanks), []
-    group._under_way, group._pending = deque(), 0
+    group._under_way, group._pending, group._most_pending, group._pieces = deque(), 0, 100, {}
+    group.number = 0
     seen = []
     for number, size in enumerate((40, 60, 30, 70, 10)):
         group._later(size, partial(ended.append, number))
