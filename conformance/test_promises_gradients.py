@@ -21,7 +21,12 @@ from conformance.subject import Subject, weight_of
 from conformance.test_promises import EXAMPLES, OWN, asking, prepared
 
 GRADIENTS: dict[str, dict[str, tuple[str, Callable[..., Case]]]] = {
-    "linear": {"x": ("linear_input_grad", lambda grad, a: Case((grad, a["weight"])))},
+    "linear": {
+        "x": (
+            "linear_input_grad",
+            lambda grad, a: Case((grad, a["weight"]), {"num_groups": a["num_groups"]}),
+        )
+    },
     "rms_norm": {
         "x": (
             "rms_norm_input_grad",
@@ -44,6 +49,15 @@ GRADIENTS: dict[str, dict[str, tuple[str, Callable[..., Case]]]] = {
             lambda grad, a: Case((grad, a["weight"], a["experts_M"]), {"num_groups": a["num_groups"]}),
         )
     },
+    "weigh_ranks": dict.fromkeys(
+        ("ranks", "logits"),
+        (
+            "weigh_ranks_grads",
+            lambda grad, a: Case(
+                (grad, a["ranks"], a["logits"], a["experts"]), {"chosen_only": a["chosen_only"]}
+            ),
+        ),
+    ),
     "edge_sum": {
         "h_ND": (
             "edge_sum_input_grad",

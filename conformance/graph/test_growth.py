@@ -18,7 +18,7 @@ from arbitor.reference.graph.growth import TARGETS, Growth, code_map, grow
 from arbitor.reference.graph.ternary_graph import EdgeTable
 from arbitor.reference.types import TernaryWeight
 from conformance.compare import exact
-from conformance.graph.models import WHOLE, drawn_by_the_reference, random_ids, whole
+from conformance.graph.models import NANO, WHOLE, drawn_by_the_reference, random_ids, whole
 from conformance.subject import Subject
 
 EDGES = tuple(f"{owner}{table}" for owner in TARGETS for table in ("", ".neighbours", ".scores"))
@@ -131,6 +131,22 @@ def test_without_votes() -> None:
     assert any(module.weight.trit_accum.any() for module in earlier.ternary_modules().values())
     for module in model.ternary_modules().values():
         assert not module.weight.trit_accum.any() and not module.weight.exponent_accum.any()
+
+
+@pytest.mark.parametrize("votes", [False, True])
+def test_means_of_gradients_go_with_the_votes(votes: bool) -> None:
+    """They were gathered with the votes, on other bytes."""
+    config = with_fields(NANO, average_gradients=True, width=36)
+    earlier, model = whole(config), ArbModel(config, seed=9)
+    for keeper in earlier.table_modules().values():
+        if keeper.of_votes:
+            keeper.get_buffer("mean").fill_(3)
+    growth = grow(model, config, earlier.state(), votes=votes)
+    means = {name for name in model.tables() if name.endswith(".mean")}
+    assert means
+    assert means <= set(growth.kept if votes else growth.fresh)
+    for name in means:
+        assert (model.tables()[name] == (3 if votes else 0)).all()
 
 
 @pytest.mark.parametrize(

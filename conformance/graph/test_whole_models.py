@@ -39,8 +39,8 @@ from conformance.mutant import build as build_mutant
 from conformance.report import needs_cuda
 from conformance.subject import Subject
 
-STRUCTURE = ("use_moe", "motif_residual", "code_search", "num_hops", "max_moe_iters", "video_steps", "top_k")
-"""Fields that a reduced model shares with its preset. It has all other fields of the nano model, or 0 as its preset."""
+STRUCTURE = ("num_hops", "max_moe_iters", "video_steps", "top_k")
+"""Numbers that a reduced model shares with its preset. It has all others of the nano model, or 0 as its preset."""
 
 MOST_LAYERS, EXPERTS = 2, 6
 
@@ -59,7 +59,7 @@ def reduced(config: ArbConfig) -> ArbConfig:
     sizes: dict[str, Any] = {
         field.name: getattr(WIDE, field.name) if getattr(config, field.name) else 0
         for field in fields(ArbConfig)
-        if isinstance(getattr(config, field.name), int) and field.name not in kept
+        if type(getattr(config, field.name)) is int and field.name not in kept
     }
     sizes |= {"num_layers": min(config.num_layers, MOST_LAYERS), "num_experts": EXPERTS}
     return replace(config, **sizes, **LOW_THRESHOLDS)

@@ -268,7 +268,7 @@ def _table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     key = _key(rows, device)
     if key in _TABLES:
         return _TABLES[key]
-    made = torch.tensor(rows, dtype=torch.int64)
+    made = torch.tensor(rows, dtype=torch.int64, device="cpu")
     # Other memory would make the host wait for the device.
     made = (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
     if len(_TABLES) < MOST_TABLES:

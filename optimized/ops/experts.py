@@ -159,13 +159,13 @@ def _product(
     if num_slots == 0:
         return x_MK.new_zeros(*experts_M.shape, num_outputs)
     x, slots_of_row = rows_of_slots(x_MK)
+    fits = not transposed and many_rows.fits_slots(x, weight, num_groups)
+    by_cuda = takes_cuda(fits, x.device, only=compiler.HOPPER)
     few = few_slots(num_slots, num_groups)
     experts = experts_M.flatten().contiguous()
     by: dict[str, Any] = {"num_groups": num_groups, "slots_of_row": slots_of_row}
     by |= {"experts_M": experts} if few else {"plan": Plan.of(experts, num_groups)}
-    if not transposed and takes_cuda(
-        many_rows.fits_slots(x, weight, num_groups), x.device, only=compiler.HOPPER
-    ):
+    if by_cuda:
         form = many_rows.slot_form_of(num_slots, num_groups)
         y = many_rows.many_rows_product(x, weight, form, **by)
     else:

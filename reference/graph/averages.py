@@ -22,6 +22,8 @@ class GradientAverage(TableModule):
     Source:  docs/spec/orthogonal.md
     """
 
+    of_votes = True
+
     def __init__(self, context: GraphContext, shape: tuple[int, int]) -> None:
         super().__init__(context)
         mean_NK, exponents_N = (

@@ -59,11 +59,13 @@ def grow(model: ArbModel, before: ArbConfig, state: State, *, votes: bool = True
         votes:  whether the votes that weights have gathered are taken over too.
 
     Math:    a weight is kept if shape, group size and mantissa agree; a table if shape and dtype agree, its values are in range
-             and every weight of its module was kept. Edge tables: row n is row m of the earlier one, where code n was code m,
-             and a neighbour that the model has no more leaves a slot that never held one
+             and every weight of its module was kept. Running means of gradients go with the votes. Edge tables: row n is row m
+             of the earlier one, where code n was code m, and a neighbour that the model has no more leaves a slot that never
+             held one
     Source:  docs/spec/growth.md; REFACTOR12 (a text-only checkpoint goes on with other modules)
     """
     modules, tables, ranges = model.ternary_modules(), model.tables(), model.table_ranges()
+    of_votes = {owner for owner, keeper in model.table_modules().items() if keeper.of_votes}
     taken = _Taken(state, votes=votes)
     with torch.no_grad():
         for name, module in modules.items():
@@ -73,7 +75,7 @@ def grow(model: ArbModel, before: ArbConfig, state: State, *, votes: bool = True
         for name, table in tables.items():
             owner = name.rpartition(".")[0]
             inside = [weight for weight in modules if f"{weight}.".startswith(f"{owner}.")]
-            is_whole = all(weight in taken.kept for weight in inside)
+            is_whole = all(weight in taken.kept for weight in inside) and (votes or owner not in of_votes)
             if owner not in TARGETS and is_whole and taken.fits_table(name, table, ranges[name]):
                 table.copy_(taken.table(name))
                 taken.kept.append(name)

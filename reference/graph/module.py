@@ -198,7 +198,10 @@ class TableModule(ArbModule):
 
     Attributes:
         recorded: what accepted backward passes saw, delivered and not yet counted.
+        of_votes: whether the tables belong to the votes of a weight, and go where they go.
     """
+
+    of_votes = False
 
     def __init__(self, context: GraphContext, *, frozen: bool = False) -> None:
         super().__init__(context, frozen=frozen)
