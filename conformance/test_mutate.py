@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +232,48 @@ def test_a_spent_budget_stops(tmp_path: Path) -> None:
     start = time.monotonic()
     _, found = run(root, "--budget", "2", "--only", "without `rest -= 1`", "--timeout", "60")
     assert time.monotonic() - start < 15 and not [name for name in found if "rest" in name]
+
+
+def test_a_child_ends_by_itself_where_its_worker_was_killed(tmp_path: Path) -> None:
+    """A mutant that hangs would keep a core busy for ever."""
+    (tmp_path / "test_hangs.py").write_text(
+        "import os, pathlib, time\n"
+        "def test_hangs():\n"
+        "    pathlib.Path('started').write_text(str(os.getpid()))\n"
+        "    while True: time.sleep(0.01)\n"
+    )
+    request = {"args": ["-q", "test_hangs.py"], "seconds": 3, "keep": None, "known": []}
+    worker = subprocess.Popen(
+        [sys.executable, ROOT / "conformance/mutation/worker.py", "0"],
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    assert worker.stdin is not None
+    worker.stdin.write(json.dumps(request) + "\n")
+    worker.stdin.flush()
+    until(lambda: (tmp_path / "started").exists() and (tmp_path / "started").read_text() != "", 20)
+    child = int((tmp_path / "started").read_text())
+    worker.kill()
+    worker.wait()
+    until(lambda: not is_alive(child), 10)
+
+
+def until(holds: Callable[[], bool], seconds: float) -> None:
+    """Wait until something holds, and fail if it does not within some seconds."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"not so after {seconds} s"
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process runs. One that ended and that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

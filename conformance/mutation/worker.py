@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import resource
 import signal
@@ -39,6 +40,9 @@ MONITORING: Any = getattr(sys, "monitoring", None)
 TIMED_OUT = -1
 EVERYTHING = "*"
 """Called by a test that starts a process: what it does in there is not seen."""
+
+GRACE_SECONDS = 2
+"""Seconds after its time that a child ends by itself, where no worker is left to end it."""
 
 TAIL = 3000
 """Characters of a run's output that are handed back."""
@@ -181,6 +185,8 @@ class FirstFailure:
 def child(request: dict[str, Any], folder: Path, memory: int) -> None:
     """Run the tests of a request in this process, and end it."""
     os.setsid()
+    # Ends it also where the worker was killed, and a mutant hangs.
+    signal.alarm(math.ceil(request["seconds"]) + GRACE_SECONDS)
     if memory:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
