@@ -106,7 +106,9 @@ def test_broken_kernels_are_found(subject: Subject, tmp_path: Path) -> None:
     status, output = compiled(tmp_path / "cache", "attention", tree=tmp_path)
     assert status == 1, output
     kernels = tmp_path / "arbitor" / "optimized" / "kernels"
-    loop = 1 + source.splitlines().index("    for start in range(0, PART, BLOCK_S):")
+    loop = 1 + source.splitlines().index(
+        "    for start in range(begin, tl.minimum(end, num_slots), BLOCK_S):"
+    )
     for complaint in (
         f"{kernels}/attention.py:{loop}: _decode_attention_kernel does not compile\n"
         'AssertionError("Loop-carried variable mask',

@@ -142,6 +142,7 @@ def test_eval_of_a_loss_that_is_not_finite(
         (["report", "RUN", "RUN"], 2, ["--picture is needed with several runs"]),
         (["report", *["RUN"] * 65, "--picture", "x.png"], 2, ["65 runs were named", "at most 64"]),
         (["report", "RUN", "--picture", "missing/x.png"], 1, ["there is no folder 'missing'"]),
+        (["report", "RUN", "--picture", os.devnull], 1, ["is a device, but must be a regular file"]),
         (["export", "RUN"], 2, ["Missing argument 'FOLDER'"]),
         (["export", "RUN", "RUN"], 2, ["must be one of its own: it holds a run"]),
         (["export", "missing", "model"], 1, ["there is no checkpoint 'missing'"]),
@@ -341,7 +342,7 @@ def test_a_preset_is_printed_to_start_from(here: Here, tmp_path: Path, text: Pat
 def test_help_shows_defaults_as_numbers(here: Here) -> None:
     words = " ".join(here("train", "--help").stdout.decode().split())
     assert f"Optimisation steps [{PRESET_DEFAULTS['tiny']['steps']} for tiny," in words
-    assert "Bytes of a window [256 for small, else 128]" in words
+    assert "Bytes of a window [256 for small, 256 for r12, else 128]" in words
 
 
 @pytest.mark.parametrize("command", ["train", "generate", "smoke", "eval"])

@@ -219,7 +219,11 @@ def test_generate_costs_the_same_however_long_the_text(monkeypatch: pytest.Monke
             op = getattr(ops, name)
 
             def watched(*args: Any, **kwargs: Any) -> Any:
-                shapes[-1] += [tuple(value.shape) for value in args if isinstance(value, torch.Tensor)]
+                given = list(args)
+                if kwargs.get("places_BS") is not None:
+                    # Of a log only the rows that are named are read.
+                    given[1] = kwargs["places_BS"]
+                shapes[-1] += [tuple(value.shape) for value in given if isinstance(value, torch.Tensor)]
                 return op(*args, **kwargs)
 
             return watched

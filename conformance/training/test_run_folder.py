@@ -22,6 +22,7 @@ from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.options import TrainOptions
 from arbitor.optimized.training.run_folder import RunFolder
+from arbitor.optimized.training.whole_file import append_to, partial_of, rename, write_whole
 from conformance.training import nano
 from conformance.training.forge import Change, forged
 from conformance.training.runs import Killed, kill_at, options
@@ -262,10 +263,21 @@ def test_nothing_is_written_through_a_link(run: Path, tmp_path: Path) -> None:
     assert content(outside) == before
 
 
+def test_a_pipe_or_a_device_is_never_replaced_by_a_file(tmp_path: Path) -> None:
+    """A picture that root asked for in /dev/null would take the place of the device."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    other = tmp_path / "other"
+    other.write_bytes(b"content")
+    for write in (lambda: write_whole(pipe, b"a picture"), lambda: rename(other, pipe)):
+        with pytest.raises(OSError, match="it is a pipe, but must be a regular file"):
+            write()
+        assert stat.S_ISFIFO(pipe.lstat().st_mode)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "pipe"]
+
+
 def test_a_picture_is_never_drawn_through_a_link(tmp_path: Path) -> None:
     """Nor is a file that is whole written through a link put in the place of its half while the run goes on."""
-    from arbitor.optimized.training.whole_file import append_to, partial_of, write_whole
-
     outside, path = tmp_path / "outside", tmp_path / "report.png"
     outside.write_bytes(b"mine")
     partial_of(path).symlink_to(outside)

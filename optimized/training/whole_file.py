@@ -1,8 +1,8 @@
 """Files that are whole: a reader sees the old one or the new one, also after a crash, a kill or a full disk.
 
 A file is written beside its place and flushed to the disk, then renamed over what was there, and the folder is flushed, so that
-the new name survives a loss of power. Nothing is written through a link: one in the place of the file is replaced. What a killed
-process leaves beside the place is `partial_of` it.
+the new name survives a loss of power. Nothing is written through a link: one in the place of the file is replaced. A device, a
+pipe or a folder in its place is refused, and stays. What a killed process leaves beside the place is `partial_of` it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def write_whole(path: Path, content: bytes | Writer) -> None:
         content: the bytes, or what writes them.
 
     Raises:
-        OSError: the disk is full or cannot be written; ``path`` is as before, and nothing is left beside it.
+        OSError: the disk is full or cannot be written, or ``path`` is neither a regular file nor a link; ``path`` is as before, and
+            nothing is left beside it.
     """
     rename(write_beside(path, content), path)
 
@@ -55,6 +56,7 @@ def write_beside(path: Path, content: bytes | Writer) -> Path:
     Raises:
         OSError: as `write_whole`.
     """
+    _check_place(path)
     partial = partial_of(path)
     # A link that somebody left in its place is removed, and what it points to is not touched.
     partial.unlink(missing_ok=True)
@@ -88,9 +90,10 @@ def rename(source: Path, target: Path) -> None:
     """Rename a file over another, and flush the folder.
 
     Raises:
-        OSError: it cannot be done; a ``source`` that is partial is removed.
+        OSError: it cannot be done, or ``target`` is neither a regular file nor a link; a ``source`` that is partial is removed.
     """
     with _nothing_left(source):
+        _check_place(target)
         os.replace(source, target)
         folder = os.open(target.parent, os.O_RDONLY)
         try:
@@ -114,6 +117,14 @@ def told(what: str, otherwise: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         raise TrainingError(f"cannot write {what}: {error.strerror or error}{otherwise}") from error
+
+
+def _check_place(path: Path) -> None:
+    """Refuse to put a file in the place of a device, a pipe, a socket or a folder, which it would replace."""
+    with contextlib.suppress(FileNotFoundError):
+        mode = path.lstat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
+            raise OSError(errno.EINVAL, f"it is {kind_of(mode)}, but must be a regular file", str(path))
 
 
 @contextlib.contextmanager
