@@ -29,7 +29,7 @@ from arbitor.optimized.commands import (
     smoke,
     train,
 )
-from arbitor.optimized.training.shown import shown
+from arbitor.optimized.training.shown import shown, write_nowhere
 from arbitor.optimized.version import package_version
 
 
@@ -184,6 +184,10 @@ def _fail(sentence: str, code: int, tells: Callable[[], bool]) -> NoReturn:
     with contextlib.suppress(OSError):
         if tells():
             click.echo(f"arb: {sentence}{'' if sentence.endswith(('.', ')', '?')) else '.'}", err=True)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        write_nowhere(sys.stdout)
     sys.exit(code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import runpy
 import sys
@@ -28,7 +29,10 @@ def module(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, capfdbin
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     capfdbinary.readouterr()
     with pytest.raises(SystemExit) as end:
-        runpy.run_module(name, run_name="__main__")
+        # By its path: pytest may load the package by a loader of its own, which gives no code.
+        found = importlib.util.find_spec(name)
+        assert found is not None and found.origin is not None
+        runpy.run_path(found.origin, run_name="__main__")
     out, err = capfdbinary.readouterr()
     assert end.value.code == 0, err.decode()
     return bytes(out)

@@ -263,17 +263,19 @@ def test_nothing_is_written_through_a_link(run: Path, tmp_path: Path) -> None:
     assert content(outside) == before
 
 
-def test_a_pipe_or_a_device_is_never_replaced_by_a_file(tmp_path: Path) -> None:
+def test_a_device_or_a_folder_is_never_replaced_by_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A picture that root asked for in /dev/null would take the place of the device."""
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    other = tmp_path / "other"
+    other, folder = tmp_path / "other", tmp_path / "folder"
     other.write_bytes(b"content")
-    for write in (lambda: write_whole(pipe, b"a picture"), lambda: rename(other, pipe)):
-        with pytest.raises(OSError, match="it is a pipe, but must be a regular file"):
-            write()
-        assert stat.S_ISFIFO(pipe.lstat().st_mode)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "pipe"]
+    folder.mkdir()
+    monkeypatch.setattr(os, "replace", lambda source, target: pytest.fail(f"{target} was replaced"))
+    for place, kind in ((folder, "a folder"), (Path(os.devnull), "a device")):
+        for write in (lambda place=place: write_whole(place, b"x"), lambda place=place: rename(other, place)):
+            with pytest.raises(OSError, match=f"it is {kind}, but must be a regular file"):
+                write()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "other"]
 
 
 def test_a_picture_is_never_drawn_through_a_link(tmp_path: Path) -> None:

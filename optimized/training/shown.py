@@ -22,6 +22,16 @@ def printable(content: bytes) -> str:
     return shown(text, allowed="\n\t")
 
 
+def write_nowhere(stream: TextIO) -> None:
+    """Let a stream that cannot be written to end in nothing.
+
+    What is left in its buffer has to go somewhere, or the interpreter complains when it ends, and exits with a code of its own.
+    """
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
 class Unbreakable:
     """A text stream that may go away, as a pipe to ``head`` does: what is written then is lost, and nothing is raised.
 
@@ -66,7 +76,4 @@ class Unbreakable:
 
     def _lose(self) -> None:
         self.lost = True
-        # What is left in the buffer has to go somewhere, or the interpreter complains when it ends.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
+        write_nowhere(self._stream)

@@ -1,8 +1,8 @@
 """Files that are whole: a reader sees the old one or the new one, also after a crash, a kill or a full disk.
 
 A file is written beside its place and flushed to the disk, then renamed over what was there, and the folder is flushed, so that
-the new name survives a loss of power. Nothing is written through a link: one in the place of the file is replaced. A device, a
-pipe or a folder in its place is refused, and stays. What a killed process leaves beside the place is `partial_of` it.
+the new name survives a loss of power. Nothing is written through a link: one in the place of the file is replaced. A device
+or a folder in its place is refused, and stays. What a killed process leaves beside the place is `partial_of` it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def write_whole(path: Path, content: bytes | Writer) -> None:
         content: the bytes, or what writes them.
 
     Raises:
-        OSError: the disk is full or cannot be written, or ``path`` is neither a regular file nor a link; ``path`` is as before, and
-            nothing is left beside it.
+        OSError: the disk is full or cannot be written, or ``path`` is a device or a folder; ``path`` is as before, and nothing
+            is left beside it.
     """
     rename(write_beside(path, content), path)
 
@@ -90,7 +90,7 @@ def rename(source: Path, target: Path) -> None:
     """Rename a file over another, and flush the folder.
 
     Raises:
-        OSError: it cannot be done, or ``target`` is neither a regular file nor a link; a ``source`` that is partial is removed.
+        OSError: it cannot be done, or ``target`` is a device or a folder; a ``source`` that is partial is removed.
     """
     with _nothing_left(source):
         _check_place(target)
@@ -120,10 +120,10 @@ def told(what: str, otherwise: str = "") -> Iterator[None]:
 
 
 def _check_place(path: Path) -> None:
-    """Refuse to put a file in the place of a device, a pipe, a socket or a folder, which it would replace."""
+    """Refuse to put a file in the place of a device or a folder. A pipe that somebody left in a run is replaced, as a link is."""
     with contextlib.suppress(FileNotFoundError):
         mode = path.lstat().st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
+        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) or stat.S_ISDIR(mode):
             raise OSError(errno.EINVAL, f"it is {kind_of(mode)}, but must be a regular file", str(path))
 
 
