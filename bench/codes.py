@@ -63,8 +63,9 @@ def watched(model: ArbModel) -> Iterator[Seen]:
             part.__dict__["quantize"] = _watch_codes(name, part, seen)
             undo.append((part, "quantize"))
         elif isinstance(part, SharedProjectionMoE):
-            part.__dict__["modulations"] = _watch_experts(name, part, seen)
-            undo.append((part, "modulations"))
+            for method in ("modulations", "all_modulations"):
+                part.__dict__[method] = _watch_experts(name, part, seen, getattr(part, method))
+                undo.append((part, method))
     try:
         yield seen
     finally:
@@ -87,13 +88,11 @@ def _watch_codes(name: str, table: TernaryVQCodebook, seen: Seen) -> Any:
     return run
 
 
-def _watch_experts(name: str, moe: SharedProjectionMoE, seen: Seen) -> Any:
-    modulations = moe.modulations
-
-    def run(x_BPD: Tensor, experts_BPk: Tensor, shares_BPk: Tensor) -> Tensor:
+def _watch_experts(name: str, moe: SharedProjectionMoE, seen: Seen, modulations: Any) -> Any:
+    def run(x: Tensor, logits_BPE: Tensor, experts_BPk: Tensor) -> Tensor:
         load_E = torch.bincount(experts_BPk.flatten(), minlength=moe.num_experts)
         seen.load_E[name] = seen.load_E.get(name, 0) + load_E
-        return modulations(x_BPD, experts_BPk, shares_BPk)
+        return modulations(x, logits_BPE, experts_BPk)
 
     return run
 

@@ -82,7 +82,9 @@ def test_codes_and_experts_are_counted_as_the_model_uses_them() -> None:
     assert sum(first["load"]) == 100 and sum(last["load"]) == 200
     assert first["max_over_mean"] == max(first["load"]) / 25
     assert found["val_bpb"] == pytest.approx(model.loss(windows_WT).item() / math.log(2), rel=1e-5)
-    assert not {"quantize", "modulations"} & {name for part in model.modules() for name in vars(part)}
+    assert not {"quantize", "modulations", "all_modulations"} & {
+        name for part in model.modules() for name in vars(part)
+    }
 
 
 def test_runs_of_bytes_are_those_that_a_code_can_tell_apart() -> None:

@@ -140,6 +140,9 @@ class DenseOps:
     def apply_step(self, weight: DenseWeight, **rule: Any) -> None:
         """Leave the step to AdamW, which takes all weights at once."""
 
+    def apply_steps(self, weights: tuple[DenseWeight, ...], **rule: Any) -> None:
+        """See `apply_step`."""
+
 
 def _aligned(x: Tensor) -> Tensor:
     """Return a tensor with zeros added to its last dimension up to what the library's grouped product asks for."""
