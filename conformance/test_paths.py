@@ -310,6 +310,17 @@ def test_blocks_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         assert given[3].dtype is (torch.float32 if parts > 1 else torch.bfloat16)
 
 
+def test_a_limit_of_shared_memory_is_never_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel has one limit for launches of all sizes, of which a larger one may come after a smaller one."""
+    asked: list[int] = []
+    monkeypatch.setattr(launching, "_ALLOWED", {})
+    monkeypatch.setattr(launching, "_set_limit", lambda kernel, device, num_bytes: asked.append(num_bytes))
+    kernel, device = Kernel.of("many_rows", "many_rows_product"), torch.device("cuda", 0)
+    for num_bytes in (0, 1000, 98304, 196608, 98304, 196608):
+        launching._allow_shared(kernel, device, num_bytes)
+    assert asked == [98304, 196608]
+
+
 def on_cuda_alone(subject: Subject) -> None:
     needs_cuda(subject, "CUDA C++ kernels")
     if (reason := paths.why_not(CUDA)) is not None:

@@ -308,6 +308,16 @@ def test_balance_experts_by_fractions(ops: Subject, counts: list[int], data: st.
     assert handicap.tolist() == want
 
 
+def test_balance_experts_writes_columns_of_a_table(subject: Subject) -> None:
+    """Tables to write into may lie apart in memory."""
+    chosen = torch.tensor([0, 0, 1, 3])
+    load, handicap = torch.arange(4), torch.tensor([0, 3, 1, 2], dtype=torch.int16)
+    want = subject.call("balance_experts", chosen, load, handicap)
+    out = (torch.zeros(4, 2, dtype=torch.int64)[:, 0], torch.zeros(4, 2, dtype=torch.int16)[:, 0])
+    got = subject.call("balance_experts", chosen, load, handicap, out=out)
+    exact(tuple(each.contiguous() for each in got), want)
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 

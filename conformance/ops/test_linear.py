@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -256,6 +257,18 @@ def test_linear_input_grad_is_added_to_a_sum(
     dy, out = _floats(data, *lead, weight.shape[0]), _floats(data, *lead, weight.shape[1])
     want = out.to(torch.float64) + dy.to(torch.float64) @ dense(weight)
     _equal(ops.linear_input_grad(dy, weight, out=out.clone()), want)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64, 65])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_a_sum_with_an_input_gradient_is_rounded_once(subject: Subject, rows: int, contiguous: bool) -> None:
+    """257 is no bfloat16, and 257 less 256 is 1. A kernel that rounds its product first gives 0."""
+    grad = torch.zeros(rows, 16, dtype=torch.bfloat16)
+    grad[:, 0], grad[:, 1] = 256, 1
+    weight = reference_ops.constant_weight((16, 24), trit=1, exponent=0)
+    out = torch.full((rows, 48), -256, dtype=torch.bfloat16)[:, ::2]
+    got = subject.call("linear_input_grad", grad, weight, out=out.contiguous() if contiguous else out)
+    exact(got.contiguous(), torch.ones(rows, 24, dtype=torch.bfloat16))
 
 
 @law(

@@ -155,6 +155,8 @@ test_refusals_of_update_several = refusals(
     refused("apply_steps", "an unknown word", ValueError, "on_flip", lambda: (weight(),), on_flip="keep"),
     refused("apply_steps", "one out for two", ValueError,
             "out", lambda: (weight(), weight(4)), out=lambda: (weight(),)),
+    refused("apply_steps", "one out twice", ValueError,
+            "out", lambda: (weight(), weight()), out=lambda: (weight(),) * 2),
     refused("apply_steps", "outs in another order", ValueError,
             "out", lambda: (weight(), weight(4)), out=lambda: (weight(4), weight())),
     refused("accumulate_gradients", "two shapes", ValueError,

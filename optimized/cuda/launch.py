@@ -46,8 +46,7 @@ def launch(
     # Torch's context is the one that cuda-core takes for a device, so nothing changes but what cuda-core knows of this thread.
     core.Device(device.index).set_current()
     function = loaded(kernel, kernel.architecture(_capability(device)))
-    if shared_bytes > UNASKED_BYTES:
-        _allow_shared(kernel, device, shared_bytes)
+    _allow_shared(kernel, device, shared_bytes)
     stream = core.Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
     options = {"programmatic_stream_serialization": True} if starts_early and _can_start_early() else {}
     config = core.LaunchConfig(grid=blocks, block=threads, shmem_size=shared_bytes, **options)
@@ -71,9 +70,19 @@ def _can_start_early() -> bool:
     return hasattr(importlib.import_module("cuda.core").LaunchConfig, "programmatic_stream_serialization")
 
 
-@functools.cache
+_ALLOWED: dict[tuple[Kernel, torch.device], int] = {}
+"""Most bytes of shared memory that were asked for, of each kernel on each device."""
+
+
 def _allow_shared(kernel: Kernel, device: torch.device, num_bytes: int) -> None:
-    """Ask for more shared memory than a block gets unasked, once for a kernel on a device."""
+    """Ask for more shared memory than a block gets unasked. A limit is never lowered, as a larger block may come again."""
+    if num_bytes > _ALLOWED.get((kernel, device), UNASKED_BYTES):
+        _set_limit(kernel, device, num_bytes)
+        _ALLOWED[kernel, device] = num_bytes
+
+
+def _set_limit(kernel: Kernel, device: torch.device, num_bytes: int) -> None:
+    """Set the limit of a kernel, which is one for all of its launches."""
     driver = importlib.import_module("cuda.bindings.driver")
     function = loaded(kernel, kernel.architecture(_capability(device)))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

@@ -195,7 +195,7 @@ def _best_rows_kernel(
 
 @triton.jit(do_not_specialize=["num_chosen"])
 def _balance_kernel(
-    chosen_ptr, load_ptr, handicap_ptr, new_load_ptr, new_handicap_ptr, num_chosen,
+    chosen_ptr, load_ptr, handicap_ptr, num_chosen,
     EXPERTS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     experts = tl.arange(0, BINS)
@@ -210,7 +210,7 @@ def _balance_kernel(
     total = tl.sum(counts, axis=0)
     load = tl.load(load_ptr + experts, mask=mask, other=0)
     handicap = tl.load(handicap_ptr + experts, mask=mask, other=0)
-    tl.store(new_load_ptr + experts, load + counts, mask=mask)
+    tl.store(load_ptr + experts, load + counts, mask=mask)
     surplus = MOVE * (EXPERTS * counts - total)
     # A division of whole numbers cuts towards 0.
     moves = tl.minimum(surplus // tl.maximum(total, 1), MOVE)
@@ -218,18 +218,16 @@ def _balance_kernel(
     least = tl.min(tl.where(mask, moved, 2**62), axis=0)
     evened = tl.minimum(moved - least, MOST_HANDICAP)
     tl.store(
-        new_handicap_ptr + experts, tl.where(total > 0, evened, handicap.to(tl.int64)).to(tl.int16), mask=mask
+        handicap_ptr + experts, tl.where(total > 0, evened, handicap.to(tl.int64)).to(tl.int16), mask=mask
     )
 
 
-def balance(
-    chosen: Tensor, load_E: Tensor, handicap_E: Tensor, new_load_E: Tensor, new_handicap_E: Tensor
-) -> None:
-    """Launch `balance_experts` on contiguous tensors. The new tables may be the old ones."""
+def balance(chosen: Tensor, load_E: Tensor, handicap_E: Tensor) -> None:
+    """Launch `balance_experts` on contiguous tensors, in place."""
     runs_here(load_E)
     num_experts = load_E.numel()
     _balance_kernel[(1,)](
-        chosen, load_E, handicap_E, new_load_E, new_handicap_E, chosen.numel(),
+        chosen, load_E, handicap_E, chosen.numel(),
         EXPERTS=num_experts, BINS=triton.next_power_of_2(num_experts + 1), BLOCK=BLOCK_CHOSEN, num_warps=8,
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ from arbitor.optimized.kernels.launch import values_between
 from arbitor.optimized.kernels.products import packed_product
 from arbitor.optimized.kernels.slots import Plan
 from arbitor.optimized.layouts import AnyWeight, DeviceWeight
-from arbitor.optimized.ops.layout import on_device
+from arbitor.optimized.ops.layout import deliver_table, on_device, table_target
 from arbitor.optimized.ops.linear import matrix_of
 from arbitor.optimized.ops.op import op
 from arbitor.optimized.ops.paths import takes_cuda
@@ -142,9 +142,11 @@ def balance_experts(
     """See reference. One program counts and moves, in one launch."""
     checks.balance(chosen, load_E, handicap_E, out)
     values_between("chosen", chosen, -1, load_E.numel() - 1)
-    made = out or (torch.empty_like(load_E), torch.empty_like(handicap_E))
-    router.balance(chosen.contiguous(), load_E.contiguous(), handicap_E.contiguous(), *made)
-    return made
+    load_out, handicap_out = (None, None) if out is None else out
+    load, handicap = table_target(load_E, load_out), table_target(handicap_E, handicap_out)
+    router.balance(chosen.contiguous(), load, handicap)
+    made = deliver_table(load, load_out), deliver_table(handicap, handicap_out)
+    return made if out is None else out
 
 
 def _product(

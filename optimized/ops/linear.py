@@ -66,16 +66,17 @@ def linear_input_grad(
     shape = (*grad.shape[:-1], num_groups * weight.shape[1])
     checks.sum_of("out", out, shape, grad=grad)
     grad_MN, rows = matrix_of(grad), on_device(weight)
-    if out is not None and out.numel() and _adds_in_place(grad_MN, rows, out):
-        # The library adds before it rounds.
+    if out is None:
+        stacked = num_groups > 1
+        dx_MK = _stacked_input_grad(grad_MN, rows, num_groups) if stacked else _input_grad(grad_MN, rows)
+        return dx_MK.reshape(shape)
+    # The sum is rounded once, so no kernel takes part that would round its product before.
+    if out.numel() and out.is_contiguous() and _unpacks_whole(rows):
         w_NK = dense_rows(rows, grad.dtype, num_groups=num_groups, row_multiple=OUTPUT_MULTIPLE)
         narrow_product(padded(grad_MN), w_NK, added=out.view(-1, shape[-1]))
         return out
-    if num_groups == 1:
-        dx_MK = _input_grad(grad_MN, rows)
-    else:
-        dx_MK = _stacked_input_grad(grad_MN, rows, num_groups)
-    return dx_MK.reshape(shape) if out is None else out.add_(dx_MK.reshape(shape))
+    dx_MK = torch.cat([_wide_input_grad(grad_MN, each) for each in _matrices(rows, num_groups)], dim=1)
+    return out.copy_(out.float() + dx_MK.reshape(shape))
 
 
 @op()
@@ -127,11 +128,6 @@ def matrix_of(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
 
 
-def _adds_in_place(grad_MN: Tensor, weight: DeviceWeight, out: Tensor) -> bool:
-    """Return whether one product of the library adds to a tensor."""
-    return out.is_contiguous() and _is_dense(grad_MN, weight) and _unpacks_whole(weight)
-
-
 def _is_dense(x_MK: Tensor, weight: DeviceWeight) -> bool:
     """Return whether the library multiplies, and no kernel that unpacks the weight on its way.
 
@@ -166,19 +162,23 @@ def _product(x_MK: Tensor, weight: DeviceWeight) -> Tensor:
 
 
 def _input_grad(grad_MN: Tensor, weight: DeviceWeight) -> Tensor:
-    """Return dy W in the dtype of dy. A range of unpacked rows gives a part of every sum."""
+    """Return dy W in the dtype of dy."""
     if not _is_dense(grad_MN, weight):
         return packed_product(grad_MN, weight, transposed=True)
-    parts = row_ranges(*weight.shape)
-    if len(parts) == 1:
+    if _unpacks_whole(weight):
         w_NK = dense_rows(weight, grad_MN.dtype, row_multiple=OUTPUT_MULTIPLE)
         return narrow_product(padded(grad_MN), w_NK)
+    return _wide_input_grad(grad_MN, weight).to(grad_MN.dtype)
+
+
+def _wide_input_grad(grad_MN: Tensor, weight: DeviceWeight) -> Tensor:
+    """Return dy W in float32. A range of unpacked rows gives a part of every sum."""
     dx_MK = torch.zeros(grad_MN.shape[0], weight.shape[1], dtype=torch.float32, device=grad_MN.device)
-    for rows in parts:
+    for rows in row_ranges(*weight.shape):
         dx_MK += wide_product(
             grad_MN[:, rows.start : rows.stop], dense_rows(rows_of(weight, rows), grad_MN.dtype)
         )
-    return dx_MK.to(grad_MN.dtype)
+    return dx_MK
 
 
 def _stacked_product(x_MK: Tensor, weight: DeviceWeight, num_groups: int) -> Tensor:

@@ -181,10 +181,11 @@ def _count_gradient_(
 ) -> None:
     """Launch `accumulate_gradient`, in place, for a contiguous gradient."""
     tensor_ids = (clock.tensor_id % 2**32,)
-    if rows is None and together.is_narrow(target) and together.counts_together([target], tensor_ids):
-        together.count_together_([target], grad_NK, rate, clock, tensor_ids, exponent_rule, faults)
-    elif takes_cuda(cuda_update.fits_count(target, grad_NK, rows), target.device):
+    is_narrow = rows is None and together.is_narrow(target) and together.counts_together([target], tensor_ids)
+    if takes_cuda(not is_narrow and cuda_update.fits_count(target, grad_NK, rows), target.device):
         cuda_update.count_votes_(target, grad_NK, rate, clock, exponent_rule, faults)
+    elif is_narrow:
+        together.count_together_([target], grad_NK, rate, clock, tensor_ids, exponent_rule, faults)
     else:
         update.count_votes_(target, grad_NK, rate, clock, exponent_rule, rows, faults)
 

@@ -76,6 +76,8 @@ def averages(
     gradient_matrix(name, grad_NK)
     found = {"mean_NK": mean_NK, "exponents_N": exponents_N}
     if out is not None:
+        if not isinstance(out, tuple) or len(out) != 3:
+            raise ValueError("out must be a tuple of a gradient, a mean and exponents")
         tensor("out[0]", out[0], grad_NK.dtype, grad_NK.shape)
         same_device(**{name: grad_NK}, **{"out[0]": out[0]})
         found |= {"out[1]": out[1], "out[2]": out[2]}

@@ -127,6 +127,8 @@ def out_weights(out: Any, weights: tuple[Any, ...]) -> None:
         return
     if not isinstance(out, tuple) or len(out) != len(weights):
         raise ValueError(f"out must be a tuple of {len(weights)} weights, as many as weights has")
+    if len({id(one) for one in out}) < len(out):
+        raise ValueError("out holds a weight twice, but each must be another one")
     for one, other in zip(out, weights, strict=True):
         out_weight(one, other)
 
