@@ -74,6 +74,26 @@ def test_a_pass_votes_with_what_the_rule_says() -> None:
     exact(tuple(linear.average.tables().values()), (mean, exponents))
 
 
+@pytest.mark.parametrize("chosen", [[3, 3], [0, 3], [3, 0], [-1, -1]])
+def test_experts_that_no_slot_chose_keep_their_means(chosen: list[int]) -> None:
+    """Fewer slots than experts leave rows that are named -1. They are no rows, and not the last ones."""
+    config = with_fields(models.NANO, average_gradients=True)
+    parts = GraphContext(ops, config, device="cpu", dtype=torch.float32, seed=0)
+    experts = TernaryGroupedLinear(parts, 4, 33, 34)
+    assert experts.average is not None
+    draws = torch.Generator().manual_seed(1)
+    x, g = torch.randn(2, 33, generator=draws), torch.randn(2, 34, generator=draws)
+    with parts.voting.taking(rate=4.0, step=0):
+        experts(x, torch.tensor(chosen)).backward(g)
+    mean, exponents = torch.zeros(4, 34, 33, dtype=torch.int8), torch.zeros(4, 34, dtype=torch.int8)
+    for expert in {*chosen} - {-1}:
+        slots = torch.tensor(chosen) == expert
+        _, mean[expert], exponents[expert] = ops.average_gradient(
+            g[slots].T @ x[slots], mean[expert], exponents[expert], 4.0
+        )
+    exact(tuple(experts.average.tables().values()), (mean.flatten(0, 1), exponents.flatten()))
+
+
 @pytest.mark.parametrize("undo", [True, False])
 def test_a_pass_that_is_refused_or_at_rate_0_changes_no_mean(undo: bool) -> None:
     model = models.nano(**FIELDS)

@@ -149,6 +149,14 @@ def test_means_of_gradients_go_with_the_votes(votes: bool) -> None:
         assert (model.tables()[name] == (3 if votes else 0)).all()
 
 
+def test_a_mean_begins_anew_with_its_weight() -> None:
+    """Weights of other mantissa bits are others, and a mean of their gradients is no mean of these."""
+    config = with_fields(NANO, average_gradients=True, width=36)
+    model = ArbModel(replace(config, mantissa_bits=0), seed=9)
+    growth = grow(model, config, whole(config).state(), votes=True)
+    assert not [name for name in growth.kept if ".average." in name]
+
+
 @pytest.mark.parametrize(
     ("change", "fresh"),
     [

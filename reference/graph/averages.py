@@ -33,17 +33,26 @@ class GradientAverage(TableModule):
         self.add_table("exponents", exponents_N, AVERAGE_EXPONENT_MIN, AVERAGE_EXPONENT_MAX)
 
     def lead(self, grad_NK: Tensor, rows: Tensor | None, rate: float | Tensor) -> Tensor:
-        """Return what votes for a gradient of the weight, or of its unique `rows`, and change the mean in place."""
+        """Return what votes for a gradient of the weight, or of its unique `rows`, and change the mean in place.
+
+        A row of -1 is none. Such rows stand last.
+        """
         mean_NK, exponents_N = self.get_buffer("mean"), self.get_buffer("exponents")
         if rows is None:
             led_NK: Tensor = torch.empty_like(grad_NK)
             self.ops.average_gradient(grad_NK, mean_NK, exponents_N, rate, out=(led_NK, mean_NK, exponents_N))
             return led_NK
-        led_NK, mean_RK, exponents_R = self.ops.average_gradient(
-            grad_NK, mean_NK[rows], exponents_N[rows], rate
+        used_R = rows >= 0
+        # An unused slot, which stands behind the others, stands for the first one, so that a row that is written twice gets the
+        # same bytes. Where no slot is used, row 0 stays.
+        source_R = torch.where(used_R, torch.arange(len(rows), device=rows.device), 0)
+        at_R = rows[source_R].clamp(min=0)
+        led_RK, mean_RK, exponents_R = self.ops.average_gradient(
+            grad_NK, mean_NK[at_R], exponents_N[at_R], rate
         )
-        mean_NK[rows], exponents_N[rows] = mean_RK, exponents_R
-        return led_NK
+        mean_NK[at_R] = torch.where(used_R[0], mean_RK[source_R], mean_NK[at_R])
+        exponents_N[at_R] = torch.where(used_R[0], exponents_R[source_R], exponents_N[at_R])
+        return led_RK
 
 
 def average_of(context: GraphContext, shape: tuple[int, int], *, orthogonal: bool) -> GradientAverage | None:

@@ -74,7 +74,9 @@ def grow(model: ArbModel, before: ArbConfig, state: State, *, votes: bool = True
                 taken.kept.append(name)
         for name, table in tables.items():
             owner = name.rpartition(".")[0]
-            inside = [weight for weight in modules if f"{weight}.".startswith(f"{owner}.")]
+            # A mean of gradients is a part of its weight.
+            home = owner.rpartition(".")[0] if owner in of_votes else owner
+            inside = [weight for weight in modules if f"{weight}.".startswith(f"{home}.")]
             is_whole = all(weight in taken.kept for weight in inside) and (votes or owner not in of_votes)
             if owner not in TARGETS and is_whole and taken.fits_table(name, table, ranges[name]):
                 table.copy_(taken.table(name))

@@ -67,7 +67,7 @@ class TernaryLinear(Multiplier):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `ops.linear` of x, in the dtype of x, and the change of the adapter if there is one."""
-        return self.adapted(self.run(_LinearFunction, x), x)
+        return fan_out(x, self)[0]
 
     def vote_of(self, grad: Tensor, x: Tensor) -> None:
         """Vote with the gradient of the output and the input of a product, some rows of the weight at a time."""
@@ -78,7 +78,7 @@ class TernaryLinear(Multiplier):
 
 def plain(*linears: nn.Module) -> bool:
     """Return whether all linears are ternary and have no adapter, so that an op may read their weights instead of calling them."""
-    return all(isinstance(linear, TernaryLinear) and linear.adapter is None for linear in linears)
+    return all(isinstance(linear, Multiplier) and linear.adapter is None for linear in linears)
 
 
 class TernaryRMSNorm(TernaryModule):
@@ -163,26 +163,6 @@ def union_of_rows(row_lists: list[Tensor]) -> Tensor:
     repeated = torch.zeros_like(rows, dtype=torch.bool)
     repeated[1:] = rows[1:] == rows[:-1]
     return torch.where(repeated, -1, rows)
-
-
-class _LinearFunction(torch.autograd.Function):
-    """`ops.linear` with a backward pass that votes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor | None, module: TernaryLinear) -> Tensor:
-        ctx.save_for_backward(x)
-        weight = module.forward_weight(ctx)
-        return module.ops.linear(x, weight)
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
-        (x,), module = ctx.saved_tensors, ctx.module
-        weight = module.backward_weight(ctx)
-        grad_x = module.ops.linear_input_grad(grad, weight) if ctx.needs_input_grad[0] else None
-        if module.moves:
-            module.vote_of(grad, x)
-        return grad_x, None, None
 
 
 def fan_out(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from arbitor.reference.constants import HANDICAP_MAX
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.grouped import TernaryGroupedLinear
-from arbitor.reference.graph.layers import TernaryLinear, fan_out
+from arbitor.reference.graph.layers import TernaryLinear, fan_out, plain
 from arbitor.reference.graph.module import TableModule, when_voting
 
 LOAD_MAX = 2**63 - 1
@@ -38,7 +38,7 @@ class SharedProjectionMoE(TableModule):
     Ties:    of experts with equal rows, the one of lowest index is chosen
     Paths:   grouped, with a slot for each of a position's k experts; or dense, with products of all experts, and p_e = 0 for
              experts that were not chosen. Dense is taken for up to `dense_dispatch_max_tokens` positions, and for more than
-             FEW_POSITIONS where all experts have at most DENSE_RANKS ranks together. Both have fixed shapes and are equal
+             FEW_POSITIONS where all experts have at most DENSE_RANKS ranks together. Both have fixed shapes, and differ by rounding
     Tables:  load int64 [E], how often each expert was chosen in backward passes that voted; handicap int16 [E], at least 0
              after a step: h_e <- h_e + min(trunc(16 (E n_e - n) / n), 16), n_e of n choices being of expert e; then the least
              h is taken off all, so that it is 0
@@ -81,8 +81,7 @@ class SharedProjectionMoE(TableModule):
 
     def takes_all(self, num_positions: int) -> bool:
         """Return whether a pass of so many positions takes products of all experts. An adapter asks for those chosen."""
-        stacks = (self.expert_down, self.expert_up)
-        if not all(isinstance(stack, TernaryGroupedLinear) and stack.adapter is None for stack in stacks):
+        if not plain(self.expert_down, self.expert_up):
             return False
         is_cheap = self.num_experts * self.expert_rank <= DENSE_RANKS and num_positions > FEW_POSITIONS
         return is_cheap or num_positions <= self.dense_max

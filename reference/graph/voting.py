@@ -117,7 +117,7 @@ class Pass:
         self.reached = self.wrote = False
         self._keeps = keeps
         self._kept: list[tuple[Tensor, Tensor | None, Tensor]] = []
-        self._kept_rows: dict[int, int] = {}
+        self._kept_rows: dict[Any, int] = {}
 
     def keep(self, tensor: Tensor, rows: Tensor | None = None) -> None:
         """Copy a tensor, or some of its rows, before it is written to. For a row of -1, which stands for none, row 0 is copied."""
@@ -126,19 +126,24 @@ class Pass:
             self._kept.append((tensor, rows, tensor.clone() if rows is None else tensor[rows]))
 
     def keep_weight(self, tensor_id: int, weight: LaidOutWeight, rows: Tensor | None) -> None:
-        """Copy the counts that a vote of a weight, or of its `rows`, is about to change, unless all were copied before.
+        """Copy the counts that a vote of a weight, or of its `rows`, is about to change, unless all were copied before."""
+        tensors = weight.tensors()
+        self.keep_rows(
+            tensor_id, [tensors[name] for name in VOTED_IN if name in tensors], weight.shape[0], rows
+        )
 
-        If the copied rows would outnumber the rows of the weight, the whole weight is copied. So a pass holds at most two copies.
+    def keep_rows(self, key: Any, tensors: Iterable[Tensor], num_rows: int, rows: Tensor | None) -> None:
+        """Copy `rows` of tensors of `num_rows` rows, or all of them, unless all were copied under the key before.
+
+        If the copied rows would outnumber the rows, whole tensors are copied. So a pass holds at most two copies.
         """
-        num_rows, kept = weight.shape[0], self._kept_rows.get(tensor_id, 0)
+        kept = self._kept_rows.get(key, 0)
         if not self._keeps or kept > num_rows:
             return
         kept += num_rows + 1 if rows is None else rows.numel()
-        self._kept_rows[tensor_id] = kept
-        tensors = weight.tensors()
-        for name in VOTED_IN:
-            if name in tensors:
-                self.keep(tensors[name], None if kept > num_rows else rows)
+        self._kept_rows[key] = kept
+        for tensor in tensors:
+            self.keep(tensor, None if kept > num_rows else rows)
 
     def undo(self) -> None:
         """Write the copies back, the newest first."""
@@ -433,8 +438,8 @@ class Voting:
         if vote.average is None:
             return vote.grad_NK
         self._begin_writing(taken)
-        for table in vote.average.tables().values():
-            taken.keep(table, vote.rows)
+        tables = vote.average.tables().values()
+        taken.keep_rows(("average", vote.tensor_id), tables, vote.weight.shape[0], vote.rows)
         return vote.average.lead(vote.grad_NK, vote.rows, taken.rate)
 
     def _begin_writing(self, taken: Pass) -> None:
