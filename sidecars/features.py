@@ -89,9 +89,9 @@ class FeatureCache:
 
     def _write(self, path: Path, features: Tensor) -> None:
         data = library("safetensors.torch").save({"features": features, "sha256": _digest_of(features)})
-        self._make_room(len(data))
         if len(data) > self.max_bytes:
             return
+        self._make_room(len(data))
         # A name of its own, since processes that share the folder may write the same features at the same time.
         partial = path.with_name(f".{path.stem}-{secrets.token_hex(8)}{PARTIAL}")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -70,6 +70,13 @@ def test_what_is_larger_than_the_bound_is_made_and_not_kept(tmp_path: Path) -> N
     for _ in range(2):
         exact(cache.get(b"a", sidecar(), make), make.features)
     assert make.calls == 2 and not list(tmp_path.iterdir())
+    # And nothing makes room for it.
+    kept = FeatureCache(tmp_path, max_bytes=2000)
+    kept.get(b"b", sidecar(), make)
+    large = Maker(2.0)
+    large.features = torch.zeros(4000)
+    kept.get(b"c", sidecar(), large)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("damage", ["cut", "other", "empty", "a bit", "a pipe", "a link"])

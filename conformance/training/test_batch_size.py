@@ -104,6 +104,9 @@ def test_memory_is_that_of_the_container(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("2000\n")
     assert free_bytes() == 3000
+    # A file that was read is used memory, and gives way.
+    (tmp_path / "memory.stat").write_text("active_file 900\ninactive_file 500\n")
+    assert free_bytes() == 3500
     (tmp_path / "memory.max").write_text("max\n")
     assert free_bytes() > 2**20
 

@@ -69,11 +69,26 @@ def test_texts_in_json_and_several_media(tmp_path: Path) -> None:
         "v1.0/two.png": b"dotted",
         "v1.0/two.txt": b"dots",
         "three.png": b"alone",
+        # As datasets of pictures from the web are packed: the caption in one member, what else is known in another.
+        "four.png": b"both",
+        "four.txt": b"said",
+        "four.json": json.dumps({"caption": "not said", "url": "x"}).encode(),
+        "five.png": b"facts",
+        "five.txt": b"told",
+        "five.json": json.dumps({"width": 3}).encode(),
+        "._five.png": b"what macOS adds",
     }
     archive(tmp_path / "data.tar", made)
     found = load_media("image", str(tmp_path))
     texts = {item.medium().data: item.text for item in (*found.train, *found.validation)}  # type: ignore[union-attr]
-    assert texts == {b"left": b"two eyes", b"right": b"two eyes", b"dotted": b"dots"}
+    assert texts == {
+        b"left": b"two eyes",
+        b"right": b"two eyes",
+        b"dotted": b"dots",
+        b"both": b"said",
+        b"facts": b"told",
+    }
+    assert len(found.train) + len(found.validation) == 5
     assert found.left_out == {"without text": ["data.tar:three.png"]}
 
 
@@ -98,6 +113,10 @@ def test_names_that_lead_elsewhere_are_names(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "evil.tar"]
 
 
+_BELOW_0 = tarfile.TarInfo("a.png")
+_BELOW_0.size = -512
+
+
 @pytest.mark.parametrize(
     ("write", "says"),
     [
@@ -108,6 +127,7 @@ def test_names_that_lead_elsewhere_are_names(tmp_path: Path) -> None:
         (lambda path: archive(path, {"a.png": b"x", "a.txt": b" " * (2**20 + 1)}), "the text 'a.txt' of more than 1,048,576 bytes"),
         (lambda path: archive(path, {"a.png": b"x" * 200, "a.txt": b"a"}), "of 200 bytes, but a member has at most 100"),
         (lambda path: archive(path, {f"{i}.png": b"" for i in range(9)}), "has more than 8 members"),
+        (lambda path: path.write_bytes(_BELOW_0.tobuf() * 2 + bytes(10240)), "its member 'a.png' has a size below 0"),
     ],
 )  # fmt: skip
 def test_archives_that_are_refused(

@@ -10,12 +10,14 @@ import stat
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any
 
 import pytest
 from rich.console import Console
 
 from arbitor.optimized.training import checkpoint as checkpoints
+from arbitor.optimized.training import loop
 from arbitor.optimized.training.checkpoint import load_checkpoint
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import train
@@ -138,6 +140,7 @@ def top(name: str, value: Any) -> Change:
         (setting("progress", "nats", None), "its progress has no nats"),
         (setting("progress", "losses", -1), "its progress has -1 for losses"),
         (setting("progress", "more", 1), "its progress has an unknown more"),
+        (setting("run", "batch", "auto"), "batch is 'auto', but must be a whole number"),
         (setting("config", "num_layers", 2**31 - 1), "num_layers is 2147483647, but must be at most 1024"),
         (setting("config", "num_layers", 1000), "it has 1000 layers, but [0-9]+ weights and tables"),
         (setting("config", "width", 2**31 - 1), "its configuration is refused: shape .*2147483647"),
@@ -276,6 +279,34 @@ def test_a_device_or_a_folder_is_never_replaced_by_a_file(
             with pytest.raises(OSError, match=f"it is {kind}, but must be a regular file"):
                 write()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "other"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
+def test_whatever_stops_a_file_leaves_nothing_beside_it(tmp_path: Path, error: type[BaseException]) -> None:
+    def content(file: IO[bytes]) -> None:
+        file.write(b"half")
+        raise error
+
+    (tmp_path / "file").write_bytes(b"before")
+    with pytest.raises(error):
+        write_whole(tmp_path / "file", content)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
+
+
+def test_a_reset_that_is_started_again_is_refused(run: Path) -> None:
+    """Nothing tells whether the folder holds the run that was to be removed, or the one that began in its place."""
+    ranks = SimpleNamespace(restarts=1)
+    assert loop._after_restart(TrainOptions(run=run), ranks).resume  # type: ignore[arg-type]
+    with pytest.raises(TrainingError, match="reset cannot tell its folder"):
+        loop._after_restart(TrainOptions(run=run, reset=True), ranks)  # type: ignore[arg-type]
+
+
+def test_a_run_is_reset_with_its_codec_and_its_events(run: Path) -> None:
+    (run / "codec.safetensors").write_bytes(b"a codec")
+    (run / "mine.txt").write_bytes(b"mine")
+    assert "codec.safetensors" in {path.name for path in RunFolder(run).files_there()}
+    RunFolder(run).reset()
+    assert {path.name for path in run.iterdir()} <= {"mine.txt", "adapter"}
 
 
 def test_a_picture_is_never_drawn_through_a_link(tmp_path: Path) -> None:

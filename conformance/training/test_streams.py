@@ -120,6 +120,11 @@ def test_a_killed_run_ends_with_the_same_hash(
         train(TrainOptions(run=tmp_path / "killed", resume=True, steps=6))
 
 
+def test_a_name_that_is_too_long_is_none() -> None:
+    with pytest.raises(ValueError, match="there is no file or folder 'aaa"):
+        stream_of("hf:" + "a" * 5000)
+
+
 def test_names_of_streams(tmp_path: Path) -> None:
     found = stream_of("hf:HuggingFaceFW/fineweb/sample-10BT:train")
     assert (found.name, found.config, found.split) == ("HuggingFaceFW/fineweb", "sample-10BT", "train")

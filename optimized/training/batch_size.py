@@ -139,7 +139,9 @@ def free_bytes() -> int:
         free = int(found[0][1]) * 1024
     limit, used = _text(CGROUP / "memory.max").strip(), _text(CGROUP / "memory.current").strip()
     if limit.isdecimal() and used.isdecimal():
-        free = min(free, max(0, int(limit) - int(used)))
+        # Files that were read count as used, and stay only until their memory is needed.
+        cached = re.search(r"^inactive_file (\d+)$", _text(CGROUP / "memory.stat"), re.M)
+        free = min(free, max(0, int(limit) - int(used) + (int(cached[1]) if cached else 0)))
     return free
 
 

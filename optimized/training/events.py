@@ -22,6 +22,11 @@ _PREFIXES = {"kinds": "", "codebooks": "codes_", "experts": "expert_", "media": 
 """Groups of numbers in a line of metrics, and how the tags of each begin."""
 
 
+def event_files(folder: Path) -> list[Path]:
+    """Return the event files of a folder."""
+    return [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+
+
 class EventFile:
     """A TensorBoard event file, written at once: no thread that could fail unseen when the disk is full."""
 
@@ -36,7 +41,7 @@ class EventFile:
 
         self._event_pb2 = event_pb2
         # Readers take the files in the order of their names. A clock that was set back would put this one before the others.
-        numbers = [int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+        numbers = [int(path.name.split(".")[3]) for path in event_files(folder)]
         number = max([time.time_ns(), *(number + 1 for number in numbers)])
         self._file = open(folder / f"events.out.tfevents.{number}.arb", "xb", buffering=0)  # noqa: SIM115
         self._records = RecordWriter(self._file)

@@ -169,9 +169,18 @@ def _prepared(options: TrainOptions, folder: RunFolder | None, world: World, sta
 
 
 def _after_restart(options: TrainOptions, world: World) -> TrainOptions:
-    """Return the options of ranks that torchrun has started again: they go on with the run that they had begun."""
+    """Return the options of ranks that torchrun has started again: they go on with the run that they had begun.
+
+    Raises:
+        TrainingError: the folder holds a run, and nothing tells whether it is the one that was to be removed.
+    """
     if world.restarts == 0 or options.run is None or not RunFolder(Path(options.run)).has_run():
         return options
+    if options.reset:
+        raise TrainingError(
+            "the run was started again, and reset cannot tell its folder from that of the run before: go on with --resume, or "
+            "reset it once more"
+        )
     return replace(options, resume=True)  # type: ignore[type-var]
 
 

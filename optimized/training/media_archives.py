@@ -85,15 +85,20 @@ def samples_of(archive: Path, suffixes: Collection[str]) -> Mapping[str, Sample]
         TrainingError: the archive cannot be read, is damaged or compressed, or has a member or more members than are allowed.
     """
     found: dict[str, tuple[list[Place], list[Place]]] = {}
+    wanted = {*suffixes, *_TEXTS}
     try:
         # "r:" takes no compressed archive, whose members have no places.
         with open_regular(archive) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for count, member in enumerate(tar, start=1):
                 if count > MEMBERS:
                     raise TrainingError(f"{str(archive)!r} has more than {MEMBERS:,} members")
+                if member.size < 0:
+                    raise tarfile.ReadError(f"its member {member.name!r} has a size below 0")
                 path = PurePosixPath(member.name)
                 suffix = path.suffix.lower()
-                if not member.isreg() or member.issparse() or suffix not in {*suffixes, *_TEXTS}:
+                # A hidden file, such as macOS adds, has no key.
+                is_file = member.isreg() and not member.issparse() and not path.name.startswith(".")
+                if not is_file or suffix not in wanted:
                     continue
                 if member.size > MEMBER_BYTES:
                     raise TrainingError(

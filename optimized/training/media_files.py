@@ -145,7 +145,7 @@ def load_media(kind: str, source: str, run: Path | None = None) -> MediaFolder:
         different = len({item.content for item in items})
         raise TrainingError(
             f"the folder {source!r} has {different} different files of {kind} with a text, but needs two, one to learn from and "
-            "one to be judged by: a text is in NAME.txt beside the file, or in a .jsonl file"
+            "one to be judged by: a text is in NAME.txt beside the file, in a .jsonl file, or beside it in a .tar archive"
         )
     kept = {reason: names for reason, names in told.items() if names}
     return MediaFolder(kind, source, tuple(train), tuple(validation), kept, digest.hexdigest())
@@ -187,7 +187,9 @@ def _texts(paths: Sequence[Path], files: set[Path]) -> dict[Path, list[bytes]]:
 def _archived(archive: Path, kind: str, root: Path, without: list[str]) -> Iterator[Item]:
     """Yield the items of an archive; what has no text is added to a list."""
     for sample in samples_of(archive, SUFFIXES[kind]).values():
-        texts = [text for place in sample.texts if (text := _text_of(archive, place))]
+        # A .json beside a .txt says other things of the sample.
+        plain = [place for place in sample.texts if place.name.lower().endswith(".txt")]
+        texts = [text for place in plain or sample.texts if (text := _text_of(archive, place))]
         for place in sample.media:
             content = hashlib.sha256(place.read(archive)).digest()
             yield from (Item(content, text, archive, place) for text in texts)

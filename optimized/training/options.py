@@ -375,20 +375,25 @@ class Row:
     optional: bool
     option: Option
 
-    def check(self, value: Any) -> None:
+    def check(self, value: Any, *, asked: bool = False) -> None:
         """Refuse a value that the setting can't have.
+
+        Args:
+            value: of the setting.
+            asked: whether a user asks for it, who may say `AUTO` for some settings. A run always has a number.
 
         Raises:
             TypeError, ValueError: it is of another type, or outside of its range; one sentence names it.
         """
-        if (value is None and self.optional) or (value == AUTO and self.option.auto):
+        may_be_auto = asked and self.option.auto
+        if (value is None and self.optional) or (may_be_auto and value == AUTO):
             return
         # True is no whole number here, although Python has it so.
         if value == "":
             raise ValueError(f"{self.name} is '', but must not be empty")
         is_of_kind = type(value) is self.kind or (self.kind is float and type(value) is int)
         if not is_of_kind:
-            or_auto = f" or {AUTO!r}" if self.option.auto else ""
+            or_auto = f" or {AUTO!r}" if may_be_auto else ""
             raise TypeError(f"{self.name} is {value!r}, but must be {_KINDS[self.kind]}{or_auto}")
         if self.option.choices and value not in self.option.choices:
             raise ValueError(f"{self.name} is {value!r}, but must be one of {', '.join(self.option.choices)}")

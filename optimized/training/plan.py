@@ -191,7 +191,7 @@ def decide(
     """
     asked = options.settings()
     for name, value in asked.items():
-        ROWS[name].check(value)
+        ROWS[name].check(value, asked=True)
     # Whole paths, so that a run can be resumed from another folder. A name on a hub is no path.
     if asked.get("preset", "").endswith((CONFIG_SUFFIX, CHECKPOINT_SUFFIX)):
         asked["preset"] = os.path.abspath(asked["preset"])

@@ -27,6 +27,7 @@ from arbitor.optimized.training.checkpoint import (
     write_checkpoint_beside,
 )
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.events import event_files
 from arbitor.optimized.training.metrics import last_step
 from arbitor.optimized.training.options import ADAPTERS, BOUND, CHANGES, ROWS
 from arbitor.optimized.training.regular import json_object, kind_of
@@ -128,6 +129,7 @@ class RunFolder:
         report, loss_plot: pictures.
         latest, previous: checkpoints of the newest state and of the one before, so that one is always loadable.
         best, final: checkpoints of the best state by validation and of the last.
+        codec: checkpoint of the codec of a run that learns from speech.
     """
 
     def __init__(self, path: Path) -> None:
@@ -139,6 +141,7 @@ class RunFolder:
         self.latest, self.previous, self.best, self.final = (
             path / f"{name}.safetensors" for name in ("latest", "previous", "best", "final")
         )
+        self.codec = path / CODEC_FILE
         self._latest_is_good = False
 
     @classmethod
@@ -157,18 +160,19 @@ class RunFolder:
         """Folder of the best adapters in peft's format, of a run that has adapters."""
         return self.path / "adapter"
 
-    @property
-    def codec(self) -> Path:
-        """File of the codec of a run that learns from speech."""
-        return self.path / CODEC_FILE
-
     def _checkpoints(self) -> tuple[Path, ...]:
         return self.latest, self.previous, self.best, self.final
 
     def _files(self) -> tuple[Path, ...]:
         """Return every file that is written whole."""
         small = (self.config, self.summary, self.metrics, self.sample, self.report, self.loss_plot)
-        return *small, *self._checkpoints(), self.adapter / CONFIG_FILE, self.adapter / TENSORS_FILE
+        return (
+            *small,
+            *self._checkpoints(),
+            self.codec,
+            self.adapter / CONFIG_FILE,
+            self.adapter / TENSORS_FILE,
+        )
 
     def files_there(self) -> list[Path]:
         """Return those files of a run that the folder has."""
@@ -199,12 +203,7 @@ class RunFolder:
         if not self.has_run():
             return
         # First what a run is resumed from: a folder that is half removed must not go on as the old run.
-        for path in (
-            *self._checkpoints(),
-            self.codec,
-            *self._files(),
-            *self.path.glob("events.out.tfevents.*.arb"),
-        ):
+        for path in (*self._checkpoints(), *self._files(), *event_files(self.path)):
             with told(repr(str(path))):
                 path.unlink(missing_ok=True)
 

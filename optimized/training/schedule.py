@@ -76,7 +76,7 @@ def decay_of(steps: int) -> float:
 
 
 def share_of_rate(step: int, steps: int, *, decay: float = DECAY_FRACTION) -> float:
-    """Return the share of the flat rate that a step has, 0 to 1, as `rate` has it.
+    """Return the share of the flat rate that a step has, 0 to 1, as `rate` has it in a short run.
 
     Args:
         step, steps, decay: as for `rate`.
@@ -96,7 +96,7 @@ def share_of_rate(step: int, steps: int, *, decay: float = DECAY_FRACTION) -> fl
 
 
 def learning_rate(step: int, steps: int, *, flat: float) -> float:
-    """Return the learning rate of AdamW in a step, which rises and falls as `rate` does.
+    """Return the learning rate of AdamW in a step, which rises and falls as `rate` does in a short run.
 
     Args:
         step, steps: as for `rate`.

@@ -24,7 +24,7 @@ import torch
 from arbitor.optimized import settings
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.shown import shown
-from arbitor.optimized.training.whole_file import partial_of, told, write_whole
+from arbitor.optimized.training.whole_file import told, write_whole
 from arbitor.sidecars.libraries import library
 
 PREFIX = "hf:"
@@ -83,7 +83,8 @@ def stream_of(source: str) -> Stream:
             f"the stream {source!r} has the split {split!r}, but must name one in letters, digits and _"
         )
     path = Path(name)
-    if name and path.exists():
+    # What is no path of a system is no local file.
+    if name and os.path.exists(name):
         if path.is_file() and path.suffix.lower() not in BUILDERS:
             raise ValueError(
                 f"the stream {source!r} names the file {name!r}, but a file must end in {', '.join(BUILDERS)}"
@@ -176,11 +177,7 @@ def written(source: str, most: int) -> Path:
         with path.with_suffix(".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
-                try:
-                    write_whole(path, write)
-                except BaseException:
-                    partial_of(path).unlink(missing_ok=True)
-                    raise
+                write_whole(path, write)
     return path
 
 
@@ -189,7 +186,7 @@ def _key(stream: Stream, most: int) -> str:
     states: list[tuple[str, int, int]] = []
     if stream.is_local:
         root = Path(stream.name)
-        for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
+        for path in sorted(filter(Path.is_file, root.rglob("*"))) if root.is_dir() else [root]:
             status = path.stat()
             states.append((path.name, status.st_size, status.st_mtime_ns))
     return hashlib.sha256(json.dumps([stream.source(), most, states]).encode()).hexdigest()[:16]

@@ -132,7 +132,7 @@ def _nothing_left(path: Path) -> Iterator[None]:
     """Remove a partial file where the block fails."""
     try:
         yield
-    except OSError:
+    except BaseException:
         if path.name.endswith(".partial"):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
