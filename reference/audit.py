@@ -19,7 +19,8 @@ from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.audio import AudioVQEncoder
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.model import ArbModel
-from arbitor.reference.graph.module import TableModule, TernaryModule
+from arbitor.reference.graph.module import TernaryModule
+from arbitor.reference.graph.tables import TableModule
 from arbitor.reference.seeds import inventory as areas
 from arbitor.reference.seeds.figures import (
     AUDIO_ENCODER,

@@ -17,7 +17,7 @@ from torch import Tensor
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.memory import MemGram, MemoryTable
-from arbitor.reference.graph.module import when_voting
+from arbitor.reference.graph.tables import when_voting
 from arbitor.reference.ops.packing import trits_of
 from arbitor.reference.ops.scale import dequantize
 from conformance.compare import alike, exact

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.context import GraphContext
-from arbitor.reference.graph.module import TableModule, when_voting
+from arbitor.reference.graph.tables import TableModule, when_voting
 from arbitor.reference.types import TernaryWeight
 from conformance.compare import exact
 from conformance.graph import models

@@ -51,7 +51,7 @@ def info(run: Path, as_json: bool) -> None:
 def _said_of_model(weights: Path) -> dict[str, Any]:
     """Return what is said of a checkpoint that belongs to no run here."""
     from arbitor.optimized.training.checkpoint import load_header
-    from arbitor.optimized.training.run_folder import check_model
+    from arbitor.optimized.training.run_header import check_model
     from arbitor.optimized.training.sizes import config_of
 
     header = load_header(weights, check_model)

@@ -33,7 +33,8 @@ from arbitor.optimized.training.passes import Passes, RecordedPasses
 from arbitor.optimized.training.plan import decide
 from arbitor.optimized.training.prepared import Prepared, prepare
 from arbitor.optimized.training.report import draw_page, plot_loss
-from arbitor.optimized.training.run_folder import Found, Progress, RunFolder
+from arbitor.optimized.training.run_folder import Found, RunFolder
+from arbitor.optimized.training.run_header import Progress
 from arbitor.optimized.training.runtime import (
     Stopped,
     StopRequest,

@@ -26,7 +26,8 @@ from arbitor.optimized.training.checkpoint import (
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.options import ROWS
 from arbitor.optimized.training.regular import read_regular
-from arbitor.optimized.training.run_folder import THREADS_MAX, RunFolder
+from arbitor.optimized.training.run_folder import RunFolder
+from arbitor.optimized.training.run_header import THREADS_MAX
 from arbitor.optimized.training.runtime import Runtime, deterministic, versions
 from arbitor.optimized.training.sizes import check_memory, config_of
 from arbitor.optimized.training.whole_file import told, write_whole

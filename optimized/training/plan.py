@@ -24,7 +24,7 @@ from arbitor.optimized.training.options import (
     preset_defaults,
 )
 from arbitor.optimized.training.regular import JSON_BYTES, read_regular
-from arbitor.optimized.training.run_folder import check_model
+from arbitor.optimized.training.run_header import check_model
 from arbitor.optimized.training.sizes import config_of
 from arbitor.optimized.training.streams import is_stream, stream_of
 from arbitor.optimized.training.texts import STDLIB

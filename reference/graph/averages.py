@@ -10,7 +10,7 @@ from torch import Tensor
 
 from arbitor.reference.constants import ACCUM_MAX, AVERAGE_EXPONENT_MAX, AVERAGE_EXPONENT_MIN
 from arbitor.reference.graph.context import GraphContext
-from arbitor.reference.graph.module import TableModule
+from arbitor.reference.graph.tables import TableModule
 
 
 class GradientAverage(TableModule):

@@ -18,7 +18,8 @@ from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
 from arbitor.reference.graph.ledger import KVLedger
-from arbitor.reference.graph.module import ArbModule, PartDict, TableModule, uncompiled, when_voting
+from arbitor.reference.graph.module import ArbModule, PartDict, uncompiled
+from arbitor.reference.graph.tables import TableModule, when_voting
 
 MOTIF_EXPONENT = -2
 """Exponent of a motif's scale. A motif that is added to its position has a quarter of the position's scale. The measurement is in

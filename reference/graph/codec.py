@@ -19,8 +19,8 @@ from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.audio import AUDIO_CODES, CODE_WIDTH, SAMPLES_PER_FRAME, AudioVQEncoder
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryLinear
-from arbitor.reference.graph.module import TableModule
 from arbitor.reference.graph.stateful import Stateful
+from arbitor.reference.graph.tables import TableModule
 
 WINDOW = 2 * SAMPLES_PER_FRAME
 """W: samples of the window whose spectrum a frame is. Windows overlap by half, and the middles of frame and window agree."""

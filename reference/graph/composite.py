@@ -14,8 +14,9 @@ from arbitor.reference.dtypes import wide_dtype, widened
 from arbitor.reference.graph.codebook import TernaryVQCodebook
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm
-from arbitor.reference.graph.module import ArbModule, when_voting
+from arbitor.reference.graph.module import ArbModule
 from arbitor.reference.graph.ranks import Ranks
+from arbitor.reference.graph.tables import when_voting
 from arbitor.reference.graph.ternary_graph import EdgeTable, edge_sum
 
 COMPOSITES_PER_CODE = 4

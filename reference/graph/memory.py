@@ -14,7 +14,8 @@ from torch import Tensor
 from arbitor.reference.constants import STRENGTH_MAX
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
-from arbitor.reference.graph.module import ArbModule, TableModule, when_voting
+from arbitor.reference.graph.module import ArbModule
+from arbitor.reference.graph.tables import TableModule, when_voting
 
 STRUCTURE_ORDERS, CONVERSATION_ORDERS = (2, 3), (4, 8)
 """Numbers of codes of the n-grams of each table. A code spans three bytes, and the next code starts a byte later, so n-grams span 4

@@ -1,4 +1,4 @@
-"""The base classes of the graph: torch's ways with a module (freeze, move, load, copy), for ternary weights and tables.
+"""The base classes of the graph: torch's ways with a module (freeze, move, load, copy), for ternary weights.
 
 A weight is held in the layout of the op set (`ops.from_spec`). Its tensors are buffers of integers, and no parameters.
 """
@@ -17,7 +17,6 @@ from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.voting import VOTED_IN, Average, Voting
-from arbitor.reference.promises import differentiable_once
 from arbitor.reference.types import LaidOutWeight, TernaryWeight, has_memory, without_memory
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -188,71 +187,6 @@ class ArbModule(Part):
         """Forget the notes of passes, which belong to the state before, and make ledgers stale."""
         self.forget()
         self.voting.version += 1
-
-
-class TableModule(ArbModule):
-    """A module that keeps integers beside its weights: counters of use, neighbours, strengths.
-
-    `when_voting` hands over what a forward pass saw, once a backward pass through it is accepted. The table keeps it until
-    `step_tables` counts it. A forward pass without a backward pass, or with a refused loss, leaves no trace.
-
-    Attributes:
-        recorded: what accepted backward passes saw, delivered and not yet counted.
-        of_votes: whether the tables belong to the votes of a weight, and go where they go.
-    """
-
-    of_votes = False
-
-    def __init__(self, context: GraphContext, *, frozen: bool = False) -> None:
-        super().__init__(context, frozen=frozen)
-        self.recorded: list[tuple[Tensor, ...]] = []
-        self._ranges: dict[str, tuple[int, int]] = {}
-
-    def add_table(self, name: str, tensor: Tensor, low: int, high: int) -> None:
-        """Register integers from `low` to `high` under a name. They move with the module and are saved with the model.
-
-        A state that is loaded must keep to the range, because ops index with some tables and trust them all.
-        """
-        self.register_buffer(name, tensor)
-        self._ranges[name] = (low, high)
-
-    def tables(self) -> dict[str, Tensor]:
-        """Return the integer tensors by name."""
-        return {name: self.get_buffer(name) for name in self._ranges}
-
-    def table_ranges(self) -> dict[str, tuple[int, int]]:
-        """Return the least and the largest element that each table may hold, by name."""
-        return dict(self._ranges)
-
-    def record(self, *seen: Tensor) -> None:
-        """Keep what the forward pass of a backward pass saw, until the step that counts it."""
-        self.recorded.append(seen)
-
-    def step_tables(self) -> None:
-        """Count what passes recorded since the last step, in place, and forget it. A frozen module only forgets."""
-        self.voting.deliver()
-        passes, self.recorded = self.recorded, []
-        if passes and not self.frozen:
-            everyone = self.voting.ranks.everyone
-            self.count_passes([tuple(everyone(seen) for seen in each) for each in passes])
-            self.voting.version += 1
-
-    def count_passes(self, passes: list[tuple[Tensor, ...]]) -> None:
-        """Change the tables by what one or more passes saw. A table that counts nothing stays as it is."""
-
-    def forget(self) -> None:
-        """Drop the notes and the records that passes left for this module since the last step."""
-        super().forget()
-        self.recorded.clear()
-
-    def check_tensors(self, state_dict: Mapping[str, Any], prefix: str, *, assign: bool) -> None:
-        """Refuse a table of another dtype or shape, or with an element out of its range."""
-        super().check_tensors(state_dict, prefix, assign=assign)
-        for name, value in self.own_tensors(state_dict, prefix).items():
-            if name in self._ranges:
-                table = self.get_buffer(name)
-                checks.tensor(prefix + name, value, table.dtype, table.shape)
-                checks.values_between(prefix + name, value, *self._ranges[name])
 
 
 class TernaryModule(ArbModule):
@@ -492,11 +426,6 @@ def used(module: nn.Module, times: int) -> None:
             part.uses = times
 
 
-def when_voting(x: Tensor, table: TableModule, *seen: Tensor) -> Tensor:
-    """Return x, such that a backward pass that votes and comes through x leaves `seen`, detached, for `table` to record."""
-    return uncompiled(_pass_through, x, table, seen)
-
-
 def uncompiled(call: Callable[..., Result], *args: Any) -> Result:
     """Return `call(*args)`, run outside of torch.compile, which would not see the notes that a pass leaves."""
     return _outside_of_graphs(call, *args) if torch.compiler.is_compiling() else call(*args)
@@ -510,25 +439,3 @@ def _outside_of_graphs(call: Callable[..., Any], *args: Any) -> Any:
 
 def _apply(function: type[torch.autograd.Function], args: Iterable[Any], module: TernaryModule) -> Tensor:
     return function.apply(*args, module.anchor(), module)
-
-
-def _pass_through(x: Tensor, table: TableModule, seen: Iterable[Tensor]) -> Tensor:
-    return _WhenVoting.apply(x, table, *seen)
-
-
-class _WhenVoting(torch.autograd.Function):
-    """The identity, with a backward pass that leaves a note of what its forward pass saw."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, table: TableModule, *seen: Tensor) -> Tensor:
-        ctx.table = table
-        ctx.save_for_backward(*seen)
-        return x.view_as(x)
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        table, seen = ctx.table, ctx.saved_tensors
-        if table.moves:
-            table.voting.note(table.record, *seen)
-        return grad, None, *(None for _ in seen)

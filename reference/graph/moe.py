@@ -12,7 +12,7 @@ from arbitor.reference.constants import HANDICAP_MAX
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.grouped import TernaryGroupedLinear
 from arbitor.reference.graph.layers import TernaryLinear, fan_out, plain
-from arbitor.reference.graph.module import TableModule, when_voting
+from arbitor.reference.graph.tables import TableModule, when_voting
 
 LOAD_MAX = 2**63 - 1
 """Most choices that an expert's load can count, the largest int64."""

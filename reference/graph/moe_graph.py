@@ -12,8 +12,9 @@ from arbitor.reference.config import HALT_THRESHOLD
 from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm
-from arbitor.reference.graph.module import ArbModule, TableModule, used
+from arbitor.reference.graph.module import ArbModule, used
 from arbitor.reference.graph.moe import SharedProjectionMoE
+from arbitor.reference.graph.tables import TableModule
 from arbitor.reference.ops.denoise import Halting
 
 LEAK_SHIFTS = (1, 2, 3, 4)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
-from arbitor.reference.graph.module import ArbModule, TableModule, TernaryModule, check_loadable
+from arbitor.reference.graph.module import ArbModule, TernaryModule, check_loadable
 from arbitor.reference.graph.parts import row_parts
+from arbitor.reference.graph.tables import TableModule
 from arbitor.reference.types import TernaryWeight
 
 BESIDE_TRITS = ("exponents", "trit_accum", "exponent_accum")
