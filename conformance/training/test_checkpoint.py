@@ -390,7 +390,7 @@ def test_load_newest_falls_back_from_a_header_that_its_caller_refuses(tmp_path: 
 def test_whoever_owns_a_folder_removes_what_a_killed_run_left_half_written(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     files = [path for path in vars(folder).values() if isinstance(path, Path) and path != tmp_path]
-    assert len(files) == 10
+    assert len(files) == 11
     for path in files:
         partial_of(path).write_bytes(b"half")
     RunFolder(tmp_path)
