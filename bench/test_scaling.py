@@ -19,7 +19,9 @@ from bench.scaling.at_work import MODELS, trunk_of
 PAGE = machine.ROOT / "docs" / "scaling.md"
 
 
-@pytest.mark.parametrize("table", [plan.table_of_bytes, plan.table_of_steps, plan.table_of_experts])
+@pytest.mark.parametrize(
+    "table", [plan.table_of_bytes, plan.table_of_memory, plan.table_of_experts, plan.table_of_steps]
+)
 def test_the_page_has_the_tables_of_the_plan(table: object) -> None:
     assert callable(table)
     assert table() in PAGE.read_text(), (
