@@ -11,6 +11,7 @@ changed. What is measured is written again after each step, so that a run which 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -64,12 +65,14 @@ def of_weights(weights: float, width: int) -> ArbConfig:
     """Return the trunk of fewest layers that has at least so many weights.
 
     Raises:
-        ValueError: a trunk of one layer has more.
+        ValueError: a trunk of one layer has more, the weights have no end, or no trunk is of this width.
     """
+    if width < LATENT:
+        raise ValueError(f"width is {width}, but must be at least {LATENT}")
     one, two = (audit(trunk(width, layers)).weights for layers in (1, 2))
-    if weights < one:
+    if not one <= weights < math.inf:
         raise ValueError(
-            f"weights is {weights:,.0f}, but must be at least {one:,}, which one layer of width {width} has"
+            f"weights is {weights:,.0f}, but must be finite and at least {one:,}, which one layer of width {width} has"
         )
     return trunk(width, 1 + -int((one - weights) // (two - one)))
 
@@ -188,7 +191,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="where to write the JSON file")
     arguments = parser.parse_args(argv)
     runtime = choose_runtime(arguments.device, None, None)
-    config = of_weights(arguments.weights, arguments.width)
+    try:
+        config = of_weights(arguments.weights, arguments.width)
+    except ValueError as error:
+        parser.error(f"no trunk has --weights {arguments.weights:g} and --width {arguments.width}: {error}")
     report: dict[str, Any] = {
         "device": machine.device_name(),
         "torch": torch.__version__,

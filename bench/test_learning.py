@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,7 +97,7 @@ def test_learning_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
     text = tmp_path / "text.txt"
     text.write_bytes((machine.ROOT / "README.md").read_bytes() * 9)
     options = ["--suite", "toy", "--steps", "2", "--rules", "integer", "sign", "--data", str(text)]
-    options += ["--device", "cpu", "--seeds", "0", "1"]
+    options += ["--device", "cpu", "--seeds", "0", "1", "--commit", "abc"]
     for worker in ("0", "1"):
         assert learning.main([*options, "--worker", f"{worker}/2", "--out", str(tmp_path / worker)]) == 0
     parts_of_it = [str(tmp_path / f"{worker}.json") for worker in ("0", "1")]
@@ -116,7 +117,7 @@ def test_learning_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert row[7] == f"{sum(values) / 2:.3f}" and row[8] == f"{max(values) - min(values):.3f}"
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
     assert {run["data"] for run in runs} == {"text.txt"}, "no path of this machine"
-    assert all(run["date"] and "commit" in run for run in runs)
+    assert all(run["date"] and run["commit"] == "abc" for run in runs)
     more = [*options, "--seeds", "0", "1", "2", "--without", *parts_of_it, "--out", str(tmp_path / "more")]
     assert learning.main(more) == 0
     added = json.loads((tmp_path / "more.json").read_text())["runs"]
@@ -294,6 +295,56 @@ def test_a_run_in_pieces_is_the_run_in_one(rule: str, tmp_path: Path) -> None:
     assert again == cut, "a run that ended takes no step"
 
 
+def test_a_run_that_goes_on_warms_up_before_it_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU: a process has kernels to compile, whatever steps another process took. Here replays do nothing."""
+    recorded: list[int] = []
+
+    def record(self: learner.Learner, size: int) -> tuple[Any, torch.Tensor]:
+        recorded.append(self.taken)
+        return SimpleNamespace(replay=lambda: None), torch.zeros(())
+
+    monkeypatch.setattr(learner.Learner, "_record", record)
+    architecture = replace(jobs.SIZES["toy"], batch=2, context=16)
+    for _ in range(2):
+        model = learner.Learner(architecture, rules.RULES["integer"], seed=0, device="cpu")
+        model.capture = True
+        pieces.load(tmp_path / "piece", model, {})
+        for _ in range(learner.EAGER_STEPS + 2):
+            model.step(torch.zeros(2, 16, dtype=torch.int64), 1.0)
+        pieces.save(tmp_path / "piece", model, pieces.History(taken=model.taken), {})
+    assert recorded == [learner.EAGER_STEPS, 2 * learner.EAGER_STEPS + 2]
+
+
+def test_a_run_that_failed_is_done_again_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What failed once is forgotten when it is done, and results of another device are not gone on with."""
+    out = tmp_path / "out.json"
+    options = ["--suite", "toy", "--rules", "integer", "--seeds", "0", "--device", "cpu", "--steps", "1"]
+    options += ["--data", str(_text(tmp_path / "text")), "--pieces", "--out", str(out), "--commit", "abc"]
+    monkeypatch.setattr(learning, "WINDOWS", 2)
+    monkeypatch.setitem(jobs.SIZES, "toy", replace(jobs.SIZES["toy"], batch=2, context=32))
+    with monkeypatch.context() as patch:
+        patch.setattr(learning, "train", None)
+        assert learning.main(options) == 1
+    [failed] = json.loads(out.read_text())["runs"]
+    assert "TypeError" in failed["failed"]
+    assert learning.main(options) == 0
+    [done] = json.loads(out.read_text())["runs"]
+    assert "failed" not in done and done["commit"] == "abc"
+    document = json.loads(out.read_text())
+    document["machine"]["device"] = "another"
+    out.write_text(json.dumps(document))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        learning.main(options)
+    assert stopped.value.code == 2
+    own = machine.machine_info()["device"]
+    assert capsys.readouterr().err.endswith(f"whose runs are of another, but must be of this device, {own}\n")
+
+
 def test_a_piece_of_another_run_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
     architecture = replace(jobs.SIZES["toy"], batch=2, context=32)
     model = learner.Learner(architecture, rules.RULES["integer"], seed=0, device="cpu")
@@ -384,7 +435,8 @@ def test_rules_are_tuned_then_run_then_judged(
     options = ["--size", "toy", "--rules", "integer", "--steps", "3", "--data", str(_text(tmp_path / "text"))]
     options += ["--device", "cpu", "--out", str(out), "--pieces", "--seeds", "0", "1"]
     assert learning.main(["--suite", "best", *options]) == 1
-    assert "the best rate and decay are not known, since 2 of them" in capsys.readouterr().err
+    [lacking] = capsys.readouterr().err.splitlines()
+    assert "the best rate and decay are not known, since 2 of them" in lacking
     assert learning.main(["--suite", "tune", "best", *options, "--seconds", "-1"]) == 1
     assert capsys.readouterr().err == "2 runs not done: time is over\n"
     assert learning.main(["--suite", "tune", "best", *options]) == 0

@@ -19,7 +19,9 @@ from bench.scaling.at_work import MODELS, trunk_of
 PAGE = machine.ROOT / "docs" / "scaling.md"
 
 
-@pytest.mark.parametrize("table", [plan.table_of_bytes, plan.table_of_steps, plan.table_of_experts])
+@pytest.mark.parametrize(
+    "table", [plan.table_of_bytes, plan.table_of_memory, plan.table_of_experts, plan.table_of_steps]
+)
 def test_the_page_has_the_tables_of_the_plan(table: object) -> None:
     assert callable(table)
     assert table() in PAGE.read_text(), (
@@ -62,9 +64,30 @@ def test_a_trunk_has_at_least_the_weights_that_are_asked_for() -> None:
     config = largest.of_weights(3e6, 128)
     assert audit(config).weights >= 3e6 > audit(largest.trunk(128, config.num_layers - 1)).weights
     with pytest.raises(
-        ValueError, match=r"weights is 10, but must be at least [\d,]+, which one layer of width 128 has"
+        ValueError,
+        match=r"weights is 10, but must be finite and at least [\d,]+, which one layer of width 128 has",
     ):
         largest.of_weights(10, 128)
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        (("10", "128"), "weights is 10, but must be finite and at least"),
+        (("inf", "128"), "weights is inf, but must be finite and at least"),
+        (("nan", "128"), "weights is nan, but must be finite and at least"),
+        (("1e9", "0"), "width is 0, but must be at least 4"),
+        (("1e9", "10"), "rotary_dim is 5, but must be even"),
+    ],
+)
+def test_a_size_that_no_trunk_has_is_refused_in_one_sentence(
+    size: tuple[str, str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, width = size
+    with pytest.raises(SystemExit) as stopped:
+        largest.main(["--weights", weights, "--width", width, "--device", "cpu"])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_largest_model_is_stepped_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

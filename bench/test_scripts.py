@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import weakref
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -268,3 +270,32 @@ def test_codes_are_in_use_if_the_last_half_of_training_found_them() -> None:
     assert len(set(found_by.values())) == 2
     shares = recall.train(table, lambda: next(drawn).clone(), 4)
     assert shares["in_use"] < shares["found"]
+
+
+@pytest.mark.parametrize(
+    ("given", "in_notebook", "found"),
+    [
+        (["5", "nano.json"], False, (5, "nano")),
+        (["nano.json"], False, (150, "nano")),
+        (["nano.json", "5"], False, (5, "nano")),
+        ([], False, (150, "tiny")),
+        (["--f=/run/kernel-1.json"], True, (150, "tiny")),
+    ],
+)
+def test_a_script_reads_its_arguments_and_not_those_of_a_notebook(
+    given: list[str],
+    in_notebook: bool,
+    found: tuple[int, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """docs/scripts/train_and_look.py is run from a command line, and cell by cell."""
+    text = (machine.ROOT / "docs" / "scripts" / "train_and_look.py").read_text()
+    (tmp_path / "nano.json").write_text(NANO.to_json())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["script", *given])
+    if in_notebook:
+        monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
+    names: dict[str, Any] = {}
+    exec(text[: text.index("sources = ")], names)
+    assert (names["STEPS"], names["config"].name) == found

@@ -133,8 +133,9 @@ class ArbConfig:
         hop_rank:       rank of a hop's adapter.
         num_neighbours: neighbours that a code keeps.
         use_moe:        whether there are experts.
-        dense_dispatch_max_tokens: most positions of a pass for which every expert runs, and an expert that was not chosen
-                        counts for nothing. With more positions only chosen experts run. Both ways give the same.
+        dense_dispatch_max_tokens: most positions of a pass for which every expert runs in any case, with a share of 0 where it
+                        was not chosen. Passes of many positions do so too where ranks are few (`graph.moe`). Both ways differ
+                        by rounding.
         max_moe_iters:  most turns of the last layer's loop, 1 .. 16.
         window:         positions that attention sees one by one; a multiple of `block`.
         block:          positions of the smallest summary.

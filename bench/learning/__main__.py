@@ -131,13 +131,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     held = [run for file in args.without for run in read(parser, "--without", file)["runs"]]
     runs: list[dict[str, Any]] = []
     if args.pieces and path is not None and path.exists():
-        runs = read(parser, "--out", path)["runs"]
+        runs = continued(parser, path)
     command = ["python", "-m", "bench.learning", *(sys.argv[1:] if argv is None else argv)]
     document = {"machine": machine.machine_info(), "command": shlex.join(command), "runs": runs}
     began, commit = time.monotonic(), commit_name(args.commit)
     origin = {"commit": commit, "date": time.strftime("%Y-%m-%d")}
     until = began + args.seconds
-    left = 0
+    left, lacking = 0, False
     with Progress(transient=True) as bar:
         for suite in args.suite:
             if left:
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 jobs = planned(args, suite, [*held, *runs])
             except ValueError as error:
                 print(error, file=sys.stderr)
-                left += 1
+                lacking = True
                 break
             jobs = [job for job in jobs if not any(measured(job, run) for run in held)][worker::workers]
             jobs = [job for job in jobs if not any(measured(job, run) for run in runs)]
@@ -157,7 +157,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                     break
                 piece = piece_of(job, path) if args.pieces and path is not None else None
                 task = bar.add_task(f"{job.suite}: {job.rule}, seed {job.seed}", total=job.steps)
-                more: dict[str, Any] = {"piece": piece, "commit": commit, "until": until} if piece else {}
+                more: dict[str, Any] = {
+                    "commit": commit,
+                    **({"piece": piece, "until": until} if piece else {}),
+                }
                 done = parts.attempt(
                     partial(run, job, device=device, progress=partial(_show, bar, task), **more)
                 )
@@ -176,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{left} runs not done: time is over", file=sys.stderr)
     for sentence in at_an_end(runs):
         print(sentence, file=sys.stderr)
-    return publish(document, path) or parts.exit_status(runs) or int(left > 0)
+    return publish(document, path) or parts.exit_status(runs) or int(left > 0 or lacking)
 
 
 def planned(args: argparse.Namespace, suite: str, runs: Sequence[Mapping[str, Any]]) -> list[Job]:
@@ -259,14 +262,25 @@ def judged(
 
 
 def read(parser: argparse.ArgumentParser, option: str, file: Path) -> dict[str, Any]:
-    """Return the document that a file holds; end the program with a sentence where it holds none."""
+    """Return the document that a file holds, of some runs on a device; end the program with a sentence where it holds none."""
     try:
         document = json.loads(file.read_text())
-        if isinstance(document, dict) and isinstance(document.get("runs"), list):
+        if isinstance(document["runs"], list) and isinstance(document["machine"]["device"], str):
             return document
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
     parser.error(f"argument {option}: is '{file}', but must be a file that this program wrote")
+
+
+def continued(parser: argparse.ArgumentParser, path: Path) -> list[dict[str, Any]]:
+    """Return the runs of a file that are not done again: those that failed are. End the program where another device wrote it."""
+    document, own = read(parser, "--out", path), machine.machine_info()["device"]
+    device = document["machine"]["device"]
+    if device != own:
+        parser.error(
+            f"argument --out: is '{path}', whose runs are of {device}, but must be of this device, {own}"
+        )
+    return [run for run in document["runs"] if "failed" not in run]
 
 
 def share_of(parser: argparse.ArgumentParser, text: str) -> tuple[int, int]:

@@ -28,7 +28,7 @@ SIZES: Mapping[str, Architecture] = {
 that ternary ones of the benchmark take; the graph; and one for a quick look."""
 
 LARGE_BATCH = 32
-"""Windows of a step of a preset with more than 100 M weights in a layer: 8,192 bytes."""
+"""Windows of a step of the presets of LARGE: 8,192 bytes."""
 
 LARGE = ("r9", "r11", "r12", "r14")
 

@@ -36,7 +36,7 @@ BETAS = (0.9, 0.95)
 """Of AdamW."""
 
 EAGER_STEPS = 3
-"""Steps before the first that is recorded: libraries set themselves up, kernels are compiled."""
+"""Steps of a process before the first that is recorded: libraries set themselves up, kernels are compiled."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class Learner:
         self.recorded: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         # torch's Muon takes its rate from the host in every step.
         self.capture = capture and device == "cuda" and not rule.muon
-        self.taken, self.last_loss = 0, LOSS_REFERENCE
+        # Steps taken, and those of them that an earlier process took.
+        self.taken, self.began, self.last_loss = 0, 0, LOSS_REFERENCE
         self.passes = self._passes()
         trained = {name: m.weight for name, m in self.model.ternary_modules().items() if not m.frozen}
         self.num_weights = sum(math.prod(weight.shape) for weight in trained.values())
@@ -101,7 +102,7 @@ class Learner:
                 optimizer.param_groups[0]["lr"] = share * height
         self.step_number.fill_(self.taken)
         size = self._vote_size()
-        if not self.capture or self.taken < EAGER_STEPS:
+        if not self.capture or self.taken - self.began < EAGER_STEPS:
             loss = self._take(size)
         else:
             if size not in self.recorded:
@@ -159,7 +160,7 @@ class Learner:
 
     def loaded(self, taken: int, loss: float | None) -> None:
         """Go on from `taken` steps, whose state was written to `tensors`, with the loss of the last of them."""
-        self.taken = taken
+        self.taken = self.began = taken
         if loss is not None:
             self.last_loss = loss
         if self.optimizers:

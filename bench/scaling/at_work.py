@@ -84,7 +84,11 @@ def windows(world: World, batch: int, length: int, device: str, step: int = 0) -
 
 
 def model_of(config: ArbConfig, runtime: Runtime, world: World | None) -> ArbModel:
-    """Return a model that ranks train together; or one that its process trains alone, for no world."""
+    """Return a model that ranks train together; or one that its process trains alone, for no world.
+
+    A single rank exchanges gradients with itself, but its step is that of a process alone: `Stateful.step_weights` asks
+    `GroupRanks.step` only where there are several ranks.
+    """
     model = ArbModel(config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=0)
     if world is not None:
         GroupRanks(model, world)
@@ -215,7 +219,7 @@ def sizes_of(world: World, asked: argparse.Namespace, seconds: float) -> dict[st
 def floats(world: World, runtime: Runtime, asked: argparse.Namespace) -> dict[str, Any]:
     """Time steps of the float twin by each way of training."""
     found = {}
-    for way, (bytes_a_weight, _) in BYTES_A_WEIGHT.items():
+    for way, bytes_a_weight in BYTES_A_WEIGHT.items():
         torch.manual_seed(0)
         dtype = torch.bfloat16 if runtime.device == "cuda" else torch.float32
         twin = TrunkTwin(trunk_of(asked.model), asked.length, dtype).to(runtime.device)

@@ -14,14 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bench.peers.twin import TrunkTwin
 
-BYTES_A_WEIGHT: Mapping[str, tuple[int, str]] = {
-    "DDP": (4, "a ring reduces gradients in bfloat16, and gathers the sums: 2 + 2"),
-    "FSDP2": (
-        6,
-        "weights for the forward pass, weights for the backward pass, and gradients, all in bfloat16: 2 + 2 + 2",
-    ),
-}
-"""Bytes that a rank of N receives for a weight in a step, over (N - 1) / N, by the way of training, and what they are."""
+BYTES_A_WEIGHT: Mapping[str, float] = {"DDP": 4.0, "FSDP2": 6.0}
+"""Bytes that a rank of N receives for a weight in a step, over (N - 1) / N, in bfloat16, by the way of training.
+
+DDP reduces gradients in a ring, and gathers the sums: 2 + 2. FSDP2 receives weights for the forward pass, weights for the backward
+pass, and gradients: 2 + 2 + 2.
+"""
 
 
 def compressed(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

@@ -16,6 +16,8 @@ from arbitor.optimized.distributed.sizes import kept_bytes, received_bytes
 from arbitor.optimized.layouts import DeviceWeight
 from arbitor.reference.graph.mxint8 import encoded_bytes
 from arbitor.reference.presets import preset
+from bench.learning.rules import FLOAT_BYTES
+from bench.scaling.floats import BYTES_A_WEIGHT
 
 SIDE = 960
 """Rows and columns of the matrix that bytes a weight are counted on: a multiple of 16, 12 and 32, so that nothing is ragged."""
@@ -34,9 +36,6 @@ GRADIENT_BYTES = {"bfloat16": 2.0, "mxint8": encoded_bytes(SIDE, SIDE) / SIDE**2
 
 CHANGED_BYTES = 0.01
 """Bytes of trits and scales that a step changes, for a weight. Measured shares are in docs/scaling.md, below this."""
-
-FLOATS = {"DDP": 4.0, "FSDP2": 6.0}
-"""Bytes that a rank of N float ranks receives for a weight, over (N - 1) / N, in bfloat16."""
 
 PRODUCT_SECONDS = 3 * 589e-6 / (7168**2 * 4096)
 """Of a weight and a position: the product of a linear and its two gradients, 7168 x 7168 with 4,096 rows, one H200."""
@@ -95,8 +94,8 @@ def received(count: int, gradients: str) -> float:
 
 
 def of_floats(count: int, way: str) -> float:
-    """Return the bytes a weight that a rank of float weights receives in a step. `way` is a key of `FLOATS`."""
-    return FLOATS[way] * (count - 1) / count
+    """Return the bytes a weight that a rank of float weights receives in a step. `way` is a key of `BYTES_A_WEIGHT`."""
+    return BYTES_A_WEIGHT[way] * (count - 1) / count
 
 
 def step(weights: float, count: int, gradients: str) -> Step:
@@ -123,7 +122,7 @@ def table_of_bytes() -> str:
     ]
     for count in (1, 2, 4, 8, 64, 1024):
         ours = [received(count, gradients) for gradients in GRADIENT_BYTES]
-        floats = [of_floats(count, way) for way in FLOATS]
+        floats = [of_floats(count, way) for way in BYTES_A_WEIGHT]
         shares = ["" if count == 1 else f"{each / floats[1]:.3f}" for each in ours]
         cells = [f"{kept(count):.3f}", *(f"{each:.3f}" for each in (*ours, *floats)), *shares]
         lines.append(f"| {count:,} | {' | '.join(cells)} |")
@@ -146,9 +145,18 @@ def table_of_steps() -> str:
     return "\n".join(lines)
 
 
-def row_of_memory(weights: float, count: int) -> str:
-    """Return a row of a table of memory: what a rank keeps of a model, and what a rank of float AdamW would."""
-    return f"| {weights / 1e9:.0f} B | {count} | {kept(count) * weights / 2**30:.1f} | {16 / count * weights / 2**30:,.1f} |"
+def table_of_memory() -> str:
+    """Return the table of the largest models, as Markdown: what a rank keeps, and what a rank of float AdamW would."""
+    lines = [
+        "| weights | ranks | kept by a rank, GiB | float AdamW, sharded over as many, GiB |",
+        "|---:|---:|---:|---:|",
+    ]
+    for billions, count in ((90, 1), (150, 2), (220, 4), (300, 8)):
+        gibibytes = billions * 1e9 / 2**30
+        lines.append(
+            f"| {billions} B | {count} | {kept(count) * gibibytes:.1f} | {FLOAT_BYTES / count * gibibytes:,.1f} |"
+        )
+    return "\n".join(lines)
 
 
 def experts(name: str) -> tuple[int, int, int]:
@@ -182,4 +190,4 @@ def table_of_experts() -> str:
 
 
 if __name__ == "__main__":
-    print(table_of_bytes(), table_of_steps(), table_of_experts(), sep="\n\n")
+    print(table_of_bytes(), table_of_memory(), table_of_experts(), table_of_steps(), sep="\n\n")

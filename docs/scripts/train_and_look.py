@@ -18,9 +18,11 @@ import torch
 
 from arbitor import ArbConfig, ArbModel, ArbOptimizer, preset
 
-given = [each for each in sys.argv[1:] if each.isdecimal() or each.endswith(".json")]
-STEPS = int(given[0]) if given else 150
-config = ArbConfig.from_json(Path(given[1]).read_text()) if len(given) > 1 else preset("tiny")
+# A notebook has arguments of its own there.
+given = [] if "ipykernel" in sys.modules else sys.argv[1:]
+STEPS = next((int(each) for each in given if each.isdecimal()), 150)
+files = [each for each in given if each.endswith(".json")]
+config = ArbConfig.from_json(Path(files[0]).read_text()) if files else preset("tiny")
 WINDOWS, BYTES = 8, 128
 
 sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
