@@ -242,9 +242,9 @@ def test_noise_and_detached_tokens_let_the_weights_vote_at_no_cost() -> None:
     """
     asked: list[tuple[int, int]] = []
 
-    def watched(grad: Tensor, weight: Any) -> Tensor:
+    def watched(grad: Tensor, weight: Any, **how: Any) -> Tensor:
         asked.append(weight.shape)
-        return ops.linear_input_grad(grad, weight)
+        return ops.linear_input_grad(grad, weight, **how)
 
     parts = context(models.ops_with(linear_input_grad=watched), **FIELDS)
     head = VideoHead(parts)
