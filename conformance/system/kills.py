@@ -31,7 +31,8 @@ import pytest
 import torch
 
 from arbitor.optimized import cli
-from arbitor.optimized.training.metrics import read_metrics
+from arbitor.optimized.training.checkpoint import load_checkpoint
+from arbitor.optimized.training.metrics import last_step, read_metrics
 from arbitor.optimized.training.run_folder import RunFolder
 from conformance.system.nano_arb import make_disk_slow
 from conformance.training import nano
@@ -133,11 +134,13 @@ def result_of(run: Path) -> dict[str, Any]:
         for line in read_metrics(run / "metrics.jsonl")
     ]
     files = {path.name for path in run.iterdir() if not path.name.startswith("events.")}
+    checkpoints = {name: load_checkpoint(run / f"{name}.safetensors") for name in ("latest", "best", "final")}
     return {
         "summary": {name: summary[name] for name in DIFFERS},
         "metrics": metrics,
         "sample": (run / "sample.txt").read_bytes(),
         "files": files,
+        "checkpoints": {name: (each.step, each.state_sha256) for name, each in checkpoints.items()},
     }
 
 
@@ -155,6 +158,8 @@ def trial(scratch: Path, name: str) -> Counter[str]:
     run, output = scratch / name, scratch / f"{name}.out"
     begin = arguments_of(scratch, run)
     deaths: Counter[str] = Counter()
+    # The step of the newest checkpoint that an earlier life has left.
+    reached = -1
     for life in range(LIVES):
         begun = RunFolder(run).has_run()
         arguments = ["train", "--run", str(run), "--resume"] if begun else begin
@@ -186,8 +191,12 @@ def trial(scratch: Path, name: str) -> Counter[str]:
             break
         assert os.WTERMSIG(status) == signal.SIGKILL, f"life {life} ended by signal {os.WTERMSIG(status)}"
         deaths[kind + (", slow disk" if slow else "")] += 1
-        _, refusals = RunFolder(run).load_newest()
+        newest, refusals = RunFolder(run).load_newest()
         assert not refusals, f"life {life} left a checkpoint that is refused: {refusals}"
+        before, reached = reached, -1 if newest is None else newest.step
+        assert reached >= before, f"life {life} left step {reached} as the newest, but found step {before}"
+        logged = last_step(run / "metrics.jsonl")
+        assert reached >= logged - 1, f"life {life} left step {reached} as the newest, but metrics of {logged}"
     found, wanted = result_of(run), result_of(scratch / "whole")
     for part, value in wanted.items():
         assert found[part] == value, f"its {part} are {found[part]!r}, but those of a whole run {value!r}"

@@ -140,6 +140,10 @@ def check(words: list[str], folder: Path, output: Path) -> str:
     code, said = os.WEXITSTATUS(status), output.with_suffix(".err").read_bytes()
     assert code in (0, 1, 2), f"it ended with {code}: {said!r}"
     assert b"\x1b" not in said, f"stderr has an escape byte: {said!r}"
+    # What `generate` prints is the model's bytes, whatever they are.
+    if words[0] != "generate":
+        printed = output.read_bytes()
+        assert b"\x1b" not in printed, f"stdout has an escape byte: {printed!r}"
     lines = said.decode().splitlines()
     assert b"Traceback" not in said and "arb --traceback shows" not in said.decode(), f"unforeseen: {said!r}"
     assert all(line.startswith("arb: ") for line in lines), f"stderr has more than sentences: {said!r}"
