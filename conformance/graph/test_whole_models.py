@@ -161,7 +161,7 @@ def trained_once(model: ArbModel, *, step: int, length: int = 8) -> None:
 
 
 def test_models_take_both_ways_to_their_experts() -> None:
-    """In the passes that are compared, of 2 sequences of 8 bytes: the chosen experts alone in float32, products of all in bfloat16."""
+    """In passes of 2 sequences of 8 bytes, as are compared: the chosen experts alone in float32, products of all in bfloat16."""
     for configs, takes_all in ((CONFIGS, False), (BFLOAT16_CONFIGS, True)):
         model = build(next(iter(configs.values())), reference_ops, "cpu")
         ways = {moe.takes_all(16) for moe in model.modules() if isinstance(moe, SharedProjectionMoE)}

@@ -196,7 +196,9 @@ def trial(scratch: Path, name: str) -> Counter[str]:
         before, reached = reached, -1 if newest is None else newest.step
         assert reached >= before, f"life {life} left step {reached} as the newest, but found step {before}"
         logged = last_step(run / "metrics.jsonl")
-        assert reached >= logged - 1, f"life {life} left step {reached} as the newest, but metrics of {logged}"
+        assert reached >= logged - 1, (
+            f"life {life} left step {reached} as the newest, but metrics of {logged}"
+        )
     found, wanted = result_of(run), result_of(scratch / "whole")
     for part, value in wanted.items():
         assert found[part] == value, f"its {part} are {found[part]!r}, but those of a whole run {value!r}"
