@@ -13,6 +13,7 @@ import pytest
 
 from conformance import mutate
 from conformance.import_lint import ROOT
+from conformance.mutation import campaign
 from conformance.mutation.campaign import records
 from conformance.mutation.operators import mutants_of
 from conformance.mutation.selection import Selection, Unit
@@ -276,6 +277,21 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFi
     before = results.read_text()
     assert run(root, "--only", "size - by")[1] == first and results.read_text() == before
     assert "0 of 1 mutants to try; 0 files" in capsys.readouterr().out
+
+
+def test_a_campaign_that_is_killed_has_kept_its_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are written while it goes on, and not at its end alone."""
+    root, kept = tree(tmp_path / "tree"), []
+
+    def try_mutant(ours: campaign.Campaign, *job: Any, **more: Any) -> None:
+        kept.append(json.loads((ours.options.out / "baseline.json").read_text())["units"].keys())
+
+    monkeypatch.setattr(campaign, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(campaign.Campaign, "try_mutant", try_mutant)
+    run(root, "--only", "size - by", "--stages", "1")
+    assert [list(units) for units in kept] == [["conformance/things/test_thing.py"]]
 
 
 def test_a_red_baseline_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
