@@ -79,23 +79,24 @@ CAMPAIGNS = """
 from arbitor.optimized.cli import cli
 from arbitor.optimized.training import monitor
 from conformance.system import kills, lines
+from conformance.system.campaigns import campaign
 
-ends = lines.campaign(lines=16, seed=20261129, jobs=1)
+ends = campaign(lines.part, count=16, seed=20261129, jobs=1)
 assert ends.total() == 16 and len(ends) > 4, ends
 lines.WORKS = {"preset": "nano"}
 cli.commands["preset"].callback = lambda **options: {}["key"]
 try:
-    lines.campaign(lines=6, seed=0, jobs=1)
+    campaign(lines.part, count=6, seed=0, jobs=1)
 except AssertionError as error:
     assert "unforeseen" in str(error) and "KeyError" in str(error), error
 else:
     raise AssertionError("an error that nobody foresaw went unnoticed")
 
-deaths = kills.campaign(kills=5, seed=20261129, jobs=1)
+deaths = campaign(kills.part, count=5, seed=20261129, jobs=1)
 assert deaths.total() >= 5 and len(deaths) > 1, deaths
 monitor.cut_metrics = lambda path, step: None
 try:
-    kills.campaign(kills=5, seed=20261129, jobs=1)
+    campaign(kills.part, count=5, seed=20261129, jobs=1)
 except AssertionError as error:
     assert "its metrics" in str(error), error
 else:
