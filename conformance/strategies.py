@@ -188,12 +188,23 @@ def weights(
 def with_out(draw: st.DrawFn, weight: TernaryWeight, kwargs: dict[str, Any]) -> None:
     """Draw whether the result goes to a new weight, into another one, or into the weight itself."""
     kind = draw(st.sampled_from(("new", "other", "itself")), label="out")
-    if kind == "other":
-        kwargs["out"] = weight.clone()
-        for tensor in kwargs["out"].tensors().values():
-            tensor.fill_(1)
-    elif kind == "itself":
-        kwargs["out"] = weight
+    if kind != "new":
+        kwargs["out"] = weight if kind == "itself" else of_ones(weight)
+
+
+def with_out_of_all(draw: st.DrawFn, weights: tuple[TernaryWeight, ...], kwargs: dict[str, Any]) -> None:
+    """Draw whether the results go to new weights, into others, or into the weights themselves."""
+    kind = draw(st.sampled_from(("new", "others", "themselves")), label="out")
+    if kind != "new":
+        kwargs["out"] = weights if kind == "themselves" else tuple(map(of_ones, weights))
+
+
+def of_ones(weight: TernaryWeight) -> TernaryWeight:
+    """Return a weight like another one, all of whose tensors are filled with 1."""
+    made = weight.clone()
+    for tensor in made.tensors().values():
+        tensor.fill_(1)
+    return made
 
 
 LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded")

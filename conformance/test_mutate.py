@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,11 @@ import pytest
 
 from conformance import mutate
 from conformance.import_lint import ROOT
+from conformance.mutation import campaign
 from conformance.mutation.campaign import records
 from conformance.mutation.operators import mutants_of
 from conformance.mutation.selection import Selection, Unit
+from conformance.system.command import until
 
 PRODUCT = '''"""A product."""
 
@@ -253,26 +254,19 @@ def test_a_child_ends_by_itself_where_its_worker_was_killed(tmp_path: Path) -> N
     assert worker.stdin is not None
     worker.stdin.write(json.dumps(request) + "\n")
     worker.stdin.flush()
-    until(lambda: (tmp_path / "started").exists() and (tmp_path / "started").read_text() != "", 20)
+    until(lambda: (tmp_path / "started").exists() and (tmp_path / "started").read_text() != "", seconds=20)
     child = int((tmp_path / "started").read_text())
     worker.kill()
     worker.wait()
-    until(lambda: not is_alive(child), 10)
-
-
-def until(holds: Callable[[], bool], seconds: float) -> None:
-    """Wait until something holds, and fail if it does not within some seconds."""
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, f"not so after {seconds} s"
-        time.sleep(0.02)
+    until(lambda: not is_alive(child), seconds=10)
 
 
 def is_alive(pid: int) -> bool:
     """Return whether a process runs. One that ended and that nobody has waited for does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
+        # The second where it ends while the file is read.
         return False
 
 
@@ -283,6 +277,21 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFi
     before = results.read_text()
     assert run(root, "--only", "size - by")[1] == first and results.read_text() == before
     assert "0 of 1 mutants to try; 0 files" in capsys.readouterr().out
+
+
+def test_a_campaign_that_is_killed_has_kept_its_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are written while it goes on, and not at its end alone."""
+    root, kept = tree(tmp_path / "tree"), []
+
+    def try_mutant(ours: campaign.Campaign, *job: Any, **more: Any) -> None:
+        kept.append(json.loads((ours.options.out / "baseline.json").read_text())["units"].keys())
+
+    monkeypatch.setattr(campaign, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(campaign.Campaign, "try_mutant", try_mutant)
+    run(root, "--only", "size - by", "--stages", "1")
+    assert [list(units) for units in kept] == [["conformance/things/test_thing.py"]]
 
 
 def test_a_red_baseline_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,26 +108,29 @@ def sums_as_the_rule_says(world: World, folder: Path) -> Any:
     """
     found = {}
     sizes = ((2**26, 2**31), (2**12, 1), (1, 2**13), (2**26, 2**13))
-    for (name, (config, dtype, exchange)), (piece, held) in zip(CASES.items(), sizes, strict=True):
-        ranks_module.PIECE_BYTES, ranks_module.HELD_BYTES = piece, held
-        model, alone = together(config, world, dtype, exchange), model_of(config, dtype)
-        both = (model, alone) if world.is_first else (model,)
-        for step in range(3):
-            take_pass(model, world, step)
-            if world.is_first:
-                ids_BT = random_ids(step)
-                oracle.take_pass(alone, ids_BT, count=world.count, rate=RATE, step=step, exchange=exchange)
-            if step == 1:
-                for each in both:
-                    each.step()
-        censuses = []
-        for each in both:
-            census = Census(each)
-            census.before_step()
-            each.step()
-            censuses.append(census.after_step())
-        found[name] = {"hashes": (digest_of(model), state_sha256(alone.state())), "censuses": censuses}
-    ranks_module.PIECE_BYTES, ranks_module.HELD_BYTES = sizes[0]
+    with pytest.MonkeyPatch.context() as patch:
+        for (name, (config, dtype, exchange)), (piece, held) in zip(CASES.items(), sizes, strict=True):
+            patch.setattr(ranks_module, "PIECE_BYTES", piece)
+            patch.setattr(ranks_module, "HELD_BYTES", held)
+            model, alone = together(config, world, dtype, exchange), model_of(config, dtype)
+            both = (model, alone) if world.is_first else (model,)
+            for step in range(3):
+                take_pass(model, world, step)
+                if world.is_first:
+                    ids_BT = random_ids(step)
+                    oracle.take_pass(
+                        alone, ids_BT, count=world.count, rate=RATE, step=step, exchange=exchange
+                    )
+                if step == 1:
+                    for each in both:
+                        each.step()
+            censuses = []
+            for each in both:
+                census = Census(each)
+                census.before_step()
+                each.step()
+                censuses.append(census.after_step())
+            found[name] = {"hashes": (digest_of(model), state_sha256(alone.state())), "censuses": censuses}
     return found
 
 

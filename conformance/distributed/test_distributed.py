@@ -27,7 +27,7 @@ from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.metrics import last_step
 from arbitor.optimized.training.options import TrainOptions
 from conformance.distributed import ranks_at_work
-from conformance.system.command import REPOSITORY, environment
+from conformance.system.command import REPOSITORY, environment, until
 from conformance.training import nano
 from conformance.training.runs import Killed, kill_at, options
 
@@ -81,11 +81,7 @@ def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while last_step(run / "metrics.jsonl") < step:
-        assert process.poll() is None, ended(process)
-        assert time.monotonic() < deadline, f"{run} never came to step {step}"
-        time.sleep(0.02)
+    assert until(lambda: last_step(run / "metrics.jsonl") >= step, process), ended(process)
 
 
 @pytest.fixture(scope="session")
@@ -103,8 +99,7 @@ def survivor(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     first = ranks_of(process)
     killed_at = time.monotonic()
     os.kill(first[1], signal.SIGKILL)
-    while not set(ranks_of(process).values()).isdisjoint(first.values()):
-        time.sleep(0.02)
+    until(lambda: set(ranks_of(process).values()).isdisjoint(first.values()), seconds=SECONDS)
     seconds = time.monotonic() - killed_at
     wait_for_step(run, STOPPED_AT, process)
     process.send_signal(signal.SIGTERM)

@@ -261,14 +261,25 @@ def test_accumulators_that_another_rank_keeps_read_as_zeros(shape: tuple[int, ..
 
 
 def test_the_digest_of_the_code_follows_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for folder in ("reference", "optimized/distributed"):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "some.py").write_text("x = 1\n")
+    """Each source of Python and of CUDA C++ counts."""
+    sources = [
+        tmp_path / name
+        for name in (
+            "reference/some.py",
+            "optimized/distributed/some.py",
+            "optimized/cuda/some.cu",
+            "optimized/cuda/some.cuh",
+        )
+    ]
+    for source in sources:
+        source.parent.mkdir(parents=True, exist_ok=True)
+        source.write_text("x = 1\n")
     monkeypatch.setattr(world, "__file__", str(tmp_path / "optimized/distributed/world.py"))
-    digests: list[Any] = []
-    for text in ("x = 1\n", "x = 2\n"):
-        (tmp_path / "reference/some.py").write_text(text)
+    digests: list[str] = []
+    for source in (None, *sources):
+        if source is not None:
+            source.write_text("x = 2\n")
         world.code_sha256.cache_clear()
         digests.append(world.code_sha256())
     world.code_sha256.cache_clear()
-    assert digests[0] != digests[1]
+    assert len(set(digests)) == len(digests)

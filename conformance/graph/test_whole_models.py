@@ -20,6 +20,7 @@ from arbitor.optimized.training.runtime import deterministic
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import SWITCHES, ArbConfig, with_modules
 from arbitor.reference.graph import ArbModel, Targets
+from arbitor.reference.graph.moe import SharedProjectionMoE
 from arbitor.reference.graph.router import MODALITIES
 from arbitor.reference.graph.ternary_graph import TernaryGraph
 from arbitor.reference.presets import PRESETS
@@ -95,7 +96,9 @@ CONFIGS = {
 """Models by what they show. The interpreter has time for the first alone, and for a step of the second."""
 
 BFLOAT16_CONFIGS = {
-    "one layer": replace(reduced(PRESETS["small"]), num_layers=1, num_experts=2, top_k=2),
+    "one layer": replace(
+        reduced(PRESETS["small"]), num_layers=1, num_experts=2, top_k=2, dense_dispatch_max_tokens=16
+    ),
     "tiny without codes": replace(
         with_modules(PRESETS["tiny"], vq=False),
         image_features=0,
@@ -106,7 +109,7 @@ BFLOAT16_CONFIGS = {
     ),
 }
 """Models that choose nothing: no codes, every expert, no video that halts. Bfloat16 would choose others than float64, and nothing
-that comes after could be compared. The interpreter has time for the first alone."""
+that comes after could be compared. The interpreter has time for the first alone, which takes products of all experts."""
 
 
 def the_config(subject: Subject, configs: dict[str, ArbConfig], name: str, *, first: int = 1) -> ArbConfig:
@@ -155,6 +158,14 @@ def trained_once(model: ArbModel, *, step: int, length: int = 8) -> None:
     losses = model.losses(ids_BT, targets=targets, **media(model.config, device))
     assert model.backward(losses, rate=models.RATE, step=step)
     model.step()
+
+
+def test_models_take_both_ways_to_their_experts() -> None:
+    """In passes of 2 sequences of 8 bytes, as are compared: the chosen experts alone in float32, products of all in bfloat16."""
+    for configs, takes_all in ((CONFIGS, False), (BFLOAT16_CONFIGS, True)):
+        model = build(next(iter(configs.values())), reference_ops, "cpu")
+        ways = {moe.takes_all(16) for moe in model.modules() if isinstance(moe, SharedProjectionMoE)}
+        assert ways == {takes_all}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

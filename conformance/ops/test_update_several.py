@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
+from arbitor.reference.constants import EXPONENT_RULES
 from arbitor.reference.types import TernaryWeight
 
 from .. import strategies as ss
@@ -31,7 +32,6 @@ def several(draw: st.DrawFn, *, alike: bool) -> tuple[TernaryWeight, ...]:
     first = draw(ss.weights(limit=40))
     if not alike:
         return (first, *(draw(ss.weights(limit=40)) for _ in range(number - 1)))
-    bits = first.mantissa_bits
     made = [first]
     for _ in range(number - 1):
         other = draw(ss.weights(first.shape, mantissa=False))
@@ -41,17 +41,7 @@ def several(draw: st.DrawFn, *, alike: bool) -> tuple[TernaryWeight, ...]:
                 packed=other.packed, trit_accum=other.trit_accum, exponents=first.exponents.flip(0)
             )
         )
-    assert all(weight.mantissa_bits == bits for weight in made)
     return tuple(made)
-
-
-def with_out_of_all(draw: st.DrawFn, weights: tuple[TernaryWeight, ...], kwargs: dict[str, Any]) -> None:
-    """Draw whether the results go to new weights, into others, or into the weights themselves."""
-    kind = draw(st.sampled_from(("new", "others", "themselves")), label="out")
-    if kind == "others":
-        kwargs["out"] = tuple(weight.clone() for weight in weights)
-    elif kind == "themselves":
-        kwargs["out"] = weights
 
 
 @calls("accumulate_gradients")
@@ -60,21 +50,20 @@ def accumulate_gradients_calls(draw: st.DrawFn) -> Case:
     num_rows, num_columns = weights[0].shape
     clock = draw(ss.clocks())
     first = clock.pop("tensor_id") % 2**31
-    kwargs = {"exponent_rule": draw(st.sampled_from(("score", "sign", "frozen"))), **clock}
+    kwargs = {"exponent_rule": draw(st.sampled_from(EXPONENT_RULES)), **clock}
     kwargs["tensor_ids"] = tuple(first + 7 * number for number in range(len(weights)))
     if draw(st.booleans(), label="faults"):
         kwargs["faults"] = torch.tensor(draw(st.sampled_from((0, 2**40))))
-    with_out_of_all(draw, weights, kwargs)
+    ss.with_out_of_all(draw, weights, kwargs)
     grad = draw(ss.gradients((len(weights) * num_rows, num_columns)))
     return Case((weights, grad, draw(ss.rates())), kwargs)
 
 
 @calls("apply_steps")
 def apply_steps_calls(draw: st.DrawFn) -> Case:
-    theta, theta_e = (draw(st.one_of(st.sampled_from((1, 16, 127)), st.integers(1, 127))) for _ in range(2))
     weights = draw(several(alike=draw(st.booleans(), label="alike")))
-    kwargs = {"theta": theta, "theta_e": theta_e, "on_flip": draw(st.sampled_from(("reset", "carry")))}
-    with_out_of_all(draw, weights, kwargs)
+    kwargs = {"theta": draw(THETAS), "theta_e": draw(THETAS), "on_flip": draw(ON_FLIP)}
+    ss.with_out_of_all(draw, weights, kwargs)
     return Case((weights,), kwargs)
 
 
@@ -90,7 +79,7 @@ EACH_WITH_THE_FIRST_ID = mutant(
     weights=several(alike=True),
     rate=ss.rates(),
     clock=ss.clocks(),
-    rule=st.sampled_from(("score", "sign", "frozen")),
+    rule=st.sampled_from(EXPONENT_RULES),
     data=st.data(),
     rejects=[
         EACH_WITH_THE_FIRST_ID,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,6 +73,19 @@ class Here:
         out, err = self.capture.readouterr()
         assert isinstance(end.value.code, int)
         return subprocess.CompletedProcess(arguments, end.value.code, out, err)
+
+
+def until(
+    holds: Callable[[], bool], process: subprocess.Popen[Any] | None = None, *, seconds: float = TIMEOUT
+) -> bool:
+    """Wait until something holds, and fail if it does not within some seconds. Return False if the process ends before."""
+    end = time.monotonic() + seconds
+    while not holds():
+        if process is not None and process.poll() is not None:
+            return False
+        assert time.monotonic() < end, f"not so after {seconds} s"
+        time.sleep(0.01)
+    return True
 
 
 def check_refused(result: subprocess.CompletedProcess[bytes], code: int, *parts: str) -> None:

@@ -9,22 +9,16 @@ runs read it. That must end in a checkpoint that holds a model, or in a sentence
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
-import multiprocessing
 import random
 import shutil
-import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-import pytest
-import torch
 
 from arbitor.optimized.training import checkpoint as checkpoints
 from arbitor.optimized.training.beginning import begin_with
@@ -36,6 +30,7 @@ from arbitor.optimized.training.plan import preset_config
 from arbitor.optimized.training.run_folder import RunFolder
 from arbitor.optimized.training.sizes import config_of
 from arbitor.reference.graph import ArbModel
+from conformance.system.campaigns import main
 from conformance.training import nano
 
 SLOW_SECONDS = 20.0
@@ -190,20 +185,25 @@ def use(folder: Path) -> str:
     return "+".join(used) or "nothing"
 
 
-def campaign(folder: Path, *, mutations: int, seed: int, first: int = 0) -> Counter[str]:
+def part(scratch: Path, seed: int, first: int, count: int) -> Counter[str]:
+    """Mutate copies of the run, and count what was still usable."""
+    return mutated(scratch / "whole", seed=seed, first=first, count=count)
+
+
+def mutated(folder: Path, *, seed: int, first: int = 0, count: int) -> Counter[str]:
     """Mutate copies of a run folder, and count what was still usable.
 
     Args:
         folder: of a finished run.
-        mutations: how many.
         seed: of the draws.
         first: number of the first mutation.
+        count: of mutations.
 
     Raises:
         AssertionError: a mutation raised what is no sentence, or took too long; the message says how to see it again.
     """
     ends: Counter[str] = Counter()
-    for number in range(first, first + mutations):
+    for number in range(first, first + count):
         draw = random.Random(f"{seed} {number}")
         with tempfile.TemporaryDirectory() as scratch:
             copied = Path(scratch) / "run"
@@ -213,7 +213,7 @@ def campaign(folder: Path, *, mutations: int, seed: int, first: int = 0) -> Coun
             what = mutate(copied, draw)
             began = time.monotonic()
             try:
-                ends[use(copied)] += 1
+                ends[f"still usable for {use(copied)}"] += 1
                 seconds = time.monotonic() - began
                 assert seconds < SLOW_SECONDS, f"it took {seconds:.1f} s"
             except Exception as error:
@@ -223,47 +223,5 @@ def campaign(folder: Path, *, mutations: int, seed: int, first: int = 0) -> Coun
     return ends
 
 
-def side_by_side(folder: Path, *, mutations: int, seed: int, jobs: int) -> Counter[str]:
-    """Do a `campaign` in several processes."""
-    sizes = [mutations // jobs + (part < mutations % jobs) for part in range(jobs)]
-    parts = [(folder, size, seed, sum(sizes[:part])) for part, size in enumerate(sizes)]
-    # They import anew: torch's threads do not survive a fork, and a model was trained here.
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        return sum(pool.imap_unordered(_part, parts), Counter())
-
-
-def _part(given: tuple[Path, int, int, int]) -> Counter[str]:
-    folder, mutations, seed, first = given
-    torch.set_num_threads(1)
-    nano.register(pytest.MonkeyPatch())
-    return campaign(folder, mutations=mutations, seed=seed, first=first)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Damage the files of a run at random.")
-    parser.add_argument("--mutations", type=int, default=1000, help="how many [1000]")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws [0]")
-    parser.add_argument("--jobs", type=int, default=1, help="processes side by side [1]")
-    options = parser.parse_args()
-    from arbitor.optimized.training.loop import train
-    from conformance.training import runs
-
-    nano.register(pytest.MonkeyPatch())
-    nano.without_pictures(pytest.MonkeyPatch())
-    with tempfile.TemporaryDirectory() as scratch:
-        text = Path(scratch) / "text.txt"
-        text.write_bytes(nano.TEXT)
-        train(runs.options(text, Path(scratch) / "run"))
-        began = time.monotonic()
-        ends = side_by_side(
-            Path(scratch) / "run", mutations=options.mutations, seed=options.seed, jobs=options.jobs
-        )
-    print(
-        f"{options.mutations:,} mutations of seed {options.seed} in {time.monotonic() - began:.0f} s, no fault"
-    )
-    for what, count in ends.most_common():
-        print(f"{count:8,}  still usable for {what}")
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    main(part, "mutations", default=1000)

@@ -10,26 +10,17 @@ sentence on stderr. It never prints an escape byte, and never writes outside of 
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import shutil
-import sys
-import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 
 import click
-import pytest
-import torch
 
 from arbitor.optimized.cli import cli
-from conformance.system import kills
+from conformance.system.campaigns import ended, live, main
 from conformance.training import nano
-
-SLOW_SECONDS = 60.0
-"""Seconds after which a line hangs. Those that work take one or two."""
 
 WORKS = {
     "train": "--preset nano --data text.txt --steps 2 --device cpu --run new",
@@ -130,16 +121,15 @@ def check(words: list[str], folder: Path, output: Path) -> str:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
     outside = listing(folder.parent, but=folder)
-    process = kills.live(words, output, prepare, errors=output.with_suffix(".err"))
-    status = kills.wait(process, SLOW_SECONDS)
-    if status is None:
-        os.kill(process, 9)
-        kills.wait(process, SLOW_SECONDS)
-        raise AssertionError(f"it took more than {SLOW_SECONDS} s")
+    status = ended(live(words, output, prepare, errors=output.with_suffix(".err")), "it")
     assert os.WIFEXITED(status), f"it ended by signal {os.WTERMSIG(status)}"
     code, said = os.WEXITSTATUS(status), output.with_suffix(".err").read_bytes()
     assert code in (0, 1, 2), f"it ended with {code}: {said!r}"
     assert b"\x1b" not in said, f"stderr has an escape byte: {said!r}"
+    # What `generate` prints is the model's bytes, whatever they are.
+    if "generate" not in words:
+        printed = output.read_bytes()
+        assert b"\x1b" not in printed, f"stdout has an escape byte: {printed!r}"
     lines = said.decode().splitlines()
     assert b"Traceback" not in said and "arb --traceback shows" not in said.decode(), f"unforeseen: {said!r}"
     assert all(line.startswith("arb: ") for line in lines), f"stderr has more than sentences: {said!r}"
@@ -153,9 +143,12 @@ def listing(folder: Path, but: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path != but and path.suffix not in (".out", ".err")}
 
 
-def part_of(given: tuple[Path, int, int, int]) -> Counter[str]:
-    """Check the lines of a process, and count how they ended."""
-    scratch, seed, first, count = given
+def part(scratch: Path, seed: int, first: int, count: int) -> Counter[str]:
+    """Check some lines, and count how often each command ended with each status.
+
+    Raises:
+        AssertionError: a line ended otherwise than a line may end; the message has the line.
+    """
     ends: Counter[str] = Counter()
     for number in range(first, first + count):
         words = line_of(random.Random(f"{seed} {number}"))
@@ -173,39 +166,5 @@ def part_of(given: tuple[Path, int, int, int]) -> Counter[str]:
     return ends
 
 
-def campaign(*, lines: int, seed: int, jobs: int) -> Counter[str]:
-    """Type so many lines, and return how often each command ended with each status.
-
-    Args:
-        lines: how many.
-        seed: of the draws.
-        jobs: processes that do it side by side.
-
-    Raises:
-        AssertionError: a line ended otherwise than a line may end; the message has the line.
-    """
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        nano.register(patch)
-        nano.without_pictures(patch)
-        scratch = Path(folder)
-        kills.prepared(scratch)
-        sizes = [lines // jobs + (part < lines % jobs) for part in range(jobs)]
-        parts = [(scratch, seed, sum(sizes[:part]), size) for part, size in enumerate(sizes)]
-        return kills.beside(part_of, parts)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Type command lines at random.")
-    parser.add_argument("--lines", type=int, default=200, help="how many [200]")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws [0]")
-    parser.add_argument("--jobs", type=int, default=1, help="processes side by side [1]")
-    options = parser.parse_args()
-    began = time.monotonic()
-    ends = campaign(lines=options.lines, seed=options.seed, jobs=options.jobs)
-    print(f"{options.lines:,} lines of seed {options.seed} in {time.monotonic() - began:.0f} s, no fault")
-    print(", ".join(f"{what}: {count:,}" for what, count in sorted(ends.items())))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    main(part, "lines", default=200)

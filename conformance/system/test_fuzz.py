@@ -12,7 +12,7 @@ from conformance.training import nano
 
 def test_damaged_files_of_a_run_do_no_harm(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nano.register(monkeypatch)
-    ends = fuzz.campaign(finished, mutations=60, seed=20261128)
+    ends = fuzz.mutated(finished, seed=20261128, count=60)
     # The mutations are of many kinds: some leave everything usable, and some a part of it.
     assert ends.total() == 60 and len(ends) > 1
 
@@ -23,4 +23,4 @@ def test_the_fuzzer_notices_what_is_no_sentence(finished: Path, monkeypatch: pyt
 
     monkeypatch.setattr(fuzz, "read_metrics", raises)
     with pytest.raises(AssertionError, match=r"mutation 0 of seed 1 .*KeyError"):
-        fuzz.campaign(finished, mutations=1, seed=1)
+        fuzz.mutated(finished, seed=1, count=1)

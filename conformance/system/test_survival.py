@@ -20,13 +20,13 @@ from arbitor.optimized.training.run_folder import RunFolder
 from conformance.report import skip
 from conformance.system.command import (
     REPOSITORY,
-    TIMEOUT,
     Here,
     arb,
     check_refused,
     environment,
     finish,
     start,
+    until,
 )
 
 STEPS = "15"
@@ -43,16 +43,14 @@ def digest(run: Path) -> str:
     return json.loads((run / "summary.json").read_text())["state_sha256"]
 
 
+def lines_of(path: Path) -> int:
+    """Return how many lines a file has, 0 where there is none."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def wait_for(process: subprocess.Popen[bytes], path: Path, lines: int) -> bool:
     """Wait until a file has so many lines. Return False if the process ends before."""
-    deadline = time.monotonic() + TIMEOUT
-    while time.monotonic() < deadline:
-        if path.exists() and path.read_bytes().count(b"\n") >= lines:
-            return True
-        if process.poll() is not None:
-            return False
-        time.sleep(0.002)
-    raise AssertionError(f"{path} never had {lines} lines")
+    return until(lambda: lines_of(path) >= lines, process)
 
 
 def resume(run: Path) -> list[str]:
@@ -81,23 +79,24 @@ CAMPAIGNS = """
 from arbitor.optimized.cli import cli
 from arbitor.optimized.training import monitor
 from conformance.system import kills, lines
+from conformance.system.campaigns import campaign
 
-ends = lines.campaign(lines=16, seed=20261129, jobs=1)
+ends = campaign(lines.part, count=16, seed=20261129, jobs=1)
 assert ends.total() == 16 and len(ends) > 4, ends
-lines.WORKS, whole = {"preset": "nano"}, cli.commands["preset"].callback
+lines.WORKS = {"preset": "nano"}
 cli.commands["preset"].callback = lambda **options: {}["key"]
 try:
-    lines.campaign(lines=6, seed=0, jobs=1)
+    campaign(lines.part, count=6, seed=0, jobs=1)
 except AssertionError as error:
     assert "unforeseen" in str(error) and "KeyError" in str(error), error
 else:
     raise AssertionError("an error that nobody foresaw went unnoticed")
 
-deaths = kills.campaign(kills=5, seed=20261129, jobs=1)
+deaths = campaign(kills.part, count=5, seed=20261129, jobs=1)
 assert deaths.total() >= 5 and len(deaths) > 1, deaths
 monitor.cut_metrics = lambda path, step: None
 try:
-    kills.campaign(kills=5, seed=20261129, jobs=1)
+    campaign(kills.part, count=5, seed=20261129, jobs=1)
 except AssertionError as error:
     assert "its metrics" in str(error), error
 else:
@@ -125,8 +124,8 @@ def test_sigkill_at_random_moments_on_a_gpu(text: Path, tmp_path: Path) -> None:
     often = ("--save-interval", "1", "--log-interval", "1", "--device", "cuda")
     process = start(["no-pictures", "slow-disk", *arguments(text, run, *often)])
     for kills in range(1, 4):
-        lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-        assert wait_for(process, metrics, lines + moments.randint(1, 3)), finish(process).stderr.decode()
+        lines = lines_of(metrics) + moments.randint(1, 3)
+        assert wait_for(process, metrics, lines), finish(process).stderr.decode()
         time.sleep(moments.uniform(0, 0.4))
         process.kill()
         assert finish(process).returncode == -signal.SIGKILL

@@ -26,6 +26,7 @@ from arbitor.optimized.training.recording import LAUNCHED_FIRST, records
 from arbitor.optimized.training.runtime import Runtime
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import ArbModel, TernaryEmbedding, TernaryModule, grouped, layers, voting
+from arbitor.reference.graph.moe import SharedProjectionMoE
 from arbitor.reference.graph.voting import Note
 from conformance.compare import exact
 from conformance.graph import models
@@ -417,10 +418,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "sign_bits": 6,
         "num_probes": 3,
     },
-    "every expert of every position": {"dense_dispatch_max_tokens": 10_000},
+    "the chosen experts alone": {"num_experts": 206},
     "more experts than slots": {"num_experts": 700, "batch": 4},
     "plain gradients, scales that stay": {"orthogonal_steps": 0, "exponent_rule": "frozen"},
     "three micro-batches, signs of scores": {"exponent_rule": "sign", "accum": 3},
+    "gradients led by their mean": {"average_gradients": True},
 }
 """Fields of the model and settings of the run that take other paths."""
 
@@ -449,12 +451,26 @@ def test_recorded_passes_train_to_the_same_bits(
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_variants_of_recorded_passes_are_runs(text: Path, tmp_path: Path, name: str) -> None:
+def test_the_variants_of_recorded_passes_are_runs(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """On the CPU, where they are launched: what the test above compares exists, and moves."""
+    took_all: set[bool] = set()
+    real = SharedProjectionMoE.takes_all
+
+    def takes_all(moe: SharedProjectionMoE, num_positions: int) -> bool:
+        taken = real(moe, num_positions)
+        if torch.is_grad_enabled():
+            took_all.add(taken)
+        return taken
+
+    monkeypatch.setattr(SharedProjectionMoE, "takes_all", takes_all)
     asked = replace(variant(text, tmp_path, name, cuda_graph=False), device="cpu", dtype=None, steps=2)
     summary = train(asked).summary
     start = ArbModel(preset_config(str(asked.preset)), seed=0)
     assert summary["state_sha256"] != state_sha256(start.state()) and not summary["recorded_passes"]
+    # The products of all experts would be of more than DENSE_RANKS ranks.
+    assert took_all == {"num_experts" not in VARIANTS[name]}
 
 
 def variant(text: Path, folder: Path, name: str, *, cuda_graph: bool) -> TrainOptions:

@@ -35,6 +35,9 @@ SILENT_SECONDS = 20.0
 """Seconds without a sign of life after which a rank is taken for ended. torchrun ends what is left 30 seconds after a rank was
 killed, and a GPU that waits in NCCL learns of nothing by itself."""
 
+SOURCES = (".py", ".cu", ".cuh")
+"""How the names of sources of Python and of CUDA C++ end."""
+
 ENDED = "ended"
 """The last sign of life of a rank that is done."""
 
@@ -275,8 +278,9 @@ def code_sha256() -> str:
     root = Path(__file__).resolve().parents[2]
     digest = hashlib.sha256()
     for folder in ("reference", "optimized"):
-        for path in sorted((root / folder).rglob("*.py")):
-            digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in SOURCES:
+                digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
