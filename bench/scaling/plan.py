@@ -9,11 +9,23 @@ None of them was measured on more than one GPU.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from arbitor.optimized.distributed.sizes import kept_bytes, received_bytes
+from arbitor.optimized.distributed.sizes import (
+    CodebookUse,
+    codebook_bytes,
+    codes_received_spread,
+    codes_received_whole,
+    kept_bytes,
+    read_bytes,
+    received_bytes,
+)
 from arbitor.optimized.layouts import DeviceWeight
+from arbitor.reference.config import ArbConfig
+from arbitor.reference.constants import DEFAULT_GROUP_SIZE, groups_per_row
+from arbitor.reference.graph.composite import COMPOSITES_PER_CODE
 from arbitor.reference.graph.mxint8 import encoded_bytes
 from arbitor.reference.presets import preset
 from bench.learning.rules import FLOAT_BYTES
@@ -22,14 +34,22 @@ from bench.scaling.floats import BYTES_A_WEIGHT
 SIDE = 960
 """Rows and columns of the matrix that bytes a weight are counted on: a multiple of 16, 12 and 32, so that nothing is ragged."""
 
-WEIGHT = DeviceWeight(
-    words=torch.empty(SIDE, SIDE // 16, dtype=torch.int32, device="meta"),
-    exponents=torch.empty(SIDE, SIDE // 12, dtype=torch.int8, device="meta"),
-    trit_accum=torch.empty(SIDE, SIDE, dtype=torch.int8, device="meta"),
-    exponent_accum=torch.empty(SIDE, SIDE // 12, dtype=torch.int8, device="meta"),
-    shape=(SIDE, SIDE),
-    group_size=12,
-)
+
+def laid_out(num_rows: int, num_columns: int) -> DeviceWeight:
+    """Return a weight as a GPU holds it, without memory."""
+    groups = groups_per_row(num_columns, DEFAULT_GROUP_SIZE)
+    empty = partial(torch.empty, dtype=torch.int8, device="meta")
+    return DeviceWeight(
+        words=empty(num_rows, -(-num_columns // 16), dtype=torch.int32),
+        exponents=empty(num_rows, groups),
+        trit_accum=empty(num_rows, num_columns),
+        exponent_accum=empty(num_rows, groups),
+        shape=(num_rows, num_columns),
+        group_size=DEFAULT_GROUP_SIZE,
+    )
+
+
+WEIGHT = laid_out(SIDE, SIDE)
 
 GRADIENT_BYTES = {"bfloat16": 2.0, "mxint8": encoded_bytes(SIDE, SIDE) / SIDE**2}
 """Bytes of an element of a gradient that is made orthogonal."""
@@ -173,21 +193,73 @@ def experts(name: str) -> tuple[int, int, int]:
     return weights, 2 * weights, 2 * 2 * slots * width
 
 
-def table_of_experts() -> str:
-    """Return the table of experts and codes over ranks, as Markdown."""
+def codebooks(config: ArbConfig) -> dict[str, tuple[int, CodebookUse]]:
+    """Return the codebooks of a model that reads text, by name: their codes, and what a pass of a rank asks of them at most.
+
+    At most, since every vector may find another code. The rows of the graph are counted beside them, by `nodes_read`.
+    """
+    found = {"text": (config.num_codes, CodebookUse(POSITIONS, POSITIONS, POSITIONS, (POSITIONS,)))}
+    if config.composite_codes:
+        kept = COMPOSITES_PER_CODE * POSITIONS
+        # Proposals are read twice, and a code reads the composites that it keeps. The motifs are read once more for them.
+        composite = CodebookUse(POSITIONS, 2 * POSITIONS + kept, POSITIONS + kept, (POSITIONS, kept))
+        found["text"] = config.num_codes, CodebookUse(POSITIONS, 2 * POSITIONS, POSITIONS, (POSITIONS,))
+        found["composites"] = config.composite_codes, composite
+    return found
+
+
+def nodes_read(config: ArbConfig) -> int:
+    """Return the codes that the graph reads in a pass of a rank at most: those of the positions, and neighbours of each hop."""
+    levels = (POSITIONS * config.num_neighbours**hop for hop in range(config.num_hops + 1))
+    return min(sum(levels), config.num_codes)
+
+
+def table_of_codes() -> str:
+    """Return the table of codebooks whose rows are spread over ranks, as Markdown."""
     lines = [
-        "| preset | weights of experts | gradients, MB | slots, MB | slots over gradients | weights of codes |",
+        "| preset | ranks | codes kept, MB | spread | received, MB | spread | and the graph's neighbours, at most |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name in ("r12", "r14"):
+        config = preset(name)
+        books, columns = codebooks(config), config.code_dim
+        state = sum(codebook_bytes(laid_out(num_codes, columns)) for num_codes, _ in books.values())
+        for count in (2, 8, 64):
+            whole = sum(
+                codes_received_whole(use, num_codes, columns, count, 2) for num_codes, use in books.values()
+            )
+            spread = sum(codes_received_spread(use, columns, count) for _, use in books.values())
+            graph = codes_received_spread(CodebookUse(0, nodes_read(config), 0, ()), columns, count)
+            lines.append(
+                f"| {name} | {count} | {state / 1e6:,.1f} | {state / count / 1e6:,.1f} | {whole / 1e6:,.1f} | {spread / 1e6:,.1f} "
+                f"| {graph / 1e6:,.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def table_of_experts() -> str:
+    """Return the table of experts over ranks, as Markdown."""
+    lines = [
+        "| preset | weights of experts | gradients, MB | slots, MB | slots over gradients | state spread over 8, saved MB |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name in ("small", "r11", "r12", "r14"):
-        config, (weights, gradients, slots) = preset(name), experts(name)
-        codes = (config.num_codes + config.composite_codes) * (config.code_dim if config.num_codes else 0)
+        weights, gradients, slots = experts(name)
+        # Accumulators are on one rank each as it is. Trits and scales are on all.
+        saved = read_bytes(WEIGHT) / SIDE**2 * weights * 7 / 8
         lines.append(
             f"| {name} | {weights / 1e6:,.0f} M | {gradients / 1e6:,.0f} | {slots / 1e6:,.0f} | {slots / gradients:.1f} "
-            f"| {codes / 1e6:,.0f} M |"
+            f"| {saved / 1e6:,.0f} |"
         )
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print(table_of_bytes(), table_of_memory(), table_of_experts(), table_of_steps(), sep="\n\n")
+    print(
+        table_of_bytes(),
+        table_of_memory(),
+        table_of_experts(),
+        table_of_codes(),
+        table_of_steps(),
+        sep="\n\n",
+    )

@@ -204,6 +204,73 @@ def test_one_rank_keeps_the_accumulators_of_a_matrix(found: Found) -> None:
 
 
 @both
+def test_codes_that_ranks_keep_for_each_other_are_one_table(found: Found) -> None:
+    """With rows of codebooks spread over ranks, the state, the census and the checkpoint are those without."""
+    each = [of_rank["spreads_codes"] for of_rank in found[1]]
+    assert len(set(each[0]["hashes"])) == 1 and None not in each[0]["hashes"], each[0]["hashes"]
+    assert all(one["same_census"] for one in each)
+    # Each rank of the one model revives all codes, of the other its own.
+    revived = [one["revived"] for one in each]
+    assert {of_all for of_all, _ in revived} == {sum(own for _, own in revived)} and revived[0][0] > 0
+
+
+@both
+def test_a_rank_keeps_its_part_of_the_codes(found: Found) -> None:
+    """Bytes in memory, accumulators and counts of use among them."""
+    kept = [of_rank["spreads_codes"]["kept"] for of_rank in found[1]]
+    for name in kept[0]:
+        whole, parts = kept[0][name][0], [one[name][1] for one in kept]
+        few = len(kept) == 3 and name.endswith("audio")
+        assert parts == [whole] * len(kept) if few else sum(parts) == whole > max(parts), name
+    assert len(kept[0]) == 4
+
+
+@both
+def test_bytes_of_codes_are_those_of_the_formulas(found: Found) -> None:
+    """A codebook whose rows are spread sends fewer."""
+    whole, spread = found[1][0]["counts_bytes_of_codes"]
+    assert whole[0] == whole[1] and spread[0] == spread[1] > 0
+
+
+@both
+def test_a_run_with_spread_codes_is_the_run_without(found: Found, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So is what one process says of its checkpoint."""
+    folder, ranks = found
+    for of_rank in ranks:
+        plain, spread = of_rank["trains_with_spread_codes"]["runs"]
+        assert plain == spread
+    nano.register(monkeypatch)
+    nano.without_pictures(monkeypatch)
+    shown = io.StringIO()
+    summary = train(
+        TrainOptions(run=folder / "spread", resume=True), console=Console(file=shown, width=999)
+    ).summary
+    assert f"the run had {len(ranks)} ranks and goes on with 1 rank: " in shown.getvalue()
+    assert summary["state_sha256"] == ranks[0]["trains_with_spread_codes"]["runs"][0]["state_sha256"]
+
+
+@both
+def test_codes_that_cannot_be_spread_are_refused(found: Found) -> None:
+    says = [of_rank["trains_with_spread_codes"] for of_rank in found[1]]
+    assert all({**one, "runs": None} == {**says[0], "runs": None} for one in says)
+    few = (
+        "shard_codes is True, but the largest codebook has {} codes, and must have 5 for each of the {} ranks"
+    )
+    assert says[0]["no codes"] == few.format(0, len(says))
+    assert says[0]["few codes"] == few.format(9, len(says))
+    assert "must be False with init_from" in says[0]["begun"]
+    assert "must be False with code_search 'candidates'" in says[0]["candidates"]
+
+
+@two
+def test_two_ranks_go_on_with_a_run_of_four(found: Found) -> None:
+    """The four ranks mapped their data, as they would map what is larger than memory."""
+    first, second = (of_rank["goes_on_with_a_run_of_four"] for of_rank in found[1])
+    assert "at step 3\nthe run had 4 ranks and goes on with 2 ranks: " in first["shown"]
+    assert first["steps"] == second["steps"] == 6 and not second["shown"]
+
+
+@both
 def test_bytes_are_those_of_the_table(found: Found) -> None:
     for dtype, (counted, wanted) in found[1][0]["counts_bytes"].items():
         assert counted == wanted > 0, dtype

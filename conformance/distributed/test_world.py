@@ -191,6 +191,14 @@ def test_each_rank_of_a_host_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPa
         world.World(2, 4).take_device("cuda")
 
 
+def test_one_rank_refuses_to_spread_its_codes(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(nano.TEXT)
+    with pytest.raises(
+        ValueError, match=r"^shard_codes is True, but does nothing with one rank, which keeps all codes$"
+    ):
+        train(options(tmp_path / "text.txt", None, preset="tiny", save=False, shard_codes=True))
+
+
 def test_exchanges_end_when_too_much_is_under_way() -> None:
     """The oldest ends first, and no more end than have to: what has ended is under way no more."""
     group, ended = ranks.GroupRanks.__new__(ranks.GroupRanks), []

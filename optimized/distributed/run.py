@@ -11,6 +11,7 @@ from torch import Tensor
 from arbitor.optimized.distributed.ranks import GroupRanks, owners
 from arbitor.optimized.distributed.world import World, code_sha256
 from arbitor.reference.config import ArbConfig
+from arbitor.reference.constants import TRITS_PER_BYTE
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.types import TernaryWeight
 
@@ -61,6 +62,31 @@ def kept_elsewhere(config: ArbConfig, world: World) -> frozenset[int]:
         return frozenset()
     found = owners(ArbModel(config, device="meta"), world.count)
     return frozenset(tensor_id for tensor_id, owner in found.items() if owner != world.number)
+
+
+def codes_over(config: ArbConfig, world: World, *, asked: bool) -> tuple[int, int]:
+    """Return the number of this rank and how many ranks the rows of codebooks are spread over, as `ArbModel` takes them.
+
+    Args:
+        config, world: of the run.
+        asked: whether rows are to be spread. One rank, which may go on with a run of several, keeps all of them.
+
+    Raises:
+        ValueError: the model has no codebook of five rows for each rank, or does not search all codes.
+    """
+    if not asked or world.count == 1:
+        return 0, 1
+    if config.code_search != "exact":
+        raise ValueError(
+            f"shard_codes is True, but must be False with code_search {config.code_search!r}: ranks search all of their codes"
+        )
+    largest = max(config.num_codes, config.image_codes, config.audio_codes, config.composite_codes)
+    if largest // TRITS_PER_BYTE < world.count:
+        raise ValueError(
+            f"shard_codes is True, but the largest codebook has {largest} codes, and must have {TRITS_PER_BYTE} for each of the "
+            f"{world.count} ranks"
+        )
+    return world.number, world.count
 
 
 def whole_state(model: ArbModel) -> dict[str, TernaryWeight | Tensor] | None:

@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 
-from arbitor.optimized.distributed.run import check_agreement, kept_elsewhere, train_together
+from arbitor.optimized.distributed.run import (
+    check_agreement,
+    codes_over,
+    kept_elsewhere,
+    train_together,
+)
 from arbitor.optimized.distributed.world import World
 from arbitor.optimized.training.adaptation import Adaptation, open_adaptation
 from arbitor.optimized.training.batch_size import BatchSize, fitting_batch
@@ -104,9 +109,17 @@ def prepare(
         raise ValueError(
             f"exchange is {settings.exchange!r}, but does nothing with one rank, which sends no gradients"
         )
+    if world.count == 1 and settings.shard_codes and found.settings is None:
+        raise ValueError("shard_codes is True, but does nothing with one rank, which keeps all codes")
     text = read_text(settings, folder, found.settings)
     config, lost = run_config(settings, found.model)
-    check_memory(config, runtime.device, num_ranks=world.count)
+    spread = codes_over(config, world, asked=settings.shard_codes)
+    if spread[1] > 1 and settings.init_from is not None and found.checkpoint is None:
+        raise ValueError(
+            f"shard_codes is True, but must be False with init_from {settings.init_from!r}: begin without it, and go on with it "
+            "by --resume"
+        )
+    check_memory(config, runtime.device, num_ranks=world.count, codes_over=spread)
     batch_size = fitting_batch(config, settings, runtime) if auto_batch else None
     if batch_size is not None:
         settings = replace(settings, batch=batch_size.windows)
@@ -133,11 +146,13 @@ def prepare(
         dtype=runtime.dtype,
         seed=settings.seed,
         elsewhere=kept_elsewhere(config, world),
+        codes_over=spread,
     )
     config_json = json.loads(config.to_json())
     beginning = None
     if found.checkpoint is not None:
-        check_fits(found.checkpoint, config_json, model)
+        whole = model if spread[1] == 1 else ArbModel(config, device="meta")
+        check_fits(found.checkpoint, config_json, whole)
         model.load_state(found.checkpoint.state)
     elif settings.init_from is not None:
         beginning = begin_with(

@@ -48,18 +48,21 @@ def check_size(config: ArbConfig) -> None:
     _meta(config, config.num_layers)
 
 
-def check_memory(config: ArbConfig, device: str, *, num_ranks: int = 1) -> None:
+def check_memory(
+    config: ArbConfig, device: str, *, num_ranks: int = 1, codes_over: tuple[int, int] = (0, 1)
+) -> None:
     """Refuse to build a model whose state alone is larger than the memory of the machine or of the GPU.
 
     Args:
         config: of a size that `check_size` lets pass.
         device: where it would be built.
         num_ranks: ranks that train it together. Each keeps a part of the accumulators.
+        codes_over: how the rows of codebooks are spread over ranks, as `ArbModel` takes it.
 
     Raises:
         TrainingError: it is larger; the sentence has both sizes.
     """
-    needed = int(least_state_bytes(config) * (1 - ACCUMULATORS * (1 - 1 / num_ranks)))
+    needed = int(least_state_bytes(config, codes_over) * (1 - ACCUMULATORS * (1 - 1 / num_ranks)))
     if device == "cuda":
         there = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     else:
@@ -71,22 +74,26 @@ def check_memory(config: ArbConfig, device: str, *, num_ranks: int = 1) -> None:
         )
 
 
-def least_state_bytes(config: ArbConfig) -> int:
-    """Return the bytes of the canonical state of a model: weights and tables. The layers between first and last are multiplied."""
-    few = _state_bytes(_meta(config, config.num_layers))
+def least_state_bytes(config: ArbConfig, codes_over: tuple[int, int] = (0, 1)) -> int:
+    """Return the bytes of the canonical state of a model: weights and tables. The layers between first and last are multiplied.
+
+    With the rows of codebooks spread over ranks, these are the bytes of the rank that `codes_over` names.
+    """
+    few = _state_bytes(_meta(config, config.num_layers, codes_over))
     if config.num_layers <= FEW:
         return few
-    return few + (config.num_layers - FEW) * (few - _state_bytes(_meta(config, FEW - 1)))
+    return few + (config.num_layers - FEW) * (few - _state_bytes(_meta(config, FEW - 1, codes_over)))
 
 
-def _meta(config: ArbConfig, num_layers: int) -> ArbModel:
+def _meta(config: ArbConfig, num_layers: int, codes_over: tuple[int, int] = (0, 1)) -> ArbModel:
     """Return the model with few layers, without memory.
 
     Raises:
         ValueError: a weight or a table is larger than one can be.
     """
     try:
-        return ArbModel(replace(config, num_layers=min(num_layers, FEW)), device="meta")
+        few = replace(config, num_layers=min(num_layers, FEW))
+        return ArbModel(few, device="meta", codes_over=codes_over)
     except (RuntimeError, OverflowError, MemoryError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"the model {config.name!r} has sizes that cannot be built: {reason}") from None

@@ -75,9 +75,9 @@ class CompositeProposalHead(ArbModule):
         z_BPC = self.code_norm(self.code(F.silu(self.inner(n_BPD))))
         ids_BP = self.codebook.search(z_BPC)
         kept_BP = torch.where(open_BP, ids_BP, -1)
-        z_BPC = when_voting(z_BPC, self.codebook, z_BPC.detach(), kept_BP)
+        z_BPC = when_voting(z_BPC, self.codebook, self.codebook.seen(z_BPC), kept_BP)
         z_BPC = when_voting(z_BPC, self.edges, codes_BP, kept_BP)
-        c_BPC = self.ops.embedding(ids_BP, self.codebook.weight, dtype=self.dtype)
+        c_BPC = self.codebook.decoded(ids_BP, self.codebook.weight)
         through_BPC = c_BPC + (z_BPC - z_BPC.detach())
         # The last position's next motif is not known.
         errors_BP = _distances(through_BPC[:, :-1], motifs_BPC[:, 1:].detach())
