@@ -266,7 +266,15 @@ def counts_faults(world: World, folder: Path) -> Any:
         with model.voting.taking(rate=RATE, step=0, undo=False):
             chosen = torch.tensor([4, 9], device=Place.device) if module is model.embedding.table else None
             module.vote(grad, chosen, chosen=chosen is not None)
-    return int(model.voting.ranks.total(model.voting.faults))
+    spread = together(CODES, world, spread=True)
+    assert spread.shared_vq is not None
+    book = spread.shared_vq.bridge.codebooks["text"]
+    grad = torch.ones(2, book.weight.shape[1], device=Place.device)
+    if world.number == world.count - 1:
+        grad[1] = math.inf
+    with spread.voting.taking(rate=RATE, step=0, undo=False):
+        book.vote(grad, torch.tensor([4, 39], device=Place.device), chosen=True)
+    return [int(each.voting.ranks.total(each.voting.faults)) for each in (model, spread)]
 
 
 def refuses_ranks_that_differ(world: World, folder: Path) -> Any:

@@ -292,8 +292,8 @@ def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_on_all(found: Fou
 
 @both
 def test_a_fault_is_counted_once(found: Found) -> None:
-    """One row of a matrix and one of a table."""
-    assert [of_rank["counts_faults"] for of_rank in found[1]] == [2] * len(found[1])
+    """One row of a matrix and one of a table; and one of a table whose rows are spread."""
+    assert [of_rank["counts_faults"] for of_rank in found[1]] == [[2, 1]] * len(found[1])
 
 
 @both

@@ -1,4 +1,4 @@
-"""Bytes that ranks keep of matrices and codebooks and exchange in a step, by docs/spec/distributed.md. docs/scaling.md has tables."""
+"""Bytes that ranks keep of matrices and codebooks and exchange in a step, by docs/spec/distributed.md. Tables: docs/scaling.md."""
 
 from __future__ import annotations
 
