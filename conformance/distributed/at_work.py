@@ -37,10 +37,8 @@ class Place:
     ops: ModuleType = reference_ops
 
 
-def model_of(
-    config: ArbConfig, dtype: torch.dtype = torch.float32, codes_over: tuple[int, int] = (0, 1)
-) -> ArbModel:
-    return ArbModel(config, ops=Place.ops, device=Place.device, dtype=dtype, seed=3, codes_over=codes_over)
+def model_of(config: ArbConfig, dtype: torch.dtype = torch.float32, **spreads: tuple[int, int]) -> ArbModel:
+    return ArbModel(config, ops=Place.ops, device=Place.device, dtype=dtype, seed=3, **spreads)
 
 
 def random_ids(seed: int = 0) -> torch.Tensor:
@@ -55,8 +53,12 @@ def together(
     exchange: str = "full",
     *,
     spread: bool = False,
+    experts: bool = False,
 ) -> ArbModel:
-    model = model_of(config, dtype, (world.number, world.count) if spread else (0, 1))
+    """Return a model that the ranks train together, with codebooks spread over them, or experts."""
+    number = world.number, world.count
+    asked = {"codes_over": spread, "experts_over": experts}
+    model = model_of(config, dtype, **{name: number for name, is_asked in asked.items() if is_asked})
     train_together(model, world, exchange=exchange)
     return model
 

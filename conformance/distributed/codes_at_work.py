@@ -163,6 +163,6 @@ def trains_with_spread_codes(world: World, folder: Path) -> Any:
         "begun": refused(
             replace(options, init_from=str(folder / "alone"), shard_codes=True, save=False)  # type: ignore[type-var]
         ),
-        "few codes": told(lambda: run.codes_over(small, world, asked=True)),
-        "candidates": told(lambda: run.codes_over(some, world, asked=True)),
+        "few codes": told(lambda: run.spreads_over(small, world, codes=True, experts=False)),
+        "candidates": told(lambda: run.spreads_over(some, world, codes=True, experts=False)),
     }

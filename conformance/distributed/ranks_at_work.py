@@ -63,6 +63,11 @@ from conformance.distributed.codes_at_work import (
     spreads_codes,
     trains_with_spread_codes,
 )
+from conformance.distributed.experts_at_work import (
+    spreads_experts,
+    trains_with_spread_experts,
+    votes_as_one_process,
+)
 from conformance.training import nano
 from conformance.training.runs import Killed, kill_at
 
@@ -409,6 +414,9 @@ CHECKS: tuple[Callable[[World, Path], Any], ...] = (
     shares_windows,
     trains,
     trains_with_spread_codes,
+    spreads_experts,
+    votes_as_one_process,
+    trains_with_spread_experts,
     goes_on_with_a_run_of_four,
     goes_on_with_a_run_of_one,
     goes_on,

@@ -262,6 +262,48 @@ def test_codes_that_cannot_be_spread_are_refused(found: Found) -> None:
     assert "must be False with code_search 'candidates'" in says[0]["candidates"]
 
 
+@both
+def test_experts_that_ranks_keep_for_each_other_learn_as_in_one_process(found: Found) -> None:
+    """Gradients are alike, as the ranks compare. The state is one for one seed, and what one process and new ranks load."""
+    each = [of_rank["spreads_experts"] for of_rank in found[1]]
+    assert all(isinstance(one, dict) for one in each), each
+    assert sorted({name for one in each for name in one["compared"]}) == each[0]["all"]
+    assert len(set(each[0]["hashes"])) == 1 and None not in each[0]["hashes"]
+
+
+@both
+def test_a_rank_keeps_its_experts(found: Found) -> None:
+    """Bytes in memory, accumulators among them, but for the last byte of the trits of a part, which is not full."""
+    kept = [of_rank["spreads_experts"]["kept"] for of_rank in found[1]]
+    for name, (whole, _) in kept[0].items():
+        parts = [one[name][1] for one in kept]
+        assert whole <= sum(parts) < whole + len(parts) and max(parts) < whole, name
+    assert len(kept[0]) == 2
+
+
+@both
+def test_votes_of_spread_experts_are_those_of_one_process(found: Found) -> None:
+    """Outputs, gradients and state, of sums that are exact; and the bytes that were received are those of the formula."""
+    each = [of_rank["votes_as_one_process"] for of_rank in found[1]]
+    assert all(one["same"][:2] == [True, True] for one in each) and each[0]["same"][2]
+    received, wanted = each[0]["bytes"]
+    assert received == wanted > 0
+
+
+@both
+def test_a_run_with_spread_experts_keeps_them_spread(found: Found) -> None:
+    each = [of_rank["trains_with_spread_experts"] for of_rank in found[1]]
+    before, after = each[0]["hashes"]
+    assert before == after
+    lines = [(found[0] / name / "metrics.jsonl").read_text().splitlines() for name in ("spread", "experts")]
+    sent = [json.loads(of_run[-1])["exchanged_bytes"] for of_run in lines]
+    assert sent[0] != sent[1], "slots and gradients of experts are one size"
+    assert len({one["other"] for one in each}) == 1 and "shard_experts" in each[0]["other"]
+    assert found[1][0]["spreads_experts"]["few experts"] == (
+        "shard_experts is True, but a layer has 2 experts, and must have one for each of the 3 ranks"
+    )
+
+
 @two
 def test_two_ranks_go_on_with_a_run_of_four(found: Found) -> None:
     """The four ranks mapped their data, as they would map what is larger than memory."""

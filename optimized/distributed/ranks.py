@@ -28,6 +28,7 @@ from arbitor.reference.graph.layers import TernaryEmbedding
 from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.graph.mxint8 import decoded, encoded
 from arbitor.reference.graph.ranks import Gradient, Ranks
+from arbitor.reference.graph.spread import joined
 from arbitor.reference.graph.voting import VOTED_IN
 from arbitor.reference.types import LaidOutWeight, TernaryWeight, without_memory
 
@@ -78,6 +79,9 @@ class GroupRanks(Ranks):
             for each in model.ternary_modules().values()
             if each.spread is not None
         }
+        self._is_table = {
+            each.tensor_id: isinstance(each, TernaryEmbedding) for each in model.ternary_modules().values()
+        }
         for module in model.ternary_modules().values():
             if not self.steps(module.tensor_id):
                 for name in VOTED_IN:
@@ -123,6 +127,10 @@ class GroupRanks(Ranks):
 
     def exchange(self, tensor_id: int, gradient: Gradient, cast: Callable[[Gradient | None], None]) -> None:
         """See `Ranks`."""
+        if tensor_id in self._spreads and not self._is_table[tensor_id]:
+            # The slots of all ranks have met at the rank of their expert.
+            cast(gradient)
+            return
         if gradient.chosen:
             if tensor_id in self._spreads:
                 self._exchange_spread(tensor_id, gradient, cast)
@@ -193,19 +201,23 @@ class GroupRanks(Ranks):
                 weight = weight.with_tensors(**self._brought(weight, owner))
             canonical = self._model.ops.to_spec(weight)
             if module.spread is not None:
-                # A rank has whole bytes of the canonical form.
-                whole = {part: self._put_together(each) for part, each in canonical.tensors().items()}
+                parts = {part: self._parts_of(each) for part, each in canonical.tensors().items()}
                 if self.number == 0:
-                    shape = module.spread.num_rows, weight.shape[1]
-                    found[name] = replace(canonical, shape=shape, **whole)
+                    found[name] = joined(
+                        [
+                            replace(
+                                canonical, shape=tuple(accum.shape), **dict(zip(parts, each, strict=True))
+                            )
+                            for accum, *each in zip(parts["trit_accum"], *parts.values(), strict=True)
+                        ]
+                    )
             elif self.number == 0:
                 found[name] = canonical.to("cpu")
         for name, keeper in self._model.table_modules().items():
             for table, content in keeper.tables().items():
-                if keeper.spread is not None:
-                    content = self._put_together(content)
+                contents = [content] if keeper.spread is None else self._parts_of(content)
                 if self.number == 0:
-                    found[f"{name}.{table}"] = content.to("cpu")
+                    found[f"{name}.{table}"] = torch.cat([each.to("cpu") for each in contents])
         return None if self.number else found
 
     def measured(self) -> tuple[float, int]:
@@ -303,20 +315,19 @@ class GroupRanks(Ranks):
                 found[name] = arrived.to(tensor.device)
         return found
 
-    def _put_together(self, own: Tensor) -> Tensor:
-        """Return the parts of a tensor that all ranks have, one after the other, on the CPU of rank 0; on others their own part."""
+    def _parts_of(self, own: Tensor) -> list[Tensor]:
+        """Return the tensors that all ranks have, of one shape but for the first dimension, on the CPU of rank 0; [] on others."""
         own = own.cpu()
         sizes = [int(each) for each in self._gathered(torch.tensor(len(own)))]
         if self.number:
             with answered():
                 dist.send(as_bytes(own), dst=0)
-            return own
-        whole = own.new_empty(sum(sizes), *own.shape[1:])
-        whole[: sizes[0]] = own
-        for rank, part in enumerate(whole.split(sizes)[1:], start=1):
+            return []
+        arrived = [own.new_empty(size, *own.shape[1:]) for size in sizes[1:]]
+        for rank, part in enumerate(arrived, start=1):
             with answered():
                 dist.recv(as_bytes(part), src=rank)
-        return whole
+        return [own, *arrived]
 
     def _cast_once(self, tensor_id: int, total: Gradient, cast: Callable[[Gradient | None], None]) -> None:
         """Cast a gradient that all ranks have, and count its faults on one of them."""
@@ -432,8 +443,11 @@ def owners(model: ArbModel, count: int) -> dict[int, int]:
 
 
 def has_owner(module: TernaryModule) -> bool:
-    """Return whether a weight is stepped by one rank: a matrix that can vote is, a table is stepped by all."""
-    return not isinstance(module, TernaryEmbedding) and not module.built_frozen
+    """Return whether a weight is stepped by one rank: a matrix that can vote is, unless ranks keep some of its rows each.
+
+    A table is stepped by all.
+    """
+    return not isinstance(module, TernaryEmbedding) and not module.built_frozen and module.spread is None
 
 
 def in_order(parts: Iterable[Tensor]) -> Tensor:

@@ -104,3 +104,17 @@ def codes_received_spread(use: CodebookUse, columns: int, count: int, *, share: 
     return found + share * (
         use.fetched * (columns + _ID_BYTES) + use.voted * (_VOTE_BYTES * columns + _ID_BYTES)
     )
+
+
+def slots_received(slots: int, columns: int, num_outputs: int, element_bytes: int) -> int:
+    """Return the bytes that slots at another rank cost all ranks in a pass through one matrix of their experts.
+
+    Left out are the lengths of what is sent.
+
+    Args:
+        slots: those whose expert another rank keeps.
+        columns, num_outputs: of the matrix of an expert.
+        element_bytes: bytes of an element of an activation.
+    """
+    # The input goes there and the output comes back. In the backward pass it is the other way round.
+    return slots * (_ID_BYTES + 2 * (columns + num_outputs) * element_bytes)

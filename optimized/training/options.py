@@ -346,6 +346,15 @@ class Settings:
             commands=("train",),
         ),
     ]
+    shard_experts: Annotated[
+        bool,
+        Option(
+            help="Each of several ranks keeps some experts of each layer, to which positions travel",
+            default=False,
+            bound=True,
+            commands=("train",),
+        ),
+    ]
     lora_rank: Annotated[int | None, _of_adapters("lora_rank", "Rank of the adapters", low=1, high=2**16)]
     lora_alpha: Annotated[
         float | None,

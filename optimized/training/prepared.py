@@ -11,8 +11,8 @@ import torch
 
 from arbitor.optimized.distributed.run import (
     check_agreement,
-    codes_over,
     kept_elsewhere,
+    spreads_over,
     train_together,
 )
 from arbitor.optimized.distributed.world import World
@@ -109,17 +109,17 @@ def prepare(
         raise ValueError(
             f"exchange is {settings.exchange!r}, but does nothing with one rank, which sends no gradients"
         )
-    if world.count == 1 and settings.shard_codes and found.settings is None:
-        raise ValueError("shard_codes is True, but does nothing with one rank, which keeps all codes")
+    sharded = [name for name in ("shard_codes", "shard_experts") if getattr(settings, name)]
+    if world.count == 1 and sharded and found.settings is None:
+        raise ValueError(f"{sharded[0]} is True, but does nothing with one rank, which keeps the whole model")
     text = read_text(settings, folder, found.settings)
     config, lost = run_config(settings, found.model)
-    spread = codes_over(config, world, asked=settings.shard_codes)
-    if spread[1] > 1 and settings.init_from is not None and found.checkpoint is None:
+    spreads = spreads_over(config, world, codes=settings.shard_codes, experts=settings.shard_experts)
+    if spreads and settings.init_from is not None and found.checkpoint is None:
         raise ValueError(
-            f"shard_codes is True, but must be False with init_from {settings.init_from!r}: begin without it, and go on with it "
-            "by --resume"
+            f"{sharded[0]} is True, but must be False with init_from {settings.init_from!r}, whose weights are taken over whole"
         )
-    check_memory(config, runtime.device, num_ranks=world.count, codes_over=spread)
+    check_memory(config, runtime.device, num_ranks=world.count, spreads=spreads)
     batch_size = fitting_batch(config, settings, runtime) if auto_batch else None
     if batch_size is not None:
         settings = replace(settings, batch=batch_size.windows)
@@ -145,13 +145,13 @@ def prepare(
         device=runtime.device,
         dtype=runtime.dtype,
         seed=settings.seed,
-        elsewhere=kept_elsewhere(config, world),
-        codes_over=spread,
+        elsewhere=kept_elsewhere(config, world, spreads),
+        **spreads,
     )
     config_json = json.loads(config.to_json())
     beginning = None
     if found.checkpoint is not None:
-        whole = model if spread[1] == 1 else ArbModel(config, device="meta")
+        whole = ArbModel(config, device="meta") if spreads else model
         check_fits(found.checkpoint, config_json, whole)
         model.load_state(found.checkpoint.state)
     elif settings.init_from is not None:

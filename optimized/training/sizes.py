@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ REPEATS = {"num_layers": 1024, "num_hops": 64, "video_steps": 1024}
 
 ACCUMULATORS = 5 / 6
 """Most of the state of a weight that its accumulators take: a byte a trit beside a fifth."""
+
+NO_SPREADS: Mapping[str, Any] = MappingProxyType({})
+"""Nothing that is spread over ranks."""
 
 FEW = 2
 """How many of each are built to see what one more costs."""
@@ -49,7 +53,7 @@ def check_size(config: ArbConfig) -> None:
 
 
 def check_memory(
-    config: ArbConfig, device: str, *, num_ranks: int = 1, codes_over: tuple[int, int] = (0, 1)
+    config: ArbConfig, device: str, *, num_ranks: int = 1, spreads: Mapping[str, Any] = NO_SPREADS
 ) -> None:
     """Refuse to build a model whose state alone is larger than the memory of the machine or of the GPU.
 
@@ -57,12 +61,12 @@ def check_memory(
         config: of a size that `check_size` lets pass.
         device: where it would be built.
         num_ranks: ranks that train it together. Each keeps a part of the accumulators.
-        codes_over: how the rows of codebooks are spread over ranks, as `ArbModel` takes it.
+        spreads: what is spread over ranks, as `ArbModel` takes it.
 
     Raises:
         TrainingError: it is larger; the sentence has both sizes.
     """
-    needed = int(least_state_bytes(config, codes_over) * (1 - ACCUMULATORS * (1 - 1 / num_ranks)))
+    needed = int(least_state_bytes(config, spreads) * (1 - ACCUMULATORS * (1 - 1 / num_ranks)))
     if device == "cuda":
         there = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     else:
@@ -74,18 +78,18 @@ def check_memory(
         )
 
 
-def least_state_bytes(config: ArbConfig, codes_over: tuple[int, int] = (0, 1)) -> int:
+def least_state_bytes(config: ArbConfig, spreads: Mapping[str, Any] = NO_SPREADS) -> int:
     """Return the bytes of the canonical state of a model: weights and tables. The layers between first and last are multiplied.
 
-    With the rows of codebooks spread over ranks, these are the bytes of the rank that `codes_over` names.
+    With something spread over ranks, these are the bytes of the rank that `spreads` names.
     """
-    few = _state_bytes(_meta(config, config.num_layers, codes_over))
+    few = _state_bytes(_meta(config, config.num_layers, spreads))
     if config.num_layers <= FEW:
         return few
-    return few + (config.num_layers - FEW) * (few - _state_bytes(_meta(config, FEW - 1, codes_over)))
+    return few + (config.num_layers - FEW) * (few - _state_bytes(_meta(config, FEW - 1, spreads)))
 
 
-def _meta(config: ArbConfig, num_layers: int, codes_over: tuple[int, int] = (0, 1)) -> ArbModel:
+def _meta(config: ArbConfig, num_layers: int, spreads: Mapping[str, Any] = NO_SPREADS) -> ArbModel:
     """Return the model with few layers, without memory.
 
     Raises:
@@ -93,7 +97,7 @@ def _meta(config: ArbConfig, num_layers: int, codes_over: tuple[int, int] = (0, 
     """
     try:
         few = replace(config, num_layers=min(num_layers, FEW))
-        return ArbModel(few, device="meta", codes_over=codes_over)
+        return ArbModel(few, device="meta", **spreads)
     except (RuntimeError, OverflowError, MemoryError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"the model {config.name!r} has sizes that cannot be built: {reason}") from None

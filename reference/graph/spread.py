@@ -1,12 +1,13 @@
-"""Rows of a table spread over ranks: which rank keeps which, and how ranks read, search and revive rows that others keep.
+"""Rows of a weight spread over ranks: which rank keeps which, and how ranks read, search and revive rows that others keep.
 
 A function that exchanges is called by every rank. What it returns is what one process returns that has all rows. The rule is in
 docs/spec/distributed.md.
-Legend: N rows of the table, P ranks, C columns, Q vectors of a rank, R vectors of all ranks.
+Legend: N rows of the table, P ranks, C columns, Q vectors of a rank, R vectors of all ranks, M slots of a rank.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -26,6 +27,7 @@ from arbitor.reference.constants import (
 )
 from arbitor.reference.graph.ranks import Ranks
 from arbitor.reference.ops.codebook import revived_trits, whole_sixteenths
+from arbitor.reference.ops.packing import pack_trits, trits_of
 from arbitor.reference.types import LaidOutWeight, TernaryWeight
 
 Read = Callable[[Tensor], Tensor]
@@ -39,27 +41,27 @@ _IDS = 2**32
 class Spread:
     """Which rows of a table each rank keeps, and which of them this rank does.
 
-    Math:    blocks of 5 rows, S = ceil(N / 5) of them; rank r keeps the blocks from floor(r S / P) up to floor((r + 1) S / P), so
-             that the trits of a rank are whole bytes of the canonical form
+    Math:    blocks of b rows, S = ceil(N / b) of them; rank r keeps the blocks from floor(r S / P) up to floor((r + 1) S / P)
     Fields:
         num_rows: N.
         number:   this rank.
         count:    P, at most S, so that each rank keeps rows.
+        block:    b: the rows of an expert; else 5, so that the trits of a rank are whole bytes of the canonical form.
     """
 
     num_rows: int
     number: int
     count: int
+    block: int = TRITS_PER_BYTE
 
     @property
     def _blocks(self) -> int:
-        return -(-self.num_rows // TRITS_PER_BYTE)
+        return -(-self.num_rows // self.block)
 
     def rows_of(self, rank: int) -> range:
         """Return the rows that a rank keeps."""
         first, last = (
-            min(each * self._blocks // self.count * TRITS_PER_BYTE, self.num_rows)
-            for each in (rank, rank + 1)
+            min(each * self._blocks // self.count * self.block, self.num_rows) for each in (rank, rank + 1)
         )
         return range(first, last)
 
@@ -70,7 +72,7 @@ class Spread:
 
     def keepers(self, ids: Tensor) -> Tensor:
         """Return the rank that keeps each row, int64, for ids of 0 .. N - 1."""
-        return ((ids // TRITS_PER_BYTE + 1) * self.count - 1) // self._blocks
+        return ((ids // self.block + 1) * self.count - 1) // self._blocks
 
     def places(self, ids: Tensor) -> Tensor:
         """Return the places of rows among those of this rank, and -1 for rows that it does not keep."""
@@ -80,12 +82,20 @@ class Spread:
     def part(self, weight: TernaryWeight) -> TernaryWeight:
         """Return the rows of a whole weight that this rank keeps, copied."""
         rows, num_columns = self.rows, weight.shape[1]
-        bytes_ = slice(rows.start * num_columns // TRITS_PER_BYTE, packed_bytes(rows.stop * num_columns))
-        tensors: dict[str, Any] = {
-            name: (tensor[bytes_] if name == "packed" else tensor[rows.start : rows.stop]).clone()
+        first, last = rows.start * num_columns, rows.stop * num_columns
+        by_row: dict[str, Any] = {
+            name: tensor[rows.start : rows.stop].clone()
             for name, tensor in weight.tensors().items()
+            if name != "packed"
         }
-        return replace(weight, shape=(len(rows), num_columns), **tensors)
+        ends = last % TRITS_PER_BYTE == 0 or rows.stop == self.num_rows
+        if first % TRITS_PER_BYTE == 0 and ends:
+            packed = weight.packed[first // TRITS_PER_BYTE : packed_bytes(last)].clone()
+        elif weight.device.type == "meta":
+            packed = weight.packed.new_empty(packed_bytes(last - first))
+        else:
+            packed = pack_trits(trits_of(weight)[rows.start : rows.stop])
+        return replace(weight, shape=(len(rows), num_columns), packed=packed, **by_row)
 
     def dealt(self, ids: Tensor, *values: Tensor) -> list[list[Tensor]]:
         """Return ids and their values by the rank that keeps the rows: a list of P tensors for each argument.
@@ -110,6 +120,22 @@ class Spread:
         ends = min(first + size, rows.stop), min(first + size - self.num_rows, rows.stop)
         before, after = (max(end - begin, 0) for begin, end in zip(begins, ends, strict=True))
         return (begins[0] - rows.start if before else 0), (before, after)
+
+
+def joined(parts: Sequence[TernaryWeight]) -> TernaryWeight:
+    """Return a whole weight of the parts that the ranks keep, in the order of their numbers."""
+    first = parts[0]
+    shape = sum(part.shape[0] for part in parts), first.shape[1]
+    by_row: dict[str, Any] = {
+        name: torch.cat([part.tensors()[name] for part in parts])
+        for name in first.tensors()
+        if name != "packed"
+    }
+    if all(math.prod(part.shape) % TRITS_PER_BYTE == 0 for part in parts[:-1]):
+        packed = torch.cat([part.packed for part in parts])
+    else:
+        packed = pack_trits(torch.cat([trits_of(part) for part in parts]))
+    return replace(first, shape=shape, packed=packed, **by_row)
 
 
 def fetched(ids: Tensor, spread: Spread, read: Read, ranks: Ranks, dtype: torch.dtype) -> Tensor:
@@ -257,3 +283,30 @@ def revival(
     earlier = sum(before for before, _ in counts_P2[: spread.number])
     wrapped = sum(before for before, _ in counts_P2) + sum(after for _, after in counts_P2[: spread.number])
     return place, vectors_of_rows(dead_W, (earlier, wrapped), before, chosen_F)
+
+
+class Slots:
+    """The slots of this rank at the ranks that keep their experts, and those of all ranks at this one.
+
+    Attributes:
+        experts: int64, the expert of each slot that has arrived here, by its place among the experts of this rank. The slots of
+            rank 0 come first, and those of a rank keep their order.
+    """
+
+    def __init__(self, experts_M: Tensor, spread: Spread, ranks: Ranks) -> None:
+        """Deal slots by their experts, int64 [M] in -1 .. E - 1. A slot of -1 stays."""
+        rows_M = torch.where(experts_M < 0, -1, experts_M * spread.block)
+        rows, places = spread.dealt(rows_M, torch.arange(len(rows_M), device=rows_M.device))
+        arrived = ranks.dealt(rows)
+        self.experts = (torch.cat(arrived) - spread.rows.start) // spread.block
+        self._ranks, self._num_slots, self._places = ranks, len(experts_M), torch.cat(places)
+        self._sent, self._arrived = [len(each) for each in places], [len(each) for each in arrived]
+
+    def there(self, values_MK: Tensor) -> Tensor:
+        """Return what the slots at this rank were given, for what this rank gives to its own slots, [M, K]."""
+        return torch.cat(self._ranks.dealt(list(values_MK[self._places].split(self._sent))))
+
+    def back(self, values: Tensor) -> Tensor:
+        """Return what the slots of this rank were given, [M, K], for what this rank gives to the slots at it; zeros for -1."""
+        home = torch.cat(self._ranks.dealt(list(values.split(self._arrived))))
+        return home.new_zeros(self._num_slots, *home.shape[1:]).index_copy_(0, self._places, home)

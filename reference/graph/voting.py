@@ -420,9 +420,11 @@ class Voting:
     def _pieces(self, taken: Pass, votes: Sequence[Vote], made: Tensor) -> list[Callable[[], None]]:
         """Return the calls that count the votes of alike weights, whose orthogonal gradients lie one below the other.
 
-        One call counts for all of them, unless some rows vote, or a weight votes twice: a count saturates, so that order matters.
+        One call counts for all of them, unless some rows vote, or rows of a later part of a weight, or a weight votes twice. A count
+        saturates, so that order matters then.
         """
-        if votes[0].rows is None and len({vote.tensor_id for vote in votes}) == len(votes) > 1:
+        parts = any(vote.first_row for vote in votes)
+        if votes[0].rows is None and not parts and len({vote.tensor_id for vote in votes}) == len(votes) > 1:
             return [partial(self._count_together, taken, votes, made)]
         of_weights: dict[int, list[Vote]] = {}
         for vote, grad_NK in zip(votes, made.split([len(vote.grad_NK) for vote in votes]), strict=True):
