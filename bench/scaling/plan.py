@@ -21,6 +21,7 @@ from arbitor.optimized.distributed.sizes import (
     kept_bytes,
     read_bytes,
     received_bytes,
+    slots_received,
 )
 from arbitor.optimized.layouts import DeviceWeight
 from arbitor.reference.config import ArbConfig
@@ -183,14 +184,15 @@ def experts(name: str) -> tuple[int, int, int]:
     """Return the weights of the experts of a preset, and what a rank of very many receives for them in a step.
 
     Returns:
-        Weights; bytes of their gradients in bfloat16; and bytes of the slots if experts were spread over ranks: a slot takes the
-        position to the rank of its expert and the modulation back, and the backward pass takes the gradients of both.
+        Weights; bytes of their gradients in bfloat16; and bytes of the slots if experts are spread over ranks.
     """
     config = preset(name)
     width = config.width + config.shared_inner
     weights = config.num_layers * config.num_experts * config.expert_rank * width
     slots = config.num_layers * config.top_k * POSITIONS
-    return weights, 2 * weights, 2 * 2 * slots * width
+    down = slots_received(slots, config.width, config.expert_rank, 2)
+    up = slots_received(slots, config.expert_rank, config.shared_inner, 2)
+    return weights, 2 * weights, down + up
 
 
 def codebooks(config: ArbConfig) -> dict[str, tuple[int, CodebookUse]]:

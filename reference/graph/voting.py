@@ -420,7 +420,7 @@ class Voting:
     def _pieces(self, taken: Pass, votes: Sequence[Vote], made: Tensor) -> list[Callable[[], None]]:
         """Return the calls that count the votes of alike weights, whose orthogonal gradients lie one below the other.
 
-        One call counts for all of them, unless some rows vote, or rows of a later part of a weight, or a weight votes twice. A count
+        One call counts for all of them, unless some rows vote, or a later part of a weight, or a weight votes twice. A count
         saturates, so that order matters then.
         """
         parts = any(vote.first_row for vote in votes)
