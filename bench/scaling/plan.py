@@ -195,47 +195,80 @@ def experts(name: str) -> tuple[int, int, int]:
     return weights, 2 * weights, down + up
 
 
-def codebooks(config: ArbConfig) -> dict[str, tuple[int, CodebookUse]]:
-    """Return the codebooks of a model that reads text, by name: their codes, and what a pass of a rank asks of them at most.
+@dataclass(frozen=True)
+class CodeTable:
+    """A table with a row for each code, and what a pass of a rank asks of it at most, as every vector may find another code.
 
-    At most, since every vector may find another code. The rows of the graph are counted beside them, by `nodes_read`.
+    Fields:
+        num_rows, columns: of the table.
+        use:      what is asked.
+        integers: bytes of a row beside the weight and the count of use of a codebook, or of the weight of edges.
     """
-    found = {"text": (config.num_codes, CodebookUse(POSITIONS, POSITIONS, POSITIONS, (POSITIONS,)))}
-    if config.composite_codes:
+
+    num_rows: int
+    columns: int
+    use: CodebookUse
+    integers: int = 0
+
+    @property
+    def kept(self) -> int:
+        """Bytes on a GPU."""
+        weight = laid_out(self.num_rows, self.columns)
+        if self.integers:
+            return sum(tensor.nbytes for tensor in weight.tensors().values()) + self.integers * self.num_rows
+        return codebook_bytes(weight)
+
+
+def code_tables(config: ArbConfig) -> list[CodeTable]:
+    """Return the codebooks of a model that reads text, and the edges of their codes.
+
+    A position reads its code, the codes that `nodes_read` counts, and in a model with composites its code once more, for the motif.
+    Its proposal is read twice, and its code reads the composites that it keeps.
+    """
+    composites = bool(config.composite_codes)
+    nodes, inner = (nodes_read(config, config.num_hops - last) for last in (0, 1))
+    codes = CodebookUse(POSITIONS, POSITIONS * (1 + composites) + nodes, POSITIONS, (POSITIONS,))
+    found = [
+        CodeTable(config.num_codes, config.code_dim, codes),
+        _edges(config.num_codes, config.num_neighbours, inner),
+    ]
+    if composites:
         kept = COMPOSITES_PER_CODE * POSITIONS
-        # Proposals are read twice, and a code reads the composites that it keeps. The motifs are read once more for them.
-        composite = CodebookUse(POSITIONS, 2 * POSITIONS + kept, POSITIONS + kept, (POSITIONS, kept))
-        found["text"] = config.num_codes, CodebookUse(POSITIONS, 2 * POSITIONS, POSITIONS, (POSITIONS,))
-        found["composites"] = config.composite_codes, composite
+        proposals = CodebookUse(POSITIONS, 2 * POSITIONS + kept, POSITIONS + kept, (POSITIONS, kept))
+        found += [
+            CodeTable(config.composite_codes, config.code_dim, proposals),
+            _edges(config.num_codes, COMPOSITES_PER_CODE, POSITIONS),
+        ]
     return found
 
 
-def nodes_read(config: ArbConfig) -> int:
-    """Return the codes that the graph reads in a pass of a rank at most: those of the positions, and neighbours of each hop."""
-    levels = (POSITIONS * config.num_neighbours**hop for hop in range(config.num_hops + 1))
-    return min(sum(levels), config.num_codes)
+def nodes_read(config: ArbConfig, hops: int) -> int:
+    """Return the codes that the graph reads at most: those of a rank's positions, and the neighbours that so many hops reach."""
+    return min(sum(POSITIONS * config.num_neighbours**hop for hop in range(hops + 1)), config.num_codes)
+
+
+def _edges(num_codes: int, num_neighbours: int, read: int) -> CodeTable:
+    """Return the edges of codes. Their neighbours, of which some rows are read, travel in the bytes of as many rows that vote."""
+    use = CodebookUse(0, read, 2 * read, (read,))
+    return CodeTable(num_codes, num_neighbours, use, integers=(4 + 1) * num_neighbours)
 
 
 def table_of_codes() -> str:
-    """Return the table of codebooks whose rows are spread over ranks, as Markdown."""
+    """Return the table of codebooks and edges whose rows are spread over ranks, as Markdown."""
     lines = [
-        "| preset | ranks | codes kept, MB | spread | received, MB | spread | and the graph's neighbours, at most |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| preset | ranks | kept, MB | kept, spread | received, MB | received, spread |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for name in ("r12", "r14"):
-        config = preset(name)
-        books, columns = codebooks(config), config.code_dim
-        state = sum(codebook_bytes(laid_out(num_codes, columns)) for num_codes, _ in books.values())
+        tables = code_tables(preset(name))
+        kept = sum(each.kept for each in tables)
         for count in (2, 8, 64):
             whole = sum(
-                codes_received_whole(use, num_codes, columns, count, 2) for num_codes, use in books.values()
+                codes_received_whole(each.use, each.num_rows, each.columns, count, 2) for each in tables
             )
-            spread = sum(codes_received_spread(use, columns, count) for _, use in books.values())
-            graph = codes_received_spread(CodebookUse(0, nodes_read(config), 0, ()), columns, count)
-            lines.append(
-                f"| {name} | {count} | {state / 1e6:,.1f} | {state / count / 1e6:,.1f} | {whole / 1e6:,.1f} | {spread / 1e6:,.1f} "
-                f"| {graph / 1e6:,.1f} |"
-            )
+            spread = sum(codes_received_spread(each.use, each.columns, count) for each in tables)
+            cells = [f"{each / 1e6:,.1f}" for each in (kept, kept / count, whole, spread)]
+            lines.append(f"| {name} | {count} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -21,6 +21,7 @@ from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.options import TrainOptions
 from arbitor.reference.graph import spread as spread_module
 from arbitor.reference.graph.codebook import TernaryVQCodebook
+from arbitor.reference.graph.ternary_graph import EdgeTable
 from conformance.distributed.at_work import (
     BATCH,
     RATE,
@@ -57,7 +58,8 @@ def spreads_codes(world: World, folder: Path) -> Any:
         hashes.append(digest_of(model))
         revived.append(sum(int((each >= 0).sum()) for each in vectors))
     whole, model = models
-    books = {n: m for n, m in model.table_modules().items() if isinstance(m, TernaryVQCodebook)}
+    of_codes = (TernaryVQCodebook, EdgeTable)
+    tables = {name: each for name, each in model.table_modules().items() if isinstance(each, of_codes)}
     state = whole_state(model)
     alone = model_of(nano.WHOLE)
     if state is not None:
@@ -72,8 +74,8 @@ def spreads_codes(world: World, folder: Path) -> Any:
         "same_census": reports[:2] == reports[2:],
         "revived": revived,
         "kept": {
-            name: [table_bytes(each) for each in (whole.get_submodule(name), book)]
-            for name, book in books.items()
+            name: [table_bytes(each) for each in (whole.get_submodule(name), table)]
+            for name, table in tables.items()
         },
     }
 
@@ -91,9 +93,9 @@ def watch_revivals(patch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     return found
 
 
-def table_bytes(book: Any) -> int:
-    """Return the bytes that the memory of a codebook has: its weight, and how often codes were used."""
-    return sum(tensor.untyped_storage().nbytes() for tensor in book.buffers())
+def table_bytes(table: Any) -> int:
+    """Return the bytes that the memory of a table has: its weight, and the integers beside it."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in table.buffers())
 
 
 def counts_bytes_of_codes(world: World, folder: Path) -> Any:

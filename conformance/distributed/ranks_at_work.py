@@ -82,7 +82,7 @@ CASES: dict[str, tuple[ArbConfig, torch.dtype, str, bool]] = {
     "bfloat16": (nano.NANO, torch.bfloat16, "full", False),
     "sign votes": (with_fields(nano.NANO, **SIGN_VOTES), torch.float32, "full", False),
     "eight bits": (nano.NANO, torch.bfloat16, "mxint8", False),
-    "spread codes": (PLAIN, torch.bfloat16, "full", True),
+    "spread codes": (replace(PLAIN, num_codes=400), torch.bfloat16, "full", True),
 }
 """Models that are compared with the oracle bit for bit, how gradients travel, and whether rows of codebooks are spread."""
 

@@ -216,13 +216,13 @@ def test_codes_that_ranks_keep_for_each_other_are_one_table(found: Found) -> Non
 
 @both
 def test_a_rank_keeps_its_part_of_the_codes(found: Found) -> None:
-    """Bytes in memory, accumulators and counts of use among them."""
+    """Bytes in memory of four codebooks and two tables of edges: accumulators, counts of use and neighbours among them."""
     kept = [of_rank["spreads_codes"]["kept"] for of_rank in found[1]]
     for name in kept[0]:
         whole, parts = kept[0][name][0], [one[name][1] for one in kept]
         few = len(kept) == 3 and name.endswith("audio")
         assert parts == [whole] * len(kept) if few else sum(parts) == whole > max(parts), name
-    assert len(kept[0]) == 4
+    assert len(kept[0]) == 6
 
 
 @both

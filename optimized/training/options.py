@@ -340,7 +340,7 @@ class Settings:
     shard_codes: Annotated[
         bool,
         Option(
-            help="Each of several ranks keeps a part of the rows of codebooks: the same results in less memory",
+            help="Each of several ranks keeps a part of the codes and their edges: the same results in less memory",
             default=False,
             has_opposite=True,
             commands=("train",),

@@ -58,7 +58,7 @@ class CompositeProposalHead(ArbModule):
         Each composite counts with the sign of its slot. In a backward pass both signs and composites vote.
         """
         codes_R = codes_BP.flatten()
-        kept_RJ = self.edges.get_buffer("neighbours")[codes_R]
+        kept_RJ = self.edges.neighbours_of(codes_R)
         # Only the composites that the codes keep are decoded, not the whole table.
         c_RJC = self.codebook.rows_or_zeros(kept_RJ.to(torch.int64))
         places_RJ = torch.arange(kept_RJ.numel(), dtype=torch.int32, device=kept_RJ.device).view_as(kept_RJ)

@@ -30,7 +30,7 @@ class GraphContext:
         voting:      how weights vote, and the notes that passes left for the next step.
         num_weights: number of weights so far.
         elsewhere:   tensor ids of the weights whose accumulators another rank keeps (`Ranks`).
-        codes_over:  the number of this rank, and how many ranks the rows of codebooks are spread over.
+        codes_over:  the number of this rank, and how many ranks the rows of codebooks and of their edges are spread over.
         experts_over: the same for experts.
         moving:      whether the modules are being moved right now (`graph.module.Part`).
 
@@ -123,9 +123,9 @@ class GraphContext:
         return self.num_weights - 1
 
     def spread_of_codes(self, num_codes: int) -> Spread | None:
-        """Return how the rows of a codebook are spread over ranks; None where this rank keeps all of them.
+        """Return how the rows of a table of codes, or of their edges, are spread over ranks; None where this rank keeps them all.
 
-        A codebook of few rows, which would leave a rank without any, is kept whole by every rank.
+        A table of few rows, which would leave a rank without any, is kept whole by every rank.
         """
         number, count = self.codes_over
         return Spread(num_codes, number, count) if 1 < count <= num_codes // TRITS_PER_BYTE else None

@@ -124,7 +124,8 @@ class ArbModel(Stateful):
         dtype:  dtype of activations: float32, bfloat16, or float64 with the reference.
         seed:   64-bit seed of the starting weights and of the dither.
         elsewhere: tensor ids of the weights whose accumulators another rank keeps; they read as zeros here.
-        codes_over: the number of this rank, and how many ranks the rows of codebooks are spread over; this rank keeps its own.
+        codes_over: the number of this rank, and how many ranks the rows of codebooks and of their edges are spread over; this rank
+            keeps its own.
         experts_over: the same for experts.
 
     Math:    s = sequencer(embedding(ids)); x = shared_vq(s); h = layers(memory(x), nodes = graph(codes));

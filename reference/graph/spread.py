@@ -31,7 +31,7 @@ from arbitor.reference.ops.packing import pack_trits, trits_of
 from arbitor.reference.types import LaidOutWeight, TernaryWeight
 
 Read = Callable[[Tensor], Tensor]
-"""A function from places of rows that this rank keeps, int64 [...], to the rows, float32 [..., C]."""
+"""A function from places of rows that this rank keeps, int64 [...], to the rows, [..., C]; of a ternary table, float32."""
 
 _IDS = 2**32
 """More than a code can be, so that a score and a code make one number."""
@@ -138,16 +138,20 @@ def joined(parts: Sequence[TernaryWeight]) -> TernaryWeight:
     return replace(first, shape=shape, packed=packed, **by_row)
 
 
-def fetched(ids: Tensor, spread: Spread, read: Read, ranks: Ranks, dtype: torch.dtype) -> Tensor:
-    """Return rows of a table, in a dtype, for ids int64 [...] in 0 .. N - 1; exact.
+def sent_rows(ids: Tensor, spread: Spread, read: Read, ranks: Ranks) -> Tensor:
+    """Return rows of a table, [..., C], for ids int64 [...] in 0 .. N - 1, as the ranks that keep them read them.
 
-    Each rank names the rows that it wants once, and is sent a byte for each element.
+    Each rank names the rows that it wants once.
     """
     wanted, places = ids.reshape(-1).unique(return_inverse=True)
     (asked,) = spread.dealt(wanted)
-    answers = [as_bytes(read(theirs - spread.rows.start)) for theirs in ranks.dealt(asked)]
-    rows = of_bytes(torch.cat(ranks.dealt(answers)), dtype)
+    rows = torch.cat(ranks.dealt([read(theirs - spread.rows.start) for theirs in ranks.dealt(asked)]))
     return rows[places].reshape(*ids.shape, rows.shape[1])
+
+
+def fetched(ids: Tensor, spread: Spread, read: Read, ranks: Ranks, dtype: torch.dtype) -> Tensor:
+    """Return rows of a ternary table, in a dtype; exact. They are sent as a byte for each element."""
+    return of_bytes(sent_rows(ids, spread, lambda places: as_bytes(read(places)), ranks), dtype)
 
 
 def as_bytes(rows: Tensor) -> Tensor:
