@@ -35,8 +35,8 @@ from conformance.distributed.at_work import (
 )
 from conformance.training import nano
 
-CODES = replace(nano.NANO, num_codes=40, code_dim=18, num_hops=0)
-"""A model with codes, and without a graph of them."""
+CODES = replace(nano.NANO, num_codes=40, code_dim=18, num_hops=0, num_experts=3)
+"""A model with codes, without a graph of them, and with an expert for each rank."""
 
 
 def spreads_codes(world: World, folder: Path) -> Any:

@@ -310,7 +310,8 @@ def refuses_ranks_that_differ(world: World, folder: Path) -> Any:
 def agrees_on_triton(world: World, folder: Path) -> Any:
     """Votes of a matrix, and of rows that each rank chose, and their step: the same bits by the reference and by kernels.
 
-    So are searches of a codebook whose rows are spread over ranks, its votes, and what becomes of its unused codes.
+    So are searches of a codebook whose rows are spread over ranks, its votes, and what becomes of its unused codes. Experts that are
+    spread are given whole numbers, whose sums are exact.
     """
     # Weights are drawn by the reference, as kernels take seconds for it in the interpreter. The matrix votes as it is, for a
     # gradient that is made orthogonal is not the same in every bit.
@@ -320,13 +321,14 @@ def agrees_on_triton(world: World, folder: Path) -> Any:
     triton.__dict__.update({name: getattr(triton_ops, name) for name in triton_ops.__all__} | drawn)
     digests = []
     for ops in (reference_ops, triton):
-        codes_over = world.number, world.count
-        model = ArbModel(CODES, ops=ops, device=Place.device, seed=3, codes_over=codes_over)
+        number = world.number, world.count
+        model = ArbModel(CODES, ops=ops, device=Place.device, seed=3, codes_over=number, experts_over=number)
         train_together(model, world, exchange="full")
         gate, table = model.byte_head.gate, model.embedding.table
         assert model.shared_vq is not None
         book = model.shared_vq.bridge.codebooks["text"]
-        assert book.spread is not None
+        stack = model.layers[0].moe_graph.moe.expert_up
+        assert book.spread is not None and stack.spread is not None
         generator = torch.Generator().manual_seed(world.number)
         chosen = torch.randperm(table.weight.shape[0], generator=generator)[:7]
         for step in range(2):
@@ -338,6 +340,11 @@ def agrees_on_triton(world: World, folder: Path) -> Any:
                 z.requires_grad_()
                 _, c, losses = book.quantize(z)
                 (c.sum() + losses["codebook"]).backward()
+                x, grad = (
+                    torch.randint(-3, 4, (5, width), generator=generator).float().to(Place.device)
+                    for width in (CODES.expert_rank, CODES.shared_inner)
+                )
+                stack(x, torch.arange(5, device=Place.device) % 4 - 1).backward(grad)
             model.step()
         digests.append(digest_of(model))
     return digests
