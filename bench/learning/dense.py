@@ -64,8 +64,11 @@ class DenseOps:
     def linear(self, x: Tensor, weight: DenseWeight) -> Tensor:
         return F.linear(x, weight.value.to(x.dtype))
 
-    def linear_input_grad(self, grad: Tensor, weight: DenseWeight) -> Tensor:
-        return grad @ weight.value.to(grad.dtype)
+    def linear_input_grad(self, grad: Tensor, weight: DenseWeight, *, out: Tensor | None = None) -> Tensor:
+        w_NK = weight.value.to(grad.dtype)
+        if out is None:
+            return grad @ w_NK
+        return out.copy_(torch.addmm(out.flatten(0, -2), grad.flatten(0, -2), w_NK).view_as(out))
 
     def linear_weight_grad(self, grad: Tensor, x: Tensor) -> Tensor:
         grad_MN, x_MK = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
