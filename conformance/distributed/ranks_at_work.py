@@ -310,8 +310,8 @@ def refuses_ranks_that_differ(world: World, folder: Path) -> Any:
 def agrees_on_triton(world: World, folder: Path) -> Any:
     """Votes of a matrix, and of rows that each rank chose, and their step: the same bits by the reference and by kernels.
 
-    So are searches of a codebook that is spread over ranks, its votes, and what becomes of its unused codes. Experts that are spread
-    are given whole numbers, whose sums are exact.
+    So are searches of a codebook that is spread over ranks, its votes, and what becomes of its unused codes. Experts that are
+    spread are given whole numbers, whose sums are exact.
     """
     # Weights are drawn by the reference, as kernels take seconds for it in the interpreter. The matrix votes as it is, for a
     # gradient that is made orthogonal is not the same in every bit.
