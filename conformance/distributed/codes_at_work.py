@@ -157,10 +157,13 @@ def trains_with_spread_codes(world: World, folder: Path) -> Any:
     )
     plain = train(replace(options, save=False)).summary  # type: ignore[type-var]
     spread = train(replace(options, run=folder / "spread", shard_codes=True)).summary  # type: ignore[type-var]
+    laid_down = train(TrainOptions(run=folder / "spread", resume=True, shard_codes=False)).summary
     small = replace(nano.WHOLE, num_codes=9, composite_codes=9, image_codes=8, audio_codes=5)
     some = replace(nano.WHOLE, code_search="candidates", sign_bits=2, num_probes=1)
     return {
-        "runs": [{name: run[name] for name in ("state_sha256", "val_bpb")} for run in (plain, spread)],
+        "runs": [
+            {name: run[name] for name in ("state_sha256", "val_bpb")} for run in (plain, spread, laid_down)
+        ],
         "no codes": refused(replace(options, preset="nano", shard_codes=True, save=False)),  # type: ignore[type-var]
         "begun": refused(
             replace(options, init_from=str(folder / "alone"), shard_codes=True, save=False)  # type: ignore[type-var]

@@ -234,11 +234,11 @@ def test_bytes_of_codes_are_those_of_the_formulas(found: Found) -> None:
 
 @both
 def test_a_run_with_spread_codes_is_the_run_without(found: Found, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So is what one process says of its checkpoint."""
+    """So is what ranks that keep all codes say of its checkpoint, and one process."""
     folder, ranks = found
     for of_rank in ranks:
-        plain, spread = of_rank["trains_with_spread_codes"]["runs"]
-        assert plain == spread
+        plain, spread, laid_down = of_rank["trains_with_spread_codes"]["runs"]
+        assert plain == spread == laid_down
     nano.register(monkeypatch)
     nano.without_pictures(monkeypatch)
     shown = io.StringIO()
