@@ -6,6 +6,7 @@ Legend: B batch, T bytes of a window, W validation windows.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arbitor.optimized.training.census import by_kind
 from arbitor.optimized.training.passes import Passes, RecordedPasses
 from arbitor.optimized.training.recording import in_branches
 from arbitor.reference.config import ArbConfig
@@ -30,7 +32,7 @@ from bench.learning.rules import (
     StraightThroughOps,
     integer_bytes,
 )
-from bench.learning.transformer import ByteTransformer
+from bench.learning.transformer import KIND_OF_PART, ByteTransformer
 
 BETAS = (0.9, 0.95)
 """Of AdamW."""
@@ -128,6 +130,32 @@ class Learner:
         if not isinstance(self.model, ArbModel) or not self.model.table_modules():
             return None
         return use_of(self.model, windows_WT, batch=self.architecture.batch)
+
+    def trits(self) -> dict[str, dict[str, Tensor]]:
+        """Return a copy of the trits of each weight, to be given to `flip_rates`; nothing where weights are float."""
+        return {} if self.rule.kind == "float" else self.model.snapshot_trits()
+
+    def flip_rates(self, before: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+        """Return the share of trits that differ from those of `trits`, by kind of weight (docs/training.md)."""
+        weights = {name: self.model.ternary_modules()[name].weight for name in before}
+        if self.rule.kind == "straight-through":
+            changed = {
+                name: (before[name]["value"].sign() != weight.tensors()["value"].sign()).sum()
+                for name, weight in weights.items()
+            }
+        else:
+            changed = self.model.changed_trits(before)
+        kinds: dict[str, list[str]] = {}
+        if isinstance(self.model, ArbModel):
+            kinds = by_kind(before)
+        else:
+            for name in before:
+                kinds.setdefault(KIND_OF_PART[name.split(".")[-1]], []).append(name)
+        return {
+            kind: int(torch.stack([changed[name] for name in names]).sum())
+            / sum(math.prod(weights[name].shape) for name in names)
+            for kind, names in kinds.items()
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all that a step reads and the steps before have made, by name: the state that a run goes on from.
