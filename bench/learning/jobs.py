@@ -40,7 +40,15 @@ TRUNK = "/trunk"
 
 BEST = ("integer", "fixed scales", "straight-through", "float AdamW")
 
-TUNED = ("integer", "averaged", "straight-through", "straight-through Muon", "float AdamW", "float Muon")
+TUNED = (
+    "integer",
+    "averaged",
+    "straight-through",
+    "straight-through Muon",
+    "straight-through groups",
+    "float AdamW",
+    "float Muon",
+)
 """Rules that the suite `tune` sweeps: ours, and the baselines."""
 
 GRID: Mapping[str, tuple[Sequence[float], Sequence[float]]] = {
@@ -48,6 +56,7 @@ GRID: Mapping[str, tuple[Sequence[float], Sequence[float]]] = {
     "averaged": ((4 / 64, 6 / 64, 8 / 64), (0.6, 1.0)),
     "straight-through": ((1e-3, 2e-3, 4e-3), (0.4, 1.0)),
     "straight-through Muon": ((2e-3, 4e-3, 8e-3), (0.4, 1.0)),
+    "straight-through groups": ((1e-3, 2e-3, 4e-3), (0.4, 1.0)),
     "float AdamW": ((7e-4, 1.5e-3, 3e-3), (0.4, 1.0)),
     "float Muon": ((2e-3, 4e-3, 8e-3), (0.4, 1.0)),
 }

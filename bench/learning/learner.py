@@ -28,6 +28,7 @@ from bench.learning.rules import (
     FLOAT_BYTES,
     MUON_BYTES,
     FloatOps,
+    GroupedStraightThroughOps,
     Rule,
     StraightThroughOps,
     integer_bytes,
@@ -78,6 +79,8 @@ class Learner:
         self.rate = torch.zeros((), device=device)
         self.step_number = torch.zeros((), dtype=torch.int64, device=device)
         self.ids_BT = torch.zeros(architecture.batch, architecture.context, dtype=torch.int64, device=device)
+        # Stacks of experts that Muon moves, each with its matrices, which share its memory.
+        self.stacks: list[tuple[torch.nn.Parameter, list[torch.nn.Parameter]]] = []
         self.optimizers = self._optimizers()
         self.recorded: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         # torch's Muon takes its rate from the host in every step.
@@ -214,6 +217,10 @@ class Learner:
         with self.model.voting.taking(rate=self.rate, step=self.step_number, size=size, undo=False):
             loss.backward()
         self.model.step()
+        for master, matrices in self.stacks:
+            for matrix, grad in zip(matrices, master.grad.chunk(len(matrices)), strict=True):
+                matrix.grad = grad
+            master.grad = None
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -244,7 +251,7 @@ class Learner:
         if self.rule.kind == "float":
             return FloatOps(self.dtype)
         if self.rule.kind == "straight-through":
-            return StraightThroughOps(self.dtype)
+            return (GroupedStraightThroughOps if self.rule.groups else StraightThroughOps)(self.dtype)
         if self.device == "cuda":
             from arbitor.optimized import ops as optimized_ops
 
@@ -271,7 +278,13 @@ class Learner:
         """Return AdamW for every weight; or Muon for those whose gradients integer rules make orthogonal, AdamW for the rest."""
         if self.rule.kind == "integer":
             return []
-        muon, adamw = self._masters()
+        stacked, adamw = self._masters()
+        muon: list[Tensor] = []
+        for master, num_matrices in stacked:
+            matrices = [torch.nn.Parameter(part) for part in master.detach().chunk(num_matrices)]
+            if num_matrices > 1:
+                self.stacks.append((master, matrices))
+            muon += matrices if num_matrices > 1 else [master]
         on_gpu = self.device == "cuda"
         found: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
@@ -288,15 +301,21 @@ class Learner:
             found.append(torch.optim.Muon(muon, lr=0.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
         return found
 
-    def _masters(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the float32 weights that Muon moves, and those that AdamW moves."""
-        found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    def _masters(self) -> tuple[list[tuple[torch.nn.Parameter, int]], list[Tensor]]:
+        """Return the float32 weights that Muon moves, each with the number of its matrices, and those that AdamW moves."""
+        muon: list[tuple[torch.nn.Parameter, int]] = []
+        adamw: list[Tensor] = []
         for module in self.model.ternary_modules().values():
-            if not module.frozen:
-                is_muons = self.rule.muon and getattr(module, "orthogonal", False)
-                found[0 if is_muons else 1].append(module.weight.master)  # type: ignore[attr-defined]
-        return found
+            if module.frozen:
+                continue
+            master = module.weight.master  # type: ignore[attr-defined]
+            if self.rule.muon and getattr(module, "orthogonal", False):
+                muon.append((master, getattr(module, "num_groups", 1)))
+            else:
+                adamw.append(master)
+        return muon, adamw
 
     def _float_bytes(self) -> float:
-        muon, adamw = (sum(each.numel() for each in masters) for masters in self._masters())
-        return float(MUON_BYTES * muon + FLOAT_BYTES * adamw)
+        muon, adamw = self._masters()
+        num_muon, num_adamw = sum(master.numel() for master, _ in muon), sum(each.numel() for each in adamw)
+        return float(MUON_BYTES * num_muon + FLOAT_BYTES * num_adamw)
