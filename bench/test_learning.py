@@ -19,15 +19,13 @@ from arbitor.optimized.training.data import (
     training_batch,
     validation_windows,
 )
-from arbitor.optimized.training.errors import TrainingError
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import SIGN_VOTES
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.presets import preset
 from bench import machine
 from bench.learning import __main__ as learning
-from bench.learning import corpora, jobs, learner, report, rules, training
-from bench.learning.corpora import open_corpus
+from bench.learning import jobs, learner, report, rules, training
 from bench.learning.dense import DenseOps, DenseWeight
 from conformance.compare import exact
 from conformance.graph.models import WHOLE
@@ -271,24 +269,6 @@ def text_in(path: Path, number: int = 0, size: int = 3000) -> Path:
     return path
 
 
-def test_a_text_stays_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file and a folder give the corpus of `load_corpus`, read a piece at a time."""
-    monkeypatch.setattr(corpora, "PIECE_BYTES", 7)
-    folder, scratch = tmp_path / "folder", tmp_path / "scratch"
-    folder.mkdir(), scratch.mkdir()
-    for number in range(3):
-        text_in(folder / f"{number}.txt", number, 50 + number)
-    (folder / "weights.pt").write_bytes(b"1")
-    for source in (folder, folder / "1.txt"):
-        found, want = open_corpus(str(source), scratch), load_corpus(str(source))
-        assert torch.equal(found.data_N, want.data_N)
-        assert replace(found, data_N=None) == replace(want, data_N=None)
-    assert not list(scratch.iterdir()), "the copy has no name"
-    (tmp_path / "empty.txt").touch()
-    with pytest.raises(TrainingError, match="is empty"):
-        open_corpus(str(tmp_path / "empty.txt"))
-
-
 def test_the_graph_learns_with_all_its_losses(tmp_path: Path) -> None:
     """A preset trains as `arb train` does: its codebook moves, which the loss of bytes alone does not reach."""
     (tmp_path / "nano.json").write_text(WHOLE.to_json())
@@ -305,7 +285,7 @@ def test_the_graph_learns_with_all_its_losses(tmp_path: Path) -> None:
     exact(tuple(model.model.state().values()), tuple(twin.state().values()))
     tables = sum(table.nbytes for part in twin.table_modules().values() for table in part.tables().values())
     assert model.state_bytes > tables + model.num_weights
-    corpus = open_corpus(str(text_in(tmp_path / "text")))
+    corpus = load_corpus(str(text_in(tmp_path / "text")))
     split = split_corpus(corpus, 16)
     windows = validation_windows(corpus, split, count=3, context=16)
     given = (architecture, rules.RULES["integer"], corpus, split, windows)
@@ -378,7 +358,7 @@ def _trits(model: learner.Learner) -> dict[str, torch.Tensor]:
 def test_flips_of_each_kind_are_those_of_the_trits(name: str, tmp_path: Path) -> None:
     """In the step before each validation, of integers and behind straight-through weights; floats have none."""
     architecture = replace(jobs.SIZES["toy"], batch=2, context=32)
-    corpus = open_corpus(str(text_in(tmp_path / "text")))
+    corpus = load_corpus(str(text_in(tmp_path / "text")))
     split = split_corpus(corpus, 32)
     windows = validation_windows(corpus, split, count=1, context=32)
     rule, how = rules.RULES[name], {"seed": 0, "steps": 4, "device": "cpu", "evaluations": 2}
@@ -405,16 +385,6 @@ def test_flips_of_each_kind_are_those_of_the_trits(name: str, tmp_path: Path) ->
         names = [key for key in after if key.split(".")[-1] in last_parts]
         flipped = sum(int((before[key] != after[key]).sum()) for key in names)
         assert rates[kind] == flipped / sum(after[key].numel() for key in names)
-
-
-def test_a_text_may_be_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Documents of a file, written down once, and called by what they are."""
-    monkeypatch.setenv("ARB_CACHE", str(tmp_path / "cache"))
-    file = tmp_path / "documents.jsonl"
-    file.write_text("".join(json.dumps({"text": f"number {number}"}) + "\n" for number in range(300)))
-    corpus = open_corpus(f"hf:{file}:train")
-    assert bytes(corpus.data_N[:10].tolist()) == b"number 0\n\n"
-    assert jobs.data_name(f"hf:{file}:train") == "documents.jsonl:train"
 
 
 def test_the_page_tells_the_rates_that_the_schedule_has() -> None:

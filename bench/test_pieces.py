@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from arbitor.optimized.training.data import split_corpus, validation_windows
+from arbitor.optimized.training.data import load_corpus, split_corpus, validation_windows
 from bench import machine
 from bench.learning import __main__ as learning
 from bench.learning import jobs, learner, pieces, rules, training
-from bench.learning.corpora import open_corpus
 from bench.test_learning import text_in
 from conformance.compare import exact
 from conformance.graph.models import NANO, WHOLE
@@ -27,7 +26,7 @@ from conformance.graph.models import NANO, WHOLE
 def test_a_run_in_pieces_is_the_run_in_one(rule: str, tmp_path: Path) -> None:
     """Every weight, count and moment is as without a break, and so is the curve."""
     architecture = replace(jobs.SIZES["toy"], batch=2, context=32)
-    corpus = open_corpus(str(text_in(tmp_path / "text")))
+    corpus = load_corpus(str(text_in(tmp_path / "text")))
     split = split_corpus(corpus, 32)
     windows = validation_windows(corpus, split, count=2, context=32)
     given = (architecture, rules.RULES[rule], corpus, split, windows)
@@ -189,7 +188,7 @@ def test_a_graph_in_pieces_is_the_graph_in_one(tmp_path: Path) -> None:
     """Its tables too: uses and ages of codes, neighbours, memory, handicaps; and a mean of gradients."""
     (tmp_path / "nano.json").write_text(WHOLE.to_json())
     architecture = replace(jobs.architecture_of(str(tmp_path / "nano.json")), batch=2, context=16)
-    corpus = open_corpus(str(text_in(tmp_path / "text")))
+    corpus = load_corpus(str(text_in(tmp_path / "text")))
     split = split_corpus(corpus, 16)
     windows = validation_windows(corpus, split, count=2, context=16)
     given = (architecture, rules.RULES["averaged"], corpus, split, windows)

@@ -14,8 +14,7 @@ import torch
 from arbitor.optimized.training import schedule
 from arbitor.optimized.training.data import load_corpus, split_corpus, training_batch, validation_windows
 from bench.learning import __main__ as learning
-from bench.learning import corpora, jobs, judging, learner, rules
-from bench.learning.corpora import open_corpus
+from bench.learning import copies, jobs, judging, learner, rules
 from bench.test_learning import job_of, text_in
 
 
@@ -67,7 +66,7 @@ def test_rules_are_tuned_then_run_then_judged(
         run.get("held_out", {}).get("bpb") for run in json.loads(out.with_suffix(".json").read_text())["runs"]
     ]
     assert held_out[:2] == [None, None] and rows[-1][-2] == f"{sum(held_out[2:]) / 2:.3f}"
-    corpus = open_corpus(str(tmp_path / "other"))
+    corpus = load_corpus(str(tmp_path / "other"))
     windows = validation_windows(corpus, judging.whole(corpus), count=2, context=32)
     model = learner.Learner(toy, rules.RULES["integer"], seed=1, device="cpu")
     for step in range(3):
@@ -178,19 +177,19 @@ def test_windows_that_a_text_has_a_copy_of() -> None:
     data_N = torch.randint(0, 256, (5000,), generator=draws, dtype=torch.uint8)
     starts = [*range(1000, 1033), 0, 5000 - 64]
     windows_WT = torch.stack([data_N[start : start + 64] for start in starts]).long()
-    assert corpora.copied(windows_WT, data_N).all()
-    assert not corpora.copied(windows_WT.flip(1), data_N).any()
+    assert copies.copied(windows_WT, data_N).all()
+    assert not copies.copied(windows_WT.flip(1), data_N).any()
     windows_WT[:, 32] ^= 1
-    assert not corpora.copied(windows_WT, data_N).any()
-    assert not corpora.copied(windows_WT[:, :62], data_N).any(), "shorter than two blocks"
-    assert not corpora.copied(windows_WT, data_N[:31]).any()
+    assert not copies.copied(windows_WT, data_N).any()
+    assert not copies.copied(windows_WT[:, :62], data_N).any(), "shorter than two blocks"
+    assert not copies.copied(windows_WT, data_N[:31]).any()
 
 
 def test_a_held_out_text_is_judged_without_what_was_learned_from(tmp_path: Path) -> None:
-    learned, other = (open_corpus(str(text_in(tmp_path / str(number), number, 640))) for number in (0, 1))
+    learned, other = (load_corpus(str(text_in(tmp_path / str(number), number, 640))) for number in (0, 1))
     (tmp_path / "both").write_bytes((tmp_path / "1").read_bytes() + (tmp_path / "0").read_bytes()[64:576])
     windows_WT, left_out = judging._windows(
-        open_corpus(str(tmp_path / "both")), learned, count=50, context=64
+        load_corpus(str(tmp_path / "both")), learned, count=50, context=64
     )
     assert (windows_WT.shape[0], left_out) == (10, 8)
     assert torch.equal(windows_WT.flatten(), other.data_N.long())

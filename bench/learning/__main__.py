@@ -37,10 +37,9 @@ from typing import Any
 import torch
 from rich.progress import Progress, TaskID
 
-from arbitor.optimized.training.data import Corpus, split_corpus, validation_windows
+from arbitor.optimized.training.data import Corpus, load_corpus, split_corpus, validation_windows
 from arbitor.optimized.training.errors import TrainingError
 from bench import machine, parts
-from bench.learning.corpora import open_corpus
 from bench.learning.jobs import (
     JOB,
     SUITES,
@@ -324,7 +323,7 @@ def check_sizes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 def opened(parser: argparse.ArgumentParser, option: str, sources: Sequence[str]) -> dict[str, Corpus]:
     """Return the texts that an option names, each read once; end the program with a sentence for one that cannot be."""
     try:
-        return {source: open_corpus(source) for source in sources}
+        return {source: load_corpus(source) for source in sources}
     except TrainingError as error:
         parser.error(f"argument {option}: {error}")
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from arbitor.optimized.training.data import Corpus, Segments, Split, validation_windows
-from bench.learning.corpora import copied, open_corpus
+from arbitor.optimized.training.data import Corpus, Segments, Split, load_corpus, validation_windows
+from bench.learning.copies import copied
 from bench.learning.jobs import architecture_in, data_name, rule_in
 from bench.learning.training import judge
 
@@ -60,7 +60,7 @@ def judge_runs(
             raise ValueError(
                 f"the runs learned from {run['data']!r}, which --data must name too, since the held-out text may hold none of it"
             )
-    corpus = open_corpus(source)
+    corpus = load_corpus(source)
     if any(corpus.sha256 == run["data_sha256"] for run in waiting):
         raise ValueError(f"{source!r} is the text that a run learned from, but must be another")
     found, kept = [], {}
