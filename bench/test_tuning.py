@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import torch
 
 from arbitor.optimized.training import schedule
 from arbitor.optimized.training.data import load_corpus, split_corpus, training_batch, validation_windows
+from arbitor.reference.audit import audit
+from bench import machine
 from bench.learning import __main__ as learning
-from bench.learning import copies, jobs, judging, learner, rules
+from bench.learning import copies, jobs, judging, learner, rules, wanted
 from bench.test_learning import job_of, text_in
 
 
@@ -195,3 +198,29 @@ def test_a_held_out_text_is_judged_without_what_was_learned_from(tmp_path: Path)
     assert torch.equal(windows_WT.flatten(), other.data_N.long())
     with pytest.raises(ValueError, match=r"all 10 windows of .* stand in the text"):
         judging._windows(learned, learned, count=50, context=64)
+
+
+def test_the_runs_that_are_wanted_can_be_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The page shows them, each fits a call, and those of this program lay out as many runs as were meant."""
+    monkeypatch.chdir(tmp_path)
+    assert wanted.main(["--out", "wanted"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    page = (machine.ROOT / "docs" / "learning.md").read_text()
+    assert "\n".join(printed) in page and "\n".join(wanted.table()) in page
+    assert all(each.seconds <= wanted.CALL_SECONDS for each in wanted.WANTED)
+    found = []
+    for line in printed:
+        words = shlex.split(line.split("  # ")[0])
+        if words[2] == "bench.learning" and "--judge" not in words:
+            args = learning.parser_of().parse_args(words[3:])
+            learning.check_sizes(learning.parser_of(), args)
+            found.append(len(learning.planned(args, args.suite[0], [])))
+    assert found == [1, 1, 3, 6 * len(jobs.TUNED), 15]
+    weights = sum(area.weights for area in audit(wanted.CONFIGS["wide.json"]).areas)
+    assert weights == pytest.approx(105e6, rel=0.01)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        wanted.main(["--out", "file"])
+    assert "argument --out: is 'file', but must be a folder" in capsys.readouterr().err
