@@ -142,6 +142,13 @@ def test_a_name_that_stands_for_something_else_is_refused(
     assert (run["size"], run["data"]) == ("nano.json", "text"), "no path of this machine"
     assert jobs.architecture_in(run) == jobs.architecture_of(str(config))
     assert learning.main(options) == 0, "nothing is left"
+    corpus = load_corpus(str(text))
+    split = split_corpus(corpus, run["architecture"]["context"])
+    assert (corpus.sha256, split.validation_sha256()) == (run["data_sha256"], run["validation_sha256"])
+    windows = validation_windows(corpus, split, count=run["windows"], context=run["architecture"]["context"])
+    given = (jobs.architecture_in(run), jobs.rule_in(run), corpus, split, windows)
+    again = training.train(*given, seed=run["seed"], steps=run["steps"], device="cpu")
+    assert again["val_bpb"] == run["val_bpb"], "a record says all that it takes"
     if changed == "text":
         text_in(tmp_path / "text", 1, 6000)
     else:

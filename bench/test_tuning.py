@@ -80,6 +80,13 @@ def test_rules_are_tuned_then_run_then_judged(
     with pytest.raises(SystemExit):
         learning.main(judge)
     assert "a held-out text is read once" in capsys.readouterr().err
+    for run in (document := json.loads(out.with_suffix(".json").read_text()))["runs"]:
+        run.pop("held_out", None)
+    out.with_suffix(".json").write_text(json.dumps(document))
+    losses = iter((1.5, math.nan))
+    monkeypatch.setattr(learner.Learner, "bits_per_byte", lambda *_: next(losses))
+    assert learning.main(judge) == 0, "a model that lost its way is a result"
+    assert "| not finite |" in capsys.readouterr().out.splitlines()[-1]
 
 
 def _tuned(rates: dict[float, float], rule: str = "float AdamW") -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ def judge_runs(
     device: str,
     windows: int,
 ) -> None:
-    """Add to each run of the suite `best` what its model makes of a text: `held_out`, a name, a digest and bits per byte.
+    """Add to each run of the suite `best` what its model makes of a text: `held_out`, a name, a digest and bits per byte, or None.
 
     Windows of which the text that a run learned from holds a copy are left out, whether the run learned from that place or was
     chosen by it.
@@ -73,12 +73,10 @@ def judge_runs(
         bpb = judge(
             architecture, rule_in(run), windows_WT, seed=run["seed"], device=device, piece=piece_of(run), job=identity(run)
         )  # fmt: skip
-        if not math.isfinite(bpb):
-            raise ValueError(
-                f"the model of {run['rule']}, {run['size']}, seed {run['seed']} has a loss of {bpb} on the text"
-            )
-        text = {"text": data_name(source), "sha256": corpus.sha256}
-        found.append({**text, "windows": windows_WT.shape[0], "left_out": left_out, "bpb": bpb})
+        text: dict[str, Any] = {"text": data_name(source), "sha256": corpus.sha256}
+        # A model that lost its way has no number, and the others are judged all the same.
+        text["bpb"] = bpb if math.isfinite(bpb) else None
+        found.append({**text, "windows": windows_WT.shape[0], "left_out": left_out})
     # All of them or none.
     for run, held_out in zip(waiting, found, strict=True):
         run["held_out"] = held_out

@@ -53,7 +53,8 @@ def table(runs: Sequence[Run]) -> str:
     for (suite, data, size, steps, rule, rate, decay, commit), same in grouped(runs).items():
         values = [run["val_bpb"] for run in same]
         held_out = [run["held_out"]["bpb"] for run in same if "held_out" in run]
-        shown = f" {mean(held_out):.3f} |" if held_out else " |" if judged else ""
+        words = "not finite" if None in held_out else f"{mean(held_out):.3f}" if held_out else ""
+        shown = f" {words} |" if judged else ""
         lines.append(
             f"| {suite} | {data} | {size} | {steps:,} | {rule} | {rate:.4g} | {decay:g} | {mean(values):.3f} "
             f"| {max(values) - min(values):.3f} | {len(values)} | {same[0]['tokens'] / 1e6:.1f} M "
