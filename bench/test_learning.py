@@ -210,11 +210,13 @@ def test_a_row_that_is_measured_again_takes_the_place_of_the_old_one() -> None:
     ]
     found = learning.merged(documents)["runs"]
     assert [(run["rule"], run["commit"]) for run in found] == [("integer", "old"), ("sign", "new")]
-    assert jobs.measured(job_of("sign"), old) and not jobs.measured(job_of("sign"), new)
+    assert jobs.measured(job_of("sign"), [old]) and not jobs.measured(job_of("sign"), [new])
     wider = {**old, "architecture": {**old["architecture"], "width": 65}}
-    assert not jobs.measured(job_of("sign"), wider), "a size of that name was another one"
+    assert not jobs.measured(job_of("sign"), [wider]), "a size of that name was another one"
     del old["config"], old["architecture"]
-    assert jobs.measured(job_of("sign"), old), "files from before rules were recorded name their commit alone"
+    assert jobs.measured(job_of("sign"), [old]), (
+        "files from before rules were recorded name their commit alone"
+    )
 
 
 def test_what_is_left_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:

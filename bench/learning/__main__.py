@@ -228,7 +228,7 @@ class Work:
         done = [*self.held, *self.runs]
         # Shared out before what is done is left out, or workers that know of different runs would leave some to each other.
         jobs = planned(self.args, suite, done)[self.share]
-        return [job for job in jobs if job not in begun and not any(measured(job, run) for run in done)]
+        return [job for job in jobs if job not in begun and not measured(job, done)]
 
     def _run(self, job: Job) -> bool:
         """Take a run, add it to the results, and return whether it came to its end, or failed."""

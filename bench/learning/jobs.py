@@ -273,12 +273,15 @@ def data_name(data: str) -> str:
     return data if data == "stdlib" else Path(data).name
 
 
-def measured(job: Job, run: Mapping[str, Any]) -> bool:
-    """Return whether a run of some results is this job, and came to something. It may be of another commit, which it names."""
+def measured(job: Job, runs: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether one of some runs is this job, and came to something. It may be of another commit, which it names."""
     wanted = record_of(job)
     # A run of an older file does not hold the fields of its rule and its architecture.
-    held = {**{name: wanted[name] for name in CONTENT}, **run}
-    return "failed" not in run and all(held[name] == wanted[name] for name in (*JOB, *CONTENT))
+    older = {name: wanted[name] for name in CONTENT}
+    return any(
+        "failed" not in run and all({**older, **run}[name] == wanted[name] for name in (*JOB, *CONTENT))
+        for run in runs
+    )
 
 
 def record_of(job: Job) -> dict[str, Any]:
