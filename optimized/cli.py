@@ -29,7 +29,7 @@ from arbitor.optimized.commands import (
     smoke,
     train,
 )
-from arbitor.optimized.start import interruptible
+from arbitor.optimized.interrupts import interruptible
 from arbitor.optimized.training.shown import shown, write_nowhere
 from arbitor.optimized.version import package_version
 
