@@ -42,8 +42,10 @@ from arbitor.reference.graph.audio import SAMPLES_PER_FRAME
 from arbitor.reference.graph.codec import spectra
 from arbitor.reference.graph.router import MODALITIES
 from arbitor.reference.graph.targets import ended_streams
+from arbitor.reference.graph.video import latent_shape
 from arbitor.reference.presets import preset
 from arbitor.sidecars import read_audio, read_image, write_audio
+from bench.media.beside import features_beside
 from bench.media.random_sidecars import write_sidecars
 from bench.media.render import RATE, SLOTS, VOWELS, render, slot_bits, values_of
 
@@ -98,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sidecars = write_sidecars(root / "sidecars", config, root / "video")
     options: dict[str, Any] = {f"data_{kind}": str(root / kind) for kind in SLOTS}
     options["data_speech"] = str(root / "audio")
+    options["feature_cache"] = str(root / "features")
     began = time.monotonic()
     training = TrainOptions(
         run=asked.run,
@@ -116,7 +119,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         **sidecars,
     )
     console = Console()
-    with opened(training, console) as run:
+    side = latent_shape(config.video_latent)[-1]
+    folders = {kind: str(root / kind) for kind in SLOTS}
+    with (
+        features_beside(folders, sidecars, cache=options["feature_cache"], side=side),
+        opened(training, console) as run,
+    ):
         run.take_steps()
         result = run.finish()
         figures = measured(run)
