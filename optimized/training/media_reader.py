@@ -15,7 +15,7 @@ from arbitor.optimized.training.media_files import Item
 from arbitor.optimized.training.media_speech import TOGETHER, padded, tokens_of
 from arbitor.reference.graph.codec import AudioCodec
 from arbitor.reference.graph.targets import NO_TOKEN
-from arbitor.sidecars import SidecarError, read_audio, read_image, read_video
+from arbitor.sidecars import MissingLibraryError, SidecarError, read_audio, read_image, read_video
 from arbitor.sidecars.audio import SAMPLE_RATE, refuse_clip
 from arbitor.sidecars.encoders import Encoders, whole_seconds
 
@@ -137,7 +137,12 @@ class MediaReader:
         return torch.stack([self.feature(kind, item, seconds) for item in items])
 
     def is_readable(self, kind: str, item: Item) -> bool:
-        """Return whether an item can be decoded. Features of what can are made, and kept; a sentence names what cannot."""
+        """Return whether an item can be decoded. Features of what can are made, and kept; a sentence names what cannot.
+
+        Raises:
+            TrainingError: the file was changed or is gone.
+            MissingLibraryError: what decodes it is not installed.
+        """
         decoded, unreadable = (kind, item.content), (kind, str(item))
         if decoded not in self._decoded and unreadable not in self._unreadable:
             try:
@@ -147,6 +152,8 @@ class MediaReader:
                 else:
                     self.feature(kind, item)
                 self._decoded.add(decoded)
+            except MissingLibraryError:
+                raise
             except (SidecarError, ValueError) as error:
                 # A ValueError is about a medium that was decoded, such as a video of four pixels, and names no file.
                 what = f"{str(item)!r}: " if isinstance(error, ValueError) else ""
