@@ -21,7 +21,7 @@ from arbitor.optimized.training.options import TrainOptions
 from arbitor.optimized.training.streams import documents, stream_of, written
 from arbitor.optimized.training.texts import find_texts
 from arbitor.sidecars import SidecarError
-from conformance.training.runs import Killed, kill_at, options
+from conformance.training.runs import options, train_until_killed
 
 needs_datasets = pytest.mark.skipif(
     importlib.util.find_spec("datasets") is None,
@@ -102,10 +102,7 @@ def test_a_killed_run_ends_with_the_same_hash(
     monkeypatch.chdir(tmp_path)
     asked: dict[str, Any] = {"data": f"hf:{jsonl.name}", "stream_bytes": 4000, "steps": 4}
     whole = train(options(jsonl, tmp_path / "whole", **asked)).summary
-    with monkeypatch.context() as patch:
-        kill_at(patch, 2)
-        with pytest.raises(Killed):
-            train(options(jsonl, tmp_path / "killed", **asked))
+    train_until_killed(2, options(jsonl, tmp_path / "killed", **asked))
     for path in cache.glob("*.bin"):
         path.unlink()
     monkeypatch.chdir("/")

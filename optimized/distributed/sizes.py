@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from arbitor.optimized.distributed.changes import changes_bytes
-from arbitor.reference.graph.voting import VOTED_IN
+from arbitor.reference.graph.open_pass import VOTED_IN
 from arbitor.reference.types import LaidOutWeight
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.options import STREAM_BYTES
 from arbitor.optimized.training.streams import is_stream, mapped, written
 from arbitor.optimized.training.texts import STDLIB, find_texts, in_words
 from arbitor.reference.config import NGRAM
@@ -30,9 +31,6 @@ VALIDATION_EVERY = 10
 
 MAPPED_BYTES = 2**30
 """A file of so many bytes is mapped, not read."""
-
-STREAM_BYTES = 2**28
-"""Bytes of a stream that are read, at most, where nobody says."""
 
 MIN_CONTEXT = NGRAM + 1
 """The shortest window, in bytes: three are read to predict the fourth."""
