@@ -35,7 +35,7 @@ help: ## this list
 	@echo "  make demo DEMO=\"--steps 100\"             a shorter run; options of 'arb train' (see: $(BIN)/arb train --help)"
 	@echo "  make test PYTEST=\"-k linear -x\"          part of the suite"
 	@echo "  make test PYTEST=\"--impl some.module\"    the suite against another implementation"
-	@echo "  make lint                                ruff, ruff format, mypy, the import lint"
+	@echo "  make lint                                ruff, ruff format, mypy, the import lint, workflows"
 	@echo "  make format                              let ruff mend what it can"
 	@echo "  make bench PYTEST=\"-k linear\"            one family of benchmarks"
 	@echo "  make docs                                the site, in site/index.html"
@@ -53,11 +53,12 @@ demo-media: $(VENV)/.installed-sidecars $(VENV)/.installed-media ## pictures, so
 test: $(VENV)/.installed-test ## run the conformance suite
 	$(BIN)/python -m pytest conformance -n $(JOBS) --dist worksteal $(PYTEST)
 
-lint: $(VENV)/.installed-test $(VENV)/.installed-dev ## ruff, type check, import lint, freshness of generated pages
+lint: $(VENV)/.installed-test $(VENV)/.installed-dev ## ruff, type check, import lint, workflows, freshness of generated pages
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m conformance.import_lint
+	$(BIN)/python .ci/check-workflows
 	$(BIN)/python -m bench.report --check
 
 mutate: $(VENV)/.installed-test ## change the product one statement at a time, list what no test notices (hours; see CONTRIBUTING.md)

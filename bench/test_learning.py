@@ -19,14 +19,12 @@ from arbitor.optimized.training.data import (
     training_batch,
     validation_windows,
 )
-from arbitor.optimized.training.errors import TrainingError
 from arbitor.reference.config import SIGN_VOTES
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.presets import preset
 from bench import machine
 from bench.learning import __main__ as learning
-from bench.learning import corpora, jobs, judging, learner, pieces, report, rules, training
-from bench.learning.corpora import open_corpus
+from bench.learning import jobs, judging, learner, pieces, report, rules, training
 from bench.learning.dense import DenseOps, DenseWeight
 from conformance.compare import exact
 from conformance.graph.models import WHOLE
@@ -272,7 +270,7 @@ def _text(path: Path, number: int = 0, size: int = 3000) -> Path:
 def test_a_run_in_pieces_is_the_run_in_one(rule: str, tmp_path: Path) -> None:
     """Every weight, count and moment is as without a break, and so is the curve."""
     architecture = replace(jobs.SIZES["toy"], batch=2, context=32)
-    corpus = open_corpus(str(_text(tmp_path / "text")))
+    corpus = load_corpus(str(_text(tmp_path / "text")))
     split = split_corpus(corpus, 32)
     windows = validation_windows(corpus, split, count=2, context=32)
     given = (architecture, rules.RULES[rule], corpus, split, windows)
@@ -362,24 +360,6 @@ def test_a_piece_of_another_run_or_a_damaged_one_is_refused(tmp_path: Path) -> N
         pieces.load(tmp_path / "piece", model, {"seed": 0})
 
 
-def test_a_text_stays_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file and a folder give the corpus of `load_corpus`, read a piece at a time."""
-    monkeypatch.setattr(corpora, "PIECE_BYTES", 7)
-    folder, scratch = tmp_path / "folder", tmp_path / "scratch"
-    folder.mkdir(), scratch.mkdir()
-    for number in range(3):
-        _text(folder / f"{number}.txt", number, 50 + number)
-    (folder / "weights.pt").write_bytes(b"1")
-    for source in (folder, folder / "1.txt"):
-        found, want = open_corpus(str(source), scratch), load_corpus(str(source))
-        assert torch.equal(found.data_N, want.data_N)
-        assert replace(found, data_N=None) == replace(want, data_N=None)
-    assert not list(scratch.iterdir()), "the copy has no name"
-    (tmp_path / "empty.txt").touch()
-    with pytest.raises(TrainingError, match="is empty"):
-        open_corpus(str(tmp_path / "empty.txt"))
-
-
 def test_the_graph_learns_with_all_its_losses(tmp_path: Path) -> None:
     """A preset trains as `arb train` does: its codebook moves, which the loss of bytes alone does not reach."""
     (tmp_path / "nano.json").write_text(WHOLE.to_json())
@@ -396,7 +376,7 @@ def test_the_graph_learns_with_all_its_losses(tmp_path: Path) -> None:
     exact(tuple(model.model.state().values()), tuple(twin.state().values()))
     tables = sum(table.nbytes for part in twin.table_modules().values() for table in part.tables().values())
     assert model.state_bytes > tables + model.num_weights
-    corpus = open_corpus(str(_text(tmp_path / "text")))
+    corpus = load_corpus(str(_text(tmp_path / "text")))
     split = split_corpus(corpus, 16)
     windows = validation_windows(corpus, split, count=3, context=16)
     given = (architecture, rules.RULES["integer"], corpus, split, windows)
@@ -457,7 +437,7 @@ def test_rules_are_tuned_then_run_then_judged(
         run.get("held_out", {}).get("bpb") for run in json.loads(out.with_suffix(".json").read_text())["runs"]
     ]
     assert held_out[:2] == [None, None] and rows[-1][-2] == f"{sum(held_out[2:]) / 2:.3f}"
-    corpus = open_corpus(str(tmp_path / "other"))
+    corpus = load_corpus(str(tmp_path / "other"))
     windows = validation_windows(corpus, judging.whole(corpus), count=2, context=32)
     model = learner.Learner(toy, rules.RULES["integer"], seed=1, device="cpu")
     for step in range(3):

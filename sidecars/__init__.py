@@ -12,6 +12,7 @@ from arbitor.sidecars.features import FeatureCache
 from arbitor.sidecars.media import (
     Blob,
     read_audio,
+    read_frames,
     read_image,
     read_video,
     write_audio,
@@ -36,6 +37,7 @@ __all__ = [
     "audit_of",
     "counted_mib",
     "read_audio",
+    "read_frames",
     "read_image",
     "read_video",
     "standard_audit",

@@ -37,10 +37,9 @@ from typing import Any
 import torch
 from rich.progress import Progress, TaskID
 
-from arbitor.optimized.training.data import split_corpus, validation_windows
+from arbitor.optimized.training.data import load_corpus, split_corpus, validation_windows
 from arbitor.optimized.training.errors import TrainingError
 from bench import machine, parts
-from bench.learning.corpora import open_corpus
 from bench.learning.jobs import (
     JOB,
     SUITES,
@@ -72,7 +71,7 @@ def run(
 ) -> dict[str, Any]:
     """Train one model, or as much of it as the time allows."""
     architecture, rule = architecture_of(job.size), rule_of(job)
-    corpus = open_corpus(job.data)
+    corpus = load_corpus(job.data)
     split = split_corpus(corpus, architecture.context)
     windows_WT = validation_windows(corpus, split, count=WINDOWS, context=architecture.context)
     facts = {"data_bytes": corpus.data_N.numel(), "data_sha256": corpus.sha256}

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from arbitor.optimized.training.data import Corpus, Segments, Split, validation_windows
-from bench.learning.corpora import open_corpus
+from arbitor.optimized.training.data import Corpus, Segments, Split, load_corpus, validation_windows
 from bench.learning.jobs import Job, architecture_of, data_name, rule_of
 from bench.learning.training import judge
 
@@ -47,7 +46,7 @@ def judge_runs(
             f"these runs were judged by {before['text']!r}, but a held-out text is read once, "
             "since later choices would be made on it"
         )
-    corpus = open_corpus(source)
+    corpus = load_corpus(source)
     if any(corpus.sha256 == run["data_sha256"] for run in waiting):
         raise ValueError(f"{source!r} is the text that a run learned from, but must be another")
     found = []

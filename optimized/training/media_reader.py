@@ -113,7 +113,10 @@ class MediaReader:
     def _seconds_of(self, item: Item) -> int:
         """Return the whole seconds that a sound fills."""
         if item.content not in self._seconds:
-            self._seconds[item.content] = len(whole_seconds(clip_of(item))) // SAMPLE_RATE
+            clip = clip_of(item)
+            # Before it is filled up, since silence alone is no sound.
+            refuse_clip("a sound", clip)
+            self._seconds[item.content] = len(whole_seconds(clip)) // SAMPLE_RATE
         return self._seconds[item.content]
 
     def of_batch(self, kind: str, items: Sequence[Item]) -> Tensor:
