@@ -241,6 +241,13 @@ def test_large_data_are_mapped(large: Path, cache: Path, monkeypatch: pytest.Mon
         load_corpus(str(large / "empty.txt"))
 
 
+@needs_datasets
+def test_a_stream_that_cannot_be_kept_is_a_sentence(jsonl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARB_CACHE", str(jsonl))
+    with pytest.raises(TrainingError, match=r"^cannot write the stream 'hf:.*' to '.*': (Not a dir|File ex)"):
+        load_corpus(f"hf:{jsonl}")
+
+
 def test_a_copy_that_cannot_be_written_is_a_sentence(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "MAPPED_BYTES", 100)
     monkeypatch.setenv("ARB_CACHE", str(large / "0.txt"))
