@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -309,6 +311,23 @@ def test_blocks_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         assert how["blocks"] == parts * tiles * runs and tiles * form.rows >= 33
         assert form.runs or runs * form.outputs >= 1000
         assert given[3].dtype is (torch.float32 if parts > 1 else torch.bfloat16)
+
+
+def test_every_form_has_a_call() -> None:
+    """A form that no call asks for is neither compiled without a GPU nor compared on one."""
+
+    def cut(form: many_rows.Form) -> many_rows.Form:
+        return replace(form, parts=1, runs=0)
+
+    asked, asked_by_slots = set(), set()
+    for name, case in CALLS:
+        if name == "linear" and len(case.args[0]) > product.FEW:
+            asked.add(cut(many_rows.form_of(len(case.args[0]), case.args[1].shape[0])))
+        elif name == "grouped_linear":
+            asked_by_slots.add(cut(many_rows.slot_form_of(case.args[2].numel(), case.kwargs["num_groups"])))
+    sizes = itertools.product(range(product.FEW + 1, 2000, 8), (64, 1000, 20000))
+    assert asked == {cut(many_rows.form_of(*size)) for size in sizes}
+    assert asked_by_slots == {cut(many_rows.slot_form_of(count, 10)) for count in range(1, 3000)}
 
 
 def test_a_limit_of_shared_memory_is_never_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
