@@ -4,6 +4,8 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
+# Python compiles what it imports. Of what is installed here that is a small part, and all of it takes half a minute.
+INSTALL := $(PIP) install --no-compile
 # Which Python makes the environment: the one named with PYTHON=..., else the first of these that is new enough.
 CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14)
 TORCH := $(shell sed -n 's/^torch==/&/p' constraints.txt)
@@ -45,7 +47,7 @@ demo: $(VENV)/.installed-arb ## train the tiny preset on Python's own sources, s
 	rm -rf $(DEMO_RUN)
 	$(BIN)/arb train --preset tiny --data stdlib --device auto --seed 0 --run $(DEMO_RUN) $(DEMO)
 
-demo-media: $(VENV)/.installed-sidecars $(VENV)/.installed-media ## pictures, sounds and videos that a script renders: train, measure, show (5 minutes)
+demo-media: $(VENV)/.installed-sidecars,media ## pictures, sounds and videos that a script renders: train, measure, show (5 minutes)
 	rm -rf $(DEMO_MEDIA_RUN) $(DEMO_MEDIA_RUN)-data
 	$(BIN)/python -m bench.media --run $(DEMO_MEDIA_RUN) $(DEMO)
 
@@ -97,10 +99,10 @@ $(BIN)/pip:
 $(VENV)/.installed-torch: constraints.txt | $(BIN)/pip
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(VENV) holds $$($(BIN)/python --version), but ARB needs Python 3.11 or newer: delete $(VENV) and run make again." >&2; exit 1; }
-	$(PIP) install $(TORCH)
+	$(INSTALL) $(TORCH)
 	@touch $@
 
-# .installed-arb is the package alone, .installed-X the package with its extra X.
+# .installed-arb is the package alone, .installed-X the package with its extras X.
 $(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml constraints.txt
-	$(PIP) install --constraint constraints.txt --editable "$(if $(filter arb,$*),.,.[$*])"
+	$(INSTALL) --constraint constraints.txt --editable "$(if $(filter arb,$*),.,.[$*])"
 	@touch $@

@@ -113,7 +113,7 @@ def understood(command: Shown, *, of_pytest: pytest.Parser) -> None:
 def _options_are_known(words: list[str], known: set[str]) -> None:
     """Check the options of a command that a sentence names. `--[no-]x` is both of its options."""
     for word in words:
-        for each in {word.replace("[no-]", ""), word.replace("[", "").replace("]", "")}:
+        for each in (word.replace("[no-]", ""), word.replace("[", "").replace("]", "")):
             assert not re.match("--?[a-z]", each) or each.partition("=")[0] in known, (
                 f"there is no option {each}"
             )

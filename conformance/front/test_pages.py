@@ -10,6 +10,7 @@ import pytest
 from conformance import pages
 from conformance.front.test_examples import PAGES
 from conformance.import_lint import ROOT
+from conformance.report import skip
 
 GENERATED = {"docs/api.md", "docs/ops.md"}
 """Pages whose blocks are signatures, made from the code."""
@@ -22,6 +23,8 @@ COMMANDS = [each for each in (*pages.shown(), *pages.helped()) if not pages.is_o
 
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
 def test_a_command_is_understood(command: pages.Shown, pytestconfig: pytest.Config) -> None:
+    if "-n" in command.words and not pytestconfig.pluginmanager.hasplugin("xdist"):
+        skip("pytest -n", "it needs pytest-xdist, which is not installed or not loaded")
     pages.understood(command, of_pytest=pytestconfig._parser)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import shutil
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from arbitor.optimized.training.media_mix import Mix
 from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.options import TrainOptions
 from arbitor.reference.config import SPECIAL_IDS, with_fields
-from arbitor.sidecars import AudioSidecar, read_audio, read_image, read_video
+from arbitor.sidecars import AudioSidecar, SidecarError, read_audio, read_image, read_video
 from arbitor.sidecars.encoders import first_frame
 from conformance.compare import exact
 from conformance.sidecars.media_runs import (
@@ -256,6 +257,17 @@ def test_a_video_that_is_too_small_is_left_out_and_named(
         assert len(run.mix.training_items("video")) + len(run.mix.held_out_items("video")) == 4
     said = capsys.readouterr().err
     assert said.count("04.mkv': frames has shape") == 1 and "left out" in said
+
+
+def test_a_missing_library_is_no_fault_of_the_files(
+    media: Path, checkpoints: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first file ends the run, where every file was left out."""
+    # Nothing is imported from here once it stands as absent.
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(SidecarError, match=r"av needs the package 'av', .*pip install 'arbitor\[media\]'"):
+        train(options(media, checkpoints, None, "audio", save=False, mix="text=0,audio=1"))
+    assert "left out" not in capsys.readouterr().err
 
 
 def test_a_sound_of_nothing_is_left_out_and_named(

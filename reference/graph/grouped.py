@@ -16,7 +16,9 @@ from arbitor.reference.constants import MIN_ORTHOGONAL_RANK
 from arbitor.reference.graph.averages import average_of
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import Multiplier, row_ranges
+from arbitor.reference.graph.spread import Slots
 from arbitor.reference.promises import differentiable_once
+from arbitor.reference.types import TernaryWeight
 
 
 class TernaryGroupedLinear(Multiplier):
@@ -26,6 +28,8 @@ class TernaryGroupedLinear(Multiplier):
     All:     every expert may take every input instead: as one linear of E N outputs (`layers.fan_out`), or with the matrices
              side by side, which adds up what experts make of inputs of their own (`side_by_side`). An expert whose inputs, or
              gradients, are all 0 casts no votes
+    Ranks:   where ranks keep experts for each other, each has some of them, `num_groups` in all. A slot is taken to the rank of its
+             expert and back, and so are gradients. An expert votes with the slots of all ranks, those of rank 0 first
     Start:   standard deviation gain * K^-1/2, as a linear
     """
 
@@ -33,15 +37,23 @@ class TernaryGroupedLinear(Multiplier):
         self, context: GraphContext, num_groups: int, num_inputs: int, num_outputs: int, *, gain: float = 1.0
     ) -> None:
         shape, std = (num_groups * num_outputs, num_inputs), gain / math.sqrt(num_inputs)
-        super().__init__(
-            context, lambda tensor_id: context.random_weight(shape, std=std, tensor_id=tensor_id)
-        )
-        self.num_groups = num_groups
+        spread = context.spread_of_experts(num_groups, num_outputs)
+
+        def start(tensor_id: int) -> TernaryWeight:
+            whole = context.random_weight(shape, std=std, tensor_id=tensor_id)
+            return whole if spread is None else spread.part(whole)
+
+        super().__init__(context, start)
+        self.spread = spread
+        self.num_groups = self.weight.shape[0] // num_outputs
         self.orthogonal = min(num_inputs, num_outputs) >= MIN_ORTHOGONAL_RANK
         self.average = average_of(context, shape, orthogonal=self.orthogonal)
 
     def forward(self, x_MK: Tensor, experts_M: Tensor) -> Tensor:
         """Return `ops.grouped_linear` of x, in the dtype of x, and the change of the adapter if there is one."""
+        if self.spread is not None:
+            y = self.run(_SpreadLinearFunction, x_MK.reshape(-1, x_MK.shape[-1]), experts_M.flatten())
+            return y.unflatten(0, experts_M.shape)
         return self.adapted(self.run(_GroupedLinearFunction, x_MK, experts_M), x_MK, experts_M)
 
     def side_by_side(self, x: Tensor) -> Tensor:
@@ -100,6 +112,36 @@ class _GroupedLinearFunction(torch.autograd.Function):
             grad_x = ops.grouped_linear_input_grad(grad_MN, weight, experts_M, num_groups=num_groups)
         if module.moves:
             _vote_by_expert(module, grad_MN, x_MK, experts_M)
+        return grad_x, None, None, None
+
+
+class _SpreadLinearFunction(torch.autograd.Function):
+    """`ops.grouped_linear` of slots at the ranks that keep their experts, with a backward pass that votes there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_MK: Tensor, experts_M: Tensor, anchor: Tensor | None, module: TernaryGroupedLinear
+    ) -> Tensor:
+        assert module.spread is not None
+        ctx.slots = Slots(experts_M, module.spread, module.voting.ranks)
+        x = ctx.slots.there(x_MK)
+        ctx.save_for_backward(x)
+        weight = module.forward_weight(ctx)
+        made = module.ops.grouped_linear(x, weight, ctx.slots.experts, num_groups=module.num_groups)
+        return ctx.slots.back(made)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (x,), module, slots = ctx.saved_tensors, ctx.module, ctx.slots
+        weight = module.backward_weight(ctx)
+        grad, num_groups, grad_x = slots.there(grad_MN), module.num_groups, None
+        if ctx.needs_input_grad[0]:
+            grad_x = slots.back(
+                module.ops.grouped_linear_input_grad(grad, weight, slots.experts, num_groups=num_groups)
+            )
+        if module.moves:
+            _vote_by_expert(module, grad, x, slots.experts)
         return grad_x, None, None, None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,8 +20,9 @@ from arbitor.reference.constants import MIN_ORTHOGONAL_RANK
 from arbitor.reference.graph.averages import average_of
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.module import TernaryModule, uncompiled
+from arbitor.reference.graph.spread import Read, fetched
 from arbitor.reference.promises import differentiable_once
-from arbitor.reference.types import TernaryWeight
+from arbitor.reference.types import LaidOutWeight, TernaryWeight
 
 VOTE_ELEMENTS = 2**27
 """Most elements of a weight gradient that are made at a time, 512 MiB of float32. The rows of a larger one vote in parts."""
@@ -118,6 +120,16 @@ class TernaryEmbedding(TernaryModule):
             context, start or (lambda tensor_id: context.random_weight(shape, std=std, tensor_id=tensor_id))
         )
         self.used_rows: list[Tensor] = []
+
+    def decoded(self, ids: Tensor, weight: LaidOutWeight) -> Tensor:
+        """Return `ops.embedding` of the ids by a weight of this table, in the model's dtype, whoever keeps the rows."""
+        if self.spread is None:
+            return self.ops.embedding(ids, weight, dtype=self.dtype)
+        return fetched(ids, self.spread, self.reader(weight), self.voting.ranks, self.dtype)
+
+    def reader(self, weight: LaidOutWeight) -> Read:
+        """Return the function that decodes rows of a weight by their places in it, as `spread` asks for it."""
+        return partial(self.ops.embedding, weight=weight, dtype=torch.float32)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return `ops.embedding` of the ids."""
@@ -257,7 +269,7 @@ class _EmbeddingFunction(torch.autograd.Function):
     def forward(ctx: Any, ids: Tensor, anchor: Tensor | None, module: TernaryEmbedding) -> Tensor:
         ctx.save_for_backward(ids)
         weight = module.forward_weight(ctx)
-        return module.ops.embedding(ids, weight, dtype=module.dtype)
+        return module.decoded(ids, weight)
 
     @staticmethod
     @differentiable_once
@@ -285,7 +297,7 @@ class _SomeRowsFunction(torch.autograd.Function):
         ids = torch.where(chosen, ids, stand_in)
         ctx.save_for_backward(ids, chosen)
         weight = module.forward_weight(ctx)
-        return module.ops.embedding(ids, weight, dtype=module.dtype) * chosen[..., None]
+        return module.decoded(ids, weight) * chosen[..., None]
 
     @staticmethod
     @differentiable_once

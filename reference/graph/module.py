@@ -17,6 +17,7 @@ from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.open_pass import VOTED_IN, Average
+from arbitor.reference.graph.spread import Spread
 from arbitor.reference.graph.voting import Voting
 from arbitor.reference.types import LaidOutWeight, TernaryWeight, has_memory, without_memory
 
@@ -123,7 +124,10 @@ class ArbModule(Part):
     Attributes:
         context: the context that the modules of one model share.
         frozen:  whether the module is frozen: a frozen weight never votes, and a frozen table never changes.
+        spread:  how the rows of its weight and tables are spread over ranks, of which this rank has its own; None for all rows.
     """
+
+    spread: Spread | None = None
 
     def __init__(self, context: GraphContext, *, frozen: bool = False) -> None:
         super().__init__()
@@ -314,6 +318,7 @@ class TernaryModule(ArbModule):
             chosen=chosen,
             voted=self.note_vote,
             average=self.average,
+            first_row=0 if self.spread is None else self.spread.rows.start,
         )
 
     def note_vote(self, rows: Tensor | None) -> None:

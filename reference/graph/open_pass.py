@@ -54,6 +54,7 @@ class Vote:
         num_matrices: matrices that are stacked in the gradient and are made orthogonal, or 0.
         uses:         how often a pass uses the weight.
         average:      the running mean that leads a gradient that is made orthogonal, or None.
+        first_row:    the row of a table that is the first one of the weight, where other ranks keep other rows.
     """
 
     weight: LaidOutWeight
@@ -63,6 +64,7 @@ class Vote:
     num_matrices: int
     uses: int
     average: Average | None
+    first_row: int
 
     @property
     def matrix(self) -> tuple[int, int, torch.device]:
