@@ -75,6 +75,18 @@ def why_missing() -> str | None:
     return None
 
 
+@functools.cache
+def why_unknown(capability: tuple[int, int]) -> str | None:
+    """Return why NVRTC, which is here, compiles nothing for a compute capability, as one sentence; None where it does."""
+    status, known = importlib.import_module("cuda.bindings.nvrtc").nvrtcGetSupportedArchs()
+    major, minor = capability
+    # A release that does not say what it knows may know it.
+    if int(status) != 0 or 10 * major + minor in known:
+        return None
+    release = ".".join(map(str, _compiler_version()))
+    return f"NVRTC {release} does not know the compute capability {major}.{minor}; a newer torch brings a newer NVRTC"
+
+
 def machine_code(kernel: Kernel, architecture: str) -> bytes:
     """Return the machine code of a kernel for an architecture such as `sm_90`, from the disk if it was compiled before.
 
