@@ -38,7 +38,7 @@ constexpr int SLAB_BYTES = ROWS * 128;
 // Products of 16 inputs in a slab.
 constexpr int PRODUCTS = 4;
 
-// Registers of a thread that copies, and of a thread that multiplies, after the former gave theirs.
+// Registers of a thread that copies, and of a thread that multiplies, once threads that copy have given up theirs.
 constexpr int COPY_REGISTERS = 24, MULTIPLY_REGISTERS = BLOCKS == 1 ? 240 : 232;
 // Registers that a block starts with. `setmaxnreg` waits for ever if it asks for more.
 constexpr int BLOCK_THREADS = 32 * (WARPS + COPY_WARPS), BLOCK_REGISTERS = 65536 / (BLOCK_THREADS * BLOCKS) / 8 * 8 * BLOCK_THREADS;

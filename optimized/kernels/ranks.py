@@ -22,8 +22,10 @@ def shares_of(
     logits_ptr, experts_ptr, num_positions, EXPERTS: tl.constexpr, CHOSEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Return the positions of a program, int64, and whether they are any, both [BLOCK_M]; and int32 1 where an expert is chosen,
-    and float32 shares, 0 where the softmax does not run, both [BLOCK_M, BLOCK_E].
+    """Return what a program begins with.
+
+    Positions are int64 [BLOCK_M], with whether each of them exists. [BLOCK_M, BLOCK_E] are int32 1 where an expert is chosen, and
+    float32 shares, 0 where the softmax does not run.
     """
     positions = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = positions < num_positions
