@@ -30,7 +30,7 @@ from arbitor.optimized.training.options import TrainOptions
 from arbitor.optimized.training.streams import documents, stream_of, written
 from arbitor.optimized.training.texts import find_texts
 from arbitor.sidecars import SidecarError
-from conformance.training.runs import Killed, kill_at, options
+from conformance.training.runs import options, train_until_killed
 
 needs_datasets = pytest.mark.skipif(
     importlib.util.find_spec("datasets") is None,
@@ -111,10 +111,7 @@ def test_a_killed_run_ends_with_the_same_hash(
     monkeypatch.chdir(tmp_path)
     asked: dict[str, Any] = {"data": f"hf:{jsonl.name}", "stream_bytes": 4000, "steps": 4}
     whole = train(options(jsonl, tmp_path / "whole", **asked)).summary
-    with monkeypatch.context() as patch:
-        kill_at(patch, 2)
-        with pytest.raises(Killed):
-            train(options(jsonl, tmp_path / "killed", **asked))
+    train_until_killed(2, options(jsonl, tmp_path / "killed", **asked))
     for path in cache.glob("*.bin"):
         path.unlink()
     monkeypatch.chdir("/")
@@ -268,6 +265,13 @@ def test_large_data_are_mapped(large: Path, cache: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(data, "MAPPED_BYTES", 0)
     with pytest.raises(TrainingError, match="is empty"):
         load_corpus(str(large / "empty.txt"))
+
+
+@needs_datasets
+def test_a_stream_that_cannot_be_kept_is_a_sentence(jsonl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARB_CACHE", str(jsonl))
+    with pytest.raises(TrainingError, match=r"^cannot write the stream 'hf:.*' to '.*': (Not a dir|File ex)"):
+        load_corpus(f"hf:{jsonl}")
 
 
 def test_a_copy_that_cannot_be_written_is_a_sentence(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:

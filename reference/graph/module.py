@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.context import GraphContext
+from arbitor.reference.graph.open_pass import VOTED_IN, Average
 from arbitor.reference.graph.spread import Spread
-from arbitor.reference.graph.voting import VOTED_IN, Average, Voting
+from arbitor.reference.graph.voting import Voting
 from arbitor.reference.types import LaidOutWeight, TernaryWeight, has_memory, without_memory
 
 Method = TypeVar("Method", bound=Callable[..., Any])
