@@ -23,6 +23,7 @@ REFERENCE_FOR_OPTIMIZED = (
     "constants",
     "types",
     "promises",
+    "in_graphs",
     "checks",
     "config",
     "presets",

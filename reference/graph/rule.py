@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch._library.effects import EffectType
 
+from arbitor.reference.in_graphs import own_memory
 from arbitor.reference.promises import differentiable_once
 
 Shaped = Callable[[Tensor, Sequence[int], torch.dtype], Tensor]
@@ -114,7 +115,7 @@ def registered(
         x: Tensor, ticket: Tensor, worth: list[Tensor], shape: list[int], dtype: torch.dtype
     ) -> Tensor:
         module = holder_of(ticket)
-        return compute(module, module.weight_worth(worth), x).contiguous()
+        return own_memory((compute(module, module.weight_worth(worth), x),), (x,))[0]
 
     def backward(
         grad: Tensor, x: Tensor, ticket: Tensor, worth: list[Tensor], asked: bool
@@ -128,7 +129,8 @@ def registered(
         weight = module.weight_worth(worth)
         module.arrive(weight)
         found = learn(module, weight, grad, x, asked=asked)
-        return x.new_empty(0) if found is None else found.contiguous(), torch.zeros_like(ticket)
+        made = x.new_empty(0) if found is None else own_memory((found,), (grad, x))[0]
+        return made, torch.zeros_like(ticket)
 
     weight_args, tags = "Tensor ticket, Tensor[] worth", (torch.Tag.cudagraph_unsafe,)
     op = torch.library.custom_op(
