@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.effects import EffectType
 
 from arbitor.reference.op_table import EXACT, OP_TABLE
 from arbitor.reference.types import StateTensors, TernaryWeight
@@ -63,6 +64,47 @@ CANONICAL = Layout(lambda weight: weight.packed, TernaryWeight)
 
 Gradients = Callable[[Sequence[str], Tensor, Mapping[str, Any]], Sequence[Tensor]]
 """Returns the gradients of the arguments of some names, of the gradient of the result and all arguments by name."""
+
+
+_LIBRARIES: dict[str, torch.library.Library] = {}
+"""What is registered, by namespace. Torch forgets it with these objects."""
+
+
+def define(
+    name: str, schema: str, compute: Callable[..., Any], like: Callable[..., Any], *, in_order: bool = False
+) -> Callable[..., Any]:
+    """Register an op with torch, and return it.
+
+    `torch.library.custom_op` does the same, but looks for shared memory in each call, which takes longer than the rest of it.
+
+    Args:
+        name:     namespace::name.
+        schema:   its arguments and results, of which none shares memory with another (`own_memory`).
+        compute:  what it does.
+        like:     what the compiler is told of the results.
+        in_order: whether the op has effects that no tensor shows. Such ops keep their order, and none is dropped.
+    """
+    namespace, _, own = name.partition("::")
+    library = _LIBRARIES.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
+    library.define(own + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe))
+
+    # The compiler would try to compile an op that is called where it is at work.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def run(*args: Any) -> Any:
+        return compute(*args)
+
+    library.impl(own, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(name, like, lib=library)
+    if in_order:
+        torch.library._register_effectful_op(name, EffectType.ORDERED, lib=library)
+    found: Callable[..., Any] = getattr(getattr(torch.ops, namespace), own).default
+    return found
+
+
+def differentiate(name: str, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
+    """Register the backward pass of an op. `setup` says what it keeps of a call."""
+    library = _LIBRARIES[name.partition("::")[0]]
+    torch.library.register_autograd(name, backward, setup_context=setup, lib=library)
 
 
 # `torch.compiler.disable` would import the compiler at once. That takes seconds, also for users who never compile.
@@ -230,20 +272,16 @@ class InGraphs:
                 parts.append(f"{ARGUMENTS[self.kinds[name]]} {name}")
         taken, returned = ", ".join(parts), RESULTS[self.returned]
         qualified = f"{self.namespace}::{self.name}"
-        made = torch.library.custom_op(
-            qualified, self.compute, mutates_args=(), schema=f"({taken}) -> {returned}"
-        )
-        made.register_fake(self.shapes)
+        define(qualified, f"({taken}) -> {returned}", self.compute, self.shapes)
         if self.learnt:
-            backward = torch.library.custom_op(
+            backward = define(
                 f"{qualified}_gradients",
+                f"(Tensor grad, {taken}, bool[] asked) -> Tensor[]",
                 self.learn,
-                mutates_args=(),
-                schema=f"(Tensor grad, {taken}, bool[] asked) -> Tensor[]",
+                self.learnt_shapes,
             )
-            backward.register_fake(self.learnt_shapes)
             places = [parts.index(f"{ARGUMENTS[self.kinds[name]]} {name}") for name in self.learnt]
-            made.register_autograd(differentiated(backward, places), setup_context=keep)
+            differentiate(qualified, differentiated(backward, places), keep)
         return self.name
 
 

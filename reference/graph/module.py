@@ -6,7 +6,7 @@ A weight is held in the layout of the op set (`ops.from_spec`). Its tensors are 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any, Self, TypeVar, cast
 
@@ -232,7 +232,7 @@ class TernaryModule(ArbModule):
             self.register_buffer(name, tensor)
         # Plain values, because the compiler looks at them.
         self._shape = list(weight.shape)
-        self._worth = [name for name in self._tensors if name not in VOTED_IN]
+        self._codes = next(iter(self._tensors.keys() - {"exponents", *VOTED_IN}))
         self.ticket = new_ticket(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -270,8 +270,8 @@ class TernaryModule(ArbModule):
             return _outside_of_graphs(_apply, rule, self, inputs)
         # An adapter learns although the weight is frozen, and its gradients say that the model was reached.
         ticket = self.ticket.detach() if self.frozen and self.adapter is None else self.ticket
-        worth = [self.get_buffer(name) for name in self._worth]
-        return rule.in_graph(*inputs, ticket, worth, self._shape, self.dtype)
+        codes, exponents = self.get_buffer(self._codes), self.get_buffer("exponents")
+        return rule.in_graph(*inputs, ticket, codes, exponents, self._shape, self.dtype)
 
     def adapted(self, y: Tensor, *inputs: Tensor) -> Tensor:
         """Return the output y for some inputs, with the change of the adapter if there is one.
@@ -326,13 +326,12 @@ class TernaryModule(ArbModule):
                 "computed with"
             )
 
-    def weight_worth(self, worth: Sequence[Tensor]) -> LaidOutWeight:
+    def weight_worth(self, codes: Tensor, exponents: Tensor) -> LaidOutWeight:
         """Return the weight whose value lies in some tensors: the module's own if they are its own, as in most graphs."""
-        weight = self.weight
-        own = weight.tensors()
-        if all(_same_memory(own[name], tensor) for name, tensor in zip(self._worth, worth, strict=True)):
+        weight, buffers = self.weight, self._buffers
+        if _same_memory(buffers[self._codes], codes) and _same_memory(buffers["exponents"], exponents):
             return weight
-        return weight.with_tensors(**dict(zip(self._worth, worth, strict=True)))
+        return weight.with_tensors(**{self._codes: codes, "exponents": exponents})
 
     def vote(
         self,
@@ -463,8 +462,10 @@ def _same_tensors(some: Mapping[str, Tensor], others: Mapping[str, Tensor | None
     return all(others[name] is tensor for name, tensor in some.items())
 
 
-def _same_memory(one: Tensor, other: Tensor) -> bool:
+def _same_memory(one: Tensor | None, other: Tensor) -> bool:
     """Return whether two tensors of one shape lie at one place. A graph may hand an op another tensor object."""
+    if one is None:
+        return False
     return one is other or (one.device == other.device and one.data_ptr() == other.data_ptr())
 
 

@@ -2,7 +2,7 @@
 
 A graph of the compiler holds tensors and calls of registered ops, and no modules. So a rule that may stand in such a graph is
 registered with torch as two ops: `arbitor::<name>_layer` computes, and `arbitor::<name>_layer_backward` lets the weight vote. Both
-are given the module's ticket, a number by which they find it, and the tensors that the weight's value depends on. The compiler sees
+are given the module's ticket, a number by which they find it, and the tensors in which the weight's value lies. The compiler sees
 neither kernels nor votes, so that both are those of an eager call.
 
 No tensor of the op that casts votes holds them when it returns: a gradient may wait for others of its shape until the pass ends
@@ -22,9 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.effects import EffectType
 
-from arbitor.reference.in_graphs import own_memory
+from arbitor.reference.in_graphs import define, differentiate, own_memory
 from arbitor.reference.promises import differentiable_once
 
 Shaped = Callable[[Tensor, Sequence[int], torch.dtype], Tensor]
@@ -45,8 +44,9 @@ class Rule:
         compute:  compute(module, weight, *inputs) returns the result, a tensor.
         learn:    learn(module, weight, grad, *inputs, asked=...) lets the weight vote if the module moves, and returns the
                   gradient of the first input if it is asked for, else None.
-        in_graph: the registered op that stands for the rule in graphs of torch.compile: in_graph(x, ticket, worth, shape, dtype),
-                  with the tensors that the weight is worth, its shape and the dtype of activations. None: the rule runs outside.
+        in_graph: the registered op that stands for the rule in graphs of torch.compile: in_graph(x, ticket, codes, exponents,
+                  shape, dtype), with the tensors in which the weight's value lies, its shape and the dtype of activations. None:
+                  the rule runs outside.
     """
 
     compute: Callable[..., Tensor]
@@ -112,13 +112,13 @@ def registered(
     """
 
     def forward(
-        x: Tensor, ticket: Tensor, worth: list[Tensor], shape: list[int], dtype: torch.dtype
+        x: Tensor, ticket: Tensor, codes: Tensor, exponents: Tensor, shape: list[int], dtype: torch.dtype
     ) -> Tensor:
         module = holder_of(ticket)
-        return own_memory((compute(module, module.weight_worth(worth), x),), (x,))[0]
+        return own_memory((compute(module, module.weight_worth(codes, exponents), x),), (x,))[0]
 
     def backward(
-        grad: Tensor, x: Tensor, ticket: Tensor, worth: list[Tensor], asked: bool
+        grad: Tensor, x: Tensor, ticket: Tensor, codes: Tensor, exponents: Tensor, asked: bool
     ) -> tuple[Tensor, Tensor]:
         if is_recorded(grad):
             raise RuntimeError(
@@ -126,41 +126,37 @@ def registered(
                 "votes, but must run anew each time: compile without mode='reduce-overhead' and 'max-autotune'"
             )
         module = holder_of(ticket)
-        weight = module.weight_worth(worth)
+        weight = module.weight_worth(codes, exponents)
         module.arrive(weight)
         found = learn(module, weight, grad, x, asked=asked)
         made = x.new_empty(0) if found is None else own_memory((found,), (grad, x))[0]
         return made, torch.zeros_like(ticket)
 
-    weight_args, tags = "Tensor ticket, Tensor[] worth", (torch.Tag.cudagraph_unsafe,)
-    op = torch.library.custom_op(
-        f"arbitor::{name}_layer",
-        forward,
-        mutates_args=(),
-        tags=tags,
-        schema=f"(Tensor x, {weight_args}, int[] shape, ScalarType dtype) -> Tensor",
-    )
-    votes = torch.library.custom_op(
-        f"arbitor::{name}_layer_backward",
-        backward,
-        mutates_args=(),
-        tags=tags,
-        schema=f"(Tensor grad, Tensor x, {weight_args}, bool asked) -> (Tensor, Tensor)",
-    )
-    votes.register_effect(EffectType.ORDERED)
-    op.register_fake(lambda x, ticket, worth, shape, dtype: like(x, shape, dtype))
-    votes.register_fake(
-        lambda grad, x, ticket, worth, asked: (x.new_empty(x.shape if asked else 0), torch.empty_like(ticket))
-    )
+    def backward_like(grad: Tensor, x: Tensor, ticket: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        *_, asked = others
+        return x.new_empty(x.shape if asked else 0), torch.empty_like(ticket)
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ticket, worth, _, _ = inputs
-        ctx.save_for_backward(x, ticket, *worth)
+        ctx.save_for_backward(*inputs[:4])
 
-    def differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        (x, ticket, *worth), asked = ctx.saved_tensors, ctx.needs_input_grad[0]
-        found, of_ticket = votes(grad, x, ticket, worth, asked)
-        return found if asked else None, of_ticket, [None] * len(worth), None, None
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        asked = ctx.needs_input_grad[0]
+        found, of_ticket = votes(grad, *ctx.saved_tensors, asked)
+        return found if asked else None, of_ticket, None, None, None, None
 
-    op.register_autograd(differentiate, setup_context=keep)
+    qualified, parts = f"arbitor::{name}_layer", "Tensor x, Tensor ticket, Tensor codes, Tensor exponents"
+    op = define(
+        qualified,
+        f"({parts}, int[] shape, ScalarType dtype) -> Tensor",
+        forward,
+        lambda x, ticket, codes, exponents, shape, dtype: like(x, shape, dtype),
+    )
+    votes = define(
+        f"{qualified}_backward",
+        f"(Tensor grad, {parts}, bool asked) -> (Tensor, Tensor)",
+        backward,
+        backward_like,
+        in_order=True,
+    )
+    differentiate(qualified, gradients, keep)
     return Rule(compute, learn, op)
