@@ -4,6 +4,8 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
+# Python compiles what it imports. Of what is installed here that is a small part, and all of it takes half a minute.
+INSTALL := $(PIP) install --no-compile
 # Which Python makes the environment: the one named with PYTHON=..., else the first of these that is new enough.
 CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14)
 TORCH := $(shell sed -n 's/^torch==/&/p' constraints.txt)
@@ -35,7 +37,7 @@ help: ## this list
 	@echo "  make demo DEMO=\"--steps 100\"             a shorter run; options of 'arb train' (see: $(BIN)/arb train --help)"
 	@echo "  make test PYTEST=\"-k linear -x\"          part of the suite"
 	@echo "  make test PYTEST=\"--impl some.module\"    the suite against another implementation"
-	@echo "  make lint                                ruff, ruff format, mypy, the import lint"
+	@echo "  make lint                                ruff, ruff format, mypy, the import lint, workflows"
 	@echo "  make format                              let ruff mend what it can"
 	@echo "  make bench PYTEST=\"-k linear\"            one family of benchmarks"
 	@echo "  make docs                                the site, in site/index.html"
@@ -45,7 +47,7 @@ demo: $(VENV)/.installed-arb ## train the tiny preset on Python's own sources, s
 	rm -rf $(DEMO_RUN)
 	$(BIN)/arb train --preset tiny --data stdlib --device auto --seed 0 --run $(DEMO_RUN) $(DEMO)
 
-demo-media: $(VENV)/.installed-sidecars $(VENV)/.installed-media ## pictures, sounds and videos that a script renders: train, measure, show (5 minutes)
+demo-media: $(VENV)/.installed-sidecars,media ## pictures, sounds and videos that a script renders: train, measure, show (5 minutes)
 	rm -rf $(DEMO_MEDIA_RUN) $(DEMO_MEDIA_RUN)-data
 	$(BIN)/python -m bench.media --run $(DEMO_MEDIA_RUN) $(DEMO)
 
@@ -53,11 +55,12 @@ demo-media: $(VENV)/.installed-sidecars $(VENV)/.installed-media ## pictures, so
 test: $(VENV)/.installed-test ## run the conformance suite
 	$(BIN)/python -m pytest conformance -n $(JOBS) --dist worksteal $(PYTEST)
 
-lint: $(VENV)/.installed-test $(VENV)/.installed-dev ## ruff, type check, import lint, freshness of generated pages
+lint: $(VENV)/.installed-test $(VENV)/.installed-dev ## ruff, type check, import lint, workflows, freshness of generated pages
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m conformance.import_lint
+	$(BIN)/python .ci/check-workflows
 	$(BIN)/python -m bench.report --check
 
 mutate: $(VENV)/.installed-test ## change the product one statement at a time, list what no test notices (hours; see CONTRIBUTING.md)
@@ -96,10 +99,10 @@ $(BIN)/pip:
 $(VENV)/.installed-torch: constraints.txt | $(BIN)/pip
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(VENV) holds $$($(BIN)/python --version), but ARB needs Python 3.11 or newer: delete $(VENV) and run make again." >&2; exit 1; }
-	$(PIP) install $(TORCH)
+	$(INSTALL) $(TORCH)
 	@touch $@
 
-# .installed-arb is the package alone, .installed-X the package with its extra X.
+# .installed-arb is the package alone, .installed-X the package with its extras X.
 $(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml constraints.txt
-	$(PIP) install --constraint constraints.txt --editable "$(if $(filter arb,$*),.,.[$*])"
+	$(INSTALL) --constraint constraints.txt --editable "$(if $(filter arb,$*),.,.[$*])"
 	@touch $@

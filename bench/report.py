@@ -6,6 +6,7 @@ python -m bench.report --check    fail if they are not what the op table and the
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 import re
@@ -429,20 +430,22 @@ def _missing(stored: Mapping[str, Any]) -> list[str]:
     return ["Without a number:", "", *reasons] if reasons else []
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Write the pages, or check them; return the exit status."""
-    if arguments not in ([], ["--check"]):
-        print("usage: python -m bench.report [--check]", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing, and fail where a page is stale")
+    checks = parser.parse_args(arguments).check
     stale = [path for path, text in pages().items() if not path.exists() or path.read_text() != text]
     for path in stale:
-        if arguments:
+        if checks:
             print(f"{path.relative_to(ROOT)} is stale: run python -m bench.report", file=sys.stderr)
         else:
             path.write_text(pages()[path])
             print(f"wrote {path.relative_to(ROOT)}")
-    return 1 if arguments and stale else 0
+    return 1 if checks and stale else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

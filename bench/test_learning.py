@@ -1,11 +1,11 @@
-"""`bench.learning`: every rule learns, runs are resumed bit for bit, choices are made on one text and judged on another."""
+"""`bench.learning`: every rule learns from the same windows, and what it came to is reported as it was measured."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+import math
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,20 +19,19 @@ from arbitor.optimized.training.data import (
     training_batch,
     validation_windows,
 )
-from arbitor.optimized.training.errors import TrainingError
+from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import SIGN_VOTES
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.presets import preset
 from bench import machine
 from bench.learning import __main__ as learning
-from bench.learning import corpora, jobs, judging, learner, pieces, report, rules, training
-from bench.learning.corpora import open_corpus
+from bench.learning import jobs, learner, report, rules, training
 from bench.learning.dense import DenseOps, DenseWeight
 from conformance.compare import exact
 from conformance.graph.models import WHOLE
 
 
-def _job(rule: str, **changes: Any) -> jobs.Job:
+def job_of(rule: str, **changes: Any) -> jobs.Job:
     return replace(jobs.Job("toy", "toy", rule, 0, 4, "stdlib"), **changes)
 
 
@@ -76,7 +75,7 @@ def test_every_rule_learns_from_the_same_windows(rule: str, monkeypatch: pytest.
 def test_the_rules_are_those_of_the_product() -> None:
     """The integer rule is what a preset has; the seeds' rule is what `arb train --sign-votes` has."""
     assert rules.RULES["integer"] == rules.Rule("integer", schedule.GAIN, None)
-    assert jobs.rule_of(_job("integer", steps=6000)).decay == schedule.decay_of(6000) == 1
+    assert jobs.rule_of(job_of("integer", steps=6000)).decay == schedule.decay_of(6000) == 1
     model = learner.Learner(jobs.SIZES["toy"], rules.RULES["integer"], seed=0, device="cpu")
     assert model.config == preset("tiny")
     assert rules.RULES["sign"].config == SIGN_VOTES
@@ -189,7 +188,7 @@ def test_results_of_different_devices_are_not_merged(
 
 def test_results_on_texts_that_share_a_name_are_not_merged() -> None:
     """The sources of one Python are not those of another."""
-    run = {**asdict(_job("integer")), "learning_rate": 1.0, "decay": 0.6}
+    run = jobs.record_of(job_of("integer"))
     documents = [
         {"machine": {"device": "a"}, "command": "", "runs": [{**run, "data_sha256": text}]}
         for text in ("one", "other")
@@ -201,8 +200,8 @@ def test_results_on_texts_that_share_a_name_are_not_merged() -> None:
 
 def test_a_row_that_is_measured_again_takes_the_place_of_the_old_one() -> None:
     """Also where the rule of that name has changed; and a run of the rule as it was counts for nothing with `--without`."""
-    old = {**asdict(_job("sign")), **jobs.settings_of(_job("sign")), "commit": "old", "data_sha256": "a"}
-    other = {**old, **asdict(_job("integer")), **jobs.settings_of(_job("integer"))}
+    old = {**jobs.record_of(job_of("sign")), "commit": "old", "data_sha256": "a"}
+    other = {**old, **jobs.record_of(job_of("integer"))}
     new = {**old, "commit": "new", "config": {**old["config"], "theta": 33}}
     failed = {**old, "commit": "later", "failed": "no memory"}
     documents = [
@@ -211,9 +210,13 @@ def test_a_row_that_is_measured_again_takes_the_place_of_the_old_one() -> None:
     ]
     found = learning.merged(documents)["runs"]
     assert [(run["rule"], run["commit"]) for run in found] == [("integer", "old"), ("sign", "new")]
-    assert jobs.measured(_job("sign"), old) and not jobs.measured(_job("sign"), new)
-    del old["config"]
-    assert jobs.measured(_job("sign"), old), "files from before rules were recorded name their commit alone"
+    assert jobs.measured(job_of("sign"), [old]) and not jobs.measured(job_of("sign"), [new])
+    wider = {**old, "architecture": {**old["architecture"], "width": 65}}
+    assert not jobs.measured(job_of("sign"), [wider]), "a size of that name was another one"
+    del old["config"], old["architecture"]
+    assert jobs.measured(job_of("sign"), [old]), (
+        "files from before rules were recorded name their commit alone"
+    )
 
 
 def test_what_is_left_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,123 +264,11 @@ def test_every_suite_of_learning_names_what_differs() -> None:
         assert all(tried.count(each) == 1 for each in tried)
 
 
-def _text(path: Path, number: int = 0, size: int = 3000) -> Path:
+def text_in(path: Path, number: int = 0, size: int = 3000) -> Path:
     """Write a text of its own in few letters."""
     draws = torch.randint(97, 101, (size,), generator=torch.Generator().manual_seed(number))
     path.write_bytes(bytes(draws.tolist()))
     return path
-
-
-@pytest.mark.parametrize("rule", ["integer", "sign", "straight-through", "float AdamW", "float Muon"])
-def test_a_run_in_pieces_is_the_run_in_one(rule: str, tmp_path: Path) -> None:
-    """Every weight, count and moment is as without a break, and so is the curve."""
-    architecture = replace(jobs.SIZES["toy"], batch=2, context=32)
-    corpus = open_corpus(str(_text(tmp_path / "text")))
-    split = split_corpus(corpus, 32)
-    windows = validation_windows(corpus, split, count=2, context=32)
-    given = (architecture, rules.RULES[rule], corpus, split, windows)
-    how: dict[str, Any] = {"seed": 1, "steps": 5, "device": "cpu", "evaluations": 2, "job": {"rule": rule}}
-    whole = training.train(*given, **how, piece=tmp_path / "whole")
-    taken = []
-    for commit in ("a", "b", "b", "c", "d"):
-        cut = training.train(*given, **how, piece=tmp_path / "cut", until=-1.0, commit=commit)
-        taken.append(cut.get("unfinished"))
-    assert taken == [1, 2, 3, 4, None] and cut["commit"] == "a, then b, then c, then d"
-    assert (cut["curve"], cut["val_bpb"]) == (whole["curve"], whole["val_bpb"])
-    found = []
-    for name in ("whole", "cut"):
-        model = learner.Learner(*given[:2], seed=1, device="cpu")
-        pieces.load(tmp_path / name, model, {"rule": rule})
-        found.append({name: tensor.detach().clone() for name, tensor in model.tensors().items()})
-    assert found[0].keys() == found[1].keys()
-    exact(*(tuple(each.values()) for each in found))
-    again = training.train(*given, **how, piece=tmp_path / "cut", until=-1.0, commit="d")
-    assert again == cut, "a run that ended takes no step"
-
-
-def test_a_run_that_goes_on_warms_up_before_it_records(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a GPU: a process has kernels to compile, whatever steps another process took. Here replays do nothing."""
-    recorded: list[int] = []
-
-    def record(self: learner.Learner, size: int) -> tuple[Any, torch.Tensor]:
-        recorded.append(self.taken)
-        return SimpleNamespace(replay=lambda: None), torch.zeros(())
-
-    monkeypatch.setattr(learner.Learner, "_record", record)
-    architecture = replace(jobs.SIZES["toy"], batch=2, context=16)
-    for _ in range(2):
-        model = learner.Learner(architecture, rules.RULES["integer"], seed=0, device="cpu")
-        model.capture = True
-        pieces.load(tmp_path / "piece", model, {})
-        for _ in range(learner.EAGER_STEPS + 2):
-            model.step(torch.zeros(2, 16, dtype=torch.int64), 1.0)
-        pieces.save(tmp_path / "piece", model, pieces.History(taken=model.taken), {})
-    assert recorded == [learner.EAGER_STEPS, 2 * learner.EAGER_STEPS + 2]
-
-
-def test_a_run_that_failed_is_done_again_in_pieces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """What failed once is forgotten when it is done, and results of another device are not gone on with."""
-    out = tmp_path / "out.json"
-    options = ["--suite", "toy", "--rules", "integer", "--seeds", "0", "--device", "cpu", "--steps", "1"]
-    options += ["--data", str(_text(tmp_path / "text")), "--pieces", "--out", str(out), "--commit", "abc"]
-    monkeypatch.setattr(learning, "WINDOWS", 2)
-    monkeypatch.setitem(jobs.SIZES, "toy", replace(jobs.SIZES["toy"], batch=2, context=32))
-    with monkeypatch.context() as patch:
-        patch.setattr(learning, "train", None)
-        assert learning.main(options) == 1
-    [failed] = json.loads(out.read_text())["runs"]
-    assert "TypeError" in failed["failed"]
-    assert learning.main(options) == 0
-    [done] = json.loads(out.read_text())["runs"]
-    assert "failed" not in done and done["commit"] == "abc"
-    document = json.loads(out.read_text())
-    document["machine"]["device"] = "another"
-    out.write_text(json.dumps(document))
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        learning.main(options)
-    assert stopped.value.code == 2
-    own = machine.machine_info()["device"]
-    assert capsys.readouterr().err.endswith(f"whose runs are of another, but must be of this device, {own}\n")
-
-
-def test_a_piece_of_another_run_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
-    architecture = replace(jobs.SIZES["toy"], batch=2, context=32)
-    model = learner.Learner(architecture, rules.RULES["integer"], seed=0, device="cpu")
-    pieces.save(tmp_path / "piece", model, pieces.History(), {"seed": 0})
-    assert pieces.load(tmp_path / "none", model, {"seed": 0}) is None
-    with pytest.raises(
-        ValueError, match=r"is a piece of another run: \{'seed': 0\}, where \{'seed': 1\} was asked"
-    ):
-        pieces.load(tmp_path / "piece", model, {"seed": 1})
-    other = learner.Learner(replace(architecture, width=128), rules.RULES["integer"], seed=0, device="cpu")
-    with pytest.raises(ValueError, match="holds other tensors"):
-        pieces.load(tmp_path / "piece", other, {"seed": 0})
-    (tmp_path / "piece").write_bytes((tmp_path / "piece").read_bytes()[:-1])
-    with pytest.raises(ValueError, match="is no piece of a run: it has"):
-        pieces.load(tmp_path / "piece", model, {"seed": 0})
-
-
-def test_a_text_stays_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file and a folder give the corpus of `load_corpus`, read a piece at a time."""
-    monkeypatch.setattr(corpora, "PIECE_BYTES", 7)
-    folder, scratch = tmp_path / "folder", tmp_path / "scratch"
-    folder.mkdir(), scratch.mkdir()
-    for number in range(3):
-        _text(folder / f"{number}.txt", number, 50 + number)
-    (folder / "weights.pt").write_bytes(b"1")
-    for source in (folder, folder / "1.txt"):
-        found, want = open_corpus(str(source), scratch), load_corpus(str(source))
-        assert torch.equal(found.data_N, want.data_N)
-        assert replace(found, data_N=None) == replace(want, data_N=None)
-    assert not list(scratch.iterdir()), "the copy has no name"
-    (tmp_path / "empty.txt").touch()
-    with pytest.raises(TrainingError, match="is empty"):
-        open_corpus(str(tmp_path / "empty.txt"))
 
 
 def test_the_graph_learns_with_all_its_losses(tmp_path: Path) -> None:
@@ -396,7 +287,7 @@ def test_the_graph_learns_with_all_its_losses(tmp_path: Path) -> None:
     exact(tuple(model.model.state().values()), tuple(twin.state().values()))
     tables = sum(table.nbytes for part in twin.table_modules().values() for table in part.tables().values())
     assert model.state_bytes > tables + model.num_weights
-    corpus = open_corpus(str(_text(tmp_path / "text")))
+    corpus = load_corpus(str(text_in(tmp_path / "text")))
     split = split_corpus(corpus, 16)
     windows = validation_windows(corpus, split, count=3, context=16)
     given = (architecture, rules.RULES["integer"], corpus, split, windows)
@@ -407,7 +298,7 @@ def test_the_graph_learns_with_all_its_losses(tmp_path: Path) -> None:
     assert use["codes"] == WHOLE.num_codes and 1 <= use["perplexity"] <= use["used"] <= 3 * 14
     assert len(found["use"][1]["experts"]) == WHOLE.num_layers
     assert training.train(*given, **how, piece=tmp_path / "piece") == found
-    drawn = {**asdict(_job("integer")), **jobs.settings_of(_job("integer")), **found}
+    drawn = {**jobs.record_of(job_of("integer")), **found}
     report.curves([drawn], tmp_path / "page.png", title="test")
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
 
@@ -421,53 +312,6 @@ def test_sizes_are_names_presets_and_files() -> None:
     for name, number in weights.items():
         size = jobs.SIZES[name]
         assert 12 * size.num_layers * size.width**2 + 768 * size.width == pytest.approx(number, rel=0.02)
-
-
-def test_rules_are_tuned_then_run_then_judged(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
-) -> None:
-    """`best` takes what `tune` found best and needs all of it; the text that judges is read once, and changes no choice."""
-    monkeypatch.setattr(learning, "WINDOWS", 2)
-    monkeypatch.setitem(jobs.GRID, "integer", ((1 / 64, 8 / 64), (0.6,)))
-    out = tmp_path / "out"
-    toy = replace(jobs.SIZES["toy"], batch=2, context=32)
-    monkeypatch.setitem(jobs.SIZES, "toy", toy)
-    options = ["--size", "toy", "--rules", "integer", "--steps", "3", "--data", str(_text(tmp_path / "text"))]
-    options += ["--device", "cpu", "--out", str(out), "--pieces", "--seeds", "0", "1"]
-    assert learning.main(["--suite", "best", *options]) == 1
-    [lacking] = capsys.readouterr().err.splitlines()
-    assert "the best rate and decay are not known, since 2 of them" in lacking
-    assert learning.main(["--suite", "tune", "best", *options, "--seconds", "-1"]) == 1
-    assert capsys.readouterr().err == "2 runs not done: time is over\n"
-    assert learning.main(["--suite", "tune", "best", *options]) == 0
-    said = capsys.readouterr()
-    assert "the best rate 0.125 is the largest that was tried" in said.err
-    runs = json.loads(out.with_suffix(".json").read_text())["runs"]
-    assert [(run["suite"], run["learning_rate"], run["seed"]) for run in runs] == [
-        ("tune", 1 / 64, 0), ("tune", 8 / 64, 0), ("best", 8 / 64, 0), ("best", 8 / 64, 1)
-    ]  # fmt: skip
-    assert runs[1]["val_bpb"] == runs[2]["val_bpb"] < runs[0]["val_bpb"]
-    judge = ["--judge", str(_text(tmp_path / "other", 1)), "--out", str(out), "--device", "cpu"]
-    with pytest.raises(SystemExit):
-        learning.main(["--judge", str(tmp_path / "text"), *judge[2:]])
-    assert "is the text that a run learned from" in capsys.readouterr().err
-    assert learning.main(judge) == 0
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
-    held_out = [
-        run.get("held_out", {}).get("bpb") for run in json.loads(out.with_suffix(".json").read_text())["runs"]
-    ]
-    assert held_out[:2] == [None, None] and rows[-1][-2] == f"{sum(held_out[2:]) / 2:.3f}"
-    corpus = open_corpus(str(tmp_path / "other"))
-    windows = validation_windows(corpus, judging.whole(corpus), count=2, context=32)
-    model = learner.Learner(toy, rules.RULES["integer"], seed=1, device="cpu")
-    for step in range(3):
-        text = load_corpus(str(tmp_path / "text"))
-        batch = training_batch(text, split_corpus(text, 32), batch=2, context=32, seed=1, micro_step=step)
-        model.step(batch, schedule.rate(step, 3, theta=1, gain=1.0) * 8 / 6)
-    assert held_out[3] == model.bits_per_byte(windows)
-    with pytest.raises(SystemExit):
-        learning.main(judge)
-    assert "a held-out text is read once" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -485,3 +329,76 @@ def test_what_cannot_be_is_said(
     with pytest.raises(SystemExit) as stopped:
         learning.main(options)
     assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_curve_is_of_one_setting_and_of_the_best(tmp_path: Path) -> None:
+    """A mean over the runs of several suites is a mean of nothing."""
+    runs = [
+        {
+            **jobs.record_of(job_of("integer", suite=suite, rate=rate, seed=seed)),
+            "commit": "a",
+            "val_bpb": rate,
+        }
+        for suite, rate in (("table", 1.0), ("best", 2.0), ("toy", 3.0), ("tune", 4.0))
+        for seed in range(2)
+    ]
+    [by_rule] = report.panels_of(runs).values()
+    assert [run["learning_rate"] for run in by_rule["integer"]] == [2.0, 2.0]
+    [by_rule] = report.panels_of([run for run in runs if run["suite"] != "best"]).values()
+    assert [run["learning_rate"] for run in by_rule["integer"]] == [3.0, 3.0]
+
+
+def _trits(model: learner.Learner) -> dict[str, torch.Tensor]:
+    """Return the trits of each weight by the last part of its name and its layer."""
+    weights = {name: module.weight for name, module in model.model.ternary_modules().items()}
+    if model.rule.kind == "straight-through":
+        return {name: weight.value.sign() for name, weight in weights.items()}  # type: ignore[attr-defined]
+    return {name: reference_ops.unpack_trits(weight.packed, weight.shape) for name, weight in weights.items()}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["integer", "straight-through", "float AdamW"])
+def test_flips_of_each_kind_are_those_of_the_trits(name: str, tmp_path: Path) -> None:
+    """In the step before each validation, of integers and behind straight-through weights; floats have none."""
+    architecture = replace(jobs.SIZES["toy"], batch=2, context=32)
+    corpus = load_corpus(str(text_in(tmp_path / "text")))
+    split = split_corpus(corpus, 32)
+    windows = validation_windows(corpus, split, count=1, context=32)
+    rule, how = rules.RULES[name], {"seed": 0, "steps": 4, "device": "cpu", "evaluations": 2}
+    found = training.train(architecture, rule, corpus, split, windows, **how)  # type: ignore[arg-type]
+    if name == "float AdamW":
+        assert "flips" not in found
+        return
+    assert [step for step, _ in found["flips"]] == [2, 4]
+    model, trits = learner.Learner(architecture, rule, seed=0, device="cpu"), []
+    for step in range(2):
+        trits.append(_trits(model))
+        batch = training_batch(corpus, split, batch=2, context=32, seed=0, micro_step=step)
+        model.step(batch, schedule.rate(step, 4, theta=1, gain=1.0, decay=rule.decay))
+    before, after = trits[-1], _trits(model)
+    named = {
+        "embedding": ("bytes", "positions"),
+        "attention": ("qkv", "output"),
+        "feed-forward": ("up", "down"),
+    }
+    named["head"] = ("head",)
+    rates = found["flips"][0][1]
+    assert rates.keys() == named.keys() and sum(rates.values()) > 0
+    for kind, last_parts in named.items():
+        names = [key for key in after if key.split(".")[-1] in last_parts]
+        flipped = sum(int((before[key] != after[key]).sum()) for key in names)
+        assert rates[kind] == flipped / sum(after[key].numel() for key in names)
+
+
+def test_the_page_tells_the_rates_that_the_schedule_has() -> None:
+    """Each row of the table of lengths: warm-up, flat part, decay, and the sum of the shares of the rate."""
+    lines = (machine.ROOT / "docs" / "learning.md").read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("| steps | warm-up |")) + 2
+    rows = [line.strip("| ").replace(",", "").replace(" %", "").split(" | ") for line in lines[first:]]
+    rows = rows[: rows.index([""])]
+    for steps, warmup, flat, falls, at_full in (map(int, row) for row in rows):
+        decay = schedule.decay_of(steps)
+        shares = [schedule.share_of_rate(step, steps, decay=decay) for step in range(steps)]
+        assert warmup == math.ceil(schedule.WARMUP_FRACTION * steps)
+        assert flat == max(warmup, steps - math.ceil(decay * steps)) and falls == round(100 * decay)
+        assert at_full == round(sum(shares))
+    assert len(rows) >= 6

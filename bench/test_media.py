@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from arbitor.optimized.training.options import PRESET_DEFAULTS
 from arbitor.sidecars import read_audio
 from bench.media import __main__ as demo
 from bench.media import mixed_step
+from bench.media.beside import features_beside, make_features
 from bench.media.render import SLOTS, TEMPLATES, render, slot_bits, values_of
 
 LIBRARIES = ("transformers", "diffusers", "optimum", "PIL", "av")
@@ -45,13 +50,8 @@ def test_rendered_files_repeat(tmp_path: Path) -> None:
     for name in ("a", "b"):
         render(tmp_path / name, count=3, seed=5)
     render(tmp_path / "c", count=3, seed=6)
-    # A video file holds a random number of its writer.
-    files = [
-        path.relative_to(tmp_path / "a")
-        for path in sorted((tmp_path / "a").glob("*/*"))
-        if path.suffix != ".mkv"
-    ]
-    assert len(files) == 15
+    files = [path.relative_to(tmp_path / "a") for path in sorted((tmp_path / "a").glob("*/*"))]
+    assert len(files) == 18
     content = {name: [(tmp_path / name / file).read_bytes() for file in files] for name in "abc"}
     assert content["a"] == content["b"] != content["c"]
 
@@ -66,7 +66,19 @@ def test_the_demonstration_is_a_run_that_says_what_it_missed(
     monkeypatch.setattr(media_speech, "CODEC_STEPS", 1)
     # The command takes one thread, and other tests have theirs.
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    made: list[Path] = []
+
+    @contextmanager
+    def features_before(*arguments: Any, cache: str, **named: Any) -> Iterator[None]:
+        """Make in this process, and first, what the command makes beside the run."""
+        make_features(*arguments, cache=cache, **named)
+        made.extend(Path(cache).iterdir())
+        yield
+        assert set(made) == set(Path(cache).iterdir()), "the run made other features"
+
+    monkeypatch.setattr(demo, "features_beside", features_before)
     assert demo.main(arguments) == 1
+    assert len(made) == 3 * 12
     figures = json.loads((tmp_path / "run" / "media.json").read_text())["figures"]
     assert [figure["name"].partition(":")[0] for figure in figures] == [
         "image",
@@ -82,6 +94,18 @@ def test_the_demonstration_is_a_run_that_says_what_it_missed(
     sound = read_audio(tmp_path / "run" / "media.wav")
     assert len(sound) == 16_000 and sound.abs().max() > 0
     assert "image: slots right" in capsys.readouterr().out
+
+
+def test_another_process_ends_with_the_run(tmp_path: Path) -> None:
+    """However the run ends. A folder that is not there ends the process at once, which is no fault of the run."""
+    before = {process.pid for process in multiprocessing.active_children()}
+    with (
+        pytest.raises(KeyError, match="of the run"),
+        features_beside({"image": str(tmp_path / "gone")}, {}, cache=str(tmp_path / "cache"), side=2),
+    ):
+        assert len({process.pid for process in multiprocessing.active_children()} - before) == 1
+        raise KeyError("of the run")
+    assert {process.pid for process in multiprocessing.active_children()} == before
 
 
 @needs_sidecars

@@ -20,7 +20,14 @@ PAGE = machine.ROOT / "docs" / "scaling.md"
 
 
 @pytest.mark.parametrize(
-    "table", [plan.table_of_bytes, plan.table_of_memory, plan.table_of_experts, plan.table_of_steps]
+    "table",
+    [
+        plan.table_of_bytes,
+        plan.table_of_memory,
+        plan.table_of_experts,
+        plan.table_of_codes,
+        plan.table_of_steps,
+    ],
 )
 def test_the_page_has_the_tables_of_the_plan(table: object) -> None:
     assert callable(table)

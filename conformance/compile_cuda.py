@@ -10,9 +10,10 @@ the source is for Hopper alone.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -65,15 +66,25 @@ def asked_for() -> dict[Kernel, str]:
     return kernels
 
 
-def main(sources: list[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Compile and print. Return the exit status."""
+    known = sorted(path.stem for path in compiler.FOLDER.glob("*.cu"))
+    parser = argparse.ArgumentParser(
+        prog="python -m conformance.compile_cuda", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument(
+        "sources", nargs="*", metavar="SOURCE", help=f"of {', '.join(known)}; all if none is named"
+    )
+    sources: list[str] = parser.parse_args(arguments).sources
+    if unknown := sorted(set(sources) - set(known)):
+        sys.exit(f"no source is called {', '.join(unknown)}: there are {', '.join(known)}")
     if triton.knobs.runtime.interpret:
         sys.exit("with TRITON_INTERPRET=1 there is nothing to compile: unset it")
     if (reason := compiler.why_missing()) is not None:
         sys.exit(reason)
     torch.set_num_threads(1)
     kernels, complaints = asked_for(), []
-    for source in sources or sorted(path.stem for path in compiler.FOLDER.glob("*.cu")):
+    for source in sources or known:
         tried = [kernel for kernel in kernels if kernel.source == source]
         print(source, end=": ", flush=True)
         for kernel in tried:
@@ -91,4 +102,4 @@ def main(sources: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

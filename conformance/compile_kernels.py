@@ -9,13 +9,14 @@ Afterwards all specialisations of preset-like inputs are compiled, and the few s
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import inspect
 import os
 import pkgutil
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -205,8 +206,13 @@ def reason_of(error: BaseException) -> str:
     return f"{type(first).__name__}: {first}"
 
 
-def main(families: list[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Compile and print. Return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m conformance.compile_kernels", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="of ops; all if none is named")
+    families: list[str] = parser.parse_args(arguments).families
     known = sorted({row.family for row in OP_TABLE.values()})
     if unknown := sorted(set(families) - set(known)):
         sys.exit(f"no family is called {', '.join(unknown)}: there are {', '.join(known)}")
@@ -235,4 +241,4 @@ def main(families: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -157,5 +157,8 @@ def of_updates() -> Iterator[tuple[str, Case]]:
     yield "accumulate", Case((matrix, votes), CLOCK)
     yield "accumulate", Case((matrix, votes), {"exponent_rule": "sign", **CLOCK})
     yield "accumulate_gradient", Case((matrix, grad, 0.5), CLOCK)
+    # A part of a table of ten million rows, as a rank of four keeps it.
+    some = torch.arange(len(grad))
+    yield "accumulate_gradient", Case((matrix, grad, 0.5), {"rows": some, "first_row": 7_500_000, **CLOCK})
     yield "apply_step", Case((matrix,))
     yield "initial_weight", Case(((64, WIDTH),), {"std": 0.1, "seed": 1, "tensor_id": 3})

@@ -29,6 +29,7 @@ from arbitor.optimized.commands import (
     smoke,
     train,
 )
+from arbitor.optimized.interrupts import interruptible
 from arbitor.optimized.training.shown import shown, write_nowhere
 from arbitor.optimized.version import package_version
 
@@ -61,7 +62,7 @@ def run_command(command: click.Command, argv: Sequence[str] | None = None, *, na
             stream.reconfigure(errors="backslashreplace")
     tells: Callable[[], bool] = _always
     try:
-        with _warnings_in_sentences(), _among_ranks(arguments) as tells:
+        with interruptible(), _warnings_in_sentences(), _among_ranks(arguments) as tells:
             command(arguments, prog_name=name, standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
         _fail("stopped by SIGINT", 130, tells)

@@ -12,13 +12,14 @@ from arbitor.sidecars.features import FeatureCache
 from arbitor.sidecars.media import (
     Blob,
     read_audio,
+    read_frames,
     read_image,
     read_video,
     write_audio,
     write_image,
     write_video,
 )
-from arbitor.sidecars.sidecar import Sidecar, SidecarError
+from arbitor.sidecars.sidecar import MissingLibraryError, Sidecar, SidecarError
 from arbitor.sidecars.video import VideoSidecar, whole_clip
 from arbitor.sidecars.vision import VisionSidecar
 
@@ -27,6 +28,7 @@ __all__ = [
     "Blob",
     "Encoders",
     "FeatureCache",
+    "MissingLibraryError",
     "Sidecar",
     "SidecarAudit",
     "SidecarError",
@@ -36,6 +38,7 @@ __all__ = [
     "audit_of",
     "counted_mib",
     "read_audio",
+    "read_frames",
     "read_image",
     "read_video",
     "standard_audit",

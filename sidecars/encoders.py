@@ -19,7 +19,7 @@ from arbitor.sidecars.audio import SAMPLE_RATE, AudioSidecar, refuse_clip
 from arbitor.sidecars.features import FeatureCache
 from arbitor.sidecars.sidecar import Sidecar, SidecarError
 from arbitor.sidecars.video import SIDE_MULTIPLE, VideoSidecar, whole_clip
-from arbitor.sidecars.vision import VisionSidecar
+from arbitor.sidecars.vision import VisionSidecar, refuse_thin
 
 SIDECARS: Mapping[str, type[Any]] = {"vision": VisionSidecar, "audio": AudioSidecar, "video": VideoSidecar}
 """The kinds of sidecars that a model may own."""
@@ -123,6 +123,7 @@ class Encoders:
             if kind == "vision":
                 made: Tensor = sidecar([medium])[0]
             elif kind == "audio":
+                refuse_clip("a sound", medium)
                 [made] = sidecar([whole_seconds(medium)])
             else:
                 made = sidecar.encode(first_frame(medium, SIDE_MULTIPLE * side)[None])[0]
@@ -235,11 +236,12 @@ def first_frame(clip: Tensor, side: int) -> Tensor:
     """Return the first frame of a clip uint8 [T, 3, H, W] as uint8 [1, 3, side, side].
 
     Its shorter edge is resized to `side` (bilinear, antialiased), and the centre is cut out.
-    Raises TypeError or ValueError for another dtype or shape, or no frame.
+    Raises TypeError or ValueError for another dtype or shape, no frame, or one much longer than wide (`refuse_thin`).
     """
     whole_clip(clip)
     frame = clip[:1].cpu().float()
     height, width = frame.shape[2:]
+    refuse_thin("a frame", height, width)
     scale = side / min(height, width)
     size = [max(side, round(height * scale)), max(side, round(width * scale))]
     frame = F.interpolate(frame, size=size, mode="bilinear", antialias=True, align_corners=False)

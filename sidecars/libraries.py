@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from arbitor.sidecars.sidecar import SidecarError
+from arbitor.sidecars.sidecar import MissingLibraryError, SidecarError
 
 EXTRA_OF = {
     "transformers": "sidecars",
@@ -25,14 +25,14 @@ EXTRA_OF = {
 def library(name: str) -> ModuleType:
     """Return an optional library, imported.
 
-    Raises SidecarError, with the command that installs it, where it is missing.
+    Raises MissingLibraryError, with the command that installs it, where it is missing.
     """
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         # A library may be installed and lack a package that it needs. Then the message names that package.
         missing = error.name or name
-        raise SidecarError(
+        raise MissingLibraryError(
             f"{name} needs the package {missing!r}, which is not installed: pip install 'arbitor[{EXTRA_OF[name]}]'"
         ) from error
 

@@ -6,6 +6,7 @@ Legend: H and W sides of a picture, T samples or frames.
 from __future__ import annotations
 
 import io
+import itertools
 import warnings
 import wave
 from collections.abc import Iterator
@@ -22,14 +23,32 @@ from arbitor.sidecars.audio import SAMPLE_RATE
 from arbitor.sidecars.libraries import library
 from arbitor.sidecars.sidecar import SidecarError
 
-MAX_PIXELS = 2**28
-"""Most pixels of a picture: 16384 x 16384. A small file may claim more than a memory holds."""
+MAX_PIXELS = 2**27
+"""Most pixels of a picture, or of a frame of a video: 16384 x 8192. A small file may claim more than a memory holds."""
+
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+"""Formats of pictures that are read. For others Pillow may start a program, such as Ghostscript for PostScript."""
 
 MAX_SECONDS = 3600
 """Longest sound that is read, in seconds: 230 MB."""
 
+RATES = range(1_000, 1_000_001)
+"""Samples a second that a sound may have. What resamples another rate may need more memory than there is."""
+
 MAX_FRAMES = 4096
 """Most frames of a video that are read unless said otherwise."""
+
+MAX_FRAME_BYTES = 2**32
+"""Most bytes of all frames that are read of a video."""
+
+CONTAINERS = (
+    "aac", "aiff", "amr", "asf", "au", "avi", "caf", "flac", "flv", "gif", "matroska", "mjpeg", "mov", "mp3", "mpeg", "mpegts",
+    "mpegvideo", "ogg", "w64", "wav",
+)  # fmt: skip
+"""Formats of sound and video that are read, as FFmpeg calls them. Others, such as playlists, name further files."""
+
+MAX_CHANNELS = 8
+"""Most channels of a sound. FFmpeg knows no places of the loudspeakers of more."""
 
 FRAMES_PER_SECOND = 10
 """Frames a second of videos that are written unless said otherwise."""
@@ -60,24 +79,56 @@ def _opened(path: MediaFile) -> Any:
     return io.BytesIO(path.data) if isinstance(path, Blob) else str(path)
 
 
+def _container(path: MediaFile) -> Any:
+    """Return the tracks of a file of sound or video."""
+    av = library("av")
+    # A name such as http:a.wav would be an address otherwise.
+    source = _opened(path) if isinstance(path, Blob) else f"file:{path}"
+    options = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
+    try:
+        return av.open(source, options=options)
+    except av.error.ArgumentError as error:
+        raise SidecarError(
+            f"{str(path)!r} is no sound or video of a format that is read, {', '.join(CONTAINERS)}"
+        ) from error
+
+
 def read_image(path: MediaFile) -> Tensor:
     """Return a picture of any format, size and mode as uint8 [3, H, W], upright.
 
     Greyscale is repeated in all channels, and greyscale of 16 bits is divided by 256. Transparency shows white. Only the first
     frame of an animation is read.
 
-    Raises SidecarError where the file cannot be decoded, is larger than MAX_PIXELS, or holds floats of no stated range.
+    Raises SidecarError where the file cannot be decoded, is of none of FORMATS, is larger than MAX_PIXELS, or holds floats of no
+    stated range.
     """
     image_module, ops = library("PIL.Image"), library("PIL.ImageOps")
     with _decoding(path), warnings.catch_warnings():
         warnings.simplefilter("ignore", image_module.DecompressionBombWarning)
-        with image_module.open(_opened(path)) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise SidecarError(
-                    f"{str(path)!r} is a picture of {opened.width} x {opened.height}, but may have at most {MAX_PIXELS} pixels"
-                )
+        image_module.init()
+        try:
+            # An older Pillow lacks some.
+            formats = [name for name in FORMATS if name in image_module.OPEN]
+            opened = image_module.open(_opened(path), formats=formats)
+        except image_module.DecompressionBombError as error:
+            # Pillow has a bound of its own, which is higher.
+            raise _too_large(path) from error
+        with opened:
+            _check_pixels(path, opened)
             picture = _rgb(ops.exif_transpose(opened), path)
         return torch.from_numpy(np.array(picture)).movedim(2, 0).contiguous()
+
+
+def _check_pixels(path: MediaFile, sized: Any) -> None:
+    """Refuse what has more than MAX_PIXELS."""
+    if sized.width * sized.height > MAX_PIXELS:
+        raise _too_large(path)
+
+
+def _too_large(path: MediaFile) -> SidecarError:
+    return SidecarError(
+        f"{str(path)!r} is larger than the {MAX_PIXELS:,} pixels that a picture or a frame may have"
+    )
 
 
 def _rgb(picture: Any, path: MediaFile) -> Any:
@@ -106,22 +157,36 @@ def read_audio(path: MediaFile, *, max_seconds: float = MAX_SECONDS) -> Tensor:
     Raises SidecarError where the file cannot be decoded, has no sound, or lasts longer than `max_seconds`.
     """
     av = library("av")
-    limit, parts, count = int(max_seconds * SAMPLE_RATE), [], 0
-    with _decoding(path), av.open(_opened(path)) as container:
+    parts, count = [], 0
+    with _decoding(path), _container(path) as container:
         if not container.streams.audio:
             raise SidecarError(f"{str(path)!r} has no sound")
         resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
         # None flushes the samples that the resampler still holds.
-        for frame in (*_frames(container, container.streams.audio[0]), None):
+        for frame in itertools.chain(_frames(container, container.streams.audio[0]), (None,)):
+            # A frame of some bytes may last for days.
+            if frame is not None:
+                if frame.sample_rate not in RATES:
+                    raise SidecarError(
+                        f"{str(path)!r} has {frame.sample_rate:,} samples a second, but must have {RATES[0]:,} to {RATES[-1]:,}"
+                    )
+                if frame.layout.nb_channels > MAX_CHANNELS:
+                    raise SidecarError(
+                        f"{str(path)!r} has {frame.layout.nb_channels} channels, but may have at most {MAX_CHANNELS}"
+                    )
+                _check_length(path, count + frame.samples * SAMPLE_RATE // frame.sample_rate, max_seconds)
             for piece in resampler.resample(frame):
                 parts.append(torch.from_numpy(piece.to_ndarray()[0].copy()))
                 count += len(parts[-1])
-            if count > limit:
-                raise SidecarError(
-                    f"{str(path)!r} lasts longer than {max_seconds:g} s, the most that is read"
-                )
+            _check_length(path, count, max_seconds)
     # A resampled peak may lie a little beyond the samples around it.
     return torch.cat(parts).clamp(-1, 1) if parts else torch.zeros(0)
+
+
+def _check_length(path: MediaFile, samples: int, max_seconds: float) -> None:
+    """Refuse more samples at SAMPLE_RATE than so many seconds have."""
+    if samples > max_seconds * SAMPLE_RATE:
+        raise SidecarError(f"{str(path)!r} lasts longer than {max_seconds:g} s, the most that is read")
 
 
 class Video(NamedTuple):
@@ -146,23 +211,75 @@ def read_video(path: MediaFile, *, max_frames: int = MAX_FRAMES, every: int = 1)
     for name, value in (("max_frames", max_frames), ("every", every)):
         if value < 1:
             raise ValueError(f"{name} is {value}, but must be at least 1")
-    av = library("av")
     kept: list[Tensor] = []
-    with _decoding(path), av.open(_opened(path)) as container:
-        if not container.streams.video:
-            raise SidecarError(f"{str(path)!r} has no pictures")
-        stream, more = container.streams.video[0], False
+    with _decoding(path), _container(path) as container:
+        stream, more = _pictures(path, container), False
         for number, frame in enumerate(_frames(container, stream)):
             if number % every:
                 continue
             if len(kept) == max_frames:
                 more = True
                 break
-            kept.append(torch.from_numpy(frame.to_ndarray(format="rgb24")).movedim(2, 0))
+            kept.append(_pixels(path, frame))
+            _check_bytes(path, kept)
         rate = float(stream.average_rate or 0) / every
-    if not kept:
+        return Video(_stacked(path, kept), rate, more)
+
+
+def read_frames(path: MediaFile, count: int) -> Tensor:
+    """Return some frames of the first video track of a file, evenly spaced from its first to its last, uint8 [count, 3, H, W].
+
+    They are the frames that `spread_frames` takes of all frames, but no others are kept in memory. The file is decoded twice, since
+    only its end says how many frames it has. Of more than MAX_FRAMES the first so many count.
+
+    Raises SidecarError as `read_video`.
+    """
+    with _decoding(path), _container(path) as container:
+        stream = _pictures(path, container)
+        total = sum(1 for _ in zip(_frames(container, stream), range(MAX_FRAMES), strict=False))
+    wanted = [number * max(total - 1, 0) // max(count - 1, 1) for number in range(count)]
+    found: dict[int, Tensor] = {}
+    with _decoding(path), _container(path) as container:
+        for number, frame in enumerate(_frames(container, _pictures(path, container))):
+            if number in wanted:
+                found[number] = _pixels(path, frame)
+            if number == wanted[-1]:
+                break
+        return _stacked(path, [found[number] for number in wanted if number in found])
+
+
+def _pictures(path: MediaFile, container: Any) -> Any:
+    """Return the first video track."""
+    if not container.streams.video:
+        raise SidecarError(f"{str(path)!r} has no pictures")
+    stream = container.streams.video[0]
+    _check_pixels(path, stream)
+    return stream
+
+
+def _pixels(path: MediaFile, frame: Any) -> Tensor:
+    """Return a frame as uint8 [3, H, W]."""
+    _check_pixels(path, frame)
+    return torch.from_numpy(frame.to_ndarray(format="rgb24")).movedim(2, 0)
+
+
+def _check_bytes(path: MediaFile, frames: list[Tensor]) -> None:
+    """Refuse more than MAX_FRAME_BYTES of frames."""
+    if len(frames) * frames[-1].numel() > MAX_FRAME_BYTES:
+        raise SidecarError(
+            f"{str(path)!r} has more than {MAX_FRAME_BYTES:,} bytes of pixels in the frames that were asked for: ask for fewer "
+            "(max_frames, every)"
+        )
+
+
+def _stacked(path: MediaFile, frames: list[Tensor]) -> Tensor:
+    """Return frames as uint8 [T, 3, H, W]."""
+    if not frames:
         raise SidecarError(f"{str(path)!r} has no frame that can be decoded")
-    return Video(torch.stack(kept), rate, more)
+    sizes = sorted({f"{frame.shape[2]} x {frame.shape[1]}" for frame in frames})
+    if len(sizes) > 1:
+        raise SidecarError(f"{str(path)!r} has frames of {' and '.join(sizes[:2])}, but must have one size")
+    return torch.stack(frames)
 
 
 def _frames(container: Any, stream: Any) -> Iterator[Any]:

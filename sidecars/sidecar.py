@@ -13,6 +13,10 @@ class SidecarError(RuntimeError):
     """A fault that a user can act on: a missing library, a checkpoint that does not fit, a file that cannot be decoded."""
 
 
+class MissingLibraryError(SidecarError):
+    """A library that is not installed. No other file or sidecar would fare better."""
+
+
 class Sidecar(nn.Module):
     """A frozen network of another project.
 

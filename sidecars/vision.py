@@ -37,6 +37,19 @@ PREPROCESSOR = "preprocessor_config.json"
 """File of a checkpoint that says how its pictures are prepared. Without the file, PREPROCESSING does."""
 
 
+MAX_RATIO = 64
+"""How many times the shorter side of a picture the longer one may be. The shorter is resized to a fixed length, and the longer with
+it, so that a thin picture of some bytes would fill a memory."""
+
+
+def refuse_thin(name: str, height: int, width: int) -> None:
+    """Refuse a picture that is much longer than wide. Raises ValueError in a sentence that names it."""
+    if max(height, width) > MAX_RATIO * min(height, width):
+        raise ValueError(
+            f"{name} is {width} x {height}, but its longer side may be at most {MAX_RATIO} times its shorter one"
+        )
+
+
 class VisionSidecar(Sidecar):
     """DINOv2 over pictures.
 
@@ -79,7 +92,7 @@ class VisionSidecar(Sidecar):
     def pixels(self, images: Sequence[Tensor]) -> Tensor:
         """Return pictures as the network reads them, float32 [B, 3, crop, crop], prepared by the library's own processor.
 
-        Raises TypeError or ValueError for a picture that is not uint8 [3, H, W].
+        Raises TypeError or ValueError for a picture that is not uint8 [3, H, W], or much longer than wide (`refuse_thin`).
         """
         for place, image in enumerate(images):
             # uint8 alone: the range of a float picture is anyone's guess.
@@ -88,6 +101,7 @@ class VisionSidecar(Sidecar):
                 raise ValueError(
                     f"image {place} has shape {tuple(image.shape)}, but must be [3, height, width]"
                 )
+            refuse_thin(f"image {place}", *image.shape[1:])
         # The processor resizes pictures of Pillow as the authors of the checkpoint did.
         pil = library("PIL.Image")
         pictures = [pil.fromarray(image.movedim(0, 2).cpu().contiguous().numpy()) for image in images]

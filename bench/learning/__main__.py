@@ -29,7 +29,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,20 +37,22 @@ from typing import Any
 import torch
 from rich.progress import Progress, TaskID
 
-from arbitor.optimized.training.data import split_corpus, validation_windows
+from arbitor.optimized.training.data import Corpus, load_corpus, split_corpus, validation_windows
 from arbitor.optimized.training.errors import TrainingError
 from bench import machine, parts
-from bench.learning.corpora import open_corpus
 from bench.learning.jobs import (
     JOB,
     SUITES,
     Job,
+    architecture_in,
     architecture_of,
+    as_json,
     at_an_end,
+    data_name,
     jobs_of,
     measured,
-    rule_of,
-    settings_of,
+    record_of,
+    rule_in,
 )
 from bench.learning.judging import judge_runs
 from bench.learning.report import curves, page, table
@@ -62,7 +64,8 @@ WINDOWS = 512
 
 
 def run(
-    job: Job,
+    record: Mapping[str, Any],
+    corpus: Corpus,
     *,
     device: str,
     progress: Any,
@@ -70,29 +73,36 @@ def run(
     commit: str = "",
     until: float = float("inf"),
 ) -> dict[str, Any]:
-    """Train one model, or as much of it as the time allows."""
-    architecture, rule = architecture_of(job.size), rule_of(job)
-    corpus = open_corpus(job.data)
+    """Train the model of a record, see `record_of`, or as much of it as the time allows."""
+    architecture = architecture_in(record)
     split = split_corpus(corpus, architecture.context)
     windows_WT = validation_windows(corpus, split, count=WINDOWS, context=architecture.context)
-    facts = {"data_bytes": corpus.data_N.numel(), "data_sha256": corpus.sha256}
+    facts = {
+        "data_bytes": corpus.data_N.numel(),
+        "data_sha256": corpus.sha256,
+        "validation_sha256": split.validation_sha256(),
+        "windows": windows_WT.shape[0],
+    }
     result = train(
-        architecture, rule, corpus, split, windows_WT, seed=job.seed, steps=job.steps, device=device, progress=progress,
-        piece=piece, job=identity(job, corpus.sha256), commit=commit, until=until,
+        architecture, rule_in(record), corpus, split, windows_WT, seed=record["seed"], steps=record["steps"], device=device,
+        progress=progress, piece=piece, job=identity({**record, **facts}), commit=commit, until=until,
     )  # fmt: skip
     return {**facts, **result}
 
 
-def identity(job: Job, data_sha256: str) -> dict[str, Any]:
-    """Return what a piece must agree with to be of a run, JSON data. The suite is not part of it."""
-    named = {**asdict(job), **settings_of(job), "data_sha256": data_sha256}
-    return {name: value for name, value in named.items() if name not in ("suite", "data", "rate")}
+IDENTITY = ("size", "rule", "seed", "steps", "learning_rate", "decay", "config", "architecture")
+"""Fields of a record that make a run what it is, beside the bytes that it sees. The suite is none of them."""
 
 
-def piece_of(job: Job, path: Path) -> Path:
+def identity(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a piece must agree with to be of the run of a record, JSON data."""
+    return {name: record[name] for name in (*IDENTITY, "data_sha256")}
+
+
+def piece_of(record: Mapping[str, Any], path: Path) -> Path:
     """Return the file that a run goes on from, in a folder beside its results. `best` goes on from what `tune` ended with."""
-    named = json.dumps({"data": settings_of(job)["data"], **identity(job, "")}, sort_keys=True)
-    name = f"{job.size} {job.rule} {job.seed}".replace("/", "-").replace(" ", "-")
+    named = json.dumps({name: record[name] for name in ("data", *IDENTITY)}, sort_keys=True)
+    name = "{size} {rule} {seed}".format(**record).replace("/", "-").replace(" ", "-")
     return (
         path.with_suffix(".pieces") / f"{name}-{hashlib.sha256(named.encode()).hexdigest()[:12]}.safetensors"
     )
@@ -121,65 +131,127 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.judge is not None:
         if path is None:
             parser.error("argument --judge: needs --out, the results whose runs are judged")
-        return judged(parser, args.judge, read(parser, "--out", path), path, device)
+        return judged(parser, args, read(parser, "--out", path), path, device)
     worker, workers = share_of(parser, args.worker)
     if args.steps < 1:
         parser.error(f"argument --steps: is {args.steps}, but must be at least 1")
     if args.pieces and path is None:
         parser.error("argument --pieces: needs --out, beside which pieces are kept")
     check_sizes(parser, args)
+    began = time.monotonic()
     held = [run for file in args.without for run in read(parser, "--without", file)["runs"]]
     runs: list[dict[str, Any]] = []
+    commands = [shlex.join(["python", "-m", "bench.learning", *(sys.argv[1:] if argv is None else argv)])]
     if args.pieces and path is not None and path.exists():
-        runs = continued(parser, path)
-    command = ["python", "-m", "bench.learning", *(sys.argv[1:] if argv is None else argv)]
-    document = {"machine": machine.machine_info(), "command": shlex.join(command), "runs": runs}
-    began, commit = time.monotonic(), commit_name(args.commit)
-    origin = {"commit": commit, "date": time.strftime("%Y-%m-%d")}
-    until = began + args.seconds
+        before = continued(parser, path)
+        runs, commands = before["runs"], [*before.get("command", "").split("; "), *commands]
+    corpora = opened(parser, "--data", args.data)
+    check_names(parser, args, corpora, [*held, *runs])
+    commit = commit_name(args.commit)
+    work = Work(
+        args=args,
+        path=path,
+        share=slice(worker, None, workers),
+        corpora=corpora,
+        held=held,
+        runs=runs,
+        document={
+            "machine": machine.machine_info(),
+            "command": "; ".join(dict.fromkeys(filter(None, commands))),
+            "runs": runs,
+        },
+        origin={"commit": commit, "date": time.strftime("%Y-%m-%d")},
+        device=device,
+        until=began + args.seconds,
+    )
     left, lacking = 0, False
-    with Progress(transient=True) as bar:
-        for suite in args.suite:
-            if left:
-                break
-            # `best` asks what `tune` found, so a suite is laid out when its turn comes.
-            try:
-                jobs = planned(args, suite, [*held, *runs])
-            except ValueError as error:
-                print(error, file=sys.stderr)
-                lacking = True
-                break
-            jobs = [job for job in jobs if not any(measured(job, run) for run in held)][worker::workers]
-            jobs = [job for job in jobs if not any(measured(job, run) for run in runs)]
-            for number, job in enumerate(jobs):
-                if time.monotonic() > until:
-                    left += len(jobs) - number
-                    break
-                piece = piece_of(job, path) if args.pieces and path is not None else None
-                task = bar.add_task(f"{job.suite}: {job.rule}, seed {job.seed}", total=job.steps)
-                more: dict[str, Any] = {
-                    "commit": commit,
-                    **({"piece": piece, "until": until} if piece else {}),
-                }
-                done = parts.attempt(
-                    partial(run, job, device=device, progress=partial(_show, bar, task), **more)
-                )
-                bar.remove_task(task)
-                line = f"{job.suite:7} {job.size:6} {job.rule:17} seed {job.seed}"
-                if "unfinished" in done:
-                    left += 1
-                    print(f"{line}  {done['unfinished']} of {job.steps} steps", flush=True)
-                else:
-                    runs.append({**asdict(job), **settings_of(job), **origin, **done})
-                    parts.write(path, document)
-                    result = done.get("failed") or f"{done['val_bpb']:.4f} in {done['seconds']} s"
-                    print(f"{line}  {result}", flush=True)
-                parts.free()
+    for suite in args.suite:
+        try:
+            left = work.take(suite)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            lacking = True
+        if left or lacking:
+            break
     if left:
         print(f"{left} runs not done: time is over", file=sys.stderr)
     for sentence in at_an_end(runs):
         print(sentence, file=sys.stderr)
-    return publish(document, path) or parts.exit_status(runs) or int(left > 0 or lacking)
+    return publish(work.document, path) or parts.exit_status(runs) or int(left > 0 or lacking)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call of this program has to do, and has done.
+
+    Fields:
+        args:     of the command line.
+        path:     of the results, or None.
+        share:    which of the runs of a suite this worker takes.
+        corpora:  texts, by what --data names.
+        held:     runs that other files hold.
+        runs:     runs of this file, to which those that end are added.
+        document: what is written, `runs` among it.
+        origin:   commit and date of the runs of this call.
+        device:   `cpu` or `cuda`.
+        until:    `time.monotonic()` after which no run is begun.
+    """
+
+    args: argparse.Namespace
+    path: Path | None
+    share: slice
+    corpora: Mapping[str, Corpus]
+    held: Sequence[Mapping[str, Any]]
+    runs: list[dict[str, Any]]
+    document: dict[str, Any]
+    origin: Mapping[str, str]
+    device: str
+    until: float
+
+    def take(self, suite: str) -> int:
+        """Take the runs of a suite, and return how many are left when time is over. Raises ValueError as `jobs_of`."""
+        begun: set[Job] = set()
+        # `tune` asks more once it knows more.
+        while jobs := self._waiting(suite, begun):
+            left = 0
+            for number, job in enumerate(jobs):
+                if time.monotonic() > self.until:
+                    return left + len(jobs) - number
+                begun.add(job)
+                left += not self._run(job)
+            if left:
+                return left
+        return 0
+
+    def _waiting(self, suite: str, begun: set[Job]) -> list[Job]:
+        """Return the runs of a suite that are asked of this worker and were neither begun nor done."""
+        done = [*self.held, *self.runs]
+        # Shared out before what is done is left out, or workers that know of different runs would leave some to each other.
+        jobs = planned(self.args, suite, done)[self.share]
+        return [job for job in jobs if job not in begun and not measured(job, done)]
+
+    def _run(self, job: Job) -> bool:
+        """Take a run, add it to the results, and return whether it came to its end, or failed."""
+        record = record_of(job)
+        more: dict[str, Any] = {"commit": self.origin["commit"]}
+        if self.args.pieces and self.path is not None:
+            more |= {"piece": piece_of(record, self.path), "until": self.until}
+        with Progress(transient=True) as bar:
+            task = bar.add_task(f"{job.suite}: {job.rule}, seed {job.seed}", total=job.steps)
+            show = partial(_show, bar, task)
+            done = parts.attempt(
+                partial(run, record, self.corpora[job.data], device=self.device, progress=show, **more)
+            )
+        line = f"{job.suite:7} {record['size']:6} {job.rule:17} seed {job.seed}"
+        if "unfinished" in done:
+            print(f"{line}  {done['unfinished']} of {job.steps} steps", flush=True)
+        else:
+            self.runs.append({**record, **self.origin, **done})
+            parts.write(self.path, self.document)
+            result = done.get("failed") or f"{done['val_bpb']:.4f} in {done['seconds']} s"
+            print(f"{line}  {result}", flush=True)
+        parts.free()
+        return "unfinished" not in done
 
 
 def planned(args: argparse.Namespace, suite: str, runs: Sequence[Mapping[str, Any]]) -> list[Job]:
@@ -248,13 +320,67 @@ def check_sizes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             )
 
 
+def opened(parser: argparse.ArgumentParser, option: str, sources: Sequence[str]) -> dict[str, Corpus]:
+    """Return the texts that an option names, each read once; end the program with a sentence for one that cannot be."""
+    try:
+        return {source: load_corpus(source) for source in sources}
+    except TrainingError as error:
+        parser.error(f"argument {option}: {error}")
+
+
+def check_names(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    corpora: Mapping[str, Corpus],
+    runs: Sequence[Mapping[str, Any]],
+) -> None:
+    """End the program with a sentence where a name of results stands for two texts, or for two architectures.
+
+    Results name texts and sizes without the paths of a machine, and a run is looked for by these names.
+    """
+    texts: dict[str, str] = {}
+    for source, corpus in corpora.items():
+        if texts.setdefault(data_name(source), corpus.sha256) != corpus.sha256:
+            parser.error(f"argument --data: names two texts {data_name(source)!r}, but must name each once")
+    sizes: dict[str, Any] = {}
+    for size in args.size or ():
+        architecture = architecture_of(size)
+        if sizes.setdefault(architecture.name, as_json(architecture)) != as_json(architecture):
+            parser.error(f"argument --size: names two sizes {architecture.name!r}, but must name each once")
+    for run in runs:
+        if "failed" in run:
+            continue
+        if texts.get(run["data"], run["data_sha256"]) != run["data_sha256"]:
+            parser.error(
+                f"argument --data: is a text {run['data']!r} with other bytes than that of the runs at hand, but must be the same "
+                "or have another name"
+            )
+        held = sizes.get(run["size"])
+        if held is not None and run.get("architecture", held) != held:
+            parser.error(
+                f"argument --size: is another {run['size']!r} than that of the runs at hand, but must be the same or have another "
+                "name"
+            )
+
+
 def judged(
-    parser: argparse.ArgumentParser, text: str, document: dict[str, Any], path: Path, device: str
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    document: dict[str, Any],
+    path: Path,
+    device: str,
 ) -> int:
     """Judge the runs of some results by a held-out text, and publish them."""
+    learned = opened(parser, "--data", args.data)
     try:
         judge_runs(
-            document["runs"], text, lambda job: piece_of(job, path), identity, device=device, windows=WINDOWS
+            document["runs"],
+            args.judge,
+            {corpus.sha256: corpus for corpus in learned.values()},
+            lambda run: piece_of(run, path),
+            identity,
+            device=device,
+            windows=WINDOWS,
         )
     except (ValueError, TrainingError) as error:
         parser.error(f"argument --judge: {error}")
@@ -272,15 +398,16 @@ def read(parser: argparse.ArgumentParser, option: str, file: Path) -> dict[str, 
     parser.error(f"argument {option}: is '{file}', but must be a file that this program wrote")
 
 
-def continued(parser: argparse.ArgumentParser, path: Path) -> list[dict[str, Any]]:
-    """Return the runs of a file that are not done again: those that failed are. End the program where another device wrote it."""
+def continued(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
+    """Return the document of a file without the runs that failed, which are done again; end the program where another device
+    wrote it."""
     document, own = read(parser, "--out", path), machine.machine_info()["device"]
     device = document["machine"]["device"]
     if device != own:
         parser.error(
             f"argument --out: is '{path}', whose runs are of {device}, but must be of this device, {own}"
         )
-    return [run for run in document["runs"] if "failed" not in run]
+    return {**document, "runs": [run for run in document["runs"] if "failed" not in run]}
 
 
 def share_of(parser: argparse.ArgumentParser, text: str) -> tuple[int, int]:

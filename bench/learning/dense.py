@@ -42,6 +42,12 @@ class DenseWeight:
         return replace(self, **tensors)
 
 
+WITHOUT_WEIGHT = frozenset(
+    ("balance_experts", "decode_attention", "gated", "head_keys", "rotate", "visible_slots", "weigh_ranks")
+)
+"""Ops that the trunk of a graph asks for, and that take no weight."""
+
+
 class DenseOps:
     """An op set of float weights: the names that the graph asks for, no others."""
 
@@ -61,17 +67,36 @@ class DenseOps:
         """Return a weight in the making as a float32 matrix."""
         return dequantize(weight, dtype=torch.float32)
 
-    def linear(self, x: Tensor, weight: DenseWeight) -> Tensor:
-        return F.linear(x, weight.value.to(x.dtype))
+    def __getattr__(self, name: str) -> Any:
+        """Return an op that takes no weight: what a float model of the library would run is no slower than ours."""
+        if name not in WITHOUT_WEIGHT:
+            raise AttributeError(f"float weights have no op {name!r}")
+        if not torch.cuda.is_available():
+            return getattr(reference_ops, name)
+        from arbitor.optimized import ops as optimized_ops
 
-    def linear_input_grad(self, grad: Tensor, weight: DenseWeight) -> Tensor:
-        return grad @ weight.value.to(grad.dtype)
+        return getattr(optimized_ops, name)
 
-    def linear_weight_grad(self, grad: Tensor, x: Tensor) -> Tensor:
+    def linear(self, x: Tensor, weight: DenseWeight, *, num_groups: int = 1) -> Tensor:
+        return F.linear(x, _side_by_side(weight.value.to(x.dtype), num_groups))
+
+    def linear_input_grad(
+        self, grad: Tensor, weight: DenseWeight, *, num_groups: int = 1, out: Tensor | None = None
+    ) -> Tensor:
+        w = _side_by_side(weight.value.to(grad.dtype), num_groups)
+        if out is None:
+            return grad @ w
+        # As ours: the sum is within the product, and rounded once.
+        out.view(-1, out.shape[-1]).addmm_(grad.reshape(-1, grad.shape[-1]), w)
+        return out
+
+    def linear_weight_grad(self, grad: Tensor, x: Tensor, *, num_groups: int = 1) -> Tensor:
         grad_MN, x_MK = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         if grad.device.type == "cuda" and grad.dtype is torch.bfloat16:
-            return torch.mm(grad_MN.T, x_MK, out_dtype=torch.float32)
-        return torch.mm(grad_MN.T, x_MK).float()
+            made = torch.mm(grad_MN.T, x_MK, out_dtype=torch.float32)
+        else:
+            made = torch.mm(grad_MN.T, x_MK).float()
+        return made.unflatten(1, (num_groups, -1)).transpose(0, 1).flatten(0, 1)
 
     def choose_experts(
         self, x: Tensor, weight: DenseWeight, *, top_k: int, handicap_E: Tensor | None = None
@@ -95,19 +120,20 @@ class DenseOps:
         self, grad: Tensor, x: Tensor, experts: Tensor, *, num_groups: int
     ) -> Tensor:
         """Sum by expert, in the dtype of the activations, which is all that the library's product writes."""
-        order, ends = by_expert(experts, num_groups)
-        sums_ENK = F.grouped_mm(_aligned(grad[order]).T, _aligned(x[order]), offs=ends)
-        return sums_ENK[:, : grad.shape[1], : x.shape[1]].flatten(0, 1).float()
+        order, ends = by_expert(experts.flatten(), num_groups)
+        grad_MN, x_MK = (each.flatten(0, -2)[order] for each in (grad, x))
+        sums_ENK = F.grouped_mm(_aligned(grad_MN).T, _aligned(x_MK), offs=ends)
+        return sums_ENK[:, : grad.shape[-1], : x.shape[-1]].flatten(0, 1).float()
 
     def _grouped(self, x: Tensor, experts: Tensor, w: Tensor) -> Tensor:
         """Return each slot times the matrix [K, N] of its expert; every slot has one here."""
-        order, ends = by_expert(experts, len(w))
-        rows = -w.shape[1] % ALIGNED
+        order, ends = by_expert(experts.flatten(), len(w))
+        x_MK, rows = x.flatten(0, -2)[order], -w.shape[1] % ALIGNED
         y = F.grouped_mm(
-            _aligned(x[order]), F.pad(_aligned(w), (0, 0, 0, rows)) if rows else _aligned(w), offs=ends
+            _aligned(x_MK), F.pad(_aligned(w), (0, 0, 0, rows)) if rows else _aligned(w), offs=ends
         )
         y = y[:, : w.shape[2]]
-        return torch.empty_like(y).index_copy_(0, order, y)
+        return torch.empty_like(y).index_copy_(0, order, y).unflatten(0, experts.shape)
 
     def expert_load(self, experts: Tensor, *, num_groups: int) -> Tensor:
         """Return how often each expert is named: the reference would wait for the device to look at the ids."""
@@ -142,6 +168,11 @@ class DenseOps:
 
     def apply_steps(self, weights: tuple[DenseWeight, ...], **rule: Any) -> None:
         """See `apply_step`."""
+
+
+def _side_by_side(w: Tensor, num_groups: int) -> Tensor:
+    """Return the matrices of a stack, one below the other, side by side: [E N, K] as [N, E K]."""
+    return w if num_groups == 1 else w.unflatten(0, (num_groups, -1)).transpose(0, 1).flatten(1)
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Legend: B batch, T bytes of a window, W validation windows.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arbitor.optimized.training.census import by_kind
 from arbitor.optimized.training.passes import Passes, RecordedPasses
 from arbitor.optimized.training.recording import in_branches
 from arbitor.reference.config import ArbConfig
@@ -26,11 +28,12 @@ from bench.learning.rules import (
     FLOAT_BYTES,
     MUON_BYTES,
     FloatOps,
+    GroupedStraightThroughOps,
     Rule,
     StraightThroughOps,
     integer_bytes,
 )
-from bench.learning.transformer import ByteTransformer
+from bench.learning.transformer import KIND_OF_PART, ByteTransformer
 
 BETAS = (0.9, 0.95)
 """Of AdamW."""
@@ -76,6 +79,8 @@ class Learner:
         self.rate = torch.zeros((), device=device)
         self.step_number = torch.zeros((), dtype=torch.int64, device=device)
         self.ids_BT = torch.zeros(architecture.batch, architecture.context, dtype=torch.int64, device=device)
+        # Stacks of experts that Muon moves, each with its matrices, which share its memory.
+        self.stacks: list[tuple[torch.nn.Parameter, list[torch.nn.Parameter]]] = []
         self.optimizers = self._optimizers()
         self.recorded: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         # torch's Muon takes its rate from the host in every step.
@@ -128,6 +133,32 @@ class Learner:
         if not isinstance(self.model, ArbModel) or not self.model.table_modules():
             return None
         return use_of(self.model, windows_WT, batch=self.architecture.batch)
+
+    def trits(self) -> dict[str, dict[str, Tensor]]:
+        """Return a copy of the trits of each weight, to be given to `flip_rates`; nothing where weights are float."""
+        return {} if self.rule.kind == "float" else self.model.snapshot_trits()
+
+    def flip_rates(self, before: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+        """Return the share of trits that differ from those of `trits`, by kind of weight (docs/training.md)."""
+        weights = {name: self.model.ternary_modules()[name].weight for name in before}
+        if self.rule.kind == "straight-through":
+            changed = {
+                name: (before[name]["value"].sign() != weight.tensors()["value"].sign()).sum()
+                for name, weight in weights.items()
+            }
+        else:
+            changed = self.model.changed_trits(before)
+        kinds: dict[str, list[str]] = {}
+        if isinstance(self.model, ArbModel):
+            kinds = by_kind(before)
+        else:
+            for name in before:
+                kinds.setdefault(KIND_OF_PART[name.split(".")[-1]], []).append(name)
+        return {
+            kind: int(torch.stack([changed[name] for name in names]).sum())
+            / sum(math.prod(weights[name].shape) for name in names)
+            for kind, names in kinds.items()
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all that a step reads and the steps before have made, by name: the state that a run goes on from.
@@ -186,6 +217,10 @@ class Learner:
         with self.model.voting.taking(rate=self.rate, step=self.step_number, size=size, undo=False):
             loss.backward()
         self.model.step()
+        for master, matrices in self.stacks:
+            for matrix, grad in zip(matrices, master.grad.chunk(len(matrices)), strict=True):
+                matrix.grad = grad
+            master.grad = None
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -216,7 +251,7 @@ class Learner:
         if self.rule.kind == "float":
             return FloatOps(self.dtype)
         if self.rule.kind == "straight-through":
-            return StraightThroughOps(self.dtype)
+            return (GroupedStraightThroughOps if self.rule.groups else StraightThroughOps)(self.dtype)
         if self.device == "cuda":
             from arbitor.optimized import ops as optimized_ops
 
@@ -243,7 +278,13 @@ class Learner:
         """Return AdamW for every weight; or Muon for those whose gradients integer rules make orthogonal, AdamW for the rest."""
         if self.rule.kind == "integer":
             return []
-        muon, adamw = self._masters()
+        stacked, adamw = self._masters()
+        muon: list[Tensor] = []
+        for master, num_matrices in stacked:
+            matrices = [torch.nn.Parameter(part) for part in master.detach().chunk(num_matrices)]
+            if num_matrices > 1:
+                self.stacks.append((master, matrices))
+            muon += matrices if num_matrices > 1 else [master]
         on_gpu = self.device == "cuda"
         found: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
@@ -260,15 +301,21 @@ class Learner:
             found.append(torch.optim.Muon(muon, lr=0.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
         return found
 
-    def _masters(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the float32 weights that Muon moves, and those that AdamW moves."""
-        found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    def _masters(self) -> tuple[list[tuple[torch.nn.Parameter, int]], list[Tensor]]:
+        """Return the float32 weights that Muon moves, each with the number of its matrices, and those that AdamW moves."""
+        muon: list[tuple[torch.nn.Parameter, int]] = []
+        adamw: list[Tensor] = []
         for module in self.model.ternary_modules().values():
-            if not module.frozen:
-                is_muons = self.rule.muon and getattr(module, "orthogonal", False)
-                found[0 if is_muons else 1].append(module.weight.master)  # type: ignore[attr-defined]
-        return found
+            if module.frozen:
+                continue
+            master = module.weight.master  # type: ignore[attr-defined]
+            if self.rule.muon and getattr(module, "orthogonal", False):
+                muon.append((master, getattr(module, "num_groups", 1)))
+            else:
+                adamw.append(master)
+        return muon, adamw
 
     def _float_bytes(self) -> float:
-        muon, adamw = (sum(each.numel() for each in masters) for masters in self._masters())
-        return float(MUON_BYTES * muon + FLOAT_BYTES * adamw)
+        muon, adamw = self._masters()
+        num_muon, num_adamw = sum(master.numel() for master, _ in muon), sum(each.numel() for each in adamw)
+        return float(MUON_BYTES * num_muon + FLOAT_BYTES * num_adamw)

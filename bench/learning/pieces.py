@@ -33,8 +33,11 @@ class History:
         loss:    loss of the last step where the rule asks for it, in nats.
         curve:   (step, bits per byte of the validation windows).
         use:     for each point of the curve how codes and experts are used, if the model has some.
-        seconds: of the steps that were timed.
+        flips:   (step, share of trits that it changed by kind of weight), for a step before each later point of the curve.
+        seconds: of the steps that are like most.
         timed:   how many these are.
+        slow_seconds: of the others: they compile, record or count.
+        slow:    how many these are.
         commits: commits that took steps, in their order.
     """
 
@@ -42,8 +45,11 @@ class History:
     loss: float | None = None
     curve: list[tuple[int, float]] = field(default_factory=list)
     use: list[dict[str, Any]] = field(default_factory=list)
+    flips: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     seconds: float = 0.0
     timed: int = 0
+    slow_seconds: float = 0.0
+    slow: int = 0
     commits: list[str] = field(default_factory=list)
 
 
@@ -97,4 +103,5 @@ def load(path: Path, learner: Learner, job: Mapping[str, Any]) -> History | None
             tensor.copy_(loaded[name])
     learner.loaded(history.taken, history.loss)
     history.curve = [(int(step), float(bpb)) for step, bpb in history.curve]
+    history.flips = [(int(step), dict(rates)) for step, rates in history.flips]
     return history

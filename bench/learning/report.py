@@ -53,7 +53,8 @@ def table(runs: Sequence[Run]) -> str:
     for (suite, data, size, steps, rule, rate, decay, commit), same in grouped(runs).items():
         values = [run["val_bpb"] for run in same]
         held_out = [run["held_out"]["bpb"] for run in same if "held_out" in run]
-        shown = f" {mean(held_out):.3f} |" if held_out else " |" if judged else ""
+        words = "not finite" if None in held_out else f"{mean(held_out):.3f}" if held_out else ""
+        shown = f" {words} |" if judged else ""
         lines.append(
             f"| {suite} | {data} | {size} | {steps:,} | {rule} | {rate:.4g} | {decay:g} | {mean(values):.3f} "
             f"| {max(values) - min(values):.3f} | {len(values)} | {same[0]['tokens'] / 1e6:.1f} M "
@@ -65,35 +66,55 @@ def table(runs: Sequence[Run]) -> str:
 def curves(runs: Sequence[Run], path: Path, *, title: str) -> None:
     """Draw validation bits per byte over tokens, seconds, weights and bytes of state; written atomically.
 
-    Each data set, model and length has a row with a curve for each run, and another one if its model has codes or experts. Each
-    data set has a last row with a point for each rule, model and length.
+    Each data set, model and length has a row with a curve for each run, another one if its model has codes or experts, and another
+    one if flips of its trits were counted. Each data set has a last row with a point for each rule, model and length. Where the
+    suite `best` has runs of a rule, these are drawn, and no runs of the rule with other settings.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    shown = [same for key, same in grouped(runs).items() if "sweep" not in key[0] and key[0] != "tune"]
-    panels: dict[tuple[str, str, int], dict[str, list[Run]]] = {}
-    for same in shown:
-        of_panel = panels.setdefault((same[0]["data"], same[0]["size"], same[0]["steps"]), {})
-        of_panel.setdefault(same[0]["rule"], []).extend(same)
+    panels = panels_of(runs)
     if not panels:
         return
     rules = list(dict.fromkeys(rule for panel in panels.values() for rule in panel))
     texts = list(dict.fromkeys(data for data, _, _ in panels))
     used = [panel for panel in panels if any("use" in run for same in panels[panel].values() for run in same)]
-    rows = len(panels) + len(used) + len(texts)
+    counted = [
+        panel for panel in panels if any("flips" in run for same in panels[panel].values() for run in same)
+    ]
+    rows = len(panels) + len(used) + len(counted) + len(texts)
     figure, axes = plt.subplots(rows, 2, figsize=(11, 3.6 * rows), squeeze=False, constrained_layout=True)
     for row, (panel, by_rule) in zip(axes, panels.items(), strict=False):
         _draw_curves(row, panel, by_rule, rules)
     for row, panel in zip(axes[len(panels) :], used, strict=False):
         _draw_use(row, panel, [run for same in panels[panel].values() for run in same if "use" in run])
-    for row, data in zip(axes[len(panels) + len(used) :], texts, strict=True):
+    for row, panel in zip(axes[len(panels) + len(used) :], counted, strict=False):
+        _draw_flips(row, panel, panels[panel])
+    for row, data in zip(axes[len(panels) + len(used) + len(counted) :], texts, strict=True):
         _draw_points(row, data, {key: found for key, found in panels.items() if key[0] == data}, rules)
     figure.suptitle(f"Rules compared: {title}", fontsize=11)
     write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png"))
     plt.close(figure)
+
+
+def panels_of(runs: Sequence[Run]) -> dict[tuple[str, str, int], dict[str, list[Run]]]:
+    """Return the runs that are drawn together, by data set, model and length, and by rule.
+
+    Runs of a rule differ in their seed alone, so that means over them are of one setting. Of several settings the one of the suite
+    `best` is taken, else the one that came last.
+    """
+    panels: dict[tuple[str, str, int], dict[str, list[Run]]] = {}
+    for same in grouped(runs).values():
+        suite = same[0]["suite"]
+        if "sweep" in suite or suite == "tune":
+            continue
+        of_panel = panels.setdefault((same[0]["data"], same[0]["size"], same[0]["steps"]), {})
+        before = of_panel.get(same[0]["rule"])
+        if before is None or suite == "best" or before[0]["suite"] != "best":
+            of_panel[same[0]["rule"]] = same
+    return panels
 
 
 def _draw_curves(
@@ -152,6 +173,24 @@ def _draw_use(row: Any, panel: tuple[str, str, int], runs: Sequence[Run]) -> Non
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
+
+
+def _draw_flips(row: Any, panel: tuple[str, str, int], by_rule: Mapping[str, list[Run]]) -> None:
+    """Draw the share of trits that a step changes, by kind of weight, over steps: first seeds of two rules, one on each side."""
+    data, size, steps = panel
+    drawn = [same[0] for same in by_rule.values() if "flips" in same[0]]
+    sides = [run for run in drawn if run["rule"] == "integer"][:1]
+    sides += [run for run in drawn if run not in sides]
+    for axis, run in zip(row, sides, strict=False):
+        for place, kind in enumerate(run["flips"][0][1]):
+            points = [(step, rates[kind]) for step, rates in run["flips"] if rates[kind] > 0]
+            axis.plot(*zip(*points, strict=True) if points else ((), ()), color=f"C{place}", label=kind)
+        axis.set(xlabel="steps", ylabel="trits that a step changes, of 1", yscale="log")
+        axis.set_title(f"{data}, {size}, {steps:,} steps: {run['rule']}, seed {run['seed']}", fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    for axis in row[len(sides) :]:
+        axis.set_axis_off()
 
 
 def _draw_points(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from arbitor.optimized.training.schedule import GAIN
 from arbitor.reference.config import SIGN_VOTES
-from arbitor.reference.constants import groups_per_row
+from arbitor.reference.constants import DEFAULT_GROUP_SIZE, groups_per_row
 from bench.learning.dense import DenseOps, DenseWeight
 
 FLOAT_BYTES = 16
@@ -36,6 +36,7 @@ class Rule:
         decay:  share of the steps, at the end, over which the rate falls to 0; None for the product's, which the length decides.
         config: fields of the model's configuration that differ from the preset's.
         muon:   whether Muon moves the matrices, with steps as large as AdamW's.
+        groups: whether straight-through weights have a scale for each group of columns, as ours do, not one for a matrix.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Rule:
     decay: float | None = 0.4
     config: Mapping[str, Any] = field(default_factory=dict)
     muon: bool = False
+    groups: bool = False
 
 
 FIXED_SCALES = {"exponent_rule": "frozen", "mantissa_bits": 0}
@@ -56,12 +58,14 @@ RULES: Mapping[str, Rule] = {
     "sign": Rule("integer", 1 / 32, 0.4, SIGN_VOTES),
     "straight-through": Rule("straight-through", 2e-3),
     "straight-through Muon": Rule("straight-through", 2e-3, muon=True),
+    "straight-through groups": Rule("straight-through", 2e-3, groups=True),
     "float AdamW": Rule("float", 1.5e-3),
     "float Muon": Rule("float", 2e-3, muon=True),
 }
 """Rules by name: the default of every preset; the same with a running mean of gradients; the same without votes on scales;
 stochastic votes of plain gradients with coarse counters; the seeds' votes, whose `rate` says only that they are cast, as large as
-the loss of the step before says; float latent weights behind ternary ones, and float weights, each with AdamW and with Muon."""
+the loss of the step before says; float latent weights behind ternary ones, and float weights, each with AdamW and with Muon; and
+with AdamW float latent weights behind ternary ones that have as many scales as ours."""
 
 
 class GaussianSpec:
@@ -106,8 +110,21 @@ class StraightThroughOps(FloatOps):
     """Float latent weights, ternary in every product; gradients pass as if they were not (BitNet b1.58)."""
 
     def value_of(self, master: Tensor) -> Tensor:
-        scale = master.abs().mean().clamp(min=1e-8)
-        return (master / scale).round().clamp(-1, 1) * scale
+        return _ternary(master, master.abs().mean())
+
+
+class GroupedStraightThroughOps(FloatOps):
+    """The same with a scale for each group of columns of a row, the mean of the sizes of its weights."""
+
+    def value_of(self, master: Tensor) -> Tensor:
+        groups = master.split(DEFAULT_GROUP_SIZE, dim=1)
+        return torch.cat([_ternary(group, group.abs().mean(dim=1, keepdim=True)) for group in groups], dim=1)
+
+
+def _ternary(master: Tensor, scale: Tensor) -> Tensor:
+    """Return the nearest of -scale, 0 and scale."""
+    scale = scale.clamp(min=1e-8)
+    return (master / scale).round().clamp(-1, 1) * scale
 
 
 def integer_bytes(weights: Mapping[str, Any]) -> float:

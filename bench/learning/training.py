@@ -39,9 +39,9 @@ def train(
 ) -> dict[str, Any]:
     """Train one model and return what came of it: the curve, the bytes of its state, and how long its steps take.
 
-    `seconds` is for all steps, without validation, and as if the first few of each piece, which compile kernels, were as fast as
-    the rest (unless there are hardly more). The sign rule waits for its loss in each step, and records one for each size of its
-    votes on the way.
+    `seconds` is for all steps, without validation, and as if the first few of each piece, which compile kernels, and the one before
+    each validation, whose flips are counted, were as fast as the rest (unless there are no others). The sign rule waits for its
+    loss in each step, and records one for each size of its votes on the way.
 
     Args:
         architecture, rule, corpus, split, windows_WT, seed, steps: what is trained, on what, and what judges it.
@@ -66,24 +66,27 @@ def train(
         if commit not in history.commits:
             history.commits.append(commit)
         every, began_at = max(1, math.ceil(steps / evaluations)), learner.taken
+        clock = Clock(history, warm=began_at + EAGER_STEPS + 1, device=device)
         # A piece takes a step at least, or runs that start slowly would never end.
         goes_on = lambda: learner.taken == began_at or time.monotonic() < until  # noqa: E731
         while learner.taken < steps and goes_on():
-            began, first = time.perf_counter(), learner.taken
             stop = min(steps, (learner.taken // every + 1) * every)
+            before: dict[str, dict[str, Tensor]] = {}
+            clock.start(learner.taken)
             while learner.taken < stop and goes_on():
-                # By now kernels are compiled and the step is recorded.
-                if learner.taken == began_at + EAGER_STEPS + 1 < stop:
-                    synchronize(device)
-                    began, first = time.perf_counter(), learner.taken
+                is_last = learner.taken == stop - 1
+                if is_last or learner.taken == clock.warm:
+                    clock.start(learner.taken)
+                if is_last:
+                    before = learner.trits()
                 ids_BT = training_batch(
                     corpus, split, batch=architecture.batch, context=architecture.context, seed=seed, micro_step=learner.taken,
                 )  # fmt: skip
                 learner.step(ids_BT, rate(learner.taken, steps, theta=1, gain=1.0, decay=rule.decay))
-            synchronize(device)
-            history.seconds += time.perf_counter() - began
-            history.timed += learner.taken - first
+            clock.stop(learner.taken, slow=learner.taken == stop)
             if learner.taken == stop:
+                if before:
+                    history.flips.append((stop, learner.flip_rates(before)))
                 _evaluate(learner, windows_WT, history)
                 progress(learner.taken)
         history.taken, history.loss = learner.taken, learner.last_loss
@@ -94,13 +97,62 @@ def train(
         "state_bytes": learner.state_bytes,
         "steps": steps,
         "tokens": steps * architecture.batch * architecture.context,
-        "seconds": round(history.seconds / max(1, history.timed) * steps, 2),
+        "seconds": round(clock.seconds_a_step() * steps, 2),
         "val_bpb": history.curve[-1][1],
         "curve": history.curve,
         "commit": ", then ".join(history.commits),
         **({"use": history.use} if history.use else {}),
+        **({"flips": history.flips} if history.flips else {}),
     }
     return {**done, "unfinished": history.taken} if history.taken < steps else done
+
+
+class Clock:
+    """Times the steps of a piece, those that show what a step takes apart from the others.
+
+    Attributes:
+        warm: steps of the run after which kernels are compiled and the step is recorded.
+    """
+
+    def __init__(self, history: History, *, warm: int, device: str) -> None:
+        """Add to what a history has."""
+        self.warm = warm
+        self._history, self._device = history, device
+        self._began: tuple[float, int] | None = None
+
+    def start(self, taken: int) -> None:
+        """Begin with the step after `taken`. What was timed until then counts, unless it warmed up."""
+        synchronize(self._device)
+        if self._began is not None:
+            self.stop(taken)
+        self._began = time.perf_counter(), taken
+
+    def stop(self, taken: int, *, slow: bool = False) -> None:
+        """End with the step `taken`.
+
+        Args:
+            taken: steps of the run.
+            slow: whether the steps since the start did more than others.
+        """
+        if self._began is None:
+            return
+        synchronize(self._device)
+        began, first = self._began
+        self._began = None
+        seconds, steps = time.perf_counter() - began, taken - first
+        if slow or first < self.warm:
+            self._history.slow_seconds += seconds
+            self._history.slow += steps
+        else:
+            self._history.seconds += seconds
+            self._history.timed += steps
+
+    def seconds_a_step(self) -> float:
+        """Return what a step takes."""
+        history = self._history
+        if history.timed:
+            return history.seconds / history.timed
+        return history.slow_seconds / max(1, history.slow)
 
 
 def _evaluate(learner: Learner, windows_WT: Tensor, history: History) -> None:

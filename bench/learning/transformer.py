@@ -25,6 +25,18 @@ OUTPUT_GAIN = 0.5
 """Gain of what writes to the residual stream or makes logits: better than 1 for the rules for which it was tried (docs/log.md)."""
 
 
+KIND_OF_PART = {
+    "bytes": "embedding",
+    "positions": "embedding",
+    "qkv": "attention",
+    "output": "attention",
+    "up": "feed-forward",
+    "down": "feed-forward",
+    "head": "head",
+}
+"""The kind of a weight by the last part of its name, in the words of docs/training.md where the graph has such weights."""
+
+
 class ByteTransformer(Stateful):
     """Causal attention and a squared-ReLU layer, each on a normed residual stream; norms without weights.
 

@@ -146,7 +146,8 @@ def _write_video(path: Path, values: Sequence[str], rng: np.random.Generator) ->
     av = library("av")
     row, column = (middle + int(rng.integers(-1, 2)) for middle in PLACES[place])
     noise = rng.normal(0, 3, (FRAME_SIDE, FRAME_SIDE, 3))
-    with av.open(str(path), "w") as container:
+    # Without a random number of the writer, so that the same seed gives the same bytes.
+    with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("ffv1", rate=10)
         stream.width, stream.height, stream.pix_fmt = FRAME_SIDE, FRAME_SIDE, "yuv444p"
         for half in (7, 5):

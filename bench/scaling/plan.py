@@ -9,11 +9,24 @@ None of them was measured on more than one GPU.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from arbitor.optimized.distributed.sizes import kept_bytes, received_bytes
+from arbitor.optimized.distributed.sizes import (
+    CodebookUse,
+    codebook_bytes,
+    codes_received_spread,
+    codes_received_whole,
+    kept_bytes,
+    read_bytes,
+    received_bytes,
+    slots_received,
+)
 from arbitor.optimized.layouts import DeviceWeight
+from arbitor.reference.config import ArbConfig
+from arbitor.reference.constants import DEFAULT_GROUP_SIZE, groups_per_row
+from arbitor.reference.graph.composite import COMPOSITES_PER_CODE
 from arbitor.reference.graph.mxint8 import encoded_bytes
 from arbitor.reference.presets import preset
 from bench.learning.rules import FLOAT_BYTES
@@ -22,14 +35,22 @@ from bench.scaling.floats import BYTES_A_WEIGHT
 SIDE = 960
 """Rows and columns of the matrix that bytes a weight are counted on: a multiple of 16, 12 and 32, so that nothing is ragged."""
 
-WEIGHT = DeviceWeight(
-    words=torch.empty(SIDE, SIDE // 16, dtype=torch.int32, device="meta"),
-    exponents=torch.empty(SIDE, SIDE // 12, dtype=torch.int8, device="meta"),
-    trit_accum=torch.empty(SIDE, SIDE, dtype=torch.int8, device="meta"),
-    exponent_accum=torch.empty(SIDE, SIDE // 12, dtype=torch.int8, device="meta"),
-    shape=(SIDE, SIDE),
-    group_size=12,
-)
+
+def laid_out(num_rows: int, num_columns: int) -> DeviceWeight:
+    """Return a weight as a GPU holds it, without memory."""
+    groups = groups_per_row(num_columns, DEFAULT_GROUP_SIZE)
+    empty = partial(torch.empty, dtype=torch.int8, device="meta")
+    return DeviceWeight(
+        words=empty(num_rows, -(-num_columns // 16), dtype=torch.int32),
+        exponents=empty(num_rows, groups),
+        trit_accum=empty(num_rows, num_columns),
+        exponent_accum=empty(num_rows, groups),
+        shape=(num_rows, num_columns),
+        group_size=DEFAULT_GROUP_SIZE,
+    )
+
+
+WEIGHT = laid_out(SIDE, SIDE)
 
 GRADIENT_BYTES = {"bfloat16": 2.0, "mxint8": encoded_bytes(SIDE, SIDE) / SIDE**2}
 """Bytes of an element of a gradient that is made orthogonal."""
@@ -163,31 +184,117 @@ def experts(name: str) -> tuple[int, int, int]:
     """Return the weights of the experts of a preset, and what a rank of very many receives for them in a step.
 
     Returns:
-        Weights; bytes of their gradients in bfloat16; and bytes of the slots if experts were spread over ranks: a slot takes the
-        position to the rank of its expert and the modulation back, and the backward pass takes the gradients of both.
+        Weights; bytes of their gradients in bfloat16; and bytes of the slots if experts are spread over ranks.
     """
     config = preset(name)
     width = config.width + config.shared_inner
     weights = config.num_layers * config.num_experts * config.expert_rank * width
     slots = config.num_layers * config.top_k * POSITIONS
-    return weights, 2 * weights, 2 * 2 * slots * width
+    down = slots_received(slots, config.width, config.expert_rank, 2)
+    up = slots_received(slots, config.expert_rank, config.shared_inner, 2)
+    return weights, 2 * weights, down + up
+
+
+@dataclass(frozen=True)
+class CodeTable:
+    """A table with a row for each code, and what a pass of a rank asks of it at most, as every vector may find another code.
+
+    Fields:
+        num_rows, columns: of the table.
+        use:      what is asked.
+        integers: bytes of a row beside the weight and the count of use of a codebook, or of the weight of edges.
+    """
+
+    num_rows: int
+    columns: int
+    use: CodebookUse
+    integers: int = 0
+
+    @property
+    def kept(self) -> int:
+        """Bytes on a GPU."""
+        weight = laid_out(self.num_rows, self.columns)
+        if self.integers:
+            return sum(tensor.nbytes for tensor in weight.tensors().values()) + self.integers * self.num_rows
+        return codebook_bytes(weight)
+
+
+def code_tables(config: ArbConfig) -> list[CodeTable]:
+    """Return the codebooks of a model that reads text, and the edges of their codes.
+
+    A position reads its code, the codes that `nodes_read` counts, and in a model with composites its code once more, for the motif.
+    Its proposal is read twice, and its code reads the composites that it keeps.
+    """
+    composites = bool(config.composite_codes)
+    nodes, inner = (nodes_read(config, config.num_hops - last) for last in (0, 1))
+    codes = CodebookUse(POSITIONS, POSITIONS * (1 + composites) + nodes, POSITIONS, (POSITIONS,))
+    found = [
+        CodeTable(config.num_codes, config.code_dim, codes),
+        _edges(config.num_codes, config.num_neighbours, inner),
+    ]
+    if composites:
+        kept = COMPOSITES_PER_CODE * POSITIONS
+        proposals = CodebookUse(POSITIONS, 2 * POSITIONS + kept, POSITIONS + kept, (POSITIONS, kept))
+        found += [
+            CodeTable(config.composite_codes, config.code_dim, proposals),
+            _edges(config.num_codes, COMPOSITES_PER_CODE, POSITIONS),
+        ]
+    return found
+
+
+def nodes_read(config: ArbConfig, hops: int) -> int:
+    """Return the codes that the graph reads at most: those of a rank's positions, and the neighbours that so many hops reach."""
+    return min(sum(POSITIONS * config.num_neighbours**hop for hop in range(hops + 1)), config.num_codes)
+
+
+def _edges(num_codes: int, num_neighbours: int, read: int) -> CodeTable:
+    """Return the edges of codes. Their neighbours, of which some rows are read, travel in the bytes of as many rows that vote."""
+    use = CodebookUse(0, read, 2 * read, (read,))
+    return CodeTable(num_codes, num_neighbours, use, integers=(4 + 1) * num_neighbours)
+
+
+def table_of_codes() -> str:
+    """Return the table of codebooks and edges whose rows are spread over ranks, as Markdown."""
+    lines = [
+        "| preset | ranks | kept, MB | kept, spread | received, MB | received, spread |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name in ("r12", "r14"):
+        tables = code_tables(preset(name))
+        kept = sum(each.kept for each in tables)
+        for count in (2, 8, 64):
+            whole = sum(
+                codes_received_whole(each.use, each.num_rows, each.columns, count, 2) for each in tables
+            )
+            spread = sum(codes_received_spread(each.use, each.columns, count) for each in tables)
+            cells = [f"{each / 1e6:,.1f}" for each in (kept, kept / count, whole, spread)]
+            lines.append(f"| {name} | {count} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def table_of_experts() -> str:
-    """Return the table of experts and codes over ranks, as Markdown."""
+    """Return the table of experts over ranks, as Markdown."""
     lines = [
-        "| preset | weights of experts | gradients, MB | slots, MB | slots over gradients | weights of codes |",
+        "| preset | weights of experts | gradients, MB | slots, MB | slots over gradients | state spread over 8, saved MB |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name in ("small", "r11", "r12", "r14"):
-        config, (weights, gradients, slots) = preset(name), experts(name)
-        codes = (config.num_codes + config.composite_codes) * (config.code_dim if config.num_codes else 0)
+        weights, gradients, slots = experts(name)
+        # Accumulators are on one rank each as it is. Trits and scales are on all.
+        saved = read_bytes(WEIGHT) / SIDE**2 * weights * 7 / 8
         lines.append(
             f"| {name} | {weights / 1e6:,.0f} M | {gradients / 1e6:,.0f} | {slots / 1e6:,.0f} | {slots / gradients:.1f} "
-            f"| {codes / 1e6:,.0f} M |"
+            f"| {saved / 1e6:,.0f} |"
         )
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print(table_of_bytes(), table_of_memory(), table_of_experts(), table_of_steps(), sep="\n\n")
+    print(
+        table_of_bytes(),
+        table_of_memory(),
+        table_of_experts(),
+        table_of_codes(),
+        table_of_steps(),
+        sep="\n\n",
+    )

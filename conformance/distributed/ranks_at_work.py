@@ -31,7 +31,7 @@ from arbitor.optimized.distributed import ranks as ranks_module
 from arbitor.optimized.distributed import run
 from arbitor.optimized.distributed.changes import changes_bytes
 from arbitor.optimized.distributed.ranks import GroupRanks
-from arbitor.optimized.distributed.run import train_together, whole_state
+from arbitor.optimized.distributed.run import train_together
 from arbitor.optimized.distributed.sizes import read_bytes, received_bytes
 from arbitor.optimized.distributed.world import World, as_bytes, joined
 from arbitor.optimized.training.census import Census
@@ -45,11 +45,31 @@ from arbitor.reference.graph.voting import VOTED_IN
 from arbitor.reference.types import has_memory
 from conformance.compare import alike
 from conformance.distributed import oracle
-from conformance.graph import models
+from conformance.distributed.at_work import (
+    BATCH,
+    RATE,
+    Place,
+    begin_a_run_of_four,
+    digest_of,
+    model_of,
+    random_ids,
+    refused,
+    take_pass,
+    together,
+)
+from conformance.distributed.codes_at_work import (
+    CODES,
+    counts_bytes_of_codes,
+    spreads_codes,
+    trains_with_spread_codes,
+)
+from conformance.distributed.experts_at_work import (
+    spreads_experts,
+    trains_with_spread_experts,
+    votes_as_one_process,
+)
 from conformance.training import nano
 from conformance.training.runs import Killed, kill_at
-
-RATE, BATCH, LENGTH = 40.0, 6, 20
 
 TERMS = (1.0, 2.0**30, -(2.0**30))
 """Terms of the ranks, in float32. From the first on the sum of three is 0, from the last on it is 1."""
@@ -57,47 +77,14 @@ TERMS = (1.0, 2.0**30, -(2.0**30))
 PLAIN = replace(nano.WHOLE, composite_codes=0, composite_inner=1280, num_experts=120)
 """Every module but composites, whose losses are means over chosen positions. There are more experts than slots of a rank."""
 
-CASES: dict[str, tuple[ArbConfig, torch.dtype, str]] = {
-    "every module": (PLAIN, torch.float32, "full"),
-    "bfloat16": (nano.NANO, torch.bfloat16, "full"),
-    "sign votes": (with_fields(nano.NANO, **SIGN_VOTES), torch.float32, "full"),
-    "eight bits": (nano.NANO, torch.bfloat16, "mxint8"),
+CASES: dict[str, tuple[ArbConfig, torch.dtype, str, bool]] = {
+    "every module": (PLAIN, torch.float32, "full", False),
+    "bfloat16": (nano.NANO, torch.bfloat16, "full", False),
+    "sign votes": (with_fields(nano.NANO, **SIGN_VOTES), torch.float32, "full", False),
+    "eight bits": (nano.NANO, torch.bfloat16, "mxint8", False),
+    "spread codes": (replace(PLAIN, num_codes=400), torch.bfloat16, "full", True),
 }
-"""Models that are compared with the oracle bit for bit."""
-
-
-class Place:
-    """Where the ranks compute, and with what."""
-
-    device = "cpu"
-    ops: ModuleType = reference_ops
-
-
-def model_of(config: ArbConfig, dtype: torch.dtype = torch.float32) -> ArbModel:
-    return ArbModel(config, ops=Place.ops, device=Place.device, dtype=dtype, seed=3)
-
-
-def random_ids(seed: int = 0) -> torch.Tensor:
-    """Return the windows of all ranks."""
-    return models.random_ids(BATCH, LENGTH, seed=seed).to(Place.device)
-
-
-def together(
-    config: ArbConfig, world: World, dtype: torch.dtype = torch.float32, exchange: str = "full"
-) -> ArbModel:
-    model = model_of(config, dtype)
-    train_together(model, world, exchange=exchange)
-    return model
-
-
-def take_pass(model: ArbModel, world: World, step: int) -> bool:
-    ids_BT = world.share(random_ids(step))
-    return model.backward(model.losses(ids_BT), rate=RATE, step=step, undo=False)
-
-
-def digest_of(model: ArbModel) -> str | None:
-    state = whole_state(model)
-    return None if state is None else state_sha256(state)
+"""Models that are compared with the oracle bit for bit, how gradients travel, and whether rows of codebooks are spread."""
 
 
 def sums_as_the_rule_says(world: World, folder: Path) -> Any:
@@ -107,12 +94,15 @@ def sums_as_the_rule_says(world: World, folder: Path) -> Any:
     runs of some rows.
     """
     found = {}
-    sizes = ((2**26, 2**31), (2**12, 1), (1, 2**13), (2**26, 2**13))
+    sizes = ((2**26, 2**31), (2**12, 1), (1, 2**13), (2**26, 2**13), (2**26, 2**31))
     with pytest.MonkeyPatch.context() as patch:
-        for (name, (config, dtype, exchange)), (piece, held) in zip(CASES.items(), sizes, strict=True):
+        for (name, (config, dtype, exchange, spread)), (piece, held) in zip(
+            CASES.items(), sizes, strict=True
+        ):
             patch.setattr(ranks_module, "PIECE_BYTES", piece)
             patch.setattr(ranks_module, "HELD_BYTES", held)
-            model, alone = together(config, world, dtype, exchange), model_of(config, dtype)
+            model = together(config, world, dtype, exchange, spread=spread)
+            alone = model_of(config, dtype)
             both = (model, alone) if world.is_first else (model,)
             for step in range(3):
                 take_pass(model, world, step)
@@ -281,7 +271,15 @@ def counts_faults(world: World, folder: Path) -> Any:
         with model.voting.taking(rate=RATE, step=0, undo=False):
             chosen = torch.tensor([4, 9], device=Place.device) if module is model.embedding.table else None
             module.vote(grad, chosen, chosen=chosen is not None)
-    return int(model.voting.ranks.total(model.voting.faults))
+    spread = together(CODES, world, spread=True)
+    assert spread.shared_vq is not None
+    book = spread.shared_vq.bridge.codebooks["text"]
+    grad = torch.ones(2, book.weight.shape[1], device=Place.device)
+    if world.number == world.count - 1:
+        grad[1] = math.inf
+    with spread.voting.taking(rate=RATE, step=0, undo=False):
+        book.vote(grad, torch.tensor([4, 39], device=Place.device), chosen=True)
+    return [int(each.voting.ranks.total(each.voting.faults)) for each in (model, spread)]
 
 
 def refuses_ranks_that_differ(world: World, folder: Path) -> Any:
@@ -309,27 +307,28 @@ def refuses_ranks_that_differ(world: World, folder: Path) -> Any:
     return found
 
 
-def refused(options: TrainOptions) -> str:
-    """Return the sentence with which a run is refused."""
-    try:
-        train(options)
-    except (RuntimeError, ValueError) as error:
-        return str(error)
-    return "was accepted"
-
-
 def agrees_on_triton(world: World, folder: Path) -> Any:
-    """Votes of a matrix, and of rows that each rank chose, and their step: the same bits by the reference and by kernels."""
+    """Votes of a matrix, and of rows that each rank chose, and their step: the same bits by the reference and by kernels.
+
+    So are searches of a codebook that is spread over ranks, its votes, and what becomes of its unused codes. Experts that are
+    spread are given whole numbers, whose sums are exact.
+    """
     # Weights are drawn by the reference, as kernels take seconds for it in the interpreter. The matrix votes as it is, for a
     # gradient that is made orthogonal is not the same in every bit.
-    drawn = {name: getattr(reference_ops, name) for name in ("initial_weight", "constant_weight")}
+    makers = ("initial_weight", "constant_weight", "initial_codebook")
+    drawn = {name: getattr(reference_ops, name) for name in makers}
     triton = ModuleType("triton_ops")
     triton.__dict__.update({name: getattr(triton_ops, name) for name in triton_ops.__all__} | drawn)
     digests = []
     for ops in (reference_ops, triton):
-        model = ArbModel(nano.NANO, ops=ops, device=Place.device, seed=3)
+        number = world.number, world.count
+        model = ArbModel(CODES, ops=ops, device=Place.device, seed=3, codes_over=number, experts_over=number)
         train_together(model, world, exchange="full")
         gate, table = model.byte_head.gate, model.embedding.table
+        assert model.shared_vq is not None
+        book = model.shared_vq.bridge.codebooks["text"]
+        stack = model.layers[0].moe_graph.moe.expert_up
+        assert book.spread is not None and stack.spread is not None
         generator = torch.Generator().manual_seed(world.number)
         chosen = torch.randperm(table.weight.shape[0], generator=generator)[:7]
         for step in range(2):
@@ -337,6 +336,15 @@ def agrees_on_triton(world: World, folder: Path) -> Any:
                 gate.vote(torch.randn(gate.weight.shape, generator=generator).to(Place.device))
                 grad = torch.randn(7, table.weight.shape[1], generator=generator).to(Place.device)
                 table.vote(grad, chosen.to(Place.device), chosen=True)
+                z = torch.randn(5, book.weight.shape[1], generator=generator).to(Place.device)
+                z.requires_grad_()
+                _, c, losses = book.quantize(z)
+                (c.sum() + losses["codebook"]).backward()
+                x, grad = (
+                    torch.randint(-3, 4, (5, width), generator=generator).float().to(Place.device)
+                    for width in (CODES.expert_rank, CODES.shared_inner)
+                )
+                stack(x, torch.arange(5, device=Place.device) % 4 - 1).backward(grad)
             model.step()
         digests.append(digest_of(model))
     return digests
@@ -369,6 +377,15 @@ def trains(world: World, folder: Path) -> Any:
     }
 
 
+def goes_on_with_a_run_of_four(world: World, folder: Path) -> Any:
+    """A run that four ranks began, which mapped its data."""
+    if not (folder / "four").exists():
+        return None
+    shown = io.StringIO()
+    summary = train(TrainOptions(run=folder / "four", resume=True), console=Console(file=shown)).summary
+    return {"shown": shown.getvalue(), "steps": summary["steps"]}
+
+
 def goes_on_with_a_run_of_one(world: World, folder: Path) -> Any:
     shown = io.StringIO()
     summary = train(TrainOptions(run=folder / "alone", resume=True), console=Console(file=shown)).summary
@@ -392,6 +409,8 @@ CHECKS: tuple[Callable[[World, Path], Any], ...] = (
     adds_in_order,
     is_one_batch,
     agrees_after_steps,
+    spreads_codes,
+    counts_bytes_of_codes,
     counts_bytes,
     sends_no_more_rows_than_there_are,
     refuses_what_is_not_finite,
@@ -401,6 +420,11 @@ CHECKS: tuple[Callable[[World, Path], Any], ...] = (
     passes_signals_on,
     shares_windows,
     trains,
+    trains_with_spread_codes,
+    spreads_experts,
+    votes_as_one_process,
+    trains_with_spread_experts,
+    goes_on_with_a_run_of_four,
     goes_on_with_a_run_of_one,
     goes_on,
 )
@@ -423,6 +447,8 @@ def a_world(patch: pytest.MonkeyPatch) -> Iterator[World]:
 
 def main(folder: Path, device: str) -> None:
     torch.set_num_threads(1)
+    if os.environ["RANK"] == "0" and os.environ["WORLD_SIZE"] == "2":
+        begin_a_run_of_four(folder)
     Place.device = device
     if device == "cuda":
         Place.ops = triton_ops

@@ -204,6 +204,115 @@ def test_one_rank_keeps_the_accumulators_of_a_matrix(found: Found) -> None:
 
 
 @both
+def test_codes_that_ranks_keep_for_each_other_are_one_table(found: Found) -> None:
+    """With rows of codebooks spread over ranks, the state, the census and the checkpoint are those without."""
+    each = [of_rank["spreads_codes"] for of_rank in found[1]]
+    assert len(set(each[0]["hashes"])) == 1 and None not in each[0]["hashes"], each[0]["hashes"]
+    assert all(one["same_census"] for one in each)
+    # Each rank of the one model revives all codes, of the other its own.
+    revived = [one["revived"] for one in each]
+    assert {of_all for of_all, _ in revived} == {sum(own for _, own in revived)} and revived[0][0] > 0
+
+
+@both
+def test_a_rank_keeps_its_part_of_the_codes(found: Found) -> None:
+    """Bytes in memory of four codebooks and two tables of edges: accumulators, counts of use and neighbours among them."""
+    kept = [of_rank["spreads_codes"]["kept"] for of_rank in found[1]]
+    for name in kept[0]:
+        whole, parts = kept[0][name][0], [one[name][1] for one in kept]
+        few = len(kept) == 3 and name.endswith("audio")
+        assert parts == [whole] * len(kept) if few else sum(parts) == whole > max(parts), name
+    assert len(kept[0]) == 6
+
+
+@both
+def test_bytes_of_codes_are_those_of_the_formulas(found: Found) -> None:
+    """A codebook whose rows are spread sends fewer."""
+    whole, spread = found[1][0]["counts_bytes_of_codes"]
+    assert whole[0] == whole[1] and spread[0] == spread[1] > 0
+
+
+@both
+def test_a_run_with_spread_codes_is_the_run_without(found: Found, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So is what ranks that keep all codes say of its checkpoint, and one process."""
+    folder, ranks = found
+    for of_rank in ranks:
+        plain, spread, laid_down = of_rank["trains_with_spread_codes"]["runs"]
+        assert plain == spread == laid_down
+    nano.register(monkeypatch)
+    nano.without_pictures(monkeypatch)
+    shown = io.StringIO()
+    summary = train(
+        TrainOptions(run=folder / "spread", resume=True), console=Console(file=shown, width=999)
+    ).summary
+    assert f"the run had {len(ranks)} ranks and goes on with 1 rank: " in shown.getvalue()
+    assert summary["state_sha256"] == ranks[0]["trains_with_spread_codes"]["runs"][0]["state_sha256"]
+
+
+@both
+def test_codes_that_cannot_be_spread_are_refused(found: Found) -> None:
+    says = [of_rank["trains_with_spread_codes"] for of_rank in found[1]]
+    assert all({**one, "runs": None} == {**says[0], "runs": None} for one in says)
+    few = (
+        "shard_codes is True, but the largest codebook has {} codes, and must have 5 for each of the {} ranks"
+    )
+    assert says[0]["no codes"] == few.format(0, len(says))
+    assert says[0]["few codes"] == few.format(9, len(says))
+    assert "must be False with init_from" in says[0]["begun"]
+    assert "must be False with code_search 'candidates'" in says[0]["candidates"]
+
+
+@both
+def test_experts_that_ranks_keep_for_each_other_learn_as_in_one_process(found: Found) -> None:
+    """Gradients are alike, as the ranks compare. The state is one for one seed, and what one process and new ranks load."""
+    each = [of_rank["spreads_experts"] for of_rank in found[1]]
+    assert all(isinstance(one, dict) for one in each), each
+    assert sorted({name for one in each for name in one["compared"]}) == each[0]["all"]
+    assert len(set(each[0]["hashes"])) == 1 and None not in each[0]["hashes"]
+
+
+@both
+def test_a_rank_keeps_its_experts(found: Found) -> None:
+    """Bytes in memory, accumulators among them, but for the last byte of the trits of a part, which is not full."""
+    kept = [of_rank["spreads_experts"]["kept"] for of_rank in found[1]]
+    for name, (whole, _) in kept[0].items():
+        parts = [one[name][1] for one in kept]
+        assert whole <= sum(parts) < whole + len(parts) and max(parts) < whole, name
+    assert len(kept[0]) == 2
+
+
+@both
+def test_votes_of_spread_experts_are_those_of_one_process(found: Found) -> None:
+    """Outputs, gradients and state, of sums that are exact; and the bytes that were received are those of the formula."""
+    each = [of_rank["votes_as_one_process"] for of_rank in found[1]]
+    assert all(one["same"][:2] == [True, True] for one in each) and each[0]["same"][2]
+    received, wanted = each[0]["bytes"]
+    assert received == wanted > 0
+
+
+@both
+def test_a_run_with_spread_experts_keeps_them_spread(found: Found) -> None:
+    each = [of_rank["trains_with_spread_experts"] for of_rank in found[1]]
+    before, after = each[0]["hashes"]
+    assert before == after
+    lines = [(found[0] / name / "metrics.jsonl").read_text().splitlines() for name in ("spread", "experts")]
+    sent = [json.loads(of_run[-1])["exchanged_bytes"] for of_run in lines]
+    assert sent[0] != sent[1], "slots and gradients of experts are one size"
+    assert len({one["other"] for one in each}) == 1 and "shard_experts" in each[0]["other"]
+    assert found[1][0]["spreads_experts"]["few experts"] == (
+        "shard_experts is True, but a layer has 2 experts, and must have one for each of the 3 ranks"
+    )
+
+
+@two
+def test_two_ranks_go_on_with_a_run_of_four(found: Found) -> None:
+    """The four ranks mapped their data, as they would map what is larger than memory."""
+    first, second = (of_rank["goes_on_with_a_run_of_four"] for of_rank in found[1])
+    assert "at step 3\nthe run had 4 ranks and goes on with 2 ranks: " in first["shown"]
+    assert first["steps"] == second["steps"] == 6 and not second["shown"]
+
+
+@both
 def test_bytes_are_those_of_the_table(found: Found) -> None:
     for dtype, (counted, wanted) in found[1][0]["counts_bytes"].items():
         assert counted == wanted > 0, dtype
@@ -225,8 +334,8 @@ def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_on_all(found: Fou
 
 @both
 def test_a_fault_is_counted_once(found: Found) -> None:
-    """One row of a matrix and one of a table."""
-    assert [of_rank["counts_faults"] for of_rank in found[1]] == [2] * len(found[1])
+    """One row of a matrix and one of a table; and one of a table whose rows are spread."""
+    assert [of_rank["counts_faults"] for of_rank in found[1]] == [[2, 1]] * len(found[1])
 
 
 @both

@@ -191,6 +191,15 @@ def test_each_rank_of_a_host_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPa
         world.World(2, 4).take_device("cuda")
 
 
+@pytest.mark.parametrize("name", ["shard_codes", "shard_experts"])
+def test_one_rank_refuses_to_spread_its_model(tmp_path: Path, name: str) -> None:
+    (tmp_path / "text.txt").write_bytes(nano.TEXT)
+    with pytest.raises(
+        ValueError, match=rf"^{name} is True, but does nothing with one rank, which keeps the whole model$"
+    ):
+        train(options(tmp_path / "text.txt", None, preset="tiny", save=False, **{name: True}))
+
+
 def test_exchanges_end_when_too_much_is_under_way() -> None:
     """The oldest ends first, and no more end than have to: what has ended is under way no more."""
     group, ended = ranks.GroupRanks.__new__(ranks.GroupRanks), []
@@ -230,7 +239,7 @@ def test_owners_share_the_weights_evenly(count: int) -> None:
 def test_accumulators_of_other_ranks_are_never_made(number: int) -> None:
     """A model of two ranks takes the memory of its part from the beginning, and loads its part of a state."""
     config, two = models.NANO, world.World(number, 2)
-    elsewhere = kept_elsewhere(config, two)
+    elsewhere = kept_elsewhere(config, two, {})
     whole, part = ArbModel(config, seed=1), ArbModel(config, seed=2, elsewhere=elsewhere)
     assert elsewhere == {each for each, owner in owners(whole, 2).items() if owner != number} != set()
     for module in whole.ternary_modules().values():
@@ -245,7 +254,7 @@ def test_accumulators_of_other_ranks_are_never_made(number: int) -> None:
                 assert same if is_here else not tensor.any(), (name, of_part)
             else:
                 assert same, (name, of_part)
-    assert kept_elsewhere(config, world.World()) == frozenset()
+    assert kept_elsewhere(config, world.World(), {}) == frozenset()
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 5), (7, 1), (4, 6)])

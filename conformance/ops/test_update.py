@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +35,10 @@ def count_nonfinite_rows_calls(draw: st.DrawFn) -> Case:
     return Case((draw(ss.gradients(draw(ss.gradient_shapes()))),))
 
 
+FIRST_ROWS = st.sampled_from((0, 2**20 + 5))
+"""Places of a weight in its table. Few, since a kernel may be compiled for each."""
+
+
 @calls("accumulate")
 def accumulate_calls(draw: st.DrawFn) -> Case:
     weight = draw(ss.weights())
@@ -43,6 +48,7 @@ def accumulate_calls(draw: st.DrawFn) -> Case:
         kwargs["rows"] = draw(ss.row_choices(shape[0]))
         shape = (kwargs["rows"].numel(), shape[1])
     votes = draw(ss.vote_tensors(shape)) if shape[0] else torch.zeros(shape, dtype=torch.int8)
+    kwargs["first_row"] = draw(FIRST_ROWS)
     ss.with_out(draw, weight, kwargs)
     return Case((weight, votes), kwargs)
 
@@ -57,6 +63,7 @@ def accumulate_gradient_calls(draw: st.DrawFn) -> Case:
         shape = (kwargs["rows"].numel(), shape[1])
     if draw(st.booleans(), label="faults"):
         kwargs["faults"] = torch.tensor(draw(st.sampled_from((0, 2**40))))
+    kwargs["first_row"] = draw(FIRST_ROWS)
     ss.with_out(draw, weight, kwargs)
     return Case((weight, draw(ss.gradients(shape)), draw(ss.rates())), kwargs)
 
@@ -332,6 +339,42 @@ def test_accumulate_gradient_is_its_parts(
     exact(ops.accumulate_gradient(weight, grad, rate, exponent_rule=rule, rows=rows, **clock), parts)
 
 
+@law(
+    weight=SMALL,
+    rule=RULES,
+    rate=ss.rates(),
+    clock=ss.clocks(),
+    data=st.data(),
+    rejects=[
+        mutant("a_part_is_a_weight", "(first_row + rows[:, None]) * groups", "rows[:, None] * groups", compared="accumulate"),
+        mutant("votes_of_a_part_are_of_a_weight", "first_row + local", "local", compared="accumulate_gradient"),
+        mutant("unused_slots_are_rows", "torch.where(local >= 0, first_row + local, -1)", "first_row + local",
+               compared="accumulate_gradient"),
+    ],
+)  # fmt: skip
+def test_a_part_of_a_table_counts_as_in_the_table(
+    ops: Subject, weight: TernaryWeight, rule: str, rate: float, clock: dict[str, Any], data: st.DataObject
+) -> None:
+    """The votes of rows that are kept apart, all of them or some, are those of the same rows in the whole table."""
+    first = data.draw(st.integers(0, weight.shape[0] - 1), label="first row")
+    grad = data.draw(ss.gradients(weight.shape))
+    whole = ops.accumulate_gradient(weight, grad, rate, exponent_rule=rule, **clock)
+    trits, last = trits_of(weight), weight.shape[0]
+    kept = {name: weight.tensors()[name][first:].clone() for name in _BY_ROW}
+    packed = weight_of_trits(trits[first:], torch.zeros_like(kept["exponents"]), weight.group_size).packed
+    part = replace(weight, packed=packed, shape=trits[first:].shape, **kept)
+    got = ops.accumulate_gradient(part, grad[first:], rate, exponent_rule=rule, first_row=first, **clock)
+    for name in _BY_ROW:
+        exact(got.tensors()[name], whole.tensors()[name][first:], name)
+    rows = data.draw(ss.row_choices(last - first), label="rows of the part")
+    named = torch.where(rows >= 0, rows + first, -1)
+    slots = grad[named]
+    some = ops.accumulate_gradient(part, slots, rate, exponent_rule=rule, rows=rows, first_row=first, **clock)
+    of_table = ops.accumulate_gradient(weight, slots, rate, exponent_rule=rule, rows=named, **clock)
+    for name in _BY_ROW:
+        exact(some.tensors()[name], of_table.tensors()[name][first:], f"{name}, some rows")
+
+
 FAULTS_WITHOUT_INFINITY = mutant(
     "faults_without_infinity",
     "(~grad_NK.isfinite().all(dim=1)).sum()",
@@ -447,6 +490,9 @@ test_refusals_of_update = refusals(
     refused("accumulate", "a row named twice", ValueError, "rows", weight, ones(2, 14, dtype=I8), rows=ids(1, 1), **CLOCK),
     refused("accumulate", "row N", ValueError, "rows", weight, ones(1, 14, dtype=I8), rows=ids(3), **CLOCK),
     refused("accumulate", "row -2", ValueError, "rows", weight, ones(1, 14, dtype=I8), rows=ids(-2), **CLOCK),
+    refused("accumulate", "a first row below 0", ValueError, "first_row", weight, ones(3, 14, dtype=I8), first_row=-1, **CLOCK),
+    refused("accumulate", "more groups than are dithered", ValueError,
+            "first_row", weight, ones(3, 14, dtype=I8), first_row=2**31 - 2, **CLOCK),
     refused("accumulate", "another out", ValueError, "out", weight, ones(3, 14, dtype=I8), out=lambda: weight(4), **CLOCK),
     refused("accumulate", "an out elsewhere", ValueError,
             "out", weight, ones(3, 14, dtype=I8), out=lambda: weight().to("meta"), **CLOCK),
@@ -466,6 +512,9 @@ test_refusals_of_update = refusals(
             "step", weight, ones(3, 14), 1.0, **{**CLOCK, "step": scalar(2**32 + 5)}),
     refused("accumulate_gradient", "the reserved step", ValueError,
             "step", weight, ones(3, 14), 1.0, **{**CLOCK, "step": RESERVED_STEP}),
+    refused("accumulate_gradient", "a first row of 2.0", TypeError, "first_row", weight, ones(3, 14), 1.0, first_row=2.0, **CLOCK),
+    refused("accumulate_gradient", "more groups than are dithered", ValueError,
+            "first_row", weight, ones(3, 14), 1.0, first_row=2**31 - 2, **CLOCK),
     refused("accumulate_gradient", "a list of rows", TypeError, "rows", weight, ones(2, 14), 1.0, rows=[0, 1], **CLOCK),
     refused("accumulate_gradient", "an out elsewhere", ValueError,
             "out", weight, faulty(3, 14), 1.0, faults=scalar(0), out=lambda: weight().to("meta"), **CLOCK),

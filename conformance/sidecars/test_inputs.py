@@ -79,6 +79,7 @@ def test_the_token_of_the_whole_picture_is_left_out(vision: VisionSidecar) -> No
         ([picture(20, 20), picture(20, 20)[:1]], ValueError, "image 1 has shape"),
         ([picture(20, 20)[None]], ValueError, "image 0 has shape"),
         ([torch.zeros(3, 0, 5, dtype=torch.uint8)], ValueError, "image 0 has shape"),
+        ([picture(2, 130)], ValueError, "image 0 is 130 x 2, but its longer side may be at most 64 times"),
     ],
 )
 def test_no_picture(vision: VisionSidecar, images: list[Tensor], error: type[Exception], says: str) -> None:

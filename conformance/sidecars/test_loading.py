@@ -25,7 +25,7 @@ from arbitor.sidecars import (
     precision,
 )
 from conformance.compare import exact
-from conformance.sidecars.conftest import original_key
+from conformance.sidecars.small_checkpoints import original_key
 
 LOADERS: dict[str, Callable[..., Sidecar]] = {
     "vision": lambda folder, **options: VisionSidecar.load(folder / "dinov2", **options),

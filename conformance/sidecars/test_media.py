@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 import wave
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from arbitor.sidecars import SidecarError, read_audio, read_image, read_video
+from arbitor.sidecars import Blob, SidecarError, read_audio, read_frames, read_image, read_video
+from arbitor.sidecars.audio import refuse_clip
+from arbitor.sidecars.encoders import first_frame, spread_frames
 from conformance.compare import exact
 
 
@@ -169,9 +174,18 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SidecarError, match=r"longer than 0\.2 s"):
         read_audio(tmp_path / "a.wav", max_seconds=0.2)
     Image.fromarray(gradient()).save(tmp_path / "a.png")
+    save_video(tmp_path / "a.mkv", np.stack([gradient()] * 4))
+    with monkeypatch.context() as patch:
+        patch.setattr("arbitor.sidecars.media.MAX_FRAME_BYTES", 3 * 3 * 600)
+        assert len(read_video(tmp_path / "a.mkv", max_frames=3).frames) == 3
+        with pytest.raises(SidecarError, match=r"more than 5,400 bytes of pixels .*ask for fewer"):
+            read_video(tmp_path / "a.mkv")
     monkeypatch.setattr("arbitor.sidecars.media.MAX_PIXELS", 599)
-    with pytest.raises(SidecarError, match="at most 599 pixels"):
-        read_image(tmp_path / "a.png")
+    for read, name in ((read_image, "a.png"), (read_video, "a.mkv")):
+        with pytest.raises(
+            SidecarError, match="is larger than the 599 pixels that a picture or a frame may have"
+        ):
+            read(tmp_path / name)
     with pytest.raises(ValueError, match="every is 0"):
         read_video(tmp_path / "a.wav", every=0)
 
@@ -182,3 +196,142 @@ def test_a_picture_of_a_real_camera() -> None:
 
     path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
     assert read_image(path).shape == (3, 600, 512)
+
+
+def test_a_picture_that_claims_more_than_memory_is_a_sentence(tmp_path: Path) -> None:
+    """Above Pillow's own bound too."""
+    from PIL import Image
+
+    Image.fromarray(gradient()).save(tmp_path / "a.png")
+    content = bytearray((tmp_path / "a.png").read_bytes())
+    for side in (12_000, 2**31 - 1):
+        content[16:24] = struct.pack(">II", side, side)
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+        (tmp_path / "a.png").write_bytes(content)
+        with pytest.raises(SidecarError, match="is larger than the 134,217,728 pixels"):
+            read_image(tmp_path / "a.png")
+
+
+def test_no_picture_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PostScript under another name would run Ghostscript."""
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(
+        EpsImagePlugin, "Ghostscript", lambda *arguments: pytest.fail("Ghostscript was asked")
+    )
+    path = tmp_path / "a.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    with pytest.raises(SidecarError, match=r"a\.png' cannot be decoded"):
+        read_image(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "ffconcat version 1.0\nfile other.wav\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nother.wav\n#EXT-X-ENDLIST\n",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 5004 RTP/AVP 0\n",
+    ],
+)
+def test_no_file_leads_to_another(tmp_path: Path, content: str) -> None:
+    """A file of sound may be a list of other files, or of addresses."""
+    save_wave(tmp_path / "other.wav", sine(16_000)[None], 16_000)
+    for name in ("list.wav", "list.m3u8"):
+        (tmp_path / name).write_text(content)
+        for read in (read_audio, read_video):
+            with pytest.raises(
+                SidecarError, match=f"{name}' (is no sound or video of a format|cannot be decoded)"
+            ):
+                read(tmp_path / name)
+
+
+def test_a_name_is_no_address_and_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_wave(Path("http:a.wav"), sine(16_000)[None], 16_000)
+    assert len(read_audio("http:a.wav")) == 8000
+    for name in ("1.png", "%d.png"):
+        Path(name).write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(SidecarError, match="is no sound or video of a format that is read"):
+        read_video("%d.png")
+
+
+def wave_bytes(rate: int, *, channels: int = 1, floats: bool = False, data: bytes = bytes(4000)) -> bytes:
+    """Return a WAV file with a header that says whatever it likes."""
+    size = channels * (4 if floats else 2)
+    said = struct.pack(
+        "<HHIIHH", 3 if floats else 1, channels, rate, rate * size % 2**32, size, 32 if floats else 16
+    )
+    parts = b"WAVEfmt " + struct.pack("<I", 16) + said + b"data" + struct.pack("<I", len(data)) + data
+    return b"RIFF" + struct.pack("<I", len(parts)) + parts
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (wave_bytes(1), "has 1 samples a second, but must have 1,000 to 1,000,000"),
+        (wave_bytes(10**9), "has 1,000,000,000 samples a second"),
+        (wave_bytes(1000, data=bytes(400_000)), "lasts longer than 100 s"),
+        (wave_bytes(16_000, channels=9), "has 9 channels, but may have at most 8"),
+        (wave_bytes(16_000, channels=0), "cannot be decoded"),
+    ],
+)
+def test_headers_that_ask_for_too_much(content: bytes, says: str) -> None:
+    """Nothing is resampled before its length is known: a sample a second becomes 16,000."""
+    with pytest.raises(SidecarError, match=says):
+        read_audio(Blob("a.wav", content), max_seconds=100)
+
+
+def test_a_long_sound_is_not_decoded_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    from arbitor.sidecars import media
+
+    taken = []
+
+    def frames(container: object, stream: object) -> Iterator[object]:
+        for frame in container.decode(stream):  # type: ignore[attr-defined]
+            taken.append(frame.samples)
+            yield frame
+
+    monkeypatch.setattr(media, "_frames", frames)
+    with pytest.raises(SidecarError, match="lasts longer than 1 s"):
+        read_audio(Blob("a.wav", wave_bytes(16_000, data=bytes(2 * 16_000 * 60))), max_seconds=1)
+    assert sum(taken) < 2 * 16_000
+
+
+def test_sounds_of_eight_channels_and_of_none() -> None:
+    assert read_audio(Blob("a", wave_bytes(16_000, channels=8, data=bytes(1600)))).shape == (100,)
+    assert read_audio(Blob("a", wave_bytes(16_000, data=b""))).shape == (0,)
+    nan = read_audio(Blob("a", wave_bytes(16_000, floats=True, data=np.full(2000, np.nan, "<f4").tobytes())))
+    with pytest.raises(ValueError, match="a sound has a sample of magnitude nan"):
+        refuse_clip("a sound", nan)
+
+
+def test_frames_spread_over_a_video(tmp_path: Path) -> None:
+    """They are those that are picked of all frames; a short video repeats some."""
+    for count in (1, 3, 4, 10):
+        frames = np.stack([np.full((33, 47, 3), value, dtype=np.uint8) for value in range(5, 5 + count)])
+        save_video(tmp_path / "a.mkv", frames)
+        exact(read_frames(tmp_path / "a.mkv", 4), spread_frames(read_video(tmp_path / "a.mkv").frames))
+    save_wave(tmp_path / "a.wav", sine(16_000)[None], 16_000)
+    with pytest.raises(SidecarError, match="no pictures"):
+        read_frames(tmp_path / "a.wav", 4)
+
+
+def test_frames_of_two_sizes_are_a_sentence(tmp_path: Path) -> None:
+    from PIL import Image
+
+    parts = []
+    for size in ((32, 32), (48, 64)):
+        Image.new("RGB", size).save(tmp_path / "a.jpg")
+        parts.append((tmp_path / "a.jpg").read_bytes())
+    (tmp_path / "a.mjpeg").write_bytes(b"".join(parts))
+    for read in (read_video, lambda path: read_frames(path, 4)):
+        with pytest.raises(SidecarError, match="has frames of 32 x 32 and 48 x 64, but must have one size"):
+            read(tmp_path / "a.mjpeg")
+
+
+def test_a_thin_picture_is_refused_before_it_is_resized() -> None:
+    """A picture of 1 x 100,000 would become one of 256 x 25,600,000."""
+    for shape in ((3, 8, 513), (3, 520, 8)):
+        with pytest.raises(ValueError, match="its longer side may be at most 64 times its shorter one"):
+            first_frame(torch.zeros(1, *shape, dtype=torch.uint8), 16)
+    assert first_frame(torch.zeros(1, 3, 8, 512, dtype=torch.uint8), 16).shape == (1, 3, 16, 16)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import shutil
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from arbitor.optimized.training.media_mix import Mix
 from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.options import TrainOptions
 from arbitor.reference.config import SPECIAL_IDS, with_fields
-from arbitor.sidecars import AudioSidecar, read_audio, read_image, read_video
+from arbitor.sidecars import AudioSidecar, SidecarError, read_audio, read_image, read_video
 from arbitor.sidecars.encoders import first_frame
 from conformance.compare import exact
 from conformance.sidecars.media_runs import (
@@ -34,6 +35,7 @@ from conformance.sidecars.media_runs import (
     assert_captions_are_read,
     options,
     register,
+    save_sound,
     save_video,
 )
 from conformance.training.nano import without_pictures
@@ -275,6 +277,35 @@ def test_a_video_that_is_too_small_is_left_out_and_named(
     assert said.count("04.mkv': frames has shape") == 1 and "left out" in said
 
 
+def test_a_missing_library_is_no_fault_of_the_files(
+    media: Path, checkpoints: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first file ends the run, where every file was left out."""
+    # Nothing is imported from here once it stands as absent.
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(SidecarError, match=r"av needs the package 'av', .*pip install 'arbitor\[media\]'"):
+        train(options(media, checkpoints, None, "audio", save=False, mix="text=0,audio=1"))
+    assert "left out" not in capsys.readouterr().err
+
+
+def test_a_sound_of_nothing_is_left_out_and_named(
+    media: Path, checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would be filled up to a second of silence. Not a number is none either."""
+    from rich.console import Console
+
+    folder = tmp_path / "audio"
+    shutil.copytree(media / "audio", folder)
+    for number in range(6):
+        save_sound(folder / f"{number:02d}.wav", 200.0 + number, number / 1000)
+    asked = options(media, checkpoints, None, "audio", save=False, data_audio=str(folder))
+    with opened(asked, Console(quiet=True)) as run:
+        assert run.mix is not None
+        assert len(run.mix.training_items("audio")) + len(run.mix.held_out_items("audio")) == 6
+    said = capsys.readouterr().err
+    assert said.count("04.wav': a sound has shape (64,), but must be mono") == 1 and "left out" in said
+
+
 @pytest.mark.parametrize(
     ("kinds", "changes", "says"),
     [
@@ -378,7 +409,8 @@ def test_the_command_says_how_it_does_on_each_kind(media: Path, checkpoints: Pat
     [
         (["--image", "PICTURE", "--video", "VIDEO"], 2, "images and clips are given"),
         (["--image", "gone.png"], 1, "'gone.png' is no file that exists"),
-        (["--audio", "PICTURE"], 1, "has no sound"),
+        (["--audio", "PICTURE"], 1, "is no sound or video of a format that is read"),
+        (["--audio", "VIDEO"], 1, "has no sound"),
         (["--sidecar", "vision=x"], 2, "does nothing without --image or --video"),
         (["--image", "PICTURE", "--sidecar", "smell=x"], 2, "must be KIND=SOURCE"),
         (["--image", "PICTURE", "--sidecar", "vision=no_such"], 1, "source is 'no_such'"),

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from arbitor import ArbModel
 from arbitor.optimized import cli
-from arbitor.optimized.training import media_speech
+from arbitor.optimized.training import media_reader, media_speech
 from arbitor.optimized.training.generate import first_window
 from arbitor.optimized.training.loop import opened, train
 from arbitor.optimized.training.media import lead_of
 from arbitor.optimized.training.media_answer import chosen, prompt_ids
+from arbitor.optimized.training.media_reader import MediaReader
 from arbitor.optimized.training.media_speech import load_codec, whole_frames
 from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.run_folder import CODEC_FILE
@@ -106,6 +107,24 @@ def test_one_folder_may_be_heard_and_spoken(media: Path, checkpoints: Path) -> N
         assert run.mix is not None
         kinds = {run.mix.batch(number).kind for number in range(8)}
     assert kinds == {"audio", "speech"}
+
+
+def test_tokens_that_are_dropped_are_made_again(
+    media: Path, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of speech may be larger than memory. Each sound is in a group of its own here, and one group is kept."""
+    with opened(asked(media, checkpoints, None, save=False, mix="text=0,speech=1"), None) as run:
+        assert run.mix is not None
+        reader, items = run.mix.reader, run.mix._folders["speech"].train
+        want = [reader.feature("speech", item) for item in items]
+        again = MediaReader(reader.encoders, side=reader.side)
+        again.codec, again.speech = reader.codec, reader.speech
+        monkeypatch.setattr(media_reader, "TOGETHER", 1)
+        monkeypatch.setattr(media_reader, "GROUPS_KEPT", 2)
+        for _ in range(2):
+            for item, tokens_N in zip(items, want, strict=True):
+                exact(again.feature("speech", item), tokens_N)
+                assert len(again._tokens) <= 2
 
 
 def test_a_run_says_how_the_talker_does(trained: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import multiprocessing
 import os
 import signal
@@ -26,13 +27,11 @@ import pytest
 import torch
 
 from arbitor.optimized import cli
+from conformance.system.beginnings import BEGINNINGS
 from conformance.training import nano
 
-STEPS = 8
-"""Steps of a run."""
-
 SLOW_SECONDS = 60.0
-"""Seconds after which a process hangs. A whole run takes one or two."""
+"""Seconds after which a process hangs. A whole run on a text takes one or two, and one on a mix ten."""
 
 Part = Callable[[Path, int, int, int], Counter[str]]
 
@@ -88,15 +87,16 @@ def ended(process: int, what: str) -> int:
 
 def arguments_of(scratch: Path, run: Path) -> list[str]:
     """Return the command line that begins a run."""
-    sizes = ["--steps", str(STEPS), "--save-interval", "1", "--log-interval", "1", "--eval-interval", "2"]
-    return [
-        "train", "--preset", "nano", "--data", str(scratch / "text.txt"), "--device", "cpu", "--run", str(run), *sizes
-    ]  # fmt: skip
+    return [*json.loads((scratch / "begin.json").read_text()), "--run", str(run)]
 
 
 @contextmanager
-def prepared() -> Iterator[Path]:
-    """Return a folder with a text and the run that nothing happens to, and have the preset nano within the block."""
+def prepared(of: str = "text") -> Iterator[Path]:
+    """Return a folder with a text and the run that nothing happens to, and have the preset nano within the block.
+
+    Args:
+        of: what the run learns, one of `BEGINNINGS`.
+    """
     # Before the first fork, as threads do not survive one.
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
@@ -104,13 +104,20 @@ def prepared() -> Iterator[Path]:
         nano.without_pictures(patch)
         scratch = Path(folder)
         (scratch / "text.txt").write_bytes(nano.TEXT)
-        # Not in this process, so that it can be forked still.
-        process = live(arguments_of(scratch, scratch / "whole"), scratch / "whole.out", lambda: None)
-        assert ended(process, "the whole run") == 0, (scratch / "whole.out").read_text()
+
+        def whole(arguments: list[str], name: str) -> None:
+            # Not in this process, so that it can be forked still.
+            process = live(arguments, scratch / f"{name}.out", lambda: None)
+            assert ended(process, f"the run {name}") == 0, (scratch / f"{name}.out").read_text()
+
+        (scratch / "begin.json").write_text(json.dumps(BEGINNINGS[of](scratch, whole)))
+        began = time.monotonic()
+        whole(arguments_of(scratch, scratch / "whole"), "whole")
+        (scratch / "seconds.json").write_text(json.dumps(time.monotonic() - began))
         yield scratch
 
 
-def campaign(part: Part, *, count: int, seed: int, jobs: int) -> Counter[str]:
+def campaign(part: Part, *, count: int, seed: int, jobs: int, of: str = "text") -> Counter[str]:
     """Attack so often, and return how often what came of it.
 
     Args:
@@ -118,11 +125,12 @@ def campaign(part: Part, *, count: int, seed: int, jobs: int) -> Counter[str]:
         count: how often, at least.
         seed: of the draws.
         jobs: processes that do it side by side.
+        of: what the attacked run learns, one of `BEGINNINGS`.
 
     Raises:
         AssertionError: the first fault.
     """
-    with prepared() as scratch:
+    with prepared(of) as scratch:
         return side_by_side(functools.partial(part, scratch, seed), count, jobs)
 
 
@@ -152,9 +160,12 @@ def main(part: Part, what: str, *, default: int) -> None:
     parser.add_argument(f"--{what}", type=int, default=default, dest="count", help=f"how many [{default}]")
     parser.add_argument("--seed", type=int, default=0, help="of the draws [0]")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side [1]")
+    parser.add_argument("--of", choices=list(BEGINNINGS), default="text", help="what the run learns [text]")
     options = parser.parse_args()
     began = time.monotonic()
-    ends = campaign(part, count=options.count, seed=options.seed, jobs=options.jobs)
-    print(f"{ends.total():,} {what} of seed {options.seed} in {time.monotonic() - began:.0f} s, no fault")
+    ends = campaign(part, count=options.count, seed=options.seed, jobs=options.jobs, of=options.of)
+    print(
+        f"{ends.total():,} {what} of seed {options.seed} ({options.of}) in {time.monotonic() - began:.0f} s, no fault"
+    )
     for end, count in ends.most_common():
         print(f"{count:8,}  {end}")

@@ -1,11 +1,11 @@
 """Kills runs with SIGKILL at random moments until each has ended, and looks for one that ended differently.
 
-    python -m conformance.system.kills --kills 1000 --seed 1 --jobs 2
+    python -m conformance.system.kills --kills 1000 --seed 1 --jobs 2 --of text|mix|adapters
 
-A run of the preset ``nano`` has several lives. A life ends at a moment of the clock, or at one of the calls that open, rename,
-remove or flush a file, just before or just after it. The next life goes on with ``--resume``, as a user would. After every death
-the folder must hold what a run can go on from. The last life must leave the state, the metrics and the files of a run that
-nothing happened to.
+A run has several lives. It learns from a text with the preset ``nano``, from a mix of every kind of data, or adapters. A life
+ends at a moment of the clock, or at one of the calls that open, rename, remove or flush a file, just before or just after it. The
+next life goes on with ``--resume``, as a user would. After every death the folder must hold what a run can go on from. The last
+life must leave the state, the metrics and the files of a run that nothing happened to.
 
 What a life does before it imports anything is no part of a run.
 """
@@ -36,8 +36,17 @@ FLUSH = "arbitor.fsync"
 CALLS = ("os.rename", "os.remove", "os.mkdir", "fcntl.flock", FLUSH)
 """Events of the calls that change files or folders, beside opening one to write."""
 
-DIFFERS = ("state_sha256", "val_bpb", "best_bpb", "baselines", "steps", "skipped", "faulty_rows")
-"""What a summary says of the result, and not of the time or the place."""
+DIFFERS = (
+    *("state_sha256", "adapter_sha256", "val_bpb", "best_bpb", "baselines", "steps", "skipped", "faulty_rows"),
+    "media",
+)  # fmt: skip
+"""What a summary says of the result, and not of the time or the place. A run has the numbers of what it learns."""
+
+MEASURED = ("step", "val_bpb", "train_bpb", "flip_rate", "rate", "media")
+"""What a line of metrics says of it."""
+
+WRITTEN = ("codec.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json")
+"""Files of a finished run that hold nothing of the time, where it has them."""
 
 
 def die_at_call(number: int, *, after: bool) -> None:
@@ -75,16 +84,17 @@ def result_of(run: Path) -> dict[str, Any]:
     """Return all of a finished run that depends on its settings alone."""
     summary = json.loads((run / "summary.json").read_text())
     metrics = [
-        {name: line[name] for name in ("step", "val_bpb", "train_bpb", "flip_rate", "rate") if name in line}
+        {name: line[name] for name in MEASURED if name in line}
         for line in read_metrics(run / "metrics.jsonl")
     ]
     files = {path.name for path in run.iterdir() if not path.name.startswith("events.")}
     checkpoints = {name: load_checkpoint(run / f"{name}.safetensors") for name in ("latest", "best", "final")}
     return {
-        "summary": {name: summary[name] for name in DIFFERS},
+        "summary": {name: summary[name] for name in DIFFERS if name in summary},
         "metrics": metrics,
         "sample": (run / "sample.txt").read_bytes(),
         "files": files,
+        "content": {name: (run / name).read_bytes() for name in WRITTEN if (run / name).exists()},
         "checkpoints": {name: (each.step, each.state_sha256) for name, each in checkpoints.items()},
     }
 
@@ -102,15 +112,16 @@ def trial(scratch: Path, name: str) -> Counter[str]:
     draw = random.Random(name)
     run, output = scratch / name, scratch / f"{name}.out"
     begin = arguments_of(scratch, run)
+    whole_seconds = json.loads((scratch / "seconds.json").read_text())
     deaths: Counter[str] = Counter()
     # The step of the newest checkpoint that an earlier life has left.
     reached = -1
     for life in range(LIVES):
         begun = RunFolder(run).has_run()
-        arguments = ["train", "--run", str(run), "--resume"] if begun else begin
+        arguments = [begin[0], "--run", str(run), "--resume"] if begun else begin
         slow = draw.randrange(4) == 0
         kind = draw.choice(("clock", "before a call", "after a call"))
-        call, seconds = draw.randint(1, 70), draw.uniform(0, 1.5)
+        call, seconds = draw.randint(1, 70), draw.uniform(0, whole_seconds)
 
         def prepare(
             slow: bool = slow, kind: str = kind, call: int = call, last: bool = life == LIVES - 1

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from arbitor.optimized.cli import cli
 from arbitor.optimized.training.checkpoint import load_checkpoint
 from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.run_folder import RunFolder
@@ -159,6 +160,52 @@ def test_signals_save_and_exit(
         check_full_disk_while_resuming(run)
     assert here(*resume(run)).returncode == 0
     assert digest(run) == digest(finished)
+
+
+SWALLOWS = """
+import signal
+try:
+    signal.raise_signal(signal.SIGINT)
+except BaseException:
+    pass
+print("it goes on")
+raise ImportError("this library is none")
+"""
+
+
+@pytest.mark.parametrize("library", ["torch", "click"])
+def test_an_interrupt_while_something_is_imported_ends_it(text: Path, tmp_path: Path, library: str) -> None:
+    """Whatever is imported may catch what is raised meanwhile, and some of torch does, so that the run went on to its end."""
+    (tmp_path / f"{library}.py").write_text(SWALLOWS)
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from arbitor.optimized.start import main; main()",
+            *arguments(text, tmp_path / "run"),
+        ],
+        env={**environment(), "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])},
+        capture_output=True,
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (130, b"", b"arb: stopped by SIGINT.\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupt_at_another_time_ends_in_the_same_sentence(
+    here: Here, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ends then may clean up, and the handler of whoever calls the command is there again."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        monkeypatch.setattr(
+            cli.commands["info"], "callback", lambda **options: signal.raise_signal(signal.SIGINT)
+        )
+        result = here("info", str(tmp_path))
+        # Click ends the line that a terminal shows ^C in.
+        assert (result.returncode, result.stderr.lstrip()) == (130, b"arb: stopped by SIGINT.\n")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def check_full_disk_while_resuming(run: Path) -> None:

@@ -162,7 +162,7 @@ def test_counts_do_not_depend_on_the_parts(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_use_of_codes() -> None:
     ids = torch.tensor([2, 0, -1, 2, 1, -1])
-    use = code_use(ids, torch.tensor([5, 1, 0, 0], dtype=torch.int16))
+    use = code_use(ids, 4, 2)
     assert use == {
         "codes": 4,
         "vectors": 4,
@@ -171,7 +171,7 @@ def test_use_of_codes() -> None:
         # Shares of a half, a quarter, a quarter.
         "perplexity": pytest.approx(2**1.5),
     }
-    closed = code_use(torch.tensor([-1, -1]), torch.ones(4, dtype=torch.int16))
+    closed = code_use(torch.tensor([-1, -1]), 4, 0)
     assert closed == {"codes": 4, "vectors": 0, "used": 0, "dead": 0}
 
 

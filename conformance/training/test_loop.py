@@ -294,6 +294,27 @@ def test_a_run_that_is_asked_to_stop_says_what_is_saved(
     assert not save or load_checkpoint(tmp_path / "run" / "latest.safetensors").step == 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_asked_to_stop_while_it_starts_writes_nothing(
+    text: Path, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = loop.prepare
+
+    def interrupted(*args: Any, **settings: Any) -> Any:
+        signal.raise_signal(number)
+        return prepare(*args, **settings)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        monkeypatch.setattr(loop, "prepare", interrupted)
+        sentence = f"stopped by {number.name} before its first step; nothing was written"
+        with pytest.raises(Stopped, match=sentence):
+            train(options(text, tmp_path / "run"))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_trainer_vouches_for_its_values_until_it_ends(
     text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

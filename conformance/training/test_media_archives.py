@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -113,8 +115,28 @@ def test_names_that_lead_elsewhere_are_names(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "evil.tar"]
 
 
-_BELOW_0 = tarfile.TarInfo("a.png")
-_BELOW_0.size = -512
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """Return the header of a member, which says whatever size it likes."""
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def sparse(path: Path, head: bytes, size: int) -> None:
+    """Write a file of a head and of nothing, which takes no place on the disk."""
+    path.write_bytes(head)
+    with path.open("r+b") as file:
+        file.truncate(len(head) + size)
+
+
+def altered(path: Path, place: int, data: bytes = b"\xff", cut: int | None = None) -> None:
+    """Write an archive of three samples with other bytes at a place, or without its end."""
+    content = bytearray(archive(path, members(3)).read_bytes())
+    content[place : place + len(data)] = data
+    path.write_bytes(content[:cut])
+
+
+LONG = header("././@LongLink", 4, tarfile.GNUTYPE_LONGNAME) + b"abc\0".ljust(512, b"\0")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +149,17 @@ _BELOW_0.size = -512
         (lambda path: archive(path, {"a.png": b"x", "a.txt": b" " * (2**20 + 1)}), "the text 'a.txt' of more than 1,048,576 bytes"),
         (lambda path: archive(path, {"a.png": b"x" * 200, "a.txt": b"a"}), "of 200 bytes, but a member has at most 100"),
         (lambda path: archive(path, {f"{i}.png": b"" for i in range(9)}), "has more than 8 members"),
-        (lambda path: path.write_bytes(_BELOW_0.tobuf() * 2 + bytes(10240)), "its member 'a.png' has a size below 0"),
+        (lambda path: archive(path, {f"a.{i}.png": b"" for i in range(5)}), "has more than 4 members of the sample 'a'"),
+        (lambda path: path.write_bytes(header("a.png", -512) * 2 + bytes(10240)), "its member 'a.png' has a size below 0"),
+        (lambda path: path.write_bytes(header("a.xyz", 2**70) + bytes(10240)), "is no archive that can be read"),
+        (lambda path: sparse(path, header("a", 2**40, tarfile.GNUTYPE_LONGNAME), 2**40), "a header of 1,099,511,627,776 bytes"),
+        (lambda path: sparse(path, header("a", 2**40, tarfile.XHDTYPE), 2**40), "a header of 1,099,511,627,776 bytes"),
+        (lambda path: path.write_bytes(header("a", -512, tarfile.GNUTYPE_LONGNAME) + bytes(10240)), "a header of -512 bytes"),
+        (lambda path: path.write_bytes(LONG * 5000 + header("a.png", 0) + bytes(10240)), "is no archive that can be read"),
+        (lambda path: altered(path, 4 * 512 + 148), "what stands at byte 2,048 is neither a member nor its end"),
+        (lambda path: altered(path, 0, b"", 4 * 512 + 100), "it has no end, so that a part of it may be missing"),
+        (lambda path: altered(path, 0, b"", 4 * 512), "it has no end"),
+        (lambda path: altered(path, 20 * 512 - 1, b"\0" * 1 + LONG), "what stands at byte 6,144 is neither"),
     ],
 )  # fmt: skip
 def test_archives_that_are_refused(
@@ -136,6 +168,7 @@ def test_archives_that_are_refused(
     if "200 bytes" in says:
         monkeypatch.setattr(media_archives, "MEMBER_BYTES", 100)
     monkeypatch.setattr(media_archives, "MEMBERS", 8)
+    monkeypatch.setattr(media_archives, "SAMPLE_MEMBERS", 4)
     write(tmp_path / "data.tar")  # type: ignore[operator]
     with pytest.raises(TrainingError, match=says):
         load_media("image", str(tmp_path))
@@ -157,5 +190,57 @@ def test_an_archive_that_was_cut_is_a_sentence(tmp_path: Path) -> None:
     assert last.place is not None
     with path.open("r+b") as file:
         file.truncate(last.place.begin + 3)
-    with pytest.raises(TrainingError, match=r"ends within its member 'shard/0003\.jpg'"):
+    with pytest.raises(TrainingError, match="was changed since the run read it"):
         last.medium()
+    with pytest.raises(TrainingError, match=r"ends within its member 'shard/0003\.jpg'"):
+        last.place.read(path)
+
+
+def test_of_members_of_one_name_the_last_counts(tmp_path: Path) -> None:
+    """`tar --append` writes a new version of a file behind the old one."""
+    old = archive(tmp_path / "data.tar", members(3))
+    with tarfile.open(old, "a") as tar:
+        for name, data in (("shard/0001.jpg", b"new"), ("shard/0001.txt", b"newer")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    found = load_media("image", str(tmp_path))
+    texts = {item.medium().data: item.text for item in (*found.train, *found.validation)}  # type: ignore[union-attr]
+    assert texts == {b"picture 0": b"text 0", b"new": b"newer", b"picture 2": b"text 2"}
+
+
+def test_many_members_take_little_memory(tmp_path: Path) -> None:
+    """tarfile itself keeps half a kilobyte of each, also of those that are no data."""
+    empty = header("0.xyz", 0)
+    (tmp_path / "data.tar").write_bytes(empty * 5_000 + archive(tmp_path / "some", members(2)).read_bytes())
+    (tmp_path / "some").unlink()
+    tracemalloc.start()
+    try:
+        assert len(load_media("image", str(tmp_path)).train) == 1
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_media_of_an_archive_are_read_one_at_a_time(tmp_path: Path) -> None:
+    """An archive may be larger than memory."""
+    made = {f"{number}.png": bytes([number]) * 2**20 for number in range(24)}
+    archive(tmp_path / "data.tar", made | {f"{number}.txt": b"text" for number in range(24)})
+    tracemalloc.start()
+    try:
+        found = load_media("image", str(tmp_path))
+        for item in (*found.train, *found.validation):
+            medium = item.medium()
+            assert isinstance(medium, Blob) and len(medium.data) == 2**20
+        assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_archive_that_changes_during_a_run_is_refused(tmp_path: Path) -> None:
+    path = archive(tmp_path / "data.tar", members(4))
+    found = load_media("image", str(tmp_path))
+    archive(path, {**members(3), "shard/0009.jpg": b"picture 9", "shard/0009.txt": b"a"})
+    os.utime(path, (1, 1))
+    with pytest.raises(TrainingError, match=r"data\.tar' was changed since the run read it"):
+        found.train[0].medium()

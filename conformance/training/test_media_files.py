@@ -54,6 +54,28 @@ def test_texts_beside_files_are_one_line(tmp_path: Path) -> None:
     }
 
 
+def test_the_ends_of_names_may_be_of_any_case(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, content in (("0.PNG", b"a"), ("0.TXT", b"zero"), ("1.Png", b"b")):
+        (folder / name).write_bytes(content)
+    (folder / "m.JSONL").write_text('{"file_name": "1.Png", "text": "one"}')
+    assert texts(load_media("image", str(folder))) == {"0.PNG": [b"zero"], "1.Png": [b"one"]}
+
+
+def test_a_file_that_changes_during_a_run_is_refused(tmp_path: Path) -> None:
+    """Its features would be kept under the digest of what it was."""
+    folder = fill(tmp_path / "data")
+    item = load_media("image", str(folder)).train[0]
+    assert item.medium() == item.path
+    item.path.write_bytes(b"another content")
+    with pytest.raises(TrainingError, match="was changed since the run read it, but must stay as it is"):
+        item.medium()
+    item.path.unlink()
+    with pytest.raises(TrainingError, match="cannot read the data file"):
+        item.medium()
+
+
 def test_texts_in_lines_of_json(tmp_path: Path) -> None:
     """As Hugging Face's folders have them, from the folder of the file on; several texts of a file are several items."""
     folder = tmp_path / "data"
@@ -75,6 +97,9 @@ def test_what_is_left_out_is_named(tmp_path: Path) -> None:
     (folder / "5.png").symlink_to(folder / "0.png")
     (folder / "6.wav").write_bytes(b"another kind")
     fill(folder / ".git", 1)
+    # What macOS adds, also beside files of lines and archives, which would be refused.
+    for name in ("._0.png", "._0.txt", "._m.jsonl", "._a.tar"):
+        (folder / name).write_bytes(b"\0\5\x16\7")
     run = fill(folder / "run", 1)
     for name in ("config.json", "metrics.jsonl"):
         (run / name).write_text("")

@@ -69,6 +69,41 @@ def test_a_resumed_run_holds_its_model_once(text: Path, tmp_path: Path) -> None:
         assert not [each for each in gc.get_objects() if type(each) is Checkpoint and each.state]
 
 
+def test_a_run_keeps_its_number_of_threads(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every pass of every life, on whatever machine it goes on. Torch is told the number in the first life too, as MKL takes it
+    for the largest number until then."""
+    machine, told, seen = [7], [], set()
+    take = loop.Run._take_pass
+
+    def tell(count: int) -> None:
+        machine[0] = count
+        told.append(count)
+
+    def watched(run: loop.Run, *arguments: Any) -> Any:
+        seen.add(torch.get_num_threads() if told else None)
+        return take(run, *arguments)
+
+    # Of a machine that would be too slow here if the threads were real.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: machine[0])
+    monkeypatch.setattr(torch, "set_num_threads", tell)
+    monkeypatch.setattr(loop.Run, "_take_pass", watched)
+    run = tmp_path / "run"
+    for step in (2, 5):
+        with monkeypatch.context() as patch:
+            kill_at(patch, step)
+            with pytest.raises(Killed):
+                train(options(text, run) if step == 2 else TrainOptions(run=run, resume=True))
+        if step == 2:
+            # Only its settings are left.
+            for path in set(run.iterdir()) - {run / "config.json"}:
+                path.unlink()
+        machine[0] = 3
+    summary = train(TrainOptions(run=run, resume=True)).summary
+    assert seen == {7} and summary["threads"] == 7 and machine == [3]
+
+
 def outcome(folder: Path, summary: dict[str, Any]) -> tuple[object, ...]:
     """What two runs that are the same must agree in."""
     columns = ("step", "train_bpb", "val_bpb", "rate", "flip_rate")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,14 @@ import torch
 
 from arbitor.optimized.training import baselines, data, streams
 from arbitor.optimized.training.baselines import baseline_bpb
-from arbitor.optimized.training.data import load_corpus, split_corpus, validation_windows
+from arbitor.optimized.training.data import (
+    Segments,
+    Split,
+    load_corpus,
+    split_corpus,
+    training_batch,
+    validation_windows,
+)
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.options import TrainOptions
@@ -204,17 +213,83 @@ def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         next(documents(stream_of("hf:a/b")))
 
 
-def test_a_large_file_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It gives what a file gives that is read, and takes no memory of its own."""
-    path = tmp_path / "large.txt"
-    path.write_bytes(bytes(range(256)) * 40)
-    read = load_corpus(str(path))
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder of texts that count as large."""
+    folder = tmp_path / "large"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.txt").write_bytes(b"%d says little.\n" % number * (50 + number))
+    (folder / "weights.pt").write_bytes(b"1")
+    monkeypatch.setattr(data, "PIECE_BYTES", 7)
+    return folder
+
+
+def test_large_data_are_mapped(large: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file and a folder give what they give if they are read, a piece at a time. The copy of a folder has no name."""
+    sources = (str(large / "1.txt"), str(large))
+    want = [load_corpus(source) for source in sources]
     monkeypatch.setattr(data, "MAPPED_BYTES", 100)
-    mapped = load_corpus(str(path))
-    assert mapped.sha256 == read.sha256 and torch.equal(mapped.data_N, read.data_N)
-    monkeypatch.setattr(data, "mapped", lambda path: pytest.fail("mapped"))
-    with pytest.raises(pytest.fail.Exception):
-        load_corpus(str(path))
+    calls: list[Path] = []
+    mapped = data.mapped
+    monkeypatch.setattr(data, "mapped", lambda path, size: calls.append(path) or mapped(path, size))
+    for source, read in zip(sources, want, strict=True):
+        found = load_corpus(source)
+        assert torch.equal(found.data_N, read.data_N) and len(read.ends) in (0, 3)
+        assert replace(found, data_N=None) == replace(read, data_N=None)  # type: ignore[arg-type]
+    assert len(calls) == 2 and not list(cache.parent.iterdir())
+    (large / "empty.txt").touch()
+    monkeypatch.setattr(data, "MAPPED_BYTES", 0)
+    with pytest.raises(TrainingError, match="is empty"):
+        load_corpus(str(large / "empty.txt"))
+
+
+def test_a_copy_that_cannot_be_written_is_a_sentence(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "MAPPED_BYTES", 100)
+    monkeypatch.setenv("ARB_CACHE", str(large / "0.txt"))
+    with pytest.raises(TrainingError, match=r"^cannot write a copy of the data to '.*0\.txt': File exists$"):
+        load_corpus(str(large))
+
+
+def own_memory() -> int:
+    """Return the bytes that this process holds itself, without pages of files, which the system takes back when it likes."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+@pytest.mark.parametrize("val_data", [False, True], ids=["blocks", "one run"])
+def test_a_text_may_be_larger_than_memory(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, val_data: bool
+) -> None:
+    """A folder of 24 MiB takes no such memory: to be read, split, counted, or drawn from."""
+    folder, size = tmp_path / "folder", 2**23
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.txt").write_bytes(bytes([65 + number, 10]) * (size // 2))
+    monkeypatch.setattr(data, "MAPPED_BYTES", 3 * size)
+    monkeypatch.setattr(data, "PIECE_BYTES", 2**20)
+    monkeypatch.setattr(baselines, "PIECE_BYTES", 2**16)
+    monkeypatch.setattr(baselines, "COUNTED_BYTES", 2**21)
+    before = own_memory()
+    corpus = load_corpus(str(folder))
+    whole = Segments(((0, corpus.data_N.numel()),))
+    split = Split(whole, whole) if val_data else split_corpus(corpus, 64)
+    windows_WT = validation_windows(corpus, split, count=32, context=64)
+    peak = own_memory()
+    bincount = torch.bincount
+
+    def watched(*arguments: Any, **named: Any) -> torch.Tensor:
+        nonlocal peak
+        peak = max(peak, own_memory())
+        return bincount(*arguments, **named)
+
+    monkeypatch.setattr(torch, "bincount", watched)
+    baseline_bpb(corpus, split.train, windows_WT)
+    for micro_step in range(50):
+        windows_BT = training_batch(corpus, split, batch=4, context=64, seed=0, micro_step=micro_step)
+        assert set(windows_BT.unique().tolist()) <= {10, 65, 66, 67}
+    assert max(peak, own_memory()) - before < size
 
 
 def test_counting_stops_somewhere(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

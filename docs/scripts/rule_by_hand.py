@@ -8,6 +8,7 @@
 #     python rule_by_hand.py 50
 
 # %%
+import argparse
 import codecs
 import contextlib
 import io
@@ -21,7 +22,12 @@ with contextlib.redirect_stdout(io.StringIO()):
 
 from arbitor import ops
 
-STEPS = int(sys.argv[1]) if sys.argv[1:] and sys.argv[1].isdecimal() else 600
+parser = argparse.ArgumentParser(description="Train a table by the operations alone.")
+parser.add_argument("steps", nargs="?", type=int, default=600, help="at least 1 [600]")
+# A notebook has arguments of its own.
+STEPS = parser.parse_args([] if "ipykernel" in sys.modules else None).steps
+if STEPS < 1:
+    parser.error(f"steps is {STEPS}, but must be at least 1")
 
 # The Zen of Python, which every Python has: 856 bytes that it keeps in rot13.
 text = codecs.decode(this.s, "rot13").encode()

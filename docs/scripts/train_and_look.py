@@ -8,6 +8,7 @@
 #     python train_and_look.py 5 nano.json # fewer steps, another preset
 
 # %%
+import argparse
 import math
 import sys
 import sysconfig
@@ -18,11 +19,18 @@ import torch
 
 from arbitor import ArbConfig, ArbModel, ArbOptimizer, preset
 
-# A notebook has arguments of its own there.
-given = [] if "ipykernel" in sys.modules else sys.argv[1:]
-STEPS = next((int(each) for each in given if each.isdecimal()), 150)
-files = [each for each in given if each.endswith(".json")]
-config = ArbConfig.from_json(Path(files[0]).read_text()) if files else preset("tiny")
+parser = argparse.ArgumentParser(description="Train a model, and look inside.")
+parser.add_argument("steps", nargs="?", type=int, default=150, help="at least 1 [150]")
+parser.add_argument("preset", nargs="?", type=Path, help="JSON file of a configuration [the preset tiny]")
+# A notebook has arguments of its own.
+asked = parser.parse_args([] if "ipykernel" in sys.modules else None)
+STEPS = asked.steps
+if STEPS < 1:
+    parser.error(f"steps is {STEPS}, but must be at least 1")
+try:
+    config = ArbConfig.from_json(asked.preset.read_text()) if asked.preset else preset("tiny")
+except (OSError, ValueError) as error:
+    parser.error(f"the preset {asked.preset} cannot be used: {error}")
 WINDOWS, BYTES = 8, 128
 
 sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))

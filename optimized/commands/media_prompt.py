@@ -71,7 +71,9 @@ def media_of_files(
         ValueError: media that the model was not built for.
     """
     from arbitor.optimized.training.media import encoders_of, media_features
-    from arbitor.sidecars import read_audio, read_image, read_video
+    from arbitor.optimized.training.media_reader import MAX_CLIP_SECONDS
+    from arbitor.sidecars import read_audio, read_frames, read_image
+    from arbitor.sidecars.encoders import FRAMES_READ
 
     asked = {kind: source for kind, source in sidecar.items() if kind in _SIDECARS}
     needed = {kind for kind, files in (("vision", (image, video)), ("audio", (audio,))) if any(files)}
@@ -85,8 +87,8 @@ def media_of_files(
         encoders,
         config,
         images=None if image is None else [read_image(image)],
-        sounds=None if audio is None else [read_audio(audio)],
-        clips=None if video is None else [read_video(video).frames],
+        sounds=None if audio is None else [read_audio(audio, max_seconds=MAX_CLIP_SECONDS)],
+        clips=None if video is None else [read_frames(video, FRAMES_READ)],
     )
     trained = run.get("sidecars")
     for kind in sorted(needed):

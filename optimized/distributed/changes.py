@@ -7,6 +7,8 @@ Legend: P bytes of a piece, S blocks, C changed bytes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -56,3 +58,44 @@ def change(piece_P: Tensor, sent: Tensor) -> None:
     # The number of changes is known here, so the device need not be asked for it.
     firsts_C = firsts_S.repeat_interleave(counts_S, output_size=places_C.numel())
     piece_P[firsts_C + places_C] = values_C
+
+
+class Piece:
+    """Trits and levels of weights of one owner, as bytes one after the other, which the owner steps and sends to all ranks.
+
+    Attributes:
+        size: bytes of the piece.
+        sent: on the owner, uint8: the changes of the steps, once the piece is closed.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._tensors: list[Tensor] = []
+        self._before: list[Tensor] = []
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._tensors[0].device
+
+    def add(self, tensors: list[Tensor], step: Callable[[], None] | None) -> None:
+        """Add tensors of bytes, which share memory with a weight. The owner steps the weight here."""
+        self._tensors += tensors
+        self.size += sum(each.numel() for each in tensors)
+        if step is not None:
+            self._before += [each.clone() for each in tensors]
+            step()
+
+    def close(self) -> None:
+        """Find the changes of the steps of a piece that is full."""
+        self.sent = changes(torch.cat(self._before), torch.cat(self._tensors))
+        self._before.clear()
+
+    def change(self, sent: Tensor) -> None:
+        """Give the weights what their owner has sent."""
+        piece = torch.cat(self._tensors)
+        change(piece, sent)
+        for tensor, content in zip(
+            self._tensors, piece.split([len(each) for each in self._tensors]), strict=True
+        ):
+            tensor.copy_(content)

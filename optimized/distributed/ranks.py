@@ -11,7 +11,7 @@ import functools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from arbitor.optimized.distributed.changes import change, changes
+from arbitor.optimized.distributed.changes import Piece
 from arbitor.optimized.distributed.world import World, answered, as_bytes, from_bytes
 from arbitor.optimized.training.options import EXCHANGES
 from arbitor.reference.graph import ArbModel
@@ -28,6 +28,7 @@ from arbitor.reference.graph.layers import TernaryEmbedding
 from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.graph.mxint8 import decoded, encoded
 from arbitor.reference.graph.ranks import Gradient, Ranks
+from arbitor.reference.graph.spread import joined
 from arbitor.reference.graph.voting import VOTED_IN
 from arbitor.reference.types import LaidOutWeight, TernaryWeight, without_memory
 
@@ -42,47 +43,6 @@ HELD_BYTES = 2**31
 
 PIECE_BYTES = 2**26
 """Most bytes of the trits and levels of several weights that are sent as one. A larger weight is sent alone."""
-
-
-class Piece:
-    """Trits and levels of weights of one owner, as bytes one after the other, which the owner steps and sends to all ranks.
-
-    Attributes:
-        size: bytes of the piece.
-        sent: on the owner, uint8: the changes of the steps, once the piece is closed.
-    """
-
-    def __init__(self) -> None:
-        self.size = 0
-        self._tensors: list[Tensor] = []
-        self._before: list[Tensor] = []
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self._tensors[0].device
-
-    def add(self, tensors: list[Tensor], step: Callable[[], None] | None) -> None:
-        """Add tensors of bytes, which share memory with a weight. The owner steps the weight here."""
-        self._tensors += tensors
-        self.size += sum(each.numel() for each in tensors)
-        if step is not None:
-            self._before += [each.clone() for each in tensors]
-            step()
-
-    def close(self) -> None:
-        """Find the changes of the steps of a piece that is full."""
-        self.sent = changes(torch.cat(self._before), torch.cat(self._tensors))
-        self._before.clear()
-
-    def change(self, sent: Tensor) -> None:
-        """Give the weights what their owner has sent."""
-        piece = torch.cat(self._tensors)
-        change(piece, sent)
-        for tensor, content in zip(
-            self._tensors, piece.split([len(each) for each in self._tensors]), strict=True
-        ):
-            tensor.copy_(content)
 
 
 class GroupRanks(Ranks):
@@ -114,6 +74,14 @@ class GroupRanks(Ranks):
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.owners = owners(model, self.count)
         self._num_rows = {each.tensor_id: each.weight.shape[0] for each in model.ternary_modules().values()}
+        self._spreads = {
+            each.tensor_id: each.spread
+            for each in model.ternary_modules().values()
+            if each.spread is not None
+        }
+        self._is_table = {
+            each.tensor_id: isinstance(each, TernaryEmbedding) for each in model.ternary_modules().values()
+        }
         for module in model.ternary_modules().values():
             if not self.steps(module.tensor_id):
                 for name in VOTED_IN:
@@ -132,6 +100,15 @@ class GroupRanks(Ranks):
         """See `Ranks`."""
         return torch.cat(self._gathered(rows))
 
+    def dealt(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """See `Ranks`. The ranks first tell each other how long the parts are, so that the host waits for the parts."""
+        wait = self._begin_deal(parts)
+        return wait()
+
+    def whole(self, tensor_id: int, counts: Tensor) -> Tensor:
+        """See `Ranks`."""
+        return self.total(counts) if tensor_id in self._spreads else counts
+
     def divisor(self, chosen: Tensor) -> Tensor:
         """See `Ranks`."""
         return self.total(chosen.sum()).clamp(min=1) / self.count
@@ -146,12 +123,19 @@ class GroupRanks(Ranks):
 
     def answers_for(self, tensor_id: int) -> bool:
         """See `Ranks`."""
-        return self.owners.get(tensor_id, 0) == self.number
+        return tensor_id in self._spreads or self.owners.get(tensor_id, 0) == self.number
 
     def exchange(self, tensor_id: int, gradient: Gradient, cast: Callable[[Gradient | None], None]) -> None:
         """See `Ranks`."""
+        if tensor_id in self._spreads and not self._is_table[tensor_id]:
+            # The slots of all ranks have met at the rank of their expert.
+            cast(gradient)
+            return
         if gradient.chosen:
-            self._exchange_chosen(tensor_id, gradient, cast)
+            if tensor_id in self._spreads:
+                self._exchange_spread(tensor_id, gradient, cast)
+            else:
+                self._exchange_chosen(tensor_id, gradient, cast)
             return
         owner, grad_NK = self.owners.get(tensor_id), gradient.grad_NK
         arrives = owner is None or owner == self.number
@@ -215,11 +199,26 @@ class GroupRanks(Ranks):
             owner = self.owners.get(module.tensor_id, 0)
             if owner:
                 weight = weight.with_tensors(**self._brought(weight, owner))
-            if self.number == 0:
-                found[name] = self._model.ops.to_spec(weight).to("cpu")
-        if self.number:
-            return None
-        return {**found, **{name: table.to("cpu") for name, table in self._model.tables().items()}}
+            canonical = self._model.ops.to_spec(weight)
+            if module.spread is not None:
+                parts = {part: self._parts_of(each) for part, each in canonical.tensors().items()}
+                if self.number == 0:
+                    found[name] = joined(
+                        [
+                            replace(
+                                canonical, shape=tuple(accum.shape), **dict(zip(parts, each, strict=True))
+                            )
+                            for accum, *each in zip(parts["trit_accum"], *parts.values(), strict=True)
+                        ]
+                    )
+            elif self.number == 0:
+                found[name] = canonical.to("cpu")
+        for name, keeper in self._model.table_modules().items():
+            for table, content in keeper.tables().items():
+                contents = [content] if keeper.spread is None else self._parts_of(content)
+                if self.number == 0:
+                    found[f"{name}.{table}"] = torch.cat([each.to("cpu") for each in contents])
+        return None if self.number else found
 
     def measured(self) -> tuple[float, int]:
         """Return seconds that this rank has waited for others and the bytes that it received, since the last call."""
@@ -251,6 +250,23 @@ class GroupRanks(Ranks):
                 return
             total = merged(grad_parts, row_parts, num_matrices, most, self._model.ops)
             self._cast_once(tensor_id, total, cast)
+
+        self._later(gradient.grad_NK.nbytes, end)
+
+    def _exchange_spread(
+        self, tensor_id: int, gradient: Gradient, cast: Callable[[Gradient | None], None]
+    ) -> None:
+        """Exchange the gradients of rows that each rank has chosen of a table whose rows are spread over ranks."""
+        spread, most = self._spreads[tensor_id], self._num_rows[tensor_id]
+        assert gradient.rows is not None
+        rows, grads = map(self._begin_deal, spread.dealt(gradient.rows, gradient.grad_NK))
+
+        def end() -> None:
+            row_parts, grad_parts = [spread.places(each) for each in rows()], grads()
+            if not any(map(len, row_parts)):
+                cast(replace(gradient, grad_NK=gradient.grad_NK[:0], rows=row_parts[0]))
+                return
+            cast(merged(grad_parts, row_parts, 0, most, self._model.ops))
 
         self._later(gradient.grad_NK.nbytes, end)
 
@@ -299,6 +315,20 @@ class GroupRanks(Ranks):
                 found[name] = arrived.to(tensor.device)
         return found
 
+    def _parts_of(self, own: Tensor) -> list[Tensor]:
+        """Return the tensors that all ranks have, of one shape but for the first dimension, on the CPU of rank 0; [] on others."""
+        own = own.cpu()
+        sizes = [int(each) for each in self._gathered(torch.tensor(len(own)))]
+        if self.number:
+            with answered():
+                dist.send(as_bytes(own), dst=0)
+            return []
+        arrived = [own.new_empty(size, *own.shape[1:]) for size in sizes[1:]]
+        for rank, part in enumerate(arrived, start=1):
+            with answered():
+                dist.recv(as_bytes(part), src=rank)
+        return [own, *arrived]
+
     def _cast_once(self, tensor_id: int, total: Gradient, cast: Callable[[Gradient | None], None]) -> None:
         """Cast a gradient that all ranks have, and count its faults on one of them."""
         faults = self._model.voting.faults
@@ -323,6 +353,30 @@ class GroupRanks(Ranks):
         def wait() -> list[Tensor] | None:
             self._wait(work)
             return None if parts is None else [from_bytes(part, tensor) for part in parts]
+
+        return wait
+
+    def _begin_deal(self, parts: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """Begin to send a tensor to each rank; return what waits for what each rank sends to this one."""
+        lengths = torch.tensor([len(part) for part in parts])
+        arriving = [int(each[self.number]) for each in self._gathered(lengths)]
+        like = parts[0]
+        size = like.element_size() * math.prod(like.shape[1:])
+        sent = as_bytes(torch.cat(list(parts)))
+        arrived = sent.new_empty(sum(arriving) * size)
+        work = self._work(
+            dist.all_to_all_single,
+            arrived,
+            sent,
+            [length * size for length in arriving],
+            [length * size for length in lengths.tolist()],
+        )
+        self.received += arrived.nbytes - arriving[self.number] * size
+
+        def wait() -> list[Tensor]:
+            self._wait(work)
+            whole = arrived.view(like.dtype).reshape(sum(arriving), *like.shape[1:])
+            return list(whole.split(arriving))
 
         return wait
 
@@ -389,8 +443,11 @@ def owners(model: ArbModel, count: int) -> dict[int, int]:
 
 
 def has_owner(module: TernaryModule) -> bool:
-    """Return whether a weight is stepped by one rank: a matrix that can vote is, a table is stepped by all."""
-    return not isinstance(module, TernaryEmbedding) and not module.built_frozen
+    """Return whether a weight is stepped by one rank: a matrix that can vote is, unless ranks keep some of its rows each.
+
+    A table is stepped by all.
+    """
+    return not isinstance(module, TernaryEmbedding) and not module.built_frozen and module.spread is None
 
 
 def in_order(parts: Iterable[Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from arbitor.optimized.distributed.ranks import GroupRanks, owners
 from arbitor.optimized.distributed.world import World, code_sha256
 from arbitor.reference.config import ArbConfig
+from arbitor.reference.constants import TRITS_PER_BYTE
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.types import TernaryWeight
 
@@ -55,12 +56,52 @@ def train_together(model: ArbModel, world: World, *, exchange: str) -> None:
         GroupRanks(model, world, exchange=exchange)
 
 
-def kept_elsewhere(config: ArbConfig, world: World) -> frozenset[int]:
+def kept_elsewhere(config: ArbConfig, world: World, spreads: Mapping[str, Any]) -> frozenset[int]:
     """Return the tensor ids of the weights of a model whose accumulators other ranks will keep, so that none is made here."""
     if world.count == 1:
         return frozenset()
-    found = owners(ArbModel(config, device="meta"), world.count)
+    found = owners(ArbModel(config, device="meta", **spreads), world.count)
     return frozenset(tensor_id for tensor_id, owner in found.items() if owner != world.number)
+
+
+def spreads_over(
+    config: ArbConfig, world: World, *, codes: bool, experts: bool
+) -> dict[str, tuple[int, int]]:
+    """Return what is spread over ranks, as `ArbModel` takes it.
+
+    Args:
+        config, world: of the run.
+        codes, experts: whether the rows of codebooks and experts are to be spread. One rank, which may go on with a run of several,
+            keeps all of them.
+
+    Raises:
+        ValueError: the model has no codebook of five rows for each rank, or does not search all codes; or it has fewer experts than
+            ranks.
+    """
+    if world.count == 1:
+        return {}
+    if codes:
+        _check_codes(config, world.count)
+    num_experts = config.num_experts if config.use_moe else 0
+    if experts and num_experts < world.count:
+        raise ValueError(
+            f"shard_experts is True, but a layer has {num_experts} experts, and must have one for each of the {world.count} ranks"
+        )
+    asked = {"codes_over": codes, "experts_over": experts}
+    return {name: (world.number, world.count) for name, is_asked in asked.items() if is_asked}
+
+
+def _check_codes(config: ArbConfig, count: int) -> None:
+    if config.code_search != "exact":
+        raise ValueError(
+            f"shard_codes is True, but must be False with code_search {config.code_search!r}: ranks search all of their codes"
+        )
+    largest = max(config.num_codes, config.image_codes, config.audio_codes, config.composite_codes)
+    if largest // TRITS_PER_BYTE < count:
+        raise ValueError(
+            f"shard_codes is True, but the largest codebook has {largest} codes, and must have {TRITS_PER_BYTE} for each of the "
+            f"{count} ranks"
+        )
 
 
 def whole_state(model: ArbModel) -> dict[str, TernaryWeight | Tensor] | None:

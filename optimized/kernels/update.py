@@ -57,6 +57,7 @@ def _accumulate_kernel(
     num_columns, row_groups, row_words, row_blocks, seed_low, seed_high, step, tensor_id,
     FROM_GRADIENT: tl.constexpr, HAS_ROWS: tl.constexpr, RATE_ON_DEVICE: tl.constexpr, STEP_ON_DEVICE: tl.constexpr,
     EXPONENT_RULE: tl.constexpr, SHIFT: tl.constexpr, GROUP_SIZE: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr,
+    FIRST_ROW: tl.constexpr,
 ):  # fmt: skip
     slot = (tl.program_id(0) // row_blocks).to(tl.int64)
     row = slot
@@ -67,6 +68,8 @@ def _accumulate_kernel(
             return
     groups, columns, mask = group_tile(tl.program_id(0) % row_blocks, num_columns, GROUP_SIZE, PLACES, BLOCK)
     group_ids = row * row_groups + groups
+    # The groups of a part of a table are dithered as those of the table.
+    dithered_ids = (row + FIRST_ROW) * row_groups + groups
     source = tl.load(source_ptr + slot * num_columns + columns, mask=mask, other=0)
 
     exponent_byte = tl.zeros([BLOCK], dtype=tl.int32)
@@ -75,14 +78,14 @@ def _accumulate_kernel(
             rate = tl.load(rate)
         row_exponent = tl.load(row_exponents_ptr + slot)
         place_bytes, exponent_byte = group_dither(
-            group_ids, clock_step(step, STEP_ON_DEVICE), tensor_id, seed_low, seed_high, GROUP_SIZE, PLACES
+            dithered_ids, clock_step(step, STEP_ON_DEVICE), tensor_id, seed_low, seed_high, GROUP_SIZE, PLACES
         )
         votes = gradient_votes(widen(source), row_exponent, rate, place_bytes)
     else:
         votes = source.to(tl.int32)
         if EXPONENT_RULE == "score":
             w0, w1, w2, w3 = philox_words(
-                group_ids, tl.full([BLOCK], GROUP_SIZE // 16, tl.int32), clock_step(step, STEP_ON_DEVICE),
+                dithered_ids, tl.full([BLOCK], GROUP_SIZE // 16, tl.int32), clock_step(step, STEP_ON_DEVICE),
                 tensor_id, seed_low, seed_high,
             )  # fmt: skip
             exponent_byte = word_bytes(w0, w1, w2, w3, tl.full([BLOCK], GROUP_SIZE, tl.int32))
@@ -178,8 +181,13 @@ def count_votes_(
     exponent_rule: str,
     rows: Tensor | None,
     faults: Tensor | None = None,
+    *,
+    first_row: int = 0,
 ) -> None:
-    """Launch `accumulate` (rate None: `source` holds votes) or `accumulate_gradient`, in place."""
+    """Launch `accumulate` (rate None: `source` holds votes) or `accumulate_gradient`, in place.
+
+    The kernel is compiled for each `first_row`, of which a process has few, so that a whole weight pays nothing for it.
+    """
     runs_here(source)
     source = source.contiguous()
     from_gradient = rate is not None
@@ -196,7 +204,7 @@ def count_votes_(
         clock.seed_low, clock.seed_high, clock.step, clock.tensor_id,
         FROM_GRADIENT=from_gradient, HAS_ROWS=rows is not None, RATE_ON_DEVICE=isinstance(rate, Tensor),
         STEP_ON_DEVICE=clock.step_on_device, EXPONENT_RULE=exponent_rule, SHIFT=SCORE_SHIFT,
-        GROUP_SIZE=weight.group_size, PLACES=places, BLOCK=block, num_warps=warps_of(places * block),
+        GROUP_SIZE=weight.group_size, PLACES=places, BLOCK=block, FIRST_ROW=first_row, num_warps=warps_of(places * block),
     )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ def accumulate(
     tensor_id: int,
     exponent_rule: str = "score",
     rows: Tensor | None = None,
+    first_row: int = 0,
     out: AnyWeight | None = None,
 ) -> AnyWeight:
     """See reference."""
@@ -46,8 +47,9 @@ def accumulate(
     values_between("votes_NK", votes_NK, -ACCUM_MAX, ACCUM_MAX)
     checks.one_of("exponent_rule", exponent_rule, EXPONENT_RULES)
     clock = Clock.of(seed, step, tensor_id, weight.device)
+    checks.first_row(first_row, weight)
     target = target_of(weight, out)
-    update.count_votes_(target, votes_NK, None, clock, exponent_rule, rows)
+    update.count_votes_(target, votes_NK, None, clock, exponent_rule, rows, first_row=first_row)
     return deliver(target, weight, out)
 
 
@@ -83,6 +85,7 @@ def accumulate_gradient(
     tensor_id: int,
     exponent_rule: str = "score",
     rows: Tensor | None = None,
+    first_row: int = 0,
     faults: Tensor | None = None,
     out: AnyWeight | None = None,
 ) -> AnyWeight:
@@ -94,8 +97,9 @@ def accumulate_gradient(
     vote_rate(rate, weight.device)
     checks.one_of("exponent_rule", exponent_rule, EXPONENT_RULES)
     clock = Clock.of(seed, step, tensor_id, weight.device)
+    checks.first_row(first_row, weight)
     target = target_of(weight, out)
-    _count_gradient_(target, grad_NK.contiguous(), rate, clock, exponent_rule, rows, faults)
+    _count_gradient_(target, grad_NK.contiguous(), rate, clock, exponent_rule, rows, faults, first_row)
     return deliver(target, weight, out)
 
 
@@ -178,9 +182,13 @@ def _count_gradient_(
     exponent_rule: str,
     rows: Tensor | None,
     faults: Tensor | None,
+    first_row: int = 0,
 ) -> None:
     """Launch `accumulate_gradient`, in place, for a contiguous gradient."""
     tensor_ids = (clock.tensor_id % 2**32,)
+    if first_row:
+        update.count_votes_(target, grad_NK, rate, clock, exponent_rule, rows, faults, first_row=first_row)
+        return
     is_narrow = rows is None and together.is_narrow(target) and together.counts_together([target], tensor_ids)
     if takes_cuda(not is_narrow and cuda_update.fits_count(target, grad_NK, rows), target.device):
         cuda_update.count_votes_(target, grad_NK, rate, clock, exponent_rule, faults)

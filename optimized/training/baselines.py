@@ -25,6 +25,9 @@ UNIFORM_BPB = 8.0
 COUNTED_BYTES = 2**26
 """Training bytes that are counted, at most. More of them change little, and take minutes."""
 
+PIECE_BYTES = 2**20
+"""Training bytes that are counted at a time."""
+
 NAMES = ("uniform", "unigram", "bigram", "trigram")
 """The baselines, weakest first."""
 
@@ -76,13 +79,14 @@ def _counts(data_N: torch.Tensor, runs: Segments, order: int, context_R: torch.T
     for start, end in runs.runs:
         end = min(end, start + left)
         left -= end - start
-        if end - start < order:
-            continue
-        stop = end - order + 1
-        context = torch.zeros(stop - start, dtype=torch.int64)
-        for place in range(order - 1):
-            context = context * NUM_BYTES + data_N[start + place : stop + place]
-        row = row_of_context[context]
-        asked = row >= 0
-        count += torch.bincount((row * NUM_BYTES + data_N[start + order - 1 : end])[asked], minlength=size)
+        # A run may be as long as the data, and a byte takes some forty here.
+        for begin in range(start, end - order + 1, PIECE_BYTES):
+            stop = min(begin + PIECE_BYTES, end - order + 1)
+            context = torch.zeros(stop - begin, dtype=torch.int64)
+            for place in range(order - 1):
+                context = context * NUM_BYTES + data_N[begin + place : stop + place]
+            row = row_of_context[context]
+            asked = row >= 0
+            followers = row * NUM_BYTES + data_N[begin + order - 1 : stop + order - 1]
+            count += torch.bincount(followers[asked], minlength=size)
     return count.view(-1, NUM_BYTES)

@@ -91,7 +91,7 @@ class Census:
         """Look at what the votes of the step have come to, before the step rule acts on them."""
         model = self._model
         # Empty the first time.
-        self._drift = model.changed_trits(self._snapshot)
+        self._drift = self._over_all_rows(model.changed_trits(self._snapshot))
         # The old snapshot is let go of before the next one is made, so that there is never a second.
         self._snapshot = {}
         self._snapshot = model.snapshot_trits()
@@ -120,16 +120,16 @@ class Census:
             docs/training.md lists them. Numbers, lists and mappings: what JSON can hold.
         """
         model, modules = self._model, self._voting_modules()
-        flips = model.changed_trits(self._snapshot)
+        flips = self._over_all_rows(model.changed_trits(self._snapshot))
+        states = self._states()
         kinds, flipped, total = {}, 0, 0
         for kind, names in by_kind(modules).items():
-            size = sum(math.prod(modules[name].weight.shape) for name in names)
-            states = [count_state(modules[name].weight, model.ops) for name in names]
+            size = sum(num_weights(modules[name]) for name in names)
             count = {
                 "flips": added(flips[name] for name in names),
                 "rail": added(self._accumulators[name]["rail"] for name in names),
                 "saturated": added(self._accumulators[name]["saturated"] for name in names),
-                "zeros": added(state["zeros"] for state in states),
+                "zeros": added(states[name]["zeros"] for name in names),
             }
             kinds[kind] = {
                 "weights": size,
@@ -139,21 +139,41 @@ class Census:
                 "rail_share": count["rail"] / size,
                 "saturation": count["saturated"] / size,
                 "exponents": summed_up(
-                    torch.stack([state["exponents"] for state in states]).sum(0).tolist(),
-                    float(torch.stack([state["with_mantissa"] for state in states]).sum()),
+                    torch.stack([states[name]["exponents"] for name in names]).sum(0).tolist(),
+                    float(torch.stack([states[name]["with_mantissa"] for name in names]).sum()),
                 ),
             }
             flipped, total = flipped + count["flips"], total + size
+        books = self._codebooks()
         groups = {
             "kinds": kinds,
             "codebooks": {
-                name: code_use(ids_R, self._codebooks()[name].get_buffer("usage"))
+                name: code_use(ids_R, books[name].num_codes, self._dead(books[name]))
                 for name, ids_R in self._chosen.items()
             },
             "experts": self._expert_loads(),
         }
         self._chosen, self._accumulators, self._drift = {}, {}, {}
         return {"flip_rate": flipped / total, **{name: group for name, group in groups.items() if group}}
+
+    def _over_all_rows(self, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return counts of weights by name, over all rows of those that are spread over ranks."""
+        modules, ranks = self._model.ternary_modules(), self._model.voting.ranks
+        return {name: ranks.whole(modules[name].tensor_id, count) for name, count in counts.items()}
+
+    def _states(self) -> dict[str, dict[str, Tensor]]:
+        """Return what `count_state` finds in each weight that can vote, over all of its rows."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, module in self._voting_modules().items():
+            for what, count in count_state(module.weight, self._model.ops).items():
+                (whole,) = self._over_all_rows({name: count}).values()
+                found.setdefault(name, {})[what] = whole
+        return found
+
+    def _dead(self, table: TernaryVQCodebook) -> int:
+        """Return how many codes of a table are unused, whoever keeps them."""
+        dead = torch.count_nonzero(table.get_buffer("usage") == 0)
+        return int(self._model.voting.ranks.whole(table.tensor_id, dead))
 
     def _voting_modules(self) -> dict[str, TernaryModule]:
         """Return every module whose weight can vote, by name."""
@@ -260,20 +280,26 @@ def summed_up(counts: list[int], with_mantissa: float) -> dict[str, Any]:
     return {"min": min(held), "mean": mean, "max": max(held), "counts": {str(e): n for e, n in held.items()}}
 
 
-def code_use(ids_R: Tensor, usage_N: Tensor) -> Mapping[str, float | int]:
+def num_weights(module: TernaryModule) -> int:
+    """Return the number of weights of a module, also where ranks keep some of its rows each."""
+    num_rows, num_columns = module.weight.shape
+    return (num_rows if module.spread is None else module.spread.num_rows) * num_columns
+
+
+def code_use(ids_R: Tensor, num_codes: int, dead: int) -> Mapping[str, float | int]:
     """Return how a step used a codebook.
 
     Args:
         ids_R: int64, the code of each vector of its passes; below 0 for a vector that stays without.
-        usage_N: the counters after the step.
+        num_codes, dead: the codes that there are, and those that are unused after the step.
     """
     uses = torch.unique(ids_R[ids_R >= 0], return_counts=True)[1].to(torch.float64)
     shares = uses / uses.sum()
     use = {
-        "codes": usage_N.numel(),
+        "codes": num_codes,
         "vectors": int(uses.sum()),
         "used": uses.numel(),
-        "dead": int((usage_N == 0).sum()),
+        "dead": dead,
     }
     if not uses.numel():
         return use

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from arbitor.optimized import settings
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.streams import is_stream, mapped, written
 from arbitor.optimized.training.texts import STDLIB, find_texts, in_words
+from arbitor.optimized.training.whole_file import told
 from arbitor.reference.config import NGRAM
 
 BLOCK_BYTES = 64 * 1024
@@ -29,7 +32,10 @@ VALIDATION_EVERY = 10
 """One block in this many is kept for validation."""
 
 MAPPED_BYTES = 2**30
-"""A file of so many bytes is mapped, not read."""
+"""Data of so many bytes stay on disk, and are mapped."""
+
+PIECE_BYTES = 2**24
+"""Bytes that are held at a time while data are read from their start to their end."""
 
 STREAM_BYTES = 2**28
 """Bytes of a stream that are read, at most, where nobody says."""
@@ -126,38 +132,63 @@ def load_corpus(source: str, run: Path | None = None, *, stream_bytes: int = STR
         source: ``stdlib`` for the Python sources that every Python carries (with the texts of
             ``pydoc_data.topics``), or the path of a file (its bytes as they are) or of a folder (every
             regular file in it, sorted by relative path). Of a folder are left out: links, empty files, files that look binary
-            and files of weights, version control, and the folders of runs. Or a stream, see `streams`. A file of MAPPED_BYTES or
-            more, and a stream, stay on disk until their bytes are needed, and must not change meanwhile.
+            and files of weights, version control, and the folders of runs. Or a stream, see `streams`. Data of MAPPED_BYTES or
+            more, and a stream, stay on disk until their bytes are needed, so that they may be larger than memory. A file must not
+            change meanwhile. The files of a folder are copied, one after the other, into a file without a name in the folder of
+            caches, whose place is free when the process ends.
         run: the folder of the run that reads them, which is never data.
         stream_bytes: bytes of a stream that are read, at most.
 
     Raises:
         TrainingError: the path is missing, unreadable, neither file nor folder, holds no text, is a file of weights, or lies in
-            the folder of the run; or the stream cannot be read.
+            the folder of the run; or the stream cannot be read, or the files of a folder cannot be copied.
     """
     if is_stream(source):
-        return _mapped_corpus(source, written(source, stream_bytes))
-    files, left_out = find_texts(source, run)
-    if len(files) == 1 and files[0].path == Path(source) and Path(source).stat().st_size >= MAPPED_BYTES:
-        return _mapped_corpus(source, Path(source))
+        data_N = mapped(written(source, stream_bytes))
+        return Corpus(source, data_N, hashlib.sha256(data_N.numpy().data).hexdigest(), num_files=1)
+    texts, left_out = find_texts(source, run)
     is_folder = source != STDLIB and Path(source).is_dir()
-    chunks = [file.read() for file in files]
-    data = bytearray().join(chunks)
-    if not data:
+    digest, lengths = hashlib.sha256(), [0] * len(texts)
+
+    def pieces() -> Iterator[bytes]:
+        for number, text in enumerate(texts):
+            with text.opened() as file:
+                while piece := file.read(PIECE_BYTES):
+                    digest.update(piece)
+                    lengths[number] += len(piece)
+                    yield piece
+
+    if sum(text.num_bytes() for text in texts) < MAPPED_BYTES:
+        data = bytearray()
+        for piece in pieces():
+            data += piece
+        data_N = torch.frombuffer(data, dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
+    elif is_folder or source == STDLIB:
+        data_N = _copied(pieces())
+    else:
+        size = sum(map(len, pieces()))
+        data_N = mapped(Path(source), size)
+    if not data_N.numel():
         raise TrainingError(f"the data file {source!r} is empty: there is nothing to learn from")
     return Corpus(
         source=source,
-        data_N=torch.frombuffer(data, dtype=torch.uint8),
-        sha256=hashlib.sha256(data).hexdigest(),
-        num_files=len(chunks),
+        data_N=data_N,
+        sha256=digest.hexdigest(),
+        num_files=len(texts),
         left_out=left_out,
-        ends=tuple(itertools.accumulate(map(len, chunks))) if is_folder else (),
+        ends=tuple(itertools.accumulate(lengths)) if is_folder else (),
     )
 
 
-def _mapped_corpus(source: str, path: Path) -> Corpus:
-    data_N = mapped(path)
-    return Corpus(source, data_N, hashlib.sha256(data_N.numpy().data).hexdigest(), num_files=1)
+def _copied(pieces: Iterator[bytes]) -> torch.Tensor:
+    """Return pieces one after the other, uint8 [N], mapped from a file without a name, which a kill leaves nothing of."""
+    folder = settings.cache_folder()
+    with told(f"a copy of the data to {str(folder)!r}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as copy:
+            size = sum(copy.write(piece) for piece in pieces)
+            copy.flush()
+            return mapped(Path(f"/proc/self/fd/{copy.fileno()}"), size)
 
 
 def split_corpus(corpus: Corpus, context: int) -> Split:

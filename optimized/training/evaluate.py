@@ -34,12 +34,16 @@ def validation_bpb(model: ArbModel, windows_WT: torch.Tensor, *, batch: int, dev
     pieces = windows_WT.split(max(1, batch // ranks.count))
     nats_of_pieces = torch.zeros(len(pieces), dtype=torch.float64)
     with torch.no_grad():
-        for i in range(ranks.number, len(pieces), ranks.count):
-            windows_BT = pieces[i]
-            nats_of_pieces[i] = model.loss(windows_BT.to(device)).item() * windows_BT.shape[0]
+        for first in range(0, len(pieces), ranks.count):
+            i = first + ranks.number
+            # Ranks may keep codes for each other, so a rank without a piece reads one that another rank has.
+            windows_BT = pieces[min(i, len(pieces) - 1)]
+            nats = model.loss(windows_BT.to(device)).item() * windows_BT.shape[0]
+            if i < len(pieces):
+                nats_of_pieces[i] = nats
     # In the order of the pieces, whoever computed them.
-    nats = sum(ranks.total(nats_of_pieces).tolist())
-    bpb = nats / windows_WT.shape[0] / NATS_PER_BIT
+    all_nats = sum(ranks.total(nats_of_pieces).tolist())
+    bpb = all_nats / windows_WT.shape[0] / NATS_PER_BIT
     return bpb if math.isfinite(bpb) else None
 
 

@@ -311,7 +311,8 @@ class Run:
         sample = generate(
             self.model,
             prompt,
-            self.settings.sample_bytes if self.world.is_first else 0,
+            # Ranks that keep rows for each other make the sample together.
+            self.settings.sample_bytes if self.world.is_first or self.model.context.has_spread else 0,
             temperature=SAMPLE_TEMPERATURE,
             seed=self.settings.seed,
             context=self.settings.context,

@@ -8,8 +8,9 @@ in an archive of webdataset, see `media_archives`.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ TEXT_BYTES = 2**20
 _BLOCK_BYTES = 2**20
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class Item:
     """A file and one of its texts. Items are ordered by their content, so that their order does not depend on names.
 
@@ -52,19 +53,25 @@ class Item:
         text: bytes without line ends, at least one.
         path: of the file, or of the archive that it lies in.
         place: where it lies in its archive, or None.
+        stamp: size and time of the last change of what `path` names, when its content was read.
     """
 
     content: bytes
     text: bytes
     path: Path
     place: Place | None = None
+    stamp: tuple[int, int] | None = field(default=None, compare=False, repr=False)
 
     def medium(self) -> Path | Blob:
         """Return what is decoded.
 
         Raises:
-            TrainingError: the archive cannot be read.
+            TrainingError: the file or the archive cannot be read, or was changed since its content was.
         """
+        if self.stamp is not None and _stamp(self.path) != self.stamp:
+            raise TrainingError(
+                f"{str(self.path)!r} was changed since the run read it, but must stay as it is until the run has ended"
+            )
         return self.path if self.place is None else Blob(str(self), self.place.read(self.path))
 
     def __str__(self) -> str:
@@ -100,8 +107,8 @@ class MediaFolder:
 def load_media(kind: str, source: str, run: Path | None = None) -> MediaFolder:
     """Return the items of a folder.
 
-    Of a folder are left out: links, version control, the folders of runs, and files of the kind without a text. One item in ten is
-    held out, at least one.
+    Of a folder are left out: links, hidden files, version control, the folders of runs, and files of the kind without a text. One
+    item in ten is held out, at least one.
 
     Args:
         kind: `image`, `audio`, `video` or `speech`.
@@ -119,16 +126,17 @@ def load_media(kind: str, source: str, run: Path | None = None) -> MediaFolder:
         )
     left_out: dict[str, list[str]] = {}
     paths = walk(root, no_data(run), left_out)
+    # Such as macOS adds beside every file. An archive has none either.
+    hidden = {path for path in paths if path.name.startswith(".")}
+    paths = [path for path in paths if path not in hidden]
     files = {path for path in paths if path.suffix.lower() in SUFFIXES[kind]}
     texts = _texts(paths, files)
     without = sorted(shown(path.relative_to(root).as_posix()) for path in files - texts.keys())
     told = {"linked": left_out.get("linked", []), "without text": without}
-    found = [
-        Item(content, text, path)
-        for path in sorted(texts)
-        for content in (_digest(path),)
-        for text in texts[path]
-    ]
+    found: list[Item] = []
+    for path in sorted(texts):
+        stamp, content = _stamp(path), _digest(path)
+        found += [Item(content, text, path, None, stamp) for text in texts[path]]
     for archive in paths:
         if archive.name.lower().endswith(COMPRESSED):
             raise TrainingError(
@@ -163,7 +171,7 @@ def _cut(items: Sequence[Item]) -> tuple[Sequence[Item], Sequence[Item]]:
 def _texts(paths: Sequence[Path], files: set[Path]) -> dict[Path, list[bytes]]:
     """Return the texts of files that have some, from the text files and the lines of JSON among the paths."""
     texts: dict[Path, list[bytes]] = {}
-    captions = {path.with_suffix(""): path for path in paths if path.suffix == ".txt"}
+    captions = {path.with_suffix(""): path for path in paths if path.suffix.lower() == ".txt"}
     for path in sorted(files):
         beside = captions.get(path.with_suffix(""))
         if beside is not None:
@@ -172,7 +180,7 @@ def _texts(paths: Sequence[Path], files: set[Path]) -> dict[Path, list[bytes]]:
                 texts.setdefault(path, []).append(text)
     known = set(paths)
     for path in paths:
-        if path.suffix != ".jsonl":
+        if path.suffix.lower() != ".jsonl":
             continue
         for number, line in _lines(path):
             try:
@@ -186,13 +194,14 @@ def _texts(paths: Sequence[Path], files: set[Path]) -> dict[Path, list[bytes]]:
 
 def _archived(archive: Path, kind: str, root: Path, without: list[str]) -> Iterator[Item]:
     """Yield the items of an archive; what has no text is added to a list."""
+    stamp = _stamp(archive)
     for sample in samples_of(archive, SUFFIXES[kind]).values():
         # A .json beside a .txt says other things of the sample.
         plain = [place for place in sample.texts if place.name.lower().endswith(".txt")]
         texts = [text for place in plain or sample.texts if (text := _text_of(archive, place))]
         for place in sample.media:
             content = hashlib.sha256(place.read(archive)).digest()
-            yield from (Item(content, text, archive, place) for text in texts)
+            yield from (Item(content, text, archive, place, stamp) for text in texts)
             if not texts:
                 without.append(shown(f"{archive.relative_to(root).as_posix()}:{place.name}"))
 
@@ -265,6 +274,15 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                     yield number, line
     except OSError as error:
         raise TrainingError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Return size and time of the last change of a file."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise TrainingError(f"cannot read the data file {str(path)!r}: {error.strerror or error}") from error
+    return status.st_size, status.st_mtime_ns
 
 
 def _digest(path: Path) -> bytes:

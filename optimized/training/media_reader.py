@@ -15,7 +15,7 @@ from arbitor.optimized.training.media_files import Item
 from arbitor.optimized.training.media_speech import TOGETHER, padded, tokens_of
 from arbitor.reference.graph.codec import AudioCodec
 from arbitor.reference.graph.targets import NO_TOKEN
-from arbitor.sidecars import SidecarError, read_audio, read_image, read_video
+from arbitor.sidecars import MissingLibraryError, SidecarError, read_audio, read_image, read_video
 from arbitor.sidecars.audio import SAMPLE_RATE, refuse_clip
 from arbitor.sidecars.encoders import Encoders, whole_seconds
 
@@ -25,6 +25,10 @@ MAX_CLIP_SECONDS = 30
 Say = Callable[[str], None]
 """What is told a sentence."""
 
+
+GROUPS_KEPT = 4096
+"""Groups of neighbouring sounds whose tokens are kept, at most: 400 MB of the longest sounds. The oldest goes first, and is made
+again."""
 
 CLIPS_KEPT = 16
 """Sounds that stay decoded, at most. One item is asked for its length, whether it can be read, and its samples."""
@@ -60,7 +64,8 @@ class MediaReader:
         self._unreadable: set[tuple[str, str]] = set()
         self._decoded: set[tuple[str, bytes]] = set()
         self._seconds: dict[bytes, int] = {}
-        self._tokens: dict[bytes, Tensor] = {}
+        # By the content of the first sound of a group, then by content.
+        self._tokens: dict[bytes, dict[bytes, Tensor]] = {}
 
     @property
     def codec(self) -> AudioCodec:
@@ -96,24 +101,29 @@ class MediaReader:
 
         The neighbours are the same ones whenever the sound is asked for, so that its tokens do not depend on what was drawn before.
         """
-        if item.content not in self._tokens:
-            if self._together is None:
-                unique = list({each.content: each for each in self.speech}.values())
-                groups = [unique[begin : begin + TOGETHER] for begin in range(0, len(unique), TOGETHER)]
-                self._together = {each.content: group for group in groups for each in group}
-            found = [
-                each for each in self._together.get(item.content, [item]) if self.is_readable("speech", each)
-            ]
-            tokens = tokens_of(self.codec, [clip_of(each) for each in found])
-            self._tokens |= {
-                each.content: row.to(torch.int16) for each, row in zip(found, tokens, strict=True)
+        if self._together is None:
+            unique = list({each.content: each for each in self.speech}.values())
+            groups = [unique[begin : begin + TOGETHER] for begin in range(0, len(unique), TOGETHER)]
+            self._together = {each.content: group for group in groups for each in group}
+        group = self._together.get(item.content, [item])
+        first = group[0].content
+        if first not in self._tokens:
+            found = [each for each in group if self.is_readable("speech", each)]
+            rows = tokens_of(self.codec, [clip_of(each) for each in found])
+            if len(self._tokens) == GROUPS_KEPT:
+                del self._tokens[next(iter(self._tokens))]
+            self._tokens[first] = {
+                each.content: row.to(torch.int16) for each, row in zip(found, rows, strict=True)
             }
-        return self._tokens[item.content].long()
+        return self._tokens[first][item.content].long()
 
     def _seconds_of(self, item: Item) -> int:
         """Return the whole seconds that a sound fills."""
         if item.content not in self._seconds:
-            self._seconds[item.content] = len(whole_seconds(clip_of(item))) // SAMPLE_RATE
+            clip = clip_of(item)
+            # Before it is filled up, since silence alone is no sound.
+            refuse_clip("a sound", clip)
+            self._seconds[item.content] = len(whole_seconds(clip)) // SAMPLE_RATE
         return self._seconds[item.content]
 
     def of_batch(self, kind: str, items: Sequence[Item]) -> Tensor:
@@ -127,7 +137,12 @@ class MediaReader:
         return torch.stack([self.feature(kind, item, seconds) for item in items])
 
     def is_readable(self, kind: str, item: Item) -> bool:
-        """Return whether an item can be decoded. Features of what can are made, and kept; a sentence names what cannot."""
+        """Return whether an item can be decoded. Features of what can are made, and kept; a sentence names what cannot.
+
+        Raises:
+            TrainingError: the file was changed or is gone.
+            MissingLibraryError: what decodes it is not installed.
+        """
         decoded, unreadable = (kind, item.content), (kind, str(item))
         if decoded not in self._decoded and unreadable not in self._unreadable:
             try:
@@ -137,6 +152,8 @@ class MediaReader:
                 else:
                     self.feature(kind, item)
                 self._decoded.add(decoded)
+            except MissingLibraryError:
+                raise
             except (SidecarError, ValueError) as error:
                 # A ValueError is about a medium that was decoded, such as a video of four pixels, and names no file.
                 what = f"{str(item)!r}: " if isinstance(error, ValueError) else ""

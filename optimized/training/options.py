@@ -337,6 +337,24 @@ class Settings:
             commands=("train",),
         ),
     ]
+    shard_codes: Annotated[
+        bool,
+        Option(
+            help="Each of several ranks keeps a part of the codes and their edges: the same results in less memory",
+            default=False,
+            has_opposite=True,
+            commands=("train",),
+        ),
+    ]
+    shard_experts: Annotated[
+        bool,
+        Option(
+            help="Each of several ranks keeps some experts of each layer, to which positions travel",
+            default=False,
+            bound=True,
+            commands=("train",),
+        ),
+    ]
     lora_rank: Annotated[int | None, _of_adapters("lora_rank", "Rank of the adapters", low=1, high=2**16)]
     lora_alpha: Annotated[
         float | None,

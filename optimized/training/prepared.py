@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 
-from arbitor.optimized.distributed.run import check_agreement, kept_elsewhere, train_together
+from arbitor.optimized.distributed.run import (
+    check_agreement,
+    kept_elsewhere,
+    spreads_over,
+    train_together,
+)
 from arbitor.optimized.distributed.world import World
 from arbitor.optimized.training.adaptation import Adaptation, open_adaptation
 from arbitor.optimized.training.batch_size import BatchSize, fitting_batch
@@ -104,9 +109,17 @@ def prepare(
         raise ValueError(
             f"exchange is {settings.exchange!r}, but does nothing with one rank, which sends no gradients"
         )
+    sharded = [name for name in ("shard_codes", "shard_experts") if getattr(settings, name)]
+    if world.count == 1 and sharded and found.settings is None:
+        raise ValueError(f"{sharded[0]} is True, but does nothing with one rank, which keeps the whole model")
     text = read_text(settings, folder, found.settings)
     config, lost = run_config(settings, found.model)
-    check_memory(config, runtime.device, num_ranks=world.count)
+    spreads = spreads_over(config, world, codes=settings.shard_codes, experts=settings.shard_experts)
+    if spreads and settings.init_from is not None and found.checkpoint is None:
+        raise ValueError(
+            f"{sharded[0]} is True, but must be False with init_from {settings.init_from!r}, whose weights are taken over whole"
+        )
+    check_memory(config, runtime.device, num_ranks=world.count, spreads=spreads)
     batch_size = fitting_batch(config, settings, runtime) if auto_batch else None
     if batch_size is not None:
         settings = replace(settings, batch=batch_size.windows)
@@ -132,12 +145,14 @@ def prepare(
         device=runtime.device,
         dtype=runtime.dtype,
         seed=settings.seed,
-        elsewhere=kept_elsewhere(config, world),
+        elsewhere=kept_elsewhere(config, world, spreads),
+        **spreads,
     )
     config_json = json.loads(config.to_json())
     beginning = None
     if found.checkpoint is not None:
-        check_fits(found.checkpoint, config_json, model)
+        whole = ArbModel(config, device="meta") if spreads else model
+        check_fits(found.checkpoint, config_json, whole)
         model.load_state(found.checkpoint.state)
     elif settings.init_from is not None:
         beginning = begin_with(

@@ -157,8 +157,9 @@ def deterministic(threads: int | None = None) -> Iterator[None]:
     # The specification sums in float32.
     matmul.allow_bf16_reduced_precision_reduction = False
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if threads is not None:
-        torch.set_num_threads(threads)
+    # Told even where it is the number that torch has: until then MKL may take fewer threads for a small product, and a resumed
+    # run, which tells a number, would add up in another order.
+    torch.set_num_threads(threads_before if threads is None else threads)
     try:
         yield
     finally:

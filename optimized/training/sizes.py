@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ REPEATS = {"num_layers": 1024, "num_hops": 64, "video_steps": 1024}
 
 ACCUMULATORS = 5 / 6
 """Most of the state of a weight that its accumulators take: a byte a trit beside a fifth."""
+
+NO_SPREADS: Mapping[str, Any] = MappingProxyType({})
+"""Nothing that is spread over ranks."""
 
 FEW = 2
 """How many of each are built to see what one more costs."""
@@ -48,18 +52,21 @@ def check_size(config: ArbConfig) -> None:
     _meta(config, config.num_layers)
 
 
-def check_memory(config: ArbConfig, device: str, *, num_ranks: int = 1) -> None:
+def check_memory(
+    config: ArbConfig, device: str, *, num_ranks: int = 1, spreads: Mapping[str, Any] = NO_SPREADS
+) -> None:
     """Refuse to build a model whose state alone is larger than the memory of the machine or of the GPU.
 
     Args:
         config: of a size that `check_size` lets pass.
         device: where it would be built.
         num_ranks: ranks that train it together. Each keeps a part of the accumulators.
+        spreads: what is spread over ranks, as `ArbModel` takes it.
 
     Raises:
         TrainingError: it is larger; the sentence has both sizes.
     """
-    needed = int(least_state_bytes(config) * (1 - ACCUMULATORS * (1 - 1 / num_ranks)))
+    needed = int(least_state_bytes(config, spreads) * (1 - ACCUMULATORS * (1 - 1 / num_ranks)))
     if device == "cuda":
         there = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     else:
@@ -71,22 +78,26 @@ def check_memory(config: ArbConfig, device: str, *, num_ranks: int = 1) -> None:
         )
 
 
-def least_state_bytes(config: ArbConfig) -> int:
-    """Return the bytes of the canonical state of a model: weights and tables. The layers between first and last are multiplied."""
-    few = _state_bytes(_meta(config, config.num_layers))
+def least_state_bytes(config: ArbConfig, spreads: Mapping[str, Any] = NO_SPREADS) -> int:
+    """Return the bytes of the canonical state of a model: weights and tables. The layers between first and last are multiplied.
+
+    With something spread over ranks, these are the bytes of the rank that `spreads` names.
+    """
+    few = _state_bytes(_meta(config, config.num_layers, spreads))
     if config.num_layers <= FEW:
         return few
-    return few + (config.num_layers - FEW) * (few - _state_bytes(_meta(config, FEW - 1)))
+    return few + (config.num_layers - FEW) * (few - _state_bytes(_meta(config, FEW - 1, spreads)))
 
 
-def _meta(config: ArbConfig, num_layers: int) -> ArbModel:
+def _meta(config: ArbConfig, num_layers: int, spreads: Mapping[str, Any] = NO_SPREADS) -> ArbModel:
     """Return the model with few layers, without memory.
 
     Raises:
         ValueError: a weight or a table is larger than one can be.
     """
     try:
-        return ArbModel(replace(config, num_layers=min(num_layers, FEW)), device="meta")
+        few = replace(config, num_layers=min(num_layers, FEW))
+        return ArbModel(few, device="meta", **spreads)
     except (RuntimeError, OverflowError, MemoryError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"the model {config.name!r} has sizes that cannot be built: {reason}") from None

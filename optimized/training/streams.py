@@ -192,6 +192,12 @@ def _key(stream: Stream, most: int) -> str:
     return hashlib.sha256(json.dumps([stream.source(), most, states]).encode()).hexdigest()[:16]
 
 
-def mapped(path: Path) -> torch.Tensor:
-    """Return the bytes of a file, uint8 [N], which stay on disk until they are read. The file must not change meanwhile."""
-    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+def mapped(path: Path, size: int | None = None) -> torch.Tensor:
+    """Return the bytes of a file, uint8 [N], which stay on disk until they are read. The file must not change meanwhile.
+
+    Args:
+        path: of the file, which has at least one byte.
+        size: N, at most as many as the file has; None: all of them.
+    """
+    size = path.stat().st_size if size is None else size
+    return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.optimized.training.regular import kind_of, open_regular, read_regular
+from arbitor.optimized.training.regular import kind_of, open_regular
 from arbitor.optimized.training.shown import shown
 from arbitor.optimized.training.streams import is_stream
 
@@ -65,9 +65,16 @@ class Text:
     path: Path | None = None
     content: bytes = b""
 
-    def read(self) -> bytes:
-        """Return all of its bytes."""
-        return self.content if self.path is None else _read(self.path)
+    def num_bytes(self) -> int:
+        """Return how many bytes it has.
+
+        Raises:
+            TrainingError: there is no such file.
+        """
+        if self.path is None:
+            return len(self.content)
+        with _reading(self.path):
+            return self.path.stat().st_size
 
     @contextmanager
     def opened(self) -> Iterator[IO[bytes]]:
@@ -118,11 +125,6 @@ def find_texts(source: str, run: Path | None = None) -> tuple[list[Text], dict[s
         f"the data {source!r} is {kind_of(mode)}, but must be a regular file or a folder: "
         "a run that is resumed reads it again"
     )
-
-
-def _read(path: Path) -> bytes:
-    with _reading(path):
-        return read_regular(path)
 
 
 @contextmanager

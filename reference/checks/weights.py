@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from arbitor.reference.checks.arguments import integer
 from arbitor.reference.checks.tensors import dtype_in, same_device, values_between
 from arbitor.reference.constants import ACCUM_MAX, MAX_PACKED_BYTE, groups_per_row, level_range
 
@@ -65,6 +66,11 @@ def row_values(rows: Tensor | None, num_rows: int) -> None:
     used = rows[rows >= 0]
     if used.unique().numel() != used.numel():
         raise ValueError("rows names a row more than once, but each must be unique; sum its gradients first")
+
+
+def first_row(value: int, weight: Weight) -> None:
+    """Refuse a place of a weight in a table at which a group of the weight would have no dither of its own."""
+    integer("first_row", value, 0, 2**32 // weight.exponents.shape[1] - weight.shape[0])
 
 
 def one_row(name: str, weight: Weight) -> None:

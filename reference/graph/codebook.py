@@ -19,7 +19,9 @@ from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
 from arbitor.reference.graph.ledger import KVLedger
 from arbitor.reference.graph.module import ArbModule, PartDict, uncompiled
+from arbitor.reference.graph.spread import queries, revival, search, vectors
 from arbitor.reference.graph.tables import TableModule, when_voting
+from arbitor.reference.types import TernaryWeight
 
 MOTIF_EXPONENT = -2
 """Exponent of a motif's scale. A motif that is added to its position has a quarter of the position's scale. The measurement is in
@@ -41,23 +43,25 @@ class TernaryVQCodebook(TernaryEmbedding, TableModule):
         config = context.config
         # As many buckets as the table can fill.
         sign_bits = min(config.sign_bits, num_codes.bit_length() - 1, width)
-        super().__init__(
-            context,
-            num_codes,
-            width,
-            start=lambda tensor_id: context.ops.initial_codebook(
+        spread = context.spread_of_codes(num_codes)
+
+        def start(tensor_id: int) -> TernaryWeight:
+            whole = context.ops.initial_codebook(
                 (num_codes, width),
                 sign_bits=sign_bits,
                 seed=context.seed,
                 tensor_id=tensor_id,
                 group_size=config.group_size,
                 device=context.device,
-            ),
-        )
+            )
+            return whole if spread is None else spread.part(whole)
+
+        super().__init__(context, num_codes, width, start=start)
+        self.spread = spread
         self.num_codes, self.sign_bits = num_codes, sign_bits
         self.num_probes = min(max(config.num_probes, 1), 2**sign_bits)
         self.by_candidates = config.code_search == "candidates" and sign_bits > 0
-        ones_N = torch.ones(num_codes, dtype=torch.int16, device=context.device)
+        ones_N = torch.ones(self.weight.shape[0], dtype=torch.int16, device=context.device)
         self.add_table("usage", ones_N, 0, USAGE_MAX)
 
     def search(self, z: Tensor) -> Tensor:
@@ -65,11 +69,18 @@ class TernaryVQCodebook(TernaryEmbedding, TableModule):
         return uncompiled(self._search, z.detach())
 
     def _search(self, z: Tensor) -> Tensor:
+        if self.spread is not None:
+            weight = self.weight
+            return search(z, weight, self.spread, self.reader(weight), self.voting.ranks, self.ops)
         if not self.by_candidates:
             return self.ops.nearest_codes(z, self.weight)
         buckets: dict[str, Any] = {"sign_bits": self.sign_bits, "num_probes": self.num_probes}
         candidates = self.ops.candidate_codes(z, num_codes=self.num_codes, **buckets)
         return self.ops.nearest_candidates(z, self.weight, candidates)
+
+    def seen(self, z: Tensor) -> Tensor:
+        """Return vectors as a step wants them: detached, and in whole sixteenths, int8, if ranks send them to each other."""
+        return z.detach() if self.spread is None else queries(z.detach())
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the codes int64 [...], the straight-through vectors [..., C] in the dtype of z, and the two losses.
@@ -78,7 +89,7 @@ class TernaryVQCodebook(TernaryEmbedding, TableModule):
                  commitment: mean of (z - c)^2, c held; codebook: the same with z held. Both are float32 or better, []
         """
         ids = self.search(z)
-        z = when_voting(z, self, z.detach(), ids)
+        z = when_voting(z, self, self.seen(z), ids)
         c = self(ids)
         # z + (c - z) would round, and the next layer would see a vector that is no code.
         return ids, c.detach().to(z.dtype) + (z - z.detach()), commitment(z, c)
@@ -87,15 +98,36 @@ class TernaryVQCodebook(TernaryEmbedding, TableModule):
         """Count the codes of some passes, then revive dead ones in the window of this step."""
         z_RC = torch.cat([z.reshape(-1, z.shape[-1]) for z, _ in passes])
         ids_R = torch.cat([ids.reshape(-1) for _, ids in passes])
-        self.ops.count_codes(self.usage, ids_R, out=self.usage)
+        own_R = ids_R if self.spread is None else self.spread.places(ids_R)
+        self.ops.count_codes(self.usage, own_R, out=self.usage)
         window = min(self.num_codes, ids_R.numel())
         # `step` counts passes, so that the windows of consecutive steps follow each other. No other place is kept.
         first = self.voting.step * window // len(passes)
-        vectors = self.ops.revival_vectors(z_RC, self.weight, ids_R, self.usage, first=first, window=window)
+        if self.spread is None:
+            found = self.ops.revival_vectors(z_RC, self.weight, ids_R, self.usage, first=first, window=window)
+        else:
+            first, found = self._revival(z_RC, ids_R, int(first), window)
+            z_RC = vectors(z_RC)
         sign_bits = self.sign_bits if self.by_candidates else 0
-        self.ops.revive_codes(self.weight, z_RC, vectors, first=first, sign_bits=sign_bits, out=self.weight)
-        self.ops.age_codes(self.usage, vectors, first=first, out=self.usage)
+        self.ops.revive_codes(self.weight, z_RC, found, first=first, sign_bits=sign_bits, out=self.weight)
+        self.ops.age_codes(self.usage, found, first=first, out=self.usage)
         self.changed()
+
+    def _revival(self, z_RC: Tensor, ids_R: Tensor, first: int, window: int) -> tuple[int, Tensor]:
+        """Return the first row of this rank in a window, by its place, and the vectors of its rows, as `revival_vectors` does."""
+        assert self.spread is not None
+        return revival(
+            z_RC,
+            self.weight,
+            ids_R,
+            self.get_buffer("usage"),
+            first=first,
+            window=window,
+            spread=self.spread,
+            read=self.reader(self.weight),
+            ranks=self.voting.ranks,
+            ops=self.ops,
+        )
 
 
 class MultimodalVQBridge(ArbModule):

@@ -58,7 +58,7 @@ class CompositeProposalHead(ArbModule):
         Each composite counts with the sign of its slot. In a backward pass both signs and composites vote.
         """
         codes_R = codes_BP.flatten()
-        kept_RJ = self.edges.get_buffer("neighbours")[codes_R]
+        kept_RJ = self.edges.neighbours_of(codes_R)
         # Only the composites that the codes keep are decoded, not the whole table.
         c_RJC = self.codebook.rows_or_zeros(kept_RJ.to(torch.int64))
         places_RJ = torch.arange(kept_RJ.numel(), dtype=torch.int32, device=kept_RJ.device).view_as(kept_RJ)
@@ -75,9 +75,9 @@ class CompositeProposalHead(ArbModule):
         z_BPC = self.code_norm(self.code(F.silu(self.inner(n_BPD))))
         ids_BP = self.codebook.search(z_BPC)
         kept_BP = torch.where(open_BP, ids_BP, -1)
-        z_BPC = when_voting(z_BPC, self.codebook, z_BPC.detach(), kept_BP)
+        z_BPC = when_voting(z_BPC, self.codebook, self.codebook.seen(z_BPC), kept_BP)
         z_BPC = when_voting(z_BPC, self.edges, codes_BP, kept_BP)
-        c_BPC = self.ops.embedding(ids_BP, self.codebook.weight, dtype=self.dtype)
+        c_BPC = self.codebook.decoded(ids_BP, self.codebook.weight)
         through_BPC = c_BPC + (z_BPC - z_BPC.detach())
         # The last position's next motif is not known.
         errors_BP = _distances(through_BPC[:, :-1], motifs_BPC[:, 1:].detach())

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
+from arbitor.reference.constants import TRITS_PER_BYTE
 from arbitor.reference.graph.op_set import OpSet
+from arbitor.reference.graph.spread import Spread
 from arbitor.reference.graph.voting import Voting, gradient_dtype
 from arbitor.reference.types import TernaryWeight
 
@@ -28,6 +30,8 @@ class GraphContext:
         voting:      how weights vote, and the notes that passes left for the next step.
         num_weights: number of weights so far.
         elsewhere:   tensor ids of the weights whose accumulators another rank keeps (`Ranks`).
+        codes_over:  the number of this rank, and how many ranks the rows of codebooks and of their edges are spread over.
+        experts_over: the same for experts.
         moving:      whether the modules are being moved right now (`graph.module.Part`).
 
     Raises:
@@ -43,6 +47,8 @@ class GraphContext:
         dtype: torch.dtype,
         seed: int,
         elsewhere: frozenset[int] = frozenset(),
+        codes_over: tuple[int, int] = (0, 1),
+        experts_over: tuple[int, int] = (0, 1),
     ) -> None:
         checks.integer("seed", seed, 0, 2**64 - 1)
         self.op_set = OpSet(ops)
@@ -54,6 +60,7 @@ class GraphContext:
         self.voting = Voting(self.op_set, config, seed=seed, device=device, dtype=dtype)
         self.num_weights = 0
         self.elsewhere = elsewhere
+        self.codes_over, self.experts_over = codes_over, experts_over
         self.moving = False
         self._warned_of_autocast = False
 
@@ -114,6 +121,29 @@ class GraphContext:
         """Return the index of the next weight in definition order, which is its tensor id in the dither."""
         self.num_weights += 1
         return self.num_weights - 1
+
+    def spread_of_codes(self, num_codes: int) -> Spread | None:
+        """Return how the rows of a table of codes, or of their edges, are spread over ranks; None where this rank keeps them all.
+
+        A table of few rows, which would leave a rank without any, is kept whole by every rank.
+        """
+        number, count = self.codes_over
+        return Spread(num_codes, number, count) if 1 < count <= num_codes // TRITS_PER_BYTE else None
+
+    def spread_of_experts(self, num_experts: int, num_outputs: int) -> Spread | None:
+        """Return how the matrices of experts are spread over ranks; None where this rank keeps all of them.
+
+        Experts that are fewer than the ranks are kept by every rank.
+        """
+        number, count = self.experts_over
+        if not 1 < count <= num_experts:
+            return None
+        return Spread(num_experts * num_outputs, number, count, block=num_outputs)
+
+    @property
+    def has_spread(self) -> bool:
+        """Whether ranks keep rows for each other, so that each must take part in every pass."""
+        return max(self.codes_over[1], self.experts_over[1]) > 1
 
     def random_weight(self, shape: tuple[int, int], *, std: float, tensor_id: int) -> TernaryWeight:
         """Return a weight of standard deviation `std` (to within half a power of two), in canonical form."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from arbitor.reference.graph.averages import average_of
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import Multiplier, row_ranges
 from arbitor.reference.graph.rule import Rule
-from arbitor.reference.types import LaidOutWeight
+from arbitor.reference.graph.spread import Slots
+from arbitor.reference.promises import differentiable_once
+from arbitor.reference.types import LaidOutWeight, TernaryWeight
 
 
 class TernaryGroupedLinear(Multiplier):
@@ -26,6 +29,8 @@ class TernaryGroupedLinear(Multiplier):
     All:     every expert may take every input instead: as one linear of E N outputs (`layers.fan_out`), or with the matrices
              side by side, which adds up what experts make of inputs of their own (`side_by_side`). An expert whose inputs, or
              gradients, are all 0 casts no votes
+    Ranks:   where ranks keep experts for each other, each has some of them, `num_groups` in all. A slot is taken to the rank of its
+             expert and back, and so are gradients. An expert votes with the slots of all ranks, those of rank 0 first
     Start:   standard deviation gain * K^-1/2, as a linear
     """
 
@@ -33,15 +38,25 @@ class TernaryGroupedLinear(Multiplier):
         self, context: GraphContext, num_groups: int, num_inputs: int, num_outputs: int, *, gain: float = 1.0
     ) -> None:
         shape, std = (num_groups * num_outputs, num_inputs), gain / math.sqrt(num_inputs)
-        super().__init__(
-            context, lambda tensor_id: context.random_weight(shape, std=std, tensor_id=tensor_id)
-        )
-        self.num_groups = num_groups
+        spread = context.spread_of_experts(num_groups, num_outputs)
+
+        def start(tensor_id: int) -> TernaryWeight:
+            whole = context.random_weight(shape, std=std, tensor_id=tensor_id)
+            return whole if spread is None else spread.part(whole)
+
+        super().__init__(context, start)
+        self.spread = spread
+        self.num_groups = self.weight.shape[0] // num_outputs
         self.orthogonal = min(num_inputs, num_outputs) >= MIN_ORTHOGONAL_RANK
         self.average = average_of(context, shape, orthogonal=self.orthogonal)
 
     def forward(self, x_MK: Tensor, experts_M: Tensor) -> Tensor:
         """Return `ops.grouped_linear` of x, in the dtype of x, and the change of the adapter if there is one."""
+        if self.spread is not None:
+            slots = Slots(experts_M.flatten(), self.spread, self.voting.ranks)
+            x = _Dealt.apply(x_MK.reshape(-1, x_MK.shape[-1]), slots.there, slots.back)
+            y: Tensor = _Dealt.apply(self.run(_GROUPED, x, slots.experts), slots.back, slots.there)
+            return y.unflatten(0, experts_M.shape)
         return self.adapted(self.run(_GROUPED, x_MK, experts_M), x_MK, experts_M)
 
     def side_by_side(self, x: Tensor) -> Tensor:
@@ -100,6 +115,22 @@ def _learns(
     if module.moves:
         _vote_by_expert(module, grad_MN, x_MK, experts_M)
     return grad_x
+
+
+class _Dealt(torch.autograd.Function):
+    """What slots are given, sent to where they are computed or back home. Gradients go the other way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, send: Callable[[Tensor], Tensor], send_back: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.send_back = send_back
+        return send(values)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.send_back(grad), None, None
 
 
 def _vote_by_expert(module: TernaryGroupedLinear, grad_MN: Tensor, x_MK: Tensor, experts_M: Tensor) -> None:

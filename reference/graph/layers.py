@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from arbitor.reference.graph.averages import average_of
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.module import TernaryModule, uncompiled
 from arbitor.reference.graph.rule import Rule, registered
+from arbitor.reference.graph.spread import Read, fetched
 from arbitor.reference.promises import differentiable_once
 from arbitor.reference.types import LaidOutWeight, TernaryWeight
 
@@ -125,6 +127,16 @@ class TernaryEmbedding(TernaryModule):
             context, start or (lambda tensor_id: context.random_weight(shape, std=std, tensor_id=tensor_id))
         )
         self.used_rows: list[Tensor] = []
+
+    def decoded(self, ids: Tensor, weight: LaidOutWeight) -> Tensor:
+        """Return `ops.embedding` of the ids by a weight of this table, in the model's dtype, whoever keeps the rows."""
+        if self.spread is None:
+            return self.ops.embedding(ids, weight, dtype=self.dtype)
+        return fetched(ids, self.spread, self.reader(weight), self.voting.ranks, self.dtype)
+
+    def reader(self, weight: LaidOutWeight) -> Read:
+        """Return the function that decodes rows of a weight by their places in it, as `spread` asks for it."""
+        return partial(self.ops.embedding, weight=weight, dtype=torch.float32)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return `ops.embedding` of the ids."""
@@ -268,7 +280,7 @@ def _norm_learns(
 
 
 def _rows_of(module: TernaryEmbedding, weight: LaidOutWeight, ids: Tensor) -> Tensor:
-    return module.ops.embedding(ids, weight, dtype=module.dtype)
+    return module.decoded(ids, weight)
 
 
 def _rows_learn(
@@ -280,7 +292,7 @@ def _rows_learn(
 
 
 def _some_rows_of(module: TernaryEmbedding, weight: LaidOutWeight, ids: Tensor, chosen: Tensor) -> Tensor:
-    return module.ops.embedding(ids, weight, dtype=module.dtype) * chosen[..., None]
+    return module.decoded(ids, weight) * chosen[..., None]
 
 
 def _some_rows_learn(

@@ -124,6 +124,9 @@ class ArbModel(Stateful):
         dtype:  dtype of activations: float32, bfloat16, or float64 with the reference.
         seed:   64-bit seed of the starting weights and of the dither.
         elsewhere: tensor ids of the weights whose accumulators another rank keeps; they read as zeros here.
+        codes_over: the number of this rank, and how many ranks the rows of codebooks and of their edges are spread over; this rank
+            keeps its own.
+        experts_over: the same for experts.
 
     Math:    s = sequencer(embedding(ids)); x = shared_vq(s); h = layers(memory(x), nodes = graph(codes));
              logits = byte_head(h); position p predicts byte p + 3
@@ -139,8 +142,19 @@ class ArbModel(Stateful):
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
         elsewhere: frozenset[int] = frozenset(),
+        codes_over: tuple[int, int] = (0, 1),
+        experts_over: tuple[int, int] = (0, 1),
     ) -> None:
-        context = GraphContext(ops, config, device=device, dtype=dtype, seed=seed, elsewhere=elsewhere)
+        context = GraphContext(
+            ops,
+            config,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            elsewhere=elsewhere,
+            codes_over=codes_over,
+            experts_over=experts_over,
+        )
         super().__init__(context)
         self.embedding = ByteEmbedding(context)
         self.sequencer = TrigramSequencer(context)

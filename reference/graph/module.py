@@ -17,6 +17,7 @@ from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.rule import Pass, Rule, new_ticket
+from arbitor.reference.graph.spread import Spread
 from arbitor.reference.graph.voting import VOTED_IN, Average, Voting
 from arbitor.reference.types import LaidOutWeight, TernaryWeight, has_memory, without_memory
 
@@ -128,9 +129,11 @@ class ArbModule(Part):
     Attributes:
         context:   the context that the modules of one model share.
         frozen:    whether the module is frozen: a frozen weight never votes, and a frozen table never changes.
+        spread:    how the rows of its weight and tables are spread over ranks, of which this rank has its own; None for all rows.
         in_graphs: whether a call becomes part of a graph of torch.compile: the op of its rule, whatever autocast says.
     """
 
+    spread: Spread | None = None
     in_graphs = False
 
     def __init__(self, context: GraphContext, *, frozen: bool = False) -> None:
@@ -356,6 +359,7 @@ class TernaryModule(ArbModule):
             chosen=chosen,
             voted=self.note_vote,
             average=self.average,
+            first_row=0 if self.spread is None else self.spread.rows.start,
         )
 
     def note_vote(self, rows: Tensor | None) -> None:

@@ -38,7 +38,8 @@ class SharedProjectionMoE(TableModule):
     Ties:    of experts with equal rows, the one of lowest index is chosen
     Paths:   grouped, with a slot for each of a position's k experts; or dense, with products of all experts, and p_e = 0 for
              experts that were not chosen. Dense is taken for up to `dense_dispatch_max_tokens` positions, and for more than
-             FEW_POSITIONS where all experts have at most DENSE_RANKS ranks together. Both have fixed shapes, and differ by rounding
+             FEW_POSITIONS where all experts have at most DENSE_RANKS ranks together. Both have fixed shapes, and differ by
+             rounding. Ranks that keep experts for each other take the grouped path: slots travel to the ranks of their experts
     Tables:  load int64 [E], how often each expert was chosen in backward passes that voted; handicap int16 [E], at least 0
              after a step: h_e <- h_e + min(trunc(16 (E n_e - n) / n), 16), n_e of n choices being of expert e; then the least
              h is taken off all, so that it is 0
@@ -80,8 +81,11 @@ class SharedProjectionMoE(TableModule):
         return when_voting(y_BPD, self, experts_BPk)
 
     def takes_all(self, num_positions: int) -> bool:
-        """Return whether a pass of so many positions takes products of all experts. An adapter asks for those chosen."""
-        if not plain(self.expert_down, self.expert_up):
+        """Return whether a pass of so many positions takes products of all experts.
+
+        An adapter asks for those chosen, and so do ranks that keep experts for each other.
+        """
+        if not plain(self.expert_down, self.expert_up) or self.expert_down.spread is not None:
             return False
         is_cheap = self.num_experts * self.expert_rank <= DENSE_RANKS and num_positions > FEW_POSITIONS
         return is_cheap or num_positions <= self.dense_max

@@ -5,7 +5,7 @@ The rank of this file trains alone. Each method says what holds for any number o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -55,6 +55,20 @@ class Ranks:
         """Return the tensors of all ranks, one after the other along the first dimension, in the order of their numbers."""
         return rows
 
+    def dealt(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Give a tensor to each rank, and return what each rank gave to this one, in the order of their numbers.
+
+        The tensors have one dtype, and one shape but for the first dimension, which may be 0.
+
+        Args:
+            parts: what each rank is given, in the order of their numbers.
+        """
+        return list(parts)
+
+    def whole(self, tensor_id: int, counts: Tensor) -> Tensor:
+        """Return counts over all rows of a weight, for counts over the rows that this rank has of it."""
+        return counts
+
     def divisor(self, chosen: Tensor) -> Tensor:
         """Return what the sum over the chosen terms of this rank is divided by, [].
 
@@ -77,6 +91,7 @@ class Ranks:
     def exchange(self, tensor_id: int, gradient: Gradient, cast: Callable[[Gradient | None], None]) -> None:
         """Sum the gradients of a weight over ranks, and give the sum to `cast`; ranks that do not step the weight give it None.
 
+        Of a table whose rows are spread over ranks each rank is given the sums of the rows that it keeps, and their places there.
         `cast` may run later, at the latest in `finish`. The sums of one weight are cast in the order in which they were exchanged.
         """
         cast(gradient)

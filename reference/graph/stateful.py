@@ -193,6 +193,7 @@ class Stateful(ArbModule):
         Raises TypeError or ValueError for a missing or unknown name, another shape or format, or a value out of range.
         """
         tables, ranges, modules = self.tables(), self.table_ranges(), self.ternary_modules()
+        state = self._own_parts(state)
         for name in state:
             if name not in tables and name not in modules:
                 raise ValueError(f"state has {name!r}, but the model has no weight or table of that name")
@@ -208,6 +209,18 @@ class Stateful(ArbModule):
         for keeper in self.table_modules().values():
             keeper.note_loaded()
 
+    def _own_parts(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a state, or the weights of one, with the rows that this rank keeps in the place of whole spread tables."""
+        spreads = {name: part.spread for name, part in self.named_modules() if isinstance(part, ArbModule)}
+        found = dict(state)
+        for name, value in state.items():
+            spread = spreads.get(name) or spreads.get(name.rpartition(".")[0])
+            if spread is None or not value.shape or value.shape[0] != spread.num_rows:
+                continue
+            rows = spread.rows
+            found[name] = value[rows.start : rows.stop] if isinstance(value, Tensor) else spread.part(value)
+        return found
+
     def weights(self) -> dict[str, TernaryWeight]:
         """Return every weight by name in canonical form, in definition order. The weights may share memory with the model."""
         return {name: self.ops.to_spec(module.weight) for name, module in self.ternary_modules().items()}
@@ -221,6 +234,7 @@ class Stateful(ArbModule):
         Raises TypeError or ValueError for a missing or unknown name, another shape or format, or a value out of range.
         """
         modules = self.ternary_modules()
+        weights = cast(Any, self._own_parts(weights))
         for name in (*modules, *weights):
             if name not in weights:
                 raise ValueError(f"weights has no {name!r}, but must name every weight of the model")

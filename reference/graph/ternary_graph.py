@@ -16,6 +16,7 @@ from arbitor.reference.constants import MAX_NEIGHBOURS, SCORE_MAX
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
 from arbitor.reference.graph.module import ArbModule, PartList, uncompiled, used
+from arbitor.reference.graph.spread import sent_rows
 from arbitor.reference.graph.tables import TableModule, when_voting
 from arbitor.reference.promises import differentiable_once
 
@@ -60,9 +61,10 @@ class EdgeTable(TernaryEmbedding, TableModule):
         allow_loops: bool = False,
     ) -> None:
         checks.integer("num_neighbours", num_neighbours, 1, MAX_NEIGHBOURS)
-        shape = (num_rows, num_neighbours)
+        spread = context.spread_of_codes(num_rows)
+        shape = (num_rows if spread is None else len(spread.rows), num_neighbours)
         super().__init__(context, *shape, start=lambda _: context.constant_weight(shape, trit=1, exponent=0))
-        self.allow_loops = allow_loops
+        self.allow_loops, self.spread = allow_loops, spread
         empty = torch.full(shape, -1, dtype=torch.int32, device=context.device)
         self.add_table("neighbours", empty, -1, (num_rows if num_targets is None else num_targets) - 1)
         self.add_table("scores", torch.zeros(shape, dtype=torch.int8, device=context.device), 0, SCORE_MAX)
@@ -73,8 +75,21 @@ class EdgeTable(TernaryEmbedding, TableModule):
             torch.cat([ids.reshape(-1) for ids in side]) for side in zip(*passes, strict=True)
         )
         tables = (self.get_buffer("neighbours"), self.get_buffer("scores"), self.weight)
-        self.ops.update_neighbours(*tables, sources_M, targets_M, allow_loops=self.allow_loops, out=tables)
+        allow_loops = self.allow_loops
+        if self.spread is not None:
+            # The rows of the tables are numbered from 0, and the targets are not.
+            kept_M = self.spread.places(sources_M)
+            sources_M = kept_M if allow_loops else torch.where(sources_M == targets_M, -1, kept_M)
+            allow_loops = True
+        self.ops.update_neighbours(*tables, sources_M, targets_M, allow_loops=allow_loops, out=tables)
         self.changed()
+
+    def neighbours_of(self, ids: Tensor) -> Tensor:
+        """Return the neighbours of rows, int32 [..., J], for ids int64 [...], whoever keeps the rows."""
+        table_NJ = self.get_buffer("neighbours")
+        if self.spread is None:
+            return table_NJ[ids]
+        return sent_rows(ids, self.spread, table_NJ.__getitem__, self.voting.ranks)
 
 
 class TernaryGraph(ArbModule):
@@ -143,7 +158,7 @@ class TernaryGraph(ArbModule):
     def full_nodes(self, codes_R: Tensor) -> Tensor:
         """Return the nodes of some codes, [R, D], out of the nodes of all codes."""
         every_N = torch.arange(self.num_codes, device=self.edges.device)
-        c_NC, neighbours_NJ = self.vectors(every_N), self.edges.get_buffer("neighbours")
+        c_NC, neighbours_NJ = self.vectors(every_N), self.edges.neighbours_of(every_N)
         signs_NJ, h_ND = self.edges(every_N), self.node(c_NC)
         for hop in range(self.num_hops):
             h_ND = self.after_hop(hop, h_ND, c_NC, neighbours_NJ, signs_NJ)
@@ -158,11 +173,11 @@ class TernaryGraph(ArbModule):
         after the other, so that each matrix is applied once.
         """
         num_slots = self.edges.weight.shape[1]
-        table_NJ = self.edges.get_buffer("neighbours")
         levels = [codes_R]
         for _ in range(self.num_hops):
             # The code of an empty slot is never read, so any code will do.
-            levels.append(table_NJ[levels[-1].clamp(min=0)].reshape(-1).to(torch.int64))
+            reached = self.edges.neighbours_of(levels[-1].clamp(min=0))
+            levels.append(reached.reshape(-1).to(torch.int64))
         sizes = [level.numel() for level in levels]
         ids_L = torch.cat(levels)
         c_LC = self.vectors(ids_L.clamp(min=0))

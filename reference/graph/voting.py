@@ -71,6 +71,7 @@ class Vote:
         num_matrices: matrices that are stacked in the gradient and are made orthogonal, or 0.
         uses:         how often a pass uses the weight.
         average:      the running mean that leads a gradient that is made orthogonal, or None.
+        first_row:    the row of a table that is the first one of the weight, where other ranks keep other rows.
     """
 
     weight: LaidOutWeight
@@ -80,6 +81,7 @@ class Vote:
     num_matrices: int
     uses: int
     average: Average | None
+    first_row: int
 
     @property
     def matrix(self) -> tuple[int, int, torch.device]:
@@ -321,6 +323,7 @@ class Voting:
         chosen: bool = False,
         voted: Callable[[Tensor | None], None] | None = None,
         average: Average | None = None,
+        first_row: int = 0,
     ) -> None:
         """Count the votes of a gradient, summed over ranks, in the accumulators of `weight`, in place, now or before the pass ends.
 
@@ -329,6 +332,7 @@ class Voting:
         With an `average` the gradient is led by it before it is made orthogonal. A gradient that votes as it is has none.
         If a pass uses a weight several times, each of the `uses` votes at its part of the rate. The size of a vote does not depend
         on the size of the gradient, so votes at the full rate would together go too far. The `sign` rule has no rate to divide.
+        The weight is the rows of a table from `first_row` on, where other ranks keep other rows.
         Rows that are `chosen` follow from the batch (`Gradient`). The pass leaves a note for `voted`, the method of a module, with
         the rows that voted on any rank.
         """
@@ -341,7 +345,13 @@ class Voting:
             tensor_id,
             Gradient(grad_NK, rows, num_matrices, chosen),
             lambda total: self._cast_total(
-                weight, total, tensor_id=tensor_id, uses=uses, voted=voted, average=average
+                weight,
+                total,
+                tensor_id=tensor_id,
+                uses=uses,
+                voted=voted,
+                average=average,
+                first_row=first_row,
             ),
         )
 
@@ -358,12 +368,15 @@ class Voting:
         uses: int,
         voted: Callable[[Tensor | None], None] | None,
         average: Average | None,
+        first_row: int,
     ) -> None:
         """Count the votes of a gradient that was summed over ranks, unless it is None, and leave a note of them."""
         taken = self.current
         assert taken is not None
         if total is not None:
-            vote = Vote(weight, total.grad_NK, tensor_id, total.rows, total.num_matrices, uses, average)
+            vote = Vote(
+                weight, total.grad_NK, tensor_id, total.rows, total.num_matrices, uses, average, first_row
+            )
             if self.makes_orthogonal(total.num_matrices):
                 taken.waiting.append(replace(vote, grad_NK=total.grad_NK.to(self.dtype)))
                 if sum(vote.grad_NK.numel() for vote in taken.waiting) > WAITING_ELEMENTS:
@@ -407,9 +420,11 @@ class Voting:
     def _pieces(self, taken: Pass, votes: Sequence[Vote], made: Tensor) -> list[Callable[[], None]]:
         """Return the calls that count the votes of alike weights, whose orthogonal gradients lie one below the other.
 
-        One call counts for all of them, unless some rows vote, or a weight votes twice: a count saturates, so that order matters.
+        One call counts for all of them, unless some rows vote, or a later part of a weight, or a weight votes twice. A count
+        saturates, so that order matters then.
         """
-        if votes[0].rows is None and len({vote.tensor_id for vote in votes}) == len(votes) > 1:
+        parts = any(vote.first_row for vote in votes)
+        if votes[0].rows is None and not parts and len({vote.tensor_id for vote in votes}) == len(votes) > 1:
             return [partial(self._count_together, taken, votes, made)]
         of_weights: dict[int, list[Vote]] = {}
         for vote, grad_NK in zip(votes, made.split([len(vote.grad_NK) for vote in votes]), strict=True):
@@ -463,6 +478,7 @@ class Voting:
             "tensor_id": vote.tensor_id,
             "exponent_rule": self.exponent_rule,
             "rows": vote.rows,
+            "first_row": vote.first_row,
             "out": weight,
         }
         if self.vote_rule == "stochastic":

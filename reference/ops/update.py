@@ -46,6 +46,7 @@ def accumulate(
     tensor_id: int,
     exponent_rule: str = "score",
     rows: Tensor | None = None,
+    first_row: int = 0,
     out: TernaryWeight | None = None,
 ) -> TernaryWeight:
     """Return the weight with votes counted; no trit and no exponent moves yet.
@@ -54,10 +55,11 @@ def accumulate(
              `score`: E_accum <- sat(E_accum + ((score + (b_E >> 3)) >> 5)), b_E the group's exponent dither byte
              `sign`: E_accum <- sat(E_accum + sign(score)); `frozen`: E_accum stays
     Shapes:  votes_NK int8 [N, K], or [R, K] for the unique rows int64 [R] (-1: unused slot)
+    Range:   first_row 0 or more: the weight is rows first_row, first_row + 1, .. of a table, and its dither is that of these rows
     Returns: a new weight; or `out` (may be `weight` itself), overwritten. Rows not named keep every byte
     Overflow: saturates at plus and minus 127; |score| <= 96 * 127 fits 16 bits
     Raises:  TypeError or ValueError for a dtype, shape, device, rule, row or dither coordinate that is not allowed
-    Laws:    votes of 0 change nothing; packed and exponents keep every byte
+    Laws:    votes of 0 change nothing; packed and exponents keep every byte; a part of a table counts as in the table
     Source:  docs/spec/update.md; REFACTOR7, REFACTOR12 (residual E_accum)
     """
     checks.row_ids(rows, weight.device)
@@ -67,6 +69,7 @@ def accumulate(
     checks.values_between("votes_NK", votes_NK, -ACCUM_MAX, ACCUM_MAX)
     checks.one_of("exponent_rule", exponent_rule, EXPONENT_RULES)
     checks.vote_clock(seed, step, tensor_id)
+    checks.first_row(first_row, weight)
     rows, votes_NK = _used_rows(weight, rows, votes_NK)
     num_columns, groups = weight.shape[1], weight.exponents.shape[1]
 
@@ -79,7 +82,7 @@ def accumulate(
         padded = torch.nn.functional.pad(signed, (0, groups * weight.group_size - num_columns))
         score = padded.reshape(-1, groups, weight.group_size).sum(dim=2)
         if exponent_rule == "score":
-            group_ids = rows[:, None] * groups + torch.arange(groups, device=rows.device)
+            group_ids = (first_row + rows[:, None]) * groups + torch.arange(groups, device=rows.device)
             dither = dither_bytes(
                 group_ids, group_size=weight.group_size, seed=seed, step=step, tensor_id=tensor_id
             )
@@ -156,6 +159,7 @@ def accumulate_gradient(
     tensor_id: int,
     exponent_rule: str = "score",
     rows: Tensor | None = None,
+    first_row: int = 0,
     faults: Tensor | None = None,
     out: TernaryWeight | None = None,
 ) -> TernaryWeight:
@@ -164,6 +168,7 @@ def accumulate_gradient(
     Math:    accumulate(weight, stochastic_votes(grad, rate)); the votes need never exist as a tensor
     Shapes:  grad_NK float32 or bfloat16 [N, K], or [R, K] for the unique rows int64 [R] (-1: unused slot)
              faults int64 []: the number of gradient rows that are not finite is added to it
+    Range:   rate as `stochastic_votes`, first_row as `accumulate`
     Returns: a new weight; or `out` (may be `weight` itself), overwritten
     Raises:  as `stochastic_votes` and `accumulate`; a refused call writes neither `out` nor `faults`
     Laws:    equal to its two parts; sum of g * dW <= 0 in expectation after a step
@@ -173,8 +178,13 @@ def accumulate_gradient(
     checks.row_values(rows, weight.shape[0])
     checks.gradient_of(weight, "grad_NK", grad_NK, rows, checks.GRADIENT_DTYPES)
     checks.fault_counter(faults, grad_NK)
+    checks.first_row(first_row, weight)
+    dithered = rows
+    if first_row:
+        local = torch.arange(weight.shape[0], device=weight.device) if rows is None else rows
+        dithered = torch.where(local >= 0, first_row + local, -1)
     votes = stochastic_votes(
-        grad_NK, rate, group_size=weight.group_size, seed=seed, step=step, tensor_id=tensor_id, rows=rows
+        grad_NK, rate, group_size=weight.group_size, seed=seed, step=step, tensor_id=tensor_id, rows=dithered
     )
     counted = accumulate(
         weight,
@@ -184,6 +194,7 @@ def accumulate_gradient(
         tensor_id=tensor_id,
         exponent_rule=exponent_rule,
         rows=rows,
+        first_row=first_row,
         out=out,
     )
     if faults is not None:

@@ -1,0 +1,195 @@
+"""The runs that are wanted next of what a rule or a module is worth, as commands that fit ten minutes of one H200 each.
+
+    python -m bench.learning.wanted --out wanted           # writes the configurations that they need, and prints the commands
+
+TEXTS stands for a file or folder of 30 MB or more of prose and code, OTHER for a text of another source, which judges. A command
+with `--pieces` is repeated until it exits with 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from arbitor.reference.config import ArbConfig
+from arbitor.reference.presets import preset
+from bench import parts
+
+CALL_SECONDS = 600
+"""A call of a machine ends after so many, at most."""
+
+CONFIGS: Mapping[str, ArbConfig] = {
+    "two.json": preset("small"),
+    "one.json": replace(preset("small"), mantissa_bits=1),
+    "none.json": replace(preset("small"), mantissa_bits=0),
+    "mean.json": replace(preset("small"), average_gradients=True),
+    "wide.json": replace(
+        preset("small"),
+        name="wide",
+        embed_dim=256,
+        width=1024,
+        num_layers=8,
+        num_heads=16,
+        query_latent=512,
+        kv_latent=256,
+        shared_inner=2048,
+        expert_rank=32,
+        head_inner=2048,
+    ),
+}
+"""Configurations by file: `small` with two, one and no mantissa bits, with a mean of gradients, and with 105 M weights."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A question, and what answers it.
+
+    Fields:
+        asked:    in a few words.
+        commands: each as one line.
+        calls:    how often each is called, with a part of it done in each call.
+        seconds:  expected for a call of each, the start with an empty cache of kernels included.
+    """
+
+    asked: str
+    commands: tuple[str, ...]
+    seconds: int
+    calls: int = 1
+
+
+def _learning(words: str) -> str:
+    return f"python -m bench.learning {words} --data TEXTS --pieces --seconds 520"
+
+
+def _ablation(words: str, options: str) -> str:
+    return f"python -m bench.ablation {words} -- --data TEXTS {options}"
+
+
+R12 = "--suite table --seeds 0 --steps 1000"
+SMALL = "--variants 'trunk alone' --side-by-side 3"
+
+WANTED = (
+    # 0.45 s a step, and 11 validations.
+    Wanted(
+        "does r12 keep its codes and experts over 1,000 steps",
+        (_learning(f"{R12} --size r12 --rules integer --out r12"),),
+        550,
+    ),
+    Wanted(
+        "the same with a mean of gradients",
+        (_learning(f"{R12} --size r12 --rules averaged --out r12-averaged"),),
+        550,
+        calls=2,
+    ),
+    # A turn less: 0.2 s a step.
+    Wanted(
+        "its trunk alone, and float weights",
+        (_learning(f"{R12} --size r12/trunk --rules integer 'float AdamW' 'float Muon' --out r12-trunk"),),
+        540,
+        calls=2,
+    ),
+    # 40 ms a step; 7 rules with 6 settings or more, and two seeds more of each.
+    Wanted(
+        "every rule at 110 M weights, tuned",
+        (_learning("--suite tune best --size '110 M' --steps 1500 --out wide"),),
+        560,
+        calls=9,
+    ),
+    Wanted(
+        "the same, judged by a text that no choice was made on",
+        ("python -m bench.learning --judge OTHER --data TEXTS --out wide",),
+        120,
+    ),
+    # 10 ms a step at 4 windows as at 64: launches, no products.
+    Wanted(
+        "the rate by batch and length",
+        tuple(
+            _ablation(
+                f"--preset small --seeds 0 1 --steps {steps} {SMALL} --out rates-{batch}-{rate}-{steps}",
+                f"--batch {batch} --rate {rate}",
+            )
+            for batch in (4, 16)
+            for rate in (3, 6)
+            for steps in (500, 3000)
+        ),
+        90,
+    ),
+    # Four launched passes a step: 36 s of training.
+    Wanted(
+        "what micro-batches cost, and what a mean of gradients gives back",
+        tuple(
+            _ablation(f"--preset {name} --seeds 0 1 2 --steps 500 {SMALL} --out micro-{out}", options)
+            for name, out, options in (
+                ("small", "whole", "--batch 64"),
+                ("small", "four", "--batch 16 --accum 4"),
+                ("mean.json", "mean", "--batch 16 --accum 4 --context 256"),
+            )
+        ),
+        150,
+    ),
+    # The suite takes a third of the steps: 15 runs of 16 s.
+    Wanted(
+        "what mantissa bits gain, by five seeds",
+        (
+            _learning(
+                "--suite graph --rules integer --steps 4500 --size two.json one.json none.json --seeds 0 1 2 3 4 --out mantissa"
+            ),
+        ),
+        400,
+    ),
+    # 60 to 100 ms a step, nine variants of 500 steps.
+    Wanted(
+        "each module at 110 M weights",
+        tuple(
+            _ablation(
+                f"--preset wide.json --steps 500 --seeds {seed} --side-by-side 3 --out modules-{seed}",
+                "--batch 64 --context 256",
+            )
+            for seed in range(3)
+        ),
+        560,
+    ),
+)
+
+
+def lines(folder: Path) -> Iterator[str]:
+    """Yield each command, with how often it is called and what a call takes behind it, and configurations in a folder."""
+    for wanted in WANTED:
+        for command in wanted.commands:
+            words = [str(folder / word) if word in CONFIGS else word for word in shlex.split(command)]
+            yield f"{shlex.join(words)}  # {wanted.calls} x {wanted.seconds} s"
+
+
+def table() -> Iterator[str]:
+    """Yield what is asked, and how many seconds of an H200 the answer takes, as Markdown."""
+    yield "| asked | commands | calls of each | seconds in all |"
+    yield "|---|---:|---:|---:|"
+    for wanted in WANTED:
+        number = len(wanted.commands)
+        yield f"| {wanted.asked} | {number} | {wanted.calls} | {number * wanted.calls * wanted.seconds:,} |"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the configurations into a folder, and print the commands."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.learning.wanted",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the configurations")
+    args = parser.parse_args(argv)
+    try:
+        for name, config in CONFIGS.items():
+            parts.write_text(args.out / name, config.to_json())
+    except OSError as error:
+        parser.error(f"argument --out: is '{args.out}', but must be a folder to write to: {error.strerror}")
+    print("\n".join(lines(args.out)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
