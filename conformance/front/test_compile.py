@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -250,7 +251,7 @@ def alone(model: Ternary, call: Callable[[Tensor], Tensor]) -> None:
 
 
 def gone(model: Ternary, call: Callable[[Tensor], Tensor]) -> None:
-    rule.holder_of(torch.tensor(-1.0))
+    rule.holder_of(torch.tensor(-1))
 
 
 def recorded(model: Ternary, call: Callable[[Tensor], Tensor]) -> None:
@@ -279,11 +280,32 @@ def test_wrong_uses_are_named(wrong: Callable[..., None], sentence: str) -> None
 
 def test_a_whole_model_says_why_it_is_in_no_graph() -> None:
     model, ids = models.nano(), models.random_ids(2, 12, seed=5)
-    with pytest.raises(
-        Exception, match=r"an ArbModel .* outside of graphs of torch\.compile: compile without fullgraph=True"
-    ):
+    says = r"an ArbModel, .*, run outside of graphs of torch\.compile: compile without fullgraph=True"
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=says):
         torch.compile(model, backend="eager", fullgraph=True)(ids)
     exact(torch.compile(model, backend="eager")(ids).detach(), model(ids).detach())
+
+
+def test_a_compiled_training_step_takes_its_pass_outside() -> None:
+    """Of a function that trains, the compiler takes the forward pass alone."""
+    states = []
+    for compiles in (False, True):
+        model = Ternary(nn.Sequential(Linear(12, 24, seed=1), nn.Tanh(), Linear(24, 12, seed=2)))
+
+        def train(number: int, model: Ternary = model) -> bool:
+            accepted = model.backward(model(X).square().mean(), rate=9.0, step=number)
+            model.step()
+            return accepted
+
+        counter = torch._dynamo.testing.CompileCounter()
+        call = torch.compile(train, backend=counter) if compiles else train
+        # It is compiled once more when the number turns out to be none that is always the same.
+        with torch._dynamo.config.patch(error_on_recompile=False):
+            assert all(call(number) for number in range(3))
+        # Two layers, tanh, square and mean.
+        assert counter.op_count == 5 * counter.frame_count
+        states.append(copy.deepcopy(model.state_dict()))
+    same(*states)
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -303,13 +325,19 @@ def test_fakes_are_like_results(asked: bool) -> None:
             {Linear: "linear", RMSNorm: "rms_norm", Embedding: "embedding"}[type(layer)],
         )
         worth = (layer.weight.packed, layer.weight.exponents)
-        ticket = layer.ticket.detach().requires_grad_(not layer.frozen)
-        args = (x, ticket, *worth, list(layer.weight.shape), torch.float32)
+        args = (
+            x,
+            None if layer.frozen else rule.ANCHOR,
+            layer.ticket,
+            *worth,
+            list(layer.weight.shape),
+            torch.float32,
+        )
         torch.library.opcheck(
             getattr(ops, f"{kind}_layer").default, args, test_utils=("test_schema", "test_faketensor")
         )
         layer.requires_grad_(False)
         grad, x = torch.randn_like(layer(x)), x.detach()
-        args = (grad, x, ticket.detach(), *worth, asked and x.is_floating_point())
+        args = (grad, x, layer.ticket, *worth, asked and x.is_floating_point())
         backward = getattr(ops, f"{kind}_layer_backward").default
         torch.library.opcheck(backward, args, test_utils=("test_schema", "test_faketensor"))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.context import GraphContext
-from arbitor.reference.graph.rule import Pass, Rule, new_ticket
+from arbitor.reference.graph.rule import ANCHOR, Pass, Rule, new_ticket
 from arbitor.reference.graph.spread import Spread
 from arbitor.reference.graph.voting import VOTED_IN, Average, Voting
 from arbitor.reference.types import LaidOutWeight, TernaryWeight, has_memory, without_memory
@@ -119,6 +119,16 @@ def as_it_is(method: Method) -> Method:
         return (
             method(self, *args, **kwargs) if self.in_graphs else _outside_of_graphs(run, self, args, kwargs)
         )
+
+    return cast(Method, outer)
+
+
+def out_of_graphs(method: Method) -> Method:
+    """Return a method that torch.compile leaves alone, as a pass and a step of a model, which are no work on tensors alone."""
+
+    @functools.wraps(method)
+    def outer(*args: Any, **kwargs: Any) -> Any:
+        return uncompiled(functools.partial(method, **kwargs), *args)
 
     return cast(Method, outer)
 
@@ -272,9 +282,9 @@ class TernaryModule(ArbModule):
         if rule.in_graph is None:
             return _outside_of_graphs(_apply, rule, self, inputs)
         # An adapter learns although the weight is frozen, and its gradients say that the model was reached.
-        ticket = self.ticket.detach() if self.frozen and self.adapter is None else self.ticket
+        anchor = None if self.frozen and self.adapter is None else ANCHOR
         codes, exponents = self.get_buffer(self._codes), self.get_buffer("exponents")
-        return rule.in_graph(*inputs, ticket, codes, exponents, self._shape, self.dtype)
+        return rule.in_graph(*inputs, anchor, self.ticket, codes, exponents, self._shape, self.dtype)
 
     def adapted(self, y: Tensor, *inputs: Tensor) -> Tensor:
         """Return the output y for some inputs, with the change of the adapter if there is one.
@@ -494,8 +504,8 @@ def _outside_of_graphs(call: Callable[..., Any], *args: Any) -> Any:
 # What `fullgraph=True` says of a model. `torch.compiler.disable(reason=...)` leaves the same two attributes.
 _outside_of_graphs._torchdynamo_disable = True  # type: ignore[attr-defined]
 _outside_of_graphs._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
-    "an ArbModel and the modules of its graph run on kernels of their own, outside of graphs of torch.compile: compile without "
-    "fullgraph=True, or compile a module whose ternary layers are of arbitor.nn"
+    "an ArbModel, and backward and step of any model with ternary layers, run outside of graphs of torch.compile: compile without "
+    "fullgraph=True, or compile a module whose ternary layers are of arbitor.nn, and call its backward and step elsewhere"
 )
 
 

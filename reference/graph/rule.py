@@ -29,8 +29,12 @@ from arbitor.reference.promises import differentiable_once
 Shaped = Callable[[Tensor, Sequence[int], torch.dtype], Tensor]
 """Returns an empty tensor like the result for an input, (N, K) and the dtype of activations."""
 
-TICKET_BITS = 52
-"""Bits of a ticket, which float64 holds exactly. They are random: a graph that was saved finds no module in another process."""
+TICKET_BITS = 62
+"""Bits of a ticket. They are random, so that a graph that was saved finds no module in another process."""
+
+with torch.inference_mode(False):
+    ANCHOR = torch.empty(0, device="cpu", requires_grad=True)
+"""An input of graphs that makes autograd come by where no other input has a gradient, as an anchor does in an eager call."""
 
 _HOLDERS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 """The modules by their tickets."""
@@ -44,9 +48,8 @@ class Rule:
         compute:  compute(module, weight, *inputs) returns the result, a tensor.
         learn:    learn(module, weight, grad, *inputs, asked=...) lets the weight vote if the module moves, and returns the
                   gradient of the first input if it is asked for, else None.
-        in_graph: the registered op that stands for the rule in graphs of torch.compile: in_graph(x, ticket, codes, exponents,
-                  shape, dtype), with the tensors in which the weight's value lies, its shape and the dtype of activations. None:
-                  the rule runs outside.
+        in_graph: the registered op that stands for the rule in graphs of torch.compile, given the first input, an anchor or None, the
+                  ticket, codes and exponents of the weight, its shape and the dtype of activations. None: the rule runs outside.
     """
 
     compute: Callable[..., Tensor]
@@ -74,15 +77,10 @@ class Pass(torch.autograd.Function):
 
 
 def new_ticket(module: Any) -> Tensor:
-    """Return a ticket for a module: a float64 scalar on the CPU that requires a gradient, which is always 0.
-
-    The gradient makes autograd come by in a graph, as an anchor does in an eager call. A tensor is no constant of a graph, so that
-    one graph serves all layers of one shape.
-    """
+    """Return a ticket for a module: an int64 scalar on the CPU. It is no constant of a graph, which so serves all layers of a shape."""
     number = secrets.randbits(TICKET_BITS)
     _HOLDERS[number] = module
-    with torch.inference_mode(False):
-        return torch.tensor(float(number), dtype=torch.float64, device="cpu", requires_grad=True)
+    return torch.tensor(number, dtype=torch.int64, device="cpu")
 
 
 def holder_of(ticket: Tensor) -> Any:
@@ -112,7 +110,13 @@ def registered(
     """
 
     def forward(
-        x: Tensor, ticket: Tensor, codes: Tensor, exponents: Tensor, shape: list[int], dtype: torch.dtype
+        x: Tensor,
+        anchor: Tensor | None,
+        ticket: Tensor,
+        codes: Tensor,
+        exponents: Tensor,
+        shape: list[int],
+        dtype: torch.dtype,
     ) -> Tensor:
         module = holder_of(ticket)
         return own_memory((compute(module, module.weight_worth(codes, exponents), x),), (x,))[0]
@@ -130,30 +134,31 @@ def registered(
         module.arrive(weight)
         found = learn(module, weight, grad, x, asked=asked)
         made = x.new_empty(0) if found is None else own_memory((found,), (grad, x))[0]
-        return made, torch.zeros_like(ticket)
+        return made, torch.empty(0)
 
-    def backward_like(grad: Tensor, x: Tensor, ticket: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    def backward_like(grad: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         *_, asked = others
-        return x.new_empty(x.shape if asked else 0), torch.empty_like(ticket)
+        return x.new_empty(x.shape if asked else 0), torch.empty(0)
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:4])
+        x, _, ticket, codes, exponents, *_ = inputs
+        ctx.save_for_backward(x, ticket, codes, exponents)
 
     def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        asked = ctx.needs_input_grad[0]
-        found, of_ticket = votes(grad, *ctx.saved_tensors, asked)
-        return found if asked else None, of_ticket, None, None, None, None
+        asked, anchored, *_ = ctx.needs_input_grad
+        found, of_anchor = votes(grad, *ctx.saved_tensors, asked)
+        return found if asked else None, of_anchor if anchored else None, *[None] * 5
 
-    qualified, parts = f"arbitor::{name}_layer", "Tensor x, Tensor ticket, Tensor codes, Tensor exponents"
+    qualified, weight = f"arbitor::{name}_layer", "Tensor ticket, Tensor codes, Tensor exponents"
     op = define(
         qualified,
-        f"({parts}, int[] shape, ScalarType dtype) -> Tensor",
+        f"(Tensor x, Tensor? anchor, {weight}, int[] shape, ScalarType dtype) -> Tensor",
         forward,
-        lambda x, ticket, codes, exponents, shape, dtype: like(x, shape, dtype),
+        lambda x, anchor, ticket, codes, exponents, shape, dtype: like(x, shape, dtype),
     )
     votes = define(
         f"{qualified}_backward",
-        f"(Tensor grad, {parts}, bool asked) -> (Tensor, Tensor)",
+        f"(Tensor grad, Tensor x, {weight}, bool asked) -> (Tensor, Tensor)",
         backward,
         backward_like,
         in_order=True,
