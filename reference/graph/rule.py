@@ -48,8 +48,9 @@ class Rule:
         compute:  compute(module, weight, *inputs) returns the result, a tensor.
         learn:    learn(module, weight, grad, *inputs, asked=...) lets the weight vote if the module moves, and returns the
                   gradient of the first input if it is asked for, else None.
-        in_graph: the registered op that stands for the rule in graphs of torch.compile, given the first input, an anchor or None, the
-                  ticket, codes and exponents of the weight, its shape and the dtype of activations. None: the rule runs outside.
+        in_graph: the registered op that stands for the rule in graphs of torch.compile. It is given the first input, an anchor or
+                  None, the ticket, codes, exponents and shape of the weight, and the dtype of activations. None: the rule runs
+                  outside.
     """
 
     compute: Callable[..., Tensor]
@@ -77,7 +78,7 @@ class Pass(torch.autograd.Function):
 
 
 def new_ticket(module: Any) -> Tensor:
-    """Return a ticket for a module: an int64 scalar on the CPU. It is no constant of a graph, which so serves all layers of a shape."""
+    """Return a ticket for a module: an int64 scalar on the CPU. As a tensor it is no constant of a graph, which so serves all layers."""
     number = secrets.randbits(TICKET_BITS)
     _HOLDERS[number] = module
     return torch.tensor(number, dtype=torch.int64, device="cpu")
