@@ -78,7 +78,10 @@ class Pass(torch.autograd.Function):
 
 
 def new_ticket(module: Any) -> Tensor:
-    """Return a ticket for a module: an int64 scalar on the CPU. As a tensor it is no constant of a graph, which so serves all layers."""
+    """Return a ticket for a module, an int64 scalar on the CPU.
+
+    A number would be a constant of a graph. The graph of one layer would not serve another one of its shape.
+    """
     number = secrets.randbits(TICKET_BITS)
     _HOLDERS[number] = module
     return torch.tensor(number, dtype=torch.int64, device="cpu")
