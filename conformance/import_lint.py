@@ -27,6 +27,7 @@ REFERENCE_FOR_OPTIMIZED = (
     "checks",
     "config",
     "presets",
+    "json_text",
     "op_table",
     "graph",
     "audit",

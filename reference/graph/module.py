@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.context import GraphContext
-from arbitor.reference.graph.rule import ANCHOR, Pass, Rule, new_ticket
+from arbitor.reference.graph.open_pass import VOTED_IN, Average
+from arbitor.reference.graph.rule import ANCHOR, Rule, RuleFunction, new_ticket
 from arbitor.reference.graph.spread import Spread
-from arbitor.reference.graph.voting import VOTED_IN, Average, Voting
+from arbitor.reference.graph.voting import Voting
 from arbitor.reference.types import LaidOutWeight, TernaryWeight, has_memory, without_memory
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -510,5 +511,5 @@ _outside_of_graphs._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
 
 
 def _apply(rule: Rule, module: TernaryModule, inputs: Iterable[Tensor]) -> Tensor:
-    result: Tensor = Pass.apply(rule, module, module.anchor(), *inputs)
+    result: Tensor = RuleFunction.apply(rule, module, module.anchor(), *inputs)
     return result

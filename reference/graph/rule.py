@@ -58,7 +58,7 @@ class Rule:
     in_graph: Callable[..., Tensor] | None = None
 
 
-class Pass(torch.autograd.Function):
+class RuleFunction(torch.autograd.Function):
     """A rule applied to inputs and to the weight of a module, with a backward pass that votes."""
 
     @staticmethod
