@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from arbitor.reference.config import parsed_json
+from arbitor.reference.json_text import parsed_json
 from arbitor.sidecars.libraries import library
 from arbitor.sidecars.precision import frozen
 from arbitor.sidecars.sidecar import SidecarError
