@@ -16,6 +16,7 @@ from arbitor.reference.config import ArbConfig, with_fields, with_modules
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.growth import TARGETS, Growth, code_map, grow
 from arbitor.reference.graph.ternary_graph import EdgeTable
+from arbitor.reference.ops.packing import trits_of
 from arbitor.reference.types import TernaryWeight
 from conformance.compare import exact
 from conformance.graph.models import NANO, WHOLE, drawn_by_the_reference, random_ids, whole
@@ -104,6 +105,7 @@ def test_edges_follow_their_codes(subject: Subject) -> None:
         assert isinstance(before, TernaryWeight) and isinstance(after, TernaryWeight)
         for field in ("exponents", "trit_accum", "exponent_accum"):
             exact(getattr(after, field)[kept_N], getattr(before, field)[codes_N[kept_N]])
+        exact(trits_of(after)[kept_N], trits_of(before)[codes_N[kept_N]])
         neighbours_MJ, neighbours_NJ = (state[f"{owner}.neighbours"] for state in (old, new))
         assert isinstance(neighbours_MJ, Tensor) and isinstance(neighbours_NJ, Tensor)
         assert (neighbours_MJ >= 0).any() and (neighbours_NJ[~kept_N] == -1).all()
