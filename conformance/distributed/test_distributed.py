@@ -288,8 +288,7 @@ def test_votes_of_spread_experts_are_those_of_one_process(found: Found) -> None:
 @both
 def test_a_run_with_spread_experts_keeps_them_spread(found: Found) -> None:
     each = [of_rank["trains_with_spread_experts"] for of_rank in found[1]]
-    before, after = each[0]["hashes"]
-    assert before == after
+    assert {one["steps"] for one in each} == {2}
     lines = [(found[0] / name / "metrics.jsonl").read_text().splitlines() for name in ("spread", "experts")]
     sent = [json.loads(of_run[-1])["exchanged_bytes"] for of_run in lines]
     assert sent[0] != sent[1], "slots and gradients of experts are one size"

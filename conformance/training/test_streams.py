@@ -180,6 +180,32 @@ def test_datasets_that_are_no_texts(tmp_path: Path, cache: Path, content: str, s
 
 
 @needs_datasets
+def test_a_name_is_no_pattern(tmp_path: Path) -> None:
+    """The library would read every file that the name fits, or none."""
+    for name in ("a[1].jsonl", "a*.jsonl", "ab.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": name}))
+        assert list(documents(stream_of(f"hf:{tmp_path / name}"))) == [name.encode()]
+    (tmp_path / "b[1]").mkdir()
+    with pytest.raises(
+        ValueError, match=r"but the library would take \*, \? or \[ in a folder's name for a pattern"
+    ):
+        stream_of(f"hf:{tmp_path / 'b[1]'}")
+
+
+@needs_datasets
+def test_a_stream_of_nothing_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ends a loop is the library's error where its files hold nothing."""
+    import datasets
+
+    def end(**named: Any) -> None:
+        raise StopIteration
+
+    monkeypatch.setattr(datasets, "load_dataset", end)
+    with pytest.raises(TrainingError, match=r"^cannot read the stream 'hf:a/b:train': it has no documents$"):
+        next(documents(stream_of("hf:a/b")))
+
+
+@needs_datasets
 def test_a_hub_that_does_not_answer_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
