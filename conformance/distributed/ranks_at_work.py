@@ -15,7 +15,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -41,7 +41,7 @@ from arbitor.optimized.training.options import TrainOptions
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import SIGN_VOTES, ArbConfig, with_fields
 from arbitor.reference.graph import ArbModel
-from arbitor.reference.graph.voting import VOTED_IN
+from arbitor.reference.graph.open_pass import VOTED_IN
 from arbitor.reference.types import has_memory
 from conformance.compare import alike
 from conformance.distributed import oracle
@@ -69,7 +69,7 @@ from conformance.distributed.experts_at_work import (
     votes_as_one_process,
 )
 from conformance.training import nano
-from conformance.training.runs import Killed, kill_at
+from conformance.training.runs import train_until_killed
 
 TERMS = (1.0, 2.0**30, -(2.0**30))
 """Terms of the ranks, in float32. From the first on the sum of three is 0, from the last on it is 1."""
@@ -370,9 +370,7 @@ def trains(world: World, folder: Path) -> Any:
     )
     first = train(replace(options, save=False)).summary  # type: ignore[type-var]
     second = train(replace(options, run=folder / "run"), console=Console(file=shown)).summary  # type: ignore[type-var]
-    with pytest.MonkeyPatch.context() as patch, suppress(Killed):
-        kill_at(patch, 4)
-        train(replace(options, run=folder / "unfinished", save_interval=3))  # type: ignore[type-var]
+    train_until_killed(4, replace(options, run=folder / "unfinished", save_interval=3))
     return {
         "hashes": [first["state_sha256"], second["state_sha256"]],
         "val_bpb": second["val_bpb"],

@@ -22,8 +22,8 @@ from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import turns
 from arbitor.optimized.training.loop import train
 from arbitor.reference.graph import ArbModel
+from arbitor.reference.graph.open_pass import VOTED_IN
 from arbitor.reference.graph.ranks import Ranks
-from arbitor.reference.graph.voting import VOTED_IN
 from arbitor.reference.types import has_memory, without_memory
 from conformance.graph import models
 from conformance.training import nano
