@@ -45,7 +45,7 @@ help: ## this list
 
 demo: $(VENV)/.installed-arb ## train the tiny preset on Python's own sources, show the result (6 to 10 minutes)
 	rm -rf $(DEMO_RUN)
-	$(BIN)/arb train --preset tiny --data stdlib --device auto --seed 0 --run $(DEMO_RUN) $(DEMO)
+	$(BIN)/arb train --run $(DEMO_RUN) $(DEMO)
 
 demo-media: $(VENV)/.installed-sidecars,media ## pictures, sounds and videos that a script renders: train, measure, show (5 minutes)
 	rm -rf $(DEMO_MEDIA_RUN) $(DEMO_MEDIA_RUN)-data

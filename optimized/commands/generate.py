@@ -13,12 +13,12 @@ from typing import Any
 
 import click
 
+from arbitor.optimized.commands.command import Command, of_run
 from arbitor.optimized.commands.media_prompt import asked_sidecars, media_of_files, media_options
 from arbitor.optimized.commands.parameters import (
     FilePath,
     Number,
     WholeNumber,
-    of_run,
     refuse_given,
     setting,
     settings,
@@ -40,7 +40,7 @@ MOST_PROMPT_BYTES = 2**28
 """Bytes of a prompt at most: standard input may never end."""
 
 
-@click.command()
+@click.command(cls=Command)
 @of_run
 @click.option("--prompt", help="Text to continue [none].")
 @click.option(
@@ -111,7 +111,7 @@ def generate(
     sidecar: tuple[str, ...],
     **media: Any,
 ) -> None:
-    """Continue a prompt with the best model of a run. Bytes come as they are drawn.
+    """Continue a prompt with the best model of RUN. Bytes come as they are drawn.
 
     A pipe gets them as they are, a terminal without control characters. Standard error says how fast it was. Media stand before the
     prompt. The text after them ends at the first line end.

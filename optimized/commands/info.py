@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from arbitor.optimized.commands.parameters import FilePath, warn
+from arbitor.optimized.commands.command import Command, of_run
+from arbitor.optimized.commands.parameters import warn
 from arbitor.optimized.training.options import ADAPTERS
 from arbitor.optimized.training.shown import shown
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from arbitor.reference.config import ArbConfig
 
 
-@click.command()
-@click.argument("run", type=FilePath(path_type=Path))
+@click.command(cls=Command)
+@of_run
 @click.option("--json", "as_json", is_flag=True, help="Print JSON [off].")
 def info(run: Path, as_json: bool) -> None:
     """Say what RUN is: its model, its data, and how far it has come. It may also be a folder of arb export, or a checkpoint.

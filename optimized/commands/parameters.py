@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -109,14 +108,6 @@ def settings(*names: str) -> Callable[[_Command], _Command]:
         return command
 
     return give
-
-
-def of_run(command: _Command) -> _Command:
-    """Give a command the option that names a trained model."""
-    help = "A run, a folder of arb export, or a checkpoint."
-    return click.option("--run", "--out", "run", type=FilePath(path_type=Path), required=True, help=help)(
-        command
-    )
 
 
 def warn(sentence: str) -> None:

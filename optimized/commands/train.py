@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from arbitor.optimized.commands.command import Command
 from arbitor.optimized.commands.parameters import FilePath, settings
 from arbitor.optimized.training.options import settings_of
 from arbitor.optimized.training.shown import Unbreakable, printable, shown
@@ -46,7 +47,7 @@ def run_options(command: _Command) -> _Command:
     return command
 
 
-@click.command()
+@click.command(cls=Command)
 @settings(*settings_of("train"))
 @run_options
 def train(no_save: bool, **options: Any) -> None:
