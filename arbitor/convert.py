@@ -38,7 +38,6 @@ from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.regular import open_regular
 from arbitor.optimized.training.shown import shown
 from arbitor.optimized.training.whole_file import told, write_whole
-from arbitor.reference.config import parsed_json
 from arbitor.reference.constants import (
     DEFAULT_GROUP_SIZE,
     DEFAULT_MANTISSA_BITS,
@@ -47,6 +46,7 @@ from arbitor.reference.constants import (
     packed_bytes,
 )
 from arbitor.reference.convert import Loss, loss_of, ternarize, ternarize_all
+from arbitor.reference.json_text import parsed_json
 from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.types import TernaryWeight
 

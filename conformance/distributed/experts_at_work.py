@@ -121,7 +121,7 @@ def votes_as_one_process(world: World, folder: Path) -> Any:
 
 
 def trains_with_spread_experts(world: World, folder: Path) -> Any:
-    """A run of a few steps, and the same from its checkpoint on."""
+    """A run of a few steps, and what it is told that goes on without spreading."""
     options = TrainOptions(
         preset="whole",
         data=str(folder / "text.txt"),
@@ -133,6 +133,5 @@ def trains_with_spread_experts(world: World, folder: Path) -> Any:
     summary = train(
         replace(options, run=folder / "experts", shard_codes=True, shard_experts=True)  # type: ignore[type-var]
     ).summary
-    resumed = train(TrainOptions(run=folder / "experts", resume=True)).summary
     other = told(lambda: train(TrainOptions(run=folder / "experts", resume=True, shard_experts=False)))
-    return {"hashes": [summary["state_sha256"], resumed["state_sha256"]], "other": other}
+    return {"steps": summary["steps"], "other": other}

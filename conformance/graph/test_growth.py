@@ -198,6 +198,18 @@ def test_a_table_with_values_that_cannot_be_begins_anew() -> None:
         assert "graph.edges.neighbours" in growth.fresh and "composite.edges.neighbours" in growth.moved
 
 
+@pytest.mark.parametrize("name", ["graph.edges.scores", "layers.0.moe_graph.moe.load"])
+def test_a_table_of_another_kind_begins_anew(name: str) -> None:
+    """The state may lack it, or have it in another dtype, or with another number of dimensions."""
+    earlier = whole()
+    state = earlier.state()
+    table = state.pop(name)
+    assert isinstance(table, Tensor)
+    for other in ({}, {name: table.to(torch.float64)}, {name: table[None]}):
+        growth = grow(ArbModel(WHOLE, seed=9), earlier.config, {**state, **other})
+        assert name in growth.fresh, other.keys()
+
+
 def test_every_edge_table_is_known() -> None:
     model = ArbModel(with_modules(WHOLE), device="meta")
     assert {name for name, module in model.named_modules() if isinstance(module, EdgeTable)} == set(TARGETS)

@@ -230,13 +230,19 @@ def test_a_run_without_checkpoints_is_described(here: Here, text: Path, tmp_path
         '{"step": 3, "val_bpb": 1e999, "seconds": "\\u001b[31m"}',
         '{"step": 3, "kinds": {"attention": {"exponents": {"counts": {}}}}, "experts": {"a": 1}}',
         '{"step": 14, "seconds": ' + "9" * 400 + "}",
+        # Steps that the run does not have.
+        '{"step": 10000000, "val_bpb": 0.001}',
+        '{"step": -3, "val_bpb": 0.001}',
     ],
 )
 def test_hostile_metrics_end_in_a_sentence_or_a_picture(here: Here, copy: Path, line: str) -> None:
+    sound = json.loads(here("info", str(copy), "--json").stdout)
     with (copy / "metrics.jsonl").open("a") as file:
         file.write(line + "\n")
     said = here("info", str(copy), "--json")
     assert said.returncode == 0 and b"\x1b" not in said.stdout
+    told = json.loads(said.stdout)
+    assert [told[name] for name in ("steps_taken", "best_bpb")] == [15, sound["best_bpb"]]
     result = here("report", str(copy))
     assert (
         result.returncode in (0, 1) and b"Traceback" not in result.stderr and result.stderr.count(b"\n") <= 1

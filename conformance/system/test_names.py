@@ -122,6 +122,8 @@ def test_a_preset_names_no_field_twice_and_may_be_that_of_a_run(
     preset = tmp_path / "mine.json"
     preset.write_text(NANO.to_json().replace("{", '{"width": 24,', 1))
     check_refused(here("audit", "--preset", str(preset)), 2, "the key 'width' stands there twice")
+    preset.write_text("[]")
+    check_refused(here("audit", "--preset", str(preset)), 2, "holds a JSON list, but must be an object")
     of_run = here("audit", "--json", "--preset", str(finished / "config.json"))
     assert of_run.stdout == here("audit", "--json", "--preset", "nano").stdout
 

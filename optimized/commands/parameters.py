@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import click
 
-from arbitor.optimized.training.options import AUTO, ROWS, default_in_words
+from arbitor.optimized.training.options import ROWS, default_in_words
+from arbitor.optimized.training.setting import AUTO
 from arbitor.optimized.training.shown import shown
 
 MIB = 2**20

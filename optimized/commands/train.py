@@ -15,7 +15,7 @@ from arbitor.optimized.training.options import settings_of
 from arbitor.optimized.training.shown import Unbreakable, printable, shown
 
 if TYPE_CHECKING:
-    from arbitor.optimized.training.loop import TrainResult
+    from arbitor.optimized.training.run import TrainResult
 
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])

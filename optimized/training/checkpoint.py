@@ -34,7 +34,7 @@ from arbitor.optimized.training.tensor_file import (
 )
 from arbitor.optimized.training.whole_file import rename, told, write_beside
 from arbitor.reference import checks
-from arbitor.reference.config import parsed_json
+from arbitor.reference.json_text import parsed_json
 from arbitor.reference.types import TernaryWeight
 
 if TYPE_CHECKING:

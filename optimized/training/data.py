@@ -20,6 +20,7 @@ import torch
 
 from arbitor.optimized import settings
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.options import STREAM_BYTES
 from arbitor.optimized.training.streams import is_stream, mapped, written
 from arbitor.optimized.training.texts import STDLIB, find_texts, in_words
 from arbitor.optimized.training.whole_file import told
@@ -36,9 +37,6 @@ MAPPED_BYTES = 2**30
 
 PIECE_BYTES = 2**24
 """Bytes that are held at a time while data are read from their start to their end."""
-
-STREAM_BYTES = 2**28
-"""Bytes of a stream that are read, at most, where nobody says."""
 
 MIN_CONTEXT = NGRAM + 1
 """The shortest window, in bytes: three are read to predict the fourth."""

@@ -31,8 +31,9 @@ from arbitor.optimized.training.run_header import THREADS_MAX
 from arbitor.optimized.training.runtime import Runtime, deterministic, versions
 from arbitor.optimized.training.sizes import check_memory, config_of
 from arbitor.optimized.training.whole_file import told, write_whole
-from arbitor.reference.config import ArbConfig, parsed_json
+from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import ArbModel
+from arbitor.reference.json_text import parsed_json
 
 WEIGHTS_FILE = "model.safetensors"
 """The file of a folder that holds the model."""

@@ -14,10 +14,10 @@ from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.media import KINDS, check_kinds
 from arbitor.optimized.training.options import (
     ADAPTERS,
-    AUTO,
     BOUND,
     CHANGES,
     FINETUNE_DEFAULTS,
+    ONLY,
     ROWS,
     Settings,
     TrainOptions,
@@ -25,10 +25,12 @@ from arbitor.optimized.training.options import (
 )
 from arbitor.optimized.training.regular import JSON_BYTES, read_regular
 from arbitor.optimized.training.run_header import check_model
+from arbitor.optimized.training.setting import AUTO
 from arbitor.optimized.training.sizes import config_of
 from arbitor.optimized.training.streams import is_stream, stream_of
 from arbitor.optimized.training.texts import STDLIB
-from arbitor.reference.config import SIGN_VOTES, ArbConfig, parsed_json, with_fields, with_modules
+from arbitor.reference.config import SIGN_VOTES, ArbConfig, with_fields, with_modules
+from arbitor.reference.json_text import parsed_json
 from arbitor.reference.presets import PRESETS
 from arbitor.reference.presets import preset as named_preset
 
@@ -296,14 +298,6 @@ def _check_auto(options: TrainOptions, asked: dict[str, Any], recorded: Mapping[
     where = "in arb finetune" if options.finetune else f"beside {other}" if other else ""
     if where:
         raise ValueError(f"batch is {AUTO!r}, but must be a number {where}")
-
-
-ONLY: Mapping[str, tuple[str, str]] = {
-    "vision": ("image", "image_features"),
-    "audio": ("audio", "audio_features"),
-    "diffusion": ("video", "video_latent"),
-}
-"""Kind of data of a run on one kind alone, and the field that a model must have for it, by the seeds' name of the run."""
 
 
 def _settle_only(asked: dict[str, Any], config: ArbConfig) -> None:

@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from arbitor.reference.config import parsed_json
+from arbitor.reference.json_text import parsed_json
 
 HEADER_BYTES = 2**26
 """Bytes of a header at most: one with ten thousand weights has some three million."""
