@@ -28,7 +28,7 @@ export GOMP_SPINCOUNT ?= 1000
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .NOTPARALLEL:  # two pips must not write to one environment
-.PHONY: help demo demo-media test lint mutate format bench docs
+.PHONY: help install demo demo-media test lint mutate format bench docs
 
 help: ## this list
 	@awk -F '## ' '/^[a-z-]+:.*## / { split($$1, name, ":"); printf "  make %-10s %s\n", name[1], $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,8 @@ help: ## this list
 	@echo "  make bench PYTEST=\"-k linear\"            one family of benchmarks"
 	@echo "  make docs                                the site, in site/index.html"
 	@echo "  make demo PYTHON=/opt/python3.12/bin/python3    choose the Python of the environment"
+
+install: $(VENV)/.installed-arb ## the command arb and the package, in .venv (source .venv/bin/activate finds it)
 
 demo: $(VENV)/.installed-arb ## train the tiny preset on Python's own sources, show the result (6 to 10 minutes)
 	rm -rf $(DEMO_RUN)

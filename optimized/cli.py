@@ -13,6 +13,7 @@ import sys
 import traceback as traceback_module
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
 from typing import NoReturn
 
 import click
@@ -153,7 +154,9 @@ def _help(context: click.Context, name: str | None) -> None:
         return
     command = cli.get_command(main_context, name)
     if command is None:
-        raise click.NoSuchCommand(name, possibilities=cli.commands, ctx=main_context)
+        near = get_close_matches(name, cli.commands, n=1)
+        meant = f" Did you mean {near[0]!r}?" if near else ""
+        raise click.UsageError(f"No such command {name!r}.{meant}", main_context)
     click.echo(command.get_help(click.Context(command, parent=main_context, info_name=name)))
 
 

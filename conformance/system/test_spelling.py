@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -9,7 +11,8 @@ import pytest
 
 from arbitor.optimized.cli import cli
 from arbitor.optimized.commands.command import HABITS
-from conformance.system.command import Here, check_refused
+from conformance.system.command import REPOSITORY, Here, check_refused, environment
+from conformance.training import nano
 
 SINGLE = [
     (name, option)
@@ -62,6 +65,13 @@ def test_a_habit_is_told_what_is_meant(here: Here, command: str, typed: str, mea
     check_refused(here(command, typed, "1"), 2, f"No such option '{typed}'. Did you mean '{meant}'?")
 
 
+def test_a_word_of_other_programs_is_told_what_is_meant(here: Here) -> None:
+    check_refused(
+        here("train", "--device", "gpu"), 2, "'gpu' is not one of 'auto', 'cpu', 'cuda': did you mean 'cuda'?"
+    )
+    check_refused(here("eval", "x", "--data", "y", "--dtype", "bf16"), 2, "did you mean 'bfloat16'?")
+
+
 def test_a_habit_names_options_that_are() -> None:
     options = {each for command in cli.commands.values() for param in command.params for each in param.opts}
     assert {meant for each in HABITS.values() for meant in each} <= options
@@ -102,7 +112,7 @@ def test_an_export_takes_the_place_of_nothing(here: Here, finished: Path, tmp_pa
 def test_help_is_a_command(here: Here) -> None:
     assert here("help").stdout == here("--help").stdout != b""
     assert here("help", "train").stdout == here("train", "--help").stdout != b""
-    check_refused(here("help", "trian"), 2, "No such command 'trian'", "train")
+    check_refused(here("help", "trian"), 2, "No such command 'trian'. Did you mean 'train'?")
 
 
 def test_the_list_of_commands_is_not_cut(here: Here) -> None:
@@ -110,3 +120,40 @@ def test_the_list_of_commands_is_not_cut(here: Here) -> None:
     assert "..." not in shown
     for name, command in cli.commands.items():
         assert command.hidden or f"{name} {command.get_short_help_str()}" in shown
+
+
+def test_what_is_no_model_is_said_to_be_none(here: Here, finished: Path, text: Path) -> None:
+    check_refused(here("generate", "none"), 1, "there is no run, folder or checkpoint 'none'")
+    result = here("generate", str(text))
+    check_refused(result, 1, "is damaged or not a safetensors file: it does not begin as one")
+    result = here("train", "--resume", "--run", str(finished), "--steps", "3")
+    check_refused(result, 1, "cannot go on with steps 3; more steps are possible")
+
+
+def test_data_that_look_like_no_text_are_named(here: Here, tmp_path: Path) -> None:
+    """A folder leaves such a file out. Asked for by name it is learned from, and the first lines say so."""
+    (tmp_path / "a.zip").write_bytes(b"PK\x03\0" + bytes(range(256)) * 8)
+    words = ("train", "--preset", "nano", "--device", "cpu", "--steps", "1", "--no-save", "--data")
+    said = here(*words, str(tmp_path / "a.zip"))
+    assert said.returncode == 0
+    assert (
+        b"it looks like no text (NUL bytes in its first 8 KiB), and is learned from as it is" in said.stdout
+    )
+
+
+def test_the_ends_of_files_are_said_to_be_the_validation(here: Here, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(nano.TEXT)
+    words = ("train", "--preset", "nano", "--device", "cpu", "--steps", "1", "--no-save", "--data")
+    said = here(*words, str(tmp_path)).stdout.decode()
+    assert "bytes, the last tenth of files (2 pieces); --val-data names other bytes; judged on " in said
+
+
+def test_a_speed_is_not_glued_to_the_text(finished: Path) -> None:
+    """Both go into one pipe, as with `2>&1`."""
+    words = ["generate", str(finished), "--prompt", "7", "--bytes", "3", "--device", "cpu"]
+    command = [sys.executable, "-m", "conformance.system.nano_arb", *words]
+    said = subprocess.run(
+        command, cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ).stdout
+    assert said.startswith(b"7") and said[4:].startswith(b"\narb: 3 bytes in ")

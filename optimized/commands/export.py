@@ -104,6 +104,8 @@ def _print_losses(losses: dict[str, Merge]) -> None:
     total, unchanged = None, 0
     for name, loss in losses.items():
         total = loss if total is None else total + loss
+        if not loss.change:
+            continue
         if abs(loss.kept) < NOTHING:
             unchanged += 1
         else:

@@ -217,6 +217,7 @@ def generate(
     # The first byte comes with the reading of the prompt.
     spent, steps = ended - first, count - 1
     if steps > 0 and spent > 0:
+        _end_line()
         warn(
             f"{count:,} bytes in {ended - began:.2f} s: the first after {first - began:.2f} s, then {steps / spent:,.1f} a second"
         )
@@ -238,6 +239,13 @@ def _file_of(answers: str, to: Path | None) -> Path:
     if to is None and path.exists():
         raise TrainingError(f"{str(path)!r} exists, and would be overwritten: name a file with --to")
     return path
+
+
+def _end_line() -> None:
+    """End the line of the text where a sentence on standard error would stand in it, as with ``2>&1``."""
+    with contextlib.suppress(OSError, ValueError):
+        if not sys.stdout.isatty() and os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno()):
+            click.echo(err=True)
 
 
 def _writer() -> Callable[[bytes, bool], None]:
