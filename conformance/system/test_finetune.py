@@ -13,12 +13,14 @@ import torch
 from arbitor import ArbModel
 from arbitor.adapters import adapters_of, float_model, load_adapter
 from arbitor.optimized.cli import cli
+from arbitor.optimized.commands.export import print_losses
 from arbitor.optimized.training import report
 from arbitor.optimized.training.checkpoint import load_checkpoint
 from arbitor.optimized.training.facts import read_facts
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.options import TrainOptions
 from arbitor.optimized.training.run_folder import RunFolder
+from arbitor.reference.graph.adapters import Merge
 from conformance.compare import alike
 from conformance.system.command import Here, check_refused
 from conformance.training import nano
@@ -213,12 +215,20 @@ def test_folders_that_hold_no_ternary_model_say_what_reads_them(
             check_refused(here(*words), 1, f"{folder!r} {says}")
 
 
-def test_a_ternary_merge_says_what_is_lost(here: Here, tuned: Path, tmp_path: Path) -> None:
-    lines = here("export", str(tuned), str(tmp_path / "m"), "--merge", "ternary").stdout.decode().splitlines()
-    assert not any(" 0.0%" in line or "-0.0%" in line for line in lines if not line.endswith("  all"))
-    assert any("weights keep nothing of their change, and are not listed." in line for line in lines)
-    assert "of the change is kept: most of it is smaller than a step of a ternary weight." in lines[-2]
-    assert "arb train --init-from" in lines[-2] and lines[-1].startswith("wrote nano after 30 steps to ")
+def test_a_ternary_merge_says_what_is_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights that keep nothing are counted, and not listed as 0.0% and -0.0%. Where little is kept, it says what else to do."""
+    kept, lost, worse = Merge(10.0, 1.0, 0.5), Merge(10.0, 1.0, 1.0), Merge(10.0, 9.0, 9.001)
+    print_losses({"a": kept, "b": lost, "c": worse, "d": Merge(10.0, 0.0, 0.0)})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines[:3]] == ["weight", "a", "all"]
+    assert lines[1].split()[2] == "75.0%" and "-0.0%" not in "".join(lines)
+    assert lines[3] == "2 of 4 weights keep nothing of their change, and are not listed."
+    assert lines[4].startswith(
+        "0.9% of the change is kept: most of it is smaller than a step of a ternary weight. "
+    )
+    assert "arb train --init-from" in lines[4]
+    print_losses({"a": kept})
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 def test_a_run_is_called_after_what_it_is_from(

@@ -95,10 +95,10 @@ def _export_adapted(folder: Path, config: ArbConfig, checkpoint: Checkpoint, mer
     context = trained_context(checkpoint)
     known = {} if context is None else {"context": context}
     write_folder(folder, config, model.state(), step=checkpoint.step, seed=checkpoint.seed, run=known)
-    _print_losses(losses)
+    print_losses(losses)
 
 
-def _print_losses(losses: dict[str, Merge]) -> None:
+def print_losses(losses: dict[str, Merge]) -> None:
     """Print what the merge lost: of each weight that kept some of its change, and of all together."""
     click.echo(f"{'error':>8}  {'change':>8}  {'kept':>7}  weight")
     total, unchanged = None, 0

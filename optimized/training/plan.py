@@ -381,7 +381,7 @@ def _preset_of_source(source: str, name: str) -> str:
         ValueError: it is a file that is no checkpoint by its name.
     """
     if not os.path.exists(source):
-        raise TrainingError(f"{name} is {source!r}, but there is no such folder or file")
+        raise TrainingError(f"{name} is {nearby(source)!r}, but there is no such folder or file")
     if os.path.isdir(source):
         refuse_other_model(Path(source))
         return os.path.join(source, RUN_CONFIG)
