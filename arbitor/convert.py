@@ -32,6 +32,7 @@ from torch import Tensor
 
 from arbitor.nn import Linear, swap_linears
 from arbitor.optimized.cli import run_command
+from arbitor.optimized.commands.command import Command
 from arbitor.optimized.commands.parameters import FilePath
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.regular import open_regular
@@ -266,7 +267,9 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
         write_whole(path, content)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(
+    cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.argument("source", type=FilePath(path_type=Path))
 @click.argument("target", type=FilePath(path_type=Path))
 @click.option("--back", is_flag=True, help="SOURCE is a converted file: write its matrices in float [off].")

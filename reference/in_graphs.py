@@ -107,16 +107,25 @@ def differentiate(name: str, backward: Callable[..., Any], setup: Callable[..., 
     torch.library.register_autograd(name, backward, setup_context=setup, lib=library)
 
 
-# `torch.compiler.disable` would import the compiler at once. That takes seconds, also for users who never compile.
-@torch._disable_dynamo  # type: ignore[attr-defined]
-def outside(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Return the result of a call outside of graphs."""
-    return call(*args, **kwargs)
+def left_out(reason: str) -> Callable[..., Any]:
+    """Return a function that calls a function outside of graphs of torch.compile: found(function, *args, **kwargs).
+
+    `fullgraph=True` refuses it and says the reason.
+    """
+
+    # `torch.compiler.disable` would import the compiler at once. That takes seconds, also for users who never compile.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    # `torch.compiler.disable(reason=...)` leaves the same two attributes.
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    call._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+    found: Callable[..., Any] = call
+    return found
 
 
-# What `fullgraph=True` says. `torch.compiler.disable(reason=...)` leaves the same two attributes.
-outside._torchdynamo_disable = True  # type: ignore[attr-defined]
-outside._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+_outside = left_out(
     "an op of arbitor that is not registered with torch, or a call with such arguments, stands in no graph of torch.compile: "
     "compile without fullgraph=True, or call it outside of the compiled function"
 )
@@ -175,7 +184,7 @@ class InGraphs:
         """Return the result of a call of the op. The compiler looks at this function, and at those that it calls."""
         given = self.arguments(args, kwargs)
         if self.like is None or not self.takes(given):
-            return outside(self.function, args, kwargs)
+            return _outside(self.function, *args, **kwargs)
         given.pop(WRITTEN, None)
         found = getattr(getattr(torch.ops, self.namespace), self.ensure())(*self.taken_apart(given))
         return found if self.returned == "Tensor" else tuple(found)

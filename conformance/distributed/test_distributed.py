@@ -137,6 +137,7 @@ def found(
 
 both = pytest.mark.parametrize("found", [2, 3], indirect=True, ids=["2 ranks", "3 ranks"])
 two = pytest.mark.parametrize("found", [2], indirect=True, ids=["2 ranks"])
+three = pytest.mark.parametrize("found", [3], indirect=True, ids=["3 ranks"])
 Found = tuple[Path, list[dict[str, Any]]]
 
 
@@ -227,7 +228,7 @@ def test_bytes_of_codes_are_those_of_the_formulas(found: Found) -> None:
     assert whole[0] == whole[1] and spread[0] == spread[1] > 0
 
 
-@both
+@three
 def test_a_run_with_spread_codes_is_the_run_without(found: Found, monkeypatch: pytest.MonkeyPatch) -> None:
     """So is what ranks that keep all codes say of its checkpoint, and one process."""
     folder, ranks = found
@@ -244,7 +245,7 @@ def test_a_run_with_spread_codes_is_the_run_without(found: Found, monkeypatch: p
     assert summary["state_sha256"] == ranks[0]["trains_with_spread_codes"]["runs"][0]["state_sha256"]
 
 
-@both
+@three
 def test_codes_that_cannot_be_spread_are_refused(found: Found) -> None:
     says = [of_rank["trains_with_spread_codes"] for of_rank in found[1]]
     assert all({**one, "runs": None} == {**says[0], "runs": None} for one in says)
@@ -285,14 +286,14 @@ def test_votes_of_spread_experts_are_those_of_one_process(found: Found) -> None:
     assert received == wanted > 0
 
 
-@both
+@two
 def test_a_run_with_spread_experts_keeps_them_spread(found: Found) -> None:
+    """Two matrices of a layer, in every turn of its loop, in training, validation and the sample."""
     each = [of_rank["trains_with_spread_experts"] for of_rank in found[1]]
-    assert {one["steps"] for one in each} == {2}
-    lines = [(found[0] / name / "metrics.jsonl").read_text().splitlines() for name in ("spread", "experts")]
-    sent = [json.loads(of_run[-1])["exchanged_bytes"] for of_run in lines]
-    assert sent[0] != sent[1], "slots and gradients of experts are one size"
-    assert len({one["other"] for one in each}) == 1 and "shard_experts" in each[0]["other"]
+    assert each[0] == each[1] and each[0]["slots"] > 8
+    assert each[0]["other"] == (
+        "the run was started with shard_experts True and cannot go on with shard_experts False"
+    )
     assert found[1][0]["spreads_experts"]["few experts"] == (
         "shard_experts is True, but a layer has 2 experts, and must have one for each of the 3 ranks"
     )

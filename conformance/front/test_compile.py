@@ -18,6 +18,7 @@ from arbitor.reference.graph import rule
 from arbitor.reference.graph.adapters import attach
 from conformance.compare import exact
 from conformance.graph import models
+from conformance.subject import Subject
 
 IDS = torch.randint(20, (4, 9), generator=torch.Generator().manual_seed(3))
 BACKENDS = ["eager", "aot_eager"]
@@ -206,6 +207,26 @@ def test_adapters_learn_in_graphs() -> None:
             assert model.backward(call(torch.ones(2, 12)).square().mean(), rate=9.0, step=step)
             adam.step()
         states.append(copy.deepcopy(model.state_dict()))
+    same(*states)
+
+
+def test_layers_of_any_op_set_are_in_graphs(subject: Subject) -> None:
+    """In the layout of the op set, where it runs."""
+    states = []
+    for compiles in (False, True):
+        form: dict[str, Any] = {"ops": subject.ops, "device": subject.device}
+        layers = (
+            Embedding(9, 24, seed=1, **form),
+            RMSNorm(24, frozen=False, **form),
+            Linear(24, 36, seed=2, **form),
+        )
+        model = Ternary(nn.Sequential(*layers))
+        call = torch.compile(model, backend="aot_eager", fullgraph=True) if compiles else model
+        ids = torch.tensor([[1, 2, 3], [3, 8, 0]], device=subject.device)
+        for step in range(2):
+            assert model.backward(call(ids).square().mean(), rate=9.0, step=step)
+            model.step()
+        states.append({name: tensor.cpu().clone() for name, tensor in model.state_dict().items()})
     same(*states)
 
 

@@ -72,7 +72,7 @@ def test_no_sentence_has_a_name_raw(here: Here, text: Path, tmp_path: Path) -> N
     ("command", "code", "sentence"),
     [
         (["train", "--run", ""], 2, "'--run' / '--out': '' is empty, but must name"),
-        (["generate", "--run", ""], 2, "'--run' / '--out': '' is empty, but must name"),
+        (["generate", "--run", ""], 2, "'--run': '' is empty, but must name"),
         (["train", "--data", "", "--no-save"], 2, "data is '', but must not be empty"),
         (["generate", "--run", "x", "--bytes", str(10**12)], 2, "is not in the range 0<=x<=16777216"),
         (["train", "--batch", str(10**9)], 2, "is not in the range"),

@@ -26,6 +26,7 @@ from conformance.system.command import (
     check_refused,
     environment,
     finish,
+    last_counts,
     start,
     until,
 )
@@ -34,10 +35,10 @@ STEPS = "15"
 
 
 def arguments(text: Path, run: Path, *more: str) -> list[str]:
-    return [
+    return last_counts(
         "train", "--preset", "nano", "--data", str(text), "--device", "cpu", "--run", str(run),
         "--steps", STEPS, *more
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 def digest(run: Path) -> str:

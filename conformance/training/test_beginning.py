@@ -267,7 +267,7 @@ def test_a_source_that_cannot_be_used_is_refused_before_anything_is_written(
 
 
 def test_no_model_begins_with_what_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"^there is no checkpoint '.*nowhere'$"):
+    with pytest.raises(TrainingError, match=r"^there is no run, folder or checkpoint '.*nowhere'$"):
         begin_with(ArbModel(NANO), str(tmp_path / "nowhere"))
     with pytest.raises(
         TrainingError, match=r"^the folder '.*' holds no checkpoint: it is no run, and has no"

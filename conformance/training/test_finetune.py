@@ -209,7 +209,7 @@ def test_the_last_layer_turns_once_unless_asked(
         ({"init_from": None}, "init_from is not set, but must name the base"),
         ({"lora_rank": 0}, "lora_rank is 0, but must be from 1"),
         ({"lora_alpha": 0.0}, "lora_alpha is 0, but must be above 0"),
-        ({"lora_targets": "nothing"}, "targets has 'nothing', but must end the name of a linear"),
+        ({"lora_targets": "nothing"}, "lora_targets has 'nothing', but must end the name of a linear"),
         ({"rate": 3.0}, "rate is 3.0, but does nothing in arb finetune"),
         ({"sign_votes": True}, "sign_votes is True, but does nothing in arb finetune"),
         ({"enable_memory": True}, "enable_memory is True, but does nothing in arb finetune"),

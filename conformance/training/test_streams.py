@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -265,6 +267,30 @@ def test_large_data_are_mapped(large: Path, cache: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(data, "MAPPED_BYTES", 0)
     with pytest.raises(TrainingError, match="is empty"):
         load_corpus(str(large / "empty.txt"))
+
+
+def test_a_stream_is_read_by_one_process_at_a_time(
+    jsonl: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who comes second waits for the first, and finds the file."""
+    source, read = f"hf:{jsonl}", []
+
+    def documents(stream: streams.Stream) -> Iterator[bytes]:
+        read.append(stream)
+        yield b"a document"
+
+    monkeypatch.setattr(streams, "documents", documents)
+    path = written(source, 100)
+    path.unlink()
+    with path.with_suffix(".lock").open("a") as lock, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = pool.submit(written, source, 100)
+        with pytest.raises(TimeoutError):
+            second.result(timeout=0.2)
+        path.write_bytes(b"of the first")
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert second.result(timeout=20).read_bytes() == b"of the first"
+    assert len(read) == 1
 
 
 @needs_datasets

@@ -175,7 +175,7 @@ class Settings:
     batch: Annotated[
         int,
         Option(
-            help="Windows of a micro-batch; auto: what memory holds",
+            help="Windows of a micro-batch",
             default=4,
             low=1,
             high=2**20,

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from arbitor.reference.constants import MIN_ORTHOGONAL_RANK
 from arbitor.reference.graph.averages import average_of
 from arbitor.reference.graph.context import GraphContext
-from arbitor.reference.graph.module import TernaryModule, uncompiled
+from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.graph.rule import Rule, registered
 from arbitor.reference.graph.spread import Read, fetched
+from arbitor.reference.graph.uncompiled import uncompiled
 from arbitor.reference.promises import differentiable_once
 from arbitor.reference.types import LaidOutWeight, TernaryWeight
 

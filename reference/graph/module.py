@@ -17,13 +17,13 @@ from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.open_pass import VOTED_IN, Average
-from arbitor.reference.graph.rule import ANCHOR, Pass, Rule, new_ticket
+from arbitor.reference.graph.rule import ANCHOR, Rule, RuleFunction, new_ticket
 from arbitor.reference.graph.spread import Spread
+from arbitor.reference.graph.uncompiled import outside
 from arbitor.reference.graph.voting import Voting
 from arbitor.reference.types import LaidOutWeight, TernaryWeight, has_memory, without_memory
 
 Method = TypeVar("Method", bound=Callable[..., Any])
-Result = TypeVar("Result")
 
 
 class Part(nn.Module):
@@ -117,19 +117,7 @@ def as_it_is(method: Method) -> Method:
     def outer(self: ArbModule, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             return run(self, args, kwargs)
-        return (
-            method(self, *args, **kwargs) if self.in_graphs else _outside_of_graphs(run, self, args, kwargs)
-        )
-
-    return cast(Method, outer)
-
-
-def out_of_graphs(method: Method) -> Method:
-    """Return a method that torch.compile leaves alone, as a pass and a step of a model, which are no work on tensors alone."""
-
-    @functools.wraps(method)
-    def outer(*args: Any, **kwargs: Any) -> Any:
-        return uncompiled(functools.partial(method, **kwargs), *args)
+        return method(self, *args, **kwargs) if self.in_graphs else outside(run, self, args, kwargs)
 
     return cast(Method, outer)
 
@@ -281,7 +269,7 @@ class TernaryModule(ArbModule):
         if not torch.compiler.is_compiling():
             return _apply(rule, self, inputs)
         if rule.in_graph is None:
-            return _outside_of_graphs(_apply, rule, self, inputs)
+            return outside(_apply, rule, self, inputs)
         # An adapter learns although the weight is frozen, and its gradients say that the model was reached.
         anchor = None if self.frozen and self.adapter is None else ANCHOR
         codes, exponents = self.get_buffer(self._codes), self.get_buffer("exponents")
@@ -491,25 +479,6 @@ def used(module: nn.Module, times: int) -> None:
             part.uses = times
 
 
-def uncompiled(call: Callable[..., Result], *args: Any) -> Result:
-    """Return `call(*args)`, run outside of torch.compile, which would not see the notes that a pass leaves."""
-    return _outside_of_graphs(call, *args) if torch.compiler.is_compiling() else call(*args)
-
-
-# `torch.compiler.disable` would import the compiler at once. That takes seconds, also for users who never compile.
-@torch._disable_dynamo  # type: ignore[attr-defined]
-def _outside_of_graphs(call: Callable[..., Any], *args: Any) -> Any:
-    return call(*args)
-
-
-# What `fullgraph=True` says of a model. `torch.compiler.disable(reason=...)` leaves the same two attributes.
-_outside_of_graphs._torchdynamo_disable = True  # type: ignore[attr-defined]
-_outside_of_graphs._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
-    "an ArbModel, and backward and step of any model with ternary layers, run outside of graphs of torch.compile: compile without "
-    "fullgraph=True, or compile a module whose ternary layers are of arbitor.nn, and call its backward and step elsewhere"
-)
-
-
 def _apply(rule: Rule, module: TernaryModule, inputs: Iterable[Tensor]) -> Tensor:
-    result: Tensor = Pass.apply(rule, module, module.anchor(), *inputs)
+    result: Tensor = RuleFunction.apply(rule, module, module.anchor(), *inputs)
     return result

@@ -58,7 +58,7 @@ class Rule:
     in_graph: Callable[..., Tensor] | None = None
 
 
-class Pass(torch.autograd.Function):
+class RuleFunction(torch.autograd.Function):
     """A rule applied to inputs and to the weight of a module, with a backward pass that votes."""
 
     @staticmethod
@@ -78,9 +78,9 @@ class Pass(torch.autograd.Function):
 
 
 def new_ticket(module: Any) -> Tensor:
-    """Return a ticket for a module: an int64 scalar on the CPU.
+    """Return a ticket for a module, an int64 scalar on the CPU.
 
-    As a tensor it is no constant of a graph, which so serves all layers.
+    A number would be a constant of a graph. The graph of one layer would not serve another one of its shape.
     """
     number = secrets.randbits(TICKET_BITS)
     _HOLDERS[number] = module

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
-from arbitor.reference.graph.module import ArbModule, TernaryModule, check_loadable, out_of_graphs
+from arbitor.reference.graph.module import ArbModule, TernaryModule, check_loadable
 from arbitor.reference.graph.parts import row_parts
 from arbitor.reference.graph.tables import TableModule
+from arbitor.reference.graph.uncompiled import out_of_graphs
 from arbitor.reference.types import TernaryWeight
 
 BESIDE_TRITS = ("exponents", "trit_accum", "exponent_accum")
