@@ -157,6 +157,8 @@ def test_signals_save_and_exit(
     ended_alone = subprocess.CompletedProcess(result.args, result.returncode, result.stdout, ended)
     check_refused(ended_alone, code, f"stopped by {number.name}", "--resume")
     assert load_checkpoint(run / "latest.safetensors").step >= 4
+    # Who sends SIGTERM does not wait for a picture.
+    assert (run / "report.png").exists() == (number == signal.SIGINT)
     if number == signal.SIGTERM:
         check_full_disk_while_resuming(run)
     assert here(*resume(run)).returncode == 0
