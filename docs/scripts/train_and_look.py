@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Train a model, and look inside
 #
-# The preset `tiny` learns from Python's own sources, in some five minutes on two cores of a CPU. Then we look at its trits and
+# The preset `tiny` learns from Python's own sources, in about five minutes on a CPU. Then we look at its trits and
 # scales, and save it. Run it as a script, or cell by cell in an editor that knows `# %%`.
 #
 #     python train_and_look.py             # 150 steps

@@ -191,6 +191,7 @@ class Run:
             cuda_graph=self.prepared.recorded,
         )
         if self.folder is not None:
+            self.monitor.say("all steps are taken; the pictures of the run are drawn")
             self.folder.write_sample(prompt + sample)
             self.folder.write_summary(summary)
             facts = self._facts()
