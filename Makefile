@@ -28,7 +28,7 @@ export GOMP_SPINCOUNT ?= 1000
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .NOTPARALLEL:  # two pips must not write to one environment
-.PHONY: help demo demo-media test lint mutate format bench docs
+.PHONY: help install demo demo-media test lint mutate format bench docs
 
 help: ## this list
 	@awk -F '## ' '/^[a-z-]+:.*## / { split($$1, name, ":"); printf "  make %-10s %s\n", name[1], $$2 }' $(MAKEFILE_LIST)
@@ -43,9 +43,11 @@ help: ## this list
 	@echo "  make docs                                the site, in site/index.html"
 	@echo "  make demo PYTHON=/opt/python3.12/bin/python3    choose the Python of the environment"
 
+install: $(VENV)/.installed-arb ## the command arb and the package, in .venv (source .venv/bin/activate finds it)
+
 demo: $(VENV)/.installed-arb ## train the tiny preset on Python's own sources, show the result (6 to 10 minutes)
 	rm -rf $(DEMO_RUN)
-	$(BIN)/arb train --preset tiny --data stdlib --device auto --seed 0 --run $(DEMO_RUN) $(DEMO)
+	$(BIN)/arb train --run $(DEMO_RUN) $(DEMO)
 
 demo-media: $(VENV)/.installed-sidecars,media ## pictures, sounds and videos that a script renders: train, measure, show (5 minutes)
 	rm -rf $(DEMO_MEDIA_RUN) $(DEMO_MEDIA_RUN)-data

@@ -32,12 +32,12 @@ from torch import Tensor
 
 from arbitor.nn import Linear, swap_linears
 from arbitor.optimized.cli import run_command
+from arbitor.optimized.commands.command import Command
 from arbitor.optimized.commands.parameters import FilePath
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.regular import open_regular
 from arbitor.optimized.training.shown import shown
 from arbitor.optimized.training.whole_file import told, write_whole
-from arbitor.reference.config import parsed_json
 from arbitor.reference.constants import (
     DEFAULT_GROUP_SIZE,
     DEFAULT_MANTISSA_BITS,
@@ -46,6 +46,7 @@ from arbitor.reference.constants import (
     packed_bytes,
 )
 from arbitor.reference.convert import Loss, loss_of, ternarize, ternarize_all
+from arbitor.reference.json_text import parsed_json
 from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.types import TernaryWeight
 
@@ -283,7 +284,9 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
         write_whole(path, content)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(
+    cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.argument("source", type=FilePath(path_type=Path))
 @click.argument("target", type=FilePath(path_type=Path))
 @click.option("--back", is_flag=True, help="SOURCE is a converted file: write its matrices in float [off].")

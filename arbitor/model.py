@@ -37,6 +37,9 @@ from arbitor.sidecars import Encoders
 Text = str | bytes
 """A text. What is made of bytes comes back as bytes, what is made of a string as a string."""
 
+LENGTHS = ("max_new_tokens", "max_tokens", "max_length", "length")
+"""What other libraries call the number of tokens to add."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 """The dtypes of activations by name."""
 
@@ -246,6 +249,7 @@ class ArbModel(graph.ArbModel):
         sounds: Sequence[Tensor] | None = None,
         clips: Sequence[Tensor] | None = None,
         stream: bool = False,
+        **unknown: Any,
     ) -> Any:
         """Return what the model adds to a prompt, or to each of several. The same arguments give the same text.
 
@@ -271,8 +275,13 @@ class ArbModel(graph.ArbModel):
             A string for a string, bytes for bytes, and a list for a sequence; without the prompts.
 
         Raises:
-            TypeError or ValueError: an argument of another type, or out of range.
+            TypeError or ValueError: an argument of another name or type, or out of range.
         """
+        for name in unknown:
+            meant = (
+                "; max_new_bytes is how many bytes to add, and a byte is a token" if name in LENGTHS else ""
+            )
+            raise TypeError(f"generate has no argument {name!r}{meant}")
         checks.integer("max_new_bytes", max_new_bytes, 0, MOST_BYTES)
         alone = isinstance(prompts, Text)
         several = _texts("prompts", prompts)

@@ -142,7 +142,7 @@ def picture() -> str:
     """Return the picture as SVG."""
     found = course()
     panels = (
-        Panel(f"a weight, T times S: {found.flips} trits of its row and {found.moves} scale move", found.values,
+        Panel(f"a weight, T times S: {found.flips} moves of trits and {found.moves} of the scale in its row", found.values,
               [(TARGET[SHOWN], "target"), (0.0, "0")]),
         Panel("its votes", found.votes, [(0.0, "0")], bars=True),
         Panel("T_accum: a full count moves the trit, and starts again at 0", found.counts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -26,18 +27,19 @@ FEW, MANY = 16, 80
 def test_the_graph_on_float_weights_computes_what_it_does_on_ternary_ones(length: int) -> None:
     """The loss agrees, and it changes along the gradients as they say."""
     ids_BT = torch.randint(0, 256, (2, length), generator=torch.Generator().manual_seed(0))
-    ours, twin = ArbModel(TRUNK, seed=0), ArbModel(TRUNK, ops=DenseOps(torch.float32), seed=0)
+    ops: Any = DenseOps(torch.float32)
+    ours, twin = ArbModel(TRUNK, seed=0), ArbModel(TRUNK, ops=ops, seed=0)
     loss = twin.loss(ids_BT)
     # An expert may be chosen otherwise where two are nearly equal.
     assert loss.item() == pytest.approx(ours.loss(ids_BT).item(), rel=1e-4)
     with twin.voting.taking(rate=1.0, step=0, undo=False):
         loss.backward()
-    masters = [weight.master for weight in twin.ops.weights]  # type: ignore[attr-defined]
+    masters = [weight.master for weight in ops.weights]
     squares = sum(float(master.grad.square().sum()) for master in masters if master.grad is not None)
     change, losses = 1e-2, []
     for sign in (1, -1):
         with torch.no_grad():
-            for weight in twin.ops.weights:  # type: ignore[attr-defined]
+            for weight in ops.weights:
                 if weight.master.grad is not None:
                     weight.value.copy_(weight.master + sign * change * weight.master.grad / squares**0.5)
             losses.append(float(twin.loss(ids_BT)))
@@ -69,15 +71,14 @@ def test_muon_moves_each_expert_as_a_matrix_of_its_own() -> None:
     assert len(model.stacks) == len(stacks) > 0
     [before] = [master.detach().clone() for master, _ in model.stacks[:1]]
     held: list[torch.Tensor] = []
-    steps = [optimizer.step for optimizer in model.optimizers]
-    model.optimizers[1].step = lambda: (
-        held.extend(  # type: ignore[method-assign]
-            matrix.grad.clone() for matrix in model.stacks[0][1] if matrix.grad is not None
-        )
-        or steps[1]()
-    )
+
+    def look(*_: Any) -> None:
+        held.extend(matrix.grad.clone() for matrix in model.stacks[0][1] if matrix.grad is not None)
+
+    model.optimizers[1].register_step_pre_hook(look)
     model.step(torch.randint(0, 256, (2, MANY), generator=torch.Generator().manual_seed(0)), 1.0)
-    alone = [torch.nn.Parameter(part.clone()) for part in before.chunk(stacks[0].num_groups)]
+    alone: list[torch.Tensor] = [torch.nn.Parameter(part.clone()) for part in before.chunk(len(held))]
+    assert len(held) == stacks[0].num_groups
     for matrix, grad in zip(alone, held, strict=True):
         matrix.grad = grad
     rate = rules.RULES["float Muon"].rate

@@ -363,8 +363,9 @@ def test_flips_of_each_kind_are_those_of_the_trits(name: str, tmp_path: Path) ->
     corpus = load_corpus(str(text_in(tmp_path / "text")))
     split = split_corpus(corpus, 32)
     windows = validation_windows(corpus, split, count=1, context=32)
-    rule, how = rules.RULES[name], {"seed": 0, "steps": 4, "device": "cpu", "evaluations": 2}
-    found = training.train(architecture, rule, corpus, split, windows, **how)  # type: ignore[arg-type]
+    rule = rules.RULES[name]
+    how: dict[str, Any] = {"seed": 0, "steps": 4, "device": "cpu", "evaluations": 2}
+    found = training.train(architecture, rule, corpus, split, windows, **how)
     if name == "float AdamW":
         assert "flips" not in found
         return
@@ -375,12 +376,12 @@ def test_flips_of_each_kind_are_those_of_the_trits(name: str, tmp_path: Path) ->
         batch = training_batch(corpus, split, batch=2, context=32, seed=0, micro_step=step)
         model.step(batch, schedule.rate(step, 4, theta=1, gain=1.0, decay=rule.decay))
     before, after = trits[-1], _trits(model)
-    named = {
+    named: dict[str, tuple[str, ...]] = {
         "embedding": ("bytes", "positions"),
         "attention": ("qkv", "output"),
         "feed-forward": ("up", "down"),
+        "head": ("head",),
     }
-    named["head"] = ("head",)
     rates = found["flips"][0][1]
     assert rates.keys() == named.keys() and sum(rates.values()) > 0
     for kind, last_parts in named.items():

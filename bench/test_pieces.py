@@ -172,7 +172,7 @@ def test_what_a_step_takes_is_told_by_steps_that_neither_warm_up_nor_count(
 ) -> None:
     """A piece that begins just before a validation compiles within a step, which took the place of many in the sum."""
     now = [0.0]
-    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr("bench.learning.training.time.perf_counter", lambda: now[0])
     history = pieces.History()
 
     def take(clock: training.Clock, first: int, last: int, seconds: float, *, slow: bool = False) -> None:

@@ -21,7 +21,7 @@ from arbitor.reference.op_table import OP_TABLE, NoWorse
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.types import TernaryWeight
 
-from .compare import exact, no_worse, unsigned_zeros
+from .compare import exact, no_worse, same_sums
 from .report import LEDGER
 from .subject import Subject
 
@@ -111,7 +111,7 @@ def compare(ops: Subject, name: str, case: Case, *, count: bool = False) -> None
         if not plain.is_floating_point():
             exact(one, plain, what)
         elif case.sums_exact:
-            exact(unsigned_zeros(one), unsigned_zeros(true.to(plain.dtype)), what)
+            same_sums(one, true.to(plain.dtype), what)
         else:
             # A factor of the op itself may be negative, as no input is by now.
             no_worse(one, twin=plain, wide=true, magnitude=terms.abs(), k=row.output.k, what=what)

@@ -55,6 +55,11 @@ def exact(got: Any, want: Any, what: str = "output") -> None:
         assert type(got) is type(want) and got == want, f"{what}: got {got!r}, want {want!r}"
 
 
+def same_sums(got: Any, want: Any, what: str = "output") -> None:
+    """Fail unless sums that are exact in any order are equal in every bit but the sign of a zero."""
+    exact(unsigned_zeros(got), unsigned_zeros(want), what)
+
+
 def no_worse(
     got: Tensor, *, twin: Tensor, wide: Tensor, magnitude: Tensor, k: float, what: str = "output"
 ) -> None:

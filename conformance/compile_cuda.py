@@ -5,13 +5,15 @@
 
 Ops are called on the inputs of `cuda_calls` while a GPU is pretended, and the launches of CUDA C++ kernels are noted instead of
 made. Afterwards each kernel that they asked for is compiled for Hopper, and one of each source for the oldest architecture, unless
-the source is for Hopper alone.
+the source is for Hopper alone. A kernel is wrong too if the assembler makes its `wgmma` wait for one another, because registers
+or fences of the source do not fit.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -66,6 +68,11 @@ def asked_for() -> dict[Kernel, str]:
     return kernels
 
 
+def given_up(told: str) -> list[str]:
+    """Return what an assembler says that it does not do as the source asks, in its words."""
+    return re.findall(r"Potential Performance Loss: (.*)", told)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile and print. Return the exit status."""
     known = sorted(path.stem for path in compiler.FOLDER.glob("*.cu"))
@@ -86,15 +93,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kernels, complaints = asked_for(), []
     for source in sources or known:
         tried = [kernel for kernel in kernels if kernel.source == source]
+        registers, spilled = 0, 0
         print(source, end=": ", flush=True)
         for kernel in tried:
             both = kernel is tried[0] and source not in compiler.HOPPER_SOURCES
             for capability in CAPABILITIES if both else (compiler.HOPPER,):
                 try:
-                    compiler.machine_code(kernel, kernel.architecture(capability))
+                    told = compiler.what_the_assembler_says(kernel, kernel.architecture(capability))
                 except RuntimeError as error:
                     complaints.append(f"{error}\nas {kernels[kernel]} launches it")
-        print(f"{len(tried)} kernels")
+                    continue
+                complaints += [f"{kernel}: {sentence}" for sentence in given_up(told)]
+                registers = max([registers, *map(int, re.findall(r"Used (\d+) registers", told))])
+                spilled = max([spilled, *map(int, re.findall(r"(\d+) bytes spill", told))])
+        print(f"{len(tried)} kernels, of at most {registers} registers and {spilled} spilled bytes")
         if not tried:
             complaints.append(f"{source}.cu was not compiled: no call of cuda_calls launches a kernel of it")
     print("\n".join(complaints))

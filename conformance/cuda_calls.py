@@ -51,7 +51,8 @@ GROUPED = (
     # Experts, rows of one, columns, columns of a group, mantissa bits, slots.
     (5, 40, 392, 12, 2, (3, 5, 40, 300)),
     (40, 70, 520, 12, 1, (30, 700)),
-    (2, 130, 776, 16, 0, (2, 100)),
+    # The last count is of more than 96 slots an expert, which take a form of their own.
+    (2, 130, 776, 16, 0, (2, 100, 260)),
 )
 UPDATES = (
     # Rows of up to 128 columns are for Triton.

@@ -6,8 +6,8 @@ reference imports torch, the standard library and itself, and imports at the top
 what holds no op. Modules of either import each other in one direction: no circle, not even one for type checkers alone. Nothing
 that is installed imports conformance or bench. The modules of arbitor itself may import all that is installed, and nothing that
 is installed imports them. The suite that is installed as arbitor.conformance is links to files here, which import each other
-relatively, so that they work under both names. sidecars imports of ours the checks of reference. It alone imports libraries of
-other projects, by `libraries.library`. Environment variables named ARB_* are read in optimized/settings.py.
+relatively, so that they work under both names. sidecars imports of ours the checks of reference and its reader of JSON. It alone
+imports libraries of other projects, by `libraries.library`. Environment variables named ARB_* are read in optimized/settings.py.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ REFERENCE_FOR_OPTIMIZED = (
     "constants",
     "types",
     "promises",
+    "in_graphs",
     "checks",
     "config",
     "presets",
+    "json_text",
     "op_table",
     "graph",
     "audit",
@@ -37,7 +39,7 @@ SUITE = Path("arbitor/conformance")
 IN_SUITE = {link.resolve().relative_to(ROOT) for link in (ROOT / SUITE).iterdir() if link.is_symlink()}
 """Files and folders that are installed as `arbitor.conformance`."""
 TEST_PACKAGES = ("conformance", "bench")
-REFERENCE_FOR_SIDECARS = ("checks",)
+REFERENCE_FOR_SIDECARS = ("checks", "json_text")
 FOR_SIDECARS = ("arbitor", "numpy", "torch")
 OF_OTHERS = ("accelerate", "av", "datasets", "diffusers", "huggingface_hub", "optimum", "PIL", "transformers")
 """Libraries that `sidecars/libraries.py` imports by name, so that they may be missing."""
@@ -165,7 +167,11 @@ def refused(folder: str, module: str) -> str | None:
     if folder == "sidecars":
         if top not in FOR_SIDECARS and top not in sys.stdlib_module_names:
             return f"sidecars imports {', '.join(FOR_SIDECARS)} and the standard library"
-        if top == "arbitor" and rest[:1] != ["sidecars"] and rest[1:2] != list(REFERENCE_FOR_SIDECARS):
+        if (
+            top == "arbitor"
+            and rest[:1] != ["sidecars"]
+            and (len(rest) < 2 or rest[1] not in REFERENCE_FOR_SIDECARS)
+        ):
             return f"sidecars imports of ours only reference.{', reference.'.join(REFERENCE_FOR_SIDECARS)}"
     if folder == "optimized" and of_reference and (len(rest) < 2 or rest[1] not in REFERENCE_FOR_OPTIMIZED):
         return f"optimized imports of reference only {', '.join(REFERENCE_FOR_OPTIMIZED)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from arbitor.optimized.cuda.compiler import why_missing
+from arbitor.optimized.cuda import compiler
+from arbitor.optimized.cuda.compiler import Kernel, why_missing
+from conformance.compile_cuda import given_up
 from conformance.compile_kernels import repeated_operand
 from conformance.import_lint import ROOT
 from conformance.report import skip
@@ -68,7 +71,9 @@ def test_every_cuda_kernel_compiles(subject: Subject, tmp_path: Path) -> None:
     cuda_compiler()
     status, output = compiled(tmp_path, module="compile_cuda")
     assert status == 0, output
-    assert len(list(tmp_path.glob("*.cubin"))) > 10, output
+    assert re.search(r"^many_rows: [1-9]\d+ kernels, of at most [1-9]\d+ registers", output, re.MULTILINE), (
+        output
+    )
 
 
 def test_broken_cuda_kernels_are_found(subject: Subject, tmp_path: Path) -> None:
@@ -88,6 +93,36 @@ def test_broken_cuda_kernels_are_found(subject: Subject, tmp_path: Path) -> None
         output
     )
     assert "orphan.cu was not compiled" in output, output
+
+
+@pytest.mark.parametrize("lost", ["fence", "wait_group"])
+def test_products_that_wait_for_one_another_are_found(monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
+    """Without a fence or a wait the assembler puts in its own, and the products of a tile run one after the other."""
+    cuda_compiler()
+    constants = {
+        "GROUP_SIZE": 12,
+        "MANTISSA_BITS": 2,
+        "WORD_BYTES": 8,
+        "LEVEL_BYTES": 4,
+        "SLOTS": 0,
+        "ROWS": 16,
+    }
+    form = {
+        "WARP_GROUPS": 1,
+        "HEIGHT": 1,
+        "COPY_WARPS": 1,
+        "BLOCKS": 4,
+        "BATCH": 4,
+        "PARTS": 1,
+        "RESIDENT": 0,
+    }
+    kernel = Kernel.of("many_rows", "many_rows_product", **constants, **form)
+    assert not given_up(compiler.what_the_assembler_says(kernel, "sm_90a"))
+    text = compiler.source_text("many_rows")
+    broken = re.sub(rf'asm volatile\("wgmma\.{lost}.*\n', "\n", text)
+    monkeypatch.setattr(compiler, "source_text", lambda source: broken)
+    [sentence] = given_up(compiler.what_the_assembler_says(kernel, "sm_90a"))
+    assert "wgmma.mma_async instructions are serialized" in sentence
 
 
 def test_broken_kernels_are_found(subject: Subject, tmp_path: Path) -> None:

@@ -337,10 +337,17 @@ def test_every_file_of_the_product_has_tests() -> None:
     for file, tests in (
         ("optimized/training/media_mix.py", "conformance/sidecars/test_media_runs.py"),
         ("optimized/training/loop.py", "conformance/sidecars/test_media_runs.py"),
+        ("optimized/training/plan.py", "conformance/system/test_names.py"),
         ("optimized/commands/audit.py", "conformance/system/test_cli.py"),
         ("optimized/commands/report.py", "conformance/system/test_finished_runs.py"),
     ):
         assert Unit(tests) in selection.stages(file)[1]
+    # Of its name, whatever the folder, unless one is nearer.
+    assert [unit.tests for unit in selection.stages("reference/graph/mxint8.py")[0]] == [
+        "conformance/distributed/test_mxint8.py"
+    ]
+    nearest = selection.stages("optimized/kernels/codebook.py")[0]
+    assert nearest and not any(unit.tests.startswith("conformance/graph") for unit in nearest)
 
 
 def test_paths_outside_of_the_product_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,10 +47,11 @@ SHARED_MEMORY = 48 * 1024
 @pytest.fixture
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Pretend a GPU that can run the kernels. What is changed in the dictionary is what is found."""
-    found: dict[str, Any] = {"capability": (9, 0), "missing": None}
+    found: dict[str, Any] = {"capability": (9, 0), "missing": None, "unknown": None}
     monkeypatch.delenv("ARB_PATH", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: found["capability"])
     monkeypatch.setattr(compiler, "why_missing", lambda: found["missing"])
+    monkeypatch.setattr(compiler, "why_unknown", lambda capability: found["unknown"])
     # What is looked at once in a process is looked at anew.
     for once in (paths._why_not, paths._warn_once):
         once.cache_clear()
@@ -77,11 +81,31 @@ def test_the_path_of_a_call(pretended_gpu: dict[str, Any], monkeypatch: pytest.M
         paths.takes_cuda(True, CUDA)
 
 
+@pytest.mark.parametrize("op", ["accumulate_gradients", "apply_steps"])
+def test_updates_of_several_weights_look_at_the_path(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    """As those of one weight do, though only Triton takes several."""
+    weights = (optimized_ops.constant_weight((4, 24), trit=1, exponent=0),)
+    call = {
+        "accumulate_gradients": lambda: optimized_ops.accumulate_gradients(
+            weights, torch.zeros(4, 24), 1.0, seed=0, step=0, tensor_ids=(0,)
+        ),
+        "apply_steps": lambda: optimized_ops.apply_steps(weights),
+    }[op]
+    for path, error, sentence in (
+        ("cuda", RuntimeError, r"ARB_PATH is 'cuda', but CUDA .* and a tensor is on cpu"),
+        ("ptx", ValueError, "ARB_PATH is 'ptx', but must be one of cuda, triton"),
+    ):
+        monkeypatch.setenv("ARB_PATH", path)
+        with pytest.raises(error, match=sentence):
+            call()
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"missing": "CUDA C++ kernels need cuda-core"}, "CUDA C.. kernels need cuda-core"),
         ({"capability": (7, 5)}, r"need compute capability 8\.0, and cuda:0 has 7\.5"),
+        ({"unknown": "NVRTC 12.8 does not know"}, r"NVRTC 12\.8 does not know"),
     ],
 )
 def test_what_is_missing_is_said_once_and_refused_where_it_was_asked_for(
@@ -112,6 +136,25 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         )
     finally:
         compiler.why_missing.cache_clear()
+
+
+def test_a_gpu_that_the_compiler_does_not_know_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a call would otherwise end in the compiler's error, where Triton may know the GPU."""
+    compiler_here = SimpleNamespace(
+        nvrtcGetSupportedArchs=lambda: (0, [80, 90, 100]), nvrtcVersion=lambda: (0, 12, 8)
+    )
+    monkeypatch.setattr(compiler.importlib, "import_module", lambda name: compiler_here)
+    cached = (compiler.why_unknown, compiler._compiler_version)
+    for once in cached:
+        once.cache_clear()
+    try:
+        assert [compiler.why_unknown(capability) for capability in ((8, 0), (9, 0), (10, 0))] == [None] * 3
+        assert compiler.why_unknown((12, 1)) == (
+            "NVRTC 12.8 does not know the compute capability 12.1; a newer torch brings a newer NVRTC"
+        )
+    finally:
+        for once in cached:
+            once.cache_clear()
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,6 +352,23 @@ def test_blocks_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         assert how["blocks"] == parts * tiles * runs and tiles * form.rows >= 33
         assert form.runs or runs * form.outputs >= 1000
         assert given[3].dtype is (torch.float32 if parts > 1 else torch.bfloat16)
+
+
+def test_every_form_has_a_call() -> None:
+    """A form that no call asks for is neither compiled without a GPU nor compared on one."""
+
+    def cut(form: many_rows.Form) -> many_rows.Form:
+        return replace(form, parts=1, runs=0)
+
+    asked, asked_by_slots = set(), set()
+    for name, case in CALLS:
+        if name == "linear" and len(case.args[0]) > product.FEW:
+            asked.add(cut(many_rows.form_of(len(case.args[0]), case.args[1].shape[0])))
+        elif name == "grouped_linear":
+            asked_by_slots.add(cut(many_rows.slot_form_of(case.args[2].numel(), case.kwargs["num_groups"])))
+    sizes = itertools.product(range(product.FEW + 1, 2000, 8), (64, 1000, 20000))
+    assert asked == {cut(many_rows.form_of(*size)) for size in sizes}
+    assert asked_by_slots == {cut(many_rows.slot_form_of(count, 10)) for count in range(1, 3000)}
 
 
 def test_a_limit_of_shared_memory_is_never_lowered(monkeypatch: pytest.MonkeyPatch) -> None:

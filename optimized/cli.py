@@ -13,6 +13,7 @@ import sys
 import traceback as traceback_module
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
 from typing import NoReturn
 
 import click
@@ -29,6 +30,7 @@ from arbitor.optimized.commands import (
     smoke,
     train,
 )
+from arbitor.optimized.commands.command import Command
 from arbitor.optimized.interrupts import interruptible
 from arbitor.optimized.training.shown import shown, write_nowhere
 from arbitor.optimized.version import package_version
@@ -81,6 +83,8 @@ def _hint(error: click.UsageError) -> str:
     """Return what a user may have meant, and where help is."""
     if error.ctx is None:
         return ""
+    if "unexpected extra argument" in error.format_message() and error.ctx.params.get("resume"):
+        return ": the folder of the run to go on with is named by --run, as in --resume --run runs/mine"
     # Other programs take files, runs and prompts without an option.
     options = [option.opts[0] for option in error.ctx.command.params if isinstance(option, click.Option)]
     named = [name for name in ("--data", "--prompt", "--preset", "--run") if name in options]
@@ -138,7 +142,26 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
+@click.command("help", cls=Command, hidden=True)
+@click.argument("name", required=False)
+@click.pass_context
+def _help(context: click.Context, name: str | None) -> None:
+    """Print the help of arb, or of its command NAME, as --help does."""
+    main_context = context.parent
+    assert main_context is not None
+    if name is None:
+        click.echo(main_context.get_help())
+        return
+    command = cli.get_command(main_context, name)
+    if command is None:
+        near = get_close_matches(name, cli.commands, n=1)
+        meant = f" Did you mean {near[0]!r}?" if near else ""
+        raise click.UsageError(f"No such command {name!r}.{meant}", main_context)
+    click.echo(command.get_help(click.Context(command, parent=main_context, info_name=name)))
+
+
 for _command in (
+    _help,
     train.train,
     finetune.finetune,
     generate.generate,

@@ -24,6 +24,7 @@ from arbitor.reference.constants import (
     MAX_SIGN_BITS,
     ON_FLIP,
 )
+from arbitor.reference.json_text import parsed_json
 
 NUM_BYTES = 256
 """Ids 0 .. 255 are the bytes themselves."""
@@ -489,26 +490,3 @@ def with_modules(
     if video or speech:
         changes["router_inner"] = config.router_inner or max(1, config.width // ROUTER_SHARE)
     return with_fields(config, **changes)
-
-
-def parsed_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text.
-
-    Raises:
-        ValueError: it is no JSON, an object names a key twice, or it is nested too deeply.
-    """
-    try:
-        return json.loads(text, object_pairs_hook=_without_duplicates)
-    except RecursionError:
-        raise ValueError("it is no JSON that can be read: it is nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"it is no JSON: {error}") from None
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r} stands there twice")
-        found[key] = value
-    return found

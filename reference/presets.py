@@ -6,6 +6,8 @@ docs/spec/presets.md says why they are as they are.
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
 
@@ -170,5 +172,9 @@ to `r14` are the models of REFACTOR9, 11, 12 and 14."""
 
 def preset(name: str) -> ArbConfig:
     """Return the preset of that name; raise ValueError if there is none."""
+    if isinstance(name, str) and name not in PRESETS:
+        near = get_close_matches(name, PRESETS, n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"preset is {name!r}, but must be one of {', '.join(map(repr, PRESETS))}{meant}")
     checks.one_of("preset", name, tuple(PRESETS))
     return PRESETS[name]

@@ -5,6 +5,7 @@
 - Device: an op runs on the device of its tensors, whichever device is current. Some functions of torch do not: `torch.ldexp` of
   torch 2.11 gives zeros on another GPU. So the device of the tensors becomes the current one inside of an op.
 - Refusals: what is no weight, where a weight is asked for, is refused by the name of the argument.
+- Graphs: in a function that torch.compile compiles, an op is one op of the graph (`in_graphs`).
 - Gradients: a gradient that is computed by hand cannot be differentiated again. `differentiable_once` stands above such a backward
   pass, in the graph and in other op sets, and lets a second derivative raise.
 """
@@ -16,11 +17,12 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from arbitor.reference.in_graphs import CANONICAL, NAMED_WEIGHT, InGraphs, by_autograd
 from arbitor.reference.types import StateTensors
 
 P = ParamSpec("P")
@@ -50,10 +52,10 @@ def op(function: Callable[P, R]) -> Callable[P, R]:
     function = naming_weights(function)
 
     @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
         if autocast_is_on():
             with without_autocast():
-                return call(*args, **kwargs)
+                return run(*args, **kwargs)
         tensors = (
             value for value in (*args, *kwargs.values()) if isinstance(value, (Tensor, StateTensors, tuple))
         )
@@ -63,6 +65,15 @@ def op(function: Callable[P, R]) -> Callable[P, R]:
                 return function(*args, **kwargs)
         return function(*args, **kwargs)
 
+    within = InGraphs(run, "arbitor_reference", CANONICAL, by_autograd(run))
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return cast(R, within.call(args, kwargs))
+        return run(*args, **kwargs)
+
+    call.in_graphs = within  # type: ignore[attr-defined]
     return call
 
 
@@ -75,9 +86,7 @@ def naming_weights(function: Callable[P, R]) -> Callable[P, R]:
     signature = inspect.signature(function)
     # Annotations are text here. Those of every op set end in this word.
     weights = [
-        name
-        for name, each in signature.parameters.items()
-        if re.match(r"[A-Za-z]*Weight\b", str(each.annotation))
+        name for name, each in signature.parameters.items() if re.match(NAMED_WEIGHT, str(each.annotation))
     ]
 
     @functools.wraps(function)

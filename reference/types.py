@@ -91,11 +91,16 @@ class StateTensors:
         return self.with_tensors(**{name: tensor.clone() for name, tensor in self.tensors().items()})
 
     def into(self, out: Self | None) -> Self:
-        """Return this weight, or `out` with the state tensors of this weight copied into it."""
+        """Return this weight, or `out` with the state tensors of this weight copied into it.
+
+        A tensor that both share is not written, so that autograd goes on with a weight whose value is the same, as after a vote.
+        """
         if out is None:
             return self
+        written = out.tensors()
         for name, tensor in self.tensors().items():
-            out.tensors()[name].copy_(tensor)
+            if written[name] is not tensor:
+                written[name].copy_(tensor)
         return out
 
     @property

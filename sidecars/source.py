@@ -16,12 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from arbitor.reference.json_text import parsed_json
 from arbitor.sidecars.libraries import library
 from arbitor.sidecars.precision import frozen
 from arbitor.sidecars.sidecar import SidecarError
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """A name on a hub: OWNER/NAME."""
+
+CONFIG = "config.json"
+"""File of a folder that says what network its weights are of."""
 
 SHOWN = 5
 """Most names of weights that an error lists."""
@@ -101,13 +105,27 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises SidecarError where the folder has no configuration or no safetensors.
     """
-    weights, config = sorted(folder.glob("*.safetensors")), folder / "config.json"
+    weights, config = sorted(folder.glob("*.safetensors")), folder / CONFIG
     if not config.is_file() or not weights:
-        missing = "config.json" if not config.is_file() else "*.safetensors file"
+        missing = CONFIG if not config.is_file() else "*.safetensors file"
         raise SidecarError(
             f"the folder {str(folder)!r} has no {missing}; other formats of weights are not read"
         )
     return [config, *weights]
+
+
+def json_settings(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file.
+
+    Raises SidecarError where the file holds none.
+    """
+    try:
+        settings = parsed_json(path.read_bytes())
+        if not isinstance(settings, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError) as error:
+        raise SidecarError(f"the settings in {str(path)!r} cannot be read: {error}") from error
+    return settings
 
 
 class Loaded(NamedTuple):
@@ -156,11 +174,10 @@ def load_frozen(
     transformers = library("transformers")
     folder = local_folder(source)
     files = weight_files(folder)
-    config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    if config.model_type != model_type:
-        raise SidecarError(
-            f"the folder {str(folder)!r} holds a {config.model_type!r}, but must hold a {model_type!r}"
-        )
+    # Not by the library, which may ask whether to run code that the folder brings along.
+    found = json_settings(folder / CONFIG).get("model_type")
+    if found != model_type:
+        raise SidecarError(f"the folder {str(folder)!r} holds a {found!r}, but must hold a {model_type!r}")
     whole = pretrained(getattr(transformers, class_name), folder, may_be_left=may_be_left)
     network, got = frozen(whole if part is None else getattr(whole, part), precision)
     files += [folder / name for name in settings if (folder / name).is_file()]

@@ -5,7 +5,6 @@ Legend: B images, H and W their sides, N = (crop / patch)^2 patches, F features 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +15,7 @@ from torch import Tensor
 from arbitor.reference import checks
 from arbitor.sidecars.libraries import library
 from arbitor.sidecars.sidecar import Sidecar
-from arbitor.sidecars.source import load_frozen
+from arbitor.sidecars.source import json_settings, load_frozen
 
 PREPROCESSING = {
     "do_resize": True,
@@ -84,7 +83,7 @@ class VisionSidecar(Sidecar):
             settings=(PREPROCESSOR,),
         )
         prepared = loaded.folder / PREPROCESSOR
-        settings = json.loads(prepared.read_text()) if prepared.is_file() else PREPROCESSING
+        settings = json_settings(prepared) if prepared.is_file() else PREPROCESSING
         return cls(
             loaded.network, processor_of(settings), identity=loaded.identity, precision=loaded.precision
         )

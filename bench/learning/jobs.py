@@ -309,9 +309,10 @@ def architecture_in(run: Mapping[str, Any]) -> Architecture:
     """Return the architecture of a run of some results. A run of an older file names it alone."""
     if "architecture" not in run:
         return architecture_of(run["size"])
-    held = dict(run["architecture"])
-    config = {"config": config_of(held.pop("config"))} if "config" in held else {}
-    return Architecture(run["size"], **held, **config)
+    held: dict[str, Any] = dict(run["architecture"])
+    if "config" in held:
+        held["config"] = config_of(held["config"])
+    return Architecture(run["size"], **held)
 
 
 def rule_in(run: Mapping[str, Any]) -> Rule:

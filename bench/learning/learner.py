@@ -218,8 +218,9 @@ class Learner:
             loss.backward()
         self.model.step()
         for master, matrices in self.stacks:
-            for matrix, grad in zip(matrices, master.grad.chunk(len(matrices)), strict=True):
-                matrix.grad = grad
+            if master.grad is not None:
+                for matrix, grad in zip(matrices, master.grad.chunk(len(matrices)), strict=True):
+                    matrix.grad = grad
             master.grad = None
         for optimizer in self.optimizers:
             optimizer.step()

@@ -29,11 +29,12 @@ from rich.console import Console
 from torch import Tensor
 
 from arbitor.optimized.training.generate import generate_batch
-from arbitor.optimized.training.loop import Run, opened
+from arbitor.optimized.training.loop import opened
 from arbitor.optimized.training.media import CAPTION_END
 from arbitor.optimized.training.media_files import Item
 from arbitor.optimized.training.media_mix import ANSWERED_BY, Batch, Mix
 from arbitor.optimized.training.options import TrainOptions
+from arbitor.optimized.training.run import Run
 from arbitor.optimized.training.shown import shown
 from arbitor.optimized.training.whole_file import write_whole
 from arbitor.reference.config import with_modules

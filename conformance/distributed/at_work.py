@@ -6,7 +6,6 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +24,7 @@ from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import ArbModel
 from conformance.graph import models
 from conformance.training import nano
-from conformance.training.runs import Killed, kill_at
+from conformance.training.runs import train_until_killed
 
 RATE, BATCH, LENGTH = 40.0, 6, 20
 
@@ -104,16 +103,16 @@ def begin_a_run_of_four(folder: Path) -> None:
                 TORCHELASTIC_USE_AGENT_STORE="False",
             )  # fmt: skip
             try:
-                with pytest.MonkeyPatch.context() as patch, suppress(Killed):
+                with pytest.MonkeyPatch.context() as patch:
                     nano.register(patch)
                     nano.without_pictures(patch)
-                    kill_at(patch, 4)
                     patch.setattr(data, "MAPPED_BYTES", 100)
-                    train(
+                    train_until_killed(
+                        4,
                         TrainOptions(
                             preset="nano", data=str(folder / "text.txt"), device="cpu", run=folder / "four", steps=6, batch=12,
                             save_interval=3, log_interval=2,
-                        )
+                        ),
                     )  # fmt: skip
                 os._exit(0)
             except BaseException:

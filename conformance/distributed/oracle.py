@@ -14,8 +14,9 @@ from torch import Tensor
 
 from arbitor.reference.graph import ArbModel, mxint8
 from arbitor.reference.graph.model import LOSS_REFERENCE
+from arbitor.reference.graph.open_pass import Note
 from arbitor.reference.graph.ranks import Gradient, Ranks
-from arbitor.reference.graph.voting import Note, Voting
+from arbitor.reference.graph.voting import Voting
 
 Exchange = tuple[Gradient, Callable[[Gradient | None], None]]
 

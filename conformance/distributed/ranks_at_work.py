@@ -15,7 +15,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -41,7 +41,7 @@ from arbitor.optimized.training.options import TrainOptions
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import SIGN_VOTES, ArbConfig, with_fields
 from arbitor.reference.graph import ArbModel
-from arbitor.reference.graph.voting import VOTED_IN
+from arbitor.reference.graph.open_pass import VOTED_IN
 from arbitor.reference.types import has_memory
 from conformance.compare import alike
 from conformance.distributed import oracle
@@ -69,7 +69,7 @@ from conformance.distributed.experts_at_work import (
     votes_as_one_process,
 )
 from conformance.training import nano
-from conformance.training.runs import Killed, kill_at
+from conformance.training.runs import train_until_killed
 
 TERMS = (1.0, 2.0**30, -(2.0**30))
 """Terms of the ranks, in float32. From the first on the sum of three is 0, from the last on it is 1."""
@@ -325,10 +325,6 @@ def agrees_on_triton(world: World, folder: Path) -> Any:
         model = ArbModel(CODES, ops=ops, device=Place.device, seed=3, codes_over=number, experts_over=number)
         train_together(model, world, exchange="full")
         gate, table = model.byte_head.gate, model.embedding.table
-        assert model.shared_vq is not None
-        book = model.shared_vq.bridge.codebooks["text"]
-        stack = model.layers[0].moe_graph.moe.expert_up
-        assert book.spread is not None and stack.spread is not None
         generator = torch.Generator().manual_seed(world.number)
         chosen = torch.randperm(table.weight.shape[0], generator=generator)[:7]
         for step in range(2):
@@ -336,18 +332,26 @@ def agrees_on_triton(world: World, folder: Path) -> Any:
                 gate.vote(torch.randn(gate.weight.shape, generator=generator).to(Place.device))
                 grad = torch.randn(7, table.weight.shape[1], generator=generator).to(Place.device)
                 table.vote(grad, chosen.to(Place.device), chosen=True)
-                z = torch.randn(5, book.weight.shape[1], generator=generator).to(Place.device)
-                z.requires_grad_()
-                _, c, losses = book.quantize(z)
-                (c.sum() + losses["codebook"]).backward()
-                x, grad = (
-                    torch.randint(-3, 4, (5, width), generator=generator).float().to(Place.device)
-                    for width in (CODES.expert_rank, CODES.shared_inner)
-                )
-                stack(x, torch.arange(5, device=Place.device) % 4 - 1).backward(grad)
+                if step == 0:
+                    vote_with_what_is_spread(model, generator)
             model.step()
         digests.append(digest_of(model))
     return digests
+
+
+def vote_with_what_is_spread(model: ArbModel, generator: torch.Generator) -> None:
+    """Let a codebook and a stack of experts vote in the pass that is open."""
+    assert model.shared_vq is not None
+    book, stack = model.shared_vq.bridge.codebooks["text"], model.layers[0].moe_graph.moe.expert_up
+    assert book.spread is not None and stack.spread is not None
+    z = torch.randn(5, CODES.code_dim, generator=generator).to(Place.device).requires_grad_()
+    _, c, losses = book.quantize(z)
+    (c.sum() + losses["codebook"]).backward()
+    x, grad = (
+        torch.randint(-3, 4, (5, width), generator=generator).float().to(Place.device)
+        for width in (CODES.expert_rank, CODES.shared_inner)
+    )
+    stack(x, torch.arange(5, device=Place.device) % 4 - 1).backward(grad)
 
 
 def passes_signals_on(world: World, folder: Path) -> Any:
@@ -366,9 +370,7 @@ def trains(world: World, folder: Path) -> Any:
     )
     first = train(replace(options, save=False)).summary  # type: ignore[type-var]
     second = train(replace(options, run=folder / "run"), console=Console(file=shown)).summary  # type: ignore[type-var]
-    with pytest.MonkeyPatch.context() as patch, suppress(Killed):
-        kill_at(patch, 4)
-        train(replace(options, run=folder / "unfinished", save_interval=3))  # type: ignore[type-var]
+    train_until_killed(4, replace(options, run=folder / "unfinished", save_interval=3))
     return {
         "hashes": [first["state_sha256"], second["state_sha256"]],
         "val_bpb": second["val_bpb"],

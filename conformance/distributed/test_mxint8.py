@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from arbitor.reference.graph.mxint8 import BLOCK, decoded, encoded, encoded_bytes
+from arbitor.reference.graph.mxint8 import BLOCK, LEAST_EXPONENT, decoded, encoded, encoded_bytes
 
 
 def through(grad: torch.Tensor) -> torch.Tensor:
@@ -49,6 +49,15 @@ def test_special_blocks() -> None:
     assert found[0, :BLOCK].isnan().all() and bool((found[0, BLOCK : 2 * BLOCK] == 1).all())
     assert bool((found[1, :BLOCK] == 1).all()) and found[1, BLOCK : 2 * BLOCK].isnan().all()
     assert bool((found[2] == 0).all()) and bool((found[0, 2 * BLOCK :] == 0).all())
+    # The scales come last, and nothing is larger than 0 in the last row.
+    assert encoded(grad)[-3:].tolist() == [LEAST_EXPONENT + 127] * 3
+
+
+@pytest.mark.parametrize("below", range(-1, 7))
+def test_blocks_below_the_least_scale_keep_its_unit(below: int) -> None:
+    """The unit of the least scale is a 64th of it."""
+    grad = torch.full((1, 3), 2.0 ** (LEAST_EXPONENT - below))
+    assert torch.equal(through(grad), grad)
 
 
 @pytest.mark.parametrize("value", [3.4e38, -3.4e38, 2.0**127, 1.9999, -1.9999])

@@ -105,7 +105,7 @@ def test_each_row_has_one_keeper(num_rows: int, count: int) -> None:
     assert spreads[0].keepers(edges).tolist() == [number for number in range(count) for _ in range(2)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(case=cases())
 def test_the_nearest_code_is_that_of_the_whole_table(
     case: tuple[TernaryWeight, list[Tensor], Tensor],
@@ -122,7 +122,7 @@ def test_the_nearest_code_is_that_of_the_whole_table(
         assert torch.equal(found, ops.nearest_codes(z, weight))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(case=cases(), dtype=st.sampled_from((torch.float32, torch.bfloat16)), data=st.data())
 def test_rows_are_those_of_the_whole_table(
     case: tuple[TernaryWeight, list[Tensor], Tensor], dtype: torch.dtype, data: st.DataObject
@@ -147,7 +147,7 @@ def test_every_scale_and_sign_is_a_byte() -> None:
     assert torch.equal(spread_module.of_bytes(sent, torch.float32), rows)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(case=cases(), data=st.data())
 def test_codes_die_and_become_vectors_as_in_the_whole_table(
     case: tuple[TernaryWeight, list[Tensor], Tensor], data: st.DataObject

@@ -19,10 +19,11 @@ from arbitor.optimized.distributed import ranks, world
 from arbitor.optimized.distributed.ranks import owners
 from arbitor.optimized.distributed.run import kept_elsewhere, measured, train_together, whole_state
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.evaluate import turns
 from arbitor.optimized.training.loop import train
 from arbitor.reference.graph import ArbModel
+from arbitor.reference.graph.open_pass import VOTED_IN
 from arbitor.reference.graph.ranks import Ranks
-from arbitor.reference.graph.voting import VOTED_IN
 from arbitor.reference.types import has_memory, without_memory
 from conformance.graph import models
 from conformance.training import nano
@@ -198,6 +199,16 @@ def test_one_rank_refuses_to_spread_its_model(tmp_path: Path, name: str) -> None
         ValueError, match=rf"^{name} is True, but does nothing with one rank, which keeps the whole model$"
     ):
         train(options(tmp_path / "text.txt", None, preset="tiny", save=False, **{name: True}))
+
+
+@pytest.mark.parametrize("sizes", [[4, 4, 4, 1], [4], [2, 2, 2], [1], [4, 4, 4, 4, 3]])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_ranks_validate_pieces_of_one_size_at_a_time(sizes: list[int], count: int) -> None:
+    """Whoever keeps rows for others takes part in every pass, and each piece counts once."""
+    found = list(turns(sizes, count))
+    assert all(len(turn) == count and len({sizes[i] for i in turn}) == 1 for turn in found)
+    counted = [i for turn in found for rank, i in enumerate(turn) if turn.index(i) == rank]
+    assert counted == list(range(len(sizes)))
 
 
 def test_exchanges_end_when_too_much_is_under_way() -> None:

@@ -195,6 +195,12 @@ def test_the_others_go_on_after_one_has_stopped(model: ArbModel) -> None:
         ({"temperature": "hot"}, TypeError, "temperature is a str"),
         ({"temperature": -0.5}, ValueError, "temperature is -0.5"),
         ({"temperature": float("nan")}, ValueError, "temperature is nan"),
+        (
+            {"max_new_tokens": 3},
+            TypeError,
+            "no argument 'max_new_tokens'; max_new_bytes is how many bytes to add",
+        ),
+        ({"beams": 3}, TypeError, "generate has no argument 'beams'$"),
         ({"top_k": 0}, ValueError, "top_k is 0"),
         ({"top_k": 257}, ValueError, "top_k is 257"),
         ({"top_k": 1.5}, TypeError, "top_k is a float"),

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import importlib.util
 import re
 import runpy
 import sys
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import arbitor
+import arbitor.adapters
+import arbitor.nn
 from arbitor.optimized.training.loop import train
 from conformance.import_lint import ROOT
 from conformance.report import skip
@@ -46,6 +53,25 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def in_docstrings() -> Iterator[tuple[str, str]]:
+    """Yield name and text of every block in a docstring of `arbitor` that is Python and does something."""
+    for path in sorted((ROOT / "arbitor").glob("*.py")):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                continue
+            text = f"\n\n{ast.get_docstring(node) or ''}\n"
+            for block in re.findall(r"(?<=\n\n)(?: {4}.*\n|\n(?= {4}))+", text):
+                with contextlib.suppress(SyntaxError):
+                    if any(
+                        isinstance(each, ast.Assign | ast.For)
+                        for each in ast.parse(textwrap.dedent(block)).body
+                    ):
+                        yield getattr(node, "name", path.stem), textwrap.dedent(block)
+
+
+DOCSTRINGS = [pytest.param(block, id=name) for name, block in in_docstrings()]
+
 SCRIPTS = sorted((ROOT / "docs" / "scripts").glob("*.py"))
 """Scripts that a reader runs from end to end; here they take few steps, and a small model."""
 
@@ -67,6 +93,38 @@ def test_an_example_runs(source: str, demo: Path, monkeypatch: pytest.MonkeyPatc
         assert left["lost"].keys() and all(0 < loss.error < 0.6 for loss in left["lost"].values())
 
 
+def test_docstrings_have_examples() -> None:
+    assert {example.id for example in DOCSTRINGS} >= {"ArbModel", "ArbOptimizer", "nn", "adapters"}
+
+
+@pytest.mark.parametrize("source", DOCSTRINGS)
+def test_an_example_of_a_docstring_runs(source: str, demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what it takes for granted: a model, batches, a module of others, and what the module of the docstring offers."""
+    if "transformers" in source and importlib.util.find_spec("transformers") is None:
+        skip("an example", "it needs transformers, which is not installed")
+    monkeypatch.chdir(demo)
+    arbitor.ArbModel.from_pretrained("runs/demo").save_pretrained("my-model")
+    ids = torch.tensor([list(nano.TEXT[:24])])
+    x = torch.randn(4, 24)
+    given: dict[str, Any] = {
+        **{name: getattr(arbitor, name) for name in ("ArbModel", "ArbOptimizer")},
+        **{
+            name: getattr(module, name)
+            for module in (arbitor.nn, arbitor.adapters)
+            for name in module.__all__
+        },
+        "torch": torch,
+        "model": arbitor.ArbModel(nano.NANO, device="cpu"),
+        "batches": [ids, ids],
+        "ids": ids,
+        "net": torch.nn.Sequential(arbitor.nn.Linear(24, 12), torch.nn.Linear(12, 2)),
+        "x": x,
+        "loss_of": lambda y: y.square().mean(),
+        "step": 0,
+    }
+    exec(compile(source, "docstring", "exec"), given)
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_a_script_runs(
     script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -74,7 +132,9 @@ def test_a_script_runs(
     (tmp_path / "nano.json").write_text(nano.NANO.to_json())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        sys, "argv", [str(script), "20", *(["nano.json"] if "preset" in script.read_text() else [])]
+        sys,
+        "argv",
+        [str(script), "20", *(["--preset", "nano.json"] if "preset" in script.read_text() else [])],
     )
     with torch.random.fork_rng():
         left = runpy.run_path(str(script), run_name="__main__")

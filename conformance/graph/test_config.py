@@ -47,6 +47,8 @@ def test_fields_with_a_default_may_be_left_out_of_json() -> None:
 def test_an_unknown_preset_is_refused() -> None:
     with pytest.raises(ValueError, match="preset is 'huge', but must be one of 'tiny', 'small'"):
         preset("huge")
+    with pytest.raises(ValueError, match=r"; did you mean 'tiny'\?$"):
+        preset("tinny")
 
 
 @pytest.mark.parametrize(

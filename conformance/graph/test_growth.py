@@ -16,6 +16,7 @@ from arbitor.reference.config import ArbConfig, with_fields, with_modules
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.growth import TARGETS, Growth, code_map, grow
 from arbitor.reference.graph.ternary_graph import EdgeTable
+from arbitor.reference.ops.packing import trits_of
 from arbitor.reference.types import TernaryWeight
 from conformance.compare import exact
 from conformance.graph.models import NANO, WHOLE, drawn_by_the_reference, random_ids, whole
@@ -84,11 +85,12 @@ def test_a_text_is_read_as_before(lacks: str) -> None:
 
 def test_edges_follow_their_codes(subject: Subject) -> None:
     """Signs, votes, scores and neighbours of each code are found under the id that the code has now; on this op set."""
-    config = WITHOUT["pictures"]
+    # So that signs have turned.
+    config, later = replace(WITHOUT["pictures"], theta=1), replace(WHOLE, theta=1)
     earlier = whole(config)
     ops: Any = drawn_by_the_reference(subject.ops)
-    model, growth = grown(earlier, WHOLE, ops=ops, device=subject.device)
-    codes_N = code_map(config, WHOLE, kept=list(growth.kept))
+    model, growth = grown(earlier, later, ops=ops, device=subject.device)
+    codes_N = code_map(config, later, kept=list(growth.kept))
     text, images = WHOLE.num_codes, WHOLE.image_codes
     assert codes_N.tolist() == [*range(text), *[-1] * images, *range(text, text + WHOLE.audio_codes)]
     old, new = (
@@ -104,6 +106,8 @@ def test_edges_follow_their_codes(subject: Subject) -> None:
         assert isinstance(before, TernaryWeight) and isinstance(after, TernaryWeight)
         for field in ("exponents", "trit_accum", "exponent_accum"):
             exact(getattr(after, field)[kept_N], getattr(before, field)[codes_N[kept_N]])
+        assert len(trits_of(before).unique()) > 1
+        exact(trits_of(after)[kept_N], trits_of(before)[codes_N[kept_N]])
         neighbours_MJ, neighbours_NJ = (state[f"{owner}.neighbours"] for state in (old, new))
         assert isinstance(neighbours_MJ, Tensor) and isinstance(neighbours_NJ, Tensor)
         assert (neighbours_MJ >= 0).any() and (neighbours_NJ[~kept_N] == -1).all()
@@ -196,6 +200,18 @@ def test_a_table_with_values_that_cannot_be_begins_anew() -> None:
         model = ArbModel(WHOLE, seed=9)
         growth = grow(model, earlier.config, {**state, "graph.edges.neighbours": forged})
         assert "graph.edges.neighbours" in growth.fresh and "composite.edges.neighbours" in growth.moved
+
+
+@pytest.mark.parametrize("name", ["graph.edges.scores", "layers.0.moe_graph.moe.load"])
+def test_a_table_of_another_kind_begins_anew(name: str) -> None:
+    """The state may lack it, or have it in another dtype, or with another number of dimensions."""
+    earlier = whole()
+    state = earlier.state()
+    table = state.pop(name)
+    assert isinstance(table, Tensor)
+    for other in ({}, {name: table.to(torch.float64)}, {name: table[None]}):
+        growth = grow(ArbModel(WHOLE, seed=9), earlier.config, {**state, **other})
+        assert name in growth.fresh, other.keys()
 
 
 def test_every_edge_table_is_known() -> None:

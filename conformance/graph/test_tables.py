@@ -52,6 +52,16 @@ def test_a_table_counts_what_accepted_passes_saw() -> None:
     assert x.grad is not None and x.grad.tolist() == [2.0, 2.0]
 
 
+def test_what_a_pass_saw_is_forgotten_with_the_table() -> None:
+    """A table that is loaded counts nothing of the passes before."""
+    counter, x = parts()
+    with counter.voting.taking(rate=1.0, step=0):
+        counter(x, torch.tensor([2])).sum().backward()
+    counter.load_state_dict(counter.state_dict())
+    counter.step_tables()
+    assert not counter.tables()["count"].any()
+
+
 def test_a_pass_that_does_not_vote_leaves_no_trace() -> None:
     counter, x = parts()
     # This pass has no backward pass.

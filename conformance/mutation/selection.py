@@ -28,7 +28,9 @@ OF_THE_SUITE = (
 )
 """Tests of the tests, and of what no interpreter runs: they are slow and judge no result of the product."""
 
-COMMANDS = ("optimized", "commands")
+OF_COMMANDS = (("optimized", "commands"), ("optimized", "training"))
+"""Folders whose files are seen by tests that run commands."""
+
 COMMAND_LINE = ("arbitor.optimized.cli", "conformance.system.command")
 """The modules by which tests run commands, in this process or in one of its own."""
 
@@ -84,13 +86,15 @@ class Selection:
     def named(self, path: Path) -> list[Path]:
         """Return the tests with the name of a file, those in the folder with the name of its folder if there are any.
 
-        `graph/test_codebook.py` is not of `optimized/kernels/codebook.py`: `reference` alone has a graph.
+        `graph/test_codebook.py` is not of `optimized/kernels/codebook.py`, which `ops/test_codebook.py` tests, as `reference` alone
+        has a graph. Where a file has no nearer test of its name, one of another folder counts: `distributed/test_mxint8.py` is of
+        `reference/graph/mxint8.py`.
         """
         found = [test for test in self.tests if self.stem_of(test) == path.stem]
         homes = {
             test: [top for top in PRODUCT if (self.root / top / test.parent.name).is_dir()] for test in found
         }
-        found = [test for test in found if not homes[test] or path.parts[0] in homes[test]]
+        found = [test for test in found if not homes[test] or path.parts[0] in homes[test]] or found
         return [test for test in found if test.parent.name == path.parent.name] or found
 
     def stem_of(self, test: Path) -> str:
@@ -129,8 +133,9 @@ class Selection:
         return []
 
     def imports(self, test: Path, path: Path) -> bool:
-        """Return whether tests import a file of the product by its name; of a command, whether they import the command line."""
-        modules = (module_name(self.root / path, self.root), *COMMAND_LINE * (path.parts[:-1] == COMMANDS))
+        """Return whether tests import a file of the product by its name, or the command line, where a command may need the file."""
+        of_commands = path.parts[:-1] in OF_COMMANDS
+        modules = (module_name(self.root / path, self.root), *COMMAND_LINE * of_commands)
         if test not in self.imported:
             nodes = ast.walk(ast.parse((self.root / test).read_text()))
             self.imported[test] = {name for node in nodes for name in imported(node, test)}

@@ -317,6 +317,8 @@ test_refusals_of_edges_neighbours = refusals(
             "sources_M", _TABLE, _SCORES, weight, meta(2, dtype=_I64), meta(2, dtype=_I64)),
     refused("update_neighbours", "out that is no tuple", TypeError,
             "out", _TABLE, _SCORES, weight, *_PAIRS, out=weight),
+    refused("update_neighbours", "out of two parts", ValueError,
+            "out", _TABLE, _SCORES, weight, *_PAIRS, out=(_TABLE, _SCORES)),
     refused("update_neighbours", "out of another shape", ValueError,
             "out[1]", _TABLE, _SCORES, weight, *_PAIRS, out=_out(_TABLE, ones(3, 13, dtype=I8), weight)),
     refused("update_neighbours", "signs to write into that do not fit", ValueError,

@@ -447,7 +447,8 @@ test_refusals_of_orthogonal = refusals(
     refused("average_gradient", "a mean of int16", TypeError, "mean_NK", _GRADIENT, _SHORTS, _MEAN[1], 1.0),
     refused("average_gradient", "too few exponents", ValueError, "exponents_N", _GRADIENT, _MEAN[0], ones(3, dtype=I8), 1.0),
     refused("average_gradient", "another out", ValueError, "out[2]", _GRADIENT, *_MEAN, 1.0, out=_SHORT),
-    refused("average_gradient", "one tensor as out", ValueError, "out", _GRADIENT, *_MEAN, 1.0, out=(_GRADIENT,)),
+    refused("average_gradient", "a tuple of one as out", ValueError, "out", _GRADIENT, *_MEAN, 1.0, out=(_GRADIENT,)),
+    refused("average_gradient", "one tensor as out", TypeError, "out", _GRADIENT, *_MEAN, 1.0, out=_GRADIENT),
     refused("average_gradient", "a rate of 128", ValueError, "rate", _GRADIENT, *_MEAN, 128.0),
     rejects=[
         mutant("average_unchecked", 'checks.averages("grad_NK", grad_NK, mean_NK, exponents_N, out)', "pass"),

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from arbitor.optimized.training.loop import Run
 from arbitor.optimized.training.options import PRESET_DEFAULTS, TrainOptions
+from arbitor.optimized.training.run import Run
 from arbitor.sidecars.vision import PREPROCESSING, PREPROCESSOR
 from conformance.graph.models import WHOLE
 

@@ -15,7 +15,7 @@ from arbitor.sidecars import Encoders, FeatureCache
 from conformance.compare import exact
 from conformance.sidecars.media_runs import CONFIG, options, render
 from conformance.sidecars.test_loading import KINDS, LOADERS, output
-from conformance.training.runs import Killed, kill_at
+from conformance.training.runs import train_until_killed
 
 LIBRARIES = ("transformers", "diffusers", "optimum.quanto", "PIL")
 """What these tests need. Nothing here decodes sound or video."""
@@ -58,19 +58,14 @@ def test_a_model_takes_its_encoders_along(checkpoints: Path, tmp_path: Path) -> 
     assert moved.backward(losses, rate=6.0, step=0)
 
 
-def test_a_killed_run_ends_with_the_same_hash(
-    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_ends_with_the_same_hash(checkpoints: Path, tmp_path: Path) -> None:
     media = render(tmp_path / "media", checkpoints, kinds=["image"])
     for name in ("whole", "killed"):
         asked = options(media, checkpoints, tmp_path / name, "image", device="cuda")
         if name == "whole":
             train(asked)
             continue
-        with monkeypatch.context() as patch:
-            kill_at(patch, 3)
-            with pytest.raises(Killed):
-                train(asked)
+        train_until_killed(3, asked)
         train(TrainOptions(run=tmp_path / name, resume=True))
     whole, killed = (
         json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "killed")

@@ -18,7 +18,7 @@ from arbitor.reference.graph.adapters import adapters_of
 from conformance.sidecars import media_runs
 from conformance.sidecars.media_runs import assert_captions_are_read, register
 from conformance.training.nano import without_pictures
-from conformance.training.runs import Killed, kill_at
+from conformance.training.runs import train_until_killed
 
 ALL = ("image", "audio", "video")
 
@@ -53,7 +53,7 @@ def outcome(folder: Path) -> tuple[Any, ...]:
 
 
 def test_killed_and_resumed_ends_the_same(
-    base: Path, media: Path, checkpoints: Path, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, media: Path, checkpoints: Path, cache: str, tmp_path: Path
 ) -> None:
     """With every kind, after which heads and readers of media have moved, and the base has not."""
     more = {"feature_cache": cache, "lora_rank": 2, "steps": 8, "eval_interval": 8}
@@ -61,10 +61,7 @@ def test_killed_and_resumed_ends_the_same(
     want = outcome(tmp_path / "whole")
     assert want[2].keys() == {"text", *ALL} and want[2]["video"]["val_latent"] > 0
     folder = tmp_path / "killed"
-    with monkeypatch.context() as patch:
-        kill_at(patch, 5)
-        with pytest.raises(Killed):
-            train(options(base, media, checkpoints, folder, *ALL, **more))
+    train_until_killed(5, options(base, media, checkpoints, folder, *ALL, **more))
     train(TrainOptions(run=folder, resume=True, finetune=True))
     got = outcome(folder)
     # The line of the step after the resumption lacks the step before the kill.

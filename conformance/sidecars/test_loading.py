@@ -199,6 +199,42 @@ def test_a_damaged_file_is_a_sentence(checkpoints: Path, tmp_path: Path) -> None
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("config.json", b"{", "it is no JSON"),
+        ("config.json", b"[]", "it is no object"),
+        ("config.json", b"\xff\xfe", "it is no JSON"),
+        ("preprocessor_config.json", b"[1]", "it is no object"),
+    ],
+)
+def test_damaged_settings_are_a_sentence(
+    checkpoints: Path, tmp_path: Path, name: str, content: bytes, says: str
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(checkpoints / "dinov2", folder)
+    (folder / name).write_bytes(content)
+    with pytest.raises(SidecarError, match=rf"the settings in '.*{name}' cannot be read: {says}"):
+        VisionSidecar.load(folder)
+
+
+def test_code_that_a_folder_brings_along_is_not_asked_about(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library would ask on a terminal whether to run it."""
+    folder = tmp_path / "brings"
+    shutil.copytree(checkpoints / "dinov2", folder)
+    config = json.loads((folder / "config.json").read_text())
+    code = {"auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}}
+    (folder / "evil.py").write_text("raise SystemExit('it was run')")
+    monkeypatch.setattr("builtins.input", lambda prompt="": pytest.fail("it was asked"))
+    (folder / "config.json").write_text(json.dumps({**config, **code, "model_type": "evil"}))
+    with pytest.raises(SidecarError, match="holds a 'evil', but must hold a 'dinov2'"):
+        VisionSidecar.load(folder)
+    (folder / "config.json").write_text(json.dumps({**config, **code}))
+    assert VisionSidecar.load(folder).num_features == 48
+
+
 def test_identity_follows_the_files_and_the_precision(checkpoints: Path, tmp_path: Path) -> None:
     """Features of other weights, of another precision or of other preparation are never taken from a cache."""
     folder = tmp_path / "other"

@@ -39,7 +39,7 @@ from conformance.sidecars.media_runs import (
     save_video,
 )
 from conformance.training.nano import without_pictures
-from conformance.training.runs import Killed, kill_at
+from conformance.training.runs import train_until_killed
 
 ALL = ("image", "audio", "video")
 
@@ -126,9 +126,7 @@ def outcome(folder: Path) -> tuple[Any, ...]:
     return summary["state_sha256"], summary["media"], lines
 
 
-def test_killed_and_resumed_ends_the_same(
-    media: Path, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_and_resumed_ends_the_same(media: Path, checkpoints: Path, tmp_path: Path) -> None:
     """With every kind, also without the features that the first process kept, and with files in archives, under other names."""
     train(options(media, checkpoints, tmp_path / "whole", *ALL))
     want = outcome(tmp_path / "whole")
@@ -144,10 +142,7 @@ def test_killed_and_resumed_ends_the_same(
             for path in sorted((media / kind).iterdir()):
                 tar.add(path, f"renamed-{path.name}")
     folder = tmp_path / "killed"
-    with monkeypatch.context() as patch:
-        kill_at(patch, 3)
-        with pytest.raises(Killed):
-            train(options(media, checkpoints, folder, *ALL))
+    train_until_killed(3, options(media, checkpoints, folder, *ALL))
     shutil.rmtree(folder / "features")
     train(TrainOptions(run=folder, resume=True, **{f"data_{kind}": str(moved / kind) for kind in ALL}))
     assert outcome(folder) == want
@@ -157,15 +152,10 @@ def test_killed_and_resumed_ends_the_same(
     assert any("train_latent" in line["media"].get("video", {}) for line in lines)
 
 
-def test_one_kind_alone_goes_on_the_same(
-    media: Path, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_kind_alone_goes_on_the_same(media: Path, checkpoints: Path, tmp_path: Path) -> None:
     """A run of pictures alone learns no text, has no experts, and is resumed without the name of its kind."""
     folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        kill_at(patch, 3)
-        with pytest.raises(Killed):
-            train(options(media, checkpoints, folder, "image", only="vision"))
+    train_until_killed(3, options(media, checkpoints, folder, "image", only="vision"))
     result = train(TrainOptions(run=folder, resume=True))
     assert set(result.summary["media"]) == {"image"}
     document = json.loads((folder / "config.json").read_text())
@@ -175,7 +165,7 @@ def test_one_kind_alone_goes_on_the_same(
 
 
 def test_a_text_model_grows_eyes_and_ends_the_same_when_killed(
-    media: Path, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    media: Path, checkpoints: Path, tmp_path: Path
 ) -> None:
     """A run on text alone goes on with pictures: its model begins with every old byte, edges and votes too."""
     blind = with_fields(CONFIG, image_features=0)
@@ -188,10 +178,7 @@ def test_a_text_model_grows_eyes_and_ends_the_same_when_killed(
         if step is None:
             train(asked)
             continue
-        with monkeypatch.context() as patch:
-            kill_at(patch, step)
-            with pytest.raises(Killed):
-                train(asked)
+        train_until_killed(step, asked)
         train(TrainOptions(run=tmp_path / name, resume=True))
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
     began = json.loads((tmp_path / "whole" / "config.json").read_text())["beginning"]
@@ -201,14 +188,9 @@ def test_a_text_model_grows_eyes_and_ends_the_same_when_killed(
     assert fresh == {"image_sequencer", "shared_vq"}
 
 
-def test_other_data_and_other_sidecars_are_refused(
-    media: Path, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_data_and_other_sidecars_are_refused(media: Path, checkpoints: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        kill_at(patch, 1)
-        with pytest.raises(Killed):
-            train(options(media, checkpoints, folder, "image", cuda_graph=False))
+    train_until_killed(1, options(media, checkpoints, folder, "image", cuda_graph=False))
     other = tmp_path / "other"
     shutil.copytree(media / "image", other)
     (other / "00.txt").write_text("another text")

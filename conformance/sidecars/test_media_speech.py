@@ -38,7 +38,7 @@ from conformance.compare import exact
 from conformance.sidecars import media_runs
 from conformance.sidecars.test_media_runs import arb
 from conformance.training.nano import without_pictures
-from conformance.training.runs import Killed, kill_at
+from conformance.training.runs import train_until_killed
 
 CONFIG = replace(media_runs.CONFIG, talker_tokens=289)
 CPU = choose_runtime("cpu", "reference", "float32")
@@ -133,15 +133,11 @@ def test_a_run_says_how_the_talker_does(trained: Path) -> None:
     assert any("train_tokens" in line["media"].get("speech", {}) for line in lines)
 
 
-def test_a_killed_run_ends_with_the_same_hash(
-    media: Path, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_ends_with_the_same_hash(media: Path, checkpoints: Path, tmp_path: Path) -> None:
     """Whether its codec is still there or has to be trained again."""
     short: dict[str, Any] = {"steps": 3, "eval_interval": 3, "save_interval": 1}
     whole = train(asked(media, checkpoints, tmp_path / "whole", **short))
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 2)
-        train(asked(media, checkpoints, tmp_path / "killed", **short))
+    train_until_killed(2, asked(media, checkpoints, tmp_path / "killed", **short))
     shutil.copytree(tmp_path / "killed", tmp_path / "lost")
     (tmp_path / "lost" / CODEC_FILE).unlink()
     for name in ("killed", "lost"):

@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 
 from arbitor.optimized.training.loop import train
+from arbitor.optimized.training.options import PRESET_DEFAULTS
+from arbitor.reference.config import with_fields
 from arbitor.reference.presets import PRESETS
+from arbitor.sidecars.vision import PREPROCESSOR
 from conformance import pages
 from conformance.front.test_pages import OF_MEDIA
 from conformance.import_lint import ROOT
 from conformance.sidecars.media_runs import CONFIG, options, save_sound
+from conformance.system.command import Here
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,3 +61,63 @@ def test_an_example_runs(source: str, place: Path, run: None, monkeypatch: pytes
         assert left["losses"]["bytes"].item() > 0
     if "features_BNF" in left:
         assert left["features_BNF"].shape[0] == 1
+
+
+WIDE = 384
+"""Features of a patch that `--enable-image` asks for."""
+
+NO_MEDIA = with_fields(CONFIG, name="small", image_features=0, audio_features=0, video_latent=0)
+"""Stands for the presets that the pages name. The options of a line switch its media on."""
+
+LEFT_OUT = {
+    "--as": "the run of the page before learned from pictures alone, and answers with text",
+    "hf:HuggingFaceFW": "it is on a hub, and conformance/training/test_streams.py has streams of files",
+    "documents.parquet": "conformance/training/test_streams.py has streams of files",
+}
+"""What a line has that does not run here, with the reason."""
+
+
+@pytest.mark.parametrize("page", ["docs/media.md", "docs/training.md"])
+def test_the_commands_of_a_page_run_in_their_order(
+    page: str,
+    tmp_path: Path,
+    media: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfdbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    """With two steps each, and a network of the sidecar's width that is small otherwise."""
+    import transformers
+
+    for name in ("small", "tiny"):
+        monkeypatch.setitem(PRESETS, name, NO_MEDIA)
+        monkeypatch.setitem(
+            PRESET_DEFAULTS,
+            name,
+            {"steps": 2, "batch": 2, "context": 24, "sample_bytes": 4, "eval_windows": 4},
+        )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.json").write_text(NO_MEDIA.to_json())
+    (tmp_path / "books").mkdir()
+    shutil.copy(media / "text.txt", tmp_path / "books")
+    shutil.copytree(media / "image", tmp_path / "photos")
+    shutil.copy(media / "image" / "00.png", tmp_path / "holiday.jpg")
+    vision = transformers.Dinov2Config(
+        hidden_size=WIDE, num_attention_heads=2, num_hidden_layers=1, mlp_ratio=1, image_size=518
+    )
+    transformers.Dinov2Model(vision).save_pretrained(tmp_path / "facebook" / "dinov2-small")
+    shutil.copy(media / "dinov2" / PREPROCESSOR, tmp_path / "facebook" / "dinov2-small")
+    ran = 0
+    for command in pages.shown():
+        line = " ".join(command.words)
+        wanted = command.page == page and command.whole and command.words[0] == "arb"
+        if not wanted or any(part in line for part in LEFT_OUT):
+            continue
+        words = [*command.words[1:], "--device", "cpu"]
+        if "--steps" in words:
+            words[words.index("--steps") + 1] = "2"
+        if words[0] == "generate":
+            words += ["--bytes", "4"]
+        result = Here(capfdbinary)(*words)
+        assert result.returncode == 0, (line, result.stderr.decode())
+        ran += 1
+    assert ran >= 2

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from arbitor.optimized import cli
@@ -73,6 +74,27 @@ class Here:
         out, err = self.capture.readouterr()
         assert isinstance(end.value.code, int)
         return subprocess.CompletedProcess(arguments, end.value.code, out, err)
+
+
+def last_counts(*words: str) -> list[str]:
+    """Return the words of a line without what a later option of the same name replaces: a line that works, and what is changed."""
+    options = {
+        spelling: option
+        for option in cli.cli.commands[words[0]].params
+        if isinstance(option, click.Option) and not option.multiple
+        for spelling in (*option.opts, *option.secondary_opts)
+    }
+    given: dict[str | int, list[str]] = {}
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        option = options.get(word)
+        key: str | int = len(left) if option is None else str(option.name)
+        value = [] if option is None or option.is_flag else left[:1]
+        del left[: len(value)]
+        given.pop(key, None)
+        given[key] = [word, *value]
+    return [word for piece in given.values() for word in piece]
 
 
 def until(

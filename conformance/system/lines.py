@@ -3,9 +3,9 @@
     python -m conformance.system.lines --lines 2000 --seed 1 --jobs 2
 
 A line begins as one that works on a small run. Then options and arguments of its command are added, each with a value at random:
-one that is allowed, one out of range, another type, a name that a terminal would obey. What comes last counts, so that lines
-that work become lines that do not. A line must end within seconds, with status 0, 1 or 2; otherwise than with 0 it says one
-sentence on stderr. It never prints an escape byte, and never writes outside of its folder.
+one that is allowed, one out of range, another type, a name that a terminal would obey. Mostly an option takes the place of the one
+that works, so that lines that work become lines that do not. A line must end within seconds, with status 0, 1 or 2. It says one
+sentence on stderr unless it ends with 0. It never prints an escape byte, and never writes outside of its folder.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import click
 
 from arbitor.optimized.cli import cli
 from conformance.system.campaigns import ended, live, main
+from conformance.system.command import last_counts
 from conformance.training import nano
 
 WORKS = {
@@ -105,7 +106,9 @@ def line_of(draw: random.Random) -> list[str]:
         words.append(draw.choice([*option.opts, *option.secondary_opts]))
         if not option.is_flag:
             words.append(value_of(option.type, draw))
-    return [word.replace("\0", "") for word in words]
+    words = [word.replace("\0", "") for word in words]
+    # What is given twice is refused, which is tried too.
+    return last_counts(*words) if words[0] == name and draw.randrange(8) else words
 
 
 def check(words: list[str], folder: Path, output: Path) -> str:

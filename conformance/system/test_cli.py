@@ -24,7 +24,7 @@ from arbitor.reference.audit import audit
 from arbitor.reference.config import MEMORY_ROWS, SIGN_VOTES, with_fields
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.presets import PRESETS
-from conformance.system.command import REPOSITORY, Here, arb, check_refused, environment
+from conformance.system.command import REPOSITORY, Here, arb, check_refused, environment, last_counts
 from conformance.training.forge import first_element, forged
 from conformance.training.nano import NANO, TEXT, WHOLE
 
@@ -114,7 +114,8 @@ def test_usage_errors(arguments: list[str], parts: list[str]) -> None:
 
 
 def train(text: Path, run: Path, *more: str) -> list[str]:
-    return ["train", "--preset", "nano", "--data", str(text), "--device", "cpu", "--run", str(run), *more]
+    works = ("train", "--preset", "nano", "--data", str(text), "--device", "cpu", "--run", str(run))
+    return last_counts(*works, *more)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +306,7 @@ def test_train_trains_the_model_that_its_options_name(
     says = f"started with disable_{other} False and cannot go on with disable_{other} True"
     check_refused(here(*same, f"--disable-{other}"), 1, says)
     says = f"started with max_moe_iters {settings.get('max_moe_iters')} and cannot go on with max_moe_iters 2"
-    check_refused(here(*same, "--max-moe-iters", "2"), 1, says)
+    check_refused(here(*last_counts(*same, "--max-moe-iters", "2")), 1, says)
 
 
 def resume_with(run: Path, *more: str) -> list[str]:
@@ -341,7 +342,7 @@ def test_a_checkpoint_with_a_table_out_of_range_is_used_by_nobody(
 
 
 def generate(run: Path, *more: str) -> list[str]:
-    return ["generate", "--run", str(run), "--device", "cpu", *more]
+    return last_counts("generate", "--run", str(run), "--device", "cpu", *more)
 
 
 def test_generate_is_deterministic(here: Here, finished: Path) -> None:
@@ -392,7 +393,7 @@ def test_generate_reads_as_much_of_a_prompt_as_asked_for(
         assert read.pop() == prompt[-length:]
     text = ["--prompt", "7 squared is 49.", "--context", "9", "--bytes", "5"]
     (tmp_path / "prompt").write_bytes(b"7 squared is 49.")
-    assert here(*generate(finished, *text)).stdout == here(*file, *text[2:]).stdout
+    assert here(*generate(finished, *text)).stdout == here(*last_counts(*file, *text[2:])).stdout
     assert read == [b"ed is 49."] * 2
 
 

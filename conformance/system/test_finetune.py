@@ -6,14 +6,21 @@ import json
 import shutil
 from pathlib import Path
 
+import click
 import pytest
 import torch
 
 from arbitor import ArbModel
 from arbitor.adapters import adapters_of, float_model, load_adapter
+from arbitor.optimized.cli import cli
+from arbitor.optimized.commands.export import print_losses
+from arbitor.optimized.training import report
 from arbitor.optimized.training.checkpoint import load_checkpoint
+from arbitor.optimized.training.facts import read_facts
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.options import TrainOptions
+from arbitor.optimized.training.run_folder import RunFolder
+from arbitor.reference.graph.adapters import Merge
 from conformance.compare import alike
 from conformance.system.command import Here, check_refused
 from conformance.training import nano
@@ -179,3 +186,101 @@ def test_the_run_is_finished_by_either_command(here: Here, tuned: Path, tmp_path
         assert (copy / "adapter" / name).read_bytes() == (tuned / "adapter" / name).read_bytes()
     result = here("finetune", "--resume", "--run", str(copy), "--lora-rank", "3")
     check_refused(result, 1, "started with lora_rank 2 and cannot go on with lora_rank 3")
+
+
+def test_folders_that_hold_no_ternary_model_say_what_reads_them(
+    here: Here, tuned: Path, tmp_path: Path, other: Path
+) -> None:
+    """They were called damaged, or of another program."""
+    alone, floats = str(tmp_path / "alone"), str(tmp_path / "floats")
+    assert here("export", str(tuned), alone).stdout.startswith(
+        b"wrote the adapters of nano after 30 steps to "
+    )
+    assert here("export", str(tuned), floats, "--merge", "float").returncode == 0
+    for folder, says in (
+        (alone, "holds adapters alone: load their base, and then arbitor.adapters.load_adapter(model, "),
+        (
+            floats,
+            "holds the float weights of arb export --merge float, which arbitor.adapters.float_model reads",
+        ),
+    ):
+        for words in (
+            ("eval", folder, "--data", str(other)),
+            ("info", folder),
+            ("generate", folder),
+            ("export", folder, str(tmp_path / "new")),
+            ("finetune", "--base", folder, "--data", str(other), "--no-save"),
+            ("train", "--init-from", folder, "--data", str(other), "--no-save"),
+        ):
+            check_refused(here(*words), 1, f"{folder!r} {says}")
+
+
+def test_a_ternary_merge_says_what_is_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights that keep nothing are counted, and not listed as 0.0% and -0.0%. Where little is kept, it says what else to do."""
+    kept, lost, worse = Merge(10.0, 1.0, 0.5), Merge(10.0, 1.0, 1.0), Merge(10.0, 9.0, 9.001)
+    print_losses({"a": kept, "b": lost, "c": worse, "d": Merge(10.0, 0.0, 0.0)})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines[:3]] == ["weight", "a", "all"]
+    assert lines[1].split()[2] == "75.0%" and "-0.0%" not in "".join(lines)
+    assert lines[3] == "2 of 4 weights keep nothing of their change, and are not listed."
+    assert lines[4].startswith(
+        "0.9% of the change is kept: most of it is smaller than a step of a ternary weight. "
+    )
+    assert "arb train --init-from" in lines[4]
+    print_losses({"a": kept})
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_a_run_is_called_after_what_it_is_from(
+    here: Here, finished: Path, tuned: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was called by the whole path of a configuration."""
+    shutil.copytree(finished, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    more = ("--data", str(other), "--device", "cpu", "--steps", "1", "--batch", "2", "--context", "16")
+    for words in (("train", "--init-from", "mine"), ("finetune", "--base", "mine")):
+        said = here(*words, *more, "--run", words[0])
+        assert said.returncode == 0 and said.stderr == b""
+        lines = said.stdout.decode().splitlines()
+        assert lines[0].startswith("model: nano (from mine), ")
+        assert any("arb nano (from mine)" in line for line in lines)
+        assert "preset:               nano (from mine)\n" in here("info", words[0]).stdout.decode()
+        config = json.loads(here("info", words[0], "--json").stdout)["preset"]
+        assert config == str(tmp_path / "mine" / "config.json")
+
+
+def test_the_page_of_adapters_shows_theirs(
+    tuned: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The learning rate was called that of the votes, and the norms had no panel."""
+    drawn: list[str] = []
+    real = report._label
+    monkeypatch.setattr(
+        report, "_label", lambda axes, title, **more: (drawn.append(title), real(axes, title, **more))
+    )
+    facts, _ = read_facts(RunFolder(tuned))
+    report.draw_page(tmp_path / "page.png", facts)
+    assert drawn == ["loss", "learning rate of AdamW", "gradient of the adapters", "change by the adapters"]
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "says"),
+    [
+        (["--base", "none"], 1, "base is 'none', but there is no such folder or file"),
+        (["--lora-targets", "x"], 2, "lora_targets has 'x', but must end the name of a linear, such as "),
+        (["--batch", "auto"], 2, "'auto' is not a valid whole number"),
+    ],
+)
+def test_sentences_name_what_was_typed(
+    here: Here, finished: Path, other: Path, more: list[str], code: int, says: str
+) -> None:
+    base = () if "--base" in more else ("--base", str(finished))
+    result = here("finetune", *base, "--data", str(other), "--device", "cpu", "--no-save", *more)
+    check_refused(result, code, says)
+    assert "such as 0, 1" not in result.stderr.decode()
+
+
+def test_help_offers_what_works() -> None:
+    for name, has in (("train", True), ("finetune", False)):
+        [batch] = [each for each in cli.commands[name].params if each.name == "batch"]
+        assert isinstance(batch, click.Option) and ("auto: what memory holds" in str(batch.help)) == has

@@ -72,7 +72,7 @@ def test_no_sentence_has_a_name_raw(here: Here, text: Path, tmp_path: Path) -> N
     ("command", "code", "sentence"),
     [
         (["train", "--run", ""], 2, "'--run' / '--out': '' is empty, but must name"),
-        (["generate", "--run", ""], 2, "'--run' / '--out': '' is empty, but must name"),
+        (["generate", "--run", ""], 2, "'--run': '' is empty, but must name"),
         (["train", "--data", "", "--no-save"], 2, "data is '', but must not be empty"),
         (["generate", "--run", "x", "--bytes", str(10**12)], 2, "is not in the range 0<=x<=16777216"),
         (["train", "--batch", str(10**9)], 2, "is not in the range"),
@@ -122,6 +122,8 @@ def test_a_preset_names_no_field_twice_and_may_be_that_of_a_run(
     preset = tmp_path / "mine.json"
     preset.write_text(NANO.to_json().replace("{", '{"width": 24,', 1))
     check_refused(here("audit", "--preset", str(preset)), 2, "the key 'width' stands there twice")
+    preset.write_text("[]")
+    check_refused(here("audit", "--preset", str(preset)), 2, "holds a JSON list, but must be an object")
     of_run = here("audit", "--json", "--preset", str(finished / "config.json"))
     assert of_run.stdout == here("audit", "--json", "--preset", "nano").stdout
 

@@ -26,6 +26,7 @@ from conformance.system.command import (
     check_refused,
     environment,
     finish,
+    last_counts,
     start,
     until,
 )
@@ -34,10 +35,10 @@ STEPS = "15"
 
 
 def arguments(text: Path, run: Path, *more: str) -> list[str]:
-    return [
+    return last_counts(
         "train", "--preset", "nano", "--data", str(text), "--device", "cpu", "--run", str(run),
         "--steps", STEPS, *more
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 def digest(run: Path) -> str:
@@ -156,6 +157,8 @@ def test_signals_save_and_exit(
     ended_alone = subprocess.CompletedProcess(result.args, result.returncode, result.stdout, ended)
     check_refused(ended_alone, code, f"stopped by {number.name}", "--resume")
     assert load_checkpoint(run / "latest.safetensors").step >= 4
+    # Who sends SIGTERM does not wait for a picture.
+    assert (run / "report.png").exists() == (number == signal.SIGINT)
     if number == signal.SIGTERM:
         check_full_disk_while_resuming(run)
     assert here(*resume(run)).returncode == 0

@@ -45,10 +45,10 @@ def register(patch: pytest.MonkeyPatch) -> None:
 
 def without_pictures(patch: pytest.MonkeyPatch) -> None:
     """Write a stand-in for each picture: drawing them takes as long as the rest of a run of ``nano``."""
-    from arbitor.optimized.training import loop
+    from arbitor.optimized.training import run
 
     def stand_in(path: Path, *what: Any, **more: Any) -> None:
         path.write_bytes(b"a picture")
 
-    patch.setattr(loop, "plot_loss", stand_in)
-    patch.setattr(loop, "draw_page", stand_in)
+    patch.setattr(run, "plot_loss", stand_in)
+    patch.setattr(run, "draw_page", stand_in)

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from arbitor.optimized.training import batch_size
-from arbitor.optimized.training.batch_size import Memory, fitting_batch, free_bytes
+from arbitor.optimized.training import batch_size, machine_memory
+from arbitor.optimized.training.batch_size import Memory, fitting_batch
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import train
+from arbitor.optimized.training.machine_memory import free_bytes
 from arbitor.optimized.training.options import Settings, TrainOptions
 from arbitor.optimized.training.plan import decide
 from arbitor.optimized.training.runtime import choose_runtime
@@ -97,18 +98,36 @@ def test_no_other_word_stands_for_a_number() -> None:
         decide(TrainOptions(preset="nano", context="auto"), None)
 
 
-def test_memory_is_that_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_size, "CGROUP", tmp_path)
-    of_machine = free_bytes()
-    assert of_machine > 2**20
-    (tmp_path / "memory.max").write_text("5000\n")
-    (tmp_path / "memory.current").write_text("2000\n")
-    assert free_bytes() == 3000
+FILES = {
+    "second version": ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    "first version": (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+}
+
+
+@pytest.mark.parametrize("version", FILES)
+def test_memory_is_that_of_the_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr(machine_memory, "CGROUP", tmp_path)
+    (tmp_path / "memory").mkdir()
+    limit, used, parts, inactive = FILES[version]
+    of_machine = machine_memory.total_bytes()
+    assert of_machine >= free_bytes() > 2**20
+    (tmp_path / limit).write_text("5000\n")
+    (tmp_path / used).write_text("2000\n")
+    assert (machine_memory.total_bytes(), free_bytes()) == (5000, 3000)
     # A file that was read is used memory, and gives way.
-    (tmp_path / "memory.stat").write_text("active_file 900\ninactive_file 500\n")
+    (tmp_path / parts).write_text(f"active_file 900\n{inactive} 500\n")
     assert free_bytes() == 3500
-    (tmp_path / "memory.max").write_text("max\n")
-    assert free_bytes() > 2**20
+    # No limit is a word in the second version, and a number that no machine has in the first.
+    for none in ("max", str(2**63 - 4096)):
+        (tmp_path / limit).write_text(f"{none}\n")
+        assert machine_memory.total_bytes() == of_machine and free_bytes() > 2**20
 
 
 def test_a_pass_is_measured_alone() -> None:

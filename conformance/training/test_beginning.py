@@ -21,10 +21,11 @@ from arbitor.optimized.training.beginning import begin_with
 from arbitor.optimized.training.checkpoint import CheckpointError, load_checkpoint, state_sha256
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import NATS_PER_BIT
-from arbitor.optimized.training.loop import TrainResult, train
+from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.monitor import Monitor
 from arbitor.optimized.training.options import TrainOptions
+from arbitor.optimized.training.run import TrainResult
 from arbitor.optimized.training.schedule import rate
 from arbitor.reference.config import with_fields
 from arbitor.reference.graph import ArbModel
@@ -32,7 +33,7 @@ from arbitor.reference.presets import PRESETS
 from arbitor.reference.types import TernaryWeight
 from conformance.training.forge import first_element, forged
 from conformance.training.nano import NANO, TEXT, WHOLE
-from conformance.training.runs import Killed, kill_at, options
+from conformance.training.runs import Killed, options, train_until_killed
 
 State = Mapping[str, TernaryWeight | Tensor]
 
@@ -73,17 +74,14 @@ def without_votes(state: State) -> State:
     return {name: value if isinstance(value, Tensor) else empty(value) for name, value in state.items()}
 
 
-def begin(run: Path, source: Path, other: Path, monkeypatch: pytest.MonkeyPatch, **more: Any) -> State:
+def begin(run: Path, source: Path, other: Path, **more: Any) -> State:
     """Start a run with the weights of another, and return the state that it took its first step from."""
-    with monkeypatch.context() as patch:
-        kill_at(patch, 0)
-        with pytest.raises(Killed):
-            train(options(other, run, preset=None, init_from=str(source), **more))
+    train_until_killed(0, options(other, run, preset=None, init_from=str(source), **more))
     return load_checkpoint(run / "latest.safetensors").state
 
 
 def test_a_run_begins_with_every_byte_of_another_and_no_votes(
-    source: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, other: Path, tmp_path: Path
 ) -> None:
     exported = tmp_path / "exported"
     UserModel.from_pretrained(source, device="cpu").save_pretrained(exported)
@@ -92,18 +90,16 @@ def test_a_run_begins_with_every_byte_of_another_and_no_votes(
     sources = (source, exported, source / "best.safetensors")
     for place, each in enumerate(sources):
         run = tmp_path / f"run-{place}"
-        state = begin(run, each, other, monkeypatch, seed=5, steps=3)
+        state = begin(run, each, other, seed=5, steps=3)
         assert state_sha256(state) == state_sha256(without_votes(best))
         says = began(run)
         assert says["state_sha256"] == state_sha256(best)
         assert (says["fresh"], says["left_out"], set(says["kept"])) == ([], [], set(best))
 
 
-def test_votes_are_kept_on_request(
-    source: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_votes_are_kept_on_request(source: Path, other: Path, tmp_path: Path) -> None:
     """Then the run goes on from every byte of the source, and a run that begins without a source has none to keep."""
-    state = begin(tmp_path / "run", source, other, monkeypatch, keep_votes=True, steps=3)
+    state = begin(tmp_path / "run", source, other, keep_votes=True, steps=3)
     assert state_sha256(state) == state_sha256(best_of(source))
     assert began(tmp_path / "run")["has_votes"]
     with pytest.raises(ValueError, match="keep_votes is True, but does nothing without init_from"):
@@ -111,7 +107,7 @@ def test_votes_are_kept_on_request(
 
 
 def test_a_run_with_the_weights_of_another_ends_the_same_when_killed(
-    source: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, other: Path, tmp_path: Path
 ) -> None:
     """Also where it is killed before its first checkpoint, and where its source is gone after it."""
     asked = {"preset": None, "init_from": str(source), "seed": 3}
@@ -119,10 +115,7 @@ def test_a_run_with_the_weights_of_another_ends_the_same_when_killed(
     assert whole["state_sha256"] != train(options(other, None, save=False, seed=3)).summary["state_sha256"]
     for step in (0, 5):
         run = tmp_path / f"killed-{step}"
-        with monkeypatch.context() as patch:
-            kill_at(patch, step)
-            with pytest.raises(Killed):
-                train(options(other, run, **asked))
+        train_until_killed(step, options(other, run, **asked))
         if step == 0:
             # As if it had been killed before that.
             (run / "latest.safetensors").unlink()
@@ -155,10 +148,10 @@ def test_a_run_killed_between_its_first_best_and_its_first_line_goes_on(
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_with_no_other_weights(
-    source: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, other: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    begin(run, source, other, monkeypatch)
+    begin(run, source, other)
     (run / "latest.safetensors").unlink()
     (run / "best.safetensors").unlink()
     shutil.copy(source / "previous.safetensors", source / "best.safetensors")
@@ -171,7 +164,7 @@ def test_what_a_run_begins_with_may_stay_its_best(
 ) -> None:
     """The source is a model that somebody trained, unlike weights that were drawn."""
     script = iter([1.0, 2.0, 3.0])
-    monkeypatch.setattr("arbitor.optimized.training.loop.validation_bpb", lambda *_, **__: next(script))
+    monkeypatch.setattr("arbitor.optimized.training.run.validation_bpb", lambda *_, **__: next(script))
     summary = train(options(text, tmp_path / "run", init_from=str(source))).summary
     assert (summary["best_bpb"], summary["val_bpb"]) == (1.0, 3.0)
     assert load_checkpoint(tmp_path / "run" / "best.safetensors").step == 0
@@ -186,13 +179,11 @@ def test_a_model_that_grew_keeps_every_old_byte_and_draws_the_new(
     source, run = tmp_path / "source", tmp_path / "run"
     train(options(text, source, preset="small-whole", context=34, batch=2, steps=3))
     out = io.StringIO()
-    with monkeypatch.context() as patch:
-        kill_at(patch, 0)
-        with pytest.raises(Killed):
-            train(
-                options(other, run, preset="whole", init_from=str(source), context=34, batch=2, seed=7),
-                console=Console(file=out, width=1000),
-            )
+    train_until_killed(
+        0,
+        options(other, run, preset="whole", init_from=str(source), context=34, batch=2, seed=7),
+        console=Console(file=out, width=1000),
+    )
     state, old = load_checkpoint(run / "latest.safetensors").state, without_votes(best_of(source))
     new = ArbModel(WHOLE, seed=7).state()
     says = began(run)
@@ -230,7 +221,7 @@ def test_what_does_not_fit_is_named(
         begin_with(ArbModel(PRESETS["alien"]), str(source))
 
 
-def test_a_table_goes_with_its_module(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_goes_with_its_module(text: Path, tmp_path: Path) -> None:
     """Counts of the use of codes mean nothing for codes that begin anew; nor do integers that the model cannot have."""
     source = tmp_path / "source"
     train(options(text, source, preset="whole", context=34, batch=2, steps=2))
@@ -276,7 +267,7 @@ def test_a_source_that_cannot_be_used_is_refused_before_anything_is_written(
 
 
 def test_no_model_begins_with_what_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"^there is no checkpoint '.*nowhere'$"):
+    with pytest.raises(TrainingError, match=r"^there is no run, folder or checkpoint '.*nowhere'$"):
         begin_with(ArbModel(NANO), str(tmp_path / "nowhere"))
     with pytest.raises(
         TrainingError, match=r"^the folder '.*' holds no checkpoint: it is no run, and has no"
@@ -332,9 +323,7 @@ def test_more_steps_have_the_rate_of_a_longer_run_from_there_on(text: Path, tmp_
     assert {**again, "seconds": 0} == {**summary, "seconds": 0}
 
 
-def test_more_steps_killed_and_resumed_end_the_same(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_steps_killed_and_resumed_end_the_same(source: Path, tmp_path: Path) -> None:
     """Killed at once, before a save, and after one. Who resumes need not say the steps again."""
     whole = tmp_path / "whole"
     short = source
@@ -343,24 +332,16 @@ def test_more_steps_killed_and_resumed_end_the_same(
     for step in (8, 10, 13):
         run = tmp_path / f"killed-{step}"
         shutil.copytree(short, run)
-        with monkeypatch.context() as patch:
-            kill_at(patch, step)
-            with pytest.raises(Killed):
-                longer(run, 16)
+        train_until_killed(step, TrainOptions(run=run, resume=True, steps=16))
         if step == 10:
             # As if it had been killed between the checkpoint and the file.
             shutil.copy(short / "config.json", run / "config.json")
         assert outcome(run, train(TrainOptions(run=run, resume=True)).summary) == expected
 
 
-def test_an_interrupted_run_may_be_given_more_steps(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_may_be_given_more_steps(text: Path, tmp_path: Path) -> None:
     """In its flat part, long before either run falls, it ends as a run that had as many from the start."""
-    with monkeypatch.context() as patch:
-        kill_at(patch, 3)
-        with pytest.raises(Killed):
-            train(options(text, tmp_path / "run"))
+    train_until_killed(3, options(text, tmp_path / "run"))
     found = longer(tmp_path / "run", 10).summary
     assert found["state_sha256"] == train(options(text, None, save=False, steps=10)).summary["state_sha256"]
 
@@ -401,15 +382,10 @@ def test_a_run_is_judged_by_other_bytes_and_learns_from_all_of_its_own(
     assert "times what is there to learn from" in out.getvalue()
 
 
-def test_a_run_with_val_data_ends_the_same_when_killed(
-    text: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_with_val_data_ends_the_same_when_killed(text: Path, other: Path, tmp_path: Path) -> None:
     whole = train(options(text, tmp_path / "whole", val_data=str(other))).summary
     run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        kill_at(patch, 5)
-        with pytest.raises(Killed):
-            train(options(text, run, val_data=str(other)))
+    train_until_killed(5, options(text, run, val_data=str(other)))
     moved = tmp_path / "moved.txt"
     other.rename(moved)
     summary = train(TrainOptions(run=run, resume=True, val_data=str(moved))).summary

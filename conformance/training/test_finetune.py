@@ -13,21 +13,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from arbitor.optimized.training import adaptation, loop
+from arbitor.optimized.training import adaptation
 from arbitor.optimized.training.adapter_state import AdapterState
 from arbitor.optimized.training.checkpoint import CheckpointError, adapter_sha256, load_checkpoint
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.options import PRESET_DEFAULTS, TrainOptions
+from arbitor.optimized.training.run import Run
 from arbitor.optimized.training.runtime import Stopped
 from arbitor.optimized.training.schedule import share_of_rate
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.adapters import adapters_of
 from arbitor.reference.presets import PRESETS
 from conformance.training.nano import NANO, NANO_DEFAULTS
-from conformance.training.runs import Killed, kill_at
 from conformance.training.runs import options as base_options
+from conformance.training.runs import train_until_killed
 
 OTHER = b"".join(b"The root of %d is %d, or nearly so.\n" % (i * i, i) for i in range(200))
 """A text that the base has not seen."""
@@ -87,23 +88,18 @@ def test_adapters_learn_and_the_base_keeps_every_byte(base: Path, tmp_path: Path
     assert (document["run"]["lora_rank"], document["run"]["lora_alpha"]) == (3, 16.0)
 
 
-def test_a_run_killed_and_resumed_ends_the_same(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_killed_and_resumed_ends_the_same(base: Path, tmp_path: Path) -> None:
     whole = outcome(tmp_path / "whole", train(options(base, tmp_path / "whole", accum=2)).summary)
     # Before any save but the first, and after one.
     for step in (0, 4):
         folder = tmp_path / f"killed-{step}"
-        with monkeypatch.context() as patch:
-            kill_at(patch, step)
-            with pytest.raises(Killed):
-                train(options(base, folder, accum=2))
+        train_until_killed(step, options(base, folder, accum=2))
         command = TrainOptions(run=folder, resume=True, finetune=step != 4)
         assert outcome(folder, train(command).summary) == whole
 
 
 def test_a_signal_saves(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loop.Run._take_step
+    real = Run._take_step
 
     def signalled(run: Any, *, measured: bool) -> dict[str, Any] | None:
         if run.step == 4:
@@ -111,7 +107,7 @@ def test_a_signal_saves(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return real(run, measured=measured)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "_take_step", signalled)
+        patch.setattr(Run, "_take_step", signalled)
         with pytest.raises(Stopped, match="stopped by SIGTERM after step 5 of 8; the checkpoint"):
             train(options(base, tmp_path / "run"))
     assert load_checkpoint(tmp_path / "run" / "latest.safetensors").step == 5
@@ -213,7 +209,7 @@ def test_the_last_layer_turns_once_unless_asked(
         ({"init_from": None}, "init_from is not set, but must name the base"),
         ({"lora_rank": 0}, "lora_rank is 0, but must be from 1"),
         ({"lora_alpha": 0.0}, "lora_alpha is 0, but must be above 0"),
-        ({"lora_targets": "nothing"}, "targets has 'nothing', but must end the name of a linear"),
+        ({"lora_targets": "nothing"}, "lora_targets has 'nothing', but must end the name of a linear"),
         ({"rate": 3.0}, "rate is 3.0, but does nothing in arb finetune"),
         ({"sign_votes": True}, "sign_votes is True, but does nothing in arb finetune"),
         ({"enable_memory": True}, "enable_memory is True, but does nothing in arb finetune"),

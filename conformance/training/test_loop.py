@@ -19,6 +19,7 @@ from rich.console import Console
 
 from arbitor.optimized import settings
 from arbitor.optimized.training import loop
+from arbitor.optimized.training import run as run_module
 from arbitor.optimized.training.baselines import NAMES
 from arbitor.optimized.training.checkpoint import load_checkpoint, state_sha256
 from arbitor.optimized.training.data import load_corpus, split_corpus, training_batch, validation_windows
@@ -57,7 +58,7 @@ def test_the_time_of_a_run_is_that_of_its_training(
 ) -> None:
     """On the page as in the summary: drawing a sample, here an hour long, is no part of it."""
     late, facts = [0.0], {}
-    real_generate = loop.generate
+    real_generate = run_module.generate
 
     def generate(*args: Any, **settings: Any) -> bytes:
         late[0] += 3600
@@ -66,9 +67,9 @@ def test_the_time_of_a_run_is_that_of_its_training(
     def draw_page(path: Path, of_run: RunFacts) -> None:
         facts.update(of_run.words())
 
-    monkeypatch.setattr(loop, "generate", generate)
-    monkeypatch.setattr(loop, "draw_page", draw_page)
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late[0]))
+    monkeypatch.setattr(run_module, "generate", generate)
+    monkeypatch.setattr(run_module, "draw_page", draw_page)
+    monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late[0]))
     summary = train(options(text, tmp_path / "run")).summary
     assert late[0] == 3600 > summary["seconds"] and facts["time"] == f"{summary['seconds']:,.0f} s"
 
@@ -219,7 +220,7 @@ def test_train_with_nothing_but_nan_changes_no_byte_and_gives_up(
 def test_train_gives_up_only_where_nothing_finite_comes_between(
     text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "MAX_SKIPPED_IN_A_ROW", 3)
+    monkeypatch.setattr(run_module, "MAX_SKIPPED_IN_A_ROW", 3)
     fault(monkeypatch, {0, 1, 3, 4, 6, 7, 9, 10}, math.nan)
     assert train(options(text, None, save=False, accum=2)).summary["skipped"] == 8
 
@@ -281,13 +282,13 @@ def test_a_run_that_is_asked_to_stop_says_what_is_saved(
     text: Path, tmp_path: Path, save: bool, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The signal comes during the first step, and the run ends after it."""
-    before = loop.Run._take_pass
+    before = run_module.Run._take_pass
 
     def interrupted(run: Any, *args: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)
         return before(run, *args)
 
-    monkeypatch.setattr(loop.Run, "_take_pass", interrupted)
+    monkeypatch.setattr(run_module.Run, "_take_pass", interrupted)
     folder = tmp_path / "run" if save else None
     with pytest.raises(Stopped, match=f"stopped by SIGTERM after step 1 of 8; {says}"):
         train(options(text, folder, save=save))
@@ -320,12 +321,12 @@ def test_the_trainer_vouches_for_its_values_until_it_ends(
 ) -> None:
     """Its ops never wait for a device to look at ids and rows."""
     seen: list[bool] = []
-    take = loop.Run.take_steps
+    take = run_module.Run.take_steps
 
-    def watched(run: loop.Run) -> None:
+    def watched(run: run_module.Run) -> None:
         seen.append(settings.value_checks())
         take(run)
 
-    monkeypatch.setattr(loop.Run, "take_steps", watched)
+    monkeypatch.setattr(run_module.Run, "take_steps", watched)
     train(options(text, None, steps=1, save=False))
     assert seen == [False] and settings.value_checks()

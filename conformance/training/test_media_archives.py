@@ -194,6 +194,10 @@ def test_an_archive_that_was_cut_is_a_sentence(tmp_path: Path) -> None:
         last.medium()
     with pytest.raises(TrainingError, match=r"ends within its member 'shard/0003\.jpg'"):
         last.place.read(path)
+    path.unlink()
+    for read in (lambda: last.place.read(path), lambda: media_archives.samples_of(path, [".jpg"])):
+        with pytest.raises(TrainingError, match=r"^cannot read '.*data\.tar': No such file or directory$"):
+            read()
 
 
 def test_of_members_of_one_name_the_last_counts(tmp_path: Path) -> None:

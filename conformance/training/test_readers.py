@@ -25,6 +25,7 @@ from conformance.compare import exact
 from conformance.graph import models
 from conformance.report import needs_cuda
 from conformance.subject import Subject
+from conformance.training.runs import replays
 
 PROMPTS = (b"", b"one two three four five six seven", b"0123456789")
 """Prompts on both sides of a window of 8, whose blocks of 4 are complete at different steps."""
@@ -177,9 +178,7 @@ def test_recorded_steps_give_the_same_bits(
 ) -> None:
     """Logits, ids, codes and rows are equal, past blocks and growing memory, also with torch's deterministic algorithms."""
     needs_cuda(subject, f"recorded steps of generation: {name}")
-    replayed: list[None] = []
-    real = torch.cuda.CUDAGraph.replay
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replayed.append(None), real(graph))[1])
+    replayed = replays(monkeypatch)
     changes = dict(VARIANTS[name])
     options = {"ops": subject.ops, "device": subject.device, "dtype": changes.pop("dtype", torch.float32)}
     model = models.whole(replace(models.WHOLE, **changes), **options)

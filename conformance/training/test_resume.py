@@ -14,10 +14,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from arbitor.optimized.training import loop
+from arbitor.optimized.training import run as run_module
 from arbitor.optimized.training.checkpoint import Checkpoint, load_checkpoint
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.optimized.training.loop import train
+from arbitor.optimized.training.loop import opened, train
 from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.options import TrainOptions
 from arbitor.optimized.training.runtime import Stopped
@@ -26,7 +26,7 @@ from arbitor.reference.graph import ArbModel
 from arbitor.reference.presets import PRESETS
 from arbitor.reference.types import TernaryWeight
 from conformance.training.nano import NANO, TEXT, WHOLE
-from conformance.training.runs import Killed, kill_at, options
+from conformance.training.runs import options, train_until_killed
 
 
 def test_train_remembers_the_best_model_from_before_it_was_killed(
@@ -40,19 +40,16 @@ def test_train_remembers_the_best_model_from_before_it_was_killed(
         return script[len(steps_taken)]
 
     steps_taken: list[int] = []
-    real = loop.Run._take_step
+    real = run_module.Run._take_step
 
     def counted(state: Any, *, measured: bool) -> dict[str, Any] | None:
         result = real(state, measured=measured)
         steps_taken.append(1)
         return result
 
-    monkeypatch.setattr(loop, "validation_bpb", scripted)
-    monkeypatch.setattr(loop.Run, "_take_step", counted)
-    with monkeypatch.context() as patch:
-        kill_at(patch, 5)
-        with pytest.raises(Killed):
-            train(options(text, run, eval_interval=2, save_interval=5))
+    monkeypatch.setattr(run_module, "validation_bpb", scripted)
+    monkeypatch.setattr(run_module.Run, "_take_step", counted)
+    train_until_killed(5, options(text, run, eval_interval=2, save_interval=5))
     assert load_checkpoint(run / "latest.safetensors").best_bpb == 4.0
     summary = train(TrainOptions(run=run, resume=True)).summary
     assert (summary["best_bpb"], summary["val_bpb"]) == (4.0, 4.25)
@@ -63,7 +60,7 @@ def test_a_resumed_run_holds_its_model_once(text: Path, tmp_path: Path) -> None:
     """The tensors that were read from the checkpoint are as large as the model, and nothing needs them again."""
     run = tmp_path / "run"
     train(options(text, run, steps=4))
-    with loop.opened(TrainOptions(run=run, resume=True, steps=5), None) as resumed:
+    with opened(TrainOptions(run=run, resume=True, steps=5), None) as resumed:
         assert resumed.step == 4
         gc.collect()
         assert not [each for each in gc.get_objects() if type(each) is Checkpoint and each.state]
@@ -75,26 +72,24 @@ def test_a_run_keeps_its_number_of_threads(
     """In every pass of every life, on whatever machine it goes on. Torch is told the number in the first life too, as MKL takes it
     for the largest number until then."""
     machine, told, seen = [7], [], set()
-    take = loop.Run._take_pass
+    take = run_module.Run._take_pass
 
     def tell(count: int) -> None:
         machine[0] = count
         told.append(count)
 
-    def watched(run: loop.Run, *arguments: Any) -> Any:
+    def watched(run: run_module.Run, *arguments: Any) -> Any:
         seen.add(torch.get_num_threads() if told else None)
         return take(run, *arguments)
 
     # Of a machine that would be too slow here if the threads were real.
     monkeypatch.setattr(torch, "get_num_threads", lambda: machine[0])
     monkeypatch.setattr(torch, "set_num_threads", tell)
-    monkeypatch.setattr(loop.Run, "_take_pass", watched)
+    monkeypatch.setattr(run_module.Run, "_take_pass", watched)
     run = tmp_path / "run"
     for step in (2, 5):
-        with monkeypatch.context() as patch:
-            kill_at(patch, step)
-            with pytest.raises(Killed):
-                train(options(text, run) if step == 2 else TrainOptions(run=run, resume=True))
+        asked = options(text, run) if step == 2 else TrainOptions(run=run, resume=True)
+        train_until_killed(step, asked)
         if step == 2:
             # Only its settings are left.
             for path in set(run.iterdir()) - {run / "config.json"}:
@@ -112,17 +107,12 @@ def outcome(folder: Path, summary: dict[str, Any]) -> tuple[object, ...]:
     return {**summary, "seconds": 0}, metrics, best
 
 
-def test_train_killed_and_resumed_ends_the_same(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_train_killed_and_resumed_ends_the_same(text: Path, tmp_path: Path) -> None:
     whole = outcome(tmp_path / "whole", train(options(text, tmp_path / "whole", accum=2)).summary)
     # Before any save but the first, after it, just after one, and in the last step.
     for step in (0, 1, 4, 7):
         folder = tmp_path / f"killed-{step}"
-        with monkeypatch.context() as patch:
-            kill_at(patch, step)
-            with pytest.raises(Killed):
-                train(options(text, folder, accum=2))
+        train_until_killed(step, options(text, folder, accum=2))
         assert outcome(folder, train(TrainOptions(run=folder, resume=True)).summary) == whole
 
 
@@ -149,10 +139,7 @@ def test_train_killed_and_resumed_ends_the_same_with_every_module(
 
     monkeypatch.setattr(reference_ops, "revive_codes", watched)
     folder = tmp_path / "killed"
-    with monkeypatch.context() as patch:
-        kill_at(patch, 7)
-        with pytest.raises(Killed):
-            train(options(text, folder, **more))
+    train_until_killed(7, options(text, folder, **more))
     assert load_checkpoint(folder / "latest.safetensors").step == 6
     assert revived
     revived.clear()
@@ -160,9 +147,7 @@ def test_train_killed_and_resumed_ends_the_same_with_every_module(
     assert revived
 
 
-def test_train_killed_and_resumed_reports_nothing_twice_and_nothing_wrong(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_train_killed_and_resumed_reports_nothing_twice_and_nothing_wrong(text: Path, tmp_path: Path) -> None:
     """Killed in step 5, resumed at step 3. Of line 4 only what spans steps differs: no drift, and the loads of one step."""
 
     def reports(folder: Path) -> dict[int, dict[str, Any]]:
@@ -172,10 +157,7 @@ def test_train_killed_and_resumed_reports_nothing_twice_and_nothing_wrong(
 
     more = {"preset": "whole", "context": 34}
     train(options(text, tmp_path / "whole", **more))
-    with monkeypatch.context() as patch:
-        kill_at(patch, 4)
-        with pytest.raises(Killed):
-            train(options(text, tmp_path / "killed", **more))
+    train_until_killed(4, options(text, tmp_path / "killed", **more))
     assert not (tmp_path / "killed" / "report.png").exists()
     train(TrainOptions(run=tmp_path / "killed", resume=True))
     whole, resumed = reports(tmp_path / "whole"), reports(tmp_path / "killed")
@@ -245,7 +227,7 @@ def test_train_refuses_to_resume_another_model(
 def test_train_stops_between_two_steps_on_a_signal(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    real = loop.Run._take_step
+    real = run_module.Run._take_step
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 
     def signalled(run: Any, *, measured: bool) -> dict[str, Any] | None:
@@ -254,7 +236,7 @@ def test_train_stops_between_two_steps_on_a_signal(
         return real(run, measured=measured)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "_take_step", signalled)
+        patch.setattr(run_module.Run, "_take_step", signalled)
         with pytest.raises(
             Stopped, match=rf"stopped by {number.name} after step 5 of 8; the checkpoint"
         ) as caught:

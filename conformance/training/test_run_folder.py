@@ -27,7 +27,7 @@ from arbitor.optimized.training.run_folder import RunFolder
 from arbitor.optimized.training.whole_file import append_to, partial_of, rename, write_whole
 from conformance.training import nano
 from conformance.training.forge import Change, forged
-from conformance.training.runs import Killed, kill_at, options
+from conformance.training.runs import options, train_until_killed
 
 
 @pytest.fixture
@@ -87,15 +87,12 @@ def test_resume_without_checkpoint_or_config_is_refused(run: Path, damage: bytes
 
 
 def test_a_run_goes_on_without_the_file_of_its_preset(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     preset = tmp_path / "mine.json"
     preset.write_text(replace(nano.NANO, name="nano", theta=17).to_json())
     more = {"preset": str(preset), "steps": 6, "batch": 2, "context": 16, "save_interval": 2}
-    with monkeypatch.context() as patch:
-        kill_at(patch, 4)
-        with pytest.raises(Killed):
-            train(options(text, tmp_path / "run", **more))
+    train_until_killed(4, options(text, tmp_path / "run", **more))
     expected = train(options(text, tmp_path / "whole", **more)).summary["state_sha256"]
     preset.unlink()
     assert "at step 4" in resume(tmp_path / "run")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from arbitor.optimized import settings
-from arbitor.optimized.training import sizes
+from arbitor.optimized.training import machine_memory, sizes
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.options import TrainOptions, preset_defaults
 from arbitor.optimized.training.plan import decide, preset_config, settings_config
@@ -221,9 +221,11 @@ def test_a_preset_file_is_refused_in_a_sentence(
     assert str(caught.value).startswith(f"preset is the file {str(path)!r}") and "\n" not in str(caught.value)
 
 
-def test_a_state_beyond_the_memory_of_the_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_beyond_the_memory_of_the_machine_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1}
-    monkeypatch.setattr(sizes.os, "sysconf", pages.__getitem__)
+    monkeypatch.setattr(machine_memory.os, "sysconf", pages.__getitem__)
     with pytest.raises(
         TrainingError, match=r"the model 'tiny' has a state of 0\.0 GiB, but cpu has 0\.0 GiB"
     ):
@@ -235,3 +237,8 @@ def test_a_state_beyond_the_memory_of_the_machine_is_refused(monkeypatch: pytest
         sizes.check_memory(PRESETS["tiny"], "cpu")
     pages["SC_PHYS_PAGES"] = 2**20
     sizes.check_memory(PRESETS["tiny"], "cpu")
+    # A container has less than its machine.
+    monkeypatch.setattr(machine_memory, "CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("4096")
+    with pytest.raises(TrainingError, match=r"but cpu has 0\.0 GiB of memory"):
+        sizes.check_memory(PRESETS["tiny"], "cpu")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from arbitor.optimized.training.options import TrainOptions
 from arbitor.optimized.training.streams import documents, stream_of, written
 from arbitor.optimized.training.texts import find_texts
 from arbitor.sidecars import SidecarError
-from conformance.training.runs import Killed, kill_at, options
+from conformance.training.runs import options, train_until_killed
 
 needs_datasets = pytest.mark.skipif(
     importlib.util.find_spec("datasets") is None,
@@ -111,10 +113,7 @@ def test_a_killed_run_ends_with_the_same_hash(
     monkeypatch.chdir(tmp_path)
     asked: dict[str, Any] = {"data": f"hf:{jsonl.name}", "stream_bytes": 4000, "steps": 4}
     whole = train(options(jsonl, tmp_path / "whole", **asked)).summary
-    with monkeypatch.context() as patch:
-        kill_at(patch, 2)
-        with pytest.raises(Killed):
-            train(options(jsonl, tmp_path / "killed", **asked))
+    train_until_killed(2, options(jsonl, tmp_path / "killed", **asked))
     for path in cache.glob("*.bin"):
         path.unlink()
     monkeypatch.chdir("/")
@@ -181,6 +180,32 @@ def test_datasets_that_are_no_texts(tmp_path: Path, cache: Path, content: str, s
 
 
 @needs_datasets
+def test_a_name_is_no_pattern(tmp_path: Path) -> None:
+    """The library would read every file that the name fits, or none."""
+    for name in ("a[1].jsonl", "a*.jsonl", "ab.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": name}))
+        assert list(documents(stream_of(f"hf:{tmp_path / name}"))) == [name.encode()]
+    (tmp_path / "b[1]").mkdir()
+    with pytest.raises(
+        ValueError, match=r"but the library would take \*, \? or \[ in a folder's name for a pattern"
+    ):
+        stream_of(f"hf:{tmp_path / 'b[1]'}")
+
+
+@needs_datasets
+def test_a_stream_of_nothing_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ends a loop is the library's error where its files hold nothing."""
+    import datasets
+
+    def end(**named: Any) -> None:
+        raise StopIteration
+
+    monkeypatch.setattr(datasets, "load_dataset", end)
+    with pytest.raises(TrainingError, match=r"^cannot read the stream 'hf:a/b:train': it has no documents$"):
+        next(documents(stream_of("hf:a/b")))
+
+
+@needs_datasets
 def test_a_hub_that_does_not_answer_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -242,6 +267,37 @@ def test_large_data_are_mapped(large: Path, cache: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(data, "MAPPED_BYTES", 0)
     with pytest.raises(TrainingError, match="is empty"):
         load_corpus(str(large / "empty.txt"))
+
+
+def test_a_stream_is_read_by_one_process_at_a_time(
+    jsonl: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who comes second waits for the first, and finds the file."""
+    source, read = f"hf:{jsonl}", []
+
+    def documents(stream: streams.Stream) -> Iterator[bytes]:
+        read.append(stream)
+        yield b"a document"
+
+    monkeypatch.setattr(streams, "documents", documents)
+    path = written(source, 100)
+    path.unlink()
+    with path.with_suffix(".lock").open("a") as lock, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = pool.submit(written, source, 100)
+        with pytest.raises(TimeoutError):
+            second.result(timeout=0.2)
+        path.write_bytes(b"of the first")
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert second.result(timeout=20).read_bytes() == b"of the first"
+    assert len(read) == 1
+
+
+@needs_datasets
+def test_a_stream_that_cannot_be_kept_is_a_sentence(jsonl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARB_CACHE", str(jsonl))
+    with pytest.raises(TrainingError, match=r"^cannot write the stream 'hf:.*' to '.*': (Not a dir|File ex)"):
+        load_corpus(f"hf:{jsonl}")
 
 
 def test_a_copy_that_cannot_be_written_is_a_sentence(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 # # The rule by hand
 #
 # A table that predicts the next byte from the one before, trained by the operations of the specification alone: no model, no
-# autograd, no optimizer. Run it as a script, or cell by cell in an editor that knows `# %%`. It takes a few seconds on a CPU.
+# autograd, no optimizer. Run it as a script, or cell by cell in an editor that knows `# %%`. It takes half a minute on a CPU.
 #
 #     python rule_by_hand.py          # 600 steps
 #     python rule_by_hand.py 50
@@ -83,7 +83,8 @@ for step in range(STEPS):
     if step % max(1, STEPS // 10) == 0:
         row = votes[symbols.index(ord("e"))].tolist()
         print(
-            f"step {step:4}: {bits:.3f} bits a byte, {moved:4} trits move; votes of the row of 'e': {row[:12]}"
+            f"step {step:4}: {bits:.3f} bits a byte, {moved:4} trits move; votes of the row of 'e': {row[:12]}...",
+            flush=True,
         )
 last = loss_of(weight)[0]
 
@@ -92,6 +93,9 @@ last = loss_of(weight)[0]
 #
 # The best that any table can do here is the entropy of a byte, given the one before. The ternary table ends 0.4 bits above it:
 # twelve neighbours of a row share a scale, so that it cannot say how much rarer one byte is than another.
+#
+# The end is not the best step: from step 486 on the loss goes up and down between 3.17 and 3.30. A trit moves by a whole level,
+# which may be more than its gradient asked for, and at the small rate of the last steps nothing moves it back.
 
 # %%
 counts = torch.zeros(size, size).index_put_(

@@ -1,11 +1,11 @@
 # %% [markdown]
 # # Train a model, and look inside
 #
-# The preset `tiny` learns from Python's own sources for a few minutes on a CPU. Then we look at its trits and scales, and save
-# it. Run it as a script, or cell by cell in an editor that knows `# %%`.
+# The preset `tiny` learns from Python's own sources, in about five minutes on a CPU. Then we look at its trits and
+# scales, and save it. Run it as a script, or cell by cell in an editor that knows `# %%`.
 #
-#     python train_and_look.py             # 150 steps
-#     python train_and_look.py 5 nano.json # fewer steps, another preset
+#     python train_and_look.py                      # 150 steps
+#     python train_and_look.py 5 --preset nano.json # fewer steps, another model
 
 # %%
 import argparse
@@ -21,7 +21,7 @@ from arbitor import ArbConfig, ArbModel, ArbOptimizer, preset
 
 parser = argparse.ArgumentParser(description="Train a model, and look inside.")
 parser.add_argument("steps", nargs="?", type=int, default=150, help="at least 1 [150]")
-parser.add_argument("preset", nargs="?", type=Path, help="JSON file of a configuration [the preset tiny]")
+parser.add_argument("--preset", type=Path, help="JSON file of a configuration [the preset tiny]")
 # A notebook has arguments of its own.
 asked = parser.parse_args([] if "ipykernel" in sys.modules else None)
 STEPS = asked.steps
@@ -39,7 +39,7 @@ data = torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in sources
 blocks = data[: len(data) // 4096 * 4096].view(-1, 4096)
 held_out = torch.arange(len(blocks)) % 10 == 9
 learns, judges = blocks[~held_out], blocks[held_out]
-print(f"{learns.numel():,} bytes to learn from, {judges.numel():,} to be judged by")
+print(f"{learns.numel():,} bytes to learn from, {judges.numel():,} to be judged by", flush=True)
 
 # %% [markdown]
 # ## Train
@@ -51,7 +51,8 @@ print(f"{learns.numel():,} bytes to learn from, {judges.numel():,} to be judged 
 torch.manual_seed(0)
 model = ArbModel(config, seed=0)
 print(
-    f"{model.num_weights:,} ternary weights in {len(model.weights())} matrices; print(model) shows its modules"
+    f"{model.num_weights:,} ternary weights in {len(model.weights())} matrices; print(model) shows its modules",
+    flush=True,
 )
 optimizer = ArbOptimizer(model, rate=6.0)
 # Flat for the first 40 %, then down to 0.
@@ -81,8 +82,9 @@ for step in range(STEPS):
     optimizer.backward(losses)
     optimizer.step()
     schedule.step()
-    if step % max(1, STEPS // 10) == 0:
-        print(f"step {step:3}: {losses['bytes'].item() / math.log(2):.3f} bits a byte")
+    # A line every few seconds, also into a pipe.
+    if step % max(1, STEPS // 50) == 0:
+        print(f"step {step:3}: {losses['bytes'].item() / math.log(2):.3f} bits a byte", flush=True)
 ended = judged()
 print(
     f"held out: {begun:.3f} -> {ended:.3f} bits a byte; {model.flip_rate(snapshot):.1%} of all trits differ now"

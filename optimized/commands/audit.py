@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from arbitor.optimized.commands.command import Command
 from arbitor.optimized.commands.parameters import MIB, setting, settings
 from arbitor.optimized.training.options import CHANGES
 from arbitor.optimized.training.shown import shown
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from arbitor.sidecars import SidecarAudit
 
 
-@click.command()
+@click.command(cls=Command)
 @setting("preset", help="What to look at: tiny, small, ... or FILE.json", default="tiny")
 @settings(*CHANGES)
 @click.option(

@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
-from arbitor.optimized.commands.parameters import FilePath, of_run, setting, settings, warn
+from arbitor.optimized.commands.command import Command, of_run
+from arbitor.optimized.commands.parameters import FilePath, setting, settings, warn
 from arbitor.optimized.training.shown import shown
 
 
-@click.command("eval")
+@click.command("eval", cls=Command)
 @of_run
 @click.option(
     "--data",
@@ -36,7 +37,7 @@ def evaluate(
     dtype: str | None,
     as_json: bool,
 ) -> None:
-    """Measure the best model of a run on other bytes: bits per byte, file by file and in all.
+    """Measure the best model of RUN on other bytes: bits per byte, file by file and in all.
 
     Every byte of a file is predicted once, but for its first three.
     """

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from arbitor.optimized.commands.command import Command
 from arbitor.optimized.commands.parameters import FilePath, warn
 from arbitor.optimized.training.shown import shown
 
@@ -15,27 +16,45 @@ if TYPE_CHECKING:
     from arbitor.reference.config import ArbConfig
     from arbitor.reference.graph.adapters import Merge
 
+NOTHING, MOST = 0.0005, 0.5
+"""Share of a change that a table shows as 0.0%, and that below which a ternary merge says what else there is to do."""
 
-@click.command()
-@click.argument("run", type=FilePath(path_type=Path))
-@click.argument("folder", type=FilePath(path_type=Path))
+
+@click.command(cls=Command)
+@click.argument("run", type=FilePath(path_type=Path), required=False)
+@click.argument("folder", type=FilePath(path_type=Path), required=False)
+@click.option("--run", "named_run", type=FilePath(path_type=Path), help="RUN by an option [the first word].")
 @click.option(
     "--merge",
     type=click.Choice(("ternary", "float")),
     help="Put the adapters of arb finetune into the weights [the adapters alone, in peft's format].",
 )
-def export(run: Path, folder: Path, merge: str | None) -> None:
-    """Write the best model of RUN into FOLDER: config.json and model.safetensors.
+def export(run: Path | None, folder: Path | None, named_run: Path | None, merge: str | None) -> None:
+    """Write the best model of RUN into FOLDER, which must be new or empty: config.json and model.safetensors.
 
-    `ArbModel.from_pretrained` reads the folder, and so does every command that takes --run. It holds the canonical form of every
+    `ArbModel.from_pretrained` reads the folder, and so does every command that takes a run. It holds the canonical form of every
     weight and what votes have gathered, so that training can go on from it.
 
     Of a run of arb finetune only the adapters are written, unless --merge says into what weights they go. A ternary merge says what
-    it lost. A float merge writes a float32 matrix for each weight.
+    it lost. A float merge writes a float32 matrix for each weight, for `arbitor.adapters.float_model`: no command reads it.
     """
+    if named_run is not None:
+        if folder is not None:
+            raise click.UsageError(f"Got unexpected extra argument ({folder})", click.get_current_context())
+        run, folder = named_run, run
+    if run is None or folder is None:
+        raise click.UsageError(
+            "RUN and FOLDER are needed, what to export and where to", click.get_current_context()
+        )
+    _export(run, folder, merge)
+
+
+def _export(run: Path, folder: Path, merge: str | None) -> None:
+    from arbitor.optimized.training.adapter_files import check_new
     from arbitor.optimized.training.errors import TrainingError
     from arbitor.optimized.training.model_folder import read_model, trained_context, write_folder
 
+    check_new(folder)
     try:
         config, checkpoint = read_model(run, warn)
     except FileNotFoundError as error:
@@ -48,7 +67,8 @@ def export(run: Path, folder: Path, merge: str | None) -> None:
         context = trained_context(checkpoint)
         known = {} if context is None else {"context": context}
         write_folder(folder, config, checkpoint.state, step=checkpoint.step, seed=checkpoint.seed, run=known)
-    click.echo(f"{shown(config.name)} after {checkpoint.step:,} steps: {shown(str(folder))}")
+    what = "the adapters of " if checkpoint.adapter is not None and merge is None else ""
+    click.echo(f"wrote {what}{shown(config.name)} after {checkpoint.step:,} steps to {shown(str(folder))}")
 
 
 def _export_adapted(folder: Path, config: ArbConfig, checkpoint: Checkpoint, merge: str | None) -> None:
@@ -75,20 +95,40 @@ def _export_adapted(folder: Path, config: ArbConfig, checkpoint: Checkpoint, mer
     context = trained_context(checkpoint)
     known = {} if context is None else {"context": context}
     write_folder(folder, config, model.state(), step=checkpoint.step, seed=checkpoint.seed, run=known)
-    _print_losses(losses)
+    print_losses(losses)
 
 
-def _print_losses(losses: dict[str, Merge]) -> None:
-    """Print what the merge of each weight lost, and of all together."""
+def print_losses(losses: dict[str, Merge]) -> None:
+    """Print what the merge lost: of each weight that kept some of its change, and of all together."""
     click.echo(f"{'error':>8}  {'change':>8}  {'kept':>7}  weight")
-    total = None
+    total, unchanged = None, 0
     for name, loss in losses.items():
-        _print_loss(shown(name), loss)
         total = loss if total is None else total + loss
-    if total is not None:
-        _print_loss("all", total)
+        if not loss.change:
+            continue
+        if abs(loss.kept) < NOTHING:
+            unchanged += 1
+        else:
+            _print_loss(shown(name), loss)
+    if total is None:
+        return
+    _print_loss("all", total)
+    if unchanged:
+        click.echo(
+            f"{unchanged:,} of {len(losses):,} weights keep nothing of their change, and are not listed."
+        )
+    if total.kept < MOST:
+        click.echo(
+            f"{_share(total.kept)} of the change is kept: most of it is smaller than a step of a ternary weight. "
+            "arb train --init-from trains the weights themselves."
+        )
 
 
 def _print_loss(name: str, loss: Merge) -> None:
     change = loss.change / loss.size if loss.size else 0.0
-    click.echo(f"{loss.error:>8.4f}  {change:>8.4f}  {loss.kept:>7.1%}  {name}")
+    click.echo(f"{loss.error:>8.4f}  {change:>8.4f}  {_share(loss.kept):>7}  {name}")
+
+
+def _share(share: float) -> str:
+    """Return a share in words. A small negative one is no -0.0%."""
+    return f"{round(100 * share, 1) + 0.0:.1f}%"

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import click
 
+from arbitor.optimized.commands.command import Command
 from arbitor.optimized.commands.parameters import FilePath, setting
 from arbitor.optimized.commands.train import print_result, run_options
 from arbitor.optimized.training.options import FINETUNE_DEFAULTS, settings_of
@@ -21,7 +22,7 @@ def _settings(command: Any) -> Any:
     return command
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--base",
     "init_from",

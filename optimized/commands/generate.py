@@ -13,12 +13,12 @@ from typing import Any
 
 import click
 
+from arbitor.optimized.commands.command import Command, of_run
 from arbitor.optimized.commands.media_prompt import asked_sidecars, media_of_files, media_options
 from arbitor.optimized.commands.parameters import (
     FilePath,
     Number,
     WholeNumber,
-    of_run,
     refuse_given,
     setting,
     settings,
@@ -40,7 +40,7 @@ MOST_PROMPT_BYTES = 2**28
 """Bytes of a prompt at most: standard input may never end."""
 
 
-@click.command()
+@click.command(cls=Command)
 @of_run
 @click.option("--prompt", help="Text to continue [none].")
 @click.option(
@@ -111,7 +111,7 @@ def generate(
     sidecar: tuple[str, ...],
     **media: Any,
 ) -> None:
-    """Continue a prompt with the best model of a run. Bytes come as they are drawn.
+    """Continue a prompt with the best model of RUN. Bytes come as they are drawn.
 
     A pipe gets them as they are, a terminal without control characters. Standard error says how fast it was. Media stand before the
     prompt. The text after them ends at the first line end.
@@ -217,6 +217,7 @@ def generate(
     # The first byte comes with the reading of the prompt.
     spent, steps = ended - first, count - 1
     if steps > 0 and spent > 0:
+        _end_line()
         warn(
             f"{count:,} bytes in {ended - began:.2f} s: the first after {first - began:.2f} s, then {steps / spent:,.1f} a second"
         )
@@ -238,6 +239,13 @@ def _file_of(answers: str, to: Path | None) -> Path:
     if to is None and path.exists():
         raise TrainingError(f"{str(path)!r} exists, and would be overwritten: name a file with --to")
     return path
+
+
+def _end_line() -> None:
+    """End the line of the text where a sentence on standard error would stand in it, as with ``2>&1``."""
+    with contextlib.suppress(OSError, ValueError):
+        if not sys.stdout.isatty() and os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno()):
+            click.echo(err=True)
 
 
 def _writer() -> Callable[[bytes, bool], None]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from arbitor.optimized.commands.parameters import FilePath, warn
+from arbitor.optimized.commands.command import Command, of_run
+from arbitor.optimized.commands.parameters import warn
 from arbitor.optimized.training.options import ADAPTERS
 from arbitor.optimized.training.shown import shown
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from arbitor.reference.config import ArbConfig
 
 
-@click.command()
-@click.argument("run", type=FilePath(path_type=Path))
+@click.command(cls=Command)
+@of_run
 @click.option("--json", "as_json", is_flag=True, help="Print JSON [off].")
 def info(run: Path, as_json: bool) -> None:
     """Say what RUN is: its model, its data, and how far it has come. It may also be a folder of arb export, or a checkpoint.
@@ -29,22 +30,27 @@ def info(run: Path, as_json: bool) -> None:
     import json
 
     from arbitor.optimized.training.facts import read_facts
-    from arbitor.optimized.training.model_folder import WEIGHTS_FILE
+    from arbitor.optimized.training.model_folder import WEIGHTS_FILE, refuse_other_model
+    from arbitor.optimized.training.plan import preset_in_words
     from arbitor.optimized.training.run_folder import RunFolder
 
     weights = run / WEIGHTS_FILE if run.is_dir() else run
+    if run.is_dir():
+        refuse_other_model(run)
     if weights.exists():
         said = _said_of_model(weights)
+        preset = said["preset"]
     else:
         folder = RunFolder(run)
         facts, refusals = read_facts(folder)
         for refusal in refusals:
             warn(refusal)
         said = _said(folder, facts)
+        preset = preset_in_words(facts.run, facts.config.name)
     if as_json:
         click.echo(json.dumps(said, indent=2))
         return
-    for name, value in said.items():
+    for name, value in {**said, "preset": preset}.items():
         click.echo(f"{name.replace('_', ' ') + ':':<22}{shown(_in_words(value))}")
 
 

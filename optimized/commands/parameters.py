@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from arbitor.optimized.training.options import AUTO, ROWS, default_in_words
+from arbitor.optimized.training.options import ROWS, default_in_words
+from arbitor.optimized.training.setting import AUTO
 from arbitor.optimized.training.shown import shown
 
 MIB = 2**20
@@ -24,6 +24,31 @@ class FilePath(click.Path):
         """Return the path, or refuse an empty one."""
         if value == "":
             self.fail("'' is empty, but must name a file or a folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+if TYPE_CHECKING:
+    _Choice = click.Choice[str]
+else:
+    # Before click 8.2 it had no type of its words.
+    _Choice = click.Choice
+
+
+class Word(_Choice):
+    """One of some words. Where another is given, a message names the one that may be meant."""
+
+    HABITS: Mapping[str, str] = {"gpu": "cuda", "fp32": "float32", "float": "float32", "bf16": "bfloat16"}
+    """What other programs call a word here."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the word, or refuse what is none of them."""
+        meant = self.HABITS.get(str(value).lower())
+        if value not in self.choices and meant in self.choices:
+            self.fail(
+                f"{value!r} is not one of {', '.join(map(repr, self.choices))}: did you mean {meant!r}?",
+                param,
+                ctx,
+            )
         return super().convert(value, param, ctx)
 
 
@@ -85,13 +110,14 @@ def setting(
         default_help = default_in_words(name) if default is None else str(default)
     if default_help == "False":
         default_help = "off"
-    text = f"{help or option.help} [{default_help}]."
+    or_auto = f"; {AUTO}: what memory holds" if auto and option.auto else ""
+    text = f"{help or option.help}{or_auto} [{default_help}]."
     if row.kind is bool:
         spelling = f"{flag}/--no-{flag.removeprefix('--')}" if option.has_opposite else flag
         return click.option(spelling, *option.also, name, is_flag=True, default=None, help=text)
     kind: click.ParamType | type = row.kind
     if option.choices:
-        kind = click.Choice(option.choices)
+        kind = Word(option.choices)
     elif row.kind is float:
         kind = Number(option.low if low is None else low, option.high)
     elif row.kind is int:
@@ -109,14 +135,6 @@ def settings(*names: str) -> Callable[[_Command], _Command]:
         return command
 
     return give
-
-
-def of_run(command: _Command) -> _Command:
-    """Give a command the option that names a trained model."""
-    help = "A run, a folder of arb export, or a checkpoint."
-    return click.option("--run", "--out", "run", type=FilePath(path_type=Path), required=True, help=help)(
-        command
-    )
 
 
 def warn(sentence: str) -> None:

@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
+from arbitor.optimized.commands.command import Command
 from arbitor.optimized.commands.parameters import settings
 from arbitor.optimized.training.options import CHANGES
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("name", required=False)
 @settings(*CHANGES)
 def preset(name: str | None, **changes: Any) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from arbitor.optimized.commands.command import Command
 from arbitor.optimized.commands.parameters import FilePath, warn
 from arbitor.optimized.training.shown import shown
 
@@ -13,15 +14,22 @@ MOST_RUNS = 64
 """Runs that a picture compares at most."""
 
 
-@click.command()
-@click.argument("runs", type=FilePath(path_type=Path), nargs=-1, required=True)
+@click.command(cls=Command)
+@click.argument("runs", type=FilePath(path_type=Path), nargs=-1)
+@click.option(
+    "--run",
+    "named_runs",
+    type=FilePath(path_type=Path),
+    multiple=True,
+    help="One of RUNS by an option [none].",
+)
 @click.option(
     "--picture",
     type=FilePath(path_type=Path),
     help="PNG file to write [report.png in the folder of one run; of several: needed].",
 )
-def report(runs: tuple[Path, ...], picture: Path | None) -> None:
-    """Draw the page of the run in the folder RUNS, as far as it has come; or several runs in one picture.
+def report(runs: tuple[Path, ...], named_runs: tuple[Path, ...], picture: Path | None) -> None:
+    """Draw the page of a run, as far as it has come, or several in one picture. RUNS are their folders.
 
     The runs may be under way.
     """
@@ -30,6 +38,9 @@ def report(runs: tuple[Path, ...], picture: Path | None) -> None:
     from arbitor.optimized.training.report import compare_runs, draw_page
     from arbitor.optimized.training.run_folder import RunFolder
 
+    runs = (*named_runs, *runs)
+    if not runs:
+        raise click.UsageError("--run is missing: the folder of a run", click.get_current_context())
     if picture is None and len(runs) > 1:
         raise click.UsageError("--picture is needed with several runs: the PNG file to write")
     if len(runs) > MOST_RUNS:

@@ -6,12 +6,13 @@ from typing import Any
 
 import click
 
+from arbitor.optimized.commands.command import Command
 from arbitor.optimized.commands.parameters import MIB, setting, settings
 from arbitor.optimized.training.options import CHANGES
 from arbitor.optimized.training.shown import shown
 
 
-@click.command()
+@click.command(cls=Command)
 @setting("preset", help="What to run: tiny, small, ... or FILE.json", default="tiny")
 @settings(*CHANGES)
 @setting("context", default=4)

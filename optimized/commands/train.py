@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from arbitor.optimized.commands.command import Command
 from arbitor.optimized.commands.parameters import FilePath, settings
 from arbitor.optimized.training.options import settings_of
 from arbitor.optimized.training.shown import Unbreakable, printable, shown
 
 if TYPE_CHECKING:
-    from arbitor.optimized.training.loop import TrainResult
+    from arbitor.optimized.training.run import TrainResult
 
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -46,7 +47,7 @@ def run_options(command: _Command) -> _Command:
     return command
 
 
-@click.command()
+@click.command(cls=Command)
 @settings(*settings_of("train"))
 @run_options
 def train(no_save: bool, **options: Any) -> None:
@@ -68,6 +69,8 @@ def print_result(console: Any, result: TrainResult) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from arbitor.optimized.training.plan import preset_in_words
+
     summary = result.summary
     table = Table("model")
     table.add_column("validation bits per byte", justify="right")
@@ -75,15 +78,17 @@ def print_result(console: Any, result: TrainResult) -> None:
         table.add_row(name, f"{bpb:.3f}")
     table.add_section()
     value = summary["val_bpb"]
-    ours = Text(f"arb {shown(summary['preset'])}")
+    ours = Text(f"arb {shown(preset_in_words(summary))}")
     table.add_row(ours, "not finite" if value is None else f"{value:.3f}", style="bold")
     # Of a mix this is a mean over its kinds, and the counting models were judged on its text.
     for kind, numbers in summary.get("media", {}).items():
         of_kind = numbers["val_bpb"]
         table.add_row(f"on {kind}", "not finite" if of_kind is None else f"{of_kind:.3f}")
     console.print(table)
-    console.print("sample, prompt first:", highlight=False)
-    console.print(Text(printable(result.prompt), style="dim") + Text(printable(result.sample)))
+    console.print("prompt, from the validation bytes:", highlight=False)
+    console.print(Text(printable(result.prompt), style="dim"))
+    console.print("sample, which goes on from there:", highlight=False)
+    console.print(Text(printable(result.sample)))
     # The state of a base does not change below adapters.
     digest = summary.get("adapter_sha256", summary["state_sha256"])
     what = "adapters" if "adapter_sha256" in summary else "state"

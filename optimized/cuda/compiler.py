@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import io
 import os
 import re
 import tempfile
@@ -74,6 +75,18 @@ def why_missing() -> str | None:
     return None
 
 
+@functools.cache
+def why_unknown(capability: tuple[int, int]) -> str | None:
+    """Return why NVRTC, which is here, compiles nothing for a compute capability, as one sentence; None where it does."""
+    status, known = importlib.import_module("cuda.bindings.nvrtc").nvrtcGetSupportedArchs()
+    major, minor = capability
+    # A release that does not say what it knows may know it.
+    if int(status) != 0 or 10 * major + minor in known:
+        return None
+    release = ".".join(map(str, _compiler_version()))
+    return f"NVRTC {release} does not know the compute capability {major}.{minor}; a newer torch brings a newer NVRTC"
+
+
 def machine_code(kernel: Kernel, architecture: str) -> bytes:
     """Return the machine code of a kernel for an architecture such as `sm_90`, from the disk if it was compiled before.
 
@@ -116,14 +129,27 @@ def loaded(kernel: Kernel, architecture: str) -> Any:
     return core.ObjectCode.from_cubin(machine_code(kernel, architecture)).get_kernel(kernel.entry)
 
 
-def _compile(text: str, kernel: Kernel, architecture: str) -> bytes:
+def what_the_assembler_says(kernel: Kernel, architecture: str) -> str:
+    """Compile a kernel anew, and return what the assembler says of it: registers, spilled bytes, what it gave up.
+
+    Raises:
+        RuntimeError: as `machine_code`.
+    """
+    told = io.StringIO()
+    _compile(source_text(kernel.source), kernel, architecture, told)
+    # The compiler ends its log with a byte of 0.
+    return told.getvalue().replace("\0", "")
+
+
+def _compile(text: str, kernel: Kernel, architecture: str, told: io.StringIO | None = None) -> bytes:
     core = importlib.import_module("cuda.core")
     macros = [(name, str(value)) for name, value in kernel.constants]
+    more = {} if told is None else {"ptxas_options": "-v"}
     options = core.ProgramOptions(
-        std="c++17", arch=architecture, define_macro=macros, name=f"{kernel.source}.cu"
+        std="c++17", arch=architecture, define_macro=macros, name=f"{kernel.source}.cu", **more
     )
     try:
-        code = core.Program(text, "c++", options).compile("cubin").code
+        code = core.Program(text, "c++", options).compile("cubin", logs=told).code
     # The class of the error differs between releases of cuda-core.
     except Exception as error:
         raise RuntimeError(f"{kernel} does not compile for {architecture}: {error}") from error

@@ -20,6 +20,7 @@
 //   ROWS         rows of x, or slots, of a tile, which a block multiplies: 8, 16, 32, 64, 128 or 256
 //   WARP_GROUPS  warp groups of a block that multiply
 //   HEIGHT       tiles of 64 outputs of a warp group
+//   COPY_WARPS   warps of a block that copy: 1, or 4 where sums take most registers
 //   BLOCKS       blocks that a multiprocessor must have room for
 //   BATCH        products of 16 inputs, 1, 2 or 4, whose operands are made at once
 //   PARTS        1 where sums are cut into parts, else 0
@@ -30,12 +31,21 @@
 #include "chunk.cuh"
 
 constexpr int WARPS = 4 * WARP_GROUPS;
-// Where sums take most registers, a whole warp group copies, and gives its registers to those that multiply.
-constexpr bool TALL = HEIGHT * (ROWS + 64) >= 256;
-constexpr int COPY_WARPS = TALL ? 4 : 1;
+// A whole warp group that copies gives its registers to those that multiply.
+constexpr bool GIVES_REGISTERS = COPY_WARPS == 4;
+static_assert(COPY_WARPS == 1 || COPY_WARPS == 4);
 constexpr int SLAB_BYTES = ROWS * 128;
 // Products of 16 inputs in a slab.
 constexpr int PRODUCTS = 4;
+
+// Registers of a thread that copies, and of a thread that multiplies, once threads that copy have given up theirs.
+constexpr int COPY_REGISTERS = 24, MULTIPLY_REGISTERS = BLOCKS == 1 ? 240 : 232;
+// Registers that a block starts with. `setmaxnreg` waits for ever if it asks for more.
+constexpr int BLOCK_THREADS = 32 * (WARPS + COPY_WARPS), BLOCK_REGISTERS = 65536 / (BLOCK_THREADS * BLOCKS) / 8 * 8 * BLOCK_THREADS;
+static_assert(!GIVES_REGISTERS || 128 * (WARP_GROUPS * MULTIPLY_REGISTERS + COPY_REGISTERS) <= BLOCK_REGISTERS);
+static_assert(PRODUCTS % BATCH == 0, "a batch ends within a slab");
+static_assert(WORDS % 2 == 0, "words are read by twos");
+static_assert(!(PARTS && RESIDENT), "slabs that stay are those of a whole sum");
 
 __device__ __forceinline__ unsigned shared_address(const void* at) { return static_cast<unsigned>(__cvta_generic_to_shared(at)); }
 
@@ -53,6 +63,9 @@ __device__ __forceinline__ void copy_slabs(unsigned to, const uint4* from, unsig
                  "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
                  : "memory");
 }
+
+// Wait until x is laid out, and all that the launch before reads may be written over.
+__device__ __forceinline__ void wait_for_layout() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Describe a tile [ROWS, 16] of x to `wgmma`: eight rows of eight inputs lie together, one after the other, without a swizzle.
 __device__ __forceinline__ unsigned long long described(unsigned address) {
@@ -199,7 +212,7 @@ lay_out_rows(const unsigned short* __restrict__ x, uint4* __restrict__ slabs, co
 // its rows at about the same time. A run is every num_runs-th of the ranges of outputs that a block computes at a time.
 //
 // out: bfloat16 [M, N], or, where sums are cut, float32 [parts, M, N]
-extern "C" __global__ void __launch_bounds__(32 * (WARPS + COPY_WARPS), BLOCKS)
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, BLOCKS)
 many_rows_product(const uint4* __restrict__ slabs, const unsigned* __restrict__ words, const signed char* __restrict__ levels,
                   void* __restrict__ out, const long long* __restrict__ experts, const long long* __restrict__ order,
                   const long long* __restrict__ starts, int num_slots, int num_experts, int num_outputs, int num_inputs, int row_words, int row_groups, int num_parts, int part_steps, int num_tiles,
@@ -216,7 +229,8 @@ many_rows_product(const uint4* __restrict__ slabs, const unsigned* __restrict__ 
     }
     const Slots slots{experts, order, starts, num_slots, num_experts};
     const Slots::Tile tile = slots.tile(number);
-    if (tile.expert < 0) return;
+    // A block that copies nothing waits too. Else all blocks could end before the launch before does.
+    if (tile.expert < 0) return wait_for_layout();
     const auto store = [&](int place, int output, float value) {
         const long long at = slots.at(tile.first + place) * num_outputs + output;
         if constexpr (PARTS) {
@@ -230,10 +244,10 @@ many_rows_product(const uint4* __restrict__ slabs, const unsigned* __restrict__ 
         for (int place = 0; place < tile.count; place++) {
             for (int range = run; range < ranges; range += num_runs) {
                 const int begins = range * BLOCK_OUTPUTS, size = min(BLOCK_OUTPUTS, num_outputs - begins);
-                for (int i = threadIdx.x; i < size; i += 32 * (WARPS + COPY_WARPS)) store(place, begins + i, 0);
+                for (int i = threadIdx.x; i < size; i += BLOCK_THREADS) store(place, begins + i, 0);
             }
         }
-        return;
+        return wait_for_layout();
     }
     words += static_cast<long long>(tile.expert) * num_outputs * row_words;
     levels += static_cast<long long>(tile.expert) * num_outputs * row_groups;
@@ -250,9 +264,9 @@ many_rows_product(const uint4* __restrict__ slabs, const unsigned* __restrict__ 
     __syncthreads();
 
     if (warp >= WARPS) {
-        if constexpr (TALL) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if constexpr (GIVES_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPY_REGISTERS));
         if (warp == WARPS && lane == 0) {
-            asm volatile("griddepcontrol.wait;" ::: "memory");
+            wait_for_layout();
             const uint4* first = slabs + (static_cast<long long>(number) * steps + begin) * WORDS * (SLAB_BYTES / 16);
             if constexpr (RESIDENT) {
                 copy_slabs(shared_address(slabs_here), first, shared_address(full), (end - begin) * WORDS * SLAB_BYTES);
@@ -272,7 +286,7 @@ many_rows_product(const uint4* __restrict__ slabs, const unsigned* __restrict__ 
         }
         return;
     }
-    if constexpr (TALL) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(BLOCKS == 1 ? 240 : 232));
+    if constexpr (GIVES_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLY_REGISTERS));
 
     const int g = lane / 4, t = lane % 4, output_of_thread = warp / 4 * (64 * HEIGHT) + warp % 4 * 16 + g;
     const unsigned* words_of[HEIGHT][2];

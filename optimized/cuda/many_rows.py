@@ -44,7 +44,7 @@ SHARED_BYTES = 227 * 1024
 """Bytes of shared memory of a multiprocessor that blocks can have."""
 
 TALL = 256
-"""Heights times (rows + 64) from which on a whole warp group copies, as `many_rows.cu` has it."""
+"""Heights times (rows + 64) from which on sums take so many registers that a whole warp group copies, and gives them its own."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,14 @@ class Form:
         return HEIGHT * self.heights * self.warp_groups
 
     @property
+    def copy_warps(self) -> int:
+        """Warps of a block that copy."""
+        return 4 if self.heights * (self.rows + 64) >= TALL else 1
+
+    @property
     def threads(self) -> int:
         """Threads of a block, with those that copy."""
-        return 128 * self.warp_groups + (128 if self.heights * (self.rows + 64) >= TALL else 32)
+        return 128 * self.warp_groups + 32 * self.copy_warps
 
     @property
     def slab_bytes(self) -> int:
@@ -188,6 +193,7 @@ def many_rows_product(
         "ROWS": form.rows,
         "WARP_GROUPS": form.warp_groups,
         "HEIGHT": form.heights,
+        "COPY_WARPS": form.copy_warps,
         "BLOCKS": form.blocks,
         "BATCH": form.batch,
         "PARTS": int(num_parts > 1),

@@ -27,9 +27,9 @@ from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.layers import TernaryEmbedding
 from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.graph.mxint8 import decoded, encoded
+from arbitor.reference.graph.open_pass import VOTED_IN
 from arbitor.reference.graph.ranks import Gradient, Ranks
 from arbitor.reference.graph.spread import joined
-from arbitor.reference.graph.voting import VOTED_IN
 from arbitor.reference.types import LaidOutWeight, TernaryWeight, without_memory
 
 FULL, MXINT8 = EXCHANGES

@@ -6,7 +6,7 @@ that change from batch to batch are therefore passed through `do_not_specialize`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -140,3 +140,8 @@ class Clock:
             tensor_id=signed_word(tensor_id),
             step_on_device=on_device,
         )
+
+    def of_tensor(self, tensor_id: int) -> Clock:
+        """Return the coordinates of another tensor at the same step, whose value is not looked at again."""
+        checks.integer("tensor_id", tensor_id, 0, _WORD - 1)
+        return replace(self, tensor_id=signed_word(tensor_id))

@@ -19,10 +19,16 @@ TILE = 4096
 
 @triton.jit
 def shares_of(
-    logits_ptr, experts_ptr, positions, inside, EXPERTS: tl.constexpr, CHOSEN: tl.constexpr,
+    logits_ptr, experts_ptr, num_positions, EXPERTS: tl.constexpr, CHOSEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Return int32 1 where an expert is chosen, and float32 shares, 0 where the softmax does not run; both [BLOCK_M, BLOCK_E]."""
+    """Return what a program begins with.
+
+    Positions are int64 [BLOCK_M], with whether each of them exists. [BLOCK_M, BLOCK_E] are int32 1 where an expert is chosen, and
+    float32 shares, 0 where the softmax does not run.
+    """
+    positions = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = positions < num_positions
     experts = tl.arange(0, BLOCK_E)[None, :]
     is_chosen = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.int32)
     for place in range(CHOSEN):
@@ -39,7 +45,21 @@ def shares_of(
     largest = tl.where(inside, tl.max(logits, axis=1), 0.0)
     powers = tl.exp(logits - largest[:, None])
     sums = tl.where(inside, tl.sum(powers, axis=1), 1.0)
-    return is_chosen, tl.div_rn(powers, sums[:, None] + tl.zeros_like(powers))
+    return positions, inside, is_chosen, tl.div_rn(powers, sums[:, None] + tl.zeros_like(powers))
+
+
+@triton.jit
+def store_grad_of_logits(
+    grad_logits_ptr, positions, inside, shares, of_shares, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    """Store the gradients of logits, from shares and their gradients, both [BLOCK_M, BLOCK_E]."""
+    experts = tl.arange(0, BLOCK_E)[None, :]
+    mean = tl.sum(shares * of_shares, axis=1)
+    tl.store(
+        grad_logits_ptr + positions[:, None] * EXPERTS + experts,
+        narrow(shares * (of_shares - mean[:, None]), grad_logits_ptr.dtype.element_ty),
+        mask=inside[:, None] & (experts < EXPERTS),
+    )
 
 
 @triton.jit(do_not_specialize=["num_positions"])
@@ -48,10 +68,8 @@ def _weigh_ranks_kernel(
     EXPERTS: tl.constexpr, RANKS: tl.constexpr, CHOSEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    positions = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = positions < num_positions
-    is_chosen, shares = shares_of(
-        logits_ptr, experts_ptr, positions, inside, EXPERTS, CHOSEN, BLOCK_M, BLOCK_E
+    positions, inside, is_chosen, shares = shares_of(
+        logits_ptr, experts_ptr, num_positions, EXPERTS, CHOSEN, BLOCK_M, BLOCK_E
     )
     experts = tl.arange(0, BLOCK_E)[None, :, None]
     rows = positions[:, None, None] * (EXPERTS * RANKS) + experts * RANKS
@@ -70,10 +88,8 @@ def _weigh_ranks_grads_kernel(
     EXPERTS: tl.constexpr, RANKS: tl.constexpr, CHOSEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    positions = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = positions < num_positions
-    is_chosen, shares = shares_of(
-        logits_ptr, experts_ptr, positions, inside, EXPERTS, CHOSEN, BLOCK_M, BLOCK_E
+    positions, inside, is_chosen, shares = shares_of(
+        logits_ptr, experts_ptr, num_positions, EXPERTS, CHOSEN, BLOCK_M, BLOCK_E
     )
     of_shares = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.float32)
     experts = tl.arange(0, BLOCK_E)[None, :, None]
@@ -90,14 +106,7 @@ def _weigh_ranks_grads_kernel(
         tl.store(
             grad_ranks_ptr + rows + columns, narrow(grad_ranks, grad_ranks_ptr.dtype.element_ty), mask=mask
         )
-    mean = tl.sum(shares * of_shares, axis=1)
-    grad_logits = shares * (of_shares - mean[:, None])
-    flat = tl.arange(0, BLOCK_E)[None, :]
-    tl.store(
-        grad_logits_ptr + positions[:, None] * EXPERTS + flat,
-        narrow(grad_logits, grad_logits_ptr.dtype.element_ty),
-        mask=inside[:, None] & (flat < EXPERTS),
-    )
+    store_grad_of_logits(grad_logits_ptr, positions, inside, shares, of_shares, EXPERTS, BLOCK_E)
 
 
 @triton.jit(do_not_specialize=["num_positions"])
@@ -106,9 +115,9 @@ def _weigh_slots_kernel(
     EXPERTS: tl.constexpr, RANKS: tl.constexpr, CHOSEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    positions = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = positions < num_positions
-    _, shares = shares_of(logits_ptr, experts_ptr, positions, inside, EXPERTS, CHOSEN, BLOCK_M, BLOCK_E)
+    positions, inside, _, shares = shares_of(
+        logits_ptr, experts_ptr, num_positions, EXPERTS, CHOSEN, BLOCK_M, BLOCK_E
+    )
     experts = tl.arange(0, BLOCK_E)[None, :]
     for place in range(CHOSEN):
         slots = positions * CHOSEN + place
@@ -128,9 +137,9 @@ def _weigh_slots_grads_kernel(
     EXPERTS: tl.constexpr, RANKS: tl.constexpr, CHOSEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    positions = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = positions < num_positions
-    _, shares = shares_of(logits_ptr, experts_ptr, positions, inside, EXPERTS, CHOSEN, BLOCK_M, BLOCK_E)
+    positions, inside, _, shares = shares_of(
+        logits_ptr, experts_ptr, num_positions, EXPERTS, CHOSEN, BLOCK_M, BLOCK_E
+    )
     of_shares = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.float32)
     experts = tl.arange(0, BLOCK_E)[None, :]
     for place in range(CHOSEN):
@@ -148,12 +157,7 @@ def _weigh_slots_grads_kernel(
             grad_ranks = share[:, None] * grad
             tl.store(grad_ranks_ptr + places, narrow(grad_ranks, grad_ranks_ptr.dtype.element_ty), mask=mask)
         of_shares += tl.where(is_expert, of_share[:, None], 0.0)
-    mean = tl.sum(shares * of_shares, axis=1)
-    tl.store(
-        grad_logits_ptr + positions[:, None] * EXPERTS + experts,
-        narrow(shares * (of_shares - mean[:, None]), grad_logits_ptr.dtype.element_ty),
-        mask=inside[:, None] & (experts < EXPERTS),
-    )
+    store_grad_of_logits(grad_logits_ptr, positions, inside, shares, of_shares, EXPERTS, BLOCK_E)
 
 
 def weighed(ranks: Tensor, logits: Tensor, experts: Tensor, chosen_only: bool) -> Tensor:

@@ -167,22 +167,54 @@ def is_narrow(weight: DeviceWeight) -> bool:
     return weight.shape[1] <= NARROW_COLUMNS and weight.shape[0] > 1
 
 
-def counts_together(weights: Sequence[DeviceWeight], tensor_ids: Sequence[int]) -> bool:
-    """Return whether `count_together_` takes weights of one shape."""
-    is_small = weights[0].trit_accum.numel() <= MOST_ELEMENTS
-    return is_small and _has_table(_count_rows(weights, tensor_ids), weights[0].device)
+class Table:
+    """A table for a launch: its rows, made once for a call, and its tensor on a device, made once for a process."""
+
+    def __init__(self, rows: list[list[int]], device: torch.device) -> None:
+        self.rows, self.device = rows, device
+        index = -1 if device.index is None else device.index
+        self.key = (index, len(rows), *(value for row in rows for value in row))
+
+    @property
+    def can_be(self) -> bool:
+        """Whether the tensor is there or can be made, which a recording cannot do: it would be copied again at each replay."""
+        recorded = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return self.key in _TABLES or not recorded
+
+    def tensor(self) -> Tensor:
+        """Return the table on its device. Those of weights that come and go are not kept for ever."""
+        if self.key in _TABLES:
+            return _TABLES[self.key]
+        made = torch.tensor(self.rows, dtype=torch.int64, device="cpu")
+        # Other memory would make the host wait for the device.
+        made = (made.pin_memory() if self.device.type == "cuda" else made).to(self.device, non_blocking=True)
+        if len(_TABLES) < MOST_TABLES:
+            _TABLES[self.key] = made
+        return made
+
+    def is_aligned(self, num_addresses: int) -> bool:
+        """Return whether the addresses, which come first in each row, are multiples of ALIGNED."""
+        return all(address % ALIGNED == 0 for row in self.rows for address in row[:num_addresses])
+
+
+def count_table(weights: Sequence[DeviceWeight], tensor_ids: Sequence[int]) -> Table | None:
+    """Return the table with which `count_together_` takes weights of one shape, or None if it does not."""
+    if weights[0].trit_accum.numel() > MOST_ELEMENTS:
+        return None
+    table = Table(_count_rows(weights, tensor_ids), weights[0].device)
+    return table if table.can_be else None
 
 
 def count_together_(
     weights: Sequence[DeviceWeight],
+    table: Table,
     grad_NK: Tensor,
     rate: float | Tensor,
     clock: Clock,
-    tensor_ids: Sequence[int],
     exponent_rule: str,
     faults: Tensor | None,
 ) -> None:
-    """Launch `accumulate_gradients`, in place, for weights that `counts_together` takes; `clock` is of any of them."""
+    """Launch `accumulate_gradients`, in place, for weights and their `count_table`; `clock` is of any of them."""
     runs_here(grad_NK)
     first, grad_NK = weights[0], grad_NK.contiguous()
     (num_rows, num_columns), row_groups = first.shape, first.exponents.shape[1]
@@ -190,38 +222,39 @@ def count_together_(
     places = triton.next_power_of_2(first.group_size)
     block = max(1, TILE // places)
     weight_blocks = triton.cdiv(num_rows * row_groups, block)
-    rows = _count_rows(weights, tensor_ids)
     _count_together_kernel[row_grid(len(weights), weight_blocks)](
-        _table(rows, first.device), grad_NK, row_exponents, first.words, first.trit_accum, rate_argument(rate),
+        table.tensor(), grad_NK, row_exponents, first.words, first.trit_accum, rate_argument(rate),
         num_rows, num_columns, row_groups, first.words.shape[1], weight_blocks,
         clock.seed_low, clock.seed_high, clock.step,
         RATE_ON_DEVICE=isinstance(rate, Tensor), STEP_ON_DEVICE=clock.step_on_device, EXPONENT_RULE=exponent_rule,
-        SHIFT=SCORE_SHIFT, GROUP_SIZE=first.group_size, PLACES=places, BLOCK=block, IS_ALIGNED=_are_aligned(rows, 3),
+        SHIFT=SCORE_SHIFT, GROUP_SIZE=first.group_size, PLACES=places, BLOCK=block, IS_ALIGNED=table.is_aligned(3),
         num_warps=warps_of(places * block),
     )  # fmt: skip
 
 
-def steps_together(weights: Sequence[DeviceWeight]) -> list[list[int]]:
-    """Return the places of the weights that `step_together_` takes at once, those of one kind in a list."""
+def steps_together(weights: Sequence[DeviceWeight]) -> list[tuple[list[int], Table]]:
+    """Return the places of the weights that `step_together_` takes at once, those of one kind in a list, with their table."""
     kinds: dict[tuple[int, bool], list[int]] = {}
     for place, weight in enumerate(weights):
         if weight.trit_accum.numel() <= MOST_ELEMENTS:
             kinds.setdefault((weight.mantissa_bits, _is_whole(weight)), []).append(place)
-    return [
-        places
+    found = [
+        (places, Table(_step_rows([weights[place] for place in places]), weights[0].device))
         for places in kinds.values()
-        if _has_table(_step_rows([weights[place] for place in places]), weights[0].device)
     ]
+    return [(places, table) for places, table in found if table.can_be]
 
 
-def step_together_(weights: Sequence[DeviceWeight], theta: int, theta_e: int, carry: bool) -> None:
-    """Launch `apply_steps`, in place, for weights of one kind in `steps_together`."""
-    first, rows = weights[0], _step_rows(weights)
+def step_together_(
+    weights: Sequence[DeviceWeight], table: Table, theta: int, theta_e: int, carry: bool
+) -> None:
+    """Launch `apply_steps`, in place, for weights of one kind in `steps_together`, and their table."""
+    first = weights[0]
     runs_here(first.words)
     low, high = level_range(first.mantissa_bits)
-    _step_together_kernel[row_grid(1, rows[-1][-1])](
-        _table(rows, first.device), first.words, first.trit_accum, len(weights), theta, theta_e,
-        WHOLE=_is_whole(first), CARRY=carry, LOW=low, HIGH=high, IS_ALIGNED=_are_aligned(rows, 4),
+    _step_together_kernel[row_grid(1, table.rows[-1][-1])](
+        table.tensor(), first.words, first.trit_accum, len(weights), theta, theta_e,
+        WHOLE=_is_whole(first), CARRY=carry, LOW=low, HIGH=high, IS_ALIGNED=table.is_aligned(4),
         WEIGHT_BLOCK=triton.next_power_of_2(len(weights)), WORDS=BLOCK_WORDS, GROUPS=BLOCK_GROUPS,
     )  # fmt: skip
     announce_written(*(tensor for weight in weights for tensor in (weight.words, weight.exponents)))
@@ -249,37 +282,3 @@ def _step_rows(weights: Sequence[DeviceWeight]) -> list[list[int]]:
         tensors = (weight.words, weight.trit_accum, weight.exponents, weight.exponent_accum)
         rows.append([*(tensor.data_ptr() for tensor in tensors), num_words, num_groups, weight.shape[1], end])
     return rows
-
-
-def _are_aligned(rows: Sequence[Sequence[int]], num_addresses: int) -> bool:
-    """Return whether the addresses, which come first in each row of a table, are multiples of ALIGNED."""
-    return all(address % ALIGNED == 0 for row in rows for address in row[:num_addresses])
-
-
-def _has_table(rows: Sequence[Sequence[int]], device: torch.device) -> bool:
-    """Return whether a table is there or can be made, which a recording cannot do: it would be copied again at each replay."""
-    return _key(rows, device) in _TABLES or not (
-        device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    )
-
-
-def _table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Return a table on the device, made once. Those of weights that come and go are not kept for ever."""
-    key = _key(rows, device)
-    if key in _TABLES:
-        return _TABLES[key]
-    made = torch.tensor(rows, dtype=torch.int64, device="cpu")
-    # Other memory would make the host wait for the device.
-    made = (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
-    if len(_TABLES) < MOST_TABLES:
-        _TABLES[key] = made
-    return made
-
-
-def _key(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[int, ...]:
-    """Return what tells a table from others."""
-    return (
-        -1 if device.index is None else device.index,
-        len(rows),
-        *(value for row in rows for value in row),
-    )

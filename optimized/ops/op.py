@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from arbitor.optimized.layouts import DeviceWeight
+from arbitor.optimized.layouts import AnyWeight, DeviceWeight
+from arbitor.reference.in_graphs import InGraphs, Layout
 from arbitor.reference.op_table import EXACT, OP_TABLE
 from arbitor.reference.promises import (
     autocast_is_on,
@@ -54,17 +55,17 @@ def op(**gradients: Gradient) -> Callable[[Callable[P, R]], Callable[P, R]]:
         differentiable = name not in OP_TABLE or OP_TABLE[name].output is not EXACT
 
         @functools.wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
             if autocast_is_on():
                 with without_autocast():
-                    return call(*args, **kwargs)
+                    return run(*args, **kwargs)
             if told_where:
                 index = index_of_device(kwargs.get("device"))
             else:
                 index = index_of(args[0] if args else kwargs.get(first))
             if index >= 0 and index != torch.cuda.current_device():
                 with torch.cuda.device(index):
-                    return call(*args, **kwargs)
+                    return run(*args, **kwargs)
             if torch.is_grad_enabled() and asks_for_gradient(args, kwargs):
                 if not differentiable:
                     with torch.no_grad():
@@ -81,6 +82,15 @@ def op(**gradients: Gradient) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 return _WithGradients.apply(function, gradients, bound.arguments, *asked.values())
             return function(*args, **kwargs)
 
+        within = InGraphs(run, "arbitor", LAYOUT, made_by(gradients), tuple(gradients))
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if torch.compiler.is_compiling():
+                return cast(R, within.call(args, kwargs))
+            return run(*args, **kwargs)
+
+        call.in_graphs = within  # type: ignore[attr-defined]
         return call
 
     return decorate
@@ -125,15 +135,33 @@ class _WithGradients(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # The tensors of the weights come last. Only torch reads them, to see whether they changed.
         arguments = {**ctx.others, **dict(zip(ctx.names, ctx.saved_tensors, strict=False))}
+        return None, None, None, *made_by(ctx.gradients)(tuple(ctx.gradients), grad, arguments)
+
+
+def made_by(
+    gradients: Mapping[str, Gradient],
+) -> Callable[[Sequence[str], Tensor, Mapping[str, Any]], list[Tensor]]:
+    """Return a function of names, the gradient of the result and all arguments, which returns the gradients of those arguments."""
+
+    def grads(names: Sequence[str], grad: Tensor, arguments: Mapping[str, Any]) -> list[Tensor]:
         made: dict[Gradient, Tensor | Mapping[str, Tensor]] = {}
-        grads: list[Tensor] = []
-        for name, gradient in ctx.gradients.items():
+        for name in names:
             # One call serves all arguments whose gradients it makes together.
-            if gradient not in made:
-                made[gradient] = gradient(grad, **arguments)
-            found = made[gradient]
-            grads.append(found if isinstance(found, Tensor) else found[name])
-        return None, None, None, *grads
+            if gradients[name] not in made:
+                made[gradients[name]] = gradients[name](grad, **arguments)
+        results = ((name, made[gradients[name]]) for name in names)
+        return [found if isinstance(found, Tensor) else found[name] for name, found in results]
+
+    return grads
+
+
+def weight_of(codes: Tensor, *others: Any, **form: Any) -> AnyWeight:
+    """Return the weight of codes in canonical form or in device layout, which differ in their dtype."""
+    return (TernaryWeight if codes.dtype is torch.uint8 else DeviceWeight)(codes, *others, **form)
+
+
+LAYOUT = Layout(lambda weight: weight.words if isinstance(weight, DeviceWeight) else weight.packed, weight_of)
+"""Weights of this op set."""
 
 
 def worth_of(weight: DeviceWeight | TernaryWeight) -> list[Tensor]:

@@ -61,7 +61,7 @@ def _why_not(device: torch.device) -> str | None:
     capability, least = torch.cuda.get_device_capability(device), compiler.LEAST_CAPABILITY
     if capability < least:
         return f"CUDA C++ kernels need compute capability {least[0]}.{least[1]}, and {device} has {capability[0]}.{capability[1]}"
-    return compiler.why_missing()
+    return compiler.why_missing() or compiler.why_unknown(capability)
 
 
 @functools.cache

@@ -123,10 +123,14 @@ def accumulate_gradients(
     checks.fault_counter(faults, grad_NK)
     vote_rate(rate, grad_NK.device)
     checks.one_of("exponent_rule", exponent_rule, EXPONENT_RULES)
-    clocks = [Clock.of(seed, step, tensor_id, grad_NK.device) for tensor_id in tensor_ids]
+    clock = Clock.of(seed, step, tensor_ids[0], grad_NK.device)
+    clocks = [clock.of_tensor(tensor_id) for tensor_id in tensor_ids]
     targets = _targets_of(weights, out)
-    if together.counts_together(targets, tensor_ids):
-        together.count_together_(targets, grad_NK, rate, clocks[0], tensor_ids, exponent_rule, faults)
+    table = together.count_table(targets, tensor_ids)
+    if table is not None:
+        # Only Triton counts in several weights, but a path that cannot be had is refused in every call.
+        takes_cuda(False, grad_NK.device)
+        together.count_together_(targets, table, grad_NK, rate, clock, exponent_rule, faults)
     else:
         parts = grad_NK.contiguous().chunk(len(targets))
         for target, part_NK, clock in zip(targets, parts, clocks, strict=True):
@@ -151,8 +155,10 @@ def apply_steps(
     checks.out_weights(out, weights)
     targets, carry = _targets_of(weights, out), on_flip == "carry"
     left = set(range(len(targets)))
-    for places in together.steps_together(targets):
-        together.step_together_([targets[place] for place in places], theta, theta_e, carry)
+    # Only Triton steps several weights, but a path that cannot be had is refused in every call.
+    takes_cuda(False, targets[0].device)
+    for places, table in together.steps_together(targets):
+        together.step_together_([targets[place] for place in places], table, theta, theta_e, carry)
         left -= set(places)
     for place in sorted(left):
         _step_(targets[place], theta, theta_e, carry, None)
@@ -185,15 +191,15 @@ def _count_gradient_(
     first_row: int = 0,
 ) -> None:
     """Launch `accumulate_gradient`, in place, for a contiguous gradient."""
-    tensor_ids = (clock.tensor_id % 2**32,)
     if first_row:
         update.count_votes_(target, grad_NK, rate, clock, exponent_rule, rows, faults, first_row=first_row)
         return
-    is_narrow = rows is None and together.is_narrow(target) and together.counts_together([target], tensor_ids)
-    if takes_cuda(not is_narrow and cuda_update.fits_count(target, grad_NK, rows), target.device):
+    is_narrow = rows is None and together.is_narrow(target)
+    table = together.count_table([target], (clock.tensor_id % 2**32,)) if is_narrow else None
+    if takes_cuda(table is None and cuda_update.fits_count(target, grad_NK, rows), target.device):
         cuda_update.count_votes_(target, grad_NK, rate, clock, exponent_rule, faults)
-    elif is_narrow:
-        together.count_together_([target], grad_NK, rate, clock, tensor_ids, exponent_rule, faults)
+    elif table is not None:
+        together.count_together_([target], table, grad_NK, rate, clock, exponent_rule, faults)
     else:
         update.count_votes_(target, grad_NK, rate, clock, exponent_rule, rows, faults)
 

@@ -50,9 +50,13 @@ class Adaptation:
         assert settings.learning_rate is not None and settings.weight_decay is not None
         self.model, self._steps, self._flat = model, settings.steps, settings.learning_rate
         if checkpoint is None or checkpoint.adapter is None:
-            self.adapters = attach(
-                model, rank=settings.lora_rank, alpha=settings.lora_alpha, targets=settings.lora_targets
-            )
+            try:
+                self.adapters = attach(
+                    model, rank=settings.lora_rank, alpha=settings.lora_alpha, targets=settings.lora_targets
+                )
+            except ValueError as error:
+                # The setting has another name than the argument.
+                raise ValueError(str(error).replace("targets ", "lora_targets ", 1)) from error
         else:
             self.adapters = checkpoint.adapter.attach_to(model)
         self._parameters = named_parameters(self.adapters)

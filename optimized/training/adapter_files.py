@@ -178,6 +178,16 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise TrainingError(f"{str(path)!r} is damaged or not a safetensors file: {reason}") from error
 
 
+def check_new(folder: Path) -> None:
+    """Refuse to write a model into a folder that holds something.
+
+    Raises:
+        ValueError: the folder is neither new nor empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"folder is {str(folder)!r}, but must be new or empty")
+
+
 def write_floats(
     folder: str | PathLike[str],
     config: ArbConfig,
@@ -198,8 +208,7 @@ def write_floats(
         TrainingError: the disk is full or cannot be written.
     """
     path = Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"folder is {str(path)!r}, but must be new or empty")
+    check_new(path)
     tensors = {f"{name}.weight": tensor.contiguous() for name, tensor in floats.items()}
     tensors |= {name: tensor.to("cpu").contiguous() for name, tensor in tables.items()}
     document = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.machine_memory import free_bytes, text_of
 from arbitor.optimized.training.options import Settings
 from arbitor.optimized.training.passes import Passes
 from arbitor.optimized.training.runtime import Runtime
@@ -27,9 +27,6 @@ MOST_BYTES = 2**16
 
 PROCESS = Path("/proc/self")
 """Where Linux says what memory this process has."""
-
-CGROUP = Path("/sys/fs/cgroup")
-"""Where Linux says what memory a container may have."""
 
 
 @dataclass(frozen=True)
@@ -126,31 +123,8 @@ class Memory:
         """Return the bytes that this process holds, by the name that Linux has for it, or by torch on CUDA."""
         if self.device != "cpu":
             return of_device()
-        [kibibytes] = re.findall(rf"^{of_process}:\s+(\d+) kB$", _text(PROCESS / "status"), re.M)
+        [kibibytes] = re.findall(rf"^{of_process}:\s+(\d+) kB$", text_of(PROCESS / "status"), re.M)
         return int(kibibytes) * 1024
-
-
-def free_bytes() -> int:
-    """Return the bytes of main memory that this process can still take, of the machine and of its container."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    lines = _text(Path("/proc/meminfo")).splitlines()
-    found = [line.split() for line in lines if line.startswith("MemAvailable:")]
-    if found:
-        free = int(found[0][1]) * 1024
-    limit, used = _text(CGROUP / "memory.max").strip(), _text(CGROUP / "memory.current").strip()
-    if limit.isdecimal() and used.isdecimal():
-        # Files that were read count as used, and stay only until their memory is needed.
-        cached = re.search(r"^inactive_file (\d+)$", _text(CGROUP / "memory.stat"), re.M)
-        free = min(free, max(0, int(limit) - int(used) + (int(cached[1]) if cached else 0)))
-    return free
-
-
-def _text(path: Path) -> str:
-    """Return a file of the system, or nothing where there is none."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
 
 
 def _gib(size: int) -> str:

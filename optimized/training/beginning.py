@@ -13,9 +13,12 @@ from typing import Any
 
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.model_folder import read_model
-from arbitor.optimized.training.shown import shown
+from arbitor.optimized.training.shown import nearby, shown
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.growth import grow
+
+HALTING = ("halt", "halt_norm", "leak_shifts")
+"""How the names of the parts end that decide how often the last layer turns."""
 
 NAMED = 20
 """Parts of a kind that a sentence names at most; ``config.json`` of the run names all."""
@@ -49,19 +52,31 @@ class Beginning:
     is_base: bool = False
     has_votes: bool = False
 
-    def description(self) -> str:
-        """Return what was taken over, in a sentence."""
+    def first_lines(self) -> list[str]:
+        """Return what was taken over, a sentence each."""
+        lines = [self._description()]
+        if self._turns_once():
+            lines.append(
+                "base: the last layer turns once (--max-moe-iters 1), so its halting weights are not used"
+            )
+        return lines
+
+    def _turns_once(self) -> bool:
+        """Whether all that a base has and the model lacks is what decides how often the last layer turns."""
+        return self.is_base and bool(self.left_out) and all(name.endswith(HALTING) for name in self.left_out)
+
+    def _description(self) -> str:
         parts = len(self.kept) + len(self.moved) + len(self.fresh)
         if self.is_base:
-            return f"base: {parts:,} parts of {shown(self.source)} after {self.step:,} steps, which stay as they are"
+            return f"base: {parts:,} parts of {shown(nearby(self.source))} after {self.step:,} steps, which stay as they are"
         return (
-            f"weights: {len(self.kept):,} of {parts:,} parts are those of {shown(self.source)} after {self.step:,} steps; "
+            f"weights: {len(self.kept):,} of {parts:,} parts are those of {shown(nearby(self.source))} after {self.step:,} steps; "
             f"{'with their votes' if self.has_votes else 'no votes are gathered yet'}"
         )
 
     def all_warnings(self) -> tuple[str, ...]:
         """Return the warnings, a sentence for the parts that begin anew, and one for the parts that are left out."""
-        source = shown(self.source)
+        source = shown(nearby(self.source))
         found = list(self.warnings)
         if self.moved:
             found.append(
@@ -69,7 +84,7 @@ class Beginning:
             )
         if self.fresh:
             found.append(f"begin anew, as {source} has no such parts of that size: {_names(self.fresh)}")
-        if self.left_out:
+        if self.left_out and not self._turns_once():
             found.append(f"left out of {source}, as the model has no such parts: {_names(self.left_out)}")
         return tuple(found)
 

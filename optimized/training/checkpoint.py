@@ -34,7 +34,7 @@ from arbitor.optimized.training.tensor_file import (
 )
 from arbitor.optimized.training.whole_file import rename, told, write_beside
 from arbitor.reference import checks
-from arbitor.reference.config import parsed_json
+from arbitor.reference.json_text import parsed_json
 from arbitor.reference.types import TernaryWeight
 
 if TYPE_CHECKING:
@@ -382,7 +382,7 @@ def _writing(path: Path) -> AbstractContextManager[None]:
 def _verified_header(text: Any) -> dict[str, Any]:
     """Return the header from its JSON text: of this format, with every field, and as it was written."""
     if not isinstance(text, str):
-        raise CheckpointError("it is a safetensors file, but not of this program")
+        raise CheckpointError("it is a safetensors file, but no checkpoint")
     header = parsed_json(text)
     if not isinstance(header, dict):
         raise CheckpointError("its header is no object")

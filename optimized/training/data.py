@@ -13,15 +13,16 @@ import hashlib
 import itertools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from arbitor.optimized import settings
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.options import STREAM_BYTES
 from arbitor.optimized.training.streams import is_stream, mapped, written
-from arbitor.optimized.training.texts import STDLIB, find_texts, in_words
+from arbitor.optimized.training.texts import BINARY_PROBE_BYTES, STDLIB, find_texts, in_words, looks_binary
 from arbitor.optimized.training.whole_file import told
 from arbitor.reference.config import NGRAM
 
@@ -36,9 +37,6 @@ MAPPED_BYTES = 2**30
 
 PIECE_BYTES = 2**24
 """Bytes that are held at a time while data are read from their start to their end."""
-
-STREAM_BYTES = 2**28
-"""Bytes of a stream that are read, at most, where nobody says."""
 
 MIN_CONTEXT = NGRAM + 1
 """The shortest window, in bytes: three are read to predict the fourth."""
@@ -69,7 +67,16 @@ class Corpus:
         if is_stream(self.source):
             return f"a stream, of which {self.data_N.numel():,} bytes are read"
         files = f"{self.num_files:,} file{'' if self.num_files == 1 else 's'}"
-        return f"{files}, {self.data_N.numel():,} bytes{in_words(self.left_out)}"
+        described = f"{files}, {self.data_N.numel():,} bytes{in_words(self.left_out)}"
+        # Of a folder such a file is left out.
+        probe = (
+            bytes(self.data_N[:BINARY_PROBE_BYTES].tolist()) if self.num_files == 1 and not self.ends else b""
+        )
+        if looks_binary(probe, self.data_N.numel()):
+            described += (
+                "; it looks like no text (NUL bytes in its first 8 KiB), and is learned from as it is"
+            )
+        return described
 
 
 @dataclass(frozen=True)
@@ -107,18 +114,29 @@ class Segments:
 
 @dataclass(frozen=True)
 class Split:
-    """A corpus cut in two: what the model learns from and what it is judged by. They share no byte."""
+    """A corpus cut in two: what the model learns from and what it is judged by. They share no byte.
+
+    Attributes:
+        train, validation: the bytes of each.
+        by_file: whether the validation is the ends of files.
+    """
 
     train: Segments
     validation: Segments
+    by_file: bool = False
 
     def description(self) -> str:
         """Return which bytes are the validation."""
         runs = self.validation.runs
         size = f"{self.validation.num_bytes():,} bytes"
         if len(runs) == 1:
-            return f"{size}, {runs[0][0]:,} to {runs[0][1]:,}"
-        return f"{size} in {len(runs):,} runs, from {runs[0][0]:,} to {runs[-1][1]:,}"
+            where = f"{runs[0][0]:,} to {runs[0][1]:,}"
+        else:
+            where = f"{len(runs):,} pieces from {runs[0][0]:,} to {runs[-1][1]:,}"
+        if self.by_file:
+            pieces = f"{len(runs):,} piece{'' if len(runs) == 1 else 's'}"
+            return f"{size}, the last tenth of files ({pieces}); --val-data names other bytes"
+        return f"{size}, {where}"
 
     def validation_sha256(self) -> str:
         """Return the hex digest of where the validation bytes are."""
@@ -220,7 +238,7 @@ def split_corpus(corpus: Corpus, context: int) -> Split:
     validation = []
     if len(corpus.ends) > 1 and total < VALIDATION_EVERY * BLOCK_BYTES:
         validation = _ends_of_files(corpus.ends, context)
-    return _cut(total, validation) if validation else split_by_block(corpus, context)
+    return replace(_cut(total, validation), by_file=True) if validation else split_by_block(corpus, context)
 
 
 def split_apart(train: Corpus, validation: Corpus, context: int) -> Split:

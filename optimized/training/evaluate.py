@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import IO, TYPE_CHECKING
 
 import torch
@@ -34,17 +35,33 @@ def validation_bpb(model: ArbModel, windows_WT: torch.Tensor, *, batch: int, dev
     pieces = windows_WT.split(max(1, batch // ranks.count))
     nats_of_pieces = torch.zeros(len(pieces), dtype=torch.float64)
     with torch.no_grad():
-        for first in range(0, len(pieces), ranks.count):
-            i = first + ranks.number
-            # Ranks may keep codes for each other, so a rank without a piece reads one that another rank has.
-            windows_BT = pieces[min(i, len(pieces) - 1)]
-            nats = model.loss(windows_BT.to(device)).item() * windows_BT.shape[0]
-            if i < len(pieces):
+        for turn in turns([len(piece) for piece in pieces], ranks.count):
+            i = turn[ranks.number]
+            nats = model.loss(pieces[i].to(device)).item() * len(pieces[i])
+            if turn.index(i) == ranks.number:
                 nats_of_pieces[i] = nats
     # In the order of the pieces, whoever computed them.
     all_nats = sum(ranks.total(nats_of_pieces).tolist())
     bpb = all_nats / windows_WT.shape[0] / NATS_PER_BIT
     return bpb if math.isfinite(bpb) else None
+
+
+def turns(sizes: Sequence[int], count: int) -> Iterator[list[int]]:
+    """Yield which of some pieces each of `count` ranks reads in a turn.
+
+    In a turn all ranks read pieces of one size. Ranks that keep rows for each other exchange in every pass, and the shape of its
+    input decides how a pass computes. A rank for which none is left reads one that another rank has. Each piece has one rank that
+    reads it before others.
+
+    Args:
+        sizes: of the pieces. Those of one size stand next to each other.
+        count: ranks.
+    """
+    for _, group in groupby(range(len(sizes)), key=lambda i: sizes[i]):
+        alike = list(group)
+        for first in range(0, len(alike), count):
+            turn = alike[first : first + count]
+            yield turn + turn[-1:] * (count - len(turn))
 
 
 @dataclass(frozen=True)

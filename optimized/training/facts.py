@@ -14,6 +14,7 @@ from typing import Any
 
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.metrics import thinned_metrics
+from arbitor.optimized.training.plan import preset_in_words
 from arbitor.optimized.training.run_folder import RunFolder
 from arbitor.optimized.training.schedule import gain_of, learning_rate, rate
 from arbitor.reference.audit import AuditReport, audit
@@ -73,11 +74,17 @@ class RunFacts:
         gain = gain_of(self.run.get("rate"), theta)
         return lambda step: rate(step, steps, theta=theta, gain=gain, accum=accum)
 
+    def rate_in_words(self) -> tuple[str, str]:
+        """Return what the rate is of, and its unit: of the votes, or of AdamW in a run with adapters."""
+        if self.run.get("learning_rate") is not None:
+            return "learning rate of AdamW", "learning rate"
+        return "rate of the votes", "votes per rms of a row"
+
     def words(self) -> dict[str, str]:
         """Return the facts as a page says them, by name."""
         run, made_of = self.run, self.audit()
         words = {
-            "preset": f"{run['preset']}",
+            "preset": preset_in_words(run, self.config.name),
             **self._words_of_adapters(),
             "weights": f"{made_of.weights:,}",
             "state": f"{made_of.canonical_bytes:,} bytes",

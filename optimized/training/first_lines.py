@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from arbitor.optimized.training.plan import preset_in_words
 from arbitor.optimized.training.prepared import Prepared
 from arbitor.optimized.training.shown import shown
 from arbitor.reference.audit import audit
@@ -13,10 +14,11 @@ def first_lines(prepared: Prepared) -> list[str]:
     windows = settings.batch * settings.accum
     total = settings.steps * windows * settings.context
     threads = prepared.document["threads"]
+    config = prepared.model.config
     return [
         *_of_going_on(prepared),
-        f"model: {shown(settings.preset)}, {audit(prepared.model.config).weights:,} ternary weights",
-        *([] if prepared.beginning is None else [prepared.beginning.description()]),
+        f"model: {shown(preset_in_words(settings.as_json(), config.name))}, {audit(config).weights:,} ternary weights",
+        *([] if prepared.beginning is None else prepared.beginning.first_lines()),
         *([] if prepared.adaptation is None else [prepared.adaptation.description()]),
         *prepared.text.first_lines(),
         *([] if mix is None else mix.first_lines()),

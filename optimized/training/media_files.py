@@ -21,7 +21,7 @@ from arbitor.optimized.training.media_archives import SUFFIX as ARCHIVE
 from arbitor.optimized.training.regular import open_regular, read_regular
 from arbitor.optimized.training.shown import shown
 from arbitor.optimized.training.texts import in_words, no_data, walk
-from arbitor.reference.config import parsed_json
+from arbitor.reference.json_text import parsed_json
 from arbitor.sidecars import Blob
 
 _SOUNDS = frozenset({".aac", ".aiff", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".wav"})

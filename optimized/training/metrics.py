@@ -9,7 +9,7 @@ from typing import Any
 
 from arbitor.optimized.training.regular import open_regular
 from arbitor.optimized.training.whole_file import write_whole
-from arbitor.reference.config import parsed_json
+from arbitor.reference.json_text import parsed_json
 
 LINE_BYTES = 2**24
 """Bytes of a line at most: one with the loads of a hundred thousand experts has a few million."""

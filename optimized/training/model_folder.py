@@ -14,6 +14,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from arbitor.optimized.training.adapter_files import CONFIG_FILE as ADAPTER_FILE
+from arbitor.optimized.training.adapter_files import FLOAT_MODEL_TYPE
 from arbitor.optimized.training.adapter_state import AdapterState
 from arbitor.optimized.training.checkpoint import (
     Checkpoint,
@@ -31,8 +33,9 @@ from arbitor.optimized.training.run_header import THREADS_MAX
 from arbitor.optimized.training.runtime import Runtime, deterministic, versions
 from arbitor.optimized.training.sizes import check_memory, config_of
 from arbitor.optimized.training.whole_file import told, write_whole
-from arbitor.reference.config import ArbConfig, parsed_json
+from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import ArbModel
+from arbitor.reference.json_text import parsed_json
 
 WEIGHTS_FILE = "model.safetensors"
 """The file of a folder that holds the model."""
@@ -117,8 +120,11 @@ def _known(checkpoint: Checkpoint, name: str, low: int, high: int | None) -> int
 
 def _checkpoint_at(path: Path, refused: Callable[[str], None]) -> Checkpoint:
     """Return the checkpoint of a file, of a folder that `write_folder` wrote, or of a run."""
+    if not path.exists():
+        raise CheckpointError(f"there is no run, folder or checkpoint {str(path)!r}")
     if not path.is_dir():
         return load_checkpoint(path)
+    refuse_other_model(path)
     weights, config = path / WEIGHTS_FILE, path / CONFIG_FILE
     if weights.exists():
         checkpoint = load_checkpoint(weights)
@@ -134,6 +140,31 @@ def _checkpoint_at(path: Path, refused: Callable[[str], None]) -> Checkpoint:
     raise FileNotFoundError(
         f"the folder {str(path)!r} holds no checkpoint: it is no run, and has no {WEIGHTS_FILE}"
     )
+
+
+def refuse_other_model(folder: Path) -> None:
+    """Refuse a folder that `arb export` wrote, or peft, and that holds no ternary weights.
+
+    Raises:
+        CheckpointError: it holds adapters alone, or float weights; the message says what reads them.
+    """
+    if (folder / ADAPTER_FILE).exists() and not (folder / WEIGHTS_FILE).exists():
+        raise CheckpointError(
+            f"{str(folder)!r} holds adapters alone: load their base, and then arbitor.adapters.load_adapter(model, "
+            f"{str(folder)!r})"
+        )
+    config = folder / CONFIG_FILE
+    if config.exists() and (folder / WEIGHTS_FILE).exists():
+        try:
+            document = parsed_json(read_regular(config, most=MAX_CONFIG_BYTES))
+        except (OSError, ValueError):
+            # Who reads the model says what is wrong.
+            return
+        if isinstance(document, dict) and document.get("model_type") == FLOAT_MODEL_TYPE:
+            raise CheckpointError(
+                f"{str(folder)!r} holds the float weights of arb export --merge float, which "
+                "arbitor.adapters.float_model reads"
+            )
 
 
 def _model_said_by(path: Path) -> Any:

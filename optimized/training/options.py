@@ -11,14 +11,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 from arbitor.optimized.settings import BACKENDS
+from arbitor.optimized.training.setting import Option, Row, row_of
 
 _T = TypeVar("_T")
 
-AUTO = "auto"
-"""The word that stands for a number which the machine decides, where `Option.auto` allows it."""
+STREAM_BYTES = 2**28
+"""Bytes of a stream that are read, at most, where nobody says."""
+
+ONLY: Mapping[str, tuple[str, str]] = {
+    "vision": ("image", "image_features"),
+    "audio": ("audio", "audio_features"),
+    "diffusion": ("video", "video_latent"),
+}
+"""Kind of data of a run on one kind alone, and the field that a model must have for it, by the seeds' name of the run."""
 
 MOST_BYTES = 2**24
 """Bytes that a prompt is continued by, at most."""
@@ -28,48 +36,6 @@ EXCHANGES = ("full", "mxint8")
 
 OF_PRESET = "of the preset"
 """How help names a default that is a field of the preset's model."""
-
-_KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
-"""How a message names the type of a setting."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Option:
-    """What is known of a setting beside its name and its type.
-
-    Attributes:
-        help: what the command line says of it, a short sentence.
-        default: its value where nobody names one.
-        default_help: what help says instead of the default.
-        low, high: the range of a number; None where it has no such end.
-        choices: the strings allowed; empty for any.
-        bound: whether it decides what a run computes, so that a resumed run must agree with it.
-        changes_model: whether it changes the model of the preset, so that every command that builds one has it. Such a
-            setting is bound.
-        also: other spellings of it on the command line.
-        has_opposite: whether a switch can be asked for and asked against, with ``--no-`` before its name.
-        auto: whether `AUTO` may be asked for in the place of a number. The run has a number then.
-        path: whether it is a path, so that a run keeps the whole path and can be resumed from another folder.
-        on_hub: whether it may also be a name on a hub, of a path.
-        asked: whether it can be asked for. Others are what the preset says, and recorded.
-        commands: the commands that train and have it.
-    """
-
-    help: str
-    default: Any
-    default_help: str | None = None
-    low: int | None = None
-    high: int | None = None
-    choices: tuple[str, ...] = ()
-    bound: bool = False
-    changes_model: bool = False
-    also: tuple[str, ...] = ()
-    has_opposite: bool = False
-    auto: bool = False
-    path: bool = False
-    on_hub: bool = False
-    asked: bool = True
-    commands: tuple[str, ...] = ("train", "finetune")
 
 
 def _source(help: str, **more: Any) -> Option:
@@ -133,7 +99,13 @@ class Settings:
     ]
     stream_bytes: Annotated[
         int,
-        Option(help="Bytes of a stream that are read, at most", default=2**28, low=1, high=2**44, bound=True),
+        Option(
+            help="Bytes of a stream that are read, at most",
+            default=STREAM_BYTES,
+            low=1,
+            high=2**44,
+            bound=True,
+        ),
     ]
     only: Annotated[
         str | None,
@@ -141,7 +113,7 @@ class Settings:
             help="Learn from one kind of data alone, without experts but for text",
             default=None,
             default_help="every kind of data",
-            choices=("text", "vision", "audio", "diffusion"),
+            choices=("text", *ONLY),
             bound=True,
             commands=("train",),
         ),
@@ -203,7 +175,7 @@ class Settings:
     batch: Annotated[
         int,
         Option(
-            help="Windows of a micro-batch; auto: what memory holds",
+            help="Windows of a micro-batch",
             default=4,
             low=1,
             high=2**20,
@@ -377,63 +349,8 @@ class Settings:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Row:
-    """A setting by its name and its type, both from its field of `Settings`.
-
-    Attributes:
-        name: of the field.
-        kind: type of its values: int, float, bool or str.
-        optional: whether None is a value too.
-        option: the rest.
-    """
-
-    name: str
-    kind: type
-    optional: bool
-    option: Option
-
-    def check(self, value: Any, *, asked: bool = False) -> None:
-        """Refuse a value that the setting can't have.
-
-        Args:
-            value: of the setting.
-            asked: whether a user asks for it, who may say `AUTO` for some settings. A run always has a number.
-
-        Raises:
-            TypeError, ValueError: it is of another type, or outside of its range; one sentence names it.
-        """
-        may_be_auto = asked and self.option.auto
-        if (value is None and self.optional) or (may_be_auto and value == AUTO):
-            return
-        # True is no whole number here, although Python has it so.
-        if value == "":
-            raise ValueError(f"{self.name} is '', but must not be empty")
-        is_of_kind = type(value) is self.kind or (self.kind is float and type(value) is int)
-        if not is_of_kind:
-            or_auto = f" or {AUTO!r}" if may_be_auto else ""
-            raise TypeError(f"{self.name} is {value!r}, but must be {_KINDS[self.kind]}{or_auto}")
-        if self.option.choices and value not in self.option.choices:
-            raise ValueError(f"{self.name} is {value!r}, but must be one of {', '.join(self.option.choices)}")
-        low, high = self.option.low, self.option.high
-        # What is not a number is in no range.
-        if not (low is None or value >= low) or not (high is None or value <= high):
-            allowed = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise ValueError(f"{self.name} is {value}, but must be {allowed}")
-
-
-def _row(name: str, hint: Any) -> Row:
-    """Return the row of a field from its annotation, ``Annotated[TYPE, Option(...)]``."""
-    if get_origin(hint) is not Annotated:
-        raise TypeError(f"the field {name} of Settings has no Option")
-    annotated, option = get_args(hint)
-    kinds = get_args(annotated) or (annotated,)
-    [kind] = (each for each in kinds if each is not type(None))
-    return Row(name=name, kind=kind, optional=type(None) in kinds, option=option)
-
-
 ROWS: Mapping[str, Row] = {
-    name: _row(name, hint) for name, hint in get_type_hints(Settings, include_extras=True).items()
+    name: row_of(name, hint) for name, hint in get_type_hints(Settings, include_extras=True).items()
 }
 """Every setting by name, in the order of the table."""
 

@@ -22,7 +22,7 @@ from arbitor.reference import checks
 
 if TYPE_CHECKING:
     from arbitor.reference.graph import ArbModel
-    from arbitor.reference.graph.voting import Note
+    from arbitor.reference.graph.open_pass import Note
 
 
 class Passes:

@@ -12,12 +12,13 @@ from typing import Any
 from arbitor.optimized.training.checkpoint import load_header
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.media import KINDS, check_kinds
+from arbitor.optimized.training.model_folder import refuse_other_model
 from arbitor.optimized.training.options import (
     ADAPTERS,
-    AUTO,
     BOUND,
     CHANGES,
     FINETUNE_DEFAULTS,
+    ONLY,
     ROWS,
     Settings,
     TrainOptions,
@@ -25,11 +26,13 @@ from arbitor.optimized.training.options import (
 )
 from arbitor.optimized.training.regular import JSON_BYTES, read_regular
 from arbitor.optimized.training.run_header import check_model
+from arbitor.optimized.training.setting import AUTO
+from arbitor.optimized.training.shown import nearby
 from arbitor.optimized.training.sizes import config_of
 from arbitor.optimized.training.streams import is_stream, stream_of
 from arbitor.optimized.training.texts import STDLIB
-from arbitor.reference.config import SIGN_VOTES, ArbConfig, parsed_json, with_fields, with_modules
-from arbitor.reference.presets import PRESETS
+from arbitor.reference.config import SIGN_VOTES, ArbConfig, with_fields, with_modules
+from arbitor.reference.json_text import parsed_json
 from arbitor.reference.presets import preset as named_preset
 
 CONFIG_SUFFIX = ".json"
@@ -37,6 +40,9 @@ CONFIG_SUFFIX = ".json"
 
 CHECKPOINT_SUFFIX = ".safetensors"
 """How a preset ends that is a checkpoint, whose header holds the configuration."""
+
+RUN_CONFIG = "config.json"
+"""The file of a run, and of an export, that holds its configuration."""
 
 OF_TEXT = ("data", "data_code", "val_data")
 """Settings that name bytes, which may come from a stream."""
@@ -64,10 +70,9 @@ def preset_config(preset: str) -> ArbConfig:
         try:
             return named_preset(preset)
         except ValueError as error:
-            near = close_names(preset, PRESETS)
+            allowed, semicolon, meant = str(error).partition("; ")
             raise ValueError(
-                f"{error}, or a file that ends in {CONFIG_SUFFIX} or {CHECKPOINT_SUFFIX}"
-                + (f"; did you mean {near}?" if near else "")
+                f"{allowed}, or a file that ends in {CONFIG_SUFFIX} or {CHECKPOINT_SUFFIX}{semicolon}{meant}"
             ) from None
     path = Path(preset)
     try:
@@ -82,6 +87,26 @@ def preset_config(preset: str) -> ArbConfig:
         return _config_of_file(parsed_json(text))
     except (TypeError, ValueError) as error:
         raise ValueError(f"preset is the file {preset!r}: {error}") from None
+
+
+def preset_in_words(run: Mapping[str, Any], name: str | None = None) -> str:
+    """Return the preset of a run as a sentence has it: its name, and for a file of a configuration where it is from.
+
+    Args:
+        run: settings of the run, JSON data.
+        name: of the configuration; None: as the file says.
+    """
+    preset, source = str(run["preset"]), run.get("init_from")
+    if not preset.endswith((CONFIG_SUFFIX, CHECKPOINT_SUFFIX)):
+        return preset
+    if name is None:
+        try:
+            name = preset_config(preset).name
+        except (TrainingError, TypeError, ValueError):
+            name = "model"
+    # A run that begins with the weights of another has its configuration.
+    begins = source is not None and Path(preset) in (Path(source), Path(source) / RUN_CONFIG)
+    return f"{name} (from {nearby(source if begins else preset)})"
 
 
 def _config_of_file(document: Any) -> ArbConfig:
@@ -205,7 +230,9 @@ def decide(
     _check_kind(options, asked, recorded)
     _check_auto(options, asked, recorded)
     if recorded is None and "init_from" in asked:
-        asked["preset"] = asked.get("preset") or _preset_of_source(asked["init_from"])
+        asked["preset"] = asked.get("preset") or _preset_of_source(
+            asked["init_from"], "base" if options.finetune else "init_from"
+        )
     if recorded is None and "only" in asked:
         _settle_only(asked, preset_config(asked.get("preset") or ROWS["preset"].option.default))
     # 0 says that nothing is saved on the way, which holds.
@@ -231,8 +258,9 @@ def decide(
             # A run may be given more steps, see docs/training.md.
             is_longer = name == "steps" and asked.get(name, 0) > known[name]
             if asked.get(name, known[name]) != known[name] and not is_longer:
+                more = "; more steps are possible" if name == "steps" else ""
                 raise TrainingError(
-                    f"the run was started with {name} {known[name]} and cannot go on with {name} {asked[name]}"
+                    f"the run was started with {name} {known[name]} and cannot go on with {name} {asked[name]}{more}"
                 )
         _forget_what_suited_another_place(known, asked)
     values = {name: asked.get(name, known[name]) for name in ROWS}
@@ -298,14 +326,6 @@ def _check_auto(options: TrainOptions, asked: dict[str, Any], recorded: Mapping[
         raise ValueError(f"batch is {AUTO!r}, but must be a number {where}")
 
 
-ONLY: Mapping[str, tuple[str, str]] = {
-    "vision": ("image", "image_features"),
-    "audio": ("audio", "audio_features"),
-    "diffusion": ("video", "video_latent"),
-}
-"""Kind of data of a run on one kind alone, and the field that a model must have for it, by the seeds' name of the run."""
-
-
 def _settle_only(asked: dict[str, Any], config: ArbConfig) -> None:
     """Give a new run on one kind of data the settings that it stands for.
 
@@ -349,21 +369,26 @@ def _settle_adapters(asked: dict[str, Any], known: dict[str, Any]) -> None:
         asked["max_moe_iters"] = turns
 
 
-def _preset_of_source(source: str) -> str:
+def _preset_of_source(source: str, name: str) -> str:
     """Return the preset of a run that begins with the weights of another and has no preset of its own: what that one is.
+
+    Args:
+        source: the other.
+        name: what a sentence calls it.
 
     Raises:
         TrainingError: there is no such source.
         ValueError: it is a file that is no checkpoint by its name.
     """
     if not os.path.exists(source):
-        raise TrainingError(f"init_from is {source!r}, but there is no such folder or file")
+        raise TrainingError(f"{name} is {nearby(source)!r}, but there is no such folder or file")
     if os.path.isdir(source):
-        return os.path.join(source, "config.json")
+        refuse_other_model(Path(source))
+        return os.path.join(source, RUN_CONFIG)
     if source.endswith(CHECKPOINT_SUFFIX):
         return source
     raise ValueError(
-        f"init_from is {source!r}, but must be a folder or a file that ends in {CHECKPOINT_SUFFIX}, where preset is not set"
+        f"{name} is {source!r}, but must be a folder or a file that ends in {CHECKPOINT_SUFFIX}, where preset is not set"
     )
 
 

@@ -21,12 +21,13 @@ from arbitor.optimized.training.batch_size import BatchSize, fitting_batch
 from arbitor.optimized.training.beginning import Beginning, begin_with, same_beginning
 from arbitor.optimized.training.checkpoint import check_fits
 from arbitor.optimized.training.media_mix import Mix, open_mix
-from arbitor.optimized.training.options import AUTO, EXCHANGES, Settings
+from arbitor.optimized.training.options import EXCHANGES, Settings
 from arbitor.optimized.training.plan import run_config
 from arbitor.optimized.training.recording import records
 from arbitor.optimized.training.run_folder import Found
 from arbitor.optimized.training.run_text import RunText, read_text
 from arbitor.optimized.training.runtime import Runtime
+from arbitor.optimized.training.setting import AUTO
 from arbitor.optimized.training.sizes import check_memory
 from arbitor.reference.graph import ArbModel
 

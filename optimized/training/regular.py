@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.reference.config import parsed_json
+from arbitor.reference.json_text import parsed_json
 
 JSON_BYTES = 2**20
 """Bytes that a file of JSON has at most: a configuration has two thousand."""

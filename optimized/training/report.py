@@ -24,6 +24,9 @@ PAGE_INCHES, PAGE_DPI = (17.0, 11.0), 100
 NUM_COLOURS = 10
 """Colours of matplotlib's cycle: from the eleventh kind on they come again, dashed."""
 
+STROKES = ("--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
+"""Strokes of the baselines, whose colours are near to each other."""
+
 FEW_POINTS = 20
 """Points of a line below which each is marked."""
 
@@ -40,6 +43,12 @@ SHARES = (
     ("zero_share", "trits that are zero", False),
 )
 """What the middle row shows of every kind: name in the metrics, title, whether the axis is logarithmic."""
+
+OF_ADAPTERS = (
+    ("grad_norm", "gradient of the adapters", "norm of the mean gradient of a step"),
+    ("adapter_norm", "change by the adapters", "norm of (alpha / R) B A of all adapters"),
+)
+"""What a run with adapters shows of them: name in the metrics, title, label."""
 
 Metrics = Sequence[Mapping[str, Any]]
 """Lines of metrics, as ``read_metrics`` gives them."""
@@ -78,6 +87,7 @@ def draw_page(path: Path, facts: RunFacts) -> None:
         baselines=facts.baselines,
         steps=facts.run["steps"],
         planned_rate=facts.planned_rate(),
+        rate_in_words=facts.rate_in_words(),
     )
 
 
@@ -89,8 +99,9 @@ def write_report(
     baselines: Mapping[str, float],
     steps: int,
     planned_rate: Callable[[int], float],
+    rate_in_words: tuple[str, str] = ("rate of the votes", "votes per rms of a row"),
 ) -> None:
-    """Draw the page of a run. What the lines do not have (no codes, no experts, no census) has no panel.
+    """Draw the page of a run. What the lines do not have (no codes, no experts, no census, no adapters) has no panel.
 
     Args:
         path: PNG file to write.
@@ -99,6 +110,7 @@ def write_report(
         baselines: name to bits per byte.
         steps: length of the whole run.
         planned_rate: the rate of a step, from 0 to ``steps - 1``.
+        rate_in_words: title and unit of the rate.
 
     Raises:
         TrainingError: the file cannot be written; what was there before is intact.
@@ -110,11 +122,16 @@ def write_report(
     # A dollar sign in a name begins no formula.
     figure.suptitle(shown(f"{facts.get('preset', 'run')}: {reached} steps"), parse_math=False)
     margins = {"left": 0.045, "right": 0.985, "top": 0.93, "bottom": 0.09 if kinds else 0.12, "hspace": 0.3}
-    rows = figure.add_gridspec(3 if kinds else 1, 1, **margins)
-    top = rows[0].subgridspec(1, 3, width_ratios=(2, 1, 1), wspace=0.16)
+    adapted = [line for line in metrics if line.get("adapter_norm") is not None]
+    rows = figure.add_gridspec(3 if kinds else 2 if adapted else 1, 1, **margins)
+    top = rows[0].subgridspec(1, 3, width_ratios=(2, 1, 1), wspace=0.22)
     _draw_loss(figure.add_subplot(top[0]), metrics, baselines)
-    _draw_rate(figure.add_subplot(top[1]), metrics, steps, planned_rate)
+    _draw_rate(figure.add_subplot(top[1]), metrics, steps, planned_rate, rate_in_words)
     _draw_facts(figure.add_subplot(top[2]), facts)
+    if adapted and not kinds:
+        middle = rows[1].subgridspec(1, len(OF_ADAPTERS), wspace=0.16)
+        for i, (what, title, label) in enumerate(OF_ADAPTERS):
+            _draw_adapters(figure.add_subplot(middle[i]), metrics, what, title, label)
     if kinds:
         middle = rows[1].subgridspec(1, len(SHARES), wspace=0.22)
         for i, (what, title, logarithmic) in enumerate(SHARES):
@@ -223,13 +240,20 @@ def _draw_loss(axes: Axes, metrics: Metrics, baselines: Mapping[str, float]) -> 
         points = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
         _draw_line(axes, points, label=label, linestyle=style, linewidth=1)
     for i, (name, bpb) in enumerate(baselines.items()):
-        axes.axhline(bpb, linestyle="--", linewidth=0.8, color=f"C{i + 2}", label=f"{name} {bpb:.2f}")
+        style = STROKES[i % len(STROKES)]
+        axes.axhline(bpb, linestyle=style, linewidth=1, color=f"C{i + 2}", label=f"{name} {bpb:.2f}")
     _label(axes, "loss", xlabel="step", ylabel="bits per byte")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=9)
 
 
-def _draw_rate(axes: Axes, metrics: Metrics, steps: int, planned_rate: Callable[[int], float]) -> None:
+def _draw_rate(
+    axes: Axes,
+    metrics: Metrics,
+    steps: int,
+    planned_rate: Callable[[int], float],
+    in_words: tuple[str, str],
+) -> None:
     """The schedule of the whole run, and the part of it that is done."""
     at = sorted({round(i * (steps - 1) / 200) for i in range(201)})
     planned = [planned_rate(step) for step in at]
@@ -237,8 +261,16 @@ def _draw_rate(axes: Axes, metrics: Metrics, steps: int, planned_rate: Callable[
     points = [(line["step"], line["rate"]) for line in metrics if line.get("rate") is not None]
     _draw_line(axes, points, color="C0", label="done")
     axes.set_ylim(bottom=0)
-    _label(axes, "rate of the votes", xlabel="step", ylabel="votes per rms of a row")
+    _label(axes, in_words[0], xlabel="step", ylabel=in_words[1])
     axes.legend(fontsize=9, loc="lower center")
+
+
+def _draw_adapters(axes: Axes, metrics: Metrics, what: str, title: str, label: str) -> None:
+    """One norm of the adapters over steps."""
+    points = [(line["step"], line[what]) for line in metrics if line.get(what) is not None]
+    _draw_line(axes, points, color="C0")
+    axes.set_ylim(bottom=0)
+    _label(axes, title, xlabel="step", ylabel=label)
 
 
 def _draw_facts(axes: Axes, facts: Mapping[str, str]) -> None:

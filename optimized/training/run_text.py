@@ -25,7 +25,7 @@ from arbitor.optimized.training.data import (
 )
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.options import Settings
-from arbitor.optimized.training.shown import shown
+from arbitor.optimized.training.shown import nearby, shown
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ class RunText:
         """Return what is learned from, and what is judged."""
         settings, judge = self.settings, self.split.description()
         if settings.val_data is not None:
-            judge = f"{shown(settings.val_data)}: {self.judge.description()}"
+            judge = f"{shown(nearby(settings.val_data))}: {self.judge.description()}"
         return [
-            f"data: {shown(settings.data)}: {self.corpus.description()}",
+            f"data: {shown(nearby(settings.data))}: {self.corpus.description()}",
             f"validation: {judge}; judged on {self.windows_WT.shape[0]:,} windows of {settings.context:,}",
         ]
 

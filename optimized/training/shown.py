@@ -22,6 +22,14 @@ def printable(content: bytes) -> str:
     return shown(text, allowed="\n\t")
 
 
+def nearby(path: str) -> str:
+    """Return a path as a sentence has it: relative to the working directory where it lies in it."""
+    if not os.path.isabs(path):
+        return path
+    relative = os.path.relpath(path)
+    return path if relative.startswith(os.pardir) else relative
+
+
 def write_nowhere(stream: TextIO) -> None:
     """Let a stream that cannot be written to end in nothing.
 

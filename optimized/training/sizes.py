@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.machine_memory import total_bytes
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import ArbModel
 
@@ -55,7 +55,7 @@ def check_size(config: ArbConfig) -> None:
 def check_memory(
     config: ArbConfig, device: str, *, num_ranks: int = 1, spreads: Mapping[str, Any] = NO_SPREADS
 ) -> None:
-    """Refuse to build a model whose state alone is larger than the memory of the machine or of the GPU.
+    """Refuse to build a model whose state alone is larger than the memory of the machine, of its container or of the GPU.
 
     Args:
         config: of a size that `check_size` lets pass.
@@ -70,7 +70,7 @@ def check_memory(
     if device == "cuda":
         there = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     else:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        there = total_bytes()
     if needed > there:
         gib = 2**30
         raise TrainingError(

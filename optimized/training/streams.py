@@ -9,6 +9,7 @@ again, and the digest in the checkpoint says whether it still gives the same byt
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -89,6 +90,11 @@ def stream_of(source: str) -> Stream:
             raise ValueError(
                 f"the stream {source!r} names the file {name!r}, but a file must end in {', '.join(BUILDERS)}"
             )
+        if path.is_dir() and glob.has_magic(name):
+            raise ValueError(
+                f"the stream {source!r} names the folder {name!r}, but the library would take *, ? or [ in a folder's name for a "
+                "pattern: rename it, or name a file"
+            )
         return Stream(name, None, split, is_local=True)
     found = _ON_HUB.fullmatch(name)
     if found is None:
@@ -110,7 +116,9 @@ def documents(stream: Stream) -> Iterator[bytes]:
     with _broken_off(stream, datasets):
         suffix = Path(stream.name).suffix.lower()
         if stream.is_local and suffix in BUILDERS:
-            named: dict[str, Any] = {"path": BUILDERS[suffix], "data_files": {stream.split: stream.name}}
+            # The library takes a name for a pattern.
+            files = {stream.split: glob.escape(stream.name)}
+            named: dict[str, Any] = {"path": BUILDERS[suffix], "data_files": files}
         else:
             named = {"path": stream.name, "name": stream.config}
         rows = iter(datasets.load_dataset(**named, split=stream.split, streaming=True))
@@ -135,6 +143,9 @@ def _broken_off(stream: Stream, datasets: Any) -> Iterator[None]:
     """Turn whatever the library raises within the block into one sentence."""
     try:
         yield
+    # This comes of files that hold nothing. As the cause of a RuntimeError it would take its place again.
+    except StopIteration:
+        raise TrainingError(f"cannot read the stream {stream.source()!r}: it has no documents") from None
     # Network, rights, names, formats: the library has an error of its own for each, and its first line says it best.
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__

@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from arbitor.reference.config import parsed_json
+from arbitor.reference.json_text import parsed_json
 
 HEADER_BYTES = 2**26
 """Bytes of a header at most: one with ten thousand weights has some three million."""
@@ -81,7 +81,9 @@ def read_entries(file: IO[bytes], key: str) -> tuple[Any, Entries]:
     """
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(HEADER_BYTES, size - 8):
+    if length > HEADER_BYTES:
+        raise DamagedFileError("it does not begin as one")
+    if size < 8 or length > size - 8:
         raise DamagedFileError(f"its header would have {length:,} bytes, in a file of {size:,}")
     try:
         header = parsed_json(file.read(length))

@@ -200,7 +200,7 @@ def _folder_files(root: Path, run: Path | None) -> tuple[list[Path], dict[str, l
             reason = "of weights"
         else:
             probe, size = _probed(path)
-            reason = "empty" if not size else "binary" if _is_binary(probe, size) else ""
+            reason = "empty" if not size else "binary" if looks_binary(probe, size) else ""
         if reason:
             left_out.setdefault(reason, []).append(shown(path.relative_to(root).as_posix()))
         else:
@@ -218,7 +218,7 @@ def _probed(path: Path) -> tuple[bytes, int]:
         return file.read(BINARY_PROBE_BYTES), os.fstat(file.fileno()).st_size
 
 
-def _is_binary(probe: bytes, size: int) -> bool:
+def looks_binary(probe: bytes, size: int) -> bool:
     """Whether a file looks binary: it has a NUL near its beginning, and is no UTF-16, of whose letters each has one."""
     if b"\0" not in probe:
         return False

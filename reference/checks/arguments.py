@@ -75,3 +75,11 @@ def flag(name: str, value: object) -> None:
     """Refuse anything but True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}, but must be True or False")
+
+
+def tuple_of(name: str, value: object, count: int, what: str) -> None:
+    """Refuse anything but a tuple of so many parts; `what` says which."""
+    if not isinstance(value, tuple):
+        raise TypeError(f"{name} is a {type(value).__name__}, but must be a tuple of {what}")
+    if len(value) != count:
+        raise ValueError(f"{name} is a tuple of {len(value)}, but must be a tuple of {what}")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arbitor.reference.checks.arguments import tuple_of
 from arbitor.reference.checks.tensors import (
     FLOAT_DTYPES,
     dtype_in,
@@ -66,8 +67,7 @@ def neighbour_tables(
     same_device(neighbours_NJ=neighbours_NJ, scores_NJ=scores_NJ, signs=signs.exponents)
     if out is None:
         return
-    if not isinstance(out, tuple) or len(out) != 3:
-        raise TypeError(f"out is a {type(out).__name__}, but must be a tuple of neighbours, scores and signs")
+    tuple_of("out", out, 3, "neighbours, scores and signs")
     tensor("out[0]", out[0], torch.int32, neighbours_NJ.shape)
     tensor("out[1]", out[1], torch.int8, neighbours_NJ.shape)
     same_device(neighbours_NJ=neighbours_NJ, **{"out[0]": out[0], "out[1]": out[1]})

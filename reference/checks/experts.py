@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from arbitor.reference.checks.arguments import flag, integer
+from arbitor.reference.checks.arguments import flag, integer, tuple_of
 from arbitor.reference.checks.tensors import FLOAT_DTYPES, dtype_in, last_dim, same_device, same_dtype, tensor
 from arbitor.reference.checks.weights import Weight
 from arbitor.reference.constants import MAX_ROUTER_COLUMNS
@@ -129,8 +129,7 @@ def balance(chosen: Tensor, load_E: Tensor, handicap_E: Tensor, out: tuple[Tenso
     same_device(chosen=chosen, load_E=load_E, handicap_E=handicap_E)
     if out is None:
         return
-    if not isinstance(out, tuple) or len(out) != 2:
-        raise ValueError("out must be a tuple of a load and handicaps")
+    tuple_of("out", out, 2, "a load and handicaps")
     for value, like in zip(out, (load_E, handicap_E), strict=True):
         tensor("out", value, like.dtype, like.shape)
         same_device(load_E=load_E, out=value)

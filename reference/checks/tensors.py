@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arbitor.reference.checks.arguments import tuple_of
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 """Activation dtypes. float16 is left out, because 2**-32 or 2**15 times an activation does not fit it."""
 
@@ -76,8 +78,7 @@ def averages(
     gradient_matrix(name, grad_NK)
     found = {"mean_NK": mean_NK, "exponents_N": exponents_N}
     if out is not None:
-        if not isinstance(out, tuple) or len(out) != 3:
-            raise ValueError("out must be a tuple of a gradient, a mean and exponents")
+        tuple_of("out", out, 3, "a gradient, a mean and exponents")
         tensor("out[0]", out[0], grad_NK.dtype, grad_NK.shape)
         same_device(**{name: grad_NK}, **{"out[0]": out[0]})
         found |= {"out[1]": out[1], "out[2]": out[2]}

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from arbitor.reference.checks.arguments import integer
+from arbitor.reference.checks.arguments import integer, tuple_of
 from arbitor.reference.checks.tensors import dtype_in, same_device, values_between
 from arbitor.reference.constants import ACCUM_MAX, MAX_PACKED_BYTE, groups_per_row, level_range
 
@@ -131,8 +131,7 @@ def out_weights(out: Any, weights: tuple[Any, ...]) -> None:
     """Refuse weights to write into that are not as many as those updated, or differ from them in shape, format or device."""
     if out is None:
         return
-    if not isinstance(out, tuple) or len(out) != len(weights):
-        raise ValueError(f"out must be a tuple of {len(weights)} weights, as many as weights has")
+    tuple_of("out", out, len(weights), f"{len(weights)} weights, as many as weights has")
     if len({id(one) for one in out}) < len(out):
         raise ValueError("out holds a weight twice, but each must be another one")
     for one, other in zip(out, weights, strict=True):

@@ -248,6 +248,12 @@ def _ends_in(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith(f".{suffix}")
 
 
+def _last_word(name: str) -> str:
+    """Return the end of a name that says what it is: `down`, and `gates.0` where a number is last."""
+    parts = name.split(".")
+    return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
+
+
 def _why_not(model: nn.Module, suffix: str, linears: Iterable[str]) -> str:
     """Return why a suffix names no linear that can have an adapter."""
     for name, part in model.named_modules():
@@ -255,7 +261,7 @@ def _why_not(model: nn.Module, suffix: str, linears: Iterable[str]) -> str:
             if isinstance(part, TernaryLinear):
                 return f"{name} chooses experts by exact integers, which no float can change"
             return f"{name} is a {type(part).__name__}, and adapters are for linears"
-    known = sorted({name.rpartition(".")[2] for name in linears})
+    known = sorted({_last_word(name) for name in linears})
     return f"must end the name of a linear, such as {', '.join(known)}"
 
 

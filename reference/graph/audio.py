@@ -6,9 +6,7 @@ Legend: B batch, T samples, C channels in, L length, N channels out, J taps, F f
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,9 +15,10 @@ from arbitor.reference.graph.codebook import TernaryVQCodebook
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryLinear
 from arbitor.reference.graph.module import ArbModule, TernaryModule, as_it_is
+from arbitor.reference.graph.rule import Rule
 from arbitor.reference.graph.sequencer import audio_batch
 from arbitor.reference.graph.units import unit_rows
-from arbitor.reference.promises import differentiable_once
+from arbitor.reference.types import LaidOutWeight
 
 AUDIO_CODES = 289
 """V: entries of the encoder's codebook, and tokens of the talker head that learns from it."""
@@ -67,30 +66,25 @@ class TernaryConv1d(TernaryModule):
 
     def forward(self, x_BCL: Tensor) -> Tensor:
         """Return `ops.conv1d` of x, in the dtype of x."""
-        return self.run(_ConvFunction, x_BCL)
+        return self.run(_CONV, x_BCL)
 
 
-class _ConvFunction(torch.autograd.Function):
-    """`ops.conv1d` with a backward pass that votes."""
+def _convolved(module: TernaryConv1d, weight: LaidOutWeight, x: Tensor) -> Tensor:
+    return module.ops.conv1d(x, weight, **module.geometry)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor | None, module: TernaryConv1d) -> Tensor:
-        ctx.save_for_backward(x)
-        weight = module.forward_weight(ctx)
-        return module.ops.conv1d(x, weight, **module.geometry)
 
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
-        (x,), module = ctx.saved_tensors, ctx.module
-        weight = module.backward_weight(ctx)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            at = {"length": x.shape[2], **module.geometry}
-            grad_x = module.ops.conv1d_input_grad(grad, weight, **at)
-        if module.moves:
-            module.vote(module.ops.conv1d_weight_grad(grad, x, **module.geometry))
-        return grad_x, None, None
+def _conv_learns(
+    module: TernaryConv1d, weight: LaidOutWeight, grad: Tensor, x: Tensor, *, asked: bool
+) -> Tensor | None:
+    grad_x, geometry = None, module.geometry
+    if asked:
+        grad_x = module.ops.conv1d_input_grad(grad, weight, length=x.shape[2], **geometry)
+    if module.moves:
+        module.vote(module.ops.conv1d_weight_grad(grad, x, **geometry))
+    return grad_x
+
+
+_CONV = Rule(_convolved, _conv_learns)
 
 
 class AudioVQEncoder(ArbModule):

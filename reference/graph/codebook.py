@@ -18,9 +18,10 @@ from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
 from arbitor.reference.graph.ledger import KVLedger
-from arbitor.reference.graph.module import ArbModule, PartDict, uncompiled
+from arbitor.reference.graph.module import ArbModule, PartDict
 from arbitor.reference.graph.spread import queries, revival, search, vectors
 from arbitor.reference.graph.tables import TableModule, when_voting
+from arbitor.reference.graph.uncompiled import uncompiled
 from arbitor.reference.types import TernaryWeight
 
 MOTIF_EXPONENT = -2

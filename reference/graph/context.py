@@ -113,7 +113,7 @@ class GraphContext:
             warnings.warn(
                 f"torch.autocast is on, but the model computes in its own dtype, {self.dtype}: "
                 "for another one, call .to(torch.bfloat16) of the model",
-                stacklevel=5,
+                stacklevel=4,
             )
         return torch.autocast(kind, enabled=False)
 

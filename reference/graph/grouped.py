@@ -16,9 +16,10 @@ from arbitor.reference.constants import MIN_ORTHOGONAL_RANK
 from arbitor.reference.graph.averages import average_of
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import Multiplier, row_ranges
+from arbitor.reference.graph.rule import Rule
 from arbitor.reference.graph.spread import Slots
 from arbitor.reference.promises import differentiable_once
-from arbitor.reference.types import TernaryWeight
+from arbitor.reference.types import LaidOutWeight, TernaryWeight
 
 
 class TernaryGroupedLinear(Multiplier):
@@ -52,13 +53,15 @@ class TernaryGroupedLinear(Multiplier):
     def forward(self, x_MK: Tensor, experts_M: Tensor) -> Tensor:
         """Return `ops.grouped_linear` of x, in the dtype of x, and the change of the adapter if there is one."""
         if self.spread is not None:
-            y = self.run(_SpreadLinearFunction, x_MK.reshape(-1, x_MK.shape[-1]), experts_M.flatten())
+            slots = Slots(experts_M.flatten(), self.spread, self.voting.ranks)
+            x = _Dealt.apply(x_MK.reshape(-1, x_MK.shape[-1]), slots.there, slots.back)
+            y: Tensor = _Dealt.apply(self.run(_GROUPED, x, slots.experts), slots.back, slots.there)
             return y.unflatten(0, experts_M.shape)
-        return self.adapted(self.run(_GroupedLinearFunction, x_MK, experts_M), x_MK, experts_M)
+        return self.adapted(self.run(_GROUPED, x_MK, experts_M), x_MK, experts_M)
 
     def side_by_side(self, x: Tensor) -> Tensor:
         """Return the sum of what all experts make of their parts of x: [..., E K] -> [..., N]. An adapter is not asked."""
-        return self.run(_SideBySideFunction, x)
+        return self.run(_SIDE_BY_SIDE, x)
 
     def vote_of(self, grad: Tensor, x: Tensor) -> None:
         """See `Multiplier`: the outputs of all experts, one expert after the other."""
@@ -91,58 +94,43 @@ class TernaryGroupedLinear(Multiplier):
             self.vote(grad, rows_EN.flatten(), num_matrices=num_matrices, chosen=chosen)
 
 
-class _GroupedLinearFunction(torch.autograd.Function):
-    """`ops.grouped_linear` with a backward pass that votes."""
+def _multiplied(
+    module: TernaryGroupedLinear, weight: LaidOutWeight, x_MK: Tensor, experts_M: Tensor
+) -> Tensor:
+    return module.ops.grouped_linear(x_MK, weight, experts_M, num_groups=module.num_groups)
+
+
+def _learns(
+    module: TernaryGroupedLinear,
+    weight: LaidOutWeight,
+    grad_MN: Tensor,
+    x_MK: Tensor,
+    experts_M: Tensor,
+    *,
+    asked: bool,
+) -> Tensor | None:
+    grad_x, num_groups = None, module.num_groups
+    if asked:
+        grad_x = module.ops.grouped_linear_input_grad(grad_MN, weight, experts_M, num_groups=num_groups)
+    if module.moves:
+        _vote_by_expert(module, grad_MN, x_MK, experts_M)
+    return grad_x
+
+
+class _Dealt(torch.autograd.Function):
+    """What slots are given, sent to where they are computed or back home. Gradients go the other way."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_MK: Tensor, experts_M: Tensor, anchor: Tensor | None, module: TernaryGroupedLinear
+        ctx: Any, values: Tensor, send: Callable[[Tensor], Tensor], send_back: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        ctx.save_for_backward(x_MK, experts_M)
-        weight = module.forward_weight(ctx)
-        return module.ops.grouped_linear(x_MK, weight, experts_M, num_groups=module.num_groups)
+        ctx.send_back = send_back
+        return send(values)
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor | None, None, None, None]:
-        (x_MK, experts_M), module = ctx.saved_tensors, ctx.module
-        weight = module.backward_weight(ctx)
-        ops, num_groups, grad_x = module.ops, module.num_groups, None
-        if ctx.needs_input_grad[0]:
-            grad_x = ops.grouped_linear_input_grad(grad_MN, weight, experts_M, num_groups=num_groups)
-        if module.moves:
-            _vote_by_expert(module, grad_MN, x_MK, experts_M)
-        return grad_x, None, None, None
-
-
-class _SpreadLinearFunction(torch.autograd.Function):
-    """`ops.grouped_linear` of slots at the ranks that keep their experts, with a backward pass that votes there."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x_MK: Tensor, experts_M: Tensor, anchor: Tensor | None, module: TernaryGroupedLinear
-    ) -> Tensor:
-        assert module.spread is not None
-        ctx.slots = Slots(experts_M, module.spread, module.voting.ranks)
-        x = ctx.slots.there(x_MK)
-        ctx.save_for_backward(x)
-        weight = module.forward_weight(ctx)
-        made = module.ops.grouped_linear(x, weight, ctx.slots.experts, num_groups=module.num_groups)
-        return ctx.slots.back(made)
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor | None, None, None, None]:
-        (x,), module, slots = ctx.saved_tensors, ctx.module, ctx.slots
-        weight = module.backward_weight(ctx)
-        grad, num_groups, grad_x = slots.there(grad_MN), module.num_groups, None
-        if ctx.needs_input_grad[0]:
-            grad_x = slots.back(
-                module.ops.grouped_linear_input_grad(grad, weight, slots.experts, num_groups=num_groups)
-            )
-        if module.moves:
-            _vote_by_expert(module, grad, x, slots.experts)
-        return grad_x, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.send_back(grad), None, None
 
 
 def _vote_by_expert(module: TernaryGroupedLinear, grad_MN: Tensor, x_MK: Tensor, experts_M: Tensor) -> None:
@@ -167,30 +155,26 @@ def _vote_by_expert(module: TernaryGroupedLinear, grad_MN: Tensor, x_MK: Tensor,
     module.vote_in_parts(made, used_E, num_used=num_groups)
 
 
-class _SideBySideFunction(torch.autograd.Function):
-    """`ops.linear` of a stack whose matrices stand side by side, with a backward pass that votes."""
+def _side_by_side(module: TernaryGroupedLinear, weight: LaidOutWeight, x: Tensor) -> Tensor:
+    return module.ops.linear(x, weight, num_groups=module.num_groups)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor | None, module: TernaryGroupedLinear) -> Tensor:
-        ctx.save_for_backward(x)
-        weight = module.forward_weight(ctx)
-        return module.ops.linear(x, weight, num_groups=module.num_groups)
 
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
-        (x,), module = ctx.saved_tensors, ctx.module
-        weight = module.backward_weight(ctx)
-        ops, num_groups, grad_x = module.ops, module.num_groups, None
-        if ctx.needs_input_grad[0]:
-            grad_x = ops.linear_input_grad(grad, weight, num_groups=num_groups)
-        if module.moves:
-            module.vote_in_parts(
-                lambda outputs: ops.linear_weight_grad(
-                    grad[..., outputs.start : outputs.stop], x, num_groups=num_groups
-                )
+def _side_by_side_learns(
+    module: TernaryGroupedLinear, weight: LaidOutWeight, grad: Tensor, x: Tensor, *, asked: bool
+) -> Tensor | None:
+    ops, num_groups = module.ops, module.num_groups
+    grad_x = ops.linear_input_grad(grad, weight, num_groups=num_groups) if asked else None
+    if module.moves:
+        module.vote_in_parts(
+            lambda outputs: ops.linear_weight_grad(
+                grad[..., outputs.start : outputs.stop], x, num_groups=num_groups
             )
-        return grad_x, None, None
+        )
+    return grad_x
+
+
+_GROUPED = Rule(_multiplied, _learns)
+_SIDE_BY_SIDE = Rule(_side_by_side, _side_by_side_learns)
 
 
 def numbered(experts_M: Tensor) -> tuple[Tensor, Tensor]:

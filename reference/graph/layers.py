@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from arbitor.reference.constants import MIN_ORTHOGONAL_RANK
 from arbitor.reference.graph.averages import average_of
 from arbitor.reference.graph.context import GraphContext
-from arbitor.reference.graph.module import TernaryModule, uncompiled
+from arbitor.reference.graph.module import TernaryModule
+from arbitor.reference.graph.rule import Rule, registered
 from arbitor.reference.graph.spread import Read, fetched
+from arbitor.reference.graph.uncompiled import uncompiled
 from arbitor.reference.promises import differentiable_once
 from arbitor.reference.types import LaidOutWeight, TernaryWeight
 
@@ -46,6 +48,8 @@ class TernaryLinear(Multiplier):
              smaller side of the weight is below MIN_ORTHOGONAL_RANK
     """
 
+    in_graphs = True
+
     def __init__(
         self,
         context: GraphContext,
@@ -69,7 +73,7 @@ class TernaryLinear(Multiplier):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `ops.linear` of x, in the dtype of x, and the change of the adapter if there is one."""
-        return fan_out(x, self)[0]
+        return self.adapted(self.run(_LINEAR, x), x)
 
     def vote_of(self, grad: Tensor, x: Tensor) -> None:
         """Vote with the gradient of the output and the input of a product, some rows of the weight at a time."""
@@ -89,6 +93,8 @@ class TernaryRMSNorm(TernaryModule):
     Shapes:  [..., K] -> [..., K]
     """
 
+    in_graphs = True
+
     def __init__(self, context: GraphContext, width: int, *, frozen: bool = True, exponent: int = 0) -> None:
         super().__init__(
             context, lambda _: context.constant_weight((1, width), trit=1, exponent=exponent), frozen=frozen
@@ -96,7 +102,7 @@ class TernaryRMSNorm(TernaryModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `ops.rms_norm` of x, in the dtype of x."""
-        return self.run(_RMSNormFunction, x)
+        return self.run(_NORM, x)
 
 
 class TernaryEmbedding(TernaryModule):
@@ -105,6 +111,8 @@ class TernaryEmbedding(TernaryModule):
     Shapes:  ids int64 [...] -> [..., K] in the model's dtype
     Start:   standard deviation `std`, or the weight that `start` returns for a tensor id
     """
+
+    in_graphs = True
 
     def __init__(
         self,
@@ -133,7 +141,7 @@ class TernaryEmbedding(TernaryModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return `ops.embedding` of the ids."""
-        return self.run(_EmbeddingFunction, ids)
+        return self.run(_ROWS, ids)
 
     def rows_or_zeros(self, ids: Tensor, chosen: Tensor | None = None) -> Tensor:
         """Return the rows of the chosen ids, and zeros for the other ids. Without `chosen`, ids of 0 and more are chosen.
@@ -141,7 +149,11 @@ class TernaryEmbedding(TernaryModule):
         Only rows that are chosen vote and step. The other ids may be anything.
         Shapes:  ids int64 [...], chosen bool [...] -> [..., K] in the model's dtype
         """
-        return self.run(_SomeRowsFunction, ids, ids >= 0 if chosen is None else chosen)
+        chosen = ids >= 0 if chosen is None else chosen
+        # Each other id is replaced by a chosen one, with a gradient of 0, so that output shapes depend on input shapes alone. If no
+        # id is chosen, row 0 replaces all, and its slot is marked unused.
+        stand_in = torch.where(chosen, ids, 0).amax() if ids.numel() else 0
+        return self.run(_SOME_ROWS, torch.where(chosen, ids, stand_in), chosen)
 
     def note_vote(self, rows: Tensor | None) -> None:
         """Remember which rows voted."""
@@ -242,70 +254,65 @@ def named_rows(rows: range, module: TernaryModule) -> Tensor | None:
     return torch.arange(rows.start, rows.stop, device=module.device)
 
 
-class _RMSNormFunction(torch.autograd.Function):
-    """`ops.rms_norm` with a backward pass that votes, unless frozen."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor | None, module: TernaryRMSNorm) -> Tensor:
-        ctx.save_for_backward(x)
-        weight = module.forward_weight(ctx)
-        return module.ops.rms_norm(x, weight)
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
-        (x,), module = ctx.saved_tensors, ctx.module
-        weight = module.backward_weight(ctx)
-        grad_x = module.ops.rms_norm_input_grad(grad, x, weight) if ctx.needs_input_grad[0] else None
-        if module.moves:
-            module.vote(module.ops.rms_norm_weight_grad(grad, x))
-        return grad_x, None, None
+def _multiplied(module: TernaryLinear, weight: LaidOutWeight, x: Tensor) -> Tensor:
+    return module.ops.linear(x, weight)
 
 
-class _EmbeddingFunction(torch.autograd.Function):
-    """`ops.embedding` with a backward pass in which the used rows vote."""
-
-    @staticmethod
-    def forward(ctx: Any, ids: Tensor, anchor: Tensor | None, module: TernaryEmbedding) -> Tensor:
-        ctx.save_for_backward(ids)
-        weight = module.forward_weight(ctx)
-        return module.decoded(ids, weight)
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
-        (ids,), module = ctx.saved_tensors, ctx.module
-        module.backward_weight(ctx)
-        if module.moves:
-            rows, grad_RK = module.ops.embedding_row_grads(ids, grad)
-            module.vote(grad_RK, rows, chosen=True)
-        return None, None, None
+def _linear_learns(
+    module: TernaryLinear, weight: LaidOutWeight, grad: Tensor, x: Tensor, *, asked: bool
+) -> Tensor | None:
+    grad_x = module.ops.linear_input_grad(grad, weight) if asked else None
+    if module.moves:
+        module.vote_of(grad, x)
+    return grad_x
 
 
-class _SomeRowsFunction(torch.autograd.Function):
-    """`ops.embedding` of the ids that are chosen, and zeros elsewhere; only rows of chosen ids vote.
+def _normed(module: TernaryRMSNorm, weight: LaidOutWeight, x: Tensor) -> Tensor:
+    return module.ops.rms_norm(x, weight)
 
-    Each other id is replaced by a chosen id, with a gradient of 0, so that output shapes depend on input shapes alone. If no id is
-    chosen, row 0 replaces all, and its slot is marked unused.
-    """
 
-    @staticmethod
-    def forward(
-        ctx: Any, ids: Tensor, chosen: Tensor, anchor: Tensor | None, module: TernaryEmbedding
-    ) -> Tensor:
-        stand_in = torch.where(chosen, ids, 0).amax() if ids.numel() else 0
-        ids = torch.where(chosen, ids, stand_in)
-        ctx.save_for_backward(ids, chosen)
-        weight = module.forward_weight(ctx)
-        return module.decoded(ids, weight) * chosen[..., None]
+def _norm_learns(
+    module: TernaryRMSNorm, weight: LaidOutWeight, grad: Tensor, x: Tensor, *, asked: bool
+) -> Tensor | None:
+    grad_x = module.ops.rms_norm_input_grad(grad, x, weight) if asked else None
+    if module.moves:
+        module.vote(module.ops.rms_norm_weight_grad(grad, x))
+    return grad_x
 
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-        (ids, chosen), module = ctx.saved_tensors, ctx.module
-        module.backward_weight(ctx)
-        if module.moves:
-            # A product would not do: the gradient of an id that was not chosen may be NaN, and would reach a chosen row.
-            rows, grad_RK = module.ops.embedding_row_grads(ids, torch.where(chosen[..., None], grad, 0.0))
-            module.vote(grad_RK, torch.where(chosen.any(), rows, -1), chosen=True)
-        return None, None, None, None
+
+def _rows_of(module: TernaryEmbedding, weight: LaidOutWeight, ids: Tensor) -> Tensor:
+    return module.decoded(ids, weight)
+
+
+def _rows_learn(
+    module: TernaryEmbedding, weight: LaidOutWeight, grad: Tensor, ids: Tensor, *, asked: bool
+) -> None:
+    if module.moves:
+        rows, grad_RK = module.ops.embedding_row_grads(ids, grad)
+        module.vote(grad_RK, rows, chosen=True)
+
+
+def _some_rows_of(module: TernaryEmbedding, weight: LaidOutWeight, ids: Tensor, chosen: Tensor) -> Tensor:
+    return module.decoded(ids, weight) * chosen[..., None]
+
+
+def _some_rows_learn(
+    module: TernaryEmbedding, weight: LaidOutWeight, grad: Tensor, ids: Tensor, chosen: Tensor, *, asked: bool
+) -> None:
+    if module.moves:
+        # A product would not do: the gradient of an id that was not chosen may be NaN, and would reach a chosen row.
+        rows, grad_RK = module.ops.embedding_row_grads(ids, torch.where(chosen[..., None], grad, 0.0))
+        module.vote(grad_RK, torch.where(chosen.any(), rows, -1), chosen=True)
+
+
+_LINEAR = registered(
+    "linear", _multiplied, _linear_learns, lambda x, shape, dtype: x.new_empty((*x.shape[:-1], shape[0]))
+)
+_NORM = registered("rms_norm", _normed, _norm_learns, lambda x, shape, dtype: x.new_empty(x.shape))
+_ROWS = registered(
+    "embedding",
+    _rows_of,
+    _rows_learn,
+    lambda ids, shape, dtype: ids.new_empty((*ids.shape, shape[1]), dtype=dtype),
+)
+_SOME_ROWS = Rule(_some_rows_of, _some_rows_learn)

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.context import GraphContext
+from arbitor.reference.graph.open_pass import VOTED_IN, Average
+from arbitor.reference.graph.rule import ANCHOR, Rule, RuleFunction, new_ticket
 from arbitor.reference.graph.spread import Spread
-from arbitor.reference.graph.voting import VOTED_IN, Average, Voting
+from arbitor.reference.graph.uncompiled import outside
+from arbitor.reference.graph.voting import Voting
 from arbitor.reference.types import LaidOutWeight, TernaryWeight, has_memory, without_memory
 
 Method = TypeVar("Method", bound=Callable[..., Any])
-Result = TypeVar("Result")
 
 
 class Part(nn.Module):
@@ -103,7 +105,8 @@ def as_it_is(method: Method) -> Method:
     """Return a method of an `ArbModule` that computes the same under torch.autocast and torch.compile as without them.
 
     torch.autocast is off inside of the method, because the model has a dtype of its own. torch.compile leaves the method alone. It
-    compiles work on tensors, and would lose the notes that passes leave. The model's kernels are compiled by Triton anyway.
+    compiles work on tensors, and would lose the notes that passes leave. The model's kernels are compiled by Triton anyway. Layers
+    that stand in graphs as registered ops are the exception (`ArbModule.in_graphs`).
     """
 
     def run(self: ArbModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -112,7 +115,9 @@ def as_it_is(method: Method) -> Method:
 
     @functools.wraps(method)
     def outer(self: ArbModule, *args: Any, **kwargs: Any) -> Any:
-        return uncompiled(run, self, args, kwargs)
+        if not torch.compiler.is_compiling():
+            return run(self, args, kwargs)
+        return method(self, *args, **kwargs) if self.in_graphs else outside(run, self, args, kwargs)
 
     return cast(Method, outer)
 
@@ -121,12 +126,14 @@ class ArbModule(Part):
     """A module of the graph.
 
     Attributes:
-        context: the context that the modules of one model share.
-        frozen:  whether the module is frozen: a frozen weight never votes, and a frozen table never changes.
-        spread:  how the rows of its weight and tables are spread over ranks, of which this rank has its own; None for all rows.
+        context:   the context that the modules of one model share.
+        frozen:    whether the module is frozen: a frozen weight never votes, and a frozen table never changes.
+        spread:    how the rows of its weight and tables are spread over ranks, of which this rank has its own; None for all rows.
+        in_graphs: whether a call becomes part of a graph of torch.compile: the op of its rule, whatever autocast says.
     """
 
     spread: Spread | None = None
+    in_graphs = False
 
     def __init__(self, context: GraphContext, *, frozen: bool = False) -> None:
         super().__init__()
@@ -203,6 +210,7 @@ class TernaryModule(ArbModule):
         steps:     how often the weight was stepped or loaded; a backward pass refuses a weight that changed since its forward pass.
         adapter:   what adds a change of low rank to the output of a linear (`adapters.attach`), or None.
         average:   the running mean of the weight's gradients (`averages`), or None.
+        ticket:    names the module in graphs of torch.compile (`rule.new_ticket`).
     """
 
     def __init__(
@@ -224,6 +232,15 @@ class TernaryModule(ArbModule):
         self._tensors = self._weight.tensors()
         for name, tensor in self._tensors.items():
             self.register_buffer(name, tensor)
+        # Plain values, because the compiler looks at them.
+        self._shape = list(weight.shape)
+        self._codes = next(iter(self._tensors.keys() - {"exponents", *VOTED_IN}))
+        self.ticket = new_ticket(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a copy or a pickle, under a ticket of its own."""
+        super().__setstate__(state)
+        self.ticket = new_ticket(self)
 
     @property
     def weight(self) -> LaidOutWeight:
@@ -244,12 +261,19 @@ class TernaryModule(ArbModule):
             return None
         return torch.empty(0, device=self.device, requires_grad=True)
 
-    def run(self, function: type[torch.autograd.Function], *args: Any) -> Tensor:
-        """Return the result of an autograd function of some inputs and this module's weight, whose backward pass votes.
+    def run(self, rule: Rule, *inputs: Tensor) -> Tensor:
+        """Return the result of a rule for some inputs and this module's weight, whose backward pass votes.
 
-        The function is given the inputs, `anchor()` and this module.
+        In a graph of torch.compile it is one op, if the rule has one there. Otherwise it runs outside of graphs.
         """
-        return uncompiled(_apply, function, args, self)
+        if not torch.compiler.is_compiling():
+            return _apply(rule, self, inputs)
+        if rule.in_graph is None:
+            return outside(_apply, rule, self, inputs)
+        # An adapter learns although the weight is frozen, and its gradients say that the model was reached.
+        anchor = None if self.frozen and self.adapter is None else ANCHOR
+        codes, exponents = self.get_buffer(self._codes), self.get_buffer("exponents")
+        return rule.in_graph(*inputs, anchor, self.ticket, codes, exponents, self._shape, self.dtype)
 
     def adapted(self, y: Tensor, *inputs: Tensor) -> Tensor:
         """Return the output y for some inputs, with the change of the adapter if there is one.
@@ -259,8 +283,9 @@ class TernaryModule(ArbModule):
         if self.adapter is None:
             return y
         x, *experts = inputs
-        changed = self.adapter(x, y, *experts)
-        if changed.requires_grad:
+        changed: Tensor = self.adapter(x, y, *experts)
+        # In a graph the op of the rule says it.
+        if changed.requires_grad and not torch.compiler.is_compiling():
             changed.register_hook(self._note_reached)
         return changed
 
@@ -282,17 +307,33 @@ class TernaryModule(ArbModule):
         """
         if ctx.steps != self.steps:
             raise RuntimeError("weight was changed between forward and backward, but a step must follow both")
+        self.arrive(ctx.weight)
+        weight: LaidOutWeight = ctx.weight
+        return weight
+
+    def arrive(self, weight: LaidOutWeight) -> None:
+        """Note that a backward pass came to the module, whose forward pass used `weight`.
+
+        Raises:
+            RuntimeError: the module moves, and holds another weight by now; or it belongs to no model (`Voting.stray`).
+        """
         if self.voting.current is None:
             if not self.frozen:
                 self.voting.stray()
-            return ctx.weight
+            return
         self.voting.current.reached = True
-        if self.moves and not _same_tensors(ctx.weight.tensors(), self.weight.tensors()):
+        if self.moves and not _same_tensors(weight.tensors(), self.weight.tensors()):
             raise RuntimeError(
                 "the loss was computed with another state than the module holds, but votes must go to the weights that it was "
                 "computed with"
             )
-        return ctx.weight
+
+    def weight_worth(self, codes: Tensor, exponents: Tensor) -> LaidOutWeight:
+        """Return the weight whose value lies in some tensors: the module's own if they are its own, as in most graphs."""
+        weight, buffers = self.weight, self._buffers
+        if _same_memory(buffers[self._codes], codes) and _same_memory(buffers["exponents"], exponents):
+            return weight
+        return weight.with_tensors(**{self._codes: codes, "exponents": exponents})
 
     def vote(
         self,
@@ -424,6 +465,13 @@ def _same_tensors(some: Mapping[str, Tensor], others: Mapping[str, Tensor | None
     return all(others[name] is tensor for name, tensor in some.items())
 
 
+def _same_memory(one: Tensor | None, other: Tensor) -> bool:
+    """Return whether two tensors of one shape lie at one place. A graph may hand an op another tensor object."""
+    if one is None:
+        return False
+    return one is other or (one.device == other.device and one.data_ptr() == other.data_ptr())
+
+
 def used(module: nn.Module, times: int) -> None:
     """Set how many times a pass of the model uses every weight of `module`. Each use votes at its part of the rate."""
     for part in module.modules():
@@ -431,16 +479,6 @@ def used(module: nn.Module, times: int) -> None:
             part.uses = times
 
 
-def uncompiled(call: Callable[..., Result], *args: Any) -> Result:
-    """Return `call(*args)`, run outside of torch.compile, which would not see the notes that a pass leaves."""
-    return _outside_of_graphs(call, *args) if torch.compiler.is_compiling() else call(*args)
-
-
-# `torch.compiler.disable` would import the compiler at once. That takes seconds, also for users who never compile.
-@torch._disable_dynamo  # type: ignore[attr-defined]
-def _outside_of_graphs(call: Callable[..., Any], *args: Any) -> Any:
-    return call(*args)
-
-
-def _apply(function: type[torch.autograd.Function], args: Iterable[Any], module: TernaryModule) -> Tensor:
-    return function.apply(*args, module.anchor(), module)
+def _apply(rule: Rule, module: TernaryModule, inputs: Iterable[Tensor]) -> Tensor:
+    result: Tensor = RuleFunction.apply(rule, module, module.anchor(), *inputs)
+    return result

@@ -16,6 +16,7 @@ from arbitor.reference.graph.module import ArbModule, TernaryModule, check_loada
 from arbitor.reference.graph.parts import row_parts
 from arbitor.reference.graph.ranks import Ranks
 from arbitor.reference.graph.tables import TableModule
+from arbitor.reference.graph.uncompiled import out_of_graphs
 from arbitor.reference.types import TernaryWeight
 
 BESIDE_TRITS = ("exponents", "trit_accum", "exponent_accum")
@@ -25,6 +26,7 @@ BESIDE_TRITS = ("exponents", "trit_accum", "exponent_accum")
 class Stateful(ArbModule):
     """A whole model. Its submodules hold ternary weights and integer tables, and share a context that no other model has."""
 
+    @out_of_graphs
     def backward(self, loss: Tensor, *, rate: float | Tensor, step: int | Tensor, undo: bool = True) -> bool:
         """Run the backward pass of one micro-batch: ternary weights vote, and float parameters get gradients as always.
 
@@ -69,6 +71,7 @@ class Stateful(ArbModule):
         """Return the size of the votes of a pass whose loss is finite; 1 where the rate gives votes their size."""
         return 1
 
+    @out_of_graphs
     def step(self) -> None:
         """Apply the step rule to all weights that voted since the last step, as the notes of passes say, then count tables.
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from arbitor.reference import checks
 from arbitor.reference.graph.context import GraphContext
-from arbitor.reference.graph.module import ArbModule, uncompiled
+from arbitor.reference.graph.module import ArbModule
+from arbitor.reference.graph.uncompiled import uncompiled
 from arbitor.reference.promises import differentiable_once
 
 

@@ -15,9 +15,10 @@ from arbitor.reference import checks
 from arbitor.reference.constants import MAX_NEIGHBOURS, SCORE_MAX
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
-from arbitor.reference.graph.module import ArbModule, PartList, uncompiled, used
+from arbitor.reference.graph.module import ArbModule, PartList, used
 from arbitor.reference.graph.spread import sent_rows
 from arbitor.reference.graph.tables import TableModule, when_voting
+from arbitor.reference.graph.uncompiled import uncompiled
 from arbitor.reference.promises import differentiable_once
 
 FULL_PATH_MAX_CODES = 4096

@@ -17,7 +17,8 @@ from arbitor.reference import checks
 from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, plain
-from arbitor.reference.graph.module import ArbModule, uncompiled, used
+from arbitor.reference.graph.module import ArbModule, used
+from arbitor.reference.graph.uncompiled import uncompiled
 from arbitor.reference.graph.units import unit_rows
 from arbitor.reference.ops.denoise import Halting, attended, signal_share
 from arbitor.reference.promises import differentiable_once

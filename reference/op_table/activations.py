@@ -25,26 +25,34 @@ OPS = (
         "gated", "activations", TWICE, GATES,
         bytes_min=lambda s: (3 + s["J"]) * s["float_bytes"] * s["M"] * s["K"],
         ops_min=lambda s: (5 + s["J"]) * s["M"] * s["K"],
+        like=lambda gate, up, terms: gate.new_empty(gate.shape),
     ),
     OpRow(
         "gated_grads", "activations", TWICE, GATES,
         bytes_min=lambda s: (5 + s["J"] + min(s["J"], 1)) * s["float_bytes"] * s["M"] * s["K"],
         ops_min=lambda s: (11 + s["J"]) * s["M"] * s["K"],
+        like=lambda grad, gate, up, terms: [gate.new_empty(gate.shape) for _ in range(2 if terms is None else 3)],
     ),
     OpRow(
         "head_keys", "activations", TWICE, TURNS,
         bytes_min=lambda s: s["float_bytes"] * s["M"] * (s["R"] + s["H"] * (2 * s["C"] - s["R"])),
         ops_min=lambda s: 0,
+        like=lambda shared, own: own.new_empty((*own.shape[:-1], shared.shape[-1] + own.shape[-1])),
     ),
     OpRow(
         "head_keys_grads", "activations", TWICE, TURNS,
         bytes_min=lambda s: s["float_bytes"] * s["M"] * (s["R"] + s["H"] * (2 * s["C"] - s["R"])),
         ops_min=lambda s: s["M"] * s["H"] * s["R"],
+        like=lambda grad, num_shared: (
+            grad.new_empty((*grad.shape[:-2], num_shared)),
+            grad.new_empty((*grad.shape[:-1], grad.shape[-1] - num_shared)),
+        ),
     ),
     OpRow(
         "rotate", "activations", TWICE, TURNS,
         bytes_min=lambda s: 2 * s["float_bytes"] * s["M"] * s["H"] * s["C"] + 4 * s["M"] * s["R"],
         ops_min=lambda s: 3 * s["M"] * s["H"] * s["R"],
+        like=lambda x, cosine, sine: x.new_empty(x.shape),
     ),
 )
 # fmt: on

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from arbitor.reference.op_table.row import EXACT, OpRow, Shape
 from arbitor.reference.op_table.work import dither_ops, elements, groups, sizes, state, values
 
@@ -47,6 +49,7 @@ OPS = (
         "nearest_codes", "codebook", EXACT, CODES,
         bytes_min=lambda s: values(s) + vectors(s),
         ops_min=lambda s: 2 * s["M"] * s["N"] * s["K"],
+        like=lambda z, weight: z.new_empty(z.shape[:-1], dtype=torch.int64),
     ),
     OpRow(
         "candidate_codes", "codebook", EXACT, CODES,

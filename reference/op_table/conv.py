@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from arbitor.reference.op_table.row import TWICE, OpRow, Shape
+from typing import Any
+
+from torch import Tensor
+
+from arbitor.reference.op_table.row import TWICE, OpRow, Shape, wide
 from arbitor.reference.op_table.work import elements, sizes, values
 
 
@@ -26,6 +30,12 @@ def conv_ops(s: Shape) -> int:
     return 2 * s["B"] * positions(s) * s["N"] * s["C"] * s["J"]
 
 
+def convolved(x_BCL: Tensor, weight: Any, kernel_size: int, stride: int, padding: int) -> Tensor:
+    """Return an empty tensor like the result of a convolution."""
+    places = (x_BCL.shape[2] + 2 * padding - kernel_size) // stride + 1
+    return x_BCL.new_empty((x_BCL.shape[0], weight.shape[0], places))
+
+
 TAPS = {"J": 3, "stride": 1, "padding": 1, "G": 12, "float_bytes": 2}
 
 CONV = sizes(
@@ -40,16 +50,23 @@ OPS = (
         "conv1d", "conv", TWICE, CONV,
         bytes_min=lambda s: conv_activations(s) + values(conv_weight(s)),
         ops_min=conv_ops,
+        like=convolved,
     ),
     OpRow(
         "conv1d_input_grad", "conv", TWICE, CONV,
         bytes_min=lambda s: conv_activations(s) + values(conv_weight(s)),
         ops_min=conv_ops,
+        like=lambda grad_BNP, weight, length, kernel_size, stride, padding: grad_BNP.new_empty(
+            (grad_BNP.shape[0], weight.shape[1] // kernel_size, length)
+        ),
     ),
     OpRow(
         "conv1d_weight_grad", "conv", TWICE, CONV,
         bytes_min=lambda s: conv_activations(s) + 4 * elements(conv_weight(s)),
         ops_min=conv_ops,
+        like=lambda grad_BNP, x_BCL, kernel_size, stride, padding: wide(
+            x_BCL, grad_BNP.shape[1], x_BCL.shape[1] * kernel_size
+        ),
     ),
 )
 # fmt: on

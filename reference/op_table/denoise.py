@@ -29,11 +29,13 @@ OPS = (
         "denoise_step", "denoise", TWICE, ROWS,
         bytes_min=lambda s: 3 * s["float_bytes"] * s["M"] * s["K"],
         ops_min=lambda s: 3 * s["M"] * s["K"],
+        like=lambda latent, pred, alpha: latent.new_empty(latent.shape),
     ),
     OpRow(
         "denoise_step_backward", "denoise", TWICE, ROWS,
         bytes_min=lambda s: 3 * s["float_bytes"] * s["M"] * s["K"],
         ops_min=lambda s: 2 * s["M"] * s["K"],
+        like=lambda grad, alpha: (grad.new_empty(grad.shape), grad.new_empty(grad.shape)),
     ),
     # The least bytes are one read of latents, tokens and every weight, and one write of latents, whatever the number of steps.
     OpRow(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from arbitor.reference.op_table.row import EXACT, TWICE, OpRow, Shape
+from arbitor.reference.op_table.row import EXACT, TWICE, OpRow, Shape, wide
 from arbitor.reference.op_table.work import sizes
 
 # Sizes: M rows gather from N nodes of K columns, each by J slots.
@@ -34,16 +34,19 @@ OPS = (
         "edge_sum", "edges", TWICE, EDGES,
         bytes_min=edges,
         ops_min=lambda s: 2 * s["M"] * s["J"] * s["K"],
+        like=lambda h_ND, neighbours_RJ, signs_RJ: h_ND.new_empty((neighbours_RJ.shape[0], h_ND.shape[1])),
     ),
     OpRow(
         "edge_sum_input_grad", "edges", TWICE, EDGES,
         bytes_min=lambda s: s["M"] * s["J"] * (4 + s["float_bytes"]) + s["float_bytes"] * s["K"] * (s["M"] + s["N"]),
         ops_min=lambda s: 2 * s["M"] * s["J"] * s["K"],
+        like=lambda grad_RD, neighbours_RJ, signs_RJ, num_nodes: grad_RD.new_empty((num_nodes, grad_RD.shape[1])),
     ),
     OpRow(
         "edge_sum_sign_grad", "edges", TWICE, EDGES,
         bytes_min=lambda s: edges(s) + s["M"] * s["J"] * (4 - s["float_bytes"]),
         ops_min=lambda s: 2 * s["M"] * s["J"] * s["K"],
+        like=lambda grad_RD, h_ND, neighbours_RJ: wide(h_ND, *neighbours_RJ.shape),
     ),
     OpRow(
         "update_neighbours", "edges", EXACT, NEIGHBOURS,

@@ -17,6 +17,7 @@ OPS = (
         "embedding", "embedding", EXACT, TABLE,
         bytes_min=lambda s: s["M"] * (8 + values({**s, "N": 1}) + s["float_bytes"] * s["K"]),
         ops_min=lambda s: 4 * s["M"] * s["K"],
+        like=lambda ids, weight, dtype: ids.new_empty((*ids.shape, weight.shape[1]), dtype=dtype),
     ),
     OpRow(
         "embedding_row_grads", "embedding", TWICE, TABLE,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from arbitor.reference.op_table.row import EXACT, TWICE, OpRow, Shape
+import torch
+
+from arbitor.reference.op_table.row import EXACT, TWICE, OpRow, Shape, wide
 from arbitor.reference.op_table.work import elements, linear_activations, linear_ops, sizes, values
 
 
@@ -55,31 +57,45 @@ OPS = (
         "choose_experts", "experts", EXACT, ROUTERS,
         bytes_min=lambda s: values(s) + s["M"] * (s["float_bytes"] * s["K"] + 8 * s["top_k"]),
         ops_min=linear_ops,
+        like=lambda x, weight, top_k, handicap_E: x.new_empty((*x.shape[:-1], top_k), dtype=torch.int64),
     ),
     OpRow(
         "grouped_linear", "experts", TWICE, EXPERTS,
         bytes_min=grouped_bytes,
         ops_min=linear_ops,
+        like=lambda x_MK, weight, experts_M, num_groups: x_MK.new_empty(
+            (*x_MK.shape[:-1], weight.shape[0] // num_groups)
+        ),
     ),
     OpRow(
         "grouped_linear_input_grad", "experts", TWICE, EXPERTS,
         bytes_min=grouped_bytes,
         ops_min=linear_ops,
+        like=lambda grad_MN, weight, experts_M, num_groups: grad_MN.new_empty(
+            (*grad_MN.shape[:-1], weight.shape[1])
+        ),
     ),
     OpRow(
         "grouped_linear_weight_grad", "experts", TWICE, EXPERTS,
         bytes_min=lambda s: 8 * s["M"] + linear_activations(s) + 4 * s["E"] * elements(s),
         ops_min=linear_ops,
+        like=lambda grad_MN, x_MK, experts_M, num_groups: wide(
+            x_MK, num_groups * grad_MN.shape[-1], x_MK.shape[-1]
+        ),
     ),
     OpRow(
         "weigh_ranks", "experts", TWICE, RANKS,
         bytes_min=weighed_bytes,
         ops_min=lambda s: s["M"] * (s["top_k"] * s["R"] + 4 * s["E"]),
+        like=lambda ranks, logits, experts, chosen_only: ranks.new_empty(ranks.shape),
     ),
     OpRow(
         "weigh_ranks_grads", "experts", TWICE, RANKS,
         bytes_min=lambda s: weighed_bytes(s) + s["M"] * s["float_bytes"] * (s["top_k"] * s["R"] + s["E"]),
         ops_min=lambda s: s["M"] * (3 * s["top_k"] * s["R"] + 8 * s["E"]),
+        like=lambda grad, ranks, logits, experts, chosen_only: (
+            ranks.new_empty(ranks.shape), logits.new_empty(logits.shape)
+        ),
     ),
     OpRow(
         "expert_load", "experts", EXACT, LOADS,

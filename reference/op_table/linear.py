@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from arbitor.reference.op_table.row import TWICE, OpRow
+from arbitor.reference.op_table.row import TWICE, OpRow, wide
 from arbitor.reference.op_table.work import elements, linear_activations, linear_ops, sizes, values
 
 LINEAR = sizes(
@@ -18,16 +18,19 @@ OPS = (
         "linear", "linear", TWICE, LINEAR,
         bytes_min=lambda s: linear_activations(s) + values(s),
         ops_min=linear_ops,
+        like=lambda x, weight, num_groups: x.new_empty((*x.shape[:-1], weight.shape[0] // num_groups)),
     ),
     OpRow(
         "linear_input_grad", "linear", TWICE, LINEAR,
         bytes_min=lambda s: linear_activations(s) + values(s),
         ops_min=linear_ops,
+        like=lambda grad, weight, num_groups: grad.new_empty((*grad.shape[:-1], num_groups * weight.shape[1])),
     ),
     OpRow(
         "linear_weight_grad", "linear", TWICE, LINEAR,
         bytes_min=lambda s: linear_activations(s) + 4 * elements(s),
         ops_min=linear_ops,
+        like=lambda grad, x, num_groups: wide(x, num_groups * grad.shape[-1], x.shape[-1] // num_groups),
     ),
 )
 # fmt: on

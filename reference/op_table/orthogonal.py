@@ -40,6 +40,7 @@ OPS = (
         "orthogonalize", "orthogonal", TWICE, GRADIENTS,
         bytes_min=lambda s: 2 * s["float_bytes"] * elements(s),
         ops_min=lambda s: s["iterations"] * orthogonal_ops(s),
+        like=lambda grad_NK, iterations, num_groups: grad_NK.new_empty(grad_NK.shape),
     ),
 )
 # fmt: on

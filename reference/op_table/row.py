@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arbitor.reference.dtypes import wide_dtype
 
 Shape = Mapping[str, int]
 """Sizes of one case, by the names in the legend."""
@@ -47,6 +52,8 @@ class OpRow:
     bytes_min:  least memory traffic of a shape, in bytes
     ops_min:    least arithmetic of a shape, in operations
     capturable: whether the op may be recorded in a CUDA graph; a recorded op reads no value on the host
+    like:       what the compiler is told of a result: empty tensors like it, from the arguments by name. Only shapes and dtypes are
+                read, and of a weight its shape and exponents. An op without it runs outside of graphs of torch.compile
     """
 
     name: str
@@ -56,8 +63,14 @@ class OpRow:
     bytes_min: Callable[[Shape], int]
     ops_min: Callable[[Shape], int]
     capturable: bool = True
+    like: Callable[..., Tensor | Sequence[Tensor]] | None = None
 
     @property
     def doc(self) -> str:
         """Place of the op's prose, a heading of a page in docs/spec."""
         return f"docs/spec/{self.family}.md#{self.name}"
+
+
+def wide(x: Tensor, *shape: int) -> Tensor:
+    """Return an empty tensor of a shape in the dtype in which sums over x run."""
+    return torch.empty(shape, dtype=wide_dtype(x), device=x.device)

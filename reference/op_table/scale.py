@@ -16,6 +16,9 @@ OPS = (
         "dequantize", "scale", EXACT, MATRIX,
         bytes_min=lambda s: values(s) + 4 * elements(s),
         ops_min=lambda s: 4 * elements(s),
+        like=lambda weight, dtype, rows: weight.exponents.new_empty(
+            (weight.shape[0] if rows is None else rows.shape[0], weight.shape[1]), dtype=dtype
+        ),
     ),
     OpRow(
         "initial_weight", "scale", EXACT, MATRIX,
