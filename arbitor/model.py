@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from arbitor import pretrained
+from arbitor.alone import check_alone
 from arbitor.optimized.training.adapter_state import AdapterState
 from arbitor.optimized.training.generate import MOST_SEED, stream_batch
 from arbitor.optimized.training.media import Features, encoders_of, media_features
@@ -354,6 +355,21 @@ class ArbModel(graph.ArbModel):
             f"{self.config.name}: {self.num_weights:,} ternary weights, {self.state_bytes:,} bytes of state, "
             f"device={self.context.device}, dtype={self.dtype}"
         )
+
+    def backward(
+        self,
+        loss: Tensor | Mapping[str, Tensor],
+        *,
+        rate: float | Tensor,
+        step: int | Tensor,
+        undo: bool = True,
+    ) -> bool:
+        """Run the backward pass of one micro-batch, as `graph.ArbModel.backward` says.
+
+        Raises RuntimeError in one process of several whose votes are not exchanged, as in a loop of one's own under torchrun.
+        """
+        check_alone(self.voting.ranks)
+        return super().backward(loss, rate=rate, step=step, undo=undo)
 
     def _ternary_update_memory(
         self,

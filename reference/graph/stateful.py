@@ -14,7 +14,6 @@ from torch import Tensor
 from arbitor.reference import checks
 from arbitor.reference.graph.module import ArbModule, TernaryModule, check_loadable
 from arbitor.reference.graph.parts import row_parts
-from arbitor.reference.graph.ranks import Ranks
 from arbitor.reference.graph.tables import TableModule
 from arbitor.reference.graph.uncompiled import out_of_graphs
 from arbitor.reference.types import TernaryWeight
@@ -44,12 +43,11 @@ class Stateful(ArbModule):
             TypeError or ValueError: a loss that is no scalar tensor, has no graph, or was not computed with this model; a rate
                 or step that is not allowed.
             RuntimeError: a weight was stepped or loaded since the loss was computed; gradients came by `loss.backward()` before;
-                this process is one of several whose votes are not exchanged; or the model is torn (`Voting`).
+                or the model is torn (`Voting`).
         """
         self.voting.check_whole()
         self.voting.check_answered()
         ranks = self.voting.ranks
-        check_alone(ranks)
         loss = ranks.part(scalar("loss", loss))
         if not loss.requires_grad:
             raise ValueError(
@@ -286,16 +284,6 @@ class Stateful(ArbModule):
         changed, modules = self.changed_trits(snapshot), self.ternary_modules()
         total = sum(math.prod(modules[name].weight.shape) for name in changed)
         return float(torch.stack(list(changed.values())).sum()) / total
-
-
-def check_alone(ranks: Ranks) -> None:
-    """Refuse a pass of one process of several whose votes nobody exchanges, by a RuntimeError: their weights would drift apart."""
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if ranks.count == 1 and together and torch.distributed.get_world_size() > 1:
-        raise RuntimeError(
-            f"this process is one of {torch.distributed.get_world_size()}, but the votes of a loop of one's own are not exchanged "
-            "between processes: train with `torchrun -m arbitor.train`, or without a process group"
-        )
 
 
 def scalar(name: str, loss: Tensor) -> Tensor:
