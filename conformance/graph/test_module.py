@@ -391,8 +391,8 @@ def test_under_autocast_the_model_keeps_its_dtype_and_says_so_once() -> None:
             logits = model(IDS)
             tokens = model.talker_head.token_logits(torch.ones(1, 2, model.config.width))
     assert [str(warning.message) for warning in said] == [
-        "torch.autocast is on, but the model computes in its own dtype, torch.float32: for another one, build it with "
-        "dtype=torch.bfloat16"
+        "torch.autocast is on, but the model computes in its own dtype, torch.float32: for another one, call "
+        ".to(torch.bfloat16) of the model"
     ]
     exact(logits.detach(), model(IDS).detach())
     exact(tokens, model.talker_head.token_logits(torch.ones(1, 2, model.config.width)).detach())
@@ -434,10 +434,14 @@ def test_gradients_outside_of_a_pass_are_not_stepped_with() -> None:
     model = models.nano()
     before = held(model)
     model.loss(IDS).backward()  # type: ignore[no-untyped-call]
-    with pytest.raises(RuntimeError, match=r"a step must follow model.backward\(loss, rate=..., step=...\)"):
+    with pytest.raises(
+        RuntimeError, match=r"did not vote, but model.backward\(loss, rate=..., step=...\) must take"
+    ):
         model.step()
+    with pytest.raises(RuntimeError, match="did not vote"):
+        model.backward(model.loss(IDS), rate=1.0, step=0)
     assert not differences(held(model), before)
-    # A pass goes on from there, also one that is refused.
+    model.drop_gradients()
     assert not model.backward(model.loss(IDS) * torch.inf, rate=1.0, step=0)
     model.step()
     assert not differences(held(model), before)
