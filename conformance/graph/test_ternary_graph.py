@@ -100,7 +100,7 @@ def test_a_node_by_hand(path: str, hops: int) -> None:
 
 
 def test_composites_are_heard_in_a_turn_of_their_own() -> None:
-    graph = graph_of(context(dtype=torch.float64))
+    graph = graph_of(context(dtype=torch.float64)).requires_grad_(False)
     codes = torch.tensor([[3, 29, 4]])
     extra = torch.randn(1, 3, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     extra[0, 1] = 0
@@ -213,6 +213,7 @@ def test_consecutive_codes_become_neighbours_after_an_accepted_pass_and_a_step()
         if rate is None:
             # This pass is outside of `taking`, so it votes nothing and leaves no trace.
             y.backward()
+            graph.voting.strayed = False
             step(graph)
         else:
             with graph.voting.taking(rate=rate, step=0):
