@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
+from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.module import ArbModule, TernaryModule, check_loadable
 from arbitor.reference.graph.parts import row_parts
 from arbitor.reference.graph.tables import TableModule
@@ -24,6 +25,10 @@ BESIDE_TRITS = ("exponents", "trit_accum", "exponent_accum")
 
 class Stateful(ArbModule):
     """A whole model. Its submodules hold ternary weights and integer tables, and share a context that no other model has."""
+
+    def __init__(self, context: GraphContext, *, frozen: bool = False) -> None:
+        super().__init__(context, frozen=frozen)
+        self.voting.whole = True
 
     @out_of_graphs
     def backward(self, loss: Tensor, *, rate: float | Tensor, step: int | Tensor, undo: bool = True) -> bool:

@@ -42,6 +42,7 @@ class Voting:
         version: steps and loads of the model's weights and tables so far. Each of them makes ledgers stale.
         torn:    whether a step raised, or a pass that could not be undone. The state is then of no use until another is loaded.
         strayed: whether gradients came through weights outside of a pass, which nobody has answered since.
+        whole:   whether the modules make a whole model, which has passes and steps of its own. Parts of one have none.
         alone:   whether the weights are of a layer that belongs to no model, so that nobody can take a pass or a step.
         ranks:   the ranks that train the model together.
         apart:   runs pieces of work of which none writes what another one reads or writes, but for sums of integers. They run in
@@ -71,6 +72,7 @@ class Voting:
         self.torn = False
         self.strayed = False
         self._strayed_in = 0
+        self.whole = False
         self.alone = False
         self.ranks = Ranks()
         self.apart: Callable[[Sequence[Callable[[], None]]], None] = in_turn
@@ -113,7 +115,7 @@ class Voting:
         checks.threshold("size", size)
         moves = recorded or float(rate) != 0
         taken = Pass(rate=rate, step=step, size=size, moves=moves, keeps=undo and not recorded)
-        self.current = taken
+        self.current, self.strayed = taken, False
         try:
             yield taken
             self.ranks.finish()
@@ -173,7 +175,7 @@ class Voting:
 
     def check_answered(self) -> None:
         """Refuse to go on after gradients that came outside of a pass and did not vote, by a RuntimeError."""
-        if self.strayed:
+        if self.strayed and self.whole:
             raise RuntimeError(
                 "gradients came through the weights outside of model.backward, and so did not vote, but "
                 "model.backward(loss, rate=..., step=...) must take the place of loss.backward(): model.drop_gradients() goes on "
