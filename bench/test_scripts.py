@@ -275,9 +275,8 @@ def test_codes_are_in_use_if_the_last_half_of_training_found_them() -> None:
 @pytest.mark.parametrize(
     ("given", "in_notebook", "found"),
     [
-        (["5", "nano.json"], False, (5, "nano")),
-        (["nano.json"], False, (150, "nano")),
-        (["nano.json", "5"], False, (5, "nano")),
+        (["5", "--preset", "nano.json"], False, (5, "nano")),
+        (["--preset", "nano.json"], False, (150, "nano")),
         ([], False, (150, "tiny")),
         (["--f=/run/kernel-1.json"], True, (150, "tiny")),
     ],

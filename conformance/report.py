@@ -45,7 +45,8 @@ class Ledger:
             f" on {self.compared.total()} examples",
             f"laws:           {len(self.law_examples)} on {self.law_examples.total()} examples",
         ]
-        if missing:
+        # Where no op was asked for, the names would be those of all.
+        if missing and self.compared:
             lines.append(f"not compared:   {', '.join(missing)}")
         lines += [f"skipped:        {what}: {reason}" for what, reason in self.skipped.items()]
         return lines

@@ -132,7 +132,9 @@ def test_a_script_runs(
     (tmp_path / "nano.json").write_text(nano.NANO.to_json())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        sys, "argv", [str(script), "20", *(["nano.json"] if "preset" in script.read_text() else [])]
+        sys,
+        "argv",
+        [str(script), "20", *(["--preset", "nano.json"] if "preset" in script.read_text() else [])],
     )
     with torch.random.fork_rng():
         left = runpy.run_path(str(script), run_name="__main__")

@@ -4,8 +4,8 @@
 # The preset `tiny` learns from Python's own sources, in about five minutes on a CPU. Then we look at its trits and
 # scales, and save it. Run it as a script, or cell by cell in an editor that knows `# %%`.
 #
-#     python train_and_look.py             # 150 steps
-#     python train_and_look.py 5 nano.json # fewer steps, another preset
+#     python train_and_look.py                      # 150 steps
+#     python train_and_look.py 5 --preset nano.json # fewer steps, another model
 
 # %%
 import argparse
@@ -21,7 +21,7 @@ from arbitor import ArbConfig, ArbModel, ArbOptimizer, preset
 
 parser = argparse.ArgumentParser(description="Train a model, and look inside.")
 parser.add_argument("steps", nargs="?", type=int, default=150, help="at least 1 [150]")
-parser.add_argument("preset", nargs="?", type=Path, help="JSON file of a configuration [the preset tiny]")
+parser.add_argument("--preset", type=Path, help="JSON file of a configuration [the preset tiny]")
 # A notebook has arguments of its own.
 asked = parser.parse_args([] if "ipykernel" in sys.modules else None)
 STEPS = asked.steps
