@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -53,6 +55,9 @@ __all__ = [
     "use_float_linears",
 ]
 
+HELD = "arb."
+"""What the names of linears begin with in an `ArbForCausalLM`."""
+
 
 def save_adapter(model: nn.Module, folder: str | PathLike[str], *, base: str = "") -> None:
     """Write the adapters of a model into a folder that peft reads: `adapter_config.json` and `adapter_model.safetensors`.
@@ -75,12 +80,23 @@ def save_adapter(model: nn.Module, folder: str | PathLike[str], *, base: str = "
 def load_adapter(model: nn.Module, folder: str | PathLike[str]) -> dict[str, Adapter]:
     """Give a model the adapters in a folder of peft, freeze everything else of it, and return the adapters by name.
 
+    They may have been trained on an `ArbModel` or on the `ArbForCausalLM` around it, and so may the model be either.
+
     Raises:
         TrainingError: the folder cannot be read, is damaged, or holds what adapters here do not have, such as DoRA.
         ValueError: an adapter is for a linear that the model does not have, or of another size.
         RuntimeError: the model has adapters already.
     """
-    return read_adapter(folder).attach_to(model)
+    state, known = read_adapter(folder), linears_of(model)
+    return replace(
+        state, matrices={_known_as(name, known): pair for name, pair in state.matrices.items()}
+    ).attach_to(model)
+
+
+def _known_as(name: str, known: Collection[str]) -> str:
+    """Return the name that a linear has in a model: with or without the attribute of `ArbForCausalLM` that holds the model."""
+    names = (name, name.removeprefix(HELD), HELD + name)
+    return next((each for each in names if each in known), name)
 
 
 def float_model(folder: str | PathLike[str]) -> ArbModel:

@@ -99,10 +99,12 @@ def convert_file(
 
     Raises:
         TrainingError: a file cannot be read or written, or the source is no safetensors file.
-        TypeError, ValueError: a matrix has an element that is not finite, no matrix is selected, or the format is not allowed.
+        TypeError, ValueError: source and target are one file, or no names; a matrix has an element that is not finite, no matrix is
+            selected, or the format is not allowed.
     """
     if select is not None and not callable(select):
         raise TypeError(f"select is a {type(select).__name__}, but must be a function of a name")
+    source, target = _two_files(source, target)
     tensors: dict[str, Tensor] = {}
     stated: dict[str, Any] = {}
     losses: dict[str, Loss] = {}
@@ -138,8 +140,9 @@ def restore_file(source: FileName, target: FileName) -> list[str]:
 
     Raises:
         TrainingError: a file cannot be read or written, or the source is no converted file.
+        TypeError, ValueError: source and target are one file, or no names.
     """
-    path = Path(source)
+    path, target = _two_files(source, target)
     stated = _stated(path)
     tensors = dict(_tensors(path))
     for name, layout in stated.items():
@@ -210,6 +213,20 @@ def _float_linear(layer: Linear) -> torch.nn.Linear:
     if layer.bias is not None:
         linear.bias = layer.bias
     return linear
+
+
+def _two_files(source: FileName, target: FileName) -> tuple[Path, Path]:
+    """Return the paths of a file to read and of another one to write; refuse one file in both places, which would be lost."""
+    for name, file in (("source", source), ("target", target)):
+        if not isinstance(file, str | PathLike):
+            hint = ": ternarize_all takes a state dict" if isinstance(file, Mapping) else ""
+            raise TypeError(f"{name} is a {type(file).__name__}, but must be the name of a file{hint}")
+    paths = Path(source), Path(target)
+    if paths[1].exists() and paths[0].exists() and paths[1].samefile(paths[0]):
+        raise ValueError(
+            f"target is {str(target)!r}, but must be another file than source, whose weights would be lost"
+        )
+    return paths
 
 
 @contextmanager

@@ -194,10 +194,17 @@ class ArbModel(graph.ArbModel):
 
         Raises:
             ValueError: the folder is that of a run, or has a `config.json` of something else.
-            RuntimeError: votes wait for a step; or the model is torn by a pass or a step that raised.
+            RuntimeError: votes wait for a step; the model has float linears; or it is torn by a pass or a step that raised.
             TrainingError: the disk is full or cannot be written.
         """
         self.voting.check_whole()
+        of_adapters = {id(each) for adapter in adapters_of(self).values() for each in adapter.parameters()}
+        for name, parameter in self.named_parameters():
+            if id(parameter) not in of_adapters:
+                raise RuntimeError(
+                    f"save_pretrained was called, but {name!r} is a float weight, which its folder does not hold: "
+                    "`arb export --merge float` writes float linears"
+                )
         if self.voting.notes:
             raise RuntimeError(
                 "backward was called without a step after it, but save_pretrained must follow model.step()"
@@ -304,12 +311,22 @@ class ArbModel(graph.ArbModel):
             media=media,
             cuda_graph=self._records(),
         )
-        texts = _as_given(pieces, several)
+        texts = _as_given(self._unchanged(pieces), several)
         if stream:
             return (piece[0] for piece in texts) if alone else texts
         added = list(texts)
         joined = [_joined(text, [piece[place] for piece in added]) for place, text in enumerate(several)]
         return joined[0] if alone else joined
+
+    def _unchanged(self, pieces: Iterator[list[bytes]]) -> Iterator[list[bytes]]:
+        """Yield pieces of texts. Raises RuntimeError if the weights were changed since the first one was asked for."""
+        version = self.voting.version
+        for piece in pieces:
+            yield piece
+            if self.voting.version != version:
+                raise RuntimeError(
+                    "the model was stepped or loaded between two pieces of a text, but must stay as it is until the last one"
+                )
 
     def _records(self) -> bool:
         """Whether steps of generation are recorded and replayed: the same bytes, sooner."""
@@ -430,6 +447,10 @@ def _texts(name: str, texts: Text | Sequence[Text]) -> list[Text]:
     """Return a text, or several, as a list; refuse what is neither."""
     if isinstance(texts, Text):
         return [texts]
+    if isinstance(texts, Tensor):
+        raise TypeError(
+            f"{name} is a Tensor, but must be a string or bytes, or a sequence of them: bytes(ids.tolist()) of a row of ids"
+        )
     # The order of a set is no order, and of a mapping it is not clear what is meant.
     if not isinstance(texts, Iterable) or isinstance(texts, Mapping | Set):
         raise TypeError(

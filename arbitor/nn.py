@@ -24,7 +24,7 @@ from arbitor.reference.config import ArbConfig, at_rest, check_rules
 from arbitor.reference.convert import Loss, loss_of, ternarize
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
-from arbitor.reference.graph.module import TernaryModule
+from arbitor.reference.graph.module import ArbModule, TernaryModule
 from arbitor.reference.graph.stateful import Stateful
 
 __all__ = ["Embedding", "Linear", "RMSNorm", "Rules", "Ternary", "swap_linears"]
@@ -220,7 +220,9 @@ class Ternary(Stateful):
         first = next(iter(layers.values()))
         for name, layer in layers.items():
             if not isinstance(layer.context, _OwnContext):
-                raise ValueError(f"the layer {name!r} belongs to another model, but must belong to none")
+                raise ValueError(
+                    f"the layer {name!r} belongs to another model, but must belong to none: make one Ternary of a whole module"
+                )
             for what, own, common in (
                 ("ops", layer.context.op_set.name, first.context.op_set.name),
                 ("device", layer.device, first.device),
@@ -265,13 +267,20 @@ def swap_linears(
 
     Raises:
         TypeError: an argument is of another type, or a weight is of a dtype that no layer has.
-        ValueError: nothing is selected; or a weight is not finite, or another layer's too, as that of an embedding often is.
+        ValueError: nothing is selected; a weight is not finite, or another layer's too, as that of an embedding often is; or the
+            module has ternary layers of a `Ternary` or another model, with which new ones could not vote.
         After an error the module is as it was.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}, but must be a torch.nn.Module")
     if select is not None and not callable(select):
         raise TypeError(f"select is a {type(select).__name__}, but must be a function of a name and a layer")
+    for name, part in module.named_modules():
+        if isinstance(part, ArbModule) and not isinstance(part.context, _OwnContext):
+            raise ValueError(
+                f"module has {name!r}, which votes with a model already, but new layers could not vote with it: "
+                "swap first, and then make one Ternary of the whole module"
+            )
     chosen = {
         name: part
         for name, part in module.named_modules(remove_duplicate=False)

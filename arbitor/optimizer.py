@@ -11,6 +11,7 @@ from torch import Tensor
 from arbitor.model import ArbModel
 from arbitor.nn import Ternary
 from arbitor.reference import checks
+from arbitor.wrapped import inner_model
 
 
 class ArbOptimizer(torch.optim.Optimizer):
@@ -24,7 +25,11 @@ class ArbOptimizer(torch.optim.Optimizer):
             schedule.step()
 
     `optimizer.backward(loss)` takes the place of `loss.backward()`: weights vote during the backward pass, and no gradient is left
-    for later. `step` refuses gradients that came by `loss.backward()`. Float parameters of a `Ternary` need another optimizer.
+    for later. `backward` and `step` refuse gradients that came by `loss.backward()`. Float parameters of a `Ternary` need another
+    optimizer.
+
+    The size of a vote is the rate's. A factor on the loss changes no vote, and `clip_grad_norm_` of `param_groups` finds no
+    gradient. For k micro-batches a step, divide the rate by the root of k, as `arb train` does, and not the loss by k.
 
     Args:
         model: an `ArbModel`, or a `Ternary`.
@@ -36,7 +41,9 @@ class ArbOptimizer(torch.optim.Optimizer):
 
     def __init__(self, model: ArbModel | Ternary, *, rate: float) -> None:
         if not isinstance(model, ArbModel | Ternary):
-            raise TypeError(f"model is a {type(model).__name__}, but must be an ArbModel or a Ternary")
+            raise TypeError(
+                f"model is a {type(model).__name__}, but must be an ArbModel or a Ternary{inner_model(model)}"
+            )
         checks.vote_rate(rate)
         self.model = model
         self.passes = 0
@@ -67,11 +74,27 @@ class ArbOptimizer(torch.optim.Optimizer):
         self.model.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Do nothing: there are no gradients. Raises RuntimeError for votes that wait for a step, as they cannot be taken back."""
+        """Drop gradients that came by `loss.backward()`, which did not vote, as `drop_gradients` of the model does.
+
+        Raises RuntimeError for votes that wait for a step, as they cannot be taken back.
+        """
+        self.model.drop_gradients()
         if self.model.voting.notes:
             raise RuntimeError(
-                "backward was called without a step after it, but zero_grad must follow step()"
+                "backward was called without a step after it, but zero_grad must follow step(), as votes cannot be taken back"
             )
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What a `GradScaler` asks before a step. Raises RuntimeError, as it would find no gradient to look at."""
+        raise RuntimeError(
+            "a GradScaler was given an ArbOptimizer, but must be given optimizers of float parameters alone: call backward(loss) "
+            "and step() of the ArbOptimizer, whose votes do not depend on the size of a loss"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy or a pickle, which has a copy of the model."""
+        return {**super().__getstate__(), "model": self.model, "passes": self.passes}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse a second group: the weights of a model have one rate."""

@@ -5,14 +5,15 @@
 
     write = pipeline("text-generation", model="my-model")
 
-`my-model` is a folder of `ArbModel.save_pretrained` or `arb export`. Models run and are measured here. They are trained by
-`ArbModel.backward`, and no trainer of the library can: weights are integers, and a backward pass must vote.
+`my-model` is a folder of `ArbModel.save_pretrained` or `arb export`. Models run and are measured here. Weights are integers, and a
+backward pass must vote: the library's `Trainer` trains them where its `training_step` calls `ArbOptimizer.backward`.
 
 Legend: B sequences, T ids of each, V ids of the vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from os import PathLike
 from pathlib import Path
@@ -24,11 +25,23 @@ from torch.nn import functional as F
 
 from arbitor.model import ArbModel
 from arbitor.optimized.training.generate import PIECE, first_window
-from arbitor.optimized.training.model_folder import MODEL_TYPE
+from arbitor.optimized.training.model_folder import CONFIG_FILE, MODEL_TYPE
+from arbitor.optimized.training.regular import json_object
+from arbitor.optimized.training.whole_file import told, write_whole
 from arbitor.reference.config import NGRAM, NUM_BYTES, SPECIAL_IDS, VOCABULARY_SIZE, ArbConfig
 from arbitor.reference.graph.ledger import KVLedger
 from arbitor.sidecars import SidecarError
 from arbitor.sidecars.libraries import library
+from arbitor.unread import (
+    IGNORED_LABEL,
+    LOADING,
+    OF_A_HUB,
+    SAVING,
+    check_ids,
+    check_labels,
+    check_mask,
+    refuse_unread,
+)
 
 try:
     _library: Any = library("transformers")
@@ -37,10 +50,13 @@ except SidecarError as error:
         "arbitor.transformers needs the package 'transformers', which is not installed: pip install 'arbitor[transformers]'"
     ) from error
 
+# It needs the library too.
+from arbitor.byte_tokenizer import ByteTokenizer
+
 __all__ = ["ArbForCausalLM", "ArbTransformersConfig", "ByteTokenizer", "LedgerCache"]
 
-IGNORED_LABEL = -100
-"""The label of a place that adds nothing to a loss, as the library has it."""
+GENERATION_FILE = "generation_config.json"
+"""The file of a folder that says how the library's `generate` draws, where somebody said so."""
 
 
 class ArbTransformersConfig(_library.PretrainedConfig):
@@ -106,6 +122,7 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
 
     config_class = ArbTransformersConfig
     main_input_name = "input_ids"
+    accepts_loss_kwargs = cast(bool, property(lambda self: self.votes))
     _is_stateful = True
 
     def __init__(self, config: ArbTransformersConfig, *, arb: ArbModel | None = None) -> None:
@@ -132,11 +149,20 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
 
         Args:
             pretrained_model_name_or_path: the source.
-            args, config, more: what the library passes along; the checkpoint has its configuration.
+            args: none.
+            config: of the same model as the checkpoint's; its other fields are kept.
             dtype, torch_dtype: of activations; None or `auto`: as `ArbModel` has it.
             device_map: a device, or None for the CPU; a model is on one device.
             revision: of a model on a hub.
+            more: options of the library that change nothing here.
+
+        Raises:
+            ValueError: an option that the model does not read; a configuration of another model; or as `ArbModel.from_pretrained`.
         """
+        if args:
+            raise ValueError(f"{type(args[0]).__name__} is given by place, but options must be given by name")
+        known = LOADING | (OF_A_HUB if Path(pretrained_model_name_or_path).exists() else {})
+        refuse_unread({"attn_implementation": getattr(config, "_attn_implementation", None), **more}, known)
         wanted = dtype if dtype is not None else torch_dtype
         device = device_map if device_map is not None else "cpu"
         if isinstance(device, dict):
@@ -146,24 +172,86 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
                     f"device_map is {device_map!r}, but must name one device for the whole model"
                 )
             [device] = places
+        revision = None if revision == "main" else revision
         arb = ArbModel.from_pretrained(
             pretrained_model_name_or_path,
             device=f"cuda:{device}" if isinstance(device, int) else device,
             dtype=None if wanted == "auto" else wanted,
-            revision=None if revision == "main" else revision,
+            revision=revision,
         )
-        known = {} if config is None else {"_name_or_path": str(pretrained_model_name_or_path)}
-        model = cls(ArbTransformersConfig(json.loads(arb.config.to_json()), **known), arb=arb)
+        own = json.loads(arb.config.to_json())
+        if config is None:
+            config = ArbTransformersConfig(own)
+        if config.model != own:
+            raise ValueError("config describes another model than the checkpoint, but must describe the same")
+        config = copy.deepcopy(config)
+        config._name_or_path = str(pretrained_model_name_or_path)
+        model = cls(config, arb=arb)
+        model._read_generation(pretrained_model_name_or_path, revision)
         return cast(Self, model.eval())
 
-    def save_pretrained(self, save_directory: str | PathLike[str], **more: Any) -> None:
-        """Write the folder of `ArbModel.save_pretrained`, which every loader here and there reads.
+    def _read_generation(self, source: str | PathLike[str], revision: str | None) -> None:
+        """Take over how the library draws from the file beside a model, where there is one. A run and a checkpoint have none."""
+        path = Path(source)
+        if path.exists() and not (path / GENERATION_FILE).is_file():
+            return
+        known = {} if revision is None else {"revision": revision}
+        try:
+            self.generation_config = _library.GenerationConfig.from_pretrained(str(source), **known)
+        # A model on a hub may have none.
+        except OSError:
+            if path.exists():
+                raise
+
+    def save_pretrained(
+        self, save_directory: str | PathLike[str], is_main_process: bool = True, **more: Any
+    ) -> None:
+        """Write the folder of `ArbModel.save_pretrained`, which every loader here and there reads, and the library's settings.
+
+        `config.json` has the fields of the library's configuration too, and `generation_config.json` says how `generate` draws.
 
         Args:
             save_directory: the folder.
-            more: options of the library about shards and formats, which a checkpoint does not have.
+            is_main_process: whether this process is the one of several that writes.
+            more: options of the library that change nothing for a model of one file.
+
+        Raises:
+            ValueError: an option that would change something; or as `ArbModel.save_pretrained`.
         """
-        self.arb.save_pretrained(Path(save_directory))
+        refuse_unread(more, SAVING)
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        self.arb.save_pretrained(folder)
+        document = json_object(folder / CONFIG_FILE)
+        # What the checkpoint says of the model stands, whatever somebody has made of its copy.
+        document = {**json.loads(self.config.to_json_string(use_diff=True)), **document}
+        texts = {
+            CONFIG_FILE: json.dumps(document, indent=2) + "\n",
+            GENERATION_FILE: self.generation_config.to_json_string(use_diff=True),
+        }
+        for name, text in texts.items():
+            with told(repr(str(folder / name))):
+                write_whole(folder / name, text.encode())
+
+    @property
+    def votes(self) -> bool:
+        """Whether a weight of the model would vote in a backward pass now: not so where all are frozen, as under adapters."""
+        return any(not module.frozen for module in self.arb.ternary_modules().values())
+
+    def add_adapter(self, *args: Any, **more: Any) -> None:
+        """Refuse an adapter of peft, which knows float linears alone, by a ValueError."""
+        raise ValueError(PEFT)
+
+    def load_adapter(self, *args: Any, **more: Any) -> None:
+        """Refuse an adapter of peft, as `add_adapter` does."""
+        raise ValueError(PEFT)
+
+    def resize_token_embeddings(self, *args: Any, **more: Any) -> None:
+        """Refuse another number of ids, by a ValueError."""
+        raise ValueError(
+            f"another number of ids was asked for, but the model has {VOCABULARY_SIZE}: bytes and specials"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -197,11 +285,18 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
     ) -> dict[str, Any]:
         """Return the arguments of `forward` for the next step: all ids, or those that the cache does not have.
 
-        Raises ValueError for `use_cache=False`: a prompt of fewer than three bytes would be read in another way at every step.
+        Raises ValueError for `use_cache=False`: a prompt of fewer than three bytes would be read in another way at every step. Also
+        for what the model does not make, and for padding behind a prompt, as bytes follow its last place.
         """
         if more.get("use_cache") is False:
             raise ValueError("use_cache is False, but generate must keep what it has read")
+        refuse_unread({name: more.get(name) for name in ("output_attentions", "output_hidden_states")})
         if past_key_values is None:
+            check_mask(attention_mask, *input_ids.shape)
+            if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+                raise ValueError(
+                    "attention_mask has padding behind a prompt, but must have it before: set padding_side to left"
+                )
             return {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": True}
         return {
             "input_ids": input_ids[:, past_key_values.columns :],
@@ -222,57 +317,83 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
         """Return the logits after every id, and the loss of labels.
 
         A model predicts nothing from fewer than three bytes. The logits after the first two ids of a sequence of at least three
-        are all 0. A shorter sequence is led by PAD and BOS, as a prompt of `ArbModel.generate` is.
+        are all 0, and add nothing to a loss. A shorter sequence is led by PAD and BOS, as a prompt of `ArbModel.generate` is.
 
         Args:
             input_ids: int64 [B, T], T >= 1.
-            attention_mask: [B, T], 1 for ids and 0 for padding, which stands before or after them. A sequence sees no padding.
+            attention_mask: [B, T], 1 for ids and 0 for padding, which stands before or after them. A sequence sees no padding. With
+                `past_key_values`, of what was read and of the ids, which have no padding.
             labels: int64 [B, T], as `input_ids`; -100 where no loss is wanted. The library's habit: it is shifted here.
             past_key_values: what earlier calls have read; the ids follow it.
             use_cache: whether to return what was read.
             return_dict: None or True; False is refused.
-            more: nothing; what is named and not None is refused.
+            more: nothing; what is named and not None is refused. The Trainer's `num_items_in_batch` is read where no weight would
+                vote: with gradients the loss is the sum over labels divided by it, and without them it changes nothing.
 
         Returns:
-            The library's `CausalLMOutputWithPast`, with logits float32 [B, T, V].
+            The library's `CausalLMOutputWithPast`, with logits float32 [B, T, V], or float64 of a model in float64. The loss is a
+            mean over labels, that of `ArbModel.loss` where the labels are the ids.
+
+        Raises:
+            TypeError or ValueError: an argument of another shape, dtype or value, or one that the model does not read.
         """
-        given = sorted(name for name, value in more.items() if value is not None and value is not False)
-        unread = [name for name in given if name not in ("position_ids", "cache_position", "logits_to_keep")]
-        if unread:
-            # The library's Trainer gives it.
-            by_trainer = (
-                ": a trainer of the library cannot train weights that vote, use ArbModel.backward and step"
-            )
-            raise ValueError(
-                f"{unread[0]} is given, but the model does not read it{by_trainer if unread[0] == 'num_items_in_batch' else ''}"
-            )
+        items = more.pop("num_items_in_batch", None)
+        refuse_unread(more)
+        if torch.is_grad_enabled() and self.votes:
+            refuse_unread({"num_items_in_batch": items})
         if return_dict is False:
             raise ValueError("return_dict is False, but must be True or None")
-        cache = past_key_values
+        check_ids(input_ids)
+        cache, (batch, length) = past_key_values, input_ids.shape
+        if cache is not None:
+            if not isinstance(cache, LedgerCache):
+                raise TypeError(
+                    f"past_key_values is a {type(cache).__name__}, but must be what an earlier call returned with use_cache=True"
+                )
+            check_mask(attention_mask, batch, cache.columns + length)
+            if attention_mask is not None and not bool(attention_mask[:, -length:].all()):
+                raise ValueError(
+                    "attention_mask has padding among ids that follow what was read, but must have none there"
+                )
+        else:
+            check_mask(attention_mask, batch, length)
+        if labels is not None:
+            check_labels(labels, input_ids)
         if cache is not None:
             logits_BTV = self._read_on(input_ids, cache)
+            said_BT = torch.ones(batch, length, dtype=torch.bool, device=self.device)
         else:
-            logits_BTV, cache = self._read(input_ids, attention_mask, keep=bool(use_cache))
+            logits_BTV, said_BT, cache = self._read(input_ids, attention_mask, keep=bool(use_cache))
         loss = None
         if labels is not None:
             shifted = labels[:, 1:].to(logits_BTV.device)
-            wanted = shifted != IGNORED_LABEL
+            wanted = (shifted != IGNORED_LABEL) & said_BT[:, :-1]
+            summed = items is not None and torch.is_grad_enabled()
             # Of the wanted places alone: zeros between them would change the order of the sum, and so its last bits.
-            loss = F.cross_entropy(logits_BTV[:, :-1][wanted], shifted[wanted])
+            loss = F.cross_entropy(
+                logits_BTV[:, :-1][wanted], shifted[wanted], reduction="sum" if summed else "mean"
+            )
+            loss = loss / items if summed else loss
         output = library("transformers.modeling_outputs").CausalLMOutputWithPast
         return output(loss=loss, logits=logits_BTV, past_key_values=cache if use_cache else None)
 
     def _read(
         self, ids_BT: Tensor, mask_BT: Tensor | None, *, keep: bool
-    ) -> tuple[Tensor, LedgerCache | None]:
-        """Return logits [B, T, V] of sequences that begin here, and what was read where that is wanted."""
+    ) -> tuple[Tensor, Tensor, LedgerCache | None]:
+        """Return what the model says of sequences that begin here.
+
+        Returns:
+            Logits [B, T, V]; where it says something, bool [B, T]; and what was read where that is wanted.
+        """
         batch, length = ids_BT.shape
         spans = (
             [(0, length)] * batch if mask_BT is None else [_span(row, mask_BT[row]) for row in range(batch)]
         )
         alike = len(set(spans)) == 1 and not keep
         groups = [list(range(batch))] if alike else [[row] for row in range(batch)]
-        logits_BTV = torch.zeros(batch, length, VOCABULARY_SIZE, device=self.device)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        logits_BTV = torch.zeros(batch, length, VOCABULARY_SIZE, device=self.device, dtype=wide)
+        said_BT = torch.zeros(batch, length, dtype=torch.bool, device=self.device)
         rows, ledgers = [], []
         for group in groups:
             first, end = spans[group[0]]
@@ -283,13 +404,13 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
             rows.append((group, places, found[:, -len(places) :]))
             ledgers.append(ledger)
         for group, places, found in rows:
-            logits_BTV = logits_BTV.index_put(
-                (torch.tensor(group, device=self.device)[:, None], places[None]), found.float()
-            )
+            where = torch.tensor(group, device=self.device)[:, None], places[None]
+            logits_BTV = logits_BTV.index_put(where, found.to(wide))
+            said_BT[where] = True
         cache = (
             LedgerCache(KVLedger.stack([ledger for ledger in ledgers if ledger]), length) if keep else None
         )
-        return logits_BTV, cache
+        return logits_BTV, said_BT, cache
 
     def _logits(self, window_BT: Tensor, *, keep: bool) -> tuple[Tensor, KVLedger | None]:
         """Return the logits of a window, two fewer than its ids, and its ledger where that is wanted."""
@@ -308,7 +429,14 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
         cache.ledger.retract()
         logits_BTV = self.arb(ids_BT.to(self.device), ledger=cache.ledger)
         cache.columns += ids_BT.shape[1]
-        return logits_BTV.float()
+        return logits_BTV.to(torch.promote_types(self.dtype, torch.float32))
+
+
+PEFT = (
+    "an adapter of peft was given, but must be for float linears: use attach or load_adapter of arbitor.adapters on the "
+    "attribute arb, or its use_float_linears first"
+)
+"""Why peft cannot put an adapter over ternary linears, and what can."""
 
 
 def _span(row: int, mask_T: Tensor) -> tuple[int, int]:
@@ -327,62 +455,6 @@ def _led(ids_BT: Tensor) -> Tensor:
         return ids_BT
     lead = first_window(bytes(ids_BT.shape[1]))[: NGRAM - ids_BT.shape[1]]
     return torch.cat([ids_BT.new_tensor(lead).expand(ids_BT.shape[0], -1), ids_BT], dim=1)
-
-
-class ByteTokenizer(_library.PreTrainedTokenizer):
-    """Text as its bytes in UTF-8: a byte is an id. It has no file, and any model of ours can be given it.
-
-    Bytes that are no UTF-8 come back as �, as they do from `ArbModel.generate`. Text that looks like a special is bytes too.
-    """
-
-    vocab_files_names: dict[str, str] = {}  # noqa: RUF012
-    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
-
-    def __init__(self, **more: Any) -> None:
-        specials = {f"{name.lower()}_token": f"<{name.lower()}>" for name in ("PAD", "BOS", "EOS")}
-        more.setdefault("padding_side", "left")
-        super().__init__(
-            **{**specials, "split_special_tokens": True, "clean_up_tokenization_spaces": False, **more}
-        )
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids without the specials."""
-        return NUM_BYTES
-
-    def get_vocab(self) -> dict[str, int]:
-        """Return the id of each token."""
-        return {**{chr(byte): byte for byte in range(NUM_BYTES)}, **_special_tokens()}
-
-    def _tokenize(self, text: str, **more: Any) -> list[str]:
-        return [chr(byte) for byte in text.encode("utf-8", errors="surrogateescape")]
-
-    def _convert_token_to_id(self, token: str) -> int:
-        return _special_tokens().get(token, ord(token[:1] or "\0"))
-
-    def _convert_id_to_token(self, index: int) -> str:
-        names = {place: token for token, place in _special_tokens().items()}
-        return names.get(index, chr(index))
-
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Return the text of tokens; specials have none."""
-        found = bytes(ord(token) for token in tokens if len(token) == 1 and ord(token) < NUM_BYTES)
-        return found.decode("utf-8", errors="replace")
-
-    def build_inputs_with_special_tokens(
-        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
-    ) -> list[int]:
-        """Return the ids as they are: a prompt has no marks."""
-        return token_ids_0 + (token_ids_1 or [])
-
-    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """Write nothing: there is no file."""
-        return ()
-
-
-def _special_tokens() -> dict[str, int]:
-    """Return the id of each special by the token that names it."""
-    return {f"<{name.lower()}>": place for name, place in SPECIAL_IDS.items()}
 
 
 _library.AutoConfig.register(MODEL_TYPE, ArbTransformersConfig)

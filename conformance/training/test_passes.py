@@ -191,6 +191,9 @@ def do(passes: Passes, what: str, micro_step: int) -> float | None:
     elif what == "strayed":
         ids_BT = ids_BT.to(model.voting.faults.device)
         model.objective(model.losses(ids_BT)).backward()  # type: ignore[no-untyped-call]
+        with pytest.raises(RuntimeError, match=r"outside of model.backward"):
+            passes.take(ids_BT, rate=models.RATE, step=micro_step)
+        model.drop_gradients()
     else:
         ids_BT = ids_BT.to(model.voting.faults.device)
         assert model.backward(model.losses(ids_BT), rate=models.RATE, step=micro_step)

@@ -105,7 +105,7 @@ class RecordedPasses(Passes):
         # Copies, as the next replay writes over what this one left; and the step as a number, as the step rule is launched.
         self._left = [note.on(torch.clone) for note in self._notes]
         voting.leave(self._left, step=step)
-        voting.torn = voting.strayed = False
+        voting.torn = False
         return nats
 
     def step(self) -> None:

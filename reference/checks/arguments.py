@@ -52,8 +52,10 @@ def number(name: str, value: float, low: float, high: float, *, open_low: bool =
     except OverflowError:
         finite = False
     if not finite or not low <= value <= high or (open_low and value == low):
-        relation = "above" if open_low else "from"
-        raise ValueError(f"{name} is {value}, but must be finite, {relation} {low} to {high}")
+        range_ = f"above {low}" if open_low else f"at least {low}"
+        if math.isfinite(high):
+            range_ = f"{'above' if open_low else 'from'} {low} to {high}"
+        raise ValueError(f"{name} is {value}, but must be finite, {range_}")
 
 
 def normal_number(name: str, value: float, dtype: torch.dtype) -> None:

@@ -112,7 +112,7 @@ class GraphContext:
             self._warned_of_autocast = True
             warnings.warn(
                 f"torch.autocast is on, but the model computes in its own dtype, {self.dtype}: "
-                "for another one, build it with dtype=torch.bfloat16",
+                "for another one, call .to(torch.bfloat16) of the model",
                 stacklevel=4,
             )
         return torch.autocast(kind, enabled=False)

@@ -14,6 +14,7 @@ from torch import Tensor
 from arbitor.reference import checks
 from arbitor.reference.graph.module import ArbModule, TernaryModule, check_loadable
 from arbitor.reference.graph.parts import row_parts
+from arbitor.reference.graph.ranks import Ranks
 from arbitor.reference.graph.tables import TableModule
 from arbitor.reference.graph.uncompiled import out_of_graphs
 from arbitor.reference.types import TernaryWeight
@@ -42,17 +43,19 @@ class Stateful(ArbModule):
         Raises:
             TypeError or ValueError: a loss that is no scalar tensor, has no graph, or was not computed with this model; a rate
                 or step that is not allowed.
-            RuntimeError: a weight was stepped or loaded since the loss was computed; or the model is torn (`Voting`).
+            RuntimeError: a weight was stepped or loaded since the loss was computed; gradients came by `loss.backward()` before;
+                this process is one of several whose votes are not exchanged; or the model is torn (`Voting`).
         """
         self.voting.check_whole()
+        self.voting.check_answered()
         ranks = self.voting.ranks
+        check_alone(ranks)
         loss = ranks.part(scalar("loss", loss))
         if not loss.requires_grad:
             raise ValueError(
                 "loss has no graph, but must be computed with this model while gradients are on, and come through a weight that "
                 "is not frozen or has an adapter"
             )
-        self.voting.strayed = False
         value = float(ranks.total(loss.detach()))
         if not math.isfinite(value):
             return False
@@ -86,11 +89,7 @@ class Stateful(ArbModule):
     def stepping(self) -> Iterator[None]:
         """Refuse a step as `step` does, and mark the model torn until the step inside of this context is done."""
         self.voting.check_whole()
-        if self.voting.strayed:
-            raise RuntimeError(
-                "gradients came through the weights outside of model.backward, and so did not vote, but a step must follow "
-                "model.backward(loss, rate=..., step=...)"
-            )
+        self.voting.check_answered()
         # The mark holds until the step is done, because a step that raises has moved some weights and not others.
         self.voting.torn = True
         try:
@@ -99,6 +98,18 @@ class Stateful(ArbModule):
             self.voting.ranks.abandon()
             raise
         self.voting.torn = False
+
+    def drop_gradients(self) -> None:
+        """Go on without gradients that came through the weights by `loss.backward()`: they did not vote, and never will.
+
+        Votes of `backward` stay, and wait for `step`. Gradients of float parameters are dropped by their optimizer.
+        """
+        self.voting.strayed = False
+
+    @property
+    def faulty_rows(self) -> int:
+        """Rows of gradients so far that were not finite and cast no votes, though the loss was finite; 0 in a sound training."""
+        return int(self.voting.faults)
 
     def step_weights(self) -> None:
         """Apply the step rule to all weights that voted. It is the first half of a step, inside of `stepping`."""
@@ -275,6 +286,16 @@ class Stateful(ArbModule):
         changed, modules = self.changed_trits(snapshot), self.ternary_modules()
         total = sum(math.prod(modules[name].weight.shape) for name in changed)
         return float(torch.stack(list(changed.values())).sum()) / total
+
+
+def check_alone(ranks: Ranks) -> None:
+    """Refuse a pass of one process of several whose votes nobody exchanges, by a RuntimeError: their weights would drift apart."""
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if ranks.count == 1 and together and torch.distributed.get_world_size() > 1:
+        raise RuntimeError(
+            f"this process is one of {torch.distributed.get_world_size()}, but the votes of a loop of one's own are not exchanged "
+            "between processes: train with `torchrun -m arbitor.train`, or without a process group"
+        )
 
 
 def scalar(name: str, loss: Tensor) -> Tensor:

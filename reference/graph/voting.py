@@ -41,7 +41,7 @@ class Voting:
         dtype:   dtype in which gradients are made orthogonal: bfloat16 if the activations are, else float32.
         version: steps and loads of the model's weights and tables so far. Each of them makes ledgers stale.
         torn:    whether a step raised, or a pass that could not be undone. The state is then of no use until another is loaded.
-        strayed: whether gradients came through weights outside of a pass, and no pass was taken since.
+        strayed: whether gradients came through weights outside of a pass, which nobody has answered since.
         alone:   whether the weights are of a layer that belongs to no model, so that nobody can take a pass or a step.
         ranks:   the ranks that train the model together.
         apart:   runs pieces of work of which none writes what another one reads or writes, but for sums of integers. They run in
@@ -70,6 +70,7 @@ class Voting:
         self.version = 0
         self.torn = False
         self.strayed = False
+        self._strayed_in = 0
         self.alone = False
         self.ranks = Ranks()
         self.apart: Callable[[Sequence[Callable[[], None]]], None] = in_turn
@@ -112,7 +113,7 @@ class Voting:
         checks.threshold("size", size)
         moves = recorded or float(rate) != 0
         taken = Pass(rate=rate, step=step, size=size, moves=moves, keeps=undo and not recorded)
-        self.current, self.strayed = taken, False
+        self.current = taken
         try:
             yield taken
             self.ranks.finish()
@@ -151,21 +152,38 @@ class Voting:
         self.notes = [note for note in self.notes if getattr(note.tell, "__self__", None) is not module]
 
     def stray(self) -> None:
-        """Note that gradients came through weights outside of a pass, which the next step refuses. A lone layer has no step.
+        """Note that gradients came through weights outside of a pass, which the next pass or step refuses.
+
+        A lone layer has neither. A loop that has neither would never learn, and so its second backward pass is refused.
 
         Raises:
-            RuntimeError: the weights are of a layer that belongs to no model.
+            RuntimeError: the weights are of a layer that belongs to no model; or gradients of an earlier backward pass came outside
+                of a pass too, and nobody has answered them.
         """
         if self.alone:
             raise RuntimeError(
                 "gradients came through a ternary layer that belongs to no model, and so would never learn: wrap the module in "
                 "arbitor.nn.Ternary and call its backward, or keep the layer as it is by requires_grad_(False)"
             )
-        self.strayed = True
+        # The number of the backward pass that autograd runs in this thread.
+        running = torch._C._current_graph_task_id()
+        if self.strayed and running != self._strayed_in:
+            self.check_answered()
+        self.strayed, self._strayed_in = True, running
+
+    def check_answered(self) -> None:
+        """Refuse to go on after gradients that came outside of a pass and did not vote, by a RuntimeError."""
+        if self.strayed:
+            raise RuntimeError(
+                "gradients came through the weights outside of model.backward, and so did not vote, but "
+                "model.backward(loss, rate=..., step=...) must take the place of loss.backward(): model.drop_gradients() goes on "
+                "without them, and requires_grad_(False) keeps the weights as they are"
+            )
 
     def check_ready(self) -> None:
-        """Refuse a pass while another one is open, and a pass of a model that is torn, by a RuntimeError."""
+        """Refuse a pass while another one is open, or gradients did not vote, and of a model that is torn, by a RuntimeError."""
         self.check_whole()
+        self.check_answered()
         if self.current is not None:
             raise RuntimeError("a pass is open, but must end before another one begins")
 

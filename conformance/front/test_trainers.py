@@ -1,0 +1,261 @@
+"""What trainers and loops of the library transformers do with a model: right, or refused in a sentence."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from arbitor import ArbModel, ArbOptimizer, adapters
+from arbitor.optimized.training.checkpoint import state_sha256
+from conformance.report import skip
+from conformance.training import nano
+
+IDS = torch.tensor([list(b"to be or not to be"), list(b"that is the questi")])
+ONES = torch.ones_like(IDS)
+
+
+@pytest.fixture(scope="module")
+def hub() -> Any:
+    """The library, with our classes registered."""
+    if importlib.util.find_spec("transformers") is None:
+        skip("trainers of transformers", "the library is not installed")
+    importlib.import_module("arbitor.transformers")
+    return importlib.import_module("transformers")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "model"
+    ArbModel(nano.NANO, device="cpu", seed=3).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def model(hub: Any, folder: Path) -> Any:
+    return hub.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def trainer(hub: Any, where: Path, model: Any, *, kind: Any = None, steps: int = 3, **more: Any) -> Any:
+    if importlib.util.find_spec("accelerate") is None:
+        skip("a Trainer of transformers", "accelerate is not installed")
+    arguments = hub.TrainingArguments(
+        output_dir=str(where),
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        learning_rate=1e-2,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    return (kind or hub.Trainer)(model=model, args=arguments, train_dataset=rows, eval_dataset=rows, **more)
+
+
+def test_a_mask_says_which_places_are_ids(model: Any) -> None:
+    for mask, says in (
+        (ONES[:, :5], r"has shape \(2, 5\), but must have that of the ids, \(2, 18\)"),
+        (torch.ones(2, 30), r"has shape \(2, 30\)"),
+        (ONES[:1], r"has shape \(1, 18\)"),
+        (ONES * 2, "other than 0 and 1"),
+        (ONES * 0.5, "other than 0 and 1"),
+    ):
+        with pytest.raises(ValueError, match=f"attention_mask .*{says}"):
+            model(input_ids=IDS, attention_mask=mask)
+    with torch.no_grad():
+        cache = model(input_ids=IDS, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match=r"must have that of the ids, \(2, 20\)"):
+            model(input_ids=IDS[:, :2], past_key_values=cache, attention_mask=ONES[:, :2])
+        with pytest.raises(ValueError, match="padding among ids that follow"):
+            mask = torch.cat([ONES, ONES[:, :1], ONES[:, :1] * 0], dim=1)
+            model(input_ids=IDS[:, :2], past_key_values=cache, attention_mask=mask)
+        for kind in (torch.bool, torch.float32):
+            whole = model(input_ids=IDS, attention_mask=ONES.to(kind)).logits
+            assert torch.equal(whole, model(input_ids=IDS).logits)
+
+
+def test_padding_behind_a_prompt_is_refused(model: Any) -> None:
+    mask = ONES.clone()
+    mask[1, -3:] = 0
+    with pytest.raises(ValueError, match=r"padding behind a prompt, .* padding_side to left"):
+        model.generate(input_ids=IDS, attention_mask=mask, max_new_tokens=2)
+
+
+def test_places_that_nothing_is_said_of_add_nothing_to_a_loss(model: Any) -> None:
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS, labels=IDS).loss, model.arb.loss(IDS))
+        padded = torch.nn.functional.pad(IDS, (4, 0))
+        mask = torch.nn.functional.pad(ONES, (4, 0))
+        labels = padded.masked_fill(mask == 0, -100)
+        assert torch.equal(
+            model(input_ids=padded, attention_mask=mask, labels=labels).loss, model.arb.loss(IDS)
+        )
+        # What was read says something of the first id that follows.
+        cache = model(input_ids=IDS, use_cache=True).past_key_values
+        following = IDS[:, 3:6]
+        output = model(input_ids=following, past_key_values=cache, labels=following)
+        wanted = torch.nn.functional.cross_entropy(
+            output.logits[:, :-1].flatten(0, 1), following[:, 1:].flatten()
+        )
+        assert torch.equal(output.loss, wanted)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"input_ids": IDS[0]}, ValueError, r"input_ids has shape \(18,\)"),
+        ({"input_ids": IDS[:0]}, ValueError, r"input_ids has shape \(0, 18\)"),
+        ({"input_ids": IDS.tolist()}, TypeError, "input_ids is a list"),
+        ({"input_ids": IDS, "labels": IDS[:, 1:]}, ValueError, "labels has shape"),
+        ({"input_ids": IDS, "labels": IDS + 300}, ValueError, "labels has 4[0-9]{2}, but must have ids from 0 to"),
+        ({"input_ids": IDS, "labels": IDS - 130}, ValueError, "labels has -"),
+        ({"input_ids": IDS, "past_key_values": object()}, TypeError, "past_key_values is a object, .* use_cache=True"),
+        ({"input_ids": IDS, "position_ids": IDS}, ValueError, "position_ids is given, .* counts positions itself"),
+        ({"input_ids": IDS, "logits_to_keep": 1}, ValueError, "logits_to_keep is given"),
+        ({"input_ids": IDS, "cache_position": IDS[0]}, ValueError, "cache_position is given"),
+        ({"input_ids": IDS, "output_attentions": True}, ValueError, "output_attentions is given"),
+    ],
+)  # fmt: skip
+def test_what_a_call_does_not_read_is_refused(
+    model: Any, arguments: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        model(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("load_in_8bit", True),
+        ("quantization_config", {"load_in_8bit": True}),
+        ("attn_implementation", "flash_attention_2"),
+        ("state_dict", {}),
+        ("nonsense", 3),
+        ("output_loading_info", True),
+        ("use_safetensors", 1),
+    ],
+)
+def test_what_loading_does_not_read_is_refused(hub: Any, folder: Path, name: str, value: Any) -> None:
+    for load in (
+        hub.AutoModelForCausalLM.from_pretrained,
+        importlib.import_module("arbitor.transformers").ArbForCausalLM.from_pretrained,
+    ):
+        with pytest.raises(ValueError, match=f"{name} is given, but the model does not read it"):
+            load(folder, **{name: value})
+
+
+def test_options_that_change_nothing_are_taken(hub: Any, folder: Path, tmp_path: Path) -> None:
+    model = hub.AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, low_cpu_mem_usage=True, local_files_only=True, use_safetensors=True
+    )
+    model.save_pretrained(tmp_path / "not", is_main_process=False)
+    assert not (tmp_path / "not").exists()
+    model.save_pretrained(tmp_path / "model", max_shard_size="1GB")
+    for name, value in (("push_to_hub", True), ("repo_id", "a/b"), ("state_dict", {}), ("variant", "fp16")):
+        with pytest.raises(ValueError, match=f"{name} is given, but the model does not read it"):
+            model.save_pretrained(tmp_path / "model", **{name: value})
+
+
+def test_settings_of_the_library_come_back(hub: Any, folder: Path, model: Any, tmp_path: Path) -> None:
+    model.generation_config.max_new_tokens = 3
+    model.config.problem_type = "single_label_classification"
+    model.config.model = {"not": "read"}
+    model.save_pretrained(tmp_path)
+    again = hub.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.generation_config.max_new_tokens == 3
+    assert again.config.problem_type == "single_label_classification"
+    assert again.config.model == json.loads(nano.NANO.to_json())
+    assert again.generate(IDS).shape[1] == IDS.shape[1] + 3
+    assert ArbModel.from_pretrained(tmp_path, device="cpu").config == nano.NANO
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(OSError, match="generation_config"):
+        hub.AutoModelForCausalLM.from_pretrained(tmp_path)
+    config = hub.AutoConfig.from_pretrained(folder)
+    config.model["num_layers"] += 1
+    with pytest.raises(ValueError, match="config describes another model than the checkpoint"):
+        hub.AutoModelForCausalLM.from_pretrained(folder, config=config)
+
+
+def test_a_trainer_that_casts_no_votes_is_refused(hub: Any, model: Any, tmp_path: Path) -> None:
+    before = state_sha256(model.arb.state())
+    with pytest.raises(
+        ValueError, match=r"num_items_in_batch is given, .* call ArbOptimizer.backward in training_step"
+    ):
+        trainer(hub, tmp_path, model).train()
+
+    class Usual(hub.Trainer):  # type: ignore[misc, name-defined]
+        def compute_loss(self, model: Any, inputs: Any, **more: Any) -> Any:
+            return model(**inputs).loss
+
+    with pytest.raises(RuntimeError, match=r"outside of model.backward"):
+        trainer(hub, tmp_path, model, kind=Usual).train()
+    assert state_sha256(model.arb.state()) == before
+
+
+def test_a_trainer_evaluates(hub: Any, model: Any, tmp_path: Path) -> None:
+    found = trainer(hub, tmp_path, model).evaluate()
+    with torch.no_grad():
+        assert found["eval_loss"] == pytest.approx(float(model.arb.loss(IDS)), abs=1e-6)
+
+
+def test_a_trainer_trains_adapters(hub: Any, model: Any, tmp_path: Path) -> None:
+    adapters.attach(model.arb, rank=2, targets="value_up")
+    before = state_sha256(model.arb.state())
+    trained = trainer(hub, tmp_path, model, steps=4)
+    first = trained.evaluate()["eval_loss"]
+    trained.train()
+    assert trained.evaluate()["eval_loss"] < first
+    assert state_sha256(model.arb.state()) == before
+    # Counted by a trainer, the items of all micro-batches of a step divide the sum.
+    with torch.no_grad():
+        alone = model(input_ids=IDS, labels=IDS).loss
+    shared = model(input_ids=IDS, labels=IDS, num_items_in_batch=60).loss
+    assert float(shared.detach()) == pytest.approx(float(alone) * 2 * (IDS.shape[1] - 3) / 60)
+
+
+def test_adapters_of_peft_say_what_to_do(hub: Any, model: Any, tmp_path: Path) -> None:
+    for refused in (model.add_adapter, model.load_adapter):
+        with pytest.raises(ValueError, match=r"use attach or load_adapter of arbitor.adapters"):
+            refused(object())
+    with pytest.raises(ValueError, match="the model has 297"):
+        model.resize_token_embeddings(300)
+    own = model.arb
+    named: list[Callable[[], Any]] = [lambda: own, lambda: model]
+    for saved in named:
+        adapters.attach(saved(), rank=2, targets="value_up")
+        adapters.save_adapter(saved(), tmp_path)
+        adapters.detach(own)
+        for loaded in named:
+            assert adapters.load_adapter(loaded(), tmp_path)
+            adapters.detach(own)
+
+
+def test_tokens_are_bytes_for_good(hub: Any, folder: Path) -> None:
+    tokenizer = hub.AutoTokenizer.from_pretrained(folder)
+    with pytest.raises(ValueError, match="new_tokens has '<x>', but must have none"):
+        tokenizer.add_tokens(["<x>"])
+    with pytest.raises(ValueError, match="new_tokens has '<y>'"):
+        tokenizer.add_special_tokens({"pad_token": "<y>"})
+    assert tokenizer.add_tokens("<pad>") == 0 == tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    assert tokenizer.encode("<x>") == list(b"<x>")
+
+
+def test_a_wrapper_is_named(hub: Any, model: Any) -> None:
+    with pytest.raises(TypeError, match=r"model is a ArbForCausalLM, .* give its attribute arb$"):
+        ArbOptimizer(model, rate=6.0)
+
+
+def test_logits_have_the_dtype_of_a_wide_model(hub: Any, model: Any) -> None:
+    model.arb.to(torch.float64)
+    with torch.no_grad():
+        wide = model(input_ids=IDS).logits
+        assert wide.dtype is torch.float64 and torch.equal(wide[:, 2:], model.arb(IDS))
+        again = model(input_ids=IDS, use_cache=True)
+        assert model(input_ids=IDS, past_key_values=again.past_key_values).logits.dtype is torch.float64
