@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from arbitor.optimized.training import sizes
+from arbitor.optimized.training import machine_memory
 from arbitor.optimized.training.checkpoint import load_checkpoint
 from conformance.system.command import REPOSITORY, Here, arb, check_refused, environment, finish, start
 from conformance.system.test_survival import arguments, digest, resume, wait_for
@@ -110,7 +110,7 @@ def test_sizes_that_cannot_be_are_refused_on_every_path(
 
 def test_a_model_that_no_memory_holds_is_refused(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine of one GiB. The audit counts it all the same."""
-    monkeypatch.setattr(sizes, "os", SimpleNamespace(sysconf=lambda name: 2**15))
+    monkeypatch.setattr(machine_memory, "os", SimpleNamespace(sysconf=lambda name: 2**15))
     result = here("smoke", "--preset", "r14", "--device", "cpu")
     check_refused(result, 1, "the model 'r14' has a state of 4.", "GiB, but cpu has 1.0 GiB of memory")
     assert here("audit", "--preset", "r14").returncode == 0

@@ -96,7 +96,7 @@ def preset_in_words(run: Mapping[str, Any], name: str | None = None) -> str:
         run: settings of the run, JSON data.
         name: of the configuration; None: as the file says.
     """
-    preset, source = str(run["preset"]), run.get("init_from")
+    preset, source = str(run["preset"]), str(run.get("init_from") or "")
     if not preset.endswith((CONFIG_SUFFIX, CHECKPOINT_SUFFIX)):
         return preset
     if name is None:
@@ -105,7 +105,7 @@ def preset_in_words(run: Mapping[str, Any], name: str | None = None) -> str:
         except (TrainingError, TypeError, ValueError):
             name = "model"
     # A run that begins with the weights of another has its configuration.
-    begins = source is not None and Path(preset) in (Path(source), Path(source) / RUN_CONFIG)
+    begins = source != "" and Path(preset) in (Path(source), Path(source) / RUN_CONFIG)
     return f"{name} (from {nearby(source if begins else preset)})"
 
 

@@ -240,8 +240,8 @@ def _draw_loss(axes: Axes, metrics: Metrics, baselines: Mapping[str, float]) -> 
         points = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
         _draw_line(axes, points, label=label, linestyle=style, linewidth=1)
     for i, (name, bpb) in enumerate(baselines.items()):
-        style = STROKES[i % len(STROKES)]
-        axes.axhline(bpb, linestyle=style, linewidth=1, color=f"C{i + 2}", label=f"{name} {bpb:.2f}")
+        stroke = STROKES[i % len(STROKES)]
+        axes.axhline(bpb, linestyle=stroke, linewidth=1, color=f"C{i + 2}", label=f"{name} {bpb:.2f}")
     _label(axes, "loss", xlabel="step", ylabel="bits per byte")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=9)
