@@ -239,6 +239,29 @@ def test_update_neighbours_keeps_frequent_targets(
 
 
 @law(
+    share=0.5,
+    scores=st.lists(st.integers(1, 127), min_size=1, max_size=5),
+    count=st.integers(128, 300),
+    rejects=[
+        mutant("counts_cut_before_the_rule", "number[:, None]]", "number[:, None].clamp(max=SCORE_MAX)]"),
+    ],
+)
+def test_update_neighbours_of_more_pairs_than_a_score_holds(
+    ops: Subject, scores: list[int], count: int
+) -> None:
+    """A count is cut at 127 where it becomes a score, and not before."""
+    slots = len(scores)
+    signs = weight_of_trits(torch.zeros(1, slots, dtype=torch.int8), torch.zeros(1, 1, dtype=torch.int8))
+    tables = (
+        torch.arange(slots, dtype=torch.int32)[None],
+        torch.tensor([scores], dtype=torch.int8),
+        signs,
+    )
+    pairs = (torch.zeros(count, dtype=torch.int64), torch.full((count,), slots))
+    exact(ops.update_neighbours(*tables, *pairs, allow_loops=True), _by_hand(tables, pairs, True))
+
+
+@law(
     tables=neighbour_tables(20, 20, 10),
     pairs=pair_tensors(20, 20, 40),
     rejects=[

@@ -239,6 +239,21 @@ def test_stochastic_votes_round_half_to_even(ops: Subject, half: int, seed: int)
     assert total == round(odd / 2), f"votes for {odd} / 512 sum to {total} over all bytes"
 
 
+@law(
+    share=0.5,
+    whole=st.integers(100, 250),
+    size=st.floats(0.75, 1.375),
+    seed=ss.SEEDS,
+    rejects=[mutant("product_not_rounded", "scaled.to(torch.float32).clamp", "scaled.clamp")],
+)
+def test_stochastic_votes_round_the_product_once(ops: Subject, whole: int, size: float, seed: int) -> None:
+    """A product next to a tie is rounded to float32 first, and may be the tie by then."""
+    g = torch.tensor(size, dtype=torch.float32).item()
+    rate = torch.tensor((whole + 0.5) / 256 / g, dtype=torch.float32).item()
+    total, want = _votes_over_all_bytes(ops, g, rate, seed), oracle.quotient(g, 0, rate)
+    assert total == want, f"votes of stochastic_votes for {g} at rate {rate} sum to {total}, want {want}"
+
+
 def _votes_over_all_bytes(ops: Subject, g: float, rate: float, seed: int) -> int:
     """Return the sum of the votes at 256 places, chosen so that every dither byte occurs once."""
     # The mean square is 1, so V is 0 and q is g * 256 * rate.
@@ -450,6 +465,24 @@ def test_step_from_loss_by_ceiling(ops: Subject, loss: float, more: float, most:
     assert step == 1 or step - 1 < most * loss / reference
     assert ops.step_from_loss(loss + more, reference, most) >= step
     assert ops.step_from_loss(reference, reference, most) == most
+
+
+@law(
+    loss_ref=st.floats(1.0, 12.0),
+    most=st.integers(2, 127),
+    data=st.data(),
+    rejects=[
+        mutant("ratio_first", "min(max_step * loss / loss_ref", "min(max_step * (loss / loss_ref)"),
+    ],
+)
+def test_step_from_loss_multiplies_first(
+    ops: Subject, loss_ref: float, most: int, data: st.DataObject
+) -> None:
+    """At the edge between two sizes the order of the two float64 roundings decides: the product, then the quotient."""
+    part = data.draw(st.integers(1, most - 1))
+    loss = loss_ref * part / most
+    want = max(1, min(math.ceil(most * loss / loss_ref), most))
+    exact(ops.step_from_loss(loss, loss_ref, most), want, f"step_from_loss({loss!r}, {loss_ref!r}, {most})")
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
