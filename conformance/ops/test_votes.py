@@ -240,18 +240,22 @@ def test_stochastic_votes_round_half_to_even(ops: Subject, half: int, seed: int)
 
 
 @law(
-    share=0.5,
-    whole=st.integers(100, 250),
+    place=st.integers(0, 11),
     size=st.floats(0.75, 1.375),
-    seed=ss.SEEDS,
+    clock=ss.clocks(),
     rejects=[mutant("product_not_rounded", "scaled.to(torch.float32).clamp", "scaled.clamp")],
 )
-def test_stochastic_votes_round_the_product_once(ops: Subject, whole: int, size: float, seed: int) -> None:
-    """A product next to a tie is rounded to float32 first, and may be the tie by then."""
+def test_stochastic_votes_round_the_product_once(
+    ops: Subject, place: int, size: float, clock: dict[str, Any]
+) -> None:
+    """A product next to a tie is rounded to float32 first, and may be the tie by then. The byte of a place tells the two q apart."""
+    dither = oracle.dither(0, 12, **{name: int(value) for name, value in clock.items()})[:12]
     g = torch.tensor(size, dtype=torch.float32).item()
-    rate = torch.tensor((whole + 0.5) / 256 / g, dtype=torch.float32).item()
-    total, want = _votes_over_all_bytes(ops, g, rate, seed), oracle.quotient(g, 0, rate)
-    assert total == want, f"votes of stochastic_votes for {g} at rate {rate} sum to {total}, want {want}"
+    rate = torch.tensor((255.5 - dither[place]) / 256 / g, dtype=torch.float32).item()
+    want = torch.tensor([oracle.votes([g] * 12, rate, dither)], dtype=torch.int8)
+    exact(
+        _vote(ops, torch.full((1, 12), g), rate, 12, clock), want, f"stochastic_votes of {g} at rate {rate}"
+    )
 
 
 def _votes_over_all_bytes(ops: Subject, g: float, rate: float, seed: int) -> int:
