@@ -35,15 +35,14 @@ settings.register_profile("ci", derandomize=True, **COMMON)
 settings.register_profile("nightly", derandomize=False, **COMMON)
 # Hypothesis prints its counterexamples. This is enough to see, and not pages.
 torch.set_printoptions(threshold=40, edgeitems=2)
+OURS = "arbitor.optimized.ops"
 EXAMPLES = {"interpreter": 10, "torch": 25, "cuda": 60}
 """Examples per op and law, unless `--examples` says how many. The interpreter is a thousand times slower than a GPU."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("conformance")
-    group.addoption(
-        "--impl", default="arbitor.optimized.ops", metavar="MODULE", help="ops to compare with the reference"
-    )
+    group.addoption("--impl", default=OURS, metavar="MODULE", help="ops to compare with the reference")
     group.addoption(
         "--device", default="auto", choices=("auto", "cpu", "cuda"), help="where they run (auto: CUDA if any)"
     )
@@ -89,9 +88,13 @@ def pytest_configure(config: pytest.Config) -> None:
     name = config.getoption("--impl")
     try:
         config.stash[SUBJECT] = Subject(importlib.import_module(name), name, device)
-    # The tests that need no ops still run. A test that asks for the ops fails with this sentence.
-    except ImportError as error:
-        config.stash[SUBJECT] = f"--impl {name}: {error}"
+    except Exception as error:
+        sentence = f"--impl {name} cannot be imported: {type(error).__name__}: {error}"
+        # Whoever judges a module of their own has nothing to run without it.
+        if name != OURS or not isinstance(error, ImportError):
+            raise pytest.UsageError(sentence) from error
+        # The tests that need no ops still run. A test that asks for the ops fails with this sentence.
+        config.stash[SUBJECT] = sentence
     kind = "cuda" if device == "cuda" else "interpreter" if uses_triton(name) else "torch"
     config.stash[WHERE] = WHERE_IN_WORDS[kind]() + (f", path {path}" if path is not None else "")
     strategies.LIMITS.set_for(kind)
@@ -144,7 +147,7 @@ WHERE = pytest.StashKey[str]()
 WHERE_IN_WORDS = {
     "cuda": lambda: f"CUDA, {torch.cuda.get_device_name()}",
     "interpreter": lambda: "Triton's interpreter on the CPU",
-    "torch": lambda: "pure torch on the CPU",
+    "torch": lambda: "tensors on the CPU",
 }
 
 

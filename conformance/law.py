@@ -41,8 +41,7 @@ class Law:
     def check(self, ops: Subject, *, examples: int | None = None, shrink: bool = True) -> None:
         """Run the law on drawn examples, as many as the profile says unless told."""
         if not self.strategies:
-            LEDGER.law_examples[self.name] += 1
-            self.body(ops)
+            self.run(ops)
             return
         count = max(1, round((examples or settings.default.max_examples) * self.share))
         phases = [phase for phase in settings.default.phases if shrink or phase != Phase.shrink]
@@ -50,10 +49,21 @@ class Law:
         @settings(max_examples=count, phases=phases)
         @given(**self.strategies)
         def run(**drawn: Any) -> None:
-            LEDGER.law_examples[self.name] += 1
-            self.body(ops, **drawn)
+            self.run(ops, **drawn)
 
         run()
+
+    def run(self, ops: Subject, **drawn: Any) -> None:
+        """Run the law on one example. A failure names the ops that were called."""
+        LEDGER.law_examples[self.name] += 1
+        ops.called.clear()
+        try:
+            self.body(ops, **drawn)
+        except AssertionError as failure:
+            failure.add_note(
+                f"{self.name} called {', '.join(dict.fromkeys(ops.called)) or 'no op'} of {ops.name}"
+            )
+            raise
 
 
 def law(

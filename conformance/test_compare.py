@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from conformance.compare import (
 )
 from conformance.import_lint import ROOT
 from conformance.poison import PATTERNS, poisoned
+from conformance.report import LEDGER
 from conformance.subject import Subject
 
 
@@ -256,9 +258,28 @@ def test_subject_poisons_outputs() -> None:
     assert Subject(_Ops, "faulty").linear(torch.zeros(3, 13), _weight()).isnan().all()
 
 
-def test_subject_names_a_missing_op() -> None:
-    with pytest.raises(AssertionError, match="has no op `rms_norm`"):
+def test_subject_leaves_out_what_needs_a_missing_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LEDGER, "skipped", {})
+    with pytest.raises(pytest.skip.Exception, match="faulty has no op `rms_norm`"):
         Subject(_Ops, "faulty").rms_norm(torch.zeros(3))
+    assert LEDGER.skipped == {"laws and vectors of `rms_norm`": "faulty has no op `rms_norm`"}
+
+
+def test_an_implementation_without_layouts_is_given_weights_as_they_are() -> None:
+    ops = SimpleNamespace(dequantize=lambda weight: weight.exponents)
+    subject, weight = Subject(ops, "one form"), _weight()
+    for device_layout in (False, True):
+        got = subject.call_with("dequantize", (weight,), {}, PATTERNS[0], device_layout=device_layout)
+        exact(got, weight.exponents)
+    exact(subject.to_spec(weight), weight)
+
+
+def test_half_of_a_layout_is_a_missing_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LEDGER, "skipped", {})
+    half = Subject(SimpleNamespace(from_spec=lambda weight: weight), "half a layout")
+    assert half.has("from_spec") and not half.has("to_spec")
+    with pytest.raises(pytest.skip.Exception, match="half a layout has no op `to_spec`"):
+        half.to_spec(_weight())
 
 
 def test_no_other_tolerance_for_tensors_exists() -> None:

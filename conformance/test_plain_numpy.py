@@ -52,6 +52,29 @@ def test_a_slip_in_it_is_found() -> None:
     assert result.returncode == 1 and "stochastic_votes" in result.stdout, result.stdout[-2000:]
 
 
+def test_a_missing_op_is_one_failure() -> None:
+    """The laws that need it are left out, and the summary says so. Nothing is shrunk."""
+    broken = "del plain_numpy.row_exponents, plain_numpy.step_from_loss"
+    result = suite("--family=votes", "--examples=2", "-rN", broken=broken)
+    assert result.returncode == 1 and result.stdout.count("Falsifying") == 0, result.stdout[-2000:]
+    assert " 2 failed, " in f" {result.stdout.splitlines()[-1]}"
+    for op in ("row_exponents", "step_from_loss"):
+        assert result.stdout.count(f"\nconformance.plain_numpy has no op `{op}`\n") == 1
+        assert (
+            f"skipped:        laws and vectors of `{op}`: conformance.plain_numpy has no op `{op}`"
+            in result.stdout
+        )
+    assert "not compared:   row_exponents, step_from_loss" in result.stdout
+    assert "where:          tensors on the CPU" in result.stdout
+
+
+def test_an_implementation_that_cannot_be_imported_ends_the_session() -> None:
+    result = suite("--impl=conformance.nosuch", "--family=votes")
+    assert result.returncode == 4 and "failed" not in result.stdout
+    want = "--impl conformance.nosuch cannot be imported: ModuleNotFoundError: No module named 'conformance.nosuch'"
+    assert want in result.stderr
+
+
 def test_a_family_that_is_none_is_named() -> None:
     result = suite("--family=pakking")
     assert result.returncode == 4

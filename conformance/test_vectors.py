@@ -58,11 +58,17 @@ def _ids(cases: list[tuple[str, dict[str, Any]]]) -> list[str]:
 def _run(ops: Subject, op: str, case: dict[str, Any]) -> None:
     args = tuple(map(value_of, case["args"]))
     kwargs = {name: value_of(value) for name, value in case.get("kwargs", {}).items()}
-    if "raises" in case:
+    on, kind = f"{op} on {case['name']!r}", case.get("raises")
+    if kind is not None:
         error = ops.refuses(op, args, kwargs)
-        assert type(error).__name__ == case["raises"], f"{op} on {case['name']}: {error!r}"
-    else:
-        exact(ops.call(op, *args, **kwargs), value_of(case["want"]), case["why"])
+        assert error is not None, f"{op} accepts {case['name']!r}, want a {kind} ({case['why']})"
+        assert type(error).__name__ == kind, f"{on} raises {error!r}, want a {kind} ({case['why']})"
+        return
+    got = ops.call(op, *args, **kwargs)
+    try:
+        exact(got, value_of(case["want"]), f"{on}: output")
+    except AssertionError as failure:
+        raise AssertionError(f"{failure} ({case['why']})") from None
 
 
 @pytest.mark.parametrize(("op", "case"), OPS, ids=_ids(OPS))

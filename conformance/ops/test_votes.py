@@ -248,7 +248,7 @@ def test_stochastic_votes_round_half_to_even(ops: Subject, half: int, seed: int)
 def test_stochastic_votes_round_the_product_once(
     ops: Subject, place: int, size: float, clock: dict[str, Any]
 ) -> None:
-    """A product next to a tie is rounded to float32 first, and may be the tie by then. The byte of a place tells the two q apart."""
+    """A product next to a tie is rounded to float32 first, and may be the tie by then. The byte of a place tells the two apart."""
     dither = oracle.dither(0, 12, **{name: int(value) for name, value in clock.items()})[:12]
     g = torch.tensor(size, dtype=torch.float32).item()
     rate = torch.tensor((255.5 - dither[place]) / 256 / g, dtype=torch.float32).item()
