@@ -57,6 +57,8 @@ def dither_bytes(
 
     Math:    byte i is byte i mod 16, little-endian, of Philox(key = seed, counter = (group id, i // 16, step, tensor id))
     Shapes:  group_ids int64 [...], each in 0 .. 2**32 - 1
+    Range:   group_size G one of 6, 12, 16, 24, 32, 48, 64, 96; seed 0 .. 2**64 - 1; step 0 .. 2**32 - 1, an integer or a
+             0-dim int64 tensor; tensor_id 0 .. 2**32 - 1
     Returns: uint8 [..., G + 1]; place i uses byte i, the exponent uses byte G
     Raises:  ValueError for a group size, seed, step or tensor id out of range
     Laws:    the bytes of a group depend on its own id alone, not on the other ids of the call

@@ -55,7 +55,8 @@ def accumulate(
              `score`: E_accum <- sat(E_accum + ((score + (b_E >> 3)) >> 5)), b_E the group's exponent dither byte
              `sign`: E_accum <- sat(E_accum + sign(score)); `frozen`: E_accum stays
     Shapes:  votes_NK int8 [N, K], or [R, K] for the unique rows int64 [R] (-1: unused slot)
-    Range:   first_row 0 or more: the weight is rows first_row, first_row + 1, .. of a table, and its dither is that of these rows
+    Range:   votes -127 .. 127; seed, step and tensor_id as `stochastic_votes`;
+             first_row 0 or more: the weight is rows first_row, first_row + 1, .. of a table, and its dither is that of these rows
     Returns: a new weight; or `out` (may be `weight` itself), overwritten. Rows not named keep every byte
     Overflow: saturates at plus and minus 127; |score| <= 96 * 127 fits 16 bits
     Raises:  TypeError or ValueError for a dtype, shape, device, rule, row or dither coordinate that is not allowed

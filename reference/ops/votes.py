@@ -24,7 +24,7 @@ def row_exponents(grad_NK: Tensor) -> Tensor:
 
     Math:    ms = mean of g**2 over the row, in float64; 2**e <= ms < 2**(e + 1); V = floor((e + 1) / 2)
     Shapes:  grad_NK float32 or bfloat16 [N, K]
-    Returns: int32 [N] from -149 - ceil(log2(K) / 2) to 128, or SILENT_ROW where ms is 0 or not finite
+    Returns: int32 [N] from -149 - ceil(log2(K) / 2) to 128, or SILENT_ROW = 2**15 where ms is 0 or not finite
     Raises:  TypeError for another dtype; ValueError for a gradient that is not two-dimensional or has no column
     Laws:    2 * g raises V by 1; the order of columns does not matter, unless ms is within K * 2**-53 (relative) of an odd
              power of two, where the last bits of the sum decide
@@ -54,7 +54,8 @@ def stochastic_votes(
     Math:    q = rint(clamp(g * 2**(8 - V) * r, -32768, 32767)); v = clamp((q + b) >> 8, -127, 127), b the dither byte
     Shapes:  grad_NK float32 or bfloat16 [N, K], or [R, K] for the rows int64 [R] of a weight (-1: unused slot)
     Returns: int8, same shape; rows whose mean square is 0 or not finite, and unused slots, are all 0
-    Range:   rate in [0, 127], a number or a 0-dim float32 tensor; step an integer or a 0-dim int64 tensor
+    Range:   rate in [0, 127], a number or a 0-dim float32 tensor; step 0 .. 2**32 - 2, an integer or a 0-dim int64 tensor;
+             group_size, seed and tensor_id as `dither_bytes`
     Rounding: g * 2**(8 - V) is exact and times r is rounded once, to float32; then clamp, then half to even
     Laws:    mean over all dither bytes is q / 256, short of saturation; v never has the sign opposite to
              that of g; rate 0 votes nothing; scaling g by a power of two changes nothing
@@ -110,6 +111,7 @@ def step_from_loss(loss: float, loss_ref: float, max_step: int) -> int:
     """Return the loss-scaled integer step of the sign rule.
 
     Math:    s = clamp(ceil(max_step * loss / loss_ref), 1, max_step); loss_ref = ln(vocabulary size)
+    Rounding: float64, the product first, then the quotient; an overflow gives max_step
     Range:   loss finite and >= 0, loss_ref finite and > 0, both in nats; max_step in 1 .. 127
     Raises:  TypeError or ValueError for a number outside of its range
     Laws:    never decreases with the loss
