@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import pytest
 
 from arbitor.reference.op_table import OP_TABLE
-
-if TYPE_CHECKING:
-    from .subject import Subject
 
 
 class Ledger:
@@ -60,9 +57,3 @@ def skip(what: str, reason: str) -> NoReturn:
     """Leave a test out, with a reason that the summary prints."""
     LEDGER.skipped[what] = reason
     pytest.skip(reason)
-
-
-def needs_cuda(subject: Subject, what: str) -> None:
-    """Leave a test out where there is no GPU, and say so in the summary."""
-    if subject.device.type != "cuda":
-        skip(what, f"needs CUDA; this run is on {subject.device}")

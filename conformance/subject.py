@@ -144,6 +144,12 @@ class Subject:
         return value
 
 
+def needs_cuda(subject: Subject, what: str) -> None:
+    """Leave a test out where there is no GPU, and say so in the summary."""
+    if subject.device.type != "cuda":
+        skip(what, f"needs CUDA; this run is on {subject.device}")
+
+
 def parts_of(value: Any) -> tuple[Any, ...]:
     """Return the items of a tuple, and no items of anything else."""
     return value if isinstance(value, tuple) else ()

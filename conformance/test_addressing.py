@@ -12,8 +12,8 @@ from torch import Tensor
 
 from arbitor.reference import ops as reference_ops
 from conformance.compare import exact
-from conformance.report import needs_cuda, skip
-from conformance.subject import Subject, weight_of
+from conformance.report import skip
+from conformance.subject import Subject, needs_cuda, weight_of
 
 BIG = 2**31
 """Elements from which 32-bit offsets overflow."""

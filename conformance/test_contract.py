@@ -21,8 +21,7 @@ from conformance.case import Case
 from conformance.compare import exact, same_sums
 from conformance.families import CASES
 from conformance.poison import PATTERNS
-from conformance.report import needs_cuda
-from conformance.subject import Subject, weight_of
+from conformance.subject import Subject, needs_cuda, weight_of
 
 CAPTURABLE = [name for name, row in OP_TABLE.items() if row.capturable]
 

@@ -29,8 +29,8 @@ from conformance import cuda_calls
 from conformance.case import Case
 from conformance.compare import exact
 from conformance.families import compare
-from conformance.report import needs_cuda, skip
-from conformance.subject import Subject
+from conformance.report import skip
+from conformance.subject import Subject, needs_cuda
 
 # Not by name: `ops` has ops of the names of its files.
 experts_ops = import_module("arbitor.optimized.ops.experts")

@@ -19,8 +19,7 @@ from arbitor.reference.types import TernaryWeight
 from conformance.compare import alike, exact, unsigned_zeros
 from conformance.graph import models
 from conformance.graph.models import integers, on, quick_context
-from conformance.report import needs_cuda
-from conformance.subject import Subject
+from conformance.subject import Subject, needs_cuda
 
 
 def both_paths(**fields: Any) -> list[tuple[GraphContext, SharedProjectionMoE]]:

@@ -37,8 +37,7 @@ from conformance.graph.replay import (
     replaying,
 )
 from conformance.mutant import build as build_mutant
-from conformance.report import needs_cuda
-from conformance.subject import Subject
+from conformance.subject import Subject, needs_cuda
 
 STRUCTURE = ("num_hops", "max_moe_iters", "video_steps", "top_k")
 """Numbers that a reduced model shares with its preset. It has all others of the nano model, or 0 as its preset."""

@@ -19,8 +19,7 @@ from ..compare import exact, same_sums
 from ..law import law
 from ..mutant import mutants_of
 from ..refusal import F16, I8, ids, meta, ones, refusals, refused
-from ..report import needs_cuda
-from ..subject import Subject
+from ..subject import Subject, needs_cuda
 
 mutant = mutants_of("edges")
 

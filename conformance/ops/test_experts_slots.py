@@ -10,8 +10,7 @@ from arbitor.reference import ops as reference_ops
 
 from .. import strategies as ss
 from ..compare import exact
-from ..report import needs_cuda
-from ..subject import Subject, weight_of
+from ..subject import Subject, needs_cuda, weight_of
 
 
 @pytest.mark.parametrize("shape", [(19, 30), (19, 300), (150, 30)])

@@ -23,8 +23,7 @@ from ..compare import exact, no_worse, one_rounding, roundings, same_sums
 from ..law import law
 from ..mutant import mutants_of
 from ..refusal import F16, meta, ones, refusals, refused, weight
-from ..report import needs_cuda
-from ..subject import Subject
+from ..subject import Subject, needs_cuda
 
 mutant = mutants_of("norm")
 

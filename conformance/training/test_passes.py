@@ -23,8 +23,7 @@ from arbitor.reference.graph import ArbModel, TernaryEmbedding, TernaryModule, g
 from arbitor.reference.graph.open_pass import Note
 from conformance.compare import exact
 from conformance.graph import models
-from conformance.report import needs_cuda
-from conformance.subject import Subject
+from conformance.subject import Subject, needs_cuda
 from conformance.training.nano import WHOLE
 from conformance.training.runs import replays
 

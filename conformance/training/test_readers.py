@@ -23,8 +23,7 @@ from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.ledger import KVLedger
 from conformance.compare import exact
 from conformance.graph import models
-from conformance.report import needs_cuda
-from conformance.subject import Subject
+from conformance.subject import Subject, needs_cuda
 from conformance.training.runs import replays
 
 PROMPTS = (b"", b"one two three four five six seven", b"0123456789")

@@ -20,8 +20,7 @@ from arbitor.optimized.training.plan import decide, preset_config
 from arbitor.optimized.training.recording import LAUNCHED_FIRST
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.moe import SharedProjectionMoE
-from conformance.report import needs_cuda
-from conformance.subject import Subject
+from conformance.subject import Subject, needs_cuda
 from conformance.training.nano import NANO_DEFAULTS, WHOLE
 from conformance.training.runs import replays, train_until_killed
 
