@@ -89,8 +89,9 @@ def check(ops: Subject, case: Refusal) -> None:
     """Fail unless the call raises the exception with a sentence that names the argument."""
     args, kwargs = case.call()
     error = ops.refuses(case.op, args, kwargs)
-    assert error is not None, f"{case.op} accepts {case.why}"
-    assert type(error) is case.error, f"{case.op} on {case.why}: {error!r}, want a {case.error.__name__}"
+    want = f"want a {case.error.__name__} that names {case.says}"
+    assert error is not None, f"{case.op} accepts {case.why}, {want}"
+    assert type(error) is case.error, f"{case.op} on {case.why}: {error!r}, {want}"
     assert case.says in str(error), f"{case.op} on {case.why} does not name {case.says}: {error}"
     assert len(str(error).splitlines()) == 1, f"{case.op} on {case.why} takes more than a sentence: {error}"
 
