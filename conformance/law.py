@@ -60,9 +60,8 @@ class Law:
         try:
             self.body(ops, **drawn)
         except AssertionError as failure:
-            failure.add_note(
-                f"{self.name} called {', '.join(dict.fromkeys(ops.called)) or 'no op'} of {ops.name}"
-            )
+            if ops.called:
+                failure.add_note(f"{self.name} called {', '.join(dict.fromkeys(ops.called))} of {ops.name}")
             raise
 
 

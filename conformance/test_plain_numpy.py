@@ -50,6 +50,7 @@ def test_a_slip_in_it_is_found() -> None:
     broken = "numpy.rint = lambda x: numpy.sign(x) * numpy.floor(abs(x) + 0.5)"
     result = suite("--family=votes", "--maxfail=1", broken=broken)
     assert result.returncode == 1 and "stochastic_votes" in result.stdout, result.stdout[-2000:]
+    assert " called " in result.stdout and "stochastic_votes of conformance.plain_numpy" in result.stdout
 
 
 def test_a_missing_op_is_one_failure() -> None:
