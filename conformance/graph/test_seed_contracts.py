@@ -285,8 +285,11 @@ def test_stale_gradients_never_leak_into_the_next_step(start: Start, plain: Plai
     refused = disturbed.losses(ids_BT)
     spoiled = {**refused, "more": torch.tensor(math.nan, device=ids_BT.device)}
     assert not disturbed.backward(spoiled, rate=models.RATE, step=0)
-    # A backward pass outside of `backward` gives gradients, but casts no votes.
+    # A backward pass outside of `backward` gives gradients, but casts no votes. Nothing goes on until they are dropped.
     sum(disturbed.losses(ids_BT).values()).backward()
+    with pytest.raises(RuntimeError, match="did not vote"):
+        disturbed.backward(disturbed.losses(ids_BT), rate=models.RATE, step=0)
+    disturbed.drop_gradients()
     with torch.no_grad():
         disturbed.losses(ids_BT)
     with deterministic():

@@ -273,8 +273,8 @@ def test_accumulate_exponent_is_unbiased(ops: Subject, score: int, sign: int) ->
     rejects=[
         mutant(
             "all_rows_at_once",
-            "group_ids = rows[:, None] * groups",
-            "group_ids = torch.arange(rows.numel())[:, None] * groups",
+            "first_row + rows[:, None]) * groups",
+            "first_row + torch.arange(rows.numel())[:, None]) * groups",
             compared="accumulate",
         ),
         mutant(
@@ -321,8 +321,8 @@ _BY_ROW = ("exponents", "trit_accum", "exponent_accum")
     rejects=[
         mutant(
             "fused_forgets_rows",
-            "exponent_rule=exponent_rule,\n        rows=rows,\n        out=out",
-            'exponent_rule="score",\n        rows=rows,\n        out=out',
+            "exponent_rule=exponent_rule,\n        rows=rows,\n        first_row=first_row",
+            'exponent_rule="score",\n        rows=rows,\n        first_row=first_row',
             compared="accumulate_gradient",
         ),
     ],
