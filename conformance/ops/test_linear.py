@@ -249,8 +249,9 @@ def test_linear_of_matrices_side_by_side(
 def test_linear_input_grad_is_added_to_a_sum(
     ops: Subject, weight: TernaryWeight, lead: tuple[int, ...], data: st.DataObject
 ) -> None:
-    """A gradient that is given as `out` becomes the sum of both."""
-    dy, out = _floats(data, *lead, weight.shape[0]), _floats(data, *lead, weight.shape[1])
+    """A gradient that is given as `out` becomes the sum of both. It is a gradient too, so that every sum on the way is exact."""
+    dy, other = _floats(data, 2, *lead, weight.shape[0])
+    out = (other.to(torch.float64) @ dense(weight)).to(dy.dtype)
     want = out.to(torch.float64) + dy.to(torch.float64) @ dense(weight)
     same_sums(ops.linear_input_grad(dy, weight, out=out.clone()), want.to(out.dtype))
 
