@@ -30,8 +30,8 @@ from arbitor.reference.audit import APART, area_of
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.adapters import adapters_of
 from arbitor.reference.graph.ledger import KVLedger
-from arbitor.reference.graph.model import Trunk
 from arbitor.reference.graph.module import as_it_is
+from arbitor.reference.graph.trunk import Trunk
 from arbitor.reference.presets import preset
 from arbitor.sidecars import Encoders
 
