@@ -18,8 +18,8 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from arbitor.alone import check_alone
-from arbitor.model import settled
+from arbitor.alone import Alone
+from arbitor.placement import settled
 from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig, at_rest, check_rules
 from arbitor.reference.convert import Loss, loss_of, ternarize
@@ -236,6 +236,7 @@ class Ternary(Stateful):
                     )
         context = GraphContext(first.ops, first.config, device=first.device, dtype=first.dtype, seed=seed)
         super().__init__(context)
+        self.voting.ranks = Alone()
         for layer in layers.values():
             layer.context, layer.tensor_id = context, context.next_tensor_id()
         self.module = module
@@ -243,14 +244,6 @@ class Ternary(Stateful):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the module returns, in its own surroundings: autocast and torch.compile are the user's."""
         return nn.Module.__call__(self, *args, **kwargs)
-
-    def backward(self, loss: Tensor, *, rate: float | Tensor, step: int | Tensor, undo: bool = True) -> bool:
-        """Run the backward pass of one micro-batch, as `Stateful.backward` says.
-
-        Raises RuntimeError in one process of several whose votes are not exchanged, as in a loop of one's own under torchrun.
-        """
-        check_alone(self.voting.ranks)
-        return super().backward(loss, rate=rate, step=step, undo=undo)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the module returns."""

@@ -162,7 +162,7 @@ def test_a_stream_leaves_torch_as_it_is(model: ArbModel) -> None:
 def test_characters_are_whole(model: ArbModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a character of several bytes no half is handed out, and one that stays half is named as such."""
     drawn = [[bytes([byte])] for byte in "aé€".encode() + b"\xe2\x82"]
-    monkeypatch.setattr("arbitor.model.stream_batch", lambda *a, **k: iter(drawn))
+    monkeypatch.setattr("arbitor.generation.stream_batch", lambda *a, **k: iter(drawn))
     assert list(model.generate("", stream=True)) == ["a", "", "é", "", "", "€", "", "", "�"]
 
 

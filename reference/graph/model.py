@@ -323,7 +323,8 @@ class ArbModel(ArbTrunk):
         Raises:
             TypeError or ValueError: a loss that is no scalar tensor, has no graph, or was not computed with this model; a rate
                 or step that is not allowed.
-            RuntimeError: a weight was stepped or loaded since the loss was computed; or the model is torn (`Voting`).
+            RuntimeError: a weight was stepped or loaded since the loss was computed; gradients came by `loss.backward()` before;
+                the model is torn (`Voting`); or it is a model of `arbitor` in one process of several, whose votes nobody exchanges.
         """
         return super().backward(self.objective(loss), rate=rate, step=step, undo=undo)
 

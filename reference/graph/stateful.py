@@ -48,7 +48,7 @@ class Stateful(ArbModule):
             TypeError or ValueError: a loss that is no scalar tensor, has no graph, or was not computed with this model; a rate
                 or step that is not allowed.
             RuntimeError: a weight was stepped or loaded since the loss was computed; gradients came by `loss.backward()` before;
-                or the model is torn (`Voting`).
+                the model is torn (`Voting`); or it is a model of `arbitor` in one process of several, whose votes nobody exchanges.
         """
         self.voting.check_whole()
         self.voting.check_answered()
@@ -201,7 +201,10 @@ class Stateful(ArbModule):
         }
 
     def state(self) -> dict[str, TernaryWeight | Tensor]:
-        """Return all that training changes: the weights in canonical form, and the integer tables."""
+        """Return all that training changes: the weights in canonical form, and the integer tables.
+
+        Tensors may share memory with the model, as those of `state_dict` do. A deep copy stays as the model is now.
+        """
         return {**self.weights(), **self.tables()}
 
     def load_state(self, state: Mapping[str, TernaryWeight | Tensor]) -> None:
