@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
+from arbitor.reference.constants import BESIDE_TRITS
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.module import ArbModule, TernaryModule, check_loadable
 from arbitor.reference.graph.parts import row_parts
 from arbitor.reference.graph.tables import TableModule
 from arbitor.reference.graph.uncompiled import out_of_graphs
 from arbitor.reference.types import TernaryWeight
-
-BESIDE_TRITS = ("exponents", "trit_accum", "exponent_accum")
-"""The tensors of a weight that every layout has. The other tensor of a weight holds its trits."""
 
 
 class Stateful(ArbModule):
