@@ -24,9 +24,8 @@ from arbitor.optimized.training.loop import train
 from conformance.subject import Subject
 from conformance.training import nano
 from conformance.training.forge import Change, first_element, forged
+from conformance.training.nano import IDS
 from conformance.training.runs import options
-
-IDS = torch.tensor([list(b"to be or not to be"), list(b"that is the questi")])
 
 
 def trained(steps: int = 2, config: ArbConfig = nano.WHOLE, **asked: Any) -> ArbModel:
