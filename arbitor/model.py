@@ -92,8 +92,10 @@ class ArbModel(graph.ArbModel):
         """Return this model, which owns some frozen encoders from now on, so that it takes raw media.
 
         `losses`, `loss`, `respond` and calls of the model then take `images`, `sounds` and `clips`, as `trunk` does. The encoders
-        follow the model to its device. They are in no `state_dict` and are not saved.
+        follow the model to its device. They are in no `state_dict` and are not saved. Raises TypeError for what are no encoders.
         """
+        if encoders is not None and not isinstance(encoders, Encoders):
+            raise TypeError(f"encoders is a {type(encoders).__name__}, but must be Encoders or None")
         self.encoders = encoders
         return self
 
@@ -217,7 +219,7 @@ class ArbModel(graph.ArbModel):
 
         Raises:
             ImportError: huggingface_hub is not installed.
-            ValueError, RuntimeError, TrainingError: the name is no OWNER/NAME; or as `save_pretrained`.
+            TypeError, ValueError, RuntimeError, TrainingError: the name is no OWNER/NAME; or as `save_pretrained`.
         """
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model"

@@ -111,7 +111,7 @@ class Linear(TernaryLinear):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear is a {type(linear).__name__}, but must be a torch.nn.Linear")
-        w_NK, rules = linear.weight.detach(), rules or Rules()
+        w_NK, rules = linear.weight.detach(), _settled_rules(rules)
         if w_NK.dtype not in checks.FLOAT_DTYPES:
             raise TypeError(
                 f"linear has dtype {checks.names((w_NK.dtype,))}, but must have {checks.names(checks.FLOAT_DTYPES)}: "
@@ -277,6 +277,7 @@ def swap_linears(
         raise TypeError(f"module is a {type(module).__name__}, but must be a torch.nn.Module")
     if select is not None and not callable(select):
         raise TypeError(f"select is a {type(select).__name__}, but must be a function of a name and a layer")
+    _settled_rules(rules)
     for name, part in module.named_modules():
         if isinstance(part, ArbModule) and not isinstance(part.context, _OwnContext):
             raise ValueError(
@@ -335,12 +336,17 @@ def _context(
 ) -> GraphContext:
     """Return a context for one layer."""
     place, number_format, op_set = settled(device, dtype, ops)
-    if rules is not None and not isinstance(rules, Rules):
-        raise TypeError(f"rules is a {type(rules).__name__}, but must be Rules")
+    config = cast(ArbConfig, _settled_rules(rules))
     if seed is None:
         seed = int(torch.randint(2**63 - 1, ()))
-    config = cast(ArbConfig, rules or Rules())
     return _OwnContext(op_set, config, device=place, dtype=number_format, seed=seed)
+
+
+def _settled_rules(rules: Rules | None) -> Rules:
+    """Return rules, or those that hold where nobody says otherwise; refuse what are none."""
+    if rules is not None and not isinstance(rules, Rules):
+        raise TypeError(f"rules is a {type(rules).__name__}, but must be Rules")
+    return rules or Rules()
 
 
 def _sizes(**sizes: int) -> None:

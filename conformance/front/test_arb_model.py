@@ -71,6 +71,12 @@ def test_wrong_arguments_are_named(asked: dict[str, Any], error: type[Exception]
         ArbModel(**{"config": nano.NANO, "device": "cpu", **asked})
 
 
+def test_encoders_are_encoders(model: ArbModel) -> None:
+    with pytest.raises(TypeError, match="encoders is a str, but must be Encoders or None"):
+        model.use_encoders("facebook/dinov2-small")  # type: ignore[arg-type]
+    assert model.encoders is None and model.use_encoders(None) is model
+
+
 def test_sizes(model: ArbModel) -> None:
     report = audit(nano.NANO, resident_bytes=lambda weight: weight.state_bytes)
     assert model.num_weights == report.weights

@@ -281,6 +281,8 @@ def test_a_hub_that_has_no_such_model_is_named(hub: Hub) -> None:
         ArbModel.from_pretrained("ann/absent")
     with pytest.raises(ValueError, match="name is 'nano', but must be OWNER/NAME"):
         trained(0).push_to_hub("nano")
+    with pytest.raises(TypeError, match="name is a int, but must be OWNER/NAME"):
+        trained(0).push_to_hub(5)  # type: ignore[arg-type]
 
 
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

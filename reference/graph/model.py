@@ -244,6 +244,10 @@ class ArbModel(ArbTrunk):
 
         Raises TypeError or ValueError for targets that do not fit, or of a head that the model does not have.
         """
+        if targets is not None and not isinstance(targets, Targets):
+            raise TypeError(
+                f"targets is a {type(targets).__name__}, but must be Targets or None: the bytes to learn are those of ids_BT"
+            )
         trunk = self._trunk_with_targets(ids_BT, media)
         # This looks at `taught_BT` before the other heads read by it.
         of_bytes = self._byte_loss(trunk, ids_BT, None if targets is None else targets.taught_BT)

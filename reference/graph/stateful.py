@@ -50,6 +50,8 @@ class Stateful(ArbModule):
         """
         self.voting.check_whole()
         self.voting.check_answered()
+        # A module of the user's that holds the layers may have been moved by itself.
+        self._follow_weights()
         ranks = self.voting.ranks
         loss = ranks.part(scalar("loss", loss))
         if not loss.requires_grad:
@@ -286,7 +288,9 @@ class Stateful(ArbModule):
         return changed
 
     def flip_rate(self, snapshot: Mapping[str, Mapping[str, Tensor]]) -> float:
-        """Return the share of trits that differ from those of `snapshot_trits`, among the weights that can vote."""
+        """Return the share of trits that differ from those of `snapshot_trits`, among the weights that can vote; 0 for none."""
+        if not snapshot:
+            return 0.0
         changed, modules = self.changed_trits(snapshot), self.ternary_modules()
         total = sum(math.prod(modules[name].weight.shape) for name in changed)
         return float(torch.stack(list(changed.values())).sum()) / total
