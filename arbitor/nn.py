@@ -137,7 +137,7 @@ class Linear(TernaryLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Return the product of x and the weight, plus the bias."""
         y = super().forward(x)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         """Return the sizes."""

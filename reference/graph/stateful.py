@@ -64,11 +64,18 @@ class Stateful(ArbModule):
             return False
         with self.voting.taking(rate=rate, step=step, size=self.vote_size(value), undo=undo) as taken:
             loss.backward()
-            if not taken.reached:
+            if not taken.reached and self._can_be_reached:
                 raise ValueError(
                     "loss was not computed with this model: its gradient came to none of the model's weights"
                 )
         return True
+
+    @property
+    def _can_be_reached(self) -> bool:
+        """Whether a gradient can come to a weight. Below float layers that learn, all ternary ones may be frozen."""
+        return any(
+            not module.frozen or module.adapter is not None for module in self.ternary_modules().values()
+        )
 
     def vote_size(self, loss: float) -> int:
         """Return the size of the votes of a pass whose loss is finite; 1 where the rate gives votes their size."""
