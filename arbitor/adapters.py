@@ -18,14 +18,19 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from arbitor.model import ArbModel
-from arbitor.optimized.training.adapter_files import FLOAT_MODEL_TYPE, read_adapter, write_adapter
+from arbitor.optimized.training.adapter_files import (
+    FLOAT_MODEL_TYPE,
+    read_adapter,
+    read_tensors,
+    write_adapter,
+)
 from arbitor.optimized.training.adapter_state import AdapterState
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.regular import json_object
+from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.convert import ternarize
 from arbitor.reference.graph.adapters import (
@@ -115,14 +120,18 @@ def float_model(folder: str | PathLike[str]) -> ArbModel:
                 f"its model_type is {document['model_type']!r}, but must be {FLOAT_MODEL_TYPE!r}"
             )
         model = ArbModel(ArbConfig(**document["model"]), device="cpu", ops="reference")
-        tensors = load_file(path / "model.safetensors")
+        tensors = read_tensors(path / "model.safetensors")
+        ranges = model.table_ranges()
         with torch.no_grad():
             for name, module in model.ternary_modules().items():
                 w_NK, weight = tensors[f"{name}.weight"], module.weight
+                checks.tensor(f"{name}.weight", w_NK, torch.float32, weight.shape)
                 if name not in linears_of(model):
                     form = {"group_size": weight.group_size, "mantissa_bits": weight.mantissa_bits}
                     module.load(ternarize(w_NK, **form))
             for name, table in model.tables().items():
+                checks.tensor(name, tensors[name], table.dtype, table.shape)
+                checks.values_between(name, tensors[name], *ranges[name])
                 table.copy_(tensors[name])
             for name in use_float_linears(model):
                 model.get_submodule(name).get_parameter("weight").copy_(tensors[f"{name}.weight"])

@@ -2,47 +2,35 @@
 
 from __future__ import annotations
 
-import codecs
-import importlib
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from arbitor import pretrained
-from arbitor.alone import check_alone
+from arbitor.alone import Alone
+from arbitor.generation import Text, added_text, refuse_unknown
 from arbitor.optimized.training.adapter_state import AdapterState
-from arbitor.optimized.training.generate import MOST_SEED, stream_batch
-from arbitor.optimized.training.media import Features, encoders_of, media_features
+from arbitor.optimized.training.media import encoders_of, media_features
 from arbitor.optimized.training.model_folder import load_into, trained_context, write_folder
-from arbitor.optimized.training.options import MOST_BYTES
-from arbitor.optimized.training.recording import records
-from arbitor.optimized.training.runtime import OP_SETS, Runtime, choose_runtime
 from arbitor.optimized.training.schedule import GAIN
-from arbitor.reference import checks, graph
+from arbitor.placement import settled
+from arbitor.reference import graph
 from arbitor.reference.audit import APART, area_of
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.adapters import adapters_of
 from arbitor.reference.graph.ledger import KVLedger
-from arbitor.reference.graph.model import Trunk
 from arbitor.reference.graph.module import as_it_is
+from arbitor.reference.graph.trunk import Trunk
 from arbitor.reference.presets import preset
 from arbitor.sidecars import Encoders
-
-Text = str | bytes
-"""A text. What is made of bytes comes back as bytes, what is made of a string as a string."""
-
-LENGTHS = ("max_new_tokens", "max_tokens", "max_length", "length")
-"""What other libraries call the number of tokens to add."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-"""The dtypes of activations by name."""
 
 
 class ArbModel(graph.ArbModel):
@@ -95,6 +83,7 @@ class ArbModel(graph.ArbModel):
             dtype=number_format,
             seed=seed,
         )
+        self.voting.ranks = Alone()
         self.steps_taken = 0
         self.trained_context: int | None = None
         self.encoders: Encoders | None = None
@@ -103,8 +92,10 @@ class ArbModel(graph.ArbModel):
         """Return this model, which owns some frozen encoders from now on, so that it takes raw media.
 
         `losses`, `loss`, `respond` and calls of the model then take `images`, `sounds` and `clips`, as `trunk` does. The encoders
-        follow the model to its device. They are in no `state_dict` and are not saved.
+        follow the model to its device. They are in no `state_dict` and are not saved. Raises TypeError for what are no encoders.
         """
+        if encoders is not None and not isinstance(encoders, Encoders):
+            raise TypeError(f"encoders is a {type(encoders).__name__}, but must be Encoders or None")
         self.encoders = encoders
         return self
 
@@ -228,7 +219,7 @@ class ArbModel(graph.ArbModel):
 
         Raises:
             ImportError: huggingface_hub is not installed.
-            ValueError, RuntimeError, TrainingError: the name is no OWNER/NAME; or as `save_pretrained`.
+            TypeError, ValueError, RuntimeError, TrainingError: the name is no OWNER/NAME; or as `save_pretrained`.
         """
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model"
@@ -278,62 +269,20 @@ class ArbModel(graph.ArbModel):
         Raises:
             TypeError or ValueError: an argument of another name or type, or out of range.
         """
-        for name in unknown:
-            meant = (
-                "; max_new_bytes is how many bytes to add, and a byte is a token" if name in LENGTHS else ""
-            )
-            raise TypeError(f"generate has no argument {name!r}{meant}")
-        checks.integer("max_new_bytes", max_new_bytes, 0, MOST_BYTES)
-        alone = isinstance(prompts, Text)
-        several = _texts("prompts", prompts)
-        given = [_bytes_of("prompts" if alone else f"prompts[{i}]", text) for i, text in enumerate(several)]
-        stops = [_bytes_of("stop", text) for text in _texts("stop", stop)]
-        made = self._features(images=images, sounds=sounds, clips=clips)
-        media: list[Features] | None = None
-        if made:
-            for name, value in made.items():
-                if len(value) != len(given):
-                    raise ValueError(
-                        f"{name} has {len(value)} samples, but must have {len(given)}, one for each prompt"
-                    )
-            media = [
-                {name: value[place, None] for name, value in made.items()} for place in range(len(given))
-            ]
-        pieces = stream_batch(
+        refuse_unknown(unknown)
+        return added_text(
             self,
-            given,
-            max_new_bytes,
+            prompts,
+            max_new_bytes=max_new_bytes,
             temperature=temperature,
-            seeds=_seeds(seed, len(given)),
             top_k=top_k,
             top_p=top_p,
-            stop=stops,
+            stop=stop,
+            seed=seed,
             context=self.trained_context if context is None else context,
-            media=media,
-            cuda_graph=self._records(),
+            features=partial(self._features, images=images, sounds=sounds, clips=clips),
+            stream=stream,
         )
-        texts = _as_given(self._unchanged(pieces), several)
-        if stream:
-            return (piece[0] for piece in texts) if alone else texts
-        added = list(texts)
-        joined = [_joined(text, [piece[place] for piece in added]) for place, text in enumerate(several)]
-        return joined[0] if alone else joined
-
-    def _unchanged(self, pieces: Iterator[list[bytes]]) -> Iterator[list[bytes]]:
-        """Yield pieces of texts. Raises RuntimeError if the weights were changed since the first one was asked for."""
-        version = self.voting.version
-        for piece in pieces:
-            yield piece
-            if self.voting.version != version:
-                raise RuntimeError(
-                    "the model was stepped or loaded between two pieces of a text, but must stay as it is until the last one"
-                )
-
-    def _records(self) -> bool:
-        """Whether steps of generation are recorded and replayed: the same bytes, sooner."""
-        backend = next((name for name, home in OP_SETS.items() if home == self.context.op_set.name), "")
-        runtime = Runtime(self.context.device.type, backend, self.dtype)
-        return records(None, runtime, adapted=bool(adapters_of(self)))
 
     @property
     def num_weights(self) -> int:
@@ -355,21 +304,6 @@ class ArbModel(graph.ArbModel):
             f"{self.config.name}: {self.num_weights:,} ternary weights, {self.state_bytes:,} bytes of state, "
             f"device={self.context.device}, dtype={self.dtype}"
         )
-
-    def backward(
-        self,
-        loss: Tensor | Mapping[str, Tensor],
-        *,
-        rate: float | Tensor,
-        step: int | Tensor,
-        undo: bool = True,
-    ) -> bool:
-        """Run the backward pass of one micro-batch, as `graph.ArbModel.backward` says.
-
-        Raises RuntimeError in one process of several whose votes are not exchanged, as in a loop of one's own under torchrun.
-        """
-        check_alone(self.voting.ranks)
-        return super().backward(loss, rate=rate, step=step, undo=undo)
 
     def _ternary_update_memory(
         self,
@@ -412,92 +346,3 @@ class ArbModel(graph.ArbModel):
         """Apply the step rule, as `Stateful.step` says, and count the step."""
         super().step()
         self.steps_taken += 1
-
-
-def settled(
-    device: torch.device | str, dtype: torch.dtype | str | None, ops: ModuleType | str | None
-) -> tuple[torch.device, torch.dtype, ModuleType]:
-    """Return device, dtype and op set for what was asked; see `ArbModel`."""
-    auto = device == "auto"
-    try:
-        place = torch.device("cpu" if auto else device)
-    except (RuntimeError, TypeError):
-        raise ValueError(
-            f"device is {device!r}, but must be auto, cpu, cuda, meta or a torch.device"
-        ) from None
-    # Shapes are the same with every op set.
-    kind = "auto" if auto else "cpu" if place.type == "meta" else place.type
-    if ops is not None and not isinstance(ops, ModuleType | str):
-        raise TypeError(f"ops is a {type(ops).__name__}, but must be a module or one of {', '.join(OP_SETS)}")
-    if isinstance(ops, str) and ops not in OP_SETS:
-        raise ValueError(f"ops is {ops!r}, but must be a module or one of {', '.join(OP_SETS)}")
-    runtime = choose_runtime(kind, ops if isinstance(ops, str) else None)
-    if auto:
-        place = torch.device(runtime.device)
-    op_set = ops if isinstance(ops, ModuleType) else runtime.ops()
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}")
-        dtype = DTYPES[dtype]
-    if dtype is None:
-        dtype = (
-            runtime.dtype if op_set is importlib.import_module(OP_SETS[runtime.backend]) else torch.float32
-        )
-    return place, dtype, op_set
-
-
-def _joined(like: Text, pieces: Sequence[Text]) -> Text:
-    """Return pieces as one text, of the type of another."""
-    return "".join(cast(list[str], pieces)) if isinstance(like, str) else b"".join(cast(list[bytes], pieces))
-
-
-def _seeds(seed: Any, count: int) -> list[int]:
-    """Return a seed for each of some prompts, from the first or from all of them."""
-    if isinstance(seed, Sequence) and not isinstance(seed, Text):
-        return list(seed)
-    checks.integer("seed", seed, 0, MOST_SEED)
-    return [seed + place for place in range(count)]
-
-
-def _texts(name: str, texts: Text | Sequence[Text]) -> list[Text]:
-    """Return a text, or several, as a list; refuse what is neither."""
-    if isinstance(texts, Text):
-        return [texts]
-    if isinstance(texts, Tensor):
-        raise TypeError(
-            f"{name} is a Tensor, but must be a string or bytes, or a sequence of them: bytes(ids.tolist()) of a row of ids"
-        )
-    # The order of a set is no order, and of a mapping it is not clear what is meant.
-    if not isinstance(texts, Iterable) or isinstance(texts, Mapping | Set):
-        raise TypeError(
-            f"{name} is a {type(texts).__name__}, but must be a string or bytes, or a sequence of them"
-        )
-    return list(texts)
-
-
-def _bytes_of(name: str, text: Text) -> bytes:
-    """Return the bytes of a text; refuse what is none."""
-    if not isinstance(text, Text):
-        raise TypeError(f"{name} is a {type(text).__name__}, but must be a string or bytes")
-    try:
-        return text.encode() if isinstance(text, str) else text
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} holds {text[error.start]!r}, which UTF-8 has no bytes for, but must be text, or bytes"
-        ) from None
-
-
-def _as_given(pieces: Iterator[list[bytes]], prompts: Sequence[Text]) -> Iterator[list[Text]]:
-    """Yield pieces as strings for prompts that are strings; a character comes when its last byte is there."""
-    decoders = [
-        codecs.getincrementaldecoder("utf-8")("replace") if isinstance(prompt, str) else None
-        for prompt in prompts
-    ]
-    for piece in pieces:
-        yield [
-            part if decoder is None else decoder.decode(part)
-            for part, decoder in zip(piece, decoders, strict=True)
-        ]
-    rest: list[Text] = [b"" if decoder is None else decoder.decode(b"", final=True) for decoder in decoders]
-    if any(rest):
-        yield rest

@@ -18,8 +18,8 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from arbitor.alone import check_alone
-from arbitor.model import settled
+from arbitor.alone import Alone
+from arbitor.placement import settled
 from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig, at_rest, check_rules
 from arbitor.reference.convert import Loss, loss_of, ternarize
@@ -111,7 +111,7 @@ class Linear(TernaryLinear):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear is a {type(linear).__name__}, but must be a torch.nn.Linear")
-        w_NK, rules = linear.weight.detach(), rules or Rules()
+        w_NK, rules = linear.weight.detach(), _settled_rules(rules)
         if w_NK.dtype not in checks.FLOAT_DTYPES:
             raise TypeError(
                 f"linear has dtype {checks.names((w_NK.dtype,))}, but must have {checks.names(checks.FLOAT_DTYPES)}: "
@@ -137,7 +137,7 @@ class Linear(TernaryLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Return the product of x and the weight, plus the bias."""
         y = super().forward(x)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         """Return the sizes."""
@@ -236,6 +236,7 @@ class Ternary(Stateful):
                     )
         context = GraphContext(first.ops, first.config, device=first.device, dtype=first.dtype, seed=seed)
         super().__init__(context)
+        self.voting.ranks = Alone()
         for layer in layers.values():
             layer.context, layer.tensor_id = context, context.next_tensor_id()
         self.module = module
@@ -243,14 +244,6 @@ class Ternary(Stateful):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the module returns, in its own surroundings: autocast and torch.compile are the user's."""
         return nn.Module.__call__(self, *args, **kwargs)
-
-    def backward(self, loss: Tensor, *, rate: float | Tensor, step: int | Tensor, undo: bool = True) -> bool:
-        """Run the backward pass of one micro-batch, as `Stateful.backward` says.
-
-        Raises RuntimeError in one process of several whose votes are not exchanged, as in a loop of one's own under torchrun.
-        """
-        check_alone(self.voting.ranks)
-        return super().backward(loss, rate=rate, step=step, undo=undo)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the module returns."""
@@ -284,6 +277,7 @@ def swap_linears(
         raise TypeError(f"module is a {type(module).__name__}, but must be a torch.nn.Module")
     if select is not None and not callable(select):
         raise TypeError(f"select is a {type(select).__name__}, but must be a function of a name and a layer")
+    _settled_rules(rules)
     for name, part in module.named_modules():
         if isinstance(part, ArbModule) and not isinstance(part.context, _OwnContext):
             raise ValueError(
@@ -342,12 +336,17 @@ def _context(
 ) -> GraphContext:
     """Return a context for one layer."""
     place, number_format, op_set = settled(device, dtype, ops)
-    if rules is not None and not isinstance(rules, Rules):
-        raise TypeError(f"rules is a {type(rules).__name__}, but must be Rules")
+    config = cast(ArbConfig, _settled_rules(rules))
     if seed is None:
         seed = int(torch.randint(2**63 - 1, ()))
-    config = cast(ArbConfig, rules or Rules())
     return _OwnContext(op_set, config, device=place, dtype=number_format, seed=seed)
+
+
+def _settled_rules(rules: Rules | None) -> Rules:
+    """Return rules, or those that hold where nobody says otherwise; refuse what are none."""
+    if rules is not None and not isinstance(rules, Rules):
+        raise TypeError(f"rules is a {type(rules).__name__}, but must be Rules")
+    return rules or Rules()
 
 
 def _sizes(**sizes: int) -> None:

@@ -48,6 +48,8 @@ def read_source(source: str | PathLike[str], revision: str | None = None) -> tup
 
 def send_folder(folder: Path, name: str, *, private: bool | None, message: str) -> str:
     """Create a model on the hub, unless it is there, upload a folder to it, and return the address of the commit."""
+    if not isinstance(name, str):
+        raise TypeError(f"name is a {type(name).__name__}, but must be OWNER/NAME")
     if not HUB_ID.fullmatch(name):
         raise ValueError(f"name is {name!r}, but must be OWNER/NAME")
     api = _hub().HfApi()

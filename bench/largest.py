@@ -28,8 +28,8 @@ from arbitor.optimized.training.evaluate import NATS_PER_BIT
 from arbitor.optimized.training.runtime import Runtime, choose_runtime
 from arbitor.reference.audit import audit
 from arbitor.reference.config import NUM_BYTES, ArbConfig
+from arbitor.reference.constants import BESIDE_TRITS
 from arbitor.reference.graph import ArbModel
-from arbitor.reference.graph.stateful import BESIDE_TRITS
 from arbitor.reference.types import LaidOutWeight
 from bench import machine, parts
 

@@ -18,6 +18,7 @@ from typing import Any
 import arbitor.adapters
 import arbitor.nn
 from arbitor.reference import ops as reference_ops
+from arbitor.reference.graph.stateful import Stateful
 from arbitor.reference.op_table import FAMILIES, OP_TABLE
 from bench import goals, one_row, one_vote
 from bench.cases import OURS, REFERENCE, rows
@@ -37,6 +38,18 @@ GOALS_NOTE = (
     "The [log](log.md) says what was tried where a goal is not reached."
 )
 """What stands above the goals."""
+
+OF_A_MODEL = (
+    "backward",
+    "drop_gradients",
+    "faulty_rows",
+    "load_state",
+    "load_weights",
+    "state",
+    "step",
+    "weights",
+)
+"""What the page says of every whole model. `Stateful` defines more, for the trainer."""
 
 API_NOTE = (
     "Made from the docstrings of the source. [Python](python.md) shows the same names at work. [Ops](ops.md) has the operations of "
@@ -295,10 +308,11 @@ def api_page() -> str:
 
 
 def _own_members(kind: type) -> dict[str, Any]:
-    """Return the documented methods and properties by name that a class defines, or a base of its name."""
+    """Return the documented methods and properties by name that a class defines, or a base of its name; those of OF_A_MODEL too."""
     found = {}
     for member, function in inspect.getmembers(kind):
         own = any(member in vars(base) for base in kind.__mro__ if base.__name__ == kind.__name__)
+        own |= issubclass(kind, Stateful) and member in OF_A_MODEL
         is_member = inspect.isroutine(function) or isinstance(function, property)
         if own and is_member and not member.startswith("_") and inspect.getdoc(function):
             found[member] = function

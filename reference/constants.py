@@ -30,6 +30,12 @@ octave."""
 ACCUM_MAX = 127
 """Accumulators saturate at plus and minus this many votes, so -128 never occurs."""
 
+VOTED_IN = ("trit_accum", "exponent_accum")
+"""The tensors of a weight that a vote changes. Every layout has them."""
+
+BESIDE_TRITS = ("exponents", *VOTED_IN)
+"""The tensors of a weight that every layout has. The other tensor of a weight holds its trits."""
+
 DEFAULT_THETA = 64
 """Votes after which a trit moves by one level."""
 

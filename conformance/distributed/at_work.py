@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from arbitor.optimized.distributed.ranks import GroupRanks
 from arbitor.optimized.distributed.run import train_together, whole_state
 from arbitor.optimized.distributed.world import World
 from arbitor.optimized.training import data
@@ -22,6 +24,8 @@ from arbitor.optimized.training.options import TrainOptions
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import ArbModel
+from conformance.compare import alike
+from conformance.distributed import oracle
 from conformance.graph import models
 from conformance.training import nano
 from conformance.training.runs import train_until_killed
@@ -65,6 +69,76 @@ def together(
 def take_pass(model: ArbModel, world: World, step: int) -> bool:
     ids_BT = world.share(random_ids(step))
     return model.backward(model.losses(ids_BT), rate=RATE, step=step, undo=False)
+
+
+def take_steps(model: ArbModel, world: World, steps: int) -> None:
+    """Take steps of one pass each."""
+    for step in range(steps):
+        take_pass(model, world, step)
+        model.step()
+
+
+def ranks_of(model: ArbModel) -> GroupRanks:
+    """Return the ranks that train a model together."""
+    ranks = model.voting.ranks
+    assert isinstance(ranks, GroupRanks)
+    return ranks
+
+
+def received_by_all(model: ArbModel, wanted: float) -> list[int]:
+    """Return the bytes that all ranks were sent since the last call, and the sum of what each of them wanted."""
+    ranks = ranks_of(model)
+    return [int(ranks.total(torch.tensor(each))) for each in (ranks.measured()[1], wanted)]
+
+
+def voted_like_one(model: ArbModel, world: World) -> tuple[ArbModel, dict[str, list[str]]]:
+    """Let the ranks and one process that has all windows take a pass, and refuse gradients that are not alike.
+
+    Returns:
+        The model of one process; and the names of the weights whose gradients this rank compared, and of all that voted.
+    """
+    alone = model_of(model.config)
+    ours, theirs = oracle.watch_totals(model), oracle.watch_totals(alone)
+    take_pass(model, world, 0)
+    alone.backward(alone.losses(random_ids()), rate=RATE, step=0)
+    weights = model.ternary_modules()
+    # One rank has nothing to say of a weight that another one steps.
+    for name, total in ours.items():
+        spread = weights[name].spread
+        rows = slice(None) if spread is None else slice(spread.rows.start, spread.rows.stop)
+        alike(total.cpu(), theirs[name][rows].cpu(), name)
+    return alone, {"compared": sorted(ours), "all": sorted(theirs)}
+
+
+def handed_on(model: ArbModel, world: World, **spread: bool) -> list[str | None]:
+    """Return the digest of a model, of one process that goes on with its state, and of ranks that do, whose model is spread."""
+    state = whole_state(model)
+    alone = model_of(model.config)
+    if state is not None:
+        alone.load_state(state)
+    # As ranks do that go on with a run, each reads the whole state.
+    given = [state]
+    dist.broadcast_object_list(given, src=0)
+    again = together(model.config, world, **spread)
+    again.load_state(given[0])  # type: ignore[arg-type]
+    return [digest_of(model), state and state_sha256(alone.state()), digest_of(again)]
+
+
+def memory_of(module: torch.nn.Module) -> int:
+    """Return the bytes that the memory of a module has: its weight, and the integers beside it."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in module.buffers())
+
+
+def whole_run(folder: Path) -> TrainOptions:
+    """Return a short run of a model with every module, which validates on windows that the ranks cannot share evenly."""
+    return TrainOptions(
+        preset="whole",
+        data=str(folder / "text.txt"),
+        device=Place.device,
+        steps=2,
+        batch=BATCH,
+        eval_windows=5,
+    )
 
 
 def digest_of(model: ArbModel) -> str | None:

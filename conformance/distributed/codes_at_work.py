@@ -8,30 +8,29 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from arbitor.optimized.distributed import run
-from arbitor.optimized.distributed.ranks import GroupRanks
-from arbitor.optimized.distributed.run import whole_state
 from arbitor.optimized.distributed.sizes import CodebookUse, codes_received_spread, codes_received_whole
 from arbitor.optimized.distributed.world import World
 from arbitor.optimized.training.census import Census
-from arbitor.optimized.training.checkpoint import state_sha256
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.options import TrainOptions
 from arbitor.reference.graph import spread as spread_module
 from arbitor.reference.graph.codebook import TernaryVQCodebook
 from arbitor.reference.graph.ternary_graph import EdgeTable
 from conformance.distributed.at_work import (
-    BATCH,
     RATE,
     Place,
     digest_of,
-    model_of,
+    handed_on,
+    memory_of,
+    ranks_of,
+    received_by_all,
     refused,
     take_pass,
     together,
     told,
+    whole_run,
 )
 from conformance.training import nano
 
@@ -41,7 +40,7 @@ CODES = replace(nano.NANO, num_codes=40, code_dim=18, num_hops=0, num_experts=3)
 
 def spreads_codes(world: World, folder: Path) -> Any:
     """Steps of a model of every module whose codebooks are spread over ranks, beside one whose ranks have all rows."""
-    models, hashes, reports, revived = [], [], [], []
+    models, reports, revived = [], [], []
     for spread in (False, True):
         model = together(nano.WHOLE, world, spread=spread)
         census = Census(model)
@@ -55,26 +54,16 @@ def spreads_codes(world: World, folder: Path) -> Any:
                 model.step()
                 reports.append(census.after_step())
         models.append(model)
-        hashes.append(digest_of(model))
         revived.append(sum(int((each >= 0).sum()) for each in vectors))
     whole, model = models
     of_codes = (TernaryVQCodebook, EdgeTable)
     tables = {name: each for name, each in model.table_modules().items() if isinstance(each, of_codes)}
-    state = whole_state(model)
-    alone = model_of(nano.WHOLE)
-    if state is not None:
-        alone.load_state(state)
-    # As ranks do that go on with a run, each reads the whole state.
-    given = [state]
-    dist.broadcast_object_list(given, src=0)
-    again = together(nano.WHOLE, world, spread=True)
-    again.load_state(given[0])  # type: ignore[arg-type]
     return {
-        "hashes": [*hashes, state and state_sha256(alone.state()), digest_of(again)],
+        "hashes": [digest_of(whole), *handed_on(model, world, spread=True)],
         "same_census": reports[:2] == reports[2:],
         "revived": revived,
         "kept": {
-            name: [table_bytes(each) for each in (whole.get_submodule(name), table)]
+            name: [memory_of(each) for each in (whole.get_submodule(name), table)]
             for name, table in tables.items()
         },
     }
@@ -93,18 +82,13 @@ def watch_revivals(patch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     return found
 
 
-def table_bytes(table: Any) -> int:
-    """Return the bytes that the memory of a table has: its weight, and the integers beside it."""
-    return sum(tensor.untyped_storage().nbytes() for tensor in table.buffers())
-
-
 def counts_bytes_of_codes(world: World, folder: Path) -> Any:
     """What all ranks received for a codebook in a step, and the formulas of docs/scaling.md, without and with spreading."""
     found = []
     for is_spread in (False, True):
         model = together(CODES, world, spread=is_spread)
-        ranks = model.voting.ranks
-        assert isinstance(ranks, GroupRanks) and model.shared_vq is not None
+        ranks = ranks_of(model)
+        assert model.shared_vq is not None
         book = model.shared_vq.bridge.codebooks["text"]
         columns, count, num_vectors = book.weight.shape[1], world.count, 9
         generator = torch.Generator().manual_seed(world.number)
@@ -116,7 +100,6 @@ def counts_bytes_of_codes(world: World, folder: Path) -> Any:
                 ids, c, losses = book.quantize(z)
                 (c.sum() + losses["codebook"]).backward()
             model.step()
-        received = torch.tensor(ranks.measured()[1])
         if book.spread is None:
             use = CodebookUse(num_vectors, 0, 0, (num_vectors,))
             wanted = float(codes_received_whole(use, book.num_codes, columns, count, 4))
@@ -127,7 +110,7 @@ def counts_bytes_of_codes(world: World, folder: Path) -> Any:
             # The lengths of what is sent in eight exchanges, the farthest vectors of other ranks, and their unused codes.
             lengths, dead = 8 * 8 * count * (count - 1), 16 * (count - 1)
             wanted += lengths + dead + 16 * (count - 1) * farthest[0]
-        found.append([int(ranks.total(received)), int(ranks.total(torch.tensor(wanted)))])
+        found.append(received_by_all(model, wanted))
     return found
 
 
@@ -152,14 +135,7 @@ def trains_with_spread_codes(world: World, folder: Path) -> Any:
     """
     if world.count != 3:
         return None
-    options = TrainOptions(
-        preset="whole",
-        data=str(folder / "text.txt"),
-        device=Place.device,
-        steps=2,
-        batch=BATCH,
-        eval_windows=5,
-    )
+    options = whole_run(folder)
     plain = train(replace(options, save=False)).summary  # type: ignore[type-var]
     spread = train(replace(options, run=folder / "spread", shard_codes=True)).summary  # type: ignore[type-var]
     laid_down = train(TrainOptions(run=folder / "spread", resume=True, shard_codes=False)).summary

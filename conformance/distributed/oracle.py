@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from arbitor.reference.graph import ArbModel, mxint8
 from arbitor.reference.graph.model import LOSS_REFERENCE
-from arbitor.reference.graph.open_pass import Note
+from arbitor.reference.graph.open_pass import Note, Voter
 from arbitor.reference.graph.ranks import Gradient, Ranks
 from arbitor.reference.graph.voting import Voting
 
@@ -121,15 +120,15 @@ def watch_totals(model: ArbModel) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     cast = model.voting._cast_total
 
-    def watched(weight: Any, total: Gradient | None, *, tensor_id: int, **more: Any) -> None:
+    def watched(voter: Voter, total: Gradient | None) -> None:
         if total is not None:
             grad = total.grad_NK.to(torch.float64)
-            dense = found.setdefault(names[tensor_id], grad.new_zeros(weight.shape))
+            dense = found.setdefault(names[voter.tensor_id], grad.new_zeros(voter.weight.shape))
             if total.rows is None:
                 dense += grad
             else:
                 dense.index_add_(0, total.rows.clamp(min=0), grad * (total.rows >= 0)[:, None])
-        cast(weight, total, tensor_id=tensor_id, **more)
+        cast(voter, total)
 
     model.voting._cast_total = watched  # type: ignore[method-assign]
     return found

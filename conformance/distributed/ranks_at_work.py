@@ -9,7 +9,6 @@ tests compare.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -24,26 +23,21 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from rich.console import Console
 
 from arbitor.optimized import ops as triton_ops
 from arbitor.optimized.distributed import ranks as ranks_module
-from arbitor.optimized.distributed import run
+from arbitor.optimized.distributed import traffic
 from arbitor.optimized.distributed.changes import changes_bytes
-from arbitor.optimized.distributed.ranks import GroupRanks
 from arbitor.optimized.distributed.run import train_together
 from arbitor.optimized.distributed.sizes import read_bytes, received_bytes
 from arbitor.optimized.distributed.world import World, as_bytes, joined
 from arbitor.optimized.training.census import Census
 from arbitor.optimized.training.checkpoint import state_sha256
-from arbitor.optimized.training.loop import train
-from arbitor.optimized.training.options import TrainOptions
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import SIGN_VOTES, ArbConfig, with_fields
+from arbitor.reference.constants import VOTED_IN
 from arbitor.reference.graph import ArbModel
-from arbitor.reference.graph.open_pass import VOTED_IN
 from arbitor.reference.types import has_memory
-from conformance.compare import alike
 from conformance.distributed import oracle
 from conformance.distributed.at_work import (
     BATCH,
@@ -53,9 +47,11 @@ from conformance.distributed.at_work import (
     digest_of,
     model_of,
     random_ids,
-    refused,
+    ranks_of,
     take_pass,
+    take_steps,
     together,
+    voted_like_one,
 )
 from conformance.distributed.codes_at_work import (
     CODES,
@@ -68,8 +64,14 @@ from conformance.distributed.experts_at_work import (
     trains_with_spread_experts,
     votes_as_one_process,
 )
+from conformance.distributed.runs_at_work import (
+    goes_on,
+    goes_on_with_a_run_of_four,
+    goes_on_with_a_run_of_one,
+    refuses_ranks_that_differ,
+    trains,
+)
 from conformance.training import nano
-from conformance.training.runs import train_until_killed
 
 TERMS = (1.0, 2.0**30, -(2.0**30))
 """Terms of the ranks, in float32. From the first on the sum of three is 0, from the last on it is 1."""
@@ -100,7 +102,7 @@ def sums_as_the_rule_says(world: World, folder: Path) -> Any:
             CASES.items(), sizes, strict=True
         ):
             patch.setattr(ranks_module, "PIECE_BYTES", piece)
-            patch.setattr(ranks_module, "HELD_BYTES", held)
+            patch.setattr(traffic, "HELD_BYTES", held)
             model = together(config, world, dtype, exchange, spread=spread)
             alone = model_of(config, dtype)
             both = (model, alone) if world.is_first else (model,)
@@ -138,25 +140,18 @@ def adds_in_order(world: World, folder: Path) -> Any:
 
 def is_one_batch(world: World, folder: Path) -> Any:
     """The gradients that vote, and the integer tables, beside those of one process that has all windows."""
-    model, alone = together(nano.WHOLE, world), model_of(nano.WHOLE)
-    ours, theirs = oracle.watch_totals(model), oracle.watch_totals(alone)
-    take_pass(model, world, 0)
-    alone.backward(alone.losses(random_ids()), rate=RATE, step=0)
-    # One rank has nothing to say of a weight that another one steps.
-    for name, total in ours.items():
-        alike(total.cpu(), theirs[name].cpu(), name)
+    model = together(nano.WHOLE, world)
+    alone, names = voted_like_one(model, world)
     model.step()
     alone.step()
     same = {name: bool(torch.equal(table, alone.tables()[name])) for name, table in model.tables().items()}
-    return {"compared": sorted(ours), "all": sorted(theirs), "same": same}
+    return {**names, "same": same}
 
 
 def agrees_after_steps(world: World, folder: Path) -> Any:
     """The trits, exponents and tables of every rank after steps, and what each keeps of accumulators."""
     model = together(nano.WHOLE, world)
-    for step in range(2):
-        take_pass(model, world, step)
-        model.step()
+    take_steps(model, world, 2)
     weights = {name: module.weight for name, module in model.ternary_modules().items()}
     read = {
         f"{name}.{part}": each.tensors()[part].cpu()
@@ -177,8 +172,7 @@ def counts_bytes(world: World, folder: Path) -> Any:
     found = {}
     for name, dtype, grad_bytes in (("float32", torch.float32, 4), ("bfloat16", torch.bfloat16, 2)):
         model = together(config, world, dtype)
-        ranks = model.voting.ranks
-        assert isinstance(ranks, GroupRanks)
+        ranks = ranks_of(model)
         ids_BT = world.share(random_ids())
         losses = model.losses(ids_BT)
         read = model.state_dict()
@@ -229,8 +223,7 @@ def sends_no_more_rows_than_there_are(world: World, folder: Path) -> Any:
     found = []
     for more in (0, 100):
         model = together(nano.NANO, world)
-        table, ranks = model.embedding.table, model.voting.ranks
-        assert isinstance(ranks, GroupRanks)
+        table, ranks = model.embedding.table, ranks_of(model)
         num_rows, num_columns = table.weight.shape
         generator = torch.Generator().manual_seed(world.number)
         grad = torch.randn(num_rows, num_columns, generator=generator)
@@ -250,8 +243,7 @@ def sends_no_more_rows_than_there_are(world: World, folder: Path) -> Any:
 
 def refuses_what_is_not_finite(world: World, folder: Path) -> Any:
     model = together(nano.WHOLE, world)
-    take_pass(model, world, 0)
-    model.step()
+    take_steps(model, world, 1)
     before = digest_of(model)
     losses = model.losses(world.share(random_ids(1)))
     broken = {**losses, "bytes": losses["bytes"] * (math.nan if world.number == world.count - 1 else 1.0)}
@@ -280,31 +272,6 @@ def counts_faults(world: World, folder: Path) -> Any:
     with spread.voting.taking(rate=RATE, step=0, undo=False):
         book.vote(grad, torch.tensor([4, 39], device=Place.device), chosen=True)
     return [int(each.voting.ranks.total(each.voting.faults)) for each in (model, spread)]
-
-
-def refuses_ranks_that_differ(world: World, folder: Path) -> Any:
-    """Other data, another seed, another batch than can be shared: every rank raises the same sentence, and writes nothing."""
-    text, other = folder / "text.txt", folder / "other.txt"
-    options = TrainOptions(
-        preset="nano", data=str(text), device=Place.device, run=folder / "refused", steps=2, batch=BATCH
-    )
-    is_last = world.number == world.count - 1
-    found = {}
-    for name, changes in {
-        "data": {"data": str(other if is_last else text)},
-        "seed": {"seed": int(is_last)},
-        "config": {"preset": "whole" if is_last else "nano"},
-        "exchange": {"exchange": "mxint8" if is_last else "full"},
-        "code_sha256": {},
-        "batch": {"batch": 5 * world.count + 1},
-        "cuda_graph": {"cuda_graph": True},
-    }.items():
-        with pytest.MonkeyPatch.context() as patch:
-            if name == "code_sha256" and is_last:
-                patch.setattr(run, "code_sha256", lambda: "another")
-            found[name] = refused(replace(options, **changes))  # type: ignore[type-var]
-    found["folder"] = str((folder / "refused").exists())
-    return found
 
 
 def agrees_on_triton(world: World, folder: Path) -> Any:
@@ -360,50 +327,6 @@ def passes_signals_on(world: World, folder: Path) -> Any:
 
 def shares_windows(world: World, folder: Path) -> Any:
     return world.share(torch.arange(BATCH)[:, None]).flatten().tolist()
-
-
-def trains(world: World, folder: Path) -> Any:
-    """Two runs of one seed; the second prints. Then a run that is left unfinished, for one process to go on with."""
-    text, shown = folder / "text.txt", io.StringIO()
-    options = TrainOptions(
-        preset="nano", data=str(text), device=Place.device, steps=6, batch=BATCH, log_interval=2
-    )
-    first = train(replace(options, save=False)).summary  # type: ignore[type-var]
-    second = train(replace(options, run=folder / "run"), console=Console(file=shown)).summary  # type: ignore[type-var]
-    train_until_killed(4, replace(options, run=folder / "unfinished", save_interval=3))
-    return {
-        "hashes": [first["state_sha256"], second["state_sha256"]],
-        "val_bpb": second["val_bpb"],
-        "shown": shown.getvalue(),
-        "written": (folder / "run").exists(),
-    }
-
-
-def goes_on_with_a_run_of_four(world: World, folder: Path) -> Any:
-    """A run that four ranks began, which mapped its data."""
-    if not (folder / "four").exists():
-        return None
-    shown = io.StringIO()
-    summary = train(TrainOptions(run=folder / "four", resume=True), console=Console(file=shown)).summary
-    return {"shown": shown.getvalue(), "steps": summary["steps"]}
-
-
-def goes_on_with_a_run_of_one(world: World, folder: Path) -> Any:
-    shown = io.StringIO()
-    summary = train(TrainOptions(run=folder / "alone", resume=True), console=Console(file=shown)).summary
-    return {"shown": shown.getvalue(), "steps": summary["steps"]}
-
-
-def goes_on(world: World, folder: Path) -> Any:
-    """The run that was killed and stopped is taken to its end, beside one that nothing happened to."""
-    survivor = folder / "survivor"
-    if not survivor.exists():
-        return None
-    settings = json.loads((survivor / "config.json").read_text())["run"]
-    asked = {name: settings[name] for name in ("preset", "data", "steps", "batch", "log_interval")}
-    whole = train(TrainOptions(device=Place.device, save=False, **asked)).summary
-    resumed = train(TrainOptions(run=survivor, resume=True)).summary
-    return [whole["state_sha256"], resumed["state_sha256"]]
 
 
 CHECKS: tuple[Callable[[World, Path], Any], ...] = (

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore
 
-from arbitor.optimized.distributed import ranks, world
+from arbitor.optimized.distributed import traffic, world
 from arbitor.optimized.distributed.ranks import owners
 from arbitor.optimized.distributed.run import kept_elsewhere, measured, train_together, whole_state
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import turns
 from arbitor.optimized.training.loop import train
+from arbitor.reference.constants import VOTED_IN
 from arbitor.reference.graph import ArbModel
-from arbitor.reference.graph.open_pass import VOTED_IN
 from arbitor.reference.graph.ranks import Ranks
 from arbitor.reference.types import has_memory, without_memory
 from conformance.graph import models
@@ -211,21 +210,58 @@ def test_ranks_validate_pieces_of_one_size_at_a_time(sizes: list[int], count: in
     assert counted == list(range(len(sizes)))
 
 
-def test_exchanges_end_when_too_much_is_under_way() -> None:
+def test_exchanges_end_when_too_much_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest ends first, and no more end than have to: what has ended is under way no more."""
-    group, ended = ranks.GroupRanks.__new__(ranks.GroupRanks), []
-    group._under_way, group._pieces, group._pending, group._most_pending = deque(), {}, 0, 100
-    seen = []
+    monkeypatch.setattr(traffic, "PENDING_BYTES", 100)
+    sent, ended, seen = traffic.Traffic(world.World(0, 2), on_gpu=lambda: False), [], []
     for number, size in enumerate((40, 60, 30, 70, 10)):
-        group._later(size, partial(ended.append, number))
+        sent.later(size, partial(ended.append, number))
         seen.append(list(ended))
     assert seen == [[], [], [0], [0, 1], [0, 1, 2]]
-    group.finish()
-    assert ended == [0, 1, 2, 3, 4] and group._pending == 0
-    group._later(100, partial(ended.append, 5))
-    group.abandon()
-    group.finish()
-    assert len(ended) == 5 and group._pending == 0
+    sent.end_all()
+    assert ended == [0, 1, 2, 3, 4] and sent._pending == 0
+    sent.later(100, partial(ended.append, 5))
+    sent.forget()
+    sent.end_all()
+    assert len(ended) == 5 and sent._pending == 0
+
+
+class Event:
+    """Stands in for an event of a GPU, which has passed what it was given so far as `done` says."""
+
+    recorded: ClassVar[int] = 0
+    done: ClassVar[int] = 0
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        self.at = 0
+
+    def record(self) -> None:
+        Event.recorded += 1
+        self.at = Event.recorded
+
+    def query(self) -> bool:
+        return self.at <= Event.done
+
+    def synchronize(self) -> None:
+        Event.done = max(Event.done, self.at)
+
+    def elapsed_time(self, end: Event) -> float:
+        assert end.query()
+        return 1000.0 * (end.at - self.at)
+
+
+def test_waiting_of_a_gpu_is_counted_as_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events do not pile up until somebody asks for the sum, and none is asked before the GPU has passed it."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Event, "recorded", 0)
+    monkeypatch.setattr(Event, "done", 0)
+    sent = traffic.Traffic(world.World(), on_gpu=lambda: True)
+    for number in range(100):
+        Event.done = max(Event.recorded - 4, 0)
+        sent.gathered(torch.tensor(number))
+        assert len(sent._events) <= 3
+    assert sent.measured() == (100.0, 0) and not sent._events
+    assert sent.measured() == (0.0, 0)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])

@@ -71,6 +71,12 @@ def test_wrong_arguments_are_named(asked: dict[str, Any], error: type[Exception]
         ArbModel(**{"config": nano.NANO, "device": "cpu", **asked})
 
 
+def test_encoders_are_encoders(model: ArbModel) -> None:
+    with pytest.raises(TypeError, match="encoders is a str, but must be Encoders or None"):
+        model.use_encoders("facebook/dinov2-small")  # type: ignore[arg-type]
+    assert model.encoders is None and model.use_encoders(None) is model
+
+
 def test_sizes(model: ArbModel) -> None:
     report = audit(nano.NANO, resident_bytes=lambda weight: weight.state_bytes)
     assert model.num_weights == report.weights
@@ -162,7 +168,7 @@ def test_a_stream_leaves_torch_as_it_is(model: ArbModel) -> None:
 def test_characters_are_whole(model: ArbModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a character of several bytes no half is handed out, and one that stays half is named as such."""
     drawn = [[bytes([byte])] for byte in "aé€".encode() + b"\xe2\x82"]
-    monkeypatch.setattr("arbitor.model.stream_batch", lambda *a, **k: iter(drawn))
+    monkeypatch.setattr("arbitor.generation.stream_batch", lambda *a, **k: iter(drawn))
     assert list(model.generate("", stream=True)) == ["a", "", "é", "", "", "€", "", "", "�"]
 
 

@@ -19,8 +19,8 @@ from arbitor import ArbModel, ArbOptimizer, adapters, convert
 from arbitor.nn import Linear, Ternary, swap_linears
 from arbitor.optimized.training.checkpoint import state_sha256
 from conformance.training import nano
+from conformance.training.nano import IDS
 
-IDS = torch.tensor([list(b"to be or not to be"), list(b"that is the questi")])
 X = torch.randn(8, 24, generator=torch.Generator().manual_seed(0))
 
 

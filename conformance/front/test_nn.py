@@ -148,6 +148,31 @@ def test_what_is_frozen_stays_and_the_rest_learns() -> None:
     assert not outer.frozen
 
 
+def test_float_layers_learn_above_frozen_ternary_ones() -> None:
+    """No gradient comes to a frozen layer at the bottom, and the loss is the model's all the same."""
+    model = Ternary(nn.Sequential(Linear(8, 40), nn.ReLU(), nn.Linear(40, 1)))
+    model.module[0].requires_grad_(False)
+    before = bits(model.module[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first = squares(model).item()
+    for step in range(5):
+        optimizer.zero_grad()
+        assert model.backward(squares(model), rate=6.0, step=step)
+        optimizer.step()
+        model.step()
+    assert squares(model).item() < first and same(bits(model.module[0]), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("of_bias", [torch.float32, torch.bfloat16])
+def test_a_result_has_the_dtype_of_the_input(dtype: torch.dtype, of_bias: torch.dtype) -> None:
+    layer = Linear(8, 4, bias=True, dtype=of_bias)
+    with torch.no_grad():
+        layer.bias.fill_(0.5)
+        y = layer(torch.zeros(3, 8, dtype=dtype))
+    assert y.dtype is dtype and bool((y == 0.5).all())
+
+
 def test_votes_are_a_function_of_seed_and_step() -> None:
     def after(seed: int, step: int) -> dict[str, Tensor]:
         model = Ternary(net(), seed=seed)
@@ -210,6 +235,8 @@ def test_a_loss_that_is_not_finite_changes_nothing() -> None:
         (lambda model: swap_linears(None), TypeError, "module is a NoneType"),
         (lambda model: swap_linears(nn.Sequential(nn.Linear(2, 2)), "0"), TypeError, "select is a str"),
         (lambda model: Linear(4, 4, rules={"theta": 9}), TypeError, "rules is a dict, but must be Rules"),
+        (lambda model: Linear.from_float(nn.Linear(2, 2), rules=9), TypeError, "rules is a int, but must be"),
+        (lambda model: swap_linears(nn.Sequential(nn.Linear(2, 2)), rules=9), TypeError, "^rules is a int"),
         (
             lambda model: nn.functional.linear(torch.ones(1, 12), model.module[0].weight),
             TypeError,
@@ -250,6 +277,21 @@ def test_a_model_is_moved_copied_saved_and_loaded() -> None:
     assert model(problem()[0].to(torch.bfloat16)).dtype is model.dtype is torch.bfloat16
     # A layer by itself, or a module of the user's around it, is moved as any other.
     assert nn.Sequential(Linear(4, 4, bias=True)).to(torch.bfloat16)[0].bias.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_module_may_be_moved_by_itself(assign: bool) -> None:
+    """What belongs to no layer follows the layers: the count of faults of a model that was built without memory."""
+    parts = nn.Sequential(Linear(8, 40, device="meta"), nn.ReLU(), Linear(40, 1, device="meta"))
+    source = nn.Sequential(Linear(8, 40), nn.ReLU(), Linear(40, 1))
+    model, twin = Ternary(parts), Ternary(copy.deepcopy(source))
+    if not assign:
+        parts.to_empty(device="cpu")
+    parts.load_state_dict(source.state_dict(), assign=assign)
+    for each in (model, twin):
+        assert each.backward(squares(each), rate=60.0, step=0)
+        each.step()
+    assert same(bits(model), bits(twin)) and model.faulty_rows == 0
 
 
 def test_rows_of_a_table_and_a_norm_learn() -> None:

@@ -12,8 +12,7 @@ from arbitor import ArbModel, ArbOptimizer
 from arbitor.nn import Linear, Ternary
 from arbitor.optimized.training.checkpoint import state_sha256
 from conformance.training import nano
-
-IDS = torch.tensor([list(b"to be or not to be"), list(b"that is the questi")])
+from conformance.training.nano import IDS
 
 
 def model() -> ArbModel:

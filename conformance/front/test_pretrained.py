@@ -24,9 +24,8 @@ from arbitor.optimized.training.loop import train
 from conformance.subject import Subject
 from conformance.training import nano
 from conformance.training.forge import Change, first_element, forged
+from conformance.training.nano import IDS
 from conformance.training.runs import options
-
-IDS = torch.tensor([list(b"to be or not to be"), list(b"that is the questi")])
 
 
 def trained(steps: int = 2, config: ArbConfig = nano.WHOLE, **asked: Any) -> ArbModel:
@@ -282,6 +281,8 @@ def test_a_hub_that_has_no_such_model_is_named(hub: Hub) -> None:
         ArbModel.from_pretrained("ann/absent")
     with pytest.raises(ValueError, match="name is 'nano', but must be OWNER/NAME"):
         trained(0).push_to_hub("nano")
+    with pytest.raises(TypeError, match="name is a int, but must be OWNER/NAME"):
+        trained(0).push_to_hub(5)  # type: ignore[arg-type]
 
 
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,18 +16,9 @@ from arbitor import ArbModel, ArbOptimizer, adapters
 from arbitor.optimized.training.checkpoint import state_sha256
 from conformance.report import skip
 from conformance.training import nano
+from conformance.training.nano import IDS
 
-IDS = torch.tensor([list(b"to be or not to be"), list(b"that is the questi")])
 ONES = torch.ones_like(IDS)
-
-
-@pytest.fixture(scope="module")
-def hub() -> Any:
-    """The library, with our classes registered."""
-    if importlib.util.find_spec("transformers") is None:
-        skip("trainers of transformers", "the library is not installed")
-    importlib.import_module("arbitor.transformers")
-    return importlib.import_module("transformers")
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +26,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "model"
     ArbModel(nano.NANO, device="cpu", seed=3).save_pretrained(path)
     return path
-
-
-@pytest.fixture
-def model(hub: Any, folder: Path) -> Any:
-    return hub.AutoModelForCausalLM.from_pretrained(folder)
 
 
 def trainer(hub: Any, where: Path, model: Any, *, kind: Any = None, steps: int = 3, **more: Any) -> Any:

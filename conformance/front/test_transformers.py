@@ -16,20 +16,10 @@ from hypothesis import strategies as st
 from arbitor import ArbModel
 from arbitor.optimized.training.checkpoint import state_sha256
 from arbitor.reference.config import NUM_BYTES, SPECIAL_IDS
-from conformance.report import skip
 from conformance.training import nano
+from conformance.training.nano import IDS
 
-IDS = torch.tensor([list(b"to be or not to be"), list(b"that is the questi")])
 PROMPTS = ["what is h\u00e9r name? ", "a", "<pad> is text"]
-
-
-@pytest.fixture(scope="module")
-def hub() -> Any:
-    """The library, with our classes registered."""
-    if importlib.util.find_spec("transformers") is None:
-        skip("models in transformers", "the library is not installed")
-    importlib.import_module("arbitor.transformers")
-    return importlib.import_module("transformers")
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +30,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "model"
     model.save_pretrained(path)
     return path
-
-
-@pytest.fixture
-def model(hub: Any, folder: Path) -> Any:
-    return hub.AutoModelForCausalLM.from_pretrained(folder)
 
 
 @pytest.fixture

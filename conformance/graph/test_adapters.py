@@ -235,6 +235,22 @@ def test_an_op_set_draws_the_same_matrix(subject: Subject) -> None:
         assert torch.equal(ours_RK.cpu(), starting_rows(linears_of(theirs)[name], 2))
 
 
+def test_floats_around_ternary_layers_learn_again() -> None:
+    """All that learned before the adapters came, and nothing else; also in a copy that has them."""
+    parts = nn.Sequential(arbitor_nn.Linear(12, 12, bias=True), nn.LayerNorm(12))
+    module: Any = arbitor_nn.Ternary(parts)
+    module.module[1].weight.requires_grad_(False)
+    before = [parameter.requires_grad for parameter in module.parameters()]
+    attach(module, rank=2)
+    assert [n for n, p in module.named_parameters() if p.requires_grad] == [
+        "module.0.adapter.a_RK",
+        "module.0.adapter.b_NR",
+    ]
+    for each in (copy.deepcopy(module), module):
+        merge_ternary(each)
+        assert [parameter.requires_grad for parameter in each.parameters()] == before == [True, False, True]
+
+
 def test_targets_are_suffixes_of_names() -> None:
     model = whole()
     named = attach(model, targets="attention.query_up, halt")

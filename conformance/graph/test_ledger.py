@@ -335,3 +335,17 @@ def test_misuse_is_refused(act: Callable[[KVLedger], object], error: type[Except
     with pytest.raises(error, match=message):
         act(ledger)
     assert ledger.retract() is None and ledger.lengths == [0]
+
+
+def test_a_ledger_that_nobody_holds_is_freed_at_once() -> None:
+    """Its rows are the memory of a long text, and wait for no collection of cycles."""
+    model = models.nano()
+    ledger = model.new_ledger()
+    model(ids(1, 12), ledger=ledger)
+    rows = weakref.ref(ledger._logs[0].rows)
+    gc.disable()
+    try:
+        del ledger
+        assert rows() is None
+    finally:
+        gc.enable()

@@ -229,6 +229,11 @@ def test_flip_rate_counts_changed_trits() -> None:
     assert model.flip_rate(snapshot) == changed / total > 0
 
 
+def test_a_frozen_model_flips_nothing() -> None:
+    model = models.nano().requires_grad_(False)
+    assert model.flip_rate(model.snapshot_trits()) == 0.0
+
+
 def test_the_flip_rate_of_an_op_set_is_that_of_the_trits(subject: Subject) -> None:
     """Counted in the layout of the op set, from a snapshot of less than half of the state."""
     # The reference draws the weights, which is faster than drawing them in an interpreter.

@@ -166,6 +166,13 @@ def test_targets_that_do_not_fit(changes: dict[str, Tensor], error: type[Excepti
         models.whole().losses(models.random_ids(B, T), targets=Targets(**{**random_targets(), **changes}))
 
 
+def test_labels_are_no_targets() -> None:
+    """As other libraries have them: the ids themselves."""
+    ids_BT: Any = models.random_ids(B, T)
+    with pytest.raises(TypeError, match="targets is a Tensor, but must be Targets or None"):
+        models.whole().losses(ids_BT, targets=ids_BT)
+
+
 @pytest.mark.parametrize(
     ("without", "target", "says"),
     [

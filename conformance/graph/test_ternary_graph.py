@@ -15,6 +15,8 @@ from torch import Tensor
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.module import TernaryModule
+from arbitor.reference.graph.open_pass import Voter
+from arbitor.reference.graph.ranks import Gradient
 from arbitor.reference.graph.ternary_graph import FULL_PATH_MAX_CODES, EdgeTable, TernaryGraph
 from arbitor.reference.ops.packing import weight_of_trits
 from arbitor.reference.ops.scale import dequantize
@@ -120,8 +122,9 @@ def gradients(graph: TernaryGraph, codes: Tensor, path: str) -> dict[int, Tensor
     """Return the gradients that the weights vote with in one pass, each use added up, by tensor id."""
     found: dict[int, Tensor] = {}
 
-    def record(weight: Any, grad: Tensor, *, tensor_id: int, rows: Tensor | None, **_: Any) -> None:
-        total = found.setdefault(tensor_id, torch.zeros(weight.shape, dtype=torch.float64))
+    def record(voter: Voter, gradient: Gradient) -> None:
+        grad, rows = gradient.grad_NK, gradient.rows
+        total = found.setdefault(voter.tensor_id, torch.zeros(voter.weight.shape, dtype=torch.float64))
         if rows is None:
             total += grad
         else:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from arbitor.optimized.training.options import PRESET_DEFAULTS
 from arbitor.reference.presets import PRESETS
@@ -34,6 +35,9 @@ NANO_DEFAULTS = {
 
 TEXT = b"".join(b"%d squared is %d, and its cube is %d.\n" % (i, i * i, i**3) for i in range(120))
 """About four kilobytes to learn from."""
+
+IDS = torch.tensor([list(b"to be or not to be"), list(b"that is the questi")])
+"""Two windows of 18 bytes."""
 
 
 def register(patch: pytest.MonkeyPatch) -> None:

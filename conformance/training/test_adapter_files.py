@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -278,3 +280,37 @@ def test_a_float_model_computes_what_the_adapted_one_does(tmp_path: Path) -> Non
         float_model(tmp_path / "ternary")
     with pytest.raises(TrainingError, match="cannot read"):
         float_model(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("shared_vq.bridge.tables.text.usage", lambda tensor: tensor - 2, "usage holds -"),
+        ("shared_vq.bridge.tables.text.usage", lambda tensor: tensor[:1], "usage has shape"),
+        ("graph.edges.neighbours", lambda tensor: tensor + 10**6, "neighbours holds"),
+        ("graph.edges.neighbours", lambda tensor: tensor.float(), "neighbours has dtype float32"),
+        ("byte_head.down.weight", lambda tensor: tensor[:1], "byte_head.down.weight has shape"),
+        ("byte_head.down.weight", lambda tensor: tensor.double(), "byte_head.down.weight has dtype float64"),
+        ("embedding.table.weight", lambda tensor: tensor * math.nan, "finite"),
+    ],
+)
+def test_a_float_model_that_no_merge_wrote_is_refused(
+    tmp_path: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor], sentence: str
+) -> None:
+    """A row would be copied to all others, and ops index with tables."""
+    model = adapted(WHOLE)
+    write_floats(tmp_path / "floats", model.config, merged_floats(model), model.tables())
+    path = tmp_path / "floats" / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, name: change(tensors[name]).contiguous()}, path)
+    with pytest.raises(TrainingError, match=f"holds no float model: .*{sentence}"):
+        float_model(tmp_path / "floats")
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", bytes(100)], ids=["empty", "text", "zeros"])
+def test_a_float_model_whose_file_is_damaged_is_refused(tmp_path: Path, content: bytes) -> None:
+    model = adapted(WHOLE)
+    write_floats(tmp_path / "floats", model.config, merged_floats(model), model.tables())
+    (tmp_path / "floats" / "model.safetensors").write_bytes(content)
+    with pytest.raises(TrainingError, match="is damaged or not a safetensors file"):
+        float_model(tmp_path / "floats")

@@ -9,37 +9,28 @@ from __future__ import annotations
 
 import functools
 import math
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from arbitor.optimized.distributed.changes import Piece
-from arbitor.optimized.distributed.world import World, answered, as_bytes, from_bytes
+from arbitor.optimized.distributed.traffic import Traffic
+from arbitor.optimized.distributed.world import World, as_bytes
 from arbitor.optimized.training.options import EXCHANGES
+from arbitor.reference.constants import VOTED_IN
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.layers import TernaryEmbedding
 from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.graph.mxint8 import decoded, encoded
-from arbitor.reference.graph.open_pass import VOTED_IN
 from arbitor.reference.graph.ranks import Gradient, Ranks
 from arbitor.reference.graph.spread import joined
 from arbitor.reference.types import LaidOutWeight, TernaryWeight, without_memory
 
 FULL, MXINT8 = EXCHANGES
 """In the dtype of the activations, or in eight bits."""
-
-PENDING_BYTES = 2**26
-"""Most bytes of a rank that are on their way at a time."""
-
-HELD_BYTES = 2**31
-"""Most bytes of the gradients of all ranks that an owner holds at a time. Of many ranks fewer are on their way."""
 
 PIECE_BYTES = 2**26
 """Most bytes of the trits and levels of several weights that are sent as one. A larger weight is sent alone."""
@@ -52,7 +43,6 @@ class GroupRanks(Ranks):
 
     Attributes:
         owners:   the owner of each matrix, by tensor id.
-        received: bytes that this rank was sent by others.
     """
 
     def __init__(self, model: ArbModel, world: World, *, exchange: str = FULL) -> None:
@@ -63,15 +53,10 @@ class GroupRanks(Ranks):
             exchange: how the gradients of matrices travel that are made orthogonal, one of `EXCHANGES`.
         """
         self.number, self.count = world.number, world.count
-        self.received = 0
-        self._world, self._model = world, model
+        self._model = model
+        self._traffic = Traffic(world, on_gpu=lambda: model.voting.faults.is_cuda)
         self._in_eight_bits = exchange == MXINT8
-        self._under_way: deque[tuple[int, Callable[[], None]]] = deque()
-        self._pending = 0
-        self._most_pending = min(PENDING_BYTES, HELD_BYTES // self.count)
         self._pieces: dict[int, list[Piece]] = {}
-        self._waited = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.owners = owners(model, self.count)
         self._num_rows = {each.tensor_id: each.weight.shape[0] for each in model.ternary_modules().values()}
         self._spreads = {
@@ -94,16 +79,15 @@ class GroupRanks(Ranks):
 
     def total(self, values: Tensor) -> Tensor:
         """See `Ranks`."""
-        return in_order(self._gathered(values))
+        return in_order(self._traffic.gathered(values))
 
     def everyone(self, rows: Tensor) -> Tensor:
         """See `Ranks`."""
-        return torch.cat(self._gathered(rows))
+        return torch.cat(self._traffic.gathered(rows))
 
     def dealt(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """See `Ranks`. The ranks first tell each other how long the parts are, so that the host waits for the parts."""
-        wait = self._begin_deal(parts)
-        return wait()
+        """See `Ranks`. The host waits for the parts."""
+        return self._traffic.begin_deal(parts)()
 
     def whole(self, tensor_id: int, counts: Tensor) -> Tensor:
         """See `Ranks`."""
@@ -142,13 +126,13 @@ class GroupRanks(Ranks):
         compact = self._in_eight_bits and self._model.voting.makes_orthogonal(gradient.num_matrices)
         num_rows, num_columns = grad_NK.shape
         # An owner holds some rows of the gradients of all ranks at a time, so that its memory does not grow with their number.
-        step = max(self._most_pending // (4 * num_columns * grad_NK.element_size()), 1)
+        step = max(self._traffic.most_pending // (4 * num_columns * grad_NK.element_size()), 1)
         total = torch.empty_like(grad_NK, dtype=torch.float32) if arrives else None
 
         def begin(first: int, last: int) -> None:
             part = grad_NK[first:last]
             sent = encoded(part) if compact else part
-            wait = self._begin_gather(sent, owner)
+            wait = self._traffic.begin_gather(sent, owner)
 
             def end() -> None:
                 parts = wait()
@@ -159,7 +143,7 @@ class GroupRanks(Ranks):
                     of_all = None if total is None else replace(gradient, grad_NK=total)
                     cast(of_all)
 
-            self._later(sent.nbytes, end)
+            self._traffic.later(sent.nbytes, end)
 
         for first in range(0, max(num_rows, 1), step):
             begin(first, min(first + step, num_rows))
@@ -183,13 +167,12 @@ class GroupRanks(Ranks):
     def finish(self) -> None:
         """See `Ranks`."""
         self._spread()
-        self._end_down_to(0)
+        self._traffic.end_all()
 
     def abandon(self) -> None:
         """See `Ranks`."""
-        self._under_way.clear()
+        self._traffic.forget()
         self._pieces.clear()
-        self._pending = 0
 
     def state(self) -> dict[str, TernaryWeight | Tensor] | None:
         """Return all that training changes, on the CPU of rank 0, as `ArbModel.state` does for one process; None on other ranks."""
@@ -222,12 +205,7 @@ class GroupRanks(Ranks):
 
     def measured(self) -> tuple[float, int]:
         """Return seconds that this rank has waited for others and the bytes that it received, since the last call."""
-        if self._events:
-            self._events[-1][1].synchronize()
-            self._waited += sum(start.elapsed_time(end) for start, end in self._events) / 1000
-        found = self._waited, self.received
-        self._waited, self.received, self._events = 0.0, 0, []
-        return found
+        return self._traffic.measured()
 
     def _exchange_chosen(
         self, tensor_id: int, gradient: Gradient, cast: Callable[[Gradient | None], None]
@@ -240,8 +218,8 @@ class GroupRanks(Ranks):
         )
         assert gradient.rows is not None
         # A small table has more slots than rows.
-        grads = self._begin_gather(gradient.grad_NK[:most], owner)
-        rows = self._begin_gather(gradient.rows[:most], owner)
+        grads = self._traffic.begin_gather(gradient.grad_NK[:most], owner)
+        rows = self._traffic.begin_gather(gradient.rows[:most], owner)
 
         def end() -> None:
             grad_parts, row_parts = grads(), rows()
@@ -251,7 +229,7 @@ class GroupRanks(Ranks):
             total = merged(grad_parts, row_parts, num_matrices, most, self._model.ops)
             self._cast_once(tensor_id, total, cast)
 
-        self._later(gradient.grad_NK.nbytes, end)
+        self._traffic.later(gradient.grad_NK.nbytes, end)
 
     def _exchange_spread(
         self, tensor_id: int, gradient: Gradient, cast: Callable[[Gradient | None], None]
@@ -259,7 +237,7 @@ class GroupRanks(Ranks):
         """Exchange the gradients of rows that each rank has chosen of a table whose rows are spread over ranks."""
         spread, most = self._spreads[tensor_id], self._num_rows[tensor_id]
         assert gradient.rows is not None
-        rows, grads = map(self._begin_deal, spread.dealt(gradient.rows, gradient.grad_NK))
+        rows, grads = map(self._traffic.begin_deal, spread.dealt(gradient.rows, gradient.grad_NK))
 
         def end() -> None:
             row_parts, grad_parts = [spread.places(each) for each in rows()], grads()
@@ -268,7 +246,7 @@ class GroupRanks(Ranks):
                 return
             cast(merged(grad_parts, row_parts, 0, most, self._model.ops))
 
-        self._later(gradient.grad_NK.nbytes, end)
+        self._traffic.later(gradient.grad_NK.nbytes, end)
 
     def _spread(self) -> None:
         """Begin to send what the steps of owners have changed."""
@@ -279,7 +257,7 @@ class GroupRanks(Ranks):
             own[-1].close()
         sizes = torch.tensor([len(each.sent) for each in own] + [0] * (most - len(own)))
         # The sizes are known to no other rank, as all else that is exchanged is.
-        all_sizes = self._gathered(sizes) if most else []
+        all_sizes = self._traffic.gathered(sizes) if most else []
         for place in range(most):
             for owner in sorted(pieces):
                 if place < len(pieces[owner]):
@@ -289,45 +267,30 @@ class GroupRanks(Ranks):
         """Begin to send the changes of a piece from its owner to all."""
         is_mine = owner == self.number
         sent = piece.sent if is_mine else torch.empty(size, dtype=torch.uint8, device=piece.device)
-        work = self._work(dist.broadcast, sent, src=owner)
-        self.received += size * (not is_mine)
+        wait = self._traffic.begin_broadcast(sent, owner)
 
         def end() -> None:
-            self._wait(work)
+            wait()
             if not is_mine:
                 piece.change(sent)
 
-        self._later(size, end)
+        self._traffic.later(size, end)
 
     def _brought(self, weight: LaidOutWeight, owner: int) -> dict[str, Tensor]:
         """Return the accumulators of a weight, sent from its owner to rank 0."""
         found = {}
         for name in VOTED_IN:
             tensor = weight.tensors()[name]
-            # By way of the CPU: a GPU needs no room for it, and a backend of GPUs need not send between two ranks.
-            if self.number == owner:
-                with answered():
-                    dist.send(as_bytes(tensor.cpu()), dst=0)
-            elif self.number == 0:
-                arrived = torch.empty(tensor.shape, dtype=tensor.dtype)
-                with answered():
-                    dist.recv(as_bytes(arrived), src=owner)
+            arrived = self._traffic.at_first(tensor, owner, len(tensor))
+            if arrived is not None:
                 found[name] = arrived.to(tensor.device)
         return found
 
     def _parts_of(self, own: Tensor) -> list[Tensor]:
         """Return the tensors that all ranks have, of one shape but for the first dimension, on the CPU of rank 0; [] on others."""
-        own = own.cpu()
-        sizes = [int(each) for each in self._gathered(torch.tensor(len(own)))]
-        if self.number:
-            with answered():
-                dist.send(as_bytes(own), dst=0)
-            return []
-        arrived = [own.new_empty(size, *own.shape[1:]) for size in sizes[1:]]
-        for rank, part in enumerate(arrived, start=1):
-            with answered():
-                dist.recv(as_bytes(part), src=rank)
-        return [own, *arrived]
+        sizes = [int(each) for each in self._traffic.gathered(torch.tensor(len(own)))]
+        arrived = [self._traffic.at_first(own, rank, sizes[rank]) for rank in range(1, self.count)]
+        return [] if self.number else [own.cpu(), *(each for each in arrived if each is not None)]
 
     def _cast_once(self, tensor_id: int, total: Gradient, cast: Callable[[Gradient | None], None]) -> None:
         """Cast a gradient that all ranks have, and count its faults on one of them."""
@@ -336,91 +299,6 @@ class GroupRanks(Ranks):
         cast(total)
         if not self.answers_for(tensor_id):
             faults.copy_(before)
-
-    def _begin_gather(self, tensor: Tensor, owner: int | None) -> Callable[[], list[Tensor] | None]:
-        """Begin to send a tensor to the owner, or to all ranks; return what waits for the tensors of all, or for None."""
-        arrives = owner is None or owner == self.number
-        if not tensor.numel():
-            return lambda: [tensor] * self.count if arrives else None
-        sent = as_bytes(tensor)
-        parts = [torch.empty_like(sent) for _ in range(self.count)] if arrives else None
-        if owner is None:
-            work = self._work(dist.all_gather, parts, sent)
-        else:
-            work = self._work(dist.gather, sent, parts, dst=owner)
-        self.received += sent.nbytes * (self.count - 1) * arrives
-
-        def wait() -> list[Tensor] | None:
-            self._wait(work)
-            return None if parts is None else [from_bytes(part, tensor) for part in parts]
-
-        return wait
-
-    def _begin_deal(self, parts: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-        """Begin to send a tensor to each rank; return what waits for what each rank sends to this one."""
-        lengths = torch.tensor([len(part) for part in parts])
-        arriving = [int(each[self.number]) for each in self._gathered(lengths)]
-        like = parts[0]
-        size = like.element_size() * math.prod(like.shape[1:])
-        sent = as_bytes(torch.cat(list(parts)))
-        arrived = sent.new_empty(sum(arriving) * size)
-        work = self._work(
-            dist.all_to_all_single,
-            arrived,
-            sent,
-            [length * size for length in arriving],
-            [length * size for length in lengths.tolist()],
-        )
-        self.received += arrived.nbytes - arriving[self.number] * size
-
-        def wait() -> list[Tensor]:
-            self._wait(work)
-            whole = arrived.view(like.dtype).reshape(sum(arriving), *like.shape[1:])
-            return list(whole.split(arriving))
-
-        return wait
-
-    def _gathered(self, tensor: Tensor) -> list[Tensor]:
-        """Return the tensors of all ranks at once."""
-        with self._waiting():
-            parts = self._world.gathered(tensor)
-        self.received += tensor.nbytes * (self.count - 1)
-        return parts
-
-    def _work(self, begin: Callable[..., Any], *args: Any, **more: Any) -> Any:
-        with answered():
-            return begin(*args, **more, async_op=True)
-
-    def _wait(self, work: Any) -> None:
-        with answered(), self._waiting():
-            work.wait()
-
-    @contextmanager
-    def _waiting(self) -> Iterator[None]:
-        """Count the time of the block as waiting: of the host, or of the GPU, on which a wait holds up no host."""
-        if self._model.voting.faults.is_cuda:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            yield
-            end.record()
-            self._events.append((start, end))
-            return
-        began = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - began
-
-    def _later(self, size: int, end: Callable[[], None]) -> None:
-        """Keep what ends an exchange of so many bytes, and end older exchanges if too many are under way."""
-        self._under_way.append((size, end))
-        self._pending += size
-        self._end_down_to(self._most_pending)
-
-    def _end_down_to(self, size: int) -> None:
-        """End exchanges, the oldest first, until at most so many bytes are under way; 0: all of them."""
-        while self._under_way and (self._pending > size or size == 0):
-            ended, end = self._under_way.popleft()
-            self._pending -= ended
-            end()
 
 
 def owners(model: ArbModel, count: int) -> dict[int, int]:

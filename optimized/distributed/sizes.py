@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from arbitor.optimized.distributed.changes import changes_bytes
-from arbitor.reference.graph.open_pass import VOTED_IN
+from arbitor.reference.constants import VOTED_IN
 from arbitor.reference.types import LaidOutWeight
 
 _VOTE_BYTES, _ID_BYTES = 4, 8

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -105,13 +105,31 @@ class World:
 
     def gathered(self, tensor: Tensor) -> list[Tensor]:
         """Return the tensors of all ranks, in the order of their numbers. All have one shape and dtype."""
-        if self.count == 1 or tensor.numel() == 0:
-            return [tensor] * self.count
+        if self.count == 1:
+            return [tensor]
+        parts = self.begin_gather(tensor)()
+        assert parts is not None
+        return parts
+
+    def begin_gather(self, tensor: Tensor, owner: int | None = None) -> Callable[[], list[Tensor] | None]:
+        """Begin to send a tensor to its owner, or to all ranks; return what waits for the tensors of all, or for None elsewhere."""
+        arrives = owner is None or owner == self.number
+        if not tensor.numel():
+            return lambda: [tensor] * self.count if arrives else None
+        sent = as_bytes(tensor)
+        parts = [torch.empty_like(sent) for _ in range(self.count)] if arrives else None
         with answered():
-            sent = as_bytes(tensor)
-            parts = [torch.empty_like(sent) for _ in range(self.count)]
-            dist.all_gather(parts, sent)
-        return [from_bytes(part, tensor) for part in parts]
+            if owner is None:
+                work = dist.all_gather(parts, sent, async_op=True)
+            else:
+                work = dist.gather(sent, parts, dst=owner, async_op=True)
+
+        def wait() -> list[Tensor] | None:
+            with answered():
+                work.wait()
+            return None if parts is None else [from_bytes(part, tensor) for part in parts]
+
+        return wait
 
     def signal(self, number: int | None) -> int | None:
         """Return the signal that asked any of the ranks to stop, the largest number of all; None if none did."""

@@ -106,7 +106,7 @@ def read_adapter(folder: str | PathLike[str]) -> AdapterState:
     path = Path(folder)
     config = _config(path / CONFIG_FILE)
     pairs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in _tensors(path / TENSORS_FILE).items():
+    for key, tensor in read_tensors(path / TENSORS_FILE).items():
         name, _, kind = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if key != f"{PREFIX}{name}.{kind}.weight" or kind not in MATRICES or not name:
             raise TrainingError(
@@ -164,7 +164,8 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     write_whole(path, lambda file: write_safetensors(file, tensors, {"format": "pt"}))
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file by name. Raises TrainingError for a file that cannot be read or is no safetensors file."""
     # Here alone, since the trainer's modules are imported where this library may be missing.
     from safetensors import SafetensorError
     from safetensors.torch import load as load_tensors

@@ -34,6 +34,7 @@ from arbitor.optimized.training.tensor_file import (
 )
 from arbitor.optimized.training.whole_file import rename, told, write_beside
 from arbitor.reference import checks
+from arbitor.reference.constants import BESIDE_TRITS
 from arbitor.reference.json_text import parsed_json
 from arbitor.reference.types import TernaryWeight
 
@@ -47,7 +48,7 @@ FORMAT_VERSION = 3
 METADATA_KEY = "arbitor"
 """Key of the safetensors header under which the JSON object stands."""
 
-PARTS = ("packed", "exponents", "trit_accum", "exponent_accum")
+PARTS = ("packed", *BESIDE_TRITS)
 """The tensors of a weight, by their name in `TernaryWeight`."""
 
 State = Mapping[str, TernaryWeight | Tensor]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from arbitor.reference.checks.arguments import integer, tuple_of
 from arbitor.reference.checks.tensors import dtype_in, same_device, values_between
-from arbitor.reference.constants import ACCUM_MAX, MAX_PACKED_BYTE, groups_per_row, level_range
+from arbitor.reference.constants import ACCUM_MAX, MAX_PACKED_BYTE, VOTED_IN, groups_per_row, level_range
 
 
 class Weight(Protocol):
@@ -41,8 +41,7 @@ def weight_values(name: str, field: str, value: Tensor, mantissa_bits: int = 0) 
     low, high = {
         "packed": (0, MAX_PACKED_BYTE),
         "exponents": level_range(mantissa_bits),
-        "trit_accum": (-ACCUM_MAX, ACCUM_MAX),
-        "exponent_accum": (-ACCUM_MAX, ACCUM_MAX),
+        **dict.fromkeys(VOTED_IN, (-ACCUM_MAX, ACCUM_MAX)),
     }[field]
     values_between(name, value, low, high)
 

@@ -7,11 +7,12 @@ from arbitor.reference.graph.attention import LatentAttention
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.heads import ByteHead
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
-from arbitor.reference.graph.model import ArbLayer, ArbModel
+from arbitor.reference.graph.model import ArbModel
 from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.graph.moe import SharedProjectionMoE
 from arbitor.reference.graph.sequencer import ByteEmbedding, TrigramSequencer
 from arbitor.reference.graph.targets import Targets
+from arbitor.reference.graph.trunk import ArbLayer
 from arbitor.reference.graph.voting import Voting
 
 __all__ = [

@@ -61,10 +61,12 @@ class Adapter(nn.Module):
     Attributes:
         a_RK, b_NR: parameters, float32.
         alpha:      numerator of the factor.
+        froze:      float parameters of the model that learned before the adapters came, and learn again without them.
     """
 
     def __init__(self, a_RK: Tensor, b_NR: Tensor, *, alpha: float) -> None:
         super().__init__()
+        self.froze: list[nn.Parameter] = []
         self.a_RK, self.b_NR, self.alpha = nn.Parameter(a_RK), nn.Parameter(b_NR), alpha
 
     @property
@@ -140,10 +142,11 @@ def attach(
     if adapters_of(model):
         raise RuntimeError("attach was called, but the model has adapters already: detach them first")
     linears = linears_named(model, targets)
-    _freeze(model)
+    froze = _freeze(model)
     for linear in linears.values():
         b_NR = torch.zeros(linear.weight.shape[0], rank, device=linear.device)
-        linear.adapter = Adapter(starting_rows(linear, rank, seed=seed), b_NR, alpha=float(alpha))
+        adapter = Adapter(starting_rows(linear, rank, seed=seed), b_NR, alpha=float(alpha))
+        linear.adapter, adapter.froze = adapter, froze
     return adapters_of(model)
 
 
@@ -176,17 +179,23 @@ def attach_tensors(
         made[name] = Adapter(a_RK.to(device, copy=True), b_NR.to(device, copy=True), alpha=float(alpha))
     if not made:
         raise ValueError("tensors has no entry, but must have at least one")
-    _freeze(model)
+    froze = _freeze(model)
     for name, adapter in made.items():
-        linears[name].adapter = adapter
+        linears[name].adapter, adapter.froze = adapter, froze
     return adapters_of(model)
 
 
 def detach(model: nn.Module) -> None:
-    """Take all adapters from a model, and let its weights and tables move again, except those that were built frozen."""
+    """Take all adapters from a model, and let its weights and tables move again, except those that were built frozen.
+
+    Float parameters that `attach` froze, as those of a module around ternary layers, require gradients again.
+    """
     for module in model.modules():
         if isinstance(module, ArbModule):
             module.frozen = module.built_frozen
+    for adapter in adapters_of(model).values():
+        for parameter in adapter.froze:
+            parameter.requires_grad_(True)
     for linear in linears_of(model).values():
         linear.adapter = None
 
@@ -289,13 +298,15 @@ def starting_rows(linear: Adaptable, rank: int, *, seed: int | None = None) -> T
     return (torch.stack(rows).to(torch.float64) / 65536 * (1 / math.sqrt(num_inputs))).to(torch.float32)
 
 
-def _freeze(model: nn.Module) -> None:
-    """Freeze every weight, table and float parameter of a model."""
+def _freeze(model: nn.Module) -> list[nn.Parameter]:
+    """Freeze every weight, table and float parameter of a model, and return the parameters that have learned so far."""
     for part in model.modules():
         if isinstance(part, ArbModule):
             part.frozen = True
-    for parameter in model.parameters():
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learned:
         parameter.requires_grad_(False)
+    return learned
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from arbitor.reference.config import ArbConfig
+from arbitor.reference.constants import BESIDE_TRITS
 from arbitor.reference.graph.model import ArbModel
 from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.types import LaidOutWeight, TernaryWeight
@@ -205,7 +206,7 @@ def _with_rows(module: TernaryModule, before: TernaryWeight, to_R: Tensor, from_
     trits = ops.unpack_trits(weight.packed, weight.shape)
     trits[to_R] = ops.unpack_trits(before.packed, before.shape)[from_R]
     tensors = {"packed": ops.pack_trits(trits)}
-    for field in ("exponents", "trit_accum", "exponent_accum"):
+    for field in BESIDE_TRITS:
         tensors[field] = getattr(weight, field).clone()
         tensors[field][to_R] = getattr(before, field)[from_R]
     grown: TernaryWeight = weight.with_tensors(**tensors)

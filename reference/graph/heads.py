@@ -22,13 +22,13 @@ class ByteHead(ArbModule):
     Source:  REFACTOR9 (297 logits); docs/spec/graph.md
     """
 
-    def __init__(self, context: GraphContext, *, output_gain: float = 1.0) -> None:
+    def __init__(self, context: GraphContext) -> None:
         super().__init__(context)
         config = context.config
         self.norm = TernaryRMSNorm(context, config.width)
         self.gate = TernaryLinear(context, config.width, config.head_inner)
         self.up = TernaryLinear(context, config.width, config.head_inner)
-        self.down = TernaryLinear(context, config.head_inner, config.width, gain=output_gain)
+        self.down = TernaryLinear(context, config.head_inner, config.width)
         self.vocabulary_norm = TernaryRMSNorm(context, config.width)
         self.vocabulary = TernaryLinear(context, config.width, VOCABULARY_SIZE, orthogonal=False)
 

@@ -67,7 +67,8 @@ class KVLedger:
         self._ids = self._growing((), torch.int64)
         self._codes = self._growing((), torch.int64)
         self._vectors = self._growing((config.code_dim,), dtype)
-        self._layers = [LayerLedger(self) for _ in range(config.num_layers)]
+        columns = config.kv_latent + 2 * config.rotary_dim
+        self._logs = [self._growing((columns,), dtype) for _ in range(config.num_layers)]
         # The number of positions and of read ids, on the device of the rows. They are written in place, because a recorded pass
         # reads them there.
         self._first_B = torch.zeros(batch, dtype=torch.int64, device=self.device)
@@ -90,8 +91,11 @@ class KVLedger:
         return self._codes.rows[sequence, : self.positions[sequence]].clone()
 
     def layer(self, index: int) -> LayerLedger:
-        """Return the ledger of a layer, which its attention reads and appends to."""
-        return self._layers[index]
+        """Return the ledger of a layer, which its attention reads and appends to.
+
+        It is made anew each time. This ledger holds the rows alone, so that they are freed when nobody holds the ledger any more.
+        """
+        return LayerLedger(self, self._logs[index])
 
     def retract(self) -> None:
         """Take back the ids that were not read yet."""
@@ -195,8 +199,8 @@ class KVLedger:
         checks.tensor("predicted_B", predicted_B, torch.int64, (self.batch,))
         count = self._pass.count
         if count == 1:
-            for layer in self._layers:
-                layer.summarise(count)
+            for index in range(len(self._logs)):
+                self.layer(index).summarise(count)
         self.positions = [position + count for position in self.positions]
         self._first_B += count
         self._read_B += self.unread
@@ -244,8 +248,8 @@ class KVLedger:
         if self.config.num_codes:
             self._codes.reserve(positions)
             self._vectors.reserve(positions)
-        for layer in self._layers:
-            layer.log.reserve(self.scheduler.log_size(positions))
+        for log in self._logs:
+            log.reserve(self.scheduler.log_size(positions))
 
     def places(self) -> list[tuple[int, int]]:
         """Return the addresses and the capacities of the rows. Both change when room is made."""
@@ -345,7 +349,7 @@ class KVLedger:
         return GrowingRows(self.batch, shape, dtype=dtype, device=self.device)
 
     def _stores(self) -> list[GrowingRows]:
-        return [self._ids, self._codes, self._vectors, *(layer.log for layer in self._layers)]
+        return [self._ids, self._codes, self._vectors, *self._logs]
 
     def _lengths_B1(self) -> Tensor:
         return (self._read_B + self.unread)[:, None]
@@ -406,12 +410,9 @@ class LayerLedger:
     A row is [rotary key; normed latent; rotary key turned to the row's position].
     """
 
-    def __init__(self, ledger: KVLedger) -> None:
-        config = ledger.config
-        self.ledger = ledger
-        self.rotary_dim = config.rotary_dim
-        columns = config.kv_latent + 2 * config.rotary_dim
-        self.log = GrowingRows(ledger.batch, (columns,), dtype=ledger.dtype, device=ledger.device)
+    def __init__(self, ledger: KVLedger, log: GrowingRows) -> None:
+        self.ledger, self.log = ledger, log
+        self.rotary_dim = ledger.config.rotary_dim
 
     @property
     def first_B(self) -> Tensor:

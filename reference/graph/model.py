@@ -1,4 +1,4 @@
-"""The ARB model: the modules of the graph in their order, and how it is trained.
+"""The ARB model: the heads over its trunk, what it answers, and how it is trained.
 
 Legend: B batch, T bytes, P = T - 2 positions, D width, V = 297 vocabulary.
 """
@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,84 +17,22 @@ from torch import Tensor
 from arbitor.reference import checks
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import NGRAM, VOCABULARY_SIZE, ArbConfig
-from arbitor.reference.graph.attention import LatentAttention
-from arbitor.reference.graph.codebook import SharedVQ
-from arbitor.reference.graph.composite import CompositeProposalHead
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.heads import ByteHead
-from arbitor.reference.graph.layers import TernaryRMSNorm
-from arbitor.reference.graph.ledger import KVLedger, LayerLedger
-from arbitor.reference.graph.memory import MemGram
-from arbitor.reference.graph.module import ArbModule, PartList, as_it_is
-from arbitor.reference.graph.moe_graph import MoEGraph, RecurrentMoEGraph
-from arbitor.reference.graph.rotary import Turns, turns_of_pass
+from arbitor.reference.graph.ledger import KVLedger
+from arbitor.reference.graph.module import as_it_is
 from arbitor.reference.graph.router import MODALITIES, OutputRouter
-from arbitor.reference.graph.sequencer import AudioSequencer, ByteEmbedding, ImageSequencer, TrigramSequencer
-from arbitor.reference.graph.stateful import Stateful, scalar
+from arbitor.reference.graph.stateful import scalar
 from arbitor.reference.graph.talker import MAX_TOKENS, SPOKEN_STRIDE, TalkerHead, spoken_marks
-from arbitor.reference.graph.targets import (
-    Targets,
-    byte_loss,
-    ended_streams,
-    latent_loss,
-    route_loss,
-    spoken_streams,
-    taught_by,
-    token_loss,
-)
-from arbitor.reference.graph.ternary_graph import TernaryGraph
+from arbitor.reference.graph.targets import Targets, byte_loss, head_losses
+from arbitor.reference.graph.trunk import ArbTrunk, Trunk, check_ids
 from arbitor.reference.graph.video import VideoHead
-
-Head = TypeVar("Head", bound=ArbModule)
 
 LOSS_REFERENCE = math.log(VOCABULARY_SIZE)
 """Loss of a uniform guess, in nats per byte. The `sign` rule takes its vote size from the ratio of the loss to it."""
 
 LOSS_WEIGHTS = {"commitment": 0.1, "composite_commitment": 0.25}
 """Weights of components of the loss in the sum that drives the votes. A component without an entry has weight 1."""
-
-
-class ArbLayer(ArbModule):
-    """Attention, then the experts, each on a normed residual stream. The last layer also has the nodes and the loop.
-
-    Math:    e = h + Attention(RMSNorm(h)); h <- MoEGraph(e)
-    Shapes:  [B, P, D] -> [B, P, D]
-    """
-
-    def __init__(self, context: GraphContext, *, last: bool) -> None:
-        super().__init__(context)
-        config = context.config
-        output_gain = 1.0 / math.sqrt(2 * config.num_layers)
-        self.attention_norm = TernaryRMSNorm(context, config.width)
-        self.attention = LatentAttention(context, output_gain=output_gain)
-        kind = RecurrentMoEGraph if last else MoEGraph
-        self.moe_graph = kind(context, output_gain=output_gain)
-
-    def forward(
-        self,
-        h_BPD: Tensor,
-        nodes_BPD: Tensor | None = None,
-        cache: LayerLedger | None = None,
-        turns: Turns | None = None,
-    ) -> Tensor:
-        """Return the residual stream after this layer. With a cache, positions also see the positions that it holds."""
-        gathered_BPD = self.attention(self.attention_norm(h_BPD), cache, turns)
-        return self.moe_graph(h_BPD + gathered_BPD, nodes_BPD)
-
-
-@dataclass(frozen=True)
-class Trunk:
-    """The stream of the model before a head, with its codes and losses.
-
-    Fields:
-        h_BPD:  the stream of every position: images first, then audio, then text.
-        codes:  int64 [B, P], the code of each position in the id space of all modalities; None without codes.
-        losses: the losses of codebooks by name, scalars.
-    """
-
-    h_BPD: Tensor
-    codes: Tensor | None
-    losses: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -114,7 +52,7 @@ class Response:
     tokens: Tensor | None
 
 
-class ArbModel(Stateful):
+class ArbModel(ArbTrunk):
     """A model from bytes to the logits of the next byte. Every weight is ternary, and votes train it in place.
 
     Args:
@@ -128,8 +66,7 @@ class ArbModel(Stateful):
             keeps its own.
         experts_over: the same for experts.
 
-    Math:    s = sequencer(embedding(ids)); x = shared_vq(s); h = layers(memory(x), nodes = graph(codes));
-             logits = byte_head(h); position p predicts byte p + 3
+    Math:    h = trunk(ids); logits = byte_head(h); position p predicts byte p + 3
     Raises:  TypeError or ValueError for a dtype or seed that is not allowed, or float64 with an op set that has none
     """
 
@@ -156,70 +93,10 @@ class ArbModel(Stateful):
             experts_over=experts_over,
         )
         super().__init__(context)
-        self.embedding = ByteEmbedding(context)
-        self.sequencer = TrigramSequencer(context)
-        self.image_sequencer = ImageSequencer(context) if config.image_features else None
-        self.audio_sequencer = AudioSequencer(context) if config.audio_features else None
-        self.shared_vq = SharedVQ(context) if config.num_codes else None
-        self.graph = None
-        if self.shared_vq is not None and config.num_hops:
-            self.graph = TernaryGraph(context, self.shared_vq.bridge)
-        self.memory = MemGram(context) if config.memory_rows else None
-        self.composite = CompositeProposalHead(context) if config.composite_codes else None
-        last = config.num_layers - 1
-        self.layers = PartList(ArbLayer(context, last=i == last) for i in range(config.num_layers))
         self.router = OutputRouter(context) if config.router_inner else None
         self.byte_head = ByteHead(context)
         self.video_head = VideoHead(context) if config.video_latent else None
         self.talker_head = TalkerHead(context) if config.talker_tokens else None
-
-    @as_it_is
-    def trunk(
-        self,
-        ids_BT: Tensor,
-        *,
-        image_BNF: Tensor | None = None,
-        audio_BNF: Tensor | None = None,
-        ledger: KVLedger | None = None,
-    ) -> Trunk:
-        """Return the stream of every position, for ids int64 [B, T] with T >= 3 and, before them, features of media.
-
-        With a ledger, between its `begin` and `end`, the positions follow the positions that the ledger holds.
-
-        Shapes:  image_BNF and audio_BNF float [B, N, features], N >= 3, for N - 2 positions each; all of one B >= 1
-        Raises:  TypeError or ValueError for ids or features that do not fit, or media that the model was not built for
-        """
-        checks.dtype_in("ids_BT", ids_BT, (torch.int64,))
-        _check_ids(ids_BT, NGRAM)
-        batch = ids_BT.shape[0]
-        parts = {
-            "image": _sequence("image", self.image_sequencer, image_BNF, batch),
-            "audio": _sequence("audio", self.audio_sequencer, audio_BNF, batch),
-            "text": self.sequencer(self.embedding(ids_BT)),
-        }
-        present = {name: s_BPD for name, s_BPD in parts.items() if s_BPD is not None}
-        codes_BP: Tensor | None = None
-        losses: dict[str, Tensor] = {}
-        if self.shared_vq is None:
-            h_BPD = torch.cat(list(present.values()), dim=1)
-        else:
-            h_BPD, codes_BP, losses = self.shared_vq(present, ledger)
-        nodes_BPD = None
-        if codes_BP is not None:
-            if self.memory is not None:
-                previous_Bn = None if ledger is None else ledger.previous_codes(self.memory.codes_before)
-                h_BPD = self.memory(h_BPD, codes_BP, previous_Bn)
-            if self.graph is not None:
-                extra_BPC = self.composite.read(codes_BP) if self.composite is not None else None
-                nodes_BPD = self.graph(codes_BP, extra_BPC)
-            if ledger is not None:
-                ledger.record_codes(codes_BP)
-        last = len(self.layers) - 1
-        turns = turns_of_pass(h_BPD, None if ledger is None else ledger.first_B, self.config.rotary_dim)
-        for index, layer in enumerate(self.layers):
-            cache = None if ledger is None else ledger.layer(index)
-            h_BPD = layer(h_BPD, nodes_BPD if index == last else None, cache, turns)
-        return Trunk(h_BPD, codes_BP, losses)
 
     def forward(
         self,
@@ -308,7 +185,7 @@ class ArbModel(Stateful):
         """
         if self.video_head is None:
             raise RuntimeError("draw was called, but the model must have a video head: video_latent is 0")
-        _check_ids(ids_BT, NGRAM)
+        check_ids(ids_BT, NGRAM)
         with torch.no_grad():
             drawn: Tensor = self.video_head(self._text(self.trunk(ids_BT, **media), ids_BT))
         return drawn
@@ -331,7 +208,7 @@ class ArbModel(Stateful):
         if self.talker_head is None:
             raise RuntimeError("say was called, but the model must have a talker head: talker_tokens is 0")
         checks.integer("frames", frames, 1, MAX_TOKENS)
-        _check_ids(ids_BT, NGRAM)
+        check_ids(ids_BT, NGRAM)
         mark_ids = ids_BT.new_tensor(spoken_marks(frames)).expand(ids_BT.shape[0], -1)
         marked_BT = torch.cat([ids_BT, mark_ids], dim=1)
         with torch.no_grad():
@@ -367,37 +244,24 @@ class ArbModel(Stateful):
 
         Raises TypeError or ValueError for targets that do not fit, or of a head that the model does not have.
         """
+        if targets is not None and not isinstance(targets, Targets):
+            raise TypeError(
+                f"targets is a {type(targets).__name__}, but must be Targets or None: the bytes to learn are those of ids_BT"
+            )
         trunk = self._trunk_with_targets(ids_BT, media)
         # This looks at `taught_BT` before the other heads read by it.
         of_bytes = self._byte_loss(trunk, ids_BT, None if targets is None else targets.taught_BT)
-        taught = {} if targets is None else self._taught_losses(self._text(trunk, ids_BT), targets)
-        return {
-            "bytes": of_bytes,
-            **trunk.losses,
-            **self._proposal_losses(trunk),
-            **taught,
-        }
-
-    def _taught_losses(self, whole_BPD: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """Return the losses of the targets that are given, by name."""
-        modality_B, found = targets.modality_B, {}
-        said_BPD = h_BPD = whole_BPD
-        stride = None
-        if targets.taught_BT is not None:
-            said_BPD = h_BPD = ended_streams(whole_BPD, targets.taught_BT)
-        if targets.spoken_BT is not None:
-            said_BPD, stride = spoken_streams(whole_BPD, targets.spoken_BT), SPOKEN_STRIDE
-        if modality_B is not None:
-            router = _head("modality_B", "router", self.router)
-            found["route"] = route_loss(router, h_BPD, modality_B, self.answering)
-        if targets.latent is not None:
-            video = _head("latent", "video head", self.video_head)
-            found["latent"] = latent_loss(video, h_BPD, targets.latent, taught_by(modality_B, "video"))
-        if targets.tokens_BN is not None:
-            talker = _head("tokens_BN", "talker head", self.talker_head)
-            taught_B = taught_by(modality_B, "audio")
-            found["tokens"] = token_loss(talker, said_BPD, targets.tokens_BN, taught_B, stride=stride)
-        return found
+        of_heads: dict[str, Tensor] = {}
+        if targets is not None:
+            of_heads = head_losses(
+                self._text(trunk, ids_BT),
+                targets,
+                router=self.router,
+                video=self.video_head,
+                talker=self.talker_head,
+                answering=self.answering,
+            )
+        return {"bytes": of_bytes, **trunk.losses, **self._proposal_losses(trunk), **of_heads}
 
     @property
     def answering(self) -> tuple[str, ...]:
@@ -412,7 +276,7 @@ class ArbModel(Stateful):
 
     def _trunk_with_targets(self, ids_BT: Tensor, media: dict[str, Any]) -> Trunk:
         """Return the trunk of ids that hold at least one target."""
-        _check_ids(ids_BT, NGRAM + 1)
+        check_ids(ids_BT, NGRAM + 1)
         return self.trunk(ids_BT, **media)
 
     def _byte_loss(self, trunk: Trunk, ids_BT: Tensor, taught_BT: Tensor | None) -> Tensor:
@@ -463,7 +327,8 @@ class ArbModel(Stateful):
         Raises:
             TypeError or ValueError: a loss that is no scalar tensor, has no graph, or was not computed with this model; a rate
                 or step that is not allowed.
-            RuntimeError: a weight was stepped or loaded since the loss was computed; or the model is torn (`Voting`).
+            RuntimeError: a weight was stepped or loaded since the loss was computed; gradients came by `loss.backward()` before;
+                the model is torn (`Voting`); or it is a model of `arbitor` in one process of several, whose votes nobody exchanges.
         """
         return super().backward(self.objective(loss), rate=rate, step=step, undo=undo)
 
@@ -472,34 +337,3 @@ class ArbModel(Stateful):
         if self.config.vote_rule != "sign":
             return super().vote_size(loss)
         return self.ops.step_from_loss(max(loss, 0.0), LOSS_REFERENCE, self.config.max_vote_step)
-
-
-def _head(target: str, name: str, head: Head | None) -> Head:
-    """Return a head that a target teaches; refuse a target of a head that the model does not have."""
-    if head is None:
-        raise ValueError(f"{target} is given, but must be None: the model has no {name}")
-    return head
-
-
-def _check_ids(ids_BT: Tensor, num_bytes: int) -> None:
-    """Refuse ids that are no batch of at least one sequence of at least `num_bytes` bytes."""
-    checks.is_tensor("ids_BT", ids_BT)
-    if ids_BT.ndim != 2 or ids_BT.shape[0] == 0 or ids_BT.shape[1] < num_bytes:
-        raise ValueError(
-            f"ids_BT has shape {tuple(ids_BT.shape)}, but must be [batch, bytes] with at least one sequence of at least "
-            f"{num_bytes} bytes"
-        )
-
-
-def _sequence(
-    name: str, sequencer: ArbModule | None, features_BNF: Tensor | None, batch: int
-) -> Tensor | None:
-    """Return the positions of a medium, or None without features; refuse features that no sequencer reads."""
-    if features_BNF is None:
-        return None
-    if sequencer is None:
-        raise ValueError(f"{name}_BNF is given, but must be None: the model has no {name} sequencer")
-    s_BPD = sequencer(features_BNF)
-    if s_BPD.shape[0] != batch:
-        raise ValueError(f"{name}_BNF has a batch of {s_BPD.shape[0]}, but must have that of ids_BT, {batch}")
-    return cast(Tensor, s_BPD)

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
+from arbitor.reference.constants import BESIDE_TRITS, VOTED_IN
 from arbitor.reference.graph.context import GraphContext
-from arbitor.reference.graph.open_pass import VOTED_IN, Average
+from arbitor.reference.graph.open_pass import Average, Voter
+from arbitor.reference.graph.ranks import Gradient
 from arbitor.reference.graph.rule import ANCHOR, Rule, RuleFunction, new_ticket
 from arbitor.reference.graph.spread import Spread
 from arbitor.reference.graph.uncompiled import outside
@@ -234,7 +236,7 @@ class TernaryModule(ArbModule):
             self.register_buffer(name, tensor)
         # Plain values, because the compiler looks at them.
         self._shape = list(weight.shape)
-        self._codes = next(iter(self._tensors.keys() - {"exponents", *VOTED_IN}))
+        self._codes = next(iter(self._tensors.keys() - BESIDE_TRITS))
         self.ticket = new_ticket(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -345,20 +347,12 @@ class TernaryModule(ArbModule):
     ) -> None:
         """Count the votes of a gradient of the weight, or of its `rows`. Each use in a forward pass votes on its own.
 
-        `num_matrices` is the number of matrices in the gradient, and `chosen` says whether the batch chose the rows, both as
-        `Voting.cast` takes them.
+        The arguments are the fields of a `Gradient`.
         """
+        first_row = 0 if self.spread is None else self.spread.rows.start
         self.voting.cast(
-            self.weight,
-            grad_NK,
-            tensor_id=self.tensor_id,
-            rows=rows,
-            num_matrices=num_matrices,
-            uses=self.uses,
-            chosen=chosen,
-            voted=self.note_vote,
-            average=self.average,
-            first_row=0 if self.spread is None else self.spread.rows.start,
+            Voter(self.weight, self.tensor_id, self.uses, self.average, first_row, self.note_vote),
+            Gradient(grad_NK, rows, num_matrices, chosen),
         )
 
     def note_vote(self, rows: Tensor | None) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from arbitor.reference.constants import VOTED_IN
+from arbitor.reference.graph.ranks import Gradient
 from arbitor.reference.types import LaidOutWeight
-
-VOTED_IN = ("trit_accum", "exponent_accum")
-"""The tensors of a weight that a vote changes."""
 
 
 class Average(Protocol):
@@ -43,39 +42,49 @@ class Note:
 
 
 @dataclass(frozen=True)
-class Vote:
-    """A gradient of a weight, and how it votes.
+class Voter:
+    """A weight that votes, and how.
 
     Fields:
-        weight:       the weight that votes.
-        grad_NK:      its gradient, or that of its `rows`.
-        tensor_id:    the place of the weight in definition order.
-        rows:         int64 [N], the rows of the weight that vote, or None for all.
-        num_matrices: matrices that are stacked in the gradient and are made orthogonal, or 0.
-        uses:         how often a pass uses the weight.
-        average:      the running mean that leads a gradient that is made orthogonal, or None.
-        first_row:    the row of a table that is the first one of the weight, where other ranks keep other rows.
+        weight:    the weight.
+        tensor_id: its place in definition order.
+        uses:      how often a pass uses it.
+        average:   the running mean that leads a gradient that is made orthogonal, or None.
+        first_row: the row of a table that is the first one of the weight, where other ranks keep other rows.
+        voted:     the method of a module that is told, with the next step, which rows voted on any rank (None: all); or None.
     """
 
     weight: LaidOutWeight
-    grad_NK: Tensor
     tensor_id: int
-    rows: Tensor | None
-    num_matrices: int
-    uses: int
-    average: Average | None
-    first_row: int
+    uses: int = 1
+    average: Average | None = None
+    first_row: int = 0
+    voted: Callable[[Tensor | None], None] | None = None
+
+
+@dataclass(frozen=True)
+class Vote:
+    """A vote of a weight with a gradient that was summed over ranks."""
+
+    voter: Voter
+    gradient: Gradient
+
+    def of(self, grad_NK: Tensor) -> Vote:
+        """Return the vote with another gradient of the same rows."""
+        return replace(self, gradient=replace(self.gradient, grad_NK=grad_NK))
 
     @property
     def matrix(self) -> tuple[int, int, torch.device]:
         """Rows and columns of each matrix, and where it lies."""
-        return self.grad_NK.shape[0] // self.num_matrices, self.grad_NK.shape[1], self.grad_NK.device
+        grad_NK = self.gradient.grad_NK
+        return grad_NK.shape[0] // self.gradient.num_matrices, grad_NK.shape[1], grad_NK.device
 
     @property
     def kind(self) -> tuple[int, ...]:
         """What votes have in common whose weights can be counted in together: all rows or some, shape, format and uses."""
-        weight = self.weight
-        return int(self.rows is None), *weight.shape, weight.group_size, weight.mantissa_bits, self.uses
+        weight = self.voter.weight
+        all_rows = int(self.gradient.rows is None)
+        return all_rows, *weight.shape, weight.group_size, weight.mantissa_bits, self.voter.uses
 
 
 class Pass:
@@ -110,12 +119,12 @@ class Pass:
             rows = None if rows is None else rows.clamp(min=0)
             self._kept.append((tensor, rows, tensor.clone() if rows is None else tensor[rows]))
 
-    def keep_weight(self, tensor_id: int, weight: LaidOutWeight, rows: Tensor | None) -> None:
-        """Copy the counts that a vote of a weight, or of its `rows`, is about to change, unless all were copied before."""
+    def keep_counts(self, vote: Vote) -> None:
+        """Copy the counts that a vote is about to change, unless all of its weight were copied before."""
+        weight = vote.voter.weight
         tensors = weight.tensors()
-        self.keep_rows(
-            tensor_id, [tensors[name] for name in VOTED_IN if name in tensors], weight.shape[0], rows
-        )
+        counts = [tensors[name] for name in VOTED_IN if name in tensors]
+        self.keep_rows(vote.voter.tensor_id, counts, weight.shape[0], vote.gradient.rows)
 
     def keep_rows(self, key: Any, tensors: Iterable[Tensor], num_rows: int, rows: Tensor | None) -> None:
         """Copy `rows` of tensors of `num_rows` rows, or all of them, unless all were copied under the key before.

@@ -25,9 +25,9 @@ class Gradient:
     """
 
     grad_NK: Tensor
-    rows: Tensor | None
-    num_matrices: int
-    chosen: bool
+    rows: Tensor | None = None
+    num_matrices: int = 0
+    chosen: bool = False
 
 
 class Ranks:

@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
+from arbitor.reference.constants import BESIDE_TRITS
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.module import ArbModule, TernaryModule, check_loadable
 from arbitor.reference.graph.parts import row_parts
 from arbitor.reference.graph.tables import TableModule
 from arbitor.reference.graph.uncompiled import out_of_graphs
 from arbitor.reference.types import TernaryWeight
-
-BESIDE_TRITS = ("exponents", "trit_accum", "exponent_accum")
-"""The tensors of a weight that every layout has. The other tensor of a weight holds its trits."""
 
 
 class Stateful(ArbModule):
@@ -48,10 +46,12 @@ class Stateful(ArbModule):
             TypeError or ValueError: a loss that is no scalar tensor, has no graph, or was not computed with this model; a rate
                 or step that is not allowed.
             RuntimeError: a weight was stepped or loaded since the loss was computed; gradients came by `loss.backward()` before;
-                or the model is torn (`Voting`).
+                the model is torn (`Voting`); or it is a model of `arbitor` in one process of several, whose votes nobody exchanges.
         """
         self.voting.check_whole()
         self.voting.check_answered()
+        # A module of the user's that holds the layers may have been moved by itself.
+        self._follow_weights()
         ranks = self.voting.ranks
         loss = ranks.part(scalar("loss", loss))
         if not loss.requires_grad:
@@ -64,11 +64,18 @@ class Stateful(ArbModule):
             return False
         with self.voting.taking(rate=rate, step=step, size=self.vote_size(value), undo=undo) as taken:
             loss.backward()
-            if not taken.reached:
+            if not taken.reached and self._can_be_reached:
                 raise ValueError(
                     "loss was not computed with this model: its gradient came to none of the model's weights"
                 )
         return True
+
+    @property
+    def _can_be_reached(self) -> bool:
+        """Whether a gradient can come to a weight. Below float layers that learn, all ternary ones may be frozen."""
+        return any(
+            not module.frozen or module.adapter is not None for module in self.ternary_modules().values()
+        )
 
     def vote_size(self, loss: float) -> int:
         """Return the size of the votes of a pass whose loss is finite; 1 where the rate gives votes their size."""
@@ -201,7 +208,10 @@ class Stateful(ArbModule):
         }
 
     def state(self) -> dict[str, TernaryWeight | Tensor]:
-        """Return all that training changes: the weights in canonical form, and the integer tables."""
+        """Return all that training changes: the weights in canonical form, and the integer tables.
+
+        Tensors may share memory with the model, as those of `state_dict` do. A deep copy stays as the model is now.
+        """
         return {**self.weights(), **self.tables()}
 
     def load_state(self, state: Mapping[str, TernaryWeight | Tensor]) -> None:
@@ -285,7 +295,9 @@ class Stateful(ArbModule):
         return changed
 
     def flip_rate(self, snapshot: Mapping[str, Mapping[str, Tensor]]) -> float:
-        """Return the share of trits that differ from those of `snapshot_trits`, among the weights that can vote."""
+        """Return the share of trits that differ from those of `snapshot_trits`, among the weights that can vote; 0 for none."""
+        if not snapshot:
+            return 0.0
         changed, modules = self.changed_trits(snapshot), self.ternary_modules()
         total = sum(math.prod(modules[name].weight.shape) for name in changed)
         return float(torch.stack(list(changed.values())).sum()) / total

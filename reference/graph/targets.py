@@ -6,6 +6,7 @@ Legend: B batch, T bytes, P positions, D width, L numbers of a latent, N audio t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,10 +14,13 @@ from torch.nn import functional as F
 
 from arbitor.reference import checks
 from arbitor.reference.config import NGRAM
+from arbitor.reference.graph.module import ArbModule
 from arbitor.reference.graph.ranks import Ranks
 from arbitor.reference.graph.router import MODALITIES, OutputRouter
-from arbitor.reference.graph.talker import TalkerHead
+from arbitor.reference.graph.talker import SPOKEN_STRIDE, TalkerHead
 from arbitor.reference.graph.video import VideoHead
+
+Head = TypeVar("Head", bound=ArbModule)
 
 NO_TOKEN = -1
 """Target of the talker where there is no token."""
@@ -171,3 +175,47 @@ def token_loss(
 def taught_by(modality_B: Tensor | None, name: str) -> Tensor | None:
     """Return the mask of the sequences that teach a head, bool [B]; None, for all, if `modality_B` is None."""
     return None if modality_B is None else modality_B == MODALITIES.index(name)
+
+
+def head_losses(
+    h_BPD: Tensor,
+    targets: Targets,
+    *,
+    router: OutputRouter | None,
+    video: VideoHead | None,
+    talker: TalkerHead | None,
+    answering: tuple[str, ...],
+) -> dict[str, Tensor]:
+    """Return the losses of the targets of all heads but the byte head, [], by name: `route`, `latent` and `tokens`.
+
+    Args:
+        h_BPD: the stream of the text positions.
+        targets: a target that is None has no loss.
+        router, video, talker: the heads of the model, or None.
+        answering: modalities that the model has a head for.
+
+    Raises TypeError or ValueError for targets that do not fit, or of a head that the model does not have.
+    """
+    modality_B, found = targets.modality_B, {}
+    read_BPD = h_BPD if targets.taught_BT is None else ended_streams(h_BPD, targets.taught_BT)
+    said_BPD, stride = read_BPD, None
+    if targets.spoken_BT is not None:
+        said_BPD, stride = spoken_streams(h_BPD, targets.spoken_BT), SPOKEN_STRIDE
+    if modality_B is not None:
+        router = _head("modality_B", "router", router)
+        found["route"] = route_loss(router, read_BPD, modality_B, answering)
+    if targets.latent is not None:
+        video = _head("latent", "video head", video)
+        found["latent"] = latent_loss(video, read_BPD, targets.latent, taught_by(modality_B, "video"))
+    if targets.tokens_BN is not None:
+        talker = _head("tokens_BN", "talker head", talker)
+        taught_B = taught_by(modality_B, "audio")
+        found["tokens"] = token_loss(talker, said_BPD, targets.tokens_BN, taught_B, stride=stride)
+    return found
+
+
+def _head(target: str, name: str, head: Head | None) -> Head:
+    """Return a head that a target teaches; refuse a target of a head that the model does not have."""
+    if head is None:
+        raise ValueError(f"{target} is given, but must be None: the model has no {name}")
+    return head

@@ -22,9 +22,8 @@ from torch import Tensor
 from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.op_set import OpSet
-from arbitor.reference.graph.open_pass import Average, Note, Pass, Vote
+from arbitor.reference.graph.open_pass import Note, Pass, Vote, Voter
 from arbitor.reference.graph.ranks import Gradient, Ranks
-from arbitor.reference.types import LaidOutWeight
 
 WAITING_ELEMENTS = 2**25
 """Elements of the gradients that wait to be made orthogonal, above which all of them vote: 64 MiB of bfloat16."""
@@ -205,80 +204,44 @@ class Voting:
         self.notes = [note.on(change) for note in self.notes]
         self.step = change(self.step) if isinstance(self.step, Tensor) else self.step
 
-    def cast(
-        self,
-        weight: LaidOutWeight,
-        grad_NK: Tensor,
-        *,
-        tensor_id: int,
-        rows: Tensor | None,
-        num_matrices: int = 0,
-        uses: int = 1,
-        chosen: bool = False,
-        voted: Callable[[Tensor | None], None] | None = None,
-        average: Average | None = None,
-        first_row: int = 0,
-    ) -> None:
-        """Count the votes of a gradient, summed over ranks, in the accumulators of `weight`, in place, now or before the pass ends.
+    def cast(self, voter: Voter, gradient: Gradient) -> None:
+        """Count the votes of a gradient, summed over ranks, in the accumulators of a weight, in place, now or before the pass ends.
 
-        A gradient of `num_matrices` stacked matrices is first made orthogonal, in the dtype of the activations, unless the rule is
-        `sign`. With 0 matrices the gradient votes as it is, as the rows of a table do.
+        A gradient of stacked matrices is first made orthogonal, in the dtype of the activations, unless the rule is `sign`. With 0
+        matrices the gradient votes as it is, as the rows of a table do.
         With an `average` the gradient is led by it before it is made orthogonal. A gradient that votes as it is has none.
         If a pass uses a weight several times, each of the `uses` votes at its part of the rate. The size of a vote does not depend
         on the size of the gradient, so votes at the full rate would together go too far. The `sign` rule has no rate to divide.
-        The weight is the rows of a table from `first_row` on, where other ranks keep other rows.
-        Rows that are `chosen` follow from the batch (`Gradient`). The pass leaves a note for `voted`, the method of a module, with
-        the rows that voted on any rank.
+        The pass leaves a note for `voted`.
         """
+        grad_NK = gradient.grad_NK
         if grad_NK.dtype == torch.float64:
             grad_NK = grad_NK.to(torch.float32)
-        if self.makes_orthogonal(num_matrices):
+        if self.makes_orthogonal(gradient.num_matrices):
             # Ranks exchange no more bits than the votes come from.
             grad_NK = grad_NK.to(self.dtype)
         self.ranks.exchange(
-            tensor_id,
-            Gradient(grad_NK, rows, num_matrices, chosen),
-            lambda total: self._cast_total(
-                weight,
-                total,
-                tensor_id=tensor_id,
-                uses=uses,
-                voted=voted,
-                average=average,
-                first_row=first_row,
-            ),
+            voter.tensor_id, replace(gradient, grad_NK=grad_NK), partial(self._cast_total, voter)
         )
 
     def makes_orthogonal(self, num_matrices: int) -> bool:
         """Return whether a gradient of so many stacked matrices is made orthogonal before it votes."""
         return bool(num_matrices and self.orthogonal_steps and self.vote_rule == "stochastic")
 
-    def _cast_total(
-        self,
-        weight: LaidOutWeight,
-        total: Gradient | None,
-        *,
-        tensor_id: int,
-        uses: int,
-        voted: Callable[[Tensor | None], None] | None,
-        average: Average | None,
-        first_row: int,
-    ) -> None:
+    def _cast_total(self, voter: Voter, total: Gradient | None) -> None:
         """Count the votes of a gradient that was summed over ranks, unless it is None, and leave a note of them."""
         taken = self.current
         assert taken is not None
         if total is not None:
-            vote = Vote(
-                weight, total.grad_NK, tensor_id, total.rows, total.num_matrices, uses, average, first_row
-            )
+            vote = Vote(voter, total)
             if self.makes_orthogonal(total.num_matrices):
-                taken.waiting.append(replace(vote, grad_NK=total.grad_NK.to(self.dtype)))
-                if sum(vote.grad_NK.numel() for vote in taken.waiting) > WAITING_ELEMENTS:
+                taken.waiting.append(vote.of(total.grad_NK.to(self.dtype)))
+                if sum(each.gradient.grad_NK.numel() for each in taken.waiting) > WAITING_ELEMENTS:
                     self._count_waiting(taken)
             else:
                 self._count(taken, vote)
-        if voted is not None:
-            self.note(voted, None if total is None else total.rows)
+        if voter.voted is not None:
+            self.note(voter.voted, None if total is None else total.rows)
 
     def _count_waiting(self, taken: Pass) -> None:
         """Make the gradients that wait orthogonal, all matrices of one shape in one call, and count their votes.
@@ -301,12 +264,12 @@ class Voting:
         made = self.ops.orthogonalize(
             grads[0] if len(grads) == 1 else torch.cat(grads),
             iterations=self.orthogonal_steps,
-            num_groups=sum(vote.num_matrices for vote in votes),
+            num_groups=sum(vote.gradient.num_matrices for vote in votes),
         )
         pieces, begin = [], 0
         for _, of_kind in groupby(votes, key=lambda vote: vote.kind):
             alike = list(of_kind)
-            end = begin + sum(len(vote.grad_NK) for vote in alike)
+            end = begin + sum(len(vote.gradient.grad_NK) for vote in alike)
             pieces += self._pieces(taken, alike, made[begin:end])
             begin = end
         self.apart(pieces)
@@ -317,26 +280,28 @@ class Voting:
         One call counts for all of them, unless some rows vote, or a later part of a weight, or a weight votes twice. A count
         saturates, so that order matters then.
         """
-        parts = any(vote.first_row for vote in votes)
-        if votes[0].rows is None and not parts and len({vote.tensor_id for vote in votes}) == len(votes) > 1:
+        parts = any(vote.voter.first_row for vote in votes)
+        tensor_ids = {vote.voter.tensor_id for vote in votes}
+        if votes[0].gradient.rows is None and not parts and len(tensor_ids) == len(votes) > 1:
             return [partial(self._count_together, taken, votes, made)]
         of_weights: dict[int, list[Vote]] = {}
-        for vote, grad_NK in zip(votes, made.split([len(vote.grad_NK) for vote in votes]), strict=True):
-            of_weights.setdefault(vote.tensor_id, []).append(replace(vote, grad_NK=grad_NK))
+        heights = [len(vote.gradient.grad_NK) for vote in votes]
+        for vote, grad_NK in zip(votes, made.split(heights), strict=True):
+            of_weights.setdefault(vote.voter.tensor_id, []).append(vote.of(grad_NK))
         return [partial(self._count_each, taken, of_weight) for of_weight in of_weights.values()]
 
     def _count_together(self, taken: Pass, votes: Sequence[Vote], grad_NK: Tensor) -> None:
         """Count the votes of alike weights, all rows of each, whose gradients lie one below the other."""
         for vote in votes:
             self._before_count(taken, vote)
-        weights = tuple(vote.weight for vote in votes)
+        weights = tuple(vote.voter.weight for vote in votes)
         self.ops.accumulate_gradients(
             weights,
             grad_NK,
-            part_of_rate(taken.rate, votes[0].uses),
+            part_of_rate(taken.rate, votes[0].voter.uses),
             seed=self.seed,
             step=taken.step,
-            tensor_ids=tuple(vote.tensor_id for vote in votes),
+            tensor_ids=tuple(vote.voter.tensor_id for vote in votes),
             exponent_rule=self.exponent_rule,
             faults=self.faults,
             out=weights,
@@ -344,12 +309,13 @@ class Voting:
 
     def _led(self, taken: Pass, vote: Vote) -> Tensor:
         """Return what is made orthogonal for a vote: its gradient, led by the running mean if the weight has one."""
-        if vote.average is None:
-            return vote.grad_NK
+        voter, gradient = vote.voter, vote.gradient
+        if voter.average is None:
+            return gradient.grad_NK
         self._begin_writing(taken)
-        tables = vote.average.tables().values()
-        taken.keep_rows(("average", vote.tensor_id), tables, vote.weight.shape[0], vote.rows)
-        return vote.average.lead(vote.grad_NK, vote.rows, taken.rate)
+        tables = voter.average.tables().values()
+        taken.keep_rows(("average", voter.tensor_id), tables, voter.weight.shape[0], gradient.rows)
+        return voter.average.lead(gradient.grad_NK, gradient.rows, taken.rate)
 
     def _begin_writing(self, taken: Pass) -> None:
         """Note that the pass is about to write to the state of the model."""
@@ -364,19 +330,19 @@ class Voting:
 
     def _count(self, taken: Pass, vote: Vote) -> None:
         """Count a vote whose gradient is as it votes."""
-        weight, grad_NK = vote.weight, vote.grad_NK
+        voter, weight, grad_NK = vote.voter, vote.voter.weight, vote.gradient.grad_NK
         self._before_count(taken, vote)
         clock: dict[str, Any] = {
             "seed": self.seed,
             "step": taken.step,
-            "tensor_id": vote.tensor_id,
+            "tensor_id": voter.tensor_id,
             "exponent_rule": self.exponent_rule,
-            "rows": vote.rows,
-            "first_row": vote.first_row,
+            "rows": vote.gradient.rows,
+            "first_row": voter.first_row,
             "out": weight,
         }
         if self.vote_rule == "stochastic":
-            rate = part_of_rate(taken.rate, vote.uses)
+            rate = part_of_rate(taken.rate, voter.uses)
             self.ops.accumulate_gradient(weight, grad_NK, rate, faults=self.faults, **clock)
         else:
             self.faults += self.ops.count_nonfinite_rows(grad_NK)
@@ -385,7 +351,7 @@ class Voting:
     def _before_count(self, taken: Pass, vote: Vote) -> None:
         """Keep what a vote is about to change, and note that the pass writes."""
         self._begin_writing(taken)
-        taken.keep_weight(vote.tensor_id, vote.weight, vote.rows)
+        taken.keep_counts(vote)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle; raise RuntimeError while a pass is open."""

@@ -1,0 +1,176 @@
+"""Traffic: tensors on their way between ranks, as bytes, and how long a rank waits for them.
+
+What begins an exchange returns a function that ends it, so that a rank can go on meanwhile.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from arbitor.optimized.distributed.world import World, answered, as_bytes
+
+PENDING_BYTES = 2**26
+"""Most bytes of a rank that are on their way at a time."""
+
+HELD_BYTES = 2**31
+"""Most bytes of the gradients of all ranks that an owner holds at a time. Of many ranks fewer are on their way."""
+
+
+class Traffic:
+    """What a rank sends and is sent. Every rank begins the same exchanges in the same order.
+
+    Attributes:
+        received:     bytes that this rank was sent by others.
+        most_pending: most bytes of this rank that are on their way at a time.
+    """
+
+    def __init__(self, world: World, *, on_gpu: Callable[[], bool]) -> None:
+        """Begin without exchanges. `on_gpu` says whether waiting holds up a GPU, and not the host."""
+        self.received = 0
+        self.most_pending = min(PENDING_BYTES, HELD_BYTES // world.count)
+        self._world, self._on_gpu = world, on_gpu
+        self._under_way: deque[tuple[int, Callable[[], None]]] = deque()
+        self._pending = 0
+        self._waited = 0.0
+        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    def gathered(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensors of all ranks at once."""
+        with self._waiting():
+            parts = self._world.gathered(tensor)
+        self.received += tensor.nbytes * (self._world.count - 1)
+        return parts
+
+    def begin_gather(self, tensor: Tensor, owner: int | None) -> Callable[[], list[Tensor] | None]:
+        """See `World`."""
+        end = self._world.begin_gather(tensor, owner)
+        if owner is None or owner == self._world.number:
+            self.received += tensor.nbytes * (self._world.count - 1)
+
+        def wait() -> list[Tensor] | None:
+            with self._waiting():
+                return end()
+
+        return wait
+
+    def begin_deal(self, parts: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """Begin to send a tensor to each rank; return what waits for what each rank sends to this one.
+
+        The ranks first tell each other how long the parts are.
+        """
+        number = self._world.number
+        lengths = torch.tensor([len(part) for part in parts])
+        arriving = [int(each[number]) for each in self.gathered(lengths)]
+        like = parts[0]
+        size = like.element_size() * math.prod(like.shape[1:])
+        sent = as_bytes(torch.cat(list(parts)))
+        arrived = sent.new_empty(sum(arriving) * size)
+        with answered():
+            work = dist.all_to_all_single(
+                arrived,
+                sent,
+                [length * size for length in arriving],
+                [length * size for length in lengths.tolist()],
+                async_op=True,
+            )
+        self.received += arrived.nbytes - arriving[number] * size
+
+        def wait() -> list[Tensor]:
+            with self._waiting(), answered():
+                work.wait()
+            whole = arrived.view(like.dtype).reshape(sum(arriving), *like.shape[1:])
+            return list(whole.split(arriving))
+
+        return wait
+
+    def begin_broadcast(self, content: Tensor, source: int) -> Callable[[], None]:
+        """Begin to send bytes from one rank to all, which have room for them; return what waits for the bytes."""
+        with answered():
+            work = dist.broadcast(content, src=source, async_op=True)
+        self.received += content.nbytes * (self._world.number != source)
+
+        def wait() -> None:
+            with self._waiting(), answered():
+                work.wait()
+
+        return wait
+
+    def at_first(self, tensor: Tensor, source: int, size: int) -> Tensor | None:
+        """Return a tensor of another rank on the CPU of rank 0, and None on other ranks. Only these two ranks need to call this.
+
+        The tensor goes by way of the CPU. A GPU needs no room for it, and a backend of GPUs need not send between two ranks.
+
+        Args:
+            tensor: what the source sends; on rank 0 one of its dtype, and of its shape but for the first dimension.
+            source: the rank that sends, not 0.
+            size: the first dimension of what is sent.
+        """
+        if self._world.number == source:
+            with answered():
+                dist.send(as_bytes(tensor.cpu()), dst=0)
+        if not self._world.is_first:
+            return None
+        arrived = torch.empty((size, *tensor.shape[1:]), dtype=tensor.dtype)
+        with answered():
+            dist.recv(as_bytes(arrived), src=source)
+        return arrived
+
+    def later(self, size: int, end: Callable[[], None]) -> None:
+        """Keep what ends an exchange of so many bytes, and end older exchanges if too many are under way."""
+        self._under_way.append((size, end))
+        self._pending += size
+        self._end_down_to(self.most_pending)
+
+    def end_all(self) -> None:
+        """End all exchanges that are under way, the oldest first."""
+        self._end_down_to(0)
+
+    def forget(self) -> None:
+        """Forget the exchanges that are under way."""
+        self._under_way.clear()
+        self._pending = 0
+
+    def measured(self) -> tuple[float, int]:
+        """Return seconds that this rank has waited for others and the bytes that it received, since the last call."""
+        if self._events:
+            self._events[-1][1].synchronize()
+        self._count_events()
+        found = self._waited, self.received
+        self._waited, self.received = 0.0, 0
+        return found
+
+    def _end_down_to(self, size: int) -> None:
+        """End exchanges, the oldest first, until at most so many bytes are under way; 0: all of them."""
+        while self._under_way and (self._pending > size or size == 0):
+            ended, end = self._under_way.popleft()
+            self._pending -= ended
+            end()
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Count the time of the block as waiting: of the host, or of the GPU, on which a wait holds up no host."""
+        if self._on_gpu():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._events.append((start, end))
+            self._count_events()
+            return
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    def _count_events(self) -> None:
+        """Count the waiting that the GPU has done, so that its events do not pile up."""
+        while self._events and self._events[0][1].query():
+            start, end = self._events.popleft()
+            self._waited += start.elapsed_time(end) / 1000
