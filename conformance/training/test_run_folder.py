@@ -134,9 +134,11 @@ def top(name: str, value: Any) -> Change:
         (setting("run", "data_sha256", None), "the settings of its run have no data_sha256"),
         (setting("run", "batch", "2"), "settings of its run are refused: batch is '2'"),
         (setting("run", "threads", 10**9), "have 1000000000 for threads, outside 1 to 4096"),
-        (setting("progress", "nats", None), "its progress has no nats"),
         (setting("progress", "losses", -1), "its progress has -1 for losses"),
-        (setting("progress", "more", 1), "its progress has an unknown more"),
+        (
+            setting("progress", "more", 1),
+            "has an unknown more; another version of this program wrote it, and can go on",
+        ),
         (setting("run", "batch", "auto"), "batch is 'auto', but must be a whole number"),
         (setting("config", "num_layers", 2**31 - 1), "num_layers is 2147483647, but must be at most 1024"),
         (setting("config", "num_layers", 1000), "it has 1000 layers, but [0-9]+ weights and tables"),

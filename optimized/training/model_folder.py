@@ -184,7 +184,7 @@ def _config_of(checkpoint: Checkpoint, path: Path) -> ArbConfig:
     try:
         config = config_of(checkpoint.config)
         model = ArbModel(config, device="meta")
-        check_fits(checkpoint, checkpoint.config, model)
+        check_fits(checkpoint, model)
         if checkpoint.adapter is not None:
             checkpoint.adapter.attach_to(model)
     except (TypeError, ValueError, RuntimeError) as error:
