@@ -70,16 +70,42 @@ def test_a_run_folder_that_is_none_is_refused_before_anything_is_read(
     check_refused(result, 1, f"the run folder '{tmp_path / 'run'}' is {there}, but must be a folder")
 
 
+@pytest.mark.parametrize(
+    ("error", "parts"),
+    [
+        (
+            torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."),
+            ["the GPU has not enough memory", "--no-cuda-graph"],
+        ),
+        (MemoryError(), ["the machine has not enough memory: a smaller --batch or --context"]),
+    ],
+    ids=["GPU", "machine"],
+)
 def test_train_says_what_needs_less_memory(
-    here: Here, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: Here,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    parts: list[str],
 ) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+        raise error
 
     monkeypatch.setattr(loop, "train", full)
-    check_refused(
-        here(*train_line(text, tmp_path / "run")), 1, "the GPU has not enough memory", "--no-cuda-graph"
-    )
+    check_refused(here(*train_line(text, tmp_path / "run")), 1, *parts)
+
+
+def test_the_memory_of_the_machine_is_named_where_torch_finds_none(
+    here: Here, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch says it: an exabyte fits no address space."""
+
+    def asks(*args: Any, **kwargs: Any) -> None:
+        torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr(loop, "train", asks)
+    check_refused(here(*train_line(text, tmp_path / "run")), 1, "the machine has not enough memory")
 
 
 def test_train_refuses_a_folder_without_text(here: Here, tmp_path: Path) -> None:

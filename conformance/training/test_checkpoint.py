@@ -250,6 +250,27 @@ def test_checkpoint_of_another_program_is_refused(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "missing.safetensors")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: x"
+        ),
+    ],
+    ids=["Python", "torch"],
+)
+def test_a_checkpoint_that_memory_does_not_hold_is_not_called_damaged(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpoints, "read_tensor", full)
+    with pytest.raises(CheckpointError, match=r"^the checkpoint '.*' needs more memory than there is$"):
+        load_checkpoint(saved)
+
+
 def refuse_to_copy(weight: TernaryWeight) -> TernaryWeight:
     raise AssertionError("a weight was brought to its canonical form")
 

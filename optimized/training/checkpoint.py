@@ -23,6 +23,7 @@ from torch import Tensor
 
 from arbitor.optimized.training.adapter_state import AdapterState, names_of, state_from
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.machine_memory import is_full
 from arbitor.optimized.training.regular import open_regular
 from arbitor.optimized.training.tensor_file import (
     DamagedFileError,
@@ -223,9 +224,17 @@ def _told_of(path: Path) -> Iterator[None]:
         raise CheckpointError(
             f"the checkpoint {str(path)!r} is damaged or not a safetensors file: {reason}"
         ) from error
-    except MemoryError as error:
-        raise CheckpointError(f"the checkpoint {str(path)!r} needs more memory than there is") from error
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+        RuntimeError,
+        MemoryError,
+    ) as error:
+        if is_full(error):
+            raise CheckpointError(f"the checkpoint {str(path)!r} needs more memory than there is") from error
         reason = (str(error) or type(error).__name__).split("\n")[0]
         raise CheckpointError(
             f"the checkpoint {str(path)!r} is refused: its header is malformed ({reason})"
