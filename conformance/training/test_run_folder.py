@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -98,6 +99,16 @@ def test_a_run_goes_on_without_the_file_of_its_preset(
     assert "at step 4" in resume(tmp_path / "run")
     assert "going on with the configuration that the run has recorded" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["state_sha256"] == expected
+
+
+def test_a_run_folder_that_cannot_be_written_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not the first of the files in it that a run looks for: nobody has asked for that."""
+
+    def read_only(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "unlink", read_only)
+    check_refused(run, rf"^cannot write in the run folder '{run}': Read-only file system$")
 
 
 def test_the_checkpoint_of_another_run_is_refused(run: Path, text: Path, tmp_path: Path) -> None:
