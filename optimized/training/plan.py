@@ -242,16 +242,7 @@ def decide(
     asked = options.settings()
     for name, value in asked.items():
         ROWS[name].check(value, asked=True)
-    # Whole paths, so that a run can be resumed from another folder. A name on a hub is no path.
-    if asked.get("preset", "").endswith((CONFIG_SUFFIX, CHECKPOINT_SUFFIX)):
-        asked["preset"] = os.path.abspath(asked["preset"])
-    for name, value in asked.items():
-        option = ROWS[name].option
-        is_path = option.path and (os.path.exists(value) or not option.on_hub)
-        if name in OF_TEXT and is_stream(value):
-            asked[name] = stream_of(value).source()
-        elif is_path and (name, value) != ("data", STDLIB):
-            asked[name] = os.path.abspath(value)
+    _make_paths_whole(asked)
     _check_kind(options, asked, recorded)
     _check_auto(options, asked, recorded)
     if recorded is None and "init_from" in asked:
@@ -283,20 +274,51 @@ def decide(
                 f"rate is {asked['rate']}, but does nothing: the loss gives sign votes their size"
             )
     else:
-        for name in BOUND:
-            # A run may be given more steps, see docs/training.md.
-            is_longer = name == "steps" and asked.get(name, 0) > known[name]
-            if asked.get(name, known[name]) != known[name] and not is_longer:
-                more = "; more steps are possible" if name == "steps" else ""
-                raise TrainingError(
-                    f"the run was started with {name} {known[name]} and cannot go on with {name} {asked[name]}{more}"
-                )
+        _check_same_run(asked, known)
         _forget_what_suited_another_place(known, asked)
     values = {name: asked.get(name, known[name]) for name in ROWS}
     for name, value in values.items():
         ROWS[name].check(value)
     settings = Settings(**values)
     check_kinds(settings)
+    _check_together(settings, asked)
+    return settings
+
+
+def _make_paths_whole(asked: dict[str, Any]) -> None:
+    """Make paths that were asked for whole, so that a run can be resumed from another folder. A name on a hub is no path."""
+    if asked.get("preset", "").endswith((CONFIG_SUFFIX, CHECKPOINT_SUFFIX)):
+        asked["preset"] = os.path.abspath(asked["preset"])
+    for name, value in asked.items():
+        option = ROWS[name].option
+        is_path = option.path and (os.path.exists(value) or not option.on_hub)
+        if name in OF_TEXT and is_stream(value):
+            asked[name] = stream_of(value).source()
+        elif is_path and (name, value) != ("data", STDLIB):
+            asked[name] = os.path.abspath(value)
+
+
+def _check_same_run(asked: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Refuse to go on with settings that make another run. More steps make a longer one (docs/training.md).
+
+    Raises:
+        TrainingError: a bound setting that was asked for is another than the run's.
+    """
+    for name in BOUND:
+        is_longer = name == "steps" and asked.get(name, 0) > known[name]
+        if asked.get(name, known[name]) != known[name] and not is_longer:
+            more = "; more steps are possible" if name == "steps" else ""
+            raise TrainingError(
+                f"the run was started with {name} {known[name]} and cannot go on with {name} {asked[name]}{more}"
+            )
+
+
+def _check_together(settings: Settings, asked: Mapping[str, Any]) -> None:
+    """Refuse settings that do nothing without another one, or are too large together.
+
+    Raises:
+        ValueError: there are such; the message names them.
+    """
     has_stream = any(is_stream(getattr(settings, name) or "") for name in OF_TEXT)
     if "stream_bytes" in asked and not has_stream:
         raise ValueError(
@@ -310,7 +332,6 @@ def decide(
         raise ValueError(
             f"batch times context is {settings.batch * settings.context}, but must be at most {BATCH_BYTES}"
         )
-    return settings
 
 
 def _check_known(recorded: Mapping[str, Any]) -> None:
