@@ -179,6 +179,7 @@ for _command in (
 def _explained(error: Exception) -> tuple[str, int]:
     """What to tell the user about an error, and the exit code."""
     from arbitor.optimized.training.errors import TrainingError
+    from arbitor.optimized.training.machine_memory import is_full
     from arbitor.optimized.training.runtime import Stopped
     from arbitor.sidecars import SidecarError
 
@@ -191,13 +192,13 @@ def _explained(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError):
         where = f" {str(error.filename)!r}" if error.filename else ""
         return f"the system refused{where}: {error.strerror or error}", 1
-    if isinstance(error, MemoryError):
-        return "there is not enough memory", 1
+    less = "a smaller --batch or --context needs less"
+    if is_full(error):
+        return f"the machine has not enough memory: {less} (arb --traceback shows where)", 1
     # It is torch's, which is not imported here for its name alone.
     if type(error).__name__ == "OutOfMemoryError":
         return (
-            "the GPU has not enough memory: a smaller --batch or --context needs less, and so does training with "
-            "--no-cuda-graph (arb --traceback shows where)",
+            f"the GPU has not enough memory: {less}, and so does training with --no-cuda-graph (arb --traceback shows where)",
             1,
         )
     return f"{type(error).__name__}: {error} (arb --traceback shows where)", 1

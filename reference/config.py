@@ -184,6 +184,7 @@ class ArbConfig:
     top_k: int
     expert_rank: int
     head_inner: int
+    # The default of a field is what models had before there was the field: files from before lack it.
     num_codes: int = 0
     code_dim: int = 64
     motif_residual: bool = True

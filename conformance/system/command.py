@@ -15,6 +15,12 @@ import pytest
 
 from arbitor.optimized import cli
 
+NANO_ARB = "conformance.system.nano_arb"
+"""The command with the preset nano."""
+
+PLAIN = "arbitor.optimized.cli"
+"""The command without the preset nano and without torch, until a command needs it."""
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 """Where the processes run."""
 
@@ -37,7 +43,7 @@ def environment() -> dict[str, str]:
 
 
 def start(
-    arguments: Sequence[str], *, module: str = "conformance.system.nano_arb"
+    arguments: Sequence[str], *, module: str = NANO_ARB, stdout: int = subprocess.PIPE
 ) -> subprocess.Popen[bytes]:
     """Start ``arb`` with the preset nano, or another module."""
     return subprocess.Popen(
@@ -45,7 +51,7 @@ def start(
         cwd=REPOSITORY,
         env=environment(),
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
     )
 
@@ -56,9 +62,11 @@ def finish(process: subprocess.Popen[bytes]) -> subprocess.CompletedProcess[byte
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def arb(*arguments: str, module: str = "conformance.system.nano_arb") -> subprocess.CompletedProcess[bytes]:
-    """Run ``arb`` to its end."""
-    return finish(start(arguments, module=module))
+def arb(
+    *arguments: str, module: str = NANO_ARB, stdout: int = subprocess.PIPE
+) -> subprocess.CompletedProcess[bytes]:
+    """Run ``arb`` to its end. Where it writes to a descriptor, the result has no output."""
+    return finish(start(arguments, module=module, stdout=stdout))
 
 
 class Here:
@@ -95,6 +103,22 @@ def last_counts(*words: str) -> list[str]:
         given.pop(key, None)
         given[key] = [word, *value]
     return [word for piece in given.values() for word in piece]
+
+
+def train_line(text: Path, run: Path, *more: str) -> list[str]:
+    """Return the words that train nano on a text, and more."""
+    works = ("train", "--preset", "nano", "--data", str(text), "--device", "cpu", "--run", str(run))
+    return last_counts(*works, *more)
+
+
+def resume_line(run: Path, *more: str) -> list[str]:
+    """Return the words that go on with a run."""
+    return ["train", "--run", str(run), "--resume", *more]
+
+
+def generate_line(run: Path, *more: str) -> list[str]:
+    """Return the words that generate from a run."""
+    return last_counts("generate", "--run", str(run), "--device", "cpu", *more)
 
 
 def until(

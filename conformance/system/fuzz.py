@@ -177,7 +177,7 @@ def use(folder: Path) -> str:
         if isinstance(found, checkpoints.Checkpoint):
             model = ArbModel(config_of(found.config))
             try:
-                checkpoints.check_fits(found, found.config, model)
+                checkpoints.check_fits(found, model)
                 model.load_state(found.state)
             except TrainingError:
                 continue

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from arbitor.optimized import cli
+from conformance.system.command import Here, check_refused
 
 MIB = 2**20
 
@@ -78,3 +79,28 @@ def test_every_row_is_printed(
         "sidecars: not counted (--sidecars counts the frozen encoders of other projects)",
     ]
     assert bool(report["figures"]) == (preset == "r14") and report["tables"]
+
+
+def test_audit_counts_weights_and_no_floats(here: Here) -> None:
+    result = here("audit", "--preset", "tiny", "--json")
+    assert result.returncode == 0, result.stderr.decode()
+    report = json.loads(result.stdout)
+    assert report["weights"] == sum(area["weights"] for area in report["areas"]) > 100_000
+    assert report["trainable_float_params"] == report["float_buffers"] == 0
+    for area in report["areas"]:
+        assert 1.3 < area["canonical_bytes"] / area["weights"] < 1.5
+        assert area["canonical_bytes"] < area["resident_bytes"] < 1.2 * area["canonical_bytes"]
+    table = here("audit", "--preset", "tiny").stdout.decode()
+    assert f"{report['weights']:,}" in table
+    check_refused(here("audit", "--preset", "huge"), 2, "'huge'")
+
+
+def test_audit_shows_the_seeds_figures(here: Here) -> None:
+    whole = here("audit", "--preset", "r14").stdout.decode()
+    for text in ("MoEGraph", "3,011,944,672", "edge signs", "int32", "REFACTOR14", "+24,736", "sidecars"):
+        assert text in whole
+    off = ("--disable-vq", "--disable-graph", "--disable-moe")
+    core = here("audit", "--preset", "r12", *off).stdout.decode()
+    for text in ("124,145,088", "123,996,160", "+148,928", "(!)"):
+        assert text in core
+    assert "(!)" not in whole and "MoEGraph" not in core

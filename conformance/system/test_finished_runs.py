@@ -7,8 +7,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from arbitor.optimized.training.evaluate import file_bpb, file_windows
 from arbitor.optimized.training.options import PRESET_DEFAULTS
 from arbitor.reference.audit import audit
 from arbitor.reference.presets import PRESETS
-from conformance.system.command import REPOSITORY, Here, check_refused, environment
+from conformance.system.command import Here, check_refused
 from conformance.training.forge import forged
 from conformance.training.nano import NANO, TEXT
 
@@ -360,45 +358,3 @@ def test_one_thing_has_both_of_its_names(here: Here, command: str) -> None:
     words = here(command, "--help").stdout.decode()
     assert "--context, --ctx" in words
     assert ("--run, --out" in words) == (command == "train")
-
-
-def test_generate_reads_standard_input_and_says_how_fast_it_is(here: Here, finished: Path) -> None:
-    module = [
-        sys.executable,
-        "-m",
-        "arbitor.optimized.cli",
-        "generate",
-        "--run",
-        str(finished),
-        "--device",
-        "cpu",
-    ]
-    done = subprocess.run(
-        [*module, "--prompt-file", "-", "--bytes", "5"],
-        input=b"7 squared\xff",
-        env=environment(),
-        cwd=REPOSITORY,
-        capture_output=True,
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout.startswith(b"7 squared\xff") and len(done.stdout) == 15
-    assert done.stderr.startswith(b"arb: 5 bytes in ") and b" a second." in done.stderr
-
-
-def test_generate_hands_on_each_byte_when_it_is_drawn(
-    here: Here, finished: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The third byte is never drawn, and the two before it are there."""
-    from arbitor.optimized.training import readers
-
-    taken = []
-
-    def step(reader: readers.Reader, choose: readers.Choose) -> None:
-        taken.append(1)
-        if len(taken) == 2:
-            raise ValueError("no more")
-        reader.model(None, ledger=reader.ledger, choose=choose)
-
-    monkeypatch.setattr(readers.Reader, "step", step)
-    result = here("generate", "--run", str(finished), "--prompt", "ab", "--bytes", "9", "--device", "cpu")
-    assert result.returncode == 2 and len(result.stdout) == 4 and result.stdout[:2] == b"ab"

@@ -17,7 +17,7 @@ from arbitor.optimized.training.checkpoint import load_checkpoint
 from arbitor.optimized.training.run_folder import CODEC_FILE, RunFolder
 from arbitor.optimized.training.schedule import GAIN
 from conformance.graph.models import random_ids, state_of
-from conformance.system.command import Here
+from conformance.system.command import Here, check_refused
 from conformance.training.nano import NANO
 
 ONE_STEP = "--steps 1 --batch 1 --accum 1 --ctx 4 --eval-steps 1 --eval-interval 1 --save-interval 0 --no-save --reset"
@@ -96,9 +96,9 @@ def test_reset_removes_the_run_and_nothing_else(here: Here, text: Path, tmp_path
     assert not events & set(folder.glob("events.*"))
     assert json.loads((folder / "config.json").read_text())["run"]["seed"] == 5
     assert RunFolder(folder).files_there()
-    for more in (("--resume", "--run", str(folder)), ()):
-        refused = here("train", "--reset", *more)
-        assert refused.returncode == 2 and b"reset is True, but does nothing without run" in refused.stderr
+    says = "reset is True, but must be False with resume, which goes on with the run"
+    check_refused(here("train", "--reset", "--resume", "--run", str(folder)), 2, says)
+    check_refused(here("train", "--reset"), 2, "reset is True, but does nothing without run, the folder")
 
 
 @pytest.mark.parametrize("routed", [False, True])

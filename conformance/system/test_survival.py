@@ -26,8 +26,9 @@ from conformance.system.command import (
     check_refused,
     environment,
     finish,
-    last_counts,
+    resume_line,
     start,
+    train_line,
     until,
 )
 
@@ -35,10 +36,7 @@ STEPS = "15"
 
 
 def arguments(text: Path, run: Path, *more: str) -> list[str]:
-    return last_counts(
-        "train", "--preset", "nano", "--data", str(text), "--device", "cpu", "--run", str(run),
-        "--steps", STEPS, *more
-    )  # fmt: skip
+    return train_line(text, run, "--steps", STEPS, *more)
 
 
 def digest(run: Path) -> str:
@@ -53,10 +51,6 @@ def lines_of(path: Path) -> int:
 def wait_for(process: subprocess.Popen[bytes], path: Path, lines: int) -> bool:
     """Wait until a file has so many lines. Return False if the process ends before."""
     return until(lambda: lines_of(path) >= lines, process)
-
-
-def resume(run: Path) -> list[str]:
-    return ["train", "--run", str(run), "--resume"]
 
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -133,7 +127,7 @@ def test_sigkill_at_random_moments_on_a_gpu(text: Path, tmp_path: Path) -> None:
         assert finish(process).returncode == -signal.SIGKILL
         checkpoint, refusals = RunFolder(run).load_newest()
         assert not refusals and (checkpoint is not None or kills == 1)
-        process = start(["no-pictures", "slow-disk", *resume(run)])
+        process = start(["no-pictures", "slow-disk", *resume_line(run)])
     result = finish(process)
     assert result.returncode == 0, result.stderr.decode()
     assert b"resuming" in result.stdout
@@ -161,7 +155,7 @@ def test_signals_save_and_exit(
     assert (run / "report.png").exists() == (number == signal.SIGINT)
     if number == signal.SIGTERM:
         check_full_disk_while_resuming(run)
-    assert here(*resume(run)).returncode == 0
+    assert here(*resume_line(run)).returncode == 0
     assert digest(run) == digest(finished)
 
 
@@ -216,7 +210,7 @@ def check_full_disk_while_resuming(run: Path) -> None:
     before = {path.name: path.read_bytes() for path in run.glob("*.safetensors")}
     assert {"latest.safetensors", "previous.safetensors"} <= before.keys()
     check_refused(
-        arb("no-pictures", "full-disk=8000", *resume(run)),
+        arb("no-pictures", "full-disk=8000", *resume_line(run)),
         1,
         "cannot write the checkpoint",
         "too large",
@@ -231,7 +225,7 @@ def test_two_processes_do_not_share_a_run(here: Here, text: Path, tmp_path: Path
     process = start(["no-pictures", "slow-disk", *arguments(text, run, "--save-interval", "1")])
     try:
         assert wait_for(process, run / "metrics.jsonl", 1)
-        check_refused(here(*resume(run)), 1, "another process is training")
+        check_refused(here(*resume_line(run)), 1, "another process is training")
         assert process.poll() is None
     finally:
         process.kill()
@@ -251,7 +245,7 @@ def test_damaged_checkpoints(here: Here, finished: Path, tmp_path: Path) -> None
     latest = tmp_path / "latest.safetensors"
     latest.write_bytes(latest.read_bytes()[:-100])
     (tmp_path / "summary.json").unlink()
-    result = here(*resume(tmp_path))
+    result = here(*resume_line(tmp_path))
     assert result.returncode == 0
     assert result.stderr.count(b"\n") == 1
     assert (
@@ -262,7 +256,7 @@ def test_damaged_checkpoints(here: Here, finished: Path, tmp_path: Path) -> None
     assert digest(tmp_path) == digest(finished)
     for name in ("latest", "previous"):
         (tmp_path / f"{name}.safetensors").write_bytes(b"\0" * 10)
-    check_refused(here(*resume(tmp_path)), 1, "no checkpoint is left to resume from")
+    check_refused(here(*resume_line(tmp_path)), 1, "no checkpoint is left to resume from")
 
 
 def test_resume_of_a_run_that_has_only_begun(here: Here, finished: Path, text: Path, tmp_path: Path) -> None:
@@ -272,7 +266,7 @@ def test_resume_of_a_run_that_has_only_begun(here: Here, finished: Path, text: P
     assert not run.exists()
     run.mkdir()
     (run / "config.json").write_bytes((finished / "config.json").read_bytes())
-    result = here(*resume(run))
+    result = here(*resume_line(run))
     assert result.returncode == 0, result.stderr.decode()
     assert b"starting at step 0" in result.stdout
     assert digest(run) == digest(finished)

@@ -142,3 +142,16 @@ def test_a_pass_is_measured_alone() -> None:
     torch.zeros(256 * 2**20, dtype=torch.uint8).add_(1)
     taken = Memory("cpu").of_pass(Passes(), 2, 8)  # type: ignore[arg-type]
     assert 60 * 2**20 < taken < 80 * 2**20, (taken, kept.numel())
+
+
+@pytest.mark.parametrize("error", ["GPU", "machine"])
+def test_a_pass_for_which_memory_is_too_small_does_not_fit(error: str) -> None:
+    """Whoever refuses the memory: torch for a GPU, or, in another class of error, for the machine."""
+
+    class Passes:
+        def take(self, ids_BT: torch.Tensor, *, rate: float, step: int) -> None:
+            if error == "GPU":
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            torch.empty(2**60, dtype=torch.uint8)
+
+    assert Memory("cpu").of_pass(Passes(), 2, 8) == 2**63  # type: ignore[arg-type]

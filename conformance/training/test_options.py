@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import click
@@ -16,6 +17,7 @@ from arbitor.optimized import cli
 from arbitor.optimized.training.data import MIN_CONTEXT
 from arbitor.optimized.training.options import (
     ADAPTERS,
+    BEFORE,
     BOUND,
     CHANGES,
     FINETUNE_DEFAULTS,
@@ -23,12 +25,12 @@ from arbitor.optimized.training.options import (
     ROWS,
     preset_defaults,
 )
-from arbitor.reference.config import MAX_MOE_ITERS
+from arbitor.reference.config import MAX_MOE_ITERS, ArbConfig
 from arbitor.reference.graph.adapters import ALL_LINEAR, DEFAULT_ALPHA, DEFAULT_RANK
 from arbitor.reference.presets import PRESETS
 from conformance.system.command import REPOSITORY, environment
 
-ROW = '    volume: Annotated[int, Option(help="How loud", default=3, low=1, high=11, bound=True)]\n'
+ROW = '    volume: Annotated[int, Option(help="How loud", default=3, low=1, high=11, bound=True, before=4)]\n'
 """A setting that no trainer has."""
 
 COMMANDS = """
@@ -43,7 +45,10 @@ from arbitor.optimized.training.options import Settings, TrainOptions
 from arbitor.optimized.training.plan import decide
 
 settings: Settings = decide(TrainOptions(preset="nano", volume=5), None)
-assert settings.volume == 5 and decide(TrainOptions(), settings.as_json()).volume == 5
+recorded = settings.as_json()
+assert settings.volume == 5 and decide(TrainOptions(), recorded).volume == 5
+del recorded["volume"]
+assert decide(TrainOptions(volume=4), recorded).volume == 4 and decide(TrainOptions(preset="nano"), None).volume == 3
 data, run = sys.argv[1:]
 new = ["train", "--preset", "nano", "--data", data, "--device", "cpu", "--steps", "1", "--run", run]
 resumed = ["train", "--run", run, "--resume"]
@@ -96,6 +101,17 @@ def test_rows_agree_with_what_they_describe() -> None:
     for preset in PRESETS:
         for name, value in preset_defaults(preset).items():
             ROWS[name].check(value)
+
+
+def test_what_is_added_says_what_older_runs_have() -> None:
+    """A bound setting without `before`, or a field without a default, would refuse every run from before there was one."""
+    first = {"preset", "steps", "batch", "context", "accum", "seed", "eval_windows"}
+    assert set(BOUND) - BEFORE.keys() == first
+    for name, value in BEFORE.items():
+        ROWS[name].check(value)
+    sizes = "name embed_dim width num_layers num_heads head_dim rotary_dim query_latent kv_latent shared_inner num_experts top_k"
+    without = {field.name for field in fields(ArbConfig) if field.default is MISSING}
+    assert without == {*sizes.split(), "expert_rank", "head_inner"}
 
 
 @pytest.mark.parametrize("name", sorted(cli.cli.commands))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import io
+import json
 import os
 import signal
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,19 @@ from rich.console import Console
 from arbitor.optimized.training import run as run_module
 from arbitor.optimized.training.checkpoint import Checkpoint, load_checkpoint
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.facts import read_facts
 from arbitor.optimized.training.loop import opened, train
 from arbitor.optimized.training.metrics import read_metrics
-from arbitor.optimized.training.options import TrainOptions
+from arbitor.optimized.training.options import ROWS, TrainOptions
+from arbitor.optimized.training.run_folder import RunFolder
+from arbitor.optimized.training.run_header import NEEDED, Progress
 from arbitor.optimized.training.runtime import Stopped
 from arbitor.reference import ops as reference_ops
+from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.presets import PRESETS
 from arbitor.reference.types import TernaryWeight
+from conformance.training.forge import forged
 from conformance.training.nano import NANO, TEXT, WHOLE
 from conformance.training.runs import options, train_until_killed
 
@@ -218,8 +224,67 @@ def test_train_refuses_to_resume_another_model(
 ) -> None:
     train(options(text, tmp_path / "run"))
     monkeypatch.setitem(PRESETS, "nano", replace(NANO, theta=17))
-    with pytest.raises(TrainingError, match="theta is 64 there and 17 here"):
+    says = (
+        "started with theta 64 and cannot go on with theta 17, which its preset 'nano' has now: put the preset back, or begin "
+        r"another run with the weights \(--init-from\)$"
+    )
+    with pytest.raises(TrainingError, match=says):
         train(TrainOptions(run=tmp_path / "run", resume=True))
+    # Nor does a run that was killed before its first checkpoint begin as another.
+    for path in set((tmp_path / "run").iterdir()) - {tmp_path / "run" / "config.json"}:
+        path.unlink()
+    with pytest.raises(TrainingError, match=says):
+        train(TrainOptions(run=tmp_path / "run", resume=True))
+
+
+def make_old(document: dict[str, Any], *, model: str) -> None:
+    """Take out of a header or a ``config.json`` what has been added since checkpoints were first written."""
+    first = {*NEEDED, "data", "threads"}
+    document["run"] = {name: value for name, value in document["run"].items() if name in first}
+    document["progress"] = {}
+    document[model] = {
+        field.name: document[model][field.name]
+        for field in fields(ArbConfig)
+        if document[model][field.name] != field.default
+    }
+
+
+@pytest.mark.parametrize("saves", [True, False], ids=["checkpoint", "config alone"])
+def test_a_run_from_before_settings_were_added_goes_on(text: Path, tmp_path: Path, saves: bool) -> None:
+    """It ends as it would have, and then has every setting, counter and field."""
+    expected = train(options(text, None, save=False)).summary
+    folder = tmp_path / "run"
+    train_until_killed(5, options(text, folder))
+    for path in folder.iterdir():
+        if path.suffix == ".safetensors" and saves:
+            forged(path, lambda tensors, header: make_old(header, model="config"))
+        elif path.name != "config.json" and not saves:
+            path.unlink()
+    config = json.loads((folder / "config.json").read_text())
+    make_old(config, model="model")
+    (folder / "config.json").write_text(json.dumps(config))
+    read_facts(RunFolder(folder))
+    summary = train(TrainOptions(run=folder, resume=True)).summary
+    assert {**summary, "seconds": 0} == {**expected, "seconds": 0}
+    latest = load_checkpoint(folder / "latest.safetensors")
+    assert latest.config == json.loads(NANO.to_json()) and latest.run.keys() > ROWS.keys()
+    assert latest.progress.keys() == vars(Progress()).keys()
+
+
+def test_a_run_with_a_setting_of_another_version_does_not_go_on(text: Path, tmp_path: Path) -> None:
+    """What the setting decides would be lost without a word. The run can still be read."""
+    folder = tmp_path / "run"
+    train_until_killed(5, options(text, folder))
+
+    def add(tensors: dict[str, Any], header: dict[str, Any]) -> None:
+        header["run"]["volume"] = 7
+
+    forged(folder / "latest.safetensors", add)
+    assert read_facts(RunFolder(folder))[0].step == 4
+    with pytest.raises(
+        TrainingError, match="has the setting volume 7, which this program does not know: go on with the"
+    ):
+        train(TrainOptions(run=folder, resume=True))
 
 
 @pytest.mark.usefixtures("pictures")

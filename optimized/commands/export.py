@@ -12,7 +12,7 @@ from arbitor.optimized.commands.parameters import FilePath, warn
 from arbitor.optimized.training.shown import shown
 
 if TYPE_CHECKING:
-    from arbitor.optimized.training.checkpoint import Checkpoint
+    from arbitor.optimized.training.checkpoint import Checkpoint, State
     from arbitor.reference.config import ArbConfig
     from arbitor.reference.graph.adapters import Merge
 
@@ -51,39 +51,40 @@ def export(run: Path | None, folder: Path | None, named_run: Path | None, merge:
 
 def _export(run: Path, folder: Path, merge: str | None) -> None:
     from arbitor.optimized.training.adapter_files import check_new
-    from arbitor.optimized.training.errors import TrainingError
-    from arbitor.optimized.training.model_folder import read_model, trained_context, write_folder
+    from arbitor.optimized.training.model_folder import read_model
 
     check_new(folder)
-    try:
-        config, checkpoint = read_model(run, warn)
-    except FileNotFoundError as error:
-        raise TrainingError(str(error)) from error
+    config, checkpoint = read_model(run, warn)
     if checkpoint.adapter is not None:
         _export_adapted(folder, config, checkpoint, merge)
     elif merge is not None:
         raise ValueError(f"merge is {merge!r}, but must be left out, as {str(run)!r} has no adapters")
     else:
-        context = trained_context(checkpoint)
-        known = {} if context is None else {"context": context}
-        write_folder(folder, config, checkpoint.state, step=checkpoint.step, seed=checkpoint.seed, run=known)
+        _write_model(folder, config, checkpoint, checkpoint.state)
     what = "the adapters of " if checkpoint.adapter is not None and merge is None else ""
     click.echo(f"wrote {what}{shown(config.name)} after {checkpoint.step:,} steps to {shown(str(folder))}")
+
+
+def _write_model(folder: Path, config: ArbConfig, checkpoint: Checkpoint, state: State) -> None:
+    """Write a state that a checkpoint came to. Of its run only the context is said."""
+    from arbitor.optimized.training.model_folder import trained_context, write_folder
+
+    context = trained_context(checkpoint)
+    known = {} if context is None else {"context": context}
+    write_folder(folder, config, state, step=checkpoint.step, seed=checkpoint.seed, run=known)
 
 
 def _export_adapted(folder: Path, config: ArbConfig, checkpoint: Checkpoint, merge: str | None) -> None:
     """Write the adapters of a checkpoint, or its model with the adapters in the weights."""
     from arbitor.optimized.training.adapter_files import write_adapter, write_floats
-    from arbitor.optimized.training.model_folder import load_into, trained_context, write_folder
+    from arbitor.optimized.training.model_folder import load_into
     from arbitor.reference.graph import ArbModel
     from arbitor.reference.graph.adapters import merge_ternary, merged_floats, stacks_of
 
     assert checkpoint.adapter is not None
     if merge is None:
-        base, stacks = (
-            str(checkpoint.run.get("init_from", config.name)),
-            stacks_of(ArbModel(config, device="meta")),
-        )
+        base = str(checkpoint.run.get("init_from", config.name))
+        stacks = stacks_of(ArbModel(config, device="meta"))
         write_adapter(folder, checkpoint.adapter, base=base, stacks=stacks)
         return
     model = ArbModel(config, seed=checkpoint.seed)
@@ -92,9 +93,7 @@ def _export_adapted(folder: Path, config: ArbConfig, checkpoint: Checkpoint, mer
         write_floats(folder, config, merged_floats(model), model.tables())
         return
     losses = merge_ternary(model)
-    context = trained_context(checkpoint)
-    known = {} if context is None else {"context": context}
-    write_folder(folder, config, model.state(), step=checkpoint.step, seed=checkpoint.seed, run=known)
+    _write_model(folder, config, checkpoint, model.state())
     print_losses(losses)
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import click
 
 from arbitor.optimized.commands.command import Command
 from arbitor.optimized.commands.parameters import FilePath, setting
-from arbitor.optimized.commands.train import print_result, run_options
+from arbitor.optimized.commands.train import check_run, run_options, train_and_print
 from arbitor.optimized.training.options import FINETUNE_DEFAULTS, settings_of
-from arbitor.optimized.training.shown import Unbreakable
 
 
 def _settings(command: Any) -> Any:
@@ -31,23 +29,12 @@ def _settings(command: Any) -> Any:
 )
 @_settings
 @run_options
-def finetune(no_save: bool, init_from: Path | None, **options: Any) -> None:
+def finetune(init_from: Path | None, **options: Any) -> None:
     """Train float adapters (LoRA) by AdamW over the frozen weights of a model. Its ternary weights keep every byte.
 
     The run folder has an adapter folder in peft's format, of the best model. arb export --merge puts the adapters into the weights.
     """
-    if options["resume"] and options["run"] is None:
-        raise click.UsageError("--resume needs --run, the folder of the run to go on with")
+    check_run(options)
     if not options["resume"] and init_from is None:
         raise click.UsageError("--base is needed, the model whose weights stay as they are")
-    from rich.console import Console
-
-    from arbitor.optimized.training.loop import train as run_training
-    from arbitor.optimized.training.options import TrainOptions
-
-    console = Console(file=cast(Any, Unbreakable(sys.stdout)))
-    base = None if init_from is None else str(init_from)
-    result = run_training(
-        TrainOptions(finetune=True, save=not no_save, init_from=base, **options), console=console
-    )
-    print_result(console, result)
+    train_and_print(finetune=True, init_from=None if init_from is None else str(init_from), **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -50,10 +50,32 @@ def run_options(command: _Command) -> _Command:
 @click.command(cls=Command)
 @settings(*settings_of("train"))
 @run_options
-def train(no_save: bool, **options: Any) -> None:
+def train(**options: Any) -> None:
     """Train a model on bytes, and compare it with what counting alone achieves."""
+    check_run(options)
+    train_and_print(**options)
+
+
+def check_run(options: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run that is not named.
+
+    Args:
+        options: of a command with `run_options`.
+
+    Raises:
+        click.UsageError: it is not.
+    """
     if options["resume"] and options["run"] is None:
         raise click.UsageError("--resume needs --run, the folder of the run to go on with")
+
+
+def train_and_print(*, no_save: bool, **options: Any) -> None:
+    """Train, and print what the run came to.
+
+    Args:
+        no_save: whether no checkpoints are written.
+        options: the other ones of `TrainOptions`.
+    """
     from rich.console import Console
 
     from arbitor.optimized.training.loop import train as run_training
@@ -61,10 +83,10 @@ def train(no_save: bool, **options: Any) -> None:
 
     console = Console(file=cast(Any, Unbreakable(sys.stdout)))
     result = run_training(TrainOptions(save=not no_save, **options), console=console)
-    print_result(console, result)
+    _print_result(console, result)
 
 
-def print_result(console: Any, result: TrainResult) -> None:
+def _print_result(console: Any, result: TrainResult) -> None:
     """Print how a run compares with what counting achieves, a sample, and where the run is."""
     from rich.table import Table
     from rich.text import Text

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.optimized.training.machine_memory import free_bytes, text_of
+from arbitor.optimized.training.machine_memory import free_bytes, is_full, text_of
 from arbitor.optimized.training.options import Settings
 from arbitor.optimized.training.passes import Passes
 from arbitor.optimized.training.runtime import Runtime
@@ -115,7 +115,9 @@ class Memory:
         ids_BT = torch.randint(256, (windows, context), generator=generator)
         try:
             passes.take(ids_BT, rate=1.0, step=0)
-        except torch.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not (isinstance(error, torch.OutOfMemoryError) or is_full(error)):
+                raise
             return 2**63
         return self._held("VmHWM", torch.cuda.max_memory_allocated) - self._base
 

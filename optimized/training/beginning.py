@@ -102,10 +102,7 @@ def begin_with(model: ArbModel, source: str, *, keep_votes: bool = False, as_bas
         TrainingError: there is no such model, it cannot be trusted, it has adapters, or no weight of it fits.
     """
     warnings: list[str] = []
-    try:
-        config, checkpoint = read_model(Path(source), warnings.append)
-    except FileNotFoundError as error:
-        raise TrainingError(str(error)) from error
+    config, checkpoint = read_model(Path(source), warnings.append)
     if checkpoint.adapter is not None:
         raise TrainingError(
             f"{source!r} has adapters, but a run must begin with ternary weights alone: arb export --merge ternary makes them"

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from arbitor.optimized.training.adapter_state import AdapterState, names_of, state_from
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.machine_memory import is_full
 from arbitor.optimized.training.regular import open_regular
 from arbitor.optimized.training.tensor_file import (
     DamagedFileError,
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 3
 """Version of the file format; another one is refused."""
+
+OTHER_VERSION = "another version of this program wrote it, and can go on with it"
+"""What a refusal says of a file that is sound, and holds what this program has no rule for."""
 
 METADATA_KEY = "arbitor"
 """Key of the safetensors header under which the JSON object stands."""
@@ -221,35 +225,34 @@ def _told_of(path: Path) -> Iterator[None]:
         raise CheckpointError(
             f"the checkpoint {str(path)!r} is damaged or not a safetensors file: {reason}"
         ) from error
-    except MemoryError as error:
-        raise CheckpointError(f"the checkpoint {str(path)!r} needs more memory than there is") from error
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+        RuntimeError,
+        MemoryError,
+    ) as error:
+        if is_full(error):
+            raise CheckpointError(f"the checkpoint {str(path)!r} needs more memory than there is") from error
         reason = (str(error) or type(error).__name__).split("\n")[0]
         raise CheckpointError(
             f"the checkpoint {str(path)!r} is refused: its header is malformed ({reason})"
         ) from error
 
 
-def check_fits(checkpoint: Checkpoint, config: Mapping[str, Any], model: Stateful) -> None:
+def check_fits(checkpoint: Checkpoint, model: Stateful) -> None:
     """Refuse a checkpoint of another model, or with tables that no model can have, before anything of it is used.
 
     Args:
         checkpoint: as read.
-        config: configuration of the model it should fit, as JSON data.
-        model: that model; only the layout of its weights and tables is looked at.
+        model: what it should fit; only the layout of its weights and tables is looked at.
 
     Raises:
-        CheckpointError: a field of the configuration, a name, a shape or a group size differs, or an integer
-            of a table is out of its range; the message names it.
+        CheckpointError: a name, a shape or a group size differs, or an integer of a table is out of its range; the message
+            names it.
     """
-    theirs = json.loads(json.dumps(checkpoint.config))
-    ours = json.loads(json.dumps(dict(config)))
-    for field in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(field) != ours.get(field):
-            raise CheckpointError(
-                f"the checkpoint is of another model: {field} is {theirs.get(field)!r} there "
-                f"and {ours.get(field)!r} here"
-            )
     check_layouts({name: layout(value) for name, value in checkpoint.state.items()}, model)
     for name, (low, high) in model.table_ranges().items():
         table = checkpoint.state[name]
@@ -389,7 +392,7 @@ def _verified_header(text: Any) -> dict[str, Any]:
         raise CheckpointError("its header is no object")
     if header.get("format", FORMAT_VERSION) != FORMAT_VERSION:
         raise CheckpointError(
-            f"its format version is {header['format']!r} and this program reads {FORMAT_VERSION}"
+            f"its format version is {header['format']!r} and this program reads {FORMAT_VERSION}; {OTHER_VERSION}"
         )
     for field, kinds in _FIELD_TYPES.items():
         if field not in header:

@@ -69,10 +69,10 @@ def opened(options: TrainOptions, console: Console | None) -> Iterator[Run]:
     """
     if options.resume and options.run is None:
         raise ValueError("run is not set, but must name the folder of the run to resume")
-    if options.reset and (options.resume or options.run is None):
-        raise ValueError(
-            "reset is True, but does nothing without run, the folder of a run to begin anew, or with resume"
-        )
+    if options.reset and options.run is None:
+        raise ValueError("reset is True, but does nothing without run, the folder of a run to begin anew")
+    if options.reset and options.resume:
+        raise ValueError("reset is True, but must be False with resume, which goes on with the run")
     if options.run is not None and not os.fspath(options.run):
         raise ValueError("run is '', but must name a folder")
     with ExitStack() as stack:

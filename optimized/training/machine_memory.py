@@ -45,6 +45,11 @@ def free_bytes() -> int:
     return free
 
 
+def is_full(error: BaseException) -> bool:
+    """Return whether an error says that main memory is full: that of Python, or that of torch, which has no class of its own."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
 def text_of(path: Path) -> str:
     """Return a file of the system, or nothing where there is none."""
     try:

@@ -138,7 +138,7 @@ def load_codec(path: Path, runtime: Runtime, *, sha256: str | None = None) -> Au
     checkpoint = load_checkpoint(path)
     try:
         config = config_of(checkpoint.config)
-        check_fits(checkpoint, checkpoint.config, AudioCodec(config, device="meta"))
+        check_fits(checkpoint, AudioCodec(config, device="meta"))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the codec in {str(path)!r} is refused: {error}") from error
     if sha256 is not None and checkpoint.run.get("media_sha256") != {"speech": sha256}:

@@ -25,7 +25,7 @@ from arbitor.optimized.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.errors import NoModelError
 from arbitor.optimized.training.options import ROWS
 from arbitor.optimized.training.regular import read_regular
 from arbitor.optimized.training.run_folder import RunFolder
@@ -59,7 +59,7 @@ def read_model(path: Path, refused: Callable[[str], None]) -> tuple[ArbConfig, C
         refused: is told one sentence for each checkpoint of a run that was refused.
 
     Raises:
-        FileNotFoundError: the folder holds no model.
+        NoModelError: the folder holds no model.
         CheckpointError: what is there cannot be trusted.
         TrainingError: it is a run without a checkpoint that can be used.
     """
@@ -79,10 +79,7 @@ def open_model(
     Raises:
         TrainingError: as `read_model`; or there is no such model, or not the memory that it needs.
     """
-    try:
-        config, checkpoint = read_model(path, refused)
-    except FileNotFoundError as error:
-        raise TrainingError(str(error)) from error
+    config, checkpoint = read_model(path, refused)
     check_memory(config, runtime.device)
     return _opened(config, checkpoint, runtime)
 
@@ -137,7 +134,7 @@ def _checkpoint_at(path: Path, refused: Callable[[str], None]) -> Checkpoint:
     run = RunFolder(path)
     if run.has_run():
         return run.load_best(lambda refusal: refused(f"{refusal}; trying another one"))
-    raise FileNotFoundError(
+    raise NoModelError(
         f"the folder {str(path)!r} holds no checkpoint: it is no run, and has no {WEIGHTS_FILE}"
     )
 
@@ -184,7 +181,7 @@ def _config_of(checkpoint: Checkpoint, path: Path) -> ArbConfig:
     try:
         config = config_of(checkpoint.config)
         model = ArbModel(config, device="meta")
-        check_fits(checkpoint, checkpoint.config, model)
+        check_fits(checkpoint, model)
         if checkpoint.adapter is not None:
             checkpoint.adapter.attach_to(model)
     except (TypeError, ValueError, RuntimeError) as error:

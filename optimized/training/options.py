@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 from arbitor.optimized.settings import BACKENDS
-from arbitor.optimized.training.setting import Option, Row, row_of
+from arbitor.optimized.training.setting import ALWAYS_RECORDED, Option, Row, row_of
 
 _T = TypeVar("_T")
 
@@ -43,8 +43,19 @@ def _source(help: str, **more: Any) -> Option:
     return Option(help=help, default=None, default_help="none", path=True, **more)
 
 
-def _model_change(help: str, *, commands: tuple[str, ...] = ("train",), **more: Any) -> Option:
-    return Option(help=help, bound=True, changes_model=True, commands=commands, **more)
+def _model_change(
+    help: str, *, default: bool | None, commands: tuple[str, ...] = ("train",), **more: Any
+) -> Option:
+    """Return the option of a change of the preset's model, which by default is none."""
+    return Option(
+        help=help,
+        default=default,
+        bound=True,
+        before=default,
+        changes_model=True,
+        commands=commands,
+        **more,
+    )
 
 
 FINETUNE_DEFAULTS: Mapping[str, Any] = {
@@ -62,7 +73,13 @@ def _of_adapters(name: str, help: str, **more: Any) -> Option:
     """Return the option of a setting of adapters. It is None in a run that has none."""
     default_help = str(FINETUNE_DEFAULTS[name])
     return Option(
-        help=help, default=None, default_help=default_help, bound=True, commands=("finetune",), **more
+        help=help,
+        default=None,
+        default_help=default_help,
+        bound=True,
+        before=None,
+        commands=("finetune",),
+        **more,
     )
 
 
@@ -105,6 +122,7 @@ class Settings:
             low=1,
             high=2**44,
             bound=True,
+            before=STREAM_BYTES,
         ),
     ]
     only: Annotated[
@@ -115,6 +133,7 @@ class Settings:
             default_help="every kind of data",
             choices=("text", *ONLY),
             bound=True,
+            before=None,
             commands=("train",),
         ),
     ]
@@ -125,6 +144,7 @@ class Settings:
             default=None,
             default_help="each kind of data once",
             bound=True,
+            before=None,
         ),
     ]
     vision: Annotated[str | None, _source("DINOv2: a folder, or OWNER/NAME on a hub", on_hub=True)]
@@ -158,6 +178,7 @@ class Settings:
             default=None,
             default_help="weights drawn by the seed",
             bound=True,
+            before=None,
             path=True,
             commands=("train",),
         ),
@@ -168,6 +189,7 @@ class Settings:
             help="With --init-from: go on with the votes that its weights have gathered too",
             default=False,
             bound=True,
+            before=False,
             commands=("train",),
         ),
     ]
@@ -201,6 +223,7 @@ class Settings:
             low=0,
             high=127,
             bound=True,
+            before=None,
             commands=("train",),
         ),
     ]
@@ -306,6 +329,7 @@ class Settings:
             default="full",
             choices=EXCHANGES,
             bound=True,
+            before="full",
             commands=("train",),
         ),
     ]
@@ -324,6 +348,7 @@ class Settings:
             help="Each of several ranks keeps some experts of each layer, to which positions travel",
             default=False,
             bound=True,
+            before=False,
             commands=("train",),
         ),
     ]
@@ -368,6 +393,11 @@ def settings_of(command: str) -> tuple[str, ...]:
 
 BOUND = tuple(name for name, row in ROWS.items() if row.option.bound)
 """Settings that decide what a run computes: a resumed run must agree with them."""
+
+BEFORE: Mapping[str, Any] = {
+    name: ROWS[name].option.before for name in BOUND if ROWS[name].option.before is not ALWAYS_RECORDED
+}
+"""Bound settings that a checkpoint may lack, as it is from before there were these, and the values that its run has."""
 
 PRESET_DEFAULTS: dict[str, Mapping[str, Any]] = {
     "tiny": {"steps": 500, "batch": 32},

@@ -15,6 +15,7 @@ from arbitor.optimized.training.media import KINDS, check_kinds
 from arbitor.optimized.training.model_folder import refuse_other_model
 from arbitor.optimized.training.options import (
     ADAPTERS,
+    BEFORE,
     BOUND,
     CHANGES,
     FINETUNE_DEFAULTS,
@@ -25,7 +26,7 @@ from arbitor.optimized.training.options import (
     preset_defaults,
 )
 from arbitor.optimized.training.regular import JSON_BYTES, read_regular
-from arbitor.optimized.training.run_header import check_model
+from arbitor.optimized.training.run_header import FACTS, check_model
 from arbitor.optimized.training.setting import AUTO
 from arbitor.optimized.training.shown import nearby
 from arbitor.optimized.training.sizes import config_of
@@ -149,21 +150,45 @@ def model_config(preset: str, **changes: bool | int | None) -> ArbConfig:
 
 
 def run_config(settings: Settings, recorded: Mapping[str, Any] | None) -> tuple[ArbConfig, tuple[str, ...]]:
-    """Return the configuration of the model of a run, and a sentence where its preset is no longer what it was.
+    """Return the configuration of the model of a run, and a sentence where its preset is gone.
 
     Args:
         settings: of the run.
         recorded: the configuration that a resumed run has recorded, as JSON data; None for a new run.
 
     Raises:
-        TrainingError, ValueError: as `preset_config`, for a new run.
+        TrainingError: as `preset_config`, for a new run; or the preset of a resumed run has changed.
+        ValueError: as `preset_config`, for a new run.
     """
     try:
-        return settings_config(settings), ()
+        config = settings_config(settings)
     except (TrainingError, TypeError, ValueError) as error:
         if recorded is None:
             raise
         return config_of(recorded), (f"{error}; going on with the configuration that the run has recorded",)
+    if recorded is not None:
+        _check_same_model(settings.preset, config, config_of(recorded))
+    return config, ()
+
+
+def _check_same_model(preset: str, now: ArbConfig, before: ArbConfig) -> None:
+    """Refuse to go on with another model than the run was started with.
+
+    Args:
+        preset: of the run.
+        now: the configuration that the preset has with the changes of the run.
+        before: the configuration that the run has recorded.
+
+    Raises:
+        TrainingError: a field differs; the message names it.
+    """
+    for field in fields(ArbConfig):
+        was, is_now = getattr(before, field.name), getattr(now, field.name)
+        if was != is_now:
+            raise TrainingError(
+                f"the run was started with {field.name} {was!r} and cannot go on with {field.name} {is_now!r}, which its preset "
+                f"{nearby(preset)!r} has now: put the preset back, or begin another run with the weights (--init-from)"
+            )
 
 
 def settings_config(settings: Settings) -> ArbConfig:
@@ -217,16 +242,7 @@ def decide(
     asked = options.settings()
     for name, value in asked.items():
         ROWS[name].check(value, asked=True)
-    # Whole paths, so that a run can be resumed from another folder. A name on a hub is no path.
-    if asked.get("preset", "").endswith((CONFIG_SUFFIX, CHECKPOINT_SUFFIX)):
-        asked["preset"] = os.path.abspath(asked["preset"])
-    for name, value in asked.items():
-        option = ROWS[name].option
-        is_path = option.path and (os.path.exists(value) or not option.on_hub)
-        if name in OF_TEXT and is_stream(value):
-            asked[name] = stream_of(value).source()
-        elif is_path and (name, value) != ("data", STDLIB):
-            asked[name] = os.path.abspath(value)
+    _make_paths_whole(asked)
     _check_kind(options, asked, recorded)
     _check_auto(options, asked, recorded)
     if recorded is None and "init_from" in asked:
@@ -242,7 +258,11 @@ def decide(
         )
     known = dict(recorded or {})
     preset = known.get("preset") or asked.get("preset") or ROWS["preset"].option.default
-    # A run from before there was a setting has its default.
+    if recorded is not None:
+        _check_known(recorded)
+        # A run from before there was a setting that decides what it computes.
+        known = {**BEFORE, **known}
+    # A run from before there was another setting has its default.
     name = model["name"] if model is not None else preset_config(preset).name
     known = {**preset_defaults(name), "preset": preset, **known}
     if recorded is None and options.finetune:
@@ -254,20 +274,51 @@ def decide(
                 f"rate is {asked['rate']}, but does nothing: the loss gives sign votes their size"
             )
     else:
-        for name in BOUND:
-            # A run may be given more steps, see docs/training.md.
-            is_longer = name == "steps" and asked.get(name, 0) > known[name]
-            if asked.get(name, known[name]) != known[name] and not is_longer:
-                more = "; more steps are possible" if name == "steps" else ""
-                raise TrainingError(
-                    f"the run was started with {name} {known[name]} and cannot go on with {name} {asked[name]}{more}"
-                )
+        _check_same_run(asked, known)
         _forget_what_suited_another_place(known, asked)
     values = {name: asked.get(name, known[name]) for name in ROWS}
     for name, value in values.items():
         ROWS[name].check(value)
     settings = Settings(**values)
     check_kinds(settings)
+    _check_together(settings, asked)
+    return settings
+
+
+def _make_paths_whole(asked: dict[str, Any]) -> None:
+    """Make paths that were asked for whole, so that a run can be resumed from another folder. A name on a hub is no path."""
+    if asked.get("preset", "").endswith((CONFIG_SUFFIX, CHECKPOINT_SUFFIX)):
+        asked["preset"] = os.path.abspath(asked["preset"])
+    for name, value in asked.items():
+        option = ROWS[name].option
+        is_path = option.path and (os.path.exists(value) or not option.on_hub)
+        if name in OF_TEXT and is_stream(value):
+            asked[name] = stream_of(value).source()
+        elif is_path and (name, value) != ("data", STDLIB):
+            asked[name] = os.path.abspath(value)
+
+
+def _check_same_run(asked: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Refuse to go on with settings that make another run. More steps make a longer one (docs/training.md).
+
+    Raises:
+        TrainingError: a bound setting that was asked for is another than the run's.
+    """
+    for name in BOUND:
+        is_longer = name == "steps" and asked.get(name, 0) > known[name]
+        if asked.get(name, known[name]) != known[name] and not is_longer:
+            more = "; more steps are possible" if name == "steps" else ""
+            raise TrainingError(
+                f"the run was started with {name} {known[name]} and cannot go on with {name} {asked[name]}{more}"
+            )
+
+
+def _check_together(settings: Settings, asked: Mapping[str, Any]) -> None:
+    """Refuse settings that do nothing without another one, or are too large together.
+
+    Raises:
+        ValueError: there are such; the message names them.
+    """
     has_stream = any(is_stream(getattr(settings, name) or "") for name in OF_TEXT)
     if "stream_bytes" in asked and not has_stream:
         raise ValueError(
@@ -281,7 +332,19 @@ def decide(
         raise ValueError(
             f"batch times context is {settings.batch * settings.context}, but must be at most {BATCH_BYTES}"
         )
-    return settings
+
+
+def _check_known(recorded: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run that has a setting of another version: what it decides would be lost.
+
+    Raises:
+        TrainingError: there is one; the message names it.
+    """
+    for name in sorted(recorded.keys() - ROWS.keys() - set(FACTS)):
+        raise TrainingError(
+            f"the run has the setting {name} {recorded[name]!r}, which this program does not know: go on with the version that "
+            "wrote it, or begin another run with the weights (--init-from)"
+        )
 
 
 def _check_kind(options: TrainOptions, asked: Mapping[str, Any], recorded: Mapping[str, Any] | None) -> None:

@@ -153,7 +153,7 @@ def prepare(
     beginning = None
     if found.checkpoint is not None:
         whole = ArbModel(config, device="meta") if spreads else model
-        check_fits(found.checkpoint, config_json, whole)
+        check_fits(found.checkpoint, whole)
         model.load_state(found.checkpoint.state)
     elif settings.init_from is not None:
         beginning = begin_with(

@@ -221,7 +221,7 @@ class RunFolder:
 
     def _remove_partial_files(self) -> None:
         for path in self._files():
-            with told(repr(str(partial_of(path)))):
+            with told(f"in the run folder {str(self)!r}"):
                 partial_of(path).unlink(missing_ok=True)
 
     def write_config(self, document: Mapping[str, Any]) -> None:

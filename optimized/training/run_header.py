@@ -7,19 +7,32 @@ from dataclasses import dataclass
 from typing import Any
 
 from arbitor.optimized.training.adapter_state import check_stated
-from arbitor.optimized.training.checkpoint import CheckpointError, check_layouts
-from arbitor.optimized.training.options import ADAPTERS, BOUND, CHANGES, ROWS
+from arbitor.optimized.training.checkpoint import OTHER_VERSION, CheckpointError, check_layouts
+from arbitor.optimized.training.options import ADAPTERS, BEFORE, BOUND, ROWS
 from arbitor.optimized.training.sizes import config_of
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import ArbModel
 
 NEEDED = (
-    *(name for name in BOUND if name not in CHANGES and not ROWS[name].optional),
+    *(name for name in BOUND if name not in BEFORE),
     "data",
     "data_sha256",
     "data_bytes",
 )
 """What the settings of every run say, however old it is."""
+
+FACTS = (
+    "data_bytes",
+    "data_sha256",
+    "validation_sha256",
+    "val_data_sha256",
+    "threads",
+    "media_sha256",
+    "sidecars",
+    "ranks",
+    "init_sha256",
+)
+"""What is recorded of a run beside its settings."""
 
 RANKS_MAX = 2**20
 """Ranks that a run has had at most, whatever its checkpoint says."""
@@ -30,7 +43,7 @@ THREADS_MAX = 4096
 
 @dataclass
 class Progress:
-    """Counters that a resumed run carries on.
+    """Counters that a resumed run carries on. A counter that its checkpoint lacks, as it is from before there was one, is 0.
 
     Attributes:
         seconds: wall-clock time of the training so far.
@@ -124,12 +137,11 @@ def check_settings(run: Any) -> None:
 
 
 def _check_progress(progress: Mapping[str, Any]) -> None:
-    names = Progress.__dataclass_fields__.keys()
-    for name in sorted(progress.keys() ^ names):
-        there = "an unknown" if name in progress else "no"
-        raise CheckpointError(f"its progress has {there} {name}")
-    for name, counted in vars(Progress()).items():
-        value = progress[name]
+    counters = vars(Progress())
+    for name, value in progress.items():
+        if name not in counters:
+            raise CheckpointError(f"its progress has an unknown {name}; {OTHER_VERSION}")
+        counted = counters[name]
         is_number = type(value) is int or (type(value) is float and isinstance(counted, float))
         if not is_number or not 0 <= value < float("inf"):
             raise CheckpointError(f"its progress has {value!r} for {name}, but it is a number of at least 0")

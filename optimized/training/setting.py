@@ -8,6 +8,9 @@ from typing import Annotated, Any, get_args, get_origin
 AUTO = "auto"
 """The word that stands for a number which the machine decides, where `Option.auto` allows it."""
 
+ALWAYS_RECORDED = object()
+"""Says of a setting that every checkpoint has it: `Option.before`."""
+
 _KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
 """How a message names the type of a setting."""
 
@@ -23,6 +26,8 @@ class Option:
         low, high: the range of a number; None where it has no such end.
         choices: the strings allowed; empty for any.
         bound: whether it decides what a run computes, so that a resumed run must agree with it.
+        before: of a bound setting that was added when there were checkpoints: the value that computes what the program computed
+            until then. A run whose checkpoint lacks the setting has this value, whatever the default is or becomes.
         changes_model: whether it changes the model of the preset, so that every command that builds one has it. Such a
             setting is bound.
         also: other spellings of it on the command line.
@@ -41,6 +46,7 @@ class Option:
     high: int | None = None
     choices: tuple[str, ...] = ()
     bound: bool = False
+    before: Any = ALWAYS_RECORDED
     changes_model: bool = False
     also: tuple[str, ...] = ()
     has_opposite: bool = False
