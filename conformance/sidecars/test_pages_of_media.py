@@ -19,7 +19,7 @@ from conformance.import_lint import ROOT
 from conformance.sidecars.media_runs import CONFIG, options, save_sound
 from conformance.system.command import Here
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("short")
 
 EXAMPLES = [
     pytest.param(block, id=f"{page}-{place}")
@@ -44,11 +44,11 @@ def place(tmp_path_factory: pytest.TempPathFactory, media: Path, checkpoints: Pa
 
 
 @pytest.fixture
-def run(place: Path, media: Path, checkpoints: Path) -> None:
+def run(place: Path, media: Path) -> None:
     """Train what the page takes for granted: a run that learned from pictures."""
     folder = place / "runs" / "small-001"
     if not folder.exists():
-        train(options(media, checkpoints, folder, "image", steps=1))
+        train(options(media, folder, "image", steps=1))
 
 
 @pytest.mark.parametrize("source", EXAMPLES)
