@@ -20,6 +20,7 @@ from bench.media import __main__ as demo
 from bench.media import mixed_step
 from bench.media.beside import features_beside, make_features
 from bench.media.render import SLOTS, TEMPLATES, render, slot_bits, values_of
+from conformance.sidecars.small_checkpoints import sound_network, vision_network
 
 LIBRARIES = ("transformers", "diffusers", "optimum", "PIL", "av")
 MISSING = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
@@ -112,25 +113,12 @@ def test_another_process_ends_with_the_run(tmp_path: Path) -> None:
 def test_a_mixed_step_says_what_it_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small networks of the same libraries: every sidecar is read, every loss is there, and every weight gets a vote."""
     import diffusers
-    import transformers
 
-    def sound() -> transformers.MoonshineModel:
-        sizes = {
-            f"{part}_num_{name}": 2
-            for part in ("encoder", "decoder")
-            for name in ("hidden_layers", "attention_heads")
-        }
-        return transformers.MoonshineModel(
-            transformers.MoonshineConfig(
-                hidden_size=52, intermediate_size=96, vocab_size=64, partial_rotary_factor=0.62, **sizes
-            )
-        )
-
-    def vision() -> transformers.Dinov2Model:
-        sizes = {"hidden_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 518}
-        return transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
-
-    small = {"vision": vision, "audio": sound, "video": lambda: diffusers.AutoencoderKLWan(base_dim=4)}
+    small = {
+        "vision": lambda: vision_network(48),
+        "audio": lambda: sound_network(52),
+        "video": lambda: diffusers.AutoencoderKLWan(base_dim=4),
+    }
     monkeypatch.setattr(
         mixed_step, "STANDARD", {mixed_step.KINDS[kind]: make for kind, make in small.items()}
     )

@@ -20,6 +20,18 @@ def parsed_json(text: str | bytes) -> Any:
         raise ValueError(f"it is no JSON: {error}") from None
 
 
+def parsed_object(text: str | bytes) -> dict[str, Any]:
+    """Return the object of a JSON text.
+
+    Raises:
+        ValueError: as `parsed_json`, or the value is no object.
+    """
+    value = parsed_json(text)
+    if not isinstance(value, dict):
+        raise ValueError("it is no object")
+    return value
+
+
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:

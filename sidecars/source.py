@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from arbitor.reference.json_text import parsed_json
+from arbitor.reference.json_text import parsed_object
 from arbitor.sidecars.libraries import library
 from arbitor.sidecars.precision import frozen
 from arbitor.sidecars.sidecar import SidecarError
@@ -120,12 +120,9 @@ def json_settings(path: Path) -> dict[str, Any]:
     Raises SidecarError where the file holds none.
     """
     try:
-        settings = parsed_json(path.read_bytes())
-        if not isinstance(settings, dict):
-            raise ValueError("it is no object")
+        return parsed_object(path.read_bytes())
     except (OSError, ValueError) as error:
         raise SidecarError(f"the settings in {str(path)!r} cannot be read: {error}") from error
-    return settings
 
 
 class Loaded(NamedTuple):

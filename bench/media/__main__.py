@@ -7,8 +7,8 @@ the run folder, each beside what is reached without the medium: slots of texts t
 after each step, vowels that are said right, and the choices of the router. `media.png` shows pictures with the texts that the model
 wrote, and `media.wav` has a sound that it said. The process fails where a goal is missed.
 
-Rates and objectives were chosen on files of seed 0, the number of steps and the mix after runs on files of seeds 1 and 2. Those of
-seed 3, the default, are judged.
+Rates and objectives were chosen on files of seed 0, the number of steps and the mix after runs on files of seeds 1 and 2, and how
+the video head reads a text after runs on those of seeds 3 and 4. Files of seed 7, the default, are judged.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=2000, help="files of each kind")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--mix", default=MIX)
-    parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=7)
     return parser.parse_args(arguments)
 
 

@@ -15,6 +15,7 @@ from arbitor.sidecars.encoders import first_frame
 from arbitor.sidecars.libraries import library
 from arbitor.sidecars.vision import PREPROCESSING, PREPROCESSOR
 from bench.media.render import FRAME_SIDE, SIDE
+from conformance.sidecars.small_checkpoints import sound_network, vision_network
 
 SAMPLE_VIDEOS = 64
 """Videos by which the latents of the random autoencoder are normed."""
@@ -28,25 +29,11 @@ def write_sidecars(root: Path, config: ArbConfig, videos: Path) -> dict[str, str
         config: model that reads the features.
         videos: folder of videos by which latents are normed, as a configuration says it of trained weights.
     """
-    transformers = library("transformers")
     torch.manual_seed(0)
-    vision = transformers.Dinov2Config(
-        hidden_size=config.image_features, num_attention_heads=2, num_hidden_layers=2, image_size=518
-    )
-    transformers.Dinov2Model(vision).save_pretrained(root / "dinov2")
+    vision_network(config.image_features).save_pretrained(root / "dinov2")
     square = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
     (root / "dinov2" / PREPROCESSOR).write_text(json.dumps(PREPROCESSING | square))
-    layers = {f"{part}_num_hidden_layers": 2 for part in ("encoder", "decoder")}
-    heads = {f"{part}_num_attention_heads": 2 for part in ("encoder", "decoder")}
-    sound = transformers.MoonshineConfig(
-        hidden_size=config.audio_features,
-        intermediate_size=96,
-        vocab_size=64,
-        partial_rotary_factor=0.62,
-        **layers,
-        **heads,
-    )
-    transformers.MoonshineModel(sound).save_pretrained(root / "moonshine")
+    sound_network(config.audio_features).save_pretrained(root / "moonshine")
     return {
         "vision": str(root / "dinov2"),
         "audio": str(root / "moonshine"),

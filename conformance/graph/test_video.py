@@ -20,8 +20,10 @@ from arbitor.reference.config import HALT_THRESHOLD
 from arbitor.reference.constants import DEFAULT_EPS
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.module import TernaryModule
+from arbitor.reference.graph.units import unit_rows
 from arbitor.reference.graph.video import (
     FIRST_SIGNAL,
+    GAIN,
     NOISE_TENSOR,
     VideoHead,
     cosine_alphas,
@@ -42,6 +44,11 @@ FIELDS: dict[str, Any] = {"video_latent": 20, "video_steps": 3}
 def tokens(*, batch: int = 2, seed: int = 0) -> Tensor:
     """Return tokens [B, 5, D] of a nano model."""
     return torch.randn(batch, 5, models.NANO.width, generator=torch.Generator().manual_seed(seed))
+
+
+def units(x: Tensor) -> Tensor:
+    """Return rows of root mean square 1, by torch."""
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=DEFAULT_EPS)
 
 
 def on_meta(**fields: Any) -> GraphContext:
@@ -102,7 +109,7 @@ def test_a_head_that_knows_the_noise_draws_the_target(monkeypatch: pytest.Monkey
     number = iter([0, 1, 2, 0, 0, 1, 0, 1, 2])
 
     def knows(latent: Tensor, seen: Tensor, row_D: Tensor) -> Tensor:
-        return noise_BL * noise_scales(3)[next(number)]
+        return noise_BL * noise_scales(3)[next(number)] / GAIN
 
     monkeypatch.setattr(head, "_predicted", knows)
     assert head.noise_errors(tokens(), target_BL).max() < 1e-12
@@ -123,14 +130,14 @@ def test_noise_errors_by_hand() -> None:
     begin_BL = head.noise(torch.zeros(2, dtype=torch.int64)).double()
     shares, scales = signal_shares(3), noise_scales(3)
     noise_BL = (begin_BL - shares[0] ** 0.5 * target_BL) / (1 - shares[0]) ** 0.5
-    wanted = torch.zeros(2).double()
+    wanted, read = torch.zeros(2).double(), units(seen)
     for step in range(3):
         state_BL = shares[step] ** 0.5 * target_BL + (1 - shares[step]) ** 0.5 * noise_BL
-        n = torch.nn.functional.rms_norm(state_BL @ matrices["latent_in"].T, (24,), eps=DEFAULT_EPS)
+        n = units(state_BL / 4 @ matrices["latent_in"].T)
         q = n @ matrices["query"].T + matrices["steps"][step]
-        a = torch.einsum("bd,bpd->bp", q, seen).div(24**0.5).softmax(-1)
-        u = n + torch.einsum("bp,bpd->bd", a, seen)
-        found = (u * u.sigmoid()) @ matrices["latent_out"].T / scales[step]
+        a = torch.einsum("bd,bpd->bp", q, read).div(24**0.5).softmax(-1)
+        u = n + torch.einsum("bp,bpd->bd", a, read)
+        found = 4 * (u * u.sigmoid()) @ matrices["latent_out"].T / scales[step]
         wanted += (found - noise_BL).square().mean(dim=1) / 3
     alike(head.noise_errors(seen, target_BL).detach(), wanted)
 
@@ -141,12 +148,29 @@ def test_fewer_steps_are_the_first_of_the_loop() -> None:
     with torch.no_grad():
         exact(head(tokens(), latent, steps=3), head(tokens(), latent))
         weights = (head.latent_in, head.query, head.steps, head.latent_out)
-        want = ops.denoise_loop(latent, tokens(), *(part.weight for part in weights), alphas=head.alphas[:2])
+        read = unit_rows(tokens())
+        parts = (part.weight for part in weights)
+        want = 4 * ops.denoise_loop(latent / 4, read, *parts, alphas=head.alphas[:2])
         exact(head(tokens(), latent, steps=2), want)
     exact(head(tokens(), latent, steps=2).detach(), want)
     for steps in (0, 4):
         with pytest.raises(ValueError, match=f"steps is {steps}"):
             head(tokens(), steps=steps)
+
+
+@pytest.mark.parametrize("size", [1, 64])
+def test_the_size_of_tokens_does_not_fix_what_the_head_looks_at(size: int) -> None:
+    """A softmax of large scores would look at one token alone, whatever the loss. No gradient would reach the query."""
+    head, target_BL = VideoHead(context(**FIELDS)), tokens(seed=4).flatten(1)[:, :20]
+    seen, small = size * tokens(seed=1).double(), tokens(seed=1).double()
+    seen.requires_grad_()
+    errors_B = head.noise_errors(seen, target_BL.double())
+    alike(errors_B.detach(), head.noise_errors(small, target_BL.double()).detach())
+    errors_B.sum().backward()
+    assert seen.grad is not None
+    # A step of one size in each token moves the loss by what each is worth, and none of the five is worth nothing.
+    worth_BP = (size * seen.grad).norm(dim=-1)
+    assert (worth_BP > worth_BP.max() / 100).all(), worth_BP
 
 
 def test_the_noise_that_is_learned_lets_each_step_draw_better() -> None:
@@ -321,19 +345,19 @@ def test_weight_gradients_are_those_of_plain_autograd() -> None:
         name: dequantize(part.weight, dtype=torch.float64).requires_grad_()
         for name, part in weights_of(head).items()
     }
-    left, total, z = torch.ones(2, 1).double(), 0.0, latent
+    left, total, z, read = torch.ones(2, 1).double(), 0.0, latent / 4, units(seen)
     for step, alpha in enumerate(cosine_alphas(3)):
-        n = torch.nn.functional.rms_norm(z @ matrices["latent_in"].T, (24,), eps=DEFAULT_EPS)
+        n = units(z @ matrices["latent_in"].T)
         q = n @ matrices["query"].T + matrices["steps"][step]
-        a = torch.einsum("bd,bpd->bp", q, seen).div(24**0.5).softmax(-1)
-        u = n + torch.einsum("bp,bpd->bd", a, seen)
+        a = torch.einsum("bd,bpd->bp", q, read).div(24**0.5).softmax(-1)
+        u = n + torch.einsum("bp,bpd->bd", a, read)
         pred = (u * u.sigmoid()) @ matrices["latent_out"].T
         z = (z - (1 - alpha) * pred) / alpha**0.5
         signal, noise = z.square().mean(1, keepdim=True) + DEFAULT_EPS, pred.square().mean(1, keepdim=True)
         p = signal / (signal + noise)
         p = left if step == 2 else torch.where(1 - left + p >= HALT_THRESHOLD, left, p)
         total, left = total + p * z, left - p
-    total.square().sum().backward()
+    (4 * total).square().sum().backward()
     with parts.voting.taking(rate=1.0, step=0):
         head(seen, latent, halt_threshold=HALT_THRESHOLD).square().sum().backward()
     # Each of the four weights has a shape of its own.

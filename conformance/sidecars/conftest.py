@@ -62,15 +62,16 @@ def real_checkpoint() -> object:
     return find
 
 
-@pytest.fixture
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let a test take short runs on one thread, without pictures at their end."""
+@pytest.fixture(scope="module")
+def short() -> Iterator[pytest.MonkeyPatch]:
+    """Let the tests of a file take short runs on one thread, without pictures at their end."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    without_pictures(monkeypatch)
-    register(monkeypatch)
-    monkeypatch.delenv("ARB_BACKEND", raising=False)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        without_pictures(patch)
+        register(patch)
+        patch.delenv("ARB_BACKEND", raising=False)
+        yield patch
     torch.set_num_threads(threads)
 
 

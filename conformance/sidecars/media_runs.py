@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import shutil
@@ -16,6 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from arbitor.optimized import cli
+from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.options import PRESET_DEFAULTS, TrainOptions
 from arbitor.optimized.training.run import Run
 from arbitor.sidecars.vision import PREPROCESSING, PREPROCESSOR
@@ -86,15 +90,17 @@ WRITERS: dict[str, tuple[str, Callable[[Path, str, int], None]]] = {
 }
 """How files of a kind end, and what writes one, by its colour and number."""
 
+KINDS = tuple(WRITERS)
 
-def render(root: Path, checkpoints: Path, *, each: int = 4, kinds: Iterable[str] = tuple(WRITERS)) -> Path:
-    """Write a folder of each kind with texts, `preset.json`, `text.txt`, and `dinov2`, a sidecar of few patches."""
-    shutil.copytree(checkpoints / "dinov2", root / "dinov2")
+
+def render(root: Path, checkpoints: Path, *, each: int = 4, kinds: Iterable[str] = KINDS) -> Path:
+    """Write a folder of each kind with texts, `preset.json`, `text.txt`, and the sidecars. `dinov2` has few patches."""
+    shutil.copytree(checkpoints, root)
     few = {"size": {"shortest_edge": 60}, "crop_size": {"height": 56, "width": 56}}
     (root / "dinov2" / PREPROCESSOR).write_text(json.dumps(PREPROCESSING | few))
     for kind in kinds:
         suffix, write = WRITERS[kind]
-        (root / kind).mkdir(parents=True)
+        (root / kind).mkdir()
         for index, colour in enumerate(list(COLOURS) * each):
             write(root / kind / f"{index:02d}.{suffix}", colour, index)
             (root / kind / f"{index:02d}.txt").write_text(f"{colour} number {index}")
@@ -103,12 +109,19 @@ def render(root: Path, checkpoints: Path, *, each: int = 4, kinds: Iterable[str]
     return root
 
 
-def options(root: Path, checkpoints: Path, run: Path | None, *kinds: str, **changes: Any) -> TrainOptions:
-    """Return the options of a short run on a text and on some kinds of rendered media."""
+def options(root: Path, run: Path | None, *kinds: str, **changes: Any) -> TrainOptions:
+    """Return the options of a short run on a text and on some kinds of rendered media.
+
+    Args:
+        root: what `render` wrote.
+        run: folder of the run; None for one that keeps nothing.
+        kinds: of the media.
+        changes: further options.
+    """
     sidecars = {
         "image": {"vision": root / "dinov2"},
-        "audio": {"audio": checkpoints / "moonshine"},
-        "video": {"video": checkpoints / "vae" / "pig_vae.safetensors"},
+        "audio": {"audio": root / "moonshine"},
+        "video": {"video": root / "vae" / "pig_vae.safetensors"},
     }
     media: dict[str, Any] = {}
     for kind in kinds:
@@ -124,9 +137,28 @@ def options(root: Path, checkpoints: Path, run: Path | None, *kinds: str, **chan
         "save_interval": 2,
         "log_interval": 1,
     }
-    if not changes.get("save", True):
+    if run is None:
         del settings["save_interval"]
+        settings["save"] = False
     return TrainOptions(run=run, **{**settings, **media, **changes})
+
+
+def outcome(folder: Path) -> tuple[Any, ...]:
+    """Return what two runs that are the same must agree in: digests, numbers of what was held out, and lines of metrics."""
+    summary = json.loads((folder / "summary.json").read_text())
+    digests = [summary.get(name) for name in ("state_sha256", "adapter_sha256")]
+    names = ("step", "train_bpb", "val_bpb", "flip_rate", "grad_norm", "media")
+    lines = [{name: line.get(name) for name in names} for line in read_metrics(folder / "metrics.jsonl")]
+    return digests, summary["media"], lines
+
+
+def arb(arguments: list[str]) -> bytes:
+    """Return what the command prints, which must end well."""
+    out = io.TextIOWrapper(io.BytesIO(), write_through=True)
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code == 0
+    return out.buffer.getvalue()  # type: ignore[attr-defined]
 
 
 def assert_captions_are_read(run: Run) -> None:

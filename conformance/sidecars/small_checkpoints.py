@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,22 +44,41 @@ def original_key(name: str) -> str:
     return name
 
 
+def vision_network(features: int) -> Any:
+    """Return a DINOv2 of two layers with random weights."""
+    import transformers
+
+    sizes = {"hidden_size": features, "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 518}
+    return transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
+
+
+def sound_network(features: int, *, speaks: bool = False) -> Any:
+    """Return a Moonshine of two layers with random weights; one that `speaks` has the matrix of words behind its decoder."""
+    import transformers
+
+    counts = {
+        f"{part}_num_{name}": 2
+        for part in ("encoder", "decoder")
+        for name in ("hidden_layers", "attention_heads")
+    }
+    sizes = {
+        "hidden_size": features,
+        "intermediate_size": 96,
+        "vocab_size": 64,
+        "partial_rotary_factor": 0.62,
+    }
+    config = transformers.MoonshineConfig(**sizes, **counts)
+    return (transformers.MoonshineForConditionalGeneration if speaks else transformers.MoonshineModel)(config)
+
+
 def write_checkpoints(folder: Path) -> None:
     """Write `dinov2/`, `moonshine/`, `vae/config.json` and `vae/pig_vae.safetensors` into a folder."""
-    import transformers
     from diffusers import AutoencoderKLWan
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    small = {"hidden_size": 48, "num_attention_heads": 2}
-    vision = transformers.Dinov2Config(**small, num_hidden_layers=2, image_size=518)
-    transformers.Dinov2Model(vision).save_pretrained(folder / "dinov2")
-    parts = {f"{part}_num_hidden_layers": 2 for part in ("encoder", "decoder")}
-    heads = {f"{part}_num_attention_heads": 2 for part in ("encoder", "decoder")}
-    sound = transformers.MoonshineConfig(
-        hidden_size=48, intermediate_size=96, vocab_size=64, **parts, **heads
-    )
-    transformers.MoonshineForConditionalGeneration(sound).save_pretrained(folder / "moonshine")
+    vision_network(48).save_pretrained(folder / "dinov2")
+    sound_network(48, speaks=True).save_pretrained(folder / "moonshine")
     vae = AutoencoderKLWan(base_dim=4)
     vae.save_config(folder / "vae")
     tensors = {original_key(name): tensor.contiguous() for name, tensor in vae.state_dict().items()}

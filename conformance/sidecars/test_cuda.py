@@ -22,7 +22,7 @@ LIBRARIES = ("transformers", "diffusers", "optimum.quanto", "PIL")
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="sidecars on a GPU need CUDA"),
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("short"),
 ]
 
 
@@ -61,7 +61,7 @@ def test_a_model_takes_its_encoders_along(checkpoints: Path, tmp_path: Path) -> 
 def test_a_killed_run_ends_with_the_same_hash(checkpoints: Path, tmp_path: Path) -> None:
     media = render(tmp_path / "media", checkpoints, kinds=["image"])
     for name in ("whole", "killed"):
-        asked = options(media, checkpoints, tmp_path / name, "image", device="cuda")
+        asked = options(media, tmp_path / name, "image", device="cuda")
         if name == "whole":
             train(asked)
             continue

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import shutil
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from arbitor import ArbModel
 from arbitor.optimized import cli
@@ -31,25 +31,24 @@ from arbitor.sidecars.encoders import first_frame
 from conformance.compare import exact
 from conformance.sidecars.media_runs import (
     CONFIG,
+    KINDS,
     PATCHES,
+    arb,
     assert_captions_are_read,
     options,
-    register,
+    outcome,
     save_sound,
     save_video,
 )
-from conformance.training.nano import without_pictures
 from conformance.training.runs import train_until_killed
 
-ALL = ("image", "audio", "video")
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("short")
 
 
 @pytest.fixture
-def mix(media: Path, checkpoints: Path, cache: str) -> Iterator[Mix]:
+def mix(media: Path, cache: str) -> Iterator[Mix]:
     """Return the mix of a run on all kinds."""
-    asked = options(media, checkpoints, None, *ALL, save=False, feature_cache=cache, batch=3)
+    asked = options(media, None, *KINDS, feature_cache=cache, batch=3)
     with opened(asked, None) as run:
         assert run.mix is not None
         yield run.mix
@@ -65,13 +64,13 @@ def test_a_batch_is_of_one_kind_and_has_its_media_before_its_text(mix: Mix) -> N
         seen[batch.kind] = batch
         assert batch.targets is not None and batch.targets.modality_B is not None
         assert batch.targets.modality_B.tolist() == [1 if batch.kind == "video" else 0] * 3
-    assert seen.keys() == {"text", *ALL}
+    assert seen.keys() == {"text", *KINDS}
     assert not seen["text"].media and seen["text"].targets.taught_BT is None
     assert seen["text"].ids_BT.shape == (3, 24) and seen["text"].taught_bytes() == 63
     assert seen["image"].media["image_BNF"].shape == (3, PATCHES, 48)
     assert seen["audio"].media["audio_BNF"].shape[2] == 48 and not seen["video"].media
     assert seen["video"].targets.latent.shape == (3, 16, 1, 2, 2)
-    for kind in ALL:
+    for kind in KINDS:
         batch = seen[kind]
         # A text that a latent answers is read as a prompt is.
         lead = lead_of(batch.media) if batch.media else []
@@ -107,8 +106,8 @@ def test_a_batch_is_what_the_files_hold(mix: Mix) -> None:
     assert checked == {"image", "video"}
 
 
-def test_kinds_come_as_often_as_the_mix_says(media: Path, checkpoints: Path, cache: str) -> None:
-    asked = options(media, checkpoints, None, "image", save=False, feature_cache=cache, mix="text=1,image=3")
+def test_kinds_come_as_often_as_the_mix_says(media: Path, cache: str) -> None:
+    asked = options(media, None, "image", feature_cache=cache, mix="text=1,image=3")
     with opened(asked, None) as run:
         assert run.mix is not None
         kinds = [run.mix._drawn(step)[0] for step in range(1000)]
@@ -116,46 +115,36 @@ def test_kinds_come_as_often_as_the_mix_says(media: Path, checkpoints: Path, cac
     assert 690 < kinds.count("image") < 810
 
 
-def outcome(folder: Path) -> tuple[Any, ...]:
-    """What two runs that are the same must agree in."""
-    summary = json.loads((folder / "summary.json").read_text())
-    lines = [
-        {name: line.get(name) for name in ("step", "train_bpb", "val_bpb", "flip_rate")}
-        for line in read_metrics(folder / "metrics.jsonl")
-    ]
-    return summary["state_sha256"], summary["media"], lines
-
-
-def test_killed_and_resumed_ends_the_same(media: Path, checkpoints: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_ends_the_same(media: Path, tmp_path: Path) -> None:
     """With every kind, also without the features that the first process kept, and with files in archives, under other names."""
-    train(options(media, checkpoints, tmp_path / "whole", *ALL))
+    train(options(media, tmp_path / "whole", *KINDS))
     want = outcome(tmp_path / "whole")
-    assert want[1].keys() == {"text", *ALL} and want[1]["video"].keys() == {
+    assert want[1].keys() == {"text", *KINDS} and want[1]["video"].keys() == {
         "val_bpb",
         "val_route",
         "val_latent",
     }
     moved = tmp_path / "moved"
-    for kind in ALL:
+    for kind in KINDS:
         (moved / kind).mkdir(parents=True)
         with tarfile.open(moved / kind / "all.tar", "w") as tar:
             for path in sorted((media / kind).iterdir()):
                 tar.add(path, f"renamed-{path.name}")
     folder = tmp_path / "killed"
-    train_until_killed(3, options(media, checkpoints, folder, *ALL))
+    train_until_killed(3, options(media, folder, *KINDS))
     shutil.rmtree(folder / "features")
-    train(TrainOptions(run=folder, resume=True, **{f"data_{kind}": str(moved / kind) for kind in ALL}))
+    train(TrainOptions(run=folder, resume=True, **{f"data_{kind}": str(moved / kind) for kind in KINDS}))
     assert outcome(folder) == want
     lines = read_metrics(folder / "metrics.jsonl")
     kinds = {kind for line in lines for kind in line["media"]}
-    assert kinds == {"text", *ALL}
+    assert kinds == {"text", *KINDS}
     assert any("train_latent" in line["media"].get("video", {}) for line in lines)
 
 
-def test_one_kind_alone_goes_on_the_same(media: Path, checkpoints: Path, tmp_path: Path) -> None:
+def test_one_kind_alone_goes_on_the_same(media: Path, tmp_path: Path) -> None:
     """A run of pictures alone learns no text, has no experts, and is resumed without the name of its kind."""
     folder = tmp_path / "run"
-    train_until_killed(3, options(media, checkpoints, folder, "image", only="vision"))
+    train_until_killed(3, options(media, folder, "image", only="vision"))
     result = train(TrainOptions(run=folder, resume=True))
     assert set(result.summary["media"]) == {"image"}
     document = json.loads((folder / "config.json").read_text())
@@ -164,17 +153,15 @@ def test_one_kind_alone_goes_on_the_same(media: Path, checkpoints: Path, tmp_pat
         train(TrainOptions(run=folder, resume=True, only="audio"))
 
 
-def test_a_text_model_grows_eyes_and_ends_the_same_when_killed(
-    media: Path, checkpoints: Path, tmp_path: Path
-) -> None:
+def test_a_text_model_grows_eyes_and_ends_the_same_when_killed(media: Path, tmp_path: Path) -> None:
     """A run on text alone goes on with pictures: its model begins with every old byte, edges and votes too."""
     blind = with_fields(CONFIG, image_features=0)
     (tmp_path / "blind.json").write_text(blind.to_json())
     source = tmp_path / "source"
-    train(options(media, checkpoints, source, preset=str(tmp_path / "blind.json")))
+    train(options(media, source, preset=str(tmp_path / "blind.json")))
     before = load_checkpoint(source / "best.safetensors").state
     for name, step in (("whole", None), ("killed", 3)):
-        asked = options(media, checkpoints, tmp_path / name, "image", init_from=str(source), keep_votes=True)
+        asked = options(media, tmp_path / name, "image", init_from=str(source), keep_votes=True)
         if step is None:
             train(asked)
             continue
@@ -190,7 +177,7 @@ def test_a_text_model_grows_eyes_and_ends_the_same_when_killed(
 
 def test_other_data_and_other_sidecars_are_refused(media: Path, checkpoints: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    train_until_killed(1, options(media, checkpoints, folder, "image", cuda_graph=False))
+    train_until_killed(1, options(media, folder, "image", cuda_graph=False))
     other = tmp_path / "other"
     shutil.copytree(media / "image", other)
     (other / "00.txt").write_text("another text")
@@ -205,27 +192,23 @@ def test_other_data_and_other_sidecars_are_refused(media: Path, checkpoints: Pat
 
 
 def test_only_sidecars_of_kinds_in_the_mix_are_built(
-    media: Path, checkpoints: Path, cache: str, monkeypatch: pytest.MonkeyPatch
+    media: Path, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*arguments: Any, **named: Any) -> None:
         raise AssertionError("a sidecar was loaded that nobody needs")
 
     monkeypatch.setattr(AudioSidecar, "load", refuse)
-    train(options(media, checkpoints, None, "image", save=False, feature_cache=cache, steps=1))
+    train(options(media, None, "image", feature_cache=cache, steps=1))
 
 
 def test_a_file_that_cannot_be_decoded_is_left_out_and_named(
-    media: Path, checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from rich.console import Console
-
     folder = tmp_path / "image"
     shutil.copytree(media / "image", folder)
     for name in ("01.png", "02.png"):
         (folder / name).write_bytes(b"no picture " + name.encode())
-    asked = options(
-        media, checkpoints, None, "image", save=False, data_image=str(folder), steps=8, mix="text=0,image=1"
-    )
+    asked = options(media, None, "image", data_image=str(folder), steps=8, mix="text=0,image=1")
     with opened(asked, Console(quiet=True)) as run:
         assert run.mix is not None
         texts = {bytes(row[row < 256].tolist()) for step in range(30) for row in run.mix.batch(step).ids_BT}
@@ -235,73 +218,56 @@ def test_a_file_that_cannot_be_decoded_is_left_out_and_named(
     for path in folder.glob("*.png"):
         path.write_bytes(b"no picture " + path.name.encode())
     with pytest.raises(TrainingError, match="has no file of image that can be decoded"):
-        train(
-            options(
-                media, checkpoints, None, "image", save=False, data_image=str(folder), mix="text=0,image=1"
-            )
-        )
-
-
-def test_a_video_that_is_too_small_is_left_out_and_named(
-    media: Path, checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from rich.console import Console
-
-    folder = tmp_path / "video"
-    shutil.copytree(media / "video", folder)
-    for number in range(8):
-        save_video(folder / f"{number:02d}.mkv", "red", number, side=4)
-    asked = options(media, checkpoints, None, "video", save=False, data_video=str(folder))
-    with opened(asked, Console(quiet=True)) as run:
-        assert run.mix is not None
-        assert len(run.mix.training_items("video")) + len(run.mix.held_out_items("video")) == 4
-    said = capsys.readouterr().err
-    assert said.count("04.mkv': frames has shape") == 1 and "left out" in said
+        train(options(media, None, "image", data_image=str(folder), mix="text=0,image=1"))
 
 
 def test_a_missing_library_is_no_fault_of_the_files(
     media: Path,
-    checkpoints: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The first file ends the run, where every file was left out."""
-    # Sounds of the folder that other tests read may be in memory.
-    folder = shutil.copytree(media / "audio", tmp_path / "audio")
     # Nothing is imported from here once it stands as absent.
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(SidecarError, match=r"av needs the package 'av', .*pip install 'arbitor\[media\]'"):
-        train(
-            options(
-                media,
-                checkpoints,
-                None,
-                "audio",
-                save=False,
-                mix="text=0,audio=1",
-                data_audio=str(folder),
-            )
-        )
+        train(options(media, None, "audio", mix="text=0,audio=1"))
     assert "left out" not in capsys.readouterr().err
 
 
-def test_a_sound_of_nothing_is_left_out_and_named(
-    media: Path, checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """It would be filled up to a second of silence. Not a number is none either."""
-    from rich.console import Console
+def save_small_video(path: Path, number: int) -> None:
+    save_video(path, "red", number, side=4)
 
-    folder = tmp_path / "audio"
-    shutil.copytree(media / "audio", folder)
+
+def save_nothing(path: Path, number: int) -> None:
+    """Write a sound of so few samples that it would be filled up to a second of silence."""
+    save_sound(path, 200.0 + number, number / 1000)
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix", "write", "says"),
+    [
+        ("video", ".mkv", save_small_video, "04.mkv': frames has shape"),
+        ("audio", ".wav", save_nothing, "04.wav': a sound has shape (64,), but must be mono"),
+    ],
+)
+def test_a_medium_that_is_too_small_is_left_out_and_named(
+    media: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    suffix: str,
+    write: Callable[[Path, int], None],
+    says: str,
+) -> None:
+    folder = shutil.copytree(media / kind, tmp_path / kind)
     for number in range(6):
-        save_sound(folder / f"{number:02d}.wav", 200.0 + number, number / 1000)
-    asked = options(media, checkpoints, None, "audio", save=False, data_audio=str(folder))
-    with opened(asked, Console(quiet=True)) as run:
+        write(folder / f"{number:02d}{suffix}", number)
+    with opened(options(media, None, kind, **{f"data_{kind}": str(folder)}), Console(quiet=True)) as run:
         assert run.mix is not None
-        assert len(run.mix.training_items("audio")) + len(run.mix.held_out_items("audio")) == 6
+        assert len(run.mix.training_items(kind)) + len(run.mix.held_out_items(kind)) == 6
     said = capsys.readouterr().err
-    assert said.count("04.wav': a sound has shape (64,), but must be mono") == 1 and "left out" in said
+    assert said.count(says) == 1 and "left out" in said
 
 
 @pytest.mark.parametrize(
@@ -314,20 +280,18 @@ def test_a_sound_of_nothing_is_left_out_and_named(
     ],
 )
 def test_what_the_model_or_the_passes_cannot_do(
-    media: Path, checkpoints: Path, kinds: tuple[str, ...], changes: dict[str, Any], says: str
+    media: Path, kinds: tuple[str, ...], changes: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(ValueError, match=says):
-        train(options(media, checkpoints, None, *kinds, save=False, **changes))
+        train(options(media, None, *kinds, **changes))
 
 
-def test_captions_are_read_from_the_pictures(media: Path, checkpoints: Path, cache: str) -> None:
+def test_captions_are_read_from_the_pictures(media: Path, cache: str) -> None:
     """After some steps the words are likelier after their own picture than after another one."""
     asked = options(
         media,
-        checkpoints,
         None,
         "image",
-        save=False,
         feature_cache=cache,
         steps=40,
         batch=12,
@@ -341,13 +305,10 @@ def test_captions_are_read_from_the_pictures(media: Path, checkpoints: Path, cac
 
 
 @pytest.fixture(scope="module")
-def trained(media: Path, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(media: Path, short: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a short run on pictures and sounds."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        register(patch)
-        without_pictures(patch)
-        train(options(media, checkpoints, folder, "image", "audio", steps=2))
+    train(options(media, folder, "image", "audio", steps=2))
     return folder
 
 
@@ -365,16 +326,7 @@ def test_a_run_brings_its_encoders_along(trained: Path, media: Path) -> None:
     assert arb([*common, "--video", str(video)]) == frames
 
 
-def arb(arguments: list[str]) -> bytes:
-    """Return what the command prints."""
-    out = io.TextIOWrapper(io.BytesIO(), write_through=True)
-    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as end:
-        cli.main(arguments)
-    assert end.value.code == 0
-    return out.buffer.getvalue()  # type: ignore[attr-defined]
-
-
-def test_the_command_says_how_it_does_on_each_kind(media: Path, checkpoints: Path, cache: str) -> None:
+def test_the_command_says_how_it_does_on_each_kind(media: Path, cache: str) -> None:
     """`arb train --data-text` is `--data`, and the table at the end has a line for each kind of the mix."""
     files = {
         "--preset": "preset.json",
@@ -441,8 +393,8 @@ def test_another_sidecar_than_the_trained_one_is_told(
     assert "the vision sidecar is not the one that the run was trained with" in capsys.readouterr().err
 
 
-def test_several_ranks_train_no_mix(media: Path, checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_ranks_train_no_mix(media: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rank would draw the same samples."""
     monkeypatch.setattr(loop, "joined", lambda: contextlib.nullcontext(World(0, 2)))
     with pytest.raises(TrainingError, match="2 ranks were started, but a mix with media is trained by one"):
-        train(options(media, checkpoints, None, "image", save=False))
+        train(options(media, None, "image"))

@@ -18,6 +18,7 @@ from arbitor.optimized.training.generate import first_window
 from arbitor.optimized.training.loop import opened, train
 from arbitor.optimized.training.media import lead_of
 from arbitor.optimized.training.media_answer import chosen, prompt_ids
+from arbitor.optimized.training.media_files import load_media
 from arbitor.optimized.training.media_reader import MediaReader
 from arbitor.optimized.training.media_speech import load_codec, whole_frames
 from arbitor.optimized.training.metrics import read_metrics
@@ -26,6 +27,7 @@ from arbitor.optimized.training.runtime import choose_runtime
 from arbitor.reference.graph.talker import SPOKEN_STRIDE, spoken_marks
 from arbitor.reference.graph.targets import NO_TOKEN
 from arbitor.sidecars import (
+    Encoders,
     SidecarError,
     read_audio,
     read_image,
@@ -36,25 +38,18 @@ from arbitor.sidecars import (
 )
 from conformance.compare import exact
 from conformance.sidecars import media_runs
-from conformance.sidecars.test_media_runs import arb
-from conformance.training.nano import without_pictures
+from conformance.sidecars.media_runs import arb
 from conformance.training.runs import train_until_killed
 
 CONFIG = replace(media_runs.CONFIG, talker_tokens=289)
 CPU = choose_runtime("cpu", "reference", "float32")
 
 
-def quick(patch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def short(short: pytest.MonkeyPatch) -> None:
     """Let runs train a codec in two short steps."""
-    media_runs.register(patch)
-    without_pictures(patch)
-    patch.setattr(media_speech, "CODEC_STEPS", 2)
-    patch.setattr(media_speech, "CODEC_BATCH", 2)
-
-
-@pytest.fixture(autouse=True)
-def short(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    quick(monkeypatch)
+    short.setattr(media_speech, "CODEC_STEPS", 2)
+    short.setattr(media_speech, "CODEC_BATCH", 2)
 
 
 @pytest.fixture(scope="module")
@@ -63,23 +58,21 @@ def media(media: Path) -> Path:
     return media
 
 
-def asked(media: Path, checkpoints: Path, run: Path | None, *kinds: str, **changes: Any) -> Any:
+def asked(media: Path, run: Path | None, *kinds: str, **changes: Any) -> Any:
     """Return the options of a short run on speech, and on other media."""
-    return media_runs.options(media, checkpoints, run, *kinds, data_speech=str(media / "audio"), **changes)
+    return media_runs.options(media, run, *kinds, data_speech=str(media / "audio"), **changes)
 
 
 @pytest.fixture(scope="module")
-def trained(media: Path, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(media: Path, short: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a short run on videos and speech."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        quick(patch)
-        train(asked(media, checkpoints, folder, "video"))
+    train(asked(media, folder, "video"))
     return folder
 
 
-def test_a_batch_of_speech_has_marks_behind_its_text(media: Path, checkpoints: Path) -> None:
-    with opened(asked(media, checkpoints, None, save=False, batch=3, mix="text=0,speech=1"), None) as run:
+def test_a_batch_of_speech_has_marks_behind_its_text(media: Path) -> None:
+    with opened(asked(media, None, batch=3, mix="text=0,speech=1"), None) as run:
         assert run.mix is not None
         batch = run.mix.batch(4)
         targets, codec = batch.targets, run.mix.reader.codec
@@ -100,20 +93,18 @@ def test_a_batch_of_speech_has_marks_behind_its_text(media: Path, checkpoints: P
         assert targets.tokens_BN[b, len(own) :].eq(NO_TOKEN).all()
 
 
-def test_one_folder_may_be_heard_and_spoken(media: Path, checkpoints: Path) -> None:
+def test_one_folder_may_be_heard_and_spoken(media: Path) -> None:
     """What is known of a file as speech, which is only that it can be decoded, is not taken for what a sound needs."""
-    asked_of = asked(media, checkpoints, None, "audio", save=False, batch=2, mix="text=0,audio=1,speech=1")
+    asked_of = asked(media, None, "audio", batch=2, mix="text=0,audio=1,speech=1")
     with opened(asked_of, None) as run:
         assert run.mix is not None
         kinds = {run.mix.batch(number).kind for number in range(8)}
     assert kinds == {"audio", "speech"}
 
 
-def test_tokens_that_are_dropped_are_made_again(
-    media: Path, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokens_that_are_dropped_are_made_again(media: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of speech may be larger than memory. Each sound is in a group of its own here, and one group is kept."""
-    with opened(asked(media, checkpoints, None, save=False, mix="text=0,speech=1"), None) as run:
+    with opened(asked(media, None, mix="text=0,speech=1"), None) as run:
         assert run.mix is not None
         reader, items = run.mix.reader, run.mix._folders["speech"].train
         want = [reader.feature("speech", item) for item in items]
@@ -127,21 +118,40 @@ def test_tokens_that_are_dropped_are_made_again(
                 assert len(again._tokens) <= 2
 
 
+def test_decoded_sounds_belong_to_their_reader(media: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader keeps the sounds that were asked for last, and leaves none to another reader."""
+    decoded = []
+
+    def counted(path: Path, **named: Any) -> Tensor:
+        decoded.append(path)
+        return read_audio(path, **named)
+
+    monkeypatch.setattr(media_reader, "read_audio", counted)
+    monkeypatch.setattr(media_reader, "CLIPS_KEPT", 2)
+    a, b, c = load_media("audio", str(media / "audio")).train[:3]
+    first, second = (MediaReader(Encoders(), side=2) for _ in range(2))
+    for item in (a, b, a, c, a, b):
+        exact(first.clip(item), read_audio(item.path))
+    assert decoded == [a.path, b.path, c.path, b.path]
+    second.clip(b)
+    assert decoded[4:] == [b.path]
+
+
 def test_a_run_says_how_the_talker_does(trained: Path) -> None:
     lines = list(read_metrics(trained / "metrics.jsonl"))
     assert "val_tokens" in lines[-1]["media"]["speech"]
     assert any("train_tokens" in line["media"].get("speech", {}) for line in lines)
 
 
-def test_a_killed_run_ends_with_the_same_hash(media: Path, checkpoints: Path, tmp_path: Path) -> None:
+def test_a_killed_run_ends_with_the_same_hash(media: Path, tmp_path: Path) -> None:
     """Whether its codec is still there or has to be trained again."""
     short: dict[str, Any] = {"steps": 3, "eval_interval": 3, "save_interval": 1}
-    whole = train(asked(media, checkpoints, tmp_path / "whole", **short))
-    train_until_killed(2, asked(media, checkpoints, tmp_path / "killed", **short))
+    whole = train(asked(media, tmp_path / "whole", **short))
+    train_until_killed(2, asked(media, tmp_path / "killed", **short))
     shutil.copytree(tmp_path / "killed", tmp_path / "lost")
     (tmp_path / "lost" / CODEC_FILE).unlink()
     for name in ("killed", "lost"):
-        again = train(asked(media, checkpoints, tmp_path / name, resume=True, **short))
+        again = train(asked(media, tmp_path / name, resume=True, **short))
         assert again.summary["state_sha256"] == whole.summary["state_sha256"], name
         assert (tmp_path / name / CODEC_FILE).read_bytes() == (tmp_path / "whole" / CODEC_FILE).read_bytes()
 
@@ -255,20 +265,20 @@ def test_answers_that_are_refused(
 
 
 def test_a_run_that_was_not_taught_refuses_to_answer_so(
-    media: Path, checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    train(media_runs.options(media, checkpoints, folder, steps=1))
+    train(media_runs.options(media, folder, steps=1))
     with pytest.raises(SystemExit) as end:
         cli.main(["generate", "--run", str(folder), "--device", "cpu", "--as", "audio"])
     assert end.value.code == 1 and "--data-speech teaches" in capsys.readouterr().err
 
 
-def test_speech_needs_a_talker_of_as_many_codes(media: Path, checkpoints: Path, tmp_path: Path) -> None:
+def test_speech_needs_a_talker_of_as_many_codes(media: Path, tmp_path: Path) -> None:
     preset = tmp_path / "silent.json"
     preset.write_text(replace(CONFIG, talker_tokens=9).to_json())
     with pytest.raises(ValueError, match="talker_tokens is 9 and not 289: --enable-speech"):
-        train(asked(media, checkpoints, None, save=False, preset=str(preset)))
+        train(asked(media, None, preset=str(preset)))
 
 
 def sixteen_bits(clip: Tensor) -> Tensor:

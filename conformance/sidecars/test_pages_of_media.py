@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from arbitor.optimized.training import media_speech
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.options import PRESET_DEFAULTS
 from arbitor.reference.config import with_fields
@@ -19,7 +20,7 @@ from conformance.import_lint import ROOT
 from conformance.sidecars.media_runs import CONFIG, options, save_sound
 from conformance.system.command import Here
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("short")
 
 EXAMPLES = [
     pytest.param(block, id=f"{page}-{place}")
@@ -44,11 +45,11 @@ def place(tmp_path_factory: pytest.TempPathFactory, media: Path, checkpoints: Pa
 
 
 @pytest.fixture
-def run(place: Path, media: Path, checkpoints: Path) -> None:
+def run(place: Path, media: Path) -> None:
     """Train what the page takes for granted: a run that learned from pictures."""
     folder = place / "runs" / "small-001"
     if not folder.exists():
-        train(options(media, checkpoints, folder, "image", steps=1))
+        train(options(media, folder, "image", steps=1))
 
 
 @pytest.mark.parametrize("source", EXAMPLES)
@@ -66,22 +67,27 @@ def test_an_example_runs(source: str, place: Path, run: None, monkeypatch: pytes
 WIDE = 384
 """Features of a patch that `--enable-image` asks for."""
 
-NO_MEDIA = with_fields(CONFIG, name="small", image_features=0, audio_features=0, video_latent=0)
+NO_MEDIA = with_fields(
+    CONFIG, name="small", image_features=0, audio_features=0, video_latent=0, talker_tokens=0, router_inner=0
+)
 """Stands for the presets that the pages name. The options of a line switch its media on."""
 
 LEFT_OUT = {
-    "--as": "the run of the page before learned from pictures alone, and answers with text",
     "hf:HuggingFaceFW": "it is on a hub, and conformance/training/test_streams.py has streams of files",
     "documents.parquet": "conformance/training/test_streams.py has streams of files",
 }
 """What a line has that does not run here, with the reason."""
 
+TUTORIAL = "docs/tutorials/finetune.md"
+"""Page of which conformance/system/test_pages_run.py runs all but the lines with pictures."""
 
-@pytest.mark.parametrize("page", ["docs/media.md", "docs/training.md"])
+
+@pytest.mark.parametrize("pages_read", [("docs/media.md", TUTORIAL), ("docs/training.md",)], ids="-".join)
 def test_the_commands_of_a_page_run_in_their_order(
-    page: str,
+    pages_read: tuple[str, ...],
     tmp_path: Path,
     media: Path,
+    checkpoints: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfdbinary: pytest.CaptureFixture[bytes],
 ) -> None:
@@ -95,29 +101,36 @@ def test_the_commands_of_a_page_run_in_their_order(
             name,
             {"steps": 2, "batch": 2, "context": 24, "sample_bytes": 4, "eval_windows": 4},
         )
+    monkeypatch.setattr(media_speech, "CODEC_STEPS", 2)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.json").write_text(NO_MEDIA.to_json())
     (tmp_path / "books").mkdir()
     shutil.copy(media / "text.txt", tmp_path / "books")
-    shutil.copytree(media / "image", tmp_path / "photos")
+    for kind, name in (("image", "photos"), ("video", "clips"), ("audio", "voices")):
+        shutil.copytree(media / kind, tmp_path / name)
     shutil.copy(media / "image" / "00.png", tmp_path / "holiday.jpg")
+    shutil.copytree(checkpoints / "vae", tmp_path / "wan")
+    (tmp_path / "wan" / "pig_vae.safetensors").rename(tmp_path / "wan" / "vae.safetensors")
     vision = transformers.Dinov2Config(
         hidden_size=WIDE, num_attention_heads=2, num_hidden_layers=1, mlp_ratio=1, image_size=518
     )
     transformers.Dinov2Model(vision).save_pretrained(tmp_path / "facebook" / "dinov2-small")
     shutil.copy(media / "dinov2" / PREPROCESSOR, tmp_path / "facebook" / "dinov2-small")
-    ran = 0
-    for command in pages.shown():
+    ran = dict.fromkeys(pages_read, 0)
+    for command in (each for page in pages_read for each in pages.shown() if each.page == page):
         line = " ".join(command.words)
-        wanted = command.page == page and command.whole and command.words[0] == "arb"
-        if not wanted or any(part in line for part in LEFT_OUT):
+        elsewhere = command.page == TUTORIAL and "--data-image" not in line
+        left_out = elsewhere or any(part in line for part in LEFT_OUT)
+        if not command.whole or command.words[0] != "arb" or left_out:
             continue
         words = [*command.words[1:], "--device", "cpu"]
         if "--steps" in words:
             words[words.index("--steps") + 1] = "2"
-        if words[0] == "generate":
+        if words[0] == "generate" and "--as" not in words:
             words += ["--bytes", "4"]
         result = Here(capfdbinary)(*words)
         assert result.returncode == 0, (line, result.stderr.decode())
-        ran += 1
-    assert ran >= 2
+        ran[command.page] += 1
+    assert ran.get(TUTORIAL, 1) == 1 and ran[pages_read[0]] >= 2
+    if TUTORIAL in pages_read:
+        assert (tmp_path / "dog.png").is_file() and (tmp_path / "answer.wav").is_file()

@@ -44,11 +44,11 @@ def mix(scratch: Path, live: Live) -> list[str]:
         "preset": root / "preset.json",
         "data-text": root / "text.txt",
         "data-code": scratch / "text.txt",
-        **{f"data-{kind}": root / kind for kind in ("image", "audio", "video")},
+        **{f"data-{kind}": root / kind for kind in media_runs.KINDS},
         "data-speech": root / "audio",
         "vision": root / "dinov2",
-        "audio": checkpoints / "moonshine",
-        "video": checkpoints / "vae" / "pig_vae.safetensors",
+        "audio": root / "moonshine",
+        "video": root / "vae" / "pig_vae.safetensors",
     }
     options = [word for name, path in named.items() for word in (f"--{name}", str(path))]
     return ["train", *options, "--batch", "2", "--context", "24", *SIZES]

@@ -165,8 +165,8 @@ def test_folders_that_are_no_data(tmp_path: Path) -> None:
         with pytest.raises(TrainingError, match=says):
             load_media("video", str(source))
     pipe = fill(tmp_path / "pipe", 2, ".mp4")
-    (pipe / "long.jsonl").write_bytes(b" " * (2**20 + 1))
-    with pytest.raises(TrainingError, match="has more than 1,048,576 bytes"):
+    (pipe / "long.jsonl").write_bytes(b" " * 2**20 + b"\n" + b" " * (2**20 + 1))
+    with pytest.raises(TrainingError, match=r"line 2 of '.*long\.jsonl' has more than 1,048,576 bytes"):
         load_media("video", str(pipe))
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from arbitor.optimized.training import events
+from arbitor.optimized.training import events, metrics
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.metrics import cut_metrics, read_metrics, thinned_metrics
 from arbitor.optimized.training.monitor import Monitor
@@ -69,6 +69,19 @@ def test_cut_metrics_keeps_the_lines_as_they_are(tmp_path: Path) -> None:
     path.write_text('{"step": 1,   "a": 0.10}\n[]\n{"step": "2"}\n{"step": 4}\n{"step": 3}\n')
     cut_metrics(path, 3)
     assert path.read_text() == '{"step": 1,   "a": 0.10}\n{"step": 3}\n'
+
+
+def test_the_end_of_a_line_that_is_too_long_is_no_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line of as many bytes as are allowed still counts."""
+    path, kept = tmp_path / "metrics.jsonl", '{"step": 1, "a": 0.25}'
+    monkeypatch.setattr(metrics, "LINE_BYTES", len(kept))
+    for end in ("", "\n"):
+        path.write_text(f"{kept}\n{'x' * 2 * len(kept)}" + '{"step": 7}\n{"step": 2}' + end)
+        assert read_metrics(path) == [{"step": 1, "a": 0.25}, {"step": 2}]
+        cut_metrics(path, 9)
+        assert path.read_text() == kept + '\n{"step": 2}\n'
 
 
 def test_thinned_metrics_are_few_and_have_the_ends_of_long_runs(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ from arbitor.optimized.training.data import VALIDATION_EVERY
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.media_archives import COMPRESSED, Place, samples_of
 from arbitor.optimized.training.media_archives import SUFFIX as ARCHIVE
-from arbitor.optimized.training.regular import open_regular, read_regular
+from arbitor.optimized.training.regular import open_regular, read_regular, regular_lines
 from arbitor.optimized.training.shown import shown
 from arbitor.optimized.training.texts import in_words, no_data, walk
-from arbitor.reference.json_text import parsed_json
+from arbitor.reference.json_text import parsed_object
 from arbitor.sidecars import Blob
 
 _SOUNDS = frozenset({".aac", ".aiff", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".wav"})
@@ -213,10 +213,7 @@ def _text_of(archive: Path, place: Place) -> bytes:
     data = place.read(archive)
     if place.name.lower().endswith(".json"):
         try:
-            values = parsed_json(data)
-            if not isinstance(values, dict):
-                raise ValueError("it is no object")
-            data = _field(values, TEXT_FIELDS).encode("utf-8", errors="surrogatepass")
+            data = _field(parsed_object(data), TEXT_FIELDS).encode("utf-8", errors="surrogatepass")
         except ValueError as error:
             raise TrainingError(
                 f"the member {place.name!r} of {str(archive)!r} is refused: {error}"
@@ -226,9 +223,7 @@ def _text_of(archive: Path, place: Place) -> bytes:
 
 def _named_in(line: bytes, folder: Path, known: set[Path]) -> tuple[Path, bytes]:
     """Return the file and the text of a line of JSON; raise ValueError where it has none."""
-    values = parsed_json(line)
-    if not isinstance(values, dict):
-        raise ValueError("it is no object")
+    values = parsed_object(line)
     name, text = _field(values, FILE_FIELDS), _field(values, TEXT_FIELDS)
     # Only files that were found in the folder are data, so that no line can name one outside of it.
     path = folder / name
@@ -264,14 +259,11 @@ def _read_text(path: Path) -> bytes:
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield number and content of the lines of a file, those of nothing but spaces left out."""
     try:
-        with open_regular(path) as file:
-            number = 0
-            while line := file.readline(TEXT_BYTES + 1):
-                number += 1
-                if len(line) > TEXT_BYTES:
-                    raise TrainingError(f"line {number} of {str(path)!r} has more than {TEXT_BYTES:,} bytes")
-                if line.strip():
-                    yield number, line
+        for number, line in regular_lines(path, most=TEXT_BYTES):
+            if line is None:
+                raise TrainingError(f"line {number} of {str(path)!r} has more than {TEXT_BYTES:,} bytes")
+            if line.strip():
+                yield number, line
     except OSError as error:
         raise TrainingError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
 

@@ -38,7 +38,7 @@ from arbitor.optimized.training.media import (
 )
 from arbitor.optimized.training.media_batch import Batch, captioned
 from arbitor.optimized.training.media_files import Item, MediaFolder, load_media
-from arbitor.optimized.training.media_reader import MediaReader, Say, clip_of
+from arbitor.optimized.training.media_reader import MediaReader, Say
 from arbitor.optimized.training.media_speech import (
     load_codec,
     save_codec,
@@ -162,7 +162,7 @@ class Mix:
         items = folder.train
 
         def read(number: int) -> Tensor:
-            return clip_of(self._readable("speech", items, number))
+            return self.reader.clip(self._readable("speech", items, number))
 
         seed = self.settings.seed
         codec = trained_codec(read, len(items), self.config, self._runtime, seed=seed)

@@ -6,7 +6,6 @@ Legend: B items of a batch, N vectors or tokens, F features.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,23 +24,12 @@ MAX_CLIP_SECONDS = 30
 Say = Callable[[str], None]
 """What is told a sentence."""
 
-
 GROUPS_KEPT = 4096
 """Groups of neighbouring sounds whose tokens are kept, at most: 400 MB of the longest sounds. The oldest goes first, and is made
 again."""
 
 CLIPS_KEPT = 16
 """Sounds that stay decoded, at most. One item is asked for its length, whether it can be read, and its samples."""
-
-
-def clip_of(item: Item) -> Tensor:
-    """Return the sound of an item, float32 [T] at 16 kHz, MAX_CLIP_SECONDS at most. Nobody may change it."""
-    return _clip_of(item)
-
-
-@lru_cache(maxsize=CLIPS_KEPT)
-def _clip_of(item: Item) -> Tensor:
-    return read_audio(item.medium(), max_seconds=MAX_CLIP_SECONDS)
 
 
 class MediaReader:
@@ -64,6 +52,7 @@ class MediaReader:
         self._unreadable: set[tuple[str, str]] = set()
         self._decoded: set[tuple[str, bytes]] = set()
         self._seconds: dict[bytes, int] = {}
+        self._clips: dict[bytes, Tensor] = {}
         # By the content of the first sound of a group, then by content.
         self._tokens: dict[bytes, dict[bytes, Tensor]] = {}
 
@@ -77,6 +66,17 @@ class MediaReader:
     @codec.setter
     def codec(self, codec: AudioCodec) -> None:
         self._codec = codec
+
+    def clip(self, item: Item) -> Tensor:
+        """Return the sound of an item, float32 [T] at 16 kHz, MAX_CLIP_SECONDS at most. Nobody may change it."""
+        found = self._clips.pop(item.content, None)
+        if found is None:
+            found = read_audio(item.medium(), max_seconds=MAX_CLIP_SECONDS)
+        # The newest stands last.
+        self._clips[item.content] = found
+        if len(self._clips) > CLIPS_KEPT:
+            del self._clips[next(iter(self._clips))]
+        return found
 
     def feature(self, kind: str, item: Item, seconds: int | None = None) -> Tensor:
         """Return the features of an item, its latent, or its tokens; of a sound that is filled up to some seconds."""
@@ -93,7 +93,7 @@ class MediaReader:
         return self.encoders.features(
             "audio",
             item.content + seconds.to_bytes(4, "little"),
-            lambda: whole_seconds(clip_of(item), filled),
+            lambda: whole_seconds(self.clip(item), filled),
         )
 
     def _spoken(self, item: Item) -> Tensor:
@@ -109,7 +109,7 @@ class MediaReader:
         first = group[0].content
         if first not in self._tokens:
             found = [each for each in group if self.is_readable("speech", each)]
-            rows = tokens_of(self.codec, [clip_of(each) for each in found])
+            rows = tokens_of(self.codec, [self.clip(each) for each in found])
             if len(self._tokens) == GROUPS_KEPT:
                 del self._tokens[next(iter(self._tokens))]
             self._tokens[first] = {
@@ -120,7 +120,7 @@ class MediaReader:
     def _seconds_of(self, item: Item) -> int:
         """Return the whole seconds that a sound fills."""
         if item.content not in self._seconds:
-            clip = clip_of(item)
+            clip = self.clip(item)
             # Before it is filled up, since silence alone is no sound.
             refuse_clip("a sound", clip)
             self._seconds[item.content] = len(whole_seconds(clip)) // SAMPLE_RATE
@@ -148,7 +148,7 @@ class MediaReader:
             try:
                 # The codec is trained on what can be decoded, before there are tokens.
                 if kind == "speech":
-                    refuse_clip(repr(str(item)), clip_of(item))
+                    refuse_clip(repr(str(item)), self.clip(item))
                 else:
                     self.feature(kind, item)
                 self._decoded.add(decoded)

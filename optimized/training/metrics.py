@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from arbitor.optimized.training.regular import open_regular
+from arbitor.optimized.training.regular import regular_lines
 from arbitor.optimized.training.whole_file import write_whole
-from arbitor.reference.json_text import parsed_json
+from arbitor.reference.json_text import parsed_object
 
 LINE_BYTES = 2**24
 """Bytes of a line at most: one with the loads of a hundred thousand experts has a few million."""
@@ -85,19 +85,17 @@ def _belongs(line: bytes) -> tuple[bool, bool]:
 
 
 def _raw_lines(path: Path) -> Iterator[bytes]:
-    """Yield each line as it is, sound or not, without its end."""
-    with open_regular(path) as file:
-        while line := file.readline(LINE_BYTES):
-            yield line.rstrip(b"\n")
+    """Yield each line of at most LINE_BYTES as it is, sound or not, without its end."""
+    return (line for _, line in regular_lines(path, most=LINE_BYTES) if line is not None)
 
 
 def _values(line: bytes) -> dict[str, Any] | None:
     """Return what a line says, or None where it is torn or damaged."""
     try:
-        values = parsed_json(line)
+        values = parsed_object(line)
     except ValueError:
         return None
-    return values if isinstance(values, dict) and type(values.get("step")) is int else None
+    return values if type(values.get("step")) is int else None
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

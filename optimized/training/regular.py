@@ -9,11 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.reference.json_text import parsed_json
+from arbitor.reference.json_text import parsed_object
 
 JSON_BYTES = 2**20
 """Bytes that a file of JSON has at most: a configuration has two thousand."""
@@ -67,6 +68,26 @@ def read_regular(path: Path, *, most: int | None = None) -> bytes:
     return content
 
 
+def regular_lines(path: Path, *, most: int) -> Iterator[tuple[int, bytes | None]]:
+    """Yield the number of each line of a regular file, from 1 on, and the line without its end.
+
+    Args:
+        path: as for `open_regular`.
+        most: bytes of a line at most. A longer one is None, and is not kept in memory.
+
+    Raises:
+        OSError: as `open_regular`, or the file cannot be read.
+    """
+    with open_regular(path) as file:
+        number = 0
+        while part := file.readline(most + 1):
+            number += 1
+            line = part.removesuffix(b"\n")
+            yield number, line if len(line) <= most else None
+            while len(part) > most and not part.endswith(b"\n"):
+                part = file.readline(most + 1)
+
+
 def json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object of a regular file of at most `JSON_BYTES`.
 
@@ -74,14 +95,11 @@ def json_object(path: Path) -> dict[str, Any]:
         TrainingError: the file cannot be read, or holds no JSON object.
     """
     try:
-        value = parsed_json(read_regular(path, most=JSON_BYTES))
+        return parsed_object(read_regular(path, most=JSON_BYTES))
     except OSError as error:
         raise TrainingError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
     except ValueError as error:
         raise TrainingError(f"{str(path)!r} cannot be used: {error}") from error
-    if not isinstance(value, dict):
-        raise TrainingError(f"{str(path)!r} does not hold a JSON object")
-    return value
 
 
 def kind_of(mode: int) -> str:

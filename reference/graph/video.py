@@ -30,6 +30,10 @@ enlarges errors of the head by it. The measurement behind this number is in docs
 LATENT_CHANNELS = 16
 """Channels of a latent of the autoencoder that decodes video. Its latent of a frame of 256 x 256 is [16, 1, 32, 32]."""
 
+GAIN = 4.0
+"""How many times what W_out gives a prediction is. Predictions are k_t times the noise (`noise_scales`). The root mean square of
+k_t is 3.6 for three steps, and weights would take most of a short run to grow to that size. A power of two rounds nothing."""
+
 NOISE_TENSOR = 2**32 - 1
 """Tensor id of the noise that latents start from. It is the last id, far from those of the weights."""
 
@@ -79,8 +83,9 @@ def latent_shape(size: int) -> tuple[int, ...]:
 class VideoHead(ArbModule):
     """Denoising steps with shared weights over one latent. `noise_errors` trains them, `forward` draws.
 
-    Math:    step t: n = unit(W_in latent); q = W_query n + W_steps[t]; c = softmax(q . s / sqrt(D)) s over the tokens s
-             pred = W_out silu(n + c); latent <- (latent - (1 - alpha_t) pred) / sqrt(alpha_t)
+    Math:    u = unit(token) of each token
+             step t: n = unit(W_in latent); q = W_query n + W_steps[t]; c = softmax(q . u / sqrt(D)) u over the tokens
+             pred = GAIN W_out silu(n + c); latent <- (latent - (1 - alpha_t) pred) / sqrt(alpha_t)
              with a threshold: p_t = signal / (signal + noise), of latent and pred after the step, and halting by these p as in
              RecurrentMoEGraph
     Shapes:  tokens [B, P, D], latent [B, ...] of L numbers, any float dtype -> float32, shape of the latent
@@ -158,16 +163,17 @@ class VideoHead(ArbModule):
             checks.integer("steps", steps, 1, self.num_steps)
         if latent is None:
             latent = self._first(tokens_BPD, draw).unflatten(1, self.latent_shape)
-        flat_BL, alphas = widened(latent).flatten(1), self.alphas[:steps]
+        # Norm and steps scale with the latent, so that a loop over a part of it has that part of the prediction.
+        flat_BL, alphas = widened(latent).flatten(1) / GAIN, self.alphas[:steps]
+        read_BPD = unit_rows(tokens_BPD.to(flat_BL.dtype))
         if torch.is_grad_enabled() or not plain(self.latent_in, self.query, self.latent_out):
-            out_BL = self._composed(flat_BL, tokens_BPD.to(flat_BL.dtype), alphas, halt_threshold)
+            out_BL = self._composed(flat_BL, read_BPD, alphas, halt_threshold)
         else:
             weights = (self.latent_in.weight, self.query.weight, self.steps.weight, self.latent_out.weight)
-            tokens = tokens_BPD.to(flat_BL.dtype)
             out_BL = self.ops.denoise_loop(
-                flat_BL, tokens, *weights, alphas=alphas, halt_threshold=halt_threshold
+                flat_BL, read_BPD, *weights, alphas=alphas, halt_threshold=halt_threshold
             )
-        return out_BL.reshape(latent.shape)
+        return (out_BL * GAIN).reshape(latent.shape)
 
     def noise_errors(self, tokens_BPD: Tensor, target_BL: Tensor) -> Tensor:
         """Return the mean squared error of the noise that the steps predict, for each sample, [B].
@@ -179,7 +185,7 @@ class VideoHead(ArbModule):
                  (`noise_scales`)
         Shapes:  tokens [B, P, D], target float32 or better [B, L]
         """
-        tokens = tokens_BPD.to(target_BL.dtype)
+        read_BPD = unit_rows(tokens_BPD.to(target_BL.dtype))
         first = self.shares[0]
         begin_BL = self._first(tokens_BPD, 0).to(target_BL.dtype)
         noise_BL = (begin_BL - math.sqrt(first) * target_BL) / math.sqrt(1 - first)
@@ -187,7 +193,7 @@ class VideoHead(ArbModule):
         errors = []
         for step, (share, scale) in enumerate(zip(self.shares[:-1], self.scales, strict=True)):
             state_BL = math.sqrt(share) * target_BL + math.sqrt(1 - share) * noise_BL
-            found_BL = self._predicted(state_BL, tokens, rows_TD[step]) / scale
+            found_BL = self._predicted(state_BL / GAIN, read_BPD, rows_TD[step]) * (GAIN / scale)
             errors.append((found_BL - noise_BL).square().mean(dim=1))
         return torch.stack(errors).mean(dim=0)
 
@@ -201,7 +207,7 @@ class VideoHead(ArbModule):
         return self.steps(torch.arange(self.num_steps, device=like.device)).to(like.dtype)
 
     def _predicted(self, latent: Tensor, tokens: Tensor, row_D: Tensor) -> Tensor:
-        """Return pred of one step under autograd, [B, L]."""
+        """Return pred of one step of the loop over latent / GAIN under autograd, [B, L]."""
         n_BD = unit_rows(self.latent_in(latent))
         c_BD = attended(self.query(n_BD) + row_D, tokens)
         found: Tensor = self.latent_out(F.silu(n_BD + c_BD))
