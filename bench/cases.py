@@ -42,7 +42,7 @@ TOKENS = (*LARGE_TOKENS, 4096)
 LARGE_LINEAR: Shape = {"N": 16384, "K": 15360, "G": 12, "float_bytes": 2}
 """A matrix so large that the time of `linear` with few rows is that of its bytes, not that of a launch."""
 
-ON_BOTH_PATHS = ("grouped_linear", "linear", "update_step")
+ON_BOTH_PATHS = ("denoise_loop", "grouped_linear", "linear", "update_step")
 """Rows of ops that have CUDA C++ kernels, which are timed on Triton's kernels besides."""
 
 WIDTHS = ("3072", "7168")

@@ -24,7 +24,7 @@ import torch
 import triton
 
 from arbitor.optimized import ops
-from arbitor.optimized.cuda import compiler, many_rows, product, update
+from arbitor.optimized.cuda import compiler, denoise, many_rows, product, update
 from arbitor.optimized.cuda.compiler import Kernel
 from conformance import cuda_calls
 from conformance.pretend_cuda import DEVICE, pretended
@@ -33,7 +33,7 @@ from conformance.subject import Subject
 CAPABILITIES = (compiler.LEAST_CAPABILITY, compiler.HOPPER)
 """Compute capabilities that are compiled for."""
 
-HOSTS = (many_rows, product, update)
+HOSTS = (denoise, many_rows, product, update)
 """Modules that launch kernels of the folder."""
 
 

@@ -64,6 +64,23 @@ UPDATES = (
     (20, 784, 24, 2),
     (16, 1168, 48, 0),
 )
+LOOPS = (
+    # Samples, numbers of a latent, tokens, width, steps, columns of a group, mantissa bits, dtype, halting.
+    (1, 64, 16, 32, 3, 12, 2, torch.float32, None),
+    (4, 64, 16, 32, 1, 12, 2, torch.float32, 0.5),
+    (1, 1000, 37, 600, 3, 12, 2, torch.float32, 0.99),
+    (2, 1000, 37, 600, 2, 12, 2, torch.bfloat16, 0.9),
+    (3, 516, 298, 1100, 3, 6, 1, torch.bfloat16, 0.9),
+    (4, 36, 70, 28, 8, 16, 0, torch.bfloat16, None),
+    (2, 600, 9, 516, 3, 24, 2, torch.float32, 0.99),
+    (1, 4, 1, 4, 2, 32, 0, torch.float32, 0.5),
+    (3, 520, 5, 2052, 2, 48, 2, torch.float32, None),
+    (2, 128, 1000, 64, 3, 64, 1, torch.float32, 0.99),
+    (1, 8192, 298, 512, 3, 96, 2, torch.bfloat16, 0.9),
+    # More tokens than blocks keep in shared memory.
+    (2, 2000, 4000, 1024, 3, 12, 2, torch.float32, 0.99),
+)
+LOOP_LEVELS = (-4, 1)
 RATES = (0.0, 1e-12, 0.7, 5.9, 127.0)
 
 
@@ -108,6 +125,28 @@ def calls() -> Iterator[tuple[str, Case]]:
         yield "accumulate_gradient", Case((weight, grad, rate), given)
     for shape, on_flip, theta in product(UPDATES, ON_FLIP, (1, 64, 127)):
         yield "apply_step", Case((random_weight(draws, *shape),), {"theta": theta, "on_flip": on_flip})
+    for num_samples, size, num_tokens, width, steps, group_size, mantissa_bits, dtype, threshold in LOOPS:
+        shapes = ((width, size), (width, width), (steps, width), (size, width))
+        weights = [loop_weight(draws, *shape, group_size, mantissa_bits) for shape in shapes]
+        # Each sample sees a signal of another size, so that samples halt at different steps.
+        loud = torch.arange(num_samples)[:, None] * 2.0
+        latent = (torch.randn(num_samples, size, generator=draws) * loud.exp2()).to(dtype)
+        tokens = torch.randn(num_samples, num_tokens, width, generator=draws).to(dtype)
+        alphas = (0.5, 0.9, 0.7, 0.3, 1.0, 0.8, 0.6, 0.9)[:steps]
+        yield (
+            "denoise_loop",
+            Case((latent, tokens, *weights), {"alphas": alphas, "halt_threshold": threshold}),
+        )
+
+
+def loop_weight(
+    draws: torch.Generator, num_rows: int, num_columns: int, group_size: int, mantissa_bits: int
+) -> TernaryWeight:
+    """Return a weight with every trit, whose scales keep a chain of products within float32."""
+    weight = random_weight(draws, num_rows, num_columns, group_size, mantissa_bits)
+    low, high = (exponent << mantissa_bits for exponent in LOOP_LEVELS)
+    levels = torch.randint(low, high + 1, weight.exponents.shape, generator=draws, dtype=torch.int8)
+    return weight.with_tensors(exponents=levels)
 
 
 def random_weight(

@@ -25,7 +25,9 @@ DEVICE, HOST = torch.device("cuda", 0), torch.device("cpu")
 PROPERTIES: dict[str, Any] = {
     "is_current_stream_capturing": lambda: False,
     "get_device_capability": lambda *_: (9, 0),
-    "get_device_properties": lambda *_: SimpleNamespace(multi_processor_count=132),
+    "get_device_properties": lambda *_: SimpleNamespace(
+        multi_processor_count=132, shared_memory_per_block_optin=227 * 1024
+    ),
 }
 """What `torch.cuda` says of the GPU."""
 

@@ -17,6 +17,7 @@ import torch
 from arbitor.optimized import ops as optimized_ops
 from arbitor.optimized import settings
 from arbitor.optimized.cuda import compiler, many_rows, product
+from arbitor.optimized.cuda import denoise as cuda_denoise
 from arbitor.optimized.cuda import launch as launching
 from arbitor.optimized.cuda import update as cuda_update
 from arbitor.optimized.cuda.compiler import Kernel
@@ -29,10 +30,12 @@ from conformance import cuda_calls
 from conformance.case import Case
 from conformance.compare import exact
 from conformance.families import compare
+from conformance.ops import test_denoise_loop
 from conformance.report import skip
 from conformance.subject import Subject, needs_cuda
 
 # Not by name: `ops` has ops of the names of its files.
+denoise_ops = import_module("arbitor.optimized.ops.denoise")
 experts_ops = import_module("arbitor.optimized.ops.experts")
 linear_ops = import_module("arbitor.optimized.ops.linear")
 update_ops = import_module("arbitor.optimized.ops.update")
@@ -393,7 +396,12 @@ def on_cuda_alone(subject: Subject) -> None:
 
 def source_of(name: str, case: Case) -> str:
     """Return the source whose kernels take a call of `cuda_calls`."""
-    sources = {"grouped_linear": "many_rows", "accumulate_gradient": "votes", "apply_step": "step"}
+    sources = {
+        "accumulate_gradient": "votes",
+        "apply_step": "step",
+        "denoise_loop": "denoise",
+        "grouped_linear": "many_rows",
+    }
     return sources.get(name) or ("product" if len(case.args[0]) <= product.FEW else "many_rows")
 
 
@@ -444,6 +452,76 @@ def test_a_graph_records_the_kernels(subject: Subject, monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("words")
+def test_a_graph_records_a_loop_whose_blocks_wait(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cuda_alone(subject)
+    monkeypatch.setenv("ARB_PATH", "cuda")
+    case = next(case for name, case in CALLS if name == "denoise_loop" and len(case.args[0]) > 1)
+    latent, tokens = (value.to(CUDA) for value in case.args[:2])
+    weights = [subject.ops.from_spec(weight.to(CUDA)) for weight in case.args[2:]]
+
+    def work() -> torch.Tensor:
+        found: torch.Tensor = subject.ops.denoise_loop(latent, tokens, *weights, **case.kwargs)
+        return found
+
+    work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = work()
+    for _ in range(3):
+        latent.mul_(0.5)
+        graph.replay()
+        exact(found.cpu(), work().cpu())
+
+
+def test_halting_of_the_calls_is_no_matter_of_rounding() -> None:
+    for name, case in CALLS:
+        if name == "denoise_loop":
+            assert test_denoise_loop.walk(case)[2] > test_denoise_loop.MARGIN
+
+
+@pytest.mark.usefixtures("words")
+def test_what_a_loop_takes() -> None:
+    latent, tokens = torch.zeros(1, 64), torch.zeros(1, 3, 32)
+    weights = [device_weight(*shape) for shape in ((32, 64), (32, 32), (3, 32), (64, 32))]
+
+    def taken(
+        latent: torch.Tensor, tokens: torch.Tensor, weights: list[DeviceWeight] = weights, steps: int = 3
+    ) -> bool:
+        return cuda_denoise.fits(latent, tokens, weights, steps)
+
+    assert taken(latent, tokens) and taken(latent.bfloat16(), tokens.bfloat16())
+    assert taken(latent.expand(4, 64).clone(), tokens.expand(4, 3, 32).clone())
+    assert not taken(latent.expand(5, 64).clone(), tokens.expand(5, 3, 32).clone())
+    assert taken(latent, tokens, steps=8) and not taken(latent, tokens, steps=9)
+    # Weights of two kinds, and rows that start between two multiples of 16 bytes.
+    assert not taken(latent, tokens, [*weights[:3], device_weight(64, 32, 16)])
+    assert not taken(torch.zeros(65)[1:].reshape(1, 64), tokens)
+    assert not taken(torch.zeros(1, 62), tokens) and not taken(latent, torch.zeros(1, 3, 30))
+    # Operands that do not fit a block.
+    assert taken(torch.zeros(1, 40_000), tokens) and not taken(torch.zeros(2, 40_000), torch.zeros(2, 3, 32))
+
+
+def test_plans_of_a_loop() -> None:
+    """All blocks fit the GPU at once, tokens are dealt out whole, and a sample is cut alike whatever samples come with it."""
+    sizes = itertools.product(
+        (4, 4096, 16384), (1, 298, 1024, 100_000), (4, 512, 7168), (2, 4), (1, 114, 132)
+    )
+    for size, num_tokens, width, float_bytes, processors in sizes:
+        cuts = set()
+        for num_samples in range(1, 5):
+            plan = cuda_denoise.plan_of(
+                num_samples, size, num_tokens, width, float_bytes, processors, 227 * 1024
+            )
+            if plan is None:
+                continue
+            cuts.add((plan.blocks, plan.part_tokens))
+            assert 1 <= plan.blocks <= processors and plan.shared_bytes <= 227 * 1024
+            assert plan.blocks * plan.part_tokens >= num_tokens
+            assert plan.sums >= num_samples * -(-size // 512) * -(-width // plan.blocks)
+        assert len(cuts) <= 1
+
+
+@pytest.mark.usefixtures("words")
 def test_kernels_run_on_the_device_of_their_tensors(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -468,7 +546,7 @@ def test_a_kernel_takes_every_call_of_the_comparison(monkeypatch: pytest.MonkeyP
             raise InterruptedError
         return False
 
-    for module in (experts_ops, linear_ops, update_ops):
+    for module in (denoise_ops, experts_ops, linear_ops, update_ops):
         monkeypatch.setattr(module, "takes_cuda", stop)
     for op, case in CALLS:
         args = [

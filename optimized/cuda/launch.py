@@ -29,6 +29,7 @@ def launch(
     device: torch.device,
     shared_bytes: int = 0,
     starts_early: bool = False,
+    waits: bool = False,
 ) -> None:
     """Launch a kernel.
 
@@ -41,6 +42,7 @@ def launch(
         shared_bytes: of shared memory for a block, beside what the kernel declares; 48 KiB in all at most on GPUs before Hopper.
         starts_early: blocks may start when all of the launch before have. The kernel waits for that launch where it must
             (`griddepcontrol.wait`), and that launch says when they may (`griddepcontrol.launch_dependents`).
+        waits: blocks wait for one another, so that all of them must be on the GPU at once.
     """
     core = importlib.import_module("cuda.core")
     # Torch's context is the one that cuda-core takes for a device, so nothing changes but what cuda-core knows of this thread.
@@ -49,6 +51,8 @@ def launch(
     _allow_shared(kernel, device, shared_bytes)
     stream = core.Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
     options = {"programmatic_stream_serialization": True} if starts_early and _can_start_early() else {}
+    if waits:
+        options["is_cooperative"] = True
     config = core.LaunchConfig(grid=blocks, block=threads, shmem_size=shared_bytes, **options)
     core.launch(stream, config, function, *map(_as_passed, arguments))
 

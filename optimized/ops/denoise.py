@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arbitor.optimized.cuda import denoise as cuda_denoise
 from arbitor.optimized.kernels import denoise
 from arbitor.optimized.kernels.float_rows import float_rows_product
 from arbitor.optimized.kernels.scale import dense_rows
@@ -15,6 +16,7 @@ from arbitor.optimized.layouts import AnyWeight, DeviceWeight
 from arbitor.optimized.ops.layout import on_device
 from arbitor.optimized.ops.linear import multiplies_float_rows
 from arbitor.optimized.ops.op import op
+from arbitor.optimized.ops.paths import takes_cuda
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 
@@ -64,18 +66,23 @@ def denoise_loop(
 ) -> Tensor:
     """See reference; float64 is not supported.
 
-    Few samples read each weight in its two bits at each step. For many, weights are unpacked once, not once a step.
+    One launch takes all steps of a few samples. Otherwise few samples read each weight in its two bits at each step, and for many
+    samples weights are unpacked once, not once a step.
     """
     weights = {"latent_in": latent_in, "query": query, "step_rows": step_rows, "latent_out": latent_out}
     checks.denoise_loop(latent_BL, tokens_BPD, weights, alphas, halt_threshold, DTYPES)
     if latent_BL.shape[0] == 0:
         return latent_BL.clone()
-    latent = latent_BL.to(torch.float32).contiguous()
+    latent_BL, tokens_BPD = latent_BL.contiguous(), tokens_BPD.contiguous()
+    rows = [on_device(weight) for weight in weights.values()]
+    if takes_cuda(cuda_denoise.fits(latent_BL, tokens_BPD, rows, len(alphas)), latent_BL.device):
+        return cuda_denoise.denoise_loop(latent_BL, tokens_BPD, rows, alphas, halt_threshold)
+    latent, (w_in, w_query, w_steps, w_out) = latent_BL.to(torch.float32), rows
     multiply_in, multiply_query, multiply_out = (
-        _product_with(on_device(weight), latent) for weight in (latent_in, query, latent_out)
+        _product_with(weight, latent) for weight in (w_in, w_query, w_out)
     )
-    rows_TD = dense_rows(on_device(step_rows), torch.float32)
-    loop = denoise.DenoiseLoop(latent, tokens_BPD.contiguous(), rows_TD)
+    rows_TD = dense_rows(w_steps, torch.float32)
+    loop = denoise.DenoiseLoop(latent, tokens_BPD, rows_TD)
     for step, alpha in enumerate(alphas):
         n_BD = loop.unit_rows(multiply_in(latent))
         m_BD = loop.mixed(n_BD, multiply_query(n_BD), step)
