@@ -21,9 +21,11 @@ import torch
 from hypothesis import Phase, given, settings
 from torch import Tensor, nn
 
+from arbitor.optimized.ops.op import op as optimized_op
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.op_table import OP_TABLE
+from arbitor.reference.promises import op as reference_op
 from arbitor.reference.types import TernaryWeight
 from conformance.case import Case, compare
 from conformance.compare import exact
@@ -271,6 +273,43 @@ def on_each_gpu(subject: Subject, what: str) -> tuple[Subject, Subject]:
             f"needs two GPUs; this run is on {subject.device}, and torch sees {torch.cuda.device_count()}",
         )
     return Subject(subject.ops, subject.name, "cuda:0"), Subject(subject.ops, subject.name, "cuda:1")
+
+
+def test_the_device_of_the_first_argument_is_current_inside_of_an_op() -> None:
+    """Whether it is given by its place or by its name, and also a device that an op is told."""
+    current, seen = [0], []
+
+    @contextmanager
+    def device(index: int) -> Iterator[None]:
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    def of_tensor(x: Tensor) -> None:
+        seen.append(current[0])
+
+    def told(shape: tuple[int, int], *, device: str) -> None:
+        seen.append(current[0])
+
+    pretended = mock.patch.multiple(torch.cuda, current_device=lambda: current[0], device=device)
+    x = torch.zeros(2)
+    with pretended, mock.patch.object(Tensor, "get_device", return_value=1):
+        for sets_op in (reference_op, optimized_op()):
+            sets_op(of_tensor)(x)
+            sets_op(of_tensor)(x=x)
+            sets_op(told)((2, 2), device="cuda:1")
+            sets_op(told)((2, 2), device="cuda:0")
+            sets_op(told)((2, 2), device="cpu")
+    assert seen == 2 * [1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("name", OP_TABLE)
+def test_the_first_argument_says_where_an_op_runs(name: str) -> None:
+    """It is a tensor, a weight or several weights, unless the op is told a device. One op has neither: it computes a number."""
+    parameters = inspect.signature(getattr(reference_ops, name)).parameters
+    first = next(iter(parameters.values())).annotation
+    has_place = first in ("Tensor", "TernaryWeight", "tuple[TernaryWeight, ...]")
+    assert has_place or "device" in parameters or name == "step_from_loss"
 
 
 @pytest.mark.parametrize("name", OP_TABLE)
