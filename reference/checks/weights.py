@@ -105,13 +105,19 @@ def several_weights(weights: Any) -> None:
         raise TypeError(f"weights is a {type(weights).__name__}, but must be a tuple of weights")
     if not weights:
         raise ValueError("weights is empty, but must have at least one weight")
+    _holds_weights("weights", weights)
     for weight in weights:
-        if not all(hasattr(weight, name) for name in ("shape", "group_size", "mantissa_bits")):
-            raise TypeError(f"weights holds a {type(weight).__name__}, but must hold weights")
         if weight.device != weights[0].device:
             raise ValueError(
                 f"weights holds a weight on {weight.device}, but all must be on {weights[0].device}"
             )
+
+
+def _holds_weights(name: str, values: tuple[Any, ...]) -> None:
+    """Refuse a tuple that holds something else than weights."""
+    for value in values:
+        if not all(hasattr(value, field) for field in ("shape", "group_size", "mantissa_bits")):
+            raise TypeError(f"{name} holds a {type(value).__name__}, but must hold weights")
 
 
 def alike_weights(weights: Any, tensor_ids: Any) -> None:
@@ -128,14 +134,25 @@ def alike_weights(weights: Any, tensor_ids: Any) -> None:
 
 
 def out_weights(out: Any, weights: tuple[Any, ...]) -> None:
-    """Refuse weights to write into that are not as many as those updated, or differ from them in shape, format or device."""
+    """Refuse weights to write into that are not as many as those updated, or differ from them in shape, format or device.
+
+    A weight to write into that is updated itself must stand at its own place: otherwise it would be overwritten before it is read.
+    """
     if out is None:
         return
     tuple_of("out", out, len(weights), f"{len(weights)} weights, as many as weights has")
+    _holds_weights("out", out)
     if len({id(one) for one in out}) < len(out):
         raise ValueError("out holds a weight twice, but each must be another one")
-    for one, other in zip(out, weights, strict=True):
+    places = {id(weight): place for place, weight in enumerate(weights)}
+    for place, (one, other) in enumerate(zip(out, weights, strict=True)):
         out_weight(one, other)
+        own = places.get(id(one), place)
+        if own != place:
+            raise ValueError(
+                f"out holds at place {place} the weight at place {own} of weights, "
+                "but a weight that is updated may be written to at its own place alone"
+            )
 
 
 def stacked_gradient(weights: tuple[Any, ...], grad_NK: Tensor, allowed: Sequence[torch.dtype]) -> None:
