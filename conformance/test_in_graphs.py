@@ -98,16 +98,12 @@ def test_gradients_are_those_of_a_plain_call(subject: Subject, ops: ModuleType, 
         grads = []
         for call in (lambda given: op(**given), lambda given: within.call((), given)):
             arguments = {**dict(zip(names, case.args, strict=False)), **case.kwargs}
-            leaves = [
-                arguments[key].detach().clone().requires_grad_()
-                for key in within.learnt
-                if isinstance(arguments.get(key), Tensor) and arguments[key].is_floating_point()
-            ]
             keys = [
                 key
                 for key in within.learnt
                 if isinstance(arguments.get(key), Tensor) and arguments[key].is_floating_point()
             ]
+            leaves = [arguments[key].detach().clone().requires_grad_() for key in keys]
             result = call({**arguments, **dict(zip(keys, leaves, strict=True))})
             up = torch.linspace(-1, 1, result.numel(), device=result.device, dtype=result.dtype)
             found = [torch.zeros_like(leaf) for leaf in leaves]

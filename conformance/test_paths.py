@@ -30,7 +30,7 @@ from conformance.case import Case
 from conformance.compare import exact
 from conformance.families import compare
 from conformance.report import skip
-from conformance.subject import Subject, needs_cuda
+from conformance.subject import OURS, Subject, needs_cuda
 
 # Not by name: `ops` has ops of the names of its files.
 experts_ops = import_module("arbitor.optimized.ops.experts")
@@ -252,8 +252,8 @@ def device_weight(num_rows: int, num_columns: int, group_size: int = 12) -> Devi
 @pytest.fixture
 def words(subject: Subject) -> None:
     """Skip a test that makes device layouts where the subject is not the optimized op set."""
-    if subject.name != "arbitor.optimized.ops":
-        skip("paths", f"they are those of arbitor.optimized.ops, not of {subject.name}")
+    if subject.name != OURS:
+        skip("paths", f"they are those of {OURS}, not of {subject.name}")
 
 
 @pytest.mark.usefixtures("words")

@@ -11,7 +11,6 @@ import os
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -26,16 +25,12 @@ from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.op_table import OP_TABLE
 from arbitor.reference.promises import op as reference_op
-from arbitor.reference.types import TernaryWeight
 from conformance.case import Case, compare
 from conformance.compare import exact
 from conformance.families import CASES
 from conformance.graph.models import RATE, WHOLE, random_ids
 from conformance.report import skip
 from conformance.subject import MAKERS, Subject
-
-OWN = "arbitor.optimized.ops"
-"""The implementation whose gradients all are compared here."""
 
 EXAMPLES = 2
 """Calls of each op that are tried in every mode."""
@@ -115,27 +110,6 @@ def as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def reformed(case: Case, form: Callable[[Tensor], Tensor]) -> Case:
-    """Return a call with all tensors in another form. What is one object stays one object."""
-    made: dict[int, Any] = {}
-
-    def formed(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(formed, value))
-        if id(value) not in made:
-            if isinstance(value, Tensor):
-                made[id(value)] = form(value)
-            elif isinstance(value, TernaryWeight):
-                parts = {key: form(tensor) for key, tensor in value.tensors().items()}
-                made[id(value)] = value.with_tensors(**parts)
-            else:
-                return value
-        return made[id(value)]
-
-    kwargs = {key: formed(value) for key, value in case.kwargs.items()}
-    return replace(case, args=tuple(map(formed, case.args)), kwargs=kwargs)
-
-
 def prepared(
     subject: Subject, name: str, case: Case, form: Callable[[Tensor], Tensor] = as_it_is
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -145,7 +119,7 @@ def prepared(
     kwargs = {key: subject.to_device(value, False, moved) for key, value in fresh.kwargs.items()}
     if name in MAKERS:
         kwargs["device"] = subject.device
-    call = reformed(Case(args, kwargs), form)
+    call = Case(args, kwargs).reformed(form)
     return call.args, call.kwargs
 
 
@@ -174,7 +148,7 @@ def kept_promises(subject: Subject, name: str, examples: int = EXAMPLES) -> None
             exact(outcome(subject, name, case, mode=mode), want, f"{name} under {what}")
         exact(outcome(subject, name, case, form=parameter), want, f"{name} of an nn.Parameter")
         # Sums of floats may run in another order there, so it is the class of the op that decides.
-        compare(subject, name, reformed(case, strided))
+        compare(subject, name, case.reformed(strided))
 
     run()
 
