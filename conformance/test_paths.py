@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -44,6 +45,18 @@ SHARED_MEMORY = 48 * 1024
 """Bytes of shared memory that every GPU gives to a block without being asked."""
 
 
+@contextmanager
+def looked_at_anew(*cached: Any) -> Iterator[None]:
+    """Look anew at what is looked at once in a process, and once more after the block."""
+    for once in cached:
+        once.cache_clear()
+    try:
+        yield
+    finally:
+        for once in cached:
+            once.cache_clear()
+
+
 @pytest.fixture
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Pretend a GPU that can run the kernels. What is changed in the dictionary is what is found."""
@@ -52,12 +65,8 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: found["capability"])
     monkeypatch.setattr(compiler, "why_missing", lambda: found["missing"])
     monkeypatch.setattr(compiler, "why_unknown", lambda capability: found["unknown"])
-    # What is looked at once in a process is looked at anew.
-    for once in (paths._why_not, paths._warn_once):
-        once.cache_clear()
-    yield found
-    for once in (paths._why_not, paths._warn_once):
-        once.cache_clear()
+    with looked_at_anew(paths._why_not, paths._warn_once):
+        yield found
 
 
 def test_the_path_of_a_call(pretended_gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,14 +137,11 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}\nand more")
 
     monkeypatch.setattr(compiler.importlib, "import_module", missing)
-    compiler.why_missing.cache_clear()
-    try:
+    with looked_at_anew(compiler.why_missing):
         assert compiler.why_missing() == (
             "CUDA C++ kernels need cuda-core and NVRTC (pip install arbitor[cuda]), "
             "but ModuleNotFoundError: No module named 'cuda.core'"
         )
-    finally:
-        compiler.why_missing.cache_clear()
 
 
 def test_a_gpu_that_the_compiler_does_not_know_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,17 +150,11 @@ def test_a_gpu_that_the_compiler_does_not_know_is_named(monkeypatch: pytest.Monk
         nvrtcGetSupportedArchs=lambda: (0, [80, 90, 100]), nvrtcVersion=lambda: (0, 12, 8)
     )
     monkeypatch.setattr(compiler.importlib, "import_module", lambda name: compiler_here)
-    cached = (compiler.why_unknown, compiler._compiler_version)
-    for once in cached:
-        once.cache_clear()
-    try:
+    with looked_at_anew(compiler.why_unknown, compiler._compiler_version):
         assert [compiler.why_unknown(capability) for capability in ((8, 0), (9, 0), (10, 0))] == [None] * 3
         assert compiler.why_unknown((12, 1)) == (
             "NVRTC 12.8 does not know the compute capability 12.1; a newer torch brings a newer NVRTC"
         )
-    finally:
-        for once in cached:
-            once.cache_clear()
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
