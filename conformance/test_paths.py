@@ -92,13 +92,14 @@ def test_the_path_of_a_call(pretended_gpu: dict[str, Any], monkeypatch: pytest.M
 
 @pytest.mark.parametrize("op", ["accumulate_gradients", "apply_steps"])
 def test_updates_of_several_weights_look_at_the_path(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
-    """As those of one weight do, though only Triton takes several."""
-    weights = (optimized_ops.constant_weight((4, 24), trit=1, exponent=0),)
+    """As those of one weight do, though only Triton takes several. What is refused is not written."""
+    weight, other = (device_weight(4, 24) for _ in range(2))
+    weight.trit_accum.fill_(5)
     call = {
         "accumulate_gradients": lambda: optimized_ops.accumulate_gradients(
-            weights, torch.zeros(4, 24), 1.0, seed=0, step=0, tensor_ids=(0,)
+            (weight,), torch.zeros(4, 24), 1.0, seed=0, step=0, tensor_ids=(0,), out=(other,)
         ),
-        "apply_steps": lambda: optimized_ops.apply_steps(weights),
+        "apply_steps": lambda: optimized_ops.apply_steps((weight,), out=(other,)),
     }[op]
     for path, error, sentence in (
         ("cuda", RuntimeError, r"ARB_PATH is 'cuda', but CUDA .* and a tensor is on cpu"),
@@ -107,6 +108,7 @@ def test_updates_of_several_weights_look_at_the_path(monkeypatch: pytest.MonkeyP
         monkeypatch.setenv("ARB_PATH", path)
         with pytest.raises(error, match=sentence):
             call()
+    assert not other.trit_accum.any()
 
 
 @pytest.mark.parametrize(

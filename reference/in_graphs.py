@@ -91,7 +91,9 @@ def define(
         in_order: whether the op has effects that no tensor shows. Such ops keep their order, and none is dropped.
     """
     namespace, _, own = name.partition("::")
-    library = _LIBRARIES.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
+    if namespace not in _LIBRARIES:
+        _LIBRARIES[namespace] = torch.library.Library(namespace, "FRAGMENT")
+    library = _LIBRARIES[namespace]
     library.define(own + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe))
 
     # The compiler would try to compile an op that is called where it is at work.
