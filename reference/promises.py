@@ -77,7 +77,7 @@ def promised(
             with without_autocast():
                 return run(*args, **kwargs)
         if is_told:
-            index = index_of_device(kwargs.get("device"))
+            index = index_of_device(kwargs.get("device", "cpu"))
         else:
             index = index_of(args[0] if args else kwargs.get(first))
         if index >= 0 and index != torch.cuda.current_device():
@@ -122,11 +122,12 @@ def is_weight(name: str, value: object) -> None:
 
 
 def index_of_device(device: object) -> int:
-    """Return the index of the CUDA device that `device` names, or -1 if it names none."""
-    if isinstance(device, (str, torch.device)):
-        device = torch.device(device)
-        return device.index if device.type == "cuda" and device.index is not None else -1
-    return -1
+    """Return the index of the CUDA device that `device` names, or -1 if it names none. The op refuses what is no device."""
+    try:
+        found = torch.device(device)  # type: ignore[arg-type]
+    except (RuntimeError, TypeError):
+        return -1
+    return found.index if found.type == "cuda" and found.index is not None else -1
 
 
 def index_of(value: object) -> int:
