@@ -49,9 +49,7 @@ def _is_integer(value: object) -> bool:
 
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
     """Refuse a value that is not listed. A float or a tensor is no integer of the list, even if the two are equal."""
-    if isinstance(value, bool) or not any(
-        isinstance(value, type(each)) and value == each for each in allowed
-    ):
+    if isinstance(value, (bool, float, torch.Tensor)) or value not in allowed:
         raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, allowed))}")
 
 
