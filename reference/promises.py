@@ -121,10 +121,10 @@ def is_weight(name: str, value: object) -> None:
         ) from None
 
 
-def index_of_device(device: object) -> int:
+def index_of_device(device: Any) -> int:
     """Return the index of the CUDA device that `device` names, or -1 if it names none. The op refuses what is no device."""
     try:
-        found = torch.device(device)  # type: ignore[arg-type]
+        found = torch.device(device)
     except (RuntimeError, TypeError):
         return -1
     return found.index if found.type == "cuda" and found.index is not None else -1
