@@ -36,15 +36,32 @@ class Case:
 
     def copy(self) -> Case:
         """Return the same call on memory of its own."""
-        copies: dict[int, Any] = {}
+        return self.reformed(Tensor.clone)
 
-        def copy(value: Any) -> Any:
-            if isinstance(value, (Tensor, TernaryWeight)):
-                return copies.setdefault(id(value), value.clone())
-            return tuple(map(copy, value)) if isinstance(value, tuple) else value
+    def reformed(self, form: Callable[[Tensor], Tensor]) -> Case:
+        """Return the call with all tensors, also those of weights, in another form. What is one object stays one object."""
+        made: dict[int, Any] = {}
 
-        kwargs = {name: copy(value) for name, value in self.kwargs.items()}
-        return replace(self, args=tuple(map(copy, self.args)), kwargs=kwargs)
+        def formed(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(formed, value))
+            if isinstance(value, Tensor) and id(value) not in made:
+                made[id(value)] = form(value)
+            elif isinstance(value, TernaryWeight) and id(value) not in made:
+                parts = {name: form(tensor) for name, tensor in value.tensors().items()}
+                made[id(value)] = value.with_tensors(**parts)
+            return made.get(id(value), value)
+
+        return self.changed(formed)
+
+    def changed(self, change: Callable[[Any], Any]) -> Case:
+        """Return the call with every argument changed."""
+        kwargs = {name: change(value) for name, value in self.kwargs.items()}
+        return replace(self, args=tuple(map(change, self.args)), kwargs=kwargs)
+
+    def of(self, op: Callable[..., Any]) -> Any:
+        """Return what an op makes of the call."""
+        return op(*self.args, **self.kwargs)
 
 
 CASES: dict[str, SearchStrategy[Case]] = {}
@@ -90,7 +107,7 @@ def compare(ops: Subject, name: str, case: Case, *, count: bool = False) -> None
     op, row = getattr(reference_ops, name), OP_TABLE[name]
     twin_case, wide_case = case.copy(), case.copy()
     got = ops.call(name, *case.args, **case.kwargs)
-    twin = op(*twin_case.args, **twin_case.kwargs)
+    twin = twin_case.of(op)
     if count:
         LEDGER.compared[name] += 1
     if not isinstance(row.output, NoWorse):
@@ -99,7 +116,7 @@ def compare(ops: Subject, name: str, case: Case, *, count: bool = False) -> None
         if "faults" in case.kwargs:
             exact(case.kwargs["faults"], twin_case.kwargs["faults"], "faults")
         return
-    wide = widened(op, wide_case, lambda value: value.to(torch.float64))
+    wide = widened(op, wide_case, Tensor.double)
     terms_of = MAGNITUDES.get(name, magnitude_of)
     magnitudes = terms_of(op, wide_case)
     # Plain PyTorch on the device that the kernel runs on.
@@ -119,8 +136,7 @@ def compare(ops: Subject, name: str, case: Case, *, count: bool = False) -> None
 
 def widened(op: Callable[..., Any], case: Case, convert: Callable[[Tensor], Tensor]) -> Any:
     """Return an op on the case with its float tensors converted."""
-    change = lambda v: convert(v) if isinstance(v, Tensor) and v.is_floating_point() else v  # noqa: E731
-    return op(*map(change, case.args), **{name: change(value) for name, value in case.kwargs.items()})
+    return case.reformed(lambda v: convert(v) if v.is_floating_point() else v).of(op)
 
 
 def absolute(weight: TernaryWeight) -> TernaryWeight:
@@ -133,11 +149,8 @@ def absolute(weight: TernaryWeight) -> TernaryWeight:
 
 def magnitude_of(op: Callable[..., Any], case: Case) -> Any:
     """Return the sum of the absolute terms of an op that multiplies and adds, which is the op on absolute values."""
-    change = lambda v: absolute(v) if isinstance(v, TernaryWeight) else v  # noqa: E731
-    positive = Case(
-        tuple(map(change, case.args)), {name: change(value) for name, value in case.kwargs.items()}
-    )
-    return widened(op, positive, lambda value: value.to(torch.float64).abs())
+    positive = case.changed(lambda value: absolute(value) if isinstance(value, TernaryWeight) else value)
+    return widened(op, positive, lambda value: value.double().abs())
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
@@ -147,7 +160,6 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
 
 def on_device(op: Callable[..., Any], case: Case, device: torch.device) -> Any:
     """Return an op run by plain PyTorch on a device, its results on the CPU."""
-    change = lambda v: v.to(device) if isinstance(v, (Tensor, TernaryWeight)) else v  # noqa: E731
-    result = op(*map(change, case.args), **{name: change(value) for name, value in case.kwargs.items()})
+    result = case.reformed(lambda value: value.to(device)).of(op)
     results = tuple(value.cpu() for value in as_tuple(result))
     return results if isinstance(result, tuple) else results[0]

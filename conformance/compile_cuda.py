@@ -56,15 +56,11 @@ def noted(kernels: dict[Kernel, str], cause: list[str]) -> Iterator[None]:
 def asked_for() -> dict[Kernel, str]:
     """Return the CUDA C++ kernels that calls of ops ask for, each with the op that asked first."""
     subject, kernels, cause = Subject(ops, ops.__name__, str(DEVICE)), dict[Kernel, str](), [""]
-    hook = triton.knobs.runtime.jit_cache_hook
-    # Triton's kernels beside them are stopped before they are compiled.
-    triton.knobs.runtime.jit_cache_hook = lambda **_: True
-    try:
-        with pretended(), noted(kernels, cause):
-            for cause[0], case in cuda_calls.calls():
-                subject.call(cause[0], *case.args, **case.kwargs)
-    finally:
-        triton.knobs.runtime.jit_cache_hook = hook
+    with triton.knobs.runtime.scope(), pretended(), noted(kernels, cause):
+        # Triton's kernels beside them are stopped before they are compiled.
+        triton.knobs.runtime.jit_cache_hook = lambda **_: True
+        for cause[0], case in cuda_calls.calls():
+            subject.call(cause[0], *case.args, **case.kwargs)
     return kernels
 
 

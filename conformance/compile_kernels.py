@@ -104,15 +104,13 @@ def recorded(families: list[str]) -> list[Specialisation]:
     subject, recorder = Subject(ops, ops.__name__, str(DEVICE)), Recorder()
     preset_like = [(name, case) for name, case in preset_calls.calls() if name in names]
     drawn = [(name, case) for name in names for case in drawn_calls(name)]
-    hook, triton.knobs.runtime.jit_cache_hook = triton.knobs.runtime.jit_cache_hook, recorder
-    try:
-        # CUDA C++ kernels would take the place of some: `conformance.compile_cuda` compiles them.
-        with pretended(), mock.patch.dict(os.environ, {"ARB_PATH": "triton"}):
-            for recorder.drawn, calls in ((False, preset_like), (True, drawn)):
-                for recorder.cause, case in calls:
-                    subject.call(recorder.cause, *case.args, **case.kwargs)
-    finally:
-        triton.knobs.runtime.jit_cache_hook = hook
+    # CUDA C++ kernels would take the place of some: `conformance.compile_cuda` compiles them.
+    path = mock.patch.dict(os.environ, {"ARB_PATH": "triton"})
+    with triton.knobs.runtime.scope(), pretended(), path:
+        triton.knobs.runtime.jit_cache_hook = recorder
+        for recorder.drawn, calls in ((False, preset_like), (True, drawn)):
+            for recorder.cause, case in calls:
+                subject.call(recorder.cause, *case.args, **case.kwargs)
     return list(recorder.found.values())
 
 

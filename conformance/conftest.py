@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 from . import report, strategies
-from .subject import Subject
+from .subject import OURS, Subject
 
 COMMON = {
     # The first call of a kernel compiles it.
@@ -35,7 +35,6 @@ settings.register_profile("ci", derandomize=True, **COMMON)
 settings.register_profile("nightly", derandomize=False, **COMMON)
 # Hypothesis prints its counterexamples. This is enough to see, and not pages.
 torch.set_printoptions(threshold=40, edgeitems=2)
-OURS = "arbitor.optimized.ops"
 EXAMPLES = {"interpreter": 10, "torch": 25, "cuda": 60}
 """Examples per op and law, unless `--examples` says how many. The interpreter is a thousand times slower than a GPU."""
 

@@ -1,7 +1,7 @@
 """The rules once more, in plain Python integers and fractions, one element at a time.
 
-Nothing is imported from `reference` but constants of the format, so that a law checked against this file can tell a wrong
-reference from a right one. Slow on purpose; used on small cases.
+Nothing is imported from `reference`, so that a law checked against this file can tell a wrong reference from a right one. This file
+is slow on purpose, and used on small cases.
 """
 
 from __future__ import annotations

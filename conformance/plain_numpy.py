@@ -50,9 +50,7 @@ def pack_trits(trits: Tensor) -> Tensor:
 
 def unpack_trits(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """Return the trits of `packed` in the given shape."""
-    for size in shape:
-        checks.integer("shape", size, 0, 2**63 - 1)
-    count = math.prod(shape)
+    count = math.prod(checks.sizes("shape", shape))
     checks.tensor("packed", packed, torch.uint8, (packed_bytes(count),))
     checks.weight_values("packed", "packed", packed)
     digits = packed.numpy().astype(np.int64)[:, None] // PLACES % 3

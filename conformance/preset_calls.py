@@ -15,10 +15,10 @@ from arbitor.reference.constants import DEFAULT_MANTISSA_BITS
 from arbitor.reference.ops import constant_weight
 from arbitor.reference.types import TernaryWeight
 from conformance.case import Case
+from conformance.refusal import CLOCK, F32
 
 WIDTH = 3072
-BF16, F32 = torch.bfloat16, torch.float32
-CLOCK = {"seed": 1, "step": 2, "tensor_id": 3}
+BF16 = torch.bfloat16
 
 
 def calls() -> Iterator[tuple[str, Case]]:

@@ -314,7 +314,7 @@ def vote_tensors(draw: st.DrawFn, shape: tuple[int, int]) -> Tensor:
         return torch.full(shape, value, dtype=torch.int8)
     bound = ACCUM_MAX if kind == "full" else 3
     values = torch.randint(-bound, bound + 1, shape, generator=rng).to(torch.float32)
-    return lay_out(plant(values, [127, -127], rng).to(torch.int8), "contiguous")
+    return plant(values, [127, -127], rng).to(torch.int8)
 
 
 @st.composite

@@ -17,7 +17,7 @@ from conformance.compile_cuda import given_up
 from conformance.compile_kernels import repeated_operand
 from conformance.import_lint import ROOT
 from conformance.report import skip
-from conformance.subject import Subject
+from conformance.subject import OURS, Subject
 
 BREAKS = {
     # A loop then assigns another shape to it.
@@ -36,9 +36,18 @@ def _orphan_kernel(x_ptr):
 
 def package_of(subject: Subject) -> Path:
     """Return the folder of the package whose kernels are compiled. Skip the test for any other package."""
-    if subject.name != "arbitor.optimized.ops":
-        skip("compilation of kernels", f"it knows those of arbitor.optimized.ops, not of {subject.name}")
+    if subject.name != OURS:
+        skip("compilation of kernels", f"it knows those of {OURS}, not of {subject.name}")
     return Path(str(subject.ops.__file__)).parents[1]
+
+
+def copy_of_the_package(subject: Subject, tree: Path) -> Path:
+    """Return a copy of the package, in a tree that `arbitor` can be imported from."""
+    package, ignored = package_of(subject), shutil.ignore_patterns("__pycache__")
+    shutil.copytree(package, tree / "optimized", ignore=ignored)
+    shutil.copytree(ROOT / "arbitor", tree / "arbitor", ignore=ignored, symlinks=True)
+    (tree / "reference").symlink_to(ROOT / "reference")
+    return tree / "optimized"
 
 
 def compiled(cache: Path, *only: str, tree: Path = ROOT, module: str = "compile_kernels") -> tuple[int, str]:
@@ -78,12 +87,8 @@ def test_every_cuda_kernel_compiles(subject: Subject, tmp_path: Path) -> None:
 
 def test_broken_cuda_kernels_are_found(subject: Subject, tmp_path: Path) -> None:
     """In a copy of the package one kernel does not compile, and one source is launched by nothing."""
-    package, copy = package_of(subject), tmp_path / "optimized"
     cuda_compiler()
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(package, copy, ignore=ignored)
-    shutil.copytree(ROOT / "arbitor", tmp_path / "arbitor", ignore=ignored, symlinks=True)
-    (tmp_path / "reference").symlink_to(ROOT / "reference")
+    copy = copy_of_the_package(subject, tmp_path)
     file = copy / "cuda" / "step.cu"
     file.write_text(file.read_text().replace("if (!any) return;", "if (!ny) return;"))
     (copy / "cuda" / "orphan.cu").write_text("")
@@ -127,15 +132,11 @@ def test_products_that_wait_for_one_another_are_found(monkeypatch: pytest.Monkey
 
 def test_broken_kernels_are_found(subject: Subject, tmp_path: Path) -> None:
     """In a copy of the package one kernel is broken in two ways, and one is launched by nothing."""
-    package, copy = package_of(subject), tmp_path / "optimized"
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(package, copy, ignore=ignored)
-    shutil.copytree(ROOT / "arbitor", tmp_path / "arbitor", ignore=ignored, symlinks=True)
-    (tmp_path / "reference").symlink_to(ROOT / "reference")
+    copy = copy_of_the_package(subject, tmp_path)
     file = copy / "kernels" / "attention.py"
     source = file.read_text()
     for text, broken in BREAKS.items():
-        assert text in source, f"{text} is not in {package}/kernels/attention.py: break something else here"
+        assert text in source, f"{text} is not in kernels/attention.py: break something else here"
         source = source.replace(text, broken)
     file.write_text(source + ORPHAN)
     status, output = compiled(tmp_path / "cache", "attention", tree=tmp_path)

@@ -245,12 +245,10 @@ def test_no_kernel_compiles_again_for_another_batch(subject: Subject) -> None:
     for count in (1, 16, 64, 4096):
         everything(count)
     hook = lambda *args, **kwargs: compiled.append(str(kwargs.get("repr") or kwargs.get("key")))  # noqa: E731
-    previous, triton.knobs.runtime.jit_cache_hook = triton.knobs.runtime.jit_cache_hook, hook
-    try:
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.jit_cache_hook = hook
         for count in (2, 15, 33, 48, 65, 100, 1000, 2047, 3072):
             everything(count)
-    finally:
-        triton.knobs.runtime.jit_cache_hook = previous
     assert not compiled, f"compiled again: {compiled}"
 
 

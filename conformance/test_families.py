@@ -3,11 +3,47 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 
 import pytest
 
-from conformance.families import CASES, FAMILIES, FILES, REFUSALS, REFUSES_NOTHING, missing
+from arbitor.reference import ops as reference_ops
+from conformance.families import CASES, FAMILIES, FILES, LAWS, MUTANTS, REFUSALS, REFUSES_NOTHING
+from conformance.import_lint import ROOT
 from conformance.subject import Subject
+
+
+def missing(family: str) -> list[str]:
+    """Return a sentence for each piece of the reference and of the suite that a family of the table lacks."""
+    files = {stem for stem, owner in FILES.items() if owner == family}
+    laws = [
+        law for law in LAWS.values() if law.file in files and not law.name.startswith("test_refusals_of_")
+    ]
+    page = ROOT / "docs" / "spec" / f"{family}.md"
+    lines = page.read_text().splitlines() if page.exists() else []
+    headings = {line.strip("# `\n") for line in lines if line.startswith("#")}
+    pieces = {
+        f"the page docs/spec/{family}.md": page.exists(),
+        f"the file conformance/ops/test_{family}.py": bool(files),
+        "a law: a function under @law in its file": bool(laws),
+    }
+    for op in FAMILIES[family]:
+        function = getattr(reference_ops, op, None)
+        home = getattr(inspect.getmodule(function), "__name__", None)
+        pieces |= {
+            f"`{op}` among what arbitor.reference.ops exports": op in reference_ops.__all__,
+            f"`{op}` in reference/ops/{family}.py": home == f"arbitor.reference.ops.{family}",
+            f"the heading `{op}` in docs/spec/{family}.md": op in headings,
+            f"calls of `{op}` to compare: a function under @calls": op in CASES,
+            f'a mutant that comparing `{op}` rejects: one with compared="{op}"': any(
+                op in mutant.compared for mutant in MUTANTS.values()
+            ),
+            f"a call that `{op}` refuses": op in REFUSES_NOTHING or any(case.op == op for case in REFUSALS),
+            f"the golden vector conformance/vectors/{op}.json": (
+                ROOT / "conformance" / "vectors" / f"{op}.json"
+            ).exists(),
+        }
+    return [f"family `{family}` lacks {piece}" for piece, present in pieces.items() if not present]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -97,16 +98,12 @@ def test_gradients_are_those_of_a_plain_call(subject: Subject, ops: ModuleType, 
         grads = []
         for call in (lambda given: op(**given), lambda given: within.call((), given)):
             arguments = {**dict(zip(names, case.args, strict=False)), **case.kwargs}
-            leaves = [
-                arguments[key].detach().clone().requires_grad_()
-                for key in within.learnt
-                if isinstance(arguments.get(key), Tensor) and arguments[key].is_floating_point()
-            ]
             keys = [
                 key
                 for key in within.learnt
                 if isinstance(arguments.get(key), Tensor) and arguments[key].is_floating_point()
             ]
+            leaves = [arguments[key].detach().clone().requires_grad_() for key in keys]
             result = call({**arguments, **dict(zip(keys, leaves, strict=True))})
             up = torch.linspace(-1, 1, result.numel(), device=result.device, dtype=result.dtype)
             found = [torch.zeros_like(leaf) for leaf in leaves]
@@ -176,9 +173,22 @@ def test_what_stands_in_no_graph_says_so() -> None:
         with pytest.raises(Exception, match="stands in no graph of"):
             torch.compile(call, backend="eager", fullgraph=True)(x)
         exact(torch.compile(call, backend="eager")(x), call(x))
-    # A wrong call is refused in the words of the op.
-    with pytest.raises(TypeError, match="weight is a Tensor, but must be a weight"):
-        torch.compile(lambda x: reference_ops.linear(x, x), backend="eager")(x)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda x, weight: reference_ops.linear(x, x), "weight is a Tensor, but must be a weight"),
+        (lambda x, weight: reference_ops.linear(x, weight, 1), "takes 2 positional arguments but 3"),
+        (lambda x, weight: reference_ops.linear(x, weight, x=x), "multiple values for argument 'x'"),
+        (lambda x, weight: reference_ops.linear(x, weight, groups=1), "unexpected keyword argument"),
+    ],
+)
+def test_a_wrong_call_is_refused_in_the_words_of_the_op(call: Callable[..., Tensor], words: str) -> None:
+    weight, x = reference_ops.initial_weight((24, 24), std=0.3, seed=1, tensor_id=0), torch.ones(2, 24)
+    for tried in (call, torch.compile(call, backend="eager")):
+        with pytest.raises(TypeError, match=words):
+            tried(x, weight)
 
 
 def test_every_row_that_says_so_can_be_registered() -> None:

@@ -98,10 +98,10 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, dict
     return run(tree(tmp_path_factory.mktemp("mutate") / "tree"), "--jobs", "2", "--timeout", "1")
 
 
-def status_of(tried: tuple[int, dict[str, dict[str, Any]]], text: str) -> str:
-    """Return what became of the one mutant whose name holds a text."""
+def record_of(tried: tuple[int, dict[str, dict[str, Any]]], text: str) -> dict[str, Any]:
+    """Return the record of the one mutant whose name holds a text."""
     (record,) = (record for name, record in tried[1].items() if text in name)
-    return record["status"]
+    return record
 
 
 def test_a_missing_test_leaves_a_survivor(tried: tuple[int, dict[str, dict[str, Any]]]) -> None:
@@ -113,20 +113,19 @@ def test_a_missing_test_leaves_a_survivor(tried: tuple[int, dict[str, dict[str, 
     "change", ["-> `size - by`", "-> `size >= LIMIT`", "by: int = 2", "without `rest -= 1`"]
 )
 def test_a_test_kills(tried: tuple[int, dict[str, dict[str, Any]]], change: str) -> None:
-    assert status_of(tried, change) in ("killed", "timeout")
+    assert record_of(tried, change)["status"] in ("killed", "timeout")
 
 
 def test_what_hangs_is_a_timeout(tried: tuple[int, dict[str, dict[str, Any]]]) -> None:
-    assert status_of(tried, "without `rest -= 1`") == "timeout"
+    assert record_of(tried, "without `rest -= 1`")["status"] == "timeout"
 
 
 def test_what_no_test_calls_is_unreached(tried: tuple[int, dict[str, dict[str, Any]]]) -> None:
-    assert status_of(tried, "-> `5 - 6`") == "unreached"
+    assert record_of(tried, "-> `5 - 6`")["status"] == "unreached"
 
 
 def test_the_test_that_kills_is_named(tried: tuple[int, dict[str, dict[str, Any]]]) -> None:
-    (record,) = (record for name, record in tried[1].items() if "-> `size - by`" in name)
-    assert record["by"] == "conformance/things/test_thing.py::test_grown"
+    assert record_of(tried, "-> `size - by`")["by"] == "conformance/things/test_thing.py::test_grown"
 
 
 def test_messages_names_and_annotations_stay(tried: tuple[int, dict[str, dict[str, Any]]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -32,7 +33,7 @@ from conformance.compare import exact
 from conformance.families import compare
 from conformance.ops import test_denoise_loop
 from conformance.report import skip
-from conformance.subject import Subject, needs_cuda
+from conformance.subject import OURS, Subject, needs_cuda
 
 # Not by name: `ops` has ops of the names of its files.
 denoise_ops = import_module("arbitor.optimized.ops.denoise")
@@ -47,6 +48,18 @@ SHARED_MEMORY = 48 * 1024
 """Bytes of shared memory that every GPU gives to a block without being asked."""
 
 
+@contextmanager
+def looked_at_anew(*cached: Any) -> Iterator[None]:
+    """Look anew at what is looked at once in a process, and once more after the block."""
+    for once in cached:
+        once.cache_clear()
+    try:
+        yield
+    finally:
+        for once in cached:
+            once.cache_clear()
+
+
 @pytest.fixture
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Pretend a GPU that can run the kernels. What is changed in the dictionary is what is found."""
@@ -55,12 +68,8 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: found["capability"])
     monkeypatch.setattr(compiler, "why_missing", lambda: found["missing"])
     monkeypatch.setattr(compiler, "why_unknown", lambda capability: found["unknown"])
-    # What is looked at once in a process is looked at anew.
-    for once in (paths._why_not, paths._warn_once):
-        once.cache_clear()
-    yield found
-    for once in (paths._why_not, paths._warn_once):
-        once.cache_clear()
+    with looked_at_anew(paths._why_not, paths._warn_once):
+        yield found
 
 
 def test_the_path_of_a_call(pretended_gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,25 +94,24 @@ def test_the_path_of_a_call(pretended_gpu: dict[str, Any], monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("op", ["accumulate_gradients", "apply_steps"])
-def test_updates_of_several_weights_look_at_the_path(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch, op: str
-) -> None:
-    """As those of one weight do, though only Triton takes several."""
-    weights = (optimized_ops.constant_weight((4, 24), trit=1, exponent=0, device=subject.device),)
-    grad_NK = torch.zeros(4, 24, device=subject.device)
+def test_updates_of_several_weights_look_at_the_path(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    """As those of one weight do, though only Triton takes several. What is refused is not written."""
+    weight, other = (device_weight(4, 24) for _ in range(2))
+    weight.trit_accum.fill_(5)
     call = {
         "accumulate_gradients": lambda: optimized_ops.accumulate_gradients(
-            weights, grad_NK, 1.0, seed=0, step=0, tensor_ids=(0,)
+            (weight,), torch.zeros(4, 24), 1.0, seed=0, step=0, tensor_ids=(0,), out=(other,)
         ),
-        "apply_steps": lambda: optimized_ops.apply_steps(weights),
+        "apply_steps": lambda: optimized_ops.apply_steps((weight,), out=(other,)),
     }[op]
-    monkeypatch.setenv("ARB_PATH", "ptx")
-    with pytest.raises(ValueError, match="ARB_PATH is 'ptx', but must be one of cuda, triton"):
-        call()
-    if subject.device == CPU:
-        monkeypatch.setenv("ARB_PATH", "cuda")
-        with pytest.raises(RuntimeError, match=r"ARB_PATH is 'cuda', but CUDA .* and a tensor is on cpu"):
+    for path, error, sentence in (
+        ("cuda", RuntimeError, r"ARB_PATH is 'cuda', but CUDA .* and a tensor is on cpu"),
+        ("ptx", ValueError, "ARB_PATH is 'ptx', but must be one of cuda, triton"),
+    ):
+        monkeypatch.setenv("ARB_PATH", path)
+        with pytest.raises(error, match=sentence):
             call()
+    assert not other.trit_accum.any()
 
 
 @pytest.mark.parametrize(
@@ -134,14 +142,11 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}\nand more")
 
     monkeypatch.setattr(compiler.importlib, "import_module", missing)
-    compiler.why_missing.cache_clear()
-    try:
+    with looked_at_anew(compiler.why_missing):
         assert compiler.why_missing() == (
             "CUDA C++ kernels need cuda-core and NVRTC (pip install arbitor[cuda]), "
             "but ModuleNotFoundError: No module named 'cuda.core'"
         )
-    finally:
-        compiler.why_missing.cache_clear()
 
 
 def test_a_gpu_that_the_compiler_does_not_know_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,17 +155,11 @@ def test_a_gpu_that_the_compiler_does_not_know_is_named(monkeypatch: pytest.Monk
         nvrtcGetSupportedArchs=lambda: (0, [80, 90, 100]), nvrtcVersion=lambda: (0, 12, 8)
     )
     monkeypatch.setattr(compiler.importlib, "import_module", lambda name: compiler_here)
-    cached = (compiler.why_unknown, compiler._compiler_version)
-    for once in cached:
-        once.cache_clear()
-    try:
+    with looked_at_anew(compiler.why_unknown, compiler._compiler_version):
         assert [compiler.why_unknown(capability) for capability in ((8, 0), (9, 0), (10, 0))] == [None] * 3
         assert compiler.why_unknown((12, 1)) == (
             "NVRTC 12.8 does not know the compute capability 12.1; a newer torch brings a newer NVRTC"
         )
-    finally:
-        for once in cached:
-            once.cache_clear()
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,8 +257,8 @@ def device_weight(num_rows: int, num_columns: int, group_size: int = 12) -> Devi
 @pytest.fixture
 def words(subject: Subject) -> None:
     """Skip a test that makes device layouts where the subject is not the optimized op set."""
-    if subject.name != "arbitor.optimized.ops":
-        skip("paths", f"they are those of arbitor.optimized.ops, not of {subject.name}")
+    if subject.name != OURS:
+        skip("paths", f"they are those of {OURS}, not of {subject.name}")
 
 
 @pytest.mark.usefixtures("words")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from conformance.import_lint import ROOT
 
 
 def suite(*arguments: str, broken: str = "") -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,6 @@ import os
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -21,19 +20,17 @@ import torch
 from hypothesis import Phase, given, settings
 from torch import Tensor, nn
 
+from arbitor.optimized.ops.op import op as optimized_op
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.op_table import OP_TABLE
-from arbitor.reference.types import TernaryWeight
+from arbitor.reference.promises import op as reference_op
 from conformance.case import Case, compare
 from conformance.compare import exact
 from conformance.families import CASES
 from conformance.graph.models import RATE, WHOLE, random_ids
 from conformance.report import skip
 from conformance.subject import MAKERS, Subject
-
-OWN = "arbitor.optimized.ops"
-"""The implementation whose gradients all are compared here."""
 
 EXAMPLES = 2
 """Calls of each op that are tried in every mode."""
@@ -113,27 +110,6 @@ def as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def reformed(case: Case, form: Callable[[Tensor], Tensor]) -> Case:
-    """Return a call with all tensors in another form. What is one object stays one object."""
-    made: dict[int, Any] = {}
-
-    def formed(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(formed, value))
-        if id(value) not in made:
-            if isinstance(value, Tensor):
-                made[id(value)] = form(value)
-            elif isinstance(value, TernaryWeight):
-                parts = {key: form(tensor) for key, tensor in value.tensors().items()}
-                made[id(value)] = value.with_tensors(**parts)
-            else:
-                return value
-        return made[id(value)]
-
-    kwargs = {key: formed(value) for key, value in case.kwargs.items()}
-    return replace(case, args=tuple(map(formed, case.args)), kwargs=kwargs)
-
-
 def prepared(
     subject: Subject, name: str, case: Case, form: Callable[[Tensor], Tensor] = as_it_is
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -143,7 +119,7 @@ def prepared(
     kwargs = {key: subject.to_device(value, False, moved) for key, value in fresh.kwargs.items()}
     if name in MAKERS:
         kwargs["device"] = subject.device
-    call = reformed(Case(args, kwargs), form)
+    call = Case(args, kwargs).reformed(form)
     return call.args, call.kwargs
 
 
@@ -172,7 +148,7 @@ def kept_promises(subject: Subject, name: str, examples: int = EXAMPLES) -> None
             exact(outcome(subject, name, case, mode=mode), want, f"{name} under {what}")
         exact(outcome(subject, name, case, form=parameter), want, f"{name} of an nn.Parameter")
         # Sums of floats may run in another order there, so it is the class of the op that decides.
-        compare(subject, name, reformed(case, strided))
+        compare(subject, name, case.reformed(strided))
 
     run()
 
@@ -271,6 +247,43 @@ def on_each_gpu(subject: Subject, what: str) -> tuple[Subject, Subject]:
             f"needs two GPUs; this run is on {subject.device}, and torch sees {torch.cuda.device_count()}",
         )
     return Subject(subject.ops, subject.name, "cuda:0"), Subject(subject.ops, subject.name, "cuda:1")
+
+
+def test_the_device_of_the_first_argument_is_current_inside_of_an_op() -> None:
+    """Whether it is given by its place or by its name, and also a device that an op is told."""
+    current, seen = [0], []
+
+    @contextmanager
+    def device(index: int) -> Iterator[None]:
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    def of_tensor(x: Tensor) -> None:
+        seen.append(current[0])
+
+    def told(shape: tuple[int, int], *, device: str) -> None:
+        seen.append(current[0])
+
+    pretended = mock.patch.multiple(torch.cuda, current_device=lambda: current[0], device=device)
+    x = torch.zeros(2)
+    with pretended, mock.patch.object(Tensor, "get_device", return_value=1):
+        for sets_op in (reference_op, optimized_op()):
+            sets_op(of_tensor)(x)
+            sets_op(of_tensor)(x=x)
+            sets_op(told)((2, 2), device="cuda:1")
+            sets_op(told)((2, 2), device="cuda:0")
+            sets_op(told)((2, 2), device="cpu")
+    assert seen == 2 * [1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("name", OP_TABLE)
+def test_the_first_argument_says_where_an_op_runs(name: str) -> None:
+    """It is a tensor, a weight or several weights, unless the op is told a device. One op has neither: it computes a number."""
+    parameters = inspect.signature(getattr(reference_ops, name)).parameters
+    first = next(iter(parameters.values())).annotation
+    has_place = first in ("Tensor", "TernaryWeight", "tuple[TernaryWeight, ...]")
+    assert has_place or "device" in parameters or name == "step_from_loss"
 
 
 @pytest.mark.parametrize("name", OP_TABLE)

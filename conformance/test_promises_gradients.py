@@ -17,8 +17,8 @@ from arbitor.reference.op_table import EXACT, OP_TABLE
 from conformance.case import Case, magnitude_of
 from conformance.compare import alike, no_worse, tensors_of
 from conformance.families import CASES, MAGNITUDES
-from conformance.subject import Subject, weight_of
-from conformance.test_promises import EXAMPLES, OWN, asking, prepared
+from conformance.subject import OURS, Subject, weight_of
+from conformance.test_promises import EXAMPLES, asking, prepared
 
 GRADIENTS: dict[str, dict[str, tuple[str, Callable[..., Case]]]] = {
     "linear": {
@@ -184,7 +184,7 @@ def test_no_gradient_is_lost_without_a_word(subject: Subject, name: str) -> None
             # Zeros where no expert is used depend on no input.
             floats = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.any()]
             assert all(tensor.requires_grad for tensor in floats), f"{name} has no gradient"
-            assert asked <= compared or subject.name != OWN, f"GRADIENTS lacks {asked - compared} of {name}"
+            assert asked <= compared or subject.name != OURS, f"GRADIENTS lacks {asked - compared} of {name}"
 
     run()
 

@@ -25,9 +25,6 @@ from torch._library.effects import EffectType
 from arbitor.reference.op_table import EXACT, OP_TABLE
 from arbitor.reference.types import StateTensors, TernaryWeight
 
-NAMED_WEIGHT = r"[A-Za-z]*Weight\b"
-"""What the annotation of an argument begins with that is a weight. Annotations are text."""
-
 ARGUMENTS = {
     "Tensor": "Tensor",
     "Tensor | None": "Tensor?",
@@ -62,6 +59,15 @@ CANONICAL = Layout(lambda weight: weight.packed, TernaryWeight)
 """Weights of the reference."""
 
 
+def names_of_weights(signature: inspect.Signature) -> tuple[str, ...]:
+    """Return the arguments of an op that are weights, of whatever layout. Annotations are text."""
+    return tuple(
+        name
+        for name, each in signature.parameters.items()
+        if re.match(r"[A-Za-z]*Weight\b", str(each.annotation))
+    )
+
+
 Gradients = Callable[[Sequence[str], Tensor, Mapping[str, Any]], Sequence[Tensor]]
 """Returns the gradients of the arguments of some names, of the gradient of the result and all arguments by name."""
 
@@ -85,7 +91,9 @@ def define(
         in_order: whether the op has effects that no tensor shows. Such ops keep their order, and none is dropped.
     """
     namespace, _, own = name.partition("::")
-    library = _LIBRARIES.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
+    if namespace not in _LIBRARIES:
+        _LIBRARIES[namespace] = torch.library.Library(namespace, "FRAGMENT")
+    library = _LIBRARIES[namespace]
     library.define(own + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe))
 
     # The compiler would try to compile an op that is called where it is at work.
@@ -137,6 +145,7 @@ class InGraphs:
     Attributes:
         name:     of the op, and of the registered one.
         names:    arguments of the registered op.
+        num_positional: how many of them a call may give by their place.
         weights:  those that are weights, which it takes as three arguments: codes, exponents, and [N, K, G, b].
         detached: whether results have no gradient, whatever arguments ask for: an op that is compared EXACT has none.
         learnt:   the arguments that have a gradient.
@@ -147,26 +156,28 @@ class InGraphs:
         function: Callable[..., Any],
         namespace: str,
         layout: Layout,
-        gradients: Gradients,
-        differentiable: Sequence[str] | None = None,
+        gradients: Gradients | None = None,
+        learnt: Sequence[str] | None = None,
     ) -> None:
         """Look at an op.
 
         Args:
-            function:       the op. Its annotations say what it is given and returns.
-            namespace:      of the registered op.
-            layout:         how the op set holds weights.
-            gradients:      makes gradients of arguments.
-            differentiable: names of the arguments that have a gradient. None: all tensors have one.
+            function:  the op. Its annotations say what it is given and returns.
+            namespace: of the registered op.
+            layout:    how the op set holds weights.
+            gradients: makes gradients of arguments. None: autograd makes them.
+            learnt:    names of the arguments that have a gradient. None: all tensors have one.
         """
-        self.function, self.namespace, self.layout, self.gradients = function, namespace, layout, gradients
+        self.function, self.namespace, self.layout = function, namespace, layout
+        self.gradients = by_autograd(function) if gradients is None else gradients
         self.name, signature = function.__name__, inspect.signature(function)
         row = OP_TABLE.get(self.name)
         self.like = None if row is None else row.like
         parameters = {key: each for key, each in signature.parameters.items() if key != WRITTEN}
         self.kinds = {key: str(each.annotation) for key, each in parameters.items()}
         self.names = tuple(parameters)
-        self.weights = tuple(key for key, kind in self.kinds.items() if re.match(NAMED_WEIGHT, kind))
+        self.num_positional = sum(each.kind is each.POSITIONAL_OR_KEYWORD for each in parameters.values())
+        self.weights = tuple(name for name in names_of_weights(signature) if name != WRITTEN)
         self.tensors = tuple(key for key, kind in self.kinds.items() if kind.startswith("Tensor"))
         self.defaults = {
             key: each.default for key, each in parameters.items() if each.default is not each.empty
@@ -175,7 +186,7 @@ class InGraphs:
         self.detached = row is not None and row.output is EXACT
         self.learnt: tuple[str, ...] = ()
         if self.returned == "Tensor" and not self.detached:
-            self.learnt = self.tensors if differentiable is None else tuple(differentiable)
+            self.learnt = self.tensors if learnt is None else tuple(learnt)
         # The compiler calls a function of this mark, and takes what it returns for a constant.
         self.ensure = lambda: self.register()
         self.ensure._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -183,7 +194,10 @@ class InGraphs:
     def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Return the result of a call of the op. The compiler looks at this function, and at those that it calls."""
         given = self.arguments(args, kwargs)
-        if self.like is None or not self.takes(given):
+        is_call = len(args) <= self.num_positional and not any(
+            name in kwargs for name in self.names[: len(args)]
+        )
+        if self.like is None or not is_call or not self.takes(given):
             return _outside(self.function, *args, **kwargs)
         given.pop(WRITTEN, None)
         found = getattr(getattr(torch.ops, self.namespace), self.ensure())(*self.taken_apart(given))

@@ -1,9 +1,10 @@
-"""The promises of every op beside its own rule. `@op` stands above each definition in `arbitor.reference.ops` and keeps them.
+"""The promises of every op beside its own rule. The `@op` of each op set stands above its definitions, and `promised` keeps them.
 
 - Dtypes: an op works in the dtypes that its docstring names. `torch.autocast` would hand a matrix product bfloat16 where the rule
   says float32. So autocast is off inside of an op, on every device that ops run on.
-- Device: an op runs on the device of its tensors, whichever device is current. Some functions of torch do not: `torch.ldexp` of
-  torch 2.11 gives zeros on another GPU. So the device of the tensors becomes the current one inside of an op.
+- Device: an op runs on the device of its first argument, or on the `device` that it is told, whichever device is current. Some
+  functions of torch do not: `torch.ldexp` of torch 2.11 gives zeros on another GPU. So that device becomes the current one inside
+  of an op. Kernels need the same.
 - Refusals: what is no weight, where a weight is asked for, is refused by the name of the argument.
 - Graphs: in a function that torch.compile compiles, an op is one op of the graph (`in_graphs`).
 - Gradients: a gradient that is computed by hand cannot be differentiated again. `differentiable_once` stands above such a backward
@@ -14,15 +15,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from arbitor.reference.in_graphs import CANONICAL, NAMED_WEIGHT, InGraphs, by_autograd
+from arbitor.reference.in_graphs import CANONICAL, Gradients, InGraphs, Layout, names_of_weights
 from arbitor.reference.types import StateTensors
 
 P = ParamSpec("P")
@@ -49,23 +49,48 @@ def without_autocast() -> Iterator[None]:
 
 def op(function: Callable[P, R]) -> Callable[P, R]:
     """Return an op of the reference that keeps what every op promises; signature, docstring and module stay its own."""
-    function = naming_weights(function)
+    return promised(function, function, "arbitor_reference", CANONICAL)
+
+
+def promised(
+    function: Callable[P, R],
+    compute: Callable[P, R],
+    namespace: str,
+    layout: Layout,
+    gradients: Gradients | None = None,
+    learnt: Sequence[str] | None = None,
+) -> Callable[P, R]:
+    """Return an op of a set, which keeps what every op promises.
+
+    Args:
+        function: what the set defines; its signature, docstring and module are the op's.
+        compute:  what a call does: the function, or the function with gradients of the set's own.
+        namespace, layout, gradients, learnt: as `InGraphs` takes them.
+    """
+    signature = inspect.signature(function)
+    is_told = "device" in signature.parameters
+    first = next(iter(signature.parameters))
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         if autocast_is_on():
             with without_autocast():
                 return run(*args, **kwargs)
-        tensors = (
-            value for value in (*args, *kwargs.values()) if isinstance(value, (Tensor, StateTensors, tuple))
-        )
-        index = max(index_of_device(kwargs.get("device")), *map(index_of, tensors), -1)
+        if is_told:
+            index = index_of_device(kwargs.get("device", "cpu"))
+        else:
+            index = index_of(args[0] if args else kwargs.get(first))
         if index >= 0 and index != torch.cuda.current_device():
             with torch.cuda.device(index):
-                return function(*args, **kwargs)
-        return function(*args, **kwargs)
+                return run(*args, **kwargs)
+        try:
+            return compute(*args, **kwargs)
+        except Exception:
+            # Nothing else can stand for a weight, so that the op fails in any case, and a call that succeeds takes no time here.
+            refuse_no_weights(signature, args, kwargs)
+            raise
 
-    within = InGraphs(run, "arbitor_reference", CANONICAL, by_autograd(run))
+    within = InGraphs(run, namespace, layout, gradients, learnt)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -77,33 +102,15 @@ def op(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def naming_weights(function: Callable[P, R]) -> Callable[P, R]:
-    """Return an op that refuses what is no weight by the name of its argument.
-
-    Nothing else can stand for a weight, so that the op fails in any case. That is why this looks only after a failure, and costs
-    nothing before.
-    """
-    signature = inspect.signature(function)
-    # Annotations are text here. Those of every op set end in this word.
-    weights = [
-        name for name, each in signature.parameters.items() if re.match(NAMED_WEIGHT, str(each.annotation))
-    ]
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return function(*args, **kwargs)
-        except Exception:
-            try:
-                given = signature.bind(*args, **kwargs).arguments
-            except TypeError:
-                given = {}
-            for name in weights:
-                if name in given and given[name] is not signature.parameters[name].default:
-                    is_weight(name, given[name])
-            raise
-
-    return call
+def refuse_no_weights(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse a call that has something else where its op asks for a weight, by the name of the argument."""
+    try:
+        given = signature.bind(*args, **kwargs).arguments
+    except TypeError:
+        return
+    for name in names_of_weights(signature):
+        if name in given and given[name] is not signature.parameters[name].default:
+            is_weight(name, given[name])
 
 
 def is_weight(name: str, value: object) -> None:
@@ -114,12 +121,13 @@ def is_weight(name: str, value: object) -> None:
         ) from None
 
 
-def index_of_device(device: object) -> int:
-    """Return the index of the CUDA device that `device` names, or -1 if it names none."""
-    if isinstance(device, (str, torch.device)):
-        device = torch.device(device)
-        return device.index if device.type == "cuda" and device.index is not None else -1
-    return -1
+def index_of_device(device: Any) -> int:
+    """Return the index of the CUDA device that `device` names, or -1 if it names none. The op refuses what is no device."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        return -1
+    return found.index if found.type == "cuda" and found.index is not None else -1
 
 
 def index_of(value: object) -> int:

@@ -409,6 +409,7 @@ test_refusals_of_codebook = refusals(
     refused("initial_codebook", "more sign bits than columns", ValueError, "sign_bits", (4, 1), **{**_START, "sign_bits": 2}),
     refused("initial_codebook", "more buckets than codes", ValueError, "sign_bits", (3, 9), **{**_START, "sign_bits": 2}),
     refused("initial_codebook", "group 7", ValueError, "group_size", (4, 9), **_START, group_size=7),
+    refused("initial_codebook", "no device", ValueError, "device", (4, 9), **_START, device="here"),
     refused("initial_codebook", "no codes", ValueError, "shape", (0, 9), **_START),
     refused("initial_codebook", "2**33 groups", ValueError, "shape", (2**31, 48), **_START),
     refused("initial_codebook", "seed -1", ValueError, "seed", (4, 9), **{**_START, "seed": -1}),

@@ -319,6 +319,8 @@ test_refusals_of_edges_neighbours = refusals(
             "targets_M", _TABLE, _SCORES, weight, ids(0), ids(2**31), allow_loops=True),
     refused("update_neighbours", "target -2", ValueError,
             "targets_M", _TABLE, _SCORES, weight, ids(0), ids(-2), allow_loops=True),
+    refused("update_neighbours", "a number for signs to write into", TypeError, "out[2] is a int",
+            _TABLE, _SCORES, weight, ids(0), ids(1), out=lambda: (_TABLE(), _SCORES(), 3)),
     refused("update_neighbours", "more targets", ValueError, "targets_M", _TABLE, _SCORES, weight, ids(0), ids(1, 2)),
     refused("update_neighbours", "a matrix of pairs", ValueError,
             "sources_M", _TABLE, _SCORES, weight, ones(1, 1, dtype=_I64), ones(1, 1, dtype=_I64)),

@@ -166,6 +166,7 @@ test_refusals_of_packing = refusals(
     refused("unpack_trits", "a byte too many", ValueError, "packed", with_byte(0), (5,)),
     refused("unpack_trits", "a byte too few", ValueError, "packed", with_byte(0), (11,)),
     refused("unpack_trits", "int8", TypeError, "packed", ones(2, dtype=I8), (10,)),
+    refused("unpack_trits", "a number for a shape", TypeError, "shape", with_byte(0), 10),
     refused("unpack_trits", "a negative size", ValueError, "shape", with_byte(0), (-2, -5)),
     rejects=[
         mutant("pack_accepts_two", 'checks.values_between("trits", trits, -1, 1)', "pass"),

@@ -132,6 +132,9 @@ def test_steps_of_several_weights_are_those_of_each(
 IDS = {**{name: value for name, value in CLOCK.items() if name != "tensor_id"}, "tensor_ids": (1, 2)}
 """Coordinates of the dither of two weights."""
 
+ONE, OTHER = weight(), weight()
+"""Two weights of one shape. No refused call changes them."""
+
 # fmt: off
 test_refusals_of_update_several = refusals(
     "update_several",
@@ -148,6 +151,13 @@ test_refusals_of_update_several = refusals(
             "out", lambda: (weight(), weight()), out=lambda: (weight(),) * 2),
     refused("apply_steps", "outs in another order", ValueError,
             "out", lambda: (weight(), weight(4)), out=lambda: (weight(4), weight())),
+    refused("apply_steps", "outs that change places", ValueError,
+            "out[0] is weights[1]", (ONE, OTHER), out=(OTHER, ONE)),
+    refused("apply_steps", "an out that is read later", ValueError,
+            "out[0] is weights[1]", (ONE, OTHER), out=lambda: (OTHER, weight())),
+    refused("apply_steps", "nothing among outs", TypeError, "out[0] is a NoneType", lambda: (weight(),), out=(None,)),
+    refused("apply_steps", "a number among outs", TypeError,
+            "out[0] is a int", lambda: (weight(),), out=(3,)),
     refused("accumulate_gradients", "two shapes", ValueError,
             "weights", lambda: (weight(), weight(4)), ones(7, 14), 1.0, **IDS),
     refused("accumulate_gradients", "one id for two", ValueError,
@@ -167,6 +177,7 @@ test_refusals_of_update_several = refusals(
     rejects=[
         mutant("weights_unchecked", "checks.several_weights(weights)", "pass"),
         mutant("alike_weights_unchecked", "checks.alike_weights(weights, tensor_ids)", "pass"),
+        mutant("outs_unchecked", "checks.out_weights(out, weights)", "pass", times=2),
     ],
 )
 # fmt: on

@@ -1,4 +1,4 @@
-"""The step of the update: full counts move one level, against the gradient, and nothing else moves."""
+"""The step of the update: full counts move one level, against the gradient, and nothing else moves. Changed trits are counted."""
 
 from __future__ import annotations
 
@@ -44,6 +44,12 @@ def apply_step_calls(draw: st.DrawFn) -> Case:
         kwargs["rows"] = draw(ss.row_choices(weight.shape[0]))
     ss.with_out(draw, weight, kwargs)
     return Case((weight,), kwargs)
+
+
+@calls("count_changed_trits")
+def count_changed_trits_calls(draw: st.DrawFn) -> Case:
+    shape = draw(ss.matrix_shapes())
+    return Case((draw(ss.weights(shape)), draw(ss.weights(shape))))
 
 
 # --- laws, and the mutants that they reject --------------------------------------------------------------------------
@@ -284,6 +290,32 @@ def test_update_descends(ops: Subject, weight: TernaryWeight, seed: int, rule: s
     assert (raised == -slope)[:, :1].all() or rule == "score", "an exponent with a full count did not move"
 
 
+@law(
+    weight=SMALL,
+    data=st.data(),
+    rejects=[
+        mutant(
+            "changed_bytes_for_trits",
+            "(unpack_trits(before.packed, before.shape) != unpack_trits(after.packed, after.shape)).sum()",
+            "(before.packed != after.packed).sum()",
+            compared="count_changed_trits",
+        ),
+    ],
+)
+def test_count_changed_trits_by_trit(ops: Subject, weight: TernaryWeight, data: st.DataObject) -> None:
+    """The op counts trits, not bytes. Exponents and accumulators do not matter. It is symmetric, and 0 for a weight and itself."""
+    other = data.draw(ss.weights(weight.shape))
+    one, two = torch.tensor(trit_rows(weight)), torch.tensor(trit_rows(other))
+    want = torch.tensor(
+        sum(a != b for a, b in zip(one.flatten().tolist(), two.flatten().tolist(), strict=True))
+    )
+    exact(ops.count_changed_trits(weight, other), want)
+    exact(ops.count_changed_trits(other, weight), want)
+    exact(
+        ops.count_changed_trits(weight, weight.with_tensors(exponents=weight.exponents + 0)), torch.tensor(0)
+    )
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -301,6 +333,7 @@ test_refusals_of_update_step = refusals(
     refused("apply_step", "a list of rows", TypeError, "rows", weight, rows=[0, 1]),
     refused("apply_step", "an out elsewhere", ValueError, "out", weight, out=lambda: weight().to("meta")),
     refused("apply_step", "another out", ValueError, "out", weight, out=lambda: weight(4)),
+    refused("count_changed_trits", "another shape", ValueError, "after", weight, lambda: weight(3, 13)),
     rejects=[
         mutant("theta_unchecked", 'checks.threshold("theta", theta)', "pass", times=2),
     ],

@@ -1,4 +1,4 @@
-"""Laws of votes: small integers that estimate the gradient without bias, in units of its row's scale."""
+"""Laws of stochastic votes: small integers that estimate the gradient without bias, in units of its row's scale."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
-from arbitor.reference.constants import RESERVED_STEP, SILENT_ROW
+from arbitor.reference.constants import RESERVED_STEP
 
 from .. import oracle
 from .. import strategies as ss
@@ -28,11 +28,6 @@ mutant = mutants_of("votes")
 # --- how calls are drawn ---------------------------------------------------------------------------------------------
 
 
-@calls("row_exponents")
-def row_exponents_calls(draw: st.DrawFn) -> Case:
-    return Case((draw(ss.gradients(draw(ss.gradient_shapes()))),))
-
-
 @calls("stochastic_votes")
 def stochastic_votes_calls(draw: st.DrawFn) -> Case:
     shape = draw(ss.gradient_shapes())
@@ -41,20 +36,6 @@ def stochastic_votes_calls(draw: st.DrawFn) -> Case:
         rows = torch.randperm(3 * shape[0], generator=ss.generator(draw(ss.GENERATOR_SEEDS)))[: shape[0]]
         kwargs["rows"] = torch.where(rows == 0, -1, rows)
     return Case((draw(ss.gradients(shape)), draw(ss.rates())), kwargs)
-
-
-@calls("sign_votes")
-def sign_votes_calls(draw: st.DrawFn) -> Case:
-    step_size = draw(st.one_of(st.sampled_from((1, 127)), st.integers(1, 127)))
-    return Case((draw(ss.gradients(draw(ss.gradient_shapes()))), step_size))
-
-
-@calls("step_from_loss")
-def step_from_loss_calls(draw: st.DrawFn) -> Case:
-    loss = draw(st.one_of(st.sampled_from((0.0, 1e-9, 5.6937, 1e9)), st.floats(0.0, 12.0)))
-    return Case(
-        (loss, draw(st.sampled_from((5.545177444479562, 5.693732138802635, 1.0))), draw(st.integers(1, 127)))
-    )
 
 
 # --- laws, and the mutants that they reject --------------------------------------------------------------------------
@@ -67,68 +48,12 @@ FINITE = SMALL.flatmap(
 )
 
 
-EXPONENT_OF_HALF = mutant(
-    "exponent_of_half",
-    'frexp_exponent.div(2, rounding_mode="floor")',
-    'frexp_exponent.div(2, rounding_mode="trunc")',
-    compared="row_exponents",
-)
 VOTES_FOR_NAN = mutant(
     "votes_for_nan",
     "torch.where(votes, frexp_exponent",
     "torch.where(votes | True, frexp_exponent",
     compared="row_exponents",
 )
-
-
-@law(
-    grad=GRADIENTS,
-    rejects=[
-        mutant(
-            "rms_over_padded_columns",
-            ".square().mean(dim=1)",
-            ".square().sum(dim=1) / (-(-grad_NK.shape[1] // 12) * 12)",
-            compared=("row_exponents", "stochastic_votes"),
-        ),
-        mutant("sum_for_mean", ".square().mean(dim=1)", ".square().sum(dim=1)", compared="row_exponents"),
-        mutant("largest_for_rms", ".square().mean(dim=1)", ".square().amax(dim=1)", compared="row_exponents"),
-        EXPONENT_OF_HALF,
-        mutant(
-            "float32_squares",
-            "grad_NK.to(torch.float64).square()",
-            "grad_NK.to(torch.float32).square()",
-            compared="row_exponents",
-        ),
-        mutant("infinite_rows_vote", "votes = mean_square.isfinite() &", "votes =", compared="row_exponents"),
-        VOTES_FOR_NAN,
-    ],
-)
-def test_row_exponents_by_fractions(ops: Subject, grad: Tensor) -> None:
-    """2**(2V - 1) <= mean square < 2**(2V + 1), in exact fractions. Rows that are zero or not finite are silent."""
-    found = [oracle.row_exponent(row) for row in grad.tolist()]
-    want = [SILENT_ROW if exponent is None else exponent for exponent in found]
-    exact(ops.row_exponents(grad), torch.tensor(want, dtype=torch.int32))
-
-
-@law(
-    grad=FINITE,
-    power=st.integers(-40, 40),
-    rejects=[
-        EXPONENT_OF_HALF,
-        mutant(
-            "first_column_left_out",
-            "grad_NK.to(torch.float64).square()",
-            "(grad_NK.to(torch.float64) * (torch.arange(grad_NK.shape[1]) > 0)).square()",
-            compared="row_exponents",
-        ),
-    ],
-)
-def test_row_exponents_follow_the_scale(ops: Subject, grad: Tensor, power: int) -> None:
-    """2 * g raises V by one, and the order of columns does not matter."""
-    exponents = ops.row_exponents(grad)
-    shifted = torch.where(exponents == SILENT_ROW, SILENT_ROW, exponents + power).to(torch.int32)
-    exact(ops.row_exponents(grad * 2.0**power), shifted)
-    exact(ops.row_exponents(grad.flip(1)), exponents)
 
 
 def _vote(ops: Subject, grad: Tensor, rate: float | Tensor, group_size: int, clock: dict[str, Any]) -> Tensor:
@@ -418,82 +343,10 @@ def test_stochastic_votes_differ_between_steps(ops: Subject, clock: dict[str, An
     assert not torch.equal(one, other)
 
 
-SIGN_OF_ZERO = mutant(
-    "sign_of_zero",
-    "torch.sign(grad_NK) * step_size",
-    "(2.0 * (grad_NK > 0) - 1) * step_size",
-    compared="sign_votes",
-)
-
-
-@law(
-    grad=GRADIENTS,
-    step_size=st.integers(1, 127),
-    rejects=[
-        SIGN_OF_ZERO,
-        mutant(
-            "sign_votes_for_nan",
-            "finite = grad_NK.isfinite().all(dim=1, keepdim=True)",
-            "finite = grad_NK.isfinite()",
-            compared="sign_votes",
-        ),
-    ],
-)
-def test_sign_votes_by_sign(ops: Subject, grad: Tensor, step_size: int) -> None:
-    want = [
-        [step_size * ((g > 0) - (g < 0)) if all(map(math.isfinite, row)) else 0 for g in row]
-        for row in grad.tolist()
-    ]
-    exact(ops.sign_votes(grad, step_size), torch.tensor(want, dtype=torch.int8))
-
-
-@law(grad=FINITE, step_size=st.integers(1, 127), rejects=[SIGN_OF_ZERO])
-def test_sign_votes_negation(ops: Subject, grad: Tensor, step_size: int) -> None:
-    exact(ops.sign_votes(-grad, step_size), -ops.sign_votes(grad, step_size))
-
-
-@law(
-    loss=st.floats(0.0, 20.0),
-    more=st.floats(0.0, 20.0),
-    most=st.integers(1, 127),
-    rejects=[
-        mutant("step_floor", "math.ceil(min(", "math.floor(min(", compared="step_from_loss"),
-    ],
-)
-def test_step_from_loss_by_ceiling(ops: Subject, loss: float, more: float, most: int) -> None:
-    """The size is the smallest s with s >= s_max * loss / ln 256, within 1 .. s_max. It never decreases with the loss."""
-    reference = math.log(256)
-    step = ops.step_from_loss(loss, reference, most)
-    assert isinstance(step, int) and 1 <= step <= most
-    assert step == most or step >= most * loss / reference
-    assert step == 1 or step - 1 < most * loss / reference
-    assert ops.step_from_loss(loss + more, reference, most) >= step
-    assert ops.step_from_loss(reference, reference, most) == most
-
-
-@law(
-    loss_ref=st.floats(1.0, 12.0),
-    most=st.integers(2, 127),
-    data=st.data(),
-    rejects=[
-        mutant("ratio_first", "min(max_step * loss / loss_ref", "min(max_step * (loss / loss_ref)"),
-    ],
-)
-def test_step_from_loss_multiplies_first(
-    ops: Subject, loss_ref: float, most: int, data: st.DataObject
-) -> None:
-    """At the edge between two sizes the order of the two float64 roundings decides: the product, then the quotient."""
-    part = data.draw(st.integers(1, most - 1))
-    loss = loss_ref * part / most
-    want = max(1, min(math.ceil(most * loss / loss_ref), most))
-    exact(ops.step_from_loss(loss, loss_ref, most), want, f"step_from_loss({loss!r}, {loss_ref!r}, {most})")
-
-
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
 _VOTES = {"group_size": 12, **CLOCK}
-
 
 RATE_UNCHECKED = mutant("rate_unchecked", "checks.vote_rate(rate)", "pass")
 
@@ -501,9 +354,6 @@ RATE_UNCHECKED = mutant("rate_unchecked", "checks.vote_rate(rate)", "pass")
 # fmt: off
 test_refusals_of_votes = refusals(
     "votes",
-    refused("row_exponents", "float16", TypeError, "grad_NK", ones(2, 3, dtype=F16)),
-    refused("row_exponents", "one dimension", ValueError, "grad_NK", ones(3)),
-    refused("row_exponents", "no columns", ValueError, "grad_NK", ones(3, 0)),
     refused("stochastic_votes", "group 0", ValueError, "group_size", ones(2, 3), 1.0, **{**_VOTES, "group_size": 0}),
     refused("stochastic_votes", "rate -1", ValueError, "rate", ones(2, 3), -1.0, **_VOTES),
     refused("stochastic_votes", "rate 128", ValueError, "rate", ones(2, 3), 128.0, **_VOTES),
@@ -526,14 +376,6 @@ test_refusals_of_votes = refusals(
     refused("stochastic_votes", "float16", TypeError, "grad_NK", ones(2, 3, dtype=F16), 1.0, **_VOTES),
     refused("stochastic_votes", "int32 rows", TypeError, "rows", ones(2, 3), 1.0, rows=ones(2, dtype=torch.int32), **_VOTES),
     refused("stochastic_votes", "a row too few", ValueError, "rows", ones(2, 3), 1.0, rows=ids(1), **_VOTES),
-    refused("sign_votes", "step 0", ValueError, "step_size", ones(2, 3), 0),
-    refused("sign_votes", "step 128", ValueError, "step_size", ones(2, 3), 128),
-    refused("sign_votes", "step 1.5", TypeError, "step_size", ones(2, 3), 1.5),
-    refused("step_from_loss", "a negative loss", ValueError, "loss", -0.1, 5.5, 8),
-    refused("step_from_loss", "a text", TypeError, "loss is a str, but must be a number", "cpu", 5.5, 8),
-    refused("step_from_loss", "a NaN loss", ValueError, "loss", float("nan"), 5.5, 8),
-    refused("step_from_loss", "reference 0", ValueError, "loss_ref", 1.0, 0.0, 8),
-    refused("step_from_loss", "step 0", ValueError, "max_step", 1.0, 5.5, 0),
     rejects=[
         RATE_UNCHECKED,
         mutant("reserved_step_votes", "checks.vote_clock(seed, step, tensor_id)", "pass"),

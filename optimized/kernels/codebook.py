@@ -206,11 +206,12 @@ def _candidate_codes_kernel(
     tl.store(out_ptr + probe_of_query * bucket + slots, codes, mask=slots < bucket)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def probe_sets(sign_bits: int, num_probes: int, device: torch.device) -> Tensor:
     """Return the first sets of ranks as int32 masks: by the sum of (rank + 1), then by the mask.
 
-    They stay on the device, because a copy from the host waits and cannot be recorded.
+    They stay on the device, because a copy from the host waits and cannot be recorded. None is ever dropped, as a recorded graph
+    reads them at each replay.
     """
     found: list[int] = []
     queue = [(0, 0)]

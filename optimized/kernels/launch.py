@@ -42,7 +42,12 @@ def may_look_at_values(value: object) -> bool:
         return True
     if not settings.value_checks():
         return False
-    return not (value.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    return not is_recorded(value.device)
+
+
+def is_recorded(device: torch.device) -> bool:
+    """Return whether launches on a device are being recorded as a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def values_between(name: str, value: Tensor, low: int, high: int) -> None:

@@ -9,6 +9,7 @@ Legend: W weights, N rows, K columns, KG groups a row, KW words a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -16,7 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.optimized.kernels.common import clock_step, lane_trits, widen
-from arbitor.optimized.kernels.launch import Clock, announce_written, row_grid, runs_here, warps_of
+from arbitor.optimized.kernels.launch import (
+    Clock,
+    announce_written,
+    is_recorded,
+    row_grid,
+    runs_here,
+    warps_of,
+)
 from arbitor.optimized.kernels.update import full_count, saturate
 from arbitor.optimized.kernels.votes import (
     exponents_of_rows,
@@ -43,10 +51,13 @@ ALIGNED = 16
 """Bytes that an address is a multiple of where kernels may read so many at once."""
 
 MOST_TABLES = 4096
-"""Most tables that are kept."""
+"""Most tables that are kept, beside those that recorded graphs read."""
 
 _TABLES: dict[tuple[int, ...], Tensor] = {}
-"""Tables on their device by their content. None is ever dropped, because a recorded graph reads it at each replay."""
+"""Tables on their device by their content."""
+
+_RECORDED: set[tuple[int, ...]] = set()
+"""The tables that recorded graphs read at each replay. They are never dropped, as torch does not say when a graph is gone."""
 
 
 @triton.jit
@@ -167,42 +178,57 @@ def is_narrow(weight: DeviceWeight) -> bool:
     return weight.shape[1] <= NARROW_COLUMNS and weight.shape[0] > 1
 
 
+@dataclass(frozen=True)
 class Table:
-    """A table for a launch: its rows, made once for a call, and its tensor on a device, made once for a process."""
+    """A table for a launch: its rows, and the tensor of them on the device."""
 
-    def __init__(self, rows: list[list[int]], device: torch.device) -> None:
-        self.rows, self.device = rows, device
-        index = -1 if device.index is None else device.index
-        self.key = (index, len(rows), *(value for row in rows for value in row))
-
-    @property
-    def can_be(self) -> bool:
-        """Whether the tensor is there or can be made, which a recording cannot do: it would be copied again at each replay."""
-        recorded = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        return self.key in _TABLES or not recorded
-
-    def tensor(self) -> Tensor:
-        """Return the table on its device. Those of weights that come and go are not kept for ever."""
-        if self.key in _TABLES:
-            return _TABLES[self.key]
-        made = torch.tensor(self.rows, dtype=torch.int64, device="cpu")
-        # Other memory would make the host wait for the device.
-        made = (made.pin_memory() if self.device.type == "cuda" else made).to(self.device, non_blocking=True)
-        if len(_TABLES) < MOST_TABLES:
-            _TABLES[self.key] = made
-        return made
+    rows: list[list[int]]
+    tensor: Tensor
 
     def is_aligned(self, num_addresses: int) -> bool:
         """Return whether the addresses, which come first in each row, are multiples of ALIGNED."""
         return all(address % ALIGNED == 0 for row in self.rows for address in row[:num_addresses])
 
 
+def table_of(rows: list[list[int]], device: torch.device) -> Table | None:
+    """Return the table of some rows, kept for later calls.
+
+    A recording takes only a table that is there, else it is given None: its graph would copy another one at each replay.
+    """
+    key = (-1 if device.index is None else device.index, len(rows), *(value for row in rows for value in row))
+    recorded, tensor = is_recorded(device), _TABLES.get(key)
+    if tensor is None:
+        if recorded:
+            return None
+        if len(_TABLES) - len(_RECORDED) >= MOST_TABLES:
+            drop_tables()
+        made = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        # Other memory would make the host wait for the device.
+        tensor = (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
+    if recorded:
+        _RECORDED.add(key)
+    # Anew if another thread has dropped it since.
+    _TABLES[key] = tensor
+    return Table(rows, tensor)
+
+
+def drop_tables() -> None:
+    """Drop the tables that no recorded graph reads, when no kernel reads them any more.
+
+    Otherwise those of weights that come and go would take all places, and a recording would find no table of later weights.
+    """
+    kept = dict(_TABLES)
+    for device in {tensor.device for tensor in kept.values() if tensor.is_cuda}:
+        torch.cuda.synchronize(device)
+    for key in kept.keys() - _RECORDED:
+        _TABLES.pop(key, None)
+
+
 def count_table(weights: Sequence[DeviceWeight], tensor_ids: Sequence[int]) -> Table | None:
     """Return the table with which `count_together_` takes weights of one shape, or None if it does not."""
     if weights[0].trit_accum.numel() > MOST_ELEMENTS:
         return None
-    table = Table(_count_rows(weights, tensor_ids), weights[0].device)
-    return table if table.can_be else None
+    return table_of(_count_rows(weights, tensor_ids), weights[0].device)
 
 
 def count_together_(
@@ -223,7 +249,7 @@ def count_together_(
     block = max(1, TILE // places)
     weight_blocks = triton.cdiv(num_rows * row_groups, block)
     _count_together_kernel[row_grid(len(weights), weight_blocks)](
-        table.tensor(), grad_NK, row_exponents, first.words, first.trit_accum, rate_argument(rate),
+        table.tensor, grad_NK, row_exponents, first.words, first.trit_accum, rate_argument(rate),
         num_rows, num_columns, row_groups, first.words.shape[1], weight_blocks,
         clock.seed_low, clock.seed_high, clock.step,
         RATE_ON_DEVICE=isinstance(rate, Tensor), STEP_ON_DEVICE=clock.step_on_device, EXPONENT_RULE=exponent_rule,
@@ -239,10 +265,10 @@ def steps_together(weights: Sequence[DeviceWeight]) -> list[tuple[list[int], Tab
         if weight.trit_accum.numel() <= MOST_ELEMENTS:
             kinds.setdefault((weight.mantissa_bits, _is_whole(weight)), []).append(place)
     found = [
-        (places, Table(_step_rows([weights[place] for place in places]), weights[0].device))
+        (places, table_of(_step_rows([weights[place] for place in places]), weights[0].device))
         for places in kinds.values()
     ]
-    return [(places, table) for places, table in found if table.can_be]
+    return [(places, table) for places, table in found if table is not None]
 
 
 def step_together_(
@@ -253,7 +279,7 @@ def step_together_(
     runs_here(first.words)
     low, high = level_range(first.mantissa_bits)
     _step_together_kernel[row_grid(1, table.rows[-1][-1])](
-        table.tensor(), first.words, first.trit_accum, len(weights), theta, theta_e,
+        table.tensor, first.words, first.trit_accum, len(weights), theta, theta_e,
         WHOLE=_is_whole(first), CARRY=carry, LOW=low, HIGH=high, IS_ALIGNED=table.is_aligned(4),
         WEIGHT_BLOCK=triton.next_power_of_2(len(weights)), WORDS=BLOCK_WORDS, GROUPS=BLOCK_GROUPS,
     )  # fmt: skip

@@ -47,7 +47,7 @@ def initial_codebook(
     checks.group_ids_fit(num_codes, num_columns, group_size)
     checks.vote_clock(seed, RESERVED_STEP, tensor_id, last_step=RESERVED_STEP)
     shape, groups = (num_codes, num_columns), groups_per_row(num_columns, group_size)
-    words = scale.initial_words(shape, groups, group_size, seed, tensor_id, device)
+    words = scale.initial_words(shape, groups, group_size, seed, tensor_id, checks.device(device))
     codebook_rows.sign_words_(words, sign_bits)
     zeros = lambda width: torch.zeros(num_codes, width, dtype=torch.int8, device=words.device)  # noqa: E731
     return canonical(DeviceWeight(words, zeros(groups), zeros(num_columns), zeros(groups), shape, group_size))

@@ -1,34 +1,23 @@
-"""The promises of every op of this set beside its own rule. `@op()` stands above each definition and keeps them.
+"""The ops of this set keep what every op promises (`arbitor.reference.promises`). `@op()` stands above each definition.
 
-- Dtypes: autocast is off inside of an op, as in the reference.
-- Device: kernels are launched on the device of the tensors, whichever device is current.
-- Refusals: what is no weight, where a weight is asked for, is refused by the name of the argument.
-- Gradients: `op(x=...)` names the function that computes the gradient of the argument `x`. If an op has no gradient, a call that
-  asks for one raises. An op that is compared EXACT returns integers, or floats made of integers. They have no gradient, so its
-  results are detached, as the results of the reference are.
+Their gradients are computed by hand. `op(x=...)` names the function that computes the gradient of the argument `x`. If an op has
+no gradient, a call that asks for one raises. An op that is compared EXACT returns integers, or floats made of integers. They have
+no gradient, so its results are detached, as the results of the reference are.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from arbitor.optimized.layouts import AnyWeight, DeviceWeight
-from arbitor.reference.in_graphs import InGraphs, Layout
+from arbitor.reference.in_graphs import Layout
 from arbitor.reference.op_table import EXACT, OP_TABLE
-from arbitor.reference.promises import (
-    autocast_is_on,
-    differentiable_once,
-    index_of,
-    index_of_device,
-    naming_weights,
-    without_autocast,
-)
+from arbitor.reference.promises import differentiable_once, promised
 from arbitor.reference.types import TernaryWeight
 
 P = ParamSpec("P")
@@ -48,50 +37,27 @@ def op(**gradients: Gradient) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         name, signature = function.__name__, inspect.signature(function)
-        first = next(iter(signature.parameters))
-        told_where = "device" in signature.parameters
-        function = naming_weights(function)
         # A function without a row in the table is no op yet, and counts as one that returns floats.
         differentiable = name not in OP_TABLE or OP_TABLE[name].output is not EXACT
 
-        @functools.wraps(function)
-        def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            if autocast_is_on():
-                with without_autocast():
-                    return run(*args, **kwargs)
-            if told_where:
-                index = index_of_device(kwargs.get("device"))
-            else:
-                index = index_of(args[0] if args else kwargs.get(first))
-            if index >= 0 and index != torch.cuda.current_device():
-                with torch.cuda.device(index):
-                    return run(*args, **kwargs)
-            if torch.is_grad_enabled() and asks_for_gradient(args, kwargs):
-                if not differentiable:
-                    with torch.no_grad():
-                        return function(*args, **kwargs)
-                bound = signature.bind(*args, **kwargs)
-                bound.apply_defaults()
-                asked = {key: value for key, value in bound.arguments.items() if requires_grad(value)}
-                for key in asked:
-                    if key not in gradients:
-                        raise RuntimeError(
-                            f"{key} requires a gradient, but {name} has none here: call it under torch.no_grad(), "
-                            f"or use arbitor.reference.ops.{name}"
-                        )
-                return _WithGradients.apply(function, gradients, bound.arguments, *asked.values())
-            return function(*args, **kwargs)
+        def compute(*args: P.args, **kwargs: P.kwargs) -> R:
+            if not torch.is_grad_enabled() or not asks_for_gradient(args, kwargs):
+                return function(*args, **kwargs)
+            if not differentiable:
+                with torch.no_grad():
+                    return function(*args, **kwargs)
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            asked = {key: value for key, value in bound.arguments.items() if requires_grad(value)}
+            for key in asked:
+                if key not in gradients:
+                    raise RuntimeError(
+                        f"{key} requires a gradient, but {name} has none here: call it under torch.no_grad(), "
+                        f"or use arbitor.reference.ops.{name}"
+                    )
+            return _WithGradients.apply(function, gradients, bound.arguments, *asked.values())
 
-        within = InGraphs(run, "arbitor", LAYOUT, made_by(gradients), tuple(gradients))
-
-        @functools.wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if torch.compiler.is_compiling():
-                return cast(R, within.call(args, kwargs))
-            return run(*args, **kwargs)
-
-        call.in_graphs = within  # type: ignore[attr-defined]
-        return call
+        return promised(function, compute, "arbitor", LAYOUT, made_by(gradients), tuple(gradients))
 
     return decorate
 
@@ -166,5 +132,4 @@ LAYOUT = Layout(lambda weight: weight.words if isinstance(weight, DeviceWeight) 
 
 def worth_of(weight: DeviceWeight | TernaryWeight) -> list[Tensor]:
     """Return the tensors that the value of a weight depends on, without tensors of inference mode, which torch does not watch."""
-    codes = weight.words if isinstance(weight, DeviceWeight) else weight.packed
-    return [tensor for tensor in (codes, weight.exponents) if not tensor.is_inference()]
+    return [tensor for tensor in (LAYOUT.codes(weight), weight.exponents) if not tensor.is_inference()]

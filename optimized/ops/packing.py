@@ -28,9 +28,7 @@ def pack_trits(trits: Tensor) -> Tensor:
 @op()
 def unpack_trits(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """See reference."""
-    for size in shape:
-        checks.integer("shape", size, 0, 2**63 - 1)
-    num_trits = math.prod(shape)
+    num_trits = math.prod(checks.sizes("shape", shape))
     checks.tensor("packed", packed, torch.uint8, (packed_bytes(num_trits),))
     values_between("packed", packed, 0, MAX_PACKED_BYTE)
     return packing.unpack(packed, num_trits).reshape(tuple(shape))

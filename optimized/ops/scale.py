@@ -68,6 +68,7 @@ def initial_weight(
     checks.group_size(group_size)
     checks.group_ids_fit(num_rows, num_columns, group_size)
     checks.vote_clock(seed, RESERVED_STEP, tensor_id, last_step=RESERVED_STEP)
+    device = checks.device(device)
     exponent = min(max(round(math.log2(std / math.sqrt(INIT_NONZERO))), EXPONENT_MIN), EXPONENT_MAX)
     groups = groups_per_row(num_columns, group_size)
     words = scale.initial_words((num_rows, num_columns), groups, group_size, seed, tensor_id, device)
@@ -88,6 +89,7 @@ def constant_weight(
     checks.integer("trit", trit, -1, 1)
     checks.integer("exponent", exponent, EXPONENT_MIN, EXPONENT_MAX)
     checks.group_size(group_size)
+    device = checks.device(device)
     lanes = torch.arange(words_per_row(num_columns) * TRITS_PER_WORD, device=device).reshape(
         -1, TRITS_PER_WORD
     )

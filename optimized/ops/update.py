@@ -125,11 +125,11 @@ def accumulate_gradients(
     checks.one_of("exponent_rule", exponent_rule, EXPONENT_RULES)
     clock = Clock.of(seed, step, tensor_ids[0], grad_NK.device)
     clocks = [clock.of_tensor(tensor_id) for tensor_id in tensor_ids]
+    # Only Triton counts in several weights, but a path that cannot be had is refused in every call, before anything is written.
+    takes_cuda(False, grad_NK.device)
     targets = _targets_of(weights, out)
     table = together.count_table(targets, tensor_ids)
     if table is not None:
-        # Only Triton counts in several weights, but a path that cannot be had is refused in every call.
-        takes_cuda(False, grad_NK.device)
         together.count_together_(targets, table, grad_NK, rate, clock, exponent_rule, faults)
     else:
         parts = grad_NK.contiguous().chunk(len(targets))
@@ -153,10 +153,10 @@ def apply_steps(
     checks.threshold("theta_e", theta_e)
     checks.one_of("on_flip", on_flip, ON_FLIP)
     checks.out_weights(out, weights)
+    # Only Triton steps several weights, but a path that cannot be had is refused in every call, before anything is written.
+    takes_cuda(False, weights[0].device)
     targets, carry = _targets_of(weights, out), on_flip == "carry"
     left = set(range(len(targets)))
-    # Only Triton steps several weights, but a path that cannot be had is refused in every call.
-    takes_cuda(False, targets[0].device)
     for places, table in together.steps_together(targets):
         together.step_together_([targets[place] for place in places], table, theta, theta_e, carry)
         left -= set(places)

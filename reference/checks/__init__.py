@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from arbitor.reference.checks.activations import gate_inputs, head_columns, key_columns, turns
 from arbitor.reference.checks.arguments import (
+    device,
     flag,
     group_size,
     integer,
@@ -16,6 +17,7 @@ from arbitor.reference.checks.arguments import (
     normal_number,
     number,
     one_of,
+    sizes,
     threshold,
 )
 from arbitor.reference.checks.attention import decode_slots, slot_bias, view_of_past
@@ -109,6 +111,7 @@ __all__ = [
     "conv_positions",
     "decode_slots",
     "denoise_loop",
+    "device",
     "dtype_in",
     "edge_gradient",
     "edge_pairs",
@@ -157,6 +160,7 @@ __all__ = [
     "same_shape",
     "several_weights",
     "side_by_side",
+    "sizes",
     "slot_bias",
     "some_dimension",
     "stacked_gradient",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -12,15 +13,43 @@ from arbitor.reference.constants import ACCUM_MAX, GROUP_SIZES, MANTISSA_BITS
 
 def matrix_shape(name: str, shape: Sequence[int]) -> tuple[int, int]:
     """Return `shape` as (N, K); refuse anything but two positive integers."""
-    values = tuple(shape)
-    if len(values) != 2 or not all(isinstance(size, int) and size > 0 for size in values):
+    values = _sequence(name, shape)
+    if len(values) != 2 or not all(_is_integer(size) and size > 0 for size in values):
         raise ValueError(f"{name} is {values}, but must be two positive integers (rows, columns)")
     return values[0], values[1]
 
 
+def sizes(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the sizes of any number of dimensions; refuse anything but integers from 0 on."""
+    values = _sequence(name, shape)
+    for size in values:
+        integer(name, size, 0, 2**63 - 1)
+    return values
+
+
+def device(value: torch.device | str) -> torch.device:
+    """Return a device; refuse what names none."""
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device is {value!r}, but must be a device or name one, such as 'cuda:0'") from None
+
+
+def _sequence(name: str, values: object) -> tuple[Any, ...]:
+    """Return a sequence as a tuple; refuse anything else."""
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(f"{name} is a {type(values).__name__}, but must be a sequence of integers")
+    return tuple(values)
+
+
+def _is_integer(value: object) -> bool:
+    """Return whether a value is an integer. A truth value is none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
-    """Refuse a value that is not listed. A float is no integer of the list, even if the two are equal."""
-    if isinstance(value, (bool, float)) or value not in allowed:
+    """Refuse a value that is not listed. A float or a tensor is no integer of the list, even if the two are equal."""
+    if isinstance(value, (bool, float, torch.Tensor)) or value not in allowed:
         raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, allowed))}")
 
 
@@ -36,7 +65,7 @@ def mantissa_bits(value: int) -> None:
 
 def integer(name: str, value: int, low: int, high: int) -> None:
     """Refuse anything but an integer in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not _is_integer(value):
         raise TypeError(f"{name} is a {type(value).__name__}, but must be an integer")
     if not low <= value <= high:
         raise ValueError(f"{name} is {value}, but must be an integer from {low} to {high}")

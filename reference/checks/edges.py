@@ -17,7 +17,7 @@ from arbitor.reference.checks.tensors import (
     same_shape,
     tensor,
 )
-from arbitor.reference.checks.weights import out_weight
+from arbitor.reference.checks.weights import target_weight
 from arbitor.reference.constants import MAX_NEIGHBOURS
 
 
@@ -71,7 +71,7 @@ def neighbour_tables(
     tensor("out[0]", out[0], torch.int32, neighbours_NJ.shape)
     tensor("out[1]", out[1], torch.int8, neighbours_NJ.shape)
     same_device(neighbours_NJ=neighbours_NJ, **{"out[0]": out[0], "out[1]": out[1]})
-    out_weight(out[2], signs)
+    target_weight("out[2]", out[2], "signs", signs)
 
 
 def edge_pairs(sources_M: Tensor, targets_M: Tensor, neighbours_NJ: Tensor) -> None:

@@ -147,6 +147,10 @@ def leading_dims(name: str, value: Tensor, size: Sequence[int], other_name: str,
 
 def float_dtype(name: str, dtype: torch.dtype) -> None:
     """Refuse a dtype that no activation has."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(
+            f"{name} is a {type(dtype).__name__}, but must be a torch.dtype: {names(FLOAT_DTYPES)}"
+        )
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} is {names((dtype,))}, but must be {names(FLOAT_DTYPES)}")
 

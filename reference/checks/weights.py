@@ -88,14 +88,27 @@ def rows_of(rows: Tensor | None, grad: Tensor) -> None:
 
 
 def out_weight(out: Any, weight: Any) -> None:
-    """Refuse a weight to write into that differs from the one updated in shape, format or device."""
-    if out is None:
-        return
+    """Refuse what is neither None nor a weight that a result like `weight` can be written into."""
+    if out is not None:
+        target_weight("out", out, "weight", weight)
+
+
+def target_weight(name: str, out: Any, updated: str, weight: Any) -> None:
+    """Refuse what is no weight to write into, or one that differs from the one updated in shape, format or device."""
+    if not _is_weight(out):
+        raise TypeError(
+            f"{name} is a {type(out).__name__}, but must be a weight, for example a TernaryWeight"
+        )
     for field in ("shape", "group_size", "mantissa_bits", "device"):
         if getattr(out, field) != getattr(weight, field):
             raise ValueError(
-                f"out has {field} {getattr(out, field)}, but must match weight, {getattr(weight, field)}"
+                f"{name} has {field} {getattr(out, field)}, but must match {updated}, {getattr(weight, field)}"
             )
+
+
+def _is_weight(value: object) -> bool:
+    """Return whether a value is a weight, in canonical form or in any device layout."""
+    return all(hasattr(value, field) for field in ("shape", "group_size", "mantissa_bits"))
 
 
 def several_weights(weights: Any) -> None:
@@ -105,7 +118,7 @@ def several_weights(weights: Any) -> None:
     if not weights:
         raise ValueError("weights is empty, but must have at least one weight")
     for weight in weights:
-        if not all(hasattr(weight, name) for name in ("shape", "group_size", "mantissa_bits")):
+        if not _is_weight(weight):
             raise TypeError(f"weights holds a {type(weight).__name__}, but must hold weights")
         if weight.device != weights[0].device:
             raise ValueError(
@@ -127,14 +140,23 @@ def alike_weights(weights: Any, tensor_ids: Any) -> None:
 
 
 def out_weights(out: Any, weights: tuple[Any, ...]) -> None:
-    """Refuse weights to write into that are not as many as those updated, or differ from them in shape, format or device."""
+    """Refuse weights to write into that are not as many as those updated, or differ from them in shape, format or device.
+
+    A weight to write into that is updated itself must stand at its own place: otherwise it would be overwritten before it is read.
+    """
     if out is None:
         return
     tuple_of("out", out, len(weights), f"{len(weights)} weights, as many as weights has")
     if len({id(one) for one in out}) < len(out):
         raise ValueError("out holds a weight twice, but each must be another one")
-    for one, other in zip(out, weights, strict=True):
-        out_weight(one, other)
+    places = {id(weight): place for place, weight in enumerate(weights)}
+    for place, (one, other) in enumerate(zip(out, weights, strict=True)):
+        target_weight(f"out[{place}]", one, f"weights[{place}]", other)
+        own = places.get(id(one), place)
+        if own != place:
+            raise ValueError(
+                f"out[{place}] is weights[{own}], but a weight that is updated may be written to at its own place alone"
+            )
 
 
 def stacked_gradient(weights: tuple[Any, ...], grad_NK: Tensor, allowed: Sequence[torch.dtype]) -> None:

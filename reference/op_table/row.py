@@ -65,11 +65,6 @@ class OpRow:
     capturable: bool = True
     like: Callable[..., Tensor | Sequence[Tensor]] | None = None
 
-    @property
-    def doc(self) -> str:
-        """Place of the op's prose, a heading of a page in docs/spec."""
-        return f"docs/spec/{self.family}.md#{self.name}"
-
 
 def wide(x: Tensor, *shape: int) -> Tensor:
     """Return an empty tensor of a shape in the dtype in which sums over x run."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from arbitor.reference.op_table.row import EXACT, OpRow, Shape
 from arbitor.reference.op_table.work import (
     MATRIX,
@@ -20,6 +22,31 @@ def accumulate_ops(s: Shape) -> int:
     return 4 * elements(s) + dither_ops(groups(s), s["G"]) + 5 * groups(s)
 
 
+def gradient_bytes(s: Shape) -> int:
+    """Return the bytes of a gradient in float32 and of the counts that it changes."""
+    return packed(s) + 6 * elements(s) + 2 * groups(s)
+
+
+def gradient_ops(s: Shape) -> int:
+    """Return the operations of votes and of counting them, which share their dither."""
+    return vote_ops(s) + accumulate_ops(s) - dither_ops(groups(s), s["G"])
+
+
+def step_bytes(s: Shape) -> int:
+    """Return the bytes of a state that is read and written."""
+    return 2 * state(s)
+
+
+def step_ops(s: Shape) -> int:
+    """Return the operations of a step."""
+    return 5 * elements(s) + 4 * groups(s)
+
+
+def of_all(work: Callable[[Shape], int]) -> Callable[[Shape], int]:
+    """Return the work on W weights."""
+    return lambda s: s["W"] * work(s)
+
+
 # W weights of one shape: those of small that have the largest stack, and the stack of its experts.
 SEVERAL = sizes(
     tiny={"W": 3, "N": 192, "K": 144, "G": 12},
@@ -36,23 +63,23 @@ OPS = (
     ),
     OpRow(
         "apply_step", "update", EXACT, MATRIX,
-        bytes_min=lambda s: 2 * state(s),
-        ops_min=lambda s: 5 * elements(s) + 4 * groups(s),
+        bytes_min=step_bytes,
+        ops_min=step_ops,
     ),
     OpRow(
         "accumulate_gradient", "update", EXACT, MATRIX,
-        bytes_min=lambda s: packed(s) + 6 * elements(s) + 2 * groups(s),
-        ops_min=lambda s: vote_ops(s) + accumulate_ops(s) - dither_ops(groups(s), s["G"]),
+        bytes_min=gradient_bytes,
+        ops_min=gradient_ops,
     ),
     OpRow(
         "accumulate_gradients", "update", EXACT, SEVERAL,
-        bytes_min=lambda s: s["W"] * (packed(s) + 6 * elements(s) + 2 * groups(s)),
-        ops_min=lambda s: s["W"] * (vote_ops(s) + accumulate_ops(s) - dither_ops(groups(s), s["G"])),
+        bytes_min=of_all(gradient_bytes),
+        ops_min=of_all(gradient_ops),
     ),
     OpRow(
         "apply_steps", "update", EXACT, SEVERAL,
-        bytes_min=lambda s: s["W"] * 2 * state(s),
-        ops_min=lambda s: s["W"] * (5 * elements(s) + 4 * groups(s)),
+        bytes_min=of_all(step_bytes),
+        ops_min=of_all(step_ops),
     ),
     OpRow(
         "count_nonfinite_rows", "update", EXACT, MATRIX,

@@ -57,11 +57,8 @@ def unpack_trits(packed: Tensor, shape: Sequence[int]) -> Tensor:
     Laws:    pack_trits(unpack_trits(p, [5 * len(p)])) == p for every valid p
     Source:  docs/spec/packing.md
     """
-    num_trits = 1
-    for size in shape:
-        checks.integer("shape", size, 0, 2**63 - 1)
-        num_trits *= size
-    checks.tensor("packed", packed, torch.uint8, (packed_bytes(num_trits),))
+    shape = checks.sizes("shape", shape)
+    checks.tensor("packed", packed, torch.uint8, (packed_bytes(math.prod(shape)),))
     checks.weight_values("packed", "packed", packed)
     return digits_of(packed, shape)
 

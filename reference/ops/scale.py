@@ -105,7 +105,7 @@ def initial_weight(
     checks.vote_clock(seed, RESERVED_STEP, tensor_id, last_step=RESERVED_STEP)
     groups = groups_per_row(num_columns, group_size)
     exponent = min(max(round(math.log2(std / math.sqrt(INIT_NONZERO))), EXPONENT_MIN), EXPONENT_MAX)
-    if torch.device(device).type == "meta":
+    if checks.device(device).type == "meta":
         return weight_without_values((num_rows, num_columns), group_size)
     exponents = torch.full((num_rows, groups), exponent, dtype=torch.int8, device=device)
     ids = torch.arange(num_rows * groups, device=device).reshape(num_rows, groups)
@@ -135,7 +135,7 @@ def constant_weight(
     checks.integer("trit", trit, -1, 1)
     checks.integer("exponent", exponent, EXPONENT_MIN, EXPONENT_MAX)
     checks.group_size(group_size)
-    if torch.device(device).type == "meta":
+    if checks.device(device).type == "meta":
         return weight_without_values((num_rows, num_columns), group_size)
     trits = torch.full((num_rows, num_columns), trit, dtype=torch.int8, device=device)
     groups = groups_per_row(num_columns, group_size)

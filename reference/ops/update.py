@@ -222,7 +222,7 @@ def accumulate_gradients(
     Shapes:  W weights [N, K] of one format, a tensor id each; grad_NK float32 or bfloat16 [W N, K], the gradients one below the
              other
              faults int64 []: the number of gradient rows that are not finite is added to it
-    Returns: new weights; or `out` (may be `weights` itself), overwritten
+    Returns: new weights; or `out`, overwritten: other weights, or those of `weights` at their own places
     Raises:  as `accumulate_gradient`; a refused call writes neither `out` nor `faults`
     Laws:    equal to its calls of `accumulate_gradient`
     Source:  docs/spec/update.md
@@ -266,7 +266,7 @@ def apply_steps(
     """Return several weights of any shapes after a step of each.
 
     Math:    apply_step of each weight, with all of its rows
-    Returns: new weights; or `out` (may be `weights` itself), overwritten
+    Returns: new weights; or `out`, overwritten: other weights, or those of `weights` at their own places
     Range:   theta and theta_e in 1 .. 127
     Raises:  as `apply_step`; a refused call does not write to `out`
     Laws:    equal to its calls of `apply_step`
