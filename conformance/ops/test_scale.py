@@ -245,7 +245,7 @@ test_refusals_of_scale = refusals(
     refused("initial_weight", "no rows", ValueError, "shape", (0, 3), std=1.0, seed=0, tensor_id=0),
     refused("initial_weight", "2**33 groups", ValueError, "shape", (2**31, 48), std=1.0, seed=0, tensor_id=0),
     refused("constant_weight", "trit 2", ValueError, "trit", (2, 3), trit=2, exponent=0),
-    refused("constant_weight", "trit -2", ValueError, "trit is -2", (2, 3), trit=-2, exponent=0),
+    refused("constant_weight", "trit -2", ValueError, "trit", (2, 3), trit=-2, exponent=0),
     refused("constant_weight", "exponent 16", ValueError, "exponent", (2, 3), trit=1, exponent=16),
     refused("constant_weight", "exponent -33", ValueError, "exponent", (2, 3), trit=1, exponent=-33),
     refused("constant_weight", "group 12.0", ValueError, "group_size", (2, 3), trit=1, exponent=0, group_size=12.0),

@@ -29,7 +29,7 @@ from arbitor.reference.checks.codebooks import (
     revivals,
     usage_of,
 )
-from arbitor.reference.checks.conv import conv_columns, conv_gradient, conv_input, conv_positions
+from arbitor.reference.checks.conv import conv_columns, conv_gradient, conv_input, conv_pair, conv_positions
 from arbitor.reference.checks.denoise import denoise_loop
 from arbitor.reference.checks.edges import (
     edge_gradient,
@@ -106,6 +106,7 @@ __all__ = [
     "conv_columns",
     "conv_gradient",
     "conv_input",
+    "conv_pair",
     "conv_positions",
     "decode_slots",
     "denoise_loop",
