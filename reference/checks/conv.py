@@ -41,7 +41,10 @@ def conv_input(x_BCL: Tensor, num_columns: int, kernel_size: int) -> None:
 
 
 def conv_pair(grad_BNP: Tensor, x_BCL: Tensor) -> None:
-    """Refuse a gradient and an input of different dtypes, batches or devices."""
+    """Refuse a gradient and an input of different dtypes, batches or devices, or without a row or a channel."""
+    for name, value, what in (("grad_BNP", grad_BNP, "row"), ("x_BCL", x_BCL, "channel")):
+        if value.shape[1] == 0:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, but must have at least one {what}")
     same_dtype("x_BCL", x_BCL, "grad_BNP", grad_BNP)
     if x_BCL.shape[0] != grad_BNP.shape[0]:
         raise ValueError(
