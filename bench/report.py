@@ -51,6 +51,19 @@ OF_A_MODEL = (
 )
 """What the page says of every whole model. `Stateful` defines more, for the trainer."""
 
+OPS_NOTE = (
+    "What holds for all of them, unless the row of an op says otherwise:",
+    "",
+    "- **Sizes.** The last dimension of a tensor, and the rows and columns of a weight, are 1 or more, and most ops refuse "
+    "0. Leading dimensions, and the numbers of rows, slots and ids, may be 0.",
+    "- **Exceptions.** An argument of another type, or a tensor of another dtype, raises TypeError. All else raises ValueError. An "
+    "integer is an `int` of Python, neither 2.0 nor True. An argument with a few allowed values, such as `group_size` or "
+    "`on_flip`, raises ValueError whatever its type.",
+    "- **Devices.** The tensors and weights of a call lie on one device.",
+    "- **float64.** The reference takes it, so that it can say how far float32 is off. Another implementation may refuse it.",
+)
+"""What a reader of docs/ops.md has to know of every op."""
+
 API_NOTE = (
     "Made from the docstrings of the source. [Python](python.md) shows the same names at work. [Ops](ops.md) has the operations of "
     "`arbitor.ops`."
@@ -264,6 +277,8 @@ def ops_page() -> str:
         "Every op has the same name and signature in `arbitor.reference.ops`, which is the specification, and in "
         "`arbitor.optimized.ops`. EXACT: equal in every bit. NO_WORSE(k): floats that err at most k times as much as the "
         "reference in that dtype, plus one rounding ([numerics](numerics.md)).",
+        "",
+        *OPS_NOTE,
     ]
     for family in FAMILIES:
         page = f"spec/{family}.md"
@@ -359,15 +374,22 @@ def signature_of(name: str, function: Callable[..., Any]) -> str:
 
 
 def _fields(op: str) -> list[str]:
-    """Return the docstring's fields (Math, Shapes, Returns, ...) as a list."""
-    body = _docstring(op).partition("\n\n")[2]
-    found: list[str] = []
-    for line in body.splitlines():
-        match = re.match(r"([A-Z][a-z]+):\s+(.*)", line)
+    """Return the docstring's fields (Math, Shapes, Returns, ...) as a list. Formulas keep their lines."""
+    fields: dict[str, list[str]] = {}
+    for line in _docstring(op).partition("\n\n")[2].splitlines():
+        match = re.match(r"([A-Z][a-z]+):(\s+)(.*)", line)
         if match:
-            found.append(f"- **{match[1]}:** {_escaped(match[2])}")
-        elif line.strip() and found:
-            found[-1] += " " + _escaped(line.strip())
+            # The place of the first line's text, so that what is set in below it stays set in.
+            name, margin = match[1], match.start(3)
+            fields[name] = [match[3]]
+        elif line.strip() and fields:
+            fields[name].append(line[margin:] if not line[:margin].strip() else line.strip())
+    found = []
+    for name, lines in fields.items():
+        if name == "Math":
+            found += ["```text", *lines, "```", ""]
+        else:
+            found.append(f"- **{name}:** {_escaped(' '.join(line.strip() for line in lines))}")
     return found
 
 

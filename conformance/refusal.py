@@ -6,6 +6,8 @@ ends with `test_refusals_of_<family> = refusals("<family>", refused(...), ..., r
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arbitor.reference import ops as reference_ops
 from arbitor.reference.ops.packing import weight_of_trits
 from arbitor.reference.types import TernaryWeight
 
@@ -33,7 +36,7 @@ REFUSES_NOTHING: dict[str, str] = {}
 
 @dataclass(frozen=True)
 class Refusal:
-    """A call that must raise: `says` is the argument that the message must name."""
+    """A call that must raise: `says` is the argument that the message must name, or two such joined by " or "."""
 
     op: str
     why: str
@@ -54,14 +57,10 @@ def refusals(name: str, *cases: Refusal, rejects: Sequence[Mutant]) -> Callable[
 
     def body(ops: Subject) -> None:
         """Every bad call is refused, by the same exception everywhere, in one sentence that names the argument."""
-        failures = []
         absent = {case.op for case in cases if not ops.has(case.op)}
-        for case in [case for case in cases if case.op not in absent]:
-            try:
-                check(ops, case)
-            except AssertionError as failure:
-                failures.append(str(failure))
-        assert not failures, "\n".join(failures)
+        faults = [fault(ops, case) for case in cases if case.op not in absent]
+        if any(faults):
+            raise AssertionError("\n".join(sentence for sentence in faults if sentence))
         if absent:
             skip(f"refusals of {', '.join(sorted(absent))}", f"{ops.name} has no such op")
 
@@ -85,15 +84,69 @@ def refused(op: str, why: str, error: type[Exception], says: str, *args: Any, **
     )
 
 
-def check(ops: Subject, case: Refusal) -> None:
-    """Fail unless the call raises the exception with a sentence that names the argument."""
+def fault(ops: Subject, case: Refusal) -> str:
+    """Return what is wrong with the answer to a call, or "" where the exception is right and its sentence names an argument."""
     args, kwargs = case.call()
-    error = ops.refuses(case.op, args, kwargs)
-    want = f"want a {case.error.__name__} that names {case.says}"
-    assert error is not None, f"{case.op} accepts {case.why}, {want}"
-    assert type(error) is case.error, f"{case.op} on {case.why}: {error!r}, {want}"
-    assert case.says in str(error), f"{case.op} on {case.why} does not name {case.says}: {error}"
-    assert len(str(error).splitlines()) == 1, f"{case.op} on {case.why} takes more than a sentence: {error}"
+    call = f"{case.op} on {case.why} ({_in_words(args, kwargs)})"
+    names = names_of(case)
+    want = f"want a {case.error.__name__} that names {' or '.join(names)}"
+    try:
+        error = ops.refuses(case.op, args, kwargs)
+    except AssertionError as failure:
+        return f"{call}: {str(failure).splitlines()[0]}"
+    if error is None:
+        return f"{call}: nothing is raised, {want}"
+    if type(error) is not case.error:
+        return f"{call}: {error!r}, {want}"
+    if not any(_names(str(error), name) for name in names):
+        return f"{call}: the sentence names another argument, {want}: {error}"
+    if len(str(error).splitlines()) != 1:
+        return f"{call}: the message takes more than a sentence: {error}"
+    return ""
+
+
+def names_of(case: Refusal) -> list[str]:
+    """Return the arguments that a sentence may name. Where two arguments do not fit each other, either will do.
+
+    The sentence of the reference says which other argument there is: "up has shape [3], but must match gate, [2]".
+    """
+    names = case.says.split(" or ")
+    args, kwargs = case.call()
+    op = getattr(reference_ops, case.op)
+    try:
+        op(*args, **kwargs)
+    except Exception as error:
+        others = [
+            name for name in inspect.signature(op).parameters if _names(str(error), name, after=_RELATION)
+        ]
+        names += [name for name in others if name not in names]
+    return names
+
+
+_RELATION = r"(?:match|where|of|as|in) "
+"""What comes before the other argument in a sentence of the reference."""
+
+
+def _names(sentence: str, name: str, *, after: str = "") -> bool:
+    """Return whether a sentence has the name of an argument as a word."""
+    return re.search(rf"(?<!\w){after}{re.escape(name)}(?!\w)", sentence) is not None
+
+
+def _in_words(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Return the arguments of a call in a line."""
+    return ", ".join([*map(_value, args), *(f"{name}={_value(value)}" for name, value in kwargs.items())])
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Tensor):
+        kind = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        return kind if value.device.type == "cpu" else f"{kind} on {value.device}"
+    if isinstance(value, TernaryWeight):
+        return f"a weight {list(value.shape)}"
+    if isinstance(value, tuple) and any(isinstance(part, (Tensor, TernaryWeight)) for part in value):
+        return f"({', '.join(map(_value, value))})"
+    words = repr(value)
+    return words if len(words) <= 40 else f"a {type(value).__name__}"
 
 
 def weight(num_rows: int = 3, num_columns: int = 14) -> TernaryWeight:

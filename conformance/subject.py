@@ -43,6 +43,8 @@ class Subject:
         self.ops, self.name, self.device = ops, name, torch.device(device)
         self.called: list[str] = []
         """The ops called, in their order, for the message of a law that fails."""
+        self.forms: tuple[type, ...] = (TernaryWeight,)
+        """The classes of weights: the canonical one, and what `from_spec` has returned."""
 
     def __getattr__(self, op: str) -> Callable[..., Any]:
         """Return an op of the implementation, wrapped."""
@@ -86,17 +88,20 @@ class Subject:
         writable = {id(part) for value in written for part in (value, *parts_of(value))}
         given_parts = [parts_of(value) or (value,) for value in (*device_args, *device_kwargs.values())]
         inputs = [part for parts in given_parts for part in parts if id(part) not in writable]
-        before = {path: tensor.clone() for path, tensor in tensors_of(inputs).items()}
+        before = {path: tensor.clone() for path, tensor in self.seen(inputs).items()}
         with poisoned(pattern):
             result = self.raw(op)(*device_args, **device_kwargs)
-        for path, tensor in tensors_of(inputs).items():
+        if op == "from_spec":
+            self.learn(result)
+        for path, tensor in self.seen(inputs).items():
             assert same_bytes(tensor, before[path]), f"{op} wrote to its input {path}"
         if device_kwargs.get("out") is not None:
             assert result is device_kwargs["out"], f"{op} returned something else than its `out`"
-        given = {type(part) for parts in given_parts for part in parts if is_weight(part)}
+        given = {type(part) for parts in given_parts for part in parts if isinstance(part, self.forms)}
         for part in parts_of(result) or (result,):
-            if is_weight(part) and given and op not in LAYOUTS:
-                assert type(part) in given, f"{op} was given a {given} and returned a {type(part).__name__}"
+            if isinstance(part, self.forms) and given and op not in LAYOUTS:
+                names = " and a ".join(sorted(form.__name__ for form in given))
+                assert type(part) in given, f"{op} was given a {names} and returned a {type(part).__name__}"
         for name in WRITTEN:
             if isinstance(device_kwargs.get(name), Tensor):
                 kwargs[name].copy_(device_kwargs[name])
@@ -128,7 +133,7 @@ class Subject:
         elif isinstance(value, TernaryWeight):
             result = value.to(self.device) if value.device.type == "cpu" else value
             if device_layout:
-                result = self.raw("from_spec")(result)
+                result = self.learn(self.raw("from_spec")(result))
         elif isinstance(value, tuple):
             return tuple(self.to_device(part, device_layout, moved) for part in value)
         else:
@@ -142,10 +147,24 @@ class Subject:
             return value.cpu()
         if isinstance(value, tuple):
             return tuple(self.to_cpu(item) for item in value)
-        if is_weight(value):
+        if isinstance(value, self.forms):
             canonical = value if isinstance(value, TernaryWeight) else self.raw("to_spec")(value)
             return canonical.to("cpu")
         return value
+
+    def learn(self, weight: Any) -> Any:
+        """Note the class of a weight that `from_spec` made, and return the weight. The class may be any."""
+        if not isinstance(weight, self.forms):
+            self.forms = (*self.forms, type(weight))
+        return weight
+
+    def seen(self, inputs: list[Any]) -> dict[str, Tensor]:
+        """Return every tensor of some inputs. A weight whose form shows no tensors shows those of its canonical form."""
+        shown = [
+            self.raw("to_spec")(value) if isinstance(value, self.forms) and not tensors_of(value) else value
+            for value in inputs
+        ]
+        return tensors_of(shown)
 
 
 def needs_cuda(subject: Subject, what: str) -> None:
@@ -157,11 +176,6 @@ def needs_cuda(subject: Subject, what: str) -> None:
 def parts_of(value: Any) -> tuple[Any, ...]:
     """Return the items of a tuple, and no items of anything else."""
     return value if isinstance(value, tuple) else ()
-
-
-def is_weight(value: Any) -> bool:
-    """Return whether a value is a weight, in either layout."""
-    return not isinstance(value, Tensor) and all(hasattr(value, name) for name in ("shape", "group_size"))
 
 
 def move(tensor: Tensor, device: torch.device) -> Tensor:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from arbitor.reference import ops as reference_ops
 from arbitor.reference.ops.packing import weight_of_trits
 from arbitor.reference.types import TernaryWeight
 from conformance.compare import (
@@ -272,6 +274,46 @@ def test_an_implementation_without_layouts_is_given_weights_as_they_are() -> Non
         got = subject.call_with("dequantize", (weight,), {}, PATTERNS[0], device_layout=device_layout)
         exact(got, weight.exponents)
     exact(subject.to_spec(weight), weight)
+
+
+class _Opaque:
+    """A weight in a form that shows neither a size nor a tensor."""
+
+    def __init__(self, weight: TernaryWeight) -> None:
+        self.hidden = {name: tensor.numpy().copy() for name, tensor in weight.tensors().items()}
+        self.plain = weight
+
+    def canonical(self) -> TernaryWeight:
+        return self.plain.with_tensors(
+            **{name: torch.from_numpy(array.copy()) for name, array in self.hidden.items()}
+        )
+
+
+def test_a_form_of_weights_may_be_any_class() -> None:
+    """It is read back in canonical form, and an op that writes to it or returns the other form is noticed."""
+
+    def apply_step(weight: Any) -> Any:
+        return _Opaque(reference_ops.apply_step(weight.canonical()))
+
+    def dequantize(weight: Any) -> Tensor:
+        weight.hidden["exponents"] += 1
+        return torch.zeros(1)
+
+    ops = SimpleNamespace(
+        from_spec=_Opaque, to_spec=_Opaque.canonical, apply_step=apply_step, dequantize=dequantize
+    )
+    subject, weight = Subject(ops, "opaque"), _weight()
+    in_its_form = {"pattern": PATTERNS[0], "device_layout": True}
+    exact(subject.call_with("from_spec", (weight,), {}, PATTERNS[0], device_layout=False), weight)
+    exact(
+        subject.call_with("apply_step", (weight,), {}, **in_its_form),
+        reference_ops.apply_step(weight),
+    )
+    with pytest.raises(AssertionError, match="dequantize wrote to its input"):
+        subject.call_with("dequantize", (weight,), {}, **in_its_form)
+    ops.apply_step = lambda weight: weight.canonical()
+    with pytest.raises(AssertionError, match="was given a _Opaque and returned a TernaryWeight"):
+        subject.call_with("apply_step", (weight,), {}, **in_its_form)
 
 
 def test_half_of_a_layout_is_a_missing_op(monkeypatch: pytest.MonkeyPatch) -> None:

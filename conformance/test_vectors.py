@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from arbitor.reference.op_table import OP_TABLE
+from arbitor.reference.op_table import EXACT, OP_TABLE
 from arbitor.reference.ops.dither import philox
 from arbitor.reference.ops.packing import weight_of_trits
 
 from . import oracle
-from .compare import exact
+from .compare import alike, exact, same_sums
 from .subject import Subject
 
 FOLDER = Path(__file__).parent / "vectors"
@@ -51,6 +54,20 @@ def _numbers(data: Any) -> Any:
     return float(data) if isinstance(data, str) else data
 
 
+def comparer_of(op: str, case: dict[str, Any]) -> Callable[[Any, Any, str], None]:
+    """Return how a result is compared: in every bit, but for the sign of a zero where an op sums, or ALIKE if the case says so."""
+    if case.get("compared") == "ALIKE":
+        return alike_beside_nans
+    return exact if OP_TABLE[op].output is EXACT else same_sums
+
+
+def alike_beside_nans(got: Tensor, want: Tensor, what: str) -> None:
+    """Fail unless dtypes are equal, NaNs lie in the same places, and all other elements are ALIKE."""
+    assert got.dtype == want.dtype, f"{what}: dtype {got.dtype}, want {want.dtype}"
+    exact(got.isnan(), want.isnan(), f"whether there is a NaN in {what}")
+    alike(got.nan_to_num(nan=0.0), want.nan_to_num(nan=0.0), what)
+
+
 def _ids(cases: list[tuple[str, dict[str, Any]]]) -> list[str]:
     return [f"{op}-{case['name']}".replace(" ", "_") for op, case in cases]
 
@@ -66,7 +83,7 @@ def _run(ops: Subject, op: str, case: dict[str, Any]) -> None:
         return
     got = ops.call(op, *args, **kwargs)
     try:
-        exact(got, value_of(case["want"]), f"{on}: output")
+        comparer_of(op, case)(got, value_of(case["want"]), f"{on}: output")
     except AssertionError as failure:
         raise AssertionError(f"{failure} ({case['why']})") from None
 
@@ -95,4 +112,20 @@ def test_vectors_are_well_formed() -> None:
     assert len(CASES) >= LEAST_VECTORS
     for op, case in CASES:
         assert op in OP_TABLE or op == "philox"
+        assert case.get("compared", "ALIKE") == "ALIKE", f"{op}, {case['name']}: {case['compared']}"
+        assert "compared" not in case or OP_TABLE[op].output is not EXACT, f"{op}, {case['name']} is EXACT"
         assert len(case["why"]) > 10, f"{op}, {case['name']}: say why"
+
+
+def test_a_vector_forgives_only_what_an_op_may_differ_in() -> None:
+    """The sign of a zero is free where an op sums. ALIKE has room for roundings, and not for another number or a lost NaN."""
+    zero, minus = torch.zeros(1), -torch.zeros(1)
+    comparer_of("linear", {})(minus, zero, "y")
+    with pytest.raises(AssertionError, match=r"is -0\.0, want 0\.0"):
+        comparer_of("dequantize", {})(minus, zero, "w")
+    want, near, far = (torch.tensor([math.nan, value]) for value in (0.7, 0.7 + 2**-20, 0.7 + 2**-10))
+    compare = comparer_of("orthogonalize", {"compared": "ALIKE"})
+    compare(near, want, "y")
+    for wrong in (far, want.double(), torch.tensor([0.0, 0.7]), torch.full((2,), math.nan)):
+        with pytest.raises(AssertionError):
+            compare(wrong, want, "y")

@@ -11,7 +11,7 @@ from ..case import Case, calls
 from ..compare import exact, same_sums
 from ..law import law
 from ..mutant import mutants_of
-from ..refusal import F16, ones, refusals, refused, weight
+from ..refusal import F16, meta, ones, refusals, refused, weight
 from ..subject import Subject
 from .test_linear import dense
 
@@ -171,7 +171,12 @@ test_refusals_of_conv = refusals(
     refused("conv1d_input_grad", "columns of no kernel", ValueError,
             "weight", ones(1, 3, 5), weight, length=9, kernel_size=5),
     refused("conv1d_weight_grad", "other positions", ValueError, "grad_BNP", ones(1, 3, 4), ones(1, 2, 9), kernel_size=7),
-    refused("conv1d_weight_grad", "another batch", ValueError, "x", ones(2, 3, 3), ones(1, 2, 9), kernel_size=7),
+    refused("conv1d_weight_grad", "another batch", ValueError, "x_BCL", ones(2, 3, 3), ones(1, 2, 9), kernel_size=7),
+    refused("conv1d_weight_grad", "no rows", ValueError, "grad_BNP", ones(1, 0, 3), ones(1, 2, 9), kernel_size=7),
+    refused("conv1d_weight_grad", "no channels", ValueError, "x_BCL", ones(1, 3, 3), ones(1, 0, 9), kernel_size=7),
+    refused("conv1d_weight_grad", "two dtypes", TypeError,
+            "x_BCL", ones(1, 3, 3), ones(1, 2, 9, dtype=torch.bfloat16), kernel_size=7),
+    refused("conv1d_weight_grad", "two devices", ValueError, "x_BCL", ones(1, 3, 3), meta(1, 2, 9), kernel_size=7),
     rejects=[
         mutant("conv_padding_unchecked", "checks.conv_input(x_BCL, num_columns, kernel_size)", "pass"),
     ],

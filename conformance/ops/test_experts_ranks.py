@@ -234,7 +234,7 @@ def test_weigh_ranks_of_the_chosen_only(ops: Subject, data: st.DataObject) -> No
 # fmt: off
 test_refusals_of_experts_ranks = refusals(
     "experts_ranks",
-    refused("weigh_ranks", "float16", TypeError, "logits", ones(2, 6, dtype=F16), ones(2, 3, dtype=F16), ids(0, 1)),
+    refused("weigh_ranks", "float16", TypeError, "logits or ranks", ones(2, 6, dtype=F16), ones(2, 3, dtype=F16), ids(0, 1)),
     refused("weigh_ranks", "a number", ValueError, "logits", ones(6), ones(), ids(0)),
     refused("weigh_ranks", "two dtypes", TypeError, "ranks", ones(6, dtype=torch.bfloat16), ones(3), ids(0)),
     refused("weigh_ranks", "ranks that do not divide", ValueError, "ranks", ones(7), ones(3), ids(0)),

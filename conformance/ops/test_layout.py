@@ -102,7 +102,7 @@ def test_unused_slots_touch_no_row_before_the_weight(subject: Subject) -> None:
     whole = subject.raw("from_spec")(
         reference_ops.initial_weight((8, 40), std=0.1, seed=1, tensor_id=2).to(subject.device)
     )
-    if "words" not in whole.tensors():
+    if not hasattr(whole, "words"):
         skip("a weight on part of a memory", f"{subject.name} has no layout whose rows lie apart")
     for tensor in whole.tensors().values():
         tensor[:4] = 99

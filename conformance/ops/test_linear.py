@@ -447,6 +447,8 @@ test_refusals_of_linear = refusals(
     refused("linear_weight_grad", "other rows", ValueError, "x", ones(2, 3), ones(3, 14)),
     refused("linear_weight_grad", "two dtypes", TypeError, "x", ones(2, 3), ones(2, 14, dtype=torch.bfloat16)),
     refused("linear_weight_grad", "two devices", ValueError, "x", ones(2, 3), meta(2, 14)),
+    refused("linear_weight_grad", "no rows of the weight", ValueError, "grad", ones(2, 0), ones(2, 14)),
+    refused("linear_weight_grad", "no columns of the weight", ValueError, "x", ones(2, 3), ones(2, 0)),
     refused("linear_weight_grad", "a scalar x", ValueError, "x", ones(3), ones()),
     refused("linear_weight_grad", "a scalar grad", ValueError, "grad", ones(), ones(14)),
     rejects=[

@@ -252,7 +252,7 @@ test_refusals_of_scale = refusals(
             "group_size", (2, 3), trit=1, exponent=0, group_size=scalar(12)),
     refused("dequantize", "the name of a dtype", TypeError, "dtype is a str", weight, dtype="float32"),
     refused("constant_weight", "trit 2", ValueError, "trit", (2, 3), trit=2, exponent=0),
-    refused("constant_weight", "trit -2", ValueError, "trit is -2", (2, 3), trit=-2, exponent=0),
+    refused("constant_weight", "trit -2", ValueError, "trit", (2, 3), trit=-2, exponent=0),
     refused("constant_weight", "exponent 16", ValueError, "exponent", (2, 3), trit=1, exponent=16),
     refused("constant_weight", "exponent -33", ValueError, "exponent", (2, 3), trit=1, exponent=-33),
     refused("constant_weight", "group 12.0", ValueError, "group_size", (2, 3), trit=1, exponent=0, group_size=12.0),

@@ -171,7 +171,7 @@ test_refusals_of_update_several = refusals(
     refused("accumulate_gradients", "an unknown rule", ValueError,
             "exponent_rule", lambda: (weight(), weight()), ones(6, 14), 1.0, exponent_rule="ema", **IDS),
     refused("accumulate_gradients", "id -1", ValueError,
-            "tensor_id", lambda: (weight(), weight()), ones(6, 14), 1.0, **{**IDS, "tensor_ids": (1, -1)}),
+            "tensor_ids or tensor_id", lambda: (weight(), weight()), ones(6, 14), 1.0, **{**IDS, "tensor_ids": (1, -1)}),
     refused("accumulate_gradients", "int32 faults", TypeError,
             "faults", lambda: (weight(), weight()), ones(6, 14), 1.0, faults=ones(dtype=torch.int32), **IDS),
     rejects=[

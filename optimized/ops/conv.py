@@ -58,6 +58,7 @@ def conv1d_weight_grad(
     num_columns = x_BCL.shape[1] * kernel_size if x_BCL.ndim == 3 else 0
     windows_BPK = _windows(x_BCL, num_columns, kernel_size, stride, padding)
     checks.conv_gradient(grad_BNP, None, windows_BPK.shape[1])
+    checks.conv_pair(grad_BNP, x_BCL)
     return linear_weight_grad(grad_BNP.transpose(1, 2), windows_BPK)
 
 

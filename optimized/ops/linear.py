@@ -85,8 +85,9 @@ def linear_weight_grad(grad: Tensor, x: Tensor, *, num_groups: int = 1) -> Tenso
     checks.dtype_in("grad", grad, DTYPES)
     checks.same_dtype("x", x, "grad", grad)
     checks.same_device(grad=grad, x=x)
-    checks.some_dimension("grad", grad)
+    checks.last_dim_not_empty("grad", grad)
     checks.leading_dims("x", x, grad.shape[:-1], "grad", grad)
+    checks.last_dim_not_empty("x", x)
     checks.side_by_side("x", x.shape[-1], num_groups)
     w_NK = wide_product(padded(matrix_of(grad)).T, matrix_of(x))[: grad.shape[-1]]
     if num_groups == 1:

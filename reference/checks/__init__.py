@@ -31,7 +31,7 @@ from arbitor.reference.checks.codebooks import (
     revivals,
     usage_of,
 )
-from arbitor.reference.checks.conv import conv_columns, conv_gradient, conv_input, conv_positions
+from arbitor.reference.checks.conv import conv_columns, conv_gradient, conv_input, conv_pair, conv_positions
 from arbitor.reference.checks.denoise import denoise_loop
 from arbitor.reference.checks.edges import (
     edge_gradient,
@@ -108,6 +108,7 @@ __all__ = [
     "conv_columns",
     "conv_gradient",
     "conv_input",
+    "conv_pair",
     "conv_positions",
     "decode_slots",
     "denoise_loop",

@@ -13,7 +13,6 @@ from arbitor.reference.checks.tensors import (
     dtype_in,
     same_device,
     same_dtype,
-    tensor,
 )
 from arbitor.reference.dtypes import wide_dtype
 
@@ -48,7 +47,12 @@ def decode_slots(
             )
         slots = places_BS.shape
         same_device(q_BHK=q_BHK, places_BS=places_BS)
-    tensor("bias_BS", bias_BS, wide_dtype(q_BHK), slots)
+    dtype_in("bias_BS", bias_BS, (wide_dtype(q_BHK),))
+    if bias_BS.shape != slots:
+        source = "keys_BSK" if places_BS is None else "places_BS"
+        raise ValueError(
+            f"bias_BS has shape {tuple(bias_BS.shape)}, but must have the slots of {source}, {tuple(slots)}"
+        )
     same_device(q_BHK=q_BHK, keys_BSK=keys_BSK, bias_BS=bias_BS)
     integer("value_width", value_width, 1, columns)
     number("scale", scale, 0.0, 2.0**15, open_low=True)

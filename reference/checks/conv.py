@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from arbitor.reference.checks.arguments import integer
-from arbitor.reference.checks.tensors import FLOAT_DTYPES, dtype_in
+from arbitor.reference.checks.tensors import FLOAT_DTYPES, dtype_in, same_device, same_dtype
 
 
 def conv_positions(length: int, kernel_size: int, stride: int, padding: int) -> int:
@@ -38,6 +38,19 @@ def conv_input(x_BCL: Tensor, num_columns: int, kernel_size: int) -> None:
             f"x_BCL has shape {tuple(x_BCL.shape)}, but must be [batch, channels, length] "
             f"with channels * {kernel_size} = {num_columns}"
         )
+
+
+def conv_pair(grad_BNP: Tensor, x_BCL: Tensor) -> None:
+    """Refuse a gradient and an input of different dtypes, batches or devices, or without a row or a channel."""
+    for name, value, what in (("grad_BNP", grad_BNP, "row"), ("x_BCL", x_BCL, "channel")):
+        if value.shape[1] == 0:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, but must have at least one {what}")
+    same_dtype("x_BCL", x_BCL, "grad_BNP", grad_BNP)
+    if x_BCL.shape[0] != grad_BNP.shape[0]:
+        raise ValueError(
+            f"x_BCL has shape {tuple(x_BCL.shape)}, but must have the batch of grad_BNP, {tuple(grad_BNP.shape)}"
+        )
+    same_device(grad_BNP=grad_BNP, x_BCL=x_BCL)
 
 
 def conv_gradient(grad_BNP: Tensor, num_rows: int | None, positions: int) -> None:

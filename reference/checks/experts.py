@@ -108,13 +108,15 @@ def weighed_ranks(
     dtype_in("experts", experts, (torch.int64,))
     if experts.ndim == 0 or experts.shape[:-1] != lead or not 1 <= experts.shape[-1] <= num_experts:
         raise ValueError(
-            f"experts has shape {tuple(experts.shape)}, but must be {tuple(lead)} and then 1 to {num_experts} experts"
+            f"experts has shape {tuple(experts.shape)}, but must have the leading dimensions of logits, {tuple(lead)}, "
+            f"then 1 to {num_experts} experts"
         )
     same_dtype("ranks", ranks, "logits", logits)
     parts = experts.shape[-1] if chosen_only else num_experts
     if ranks.ndim == 0 or ranks.shape[:-1] != lead or ranks.shape[-1] == 0 or ranks.shape[-1] % parts:
         raise ValueError(
-            f"ranks has shape {tuple(ranks.shape)}, but must be {tuple(lead)} and then a multiple of {parts}, the number of experts"
+            f"ranks has shape {tuple(ranks.shape)}, but must have the leading dimensions of logits, {tuple(lead)}, "
+            f"then a multiple of {parts}, the number of experts"
         )
     same_device(logits=logits, ranks=ranks, experts=experts)
 

@@ -38,8 +38,9 @@ def decode_attention(
              y[b, h, l] = sum_s a[b, h, s] * keys[b, s, l], l < L
     Shapes:  q float32, bfloat16 or float64 [B, H, K], keys of the same dtype [B, S, K]; bias float32 (float64 for float64
              inputs) [B, S], each finite or -inf. A slot of bias -inf is not visible. A slot of bias ln n stands for n slots
-             with its key. L = value_width in 1 .. K; B, H and S may be 0. With places int64 [B, S] the keys are those of a log
-             [B, N, K], and slot s is row places[b, s] of it
+             with its key. B, H and S may be 0. With places int64 [B, S] the keys are those of a log [B, N, K], and slot s is
+             row places[b, s] of it, in 0 .. N - 1 even where the slot is not visible
+    Range:   L = value_width in 1 .. K; scale above 0, at most 2**15
     Returns: dtype of q, [B, H, L]; zeros for a sequence that sees no slot
     Raises:  TypeError or ValueError for a dtype, shape, device, width, scale or bias that is not allowed
     Laws:    an invisible slot is not read, so not even a NaN in it shows; a single visible slot gives its value exactly;

@@ -83,6 +83,7 @@ def conv1d_weight_grad(
     num_columns = x_BCL.shape[1] * kernel_size if x_BCL.ndim == 3 else 0
     columns_BPK = unfold(x_BCL, num_columns, kernel_size=kernel_size, stride=stride, padding=padding)
     checks.conv_gradient(grad_BNP, None, columns_BPK.shape[1])
+    checks.conv_pair(grad_BNP, x_BCL)
     return linear_weight_grad(grad_BNP.transpose(1, 2), columns_BPK)
 
 

@@ -37,7 +37,7 @@ def average_gradient(
              e <- max(k - 7, -128), 0 for a row of zeros, and q <- clamp(rint(m / 2**e), -127, 127)
              at rate 0, and for a row of g that is not finite: u = g, and q and e stay
     Shapes:  grad_NK float32 or bfloat16 [N, K]; mean_NK int8 [N, K]; exponents_N int8 [N]
-             rate 0 .. 127, a number or a 0-dim float32 tensor: only whether it is 0 counts
+    Range:   rate 0 .. 127, a number or a 0-dim float32 tensor: only whether it is 0 counts
     Returns: u in the dtype of grad, q in -127 .. 127 and e in -128 .. 121; new, or `out`, overwritten, which may be
              (grad_NK, mean_NK, exponents_N) itself
     Rounding: m and u are taken in float64, with one rounding each; u is rounded to float32 and then to its dtype; half to even

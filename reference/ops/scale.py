@@ -92,7 +92,8 @@ def initial_weight(
 
     Math:    T = sign(z) where |z| > 0.5, else 0, for z ~ N(0, 1). A dither byte draws it: T = -1 below 79, +1 from 177 on,
              0 between (the same probabilities to 1 in 2000). E = clamp(rint(log2(std / sqrt(0.617))), -32, 15) in all groups
-    Shapes:  shape (N, K)
+    Shapes:  shape (N, K), with at most 2**32 groups
+    Range:   std above 0, finite; seed and tensor_id as `dither_bytes`
     Returns: weight with empty accumulators
     Raises:  ValueError for a std that is not positive and finite, or a shape, group size, seed or id out of range
     Laws:    the same on every device; where E is not clamped, W has standard deviation std to within half a power of two

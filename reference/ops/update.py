@@ -167,7 +167,7 @@ def accumulate_gradient(
     """Return the weight with the stochastic votes of a gradient counted, as a backward pass does.
 
     Math:    accumulate(weight, stochastic_votes(grad, rate)); the votes need never exist as a tensor
-    Shapes:  grad_NK float32 or bfloat16 [N, K], or [R, K] for the unique rows int64 [R] (-1: unused slot)
+    Shapes:  grad_NK float32 or bfloat16 [N, K], or [R, K] for the unique rows int64 [R] (-1: unused slot);
              faults int64 []: the number of gradient rows that are not finite is added to it
     Range:   rate as `stochastic_votes`, first_row as `accumulate`
     Returns: a new weight; or `out` (may be `weight` itself), overwritten
@@ -220,8 +220,7 @@ def accumulate_gradients(
 
     Math:    accumulate_gradient of each weight, with its rows of the gradient and its tensor id
     Shapes:  W weights [N, K] of one format, a tensor id each; grad_NK float32 or bfloat16 [W N, K], the gradients one below the
-             other
-             faults int64 []: the number of gradient rows that are not finite is added to it
+             other; faults int64 []: the number of gradient rows that are not finite is added to it
     Returns: new weights; or `out`, overwritten: other weights, or those of `weights` at their own places
     Raises:  as `accumulate_gradient`; a refused call writes neither `out` nor `faults`
     Laws:    equal to its calls of `accumulate_gradient`
