@@ -43,6 +43,7 @@ from arbitor.reference.config import SIGN_VOTES, ArbConfig, with_fields
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.open_pass import VOTED_IN
 from arbitor.reference.types import has_memory
+from conformance import interpreter
 from conformance.compare import alike
 from conformance.distributed import oracle
 from conformance.distributed.at_work import (
@@ -454,6 +455,8 @@ def main(folder: Path, device: str) -> None:
     Place.device = device
     if device == "cuda":
         Place.ops = triton_ops
+    else:
+        interpreter.spare()
     found = {}
     with pytest.MonkeyPatch.context() as patch, a_world(patch) as world:
         nano.register(patch)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -19,16 +17,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True, scope="package")
-def wide_programs() -> Iterator[None]:
-    """Let Triton's interpreter compute 64 outputs at once where float rows are multiplied. A program takes it two milliseconds.
-
-    On a GPU a program computes one output of so small a weight. `ops/test_linear.py` compares such programs in the interpreter too.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") == "1":
-            from arbitor.optimized.kernels import float_rows
-
-            patch.setattr(float_rows, "PROGRAMS", 1)
-            patch.setattr(float_rows, "MOST_OUTPUTS", 64)
-        yield
+@pytest.fixture(autouse=True, scope="module")
+def few_programs(wide_programs: None) -> None:
+    """Multiply float rows in few programs of the interpreter: a step of a model has dozens of products."""

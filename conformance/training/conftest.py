@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from arbitor.optimized.training.loop import train
-from conformance.graph.conftest import one_thread, wide_programs
+from conformance.graph.conftest import few_programs, one_thread
 from conformance.training import nano
 from conformance.training.runs import options
 
-__all__ = ["finished", "nano_preset", "one_thread", "pictures", "text", "wide_programs"]
+__all__ = ["few_programs", "finished", "nano_preset", "one_thread", "pictures", "text"]
 
 
 @pytest.fixture
