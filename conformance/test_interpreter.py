@@ -16,9 +16,11 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from arbitor.reference.op_table import OP_TABLE
+from arbitor.reference.ops import initial_weight
 from conformance.case import Case
 from conformance.compare import exact
 from conformance.families import CASES
+from conformance.graph.models import integers
 from conformance.report import skip
 from conformance.subject import Subject
 
@@ -58,6 +60,17 @@ def test_a_launch_leaves_the_language_as_it_was(subject: Subject, spared: Module
     before = {name: getattr(tl.core, name) for name in ("load", "static_range", "reduce")}
     subject.dither_bytes(torch.arange(3), group_size=12, seed=1, step=2, tensor_id=3)
     assert {name: getattr(tl.core, name) for name in before} == before
+
+
+def test_few_programs_compute_what_many_do(
+    subject: Subject, spared: ModuleType, request: pytest.FixtureRequest
+) -> None:
+    """Rows of a weight that fill no program, and inputs that fill no tile. Sums of whole numbers are exact in any order."""
+    x_MK = integers(2, 70, seed=1)
+    weight = initial_weight((70, 70), std=1.0, seed=1, tensor_id=2)
+    many = subject.call("linear", x_MK, weight)
+    request.getfixturevalue("wide_programs")
+    exact(subject.call("linear", x_MK, weight), many)
 
 
 @triton.jit
