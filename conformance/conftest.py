@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -174,6 +175,22 @@ def reference() -> Subject:
     from arbitor.reference import ops
 
     return Subject(ops, "arbitor.reference.ops")
+
+
+@pytest.fixture(scope="module")
+def wide_programs(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Let Triton's interpreter compute 64 outputs at once where float rows are multiplied. A program takes it two milliseconds.
+
+    A GPU is given a program for each output of so small a weight. The comparison and `ops/test_linear.py` interpret such programs.
+    """
+    found = pytestconfig.stash[SUBJECT]
+    with pytest.MonkeyPatch.context() as patch:
+        if isinstance(found, Subject) and found.name == OURS and found.device.type == "cpu":
+            from arbitor.optimized.kernels import float_rows
+
+            patch.setattr(float_rows, "PROGRAMS", 1)
+            patch.setattr(float_rows, "MOST_OUTPUTS", 64)
+        yield
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from itertools import product
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -13,9 +16,11 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from arbitor.reference.op_table import OP_TABLE
+from arbitor.reference.ops import initial_weight
 from conformance.case import Case
 from conformance.compare import exact
 from conformance.families import CASES
+from conformance.graph.models import integers
 from conformance.report import skip
 from conformance.subject import Subject
 
@@ -57,6 +62,17 @@ def test_a_launch_leaves_the_language_as_it_was(subject: Subject, spared: Module
     assert {name: getattr(tl.core, name) for name in before} == before
 
 
+def test_few_programs_compute_what_many_do(
+    subject: Subject, spared: ModuleType, request: pytest.FixtureRequest
+) -> None:
+    """Rows of a weight that fill no program, and inputs that fill no tile. Sums of whole numbers are exact in any order."""
+    x_MK = integers(2, 70, seed=1)
+    weight = initial_weight((70, 70), std=1.0, seed=1, tensor_id=2)
+    many = subject.call("linear", x_MK, weight)
+    request.getfixturevalue("wide_programs")
+    exact(subject.call("linear", x_MK, weight), many)
+
+
 @triton.jit
 def _wrapping_kernel(x_ptr, out_ptr):
     place = tl.arange(0, 4)
@@ -94,3 +110,67 @@ def test_a_type_is_remembered_as_itself(spared: ModuleType, scalar: Any) -> None
     ):
         for _ in range(2):
             assert spared.interpreter._get_np_dtype(kind) == shipped(kind)
+
+
+@pytest.mark.parametrize("scalar", SCALARS, ids=str)
+def test_blocks_and_tensors_are_remembered_as_themselves(spared: ModuleType, scalar: Any) -> None:
+    """Pointers too, in every shape, with one handle and then with another one."""
+
+    def made() -> list[str]:
+        kinds = [
+            *(scalar, tl.pointer_type(scalar)),
+            *(
+                tl.block_type(kind, shape)
+                for kind in (scalar, tl.pointer_type(scalar))
+                for shape in ([1], [4], [4, 1], [1, 4], [2, 4], [tl.constexpr(2), tl.constexpr(4)])
+            ),
+        ]
+        # The order of the fields is no part of a tensor.
+        return [
+            f"{vars(kind)} {sorted(vars(tl.tensor(handle, kind)).items())}"
+            for handle in ("one handle", "the other")
+            for kind in kinds
+        ]
+
+    found = made()
+    with spared.as_shipped():
+        assert found == made()
+
+
+def test_tensors_are_broadcast_as_shipped(spared: ModuleType) -> None:
+    """Shapes of every kind: equal, with axes of one element, of fewer axes, scalars, and shapes that do not fit."""
+    semantic = spared.interpreter.interpreter_semantic
+
+    def of(shape: tuple[int, ...]) -> Any:
+        handle = spared.interpreter.TensorHandle(np.arange(math.prod(shape)).reshape(shape), tl.int64)
+        return tl.tensor(handle, tl.block_type(tl.int64, list(shape)) if shape else tl.int64)
+
+    def told(one: tuple[int, ...], other: tuple[int, ...]) -> str:
+        try:
+            results = semantic.broadcast_impl_value(of(one), of(other))
+        except ValueError as error:
+            return str(error)
+        return str([(result.type, result.handle.data.tolist()) for result in results])
+
+    pairs = list(product([(), (1,), (4,), (2,), (1, 4), (4, 1), (2, 4), (4, 4)], repeat=2))
+    found = [told(*pair) for pair in pairs]
+    with spared.as_shipped():
+        assert found == [told(*pair) for pair in pairs]
+
+
+def test_two_types_become_what_they_become_as_shipped(spared: ModuleType) -> None:
+    """Each of them may be a scalar, for sums and for quotients. Types that have no sum are refused each time."""
+    semantic = spared.interpreter.interpreter_semantic
+
+    def told(*asked: Any) -> str:
+        try:
+            return str(semantic.computation_type_impl(*asked))
+        except TypeError as error:
+            return str(error)
+
+    answers = (True, False)
+    cases = list(product(SCALARS, answers, SCALARS, answers, answers))
+    # With one memory for all, and each of them twice.
+    found = [told(*asked) for asked in cases + cases]
+    with spared.as_shipped():
+        assert found == [told(*asked) for asked in cases] * 2

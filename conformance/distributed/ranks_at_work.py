@@ -38,6 +38,7 @@ from arbitor.reference.config import SIGN_VOTES, ArbConfig, with_fields
 from arbitor.reference.constants import VOTED_IN
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.types import has_memory
+from conformance import interpreter
 from conformance.distributed import oracle
 from conformance.distributed.at_work import (
     BATCH,
@@ -377,6 +378,8 @@ def main(folder: Path, device: str) -> None:
     Place.device = device
     if device == "cuda":
         Place.ops = triton_ops
+    else:
+        interpreter.spare()
     found = {}
     with pytest.MonkeyPatch.context() as patch, a_world(patch) as world:
         nano.register(patch)

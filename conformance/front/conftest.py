@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from conformance.report import skip
-from conformance.training.conftest import nano_preset, one_thread, pictures, text
+from conformance.training.conftest import few_programs, nano_preset, one_thread, pictures, text
 
-__all__ = ["hub", "model", "nano_preset", "one_thread", "pictures", "text"]
+__all__ = ["few_programs", "hub", "model", "nano_preset", "one_thread", "pictures", "text"]
 
 
 @pytest.fixture(scope="session")

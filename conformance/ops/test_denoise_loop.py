@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import assume
 from hypothesis import strategies as st
@@ -27,6 +28,8 @@ from ..refusal import F16, Refusal, meta, ones, refusals, refused, weight
 from ..subject import Subject
 
 mutant = mutants_of("denoise")
+
+pytestmark = pytest.mark.usefixtures("wide_programs")
 
 
 # --- how calls are drawn ---------------------------------------------------------------------------------------------

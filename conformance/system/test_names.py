@@ -30,28 +30,53 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
-def test_a_run_of_any_name_ends_as_others_do(finished: Path, tmp_path: Path, name: str) -> None:
-    """Pictures are drawn, on a terminal that knows ASCII only. The preset, the data and the folder have the name."""
-    folder = tmp_path / name
-    (folder / name).parent.mkdir(parents=True)
-    (folder / name).write_bytes(TEXT)
-    preset = folder / f"{name}.json"
-    values = {**json.loads(NANO.to_json()), "name": f"nano{name}"}
-    preset.write_bytes(json.dumps(values).encode())
-    run = folder / "run"
-    command = arguments(folder / name, run, "--preset", str(preset), "--batch", "2", "--context", "16")
+IN_TURN = """
+import json, sys
+from conformance.system import nano_arb
+for command in json.loads(sys.stdin.read()):
+    try:
+        nano_arb.main(command)
+    except SystemExit as end:
+        print(f"{end.code}", file=sys.stderr)
+"""
+"""A process takes longer to start than a run of nano. This one takes runs one after the other, and says how each of them ends."""
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs that have written without a fault, on a terminal that knows ASCII only, by what is strange in their names.
+
+    The preset, the data and the folder have the name. Pictures are drawn.
+    """
+    runs, commands = {}, []
+    for what, name in NAMES.items():
+        folder = tmp_path_factory.mktemp("named") / name
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_bytes(TEXT)
+        preset = folder / f"{name}.json"
+        values = {**json.loads(NANO.to_json()), "name": f"nano{name}"}
+        preset.write_bytes(json.dumps(values).encode())
+        runs[what] = folder / "run"
+        commands.append(
+            arguments(folder / name, runs[what], "--preset", str(preset), "--batch", "2", "--context", "16")
+        )
     done = subprocess.run(
-        [sys.executable, "-m", "conformance.system.nano_arb", *command],
+        [sys.executable, "-c", IN_TURN],
         cwd=REPOSITORY,
         env={**environment(), "PYTHONIOENCODING": "ascii"},
+        input=json.dumps(commands).encode(),
         capture_output=True,
     )
     assert done.returncode == 0, done.stderr.decode()
-    assert done.stderr == b""
+    assert done.stderr == b"0\n" * len(NAMES)
     assert all(byte >= 32 or byte == 10 for byte in done.stdout)
-    assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert digest(run) == digest(finished)
+    return runs
+
+
+@pytest.mark.parametrize("what", NAMES)
+def test_a_run_of_any_name_ends_as_others_do(finished: Path, named: dict[str, Path], what: str) -> None:
+    assert (named[what] / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert digest(named[what]) == digest(finished)
 
 
 def test_no_sentence_has_a_name_raw(here: Here, text: Path, tmp_path: Path) -> None:

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from arbitor.optimized.training.loop import train
+from conformance.graph.conftest import few_programs, one_thread
 from conformance.training import nano
 from conformance.training.runs import options
 
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    """Tensors are so small here that a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+__all__ = ["few_programs", "finished", "nano_preset", "one_thread", "pictures", "text"]
 
 
 @pytest.fixture
