@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self, cast
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from arbitor.from_file import load_tensors
 from arbitor.model import ArbModel
 from arbitor.optimized.training.generate import PIECE, first_window
 from arbitor.optimized.training.model_folder import CONFIG_FILE, MODEL_TYPE
@@ -42,6 +44,7 @@ from arbitor.unread import (
     check_mask,
     refuse_unread,
 )
+from arbitor.wrapped import HELD
 
 try:
     _library: Any = library("transformers")
@@ -233,6 +236,21 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
         for name, text in texts.items():
             with told(repr(str(folder / name))):
                 write_whole(folder / name, text.encode())
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load tensors by the names of `state_dict`, or by those of `model.safetensors`, as the library's Trainer does.
+
+        A file has the names of the `ArbModel`, and canonical weights. It holds all of a model, so `strict` says nothing of it. The
+        seed of the dither and `steps_taken` stay those of this model.
+
+        Raises TypeError or ValueError for a file of another model, RuntimeError as torch does.
+        """
+        if not state_dict or any(name.startswith(HELD) for name in state_dict):
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        load_tensors(self.arb, state_dict)
+        return torch.nn.modules.module._IncompatibleKeys([], [])
 
     @property
     def votes(self) -> bool:

@@ -42,7 +42,9 @@ def model(hub: Any, folder: Path) -> Any:
     return hub.AutoModelForCausalLM.from_pretrained(folder)
 
 
-def trainer(hub: Any, where: Path, model: Any, *, kind: Any = None, steps: int = 3, **more: Any) -> Any:
+def trainer(
+    hub: Any, where: Path, model: Any, *, kind: Any = None, steps: int = 3, saves: Any = None, **more: Any
+) -> Any:
     if importlib.util.find_spec("accelerate") is None:
         skip("a Trainer of transformers", "accelerate is not installed")
     arguments = hub.TrainingArguments(
@@ -50,10 +52,11 @@ def trainer(hub: Any, where: Path, model: Any, *, kind: Any = None, steps: int =
         max_steps=steps,
         per_device_train_batch_size=2,
         report_to=[],
-        save_strategy="no",
         use_cpu=True,
         disable_tqdm=True,
         learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        **({"save_strategy": "no"} if saves is None else saves),
     )
     rows = [{"input_ids": row, "labels": row} for row in IDS]
     return (kind or hub.Trainer)(model=model, args=arguments, train_dataset=rows, eval_dataset=rows, **more)
@@ -218,6 +221,98 @@ def test_a_trainer_trains_adapters(hub: Any, model: Any, tmp_path: Path) -> None
         alone = model(input_ids=IDS, labels=IDS).loss
     shared = model(input_ids=IDS, labels=IDS, num_items_in_batch=60).loss
     assert float(shared.detach()) == pytest.approx(float(alone) * 2 * (IDS.shape[1] - 3) / 60)
+
+
+def voting(hub: Any, where: Path, model: Any, **more: Any) -> Any:
+    """A trainer whose passes vote, as docs/python.md has it."""
+    optimizer = ArbOptimizer(model.arb, rate=6.0)
+
+    class Voting(hub.Trainer):  # type: ignore[misc, name-defined]
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            loss = model(**self._prepare_inputs(inputs)).loss
+            optimizer.backward(loss)
+            return loss.detach()
+
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=4)
+    return trainer(hub, where, model, kind=Voting, optimizers=(optimizer, schedule), **more)
+
+
+EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
+
+
+def test_a_trainer_goes_on_from_its_own_checkpoint(hub: Any, folder: Path, tmp_path: Path) -> None:
+    def fresh() -> Any:
+        return hub.AutoModelForCausalLM.from_pretrained(folder)
+
+    whole, stopped, resumed = fresh(), fresh(), fresh()
+    voting(hub, tmp_path / "whole", whole, steps=4).train()
+    voting(hub, tmp_path / "run", stopped, steps=2, saves=EVERY_STEP).train()
+    voting(hub, tmp_path / "run", resumed, steps=4).train(
+        resume_from_checkpoint=str(tmp_path / "run/checkpoint-2")
+    )
+    assert state_sha256(whole.arb.state()) == state_sha256(resumed.arb.state())
+    assert state_sha256(whole.arb.state()) != state_sha256(stopped.arb.state())
+
+
+def test_a_trainer_goes_on_with_adapters(hub: Any, folder: Path, tmp_path: Path) -> None:
+    def fresh() -> Any:
+        model = hub.AutoModelForCausalLM.from_pretrained(folder)
+        adapters.attach(model.arb, rank=2, targets="value_up")
+        return model
+
+    whole, stopped, resumed = fresh(), fresh(), fresh()
+    trainer(hub, tmp_path / "whole", whole, steps=4).train()
+    trainer(hub, tmp_path / "run", stopped, steps=2, saves=EVERY_STEP).train()
+    trainer(hub, tmp_path / "run", resumed, steps=4).train(
+        resume_from_checkpoint=str(tmp_path / "run/checkpoint-2")
+    )
+    pairs = list(zip(whole.parameters(), resumed.parameters(), stopped.parameters(), strict=True))
+    assert pairs and all(torch.equal(one, other) for one, other, _ in pairs)
+    assert not all(torch.equal(one, earlier) for one, _, earlier in pairs)
+
+
+def test_a_trainer_ends_with_its_best_checkpoint(hub: Any, model: Any, tmp_path: Path) -> None:
+    saves = {
+        **EVERY_STEP,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        # So the first checkpoint is the best.
+        "metric_for_best_model": "eval_runtime",
+        "greater_is_better": True,
+    }
+
+    def first_is_best(found: Any) -> None:
+        found["eval_runtime"] = -trained.state.global_step
+
+    class Watch(hub.TrainerCallback):  # type: ignore[misc, name-defined]
+        def on_evaluate(self, *args: Any, metrics: Any, **more: Any) -> None:
+            first_is_best(metrics)
+
+    trained = voting(hub, tmp_path, model, saves=saves, callbacks=[Watch()])
+    trained.train()
+    assert trained.state.best_model_checkpoint.endswith("checkpoint-1")
+    best = ArbModel.from_pretrained(tmp_path / "checkpoint-1", device="cpu")
+    last = ArbModel.from_pretrained(tmp_path / "checkpoint-3", device="cpu")
+    assert state_sha256(model.arb.state()) == state_sha256(best.state()) != state_sha256(last.state())
+
+
+def test_a_file_of_another_model_is_not_loaded(hub: Any, folder: Path, model: Any) -> None:
+    load_file = importlib.import_module("safetensors.torch").load_file
+    tensors = load_file(folder / "model.safetensors")
+    name = next(iter(tensors))
+    before = state_sha256(model.arb.state())
+    short = {each: tensor for each, tensor in tensors.items() if each != name}
+    for given, says in (
+        (short, f"state_dict has no '{name}'"),
+        ({**tensors, "more": tensors[name]}, "state_dict has 'more'"),
+        ({**tensors, "x.lora_A": tensors[name]}, r"has 'x.lora_A', .* attach the same adapters"),
+        ({**tensors, name: tensors[name][:1]}, "shape"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            model.load_state_dict(given, strict=False)
+    assert state_sha256(model.arb.state()) == before
+    assert model.load_state_dict(tensors) == model.load_state_dict(model.state_dict())
 
 
 def test_adapters_of_peft_say_what_to_do(hub: Any, model: Any, tmp_path: Path) -> None:
