@@ -299,9 +299,12 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
         input_ids: Tensor,
         past_key_values: LedgerCache | None = None,
         attention_mask: Tensor | None = None,
+        cache: LedgerCache | None = None,
         **more: Any,
     ) -> dict[str, Any]:
         """Return the arguments of `forward` for the next step: all ids, or those that the cache does not have.
+
+        Newer versions of the library say `cache` where older ones say `past_key_values`, here and in `forward`.
 
         Raises ValueError for `use_cache=False`: a prompt of fewer than three bytes would be read in another way at every step. Also
         for what the model does not make, and for padding behind a prompt, as bytes follow its last place.
@@ -309,7 +312,8 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
         if more.get("use_cache") is False:
             raise ValueError("use_cache is False, but generate must keep what it has read")
         refuse_unread({name: more.get(name) for name in ("output_attentions", "output_hidden_states")})
-        if past_key_values is None:
+        cache = _one_cache(past_key_values, cache)
+        if cache is None:
             check_mask(attention_mask, *input_ids.shape)
             if attention_mask is not None and not bool(attention_mask[:, -1].all()):
                 raise ValueError(
@@ -317,8 +321,8 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
                 )
             return {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": True}
         return {
-            "input_ids": input_ids[:, past_key_values.columns :],
-            "past_key_values": past_key_values,
+            "input_ids": input_ids[:, cache.columns :],
+            "past_key_values": cache,
             "use_cache": True,
         }
 
@@ -330,6 +334,7 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
         past_key_values: LedgerCache | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
+        cache: LedgerCache | None = None,
         **more: Any,
     ) -> Any:
         """Return the logits after every id, and the loss of labels.
@@ -345,6 +350,7 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
             past_key_values: what earlier calls have read; the ids follow it.
             use_cache: whether to return what was read.
             return_dict: None or True; False is refused.
+            cache: another name of `past_key_values`, one of which is None.
             more: nothing; what is named and not None is refused. The Trainer's `num_items_in_batch` is read where no weight would
                 vote: with gradients the loss is the sum over labels divided by it, and without them it changes nothing.
 
@@ -362,12 +368,8 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
         if return_dict is False:
             raise ValueError("return_dict is False, but must be True or None")
         check_ids(input_ids)
-        cache, (batch, length) = past_key_values, input_ids.shape
+        cache, (batch, length) = _one_cache(past_key_values, cache), input_ids.shape
         if cache is not None:
-            if not isinstance(cache, LedgerCache):
-                raise TypeError(
-                    f"past_key_values is a {type(cache).__name__}, but must be what an earlier call returned with use_cache=True"
-                )
             check_mask(attention_mask, batch, cache.columns + length)
             if attention_mask is not None and not bool(attention_mask[:, -length:].all()):
                 raise ValueError(
@@ -455,6 +457,20 @@ PEFT = (
     "attribute arb, or its use_float_linears first"
 )
 """Why peft cannot put an adapter over ternary linears, and what can."""
+
+
+def _one_cache(past_key_values: Any, cache: Any) -> LedgerCache | None:
+    """Return what was read before, of the two names for it. Raises TypeError for something else, ValueError for both names."""
+    given = {"past_key_values": past_key_values, "cache": cache}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) == 2:
+        raise ValueError("cache and past_key_values are both given, but they are two names of one argument")
+    for name in named:
+        if not isinstance(given[name], LedgerCache):
+            raise TypeError(
+                f"{name} is a {type(given[name]).__name__}, but must be what an earlier call returned with use_cache=True"
+            )
+    return cast("LedgerCache | None", given[named[0]] if named else None)
 
 
 def _span(row: int, mask_T: Tensor) -> tuple[int, int]:

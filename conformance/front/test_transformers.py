@@ -128,6 +128,25 @@ def test_a_step_reads_what_is_new_only(model: Any, monkeypatch: pytest.MonkeyPat
     assert read == [IDS.shape[1], 1, 1, 1]
 
 
+def test_what_was_read_has_two_names(model: Any) -> None:
+    """Newer versions of the library hand on what was read as `cache`, and older ones as `past_key_values`."""
+    with torch.no_grad():
+        logits = []
+        for name in ("past_key_values", "cache"):
+            read = model(input_ids=IDS[:, :-2], use_cache=True).past_key_values
+            given = model.prepare_inputs_for_generation(IDS, **{name: read})
+            assert torch.equal(given.pop("input_ids"), IDS[:, -2:])
+            assert given.pop("past_key_values") is read
+            logits.append(model(input_ids=IDS[:, -2:], **{name: read}).logits)
+        assert torch.equal(*logits)
+        with pytest.raises(ValueError, match="cache and past_key_values are both given"):
+            model(input_ids=IDS[:, -2:], past_key_values=read, cache=read)
+        with pytest.raises(TypeError, match="cache is a object, but must be what an earlier call returned"):
+            model(input_ids=IDS[:, -2:], cache=object())
+        made = model.generate(input_ids=IDS[:1], max_new_tokens=3, do_sample=False, guidance_scale=1.5)
+        assert made.shape == (1, IDS.shape[1] + 3)
+
+
 def test_beams_go_on_from_their_own_past(model: Any) -> None:
     """In another order what was read goes with its sequence."""
     following = torch.tensor([[1], [2]])
