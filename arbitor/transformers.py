@@ -60,6 +60,12 @@ __all__ = ["ArbForCausalLM", "ArbTransformersConfig", "ByteTokenizer", "LedgerCa
 
 GENERATION_FILE = "generation_config.json"
 """The file of a folder that says how the library's `generate` draws, where somebody said so."""
+SPREAD = ("balanced", "balanced_low_0", "sequential")
+"""What the library takes for `device_map` to spread a model over devices."""
+
+OF_A_RUN = ("run", "baselines", "beginning")
+"""The fields of the `config.json` of a run that are about the run, and not about its model."""
+
 
 
 class ArbTransformersConfig(_library.PretrainedConfig):
@@ -67,7 +73,7 @@ class ArbTransformersConfig(_library.PretrainedConfig):
 
     Args:
         model: an `ArbConfig` as JSON data. None: of no model; the library makes such configurations to compare with.
-        more:  fields that every configuration of the library has.
+        more:  fields that every configuration of the library has. What `config.json` says of a run beside is left out.
     """
 
     model_type = MODEL_TYPE
@@ -78,7 +84,10 @@ class ArbTransformersConfig(_library.PretrainedConfig):
         for field, name in (("hidden_size", "width"), ("num_hidden_layers", "num_layers")):
             setattr(self, field, (model or {}).get(name))
         ids = {f"{name.lower()}_token_id": SPECIAL_IDS[name] for name in ("PAD", "BOS", "EOS")}
-        super().__init__(**{**ids, "use_cache": True, "tie_word_embeddings": False, **more})
+        known = {name: value for name, value in more.items() if name not in OF_A_RUN}
+        # The library keeps it for no configuration that does not name it, and its Trainer sets it.
+        self.use_cache = known.pop("use_cache", True)
+        super().__init__(**{**ids, "tie_word_embeddings": False, **known})
 
     def arb(self) -> ArbConfig:
         """Return the configuration of the model. Raises ValueError or TypeError where there is none, or it is not one."""

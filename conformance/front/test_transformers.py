@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from hypothesis import strategies as st
 
 from arbitor import ArbModel
 from arbitor.optimized.training.checkpoint import state_sha256
+from arbitor.optimized.training.loop import train
 from arbitor.reference.config import NUM_BYTES, SPECIAL_IDS
 from conformance.report import skip
 from conformance.training import nano
+from conformance.training.runs import options
 
 IDS = torch.tensor([list(b"to be or not to be"), list(b"that is the questi")])
 PROMPTS = ["what is h\u00e9r name? ", "a", "<pad> is text"]
@@ -62,6 +65,25 @@ def test_the_auto_classes_load_a_folder(hub: Any, folder: Path, model: Any, toke
     assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
     assert model.to("cpu") is model and type(tokenizer).__name__ == "ByteTokenizer"
     model.tie_weights()
+
+
+def test_the_auto_classes_load_a_run(hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nano.register(monkeypatch)
+    nano.without_pictures(monkeypatch)
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_bytes(nano.TEXT)
+    train(options(text, run, steps=1))
+    model = hub.AutoModelForCausalLM.from_pretrained(run)
+    assert state_sha256(model.arb.state()) == state_sha256(
+        ArbModel.from_pretrained(run, device="cpu").state()
+    )
+    assert hub.pipeline("text-generation", model=str(run))("to", max_new_tokens=2)
+    model.save_pretrained(tmp_path / "model")
+    # What a run says of itself, paths among it, is nothing of its model.
+    assert (
+        not {"run", "baselines", "beginning"}
+        & json.loads((tmp_path / "model/config.json").read_text()).keys()
+    )
 
 
 def test_a_model_is_saved_for_both(
