@@ -17,6 +17,7 @@ from torch import Tensor
 
 from arbitor import pretrained
 from arbitor.alone import check_alone
+from arbitor.asked import Asked
 from arbitor.optimized.training.adapter_state import AdapterState
 from arbitor.optimized.training.generate import MOST_SEED, stream_batch
 from arbitor.optimized.training.media import Features, encoders_of, media_features
@@ -45,7 +46,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 """The dtypes of activations by name."""
 
 
-class ArbModel(graph.ArbModel):
+class ArbModel(Asked, graph.ArbModel):
     """Bytes in, logits of the next byte out; every weight ternary, trained in place by votes.
 
     A training loop of one's own is a forward pass, a backward pass that votes, and a step:
@@ -73,6 +74,8 @@ class ArbModel(graph.ArbModel):
         TypeError or ValueError: an argument that is not allowed, or that the op set does not compute in.
         TrainingError: the device is not there, or the op set cannot run on it.
     """
+
+    instead = "ArbForCausalLM(arb=model) of arbitor.transformers"
 
     def __init__(
         self,
@@ -143,7 +146,7 @@ class ArbModel(graph.ArbModel):
 
     def _features(self, **media: Any) -> dict[str, Tensor]:
         """Return the features of raw media on the device of the model."""
-        device = self.context.device
+        device = self.device
         encoders = None if self.encoders is None else self.encoders.to(device)
         return {
             name: value.to(device) for name, value in media_features(encoders, self.config, **media).items()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self, cast
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from arbitor.asked import or_why_none
 from arbitor.from_file import load_tensors
 from arbitor.model import ArbModel
 from arbitor.optimized.training.generate import PIECE, first_window
@@ -32,6 +33,7 @@ from arbitor.optimized.training.regular import json_object
 from arbitor.optimized.training.whole_file import told, write_whole
 from arbitor.reference.config import NGRAM, NUM_BYTES, SPECIAL_IDS, VOCABULARY_SIZE, ArbConfig
 from arbitor.reference.graph.ledger import KVLedger
+from arbitor.reference.graph.uncompiled import out_of_graphs
 from arbitor.sidecars import SidecarError
 from arbitor.sidecars.libraries import library
 from arbitor.unread import (
@@ -44,7 +46,7 @@ from arbitor.unread import (
     check_mask,
     refuse_unread,
 )
-from arbitor.wrapped import HELD
+from arbitor.wrapped import HELD, inner_model
 
 try:
     _library: Any = library("transformers")
@@ -58,14 +60,14 @@ from arbitor.byte_tokenizer import ByteTokenizer
 
 __all__ = ["ArbForCausalLM", "ArbTransformersConfig", "ByteTokenizer", "LedgerCache"]
 
-GENERATION_FILE = "generation_config.json"
-"""The file of a folder that says how the library's `generate` draws, where somebody said so."""
 SPREAD = ("balanced", "balanced_low_0", "sequential")
 """What the library takes for `device_map` to spread a model over devices."""
 
 OF_A_RUN = ("run", "baselines", "beginning")
 """The fields of the `config.json` of a run that are about the run, and not about its model."""
 
+GENERATION_FILE = "generation_config.json"
+"""The file of a folder that says how the library's `generate` draws, where somebody said so."""
 
 
 class ArbTransformersConfig(_library.PretrainedConfig):
@@ -125,8 +127,10 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
     """A model with the interface that the library expects of a causal language model.
 
     Args:
-        config: with the model's own configuration in its field `model`. The weights are drawn by seed 0.
+        config: with the model's own configuration in its field `model`, whose weights are drawn by seed 0; None: that of `arb`.
         arb:    the model to wrap, in place of a new one.
+
+    Raises TypeError where neither is given, or `arb` is of another type.
 
     Attributes:
         arb: the model itself. It trains, saves, and generates faster where its steps are recorded.
@@ -137,7 +141,13 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
     accepts_loss_kwargs = cast(bool, property(lambda self: self.votes))
     _is_stateful = True
 
-    def __init__(self, config: ArbTransformersConfig, *, arb: ArbModel | None = None) -> None:
+    def __init__(self, config: ArbTransformersConfig | None = None, *, arb: ArbModel | None = None) -> None:
+        if not isinstance(arb, ArbModel | None) or (arb is None and config is None):
+            raise TypeError(
+                f"arb is a {type(arb).__name__}, but must be an ArbModel, or config a configuration{inner_model(arb)}"
+            )
+        if config is None:
+            config = ArbTransformersConfig(json.loads(cast(ArbModel, arb).config.to_json()))
         super().__init__(config)
         self.arb = ArbModel(config.arb(), device="cpu") if arb is None else arb
         # Only bytes are drawn, as by `ArbModel.generate`.
@@ -171,6 +181,11 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
         Raises:
             ValueError: an option that the model does not read; a configuration of another model; or as `ArbModel.from_pretrained`.
         """
+        if not isinstance(pretrained_model_name_or_path, str | PathLike):
+            raise TypeError(
+                f"pretrained_model_name_or_path is a {type(pretrained_model_name_or_path).__name__}, but must be a path, or "
+                "OWNER/NAME on a hub"
+            )
         if args:
             raise ValueError(f"{type(args[0]).__name__} is given by place, but options must be given by name")
         known = LOADING | (OF_A_HUB if Path(pretrained_model_name_or_path).exists() else {})
@@ -184,6 +199,10 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
                     f"device_map is {device_map!r}, but must name one device for the whole model"
                 )
             [device] = places
+        if device in SPREAD:
+            raise ValueError(
+                f"device_map is {device_map!r}, but must be auto or one device, as a model is on one device"
+            )
         revision = None if revision == "main" else revision
         arb = ArbModel.from_pretrained(
             pretrained_model_name_or_path,
@@ -290,6 +309,10 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
         """The dtype of activations."""
         return self.arb.dtype
 
+    def parameters(self, recurse: bool = True) -> Generator[torch.nn.Parameter, None, str | None]:
+        """Yield the float parameters, as `ArbModel.parameters` does."""
+        return (yield from or_why_none(super().parameters(recurse)))
+
     def num_parameters(self, *args: Any, **more: Any) -> int:
         """Return the number of ternary weights. There are no parameters in torch's sense."""
         return self.arb.num_weights
@@ -335,6 +358,7 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
             "use_cache": True,
         }
 
+    @out_of_graphs
     def forward(
         self,
         input_ids: Tensor,

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from arbitor import ArbModel, ArbOptimizer, adapters
+from arbitor.nn import Linear, Ternary
 from arbitor.optimized.training.checkpoint import state_sha256
 from conformance.report import skip
 from conformance.training import nano
@@ -345,6 +346,71 @@ def test_tokens_are_bytes_for_good(hub: Any, folder: Path) -> None:
 def test_a_wrapper_is_named(hub: Any, model: Any) -> None:
     with pytest.raises(TypeError, match=r"model is a ArbForCausalLM, .* give its attribute arb$"):
         ArbOptimizer(model, rate=6.0)
+
+
+def test_what_a_trainer_and_a_pipeline_must_be_given_is_named(hub: Any, model: Any, tmp_path: Path) -> None:
+    ternary = Ternary(torch.nn.Sequential(Linear(12, 12), torch.nn.Linear(12, 2)))
+    for given, says in (
+        (model.arb, r"type ArbModel, but must be given ArbForCausalLM\(arb=model\)"),
+        (ternary, "type Ternary, but must be given its attribute module"),
+    ):
+        with pytest.raises(TypeError, match=f"a Trainer of transformers was given a model of {says}"):
+            trainer(hub, tmp_path, given)
+        with pytest.raises(TypeError, match=f"a pipeline of transformers was given a model of {says}"):
+            given.can_generate()
+
+
+def test_a_model_is_wrapped(hub: Any, model: Any) -> None:
+    kind = type(model)
+    again = kind(arb=model.arb)
+    assert again.arb is model.arb and again.config.model == model.config.model
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    with pytest.raises(
+        TypeError, match="arb is a NoneType, but must be an ArbModel, or config a configuration"
+    ):
+        kind()
+    with pytest.raises(TypeError, match=r"arb is a ArbForCausalLM, .*: give its attribute arb"):
+        kind(arb=model)
+    with pytest.raises(TypeError, match="pretrained_model_name_or_path is a NoneType, but must be a path"):
+        kind.from_pretrained(None)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_configuration_says_whether_to_keep_what_was_read(hub: Any, folder: Path, use_cache: bool) -> None:
+    assert hub.AutoConfig.from_pretrained(folder).use_cache is True
+    model = hub.AutoModelForCausalLM.from_pretrained(folder, use_cache=use_cache)
+    assert model.config.use_cache is use_cache
+    assert model.generate(IDS[:1], max_new_tokens=2).shape == (1, IDS.shape[1] + 2)
+
+
+def test_a_model_is_on_one_device(hub: Any, folder: Path) -> None:
+    for device_map in ("balanced", "sequential"):
+        with pytest.raises(ValueError, match=f"device_map is '{device_map}', but must be auto or one device"):
+            hub.AutoModelForCausalLM.from_pretrained(folder, device_map=device_map)
+    assert hub.AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"}).device.type == "cpu"
+
+
+def test_a_model_of_the_library_is_in_no_graph(model: Any) -> None:
+    says = r"an ArbModel, .*, run outside of graphs of torch\.compile: compile without fullgraph=True"
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=says):
+        torch.compile(model, backend="eager", fullgraph=True)(input_ids=IDS, labels=IDS)
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    with torch.no_grad():
+        assert torch.equal(compiled(input_ids=IDS, labels=IDS).loss, model.arb.loss(IDS))
+    assert counter.frame_count == 0
+
+
+def test_peft_says_why_it_ends(model: Any) -> None:
+    if importlib.util.find_spec("peft") is None:
+        skip("get_peft_model", "peft is not installed")
+    peft = importlib.import_module("peft")
+    for given in (model, model.arb):
+        with pytest.raises(
+            StopIteration, match=r"weights are integers: .* arbitor.adapters puts float adapters"
+        ):
+            peft.get_peft_model(given, peft.LoraConfig(target_modules=["value_up"]))
 
 
 def test_logits_have_the_dtype_of_a_wide_model(hub: Any, model: Any) -> None:
