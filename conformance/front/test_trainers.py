@@ -255,6 +255,39 @@ def test_a_trainer_goes_on_from_its_own_checkpoint(hub: Any, folder: Path, tmp_p
     assert state_sha256(whole.arb.state()) != state_sha256(stopped.arb.state())
 
 
+def test_a_loop_with_accelerate_votes(hub: Any, folder: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("accelerate") is None:
+        skip("a loop with accelerate", "accelerate is not installed")
+    accelerate = importlib.import_module("accelerate")
+    states = []
+    for prepares in (True, False):
+        model = hub.AutoModelForCausalLM.from_pretrained(folder)
+        optimizer = ArbOptimizer(model.arb, rate=6.0)
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+        if prepares:
+            model, prepared = accelerator.prepare(model, optimizer)
+        for place in range(4):
+            loss = model(input_ids=IDS[:, place:], labels=IDS[:, place:]).loss
+            if not prepares:
+                optimizer.backward(loss)
+                if place % 2:
+                    optimizer.step()
+                continue
+            with accelerator.accumulate(model):
+                prepared.optimizer.backward(loss)
+                prepared.step()
+                prepared.zero_grad()
+        states.append(state_sha256(model.arb.state()))
+        assert (optimizer.passes, model.arb.steps_taken) == (4, 2)
+        if prepares:
+            accelerator.save_state(str(tmp_path))
+            prepared.optimizer.backward(model(input_ids=IDS, labels=IDS).loss)
+            model.arb.step()
+            accelerator.load_state(str(tmp_path))
+            assert optimizer.passes == 4 and state_sha256(model.arb.state()) == states[-1]
+    assert states[0] == states[1]
+
+
 def test_a_trainer_goes_on_with_adapters(hub: Any, folder: Path, tmp_path: Path) -> None:
     def fresh() -> Any:
         model = hub.AutoModelForCausalLM.from_pretrained(folder)
