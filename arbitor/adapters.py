@@ -45,6 +45,7 @@ from arbitor.reference.graph.adapters import (
     stacks_of,
     use_float_linears,
 )
+from arbitor.wrapped import HELD
 
 __all__ = [
     "Adapter",
@@ -59,9 +60,6 @@ __all__ = [
     "save_adapter",
     "use_float_linears",
 ]
-
-HELD = "arb."
-"""What the names of linears begin with in an `ArbForCausalLM`."""
 
 
 def save_adapter(model: nn.Module, folder: str | PathLike[str], *, base: str = "") -> None:

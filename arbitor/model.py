@@ -16,6 +16,7 @@ from torch import Tensor
 
 from arbitor import pretrained
 from arbitor.alone import Alone
+from arbitor.asked import Asked
 from arbitor.generation import Text, added_text, refuse_unknown
 from arbitor.optimized.training.adapter_state import AdapterState
 from arbitor.optimized.training.media import encoders_of, media_features
@@ -33,7 +34,7 @@ from arbitor.reference.presets import preset
 from arbitor.sidecars import Encoders
 
 
-class ArbModel(graph.ArbModel):
+class ArbModel(Asked, graph.ArbModel):
     """Bytes in, logits of the next byte out; every weight ternary, trained in place by votes.
 
     A training loop of one's own is a forward pass, a backward pass that votes, and a step:
@@ -61,6 +62,8 @@ class ArbModel(graph.ArbModel):
         TypeError or ValueError: an argument that is not allowed, or that the op set does not compute in.
         TrainingError: the device is not there, or the op set cannot run on it.
     """
+
+    instead = "ArbForCausalLM(arb=model) of arbitor.transformers"
 
     def __init__(
         self,
@@ -134,7 +137,7 @@ class ArbModel(graph.ArbModel):
 
     def _features(self, **media: Any) -> dict[str, Tensor]:
         """Return the features of raw media on the device of the model."""
-        device = self.context.device
+        device = self.device
         encoders = None if self.encoders is None else self.encoders.to(device)
         return {
             name: value.to(device) for name, value in media_features(encoders, self.config, **media).items()

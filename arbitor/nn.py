@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from arbitor.alone import Alone
+from arbitor.asked import Asked
 from arbitor.placement import settled
 from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig, at_rest, check_rules
@@ -26,7 +27,6 @@ from arbitor.reference.convert import Loss, loss_of, ternarize
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
 from arbitor.reference.graph.module import ArbModule, TernaryModule
-from arbitor.reference.graph.stateful import Stateful
 
 __all__ = ["Embedding", "Linear", "RMSNorm", "Rules", "Ternary", "swap_linears"]
 
@@ -198,7 +198,7 @@ class Embedding(TernaryEmbedding):
         self.context.change_dtype(dtype)
 
 
-class Ternary(Stateful):
+class Ternary(Asked):
     """A module of the user's with ternary layers somewhere in it: they vote in one backward pass, and step together.
 
     The module stays what it is, at `module`: it can be called there too, and its float parameters are trained by an optimizer of
@@ -211,6 +211,8 @@ class Ternary(Stateful):
     Raises:
         TypeError or ValueError: the module is none, has no ternary layers, or has some that differ or belong to another model.
     """
+
+    instead = "its attribute module, and a training_step of a Trainer calls backward and step of the Ternary"
 
     def __init__(self, module: nn.Module, *, seed: int = 0) -> None:
         if not isinstance(module, nn.Module):

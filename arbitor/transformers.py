@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Generator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self, cast
@@ -23,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from arbitor.asked import or_why_none
+from arbitor.from_file import load_tensors
 from arbitor.model import ArbModel
 from arbitor.optimized.training.generate import PIECE, first_window
 from arbitor.optimized.training.model_folder import CONFIG_FILE, MODEL_TYPE
@@ -30,6 +33,7 @@ from arbitor.optimized.training.regular import json_object
 from arbitor.optimized.training.whole_file import told, write_whole
 from arbitor.reference.config import NGRAM, NUM_BYTES, SPECIAL_IDS, VOCABULARY_SIZE, ArbConfig
 from arbitor.reference.graph.ledger import KVLedger
+from arbitor.reference.graph.uncompiled import out_of_graphs
 from arbitor.sidecars import SidecarError
 from arbitor.sidecars.libraries import library
 from arbitor.unread import (
@@ -42,6 +46,7 @@ from arbitor.unread import (
     check_mask,
     refuse_unread,
 )
+from arbitor.wrapped import HELD, inner_model
 
 try:
     _library: Any = library("transformers")
@@ -55,6 +60,12 @@ from arbitor.byte_tokenizer import ByteTokenizer
 
 __all__ = ["ArbForCausalLM", "ArbTransformersConfig", "ByteTokenizer", "LedgerCache"]
 
+SPREAD = ("balanced", "balanced_low_0", "sequential")
+"""What the library takes for `device_map` to spread a model over devices."""
+
+OF_A_RUN = ("run", "baselines", "beginning")
+"""The fields of the `config.json` of a run that are about the run, and not about its model."""
+
 GENERATION_FILE = "generation_config.json"
 """The file of a folder that says how the library's `generate` draws, where somebody said so."""
 
@@ -64,7 +75,7 @@ class ArbTransformersConfig(_library.PretrainedConfig):
 
     Args:
         model: an `ArbConfig` as JSON data. None: of no model; the library makes such configurations to compare with.
-        more:  fields that every configuration of the library has.
+        more:  fields that every configuration of the library has. What `config.json` says of a run beside is left out.
     """
 
     model_type = MODEL_TYPE
@@ -75,7 +86,10 @@ class ArbTransformersConfig(_library.PretrainedConfig):
         for field, name in (("hidden_size", "width"), ("num_hidden_layers", "num_layers")):
             setattr(self, field, (model or {}).get(name))
         ids = {f"{name.lower()}_token_id": SPECIAL_IDS[name] for name in ("PAD", "BOS", "EOS")}
-        super().__init__(**{**ids, "use_cache": True, "tie_word_embeddings": False, **more})
+        known = {name: value for name, value in more.items() if name not in OF_A_RUN}
+        # The library keeps it for no configuration that does not name it, and its Trainer sets it.
+        self.use_cache = known.pop("use_cache", True)
+        super().__init__(**{**ids, "tie_word_embeddings": False, **known})
 
     def arb(self) -> ArbConfig:
         """Return the configuration of the model. Raises ValueError or TypeError where there is none, or it is not one."""
@@ -113,8 +127,10 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
     """A model with the interface that the library expects of a causal language model.
 
     Args:
-        config: with the model's own configuration in its field `model`. The weights are drawn by seed 0.
+        config: with the model's own configuration in its field `model`, whose weights are drawn by seed 0; None: that of `arb`.
         arb:    the model to wrap, in place of a new one.
+
+    Raises TypeError where neither is given, or `arb` is of another type.
 
     Attributes:
         arb: the model itself. It trains, saves, and generates faster where its steps are recorded.
@@ -125,7 +141,13 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
     accepts_loss_kwargs = cast(bool, property(lambda self: self.votes))
     _is_stateful = True
 
-    def __init__(self, config: ArbTransformersConfig, *, arb: ArbModel | None = None) -> None:
+    def __init__(self, config: ArbTransformersConfig | None = None, *, arb: ArbModel | None = None) -> None:
+        if not isinstance(arb, ArbModel | None) or (arb is None and config is None):
+            raise TypeError(
+                f"arb is a {type(arb).__name__}, but must be an ArbModel, or config a configuration{inner_model(arb)}"
+            )
+        if config is None:
+            config = ArbTransformersConfig(json.loads(cast(ArbModel, arb).config.to_json()))
         super().__init__(config)
         self.arb = ArbModel(config.arb(), device="cpu") if arb is None else arb
         # Only bytes are drawn, as by `ArbModel.generate`.
@@ -159,6 +181,11 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
         Raises:
             ValueError: an option that the model does not read; a configuration of another model; or as `ArbModel.from_pretrained`.
         """
+        if not isinstance(pretrained_model_name_or_path, str | PathLike):
+            raise TypeError(
+                f"pretrained_model_name_or_path is a {type(pretrained_model_name_or_path).__name__}, but must be a path, or "
+                "OWNER/NAME on a hub"
+            )
         if args:
             raise ValueError(f"{type(args[0]).__name__} is given by place, but options must be given by name")
         known = LOADING | (OF_A_HUB if Path(pretrained_model_name_or_path).exists() else {})
@@ -172,6 +199,10 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
                     f"device_map is {device_map!r}, but must name one device for the whole model"
                 )
             [device] = places
+        if device in SPREAD:
+            raise ValueError(
+                f"device_map is {device_map!r}, but must be auto or one device, as a model is on one device"
+            )
         revision = None if revision == "main" else revision
         arb = ArbModel.from_pretrained(
             pretrained_model_name_or_path,
@@ -234,6 +265,21 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
             with told(repr(str(folder / name))):
                 write_whole(folder / name, text.encode())
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load tensors by the names of `state_dict`, or by those of `model.safetensors`, as the library's Trainer does.
+
+        A file has the names of the `ArbModel`, and canonical weights. It holds all of a model, so `strict` says nothing of it. The
+        seed of the dither and `steps_taken` stay those of this model.
+
+        Raises TypeError or ValueError for a file of another model, RuntimeError as torch does.
+        """
+        if not state_dict or any(name.startswith(HELD) for name in state_dict):
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        load_tensors(self.arb, state_dict)
+        return torch.nn.modules.module._IncompatibleKeys([], [])
+
     @property
     def votes(self) -> bool:
         """Whether a weight of the model would vote in a backward pass now: not so where all are frozen, as under adapters."""
@@ -263,6 +309,10 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
         """The dtype of activations."""
         return self.arb.dtype
 
+    def parameters(self, recurse: bool = True) -> Generator[torch.nn.Parameter, None, str | None]:
+        """Yield the float parameters, as `ArbModel.parameters` does."""
+        return (yield from or_why_none(super().parameters(recurse)))
+
     def num_parameters(self, *args: Any, **more: Any) -> int:
         """Return the number of ternary weights. There are no parameters in torch's sense."""
         return self.arb.num_weights
@@ -281,9 +331,12 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
         input_ids: Tensor,
         past_key_values: LedgerCache | None = None,
         attention_mask: Tensor | None = None,
+        cache: LedgerCache | None = None,
         **more: Any,
     ) -> dict[str, Any]:
         """Return the arguments of `forward` for the next step: all ids, or those that the cache does not have.
+
+        Newer versions of the library say `cache` where older ones say `past_key_values`, here and in `forward`.
 
         Raises ValueError for `use_cache=False`: a prompt of fewer than three bytes would be read in another way at every step. Also
         for what the model does not make, and for padding behind a prompt, as bytes follow its last place.
@@ -291,7 +344,8 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
         if more.get("use_cache") is False:
             raise ValueError("use_cache is False, but generate must keep what it has read")
         refuse_unread({name: more.get(name) for name in ("output_attentions", "output_hidden_states")})
-        if past_key_values is None:
+        cache = _one_cache(past_key_values, cache)
+        if cache is None:
             check_mask(attention_mask, *input_ids.shape)
             if attention_mask is not None and not bool(attention_mask[:, -1].all()):
                 raise ValueError(
@@ -299,11 +353,12 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
                 )
             return {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": True}
         return {
-            "input_ids": input_ids[:, past_key_values.columns :],
-            "past_key_values": past_key_values,
+            "input_ids": input_ids[:, cache.columns :],
+            "past_key_values": cache,
             "use_cache": True,
         }
 
+    @out_of_graphs
     def forward(
         self,
         input_ids: Tensor,
@@ -312,6 +367,7 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
         past_key_values: LedgerCache | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
+        cache: LedgerCache | None = None,
         **more: Any,
     ) -> Any:
         """Return the logits after every id, and the loss of labels.
@@ -327,6 +383,7 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
             past_key_values: what earlier calls have read; the ids follow it.
             use_cache: whether to return what was read.
             return_dict: None or True; False is refused.
+            cache: another name of `past_key_values`, one of which is None.
             more: nothing; what is named and not None is refused. The Trainer's `num_items_in_batch` is read where no weight would
                 vote: with gradients the loss is the sum over labels divided by it, and without them it changes nothing.
 
@@ -344,12 +401,8 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
         if return_dict is False:
             raise ValueError("return_dict is False, but must be True or None")
         check_ids(input_ids)
-        cache, (batch, length) = past_key_values, input_ids.shape
+        cache, (batch, length) = _one_cache(past_key_values, cache), input_ids.shape
         if cache is not None:
-            if not isinstance(cache, LedgerCache):
-                raise TypeError(
-                    f"past_key_values is a {type(cache).__name__}, but must be what an earlier call returned with use_cache=True"
-                )
             check_mask(attention_mask, batch, cache.columns + length)
             if attention_mask is not None and not bool(attention_mask[:, -length:].all()):
                 raise ValueError(
@@ -437,6 +490,20 @@ PEFT = (
     "attribute arb, or its use_float_linears first"
 )
 """Why peft cannot put an adapter over ternary linears, and what can."""
+
+
+def _one_cache(past_key_values: Any, cache: Any) -> LedgerCache | None:
+    """Return what was read before, of the two names for it. Raises TypeError for something else, ValueError for both names."""
+    given = {"past_key_values": past_key_values, "cache": cache}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) == 2:
+        raise ValueError("cache and past_key_values are both given, but they are two names of one argument")
+    for name in named:
+        if not isinstance(given[name], LedgerCache):
+            raise TypeError(
+                f"{name} is a {type(given[name]).__name__}, but must be what an earlier call returned with use_cache=True"
+            )
+    return cast("LedgerCache | None", given[named[0]] if named else None)
 
 
 def _span(row: int, mask_T: Tensor) -> tuple[int, int]:

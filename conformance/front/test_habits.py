@@ -44,6 +44,21 @@ def scaled(loss: torch.Tensor) -> torch.amp.GradScaler:
     return scaler
 
 
+def test_the_first_parameter_of_a_model_without_any_says_why() -> None:
+    """`next(model.parameters())` is how libraries ask where a model is."""
+    it = model()
+    with pytest.raises(
+        StopIteration, match=r"has no parameter, because its weights are integers: .* device and dtype"
+    ):
+        next(it.parameters())
+    assert next(it.parameters(), None) is None and list(it.parameters()) == []
+    assert it.device == torch.device("cpu") == Ternary(net()).device
+    assert len(list(Ternary(net()).parameters())) == 2
+    adapters.attach(it, rank=2, targets="value_up")
+    assert next(it.parameters()).dtype == torch.float32 and list(it.parameters())
+    assert list(Ternary(Linear(12, 12)).parameters()) == []
+
+
 @pytest.mark.parametrize("make", [model, lambda: Ternary(net())])
 def test_a_loop_without_votes_ends_at_its_second_pass(make: Callable[[], Any]) -> None:
     """As a trainer of another library runs it: `loss.backward()`, then the step of an optimizer of floats."""

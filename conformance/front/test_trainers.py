@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from arbitor import ArbModel, ArbOptimizer, adapters
+from arbitor.nn import Linear, Ternary
 from arbitor.optimized.training.checkpoint import state_sha256
 from conformance.report import skip
 from conformance.training import nano
@@ -28,7 +29,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def trainer(hub: Any, where: Path, model: Any, *, kind: Any = None, steps: int = 3, **more: Any) -> Any:
+def trainer(
+    hub: Any, where: Path, model: Any, *, kind: Any = None, steps: int = 3, saves: Any = None, **more: Any
+) -> Any:
     if importlib.util.find_spec("accelerate") is None:
         skip("a Trainer of transformers", "accelerate is not installed")
     arguments = hub.TrainingArguments(
@@ -36,10 +39,11 @@ def trainer(hub: Any, where: Path, model: Any, *, kind: Any = None, steps: int =
         max_steps=steps,
         per_device_train_batch_size=2,
         report_to=[],
-        save_strategy="no",
         use_cpu=True,
         disable_tqdm=True,
         learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        **({"save_strategy": "no"} if saves is None else saves),
     )
     rows = [{"input_ids": row, "labels": row} for row in IDS]
     return (kind or hub.Trainer)(model=model, args=arguments, train_dataset=rows, eval_dataset=rows, **more)
@@ -206,6 +210,131 @@ def test_a_trainer_trains_adapters(hub: Any, model: Any, tmp_path: Path) -> None
     assert float(shared.detach()) == pytest.approx(float(alone) * 2 * (IDS.shape[1] - 3) / 60)
 
 
+def voting(hub: Any, where: Path, model: Any, **more: Any) -> Any:
+    """A trainer whose passes vote, as docs/python.md has it."""
+    optimizer = ArbOptimizer(model.arb, rate=6.0)
+
+    class Voting(hub.Trainer):  # type: ignore[misc, name-defined]
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            loss = model(**self._prepare_inputs(inputs)).loss
+            optimizer.backward(loss)
+            return loss.detach()
+
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=4)
+    return trainer(hub, where, model, kind=Voting, optimizers=(optimizer, schedule), **more)
+
+
+EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
+
+
+def test_a_trainer_goes_on_from_its_own_checkpoint(hub: Any, folder: Path, tmp_path: Path) -> None:
+    def fresh() -> Any:
+        return hub.AutoModelForCausalLM.from_pretrained(folder)
+
+    whole, stopped, resumed = fresh(), fresh(), fresh()
+    voting(hub, tmp_path / "whole", whole, steps=4).train()
+    voting(hub, tmp_path / "run", stopped, steps=2, saves=EVERY_STEP).train()
+    voting(hub, tmp_path / "run", resumed, steps=4).train(
+        resume_from_checkpoint=str(tmp_path / "run/checkpoint-2")
+    )
+    assert state_sha256(whole.arb.state()) == state_sha256(resumed.arb.state())
+    assert state_sha256(whole.arb.state()) != state_sha256(stopped.arb.state())
+
+
+def test_a_loop_with_accelerate_votes(hub: Any, folder: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("accelerate") is None:
+        skip("a loop with accelerate", "accelerate is not installed")
+    accelerate = importlib.import_module("accelerate")
+    states = []
+    for prepares in (True, False):
+        model = hub.AutoModelForCausalLM.from_pretrained(folder)
+        optimizer = ArbOptimizer(model.arb, rate=6.0)
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+        if prepares:
+            model, prepared = accelerator.prepare(model, optimizer)
+        for place in range(4):
+            loss = model(input_ids=IDS[:, place:], labels=IDS[:, place:]).loss
+            if not prepares:
+                optimizer.backward(loss)
+                if place % 2:
+                    optimizer.step()
+                continue
+            with accelerator.accumulate(model):
+                prepared.optimizer.backward(loss)
+                prepared.step()
+                prepared.zero_grad()
+        states.append(state_sha256(model.arb.state()))
+        assert (optimizer.passes, model.arb.steps_taken) == (4, 2)
+        if prepares:
+            accelerator.save_state(str(tmp_path))
+            prepared.optimizer.backward(model(input_ids=IDS, labels=IDS).loss)
+            model.arb.step()
+            accelerator.load_state(str(tmp_path))
+            assert optimizer.passes == 4 and state_sha256(model.arb.state()) == states[-1]
+    assert states[0] == states[1]
+
+
+def test_a_trainer_goes_on_with_adapters(hub: Any, folder: Path, tmp_path: Path) -> None:
+    def fresh() -> Any:
+        model = hub.AutoModelForCausalLM.from_pretrained(folder)
+        adapters.attach(model.arb, rank=2, targets="value_up")
+        return model
+
+    whole, stopped, resumed = fresh(), fresh(), fresh()
+    trainer(hub, tmp_path / "whole", whole, steps=4).train()
+    trainer(hub, tmp_path / "run", stopped, steps=2, saves=EVERY_STEP).train()
+    trainer(hub, tmp_path / "run", resumed, steps=4).train(
+        resume_from_checkpoint=str(tmp_path / "run/checkpoint-2")
+    )
+    pairs = list(zip(whole.parameters(), resumed.parameters(), stopped.parameters(), strict=True))
+    assert pairs and all(torch.equal(one, other) for one, other, _ in pairs)
+    assert not all(torch.equal(one, earlier) for one, _, earlier in pairs)
+
+
+def test_a_trainer_ends_with_its_best_checkpoint(hub: Any, model: Any, tmp_path: Path) -> None:
+    saves = {
+        **EVERY_STEP,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        # So the first checkpoint is the best.
+        "metric_for_best_model": "eval_runtime",
+        "greater_is_better": True,
+    }
+
+    def first_is_best(found: Any) -> None:
+        found["eval_runtime"] = -trained.state.global_step
+
+    class Watch(hub.TrainerCallback):  # type: ignore[misc, name-defined]
+        def on_evaluate(self, *args: Any, metrics: Any, **more: Any) -> None:
+            first_is_best(metrics)
+
+    trained = voting(hub, tmp_path, model, saves=saves, callbacks=[Watch()])
+    trained.train()
+    assert trained.state.best_model_checkpoint.endswith("checkpoint-1")
+    best = ArbModel.from_pretrained(tmp_path / "checkpoint-1", device="cpu")
+    last = ArbModel.from_pretrained(tmp_path / "checkpoint-3", device="cpu")
+    assert state_sha256(model.arb.state()) == state_sha256(best.state()) != state_sha256(last.state())
+
+
+def test_a_file_of_another_model_is_not_loaded(hub: Any, folder: Path, model: Any) -> None:
+    load_file = importlib.import_module("safetensors.torch").load_file
+    tensors = load_file(folder / "model.safetensors")
+    name = next(iter(tensors))
+    before = state_sha256(model.arb.state())
+    short = {each: tensor for each, tensor in tensors.items() if each != name}
+    for given, says in (
+        (short, f"state_dict has no '{name}'"),
+        ({**tensors, "more": tensors[name]}, "state_dict has 'more'"),
+        ({**tensors, "x.lora_A": tensors[name]}, r"has 'x.lora_A', .* attach the same adapters"),
+        ({**tensors, name: tensors[name][:1]}, "shape"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            model.load_state_dict(given, strict=False)
+    assert state_sha256(model.arb.state()) == before
+    assert model.load_state_dict(tensors) == model.load_state_dict(model.state_dict())
+
+
 def test_adapters_of_peft_say_what_to_do(hub: Any, model: Any, tmp_path: Path) -> None:
     for refused in (model.add_adapter, model.load_adapter):
         with pytest.raises(ValueError, match=r"use attach or load_adapter of arbitor.adapters"):
@@ -236,6 +365,71 @@ def test_tokens_are_bytes_for_good(hub: Any, folder: Path) -> None:
 def test_a_wrapper_is_named(hub: Any, model: Any) -> None:
     with pytest.raises(TypeError, match=r"model is a ArbForCausalLM, .* give its attribute arb$"):
         ArbOptimizer(model, rate=6.0)
+
+
+def test_what_a_trainer_and_a_pipeline_must_be_given_is_named(hub: Any, model: Any, tmp_path: Path) -> None:
+    ternary = Ternary(torch.nn.Sequential(Linear(12, 12), torch.nn.Linear(12, 2)))
+    for given, says in (
+        (model.arb, r"type ArbModel, but must be given ArbForCausalLM\(arb=model\)"),
+        (ternary, "type Ternary, but must be given its attribute module"),
+    ):
+        with pytest.raises(TypeError, match=f"a Trainer of transformers was given a model of {says}"):
+            trainer(hub, tmp_path, given)
+        with pytest.raises(TypeError, match=f"a pipeline of transformers was given a model of {says}"):
+            given.can_generate()
+
+
+def test_a_model_is_wrapped(hub: Any, model: Any) -> None:
+    kind = type(model)
+    again = kind(arb=model.arb)
+    assert again.arb is model.arb and again.config.model == model.config.model
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    with pytest.raises(
+        TypeError, match="arb is a NoneType, but must be an ArbModel, or config a configuration"
+    ):
+        kind()
+    with pytest.raises(TypeError, match=r"arb is a ArbForCausalLM, .*: give its attribute arb"):
+        kind(arb=model)
+    with pytest.raises(TypeError, match="pretrained_model_name_or_path is a NoneType, but must be a path"):
+        kind.from_pretrained(None)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_configuration_says_whether_to_keep_what_was_read(hub: Any, folder: Path, use_cache: bool) -> None:
+    assert hub.AutoConfig.from_pretrained(folder).use_cache is True
+    model = hub.AutoModelForCausalLM.from_pretrained(folder, use_cache=use_cache)
+    assert model.config.use_cache is use_cache
+    assert model.generate(IDS[:1], max_new_tokens=2).shape == (1, IDS.shape[1] + 2)
+
+
+def test_a_model_is_on_one_device(hub: Any, folder: Path) -> None:
+    for device_map in ("balanced", "sequential"):
+        with pytest.raises(ValueError, match=f"device_map is '{device_map}', but must be auto or one device"):
+            hub.AutoModelForCausalLM.from_pretrained(folder, device_map=device_map)
+    assert hub.AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"}).device.type == "cpu"
+
+
+def test_a_model_of_the_library_is_in_no_graph(model: Any) -> None:
+    says = r"an ArbModel, .*, run outside of graphs of torch\.compile: compile without fullgraph=True"
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=says):
+        torch.compile(model, backend="eager", fullgraph=True)(input_ids=IDS, labels=IDS)
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    with torch.no_grad():
+        assert torch.equal(compiled(input_ids=IDS, labels=IDS).loss, model.arb.loss(IDS))
+    assert counter.frame_count == 0
+
+
+def test_peft_says_why_it_ends(model: Any) -> None:
+    if importlib.util.find_spec("peft") is None:
+        skip("get_peft_model", "peft is not installed")
+    peft = importlib.import_module("peft")
+    for given in (model, model.arb):
+        with pytest.raises(
+            StopIteration, match=r"weights are integers: .* arbitor.adapters puts float adapters"
+        ):
+            peft.get_peft_model(given, peft.LoraConfig(target_modules=["value_up"]))
 
 
 def test_logits_have_the_dtype_of_a_wide_model(hub: Any, model: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from hypothesis import strategies as st
 
 from arbitor import ArbModel
 from arbitor.optimized.training.checkpoint import state_sha256
+from arbitor.optimized.training.loop import train
 from arbitor.reference.config import NUM_BYTES, SPECIAL_IDS
 from conformance.training import nano
 from conformance.training.nano import IDS
+from conformance.training.runs import options
 
 PROMPTS = ["what is h\u00e9r name? ", "a", "<pad> is text"]
 
@@ -47,6 +50,25 @@ def test_the_auto_classes_load_a_folder(hub: Any, folder: Path, model: Any, toke
     assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
     assert model.to("cpu") is model and type(tokenizer).__name__ == "ByteTokenizer"
     model.tie_weights()
+
+
+def test_the_auto_classes_load_a_run(hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nano.register(monkeypatch)
+    nano.without_pictures(monkeypatch)
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_bytes(nano.TEXT)
+    train(options(text, run, steps=1))
+    model = hub.AutoModelForCausalLM.from_pretrained(run)
+    assert state_sha256(model.arb.state()) == state_sha256(
+        ArbModel.from_pretrained(run, device="cpu").state()
+    )
+    assert hub.pipeline("text-generation", model=str(run))("to", max_new_tokens=2)
+    model.save_pretrained(tmp_path / "model")
+    # What a run says of itself, paths among it, is nothing of its model.
+    assert (
+        not {"run", "baselines", "beginning"}
+        & json.loads((tmp_path / "model/config.json").read_text()).keys()
+    )
 
 
 def test_a_model_is_saved_for_both(
@@ -111,6 +133,25 @@ def test_a_step_reads_what_is_new_only(model: Any, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(model.arb, "forward", watched)
     model.generate(input_ids=IDS[:1], max_new_tokens=4, do_sample=False)
     assert read == [IDS.shape[1], 1, 1, 1]
+
+
+def test_what_was_read_has_two_names(model: Any) -> None:
+    """Newer versions of the library hand on what was read as `cache`, and older ones as `past_key_values`."""
+    with torch.no_grad():
+        logits = []
+        for name in ("past_key_values", "cache"):
+            read = model(input_ids=IDS[:, :-2], use_cache=True).past_key_values
+            given = model.prepare_inputs_for_generation(IDS, **{name: read})
+            assert torch.equal(given.pop("input_ids"), IDS[:, -2:])
+            assert given.pop("past_key_values") is read
+            logits.append(model(input_ids=IDS[:, -2:], **{name: read}).logits)
+        assert torch.equal(*logits)
+        with pytest.raises(ValueError, match="cache and past_key_values are both given"):
+            model(input_ids=IDS[:, -2:], past_key_values=read, cache=read)
+        with pytest.raises(TypeError, match="cache is a object, but must be what an earlier call returned"):
+            model(input_ids=IDS[:, -2:], cache=object())
+        made = model.generate(input_ids=IDS[:1], max_new_tokens=3, do_sample=False, guidance_scale=1.5)
+        assert made.shape == (1, IDS.shape[1] + 3)
 
 
 def test_beams_go_on_from_their_own_past(model: Any) -> None:

@@ -20,6 +20,7 @@ from arbitor.optimized.training.facts import REPORT_LINES, RunFacts
 from arbitor.optimized.training.first_lines import first_lines
 from arbitor.optimized.training.generate import generate
 from arbitor.optimized.training.metrics import thinned_metrics
+from arbitor.optimized.training.model_folder import MODEL_TYPE
 from arbitor.optimized.training.monitor import Monitor
 from arbitor.optimized.training.passes import Passes, RecordedPasses
 from arbitor.optimized.training.prepared import Prepared
@@ -126,6 +127,7 @@ class Run:
             began = prepared.found.beginning if prepared.beginning is None else asdict(prepared.beginning)
             folder.write_config(
                 {
+                    "model_type": MODEL_TYPE,
                     "model": prepared.config,
                     "run": prepared.document,
                     "versions": versions(),
