@@ -92,7 +92,8 @@ def _unchanged(model: ArbModel, pieces: Iterator[list[bytes]]) -> Iterator[list[
         yield piece
         if model.voting.version != version:
             raise RuntimeError(
-                "the model was stepped or loaded between two pieces of a text, but must stay as it is until the last one"
+                "the model was stepped, loaded or given other adapters between two pieces of a text, but must stay as it is until "
+                "the last one"
             )
 
 

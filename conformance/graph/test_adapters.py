@@ -251,6 +251,26 @@ def test_floats_around_ternary_layers_learn_again() -> None:
         assert [parameter.requires_grad for parameter in each.parameters()] == before == [True, False, True]
 
 
+def test_a_ledger_from_before_an_adapter_is_refused() -> None:
+    """Its rows are those of another function."""
+    model = nano()
+    for change in (attach, detach, attach, use_float_linears):
+        ledger = model.new_ledger(2)
+        with torch.no_grad():
+            model(random_ids(2, 6), ledger=ledger)
+            change(model)
+            with pytest.raises(RuntimeError, match="after a step, a load or other adapters"):
+                model(None, ledger=ledger)
+
+
+@pytest.mark.parametrize("targets", [None, 5, {"down"}])
+def test_targets_of_another_type_are_named(targets: Any) -> None:
+    with pytest.raises(
+        TypeError, match=f"targets is a {type(targets).__name__}, but must be a string or a list"
+    ):
+        attach(nano(), targets=targets)
+
+
 def test_targets_are_suffixes_of_names() -> None:
     model = whole()
     named = attach(model, targets="attention.query_up, halt")

@@ -185,11 +185,18 @@ def attach_tensors(
     return adapters_of(model)
 
 
+def _make_stale(model: nn.Module) -> None:
+    """Make ledgers stale that the models of some modules have read."""
+    for voting in {part.voting for part in model.modules() if isinstance(part, ArbModule)}:
+        voting.version += 1
+
+
 def detach(model: nn.Module) -> None:
     """Take all adapters from a model, and let its weights and tables move again, except those that were built frozen.
 
     Float parameters that `attach` froze, as those of a module around ternary layers, require gradients again.
     """
+    _make_stale(model)
     for module in model.modules():
         if isinstance(module, ArbModule):
             module.frozen = module.built_frozen
@@ -234,8 +241,10 @@ def linears_named(model: nn.Module, targets: str | Sequence[str]) -> dict[str, A
         model:   as for `attach`.
         targets: suffixes in a list, or in a string with commas between them. ALL_LINEAR alone stands for all linears.
 
-    Raises ValueError for no target, or a target that names no linear that can have an adapter.
+    Raises TypeError for what are no suffixes, ValueError for no target, or a target that names no linear that can have an adapter.
     """
+    if not isinstance(targets, str | Sequence):
+        raise TypeError(f"targets is a {type(targets).__name__}, but must be a string or a list of strings")
     suffixes = (
         [target.strip() for target in targets.split(",")] if isinstance(targets, str) else list(targets)
     )
@@ -299,7 +308,11 @@ def starting_rows(linear: Adaptable, rank: int, *, seed: int | None = None) -> T
 
 
 def _freeze(model: nn.Module) -> list[nn.Parameter]:
-    """Freeze every weight, table and float parameter of a model, and return the parameters that have learned so far."""
+    """Freeze every weight, table and float parameter of a model, and return the parameters that have learned so far.
+
+    The model is about to compute something else, so that ledgers become stale.
+    """
+    _make_stale(model)
     for part in model.modules():
         if isinstance(part, ArbModule):
             part.frozen = True

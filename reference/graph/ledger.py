@@ -33,8 +33,9 @@ class KVLedger:
     takes back what the pass had added. The places that a pass writes to depend on two counters on the device of the rows, not on
     numbers of the host. So a recorded pass of one position can be replayed for the next position (`replay`).
 
-    A ledger belongs to the model that first read it, with the weights and tables of that moment. `bind` refuses any other. A step
-    or a load makes the ledger stale, and a stale ledger must be made anew from its ids.
+    A ledger belongs to the model that first read it, with the weights and tables of that moment. `bind` refuses any other. A step,
+    a load, and adapters that come or go make the ledger stale, and a stale ledger must be made anew from its ids. The steps of an
+    optimizer that trains adapters are not noticed.
 
     Attributes:
         positions: number of positions that attention has read, of each sequence.
@@ -112,7 +113,7 @@ class KVLedger:
 
         Raises:
             ValueError: the model differs in config, device or dtype, or another model has read the ledger.
-            RuntimeError: the model was stepped or loaded since it read the ledger.
+            RuntimeError: the model was stepped or loaded, or given other adapters, since it read the ledger.
         """
         self._roll_back()
         if self.config != config:
@@ -138,7 +139,7 @@ class KVLedger:
         if voting is not None and voting.version != self._version:
             raise RuntimeError(
                 f"ledger holds what the model read at version {self._version} of its weights, but they are at version "
-                f"{voting.version} after a step or a load; make a new one from its ids"
+                f"{voting.version} after a step, a load or other adapters; make a new one from its ids"
             )
 
     def begin(self, ids_BT: Tensor | None) -> Tensor:
