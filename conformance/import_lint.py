@@ -81,8 +81,9 @@ def import_graph(root: Path = ROOT) -> dict[str, set[str]]:
     files = {module_name(path, root): path for folder in INSTALLED for path in (root / folder).rglob("*.py")}
     graph: dict[str, set[str]] = {name: set() for name in files}
     for name, path in files.items():
+        of_tree = path.relative_to(root)
         for node in ast.walk(ast.parse(path.read_text())):
-            for target in imported(node, path.relative_to(root)):
+            for target in imported(node, of_tree):
                 # A name that a module defines is imported from that module.
                 while target not in files and "." in target:
                     target = target.rpartition(".")[0]

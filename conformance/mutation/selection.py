@@ -54,6 +54,10 @@ class Selection:
         files = sorted((root / "conformance").rglob("test_*.py"))
         self.tests = [path.relative_to(root) for path in files if path.stem not in OF_THE_SUITE]
         self.stems = {path.stem for top in PRODUCT for path in (root / top).rglob("*.py")}
+        self.stem_of = {test: self.find_stem(test) for test in self.tests}
+        # What runs against the implementation that `--impl` names.
+        takes_ops = re.compile(r"\bsubject\b|^@law\(", re.MULTILINE)
+        self.with_ops = {test for test in self.tests if takes_ops.search((root / test).read_text())}
         self.imported: dict[Path, set[str]] = {}
         self.importers: dict[str, set[str]] = {}
         for name, targets in import_graph(root).items():
@@ -78,10 +82,10 @@ class Selection:
             return [[Unit(str(test)) for test in tests] for tests in (named, rest)]
         # Laws find most faults of the reference at once. The comparison of all ops needs another implementation.
         by_itself = [
-            [Unit(str(test), REFERENCE_OPS if self.takes_ops(test) else "") for test in tests]
+            [Unit(str(test), REFERENCE_OPS if test in self.with_ops else "") for test in tests]
             for tests in (named, rest)
         ]
-        return [*by_itself, [Unit(str(test)) for test in (*named, *rest) if self.takes_ops(test)]]
+        return [*by_itself, [Unit(str(test)) for test in (*named, *rest) if test in self.with_ops]]
 
     def named(self, path: Path) -> list[Path]:
         """Return the tests with the name of a file, those in the folder with the name of its folder if there are any.
@@ -90,14 +94,14 @@ class Selection:
         has a graph. Where a file has no nearer test of its name, one of another folder counts: `distributed/test_mxint8.py` is of
         `reference/graph/mxint8.py`.
         """
-        found = [test for test in self.tests if self.stem_of(test) == path.stem]
+        found = [test for test in self.tests if self.stem_of[test] == path.stem]
         homes = {
             test: [top for top in PRODUCT if (self.root / top / test.parent.name).is_dir()] for test in found
         }
         found = [test for test in found if not homes[test] or path.parts[0] in homes[test]] or found
         return [test for test in found if test.parent.name == path.parent.name] or found
 
-    def stem_of(self, test: Path) -> str:
+    def find_stem(self, test: Path) -> str:
         """Return the name of the file that tests are of: the longest with which the name of the tests begins."""
         name = f"{test.stem.removeprefix('test_')}_"
         return max((stem for stem in self.stems if name.startswith(f"{stem}_")), key=len, default="")
@@ -143,9 +147,5 @@ class Selection:
 
     def alone(self, test: Path) -> bool:
         """Return whether a file of tests is of one family of ops."""
-        own = Path(test.parent.name) / f"{self.stem_of(test)}.py"
+        own = Path(test.parent.name) / f"{self.stem_of[test]}.py"
         return all((self.root / top / own).exists() for top in PRODUCT)
-
-    def takes_ops(self, test: Path) -> bool:
-        """Return whether a file of tests runs against the implementation that `--impl` names."""
-        return bool(re.search(r"\bsubject\b|^@law\(", (self.root / test).read_text(), re.MULTILINE))
