@@ -13,9 +13,9 @@
 //
 // Blocks keep as many of their tokens in shared memory as it has room for. What other blocks wrote is read from the L2 cache.
 //
-// In a product a warp takes 512 columns of ROWS rows at a time, and a thread of it one word of each. A code of two bits, shifted to the top of
-// a float, is 0, 2 or -2. Sums of the lanes of one group are multiplied by half its scale. x is EXPONENT powers of two smaller meanwhile,
-// so that a sum before its scale overflows only where the product does.
+// In a product a warp takes a piece of 512 columns of some rows, and a thread of it one word of each. A code of two bits, shifted to the top
+// of a float, is 0, 2 or -2. Sums of the lanes of one group are multiplied by half its scale. x is EXPONENT powers of two smaller
+// meanwhile, so that a sum before its scale overflows only where the product does.
 //
 // Constants that the host defines:
 //   GROUP_SIZE, MANTISSA_BITS   of the four weights
@@ -25,7 +25,9 @@
 //   THREADS         threads of a block
 //   HUGE_LOG2, TAMING_LOG2   sum of squares from which on a row is huge, and by what it is multiplied then, as powers of two
 
-constexpr int WARPS = THREADS / 32, ROWS = 4, TOKENS = 4, EXPONENT = 5;
+constexpr int WARPS = THREADS / 32, EXPONENT = 5;
+// Rows of a weight that a thread reads at once, as many as registers have room for, and tokens.
+constexpr int ROWS = SAMPLES <= 2 ? 8 : 4, TOKENS = 4;
 // Lanes between which all groups of a word start, and groups that a word can overlap.
 constexpr int RUN = GROUP_SIZE % 16 == 0 ? 16 : GROUP_SIZE % 8 == 0 ? 8 : GROUP_SIZE % 4 == 0 ? 4 : 2;
 constexpr int SPAN = (GROUP_SIZE - RUN + 16 + GROUP_SIZE - 1) / GROUP_SIZE;
@@ -125,22 +127,28 @@ __device__ __forceinline__ void prefetch_rows(const Weight& weight, Range rows) 
     prefetch(weight.levels + rows.first * groups, rows.count * groups);
 }
 
-// Add up four values over a warp. The lanes 8 i .. 8 i + 7 have the sum of the value i.
-__device__ __forceinline__ float sum_of_four(const float (&values)[4]) {
-    const bool high = threadIdx.x & 16, odd = threadIdx.x & 8;
-    const float first = (high ? values[2] : values[0]) + __shfl_xor_sync(~0u, high ? values[0] : values[2], 16);
-    const float second = (high ? values[3] : values[1]) + __shfl_xor_sync(~0u, high ? values[1] : values[3], 16);
-    float sum = (odd ? second : first) + __shfl_xor_sync(~0u, odd ? first : second, 8);
+// Add up each of some values over a warp. The sum of the value i is in the lanes from 32 / COUNT i on.
+template <int COUNT, int APART = 16>
+__device__ __forceinline__ float sum_of_each(const float (&values)[COUNT]) {
+    if constexpr (COUNT == 1) {
+        float sum = values[0];
 #pragma unroll
-    for (int apart = 4; apart; apart /= 2) sum += __shfl_xor_sync(~0u, sum, apart);
-    return sum;
+        for (int apart = APART; apart; apart /= 2) sum += __shfl_xor_sync(~0u, sum, apart);
+        return sum;
+    } else {
+        constexpr int HALF = COUNT / 2;
+        const bool upper = threadIdx.x & APART;
+        float halves[HALF];
+#pragma unroll
+        for (int i = 0; i < HALF; i++) {
+            const float own = upper ? values[HALF + i] : values[i], other = upper ? values[i] : values[HALF + i];
+            halves[i] = own + __shfl_xor_sync(~0u, other, APART);
+        }
+        return sum_of_each<HALF, APART / 2>(halves);
+    }
 }
 
-__device__ __forceinline__ float sum_of_warp(float value) {
-#pragma unroll
-    for (int apart = 16; apart; apart /= 2) value += __shfl_xor_sync(~0u, value, apart);
-    return value;
-}
+__device__ __forceinline__ float sum_of_warp(float value) { return sum_of_each<1>({value}); }
 
 __device__ __forceinline__ float most_of_warp(float value) {
 #pragma unroll
@@ -192,46 +200,68 @@ __host__ __device__ __forceinline__ constexpr int pieces_of(int num_inputs) { re
 // neighbouring places.
 __device__ __forceinline__ int place_of(int four) { return (four / 128 * 4 + four % 4) * 32 + four / 4 % 32; }
 
-// The words of a thread, and the levels of the groups that they overlap.
-struct Codes {
-    unsigned words[ROWS];
-    int levels[ROWS][SPAN];
+__device__ __forceinline__ int level_at(const signed char* at) {
+    int level;
+    asm("ld.global.nc.s8 %0, [%1];" : "=r"(level) : "l"(at));
+    return level;
+}
 
-    __device__ __forceinline__ void read(const Weight& weight, int first_row, int num_rows, int word) {
-        const int row_words = weight.row_words(), row_groups = weight.row_groups();
-        const bool inside = word < row_words;
+// Where a thread reads a weight: at a word of a row and the levels of the groups that the word overlaps, for rows from there on.
+struct Place {
+    const unsigned* words;
+    const signed char* levels[SPAN];
+    int row_words, row_groups, offset;
+    bool inside;
+
+    __device__ __forceinline__ Place(const Weight& weight, long long row, int word) {
+        row_words = weight.row_words(), row_groups = weight.row_groups(), offset = word * 16 % GROUP_SIZE, inside = word < row_words;
+        words = weight.words + row * row_words + word;
 #pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-            const long long row = first_row + min(i, num_rows - 1);
-            words[i] = inside ? __ldg(weight.words + row * row_words + word) : 0;
-#pragma unroll
-            for (int j = 0; j < SPAN; j++) {
-                levels[i][j] = __ldg(weight.levels + row * row_groups + min(word * 16 / GROUP_SIZE + j, row_groups - 1));
-            }
+        for (int i = 0; i < SPAN; i++) {
+            levels[i] = weight.levels + row * row_groups + min(word * 16 / GROUP_SIZE + i, row_groups - 1);
         }
     }
 
-    // Add the products with the operands of a word to the sums.
-    __device__ __forceinline__ void multiply(float (&sums)[SAMPLES][ROWS], const float (&x)[SAMPLES][16], int num_rows, int word) const {
-        const int offset = word * 16 % GROUP_SIZE;
+    // Turn to the next rows.
+    __device__ __forceinline__ void go_on() {
+        words += ROWS * row_words;
+#pragma unroll
+        for (int i = 0; i < SPAN; i++) levels[i] += ROWS * row_groups;
+    }
+
+    // Add the products of `count` rows with the operands of the word to the sums.
+    __device__ __forceinline__ void multiply(float (&sums)[SAMPLES][ROWS], const float (&x)[SAMPLES][16], int count) const {
+        unsigned codes[ROWS];
+        int row_levels[ROWS][SPAN];
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            if (i >= num_rows) break;
+            codes[i] = inside && i < count ? __ldg(words + i * row_words) : 0;
+#pragma unroll
+            for (int j = 0; j < SPAN; j++) row_levels[i][j] = i < count ? level_at(levels[j] + i * row_groups) : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+            if (i >= count) break;
             float scales[SPAN];
 #pragma unroll
             for (int j = 0; j < SPAN; j++) {
-                scales[j] = __int_as_float((levels[i][j] + ((126 + EXPONENT) << MANTISSA_BITS)) << (23 - MANTISSA_BITS));
+                constexpr int SHIFT = 23 - MANTISSA_BITS;
+                scales[j] = __int_as_float(row_levels[i][j] * (1 << SHIFT) + ((126 + EXPONENT) << 23));
             }
 #pragma unroll
             for (int run = 0; run < 16; run += RUN) {
                 float scale = scales[0], terms[SAMPLES] = {};
 #pragma unroll
                 for (int j = 1; j < SPAN; j++) {
-                    if (run + GROUP_SIZE - RUN >= j * GROUP_SIZE) scale = offset + run >= j * GROUP_SIZE ? scales[j] : scale;
+                    if (run >= j * GROUP_SIZE) {
+                        scale = scales[j];
+                    } else if (run + GROUP_SIZE - RUN >= j * GROUP_SIZE) {
+                        scale = offset + run >= j * GROUP_SIZE ? scales[j] : scale;
+                    }
                 }
 #pragma unroll
                 for (int lane = run; lane < run + RUN; lane++) {
-                    const float twice = __uint_as_float((words[i] << (30 - 2 * lane)) & 0xC0000000u);
+                    const float twice = __uint_as_float((codes[i] << (30 - 2 * lane)) & 0xC0000000u);
 #pragma unroll
                     for (int sample = 0; sample < SAMPLES; sample++) terms[sample] = fmaf(twice, x[sample][lane], terms[sample]);
                 }
@@ -247,22 +277,12 @@ struct Codes {
 // sums: room for [pieces, B, rows]. A row is cut in the same way on every grid and for any number of samples.
 template <typename Use>
 __device__ __forceinline__ void multiply(const Weight& weight, Range rows, const float4* staged, float* sums, Use use) {
-    const int lane = threadIdx.x % 32, pieces = pieces_of(weight.num_inputs);
-    const int units = (rows.count + ROWS - 1) / ROWS * pieces;
-    const auto rows_from = [&](int unit) { return unit / pieces * ROWS; };
-    const auto word_of = [&](int unit) { return unit % pieces * 32 + lane; };
-    Codes next;
-    int unit = threadIdx.x / 32;
-    const auto read = [&](Codes& codes, int unit) {
-        codes.read(weight, rows.first + rows_from(unit), min(rows.count - rows_from(unit), ROWS), word_of(unit));
-    };
-    if (unit < units) read(next, unit);
-    for (; unit < units; unit += WARPS) {
-        const Codes codes = next;
-        // The next words are on their way while these are multiplied.
-        if (unit + WARPS < units) read(next, unit + WARPS);
-        const int piece = unit % pieces, first = rows_from(unit), count = min(rows.count - first, ROWS);
-        float x[SAMPLES][16], products[SAMPLES][ROWS] = {};
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, pieces = pieces_of(weight.num_inputs);
+    // Pieces of rows are dealt to warps in the order [piece, row].
+    const int end = rows.count * pieces * (warp + 1) / WARPS;
+    for (int begin = rows.count * pieces * warp / WARPS; begin < end;) {
+        const int piece = begin / rows.count, last = min(end, (piece + 1) * rows.count);
+        float x[SAMPLES][16];
 #pragma unroll
         for (int sample = 0; sample < SAMPLES; sample++) {
 #pragma unroll
@@ -271,12 +291,20 @@ __device__ __forceinline__ void multiply(const Weight& weight, Range rows, const
                 x[sample][4 * i] = four.x, x[sample][4 * i + 1] = four.y, x[sample][4 * i + 2] = four.z, x[sample][4 * i + 3] = four.w;
             }
         }
-        codes.multiply(products, x, count, word_of(unit));
+        Place place(weight, rows.first + begin - piece * rows.count, piece * 32 + lane);
+        float* to = sums + (piece * (SAMPLES - 1)) * rows.count + begin + lane / (32 / ROWS);
+        for (; begin < last; begin += ROWS, to += ROWS) {
+            const int count = min(last - begin, ROWS);
+            float products[SAMPLES][ROWS] = {};
+            place.multiply(products, x, count);
 #pragma unroll
-        for (int sample = 0; sample < SAMPLES; sample++) {
-            const float sum = sum_of_four(products[sample]);
-            if (lane % 8 == 0 && lane / 8 < count) sums[(piece * SAMPLES + sample) * rows.count + first + lane / 8] = sum;
+            for (int sample = 0; sample < SAMPLES; sample++) {
+                const float sum = sum_of_each(products[sample]);
+                if (lane % (32 / ROWS) == 0 && lane / (32 / ROWS) < count) to[sample * rows.count] = sum;
+            }
+            place.go_on();
         }
+        begin = last;
     }
     __syncthreads();
 #pragma unroll
@@ -421,7 +449,7 @@ denoise_loop(const FourFloats* __restrict__ latents, const FourFloats* __restric
                         if (begin + i < count) products[i] = dot(of_query, token_at(begin + i, four, step > 0), products[i]);
                     }
                 }
-                const float product = sum_of_four(products);
+                const float product = sum_of_each(products);
                 if (lane % 8 == 0 && begin + lane / 8 < count) warp_scores[warp * part_tokens + begin + lane / 8] = product;
             }
             __syncthreads();
@@ -473,7 +501,7 @@ denoise_loop(const FourFloats* __restrict__ latents, const FourFloats* __restric
                 sum = add_scaled(sum, __ldcg(part_sums + static_cast<long long>(item) * fours + four), factor);
             }
             const float columns[4] = {sum.x, sum.y, sum.z, sum.w};
-            const float column = sum_of_four(columns) / sum_of_warp(all);
+            const float column = sum_of_each(columns) / sum_of_warp(all);
             if (lane % 8 == 0) {
                 const int place = sample * width + 4 * four + lane / 8;
                 float power = powers[0], inverse = inverses[0];
