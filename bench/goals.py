@@ -71,7 +71,7 @@ GOALS: tuple[Goal, ...] = (
     Goal(
         "denoise loop of r9 and r14, one sample", "denoise_loop", ("r9", "r14"), "torch dense float32",
         (1.03, 0.77), (1.0, 1.0),
-        "242 us for r14 by a script, where the peer takes 522 (docs/log.md); not stored yet",
+        "each step is seven launches, and each waits for the one before",
     ),
     Goal(
         "train step of `small`", "train_step", ("small",), COMPILED,

@@ -75,7 +75,7 @@ SMALL = "--variants 'trunk alone' --side-by-side 3"
 WANTED = (
     # 0.45 s a step, and 11 validations.
     Wanted(
-        "does r12 keep its codes and experts over 1,000 steps",
+        "r12 over 1,000 steps, for the two rows below",
         (_learning(f"{R12} --size r12 --rules integer --out r12"),),
         550,
     ),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import strategies as ss
 from ..case import Case, calls, magnitude
-from ..compare import alike, exact, no_worse
+from ..compare import exact, no_worse
 from ..law import law
 from ..mutant import mutants_of
 from ..refusal import F16, ids, meta, ones, refusals, refused
@@ -210,14 +210,22 @@ def test_weigh_ranks_reads_the_chosen_alone(ops: Subject, data: st.DataObject) -
 def test_weigh_ranks_of_the_chosen_only(ops: Subject, data: st.DataObject) -> None:
     """Ranks of the chosen experts alone are weighed as among those of all, and so are the gradients."""
     ranks, logits, experts = data.draw(weighings(torch.float32))
-    given, how = (slots_of(ranks, logits, experts), logits, experts), {"chosen_only": True}
     grad = ranks.flip(-1)
-    y = ops.weigh_ranks(ranks, logits, experts)
-    exact(ops.weigh_ranks(*given, **how), slots_of(y, logits, experts))
-    of_ranks, of_logits = ops.weigh_ranks_grads(grad, ranks, logits, experts)
-    got, got_logits = ops.weigh_ranks_grads(slots_of(grad, logits, experts), *given, **how)
-    exact(got, slots_of(of_ranks, logits, experts))
-    alike(got_logits, of_logits)
+    wide, twin = (_with_grads(grad, ranks, logits, experts, to) for to in (torch.float64, torch.float32))
+    given, how = (slots_of(ranks, logits, experts), logits, experts), {"chosen_only": True}
+    got = (
+        ops.weigh_ranks(*given, **how),
+        *ops.weigh_ranks_grads(slots_of(grad, logits, experts), *given, **how),
+    )
+    wide, twin = (
+        (slots_of(y, logits, experts), slots_of(of_ranks, logits, experts), of_logits)
+        for y, of_ranks, of_logits in (wide, twin)
+    )
+    case = Case((slots_of(grad, logits, experts), *given), how)
+    terms = (wide[0].abs(), *magnitude_of_weighed_grads(lambda *_, **__: wide[1:], case))
+    for index, one in enumerate(got):
+        what = f"result {index}"
+        no_worse(one, twin=twin[index], wide=wide[index], magnitude=terms[index], k=2.0, what=what)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -43,6 +43,36 @@ def round_half_even(value):
 
 
 @triton.jit
+def power_of_two(exponents):
+    """Return float32 2**e for int32 exponents in -126 .. 127."""
+    return ((exponents + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exp_of_negative(x):
+    """Return exp(x), off by a rounding or so, for float32 x of at most 0.
+
+    `tl.exp` takes a power of two of x / log(2), whose own rounding costs as many roundings as x is large.
+    """
+    # exp(-120) is 0 in float32.
+    bounded = tl.maximum(x, -120.0)
+    twos = round_half_even(bounded * 1.4426950408889634)
+    # The first 16 bits of log(2), so that its product is exact, and then the rest.
+    rest = (bounded - twos * 0.693145751953125) - twos * 1.4286068203094172e-06
+    # The series of exp, as far as float32 goes for at most log(2) / 2.
+    series = 1.0 / 720 + rest * (1.0 / 5040)
+    series = 1.0 / 120 + rest * series
+    series = 1.0 / 24 + rest * series
+    series = 1.0 / 6 + rest * series
+    series = 0.5 + rest * series
+    series = 1.0 + rest * (1.0 + rest * series)
+    # 2**-173 is no float32, so half of the exponent is taken at a time.
+    exponents = twos.to(tl.int32)
+    result = series * power_of_two(exponents >> 1) * power_of_two(exponents - (exponents >> 1))
+    return tl.where(x == x, result, x)
+
+
+@triton.jit
 def lane_trits(words, lanes):
     """Return the trits (int32) at two-bit `lanes` of int32 `words`: one shift takes a lane up, another down with its sign."""
     return (words << (30 - 2 * lanes)) >> 30

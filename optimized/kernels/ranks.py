@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.optimized.kernels.common import narrow, widen
+from arbitor.optimized.kernels.common import exp_of_negative, narrow, widen
 from arbitor.optimized.kernels.launch import row_grid, runs_here
 
 TILE = 4096
@@ -43,7 +43,7 @@ def shares_of(
     logits = tl.where(over, logits, float("-inf"))
     # A position that is none has no logit at all.
     largest = tl.where(inside, tl.max(logits, axis=1), 0.0)
-    powers = tl.exp(logits - largest[:, None])
+    powers = exp_of_negative(logits - largest[:, None])
     sums = tl.where(inside, tl.sum(powers, axis=1), 1.0)
     return positions, inside, is_chosen, tl.div_rn(powers, sums[:, None] + tl.zeros_like(powers))
 

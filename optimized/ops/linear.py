@@ -73,7 +73,7 @@ def linear_input_grad(
     # The sum is rounded once, so no kernel takes part that would round its product before.
     if out.numel() and out.is_contiguous() and _unpacks_whole(rows):
         w_NK = dense_rows(rows, grad.dtype, num_groups=num_groups, row_multiple=OUTPUT_MULTIPLE)
-        narrow_product(padded(grad_MN), w_NK, added=out.view(-1, shape[-1]))
+        add_product(out.view(-1, shape[-1]), padded(grad_MN), w_NK)
         return out
     dx_MK = torch.cat([_wide_input_grad(grad_MN, each) for each in _matrices(rows, num_groups)], dim=1)
     return out.copy_(out.float() + dx_MK.reshape(shape))
@@ -101,15 +101,24 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a.float(), b.float())
 
 
-def narrow_product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
-    """Return a @ b in the dtype of a, for two matrices in float32 or bfloat16; or `added`, to which the product was added.
+def narrow_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b in the dtype of a, for two matrices in float32 or bfloat16.
 
     On a CPU, where Triton's interpreter runs, the library would take subnormal bfloat16 numbers for zeros.
     """
     if a.device.type == "cuda" or a.dtype is torch.float32:
-        return torch.mm(a, b) if added is None else added.addmm_(a, b)
-    wide = wide_product(a, b)
-    return wide.to(a.dtype) if added is None else added.copy_(added.float() + wide)
+        return torch.mm(a, b)
+    return wide_product(a, b).to(a.dtype)
+
+
+def add_product(added: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Add a @ b to `added`, all in float32 or all in bfloat16, and return it.
+
+    The library's own `addmm` rounds the product to bfloat16 before it adds, and then the sum.
+    """
+    if a.dtype is torch.float32:
+        return added.addmm_(a, b)
+    return torch.add(added, wide_product(a, b), out=added)
 
 
 def padded(grad_MN: Tensor) -> Tensor:
