@@ -58,6 +58,7 @@ def breaches(root: Path = ROOT) -> list[str]:
 def breaches_of(source: str, path: Path) -> Iterator[tuple[int, str]]:
     """Yield line and reason of each breach in a file."""
     folder = path.parts[0]
+    is_ours = folder in INSTALLED and path != SETTINGS and SUITE not in path.parents
     for node in ast.walk(ast.parse(source)):
         for module in imported(node, path):
             reason = refused(folder, module) or _refused_of_suite(path, node, module)
@@ -68,7 +69,6 @@ def breaches_of(source: str, path: Path) -> Iterator[tuple[int, str]]:
                 if isinstance(inner, (ast.Import, ast.ImportFrom)):
                     yield inner.lineno, "imports inside of a function: reference imports at the top of a file"
         is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
-        is_ours = folder in INSTALLED and path != SETTINGS and SUITE not in path.parents
         if is_ours and is_text and re.fullmatch(r"ARB_[A-Z0-9_]+", node.value):
             yield node.lineno, f"names {node.value}: environment variables are read in {SETTINGS}"
 

@@ -10,15 +10,21 @@ from __future__ import annotations
 
 import importlib
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.abc import InspectLoader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_loader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
+from typing import Any
 
 import arbitor.reference.ops as reference_ops
 
 PACKAGE = "arbitor.reference.ops"
+MUTATED = "mutated_ops"
+"""The name that the package has while a mutant is imported."""
 FUTURE = "from __future__ import annotations\n"
 
 MUTANTS: dict[str, Mutant] = {}
@@ -62,25 +68,48 @@ def mutants_of(family: str) -> Callable[..., Mutant]:
 
 def build(mutant: Mutant) -> ModuleType:
     """Return the ops of a mutant, which are the reference's sources, patched, imported under a name of their own."""
-    package = f"mutant_{mutant.name}"
     folder = Path(reference_ops.__file__).parent
-    sources = {source.name: source.read_text() for source in folder.glob("*.py")}
-    sources[f"{mutant.file}.py"] = patched(mutant, sources.get(f"{mutant.file}.py", ""))
-    with tempfile.TemporaryDirectory() as temporary:
-        copy = Path(temporary) / package
-        copy.mkdir()
-        for name, text in sources.items():
-            (copy / name).write_text(text.replace(PACKAGE, package))
-        sys.path.insert(0, temporary)
-        writes_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-        try:
-            importlib.invalidate_caches()
-            return importlib.import_module(package)
-        finally:
-            sys.path.remove(temporary)
-            sys.dont_write_bytecode = writes_bytecode
-            for name in [name for name in sys.modules if name.split(".")[0] == package]:
-                del sys.modules[name]
+    sources = {source.stem: source.read_text() for source in folder.glob("*.py")}
+    sources[mutant.file] = patched(mutant, sources.get(mutant.file, ""))
+    importer = Sources(sources)
+    sys.meta_path.insert(0, importer)
+    try:
+        return importlib.import_module(MUTATED)
+    finally:
+        sys.meta_path.remove(importer)
+        for name in [name for name in sys.modules if importer.knows(name)]:
+            del sys.modules[name]
+
+
+class Sources(MetaPathFinder, InspectLoader):
+    """Imports the modules of a mutant from their texts, by the name of their file."""
+
+    def __init__(self, texts: dict[str, str]) -> None:
+        self.texts = {
+            ".".join([MUTATED, *[stem] * (stem != "__init__")]): text.replace(PACKAGE, MUTATED)
+            for stem, text in texts.items()
+        }
+
+    def knows(self, name: str) -> bool:
+        return name in self.texts
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return spec_from_loader(name, self) if self.knows(name) else None
+
+    def is_package(self, name: str) -> bool:
+        return name == MUTATED
+
+    def get_source(self, name: str) -> str:
+        return self.texts[name]
+
+    def get_code(self, name: str) -> CodeType:
+        return compiled(name, self.texts[name])
+
+
+@cache
+def compiled(name: str, text: str) -> CodeType:
+    """Compile a module. All mutants have one name, so that what a mutant does not change is compiled once for all of them."""
+    return compile(text, f"<{name}>", "exec")
 
 
 def patched(mutant: Mutant, text: str) -> str:
