@@ -7,8 +7,8 @@ the run folder, each beside what is reached without the medium: slots of texts t
 after each step, vowels that are said right, and the choices of the router. `media.png` shows pictures with the texts that the model
 wrote, and `media.wav` has a sound that it said. The process fails where a goal is missed.
 
-Rates and objectives were chosen on files of seed 0, the number of steps and the mix after runs on files of seeds 1 and 2, and how
-the video head reads a text after runs on those of seeds 3 and 4. Files of seed 7, the default, are judged.
+Rates and objectives were chosen on files of seed 0, and the number of steps after runs on files of seeds 1 and 2. Runs on those of
+seeds 3 and 4 decided how the video head reads a text, and one on those of seed 7 the mix. Files of seed 8, the default, are judged.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ JUDGES = 200
 """Sounds that say what vowels sound like."""
 
 STEPS = 900
-MIX = "text=1,image=5,audio=6,video=5,speech=2"
+MIX = "text=2,image=5,audio=6,video=4,speech=2"
 """Length of the run, and how often a micro-batch is of each kind."""
 
 SHOWN = 12
@@ -154,7 +154,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=2000, help="files of each kind")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--mix", default=MIX)
-    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--seed", type=int, default=8)
     return parser.parse_args(arguments)
 
 
