@@ -150,6 +150,10 @@ def top(name: str, value: Any) -> Change:
             setting("progress", "more", 1),
             "has an unknown more; another version of this program wrote it, and can go on",
         ),
+        (
+            setting("config", "volume", 7),
+            "has an unknown volume; another version of this program wrote it, and can go on",
+        ),
         (setting("run", "batch", "auto"), "batch is 'auto', but must be a whole number"),
         (setting("config", "num_layers", 2**31 - 1), "num_layers is 2147483647, but must be at most 1024"),
         (setting("config", "num_layers", 1000), "it has 1000 layers, but [0-9]+ weights and tables"),

@@ -69,15 +69,15 @@ FINETUNE_DEFAULTS: Mapping[str, Any] = {
 """Defaults of `arb finetune` for settings that other runs do not have, or leave to the preset."""
 
 
-def _of_adapters(name: str, help: str, **more: Any) -> Option:
-    """Return the option of a setting of adapters. It is None in a run that has none."""
+def _of_adapters(name: str, help: str, *, before: Any = None, **more: Any) -> Option:
+    """Return the option of a setting of adapters. It is None in a run that has none, and in one from before adapters."""
     default_help = str(FINETUNE_DEFAULTS[name])
     return Option(
         help=help,
         default=None,
         default_help=default_help,
         bound=True,
-        before=None,
+        before=before,
         commands=("finetune",),
         **more,
     )

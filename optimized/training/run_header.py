@@ -88,6 +88,8 @@ def check_model(header: Mapping[str, Any]) -> ArbConfig:
     Raises:
         CheckpointError: it is no configuration, or a layout is of another model.
     """
+    for name in sorted(header["config"].keys() - ArbConfig.__dataclass_fields__.keys()):
+        raise CheckpointError(f"its configuration has an unknown {name}; {OTHER_VERSION}")
     try:
         config = config_of(header["config"])
     except (TypeError, ValueError) as error:
@@ -113,6 +115,7 @@ def check_settings(run: Any) -> None:
     """
     if not isinstance(run, dict):
         raise CheckpointError("the settings of its run are no object")
+    run = {**BEFORE, **run}
     for name in NEEDED:
         if name not in run:
             raise CheckpointError(f"the settings of its run have no {name}")
