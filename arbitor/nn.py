@@ -70,7 +70,7 @@ class Linear(TernaryLinear):
         bias:         whether there is one: a float parameter, which an optimizer of the user's trains.
         seed:         64-bit seed of the starting weight. None: drawn from torch's generator, so that torch.manual_seed fixes it.
         device:       where the weight lives.
-        dtype:        of the bias; results are in the dtype of x.
+        dtype:        of the bias. The product has the dtype of x, and the sum is promoted as torch promotes the two.
         ops:          op set, as for `ArbModel`.
         rules:        how the weight is held and trained.
 
@@ -137,7 +137,7 @@ class Linear(TernaryLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Return the product of x and the weight, plus the bias."""
         y = super().forward(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         """Return the sizes."""

@@ -163,16 +163,6 @@ def test_float_layers_learn_above_frozen_ternary_ones() -> None:
     assert squares(model).item() < first and same(bits(model.module[0]), before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("of_bias", [torch.float32, torch.bfloat16])
-def test_a_result_has_the_dtype_of_the_input(dtype: torch.dtype, of_bias: torch.dtype) -> None:
-    layer = Linear(8, 4, bias=True, dtype=of_bias)
-    with torch.no_grad():
-        layer.bias.fill_(0.5)
-        y = layer(torch.zeros(3, 8, dtype=dtype))
-    assert y.dtype is dtype and bool((y == 0.5).all())
-
-
 def test_votes_are_a_function_of_seed_and_step() -> None:
     def after(seed: int, step: int) -> dict[str, Tensor]:
         model = Ternary(net(), seed=seed)
