@@ -361,7 +361,7 @@ denoise_loop(const FourFloats* __restrict__ latents, const FourFloats* __restric
     float* const sums = reinterpret_cast<float*>(staged + SAMPLES * pieces_of(max(size, width)) * (PIECE / 4));
     float* const shares = sums + sums_room;
     float* const warp_scores = shares + part_tokens;
-    float* const room = warp_scores + WARPS * part_tokens;
+    float* const room = shares + ((1 + WARPS) * part_tokens + 3) / 4 * 4;
     // What is left of 1 of each sample, and its share of the latest step, -1 if it had halted before.
     float* const left = room + 4 * WARPS;
     float* const step_share = left + SAMPLES;
@@ -432,22 +432,30 @@ denoise_loop(const FourFloats* __restrict__ latents, const FourFloats* __restric
             const int sample = item / num_parts, first = item % num_parts * part_tokens, count = min(part_tokens, num_tokens - first);
             if (HALTS && left[sample] == 0) continue;
             const FourFloats* const rows = tokens + (static_cast<long long>(sample) * num_tokens + first) * fours;
-            const auto token_at = [&](int token, int four, bool seen) {
-                FourFloats* const place = kept + static_cast<long long>(held + token) * fours + four;
-                const bool keeps = held + token < kept_tokens;
-                if (keeps && seen) return widened(*place);
-                const FourFloats values = __ldg(rows + static_cast<long long>(token) * fours + four);
-                if (keeps) *place = values;
-                return widened(values);
+            // Read four columns of some tokens. All are on their way at once, from shared memory or from global memory.
+            const auto read = [&](float4 (&columns)[TOKENS], int begin, int four, bool seen) {
+                FourFloats values[TOKENS];
+#pragma unroll
+                for (int i = 0; i < TOKENS; i++) {
+                    const long long token = min(begin + i, count - 1);
+                    const FourFloats* const here = kept + (held + token) * fours + four;
+                    values[i] = *(seen && held + token < kept_tokens ? here : rows + token * fours + four);
+                }
+#pragma unroll
+                for (int i = 0; i < TOKENS; i++) {
+                    const bool keeps = !seen && begin + i < count && held + begin + i < kept_tokens;
+                    if (keeps) kept[static_cast<long long>(held + begin + i) * fours + four] = values[i];
+                    columns[i] = widened(values[i]);
+                }
             };
             for (int begin = 0; begin < count; begin += TOKENS) {
                 float products[TOKENS] = {};
                 for (int four = threadIdx.x; four < fours; four += THREADS) {
                     const float4 of_query = __ldcg(reinterpret_cast<const float4*>(q) + sample * fours + four);
+                    float4 columns[TOKENS];
+                    read(columns, begin, four, step > 0);
 #pragma unroll
-                    for (int i = 0; i < TOKENS; i++) {
-                        if (begin + i < count) products[i] = dot(of_query, token_at(begin + i, four, step > 0), products[i]);
-                    }
+                    for (int i = 0; i < TOKENS; i++) products[i] = dot(of_query, columns[i], products[i]);
                 }
                 const float product = sum_of_each(products);
                 if (lane % 8 == 0 && begin + lane / 8 < count) warp_scores[warp * part_tokens + begin + lane / 8] = product;
@@ -475,8 +483,14 @@ denoise_loop(const FourFloats* __restrict__ latents, const FourFloats* __restric
             if (threadIdx.x == 0) part_tops[item] = make_float2(top, all);
             for (int four = threadIdx.x; four < fours; four += THREADS) {
                 float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 4
-                for (int token = 0; token < count; token++) sum = add_scaled(sum, token_at(token, four, true), shares[token]);
+                for (int begin = 0; begin < count; begin += TOKENS) {
+                    float4 columns[TOKENS];
+                    read(columns, begin, four, true);
+#pragma unroll
+                    for (int i = 0; i < TOKENS; i++) {
+                        if (begin + i < count) sum = add_scaled(sum, columns[i], shares[begin + i]);
+                    }
+                }
                 part_sums[static_cast<long long>(item) * fours + four] = sum;
             }
             __syncthreads();
