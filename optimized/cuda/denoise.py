@@ -16,6 +16,7 @@ from torch import Tensor
 
 from arbitor.optimized.cuda.compiler import Kernel
 from arbitor.optimized.cuda.launch import aligned, launch
+from arbitor.optimized.cuda.many_rows import PROCESSORS, SHARED_BYTES
 from arbitor.optimized.cuda.product import CHUNK, OUTPUTS, STEP, chunk_constants
 from arbitor.optimized.cuda.product import FEW as TILE_ROWS
 from arbitor.optimized.kernels.norm import HUGE_TOTAL, TAMING_POWER
@@ -187,6 +188,6 @@ def _in_fours(size: int) -> int:
 def _room(device: torch.device) -> tuple[int, int]:
     """Return the multiprocessors of a GPU, and the bytes of shared memory that a block can have. A CPU counts as an H200."""
     if device.type != "cuda":
-        return 132, 227 * 1024
+        return PROCESSORS, SHARED_BYTES
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.shared_memory_per_block_optin
