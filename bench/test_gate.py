@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from arbitor.optimized.cuda import denoise as cuda_denoise
 from arbitor.optimized.cuda import many_rows
 from arbitor.optimized.cuda import product as cuda_product
 from arbitor.optimized.cuda import update as cuda_update
@@ -144,7 +145,11 @@ def attending(s: Sizes) -> Any:
 def looping(s: Sizes) -> Any:
     widths = (denoise.BLOCK, denoise.BLOCK_COLUMNS, denoise.BLOCK_MIXED)
     tokens = s["P"] > denoise.BLOCK_MIXED_TOKENS, s["B"] <= linear_ops.FEW_FLOAT_ROWS
-    return tile(s["L"], denoise.BLOCK), [tile(s["D"], width) for width in widths], tokens, s["halting"]
+    one_launch = cuda_denoise.plan_of(
+        s["B"], s["L"], s["P"], s["D"], s["float_bytes"], many_rows.PROCESSORS, many_rows.SHARED_BYTES
+    )
+    by_triton = tile(s["L"], denoise.BLOCK), [tile(s["D"], width) for width in widths], tokens
+    return by_triton, one_launch is None, s["halting"]
 
 
 def normalizing(s: Sizes) -> Any:

@@ -13,25 +13,24 @@
 //
 // Blocks keep as many of their tokens in shared memory as it has room for. What other blocks wrote is read from the L2 cache.
 //
-// In a product a warp takes a piece of 512 columns of some rows, and a thread of it one word of each. A code of two bits, shifted to the top
-// of a float, is 0, 2 or -2. Sums of the lanes of one group are multiplied by half its scale. x is EXPONENT powers of two smaller
-// meanwhile, so that a sum before its scale overflows only where the product does.
+// Products run on the tensor cores (`few_rows.cuh`). The 24 bits of a float32 number are cut into three bfloat16 numbers, so each sample is
+// three rows of x, and products are exact. The sums of a step of 384 columns are added to those before in float32.
 //
 // Constants that the host defines:
-//   GROUP_SIZE, MANTISSA_BITS   of the four weights
+//   GROUP_SIZE, MANTISSA_BITS   of the four weights; 96 columns are whole groups
+//   WORD_BYTES, LEVEL_BYTES     8 or 4, and 4 or 1, as `product.cu` says, for every weight that is multiplied
 //   FLOAT_BYTES     2 where latents and tokens are bfloat16, 4 where they are float32
 //   SAMPLES         samples B
 //   HALTS           1 where samples halt, else 0
 //   THREADS         threads of a block
 //   HUGE_LOG2, TAMING_LOG2   sum of squares from which on a row is huge, and by what it is multiplied then, as powers of two
 
-constexpr int WARPS = THREADS / 32, EXPONENT = 5;
-// Rows of a weight that a thread reads at once, as many as registers have room for, and tokens.
-constexpr int ROWS = SAMPLES <= 2 ? 8 : 4, TOKENS = 4;
-// Lanes between which all groups of a word start, and groups that a word can overlap.
-constexpr int RUN = GROUP_SIZE % 16 == 0 ? 16 : GROUP_SIZE % 8 == 0 ? 8 : GROUP_SIZE % 4 == 0 ? 4 : 2;
-constexpr int SPAN = (GROUP_SIZE - RUN + 16 + GROUP_SIZE - 1) / GROUP_SIZE;
-constexpr float SMALLER = 1.0f / (1 << EXPONENT);
+#include "chunk.cuh"
+#include "few_rows.cuh"
+
+constexpr int WARPS = THREADS / 32, TOKENS = 4;
+// Rows of x, and eights of them.
+constexpr int ROWS = 3 * SAMPLES, EIGHTS = (ROWS + 7) / 8;
 #define INF __int_as_float(0x7F800000)
 
 #if FLOAT_BYTES == 2
@@ -42,11 +41,7 @@ __device__ __forceinline__ float4 widened(FourFloats bits) {
     return make_float4(__uint_as_float(bits.x << 16), __uint_as_float(bits.x & 0xFFFF0000u), __uint_as_float(bits.y << 16),
                        __uint_as_float(bits.y & 0xFFFF0000u));
 }
-__device__ __forceinline__ Float narrowed(float value) {
-    Float bits;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
-}
+__device__ __forceinline__ Float narrowed(float value) { return rounded(value); }
 #else
 typedef float Float;
 typedef float4 FourFloats;
@@ -62,7 +57,13 @@ __device__ __forceinline__ float first_latent(const FourFloats* latents, int pla
 struct Weight {
     const unsigned* words;
     const signed char* levels;
-    int num_inputs;
+    int num_inputs, num_outputs;
+
+    // Return the last aligned word of the levels.
+    __device__ __forceinline__ const unsigned* last_levels() const {
+        const signed char* const last = levels + static_cast<long long>(num_outputs) * row_groups() - 1;
+        return reinterpret_cast<const unsigned*>(reinterpret_cast<unsigned long long>(last) & ~3ull);
+    }
 
     __device__ __forceinline__ int row_words() const { return (num_inputs + 15) / 16; }
     __device__ __forceinline__ int row_groups() const { return (num_inputs + GROUP_SIZE - 1) / GROUP_SIZE; }
@@ -77,6 +78,12 @@ __device__ __forceinline__ Range range_of_block(int size) {
     const long long block = blockIdx.x;
     const int first = static_cast<int>(size * block / gridDim.x);
     return {first, static_cast<int>(size * (block + 1) / gridDim.x) - first};
+}
+
+// Return the rows of a block, whole tiles of 16 but for the last.
+__device__ __forceinline__ Range rows_of_block(int num_rows) {
+    const Range tiles = range_of_block((num_rows + 15) / 16);
+    return {16 * tiles.first, min(16 * tiles.count, num_rows - 16 * tiles.first)};
 }
 
 // What all blocks wait at. A cooperative launch has a word for it, which the driver sets to 0. The address is what cooperative_groups.h
@@ -191,127 +198,56 @@ __device__ __forceinline__ float silu(float u) {
     return (u < 0 ? u * decay : u) / (1 + decay);
 }
 
-// Words of a warp, their columns, and how many such pieces a row has.
-constexpr int PIECE = 512;
-
-__host__ __device__ __forceinline__ constexpr int pieces_of(int num_inputs) { return (num_inputs + PIECE - 1) / PIECE; }
-
-// Return the place in shared memory of four columns of an operand. Neighbouring threads of a warp, which have neighbouring words, read
-// neighbouring places.
-__device__ __forceinline__ int place_of(int four) { return (four / 128 * 4 + four % 4) * 32 + four / 4 % 32; }
-
-__device__ __forceinline__ int level_at(const signed char* at) {
-    int level;
-    asm("ld.global.nc.s8 %0, [%1];" : "=r"(level) : "l"(at));
-    return level;
-}
-
-// Where a thread reads a weight: at a word of a row and the levels of the groups that the word overlaps, for rows from there on.
-struct Place {
-    const unsigned* words;
-    const signed char* levels[SPAN];
-    int row_words, row_groups, offset;
-    bool inside;
-
-    __device__ __forceinline__ Place(const Weight& weight, long long row, int word) {
-        row_words = weight.row_words(), row_groups = weight.row_groups(), offset = word * 16 % GROUP_SIZE, inside = word < row_words;
-        words = weight.words + row * row_words + word;
-#pragma unroll
-        for (int i = 0; i < SPAN; i++) {
-            levels[i] = weight.levels + row * row_groups + min(word * 16 / GROUP_SIZE + i, row_groups - 1);
-        }
-    }
-
-    // Turn to the next rows.
-    __device__ __forceinline__ void go_on() {
-        words += ROWS * row_words;
-#pragma unroll
-        for (int i = 0; i < SPAN; i++) levels[i] += ROWS * row_groups;
-    }
-
-    // Add the products of `count` rows with the operands of the word to the sums.
-    __device__ __forceinline__ void multiply(float (&sums)[SAMPLES][ROWS], const float (&x)[SAMPLES][16], int count) const {
-        unsigned codes[ROWS];
-        int row_levels[ROWS][SPAN];
-#pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-            codes[i] = inside && i < count ? __ldg(words + i * row_words) : 0;
-#pragma unroll
-            for (int j = 0; j < SPAN; j++) row_levels[i][j] = i < count ? level_at(levels[j] + i * row_groups) : 0;
-        }
-#pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-            if (i >= count) break;
-            float scales[SPAN];
-#pragma unroll
-            for (int j = 0; j < SPAN; j++) {
-                constexpr int SHIFT = 23 - MANTISSA_BITS;
-                scales[j] = __int_as_float(row_levels[i][j] * (1 << SHIFT) + ((126 + EXPONENT) << 23));
-            }
-#pragma unroll
-            for (int run = 0; run < 16; run += RUN) {
-                float scale = scales[0], terms[SAMPLES] = {};
-#pragma unroll
-                for (int j = 1; j < SPAN; j++) {
-                    if (run >= j * GROUP_SIZE) {
-                        scale = scales[j];
-                    } else if (run + GROUP_SIZE - RUN >= j * GROUP_SIZE) {
-                        scale = offset + run >= j * GROUP_SIZE ? scales[j] : scale;
-                    }
-                }
-#pragma unroll
-                for (int lane = run; lane < run + RUN; lane++) {
-                    const float twice = __uint_as_float((codes[i] << (30 - 2 * lane)) & 0xC0000000u);
-#pragma unroll
-                    for (int sample = 0; sample < SAMPLES; sample++) terms[sample] = fmaf(twice, x[sample][lane], terms[sample]);
-                }
-#pragma unroll
-                for (int sample = 0; sample < SAMPLES; sample++) sums[sample][i] = fmaf(scale, terms[sample], sums[sample][i]);
-            }
-        }
-    }
-};
-
-// Compute the products of a block's rows with the operands in `staged` [B, pieces, PIECE] (`place_of`), and give each to `use`.
+// Compute the products of a block's rows with the operands in `pairs`, and give each to `use`.
 //
-// sums: room for [pieces, B, rows]. A row is cut in the same way on every grid and for any number of samples.
+// sums: room for [tiles, splits, EIGHTS, 4, 32]. The steps of a tile are dealt to `splits` warps, by the number of tiles of a block.
 template <typename Use>
-__device__ __forceinline__ void multiply(const Weight& weight, Range rows, const float4* staged, float* sums, Use use) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, pieces = pieces_of(weight.num_inputs);
-    // Pieces of rows are dealt to warps in the order [piece, row].
-    const int end = rows.count * pieces * (warp + 1) / WARPS;
-    for (int begin = rows.count * pieces * warp / WARPS; begin < end;) {
-        const int piece = begin / rows.count, last = min(end, (piece + 1) * rows.count);
-        float x[SAMPLES][16];
+__device__ __forceinline__ void multiply(const Weight& weight, Range rows, const uint4* pairs, float* sums, Use use) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int row_words = weight.row_words(), row_groups = weight.row_groups();
+    const int steps = (weight.num_inputs + STEP - 1) / STEP, whole_chunks = weight.num_inputs / CHUNK;
+    const int tiles = (rows.count + 15) / 16, splits = max(WARPS / max(tiles, 1), 1);
+    float(*parts)[EIGHTS][4][32] = reinterpret_cast<float(*)[EIGHTS][4][32]>(sums);
+    for (int unit = warp; unit < tiles * splits; unit += WARPS) {
+        const int tile = unit / splits, split = unit % splits;
+        const unsigned* words_of[2];
+        const signed char* levels_of[2];
 #pragma unroll
-        for (int sample = 0; sample < SAMPLES; sample++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float4 four = staged[((sample * pieces + piece) * 4 + i) * 32 + lane];
-                x[sample][4 * i] = four.x, x[sample][4 * i + 1] = four.y, x[sample][4 * i + 2] = four.z, x[sample][4 * i + 3] = four.w;
-            }
+        for (int half = 0; half < 2; half++) {
+            // A row past the last is read as the last. Its sums are not used.
+            const long long row = rows.first + min(16 * tile + g + 8 * half, rows.count - 1);
+            words_of[half] = weight.words + row * row_words;
+            levels_of[half] = weight.levels + row * row_groups;
         }
-        Place place(weight, rows.first + begin - piece * rows.count, piece * 32 + lane);
-        float* to = sums + (piece * (SAMPLES - 1)) * rows.count + begin + lane / (32 / ROWS);
-        for (; begin < last; begin += ROWS, to += ROWS) {
-            const int count = min(last - begin, ROWS);
-            float products[SAMPLES][ROWS] = {};
-            place.multiply(products, x, count);
+        const auto read = [&](Chunk& chunk, int step) {
+            chunk.read(words_of, levels_of, weight.last_levels(), 4 * step + t, whole_chunks, row_words, row_groups);
+        };
+        float totals[EIGHTS][4] = {};
+        Chunk next;
+        if (split < steps) read(next, split);
+        for (int step = split; step < steps; step += splits) {
+            Chunk chunk = next;
+            // The next chunk is on its way while this one is multiplied.
+            if (step + splits < steps) read(next, step + splits);
+            float of_step[EIGHTS][4] = {};
+            multiply_chunk(of_step, chunk, pairs + (4 * step + t) * WORDS * pieces_of(ROWS), ROWS);
 #pragma unroll
-            for (int sample = 0; sample < SAMPLES; sample++) {
-                const float sum = sum_of_each(products[sample]);
-                if (lane % (32 / ROWS) == 0 && lane / (32 / ROWS) < count) to[sample * rows.count] = sum;
-            }
-            place.go_on();
+            for (int i = 0; i < 4 * EIGHTS; i++) totals[i / 4][i % 4] += of_step[i / 4][i % 4];
         }
-        begin = last;
+#pragma unroll
+        for (int i = 0; i < 4 * EIGHTS; i++) parts[unit][i / 4][i % 4][lane] = totals[i / 4][i % 4];
     }
     __syncthreads();
 #pragma unroll
     for (int sample = 0; sample < SAMPLES; sample++) {
         for (int row = threadIdx.x; row < rows.count; row += THREADS) {
+            const int tile = row / 16, in_tile = row % 16;
+            const auto part_of = [&](int split, int of_three) {
+                const int column = 3 * sample + of_three, i = in_tile / 8 * 2 + column % 2;
+                return parts[tile * splits + split][column / 8][i][in_tile % 8 * 4 + column % 8 / 2];
+            };
             float sum = 0;
-            for (int piece = 0; piece < pieces; piece++) sum += sums[(piece * SAMPLES + sample) * rows.count + row];
+            for (int split = 0; split < splits; split++) sum += part_of(split, 0) + (part_of(split, 1) + part_of(split, 2));
             use(sample, rows.first + row, sum);
         }
     }
@@ -325,15 +261,44 @@ __device__ __forceinline__ float weight_at(const Weight& weight, long long row, 
     return code == 0 ? 0 : code == 1 ? scale : -scale;
 }
 
-// Put the operand of a product into shared memory, times a factor, with zeros past its end. `read` returns four columns.
+// Cut two numbers into three bfloat16 numbers each: `parts` are the pairs from the highest bits to the lowest, and each rest is exact.
+__device__ __forceinline__ void cut(unsigned (&parts)[3], float low, float high) {
+    float rests[2] = {low, high};
+    unsigned bits[2][3];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        // Infinity less infinity would be no number.
+        const bool finite = fabsf(rests[i]) < INF;
+        if (!finite) rests[i] = __uint_as_float(static_cast<unsigned>(rounded(rests[i])) << 16);
+#pragma unroll
+        for (int j = 0; j < 3; j++) {
+            bits[i][j] = __float_as_uint(rests[i]) & 0xFFFF0000u;
+            rests[i] = finite ? rests[i] - __uint_as_float(bits[i][j]) : 0;
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < 3; j++) parts[j] = bits[0][j] >> 16 | bits[1][j];
+}
+
+// Put the operand of a product into shared memory as pairs, with zeros past its end. `read` returns four columns.
 template <typename Read>
-__device__ __forceinline__ void stage(float4* staged, int num_inputs, float factor, Read read) {
-    const int fours = num_inputs / 4, places = pieces_of(num_inputs) * (PIECE / 4);
+__device__ __forceinline__ void stage(uint4* pairs, int num_inputs, Read read) {
+    const int fours = num_inputs / 4, blocks = (num_inputs + STEP - 1) / STEP * (STEP / 16);
 #pragma unroll
     for (int sample = 0; sample < SAMPLES; sample++) {
-        for (int four = threadIdx.x; four < places; four += THREADS) {
-            const float4 values = four < fours ? read(sample, four) : make_float4(0, 0, 0, 0);
-            staged[sample * places + place_of(four)] = scaled(values, factor);
+        for (int i = threadIdx.x; i < 2 * blocks; i += THREADS) {
+            // Eight of sixteen columns: four lanes l, and the lanes l + 8.
+            const int block = i / 2, half = i % 2, four = 4 * block + half;
+            const float4 low = four < fours ? read(sample, four) : make_float4(0, 0, 0, 0);
+            const float4 high = four + 2 < fours ? read(sample, four + 2) : make_float4(0, 0, 0, 0);
+            unsigned parts[4][3];
+            cut(parts[0], low.x, high.x);
+            cut(parts[1], low.y, high.y);
+            cut(parts[2], low.z, high.z);
+            cut(parts[3], low.w, high.w);
+            uint4* const to = pairs + block * pieces_of(ROWS) + half * ROWS + 3 * sample;
+#pragma unroll
+            for (int j = 0; j < 3; j++) to[j] = make_uint4(parts[0][j], parts[1][j], parts[2][j], parts[3][j]);
         }
     }
     __syncthreads();
@@ -350,18 +315,18 @@ denoise_loop(const FourFloats* __restrict__ latents, const FourFloats* __restric
              int width, int num_tokens, int part_tokens, int kept_tokens, int sums_room, int num_steps, float2 step_0, float2 step_1,
              float2 step_2, float2 step_3, float2 step_4, float2 step_5, float2 step_6, float2 step_7) {
     const float2 steps[8] = {step_0, step_1, step_2, step_3, step_4, step_5, step_6, step_7};
-    const Weight latent_in{in_words, in_levels, size}, query{query_words, query_levels, width};
-    const Weight step_rows{step_words, step_levels, width}, latent_out{out_words, out_levels, width};
+    const Weight latent_in{in_words, in_levels, size, width}, query{query_words, query_levels, width, width};
+    const Weight step_rows{step_words, step_levels, width, num_steps}, latent_out{out_words, out_levels, width, size};
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, fours = width / 4;
     const int num_parts = (num_tokens + part_tokens - 1) / part_tokens;
-    const Range of_size = range_of_block(size), of_width = range_of_block(width), of_fours = range_of_block(fours);
+    const Range of_size = rows_of_block(size), of_width = rows_of_block(width), of_fours = range_of_block(fours);
 
     extern __shared__ float4 shared[];
-    float4* const staged = shared;
-    float* const sums = reinterpret_cast<float*>(staged + SAMPLES * pieces_of(max(size, width)) * (PIECE / 4));
+    uint4* const pairs = reinterpret_cast<uint4*>(shared);
+    float* const sums = reinterpret_cast<float*>(pairs + (max(size, width) + STEP - 1) / STEP * (STEP / 16) * pieces_of(ROWS));
     float* const shares = sums + sums_room;
     float* const warp_scores = shares + part_tokens;
-    float* const room = warp_scores + WARPS * part_tokens;
+    float* const room = shares + ((1 + WARPS) * part_tokens + 3) / 4 * 4;
     // What is left of 1 of each sample, and its share of the latest step, -1 if it had halted before.
     float* const left = room + 4 * WARPS;
     float* const step_share = left + SAMPLES;
@@ -387,25 +352,23 @@ denoise_loop(const FourFloats* __restrict__ latents, const FourFloats* __restric
     for (int step = 0; step < num_steps; step++) {
         const bool is_last = step + 1 == num_steps;
 
-        stage(staged, size, SMALLER, [&](int sample, int four) {
+        stage(pairs, size, [&](int sample, int four) {
             const int place = sample * (size / 4) + four;
             return step == 0 ? widened(__ldg(latents + place)) : __ldcg(reinterpret_cast<const float4*>(latent) + place);
         });
-        multiply(latent_in, of_width, staged, sums, [&](int sample, int row, float sum) { x[sample * width + row] = sum; });
+        multiply(latent_in, of_width, pairs, sums, [&](int sample, int row, float sum) { x[sample * width + row] = sum; });
         barrier.arrive();
         prefetch_rows(query, of_width);
         barrier.wait();
 
-        // The unit rows. A thread has the columns that it put into shared memory.
-        stage(staged, width, 1, [&](int sample, int four) { return __ldcg(reinterpret_cast<const float4*>(x) + sample * fours + four); });
+        // The unit rows.
         float powers[SAMPLES], inverses[SAMPLES];
 #pragma unroll
         for (int sample = 0; sample < SAMPLES; sample++) {
-            float4* const row = staged + sample * pieces_of(width) * (PIECE / 4);
             const auto squares_of_row = [&](float factor) {
                 float squares = 0;
                 for (int four = threadIdx.x; four < fours; four += THREADS) {
-                    const float4 values = scaled(row[place_of(four)], factor);
+                    const float4 values = scaled(reinterpret_cast<const float4*>(x)[sample * fours + four], factor);
                     squares = dot(values, values, squares);
                 }
                 return sum_of_block(squares, room);
@@ -415,12 +378,11 @@ denoise_loop(const FourFloats* __restrict__ latents, const FourFloats* __restric
             if (power < 1) squares = squares_of_row(power);
             powers[sample] = power;
             inverses[sample] = 1 / sqrtf(squares / width + eps * power * power);
-            for (int four = threadIdx.x; four < fours; four += THREADS) {
-                row[place_of(four)] = scaled(scaled(row[place_of(four)], power), inverses[sample] * SMALLER);
-            }
         }
-        __syncthreads();
-        multiply(query, of_width, staged, sums, [&](int sample, int row, float sum) {
+        stage(pairs, width, [&](int sample, int four) {
+            return scaled(scaled(reinterpret_cast<const float4*>(x)[sample * fours + four], powers[sample]), inverses[sample]);
+        });
+        multiply(query, of_width, pairs, sums, [&](int sample, int row, float sum) {
             q[sample * width + row] = sum + weight_at(step_rows, step, row);
         });
         barrier.arrive();
@@ -432,22 +394,30 @@ denoise_loop(const FourFloats* __restrict__ latents, const FourFloats* __restric
             const int sample = item / num_parts, first = item % num_parts * part_tokens, count = min(part_tokens, num_tokens - first);
             if (HALTS && left[sample] == 0) continue;
             const FourFloats* const rows = tokens + (static_cast<long long>(sample) * num_tokens + first) * fours;
-            const auto token_at = [&](int token, int four, bool seen) {
-                FourFloats* const place = kept + static_cast<long long>(held + token) * fours + four;
-                const bool keeps = held + token < kept_tokens;
-                if (keeps && seen) return widened(*place);
-                const FourFloats values = __ldg(rows + static_cast<long long>(token) * fours + four);
-                if (keeps) *place = values;
-                return widened(values);
+            // Read four columns of some tokens. All are on their way at once, from shared memory or from global memory.
+            const auto read = [&](float4 (&columns)[TOKENS], int begin, int four, bool seen) {
+                FourFloats values[TOKENS];
+#pragma unroll
+                for (int i = 0; i < TOKENS; i++) {
+                    const long long token = min(begin + i, count - 1);
+                    const FourFloats* const here = kept + (held + token) * fours + four;
+                    values[i] = *(seen && held + token < kept_tokens ? here : rows + token * fours + four);
+                }
+#pragma unroll
+                for (int i = 0; i < TOKENS; i++) {
+                    const bool keeps = !seen && begin + i < count && held + begin + i < kept_tokens;
+                    if (keeps) kept[static_cast<long long>(held + begin + i) * fours + four] = values[i];
+                    columns[i] = widened(values[i]);
+                }
             };
             for (int begin = 0; begin < count; begin += TOKENS) {
                 float products[TOKENS] = {};
                 for (int four = threadIdx.x; four < fours; four += THREADS) {
                     const float4 of_query = __ldcg(reinterpret_cast<const float4*>(q) + sample * fours + four);
+                    float4 columns[TOKENS];
+                    read(columns, begin, four, step > 0);
 #pragma unroll
-                    for (int i = 0; i < TOKENS; i++) {
-                        if (begin + i < count) products[i] = dot(of_query, token_at(begin + i, four, step > 0), products[i]);
-                    }
+                    for (int i = 0; i < TOKENS; i++) products[i] = dot(of_query, columns[i], products[i]);
                 }
                 const float product = sum_of_each(products);
                 if (lane % 8 == 0 && begin + lane / 8 < count) warp_scores[warp * part_tokens + begin + lane / 8] = product;
@@ -475,8 +445,14 @@ denoise_loop(const FourFloats* __restrict__ latents, const FourFloats* __restric
             if (threadIdx.x == 0) part_tops[item] = make_float2(top, all);
             for (int four = threadIdx.x; four < fours; four += THREADS) {
                 float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 4
-                for (int token = 0; token < count; token++) sum = add_scaled(sum, token_at(token, four, true), shares[token]);
+                for (int begin = 0; begin < count; begin += TOKENS) {
+                    float4 columns[TOKENS];
+                    read(columns, begin, four, true);
+#pragma unroll
+                    for (int i = 0; i < TOKENS; i++) {
+                        if (begin + i < count) sum = add_scaled(sum, columns[i], shares[begin + i]);
+                    }
+                }
                 part_sums[static_cast<long long>(item) * fours + four] = sum;
             }
             __syncthreads();
@@ -513,9 +489,9 @@ denoise_loop(const FourFloats* __restrict__ latents, const FourFloats* __restric
         barrier.arrive();
         barrier.wait();
 
-        stage(staged, width, SMALLER, [&](int sample, int four) { return __ldcg(reinterpret_cast<const float4*>(m) + sample * fours + four); });
+        stage(pairs, width, [&](int sample, int four) { return __ldcg(reinterpret_cast<const float4*>(m) + sample * fours + four); });
         float4 energy[SAMPLES] = {};
-        multiply(latent_out, of_size, staged, sums, [&](int sample, int row, float pred) {
+        multiply(latent_out, of_size, pairs, sums, [&](int sample, int row, float pred) {
             const int place = sample * size + row;
             const float before = step == 0 ? first_latent(latents, place) : latent[place];
             const float after = (before - steps[step].x * pred) * steps[step].y;

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from arbitor.optimized.cuda.compiler import Kernel
 from arbitor.optimized.cuda.launch import aligned, launch
+from arbitor.optimized.cuda.many_rows import PROCESSORS, SHARED_BYTES
+from arbitor.optimized.cuda.product import CHUNK, OUTPUTS, STEP, chunk_constants
+from arbitor.optimized.cuda.product import FEW as TILE_ROWS
 from arbitor.optimized.kernels.norm import HUGE_TOTAL, TAMING_POWER
 from arbitor.optimized.layouts import MAX_COLUMNS, DeviceWeight
 from arbitor.reference.constants import DEFAULT_EPS
@@ -25,8 +28,8 @@ THREADS = 512
 
 WARPS = THREADS // 32
 
-PIECE = 512
-"""Columns of a product that a warp takes at a time."""
+ROWS = 3
+"""Rows of bfloat16 numbers that a sample is cut into, for the tensor cores."""
 
 FEW = 4
 """Most samples that the kernel takes."""
@@ -74,6 +77,7 @@ def fits(latent_BL: Tensor, tokens_BPD: Tensor, weights: Sequence[DeviceWeight],
         and size % 4 == 0
         and width % 4 == 0
         and max(num_samples * size, num_samples * width, num_samples * num_tokens) <= MAX_COLUMNS
+        and CHUNK % weights[0].group_size == 0
         and len({(weight.group_size, weight.mantissa_bits) for weight in weights}) == 1
         and aligned(latent_BL, 16)
         and aligned(tokens_BPD, 16)
@@ -101,20 +105,12 @@ def plan_of(
     weights, numbers = max(size, width) * width, num_tokens * width
     blocks = min(processors, max(math.ceil(weights / BLOCK_WEIGHTS), math.ceil(numbers / BLOCK_NUMBERS)))
     part_tokens = math.ceil(num_tokens / blocks)
-    pieces = {inputs: math.ceil(inputs / PIECE) for inputs in (size, width)}
-    sums = max(
-        pieces[inputs] * math.ceil(outputs / blocks)
-        for outputs, inputs in ((width, size), (width, width), (size, width))
-    )
-    sums = _in_fours(num_samples * sums)
+    tiles = math.ceil(math.ceil(max(size, width) / OUTPUTS) / blocks)
+    sums = max(tiles, WARPS) * math.ceil(ROWS * num_samples / TILE_ROWS) * 4 * 32
+    # Sixteen columns take two pieces of 16 bytes for each row, and one more.
+    pairs = math.ceil(max(size, width) / STEP) * STEP // 16 * (2 * ROWS * num_samples + 1) * 4
     # Operands, sums, shares of tokens and their sums in each warp, sums of a block, and what samples have left.
-    floats = (
-        num_samples * max(pieces.values()) * PIECE
-        + sums
-        + _in_fours((1 + WARPS) * part_tokens)
-        + 4 * WARPS
-        + _in_fours(2 * num_samples)
-    )
+    floats = pairs + sums + _in_fours((1 + WARPS) * part_tokens) + 4 * WARPS + _in_fours(2 * num_samples)
     rest = room - 4 * floats
     if rest < 0:
         return None
@@ -139,8 +135,11 @@ def denoise_loop(
     kernel = Kernel.of(
         "denoise",
         "denoise_loop",
-        GROUP_SIZE=weights[0].group_size,
-        MANTISSA_BITS=weights[0].mantissa_bits,
+        # What holds for every weight that is multiplied: the least of the bytes that are read at once.
+        **{
+            name: min(chunk_constants(weight)[name] for weight in (weights[0], weights[1], weights[3]))
+            for name in ("GROUP_SIZE", "MANTISSA_BITS", "WORD_BYTES", "LEVEL_BYTES")
+        },
         FLOAT_BYTES=latent_BL.element_size(),
         SAMPLES=num_samples,
         HALTS=int(halt_threshold is not None),
@@ -189,6 +188,6 @@ def _in_fours(size: int) -> int:
 def _room(device: torch.device) -> tuple[int, int]:
     """Return the multiprocessors of a GPU, and the bytes of shared memory that a block can have. A CPU counts as an H200."""
     if device.type != "cuda":
-        return 132, 227 * 1024
+        return PROCESSORS, SHARED_BYTES
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.shared_memory_per_block_optin

@@ -16,37 +16,13 @@
 //   LEVEL_BYTES  4 where every chunk of levels starts at a multiple of 4 bytes and fills such words, else 1
 
 #include "chunk.cuh"
+#include "few_rows.cuh"
 
 constexpr int THREADS = 32 * TILES * SPLITS;
 // Pieces of x that a thread reads before it writes one, and those that it reads while it multiplies the phase before. A
 // multiprocessor with one block has registers for them, and no other block to work for while they are on their way.
 constexpr int AT_ONCE = 4;
 constexpr int AHEAD = BLOCKS == 1 ? 2 : 0;
-
-// The words and levels of a thread's chunk, for the outputs g and g + 8.
-struct Chunk {
-    unsigned words[2][WORDS];
-    unsigned levels[2][LEVEL_WORDS];
-};
-
-__device__ __forceinline__ void multiply_tiles(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// Read what there is of a chunk at the end of a row, trits of 0 past the end.
-__device__ __forceinline__ void read_end(unsigned (&words)[WORDS], const unsigned* row_of_words, int chunk, int row_words) {
-#pragma unroll
-    for (int i = 0; i < WORDS; i++) {
-        const int word = chunk * WORDS + i;
-        words[i] = word < row_words ? __ldg(row_of_words + word) : 0;
-    }
-}
-
-// Pieces of 16 bytes that sixteen columns of x take in shared memory, two for each row. One more keeps the threads that read or
-// write at the same time out of each other's banks.
-__device__ __forceinline__ int pieces_of(int num_rows) { return 2 * num_rows + 1; }
 
 // Pieces of x on their way from global to shared memory: sixteen columns of a row each.
 template <int COUNT>
@@ -99,31 +75,6 @@ struct Phase {
     }
 };
 
-// Add the products of a chunk to the sums. `pairs` are those of x from the first column of the chunk on, for the row of a thread.
-__device__ __forceinline__ void multiply_chunk(float (&sums)[4], Chunk& chunk, const uint4* pairs, int num_rows) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-#pragma unroll
-        for (int i = 0; i < LEVEL_WORDS; i++) chunk.levels[half][i] ^= 0x80808080u;
-    }
-#pragma unroll
-    for (int word = 0; word < WORDS; word++) {
-#pragma unroll
-        for (int four = 0; four < 2; four++) {
-            const uint4 of_x = pairs[word * pieces_of(num_rows) + four * num_rows];
-#pragma unroll
-            for (int two = 0; two < 2; two++) {
-                unsigned a[4];
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    a[i] = weights(chunk.words[i % 2][word], word, 4 * four + 2 * two + i / 2, chunk.levels[i % 2]);
-                }
-                multiply_tiles(sums, a, two ? of_x.z : of_x.x, two ? of_x.w : of_x.y);
-            }
-        }
-    }
-}
-
 // phase_steps: steps whose x is in shared memory at a time, a multiple of SPLITS.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 few_rows_product(const unsigned short* __restrict__ x, const unsigned* __restrict__ words, const signed char* __restrict__ levels,
@@ -146,20 +97,10 @@ few_rows_product(const unsigned short* __restrict__ x, const unsigned* __restric
         reinterpret_cast<unsigned long long>(levels + static_cast<long long>(num_outputs) * row_groups - 1) & ~3ull);
     const int steps = (num_inputs + STEP - 1) / STEP, whole_chunks = num_inputs / CHUNK;
     const auto read = [&](Chunk& chunk, int step) {
-        const int at = 4 * step + t;
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            if (at < whole_chunks) {
-                read_words(chunk.words[half], words_of[half] + at * WORDS);
-                read_levels(chunk.levels[half], levels_of[half] + at * LEVELS, last, LEVELS);
-            } else {
-                read_end(chunk.words[half], words_of[half], at, row_words);
-                read_levels(chunk.levels[half], levels_of[half] + at * LEVELS, last, row_groups - at * LEVELS);
-            }
-        }
+        chunk.read(words_of, levels_of, last, 4 * step + t, whole_chunks, row_words, row_groups);
     };
 
-    float sums[4] = {};
+    float sums[1][4] = {};
     Chunk next;
     int step = split;
     if (step < steps) read(next, step);
@@ -182,9 +123,7 @@ few_rows_product(const unsigned short* __restrict__ x, const unsigned* __restric
             Chunk chunk = next;
             // The next chunk is on its way while this one is multiplied.
             if (step + SPLITS < steps) read(next, step + SPLITS);
-            // A row past the last is read as the last, and gives sums that are not stored.
-            const uint4* pairs = shared + (4 * (step - begin) + t) * WORDS * pieces_of(num_rows) + min(g, num_rows - 1);
-            multiply_chunk(sums, chunk, pairs, num_rows);
+            multiply_chunk(sums, chunk, shared + (4 * (step - begin) + t) * WORDS * pieces_of(num_rows), num_rows);
         }
     }
 
@@ -192,7 +131,7 @@ few_rows_product(const unsigned short* __restrict__ x, const unsigned* __restric
     __syncthreads();
     float(*parts)[SPLITS][4][32] = reinterpret_cast<float(*)[SPLITS][4][32]>(shared);
 #pragma unroll
-    for (int i = 0; i < 4; i++) parts[tile][split][i][lane] = sums[i];
+    for (int i = 0; i < 4; i++) parts[tile][split][i][lane] = sums[0][i];
     __syncthreads();
     for (int sum = threadIdx.x; sum < TILES * 4 * 32; sum += THREADS) {
         const int of_lane = sum % 32, place = sum / 32 % 4, of_tile = sum / (4 * 32);
