@@ -13,6 +13,9 @@ from arbitor.nn import Ternary
 from arbitor.reference import checks
 from arbitor.wrapped import inner_model
 
+STEPS = "steps_taken"
+"""The name, in the state of an optimizer, of how many steps an `ArbModel` was trained for."""
+
 
 class ArbOptimizer(torch.optim.Optimizer):
     """Steps the ternary weights of a model. Its one parameter group has the rate as `lr`, for `torch.optim.lr_scheduler`.
@@ -103,14 +106,23 @@ class ArbOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rate and how many passes voted; what votes have gathered is in the model."""
-        return {**super().state_dict(), "passes": self.passes}
+        """Return the rate, the passes that voted, and `steps_taken` of an `ArbModel`; what votes have gathered is in the model."""
+        steps = {STEPS: self.model.steps_taken} if isinstance(self.model, ArbModel) else {}
+        return {**super().state_dict(), "passes": self.passes, **steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on as the optimizer did whose `state_dict` it is; raises TypeError or ValueError for one of something else."""
-        if "passes" not in state_dict:
+        """Go on as the optimizer did whose `state_dict` it is; raises TypeError or ValueError for one of something else.
+
+        An `ArbModel` is told its `steps_taken`, which no file of tensors has.
+        """
+        rest = dict(state_dict)
+        if "passes" not in rest:
             raise ValueError("state_dict has no 'passes', but must be of an ArbOptimizer")
-        passes = state_dict["passes"]
+        passes, steps = rest.pop("passes"), rest.pop(STEPS, None)
         checks.integer("passes", passes, 0, 2**32 - 2)
-        super().load_state_dict({name: value for name, value in state_dict.items() if name != "passes"})
+        if steps is not None:
+            checks.integer(STEPS, steps, 0, 2**63 - 1)
+        super().load_state_dict(rest)
         self.passes = passes
+        if steps is not None and isinstance(self.model, ArbModel):
+            self.model.steps_taken = steps

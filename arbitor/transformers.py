@@ -271,7 +271,7 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
         """Load tensors by the names of `state_dict`, or by those of `model.safetensors`, as the library's Trainer does.
 
         A file has the names of the `ArbModel`, and canonical weights. It holds all of a model, so `strict` says nothing of it. The
-        seed of the dither and `steps_taken` stay those of this model.
+        seed of the dither stays that of this model, and `steps_taken` until an `ArbOptimizer` loads its state.
 
         Raises TypeError or ValueError for a file of another model, RuntimeError as torch does.
         """

@@ -43,6 +43,21 @@ def test_it_goes_on_as_it_was_saved() -> None:
     assert second.passes == 1 and second.param_groups[0]["lr"] == 3.0
     with pytest.raises(ValueError, match="must be of an ArbOptimizer"):
         second.load_state_dict(torch.optim.SGD([nn.Parameter(torch.ones(1))]).state_dict())
+    first.step()
+    second.load_state_dict(first.state_dict())
+    assert second.model.steps_taken == 1
+    for steps in (-1, 1.5):
+        with pytest.raises((TypeError, ValueError), match="steps_taken"):
+            second.load_state_dict({**first.state_dict(), "passes": 7, "steps_taken": steps})
+    assert (second.model.steps_taken, second.passes) == (1, 1)
+    # A state of an earlier version says nothing of it.
+    second.load_state_dict(
+        {name: value for name, value in first.state_dict().items() if name != "steps_taken"}
+    )
+    assert second.model.steps_taken == 1
+    net = ArbOptimizer(Ternary(Linear(12, 12)), rate=6.0)
+    net.load_state_dict(net.state_dict())
+    assert "steps_taken" not in net.state_dict()
 
 
 def test_a_refused_loss_takes_no_number() -> None:
