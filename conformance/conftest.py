@@ -90,6 +90,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[SUBJECT] = Subject(importlib.import_module(name), name, device)
     except Exception as error:
         sentence = f"--impl {name} cannot be imported: {type(error).__name__}: {error}"
+        if isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]:
+            sentence += ". `python -m pytest` looks for it in the current folder, `pytest` does not"
         # Whoever judges a module of their own has nothing to run without it.
         if name != OURS or not isinstance(error, ImportError):
             raise pytest.UsageError(sentence) from error
