@@ -47,6 +47,12 @@ def test_an_implementation_in_numpy_passes() -> None:
     assert "failed" not in result.stdout
 
 
+def test_the_summary_counts_the_ops_that_were_chosen() -> None:
+    result = suite("--examples=2", "--family=packing", "-k", "unpack_trits")
+    assert "compared:       1 of 1 ops (1 EXACT) on 2 examples" in result.stdout, result.stdout[-2000:]
+    assert "not compared" not in result.stdout
+
+
 def test_a_slip_in_it_is_found() -> None:
     """Votes that are rounded away from zero, not to even, differ in ties alone."""
     broken = "numpy.rint = lambda x: numpy.sign(x) * numpy.floor(abs(x) + 0.5)"
