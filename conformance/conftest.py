@@ -148,7 +148,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         {
             item.callspec.params["name"]: 1
             for item in session.items
-            if item.path.stem == "test_comparison" and hasattr(item, "callspec")
+            if item.path.stem == "test_comparison"
+            and isinstance(item, pytest.Function)
+            and hasattr(item, "callspec")
         }
     )
 
