@@ -219,9 +219,10 @@ def accumulate_gradients(
     """Return several weights of one shape with the stochastic votes of their gradients counted.
 
     Math:    accumulate_gradient of each weight, with its rows of the gradient and its tensor id
-    Shapes:  W weights [N, K] of one format, a tensor id each; grad_NK float32 or bfloat16 [W N, K], the gradients one below the
-             other; faults int64 []: the number of gradient rows that are not finite is added to it
-    Returns: new weights; or `out` (may be `weights` itself), overwritten
+    Shapes:  a tuple of W weights [N, K] of one format, at least one, and a tuple with a tensor id for each;
+             grad_NK float32 or bfloat16 [W N, K], the gradients one below the other;
+             faults int64 []: the number of gradient rows that are not finite is added to it
+    Returns: new weights; or `out` (may be `weights` itself; no weight twice), overwritten
     Raises:  as `accumulate_gradient`; a refused call writes neither `out` nor `faults`
     Laws:    equal to its calls of `accumulate_gradient`
     Source:  docs/spec/update.md
@@ -265,7 +266,8 @@ def apply_steps(
     """Return several weights of any shapes after a step of each.
 
     Math:    apply_step of each weight, with all of its rows
-    Returns: new weights; or `out` (may be `weights` itself), overwritten
+    Shapes:  a tuple of weights, at least one
+    Returns: new weights; or `out` (may be `weights` itself; no weight twice), overwritten
     Range:   theta and theta_e in 1 .. 127
     Raises:  as `apply_step`; a refused call does not write to `out`
     Laws:    equal to its calls of `apply_step`
