@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -90,6 +91,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[SUBJECT] = Subject(importlib.import_module(name), name, device)
     except Exception as error:
         sentence = f"--impl {name} cannot be imported: {type(error).__name__}: {error}"
+        if isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]:
+            sentence += ". `python -m pytest` looks for it in the current folder, `pytest` does not"
         # Whoever judges a module of their own has nothing to run without it.
         if name != OURS or not isinstance(error, ImportError):
             raise pytest.UsageError(sentence) from error
@@ -137,6 +140,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     config.hook.pytest_deselected(items=[item for item in items if not is_wanted(item)])
     items[:] = [item for item in items if is_wanted(item)]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Note the ops whose comparison is left once `--family`, `-k` and names of tests have chosen."""
+    report.LEDGER.asked = Counter(
+        {
+            item.callspec.params["name"]: 1
+            for item in session.items
+            if item.path.stem == "test_comparison"
+            and isinstance(item, pytest.Function)
+            and hasattr(item, "callspec")
+        }
+    )
 
 
 OP_BY_OP = ("test_comparison", "test_vectors")
@@ -208,7 +224,5 @@ def pytest_testnodedown(node: object) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say what was compared, where and how."""
     terminalreporter.section("conformance")
-    for line in report.LEDGER.lines(
-        config.getoption("--impl"), config.stash[WHERE], config.getoption("--family")
-    ):
+    for line in report.LEDGER.lines(config.getoption("--impl"), config.stash[WHERE]):
         terminalreporter.write_line(line)

@@ -104,6 +104,8 @@ def understood(command: Shown, *, of_pytest: pytest.Parser) -> None:
     assert program in UNDERSTOOD, (
         f"{command}: no program is called {program}, and only commands stand in a block without language"
     )
+    if program == "python" and words[:2] == ["-m", "pytest"]:
+        program, *words = words[1:]
     if program == "pytest":
         _pytest(words, command.whole, of_pytest)
     else:

@@ -74,7 +74,12 @@ def refuses_nothing(*ops: str, because: str) -> None:
 
 def refused(op: str, why: str, error: type[Exception], says: str, *args: Any, **kwargs: Any) -> Refusal:
     """Return a refusal of one call. Callables among the arguments are called each time, so that calls share no memory."""
-    build = lambda value: value() if callable(value) and not isinstance(value, type) else value  # noqa: E731
+
+    def build(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(build, value))
+        return value() if callable(value) and not isinstance(value, type) else value
+
     return Refusal(
         op,
         why,
@@ -138,11 +143,10 @@ def _in_words(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 
 
 def _value(value: Any) -> str:
-    if isinstance(value, Tensor):
-        kind = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-        return kind if value.device.type == "cpu" else f"{kind} on {value.device}"
-    if isinstance(value, TernaryWeight):
-        return f"a weight {list(value.shape)}"
+    if isinstance(value, (Tensor, TernaryWeight)):
+        kind = "a weight" if isinstance(value, TernaryWeight) else str(value.dtype).removeprefix("torch.")
+        place = "" if value.device.type == "cpu" else f" on {value.device}"
+        return f"{kind} {list(value.shape)}{place}"
     if isinstance(value, tuple) and any(isinstance(part, (Tensor, TernaryWeight)) for part in value):
         return f"({', '.join(map(_value, value))})"
     words = repr(value)

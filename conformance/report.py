@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
 from typing import NoReturn
 
 import pytest
@@ -15,6 +14,8 @@ class Ledger:
     """Counts of one run of the suite."""
 
     def __init__(self) -> None:
+        self.asked: Counter[str] = Counter()
+        """The ops whose comparison was selected."""
         self.compared: Counter[str] = Counter()
         self.law_examples: Counter[str] = Counter()
         self.skipped: dict[str, str] = {}
@@ -25,25 +26,24 @@ class Ledger:
 
     def add(self, counts: dict[str, dict]) -> None:
         """Add the counts of another process of this run."""
+        self.asked |= Counter(counts["asked"])
         self.compared.update(counts["compared"])
         self.law_examples.update(counts["law_examples"])
         self.skipped.update(counts["skipped"])
 
-    def lines(self, implementation: str, where: str, families: Collection[str] = ()) -> list[str]:
-        """Return the summary, of the ops of some families, or of all."""
-        asked = [name for name, row in OP_TABLE.items() if not families or row.family in families]
-        missing = [name for name in asked if not self.compared[name]]
+    def lines(self, implementation: str, where: str) -> list[str]:
+        """Return the summary."""
+        missing = [name for name in self.asked if not self.compared[name]]
         kinds = Counter(str(OP_TABLE[name].output) for name in self.compared)
         how = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none"
         lines = [
             f"implementation: {implementation}",
             f"where:          {where}",
-            f"compared:       {len(self.compared)} of {len(asked)} ops ({how})"
+            f"compared:       {len(self.compared)} of {len(self.asked)} ops ({how})"
             f" on {self.compared.total()} examples",
             f"laws:           {len(self.law_examples)} on {self.law_examples.total()} examples",
         ]
-        # Where no op was asked for, the names would be those of all.
-        if missing and self.compared:
+        if missing:
             lines.append(f"not compared:   {', '.join(missing)}")
         lines += [f"skipped:        {what}: {reason}" for what, reason in self.skipped.items()]
         return lines

@@ -44,7 +44,7 @@ class Subject:
         self.called: list[str] = []
         """The ops called, in their order, for the message of a law that fails."""
         self.forms: tuple[type, ...] = (TernaryWeight,)
-        """The classes of weights: the canonical one, and what `from_spec` has returned."""
+        """The classes of weights: the canonical one, and what `from_spec` or a maker has returned."""
 
     def __getattr__(self, op: str) -> Callable[..., Any]:
         """Return an op of the implementation, wrapped."""
@@ -91,7 +91,7 @@ class Subject:
         before = {path: tensor.clone() for path, tensor in self.seen(inputs).items()}
         with poisoned(pattern):
             result = self.raw(op)(*device_args, **device_kwargs)
-        if op == "from_spec":
+        if op == "from_spec" or op in MAKERS:
             self.learn(result)
         for path, tensor in self.seen(inputs).items():
             assert same_bytes(tensor, before[path]), f"{op} wrote to its input {path}"
@@ -153,8 +153,8 @@ class Subject:
         return value
 
     def learn(self, weight: Any) -> Any:
-        """Note the class of a weight that `from_spec` made, and return the weight. The class may be any."""
-        if not isinstance(weight, self.forms):
+        """Note the class of a weight that `from_spec` or a maker made, and return it. It may be any but a tensor or a tuple."""
+        if not isinstance(weight, (*self.forms, Tensor, tuple)):
             self.forms = (*self.forms, type(weight))
         return weight
 

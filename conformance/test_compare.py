@@ -316,6 +316,20 @@ def test_a_form_of_weights_may_be_any_class() -> None:
         subject.call_with("apply_step", (weight,), {}, **in_its_form)
 
 
+def test_a_maker_may_return_the_form_of_its_implementation() -> None:
+    weight = _weight()
+    ops = SimpleNamespace(
+        from_spec=_Opaque, to_spec=_Opaque.canonical, constant_weight=lambda **_: _Opaque(weight)
+    )
+    exact(Subject(ops, "opaque").constant_weight(), weight)
+
+
+def test_a_tensor_is_no_form_of_weights() -> None:
+    subject = Subject(SimpleNamespace(from_spec=lambda weight: weight.packed, to_spec=None), "a tensor")
+    subject.call_with("from_spec", (_weight(),), {}, PATTERNS[0], device_layout=False)
+    assert subject.forms == (TernaryWeight,)
+
+
 def test_half_of_a_layout_is_a_missing_op(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LEDGER, "skipped", {})
     half = Subject(SimpleNamespace(from_spec=lambda weight: weight), "half a layout")

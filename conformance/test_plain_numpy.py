@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from conformance.import_lint import ROOT
 
 
@@ -44,6 +46,12 @@ def test_an_implementation_in_numpy_passes() -> None:
     assert "failed" not in result.stdout
 
 
+def test_the_summary_counts_the_ops_that_were_chosen() -> None:
+    result = suite("--examples=2", "--family=packing", "-k", "unpack_trits")
+    assert "compared:       1 of 1 ops (1 EXACT) on 2 examples" in result.stdout, result.stdout[-2000:]
+    assert "not compared" not in result.stdout
+
+
 def test_a_slip_in_it_is_found() -> None:
     """Votes that are rounded away from zero, not to even, differ in ties alone."""
     broken = "numpy.rint = lambda x: numpy.sign(x) * numpy.floor(abs(x) + 0.5)"
@@ -68,11 +76,21 @@ def test_a_missing_op_is_one_failure() -> None:
     assert "where:          tensors on the CPU" in result.stdout
 
 
-def test_an_implementation_that_cannot_be_imported_ends_the_session() -> None:
-    result = suite("--impl=conformance.nosuch", "--family=votes")
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("conformance.nosuch", "No module named 'conformance.nosuch'\n"),
+        (
+            "nosuch.ops",
+            "No module named 'nosuch'. `python -m pytest` looks for it in the current folder, `pytest` does not\n",
+        ),
+    ],
+)
+def test_an_implementation_that_cannot_be_imported_ends_the_session(name: str, found: str) -> None:
+    """Where the package is missing as a whole, it may lie in the current folder, as that of a port does."""
+    result = suite(f"--impl={name}", "--family=votes")
     assert result.returncode == 4 and "failed" not in result.stdout
-    want = "--impl conformance.nosuch cannot be imported: ModuleNotFoundError: No module named 'conformance.nosuch'"
-    assert want in result.stderr
+    assert f"--impl {name} cannot be imported: ModuleNotFoundError: {found}" in result.stderr
 
 
 def test_a_family_that_is_none_is_named() -> None:

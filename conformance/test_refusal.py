@@ -12,7 +12,7 @@ from torch import Tensor
 
 from arbitor.reference import ops as reference_ops
 from conformance.families import REFUSALS
-from conformance.refusal import Refusal, fault, names_of, ones, refused
+from conformance.refusal import Refusal, fault, meta, names_of, ones, refused, weight
 from conformance.subject import Subject
 
 CASE = refused("sign_votes", "step 0", ValueError, "step_size", ones(2, 3), 0)
@@ -51,6 +51,14 @@ def test_what_a_sentence_must_name_is_an_argument() -> None:
 def test_either_of_two_arguments_that_do_not_fit_may_be_named() -> None:
     case = next(case for case in REFUSALS if (case.op, case.why) == ("gated", "two shapes"))
     assert names_of(case) == ["up", "gate"]
+
+
+def test_a_call_is_built_anew_each_time_and_told_with_its_devices() -> None:
+    case = refused("apply_steps", "two", ValueError, "weights", (weight, weight), out=(ones(2), meta(2)))
+    first, second = case.call(), case.call()
+    assert first[0][0][0] is not second[0][0][0] and isinstance(first[1]["out"][0], Tensor)
+    call = "(a weight [3, 14], a weight [3, 14]), out=(float32 [2], float32 [2] on meta)"
+    assert answer(case, lambda *_, **__: None).startswith(f"apply_steps on two ({call}): nothing is raised")
 
 
 @pytest.mark.parametrize(

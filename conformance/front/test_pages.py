@@ -44,6 +44,8 @@ def test_a_command_is_understood(command: pages.Shown, pytestconfig: pytest.Conf
         ("python -m conformance.import_lint.py", True, "no module"),
         ("python -m conformance.ops", True, "no module conformance.ops"),
         ("pytest conformance --wings", True, "unrecognized arguments"),
+        ("python -m pytest conformance --wings", True, "unrecognized arguments"),
+        ("python -m pytest conformance --family wings", True, "there is no family wings"),
         ("pytest conformance/test_wings.py", True, "there is no conformance/test_wings.py"),
         ("pytest conformance --family wings", True, "there is no family wings"),
         ('pip install "arbitor[wings]"', True, "no such extra"),

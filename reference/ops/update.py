@@ -219,8 +219,9 @@ def accumulate_gradients(
     """Return several weights of one shape with the stochastic votes of their gradients counted.
 
     Math:    accumulate_gradient of each weight, with its rows of the gradient and its tensor id
-    Shapes:  W weights [N, K] of one format, a tensor id each; grad_NK float32 or bfloat16 [W N, K], the gradients one below the
-             other; faults int64 []: the number of gradient rows that are not finite is added to it
+    Shapes:  a tuple of W weights [N, K] of one format, at least one, and a tuple with a tensor id for each;
+             grad_NK float32 or bfloat16 [W N, K], the gradients one below the other;
+             faults int64 []: the number of gradient rows that are not finite is added to it
     Returns: new weights; or `out`, overwritten: other weights, or those of `weights` at their own places
     Raises:  as `accumulate_gradient`; a refused call writes neither `out` nor `faults`
     Laws:    equal to its calls of `accumulate_gradient`
@@ -265,6 +266,7 @@ def apply_steps(
     """Return several weights of any shapes after a step of each.
 
     Math:    apply_step of each weight, with all of its rows
+    Shapes:  a tuple of weights, at least one
     Returns: new weights; or `out`, overwritten: other weights, or those of `weights` at their own places
     Range:   theta and theta_e in 1 .. 127
     Raises:  as `apply_step`; a refused call does not write to `out`
