@@ -75,7 +75,7 @@ LOOPS = (
     (2, 600, 9, 516, 3, 24, 2, torch.float32, 0.99),
     (1, 4, 1, 4, 2, 32, 0, torch.float32, 0.5),
     (3, 520, 5, 2052, 2, 48, 2, torch.float32, None),
-    (2, 128, 1000, 64, 3, 64, 1, torch.float32, 0.99),
+    (2, 128, 1000, 64, 3, 48, 1, torch.float32, 0.99),
     (1, 8192, 298, 512, 3, 96, 2, torch.bfloat16, 0.9),
     # More tokens than blocks keep in shared memory.
     (2, 2000, 4000, 1024, 3, 12, 2, torch.float32, 0.99),

@@ -20,7 +20,7 @@
 //   GROUP_SIZE, MANTISSA_BITS   of the four weights; 96 columns are whole groups
 //   WORD_BYTES, LEVEL_BYTES     8 or 4, and 4 or 1, as `product.cu` says, for every weight that is multiplied
 //   FLOAT_BYTES     2 where latents and tokens are bfloat16, 4 where they are float32
-//   SAMPLES         samples B
+//   SAMPLES, SIZE, WIDTH        B, L and D
 //   HALTS           1 where samples halt, else 0
 //   THREADS         threads of a block
 //   HUGE_LOG2, TAMING_LOG2   sum of squares from which on a row is huge, and by what it is multiplied then, as powers of two
@@ -54,19 +54,19 @@ __device__ __forceinline__ float first_latent(const FourFloats* latents, int pla
     return widened(__ldg(reinterpret_cast<const Float*>(latents) + place));
 }
 
+template <int INPUTS>
 struct Weight {
+    static constexpr int ROW_WORDS = (INPUTS + 15) / 16, ROW_GROUPS = (INPUTS + GROUP_SIZE - 1) / GROUP_SIZE;
+
     const unsigned* words;
     const signed char* levels;
-    int num_inputs, num_outputs;
+    int num_outputs;
 
     // Return the last aligned word of the levels.
     __device__ __forceinline__ const unsigned* last_levels() const {
-        const signed char* const last = levels + static_cast<long long>(num_outputs) * row_groups() - 1;
+        const signed char* const last = levels + static_cast<long long>(num_outputs) * ROW_GROUPS - 1;
         return reinterpret_cast<const unsigned*>(reinterpret_cast<unsigned long long>(last) & ~3ull);
     }
-
-    __device__ __forceinline__ int row_words() const { return (num_inputs + 15) / 16; }
-    __device__ __forceinline__ int row_groups() const { return (num_inputs + GROUP_SIZE - 1) / GROUP_SIZE; }
 };
 
 // The outputs of a product that a block has.
@@ -128,10 +128,11 @@ __device__ __forceinline__ void prefetch(const void* from, long long num_bytes) 
     }
 }
 
-__device__ __forceinline__ void prefetch_rows(const Weight& weight, Range rows) {
-    const long long words = weight.row_words(), groups = weight.row_groups();
-    prefetch(weight.words + rows.first * words, 4 * rows.count * words);
-    prefetch(weight.levels + rows.first * groups, rows.count * groups);
+template <int INPUTS>
+__device__ __forceinline__ void prefetch_rows(const Weight<INPUTS>& weight, Range rows) {
+    constexpr long long WORDS = Weight<INPUTS>::ROW_WORDS, GROUPS = Weight<INPUTS>::ROW_GROUPS;
+    prefetch(weight.words + rows.first * WORDS, 4 * rows.count * WORDS);
+    prefetch(weight.levels + rows.first * GROUPS, rows.count * GROUPS);
 }
 
 // Add up each of some values over a warp. The sum of the value i is in the lanes from 32 / COUNT i on.
@@ -201,11 +202,11 @@ __device__ __forceinline__ float silu(float u) {
 // Compute the products of a block's rows with the operands in `pairs`, and give each to `use`.
 //
 // sums: room for [tiles, splits, EIGHTS, 4, 32]. The steps of a tile are dealt to `splits` warps, by the number of tiles of a block.
-template <typename Use>
-__device__ __forceinline__ void multiply(const Weight& weight, Range rows, const uint4* pairs, float* sums, Use use) {
+template <int INPUTS, typename Use>
+__device__ __forceinline__ void multiply(const Weight<INPUTS>& weight, Range rows, const uint4* pairs, float* sums, Use use) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int row_words = weight.row_words(), row_groups = weight.row_groups();
-    const int steps = (weight.num_inputs + STEP - 1) / STEP, whole_chunks = weight.num_inputs / CHUNK;
+    constexpr int row_words = Weight<INPUTS>::ROW_WORDS, row_groups = Weight<INPUTS>::ROW_GROUPS;
+    constexpr int steps = (INPUTS + STEP - 1) / STEP, whole_chunks = INPUTS / CHUNK;
     const int tiles = (rows.count + 15) / 16, splits = max(WARPS / max(tiles, 1), 1);
     float(*parts)[EIGHTS][4][32] = reinterpret_cast<float(*)[EIGHTS][4][32]>(sums);
     for (int unit = warp; unit < tiles * splits; unit += WARPS) {
@@ -254,9 +255,10 @@ __device__ __forceinline__ void multiply(const Weight& weight, Range rows, const
 }
 
 // Return one weight of a matrix.
-__device__ __forceinline__ float weight_at(const Weight& weight, long long row, int column) {
-    const unsigned code = __ldg(weight.words + row * weight.row_words() + column / 16) >> (2 * (column % 16)) & 3;
-    const int level = __ldg(weight.levels + row * weight.row_groups() + column / GROUP_SIZE);
+template <int INPUTS>
+__device__ __forceinline__ float weight_at(const Weight<INPUTS>& weight, long long row, int column) {
+    const unsigned code = __ldg(weight.words + row * Weight<INPUTS>::ROW_WORDS + column / 16) >> (2 * (column % 16)) & 3;
+    const int level = __ldg(weight.levels + row * Weight<INPUTS>::ROW_GROUPS + column / GROUP_SIZE);
     const float scale = __int_as_float((level + (127 << MANTISSA_BITS)) << (23 - MANTISSA_BITS));
     return code == 0 ? 0 : code == 1 ? scale : -scale;
 }
@@ -281,9 +283,9 @@ __device__ __forceinline__ void cut(unsigned (&parts)[3], float low, float high)
 }
 
 // Put the operand of a product into shared memory as pairs, with zeros past its end. `read` returns four columns.
-template <typename Read>
-__device__ __forceinline__ void stage(uint4* pairs, int num_inputs, Read read) {
-    const int fours = num_inputs / 4, blocks = (num_inputs + STEP - 1) / STEP * (STEP / 16);
+template <int INPUTS, typename Read>
+__device__ __forceinline__ void stage(uint4* pairs, Read read) {
+    constexpr int fours = INPUTS / 4, blocks = (INPUTS + STEP - 1) / STEP * (STEP / 16);
 #pragma unroll
     for (int sample = 0; sample < SAMPLES; sample++) {
         for (int i = threadIdx.x; i < 2 * blocks; i += THREADS) {
@@ -311,13 +313,15 @@ denoise_loop(const FourFloats* __restrict__ latents, const FourFloats* __restric
              const signed char* __restrict__ in_levels, const unsigned* __restrict__ query_words,
              const signed char* __restrict__ query_levels, const unsigned* __restrict__ step_words,
              const signed char* __restrict__ step_levels, const unsigned* __restrict__ out_words,
-             const signed char* __restrict__ out_levels, Float* __restrict__ out, float* scratch, float eps, float threshold, int size,
-             int width, int num_tokens, int part_tokens, int kept_tokens, int sums_room, int num_steps, float2 step_0, float2 step_1,
+             const signed char* __restrict__ out_levels, Float* __restrict__ out, float* scratch, float eps, float threshold,
+             int num_tokens, int part_tokens, int kept_tokens, int sums_room, int num_steps, float2 step_0, float2 step_1,
              float2 step_2, float2 step_3, float2 step_4, float2 step_5, float2 step_6, float2 step_7) {
     const float2 steps[8] = {step_0, step_1, step_2, step_3, step_4, step_5, step_6, step_7};
-    const Weight latent_in{in_words, in_levels, size, width}, query{query_words, query_levels, width, width};
-    const Weight step_rows{step_words, step_levels, width, num_steps}, latent_out{out_words, out_levels, width, size};
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, fours = width / 4;
+    constexpr int size = SIZE, width = WIDTH, fours = width / 4;
+    const Weight<size> latent_in{in_words, in_levels, width};
+    const Weight<width> query{query_words, query_levels, width}, step_rows{step_words, step_levels, num_steps};
+    const Weight<width> latent_out{out_words, out_levels, size};
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int num_parts = (num_tokens + part_tokens - 1) / part_tokens;
     const Range of_size = rows_of_block(size), of_width = rows_of_block(width), of_fours = range_of_block(fours);
 
@@ -343,6 +347,7 @@ denoise_loop(const FourFloats* __restrict__ latents, const FourFloats* __restric
 
     Barrier barrier;
     if (threadIdx.x < SAMPLES) left[threadIdx.x] = 1;
+    prefetch_rows(latent_in, of_width);
     for (int item = blockIdx.x; item < SAMPLES * num_parts; item += gridDim.x) {
         const int first = item % num_parts * part_tokens, count = min(part_tokens, num_tokens - first);
         const long long row = static_cast<long long>(item / num_parts) * num_tokens + first;
@@ -352,7 +357,7 @@ denoise_loop(const FourFloats* __restrict__ latents, const FourFloats* __restric
     for (int step = 0; step < num_steps; step++) {
         const bool is_last = step + 1 == num_steps;
 
-        stage(pairs, size, [&](int sample, int four) {
+        stage<size>(pairs, [&](int sample, int four) {
             const int place = sample * (size / 4) + four;
             return step == 0 ? widened(__ldg(latents + place)) : __ldcg(reinterpret_cast<const float4*>(latent) + place);
         });
@@ -379,7 +384,7 @@ denoise_loop(const FourFloats* __restrict__ latents, const FourFloats* __restric
             powers[sample] = power;
             inverses[sample] = 1 / sqrtf(squares / width + eps * power * power);
         }
-        stage(pairs, width, [&](int sample, int four) {
+        stage<width>(pairs, [&](int sample, int four) {
             return scaled(scaled(reinterpret_cast<const float4*>(x)[sample * fours + four], powers[sample]), inverses[sample]);
         });
         multiply(query, of_width, pairs, sums, [&](int sample, int row, float sum) {
@@ -489,7 +494,7 @@ denoise_loop(const FourFloats* __restrict__ latents, const FourFloats* __restric
         barrier.arrive();
         barrier.wait();
 
-        stage(pairs, width, [&](int sample, int four) { return __ldcg(reinterpret_cast<const float4*>(m) + sample * fours + four); });
+        stage<width>(pairs, [&](int sample, int four) { return __ldcg(reinterpret_cast<const float4*>(m) + sample * fours + four); });
         float4 energy[SAMPLES] = {};
         multiply(latent_out, of_size, pairs, sums, [&](int sample, int row, float pred) {
             const int place = sample * size + row;

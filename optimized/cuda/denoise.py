@@ -142,6 +142,8 @@ def denoise_loop(
         },
         FLOAT_BYTES=latent_BL.element_size(),
         SAMPLES=num_samples,
+        SIZE=size,
+        WIDTH=width,
         HALTS=int(halt_threshold is not None),
         THREADS=THREADS,
         HUGE_LOG2=int(math.log2(HUGE_TOTAL.value)),
@@ -164,9 +166,7 @@ def denoise_loop(
             scratch,
             np.float32(DEFAULT_EPS),
             np.float32(halt_threshold or 0.0),
-            *map(
-                np.int32, (size, width, num_tokens, plan.part_tokens, plan.kept_tokens, plan.sums, len(steps))
-            ),
+            *map(np.int32, (num_tokens, plan.part_tokens, plan.kept_tokens, plan.sums, len(steps))),
             *steps,
             *[np.complex64(0)] * (MOST_STEPS - len(steps)),
         ),
