@@ -216,17 +216,21 @@ def test_folders_that_hold_no_ternary_model_say_what_reads_them(
 
 
 def test_a_ternary_merge_says_what_is_lost(capsys: pytest.CaptureFixture[str]) -> None:
-    """Weights that keep nothing are counted, and not listed as 0.0% and -0.0%. Where little is kept, it says what else to do."""
+    """Weights that keep nothing are counted, and not listed as 0.0% and -0.0%. So are those without a change.
+
+    Where little is kept, the merge says what else to do.
+    """
     kept, lost, worse = Merge(10.0, 1.0, 0.5), Merge(10.0, 1.0, 1.0), Merge(10.0, 9.0, 9.001)
     print_losses({"a": kept, "b": lost, "c": worse, "d": Merge(10.0, 0.0, 0.0)})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in lines[:3]] == ["weight", "a", "all"]
     assert lines[1].split()[2] == "75.0%" and "-0.0%" not in "".join(lines)
     assert lines[3] == "2 of 4 weights keep nothing of their change, and are not listed."
-    assert lines[4].startswith(
+    assert lines[4] == "1 of 4 weights have no change, and are not listed."
+    assert lines[5].startswith(
         "0.9% of the change is kept: most of it is smaller than a step of a ternary weight. "
     )
-    assert "arb train --init-from" in lines[4]
+    assert "arb train --init-from" in lines[5]
     print_losses({"a": kept})
     assert len(capsys.readouterr().out.splitlines()) == 3
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.metrics import cut_metrics, read_metrics, thinned_metrics
 from arbitor.optimized.training.monitor import Monitor
 from arbitor.optimized.training.run_folder import RunFolder
+from arbitor.optimized.training.runtime import StopRequest
 
 
 def events_of(folder: Path, tag: str) -> list[tuple[int, float]]:
@@ -131,6 +134,34 @@ def test_monitor_draws_a_bar_on_a_terminal() -> None:
     monitor.close()
     for part in ("50/100", "bpb 3.220", "10 tokens/s", "flips 0.123%", "eta"):
         assert part in out.getvalue()
+
+
+@pytest.mark.parametrize(("start_step", "says"), [(0, True), (7, False)])
+def test_a_bar_says_that_a_new_run_validates_first(start_step: int, says: bool) -> None:
+    """The bar stood at 0 without a word, for ten seconds and more on busy cores."""
+    out = io.StringIO()
+    console = Console(file=out, width=120, force_terminal=True)
+    Monitor(None, steps=100, start_step=start_step, console=console).close()
+    assert f"{start_step}/100" in out.getvalue()
+    assert ("validation" in out.getvalue()) == says
+
+
+def test_a_stop_is_told_below_the_bar() -> None:
+    """A bar leaves the cursor in its line, and the sentence stood behind it."""
+    reader, terminal = os.openpty()
+    os.set_blocking(reader, False)
+    kept = os.dup(2)
+    try:
+        with StopRequest(announced=True).listening() as request:
+            os.dup2(terminal, 2)
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        os.dup2(kept, 2)
+        told = os.read(reader, 1000)
+        for descriptor in (kept, terminal, reader):
+            os.close(descriptor)
+    assert request.signal_number == signal.SIGINT
+    assert told == b"\r\narb: stopping after this step; again to quit now.\r\n"
 
 
 def test_monitor_reports_a_full_disk_in_one_sentence(tmp_path: Path) -> None:

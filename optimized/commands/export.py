@@ -100,22 +100,22 @@ def _export_adapted(folder: Path, config: ArbConfig, checkpoint: Checkpoint, mer
 def print_losses(losses: dict[str, Merge]) -> None:
     """Print what the merge lost: of each weight that kept some of its change, and of all together."""
     click.echo(f"{'error':>8}  {'change':>8}  {'kept':>7}  weight")
-    total, unchanged = None, 0
+    total, lost, still = None, 0, 0
     for name, loss in losses.items():
         total = loss if total is None else total + loss
         if not loss.change:
-            continue
-        if abs(loss.kept) < NOTHING:
-            unchanged += 1
+            still += 1
+        elif abs(loss.kept) < NOTHING:
+            lost += 1
         else:
             _print_loss(shown(name), loss)
     if total is None:
         return
     _print_loss("all", total)
-    if unchanged:
-        click.echo(
-            f"{unchanged:,} of {len(losses):,} weights keep nothing of their change, and are not listed."
-        )
+    if lost:
+        click.echo(f"{lost:,} of {len(losses):,} weights keep nothing of their change, and are not listed.")
+    if still:
+        click.echo(f"{still:,} of {len(losses):,} weights have no change, and are not listed.")
     if total.kept < MOST:
         click.echo(
             f"{_share(total.kept)} of the change is kept: most of it is smaller than a step of a ternary weight. "

@@ -150,7 +150,9 @@ def _progress_bar(console: Console, steps: int, start_step: int) -> tuple[Progre
         TimeRemainingColumn(compact=True),
         console=console,
     )
-    task = bar.add_task("training", total=steps, completed=start_step, numbers="")
+    # A new run validates the model before its first step, which shows nothing until it is done.
+    numbers = "validation" if start_step == 0 else ""
+    task = bar.add_task("training", total=steps, completed=start_step, numbers=numbers)
     bar.start()
     return bar, task
 

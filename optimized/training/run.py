@@ -159,7 +159,7 @@ class Run:
             # What ended the run says more than why its report can't be had, whatever that is.
             with suppress(Exception):
                 self._count_time()
-                self._draw_page(self._facts())
+                self._draw_page(self._facts(), "the run ends here; its page is drawn")
             raise
 
     def finish(self) -> TrainResult:
@@ -408,7 +408,9 @@ class Run:
             metrics=metrics,
         )
 
-    def _draw_page(self, facts: RunFacts) -> None:
-        """Draw the page of the run, if it has lines of metrics."""
+    def _draw_page(self, facts: RunFacts, sentence: str = "") -> None:
+        """Draw the page of the run, if it has lines of metrics. Say the sentence before, as drawing takes seconds."""
         if self.folder is not None and facts.metrics:
+            if sentence:
+                self.monitor.say(sentence)
             draw_page(self.folder.report, facts)

@@ -104,7 +104,9 @@ class StopRequest:
         if self._announced:
             # Not by print, which the signal may have interrupted.
             with contextlib.suppress(OSError):
-                os.write(2, b"arb: stopping after this step; again to quit now.\n")
+                # On a terminal the progress bar stands in the line of the cursor.
+                start = b"\n" if os.isatty(2) else b""
+                os.write(2, start + b"arb: stopping after this step; again to quit now.\n")
 
 
 def choose_runtime(device: str = "auto", backend: str | None = None, dtype: str | None = None) -> Runtime:
