@@ -190,4 +190,5 @@ def _room(device: torch.device) -> tuple[int, int]:
     if device.type != "cuda":
         return PROCESSORS, SHARED_BYTES
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    # The types of torch lack it.
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
