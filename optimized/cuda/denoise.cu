@@ -221,7 +221,8 @@ __device__ __forceinline__ void multiply(const Weight<INPUTS>& weight, Range row
             levels_of[half] = weight.levels + row * row_groups;
         }
         const auto read = [&](Chunk& chunk, int step) {
-            chunk.read(words_of, levels_of, weight.last_levels(), 4 * step + t, whole_chunks, row_words, row_groups);
+            const bool is_end = is_near_end(rows.first + 16 * tile, weight.num_outputs);
+            chunk.read(words_of, levels_of, weight.last_levels(), is_end, 4 * step + t, whole_chunks, row_words, row_groups);
         };
         float totals[EIGHTS][4] = {};
         Chunk next;
