@@ -500,7 +500,7 @@ denoise_loop(const FourFloats* __restrict__ latents, const FourFloats* __restric
         multiply(latent_out, of_size, pairs, sums, [&](int sample, int row, float pred) {
             const int place = sample * size + row;
             const float before = step == 0 ? first_latent(latents, place) : latent[place];
-            const float after = (before - steps[step].x * pred) * steps[step].y;
+            const float after = fmaf(-steps[step].x, pred, before) * steps[step].y;
             latent[place] = after;
             if (!HALTS) {
                 if (is_last) out[place] = narrowed(after);
