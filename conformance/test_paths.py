@@ -536,7 +536,7 @@ def test_plans_of_a_loop() -> None:
             cuts.add((plan.blocks, plan.part_tokens))
             assert 1 <= plan.blocks <= processors and plan.shared_bytes <= 227 * 1024
             assert plan.blocks * plan.part_tokens >= num_tokens
-            assert plan.sums >= num_samples * -(-size // 512) * -(-width // plan.blocks)
+            assert plan.sums >= 4 * 32 * max(cuda_denoise.WARPS, -(-max(size, width) // 16) // plan.blocks)
         assert len(cuts) <= 1
 
 

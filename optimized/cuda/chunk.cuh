@@ -31,7 +31,9 @@ __device__ __forceinline__ unsigned short rounded(float value) {
 }
 
 // Read the levels of a chunk, of which the row has `there`. Those past the end are 0, since another byte might be no scale. Rows of
-// levels start anywhere, so they are read as the aligned words around them, the last of which holds the end of the tensor.
+// levels start anywhere, so they are read as the aligned words around them, the last of which holds the end of the tensor. INSIDE says that
+// the word after them is in the tensor too.
+template <bool INSIDE = false>
 __device__ __forceinline__ void read_levels(unsigned (&levels)[LEVEL_WORDS], const signed char* at, const unsigned* last, int there) {
     if constexpr (LEVEL_BYTES == 4) {
 #pragma unroll
@@ -40,11 +42,11 @@ __device__ __forceinline__ void read_levels(unsigned (&levels)[LEVEL_WORDS], con
         const unsigned long long address = reinterpret_cast<unsigned long long>(at);
         const unsigned* aligned = reinterpret_cast<const unsigned*>(address & ~3ull);
         const unsigned shift = 8 * (static_cast<unsigned>(address) & 3);
-        unsigned low = __ldg(aligned < last ? aligned : last);
+        unsigned low = __ldg(INSIDE || aligned < last ? aligned : last);
 #pragma unroll
         for (int i = 0; i < LEVEL_WORDS; i++) {
             const unsigned* next = aligned + i + 1;
-            const unsigned high = __ldg(next < last ? next : last);
+            const unsigned high = __ldg(INSIDE || next < last ? next : last);
             const int bytes = there - 4 * i;
             const unsigned kept = bytes >= 4 ? ~0u : bytes > 0 ? (1u << (8 * bytes)) - 1 : 0;
             levels[i] = __funnelshift_r(low, high, shift) & kept;

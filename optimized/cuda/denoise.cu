@@ -221,7 +221,8 @@ __device__ __forceinline__ void multiply(const Weight<INPUTS>& weight, Range row
             levels_of[half] = weight.levels + row * row_groups;
         }
         const auto read = [&](Chunk& chunk, int step) {
-            chunk.read(words_of, levels_of, weight.last_levels(), 4 * step + t, whole_chunks, row_words, row_groups);
+            const bool is_end = is_near_end(rows.first + 16 * tile, weight.num_outputs);
+            chunk.read(words_of, levels_of, weight.last_levels(), is_end, 4 * step + t, whole_chunks, row_words, row_groups);
         };
         float totals[EIGHTS][4] = {};
         Chunk next;
@@ -499,7 +500,7 @@ denoise_loop(const FourFloats* __restrict__ latents, const FourFloats* __restric
         multiply(latent_out, of_size, pairs, sums, [&](int sample, int row, float pred) {
             const int place = sample * size + row;
             const float before = step == 0 ? first_latent(latents, place) : latent[place];
-            const float after = (before - steps[step].x * pred) * steps[step].y;
+            const float after = fmaf(-steps[step].x, pred, before) * steps[step].y;
             latent[place] = after;
             if (!HALTS) {
                 if (is_last) out[place] = narrowed(after);

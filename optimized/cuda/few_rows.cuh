@@ -17,12 +17,15 @@ struct Chunk {
     unsigned words[2][WORDS];
     unsigned levels[2][LEVEL_WORDS];
 
-    // Read the chunk `at` of two rows. `last` is the last aligned word of the levels.
+    // Read the chunk `at` of two rows. `last` is the last aligned word of the levels, and `is_end` says that rows may come near it.
     __device__ __forceinline__ void read(const unsigned* const (&words_of)[2], const signed char* const (&levels_of)[2], const unsigned* last,
-                                         int at, int whole_chunks, int row_words, int row_groups) {
+                                         bool is_end, int at, int whole_chunks, int row_words, int row_groups) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            if (at < whole_chunks) {
+            if (at < whole_chunks && !is_end) {
+                read_words(words[half], words_of[half] + at * WORDS);
+                read_levels<true>(levels[half], levels_of[half] + at * LEVELS, last, LEVELS);
+            } else if (at < whole_chunks) {
                 read_words(words[half], words_of[half] + at * WORDS);
                 read_levels(levels[half], levels_of[half] + at * LEVELS, last, LEVELS);
             } else {
@@ -38,6 +41,9 @@ __device__ __forceinline__ void multiply_tiles(float (&sums)[4], const unsigned 
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+// Return whether a tile of 16 rows comes near the end of the levels: fewer than four rows, each with a level, follow it.
+__device__ __forceinline__ bool is_near_end(long long first_row, long long num_rows) { return first_row + 16 + 4 > num_rows; }
 
 // Pieces of 16 bytes that sixteen columns of x take in shared memory, two for each row. One more keeps the threads that read or
 // write at the same time out of each other's banks.
