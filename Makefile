@@ -44,6 +44,7 @@ help: ## this list
 	@echo "  make demo PYTHON=/opt/python3.12/bin/python3    choose the Python of the environment"
 
 install: $(VENV)/.installed-arb ## the command arb and the package, in .venv (source .venv/bin/activate finds it)
+	@echo "The command arb is in $(BIN). Let this shell find it: source $(BIN)/activate"
 
 demo: $(VENV)/.installed-arb ## train the tiny preset on Python's own sources, show the result (6 to 10 minutes)
 	rm -rf $(DEMO_RUN)

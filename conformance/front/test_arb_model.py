@@ -86,6 +86,10 @@ def test_sizes(model: ArbModel) -> None:
     assert second.strip() == (
         f"nano: {report.weights:,} ternary weights, {model.state_bytes:,} bytes of state, device=cpu, dtype=torch.float32"
     )
+    # Other modules of the list say the shapes of their weights.
+    num_rows, num_columns = model.weights()["byte_head.vocabulary"].shape
+    assert num_rows != num_columns
+    assert f"(vocabulary): TernaryLinear({num_rows} x {num_columns})\n" in repr(model.byte_head)
 
 
 def test_a_model_has_as_many_weights_as_the_command_says() -> None:

@@ -53,6 +53,7 @@ def test_a_layer_is_the_product_with_its_weight() -> None:
     weight = dequantize(layer.ops.to_spec(layer.weight), dtype=torch.float32)
     alike(layer(x).detach(), (x @ weight.T + layer.bias).detach())
     assert repr(layer) == "Linear(30, 7, bias=True, ternary)"
+    assert repr(Embedding(9, 4)) == "Embedding(9 x 4)"
     assert layer(x.to(torch.bfloat16)).dtype is torch.float32, (
         "a float32 bias makes the sum float32, as in torch"
     )

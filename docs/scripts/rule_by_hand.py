@@ -3,9 +3,10 @@
 #
 # A table that predicts the next byte from the one before, trained by the operations of the specification alone: no model, no
 # autograd, no optimizer. Run it as a script, or cell by cell in an editor that knows `# %%`. It takes half a minute on a CPU.
+# In a checkout `make install` makes the environment for it, and `source .venv/bin/activate` enters it:
 #
-#     python rule_by_hand.py          # 600 steps
-#     python rule_by_hand.py 50
+#     python docs/scripts/rule_by_hand.py          # 600 steps
+#     python docs/scripts/rule_by_hand.py 50
 
 # %%
 import argparse

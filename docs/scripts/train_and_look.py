@@ -2,10 +2,11 @@
 # # Train a model, and look inside
 #
 # The preset `tiny` learns from Python's own sources, in about five minutes on a CPU. Then we look at its trits and
-# scales, and save it. Run it as a script, or cell by cell in an editor that knows `# %%`.
+# scales, and save it. Run it as a script, or cell by cell in an editor that knows `# %%`. In a checkout `make install` makes the
+# environment for it, and `source .venv/bin/activate` enters it:
 #
-#     python train_and_look.py                      # 150 steps
-#     python train_and_look.py 5 --preset nano.json # fewer steps, another model
+#     python docs/scripts/train_and_look.py                      # 150 steps
+#     python docs/scripts/train_and_look.py 5 --preset nano.json # fewer steps, another model
 
 # %%
 import argparse
@@ -93,7 +94,9 @@ print(
 # %% [markdown]
 # ## Look inside
 #
-# A weight of the model is its trits and one scale for each group of twelve. `weights()` gives them in canonical form.
+# A weight of the model is its trits and one scale for each group of twelve. `weights()` gives them in canonical form. A scale has
+# four levels an octave: level 0 is 1, level -4 is 1/2, and level -12 is 1/8. Scales of codebooks have one level an octave. A
+# counter is near full if it has 48 or more of the 64 votes that move a trit.
 
 # %%
 shown = [name for name in model.weights() if not name.endswith("norm")]

@@ -252,6 +252,11 @@ class TernaryModule(ArbModule):
             self._weight, self._tensors = self._weight.with_tensors(**buffers), buffers
         return self._weight
 
+    def extra_repr(self) -> str:
+        """Return the rows and the columns of the weight, as `print` shows them."""
+        num_rows, num_columns = self._shape
+        return f"{num_rows} x {num_columns}"
+
     @property
     def device(self) -> torch.device:
         """Device of the weight."""
