@@ -13,6 +13,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,6 +64,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME",
         help="laws, golden vectors and comparison of this family of ops alone; may be given several times",
     )
+    group.addoption(
+        "--failures",
+        type=Path,
+        metavar="FILE",
+        help="append what fails to FILE at once, in case the run is cut off before pytest prints it",
+    )
 
 
 # This runs after hypothesis has loaded the profile of its own option.
@@ -86,6 +93,10 @@ def pytest_configure(config: pytest.Config) -> None:
         if device == "cpu":
             raise pytest.UsageError(f"--path {path}: Triton's interpreter is the only path on a CPU")
         os.environ["ARB_PATH"] = path
+    failures = config.getoption("--failures")
+    # What fails in a worker of pytest-xdist is reported to the process that started it.
+    if failures is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(report.Failures(failures))
     name = config.getoption("--impl")
     try:
         config.stash[SUBJECT] = Subject(importlib.import_module(name), name, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
@@ -51,6 +52,19 @@ class Ledger:
 
 LEDGER = Ledger()
 """The ledger of this process."""
+
+
+class Failures:
+    """A plugin that appends each failure to a file as soon as it is known."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Append the test's name and what it raised."""
+        if report.failed:
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(f"{report.nodeid}, {report.when}\n{report.longreprtext}\n\n")
 
 
 def skip(what: str, reason: str) -> NoReturn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -52,10 +53,14 @@ def test_the_summary_counts_the_ops_that_were_chosen() -> None:
     assert "not compared" not in result.stdout
 
 
-def test_a_slip_in_it_is_found() -> None:
-    """Votes that are rounded away from zero, not to even, differ in ties alone."""
+def test_a_slip_in_it_is_found(tmp_path: Path) -> None:
+    """Votes that are rounded away from zero, not to even, differ in ties alone. What fails is in a file too."""
     broken = "numpy.rint = lambda x: numpy.sign(x) * numpy.floor(abs(x) + 0.5)"
-    result = suite("--family=votes", "--maxfail=1", broken=broken)
+    failures = tmp_path / "failures"
+    result = suite("--family=votes", "--maxfail=1", f"--failures={failures}", broken=broken)
+    name, *said = failures.read_text().splitlines()
+    assert name.startswith("conformance/") and name.endswith(", call")
+    assert any("stochastic_votes" in line for line in said)
     assert result.returncode == 1 and "stochastic_votes" in result.stdout, result.stdout[-2000:]
     assert " called " in result.stdout and "stochastic_votes of conformance.plain_numpy" in result.stdout
 
