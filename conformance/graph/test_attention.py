@@ -180,7 +180,7 @@ def test_a_gradient_reaches_the_positions_of_the_pass() -> None:
 def test_weights_vote_once_however_long_the_past(monkeypatch: pytest.MonkeyPatch) -> None:
     attention, context = layer(dtype=torch.float32)
     voted: list[int] = []
-    monkeypatch.setattr(context.voting, "cast", lambda *_, tensor_id, **__: voted.append(tensor_id))
+    monkeypatch.setattr(context.voting, "cast", lambda voter, _: voted.append(voter.tensor_id))
     with context.voting.taking(rate=1.0, step=0):
         attention(inputs(2, 50).to(torch.float32)).sum().backward()
     trained = [each.tensor_id for name, each in attention.named_children() if not name.endswith("norm")]

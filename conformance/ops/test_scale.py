@@ -250,7 +250,7 @@ test_refusals_of_scale = refusals(
     refused("constant_weight", "a number for a device", ValueError, "device", (2, 3), trit=1, exponent=0, device=0.5),
     refused("constant_weight", "a group size as a tensor", ValueError,
             "group_size", (2, 3), trit=1, exponent=0, group_size=scalar(12)),
-    refused("dequantize", "the name of a dtype", TypeError, "dtype is a str", weight, dtype="float32"),
+    refused("dequantize", "the name of a dtype", TypeError, "dtype", weight, dtype="float32"),
     refused("constant_weight", "trit 2", ValueError, "trit", (2, 3), trit=2, exponent=0),
     refused("constant_weight", "trit -2", ValueError, "trit", (2, 3), trit=-2, exponent=0),
     refused("constant_weight", "exponent 16", ValueError, "exponent", (2, 3), trit=1, exponent=16),

@@ -17,6 +17,7 @@ from arbitor import ArbModel
 from arbitor.optimized.training.checkpoint import load_checkpoint, load_header
 from arbitor.optimized.training.evaluate import file_bpb, file_windows
 from arbitor.optimized.training.options import PRESET_DEFAULTS
+from arbitor.reference import graph
 from arbitor.reference.audit import audit
 from arbitor.reference.presets import PRESETS
 from conformance.system.command import Here, check_refused
@@ -118,7 +119,7 @@ def test_eval_of_nothing_is_no_success(here: Here, finished: Path, tmp_path: Pat
 def test_eval_of_a_loss_that_is_not_finite(
     here: Here, finished: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ArbModel.__mro__[1], "loss", lambda model, ids: torch.tensor(math.nan))
+    monkeypatch.setattr(graph.ArbModel, "loss", lambda model, ids: torch.tensor(math.nan))
     result = here("eval", "--run", str(finished), "--data", str(text), "--device", "cpu", "--json")
     assert result.returncode == 0 and json.loads(result.stdout)["total"]["bpb"] is None
 

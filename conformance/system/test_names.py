@@ -15,8 +15,17 @@ import pytest
 
 from arbitor.optimized.training import machine_memory
 from arbitor.optimized.training.checkpoint import load_checkpoint
-from conformance.system.command import REPOSITORY, Here, arb, check_refused, environment, finish, start
-from conformance.system.test_survival import arguments, digest, resume, wait_for
+from conformance.system.command import (
+    REPOSITORY,
+    Here,
+    arb,
+    check_refused,
+    environment,
+    finish,
+    resume_line,
+    start,
+)
+from conformance.system.test_survival import arguments, digest, wait_for
 from conformance.training.forge import forged
 from conformance.training.nano import NANO, TEXT
 
@@ -198,7 +207,7 @@ def test_a_hangup_saves_and_a_nohup_stays(here: Here, finished: Path, text: Path
         assert load_checkpoint(run / "latest.safetensors").step >= 4
         assert not (run / "report.png").exists()
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        process = start(["no-pictures", *resume(run)])
+        process = start(["no-pictures", *resume_line(run)])
         assert wait_for(process, run / "metrics.jsonl", 4)
         os.kill(process.pid, signal.SIGHUP)
         assert finish(process).returncode == 0
@@ -219,7 +228,7 @@ def test_a_run_says_what_it_does_and_keeps_its_threads(text: Path, tmp_path: Pat
         "float32, 1 CPU thread\n",
     ):
         assert line in out
-    command = [sys.executable, "-m", "conformance.system.nano_arb", "no-pictures", *resume(run)]
+    command = [sys.executable, "-m", "conformance.system.nano_arb", "no-pictures", *resume_line(run)]
     environ = {**environment(), "OMP_NUM_THREADS": "3"}
     done = subprocess.run(command, env=environ, cwd=REPOSITORY, capture_output=True)
     assert b"is finished: all of its 4 steps are taken" in done.stdout
