@@ -97,7 +97,8 @@ few_rows_product(const unsigned short* __restrict__ x, const unsigned* __restric
         reinterpret_cast<unsigned long long>(levels + static_cast<long long>(num_outputs) * row_groups - 1) & ~3ull);
     const int steps = (num_inputs + STEP - 1) / STEP, whole_chunks = num_inputs / CHUNK;
     const auto read = [&](Chunk& chunk, int step) {
-        chunk.read(words_of, levels_of, last, is_near_end(first, num_outputs), 4 * step + t, whole_chunks, row_words, row_groups);
+        // All rows are read as if they came near the end: two ways of reading are a longer loop.
+        chunk.read(words_of, levels_of, last, true, 4 * step + t, whole_chunks, row_words, row_groups);
     };
 
     float sums[1][4] = {};
