@@ -244,6 +244,7 @@ test_refusals_of_experts_ranks = refusals(
     refused("weigh_ranks", "four of three experts", ValueError, "experts", ones(6), ones(3), ids(0, 1, 2, 0)),
     refused("weigh_ranks", "expert E", ValueError, "experts", ones(6), ones(3), ids(3)),
     refused("weigh_ranks", "expert -1", ValueError, "experts", ones(6), ones(3), ids(-1)),
+    refused("weigh_ranks", "an expert twice", ValueError, "experts", ones(6), ones(3), ids(2, 2)),
     refused("weigh_ranks", "int32 experts", TypeError, "experts", ones(6), ones(3), ones(1, dtype=torch.int32)),
     refused("weigh_ranks", "ranks of all for two chosen of three", ValueError,
             "ranks", ones(3), ones(3), ids(0, 1), chosen_only=True),
@@ -254,6 +255,7 @@ test_refusals_of_experts_ranks = refusals(
             "grad", ones(6, dtype=torch.bfloat16), ones(6), ones(3), ids(0)),
     refused("weigh_ranks_grads", "elsewhere", ValueError, "grad", meta(6), ones(6), ones(3), ids(0)),
     refused("weigh_ranks_grads", "expert E", ValueError, "experts", ones(6), ones(6), ones(3), ids(3)),
+    refused("weigh_ranks_grads", "an expert twice", ValueError, "experts", ones(6), ones(6), ones(3), ids(2, 0, 2)),
     rejects=[
         mutant("ranks_unchecked", "checks.weighed_ranks(ranks, logits, experts, chosen_only)", "pass", times=2),
         mutant(
@@ -262,6 +264,7 @@ test_refusals_of_experts_ranks = refusals(
             "pass",
             times=2,
         ),
+        mutant("an_expert_twice_unchecked", 'checks.different("experts", experts)', "pass", times=2),
     ],
 )
 # fmt: on

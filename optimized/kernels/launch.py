@@ -56,6 +56,12 @@ def values_between(name: str, value: Tensor, low: int, high: int) -> None:
         checks.values_between(name, value, low, high)
 
 
+def different(name: str, value: Tensor) -> None:
+    """Refuse a tensor with rows in which a value stands twice, where value checks may run."""
+    if may_look_at_values(value):
+        checks.different(name, value)
+
+
 def announce_written(*tensors: Tensor) -> None:
     """Tell autograd that a kernel wrote tensors in place. Autograd then refuses a gradient through their earlier values.
 

@@ -15,7 +15,7 @@ from arbitor.optimized.cuda import compiler, many_rows
 from arbitor.optimized.kernels import ranks as rank_kernels
 from arbitor.optimized.kernels import router
 from arbitor.optimized.kernels.experts import weight_grad
-from arbitor.optimized.kernels.launch import values_between
+from arbitor.optimized.kernels.launch import different, values_between
 from arbitor.optimized.kernels.products import packed_product
 from arbitor.optimized.kernels.slots import Plan
 from arbitor.optimized.layouts import AnyWeight, DeviceWeight
@@ -94,6 +94,7 @@ def weigh_ranks(ranks: Tensor, logits: Tensor, experts: Tensor, *, chosen_only: 
     """See reference; float64 is not supported."""
     checks.weighed_ranks(ranks, logits, experts, chosen_only, DTYPES)
     values_between("experts", experts, 0, logits.shape[-1] - 1)
+    different("experts", experts)
     return rank_kernels.weighed(ranks, logits, experts, chosen_only)
 
 
@@ -104,6 +105,7 @@ def weigh_ranks_grads(
     """See reference; float64 is not supported. One launch makes both gradients."""
     checks.weighed_ranks(ranks, logits, experts, chosen_only, DTYPES)
     values_between("experts", experts, 0, logits.shape[-1] - 1)
+    different("experts", experts)
     checks.same_dtype("grad", grad, "ranks", ranks)
     checks.same_shape("grad", grad, "ranks", ranks)
     checks.same_device(ranks=ranks, grad=grad)

@@ -131,6 +131,16 @@ def values_between(name: str, value: Tensor, low: int, high: int) -> None:
         raise ValueError(f"{name} holds {worst}, but its elements must lie from {low} to {high}")
 
 
+def different(name: str, value: Tensor) -> None:
+    """Refuse a tensor of integers with rows in which one stands twice; a meta tensor has no elements to look at."""
+    if value.numel() == 0 or value.shape[-1] == 1 or value.device.type == "meta":
+        return
+    ordered = value.sort(dim=-1).values
+    again = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
+    if again.numel():
+        raise ValueError(f"{name} holds {int(again[0])} twice in a row, but its elements must differ there")
+
+
 def some_dimension(name: str, value: Tensor) -> None:
     """Refuse a tensor without a dimension."""
     if value.ndim == 0:

@@ -131,6 +131,7 @@ def weigh_ranks(ranks: Tensor, logits: Tensor, experts: Tensor, *, chosen_only: 
     """
     checks.weighed_ranks(ranks, logits, experts, chosen_only)
     checks.values_between("experts", experts, 0, logits.shape[-1] - 1)
+    checks.different("experts", experts)
     is_chosen, shares_E = _shares(logits, experts)
     if chosen_only:
         shares_k = shares_E.gather(-1, experts)
@@ -159,6 +160,7 @@ def weigh_ranks_grads(
     """
     checks.weighed_ranks(ranks, logits, experts, chosen_only)
     checks.values_between("experts", experts, 0, logits.shape[-1] - 1)
+    checks.different("experts", experts)
     checks.same_dtype("grad", grad, "ranks", ranks)
     checks.same_shape("grad", grad, "ranks", ranks)
     checks.same_device(ranks=ranks, grad=grad)
