@@ -157,8 +157,10 @@ def test_gradients_are_those_of_the_reference(subject: Subject, name: str) -> No
 
 
 @pytest.mark.parametrize("name", OP_TABLE)
-def test_no_gradient_is_lost_without_a_word(subject: Subject, name: str) -> None:
+@pytest.mark.parametrize("ops", ["subject", "reference"])
+def test_no_gradient_is_lost_without_a_word(request: pytest.FixtureRequest, ops: str, name: str) -> None:
     """Inputs that ask for a gradient get one, or a sentence that names one of them. Integers are detached in both sets."""
+    subject: Subject = request.getfixturevalue(ops)
     compared = set(GRADIENTS.get(name, ()))
 
     @settings(max_examples=EXAMPLES, phases=[Phase.generate])

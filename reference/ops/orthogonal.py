@@ -38,8 +38,8 @@ def average_gradient(
              at rate 0, and for a row of g that is not finite: u = g, and q and e stay
     Shapes:  grad_NK float32 or bfloat16 [N, K]; mean_NK int8 [N, K]; exponents_N int8 [N]
     Range:   rate 0 .. 127, a number or a 0-dim float32 tensor: only whether it is 0 counts
-    Returns: u in the dtype of grad, q in -127 .. 127 and e in -128 .. 121; new, or `out`, overwritten, which may be
-             (grad_NK, mean_NK, exponents_N) itself
+    Returns: u in the dtype of grad, without a gradient, q in -127 .. 127 and e in -128 .. 121; new, or `out`, overwritten, which
+             may be (grad_NK, mean_NK, exponents_N) itself
     Rounding: m and u are taken in float64, with one rounding each; u is rounded to float32 and then to its dtype; half to even
     Raises:  TypeError or ValueError for a dtype, shape, device or rate that is not allowed
     Laws:    2 * g with e + 1 gives 2 * u, q and one more than e; the mean is off by half a step of its row, or one where it is
@@ -48,6 +48,8 @@ def average_gradient(
     """
     checks.averages("grad_NK", grad_NK, mean_NK, exponents_N, out)
     checks.vote_rate(rate)
+    # The mean is of integers, which have no gradient, so a step that it leads has none either.
+    grad_NK = grad_NK.detach()
     # A product with a power of two is exact, so it makes no difference whether it is fused with the sum.
     wide_NK = grad_NK.to(torch.float64)
     kept_NK = mean_NK.to(torch.float64) * _power_of_two(exponents_N)[:, None]
