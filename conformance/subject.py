@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from functools import wraps
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -58,7 +59,7 @@ class Subject:
         found = getattr(self.ops, op, None)
         if callable(found):
             if op == "from_spec" or op in MAKERS:
-                return lambda *args, **kwargs: self.learn(found(*args, **kwargs))
+                return wraps(found)(lambda *args, **kwargs: self.learn(found(*args, **kwargs)))
             return found
         if self.has(op):
             return lambda weight: weight
