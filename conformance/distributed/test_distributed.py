@@ -25,7 +25,7 @@ from arbitor.optimized.distributed.world import LOST
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.metrics import last_step
 from arbitor.optimized.training.options import TrainOptions
-from conformance.distributed import ranks_at_work
+from conformance.distributed import passes_at_work, ranks_at_work
 from conformance.system.command import REPOSITORY, environment, until
 from conformance.training import nano
 from conformance.training.runs import options, train_until_killed
@@ -337,6 +337,25 @@ def test_a_fault_is_counted_once(found: Found) -> None:
 def test_triton_and_the_reference_agree_on_ranks(found: Found) -> None:
     reference, triton = found[1][0]["agrees_on_triton"]
     assert reference == triton is not None
+
+
+@both
+def test_recorded_passes_of_ranks_are_those_that_are_launched(found: Found) -> None:
+    """Nats, states and bytes received are equal, and a loss that is not finite on one rank changes nothing."""
+    for of_rank in found[1]:
+        each = of_rank["replays_what_it_launches"]
+        assert each["RecordedPasses"] == each["Passes"]
+        assert each["Passes"]["received"] > 0 and None not in each["Passes"]["nats"]
+        assert each["Passes"]["refused"] is None and len(set(each["Passes"]["states"])) == 1
+        # The pass that is refused is replayed too, and leaves nothing to step.
+        graphs = each["graphs of a step"]
+        assert graphs > 3, "one of the tables, and several of pieces"
+        assert (
+            each["replays"]
+            == 2 * (passes_at_work.REPLAYED_PASSES + 1) + graphs * passes_at_work.REPLAYED_STEPS
+        )
+    digests = [of_rank["replays_what_it_launches"]["Passes"]["states"] for of_rank in found[1]]
+    assert [each[0] is None for each in digests] == [False] + [True] * (len(digests) - 1)
 
 
 @both

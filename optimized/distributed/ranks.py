@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -148,21 +149,16 @@ class GroupRanks(Ranks):
         for first in range(0, max(num_rows, 1), step):
             begin(first, min(first + step, num_rows))
 
-    def step(self, tensor_id: int, weight: LaidOutWeight, apply: Callable[[], None]) -> None:
+    def step(self, weights: Mapping[int, LaidOutWeight], apply: Callable[[Sequence[int]], None]) -> None:
         """See `Ranks`."""
-        owner = self.owners.get(tensor_id)
-        if owner is None:
-            apply()
-            return
-        read = [each for name, each in weight.tensors().items() if name not in VOTED_IN and each.numel()]
-        # A copy would arrive in place of the tensor.
-        assert all(each.is_contiguous() for each in read)
-        pieces, size = self._pieces.setdefault(owner, []), sum(each.nbytes for each in read)
-        if not pieces or pieces[-1].size + size > PIECE_BYTES:
-            if pieces and owner == self.number:
-                pieces[-1].close()
-            pieces.append(Piece())
-        pieces[-1].add([as_bytes(each) for each in read], apply if owner == self.number else None)
+        by_all = [tensor_id for tensor_id in weights if tensor_id not in self.owners]
+        if by_all:
+            apply(by_all)
+        for tensor_id, weight in weights.items():
+            if tensor_id in self.owners:
+                self._add_to_pieces(tensor_id, weight)
+        for piece in self._pieces.get(self.number, []):
+            piece.step(apply)
 
     def finish(self) -> None:
         """See `Ranks`."""
@@ -173,6 +169,12 @@ class GroupRanks(Ranks):
         """See `Ranks`."""
         self._traffic.forget()
         self._pieces.clear()
+
+    @contextmanager
+    def recording(self) -> Iterator[Callable[[], None]]:
+        """Record exchanges in CUDA graphs within the block; yield what is to be called with each replay of all of them."""
+        with self._traffic.recording() as replayed:
+            yield replayed
 
     def state(self) -> dict[str, TernaryWeight | Tensor] | None:
         """Return all that training changes, on the CPU of rank 0, as `ArbModel.state` does for one process; None on other ranks."""
@@ -248,13 +250,21 @@ class GroupRanks(Ranks):
 
         self._traffic.later(gradient.grad_NK.nbytes, end)
 
+    def _add_to_pieces(self, tensor_id: int, weight: LaidOutWeight) -> None:
+        """Let a weight be sent from its owner to all."""
+        read = [each for name, each in weight.tensors().items() if name not in VOTED_IN and each.numel()]
+        # A copy would arrive in place of the tensor.
+        assert all(each.is_contiguous() for each in read)
+        pieces, size = self._pieces.setdefault(self.owners[tensor_id], []), sum(each.nbytes for each in read)
+        if not pieces or pieces[-1].size + size > PIECE_BYTES:
+            pieces.append(Piece())
+        pieces[-1].add(tensor_id, [as_bytes(each) for each in read])
+
     def _spread(self) -> None:
         """Begin to send what the steps of owners have changed."""
         pieces, self._pieces = self._pieces, {}
         most = max(map(len, pieces.values()), default=0)
         own = pieces.get(self.number, [])
-        if own:
-            own[-1].close()
         sizes = torch.tensor([len(each.sent) for each in own] + [0] * (most - len(own)))
         # The sizes are known to no other rank, as all else that is exchanged is.
         all_sizes = self._traffic.gathered(sizes) if most else []

@@ -69,6 +69,11 @@ class World:
         """Whether this rank prints and writes."""
         return self.number == 0
 
+    @property
+    def exchanges_over_nccl(self) -> bool:
+        """Whether tensors on GPUs are exchanged by NCCL."""
+        return dist.is_initialized() and "cuda:nccl" in dist.get_backend_config()
+
     def tells(self) -> bool:
         """Return whether this rank is the first that asks: of all ranks that end with an error one tells the user."""
         if self._store is None:
