@@ -34,7 +34,7 @@ def replays_what_it_launches(world: World, folder: Path) -> Any:
     for kind in (Passes, RecordedPasses):
         with pytest.MonkeyPatch.context() as patch, values_vouched_for():
             # An owner has several pieces, each with a graph of its steps.
-            patch.setattr(ranks_module, "PIECE_BYTES", 2**10)
+            patch.setattr(ranks_module, "PIECE_BYTES", 2**9)
             some_losses_are_not_finite(patch)
             replayed: list[Any]
             if Place.device == "cuda" and world.exchanges_over_nccl:

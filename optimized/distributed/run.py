@@ -121,8 +121,8 @@ def unrecorded(world: World, spreads: Mapping[str, Any]) -> str:
         return ""
     if spreads:
         # How long they are follows from what the windows chose, and ranks tell each other on the host.
-        return "rows that ranks keep for each other"
-    return "" if world.exchanges_over_nccl else "ranks that exchange without NCCL"
+        return f"rows that {world.count} ranks keep for each other"
+    return "" if world.exchanges_over_nccl else f"{world.count} ranks that exchange without NCCL"
 
 
 def recorded_exchanges(model: ArbModel) -> AbstractContextManager[Callable[[], None]]:
