@@ -20,6 +20,7 @@ from torch import Tensor
 from arbitor.optimized.distributed.changes import Piece
 from arbitor.optimized.distributed.traffic import Traffic
 from arbitor.optimized.distributed.world import World, as_bytes
+from arbitor.optimized.kernels.parts import add_parts
 from arbitor.optimized.training.options import EXCHANGES
 from arbitor.reference.constants import VOTED_IN
 from arbitor.reference.graph import ArbModel
@@ -124,11 +125,17 @@ class GroupRanks(Ranks):
             return
         owner, grad_NK = self.owners.get(tensor_id), gradient.grad_NK
         arrives = owner is None or owner == self.number
-        compact = self._in_eight_bits and self._model.voting.makes_orthogonal(gradient.num_matrices)
+        voting = self._model.voting
+        is_rounded = voting.makes_orthogonal(gradient.num_matrices)
+        compact = self._in_eight_bits and is_rounded
         num_rows, num_columns = grad_NK.shape
         # An owner holds some rows of the gradients of all ranks at a time, so that its memory does not grow with their number.
         step = max(self._traffic.most_pending // (4 * num_columns * grad_NK.element_size()), 1)
-        total = torch.empty_like(grad_NK, dtype=torch.float32) if arrives else None
+        # As `Voting` rounds the sum of a gradient that is made orthogonal.
+        dtype = voting.dtype if is_rounded else torch.float32
+        total = (
+            torch.empty_like(grad_NK, dtype=dtype, memory_format=torch.contiguous_format) if arrives else None
+        )
 
         def begin(first: int, last: int) -> None:
             part = grad_NK[first:last]
@@ -138,8 +145,9 @@ class GroupRanks(Ranks):
             def end() -> None:
                 parts = wait()
                 if total is not None and parts is not None:
-                    wide = (decoded(each, *part.shape) if compact else each.float() for each in parts)
-                    total[first:last] = in_order(wide)
+                    if compact:
+                        parts = torch.stack([decoded(each, *part.shape) for each in parts])
+                    sum_in_order(parts, total[first:last])
                 if last == num_rows:
                     of_all = None if total is None else replace(gradient, grad_NK=total)
                     cast(of_all)
@@ -228,7 +236,7 @@ class GroupRanks(Ranks):
             if grad_parts is None or row_parts is None:
                 cast(None)
                 return
-            total = merged(grad_parts, row_parts, num_matrices, most, self._model.ops)
+            total = merged(list(grad_parts), list(row_parts), num_matrices, most, self._model.ops)
             self._cast_once(tensor_id, total, cast)
 
         self._traffic.later(gradient.grad_NK.nbytes, end)
@@ -341,6 +349,17 @@ def has_owner(module: TernaryModule) -> bool:
 def in_order(parts: Iterable[Tensor]) -> Tensor:
     """Return the sum of tensors, the first two first."""
     return functools.reduce(torch.add, parts)
+
+
+def sum_in_order(parts: Tensor, out: Tensor) -> None:
+    """Add the parts of ranks [N, ...] into `out` [...], in float32, the first two first, and round the sum once.
+
+    parts: float32 or bfloat16.
+    """
+    if parts.is_cuda:
+        add_parts(parts, out)
+    else:
+        out.copy_(in_order(part.float() for part in parts))
 
 
 def merged(grads: list[Tensor], rows: list[Tensor], num_matrices: int, most: int, ops: Any) -> Gradient:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from arbitor.optimized.distributed.world import World, answered, as_bytes
 
-PENDING_BYTES = 2**26
+PENDING_BYTES = 2**28
 """Most bytes of a rank that are on their way at a time."""
 
 HELD_BYTES = 2**31
@@ -81,13 +81,13 @@ class Traffic:
         self._receive(tensor.nbytes * (self._world.count - 1))
         return parts
 
-    def begin_gather(self, tensor: Tensor, owner: int | None) -> Callable[[], list[Tensor] | None]:
+    def begin_gather(self, tensor: Tensor, owner: int | None) -> Callable[[], Tensor | None]:
         """See `World`."""
         end = self._world.begin_gather(tensor, owner)
         if owner is None or owner == self._world.number:
             self._receive(tensor.nbytes * (self._world.count - 1))
 
-        def wait() -> list[Tensor] | None:
+        def wait() -> Tensor | None:
             with self._waiting():
                 return end()
 
