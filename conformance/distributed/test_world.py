@@ -343,7 +343,7 @@ def test_the_digest_of_the_code_follows_the_code(tmp_path: Path, monkeypatch: py
 
 
 def test_a_replay_counts_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes and waits of recorded exchanges count once for each replay, the waits as those of the last one, and are counted once."""
+    """Bytes and waits of recorded exchanges count for each replay, the waits as those of the last one, and are counted once."""
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(Event, "recorded", 0)
     monkeypatch.setattr(Event, "done", 0)
