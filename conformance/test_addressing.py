@@ -57,6 +57,11 @@ def test_linear_beyond_32_bits(subject: Subject) -> None:
     x[-5:] = torch.randint(-8, 9, (5, num_columns), device=subject.device)
     op = subject.raw("linear")
     exact(op(x, weight)[-5:], op(x[-5:].clone(), weight))
+    grad = torch.zeros(count, 24, device=subject.device, dtype=torch.bfloat16)
+    grad[-5:] = torch.randint(-8, 9, (5, 24), device=subject.device)
+    added = subject.raw("linear_input_grad")(grad, weight, out=x.clone())
+    exact(added[-5:], subject.raw("linear_input_grad")(grad[-5:].clone(), weight, out=x[-5:].clone()))
+    del added
     norm = weight_of(subject, 1, num_columns)
     exact(subject.raw("rms_norm")(x, norm)[-5:], subject.raw("rms_norm")(x[-5:].clone(), norm))
 

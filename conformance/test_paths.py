@@ -649,6 +649,9 @@ def test_tiles_of_a_product() -> None:
             fills = 2 * shape[1] > other.block_m and 2 * shape[2] > other.block_n
             assert (fills and programs >= product_sum.PROGRAMS) is (other == tiles[place]), (shape, other)
     assert found == set(places.values())
+    # Elements that are read one by one need an address each.
+    for unit in (1, 2, 4):
+        assert product_sum.tile_of(100, 512, 512, 512, unit) == tiles[-1]
 
 
 def test_every_tile_has_a_preset_like_call() -> None:

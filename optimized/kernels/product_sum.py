@@ -3,8 +3,8 @@
 Legend: E matrices of a stack, M rows and N columns of the result, K terms of a sum. Rows address in 64 bits.
 
 A library would round the product to bfloat16 before it adds, or write it out in float32. Here a program keeps the float32 sums of
-its tile, adds the tile of the other matrix, and rounds. Every sum runs through its terms in steps of `block_k`, so the bits of a
-result follow from the shapes alone.
+its tile, adds the tile of the other matrix, and rounds. One program adds all terms of a sum, step by step. So bits follow from
+shapes and strides, and not from addresses.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ from torch import Tensor
 
 from arbitor.optimized.kernels.common import narrow, widen
 from arbitor.optimized.kernels.launch import row_grid, runs_here
+from arbitor.optimized.kernels.products import multiplies_wide
 
 PROGRAMS = 132
 """Programs from which a tile is taken rather than a smaller one: one for each multiprocessor of an H100 or H200."""
+
+UNIT = 8
+"""Neighbouring elements that a thread reads at a time, if all widths and strides allow it: 16 bytes."""
 
 GROUP = 8
 """Rows of tiles whose programs run side by side, so that they share the columns of b in the cache."""
@@ -115,14 +119,15 @@ LEAST_TERMS = 32
 """Least terms of a step. See `products.Tiling.within` for what fewer would do."""
 
 
-def tile_of(num_matrices: int, num_rows: int, num_columns: int, num_terms: int) -> Tile:
+def tile_of(num_matrices: int, num_rows: int, num_columns: int, num_terms: int, unit: int = UNIT) -> Tile:
     """Return the largest tile that gives every multiprocessor a program, and the smallest tile if none does.
 
-    A tile of which no matrix would fill more than half is left out.
+    A tile of which no matrix would fill more than half is left out. So are all but the smallest where elements are not read by
+    `UNIT`, because a thread would have more addresses than registers.
     """
     fitting = [tile for tile in TILES if tile.block_m < 2 * num_rows and tile.block_n < 2 * num_columns]
     enough = (tile for tile in fitting if num_matrices * tile.count(num_rows, num_columns) >= PROGRAMS)
-    tile = next(enough, TILES[-1])
+    tile = next(enough, TILES[-1]) if unit == UNIT else TILES[-1]
     return replace(tile, block_k=max(LEAST_TERMS, min(tile.block_k, triton.next_power_of_2(num_terms))))
 
 
@@ -138,7 +143,7 @@ def product_sum(
 ) -> Tensor:
     """Return factor (a @ b) + added_factor `added`, bfloat16 [E, M, N], rounded once from float32.
 
-    The bits do not depend on strides and addresses. Only multiples of 8 elements, at addresses of 16 bytes, are read fast.
+    Only multiples of 8 elements, at addresses of 16 bytes, are read fast.
 
     a, b:      bfloat16 [E, M, K] and [E, K, N], not empty; each matrix is contiguous, or the transpose of one that is
     added:     bfloat16 [E, M, N], contiguous; None adds nothing
@@ -147,24 +152,21 @@ def product_sum(
     """
     runs_here(a)
     (num_matrices, num_rows, num_terms), num_columns = a.shape, b.shape[2]
-    out = (
-        torch.empty(num_matrices, num_rows, num_columns, dtype=a.dtype, device=a.device)
-        if out is None
-        else out
-    )
-    tile = tile_of(num_matrices, num_rows, num_columns, num_terms)
+    if out is None:
+        out = torch.empty(num_matrices, num_rows, num_columns, dtype=a.dtype, device=a.device)
     a_turned, b_turned = a.stride(2) != 1, b.stride(2) != 1
     a_stride, b_stride = a.stride(1 + a_turned), b.stride(1 + b_turned)
     # By itself Triton would notice only multiples of 16.
-    unit = math.gcd(8, num_columns, num_terms, a.stride(0), a_stride, b.stride(0), b_stride)
+    unit = math.gcd(UNIT, num_columns, num_terms, a.stride(0), a_stride, b.stride(0), b_stride)
     unit = math.gcd(unit, num_rows) if a_turned else unit
     rows_unit = unit if a_turned else 1
+    tile = tile_of(num_matrices, num_rows, num_columns, num_terms, unit)
     _product_sum_kernel[row_grid(num_matrices, tile.count(num_rows, num_columns))](
         a, b, out if added is None else added, out, out if squares_N is None else squares_N, factor, added_factor,
         num_rows // rows_unit, num_columns // unit, num_terms // unit,
         a.stride(0) // unit, a_stride // unit, b.stride(0) // unit, b_stride // unit,
         A_TURNED=a_turned, B_TURNED=b_turned, ADDS=added is not None, MARK=squares_N is not None,
-        WIDE=a.device.type == "cpu", ROWS_UNIT=rows_unit, UNIT=unit, EVEN=num_terms % tile.block_k == 0, GROUP=GROUP,
+        WIDE=multiplies_wide(a), ROWS_UNIT=rows_unit, UNIT=unit, EVEN=num_terms % tile.block_k == 0, GROUP=GROUP,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
