@@ -50,20 +50,23 @@ MAX_CONFIG_BYTES = 2**20
 """Bytes of `config.json` at most."""
 
 
-def read_model(path: Path, refused: Callable[[str], None]) -> tuple[ArbConfig, Checkpoint]:
+def read_model(
+    path: Path, refused: Callable[[str], None], *, any_rules: bool = False
+) -> tuple[ArbConfig, Checkpoint]:
     """Return configuration and checkpoint of a run, of a folder that `write_folder` wrote, or of a file; both were verified.
 
     Args:
         path: of a run, of which the best checkpoint is taken, or another where that is missing or refused; of a folder; or of
             a checkpoint.
         refused: is told one sentence for each checkpoint of a run that was refused.
+        any_rules: as for `load_checkpoint`.
 
     Raises:
         NoModelError: the folder holds no model.
         CheckpointError: what is there cannot be trusted.
         TrainingError: it is a run without a checkpoint that can be used.
     """
-    checkpoint = _checkpoint_at(path, refused)
+    checkpoint = _checkpoint_at(path, refused, any_rules=any_rules)
     return _config_of(checkpoint, path), checkpoint
 
 
@@ -115,16 +118,16 @@ def _known(checkpoint: Checkpoint, name: str, low: int, high: int | None) -> int
     return value if type(value) is int and low <= value <= (high or value) else None
 
 
-def _checkpoint_at(path: Path, refused: Callable[[str], None]) -> Checkpoint:
+def _checkpoint_at(path: Path, refused: Callable[[str], None], *, any_rules: bool) -> Checkpoint:
     """Return the checkpoint of a file, of a folder that `write_folder` wrote, or of a run."""
     if not path.exists():
         raise CheckpointError(f"there is no run, folder or checkpoint {str(path)!r}")
     if not path.is_dir():
-        return load_checkpoint(path)
+        return load_checkpoint(path, any_rules=any_rules)
     refuse_other_model(path)
     weights, config = path / WEIGHTS_FILE, path / CONFIG_FILE
     if weights.exists():
-        checkpoint = load_checkpoint(weights)
+        checkpoint = load_checkpoint(weights, any_rules=any_rules)
         said = _model_said_by(config)
         if said is not None and said != checkpoint.config:
             raise CheckpointError(
@@ -133,7 +136,7 @@ def _checkpoint_at(path: Path, refused: Callable[[str], None]) -> Checkpoint:
         return checkpoint
     run = RunFolder(path)
     if run.has_run():
-        return run.load_best(lambda refusal: refused(f"{refusal}; trying another one"))
+        return run.load_best(lambda refusal: refused(f"{refusal}; trying another one"), any_rules=any_rules)
     raise NoModelError(
         f"the folder {str(path)!r} holds no checkpoint: it is no run, and has no {WEIGHTS_FILE}"
     )

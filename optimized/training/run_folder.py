@@ -17,6 +17,7 @@ from arbitor.optimized.training.checkpoint import (
     Checkpoint,
     CheckpointError,
     HeaderCheck,
+    OtherRulesError,
     State,
     load_checkpoint,
     load_header,
@@ -287,7 +288,7 @@ class RunFolder:
             refused.
 
         Raises:
-            CheckpointError: there are files, and none of them verifies.
+            CheckpointError: there are files, and none of them verifies; or as `load_checkpoint` for other rules.
         """
         refusals: list[str] = []
         sound = _first_sound((self.latest, self.previous), refusals.append, check)
@@ -299,16 +300,19 @@ class RunFolder:
             raise CheckpointError("; ".join(refusals) + "; no checkpoint is left to resume from")
         return None, refusals
 
-    def load_best(self, refused: Callable[[str], None]) -> Checkpoint:
+    def load_best(self, refused: Callable[[str], None], *, any_rules: bool = False) -> Checkpoint:
         """Read ``best``, or the newest of the other checkpoints where it is missing or refused.
 
         Args:
             refused: is told one sentence for each file that was refused.
+            any_rules: as for `load_checkpoint`.
 
         Raises:
+            OtherRulesError: as `load_checkpoint`.
             TrainingError: the folder holds no checkpoint that verifies.
         """
-        sound = _first_sound((self.best, self.final, self.latest, self.previous), refused, check_header)
+        paths = (self.best, self.final, self.latest, self.previous)
+        sound = _first_sound(paths, refused, check_header, any_rules=any_rules)
         if sound is None:
             raise TrainingError(f"the folder {str(self)!r} holds no checkpoint that can be used")
         return sound[1]
@@ -408,14 +412,21 @@ class RunFolder:
 
 
 def _first_sound(
-    paths: tuple[Path, ...], refused: Callable[[str], None], check: HeaderCheck | None
+    paths: tuple[Path, ...],
+    refused: Callable[[str], None],
+    check: HeaderCheck | None,
+    *,
+    any_rules: bool = False,
 ) -> tuple[Path, Checkpoint] | None:
     """Return the first checkpoint that is there and verifies, and tell of those before it that do not."""
     for path in paths:
         if not os.path.lexists(path):
             continue
         try:
-            return path, load_checkpoint(path, check)
+            return path, load_checkpoint(path, check, any_rules=any_rules)
+        except OtherRulesError:
+            # All files of a run learned by the same rules.
+            raise
         except CheckpointError as error:
             refused(str(error))
     return None
