@@ -45,9 +45,10 @@ class Ruled(ArbModule):
         if name in state_dict:
             checks.dtype_in(name, state_dict[name], (torch.uint8,))
             stated = bytes(state_dict[name].flatten().tolist()).decode(errors="replace").split("\n")
-        elif any(key.startswith(prefix) for key in state_dict):
+        elif any(prefix + key in state_dict for key, _ in self.named_buffers()):
             stated = []
         else:
+            # Of the adapters of the part alone, say.
             return
         refuse_other_rules(
             f"state_dict has a {prefix.rstrip('.') or type(self).__name__} that", self.rules, stated
