@@ -32,7 +32,7 @@ from arbitor.optimized.training.run_folder import RunFolder
 from arbitor.optimized.training.run_header import THREADS_MAX
 from arbitor.optimized.training.runtime import Runtime, deterministic, versions
 from arbitor.optimized.training.sizes import check_memory, config_of
-from arbitor.optimized.training.whole_file import told, write_whole
+from arbitor.optimized.training.whole_file import made_folder, told, write_whole
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.json_text import parsed_json
@@ -204,6 +204,8 @@ def write_folder(
 ) -> None:
     """Write a model into a folder, which is created: `model.safetensors`, then `config.json`, each whole or not at all.
 
+    Where one cannot be written, the folder is as it was, but for files that replaced others.
+
     Args:
         folder: where to; one that holds such a model is overwritten.
         config, state: of the model.
@@ -230,18 +232,17 @@ def write_folder(
         "model": json.loads(config.to_json()),
         "versions": versions(),
     }
-    with told(f"the folder {str(path)!r}"):
-        path.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(
-        path / WEIGHTS_FILE,
-        state,
-        config=document["model"],
-        step=step,
-        seed=seed,
-        best_bpb=None,
-        run=run,
-        progress={},
-        adapter=adapter,
-    )
-    with told(repr(str(path / CONFIG_FILE))):
-        write_whole(path / CONFIG_FILE, (json.dumps(document, indent=2) + "\n").encode())
+    with told(f"the folder {str(path)!r}"), made_folder(path, (WEIGHTS_FILE, CONFIG_FILE)):
+        save_checkpoint(
+            path / WEIGHTS_FILE,
+            state,
+            config=document["model"],
+            step=step,
+            seed=seed,
+            best_bpb=None,
+            run=run,
+            progress={},
+            adapter=adapter,
+        )
+        with told(repr(str(path / CONFIG_FILE))):
+            write_whole(path / CONFIG_FILE, (json.dumps(document, indent=2) + "\n").encode())
