@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -40,10 +40,14 @@ class Asked(Stateful):
         """Yield the float parameters: of adapters, and of float layers. A ternary weight is none."""
         return (yield from or_why_none(super().parameters(recurse)))
 
-    @property
-    def accepts_loss_kwargs(self) -> bool:
-        """What a Trainer of transformers asks first. Raises TypeError, as a Trainer needs a model of its own library."""
-        self._refuse("Trainer")
+    def __getattr__(self, name: str) -> Any:
+        """Find a part by its name, as torch does; refuse what a Trainer of transformers asks first, by a TypeError.
+
+        A Trainer needs a model of its own library. A property would be read by whatever reads all that `dir` lists.
+        """
+        if name == "accepts_loss_kwargs":
+            self._refuse("Trainer")
+        return super().__getattr__(name)
 
     def can_generate(self) -> bool:
         """Refuse a pipeline of transformers, which asks this, by a TypeError, as it needs a model of its own library."""

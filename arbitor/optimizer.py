@@ -87,13 +87,17 @@ class ArbOptimizer(torch.optim.Optimizer):
                 "backward was called without a step after it, but zero_grad must follow step(), as votes cannot be taken back"
             )
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """What a `GradScaler` asks before a step. Raises RuntimeError, as it would find no gradient to look at."""
-        raise RuntimeError(
-            "a GradScaler was given an ArbOptimizer, but must be given optimizers of float parameters alone: call backward(loss) "
-            "and step() of the ArbOptimizer, whose votes do not depend on the size of a loss"
-        )
+    def __getattr__(self, name: str) -> Any:
+        """Refuse what a `GradScaler` asks before a step, by a RuntimeError, as it would find no gradient to look at.
+
+        A property would be read by whatever reads all that `dir` lists.
+        """
+        if name == "_step_supports_amp_scaling":
+            raise RuntimeError(
+                "a GradScaler was given an ArbOptimizer, but must be given optimizers of float parameters alone: call "
+                "backward(loss) and step() of the ArbOptimizer, whose votes do not depend on the size of a loss"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle, which has a copy of the model."""

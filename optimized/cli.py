@@ -178,6 +178,13 @@ for _command in (
 
 def _explained(error: Exception) -> tuple[str, int]:
     """What to tell the user about an error, and the exit code."""
+    # Torch may be what is missing, and the errors below need it.
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"the package {error.name!r} is not installed: `make install` in a checkout installs what arb needs (arb --traceback "
+            "shows where)",
+            1,
+        )
     from arbitor.optimized.training.errors import TrainingError
     from arbitor.optimized.training.machine_memory import is_full
     from arbitor.optimized.training.runtime import Stopped

@@ -157,3 +157,17 @@ def test_a_script_refuses_steps_that_cannot_be(
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(script), run_name="__main__")
     assert end.value.code == 2 and says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["torch", "arbitor"])
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_a_script_says_what_is_not_installed(
+    script: Path, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under a Python in which nothing is installed. A string is printed as it is, and the exit code is 1."""
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(script), run_name="__main__")
+    assert end.value.code == (
+        f"the package {missing!r} is not installed: run `make install`, and then `source .venv/bin/activate`"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,22 @@ def test_the_first_parameter_of_a_model_without_any_says_why() -> None:
     adapters.attach(it, rank=2, targets="value_up")
     assert next(it.parameters()).dtype == torch.float32 and list(it.parameters())
     assert list(Ternary(Linear(12, 12)).parameters()) == []
+
+
+@pytest.mark.parametrize(
+    "make", [model, lambda: ArbModel(nano.WHOLE, device="cpu"), lambda: Ternary(net()), ArbOptimizer]
+)
+def test_all_that_dir_lists_can_be_read(make: Callable[[], Any]) -> None:
+    """As debuggers, `inspect.getmembers` and consoles that complete a name do. What must be refused is not listed."""
+    it = ArbOptimizer(model(), rate=6.0) if make is ArbOptimizer else make()
+    for each in (it, copy.copy(it), copy.deepcopy(it)):
+        parts = each.modules() if isinstance(each, nn.Module) else ()
+        for part in (each, *parts):
+            for name in dir(part):
+                getattr(part, name)
+            assert inspect.getmembers(part)
+        with pytest.raises(AttributeError, match="object has no attribute 'nothing'"):
+            _ = each.nothing
 
 
 @pytest.mark.parametrize("make", [model, lambda: Ternary(net())])

@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from arbitor import ArbConfig, ArbModel, pretrained
+from arbitor import ArbConfig, ArbModel, adapters, pretrained
 from arbitor.optimized.training import model_folder
+from arbitor.optimized.training.adapter_files import write_adapter, write_floats
+from arbitor.optimized.training.adapter_state import AdapterState
 from arbitor.optimized.training.checkpoint import CheckpointError, state_sha256
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import train
@@ -146,6 +148,47 @@ def test_a_full_disk_leaves_the_model_that_was_there(folder: Path, monkeypatch: 
     with pytest.raises(TrainingError, match="No space left on device"):
         trained(1).save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("files", [0, 1])
+@pytest.mark.parametrize("write", ["model", "floats", "adapter"])
+def test_a_full_disk_leaves_no_part_of_a_new_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str, files: int
+) -> None:
+    """Neither an empty folder nor one of the two files, so that the next attempt finds its folder new or empty."""
+    model = trained(1)
+    adapters.attach(model, rank=2, targets="value_up")
+    state = AdapterState.of(model)
+    assert state is not None
+    adapters.detach(model)
+    writers: dict[str, Callable[[Path], None]] = {
+        "model": model.save_pretrained,
+        "floats": lambda path: write_floats(path, model.config, {"w": torch.zeros(2)}, model.tables()),
+        "adapter": lambda path: write_adapter(path, state, base="x"),
+    }
+    real, renamed = os.replace, list[str]()
+
+    def replace(source: Path, target: Path) -> None:
+        if len(renamed) >= files:
+            raise OSError(28, "No space left on device")
+        renamed.append(target.name)
+        real(source, target)
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine.txt").write_bytes(b"mine")
+    for folder in (tmp_path / "above" / "new", tmp_path / "empty", tmp_path / "used"):
+        if folder.name == "used" and write == "floats":
+            continue
+        renamed.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            with pytest.raises(TrainingError, match="No space left on device"):
+                writers[write](folder)
+        assert len(renamed) == files
+        left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+        assert left == ["empty", "used", "used/mine.txt"]
+    writers[write](tmp_path / "above" / "new")
 
 
 def another_size(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -379,6 +380,7 @@ def test_what_a_trainer_and_a_pipeline_must_be_given_is_named(hub: Any, model: A
             trainer(hub, tmp_path, given)
         with pytest.raises(TypeError, match=f"a pipeline of transformers was given a model of {says}"):
             given.can_generate()
+    assert dict(inspect.getmembers(model))["arb"] is model.arb
 
 
 def test_a_model_is_wrapped(hub: Any, model: Any) -> None:

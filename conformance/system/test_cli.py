@@ -166,6 +166,18 @@ def test_an_unforeseen_error_is_one_sentence_too() -> None:
     assert b"No space left on device" in done.stderr and b"Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "words", [["eval", "run", "--data", "text"], ["train"], ["smoke", "--preset", "tiny"]]
+)
+def test_a_python_without_torch_is_one_sentence(words: list[str]) -> None:
+    """In a process of its own, since here torch is imported. The errors that are explained are torch's own, too."""
+    program = f"import sys; sys.modules['torch'] = None; from {PLAIN} import main; main({words!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, cwd=REPOSITORY, env=environment()
+    )
+    check_refused(done, 1, "the package 'torch' is not installed: `make install`")
+
+
 def test_a_warning_is_a_sentence(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of an encoder of another project that cannot be kept as it should be."""
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from arbitor import ArbModel
+from arbitor.optimized.commands import evaluate
 from arbitor.optimized.training.checkpoint import load_checkpoint, load_header
 from arbitor.optimized.training.evaluate import file_bpb, file_windows
 from arbitor.optimized.training.options import PRESET_DEFAULTS
@@ -107,6 +110,30 @@ def test_eval_reads_a_window_as_long_as_asked_for(finished: Path) -> None:
     ]
     assert by_length[0].predicted == by_length[1].predicted == 97
     assert by_length[0].nats != by_length[1].nats
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_eval_says_how_far_it_is(
+    here: Here, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    """On standard error, so that a result that goes into a file is alone there."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, count in (("a.txt", 29), ("b.txt", 42), ("short.txt", 2)):
+        (data / name).write_bytes(TEXT[:count])
+    clock = itertools.count(0, 4)
+    monkeypatch.setattr(evaluate, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    words = ("eval", str(finished), "--data", str(data), "--device", "cpu", "--batch", "1", *more)
+    result = here(*words)
+    assert result.returncode == 0
+    lines = result.stderr.decode().splitlines()
+    # A batch takes four seconds, of which every second one is told, and the last is not.
+    assert lines == [
+        "arb: measuring 65 bytes of 2 files.",
+        "arb: 26 of 65 bytes, 3 a second, 0:12 left, now in a.txt.",
+        "arb: 52 of 65 bytes, 3 a second, 0:04 left, now in b.txt.",
+    ]
+    assert b"measuring" not in result.stdout and b"left" not in result.stdout
 
 
 def test_eval_of_nothing_is_no_success(here: Here, finished: Path, tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ def test_what_does_not_fit_is_named(
     )
     assert result.summary["steps"] == 1
     said = capsys.readouterr().err
-    assert f"begin anew, as {source} has no such parts of that size: byte_head.gate" in said
+    assert f"begin anew, as {source} has no such parts that fit: byte_head.gate" in said
     assert "embedding.table" not in said
     with pytest.raises(TrainingError, match=r"no weight of .* fits the model"):
         begin_with(ArbModel(PRESETS["alien"]), str(source))

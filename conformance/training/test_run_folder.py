@@ -24,6 +24,7 @@ from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.options import TrainOptions
+from arbitor.optimized.training.run import TrainResult
 from arbitor.optimized.training.run_folder import RunFolder
 from arbitor.optimized.training.whole_file import append_to, partial_of, rename, write_whole
 from conformance.training import nano
@@ -367,6 +368,67 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
         RunFolder(tmp_path / "file" / "run").owned(),
     ):
         pass
+
+
+def test_runs_without_a_name_that_start_together_have_two(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second begins and ends while the first still reads its data."""
+    monkeypatch.chdir(tmp_path)
+    real, second = loop.prepare, list[TrainResult]()
+
+    def prepare(*args: Any, **more: Any) -> Any:
+        if not second:
+            monkeypatch.setattr(loop, "prepare", real)
+            second.append(train(options(text, None)))
+        return real(*args, **more)
+
+    monkeypatch.setattr(loop, "prepare", prepare)
+    first = train(options(text, None))
+    assert (first.folder, second[0].folder) == (Path("runs/nano-001"), Path("runs/nano-002"))
+    assert first.summary["state_sha256"] == second[0].summary["state_sha256"]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_run_that_is_refused_leaves_no_folder(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    """Whether its data are refused, or the disk is full before the first file."""
+    monkeypatch.chdir(tmp_path)
+    run = Path("mine/run") if named else None
+    with pytest.raises(TrainingError, match="missing"):
+        train(options(tmp_path / "missing", run))
+    assert os.listdir(tmp_path) == ["text.txt"]
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(TrainingError, match=r"config\.json.*No space left on device"):
+        train(options(text, run))
+    assert os.listdir(tmp_path) == ["text.txt"]
+
+
+def test_a_number_that_another_process_takes_first_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "nano-001").symlink_to("nowhere")
+    real = Path.mkdir
+
+    def faster(path: Path, *args: Any, **more: Any) -> None:
+        if path.name == "nano-002":
+            real(path)
+        real(path, *args, **more)
+
+    monkeypatch.setattr(Path, "mkdir", faster)
+    with RunFolder.new("nano") as folder:
+        assert folder.path == Path("runs/nano-003") and folder.path.is_dir()
+    with pytest.raises(ZeroDivisionError), RunFolder.new("nano") as folder:
+        assert folder.path == Path("runs/nano-004")
+        raise ZeroDivisionError
+    assert sorted(os.listdir("runs")) == ["nano-001", "nano-002", "nano-003"]
 
 
 def test_how_a_run_was_started_is_read_of_what_is_left(run: Path) -> None:

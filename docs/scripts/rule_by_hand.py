@@ -16,12 +16,17 @@ import io
 import math
 import sys
 
-import torch
-
 with contextlib.redirect_stdout(io.StringIO()):
     import this
 
-from arbitor import ops
+try:
+    import torch
+
+    from arbitor import ops
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"the package {error.name!r} is not installed: run `make install`, and then `source .venv/bin/activate`"
+    )
 
 parser = argparse.ArgumentParser(description="Train a table by the operations alone.")
 parser.add_argument("steps", nargs="?", type=int, default=600, help="at least 1 [600]")

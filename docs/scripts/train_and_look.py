@@ -16,9 +16,14 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-import torch
+try:
+    import torch
 
-from arbitor import ArbConfig, ArbModel, ArbOptimizer, preset
+    from arbitor import ArbConfig, ArbModel, ArbOptimizer, preset
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"the package {error.name!r} is not installed: run `make install`, and then `source .venv/bin/activate`"
+    )
 
 parser = argparse.ArgumentParser(description="Train a model, and look inside.")
 parser.add_argument("steps", nargs="?", type=int, default=150, help="at least 1 [150]")

@@ -22,7 +22,7 @@ from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.regular import json_object, read_regular
 from arbitor.optimized.training.runtime import versions
 from arbitor.optimized.training.tensor_file import write_safetensors
-from arbitor.optimized.training.whole_file import told, write_whole
+from arbitor.optimized.training.whole_file import made_folder, told, write_whole
 from arbitor.reference.config import ArbConfig
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -91,8 +91,7 @@ def write_adapter(
         for name, pair in state.matrices.items()
         for kind, matrix in zip(MATRICES, pair, strict=True)
     }
-    with told(f"the adapter in {str(path)!r}"):
-        path.mkdir(parents=True, exist_ok=True)
+    with told(f"the adapter in {str(path)!r}"), made_folder(path, (TENSORS_FILE, CONFIG_FILE)):
         _write_tensors(path / TENSORS_FILE, tensors)
         write_whole(path / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
 
@@ -217,7 +216,7 @@ def write_floats(
         "model": json.loads(config.to_json()),
         "versions": versions(),
     }
-    with told(f"the model in {str(path)!r}"):
-        path.mkdir(parents=True, exist_ok=True)
-        _write_tensors(path / "model.safetensors", tensors)
-        write_whole(path / "config.json", (json.dumps(document, indent=2) + "\n").encode())
+    weights_file, config_file = "model.safetensors", "config.json"
+    with told(f"the model in {str(path)!r}"), made_folder(path, (weights_file, config_file)):
+        _write_tensors(path / weights_file, tensors)
+        write_whole(path / config_file, (json.dumps(document, indent=2) + "\n").encode())

@@ -15,6 +15,7 @@ from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.model_folder import read_model
 from arbitor.optimized.training.shown import nearby, shown
 from arbitor.reference.graph import ArbModel
+from arbitor.reference.graph.changed_rules import names_within
 from arbitor.reference.graph.growth import grow
 
 HALTING = ("halt", "halt_norm", "leak_shifts")
@@ -34,7 +35,8 @@ class Beginning:
         state_sha256: of the source.
         kept: parts that were taken over, by name.
         moved: edge tables, of which the rows of codes that both models have were taken over.
-        fresh: parts of the model that the source does not have, or has with another layout or of other codes. They begin anew.
+        fresh: parts of the model that the source does not have, or has with another layout, of other codes or by other rules. They
+            begin anew.
         left_out: parts of the source that the model does not have.
         warnings: a sentence for each checkpoint of the source that was refused.
         is_base: whether the model stays as it was loaded, below adapters.
@@ -83,7 +85,7 @@ class Beginning:
                 f"keep the rows of codes that {source} has too, and begin anew elsewhere: {_names(self.moved)}"
             )
         if self.fresh:
-            found.append(f"begin anew, as {source} has no such parts of that size: {_names(self.fresh)}")
+            found.append(f"begin anew, as {source} has no such parts that fit: {_names(self.fresh)}")
         if self.left_out and not self._turns_once():
             found.append(f"left out of {source}, as the model has no such parts: {_names(self.left_out)}")
         return tuple(found)
@@ -102,19 +104,25 @@ def begin_with(model: ArbModel, source: str, *, keep_votes: bool = False, as_bas
         TrainingError: there is no such model, it cannot be trusted, it has adapters, or no weight of it fits.
     """
     warnings: list[str] = []
-    config, checkpoint = read_model(Path(source), warnings.append)
+    config, checkpoint = read_model(Path(source), warnings.append, any_rules=not as_base)
     if checkpoint.adapter is not None:
         raise TrainingError(
             f"{source!r} has adapters, but a run must begin with ternary weights alone: arb export --merge ternary makes them"
         )
     modules = model.ternary_modules()
-    growth = grow(model, config, checkpoint.state, votes=keep_votes or as_base)
+    state = dict(checkpoint.state)
+    for part, reason in checkpoint.other_rules.items():
+        if names_within(part, modules):
+            warnings.append(f"not taken over from {shown(nearby(source))}: {reason}")
+            for name in names_within(part, checkpoint.state):
+                del state[name]
+    growth = grow(model, config, state, votes=keep_votes or as_base)
     if not any(name in modules for name in growth.kept):
         raise TrainingError(f"no weight of {source!r} fits the model {model.config.name!r}")
     if as_base and (growth.fresh or growth.moved):
         names = _names((*growth.moved, *growth.fresh))
         raise TrainingError(
-            f"{source!r} cannot be the base of this model, as it has no such parts of that size: {names}"
+            f"{source!r} cannot be the base of this model, as it has no such parts that fit: {names}"
         )
     return Beginning(
         source=source,

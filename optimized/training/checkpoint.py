@@ -3,9 +3,9 @@
 A file holds the canonical form of every weight as ``<name>.packed``, ``.exponents``, ``.trit_accum`` and
 ``.exponent_accum``, every integer table (counters, neighbours) under its name, and one JSON object in the header under
 ``arbitor``: format version, model configuration, step, seed, best bits per byte, the settings of the run, the shape of
-every weight and table, and two digests. Where the model has adapters, their floats stand beside the integers (`adapter_state`).
-``state_sha256`` is over the tensors alone (two runs that agree in it hold the same model); ``content_sha256``
-is over everything else in the object, that digest included.
+every weight and table, the rules by which its parts learned (`changed_rules`), and two digests. Where the model has adapters,
+their floats stand beside the integers (`adapter_state`). ``state_sha256`` is over the tensors alone (two runs that agree in it hold
+the same model); ``content_sha256`` is over everything else in the object, that digest included.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from arbitor.optimized.training.tensor_file import (
 from arbitor.optimized.training.whole_file import rename, told, write_beside
 from arbitor.reference import checks
 from arbitor.reference.constants import BESIDE_TRITS
+from arbitor.reference.graph.changed_rules import refuse_other_rules, rules_of
 from arbitor.reference.json_text import parsed_json
 from arbitor.reference.types import TernaryWeight
 
@@ -81,6 +82,10 @@ class CheckpointError(TrainingError):
     """A checkpoint that cannot be trusted, or that belongs to something else."""
 
 
+class OtherRulesError(CheckpointError):
+    """A checkpoint that is sound, with a part that learned by other rules than those of this program."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint as read and verified.
@@ -94,6 +99,7 @@ class Checkpoint:
         run: the settings of the run as JSON data; what a resumed run must agree with.
         progress: counters that a resumed run carries on, as JSON data.
         state_sha256: hex digest over the state.
+        other_rules: a sentence for each part that learned by other rules, by name; see `load_checkpoint`.
         adapter: floats of adapters beside the state, or None for a model without them.
     """
 
@@ -105,6 +111,7 @@ class Checkpoint:
     run: dict[str, Any]
     progress: dict[str, Any]
     state_sha256: str
+    other_rules: Mapping[str, str]
     adapter: AdapterState | None = None
 
 
@@ -161,7 +168,7 @@ def save_checkpoint(
     return digest
 
 
-def load_checkpoint(path: Path, check: HeaderCheck | None = None) -> Checkpoint:
+def load_checkpoint(path: Path, check: HeaderCheck | None = None, *, any_rules: bool = False) -> Checkpoint:
     """Return a checkpoint that was read and verified: structure, digests, shapes, and the integers of weights.
 
     The header is read first, and no memory is taken for tensors that do not fit it. What the integers of a table may be
@@ -170,14 +177,21 @@ def load_checkpoint(path: Path, check: HeaderCheck | None = None) -> Checkpoint:
     Args:
         path: the file.
         check: what else the header must hold.
+        any_rules: whether parts that learned by other rules than those here are returned, for `Checkpoint.other_rules` to tell.
 
     Raises:
+        OtherRulesError: there is such a part, and ``any_rules`` is False.
         CheckpointError: the file is missing, truncated, tampered with, of another format, or holds what no
             run can have written.
     """
     with _told_of(path):
         with open_regular(path) as file:
             header, entries = _checked_header(file, check)
+            if not any_rules:
+                for reason in _other_rules(header).values():
+                    raise OtherRulesError(
+                        f"{reason}; arb train --init-from begins a run with its other parts"
+                    )
             # Shapes are looked at where they take no memory.
             shapes = {
                 name: torch.empty(shape, dtype=dtype, device="meta")
@@ -219,7 +233,7 @@ def _told_of(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no checkpoint {str(path)!r}") from error
     except CheckpointError as error:
-        raise CheckpointError(f"the checkpoint {str(path)!r} is refused: {error}") from error
+        raise type(error)(f"the checkpoint {str(path)!r} is refused: {error}") from error
     except (OSError, DamagedFileError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise CheckpointError(
@@ -355,6 +369,7 @@ def write_checkpoint_beside(
         **{key: dict(value) if isinstance(value, Mapping) else value for key, value in metadata.items()},
         "weights": {name: layout(value) for name, value in state.items() if not isinstance(value, Tensor)},
         "tables": {name: layout(value) for name, value in state.items() if isinstance(value, Tensor)},
+        "rules": rules_of(state),
         "state_sha256": digest,
     }
     if adapter is not None:
@@ -416,6 +431,18 @@ def _state(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str
     return {**weights, **tables}
 
 
+def _other_rules(header: Mapping[str, Any]) -> dict[str, str]:
+    """Return a sentence for each part that learned by other rules than those here. Old headers name none."""
+    stated, found = header.get("rules", {}), {}
+    rules = rules_of((*header["weights"], *header["tables"]))
+    for part in sorted(rules.keys() | stated.keys()):
+        try:
+            refuse_other_rules(f"its {part}", rules.get(part, ()), stated.get(part, ()))
+        except ValueError as error:
+            found[part] = str(error)
+    return found
+
+
 def _floats(header: Mapping[str, Any]) -> list[str]:
     """Return the names of the floats that a header states."""
     return names_of(header["adapter"]) if "adapter" in header else []
@@ -453,6 +480,7 @@ def _verified(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Check
         run=header["run"],
         progress=header["progress"],
         state_sha256=header["state_sha256"],
+        other_rules=_other_rules(header),
         adapter=_adapter(header, tensors),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import IO, TYPE_CHECKING
@@ -88,7 +88,15 @@ class Measured:
         return Measured(self.nats + other.nats, self.predicted + other.predicted)
 
 
-def file_bpb(model: ArbModel, file: IO[bytes], *, batch: int, context: int, device: str) -> Measured:
+def file_bpb(
+    model: ArbModel,
+    file: IO[bytes],
+    *,
+    batch: int,
+    context: int,
+    device: str,
+    note: Callable[[int], object] | None = None,
+) -> Measured:
     """Return what a model makes of a file. Every byte but the first three is predicted, once.
 
     A window begins three bytes before the end of the window before it, as three bytes are read before one is predicted. The last
@@ -100,12 +108,15 @@ def file_bpb(model: ArbModel, file: IO[bytes], *, batch: int, context: int, devi
         batch: windows at a time, at least 1.
         context: bytes of a window, at least 4.
         device: where the model is.
+        note: is told after each batch how many bytes of the file were predicted; None: nobody is.
     """
     measured = Measured()
     with torch.no_grad():
         for windows_BT in file_windows(file, batch=batch, context=context):
             count = windows_BT.shape[0] * (windows_BT.shape[1] - NGRAM)
             measured += Measured(model.loss(windows_BT.to(device)).item() * count, count)
+            if note is not None:
+                note(measured.predicted)
     return measured
 
 

@@ -59,7 +59,7 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
 def opened(options: TrainOptions, console: Console | None) -> Iterator[Run]:
     """Open a run until the end of the block: new, or where its folder says that it has come.
 
-    A folder is created only when nothing can be refused any more.
+    A folder that is named is created only when nothing can be refused any more.
 
     Args:
         options, console: as for `train`.
@@ -82,7 +82,7 @@ def opened(options: TrainOptions, console: Console | None) -> Iterator[Run]:
         announced = console is not None and world.count == 1
         request = stack.enter_context(StopRequest(announced=announced).listening())
         options = _after_restart(options, world)
-        folder = _folder(options) if world.is_first or options.run is not None else None
+        folder = _folder(options, world, stack)
         run = Run(_prepared(options, folder, world, stack), request)
         request.stop_before("its first step; nothing was written")
         # Rank 0 alone writes.
@@ -141,9 +141,14 @@ def _after_restart(options: TrainOptions, world: World) -> TrainOptions:
     return replace(options, resume=True)  # type: ignore[type-var]
 
 
-def _folder(options: TrainOptions) -> RunFolder | None:
-    """Return the folder of a run, which may not be there yet, or None where nothing is written."""
+def _folder(options: TrainOptions, world: World, stack: ExitStack) -> RunFolder | None:
+    """Return the folder of a run, or None where nothing is written. One that is named may not be there yet.
+
+    One that is not named is made at once, so that no other process takes the name, and is removed if the run is refused.
+    """
     if options.run is not None:
         return RunFolder(Path(options.run))
+    if not (options.save and world.is_first):
+        return None
     name = options.preset or (options.init_from or "tiny").rstrip("/")
-    return RunFolder.new(Path(name).stem) if options.save else None
+    return stack.enter_context(RunFolder.new(Path(name).stem))

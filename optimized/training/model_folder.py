@@ -32,7 +32,7 @@ from arbitor.optimized.training.run_folder import RunFolder
 from arbitor.optimized.training.run_header import THREADS_MAX
 from arbitor.optimized.training.runtime import Runtime, deterministic, versions
 from arbitor.optimized.training.sizes import check_memory, config_of
-from arbitor.optimized.training.whole_file import told, write_whole
+from arbitor.optimized.training.whole_file import made_folder, told, write_whole
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.json_text import parsed_json
@@ -50,20 +50,23 @@ MAX_CONFIG_BYTES = 2**20
 """Bytes of `config.json` at most."""
 
 
-def read_model(path: Path, refused: Callable[[str], None]) -> tuple[ArbConfig, Checkpoint]:
+def read_model(
+    path: Path, refused: Callable[[str], None], *, any_rules: bool = False
+) -> tuple[ArbConfig, Checkpoint]:
     """Return configuration and checkpoint of a run, of a folder that `write_folder` wrote, or of a file; both were verified.
 
     Args:
         path: of a run, of which the best checkpoint is taken, or another where that is missing or refused; of a folder; or of
             a checkpoint.
         refused: is told one sentence for each checkpoint of a run that was refused.
+        any_rules: as for `load_checkpoint`.
 
     Raises:
         NoModelError: the folder holds no model.
         CheckpointError: what is there cannot be trusted.
         TrainingError: it is a run without a checkpoint that can be used.
     """
-    checkpoint = _checkpoint_at(path, refused)
+    checkpoint = _checkpoint_at(path, refused, any_rules=any_rules)
     return _config_of(checkpoint, path), checkpoint
 
 
@@ -115,16 +118,16 @@ def _known(checkpoint: Checkpoint, name: str, low: int, high: int | None) -> int
     return value if type(value) is int and low <= value <= (high or value) else None
 
 
-def _checkpoint_at(path: Path, refused: Callable[[str], None]) -> Checkpoint:
+def _checkpoint_at(path: Path, refused: Callable[[str], None], *, any_rules: bool) -> Checkpoint:
     """Return the checkpoint of a file, of a folder that `write_folder` wrote, or of a run."""
     if not path.exists():
         raise CheckpointError(f"there is no run, folder or checkpoint {str(path)!r}")
     if not path.is_dir():
-        return load_checkpoint(path)
+        return load_checkpoint(path, any_rules=any_rules)
     refuse_other_model(path)
     weights, config = path / WEIGHTS_FILE, path / CONFIG_FILE
     if weights.exists():
-        checkpoint = load_checkpoint(weights)
+        checkpoint = load_checkpoint(weights, any_rules=any_rules)
         said = _model_said_by(config)
         if said is not None and said != checkpoint.config:
             raise CheckpointError(
@@ -133,7 +136,7 @@ def _checkpoint_at(path: Path, refused: Callable[[str], None]) -> Checkpoint:
         return checkpoint
     run = RunFolder(path)
     if run.has_run():
-        return run.load_best(lambda refusal: refused(f"{refusal}; trying another one"))
+        return run.load_best(lambda refusal: refused(f"{refusal}; trying another one"), any_rules=any_rules)
     raise NoModelError(
         f"the folder {str(path)!r} holds no checkpoint: it is no run, and has no {WEIGHTS_FILE}"
     )
@@ -201,6 +204,8 @@ def write_folder(
 ) -> None:
     """Write a model into a folder, which is created: `model.safetensors`, then `config.json`, each whole or not at all.
 
+    Where one cannot be written, the folder is as it was, but for files that replaced others.
+
     Args:
         folder: where to; one that holds such a model is overwritten.
         config, state: of the model.
@@ -227,18 +232,17 @@ def write_folder(
         "model": json.loads(config.to_json()),
         "versions": versions(),
     }
-    with told(f"the folder {str(path)!r}"):
-        path.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(
-        path / WEIGHTS_FILE,
-        state,
-        config=document["model"],
-        step=step,
-        seed=seed,
-        best_bpb=None,
-        run=run,
-        progress={},
-        adapter=adapter,
-    )
-    with told(repr(str(path / CONFIG_FILE))):
-        write_whole(path / CONFIG_FILE, (json.dumps(document, indent=2) + "\n").encode())
+    with told(f"the folder {str(path)!r}"), made_folder(path, (WEIGHTS_FILE, CONFIG_FILE)):
+        save_checkpoint(
+            path / WEIGHTS_FILE,
+            state,
+            config=document["model"],
+            step=step,
+            seed=seed,
+            best_bpb=None,
+            run=run,
+            progress={},
+            adapter=adapter,
+        )
+        with told(repr(str(path / CONFIG_FILE))):
+            write_whole(path / CONFIG_FILE, (json.dumps(document, indent=2) + "\n").encode())

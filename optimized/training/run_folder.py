@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from arbitor.optimized.training.checkpoint import (
     Checkpoint,
     CheckpointError,
     HeaderCheck,
+    OtherRulesError,
     State,
     load_checkpoint,
     load_header,
@@ -31,7 +33,7 @@ from arbitor.optimized.training.options import BOUND
 from arbitor.optimized.training.regular import json_object, kind_of
 from arbitor.optimized.training.run_header import check_header, check_settings
 from arbitor.optimized.training.sizes import config_of
-from arbitor.optimized.training.whole_file import partial_of, told, write_whole
+from arbitor.optimized.training.whole_file import made_folder, partial_of, told, write_whole
 from arbitor.reference.config import ArbConfig
 
 RUNS_ROOT = Path("runs")
@@ -83,7 +85,7 @@ CODEC_FILE = "codec.safetensors"
 
 
 class RunFolder:
-    """The folder of one run. Making one touches nothing; only the process that has it `owned` writes in it.
+    """The folder of one run. To name one touches nothing; only the process that has it `owned` writes in it.
 
     Attributes:
         path: of the folder.
@@ -109,12 +111,36 @@ class RunFolder:
         self._latest_is_good = False
 
     @classmethod
-    def new(cls, preset: str) -> RunFolder:
-        """Return the next free folder for a run of a preset: ``runs/<preset>-001`` and so on. It is not created."""
-        number = 1
-        while (path := RUNS_ROOT / f"{preset}-{number:03d}").exists():
-            number += 1
-        return cls(path)
+    @contextlib.contextmanager
+    def new(cls, preset: str) -> Iterator[RunFolder]:
+        """Make the next free folder for a run of a preset: ``runs/<preset>-001`` and so on.
+
+        No other process is given a folder that is there. If the block raises before something is in the folder, it is removed.
+
+        Raises:
+            TrainingError: the folder cannot be created.
+        """
+        for number in itertools.count(1):
+            folder = cls(RUNS_ROOT / f"{preset}-{number:03d}")
+            if os.path.lexists(folder.path):
+                continue
+            with contextlib.ExitStack() as stack:
+                with folder._told():
+                    is_new = stack.enter_context(made_folder(folder.path))
+                # Otherwise another process was faster.
+                if is_new:
+                    yield folder
+                    return
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turn an OSError of making or opening the folder into a sentence."""
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"cannot use the run folder {str(self)!r}: {error.strerror or error}"
+            ) from error
 
     def __str__(self) -> str:
         return str(self.path)
@@ -198,14 +224,11 @@ class RunFolder:
         Raises:
             TrainingError: the folder cannot be created, or another process is training in it.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise TrainingError(
-                f"cannot use the run folder {str(self)!r}: {error.strerror or error}"
-            ) from error
-        try:
+        with contextlib.ExitStack() as stack:
+            with self._told():
+                stack.enter_context(made_folder(self.path))
+                descriptor = os.open(self.path, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -216,8 +239,6 @@ class RunFolder:
                 # Some network file systems have no locks: then there is nothing to hold.
             self._remove_partial_files()
             yield
-        finally:
-            os.close(descriptor)
 
     def _remove_partial_files(self) -> None:
         for path in self._files():
@@ -287,7 +308,7 @@ class RunFolder:
             refused.
 
         Raises:
-            CheckpointError: there are files, and none of them verifies.
+            CheckpointError: there are files, and none of them verifies; or as `load_checkpoint` for other rules.
         """
         refusals: list[str] = []
         sound = _first_sound((self.latest, self.previous), refusals.append, check)
@@ -299,16 +320,19 @@ class RunFolder:
             raise CheckpointError("; ".join(refusals) + "; no checkpoint is left to resume from")
         return None, refusals
 
-    def load_best(self, refused: Callable[[str], None]) -> Checkpoint:
+    def load_best(self, refused: Callable[[str], None], *, any_rules: bool = False) -> Checkpoint:
         """Read ``best``, or the newest of the other checkpoints where it is missing or refused.
 
         Args:
             refused: is told one sentence for each file that was refused.
+            any_rules: as for `load_checkpoint`.
 
         Raises:
+            OtherRulesError: as `load_checkpoint`.
             TrainingError: the folder holds no checkpoint that verifies.
         """
-        sound = _first_sound((self.best, self.final, self.latest, self.previous), refused, check_header)
+        paths = (self.best, self.final, self.latest, self.previous)
+        sound = _first_sound(paths, refused, check_header, any_rules=any_rules)
         if sound is None:
             raise TrainingError(f"the folder {str(self)!r} holds no checkpoint that can be used")
         return sound[1]
@@ -408,14 +432,21 @@ class RunFolder:
 
 
 def _first_sound(
-    paths: tuple[Path, ...], refused: Callable[[str], None], check: HeaderCheck | None
+    paths: tuple[Path, ...],
+    refused: Callable[[str], None],
+    check: HeaderCheck | None,
+    *,
+    any_rules: bool = False,
 ) -> tuple[Path, Checkpoint] | None:
     """Return the first checkpoint that is there and verifies, and tell of those before it that do not."""
     for path in paths:
         if not os.path.lexists(path):
             continue
         try:
-            return path, load_checkpoint(path, check)
+            return path, load_checkpoint(path, check, any_rules=any_rules)
+        except OtherRulesError:
+            # All files of a run learned by the same rules.
+            raise
         except CheckpointError as error:
             refused(str(error))
     return None

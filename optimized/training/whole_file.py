@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -68,6 +68,42 @@ def write_beside(path: Path, content: bytes | Writer) -> Path:
         file.flush()
         os.fsync(file.fileno())
     return partial
+
+
+@contextlib.contextmanager
+def made_folder(path: Path, files: Iterable[str] = ()) -> Iterator[bool]:
+    """Make a folder, and those above it. If the block raises, what is new is removed again.
+
+    Args:
+        path: the folder, which may be there.
+        files: names of the files that the block writes. One that was there before stays.
+
+    Yields:
+        Whether the folder was not there.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    made: list[Path] = []
+    new: list[Path] = []
+    try:
+        for each in (*reversed(path.parents), path):
+            if not each.is_dir():
+                with contextlib.suppress(FileExistsError):
+                    each.mkdir()
+                    made.append(each)
+        if not path.is_dir():
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+        new.extend(path / name for name in files if not os.path.lexists(path / name))
+        yield path in made
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for file in new:
+                file.unlink(missing_ok=True)
+            # A folder in which something else has been put stays.
+            for each in reversed(made):
+                each.rmdir()
+        raise
 
 
 def append_to(path: Path) -> IO[str]:

@@ -27,6 +27,9 @@ from arbitor.reference.types import LaidOutWeight, TernaryWeight, has_memory, wi
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
+RULES_ENTRY = "_extra_state"
+"""The entry of a state dict in which a part names its rules (`changed_rules`), as torch calls what is no buffer."""
+
 
 class Part(nn.Module):
     """The base of every module of the graph and of lists of modules: how it is frozen, moved and loaded.
@@ -78,12 +81,14 @@ class Part(nn.Module):
 
         Raises:
             RuntimeError: `strict`, and a name is missing or unknown.
-            TypeError or ValueError: a tensor of another dtype or shape, or with an element that no model holds.
+            TypeError or ValueError: a tensor of another dtype or shape, or with an element that no model holds; or a part that
+                learned by other rules (`changed_rules`).
         """
         if strict:
             names = self.state_dict().keys()
             for name in (*names, *state_dict):
-                if name not in state_dict:
+                # `check_tensors` says more of a missing rule.
+                if name not in state_dict and not name.endswith(RULES_ENTRY):
                     raise RuntimeError(
                         f"state_dict has no {name!r}, but must name every tensor of the module"
                     )

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from arbitor.reference import checks
 from arbitor.reference.dtypes import widened
+from arbitor.reference.graph.changed_rules import CHANGED_RULES, Ruled
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, plain
-from arbitor.reference.graph.module import ArbModule, used
+from arbitor.reference.graph.module import used
 from arbitor.reference.graph.uncompiled import uncompiled
 from arbitor.reference.graph.units import unit_rows
 from arbitor.reference.ops.denoise import Halting, attended, signal_share
@@ -80,7 +81,7 @@ def latent_shape(size: int) -> tuple[int, ...]:
     return (LATENT_CHANNELS, 1, side, side) if LATENT_CHANNELS * side * side == size else (size,)
 
 
-class VideoHead(ArbModule):
+class VideoHead(Ruled):
     """Denoising steps with shared weights over one latent. `noise_errors` trains them, `forward` draws.
 
     Math:    u = unit(token) of each token
@@ -93,6 +94,8 @@ class VideoHead(ArbModule):
              table of steps takes them all
     Source:  REFACTOR9 (17,040,896 weights), REFACTOR11 (the first latent requires a gradient); docs/spec/heads.md
     """
+
+    rules = CHANGED_RULES["video_head"]
 
     def __init__(self, context: GraphContext) -> None:
         super().__init__(context)
