@@ -452,7 +452,7 @@ def test_a_graph_records_the_kernels(subject: Subject, monkeypatch: pytest.Monke
         step.fill_(at)
         graph.replay()
         exact(y.cpu(), work(launched).cpu(), f"step {at}")
-    exact(*(ops.to_spec(weight).to("cpu") for weight in (replayed, launched)), "the weight")
+    exact(*(ops.to_spec(weight).to("cpu") for weight in (replayed, launched)), what="the weight")
 
 
 @pytest.mark.usefixtures("words")
