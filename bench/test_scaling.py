@@ -14,7 +14,7 @@ from arbitor.reference.presets import preset
 from bench import largest, machine
 from bench.scaling import __main__ as scaling
 from bench.scaling import plan
-from bench.scaling.at_work import MODELS, trunk_of
+from bench.scaling.at_work import MODELS, PARTS, trunk_of
 
 PAGE = machine.ROOT / "docs" / "scaling.md"
 
@@ -110,7 +110,9 @@ def test_the_largest_model_is_stepped_and_written(tmp_path: Path, capsys: pytest
 
 def asked(**changes: object) -> Namespace:
     plain = {"ranks": [1, 2, 3], "models": ["small"], "windows": 4, "length": 64, "steps": 1, "device": "cpu"}
-    return Namespace(**{**plain, "exchanged_bytes": 2**12, "share_gpu": False, **changes})
+    return Namespace(
+        **{**plain, "exchanged_bytes": 2**12, "share_gpu": False, "parts": list(PARTS), **changes}
+    )
 
 
 def test_a_check_comes_before_what_it_is_for() -> None:

@@ -117,6 +117,10 @@ def of_experts() -> Iterator[tuple[str, Case]]:
 def of_rows() -> Iterator[tuple[str, Case]]:
     x, ids = torch.zeros(64, WIDTH, dtype=BF16), dealt(64, 16)
     table = weight(64, WIDTH)
+    # A gradient that is added to another, as those of the layers of small are. Each width takes another tile.
+    for outputs, inputs in ((1024, 512), (160, 512), (32, 512), (512, 128)):
+        grad, other = (torch.zeros(16_384, width, dtype=BF16) for width in (outputs, inputs))
+        yield "linear_input_grad", Case((grad, weight(outputs, inputs)), {"out": other})
     for rows in (1, 16, 64):
         yield "linear", Case((x[:rows], table))
         yield "linear_input_grad", Case((torch.zeros(rows, 64, dtype=BF16), table))
@@ -148,6 +152,9 @@ def of_updates() -> Iterator[tuple[str, Case]]:
     matrix, grad = weight(64, WIDTH), torch.zeros(64, WIDTH)
     votes = grad.to(torch.int8)
     yield "orthogonalize", Case((grad.to(BF16),))
+    # The stacks of small, wide and tall.
+    for count, rows, columns in ((14, 1024, 512), (7, 512, 1024), (6, 512, 512), (6, 32, 512), (6, 512, 128)):
+        yield "orthogonalize", Case((torch.zeros(count * rows, columns, dtype=BF16),), {"num_groups": count})
     # A side whose symmetric products are computed in quarters.
     yield "orthogonalize", Case((torch.zeros(4096, 4112, dtype=BF16),))
     yield "average_gradient", Case((grad.to(BF16), votes, votes[:, 0].contiguous(), 0.5))

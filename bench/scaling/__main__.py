@@ -5,8 +5,9 @@
 
 A check comes first for each number of ranks: two runs of one seed end with one state, and all ranks read the same weights. Where
 it fails, nothing is measured with that number. Then come the rates of exchanges, and steps of each model with as many windows for
-each rank (weak scaling) and for all ranks together (strong scaling), ours and the float twin's under DDP and FSDP2. Every part is
-a start of torchrun of its own, with a limit of time, and is written as soon as it is there.
+each rank (weak scaling) and for all ranks together (strong scaling), ours and the float twin's under DDP and FSDP2. Ours are compared
+with a process alone, which exchanges nothing. Every part is a start of torchrun of its own, with a limit of time, and is written as
+soon as it is there.
 """
 
 from __future__ import annotations
@@ -24,31 +25,37 @@ from typing import Any
 import torch
 
 from bench import machine, parts
-from bench.scaling.at_work import EXCHANGED_BYTES, MODELS
+from bench.scaling.at_work import EXCHANGED_BYTES, MODELS, PARTS
 from bench.scaling.floats import BYTES_A_WEIGHT
 
 WEAK, STRONG = "weak", "strong"
 """Scalings: as many windows for each rank, or for all ranks together."""
 
 
+OF_MODELS = ("ours", "floats")
+"""Parts that time steps of a model. The others come once for each number of ranks."""
+
+
 def planned(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield what is to be run, in order: the number of ranks, the part, and what it is asked for."""
     for ranks in asked.ranks:
-        yield {"ranks": ranks, "part": "check"}
-        yield {"ranks": ranks, "part": "rates"}
+        for part in PARTS:
+            if part in asked.parts and part not in OF_MODELS:
+                yield {"ranks": ranks, "part": part}
         for model in asked.models:
             for scaling in (WEAK, STRONG):
                 if scaling == STRONG and (ranks == 1 or asked.windows % ranks):
                     continue
                 windows = asked.windows if scaling == WEAK else asked.windows // ranks
-                for part in ("ours", "floats"):
-                    yield {
-                        "ranks": ranks,
-                        "part": part,
-                        "model": model,
-                        "scaling": scaling,
-                        "windows": windows,
-                    }
+                for part in OF_MODELS:
+                    if part in asked.parts:
+                        yield {
+                            "ranks": ranks,
+                            "part": part,
+                            "model": model,
+                            "scaling": scaling,
+                            "windows": windows,
+                        }
 
 
 def run(part: Mapping[str, Any], asked: argparse.Namespace, seconds: float) -> dict[str, Any]:
@@ -110,7 +117,8 @@ def tables(report: Mapping[str, Any]) -> str:
     ]
     rows = [row for each in report["parts"] if "model" in each for row in rows_of(each)]
     alone = {
-        (row["model"], row["way"]): row["bytes_per_second"]
+        (row["model"], row["way"]): row["bytes_a_step"]
+        / row.get("seconds_of_a_process_alone", row["seconds"])
         for row in rows
         if row["ranks"] == 1 and "seconds" in row
     }
@@ -158,6 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--windows", type=int, default=64, help="of a rank, or of all ranks for strong scaling (64)"
+    )
+    parser.add_argument(
+        "--parts", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART", help=f"({' '.join(PARTS)})"
     )
     parser.add_argument("--length", type=int, default=256, help="bytes of a window (256)")
     parser.add_argument(

@@ -27,6 +27,8 @@ from arbitor.optimized.distributed.run import whole_state
 from arbitor.optimized.distributed.world import World, joined
 from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training.checkpoint import state_sha256
+from arbitor.optimized.training.passes import Passes, RecordedPasses
+from arbitor.optimized.training.recording import LAUNCHED_FIRST
 from arbitor.optimized.training.runtime import Runtime, choose_runtime
 from arbitor.reference.audit import audit
 from arbitor.reference.config import NUM_BYTES, ArbConfig
@@ -195,17 +197,20 @@ def ours(world: World, runtime: Runtime, asked: argparse.Namespace) -> dict[str,
 def our_step(
     model: ArbModel, world: World, runtime: Runtime, asked: argparse.Namespace
 ) -> Callable[[], None]:
-    """Return what takes a step of our model, after steps in which kernels are compiled and more moves than later."""
+    """Return what takes a step of our model, after steps in which all is compiled and recorded, and more moves than later."""
     taken = itertools.count()
+    # As a run does.
+    recorded = runtime.device == "cuda" and not asked.share_gpu
+    passes = RecordedPasses(model) if recorded else Passes(model)
 
     def step() -> None:
         number = next(taken)
         ids_BT = windows(world, asked.windows, asked.length, runtime.device, number)
-        if not model.backward(model.losses(ids_BT), rate=RATE, step=number, undo=False):
+        if passes.take(ids_BT, rate=RATE, step=number) is None:
             raise RuntimeError(f"the loss of step {number} is not finite")
-        model.step()
+        passes.step()
 
-    for _ in range(asked.steps):
+    for _ in range(max(asked.steps, LAUNCHED_FIRST + 1)):
         step()
     return step
 

@@ -65,6 +65,7 @@ from conformance.distributed.experts_at_work import (
     trains_with_spread_experts,
     votes_as_one_process,
 )
+from conformance.distributed.passes_at_work import replays_what_it_launches
 from conformance.distributed.runs_at_work import (
     goes_on,
     goes_on_with_a_run_of_four,
@@ -342,6 +343,7 @@ CHECKS: tuple[Callable[[World, Path], Any], ...] = (
     refuses_what_is_not_finite,
     counts_faults,
     agrees_on_triton,
+    replays_what_it_launches,
     refuses_ranks_that_differ,
     passes_signals_on,
     shares_windows,

@@ -25,7 +25,7 @@ from arbitor.optimized.distributed.world import LOST
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.metrics import last_step
 from arbitor.optimized.training.options import TrainOptions
-from conformance.distributed import ranks_at_work
+from conformance.distributed import passes_at_work, ranks_at_work
 from conformance.system.command import REPOSITORY, environment, until
 from conformance.training import nano
 from conformance.training.runs import options, train_until_killed
@@ -113,11 +113,28 @@ def survivor(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
+def already_found() -> dict[int, tuple[Path, list[dict[str, Any]]]]:
+    """What was found by numbers of ranks. Pytest ends a fixture of another parameter, and may come back to the first."""
+    return {}
+
+
+@pytest.fixture(scope="session")
 def found(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    already_found: dict[int, tuple[Path, list[dict[str, Any]]]],
 ) -> tuple[Path, list[dict[str, Any]]]:
     """What each rank found, and the folder in which they worked, for a number of ranks."""
     count = request.param
+    if count not in already_found:
+        already_found[count] = find(request, tmp_path_factory, count)
+    return already_found[count]
+
+
+def find(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, count: int
+) -> tuple[Path, list[dict[str, Any]]]:
+    """Let ranks work, and return the folder in which they do, and what each of them finds."""
     # The suite has set it, or has a GPU.
     device = "cpu" if "TRITON_INTERPRET" in os.environ else "cuda"
     if count == 2:
@@ -135,9 +152,9 @@ def found(
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(count)]
 
 
-both = pytest.mark.parametrize("found", [2, 3], indirect=True, ids=["2 ranks", "3 ranks"])
-two = pytest.mark.parametrize("found", [2], indirect=True, ids=["2 ranks"])
-three = pytest.mark.parametrize("found", [3], indirect=True, ids=["3 ranks"])
+both = pytest.mark.parametrize("found", [2, 3], indirect=True, ids=["two_ranks", "three_ranks"])
+two = pytest.mark.parametrize("found", [2], indirect=True, ids=["two_ranks"])
+three = pytest.mark.parametrize("found", [3], indirect=True, ids=["three_ranks"])
 Found = tuple[Path, list[dict[str, Any]]]
 
 
@@ -337,6 +354,25 @@ def test_a_fault_is_counted_once(found: Found) -> None:
 def test_triton_and_the_reference_agree_on_ranks(found: Found) -> None:
     reference, triton = found[1][0]["agrees_on_triton"]
     assert reference == triton is not None
+
+
+@both
+def test_recorded_passes_of_ranks_are_those_that_are_launched(found: Found) -> None:
+    """Nats, states and bytes received are equal, and a loss that is not finite on one rank changes nothing."""
+    for of_rank in found[1]:
+        each = of_rank["replays_what_it_launches"]
+        assert each["RecordedPasses"] == each["Passes"]
+        assert each["Passes"]["received"] > 0 and None not in each["Passes"]["nats"]
+        assert each["Passes"]["refused"] is None and len(set(each["Passes"]["states"])) == 1
+        # The pass that is refused is replayed too, and leaves nothing to step.
+        graphs = each["graphs of a step"]
+        assert graphs > 2, "one of the tables, and several of pieces"
+        assert (
+            each["replays"]
+            == 2 * (passes_at_work.REPLAYED_PASSES + 1) + graphs * passes_at_work.REPLAYED_STEPS
+        )
+    digests = [of_rank["replays_what_it_launches"]["Passes"]["states"] for of_rank in found[1]]
+    assert [each[0] is None for each in digests] == [False] + [True] * (len(digests) - 1)
 
 
 @both

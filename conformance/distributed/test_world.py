@@ -125,7 +125,7 @@ def test_a_step_that_raises_leaves_nothing_to_send() -> None:
     class Failing(Ranks):
         abandoned = 0
 
-        def step(self, tensor_id: int, weight: Any, apply: Any) -> None:
+        def step(self, weights: Any, apply: Any) -> None:
             raise RuntimeError("the exchange broke")
 
         def abandon(self) -> None:
@@ -232,8 +232,9 @@ class Event:
     recorded: ClassVar[int] = 0
     done: ClassVar[int] = 0
 
-    def __init__(self, *, enable_timing: bool) -> None:
-        self.at = 0
+    def __init__(self, *, enable_timing: bool, external: bool) -> None:
+        assert enable_timing
+        self.at, self.external = 0, external
 
     def record(self) -> None:
         Event.recorded += 1
@@ -339,3 +340,25 @@ def test_the_digest_of_the_code_follows_the_code(tmp_path: Path, monkeypatch: py
         digests.append(world.code_sha256())
     world.code_sha256.cache_clear()
     assert len(set(digests)) == len(digests)
+
+
+def test_a_replay_counts_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes and waits of recorded exchanges count for each replay, the waits as those of the last one, and are counted once."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Event, "recorded", 0)
+    monkeypatch.setattr(Event, "done", 0)
+    sent = traffic.Traffic(world.World(), on_gpu=lambda: True)
+    with sent.recording() as replayed:
+        for _ in range(2):
+            with sent._waiting():
+                sent._receive(7)
+    [recorded] = sent._recorded
+    assert all(event.external for events in recorded.waits for event in events)
+    # What is recorded has not run.
+    assert sent.measured() == (0.0, 0)
+    with sent._waiting():
+        sent._receive(5)
+    for _ in range(3):
+        replayed()
+    assert sent.measured() == (1.0 + 3 * 2.0, 5 + 3 * 14)
+    assert sent.measured() == (0.0, 0)

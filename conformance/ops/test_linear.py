@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from arbitor.reference import ops as reference_ops
-from arbitor.reference.constants import SILENT_ROW
+from arbitor.reference.constants import SILENT_ROW, groups_per_row
 from arbitor.reference.op_table import OP_TABLE
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
 from arbitor.reference.types import TernaryWeight
@@ -254,6 +254,29 @@ def test_linear_input_grad_is_added_to_a_sum(
     out = (other.to(torch.float64) @ dense(weight)).to(dy.dtype)
     want = out.to(torch.float64) + dy.to(torch.float64) @ dense(weight)
     same_sums(ops.linear_input_grad(dy, weight, out=out.clone()), want.to(out.dtype))
+
+
+@law(
+    shape=ss.matrix_shapes(150),
+    rows=st.sampled_from((65, 66, 70, 129)),
+    seed=ss.GENERATOR_SEEDS,
+    rejects=[
+        mutant("a_sum_that_is_rounded_twice", "out.copy_(out.to(wide) + dx)", "out.copy_(out + dx.to(out.dtype))"),
+    ],
+)  # fmt: skip
+def test_linear_input_grad_cancels_a_sum(ops: Subject, shape: tuple[int, int], rows: int, seed: int) -> None:
+    """A gradient that is added to its own opposite, as bfloat16 has it, leaves exactly what bfloat16 had cut off.
+
+    The sums are whole numbers that float32 holds in any order.
+    """
+    rng = ss.generator(seed)
+    trits = torch.randint(-1, 2, shape, generator=rng).to(torch.int8)
+    levels = torch.zeros(shape[0], groups_per_row(shape[1], 12), dtype=torch.int8)
+    dy = torch.randint(-256, 257, (rows, shape[0]), generator=rng).to(torch.bfloat16)
+    dx = dy.to(torch.float64) @ trits.to(torch.float64)
+    out = -dx.to(torch.bfloat16)
+    got = ops.linear_input_grad(dy, weight_of_trits(trits, levels, 12), out=out.clone())
+    exact(got, (out.to(torch.float64) + dx).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("rows", [1, 8, 64, 65])

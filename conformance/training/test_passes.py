@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training.census import Census
@@ -19,12 +17,12 @@ from arbitor.optimized.training.passes import Passes, RecordedPasses
 from arbitor.optimized.training.recording import LAUNCHED_FIRST, records
 from arbitor.optimized.training.runtime import Runtime
 from arbitor.reference.config import ArbConfig
-from arbitor.reference.graph import ArbModel, TernaryEmbedding, TernaryModule, grouped, layers, voting
-from arbitor.reference.graph.open_pass import Note
+from arbitor.reference.graph import ArbModel, grouped, layers
 from conformance.compare import exact
 from conformance.graph import models
 from conformance.subject import Subject, needs_cuda
 from conformance.training.nano import WHOLE
+from conformance.training.no_graphs import FIRST_BYTES, some_losses_are_not_finite, without_graphs
 from conformance.training.runs import replays
 
 
@@ -50,96 +48,6 @@ def test_what_a_pass_leaves_can_be_told_later() -> None:
         assert not all(torch.equal(tables[name], table) for name, table in held.tables().items())
         for name, want in direct.state().items():
             exact(held.state()[name], want, name)
-
-
-class Launches:
-    """Stands in for a CUDA graph where there is none: a replay launches what was recorded."""
-
-    def __init__(self, run: Any) -> None:
-        self.replay = run
-
-
-def without_graphs(monkeypatch: pytest.MonkeyPatch, replayed: list[str]) -> None:
-    """Let recorded passes and steps run on the CPU, on memory that every replay writes over, as the memory of CUDA graphs."""
-
-    voting_pass = voting.Pass
-
-    def record(passes: RecordedPasses) -> tuple[Any, Any]:
-        in_graphs = [note.on(torch.clone) for note in passes._notes]
-
-        def forward() -> None:
-            replayed.append("forward")
-            for note in in_graphs:
-                note.on(lambda tensor: tensor.fill_(POISON))
-            passes._forward()
-
-        def backward() -> None:
-            replayed.append("backward")
-            strayed, torn = passes.model.voting.strayed, passes.model.voting.torn
-            passes.model.voting.torn = False
-            with monkeypatch.context() as patch:
-                # A recording does not read its rate, which counts as above 0.
-                patch.setattr(voting, "Pass", lambda **given: voting_pass(**{**given, "moves": True}))
-                passes._backward()
-            # A replay runs no Python.
-            passes.model.voting.strayed, passes.model.voting.torn = strayed, torn
-            for note, new in zip(in_graphs, passes._notes, strict=True):
-                for old_tensor, tensor in zip(note.seen, new.seen, strict=True):
-                    if old_tensor is not None and tensor is not None:
-                        old_tensor.copy_(tensor)
-            passes._notes = in_graphs
-
-        return Launches(forward), Launches(backward)
-
-    def record_step(passes: RecordedPasses) -> Any:
-        in_graphs = list(passes._notes)
-
-        def step() -> None:
-            replayed.append("step")
-            step_without_a_trace(passes.model, in_graphs)
-
-        return Launches(step)
-
-    monkeypatch.setattr(RecordedPasses, "_record", record)
-    monkeypatch.setattr(RecordedPasses, "_record_step", record_step)
-
-
-def step_without_a_trace(model: ArbModel, notes: list[Note]) -> None:
-    """Step the weights as some notes say and leave no sign of it in the modules, as a replay runs no Python."""
-    modules, version = model.ternary_modules().values(), model.voting.version
-    kept = [
-        (module, module.voted, module.steps, list(getattr(module, "used_rows", ()))) for module in modules
-    ]
-    for module in modules:
-        module.forget_votes()
-    for note in notes:
-        if note.tell.__name__ == TernaryModule.note_vote.__name__:
-            note.tell(*note.seen)
-    model.step_weights()
-    for module, voted, steps, rows in kept:
-        module.voted, module.steps = voted, steps
-        if isinstance(module, TernaryEmbedding):
-            module.used_rows[:] = rows
-    model.voting.version = version
-
-
-POISON = -7
-"""What a replay leaves in memory that it uses otherwise."""
-
-FIRST_BYTES = {"accepted": 100, "refused": 200, "not a number": 201}
-"""First byte of the first window, by what becomes of a pass. Two kinds have a loss of NaN: one with gradients that are numbers."""
-
-
-def some_losses_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the loss be NaN by the first byte, inside of a graph as outside."""
-    real = ArbModel.losses
-
-    def losses(model: ArbModel, ids_BT: Tensor) -> dict[str, Tensor]:
-        found, first = real(model, ids_BT), ids_BT[0, 0]
-        nats = torch.where(first == FIRST_BYTES["refused"], math.nan, found["bytes"])
-        return {**found, "bytes": nats * torch.where(first == FIRST_BYTES["not a number"], math.nan, 1.0)}
-
-    monkeypatch.setattr(ArbModel, "losses", losses)
 
 
 STEPS = (
@@ -342,14 +250,15 @@ def test_what_keeps_a_pass_from_being_recorded_is_named() -> None:
         ),
         (
             gpu,
-            {"vote_rule": "stochastic", "num_ranks": 2},
-            f"{start} cuda, backend triton and vote rule stochastic and 2 ranks: {only} with stochastic votes on one rank can be "
-            "recorded",
+            {"vote_rule": "stochastic", "exchange": "ranks over gloo"},
+            f"{start} cuda, backend triton and vote rule stochastic and ranks over gloo: {only} with stochastic votes "
+            "without ranks over gloo can be recorded",
         ),
         (
             gpu,
-            {"num_ranks": 3, "adapted": True},
-            f"{start} cuda, backend triton and 3 ranks and adapters: {only} on one rank without adapters can be recorded",
+            {"exchange": "spread rows", "adapted": True},
+            f"{start} cuda, backend triton and spread rows and adapters: {only} without spread rows "
+            "without adapters can be recorded",
         ),
     ]
     for runtime, given, sentence in cases:

@@ -7,7 +7,7 @@ Legend: P bytes of a piece, S blocks, C changed bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -65,37 +65,34 @@ class Piece:
 
     Attributes:
         size: bytes of the piece.
-        sent: on the owner, uint8: the changes of the steps, once the piece is closed.
+        sent: on the owner, uint8: the changes of the steps, once they were taken.
     """
 
     def __init__(self) -> None:
         self.size = 0
+        self._tensor_ids: list[int] = []
         self._tensors: list[Tensor] = []
-        self._before: list[Tensor] = []
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self._tensors[0].device
 
-    def add(self, tensors: list[Tensor], step: Callable[[], None] | None) -> None:
-        """Add tensors of bytes, which share memory with a weight. The owner steps the weight here."""
+    def add(self, tensor_id: int, tensors: list[Tensor]) -> None:
+        """Add tensors of bytes, which share memory with the weight of a tensor id."""
+        self._tensor_ids.append(tensor_id)
         self._tensors += tensors
         self.size += sum(each.numel() for each in tensors)
-        if step is not None:
-            self._before += [each.clone() for each in tensors]
-            step()
 
-    def close(self) -> None:
-        """Find the changes of the steps of a piece that is full."""
-        self.sent = changes(torch.cat(self._before), torch.cat(self._tensors))
-        self._before.clear()
+    def step(self, apply: Callable[[Sequence[int]], None]) -> None:
+        """Step the weights on their owner by `apply`, which takes their tensor ids, and find what changes."""
+        before = torch.cat(self._tensors)
+        apply(self._tensor_ids)
+        self.sent = changes(before, torch.cat(self._tensors))
 
     def change(self, sent: Tensor) -> None:
         """Give the weights what their owner has sent."""
         piece = torch.cat(self._tensors)
         change(piece, sent)
-        for tensor, content in zip(
-            self._tensors, piece.split([len(each) for each in self._tensors]), strict=True
-        ):
-            tensor.copy_(content)
+        # One launch copies many tensors.
+        torch._foreach_copy_(self._tensors, piece.split([len(each) for each in self._tensors]))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from arbitor.optimized.distributed.changes import Piece
 from arbitor.optimized.distributed.traffic import Traffic
 from arbitor.optimized.distributed.world import World, as_bytes
+from arbitor.optimized.kernels.parts import add_parts
 from arbitor.optimized.training.options import EXCHANGES
 from arbitor.reference.constants import VOTED_IN
 from arbitor.reference.graph import ArbModel
@@ -123,11 +125,17 @@ class GroupRanks(Ranks):
             return
         owner, grad_NK = self.owners.get(tensor_id), gradient.grad_NK
         arrives = owner is None or owner == self.number
-        compact = self._in_eight_bits and self._model.voting.makes_orthogonal(gradient.num_matrices)
+        voting = self._model.voting
+        is_rounded = voting.makes_orthogonal(gradient.num_matrices)
+        compact = self._in_eight_bits and is_rounded
         num_rows, num_columns = grad_NK.shape
         # An owner holds some rows of the gradients of all ranks at a time, so that its memory does not grow with their number.
         step = max(self._traffic.most_pending // (4 * num_columns * grad_NK.element_size()), 1)
-        total = torch.empty_like(grad_NK, dtype=torch.float32) if arrives else None
+        # As `Voting` rounds the sum of a gradient that is made orthogonal.
+        dtype = voting.dtype if is_rounded else torch.float32
+        total = (
+            torch.empty_like(grad_NK, dtype=dtype, memory_format=torch.contiguous_format) if arrives else None
+        )
 
         def begin(first: int, last: int) -> None:
             part = grad_NK[first:last]
@@ -137,8 +145,9 @@ class GroupRanks(Ranks):
             def end() -> None:
                 parts = wait()
                 if total is not None and parts is not None:
-                    wide = (decoded(each, *part.shape) if compact else each.float() for each in parts)
-                    total[first:last] = in_order(wide)
+                    if compact:
+                        parts = torch.stack([decoded(each, *part.shape) for each in parts])
+                    sum_in_order(parts, total[first:last])
                 if last == num_rows:
                     of_all = None if total is None else replace(gradient, grad_NK=total)
                     cast(of_all)
@@ -148,21 +157,16 @@ class GroupRanks(Ranks):
         for first in range(0, max(num_rows, 1), step):
             begin(first, min(first + step, num_rows))
 
-    def step(self, tensor_id: int, weight: LaidOutWeight, apply: Callable[[], None]) -> None:
+    def step(self, weights: Mapping[int, LaidOutWeight], apply: Callable[[Sequence[int]], None]) -> None:
         """See `Ranks`."""
-        owner = self.owners.get(tensor_id)
-        if owner is None:
-            apply()
-            return
-        read = [each for name, each in weight.tensors().items() if name not in VOTED_IN and each.numel()]
-        # A copy would arrive in place of the tensor.
-        assert all(each.is_contiguous() for each in read)
-        pieces, size = self._pieces.setdefault(owner, []), sum(each.nbytes for each in read)
-        if not pieces or pieces[-1].size + size > PIECE_BYTES:
-            if pieces and owner == self.number:
-                pieces[-1].close()
-            pieces.append(Piece())
-        pieces[-1].add([as_bytes(each) for each in read], apply if owner == self.number else None)
+        by_all = [tensor_id for tensor_id in weights if tensor_id not in self.owners]
+        if by_all:
+            apply(by_all)
+        for tensor_id, weight in weights.items():
+            if tensor_id in self.owners:
+                self._add_to_pieces(tensor_id, weight)
+        for piece in self._pieces.get(self.number, []):
+            piece.step(apply)
 
     def finish(self) -> None:
         """See `Ranks`."""
@@ -173,6 +177,12 @@ class GroupRanks(Ranks):
         """See `Ranks`."""
         self._traffic.forget()
         self._pieces.clear()
+
+    @contextmanager
+    def recording(self) -> Iterator[Callable[[], None]]:
+        """Record exchanges in CUDA graphs within the block; yield what is to be called with each replay of all of them."""
+        with self._traffic.recording() as replayed:
+            yield replayed
 
     def state(self) -> dict[str, TernaryWeight | Tensor] | None:
         """Return all that training changes, on the CPU of rank 0, as `ArbModel.state` does for one process; None on other ranks."""
@@ -226,7 +236,7 @@ class GroupRanks(Ranks):
             if grad_parts is None or row_parts is None:
                 cast(None)
                 return
-            total = merged(grad_parts, row_parts, num_matrices, most, self._model.ops)
+            total = merged(list(grad_parts), list(row_parts), num_matrices, most, self._model.ops)
             self._cast_once(tensor_id, total, cast)
 
         self._traffic.later(gradient.grad_NK.nbytes, end)
@@ -248,13 +258,21 @@ class GroupRanks(Ranks):
 
         self._traffic.later(gradient.grad_NK.nbytes, end)
 
+    def _add_to_pieces(self, tensor_id: int, weight: LaidOutWeight) -> None:
+        """Let a weight be sent from its owner to all."""
+        read = [each for name, each in weight.tensors().items() if name not in VOTED_IN and each.numel()]
+        # A copy would arrive in place of the tensor.
+        assert all(each.is_contiguous() for each in read)
+        pieces, size = self._pieces.setdefault(self.owners[tensor_id], []), sum(each.nbytes for each in read)
+        if not pieces or pieces[-1].size + size > PIECE_BYTES:
+            pieces.append(Piece())
+        pieces[-1].add(tensor_id, [as_bytes(each) for each in read])
+
     def _spread(self) -> None:
         """Begin to send what the steps of owners have changed."""
         pieces, self._pieces = self._pieces, {}
         most = max(map(len, pieces.values()), default=0)
         own = pieces.get(self.number, [])
-        if own:
-            own[-1].close()
         sizes = torch.tensor([len(each.sent) for each in own] + [0] * (most - len(own)))
         # The sizes are known to no other rank, as all else that is exchanged is.
         all_sizes = self._traffic.gathered(sizes) if most else []
@@ -331,6 +349,17 @@ def has_owner(module: TernaryModule) -> bool:
 def in_order(parts: Iterable[Tensor]) -> Tensor:
     """Return the sum of tensors, the first two first."""
     return functools.reduce(torch.add, parts)
+
+
+def sum_in_order(parts: Tensor, out: Tensor) -> None:
+    """Add the parts of ranks [N, ...] into `out` [...], in float32, the first two first, and round the sum once.
+
+    parts: float32 or bfloat16.
+    """
+    if parts.is_cuda:
+        add_parts(parts, out)
+    else:
+        out.copy_(in_order(part.float() for part in parts))
 
 
 def merged(grads: list[Tensor], rows: list[Tensor], num_matrices: int, most: int, ops: Any) -> Gradient:

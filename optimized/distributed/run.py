@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -108,6 +109,26 @@ def whole_state(model: ArbModel) -> dict[str, TernaryWeight | Tensor] | None:
     """Return all that training changes, for a checkpoint: whole on rank 0, None on other ranks. Every rank must call this."""
     ranks = model.voting.ranks
     return ranks.state() if isinstance(ranks, GroupRanks) else model.state()
+
+
+def unrecorded(world: World, spreads: Mapping[str, Any]) -> str:
+    """Return which exchanges of the ranks cannot be recorded in CUDA graphs, in words; "" if all can be.
+
+    Args:
+        world, spreads: the processes of a run, and what is spread over them, as `spreads_over` returns it.
+    """
+    if world.count == 1:
+        return ""
+    if spreads:
+        # How long they are follows from what the windows chose, and ranks tell each other on the host.
+        return f"rows that {world.count} ranks keep for each other"
+    return "" if world.exchanges_over_nccl else f"{world.count} ranks that exchange without NCCL"
+
+
+def recorded_exchanges(model: ArbModel) -> AbstractContextManager[Callable[[], None]]:
+    """Record what the ranks of a model exchange in CUDA graphs within the block; give what is to be called with each replay."""
+    ranks = model.voting.ranks
+    return ranks.recording() if isinstance(ranks, GroupRanks) else nullcontext(lambda: None)
 
 
 def faults(model: ArbModel) -> int:

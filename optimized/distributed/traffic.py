@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -17,45 +18,76 @@ from torch import Tensor
 
 from arbitor.optimized.distributed.world import World, answered, as_bytes
 
-PENDING_BYTES = 2**26
+PENDING_BYTES = 2**28
 """Most bytes of a rank that are on their way at a time."""
 
 HELD_BYTES = 2**31
 """Most bytes of the gradients of all ranks that an owner holds at a time. Of many ranks fewer are on their way."""
 
 
+Events = tuple[torch.cuda.Event, torch.cuda.Event]
+"""What a GPU notes where it begins and ends to wait."""
+
+
+@dataclass
+class Recorded:
+    """Exchanges that CUDA graphs hold, which are replayed together.
+
+    Fields:
+        received: bytes that this rank is sent in a replay.
+        waits:    what the GPU notes at its waits in a replay. A replay writes over what the one before noted.
+        replays:  replays that were not counted yet.
+    """
+
+    received: int = 0
+    waits: list[Events] = field(default_factory=list)
+    replays: int = 0
+
+    def replay(self) -> None:
+        """Note a replay."""
+        self.replays += 1
+
+    def count(self) -> tuple[float, int]:
+        """Return seconds of waiting and bytes received of the replays since the last call; each counts as the last one."""
+        replays, self.replays = self.replays, 0
+        if not replays or not self.waits:
+            return 0.0, replays * self.received
+        self.waits[-1][1].synchronize()
+        return replays * sum(map(_seconds, self.waits)), replays * self.received
+
+
 class Traffic:
     """What a rank sends and is sent. Every rank begins the same exchanges in the same order.
 
     Attributes:
-        received:     bytes that this rank was sent by others.
         most_pending: most bytes of this rank that are on their way at a time.
     """
 
     def __init__(self, world: World, *, on_gpu: Callable[[], bool]) -> None:
         """Begin without exchanges. `on_gpu` says whether waiting holds up a GPU, and not the host."""
-        self.received = 0
         self.most_pending = min(PENDING_BYTES, HELD_BYTES // world.count)
         self._world, self._on_gpu = world, on_gpu
         self._under_way: deque[tuple[int, Callable[[], None]]] = deque()
         self._pending = 0
-        self._waited = 0.0
-        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._waited, self._received = 0.0, 0
+        self._events: deque[Events] = deque()
+        self._recorded: list[Recorded] = []
+        self._recording: Recorded | None = None
 
     def gathered(self, tensor: Tensor) -> list[Tensor]:
         """Return the tensors of all ranks at once."""
         with self._waiting():
             parts = self._world.gathered(tensor)
-        self.received += tensor.nbytes * (self._world.count - 1)
+        self._receive(tensor.nbytes * (self._world.count - 1))
         return parts
 
-    def begin_gather(self, tensor: Tensor, owner: int | None) -> Callable[[], list[Tensor] | None]:
+    def begin_gather(self, tensor: Tensor, owner: int | None) -> Callable[[], Tensor | None]:
         """See `World`."""
         end = self._world.begin_gather(tensor, owner)
         if owner is None or owner == self._world.number:
-            self.received += tensor.nbytes * (self._world.count - 1)
+            self._receive(tensor.nbytes * (self._world.count - 1))
 
-        def wait() -> list[Tensor] | None:
+        def wait() -> Tensor | None:
             with self._waiting():
                 return end()
 
@@ -81,7 +113,7 @@ class Traffic:
                 [length * size for length in lengths.tolist()],
                 async_op=True,
             )
-        self.received += arrived.nbytes - arriving[number] * size
+        self._receive(arrived.nbytes - arriving[number] * size)
 
         def wait() -> list[Tensor]:
             with self._waiting(), answered():
@@ -95,7 +127,7 @@ class Traffic:
         """Begin to send bytes from one rank to all, which have room for them; return what waits for the bytes."""
         with answered():
             work = dist.broadcast(content, src=source, async_op=True)
-        self.received += content.nbytes * (self._world.number != source)
+        self._receive(content.nbytes * (self._world.number != source))
 
         def wait() -> None:
             with self._waiting(), answered():
@@ -138,14 +170,32 @@ class Traffic:
         self._under_way.clear()
         self._pending = 0
 
+    @contextmanager
+    def recording(self) -> Iterator[Callable[[], None]]:
+        """Record exchanges in CUDA graphs within the block; yield what is to be called with each replay of all of them."""
+        self._recording = recorded = Recorded()
+        try:
+            yield recorded.replay
+        finally:
+            self._recording = None
+        self._recorded.append(recorded)
+
     def measured(self) -> tuple[float, int]:
         """Return seconds that this rank has waited for others and the bytes that it received, since the last call."""
         if self._events:
             self._events[-1][1].synchronize()
         self._count_events()
-        found = self._waited, self.received
-        self._waited, self.received = 0.0, 0
-        return found
+        counts = [(self._waited, self._received), *(each.count() for each in self._recorded)]
+        self._waited, self._received = 0.0, 0
+        waited, received = zip(*counts, strict=True)
+        return sum(waited), sum(received)
+
+    def _receive(self, size: int) -> None:
+        """Count bytes that this rank is sent."""
+        if self._recording is not None:
+            self._recording.received += size
+        else:
+            self._received += size
 
     def _end_down_to(self, size: int) -> None:
         """End exchanges, the oldest first, until at most so many bytes are under way; 0: all of them."""
@@ -158,10 +208,17 @@ class Traffic:
     def _waiting(self) -> Iterator[None]:
         """Count the time of the block as waiting: of the host, or of the GPU, on which a wait holds up no host."""
         if self._on_gpu():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            recording = self._recording
+            # An event that is not external would be no part of a graph.
+            start, end = (
+                torch.cuda.Event(enable_timing=True, external=recording is not None) for _ in range(2)
+            )
             start.record()
             yield
             end.record()
+            if recording is not None:
+                recording.waits.append((start, end))
+                return
             self._events.append((start, end))
             self._count_events()
             return
@@ -172,5 +229,10 @@ class Traffic:
     def _count_events(self) -> None:
         """Count the waiting that the GPU has done, so that its events do not pile up."""
         while self._events and self._events[0][1].query():
-            start, end = self._events.popleft()
-            self._waited += start.elapsed_time(end) / 1000
+            self._waited += _seconds(self._events.popleft())
+
+
+def _seconds(events: Events) -> float:
+    """Return the seconds between two events, both of which have been."""
+    start, end = events
+    return start.elapsed_time(end) / 1000

@@ -69,6 +69,11 @@ class World:
         """Whether this rank prints and writes."""
         return self.number == 0
 
+    @property
+    def exchanges_over_nccl(self) -> bool:
+        """Whether tensors on GPUs are exchanged by NCCL."""
+        return dist.is_initialized() and "cuda:nccl" in dist.get_backend_config()
+
     def tells(self) -> bool:
         """Return whether this rank is the first that asks: of all ranks that end with an error one tells the user."""
         if self._store is None:
@@ -109,25 +114,31 @@ class World:
             return [tensor]
         parts = self.begin_gather(tensor)()
         assert parts is not None
-        return parts
+        return list(parts.unbind(0))
 
-    def begin_gather(self, tensor: Tensor, owner: int | None = None) -> Callable[[], list[Tensor] | None]:
-        """Begin to send a tensor to its owner, or to all ranks; return what waits for the tensors of all, or for None elsewhere."""
+    def begin_gather(self, tensor: Tensor, owner: int | None = None) -> Callable[[], Tensor | None]:
+        """Begin to send a tensor to its owner, or to all ranks.
+
+        Returns:
+            What waits for the tensors of all, stacked in the order of the ranks' numbers; or for None where they do not arrive.
+        """
         arrives = owner is None or owner == self.number
+        stacked = (self.count, *tensor.shape)
         if not tensor.numel():
-            return lambda: [tensor] * self.count if arrives else None
+            return lambda: tensor.new_empty(stacked) if arrives else None
         sent = as_bytes(tensor)
-        parts = [torch.empty_like(sent) for _ in range(self.count)] if arrives else None
+        arrived = sent.new_empty(self.count, sent.numel()) if arrives else None
+        parts = None if arrived is None else list(arrived.unbind(0))
         with answered():
             if owner is None:
                 work = dist.all_gather(parts, sent, async_op=True)
             else:
                 work = dist.gather(sent, parts, dst=owner, async_op=True)
 
-        def wait() -> list[Tensor] | None:
+        def wait() -> Tensor | None:
             with answered():
                 work.wait()
-            return None if parts is None else [from_bytes(part, tensor) for part in parts]
+            return None if arrived is None else arrived.view(tensor.dtype).reshape(stacked)
 
         return wait
 
@@ -283,11 +294,6 @@ def answered() -> Iterator[None]:
 def as_bytes(tensor: Tensor) -> Tensor:
     """Return the bytes of a tensor, uint8 [bytes]; of a contiguous one without a copy. Every backend can send bytes."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def from_bytes(content: Tensor, like: Tensor) -> Tensor:
-    """Return bytes as a tensor of the dtype and shape of another one."""
-    return content.view(like.dtype).reshape(like.shape)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ The cuts follow from shapes, or from the number of terms of the sum.
 | `segments` | the edges of a segment | `PART_EDGES` sorted positions | a float64 sum |
 | `attention` | the slots of a sequence | a number of slots, by their place | a largest score, a total and a float32 sum |
 | `denoise` | the squares of a latent | a tile of columns | two float32 sums |
+| `distributed` | the ranks of a gradient | the gradient of a rank, in float32 or bfloat16 | that gradient |
 | `codebook` | the codes of a search, of which the nearest is kept | a number of codes, by the device | a score and a code |
 
 The search keeps the best score in place of a sum. Its scores are exact, so the device may decide where its cuts lie.
@@ -23,21 +24,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.optimized.kernels.common import narrow
+from arbitor.optimized.kernels.common import narrow, widen
 from arbitor.optimized.kernels.launch import row_grid
 
 BLOCK = 256
 GROUP_BLOCK = 1024
 """Elements of an output whose parts one program adds."""
 
+MANY = 2**20
+"""Elements of an output from which a program adds the parts of GROUP_BLOCK of them, and not of BLOCK."""
+
 
 @triton.jit(do_not_specialize=["size", "num_parts"])
 def _add_parts_kernel(parts_ptr, out_ptr, size, num_parts, BLOCK: tl.constexpr):
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    sums = tl.zeros([BLOCK], dtype=tl.float32)
-    for _ in range(num_parts):
-        sums += tl.load(parts_ptr + places, mask=places < size, other=0.0)
+    # The first part is taken as it is: a sum of zeros below 0 is one, too.
+    sums = widen(tl.load(parts_ptr + places, mask=places < size, other=0.0))
+    for _ in range(1, num_parts):
         parts_ptr += size
+        sums += widen(tl.load(parts_ptr + places, mask=places < size, other=0.0))
     tl.store(out_ptr + places, narrow(sums, out_ptr.dtype.element_ty), mask=places < size)
 
 
@@ -66,9 +71,13 @@ def parts_of(size: int, most: int, least: int = 1) -> tuple[int, int]:
 
 
 def add_parts(parts: Tensor, out: Tensor) -> Tensor:
-    """Add float32 parts [S, ...] in their order into `out` [...], rounded once; return `out`."""
-    grid = row_grid(triton.cdiv(out.numel(), BLOCK), 1)
-    _add_parts_kernel[grid](parts, out, out.numel(), parts.shape[0], BLOCK=BLOCK)
+    """Add contiguous parts [S, ...] in their order, in float32, into `out` [...], rounded once; return `out`.
+
+    parts: float32 or bfloat16, at least one.
+    """
+    block = BLOCK if out.numel() < MANY else GROUP_BLOCK
+    grid = row_grid(triton.cdiv(out.numel(), block), 1)
+    _add_parts_kernel[grid](parts, out, out.numel(), parts.shape[0], BLOCK=block)
     return out
 
 

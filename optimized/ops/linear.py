@@ -12,6 +12,7 @@ from torch import Tensor
 from arbitor.optimized.cuda import compiler, many_rows
 from arbitor.optimized.cuda import product as cuda_product
 from arbitor.optimized.kernels.float_rows import float_rows_product
+from arbitor.optimized.kernels.product_sum import product_sum
 from arbitor.optimized.kernels.products import packed_product
 from arbitor.optimized.kernels.scale import dense_rows
 from arbitor.optimized.layouts import MAX_COLUMNS, AnyWeight, DeviceWeight
@@ -31,6 +32,9 @@ FEW_ROWS = 64
 
 DENSE_ELEMENTS = 2**27
 """Most elements of a weight that are unpacked at a time: 256 MiB of bfloat16."""
+
+LEAST_LIBRARY_SIDE = 4096
+"""Least side of a weight for which the library's product in float32, and a sum after it, take the place of one kernel."""
 
 OUTPUT_MULTIPLE = 8
 """Number that divides the outputs of the library's product: rows at odd addresses of bfloat16 would take six times as long."""
@@ -113,13 +117,16 @@ def narrow_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_product(added: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Add a @ b to `added`, all in float32 or all in bfloat16, and return it.
+    """Add a @ b to `added`, all contiguous and in float32 or all in bfloat16, and return it.
 
-    The library's own `addmm` rounds the product to bfloat16 before it adds, and then the sum.
+    The library's own `addmm` rounds a product in bfloat16 before it adds, and then the sum.
     """
     if a.dtype is torch.float32:
         return added.addmm_(a, b)
-    return torch.add(added, wide_product(a, b), out=added)
+    if min(b.shape) >= LEAST_LIBRARY_SIDE:
+        return torch.add(added, wide_product(a, b), out=added)
+    product_sum(a[None], b[None], added=added[None], out=added[None])
+    return added
 
 
 def padded(grad_MN: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from arbitor.optimized.kernels.orthogonal import (
     weighted_sum,
     whole_of_quarters,
 )
+from arbitor.optimized.kernels.product_sum import product_sum
 from arbitor.optimized.ops.op import op
 from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_ORTHOGONAL_STEPS, MAX_ORTHOGONAL_STEPS, NEWTON_SCHULZ
@@ -21,7 +22,10 @@ from arbitor.reference.constants import DEFAULT_ORTHOGONAL_STEPS, MAX_ORTHOGONAL
 __all__ = ["average_gradient", "orthogonalize"]
 
 LEAST_SIDE = 4096
-"""Least rows of a symmetric matrix of which only the blocks on and above the diagonal are computed. 3,072 were slower so."""
+"""Least rows of a symmetric matrix of which the library computes only the blocks on and above the diagonal.
+
+3,072 rows were slower so. The library also multiplies where the rows are as many and no multiple of `SIDE_MULTIPLE`.
+"""
 
 SIDE_MULTIPLE = 64
 """What divides these rows, so that a quarter of them starts where the library's fast products want it."""
@@ -69,16 +73,16 @@ def orthogonalize(
     a, b, c = NEWTON_SCHULZ
     for step in range(iterations):
         polynomial = _polynomial(x.mT if tall else x, b, c)
-        product = _products(x, polynomial) if tall else _products(polynomial, x)
-        x = weighted_sum(x, product, a, 1.0, squares_N=squares_N if step == iterations - 1 else None)
+        factors = (x, polynomial) if tall else (polynomial, x)
+        x = _sum(x, a, *factors, 1.0, squares_N=squares_N if step == iterations - 1 else None)
     return x.view_as(grad_NK)
 
 
 def _polynomial(x: Tensor, b: float, c: float) -> Tensor:
     """Return b S + c S S with S = x x^T, for a stack x [E, R, ...], rounded to its dtype as S is."""
     if x.shape[1] < LEAST_SIDE or x.shape[1] % SIDE_MULTIPLE:
-        s = _products(x, x.mT).to(x.dtype)
-        return weighted_sum(s, _products(s, s), b, c)
+        s = product_sum(x, x.mT) if _is_fused(x) else _products(x, x.mT).to(x.dtype)
+        return _sum(s, b, s, s, c)
     s = whole_of_quarters(*_quarters(x), x.dtype)
     # S is symmetric, and S S is S times its transpose.
     return whole_of_quarters(*_quarters(s), x.dtype, added=(s, b, c))
@@ -99,6 +103,20 @@ def _block_products(a: Tensor, b: Tensor) -> Tensor:
     if a.shape[0] > 1 and a.stride(0) != a.shape[1] * a.stride(1):
         return torch.stack([_products(a[:, i], b[:, i].mT) for i in range(a.shape[1])], dim=1)
     return _products(a.flatten(0, 1), b.flatten(0, 1).mT).unflatten(0, a.shape[:2])
+
+
+def _sum(
+    x: Tensor, x_factor: float, a: Tensor, b: Tensor, factor: float, *, squares_N: Tensor | None = None
+) -> Tensor:
+    """Return x_factor x + factor (a @ b) of stacks, rounded once to their dtype; see `weighted_sum` for squares_N."""
+    if _is_fused(x):
+        return product_sum(a, b, factor=factor, added=x, added_factor=x_factor, squares_N=squares_N)
+    return weighted_sum(x, _products(a, b), x_factor, factor, squares_N=squares_N)
+
+
+def _is_fused(x: Tensor) -> bool:
+    """Return whether the kernel multiplies that rounds a sum once, and not the library in float32."""
+    return x.dtype is torch.bfloat16 and min(x.shape[1:]) < LEAST_SIDE
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:

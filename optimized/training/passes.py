@@ -6,17 +6,23 @@ must change nothing, so the backward graph then votes at rate 0 and puts the cou
 The step of the weights has a third graph, because its some hundred launches from Python would take as long as a backward pass. The
 graph serves a step of one pass. A step of several passes, whose rows are united first, is launched. Tables are always counted by
 launched kernels.
+
+What several ranks exchange in a pass is in its graphs. A step of theirs has a graph for each part of the weights whose changes are
+sent together. How much has changed is known to the device alone, so the changes are sent by launches.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from operator import is_
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from arbitor.optimized.distributed.run import recorded_exchanges
 from arbitor.optimized.training.recording import LAUNCHED_FIRST, Readout, in_branches, recorded
 from arbitor.reference import checks
 
@@ -77,12 +83,14 @@ class RecordedPasses(Passes):
         # The notes of a pass, with the rows where replays write them.
         self._notes: list[Note] = []
         self._accepted = 0
-        self._graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._note_replay: Callable[[], None] = lambda: None
         # The notes that the last pass left, while the rows that a replay wrote for them are still there.
         self._left: list[Note] = []
         # Then its kernels are compiled, for the number of rows of one pass.
         self._lone_step_launched = False
-        self._step_graph: torch.cuda.CUDAGraph | None = None
+        # By the tensor ids of the weights that one graph steps.
+        self._step_graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
 
     def take(self, ids_BT: Tensor, *, rate: float, step: int) -> float | None:
         """See `Passes.take`; raises ValueError for ids of another shape than before."""
@@ -93,11 +101,11 @@ class RecordedPasses(Passes):
         voting = self.model.voting
         voting.check_ready()
         self._fill(ids_BT, rate, step)
-        if self._accepted >= LAUNCHED_FIRST and self._graphs is None:
+        if self._accepted >= LAUNCHED_FIRST and not self._graphs:
             self._graphs = self._record()
         # Whatever becomes of this pass, it writes over the rows of the one before.
         self._left = []
-        objective, nats = self._launch() if self._graphs is None else self._replay(*self._graphs)
+        objective, nats = self._replay(*self._graphs) if self._graphs else self._launch()
         if not math.isfinite(objective):
             self._objective, voting.torn = None, False
             return None
@@ -113,17 +121,15 @@ class RecordedPasses(Passes):
         voting, left, self._left = self.model.voting, self._left, []
         # Notes of other passes may have come, and these notes may have been delivered or forgotten.
         lone = bool(left) and len(voting.notes) == len(left) and all(map(is_, voting.notes, left))
-        if self._graphs is None or not (lone and self._lone_step_launched):
+        if not (self._graphs and lone and self._lone_step_launched):
             super().step()
             self._lone_step_launched |= lone
             return
         with self.model.stepping():
-            if self._step_graph is None:
-                self._step_graph = self._record_step()
-            voting.deliver()
-            self._step_graph.replay()
-            for module in self.model.ternary_modules().values():
-                module.note_step()
+            if not self._step_graphs:
+                # The recorded step reads rows where replays write them, and no copies of them.
+                voting.notes = list(self._notes)
+            self.model.step_weights(self._replay_step)
             self.model.step_tables()
 
     def _fill(self, ids_BT: Tensor, rate: float, step: int) -> None:
@@ -156,14 +162,23 @@ class RecordedPasses(Passes):
         # The votes are on their way. Until their notes are left, whoever interrupts this leaves the model torn.
         self.model.voting.torn = True
         backward.replay()
+        self._note_replay()
         return self._seen_2.numbers()
+
+    def _replay_step(self, tensor_ids: Sequence[int]) -> None:
+        """Step the weights of some tensor ids by their graph, which the first such step records."""
+        key = tuple(tensor_ids)
+        if key not in self._step_graphs:
+            self._step_graphs[key] = self._record_step(tensor_ids)
+        self._step_graphs[key].replay()
 
     def _forward(self) -> None:
         assert self._ids_BT is not None
-        losses = self.model.losses(self._ids_BT)
-        self._objective = self.model.objective(losses)
-        objective = self._objective.detach()
-        self._seen_2.tensor.copy_(torch.stack([objective, losses["bytes"].detach()]))
+        losses, ranks = self.model.losses(self._ids_BT), self.model.voting.ranks
+        self._objective = ranks.part(self.model.objective(losses))
+        # What `ArbModel.backward` and `Passes.take` ask of the ranks one after the other.
+        objective, nats = ranks.total(torch.stack([self._objective.detach(), losses["bytes"].detach()]))
+        self._seen_2.tensor.copy_(torch.stack([objective, nats / ranks.count]))
         self._rate_taken.copy_(torch.where(objective.isfinite(), self._rate, 0.0))
 
     def _backward(self) -> None:
@@ -179,16 +194,13 @@ class RecordedPasses(Passes):
         self._notes, voting.notes = voting.notes[left_before:], voting.notes[:left_before]
         voting.step = step_before
 
-    def _record(self) -> tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph]:
+    def _record(self) -> list[torch.cuda.CUDAGraph]:
         """Record both passes; the second reads what the first leaves."""
-        with in_branches(self.model.voting):
-            forward, backward = recorded(self._forward, self._backward)
-        return forward, backward
+        with in_branches(self.model.voting), recorded_exchanges(self.model) as self._note_replay:
+            return recorded(self._forward, self._backward)
 
-    def _record_step(self) -> torch.cuda.CUDAGraph:
-        """Record the step of all weights that the recorded pass lets vote."""
-        # The recorded step reads rows where replays write them, and no copies of them.
-        self.model.voting.notes = list(self._notes)
+    def _record_step(self, tensor_ids: Sequence[int]) -> torch.cuda.CUDAGraph:
+        """Record the step of the weights of some tensor ids."""
         with in_branches(self.model.voting):
-            [graph] = recorded(self.model.step_weights)
+            [graph] = recorded(partial(self.model.step_some, tensor_ids))
         return graph

@@ -14,6 +14,7 @@ from arbitor.optimized.distributed.run import (
     kept_elsewhere,
     spreads_over,
     train_together,
+    unrecorded,
 )
 from arbitor.optimized.distributed.world import World
 from arbitor.optimized.training.adaptation import Adaptation, open_adaptation
@@ -138,7 +139,12 @@ def prepare(
     recorded = (
         mix is None
         and settings.lora_rank is None
-        and records(settings.cuda_graph, runtime, vote_rule=config.vote_rule, num_ranks=world.count)
+        and records(
+            settings.cuda_graph,
+            runtime,
+            vote_rule=config.vote_rule,
+            exchange=unrecorded(world, spreads),
+        )
     )
     model = ArbModel(
         config,

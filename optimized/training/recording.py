@@ -28,7 +28,7 @@ def records(
     runtime: Runtime,
     *,
     vote_rule: str | None = None,
-    num_ranks: int = 1,
+    exchange: str = "",
     adapted: bool = False,
 ) -> bool:
     """Whether passes are recorded and replayed, for what was asked; if nothing was, they are wherever they can be.
@@ -38,7 +38,7 @@ def records(
         runtime: where the model runs.
         vote_rule: of the votes of these passes; None for passes in which nothing votes. The sign rule derives the size of a vote
             from the loss, on the host, so that no two of its passes need be the same.
-        num_ranks: ranks that train the model. What several of them exchange is not recorded.
+        exchange: what ranks exchange in the passes that cannot be recorded, in words, as `distributed.run.unrecorded` returns it.
         adapted: whether the model has adapters, with which attention reads a ledger by rows, and not in one op.
 
     Raises:
@@ -48,15 +48,15 @@ def records(
         runtime.device == "cuda"
         and runtime.backend == "triton"
         and vote_rule in (None, "stochastic")
-        and num_ranks == 1
+        and not exchange
         and not adapted
     )
     if asked and not possible:
         votes, only = "", ""
         if vote_rule is not None:
             votes, only = f" and vote rule {vote_rule}", " with stochastic votes"
-        if num_ranks > 1:
-            votes, only = f"{votes} and {num_ranks} ranks", f"{only} on one rank"
+        if exchange:
+            votes, only = f"{votes} and {exchange}", f"{only} without {exchange}"
         if adapted:
             votes, only = f"{votes} and adapters", f"{only} without adapters"
         raise ValueError(
@@ -72,7 +72,10 @@ def recorded(*runs: Callable[[], None]) -> list[torch.cuda.CUDAGraph]:
     with _no_garbage():
         for run in runs:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
+            # What other threads do to the device is no matter: a process group asks about work that was sent before.
+            with torch.cuda.graph(
+                graph, pool=graphs[0].pool() if graphs else None, capture_error_mode="thread_local"
+            ):
                 run()
             graphs.append(graph)
     return graphs

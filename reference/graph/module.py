@@ -389,18 +389,14 @@ class TernaryModule(ArbModule):
     def apply_step(self, *, rows: Tensor | None) -> None:
         """Apply the step rule to the weight, or to its unique `rows` (-1: unused slot)."""
         rule, weight = self.config, self.weight
-
-        def apply() -> None:
-            self.ops.apply_step(
-                weight,
-                theta=rule.theta,
-                theta_e=rule.theta_e,
-                on_flip=rule.on_flip,
-                rows=rows,
-                out=weight,
-            )
-
-        self.voting.ranks.step(self.tensor_id, weight, apply)
+        self.ops.apply_step(
+            weight,
+            theta=rule.theta,
+            theta_e=rule.theta_e,
+            on_flip=rule.on_flip,
+            rows=rows,
+            out=weight,
+        )
         self.changed()
 
     def changed(self) -> None:

@@ -5,7 +5,7 @@ The rank of this file trains alone. Each method says what holds for any number o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -96,12 +96,16 @@ class Ranks:
         """
         cast(gradient)
 
-    def step(self, tensor_id: int, weight: LaidOutWeight, apply: Callable[[], None]) -> None:
-        """Step a weight by `apply`, on the rank that steps it. The other ranks are given its trits and exponents.
+    def step(self, weights: Mapping[int, LaidOutWeight], apply: Callable[[Sequence[int]], None]) -> None:
+        """Step weights by `apply`, each on the rank that steps it. The other ranks are given its trits and exponents.
 
         They have them at the latest after `finish`.
+
+        Args:
+            weights: by tensor id, the same on every rank.
+            apply: steps the weights of some tensor ids. No step depends on another one.
         """
-        apply()
+        apply(list(weights))
 
     def finish(self) -> None:
         """End what `exchange` and `step` have begun."""

@@ -121,17 +121,28 @@ class Stateful(ArbModule):
         """Rows of gradients so far that were not finite and cast no votes, though the loss was finite; 0 in a sound training."""
         return int(self.voting.faults)
 
-    def step_weights(self) -> None:
-        """Apply the step rule to all weights that voted. It is the first half of a step, inside of `stepping`."""
+    def step_weights(self, apply: Callable[[Sequence[int]], None] | None = None) -> None:
+        """Apply the step rule to all weights that voted. It is the first half of a step, inside of `stepping`.
+
+        Args:
+            apply: what steps the weights of some tensor ids in place of `step_some`.
+        """
         # Each step would deliver all notes, and steps may run side by side.
         self.voting.deliver()
-        modules, ranks = list(self.ternary_modules().values()), self.voting.ranks
-        # Ranks that step some of the weights each exchange them one by one, in one order.
-        whole = [module for module in modules if module.steps_whole] if ranks.count == 1 else []
-        together = set(whole)
-        pieces = [module.step_weight for module in modules if module not in together]
-        self.voting.apart([partial(self._step_together, whole), *pieces] if whole else pieces)
+        modules, ranks = self.ternary_modules().values(), self.voting.ranks
+        due = {module.tensor_id: module.weight for module in modules if module.voted and not module.frozen}
+        ranks.step(due, apply or self.step_some)
+        for module in modules:
+            module.note_step()
         ranks.finish()
+
+    def step_some(self, tensor_ids: Sequence[int]) -> None:
+        """Apply the step rule to the weights of some tensor ids, which voted and are not frozen, as far as notes were delivered."""
+        asked = set(tensor_ids)
+        modules = [module for module in self.ternary_modules().values() if module.tensor_id in asked]
+        whole = [module for module in modules if module.steps_whole]
+        pieces = [module.step_weight for module in modules if not module.steps_whole]
+        self.voting.apart([partial(self._step_together, whole), *pieces] if whole else pieces)
 
     def _step_together(self, modules: Sequence[TernaryModule]) -> None:
         """Apply the step rule to all rows of the weights of some modules, which voted."""

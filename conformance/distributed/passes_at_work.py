@@ -1,0 +1,77 @@
+"""What ranks find out of passes that are recorded. See `ranks_at_work`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arbitor.optimized.distributed import ranks as ranks_module
+from arbitor.optimized.distributed.world import World
+from arbitor.optimized.settings import values_vouched_for
+from arbitor.optimized.training.passes import Passes, RecordedPasses
+from conformance.distributed.at_work import RATE, Place, digest_of, random_ids, ranks_of, together
+from conformance.training import nano
+from conformance.training.no_graphs import FIRST_BYTES, some_losses_are_not_finite, without_graphs
+from conformance.training.runs import replays
+
+STEPS = ("one pass", "one pass", "one pass", "two passes", "one pass", "one pass")
+"""Steps of the passes that are counted. The first two are launched, and so is the step of two passes."""
+
+REPLAYED_PASSES, REPLAYED_STEPS = 5, 3
+"""What is replayed of these steps. A step is launched once before it is recorded."""
+
+
+def replays_what_it_launches(world: World, folder: Path) -> Any:
+    """Recorded passes and steps beside launched ones: nats, the state, bytes received, and what a loss of NaN on one rank does.
+
+    Where tensors of a GPU do not travel by NCCL, and on CPUs, replays launch what was recorded.
+    """
+    found: dict[str, Any] = {}
+    config = replace(nano.WHOLE, theta=1, theta_e=1)
+    for kind in (Passes, RecordedPasses):
+        with pytest.MonkeyPatch.context() as patch, values_vouched_for():
+            # An owner has several pieces, each with a graph of its steps.
+            patch.setattr(ranks_module, "PIECE_BYTES", 2**9)
+            some_losses_are_not_finite(patch)
+            replayed: list[Any]
+            if Place.device == "cuda" and world.exchanges_over_nccl:
+                replayed = replays(patch)
+            else:
+                replayed = []
+                without_graphs(patch, replayed)
+            passes = kind(together(config, world))
+            ranks = ranks_of(passes.model)
+            ranks.measured()
+            nats, number = [], 0
+            for step in STEPS:
+                for _ in range(2 if step == "two passes" else 1):
+                    nats.append(passes.take(ids_of(world, number), rate=RATE, step=number))
+                    number += 1
+                passes.step()
+            # A refused pass that is replayed has exchanged gradients, and one that is launched has not.
+            received, accepted = ranks.measured()[1], digest_of(passes.model)
+            refused = passes.take(ids_of(world, number, refused=True), rate=RATE, step=number)
+            passes.step()
+            found[kind.__name__] = {
+                "nats": nats,
+                "received": received,
+                "refused": refused,
+                "states": [accepted, digest_of(passes.model)],
+                "faults": int(passes.model.voting.faults),
+            }
+            found["replays"] = len(replayed)
+            found["graphs of a step"] = len(getattr(passes, "_step_graphs", ()))
+    return found
+
+
+def ids_of(world: World, number: int, *, refused: bool = False) -> Any:
+    """Return the windows of this rank for a pass, whose loss is NaN on the last rank if it is to be refused."""
+    ids_BT = random_ids(number)
+    ids_BT[:, 0] = FIRST_BYTES["accepted"]
+    ids_BT = world.share(ids_BT)
+    if refused and world.number == world.count - 1:
+        ids_BT[0, 0] = FIRST_BYTES["refused"]
+    return ids_BT
