@@ -166,6 +166,16 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     )
 
 
+def pytest_fixture_setup() -> None:
+    """Let a fixture draw the same numbers from torch's generator, whichever tests ran before it in this process."""
+    torch.manual_seed(0)
+
+
+def pytest_runtest_call() -> None:
+    """Let a test draw the same numbers from torch's generator, whichever tests ran before it in this process."""
+    torch.manual_seed(0)
+
+
 OP_BY_OP = ("test_comparison", "test_vectors")
 """Files whose tests are of one op each, which is a parameter."""
 

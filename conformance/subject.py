@@ -168,6 +168,12 @@ class Subject:
         return tensors_of(shown)
 
 
+def needs_ours(subject: Subject, what: str) -> None:
+    """Leave a test out where other ops than ours are judged, and say so in the summary."""
+    if subject.name != OURS:
+        skip(what, f"they are those of {OURS}, not of {subject.name}")
+
+
 def needs_cuda(subject: Subject, what: str) -> None:
     """Leave a test out where there is no GPU, and say so in the summary."""
     if subject.device.type != "cuda":

@@ -1,4 +1,7 @@
-"""The comparers are tested with outputs that were tampered with, and the poison with memory that was not written."""
+"""The comparers are tested with outputs that were tampered with, and the poison with memory that was not written.
+
+No test may change what another one draws.
+"""
 
 from __future__ import annotations
 
@@ -348,3 +351,20 @@ def test_no_other_tolerance_for_tensors_exists() -> None:
         if isinstance(node, ast.Attribute) and node.attr in others
     ]
     assert not found, "\n".join(found)
+
+
+@pytest.fixture(scope="module")
+def of_module() -> Tensor:
+    return torch.rand(4)
+
+
+@pytest.fixture
+def of_test(of_module: Tensor) -> Tensor:
+    return torch.rand(4)
+
+
+@pytest.mark.parametrize("time", ["first", "second"])
+def test_what_is_drawn_depends_on_no_draw_before(time: str, of_module: Tensor, of_test: Tensor) -> None:
+    """In whatever order tests and fixtures run, alone or in company, torch's generator gives them the same numbers."""
+    for drawn in (of_module, of_test, torch.rand(4)):
+        exact(drawn, torch.rand(4, generator=torch.Generator().manual_seed(0)))

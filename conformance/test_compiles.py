@@ -17,7 +17,7 @@ from conformance.compile_cuda import given_up
 from conformance.compile_kernels import repeated_operand
 from conformance.import_lint import ROOT
 from conformance.report import skip
-from conformance.subject import OURS, Subject
+from conformance.subject import Subject, needs_ours
 
 BREAKS = {
     # A loop then assigns another shape to it.
@@ -36,8 +36,7 @@ def _orphan_kernel(x_ptr):
 
 def package_of(subject: Subject) -> Path:
     """Return the folder of the package whose kernels are compiled. Skip the test for any other package."""
-    if subject.name != OURS:
-        skip("compilation of kernels", f"it knows those of {OURS}, not of {subject.name}")
+    needs_ours(subject, "compilation of kernels")
     return Path(str(subject.ops.__file__)).parents[1]
 
 

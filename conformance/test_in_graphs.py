@@ -181,7 +181,7 @@ def test_what_stands_in_no_graph_says_so() -> None:
         (lambda x, weight: reference_ops.linear(x, x), "weight is a Tensor, but must be a weight"),
         (lambda x, weight: reference_ops.linear(x, weight, 1), "takes 2 positional arguments but 3"),
         (lambda x, weight: reference_ops.linear(x, weight, x=x), "multiple values for argument 'x'"),
-        (lambda x, weight: reference_ops.linear(x, weight, groups=1), "unexpected keyword argument"),
+        (lambda x, weight: reference_ops.linear(x, weight, groups=1), "unexpected keyword argument"),  # type: ignore[call-arg]
     ],
 )
 def test_a_wrong_call_is_refused_in_the_words_of_the_op(call: Callable[..., Tensor], words: str) -> None:

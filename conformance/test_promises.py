@@ -233,7 +233,7 @@ def test_ops_of_the_reference_are_decorated(name: str) -> None:
 @pytest.mark.parametrize("name", OP_TABLE)
 def test_op_stays_what_it_was_defined_as(subject: Subject, name: str) -> None:
     """The decorator hides neither the name nor the module of an op, and an op can be pickled, as spawned workers ask."""
-    op = subject.raw(name)
+    op = getattr(subject.ops, name)
     assert op.__name__ == op.__qualname__ == name
     assert inspect.getmodule(op).__name__ == op.__module__ == inspect.unwrap(op).__module__
     assert pickle.loads(pickle.dumps(op)) is op

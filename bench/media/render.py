@@ -81,7 +81,7 @@ def render(root: Path, *, count: int, seed: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng([seed, number])
         for index in range(count):
-            values = [str(slot[rng.integers(len(slot))]) for slot in SLOTS[kind]]
+            values = [str(slot[int(rng.integers(len(slot)))]) for slot in SLOTS[kind]]
             write(folder / f"{index:05d}{suffix}", values, rng)
             (folder / f"{index:05d}.txt").write_text(TEMPLATES[kind].format(*values))
 

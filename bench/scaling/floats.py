@@ -22,7 +22,7 @@ pass, and gradients: 2 + 2 + 2.
 """
 
 
-def compressed(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def compressed(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     """Reduce a bucket of gradients in bfloat16, as torch's `bf16_compress_hook` does, which refuses gloo."""
     buffer = bucket.buffer()
     halves = buffer.to(torch.bfloat16).div_(dist.get_world_size())

@@ -154,7 +154,7 @@ def test_float_layers_learn_above_frozen_ternary_ones() -> None:
     model = Ternary(nn.Sequential(Linear(8, 40), nn.ReLU(), nn.Linear(40, 1)))
     model.module[0].requires_grad_(False)
     before = bits(model.module[0])
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     first = squares(model).item()
     for step in range(5):
         optimizer.zero_grad()

@@ -32,7 +32,7 @@ mutant = mutants_of("orthogonal")
 
 
 @magnitude("orthogonalize")
-def magnitude(op: Callable[..., Any], case: Case) -> Tensor:
+def magnitude_of_orthogonalize(op: Callable[..., Any], case: Case) -> Tensor:
     """Return what one rounding of an element is relative to: what a rounding of every iterate may have grown to by the end.
 
     X, S and the polynomial are rounded to the dtype of the gradient by the rule itself, so what an element comes from is known
@@ -167,7 +167,7 @@ def test_orthogonalize_by_singular_values(
     got, twin = (op(grad, **case.kwargs) for op in (ops.orthogonalize, reference_ops.orthogonalize))
     wide = [by_singular_values(matrix, iterations) for matrix in grad.unflatten(0, (num_groups, -1))]
     k = OP_TABLE["orthogonalize"].output.k
-    terms = magnitude(reference_ops.orthogonalize, case)
+    terms = magnitude_of_orthogonalize(reference_ops.orthogonalize, case)
     no_worse(got, twin=twin, wide=torch.cat(wide), magnitude=terms, k=k, what="orthogonalize")
 
 

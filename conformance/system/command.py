@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -23,6 +24,9 @@ PLAIN = "arbitor.optimized.cli"
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 """Where the processes run."""
+
+STEPS = 15
+"""Steps of the run `finished`."""
 
 TIMEOUT = 300
 """Seconds after which a process hangs."""
@@ -111,6 +115,11 @@ def train_line(text: Path, run: Path, *more: str) -> list[str]:
     return last_counts(*works, *more)
 
 
+def finished_line(text: Path, run: Path, *more: str) -> list[str]:
+    """Return the words that train nano on a text for as many steps as the run `finished` took, and more."""
+    return train_line(text, run, "--steps", str(STEPS), *more)
+
+
 def resume_line(run: Path, *more: str) -> list[str]:
     """Return the words that go on with a run."""
     return ["train", "--run", str(run), "--resume", *more]
@@ -132,6 +141,21 @@ def until(
         assert time.monotonic() < end, f"not so after {seconds} s"
         time.sleep(0.01)
     return True
+
+
+def lines_of(path: Path) -> int:
+    """Return how many lines a file has, 0 where there is none."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for(process: subprocess.Popen[bytes], path: Path, lines: int) -> bool:
+    """Wait until a file has so many lines. Return False if the process ends before."""
+    return until(lambda: lines_of(path) >= lines, process)
+
+
+def digest(run: Path) -> str:
+    """Return the state hash of a run that has ended."""
+    return json.loads((run / "summary.json").read_text())["state_sha256"]
 
 
 def check_refused(result: subprocess.CompletedProcess[bytes], code: int, *parts: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conformance.system.command import Here, arb, train_line
+from conformance.system.command import Here, arb, finished_line
 from conformance.training import nano
 
 
@@ -37,7 +37,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    result = arb(*train_line(text, folder, "--steps", "15"))
+    result = arb(*finished_line(text, folder))
     assert result.returncode == 0, result.stderr.decode()
     (folder / "stdout").write_bytes(result.stdout)
     return folder

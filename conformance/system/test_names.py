@@ -20,12 +20,14 @@ from conformance.system.command import (
     Here,
     arb,
     check_refused,
+    digest,
     environment,
     finish,
+    finished_line,
     resume_line,
     start,
+    wait_for,
 )
-from conformance.system.test_survival import arguments, digest, wait_for
 from conformance.training.forge import forged
 from conformance.training.nano import NANO, TEXT
 
@@ -67,7 +69,9 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         preset.write_bytes(json.dumps(values).encode())
         runs[what] = folder / "run"
         commands.append(
-            arguments(folder / name, runs[what], "--preset", str(preset), "--batch", "2", "--context", "16")
+            finished_line(
+                folder / name, runs[what], "--preset", str(preset), "--batch", "2", "--context", "16"
+            )
         )
     done = subprocess.run(
         [sys.executable, "-c", IN_TURN],
@@ -174,7 +178,7 @@ def test_generate_refuses_a_forged_folder(here: Here, finished: Path, tmp_path: 
 
 def test_a_run_whose_output_goes_away_goes_on(finished: Path, text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = start(["no-pictures", *arguments(text, run, "--log-interval", "1")])
+    process = start(["no-pictures", *finished_line(text, run, "--log-interval", "1")])
     assert process.stdout is not None
     process.stdout.readline()
     process.stdout.close()
@@ -185,7 +189,7 @@ def test_a_run_whose_output_goes_away_goes_on(finished: Path, text: Path, tmp_pa
 
 def test_a_run_whose_output_is_full_goes_on(finished: Path, text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "conformance.system.nano_arb", "no-pictures", *arguments(text, run)]
+    command = [sys.executable, "-m", "conformance.system.nano_arb", "no-pictures", *finished_line(text, run)]
     with open("/dev/full", "wb") as full:
         done = subprocess.run(command, env=environment(), cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE)
     assert (done.returncode, done.stderr) == (0, b"")
@@ -197,7 +201,7 @@ def test_a_hangup_saves_and_a_nohup_stays(here: Here, finished: Path, text: Path
     # A child ignores what its parent ignores, and the suite itself may run under nohup.
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
-        process = start(["no-pictures", *arguments(text, run, "--save-interval", "1000")])
+        process = start(["no-pictures", *finished_line(text, run, "--save-interval", "1000")])
         assert wait_for(process, run / "metrics.jsonl", 3)
         process.send_signal(signal.SIGHUP)
         result = finish(process)
@@ -219,7 +223,7 @@ def test_a_hangup_saves_and_a_nohup_stays(here: Here, finished: Path, text: Path
 def test_a_run_says_what_it_does_and_keeps_its_threads(text: Path, tmp_path: Path) -> None:
     """Started with one thread and resumed where the environment has three: one, as other sums have other bits."""
     run = tmp_path / "run"
-    out = arb("no-pictures", *arguments(text, run, "--steps", "4")).stdout.decode()
+    out = arb("no-pictures", *finished_line(text, run, "--steps", "4")).stdout.decode()
     for line in (
         "data: ",
         "1 file, ",

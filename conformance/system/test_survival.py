@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -21,37 +20,19 @@ from arbitor.optimized.training.run_folder import RunFolder
 from conformance.report import skip
 from conformance.system.command import (
     REPOSITORY,
+    STEPS,
     Here,
     arb,
     check_refused,
+    digest,
     environment,
     finish,
+    finished_line,
+    lines_of,
     resume_line,
     start,
-    train_line,
-    until,
+    wait_for,
 )
-
-STEPS = "15"
-
-
-def arguments(text: Path, run: Path, *more: str) -> list[str]:
-    return train_line(text, run, "--steps", STEPS, *more)
-
-
-def digest(run: Path) -> str:
-    return json.loads((run / "summary.json").read_text())["state_sha256"]
-
-
-def lines_of(path: Path) -> int:
-    """Return how many lines a file has, 0 where there is none."""
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def wait_for(process: subprocess.Popen[bytes], path: Path, lines: int) -> bool:
-    """Wait until a file has so many lines. Return False if the process ends before."""
-    return until(lambda: lines_of(path) >= lines, process)
-
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
@@ -62,11 +43,11 @@ def test_same_seed_same_hash_in_another_process(
 ) -> None:
     # On a CPU the other process is this one.
     if device == "cpu":
-        assert here(*arguments(text, tmp_path / "run")).returncode == 0
+        assert here(*finished_line(text, tmp_path / "run")).returncode == 0
         assert digest(tmp_path / "run") == digest(finished)
         return
     for name in ("a", "b"):
-        result = arb(*arguments(text, tmp_path / name, "--device", device))
+        result = arb(*finished_line(text, tmp_path / name, "--device", device))
         assert result.returncode == 0, result.stderr.decode()
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
@@ -118,7 +99,7 @@ def test_sigkill_at_random_moments_on_a_gpu(text: Path, tmp_path: Path) -> None:
     run, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
     moments = random.Random(20261121)
     often = ("--save-interval", "1", "--log-interval", "1", "--device", "cuda")
-    process = start(["no-pictures", "slow-disk", *arguments(text, run, *often)])
+    process = start(["no-pictures", "slow-disk", *finished_line(text, run, *often)])
     for kills in range(1, 4):
         lines = lines_of(metrics) + moments.randint(1, 3)
         assert wait_for(process, metrics, lines), finish(process).stderr.decode()
@@ -131,9 +112,9 @@ def test_sigkill_at_random_moments_on_a_gpu(text: Path, tmp_path: Path) -> None:
     result = finish(process)
     assert result.returncode == 0, result.stderr.decode()
     assert b"resuming" in result.stdout
-    assert arb(*arguments(text, tmp_path / "whole", "--device", "cuda")).returncode == 0
+    assert arb(*finished_line(text, tmp_path / "whole", "--device", "cuda")).returncode == 0
     assert digest(run) == digest(tmp_path / "whole")
-    assert [line["step"] for line in read_metrics(metrics)] == list(range(int(STEPS) + 1))
+    assert [line["step"] for line in read_metrics(metrics)] == list(range(STEPS + 1))
     assert not list(run.glob(".*"))
 
 
@@ -142,7 +123,7 @@ def test_signals_save_and_exit(
     here: Here, finished: Path, text: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     run = tmp_path / "run"
-    process = start(["no-pictures", *arguments(text, run, "--save-interval", "1000")])
+    process = start(["no-pictures", *finished_line(text, run, "--save-interval", "1000")])
     assert wait_for(process, run / "metrics.jsonl", 3)
     process.send_signal(number)
     result = finish(process)
@@ -179,7 +160,7 @@ def test_an_interrupt_while_something_is_imported_ends_it(text: Path, tmp_path: 
             sys.executable,
             "-c",
             "from arbitor.optimized.start import main; main()",
-            *arguments(text, tmp_path / "run"),
+            *finished_line(text, tmp_path / "run"),
         ],
         env={**environment(), "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])},
         capture_output=True,
@@ -222,7 +203,7 @@ def check_full_disk_while_resuming(run: Path) -> None:
 
 def test_two_processes_do_not_share_a_run(here: Here, text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = start(["no-pictures", "slow-disk", *arguments(text, run, "--save-interval", "1")])
+    process = start(["no-pictures", "slow-disk", *finished_line(text, run, "--save-interval", "1")])
     try:
         assert wait_for(process, run / "metrics.jsonl", 1)
         check_refused(here(*resume_line(run)), 1, "another process is training")
@@ -233,7 +214,7 @@ def test_two_processes_do_not_share_a_run(here: Here, text: Path, tmp_path: Path
 
 
 def test_full_disk_from_the_start(text: Path, tmp_path: Path) -> None:
-    result = arb("no-pictures", "full-disk=8000", *arguments(text, tmp_path / "run"))
+    result = arb("no-pictures", "full-disk=8000", *finished_line(text, tmp_path / "run"))
     check_refused(result, 1, "cannot write the checkpoint", "latest.safetensors", "File too large")
     assert not [name for name in os.listdir(tmp_path / "run") if "safetensors" in name]
 
@@ -262,7 +243,7 @@ def test_damaged_checkpoints(here: Here, finished: Path, tmp_path: Path) -> None
 def test_resume_of_a_run_that_has_only_begun(here: Here, finished: Path, text: Path, tmp_path: Path) -> None:
     """Killed before its first checkpoint, a run starts again. Where no run began, none is resumed."""
     run = tmp_path / "run"
-    check_refused(here(*arguments(text, run, "--resume")), 1, "is no folder of a run")
+    check_refused(here(*finished_line(text, run, "--resume")), 1, "is no folder of a run")
     assert not run.exists()
     run.mkdir()
     (run / "config.json").write_bytes((finished / "config.json").read_bytes())

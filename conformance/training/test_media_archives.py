@@ -9,6 +9,7 @@ import tarfile
 import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -18,7 +19,7 @@ from arbitor.optimized.training.media_files import load_media
 from arbitor.sidecars import Blob
 
 
-def archive(path: Path, members: Mapping[str, bytes], *, mode: str = "w") -> Path:
+def archive(path: Path, members: Mapping[str, bytes], *, mode: Literal["w", "w:gz", "w:xz"] = "w") -> Path:
     """Write an archive with members of these names."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, mode) as tar:
@@ -176,7 +177,7 @@ def test_archives_that_are_refused(
 
 @pytest.mark.parametrize("suffix", ["tar.gz", "tgz", "tar.xz"])
 def test_compressed_archives_are_refused(tmp_path: Path, suffix: str) -> None:
-    archive(tmp_path / f"data.{suffix}", members(3), mode=f"w:{'xz' if suffix.endswith('xz') else 'gz'}")
+    archive(tmp_path / f"data.{suffix}", members(3), mode="w:xz" if suffix.endswith("xz") else "w:gz")
     with pytest.raises(
         TrainingError, match=r"is compressed, but an archive of media must be a plain \.tar file"
     ):

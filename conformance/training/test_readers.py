@@ -62,7 +62,7 @@ def same(got: KVLedger, want: KVLedger) -> None:
         used = want.scheduler.log_size(positions)
         for index in range(want.config.num_layers):
             rows = [ledger.layer(index).log.rows[sequence, :used].cpu() for ledger in (got, want)]
-            exact(*rows, f"rows of layer {index}")
+            exact(*rows, what=f"rows of layer {index}")
 
 
 def compare(model: ArbModel, launched: KVLedger, replayed: KVLedger) -> None:
