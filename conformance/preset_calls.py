@@ -153,7 +153,8 @@ def of_updates() -> Iterator[tuple[str, Case]]:
     votes = grad.to(torch.int8)
     yield "orthogonalize", Case((grad.to(BF16),))
     # The stacks of small, wide and tall.
-    for count, rows, columns in ((14, 1024, 512), (7, 512, 1024), (6, 512, 512), (6, 32, 512), (6, 512, 128)):
+    of_small = ((14, 1024, 512), (7, 512, 1024), (6, 512, 512), (6, 32, 512), (6, 512, 128), (6, 512, 256))
+    for count, rows, columns in of_small:
         yield "orthogonalize", Case((torch.zeros(count * rows, columns, dtype=BF16),), {"num_groups": count})
     # A side whose symmetric products are computed in quarters.
     yield "orthogonalize", Case((torch.zeros(4096, 4112, dtype=BF16),))

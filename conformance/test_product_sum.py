@@ -75,8 +75,30 @@ def test_products_are_added_and_rounded_once(
     exact(there.cpu(), want)
 
 
+# (matrices, rows, columns, terms), the tile that was chosen, and by how much it was slower than the best of all on an H200.
+@pytest.mark.parametrize(
+    ("shape", "rows", "columns"),
+    [
+        # So many that the largest tile fills all multiprocessors: 1.0 to 1.06.
+        ((1, 16384, 4096, 4096), 128, 256),
+        ((1, 16384, 768, 3072), 128, 256),
+        # Its 144 tiles of 128 x 128 would give 12 multiprocessors two of them: 1.19 in place of 1.0.
+        ((4, 768, 768, 768), 64, 128),
+        ((4, 3072, 768, 768), 64, 128),
+        # 112 tiles, a round: 1.05.
+        ((7, 512, 512, 512), 128, 128),
+        # Few: 1.0 to 1.1.
+        ((1, 512, 512, 512), 64, 64),
+        ((6, 256, 256, 512), 64, 64),
+    ],
+)
+def test_tiles_that_were_timed(shape: tuple[int, int, int, int], rows: int, columns: int) -> None:
+    tile = product_sum.tile_of(*shape)
+    assert (tile.block_m, tile.block_n) == (rows, columns)
+
+
 def test_tiles_of_a_product() -> None:
-    """A tile is the largest that a matrix half fills and that gives every multiprocessor a program, or the smallest of all."""
+    """A matrix fills more than half of its tile, unless that is the smallest. Steps are no longer than the sum."""
     tiles = product_sum.TILES
     places = {(tile.block_m, tile.block_n): place for place, tile in enumerate(tiles)}
     assert len(places) == len(tiles)
@@ -88,11 +110,14 @@ def test_tiles_of_a_product() -> None:
         place = places[tile.block_m, tile.block_n]
         found.add(place)
         assert product_sum.LEAST_TERMS <= tile.block_k <= tiles[place].block_k
-        for other in tiles[: place + (place < len(tiles) - 1)]:
-            programs = shape[0] * other.count(*shape[1:3])
-            fills = 2 * shape[1] > other.block_m and 2 * shape[2] > other.block_n
-            assert (fills and programs >= product_sum.PROGRAMS) is (other == tiles[place]), (shape, other)
+        assert tile.block_k < 2 * max(shape[3], product_sum.LEAST_TERMS)
+        fills = 2 * shape[1] > tile.block_m and 2 * shape[2] > tile.block_n
+        assert fills or place == len(tiles) - 1, (shape, tile)
     assert found == set(places.values())
+    # Elements that are read one by one need an address each.
+    for unit in (1, 2, 4):
+        smallest = product_sum.tile_of(100, 512, 512, 512, unit)
+        assert (smallest.block_m, smallest.block_n) == (tiles[-1].block_m, tiles[-1].block_n)
 
 
 def test_every_tile_has_a_preset_like_call() -> None:
@@ -122,8 +147,9 @@ def test_what_the_product_that_adds_takes(subject: Subject, monkeypatch: pytest.
 
     for module in (linear_ops, orthogonal_ops):
         monkeypatch.setattr(module, "product_sum", take)
-    monkeypatch.setattr(linear_ops, "LEAST_LIBRARY_SIDE", 96)
-    monkeypatch.setattr(orthogonal_ops, "LEAST_SIDE", 96)
+    monkeypatch.setattr(linear_ops, "MOST_KERNEL_SIDE", 95)
+    monkeypatch.setattr(orthogonal_ops, "MOST_SIDE_OF_A_SUM", 95)
+    monkeypatch.setattr(orthogonal_ops, "MOST_SIDE_OF_S", 0)
 
     def takes(op: str, *args: Any, **kwargs: Any) -> bool:
         try:
@@ -147,3 +173,5 @@ def test_what_the_product_that_adds_takes(subject: Subject, monkeypatch: pytest.
         grad = torch.zeros(shape, dtype=torch.bfloat16, device=subject.device)
         assert takes("orthogonalize", grad) is taken, shape
         assert not takes("orthogonalize", grad.float())
+    monkeypatch.setattr(orthogonal_ops, "MOST_SIDE_OF_S", 96)
+    assert takes("orthogonalize", torch.zeros(96, 200, dtype=torch.bfloat16, device=subject.device))

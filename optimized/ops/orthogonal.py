@@ -21,11 +21,14 @@ from arbitor.reference.constants import DEFAULT_ORTHOGONAL_STEPS, MAX_ORTHOGONAL
 
 __all__ = ["average_gradient", "orthogonalize"]
 
-LEAST_SIDE = 4096
-"""Least rows of a symmetric matrix of which the library computes only the blocks on and above the diagonal.
+MOST_SIDE_OF_A_SUM, MOST_SIDE_OF_S = 2048, 512
+"""Most rows, or columns of a tall matrix, for which one kernel multiplies and adds, and for which it makes the products S.
 
-3,072 rows were slower so. The library also multiplies where the rows are as many and no multiple of `SIDE_MULTIPLE`.
+An H200 took 0.7 of the library's time for a sum at 768 and 2,048, and 1.1 at 3,072. For S it took 1.1 to 1.5 at 768.
 """
+
+LEAST_SIDE = 4096
+"""Least rows of a symmetric matrix of which only the blocks on and above the diagonal are computed. 3,072 were slower so."""
 
 SIDE_MULTIPLE = 64
 """What divides these rows, so that a quarter of them starts where the library's fast products want it."""
@@ -81,7 +84,7 @@ def orthogonalize(
 def _polynomial(x: Tensor, b: float, c: float) -> Tensor:
     """Return b S + c S S with S = x x^T, for a stack x [E, R, ...], rounded to its dtype as S is."""
     if x.shape[1] < LEAST_SIDE or x.shape[1] % SIDE_MULTIPLE:
-        s = product_sum(x, x.mT) if _is_fused(x) else _products(x, x.mT).to(x.dtype)
+        s = product_sum(x, x.mT) if _is_fused(x, MOST_SIDE_OF_S) else _products(x, x.mT).to(x.dtype)
         return _sum(s, b, s, s, c)
     s = whole_of_quarters(*_quarters(x), x.dtype)
     # S is symmetric, and S S is S times its transpose.
@@ -109,14 +112,14 @@ def _sum(
     x: Tensor, x_factor: float, a: Tensor, b: Tensor, factor: float, *, squares_N: Tensor | None = None
 ) -> Tensor:
     """Return x_factor x + factor (a @ b) of stacks, rounded once to their dtype; see `weighted_sum` for squares_N."""
-    if _is_fused(x):
+    if _is_fused(x, MOST_SIDE_OF_A_SUM):
         return product_sum(a, b, factor=factor, added=x, added_factor=x_factor, squares_N=squares_N)
     return weighted_sum(x, _products(a, b), x_factor, factor, squares_N=squares_N)
 
 
-def _is_fused(x: Tensor) -> bool:
+def _is_fused(x: Tensor, most_side: int) -> bool:
     """Return whether the kernel multiplies that rounds a sum once, and not the library in float32."""
-    return x.dtype is torch.bfloat16 and min(x.shape[1:]) < LEAST_SIDE
+    return x.dtype is torch.bfloat16 and min(x.shape[1:]) <= most_side
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
