@@ -71,7 +71,7 @@ GOALS: tuple[Goal, ...] = (
     Goal(
         "denoise loop of r9 and r14, one sample", "denoise_loop", ("r9", "r14"), "torch dense float32",
         (1.03, 0.77), (1.0, 1.0),
-        "timed with seven launches a step; all steps are one launch now, which is not timed yet",
+        "nothing. Recorded in a graph, seven launches a step are faster for r9 where nothing halts: 76 us in place of 88",
     ),
     Goal(
         "train step of `small`", "train_step", ("small",), COMPILED,

@@ -160,3 +160,11 @@ def test_the_page_tells_the_stored_step_of_the_largest_model() -> None:
         f"trunk of {stored['layers']} layers",
     ):
         assert figure in text, figure
+
+
+def test_the_page_has_the_tables_of_the_stored_scaling() -> None:
+    stored = json.loads((machine.RESULTS / "nvidia-h200" / "scaling.json").read_text())
+    assert any(part["ranks"] > 1 and part["part"] == "ours" for part in stored["parts"])
+    text = PAGE.read_text().splitlines()
+    for line in filter(None, scaling.tables(stored).splitlines()):
+        assert line in text, line

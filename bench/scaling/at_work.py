@@ -190,7 +190,7 @@ def ours(world: World, runtime: Runtime, asked: argparse.Namespace) -> dict[str,
         "weights": weights,
         "waiting_share": waited / (seconds * (asked.steps + 1)),
         "received_bytes_a_weight": everyones / world.count / weights,
-        "peak_bytes": torch.cuda.max_memory_allocated() if runtime.device == "cuda" else None,
+        "peak_bytes": torch.cuda.max_memory_reserved() if runtime.device == "cuda" else None,
     }
 
 
@@ -239,7 +239,7 @@ def floats(world: World, runtime: Runtime, asked: argparse.Namespace) -> dict[st
             **sizes_of(world, asked, seconds),
             "weights": weights,
             "received_bytes_a_weight_by_count": bytes_a_weight * (world.count - 1) / world.count,
-            "peak_bytes": torch.cuda.max_memory_allocated() if runtime.device == "cuda" else None,
+            "peak_bytes": torch.cuda.max_memory_reserved() if runtime.device == "cuda" else None,
         }
         del twin, step
         parts.free()

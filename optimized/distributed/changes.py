@@ -33,11 +33,12 @@ def changes(before_P: Tensor, after_P: Tensor) -> Tensor:
         before_P, after_P: uint8 [P].
     """
     size, differ_P = after_P.numel(), before_P != after_P
-    num_changed = int(differ_P.sum())
-    if changes_bytes(size, num_changed) == size:
+    blocks_SB = torch.nn.functional.pad(differ_P, (0, -size % BLOCK)).view(-1, BLOCK)
+    counts_S = blocks_SB.sum(dim=1, dtype=torch.int32)
+    # The host waits for the device here, and again for the places.
+    if changes_bytes(size, int(counts_S.sum())) == size:
         return after_P
     changed_C = differ_P.nonzero().flatten()
-    counts_S = torch.bincount(changed_C // BLOCK, minlength=num_blocks(size))
     return torch.cat([counts_S.to(torch.uint8), (changed_C % BLOCK).to(torch.uint8), after_P[changed_C]])
 
 
