@@ -54,6 +54,12 @@ def has_memory(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() >= tensor.nbytes
 
 
+def overwrite(tensor: Tensor, values: Tensor) -> None:
+    """Overwrite a tensor in place, unless it is one of `without_memory`: what another rank keeps is no business of this one."""
+    if has_memory(tensor):
+        tensor.copy_(values)
+
+
 @dataclass(frozen=True)
 class StateTensors:
     """The methods of a weight on its state tensors, in canonical form or in a device layout."""

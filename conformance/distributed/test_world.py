@@ -22,6 +22,7 @@ from arbitor.optimized.training.evaluate import turns
 from arbitor.optimized.training.loop import train
 from arbitor.reference.constants import VOTED_IN
 from arbitor.reference.graph import ArbModel
+from arbitor.reference.graph.growth import grow
 from arbitor.reference.graph.ranks import Ranks
 from arbitor.reference.types import has_memory, without_memory
 from conformance.graph import models
@@ -283,16 +284,24 @@ def test_owners_share_the_weights_evenly(count: int) -> None:
     assert found.keys() == sizes.keys() - frozen_or_table
 
 
+@pytest.mark.parametrize("grown", [False, True])
 @pytest.mark.parametrize("number", [0, 1])
-def test_accumulators_of_other_ranks_are_never_made(number: int) -> None:
-    """A model of two ranks takes the memory of its part from the beginning, and loads its part of a state."""
-    config, two = models.NANO, world.World(number, 2)
+def test_what_votes_change_at_other_ranks_is_never_made(number: int, grown: bool) -> None:
+    """A model of two ranks takes the memory of its part from the beginning, and loads its part of a state, or grows from it."""
+    config, two = nano.MEANS, world.World(number, 2)
     elsewhere = kept_elsewhere(config, two, {})
     whole, part = ArbModel(config, seed=1), ArbModel(config, seed=2, elsewhere=elsewhere)
     assert elsewhere == {each for each, owner in owners(whole, 2).items() if owner != number} != set()
     for module in whole.ternary_modules().values():
         module.get_buffer("trit_accum").random_(-20, 20)
-    part.load_state(whole.state())
+        if module.average is not None:
+            for table in module.average.tables().values():
+                table.random_(-20, 20)
+    if grown:
+        assert not grow(part, config, whole.state(), votes=True).fresh
+    else:
+        part.load_state(whole.state())
+    num_means = {True: 0, False: 0}
     for name, module in part.ternary_modules().items():
         is_here = module.tensor_id not in elsewhere
         for of_part, tensor in module.weight.tensors().items():
@@ -302,6 +311,15 @@ def test_accumulators_of_other_ranks_are_never_made(number: int) -> None:
                 assert same if is_here else not tensor.any(), (name, of_part)
             else:
                 assert same, (name, of_part)
+        if module.average is not None:
+            num_means[is_here] += 1
+            of_whole = whole.ternary_modules()[name].average
+            assert of_whole is not None
+            for table, of_table in module.average.tables().items():
+                assert has_memory(of_table) == is_here
+                wanted = of_whole.tables()[table]
+                assert torch.equal(of_table, wanted if is_here else torch.zeros_like(wanted)), (name, table)
+    assert all(num_means.values())
     assert kept_elsewhere(config, world.World(), {}) == frozenset()
 
 

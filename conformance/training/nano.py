@@ -18,6 +18,9 @@ NANO = replace(GRAPH_NANO, width=36, num_layers=1, num_experts=2, top_k=1)
 """The nano model of the graph's tests with one layer, so that a step takes a few hundredths of a second, and as wide as its byte
 head, whose gradients are then made orthogonal."""
 
+MEANS = replace(NANO, average_gradients=True, shared_inner=36, expert_rank=36)
+"""The nano model with running means of gradients, of its experts too."""
+
 WHOLE = replace(GRAPH_WHOLE, width=36, num_layers=1)
 """A model of every module, of one layer too."""
 
@@ -31,7 +34,7 @@ NANO_DEFAULTS = {
     "eval_windows": 8,
     "sample_bytes": 8,
 }
-"""Trainer settings of the presets ``nano`` and ``whole``."""
+"""Trainer settings of the presets ``nano``, ``means`` and ``whole``."""
 
 TEXT = b"".join(b"%d squared is %d, and its cube is %d.\n" % (i, i * i, i**3) for i in range(120))
 """About four kilobytes to learn from."""
@@ -41,8 +44,8 @@ IDS = torch.tensor([list(b"to be or not to be"), list(b"that is the questi")])
 
 
 def register(patch: pytest.MonkeyPatch) -> None:
-    """Make ``nano`` and ``whole`` presets like any other."""
-    for name, config in (("nano", NANO), ("whole", WHOLE)):
+    """Make ``nano``, ``means`` and ``whole`` presets like any other."""
+    for name, config in (("nano", NANO), ("means", MEANS), ("whole", WHOLE)):
         patch.setitem(PRESETS, name, config)
         patch.setitem(PRESET_DEFAULTS, name, NANO_DEFAULTS)
 

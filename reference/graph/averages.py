@@ -10,7 +10,9 @@ from torch import Tensor
 
 from arbitor.reference.constants import ACCUM_MAX, AVERAGE_EXPONENT_MAX, AVERAGE_EXPONENT_MIN
 from arbitor.reference.graph.context import GraphContext
+from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.graph.tables import TableModule
+from arbitor.reference.types import without_memory
 
 
 class GradientAverage(TableModule):
@@ -19,6 +21,7 @@ class GradientAverage(TableModule):
     Math:    see `average_gradient`
     Shapes:  mean int8 [N, K], exponents int8 [N]
     Start:   zeros
+    Ranks:   lies where the accumulators of the weight lie, with its owner or with the rank that keeps its experts
     Source:  docs/spec/orthogonal.md
     """
 
@@ -54,7 +57,21 @@ class GradientAverage(TableModule):
         exponents_N[at_R] = torch.where(used_R[0], exponents_R[source_R], exponents_N[at_R])
         return led_RK
 
+    def leave(self) -> None:
+        """Let another rank keep the mean. Here it reads as zeros."""
+        for name, table in self.tables().items():
+            self.register_buffer(name, without_memory(table))
 
-def average_of(context: GraphContext, shape: tuple[int, int], *, orthogonal: bool) -> GradientAverage | None:
-    """Return the average of a weight, or None where the configuration has none or the gradient votes as it is."""
-    return GradientAverage(context, shape) if orthogonal and context.config.average_gradients else None
+
+def average_of(module: TernaryModule, *, orthogonal: bool) -> GradientAverage | None:
+    """Return the average of a module's weight, of the rows that this rank keeps of it.
+
+    It is None where the configuration has none or the gradient votes as it is.
+    """
+    if not (orthogonal and module.config.average_gradients):
+        return None
+    average = GradientAverage(module.context, module.weight.shape)
+    average.spread = module.spread
+    if module.tensor_id in module.context.elsewhere:
+        average.leave()
+    return average

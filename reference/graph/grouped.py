@@ -48,7 +48,7 @@ class TernaryGroupedLinear(Multiplier):
         self.spread = spread
         self.num_groups = self.weight.shape[0] // num_outputs
         self.orthogonal = min(num_inputs, num_outputs) >= MIN_ORTHOGONAL_RANK
-        self.average = average_of(context, shape, orthogonal=self.orthogonal)
+        self.average = average_of(self, orthogonal=self.orthogonal)
 
     def forward(self, x_MK: Tensor, experts_M: Tensor) -> Tensor:
         """Return `ops.grouped_linear` of x, in the dtype of x, and the change of the adapter if there is one."""

@@ -20,7 +20,7 @@ from arbitor.reference.config import ArbConfig
 from arbitor.reference.constants import BESIDE_TRITS
 from arbitor.reference.graph.model import ArbModel
 from arbitor.reference.graph.module import TernaryModule
-from arbitor.reference.types import LaidOutWeight, TernaryWeight
+from arbitor.reference.types import LaidOutWeight, TernaryWeight, overwrite
 
 State = Mapping[str, TernaryWeight | Tensor]
 """Weights in canonical form and tables by name."""
@@ -80,7 +80,7 @@ def grow(model: ArbModel, before: ArbConfig, state: State, *, votes: bool = True
             inside = [weight for weight in modules if f"{weight}.".startswith(f"{home}.")]
             is_whole = all(weight in taken.kept for weight in inside) and (votes or owner not in of_votes)
             if owner not in TARGETS and is_whole and taken.fits_table(name, table, ranges[name]):
-                table.copy_(taken.table(name))
+                overwrite(table, taken.table(name))
                 taken.kept.append(name)
         codes_N = code_map(before, model.config, kept=taken.kept)
         for owner in TARGETS:

@@ -69,7 +69,7 @@ class TernaryLinear(Multiplier):
 
         super().__init__(context, start)
         self.orthogonal = orthogonal and min(shape) >= MIN_ORTHOGONAL_RANK
-        self.average = average_of(context, shape, orthogonal=self.orthogonal)
+        self.average = average_of(self, orthogonal=self.orthogonal)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `ops.linear` of x, in the dtype of x, and the change of the adapter if there is one."""

@@ -23,7 +23,7 @@ from arbitor.reference.graph.rule import ANCHOR, Rule, RuleFunction, new_ticket
 from arbitor.reference.graph.spread import Spread
 from arbitor.reference.graph.uncompiled import outside
 from arbitor.reference.graph.voting import Voting
-from arbitor.reference.types import LaidOutWeight, TernaryWeight, has_memory, without_memory
+from arbitor.reference.types import LaidOutWeight, TernaryWeight, overwrite, without_memory
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -230,17 +230,11 @@ class TernaryModule(ArbModule):
         self.uses = 1
         self.steps = 0
         self.tensor_id = context.next_tensor_id()
-        weight: LaidOutWeight = self.ops.from_spec(make(self.tensor_id))
+        self._hold(self.ops.from_spec(make(self.tensor_id)))
         if self.tensor_id in context.elsewhere:
-            weight = weight.with_tensors(
-                **{name: without_memory(weight.tensors()[name]) for name in VOTED_IN}
-            )
-        self._weight = weight
-        self._tensors = self._weight.tensors()
-        for name, tensor in self._tensors.items():
-            self.register_buffer(name, tensor)
+            self.leave_votes()
         # Plain values, because the compiler looks at them.
-        self._shape = list(weight.shape)
+        self._shape = list(self._weight.shape)
         self._codes = next(iter(self._tensors.keys() - BESIDE_TRITS))
         self.ticket = new_ticket(self)
 
@@ -248,6 +242,19 @@ class TernaryModule(ArbModule):
         """Take the state of a copy or a pickle, under a ticket of its own."""
         super().__setstate__(state)
         self.ticket = new_ticket(self)
+
+    def _hold(self, weight: LaidOutWeight) -> None:
+        """Hold a weight, by its own tensors."""
+        self._weight, self._tensors = weight, weight.tensors()
+        for name, tensor in self._tensors.items():
+            self.register_buffer(name, tensor)
+
+    def leave_votes(self) -> None:
+        """Let another rank keep what votes change, the running mean of gradients among it. Here it reads as zeros."""
+        weight = self.weight
+        self._hold(weight.with_tensors(**{name: without_memory(weight.tensors()[name]) for name in VOTED_IN}))
+        if self.average is not None:
+            self.average.leave()
 
     @property
     def weight(self) -> LaidOutWeight:
@@ -420,9 +427,7 @@ class TernaryModule(ArbModule):
     def overwrite(self, weight: TernaryWeight) -> None:
         """Do as `load` with a weight that was checked."""
         for name, tensor in self.ops.from_spec(weight.to(self.device)).tensors().items():
-            # What another rank keeps is no business of this one.
-            if has_memory(self.get_buffer(name)):
-                self.get_buffer(name).copy_(tensor)
+            overwrite(self.get_buffer(name), tensor)
         self.note_loaded()
 
     def forget(self) -> None:

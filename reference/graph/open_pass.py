@@ -23,6 +23,9 @@ class Average(Protocol):
     def tables(self) -> dict[str, Tensor]:
         """Return the integers of the mean by name."""
 
+    def leave(self) -> None:
+        """Let another rank keep the mean."""
+
 
 @dataclass(frozen=True)
 class Note:

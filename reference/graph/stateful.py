@@ -18,7 +18,7 @@ from arbitor.reference.graph.module import ArbModule, TernaryModule, check_loada
 from arbitor.reference.graph.parts import row_parts
 from arbitor.reference.graph.tables import TableModule
 from arbitor.reference.graph.uncompiled import out_of_graphs
-from arbitor.reference.types import TernaryWeight
+from arbitor.reference.types import TernaryWeight, overwrite
 
 
 class Stateful(ArbModule):
@@ -243,7 +243,7 @@ class Stateful(ArbModule):
             checks.values_between(name, given, *ranges[name])
         self.load_weights(cast(Any, {name: value for name, value in state.items() if name in modules}))
         for name, table in tables.items():
-            table.copy_(cast(Tensor, state[name]))
+            overwrite(table, cast(Tensor, state[name]))
         for keeper in self.table_modules().values():
             keeper.note_loaded()
 
