@@ -235,6 +235,11 @@ def test_a_state_beyond_the_memory_of_the_machine_is_refused(
     sizes.check_memory(PRESETS["tiny"], "cpu", num_ranks=3)
     with pytest.raises(TrainingError, match="has a state of"):
         sizes.check_memory(PRESETS["tiny"], "cpu")
+    # Of many ranks each keeps a part of the means too.
+    averaged = replace(PRESETS["r12"], average_gradients=True)
+    kept = sizes.least_state_bytes(replace(averaged, average_gradients=False)) // 4
+    pages["SC_PHYS_PAGES"] = kept // 4096
+    sizes.check_memory(averaged, "cpu", num_ranks=64)
     pages["SC_PHYS_PAGES"] = 2**20
     sizes.check_memory(PRESETS["tiny"], "cpu")
     # A container has less than its machine.

@@ -13,13 +13,11 @@ import torch
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.machine_memory import total_bytes
 from arbitor.reference.config import ArbConfig
+from arbitor.reference.constants import TRITS_PER_BYTE
 from arbitor.reference.graph import ArbModel
 
 REPEATS = {"num_layers": 1024, "num_hops": 64, "video_steps": 1024}
 """The most of what a model is built of one by one. Each takes milliseconds to build, however small it is."""
-
-ACCUMULATORS = 5 / 6
-"""Most of the state of a weight that its accumulators take: a byte a trit beside a fifth."""
 
 NO_SPREADS: Mapping[str, Any] = MappingProxyType({})
 """Nothing that is spread over ranks."""
@@ -60,13 +58,13 @@ def check_memory(
     Args:
         config: of a size that `check_size` lets pass.
         device: where it would be built.
-        num_ranks: ranks that train it together. Each keeps a part of the accumulators.
+        num_ranks: ranks that train it together. Each keeps a part of the accumulators and means.
         spreads: what is spread over ranks, as `ArbModel` takes it.
 
     Raises:
         TrainingError: it is larger; the sentence has both sizes.
     """
-    needed = int(least_state_bytes(config, spreads) * (1 - ACCUMULATORS * (1 - 1 / num_ranks)))
+    needed = int(least_state_bytes(config, spreads) * (1 - _most_owned(config) * (1 - 1 / num_ranks)))
     if device == "cuda":
         there = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     else:
@@ -87,6 +85,12 @@ def least_state_bytes(config: ArbConfig, spreads: Mapping[str, Any] = NO_SPREADS
     if config.num_layers <= FEW:
         return few
     return few + (config.num_layers - FEW) * (few - _state_bytes(_meta(config, FEW - 1, spreads)))
+
+
+def _most_owned(config: ArbConfig) -> float:
+    """Return the most of the state of a weight that its owner alone keeps: one or two bytes a trit beside a fifth."""
+    owned = 1 + config.average_gradients
+    return owned / (owned + 1 / TRITS_PER_BYTE)
 
 
 def _meta(config: ArbConfig, num_layers: int, spreads: Mapping[str, Any] = NO_SPREADS) -> ArbModel:
