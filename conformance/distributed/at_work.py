@@ -184,7 +184,7 @@ def begin_a_run_of_four(folder: Path) -> None:
                     train_until_killed(
                         4,
                         TrainOptions(
-                            preset="nano", data=str(folder / "text.txt"), device="cpu", run=folder / "four", steps=6, batch=12,
+                            preset="means", data=str(folder / "text.txt"), device="cpu", run=folder / "four", steps=6, batch=12,
                             save_interval=3, log_interval=2,
                         ),
                     )  # fmt: skip

@@ -30,7 +30,7 @@ def replays_what_it_launches(world: World, folder: Path) -> Any:
     Where tensors of a GPU do not travel by NCCL, and on CPUs, replays launch what was recorded.
     """
     found: dict[str, Any] = {}
-    config = replace(nano.WHOLE, theta=1, theta_e=1)
+    config = replace(nano.WHOLE, theta=1, theta_e=1, average_gradients=True)
     for kind in (Passes, RecordedPasses):
         with pytest.MonkeyPatch.context() as patch, values_vouched_for():
             # An owner has several pieces, each with a graph of its steps.

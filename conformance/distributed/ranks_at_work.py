@@ -65,6 +65,7 @@ from conformance.distributed.experts_at_work import (
     trains_with_spread_experts,
     votes_as_one_process,
 )
+from conformance.distributed.means_at_work import keeps_means, spreads_means
 from conformance.distributed.passes_at_work import replays_what_it_launches
 from conformance.distributed.runs_at_work import (
     goes_on,
@@ -81,12 +82,17 @@ TERMS = (1.0, 2.0**30, -(2.0**30))
 PLAIN = replace(nano.WHOLE, composite_codes=0, composite_inner=1280, num_experts=120)
 """Every module but composites, whose losses are means over chosen positions. There are more experts than slots of a rank."""
 
+MEANS = replace(PLAIN, average_gradients=True, expert_rank=32, shared_inner=32)
+"""The same with running means of gradients, those of experts among them."""
+
 CASES: dict[str, tuple[ArbConfig, torch.dtype, str, bool]] = {
     "every module": (PLAIN, torch.float32, "full", False),
     "bfloat16": (nano.NANO, torch.bfloat16, "full", False),
     "sign votes": (with_fields(nano.NANO, **SIGN_VOTES), torch.float32, "full", False),
     "eight bits": (nano.NANO, torch.bfloat16, "mxint8", False),
     "spread codes": (replace(PLAIN, num_codes=400), torch.bfloat16, "full", True),
+    "running means": (MEANS, torch.bfloat16, "full", False),
+    "running means in eight bits": (MEANS, torch.float32, "mxint8", True),
 }
 """Models that are compared with the oracle bit for bit, how gradients travel, and whether rows of codebooks are spread."""
 
@@ -98,7 +104,15 @@ def sums_as_the_rule_says(world: World, folder: Path) -> Any:
     runs of some rows.
     """
     found = {}
-    sizes = ((2**26, 2**31), (2**12, 1), (1, 2**13), (2**26, 2**13), (2**26, 2**31))
+    sizes = (
+        (2**26, 2**31),
+        (2**12, 1),
+        (1, 2**13),
+        (2**26, 2**13),
+        (2**26, 2**31),
+        (2**12, 2**31),
+        (2**26, 1),
+    )
     with pytest.MonkeyPatch.context() as patch:
         for (name, (config, dtype, exchange, spread)), (piece, held) in zip(
             CASES.items(), sizes, strict=True
@@ -352,6 +366,8 @@ CHECKS: tuple[Callable[[World, Path], Any], ...] = (
     spreads_experts,
     votes_as_one_process,
     trains_with_spread_experts,
+    keeps_means,
+    spreads_means,
     goes_on_with_a_run_of_four,
     goes_on_with_a_run_of_one,
     goes_on,

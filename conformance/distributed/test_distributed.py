@@ -26,6 +26,7 @@ from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.metrics import last_step
 from arbitor.optimized.training.options import TrainOptions
 from conformance.distributed import passes_at_work, ranks_at_work
+from conformance.distributed.runs_at_work import gone_on
 from conformance.system.command import REPOSITORY, environment, until
 from conformance.training import nano
 from conformance.training.runs import options, train_until_killed
@@ -90,7 +91,7 @@ def survivor(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (folder / "text.txt").write_bytes(nano.TEXT)
     run = folder / "survivor"
     process = torchrun(
-        2, "conformance.system.nano_arb", "no-pictures", "train", "--preset", "nano", "--data", str(folder / "text.txt"),
+        2, "conformance.system.nano_arb", "no-pictures", "train", "--preset", "means", "--data", str(folder / "text.txt"),
         "--device", "cpu", "--steps", str(STEPS), "--batch", str(ranks_at_work.BATCH), "--log-interval", "1",
         "--save-interval", str(SAVED_EVERY), "--out", str(run), restarts=1,
     )  # fmt: skip
@@ -145,7 +146,7 @@ def find(
     (folder / "other.txt").write_bytes(nano.TEXT + b"!")
     with pytest.MonkeyPatch.context() as patch:
         nano.register(patch)
-        alone = {"steps": 6, "batch": ranks_at_work.BATCH, "save_interval": 3}
+        alone = {"preset": "means", "steps": 6, "batch": ranks_at_work.BATCH, "save_interval": 3}
         train_until_killed(4, options(folder / "text.txt", folder / "alone", **alone))
     code, _, err = ended(torchrun(count, "conformance.distributed.ranks_at_work", str(folder), device))
     assert code == 0, err
@@ -316,12 +317,37 @@ def test_a_run_with_spread_experts_keeps_them_spread(found: Found) -> None:
     )
 
 
+@both
+def test_the_owner_of_a_matrix_alone_keeps_its_mean(found: Found) -> None:
+    """Both tables of a mean; and one process and new ranks that load the state of the ranks have all means."""
+    each = [of_rank["keeps_means"] for of_rank in found[1]]
+    for name in each[0]["owned"]:
+        assert sum(one["owned"][name] for one in each) == 1
+        assert all(one["kept"][name] == [one["owned"][name]] * 2 for one in each), name
+        assert all(one["led"][name] == one["owned"][name] for one in each), name
+    assert sum(any(one["owned"].values()) for one in each) > 1, "one rank owns all"
+    assert len(set(each[0]["hashes"])) == 1 and None not in each[0]["hashes"]
+
+
+@both
+def test_a_rank_keeps_the_means_of_its_experts(found: Found) -> None:
+    """They are those of one process, and lie in parts. One process and new ranks go on with them."""
+    each = [of_rank["spreads_means"] for of_rank in found[1]]
+    assert len(each[0]["same"]) == 2 and all(each[0]["same"].values()) and each[0]["led"], each[0]
+    for name, (whole, _) in each[0]["kept"].items():
+        parts = [one["kept"][name][1] for one in each]
+        assert sum(parts) == whole > max(parts), name
+    assert len(each[0]["kept"]) == 2
+    assert len(set(each[0]["hashes"])) == 1 and None not in each[0]["hashes"]
+
+
 @two
 def test_two_ranks_go_on_with_a_run_of_four(found: Found) -> None:
     """The four ranks mapped their data, as they would map what is larger than memory."""
     first, second = (of_rank["goes_on_with_a_run_of_four"] for of_rank in found[1])
     assert "at step 3\nthe run had 4 ranks and goes on with 2 ranks: " in first["shown"]
     assert first["steps"] == second["steps"] == 6 and not second["shown"]
+    took_up_the_means(first)
 
 
 @both
@@ -487,6 +513,9 @@ def test_one_process_goes_on_with_a_run_of_many(found: Found, monkeypatch: pytes
     assert f"at step 3\nthe run had {len(ranks)} ranks and goes on with 1 rank: " in shown.getvalue()
     finished = train(TrainOptions(run=folder / "run", resume=True)).summary
     assert finished["state_sha256"] == ranks[0]["trains"]["hashes"][1]
+    with_means = gone_on(folder / "alone")
+    took_up_the_means(with_means)
+    assert with_means["state_sha256"] == ranks[0]["goes_on_with_a_run_of_one"]["state_sha256"]
 
 
 @both
@@ -494,3 +523,10 @@ def test_many_go_on_with_a_run_of_one(found: Found) -> None:
     first, *others = (of_rank["goes_on_with_a_run_of_one"] for of_rank in found[1])
     assert f"at step 3\nthe run had 1 rank and goes on with {len(found[1])} ranks: " in first["shown"]
     assert first["steps"] == 6 and not any(other["shown"] for other in others)
+    took_up_the_means(first)
+
+
+def took_up_the_means(run: dict[str, Any]) -> None:
+    """Refuse a run that went on from another state than that of its checkpoint, or without means."""
+    checkpoint, held, means = run["taken_up"]
+    assert checkpoint == held and means > 100

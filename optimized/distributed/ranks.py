@@ -29,7 +29,7 @@ from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.graph.mxint8 import decoded, encoded
 from arbitor.reference.graph.ranks import Gradient, Ranks
 from arbitor.reference.graph.spread import joined
-from arbitor.reference.types import LaidOutWeight, TernaryWeight, without_memory
+from arbitor.reference.types import LaidOutWeight, TernaryWeight
 
 FULL, MXINT8 = EXCHANGES
 """In the dtype of the activations, or in eight bits."""
@@ -41,14 +41,15 @@ PIECE_BYTES = 2**26
 class GroupRanks(Ranks):
     """The ranks of a process group, which train one model.
 
-    Every matrix has an owner, which alone keeps its accumulators. Tables have none: all ranks keep and step them alike.
+    Every matrix has an owner, which alone keeps its accumulators and the running mean of its gradients. Tables have none: all ranks
+    keep and step them alike.
 
     Attributes:
         owners:   the owner of each matrix, by tensor id.
     """
 
     def __init__(self, model: ArbModel, world: World, *, exchange: str = FULL) -> None:
-        """Begin with a model that is the same on every rank. From here on the ranks hold the accumulators of their own matrices.
+        """Begin with a model that is the same on every rank. From here on a rank holds what votes change of its own matrices alone.
 
         Args:
             model, world: the model, and the ranks that train it.
@@ -71,8 +72,7 @@ class GroupRanks(Ranks):
         }
         for module in model.ternary_modules().values():
             if not self.steps(module.tensor_id):
-                for name in VOTED_IN:
-                    module.register_buffer(name, without_memory(module.get_buffer(name)))
+                module.leave_votes()
         model.voting.ranks = self
 
     def part(self, loss: Tensor) -> Tensor:
@@ -187,11 +187,13 @@ class GroupRanks(Ranks):
     def state(self) -> dict[str, TernaryWeight | Tensor] | None:
         """Return all that training changes, on the CPU of rank 0, as `ArbModel.state` does for one process; None on other ranks."""
         found: dict[str, TernaryWeight | Tensor] = {}
+        owners_of_means: dict[object, int] = {}
         for name, module in self._model.ternary_modules().items():
             weight = module.weight
-            owner = self.owners.get(module.tensor_id, 0)
-            if owner:
-                weight = weight.with_tensors(**self._brought(weight, owner))
+            owner = owners_of_means[module.average] = self.owners.get(module.tensor_id, 0)
+            voted = {part: each for part, each in weight.tensors().items() if part in VOTED_IN}
+            arrived = self._brought(voted, owner)
+            weight = weight.with_tensors(**{part: each.to(module.device) for part, each in arrived.items()})
             canonical = self._model.ops.to_spec(weight)
             if module.spread is not None:
                 parts = {part: self._parts_of(each) for part, each in canonical.tensors().items()}
@@ -207,7 +209,7 @@ class GroupRanks(Ranks):
             elif self.number == 0:
                 found[name] = canonical.to("cpu")
         for name, keeper in self._model.table_modules().items():
-            for table, content in keeper.tables().items():
+            for table, content in self._brought(keeper.tables(), owners_of_means.get(keeper, 0)).items():
                 contents = [content] if keeper.spread is None else self._parts_of(content)
                 if self.number == 0:
                     found[f"{name}.{table}"] = torch.cat([each.to("cpu") for each in contents])
@@ -294,15 +296,12 @@ class GroupRanks(Ranks):
 
         self._traffic.later(size, end)
 
-    def _brought(self, weight: LaidOutWeight, owner: int) -> dict[str, Tensor]:
-        """Return the accumulators of a weight, sent from its owner to rank 0."""
-        found = {}
-        for name in VOTED_IN:
-            tensor = weight.tensors()[name]
-            arrived = self._traffic.at_first(tensor, owner, len(tensor))
-            if arrived is not None:
-                found[name] = arrived.to(tensor.device)
-        return found
+    def _brought(self, tensors: Mapping[str, Tensor], owner: int) -> dict[str, Tensor]:
+        """Return the tensors of an owner, which sends them to rank 0. Ranks other than 0 get the tensors that they have."""
+        if not owner:
+            return dict(tensors)
+        arrived = {name: self._traffic.at_first(each, owner, len(each)) for name, each in tensors.items()}
+        return {name: tensors[name] if each is None else each for name, each in arrived.items()}
 
     def _parts_of(self, own: Tensor) -> list[Tensor]:
         """Return the tensors that all ranks have, of one shape but for the first dimension, on the CPU of rank 0; [] on others."""

@@ -46,14 +46,8 @@ def train_together(model: ArbModel, world: World, *, exchange: str) -> None:
     Args:
         model, world: the model, and the processes.
         exchange: how gradients travel, as for `GroupRanks`.
-
-    Raises ValueError for a model whose gradients have running means: each would lie with one rank, and no checkpoint collects them.
     """
     if world.count > 1:
-        if model.config.average_gradients:
-            raise ValueError(
-                f"average_gradients is True, but must be False with {world.count} ranks: nothing collects the means"
-            )
         GroupRanks(model, world, exchange=exchange)
 
 
