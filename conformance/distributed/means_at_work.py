@@ -10,6 +10,7 @@ import torch
 
 from arbitor.optimized.distributed.run import whole_state
 from arbitor.optimized.distributed.world import World
+from arbitor.optimized.training.checkpoint import state_sha256
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.averages import GradientAverage
 from arbitor.reference.graph.grouped import TernaryGroupedLinear
@@ -41,17 +42,23 @@ def means_of(model: ArbModel) -> dict[str, GradientAverage]:
 
 
 def keeps_means(world: World, folder: Path) -> Any:
-    """Which means a rank keeps after two steps, which of them are not 0, and the digests of those who go on with the state."""
+    """Which means a rank keeps after two steps; digests of them, of what rank 0 collects, and of who goes on with the state."""
     model = together(nano.MEANS, world)
     take_steps(model, world, 2)
     means, ranks = means_of(model), ranks_of(model)
-    modules = model.ternary_modules()
+    modules, state = model.ternary_modules(), whole_state(model)
     return {
         "owned": {name: ranks.steps(modules[name].tensor_id) for name in means},
         "kept": {
             name: [has_memory(table) for table in each.tables().values()] for name, each in means.items()
         },
         "led": {name: bool(each.get_buffer("mean").any()) for name, each in means.items()},
+        "means": {name: state_sha256(each.tables()) for name, each in means.items()},
+        "collected": state
+        and {
+            name: state_sha256({table: state[f"{name}.average.{table}"] for table in each.tables()})
+            for name, each in means.items()
+        },
         "hashes": handed_on(model, world),
     }
 

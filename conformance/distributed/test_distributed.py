@@ -319,12 +319,14 @@ def test_a_run_with_spread_experts_keeps_them_spread(found: Found) -> None:
 
 @both
 def test_the_owner_of_a_matrix_alone_keeps_its_mean(found: Found) -> None:
-    """Both tables of a mean; and one process and new ranks that load the state of the ranks have all means."""
+    """Both tables of a mean. Rank 0 collects them, and one process and new ranks that load the state have them all."""
     each = [of_rank["keeps_means"] for of_rank in found[1]]
     for name in each[0]["owned"]:
         assert sum(one["owned"][name] for one in each) == 1
         assert all(one["kept"][name] == [one["owned"][name]] * 2 for one in each), name
         assert all(one["led"][name] == one["owned"][name] for one in each), name
+        (owner,) = (one for one in each if one["owned"][name])
+        assert each[0]["collected"][name] == owner["means"][name], name
     assert sum(any(one["owned"].values()) for one in each) > 1, "one rank owns all"
     assert len(set(each[0]["hashes"])) == 1 and None not in each[0]["hashes"]
 
