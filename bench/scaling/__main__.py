@@ -5,9 +5,9 @@
 
 A check comes first for each number of ranks: two runs of one seed end with one state, and all ranks read the same weights. Where
 it fails, nothing is measured with that number. Then come the rates of exchanges, and steps of each model with as many windows for
-each rank (weak scaling) and for all ranks together (strong scaling), ours and the float twin's under DDP and FSDP2, as
-it is and by torch.compile. Ours are compared with a process alone, which exchanges nothing. Every part is a start of torchrun of its
-own, with a limit of time, and is written as soon as it is there.
+each rank (weak scaling) and for all ranks together (strong scaling), ours and the float twin's under DDP and FSDP2, as it is and
+by torch.compile. Ours are compared with a process alone, which exchanges nothing. Every part is a start of torchrun of its own,
+with a limit of time, and is written as soon as it is there.
 """
 
 from __future__ import annotations
