@@ -20,7 +20,6 @@ from torch import Tensor
 from arbitor.optimized.distributed.changes import Piece
 from arbitor.optimized.distributed.traffic import Traffic
 from arbitor.optimized.distributed.world import World, as_bytes
-from arbitor.optimized.kernels.parts import add_parts
 from arbitor.optimized.training.options import EXCHANGES
 from arbitor.reference.constants import VOTED_IN
 from arbitor.reference.graph import ArbModel
@@ -357,6 +356,9 @@ def sum_in_order(parts: Tensor, out: Tensor) -> None:
     parts: float32 or bfloat16.
     """
     if parts.is_cuda:
+        # Only here: a run on the CPU needs no Triton.
+        from arbitor.optimized.kernels.parts import add_parts
+
         add_parts(parts, out)
     else:
         out.copy_(in_order(part.float() for part in parts))
