@@ -356,7 +356,7 @@ def sum_in_order(parts: Tensor, out: Tensor) -> None:
     parts: float32 or bfloat16.
     """
     if parts.is_cuda:
-        # Only here: a run on the CPU needs no Triton.
+        # A run on a CPU needs no Triton.
         from arbitor.optimized.kernels.parts import add_parts
 
         add_parts(parts, out)

@@ -61,6 +61,9 @@ class Passes:
         """Take the step of the model that follows the passes since the last step, as `ArbModel.step` does."""
         self.model.step()
 
+    def close(self) -> None:
+        """Let go of what the passes hold of a device and of the group of ranks. Passes may be taken again after it."""
+
 
 class RecordedPasses(Passes):
     """Takes the passes of a model on CUDA from two graphs, once `LAUNCHED_FIRST` of them were accepted, and their steps from one.
@@ -131,6 +134,13 @@ class RecordedPasses(Passes):
                 voting.notes = list(self._notes)
             self.model.step_weights(self._replay_step)
             self.model.step_tables()
+
+    def close(self) -> None:
+        """See `Passes.close`. A group of ranks cannot be taken apart while there are graphs that exchange in it."""
+        for graph in (*self._graphs, *self._step_graphs.values()):
+            graph.reset()
+        self._graphs, self._left = [], []
+        self._step_graphs.clear()
 
     def _fill(self, ids_BT: Tensor, rate: float, step: int) -> None:
         """Write what a pass reads into its buffers."""
