@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +226,9 @@ def sizes_of(world: World, asked: argparse.Namespace, seconds: float) -> dict[st
     return {"bytes_a_step": total, "seconds": seconds, "bytes_per_second": total / seconds}
 
 
-def floats(world: World, runtime: Runtime, asked: argparse.Namespace) -> dict[str, Any]:
+def floats(
+    world: World, runtime: Runtime, asked: argparse.Namespace, *, compiled: bool = False
+) -> dict[str, Any]:
     """Time steps of the float twin by each way of training."""
     found = {}
     for way, bytes_a_weight in BYTES_A_WEIGHT.items():
@@ -234,7 +236,8 @@ def floats(world: World, runtime: Runtime, asked: argparse.Namespace) -> dict[st
         dtype = torch.bfloat16 if runtime.device == "cuda" else torch.float32
         twin = TrunkTwin(trunk_of(asked.model), asked.length, dtype).to(runtime.device)
         weights = sum(each.numel() for each in twin.parameters())
-        step = step_of(way, twin, windows(world, asked.windows, asked.length, runtime.device))
+        ids_BT = windows(world, asked.windows, asked.length, runtime.device)
+        step = step_of(way, twin, ids_BT, compiled=compiled)
         if not math.isfinite(step()):
             raise RuntimeError(f"the loss of the twin is not finite under {way}")
         if runtime.device == "cuda":
@@ -251,8 +254,14 @@ def floats(world: World, runtime: Runtime, asked: argparse.Namespace) -> dict[st
     return found
 
 
-PARTS = {"check": checked, "rates": rates, "ours": ours, "floats": floats}
-"""What a part runs on every rank, by its name."""
+PARTS = {
+    "check": checked,
+    "rates": rates,
+    "ours": ours,
+    "floats": floats,
+    "compiled": partial(floats, compiled=True),
+}
+"""What a part runs on every rank, by its name: of the float twins as they are, and by `torch.compile`."""
 
 
 def main() -> None:
