@@ -88,8 +88,7 @@ def windows(world: World, batch: int, length: int, device: str, step: int = 0) -
 def model_of(config: ArbConfig, runtime: Runtime, world: World | None) -> ArbModel:
     """Return a model that ranks train together; or one that its process trains alone, for no world.
 
-    A single rank exchanges gradients with itself, but its step is that of a process alone: `Stateful.step_weights` asks
-    `GroupRanks.step` only where there are several ranks.
+    A single rank exchanges with itself all that several ranks exchange: gradients, and what steps have changed.
     """
     model = ArbModel(config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=0)
     if world is not None:
