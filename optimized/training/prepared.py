@@ -134,7 +134,7 @@ def prepare(
         split=text.split,
         run=folder,
         recorded=found.settings,
-        num_ranks=world.count,
+        world=world,
     )
     recorded = (
         mix is None
