@@ -196,6 +196,21 @@ def test_closed_passes_have_no_graphs_and_may_go_on(monkeypatch: pytest.MonkeyPa
     assert replayed.count("forward") == 6 and replayed.count("step") == 6
 
 
+def test_passes_are_recorded_anew_where_other_weights_are_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    replayed: list[str] = []
+    without_graphs(monkeypatch, replayed)
+    launched, recorded = (kind(ArbModel(LIVELY, seed=3)) for kind in (Passes, RecordedPasses))
+    for step in range(12):
+        for passes in (launched, recorded):
+            if step in (4, 8):
+                passes.model.layers[0].requires_grad_(step == 8)
+            do(passes, "accepted", step)
+            passes.step()
+        assert state_sha256(recorded.model.state()) == state_sha256(launched.model.state()), step
+    # Of each four passes the first two are launched.
+    assert replayed.count("forward") == 6
+
+
 def test_a_run_closes_its_passes_before_it_leaves_its_ranks(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
