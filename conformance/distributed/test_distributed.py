@@ -469,8 +469,11 @@ def test_two_agents_train_as_one(found: Found) -> None:
         )
         for _ in range(2)
     ]  # fmt: skip
-    for code, _, err in map(ended, agents):
+    printed = ""
+    for code, out, err in map(ended, agents):
         assert code == 0, err
+        printed += out
+    assert printed.count("6 steps in") == 1, "rank 0 alone prints what the run came to"
     summary = json.loads((folder / "nodes" / "summary.json").read_text())
     assert summary["state_sha256"] == ranks[0]["trains"]["hashes"][1]
 
