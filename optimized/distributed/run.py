@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -109,6 +109,13 @@ def whole_state(model: ArbModel) -> dict[str, TernaryWeight | Tensor] | None:
     """Return all that training changes, for a checkpoint: whole on rank 0, None on other ranks. Every rank must call this."""
     ranks = model.voting.ranks
     return ranks.state() if isinstance(ranks, GroupRanks) else model.state()
+
+
+def add_up(model: ArbModel, tensors: Sequence[Tensor]) -> None:
+    """Put the sum over ranks in the place of each tensor, float32. Every rank must call this with the same shapes."""
+    ranks = model.voting.ranks
+    if isinstance(ranks, GroupRanks) and tensors:
+        ranks.add_up(tensors)
 
 
 def unrecorded(world: World, spreads: Mapping[str, Any]) -> str:

@@ -168,7 +168,7 @@ def prepare(
             keep_votes=settings.keep_votes,
             as_base=settings.lora_rank is not None,
         )
-    adaptation = open_adaptation(model, settings, found.checkpoint, num_ranks=world.count)
+    adaptation = open_adaptation(model, settings, found.checkpoint)
     if found.checkpoint is not None:
         # The model has the tensors now, and a run keeps no second copy of them.
         found = replace(found, checkpoint=replace(found.checkpoint, state={}, adapter=None))

@@ -362,6 +362,9 @@ class Run:
 
     def _checkpoint_metadata(self) -> dict[str, Any]:
         self._count_time()
+        if self.adaptation is not None and self.world.count > 1:
+            # Each rank takes the steps of AdamW by itself, and machines of two kinds may round one in two ways.
+            self.world.agree({"adapter_sha256": self.adaptation.sha256()})
         return {
             "config": self.prepared.config,
             "seed": self.settings.seed,
