@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -163,8 +164,10 @@ def moves_no_adapters_by_what_is_not_finite(world: World, folder: Path) -> Any:
 def finetunes(world: World, folder: Path) -> Any:
     """Whole runs: two of one seed, one that is killed, one that one rank is told to stop, and one that one process began."""
     shown, options, is_last = io.StringIO(), finetune_options(folder), world.number == world.count - 1
+    # Another machine may have the base by another name.
+    named = replace(options, init_from=str(folder / ("base-again" if is_last else "base")))  # type: ignore[type-var]
     digests = {
-        "unsaved": train(replace(options, save=False, save_interval=None)).summary["adapter_sha256"],  # type: ignore[type-var]
+        "unsaved": train(replace(named, save=False, save_interval=None)).summary["adapter_sha256"],  # type: ignore[type-var]
         "saved": train(
             replace(options, run=folder / "adapted"),  # type: ignore[type-var]
             console=Console(file=shown, width=999),
@@ -215,13 +218,18 @@ def at_step(patch: pytest.MonkeyPatch, step: int, call: Any) -> None:
 
 
 def refuses_ranks_whose_adapters_differ(world: World, folder: Path) -> Any:
-    """The matrices of one rank drift."""
+    """One rank finds an older checkpoint, over the same base; and in another run the matrices of one rank drift."""
     is_last = world.number == world.count - 1
+    run = folder / f"adapted-found-by-{world.number}"
+    shutil.copytree(folder / "adapted-left", run)
+    if is_last:
+        (run / "latest.safetensors").unlink()
+    behind = refused(TrainOptions(run=run, resume=True))
     with pytest.MonkeyPatch.context() as patch:
         if is_last:
             at_step(patch, 1, drift)
         drifted = refused(replace(finetune_options(folder), run=folder / "adapted-drifted"))  # type: ignore[type-var]
-    return {"drifted": drifted}
+    return {"behind": behind, "drifted": drifted}
 
 
 def drift(run: Run) -> None:

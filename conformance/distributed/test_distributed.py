@@ -151,6 +151,7 @@ def find(
         train_until_killed(4, options(folder / "text.txt", folder / "alone", **alone))
         # The run itself goes on.
         shutil.copytree(folder / "alone", folder / "base")
+        (folder / "base-again").symlink_to("base")
         begun = replace(adapters_at_work.finetune_options(folder), device="cpu", run=folder / "adapted-alone")  # type: ignore[type-var]
         train_until_killed(4, begun)
     code, _, err = ended(torchrun(count, "conformance.distributed.ranks_at_work", str(folder), device))
@@ -444,10 +445,10 @@ def test_torchrun_starts_the_module_on_ranks(found: Found) -> None:
 
 @both
 def test_ranks_whose_adapters_differ_are_refused(found: Found) -> None:
-    """Their base is the same. AdamW moved one rank's matrices elsewhere."""
+    """Their base is the same. One rank found an older checkpoint; and AdamW moved one rank's matrices elsewhere."""
     says = [of_rank["refuses_ranks_whose_adapters_differ"] for of_rank in found[1]]
     assert all(one == says[0] for one in says)
-    for name, fact in (("drifted", "adapter_sha256"),):
+    for name, fact in (("behind", "checkpoint_adapter_sha256"), ("drifted", "adapter_sha256")):
         wanted = (
             f"rank {len(says) - 1} has '[0-9a-f]{{64}}' for {fact}, but rank 0 has '[0-9a-f]{{64}}', and .*"
         )
