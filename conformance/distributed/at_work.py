@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import traceback
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
 from arbitor.optimized.distributed.ranks import GroupRanks
 from arbitor.optimized.distributed.run import train_together, whole_state
@@ -158,6 +160,13 @@ def told(call: Callable[[], Any]) -> str:
     except (RuntimeError, ValueError) as error:
         return str(error)
     return "was accepted"
+
+
+def gone_on(run: Path) -> dict[str, Any]:
+    """Return what is shown of a run that goes on, and the steps that it then has."""
+    shown = io.StringIO()
+    summary = train(TrainOptions(run=run, resume=True), console=Console(file=shown)).summary
+    return {"shown": shown.getvalue(), "steps": summary["steps"]}
 
 
 def begin_a_run_of_four(folder: Path) -> None:

@@ -15,7 +15,7 @@ from arbitor.optimized.distributed import run
 from arbitor.optimized.distributed.world import World
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.options import TrainOptions
-from conformance.distributed.at_work import BATCH, Place, refused
+from conformance.distributed.at_work import BATCH, Place, gone_on, refused
 from conformance.training.runs import train_until_killed
 
 
@@ -68,13 +68,6 @@ def goes_on_with_a_run_of_four(world: World, folder: Path) -> Any:
 
 def goes_on_with_a_run_of_one(world: World, folder: Path) -> Any:
     return gone_on(folder / "alone")
-
-
-def gone_on(run: Path) -> dict[str, Any]:
-    """Return what is shown of a run that goes on, and the steps that it then has."""
-    shown = io.StringIO()
-    summary = train(TrainOptions(run=run, resume=True), console=Console(file=shown)).summary
-    return {"shown": shown.getvalue(), "steps": summary["steps"]}
 
 
 def goes_on(world: World, folder: Path) -> Any:

@@ -1,4 +1,4 @@
-"""What two ranks make of a mix, for test_media_ranks.py: one run from start to end, and one that is killed and resumed.
+"""What two ranks make of a mix, for test_media_ranks.py: a whole run, one that is killed and resumed, and adapters.
 
 torchrun --nproc-per-node 2 -m conformance.sidecars.media_ranks MEDIA FOLDER
 """
@@ -31,9 +31,17 @@ def asked(media: Path, folder: Path, name: str, **changes: Any) -> TrainOptions:
     # Ranks read it at one time.
     if not preset.exists():
         preset.write_text(replace(CONFIG, talker_tokens=AUDIO_CODES).to_json())
-    more = {"preset": str(preset), "data_speech": str(media / "audio"), **changes}
+    more = {"preset": str(preset), "data_speech": str(media / "audio"), "steps": 8, **changes}
     cache = str(folder / "features")
-    return options(media, folder / name, *KINDS, steps=8, batch=4, seed=3, feature_cache=cache, **more)
+    return options(media, folder / name, *KINDS, batch=4, seed=3, feature_cache=cache, **more)
+
+
+def tuned(media: Path, folder: Path, name: str) -> TrainOptions:
+    """Return the options of adapters that learn every kind but speech over what two ranks trained."""
+    more = {"lora_rank": 2, "steps": 4, "eval_interval": 4}
+    base = str(folder / "whole")
+    given = asked(media, folder, name, **more)
+    return replace(given, preset=None, data_speech=None, finetune=True, init_from=base)
 
 
 def shorten(patch: pytest.MonkeyPatch) -> None:
@@ -52,6 +60,7 @@ def main(media: Path, folder: Path) -> None:
         killed = asked(media, folder, "killed")
         train_until_killed(KILLED_AT, killed)
         train(replace(killed, resume=True))
+        train(tuned(media, folder, "tuned"))
 
 
 if __name__ == "__main__":
