@@ -12,7 +12,7 @@ import importlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -63,6 +63,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         metavar="NAME",
         help="laws, golden vectors and comparison of this family of ops alone; may be given several times",
+    )
+    group.addoption(
+        "--on-device",
+        action="store_true",
+        help="the tests alone whose result depends on where they run",
     )
     group.addoption(
         "--failures",
@@ -127,7 +132,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the tests of the families that were asked for, so that an implementation may have some ops and not others."""
+    """Keep the tests of the families that were asked for, so that an implementation may have some ops and not others.
+
+    Of these, keep those that run on the device, if that was asked for.
+    """
+    if config.getoption("--on-device"):
+        keep(config, items, lambda item: not ON_DEVICE.isdisjoint(getattr(item, "fixturenames", ())))
     wanted = config.getoption("--family")
     if not wanted:
         return
@@ -149,6 +159,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         )
         return item.path.stem in OP_BY_OP and any(isinstance(value, str) and value in ops for value in values)
 
+    keep(config, items, is_wanted)
+
+
+def keep(config: pytest.Config, items: list[pytest.Item], is_wanted: Callable[[pytest.Item], bool]) -> None:
+    """Keep the items that are wanted, and tell pytest of the others."""
     config.hook.pytest_deselected(items=[item for item in items if not is_wanted(item)])
     items[:] = [item for item in items if is_wanted(item)]
 
@@ -175,6 +190,9 @@ def pytest_runtest_call() -> None:
     """Let a test draw the same numbers from torch's generator, whichever tests ran before it in this process."""
     torch.manual_seed(0)
 
+
+ON_DEVICE = {"subject", "found"}
+"""Fixtures of tests whose result depends on the device: the implementation under test, and what ranks found."""
 
 OP_BY_OP = ("test_comparison", "test_vectors")
 """Files whose tests are of one op each, which is a parameter."""

@@ -149,8 +149,11 @@ def _torchrun(words: list[str], whole: bool) -> None:
         _options_are_known(words, _options_of(parser))
         return
     found = parser.parse_args(words)
-    assert found.module and found.training_script == "arbitor.train"
-    _arb(["train", *found.training_script_args], whole)
+    package, _, command = found.training_script.partition(".")
+    assert found.module and package == "arbitor" and _path_of(found.training_script) is not None, (
+        f"there is no module {found.training_script} for ranks"
+    )
+    _arb([command, *found.training_script_args], whole)
 
 
 class _Parsed(BaseException):

@@ -5,9 +5,9 @@
 
 A check comes first for each number of ranks: two runs of one seed end with one state, and all ranks read the same weights. Where
 it fails, nothing is measured with that number. Then come the rates of exchanges, and steps of each model with as many windows for
-each rank (weak scaling) and for all ranks together (strong scaling), ours and the float twin's under DDP and FSDP2. Ours are
-compared with a process alone, which exchanges nothing. Every part is a start of torchrun of its own, with a limit of time, and is
-written as soon as it is there.
+each rank (weak scaling) and for all ranks together (strong scaling), ours and the float twin's under DDP and FSDP2, as it is and
+by torch.compile. Ours are compared with a process alone, which exchanges nothing. Every part is a start of torchrun of its own,
+with a limit of time, and is written as soon as it is there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WEAK, STRONG = "weak", "strong"
 """Scalings: as many windows for each rank, or for all ranks together."""
 
 
-OF_MODELS = ("ours", "floats")
+OF_MODELS = ("ours", "floats", "compiled")
 """Parts that time steps of a model. The others come once for each number of ranks."""
 
 
@@ -147,9 +147,10 @@ def rows_of(part: Mapping[str, Any]) -> list[dict[str, Any]]:
         row = {**part, **what, "way": "ours", "received": part.get("received_bytes_a_weight")}
         return [row]
     if "failed" in part:
-        return [{**what, "way": "floats", "failed": part["failed"]}]
+        return [{**what, "way": part["part"], "failed": part["failed"]}]
+    lead = "compiled " if part["part"] == "compiled" else ""
     return [
-        {**part[way], **what, "way": way, "received": part[way]["received_bytes_a_weight_by_count"]}
+        {**part[way], **what, "way": lead + way, "received": part[way]["received_bytes_a_weight_by_count"]}
         for way in BYTES_A_WEIGHT
         if way in part
     ]

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,8 @@ from bench.scaling.floats import BYTES_A_WEIGHT, step_of
 MODELS = ("tiny", "small", "110M", "r12")
 """Models whose trunks are measured."""
 
-CHECKED_STEPS = 3
-"""Steps of the check."""
+CHECKED_STEPS = LAUNCHED_FIRST + 3
+"""Steps of the check. Where passes are recorded, the last ones are replayed."""
 
 EXCHANGED_BYTES = 2**28
 """Bytes of a tensor whose exchange is timed: the gradient of 2^27 weights in bfloat16."""
@@ -88,8 +88,7 @@ def windows(world: World, batch: int, length: int, device: str, step: int = 0) -
 def model_of(config: ArbConfig, runtime: Runtime, world: World | None) -> ArbModel:
     """Return a model that ranks train together; or one that its process trains alone, for no world.
 
-    A single rank exchanges gradients with itself, but its step is that of a process alone: `Stateful.step_weights` asks
-    `GroupRanks.step` only where there are several ranks.
+    A single rank exchanges with itself all that several ranks exchange: gradients, and what steps have changed.
     """
     model = ArbModel(config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=0)
     if world is not None:
@@ -99,7 +98,7 @@ def model_of(config: ArbConfig, runtime: Runtime, world: World | None) -> ArbMod
 
 @values_vouched_for()
 def checked(world: World, runtime: Runtime, asked: argparse.Namespace) -> dict[str, Any]:
-    """Train `tiny` with every module twice, and compare what must be equal.
+    """Train `tiny` with every module twice, launched and as a run does it, and compare what must be equal.
 
     Raises:
         RuntimeError: two runs of one seed differ, ranks read different weights, or one rank differs from a process alone.
@@ -107,12 +106,14 @@ def checked(world: World, runtime: Runtime, asked: argparse.Namespace) -> dict[s
     config, digests, read = PRESETS["tiny"], [], []
     for again in range(3 if world.count == 1 else 2):
         model = model_of(config, runtime, None if again == 2 else world)
+        passes = Passes(model) if again == 0 else passes_of(model, runtime, asked)
         for step in range(CHECKED_STEPS):
             ids_BT = windows(world, 2, 64, runtime.device, step)
             # Trits move in a single step at this rate.
-            if not model.backward(model.losses(ids_BT), rate=float(config.theta), step=step):
+            if passes.take(ids_BT, rate=float(config.theta), step=step) is None:
                 raise RuntimeError("the loss is not finite")
-            model.step()
+            passes.step()
+        passes.close()
         tensors = {name: each for name, each in model.state_dict().items() if not name.endswith("accum")}
         read.append(state_sha256({name: each.to("cpu") for name, each in tensors.items()}))
         state = whole_state(model)
@@ -194,14 +195,17 @@ def ours(world: World, runtime: Runtime, asked: argparse.Namespace) -> dict[str,
     }
 
 
+def passes_of(model: ArbModel, runtime: Runtime, asked: argparse.Namespace) -> Passes:
+    """Return the passes that a run would take: recorded on GPUs that exchange over NCCL."""
+    is_recorded = runtime.device == "cuda" and not asked.share_gpu
+    return RecordedPasses(model) if is_recorded else Passes(model)
+
+
 def our_step(
     model: ArbModel, world: World, runtime: Runtime, asked: argparse.Namespace
 ) -> Callable[[], None]:
     """Return what takes a step of our model, after steps in which all is compiled and recorded, and more moves than later."""
-    taken = itertools.count()
-    # As a run does.
-    recorded = runtime.device == "cuda" and not asked.share_gpu
-    passes = RecordedPasses(model) if recorded else Passes(model)
+    taken, passes = itertools.count(), passes_of(model, runtime, asked)
 
     def step() -> None:
         number = next(taken)
@@ -221,7 +225,9 @@ def sizes_of(world: World, asked: argparse.Namespace, seconds: float) -> dict[st
     return {"bytes_a_step": total, "seconds": seconds, "bytes_per_second": total / seconds}
 
 
-def floats(world: World, runtime: Runtime, asked: argparse.Namespace) -> dict[str, Any]:
+def floats(
+    world: World, runtime: Runtime, asked: argparse.Namespace, *, compiled: bool = False
+) -> dict[str, Any]:
     """Time steps of the float twin by each way of training."""
     found = {}
     for way, bytes_a_weight in BYTES_A_WEIGHT.items():
@@ -229,7 +235,8 @@ def floats(world: World, runtime: Runtime, asked: argparse.Namespace) -> dict[st
         dtype = torch.bfloat16 if runtime.device == "cuda" else torch.float32
         twin = TrunkTwin(trunk_of(asked.model), asked.length, dtype).to(runtime.device)
         weights = sum(each.numel() for each in twin.parameters())
-        step = step_of(way, twin, windows(world, asked.windows, asked.length, runtime.device))
+        ids_BT = windows(world, asked.windows, asked.length, runtime.device)
+        step = step_of(way, twin, ids_BT, compiled=compiled)
         if not math.isfinite(step()):
             raise RuntimeError(f"the loss of the twin is not finite under {way}")
         if runtime.device == "cuda":
@@ -246,8 +253,14 @@ def floats(world: World, runtime: Runtime, asked: argparse.Namespace) -> dict[st
     return found
 
 
-PARTS = {"check": checked, "rates": rates, "ours": ours, "floats": floats}
-"""What a part runs on every rank, by its name."""
+PARTS = {
+    "check": checked,
+    "rates": rates,
+    "ours": ours,
+    "floats": floats,
+    "compiled": partial(floats, compiled=True),
+}
+"""What a part runs on every rank, by its name: of the float twins as they are, and by `torch.compile`."""
 
 
 def main() -> None:

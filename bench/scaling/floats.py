@@ -31,24 +31,31 @@ def compressed(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]
     return work.get_future().then(lambda done: buffer.copy_(done.value()[0]))
 
 
-def step_of(way: str, twin: TrunkTwin, ids_BT: Tensor) -> Callable[[], float]:
+def step_of(way: str, twin: TrunkTwin, ids_BT: Tensor, *, compiled: bool) -> Callable[[], float]:
     """Return what takes a step of a twin and returns the loss of this rank.
 
     Args:
         way: a key of `BYTES_A_WEIGHT`.
         twin: on the device of the ids, the same on every rank.
         ids_BT: the windows of this rank.
+        compiled: whether `torch.compile` makes the kernels: of the whole model under DDP, of each layer under FSDP2. A CPU has its
+            front end trace them, and makes none.
     """
     model: nn.Module
+    backend = "inductor" if ids_BT.is_cuda else "eager"
     if way == "DDP":
         model = ddp = DistributedDataParallel(twin)
         ddp.register_comm_hook(None, compressed)
+        if compiled:
+            ddp.compile(backend=backend)
     else:
         model = twin
         mesh = init_device_mesh(ids_BT.device.type, (dist.get_world_size(),))
         # Angles of positions are an input of a layer, and stay in float32.
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, cast_forward_inputs=False)
         for layer in twin.layers:
+            if compiled:
+                layer.compile(backend=backend)
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(twin, mesh=mesh, mp_policy=policy)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)

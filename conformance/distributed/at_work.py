@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import traceback
@@ -13,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
 from arbitor.optimized.distributed.ranks import GroupRanks
 from arbitor.optimized.distributed.run import train_together, whole_state
 from arbitor.optimized.distributed.world import World
-from arbitor.optimized.training import data
-from arbitor.optimized.training.checkpoint import state_sha256
+from arbitor.optimized.training import data, prepared
+from arbitor.optimized.training.checkpoint import load_checkpoint, state_sha256
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.options import TrainOptions
 from arbitor.reference import ops as reference_ops
@@ -158,6 +160,33 @@ def told(call: Callable[[], Any]) -> str:
     except (RuntimeError, ValueError) as error:
         return str(error)
     return "was accepted"
+
+
+def gone_on(run: Path) -> dict[str, Any]:
+    """Return what is shown of a run that goes on, the state that it goes on from and ends with, and the steps that it then has.
+
+    ``taken_up`` has the digest of its checkpoint, that of the state that the ranks then hold, and how many elements of means are
+    not 0.
+    """
+    checkpoint = load_checkpoint(run / "latest.safetensors")
+    means = [table for name, table in checkpoint.state.items() if name.endswith(".average.mean")]
+    taken_up: list[Any] = [checkpoint.state_sha256]
+    begun = prepared.train_together
+
+    def watched(model: ArbModel, world: World, *, exchange: str) -> None:
+        begun(model, world, exchange=exchange)
+        taken_up.append(digest_of(model))
+
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepared, "train_together", watched)
+        summary = train(TrainOptions(run=run, resume=True), console=Console(file=shown, width=999)).summary
+    return {
+        "shown": shown.getvalue(),
+        "taken_up": [*taken_up, sum(int(torch.count_nonzero(each)) for each in means)],  # type: ignore[arg-type]
+        "steps": summary["steps"],
+        "state_sha256": summary["state_sha256"],
+    }
 
 
 def begin_a_run_of_four(folder: Path) -> None:

@@ -5,7 +5,7 @@ Legend: B windows of all ranks, T bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -69,6 +69,23 @@ def take_pass(
         for of_ranks in zip(*notes, strict=True):
             seen = zip(*(note.seen for note in of_ranks), strict=True)
             taken.notes.append(Note(of_ranks[0].tell, tuple(torch.cat(each) for each in seen)))
+
+
+def take_adapter_passes(model: ArbModel, batches: Sequence[Tensor], *, count: int, rate: float) -> None:
+    """Leave with the adapters of a model the gradients that `count` ranks add up after a pass of each batch."""
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    of_ranks = []
+    model.voting.ranks = OneOfMany(count)
+    for number in range(count):
+        for step, ids_BT in enumerate(batches):
+            assert model.backward(model.losses(ids_BT.chunk(count)[number]), rate=rate, step=step)
+        of_ranks.append([each.grad for each in parameters])
+        for each in parameters:
+            each.grad = None
+    model.voting.ranks = Ranks()
+    for each, *grads in zip(parameters, *of_ranks, strict=True):
+        if grads[0] is not None:
+            each.grad = in_order(grads)
 
 
 def sent(gradient: Gradient, exchange: str, voting: Voting) -> Gradient:

@@ -55,6 +55,8 @@ def replays_what_it_launches(world: World, folder: Path) -> Any:
             received, accepted = ranks.measured()[1], digest_of(passes.model)
             refused = passes.take(ids_of(world, number, refused=True), rate=RATE, step=number)
             passes.step()
+            found["graphs of a step"] = len(getattr(passes, "_step_graphs", ()))
+            passes.close()
             found[kind.__name__] = {
                 "nats": nats,
                 "received": received,
@@ -63,7 +65,6 @@ def replays_what_it_launches(world: World, folder: Path) -> Any:
                 "faults": int(passes.model.voting.faults),
             }
             found["replays"] = len(replayed)
-            found["graphs of a step"] = len(getattr(passes, "_step_graphs", ()))
     return found
 
 

@@ -40,6 +40,13 @@ from arbitor.reference.graph import ArbModel
 from arbitor.reference.types import has_memory
 from conformance import interpreter
 from conformance.distributed import oracle
+from conformance.distributed.adapters_at_work import (
+    adapts_as_one_batch,
+    adds_gradients_of_adapters_in_order,
+    finetunes,
+    moves_no_adapters_by_what_is_not_finite,
+    refuses_ranks_whose_adapters_differ,
+)
 from conformance.distributed.at_work import (
     BATCH,
     RATE,
@@ -366,6 +373,11 @@ CHECKS: tuple[Callable[[World, Path], Any], ...] = (
     spreads_experts,
     votes_as_one_process,
     trains_with_spread_experts,
+    adds_gradients_of_adapters_in_order,
+    adapts_as_one_batch,
+    moves_no_adapters_by_what_is_not_finite,
+    finetunes,
+    refuses_ranks_whose_adapters_differ,
     keeps_means,
     spreads_means,
     goes_on_with_a_run_of_four,

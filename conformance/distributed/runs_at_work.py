@@ -9,17 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
 from arbitor.optimized.distributed import run
 from arbitor.optimized.distributed.world import World
-from arbitor.optimized.training import prepared
-from arbitor.optimized.training.checkpoint import load_checkpoint
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.options import TrainOptions
-from arbitor.reference.graph import ArbModel
-from conformance.distributed.at_work import BATCH, Place, digest_of, refused
+from conformance.distributed.at_work import BATCH, Place, gone_on, refused
 from conformance.training.runs import train_until_killed
 
 
@@ -72,33 +68,6 @@ def goes_on_with_a_run_of_four(world: World, folder: Path) -> Any:
 
 def goes_on_with_a_run_of_one(world: World, folder: Path) -> Any:
     return gone_on(folder / "alone")
-
-
-def gone_on(run: Path) -> dict[str, Any]:
-    """Return what is shown of a run that goes on, the state that it goes on from and ends with, and the steps that it then has.
-
-    ``taken_up`` has the digest of its checkpoint, that of the state that the ranks then hold, and how many elements of means are
-    not 0.
-    """
-    checkpoint = load_checkpoint(run / "latest.safetensors")
-    means = [table for name, table in checkpoint.state.items() if name.endswith(".average.mean")]
-    taken_up: list[Any] = [checkpoint.state_sha256]
-    begun = prepared.train_together
-
-    def watched(model: ArbModel, world: World, *, exchange: str) -> None:
-        begun(model, world, exchange=exchange)
-        taken_up.append(digest_of(model))
-
-    shown = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepared, "train_together", watched)
-        summary = train(TrainOptions(run=run, resume=True), console=Console(file=shown, width=999)).summary
-    return {
-        "shown": shown.getvalue(),
-        "taken_up": [*taken_up, sum(int(torch.count_nonzero(each)) for each in means)],  # type: ignore[arg-type]
-        "steps": summary["steps"],
-        "state_sha256": summary["state_sha256"],
-    }
 
 
 def goes_on(world: World, folder: Path) -> Any:

@@ -38,6 +38,12 @@ def test_import_is_quick() -> None:
     assert printed("import sys; from arbitor import ArbConfig; print('triton' in sys.modules)") == "False"
 
 
+def test_a_run_on_the_cpu_needs_no_triton() -> None:
+    """It is no dependency outside of Linux. The suite sets its variables before anything may import it."""
+    script = "import sys; from arbitor.optimized.training import loop; print('triton' in sys.modules)"
+    assert printed(script) == "False"
+
+
 def test_names_are_those_of_their_homes() -> None:
     script = (
         "import arbitor\n"

@@ -111,6 +111,19 @@ def test_a_state_dict_says_its_rules_through_any_file(tmp_path: Path) -> None:
         assert all(torch.equal(each, wanted[name]) for name, each in other.state_dict().items())
 
 
+@EVERYWHERE
+def test_a_state_dict_of_shapes_alone_is_not_asked(load: Any) -> None:
+    """On the meta device there are no weights that learned, and no text to read."""
+    load({name: each.to("meta") for name, each in ArbModel(models.WHOLE).state_dict().items()}, assign=True)
+
+
+def test_rules_are_said_under_any_default_device() -> None:
+    model = ArbModel(models.WHOLE, seed=4)
+    with torch.device("meta"):
+        assert bytes(model.state_dict()[ENTRY].tolist()) == b"it reads normed rows"
+        into_model(model.state_dict(), assign=True)
+
+
 def test_a_model_without_such_a_part_says_nothing() -> None:
     """Its state dicts are those that they were, and old ones load."""
     model = models.nano(seed=4)

@@ -291,6 +291,25 @@ def test_a_sum_with_an_input_gradient_is_rounded_once(subject: Subject, rows: in
     exact(got.contiguous(), torch.ones(rows, 24, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("beside", [0, 1])
+def test_an_input_gradient_may_be_added_to_the_memory_of_its_gradient(
+    subject: Subject, dtype: torch.dtype, beside: int
+) -> None:
+    """All of the gradient is read before the sum is written, also where a row lies in the place of the row before."""
+    rng = ss.generator(3)
+    trits = torch.randint(-1, 2, (96, 96), generator=rng).to(torch.int8)
+    weight = weight_of_trits(trits, torch.zeros(96, groups_per_row(96, 12), dtype=torch.int8), 12)
+    # The sums are whole numbers that bfloat16 holds.
+    memory = torch.randint(-1, 2, (70 + beside, 96), generator=rng).to(subject.device, dtype)
+    grad, out = memory[:70], memory[beside:]
+    if not beside:
+        grad = out
+    want = (out.cpu().to(torch.float64) + grad.cpu().to(torch.float64) @ trits.to(torch.float64)).to(dtype)
+    subject.raw("linear_input_grad")(grad, weight.to(subject.device), out=out)
+    exact(out.cpu(), want)
+
+
 @law(
     weight=WEIGHTS,
     data=st.data(),

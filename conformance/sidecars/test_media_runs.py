@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import sys
@@ -16,8 +15,6 @@ from rich.console import Console
 
 from arbitor import ArbModel
 from arbitor.optimized import cli
-from arbitor.optimized.distributed.world import World
-from arbitor.optimized.training import loop
 from arbitor.optimized.training.checkpoint import load_checkpoint
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import opened, train
@@ -391,10 +388,3 @@ def test_another_sidecar_than_the_trained_one_is_told(
     picture = ["--image", str(media / "image" / "00.png"), "--sidecar", f"vision={checkpoints / 'dinov2'}"]
     arb(["generate", "--run", str(trained), "--device", "cpu", "--bytes", "1", *picture])
     assert "the vision sidecar is not the one that the run was trained with" in capsys.readouterr().err
-
-
-def test_several_ranks_train_no_mix(media: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each rank would draw the same samples."""
-    monkeypatch.setattr(loop, "joined", lambda: contextlib.nullcontext(World(0, 2)))
-    with pytest.raises(TrainingError, match="2 ranks were started, but a mix with media is trained by one"):
-        train(options(media, None, "image"))

@@ -19,10 +19,13 @@ POISON = -7
 
 
 class Launches:
-    """Stands in for a CUDA graph where there is none: a replay launches what was recorded."""
+    """Stands in for a CUDA graph where there is none: a replay launches what was recorded, until the graph is reset."""
 
     def __init__(self, run: Any) -> None:
         self.replay = run
+
+    def reset(self) -> None:
+        del self.replay
 
 
 def without_graphs(monkeypatch: pytest.MonkeyPatch, replayed: list[str]) -> None:

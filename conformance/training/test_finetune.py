@@ -116,6 +116,15 @@ def test_a_signal_saves(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert resumed["adapter_sha256"] == again["adapter_sha256"]
 
 
+def test_one_rank_of_torchrun_adapts_as_a_process_alone(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = options(base, None, save=False, save_interval=None, steps=3)
+    digests = [train(asked).summary["adapter_sha256"]]
+    for name, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    digests.append(train(asked).summary["adapter_sha256"])
+    assert digests[0] == digests[1]
+
+
 def floats(model: ArbModel) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in model.parameters()]
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from arbitor.optimized.distributed.world import World
 from arbitor.optimized.settings import values_vouched_for
+from arbitor.optimized.training import loop
 from arbitor.optimized.training.census import Census
 from arbitor.optimized.training.checkpoint import state_sha256
 from arbitor.optimized.training.passes import Passes, RecordedPasses
@@ -21,9 +25,10 @@ from arbitor.reference.graph import ArbModel, grouped, layers
 from conformance.compare import exact
 from conformance.graph import models
 from conformance.subject import Subject, needs_cuda
+from conformance.training import nano
 from conformance.training.nano import WHOLE
 from conformance.training.no_graphs import FIRST_BYTES, some_losses_are_not_finite, without_graphs
-from conformance.training.runs import replays
+from conformance.training.runs import options, replays
 
 
 def test_what_a_pass_leaves_can_be_told_later() -> None:
@@ -172,6 +177,64 @@ def test_recorded_passes_and_steps_are_those_that_are_launched(monkeypatch: pyte
     for again in (passes.step, lambda: passes.take(models.random_ids(2, 16), rate=models.RATE, step=100)):
         with pytest.raises(RuntimeError, match="the model holds part of a pass or step that raised"):
             again()
+
+
+def test_closed_passes_have_no_graphs_and_may_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    replayed: list[str] = []
+    without_graphs(monkeypatch, replayed)
+    launched, recorded = (kind(ArbModel(LIVELY, seed=3)) for kind in (Passes, RecordedPasses))
+    for step in range(8):
+        for passes in (launched, recorded):
+            do(passes, "accepted", step)
+            passes.step()
+            if step == 4:
+                graphs = [*getattr(passes, "_graphs", ()), *getattr(passes, "_step_graphs", {}).values()]
+                passes.close()
+                assert not any(hasattr(graph, "replay") for graph in graphs)
+        assert state_sha256(recorded.model.state()) == state_sha256(launched.model.state()), step
+    # Three before they were closed, and three after: they are recorded at once.
+    assert replayed.count("forward") == 6 and replayed.count("step") == 6
+
+
+def test_passes_are_recorded_anew_where_other_weights_are_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    replayed: list[str] = []
+    without_graphs(monkeypatch, replayed)
+    launched, recorded = (kind(ArbModel(LIVELY, seed=3)) for kind in (Passes, RecordedPasses))
+    for step in range(12):
+        for passes in (launched, recorded):
+            if step in (4, 8):
+                passes.model.layers[0].requires_grad_(step == 8)
+            do(passes, "accepted", step)
+            passes.step()
+        assert state_sha256(recorded.model.state()) == state_sha256(launched.model.state()), step
+    # Of each four passes the first two are launched.
+    assert replayed.count("forward") == 6
+
+
+def test_a_run_closes_its_passes_before_it_leaves_its_ranks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Otherwise NCCL would wait for ever for graphs that exchange. A run that is refused or raises closes them too."""
+    nano.register(monkeypatch)
+    (tmp_path / "text.txt").write_bytes(nano.TEXT)
+    told: list[str] = []
+
+    @contextmanager
+    def joined() -> Iterator[World]:
+        try:
+            yield World()
+        finally:
+            told.append("left")
+
+    monkeypatch.setattr(loop, "joined", joined)
+    monkeypatch.setattr(Passes, "close", lambda passes: told.append("closed"))
+    loop.train(options(tmp_path / "text.txt", None, save=False, steps=1))
+    assert told == ["closed", "left"]
+    told.clear()
+    monkeypatch.setattr(Passes, "take", lambda *_, **__: interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(options(tmp_path / "text.txt", None, save=False, steps=1))
+    assert told == ["closed", "left"]
 
 
 def test_what_is_recorded_side_by_side_may_run_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ def check_run(options: Mapping[str, Any]) -> None:
 
 
 def train_and_print(*, no_save: bool, **options: Any) -> None:
-    """Train, and print what the run came to.
+    """Train, and print what the run came to, once for all ranks.
 
     Args:
         no_save: whether no checkpoints are written.
@@ -83,7 +83,8 @@ def train_and_print(*, no_save: bool, **options: Any) -> None:
 
     console = Console(file=cast(Any, Unbreakable(sys.stdout)))
     result = run_training(TrainOptions(save=not no_save, **options), console=console)
-    _print_result(console, result)
+    if result.is_of_first:
+        _print_result(console, result)
 
 
 def _print_result(console: Any, result: TrainResult) -> None:

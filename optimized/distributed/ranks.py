@@ -20,7 +20,6 @@ from torch import Tensor
 from arbitor.optimized.distributed.changes import Piece
 from arbitor.optimized.distributed.traffic import Traffic
 from arbitor.optimized.distributed.world import World, as_bytes
-from arbitor.optimized.kernels.parts import add_parts
 from arbitor.optimized.training.options import EXCHANGES
 from arbitor.reference.constants import VOTED_IN
 from arbitor.reference.graph import ArbModel
@@ -156,6 +155,19 @@ class GroupRanks(Ranks):
 
         for first in range(0, max(num_rows, 1), step):
             begin(first, min(first + step, num_rows))
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Put the sum over ranks in the place of each tensor, float32. They travel as one, in pieces if there are many bytes.
+
+        Every rank has the same shapes, in the same order. The host waits for the sums.
+        """
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        for piece in flat.split(max(self._traffic.most_pending // flat.element_size(), 1)):
+            parts = self._traffic.begin_gather(piece, None)()
+            assert parts is not None
+            sum_in_order(parts, piece)
+        for tensor, total in zip(tensors, flat.split([each.numel() for each in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))
 
     def step(self, weights: Mapping[int, LaidOutWeight], apply: Callable[[Sequence[int]], None]) -> None:
         """See `Ranks`."""
@@ -356,6 +368,9 @@ def sum_in_order(parts: Tensor, out: Tensor) -> None:
     parts: float32 or bfloat16.
     """
     if parts.is_cuda:
+        # A run on a CPU needs no Triton.
+        from arbitor.optimized.kernels.parts import add_parts
+
         add_parts(parts, out)
     else:
         out.copy_(in_order(part.float() for part in parts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,17 +11,18 @@ from torch import Tensor
 
 from arbitor.optimized.distributed.ranks import GroupRanks, owners
 from arbitor.optimized.distributed.world import World, code_sha256
+from arbitor.optimized.training.checkpoint import Checkpoint, adapter_sha256
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.constants import TRITS_PER_BYTE
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.types import TernaryWeight
 
-OF_A_PLACE = ("data", "preset")
+OF_A_PLACE = ("data", "preset", "init_from")
 """Settings in which ranks may differ: the names of files, whose contents are compared."""
 
 
 def check_agreement(
-    world: World, *, config: Mapping[str, Any], document: Mapping[str, Any], checkpoint: str | None
+    world: World, *, config: Mapping[str, Any], document: Mapping[str, Any], checkpoint: Checkpoint | None
 ) -> None:
     """Refuse ranks that would not do the same.
 
@@ -29,7 +30,7 @@ def check_agreement(
         world: the processes of the run.
         config: configuration of the model, as JSON data.
         document: settings of the run, and what is known of its data, as JSON data.
-        checkpoint: ``state_sha256`` of what the run goes on from; None for a new run.
+        checkpoint: what the run goes on from; None for a new run.
 
     Raises:
         TrainingError: they differ in the data, a setting, the code or the checkpoint; it names the first difference.
@@ -37,7 +38,19 @@ def check_agreement(
     if world.count == 1:
         return
     facts = {name: value for name, value in document.items() if name not in OF_A_PLACE}
-    world.agree({**facts, **config, "code_sha256": code_sha256(), "checkpoint": checkpoint})
+    world.agree({**facts, **config, "code_sha256": code_sha256(), **_facts_of(checkpoint)})
+
+
+def _facts_of(checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """Return what tells a checkpoint from others: a step may leave the state as it is, and adapters do not change their base."""
+    if checkpoint is None:
+        return {}
+    adapter = checkpoint.adapter
+    return {
+        "checkpoint_step": checkpoint.step,
+        "checkpoint_state_sha256": checkpoint.state_sha256,
+        "checkpoint_adapter_sha256": None if adapter is None else adapter_sha256(adapter),
+    }
 
 
 def train_together(model: ArbModel, world: World, *, exchange: str) -> None:
@@ -103,6 +116,13 @@ def whole_state(model: ArbModel) -> dict[str, TernaryWeight | Tensor] | None:
     """Return all that training changes, for a checkpoint: whole on rank 0, None on other ranks. Every rank must call this."""
     ranks = model.voting.ranks
     return ranks.state() if isinstance(ranks, GroupRanks) else model.state()
+
+
+def add_up(model: ArbModel, tensors: Sequence[Tensor]) -> None:
+    """Put the sum over ranks in the place of each tensor, float32. Every rank must call this with the same shapes."""
+    ranks = model.voting.ranks
+    if isinstance(ranks, GroupRanks) and tensors:
+        ranks.add_up(tensors)
 
 
 def unrecorded(world: World, spreads: Mapping[str, Any]) -> str:

@@ -142,6 +142,11 @@ class World:
 
         return wait
 
+    def wait(self) -> None:
+        """Wait until all ranks have come here."""
+        if self.count > 1:
+            self.gathered(torch.zeros(1))
+
     def signal(self, number: int | None) -> int | None:
         """Return the signal that asked any of the ranks to stop, the largest number of all; None if none did."""
         if self.count == 1:
@@ -222,7 +227,7 @@ def _group(number: int, count: int) -> Iterator[World]:
         yield world
         # Who is done waits for the others, as one of them may hold the store.
         with contextlib.suppress(RankLost):
-            world.gathered(torch.zeros(1))
+            world.wait()
         is_done = True
     finally:
         _joined = None

@@ -80,7 +80,9 @@ def linear_input_grad(
     # The sum is rounded once, so no kernel takes part that would round its product before.
     if out.numel() and out.is_contiguous() and _unpacks_whole(rows):
         w_NK = dense_rows(rows, grad.dtype, num_groups=num_groups, row_multiple=OUTPUT_MULTIPLE)
-        add_product(out.view(-1, shape[-1]), padded(grad_MN), w_NK)
+        # Of one memory, a program would write what others have still to read.
+        is_shared = out.untyped_storage().data_ptr() == grad_MN.untyped_storage().data_ptr()
+        add_product(out.view(-1, shape[-1]), padded(grad_MN.clone() if is_shared else grad_MN), w_NK)
         return out
     dx_MK = torch.cat([_wide_input_grad(grad_MN, each) for each in _matrices(rows, num_groups)], dim=1)
     return out.copy_(out.float() + dx_MK.reshape(shape))

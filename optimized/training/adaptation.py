@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from arbitor.optimized.distributed.run import add_up
 from arbitor.optimized.training.adapter_files import write_adapter
 from arbitor.optimized.training.adapter_state import AdapterState, named_parameters
 from arbitor.optimized.training.checkpoint import Checkpoint, adapter_sha256
@@ -73,12 +74,13 @@ class Adaptation:
     def step(self, step: int, *, losses: int) -> dict[str, float]:
         """Move the adapters by the mean gradient of some micro-batches, and drop the gradients.
 
-        A gradient that is not finite moves nothing: its rows are counted with those of `Voting.faults`. A matrix that no loss has
-        reached stays as it is.
+        The gradients are summed over ranks first, so that every rank takes the same step. The losses of all ranks reach the same
+        matrices. A gradient that is not finite moves nothing: its rows are counted with those of `Voting.faults`. A matrix that no
+        loss has reached stays as it is.
 
         Args:
             step: steps taken before.
-            losses: micro-batches whose losses were finite.
+            losses: micro-batches whose losses were finite on all ranks.
 
         Returns:
             ``grad_norm``: norm of the mean gradient of all adapters.
@@ -86,12 +88,14 @@ class Adaptation:
         grads = [each.grad for each in self._parameters.values() if each.grad is not None]
         norm = 0.0
         if grads and losses:
+            add_up(self.model, grads)
             for grad in grads:
                 grad.div_(losses)
             norm = float(torch.stack([grad.norm() for grad in grads]).norm())
             # Where the norm is finite, so is every gradient, and the host has waited for the device once.
             faulty = 0 if math.isfinite(norm) else _faulty_rows(grads)
-            self.model.voting.faults += faulty
+            # Every rank has found them, and the faults of all ranks are added up.
+            self.model.voting.faults += faulty if self.model.voting.ranks.number == 0 else 0
             if not faulty:
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.rate(step)
@@ -141,22 +145,17 @@ def _faulty_rows(grads: list[Tensor]) -> int:
     return int(torch.stack([(~grad.isfinite()).any(dim=1).sum() for grad in grads]).sum())
 
 
-def open_adaptation(
-    model: ArbModel, settings: Settings, checkpoint: Checkpoint | None, *, num_ranks: int
-) -> Adaptation | None:
+def open_adaptation(model: ArbModel, settings: Settings, checkpoint: Checkpoint | None) -> Adaptation | None:
     """Return the adaptation of a run, or None for a run that trains ternary weights.
 
     Args:
         model, settings, checkpoint: as for `Adaptation`.
-        num_ranks: processes of the run.
 
     Raises:
-        TrainingError, ValueError: as `Adaptation`; or there are several processes.
+        TrainingError, ValueError: as `Adaptation`.
     """
     if settings.lora_rank is None:
         return None
-    if num_ranks > 1:
-        raise TrainingError(f"{num_ranks} ranks were started, but adapters are trained by one")
     return Adaptation(model, settings, checkpoint)
 
 

@@ -84,6 +84,7 @@ def opened(options: TrainOptions, console: Console | None) -> Iterator[Run]:
         options = _after_restart(options, world)
         folder = _folder(options, world, stack)
         run = Run(_prepared(options, folder, world, stack), request)
+        stack.callback(run.passes.close)
         request.stop_before("its first step; nothing was written")
         # Rank 0 alone writes.
         folder = folder if world.is_first else None

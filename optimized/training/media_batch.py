@@ -6,12 +6,13 @@ Legend: B samples of a batch, T ids, N vectors or tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from arbitor.optimized.distributed.world import World
 from arbitor.optimized.training.generate import first_window
 from arbitor.optimized.training.media import CAPTION_END, Features, lead_of
 from arbitor.reference.config import NGRAM, SPECIAL_IDS
@@ -39,6 +40,17 @@ class Batch:
         """Return the number of bytes that are predicted."""
         mask = None if self.targets is None else self.targets.taught_BT
         return self.ids_BT[:, 3:].numel() if mask is None else int(mask[:, 3:].sum())
+
+    def share(self, world: World) -> Batch:
+        """Return the samples of this rank, as `World.share` shares windows. The batches of all ranks have one shape."""
+        targets = self.targets
+        if targets is not None:
+            shared = {
+                name: None if value is None else world.share(value) for name, value in vars(targets).items()
+            }
+            targets = Targets(**shared)
+        media = {name: world.share(value) for name, value in self.media.items()}
+        return replace(self, ids_BT=world.share(self.ids_BT), media=media, targets=targets)
 
     def on(self, device: torch.device | str) -> dict[str, Any]:
         """Return the arguments of `ArbModel.losses` on a device."""

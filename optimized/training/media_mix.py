@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from arbitor.optimized.distributed.world import World
+from arbitor.optimized.training.checkpoint import state_sha256
 from arbitor.optimized.training.data import (
     Corpus,
     Split,
@@ -86,6 +88,7 @@ class Mix:
         corpus: Corpus,
         split: Split,
         run: Path | None,
+        world: World,
     ) -> None:
         """Read what the data are, and load the sidecars that they need. Nothing is written.
 
@@ -95,6 +98,7 @@ class Mix:
             runtime: where the run is.
             corpus, split: the text, read.
             run: folder of the run, or None where nothing is written.
+            world: the processes of the run. Each reads whole micro-batches, and takes its share of their samples.
 
         Raises:
             TrainingError, SidecarError: data or a sidecar that cannot be read.
@@ -102,7 +106,7 @@ class Mix:
         """
         self.settings, self.config = settings, config
         self.kinds = {kind: weight for kind, weight in weights_of(settings).items() if weight}
-        self.run = run
+        self.run, self.world = run, world
         sources = data_of(settings)
         _refuse_unread(sources, config)
         self._corpora: dict[str, tuple[Corpus, Split]] = {"text": (corpus, split)}
@@ -134,11 +138,15 @@ class Mix:
             warn: is told one sentence for each file that cannot be decoded.
 
         Raises:
-            TrainingError: the folder of the cache cannot be made, or the codec of the run folder is refused.
+            TrainingError: the folder of the cache cannot be made, the codec of the run folder is refused, or the codecs of ranks
+                differ.
         """
+        # Rank 0 has emptied a folder that is to begin anew.
+        self.world.wait()
         self.reader.warn = warn
         if "speech" in self._folders:
-            self.reader.codec = self._opened_codec()
+            self.reader.codec = codec = self._opened_codec()
+            self.world.agree({"the codec of speech": state_sha256(codec.state())})
             self.reader.speech = (*self._folders["speech"].train, *self._folders["speech"].validation)
         if not self._folders.keys() & SIDECAR_OF.keys():
             return
@@ -154,7 +162,7 @@ class Mix:
             ) from error
 
     def _opened_codec(self) -> AudioCodec:
-        """Return the codec of the run folder; or train it, and write it where the run has a folder."""
+        """Return the codec of the run folder; or train it, on every rank the same, and let rank 0 write it to the folder."""
         folder = self._folders["speech"]
         path = None if self.run is None else self.run / CODEC_FILE
         if path is not None and path.exists():
@@ -166,7 +174,7 @@ class Mix:
 
         seed = self.settings.seed
         codec = trained_codec(read, len(items), self.config, self._runtime, seed=seed)
-        if path is not None:
+        if path is not None and self.world.is_first:
             save_codec(path, codec, seed=seed, sha256=folder.sha256)
         return codec
 
@@ -278,17 +286,18 @@ class Mix:
         return Targets(torch.full((batch,), MODALITIES.index(ANSWERED_BY.get(kind, "text"))))
 
     def take(self, model: ArbModel, *, rate: float, micro_step: int) -> float | None:
-        """Run one pass, in which every weight behind the loss votes; see `Passes.take`."""
+        """Run one pass of this rank's samples, in which every weight behind the loss votes; see `Passes.take`."""
         batch = self.batch(micro_step)
-        losses = model.losses(**batch.on(model.voting.faults.device))
+        losses = model.losses(**batch.share(self.world).on(model.voting.faults.device))
         if not model.backward(losses, rate=rate, step=micro_step, undo=False):
             return None
         self.ids_taken += batch.ids_BT.numel()
+        names = [name for name in COMPONENTS if name in losses]
+        means = model.voting.ranks.mean(torch.stack([losses[name].detach() for name in names])).tolist()
         sums = self._sums.setdefault(batch.kind, {})
-        for name in COMPONENTS:
-            if name in losses:
-                sums.setdefault(name, []).append(losses[name].item())
-        return losses["bytes"].item()
+        for name, mean in zip(names, means, strict=True):
+            sums.setdefault(name, []).append(mean)
+        return means[names.index("bytes")]
 
     def metrics(self, *, validated: bool) -> dict[str, dict[str, float | None]]:
         """Return the mean losses of each kind since this was last asked, and what the newest validation found.
@@ -391,28 +400,25 @@ def open_mix(
     split: Split,
     run: Path | None,
     recorded: Mapping[str, Any] | None,
-    num_ranks: int = 1,
+    world: World,
 ) -> Mix | None:
     """Return the mix of a run, or None where the run has one text and nothing else.
 
     Args:
-        settings, config, runtime, corpus, split, run: as for `Mix`.
+        settings, config, runtime, corpus, split, run, world: as for `Mix`.
         recorded: settings of the run that is resumed, or None for a new one.
-        num_ranks: ranks that train the model. A mix is trained by one.
 
     Raises:
-        TrainingError, SidecarError, ValueError: as `Mix` and `Mix.refuse_other`; or there are several ranks; or passes are to be
-            recorded, although those of a mix have no one shape.
+        TrainingError, SidecarError, ValueError: as `Mix` and `Mix.refuse_other`; or passes are to be recorded, although those of a
+            mix have no one shape.
     """
     if len(data_of(settings)) == 1:
         return None
-    if num_ranks > 1:
-        raise TrainingError(f"{num_ranks} ranks were started, but a mix with media is trained by one")
     if settings.cuda_graph:
         raise ValueError(
             "cuda_graph is True, but must be False or None for a mix: its passes have no one shape"
         )
-    mix = Mix(settings, config, runtime, corpus=corpus, split=split, run=run)
+    mix = Mix(settings, config, runtime, corpus=corpus, split=split, run=run, world=world)
     mix.refuse_other(recorded)
     return mix
 

@@ -61,12 +61,16 @@ class Passes:
         """Take the step of the model that follows the passes since the last step, as `ArbModel.step` does."""
         self.model.step()
 
+    def close(self) -> None:
+        """Let go of what the passes hold of a device and of the group of ranks. Passes may be taken again after it."""
+
 
 class RecordedPasses(Passes):
     """Takes the passes of a model on CUDA from two graphs, once `LAUNCHED_FIRST` of them were accepted, and their steps from one.
 
     The first ones are launched, on the same buffers and with the same kernels as are then recorded. The graphs read and write
-    the memory of the model as it is then: it must not be moved, and what is frozen must stay so. All passes have ids of one shape.
+    the memory of the model as it is then, so it must not be moved. All passes have ids of one shape. Where other weights are frozen
+    than when the passes were recorded, they are recorded anew.
     """
 
     def __init__(self, model: ArbModel) -> None:
@@ -85,6 +89,9 @@ class RecordedPasses(Passes):
         self._accepted = 0
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._note_replay: Callable[[], None] = lambda: None
+        self._weights = tuple(model.ternary_modules().values())
+        # Which of them were, when the passes were recorded.
+        self._frozen: list[bool] = []
         # The notes that the last pass left, while the rows that a replay wrote for them are still there.
         self._left: list[Note] = []
         # Then its kernels are compiled, for the number of rows of one pass.
@@ -101,6 +108,10 @@ class RecordedPasses(Passes):
         voting = self.model.voting
         voting.check_ready()
         self._fill(ids_BT, rate, step)
+        frozen = [module.frozen for module in self._weights]
+        if frozen != self._frozen:
+            self.close()
+            self._frozen, self._accepted = frozen, 0
         if self._accepted >= LAUNCHED_FIRST and not self._graphs:
             self._graphs = self._record()
         # Whatever becomes of this pass, it writes over the rows of the one before.
@@ -131,6 +142,13 @@ class RecordedPasses(Passes):
                 voting.notes = list(self._notes)
             self.model.step_weights(self._replay_step)
             self.model.step_tables()
+
+    def close(self) -> None:
+        """See `Passes.close`. A group of ranks cannot be taken apart while there are graphs that exchange in it."""
+        for graph in (*self._graphs, *self._step_graphs.values()):
+            graph.reset()
+        self._graphs, self._left = [], []
+        self._step_graphs.clear()
 
     def _fill(self, ids_BT: Tensor, rate: float, step: int) -> None:
         """Write what a pass reads into its buffers."""

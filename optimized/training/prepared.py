@@ -134,7 +134,7 @@ def prepare(
         split=text.split,
         run=folder,
         recorded=found.settings,
-        num_ranks=world.count,
+        world=world,
     )
     recorded = (
         mix is None
@@ -168,10 +168,7 @@ def prepare(
             keep_votes=settings.keep_votes,
             as_base=settings.lora_rank is not None,
         )
-    adaptation = open_adaptation(model, settings, found.checkpoint, num_ranks=world.count)
-    if found.checkpoint is not None:
-        # The model has the tensors now, and a run keeps no second copy of them.
-        found = replace(found, checkpoint=replace(found.checkpoint, state={}, adapter=None))
+    adaptation = open_adaptation(model, settings, found.checkpoint)
     document = {
         **settings.as_json(),
         **text.document(),
@@ -181,8 +178,10 @@ def prepare(
     }
     if settings.init_from is not None:
         document["init_sha256"] = same_beginning(settings.init_from, beginning, found.settings)
-    digest = None if found.checkpoint is None else found.checkpoint.state_sha256
-    check_agreement(world, config=config_json, document=document, checkpoint=digest)
+    check_agreement(world, config=config_json, document=document, checkpoint=found.checkpoint)
+    if found.checkpoint is not None:
+        # The model has the tensors now, and a run keeps no second copy of them.
+        found = replace(found, checkpoint=replace(found.checkpoint, state={}, adapter=None))
     train_together(model, world, exchange=settings.exchange)
     return Prepared(
         settings=settings,

@@ -58,12 +58,14 @@ class TrainResult:
         summary: what ``summary.json`` holds. Of several ranks only rank 0 has the ``state_sha256``, and a sample.
         prompt, sample: bytes that the finished model was given, and what it added.
         folder: the run folder, or None where nothing was written.
+        is_of_first: whether it is that of rank 0, which alone prints.
     """
 
     summary: dict[str, Any]
     prompt: bytes
     sample: bytes
     folder: Path | None
+    is_of_first: bool = True
 
 
 class Run:
@@ -201,7 +203,9 @@ class Run:
             self._draw_page(facts)
         self.monitor.close()
         path = None if self.folder is None else self.folder.path
-        return TrainResult(summary=summary, prompt=prompt, sample=sample, folder=path)
+        return TrainResult(
+            summary=summary, prompt=prompt, sample=sample, folder=path, is_of_first=self.world.is_first
+        )
 
     def _take_steps(self) -> None:
         settings = self.settings
@@ -358,6 +362,9 @@ class Run:
 
     def _checkpoint_metadata(self) -> dict[str, Any]:
         self._count_time()
+        if self.adaptation is not None and self.world.count > 1:
+            # Each rank takes the steps of AdamW by itself, and machines of two kinds may round one in two ways.
+            self.world.agree({"adapter_sha256": self.adaptation.sha256()})
         return {
             "config": self.prepared.config,
             "seed": self.settings.seed,

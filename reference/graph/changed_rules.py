@@ -32,8 +32,11 @@ class Ruled(ArbModule):
     rules: tuple[str, ...]
 
     def get_extra_state(self) -> Tensor:
-        """Return the names of the rules as text in a tensor, because files of tensors hold nothing else."""
-        return torch.tensor(list("\n".join(self.rules).encode()), dtype=torch.uint8)
+        """Return the names of the rules as text in a tensor, because files of tensors hold nothing else.
+
+        The text can be read whatever device is torch's default one.
+        """
+        return torch.tensor(list("\n".join(self.rules).encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Any) -> None:
         """Keep the rules: `check_tensors` has compared them."""
@@ -44,6 +47,9 @@ class Ruled(ArbModule):
         name = f"{prefix}{RULES_ENTRY}"
         if name in state_dict:
             checks.dtype_in(name, state_dict[name], (torch.uint8,))
+            if state_dict[name].is_meta:
+                # Only shapes are handed on, and no weights that learned.
+                return
             stated = bytes(state_dict[name].flatten().tolist()).decode(errors="replace").split("\n")
         elif any(prefix + key in state_dict for key, _ in self.named_buffers()):
             stated = []

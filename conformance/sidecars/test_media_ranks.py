@@ -1,0 +1,86 @@
+"""A mix on two ranks: each takes its share of the samples of a micro-batch, and together they learn from the batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arbitor.optimized.distributed.world import World
+from arbitor.optimized.training.loop import opened, train
+from arbitor.optimized.training.metrics import read_metrics
+from arbitor.optimized.training.run_folder import CODEC_FILE
+from conformance.compare import exact
+from conformance.distributed.test_distributed import ended, torchrun
+from conformance.sidecars.media_ranks import asked, shorten, tuned
+from conformance.sidecars.media_runs import KINDS, options, outcome
+
+pytestmark = pytest.mark.usefixtures("short")
+
+
+@pytest.fixture(scope="module")
+def folder(media: Path, short: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder with the runs of two ranks, `whole` and `killed`, and that of one process, `alone`."""
+    shorten(short)
+    folder = tmp_path_factory.mktemp("ranks")
+    asked(media, folder, "whole")
+    code, _, err = ended(torchrun(2, "conformance.sidecars.media_ranks", str(media), str(folder)))
+    assert code == 0, err
+    train(asked(media, folder, "alone"))
+    train(tuned(media, folder, "tuned alone"))
+    return folder
+
+
+def test_shares_of_a_batch_are_the_batch(media: Path, cache: str) -> None:
+    """Rows of one rank after those of the other, of one length, whatever the samples of a rank are."""
+    with opened(options(media, None, *KINDS, feature_cache=cache, batch=4), None) as run:
+        assert run.mix is not None
+        seen = set()
+        for micro_step in range(30):
+            batch = run.mix.batch(micro_step)
+            seen.add(batch.kind)
+            shares = [batch.share(World(number, 2)) for number in range(2)]
+            assert [each.kind for each in shares] == [batch.kind] * 2
+            want, parts = batch.on("cpu"), [each.on("cpu") for each in shares]
+            assert parts[0].keys() == parts[1].keys() == want.keys()
+            for name in want.keys() - {"targets"}:
+                exact(joined(*(part[name] for part in parts)), want[name], name)
+            for name, value in vars(want["targets"]).items():
+                exact(joined(*(getattr(part["targets"], name) for part in parts)), value, name)
+        assert seen == {"text", *KINDS}
+
+
+def joined(one: Any, other: Any) -> Any:
+    """Return two shares one after the other, of equal size; None where both are."""
+    if one is None or other is None:
+        assert one is other
+        return None
+    assert one.shape == other.shape
+    return one.new_tensor([*one.tolist(), *other.tolist()])
+
+
+@pytest.mark.parametrize("names", [("whole", "alone"), ("tuned", "tuned alone")])
+def test_two_ranks_learn_from_the_batches_of_one_process(folder: Path, names: tuple[str, str]) -> None:
+    """Kinds come in the same order, and losses are alike before steps have told them apart."""
+    lines = [list(read_metrics(folder / name / "metrics.jsonl")) for name in names]
+    kinds = [[sorted(line.get("media", {})) for line in each] for each in lines]
+    # Adapters learn no speech, and have no codec.
+    spoken = {"speech"} if names[0] == "whole" else set()
+    assert kinds[0] == kinds[1] and {kind for line in kinds[0] for kind in line} == {"text", *KINDS, *spoken}
+    # The line of step 0 is of the model that nobody trained, and the losses of step 1 are of the same weights.
+    compared = 0
+    for ours, theirs in zip(lines[0][:2], lines[1][:2], strict=True):
+        for kind, numbers in theirs.get("media", {}).items():
+            assert ours["media"][kind] == pytest.approx(numbers, rel=1e-4), kind
+            compared += len(numbers)
+    assert compared > 5
+    # Rank 0 has written the codec that each rank trained, as one process does.
+    ours, theirs = (folder / name / CODEC_FILE for name in names)
+    assert ours.exists() is bool(spoken) and (not spoken or ours.read_bytes() == theirs.read_bytes())
+
+
+def test_a_mix_of_ranks_that_was_killed_goes_on_to_the_same_hash(folder: Path) -> None:
+    whole, killed = (outcome(folder / name) for name in ("whole", "killed"))
+    assert whole[:2] == killed[:2]
+    assert whole[0] != outcome(folder / "alone")[0]

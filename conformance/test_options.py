@@ -1,0 +1,38 @@
+"""Options of the suite."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+from conformance.system.command import REPOSITORY
+
+
+def collected(*arguments: str) -> set[str]:
+    """Return the names of the tests that the suite would run, without their parameters, in files of three kinds."""
+    files = ("graph/test_video.py", "distributed/test_distributed.py", "test_options.py")
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        [*command, *(f"conformance/{file}" for file in files), *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return set(re.findall(r"^conformance/(\S+?::\w+)", result.stdout, re.MULTILINE))
+
+
+def test_what_runs_on_a_device_is_found() -> None:
+    """Tests of the implementation, and of what ranks found; no others."""
+    every, on_device = collected(), collected("--on-device")
+    assert on_device < every
+    assert (
+        "distributed/test_distributed.py::test_gradients_are_summed_in_rank_order_before_they_vote"
+        in on_device
+    )
+    assert any(name.startswith("graph/test_video.py") for name in on_device)
+    assert any(name.startswith("graph/test_video.py") for name in every - on_device)
+    assert "test_options.py::test_what_runs_on_a_device_is_found" in every - on_device
