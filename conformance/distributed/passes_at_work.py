@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from arbitor.optimized.distributed import ranks as ranks_module
 from arbitor.optimized.distributed.world import World
 from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training.passes import Passes, RecordedPasses
+from arbitor.reference.config import ArbConfig
 from conformance.distributed.at_work import RATE, Place, digest_of, random_ids, ranks_of, together
 from conformance.training import nano
 from conformance.training.no_graphs import FIRST_BYTES, some_losses_are_not_finite, without_graphs
@@ -19,6 +21,14 @@ from conformance.training.runs import replays
 
 STEPS = ("one pass", "one pass", "one pass", "two passes", "one pass", "one pass")
 """Steps of the passes that are counted. The first two are launched, and so is the step of two passes."""
+
+LIVELY: dict[str, Any] = {"theta": 1, "theta_e": 1}
+
+CASES: dict[str, tuple[ArbConfig, torch.dtype, str]] = {
+    "every module": (replace(nano.WHOLE, average_gradients=True, **LIVELY), torch.float32, "full"),
+    "eight bits": (replace(nano.NANO, **LIVELY), torch.bfloat16, "mxint8"),
+}
+"""Models that are compared, their dtype, and how gradients travel."""
 
 REPLAYED_PASSES, REPLAYED_STEPS = 5, 3
 """What is replayed of these steps. A step is launched once before it is recorded."""
@@ -29,8 +39,12 @@ def replays_what_it_launches(world: World, folder: Path) -> Any:
 
     Where tensors of a GPU do not travel by NCCL, and on CPUs, replays launch what was recorded.
     """
+    return {name: compared(world, *case) for name, case in CASES.items()}
+
+
+def compared(world: World, config: ArbConfig, dtype: torch.dtype, exchange: str) -> dict[str, Any]:
+    """Return what passes of each kind come to, by its name, and how many replays there were."""
     found: dict[str, Any] = {}
-    config = replace(nano.WHOLE, theta=1, theta_e=1, average_gradients=True)
     for kind in (Passes, RecordedPasses):
         with pytest.MonkeyPatch.context() as patch, values_vouched_for():
             # An owner has several pieces, each with a graph of its steps.
@@ -42,7 +56,7 @@ def replays_what_it_launches(world: World, folder: Path) -> Any:
             else:
                 replayed = []
                 without_graphs(patch, replayed)
-            passes = kind(together(config, world))
+            passes = kind(together(config, world, dtype, exchange))
             ranks = ranks_of(passes.model)
             ranks.measured()
             nats, number = [], 0
