@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import itertools
 import os
 import pkgutil
 import re
@@ -24,17 +25,19 @@ from unittest import mock
 import torch
 import triton
 from hypothesis import HealthCheck, Phase, given, settings
+from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.jit import JITFunction
 
 from arbitor.optimized import kernels as kernel_package
 from arbitor.optimized import ops
+from arbitor.optimized.kernels.parts import MANY, add_parts
 from arbitor.reference.op_table import OP_TABLE
 from conformance import preset_calls, strategies
 from conformance.case import Case
 from conformance.families import CASES
 from conformance.pretend_cuda import DEVICE, pretended
-from conformance.subject import Subject
+from conformance.subject import Subject, move
 
 EXAMPLES = 10
 """Drawn calls of an op."""
@@ -111,7 +114,18 @@ def recorded(families: list[str]) -> list[Specialisation]:
         for recorder.drawn, calls in ((False, preset_like), (True, drawn)):
             for recorder.cause, case in calls:
                 subject.call(recorder.cause, *case.args, **case.kwargs)
+        if not families:
+            recorder.cause, recorder.drawn = "a sum over ranks", False
+            for given, out in sums_over_ranks():
+                add_parts(*(move(each, DEVICE) for each in (given, out)))
     return list(recorder.found.values())
+
+
+def sums_over_ranks() -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield gradients of ranks, and where their sum goes: no op adds parts in bfloat16, and few add so many."""
+    for dtype, summed_in in itertools.product((torch.float32, torch.bfloat16), repeat=2):
+        for size in (64, MANY):
+            yield torch.zeros(2, size, dtype=dtype), torch.zeros(size, dtype=summed_in)
 
 
 def drawn_calls(name: str) -> list[Case]:
