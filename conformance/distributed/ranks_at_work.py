@@ -1,4 +1,4 @@
-"""What ranks find out together, for test_distributed.py: torchrun starts this module once for many checks.
+"""What ranks find out together, for test_distributed.py and its neighbours: torchrun starts this module once for many checks.
 
     torchrun --nproc-per-node 2 -m conformance.distributed.ranks_at_work FOLDER cpu
 

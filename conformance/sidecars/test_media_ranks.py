@@ -12,7 +12,7 @@ from arbitor.optimized.training.loop import opened, train
 from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.run_folder import CODEC_FILE
 from conformance.compare import exact
-from conformance.distributed.test_distributed import ended, torchrun
+from conformance.distributed.started import ended, torchrun
 from conformance.sidecars.media_ranks import asked, shorten, tuned
 from conformance.sidecars.media_runs import KINDS, options, outcome
 

@@ -179,10 +179,15 @@ def test_recorded_passes_and_steps_are_those_that_are_launched(monkeypatch: pyte
             again()
 
 
-def test_closed_passes_have_no_graphs_and_may_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def both_kinds(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Passes, RecordedPasses]:
+    """Return the list in which replays are noted, and launched and recorded passes of equal models."""
     replayed: list[str] = []
     without_graphs(monkeypatch, replayed)
-    launched, recorded = (kind(ArbModel(LIVELY, seed=3)) for kind in (Passes, RecordedPasses))
+    return replayed, Passes(ArbModel(LIVELY, seed=3)), RecordedPasses(ArbModel(LIVELY, seed=3))
+
+
+def test_closed_passes_have_no_graphs_and_may_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    replayed, launched, recorded = both_kinds(monkeypatch)
     for step in range(8):
         for passes in (launched, recorded):
             do(passes, "accepted", step)
@@ -197,9 +202,7 @@ def test_closed_passes_have_no_graphs_and_may_go_on(monkeypatch: pytest.MonkeyPa
 
 
 def test_passes_are_recorded_anew_where_other_weights_are_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
-    replayed: list[str] = []
-    without_graphs(monkeypatch, replayed)
-    launched, recorded = (kind(ArbModel(LIVELY, seed=3)) for kind in (Passes, RecordedPasses))
+    replayed, launched, recorded = both_kinds(monkeypatch)
     for step in range(12):
         for passes in (launched, recorded):
             if step in (4, 8):

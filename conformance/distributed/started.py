@@ -1,0 +1,73 @@
+"""Ranks that torchrun starts for the tests, and how many of them a test asks what they found."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arbitor.optimized.training.metrics import last_step
+from conformance.system.command import REPOSITORY, environment, until
+
+SECONDS = 300
+"""Seconds after which ranks hang. On two busy cores they are slow."""
+
+STEPS, SAVED_EVERY, KILLED_AT, STOPPED_AT = 30, 3, 5, 12
+"""Steps of the run that is killed and then stopped."""
+
+
+def torchrun(
+    count: int, *arguments: str, restarts: int = 0, nodes: Sequence[str] = ("--standalone",)
+) -> subprocess.Popen[str]:
+    """Start ranks, without a terminal, on a port that is free. On a CPU kernels of Triton run in its interpreter."""
+    interpreted = {name: os.environ[name] for name in ("TRITON_INTERPRET",) if name in os.environ}
+    return subprocess.Popen(
+        [
+            sys.executable, "-m", "torch.distributed.run", *nodes, f"--nproc-per-node={count}",
+            f"--max-restarts={restarts}", "-m", *arguments,
+        ],
+        cwd=REPOSITORY,
+        env={**environment(), **interpreted, "TORCH_CPP_LOG_LEVEL": "ERROR"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Return the exit code of ranks and what they wrote; end them if they hang."""
+    try:
+        out, err = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, out, err
+
+
+def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
+    """Return the process ids of the ranks that torchrun has started, by number."""
+    found = {}
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in map(int, children):
+        try:
+            variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        found.update({int(each[5:]): child for each in variables if each.startswith(b"RANK=")})
+    return found
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    assert until(lambda: last_step(run / "metrics.jsonl") >= step, process), ended(process)
+
+
+both = pytest.mark.parametrize("found", [2, 3], indirect=True, ids=["two_ranks", "three_ranks"])
+two = pytest.mark.parametrize("found", [2], indirect=True, ids=["two_ranks"])
+three = pytest.mark.parametrize("found", [3], indirect=True, ids=["three_ranks"])
+Found = tuple[Path, list[dict[str, Any]]]
