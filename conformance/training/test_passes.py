@@ -203,15 +203,19 @@ def test_closed_passes_have_no_graphs_and_may_go_on(monkeypatch: pytest.MonkeyPa
 
 def test_passes_are_recorded_anew_where_other_weights_are_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     replayed, launched, recorded = both_kinds(monkeypatch)
-    for step in range(12):
+    for step in range(14):
         for passes in (launched, recorded):
+            layer = passes.model.layers[0]
             if step in (4, 8):
-                passes.model.layers[0].requires_grad_(step == 8)
+                layer.requires_grad_(step == 8)
             do(passes, "accepted", step)
+            # Of the last two steps the first is of fewer weights than voted.
+            layer.requires_grad_(step not in (4, 5, 6, 7, 12))
             passes.step()
+            layer.requires_grad_(step not in (4, 5, 6, 7))
         assert state_sha256(recorded.model.state()) == state_sha256(launched.model.state()), step
-    # Of each four passes the first two are launched.
-    assert replayed.count("forward") == 6
+    # Of each four passes the first two are launched, and the step of fewer weights.
+    assert replayed.count("forward") == 8 and replayed.count("step") == 7
 
 
 def test_a_run_closes_its_passes_before_it_leaves_its_ranks(

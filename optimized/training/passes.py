@@ -108,7 +108,7 @@ class RecordedPasses(Passes):
         voting = self.model.voting
         voting.check_ready()
         self._fill(ids_BT, rate, step)
-        frozen = [module.frozen for module in self._weights]
+        frozen = self._frozen_now()
         if frozen != self._frozen:
             self.close()
             self._frozen, self._accepted = frozen, 0
@@ -132,6 +132,8 @@ class RecordedPasses(Passes):
         voting, left, self._left = self.model.voting, self._left, []
         # Notes of other passes may have come, and these notes may have been delivered or forgotten.
         lone = bool(left) and len(voting.notes) == len(left) and all(map(is_, voting.notes, left))
+        # A weight that was frozen since the pass has no part in the step.
+        lone = lone and self._frozen_now() == self._frozen
         if not (self._graphs and lone and self._lone_step_launched):
             super().step()
             self._lone_step_launched |= lone
@@ -149,6 +151,10 @@ class RecordedPasses(Passes):
             graph.reset()
         self._graphs, self._left = [], []
         self._step_graphs.clear()
+
+    def _frozen_now(self) -> list[bool]:
+        """Return which weights are frozen."""
+        return [module.frozen for module in self._weights]
 
     def _fill(self, ids_BT: Tensor, rate: float, step: int) -> None:
         """Write what a pass reads into its buffers."""
