@@ -27,6 +27,7 @@ from conformance.distributed.started import (
     STOPPED_AT,
     ended,
     ranks_of,
+    succeeded,
     torchrun,
     wait_for_step,
 )
@@ -104,6 +105,5 @@ def find(
         (folder / "base-again").symlink_to("base")
         begun = replace(adapters_at_work.finetune_options(folder), device="cpu", run=folder / "adapted-alone")  # type: ignore[type-var]
         train_until_killed(4, begun)
-    code, _, err = ended(torchrun(count, "conformance.distributed.ranks_at_work", str(folder), device))
-    assert code == 0, err
+    succeeded(torchrun(count, "conformance.distributed.ranks_at_work", str(folder), device))
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(count)]

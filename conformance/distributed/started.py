@@ -32,7 +32,8 @@ def torchrun(
             f"--max-restarts={restarts}", "-m", *arguments,
         ],
         cwd=REPOSITORY,
-        env={**environment(), **interpreted, "TORCH_CPP_LOG_LEVEL": "ERROR"},
+        # A rank that a library aborts says where it was.
+        env={**environment(), **interpreted, "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONFAULTHANDLER": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -48,6 +49,14 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
         process.kill()
         raise
     return process.returncode, out, err
+
+
+def succeeded(process: subprocess.Popen[str]) -> str:
+    """Wait for ranks that must end well, and return what they printed. A failure shows what the ranks themselves said."""
+    code, out, err = ended(process)
+    # torchrun says after them, at length, which of them failed.
+    assert code == 0, err.partition("failed (exitcode: ")[0]
+    return out
 
 
 def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:

@@ -12,7 +12,7 @@ from arbitor.optimized.training.loop import opened, train
 from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.run_folder import CODEC_FILE
 from conformance.compare import exact
-from conformance.distributed.started import ended, torchrun
+from conformance.distributed.started import succeeded, torchrun
 from conformance.sidecars.media_ranks import asked, shorten, tuned
 from conformance.sidecars.media_runs import KINDS, options, outcome
 
@@ -25,8 +25,7 @@ def folder(media: Path, short: pytest.MonkeyPatch, tmp_path_factory: pytest.Temp
     shorten(short)
     folder = tmp_path_factory.mktemp("ranks")
     asked(media, folder, "whole")
-    code, _, err = ended(torchrun(2, "conformance.sidecars.media_ranks", str(media), str(folder)))
-    assert code == 0, err
+    succeeded(torchrun(2, "conformance.sidecars.media_ranks", str(media), str(folder)))
     train(asked(media, folder, "alone"))
     train(tuned(media, folder, "tuned alone"))
     return folder

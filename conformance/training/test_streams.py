@@ -19,11 +19,8 @@ import torch
 from arbitor.optimized.training import baselines, data, streams
 from arbitor.optimized.training.baselines import baseline_bpb
 from arbitor.optimized.training.data import (
-    Segments,
-    Split,
     load_corpus,
     split_corpus,
-    training_batch,
     validation_windows,
 )
 from arbitor.optimized.training.errors import TrainingError
@@ -32,6 +29,8 @@ from arbitor.optimized.training.options import TrainOptions
 from arbitor.optimized.training.streams import documents, stream_of, written
 from arbitor.optimized.training.texts import find_texts
 from arbitor.sidecars import SidecarError
+from conformance.system.command import arb
+from conformance.training import texts_at_work
 from conformance.training.runs import options, train_until_killed
 
 needs_datasets = pytest.mark.skipif(
@@ -307,45 +306,16 @@ def test_a_copy_that_cannot_be_written_is_a_sentence(large: Path, monkeypatch: p
         load_corpus(str(large))
 
 
-def own_memory() -> int:
-    """Return the bytes that this process holds itself, without pages of files, which the system takes back when it likes."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) * 1024
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
-@pytest.mark.parametrize("val_data", [False, True], ids=["blocks", "one run"])
-def test_a_text_may_be_larger_than_memory(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, val_data: bool
-) -> None:
-    """A folder of 24 MiB takes no such memory: to be read, split, counted, or drawn from."""
-    folder, size = tmp_path / "folder", 2**23
-    folder.mkdir()
-    for number in range(3):
-        (folder / f"{number}.txt").write_bytes(bytes([65 + number, 10]) * (size // 2))
-    monkeypatch.setattr(data, "MAPPED_BYTES", 3 * size)
-    monkeypatch.setattr(data, "PIECE_BYTES", 2**20)
-    monkeypatch.setattr(baselines, "PIECE_BYTES", 2**16)
-    monkeypatch.setattr(baselines, "COUNTED_BYTES", 2**21)
-    before = own_memory()
-    corpus = load_corpus(str(folder))
-    whole = Segments(((0, corpus.data_N.numel()),))
-    split = Split(whole, whole) if val_data else split_corpus(corpus, 64)
-    windows_WT = validation_windows(corpus, split, count=32, context=64)
-    peak = own_memory()
-    bincount = torch.bincount
+@pytest.mark.parametrize("way", texts_at_work.WAYS)
+def test_a_text_may_be_larger_than_memory(tmp_path: Path, way: str) -> None:
+    """A folder of three files takes less memory than one: to be read, split, counted, or drawn from.
 
-    def watched(*arguments: Any, **named: Any) -> torch.Tensor:
-        nonlocal peak
-        peak = max(peak, own_memory())
-        return bincount(*arguments, **named)
-
-    monkeypatch.setattr(torch, "bincount", watched)
-    baseline_bpb(corpus, split.train, windows_WT)
-    for micro_step in range(50):
-        windows_BT = training_batch(corpus, split, batch=4, context=64, seed=0, micro_step=micro_step)
-        assert set(windows_BT.unique().tolist()) <= {10, 65, 66, 67}
-    assert max(peak, own_memory()) - before < size
+    A process of its own is measured. One that has run other tests grows when it likes.
+    """
+    done = arb(str(tmp_path), way, module=texts_at_work.__name__)
+    assert done.returncode == 0, done.stderr.decode()
+    assert int(done.stdout) < texts_at_work.SIZE
 
 
 def test_counting_stops_somewhere(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
