@@ -31,13 +31,14 @@ from triton.runtime.jit import JITFunction
 
 from arbitor.optimized import kernels as kernel_package
 from arbitor.optimized import ops
+from arbitor.optimized.kernels.mxint8 import add_encoded, encode
 from arbitor.optimized.kernels.parts import MANY, add_parts
 from arbitor.reference.op_table import OP_TABLE
 from conformance import preset_calls, strategies
 from conformance.case import Case
 from conformance.families import CASES
 from conformance.pretend_cuda import DEVICE, pretended
-from conformance.subject import Subject, move
+from conformance.subject import Subject
 
 EXAMPLES = 10
 """Drawn calls of an op."""
@@ -115,17 +116,25 @@ def recorded(families: list[str]) -> list[Specialisation]:
             for recorder.cause, case in calls:
                 subject.call(recorder.cause, *case.args, **case.kwargs)
         if not families:
-            recorder.cause, recorder.drawn = "a sum over ranks", False
-            for given, out in sums_over_ranks():
-                add_parts(*(move(each, DEVICE) for each in (given, out)))
+            recorder.cause, recorder.drawn = "an exchange of ranks", False
+            for grad, out in gradients_of_ranks():
+                add_parts(torch.stack([grad, grad]), out)
+                content = encode(grad)
+                add_encoded(torch.stack([content, content]), out)
     return list(recorder.found.values())
 
 
-def sums_over_ranks() -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield gradients of ranks, and where their sum goes: no op adds parts in bfloat16, and few add so many."""
+def gradients_of_ranks() -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield gradients of a rank, and where the sum over ranks goes: no op adds parts in bfloat16, and none encodes a gradient.
+
+    Some are of few columns and of many, of columns that are no multiple of 16, and of rows that lie apart.
+    """
     for dtype, summed_in in itertools.product((torch.float32, torch.bfloat16), repeat=2):
-        for size in (64, MANY):
-            yield torch.zeros(2, size, dtype=dtype), torch.zeros(size, dtype=summed_in)
+        for num_rows, num_columns in ((3, 1), (3, 100), (64, 16), (MANY // 1024, 1024)):
+            grad = torch.zeros(num_columns, num_rows, dtype=dtype, device=DEVICE).t()
+            out = torch.zeros(num_rows, num_columns, dtype=summed_in, device=DEVICE)
+            yield grad, out
+            yield grad.contiguous(), out
 
 
 def drawn_calls(name: str) -> list[Case]:

@@ -10,10 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from arbitor.optimized.kernels import mxint8
 from arbitor.reference import ops as reference_ops
+from arbitor.reference.graph.mxint8 import BLOCK, decoded, encoded
 from conformance.compare import exact
 from conformance.report import skip
-from conformance.subject import Subject, needs_cuda, weight_of
+from conformance.subject import Subject, needs_cuda, needs_ours, weight_of
 
 BIG = 2**31
 """Elements from which 32-bit offsets overflow."""
@@ -45,6 +47,24 @@ def test_votes_beyond_32_bits(subject: Subject) -> None:
     exact(votes[-3:].cpu(), reference_ops.stochastic_votes(grad[-3:].cpu(), 1.0, rows=rows, **clock))
     assert not votes[:-3].any()
     exact(subject.raw("sign_votes")(grad, 3)[-3:].cpu(), reference_ops.sign_votes(grad[-3:].cpu(), 3))
+
+
+def test_gradients_of_ranks_beyond_32_bits(subject: Subject) -> None:
+    """The last rows of a gradient of more than 2**31 elements are encoded, and added to those of a second rank, as alone."""
+    needs_cuda(subject, "addressing beyond 2**31 gradients of ranks")
+    needs_ours(subject, "gradients in eight bits")
+    num_columns = 4096
+    num_rows = BIG // num_columns + 3
+    grad = torch.zeros(num_rows, num_columns, device=subject.device, dtype=torch.bfloat16)
+    grad[-3:] = torch.randn(3, num_columns, device=subject.device)
+    content, want = mxint8.encode(grad), encoded(grad[-3:].cpu())
+    elements = num_rows * num_columns
+    exact(content[elements - 3 * num_columns : elements].cpu(), want[: 3 * num_columns])
+    exact(content[-3 * num_columns // BLOCK :].cpu(), want[3 * num_columns :])
+    assert not content[: elements - 3 * num_columns].any()
+    total = mxint8.add_encoded(torch.stack([content, content]), torch.empty_like(grad))
+    exact(total[-3:].cpu(), (2 * decoded(want, 3, num_columns)).to(torch.bfloat16))
+    assert not total[:-3].any()
 
 
 def test_linear_beyond_32_bits(subject: Subject) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from arbitor.optimized.distributed.ranks import sum_in_order
+from arbitor.optimized.distributed.sums import sum_in_order
 from arbitor.optimized.kernels import parts
 from conformance.compare import exact
 from conformance.subject import Subject, needs_ours

@@ -7,9 +7,8 @@ Legend: N rows of a gradient, K columns, S rows or matrices that one rank names.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.distributed.changes import Piece
+from arbitor.optimized.distributed.sums import in_eight_bits, in_order, sum_eight_bits, sum_in_order
 from arbitor.optimized.distributed.traffic import Traffic
 from arbitor.optimized.distributed.world import World, as_bytes
 from arbitor.optimized.training.options import EXCHANGES
@@ -25,7 +25,7 @@ from arbitor.reference.constants import VOTED_IN
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.layers import TernaryEmbedding
 from arbitor.reference.graph.module import TernaryModule
-from arbitor.reference.graph.mxint8 import decoded, encoded
+from arbitor.reference.graph.mxint8 import encoded_bytes
 from arbitor.reference.graph.ranks import Gradient, Ranks
 from arbitor.reference.graph.spread import joined
 from arbitor.reference.types import LaidOutWeight, TernaryWeight
@@ -129,7 +129,8 @@ class GroupRanks(Ranks):
         compact = self._in_eight_bits and is_rounded
         num_rows, num_columns = grad_NK.shape
         # An owner holds some rows of the gradients of all ranks at a time, so that its memory does not grow with their number.
-        step = max(self._traffic.most_pending // (4 * num_columns * grad_NK.element_size()), 1)
+        row_bytes = encoded_bytes(1, num_columns) if compact else num_columns * grad_NK.element_size()
+        step = max(self._traffic.most_pending // (4 * row_bytes), 1)
         # As `Voting` rounds the sum of a gradient that is made orthogonal.
         dtype = voting.dtype if is_rounded else torch.float32
         total = (
@@ -138,15 +139,14 @@ class GroupRanks(Ranks):
 
         def begin(first: int, last: int) -> None:
             part = grad_NK[first:last]
-            sent = encoded(part) if compact else part
+            sent = in_eight_bits(part) if compact else part
             wait = self._traffic.begin_gather(sent, owner)
 
             def end() -> None:
                 parts = wait()
                 if total is not None and parts is not None:
-                    if compact:
-                        parts = torch.stack([decoded(each, *part.shape) for each in parts])
-                    sum_in_order(parts, total[first:last])
+                    add = sum_eight_bits if compact else sum_in_order
+                    add(parts, total[first:last])
                 if last == num_rows:
                     of_all = None if total is None else replace(gradient, grad_NK=total)
                     cast(of_all)
@@ -355,25 +355,6 @@ def has_owner(module: TernaryModule) -> bool:
     A table is stepped by all.
     """
     return not isinstance(module, TernaryEmbedding) and not module.built_frozen and module.spread is None
-
-
-def in_order(parts: Iterable[Tensor]) -> Tensor:
-    """Return the sum of tensors, the first two first."""
-    return functools.reduce(torch.add, parts)
-
-
-def sum_in_order(parts: Tensor, out: Tensor) -> None:
-    """Add the parts of ranks [N, ...] into `out` [...], in float32, the first two first, and round the sum once.
-
-    parts: float32 or bfloat16.
-    """
-    if parts.is_cuda:
-        # A run on a CPU needs no Triton.
-        from arbitor.optimized.kernels.parts import add_parts
-
-        add_parts(parts, out)
-    else:
-        out.copy_(in_order(part.float() for part in parts))
 
 
 def merged(grads: list[Tensor], rows: list[Tensor], num_matrices: int, most: int, ops: Any) -> Gradient:
