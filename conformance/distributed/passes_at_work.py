@@ -71,7 +71,9 @@ def compared(world: World, config: ArbConfig, dtype: torch.dtype, exchange: str)
             passes.step()
             found["graphs of a step"] = len(getattr(passes, "_step_graphs", ()))
             passes.close()
+            ranks.measured()
             found[kind.__name__] = {
+                "recordings": len(ranks._traffic._recorded),
                 "nats": nats,
                 "received": received,
                 "refused": refused,

@@ -188,6 +188,7 @@ def test_recorded_passes_of_ranks_are_those_that_are_launched(found: Found, case
     of_ranks = [of_rank["replays_what_it_launches"][case] for of_rank in found[1]]
     for each in of_ranks:
         assert each["RecordedPasses"] == each["Passes"]
+        assert each["RecordedPasses"]["recordings"] == 0, "their graphs are gone"
         assert each["Passes"]["received"] > 0 and None not in each["Passes"]["nats"]
         assert each["Passes"]["refused"] is None and len(set(each["Passes"]["states"])) == 1
         # The pass that is refused is replayed too, and leaves nothing to step.

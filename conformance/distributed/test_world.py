@@ -366,17 +366,42 @@ def test_a_replay_counts_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Event, "recorded", 0)
     monkeypatch.setattr(Event, "done", 0)
     sent = traffic.Traffic(world.World(), on_gpu=lambda: True)
-    with sent.recording() as replayed:
+    with sent.recording() as recorded:
         for _ in range(2):
             with sent._waiting():
                 sent._receive(7)
-    [recorded] = sent._recorded
     assert all(event.external for events in recorded.waits for event in events)
     # What is recorded has not run.
     assert sent.measured() == (0.0, 0)
     with sent._waiting():
         sent._receive(5)
     for _ in range(3):
-        replayed()
+        recorded.replay()
     assert sent.measured() == (1.0 + 3 * 2.0, 5 + 3 * 14)
     assert sent.measured() == (0.0, 0)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_recordings_whose_graphs_are_gone_leave(asked: bool) -> None:
+    """Their last replays are counted, whether or not somebody asks before the next recording."""
+    sent = traffic.Traffic(world.World(), on_gpu=lambda: True)
+    total = 0
+    for again in range(5):
+        with sent.recording() as recorded:
+            sent._receive(7)
+        for _ in range(again):
+            recorded.replay()
+        recorded.close()
+        if asked:
+            total += sent.measured()[1]
+        assert len(sent._recorded) == (0 if asked else 1)
+    assert total + sent.measured()[1] == 7 * (0 + 1 + 2 + 3 + 4)
+    assert not sent._recorded
+
+
+def test_a_recording_that_failed_is_none() -> None:
+    sent = traffic.Traffic(world.World(), on_gpu=lambda: True)
+    with pytest.raises(RuntimeError), sent.recording():
+        raise RuntimeError("no memory")
+    sent._receive(5)
+    assert sent.measured() == (0.0, 5)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from arbitor.optimized.distributed.changes import Piece
 from arbitor.optimized.distributed.sums import in_eight_bits, in_order, sum_eight_bits, sum_in_order
-from arbitor.optimized.distributed.traffic import Traffic
+from arbitor.optimized.distributed.traffic import Recorded, Traffic
 from arbitor.optimized.distributed.world import World, as_bytes
 from arbitor.optimized.training.options import EXCHANGES
 from arbitor.reference.constants import VOTED_IN
@@ -191,10 +191,10 @@ class GroupRanks(Ranks):
         self._pieces.clear()
 
     @contextmanager
-    def recording(self) -> Iterator[Callable[[], None]]:
-        """Record exchanges in CUDA graphs within the block; yield what is to be called with each replay of all of them."""
-        with self._traffic.recording() as replayed:
-            yield replayed
+    def recording(self) -> Iterator[Recorded]:
+        """See `Traffic`."""
+        with self._traffic.recording() as recorded:
+            yield recorded
 
     def state(self) -> dict[str, TernaryWeight | Tensor] | None:
         """Return all that training changes, on the CPU of rank 0, as `ArbModel.state` does for one process; None on other ranks."""

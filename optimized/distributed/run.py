@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.distributed.ranks import GroupRanks, owners
+from arbitor.optimized.distributed.traffic import Recorded
 from arbitor.optimized.distributed.world import World, code_sha256
 from arbitor.optimized.training.checkpoint import Checkpoint, adapter_sha256
 from arbitor.reference.config import ArbConfig
@@ -139,10 +140,13 @@ def unrecorded(world: World, spreads: Mapping[str, Any]) -> str:
     return "" if world.exchanges_over_nccl else f"{world.count} ranks that exchange without NCCL"
 
 
-def recorded_exchanges(model: ArbModel) -> AbstractContextManager[Callable[[], None]]:
-    """Record what the ranks of a model exchange in CUDA graphs within the block; give what is to be called with each replay."""
+def recorded_exchanges(model: ArbModel) -> AbstractContextManager[Recorded]:
+    """Record what the ranks of a model exchange in CUDA graphs within the block; give what is to be told of replays and of the end.
+
+    A process that is alone exchanges nothing, and counts the replays of nothing.
+    """
     ranks = model.voting.ranks
-    return ranks.recording() if isinstance(ranks, GroupRanks) else nullcontext(lambda: None)
+    return ranks.recording() if isinstance(ranks, GroupRanks) else nullcontext(Recorded())
 
 
 def faults(model: ArbModel) -> int:

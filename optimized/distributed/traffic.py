@@ -37,15 +37,21 @@ class Recorded:
         received: bytes that this rank is sent in a replay.
         waits:    what the GPU notes at its waits in a replay. A replay writes over what the one before noted.
         replays:  replays that were not counted yet.
+        closed:   whether the graphs are gone, so that no replay follows.
     """
 
     received: int = 0
     waits: list[Events] = field(default_factory=list)
     replays: int = 0
+    closed: bool = False
 
     def replay(self) -> None:
         """Note a replay."""
         self.replays += 1
+
+    def close(self) -> None:
+        """Note that the graphs are gone."""
+        self.closed = True
 
     def count(self) -> tuple[float, int]:
         """Return seconds of waiting and bytes received of the replays since the last call; each counts as the last one."""
@@ -171,11 +177,13 @@ class Traffic:
         self._pending = 0
 
     @contextmanager
-    def recording(self) -> Iterator[Callable[[], None]]:
-        """Record exchanges in CUDA graphs within the block; yield what is to be called with each replay of all of them."""
+    def recording(self) -> Iterator[Recorded]:
+        """Record exchanges in CUDA graphs within the block; yield what is told of each replay, and of the end of the graphs."""
+        # Where passes are recorded again and again, nobody may ask how much was exchanged.
+        self._count_replays()
         self._recording = recorded = Recorded()
         try:
-            yield recorded.replay
+            yield recorded
         finally:
             self._recording = None
         self._recorded.append(recorded)
@@ -185,10 +193,10 @@ class Traffic:
         if self._events:
             self._events[-1][1].synchronize()
         self._count_events()
-        counts = [(self._waited, self._received), *(each.count() for each in self._recorded)]
+        self._count_replays()
+        counted = self._waited, self._received
         self._waited, self._received = 0.0, 0
-        waited, received = zip(*counts, strict=True)
-        return sum(waited), sum(received)
+        return counted
 
     def _receive(self, size: int) -> None:
         """Count bytes that this rank is sent."""
@@ -230,6 +238,14 @@ class Traffic:
         """Count the waiting that the GPU has done, so that its events do not pile up."""
         while self._events and self._events[0][1].query():
             self._waited += _seconds(self._events.popleft())
+
+    def _count_replays(self) -> None:
+        """Count what was replayed since the last call, and forget the recordings that are closed."""
+        for recorded in self._recorded:
+            waited, received = recorded.count()
+            self._waited += waited
+            self._received += received
+        self._recorded = [each for each in self._recorded if not each.closed]
 
 
 def _seconds(events: Events) -> float:

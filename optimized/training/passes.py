@@ -14,7 +14,7 @@ sent together. How much has changed is known to the device alone, so the changes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from operator import is_
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.distributed.run import recorded_exchanges
+from arbitor.optimized.distributed.traffic import Recorded
 from arbitor.optimized.training.recording import LAUNCHED_FIRST, Readout, in_branches, recorded
 from arbitor.reference import checks
 
@@ -88,7 +89,7 @@ class RecordedPasses(Passes):
         self._notes: list[Note] = []
         self._accepted = 0
         self._graphs: list[torch.cuda.CUDAGraph] = []
-        self._note_replay: Callable[[], None] = lambda: None
+        self._exchanges = Recorded()
         self._weights = tuple(model.ternary_modules().values())
         # Which of them were, when the passes were recorded.
         self._frozen: list[bool] = []
@@ -149,6 +150,7 @@ class RecordedPasses(Passes):
         """See `Passes.close`. A group of ranks cannot be taken apart while there are graphs that exchange in it."""
         for graph in (*self._graphs, *self._step_graphs.values()):
             graph.reset()
+        self._exchanges.close()
         self._graphs, self._left = [], []
         self._step_graphs.clear()
 
@@ -186,7 +188,7 @@ class RecordedPasses(Passes):
         # The votes are on their way. Until their notes are left, whoever interrupts this leaves the model torn.
         self.model.voting.torn = True
         backward.replay()
-        self._note_replay()
+        self._exchanges.replay()
         return self._seen_2.numbers()
 
     def _replay_step(self, tensor_ids: Sequence[int]) -> None:
@@ -220,7 +222,7 @@ class RecordedPasses(Passes):
 
     def _record(self) -> list[torch.cuda.CUDAGraph]:
         """Record both passes; the second reads what the first leaves."""
-        with in_branches(self.model.voting), recorded_exchanges(self.model) as self._note_replay:
+        with in_branches(self.model.voting), recorded_exchanges(self.model) as self._exchanges:
             return recorded(self._forward, self._backward)
 
     def _record_step(self, tensor_ids: Sequence[int]) -> torch.cuda.CUDAGraph:
