@@ -5,9 +5,9 @@
 
 A check comes first for each number of ranks: two runs of one seed end with one state, and all ranks read the same weights. Where
 it fails, nothing is measured with that number. Then come the rates of exchanges, and steps of each model with as many windows for
-each rank (weak scaling) and for all ranks together (strong scaling), ours and the float twin's under DDP and FSDP2, as it is and
-by torch.compile. Ours are compared with a process alone, which exchanges nothing. Every part is a start of torchrun of its own,
-with a limit of time, and is written as soon as it is there.
+each rank (weak scaling) and for all ranks together (strong scaling): ours with gradients as they are and in eight bits, and the
+float twin's under DDP and FSDP2, as it is and by torch.compile. Ours are compared with a process alone, which exchanges nothing.
+Every part is a start of torchrun of its own, with a limit of time, and is written as soon as it is there.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from arbitor.optimized.distributed.ranks import MXINT8
 from bench import machine, parts
 from bench.scaling.at_work import EXCHANGED_BYTES, MODELS, PARTS
 from bench.scaling.floats import BYTES_A_WEIGHT
@@ -32,7 +33,7 @@ WEAK, STRONG = "weak", "strong"
 """Scalings: as many windows for each rank, or for all ranks together."""
 
 
-OF_MODELS = ("ours", "floats", "compiled")
+OF_MODELS = ("ours", MXINT8, "floats", "compiled")
 """Parts that time steps of a model. The others come once for each number of ranks."""
 
 
@@ -143,9 +144,9 @@ def tables(report: Mapping[str, Any]) -> str:
 def rows_of(part: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the rows of the table of steps that a part gives."""
     what = {name: part[name] for name in ("model", "scaling", "ranks")}
-    if part["part"] == "ours":
-        row = {**part, **what, "way": "ours", "received": part.get("received_bytes_a_weight")}
-        return [row]
+    if part["part"] in ("ours", MXINT8):
+        way = "ours" if part["part"] == "ours" else f"ours, {MXINT8}"
+        return [{**part, **what, "way": way, "received": part.get("received_bytes_a_weight")}]
     if "failed" in part:
         return [{**what, "way": part["part"], "failed": part["failed"]}]
     lead = "compiled " if part["part"] == "compiled" else ""

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from arbitor.optimized.distributed.ranks import GroupRanks
+from arbitor.optimized.distributed.ranks import FULL, MXINT8, GroupRanks
 from arbitor.optimized.distributed.run import whole_state
 from arbitor.optimized.distributed.world import World, joined
 from arbitor.optimized.settings import values_vouched_for
@@ -85,14 +85,14 @@ def windows(world: World, batch: int, length: int, device: str, step: int = 0) -
     return world.share(ids_BT).to(device)
 
 
-def model_of(config: ArbConfig, runtime: Runtime, world: World | None) -> ArbModel:
+def model_of(config: ArbConfig, runtime: Runtime, world: World | None, exchange: str = FULL) -> ArbModel:
     """Return a model that ranks train together; or one that its process trains alone, for no world.
 
     A single rank exchanges with itself all that several ranks exchange: gradients, and what steps have changed.
     """
     model = ArbModel(config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=0)
     if world is not None:
-        GroupRanks(model, world)
+        GroupRanks(model, world, exchange=exchange)
     return model
 
 
@@ -166,7 +166,9 @@ def timed(call: Callable[[], Any], runtime: Runtime, times: int) -> float:
 
 
 @values_vouched_for()
-def ours(world: World, runtime: Runtime, asked: argparse.Namespace) -> dict[str, Any]:
+def ours(
+    world: World, runtime: Runtime, asked: argparse.Namespace, *, exchange: str = FULL
+) -> dict[str, Any]:
     """Time steps of our model. A single rank, which exchanges with itself, has a process alone beside it."""
     config, found = trunk_of(asked.model), {}
     if world.count == 1:
@@ -174,7 +176,7 @@ def ours(world: World, runtime: Runtime, asked: argparse.Namespace) -> dict[str,
         found["seconds_of_a_process_alone"] = timed(step, runtime, asked.steps)
         del step
         parts.free()
-    model = model_of(config, runtime, world)
+    model = model_of(config, runtime, world, exchange)
     ranks = model.voting.ranks
     assert isinstance(ranks, GroupRanks)
     step = our_step(model, world, runtime, asked)
@@ -257,10 +259,12 @@ PARTS = {
     "check": checked,
     "rates": rates,
     "ours": ours,
+    MXINT8: partial(ours, exchange=MXINT8),
     "floats": floats,
     "compiled": partial(floats, compiled=True),
 }
-"""What a part runs on every rank, by its name: of the float twins as they are, and by `torch.compile`."""
+"""What a part runs on every rank, by its name: ours with gradients as they are, and in eight bits; the float twins as they are, and
+by `torch.compile`."""
 
 
 def main() -> None:

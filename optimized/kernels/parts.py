@@ -13,6 +13,7 @@ The cuts follow from shapes, or from the number of terms of the sum.
 | `attention` | the slots of a sequence | a number of slots, by their place | a largest score, a total and a float32 sum |
 | `denoise` | the squares of a latent | a tile of columns | two float32 sums |
 | `distributed` | the ranks of a gradient | the gradient of a rank, in float32 or bfloat16 | that gradient |
+| `mxint8` | the ranks of a gradient | the gradient of a rank, in eight bits | that gradient, which the second launch decodes |
 | `codebook` | the codes of a search, of which the nearest is kept | a number of codes, by the device | a score and a code |
 
 The search keeps the best score in place of a sum. Its scores are exact, so the device may decide where its cuts lie.
