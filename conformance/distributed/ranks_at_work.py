@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ from arbitor.reference import ops as reference_ops
 from arbitor.reference.config import SIGN_VOTES, ArbConfig, with_fields
 from arbitor.reference.constants import VOTED_IN
 from arbitor.reference.graph import ArbModel
+from arbitor.reference.graph.mxint8 import encoded_bytes
 from arbitor.reference.types import has_memory
 from conformance import interpreter
 from conformance.distributed import oracle
@@ -193,8 +195,12 @@ def counts_bytes(world: World, folder: Path) -> Any:
     """What the ranks received for the matrices of a step, and the formula of docs/scaling.md."""
     config = replace(nano.NANO, num_layers=1)
     found = {}
-    for name, dtype, grad_bytes in (("float32", torch.float32, 4), ("bfloat16", torch.bfloat16, 2)):
-        model = together(config, world, dtype)
+    for name, dtype, exchange in (
+        ("float32", torch.float32, "full"),
+        ("bfloat16", torch.bfloat16, "full"),
+        ("eight bits", torch.bfloat16, "mxint8"),
+    ):
+        model = together(config, world, dtype, exchange)
         ranks = ranks_of(model)
         ids_BT = world.share(random_ids())
         losses = model.losses(ids_BT)
@@ -211,12 +217,11 @@ def counts_bytes(world: World, folder: Path) -> Any:
         model.step()
         received = ranks.measured()[1]
         matrices = {n: m for n, m in model.ternary_modules().items() if m.tensor_id in ranks.owners}
-        # A matrix that is not made orthogonal votes in float32.
         wanted = sum(
             received_bytes(
                 module.weight,
                 world.count,
-                gradient_bytes=grad_bytes if getattr(module, "orthogonal", False) else 4,
+                gradient_bytes=bytes_of_an_element(module, dtype, exchange),
                 changed=0,
                 uses=module.uses,
             )
@@ -237,12 +242,21 @@ def counts_bytes(world: World, folder: Path) -> Any:
         loss_bytes = 4 * (world.count - 1) * world.count
         sizes_bytes = 8 * (world.count - 1) * world.count
         everyones = int(ranks.total(torch.tensor(received)))
-        found[name] = (everyones - loss_bytes - sizes_bytes, wanted)
+        found[name] = (everyones - loss_bytes - sizes_bytes, round(wanted))
     return found
 
 
+def bytes_of_an_element(module: Any, dtype: torch.dtype, exchange: str) -> float:
+    """Return in how many bytes an element of the gradient of a matrix travels. One that is not made orthogonal votes in float32."""
+    if not getattr(module, "orthogonal", False):
+        return 4
+    if exchange == "mxint8":
+        return encoded_bytes(*module.weight.shape) / math.prod(module.weight.shape)
+    return dtype.itemsize
+
+
 def sends_no_more_rows_than_there_are(world: World, folder: Path) -> Any:
-    """Bytes received for a table that is named in more slots than it has rows, and for as many slots; and what they leave."""
+    """A table that is named in as many slots as it has rows, and in more: what this leaves, bytes received, and bytes under way."""
     found = []
     for more in (0, 100):
         model = together(nano.NANO, world)
@@ -256,11 +270,15 @@ def sends_no_more_rows_than_there_are(world: World, folder: Path) -> Any:
         grad = torch.cat([grad, torch.zeros(more, num_columns)]).to(Place.device)
         rows = torch.cat([rows, torch.full((more,), -1)]).to(Place.device)
         ranks.measured()
-        with model.voting.taking(rate=RATE, step=0, undo=False):
+        with (
+            mock.patch.object(ranks._traffic, "later", wraps=ranks._traffic.later) as later,
+            model.voting.taking(rate=RATE, step=0, undo=False),
+        ):
             table.vote(grad, rows, chosen=True)
-        received = ranks.measured()[1]
+        received, under_way = ranks.measured()[1], [call.args[0] for call in later.call_args_list]
         model.step()
-        found.append((digest_of(model), received, (world.count - 1) * num_rows * (4 * num_columns + 8)))
+        wanted = (world.count - 1) * num_rows * (4 * num_columns + 8), [num_rows * 4 * num_columns]
+        found.append((digest_of(model), received, under_way, *wanted))
     return found
 
 

@@ -151,15 +151,17 @@ def test_a_rank_keeps_the_means_of_its_experts(found: Found) -> None:
 
 @both
 def test_bytes_are_those_of_the_table(found: Found) -> None:
-    for dtype, (counted, wanted) in found[1][0]["counts_bytes"].items():
-        assert counted == wanted > 0, dtype
+    for way, (counted, wanted) in found[1][0]["counts_bytes"].items():
+        assert counted == wanted > 0, way
+    sizes = [counted for counted, _ in found[1][0]["counts_bytes"].values()]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
 
 
 @both
 def test_a_small_table_sends_its_rows_and_not_its_slots(found: Found) -> None:
     for of_rank in found[1]:
         plain, longer = of_rank["sends_no_more_rows_than_there_are"]
-        assert plain == longer and plain[1] == plain[2] > 0
+        assert plain == longer and plain[1:3] == plain[3:] and plain[1] > 0
 
 
 @both

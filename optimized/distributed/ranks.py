@@ -8,8 +8,8 @@ Legend: N rows of a gradient, K columns, S rows or matrices that one rank names.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -190,11 +190,9 @@ class GroupRanks(Ranks):
         self._traffic.forget()
         self._pieces.clear()
 
-    @contextmanager
-    def recording(self) -> Iterator[Recorded]:
+    def recording(self) -> AbstractContextManager[Recorded]:
         """See `Traffic`."""
-        with self._traffic.recording() as recorded:
-            yield recorded
+        return self._traffic.recording()
 
     def state(self) -> dict[str, TernaryWeight | Tensor] | None:
         """Return all that training changes, on the CPU of rank 0, as `ArbModel.state` does for one process; None on other ranks."""
@@ -242,7 +240,8 @@ class GroupRanks(Ranks):
         )
         assert gradient.rows is not None
         # A small table has more slots than rows.
-        grads = self._traffic.begin_gather(gradient.grad_NK[:most], owner)
+        sent = gradient.grad_NK[:most]
+        grads = self._traffic.begin_gather(sent, owner)
         rows = self._traffic.begin_gather(gradient.rows[:most], owner)
 
         def end() -> None:
@@ -253,7 +252,7 @@ class GroupRanks(Ranks):
             total = merged(list(grad_parts), list(row_parts), num_matrices, most, self._model.ops)
             self._cast_once(tensor_id, total, cast)
 
-        self._traffic.later(gradient.grad_NK.nbytes, end)
+        self._traffic.later(sent.nbytes, end)
 
     def _exchange_spread(
         self, tensor_id: int, gradient: Gradient, cast: Callable[[Gradient | None], None]

@@ -29,7 +29,8 @@ def received_bytes(
 
     Args:
         weight, count: as for `kept_bytes`.
-        gradient_bytes: bytes of an element of the gradient: 2 if it is made orthogonal in bfloat16, else 4.
+        gradient_bytes: bytes of an element of the gradient: 2 if it is made orthogonal in bfloat16, 33/32 or a little more if it
+            travels in eight bits, else 4.
         changed: bytes of trits and scales that the step changed; None if all are sent.
         uses: how often a pass uses the matrix.
     """
