@@ -22,7 +22,10 @@ PENDING_BYTES = 2**28
 """Most bytes of a rank that are on their way at a time."""
 
 HELD_BYTES = 2**31
-"""Most bytes of the gradients of all ranks that an owner holds at a time, as they travel. Of many ranks fewer are on their way."""
+"""Most bytes of the gradients of all ranks that an owner holds, as they travel. Of many ranks fewer are on their way.
+
+An exchange begins before older ones end. So for a moment the owner holds those of one exchange more, a quarter of this as a rule.
+"""
 
 
 Events = tuple[torch.cuda.Event, torch.cuda.Event]
