@@ -32,6 +32,8 @@ from triton.runtime.jit import JITFunction
 from arbitor.optimized import kernels as kernel_package
 from arbitor.optimized import ops
 from arbitor.optimized.kernels.parts import MANY, add_parts
+from arbitor.optimized.kernels.unpack import unpacked_together
+from arbitor.optimized.ops.unpacked import OUTPUT_MULTIPLE
 from arbitor.reference.op_table import OP_TABLE
 from conformance import preset_calls, strategies
 from conformance.case import Case
@@ -118,6 +120,10 @@ def recorded(families: list[str]) -> list[Specialisation]:
             recorder.cause, recorder.drawn = "a sum over ranks", False
             for given, out in sums_over_ranks():
                 add_parts(*(move(each, DEVICE) for each in (given, out)))
+            recorder.cause = "the first product of a training pass"
+            for shapes, dtype in matrices_of_passes():
+                weights = [ops.from_spec(preset_calls.weight(*shape)) for shape in shapes]
+                unpacked_together(weights, [1] * len(weights), dtype, row_multiple=OUTPUT_MULTIPLE)
     return list(recorder.found.values())
 
 
@@ -126,6 +132,14 @@ def sums_over_ranks() -> Iterator[tuple[Tensor, Tensor]]:
     for dtype, summed_in in itertools.product((torch.float32, torch.bfloat16), repeat=2):
         for size in (64, MANY):
             yield torch.zeros(2, size, dtype=dtype), torch.zeros(size, dtype=summed_in)
+
+
+def matrices_of_passes() -> Iterator[tuple[list[tuple[int, int]], torch.dtype]]:
+    """Yield shapes of matrices that a training pass unpacks in one launch, and the dtype of its activations."""
+    for dtype in (torch.bfloat16, torch.float32):
+        yield [(512, 1024)], dtype
+        yield [(1024, 512)] * 76 + [(768, 24)], dtype
+        yield [(16, 24), (8, 35)], dtype
 
 
 def drawn_calls(name: str) -> list[Case]:
