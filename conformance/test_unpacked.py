@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from arbitor.optimized.kernels import scale, unpack
 from arbitor.optimized.layouts import DeviceWeight
 from arbitor.optimized.training.checkpoint import state_sha256
 from arbitor.optimized.training.passes import Passes, RecordedPasses
+from arbitor.optimized.training.run import Run
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph import ArbModel
 from conformance.compare import exact
@@ -469,6 +471,25 @@ def test_passes_unpack_once_and_leave_the_same_bits(
             assert of_after == of_replays == {"whole": 0, "together": 1}
         else:
             assert of_after == of_replays == of_before
+
+
+def test_passes_of_a_mix_unpack_once() -> None:
+    """They are no passes of `Passes.take`."""
+    told: list[str] = []
+
+    @contextmanager
+    def unpacking() -> Iterator[None]:
+        told.append("begins")
+        yield
+        told.append("ends")
+
+    run: Any = SimpleNamespace(
+        model=None,
+        mix=SimpleNamespace(take=lambda model, **_: told.append("taken")),
+        passes=SimpleNamespace(unpacking=unpacking),
+    )
+    Run._take_pass(run, 1.0, 0)
+    assert told == ["begins", "taken", "ends"]
 
 
 def test_copies_of_recorded_passes_and_streams(subject: Subject, launches: Counter[str]) -> None:
