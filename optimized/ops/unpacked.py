@@ -6,9 +6,11 @@ at its own first product.
 
 A copy is of use only while it is equal to its weight. So it never outlives its pass. It stands for one `DeviceWeight` object, which
 the pass holds, so that no other weight can take the memory. Codes and exponents must have the version and the address that they had
-when they were unpacked: whatever writes to a tensor gives it another version, a kernel by `announce_written`. A copy is read on the
-stream that wrote it, and in the recording that wrote it. In every other case the product unpacks its weight as it does outside of a
-pass.
+when they were unpacked. Whatever writes to a tensor gives it another version, a kernel by `announce_written`. The replay of a graph
+gives none, so no graph that writes weights may be replayed while a pass is open. The trainer replays those of steps between passes.
+
+A copy is read on the stream that wrote it, and in the recording that wrote it. In every other case a product unpacks its weight for
+itself, as it does outside of a pass.
 """
 
 from __future__ import annotations
