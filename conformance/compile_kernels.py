@@ -33,6 +33,8 @@ from arbitor.optimized import kernels as kernel_package
 from arbitor.optimized import ops
 from arbitor.optimized.kernels.mxint8 import add_encoded, encode
 from arbitor.optimized.kernels.parts import MANY, add_parts
+from arbitor.optimized.kernels.unpack import unpacked_together
+from arbitor.optimized.ops.unpacked import OUTPUT_MULTIPLE
 from arbitor.reference.op_table import OP_TABLE
 from conformance import preset_calls, strategies
 from conformance.case import Case
@@ -121,6 +123,10 @@ def recorded(families: list[str]) -> list[Specialisation]:
                 add_parts(torch.stack([grad, grad]), out)
                 content = encode(grad)
                 add_encoded(torch.stack([content, content]), out)
+            recorder.cause = "the first product of a training pass"
+            for shapes, dtype in matrices_of_passes():
+                weights = [ops.from_spec(preset_calls.weight(*shape)) for shape in shapes]
+                unpacked_together(weights, [1] * len(weights), dtype, row_multiple=OUTPUT_MULTIPLE)
     return list(recorder.found.values())
 
 
@@ -135,6 +141,14 @@ def gradients_of_ranks() -> Iterator[tuple[Tensor, Tensor]]:
             out = torch.zeros(num_rows, num_columns, dtype=summed_in, device=DEVICE)
             yield grad, out
             yield grad.contiguous(), out
+
+
+def matrices_of_passes() -> Iterator[tuple[list[tuple[int, int]], torch.dtype]]:
+    """Yield shapes of matrices that a training pass unpacks in one launch, and the dtype of its activations."""
+    for dtype in (torch.bfloat16, torch.float32):
+        yield [(512, 1024)], dtype
+        yield [(1024, 512)] * 76 + [(768, 24)], dtype
+        yield [(16, 24), (8, 35)], dtype
 
 
 def drawn_calls(name: str) -> list[Case]:

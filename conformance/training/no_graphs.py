@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -35,9 +36,12 @@ def without_graphs(monkeypatch: pytest.MonkeyPatch, replayed: list[str]) -> None
 
     def record(passes: RecordedPasses) -> list[Any]:
         in_graphs = [note.on(torch.clone) for note in passes._notes]
+        unpacking = ExitStack()
 
         def forward() -> None:
             replayed.append("forward")
+            # A replay unpacks anew what was unpacked while the pass was recorded.
+            unpacking.enter_context(passes.unpacking())
             for note in in_graphs:
                 note.on(lambda tensor: tensor.fill_(POISON))
             passes._forward()
@@ -46,7 +50,7 @@ def without_graphs(monkeypatch: pytest.MonkeyPatch, replayed: list[str]) -> None
             replayed.append("backward")
             strayed, torn = passes.model.voting.strayed, passes.model.voting.torn
             passes.model.voting.torn = False
-            with monkeypatch.context() as patch:
+            with unpacking, monkeypatch.context() as patch:
                 # A recording does not read its rate, which counts as above 0.
                 patch.setattr(voting, "Pass", lambda **given: voting_pass(**{**given, "moves": True}))
                 passes._backward()

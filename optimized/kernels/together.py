@@ -67,6 +67,20 @@ def tensor_at(table_ptr, place, like_ptr, IS_ALIGNED: tl.constexpr):
     return tl.multiple_of(found, 16) if IS_ALIGNED else found
 
 
+@triton.jit
+def place_of_program(table_ptr, num_weights, WEIGHT_BLOCK: tl.constexpr):
+    """Return the row of this program in a table of eight columns, and its number among the programs of that row.
+
+    The last column says where the programs of each row end.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    numbers = tl.arange(0, WEIGHT_BLOCK)
+    ends = tl.load(table_ptr + numbers * 8 + 7, mask=numbers < num_weights, other=2**62)
+    number = tl.sum((ends <= program).to(tl.int32), axis=0)
+    begin = tl.max(tl.where(ends <= program, ends, 0), axis=0)
+    return number, (program - begin).to(tl.int32)
+
+
 @triton.jit(
     do_not_specialize=[
         "rate",
@@ -127,18 +141,12 @@ def _step_together_kernel(
     WHOLE: tl.constexpr, CARRY: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, IS_ALIGNED: tl.constexpr,
     WEIGHT_BLOCK: tl.constexpr, WORDS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    numbers = tl.arange(0, WEIGHT_BLOCK)
-    # Where the programs of each weight end.
-    ends = tl.load(table_ptr + numbers * 8 + 7, mask=numbers < num_weights, other=2**62)
-    number = tl.sum((ends <= program).to(tl.int32), axis=0)
+    number, block = place_of_program(table_ptr, num_weights, WEIGHT_BLOCK)
     row_ptr = table_ptr + number * 8
-    begin = tl.max(tl.where(ends <= program, ends, 0), axis=0)
     words_ptr = tensor_at(row_ptr, 0, words_like, IS_ALIGNED)
     trit_accum_ptr = tensor_at(row_ptr, 1, counts_like, IS_ALIGNED)
     # A weight that is small enough has places of 32 bits, whose divisions are cheap.
     num_words, num_columns = tl.load(row_ptr + 4).to(tl.int32), tl.load(row_ptr + 6).to(tl.int32)
-    block = (program - begin).to(tl.int32)
     word_blocks = (num_words + WORDS - 1) // WORDS
     if block < word_blocks:
         word_ids = block * WORDS + tl.arange(0, WORDS)

@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import fold, pad
 
-from arbitor.optimized.kernels.scale import dense_rows
 from arbitor.optimized.layouts import AnyWeight
 from arbitor.optimized.ops.layout import on_device
 from arbitor.optimized.ops.linear import linear, linear_weight_grad, wide_product
 from arbitor.optimized.ops.op import op
 from arbitor.optimized.ops.scale import DTYPES
+from arbitor.optimized.ops.unpacked import unpacked
 from arbitor.reference import checks
 
 __all__ = ["conv1d", "conv1d_input_grad", "conv1d_weight_grad"]
@@ -43,7 +43,7 @@ def conv1d_input_grad(
     checks.same_device(weight=weight.exponents, grad_BNP=grad_BNP)
     # Overlapping taps are summed in float32, because a sum of rounded taps would round at every one of them.
     grad_MN = grad_BNP.transpose(1, 2).reshape(-1, weight.shape[0])
-    taps_MK = wide_product(grad_MN, dense_rows(on_device(weight), grad_BNP.dtype))
+    taps_MK = wide_product(grad_MN, unpacked(on_device(weight), grad_BNP.dtype))
     taps_BKP = taps_MK.reshape(grad_BNP.shape[0], positions, weight.shape[1]).transpose(1, 2)
     image = fold(taps_BKP, (1, length), (1, kernel_size), padding=(0, padding), stride=(1, stride))
     return image[:, :, 0].to(grad_BNP.dtype)

@@ -20,6 +20,7 @@ from arbitor.optimized.ops.layout import on_device
 from arbitor.optimized.ops.op import op
 from arbitor.optimized.ops.paths import takes_cuda
 from arbitor.optimized.ops.scale import DTYPES
+from arbitor.optimized.ops.unpacked import OUTPUT_MULTIPLE, unpacked
 from arbitor.reference import checks
 
 __all__ = ["linear", "linear_input_grad", "linear_weight_grad"]
@@ -38,9 +39,6 @@ MOST_KERNEL_SIDE = 4096
 
 At 4,096 x 4,096 an H200 took 0.86 of the library's time. Larger weights were not timed.
 """
-
-OUTPUT_MULTIPLE = 8
-"""Number that divides the outputs of the library's product: rows at odd addresses of bfloat16 would take six times as long."""
 
 ROW_MULTIPLE = 16
 """Number that divides the rows of a part, so that no part starts at an address for which a kernel would compile anew."""
@@ -79,7 +77,7 @@ def linear_input_grad(
         return dx_MK.reshape(shape)
     # The sum is rounded once, so no kernel takes part that would round its product before.
     if out.numel() and out.is_contiguous() and _unpacks_whole(rows):
-        w_NK = dense_rows(rows, grad.dtype, num_groups=num_groups, row_multiple=OUTPUT_MULTIPLE)
+        w_NK = unpacked(rows, grad.dtype, num_groups=num_groups, row_multiple=OUTPUT_MULTIPLE)
         # Of one memory, a program would write what others have still to read.
         is_shared = out.untyped_storage().data_ptr() == grad_MN.untyped_storage().data_ptr()
         add_product(out.view(-1, shape[-1]), padded(grad_MN.clone() if is_shared else grad_MN), w_NK)
@@ -172,7 +170,7 @@ def _product(x_MK: Tensor, weight: DeviceWeight) -> Tensor:
         return packed_product(x_MK, weight, transposed=False)
     parts = row_ranges(*weight.shape)
     if len(parts) == 1:
-        w_NK = dense_rows(weight, x_MK.dtype, row_multiple=OUTPUT_MULTIPLE)
+        w_NK = unpacked(weight, x_MK.dtype, row_multiple=OUTPUT_MULTIPLE)
         return narrow_product(x_MK, w_NK.T)[:, : weight.shape[0]]
     y_MN = torch.empty(x_MK.shape[0], weight.shape[0], dtype=x_MK.dtype, device=x_MK.device)
     for rows in parts:
@@ -188,7 +186,7 @@ def _input_grad(grad_MN: Tensor, weight: DeviceWeight) -> Tensor:
     if not _is_dense(grad_MN, weight):
         return packed_product(grad_MN, weight, transposed=True)
     if _unpacks_whole(weight):
-        w_NK = dense_rows(weight, grad_MN.dtype, row_multiple=OUTPUT_MULTIPLE)
+        w_NK = unpacked(weight, grad_MN.dtype, row_multiple=OUTPUT_MULTIPLE)
         return narrow_product(padded(grad_MN), w_NK)
     return _wide_input_grad(grad_MN, weight).to(grad_MN.dtype)
 
@@ -206,7 +204,7 @@ def _wide_input_grad(grad_MN: Tensor, weight: DeviceWeight) -> Tensor:
 def _stacked_product(x_MK: Tensor, weight: DeviceWeight, num_groups: int) -> Tensor:
     """Return x W^T in the dtype of x, for the matrices of a stack side by side. Those of a large stack are taken in turn."""
     if _unpacks_whole(weight):
-        return narrow_product(x_MK, dense_rows(weight, x_MK.dtype, num_groups=num_groups).T)
+        return narrow_product(x_MK, unpacked(weight, x_MK.dtype, num_groups=num_groups).T)
     num_rows = weight.shape[0] // num_groups
     y_MN = torch.zeros(x_MK.shape[0], num_rows, dtype=torch.float32, device=x_MK.device)
     for x_Mk, matrix in zip(x_MK.split(weight.shape[1], dim=1), _matrices(weight, num_groups), strict=True):
@@ -219,7 +217,7 @@ def _stacked_product(x_MK: Tensor, weight: DeviceWeight, num_groups: int) -> Ten
 def _stacked_input_grad(grad_MN: Tensor, weight: DeviceWeight, num_groups: int) -> Tensor:
     """Return dy W in the dtype of dy, for the matrices of a stack side by side."""
     if _unpacks_whole(weight):
-        return narrow_product(grad_MN, dense_rows(weight, grad_MN.dtype, num_groups=num_groups))
+        return narrow_product(grad_MN, unpacked(weight, grad_MN.dtype, num_groups=num_groups))
     return torch.cat([_input_grad(grad_MN, matrix) for matrix in _matrices(weight, num_groups)], dim=1)
 
 

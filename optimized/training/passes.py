@@ -7,6 +7,9 @@ The step of the weights has a third graph, because its some hundred launches fro
 graph serves a step of one pass. A step of several passes, whose rows are united first, is launched. Tables are always counted by
 launched kernels.
 
+Each weight is unpacked once in a pass, for all products of its forward and its backward pass (`optimized.ops.unpacked`). So the
+forward graph unpacks, and the backward graph reads what it has unpacked.
+
 What several ranks exchange in a pass is in its graphs. A step of theirs has a graph for each part of the weights whose changes are
 sent together. How much has changed is known to the device alone, so the changes are sent by launches.
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from operator import is_
 from typing import TYPE_CHECKING
@@ -24,10 +28,12 @@ from torch import Tensor
 
 from arbitor.optimized.distributed.run import recorded_exchanges
 from arbitor.optimized.distributed.traffic import Recorded
+from arbitor.optimized.layouts import DeviceWeight
 from arbitor.optimized.training.recording import LAUNCHED_FIRST, Readout, in_branches, recorded
 from arbitor.reference import checks
 
 if TYPE_CHECKING:
+    from arbitor.optimized.ops.unpacked import Copies
     from arbitor.reference.graph import ArbModel
     from arbitor.reference.graph.open_pass import Note
 
@@ -41,6 +47,20 @@ class Passes:
     def __init__(self, model: ArbModel) -> None:
         """Begin with a model."""
         self.model = model
+        self._copies: Copies | None = None
+
+    def unpacking(self) -> AbstractContextManager[None]:
+        """Return the context of a pass, in which each weight of the model is unpacked once."""
+        weights = {name: module.weight for name, module in self.model.ternary_modules().items()}
+        in_words = {name: weight for name, weight in weights.items() if isinstance(weight, DeviceWeight)}
+        # A model on the reference needs no Triton.
+        if not in_words:
+            return nullcontext()
+        if self._copies is None:
+            from arbitor.optimized.ops.unpacked import Copies
+
+            self._copies = Copies()
+        return self._copies.in_pass(in_words, self.model.dtype)
 
     def take(self, ids_BT: Tensor, *, rate: float, step: int) -> float | None:
         """Run one pass, in which every weight behind the loss votes.
@@ -52,8 +72,9 @@ class Passes:
         Returns:
             Nats per byte; or None where the loss is not finite, in which case not one byte of the model has changed.
         """
-        losses = self.model.losses(ids_BT.to(self.model.voting.faults.device))
-        accepted = self.model.backward(losses, rate=rate, step=step, undo=False)
+        with self.unpacking():
+            losses = self.model.losses(ids_BT.to(self.model.voting.faults.device))
+            accepted = self.model.backward(losses, rate=rate, step=step, undo=False)
         if not accepted:
             return None
         return float(self.model.voting.ranks.mean(losses["bytes"].detach()))
@@ -174,12 +195,13 @@ class RecordedPasses(Passes):
 
     def _launch(self) -> list[float]:
         """Run the pass of the buffers, kernel by kernel, and return its objective and its nats per byte."""
-        self._forward()
-        self._seen_2.begin()
-        seen = self._seen_2.numbers()
-        if math.isfinite(seen[0]):
-            self._backward()
-        return seen
+        with self.unpacking():
+            self._forward()
+            self._seen_2.begin()
+            seen = self._seen_2.numbers()
+            if math.isfinite(seen[0]):
+                self._backward()
+            return seen
 
     def _replay(self, forward: torch.cuda.CUDAGraph, backward: torch.cuda.CUDAGraph) -> list[float]:
         """Do as `_launch` by the graphs. The backward graph is on its way before the host has seen the loss."""
@@ -222,7 +244,11 @@ class RecordedPasses(Passes):
 
     def _record(self) -> list[torch.cuda.CUDAGraph]:
         """Record both passes; the second reads what the first leaves."""
-        with in_branches(self.model.voting), recorded_exchanges(self.model) as self._exchanges:
+        with (
+            in_branches(self.model.voting),
+            self.unpacking(),
+            recorded_exchanges(self.model) as self._exchanges,
+        ):
             return recorded(self._forward, self._backward)
 
     def _record_step(self, tensor_ids: Sequence[int]) -> torch.cuda.CUDAGraph:

@@ -300,7 +300,8 @@ class Run:
     def _take_pass(self, step_rate: float, micro_step: int) -> float | None:
         """Run the pass of a micro-batch; see `Passes.take`."""
         if self.mix is not None:
-            return self.mix.take(self.model, rate=step_rate, micro_step=micro_step)
+            with self.passes.unpacking():
+                return self.mix.take(self.model, rate=step_rate, micro_step=micro_step)
         ids_BT = self.world.share(self.text.batch(micro_step))
         return self.passes.take(ids_BT, rate=step_rate, step=micro_step)
 
