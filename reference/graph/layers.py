@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from arbitor.reference.constants import MIN_ORTHOGONAL_RANK
 from arbitor.reference.graph.averages import average_of
@@ -84,7 +85,20 @@ class TernaryLinear(Multiplier):
 
 def plain(*linears: nn.Module) -> bool:
     """Return whether all linears are ternary and have no adapter, so that an op may read their weights instead of calling them."""
-    return all(isinstance(linear, Multiplier) and linear.adapter is None for linear in linears)
+    return all(
+        isinstance(linear, Multiplier) and linear.adapter is None and as_built(linear) for linear in linears
+    )
+
+
+def as_built(module: nn.Module) -> bool:
+    """Return whether a call of a module runs its class's `forward` and nothing else: nobody gave it another one, or a hook."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return not (any(hooks) or "forward" in vars(module) or _has_any_global_hook())
 
 
 class TernaryRMSNorm(TernaryModule):
@@ -192,14 +206,12 @@ def union_of_rows(row_lists: list[Tensor]) -> Tensor:
 def fan_out(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
     """Return the products of several linears that read the same x, each as `TernaryLinear` gives it.
 
-    The gradients that x has from them are added up one after the other as they are made, without a launch for a sum. Where one of
-    the linears is a float module, which a merge puts in its place, each is called by itself.
+    The gradients that x has from them are added up one after the other as they are made, without a launch for a sum. A float
+    module, which a merge puts in the place of a linear, and a linear with hooks are called by themselves.
     """
-    linears = [module for module in modules if isinstance(module, Multiplier)]
-    if len(linears) < len(modules):
-        return tuple(module(x) for module in modules)
-    outputs: tuple[Tensor, ...] = uncompiled(_fan_out, x, tuple(linears))
-    return tuple(linear.adapted(y, x) for linear, y in zip(linears, outputs, strict=True))
+    linears = tuple(module for module in modules if isinstance(module, Multiplier) and as_built(module))
+    outputs = dict(zip(linears, uncompiled(_fan_out, x, linears), strict=True)) if linears else {}
+    return tuple(module.adapted(outputs[module], x) if module in outputs else module(x) for module in modules)
 
 
 def _fan_out(x: Tensor, modules: tuple[Multiplier, ...]) -> tuple[Tensor, ...]:
