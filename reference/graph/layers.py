@@ -248,6 +248,52 @@ class _FanOutFunction(torch.autograd.Function):
         return grad_x, None, *(None for _ in ctx.held)
 
 
+def add_norm(x: Tensor, branch: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return a residual stream, with a branch added if there is one, and its norm, as `TernaryRMSNorm` gives it.
+
+    The gradient that the stream has from its norm is added to its other gradient as it is made, without a launch for a sum. So
+    whoever else reads the stream must read the one that is returned. A float module in the place of the norm, and a norm with
+    hooks, are called by themselves.
+    """
+    fits = branch is None or (branch.dtype, branch.shape) == (x.dtype, x.shape)
+    if isinstance(norm, TernaryRMSNorm) and as_built(norm) and fits:
+        found: tuple[Tensor, Tensor] = uncompiled(_add_norm, x, branch, norm)
+        return found
+    total = x if branch is None else x + branch
+    return total, norm(total)
+
+
+def _add_norm(x: Tensor, branch: Tensor | None, norm: TernaryRMSNorm) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = _AddNormFunction.apply(x, branch, norm, norm.anchor())
+    return found
+
+
+class _AddNormFunction(torch.autograd.Function):
+    """`ops.add_rms_norm`, or `ops.rms_norm` beside its own input, with one gradient for stream and branch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, branch: Tensor | None, norm: TernaryRMSNorm, anchor: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        weight = norm.forward_weight(ctx)
+        if branch is None:
+            total, normed = x, norm.ops.rms_norm(x, weight)
+        else:
+            total, normed = norm.ops.add_rms_norm(x, branch, weight)
+        ctx.save_for_backward(total)
+        return total, normed
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, added: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is not None:
+            norm, (total,) = ctx.module, ctx.saved_tensors
+            asked = any(ctx.needs_input_grad[:2])
+            added = _norm_learns(norm, norm.backward_weight(ctx), grad, total, asked=asked, added=added)
+        return *(added if asked else None for asked in ctx.needs_input_grad[:2]), None, None
+
+
 def row_ranges(num_rows: int, row_elements: int) -> Iterator[range]:
     """Yield ranges of rows whose gradient has at most VOTE_ELEMENTS elements, or a single row each.
 
@@ -284,9 +330,15 @@ def _normed(module: TernaryRMSNorm, weight: LaidOutWeight, x: Tensor) -> Tensor:
 
 
 def _norm_learns(
-    module: TernaryRMSNorm, weight: LaidOutWeight, grad: Tensor, x: Tensor, *, asked: bool
+    module: TernaryRMSNorm,
+    weight: LaidOutWeight,
+    grad: Tensor,
+    x: Tensor,
+    *,
+    asked: bool,
+    added: Tensor | None = None,
 ) -> Tensor | None:
-    grad_x = module.ops.rms_norm_input_grad(grad, x, weight) if asked else None
+    grad_x = module.ops.rms_norm_input_grad(grad, x, weight, added=added) if asked else None
     if module.moves:
         module.vote(module.ops.rms_norm_weight_grad(grad, x))
     return grad_x
