@@ -189,6 +189,7 @@ PATHS: dict[str, Callable[[Sizes], Any]] = {
     "conv1d": convolved,
     "conv1d_input_grad": lambda s: tile(s["C"] * s["J"], scale.BLOCK_COLUMNS),
     "rms_norm": normalizing,
+    "add_rms_norm": normalizing,
     "rms_norm_input_grad": normalizing,
     "rms_norm_weight_grad": summing,
     "embedding": columns(scale.BLOCK_COLUMNS),

@@ -130,7 +130,9 @@ def of_rows() -> Iterator[tuple[str, Case]]:
     for width in (WIDTH, 7168, 12_288):
         of_width, its_gain = torch.zeros(64, width, dtype=BF16), weight(1, width)
         yield "rms_norm", Case((of_width, its_gain))
+        yield "add_rms_norm", Case((of_width, of_width, its_gain))
         yield "rms_norm_input_grad", Case((of_width, of_width, its_gain))
+        yield "rms_norm_input_grad", Case((of_width, of_width, its_gain), {"added": of_width})
         yield "rms_norm_weight_grad", Case((of_width, of_width))
     yield "dequantize", Case((table,), {"dtype": BF16})
     yield "embedding", Case((ids, table), {"dtype": BF16})

@@ -10,6 +10,10 @@ MOST = {"M": 2080, "K": 7168}
 
 INPUTS: Mapping[str, Inputs] = {
     "rms_norm": lambda make, s: ((activations(make, s, "K"), weight(make, s)), {}),
+    "add_rms_norm": lambda make, s: (
+        (activations(make, s, "K"), activations(make, s, "K"), weight(make, s)),
+        {},
+    ),
     "rms_norm_input_grad": lambda make, s: (
         (activations(make, s, "K"), activations(make, s, "K"), weight(make, s)),
         {},

@@ -60,6 +60,17 @@ def _norm(arguments: Arguments, sizes: Sizes) -> Callable[[], Any]:
     return lambda: F.rms_norm(x, w.shape, w, EPS)
 
 
+def _added_norm(arguments: Arguments, sizes: Sizes) -> Callable[[], Any]:
+    x, y, weight = arguments[0]
+    w = dense(weight, x.dtype)[0]
+
+    def added() -> tuple[torch.Tensor, torch.Tensor]:
+        total = x + y
+        return total, F.rms_norm(total, w.shape, w, EPS)
+
+    return added
+
+
 def _norm_input_grad(arguments: Arguments, sizes: Sizes) -> Callable[[], Any]:
     grad, x, weight = arguments[0]
     w, x = dense(weight, x.dtype)[0], x.clone().requires_grad_()
@@ -188,6 +199,7 @@ PEERS = {
         ),
     ),
     "rms_norm": (Peer("F.rms_norm bf16", _norm, _norm_bytes(2)),),
+    "add_rms_norm": (Peer("+, F.rms_norm bf16", _added_norm, _norm_bytes(5)),),
     "rms_norm_input_grad": (Peer("F.rms_norm backward", _norm_input_grad, _norm_bytes(3)),),
     "rms_norm_weight_grad": (Peer("F.rms_norm backward", _norm_weight_grad, _norm_bytes(2)),),
     "embedding": (

@@ -63,8 +63,8 @@ def test_a_turn_that_overflows_after_halting_leaves_output_and_gradients_alone()
     for spoiled in (False, True):
         factors = iter((1.0, 1e30, 1e30) if spoiled else (1.0, 1.0, 1.0))
 
-        def turn(h_BPD: Tensor, nodes_BPD: Any, factors: Any = factors) -> Tensor:
-            return take_turn(h_BPD, nodes_BPD) * next(factors)
+        def turn(h_BPD: Tensor, read_BPD: Tensor, factors: Any = factors) -> Tensor:
+            return take_turn(h_BPD, read_BPD) * next(factors)
 
         loop.turn = turn
         e_BPD = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1)).requires_grad_()

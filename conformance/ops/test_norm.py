@@ -18,7 +18,7 @@ from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.types import TernaryWeight
 
 from .. import strategies as ss
-from ..case import Case, calls, compare, magnitude
+from ..case import Case, as_tuple, calls, compare, magnitude
 from ..compare import exact, no_worse, one_rounding, roundings, same_sums
 from ..law import law
 from ..mutant import mutants_of
@@ -33,15 +33,25 @@ mutant = mutants_of("norm")
 
 @magnitude("rms_norm_input_grad")
 def magnitude_of_norm_input_grad(op: Callable[..., Any], case: Case) -> Tensor:
-    """Return (|dy w| + |x^| mean |x^ dy w|) / rms, the terms of dx."""
+    """Return (|dy w| + |x^| mean |x^ dy w|) / rms, the terms of dx, and |added| if dx is added to another gradient."""
     grad, x, weight = case.args
     grad, x = grad.to(torch.float64), x.to(torch.float64)
     rms = (x.square().mean(dim=-1, keepdim=True) + case.kwargs.get("eps", 1e-6)).sqrt()
     scaled, unit = (grad * dequantize(weight, dtype=torch.float64)[0]).abs(), (x / rms).abs()
-    return (scaled + unit * (unit * scaled).mean(dim=-1, keepdim=True)) / rms
+    terms = (scaled + unit * (unit * scaled).mean(dim=-1, keepdim=True)) / rms
+    added = case.kwargs.get("added")
+    return terms if added is None else terms + added.to(torch.float64).abs()
 
 
-@calls("rms_norm", "rms_norm_input_grad", "rms_norm_weight_grad")
+@magnitude("add_rms_norm")
+def magnitude_of_normed_sum(op: Callable[..., Any], case: Case) -> tuple[Tensor, Tensor]:
+    """Return |x| + |y|, the terms of the sum, and the magnitudes of its norm."""
+    x, y, weight = case.args
+    x, y = x.to(torch.float64), y.to(torch.float64)
+    return x.abs() + y.abs(), op(x, y, weight, **case.kwargs)[1].abs()
+
+
+@calls("rms_norm", "add_rms_norm", "rms_norm_input_grad", "rms_norm_weight_grad")
 def norm_calls(draw: st.DrawFn, op: str) -> Case:
     dtype, eps = draw(ss.DTYPES), draw(st.sampled_from((1e-6, 1e-12, 1.0)))
     weight = draw(ss.weights((1, draw(st.deferred(ss.sizes)))))
@@ -50,8 +60,12 @@ def norm_calls(draw: st.DrawFn, op: str) -> Case:
     kinds = ("normal", "wild", "faint", "constant")
     x = draw(ss.activations(shape, dtype, exact=False, kinds=kinds))
     grad = draw(ss.activations(shape, dtype, exact=False, kinds=("normal", "constant")))
+    if op == "rms_norm_input_grad" and draw(st.booleans()):
+        added = draw(ss.activations(shape, dtype, exact=False, kinds=("normal", "wild", "constant")))
+        return Case((grad, x, weight), {"eps": eps, "added": added})
     args = {
         "rms_norm": (x, weight),
+        "add_rms_norm": (x, grad, weight),
         "rms_norm_input_grad": (grad, x, weight),
         "rms_norm_weight_grad": (grad, x),
     }
@@ -133,6 +147,94 @@ def test_rms_norm_by_torch(
         no_worse(got[index], twin=plain, wide=wide[index], magnitude=terms[index], k=k, what=name)
 
 
+SUM_AND_NORM = "return total, rms_norm(total, weight, eps=eps)"
+
+
+@law(
+    weight=WEIGHTS,
+    lead=LEADING,
+    dtype=ss.DTYPES,
+    eps=EPS,
+    data=st.data(),
+    rejects=[
+        mutant("norm_of_the_stream_alone", SUM_AND_NORM, "return total, rms_norm(x, weight, eps=eps)",
+               compared="add_rms_norm"),
+        mutant("stream_without_its_branch", SUM_AND_NORM, "return x, rms_norm(total, weight, eps=eps)",
+               compared="add_rms_norm"),
+    ],
+)  # fmt: skip
+def test_add_rms_norm_is_a_sum_and_its_norm(
+    ops: Subject,
+    weight: TernaryWeight,
+    lead: tuple[int, ...],
+    dtype: torch.dtype,
+    eps: float,
+    data: st.DataObject,
+) -> None:
+    """The first result is x + y, rounded once, and the second is no worse than torch's norm of that result."""
+    x, y = (_draw(data, (*lead, weight.shape[1]), dtype) for _ in range(2))
+    total, normed = ops.add_rms_norm(x, y, weight, eps=eps)
+    # float64 has more than twice the bits of the dtype, so that to round there first changes nothing.
+    exact(total, (x.to(torch.float64) + y.to(torch.float64)).to(dtype))
+    wide, twin = (_by_torch(total, total, weight, eps, to)[0] for to in (torch.float64, torch.float32))
+    k = OP_TABLE["add_rms_norm"].output.k
+    no_worse(normed, twin=twin.to(dtype), wide=wide, magnitude=wide.abs(), k=k)
+
+
+@law(
+    width=st.integers(3, 37),
+    power=st.integers(-30, 30),
+    seed=ss.GENERATOR_SEEDS,
+    rejects=[
+        mutant(
+            "norm_of_a_sum_that_is_not_rounded",
+            SUM_AND_NORM,
+            "return total, rms_norm(x.to(wide_dtype(x)) + y, weight, eps=eps).to(x.dtype)",
+        ),
+    ],
+)
+def test_add_rms_norm_is_of_the_sum_as_it_is_stored(ops: Subject, width: int, power: int, seed: int) -> None:
+    """257 is no bfloat16. A row of 256 and of 256 + 1 is a row of 256, so that its norm is 1; that of 256 beside 257 is below 1."""
+    signs = torch.randint(0, 2, (4, width), generator=ss.generator(seed)) * 2.0 - 1.0
+    x, y = (signs * size * 2.0**power for size in (256.0, 1.0))
+    y[:, 0] = 0.0
+    weight = constant_weight((1, width), trit=1, exponent=0)
+    total, normed = ops.add_rms_norm(x.to(torch.bfloat16), y.to(torch.bfloat16), weight, eps=2.0**-100)
+    exact(total, x.to(torch.bfloat16))
+    exact(normed, signs.to(torch.bfloat16))
+
+
+@law(
+    dtype=ss.DTYPES,
+    factors=st.lists(st.integers(-36, 36), min_size=1, max_size=9),
+    data=st.data(),
+    rejects=[
+        mutant("norm_grad_forgets_the_residual", "dx if added is None else added.to(dtype) + dx", "dx",
+               compared="rms_norm_input_grad"),
+        mutant("norm_grad_takes_the_residual_off", "added.to(dtype) + dx", "added.to(dtype) - dx",
+               compared="rms_norm_input_grad"),
+        mutant("norm_grad_is_rounded_before_its_sum", "added.to(dtype) + dx", "added + dx.to(x.dtype)"),
+    ],
+)  # fmt: skip
+def test_rms_norm_input_grad_cancels_a_residual(
+    ops: Subject, dtype: torch.dtype, factors: list[int], data: st.DataObject
+) -> None:
+    """A gradient that is added to its own opposite, as bfloat16 has it, leaves exactly what bfloat16 had cut off.
+
+    The mean square of x and eps make 16, whose root is 4, and dy is orthogonal to x. So dx is dy w / 4, and every step is exact. Of
+    the products of dy with a scale of 5 / 4, bfloat16 holds some and rounds others.
+    """
+    order = data.draw(st.permutations(range(4)))
+    trits = data.draw(ss.trit_tensors((1, 1)))
+    weight = weight_of_trits(trits.expand(1, 4), torch.full((1, 1), 1, dtype=torch.int8), 12, mantissa_bits=2)
+    rows = torch.tensor([[7.0, 3.0, 2.0, 1.0]] * len(factors))
+    grad = torch.tensor([[3.0 * factor, -7.0 * factor, 0.0, 0.0] for factor in factors])
+    dx = grad * trits * 1.25 / 4.0
+    given = [part[:, order].to(dtype) for part in (grad, rows, -dx.to(torch.bfloat16))]
+    got = ops.rms_norm_input_grad(*given[:2], weight, eps=0.25, added=given[2])
+    same_sums(got, (dx[:, order] + given[2]).to(dtype))
+
+
 def _by_torch(
     grad: Tensor, x: Tensor, weight: TernaryWeight, eps: float, to: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,7 +305,7 @@ def test_rms_norm_ignores_the_scale(
     data=st.data(),
     rejects=[
         NORM_OF_HUGE_ROWS_OVERFLOWS,
-        mutant("norm_grad_of_the_tamed_row", "keepdim=True)) * power).to", "keepdim=True))).to"),
+        mutant("norm_grad_of_the_tamed_row", "keepdim=True)) * power", "keepdim=True))"),
     ],
 )
 def test_rms_norm_input_grad_of_huge_rows(
@@ -225,9 +327,9 @@ def test_rms_norm_input_grad_of_huge_rows(
     rejects=[
         mutant(
             "norm_grad_divided_last",
-            "return ((scaled - unit * (unit * scaled).mean(dim=-1, keepdim=True)) * power)",
+            "dx = (scaled - unit * (unit * scaled).mean(dim=-1, keepdim=True)) * power",
             "scaled = scaled * rms\n"
-            "    return ((scaled - unit * (unit * scaled).mean(dim=-1, keepdim=True)) / rms * power)",
+            "    dx = (scaled - unit * (unit * scaled).mean(dim=-1, keepdim=True)) / rms * power",
         ),
     ],
 )
@@ -299,11 +401,16 @@ def ordinary_rows(draw: st.DrawFn, width: int, dtype: torch.dtype) -> Tensor:
 def test_rms_norm_refuses_an_eps_that_underflows(ops: Subject, dtype: torch.dtype) -> None:
     """An eps below the smallest normal float32 would lose bits on its way into the sum. At that number every op runs."""
     x, weight = torch.ones(2, 5, dtype=dtype), constant_weight((1, 5), trit=1, exponent=0)
-    calls = {"rms_norm": (x, weight), "rms_norm_input_grad": (x, x, weight), "rms_norm_weight_grad": (x, x)}
+    calls = {
+        "rms_norm": (x, weight),
+        "add_rms_norm": (x, x, weight),
+        "rms_norm_input_grad": (x, x, weight),
+        "rms_norm_weight_grad": (x, x),
+    }
     for name, args in calls.items():
         error = ops.refuses(name, args, {"eps": 2.0**-127})
         assert isinstance(error, ValueError) and "eps is" in str(error), f"{name}: {error!r}"
-        assert ops.call(name, *args, eps=2.0**-126).isfinite().all()
+        assert all(each.isfinite().all() for each in as_tuple(ops.call(name, *args, eps=2.0**-126)))
 
 
 @law(
@@ -390,7 +497,9 @@ def test_rms_norm_of_long_rows(subject: Subject, width: int, dtype: torch.dtype)
     weight = initial_weight((1, width), std=0.5, seed=1, tensor_id=2)
     grad, x = (ss.float_values((3, width), kind, 3).to(dtype) for kind in ("normal", "wild"))
     compare(subject, "rms_norm", Case((x, weight)))
+    compare(subject, "add_rms_norm", Case((x, grad, weight)))
     compare(subject, "rms_norm_input_grad", Case((grad, x, weight)))
+    compare(subject, "rms_norm_input_grad", Case((grad, x, weight), {"added": x}))
     compare(subject, "rms_norm_weight_grad", Case((grad, x)))
 
 
@@ -407,7 +516,9 @@ def test_rms_norm_of_many_rows(subject: Subject, monkeypatch: pytest.MonkeyPatch
     weight = initial_weight((1, width), std=0.5, seed=1, tensor_id=2)
     grad, x = (ss.float_values((count, width), "normal", seed) for seed in (1, 2))
     compare(subject, "rms_norm", Case((x, weight)))
+    compare(subject, "add_rms_norm", Case((x, grad, weight)))
     compare(subject, "rms_norm_input_grad", Case((grad, x, weight)))
+    compare(subject, "rms_norm_input_grad", Case((grad, x, weight), {"added": x}))
 
 
 @pytest.mark.parametrize("count", [127, 128, 129, 300])
@@ -445,6 +556,18 @@ test_refusals_of_norm = refusals(
     refused("rms_norm", "no channels", ValueError, "x", ones(2, 0), lambda: weight(1)),
     refused("rms_norm", "float16", TypeError, "x", ones(2, 14, dtype=F16), lambda: weight(1)),
     refused("rms_norm", "another device", ValueError, "x", meta(2, 14), lambda: weight(1)),
+    refused("add_rms_norm", "eps 0", ValueError, "eps", ones(2, 14), ones(2, 14), lambda: weight(1), eps=0.0),
+    refused("add_rms_norm", "13 channels", ValueError, "x", ones(2, 13), ones(2, 13), lambda: weight(1)),
+    refused("add_rms_norm", "a branch of another shape", ValueError, "y", ones(2, 14), ones(14), lambda: weight(1)),
+    refused("add_rms_norm", "a branch of another dtype", TypeError,
+            "y", ones(2, 14, dtype=torch.bfloat16), ones(2, 14), lambda: weight(1)),
+    refused("add_rms_norm", "a branch elsewhere", ValueError, "y", ones(2, 14), meta(2, 14), lambda: weight(1)),
+    refused("rms_norm_input_grad", "a residual of another shape", ValueError,
+            "added", ones(2, 14), ones(2, 14), lambda: weight(1), added=ones(1, 14)),
+    refused("rms_norm_input_grad", "a residual of another dtype", TypeError,
+            "added", ones(2, 14), ones(2, 14), lambda: weight(1), added=ones(2, 14, dtype=torch.bfloat16)),
+    refused("rms_norm_input_grad", "a residual elsewhere", ValueError,
+            "added", ones(2, 14), ones(2, 14), lambda: weight(1), added=meta(2, 14)),
     refused("rms_norm_input_grad", "two shapes", ValueError, "grad", ones(3, 14), ones(2, 14), lambda: weight(1)),
     refused("rms_norm_input_grad", "two dtypes", TypeError,
             "grad", ones(2, 14, dtype=torch.bfloat16), ones(2, 14), lambda: weight(1)),
@@ -452,6 +575,8 @@ test_refusals_of_norm = refusals(
     refused("rms_norm_weight_grad", "a scalar", ValueError, "x", ones(), ones()),
     refused("rms_norm_weight_grad", "no channels", ValueError, "x", ones(2, 0), ones(2, 0)),
     rejects=[
+        mutant("branch_of_the_norm_unchecked", 'checks.sum_of("y", y, x.shape, x=x)', "pass"),
+        mutant("residual_of_the_norm_unchecked", 'checks.sum_of("added", added, x.shape, x=x)', "pass"),
         mutant("norm_eps_unchecked", 'checks.number("eps", eps, 0.0, 1.0, open_low=True)', "pass"),
     ],
 )

@@ -52,6 +52,15 @@ def store_row(y_ptr, row, columns, num_columns, values):
 
 
 @triton.jit
+def store_sum(x, branch_ptr, sum_ptr, row, columns, num_columns):
+    """Store float32 columns of a row plus those of a branch, and return the sum as it is stored, widened to float32."""
+    total = x + load_row(branch_ptr, row, num_columns, columns, num_columns)
+    total = narrow(total, sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + row * num_columns + columns, total, mask=columns < num_columns)
+    return widen(total)
+
+
+@triton.jit
 def root_of_mean(total, num_columns, eps):
     """Return sqrt(mean + eps) for the sum of a row's squares, float32."""
     return tl.sqrt_rn(tl.div_rn(total, tl.cast(num_columns, tl.float32)) + eps)
@@ -109,7 +118,7 @@ def inverse_rms(x_ptr, row, stride, num_columns, eps, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_m", "part_rows"])
 def _rms_norm_kernel(
-    x_ptr, words_ptr, exponents_ptr, y_ptr, num_m, part_rows, num_columns, x_stride, eps,
+    x_ptr, branch_ptr, sum_ptr, words_ptr, exponents_ptr, y_ptr, num_m, part_rows, num_columns, x_stride, eps,
     GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     begin = tl.program_id(0).to(tl.int64) * part_rows
@@ -120,10 +129,22 @@ def _rms_norm_kernel(
         w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
         for row in range(begin, end):
             x = load_row(x_ptr, row, x_stride, columns, num_columns)
+            if branch_ptr is not None:
+                # The norm is that of the sum as it is stored.
+                x = store_sum(x, branch_ptr, sum_ptr, row, columns, num_columns)
             rms, power = root_mean_square_of(x, num_columns, eps)
             inverse = 1.0 / rms
             store_row(y_ptr, row, columns, num_columns, x * power * inverse * w)
     else:
+        if branch_ptr is not None:
+            for row in range(begin, end):
+                for start in range(0, num_columns, BLOCK):
+                    columns = start + tl.arange(0, BLOCK)
+                    x = load_row(x_ptr, row, x_stride, columns, num_columns)
+                    store_sum(x, branch_ptr, sum_ptr, row, columns, num_columns)
+            # Other threads may read what a thread has stored.
+            tl.debug_barrier()
+            x_ptr, x_stride = sum_ptr, num_columns
         for row in range(begin, end):
             inverse, power = inverse_rms(x_ptr, row, x_stride, num_columns, eps, BLOCK)
             for start in range(0, num_columns, BLOCK):
@@ -144,7 +165,7 @@ def unit_row(x, rms):
 
 @triton.jit(do_not_specialize=["num_m", "part_rows"])
 def _rms_norm_input_grad_kernel(
-    grad_ptr, x_ptr, words_ptr, exponents_ptr, out_ptr, num_m, part_rows, num_columns, x_stride, eps,
+    grad_ptr, x_ptr, words_ptr, exponents_ptr, added_ptr, out_ptr, num_m, part_rows, num_columns, x_stride, eps,
     GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     begin = tl.program_id(0).to(tl.int64) * part_rows
@@ -163,7 +184,10 @@ def _rms_norm_input_grad_kernel(
             # Loaded last, since a branch keeps all that was loaded before it in registers, as a product before `unit` would.
             scaled = load_row(grad_ptr, row, num_columns, columns, num_columns) * w * inverse
             mean = tl.div_rn(tl.sum(unit * scaled, axis=0), width)
-            store_row(out_ptr, row, columns, num_columns, (scaled - unit * mean) * power)
+            dx = (scaled - unit * mean) * power
+            if added_ptr is not None:
+                dx += load_row(added_ptr, row, num_columns, columns, num_columns)
+            store_row(out_ptr, row, columns, num_columns, dx)
     else:
         for row in range(begin, end):
             rms, power = root_mean_square(x_ptr, row, x_stride, num_columns, eps, BLOCK)
@@ -181,7 +205,10 @@ def _rms_norm_input_grad_kernel(
                 w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
                 scaled = load_row(grad_ptr, row, num_columns, columns, num_columns) * w * inverse
                 unit = unit_row(load_row(x_ptr, row, x_stride, columns, num_columns), rms)
-                store_row(out_ptr, row, columns, num_columns, (scaled - unit * mean) * power)
+                dx = (scaled - unit * mean) * power
+                if added_ptr is not None:
+                    dx += load_row(added_ptr, row, num_columns, columns, num_columns)
+                store_row(out_ptr, row, columns, num_columns, dx)
 
 
 @triton.jit
@@ -226,22 +253,31 @@ def _tile(num_columns: int) -> dict[str, int]:
     }
 
 
-def normalize(x_MK: Tensor, weight: DeviceWeight, eps: float) -> Tensor:
-    """Launch `rms_norm` on x [M, K], whose rows may lie apart in memory."""
+def normalize(
+    x_MK: Tensor,
+    weight: DeviceWeight,
+    eps: float,
+    branch_MK: Tensor | None = None,
+    sum_MK: Tensor | None = None,
+) -> Tensor:
+    """Launch `rms_norm` on x [M, K], whose rows may lie apart in memory; or `add_rms_norm`, which writes its sum with a branch."""
     runs_here(x_MK)
     num_m, num_columns = x_MK.shape
     y = torch.empty(num_m, num_columns, dtype=x_MK.dtype, device=x_MK.device)
     if num_m:
         part_rows, num_parts = parts_of(num_m, PROGRAMS, 1)
         _rms_norm_kernel[(num_parts,)](
-            x_MK, weight.words, weight.exponents, y, num_m, part_rows, num_columns, x_MK.stride(0), eps,
+            x_MK, branch_MK, sum_MK, weight.words, weight.exponents, y,
+            num_m, part_rows, num_columns, x_MK.stride(0), eps,
             GROUP_SIZE=weight.group_size, MANTISSA_BITS=weight.mantissa_bits,
             ONE_BLOCK=num_columns <= BLOCK_COLUMNS, **_tile(num_columns),
         )  # fmt: skip
     return y
 
 
-def normalize_input_grad(grad_MK: Tensor, x_MK: Tensor, weight: DeviceWeight, eps: float) -> Tensor:
+def normalize_input_grad(
+    grad_MK: Tensor, x_MK: Tensor, weight: DeviceWeight, eps: float, added_MK: Tensor | None
+) -> Tensor:
     """Launch `rms_norm_input_grad` on tensors [M, K]. The rows of x may lie apart in memory."""
     runs_here(x_MK)
     num_m, num_columns = x_MK.shape
@@ -249,7 +285,8 @@ def normalize_input_grad(grad_MK: Tensor, x_MK: Tensor, weight: DeviceWeight, ep
     if num_m:
         part_rows, num_parts = parts_of(num_m, PROGRAMS, 1)
         _rms_norm_input_grad_kernel[(num_parts,)](
-            grad_MK, x_MK, weight.words, weight.exponents, out, num_m, part_rows, num_columns, x_MK.stride(0), eps,
+            grad_MK, x_MK, weight.words, weight.exponents, added_MK, out,
+            num_m, part_rows, num_columns, x_MK.stride(0), eps,
             GROUP_SIZE=weight.group_size, MANTISSA_BITS=weight.mantissa_bits,
             ONE_BLOCK=num_columns <= BLOCK_COLUMNS, **_tile(num_columns),
         )  # fmt: skip

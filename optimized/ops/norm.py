@@ -15,7 +15,7 @@ from arbitor.optimized.ops.scale import DTYPES
 from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_EPS
 
-__all__ = ["rms_norm", "rms_norm_input_grad", "rms_norm_weight_grad"]
+__all__ = ["add_rms_norm", "rms_norm", "rms_norm_input_grad", "rms_norm_weight_grad"]
 
 
 def _x_grad(grad: Tensor, *, x: Tensor, weight: AnyWeight, eps: float) -> Tensor:
@@ -31,12 +31,32 @@ def rms_norm(x: Tensor, weight: AnyWeight, *, eps: float = DEFAULT_EPS) -> Tenso
 
 
 @op()
-def rms_norm_input_grad(grad: Tensor, x: Tensor, weight: AnyWeight, *, eps: float = DEFAULT_EPS) -> Tensor:
+def add_rms_norm(
+    x: Tensor, y: Tensor, weight: AnyWeight, *, eps: float = DEFAULT_EPS
+) -> tuple[Tensor, Tensor]:
+    """See reference; float64 is not supported."""
+    _check(weight, eps, x)
+    checks.sum_of("y", y, x.shape, x=x)
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    normed = norm.normalize(vectors_of(x, 1), on_device(weight), eps, matrix_of(y), matrix_of(total))
+    return total, normed.reshape(x.shape)
+
+
+@op()
+def rms_norm_input_grad(
+    grad: Tensor,
+    x: Tensor,
+    weight: AnyWeight,
+    *,
+    eps: float = DEFAULT_EPS,
+    added: Tensor | None = None,
+) -> Tensor:
     """See reference; float64 is not supported."""
     _check(weight, eps, x, grad)
-    return norm.normalize_input_grad(matrix_of(grad), vectors_of(x, 1), on_device(weight), eps).reshape(
-        x.shape
-    )
+    checks.sum_of("added", added, x.shape, x=x)
+    added_MK = None if added is None else matrix_of(added)
+    dx_MK = norm.normalize_input_grad(matrix_of(grad), vectors_of(x, 1), on_device(weight), eps, added_MK)
+    return dx_MK.reshape(x.shape)
 
 
 @op()

@@ -10,7 +10,7 @@ from torch import Tensor
 from arbitor.reference.config import VOCABULARY_SIZE
 from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.context import GraphContext
-from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm, fan_out
+from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm, add_norm, fan_out
 from arbitor.reference.graph.module import ArbModule
 
 
@@ -34,7 +34,7 @@ class ByteHead(ArbModule):
 
     def forward(self, x_BPD: Tensor) -> Tensor:
         """Return the logits of each position's next byte."""
-        n_BPD = self.norm(x_BPD)
+        x_BPD, n_BPD = add_norm(x_BPD, None, self.norm)
         u_BPD = x_BPD + self.down(self.ops.gated(*fan_out(n_BPD, self.gate, self.up)))
         logits_BPV = self.vocabulary(self.vocabulary_norm(u_BPD))
         return widened(logits_BPV)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from arbitor.reference.constants import MIN_ORTHOGONAL_RANK
 from arbitor.reference.graph.averages import average_of
@@ -84,7 +85,20 @@ class TernaryLinear(Multiplier):
 
 def plain(*linears: nn.Module) -> bool:
     """Return whether all linears are ternary and have no adapter, so that an op may read their weights instead of calling them."""
-    return all(isinstance(linear, Multiplier) and linear.adapter is None for linear in linears)
+    return all(
+        isinstance(linear, Multiplier) and linear.adapter is None and as_built(linear) for linear in linears
+    )
+
+
+def as_built(module: nn.Module) -> bool:
+    """Return whether a call of a module runs its class's `forward` and nothing else: nobody gave it another one, or a hook."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return not (any(hooks) or "forward" in vars(module) or _has_any_global_hook())
 
 
 class TernaryRMSNorm(TernaryModule):
@@ -192,14 +206,12 @@ def union_of_rows(row_lists: list[Tensor]) -> Tensor:
 def fan_out(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
     """Return the products of several linears that read the same x, each as `TernaryLinear` gives it.
 
-    The gradients that x has from them are added up one after the other as they are made, without a launch for a sum. Where one of
-    the linears is a float module, which a merge puts in its place, each is called by itself.
+    The gradients that x has from them are added up one after the other as they are made, without a launch for a sum. A float
+    module, which a merge puts in the place of a linear, and a linear with hooks are called by themselves.
     """
-    linears = [module for module in modules if isinstance(module, Multiplier)]
-    if len(linears) < len(modules):
-        return tuple(module(x) for module in modules)
-    outputs: tuple[Tensor, ...] = uncompiled(_fan_out, x, tuple(linears))
-    return tuple(linear.adapted(y, x) for linear, y in zip(linears, outputs, strict=True))
+    linears = tuple(module for module in modules if isinstance(module, Multiplier) and as_built(module))
+    outputs = dict(zip(linears, uncompiled(_fan_out, x, linears), strict=True)) if linears else {}
+    return tuple(module.adapted(outputs[module], x) if module in outputs else module(x) for module in modules)
 
 
 def _fan_out(x: Tensor, modules: tuple[Multiplier, ...]) -> tuple[Tensor, ...]:
@@ -234,6 +246,52 @@ class _FanOutFunction(torch.autograd.Function):
             if module.moves:
                 module.vote_of(grad, x)
         return grad_x, None, *(None for _ in ctx.held)
+
+
+def add_norm(x: Tensor, branch: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return a residual stream, with a branch added if there is one, and its norm, as `TernaryRMSNorm` gives it.
+
+    The gradient that the stream has from its norm is added to its other gradient as it is made, without a launch for a sum. So
+    whoever else reads the stream must read the one that is returned. A float module in the place of the norm, and a norm with
+    hooks, are called by themselves.
+    """
+    fits = branch is None or (branch.dtype, branch.shape) == (x.dtype, x.shape)
+    if isinstance(norm, TernaryRMSNorm) and as_built(norm) and fits:
+        found: tuple[Tensor, Tensor] = uncompiled(_add_norm, x, branch, norm)
+        return found
+    total = x if branch is None else x + branch
+    return total, norm(total)
+
+
+def _add_norm(x: Tensor, branch: Tensor | None, norm: TernaryRMSNorm) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = _AddNormFunction.apply(x, branch, norm, norm.anchor())
+    return found
+
+
+class _AddNormFunction(torch.autograd.Function):
+    """`ops.add_rms_norm`, or `ops.rms_norm` beside its own input, with one gradient for stream and branch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, branch: Tensor | None, norm: TernaryRMSNorm, anchor: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        weight = norm.forward_weight(ctx)
+        if branch is None:
+            total, normed = x, norm.ops.rms_norm(x, weight)
+        else:
+            total, normed = norm.ops.add_rms_norm(x, branch, weight)
+        ctx.save_for_backward(total)
+        return total, normed
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, added: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is not None:
+            norm, (total,) = ctx.module, ctx.saved_tensors
+            asked = any(ctx.needs_input_grad[:2])
+            added = _norm_learns(norm, norm.backward_weight(ctx), grad, total, asked=asked, added=added)
+        return *(added if asked else None for asked in ctx.needs_input_grad[:2]), None, None
 
 
 def row_ranges(num_rows: int, row_elements: int) -> Iterator[range]:
@@ -272,9 +330,15 @@ def _normed(module: TernaryRMSNorm, weight: LaidOutWeight, x: Tensor) -> Tensor:
 
 
 def _norm_learns(
-    module: TernaryRMSNorm, weight: LaidOutWeight, grad: Tensor, x: Tensor, *, asked: bool
+    module: TernaryRMSNorm,
+    weight: LaidOutWeight,
+    grad: Tensor,
+    x: Tensor,
+    *,
+    asked: bool,
+    added: Tensor | None = None,
 ) -> Tensor | None:
-    grad_x = module.ops.rms_norm_input_grad(grad, x, weight) if asked else None
+    grad_x = module.ops.rms_norm_input_grad(grad, x, weight, added=added) if asked else None
     if module.moves:
         module.vote(module.ops.rms_norm_weight_grad(grad, x))
     return grad_x

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from arbitor.reference.constants import STRENGTH_MAX
 from arbitor.reference.graph.context import GraphContext
-from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm
+from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, TernaryRMSNorm, add_norm
 from arbitor.reference.graph.module import ArbModule
 from arbitor.reference.graph.tables import TableModule, when_voting
 
@@ -107,5 +107,6 @@ class MemGram(ArbModule):
         """Return the stream with the memory added."""
         tables = (self.structure, self.conversation)
         m_BPM = sum(table.read(table.rows(codes_BP, previous), self.row_norm).sum(dim=0) for table in tables)
-        gate_BP1 = torch.sigmoid(self.gate(self.gate_norm(e_BPD)))
+        e_BPD, normed_BPD = add_norm(e_BPD, None, self.gate_norm)
+        gate_BP1 = torch.sigmoid(self.gate(normed_BPD))
         return e_BPD + gate_BP1 * self.output(m_BPM)

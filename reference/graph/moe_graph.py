@@ -11,7 +11,7 @@ from torch import Tensor
 from arbitor.reference.config import HALT_THRESHOLD
 from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.context import GraphContext
-from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm
+from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm, add_norm
 from arbitor.reference.graph.module import ArbModule, used
 from arbitor.reference.graph.moe import SharedProjectionMoE
 from arbitor.reference.graph.tables import TableModule
@@ -36,14 +36,27 @@ class MoEGraph(ArbModule):
             self.moe_norm = TernaryRMSNorm(context, context.config.width)
             self.moe = SharedProjectionMoE(context, output_gain=output_gain)
 
-    def forward(self, e_BPD: Tensor, nodes_BPD: Tensor | None = None) -> Tensor:
-        """Return the stream after one turn."""
-        return self.turn(e_BPD, nodes_BPD)
+    def forward(
+        self, e_BPD: Tensor, nodes_BPD: Tensor | None = None, read_BPD: Tensor | None = None
+    ) -> Tensor:
+        """Return the stream after one turn. Stream and what the experts read of it may come from `joined`."""
+        if read_BPD is None:
+            e_BPD, read_BPD = self.joined(e_BPD, None, nodes_BPD)
+        return self.turn(e_BPD, read_BPD)
 
-    def turn(self, h_BPD: Tensor, nodes_BPD: Tensor | None) -> Tensor:
-        """Return the stream after the experts have read it."""
+    def joined(
+        self, h_BPD: Tensor, branch_BPD: Tensor | None, nodes_BPD: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the stream with a branch added if there is one, and what a turn reads: RMSNorm(g), without experts g."""
+        if self.has_moe and nodes_BPD is None:
+            return add_norm(h_BPD, branch_BPD, self.moe_norm)
+        h_BPD = h_BPD if branch_BPD is None else h_BPD + branch_BPD
         g_BPD = h_BPD if nodes_BPD is None else h_BPD + nodes_BPD
-        return h_BPD + self.moe(self.moe_norm(g_BPD)) if self.has_moe else g_BPD
+        return h_BPD, self.moe_norm(g_BPD) if self.has_moe else g_BPD
+
+    def turn(self, h_BPD: Tensor, read_BPD: Tensor) -> Tensor:
+        """Return the stream after the experts have read it."""
+        return h_BPD + self.moe(read_BPD) if self.has_moe else read_BPD
 
 
 class RecurrentMoEGraph(MoEGraph, TableModule):
@@ -72,17 +85,21 @@ class RecurrentMoEGraph(MoEGraph, TableModule):
             self.halt = TernaryLinear(context, context.config.width, 1, gain=0.0)
             used(self.halt, self.max_turns - 1)
 
-    def forward(self, e_BPD: Tensor, nodes_BPD: Tensor | None = None) -> Tensor:
+    def forward(
+        self, e_BPD: Tensor, nodes_BPD: Tensor | None = None, read_BPD: Tensor | None = None
+    ) -> Tensor:
         """Return the mean of the streams after all turns, weighted for each position by its halting."""
         if self.max_turns == 1:
-            return self.turn(e_BPD, nodes_BPD)
+            return super().forward(e_BPD, nodes_BPD, read_BPD)
+        if read_BPD is None:
+            e_BPD, read_BPD = self.joined(e_BPD, None, nodes_BPD)
         shifts_D = self.get_buffer("leak_shifts")
         keep_D = kept_shares(shifts_D).to(e_BPD.dtype)
         halting, h_BPD = Halting(e_BPD, HALT_THRESHOLD), e_BPD
         for turn in range(self.max_turns):
             if turn:
-                h_BPD = e_BPD + keep_D * (h_BPD - e_BPD)
-            h_BPD = halting.live(self.turn(h_BPD, nodes_BPD))
+                h_BPD, read_BPD = self.joined(e_BPD, keep_D * (h_BPD - e_BPD), nodes_BPD)
+            h_BPD = halting.live(self.turn(h_BPD, read_BPD))
             is_last = turn + 1 == self.max_turns
             h_BPD = halting.add(h_BPD, None if is_last else self.halt_probability(h_BPD))
         return halting.mean.to(e_BPD.dtype)

@@ -18,7 +18,7 @@ from arbitor.reference.graph.attention import LatentAttention
 from arbitor.reference.graph.codebook import SharedVQ
 from arbitor.reference.graph.composite import CompositeProposalHead
 from arbitor.reference.graph.context import GraphContext
-from arbitor.reference.graph.layers import TernaryRMSNorm
+from arbitor.reference.graph.layers import TernaryRMSNorm, add_norm
 from arbitor.reference.graph.ledger import KVLedger, LayerLedger
 from arbitor.reference.graph.memory import MemGram
 from arbitor.reference.graph.module import ArbModule, PartList, as_it_is
@@ -53,8 +53,10 @@ class ArbLayer(ArbModule):
         turns: Turns | None = None,
     ) -> Tensor:
         """Return the residual stream after this layer. With a cache, positions also see the positions that it holds."""
-        gathered_BPD = self.attention(self.attention_norm(h_BPD), cache, turns)
-        return self.moe_graph(h_BPD + gathered_BPD, nodes_BPD)
+        h_BPD, normed_BPD = add_norm(h_BPD, None, self.attention_norm)
+        gathered_BPD = self.attention(normed_BPD, cache, turns)
+        e_BPD, read_BPD = self.moe_graph.joined(h_BPD, gathered_BPD, nodes_BPD)
+        return self.moe_graph(e_BPD, nodes_BPD, read_BPD)
 
 
 @dataclass(frozen=True)

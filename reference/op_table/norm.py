@@ -14,10 +14,16 @@ OPS = (
         like=lambda x, weight, eps: x.new_empty(x.shape),
     ),
     OpRow(
+        "add_rms_norm", "norm", TWICE, ROWS,
+        bytes_min=lambda s: 4 * s["float_bytes"] * s["M"] * s["K"] + values(s),
+        ops_min=lambda s: 5 * s["M"] * s["K"],
+        like=lambda x, y, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    ),
+    OpRow(
         "rms_norm_input_grad", "norm", TWICE, ROWS,
         bytes_min=lambda s: 3 * s["float_bytes"] * s["M"] * s["K"] + values(s),
         ops_min=lambda s: 9 * s["M"] * s["K"],
-        like=lambda grad, x, weight, eps: x.new_empty(x.shape),
+        like=lambda grad, x, weight, eps, added: x.new_empty(x.shape),
     ),
     OpRow(
         "rms_norm_weight_grad", "norm", TWICE, ROWS,

@@ -15,7 +15,7 @@ from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
 
-__all__ = ["rms_norm", "rms_norm_input_grad", "rms_norm_weight_grad"]
+__all__ = ["add_rms_norm", "rms_norm", "rms_norm_input_grad", "rms_norm_weight_grad"]
 
 HUGE_ELEMENT = {torch.float32: 48, torch.float64: 480}
 """Exponent of the magnitude from which on an element is huge. A row with a huge element is multiplied by a power of two before it
@@ -48,26 +48,53 @@ def rms_norm(x: Tensor, weight: TernaryWeight, *, eps: float = DEFAULT_EPS) -> T
 
 
 @op
-def rms_norm_input_grad(
-    grad: Tensor, x: Tensor, weight: TernaryWeight, *, eps: float = DEFAULT_EPS
-) -> Tensor:
-    """Return the gradient of the loss with respect to the input of `rms_norm`.
+def add_rms_norm(
+    x: Tensor, y: Tensor, weight: TernaryWeight, *, eps: float = DEFAULT_EPS
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of a residual stream and a branch, and `rms_norm` of that sum.
 
-    Math:    dx = s - x^ * mean(x^ * s) with s = dy * w / rms
-    Shapes:  grad and x of one dtype, [..., K]; weight (1, K)
-    Returns: dtype and shape of x
+    Math:    s = x + y; n = rms_norm(s)
+    Shapes:  x and y of one dtype, float32, bfloat16 or float64 [..., K]; weight (1, K)
+    Range:   eps as in `rms_norm`
+    Returns: two tensors of the dtype and shape of x
+    Raises:  TypeError or ValueError for a dtype, shape, device or eps that is not allowed
+    Laws:    s is rounded to the dtype of x before it is normed: n is rms_norm of the s that is returned
+    Source:  docs/spec/norm.md
+    """
+    _check(weight, eps, x=x)
+    checks.sum_of("y", y, x.shape, x=x)
+    total = x + y
+    return total, rms_norm(total, weight, eps=eps)
+
+
+@op
+def rms_norm_input_grad(
+    grad: Tensor,
+    x: Tensor,
+    weight: TernaryWeight,
+    *,
+    eps: float = DEFAULT_EPS,
+    added: Tensor | None = None,
+) -> Tensor:
+    """Return the gradient of the loss with respect to the input of `rms_norm`, added to another gradient of that input.
+
+    Math:    dx = s - x^ * mean(x^ * s) with s = dy * w / rms; with `added`, the gradient that x has as a residual, added + dx
+    Shapes:  grad, x and added of one dtype, [..., K]; weight (1, K)
+    Returns: dtype and shape of x; a sum is rounded once
     Raises:  TypeError or ValueError for a dtype, shape, device or eps that is not allowed
     Laws:    <dx, x> = eps * <dy * w, x> / rms**3: orthogonal to x, but for eps
     Source:  docs/spec/norm.md
     """
     dtype = _check(weight, eps, x=x, grad=grad)
+    checks.sum_of("added", added, x.shape, x=x)
     tame, power, tame_eps = tamed(x.to(dtype), eps)
     rms = _rms(tame, tame_eps)
     unit = tame / rms
     # Divided first: beside a row near 0, unit times the mean may be too small for the dtype where its quotient is not.
     scaled = grad.to(dtype) * dequantize(weight, dtype=dtype)[0] / rms
     # The rms of the tame row is the power times the rms of x, so the power cancels.
-    return ((scaled - unit * (unit * scaled).mean(dim=-1, keepdim=True)) * power).to(x.dtype)
+    dx = (scaled - unit * (unit * scaled).mean(dim=-1, keepdim=True)) * power
+    return (dx if added is None else added.to(dtype) + dx).to(x.dtype)
 
 
 @op
