@@ -11,8 +11,14 @@ from conformance.system.command import REPOSITORY
 
 
 def collected(*arguments: str) -> set[str]:
-    """Return the names of the tests that the suite would run, without their parameters, in files of three kinds."""
-    files = ("graph/test_video.py", "distributed/test_distributed.py", "test_options.py")
+    """Return the names of the tests that the suite would run, without their parameters, in files of several kinds."""
+    files = (
+        "graph/test_video.py",
+        "distributed/test_distributed.py",
+        "sidecars/test_cuda.py",
+        "system/test_survival.py",
+        "test_options.py",
+    )
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
     result = subprocess.run(
         [*command, *(f"conformance/{file}" for file in files), *arguments],
@@ -26,7 +32,7 @@ def collected(*arguments: str) -> set[str]:
 
 
 def test_what_runs_on_a_device_is_found() -> None:
-    """Tests of the implementation, and of what ranks found; no others."""
+    """Tests of the implementation, of what ranks found, and of the GPUs of the machine; no others."""
     every, on_device = collected(), collected("--on-device")
     assert on_device < every
     assert (
@@ -35,4 +41,6 @@ def test_what_runs_on_a_device_is_found() -> None:
     )
     assert any(name.startswith("graph/test_video.py") for name in on_device)
     assert any(name.startswith("graph/test_video.py") for name in every - on_device)
+    assert {name for name in every if "test_cuda.py" in name or "on_a_gpu" in name} <= on_device
+    assert "system/test_survival.py::test_same_seed_same_hash_in_another_process" in every - on_device
     assert "test_options.py::test_what_runs_on_a_device_is_found" in every - on_device
