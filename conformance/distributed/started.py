@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
+from torch.distributed import TCPStore
 
 from arbitor.optimized.training.metrics import last_step
 from conformance.system.command import REPOSITORY, environment, until
@@ -42,12 +42,12 @@ def torchrun(
     )  # fmt: skip
 
 
-def meeting_place() -> dist.TCPStore:
+def meeting_place() -> TCPStore:
     """Return a store of this process at which ranks meet, as long as it is held. The system chose its port.
 
     A port that is merely free now may be taken by another process before ranks listen at it.
     """
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
