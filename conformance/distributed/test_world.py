@@ -25,6 +25,7 @@ from arbitor.reference.graph.growth import grow
 from arbitor.reference.graph.ranks import Ranks
 from arbitor.reference.types import has_memory, without_memory
 from conformance.graph import models
+from conformance.system.command import TIMEOUT
 from conformance.training import nano
 from conformance.training.runs import options
 
@@ -85,13 +86,13 @@ def test_a_rank_that_is_silent_ends_the_others_with_one_sentence(
     """By the clock, however slow the machine is."""
     first, second = heart(store, 0), heart(store, 1)
     second.stop(is_done=False)
-    first._thread.join(timeout=60)
+    first._thread.join(timeout=TIMEOUT)
     assert ends == [1]
     assert capfd.readouterr().err == f"arb: {world.LOST}.\n"
 
 
 def test_a_rank_that_never_came_is_silent_too(store: HashStore, ends: list[int]) -> None:
-    heart(store, 0)._thread.join(timeout=60)
+    heart(store, 0)._thread.join(timeout=TIMEOUT)
     assert ends == [1]
 
 
@@ -102,7 +103,7 @@ def test_a_rank_whose_store_is_gone_ends(ends: list[int], capfd: pytest.CaptureF
         def set(self, key: str, value: str) -> None:
             raise RuntimeError("Connection reset by peer")
 
-    heart(Gone(), 0)._thread.join(timeout=60)
+    heart(Gone(), 0)._thread.join(timeout=TIMEOUT)
     assert ends == [1] and capfd.readouterr().err == f"arb: {world.LOST}.\n"
 
 
