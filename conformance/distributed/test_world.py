@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +16,14 @@ from torch.distributed import HashStore
 
 from arbitor.optimized.distributed import traffic, world
 from arbitor.optimized.distributed.ranks import owners
-from arbitor.optimized.distributed.run import kept_elsewhere, measured, train_together, whole_state
+from arbitor.optimized.distributed.run import (
+    check_agreement,
+    kept_elsewhere,
+    measured,
+    train_together,
+    whole_state,
+)
+from arbitor.optimized.training.checkpoint import load_checkpoint
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import turns
 from arbitor.optimized.training.loop import train
@@ -160,6 +168,26 @@ def test_a_step_that_raises_leaves_nothing_to_send() -> None:
     with pytest.raises(RuntimeError, match="the exchange broke"):
         model.step()
     assert ranks.abandoned == 1 and model.voting.torn
+
+
+def test_ranks_compare_what_decides_when_they_save(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Steps and the best measurement of the checkpoint that each of them found. A rank that saved alone would wait for ever."""
+    nano.register(monkeypatch)
+    nano.without_pictures(monkeypatch)
+    (tmp_path / "text.txt").write_bytes(nano.TEXT)
+    train(options(tmp_path / "text.txt", tmp_path / "run", steps=2))
+    found, told = load_checkpoint(tmp_path / "run" / "latest.safetensors"), []
+    monkeypatch.setattr(world.World, "agree", lambda _, facts: told.append(facts))
+    checkpoints = [
+        found,
+        replace(found, run={**found.run, "data": "its name elsewhere"}),
+        replace(found, run={**found.run, "steps": 9}),
+        replace(found, best_bpb=1.0),
+    ]
+    for checkpoint in checkpoints:
+        check_agreement(world.World(0, 2), config={}, document={}, checkpoint=checkpoint)
+    first, renamed, *others = told
+    assert first == renamed and first not in others and len(others) == 2
 
 
 def test_one_rank_refuses_a_way_of_exchange(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
