@@ -191,8 +191,8 @@ def pytest_runtest_call() -> None:
     torch.manual_seed(0)
 
 
-ON_DEVICE = {"subject", "found"}
-"""Fixtures of tests whose result depends on the device: the implementation under test, and what ranks found."""
+ON_DEVICE = {"subject", "found", "num_gpus"}
+"""Fixtures of tests whose result depends on the device: the implementation under test, what ranks found, and the GPUs there are."""
 
 OP_BY_OP = ("test_comparison", "test_vectors")
 """Files whose tests are of one op each, which is a parameter."""
@@ -222,6 +222,12 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     if isinstance(found, str):
         pytest.fail(found, pytrace=False)
     return found
+
+
+@pytest.fixture(scope="session")
+def num_gpus() -> int:
+    """Return the GPUs of this machine. A test that does something else with one asks for them, so that `--on-device` finds it."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 @pytest.fixture(scope="session")

@@ -55,13 +55,20 @@ LEDGER = Ledger()
 
 
 class Failures:
-    """A plugin that appends each failure to a file as soon as it is known."""
+    """A plugin that appends each failure to a file as soon as it is known: of a test, and of a file that cannot be imported."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Append the file's name and what it raised."""
+        self._note(report)
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Append the test's name and what it raised."""
+        self._note(report)
+
+    def _note(self, report: pytest.CollectReport | pytest.TestReport) -> None:
         if report.failed:
             with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{report.nodeid}, {report.when}\n{report.longreprtext}\n\n")

@@ -253,11 +253,11 @@ def test_a_child_ends_by_itself_where_its_worker_was_killed(tmp_path: Path) -> N
     assert worker.stdin is not None
     worker.stdin.write(json.dumps(request) + "\n")
     worker.stdin.flush()
-    until(lambda: (tmp_path / "started").exists() and (tmp_path / "started").read_text() != "", seconds=20)
+    until(lambda: (tmp_path / "started").exists() and (tmp_path / "started").read_text() != "")
     child = int((tmp_path / "started").read_text())
     worker.kill()
     worker.wait()
-    until(lambda: not is_alive(child), seconds=10)
+    until(lambda: not is_alive(child))
 
 
 def is_alive(pid: int) -> bool:

@@ -19,7 +19,7 @@ from arbitor.sidecars.media import (
     write_image,
     write_video,
 )
-from arbitor.sidecars.sidecar import MissingLibraryError, Sidecar, SidecarError
+from arbitor.sidecars.sidecar import MachineError, MissingLibraryError, Sidecar, SidecarError
 from arbitor.sidecars.video import VideoSidecar, whole_clip
 from arbitor.sidecars.vision import VisionSidecar
 
@@ -28,6 +28,7 @@ __all__ = [
     "Blob",
     "Encoders",
     "FeatureCache",
+    "MachineError",
     "MissingLibraryError",
     "Sidecar",
     "SidecarAudit",

@@ -5,6 +5,7 @@ Legend: H and W sides of a picture, T samples or frames.
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import warnings
@@ -21,7 +22,7 @@ from torch import Tensor
 from arbitor.reference import checks
 from arbitor.sidecars.audio import SAMPLE_RATE
 from arbitor.sidecars.libraries import library
-from arbitor.sidecars.sidecar import SidecarError
+from arbitor.sidecars.sidecar import MachineError, SidecarError
 
 MAX_PIXELS = 2**27
 """Most pixels of a picture, or of a frame of a video: 16384 x 8192. A small file may claim more than a memory holds."""
@@ -49,6 +50,14 @@ CONTAINERS = (
 
 MAX_CHANNELS = 8
 """Most channels of a sound. FFmpeg knows no places of the loudspeakers of more."""
+
+SHORTAGES = frozenset(
+    {
+        errno.EAGAIN, errno.EINTR, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC, errno.ESTALE,
+        errno.ETIMEDOUT,
+    }
+)  # fmt: skip
+"""Errors of a system that is short of open files, threads, memory or disk, or that lost its connection to a disk."""
 
 FRAMES_PER_SECOND = 10
 """Frames a second of videos that are written unless said otherwise."""
@@ -303,14 +312,20 @@ def _writing(path: str | Path) -> AbstractContextManager[None]:
 
 @contextmanager
 def _told(path: MediaFile, done: str) -> Iterator[None]:
-    """Turn an error of a library into a SidecarError that says what cannot be done with a file."""
+    """Turn an error of a library into a SidecarError that says what cannot be done with a file.
+
+    It is a MachineError where the machine was short of something, so that nobody takes the file for damaged.
+    """
     try:
         yield
     except (SidecarError, MemoryError):
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise SidecarError(f"{str(path)!r} cannot be {done} ({type(error).__name__}: {reason})") from error
+        # Numbers of errors are those of the system, whatever library raises them.
+        is_short = isinstance(error, OSError) and error.errno in SHORTAGES
+        kind = MachineError if is_short else SidecarError
+        raise kind(f"{str(path)!r} cannot be {done} ({type(error).__name__}: {reason})") from error
 
 
 def write_image(path: str | Path, image: Tensor) -> None:

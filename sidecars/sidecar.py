@@ -13,8 +13,12 @@ class SidecarError(RuntimeError):
     """A fault that a user can act on: a missing library, a checkpoint that does not fit, a file that cannot be decoded."""
 
 
-class MissingLibraryError(SidecarError):
-    """A library that is not installed. No other file or sidecar would fare better."""
+class MachineError(SidecarError):
+    """What the machine lacks, for good or at the moment. It says nothing of a file, and no other one would fare better."""
+
+
+class MissingLibraryError(MachineError):
+    """A library that is not installed."""
 
 
 class Sidecar(nn.Module):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import ArbModel
 from conformance.compare import alike
 from conformance.distributed import oracle
+from conformance.distributed.started import meeting_place
 from conformance.graph import models
 from conformance.training import nano
 from conformance.training.runs import train_until_killed
@@ -194,16 +194,13 @@ def begin_a_run_of_four(folder: Path) -> None:
 
     The ranks are copies of this process, which saves the time of four starts. It must not have computed with several threads.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
+    place, ranks = meeting_place(), []
     for number in range(4):
         rank = os.fork()
         if not rank:
             os.environ.update(
-                RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-                TORCHELASTIC_USE_AGENT_STORE="False",
+                RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(place.port),
+                TORCHELASTIC_USE_AGENT_STORE="True",
             )  # fmt: skip
             try:
                 with pytest.MonkeyPatch.context() as patch:

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,16 +48,13 @@ def survivor(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     )  # fmt: skip
     wait_for_step(run, KILLED_AT, process)
     first = ranks_of(process)
-    killed_at = time.monotonic()
     os.kill(first[1], signal.SIGKILL)
     until(lambda: set(ranks_of(process).values()).isdisjoint(first.values()), seconds=SECONDS)
-    seconds = time.monotonic() - killed_at
     wait_for_step(run, STOPPED_AT, process)
     process.send_signal(signal.SIGTERM)
     _, out, err = ended(process)
     return {
         "folder": folder,
-        "seconds": seconds,
         "out": out,
         "err": err,
         "stopped_at": last_step(run / "metrics.jsonl"),

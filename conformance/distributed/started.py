@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import TCPStore
 
 from arbitor.optimized.training.metrics import last_step
 from conformance.system.command import REPOSITORY, environment, until
@@ -39,6 +40,14 @@ def torchrun(
         stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
+
+
+def meeting_place() -> TCPStore:
+    """Return a store of this process at which ranks meet, as long as it is held. The system chose its port.
+
+    A port that is merely free now may be taken by another process before ranks listen at it.
+    """
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:

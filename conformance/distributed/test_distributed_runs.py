@@ -6,7 +6,6 @@ import io
 import json
 import re
 import signal
-import socket
 from typing import Any
 
 import pytest
@@ -17,7 +16,17 @@ from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.options import TrainOptions
 from conformance.distributed import ranks_at_work
 from conformance.distributed.at_work import gone_on
-from conformance.distributed.started import SAVED_EVERY, STEPS, Found, both, succeeded, three, torchrun, two
+from conformance.distributed.started import (
+    SAVED_EVERY,
+    STEPS,
+    Found,
+    both,
+    meeting_place,
+    succeeded,
+    three,
+    torchrun,
+    two,
+)
 from conformance.training import nano
 
 
@@ -134,7 +143,6 @@ def test_a_killed_run_goes_on_to_the_same_hash(found: Found) -> None:
 def test_a_killed_rank_ends_the_run_with_one_sentence(survivor: dict[str, Any]) -> None:
     sentences = [line for line in survivor["err"].splitlines() if line.startswith("arb: ")]
     assert sentences[0] == f"arb: {LOST}.", survivor["err"]
-    assert survivor["seconds"] < 60
     assert sum(LOST in line for line in sentences) == 1
 
 
@@ -155,10 +163,11 @@ def test_sigterm_saves(survivor: dict[str, Any]) -> None:
 def test_two_agents_train_as_one(found: Found) -> None:
     """Two nodes are two agents, which find each other by the address of one. Here they are on one machine."""
     folder, ranks = found
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    nodes = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=two")
+    place = meeting_place()
+    nodes = (
+        "--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{place.port}", "--rdzv-conf=is_host=0",
+        "--rdzv-id=two",
+    )  # fmt: skip
     agents = [
         torchrun(
             1, "conformance.system.nano_arb", "no-pictures", "train", "--preset", "nano", "--data", str(folder / "text.txt"),

@@ -23,6 +23,7 @@ from arbitor.reference.graph.ranks import Ranks
 from arbitor.reference.graph.spread import Spread, fetched, queries, revival, search
 from arbitor.reference.ops.packing import weight_of_trits
 from arbitor.reference.types import TernaryWeight
+from conformance.system.command import TIMEOUT
 
 WIDTH = 7
 """Columns of a code. Five rows are no whole number of groups, words or bytes but of the canonical form."""
@@ -38,9 +39,9 @@ class ThreadRanks(Ranks):
     def dealt(self, parts: Sequence[Tensor]) -> list[Tensor]:
         assert len(parts) == self.count
         self._table[self.number] = parts
-        self._barrier.wait(timeout=30)
+        self._barrier.wait(timeout=TIMEOUT)
         found = [of_rank[self.number].clone() for of_rank in self._table]
-        self._barrier.wait(timeout=30)
+        self._barrier.wait(timeout=TIMEOUT)
         return found
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +16,14 @@ from torch.distributed import HashStore
 
 from arbitor.optimized.distributed import traffic, world
 from arbitor.optimized.distributed.ranks import owners
-from arbitor.optimized.distributed.run import kept_elsewhere, measured, train_together, whole_state
+from arbitor.optimized.distributed.run import (
+    check_agreement,
+    kept_elsewhere,
+    measured,
+    train_together,
+    whole_state,
+)
+from arbitor.optimized.training.checkpoint import load_checkpoint
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import turns
 from arbitor.optimized.training.loop import train
@@ -26,6 +33,7 @@ from arbitor.reference.graph.growth import grow
 from arbitor.reference.graph.ranks import Ranks
 from arbitor.reference.types import has_memory, without_memory
 from conformance.graph import models
+from conformance.system.command import TIMEOUT
 from conformance.training import nano
 from conformance.training.runs import options
 
@@ -40,6 +48,17 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return codes
 
 
+BEATS = 20
+"""Beats without a sign of life after which a rank is not taken for ended yet."""
+
+
+@pytest.fixture
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let hearts beat when they are told to, and not by the clock of a machine that may be busy."""
+    monkeypatch.setattr(world, "BEAT_SECONDS", 3600.0)
+    monkeypatch.setattr(world, "SILENT_SECONDS", BEATS * 3600.0)
+
+
 @pytest.fixture
 def store() -> Iterator[HashStore]:
     yield HashStore()
@@ -49,28 +68,39 @@ def heart(store: HashStore, number: int) -> world._Heart:
     return world._Heart(store, world.World(number, 2, store))
 
 
+@pytest.mark.usefixtures("by_hand")
+def test_a_rank_is_silent_when_it_gave_no_sign_of_life_for_long(store: HashStore) -> None:
+    first, second = heart(store, 0), heart(store, 1)
+    for _ in range(3 * BEATS):
+        assert first.beat() and second.beat()
+    assert all(first.beat() for _ in range(BEATS)) and second.beat()
+    # The newest sign is seen, and then none.
+    assert [first.beat() for _ in range(BEATS + 2)] == [True] * (BEATS + 1) + [False]
+    for each in (first, second):
+        each.stop(is_done=False)
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_a_rank_that_is_done_ends_nobody(store: HashStore) -> None:
+    first, second = heart(store, 0), heart(store, 1)
+    second.stop(is_done=True)
+    assert all(first.beat() for _ in range(3 * BEATS))
+    first.stop(is_done=True)
+
+
 def test_a_rank_that_is_silent_ends_the_others_with_one_sentence(
     store: HashStore, ends: list[int], capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """By the clock, however slow the machine is."""
     first, second = heart(store, 0), heart(store, 1)
-    threading.Event().wait(0.4)
-    assert ends == [] and capfd.readouterr().err == ""
     second.stop(is_done=False)
-    first._thread.join(timeout=10)
+    first._thread.join(timeout=TIMEOUT)
     assert ends == [1]
     assert capfd.readouterr().err == f"arb: {world.LOST}.\n"
 
 
-def test_a_rank_that_is_done_ends_nobody(store: HashStore, ends: list[int]) -> None:
-    first, second = heart(store, 0), heart(store, 1)
-    second.stop(is_done=True)
-    threading.Event().wait(0.5)
-    first.stop(is_done=True)
-    assert ends == []
-
-
 def test_a_rank_that_never_came_is_silent_too(store: HashStore, ends: list[int]) -> None:
-    heart(store, 0)._thread.join(timeout=10)
+    heart(store, 0)._thread.join(timeout=TIMEOUT)
     assert ends == [1]
 
 
@@ -81,7 +111,7 @@ def test_a_rank_whose_store_is_gone_ends(ends: list[int], capfd: pytest.CaptureF
         def set(self, key: str, value: str) -> None:
             raise RuntimeError("Connection reset by peer")
 
-    heart(Gone(), 0)._thread.join(timeout=10)
+    heart(Gone(), 0)._thread.join(timeout=TIMEOUT)
     assert ends == [1] and capfd.readouterr().err == f"arb: {world.LOST}.\n"
 
 
@@ -138,6 +168,26 @@ def test_a_step_that_raises_leaves_nothing_to_send() -> None:
     with pytest.raises(RuntimeError, match="the exchange broke"):
         model.step()
     assert ranks.abandoned == 1 and model.voting.torn
+
+
+def test_ranks_compare_what_decides_when_they_save(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Steps and the best measurement of the checkpoint that each of them found. A rank that saved alone would wait for ever."""
+    nano.register(monkeypatch)
+    nano.without_pictures(monkeypatch)
+    (tmp_path / "text.txt").write_bytes(nano.TEXT)
+    train(options(tmp_path / "text.txt", tmp_path / "run", steps=2))
+    found, told = load_checkpoint(tmp_path / "run" / "latest.safetensors"), []
+    monkeypatch.setattr(world.World, "agree", lambda _, facts: told.append(facts))
+    checkpoints = [
+        found,
+        replace(found, run={**found.run, "data": "its name elsewhere"}),
+        replace(found, run={**found.run, "steps": 9}),
+        replace(found, best_bpb=1.0),
+    ]
+    for checkpoint in checkpoints:
+        check_agreement(world.World(0, 2), config={}, document={}, checkpoint=checkpoint)
+    first, renamed, *others = told
+    assert first == renamed and first not in others and len(others) == 2
 
 
 def test_one_rank_refuses_a_way_of_exchange(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -28,9 +28,8 @@ def model() -> ArbModel:
     return ArbModel(nano.NANO, device="cpu", seed=1)
 
 
-def test_defaults_are_those_of_the_machine() -> None:
-    model = ArbModel("nano", seed=5)
-    cuda = torch.cuda.is_available()
+def test_defaults_are_those_of_the_machine(num_gpus: int) -> None:
+    model, cuda = ArbModel("nano", seed=5), bool(num_gpus)
     assert model.context.device.type == ("cuda" if cuda else "cpu")
     assert model.dtype is (torch.bfloat16 if cuda else torch.float32)
     assert model.ops.__name__ == ("arbitor.optimized.ops" if cuda else "arbitor.reference.ops")
@@ -244,8 +243,8 @@ def test_wrong_options_of_generate_are_named(
             model.generate(**{"prompts": "ab", "stream": stream, **asked})
 
 
-def test_a_device_that_is_not_there_is_named() -> None:
-    if torch.cuda.is_available():
+def test_a_device_that_is_not_there_is_named(num_gpus: int) -> None:
+    if num_gpus:
         assert ArbModel(nano.NANO, device="cuda").context.device.type == "cuda"
     else:
         with pytest.raises(TrainingError, match="torch finds no CUDA device"):

@@ -1,10 +1,13 @@
-"""What two ranks make of a mix, for test_media_ranks.py: a whole run, one that is killed and resumed, and adapters.
+"""What two ranks make of a mix, for test_media_ranks.py: a whole run, one that is killed and resumed, and adapters;
+and what becomes of ranks that read or measure in two ways.
 
 torchrun --nproc-per-node 2 -m conformance.sidecars.media_ranks MEDIA FOLDER
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from arbitor.optimized.distributed.world import joined
+from arbitor.optimized.distributed.world import World, joined
 from arbitor.optimized.training import media_speech
+from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import train
+from arbitor.optimized.training.media_files import Item
+from arbitor.optimized.training.media_mix import Mix
+from arbitor.optimized.training.media_reader import MediaReader
 from arbitor.optimized.training.options import TrainOptions
 from arbitor.reference.graph.audio import AUDIO_CODES
 from conformance.sidecars.media_runs import CONFIG, KINDS, options, register
@@ -50,9 +57,35 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(media_speech, "CODEC_BATCH", 2)
 
 
+def refused(media: Path, folder: Path, world: World) -> str:
+    """Return the sentence with which ranks end of which the last cannot decode a file."""
+    real, is_last = MediaReader.is_readable, world.number == world.count - 1
+
+    def is_readable(reader: MediaReader, kind: str, item: Item) -> bool:
+        return real(reader, kind, item) and not (is_last and kind == "audio" and item.path.stem == "04")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingError) as says:
+        patch.setattr(MediaReader, "is_readable", is_readable)
+        train(options(media, folder / "refused", "audio", mix="text=0,audio=1", batch=4, steps=30))
+    return str(says.value)
+
+
+def measured(media: Path, folder: Path, world: World) -> list[float | None]:
+    """Return what a run measures whose ranks round in two ways: to rank 0 the model gets better, and to the last one worse."""
+    is_last, turns = world.number == world.count - 1, itertools.count(1)
+
+    def validate(*_: Any) -> float:
+        return 9.0 + next(turns) * (1.0 if is_last else -1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Mix, "validate", validate)
+        summary = train(asked(media, folder, "measured", steps=4, eval_interval=2, data_speech=None)).summary
+    return [summary["val_bpb"], summary["best_bpb"]]
+
+
 def main(media: Path, folder: Path) -> None:
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch, joined():
+    with pytest.MonkeyPatch.context() as patch, joined() as world:
         without_pictures(patch)
         register(patch)
         shorten(patch)
@@ -61,6 +94,8 @@ def main(media: Path, folder: Path) -> None:
         train_until_killed(KILLED_AT, killed)
         train(replace(killed, resume=True))
         train(tuned(media, folder, "tuned"))
+        found = {"refused": refused(media, folder, world), "measured": measured(media, folder, world)}
+    (folder / f"rank{world.number}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

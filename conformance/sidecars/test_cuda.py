@@ -13,6 +13,7 @@ from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.options import TrainOptions
 from arbitor.sidecars import Encoders, FeatureCache
 from conformance.compare import exact
+from conformance.report import skip
 from conformance.sidecars.media_runs import CONFIG, options, render
 from conformance.sidecars.test_loading import KINDS, LOADERS, output
 from conformance.training.runs import train_until_killed
@@ -20,10 +21,14 @@ from conformance.training.runs import train_until_killed
 LIBRARIES = ("transformers", "diffusers", "optimum.quanto", "PIL")
 """What these tests need. Nothing here decodes sound or video."""
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="sidecars on a GPU need CUDA"),
-    pytest.mark.usefixtures("short"),
-]
+pytestmark = pytest.mark.usefixtures("gpu", "short")
+
+
+@pytest.fixture(scope="module")
+def gpu(num_gpus: int) -> None:
+    """Leave these tests out where there is no GPU."""
+    if not num_gpus:
+        skip("sidecars on a GPU", "torch finds no CUDA device here")
 
 
 @pytest.mark.parametrize("kind", KINDS)

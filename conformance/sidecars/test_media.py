@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import struct
 import wave
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from arbitor.sidecars import Blob, SidecarError, read_audio, read_frames, read_image, read_video
+from arbitor.sidecars import Blob, MachineError, SidecarError, read_audio, read_frames, read_image, read_video
 from arbitor.sidecars.audio import refuse_clip
 from arbitor.sidecars.encoders import first_frame, spread_frames
 from conformance.compare import exact
@@ -156,6 +159,39 @@ def test_what_cannot_be_decoded(tmp_path: Path, read: object) -> None:
     for gone in (tmp_path / "gone.png", tmp_path):
         with pytest.raises(SidecarError, match="no file that exists"):
             read(gone)
+
+
+@contextmanager
+def no_more_open_files() -> Iterator[None]:
+    """Refuse this process another open file."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as newest:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (newest.fileno(), limits[1]))
+    held = []
+    try:
+        # Numbers below the limit may be free.
+        with suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        yield
+    finally:
+        for each in held:
+            os.close(each)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("read", [read_image, read_audio, read_video])
+def test_a_machine_that_is_short_of_something_blames_no_file(
+    media: Path, read: Callable[[Path], object]
+) -> None:
+    """Who leaves out files that cannot be decoded would leave out this one."""
+    kinds = {read_image: "image/00.png", read_audio: "audio/00.wav", read_video: "video/00.mkv"}
+    path = media / kinds[read]
+    # What the library imports and opens once is there then.
+    read(path)
+    with no_more_open_files(), pytest.raises(MachineError, match=r"cannot be decoded .*Too many open files"):
+        read(path)
+    read(path)
 
 
 def test_a_file_without_the_track(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
@@ -228,6 +229,21 @@ def test_a_missing_library_is_no_fault_of_the_files(
     # Nothing is imported from here once it stands as absent.
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(SidecarError, match=r"av needs the package 'av', .*pip install 'arbitor\[media\]'"):
+        train(options(media, None, "audio", mix="text=0,audio=1"))
+    assert "left out" not in capsys.readouterr().err
+
+
+def test_a_shortage_of_the_machine_is_no_fault_of_the_files(
+    media: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that is left out once is left out to the end, so that the run would not be that of its settings."""
+    import av
+
+    def refuse(*_: Any, **more: Any) -> None:
+        raise BlockingIOError(errno.EAGAIN, "no thread can be started")
+
+    monkeypatch.setattr(av, "open", refuse)
+    with pytest.raises(SidecarError, match=r"cannot be decoded .*no thread can be started"):
         train(options(media, None, "audio", mix="text=0,audio=1"))
     assert "left out" not in capsys.readouterr().err
 

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from arbitor.optimized.cli import cli
 from arbitor.optimized.training.checkpoint import load_checkpoint
@@ -34,20 +33,20 @@ from conformance.system.command import (
     wait_for,
 )
 
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
-
-@pytest.mark.parametrize("device", DEVICES)
 def test_same_seed_same_hash_in_another_process(
-    here: Here, finished: Path, text: Path, tmp_path: Path, device: str
+    here: Here, finished: Path, text: Path, tmp_path: Path
 ) -> None:
-    # On a CPU the other process is this one.
-    if device == "cpu":
-        assert here(*finished_line(text, tmp_path / "run")).returncode == 0
-        assert digest(tmp_path / "run") == digest(finished)
-        return
+    """The other process is this one."""
+    assert here(*finished_line(text, tmp_path / "run")).returncode == 0
+    assert digest(tmp_path / "run") == digest(finished)
+
+
+def test_same_seed_same_hash_in_two_processes_on_a_gpu(num_gpus: int, text: Path, tmp_path: Path) -> None:
+    if not num_gpus:
+        skip("two processes on a GPU", "torch finds no CUDA device here")
     for name in ("a", "b"):
-        result = arb(*finished_line(text, tmp_path / name, "--device", device))
+        result = arb(*finished_line(text, tmp_path / name, "--device", "cuda"))
         assert result.returncode == 0, result.stderr.decode()
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
@@ -92,9 +91,9 @@ def test_campaigns_of_kills_and_of_command_lines() -> None:
     assert result.returncode == 0, result.stderr.decode()[-2000:]
 
 
-def test_sigkill_at_random_moments_on_a_gpu(text: Path, tmp_path: Path) -> None:
+def test_sigkill_at_random_moments_on_a_gpu(num_gpus: int, text: Path, tmp_path: Path) -> None:
     """Killed three times, on a disk so slow that a checkpoint is being written most of the time."""
-    if not torch.cuda.is_available():
+    if not num_gpus:
         skip("kills on a GPU", "torch finds no CUDA device here")
     run, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
     moments = random.Random(20261121)

@@ -29,7 +29,7 @@ from arbitor.optimized.training.options import TrainOptions
 from arbitor.optimized.training.streams import documents, stream_of, written
 from arbitor.optimized.training.texts import find_texts
 from arbitor.sidecars import SidecarError
-from conformance.system.command import arb
+from conformance.system.command import TIMEOUT, arb
 from conformance.training import texts_at_work
 from conformance.training.runs import options, train_until_killed
 
@@ -288,7 +288,7 @@ def test_a_stream_is_read_by_one_process_at_a_time(
             second.result(timeout=0.2)
         path.write_bytes(b"of the first")
         fcntl.flock(lock, fcntl.LOCK_UN)
-        assert second.result(timeout=20).read_bytes() == b"of the first"
+        assert second.result(timeout=TIMEOUT).read_bytes() == b"of the first"
     assert len(read) == 1
 
 

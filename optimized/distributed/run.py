@@ -49,6 +49,9 @@ def _facts_of(checkpoint: Checkpoint | None) -> dict[str, Any]:
     adapter = checkpoint.adapter
     return {
         "checkpoint_step": checkpoint.step,
+        # They decide when the ranks save together.
+        "checkpoint_steps": checkpoint.run["steps"],
+        "checkpoint_best_bpb": checkpoint.best_bpb,
         "checkpoint_state_sha256": checkpoint.state_sha256,
         "checkpoint_adapter_sha256": None if adapter is None else adapter_sha256(adapter),
     }

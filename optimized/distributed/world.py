@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import sys
 import threading
@@ -147,6 +148,14 @@ class World:
         if self.count > 1:
             self.gathered(torch.zeros(1))
 
+    def of_first(self, number: float | None) -> float | None:
+        """Return a number of rank 0, which is not NaN, or None. Every rank must call this."""
+        if self.count == 1:
+            return number
+        numbers = self.gathered(torch.tensor(math.nan if number is None else number, dtype=torch.float64))
+        found = float(numbers[0])
+        return None if math.isnan(found) else found
+
     def signal(self, number: int | None) -> int | None:
         """Return the signal that asked any of the ranks to stop, the largest number of all; None if none did."""
         if self.count == 1:
@@ -244,8 +253,9 @@ class _Heart:
     def __init__(self, store: Store, world: World) -> None:
         """Start to beat, in a thread of its own."""
         self._store, self._world = store, world
+        self._beats, self._silent, self._seen = 0, [0.0] * world.count, [b""] * world.count
         self._stopped, self._is_done = threading.Event(), False
-        self._thread = threading.Thread(target=self._beat, name="signs of life", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="signs of life", daemon=True)
         self._thread.start()
 
     def stop(self, is_done: bool) -> None:
@@ -254,21 +264,21 @@ class _Heart:
         self._stopped.set()
         self._thread.join()
 
-    def _beat(self) -> None:
-        silent = [0.0] * self._world.count
-        seen = [b""] * self._world.count
-        beats = 0
+    def beat(self) -> bool:
+        """Give a sign of life and look for those of the others. Return whether all are alive, for all that is known."""
+        self._beats += 1
+        self._store.set(str(self._world.number), str(self._beats))
+        for rank in range(self._world.count):
+            now = self._store.get(str(rank)) if self._store.check([str(rank)]) else b""
+            is_new = now != self._seen[rank] or now == ENDED.encode()
+            self._silent[rank] = 0.0 if is_new else self._silent[rank] + BEAT_SECONDS
+            self._seen[rank] = now
+        return max(self._silent) <= SILENT_SECONDS
+
+    def _run(self) -> None:
         try:
             while not self._stopped.wait(BEAT_SECONDS):
-                beats += 1
-                self._store.set(str(self._world.number), str(beats))
-                for rank in range(self._world.count):
-                    now = self._store.get(str(rank)) if self._store.check([str(rank)]) else b""
-                    silent[rank] = (
-                        0.0 if now != seen[rank] or now == ENDED.encode() else silent[rank] + BEAT_SECONDS
-                    )
-                    seen[rank] = now
-                if max(silent) > SILENT_SECONDS:
+                if not self.beat():
                     self._end()
                     return
             if self._is_done:

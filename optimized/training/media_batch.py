@@ -15,6 +15,7 @@ from torch import Tensor
 from arbitor.optimized.distributed.world import World
 from arbitor.optimized.training.generate import first_window
 from arbitor.optimized.training.media import CAPTION_END, Features, lead_of
+from arbitor.optimized.training.media_files import Item
 from arbitor.reference.config import NGRAM, SPECIAL_IDS
 from arbitor.reference.graph import Targets
 from arbitor.reference.graph.talker import spoken_marks
@@ -29,12 +30,14 @@ class Batch:
         ids_BT: int64 [B, T]. Texts of samples of media have PAD behind them, where no position of the text sees it.
         media: features before the ids, by their names in `ArbModel.trunk`.
         targets: what the heads are taught; None: every byte.
+        items: the files of the samples of all ranks; none of text.
     """
 
     kind: str
     ids_BT: Tensor
     media: Features = field(default_factory=dict)
     targets: Targets | None = None
+    items: tuple[Item, ...] = ()
 
     def taught_bytes(self) -> int:
         """Return the number of bytes that are predicted."""

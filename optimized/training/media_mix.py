@@ -11,6 +11,7 @@ import hashlib
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -272,12 +273,10 @@ class Mix:
         answered = self._answered(kind, len(texts))
         modality_B = None if answered is None else answered.modality_B
         values = self.reader.of_batch(kind, items)
-        if kind == "video":
-            return captioned(kind, texts, context=context, modality_B=modality_B, latent=values)
-        if kind == "speech":
-            return captioned(kind, texts, context=context, modality_B=modality_B, tokens_BN=values)
-        media = {f"{kind}_BNF": values}
-        return captioned(kind, texts, context=context, modality_B=modality_B, media=media)
+        answers: dict[str, dict[str, Any]] = {"video": {"latent": values}, "speech": {"tokens_BN": values}}
+        given = answers.get(kind, {"media": {f"{kind}_BNF": values}})
+        batch = captioned(kind, texts, context=context, modality_B=modality_B, **given)
+        return replace(batch, items=tuple(items))
 
     def _answered(self, kind: str, batch: int) -> Targets | None:
         """Return the targets of the router for samples of a kind, or None where it learns nothing."""
@@ -288,6 +287,7 @@ class Mix:
     def take(self, model: ArbModel, *, rate: float, micro_step: int) -> float | None:
         """Run one pass of this rank's samples, in which every weight behind the loss votes; see `Passes.take`."""
         batch = self.batch(micro_step)
+        self._refuse_other_files(f"micro-batch {micro_step}", batch.items)
         losses = model.losses(**batch.share(self.world).on(model.voting.faults.device))
         if not model.backward(losses, rate=rate, step=micro_step, undo=False):
             return None
@@ -349,9 +349,28 @@ class Mix:
             sum_ += float(weight) * bpb
         return sum_ / float(total)
 
+    def _refuse_other_files(self, what: str, items: Sequence[Item]) -> None:
+        """Refuse ranks that read other files than rank 0, as a rank does where one cannot be decoded. Every rank must call this.
+
+        The shapes of a pass follow from its files, and ranks that exchange other shapes end without a word, or learn nonsense.
+
+        Raises:
+            TrainingError: they do; every rank raises the same sentence, which names the first such file.
+        """
+        digest = hashlib.sha256(b"".join(item.content for item in items)).digest()
+        numbers = self.world.gathered(torch.tensor(int.from_bytes(digest[:8], "little", signed=True)))
+        if any(int(number) != int(numbers[0]) for number in numbers):
+            self.world.agree(
+                {
+                    f"file {place + 1} of {what} that can be decoded": f"{item} ({item.content.hex()[:8]})"
+                    for place, item in enumerate(items)
+                }
+            )
+
     def held_out(self, kind: str) -> Iterator[Batch]:
         """Yield batches of `held_out_items`."""
         items = self.held_out_items(kind)
+        self._refuse_other_files(f"{kind} held out", items)
         for start in range(0, len(items), self.settings.batch):
             yield self._of_items(kind, items[start : start + self.settings.batch])
 

@@ -14,7 +14,7 @@ from arbitor.optimized.training.media_files import Item
 from arbitor.optimized.training.media_speech import TOGETHER, padded, tokens_of
 from arbitor.reference.graph.codec import AudioCodec
 from arbitor.reference.graph.targets import NO_TOKEN
-from arbitor.sidecars import MissingLibraryError, SidecarError, read_audio, read_image, read_video
+from arbitor.sidecars import MachineError, SidecarError, read_audio, read_image, read_video
 from arbitor.sidecars.audio import SAMPLE_RATE, refuse_clip
 from arbitor.sidecars.encoders import Encoders, whole_seconds
 
@@ -141,7 +141,7 @@ class MediaReader:
 
         Raises:
             TrainingError: the file was changed or is gone.
-            MissingLibraryError: what decodes it is not installed.
+            MachineError: what decodes it is not installed, or the machine is short of open files, threads or the like.
         """
         decoded, unreadable = (kind, item.content), (kind, str(item))
         if decoded not in self._decoded and unreadable not in self._unreadable:
@@ -152,7 +152,7 @@ class MediaReader:
                 else:
                     self.feature(kind, item)
                 self._decoded.add(decoded)
-            except MissingLibraryError:
+            except MachineError:
                 raise
             except (SidecarError, ValueError) as error:
                 # A ValueError is about a medium that was decoded, such as a video of four pixels, and names no file.

@@ -312,7 +312,8 @@ class Run:
     def _validate(self) -> None:
         """Measure the model, and keep it where it is the best so far. A model that nobody trained is no candidate."""
         if self.mix is not None:
-            self.val_bpb = self.mix.validate(self.model, self.text.windows_WT)
+            # Each rank measures all media by itself, and ranks of two kinds of machines round in two ways.
+            self.val_bpb = self.world.of_first(self.mix.validate(self.model, self.text.windows_WT))
         else:
             self.val_bpb = validation_bpb(
                 self.model, self.text.windows_WT, batch=self.settings.batch, device=self.settings.device
