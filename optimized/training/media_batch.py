@@ -119,7 +119,8 @@ def captioned(
         # As a prompt is read. Marks before it would tell the router that no text is asked for.
         rows = [first_window(text[:context]) for text in texts]
         leads_B1 = torch.tensor([[max(0, NGRAM - len(text))] for text in texts])
-    longest = max(len(row) for row in rows) + len(marks)
+    # A model reads a byte more than the three before the first that it predicts.
+    longest = max(NGRAM + 1, max(len(row) for row in rows) + len(marks))
     pad = SPECIAL_IDS["PAD"]
     # Filling before a text would tell how long the text is.
     ids_BT = torch.tensor([row + marks + [pad] * (longest - len(row) - len(marks)) for row in rows])
