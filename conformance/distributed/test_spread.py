@@ -1,13 +1,12 @@
 """Rows of a table that ranks keep for each other: what they find, fetch and revive together is what one process finds.
 
-The ranks are threads here, which deal their tensors at a table. `test_distributed.py` has processes.
+The ranks are threads here. `test_distributed.py` has processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -21,30 +20,10 @@ from arbitor.reference.graph.ranks import Ranks
 from arbitor.reference.graph.spread import Spread, fetched, queries, revival, search
 from arbitor.reference.ops.packing import weight_of_trits
 from arbitor.reference.types import TernaryWeight
-from conformance.distributed.threads import Table, on_threads
+from conformance.distributed.threads import on_ranks
 
 WIDTH = 7
 """Columns of a code. Five rows are no whole number of groups, words or bytes but of the canonical form."""
-
-
-class ThreadRanks(Ranks):
-    """A rank that is a thread."""
-
-    def __init__(self, number: int, table: Table) -> None:
-        self.number, self.count = number, table.count
-        self._table = table
-
-    def dealt(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        assert len(parts) == self.count
-        found = [of_rank[self.number].clone() for of_rank in self._table.meet(self.number, parts)]
-        # A rank may write to its parts once all have their copies.
-        self._table.meet(self.number, None)
-        return found
-
-
-def on_ranks(count: int, work: Callable[[Ranks], Any]) -> list[Any]:
-    """Return what each of some ranks returns."""
-    return on_threads(count, lambda number, table: work(ThreadRanks(number, table)))
 
 
 def reader(weight: TernaryWeight) -> Callable[[Tensor], Tensor]:

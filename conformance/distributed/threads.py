@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import Any
 
+from torch import Tensor
+
+from arbitor.reference.graph.ranks import Ranks
 from conformance.system.command import TIMEOUT
 
 
@@ -48,3 +51,33 @@ def on_threads(count: int, work: Callable[[int, Table], Any]) -> list[Any]:
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(guarded, range(count)))
+
+
+class ThreadRanks(Ranks):
+    """A rank that is a thread."""
+
+    def __init__(self, number: int, table: Table) -> None:
+        self.number, self.count = number, table.count
+        self._table = table
+
+    def dealt(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        assert len(parts) == self.count
+        found = [of_rank[self.number].clone() for of_rank in self._table.meet(self.number, parts)]
+        # A rank may write to its parts once all have their copies.
+        self._table.meet(self.number, None)
+        return found
+
+    def total(self, values: Tensor) -> Tensor:
+        first, *others = self.dealt([values] * self.count)
+        for other in others:
+            assert other.shape == first.shape and other.dtype == first.dtype
+            first = first + other
+        return first
+
+    def divisor(self, chosen: Tensor) -> Tensor:
+        return self.total(chosen.sum()).clamp(min=1) / self.count
+
+
+def on_ranks(count: int, work: Callable[[Ranks], Any]) -> list[Any]:
+    """Return what each of some ranks returns."""
+    return on_threads(count, lambda number, table: work(ThreadRanks(number, table)))

@@ -15,21 +15,25 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from arbitor.optimized.distributed.world import World, joined
 from arbitor.optimized.training import media_speech
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.optimized.training.loop import train
+from arbitor.optimized.training.loop import opened, train
 from arbitor.optimized.training.media_files import Item
-from arbitor.optimized.training.media_mix import Mix
 from arbitor.optimized.training.media_reader import MediaReader
 from arbitor.optimized.training.options import TrainOptions
+from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.audio import AUDIO_CODES
 from conformance.sidecars.media_runs import CONFIG, KINDS, options, register
 from conformance.training.nano import without_pictures
 from conformance.training.runs import train_until_killed
 
 KILLED_AT = 5
+
+HELD_OUT = (0, 1, 4, 5, 7)
+"""Numbers of media of each kind that are held out, in batches of four."""
 
 
 def asked(media: Path, folder: Path, name: str, **changes: Any) -> TrainOptions:
@@ -72,15 +76,47 @@ def refused(media: Path, folder: Path, world: World) -> str:
 
 def measured(media: Path, folder: Path, world: World) -> list[float | None]:
     """Return what a run measures whose ranks round in two ways: to rank 0 the model gets better, and to the last one worse."""
-    is_last, turns = world.number == world.count - 1, itertools.count(1)
+    by, calls = 1.0 if world.number == world.count - 1 else -1.0, itertools.count(1)
+    loss, losses = ArbModel.loss, ArbModel.losses
 
-    def validate(*_: Any) -> float:
-        return 9.0 + next(turns) * (1.0 if is_last else -1.0)
+    def rounded(value: Tensor) -> Tensor:
+        return value if torch.is_grad_enabled() else value + 1000.0 + by * next(calls)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Mix, "validate", validate)
+        patch.setattr(ArbModel, "loss", lambda *given, **named: rounded(loss(*given, **named)))
+        patch.setattr(
+            ArbModel,
+            "losses",
+            lambda *given, **named: {name: rounded(value) for name, value in losses(*given, **named).items()},
+        )
         summary = train(asked(media, folder, "measured", steps=4, eval_interval=2, data_speech=None)).summary
     return [summary["val_bpb"], summary["best_bpb"]]
+
+
+def held_out(media: Path, folder: Path, name: str) -> dict[str, list[Any]]:
+    """Return what a model makes of several numbers of media held out, and how many of them were in passes of this process."""
+    found = {}
+    with (
+        opened(asked(media, folder, name, eval_windows=8), None) as run,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        mix, model, seen = run.mix, run.model, [0]
+        assert mix is not None
+        losses = model.losses
+
+        def counted(ids_BT: Tensor, **named: Any) -> dict[str, Tensor]:
+            seen[0] += len(ids_BT)
+            return losses(ids_BT, **named)
+
+        patch.setattr(model, "losses", counted)
+        folders = dict(mix._folders)
+        for number in HELD_OUT:
+            seen[0] = 0
+            for kind, whole in folders.items():
+                mix._folders[kind] = replace(whole, validation=whole.train[:number])
+            bpb = mix.validate(model, run.text.windows_WT)
+            found[str(number)] = [bpb, mix.metrics(validated=True), seen[0]]
+    return found
 
 
 def main(media: Path, folder: Path) -> None:
@@ -94,7 +130,11 @@ def main(media: Path, folder: Path) -> None:
         train_until_killed(KILLED_AT, killed)
         train(replace(killed, resume=True))
         train(tuned(media, folder, "tuned"))
-        found = {"refused": refused(media, folder, world), "measured": measured(media, folder, world)}
+        found = {
+            "refused": refused(media, folder, world),
+            "measured": measured(media, folder, world),
+            "held out": held_out(media, folder, "held out"),
+        }
     (folder / f"rank{world.number}.json").write_text(json.dumps(found))
 
 

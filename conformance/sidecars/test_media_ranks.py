@@ -16,7 +16,7 @@ from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.run_folder import CODEC_FILE
 from conformance.compare import exact
 from conformance.distributed.started import succeeded, torchrun
-from conformance.sidecars.media_ranks import asked, shorten, tuned
+from conformance.sidecars.media_ranks import HELD_OUT, asked, held_out, shorten, tuned
 from conformance.sidecars.media_runs import KINDS, options, outcome
 
 pytestmark = pytest.mark.usefixtures("short")
@@ -99,8 +99,27 @@ def test_a_file_that_one_rank_cannot_decode_ends_the_run_with_one_sentence(folde
     )
 
 
-def test_ranks_keep_the_model_that_is_the_best_to_rank_0(folder: Path) -> None:
-    """Each rank measures media by itself, and all of them save together."""
-    found = [json.loads((folder / f"rank{rank}.json").read_text())["measured"] for rank in range(2)]
-    assert found == [[6.0, 6.0]] * 2
+def test_ranks_that_round_in_two_ways_keep_one_model(folder: Path) -> None:
+    """All have the same numbers, so that they save together. A rank that saves alone is aborted."""
+    first, second = (json.loads((folder / f"rank{rank}.json").read_text())["measured"] for rank in range(2))
+    assert first == second and first[0] == first[1]
     assert load_checkpoint(folder / "measured" / "best.safetensors").step == 4
+
+
+def test_ranks_share_the_measuring_of_what_is_held_out(folder: Path, media: Path) -> None:
+    """Both have the numbers of one process: of no item, of one, and of a last batch that is not full."""
+    first, second = (json.loads((folder / f"rank{rank}.json").read_text())["held out"] for rank in range(2))
+    alone = held_out(media, folder, "held out alone")
+    assert first == second and first.keys() == alone.keys() == {str(number) for number in HELD_OUT}
+    for number in HELD_OUT:
+        (bpb, of_kinds, rows), (want, of_kinds_alone, rows_alone) = first[str(number)], alone[str(number)]
+        assert of_kinds.keys() == of_kinds_alone.keys() == {"text", *KINDS, "speech"}
+        assert (want is None) is (number == 0)
+        of_kinds["mean"], of_kinds_alone["mean"] = {"val_bpb": bpb}, {"val_bpb": want}
+        for kind, numbers in of_kinds_alone.items():
+            assert of_kinds[kind].keys() == numbers.keys()
+            for name, value in numbers.items():
+                near = None if value is None else pytest.approx(value, rel=1e-5)
+                assert of_kinds[kind][name] == near, (number, kind, name)
+        # Of seven, a batch of four and one of three: two, one, and the last one, which both ranks read.
+        assert rows_alone == 4 * number and rows == 4 * -(-number // 2)

@@ -104,6 +104,18 @@ def test_a_batch_is_what_the_files_hold(mix: Mix) -> None:
     assert checked == {"image", "video"}
 
 
+def test_captions_of_three_bytes_teach_what_answers_them(media: Path, tmp_path: Path) -> None:
+    """No byte of them is predicted, so they have no bits. They have a latent."""
+    folder = shutil.copytree(media / "video", tmp_path / "video")
+    for number, path in enumerate(sorted(folder.glob("*.txt"))):
+        path.write_text(("cat", "ox")[number % 2])
+    asked = options(media, tmp_path / "run", "video", data_video=str(folder), mix="text=0,video=1", steps=2)
+    summary = train(asked).summary
+    assert summary["skipped"] == 0 and summary["val_bpb"] is None
+    assert summary["media"]["video"]["val_bpb"] is None
+    assert summary["media"]["video"]["val_latent"] > 0
+
+
 def test_kinds_come_as_often_as_the_mix_says(media: Path, cache: str) -> None:
     asked = options(media, None, "image", feature_cache=cache, mix="text=1,image=3")
     with opened(asked, None) as run:

@@ -20,6 +20,7 @@ from arbitor.optimized.training.media_files import MediaFolder, load_media
 from arbitor.optimized.training.media_mix import Mix
 from arbitor.optimized.training.options import CHANGES, ROWS, TrainOptions
 from arbitor.optimized.training.plan import decide
+from arbitor.reference.graph.ranks import Ranks
 
 
 def fill(folder: Path, number: int = 4, suffix: str = ".png") -> Path:
@@ -249,7 +250,7 @@ def test_held_out_batches_are_measured_without_gradients() -> None:
         seen.append(torch.is_grad_enabled())
         return next(losses)
 
-    model = SimpleNamespace(losses=asked, voting=SimpleNamespace(faults=torch.zeros(())))
+    model = SimpleNamespace(losses=asked, voting=SimpleNamespace(faults=torch.zeros(()), ranks=Ranks()))
     batches = [
         Batch("text", torch.zeros(2, 5, dtype=torch.int64)),
         Batch("text", torch.zeros(1, 7, dtype=torch.int64)),

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import math
 import os
 import sys
 import threading
@@ -147,14 +146,6 @@ class World:
         """Wait until all ranks have come here."""
         if self.count > 1:
             self.gathered(torch.zeros(1))
-
-    def of_first(self, number: float | None) -> float | None:
-        """Return a number of rank 0, which is not NaN, or None. Every rank must call this."""
-        if self.count == 1:
-            return number
-        numbers = self.gathered(torch.tensor(math.nan if number is None else number, dtype=torch.float64))
-        found = float(numbers[0])
-        return None if math.isnan(found) else found
 
     def signal(self, number: int | None) -> int | None:
         """Return the signal that asked any of the ranks to stop, the largest number of all; None if none did."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import IO, TYPE_CHECKING
@@ -14,6 +14,7 @@ from arbitor.reference.config import NGRAM
 
 if TYPE_CHECKING:
     from arbitor.reference.graph import ArbModel
+    from arbitor.reference.graph.ranks import Ranks
 
 NATS_PER_BIT = math.log(2)
 """One bit is this many nats; losses are nats per byte, reports bits per byte."""
@@ -33,17 +34,39 @@ def validation_bpb(model: ArbModel, windows_WT: torch.Tensor, *, batch: int, dev
     """
     ranks = model.voting.ranks
     pieces = windows_WT.split(max(1, batch // ranks.count))
-    nats_of_pieces = torch.zeros(len(pieces), dtype=torch.float64)
-    with torch.no_grad():
-        for turn in turns([len(piece) for piece in pieces], ranks.count):
-            i = turn[ranks.number]
-            nats = model.loss(pieces[i].to(device)).item() * len(pieces[i])
-            if turn.index(i) == ranks.number:
-                nats_of_pieces[i] = nats
+
+    def nats_of(turn: Sequence[int]) -> dict[str, float]:
+        piece = pieces[turn[ranks.number]]
+        return {"nats": model.loss(piece.to(device)).item() * len(piece)}
+
+    found = in_turns(ranks, [len(piece) for piece in pieces], nats_of)
     # In the order of the pieces, whoever computed them.
-    all_nats = sum(ranks.total(nats_of_pieces).tolist())
+    all_nats = sum(each["nats"] for each in found)
     bpb = all_nats / windows_WT.shape[0] / NATS_PER_BIT
     return bpb if math.isfinite(bpb) else None
+
+
+def in_turns(
+    ranks: Ranks, sizes: Sequence[int], measure: Callable[[Sequence[int]], Mapping[str, float]]
+) -> list[dict[str, float]]:
+    """Return the numbers of some pieces, in the order of the pieces. Each rank measures some pieces, and all ranks return the same.
+
+    Args:
+        ranks: the ranks of a model. Every rank must call this with the same sizes.
+        sizes: of the pieces, at least one, as in `turns`.
+        measure: is given the pieces of a turn. It measures the piece of its rank, and returns numbers of the same names each time.
+            It runs without gradients.
+    """
+    own: dict[int, Mapping[str, float]] = {}
+    with torch.no_grad():
+        for turn in turns(sizes, ranks.count):
+            numbers, i = measure(turn), turn[ranks.number]
+            if turn.index(i) == ranks.number:
+                own[i] = numbers
+    names, nothing = list(numbers), [0.0] * len(numbers)
+    rows = [[*own[i].values()] if i in own else nothing for i in range(len(sizes))]
+    found = ranks.total(torch.tensor(rows, dtype=torch.float64)).tolist()
+    return [dict(zip(names, row, strict=True)) for row in found]
 
 
 def turns(sizes: Sequence[int], count: int) -> Iterator[list[int]]:

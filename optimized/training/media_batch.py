@@ -5,8 +5,10 @@ Legend: B samples of a batch, T ids, N vectors or tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from arbitor.optimized.training.media_files import Item
 from arbitor.reference.config import NGRAM, SPECIAL_IDS
 from arbitor.reference.graph import Targets
 from arbitor.reference.graph.talker import spoken_marks
+from arbitor.reference.graph.targets import NO_TOKEN
 
 
 @dataclass(frozen=True)
@@ -42,18 +45,36 @@ class Batch:
     def taught_bytes(self) -> int:
         """Return the number of bytes that are predicted."""
         mask = None if self.targets is None else self.targets.taught_BT
-        return self.ids_BT[:, 3:].numel() if mask is None else int(mask[:, 3:].sum())
+        return self.ids_BT[:, NGRAM:].numel() if mask is None else int(mask[:, NGRAM:].sum())
+
+    def terms(self) -> dict[str, int]:
+        """Return of how many terms each component of the loss is a mean, by name: of bytes, samples or tokens."""
+        samples, tokens = len(self.ids_BT), None if self.targets is None else self.targets.tokens_BN
+        num_tokens = 0 if tokens is None else int((tokens != NO_TOKEN).sum())
+        return {"bytes": self.taught_bytes(), "route": samples, "latent": samples, "tokens": num_tokens}
 
     def share(self, world: World) -> Batch:
         """Return the samples of this rank, as `World.share` shares windows. The batches of all ranks have one shape."""
+        return self._taken(world.share)
+
+    def parts(self, count: int) -> list[Batch]:
+        """Return the samples in parts: an equal part for each of `count` ranks, then each sample that is left over by itself.
+
+        Where the number of samples is a multiple of `count`, part r is the `share` of rank r. Samples stay as long as in the batch.
+        """
+        size, left = divmod(len(self.ids_BT), count)
+        ends = [size * number for number in range(count + 1)] if size else [0]
+        ends += [ends[-1] + number for number in range(1, left + 1)]
+        return [self._taken(itemgetter(slice(*each))) for each in pairwise(ends)]
+
+    def _taken(self, take: Callable[[Tensor], Tensor]) -> Batch:
+        """Return some of the samples, which `take` takes of each tensor."""
         targets = self.targets
         if targets is not None:
-            shared = {
-                name: None if value is None else world.share(value) for name, value in vars(targets).items()
-            }
-            targets = Targets(**shared)
-        media = {name: world.share(value) for name, value in self.media.items()}
-        return replace(self, ids_BT=world.share(self.ids_BT), media=media, targets=targets)
+            taken = {name: None if value is None else take(value) for name, value in vars(targets).items()}
+            targets = Targets(**taken)
+        media = {name: take(value) for name, value in self.media.items()}
+        return replace(self, ids_BT=take(self.ids_BT), media=media, targets=targets)
 
     def on(self, device: torch.device | str) -> dict[str, Any]:
         """Return the arguments of `ArbModel.losses` on a device."""
@@ -98,7 +119,8 @@ def captioned(
         # As a prompt is read. Marks before it would tell the router that no text is asked for.
         rows = [first_window(text[:context]) for text in texts]
         leads_B1 = torch.tensor([[max(0, NGRAM - len(text))] for text in texts])
-    longest = max(len(row) for row in rows) + len(marks)
+    # A model reads a byte more than the three before the first that it predicts.
+    longest = max(NGRAM + 1, max(len(row) for row in rows) + len(marks))
     pad = SPECIAL_IDS["PAD"]
     # Filling before a text would tell how long the text is.
     ids_BT = torch.tensor([row + marks + [pad] * (longest - len(row) - len(marks)) for row in rows])

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ from arbitor.optimized.training.data import (
     validation_windows,
 )
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.optimized.training.evaluate import NATS_PER_BIT, validation_bpb
+from arbitor.optimized.training.evaluate import NATS_PER_BIT, in_turns, validation_bpb
 from arbitor.optimized.training.media import (
     FOLDERS,
     SIDECAR_OF,
@@ -390,19 +391,53 @@ class Mix:
 
     @staticmethod
     def _validated(model: ArbModel, batches: Iterator[Batch]) -> dict[str, float | None]:
-        """Return the mean losses of some batches. Bits per byte are a mean over bytes, the others over samples."""
+        """Return the mean losses of some batches. Bits per byte are a mean over bytes, the others over samples.
+
+        Each rank measures its parts of every batch, and all ranks return the same. Every rank must call this with the same batches.
+        """
         sums: dict[str, float] = {}
         counts: dict[str, int] = {}
-        with torch.no_grad():
-            for batch in batches:
-                losses = model.losses(**batch.on(model.voting.faults.device))
-                for name in COMPONENTS:
-                    if name in losses:
-                        count = batch.taught_bytes() if name == "bytes" else len(batch.ids_BT)
-                        sums[name] = sums.get(name, 0.0) + losses[name].item() * count
-                        counts[name] = counts.get(name, 0) + count
-        found = {f"val_{_metric(name)}": _in_unit(name, sums[name] / counts[name]) for name in sums}
+        for batch in batches:
+            parts = batch.parts(model.voting.ranks.count)
+            sizes = [len(part.ids_BT) for part in parts]
+            measure = partial(_weighted_losses, model, batch, parts)
+            for numbers in in_turns(model.voting.ranks, sizes, measure):
+                for name, number in numbers.items():
+                    sums[name] = sums.get(name, 0.0) + number
+            for name in sums:
+                counts[name] = counts.get(name, 0) + _weight(batch, name)
+        # Of texts of three bytes at most no byte is predicted.
+        means = {name: sums[name] / count if count else math.nan for name, count in counts.items()}
+        found = {f"val_{_metric(name)}": _in_unit(name, mean) for name, mean in means.items()}
         return found or {"val_bpb": None}
+
+
+def _weight(batch: Batch, name: str) -> int:
+    """Return what a batch counts in the mean of a component: the bytes that are predicted, or the samples."""
+    return batch.taught_bytes() if name == "bytes" else len(batch.ids_BT)
+
+
+def _weighted_losses(
+    model: ArbModel, batch: Batch, parts: Sequence[Batch], turn: Sequence[int]
+) -> dict[str, float]:
+    """Return the components of the loss of the part of this rank, by name. Those of all parts add up to those of the batch.
+
+    Args:
+        model: its weights are only read.
+        batch: has a weight in each component.
+        parts: of the batch.
+        turn: which part each rank reads now.
+    """
+    ranks = model.voting.ranks
+    losses = model.losses(**parts[turn[ranks.number]].on(model.voting.faults.device))
+    found = {}
+    for name in COMPONENTS:
+        if name in losses:
+            # The sum of a rank is divided by the terms of all ranks over the number of ranks: `Ranks.divisor`.
+            terms = sum(parts[i].terms()[name] for i in turn)
+            share = Fraction(terms, ranks.count * max(batch.terms()[name], 1))
+            found[name] = losses[name].item() * float(share * _weight(batch, name))
+    return found
 
 
 def _metric(name: str) -> str:

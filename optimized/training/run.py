@@ -75,7 +75,7 @@ class Run:
         prepared: what it steps with.
         settings, world, text, mix, model, adaptation: parts of it.
         step: steps taken.
-        val_bpb: bits per byte of the newest validation of this process, or None.
+        val_bpb: bits per byte of the newest validation of this process, or None. All ranks have the same.
         best_bpb: the lowest of all validations after step 0, or None.
         progress: counters.
         saved: step and ``state_sha256`` of the newest checkpoint of this process, or None.
@@ -312,8 +312,7 @@ class Run:
     def _validate(self) -> None:
         """Measure the model, and keep it where it is the best so far. A model that nobody trained is no candidate."""
         if self.mix is not None:
-            # Each rank measures all media by itself, and ranks of two kinds of machines round in two ways.
-            self.val_bpb = self.world.of_first(self.mix.validate(self.model, self.text.windows_WT))
+            self.val_bpb = self.mix.validate(self.model, self.text.windows_WT)
         else:
             self.val_bpb = validation_bpb(
                 self.model, self.text.windows_WT, batch=self.settings.batch, device=self.settings.device
