@@ -190,6 +190,10 @@ def moved(weight: Any) -> None:
     weight.words.data = weight.words.flip(0)
 
 
+def with_exponents_moved(weight: Any) -> None:
+    weight.exponents.data = weight.exponents + 1
+
+
 def in_inference_mode(weight: Any) -> None:
     with torch.inference_mode():
         weight.exponents.add_(1)
@@ -206,6 +210,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "codes of the user": lambda weight: weight.words.copy_(weight.words.flip(0)),
     "exponents of the user": lambda weight: weight.exponents[4:].sub_(2),
     "another place": moved,
+    "another place of exponents": with_exponents_moved,
     "inference mode": in_inference_mode,
 }
 """What may change a weight within a pass."""
