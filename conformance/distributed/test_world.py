@@ -20,7 +20,9 @@ from arbitor.optimized.distributed.run import (
     check_agreement,
     kept_elsewhere,
     measured,
+    spreads_over,
     train_together,
+    unrecorded,
     whole_state,
 )
 from arbitor.optimized.training.checkpoint import load_checkpoint
@@ -209,6 +211,40 @@ def test_an_environment_that_torchrun_never_sets_is_refused(
         world.joined(),
     ):
         pass
+
+
+def test_ranks_that_cannot_be_reached_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with (
+        pytest.raises(TrainingError, match=r"^rank 1 of 2 cannot reach the others: .*MASTER_ADDR"),
+        world.joined(),
+    ):
+        pass
+
+
+def test_what_no_graph_holds_of_exchanges_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    spreads = {"codes_over": (0, 2)}
+    assert unrecorded(world.World(), spreads) == ""
+    for over_nccl, words in ((False, "2 ranks that exchange without NCCL"), (True, "")):
+        monkeypatch.setattr(world.World, "exchanges_over_nccl", over_nccl)
+        assert unrecorded(world.World(0, 2), {}) == words
+        assert unrecorded(world.World(0, 2), spreads) == "rows that 2 ranks keep for each other"
+
+
+def test_what_cannot_be_spread_over_ranks_is_refused() -> None:
+    """Codes that are not all searched, and experts of which some rank would have none."""
+    two = world.World(1, 2)
+    assert spreads_over(models.WHOLE, world.World(), codes=True, experts=True) == {}
+    assert spreads_over(models.WHOLE, two, codes=False, experts=True) == {"experts_over": (1, 2)}
+    candidates = replace(models.WHOLE, code_search="candidates", sign_bits=2, num_probes=1)
+    said = "^shard_codes is True, but must be False with code_search 'candidates': "
+    with pytest.raises(ValueError, match=said):
+        spreads_over(candidates, two, codes=True, experts=False)
+    few = replace(models.WHOLE, num_experts=2, top_k=1)
+    with pytest.raises(ValueError, match=r"^shard_experts is True, .* 2 experts"):
+        spreads_over(few, world.World(1, 3), codes=False, experts=True)
 
 
 def test_a_group_that_the_caller_made_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
