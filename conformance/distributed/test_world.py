@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +36,7 @@ from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.growth import grow
 from arbitor.reference.graph.ranks import Ranks
 from arbitor.reference.types import has_memory, without_memory
+from conformance.distributed.started import meeting_place
 from conformance.graph import models
 from conformance.system.command import TIMEOUT
 from conformance.training import nano
@@ -264,6 +267,31 @@ def test_a_group_that_the_caller_made_is_used(tmp_path: Path, monkeypatch: pytes
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_group_that_is_joined_is_left(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """Its world is that of the whole process until then. After an error the others may wait, and the group is left as it is."""
+    store = meeting_place()
+    place = {
+        "MASTER_ADDR": store.host,
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    for name, value in {**place, "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    try:
+        with pytest.raises(KeyboardInterrupt) if fails else nullcontext(), world._group(0, 1) as own:
+            with world.joined() as again:
+                assert again is own
+            assert "signs of life" in {thread.name for thread in threading.enumerate()}
+            if fails:
+                raise KeyboardInterrupt
+        assert "signs of life" not in {thread.name for thread in threading.enumerate()}
+        assert dist.is_initialized() is fails and world._joined is None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 def test_each_rank_of_a_host_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -465,6 +493,10 @@ def test_a_replay_counts_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> N
         recorded.replay()
     assert sent.measured() == (1.0 + 3 * 2.0, 5 + 3 * 14)
     assert sent.measured() == (0.0, 0)
+    # Also where the GPU has not come to the end of the last replay.
+    monkeypatch.setattr(Event, "done", 0)
+    recorded.replay()
+    assert sent.measured() == (2.0, 14)
 
 
 @pytest.mark.parametrize("asked", [True, False])
