@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -109,6 +110,16 @@ def test_weights_are_unpacked_together_as_each_by_itself(
         want = scale.dense_rows(weight, dtype, num_groups=count, row_multiple=row_multiple)
         exact(made[place], want, f"{weight.shape}, {count} matrices")
         assert made[place].is_contiguous() and made[place].storage_offset() % 256 == 0
+
+
+def test_weights_out_of_reach_are_refused(subject: Subject, launches: Counter[str]) -> None:
+    """As by every kernel: on a CPU where nothing interprets it, and before it is launched."""
+    weight = weight_like(subject, 24, 36)
+    on_cpu = replace(weight, words=weight.words.cpu(), exponents=weight.exponents.cpu())
+    with triton.knobs.runtime.scope(), pytest.raises(RuntimeError, match="but Triton kernels run on CUDA"):
+        triton.knobs.runtime.interpret = False
+        unpack.unpacked_together([on_cpu], [1], torch.float32, row_multiple=1)
+    assert not launches
 
 
 def test_a_recording_without_a_table_unpacks_nothing_together(
