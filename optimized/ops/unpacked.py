@@ -155,12 +155,8 @@ class _Pass:
         names = [
             name for name, weight in self._weights.items() if name in self._asked and weight.device == device
         ]
-        if not names:
-            return
-        weights, states = [], []
-        for name in names:
-            weights.append(self._weights[name])
-            states.append(_state(self._weights[name]))
+        weights = [self._weights[name] for name in names]
+        states = [_state(weight) for weight in weights]
         groups = [self._asked[name] for name in names]
         made = unpacked_together(weights, groups, self._dtype, row_multiple=OUTPUT_MULTIPLE)
         for place, matrix in made.items():
