@@ -351,6 +351,30 @@ def test_a_long_sound_is_not_decoded_to_its_end(monkeypatch: pytest.MonkeyPatch)
     assert sum(taken) < 2 * 16_000
 
 
+def test_a_frame_that_lasts_too_long_is_not_resampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame of some bytes may last for days."""
+    import av
+
+    class Resampler:
+        def __init__(self, **_: object) -> None: ...
+
+        def resample(self, frame: object) -> None:
+            pytest.fail("the frame was resampled")
+
+    monkeypatch.setattr(av, "AudioResampler", Resampler)
+    with pytest.raises(SidecarError, match=r"lasts longer than 0\.01 s"):
+        read_audio(Blob("a.wav", wave_bytes(1000)), max_seconds=0.01)
+
+
+def test_a_video_of_no_frames_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a file that was cut off."""
+    save_video(tmp_path / "a.mkv", np.zeros((2, 32, 32, 3), dtype=np.uint8))
+    monkeypatch.setattr("arbitor.sidecars.media._frames", lambda *_: iter(()))
+    for read in (read_video, lambda path: read_frames(path, 4)):
+        with pytest.raises(SidecarError, match=r"a\.mkv' has no frame that can be decoded"):
+            read(tmp_path / "a.mkv")
+
+
 def test_sounds_of_eight_channels_and_of_none() -> None:
     assert read_audio(Blob("a", wave_bytes(16_000, channels=8, data=bytes(1600)))).shape == (100,)
     assert read_audio(Blob("a", wave_bytes(16_000, data=b""))).shape == (0,)
