@@ -186,3 +186,17 @@ def test_linears_of_one_input_are_called_apart_where_they_must_be() -> None:
     got, x.grad = x.grad, None
     sum(module(x).sum() for module in (first, floats, last)).backward()
     alike(got, x.grad)
+
+
+def test_a_linear_that_no_loss_reads_takes_no_part() -> None:
+    """Of linears of one input: it has no gradient, and casts no vote."""
+    context = quick_context()
+    read, unread = (TernaryLinear(context, WIDTH, count) for count in (5, 7))
+    unread.vote_of = lambda *_: pytest.fail("it votes")  # type: ignore[method-assign]
+    x = stream(torch.float32, seed=1).requires_grad_()
+    grad = torch.ones(2, 5, 5)
+    with context.voting.taking(rate=2.0, step=0):
+        y, _ = fan_out(x, read, unread)
+        y.backward(grad)
+    exact(x.grad, read.ops.linear_input_grad(grad, read.weight))
+    assert read.weight.trit_accum.any()
