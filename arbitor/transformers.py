@@ -179,6 +179,7 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
             more: options of the library that change nothing here.
 
         Raises:
+            TypeError: a source that is no path and no name; or as `ArbModel.from_pretrained`.
             ValueError: an option that the model does not read; a configuration of another model; or as `ArbModel.from_pretrained`.
         """
         if not isinstance(pretrained_model_name_or_path, str | PathLike):
@@ -270,8 +271,9 @@ class ArbForCausalLM(_library.PreTrainedModel, _library.GenerationMixin):
     ) -> Any:
         """Load tensors by the names of `state_dict`, or by those of `model.safetensors`, as the library's Trainer does.
 
-        A file has the names of the `ArbModel`, and canonical weights. It holds all of a model, so `strict` says nothing of it. The
-        seed of the dither stays that of this model, and `steps_taken` until an `ArbOptimizer` loads its state.
+        A file has the names of the `ArbModel`, and canonical weights. It holds all of a model, and its values are copied, so
+        `strict` and `assign` say nothing of it. The seed of the dither stays that of this model, and `steps_taken` until an
+        `ArbOptimizer` loads its state.
 
         Raises TypeError or ValueError for a file of another model, RuntimeError as torch does.
         """

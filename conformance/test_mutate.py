@@ -18,7 +18,7 @@ from conformance.mutation.campaign import records
 from conformance.mutation.operators import mutants_of
 from conformance.mutation.selection import Selection, Unit
 from conformance.mutation.worker import PRODUCT
-from conformance.system.command import until
+from conformance.system.command import TIMEOUT, until
 
 SOURCE = '''"""A product."""
 
@@ -231,8 +231,8 @@ def test_a_spent_budget_stops(tmp_path: Path) -> None:
     root = tree(tmp_path / "tree")
     run(root, "--only", "idle")
     start = time.monotonic()
-    _, found = run(root, "--budget", "2", "--only", "without `rest -= 1`", "--timeout", "60")
-    assert time.monotonic() - start < 15 and not [name for name in found if "rest" in name]
+    _, found = run(root, "--budget", "2", "--only", "without `rest -= 1`", "--timeout", str(2 * TIMEOUT))
+    assert time.monotonic() - start < TIMEOUT and not [name for name in found if "rest" in name]
 
 
 def test_a_child_ends_by_itself_where_its_worker_was_killed(tmp_path: Path) -> None:

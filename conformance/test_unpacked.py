@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +29,7 @@ from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph import ArbModel
 from conformance.compare import exact
 from conformance.graph import models
+from conformance.report import skip
 from conformance.subject import Subject, needs_cuda, needs_ours
 from conformance.training import nano
 from conformance.training.no_graphs import FIRST_BYTES, some_losses_are_not_finite, without_graphs
@@ -266,6 +269,27 @@ def test_a_copy_that_outlives_a_change_would_be_seen(
     assert not any(
         torch.equal(found, want) for found, want in products_after(subject, CHANGES[name], passes=1)
     )
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_memory_that_was_unpacked_is_held(subject: Subject, passes: int) -> None:
+    """`Tensor.data` exchanges the memory of codes under their version. So no later memory may have the address of the first."""
+    if torch.device(subject.device).type != "cpu":
+        skip("memory of a copy", "only memory of the CPU can be watched from Python")
+    weight, x, copies = weight_like(subject, 24, 36), floats(subject, 5, 36), unpacked.Copies()
+    for _ in range(passes):
+        memory = weight.words.numpy().copy()
+        weight.words.data = torch.from_numpy(memory)
+        is_held = weakref.ref(memory)
+        del memory
+        with copies.in_pass({"w": weight}, x.dtype):
+            optimized_ops.linear(x, weight)
+            weight.words.data = weight.words.flip(0)
+            gc.collect()
+            assert is_held() is not None
+            exact(optimized_ops.linear(x, weight), optimized_ops.linear(x, weight.clone()))
+        gc.collect()
+        assert is_held() is None
 
 
 def write_unseen(weight: Any) -> None:

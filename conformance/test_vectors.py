@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from arbitor.reference.ops.packing import weight_of_trits
 
 from . import oracle
 from .compare import alike, exact, same_sums
+from .refusal import fault, refused
 from .subject import Subject
 
 FOLDER = Path(__file__).parent / "vectors"
@@ -96,6 +98,25 @@ def test_vector_of_the_reference(reference: Subject, op: str, case: dict[str, An
 @pytest.mark.parametrize(("op", "case"), OPS, ids=_ids(OPS))
 def test_vector(subject: Subject, op: str, case: dict[str, Any]) -> None:
     _run(subject, op, case)
+
+
+@pytest.mark.parametrize("op", sorted(FILES.keys() - {"philox"}))
+def test_none_is_no_argument(reference: Subject, subject: Subject, op: str) -> None:
+    """In the place of each argument that must be given, None is refused by a sentence that names the argument."""
+    case = next(each for each in FILES[op]["cases"] if "raises" not in each)
+    signature = inspect.signature(reference.raw(op))
+    kwargs = {name: value_of(value) for name, value in case.get("kwargs", {}).items()}
+    given = signature.bind(*map(value_of, case["args"]), **kwargs).arguments
+    for name in given:
+        if signature.parameters[name].default is not inspect.Parameter.empty:
+            continue
+        call = signature.bind(**{**given, name: None})
+        error = reference.refuses(op, call.args, call.kwargs)
+        kind = TypeError if error is None else type(error)
+        assert kind in (TypeError, ValueError), f"{op} on None for {name} raises {error!r}"
+        for ops in (reference, subject):
+            wrong = fault(ops, refused(op, f"None for {name}", kind, name, *call.args, **call.kwargs))
+            assert not wrong, wrong
 
 
 @pytest.mark.parametrize("case", FILES["philox"]["cases"], ids=lambda case: case["name"].replace(" ", "_"))

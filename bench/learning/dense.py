@@ -145,10 +145,17 @@ class DenseOps:
     def rms_norm(self, x: Tensor, weight: DenseWeight) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], weight.value[0].to(x.dtype), EPS)
 
-    def rms_norm_input_grad(self, grad: Tensor, x: Tensor, weight: DenseWeight) -> Tensor:
+    def add_rms_norm(self, x: Tensor, y: Tensor, weight: DenseWeight) -> tuple[Tensor, Tensor]:
+        total = x + y
+        return total, self.rms_norm(total, weight)
+
+    def rms_norm_input_grad(
+        self, grad: Tensor, x: Tensor, weight: DenseWeight, *, added: Tensor | None = None
+    ) -> Tensor:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            return torch.autograd.grad(self.rms_norm(x, weight), x, grad)[0]
+            (dx,) = torch.autograd.grad(self.rms_norm(x, weight), x, grad)
+        return dx if added is None else added + dx
 
     def embedding(self, ids: Tensor, weight: DenseWeight, *, dtype: torch.dtype) -> Tensor:
         return F.embedding(ids, weight.value.to(dtype))

@@ -1,14 +1,12 @@
 """Rows of a table that ranks keep for each other: what they find, fetch and revive together is what one process finds.
 
-The ranks are threads here, which deal their tensors at a barrier. `test_distributed.py` has processes.
+The ranks are threads here, which deal their tensors at a table. `test_distributed.py` has processes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from threading import Barrier
 from typing import Any
 
 import pytest
@@ -23,7 +21,7 @@ from arbitor.reference.graph.ranks import Ranks
 from arbitor.reference.graph.spread import Spread, fetched, queries, revival, search
 from arbitor.reference.ops.packing import weight_of_trits
 from arbitor.reference.types import TernaryWeight
-from conformance.system.command import TIMEOUT
+from conformance.distributed.threads import Table, on_threads
 
 WIDTH = 7
 """Columns of a code. Five rows are no whole number of groups, words or bytes but of the canonical form."""
@@ -32,33 +30,21 @@ WIDTH = 7
 class ThreadRanks(Ranks):
     """A rank that is a thread."""
 
-    def __init__(self, number: int, table: list[Sequence[Tensor]], barrier: Barrier) -> None:
-        self.number, self.count = number, len(table)
-        self._table, self._barrier = table, barrier
+    def __init__(self, number: int, table: Table) -> None:
+        self.number, self.count = number, table.count
+        self._table = table
 
     def dealt(self, parts: Sequence[Tensor]) -> list[Tensor]:
         assert len(parts) == self.count
-        self._table[self.number] = parts
-        self._barrier.wait(timeout=TIMEOUT)
-        found = [of_rank[self.number].clone() for of_rank in self._table]
-        self._barrier.wait(timeout=TIMEOUT)
+        found = [of_rank[self.number].clone() for of_rank in self._table.meet(self.number, parts)]
+        # A rank may write to its parts once all have their copies.
+        self._table.meet(self.number, None)
         return found
 
 
 def on_ranks(count: int, work: Callable[[Ranks], Any]) -> list[Any]:
     """Return what each of some ranks returns."""
-    table: list[Sequence[Tensor]] = [()] * count
-    barrier = Barrier(count)
-
-    def guarded(ranks: Ranks) -> Any:
-        try:
-            return work(ranks)
-        except BaseException:
-            barrier.abort()
-            raise
-
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(guarded, [ThreadRanks(number, table, barrier) for number in range(count)]))
+    return on_threads(count, lambda number, table: work(ThreadRanks(number, table)))
 
 
 def reader(weight: TernaryWeight) -> Callable[[Tensor], Tensor]:

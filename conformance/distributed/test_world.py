@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -31,12 +32,15 @@ from arbitor.optimized.training.checkpoint import load_checkpoint
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import turns
 from arbitor.optimized.training.loop import train
+from arbitor.optimized.training.media_files import Item
+from arbitor.optimized.training.media_mix import Mix
 from arbitor.reference.constants import VOTED_IN
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.growth import grow
 from arbitor.reference.graph.ranks import Ranks
 from arbitor.reference.types import has_memory, without_memory
 from conformance.distributed.started import meeting_place
+from conformance.distributed.threads import Table, on_threads
 from conformance.graph import models
 from conformance.system.command import TIMEOUT
 from conformance.training import nano
@@ -193,6 +197,52 @@ def test_ranks_compare_what_decides_when_they_save(monkeypatch: pytest.MonkeyPat
         check_agreement(world.World(0, 2), config={}, document={}, checkpoint=checkpoint)
     first, renamed, *others = told
     assert first == renamed and first not in others and len(others) == 2
+
+
+class ThreadWorld(world.World):
+    """A rank that is a thread."""
+
+    def __init__(self, number: int, table: Table) -> None:
+        super().__init__(number, table.count)
+        self._table = table
+
+    def gathered(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return self._table.meet(self.number, tensor)
+
+
+def told_of_files(*ranks: list[Item]) -> list[str]:
+    """Return what each of some ranks says of the files that they read, "" where it goes on."""
+
+    def told(number: int, table: Table) -> str:
+        mix: Any = SimpleNamespace(world=ThreadWorld(number, table))
+        try:
+            Mix._refuse_other_files(mix, "images held out", ranks[number])
+        except TrainingError as error:
+            return str(error)
+        return ""
+
+    return on_threads(len(ranks), told)
+
+
+def items(folder: str, *numbers: int) -> list[Item]:
+    """Return files of a folder, each of a content and a name of its own."""
+    return [Item(bytes([number]) * 32, b"text", Path(folder) / f"{number}.png") for number in numbers]
+
+
+def test_the_first_file_that_ranks_do_not_share_is_named() -> None:
+    """By its place in the list, of ten files or more too. Names play no part, which may differ between machines."""
+    first, elsewhere = items("/a", *range(12)), items("/b", *range(12))
+    assert told_of_files(first, elsewhere) == ["", ""]
+    of, must = "images held out that can be decoded", ", and all ranks must have the same"
+    assert told_of_files(first, elsewhere, items("/b", 0, 1, *range(3, 13))) == 3 * [
+        f"rank 2 has '/b/3.png (03030303)' for file 3 of {of}, but rank 0 has '/a/2.png (02020202)'{must}"
+    ]
+    assert told_of_files(first, elsewhere[:-1]) == 2 * [
+        f"rank 1 has None for file 12 of {of}, but rank 0 has '/a/11.png (0b0b0b0b)'{must}"
+    ]
+    assert told_of_files(first[:-1], elsewhere) == 2 * [
+        f"rank 1 has '/b/11.png (0b0b0b0b)' for file 12 of {of}, but rank 0 has None{must}"
+    ]
 
 
 def test_one_rank_refuses_a_way_of_exchange(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm, add_norm, fan_out
+from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm, add_norm, fan_out, plain
 from arbitor.reference.types import TernaryWeight
 from conformance.compare import alike, exact, same_sums
 from conformance.graph import models
@@ -124,7 +124,7 @@ REGISTER = {
 def test_hooks_of_layers_are_called_and_change_no_loss(kind: str) -> None:
     """Also those of layers that a pass does not call one by one: norms of the stream, and linears that read one activation."""
     model, ids_BT = models.nano(), models.random_ids(2, 9)
-    plain = copy.deepcopy(model)
+    unhooked = copy.deepcopy(model)
     layers = [each for each in model.modules() if isinstance(each, (TernaryLinear, TernaryRMSNorm))]
     seen: list[nn.Module] = []
     hooks = [REGISTER[kind](each, seen) for each in (layers[:1] if kind == "every module" else layers)]
@@ -135,10 +135,10 @@ def test_hooks_of_layers_are_called_and_change_no_loss(kind: str) -> None:
         for hook in hooks:
             hook.remove()
     assert {id(each) for each in layers} <= {id(each) for each in seen}
-    want = plain.loss(ids_BT)
-    assert plain.backward(want, rate=models.RATE, step=0)
+    want = unhooked.loss(ids_BT)
+    assert unhooked.backward(want, rate=models.RATE, step=0)
     exact(loss.detach(), want.detach())
-    for name, weight in plain.weights().items():
+    for name, weight in unhooked.weights().items():
         exact(model.weights()[name], weight, name)
 
 
@@ -154,6 +154,66 @@ def test_a_layer_with_another_forward_is_called() -> None:
     assert called == [norm, linear]
     exact(normed, norm.ops.rms_norm(x, norm.weight))
     exact(y, linear.ops.linear(x, linear.weight))
+
+
+class BiasedLinear(TernaryLinear):
+    """A linear of somebody else, who has no need to know which ops read the weights of linears."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1.0
+
+
+class HalvedNorm(TernaryRMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2.0
+
+
+def test_a_subclass_with_another_forward_is_called() -> None:
+    context = quick_context()
+    norm, linear = HalvedNorm(context, WIDTH), BiasedLinear(context, WIDTH, 5)
+    x = stream(torch.float32, seed=1)
+    _, normed = add_norm(x, None, norm)
+    (y,) = fan_out(x, linear)
+    exact(normed, norm.ops.rms_norm(x, norm.weight) / 2.0)
+    exact(y.detach(), linear.ops.linear(x, linear.weight) + 1.0)
+    assert not plain(linear) and plain(TernaryLinear(context, WIDTH, 5))
+
+
+class Steered(nn.Module):
+    """What takes the stream and the nodes, and calls the module that it wraps with 1 added to the stream."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, e_BPD: Tensor, nodes_BPD: Tensor | None = None) -> Tensor:
+        return self.inner(e_BPD + 1.0, nodes_BPD)
+
+
+def steered_by_a_hook(layer: Any) -> None:
+    layer.moe_graph.register_forward_pre_hook(lambda _, given: (given[0] + 1.0, *given[1:]))
+
+
+def steered_by_a_wrapper(layer: Any) -> None:
+    layer.moe_graph = Steered(layer.moe_graph)
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["first layer", "last layer"])
+@pytest.mark.parametrize("has_nodes", [False, True])
+@pytest.mark.parametrize("steer", [steered_by_a_hook, steered_by_a_wrapper])
+def test_what_changes_the_stream_before_the_experts_changes_what_they_read(
+    steer: Callable[[Any], None], has_nodes: bool, place: int
+) -> None:
+    """As somebody does who steers a model, or who puts a module of his own around that of the experts."""
+    layer = models.nano(max_moe_iters=2).layers[place]
+    h, nodes = stream(torch.float32, seed=1), stream(torch.float32, seed=2) if has_nodes else None
+    unsteered = layer(h, nodes).detach()
+    e = h + layer.attention(layer.attention_norm(h))
+    exact(layer.moe_graph(e, nodes).detach(), unsteered, "modules that are called one by one")
+    want = layer.moe_graph(e + 1.0, nodes).detach()
+    steer(layer)
+    exact(layer(h, nodes).detach(), want)
+    assert not torch.equal(want, unsteered)
 
 
 def test_a_float_norm_takes_the_place_of_a_ternary_one() -> None:

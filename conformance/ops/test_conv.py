@@ -172,6 +172,7 @@ test_refusals_of_conv = refusals(
             "weight", ones(1, 3, 5), weight, length=9, kernel_size=5),
     refused("conv1d_weight_grad", "other positions", ValueError, "grad_BNP", ones(1, 3, 4), ones(1, 2, 9), kernel_size=7),
     refused("conv1d_weight_grad", "another batch", ValueError, "x_BCL", ones(2, 3, 3), ones(1, 2, 9), kernel_size=7),
+    refused("conv1d_weight_grad", "no kernel", TypeError, "kernel_size", ones(1, 3, 3), ones(1, 2, 9), kernel_size=None),
     refused("conv1d_weight_grad", "no rows", ValueError, "grad_BNP", ones(1, 0, 3), ones(1, 2, 9), kernel_size=7),
     refused("conv1d_weight_grad", "no channels", ValueError, "x_BCL", ones(1, 3, 3), ones(1, 0, 9), kernel_size=7),
     refused("conv1d_weight_grad", "two dtypes", TypeError,

@@ -561,6 +561,7 @@ test_refusals_of_norm = refusals(
     refused("add_rms_norm", "a branch of another shape", ValueError, "y", ones(2, 14), ones(14), lambda: weight(1)),
     refused("add_rms_norm", "a branch of another dtype", TypeError,
             "y", ones(2, 14, dtype=torch.bfloat16), ones(2, 14), lambda: weight(1)),
+    refused("add_rms_norm", "no branch", TypeError, "y", ones(2, 14), None, lambda: weight(1)),
     refused("add_rms_norm", "a branch elsewhere", ValueError, "y", ones(2, 14), meta(2, 14), lambda: weight(1)),
     refused("rms_norm_input_grad", "a residual of another shape", ValueError,
             "added", ones(2, 14), ones(2, 14), lambda: weight(1), added=ones(1, 14)),
@@ -568,6 +569,8 @@ test_refusals_of_norm = refusals(
             "added", ones(2, 14), ones(2, 14), lambda: weight(1), added=ones(2, 14, dtype=torch.bfloat16)),
     refused("rms_norm_input_grad", "a residual elsewhere", ValueError,
             "added", ones(2, 14), ones(2, 14), lambda: weight(1), added=meta(2, 14)),
+    refused("rms_norm_input_grad", "no gradient", TypeError, "grad", None, ones(2, 14), lambda: weight(1)),
+    refused("rms_norm_weight_grad", "no gradient", TypeError, "grad", None, ones(2, 14)),
     refused("rms_norm_input_grad", "two shapes", ValueError, "grad", ones(3, 14), ones(2, 14), lambda: weight(1)),
     refused("rms_norm_input_grad", "two dtypes", TypeError,
             "grad", ones(2, 14, dtype=torch.bfloat16), ones(2, 14), lambda: weight(1)),
@@ -575,8 +578,8 @@ test_refusals_of_norm = refusals(
     refused("rms_norm_weight_grad", "a scalar", ValueError, "x", ones(), ones()),
     refused("rms_norm_weight_grad", "no channels", ValueError, "x", ones(2, 0), ones(2, 0)),
     rejects=[
-        mutant("branch_of_the_norm_unchecked", 'checks.sum_of("y", y, x.shape, x=x)', "pass"),
-        mutant("residual_of_the_norm_unchecked", 'checks.sum_of("added", added, x.shape, x=x)', "pass"),
+        mutant("branch_of_the_norm_unchecked", 'checks.matching("y", y, "x", x)', "pass"),
+        mutant("residual_of_the_norm_unchecked", 'checks.matching("added", added, "x", x)', "pass"),
         mutant("norm_eps_unchecked", 'checks.number("eps", eps, 0.0, 1.0, open_low=True)', "pass"),
     ],
 )

@@ -163,6 +163,13 @@ class World:
         signals = self.gathered(torch.tensor(number or 0))
         return max(int(each) for each in signals) or None
 
+    def told(self, facts: Any) -> list[Any]:
+        """Return the facts of all ranks, JSON data, in the order of the ranks' numbers. Every rank must call this."""
+        text = json.dumps(facts, sort_keys=True).encode()
+        longest = max(int(size) for size in self.gathered(torch.tensor(len(text))))
+        padded = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8)
+        return [json.loads(bytes(part.tolist())) for part in self.gathered(padded)]
+
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Refuse ranks that are about to do different things.
 
@@ -174,17 +181,18 @@ class World:
         """
         if self.count == 1:
             return
-        text = json.dumps(facts, sort_keys=True).encode()
-        longest = max(int(size) for size in self.gathered(torch.tensor(len(text))))
-        padded = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8)
-        theirs = [json.loads(bytes(part.tolist())) for part in self.gathered(padded)]
+        theirs = self.told(facts)
         for rank, other in enumerate(theirs):
             for name in sorted(theirs[0].keys() | other.keys()):
                 if other.get(name) != theirs[0].get(name):
-                    raise TrainingError(
-                        f"rank {rank} has {other.get(name)!r} for {name}, but rank 0 has {theirs[0].get(name)!r}, and all ranks "
-                        "must have the same"
-                    )
+                    raise other_facts(rank, name, other.get(name), theirs[0].get(name))
+
+
+def other_facts(rank: int, name: str, fact: Any, of_first: Any) -> TrainingError:
+    """Return the error that says that a rank has another fact of some name than rank 0."""
+    return TrainingError(
+        f"rank {rank} has {fact!r} for {name}, but rank 0 has {of_first!r}, and all ranks must have the same"
+    )
 
 
 @contextlib.contextmanager

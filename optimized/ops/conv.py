@@ -55,7 +55,7 @@ def conv1d_weight_grad(
 ) -> Tensor:
     """See reference; float64 is not supported."""
     checks.dtype_in("x_BCL", x_BCL, DTYPES)
-    num_columns = x_BCL.shape[1] * kernel_size if x_BCL.ndim == 3 else 0
+    num_columns = checks.conv_width(x_BCL, kernel_size)
     windows_BPK = _windows(x_BCL, num_columns, kernel_size, stride, padding)
     checks.conv_gradient(grad_BNP, None, windows_BPK.shape[1])
     checks.conv_pair(grad_BNP, x_BCL)

@@ -5,11 +5,15 @@ is unpacked once. What an earlier pass has multiplied by is unpacked in one laun
 at its own first product.
 
 A copy is of use only while it is equal to its weight. So it never outlives its pass. It stands for one `DeviceWeight` object, which
-the pass holds, so that no other weight can take the memory. Codes and exponents must have the version and the address that they had
-when they were unpacked. Whatever writes to a tensor gives it another version, a kernel by `announce_written`. The replay of a graph
-gives none, so no graph that writes weights may be replayed while a pass is open. The trainer replays those of steps between passes.
+the pass holds, so that no other weight can take its place. Codes and exponents must have the version and the address that they had
+when they were unpacked. The copy holds their memory, so that no other memory can have this address.
 
-A copy is read on the stream that wrote it, and in the recording that wrote it. In every other case a product unpacks its weight for
+Whatever writes to a tensor gives it another version: a function of torch by itself, a kernel by `announce_written`. Three writers
+give none, and none of them may write to a weight while a pass is open: the replay of a graph, a function of torch that is given
+`Tensor.data`, and another library that shares the memory. The trainer replays the graphs of steps between passes.
+
+A copy is read on the stream that wrote it. One that was written in a recording is read in the recordings of its pass alone. They
+share memory and are replayed in their order (`training.recording.recorded`). In every other case a product unpacks its weight for
 itself, as it does outside of a pass.
 """
 
@@ -102,13 +106,13 @@ class _Copy:
 
     Fields:
         matrix: the weight, as `dense_rows` returns it.
-        num_groups: how many matrices stand side by side.
         state: what `_state` said of the weight before it was unpacked.
+        memory: of its codes and its exponents, held so that none that comes later has the same address.
     """
 
     matrix: Tensor
-    num_groups: int
     state: tuple[int, ...]
+    memory: tuple[torch.UntypedStorage, ...]
 
 
 class _Pass:
@@ -142,7 +146,7 @@ class _Pass:
         copy, state = self._copies.get(name), _state(weight)
         if copy is None or copy.state != state:
             matrix = dense_rows(weight, dtype, num_groups=num_groups, row_multiple=OUTPUT_MULTIPLE)
-            copy = self._copies[name] = _Copy(matrix, num_groups, state)
+            copy = self._copies[name] = _Copy(matrix, state, _memory(weight))
         return copy.matrix
 
     def end(self) -> None:
@@ -160,7 +164,7 @@ class _Pass:
         groups = [self._asked[name] for name in names]
         made = unpacked_together(weights, groups, self._dtype, row_multiple=OUTPUT_MULTIPLE)
         for place, matrix in made.items():
-            self._copies[names[place]] = _Copy(matrix, groups[place], states[place])
+            self._copies[names[place]] = _Copy(matrix, states[place], _memory(weights[place]))
 
 
 def _place(device: torch.device) -> tuple[object, bool]:
@@ -174,3 +178,8 @@ def _state(weight: DeviceWeight) -> tuple[int, ...]:
     """Return what changes with every change of a weight: versions and addresses of its codes and exponents."""
     codes, exponents = weight.words, weight.exponents
     return codes._version, codes.data_ptr(), exponents._version, exponents.data_ptr()
+
+
+def _memory(weight: DeviceWeight) -> tuple[torch.UntypedStorage, ...]:
+    """Return the memory in which the codes and the exponents of a weight lie."""
+    return weight.words.untyped_storage(), weight.exponents.untyped_storage()

@@ -13,13 +13,14 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from arbitor.optimized.distributed.world import World
+from arbitor.optimized.distributed.world import World, other_facts
 from arbitor.optimized.training.checkpoint import state_sha256
 from arbitor.optimized.training.data import (
     Corpus,
@@ -359,13 +360,17 @@ class Mix:
         """
         digest = hashlib.sha256(b"".join(item.content for item in items)).digest()
         numbers = self.world.gathered(torch.tensor(int.from_bytes(digest[:8], "little", signed=True)))
-        if any(int(number) != int(numbers[0]) for number in numbers):
-            self.world.agree(
-                {
-                    f"file {place + 1} of {what} that can be decoded": f"{item} ({item.content.hex()[:8]})"
-                    for place, item in enumerate(items)
-                }
-            )
+        if all(int(number) == int(numbers[0]) for number in numbers):
+            return
+        # A file may have another name on each machine.
+        theirs = self.world.told(
+            [(item.content.hex(), f"{item} ({item.content.hex()[:8]})") for item in items]
+        )
+        for rank, other in enumerate(theirs):
+            for place, (its, first) in enumerate(zip_longest(other, theirs[0], fillvalue=("", None))):
+                if its[0] != first[0]:
+                    name = f"file {place + 1} of {what} that can be decoded"
+                    raise other_facts(rank, name, its[1], first[1])
 
     def held_out(self, kind: str) -> Iterator[Batch]:
         """Yield batches of `held_out_items`."""

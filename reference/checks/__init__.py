@@ -31,7 +31,14 @@ from arbitor.reference.checks.codebooks import (
     revivals,
     usage_of,
 )
-from arbitor.reference.checks.conv import conv_columns, conv_gradient, conv_input, conv_pair, conv_positions
+from arbitor.reference.checks.conv import (
+    conv_columns,
+    conv_gradient,
+    conv_input,
+    conv_pair,
+    conv_positions,
+    conv_width,
+)
 from arbitor.reference.checks.denoise import denoise_loop
 from arbitor.reference.checks.edges import (
     edge_gradient,
@@ -65,6 +72,7 @@ from arbitor.reference.checks.tensors import (
     last_dim,
     last_dim_not_empty,
     leading_dims,
+    matching,
     matrix,
     names,
     same_device,
@@ -111,6 +119,7 @@ __all__ = [
     "conv_input",
     "conv_pair",
     "conv_positions",
+    "conv_width",
     "decode_slots",
     "denoise_loop",
     "device",
@@ -141,6 +150,7 @@ __all__ = [
     "last_dim_not_empty",
     "leading_dims",
     "mantissa_bits",
+    "matching",
     "matrix",
     "matrix_shape",
     "names",

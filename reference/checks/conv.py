@@ -29,6 +29,12 @@ def conv_columns(num_columns: int, kernel_size: int) -> None:
         )
 
 
+def conv_width(x_BCL: Tensor, kernel_size: int) -> int:
+    """Return C * kernel_size, the columns of the weight of an input [B, C, L], or 0 for an input of another shape."""
+    integer("kernel_size", kernel_size, 1, 2**31 - 1)
+    return x_BCL.shape[1] * kernel_size if x_BCL.ndim == 3 else 0
+
+
 def conv_input(x_BCL: Tensor, num_columns: int, kernel_size: int) -> None:
     """Refuse an input that is not [B, C, L], or a weight whose columns are not C * kernel_size."""
     dtype_in("x_BCL", x_BCL, FLOAT_DTYPES)

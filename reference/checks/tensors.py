@@ -121,6 +121,13 @@ def same_device(**tensors: Tensor) -> None:
             )
 
 
+def matching(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuse a tensor of another dtype, shape or device than another one."""
+    same_dtype(name, value, other_name, other)
+    same_shape(name, value, other_name, other)
+    same_device(**{other_name: other, name: value})
+
+
 def values_between(name: str, value: Tensor, low: int, high: int) -> None:
     """Refuse a tensor with an element outside [low, high]; a meta tensor has no elements to look at."""
     if value.numel() == 0 or value.device.type == "meta":

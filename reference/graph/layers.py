@@ -91,14 +91,18 @@ def plain(*linears: nn.Module) -> bool:
 
 
 def as_built(module: nn.Module) -> bool:
-    """Return whether a call of a module runs its class's `forward` and nothing else: nobody gave it another one, or a hook."""
+    """Return whether a call of a module runs a `forward` of this package and nothing else.
+
+    False where somebody gave the module, or a subclass, another `forward`, and where hooks are called.
+    """
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return not (any(hooks) or "forward" in vars(module) or _has_any_global_hook())
+    home = getattr(type(module).forward, "__module__", "").rpartition(".")[0]
+    return home == __package__ and not (any(hooks) or "forward" in vars(module) or _has_any_global_hook())
 
 
 class TernaryRMSNorm(TernaryModule):
@@ -207,7 +211,7 @@ def fan_out(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
     """Return the products of several linears that read the same x, each as `TernaryLinear` gives it.
 
     The gradients that x has from them are added up one after the other as they are made, without a launch for a sum. A float
-    module, which a merge puts in the place of a linear, and a linear with hooks are called by themselves.
+    module, which a merge puts in the place of a linear, and a linear that is not `as_built` are called by themselves.
     """
     linears = tuple(module for module in modules if isinstance(module, Multiplier) and as_built(module))
     outputs = dict(zip(linears, uncompiled(_fan_out, x, linears), strict=True)) if linears else {}
@@ -252,8 +256,8 @@ def add_norm(x: Tensor, branch: Tensor | None, norm: nn.Module) -> tuple[Tensor,
     """Return a residual stream, with a branch added if there is one, and its norm, as `TernaryRMSNorm` gives it.
 
     The gradient that the stream has from its norm is added to its other gradient as it is made, without a launch for a sum. So
-    whoever else reads the stream must read the one that is returned. A float module in the place of the norm, and a norm with
-    hooks, are called by themselves.
+    whoever else reads the stream must read the one that is returned. A float module in the place of the norm, and a norm that is
+    not `as_built`, are called by themselves.
     """
     fits = branch is None or (branch.dtype, branch.shape) == (x.dtype, x.shape)
     if isinstance(norm, TernaryRMSNorm) and as_built(norm) and fits:

@@ -18,7 +18,7 @@ from arbitor.reference.graph.attention import LatentAttention
 from arbitor.reference.graph.codebook import SharedVQ
 from arbitor.reference.graph.composite import CompositeProposalHead
 from arbitor.reference.graph.context import GraphContext
-from arbitor.reference.graph.layers import TernaryRMSNorm, add_norm
+from arbitor.reference.graph.layers import TernaryRMSNorm, add_norm, as_built
 from arbitor.reference.graph.ledger import KVLedger, LayerLedger
 from arbitor.reference.graph.memory import MemGram
 from arbitor.reference.graph.module import ArbModule, PartList, as_it_is
@@ -55,8 +55,11 @@ class ArbLayer(ArbModule):
         """Return the residual stream after this layer. With a cache, positions also see the positions that it holds."""
         h_BPD, normed_BPD = add_norm(h_BPD, None, self.attention_norm)
         gathered_BPD = self.attention(normed_BPD, cache, turns)
-        e_BPD, read_BPD = self.moe_graph.joined(h_BPD, gathered_BPD, nodes_BPD)
-        return self.moe_graph(e_BPD, nodes_BPD, read_BPD)
+        if isinstance(self.moe_graph, MoEGraph) and as_built(self.moe_graph):
+            e_BPD, read_BPD = self.moe_graph.joined(h_BPD, gathered_BPD, nodes_BPD)
+            return self.moe_graph(e_BPD, nodes_BPD, read_BPD)
+        # A hook may change the stream before the experts read it, and what is in this place may know no more than the stream.
+        return self.moe_graph(h_BPD + gathered_BPD, nodes_BPD)
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def conv1d_weight_grad(
     Source:  docs/spec/conv.md
     """
     checks.dtype_in("x_BCL", x_BCL, checks.FLOAT_DTYPES)
-    num_columns = x_BCL.shape[1] * kernel_size if x_BCL.ndim == 3 else 0
+    num_columns = checks.conv_width(x_BCL, kernel_size)
     columns_BPK = unfold(x_BCL, num_columns, kernel_size=kernel_size, stride=stride, padding=padding)
     checks.conv_gradient(grad_BNP, None, columns_BPK.shape[1])
     checks.conv_pair(grad_BNP, x_BCL)
