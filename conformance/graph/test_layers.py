@@ -224,10 +224,12 @@ def test_a_float_norm_takes_the_place_of_a_ternary_one() -> None:
     exact(normed.detach(), norm(x + branch).detach())
 
 
-def test_a_branch_of_another_dtype_is_added_as_torch_adds() -> None:
+@pytest.mark.parametrize("is_wider", [True, False])
+def test_a_branch_of_another_dtype_or_shape_is_added_as_torch_adds(is_wider: bool) -> None:
     """A module of another library may hand one over."""
     norm = TernaryRMSNorm(quick_context(dtype=torch.bfloat16), WIDTH)
-    x, branch = stream(torch.bfloat16, seed=1), stream(torch.float32, seed=2)
+    x = stream(torch.bfloat16, seed=1)
+    branch = stream(torch.float32, seed=2) if is_wider else stream(torch.bfloat16, seed=2)[:1]
     total, normed = add_norm(x, branch, norm)
     exact(total, x + branch)
     exact(normed, norm.ops.rms_norm(x + branch, norm.weight))
