@@ -179,8 +179,10 @@ def test_a_step_that_raises_leaves_nothing_to_send() -> None:
     assert ranks.abandoned == 1 and model.voting.torn
 
 
-def test_ranks_compare_what_decides_when_they_save(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Steps and the best measurement of the checkpoint that each of them found. A rank that saved alone would wait for ever."""
+def test_ranks_compare_what_they_go_on_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each fact of the checkpoint that each of them found. Steps and the best measurement decide when they save together, and a
+    rank that saved alone would wait for ever.
+    """
     nano.register(monkeypatch)
     nano.without_pictures(monkeypatch)
     (tmp_path / "text.txt").write_bytes(nano.TEXT)
@@ -192,11 +194,14 @@ def test_ranks_compare_what_decides_when_they_save(monkeypatch: pytest.MonkeyPat
         replace(found, run={**found.run, "data": "its name elsewhere"}),
         replace(found, run={**found.run, "steps": 9}),
         replace(found, best_bpb=1.0),
+        replace(found, step=1),
+        replace(found, state_sha256="0" * 64),
+        replace(found, adapter=SimpleNamespace(tensors=lambda: {"lora": torch.zeros(2)})),
     ]
     for checkpoint in checkpoints:
         check_agreement(world.World(0, 2), config={}, document={}, checkpoint=checkpoint)
     first, renamed, *others = told
-    assert first == renamed and first not in others and len(others) == 2
+    assert first == renamed and first not in others and len(others) == 5
 
 
 class ThreadWorld(world.World):
