@@ -181,7 +181,9 @@ def files(root: Path, paths: Sequence[str]) -> list[str]:
         path = (root / name).resolve()
         inside = path.is_relative_to(root) and path.relative_to(root).parts[:1]
         if not path.exists() or not inside or inside[0] not in PRODUCT:
-            raise ValueError(f"{name} must be a file or a folder within {' or '.join(PRODUCT)}")
+            raise ValueError(
+                f"{name} must be a file or a folder within {', '.join(PRODUCT[:-1])} or {PRODUCT[-1]}"
+            )
         found += [path] if path.is_file() else sorted(path.rglob("*.py"))
     return [str(path.relative_to(root)) for path in dict.fromkeys(found)]
 

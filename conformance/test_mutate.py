@@ -17,9 +17,10 @@ from conformance.mutation import campaign
 from conformance.mutation.campaign import records
 from conformance.mutation.operators import mutants_of
 from conformance.mutation.selection import Selection, Unit
+from conformance.mutation.worker import PRODUCT
 from conformance.system.command import TIMEOUT, until
 
-PRODUCT = '''"""A product."""
+SOURCE = '''"""A product."""
 
 __all__ = ["grown", "waits"]
 
@@ -70,7 +71,7 @@ def tree(folder: Path, tests: str = TESTS) -> Path:
     files = {
         "pyproject.toml": "[tool.pytest.ini_options]\n",
         "arbitor/__init__.py": "",
-        "reference/things/thing.py": PRODUCT,
+        "reference/things/thing.py": SOURCE,
         "conformance/__init__.py": "",
         "conformance/conftest.py": OPTIONS,
         "conformance/things/test_thing.py": tests,
@@ -332,7 +333,7 @@ def test_the_excuses_of_this_tree_hold() -> None:
 def test_every_file_of_the_product_has_tests() -> None:
     """Also those of other folders: mutants lived while no test was left out, as tests of another folder saw them."""
     selection = Selection(ROOT)
-    assert all(selection.stages(file)[0] for file in mutate.files(ROOT, ["reference", "optimized"]))
+    assert all(selection.stages(file)[0] for file in mutate.files(ROOT, PRODUCT))
     for file, tests in (
         ("optimized/training/media_mix.py", "conformance/sidecars/test_media_runs.py"),
         ("optimized/training/loop.py", "conformance/sidecars/test_media_runs.py"),
@@ -345,10 +346,13 @@ def test_every_file_of_the_product_has_tests() -> None:
     assert [unit.tests for unit in selection.stages("reference/graph/mxint8.py")[0]] == [
         "conformance/distributed/test_mxint8.py"
     ]
-    nearest = selection.stages("optimized/kernels/codebook.py")[0]
-    assert nearest and not any(unit.tests.startswith("conformance/graph") for unit in nearest)
+    for file in ("optimized/kernels/codebook.py", "sidecars/audio.py"):
+        nearest = selection.stages(file)[0]
+        assert nearest and not any(unit.tests.startswith("conformance/graph") for unit in nearest)
 
 
 def test_paths_outside_of_the_product_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert mutate.main(["bench"]) == 2
-    assert "bench must be a file or a folder within reference or optimized" in capsys.readouterr().err
+    assert (
+        "bench must be a file or a folder within reference, optimized or sidecars" in capsys.readouterr().err
+    )

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -114,6 +115,16 @@ def test_weights_are_unpacked_together_as_each_by_itself(
         assert made[place].is_contiguous() and made[place].storage_offset() % 256 == 0
 
 
+def test_weights_out_of_reach_are_refused(subject: Subject, launches: Counter[str]) -> None:
+    """As by every kernel: on a CPU where nothing interprets it, and before it is launched."""
+    weight = weight_like(subject, 24, 36)
+    on_cpu = replace(weight, words=weight.words.cpu(), exponents=weight.exponents.cpu())
+    with triton.knobs.runtime.scope(), pytest.raises(RuntimeError, match="but Triton kernels run on CUDA"):
+        triton.knobs.runtime.interpret = False
+        unpack.unpacked_together([on_cpu], [1], torch.float32, row_multiple=1)
+    assert not launches
+
+
 def test_a_recording_without_a_table_unpacks_nothing_together(
     subject: Subject, monkeypatch: pytest.MonkeyPatch, launches: Counter[str]
 ) -> None:
@@ -193,6 +204,10 @@ def moved(weight: Any) -> None:
     weight.words.data = weight.words.flip(0)
 
 
+def with_exponents_moved(weight: Any) -> None:
+    weight.exponents.data = weight.exponents + 1
+
+
 def in_inference_mode(weight: Any) -> None:
     with torch.inference_mode():
         weight.exponents.add_(1)
@@ -209,6 +224,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "codes of the user": lambda weight: weight.words.copy_(weight.words.flip(0)),
     "exponents of the user": lambda weight: weight.exponents[4:].sub_(2),
     "another place": moved,
+    "another place of exponents": with_exponents_moved,
     "inference mode": in_inference_mode,
 }
 """What may change a weight within a pass."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,9 @@ from arbitor.optimized.distributed.run import (
     check_agreement,
     kept_elsewhere,
     measured,
+    spreads_over,
     train_together,
+    unrecorded,
     whole_state,
 )
 from arbitor.optimized.training.checkpoint import load_checkpoint
@@ -35,6 +39,7 @@ from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.growth import grow
 from arbitor.reference.graph.ranks import Ranks
 from arbitor.reference.types import has_memory, without_memory
+from conformance.distributed.started import meeting_place
 from conformance.distributed.threads import Table, on_threads
 from conformance.graph import models
 from conformance.system.command import TIMEOUT
@@ -174,8 +179,10 @@ def test_a_step_that_raises_leaves_nothing_to_send() -> None:
     assert ranks.abandoned == 1 and model.voting.torn
 
 
-def test_ranks_compare_what_decides_when_they_save(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Steps and the best measurement of the checkpoint that each of them found. A rank that saved alone would wait for ever."""
+def test_ranks_compare_what_they_go_on_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each fact of the checkpoint that each of them found. Steps and the best measurement decide when they save together, and a
+    rank that saved alone would wait for ever.
+    """
     nano.register(monkeypatch)
     nano.without_pictures(monkeypatch)
     (tmp_path / "text.txt").write_bytes(nano.TEXT)
@@ -187,11 +194,14 @@ def test_ranks_compare_what_decides_when_they_save(monkeypatch: pytest.MonkeyPat
         replace(found, run={**found.run, "data": "its name elsewhere"}),
         replace(found, run={**found.run, "steps": 9}),
         replace(found, best_bpb=1.0),
+        replace(found, step=1),
+        replace(found, state_sha256="0" * 64),
+        replace(found, adapter=SimpleNamespace(tensors=lambda: {"lora": torch.zeros(2)})),
     ]
     for checkpoint in checkpoints:
         check_agreement(world.World(0, 2), config={}, document={}, checkpoint=checkpoint)
     first, renamed, *others = told
-    assert first == renamed and first not in others and len(others) == 2
+    assert first == renamed and first not in others and len(others) == 5
 
 
 class ThreadWorld(world.World):
@@ -261,6 +271,40 @@ def test_an_environment_that_torchrun_never_sets_is_refused(
         pass
 
 
+def test_ranks_that_cannot_be_reached_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with (
+        pytest.raises(TrainingError, match=r"^rank 1 of 2 cannot reach the others: .*MASTER_ADDR"),
+        world.joined(),
+    ):
+        pass
+
+
+def test_what_no_graph_holds_of_exchanges_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    spreads = {"codes_over": (0, 2)}
+    assert unrecorded(world.World(), spreads) == ""
+    for over_nccl, words in ((False, "2 ranks that exchange without NCCL"), (True, "")):
+        monkeypatch.setattr(world.World, "exchanges_over_nccl", over_nccl)
+        assert unrecorded(world.World(0, 2), {}) == words
+        assert unrecorded(world.World(0, 2), spreads) == "rows that 2 ranks keep for each other"
+
+
+def test_what_cannot_be_spread_over_ranks_is_refused() -> None:
+    """Codes that are not all searched, and experts of which some rank would have none."""
+    two = world.World(1, 2)
+    assert spreads_over(models.WHOLE, world.World(), codes=True, experts=True) == {}
+    assert spreads_over(models.WHOLE, two, codes=False, experts=True) == {"experts_over": (1, 2)}
+    candidates = replace(models.WHOLE, code_search="candidates", sign_bits=2, num_probes=1)
+    said = "^shard_codes is True, but must be False with code_search 'candidates': "
+    with pytest.raises(ValueError, match=said):
+        spreads_over(candidates, two, codes=True, experts=False)
+    few = replace(models.WHOLE, num_experts=2, top_k=1)
+    with pytest.raises(ValueError, match=r"^shard_experts is True, .* 2 experts"):
+        spreads_over(few, world.World(1, 3), codes=False, experts=True)
+
+
 def test_a_group_that_the_caller_made_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -276,6 +320,31 @@ def test_a_group_that_the_caller_made_is_used(tmp_path: Path, monkeypatch: pytes
     finally:
         monkeypatch.undo()
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_group_that_is_joined_is_left(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """Its world is that of the whole process until then. After an error the others may wait, and the group is left as it is."""
+    store = meeting_place()
+    place = {
+        "MASTER_ADDR": store.host,
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    for name, value in {**place, "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    try:
+        with pytest.raises(KeyboardInterrupt) if fails else nullcontext(), world._group(0, 1) as own:
+            with world.joined() as again:
+                assert again is own
+            assert "signs of life" in {thread.name for thread in threading.enumerate()}
+            if fails:
+                raise KeyboardInterrupt
+        assert "signs of life" not in {thread.name for thread in threading.enumerate()}
+        assert dist.is_initialized() is fails and world._joined is None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def test_each_rank_of_a_host_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -479,6 +548,10 @@ def test_a_replay_counts_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> N
         recorded.replay()
     assert sent.measured() == (1.0 + 3 * 2.0, 5 + 3 * 14)
     assert sent.measured() == (0.0, 0)
+    # Also where the GPU has not come to the end of the last replay.
+    monkeypatch.setattr(Event, "done", 0)
+    recorded.replay()
+    assert sent.measured() == (2.0, 14)
 
 
 @pytest.mark.parametrize("asked", [True, False])

@@ -224,10 +224,12 @@ def test_a_float_norm_takes_the_place_of_a_ternary_one() -> None:
     exact(normed.detach(), norm(x + branch).detach())
 
 
-def test_a_branch_of_another_dtype_is_added_as_torch_adds() -> None:
+@pytest.mark.parametrize("is_wider", [True, False])
+def test_a_branch_of_another_dtype_or_shape_is_added_as_torch_adds(is_wider: bool) -> None:
     """A module of another library may hand one over."""
     norm = TernaryRMSNorm(quick_context(dtype=torch.bfloat16), WIDTH)
-    x, branch = stream(torch.bfloat16, seed=1), stream(torch.float32, seed=2)
+    x = stream(torch.bfloat16, seed=1)
+    branch = stream(torch.float32, seed=2) if is_wider else stream(torch.bfloat16, seed=2)[:1]
     total, normed = add_norm(x, branch, norm)
     exact(total, x + branch)
     exact(normed, norm.ops.rms_norm(x + branch, norm.weight))
@@ -246,3 +248,17 @@ def test_linears_of_one_input_are_called_apart_where_they_must_be() -> None:
     got, x.grad = x.grad, None
     sum(module(x).sum() for module in (first, floats, last)).backward()
     alike(got, x.grad)
+
+
+def test_a_linear_that_no_loss_reads_takes_no_part() -> None:
+    """Of linears of one input: it has no gradient, and casts no vote."""
+    context = quick_context()
+    read, unread = (TernaryLinear(context, WIDTH, count) for count in (5, 7))
+    unread.vote_of = lambda *_: pytest.fail("it votes")  # type: ignore[method-assign]
+    x = stream(torch.float32, seed=1).requires_grad_()
+    grad = torch.ones(2, 5, 5)
+    with context.voting.taking(rate=2.0, step=0):
+        y, _ = fan_out(x, read, unread)
+        y.backward(grad)
+    exact(x.grad, read.ops.linear_input_grad(grad, read.weight))
+    assert read.weight.trit_accum.any()

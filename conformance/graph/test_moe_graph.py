@@ -14,7 +14,7 @@ from arbitor.reference.config import HALT_THRESHOLD
 from arbitor.reference.graph.moe_graph import LEAK_SHIFTS
 from arbitor.reference.ops.denoise import Halting
 from arbitor.reference.ops.packing import trits_of
-from conformance.compare import exact
+from conformance.compare import alike, exact
 from conformance.graph import models
 
 
@@ -118,3 +118,21 @@ def test_more_turns_read_the_state_of_the_turn_before() -> None:
         with torch.no_grad():
             outputs.append(model(models.random_ids(1, 9)))
     assert not torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("has_nodes", [False, True])
+def test_turns_are_those_of_the_rule(has_nodes: bool) -> None:
+    """Each of them injects the stream that the loop began with, and reads its own state and the nodes."""
+    loop = models.nano(max_moe_iters=3).layers[-1].moe_graph
+    # No position halts before the last turn.
+    loop.halt.forward = lambda x: torch.full((*x.shape[:-1], 1), -200.0)
+    rng = torch.Generator().manual_seed(1)
+    e_BPD, drawn_BPD = (torch.randn(2, 5, 24, generator=rng) for _ in range(2))
+    nodes_BPD = drawn_BPD if has_nodes else None
+    keep_D = 1 - 2.0 ** -loop.get_buffer("leak_shifts").float()
+    h_BPD = e_BPD
+    with torch.no_grad():
+        for _ in range(3):
+            h_BPD = keep_D * h_BPD + (1 - keep_D) * e_BPD
+            h_BPD = h_BPD + loop.moe(loop.moe_norm(h_BPD + drawn_BPD if has_nodes else h_BPD))
+        alike(loop(e_BPD, nodes_BPD), h_BPD)

@@ -28,6 +28,9 @@ OF_THE_SUITE = (
 )
 """Tests of the tests, and of what no interpreter runs: they are slow and judge no result of the product."""
 
+OF_OPS = ("reference", "optimized")
+"""Parts of the product that have each op."""
+
 OF_COMMANDS = (("optimized", "commands"), ("optimized", "training"))
 """Folders whose files are seen by tests that run commands."""
 
@@ -91,15 +94,21 @@ class Selection:
         """Return the tests with the name of a file, those in the folder with the name of its folder if there are any.
 
         `graph/test_codebook.py` is not of `optimized/kernels/codebook.py`, which `ops/test_codebook.py` tests, as `reference` alone
-        has a graph. Where a file has no nearer test of its name, one of another folder counts: `distributed/test_mxint8.py` is of
-        `reference/graph/mxint8.py`.
+        has a graph. Where a file has no nearer test of its name, one of another folder counts, unless a file of the name lies in
+        that folder: `distributed/test_mxint8.py` is of `reference/graph/mxint8.py`, but `graph/test_audio.py` not of
+        `sidecars/audio.py`.
         """
         found = [test for test in self.tests if self.stem_of[test] == path.stem]
         homes = {
             test: [top for top in PRODUCT if (self.root / top / test.parent.name).is_dir()] for test in found
         }
-        found = [test for test in found if not homes[test] or path.parts[0] in homes[test]] or found
+        nearer = [test for test in found if not homes[test] or path.parts[0] in homes[test]]
+        found = nearer or [test for test in found if not self.has_own(test, homes[test], path.name)]
         return [test for test in found if test.parent.name == path.parent.name] or found
+
+    def has_own(self, test: Path, homes: list[str], name: str) -> bool:
+        """Return whether a file of some name lies in the folder that tests are of."""
+        return any((self.root / top / test.parent.name / name).exists() for top in homes)
 
     def find_stem(self, test: Path) -> str:
         """Return the name of the file that tests are of: the longest with which the name of the tests begins."""
@@ -148,4 +157,4 @@ class Selection:
     def alone(self, test: Path) -> bool:
         """Return whether a file of tests is of one family of ops."""
         own = Path(test.parent.name) / f"{self.stem_of[test]}.py"
-        return all((self.root / top / own).exists() for top in PRODUCT)
+        return all((self.root / top / own).exists() for top in OF_OPS)

@@ -33,7 +33,7 @@ sys.path = [path for path in sys.path if Path(path or ".").resolve() != Path(__f
 
 import pytest  # noqa: E402
 
-PRODUCT = ("reference", "optimized")
+PRODUCT = ("reference", "optimized", "sidecars")
 MONITORING: Any = getattr(sys, "monitoring", None)
 """Sees the first call of a function in a test, and costs nothing afterwards. Before Python 3.12 every call is traced."""
 

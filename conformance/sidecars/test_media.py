@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import struct
+import warnings
 import wave
 import zlib
 from collections.abc import Callable, Iterator
@@ -209,6 +210,10 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_wave(tmp_path / "a.wav", sine(16_000)[None], 16_000)
     with pytest.raises(SidecarError, match=r"longer than 0\.2 s"):
         read_audio(tmp_path / "a.wav", max_seconds=0.2)
+    # Also one whose last samples the resampler gives at its end alone.
+    save_wave(tmp_path / "slow.wav", sine(8_000, seconds=0.5005)[None], 8_000)
+    with pytest.raises(SidecarError, match=r"longer than 0\.5 s"):
+        read_audio(tmp_path / "slow.wav", max_seconds=0.5)
     Image.fromarray(gradient()).save(tmp_path / "a.png")
     save_video(tmp_path / "a.mkv", np.stack([gradient()] * 4))
     with monkeypatch.context() as patch:
@@ -217,6 +222,8 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(SidecarError, match=r"more than 5,400 bytes of pixels .*ask for fewer"):
             read_video(tmp_path / "a.mkv")
     monkeypatch.setattr("arbitor.sidecars.media.MAX_PIXELS", 599)
+    # Before a frame is decoded.
+    monkeypatch.setattr("arbitor.sidecars.media._frames", lambda *_: pytest.fail("a frame was decoded"))
     for read, name in ((read_image, "a.png"), (read_video, "a.mkv")):
         with pytest.raises(
             SidecarError, match="is larger than the 599 pixels that a picture or a frame may have"
@@ -246,6 +253,17 @@ def test_a_picture_that_claims_more_than_memory_is_a_sentence(tmp_path: Path) ->
         (tmp_path / "a.png").write_bytes(content)
         with pytest.raises(SidecarError, match="is larger than the 134,217,728 pixels"):
             read_image(tmp_path / "a.png")
+
+
+def test_a_picture_of_many_pixels_is_no_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow warns of half of its own bound, and where warnings are errors a picture could not be read."""
+    from PIL import Image
+
+    Image.fromarray(gradient()).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_image(tmp_path / "a.png").shape == (3, 20, 30)
 
 
 def test_no_picture_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,6 +351,30 @@ def test_a_long_sound_is_not_decoded_to_its_end(monkeypatch: pytest.MonkeyPatch)
     assert sum(taken) < 2 * 16_000
 
 
+def test_a_frame_that_lasts_too_long_is_not_resampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame of some bytes may last for days."""
+    import av
+
+    class Resampler:
+        def __init__(self, **_: object) -> None: ...
+
+        def resample(self, frame: object) -> None:
+            pytest.fail("the frame was resampled")
+
+    monkeypatch.setattr(av, "AudioResampler", Resampler)
+    with pytest.raises(SidecarError, match=r"lasts longer than 0\.01 s"):
+        read_audio(Blob("a.wav", wave_bytes(1000)), max_seconds=0.01)
+
+
+def test_a_video_of_no_frames_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a file that was cut off."""
+    save_video(tmp_path / "a.mkv", np.zeros((2, 32, 32, 3), dtype=np.uint8))
+    monkeypatch.setattr("arbitor.sidecars.media._frames", lambda *_: iter(()))
+    for read in (read_video, lambda path: read_frames(path, 4)):
+        with pytest.raises(SidecarError, match=r"a\.mkv' has no frame that can be decoded"):
+            read(tmp_path / "a.mkv")
+
+
 def test_sounds_of_eight_channels_and_of_none() -> None:
     assert read_audio(Blob("a", wave_bytes(16_000, channels=8, data=bytes(1600)))).shape == (100,)
     assert read_audio(Blob("a", wave_bytes(16_000, data=b""))).shape == (0,)
@@ -352,7 +394,29 @@ def test_frames_spread_over_a_video(tmp_path: Path) -> None:
         read_frames(tmp_path / "a.wav", 4)
 
 
-def test_frames_of_two_sizes_are_a_sentence(tmp_path: Path) -> None:
+def test_of_a_long_video_the_first_frames_are_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more than MAX_FRAMES the first so many count, and no later one is decoded again."""
+    from arbitor.sidecars import media
+
+    taken, decoded = [], media._frames
+
+    def frames(container: object, stream: object) -> Iterator[object]:
+        for frame in decoded(container, stream):
+            taken.append(frame)
+            yield frame
+
+    save_video(
+        tmp_path / "a.mkv", np.stack([np.full((33, 47, 3), value, dtype=np.uint8) for value in range(10)])
+    )
+    want = read_video(tmp_path / "a.mkv").frames[[0, 2, 4]]
+    monkeypatch.setattr(media, "MAX_FRAMES", 5)
+    monkeypatch.setattr(media, "_frames", frames)
+    exact(read_frames(tmp_path / "a.mkv", 3), want)
+    # Once to count them, which takes one more, and once to keep some.
+    assert len(taken) == 6 + 5
+
+
+def test_frames_of_two_sizes_are_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import Image
 
     parts = []
@@ -363,6 +427,10 @@ def test_frames_of_two_sizes_are_a_sentence(tmp_path: Path) -> None:
     for read in (read_video, lambda path: read_frames(path, 4)):
         with pytest.raises(SidecarError, match="has frames of 32 x 32 and 48 x 64, but must have one size"):
             read(tmp_path / "a.mjpeg")
+    # A frame may be larger than the file says.
+    monkeypatch.setattr("arbitor.sidecars.media.MAX_PIXELS", 32 * 32)
+    with pytest.raises(SidecarError, match="is larger than the 1,024 pixels"):
+        read_video(tmp_path / "a.mjpeg")
 
 
 def test_a_thin_picture_is_refused_before_it_is_resized() -> None:

@@ -116,6 +116,31 @@ def test_captions_of_three_bytes_teach_what_answers_them(media: Path, tmp_path: 
     assert summary["media"]["video"]["val_latent"] > 0
 
 
+def test_code_is_a_text_of_its_own(media: Path, tmp_path: Path) -> None:
+    """Its batches are windows of its file, it is measured on windows of it that are held out, and other code is refused."""
+    code, folder = tmp_path / "code.txt", tmp_path / "run"
+    code.write_bytes(b"".join(b"x%d = f(x%d)\n" % (i, i - 1) for i in range(200)))
+    sources = {"text": (media / "text.txt").read_bytes(), "code": code.read_bytes()}
+    asked = {"data_code": str(code), "mix": "text=1,code=1", "steps": 2}
+    with opened(options(media, None, **asked), None) as run:
+        assert run.mix is not None
+        [said] = [line for line in run.mix.first_lines() if line.startswith("code: ")]
+        assert f"{len(sources['code']):,} bytes" in said and "validation" in said
+        seen = [run.mix.batch(micro_step) for micro_step in range(20)]
+        assert {batch.kind for batch in seen} == sources.keys()
+        for batch in seen:
+            assert all(bytes(row) in sources[batch.kind] for row in batch.ids_BT.tolist())
+        # Windows of the text that are given are not those of the code.
+        run.mix.validate(run.model, run.text.windows_WT)
+        of_code = run.mix.validated["code"]
+        run.mix.validate(run.model, run.text.windows_WT[:1])
+        assert run.mix.validated["code"] == of_code != run.mix.validated["text"]
+    train_until_killed(1, options(media, folder, **asked))
+    code.write_bytes(sources["code"].replace(b"f", b"g"))
+    with pytest.raises(TrainingError, match="started with data for code"):
+        train(TrainOptions(run=folder, resume=True))
+
+
 def test_kinds_come_as_often_as_the_mix_says(media: Path, cache: str) -> None:
     asked = options(media, None, "image", feature_cache=cache, mix="text=1,image=3")
     with opened(asked, None) as run:
@@ -299,6 +324,7 @@ def test_a_medium_that_is_too_small_is_left_out_and_named(
     ("kinds", "changes", "says"),
     [
         (("image",), {"preset": "small"}, "whose image_features is 0: --enable-image switches it on"),
+        (("audio",), {"preset": "small"}, "whose audio_features is 0: --enable-audio switches it on"),
         (("video",), {"preset": "small"}, "whose video_latent is 0: --enable-video switches it on"),
         (("image",), {"preset": "small", "enable_image": True}, "gives 48 features, but must give 384"),
         (("image",), {"cuda_graph": True}, "cuda_graph is True, but must be False or None for a mix"),
@@ -309,6 +335,18 @@ def test_what_the_model_or_the_passes_cannot_do(
 ) -> None:
     with pytest.raises(ValueError, match=says):
         train(options(media, None, *kinds, **changes))
+
+
+def test_a_latent_that_is_no_frame_is_refused(media: Path, tmp_path: Path) -> None:
+    (tmp_path / "flat.json").write_text(with_fields(CONFIG, video_latent=60).to_json())
+    with pytest.raises(ValueError, match=r"^data_video is '.*its video_latent, 60, is no 16 s\^2"):
+        train(options(media, None, "video", preset=str(tmp_path / "flat.json")))
+
+
+def test_a_folder_of_features_that_cannot_be_made_is_named(media: Path) -> None:
+    file = str(media / "text.txt")
+    with pytest.raises(TrainingError, match=f"^cannot use the folder of features '{file}': "):
+        train(options(media, None, "image", feature_cache=file))
 
 
 def test_captions_are_read_from_the_pictures(media: Path, cache: str) -> None:

@@ -309,9 +309,9 @@ def test_media_that_are_written_are_read_again(tmp_path: Path) -> None:
     ("write", "medium", "says"),
     [
         (write_image, torch.zeros(3, 4, 4), "image has dtype float32"),
-        (write_image, torch.zeros(4, 4, 3, dtype=torch.uint8), "image has shape"),
+        (write_image, torch.zeros(4, 4, 3, dtype=torch.uint8), r"image has shape .* \[3, height, width\]"),
         (write_video, torch.zeros(2, 3, 5, 4, dtype=torch.uint8), "even sides"),
-        (write_video, torch.zeros(3, 4, 4, dtype=torch.uint8), "frames has shape"),
+        (write_video, torch.zeros(3, 4, 4, dtype=torch.uint8), r"frames has shape .* \[frames, 3, "),
         (write_audio, torch.full((4,), 1.5), "clip has shape"),
         (write_audio, torch.full((4,), float("nan")), "clip has shape"),
         (write_audio, torch.zeros(0), "clip has shape"),

@@ -159,8 +159,6 @@ class _Pass:
         names = [
             name for name, weight in self._weights.items() if name in self._asked and weight.device == device
         ]
-        if not names:
-            return
         weights = [self._weights[name] for name in names]
         states = [_state(weight) for weight in weights]
         groups = [self._asked[name] for name in names]
