@@ -124,9 +124,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if kind == "interpreter":
         chosen["phases"] = [Phase.explicit, Phase.generate]
         # Only here: without Triton its interpreter cannot be imported.
-        from . import interpreter
+        from . import interpreter, reach
 
         interpreter.spare()
+        reach.watch()
     settings.register_profile("sized", settings.get_profile(profile), **chosen)
     settings.load_profile("sized")
 
