@@ -85,41 +85,32 @@ def given(init: Callable[..., Any]) -> Callable[..., Any]:
     return noted
 
 
-def loading(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `create_masked_load` within reach. Loads without a mask come here too."""
+def within(what: str, at: int, mask_at: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return what turns a function of the interpreter into one within reach.
 
-    def checked(self: Any, pointers: Any, mask: Any, *more: Any) -> Any:
-        REACH.check("load", pointers, mask)
-        return load(self, pointers, mask, *more)
+    Args:
+        what: what the function does with memory.
+        at, mask_at: places of the addresses and of the mask among its arguments.
+    """
 
-    return checked
+    def piece(real: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(self: Any, *arguments: Any, **named: Any) -> Any:
+            REACH.check(what, arguments[at], arguments[mask_at])
+            return real(self, *arguments, **named)
 
+        return checked
 
-def storing(store: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `create_masked_store` within reach. Stores without a mask come here too."""
-
-    def checked(self: Any, pointers: Any, values: Any, mask: Any, *more: Any) -> Any:
-        REACH.check("store", pointers, mask)
-        return store(self, pointers, values, mask, *more)
-
-    return checked
+    return piece
 
 
-def changing(change: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `create_atomic_rmw` within reach."""
-
-    def checked(self: Any, kind: Any, pointers: Any, values: Any, mask: Any, *more: Any) -> Any:
-        REACH.check("change", pointers, mask)
-        return change(self, kind, pointers, values, mask, *more)
-
-    return checked
-
+BUILDER = type(interpreter.interpreter_builder)
 
 PIECES: dict[tuple[Any, str], Callable[[Any], Any]] = {
     (interpreter.GridExecutor, "_init_args_hst"): given,
-    (type(interpreter.interpreter_builder), "create_masked_load"): loading,
-    (type(interpreter.interpreter_builder), "create_masked_store"): storing,
-    (type(interpreter.interpreter_builder), "create_atomic_rmw"): changing,
+    # Loads and stores without a mask, and those of descriptors, come by these too.
+    (BUILDER, "create_masked_load"): within("load", 0, 1),
+    (BUILDER, "create_masked_store"): within("store", 0, 2),
+    (BUILDER, "create_atomic_rmw"): within("change", 1, 3),
 }
 """What is replaced: by (owner, name), how its replacement follows from it."""
 

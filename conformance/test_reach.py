@@ -30,6 +30,14 @@ def bare(x_ptr, y_ptr, PLACE: tl.constexpr):
 
 
 @triton.jit
+def described(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
+    found = tl.make_tensor_descriptor(x_ptr, shape=[1, size], strides=[size, 1], block_shape=[1, BLOCK]).load(
+        [0, 0]
+    )
+    tl.store(y_ptr + tl.arange(0, BLOCK)[None, :], found)
+
+
+@triton.jit
 def tabled(table_ptr, like_ptr):
     address = tl.load(table_ptr).to(tl.pointer_type(like_ptr.dtype.element_ty))
     tl.store(address, 7)
@@ -73,6 +81,14 @@ def test_a_load_without_a_mask_is_watched(place: int) -> None:
     assert y[0] == 4
     with pytest.raises(Exception, match="bare would load 1 of 1 elements"):
         bare[(1,)](x, y, PLACE=place)
+
+
+def test_what_a_descriptor_describes_is_watched() -> None:
+    y = numbers(8)
+    described[(1,)](numbers(8) + 1, y, 8, BLOCK=8)
+    assert y.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    with pytest.raises(Exception, match="described would load 3 of 8 elements"):
+        described[(1,)](numbers(5), y, 8, BLOCK=8)
 
 
 def test_a_view_reaches_its_memory() -> None:
