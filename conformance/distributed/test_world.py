@@ -7,17 +7,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore
 
-from arbitor.optimized.distributed import traffic, world
+from arbitor.optimized.distributed import world
 from arbitor.optimized.distributed.ranks import owners
 from arbitor.optimized.distributed.run import (
     check_agreement,
@@ -32,15 +31,12 @@ from arbitor.optimized.training.checkpoint import load_checkpoint
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import turns
 from arbitor.optimized.training.loop import train
-from arbitor.optimized.training.media_files import Item
-from arbitor.optimized.training.media_mix import Mix
 from arbitor.reference.constants import VOTED_IN
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.growth import grow
 from arbitor.reference.graph.ranks import Ranks
 from arbitor.reference.types import has_memory, without_memory
 from conformance.distributed.started import meeting_place
-from conformance.distributed.threads import Table, on_threads
 from conformance.graph import models
 from conformance.system.command import TIMEOUT
 from conformance.training import nano
@@ -204,52 +200,6 @@ def test_ranks_compare_what_they_go_on_from(monkeypatch: pytest.MonkeyPatch, tmp
     assert first == renamed and first not in others and len(others) == 5
 
 
-class ThreadWorld(world.World):
-    """A rank that is a thread."""
-
-    def __init__(self, number: int, table: Table) -> None:
-        super().__init__(number, table.count)
-        self._table = table
-
-    def gathered(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        return self._table.meet(self.number, tensor)
-
-
-def told_of_files(*ranks: list[Item]) -> list[str]:
-    """Return what each of some ranks says of the files that they read, "" where it goes on."""
-
-    def told(number: int, table: Table) -> str:
-        mix: Any = SimpleNamespace(world=ThreadWorld(number, table))
-        try:
-            Mix._refuse_other_files(mix, "images held out", ranks[number])
-        except TrainingError as error:
-            return str(error)
-        return ""
-
-    return on_threads(len(ranks), told)
-
-
-def items(folder: str, *numbers: int) -> list[Item]:
-    """Return files of a folder, each of a content and a name of its own."""
-    return [Item(bytes([number]) * 32, b"text", Path(folder) / f"{number}.png") for number in numbers]
-
-
-def test_the_first_file_that_ranks_do_not_share_is_named() -> None:
-    """By its place in the list, of ten files or more too. Names play no part, which may differ between machines."""
-    first, elsewhere = items("/a", *range(12)), items("/b", *range(12))
-    assert told_of_files(first, elsewhere) == ["", ""]
-    of, must = "images held out that can be decoded", ", and all ranks must have the same"
-    assert told_of_files(first, elsewhere, items("/b", 0, 1, *range(3, 13))) == 3 * [
-        f"rank 2 has '/b/3.png (03030303)' for file 3 of {of}, but rank 0 has '/a/2.png (02020202)'{must}"
-    ]
-    assert told_of_files(first, elsewhere[:-1]) == 2 * [
-        f"rank 1 has None for file 12 of {of}, but rank 0 has '/a/11.png (0b0b0b0b)'{must}"
-    ]
-    assert told_of_files(first[:-1], elsewhere) == 2 * [
-        f"rank 1 has '/b/11.png (0b0b0b0b)' for file 12 of {of}, but rank 0 has None{must}"
-    ]
-
-
 def test_one_rank_refuses_a_way_of_exchange(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     nano.register(monkeypatch)
     (tmp_path / "text.txt").write_bytes(nano.TEXT)
@@ -380,61 +330,6 @@ def test_ranks_validate_pieces_of_one_size_at_a_time(sizes: list[int], count: in
     assert counted == list(range(len(sizes)))
 
 
-def test_exchanges_end_when_too_much_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oldest ends first, and no more end than have to: what has ended is under way no more."""
-    monkeypatch.setattr(traffic, "PENDING_BYTES", 100)
-    sent, ended, seen = traffic.Traffic(world.World(0, 2), on_gpu=lambda: False), [], []
-    for number, size in enumerate((40, 60, 30, 70, 10)):
-        sent.later(size, partial(ended.append, number))
-        seen.append(list(ended))
-    assert seen == [[], [], [0], [0, 1], [0, 1, 2]]
-    sent.end_all()
-    assert ended == [0, 1, 2, 3, 4] and sent._pending == 0
-    sent.later(100, partial(ended.append, 5))
-    sent.forget()
-    sent.end_all()
-    assert len(ended) == 5 and sent._pending == 0
-
-
-class Event:
-    """Stands in for an event of a GPU, which has passed what it was given so far as `done` says."""
-
-    recorded: ClassVar[int] = 0
-    done: ClassVar[int] = 0
-
-    def __init__(self, *, enable_timing: bool, external: bool) -> None:
-        assert enable_timing
-        self.at, self.external = 0, external
-
-    def record(self) -> None:
-        Event.recorded += 1
-        self.at = Event.recorded
-
-    def query(self) -> bool:
-        return self.at <= Event.done
-
-    def synchronize(self) -> None:
-        Event.done = max(Event.done, self.at)
-
-    def elapsed_time(self, end: Event) -> float:
-        assert end.query()
-        return 1000.0 * (end.at - self.at)
-
-
-def test_waiting_of_a_gpu_is_counted_as_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Events do not pile up until somebody asks for the sum, and none is asked before the GPU has passed it."""
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(Event, "recorded", 0)
-    monkeypatch.setattr(Event, "done", 0)
-    sent = traffic.Traffic(world.World(), on_gpu=lambda: True)
-    for number in range(100):
-        Event.done = max(Event.recorded - 4, 0)
-        sent.gathered(torch.tensor(number))
-        assert len(sent._events) <= 3
-    assert sent.measured() == (100.0, 0) and not sent._events
-    assert sent.measured() == (0.0, 0)
-
-
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_owners_share_the_weights_evenly(count: int) -> None:
     model = models.nano()
@@ -527,54 +422,3 @@ def test_the_digest_of_the_code_follows_the_code(tmp_path: Path, monkeypatch: py
         digests.append(world.code_sha256())
     world.code_sha256.cache_clear()
     assert len(set(digests)) == len(digests)
-
-
-def test_a_replay_counts_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes and waits of recorded exchanges count for each replay, the waits as those of the last one, and are counted once."""
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(Event, "recorded", 0)
-    monkeypatch.setattr(Event, "done", 0)
-    sent = traffic.Traffic(world.World(), on_gpu=lambda: True)
-    with sent.recording() as recorded:
-        for _ in range(2):
-            with sent._waiting():
-                sent._receive(7)
-    assert all(event.external for events in recorded.waits for event in events)
-    # What is recorded has not run.
-    assert sent.measured() == (0.0, 0)
-    with sent._waiting():
-        sent._receive(5)
-    for _ in range(3):
-        recorded.replay()
-    assert sent.measured() == (1.0 + 3 * 2.0, 5 + 3 * 14)
-    assert sent.measured() == (0.0, 0)
-    # Also where the GPU has not come to the end of the last replay.
-    monkeypatch.setattr(Event, "done", 0)
-    recorded.replay()
-    assert sent.measured() == (2.0, 14)
-
-
-@pytest.mark.parametrize("asked", [True, False])
-def test_recordings_whose_graphs_are_gone_leave(asked: bool) -> None:
-    """Their last replays are counted, whether or not somebody asks before the next recording."""
-    sent = traffic.Traffic(world.World(), on_gpu=lambda: True)
-    total = 0
-    for again in range(5):
-        with sent.recording() as recorded:
-            sent._receive(7)
-        for _ in range(again):
-            recorded.replay()
-        recorded.close()
-        if asked:
-            total += sent.measured()[1]
-        assert len(sent._recorded) == (0 if asked else 1)
-    assert total + sent.measured()[1] == 7 * (0 + 1 + 2 + 3 + 4)
-    assert not sent._recorded
-
-
-def test_a_recording_that_failed_is_none() -> None:
-    sent = traffic.Traffic(world.World(), on_gpu=lambda: True)
-    with pytest.raises(RuntimeError), sent.recording():
-        raise RuntimeError("no memory")
-    sent._receive(5)
-    assert sent.measured() == (0.0, 5)
