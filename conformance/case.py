@@ -19,7 +19,7 @@ from torch import Tensor
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.op_table import OP_TABLE, NoWorse
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
-from arbitor.reference.types import TernaryWeight
+from arbitor.reference.types import StateTensors, TernaryWeight
 
 from .compare import exact, no_worse, same_sums
 from .report import LEDGER
@@ -47,7 +47,7 @@ class Case:
                 return tuple(map(formed, value))
             if isinstance(value, Tensor) and id(value) not in made:
                 made[id(value)] = form(value)
-            elif isinstance(value, TernaryWeight) and id(value) not in made:
+            elif isinstance(value, StateTensors) and id(value) not in made:
                 parts = {name: form(tensor) for name, tensor in value.tensors().items()}
                 made[id(value)] = value.with_tensors(**parts)
             return made.get(id(value), value)

@@ -204,18 +204,20 @@ def test_no_kernel_is_launched_on_memory_out_of_reach(
     import triton
     from triton.runtime.interpreter import GridExecutor
 
-    here = Subject(subject.ops, subject.name, "cpu")
     launched = AssertionError(f"{name} launches a kernel on memory that it cannot reach")
     refused: list[Case] = []
 
     @settings(max_examples=4, phases=[Phase.generate])
     @given(case=CASES[name])
     def run(case: Case) -> None:
-        args, kwargs = prepared(here, name, case, device_layout=device_layout)
+        # A weight is laid out where kernels run.
+        call = Case(*prepared(subject, name, case, device_layout=device_layout)).reformed(Tensor.cpu)
+        if name in MAKERS:
+            call.kwargs["device"] = "cpu"
         with triton.knobs.runtime.scope(), mock.patch.object(GridExecutor, "__call__", side_effect=launched):
             triton.knobs.runtime.interpret = False
             try:
-                here.raw(name)(*args, **kwargs)
+                subject.raw(name)(*call.args, **call.kwargs)
             except RuntimeError as error:
                 assert "but Triton kernels run on CUDA" in str(error)
                 refused.append(case)

@@ -118,7 +118,7 @@ def test_weights_are_unpacked_together_as_each_by_itself(
 def test_weights_out_of_reach_are_refused(subject: Subject, launches: Counter[str]) -> None:
     """As by every kernel: on a CPU where nothing interprets it, and before it is launched."""
     weight = weight_like(subject, 24, 36)
-    on_cpu = replace(weight, words=weight.words.cpu(), exponents=weight.exponents.cpu())
+    on_cpu = weight.to("cpu")
     with triton.knobs.runtime.scope(), pytest.raises(RuntimeError, match="but Triton kernels run on CUDA"):
         triton.knobs.runtime.interpret = False
         unpack.unpacked_together([on_cpu], [1], torch.float32, row_multiple=1)

@@ -24,6 +24,7 @@ from conformance.distributed.started import (
     SECONDS,
     STEPS,
     STOPPED_AT,
+    device_of_ranks,
     ended,
     ranks_of,
     succeeded,
@@ -49,7 +50,9 @@ def survivor(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     wait_for_step(run, KILLED_AT, process)
     first = ranks_of(process)
     os.kill(first[1], signal.SIGKILL)
-    until(lambda: set(ranks_of(process).values()).isdisjoint(first.values()), seconds=SECONDS)
+    until(
+        lambda: set(ranks_of(process).values()).isdisjoint(first.values()), seconds=SECONDS[device_of_ranks()]
+    )
     wait_for_step(run, STOPPED_AT, process)
     process.send_signal(signal.SIGTERM)
     _, out, err = ended(process)
@@ -84,8 +87,7 @@ def find(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, count: int
 ) -> tuple[Path, list[dict[str, Any]]]:
     """Let ranks work, and return the folder in which they do, and what each of them finds."""
-    # The suite has set it, or has a GPU.
-    device = "cpu" if "TRITON_INTERPRET" in os.environ else "cuda"
+    device = device_of_ranks()
     if count == 2:
         folder = request.getfixturevalue("survivor")["folder"]
     else:

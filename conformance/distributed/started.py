@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,11 @@ from torch.distributed import TCPStore
 from arbitor.optimized.training.metrics import last_step
 from conformance.system.command import REPOSITORY, environment, until
 
-SECONDS = 300
-"""Seconds after which ranks hang. On two busy cores they are slow."""
+SECONDS = {"cpu": 300, "cuda": 900}
+"""Seconds after which ranks hang, by device. On two busy cores they are slow, and for a GPU each of them compiles every kernel."""
+
+WRITING_SECONDS = 20
+"""Seconds in which ranks that are aborted write where they were, and torchrun ends after them."""
 
 STEPS, SAVED_EVERY, KILLED_AT, STOPPED_AT = 30, 3, 5, 12
 """Steps of the run that is killed and then stopped."""
@@ -50,14 +55,37 @@ def meeting_place() -> TCPStore:
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Return the exit code of ranks and what they wrote; end them if they hang."""
+def device_of_ranks() -> str:
+    """Return on which device ranks work. The suite has set the variable, or has a GPU."""
+    return "cpu" if "TRITON_INTERPRET" in os.environ else "cuda"
+
+
+def ended(process: subprocess.Popen[str], seconds: float | None = None) -> tuple[int, str, str]:
+    """Return the exit code of ranks and what they wrote. Ranks that hang are aborted, and say where they were.
+
+    torchrun by itself would leave them behind, on the device that they hold.
+    """
+    seconds = SECONDS[device_of_ranks()] if seconds is None else seconds
     try:
-        out, err = process.communicate(timeout=SECONDS)
+        out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        process.kill()
-        raise
+        _send(process, signal.SIGABRT)
+        try:
+            _, err = process.communicate(timeout=WRITING_SECONDS)
+        except subprocess.TimeoutExpired:
+            # torchrun may have started others in their place.
+            _send(process, signal.SIGKILL)
+            process.kill()
+            _, err = process.communicate()
+        raise AssertionError(f"ranks hung for {seconds} s:\n{err}") from None
     return process.returncode, out, err
+
+
+def _send(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    """Send a signal to the ranks that torchrun has started."""
+    for rank in ranks_of(process).values():
+        with suppress(ProcessLookupError):
+            os.kill(rank, number)
 
 
 def succeeded(process: subprocess.Popen[str]) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,12 +23,14 @@ from conformance.distributed.started import (
     STEPS,
     Found,
     both,
+    ended,
     meeting_place,
     succeeded,
     three,
     torchrun,
     two,
 )
+from conformance.system.command import digest, until
 from conformance.training import nano
 
 
@@ -165,23 +169,37 @@ def test_sigterm_saves(survivor: dict[str, Any]) -> None:
 def test_two_agents_train_as_one(found: Found) -> None:
     """Two nodes are two agents, which find each other by the address of one. Here they are on one machine."""
     folder, ranks = found
+    asked = (
+        "conformance.system.nano_arb", "no-pictures", "train", "--preset", "nano", "--data", str(folder / "text.txt"),
+        "--device", "cpu", "--steps", "6", "--batch", str(ranks_at_work.BATCH), "--log-interval", "2",
+    )  # fmt: skip
     place = meeting_place()
     nodes = (
         "--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{place.port}", "--rdzv-conf=is_host=0",
         "--rdzv-id=two",
     )  # fmt: skip
-    agents = [
-        torchrun(
-            1, "conformance.system.nano_arb", "no-pictures", "train", "--preset", "nano", "--data", str(folder / "text.txt"),
-            "--device", "cpu", "--steps", "6", "--batch", str(ranks_at_work.BATCH), "--log-interval", "2",
-            "--out", str(folder / "nodes"), nodes=nodes,
-        )
-        for _ in range(2)
-    ]  # fmt: skip
+    agents = [torchrun(1, *asked, "--out", str(folder / "nodes"), nodes=nodes) for _ in range(2)]
     printed = "".join(map(succeeded, agents))
     assert printed.count("6 steps in") == 1, "rank 0 alone prints what the run came to"
-    summary = json.loads((folder / "nodes" / "summary.json").read_text())
-    assert summary["state_sha256"] == ranks[0]["trains"]["hashes"][1]
+    want = ranks[0]["trains"]["hashes"][1]
+    if json.loads((folder / "run" / "config.json").read_text())["run"]["device"] != "cpu":
+        # Two agents on one machine would count its GPUs from the first one each.
+        succeeded(torchrun(2, *asked, "--out", str(folder / "agent")))
+        want = digest(folder / "agent")
+    assert digest(folder / "nodes") == want
+
+
+def test_ranks_that_hang_say_where_and_are_ended(tmp_path: Path) -> None:
+    hung = f"import os, pathlib, time; pathlib.Path({str(tmp_path)!r}, str(os.getpid())).touch(); time.sleep(3600)"
+    process = torchrun(2, "timeit", "-n", "1", "-r", "1", hung)
+    until(lambda: len(list(tmp_path.iterdir())) == 2, process)
+    with pytest.raises(
+        AssertionError, match=r"(?s)ranks hung for 0.1 s:.*File \"<timeit-src>\".*<timeit-src>"
+    ):
+        ended(process, seconds=0.1)
+    for rank in tmp_path.iterdir():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(rank.name), 0)
 
 
 @both
