@@ -72,6 +72,21 @@ def test_every_rule_learns_from_the_same_windows(rule: str, monkeypatch: pytest.
     assert result["tokens"] == 12 * 2 * 32
 
 
+def test_a_compiled_step_is_the_step() -> None:
+    """The graphs of torch.compile hold every vote. Weights are unpacked once a step in both."""
+    architecture, start = replace(jobs.SIZES["toy"], batch=2, context=16), torch.Generator().manual_seed(5)
+    plain, compiled = (
+        learner.Learner(architecture, rules.RULES["integer"], seed=3, device="cpu", compiled=compiled)
+        for compiled in (False, True)
+    )
+    before = compiled.trits()
+    for _ in range(5):
+        ids_BT = torch.randint(256, (2, 16), generator=start)
+        exact(compiled.step(ids_BT, 1.0), plain.step(ids_BT, 1.0))
+    assert any(compiled.flip_rates(before).values())
+    exact(tuple(compiled.tensors().values()), tuple(plain.tensors().values()))
+
+
 def test_the_rules_are_those_of_the_product() -> None:
     """The integer rule is what a preset has; the seeds' rule is what `arb train --sign-votes` has."""
     assert rules.RULES["integer"] == rules.Rule("integer", schedule.GAIN, None)

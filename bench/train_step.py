@@ -69,7 +69,10 @@ class _LearnerOn(Learner):
 
     def __init__(self, ops: ModuleType, architecture: Architecture, *, device: str, record: bool) -> None:
         self.given = ops
-        super().__init__(architecture, RULES["integer"], seed=0, device=device, capture=record)
+        # Its twin is compiled too.
+        super().__init__(
+            architecture, RULES["integer"], seed=0, device=device, capture=record, compiled=record
+        )
 
     def _op_set(self) -> Any:
         return self.given

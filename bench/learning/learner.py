@@ -6,7 +6,7 @@ Legend: B batch, T bytes of a window, W validation windows.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.training.census import by_kind
-from arbitor.optimized.training.passes import Passes, RecordedPasses
+from arbitor.optimized.training.passes import Passes, RecordedPasses, Unpacking
 from arbitor.optimized.training.recording import in_branches
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph import ArbModel, GraphContext
@@ -69,8 +69,22 @@ class Learner:
     """
 
     def __init__(
-        self, architecture: Architecture, rule: Rule, *, seed: int, device: str, capture: bool = True
+        self,
+        architecture: Architecture,
+        rule: Rule,
+        *,
+        seed: int,
+        device: str,
+        capture: bool = True,
+        compiled: bool = False,
     ) -> None:
+        """Begin.
+
+        Args:
+            architecture, rule, seed, device: what is trained, how, from which start, and where.
+            capture:  whether steps on a GPU are recorded and replayed.
+            compiled: whether `torch.compile` makes the kernels around the products of a byte transformer.
+        """
         self.architecture, self.rule, self.device = architecture, rule, device
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.ops = self._op_set()
@@ -88,6 +102,12 @@ class Learner:
         # Steps taken, and those of them that an earlier process took.
         self.taken, self.began, self.last_loss = 0, 0, LOSS_REFERENCE
         self.passes = self._passes()
+        self.unpacking = Unpacking(self.model)
+        self.loss_of: Callable[[Tensor], Tensor] = self.model.loss
+        if compiled:
+            # A CPU has its front end trace the model, and makes no kernels.
+            backend = "inductor" if device == "cuda" else "eager"
+            self.loss_of = torch.compile(self.model.loss, fullgraph=True, dynamic=False, backend=backend)
         trained = {name: m.weight for name, m in self.model.ternary_modules().items() if not m.frozen}
         self.num_weights = sum(math.prod(weight.shape) for weight in trained.values())
         self.state_bytes = integer_bytes(trained) if rule.kind == "integer" else self._float_bytes()
@@ -125,7 +145,7 @@ class Learner:
         nats = 0.0
         with torch.no_grad():
             for windows_BT in windows_WT.split(self.architecture.batch):
-                nats += self._loss(windows_BT.to(self.device)).item() * windows_BT.shape[0]
+                nats += self.model.loss(windows_BT.to(self.device)).item() * windows_BT.shape[0]
         return nats / windows_WT.shape[0] / math.log(2)
 
     def use(self, windows_WT: Tensor) -> dict[str, Any] | None:
@@ -212,10 +232,11 @@ class Learner:
         return torch.tensor(math.nan if nats is None else nats)
 
     def _take(self, size: int) -> Tensor:
-        loss = self._loss(self.ids_BT)
-        # What a recorded step votes is undone by nobody, and a run whose step raises is over.
-        with self.model.voting.taking(rate=self.rate, step=self.step_number, size=size, undo=False):
-            loss.backward()
+        with self.unpacking():
+            loss = self.loss_of(self.ids_BT)
+            # What a recorded step votes is undone by nobody, and a run whose step raises is over.
+            with self.model.voting.taking(rate=self.rate, step=self.step_number, size=size, undo=False):
+                loss.backward()
         self.model.step()
         for master, matrices in self.stacks:
             if master.grad is not None:
@@ -244,9 +265,6 @@ class Learner:
         from arbitor.reference.ops import step_from_loss
 
         return step_from_loss(self.last_loss, LOSS_REFERENCE, self.config.max_vote_step)
-
-    def _loss(self, ids_BT: Tensor) -> Tensor:
-        return self.model.loss(ids_BT)
 
     def _op_set(self) -> Any:
         if self.rule.kind == "float":

@@ -43,6 +43,8 @@ class ByteTransformer(Stateful):
     Shapes:  ids int64 [B, T] -> logits float32 [B, T, V]
     """
 
+    in_graphs = True
+
     def __init__(self, context: GraphContext, *, width: int, num_layers: int, length: int) -> None:
         super().__init__(context)
         self.width = width
@@ -66,6 +68,8 @@ class ByteTransformer(Stateful):
 
 
 class _Layer(ArbModule):
+    in_graphs = True
+
     def __init__(self, context: GraphContext, width: int) -> None:
         super().__init__(context)
         self.width = width

@@ -36,22 +36,20 @@ if TYPE_CHECKING:
     from arbitor.optimized.ops.unpacked import Copies
     from arbitor.reference.graph import ArbModel
     from arbitor.reference.graph.open_pass import Note
+    from arbitor.reference.graph.stateful import Stateful
 
 
-class Passes:
-    """Takes the passes of a model, launched from Python, one kernel after the other.
+class Unpacking:
+    """Makes the contexts of a model's passes, in each of which a weight is unpacked once."""
 
-    What votes change is not copied first: the trainer ends with a pass that raises, and its model is not used again.
-    """
-
-    def __init__(self, model: ArbModel) -> None:
-        """Begin with a model."""
-        self.model = model
+    def __init__(self, model: Stateful) -> None:
+        """Begin before the first pass."""
+        self._model = model
         self._copies: Copies | None = None
 
-    def unpacking(self) -> AbstractContextManager[None]:
-        """Return the context of a pass, in which each weight of the model is unpacked once."""
-        weights = {name: module.weight for name, module in self.model.ternary_modules().items()}
+    def __call__(self) -> AbstractContextManager[None]:
+        """Return the context of one pass."""
+        weights = {name: module.weight for name, module in self._model.ternary_modules().items()}
         in_words = {name: weight for name, weight in weights.items() if isinstance(weight, DeviceWeight)}
         # A model on the reference needs no Triton.
         if not in_words:
@@ -60,7 +58,23 @@ class Passes:
             from arbitor.optimized.ops.unpacked import Copies
 
             self._copies = Copies()
-        return self._copies.in_pass(in_words, self.model.dtype)
+        return self._copies.in_pass(in_words, self._model.dtype)
+
+
+class Passes:
+    """Takes the passes of a model, launched from Python, one kernel after the other.
+
+    What votes change is not copied first: the trainer ends with a pass that raises, and its model is not used again.
+
+    Attributes:
+        model:     as it was given.
+        unpacking: makes the context of a pass.
+    """
+
+    def __init__(self, model: ArbModel) -> None:
+        """Begin with a model."""
+        self.model = model
+        self.unpacking = Unpacking(model)
 
     def take(self, ids_BT: Tensor, *, rate: float, step: int) -> float | None:
         """Run one pass, in which every weight behind the loss votes.
