@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,6 @@ from conformance.system.command import REPOSITORY, environment, until
 
 SECONDS = {"cpu": 300, "cuda": 900}
 """Seconds after which ranks hang, by device. On two busy cores they are slow, and for a GPU each of them compiles every kernel."""
-
-WRITING_SECONDS = 20
-"""Seconds in which ranks that are aborted write where they were, and torchrun ends after them."""
 
 STEPS, SAVED_EVERY, KILLED_AT, STOPPED_AT = 30, 3, 5, 12
 """Steps of the run that is killed and then stopped."""
@@ -69,23 +65,24 @@ def ended(process: subprocess.Popen[str], seconds: float | None = None) -> tuple
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        _send(process, signal.SIGABRT)
-        try:
-            _, err = process.communicate(timeout=WRITING_SECONDS)
-        except subprocess.TimeoutExpired:
-            # torchrun may have started others in their place.
-            _send(process, signal.SIGKILL)
-            process.kill()
-            _, err = process.communicate()
+        # A rank that ends is no sign to torchrun then, which would end the others or start new ones.
+        process.send_signal(signal.SIGSTOP)
+        # One after the other, so that what they write is no muddle.
+        for rank in ranks_of(process).values():
+            os.kill(rank, signal.SIGABRT)
+            until(lambda rank=rank: not is_running(rank))
+        process.kill()
+        _, err = process.communicate()
         raise AssertionError(f"ranks hung for {seconds} s:\n{err}") from None
     return process.returncode, out, err
 
 
-def _send(process: subprocess.Popen[str], number: signal.Signals) -> None:
-    """Send a signal to the ranks that torchrun has started."""
-    for rank in ranks_of(process).values():
-        with suppress(ProcessLookupError):
-            os.kill(rank, number)
+def is_running(process_id: int) -> bool:
+    """Return whether a process runs. One that has ended may wait for its parent to notice."""
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def succeeded(process: subprocess.Popen[str]) -> str:
