@@ -193,9 +193,9 @@ def test_ranks_that_hang_say_where_and_are_ended(tmp_path: Path) -> None:
     hung = f"import os, pathlib, time; pathlib.Path({str(tmp_path)!r}, str(os.getpid())).touch(); time.sleep(3600)"
     process = torchrun(2, "timeit", "-n", "1", "-r", "1", hung)
     until(lambda: len(list(tmp_path.iterdir())) == 2, process)
-    with pytest.raises(AssertionError, match="^ranks hung for 0.1 s:") as found:
+    with pytest.raises(AssertionError, match=r"^ranks hung for 0\.1 s:") as found:
         ended(process, seconds=0.1)
-    assert str(found.value).count('  File "<timeit-src>", line 6 in inner\n') == 2
+    assert str(found.value).count("<timeit-src>") == 2
     assert not any(is_running(int(rank.name)) for rank in tmp_path.iterdir())
 
 
