@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -251,3 +252,12 @@ def test_a_kernel_takes_every_call_of_the_comparison(monkeypatch: pytest.MonkeyP
         ]
         with pytest.raises(InterruptedError), cuda_calls.of_any_size():
             getattr(optimized_ops, op)(*args, **case.kwargs)
+
+
+@pytest.mark.parametrize("chunks", [1, 31, 32, 33, 64, 150, 256, 257, 683, 22370])
+def test_threads_of_a_row_take_its_chunks_in_as_few_turns_as_the_most_would(chunks: int) -> None:
+    threads = cuda_update.threads_of_row(chunks)
+    assert threads % cuda_update.WARP == 0 and threads <= cuda_update.THREADS
+    assert math.ceil(chunks / threads) == math.ceil(chunks / cuda_update.THREADS)
+    fewer = threads - cuda_update.WARP
+    assert fewer == 0 or math.ceil(chunks / fewer) > math.ceil(chunks / threads)
