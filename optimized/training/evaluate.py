@@ -40,8 +40,8 @@ def validation_bpb(model: ArbModel, windows_WT: torch.Tensor, *, batch: int, dev
         return {"nats": model.loss(piece.to(device)).item() * len(piece)}
 
     found = in_turns(ranks, [len(piece) for piece in pieces], nats_of)
-    # In the order of the pieces, whoever computed them.
-    all_nats = sum(each["nats"] for each in found)
+    # Exact, whatever the release of Python makes of `sum`.
+    all_nats = math.fsum(each["nats"] for each in found)
     bpb = all_nats / windows_WT.shape[0] / NATS_PER_BIT
     return bpb if math.isfinite(bpb) else None
 

@@ -16,6 +16,7 @@ from fractions import Fraction
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -311,7 +312,7 @@ class Mix:
         for kind, sums in self._sums.items():
             of_kind = found.setdefault(kind, {})
             for name, values in sums.items():
-                of_kind[f"train_{_metric(name)}"] = _in_unit(name, sum(values) / len(values))
+                of_kind[f"train_{_metric(name)}"] = _in_unit(name, fmean(values))
         self._sums = {}
         for kind, numbers in self.validated.items() if validated else ():
             found.setdefault(kind, {}).update(numbers)
