@@ -63,7 +63,7 @@ UPDATES = (
     (20, 784, 16, 0),
     (20, 784, 24, 2),
     (16, 1168, 48, 0),
-    # A block for each row: two warps, one chunk too many for two turns of four, counts that fill words and counts that do not.
+    # A block for each row: two warps that keep it, one chunk too many for two turns of four, counts that fill no words.
     (5, 2400, 12, 1),
     (6, 12304, 12, 2),
     (4, 2416, 6, 2),
@@ -93,7 +93,7 @@ def of_any_size() -> Iterator[None]:
     """Let kernels take weights within the block that are too small to be worth it, as those of these calls are."""
     with (
         mock.patch.multiple(many_rows, ROWS=((0, 9, 2**20),), LEAST_EXPERT=0, LEAST_SIDE=0),
-        mock.patch.multiple(update, LEAST_ROWS=0, LEAST_ROW_CHUNKS=48),
+        mock.patch.multiple(update, LEAST_ROWS=0, LEAST_ROW_CHUNKS=48, MOST_KEPT_BYTES=12 * 1024),
     ):
         yield
 

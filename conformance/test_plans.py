@@ -18,6 +18,7 @@ from arbitor.optimized.cuda import denoise as cuda_denoise
 from arbitor.optimized.cuda import launch as launching
 from arbitor.optimized.cuda import update as cuda_update
 from arbitor.optimized.cuda.compiler import Kernel
+from arbitor.optimized.kernels.launch import Clock
 from arbitor.optimized.layouts import DeviceWeight, words_per_row
 from arbitor.reference.constants import GROUP_SIZES, groups_per_row
 from arbitor.reference.types import TernaryWeight
@@ -180,18 +181,65 @@ def test_halting_of_the_calls_is_no_matter_of_rounding() -> None:
             assert test_denoise_loop.walk(case)[2] > test_denoise_loop.MARGIN
 
 
+def declared(source: str, entry: str) -> list[str]:
+    """Return the parameters of a kernel, as its source declares them."""
+    _, _, rest = compiler.source_text(source).partition(f"\n{entry}(")
+    return [" ".join(each.split()) for each in rest.partition(")")[0].split(",")]
+
+
+KINDS = {
+    "float": np.float32,
+    "int": np.int32,
+    "unsigned": np.int32,
+    "long long": np.int64,
+    "float2": np.complex64,
+}
+"""The number of NumPy that stands for one of C, by the type that a kernel declares."""
+
+
+def fit(parameters: list[str], given: list[Any]) -> None:
+    """Fail unless arguments are what a kernel declares. A GPU would take what comes, whatever it is."""
+    for parameter, value in zip(parameters, given, strict=True):
+        if "*" in parameter:
+            assert value is None or isinstance(value, torch.Tensor), parameter
+        else:
+            assert isinstance(value, KINDS[parameter.rpartition(" ")[0]]), parameter
+
+
 def test_a_loop_gets_the_arguments_that_it_declares(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU would take what comes, whatever it is."""
     given: list[Any] = []
     monkeypatch.setattr(cuda_denoise, "launch", lambda kernel, arguments, **how: given.extend(arguments))
     weights = [device_weight(*shape) for shape in ((32, 64), (32, 32), (3, 32), (64, 32))]
     cuda_denoise.denoise_loop(torch.zeros(1, 64), torch.zeros(1, 3, 32), weights, (0.5, 0.7), 0.9)
-    source = compiler.source_text("denoise")
-    declared = source[source.index("denoise_loop(const") :].partition("(")[2].partition(")")[0].split(",")
-    kinds = {"float": np.float32, "int": np.int32, "float2": np.complex64}
-    for parameter, value in zip(declared, given, strict=True):
-        kind = parameter.split()[0]
-        assert isinstance(value, torch.Tensor if "*" in parameter else kinds[kind]), parameter
+    assert all(value is not None for value in given)
+    fit(declared("denoise", "denoise_loop"), given)
+
+
+def test_votes_get_the_arguments_that_they_declare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each form has a call in the comparison, and is told of faults or is given exponents, not both."""
+    launched: list[tuple[Kernel, list[Any], dict[str, Any]]] = []
+    monkeypatch.setattr(
+        cuda_update,
+        "launch",
+        lambda kernel, arguments, **how: launched.append((kernel, list(arguments), how)),
+    )
+    for name, case in CALLS:
+        if name == "accumulate_gradient":
+            weight, grad, rate = case.args
+            target, faults = device_weight(*weight.shape, weight.group_size), case.kwargs["faults"]
+            clock = Clock.of(1, case.kwargs["step"], 2, target.device)
+            with cuda_calls.of_any_size():
+                cuda_update.count_votes_(target, grad, rate, clock, "score", faults)
+    forms = set()
+    for kernel, given, how in launched:
+        fit(declared("votes", "count_votes"), given)
+        constants, (gradient, exponents, faults) = dict(kernel.constants), given[:3]
+        form = constants["BY_ROWS"]
+        forms.add((form, constants["GRADIENT_BYTES"]))
+        assert (exponents is None, faults is None) == ((False, True) if form == 0 else (True, False))
+        assert (how["shared_bytes"] > gradient[0].nbytes) == (form == 2)
+        assert form == 0 or how["blocks"] == len(gradient)
+    assert forms == set(itertools.product((0, 1, 2), (2, 4)))
 
 
 def test_what_a_loop_takes() -> None:

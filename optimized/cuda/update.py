@@ -30,6 +30,9 @@ LEAST_ROWS, LEAST_ROW_CHUNKS = 1024, 64
 """Least rows of which every one has a block, so that all multiprocessors have several, and least chunks of such a row, so that its
 threads have work."""
 
+MOST_KEPT_BYTES = 72 * 1024
+"""Most shared memory in which a block keeps its row: a multiprocessor of an H100 or H200 has room for three such blocks."""
+
 
 def fits_count(weight: DeviceWeight, grad_NK: Tensor, rows: Tensor | None) -> bool:
     """Return whether `count_votes_` takes a gradient: one of all rows, whose words have no empty lanes, and groups that fit."""
@@ -58,6 +61,9 @@ def count_votes_(
     groups, row_groups = CHUNK // weight.group_size, weight.exponents.shape[1]
     whole_words = groups % 4 == 0 and row_groups % 4 == 0 and aligned(weight.exponent_accum, 4)
     by_rows = num_rows >= LEAST_ROWS and row_chunks >= LEAST_ROW_CHUNKS
+    kept_bytes = row_chunks * (CHUNK * grad_NK.element_size() + 16) if by_rows else 0
+    if kept_bytes > MOST_KEPT_BYTES:
+        kept_bytes = 0
     row_exponents = None if by_rows else exponents_of_rows(grad_NK, faults)
     kernel = Kernel.of(
         "votes",
@@ -68,7 +74,7 @@ def count_votes_(
         SCORE_SHIFT=SCORE_SHIFT,
         COUNT_BYTES=4 if whole_words else 1,
         SILENT_ROW=SILENT_ROW,
-        BY_ROWS=int(by_rows),
+        BY_ROWS=int(by_rows) + int(kept_bytes > 0),
     )
     num_chunks = num_rows * row_chunks
     rate_at, rate_value = (rate, 0.0) if isinstance(rate, Tensor) else (None, rate)
@@ -92,6 +98,7 @@ def count_votes_(
         blocks=num_rows if by_rows else math.ceil(num_chunks / THREADS),
         threads=threads_of_row(row_chunks) if by_rows else THREADS,
         device=weight.device,
+        shared_bytes=kept_bytes,
     )
 
 

@@ -6,7 +6,7 @@
 // its score is summed by one thread. Sixteen columns are read and written at a time.
 //
 // Either every chunk has a thread, and the row exponents are given. Or every row has a block, which finds the exponent first. Then
-// the gradient is read from memory once, since most of it is still in the cache when it is read again.
+// the gradient is read from memory once: the block keeps the row in shared memory, or reads it again while most of it is in the cache.
 //
 // Constants that the host defines:
 //   GROUP_SIZE       columns of a group; 48 columns are whole groups
@@ -15,11 +15,16 @@
 //   SCORE_SHIFT      bits by which a score is shifted to become a vote
 //   COUNT_BYTES      4 where the exponent counts of every chunk start at a multiple of 4 bytes and fill such words, else 1
 //   SILENT_ROW       exponent of a row that casts no votes
-//   BY_ROWS          1 where every row has a block, else 0
+//   BY_ROWS          1 where every row has a block, 2 where this block also keeps the row, else 0
 
 constexpr int CHUNK = 48;
 constexpr int GROUPS = CHUNK / GROUP_SIZE;
 constexpr int BLOCKS = GROUP_SIZE / 16 + 1;
+
+// Pieces of 16 bytes of a chunk of the gradient, and of a chunk that is kept. One more than there are lets the threads of a warp read
+// from different banks.
+constexpr int PIECES = CHUNK * GRADIENT_BYTES / 16;
+constexpr int KEPT_PIECES = PIECES + 1;
 
 // The four words of Philox4x32-10.
 struct Words {
@@ -48,9 +53,8 @@ __device__ __forceinline__ int byte_of(unsigned word, int place) {
     return static_cast<int>(word << (24 - 8 * place)) >> 24;
 }
 
-// What a thread is told of a weight, its gradient and the clock of its dither.
+// What a thread is told of a weight, the rate and the clock of the dither.
 struct Update {
-    const void* gradient;
     const unsigned* words;
     unsigned char* trit_counts;
     signed char* exponent_counts;
@@ -59,8 +63,14 @@ struct Update {
     int num_columns, row_words, row_groups;
 };
 
-// Count the votes of a chunk of a row with a row exponent.
-__device__ __forceinline__ void count_chunk(const Update& update, long long row, int chunk, int exponent) {
+// Return a piece of the gradient.
+__device__ __forceinline__ uint4 read(const uint4* at) {
+    if constexpr (BY_ROWS == 2) return *at;
+    return __ldg(at);
+}
+
+// Count the votes of a chunk of a row with a row exponent, whose gradient starts at an address.
+__device__ __forceinline__ void count_chunk(const Update& update, const uint4* gradient, long long row, int chunk, int exponent) {
     const int column = chunk * CHUNK, num_columns = update.num_columns, row_groups = update.row_groups;
     const float rate = update.rate;
 
@@ -93,7 +103,7 @@ __device__ __forceinline__ void count_chunk(const Update& update, long long row,
         if constexpr (GRADIENT_BYTES == 2) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const uint4 eight = __ldg(reinterpret_cast<const uint4*>(static_cast<const unsigned short*>(update.gradient) + at) + i);
+                const uint4 eight = read(gradient + 2 * word + i);
                 const unsigned pairs[4] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
@@ -104,7 +114,7 @@ __device__ __forceinline__ void count_chunk(const Update& update, long long row,
         } else {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const uint4 four = __ldg(reinterpret_cast<const uint4*>(static_cast<const float*>(update.gradient) + at) + i);
+                const uint4 four = read(gradient + 4 * word + i);
                 bits[4 * i] = four.x;
                 bits[4 * i + 1] = four.y;
                 bits[4 * i + 2] = four.z;
@@ -173,13 +183,14 @@ __device__ __forceinline__ void count_chunk(const Update& update, long long row,
     }
 }
 
-// Return the sum of the squares of a thread's part of a row in float64, where they neither overflow nor vanish.
-__device__ __forceinline__ double squares_of(const uint4* row, int num_pieces) {
+// Return the sum of the squares of a thread's part of a row in float64, where they neither overflow nor vanish, and keep the row.
+__device__ __forceinline__ double squares_of(const uint4* row, int num_pieces, uint4* kept) {
     double squares = 0.0;
 #pragma unroll 4
     for (int piece = threadIdx.x; piece < num_pieces; piece += blockDim.x) {
-        const uint4 read = __ldg(row + piece);
-        const unsigned bits[4] = {read.x, read.y, read.z, read.w};
+        const uint4 found = __ldg(row + piece);
+        if constexpr (BY_ROWS == 2) kept[piece + piece / PIECES] = found;
+        const unsigned bits[4] = {found.x, found.y, found.z, found.w};
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const double first = __uint_as_float(GRADIENT_BYTES == 2 ? bits[i] << 16 : bits[i]);
@@ -194,10 +205,10 @@ __device__ __forceinline__ double squares_of(const uint4* row, int num_pieces) {
 }
 
 // Return the exponent of the row of this block, and count the row in `faults` if it is not finite.
-__device__ __forceinline__ int exponent_of(const uint4* row, int num_columns, unsigned long long* faults) {
+__device__ __forceinline__ int exponent_of(const uint4* row, int num_columns, uint4* kept, unsigned long long* faults) {
     __shared__ double of_warps[8];
     __shared__ int exponent;
-    double squares = squares_of(row, num_columns / (16 / GRADIENT_BYTES));
+    double squares = squares_of(row, num_columns / (16 / GRADIENT_BYTES), kept);
 #pragma unroll
     for (int lanes = 16; lanes; lanes /= 2) squares += __shfl_xor_sync(~0u, squares, lanes);
     if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = squares;
@@ -215,29 +226,33 @@ __device__ __forceinline__ int exponent_of(const uint4* row, int num_columns, un
     return exponent;
 }
 
-extern "C" __global__ void __launch_bounds__(256, BY_ROWS ? 3 : 1)
+extern "C" __global__ void __launch_bounds__(256, BY_ROWS || GRADIENT_BYTES == 2 ? 3 : 4)
 count_votes(const void* __restrict__ gradient, const int* __restrict__ row_exponents, unsigned long long* __restrict__ faults,
             const unsigned* __restrict__ words, unsigned char* __restrict__ trit_counts, signed char* __restrict__ exponent_counts,
             const float* rate_at, float rate, const long long* step_at, unsigned step, unsigned tensor_id, unsigned seed_low,
             unsigned seed_high, long long num_chunks, int row_chunks, int num_columns, int row_words, int row_groups) {
     if (rate_at) rate = *rate_at;
     if (step_at) step = static_cast<unsigned>(*step_at);
-    const Update update = {gradient, words, trit_counts, exponent_counts, rate, step, tensor_id, seed_low, seed_high,
-                           num_columns, row_words, row_groups};
+    const Update update = {words, trit_counts, exponent_counts, rate, step, tensor_id, seed_low, seed_high, num_columns, row_words,
+                           row_groups};
+    // A row starts at a multiple of 16 bytes, as all its words are whole.
+    const uint4* const first = static_cast<const uint4*>(gradient);
+    const int row_pieces = num_columns / (16 / GRADIENT_BYTES);
     if constexpr (BY_ROWS) {
-        // A row starts at a multiple of 16 bytes, as all its words are whole.
+        extern __shared__ uint4 kept[];
         const long long row = blockIdx.x;
-        const char* first = static_cast<const char*>(gradient) + row * num_columns * GRADIENT_BYTES;
-        const int exponent = exponent_of(reinterpret_cast<const uint4*>(first), num_columns, faults);
+        const uint4* const there = first + row * row_pieces;
+        const int exponent = exponent_of(there, num_columns, kept, faults);
         // The end of the row was read last.
 #pragma unroll 1
         for (int chunk = row_chunks - 1 - threadIdx.x; chunk >= 0; chunk -= blockDim.x) {
-            count_chunk(update, row, chunk, exponent);
+            count_chunk(update, BY_ROWS == 2 ? kept + chunk * KEPT_PIECES : there + chunk * PIECES, row, chunk, exponent);
         }
     } else {
         const long long id = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
         if (id >= num_chunks) return;
         const long long row = id / row_chunks;
-        count_chunk(update, row, static_cast<int>(id - row * row_chunks), row_exponents[row]);
+        const int chunk = static_cast<int>(id - row * row_chunks);
+        count_chunk(update, first + row * row_pieces + chunk * PIECES, row, chunk, row_exponents[row]);
     }
 }
