@@ -84,7 +84,10 @@ class TernaryLinear(Multiplier):
 
 
 def plain(*linears: nn.Module) -> bool:
-    """Return whether all linears are ternary and have no adapter, so that an op may read their weights instead of calling them."""
+    """Return whether an op may read the weights of some linears instead of calling them.
+
+    It may if all of them are ternary and `as_built`, and none has an adapter.
+    """
     return all(
         isinstance(linear, Multiplier) and linear.adapter is None and as_built(linear) for linear in linears
     )
