@@ -104,7 +104,8 @@ def as_built(module: nn.Module) -> bool:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    home = getattr(type(module).forward, "__module__", "").rpartition(".")[0]
+    # Not by its `__module__`, which `functools.wraps` copies from the function that it wraps.
+    home = getattr(type(module).forward, "__globals__", {}).get("__package__")
     return home == __package__ and not (any(hooks) or "forward" in vars(module) or _has_any_global_hook())
 
 
