@@ -14,7 +14,7 @@ class SidecarError(RuntimeError):
 
 
 class MachineError(SidecarError):
-    """What the machine lacks, for good or at the moment. It says nothing of a file, and no other one would fare better."""
+    """Something that the machine lacks, for good or at the moment. No file is at fault, and another file would fare no better."""
 
 
 class MissingLibraryError(MachineError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -154,6 +155,25 @@ def test_a_layer_with_another_forward_is_called() -> None:
     assert called == [norm, linear]
     exact(normed, norm.ops.rms_norm(x, norm.weight))
     exact(y, linear.ops.linear(x, linear.weight))
+
+
+def test_a_forward_that_is_wrapped_for_a_class_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As profilers wrap it. `functools.wraps` gives the wrapper the name and the module of what it wraps."""
+    context, called = quick_context(), []
+    norm, linear = TernaryRMSNorm(context, WIDTH), TernaryLinear(context, WIDTH, 5)
+    for kind in (TernaryRMSNorm, TernaryLinear):
+
+        @functools.wraps(kind.forward)
+        def forward(module: Any, x: Tensor, run: Callable[..., Tensor] = kind.forward) -> Tensor:
+            called.append(module)
+            return run(module, x)
+
+        monkeypatch.setattr(kind, "forward", forward)
+    x = stream(torch.float32, seed=1)
+    add_norm(x, None, norm)
+    fan_out(x, linear)
+    assert called == [norm, linear]
+    assert not plain(linear)
 
 
 class BiasedLinear(TernaryLinear):

@@ -158,6 +158,18 @@ def test_fewer_steps_are_the_first_of_the_loop() -> None:
             head(tokens(), steps=steps)
 
 
+@pytest.mark.parametrize("name", ["latent_in", "query", "steps", "latent_out"])
+def test_hooks_of_each_part_are_called_where_latents_are_drawn(name: str) -> None:
+    """What a hook makes of a part's output is what the loop goes on with, with a gradient and without one."""
+    head, latent = VideoHead(context(**FIELDS)), tokens(seed=2).flatten(1)[:, :20]
+    unhooked = head(tokens(), latent).detach()
+    head.get_submodule(name).register_forward_hook(lambda _, given, y: y + 1.0)
+    want = head(tokens(), latent).detach()
+    assert not torch.equal(want, unhooked)
+    with torch.no_grad():
+        exact(head(tokens(), latent), want)
+
+
 @pytest.mark.parametrize("size", [1, 64])
 def test_the_size_of_tokens_does_not_fix_what_the_head_looks_at(size: int) -> None:
     """A softmax of large scores would look at one token alone, whatever the loss. No gradient would reach the query."""

@@ -49,7 +49,7 @@ def _facts_of(checkpoint: Checkpoint | None) -> dict[str, Any]:
     adapter = checkpoint.adapter
     return {
         "checkpoint_step": checkpoint.step,
-        # They decide when the ranks save together.
+        # Ranks that differ in how many steps they take, or in the best so far, would save at different times.
         "checkpoint_steps": checkpoint.run["steps"],
         "checkpoint_best_bpb": checkpoint.best_bpb,
         "checkpoint_state_sha256": checkpoint.state_sha256,

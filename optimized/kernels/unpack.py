@@ -79,7 +79,7 @@ def unpacked_together(
     There is a launch for each format of weights.
 
     Args:
-        weights: of at most 2**30 elements together.
+        weights: of fewer than 2**31 elements together, with their rows of zeros: a place in the buffer is a number of 32 bits.
         num_groups: how many matrices stand side by side, of each weight.
         dtype: float32 or bfloat16.
         row_multiple: as `dense_rows` takes it.

@@ -326,7 +326,7 @@ class Mix:
             windows_WT: the windows of the text, int64 [W, T].
 
         Returns:
-            Bits per byte, or None where a loss is not finite.
+            Bits per byte; None where a loss is not finite, and where no byte of a kind is predicted.
         """
         settings = self.settings
         self.validated = {}

@@ -84,7 +84,10 @@ class TernaryLinear(Multiplier):
 
 
 def plain(*linears: nn.Module) -> bool:
-    """Return whether all linears are ternary and have no adapter, so that an op may read their weights instead of calling them."""
+    """Return whether an op may read the weights of some linears instead of calling them.
+
+    It may if all of them are ternary and `as_built`, and none has an adapter.
+    """
     return all(
         isinstance(linear, Multiplier) and linear.adapter is None and as_built(linear) for linear in linears
     )
@@ -101,7 +104,8 @@ def as_built(module: nn.Module) -> bool:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    home = getattr(type(module).forward, "__module__", "").rpartition(".")[0]
+    # Not by its `__module__`, which `functools.wraps` copies from the function that it wraps.
+    home = getattr(type(module).forward, "__globals__", {}).get("__package__")
     return home == __package__ and not (any(hooks) or "forward" in vars(module) or _has_any_global_hook())
 
 

@@ -17,7 +17,7 @@ from arbitor.reference import checks
 from arbitor.reference.dtypes import widened
 from arbitor.reference.graph.changed_rules import CHANGED_RULES, Ruled
 from arbitor.reference.graph.context import GraphContext
-from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, plain
+from arbitor.reference.graph.layers import TernaryEmbedding, TernaryLinear, as_built, plain
 from arbitor.reference.graph.module import used
 from arbitor.reference.graph.uncompiled import uncompiled
 from arbitor.reference.graph.units import unit_rows
@@ -169,7 +169,8 @@ class VideoHead(Ruled):
         # Norm and steps scale with the latent, so that a loop over a part of it has that part of the prediction.
         flat_BL, alphas = widened(latent).flatten(1) / GAIN, self.alphas[:steps]
         read_BPD = unit_rows(tokens_BPD.to(flat_BL.dtype))
-        if torch.is_grad_enabled() or not plain(self.latent_in, self.query, self.latent_out):
+        reads_weights = plain(self.latent_in, self.query, self.latent_out) and as_built(self.steps)
+        if torch.is_grad_enabled() or not reads_weights:
             out_BL = self._composed(flat_BL, read_BPD, alphas, halt_threshold)
         else:
             weights = (self.latent_in.weight, self.query.weight, self.steps.weight, self.latent_out.weight)

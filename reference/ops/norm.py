@@ -53,12 +53,12 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of a residual stream and a branch, and `rms_norm` of that sum.
 
-    Math:    s = x + y; n = rms_norm(s)
+    Math:    t = x + y; n = rms_norm(t)
     Shapes:  x and y of one dtype, float32, bfloat16 or float64 [..., K]; weight (1, K)
     Range:   eps as in `rms_norm`
     Returns: two tensors of the dtype and shape of x
     Raises:  TypeError or ValueError for a dtype, shape, device or eps that is not allowed
-    Laws:    s is rounded to the dtype of x before it is normed: n is rms_norm of the s that is returned
+    Laws:    t is rounded to the dtype of x before it is normed: n is rms_norm of the t that is returned
     Source:  docs/spec/norm.md
     """
     _check(weight, eps, x)
@@ -76,7 +76,7 @@ def rms_norm_input_grad(
     eps: float = DEFAULT_EPS,
     added: Tensor | None = None,
 ) -> Tensor:
-    """Return the gradient of the loss with respect to the input of `rms_norm`, added to another gradient of that input.
+    """Return the gradient of the loss with respect to the input of `rms_norm`, plus another gradient of that input if one is given.
 
     Math:    dx = s - x^ * mean(x^ * s) with s = dy * w / rms; with `added`, the gradient that x has as a residual, added + dx
     Shapes:  grad, x and added of one dtype, [..., K]; weight (1, K)
