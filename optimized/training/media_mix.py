@@ -328,7 +328,6 @@ class Mix:
             Bits per byte, or None where a loss is not finite.
         """
         settings = self.settings
-        self.validated = {}
         for kind in self.kinds:
             if kind in self._corpora:
                 windows = windows_WT
