@@ -257,6 +257,17 @@ def test_other_data_and_other_sidecars_are_refused(media: Path, checkpoints: Pat
         train(TrainOptions(run=folder, resume=True, mix="text=1,image=2"))
 
 
+def test_a_run_of_one_text_is_no_mix_and_becomes_none(media: Path, tmp_path: Path) -> None:
+    """Its passes are those of `Passes`, which may be recorded."""
+    folder = tmp_path / "run"
+    with opened(options(media, None), None) as run:
+        assert run.mix is None
+    train_until_killed(1, options(media, folder))
+    pictures = {"data_image": str(media / "image"), "vision": str(media / "dinov2")}
+    with pytest.raises(TrainingError, match="started with data for image that is 'none', and cannot go on"):
+        train(TrainOptions(run=folder, resume=True, **pictures))
+
+
 def test_only_sidecars_of_kinds_in_the_mix_are_built(
     media: Path, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
