@@ -257,7 +257,7 @@ def test_other_data_and_other_sidecars_are_refused(media: Path, checkpoints: Pat
         train(TrainOptions(run=folder, resume=True, mix="text=1,image=2"))
 
 
-def test_a_run_of_one_text_is_no_mix_and_becomes_none(media: Path, tmp_path: Path) -> None:
+def test_a_run_of_one_text_is_no_mix_and_takes_no_pictures_later(media: Path, tmp_path: Path) -> None:
     """Its passes are those of `Passes`, which may be recorded."""
     folder = tmp_path / "run"
     with opened(options(media, None), None) as run:
