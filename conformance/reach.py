@@ -1,10 +1,13 @@
-"""What a kernel can reach in Triton's interpreter: the memory of the tensors that it was given, and nothing else.
+"""What Triton's interpreter lets pass and a GPU may not: memory that a kernel was not given, and hints that are not true.
 
 The interpreter reads and writes whatever address a kernel computes. A GPU stops at such an address, or meets another tensor there.
 So a mask that lets too much through would show on a GPU alone, and not on each run. Here the kernel raises an `OutOfReach`.
 
 A kernel that is given addresses in a table (`TABLE`) is not watched, since no argument says what it may touch. A view counts as
 all of its memory.
+
+The compiler believes `tl.multiple_of`, and reads and writes so many bytes at once. The interpreter forgets the hint. Here a kernel
+whose hint is not true raises a `FalseHint`.
 """
 
 from __future__ import annotations
@@ -21,6 +24,10 @@ TABLE = "table_ptr"
 
 class OutOfReach(RuntimeError):
     """A kernel touches memory that it was not given."""
+
+
+class FalseHint(RuntimeError):
+    """A kernel tells the compiler that a number is a multiple of another one, and it is not."""
 
 
 class Reach:
@@ -103,6 +110,23 @@ def within(what: str, at: int, mask_at: int) -> Callable[[Callable[..., Any]], C
     return piece
 
 
+def believed(real: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `set_attr` of a handle, to which hints come, with a look at those of divisibility.
+
+    A hint on a block speaks of the first of neighbouring numbers, so that its first number is looked at. A pointer counts in bytes.
+    """
+
+    def checked(self: Any, key: str, value: Any) -> None:
+        if key == "tt.divisibility":
+            first = int(self.data.flat[0])
+            for divisor in value:
+                if first % divisor:
+                    raise FalseHint(f"{first} is called a multiple of {divisor}")
+        real(self, key, value)
+
+    return checked
+
+
 BUILDER = type(interpreter.interpreter_builder)
 
 PIECES: dict[tuple[Any, str], Callable[[Any], Any]] = {
@@ -111,11 +135,12 @@ PIECES: dict[tuple[Any, str], Callable[[Any], Any]] = {
     (BUILDER, "create_masked_load"): within("load", 0, 1),
     (BUILDER, "create_masked_store"): within("store", 0, 2),
     (BUILDER, "create_atomic_rmw"): within("change", 1, 3),
+    (interpreter.TensorHandle, "set_attr"): believed,
 }
 """What is replaced: by (owner, name), how its replacement follows from it."""
 
 
 def watch() -> None:
-    """Refuse what is out of reach from now on. To be called once."""
+    """Refuse what is out of reach, and false hints, from now on. To be called once."""
     for (owner, name), piece in PIECES.items():
         setattr(owner, name, piece(getattr(owner, name)))

@@ -1,4 +1,4 @@
-"""Triton's interpreter stops a kernel that reaches for memory which it was not given, as a GPU may."""
+"""Triton's interpreter stops a kernel that reaches for memory which it was not given, or gives a false hint, as a GPU may."""
 
 from __future__ import annotations
 
@@ -41,6 +41,13 @@ def described(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
 def tabled(table_ptr, like_ptr):
     address = tl.load(table_ptr).to(tl.pointer_type(like_ptr.dtype.element_ty))
     tl.store(address, 7)
+
+
+@triton.jit
+def hinting(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    size = tl.multiple_of(tl.load(x_ptr), 8)
+    places = tl.multiple_of(size + tl.arange(0, BLOCK), 4)
+    tl.store(tl.multiple_of(y_ptr, 16) + tl.arange(0, BLOCK), places)
 
 
 @pytest.fixture(autouse=True)
@@ -111,3 +118,14 @@ def test_a_kernel_that_failed_leaves_the_next_one_its_own_reach() -> None:
         bare[(1,)](x, y, PLACE=5)
     bare[(1,)](numbers(9), y, PLACE=8)
     assert y[0] == 8
+
+
+def test_a_false_hint_is_noticed() -> None:
+    """Of a number, and of the address of a tensor in bytes. Of a block, the first number counts."""
+    y = torch.zeros(9, dtype=torch.int32)
+    hinting[(1,)](numbers(5) + 24, y, BLOCK=4)
+    assert y[:4].tolist() == [24, 25, 26, 27]
+    with pytest.raises(Exception, match="25 is called a multiple of 8"):
+        hinting[(1,)](numbers(5) + 25, y, BLOCK=4)
+    with pytest.raises(Exception, match=f"{y[1:].data_ptr()} is called a multiple of 16"):
+        hinting[(1,)](numbers(5) + 24, y[1:], BLOCK=4)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
+from arbitor.optimized import ops as optimized_ops
 from arbitor.optimized.kernels import codebook, together
-from conformance.subject import Subject, weight_of
+from arbitor.optimized.kernels.unpack import unpacked_together
+from conformance.compare import exact
+from conformance.subject import Subject, needs_ours, weight_of
 
 CPU = torch.device("cpu")
 MOST = 3
@@ -59,6 +63,51 @@ def test_weights_that_come_and_go_leave_few_tables(subject: Subject) -> None:
     for weight in kept:
         subject.raw("apply_steps")((weight,))
     assert len(together._TABLES) <= MOST
+
+
+def displaced(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a tensor, which begins an element after an address of sixteen bytes."""
+    memory = tensor.new_zeros(tensor.numel() + 1)
+    return memory[1:].view(tensor.shape).copy_(tensor)
+
+
+IN_TABLES = {
+    "counted": ("words", "trit_accum", "exponent_accum"),
+    "stepped": ("words", "trit_accum", "exponents", "exponent_accum"),
+    "unpacked": ("words", "exponents"),
+}
+"""The tensors of a weight that kernels find in a table, by what is done with weights."""
+
+
+@pytest.mark.parametrize(("how", "name"), [(how, name) for how, names in IN_TABLES.items() for name in names])
+def test_a_weight_may_lie_at_any_address(subject: Subject, how: str, name: str) -> None:
+    """Kernels tell the compiler that the addresses of a table are aligned, where all of them are."""
+    needs_ours(subject, "kernels that find weights in a table")
+    grad_NK = torch.randn(16, 48, generator=torch.Generator().manual_seed(1)).to(subject.device)
+
+    def made(*weights: Any) -> Any:
+        if how == "unpacked":
+            return unpacked_together(weights, [1, 1], torch.float32, row_multiple=1)
+        if how == "stepped":
+            optimized_ops.apply_steps(weights, theta=1, theta_e=1, out=weights)
+        else:
+            ids = (3, 4)
+            optimized_ops.accumulate_gradients(
+                weights, grad_NK, 1.0, seed=1, step=2, tensor_ids=ids, out=weights
+            )
+        return [optimized_ops.to_spec(weight) for weight in weights]
+
+    def weight() -> Any:
+        return weight_of(subject, 8, 48).with_tensors(
+            trit_accum=torch.arange(-48, 336, device=subject.device).view(8, 48).remainder(3).to(torch.int8)
+        )
+
+    moved = weight()
+    moved = moved.with_tensors(**{name: displaced(getattr(moved, name))})
+    assert getattr(moved, name).data_ptr() % together.ALIGNED
+    found, want = made(weight(), moved), made(weight(), weight())
+    for place in range(2):
+        exact(found[place], want[place], f"weight {place}")
 
 
 def test_probes_stay_where_a_recorded_graph_reads_them() -> None:

@@ -337,6 +337,25 @@ def test_copies_end_with_their_pass(
     assert not after_a_pass(subject, ends)
 
 
+def test_passes_open_and_end_under_a_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is open is read and written anew, so that of two passes that open at one time one would be forgotten."""
+    seen: list[int] = []
+
+    class Watched:
+        """A lock that notes how many passes are open when it is taken and when it is released."""
+
+        def __enter__(self) -> None:
+            seen.append(len(unpacked._open))
+
+        def __exit__(self, *_: Any) -> None:
+            seen.append(len(unpacked._open))
+
+    monkeypatch.setattr(unpacked, "_opening", Watched())
+    with unpacked.Copies().in_pass({}, torch.float32):
+        assert seen == [0, 1]
+    assert seen == [0, 1, 1, 0]
+
+
 class Forgetful:
     """A lock under which passes that have ended stay open."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import shutil
 import sys
 import tarfile
@@ -20,7 +21,7 @@ from arbitor.optimized.training.checkpoint import load_checkpoint
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import opened, train
 from arbitor.optimized.training.media import lead_of
-from arbitor.optimized.training.media_mix import Mix
+from arbitor.optimized.training.media_mix import CACHE_FOLDER, Mix
 from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.options import TrainOptions
 from arbitor.reference.config import SPECIAL_IDS, with_fields
@@ -121,7 +122,7 @@ def test_code_is_a_text_of_its_own(media: Path, tmp_path: Path) -> None:
     code, folder = tmp_path / "code.txt", tmp_path / "run"
     code.write_bytes(b"".join(b"x%d = f(x%d)\n" % (i, i - 1) for i in range(200)))
     sources = {"text": (media / "text.txt").read_bytes(), "code": code.read_bytes()}
-    asked = {"data_code": str(code), "mix": "text=1,code=1", "steps": 2}
+    asked = {"data_code": str(code), "mix": "text=1,code=3", "steps": 2}
     with opened(options(media, None, **asked), None) as run:
         assert run.mix is not None
         [said] = [line for line in run.mix.first_lines() if line.startswith("code: ")]
@@ -131,11 +132,13 @@ def test_code_is_a_text_of_its_own(media: Path, tmp_path: Path) -> None:
         for batch in seen:
             assert all(bytes(row) in sources[batch.kind] for row in batch.ids_BT.tolist())
         # Windows of the text that are given are not those of the code.
-        run.mix.validate(run.model, run.text.windows_WT)
-        of_code = run.mix.validated["code"]
+        mean = run.mix.validate(run.model, run.text.windows_WT)
+        of_code, of_text = (run.mix.validated[kind] for kind in ("code", "text"))
+        assert mean == pytest.approx((of_text["val_bpb"] + 3 * of_code["val_bpb"]) / 4)
         run.mix.validate(run.model, run.text.windows_WT[:1])
         assert run.mix.validated["code"] == of_code != run.mix.validated["text"]
     train_until_killed(1, options(media, folder, **asked))
+    assert not (folder / CACHE_FOLDER).exists()
     code.write_bytes(sources["code"].replace(b"f", b"g"))
     with pytest.raises(TrainingError, match="started with data for code"):
         train(TrainOptions(run=folder, resume=True))
@@ -148,6 +151,34 @@ def test_kinds_come_as_often_as_the_mix_says(media: Path, cache: str) -> None:
         kinds = [run.mix._drawn(step)[0] for step in range(1000)]
     # 750 expected, with a deviation of 14.
     assert 690 < kinds.count("image") < 810
+
+
+def test_a_router_learns_nothing_where_texts_are_all_that_is_answered(media: Path, cache: str) -> None:
+    with opened(options(media, None, "image", "audio", feature_cache=cache), None) as run:
+        assert run.mix is not None and run.model.config.router_inner
+        batches = {batch.kind: batch for batch in map(run.mix.batch, range(20))}
+    assert batches.keys() == {"text", "image", "audio"} and batches["text"].targets is None
+    for kind in ("image", "audio"):
+        targets = batches[kind].targets
+        assert targets is not None and targets.modality_B is None
+
+
+def test_a_line_of_metrics_has_what_came_since_the_last_one(media: Path, cache: str) -> None:
+    """Losses and ids of the passes, and the validation of its own step alone."""
+    with opened(options(media, None, "image", feature_cache=cache), None) as run:
+        mix = run.mix
+        assert mix is not None
+        mix.validate(run.model, run.text.windows_WT)
+        for first in (0, 2):
+            batches = [mix.batch(first + number) for number in range(2)]
+            nats = [run._take_pass(1.0, first + number) for number in range(2)]
+            found, ids, mix.ids_taken = mix.metrics(validated=False), mix.ids_taken, 0
+            assert ids == sum(batch.ids_BT.numel() for batch in batches)
+            assert found.keys() == {batch.kind for batch in batches}
+            for kind, numbers in found.items():
+                of_kind = [nats[place] for place in range(2) if batches[place].kind == kind]
+                assert numbers == {"train_bpb": pytest.approx(sum(of_kind) / len(of_kind) / math.log(2))}
+        assert mix.metrics(validated=False) == {} and mix.metrics(validated=True) == mix.validated
 
 
 def test_killed_and_resumed_ends_the_same(media: Path, tmp_path: Path) -> None:
@@ -224,6 +255,17 @@ def test_other_data_and_other_sidecars_are_refused(media: Path, checkpoints: Pat
         train(TrainOptions(run=folder, resume=True, vision=str(vision)))
     with pytest.raises(TrainingError, match="started with mix None"):
         train(TrainOptions(run=folder, resume=True, mix="text=1,image=2"))
+
+
+def test_a_run_of_one_text_is_no_mix_and_takes_no_pictures_later(media: Path, tmp_path: Path) -> None:
+    """Its passes are those of `Passes`, which may be recorded."""
+    folder = tmp_path / "run"
+    with opened(options(media, None), None) as run:
+        assert run.mix is None
+    train_until_killed(1, options(media, folder))
+    pictures = {"data_image": str(media / "image"), "vision": str(media / "dinov2")}
+    with pytest.raises(TrainingError, match="started with data for image that is 'none', and cannot go on"):
+        train(TrainOptions(run=folder, resume=True, **pictures))
 
 
 def test_only_sidecars_of_kinds_in_the_mix_are_built(

@@ -9,25 +9,28 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from arbitor import ArbModel
 from arbitor.optimized import cli
-from arbitor.optimized.training import media_reader, media_speech
+from arbitor.optimized.training import media_mix, media_reader, media_speech
 from arbitor.optimized.training.generate import first_window
 from arbitor.optimized.training.loop import opened, train
 from arbitor.optimized.training.media import lead_of
 from arbitor.optimized.training.media_answer import chosen, prompt_ids
-from arbitor.optimized.training.media_files import load_media
+from arbitor.optimized.training.media_files import Item, load_media
 from arbitor.optimized.training.media_reader import MediaReader
-from arbitor.optimized.training.media_speech import load_codec, whole_frames
+from arbitor.optimized.training.media_speech import load_codec, tokens_of, trained_codec, whole_frames
 from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.run_folder import CODEC_FILE
 from arbitor.optimized.training.runtime import choose_runtime
+from arbitor.reference.graph.codec import AudioCodec
 from arbitor.reference.graph.talker import SPOKEN_STRIDE, spoken_marks
 from arbitor.reference.graph.targets import NO_TOKEN
 from arbitor.sidecars import (
     Encoders,
+    MachineError,
     SidecarError,
     read_audio,
     read_image,
@@ -118,6 +121,65 @@ def test_tokens_that_are_dropped_are_made_again(media: Path, monkeypatch: pytest
                 assert len(again._tokens) <= 2
 
 
+def test_neighbours_become_tokens_in_one_pass(media: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are held out too."""
+    sizes = []
+
+    def counted(codec: AudioCodec, clips: list[Tensor]) -> list[Tensor]:
+        sizes.append(len(clips))
+        return tokens_of(codec, clips)
+
+    monkeypatch.setattr(media_reader, "TOGETHER", 5)
+    monkeypatch.setattr(media_reader, "tokens_of", counted)
+    with opened(asked(media, None), None) as run:
+        assert run.mix is not None
+        folder = run.mix._folders["speech"]
+        items = (*folder.train, *folder.validation)
+        for item in items:
+            run.mix.reader.feature("speech", item)
+    assert folder.validation and len(items) == 12 and sizes == [5, 5, 2]
+
+
+def test_a_sound_that_is_too_short_is_left_out_and_named_once(
+    media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(media / "audio", tmp_path / "audio")
+    media_runs.save_sound(folder / "04.wav", 200.0, 0.004)
+    asked_of = media_runs.options(media, None, data_speech=str(folder))
+    with opened(asked_of, Console(quiet=True)) as run:
+        assert run.mix is not None
+        assert len(run.mix.training_items("speech")) + len(run.mix.held_out_items("speech")) == 11
+    said = "".join(capsys.readouterr().err.split())
+    assert said.count("04.wav") == 1 and "04.wav':asoundhasshape(64,),butmustbemono" in said
+
+
+def test_whether_a_file_can_be_decoded_is_found_out_once(
+    media: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that is short of something says nothing of a file."""
+    reader, told = MediaReader(Encoders(), side=2), []
+    one, other, third = load_media("audio", str(media / "audio")).train[:3]
+    monkeypatch.setattr(reader, "warn", told.append)
+    results: list[Exception | None] = [None, ValueError("no sound"), MachineError("no thread"), None]
+
+    def feature(kind: str, item: Item) -> None:
+        if (result := results.pop(0)) is not None:
+            raise result
+
+    monkeypatch.setattr(reader, "feature", feature)
+    for _ in range(2):
+        assert reader.is_readable("audio", one) and not reader.is_readable("audio", other)
+    assert len(results) == 2 and told == [f"{str(other)!r}: no sound; the file is left out"]
+    with pytest.raises(MachineError, match="no thread"):
+        reader.is_readable("audio", third)
+    assert reader.is_readable("audio", third) and not results and len(told) == 1
+
+
+def test_a_codec_that_has_not_learned_is_not_read() -> None:
+    with pytest.raises(RuntimeError, match=r"^codec was read, but"):
+        MediaReader(Encoders(), side=2).codec.tokens(torch.zeros(1, 160))
+
+
 def test_decoded_sounds_belong_to_their_reader(media: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader keeps the sounds that were asked for last, and leaves none to another reader."""
     decoded = []
@@ -143,15 +205,22 @@ def test_a_run_says_how_the_talker_does(trained: Path) -> None:
     assert any("train_tokens" in line["media"].get("speech", {}) for line in lines)
 
 
-def test_a_killed_run_ends_with_the_same_hash(media: Path, tmp_path: Path) -> None:
+def test_a_killed_run_ends_with_the_same_hash(
+    media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whether its codec is still there or has to be trained again."""
     short: dict[str, Any] = {"steps": 3, "eval_interval": 3, "save_interval": 1}
     whole = train(asked(media, tmp_path / "whole", **short))
     train_until_killed(2, asked(media, tmp_path / "killed", **short))
     shutil.copytree(tmp_path / "killed", tmp_path / "lost")
     (tmp_path / "lost" / CODEC_FILE).unlink()
+    trained = []
+    monkeypatch.setattr(
+        media_mix, "trained_codec", lambda *a, **b: trained.append(name) or trained_codec(*a, **b)
+    )
     for name in ("killed", "lost"):
         again = train(asked(media, tmp_path / name, resume=True, **short))
+        assert trained == (["lost"] if name == "lost" else [])
         assert again.summary["state_sha256"] == whole.summary["state_sha256"], name
         assert (tmp_path / name / CODEC_FILE).read_bytes() == (tmp_path / "whole" / CODEC_FILE).read_bytes()
 

@@ -329,7 +329,6 @@ class Mix:
             Bits per byte; None where a loss is not finite, and where no byte of a kind is predicted.
         """
         settings = self.settings
-        self.validated = {}
         for kind in self.kinds:
             if kind in self._corpora:
                 windows = windows_WT

@@ -148,7 +148,7 @@ class MediaReader:
             try:
                 # The codec is trained on what can be decoded, before there are tokens.
                 if kind == "speech":
-                    refuse_clip(repr(str(item)), self.clip(item))
+                    refuse_clip("a sound", self.clip(item))
                 else:
                     self.feature(kind, item)
                 self._decoded.add(decoded)
