@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Iterator
@@ -21,21 +22,24 @@ REAL = {"vision": "facebook/dinov2-small", "audio": "UsefulSensors/moonshine-bas
 """Repositories of real checkpoints."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave these tests out where a library is missing, and say which. A file that needs fewer names them in `LIBRARIES`."""
-    missing = {}
-    for name in LIBRARIES:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            missing[name] = f"{name} ({error})"
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            needed = getattr(getattr(item, "module", None), "LIBRARIES", LIBRARIES)
-            lacking = [missing[name] for name in needed if name in missing]
-            if lacking:
-                reason = f"sidecars need {', '.join(lacking)}: pip install 'arbitor[sidecars,media]'"
-                item.add_marker(pytest.mark.skip(reason=reason))
+# Before fixtures, which need the libraries too. Not while tests are collected: the imports take four seconds of every process
+# that collects these files.
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave a test out where a library is missing, and say which. A file that needs fewer names them in `LIBRARIES`."""
+    needed = getattr(getattr(item, "module", None), "LIBRARIES", LIBRARIES)
+    if lacking := [said for name in needed if (said := missing(name))]:
+        pytest.skip(f"sidecars need {', '.join(lacking)}: pip install 'arbitor[sidecars,media]'")
+
+
+@functools.cache
+def missing(name: str) -> str:
+    """Return the name of a library and why it cannot be imported, "" if it can."""
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        return f"{name} ({error})"
+    return ""
 
 
 @pytest.fixture(scope="session")
