@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from arbitor.optimized.cuda import many_rows, update
+from arbitor.optimized.cuda import many_rows
 from arbitor.reference.constants import ACCUM_MAX, EXPONENT_RULES, ON_FLIP, groups_per_row, level_range
 from arbitor.reference.ops.packing import weight_of_trits
 from arbitor.reference.types import TernaryWeight
@@ -63,10 +63,6 @@ UPDATES = (
     (20, 784, 16, 0),
     (20, 784, 24, 2),
     (16, 1168, 48, 0),
-    # A block for each row: two warps that keep it, one chunk too many for two turns of four, counts that fill no words.
-    (5, 2400, 12, 1),
-    (6, 12304, 12, 2),
-    (4, 2416, 6, 2),
 )
 LOOPS = (
     # Samples, numbers of a latent, tokens, width, steps, columns of a group, mantissa bits, dtype, halting.
@@ -91,10 +87,7 @@ RATES = (0.0, 1e-12, 0.7, 5.9, 127.0)
 @contextmanager
 def of_any_size() -> Iterator[None]:
     """Let kernels take weights within the block that are too small to be worth it, as those of these calls are."""
-    with (
-        mock.patch.multiple(many_rows, ROWS=((0, 9, 2**20),), LEAST_EXPERT=0, LEAST_SIDE=0),
-        mock.patch.multiple(update, LEAST_ROWS=0, LEAST_ROW_CHUNKS=48, MOST_KEPT_BYTES=12 * 1024),
-    ):
+    with mock.patch.multiple(many_rows, ROWS=((0, 9, 2**20),), LEAST_EXPERT=0, LEAST_SIDE=0):
         yield
 
 

@@ -1,7 +1,5 @@
 """Counting the votes of a gradient, and moving trits: the host's side of `votes.cu` and `step.cu`.
 
-A gradient of many long rows is read from memory once. Others are read twice, first for the exponents of their rows.
-
 Legend: N rows, K columns, KW words a row, KG groups a row.
 """
 
@@ -23,15 +21,8 @@ from arbitor.reference.constants import EXPONENT_RULES, SCORE_SHIFT, SILENT_ROW
 CHUNK = 48
 """Columns of a row that a thread takes. They must be whole groups."""
 
-THREADS, WARP = 256, 32
-"""Threads of a block, at most where it has a row, and of a warp."""
-
-LEAST_ROWS, LEAST_ROW_CHUNKS = 1024, 64
-"""Least rows of which every one has a block, so that all multiprocessors have several, and least chunks of such a row, so that its
-threads have work."""
-
-MOST_KEPT_BYTES = 72 * 1024
-"""Most shared memory in which a block keeps its row: a multiprocessor of an H100 or H200 has room for three such blocks."""
+THREADS = 256
+"""Threads of a block."""
 
 
 def fits_count(weight: DeviceWeight, grad_NK: Tensor, rows: Tensor | None) -> bool:
@@ -57,14 +48,9 @@ def count_votes_(
     """Count the votes of a gradient in the accumulators of `weight`, in place, for a gradient that `fits_count`."""
     num_rows, num_columns = weight.shape
     gradient_columns(num_columns)
-    row_chunks = math.ceil(num_columns / CHUNK)
+    row_exponents = exponents_of_rows(grad_NK, faults)
     groups, row_groups = CHUNK // weight.group_size, weight.exponents.shape[1]
     whole_words = groups % 4 == 0 and row_groups % 4 == 0 and aligned(weight.exponent_accum, 4)
-    by_rows = num_rows >= LEAST_ROWS and row_chunks >= LEAST_ROW_CHUNKS
-    kept_bytes = row_chunks * (CHUNK * grad_NK.element_size() + 16) if by_rows else 0
-    if kept_bytes > MOST_KEPT_BYTES:
-        kept_bytes = 0
-    row_exponents = None if by_rows else exponents_of_rows(grad_NK, faults)
     kernel = Kernel.of(
         "votes",
         "count_votes",
@@ -74,8 +60,8 @@ def count_votes_(
         SCORE_SHIFT=SCORE_SHIFT,
         COUNT_BYTES=4 if whole_words else 1,
         SILENT_ROW=SILENT_ROW,
-        BY_ROWS=int(by_rows) + int(kept_bytes > 0),
     )
+    row_chunks = math.ceil(num_columns / CHUNK)
     num_chunks = num_rows * row_chunks
     rate_at, rate_value = (rate, 0.0) if isinstance(rate, Tensor) else (None, rate)
     step_at, step_value = (clock.step, 0) if isinstance(clock.step, Tensor) else (None, clock.step)
@@ -84,7 +70,6 @@ def count_votes_(
         (
             grad_NK,
             row_exponents,
-            faults if by_rows else None,
             weight.words,
             weight.trit_accum,
             weight.exponent_accum,
@@ -95,17 +80,10 @@ def count_votes_(
             np.int64(num_chunks),
             *map(np.int32, (row_chunks, num_columns, weight.words.shape[1], row_groups)),
         ),
-        blocks=num_rows if by_rows else math.ceil(num_chunks / THREADS),
-        threads=threads_of_row(row_chunks) if by_rows else THREADS,
+        blocks=math.ceil(num_chunks / THREADS),
+        threads=THREADS,
         device=weight.device,
-        shared_bytes=kept_bytes,
     )
-
-
-def threads_of_row(row_chunks: int) -> int:
-    """Return how many threads share a row, in whole warps: as few as take its chunks in as many turns as the most would."""
-    turns = math.ceil(row_chunks / THREADS)
-    return WARP * math.ceil(row_chunks / (turns * WARP))
 
 
 def fits_step(weight: DeviceWeight, rows: Tensor | None) -> bool:

@@ -2,11 +2,8 @@
 //
 // Legend: N rows, K columns, KW words a row, KG groups a row, G columns a group, V row exponent.
 //
-// A thread takes chunks of 48 neighbouring columns of a row: three words and whole groups, so that a group's dither is made once, and
-// its score is summed by one thread. Sixteen columns are read and written at a time.
-//
-// Either every chunk has a thread, and the row exponents are given. Or every row has a block, which finds the exponent first. Then
-// the gradient is read from memory once: the block keeps the row in shared memory, or reads it again while most of it is in the cache.
+// A thread takes 48 neighbouring columns of a row: three words and whole groups, so that a group's dither is made once, and its
+// score is summed by one thread. Sixteen columns are read and written at a time.
 //
 // Constants that the host defines:
 //   GROUP_SIZE       columns of a group; 48 columns are whole groups
@@ -15,16 +12,10 @@
 //   SCORE_SHIFT      bits by which a score is shifted to become a vote
 //   COUNT_BYTES      4 where the exponent counts of every chunk start at a multiple of 4 bytes and fill such words, else 1
 //   SILENT_ROW       exponent of a row that casts no votes
-//   BY_ROWS          1 where every row has a block, 2 where this block also keeps the row, else 0
 
 constexpr int CHUNK = 48;
 constexpr int GROUPS = CHUNK / GROUP_SIZE;
 constexpr int BLOCKS = GROUP_SIZE / 16 + 1;
-
-// Pieces of 16 bytes of a chunk of the gradient, and of a chunk that is kept. One more than there are lets the threads of a warp read
-// from different banks.
-constexpr int PIECES = CHUNK * GRADIENT_BYTES / 16;
-constexpr int KEPT_PIECES = PIECES + 1;
 
 // The four words of Philox4x32-10.
 struct Words {
@@ -53,30 +44,21 @@ __device__ __forceinline__ int byte_of(unsigned word, int place) {
     return static_cast<int>(word << (24 - 8 * place)) >> 24;
 }
 
-// What a thread is told of a weight, the rate and the clock of the dither.
-struct Update {
-    const unsigned* words;
-    unsigned char* trit_counts;
-    signed char* exponent_counts;
-    float rate;
-    unsigned step, tensor_id, seed_low, seed_high;
-    int num_columns, row_words, row_groups;
-};
-
-// Return a piece of the gradient.
-__device__ __forceinline__ uint4 read(const uint4* at) {
-    if constexpr (BY_ROWS == 2) return *at;
-    return __ldg(at);
-}
-
-// Count the votes of a chunk of a row with a row exponent, whose gradient starts at an address.
-__device__ __forceinline__ void count_chunk(const Update& update, const uint4* gradient, long long row, int chunk, int exponent) {
-    const int column = chunk * CHUNK, num_columns = update.num_columns, row_groups = update.row_groups;
-    const float rate = update.rate;
+extern "C" __global__ void __launch_bounds__(256)
+count_votes(const void* __restrict__ gradient, const int* __restrict__ row_exponents, const unsigned* __restrict__ words,
+            unsigned char* __restrict__ trit_counts, signed char* __restrict__ exponent_counts, const float* rate_at, float rate,
+            const long long* step_at, unsigned step, unsigned tensor_id, unsigned seed_low, unsigned seed_high,
+            long long num_chunks, int row_chunks, int num_columns, int row_words, int row_groups) {
+    const long long id = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (id >= num_chunks) return;
+    const long long row = id / row_chunks;
+    const int chunk = static_cast<int>(id - row * row_chunks), column = chunk * CHUNK;
+    if (rate_at) rate = *rate_at;
+    if (step_at) step = static_cast<unsigned>(*step_at);
 
     // g * 2^(8 - V) is exact, and only its product with the rate rounds. So does g * (2^(8 - V) * rate), while that factor is
     // a normal number. Rows of other sizes take the power in two factors, and silent rows are zeros.
-    const int power = 8 - exponent, first_power = min(power, 100);
+    const int exponent = row_exponents[row], power = 8 - exponent, first_power = min(power, 100);
     const bool silent = exponent == SILENT_ROW;
     const bool plain = power >= -80 && power <= 80 && rate >= 9.313225746154785e-10f;
     const float factor = plain ? power_of_two(power) * rate : rate;
@@ -87,7 +69,7 @@ __device__ __forceinline__ void count_chunk(const Update& update, const uint4* g
         const unsigned group = static_cast<unsigned>(row * row_groups + chunk * GROUPS + i);
 #pragma unroll
         for (int block = 0; block < BLOCKS; block++) {
-            const Words drawn = philox(group, block, update.step, update.tensor_id, update.seed_low, update.seed_high);
+            const Words drawn = philox(group, block, step, tensor_id, seed_low, seed_high);
 #pragma unroll
             for (int j = 0; j < 4; j++) dither[i][4 * block + j] = drawn.at[j];
         }
@@ -103,7 +85,7 @@ __device__ __forceinline__ void count_chunk(const Update& update, const uint4* g
         if constexpr (GRADIENT_BYTES == 2) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const uint4 eight = read(gradient + 2 * word + i);
+                const uint4 eight = __ldg(reinterpret_cast<const uint4*>(static_cast<const unsigned short*>(gradient) + at) + i);
                 const unsigned pairs[4] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
@@ -114,7 +96,7 @@ __device__ __forceinline__ void count_chunk(const Update& update, const uint4* g
         } else {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const uint4 four = read(gradient + 4 * word + i);
+                const uint4 four = __ldg(reinterpret_cast<const uint4*>(static_cast<const float*>(gradient) + at) + i);
                 bits[4 * i] = four.x;
                 bits[4 * i + 1] = four.y;
                 bits[4 * i + 2] = four.z;
@@ -129,12 +111,12 @@ __device__ __forceinline__ void count_chunk(const Update& update, const uint4* g
                 for (int i = 0; i < 16; i++) bits[i] = silent ? 0 : __float_as_uint(__uint_as_float(bits[i]) * part);
             }
         }
-        uint4* counts_at = reinterpret_cast<uint4*>(update.trit_counts + at);
+        uint4* counts_at = reinterpret_cast<uint4*>(trit_counts + at);
         const uint4 before = *counts_at;
         const unsigned counts[4] = {before.x, before.y, before.z, before.w};
         unsigned after[4] = {};
         unsigned trits = 0;
-        if constexpr (EXPONENT_RULE != 2) trits = __ldg(update.words + row * update.row_words + column / 16 + word);
+        if constexpr (EXPONENT_RULE != 2) trits = __ldg(words + row * row_words + column / 16 + word);
 #pragma unroll
         for (int lane = 0; lane < 16; lane++) {
             const int place = 16 * word + lane, group = place / GROUP_SIZE, byte = place % GROUP_SIZE;
@@ -162,7 +144,7 @@ __device__ __forceinline__ void count_chunk(const Update& update, const uint4* g
                 votes[i] = (scores[i] > 0) - (scores[i] < 0);
             }
         }
-        signed char* counts = update.exponent_counts + row * row_groups + chunk * GROUPS;
+        signed char* counts = exponent_counts + row * row_groups + chunk * GROUPS;
         if constexpr (COUNT_BYTES == 4) {
 #pragma unroll
             for (int i = 0; i < GROUPS && chunk * GROUPS + i < row_groups; i += 4) {
@@ -180,79 +162,5 @@ __device__ __forceinline__ void count_chunk(const Update& update, const uint4* g
                 if (chunk * GROUPS + i < row_groups) counts[i] = static_cast<signed char>(saturated(counts[i] + votes[i]));
             }
         }
-    }
-}
-
-// Return the sum of the squares of a thread's part of a row in float64, where they neither overflow nor vanish, and keep the row.
-__device__ __forceinline__ double squares_of(const uint4* row, int num_pieces, uint4* kept) {
-    double squares = 0.0;
-#pragma unroll 4
-    for (int piece = threadIdx.x; piece < num_pieces; piece += blockDim.x) {
-        const uint4 found = __ldg(row + piece);
-        if constexpr (BY_ROWS == 2) kept[piece + piece / PIECES] = found;
-        const unsigned bits[4] = {found.x, found.y, found.z, found.w};
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const double first = __uint_as_float(GRADIENT_BYTES == 2 ? bits[i] << 16 : bits[i]);
-            squares += first * first;
-            if constexpr (GRADIENT_BYTES == 2) {
-                const double second = __uint_as_float(bits[i] & 0xFFFF0000u);
-                squares += second * second;
-            }
-        }
-    }
-    return squares;
-}
-
-// Return the exponent of the row of this block, and count the row in `faults` if it is not finite.
-__device__ __forceinline__ int exponent_of(const uint4* row, int num_columns, uint4* kept, unsigned long long* faults) {
-    __shared__ double of_warps[8];
-    __shared__ int exponent;
-    double squares = squares_of(row, num_columns / (16 / GRADIENT_BYTES), kept);
-#pragma unroll
-    for (int lanes = 16; lanes; lanes /= 2) squares += __shfl_xor_sync(~0u, squares, lanes);
-    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = squares;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        for (int warp = 1; warp < blockDim.x / 32; warp++) squares += of_warps[warp];
-        const long long bits = __double_as_longlong(squares / num_columns);
-        // The exponent of a normal number can be read off its bits. A NaN may carry a sign.
-        const int biased = static_cast<int>(bits >> 52) & 0x7FF;
-        exponent = biased == 2047 || bits == 0 ? SILENT_ROW : (biased - 1022) >> 1;
-        // The counts are integers, so their order cannot matter.
-        if (biased == 2047 && faults) atomicAdd(faults, 1ull);
-    }
-    __syncthreads();
-    return exponent;
-}
-
-extern "C" __global__ void __launch_bounds__(256, BY_ROWS || GRADIENT_BYTES == 2 ? 3 : 4)
-count_votes(const void* __restrict__ gradient, const int* __restrict__ row_exponents, unsigned long long* __restrict__ faults,
-            const unsigned* __restrict__ words, unsigned char* __restrict__ trit_counts, signed char* __restrict__ exponent_counts,
-            const float* rate_at, float rate, const long long* step_at, unsigned step, unsigned tensor_id, unsigned seed_low,
-            unsigned seed_high, long long num_chunks, int row_chunks, int num_columns, int row_words, int row_groups) {
-    if (rate_at) rate = *rate_at;
-    if (step_at) step = static_cast<unsigned>(*step_at);
-    const Update update = {words, trit_counts, exponent_counts, rate, step, tensor_id, seed_low, seed_high, num_columns, row_words,
-                           row_groups};
-    // A row starts at a multiple of 16 bytes, as all its words are whole.
-    const uint4* const first = static_cast<const uint4*>(gradient);
-    const int row_pieces = num_columns / (16 / GRADIENT_BYTES);
-    if constexpr (BY_ROWS) {
-        extern __shared__ uint4 kept[];
-        const long long row = blockIdx.x;
-        const uint4* const there = first + row * row_pieces;
-        const int exponent = exponent_of(there, num_columns, kept, faults);
-        // The end of the row was read last.
-#pragma unroll 1
-        for (int chunk = row_chunks - 1 - threadIdx.x; chunk >= 0; chunk -= blockDim.x) {
-            count_chunk(update, BY_ROWS == 2 ? kept + chunk * KEPT_PIECES : there + chunk * PIECES, row, chunk, exponent);
-        }
-    } else {
-        const long long id = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
-        if (id >= num_chunks) return;
-        const long long row = id / row_chunks;
-        const int chunk = static_cast<int>(id - row * row_chunks);
-        count_chunk(update, first + row * row_pieces + chunk * PIECES, row, chunk, row_exponents[row]);
     }
 }

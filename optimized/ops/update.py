@@ -89,7 +89,7 @@ def accumulate_gradient(
     faults: Tensor | None = None,
     out: AnyWeight | None = None,
 ) -> AnyWeight:
-    """See reference. It passes twice over the gradient and once over the accumulators, and never writes the votes out."""
+    """See reference. It takes two passes over the gradient and one over the accumulators, and never writes the votes out."""
     row_ids(rows, weight.shape[0], weight.device)
     checks.out_weight(out, weight)
     checks.gradient_of(weight, "grad_NK", grad_NK, rows, checks.GRADIENT_DTYPES)
