@@ -69,7 +69,7 @@ class _LearnerOn(Learner):
 
     def __init__(self, ops: ModuleType, architecture: Architecture, *, device: str, record: bool) -> None:
         self.given = ops
-        # Its twin is compiled too.
+        # As the fastest float twin is.
         super().__init__(
             architecture, RULES["integer"], seed=0, device=device, capture=record, compiled=record
         )

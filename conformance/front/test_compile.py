@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from arbitor.nn import Embedding, Linear, RMSNorm, Ternary, swap_linears
-from arbitor.reference.graph import rule
+from arbitor.reference.graph import rule, voting
 from arbitor.reference.graph.adapters import attach
 from conformance.compare import exact
 from conformance.graph import models
@@ -246,6 +246,23 @@ def test_a_copy_votes_for_itself(copied: Callable[[Ternary], Ternary]) -> None:
 
 
 X = torch.linspace(-1, 1, 24).view(2, 12)
+
+
+def test_a_pass_that_is_recorded_as_a_whole_votes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its graph replays the votes with the kernels. The byte transformer that `bench` times is compiled and recorded so."""
+    for module in (rule, voting):
+        monkeypatch.setattr(module, "is_recorded", lambda tensor: True)
+    states = []
+    for compiled in (False, True):
+        model = Ternary(Linear(12, 3, seed=1))
+        call = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        before = copy.deepcopy(model.state_dict())
+        with model.voting.taking(rate=torch.tensor(9.0), step=torch.tensor(0), undo=False):
+            call(X).sum().backward()
+        model.step()
+        states.append(dict(model.state_dict()))
+        assert any(not torch.equal(tensor, before[name]) for name, tensor in states[-1].items())
+    same(*states)
 
 
 def stale(model: Ternary, call: Callable[[Tensor], Tensor]) -> None:

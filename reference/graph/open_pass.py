@@ -100,15 +100,16 @@ class Pass:
         moves:   whether weights vote and tables count; False at rate 0.
         notes:   the notes of the pass so far.
         waiting: votes whose gradients are still to be made orthogonal, in the order in which they came.
+        recorded: whether a CUDA graph records the whole pass, so that its replays vote.
         reached: whether the pass came through a weight of the model.
         wrote:   whether a weight has voted.
     """
 
     def __init__(
-        self, *, rate: float | Tensor, step: int | Tensor, size: int, moves: bool, keeps: bool
+        self, *, rate: float | Tensor, step: int | Tensor, size: int, moves: bool, recorded: bool, keeps: bool
     ) -> None:
         """Begin a pass. `keeps` says whether the pass keeps a copy of what votes change, for `undo`."""
-        self.rate, self.step, self.size, self.moves = rate, step, size, moves
+        self.rate, self.step, self.size, self.moves, self.recorded = rate, step, size, moves, recorded
         self.notes: list[Note] = []
         self.waiting: list[Vote] = []
         self.reached = self.wrote = False

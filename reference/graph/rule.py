@@ -97,9 +97,9 @@ def holder_of(ticket: Tensor) -> Any:
     return module
 
 
-def is_recorded(grad: Tensor) -> bool:
-    """Return whether the op that is given a gradient is being recorded as a CUDA graph."""
-    return grad.is_cuda and torch.cuda.is_current_stream_capturing()
+def is_recorded(tensor: Tensor) -> bool:
+    """Return whether work on the device of a tensor is being recorded as a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def registered(
@@ -128,12 +128,13 @@ def registered(
     def backward(
         grad: Tensor, x: Tensor, ticket: Tensor, codes: Tensor, exponents: Tensor, asked: bool
     ) -> tuple[Tensor, Tensor]:
-        if is_recorded(grad):
+        module = holder_of(ticket)
+        taken = module.voting.current
+        if is_recorded(grad) and not (taken and taken.recorded):
             raise RuntimeError(
                 "a backward pass of ternary layers is being recorded as a CUDA graph, which would repeat its kernels without its "
                 "votes, but must run anew each time: compile without mode='reduce-overhead' and 'max-autotune'"
             )
-        module = holder_of(ticket)
         weight = module.weight_worth(codes, exponents)
         module.arrive(weight)
         found = learn(module, weight, grad, x, asked=asked)

@@ -24,6 +24,7 @@ from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.op_set import OpSet
 from arbitor.reference.graph.open_pass import Note, Pass, Vote, Voter
 from arbitor.reference.graph.ranks import Gradient, Ranks
+from arbitor.reference.graph.rule import is_recorded
 
 WAITING_ELEMENTS = 2**25
 """Elements of the gradients that wait to be made orthogonal, above which all of them vote: 64 MiB of bfloat16."""
@@ -108,12 +109,13 @@ class Voting:
             RuntimeError: another pass is open, or the model is torn.
         """
         self.check_ready()
-        recorded = self.faults.is_cuda and torch.cuda.is_current_stream_capturing()
+        recorded = is_recorded(self.faults)
         checks.vote_rate(rate, values=not recorded)
         checks.vote_clock(self.seed, step, 0, values=not recorded)
         checks.threshold("size", size)
         moves = recorded or float(rate) != 0
-        taken = Pass(rate=rate, step=step, size=size, moves=moves, keeps=undo and not recorded)
+        keeps = undo and not recorded
+        taken = Pass(rate=rate, step=step, size=size, moves=moves, recorded=recorded, keeps=keeps)
         self.current, self.strayed = taken, False
         try:
             yield taken
