@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +21,7 @@ from arbitor.reference.ops.packing import trits_of
 from bench import cases, gate, goals, inputs, machine, regression, report, rooflines, runner, timing
 from bench.conftest import reason_of
 from bench.peers import peers_of
+from bench.sessions import session
 from conformance import cuda_calls
 
 CEILINGS = rooflines.Ceilings(copy_gbps=4000.0, matmul_tflops=800.0, overhead_us=2.0)
@@ -340,12 +339,7 @@ def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def run_cases(which: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "bench/bench_cases.py", "-k", which, *arguments]
-    # Where the suite itself is spread over processes, its own run is not.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    return subprocess.run(
-        command, cwd=machine.ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    return session("bench/bench_cases.py", "-k", which, *arguments)
 
 
 def test_results_of_another_device_are_refused(tmp_path: Path) -> None:
@@ -398,8 +392,7 @@ def test_a_stored_result_is_found_by_its_case_in_whichever_file_it_ran(tmp_path:
 
 def test_a_family_is_selected_by_its_name() -> None:
     """`-k` matches the family of a case, which is no part of its id."""
-    command = [sys.executable, "-m", "pytest", "bench/bench_cases.py", "-k", "layout", "--collect-only", "-q"]
-    done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = run_cases("layout", "--collect-only", "-q")
     found = {report.case_id(line) for line in done.stdout.splitlines() if "::" in line}
     of_family = {case.id for case in cases.all_cases().values() if case.row.family == "layout"}
     assert found == of_family & set(cases.ids()) != set(), done.stdout + done.stderr

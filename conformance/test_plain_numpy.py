@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conformance.import_lint import ROOT
+
+GIVEN = [
+    *("conformance/ops", "conformance/test_comparison.py", "conformance/test_vectors.py"),
+    *("--impl", "conformance.plain_numpy", "--device", "cpu", "-q", "-p", "no:cacheprovider"),
+]
+"""What each session of the suite is given."""
+
+
+def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that begins sessions of the suite."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
 
 
 def suite(*arguments: str, broken: str = "") -> subprocess.CompletedProcess[str]:
@@ -18,25 +37,7 @@ def suite(*arguments: str, broken: str = "") -> subprocess.CompletedProcess[str]
         "import sys, numpy, pytest, torch\nfrom conformance import plain_numpy\n"
         f"{broken}\nsys.exit(pytest.main(sys.argv[1:]))"
     )
-    given = ["conformance/ops", "conformance/test_comparison.py", "conformance/test_vectors.py"]
-    options = [
-        "--impl",
-        "conformance.plain_numpy",
-        "--device",
-        "cpu",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        *arguments,
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code, *given, *options],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    return run(code, *GIVEN, *arguments)
 
 
 def test_an_implementation_in_numpy_passes() -> None:
@@ -81,6 +82,33 @@ def test_a_missing_op_is_one_failure() -> None:
     assert "where:          tensors on the CPU" in result.stdout
 
 
+REFUSED = {
+    "conformance.nosuch": ("--impl=conformance.nosuch", "--family=votes"),
+    "nosuch.ops": ("--impl=nosuch.ops", "--family=votes"),
+    "pakking": ("--family=pakking",),
+}
+"""Options of sessions that end before a test runs, by what is wrong in them."""
+
+
+@pytest.fixture(scope="module")
+def refused() -> dict[str, list[Any]]:
+    """Return the exit status, stdout and stderr of each of these sessions. One process begins them all: torch takes seconds."""
+    code = """
+import contextlib, io, json, sys, pytest
+given, refused = map(json.loads, sys.argv[1:])
+found = {}
+for name, options in refused.items():
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = pytest.main([*given, *options])
+    found[name] = [int(status), out.getvalue(), err.getvalue()]
+print(json.dumps(found))
+"""
+    result = run(code, json.dumps(GIVEN), json.dumps(REFUSED))
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
 @pytest.mark.parametrize(
     ("name", "found"),
     [
@@ -91,14 +119,16 @@ def test_a_missing_op_is_one_failure() -> None:
         ),
     ],
 )
-def test_an_implementation_that_cannot_be_imported_ends_the_session(name: str, found: str) -> None:
+def test_an_implementation_that_cannot_be_imported_ends_the_session(
+    refused: dict[str, list[Any]], name: str, found: str
+) -> None:
     """Where the package is missing as a whole, it may lie in the current folder, as that of a port does."""
-    result = suite(f"--impl={name}", "--family=votes")
-    assert result.returncode == 4 and "failed" not in result.stdout
-    assert f"--impl {name} cannot be imported: ModuleNotFoundError: {found}" in result.stderr
+    status, out, err = refused[name]
+    assert status == 4 and "failed" not in out
+    assert f"--impl {name} cannot be imported: ModuleNotFoundError: {found}" in err
 
 
-def test_a_family_that_is_none_is_named() -> None:
-    result = suite("--family=pakking")
-    assert result.returncode == 4
-    assert "--family is 'pakking', but must be one of activations, attention," in result.stderr
+def test_a_family_that_is_none_is_named(refused: dict[str, list[Any]]) -> None:
+    status, _, err = refused["pakking"]
+    assert status == 4
+    assert "--family is 'pakking', but must be one of activations, attention," in err

@@ -46,9 +46,9 @@ def model_of(config: ArbConfig, dtype: torch.dtype = torch.float32, **spreads: t
     return ArbModel(config, ops=Place.ops, device=Place.device, dtype=dtype, seed=3, **spreads)
 
 
-def random_ids(seed: int = 0) -> torch.Tensor:
+def random_ids(seed: int = 0, length: int = LENGTH) -> torch.Tensor:
     """Return the windows of all ranks."""
-    return models.random_ids(BATCH, LENGTH, seed=seed).to(Place.device)
+    return models.random_ids(BATCH, length, seed=seed).to(Place.device)
 
 
 def together(
@@ -68,8 +68,8 @@ def together(
     return model
 
 
-def take_pass(model: ArbModel, world: World, step: int) -> bool:
-    ids_BT = world.share(random_ids(step))
+def take_pass(model: ArbModel, world: World, step: int, *, length: int = LENGTH) -> bool:
+    ids_BT = world.share(random_ids(step, length))
     return model.backward(model.losses(ids_BT), rate=RATE, step=step, undo=False)
 
 
