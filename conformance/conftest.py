@@ -135,8 +135,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the tests of the families that were asked for, so that an implementation may have some ops and not others.
 
-    Of these, keep those that run on the device, if that was asked for.
+    Of these, keep those that run on the device, if that was asked for. The longest test comes first. It would leave the other
+    workers idle at the end.
     """
+    items.sort(key=lambda item: item.name != LONGEST)
     if config.getoption("--on-device"):
         keep(config, items, lambda item: not ON_DEVICE.isdisjoint(getattr(item, "fixturenames", ())))
     wanted = config.getoption("--family")
@@ -194,6 +196,9 @@ def pytest_runtest_call() -> None:
 
 ON_DEVICE = {"subject", "found", "num_gpus"}
 """Fixtures of tests whose result depends on the device: the implementation under test, what ranks found, and the GPUs there are."""
+
+LONGEST = "test_every_kernel_compiles"
+"""The test that takes 100 seconds, where none but those that wait for ranks takes 30."""
 
 OP_BY_OP = ("test_comparison", "test_vectors")
 """Files whose tests are of one op each, which is a parameter."""

@@ -141,10 +141,23 @@ class _Changes:
         self.visit(self.tree)
         return [change for change in self.found if self._parses(change)]
 
+    def _around(self, first: int, last: int) -> tuple[int, int]:
+        """Return where the function, class or other statement of the module is that holds a span. Python reads each by itself.
+
+        To read all of the file for each change took seconds for a long file.
+        """
+        for node in self.tree.body:
+            lines = [node.lineno, *(each.lineno for each in getattr(node, "decorator_list", ()))]
+            begin, end = self.starts[min(lines) - 1], self.starts[node.end_lineno or -1]
+            if begin <= first and last <= end:
+                return begin, end
+        return 0, len(self.source)
+
     def _parses(self, change: Change) -> bool:
         """Return whether Python reads the file with a change. A dropped `with` in parentheses, for example, leaves one of them."""
         first, last = change[4]
-        statement = self.source[:first] + change[5].encode() + self.source[last:]
+        begin, end = self._around(first, last)
+        statement = self.source[begin:first] + change[5].encode() + self.source[last:end]
         try:
             ast.parse(statement)
         except SyntaxError:
