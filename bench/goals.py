@@ -61,7 +61,7 @@ GOALS: tuple[Goal, ...] = (
     Goal(
         "votes and step of 2^30 weights, float32 gradient", "update_step", ("2^30",), ADAMW,
         (1.34,), (4.0,),
-        "the gradient is read twice, for row exponents and for votes",
+        "votes wait for the L2 and for instructions: 2.3 ms of 4.1. To read the gradient once gained nothing",
     ),
     Goal(
         "orthogonalizing a 7168 x 7168 gradient", "orthogonalize", ("7168",), "Muon's iteration, bf16",
@@ -76,12 +76,12 @@ GOALS: tuple[Goal, ...] = (
     Goal(
         "train step of `small`", "train_step", ("small",), COMPILED,
         (0.45,), (1.2,),
-        "norms, gates and orthogonal gradients take a quarter, products as many as in the twin another half",
+        "orthogonal gradients take 1.2 of 9.1 ms, where AdamW takes 0.2; norms take 0.9, where the twin's take 0.55",
     ),
     Goal(
         "train step of the 28.9 M byte transformer", "train_step_transformer", ("28.9M",), COMPILED,
         (None,), (1.1,),
-        "norms and copies around attention",
+        "orthogonal gradients take 1 of 8.2 ms, where AdamW takes 0.2; float32 gradients of weights",
     ),
     Goal(
         "experts 32 x 21216 x 1024: 4, 256 and 2,048 slots", "grouped_linear",
