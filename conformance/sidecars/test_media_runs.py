@@ -10,6 +10,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -176,9 +177,19 @@ def test_a_line_of_metrics_has_what_came_since_the_last_one(media: Path, cache: 
             assert ids == sum(batch.ids_BT.numel() for batch in batches)
             assert found.keys() == {batch.kind for batch in batches}
             for kind, numbers in found.items():
-                of_kind = [nats[place] for place in range(2) if batches[place].kind == kind]
-                assert numbers == {"train_bpb": pytest.approx(sum(of_kind) / len(of_kind) / math.log(2))}
+                places = [place for place in range(2) if batches[place].kind == kind]
+                taught = [batches[place].taught_bytes() for place in places]
+                total = sum(nats[place] * count for place, count in zip(places, taught, strict=True))
+                assert numbers == {"train_bpb": pytest.approx(total / sum(taught) / math.log(2))}
         assert mix.metrics(validated=False) == {} and mix.metrics(validated=True) == mix.validated
+
+
+def test_bits_per_byte_of_a_kind_are_a_mean_over_its_bytes() -> None:
+    """A micro-batch of short captions counts less than one of long captions, and not at all where no byte is predicted."""
+    mix: Any = SimpleNamespace(validated={}, _seen={"image": {"bytes": [(1.0, 30), (4.0, 10), (0.0, 0)]}})
+    assert Mix.metrics(mix, validated=False) == {"image": {"train_bpb": pytest.approx(1.75 / math.log(2))}}
+    mix._seen = {"image": {"bytes": [(0.0, 0)], "route": [(0.5, 1), (1.0, 3)]}}
+    assert Mix.metrics(mix, validated=False) == {"image": {"train_bpb": None, "train_route": 0.875}}
 
 
 def test_killed_and_resumed_ends_the_same(media: Path, tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from fractions import Fraction
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -131,7 +130,7 @@ class Mix:
         self.reader = MediaReader(self.encoders, side=latent_shape(config.video_latent)[-1])
         self._runtime = runtime
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        self._sums: dict[str, dict[str, list[float]]] = {}
+        self._seen: dict[str, dict[str, list[tuple[float, int]]]] = {}
         self.ids_taken = 0
         self.validated: dict[str, dict[str, float | None]] = {}
 
@@ -297,9 +296,9 @@ class Mix:
         self.ids_taken += batch.ids_BT.numel()
         names = [name for name in COMPONENTS if name in losses]
         means = model.voting.ranks.mean(torch.stack([losses[name].detach() for name in names])).tolist()
-        sums = self._sums.setdefault(batch.kind, {})
+        seen = self._seen.setdefault(batch.kind, {})
         for name, mean in zip(names, means, strict=True):
-            sums.setdefault(name, []).append(mean)
+            seen.setdefault(name, []).append((mean, _weight(batch, name)))
         return means[names.index("bytes")]
 
     def metrics(self, *, validated: bool) -> dict[str, dict[str, float | None]]:
@@ -309,11 +308,11 @@ class Mix:
             validated: whether the validation is of this step.
         """
         found: dict[str, dict[str, float | None]] = {}
-        for kind, sums in self._sums.items():
+        for kind, seen in self._seen.items():
             of_kind = found.setdefault(kind, {})
-            for name, values in sums.items():
-                of_kind[f"train_{_metric(name)}"] = _in_unit(name, fmean(values))
-        self._sums = {}
+            for name, means in seen.items():
+                of_kind[f"train_{_metric(name)}"] = _in_unit(name, _weighted_mean(means))
+        self._seen = {}
         for kind, numbers in self.validated.items() if validated else ():
             found.setdefault(kind, {}).update(numbers)
         return found
@@ -415,6 +414,12 @@ class Mix:
 def _weight(batch: Batch, name: str) -> int:
     """Return what a batch counts in the mean of a component: the bytes that are predicted, or the samples."""
     return batch.taught_bytes() if name == "bytes" else len(batch.ids_BT)
+
+
+def _weighted_mean(means: Sequence[tuple[float, int]]) -> float:
+    """Return the mean of some means by their weights, NaN where all weights are 0: of texts of three bytes no byte is predicted."""
+    weight = sum(weight for _, weight in means)
+    return math.fsum(mean * weight for mean, weight in means) / weight if weight else math.nan
 
 
 def _weighted_losses(
