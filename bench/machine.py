@@ -107,6 +107,12 @@ def commit_info(commit: str | None) -> dict[str, Any]:
     return {"id": found, "dirty": bool(changes), "time": _git("show", "-s", "--format=%cI")}
 
 
+def commit_name(commit: str | None) -> str:
+    """Return the id of `commit_info`, and whether its tree was changed."""
+    info = commit_info(commit)
+    return f"{info['id']}{', changed' if info['dirty'] else ''}"
+
+
 def _git(*arguments: str) -> str | None:
     command = ["git", "-C", str(ROOT), *arguments]
     try:

@@ -73,7 +73,7 @@ def test_every_rule_learns_from_the_same_windows(rule: str, monkeypatch: pytest.
 
 
 def test_a_compiled_step_is_the_step() -> None:
-    """The graphs of torch.compile hold every vote. Weights are unpacked once a step in both."""
+    """The graphs of torch.compile hold every vote."""
     architecture, start = replace(jobs.SIZES["toy"], batch=2, context=16), torch.Generator().manual_seed(5)
     plain, compiled = (
         learner.Learner(architecture, rules.RULES["integer"], seed=3, device="cpu", compiled=compiled)

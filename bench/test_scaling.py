@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,15 @@ from bench.scaling import plan
 from bench.scaling.at_work import MODELS, PARTS, trunk_of
 
 PAGE = machine.ROOT / "docs" / "scaling.md"
+
+NUMBERS = {
+    "seconds": 0.5,
+    "bytes_a_step": 256,
+    "received_bytes_a_weight": 0.0,
+    "peak_bytes": None,
+    "state_sha256": "0",
+}
+"""What a part may find, for the tables."""
 
 
 @pytest.mark.parametrize(
@@ -153,6 +163,65 @@ def test_a_check_that_fails_stops_what_follows(
     assert scaling.main(["--ranks", "2", "--models", *MODELS[:1], "--out", str(tmp_path / "out.json")]) == 1
     assert run == ["check"]
     assert "| 2 | RuntimeError: ranks differ |" in capsys.readouterr().out
+
+
+def test_a_measurement_goes_on_where_it_was_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Parts that failed and parts that are new are run, each after a check of its ranks, and no others."""
+    out, ran = tmp_path / "out.json", list[tuple[int, str]]()
+    fails = {(2, "ours")}
+
+    def took(part: dict[str, Any], *_: object) -> dict[str, Any]:
+        ran.append(key := (part["ranks"], part["part"]))
+        return {"failed": "took more than 1 s"} if key in fails else {"bytes_per_second": 1, **NUMBERS}
+
+    monkeypatch.setattr(scaling, "run", took)
+    given = [
+        "--models",
+        "tiny",
+        "--parts",
+        "check",
+        "ours",
+        "--device",
+        "cpu",
+        "--windows",
+        "1",
+        "--out",
+        str(out),
+    ]
+    assert scaling.main(["--ranks", "1", "2", "--commit", "0123456", *given]) == 1
+    assert ran == [(1, "check"), (1, "ours"), (2, "check"), (2, "ours")]
+    ran.clear(), fails.clear()
+    assert scaling.main(["--ranks", "1", "2", "--commit", "abcdefg", *given]) == 0
+    assert ran == [(2, "check"), (2, "ours")]
+    stored = json.loads(out.read_text())
+    assert {(each["ranks"], each["part"]): each["commit"] for each in stored["parts"]} == {
+        (1, "check"): "0123456", (1, "ours"): "0123456", (2, "check"): "abcdefg", (2, "ours"): "abcdefg",
+    }  # fmt: skip
+    ran.clear()
+    assert scaling.main(["--ranks", "3", *given]) == 0
+    assert ran == [(3, "check"), (3, "ours")] and json.loads(out.read_text())["ranks"] == [1, 2, 3]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        scaling.main(["--ranks", "2", *given, "--length", "7"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith(
+        f"--out is {out}, which has results with length 256, but must be a file with length 7, or a new one"
+    )
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"device": "CPU"}'])
+def test_a_file_of_something_else_is_not_written_over(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    out.write_text(text)
+    with pytest.raises(SystemExit):
+        scaling.main(["--ranks", "1", "--device", "cpu", "--out", str(out)])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith(f"--out is {out}, but must be a file that bench.scaling wrote, or a new one")
+    assert out.read_text() == text
 
 
 def test_why_a_rank_failed_is_found_in_what_torchrun_wrote() -> None:

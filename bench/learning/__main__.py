@@ -108,12 +108,6 @@ def piece_of(record: Mapping[str, Any], path: Path) -> Path:
     )
 
 
-def commit_name(given: str | None) -> str:
-    """Return the commit that is measured, and whether its tree was changed."""
-    info = machine.commit_info(given)
-    return f"{info['id']}{', changed' if info['dirty'] else ''}"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the suites asked for; return 1 if a run failed or is left."""
     parser = parser_of()
@@ -147,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs, commands = before["runs"], [*before.get("command", "").split("; "), *commands]
     corpora = opened(parser, "--data", args.data)
     check_names(parser, args, corpora, [*held, *runs])
-    commit = commit_name(args.commit)
+    commit = machine.commit_name(args.commit)
     work = Work(
         args=args,
         path=path,

@@ -8,6 +8,9 @@ it fails, nothing is measured with that number. Then come the rates of exchanges
 each rank (weak scaling) and for all ranks together (strong scaling): ours with gradients as they are and in eight bits, and the
 float twin's under DDP and FSDP2, as it is and by torch.compile. Ours are compared with a process alone, which exchanges nothing.
 Every part is a start of torchrun of its own, with a limit of time, and is written as soon as it is there.
+
+If the file of `--out` is there, the measurement goes on with it. Parts that it has are not measured again. Checks are made anew.
+So a measurement may take several leases of a machine. Each part names its commit.
 """
 
 from __future__ import annotations
@@ -57,6 +60,47 @@ def planned(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
                             "scaling": scaling,
                             "windows": windows,
                         }
+
+
+def identity(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was asked for in a part that was run."""
+    return {name: part[name] for name in ("ranks", "part", "model", "scaling", "windows") if name in part}
+
+
+def earlier(out: Path | None, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the parts of an earlier measurement that did not fail.
+
+    Args:
+        out:   its file; there may be none.
+        facts: what this measurement has in common with it.
+
+    Raises:
+        ValueError: it was of another device, another release of torch or other windows; or it is another file.
+    """
+    if out is None or not out.exists():
+        return []
+    try:
+        report = loads(out.read_text())
+    except ValueError:
+        report = None
+    if not isinstance(report, dict) or {*facts, "parts"} - report.keys():
+        raise ValueError(f"--out is {out}, but must be a file that bench.scaling wrote, or a new one")
+    for name, value in facts.items():
+        if report[name] != value:
+            raise ValueError(
+                f"--out is {out}, which has results with {name} {report[name]!r}, but must be a file with {name} {value!r}, "
+                "or a new one"
+            )
+    return [part for part in report["parts"] if "failed" not in part]
+
+
+def left(asked: argparse.Namespace, kept: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the planned parts that are still to be run. A check comes again before what it is for."""
+    done = [identity(part) for part in kept]
+    parts = [part for part in planned(asked) if part["part"] == "check" or part not in done]
+    measured = {part["ranks"] for part in parts if part["part"] != "check"}
+    alone = set(asked.parts) == {"check"}
+    return [part for part in parts if alone or part["ranks"] in measured]
 
 
 def run(part: Mapping[str, Any], asked: argparse.Namespace, seconds: float) -> dict[str, Any]:
@@ -191,26 +235,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--budget", type=float, default=3600.0, help="start no part after so many seconds (3600)"
     )
-    parser.add_argument("--out", type=Path, help="where to write the JSON file")
+    parser.add_argument("--commit", help="that is measured, where git does not know it")
+    parser.add_argument("--out", type=Path, help="where to write the JSON file, or to go on with it")
     asked = parser.parse_args(argv)
-    report: dict[str, Any] = {
-        "device": machine.device_name(),
-        "torch": torch.__version__,
-        "ranks": asked.ranks,
-    }
-    report |= {"windows": asked.windows, "length": asked.length, "share_gpu": asked.share_gpu, "parts": []}
+    facts = {"device": machine.device_name(), "torch": torch.__version__}
+    facts |= {"windows": asked.windows, "length": asked.length, "share_gpu": asked.share_gpu}
+    try:
+        kept = earlier(asked.out, facts)
+    except ValueError as error:
+        parser.error(str(error))
+    ranks = sorted({*asked.ranks, *(part["ranks"] for part in kept)})
+    report: dict[str, Any] = {**facts, "ranks": ranks, "parts": kept}
+    commit = machine.commit_name(asked.commit)
     began, red = time.monotonic(), set()
-    for part in planned(asked):
-        left = asked.budget - (time.monotonic() - began)
+    for part in left(asked, kept):
+        seconds = asked.budget - (time.monotonic() - began)
         if part["ranks"] in red:
             found: dict[str, Any] = {"failed": "the check of this number of ranks failed"}
-        elif left <= 0:
+        elif seconds <= 0:
             found = {"failed": "the budget was spent"}
         else:
-            found = run(part, asked, min(asked.part_seconds, left))
+            found = run(part, asked, min(asked.part_seconds, seconds))
         if part["part"] == "check" and "failed" in found:
             red.add(part["ranks"])
-        report["parts"].append({**part, **found})
+        others = [each for each in report["parts"] if identity(each) != part]
+        report["parts"] = [*others, {**part, **found, "commit": commit}]
         parts.write(asked.out, report)
     print(tables(report))
     return parts.exit_status(report["parts"])
