@@ -94,15 +94,15 @@ class Pass:
     """One backward pass while it is open.
 
     Attributes:
-        rate:    `rate` of `stochastic_votes`, a number or a 0-dim float32 tensor.
-        step:    dither step of the micro-batch, a number or a 0-dim int64 tensor.
-        size:    vote size of the `sign` rule, 1 .. 127.
-        moves:   whether weights vote and tables count; False at rate 0.
-        notes:   the notes of the pass so far.
-        waiting: votes whose gradients are still to be made orthogonal, in the order in which they came.
+        rate:     `rate` of `stochastic_votes`, a number or a 0-dim float32 tensor.
+        step:     dither step of the micro-batch, a number or a 0-dim int64 tensor.
+        size:     vote size of the `sign` rule, 1 .. 127.
+        moves:    whether weights vote and tables count; False at rate 0.
         recorded: whether a CUDA graph records the whole pass, so that its replays vote.
-        reached: whether the pass came through a weight of the model.
-        wrote:   whether a weight has voted.
+        notes:    the notes of the pass so far.
+        waiting:  votes whose gradients are still to be made orthogonal, in the order in which they came.
+        reached:  whether the pass came through a weight of the model.
+        wrote:    whether a weight has voted.
     """
 
     def __init__(
