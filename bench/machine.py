@@ -58,6 +58,11 @@ def device_name() -> str:
     return f"CPU {model or platform.machine()}"
 
 
+def compiler_of(device: str) -> str:
+    """Return the backend of torch.compile for a type of device. A CPU has its front end trace a model, and makes no kernels."""
+    return "inductor" if device == "cuda" else "eager"
+
+
 def slug() -> str:
     """Return the folder name of this device."""
     return slug_of(device_name())

@@ -22,6 +22,7 @@ from arbitor.reference.graph import ArbModel, GraphContext
 from arbitor.reference.graph.model import LOSS_REFERENCE
 from arbitor.reference.graph.stateful import Stateful
 from arbitor.reference.presets import preset
+from bench import machine
 from bench.codes import use_of
 from bench.learning.rules import (
     FIXED_SCALES,
@@ -105,8 +106,7 @@ class Learner:
         self.unpacking = Unpacking(self.model)
         self.loss_of: Callable[[Tensor], Tensor] = self.model.loss
         if compiled:
-            # A CPU has its front end trace the model, and makes no kernels.
-            backend = "inductor" if device == "cuda" else "eager"
+            backend = machine.compiler_of(device)
             self.loss_of = torch.compile(self.model.loss, fullgraph=True, dynamic=False, backend=backend)
         trained = {name: m.weight for name, m in self.model.ternary_modules().items() if not m.frozen}
         self.num_weights = sum(math.prod(weight.shape) for weight in trained.values())

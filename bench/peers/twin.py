@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from arbitor.optimized.training.recording import LAUNCHED_FIRST, recorded
 from arbitor.reference.config import NGRAM, NUM_BYTES, VOCABULARY_SIZE, ArbConfig
 from arbitor.reference.graph.rotary import ROTARY_BASE
-from bench import train_step
+from bench import machine, train_step
 from bench.inputs import Arguments, Sizes
 from bench.peers import Peer
 
@@ -261,7 +261,7 @@ class TwinStep:
         self.twin, self.ids_BT = twin, ids_BT
         self.loss_of: Callable[[Tensor], Tensor] = twin
         if compiled:
-            backend = "inductor" if on_gpu else "eager"
+            backend = machine.compiler_of(ids_BT.device.type)
             self.loss_of = torch.compile(twin, fullgraph=True, dynamic=False, backend=backend)
         # capturable keeps the step count on the device, which a CUDA graph needs.
         self.optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-3, fused=True, capturable=on_gpu)

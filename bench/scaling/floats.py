@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from bench import machine
 from bench.peers.twin import TrunkTwin
 
 BYTES_A_WEIGHT: Mapping[str, float] = {"DDP": 4.0, "FSDP2": 6.0}
@@ -42,7 +43,7 @@ def step_of(way: str, twin: TrunkTwin, ids_BT: Tensor, *, compiled: bool) -> Cal
             front end trace them, and makes none.
     """
     model: nn.Module
-    backend = "inductor" if ids_BT.is_cuda else "eager"
+    backend = machine.compiler_of(ids_BT.device.type)
     if way == "DDP":
         model = ddp = DistributedDataParallel(twin)
         ddp.register_comm_hook(None, compressed)
