@@ -503,16 +503,20 @@ def test_rms_norm_of_long_rows(subject: Subject, width: int, dtype: torch.dtype)
     compare(subject, "rms_norm_weight_grad", Case((grad, x)))
 
 
-@pytest.mark.parametrize("width", [13, 8193])
-def test_rms_norm_of_many_rows(subject: Subject, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
-    """There are more rows than a kernel has programs. Long rows are more than a program holds."""
-    if width > 13:
+@pytest.mark.parametrize(("width", "programs"), [(13, 4096), (1000, 4096), (1030, 2048), (8193, 2048)])
+def test_rms_norm_of_many_rows(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, width: int, programs: int
+) -> None:
+    """Programs take several rows. Those of short rows load one row ahead, and the longest rows are more than a program holds."""
+    if width > 1030:
         needs_cuda(subject, "many rows of more than 8,192 channels")
-    count = 2049
     if subject.name == "arbitor.optimized.ops" and subject.device.type == "cpu":
-        # The interpreter takes 2 ms a row. Fewer programs need fewer rows, of which the last program has one too, as on a GPU.
-        monkeypatch.setattr("arbitor.optimized.kernels.norm.PROGRAMS", 64)
-        count = 65
+        # The interpreter takes 2 ms a row, and fewer programs need fewer rows.
+        programs = 16
+        for name in ("PROGRAMS", "SHORT_PROGRAMS"):
+            monkeypatch.setattr(f"arbitor.optimized.kernels.norm.{name}", programs)
+    # Three rows for each program but the last.
+    count = 2 * programs + 3
     weight = initial_weight((1, width), std=0.5, seed=1, tensor_id=2)
     grad, x = (ss.float_values((count, width), "normal", seed) for seed in (1, 2))
     compare(subject, "rms_norm", Case((x, weight)))

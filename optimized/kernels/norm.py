@@ -5,6 +5,8 @@ Legend: M activation rows, K channels, x^ = x / rms(x). All arithmetic in float3
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,9 +20,15 @@ from arbitor.optimized.layouts import DeviceWeight
 BLOCK_COLUMNS = 8192
 """Columns of a row that a program holds at most; longer rows are read again for each pass."""
 
+SHORT_ROW = 1024
+"""Columns of the longest block whose program loads the next row while it computes one. Longer rows have warps enough to wait."""
+
+PROGRAMS, SHORT_PROGRAMS = 2048, 4096
+"""Most programs that share the rows, and the most that share short ones, which have a warp or two each."""
+
 BLOCK_SUMS, BLOCK_ROWS = 128, 16
-PROGRAMS, PART_ROWS = 2048, 128
-"""Most programs that share the rows, and the fewest rows that are worth a sum of their own."""
+PART_ROWS = 128
+"""Fewest rows that are worth a sum of their own in the weight gradient."""
 
 HUGE_TOTAL, TAMING_POWER = tl.constexpr(2.0**96), tl.constexpr(2.0**-80)
 """Sum of squares from which on a row is huge, and the power of two by which a huge row is multiplied before it is squared
@@ -119,7 +127,7 @@ def inverse_rms(x_ptr, row, stride, num_columns, eps, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["num_m", "part_rows"])
 def _rms_norm_kernel(
     x_ptr, branch_ptr, sum_ptr, words_ptr, exponents_ptr, y_ptr, num_m, part_rows, num_columns, x_stride, eps,
-    GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     begin = tl.program_id(0).to(tl.int64) * part_rows
     end = tl.minimum(begin + part_rows, num_m)
@@ -127,7 +135,7 @@ def _rms_norm_kernel(
         columns = tl.arange(0, BLOCK)
         # All rows of the program share the weight, because to unpack it takes more instructions than to use it.
         w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
-        for row in range(begin, end):
+        for row in tl.range(begin, end, num_stages=STAGES):
             x = load_row(x_ptr, row, x_stride, columns, num_columns)
             if branch_ptr is not None:
                 # The norm is that of the sum as it is stored.
@@ -166,7 +174,7 @@ def unit_row(x, rms):
 @triton.jit(do_not_specialize=["num_m", "part_rows"])
 def _rms_norm_input_grad_kernel(
     grad_ptr, x_ptr, words_ptr, exponents_ptr, added_ptr, out_ptr, num_m, part_rows, num_columns, x_stride, eps,
-    GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     begin = tl.program_id(0).to(tl.int64) * part_rows
     end = tl.minimum(begin + part_rows, num_m)
@@ -174,7 +182,7 @@ def _rms_norm_input_grad_kernel(
     if ONE_BLOCK:
         columns = tl.arange(0, BLOCK)
         w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
-        for row in range(begin, end):
+        for row in tl.range(begin, end, num_stages=STAGES):
             x = load_row(x_ptr, row, x_stride, columns, num_columns)
             rms, power = root_mean_square_of(x, num_columns, eps)
             inverse = 1.0 / rms
@@ -253,6 +261,14 @@ def _tile(num_columns: int) -> dict[str, int]:
     }
 
 
+def _shared_rows(num_m: int, num_columns: int) -> tuple[int, int, dict[str, Any]]:
+    """Return how many rows a program has, how many programs share them, and the block and stages of these programs."""
+    tile = _tile(num_columns)
+    is_short = tile["BLOCK"] <= SHORT_ROW
+    part_rows, num_parts = parts_of(num_m, SHORT_PROGRAMS if is_short else PROGRAMS, 1)
+    return part_rows, num_parts, {**tile, "ONE_BLOCK": num_columns <= BLOCK_COLUMNS, "STAGES": 2 if is_short else 1}
+
+
 def normalize(
     x_MK: Tensor,
     weight: DeviceWeight,
@@ -265,12 +281,11 @@ def normalize(
     num_m, num_columns = x_MK.shape
     y = torch.empty(num_m, num_columns, dtype=x_MK.dtype, device=x_MK.device)
     if num_m:
-        part_rows, num_parts = parts_of(num_m, PROGRAMS, 1)
+        part_rows, num_parts, shape = _shared_rows(num_m, num_columns)
         _rms_norm_kernel[(num_parts,)](
             x_MK, branch_MK, sum_MK, weight.words, weight.exponents, y,
             num_m, part_rows, num_columns, x_MK.stride(0), eps,
-            GROUP_SIZE=weight.group_size, MANTISSA_BITS=weight.mantissa_bits,
-            ONE_BLOCK=num_columns <= BLOCK_COLUMNS, **_tile(num_columns),
+            GROUP_SIZE=weight.group_size, MANTISSA_BITS=weight.mantissa_bits, **shape,
         )  # fmt: skip
     return y
 
@@ -283,12 +298,11 @@ def normalize_input_grad(
     num_m, num_columns = x_MK.shape
     out = torch.empty(num_m, num_columns, dtype=x_MK.dtype, device=x_MK.device)
     if num_m:
-        part_rows, num_parts = parts_of(num_m, PROGRAMS, 1)
+        part_rows, num_parts, shape = _shared_rows(num_m, num_columns)
         _rms_norm_input_grad_kernel[(num_parts,)](
             grad_MK, x_MK, weight.words, weight.exponents, added_MK, out,
             num_m, part_rows, num_columns, x_MK.stride(0), eps,
-            GROUP_SIZE=weight.group_size, MANTISSA_BITS=weight.mantissa_bits,
-            ONE_BLOCK=num_columns <= BLOCK_COLUMNS, **_tile(num_columns),
+            GROUP_SIZE=weight.group_size, MANTISSA_BITS=weight.mantissa_bits, **shape,
         )  # fmt: skip
     return out
 
