@@ -1,11 +1,13 @@
-"""Take steps of the largest model that one device holds: its bytes a weight, the peak of memory, and seconds of a step.
+"""Take steps of the largest model that one device holds, or several together: bytes a weight, peak of memory, seconds of a step.
 
     python -m bench.largest --weights 90e9 --out largest.json
+    torchrun --nproc-per-node 2 -m bench.largest --weights 150e9 --out largest-2.json
 
 The model is a trunk of equal layers, as many as make up the weights, with experts and without codes. It reads random bytes.
 A step is a forward pass, a backward pass in which every matrix votes, and the step rule. The rate is theta, ten times that of a
 training, so that a single step moves trits. A step counts if its loss is finite and trits of the first and of the last layer have
-changed. What is measured is written again after each step, so that a run which is cut off leaves what it had.
+changed. What is measured is written again after each step, so that a run which is cut off leaves what it had. Under torchrun
+each rank reads windows of its own. Bytes are those of the rank that has most, and seconds those of rank 0.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arbitor.optimized.distributed.world import as_bytes
+from arbitor.optimized.distributed.ranks import FULL
+from arbitor.optimized.distributed.run import kept_elsewhere, train_together
+from arbitor.optimized.distributed.world import World, as_bytes, joined
 from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training.evaluate import NATS_PER_BIT
 from arbitor.optimized.training.runtime import Runtime, choose_runtime
@@ -81,6 +85,7 @@ def of_weights(weights: float, width: int) -> ArbConfig:
 def measured(
     config: ArbConfig,
     runtime: Runtime,
+    world: World,
     *,
     batch: int,
     context: int,
@@ -95,16 +100,29 @@ def measured(
     """
     on_gpu = runtime.device == "cuda"
 
+    def most(number: int) -> int:
+        return int(max(world.gathered(torch.tensor(number))))
+
     def peak() -> int | None:
-        return torch.cuda.max_memory_allocated() if on_gpu else None
+        return most(torch.cuda.max_memory_allocated()) if on_gpu else None
 
     began = time.perf_counter()
     # No copy for undoing is kept: a pass that raises ends the measurement.
-    model = ArbModel(config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=0)
+    model = ArbModel(
+        config,
+        ops=runtime.ops(),
+        device=runtime.device,
+        dtype=runtime.dtype,
+        seed=0,
+        elsewhere=kept_elsewhere(config, world, {}),
+    )
+    train_together(model, world, exchange=FULL)
     runtime.synchronize()
     modules = model.ternary_modules()
     weights = sum(module.weight.shape[0] * module.weight.shape[1] for module in modules.values())
-    state = sum(tensor.nbytes for module in modules.values() for tensor in module.weight.tensors().values())
+    # Accumulators that another rank keeps have a shape here, and no memory.
+    kept = (each.untyped_storage().nbytes() for m in modules.values() for each in m.weight.tensors().values())
+    state = most(sum(kept))
     report |= {
         "weights": weights,
         "state_bytes": state,
@@ -112,8 +130,8 @@ def measured(
         "build_seconds": time.perf_counter() - began,
         "build_peak_bytes": peak(),
     }
-    parts.write(out, report)
-    generator = torch.Generator().manual_seed(0)
+    written(world, out, report)
+    generator = torch.Generator().manual_seed(world.number)
     ids_BT = torch.randint(NUM_BYTES, (batch, context), generator=generator).to(runtime.device)
     gates = [module.weight for name, module in modules.items() if name.endswith("moe.gate")]
     # As the layout keeps them, so that looking takes no memory.
@@ -148,10 +166,16 @@ def measured(
                 "peak_bytes": step_peak,
             }
         )
-        parts.write(out, report)
+        written(world, out, report)
         if min(changed) == 0.0:
             raise RuntimeError(f"step {step} changed no trit of the first or of the last layer")
     return {}
+
+
+def written(world: World, out: Path | None, report: dict[str, Any]) -> None:
+    """Write the report on the first rank alone."""
+    if world.is_first:
+        parts.write(out, report)
 
 
 def trits_of(weight: LaidOutWeight) -> list[Tensor]:
@@ -188,6 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--context", type=int, default=128, help="bytes of a window (128)")
     parser.add_argument("--steps", type=int, default=2, help="to take (2); the first compiles kernels")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--commit", help="that is measured, where git does not know it")
     parser.add_argument("--out", type=Path, help="where to write the JSON file")
     arguments = parser.parse_args(argv)
     runtime = choose_runtime(arguments.device, None, None)
@@ -195,18 +220,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = of_weights(arguments.weights, arguments.width)
     except ValueError as error:
         parser.error(f"no trunk has --weights {arguments.weights:g} and --width {arguments.width}: {error}")
-    report: dict[str, Any] = {
-        "device": machine.device_name(),
-        "torch": torch.__version__,
-        "layers": config.num_layers,
-    }
-    report |= {"width": arguments.width, "batch": arguments.batch, "context": arguments.context, "steps": []}
-    sizes = {"batch": arguments.batch, "context": arguments.context, "steps": arguments.steps}
-    report |= parts.attempt(partial(measured, config, runtime, **sizes, report=report, out=arguments.out))
-    parts.write(arguments.out, report)
-    if "weights" in report:
-        print(told(report))
-    return parts.exit_status([report])
+    with joined() as world:
+        world.take_device(runtime.device)
+        report: dict[str, Any] = {
+            "device": machine.device_name(),
+            "torch": torch.__version__,
+            "commit": machine.commit_name(arguments.commit),
+            "ranks": world.count,
+            "layers": config.num_layers,
+            "width": arguments.width,
+            "batch": arguments.batch,
+            "context": arguments.context,
+            "steps": [],
+        }
+        sizes = {"batch": arguments.batch, "context": arguments.context, "steps": arguments.steps}
+        way = partial(measured, config, runtime, world, **sizes, report=report, out=arguments.out)
+        report |= parts.attempt(way)
+        written(world, arguments.out, report)
+        if "failed" in report and world.count > 1:
+            # The others may wait for this rank. An exit within the block ends them.
+            raise SystemExit(f"rank {world.number}: {report['failed']}")
+        if world.is_first and "weights" in report:
+            print(told(report))
+        return parts.exit_status([report])
 
 
 if __name__ == "__main__":
