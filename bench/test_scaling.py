@@ -16,6 +16,7 @@ from bench import largest, machine
 from bench.scaling import __main__ as scaling
 from bench.scaling import plan
 from bench.scaling.at_work import MODELS, PARTS, trunk_of
+from conformance.distributed.started import torchrun
 
 PAGE = machine.ROOT / "docs" / "scaling.md"
 
@@ -120,6 +121,7 @@ def test_the_largest_model_is_stepped_and_written(tmp_path: Path, capsys: pytest
 
 def asked(**changes: object) -> Namespace:
     plain = {"ranks": [1, 2, 3], "models": ["small"], "windows": 4, "length": 64, "steps": 1, "device": "cpu"}
+    plain["scalings"] = ["weak", "strong"]
     return Namespace(
         **{**plain, "exchanged_bytes": 2**12, "share_gpu": False, "parts": list(PARTS), **changes}
     )
@@ -129,8 +131,12 @@ def test_a_check_comes_before_what_it_is_for() -> None:
     parts = list(scaling.planned(asked()))
     assert [each["part"] for each in parts if "model" not in each] == ["check", "rates"] * 3
     assert [(e["ranks"], e["scaling"], e["windows"]) for e in parts if e["part"] == "ours"] == [
-        (1, "weak", 4), (2, "weak", 4), (2, "strong", 2), (3, "weak", 4),
+        (1, "weak", 4), (1, "weak", 8), (1, "weak", 12), (2, "weak", 4), (2, "strong", 2), (3, "weak", 4),
     ]  # fmt: skip
+    assert not any(each["part"] == "mxint8" for each in parts if each["ranks"] == 1)
+    assert {
+        e["scaling"] for e in scaling.planned(asked(scalings=["strong"])) if e["ranks"] > 1 and "model" in e
+    } == {"strong"}
 
 
 def test_two_ranks_are_checked() -> None:
@@ -147,7 +153,36 @@ def test_a_step_is_timed_with_gradients_in_eight_bits_too() -> None:
     rows = [row for part, each in found.items() for row in scaling.rows_of({**two, "part": part, **each})]
     assert [(row["way"], row["received"]) for row in rows] == [("ours", full), ("ours, mxint8", compact)]
     report = {"ranks": [2], "parts": [{**two, "part": part, **each} for part, each in found.items()]}
-    assert f"| tiny | weak | 2 | ours, mxint8 | {found['mxint8']['seconds']:.4f} |" in scaling.tables(report)
+    assert f"| tiny | weak | 2 | ours, mxint8 | 1 | {found['mxint8']['seconds']:.4f} |" in scaling.tables(
+        report
+    )
+
+
+def test_ranks_are_compared_with_a_process_alone_that_reads_as_much() -> None:
+    """Two ranks of four windows read 100 bytes a second. A process alone reads 40 with four windows, and 80 with eight."""
+    steps = [(1, 4, 40.0), (1, 8, 80.0), (2, 4, 100.0)]
+    report = {
+        "ranks": [1, 2],
+        "parts": [
+            {**NUMBERS, "model": "tiny", "scaling": "weak", "part": "ours"}
+            | {"ranks": ranks, "windows": windows, "bytes_per_second": speed}
+            for ranks, windows, speed in steps
+        ],
+    }
+    lines = scaling.tables(report).splitlines()
+    assert "| tiny | weak | 2 | ours | 4 | 0.5000 | 100 | 1.250 | 0.625 | 0.000 |  |  |" in lines
+    assert "| tiny | weak | 1 | ours | 8 | 0.5000 | 80 | 1.000 | 1.000 | 0.000 |  |  |" in lines
+
+
+def test_ranks_step_a_model_together_and_keep_less_each(tmp_path: Path) -> None:
+    out = tmp_path / "largest.json"
+    size = ("--weights", "1e5", "--width", "32", "--context", "16", "--device", "cpu", "--out", str(out))
+    process = torchrun(2, "bench.largest", *size)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    report = json.loads(out.read_text())
+    assert report["ranks"] == 2 and 0.7 < report["bytes_a_weight"] < 1.0
+    assert min(report["steps"][-1]["changed_bytes_of_trits"]) > 0
 
 
 def test_a_check_that_fails_stops_what_follows(
@@ -191,7 +226,7 @@ def test_a_measurement_goes_on_where_it_was_cut_off(
         str(out),
     ]
     assert scaling.main(["--ranks", "1", "2", "--commit", "0123456", *given]) == 1
-    assert ran == [(1, "check"), (1, "ours"), (2, "check"), (2, "ours")]
+    assert ran == [(1, "check"), (1, "ours"), (1, "ours"), (2, "check"), (2, "ours")]
     ran.clear(), fails.clear()
     assert scaling.main(["--ranks", "1", "2", "--commit", "abcdefg", *given]) == 0
     assert ran == [(2, "check"), (2, "ours")]

@@ -6,7 +6,8 @@
 A check comes first for each number of ranks: two runs of one seed end with one state, and all ranks read the same weights. Where
 it fails, nothing is measured with that number. Then come the rates of exchanges, and steps of each model with as many windows for
 each rank (weak scaling) and for all ranks together (strong scaling): ours with gradients as they are and in eight bits, and the
-float twin's under DDP and FSDP2, as it is and by torch.compile. Ours are compared with a process alone, which exchanges nothing.
+float twin's under DDP and FSDP2, as it is and by torch.compile. Ours are compared with a process alone, which exchanges nothing,
+with as many windows as a rank and with as many as all ranks.
 Every part is a start of torchrun of its own, with a limit of time, and is written as soon as it is there.
 
 If the file of `--out` is there, the measurement goes on with it. Parts that it has are not measured again. Checks are made anew.
@@ -47,19 +48,23 @@ def planned(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
             if part in asked.parts and part not in OF_MODELS:
                 yield {"ranks": ranks, "part": part}
         for model in asked.models:
-            for scaling in (WEAK, STRONG):
-                if scaling == STRONG and (ranks == 1 or asked.windows % ranks):
-                    continue
-                windows = asked.windows if scaling == WEAK else asked.windows // ranks
-                for part in OF_MODELS:
-                    if part in asked.parts:
-                        yield {
-                            "ranks": ranks,
-                            "part": part,
-                            "model": model,
-                            "scaling": scaling,
-                            "windows": windows,
-                        }
+            for scaling, part, windows in steps_of(ranks, asked):
+                yield {"ranks": ranks, "part": part, "model": model, "scaling": scaling, "windows": windows}
+
+
+def steps_of(ranks: int, asked: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
+    """Yield what is to be timed of a model on so many ranks: the scaling, the part, and the windows of a rank."""
+    of_models = [part for part in OF_MODELS if part in asked.parts]
+    if ranks == 1:
+        yield from ((WEAK, part, asked.windows) for part in of_models if part != MXINT8)
+        if "ours" in of_models:
+            # What several ranks read together.
+            yield from ((WEAK, "ours", asked.windows * count) for count in asked.ranks if count > 1)
+        return
+    if WEAK in asked.scalings:
+        yield from ((WEAK, part, asked.windows) for part in of_models)
+    if STRONG in asked.scalings and asked.windows % ranks == 0:
+        yield from ((STRONG, part, asked.windows // ranks) for part in of_models)
 
 
 def identity(part: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,37 +162,44 @@ def tables(report: Mapping[str, Any]) -> str:
         lines.append(f"| {ranks} | {said} | {' | '.join(cells)} |")
     lines += [
         "",
-        "| model | scaling | ranks | way | s a step | bytes a second | of linear | received a weight | waiting | peak MiB |",
-        "|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
+        "| model | scaling | ranks | way | windows a rank | s a step | bytes a second | of linear | of linear, same bytes | "
+        "received a weight | waiting | peak MiB |",
+        "|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     rows = [row for each in report["parts"] if "model" in each for row in rows_of(each)]
     alone = {
-        (row["model"], row["way"]): row["bytes_a_step"]
-        / row.get("seconds_of_a_process_alone", row["seconds"])
+        (row["model"], row["way"], row["windows"]): row["bytes_per_second"]
         for row in rows
         if row["ranks"] == 1 and "seconds" in row
     }
     for row in sorted(
         rows, key=lambda row: (MODELS.index(row["model"]), row["scaling"] == STRONG, row["way"])
     ):
-        lead = f"| {row['model']} | {row['scaling']} | {row['ranks']} | {row['way']} |"
+        lead = f"| {row['model']} | {row['scaling']} | {row['ranks']} | {row['way']} | {row['windows']} |"
         if "failed" in row:
-            lines.append(f"{lead} {row['failed']} | | | | | |")
+            lines.append(f"{lead} {row['failed']} | | | | | | |")
             continue
-        one = alone.get((row["model"], row["way"]))
-        linear = "" if one is None else f"{row['bytes_per_second'] / one / row['ranks']:.3f}"
+        same_windows, same_bytes = (
+            share_of_linear(row, alone.get((row["model"], row["way"].removesuffix(f", {MXINT8}"), windows)))
+            for windows in (row["windows"], row["windows"] * row["ranks"])
+        )
         waiting = "" if "waiting_share" not in row else f"{row['waiting_share']:.3f}"
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}"
         lines.append(
-            f"{lead} {row['seconds']:.4f} | {row['bytes_per_second']:,.0f} | {linear} | {row['received']:.3f} "
-            f"| {waiting} | {peak} |"
+            f"{lead} {row['seconds']:.4f} | {row['bytes_per_second']:,.0f} | {same_windows} | {same_bytes} "
+            f"| {row['received']:.3f} | {waiting} | {peak} |"
         )
     return "\n".join(lines)
 
 
+def share_of_linear(row: Mapping[str, Any], alone: float | None) -> str:
+    """Return the bytes a second of each rank as a share of those of a process alone; nothing if these were not measured."""
+    return "" if alone is None else f"{row['bytes_per_second'] / alone / row['ranks']:.3f}"
+
+
 def rows_of(part: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the rows of the table of steps that a part gives."""
-    what = {name: part[name] for name in ("model", "scaling", "ranks")}
+    what = {name: part[name] for name in ("model", "scaling", "ranks", "windows")}
     if part["part"] in ("ours", MXINT8):
         way = "ours" if part["part"] == "ours" else f"ours, {MXINT8}"
         return [{**part, **what, "way": way, "received": part.get("received_bytes_a_weight")}]
@@ -215,6 +227,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--parts", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART", help=f"({' '.join(PARTS)})"
+    )
+    parser.add_argument(
+        "--scalings", nargs="+", default=[WEAK, STRONG], choices=[WEAK, STRONG], help="(weak strong)"
     )
     parser.add_argument("--length", type=int, default=256, help="bytes of a window (256)")
     parser.add_argument(

@@ -88,7 +88,7 @@ def windows(world: World, batch: int, length: int, device: str, step: int = 0) -
 def model_of(config: ArbConfig, runtime: Runtime, world: World | None, exchange: str = FULL) -> ArbModel:
     """Return a model that ranks train together; or one that its process trains alone, for no world.
 
-    A single rank exchanges with itself all that several ranks exchange: gradients, and what steps have changed.
+    A single rank of a world exchanges with itself all that several ranks exchange: gradients, and what steps have changed.
     """
     model = ArbModel(config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=0)
     if world is not None:
@@ -169,30 +169,24 @@ def timed(call: Callable[[], Any], runtime: Runtime, times: int) -> float:
 def ours(
     world: World, runtime: Runtime, asked: argparse.Namespace, *, exchange: str = FULL
 ) -> dict[str, Any]:
-    """Time steps of our model. A single rank, which exchanges with itself, has a process alone beside it."""
-    config, found = trunk_of(asked.model), {}
-    if world.count == 1:
-        step = our_step(model_of(config, runtime, None), world, runtime, asked)
-        found["seconds_of_a_process_alone"] = timed(step, runtime, asked.steps)
-        del step
-        parts.free()
-    model = model_of(config, runtime, world, exchange)
-    ranks = model.voting.ranks
-    assert isinstance(ranks, GroupRanks)
+    """Time steps of our model. A process alone exchanges nothing, as in a run."""
+    config = trunk_of(asked.model)
+    model = model_of(config, runtime, world if world.count > 1 else None, exchange)
     step = our_step(model, world, runtime, asked)
-    ranks.measured()
+    ranks = model.voting.ranks if isinstance(model.voting.ranks, GroupRanks) else None
+    if ranks is not None:
+        ranks.measured()
     if runtime.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = timed(step, runtime, asked.steps)
-    waited, received = ranks.measured()
-    everyones = float(ranks.total(torch.tensor(float(received)))) / (asked.steps + 1)
+    waited, received = (0.0, 0) if ranks is None else ranks.measured()
+    everyones = sum(each.item() for each in world.gathered(torch.tensor(float(received))))
     weights = audit(config).weights
     return {
-        **found,
         **sizes_of(world, asked, seconds),
         "weights": weights,
         "waiting_share": waited / (seconds * (asked.steps + 1)),
-        "received_bytes_a_weight": everyones / world.count / weights,
+        "received_bytes_a_weight": everyones / (asked.steps + 1) / world.count / weights,
         "peak_bytes": torch.cuda.max_memory_reserved() if runtime.device == "cuda" else None,
     }
 
