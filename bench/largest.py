@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.distributed.ranks import FULL
-from arbitor.optimized.distributed.run import kept_elsewhere, train_together
+from arbitor.optimized.distributed.run import kept_rows, train_together
 from arbitor.optimized.distributed.world import World, as_bytes, joined
 from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training.evaluate import NATS_PER_BIT
@@ -114,7 +114,7 @@ def measured(
         device=runtime.device,
         dtype=runtime.dtype,
         seed=0,
-        elsewhere=kept_elsewhere(config, world, {}),
+        kept_rows=kept_rows(config, world, {}, starts_rows_anew=runtime.starts_rows_anew),
     )
     train_together(model, world, exchange=FULL)
     runtime.synchronize()

@@ -10,14 +10,14 @@ of the canonical form. The resident state is about 1/4 + 1 + 2/G bytes a weight.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_GROUP_SIZE, groups_per_row
-from arbitor.reference.types import StateTensors, TernaryWeight, has_memory
+from arbitor.reference.types import StateTensors, TernaryWeight, has_memory, rows_of
 
 TRITS_PER_WORD = 16
 """Trits in one 32-bit word, two bits each."""
@@ -72,6 +72,10 @@ class DeviceWeight(StateTensors):
             raise ValueError(
                 f"{prefix + name} holds a lane that is no trit, or one past the last column that is not 0"
             )
+
+    def part(self, rows: range) -> DeviceWeight:
+        """Return some rows, one after the other, as a weight that shares memory with this one."""
+        return replace(self, shape=(len(rows), self.shape[1]), **rows_of(self, rows))
 
 
 def _misread_lanes(words: Tensor, num_columns: int) -> Tensor:

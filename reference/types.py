@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
-from arbitor.reference.constants import DEFAULT_GROUP_SIZE, groups_per_row, packed_bytes
+from arbitor.reference.constants import DEFAULT_GROUP_SIZE, TRITS_PER_BYTE, groups_per_row, packed_bytes
 
 
 class LaidOutWeight(Protocol):
@@ -40,6 +40,9 @@ class LaidOutWeight(Protocol):
     def check_values(self, prefix: str, name: str, tensor: Tensor) -> None:
         """Refuse a tensor for the field of that name with an element that no weight of this layout holds."""
 
+    def part(self, rows: range) -> Self:
+        """Return some rows, one after the other, as a weight that shares memory with this one."""
+
 
 def without_memory(like: Tensor) -> Tensor:
     """Return zeros in the shape and dtype of a tensor that take the memory of one: accumulators that another rank keeps.
@@ -58,6 +61,11 @@ def overwrite(tensor: Tensor, values: Tensor) -> None:
     """Overwrite a tensor in place, unless it is one of `without_memory`: what another rank keeps is no business of this one."""
     if has_memory(tensor):
         tensor.copy_(values)
+
+
+def rows_of(weight: LaidOutWeight, rows: range, *, but: str = "") -> dict[str, Any]:
+    """Return some rows of the tensors of a weight that have its rows, all but one, by name. They share its memory."""
+    return {name: each[rows.start : rows.stop] for name, each in weight.tensors().items() if name != but}
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,24 @@ class TernaryWeight(StateTensors):
     def check_values(self, prefix: str, name: str, tensor: Tensor) -> None:
         """Refuse a tensor for the field `name` with an element that no weight has there; errors call it prefix + name."""
         checks.weight_values(prefix + name, name, tensor, self.mantissa_bits)
+
+    def part(self, rows: range) -> TernaryWeight:
+        """Return some rows, one after the other, as a weight that shares memory with this one.
+
+        Raises ValueError if the trits of the rows are no whole bytes.
+        """
+        num_rows, num_columns = self.shape
+        first, last = rows.start * num_columns, rows.stop * num_columns
+        if first % TRITS_PER_BYTE or (last % TRITS_PER_BYTE and rows.stop != num_rows):
+            raise ValueError(
+                f"rows is {rows}, but must begin and end with a byte of {TRITS_PER_BYTE} trits in rows of {num_columns}"
+            )
+        return replace(
+            self,
+            packed=self.packed[first // TRITS_PER_BYTE : packed_bytes(last)],
+            shape=(len(rows), num_columns),
+            **rows_of(self, rows, but="packed"),
+        )
 
     def with_mantissa(self, mantissa_bits: int) -> TernaryWeight:
         """Return the same weight with scales that move in finer steps: every level E becomes E * 2**b.

@@ -15,6 +15,7 @@ from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training.passes import Passes, RecordedPasses
 from arbitor.reference.config import ArbConfig
 from conformance.distributed.at_work import RATE, Place, digest_of, random_ids, ranks_of, together
+from conformance.distributed.cuts_at_work import CUT
 from conformance.training import nano
 from conformance.training.no_graphs import FIRST_BYTES, some_losses_are_not_finite, without_graphs
 from conformance.training.runs import replays
@@ -27,6 +28,7 @@ LIVELY: dict[str, Any] = {"theta": 1, "theta_e": 1}
 CASES: dict[str, tuple[ArbConfig, torch.dtype, str]] = {
     "every module": (replace(nano.WHOLE, average_gradients=True, **LIVELY), torch.float32, "full"),
     "eight bits": (replace(nano.NANO, **LIVELY), torch.bfloat16, "mxint8"),
+    "stacks of several owners": (replace(CUT, **LIVELY), torch.bfloat16, "full"),
 }
 """Models that are compared, their dtype, and how gradients travel."""
 

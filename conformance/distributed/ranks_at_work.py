@@ -68,6 +68,7 @@ from conformance.distributed.codes_at_work import (
     spreads_codes,
     trains_with_spread_codes,
 )
+from conformance.distributed.cuts_at_work import CUT, cuts_stacks
 from conformance.distributed.experts_at_work import (
     spreads_experts,
     trains_with_spread_experts,
@@ -105,6 +106,14 @@ CASES: dict[str, tuple[ArbConfig, torch.dtype, str, bool]] = {
     "spread codes": (replace(PLAIN, num_codes=400), torch.bfloat16, "full", True),
     "running means": (MEANS, torch.bfloat16, "full", False),
     "running means in eight bits": (MEANS, torch.float32, "mxint8", True),
+    "stacks of several owners": (CUT, torch.float32, "full", False),
+    "stacks of several owners in eight bits": (CUT, torch.bfloat16, "mxint8", False),
+    "some matrices of stacks of several owners": (
+        replace(PLAIN, expert_rank=35, shared_inner=40),
+        torch.bfloat16,
+        "full",
+        False,
+    ),
 }
 """Models that are compared with the oracle bit for bit, how gradients travel, and whether rows of codebooks are spread."""
 
@@ -124,6 +133,9 @@ def sums_as_the_rule_says(world: World, folder: Path) -> Any:
         (2**26, 2**31),
         (2**12, 2**31),
         (2**26, 2**13),
+        (2**12, 2**10),
+        (2**26, 2**12),
+        (2**26, 2**31),
     )
     with pytest.MonkeyPatch.context() as patch:
         for (name, (config, dtype, exchange, spread)), (piece, held) in zip(
@@ -212,14 +224,14 @@ def counts_bytes(world: World, folder: Path) -> Any:
         ranks.measured()
         # The rows of the table of bytes, and the loss, are no matrices.
         for module in model.ternary_modules().values():
-            if module.tensor_id not in ranks.owners:
+            if module.tensor_id not in ranks.owned:
                 module.frozen = True
         for keeper in model.table_modules().values():
             keeper.frozen = True
         model.backward(losses, rate=RATE, step=0)
         model.step()
         received = ranks.measured()[1]
-        matrices = {n: m for n, m in model.ternary_modules().items() if m.tensor_id in ranks.owners}
+        matrices = {n: m for n, m in model.ternary_modules().items() if m.tensor_id in ranks.owned}
         wanted = sum(
             received_bytes(
                 module.weight,
@@ -235,7 +247,7 @@ def counts_bytes(world: World, folder: Path) -> Any:
         for owner in range(world.count):
             size = differ = 0
             for of, module in matrices.items():
-                if ranks.owners[module.tensor_id] == owner:
+                if ranks.owned[module.tensor_id][owner]:
                     size += read_bytes(module.weight)
                     for part in module.weight.tensors().keys() - VOTED_IN:
                         after, was = (as_bytes(each[f"{of}.{part}"]) for each in (read, before))
@@ -397,6 +409,7 @@ CHECKS: tuple[Callable[[World, Path], Any], ...] = (
     refuses_ranks_whose_adapters_differ,
     keeps_means,
     spreads_means,
+    cuts_stacks,
     goes_on_with_a_run_of_four,
     goes_on_with_a_run_of_one,
     goes_on,

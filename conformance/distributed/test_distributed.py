@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from conformance.distributed import passes_at_work, ranks_at_work
@@ -147,6 +149,26 @@ def test_a_rank_keeps_the_means_of_its_experts(found: Found) -> None:
         assert sum(parts) == whole > max(parts), name
     assert len(each[0]["kept"]) == 2
     assert len(set(each[0]["hashes"])) == 1 and None not in each[0]["hashes"]
+
+
+@both
+def test_each_rank_owns_some_matrices_of_a_stack(found: Found) -> None:
+    """Accumulators of seven experts lie in parts, and only there. One process and new ranks go on with the state."""
+    each = [of_rank["cuts_stacks"] for of_rank in found[1]]
+    count = len(each)
+    for name, rows in each[0]["owned"].items():
+        heights = {"expert_down": 35, "expert_up": 40}[name.rpartition(".")[2]]
+        firsts = [rank * 7 // count * heights for rank in range(count + 1)]
+        assert rows == [list(range(*ends)) for ends in pairwise(firsts)]
+        for rank, one in enumerate(each):
+            columns, trit_accum, exponent_accum, *left = one["kept"][name]
+            assert [trit_accum, exponent_accum] == [
+                len(rows[rank]) * size for size in (columns, -(-columns // 12))
+            ]
+            assert left == [1, 1]
+    assert len(each[0]["owned"]) == 2
+    assert len(set(each[0]["hashes"])) == 1 and None not in each[0]["hashes"]
+    assert all(one["wrote"] and one["undone"] for one in each)
 
 
 @both

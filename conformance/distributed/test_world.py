@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch.distributed import HashStore
 
 from arbitor.optimized.distributed import world
-from arbitor.optimized.distributed.ranks import owners
+from arbitor.optimized.distributed.ranks import owned_rows
 from arbitor.optimized.distributed.run import (
     check_agreement,
-    kept_elsewhere,
+    kept_rows,
     measured,
     spreads_over,
     train_together,
@@ -31,11 +31,13 @@ from arbitor.optimized.training.checkpoint import load_checkpoint
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import turns
 from arbitor.optimized.training.loop import train
+from arbitor.reference.config import ArbConfig
 from arbitor.reference.constants import VOTED_IN
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.growth import grow
 from arbitor.reference.graph.ranks import Ranks
 from arbitor.reference.types import has_memory, without_memory
+from conformance.distributed.cuts_at_work import CUT
 from conformance.distributed.started import meeting_place
 from conformance.graph import models
 from conformance.system.command import TIMEOUT
@@ -331,31 +333,66 @@ def test_ranks_validate_pieces_of_one_size_at_a_time(sizes: list[int], count: in
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_owners_share_the_weights_evenly(count: int) -> None:
-    model = models.nano()
-    sizes = {module.tensor_id: module.weight.shape for module in model.ternary_modules().values()}
-    found = owners(model, count)
-    loads = [
-        sum(sizes[each][0] * sizes[each][1] for each in found if found[each] == rank) for rank in range(count)
-    ]
-    largest = max(sizes[each][0] * sizes[each][1] for each in found)
+@pytest.mark.parametrize("config", [nano.WHOLE, CUT])
+def test_owners_share_the_weights_evenly(count: int, config: ArbConfig) -> None:
+    model = ArbModel(config, device="meta")
+    shapes = {module.tensor_id: module.weight.shape for module in model.ternary_modules().values()}
+    found = owned_rows(model, count)
+    for tensor_id, rows in found.items():
+        assert sum(map(len, rows)) == shapes[tensor_id][0] and len(rows) == count
+        owned = [each for each in rows if each]
+        assert [each.start for each in owned] == [0, *(each.stop for each in owned[:-1])]
+    loads = [sum(len(rows[rank]) * shapes[each][1] for each, rows in found.items()) for rank in range(count)]
+    largest = max(max(map(len, rows)) * shapes[each][1] for each, rows in found.items())
     assert max(loads) - min(loads) <= largest
     frozen_or_table = {
         module.tensor_id
         for name, module in model.ternary_modules().items()
         if "norm" in name.rpartition(".")[2] or name == "embedding.table"
     }
-    assert found.keys() == sizes.keys() - frozen_or_table
+    assert config is not CUT or found.keys() == shapes.keys() - frozen_or_table
 
 
+def test_a_stack_is_cut_between_its_matrices() -> None:
+    """Canonical bytes hold trits of two rows, so a stack whose matrices are no whole bytes is cut in a layout of rows alone."""
+    odd = replace(CUT, expert_rank=33, shared_inner=41)
+    for config, cuts in ((CUT, {None: 2, True: 2, False: 2}), (odd, {None: 0, True: 2, False: 0})):
+        model = ArbModel(config, device="meta")
+        for starts_rows_anew, wanted in cuts.items():
+            found = owned_rows(model, 3, starts_rows_anew=starts_rows_anew)
+            several = [rows for rows in found.values() if sum(map(bool, rows)) > 1]
+            assert len(several) == wanted
+            for rows in several:
+                height = sum(map(len, rows)) // 7
+                assert [each.start for each in rows] == [0, 2 * height, 4 * height]
+    for config, count in (
+        (CUT, 8),
+        (replace(CUT, average_gradients=True), 2),
+        (replace(CUT, expert_rank=30), 2),
+    ):
+        owned = owned_rows(ArbModel(config, device="meta"), count, starts_rows_anew=True)
+        assert all(sum(map(bool, rows)) == 1 for rows in owned.values())
+
+
+@pytest.mark.parametrize("config", [nano.MEANS, CUT])
 @pytest.mark.parametrize("grown", [False, True])
 @pytest.mark.parametrize("number", [0, 1])
-def test_what_votes_change_at_other_ranks_is_never_made(number: int, grown: bool) -> None:
+def test_what_votes_change_at_other_ranks_is_never_kept(number: int, grown: bool, config: ArbConfig) -> None:
     """A model of two ranks takes the memory of its part from the beginning, and loads its part of a state, or grows from it."""
-    config, two = nano.MEANS, world.World(number, 2)
-    elsewhere = kept_elsewhere(config, two, {})
-    whole, part = ArbModel(config, seed=1), ArbModel(config, seed=2, elsewhere=elsewhere)
-    assert elsewhere == {each for each, owner in owners(whole, 2).items() if owner != number} != set()
+    two = world.World(number, 2)
+    kept = kept_rows(config, two, {}, starts_rows_anew=False)
+    whole, part = ArbModel(config, seed=1), ArbModel(config, seed=2, kept_rows=kept)
+    num_rows = {module.tensor_id: module.weight.shape[0] for module in whole.ternary_modules().values()}
+    assert (
+        kept
+        == {
+            each: rows[number]
+            for each, rows in owned_rows(whole, 2).items()
+            if len(rows[number]) < num_rows[each]
+        }
+        != {}
+    )
+    assert any(map(len, kept.values())) == (config is CUT)
     for module in whole.ternary_modules().values():
         module.get_buffer("trit_accum").random_(-20, 20)
         if module.average is not None:
@@ -367,12 +404,15 @@ def test_what_votes_change_at_other_ranks_is_never_made(number: int, grown: bool
         part.load_state(whole.state())
     num_means = {True: 0, False: 0}
     for name, module in part.ternary_modules().items():
-        is_here = module.tensor_id not in elsewhere
+        is_here, rows = module.tensor_id not in kept, kept.get(module.tensor_id, range(0))
         for of_part, tensor in module.weight.tensors().items():
-            same = torch.equal(tensor, whole.ternary_modules()[name].weight.tensors()[of_part])
+            wanted = whole.ternary_modules()[name].weight.tensors()[of_part]
+            same = torch.equal(tensor, wanted)
             if of_part in VOTED_IN:
                 assert has_memory(tensor) == is_here or tensor.numel() == 1
                 assert same if is_here else not tensor.any(), (name, of_part)
+                own = module.own_rows().tensors()[of_part]
+                assert not rows or torch.equal(own, wanted[rows.start : rows.stop]), (name, of_part)
             else:
                 assert same, (name, of_part)
         if module.average is not None:
@@ -383,8 +423,8 @@ def test_what_votes_change_at_other_ranks_is_never_made(number: int, grown: bool
                 assert has_memory(of_table) == is_here
                 wanted = of_whole.tables()[table]
                 assert torch.equal(of_table, wanted if is_here else torch.zeros_like(wanted)), (name, table)
-    assert all(num_means.values())
-    assert kept_elsewhere(config, world.World(), {}) == frozenset()
+    assert all(num_means.values()) == config.average_gradients
+    assert kept_rows(config, world.World(), {}, starts_rows_anew=False) == {}
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 5), (7, 1), (4, 6)])

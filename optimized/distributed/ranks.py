@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from arbitor.optimized.distributed.sums import in_eight_bits, in_order, sum_eigh
 from arbitor.optimized.distributed.traffic import Recorded, Traffic
 from arbitor.optimized.distributed.world import World, as_bytes
 from arbitor.optimized.training.options import EXCHANGES
-from arbitor.reference.constants import VOTED_IN
+from arbitor.reference.constants import TRITS_PER_BYTE, VOTED_IN
 from arbitor.reference.graph import ArbModel
+from arbitor.reference.graph.grouped import TernaryGroupedLinear
 from arbitor.reference.graph.layers import TernaryEmbedding
 from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.graph.mxint8 import encoded_bytes
@@ -40,11 +42,11 @@ PIECE_BYTES = 2**26
 class GroupRanks(Ranks):
     """The ranks of a process group, which train one model.
 
-    Every matrix has an owner, which alone keeps its accumulators and the running mean of its gradients. Tables have none: all ranks
-    keep and step them alike.
+    Every matrix has an owner, which alone keeps its accumulators and the running mean of its gradients. A stack of matrices is cut,
+    so that each rank owns some of them. Tables have no owner: all ranks keep and step them alike.
 
     Attributes:
-        owners:   the owner of each matrix, by tensor id.
+        owned: the rows of each matrix, or stack of matrices, that each rank owns, by tensor id.
     """
 
     def __init__(self, model: ArbModel, world: World, *, exchange: str = FULL) -> None:
@@ -59,7 +61,7 @@ class GroupRanks(Ranks):
         self._traffic = Traffic(world, on_gpu=lambda: model.voting.faults.is_cuda)
         self._in_eight_bits = exchange == MXINT8
         self._pieces: dict[int, list[Piece]] = {}
-        self.owners = owners(model, self.count)
+        self.owned = owned_rows(model, self.count)
         self._num_rows = {each.tensor_id: each.weight.shape[0] for each in model.ternary_modules().values()}
         self._spreads = {
             each.tensor_id: each.spread
@@ -70,8 +72,9 @@ class GroupRanks(Ranks):
             each.tensor_id: isinstance(each, TernaryEmbedding) for each in model.ternary_modules().values()
         }
         for module in model.ternary_modules().values():
-            if not self.steps(module.tensor_id):
-                module.leave_votes()
+            kept = self._kept(module.tensor_id)
+            if kept is not None and len(kept) < module.weight.shape[0]:
+                module.leave_votes(kept)
         model.voting.ranks = self
 
     def part(self, loss: Tensor) -> Tensor:
@@ -103,12 +106,27 @@ class GroupRanks(Ranks):
         return self.total(values) / self.count
 
     def steps(self, tensor_id: int) -> bool:
-        """Return whether this rank steps a weight. The other ranks are given the weight after the step."""
-        return self.owners.get(tensor_id, self.number) == self.number
+        """Return whether this rank steps a weight, or rows of it. It is given the other rows after the step."""
+        kept = self._kept(tensor_id)
+        return kept is None or len(kept) > 0
 
     def answers_for(self, tensor_id: int) -> bool:
         """See `Ranks`."""
-        return tensor_id in self._spreads or self.owners.get(tensor_id, 0) == self.number
+        kept = self._kept(tensor_id)
+        return tensor_id in self._spreads or (self.number == 0 if kept is None else len(kept) > 0)
+
+    def _kept(self, tensor_id: int) -> range | None:
+        """Return the rows of a weight that this rank owns; None for a weight without owners."""
+        return self.owned[tensor_id][self.number] if tensor_id in self.owned else None
+
+    def _owner(self, tensor_id: int) -> int | None:
+        """Return the rank that owns a weight; None if it has no owner, or several."""
+        owners = [rank for rank, rows in enumerate(self.owned.get(tensor_id, ())) if rows]
+        return owners[0] if len(owners) == 1 else None
+
+    def _is_cut(self, tensor_id: int) -> bool:
+        """Return whether several ranks own a weight."""
+        return tensor_id in self.owned and self._owner(tensor_id) is None
 
     def exchange(self, tensor_id: int, gradient: Gradient, cast: Callable[[Gradient | None], None]) -> None:
         """See `Ranks`."""
@@ -122,7 +140,10 @@ class GroupRanks(Ranks):
             else:
                 self._exchange_chosen(tensor_id, gradient, cast)
             return
-        owner, grad_NK = self.owners.get(tensor_id), gradient.grad_NK
+        if self._is_cut(tensor_id):
+            self._exchange_cut(tensor_id, gradient, cast)
+            return
+        owner, grad_NK = self._owner(tensor_id), gradient.grad_NK
         arrives = owner is None or owner == self.number
         voting = self._model.voting
         is_rounded = voting.makes_orthogonal(gradient.num_matrices)
@@ -171,12 +192,13 @@ class GroupRanks(Ranks):
 
     def step(self, weights: Mapping[int, LaidOutWeight], apply: Callable[[Sequence[int]], None]) -> None:
         """See `Ranks`."""
-        by_all = [tensor_id for tensor_id in weights if tensor_id not in self.owners]
+        by_all = [tensor_id for tensor_id in weights if tensor_id not in self.owned]
         if by_all:
             apply(by_all)
         for tensor_id, weight in weights.items():
-            if tensor_id in self.owners:
-                self._add_to_pieces(tensor_id, weight)
+            for rank, rows in enumerate(self.owned.get(tensor_id, ())):
+                if rows:
+                    self._add_to_pieces(rank, tensor_id, weight.part(rows))
         for piece in self._pieces.get(self.number, []):
             piece.step(apply)
 
@@ -200,9 +222,12 @@ class GroupRanks(Ranks):
         owners_of_means: dict[object, int] = {}
         for name, module in self._model.ternary_modules().items():
             weight = module.weight
-            owner = owners_of_means[module.average] = self.owners.get(module.tensor_id, 0)
-            voted = {part: each for part, each in weight.tensors().items() if part in VOTED_IN}
-            arrived = self._brought(voted, owner)
+            owner = owners_of_means[module.average] = self._owner(module.tensor_id) or 0
+            if self._is_cut(module.tensor_id):
+                arrived = self._put_together(module)
+            else:
+                voted = {part: each for part, each in weight.tensors().items() if part in VOTED_IN}
+                arrived = self._brought(voted, owner)
             weight = weight.with_tensors(**{part: each.to(module.device) for part, each in arrived.items()})
             canonical = self._model.ops.to_spec(weight)
             if module.spread is not None:
@@ -233,11 +258,7 @@ class GroupRanks(Ranks):
         self, tensor_id: int, gradient: Gradient, cast: Callable[[Gradient | None], None]
     ) -> None:
         """Exchange the gradients of rows, or of matrices of a stack, that each rank has chosen."""
-        owner, num_matrices, most = (
-            self.owners.get(tensor_id),
-            gradient.num_matrices,
-            self._num_rows[tensor_id],
-        )
+        owner, num_matrices, most = self._owner(tensor_id), gradient.num_matrices, self._num_rows[tensor_id]
         assert gradient.rows is not None
         # A small table has more slots than rows.
         sent = gradient.grad_NK[:most]
@@ -250,9 +271,62 @@ class GroupRanks(Ranks):
                 cast(None)
                 return
             total = merged(list(grad_parts), list(row_parts), num_matrices, most, self._model.ops)
+            if self._is_cut(tensor_id):
+                cast(of_rows(total, self.owned[tensor_id][self.number]))
+                return
             self._cast_once(tensor_id, total, cast)
 
         self._traffic.later(sent.nbytes, end)
+
+    def _exchange_cut(
+        self, tensor_id: int, gradient: Gradient, cast: Callable[[Gradient | None], None]
+    ) -> None:
+        """Exchange the gradients of a stack of matrices, or of as many rows of each: each rank is sent those of its own matrices.
+
+        Some rows of each matrix travel at a time, so that memory does not grow with the number of ranks.
+        """
+        owned, grad_NK, voting = self.owned[tensor_id], gradient.grad_NK, self._model.voting
+        num_rows, num_columns = grad_NK.shape
+        # Of each matrix the gradient has as many rows.
+        places = [
+            range(*(each * num_rows // self._num_rows[tensor_id] for each in (rows.start, rows.stop)))
+            for rows in owned
+        ]
+        own, kept = places[self.number], owned[self.number]
+        is_rounded = voting.makes_orthogonal(gradient.num_matrices)
+        compact = self._in_eight_bits and is_rounded
+        row_bytes = encoded_bytes(1, num_columns) if compact else num_columns * grad_NK.element_size()
+        num_steps = max(-(-num_rows * row_bytes // max(self._traffic.most_pending // 4, 1)), 1)
+        dtype = voting.dtype if is_rounded else torch.float32
+        total = torch.empty((len(own), num_columns), dtype=dtype, device=grad_NK.device)
+        rows = None if gradient.rows is None else gradient.rows[own.start : own.stop] - kept.start
+        of_all = replace(
+            gradient,
+            grad_NK=total,
+            rows=rows,
+            num_matrices=gradient.num_matrices * len(kept) // self._num_rows[tensor_id],
+        )
+
+        def begin(step: int) -> None:
+            parts = [_part_of(each, step, num_steps) for each in places]
+            sent = [grad_NK[part.start : part.stop] for part in parts]
+            if compact:
+                sent = [in_eight_bits(each) for each in sent]
+            wait = self._traffic.begin_parts(sent, lengths=[len(sent[self.number])] * self.count)
+            mine = total[parts[self.number].start - own.start : parts[self.number].stop - own.start]
+
+            def end() -> None:
+                arrived = wait()
+                if len(mine):
+                    add = sum_eight_bits if compact else sum_in_order
+                    add(arrived.view(self.count, *sent[self.number].shape), mine)
+                if step == num_steps - 1:
+                    cast(of_all)
+
+            self._traffic.later(sum(each.nbytes for each in sent), end)
+
+        for step in range(num_steps):
+            begin(step)
 
     def _exchange_spread(
         self, tensor_id: int, gradient: Gradient, cast: Callable[[Gradient | None], None]
@@ -271,12 +345,12 @@ class GroupRanks(Ranks):
 
         self._traffic.later(gradient.grad_NK.nbytes, end)
 
-    def _add_to_pieces(self, tensor_id: int, weight: LaidOutWeight) -> None:
-        """Let a weight be sent from its owner to all."""
+    def _add_to_pieces(self, owner: int, tensor_id: int, weight: LaidOutWeight) -> None:
+        """Let a weight, or some rows of one, be sent from their owner to all."""
         read = [each for name, each in weight.tensors().items() if name not in VOTED_IN and each.numel()]
         # A copy would arrive in place of the tensor.
         assert all(each.is_contiguous() for each in read)
-        pieces, size = self._pieces.setdefault(self.owners[tensor_id], []), sum(each.nbytes for each in read)
+        pieces, size = self._pieces.setdefault(owner, []), sum(each.nbytes for each in read)
         if not pieces or pieces[-1].size + size > PIECE_BYTES:
             pieces.append(Piece())
         pieces[-1].add(tensor_id, [as_bytes(each) for each in read])
@@ -314,6 +388,19 @@ class GroupRanks(Ranks):
         arrived = {name: self._traffic.at_first(each, owner, len(each)) for name, each in tensors.items()}
         return {name: tensors[name] if each is None else each for name, each in arrived.items()}
 
+    def _put_together(self, module: TernaryModule) -> dict[str, Tensor]:
+        """Return what votes change of a weight that several ranks own: whole on rank 0, and as this rank has it on other ranks."""
+        own = {name: each for name, each in module.own_rows().tensors().items() if name in VOTED_IN}
+        found = {name: [each] for name, each in own.items()}
+        for rank, rows in enumerate(self.owned[module.tensor_id]):
+            if rank and rows:
+                for name, each in own.items():
+                    arrived = self._traffic.at_first(each, rank, len(rows))
+                    found[name] += [] if arrived is None else [arrived.to(each.device)]
+        if self.number:
+            return {name: each for name, each in module.weight.tensors().items() if name in VOTED_IN}
+        return {name: torch.cat(each) for name, each in found.items()}
+
     def _parts_of(self, own: Tensor) -> list[Tensor]:
         """Return the tensors that all ranks have, of one shape but for the first dimension, on the CPU of rank 0; [] on others."""
         sizes = [int(each) for each in self._traffic.gathered(torch.tensor(len(own)))]
@@ -329,23 +416,71 @@ class GroupRanks(Ranks):
             faults.copy_(before)
 
 
-def owners(model: ArbModel, count: int) -> dict[int, int]:
-    """Return the rank that owns each matrix, by tensor id. Tables, and weights that were built frozen, have no owner.
+def owned_rows(
+    model: ArbModel, count: int, *, starts_rows_anew: bool | None = None
+) -> dict[int, tuple[range, ...]]:
+    """Return the rows of each matrix that each rank owns, by tensor id. Tables, and weights that were built frozen, have no owner.
 
-    The largest matrix goes first, each to the rank that has the fewest weights so far, and of equals to the lowest. So the work of
-    making gradients orthogonal is shared evenly.
+    A stack of as many matrices as ranks, or more, is cut, if its gradients are made orthogonal and follow no running mean. Rank r
+    of P owns those of its E matrices from floor(r E / P) up to floor((r + 1) E / P). Of the other matrices the largest goes
+    first, each to the rank that has the fewest weights so far, and of equals to the lowest. So the ranks share the work of making
+    gradients orthogonal.
+
+    Args:
+        model, count: the model, which may be on the meta device, and the number of ranks.
+        starts_rows_anew: whether the layout lets each row begin anew, so that a stack can be cut anywhere; None for what the layout
+            of the model does. In canonical form bytes hold trits of two rows, and a stack is cut if that cuts no byte.
     """
-    sizes = {
-        module.tensor_id: math.prod(module.weight.shape)
-        for module in model.ternary_modules().values()
-        if has_owner(module)
-    }
+    found: dict[int, tuple[range, ...]] = {}
     loads = [0] * count
-    found = {}
-    for tensor_id in sorted(sizes, key=lambda each: (-sizes[each], each)):
-        found[tensor_id] = loads.index(min(loads))
-        loads[found[tensor_id]] += sizes[tensor_id]
+    whole = {}
+    for module in model.ternary_modules().values():
+        if not has_owner(module):
+            continue
+        rows = cut(module, count, starts_rows_anew=starts_rows_anew)
+        if rows is None:
+            whole[module.tensor_id] = module.weight.shape
+            continue
+        found[module.tensor_id] = rows
+        for rank, each in enumerate(rows):
+            loads[rank] += len(each) * module.weight.shape[1]
+    for tensor_id in sorted(whole, key=lambda each: (-math.prod(whole[each]), each)):
+        owner, shape = loads.index(min(loads)), whole[tensor_id]
+        loads[owner] += math.prod(shape)
+        found[tensor_id] = tuple(range(shape[0] if rank == owner else 0) for rank in range(count))
     return found
+
+
+def cut(
+    module: TernaryModule, count: int, *, starts_rows_anew: bool | None = None
+) -> tuple[range, ...] | None:
+    """Return the rows of a stack of matrices that each rank owns; None if the stack has one owner. See `owned_rows`."""
+    if count == 1 or not isinstance(module, TernaryGroupedLinear) or module.num_groups < count:
+        return None
+    if not module.orthogonal or module.average is not None:
+        return None
+    (num_rows, num_columns), matrices = module.weight.shape, module.num_groups
+    firsts = [rank * matrices // count * (num_rows // matrices) for rank in range(count + 1)]
+    if starts_rows_anew is None:
+        starts_rows_anew = not isinstance(module.weight, TernaryWeight)
+    if not starts_rows_anew and any(first * num_columns % TRITS_PER_BYTE for first in firsts[:-1]):
+        return None
+    return tuple(range(first, last) for first, last in pairwise(firsts))
+
+
+def of_rows(gradient: Gradient, rows: range) -> Gradient:
+    """Return a gradient of chosen rows for a part of a weight, which has some rows. The others become unused slots, at the end."""
+    assert gradient.rows is not None
+    is_own = (gradient.rows >= rows.start) & (gradient.rows < rows.stop)
+    order = is_own.logical_not().argsort(stable=True)
+    # What is not finite in a row of another rank is no fault of this part.
+    grad_NK = torch.where(is_own[:, None], gradient.grad_NK, 0.0)[order]
+    return replace(gradient, grad_NK=grad_NK, rows=torch.where(is_own, gradient.rows - rows.start, -1)[order])
+
+
+def _part_of(rows: range, step: int, num_steps: int) -> range:
+    """Return one of several equal parts of a range, as far as these can be equal."""
+    return range(*(rows.start + each * len(rows) // num_steps for each in (step, step + 1)))
 
 
 def has_owner(module: TernaryModule) -> bool:

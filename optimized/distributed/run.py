@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arbitor.optimized.distributed.ranks import GroupRanks, owners
+from arbitor.optimized.distributed.ranks import GroupRanks, owned_rows
 from arbitor.optimized.distributed.traffic import Recorded
 from arbitor.optimized.distributed.world import World, code_sha256
 from arbitor.optimized.training.checkpoint import Checkpoint, adapter_sha256
@@ -68,12 +68,28 @@ def train_together(model: ArbModel, world: World, *, exchange: str) -> None:
         GroupRanks(model, world, exchange=exchange)
 
 
-def kept_elsewhere(config: ArbConfig, world: World, spreads: Mapping[str, Any]) -> frozenset[int]:
-    """Return the tensor ids of the weights of a model whose accumulators other ranks will keep, so that none is made here."""
+def kept_rows(
+    config: ArbConfig, world: World, spreads: Mapping[str, Any], *, starts_rows_anew: bool
+) -> dict[int, range]:
+    """Return the rows whose accumulators this rank will keep, of weights of which others keep some, as `ArbModel` takes them.
+
+    So no accumulators are kept here that belong to another rank.
+
+    Args:
+        config, world: of the run.
+        spreads: what `spreads_over` returned.
+        starts_rows_anew: as for `owned_rows`.
+    """
     if world.count == 1:
-        return frozenset()
-    found = owners(ArbModel(config, device="meta", **spreads), world.count)
-    return frozenset(tensor_id for tensor_id, owner in found.items() if owner != world.number)
+        return {}
+    model = ArbModel(config, device="meta", **spreads)
+    owned = owned_rows(model, world.count, starts_rows_anew=starts_rows_anew)
+    num_rows = {module.tensor_id: module.weight.shape[0] for module in model.ternary_modules().values()}
+    return {
+        tensor_id: rows[world.number]
+        for tensor_id, rows in owned.items()
+        if len(rows[world.number]) < num_rows[tensor_id]
+    }
 
 
 def spreads_over(

@@ -107,10 +107,19 @@ class Traffic:
 
         The ranks first tell each other how long the parts are.
         """
-        number = self._world.number
         lengths = torch.tensor([len(part) for part in parts])
-        arriving = [int(each[number]) for each in self.gathered(lengths)]
-        like = parts[0]
+        arriving = [int(each[self._world.number]) for each in self.gathered(lengths)]
+        wait = self.begin_parts(parts, arriving)
+        return lambda: list(wait().split(arriving))
+
+    def begin_parts(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> Callable[[], Tensor]:
+        """Begin to send a tensor to each rank; return what waits for what the ranks send to this one, one below the other.
+
+        Args:
+            parts: what each rank is sent. The tensors have one dtype, and one shape but for the first dimension.
+            lengths: the first dimension of what each rank sends to this one.
+        """
+        number, arriving, like = self._world.number, list(lengths), parts[0]
         size = like.element_size() * math.prod(like.shape[1:])
         sent = as_bytes(torch.cat(list(parts)))
         arrived = sent.new_empty(sum(arriving) * size)
@@ -119,16 +128,15 @@ class Traffic:
                 arrived,
                 sent,
                 [length * size for length in arriving],
-                [length * size for length in lengths.tolist()],
+                [len(part) * size for part in parts],
                 async_op=True,
             )
         self._receive(arrived.nbytes - arriving[number] * size)
 
-        def wait() -> list[Tensor]:
+        def wait() -> Tensor:
             with self._waiting(), answered():
                 work.wait()
-            whole = arrived.view(like.dtype).reshape(sum(arriving), *like.shape[1:])
-            return list(whole.split(arriving))
+            return arrived.view(like.dtype).reshape(sum(arriving), *like.shape[1:])
 
         return wait
 

@@ -266,7 +266,11 @@ def _shared_rows(num_m: int, num_columns: int) -> tuple[int, int, dict[str, Any]
     tile = _tile(num_columns)
     is_short = tile["BLOCK"] <= SHORT_ROW
     part_rows, num_parts = parts_of(num_m, SHORT_PROGRAMS if is_short else PROGRAMS, 1)
-    return part_rows, num_parts, {**tile, "ONE_BLOCK": num_columns <= BLOCK_COLUMNS, "STAGES": 2 if is_short else 1}
+    return (
+        part_rows,
+        num_parts,
+        {**tile, "ONE_BLOCK": num_columns <= BLOCK_COLUMNS, "STAGES": 2 if is_short else 1},
+    )
 
 
 def normalize(

@@ -228,11 +228,11 @@ def count_accumulators(module: TernaryModule, ops: Any, *, counts: bool = True) 
     """Return how many accumulators of a weight are at the ``rail`` and ``saturated``, int64 [] on its device.
 
     An accumulator is at the rail where 2 T T_accum <= -theta: it has half of what would move the trit, in the direction in which
-    the trit can't go. Without `counts` another rank counts them, and both numbers are 0.
+    the trit can't go. A rank counts those that it keeps. Without `counts` another rank counts them, and both numbers are 0.
     """
     limit = -(-module.config.theta // 2)
     rail = saturated = torch.zeros((), dtype=torch.int64, device=module.device)
-    for part in row_parts(module.weight) if counts else ():
+    for part in row_parts(module.own_rows()) if counts else ():
         accum_NK = part.tensors()["trit_accum"]
         # The product fits int8, since |T| <= 1.
         rail = rail + torch.count_nonzero(trits_of(part, ops) * accum_NK <= -limit)

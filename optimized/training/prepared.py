@@ -11,7 +11,7 @@ import torch
 
 from arbitor.optimized.distributed.run import (
     check_agreement,
-    kept_elsewhere,
+    kept_rows,
     spreads_over,
     train_together,
     unrecorded,
@@ -152,7 +152,7 @@ def prepare(
         device=runtime.device,
         dtype=runtime.dtype,
         seed=settings.seed,
-        elsewhere=kept_elsewhere(config, world, spreads),
+        kept_rows=kept_rows(config, world, spreads, starts_rows_anew=runtime.starts_rows_anew),
         **spreads,
     )
     config_json = json.loads(config.to_json())

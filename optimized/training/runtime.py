@@ -38,6 +38,11 @@ class Runtime:
     backend: str
     dtype: torch.dtype
 
+    @property
+    def starts_rows_anew(self) -> bool:
+        """Whether the layout of the op set lets each row of a weight begin anew (`distributed.ranks.owned_rows`)."""
+        return self.backend != "reference"
+
     def ops(self) -> ModuleType:
         """Return the op set, imported."""
         return importlib.import_module(OP_SETS[self.backend])

@@ -72,6 +72,6 @@ def average_of(module: TernaryModule, *, orthogonal: bool) -> GradientAverage | 
         return None
     average = GradientAverage(module.context, module.weight.shape)
     average.spread = module.spread
-    if module.tensor_id in module.context.elsewhere:
+    if module.tensor_id in module.context.kept_rows:
         average.leave()
     return average

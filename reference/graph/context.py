@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
@@ -29,7 +29,7 @@ class GraphContext:
         seed:        seed of the starting weights and of the dither.
         voting:      how weights vote, and the notes that passes left for the next step.
         num_weights: number of weights so far.
-        elsewhere:   tensor ids of the weights whose accumulators another rank keeps (`Ranks`).
+        kept_rows:   by tensor id the rows whose accumulators this rank keeps, of weights of which other ranks keep some (`Ranks`).
         codes_over:  the number of this rank, and how many ranks the rows of codebooks and of their edges are spread over.
         experts_over: the same for experts.
         moving:      whether the modules are being moved right now (`graph.module.Part`).
@@ -46,7 +46,7 @@ class GraphContext:
         device: torch.device | str,
         dtype: torch.dtype,
         seed: int,
-        elsewhere: frozenset[int] = frozenset(),
+        kept_rows: Mapping[int, range] | None = None,
         codes_over: tuple[int, int] = (0, 1),
         experts_over: tuple[int, int] = (0, 1),
     ) -> None:
@@ -59,7 +59,7 @@ class GraphContext:
         self.seed = seed
         self.voting = Voting(self.op_set, config, seed=seed, device=device, dtype=dtype)
         self.num_weights = 0
-        self.elsewhere = elsewhere
+        self.kept_rows = kept_rows or {}
         self.codes_over, self.experts_over = codes_over, experts_over
         self.moving = False
         self._warned_of_autocast = False

@@ -61,7 +61,8 @@ class ArbModel(ArbTrunk):
         device: device of the weights; `meta` builds a model without memory, for the audit.
         dtype:  dtype of activations: float32, bfloat16, or float64 with the reference.
         seed:   64-bit seed of the starting weights and of the dither.
-        elsewhere: tensor ids of the weights whose accumulators another rank keeps; they read as zeros here.
+        kept_rows: by tensor id the rows whose accumulators this rank keeps, of weights of which other ranks keep some. The others
+            read as zeros here.
         codes_over: the number of this rank, and how many ranks the rows of codebooks and of their edges are spread over; this rank
             keeps its own.
         experts_over: the same for experts.
@@ -78,7 +79,7 @@ class ArbModel(ArbTrunk):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
-        elsewhere: frozenset[int] = frozenset(),
+        kept_rows: Mapping[int, range] | None = None,
         codes_over: tuple[int, int] = (0, 1),
         experts_over: tuple[int, int] = (0, 1),
     ) -> None:
@@ -88,7 +89,7 @@ class ArbModel(ArbTrunk):
             device=device,
             dtype=dtype,
             seed=seed,
-            elsewhere=elsewhere,
+            kept_rows=kept_rows,
             codes_over=codes_over,
             experts_over=experts_over,
         )

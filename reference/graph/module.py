@@ -217,6 +217,7 @@ class TernaryModule(ArbModule):
         steps:     how often the weight was stepped or loaded; a backward pass refuses a weight that changed since its forward pass.
         adapter:   what adds a change of low rank to the output of a linear (`adapters.attach`), or None.
         average:   the running mean of the weight's gradients (`averages`), or None.
+        kept_rows: the rows whose accumulators this rank keeps, where other ranks keep others; None where this rank keeps all.
         ticket:    names the module in graphs of torch.compile (`rule.new_ticket`).
     """
 
@@ -229,10 +230,11 @@ class TernaryModule(ArbModule):
         self.average: Average | None = None
         self.uses = 1
         self.steps = 0
+        self.kept_rows: range | None = None
         self.tensor_id = context.next_tensor_id()
         self._hold(self.ops.from_spec(make(self.tensor_id)))
-        if self.tensor_id in context.elsewhere:
-            self.leave_votes()
+        if self.tensor_id in context.kept_rows:
+            self.leave_votes(context.kept_rows[self.tensor_id])
         # Plain values, because the compiler looks at them.
         self._shape = list(self._weight.shape)
         self._codes = next(iter(self._tensors.keys() - BESIDE_TRITS))
@@ -249,12 +251,32 @@ class TernaryModule(ArbModule):
         for name, tensor in self._tensors.items():
             self.register_buffer(name, tensor)
 
-    def leave_votes(self) -> None:
-        """Let another rank keep what votes change, the running mean of gradients among it. Here it reads as zeros."""
-        weight = self.weight
-        self._hold(weight.with_tensors(**{name: without_memory(weight.tensors()[name]) for name in VOTED_IN}))
+    def leave_votes(self, kept: range) -> None:
+        """Let other ranks keep what votes change of all rows but some, the running mean of gradients among it.
+
+        In `weight` accumulators read as zeros from then on. `own_rows` has those of the rows that are kept. A weight whose gradient
+        is led by a mean keeps all rows or none.
+        """
+        if self.kept_rows == kept:
+            return
+        tensors = self.weight.tensors()
+        for name in VOTED_IN:
+            own = tensors[name][kept.start : kept.stop].clone()
+            self.register_buffer(f"own_{name}", own, persistent=False)
+        self._hold(self.weight.with_tensors(**{name: without_memory(tensors[name]) for name in VOTED_IN}))
+        self.kept_rows = kept
         if self.average is not None:
             self.average.leave()
+
+    def own_rows(self) -> LaidOutWeight:
+        """Return what votes and steps change on this rank: the weight, or the rows of it whose accumulators this rank keeps.
+
+        The trits and exponents share the memory of the weight.
+        """
+        if not self.kept_rows:
+            return self.weight
+        own = {name: self.get_buffer(f"own_{name}") for name in VOTED_IN}
+        return self.weight.part(self.kept_rows).with_tensors(**own)
 
     @property
     def weight(self) -> LaidOutWeight:
@@ -366,9 +388,11 @@ class TernaryModule(ArbModule):
 
         The arguments are the fields of a `Gradient`.
         """
-        first_row = 0 if self.spread is None else self.spread.rows.start
+        first_row = self.kept_rows.start if self.kept_rows else 0
+        if self.spread is not None:
+            first_row = self.spread.rows.start
         self.voting.cast(
-            Voter(self.weight, self.tensor_id, self.uses, self.average, first_row, self.note_vote),
+            Voter(self.own_rows(), self.tensor_id, self.uses, self.average, first_row, self.note_vote),
             Gradient(grad_NK, rows, num_matrices, chosen),
         )
 
@@ -400,7 +424,7 @@ class TernaryModule(ArbModule):
 
     def apply_step(self, *, rows: Tensor | None) -> None:
         """Apply the step rule to the weight, or to its unique `rows` (-1: unused slot)."""
-        rule, weight = self.config, self.weight
+        rule, weight = self.config, self.own_rows()
         self.ops.apply_step(
             weight,
             theta=rule.theta,
@@ -428,6 +452,9 @@ class TernaryModule(ArbModule):
         """Do as `load` with a weight that was checked."""
         for name, tensor in self.ops.from_spec(weight.to(self.device)).tensors().items():
             overwrite(self.get_buffer(name), tensor)
+            if self.kept_rows is not None and name in VOTED_IN:
+                kept = self.kept_rows
+                self.get_buffer(f"own_{name}").copy_(tensor[kept.start : kept.stop])
         self.note_loaded()
 
     def forget(self) -> None:

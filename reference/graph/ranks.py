@@ -85,14 +85,15 @@ class Ranks:
         return values
 
     def answers_for(self, tensor_id: int) -> bool:
-        """Return whether this rank is the one that counts what is to be counted once of a weight, such as faults."""
+        """Return whether this rank counts what is to be counted once of a weight, such as faults, or of its rows of the weight."""
         return True
 
     def exchange(self, tensor_id: int, gradient: Gradient, cast: Callable[[Gradient | None], None]) -> None:
         """Sum the gradients of a weight over ranks, and give the sum to `cast`; ranks that do not step the weight give it None.
 
-        Of a table whose rows are spread over ranks each rank is given the sums of the rows that it keeps, and their places there.
-        `cast` may run later, at the latest in `finish`. The sums of one weight are cast in the order in which they were exchanged.
+        Where several ranks keep rows of a weight, or their accumulators, each rank is given the sums of its rows, and their places
+        among these. `cast` may run later, at the latest in `finish`. The sums of one weight are cast in the order in which they
+        were exchanged.
         """
         cast(gradient)
 

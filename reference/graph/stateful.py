@@ -146,7 +146,7 @@ class Stateful(ArbModule):
 
     def _step_together(self, modules: Sequence[TernaryModule]) -> None:
         """Apply the step rule to all rows of the weights of some modules, which voted."""
-        rule, weights = self.config, tuple(module.weight for module in modules)
+        rule, weights = self.config, tuple(module.own_rows() for module in modules)
         self.ops.apply_steps(
             weights, theta=rule.theta, theta_e=rule.theta_e, on_flip=rule.on_flip, out=weights
         )
