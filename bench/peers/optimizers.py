@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from arbitor.reference.op_table import OP_TABLE
 from bench.inputs import Arguments, Sizes
 from bench.peers import Peer
+from bench.peers.functional import muon_ops
 
 BYTES_PER_WEIGHT = 28
 """float32 weight, gradient and two moments read; weight and moments written."""
@@ -55,7 +55,7 @@ PEERS = {
             _muon_step,
             # float32 weight, gradient and momentum read; weight and momentum written.
             lambda s: 20 * s["N"] * s["K"],
-            lambda s: OP_TABLE["orthogonalize"].ops_min({**s, "E": 1, "iterations": MUON_ITERATIONS}),
+            lambda s: muon_ops({**s, "E": 1, "iterations": MUON_ITERATIONS}),
             note="another rule: it keeps a float32 momentum and makes that orthogonal in 5 iterations, ours the gradient in 3",
             checked=False,
             # Its learning rate lies on the host, and torch refuses to record it.
