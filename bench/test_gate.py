@@ -264,6 +264,25 @@ def test_every_op_takes_its_inputs(op: str) -> None:
         assert checked.get("N", 2**30) >= 2 ** checked.get("sign_bits", 0)
 
 
+def test_the_layer_of_transformers_reads_every_slot_and_leaves_the_cache_as_it_was() -> None:
+    pytest.importorskip("transformers", reason="the peer is a layer of the library transformers")
+    [peer] = [peer for peer in peers_of("decode_attention") if peer.needs == "transformers"]
+    sizes = OP_TABLE["decode_attention"].shapes["tiny"]
+    (q, keys, bias), kwargs = inputs.INPUTS["decode_attention"](inputs.Maker("cpu", "slots"), sizes)
+
+    def outputs(keys: torch.Tensor) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        step = peer.build(((q, keys, bias), kwargs), sizes)
+        return [step(), step()]
+
+    first, second = outputs(keys)
+    assert torch.equal(first, second)
+    for slot in (0, sizes["S"] - 2):
+        changed = keys.clone()
+        changed[:, slot] += 8.0
+        assert not torch.equal(outputs(changed)[0], first)
+
+
 @pytest.mark.parametrize("halting", [0, 1])
 def test_the_peer_of_the_loop_halts_too(halting: int) -> None:
     [peer] = peers_of("denoise_loop")
