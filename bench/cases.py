@@ -54,8 +54,9 @@ UPDATE_SHAPES: Mapping[str, Shape] = {
     "7168": {"N": 7168, "K": 7168, "G": 12},
     "2^28": {"N": 16384, "K": 16384, "G": 12},
     "2^30": {"N": 32768, "K": 32768, "G": 12},
+    "2^30_bf16": {"N": 32768, "K": 32768, "G": 12, "float_bytes": 2},
 }
-"""Weights of an update step: 65 thousand, 9.4, 51.4, 268 million and 1.07e9."""
+"""Weights of an update step: 65 thousand, 9.4, 51.4, 268 million and 1.07e9; the last with a bfloat16 gradient too."""
 
 ORTHOGONAL = "orthogonal_update_step"
 """Name of the update step whose gradient is made orthogonal first. At the shapes above up to 7168: more is minutes of products."""
@@ -128,8 +129,8 @@ def rows() -> Mapping[str, BenchRow]:
         name="update_step",
         family="update",
         shapes=UPDATE_SHAPES,
-        # As one op it reads the float32 gradient once, and reads and writes the state once.
-        bytes_min=lambda s: 4 * s["N"] * s["K"] + step.bytes_min(s),
+        # As one op it reads the gradient once, and reads and writes the state once.
+        bytes_min=lambda s: s.get("float_bytes", 4) * s["N"] * s["K"] + step.bytes_min(s),
         ops_min=lambda s: count.ops_min(s) + step.ops_min(s),
         capturable=True,
         gates=partial(_only, count.name, step.name),

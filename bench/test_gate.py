@@ -231,6 +231,13 @@ def test_a_compound_is_checked_at_its_own_sizes_where_its_ops_have_them() -> Non
         cases.all_cases()[name] for name in ("update_step-2^30-ours", "train_step-small-ours")
     )
     assert gate.called_with(update_step, "apply_step") == cases.UPDATE_SHAPES["2^30"]
+    of_bfloat16 = cases.all_cases()["update_step-2^30_bf16-ours"]
+    checked = gate.small(
+        cases.rows()["accumulate_gradient"], gate.called_with(of_bfloat16, "accumulate_gradient")
+    )
+    assert (
+        inputs.INPUTS["accumulate_gradient"](inputs.Maker("cpu", "x"), checked)[0][1].dtype == torch.bfloat16
+    )
     assert gate.called_with(train_step, "grouped_linear") == OP_TABLE["grouped_linear"].shapes["small"]
     assert gate.called_with(train_step, "linear") == OP_TABLE["linear"].shapes["tiny"]
 
