@@ -62,7 +62,7 @@ ORTHOGONAL = "orthogonal_update_step"
 """Name of the update step whose gradient is made orthogonal first. At the shapes above up to 7168: more is minutes of products."""
 
 REFERENCE_MAX_WEIGHTS = 7168 * 7168
-"""Largest weight that the reference is timed with; its temporaries are int64, some of them a dozen numbers a group."""
+"""Most weights that the reference is timed with; its temporaries are int64, some of them a dozen numbers a group."""
 
 NOTES = {
     "from_spec": "only the trits change form; the other tensors are shared, so less moves than the floor counts",
@@ -245,8 +245,11 @@ def why_left_out(case: Case) -> str | None:
     peer = next((peer for peer in peers_of(case.row.name) if peer.name == case.implementation), None)
     if peer is not None and peer.needs and not (machine.on_gpu() and find_spec(peer.needs)):
         return f"{peer.needs} is not installed, or there is no GPU"
-    large = sizes.get("N", 0) * sizes.get("K", 0) > REFERENCE_MAX_WEIGHTS
-    if case.implementation == REFERENCE and case.row.family in ("update", LINEARS) and large:
+    weights = sizes.get("N", 0) * sizes.get("K", 0)
+    if case.row.name == train_step.TRANSFORMER:
+        weights = train_step.weights_of(sizes)
+    large = weights > REFERENCE_MAX_WEIGHTS
+    if case.implementation == REFERENCE and case.row.family in ("update", LINEARS, TRAIN_FAMILY) and large:
         return (
             f"the reference's int64 temporaries are too large for more than {REFERENCE_MAX_WEIGHTS:,} weights"
         )
