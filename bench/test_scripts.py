@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import weakref
 from argparse import Namespace
@@ -120,24 +121,42 @@ def test_large_measures_each_length_and_a_checkpoint(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     status = large.main(
         [
-            *("--presets", "tiny", "--ctx", "2", "4", "--checkpoint", "tiny", "--device", "cpu"),
+            *("--presets", "tiny", "--ctx", "2", "4", "--windows", "3", "--recorded"),
+            *("--checkpoint", "tiny", "--device", "cpu"),
             *("--out", str(tmp_path / "large")),
         ]
     )
     report = json.loads((tmp_path / "large.json").read_text())
     refused, row = report["rows"]
     assert status == 1 and "at least 4 bytes" in refused["failed"] and refused["context"] == 2
-    assert row["context"] == 4 and row["weights"] == audit(preset("tiny")).weights and row["seed"] is None
-    assert min(row[name] for name in row if name.endswith("_seconds")) > 0
+    assert (
+        (row["context"], row["windows"]) == (4, 3)
+        and row["weights"] == audit(preset("tiny")).weights
+        and row["seed"] is None
+    )
+    assert min(row[name] for name in row if name.endswith("_seconds")) > 0 and row["step_seconds"] > 0
     [entry] = report["checkpoints"]
     assert entry["same_state"] and len(entry["stages"]) == 5
     # The canonical state, and integer tables.
     assert 1.36 < entry["file_bytes"] / row["weights"] < 1.7
     shown = capsys.readouterr().out
     assert (
-        "| tiny | 2 | ValueError" in shown and "| tiny | 4 |" in shown and "the same state came back" in shown
+        "| tiny | 3 | 2 | ValueError" in shown
+        and "| tiny | 3 | 4 |" in shown
+        and "the same state came back" in shown
     )
     assert "| first forward s |" in shown and "| cold forward s |" in large.tables({**report, "cold": True})
+
+
+def test_a_cold_process_has_no_compiled_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither of Triton nor in CUDA C++."""
+    for name in ("TRITON_CACHE_DIR", "ARB_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    for cold in (False, True):
+        with large.a_process(cold=cold) as pool:
+            for name in ("TRITON_CACHE_DIR", "ARB_CACHE"):
+                folder = pool.submit(os.getenv, name).result()
+                assert (folder != str(tmp_path)) is cold and not list(Path(folder).iterdir())
 
 
 def test_stages_before_one_that_fails_are_kept() -> None:
