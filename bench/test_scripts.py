@@ -21,7 +21,7 @@ from arbitor.reference.audit import audit
 from arbitor.reference.config import with_fields
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.presets import preset
-from bench import ablation, codes, generation, large, machine, parts, recall
+from bench import ablation, codes, generation, goals, large, machine, parts, recall
 from conformance.graph.models import NANO, WHOLE, random_ids
 
 
@@ -135,6 +135,7 @@ def test_large_measures_each_length_and_a_checkpoint(
         and row["seed"] is None
     )
     assert min(row[name] for name in row if name.endswith("_seconds")) > 0 and row["step_seconds"] > 0
+    assert of_goals("large", "large-step", "large-cold") <= {*row, *report}
     [entry] = report["checkpoints"]
     assert entry["same_state"] and len(entry["stages"]) == 5
     # The canonical state, and integer tables.
@@ -146,6 +147,13 @@ def test_large_measures_each_length_and_a_checkpoint(
         and "the same state came back" in shown
     )
     assert "| first forward s |" in shown and "| cold forward s |" in large.tables({**report, "cold": True})
+
+
+def of_goals(*scripts: str) -> set[str]:
+    """Return the fields that goals read of what scripts have stored, without what follows a dot."""
+    figures = [each for goal in goals.GOALS for each in goal.figures if isinstance(each, goals.Figure)]
+    named = [(*each.where, *each.fields, each.rows) for each in figures if each.script in scripts]
+    return {name.split(".")[0] for names in named for name in names}
 
 
 def test_a_cold_process_has_no_compiled_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -171,6 +179,8 @@ def test_stages_before_one_that_fails_are_kept() -> None:
 
 def test_every_seed_figure_is_of_a_model_that_is_measured() -> None:
     assert {name for name, _ in large.SEED_FIGURES} <= set(large.MODELS)
+    figures = [each for goal in goals.GOALS for each in goal.figures if isinstance(each, goals.Figure)]
+    assert {each.where["model"] for each in figures if each.script.startswith("large")} <= set(large.MODELS)
     dense = [name for name in large.MODELS if large.config_of(name).dense_dispatch_max_tokens]
     assert dense == ["r12, every expert runs", "tiny, every expert runs"]
 
@@ -218,7 +228,7 @@ def test_generation_takes_a_file_and_adds_modules(
     assert report["model"] == json.loads(ablation.full(NANO).to_json()) and report["model"]["composite_codes"]
     failed, row = report["with_ledger"]
     assert status == 1 and failed["length"] == 7 and "failed" in failed
-    assert row["length"] == 40
+    assert row["length"] == 40 and of_goals("generation") <= {*row, *report}
     for steps in (row["steps"], report["without_ledger"]["steps"]):
         assert steps.keys() == {"launched"} and steps["launched"]["p50_seconds"] > 0, (
             "there is no graph on a CPU"
