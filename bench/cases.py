@@ -54,14 +54,15 @@ UPDATE_SHAPES: Mapping[str, Shape] = {
     "7168": {"N": 7168, "K": 7168, "G": 12},
     "2^28": {"N": 16384, "K": 16384, "G": 12},
     "2^30": {"N": 32768, "K": 32768, "G": 12},
+    "2^30_bf16": {"N": 32768, "K": 32768, "G": 12, "float_bytes": 2},
 }
-"""Weights of an update step: 65 thousand, 9.4, 51.4, 268 million and 1.07e9."""
+"""Weights of an update step: 65 thousand, 9.4, 51.4, 268 million and 1.07e9; the last with a bfloat16 gradient too."""
 
 ORTHOGONAL = "orthogonal_update_step"
 """Name of the update step whose gradient is made orthogonal first. At the shapes above up to 7168: more is minutes of products."""
 
 REFERENCE_MAX_WEIGHTS = 7168 * 7168
-"""Largest weight that the reference is timed with; its temporaries are int64, some of them a dozen numbers a group."""
+"""Most weights that the reference is timed with; its temporaries are int64, some of them a dozen numbers a group."""
 
 NOTES = {
     "from_spec": "only the trits change form; the other tensors are shared, so less moves than the floor counts",
@@ -128,8 +129,8 @@ def rows() -> Mapping[str, BenchRow]:
         name="update_step",
         family="update",
         shapes=UPDATE_SHAPES,
-        # As one op it reads the float32 gradient once, and reads and writes the state once.
-        bytes_min=lambda s: 4 * s["N"] * s["K"] + step.bytes_min(s),
+        # As one op it reads the gradient once, and reads and writes the state once.
+        bytes_min=lambda s: s.get("float_bytes", 4) * s["N"] * s["K"] + step.bytes_min(s),
         ops_min=lambda s: count.ops_min(s) + step.ops_min(s),
         capturable=True,
         gates=partial(_only, count.name, step.name),
@@ -244,8 +245,11 @@ def why_left_out(case: Case) -> str | None:
     peer = next((peer for peer in peers_of(case.row.name) if peer.name == case.implementation), None)
     if peer is not None and peer.needs and not (machine.on_gpu() and find_spec(peer.needs)):
         return f"{peer.needs} is not installed, or there is no GPU"
-    large = sizes.get("N", 0) * sizes.get("K", 0) > REFERENCE_MAX_WEIGHTS
-    if case.implementation == REFERENCE and case.row.family in ("update", LINEARS) and large:
+    weights = sizes.get("N", 0) * sizes.get("K", 0)
+    if case.row.name == train_step.TRANSFORMER:
+        weights = train_step.weights_of(sizes)
+    large = weights > REFERENCE_MAX_WEIGHTS
+    if case.implementation == REFERENCE and case.row.family in ("update", LINEARS, TRAIN_FAMILY) and large:
         return (
             f"the reference's int64 temporaries are too large for more than {REFERENCE_MAX_WEIGHTS:,} weights"
         )

@@ -52,10 +52,11 @@ def _checked(size: int, most: int | tuple[int, ...]) -> int:
 def called_with(case: Case, op: str) -> Sizes:
     """Return the sizes that a case calls an op with.
 
-    A compound calls it with its own if the op has the same ones; else with the op's shape of that name, or its tiny one.
+    A compound calls it with its own if the op has the same ones, a dtype aside. Else it is the op's shape of that name, or its tiny
+    one.
     """
     shapes = cases.rows()[op].shapes
-    if op == case.row.name or set(shapes["tiny"]) == set(case.sizes):
+    if op == case.row.name or set(shapes["tiny"]) | {"float_bytes"} == set(case.sizes) | {"float_bytes"}:
         return case.sizes
     return shapes.get(case.shape, shapes["tiny"])
 

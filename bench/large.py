@@ -4,7 +4,8 @@
 
 With --cold every model gets an empty cache of compiled kernels, and its first pass at the first length compiles all that the model
 needs; without it, that pass takes kernels from the cache where it finds them. The seeds' figures, of an RTX 4060, stand beside ours
-where they ran the same model at the same length. With --checkpoint the trained state is written, read back and compared by digest;
+where they ran the same model at the same length with one window. Passes are launched. With --recorded the steps of a trainer follow
+them, whose passes a GPU replays from CUDA graphs. With --checkpoint the trained state is written, read back and compared by digest;
 peak memory is said for every stage. Writes one JSON object, again after each length, and prints it as Markdown; what does not fit
 the device is said, and costs no other row.
 """
@@ -23,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest.mock import patch
 
@@ -31,11 +33,12 @@ import torch
 from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training.checkpoint import load_checkpoint, save_checkpoint, state_sha256
 from arbitor.optimized.training.plan import model_config
-from arbitor.optimized.training.runtime import choose_runtime
+from arbitor.optimized.training.recording import LAUNCHED_FIRST
+from arbitor.optimized.training.runtime import Runtime, choose_runtime
 from arbitor.optimized.training.smoke import smoke
 from arbitor.reference.config import NUM_BYTES, ArbConfig, with_fields
 from arbitor.reference.graph import ArbModel
-from bench import machine, parts
+from bench import machine, parts, train_step
 
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "r9": {"preset": "r9"},
@@ -75,12 +78,15 @@ PASSES = 6
 """Passes at each length: the first, and the median of the others."""
 
 
-def measured(name: str, context: int, *, device: str, seed: int) -> dict[str, Any]:
-    """Return the figures of a model at a length."""
+def measured(
+    name: str, context: int, *, windows: int, recorded: bool, device: str, seed: int
+) -> dict[str, Any]:
+    """Return the figures of a model with so many windows of a length."""
     runtime, config = choose_runtime(device, None, None), config_of(name)
-    report = smoke(config, runtime, context=context, batch=1, backward=True, seed=seed, passes=PASSES)
-    if runtime.device == "cuda":
-        torch.cuda.empty_cache()
+    report = smoke(config, runtime, context=context, batch=windows, backward=True, seed=seed, passes=PASSES)
+    parts.free()
+    sizes = {"context": context, "windows": windows, "seed": seed}
+    of_steps = trainers_steps(config, runtime, **sizes) if recorded else {}
     return {
         "weights": report.weights,
         "canonical_bytes": report.state_bytes,
@@ -90,8 +96,34 @@ def measured(name: str, context: int, *, device: str, seed: int) -> dict[str, An
         "forward_seconds": report.warm.forward,
         "update_seconds": report.warm.update,
         "peak_bytes": report.peak_bytes,
-        "seed": SEED_FIGURES.get((name, context)),
+        **of_steps,
+        "seed": SEED_FIGURES.get((name, context)) if windows == 1 else None,
     }
+
+
+def trainers_steps(
+    config: ArbConfig, runtime: Runtime, *, context: int, windows: int, seed: int
+) -> dict[str, Any]:
+    """Return the seconds of a step as a trainer takes it, and the peak of its steps: on a GPU from recorded passes."""
+    generator = torch.Generator().manual_seed(seed)
+    ids_BT = torch.randint(NUM_BYTES, (windows, context), generator=generator).to(runtime.device)
+    on_gpu = runtime.device == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    step = train_step.graph_step(config, runtime.ops(), ids_BT, record=on_gpu)
+    taken = []
+    # In the first ones kernels are compiled, and then passes are recorded.
+    for _ in range(LAUNCHED_FIRST + 1 + PASSES):
+        runtime.synchronize()
+        began = time.perf_counter()
+        if not step():
+            raise RuntimeError(f"the loss of {config.name} is not finite")
+        runtime.synchronize()
+        taken.append(time.perf_counter() - began)
+    peak = torch.cuda.max_memory_allocated() if on_gpu else None
+    del step
+    parts.free()
+    return {"step_seconds": median(taken[-PASSES:]), "step_peak_bytes": peak}
 
 
 def through_a_checkpoint(name: str, *, device: str, seed: int) -> dict[str, Any]:
@@ -153,7 +185,7 @@ def _through_a_checkpoint(name: str, stages: dict[str, Any], *, device: str, see
 def a_process(*, cold: bool) -> Iterator[ProcessPoolExecutor]:
     """Give a model a process of its own, so that nothing of another is left; with no compiled kernels if `cold`."""
     with tempfile.TemporaryDirectory() as folder:
-        changed = {"TRITON_CACHE_DIR": folder} if cold else {}
+        changed = {"TRITON_CACHE_DIR": folder, "ARB_CACHE": folder} if cold else {}
         with (
             patch.dict(os.environ, changed),
             ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
@@ -173,18 +205,24 @@ def tables(report: Mapping[str, Any]) -> str:
     """Return a report as Markdown."""
     first = "cold" if report["cold"] else "first"
     lines = [
-        f"| model | ctx | forward s | update s | {first} forward s | {first} update s | peak MiB | the seed's |",
-        "|---|---:|---:|---:|---:|---:|---:|---|",
+        f"| model | windows | ctx | forward s | update s | {first} forward s | {first} update s | peak MiB "
+        "| trainer's step s | its peak MiB | the seed's |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in report["rows"]:
-        lead = f"| {row['model']} | {row['context']:,} |"
+        lead = f"| {row['model']} | {row['windows']:,} | {row['context']:,} |"
         if "failed" in row:
-            lines.append(f"{lead} {row['failed']} | | | | | |")
+            lines.append(f"{lead} {row['failed']} | | | | | | | |")
             continue
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}"
+        peak, step_peak = (
+            "" if row.get(name) is None else f"{row[name] / 2**20:,.0f}"
+            for name in ("peak_bytes", "step_peak_bytes")
+        )
+        step = f"{row['step_seconds']:.3f}" if "step_seconds" in row else ""
         lines.append(
             f"{lead} {row['forward_seconds']:.3f} | {row['update_seconds']:.3f} "
-            f"| {row['cold_forward_seconds']:.2f} | {row['cold_update_seconds']:.2f} | {peak} | {row['seed'] or ''} |"
+            f"| {row['cold_forward_seconds']:.2f} | {row['cold_update_seconds']:.2f} | {peak} "
+            f"| {step} | {step_peak} | {row['seed'] or ''} |"
         )
     if not report["cold"]:
         lines += ["", "First: a pass whose kernels may have been compiled before."]
@@ -209,6 +247,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     shown = ["r12", "r12 core with experts, one turn", "r11", "r14"]
     parser.add_argument("--presets", nargs="+", default=shown, choices=list(MODELS), metavar="NAME")
     parser.add_argument("--ctx", type=int, nargs="+", default=[4, 128, 1024], help="bytes of a window")
+    parser.add_argument("--windows", type=int, default=1, help="of a pass (1)")
+    parser.add_argument(
+        "--recorded", action="store_true", help="take steps as a trainer does too, recorded on a GPU"
+    )
     parser.add_argument(
         "--checkpoint",
         nargs="*",
@@ -229,12 +271,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     report |= {"passes": PASSES, "cold": arguments.cold, "rows": [], "checkpoints": []}
     options = {"device": arguments.device, "seed": arguments.seed}
+    sizes = {"windows": arguments.windows, "recorded": arguments.recorded}
     out = None if arguments.out is None else arguments.out.with_suffix(".json")
     for name in arguments.presets:
         with a_process(cold=arguments.cold) as pool:
             for context in arguments.ctx:
-                row = remotely(pool, measured, name, context, **options)
-                report["rows"].append({"model": name, "context": context, **row})
+                row = remotely(pool, measured, name, context, **sizes, **options)
+                report["rows"].append(
+                    {"model": name, "context": context, "windows": arguments.windows, **row}
+                )
                 parts.write(out, report)
     for name in arguments.checkpoint:
         with a_process(cold=False) as pool:

@@ -33,8 +33,10 @@ CHANGE = 1.05
 """A change beyond this factor, with p20 .. p80 bands that do not overlap, is told. What fails a run is in bench/regression.py."""
 
 GOALS_NOTE = (
-    "Each figure is the time of the peer over ours. So more is better, and below 1 the peer is faster. What stands under *now* is "
-    "what the newest stored results of one NVIDIA H200 give. Figures of the day when the goals were set are of an H100 or an H200. "
+    "A figure that ends in x is the time of the peer over ours. More is better, and below 1 the peer is faster. A percentage is "
+    "the share of what the device was seen to do at most. More is better. Of seconds and of memory, less is better. What stands "
+    "under *now* is what the newest stored results of one NVIDIA H200 give. Figures of the day when the goals were set are of an "
+    "H100 or an H200. "
     "The [log](log.md) says what was tried where a goal is not reached."
 )
 """What stands above the goals."""
@@ -235,11 +237,19 @@ def pages(results: Path = RESULTS) -> dict[Path, str]:
         if (paths := sorted(folder.glob("[0-9]*.json")))
     }
     docs = ROOT / "docs"
-    of_goals = [
-        bench["extra_info"]
-        for path in sorted((results / goals.DEVICE).glob("[0-9]*.json"))
-        for bench in json.loads(path.read_text())["benchmarks"]
-    ]
+    files = {
+        path.stem: json.loads(path.read_text()) for path in sorted((results / goals.DEVICE).glob("*.json"))
+    }
+    cases = {stem: files.pop(stem) for stem in list(files) if stem[0].isdigit()}
+    of_goals = goals.Stored(
+        {
+            (row["op"], row["shape"], row["implementation"]): row
+            for stored in cases.values()
+            for row in (bench["extra_info"] for bench in stored["benchmarks"])
+        },
+        files,
+        _ratio,
+    )
     found = {
         docs / "ops.md": ops_page(),
         docs / "api.md": api_page(),
@@ -405,7 +415,7 @@ def _ratio(ours: Row, peer: Row) -> float:
     return theirs / mine
 
 
-def perf_page(current: Mapping[str, Sequence[Mapping[str, Any]]], of_goals: Iterable[Row]) -> str:
+def perf_page(current: Mapping[str, Sequence[Mapping[str, Any]]], of_goals: goals.Stored) -> str:
     """Return docs/perf.md: the goals, and the newest results of every op on every device."""
     text = [
         GENERATED,
@@ -417,7 +427,7 @@ def perf_page(current: Mapping[str, Sequence[Mapping[str, Any]]], of_goals: Iter
     ]
     if not current:
         text += ["", "No results are stored yet."]
-    text += ["", "## Goals", "", GOALS_NOTE, "", *goals.table(of_goals, _ratio)]
+    text += ["", "## Goals", "", GOALS_NOTE, "", *goals.table(of_goals)]
     for stored in (stored for files in current.values() for stored in files):
         text += ["", f"## {stored['machine_info']['device']}: {stored['file']}", "", *_facts(stored)]
         lines = lines_of(bench["extra_info"] for bench in stored["benchmarks"])

@@ -119,16 +119,48 @@ def test_linears_are_timed_at_every_width_and_number_of_tokens() -> None:
 
 def test_goals_are_those_of_cases() -> None:
     for goal in goals.GOALS:
-        for shape in goal.shapes:
-            for name in ("ours", goal.peer):
-                assert f"{goal.op}-{shape}-{name}".replace(" ", "_") in cases.all_cases()
-        assert len(goal.shapes) == len(goal.before) == len(goal.goals)
-    result = {"op": "linear", "shape": "7168", "mode": "graph"}
-    ours, peer = ({**result, "implementation": name} for name in ("ours", goals.CUBLAS))
-    lines = goals.table([ours, peer], lambda ours, peer: 0.5)
-    [line] = [line for line in lines if "4,096 rows" in line]
-    assert line.split("|")[2:5] == [" 0.94x ", " 0.5x ", " 0.98x "]
-    assert sum("not measured" in line for line in lines) >= len(lines) - 3
+        assert len(goal.figures) == len(goal.before) == len(goal.goals)
+        assert len({(type(each), each.unit) for each in goal.figures}) == 1
+        for each in goal.figures:
+            if not isinstance(each, goals.Figure):
+                for name in ("ours", getattr(each, "peer", "ours")):
+                    assert f"{each.op}-{each.shape}-{name}".replace(" ", "_") in cases.all_cases()
+
+
+def goals_by_work(results: dict[tuple[str, str, str], Any], scripts: dict[str, Any]) -> dict[str, list[str]]:
+    """Return the cells behind the first of the table of goals, by the first. A ratio is 0.5."""
+    stored = goals.Stored(results, scripts, lambda ours, peer: 0.5)
+    lines = [line.strip("| ").split(" | ") for line in goals.table(stored)[2:]]
+    return {cells[0]: cells[1:4] for cells in lines}
+
+
+def test_goals_show_what_is_stored() -> None:
+    names = [("linear", "7168", name) for name in ("ours", goals.CUBLAS)]
+    results: dict[tuple[str, str, str], Any] = {name: {} for name in names}
+    results["orthogonalize", "7168x21216", "ours"] = {"percent_of_ceiling": 68.25}
+    r12 = {"model": "r12", "windows": 1, "context": 4, "peak_bytes": 2820 * 2**20 + 2**18}
+    cold = {"cold_forward_seconds": 5.5, "cold_update_seconds": 7.0}
+    scripts = {
+        "large": {"rows": [{**r12, "context": 128, "peak_bytes": 1}, r12]},
+        "large-cold": {"cold": True, "rows": [{**r12, **cold}]},
+    }
+    cells = goals_by_work(results, scripts)
+    assert cells["`linear` 7168 x 7168, 4,096 rows, against cuBLAS bf16"] == ["0.94x", "0.5x", "0.98x"]
+    share = cells["orthogonalizing a 7168 x 21216 gradient, share of the product limit"]
+    assert share == ["not measured", "68.2 %", "90 %"]
+    assert cells["peaks of a step of 4 bytes, of r12 and without codes and graph"] == [
+        "2,820 MiB, 2,786 MiB",
+        "2,820.25 MiB, not measured",
+        "1,734.90 MiB, 1,638.54 MiB",
+    ]
+    first = "first step of r12, with no compiled kernel"
+    assert cells[first] == ["22 s", "12.5 s", "10 s"]
+    scripts["large-cold"]["cold"] = False
+    assert goals_by_work(results, scripts)[first][1] == "not measured"
+    scripts["large-cold"] = {"cold": True, "rows": [{**r12, "peak_bytes": None, "failed": "out of memory"}]}
+    assert goals_by_work(results, scripts)[first][1] == "not measured"
+    assert len(cells) == len(goals.GOALS), "each kind of work has a name of its own"
+    assert sum(now == "not measured" for _, now, _ in cells.values()) > len(cells) / 2
 
 
 def test_what_has_cuda_kernels_is_timed_on_triton_too(monkeypatch: pytest.MonkeyPatch) -> None:

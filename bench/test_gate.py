@@ -231,6 +231,13 @@ def test_a_compound_is_checked_at_its_own_sizes_where_its_ops_have_them() -> Non
         cases.all_cases()[name] for name in ("update_step-2^30-ours", "train_step-small-ours")
     )
     assert gate.called_with(update_step, "apply_step") == cases.UPDATE_SHAPES["2^30"]
+    of_bfloat16 = cases.all_cases()["update_step-2^30_bf16-ours"]
+    checked = gate.small(
+        cases.rows()["accumulate_gradient"], gate.called_with(of_bfloat16, "accumulate_gradient")
+    )
+    assert (
+        inputs.INPUTS["accumulate_gradient"](inputs.Maker("cpu", "x"), checked)[0][1].dtype == torch.bfloat16
+    )
     assert gate.called_with(train_step, "grouped_linear") == OP_TABLE["grouped_linear"].shapes["small"]
     assert gate.called_with(train_step, "linear") == OP_TABLE["linear"].shapes["tiny"]
 
@@ -262,6 +269,25 @@ def test_every_op_takes_its_inputs(op: str) -> None:
     for sizes in row.shapes.values():
         checked = gate.small(row, sizes)
         assert checked.get("N", 2**30) >= 2 ** checked.get("sign_bits", 0)
+
+
+def test_the_layer_of_transformers_reads_every_slot_and_leaves_the_cache_as_it_was() -> None:
+    pytest.importorskip("transformers", reason="the peer is a layer of the library transformers")
+    [peer] = [peer for peer in peers_of("decode_attention") if peer.needs == "transformers"]
+    sizes = OP_TABLE["decode_attention"].shapes["tiny"]
+    (q, keys, bias), kwargs = inputs.INPUTS["decode_attention"](inputs.Maker("cpu", "slots"), sizes)
+
+    def outputs(keys: torch.Tensor) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        step = peer.build(((q, keys, bias), kwargs), sizes)
+        return [step(), step()]
+
+    first, second = outputs(keys)
+    assert torch.equal(first, second)
+    for slot in (0, sizes["S"] - 2):
+        changed = keys.clone()
+        changed[:, slot] += 8.0
+        assert not torch.equal(outputs(changed)[0], first)
 
 
 @pytest.mark.parametrize("halting", [0, 1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import weakref
 from argparse import Namespace
@@ -20,7 +21,7 @@ from arbitor.reference.audit import audit
 from arbitor.reference.config import with_fields
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.presets import preset
-from bench import ablation, codes, generation, large, machine, parts, recall
+from bench import ablation, codes, generation, goals, large, machine, parts, recall
 from conformance.graph.models import NANO, WHOLE, random_ids
 
 
@@ -120,24 +121,50 @@ def test_large_measures_each_length_and_a_checkpoint(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     status = large.main(
         [
-            *("--presets", "tiny", "--ctx", "2", "4", "--checkpoint", "tiny", "--device", "cpu"),
+            *("--presets", "tiny", "--ctx", "2", "4", "--windows", "3", "--recorded"),
+            *("--checkpoint", "tiny", "--device", "cpu"),
             *("--out", str(tmp_path / "large")),
         ]
     )
     report = json.loads((tmp_path / "large.json").read_text())
     refused, row = report["rows"]
     assert status == 1 and "at least 4 bytes" in refused["failed"] and refused["context"] == 2
-    assert row["context"] == 4 and row["weights"] == audit(preset("tiny")).weights and row["seed"] is None
-    assert min(row[name] for name in row if name.endswith("_seconds")) > 0
+    assert (
+        (row["context"], row["windows"]) == (4, 3)
+        and row["weights"] == audit(preset("tiny")).weights
+        and row["seed"] is None
+    )
+    assert min(row[name] for name in row if name.endswith("_seconds")) > 0 and row["step_seconds"] > 0
+    assert of_goals("large", "large-step", "large-cold") <= {*row, *report}
     [entry] = report["checkpoints"]
     assert entry["same_state"] and len(entry["stages"]) == 5
     # The canonical state, and integer tables.
     assert 1.36 < entry["file_bytes"] / row["weights"] < 1.7
     shown = capsys.readouterr().out
     assert (
-        "| tiny | 2 | ValueError" in shown and "| tiny | 4 |" in shown and "the same state came back" in shown
+        "| tiny | 3 | 2 | ValueError" in shown
+        and "| tiny | 3 | 4 |" in shown
+        and "the same state came back" in shown
     )
     assert "| first forward s |" in shown and "| cold forward s |" in large.tables({**report, "cold": True})
+
+
+def of_goals(*scripts: str) -> set[str]:
+    """Return the fields that goals read of what scripts have stored, without what follows a dot."""
+    figures = [each for goal in goals.GOALS for each in goal.figures if isinstance(each, goals.Figure)]
+    named = [(*each.where, *each.fields, each.rows) for each in figures if each.script in scripts]
+    return {name.split(".")[0] for names in named for name in names}
+
+
+def test_a_cold_process_has_no_compiled_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither of Triton nor in CUDA C++."""
+    for name in ("TRITON_CACHE_DIR", "ARB_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    for cold in (False, True):
+        with large.a_process(cold=cold) as pool:
+            for name in ("TRITON_CACHE_DIR", "ARB_CACHE"):
+                folder = pool.submit(os.getenv, name).result()
+                assert (folder != str(tmp_path)) is cold and not list(Path(folder).iterdir())
 
 
 def test_stages_before_one_that_fails_are_kept() -> None:
@@ -152,6 +179,8 @@ def test_stages_before_one_that_fails_are_kept() -> None:
 
 def test_every_seed_figure_is_of_a_model_that_is_measured() -> None:
     assert {name for name, _ in large.SEED_FIGURES} <= set(large.MODELS)
+    figures = [each for goal in goals.GOALS for each in goal.figures if isinstance(each, goals.Figure)]
+    assert {each.where["model"] for each in figures if each.script.startswith("large")} <= set(large.MODELS)
     dense = [name for name in large.MODELS if large.config_of(name).dense_dispatch_max_tokens]
     assert dense == ["r12, every expert runs", "tiny, every expert runs"]
 
@@ -199,7 +228,7 @@ def test_generation_takes_a_file_and_adds_modules(
     assert report["model"] == json.loads(ablation.full(NANO).to_json()) and report["model"]["composite_codes"]
     failed, row = report["with_ledger"]
     assert status == 1 and failed["length"] == 7 and "failed" in failed
-    assert row["length"] == 40
+    assert row["length"] == 40 and of_goals("generation") <= {*row, *report}
     for steps in (row["steps"], report["without_ledger"]["steps"]):
         assert steps.keys() == {"launched"} and steps["launched"]["p50_seconds"] > 0, (
             "there is no graph on a CPU"

@@ -114,13 +114,15 @@ def test_a_twin_in_float32_rounds_as_our_model_does(name: str, shape: str) -> No
         torch.testing.assert_close(other(ids_BT), ours.loss(ids_BT), rtol=1e-6, atol=0.0)
 
 
-@pytest.mark.parametrize(("name", "shape"), MODELS)
+@pytest.mark.parametrize(("name", "shape"), [*MODELS, (train_step.TRANSFORMER, "303.6M")])
 def test_a_twin_has_equally_many_weights(name: str, shape: str) -> None:
     with torch.device("meta"):
         other = twin_of(name, shape, torch.bfloat16)
     ours = trained_of(ours_of(name, shape, torch.bfloat16, device="meta"))
     weights = sum(parameter.numel() for parameter in other.parameters())
     assert weights == sum(math.prod(module.weight.shape) for module in ours.values())
+    if name == train_step.TRANSFORMER:
+        assert train_step.weights_of(train_step.TRANSFORMER_SHAPES[shape]) == weights
 
 
 @pytest.mark.parametrize("name", [train_step.TRUNK, train_step.TRANSFORMER])
@@ -139,15 +141,35 @@ def test_a_step_of_a_twin_trains_every_weight(name: str, compiled: bool) -> None
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_muon_moves_as_ours_makes_orthogonal() -> None:
+    """The weights of the twin that Muon moves are those whose gradients our model makes orthogonal; AdamW moves all others."""
+    ours = trained_of(ours_of(train_step.TRANSFORMER, "tiny", torch.float32))
+    orthogonal = {f"{name}.weight" for name, module in ours.items() if getattr(module, "orthogonal", False)}
+    other = twin_of(train_step.TRANSFORMER, "tiny", torch.float32)
+    step = twin.TwinStep(other, windows(train_step.TRANSFORMER, "tiny", 2), compiled=False, muon=True)
+    names = {parameter: name for name, parameter in other.named_parameters()}
+    adamw, muon = (
+        {names[each] for group in optimizer.param_groups for each in group["params"]}
+        for optimizer in step.optimizers
+    )
+    assert muon == orthogonal and adamw == set(names.values()) - muon
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    assert step() > step()
+    assert not [key for key, value in other.state_dict().items() if torch.equal(before[key], value)]
+
+
 def test_the_peers_of_train_steps_are_twins_with_and_without_the_compiler() -> None:
+    muon = {train_step.TRUNK: (), train_step.TRANSFORMER: tuple(twin.MUON_TWINS)}
     for name in (train_step.TRUNK, train_step.TRANSFORMER):
-        assert [peer.name for peer in peers_of(name)] == list(twin.TWINS)
+        assert [peer.name for peer in peers_of(name)] == [*twin.TWINS, *muon[name]]
         for peer in peers_of(name):
             sizes = train_step.SHAPES[name]["tiny"]
             step = peer.build((("tiny", windows(name, "tiny", 2)), {}), sizes)
             assert step() > step()
     assert "train_step-small-compiled_float_AdamW" in cases.all_cases()
-    assert "train_step_transformer-28.9M-compiled_float_AdamW" in cases.all_cases()
+    for shape in ("28.9M", "303.6M"):
+        assert f"train_step_transformer-{shape}-compiled_float_AdamW" in cases.all_cases()
+        assert f"train_step_transformer-{shape}-compiled_float_Muon" in cases.all_cases()
     assert cases.rows()[train_step.TRANSFORMER].family == TRAIN_FAMILY
 
 

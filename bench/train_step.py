@@ -36,6 +36,7 @@ PRESET_SHAPES: Mapping[str, Shape] = {"tiny": {"B": 16, "T": 128}, "small": {"B"
 TRANSFORMER_SHAPES: Mapping[str, Shape] = {
     "tiny": {"B": 8, "T": 64, "D": 64, "layers": 1},
     "28.9M": {"B": 64, "T": 256, "D": 768, "layers": 4},
+    "303.6M": {"B": 64, "T": 256, "D": 2048, "layers": 6},
 }
 """Windows, width and layers of the transformer that `bench.learning` compares rules on, by its number of weights."""
 
@@ -92,6 +93,12 @@ def transformer_step(sizes: Shape, ops: ModuleType, ids_BT: Tensor, *, record: b
         for _ in range(EAGER_STEPS + 1):
             step()
     return step
+
+
+def weights_of(sizes: Shape) -> int:
+    """Return the number of weights of the byte transformer of some sizes: of its layers, both tables and the head."""
+    width = sizes["D"]
+    return 12 * sizes["layers"] * width**2 + (2 * NUM_BYTES + sizes["T"]) * width
 
 
 def architecture_of(sizes: Shape) -> Architecture:

@@ -93,8 +93,8 @@ def weight(make: Maker, s: Sizes) -> TernaryWeight:
 
 
 def gradient(make: Maker, s: Sizes) -> Tensor:
-    """Return a float32 gradient [N, K]."""
-    return make.normal((s["N"], s["K"]), torch.float32)
+    """Return a gradient [N, K], in float32 unless the sizes name another dtype."""
+    return make.normal((s["N"], s["K"]), FLOATS[s.get("float_bytes", 4)])
 
 
 def activations(make: Maker, s: Sizes, width: str) -> Tensor:

@@ -31,7 +31,7 @@ class Peer:
         checked:    whether its output is compared with the op's; `note` says why where it is not.
         matched:    from its output and the op's, the two that must agree within the rounding of the peer's dtype.
         capturable: whether it may be recorded in a CUDA graph.
-        needs:      a package for CUDA that no other file of this repository needs, or nothing. Without it the peer is left out.
+        needs:      a package that an installation may lack, or nothing. Without it, or on a CPU, the peer is left out.
     """
 
     name: str

@@ -85,6 +85,13 @@ def _norm_weight_grad(arguments: Arguments, sizes: Sizes) -> Callable[[], Any]:
     return lambda: torch.autograd.grad(y, w, grad, retain_graph=True)[0][None]
 
 
+def muon_ops(s: Sizes) -> int:
+    """Return the operations of Muon's iterations, with every product in full."""
+    rows = s["N"] // s["E"]
+    side = min(rows, s["K"])
+    return s["iterations"] * s["E"] * (4 * rows * s["K"] * side + 2 * side**3)
+
+
 def _newton_schulz(arguments: Arguments, sizes: Sizes) -> Callable[[], Any]:
     """Return Muon's iteration as it is commonly written: bfloat16 throughout."""
     (grad,), options = arguments
@@ -194,6 +201,7 @@ PEERS = {
             "Muon's iteration, bf16",
             _newton_schulz,
             lambda s: 2 * s["float_bytes"] * s["N"] * s["K"],
+            muon_ops,
             note="rounds more often",
             checked=False,
         ),

@@ -1,4 +1,4 @@
-"""The float twins of the train steps, as a user writes them: plain modules, fused AdamW, a recorded step, `torch.compile` or not.
+"""The float twins of the train steps, as a user writes them: plain modules, AdamW or Muon, a recorded step, `torch.compile` or not.
 
 A twin is the same function of equally many weights, up to the choice of experts whose logits are close. It shares nothing with the
 graph that it is compared with: no op set, no glue. Its weights are float32, which is what AdamW moves, and each is rounded to the
@@ -9,7 +9,7 @@ I inner width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,9 @@ HEAD_COLUMNS = 64
 
 TWINS = {"float AdamW": False, "compiled float AdamW": True}
 """Whether a twin is compiled, by the name of the peer."""
+
+MUON_TWINS = {"compiled float Muon": True}
+"""The same for twins whose layers Muon trains."""
 
 
 class Linear(nn.Linear):
@@ -254,17 +257,30 @@ class TwinStep:
         twin:     from ids to the loss, on the device of the ids.
         ids_BT:   what every step is trained on.
         compiled: whether `torch.compile` makes the kernels. A CPU has its front end trace the twin, and makes none.
+        muon:     whether torch's Muon moves the matrices of the layers, and AdamW the others.
     """
 
-    def __init__(self, twin: nn.Module, ids_BT: Tensor, *, compiled: bool) -> None:
+    def __init__(self, twin: nn.Module, ids_BT: Tensor, *, compiled: bool, muon: bool = False) -> None:
         on_gpu = ids_BT.device.type == "cuda"
         self.twin, self.ids_BT = twin, ids_BT
         self.loss_of: Callable[[Tensor], Tensor] = twin
         if compiled:
             backend = machine.compiler_of(ids_BT.device.type)
             self.loss_of = torch.compile(twin, fullgraph=True, dynamic=False, backend=backend)
+        by_muon = {
+            name: each for name, each in twin.named_parameters() if muon and name.startswith("layers.")
+        }
+        others = [each for name, each in twin.named_parameters() if name not in by_muon]
         # capturable keeps the step count on the device, which a CUDA graph needs.
-        self.optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-3, fused=True, capturable=on_gpu)
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(others, lr=1e-3, fused=True, capturable=on_gpu)
+        ]
+        if muon:
+            self.optimizers.append(
+                torch.optim.Muon(by_muon.values(), lr=1e-3, adjust_lr_fn="match_rms_adamw")
+            )
+            # Its rate is a number of the host, which a graph keeps. torch then refuses to record it unless its groups say this.
+            self.optimizers[-1].param_groups[0]["capturable"] = on_gpu
         self.loss: Tensor | None = None
         self.take: Callable[[], None] = self._launch
         if on_gpu:
@@ -281,10 +297,11 @@ class TwinStep:
         return self.loss.item()
 
     def _launch(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        self.twin.zero_grad(set_to_none=True)
         loss = self.loss_of(self.ids_BT)
         loss.backward()
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.loss = loss.detach()
 
 
@@ -294,26 +311,36 @@ def _step(
     *,
     twin_of: Callable[[str, Sizes, torch.dtype], nn.Module],
     compiled: bool,
+    muon: bool,
 ) -> Callable[[], Any]:
     shape, ids_BT = arguments[0]
     dtype = torch.bfloat16 if ids_BT.device.type == "cuda" else torch.float32
     twin = twin_of(shape, sizes, dtype).to(ids_BT.device)
-    return TwinStep(twin, ids_BT, compiled=compiled)
+    return TwinStep(twin, ids_BT, compiled=compiled, muon=muon)
 
 
-def _peers(twin_of: Callable[[str, Sizes, torch.dtype], nn.Module]) -> tuple[Peer, ...]:
+def _peers(
+    twin_of: Callable[[str, Sizes, torch.dtype], nn.Module], twins: Mapping[str, bool], *, muon: bool = False
+) -> tuple[Peer, ...]:
+    optimizer = "Muon at a rate that stays" if muon else "fused AdamW"
     return tuple(
         Peer(
             name,
-            partial(_step, twin_of=twin_of, compiled=compiled),
+            partial(_step, twin_of=twin_of, compiled=compiled, muon=muon),
             lambda s: 0,
-            note="equally many float weights, not equal results: float32 masters, bfloat16 products, fused AdamW, recorded",
+            note=f"equally many float weights, not equal results: float32 masters, bfloat16 products, {optimizer}, recorded",
             # Another rule moves other weights: that the function is the same is checked by bench/test_twin.py.
             checked=False,
         )
-        for name, compiled in TWINS.items()
+        for name, compiled in twins.items()
     )
 
 
-PEERS = {train_step.TRUNK: _peers(trunk_twin), train_step.TRANSFORMER: _peers(transformer_twin)}
+PEERS = {
+    train_step.TRUNK: _peers(trunk_twin, TWINS),
+    train_step.TRANSFORMER: (
+        *_peers(transformer_twin, TWINS),
+        *_peers(transformer_twin, MUON_TWINS, muon=True),
+    ),
+}
 """Peers by op."""

@@ -12,6 +12,8 @@ SLOTS = sizes(
     _7168_decode={"B": 1, "H": 56, "S": 727, "L": 512, "R": 64, "float_bytes": 2},
     _7168={"B": 16, "H": 56, "S": 4096, "L": 512, "R": 64, "float_bytes": 2},
     r14_decode={"B": 1, "H": 128, "S": 727, "L": 512, "R": 64, "float_bytes": 2},
+    _8192_h16={"B": 64, "H": 16, "S": 8192, "L": 512, "R": 64, "float_bytes": 2},
+    _8192_h128={"B": 64, "H": 128, "S": 8192, "L": 512, "R": 64, "float_bytes": 2},
 )
 
 # B sequences whose Q next positions look back on S - Q + 1 of their own and on 8 levels of blocks, with the window of the presets.
