@@ -22,7 +22,7 @@ from arbitor.optimized.training.checkpoint import load_checkpoint
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import opened, train
 from arbitor.optimized.training.media import lead_of
-from arbitor.optimized.training.media_mix import CACHE_FOLDER, Mix
+from arbitor.optimized.training.media_mix import CACHE_FOLDER, Means, Mix
 from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.options import TrainOptions
 from arbitor.reference.config import SPECIAL_IDS, with_fields
@@ -186,9 +186,19 @@ def test_a_line_of_metrics_has_what_came_since_the_last_one(media: Path, cache: 
 
 def test_bits_per_byte_of_a_kind_are_a_mean_over_its_bytes() -> None:
     """A micro-batch of short captions counts less than one of long captions, and not at all where no byte is predicted."""
-    mix: Any = SimpleNamespace(validated={}, _seen={"image": {"bytes": [(1.0, 30), (4.0, 10), (0.0, 0)]}})
+
+    def batch(samples: int, taught: int) -> Any:
+        return SimpleNamespace(ids_BT=range(samples), taught_bytes=lambda: taught)
+
+    means = Means()
+    for mean, taught in ((1.0, 30), (4.0, 10), (0.0, 0)):
+        means.add(batch(2, taught), {"bytes": mean})
+    mix: Any = SimpleNamespace(validated={}, _seen={"image": means})
     assert Mix.metrics(mix, validated=False) == {"image": {"train_bpb": pytest.approx(1.75 / math.log(2))}}
-    mix._seen = {"image": {"bytes": [(0.0, 0)], "route": [(0.5, 1), (1.0, 3)]}}
+    means = mix._seen["image"] = Means()
+    means.add(batch(1, 0), {"bytes": 0.0, "route": 0.5})
+    # In two parts.
+    means.add(batch(3, 0), {"bytes": 0.0, "route": 0.25}, {"bytes": 0.0, "route": 0.75})
     assert Mix.metrics(mix, validated=False) == {"image": {"train_bpb": None, "train_route": 0.875}}
 
 

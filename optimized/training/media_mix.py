@@ -130,7 +130,7 @@ class Mix:
         self.reader = MediaReader(self.encoders, side=latent_shape(config.video_latent)[-1])
         self._runtime = runtime
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        self._seen: dict[str, dict[str, list[tuple[float, int]]]] = {}
+        self._seen: dict[str, Means] = {}
         self.ids_taken = 0
         self.validated: dict[str, dict[str, float | None]] = {}
 
@@ -296,9 +296,7 @@ class Mix:
         self.ids_taken += batch.ids_BT.numel()
         names = [name for name in COMPONENTS if name in losses]
         means = model.voting.ranks.mean(torch.stack([losses[name].detach() for name in names])).tolist()
-        seen = self._seen.setdefault(batch.kind, {})
-        for name, mean in zip(names, means, strict=True):
-            seen.setdefault(name, []).append((mean, _weight(batch, name)))
+        self._seen.setdefault(batch.kind, Means()).add(batch, dict(zip(names, means, strict=True)))
         return means[names.index("bytes")]
 
     def metrics(self, *, validated: bool) -> dict[str, dict[str, float | None]]:
@@ -307,11 +305,7 @@ class Mix:
         Args:
             validated: whether the validation is of this step.
         """
-        found: dict[str, dict[str, float | None]] = {}
-        for kind, seen in self._seen.items():
-            of_kind = found.setdefault(kind, {})
-            for name, means in seen.items():
-                of_kind[f"train_{_metric(name)}"] = _in_unit(name, _weighted_mean(means))
+        found = {kind: means.named("train") for kind, means in self._seen.items()}
         self._seen = {}
         for kind, numbers in self.validated.items() if validated else ():
             found.setdefault(kind, {}).update(numbers)
@@ -390,47 +384,57 @@ class Mix:
 
     @staticmethod
     def _validated(model: ArbModel, batches: Iterator[Batch]) -> dict[str, float | None]:
-        """Return the mean losses of some batches. Bits per byte are a mean over bytes, the others over samples.
+        """Return the mean losses of some batches.
 
         Each rank measures its parts of every batch, and all ranks return the same. Every rank must call this with the same batches.
         """
-        sums: dict[str, float] = {}
-        counts: dict[str, int] = {}
+        means = Means()
         for batch in batches:
             parts = batch.parts(model.voting.ranks.count)
             sizes = [len(part.ids_BT) for part in parts]
-            measure = partial(_weighted_losses, model, batch, parts)
-            for numbers in in_turns(model.voting.ranks, sizes, measure):
-                for name, number in numbers.items():
-                    sums[name] = sums.get(name, 0.0) + number
-            for name in sums:
-                counts[name] = counts.get(name, 0) + _weight(batch, name)
-        # Of texts of three bytes at most no byte is predicted.
-        means = {name: sums[name] / count if count else math.nan for name, count in counts.items()}
-        found = {f"val_{_metric(name)}": _in_unit(name, mean) for name, mean in means.items()}
-        return found or {"val_bpb": None}
+            measure = partial(_losses_of_part, model, batch, parts)
+            means.add(batch, *in_turns(model.voting.ranks, sizes, measure))
+        return means.named("val") or {"val_bpb": None}
 
 
-def _weight(batch: Batch, name: str) -> int:
-    """Return what a batch counts in the mean of a component: the bytes that are predicted, or the samples."""
-    return batch.taught_bytes() if name == "bytes" else len(batch.ids_BT)
+class Means:
+    """The mean of each component of the loss over batches: over the predicted bytes for that of bytes, else over samples."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[float]] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, batch: Batch, *parts: Mapping[str, float]) -> None:
+        """Add the means of a batch by component. They may be in parts, which add up to them."""
+        for name in parts[0]:
+            count = batch.taught_bytes() if name == "bytes" else len(batch.ids_BT)
+            self._counts[name] = self._counts.get(name, 0) + count
+            self._sums.setdefault(name, []).extend(part[name] * count for part in parts)
+
+    def named(self, when: str) -> dict[str, float | None]:
+        """Return the means by their names in lines of metrics: of bytes in bits, the others as they are, None where not finite.
+
+        Args:
+            when: how a name begins, ``train`` or ``val``.
+        """
+        found: dict[str, float | None] = {}
+        for name, sums in self._sums.items():
+            count = self._counts[name]
+            # Of texts of three bytes at most no byte is predicted.
+            mean = math.fsum(sums) / count if count else math.nan
+            metric, value = ("bpb", mean / NATS_PER_BIT) if name == "bytes" else (name, mean)
+            found[f"{when}_{metric}"] = value if math.isfinite(value) else None
+        return found
 
 
-def _weighted_mean(means: Sequence[tuple[float, int]]) -> float:
-    """Return the mean of some means by their weights, NaN where all weights are 0: of texts of three bytes no byte is predicted."""
-    weight = sum(weight for _, weight in means)
-    return math.fsum(mean * weight for mean, weight in means) / weight if weight else math.nan
-
-
-def _weighted_losses(
+def _losses_of_part(
     model: ArbModel, batch: Batch, parts: Sequence[Batch], turn: Sequence[int]
 ) -> dict[str, float]:
     """Return the components of the loss of the part of this rank, by name. Those of all parts add up to those of the batch.
 
     Args:
         model: its weights are only read.
-        batch: has a weight in each component.
-        parts: of the batch.
+        batch, parts: a batch and its parts.
         turn: which part each rank reads now.
     """
     ranks = model.voting.ranks
@@ -441,18 +445,8 @@ def _weighted_losses(
             # The sum of a rank is divided by the terms of all ranks over the number of ranks: `Ranks.divisor`.
             terms = sum(parts[i].terms()[name] for i in turn)
             share = Fraction(terms, ranks.count * max(batch.terms()[name], 1))
-            found[name] = losses[name].item() * float(share * _weight(batch, name))
+            found[name] = losses[name].item() * float(share)
     return found
-
-
-def _metric(name: str) -> str:
-    return "bpb" if name == "bytes" else name
-
-
-def _in_unit(name: str, value: float) -> float | None:
-    """Return a loss as it is reported: bytes in bits, the others as they are, and None where it is not finite."""
-    value = value / NATS_PER_BIT if name == "bytes" else value
-    return value if math.isfinite(value) else None
 
 
 def open_mix(
