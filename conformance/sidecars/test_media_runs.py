@@ -22,7 +22,8 @@ from arbitor.optimized.training.checkpoint import load_checkpoint
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import opened, train
 from arbitor.optimized.training.media import lead_of
-from arbitor.optimized.training.media_mix import CACHE_FOLDER, Means, Mix
+from arbitor.optimized.training.media_losses import Means
+from arbitor.optimized.training.media_mix import CACHE_FOLDER, Mix
 from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.options import TrainOptions
 from arbitor.reference.config import SPECIAL_IDS, with_fields

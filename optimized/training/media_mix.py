@@ -8,12 +8,10 @@ Legend: B samples of a batch, T ids, N vectors, F features.
 from __future__ import annotations
 
 import hashlib
-import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +30,7 @@ from arbitor.optimized.training.data import (
     validation_windows,
 )
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.optimized.training.evaluate import NATS_PER_BIT, in_turns, validation_bpb
+from arbitor.optimized.training.evaluate import validation_bpb
 from arbitor.optimized.training.media import (
     FOLDERS,
     SIDECAR_OF,
@@ -43,6 +41,7 @@ from arbitor.optimized.training.media import (
 )
 from arbitor.optimized.training.media_batch import Batch, captioned
 from arbitor.optimized.training.media_files import Item, MediaFolder, load_media
+from arbitor.optimized.training.media_losses import COMPONENTS, Means, mean_losses
 from arbitor.optimized.training.media_reader import MediaReader, Say
 from arbitor.optimized.training.media_speech import (
     load_codec,
@@ -68,9 +67,6 @@ CACHE_FOLDER = "features"
 
 ANSWERED_BY = {"video": "video", "speech": "audio"}
 """Head that answers the samples of a kind, where it is not the byte head."""
-
-COMPONENTS = ("bytes", "route", "latent", "tokens")
-"""Components of the loss that lines of metrics have."""
 
 
 class Mix:
@@ -334,7 +330,7 @@ class Mix:
                 bpb = validation_bpb(model, windows, batch=settings.batch, device=device)
                 self.validated[kind] = {"val_bpb": bpb}
             else:
-                self.validated[kind] = self._validated(model, self.held_out(kind))
+                self.validated[kind] = mean_losses(model, self.held_out(kind))
         total, sum_ = Fraction(0), 0.0
         for kind, weight in self.kinds.items():
             bpb = self.validated[kind]["val_bpb"]
@@ -381,72 +377,6 @@ class Mix:
     def training_items(self, kind: str) -> list[Item]:
         """Return the items of media that are learned from and can be decoded."""
         return [item for item in self._folders[kind].train if self.reader.is_readable(kind, item)]
-
-    @staticmethod
-    def _validated(model: ArbModel, batches: Iterator[Batch]) -> dict[str, float | None]:
-        """Return the mean losses of some batches.
-
-        Each rank measures its parts of every batch, and all ranks return the same. Every rank must call this with the same batches.
-        """
-        means = Means()
-        for batch in batches:
-            parts = batch.parts(model.voting.ranks.count)
-            sizes = [len(part.ids_BT) for part in parts]
-            measure = partial(_losses_of_part, model, batch, parts)
-            means.add(batch, *in_turns(model.voting.ranks, sizes, measure))
-        return means.named("val") or {"val_bpb": None}
-
-
-class Means:
-    """The mean of each component of the loss over batches: over the predicted bytes for that of bytes, else over samples."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, list[float]] = {}
-        self._counts: dict[str, int] = {}
-
-    def add(self, batch: Batch, *parts: Mapping[str, float]) -> None:
-        """Add the means of a batch by component. They may be in parts, which add up to them."""
-        for name in parts[0]:
-            count = batch.taught_bytes() if name == "bytes" else len(batch.ids_BT)
-            self._counts[name] = self._counts.get(name, 0) + count
-            self._sums.setdefault(name, []).extend(part[name] * count for part in parts)
-
-    def named(self, when: str) -> dict[str, float | None]:
-        """Return the means by their names in lines of metrics: of bytes in bits, the others as they are, None where not finite.
-
-        Args:
-            when: how a name begins, ``train`` or ``val``.
-        """
-        found: dict[str, float | None] = {}
-        for name, sums in self._sums.items():
-            count = self._counts[name]
-            # Of texts of three bytes at most no byte is predicted.
-            mean = math.fsum(sums) / count if count else math.nan
-            metric, value = ("bpb", mean / NATS_PER_BIT) if name == "bytes" else (name, mean)
-            found[f"{when}_{metric}"] = value if math.isfinite(value) else None
-        return found
-
-
-def _losses_of_part(
-    model: ArbModel, batch: Batch, parts: Sequence[Batch], turn: Sequence[int]
-) -> dict[str, float]:
-    """Return the components of the loss of the part of this rank, by name. Those of all parts add up to those of the batch.
-
-    Args:
-        model: its weights are only read.
-        batch, parts: a batch and its parts.
-        turn: which part each rank reads now.
-    """
-    ranks = model.voting.ranks
-    losses = model.losses(**parts[turn[ranks.number]].on(model.voting.faults.device))
-    found = {}
-    for name in COMPONENTS:
-        if name in losses:
-            # The sum of a rank is divided by the terms of all ranks over the number of ranks: `Ranks.divisor`.
-            terms = sum(parts[i].terms()[name] for i in turn)
-            share = Fraction(terms, ranks.count * max(batch.terms()[name], 1))
-            found[name] = losses[name].item() * float(share)
-    return found
 
 
 def open_mix(
