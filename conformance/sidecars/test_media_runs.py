@@ -107,13 +107,19 @@ def test_a_batch_is_what_the_files_hold(mix: Mix) -> None:
     assert checked == {"image", "video"}
 
 
-def test_captions_of_three_bytes_teach_what_answers_them(media: Path, tmp_path: Path) -> None:
-    """No byte of them is predicted, so they have no bits. They have a latent."""
+def test_captions_of_three_bytes_teach_what_answers_them(
+    media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No byte of them is predicted, so they have no bits, which the run says once. They have a latent."""
     folder = shutil.copytree(media / "video", tmp_path / "video")
     for number, path in enumerate(sorted(folder.glob("*.txt"))):
         path.write_text(("cat", "ox")[number % 2])
     asked = options(media, tmp_path / "run", "video", data_video=str(folder), mix="text=0,video=1", steps=2)
-    summary = train(asked).summary
+    summary = train(asked, console=Console(quiet=True)).summary
+    sentence = "arb: of video that is held out no byte is predicted: the run has no val_bpb, and keeps no best model.\n"
+    assert (
+        capsys.readouterr().err.count(sentence) == 1 and not (tmp_path / "run" / "best.safetensors").exists()
+    )
     assert summary["skipped"] == 0 and summary["val_bpb"] is None
     assert summary["media"]["video"]["val_bpb"] is None
     assert summary["media"]["video"]["val_latent"] > 0

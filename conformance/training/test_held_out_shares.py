@@ -56,7 +56,7 @@ def measured(
         }
 
     model: Any = SimpleNamespace(losses=losses, voting=SimpleNamespace(faults=torch.zeros(()), ranks=ranks))
-    return mean_losses(model, batches), seen
+    return mean_losses(model, batches).named("val"), seen
 
 
 def batch_of(size: int, *, seed: int = 0, longest: int = 9) -> Batch:

@@ -255,7 +255,7 @@ def test_held_out_batches_are_measured_without_gradients() -> None:
         Batch("text", torch.zeros(2, 5, dtype=torch.int64)),
         Batch("text", torch.zeros(1, 7, dtype=torch.int64)),
     ]
-    found = mean_losses(model, batches)  # type: ignore[arg-type]
+    found = mean_losses(model, batches).named("val")  # type: ignore[arg-type]
     assert seen == [False, False]
     assert found == {"val_bpb": (2.0 * 4 + 4.0 * 4) / 8 / math.log(2), "val_route": None}
-    assert mean_losses(model, []) == {"val_bpb": None}  # type: ignore[arg-type]
+    assert mean_losses(model, []).named("val") == {"val_bpb": None}  # type: ignore[arg-type]

@@ -35,13 +35,17 @@ class Means:
             self._counts[name] = self._counts.get(name, 0) + count
             self._sums.setdefault(name, []).extend(part[name] * count for part in parts)
 
+    def predicted_bytes(self) -> int:
+        """Return how many bytes the mean of that of bytes is over."""
+        return self._counts.get("bytes", 0)
+
     def named(self, when: str) -> dict[str, float | None]:
         """Return the means by their names in lines of metrics: of bytes in bits, the others as they are, None where not finite.
 
         Args:
             when: how a name begins, ``train`` or ``val``.
         """
-        found: dict[str, float | None] = {}
+        found: dict[str, float | None] = {f"{when}_bpb": None}
         for name, sums in self._sums.items():
             count = self._counts[name]
             # Of texts of three bytes at most no byte is predicted.
@@ -51,8 +55,8 @@ class Means:
         return found
 
 
-def mean_losses(model: ArbModel, batches: Iterable[Batch]) -> dict[str, float | None]:
-    """Measure a model on some batches, and return its mean losses as a validation names them.
+def mean_losses(model: ArbModel, batches: Iterable[Batch]) -> Means:
+    """Measure a model on some batches, and return its mean losses.
 
     Each rank measures its parts of every batch, and all ranks return the same. Every rank must call this with the same batches.
 
@@ -66,7 +70,7 @@ def mean_losses(model: ArbModel, batches: Iterable[Batch]) -> dict[str, float | 
         sizes = [len(part.ids_BT) for part in parts]
         measure = partial(_losses_of_part, model, batch, parts)
         means.add(batch, *in_turns(model.voting.ranks, sizes, measure))
-    return means.named("val") or {"val_bpb": None}
+    return means
 
 
 def _losses_of_part(

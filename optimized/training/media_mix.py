@@ -127,6 +127,7 @@ class Mix:
         self._runtime = runtime
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._seen: dict[str, Means] = {}
+        self._without_bits: set[str] = set()
         self.ids_taken = 0
         self.validated: dict[str, dict[str, float | None]] = {}
 
@@ -134,7 +135,7 @@ class Mix:
         """Open the cache of features, which is the first thing that is written, and train the codec of speech.
 
         Args:
-            warn: is told one sentence for each file that cannot be decoded.
+            warn: is told one sentence for each file that cannot be decoded, and for each kind that leaves the run without bits.
 
         Raises:
             TrainingError: the folder of the cache cannot be made, the codec of the run folder is refused, or the codecs of ranks
@@ -330,7 +331,10 @@ class Mix:
                 bpb = validation_bpb(model, windows, batch=settings.batch, device=device)
                 self.validated[kind] = {"val_bpb": bpb}
             else:
-                self.validated[kind] = mean_losses(model, self.held_out(kind))
+                means = mean_losses(model, self.held_out(kind))
+                self.validated[kind] = means.named("val")
+                if not means.predicted_bytes():
+                    self._warn_without_bits(kind)
         total, sum_ = Fraction(0), 0.0
         for kind, weight in self.kinds.items():
             bpb = self.validated[kind]["val_bpb"]
@@ -339,6 +343,14 @@ class Mix:
             total += weight
             sum_ += float(weight) * bpb
         return sum_ / float(total)
+
+    def _warn_without_bits(self, kind: str) -> None:
+        """Say once that no byte of a kind is predicted, since nobody would look for what the run then lacks."""
+        if kind not in self._without_bits:
+            self._without_bits.add(kind)
+            self.reader.warn(
+                f"of {kind} that is held out no byte is predicted: the run has no val_bpb, and keeps no best model"
+            )
 
     def _refuse_other_files(self, what: str, items: Sequence[Item]) -> None:
         """Refuse ranks that read other files than rank 0, as a rank does where one cannot be decoded. Every rank must call this.
