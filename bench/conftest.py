@@ -62,6 +62,12 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             "times of Triton's interpreter (TRITON_INTERPRET=1) say nothing about kernels and are not saved"
         )
+    if (options.benchmark_save or options.benchmark_autosave) and (
+        machine.commit_info(options.bench_commit)["id"] == machine.UNKNOWN
+    ):
+        raise pytest.UsageError(
+            f"{machine.WITHOUT_A_COMMIT}, so saved results would name none: name it with --bench-commit ID"
+        )
     folder = machine.RESULTS / machine.slug()
     if options.benchmark_storage == DEFAULT_STORAGE:
         if options.benchmark_compare:

@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import re
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 RESULTS = ROOT / "bench" / "results"
 """Where results are kept, in one folder per device."""
+
+UNKNOWN = "unknown"
+"""The id of a commit that nobody knows."""
+
+WITHOUT_A_COMMIT = "git cannot tell of which commit the files here are"
+"""What is said of such a commit."""
 
 IDENTITY = ("device", "multiprocessors")
 """Facts that must be equal for two runs to be comparable at all."""
@@ -101,20 +108,25 @@ def state() -> dict[str, Any]:
 def commit_info(commit: str | None) -> dict[str, Any]:
     """Return the commit that is measured: the one named, else git's; `dirty` is None where nobody knows.
 
+    A copy without a history may lie in the folder of another repository, whose commit says nothing of the copy.
+
     `bench/results` does not count as a change: saving one result must not make the next one dirty.
     """
     if commit:
         return {"id": commit, "dirty": None, "time": None}
-    found = _git("rev-parse", "HEAD")
+    is_tracked = _git("ls-files", "--error-unmatch", "--", "bench/machine.py") is not None
+    found = _git("rev-parse", "HEAD") if is_tracked else None
     if found is None:
-        return {"id": "unknown", "dirty": None, "time": None}
+        return {"id": UNKNOWN, "dirty": None, "time": None}
     changes = _git("status", "--porcelain", "--", ".", ":!bench/results")
     return {"id": found, "dirty": bool(changes), "time": _git("show", "-s", "--format=%cI")}
 
 
 def commit_name(commit: str | None) -> str:
-    """Return the id of `commit_info`, and whether its tree was changed."""
+    """Return the id of `commit_info`, and whether its tree was changed. Say on stderr that results are of no known commit."""
     info = commit_info(commit)
+    if info["id"] == UNKNOWN:
+        print(f"{WITHOUT_A_COMMIT}: results name none, unless --commit does", file=sys.stderr)
     return f"{info['id']}{', changed' if info['dirty'] else ''}"
 
 

@@ -19,7 +19,7 @@ from arbitor.reference import ops as reference_ops
 from arbitor.reference.op_table import FAMILIES, OP_TABLE
 from arbitor.reference.ops.packing import trits_of
 from bench import cases, gate, goals, inputs, machine, regression, report, rooflines, runner, timing
-from bench.conftest import reason_of
+from bench.conftest import pytest_configure, reason_of
 from bench.peers import peers_of
 from bench.sessions import session
 from conformance import cuda_calls
@@ -394,6 +394,46 @@ def test_a_comparison_with_nothing_is_refused() -> None:
     assert "there is nothing to compare with" in done.stderr and "NVIDIA X1" not in done.stderr
 
 
+def test_a_copy_in_the_folder_of_another_repository_has_no_known_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Results named the commit of the repository around the copy."""
+    # A hook of git tells its children of its own repository.
+    for name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE"):
+        monkeypatch.delenv(name, raising=False)
+    file = "bench/machine.py"
+    for root in (tmp_path, tmp_path / "copy"):
+        (root / "bench").mkdir(parents=True)
+        (root / file).write_text("")
+    identity = ["-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+    for words in (["init", "-q"], ["add", file], [*identity, "commit", "-q", "-m", "one"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True)
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    known = machine.commit_name(None)
+    assert re.fullmatch(r"[0-9a-f]{40}, changed", known) and machine.commit_info(None)["dirty"]
+    monkeypatch.setattr(machine, "ROOT", tmp_path / "copy")
+    assert machine.commit_name("abc") == "abc" and capsys.readouterr().err == ""
+    assert machine.commit_name(None) == "unknown"
+    assert capsys.readouterr().err == (
+        "git cannot tell of which commit the files here are: results name none, unless --commit does\n"
+    )
+
+
+@pytest.mark.parametrize("how", ["benchmark_save", "benchmark_autosave"])
+def test_results_of_no_known_commit_are_not_saved(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Before anything is measured."""
+    option = SimpleNamespace(benchmark_save=None, benchmark_autosave=False, bench_commit=None)
+    setattr(option, how, "first")
+    monkeypatch.setattr(cases, "interpreted", lambda: False)
+    monkeypatch.setattr(machine, "_git", lambda *arguments: None)
+    config: Any = SimpleNamespace(option=option)
+    sentence = (
+        "git cannot tell of which commit the files here are, so saved results would name none: name it with"
+    )
+    with pytest.raises(pytest.UsageError, match=sentence):
+        pytest_configure(config)
+
+
 def test_results_are_stored_and_compared(tmp_path: Path) -> None:
     storage = f"--benchmark-storage=file://{tmp_path}"
     saved = run_pytest(storage, "--benchmark-save=first", "--bench-commit=abc")
@@ -410,7 +450,7 @@ def test_results_are_stored_and_compared(tmp_path: Path) -> None:
 def test_a_stored_result_is_found_by_its_case_in_whichever_file_it_ran(tmp_path: Path) -> None:
     """As a file of an older layout, with a time that is far too short: that the case is slower now must be said and refused."""
     storage = f"--benchmark-storage=file://{tmp_path}"
-    assert run_pytest(storage, "--benchmark-save=now").returncode == 0
+    assert run_pytest(storage, "--benchmark-save=now", "--bench-commit=abc").returncode == 0
     path = tmp_path / "0001_now.json"
     stored = json.loads(path.read_text())
     for bench in stored["benchmarks"]:

@@ -81,6 +81,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the device. Without CUDA, Triton must be told to interpret before anything imports it."""
+    config.addinivalue_line(
+        "markers", "longest: the test that takes longest of those that wait for no ranks, and comes first"
+    )
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     # Each worker takes its part of the cores.
     if workers > 1:
@@ -138,7 +141,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     Of these, keep those that run on the device, if that was asked for. The longest test comes first. It would leave the other
     workers idle at the end.
     """
-    items.sort(key=lambda item: item.name != LONGEST)
+    items.sort(key=lambda item: item.get_closest_marker("longest") is None)
     if config.getoption("--on-device"):
         keep(config, items, lambda item: not ON_DEVICE.isdisjoint(getattr(item, "fixturenames", ())))
     wanted = config.getoption("--family")
@@ -196,9 +199,6 @@ def pytest_runtest_call() -> None:
 
 ON_DEVICE = {"subject", "found", "num_gpus"}
 """Fixtures of tests whose result depends on the device: the implementation under test, what ranks found, and the GPUs there are."""
-
-LONGEST = "test_every_kernel_compiles"
-"""The test that takes 100 seconds, where none but those that wait for ranks takes 30."""
 
 OP_BY_OP = ("test_comparison", "test_vectors")
 """Files whose tests are of one op each, which is a parameter."""

@@ -24,6 +24,8 @@ DEVICE, HOST = torch.device("cuda", 0), torch.device("cpu")
 
 PROPERTIES: dict[str, Any] = {
     "is_current_stream_capturing": lambda: False,
+    # What is copied to the GPU is there at once.
+    "current_stream": lambda *_: SimpleNamespace(record_event=lambda: None),
     "get_device_capability": lambda *_: (9, 0),
     "get_device_properties": lambda *_: SimpleNamespace(
         multi_processor_count=132, shared_memory_per_block_optin=227 * 1024

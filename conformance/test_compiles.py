@@ -62,6 +62,8 @@ def compiled(cache: Path, *only: str, tree: Path = ROOT, module: str = "compile_
     return done.returncode, done.stdout + done.stderr
 
 
+# 100 seconds, where none but those that wait for ranks takes 30.
+@pytest.mark.longest
 def test_every_kernel_compiles(subject: Subject, tmp_path: Path) -> None:
     package_of(subject)
     status, output = compiled(tmp_path)

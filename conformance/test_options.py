@@ -17,6 +17,7 @@ FILES = (
     "distributed/test_distributed.py",
     "sidecars/test_cuda.py",
     "system/test_survival.py",
+    "test_compiles.py",
     "test_options.py",
 )
 """Files of several kinds, whose tests are collected."""
@@ -36,7 +37,7 @@ sys.exit(pytest.main(sys.argv[2:], plugins=[Notes()]))
 class Collected:
     """What pytest says of the tests that it would run with `--on-device`, beside a file that cannot be imported.
 
-    chosen, left_out:  names of tests without their parameters
+    chosen, left_out:  names of tests without their parameters, in their order
     broken:            the file that cannot be imported
     failures:          what `--failures` keeps of it
     status:            the exit status
@@ -58,7 +59,7 @@ class Collected:
         )
         self.status = result.returncode
         self.chosen, self.left_out = (
-            set(re.findall(r"^conformance/(\S+?::\w+)", text, re.MULTILINE))
+            list(dict.fromkeys(re.findall(r"^conformance/(\S+?::\w+)", text, re.MULTILINE)))
             for text in (result.stdout, left_out.read_text())
         )
         self.failures = failures.read_text()
@@ -83,7 +84,11 @@ def test_what_runs_on_a_device_is_found(collected: Collected) -> None:
     assert any("test_cuda.py" in name for name in on_device)
     assert "system/test_survival.py::test_same_seed_same_hash_in_another_process" in others
     assert "test_options.py::test_what_runs_on_a_device_is_found" in others
-    assert not on_device & others
+    assert not set(on_device) & set(others)
+
+
+def test_the_longest_test_comes_first(collected: Collected) -> None:
+    assert collected.chosen[0] == "test_compiles.py::test_every_kernel_compiles"
 
 
 def test_a_file_that_cannot_be_imported_is_a_failure(collected: Collected) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from arbitor.optimized import ops as optimized_ops
 from arbitor.optimized.kernels import codebook, together
 from arbitor.optimized.kernels.unpack import unpacked_together
 from conformance.compare import exact
-from conformance.subject import Subject, needs_ours, weight_of
+from conformance.subject import Subject, needs_cuda, needs_ours, weight_of
 
 CPU = torch.device("cpu")
 MOST = 3
@@ -55,6 +56,60 @@ def test_a_recording_takes_what_is_there_and_keeps_it(monkeypatch: pytest.Monkey
         table(number)
     assert all(table(number) is recorded[number] for number in range(MOST))
     assert len(together._TABLES) <= 2 * MOST
+
+
+class Arrival:
+    """Stands in for the event of a copy to a GPU."""
+
+    here = False
+
+    def query(self) -> bool:
+        return self.here
+
+
+def test_a_stream_waits_for_a_table_that_another_one_may_still_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits in each launch until the table is known to be there. A recording may not wait for what is outside of it."""
+    made, arrival, waited = table(1), Arrival(), []
+    (sent,) = together._TABLES.values()
+    sent.arrived = arrival  # type: ignore[assignment]
+    stream = SimpleNamespace(wait_event=waited.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    for count in (1, 2):
+        assert table(1) is made and waited == [arrival] * count
+    with monkeypatch.context() as patch:
+        patch.setattr(together, "is_recorded", lambda device: True)
+        assert table(1) is made and waited == [arrival] * 2
+    arrival.here = True
+    for _ in range(2):
+        assert table(1) is made and waited == [arrival] * 2 and sent.arrived is None
+
+
+def test_another_stream_reads_no_table_before_it_is_there(subject: Subject) -> None:
+    """The copy of a table waits for the earlier work of its stream. Another stream read what was in that memory before."""
+    needs_ours(subject, "tables of kernels")
+    needs_cuda(subject, "a table and two streams")
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()
+
+    def read(number: int, cycles: int) -> tuple[bool, list[list[int]]]:
+        """Return what the second stream finds, and whether the first one still sleeps then."""
+        rows = [[number, 2 * number]]
+        with torch.cuda.stream(first):
+            torch.cuda._sleep(cycles)
+            asleep = first.record_event()
+            together.table_of(rows, subject.device)
+        with torch.cuda.stream(second):
+            found = together.table_of(rows, subject.device)
+            assert found is not None
+            copied = found.tensor.clone()
+        was_asleep = not asleep.query()
+        torch.cuda.synchronize()
+        return was_asleep, copied.tolist()
+
+    # What waits for the device when it is done first: to take memory, and to load kernels.
+    read(1, 1000)
+    was_asleep, seen = read(2, 2**30)
+    assert was_asleep, "the host waited for the first stream"
+    assert seen == [[2, 4]]
 
 
 def test_weights_that_come_and_go_leave_few_tables(subject: Subject) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import torch
 
 from arbitor.optimized.distributed import traffic, world
+from arbitor.optimized.distributed.ranks import GroupRanks
+from arbitor.optimized.distributed.run import begin_measuring, measured
+from conformance.graph import models
 
 
 def test_exchanges_end_when_too_much_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,6 +68,26 @@ def test_waiting_of_a_gpu_is_counted_as_it_ends(monkeypatch: pytest.MonkeyPatch)
         assert len(sent._events) <= 3
     assert sent.measured() == (100.0, 0) and not sent._events
     assert sent.measured() == (0.0, 0)
+
+
+def test_waiting_is_a_share_of_the_time_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a rank waited while it validated, before its steps, made a share of more than 1."""
+    now = 0.0
+    monkeypatch.setattr(traffic, "time", SimpleNamespace(perf_counter=lambda: now))
+    model = models.nano()
+    ranks = GroupRanks(model, world.World())
+
+    def wait(seconds: float) -> None:
+        nonlocal now
+        with ranks._traffic._waiting():
+            ranks._traffic._receive(100)
+            now += seconds
+
+    wait(10.0)
+    begin_measuring(model)
+    wait(6.0)
+    now += 2.0
+    assert measured(model, steps=4) == {"waiting_share": 0.75, "exchanged_bytes": 25.0}
 
 
 def test_a_replay_counts_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from torch.distributed import HashStore
 from arbitor.optimized.distributed import world
 from arbitor.optimized.distributed.ranks import owned_rows
 from arbitor.optimized.distributed.run import (
+    begin_measuring,
     check_agreement,
     kept_rows,
     measured,
@@ -141,7 +142,8 @@ def test_a_process_alone_joins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         train_together(model, alone, exchange="full")
     assert type(model.voting.ranks) is Ranks
     assert whole_state(model).keys() == model.state().keys()  # type: ignore[union-attr]
-    assert measured(model, steps=1, seconds=1.0) == {}
+    begin_measuring(model)
+    assert measured(model, steps=1) == {}
 
 
 def test_one_rank_of_torchrun_computes_what_a_process_alone_does(

@@ -22,6 +22,7 @@ from arbitor.optimized.training.checkpoint import load_checkpoint
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import opened, train
 from arbitor.optimized.training.media import lead_of
+from arbitor.optimized.training.media_losses import Means
 from arbitor.optimized.training.media_mix import CACHE_FOLDER, Mix
 from arbitor.optimized.training.metrics import read_metrics
 from arbitor.optimized.training.options import TrainOptions
@@ -106,13 +107,19 @@ def test_a_batch_is_what_the_files_hold(mix: Mix) -> None:
     assert checked == {"image", "video"}
 
 
-def test_captions_of_three_bytes_teach_what_answers_them(media: Path, tmp_path: Path) -> None:
-    """No byte of them is predicted, so they have no bits. They have a latent."""
+def test_captions_of_three_bytes_teach_what_answers_them(
+    media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No byte of them is predicted, so they have no bits, which the run says once. They have a latent."""
     folder = shutil.copytree(media / "video", tmp_path / "video")
     for number, path in enumerate(sorted(folder.glob("*.txt"))):
         path.write_text(("cat", "ox")[number % 2])
     asked = options(media, tmp_path / "run", "video", data_video=str(folder), mix="text=0,video=1", steps=2)
-    summary = train(asked).summary
+    summary = train(asked, console=Console(quiet=True)).summary
+    sentence = "arb: of video that is held out no byte is predicted: the run has no val_bpb, and keeps no best model.\n"
+    assert (
+        capsys.readouterr().err.count(sentence) == 1 and not (tmp_path / "run" / "best.safetensors").exists()
+    )
     assert summary["skipped"] == 0 and summary["val_bpb"] is None
     assert summary["media"]["video"]["val_bpb"] is None
     assert summary["media"]["video"]["val_latent"] > 0
@@ -186,9 +193,19 @@ def test_a_line_of_metrics_has_what_came_since_the_last_one(media: Path, cache: 
 
 def test_bits_per_byte_of_a_kind_are_a_mean_over_its_bytes() -> None:
     """A micro-batch of short captions counts less than one of long captions, and not at all where no byte is predicted."""
-    mix: Any = SimpleNamespace(validated={}, _seen={"image": {"bytes": [(1.0, 30), (4.0, 10), (0.0, 0)]}})
+
+    def batch(samples: int, taught: int) -> Any:
+        return SimpleNamespace(ids_BT=range(samples), taught_bytes=lambda: taught)
+
+    means = Means()
+    for mean, taught in ((1.0, 30), (4.0, 10), (0.0, 0)):
+        means.add(batch(2, taught), {"bytes": mean})
+    mix: Any = SimpleNamespace(validated={}, _seen={"image": means})
     assert Mix.metrics(mix, validated=False) == {"image": {"train_bpb": pytest.approx(1.75 / math.log(2))}}
-    mix._seen = {"image": {"bytes": [(0.0, 0)], "route": [(0.5, 1), (1.0, 3)]}}
+    means = mix._seen["image"] = Means()
+    means.add(batch(1, 0), {"bytes": 0.0, "route": 0.5})
+    # In two parts.
+    means.add(batch(3, 0), {"bytes": 0.0, "route": 0.25}, {"bytes": 0.0, "route": 0.75})
     assert Mix.metrics(mix, validated=False) == {"image": {"train_bpb": None, "train_route": 0.875}}
 
 

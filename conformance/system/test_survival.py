@@ -139,6 +139,14 @@ def test_signals_save_and_exit(
     assert digest(run) == digest(finished)
 
 
+STARTS = """
+import signal
+# A shell lets what it starts in the background ignore SIGINT, and so do pytest and this process then.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from arbitor.optimized.start import main
+main()
+"""
+
 SWALLOWS = """
 import signal
 try:
@@ -155,12 +163,7 @@ def test_an_interrupt_while_something_is_imported_ends_it(text: Path, tmp_path: 
     """Whatever is imported may catch what is raised meanwhile, and some of torch does, so that the run went on to its end."""
     (tmp_path / f"{library}.py").write_text(SWALLOWS)
     process = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "from arbitor.optimized.start import main; main()",
-            *finished_line(text, tmp_path / "run"),
-        ],
+        [sys.executable, "-c", STARTS, *finished_line(text, tmp_path / "run")],
         env={**environment(), "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])},
         capture_output=True,
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from arbitor.optimized.distributed.world import World
 from arbitor.optimized.training.media_batch import Batch, captioned
-from arbitor.optimized.training.media_mix import Mix
+from arbitor.optimized.training.media_losses import mean_losses
 from arbitor.reference.config import NGRAM
 from arbitor.reference.graph import Targets
 from arbitor.reference.graph.ranks import Ranks
@@ -56,7 +56,7 @@ def measured(
         }
 
     model: Any = SimpleNamespace(losses=losses, voting=SimpleNamespace(faults=torch.zeros(()), ranks=ranks))
-    return Mix._validated(model, iter(batches)), seen
+    return mean_losses(model, batches).named("val"), seen
 
 
 def batch_of(size: int, *, seed: int = 0, longest: int = 9) -> Batch:

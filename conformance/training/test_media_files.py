@@ -17,7 +17,7 @@ from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.media import check_kinds, weights_of
 from arbitor.optimized.training.media_batch import Batch
 from arbitor.optimized.training.media_files import MediaFolder, load_media
-from arbitor.optimized.training.media_mix import Mix
+from arbitor.optimized.training.media_losses import mean_losses
 from arbitor.optimized.training.options import CHANGES, ROWS, TrainOptions
 from arbitor.optimized.training.plan import decide
 from arbitor.reference.graph.ranks import Ranks
@@ -255,7 +255,7 @@ def test_held_out_batches_are_measured_without_gradients() -> None:
         Batch("text", torch.zeros(2, 5, dtype=torch.int64)),
         Batch("text", torch.zeros(1, 7, dtype=torch.int64)),
     ]
-    found = Mix._validated(model, iter(batches))  # type: ignore[arg-type]
+    found = mean_losses(model, batches).named("val")  # type: ignore[arg-type]
     assert seen == [False, False]
     assert found == {"val_bpb": (2.0 * 4 + 4.0 * 4) / 8 / math.log(2), "val_route": None}
-    assert Mix._validated(model, iter([])) == {"val_bpb": None}  # type: ignore[arg-type]
+    assert mean_losses(model, []).named("val") == {"val_bpb": None}  # type: ignore[arg-type]

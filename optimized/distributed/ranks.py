@@ -254,6 +254,10 @@ class GroupRanks(Ranks):
         """Return seconds that this rank has waited for others and the bytes that it received, since the last call."""
         return self._traffic.measured()
 
+    def seconds(self) -> float:
+        """Return seconds of this rank since the last call of `measured`."""
+        return self._traffic.seconds()
+
     def _exchange_chosen(
         self, tensor_id: int, gradient: Gradient, cast: Callable[[Gradient | None], None]
     ) -> None:

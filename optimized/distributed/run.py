@@ -173,13 +173,19 @@ def faults(model: ArbModel) -> int:
     return int(model.voting.ranks.total(model.voting.faults))
 
 
-def measured(model: ArbModel, *, steps: int, seconds: float) -> dict[str, float]:
-    """Return the metrics that only several ranks have, since the last call. Every rank must call this.
+def begin_measuring(model: ArbModel) -> None:
+    """Begin the time of which `measured` tells next. What ranks did before, as while they validated, does not count."""
+    ranks = model.voting.ranks
+    if isinstance(ranks, GroupRanks):
+        ranks.measured()
+
+
+def measured(model: ArbModel, *, steps: int) -> dict[str, float]:
+    """Return the metrics that only several ranks have, since `begin_measuring`. Every rank must call this.
 
     Args:
         model: what the ranks train.
-        steps: steps since the last call.
-        seconds: wall-clock time since the last call.
+        steps: steps since then.
 
     Returns:
         ``waiting_share``: time that ranks waited for others, of all their time; ``exchanged_bytes``: bytes a step that all ranks
@@ -188,10 +194,8 @@ def measured(model: ArbModel, *, steps: int, seconds: float) -> dict[str, float]
     ranks = model.voting.ranks
     if not isinstance(ranks, GroupRanks):
         return {}
-    waited, received = (
-        float(each) for each in ranks.total(torch.tensor(ranks.measured(), dtype=torch.float64))
-    )
-    return {
-        "waiting_share": waited / (ranks.count * seconds) if seconds > 0 else 0.0,
-        "exchanged_bytes": received / steps,
-    }
+    # By the clock of each rank: one that has begun early waits for those that are late.
+    seconds = ranks.seconds()
+    own = torch.tensor([seconds, *ranks.measured()], dtype=torch.float64)
+    all_seconds, waited, received = (float(each) for each in ranks.total(own))
+    return {"waiting_share": waited / all_seconds, "exchanged_bytes": received / steps}

@@ -79,6 +79,7 @@ class Traffic:
         self._under_way: deque[tuple[int, Callable[[], None]]] = deque()
         self._pending = 0
         self._waited, self._received = 0.0, 0
+        self._since = time.perf_counter()
         self._events: deque[Events] = deque()
         self._recorded: list[Recorded] = []
         self._recording: Recorded | None = None
@@ -207,7 +208,12 @@ class Traffic:
         self._count_replays()
         counted = self._waited, self._received
         self._waited, self._received = 0.0, 0
+        self._since = time.perf_counter()
         return counted
+
+    def seconds(self) -> float:
+        """Return seconds since the last call of `measured`."""
+        return time.perf_counter() - self._since
 
     def _receive(self, size: int) -> None:
         """Count bytes that this rank is sent."""

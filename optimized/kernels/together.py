@@ -53,8 +53,42 @@ ALIGNED = 16
 MOST_TABLES = 4096
 """Most tables that are kept, beside those that recorded graphs read."""
 
-_TABLES: dict[tuple[int, ...], Tensor] = {}
-"""Tables on their device by their content."""
+
+@dataclass
+class _Sent:
+    """A tensor of the host on its way to a device.
+
+    Attributes:
+        tensor: on the device.
+        arrived: event of its arrival, None where the host knows that it is there.
+    """
+
+    tensor: Tensor
+    arrived: torch.cuda.Event | None = None
+
+    @classmethod
+    def to(cls, device: torch.device, made: Tensor) -> _Sent:
+        """Send a tensor. The host does not wait for it."""
+        if device.type != "cuda":
+            return cls(made.to(device))
+        # Other memory would make the host wait for the device.
+        sent = made.pin_memory().to(device, non_blocking=True)
+        return cls(sent, torch.cuda.current_stream(device).record_event())
+
+    def before_launch(self) -> Tensor:
+        """Let the current stream wait until the tensor has arrived, if another stream may still be sending it; return it."""
+        # Another thread may take it away meanwhile.
+        arrived = self.arrived
+        if arrived is not None:
+            if arrived.query():
+                self.arrived = None
+            else:
+                torch.cuda.current_stream(self.tensor.device).wait_event(arrived)
+        return self.tensor
+
+
+_TABLES: dict[tuple[int, ...], _Sent] = {}
+"""Tables by their content."""
 
 _RECORDED: set[tuple[int, ...]] = set()
 """The tables that recorded graphs read at each replay. They are never dropped, as torch does not say when a graph is gone."""
@@ -204,20 +238,19 @@ def table_of(rows: list[list[int]], device: torch.device) -> Table | None:
     A recording takes only a table that is there, else it is given None: its graph would copy another one at each replay.
     """
     key = (-1 if device.index is None else device.index, len(rows), *(value for row in rows for value in row))
-    recorded, tensor = is_recorded(device), _TABLES.get(key)
-    if tensor is None:
+    recorded, sent = is_recorded(device), _TABLES.get(key)
+    if sent is None:
         if recorded:
             return None
         if len(_TABLES) - len(_RECORDED) >= MOST_TABLES:
             drop_tables()
-        made = torch.tensor(rows, dtype=torch.int64, device="cpu")
-        # Other memory would make the host wait for the device.
-        tensor = (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
+        sent = _Sent.to(device, torch.tensor(rows, dtype=torch.int64, device="cpu"))
     if recorded:
         _RECORDED.add(key)
     # Anew if another thread has dropped it since.
-    _TABLES[key] = tensor
-    return Table(rows, tensor)
+    _TABLES[key] = sent
+    # A recording may not wait for what is outside of it. torch.cuda.graph has waited for the device before a recording begins.
+    return Table(rows, sent.tensor if recorded else sent.before_launch())
 
 
 def drop_tables() -> None:
@@ -226,7 +259,7 @@ def drop_tables() -> None:
     Otherwise those of weights that come and go would take all places, and a recording would find no table of later weights.
     """
     kept = dict(_TABLES)
-    for device in {tensor.device for tensor in kept.values() if tensor.is_cuda}:
+    for device in {sent.tensor.device for sent in kept.values() if sent.tensor.is_cuda}:
         torch.cuda.synchronize(device)
     for key in kept.keys() - _RECORDED:
         _TABLES.pop(key, None)

@@ -8,12 +8,10 @@ Legend: B samples of a batch, T ids, N vectors, F features.
 from __future__ import annotations
 
 import hashlib
-import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +30,7 @@ from arbitor.optimized.training.data import (
     validation_windows,
 )
 from arbitor.optimized.training.errors import TrainingError
-from arbitor.optimized.training.evaluate import NATS_PER_BIT, in_turns, validation_bpb
+from arbitor.optimized.training.evaluate import validation_bpb
 from arbitor.optimized.training.media import (
     FOLDERS,
     SIDECAR_OF,
@@ -43,6 +41,7 @@ from arbitor.optimized.training.media import (
 )
 from arbitor.optimized.training.media_batch import Batch, captioned
 from arbitor.optimized.training.media_files import Item, MediaFolder, load_media
+from arbitor.optimized.training.media_losses import COMPONENTS, Means, mean_losses
 from arbitor.optimized.training.media_reader import MediaReader, Say
 from arbitor.optimized.training.media_speech import (
     load_codec,
@@ -68,9 +67,6 @@ CACHE_FOLDER = "features"
 
 ANSWERED_BY = {"video": "video", "speech": "audio"}
 """Head that answers the samples of a kind, where it is not the byte head."""
-
-COMPONENTS = ("bytes", "route", "latent", "tokens")
-"""Components of the loss that lines of metrics have."""
 
 
 class Mix:
@@ -130,7 +126,8 @@ class Mix:
         self.reader = MediaReader(self.encoders, side=latent_shape(config.video_latent)[-1])
         self._runtime = runtime
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        self._seen: dict[str, dict[str, list[tuple[float, int]]]] = {}
+        self._seen: dict[str, Means] = {}
+        self._without_bits: set[str] = set()
         self.ids_taken = 0
         self.validated: dict[str, dict[str, float | None]] = {}
 
@@ -138,7 +135,7 @@ class Mix:
         """Open the cache of features, which is the first thing that is written, and train the codec of speech.
 
         Args:
-            warn: is told one sentence for each file that cannot be decoded.
+            warn: is told one sentence for each file that cannot be decoded, and for each kind that leaves the run without bits.
 
         Raises:
             TrainingError: the folder of the cache cannot be made, the codec of the run folder is refused, or the codecs of ranks
@@ -296,9 +293,7 @@ class Mix:
         self.ids_taken += batch.ids_BT.numel()
         names = [name for name in COMPONENTS if name in losses]
         means = model.voting.ranks.mean(torch.stack([losses[name].detach() for name in names])).tolist()
-        seen = self._seen.setdefault(batch.kind, {})
-        for name, mean in zip(names, means, strict=True):
-            seen.setdefault(name, []).append((mean, _weight(batch, name)))
+        self._seen.setdefault(batch.kind, Means()).add(batch, dict(zip(names, means, strict=True)))
         return means[names.index("bytes")]
 
     def metrics(self, *, validated: bool) -> dict[str, dict[str, float | None]]:
@@ -307,11 +302,7 @@ class Mix:
         Args:
             validated: whether the validation is of this step.
         """
-        found: dict[str, dict[str, float | None]] = {}
-        for kind, seen in self._seen.items():
-            of_kind = found.setdefault(kind, {})
-            for name, means in seen.items():
-                of_kind[f"train_{_metric(name)}"] = _in_unit(name, _weighted_mean(means))
+        found = {kind: means.named("train") for kind, means in self._seen.items()}
         self._seen = {}
         for kind, numbers in self.validated.items() if validated else ():
             found.setdefault(kind, {}).update(numbers)
@@ -340,7 +331,10 @@ class Mix:
                 bpb = validation_bpb(model, windows, batch=settings.batch, device=device)
                 self.validated[kind] = {"val_bpb": bpb}
             else:
-                self.validated[kind] = self._validated(model, self.held_out(kind))
+                means = mean_losses(model, self.held_out(kind))
+                self.validated[kind] = means.named("val")
+                if not means.predicted_bytes():
+                    self._warn_without_bits(kind)
         total, sum_ = Fraction(0), 0.0
         for kind, weight in self.kinds.items():
             bpb = self.validated[kind]["val_bpb"]
@@ -349,6 +343,14 @@ class Mix:
             total += weight
             sum_ += float(weight) * bpb
         return sum_ / float(total)
+
+    def _warn_without_bits(self, kind: str) -> None:
+        """Say once that no byte of a kind is predicted, since nobody would look for what the run then lacks."""
+        if kind not in self._without_bits:
+            self._without_bits.add(kind)
+            self.reader.warn(
+                f"of {kind} that is held out no byte is predicted: the run has no val_bpb, and keeps no best model"
+            )
 
     def _refuse_other_files(self, what: str, items: Sequence[Item]) -> None:
         """Refuse ranks that read other files than rank 0, as a rank does where one cannot be decoded. Every rank must call this.
@@ -387,72 +389,6 @@ class Mix:
     def training_items(self, kind: str) -> list[Item]:
         """Return the items of media that are learned from and can be decoded."""
         return [item for item in self._folders[kind].train if self.reader.is_readable(kind, item)]
-
-    @staticmethod
-    def _validated(model: ArbModel, batches: Iterator[Batch]) -> dict[str, float | None]:
-        """Return the mean losses of some batches. Bits per byte are a mean over bytes, the others over samples.
-
-        Each rank measures its parts of every batch, and all ranks return the same. Every rank must call this with the same batches.
-        """
-        sums: dict[str, float] = {}
-        counts: dict[str, int] = {}
-        for batch in batches:
-            parts = batch.parts(model.voting.ranks.count)
-            sizes = [len(part.ids_BT) for part in parts]
-            measure = partial(_weighted_losses, model, batch, parts)
-            for numbers in in_turns(model.voting.ranks, sizes, measure):
-                for name, number in numbers.items():
-                    sums[name] = sums.get(name, 0.0) + number
-            for name in sums:
-                counts[name] = counts.get(name, 0) + _weight(batch, name)
-        # Of texts of three bytes at most no byte is predicted.
-        means = {name: sums[name] / count if count else math.nan for name, count in counts.items()}
-        found = {f"val_{_metric(name)}": _in_unit(name, mean) for name, mean in means.items()}
-        return found or {"val_bpb": None}
-
-
-def _weight(batch: Batch, name: str) -> int:
-    """Return what a batch counts in the mean of a component: the bytes that are predicted, or the samples."""
-    return batch.taught_bytes() if name == "bytes" else len(batch.ids_BT)
-
-
-def _weighted_mean(means: Sequence[tuple[float, int]]) -> float:
-    """Return the mean of some means by their weights, NaN where all weights are 0: of texts of three bytes no byte is predicted."""
-    weight = sum(weight for _, weight in means)
-    return math.fsum(mean * weight for mean, weight in means) / weight if weight else math.nan
-
-
-def _weighted_losses(
-    model: ArbModel, batch: Batch, parts: Sequence[Batch], turn: Sequence[int]
-) -> dict[str, float]:
-    """Return the components of the loss of the part of this rank, by name. Those of all parts add up to those of the batch.
-
-    Args:
-        model: its weights are only read.
-        batch: has a weight in each component.
-        parts: of the batch.
-        turn: which part each rank reads now.
-    """
-    ranks = model.voting.ranks
-    losses = model.losses(**parts[turn[ranks.number]].on(model.voting.faults.device))
-    found = {}
-    for name in COMPONENTS:
-        if name in losses:
-            # The sum of a rank is divided by the terms of all ranks over the number of ranks: `Ranks.divisor`.
-            terms = sum(parts[i].terms()[name] for i in turn)
-            share = Fraction(terms, ranks.count * max(batch.terms()[name], 1))
-            found[name] = losses[name].item() * float(share * _weight(batch, name))
-    return found
-
-
-def _metric(name: str) -> str:
-    return "bpb" if name == "bytes" else name
-
-
-def _in_unit(name: str, value: float) -> float | None:
-    """Return a loss as it is reported: bytes in bits, the others as they are, and None where it is not finite."""
-    value = value / NATS_PER_BIT if name == "bytes" else value
-    return value if math.isfinite(value) else None
 
 
 def open_mix(

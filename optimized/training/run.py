@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arbitor.optimized.distributed.run import faults, measured, whole_state
+from arbitor.optimized.distributed.run import begin_measuring, faults, measured, whole_state
 from arbitor.optimized.training.adaptation import write_best
 from arbitor.optimized.training.census import Census
 from arbitor.optimized.training.checkpoint import state_sha256
@@ -216,6 +216,7 @@ class Run:
             self._validate()
             self.monitor.log(0, {"val_bpb": self.val_bpb, **self._media_metrics(validated=True)})
         logged_at, logged_step = time.monotonic(), self.step
+        begin_measuring(self.model)
         while self.step < settings.steps:
             self._stop_if_asked()
             now_logging = (self.step + 1) % settings.log_interval == 0 or self.step + 1 == settings.steps
@@ -236,6 +237,7 @@ class Run:
                 self.monitor.log(self.step, {**values, **(counted or {})})
             if now_logging:
                 logged_at, logged_step = time.monotonic(), self.step
+                begin_measuring(self.model)
             between = settings.save_interval > 0 and self.step % settings.save_interval == 0
             if between or self.step == settings.steps:
                 self._save_latest()
@@ -261,7 +263,7 @@ class Run:
             "seconds": progress.seconds + time.monotonic() - self.clock,
             "skipped": progress.skipped,
             "faulty_rows": self._faulty_rows(),
-            **measured(self.model, steps=steps, seconds=seconds),
+            **measured(self.model, steps=steps),
         }
 
     def _take_step(self, *, measured: bool) -> dict[str, Any] | None:
