@@ -40,9 +40,9 @@ TILE = 2048
 @triton.jit(do_not_specialize=["num_rows"])
 def _row_exponents_kernel(
     grad_ptr, exponents_ptr, faults_ptr, num_rows, num_columns,
-    COUNT_FAULTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    COUNT_FAULTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMN_STEP: tl.constexpr,
 ):  # fmt: skip
-    num_columns = known_columns(num_columns, STEP)
+    num_columns = known_columns(num_columns, COLUMN_STEP)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < num_rows
     squares = tl.zeros([ROWS, BLOCK], dtype=tl.float64)
@@ -125,9 +125,9 @@ def _stochastic_votes_kernel(
     grad_ptr, exponents_ptr, rows_ptr, rate, votes_ptr, num_columns, row_groups, row_blocks,
     seed_low, seed_high, step, tensor_id,
     HAS_ROWS: tl.constexpr, RATE_ON_DEVICE: tl.constexpr, STEP_ON_DEVICE: tl.constexpr,
-    GROUP_SIZE: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr, COLUMN_STEP: tl.constexpr,
 ):  # fmt: skip
-    num_columns = known_columns(num_columns, STEP)
+    num_columns = known_columns(num_columns, COLUMN_STEP)
     slot = (tl.program_id(0) // row_blocks).to(tl.int64)
     groups, columns, mask = group_tile(tl.program_id(0) % row_blocks, num_columns, GROUP_SIZE, PLACES, BLOCK)
     row = slot
@@ -149,9 +149,9 @@ def _stochastic_votes_kernel(
 @triton.jit(do_not_specialize=["row_blocks", "step_size"])
 def _sign_votes_kernel(
     grad_ptr, exponents_ptr, votes_ptr, num_columns, row_blocks, step_size, BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
+    COLUMN_STEP: tl.constexpr,
 ):  # fmt: skip
-    num_columns = known_columns(num_columns, STEP)
+    num_columns = known_columns(num_columns, COLUMN_STEP)
     row = (tl.program_id(0) // row_blocks).to(tl.int64)
     columns = (tl.program_id(0) % row_blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < num_columns
@@ -182,7 +182,7 @@ def exponents_of_rows(grad_NK: Tensor, faults: Tensor | None = None) -> Tensor:
         rows = max(1, BLOCK_COLUMNS // block)
         _row_exponents_kernel[row_grid(1, triton.cdiv(num_rows, rows))](
             grad_NK.contiguous(), exponents, exponents if faults is None else faults, num_rows, num_columns,
-            COUNT_FAULTS=faults is not None, ROWS=rows, BLOCK=block, STEP=column_step(num_columns),
+            COUNT_FAULTS=faults is not None, ROWS=rows, BLOCK=block, COLUMN_STEP=column_step(num_columns),
             num_warps=warps_of(rows * block),
         )  # fmt: skip
     return exponents
@@ -203,7 +203,7 @@ def votes_of_gradient(
             grad_NK, exponents, exponents if rows is None else rows.contiguous(), rate_argument(rate), votes,
             num_columns, groups, row_blocks, clock.seed_low, clock.seed_high, clock.step, clock.tensor_id,
             HAS_ROWS=rows is not None, RATE_ON_DEVICE=isinstance(rate, Tensor), STEP_ON_DEVICE=clock.step_on_device,
-            GROUP_SIZE=group_size, PLACES=places, BLOCK=block, STEP=column_step(num_columns),
+            GROUP_SIZE=group_size, PLACES=places, BLOCK=block, COLUMN_STEP=column_step(num_columns),
         )  # fmt: skip
     return votes
 
@@ -217,7 +217,7 @@ def votes_of_sign(grad_NK: Tensor, step_size: int) -> Tensor:
     block, row_blocks = row_tile(num_columns, BLOCK_COLUMNS)
     if num_rows:
         _sign_votes_kernel[row_grid(num_rows, row_blocks)](
-            grad_NK, exponents, votes, num_columns, row_blocks, step_size, BLOCK=block, STEP=column_step(num_columns),
+            grad_NK, exponents, votes, num_columns, row_blocks, step_size, BLOCK=block, COLUMN_STEP=column_step(num_columns),
         )  # fmt: skip
     return votes
 
