@@ -52,6 +52,10 @@ SHARED_MEMORY = 227 * 1024
 """Bytes of shared memory that a program may have on the target."""
 
 
+MOST_NARROW = 2
+"""Accesses of one or two bytes that a thread may make where the compiler is told that rows are multiples of some columns."""
+
+
 @dataclass(frozen=True)
 class Specialisation:
     """A kernel for some types and constants.
@@ -202,6 +206,9 @@ def complaint(one: Specialisation) -> tuple[str, str] | None:
         elif counted_twice:
             what = f"{place(one.kernel)} has a product that counts some of its terms twice"
             reason = counted_twice
+        elif not one.drawn and is_told_columns(one) and narrow_accesses(compiled.asm["ptx"]) > MOST_NARROW:
+            what = f"{place(one.kernel)} reads or writes rows one element at a time"
+            reason = f"{narrow_accesses(compiled.asm['ptx'])} accesses of one or two bytes"
         else:
             return None
     return what, f"{reason}\nas {one.cause} launches it, with {', '.join(sorted(one.traits))}"
@@ -219,6 +226,16 @@ def repeated_operand(ttgir: str) -> str | None:
         if summed < 4 * int(width) and re.search(rf"#{parent} = #ttg\.nvidia_mma<\{{versionMajor = 2", ttgir):
             return f"operand {operand} is {rows} x {columns}, with {width} neighbours a thread"
     return None
+
+
+def is_told_columns(one: Specialisation) -> bool:
+    """Return whether a kernel is told that its rows are multiples of several columns, as `known_columns` tells it."""
+    return any(re.fullmatch(r"COLUMN_STEP=(?!1$)\d+", trait) for trait in one.traits)
+
+
+def narrow_accesses(ptx: str) -> int:
+    """Return how many loads and stores of device memory take one or two bytes."""
+    return len(re.findall(r"\b(?:ld|st)\.global(?:\.\w+)*\.[bsu](?:8|16)\s", re.sub(r"\.v\d\.\w+", "", ptx)))
 
 
 def place(kernel: JITFunction, error: Exception | None = None) -> str:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.cuda import many_rows
+from arbitor.optimized.kernels.together import NARROW_COLUMNS
+from arbitor.optimized.layouts import TRITS_PER_WORD
 from arbitor.reference.constants import ACCUM_MAX, EXPONENT_RULES, ON_FLIP, groups_per_row, level_range
 from arbitor.reference.ops.packing import weight_of_trits
 from arbitor.reference.types import TernaryWeight
@@ -55,7 +57,6 @@ GROUPED = (
     (2, 130, 776, 16, 0, (2, 100, 260)),
 )
 UPDATES = (
-    # Rows of up to 128 columns are for Triton.
     (5, 144, 12, 2),
     (33, 1536, 12, 1),
     (20, 1008, 12, 2),
@@ -63,6 +64,12 @@ UPDATES = (
     (20, 784, 16, 0),
     (20, 784, 24, 2),
     (16, 1168, 48, 0),
+    # Odd multiples of eight columns. The step of these is for Triton, and so are votes of all rows of 88 columns.
+    (20, 1192, 12, 2),
+    (9, 1176, 6, 2),
+    (9, 88, 16, 0),
+    (9, 200, 24, 1),
+    (9, 136, 48, 2),
 )
 LOOPS = (
     # Samples, numbers of a latent, tokens, width, steps, columns of a group, mantissa bits, dtype, halting.
@@ -121,9 +128,17 @@ def calls() -> Iterator[tuple[str, Case]]:
         if place % 2:
             rate, clock["step"] = torch.tensor(rate), torch.tensor(clock["step"])
         faults = torch.zeros((), dtype=torch.int64)
-        given = {"exponent_rule": rule, "faults": faults, **clock}
-        yield "accumulate_gradient", Case((weight, grad, rate), given)
-    for shape, on_flip, theta in product(UPDATES, ON_FLIP, (1, 64, 127)):
+        # At its last place in a table, a weight has the last of all group ids.
+        first_row = (0, 2**32 // weight.exponents.shape[1] - len(grad))[place // 2 % 2]
+        given = {"exponent_rule": rule, "faults": faults, "first_row": first_row, **clock}
+        if shape[1] > NARROW_COLUMNS or first_row:
+            yield "accumulate_gradient", Case((weight, grad, rate), given)
+        rows = torch.randperm(len(grad), generator=draws)
+        # An unused slot, here with a gradient that is not finite, votes for no row.
+        rows[::3] = -1
+        yield "accumulate_gradient", Case((weight, grad, rate), {"rows": rows, **given})
+    stepped = [shape for shape in UPDATES if shape[1] % TRITS_PER_WORD == 0]
+    for shape, on_flip, theta in product(stepped, ON_FLIP, (1, 64, 127)):
         yield "apply_step", Case((random_weight(draws, *shape),), {"theta": theta, "on_flip": on_flip})
     for num_samples, size, num_tokens, width, steps, group_size, mantissa_bits, dtype, threshold in LOOPS:
         shapes = ((width, size), (width, width), (steps, width), (size, width))

@@ -171,4 +171,15 @@ def of_updates() -> Iterator[tuple[str, Case]]:
     some = torch.arange(len(grad))
     yield "accumulate_gradient", Case((matrix, grad, 0.5), {"rows": some, "first_row": 7_500_000, **CLOCK})
     yield "apply_step", Case((matrix,))
+    # The experts of r12 have an odd multiple of 8 columns, of which a batch names some rows.
+    matrix, grad = weight(64, 1192), torch.zeros(32, 1192, dtype=BF16)
+    some = torch.arange(len(grad))
+    yield "row_exponents", Case((grad,))
+    yield "sign_votes", Case((grad, 3))
+    yield "stochastic_votes", Case((grad, 0.5), CLOCK)
+    yield "accumulate", Case((matrix, grad.to(torch.int8)), {"rows": some, **CLOCK})
+    yield "accumulate_gradient", Case((matrix, grad, 0.5), {"rows": some, **CLOCK})
+    several = {"seed": 1, "step": 2, "tensor_ids": (3,)}
+    yield "accumulate_gradients", Case(((matrix,), torch.zeros(64, 1192, dtype=BF16), 0.5), several)
+    yield "apply_step", Case((matrix,), {"rows": some})
     yield "initial_weight", Case(((64, WIDTH),), {"std": 0.1, "seed": 1, "tensor_id": 3})

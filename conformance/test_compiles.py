@@ -13,6 +13,7 @@ import pytest
 
 from arbitor.optimized.cuda import compiler
 from arbitor.optimized.cuda.compiler import Kernel, why_missing
+from arbitor.optimized.kernels.launch import column_step
 from conformance.compile_cuda import given_up
 from conformance.compile_kernels import repeated_operand
 from conformance.import_lint import ROOT
@@ -129,6 +130,27 @@ def test_products_that_wait_for_one_another_are_found(monkeypatch: pytest.Monkey
     monkeypatch.setattr(compiler, "source_text", lambda source: broken)
     [sentence] = given_up(compiler.what_the_assembler_says(kernel, "sm_90a"))
     assert "wgmma.mma_async instructions are serialized" in sentence
+
+
+def test_rows_that_are_read_one_element_at_a_time_are_found(subject: Subject, tmp_path: Path) -> None:
+    """In a copy of the package kernels are not told that 1192 columns are a multiple of 8. Triton knows multiples of 16 alone."""
+    assert [column_step(columns) for columns in (1, 4, 8, 16, 1184, 1192)] == [1, 1, 8, 1, 1, 8]
+    copy = copy_of_the_package(subject, tmp_path)
+    file = copy / "kernels" / "common.py"
+    source, told = file.read_text(), "return num_columns // STEP * STEP"
+    assert told in source, f"{told} is not in kernels/common.py: break something else here"
+    file.write_text(source.replace(told, "return num_columns"))
+    status, output = compiled(tmp_path / "cache", "update", "votes", tree=tmp_path)
+    assert status == 1, output
+    found = re.findall(r": (\w+) reads or writes rows one element at a time", output)
+    assert sorted(found) == [
+        "_accumulate_kernel",
+        "_count_together_kernel",
+        "_row_exponents_kernel",
+        "_sign_votes_kernel",
+        "_step_trits_kernel",
+        "_stochastic_votes_kernel",
+    ]
 
 
 def test_broken_kernels_are_found(subject: Subject, tmp_path: Path) -> None:

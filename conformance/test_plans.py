@@ -85,15 +85,16 @@ def test_what_a_product_takes() -> None:
 
 def test_what_an_update_takes() -> None:
     weight, grad = device_weight(20, 96), torch.zeros(20, 96)
-    assert cuda_update.fits_count(weight, grad, None) and cuda_update.fits_step(weight, None)
-    rows = torch.arange(20)
-    assert not cuda_update.fits_count(weight, grad, rows) and not cuda_update.fits_step(weight, rows)
+    assert cuda_update.fits_count(weight, grad) and cuda_update.fits_step(weight, None)
+    assert cuda_update.fits_count(weight, grad[:3]) and not cuda_update.fits_step(weight, torch.arange(20))
+    odd = device_weight(20, 104)
+    assert cuda_update.fits_count(odd, torch.zeros(20, 104)) and not cuda_update.fits_step(odd, None)
     ragged = device_weight(20, 100)
-    assert not cuda_update.fits_count(ragged, torch.zeros(20, 100), None)
+    assert not cuda_update.fits_count(ragged, torch.zeros(20, 100))
     assert not cuda_update.fits_step(ragged, None)
-    taken = {size for size in GROUP_SIZES if cuda_update.fits_count(device_weight(20, 96, size), grad, None)}
+    taken = {size for size in GROUP_SIZES if cuda_update.fits_count(device_weight(20, 96, size), grad)}
     assert taken == {6, 12, 16, 24, 48}
-    assert not cuda_update.fits_count(weight, torch.zeros(20 * 96 + 1)[1:].reshape(20, 96), None)
+    assert not cuda_update.fits_count(weight, torch.zeros(20 * 96 + 1)[1:].reshape(20, 96))
 
 
 def test_blocks_of_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,11 +222,19 @@ def test_votes_get_the_arguments_that_they_declare(monkeypatch: pytest.MonkeyPat
     )
     exponents = torch.zeros(20, dtype=torch.int32)
     monkeypatch.setattr(cuda_update, "exponents_of_rows", lambda *_: exponents)
-    for rate, step in ((5.9, 7), (torch.tensor(5.9), torch.tensor(7))):
+    for rate, step, rows in ((5.9, 7, None), (torch.tensor(5.9), torch.tensor(7), torch.arange(3))):
         weight, clock = device_weight(20, 96), Clock.of(1, step, 2, torch.device("cpu"))
-        cuda_update.count_votes_(weight, torch.zeros(20, 96), rate, clock, "score", None)
+        grad = torch.zeros(20 if rows is None else len(rows), 96)
+        # The last group of the table is the last that a kernel can name.
+        last_place = 2**32 // 8 - 20
+        cuda_update.count_votes_(weight, grad, rate, clock, "score", rows, None, last_place)
     for given in launched:
         fit(declared("votes", "count_votes"), given)
+    assert len(launched) == 2
+    # A launch has at least one block.
+    no_rows = torch.arange(0)
+    assert cuda_update.fits_count(weight, grad[no_rows])
+    cuda_update.count_votes_(weight, grad[no_rows], 5.9, clock, "score", no_rows, None, 0)
     assert len(launched) == 2
 
 

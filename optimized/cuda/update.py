@@ -12,7 +12,13 @@ from torch import Tensor
 
 from arbitor.optimized.cuda.compiler import Kernel
 from arbitor.optimized.cuda.launch import aligned, launch
-from arbitor.optimized.kernels.launch import MAX_PROGRAMS, Clock, announce_written, gradient_columns
+from arbitor.optimized.kernels.launch import (
+    MAX_PROGRAMS,
+    Clock,
+    announce_written,
+    gradient_columns,
+    signed_word,
+)
 from arbitor.optimized.kernels.update import step_exponents_
 from arbitor.optimized.kernels.votes import exponents_of_rows
 from arbitor.optimized.layouts import TRITS_PER_WORD, DeviceWeight
@@ -25,15 +31,16 @@ THREADS = 256
 """Threads of a block."""
 
 
-def fits_count(weight: DeviceWeight, grad_NK: Tensor, rows: Tensor | None) -> bool:
-    """Return whether `count_votes_` takes a gradient: one of all rows, whose words have no empty lanes, and groups that fit."""
+def fits_count(weight: DeviceWeight, grad_NK: Tensor) -> bool:
+    """Return whether `count_votes_` takes a gradient: one of whole pieces of a row, and of groups that fit."""
+    num_columns = weight.shape[1]
     return (
-        rows is None
-        and CHUNK % weight.group_size == 0
-        and _whole_words(weight)
+        CHUNK % weight.group_size == 0
+        and num_columns % _piece(num_columns) == 0
+        and aligned(weight.trit_accum, 16)
         and grad_NK.is_contiguous()
         and aligned(grad_NK, 16)
-        and weight.shape[0] * math.ceil(weight.shape[1] / CHUNK) <= MAX_PROGRAMS * THREADS
+        and grad_NK.shape[0] * math.ceil(num_columns / CHUNK) <= MAX_PROGRAMS * THREADS
     )
 
 
@@ -43,12 +50,16 @@ def count_votes_(
     rate: float | Tensor,
     clock: Clock,
     exponent_rule: str,
+    rows: Tensor | None,
     faults: Tensor | None,
+    first_row: int,
 ) -> None:
     """Count the votes of a gradient in the accumulators of `weight`, in place, for a gradient that `fits_count`."""
-    num_rows, num_columns = weight.shape
+    num_slots, num_columns = grad_NK.shape
     gradient_columns(num_columns)
     row_exponents = exponents_of_rows(grad_NK, faults)
+    if num_slots == 0:
+        return
     groups, row_groups = CHUNK // weight.group_size, weight.exponents.shape[1]
     whole_words = groups % 4 == 0 and row_groups % 4 == 0 and aligned(weight.exponent_accum, 4)
     kernel = Kernel.of(
@@ -60,9 +71,12 @@ def count_votes_(
         SCORE_SHIFT=SCORE_SHIFT,
         COUNT_BYTES=4 if whole_words else 1,
         SILENT_ROW=SILENT_ROW,
+        PIECE=_piece(num_columns),
+        HAS_ROWS=int(rows is not None),
     )
     row_chunks = math.ceil(num_columns / CHUNK)
-    num_chunks = num_rows * row_chunks
+    num_chunks = num_slots * row_chunks
+    first_group = signed_word(first_row * row_groups)
     rate_at, rate_value = (rate, 0.0) if isinstance(rate, Tensor) else (None, rate)
     step_at, step_value = (clock.step, 0) if isinstance(clock.step, Tensor) else (None, clock.step)
     launch(
@@ -70,13 +84,14 @@ def count_votes_(
         (
             grad_NK,
             row_exponents,
+            None if rows is None else rows.contiguous(),
             weight.words,
             weight.trit_accum,
             weight.exponent_accum,
             rate_at,
             np.float32(rate_value),
             step_at,
-            *map(np.int32, (step_value, clock.tensor_id, clock.seed_low, clock.seed_high)),
+            *map(np.int32, (step_value, clock.tensor_id, clock.seed_low, clock.seed_high, first_group)),
             np.int64(num_chunks),
             *map(np.int32, (row_chunks, num_columns, weight.words.shape[1], row_groups)),
         ),
@@ -88,7 +103,8 @@ def count_votes_(
 
 def fits_step(weight: DeviceWeight, rows: Tensor | None) -> bool:
     """Return whether `step_` takes a weight: all rows of it, whose words have no empty lanes."""
-    return rows is None and _whole_words(weight) and weight.words.numel() <= MAX_PROGRAMS * THREADS
+    whole_words = weight.shape[1] % TRITS_PER_WORD == 0 and aligned(weight.trit_accum, 16)
+    return rows is None and whole_words and weight.words.numel() <= MAX_PROGRAMS * THREADS
 
 
 def step_(weight: DeviceWeight, theta: int, theta_e: int, carry: bool) -> None:
@@ -105,6 +121,6 @@ def step_(weight: DeviceWeight, theta: int, theta_e: int, carry: bool) -> None:
     announce_written(weight.words, weight.exponents)
 
 
-def _whole_words(weight: DeviceWeight) -> bool:
-    """Return whether every word has sixteen trits, whose counts are read at once."""
-    return weight.shape[1] % TRITS_PER_WORD == 0 and aligned(weight.trit_accum, 16)
+def _piece(num_columns: int) -> int:
+    """Return the columns of a row that a thread reads at once. A row that is no multiple of them has none."""
+    return 16 if num_columns % 16 == 0 else 8

@@ -1,9 +1,9 @@
-// Votes of a gradient, counted in the accumulators of a weight in the device layout: `accumulate_gradient` without rows.
+// Votes of a gradient, counted in the accumulators of a weight in the device layout: `accumulate_gradient`.
 //
 // Legend: N rows, K columns, KW words a row, KG groups a row, G columns a group, V row exponent.
 //
 // A thread takes 48 neighbouring columns of a row: three words and whole groups, so that a group's dither is made once, and its
-// score is summed by one thread. Sixteen columns are read and written at a time.
+// score is summed by one thread. A piece of its columns is read and written at a time.
 //
 // Constants that the host defines:
 //   GROUP_SIZE       columns of a group; 48 columns are whole groups
@@ -12,6 +12,8 @@
 //   SCORE_SHIFT      bits by which a score is shifted to become a vote
 //   COUNT_BYTES      4 where the exponent counts of every chunk start at a multiple of 4 bytes and fill such words, else 1
 //   SILENT_ROW       exponent of a row that casts no votes
+//   PIECE            columns of a piece: 16, or 8 where rows are an odd multiple of 8 columns
+//   HAS_ROWS         1 where row ids say which row of the weight a row of the gradient votes for, else 0
 
 constexpr int CHUNK = 48;
 constexpr int GROUPS = CHUNK / GROUP_SIZE;
@@ -20,6 +22,11 @@ constexpr int BLOCKS = GROUP_SIZE / 16 + 1;
 // The four words of Philox4x32-10.
 struct Words {
     unsigned at[4];
+};
+
+// The counts of a piece, read and written at once.
+struct alignas(PIECE) Counts {
+    unsigned at[PIECE / 4];
 };
 
 __device__ __forceinline__ Words philox(unsigned c0, unsigned c1, unsigned c2, unsigned c3, unsigned k0, unsigned k1) {
@@ -45,20 +52,24 @@ __device__ __forceinline__ int byte_of(unsigned word, int place) {
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-count_votes(const void* __restrict__ gradient, const int* __restrict__ row_exponents, const unsigned* __restrict__ words,
-            unsigned char* __restrict__ trit_counts, signed char* __restrict__ exponent_counts, const float* rate_at, float rate,
-            const long long* step_at, unsigned step, unsigned tensor_id, unsigned seed_low, unsigned seed_high,
-            long long num_chunks, int row_chunks, int num_columns, int row_words, int row_groups) {
+count_votes(const void* __restrict__ gradient, const int* __restrict__ row_exponents, const long long* __restrict__ rows,
+            const unsigned* __restrict__ words, unsigned char* __restrict__ trit_counts, signed char* __restrict__ exponent_counts,
+            const float* rate_at, float rate, const long long* step_at, unsigned step, unsigned tensor_id, unsigned seed_low,
+            unsigned seed_high, unsigned first_group, long long num_chunks, int row_chunks, int num_columns, int row_words,
+            int row_groups) {
     const long long id = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (id >= num_chunks) return;
-    const long long row = id / row_chunks;
-    const int chunk = static_cast<int>(id - row * row_chunks), column = chunk * CHUNK;
+    const long long slot = id / row_chunks;
+    const int chunk = static_cast<int>(id - slot * row_chunks), column = chunk * CHUNK;
+    const long long row = HAS_ROWS ? __ldg(rows + slot) : slot;
+    // A negative row is an unused slot.
+    if (HAS_ROWS && row < 0) return;
     if (rate_at) rate = *rate_at;
     if (step_at) step = static_cast<unsigned>(*step_at);
 
     // g * 2^(8 - V) is exact, and only its product with the rate rounds. So does g * (2^(8 - V) * rate), while that factor is
     // a normal number. Rows of other sizes take the power in two factors, and silent rows are zeros.
-    const int exponent = row_exponents[row], power = 8 - exponent, first_power = min(power, 100);
+    const int exponent = row_exponents[slot], power = 8 - exponent, first_power = min(power, 100);
     const bool silent = exponent == SILENT_ROW;
     const bool plain = power >= -80 && power <= 80 && rate >= 9.313225746154785e-10f;
     const float factor = plain ? power_of_two(power) * rate : rate;
@@ -66,7 +77,8 @@ count_votes(const void* __restrict__ gradient, const int* __restrict__ row_expon
     unsigned dither[GROUPS][BLOCKS * 4];
 #pragma unroll
     for (int i = 0; i < GROUPS; i++) {
-        const unsigned group = static_cast<unsigned>(row * row_groups + chunk * GROUPS + i);
+        // The groups of a part of a table are dithered as those of the table.
+        const unsigned group = static_cast<unsigned>(row * row_groups + chunk * GROUPS + i) + first_group;
 #pragma unroll
         for (int block = 0; block < BLOCKS; block++) {
             const Words drawn = philox(group, block, step, tensor_id, seed_low, seed_high);
@@ -76,15 +88,16 @@ count_votes(const void* __restrict__ gradient, const int* __restrict__ row_expon
     }
 
     int scores[GROUPS] = {};
-    const long long first = row * num_columns + column;
+    const long long first = slot * num_columns + column, first_count = row * num_columns + column;
+    unsigned trits = 0;
 #pragma unroll
-    for (int word = 0; word < CHUNK / 16; word++) {
-        if (column + 16 * word >= num_columns) break;
-        const long long at = first + 16 * word;
-        unsigned bits[16];
+    for (int piece = 0; piece < CHUNK / PIECE; piece++) {
+        if (column + PIECE * piece >= num_columns) break;
+        const long long at = first + PIECE * piece;
+        unsigned bits[PIECE];
         if constexpr (GRADIENT_BYTES == 2) {
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
+            for (int i = 0; i < PIECE / 8; i++) {
                 const uint4 eight = __ldg(reinterpret_cast<const uint4*>(static_cast<const unsigned short*>(gradient) + at) + i);
                 const unsigned pairs[4] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
@@ -95,7 +108,7 @@ count_votes(const void* __restrict__ gradient, const int* __restrict__ row_expon
             }
         } else {
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
+            for (int i = 0; i < PIECE / 4; i++) {
                 const uint4 four = __ldg(reinterpret_cast<const uint4*>(static_cast<const float*>(gradient) + at) + i);
                 bits[4 * i] = four.x;
                 bits[4 * i + 1] = four.y;
@@ -108,29 +121,29 @@ count_votes(const void* __restrict__ gradient, const int* __restrict__ row_expon
             for (int twice = 0; twice < 2; twice++) {
                 const float part = power_of_two(twice ? power - first_power : first_power);
 #pragma unroll
-                for (int i = 0; i < 16; i++) bits[i] = silent ? 0 : __float_as_uint(__uint_as_float(bits[i]) * part);
+                for (int i = 0; i < PIECE; i++) bits[i] = silent ? 0 : __float_as_uint(__uint_as_float(bits[i]) * part);
             }
         }
-        uint4* counts_at = reinterpret_cast<uint4*>(trit_counts + at);
-        const uint4 before = *counts_at;
-        const unsigned counts[4] = {before.x, before.y, before.z, before.w};
-        unsigned after[4] = {};
-        unsigned trits = 0;
-        if constexpr (EXPONENT_RULE != 2) trits = __ldg(words + row * row_words + column / 16 + word);
+        Counts* counts_at = reinterpret_cast<Counts*>(trit_counts + first_count + PIECE * piece);
+        const Counts counts = *counts_at;
+        Counts after = {};
+        if constexpr (EXPONENT_RULE != 2) {
+            if (PIECE * piece % 16 == 0) trits = __ldg(words + row * row_words + column / 16 + PIECE * piece / 16);
+        }
 #pragma unroll
-        for (int lane = 0; lane < 16; lane++) {
-            const int place = 16 * word + lane, group = place / GROUP_SIZE, byte = place % GROUP_SIZE;
+        for (int lane = 0; lane < PIECE; lane++) {
+            const int place = PIECE * piece + lane, group = place / GROUP_SIZE, byte = place % GROUP_SIZE;
             // A vote is at most 127 in size. Beyond 127 * 256 no dither changes it.
             const float scaled = fminf(fmaxf(__uint_as_float(bits[lane]) * factor, -32512.0f), 32512.0f);
             // Adding 1.5 * 2^23 rounds half to even, and leaves the integer in the low bits.
             const unsigned rounded = __float_as_uint(scaled + 12582912.0f);
             const unsigned sum = __dp4a(dither[group][byte / 4], 1u << (8 * (byte % 4)), rounded);
             const int vote = static_cast<int>(sum >> 8) - 0x4B4000;
-            const unsigned count = saturated(byte_of(counts[lane / 4], lane % 4) + vote);
-            after[lane / 4] |= (count & 255) << (8 * (lane % 4));
-            if constexpr (EXPONENT_RULE != 2) scores[group] += vote * (static_cast<int>(trits << (30 - 2 * lane)) >> 30);
+            const unsigned count = saturated(byte_of(counts.at[lane / 4], lane % 4) + vote);
+            after.at[lane / 4] |= (count & 255) << (8 * (lane % 4));
+            if constexpr (EXPONENT_RULE != 2) scores[group] += vote * (static_cast<int>(trits << (30 - 2 * (place % 16))) >> 30);
         }
-        *counts_at = make_uint4(after[0], after[1], after[2], after[3]);
+        *counts_at = after;
     }
 
     if constexpr (EXPONENT_RULE != 2) {

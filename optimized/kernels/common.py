@@ -79,6 +79,15 @@ def lane_trits(words, lanes):
 
 
 @triton.jit
+def known_columns(num_columns, STEP: tl.constexpr):
+    """Return `num_columns`, a multiple of STEP, so that the compiler sees it: it may then read STEP elements of a row at once."""
+    if STEP == 1:
+        return num_columns
+    else:
+        return num_columns // STEP * STEP
+
+
+@triton.jit
 def level_scales(levels, MANTISSA_BITS: tl.constexpr):
     """Return float32 scales of int8 levels E * 2**b + m. With another bias, the level is the top of the float's bits."""
     bits = (levels.to(tl.int32) + (127 << MANTISSA_BITS)) << (23 - MANTISSA_BITS)

@@ -115,6 +115,14 @@ def row_tile(size: int, most: int) -> tuple[int, int]:
     return block, triton.cdiv(size, block)
 
 
+def column_step(num_columns: int) -> int:
+    """Return what `known_columns` takes for rows of so many columns: 8 for an odd multiple of 8, else 1.
+
+    Triton knows multiples of 16 by itself. Of other arguments it knows nothing, and reads rows one element at a time.
+    """
+    return 8 if num_columns % 16 == 8 else 1
+
+
 def warps_of(lanes: int) -> int:
     """Return the warps of a program of so many lanes: eight lanes a thread, but at most four warps."""
     return max(1, min(4, lanes // 256))

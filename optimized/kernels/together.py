@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.optimized.kernels.common import clock_step, lane_trits, widen
+from arbitor.optimized.kernels.common import clock_step, known_columns, lane_trits, widen
 from arbitor.optimized.kernels.launch import (
     Clock,
     announce_written,
+    column_step,
     is_recorded,
     row_grid,
     runs_here,
@@ -132,7 +133,9 @@ def _count_together_kernel(
     weight_blocks, seed_low, seed_high, step,
     RATE_ON_DEVICE: tl.constexpr, STEP_ON_DEVICE: tl.constexpr, EXPONENT_RULE: tl.constexpr, SHIFT: tl.constexpr,
     GROUP_SIZE: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr, IS_ALIGNED: tl.constexpr,
+    COLUMN_STEP: tl.constexpr,
 ):  # fmt: skip
+    num_columns = known_columns(num_columns, COLUMN_STEP)
     number = (tl.program_id(0) // weight_blocks).to(tl.int64)
     # A weight that is small enough has places of 32 bits, whose divisions are cheap.
     groups = (tl.program_id(0) % weight_blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -295,7 +298,7 @@ def count_together_(
         clock.seed_low, clock.seed_high, clock.step,
         RATE_ON_DEVICE=isinstance(rate, Tensor), STEP_ON_DEVICE=clock.step_on_device, EXPONENT_RULE=exponent_rule,
         SHIFT=SCORE_SHIFT, GROUP_SIZE=first.group_size, PLACES=places, BLOCK=block, IS_ALIGNED=table.is_aligned(3),
-        num_warps=warps_of(places * block),
+        COLUMN_STEP=column_step(num_columns), num_warps=warps_of(places * block),
     )  # fmt: skip
 
 

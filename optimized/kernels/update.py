@@ -10,10 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.optimized.kernels.common import clock_step, lane_trits, philox_words, widen, word_bytes
+from arbitor.optimized.kernels.common import (
+    clock_step,
+    known_columns,
+    lane_trits,
+    philox_words,
+    widen,
+    word_bytes,
+)
 from arbitor.optimized.kernels.launch import (
     Clock,
     announce_written,
+    column_step,
     row_grid,
     row_tile,
     runs_here,
@@ -57,8 +65,9 @@ def _accumulate_kernel(
     num_columns, row_groups, row_words, row_blocks, seed_low, seed_high, step, tensor_id,
     FROM_GRADIENT: tl.constexpr, HAS_ROWS: tl.constexpr, RATE_ON_DEVICE: tl.constexpr, STEP_ON_DEVICE: tl.constexpr,
     EXPONENT_RULE: tl.constexpr, SHIFT: tl.constexpr, GROUP_SIZE: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr,
-    FIRST_ROW: tl.constexpr,
+    COLUMN_STEP: tl.constexpr, FIRST_ROW: tl.constexpr,
 ):  # fmt: skip
+    num_columns = known_columns(num_columns, COLUMN_STEP)
     slot = (tl.program_id(0) // row_blocks).to(tl.int64)
     row = slot
     if HAS_ROWS:
@@ -116,8 +125,9 @@ def full_count(count, theta):
 @triton.jit(do_not_specialize=["row_words", "row_blocks", "theta"])
 def _step_trits_kernel(
     rows_ptr, words_ptr, trit_accum_ptr, num_columns, row_words, row_blocks, theta,
-    HAS_ROWS: tl.constexpr, CARRY: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_ROWS: tl.constexpr, CARRY: tl.constexpr, BLOCK: tl.constexpr, COLUMN_STEP: tl.constexpr,
 ):  # fmt: skip
+    num_columns = known_columns(num_columns, COLUMN_STEP)
     row = (tl.program_id(0) // row_blocks).to(tl.int64)
     if HAS_ROWS:
         row = tl.load(rows_ptr + row)
@@ -204,7 +214,8 @@ def count_votes_(
         clock.seed_low, clock.seed_high, clock.step, clock.tensor_id,
         FROM_GRADIENT=from_gradient, HAS_ROWS=rows is not None, RATE_ON_DEVICE=isinstance(rate, Tensor),
         STEP_ON_DEVICE=clock.step_on_device, EXPONENT_RULE=exponent_rule, SHIFT=SCORE_SHIFT,
-        GROUP_SIZE=weight.group_size, PLACES=places, BLOCK=block, FIRST_ROW=first_row, num_warps=warps_of(places * block),
+        GROUP_SIZE=weight.group_size, PLACES=places, BLOCK=block, COLUMN_STEP=column_step(weight.shape[1]), FIRST_ROW=first_row,
+        num_warps=warps_of(places * block),
     )  # fmt: skip
 
 
@@ -218,7 +229,8 @@ def step_(weight: DeviceWeight, theta: int, theta_e: int, carry: bool, rows: Ten
     block, row_blocks = row_tile(words, BLOCK_WORDS)
     _step_trits_kernel[row_grid(num_slots, row_blocks)](
         row_ids, weight.words, weight.trit_accum, weight.shape[1], words, row_blocks, theta,
-        HAS_ROWS=rows is not None, CARRY=carry, BLOCK=block, num_warps=warps_of(16 * block),
+        HAS_ROWS=rows is not None, CARRY=carry, BLOCK=block, COLUMN_STEP=column_step(weight.shape[1]),
+        num_warps=warps_of(16 * block),
     )  # fmt: skip
     announce_written(weight.words, weight.exponents)
 

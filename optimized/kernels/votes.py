@@ -12,8 +12,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.optimized.kernels.common import clock_step, philox_words, round_half_even, widen, word_bytes
-from arbitor.optimized.kernels.launch import Clock, gradient_columns, row_grid, row_tile, runs_here, warps_of
+from arbitor.optimized.kernels.common import (
+    clock_step,
+    known_columns,
+    philox_words,
+    round_half_even,
+    widen,
+    word_bytes,
+)
+from arbitor.optimized.kernels.launch import (
+    Clock,
+    column_step,
+    gradient_columns,
+    row_grid,
+    row_tile,
+    runs_here,
+    warps_of,
+)
 from arbitor.reference.constants import SILENT_ROW, groups_per_row
 
 SILENT = tl.constexpr(SILENT_ROW)
@@ -25,8 +40,9 @@ TILE = 2048
 @triton.jit(do_not_specialize=["num_rows"])
 def _row_exponents_kernel(
     grad_ptr, exponents_ptr, faults_ptr, num_rows, num_columns,
-    COUNT_FAULTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    COUNT_FAULTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMN_STEP: tl.constexpr,
 ):  # fmt: skip
+    num_columns = known_columns(num_columns, COLUMN_STEP)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < num_rows
     squares = tl.zeros([ROWS, BLOCK], dtype=tl.float64)
@@ -109,8 +125,9 @@ def _stochastic_votes_kernel(
     grad_ptr, exponents_ptr, rows_ptr, rate, votes_ptr, num_columns, row_groups, row_blocks,
     seed_low, seed_high, step, tensor_id,
     HAS_ROWS: tl.constexpr, RATE_ON_DEVICE: tl.constexpr, STEP_ON_DEVICE: tl.constexpr,
-    GROUP_SIZE: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr, COLUMN_STEP: tl.constexpr,
 ):  # fmt: skip
+    num_columns = known_columns(num_columns, COLUMN_STEP)
     slot = (tl.program_id(0) // row_blocks).to(tl.int64)
     groups, columns, mask = group_tile(tl.program_id(0) % row_blocks, num_columns, GROUP_SIZE, PLACES, BLOCK)
     row = slot
@@ -131,8 +148,10 @@ def _stochastic_votes_kernel(
 
 @triton.jit(do_not_specialize=["row_blocks", "step_size"])
 def _sign_votes_kernel(
-    grad_ptr, exponents_ptr, votes_ptr, num_columns, row_blocks, step_size, BLOCK: tl.constexpr
+    grad_ptr, exponents_ptr, votes_ptr, num_columns, row_blocks, step_size, BLOCK: tl.constexpr,
+    COLUMN_STEP: tl.constexpr,
 ):  # fmt: skip
+    num_columns = known_columns(num_columns, COLUMN_STEP)
     row = (tl.program_id(0) // row_blocks).to(tl.int64)
     columns = (tl.program_id(0) % row_blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < num_columns
@@ -163,7 +182,8 @@ def exponents_of_rows(grad_NK: Tensor, faults: Tensor | None = None) -> Tensor:
         rows = max(1, BLOCK_COLUMNS // block)
         _row_exponents_kernel[row_grid(1, triton.cdiv(num_rows, rows))](
             grad_NK.contiguous(), exponents, exponents if faults is None else faults, num_rows, num_columns,
-            COUNT_FAULTS=faults is not None, ROWS=rows, BLOCK=block, num_warps=warps_of(rows * block),
+            COUNT_FAULTS=faults is not None, ROWS=rows, BLOCK=block, COLUMN_STEP=column_step(num_columns),
+            num_warps=warps_of(rows * block),
         )  # fmt: skip
     return exponents
 
@@ -183,7 +203,7 @@ def votes_of_gradient(
             grad_NK, exponents, exponents if rows is None else rows.contiguous(), rate_argument(rate), votes,
             num_columns, groups, row_blocks, clock.seed_low, clock.seed_high, clock.step, clock.tensor_id,
             HAS_ROWS=rows is not None, RATE_ON_DEVICE=isinstance(rate, Tensor), STEP_ON_DEVICE=clock.step_on_device,
-            GROUP_SIZE=group_size, PLACES=places, BLOCK=block,
+            GROUP_SIZE=group_size, PLACES=places, BLOCK=block, COLUMN_STEP=column_step(num_columns),
         )  # fmt: skip
     return votes
 
@@ -197,8 +217,8 @@ def votes_of_sign(grad_NK: Tensor, step_size: int) -> Tensor:
     block, row_blocks = row_tile(num_columns, BLOCK_COLUMNS)
     if num_rows:
         _sign_votes_kernel[row_grid(num_rows, row_blocks)](
-            grad_NK, exponents, votes, num_columns, row_blocks, step_size, BLOCK=block
-        )
+            grad_NK, exponents, votes, num_columns, row_blocks, step_size, BLOCK=block, COLUMN_STEP=column_step(num_columns),
+        )  # fmt: skip
     return votes
 
 

@@ -191,17 +191,14 @@ def _count_gradient_(
     first_row: int = 0,
 ) -> None:
     """Launch `accumulate_gradient`, in place, for a contiguous gradient."""
-    if first_row:
-        update.count_votes_(target, grad_NK, rate, clock, exponent_rule, rows, faults, first_row=first_row)
-        return
-    is_narrow = rows is None and together.is_narrow(target)
+    is_narrow = rows is None and first_row == 0 and together.is_narrow(target)
     table = together.count_table([target], (clock.tensor_id % 2**32,)) if is_narrow else None
-    if takes_cuda(table is None and cuda_update.fits_count(target, grad_NK, rows), target.device):
-        cuda_update.count_votes_(target, grad_NK, rate, clock, exponent_rule, faults)
+    if takes_cuda(table is None and cuda_update.fits_count(target, grad_NK), target.device):
+        cuda_update.count_votes_(target, grad_NK, rate, clock, exponent_rule, rows, faults, first_row)
     elif table is not None:
         together.count_together_([target], table, grad_NK, rate, clock, exponent_rule, faults)
     else:
-        update.count_votes_(target, grad_NK, rate, clock, exponent_rule, rows, faults)
+        update.count_votes_(target, grad_NK, rate, clock, exponent_rule, rows, faults, first_row=first_row)
 
 
 def _step_(target: DeviceWeight, theta: int, theta_e: int, carry: bool, rows: Tensor | None) -> None:
