@@ -182,4 +182,6 @@ def of_updates() -> Iterator[tuple[str, Case]]:
     several = {"seed": 1, "step": 2, "tensor_ids": (3,)}
     yield "accumulate_gradients", Case(((matrix,), torch.zeros(64, 1192, dtype=BF16), 0.5), several)
     yield "apply_step", Case((matrix,), {"rows": some})
+    stacked = torch.zeros(2 * 64, 1192, dtype=BF16)
+    yield "orthogonalize", Case((stacked,), {"num_groups": 2, "iterations": 1})
     yield "initial_weight", Case(((64, WIDTH),), {"std": 0.1, "seed": 1, "tensor_id": 3})

@@ -13,12 +13,12 @@ from arbitor.reference.types import TernaryWeight
 
 from .. import oracle
 from .. import strategies as ss
-from ..case import Case, calls
+from ..case import Case, calls, compare
 from ..compare import exact, same_sums
 from ..law import law
 from ..mutant import mutants_of
 from ..refusal import F16, I8, ids, meta, ones, refusals, refused, weight
-from ..subject import Subject
+from ..subject import Subject, needs_cuda
 
 mutant = mutants_of("experts")
 
@@ -272,6 +272,17 @@ def test_grouped_linear_weight_grad_of_frequent_experts(
     wide_dy, wide_x = dy.to(torch.float64), x.to(torch.float64)
     want = torch.cat([wide_dy[own].T @ wide_x[own] for own in of_expert])
     same_sums(got, want.to(torch.float32), "dW")
+
+
+def test_grouped_linear_weight_grad_of_a_large_expert(subject: Subject) -> None:
+    """A tile has more slots where experts have many, with the same bits. Rows of an odd multiple of 8 are read eight at a time."""
+    needs_cuda(subject, "tiles of a matrix of 712 x 520")
+    dy, x = (ss.float_values((1000, width), "normal", width).to(torch.bfloat16) for width in (712, 520))
+    experts = torch.arange(2).repeat_interleave(torch.tensor([100, 900]))
+    alone = subject.call("grouped_linear_weight_grad", dy[:100], x[:100], experts[:100], num_groups=2)
+    beside = subject.call("grouped_linear_weight_grad", dy, x, experts, num_groups=2)
+    exact(beside[:712], alone[:712], "beside 900 slots")
+    compare(subject, "grouped_linear_weight_grad", Case((dy, x, experts), {"num_groups": 2}))
 
 
 @law(

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.optimized.kernels.common import widen
-from arbitor.optimized.kernels.launch import row_grid, runs_here
+from arbitor.optimized.kernels.common import known_columns, widen
+from arbitor.optimized.kernels.launch import column_step, row_grid, runs_here
 from arbitor.optimized.kernels.parts import add_group_parts
 from arbitor.optimized.kernels.products import multiplies_wide, tile_width
 from arbitor.optimized.kernels.slots import Plan, group_of_part
@@ -34,7 +34,9 @@ def _grouped_weight_grad_kernel(
     GRAD_SLOTS: tl.constexpr, X_SLOTS: tl.constexpr,
     PART: tl.constexpr, GROUP_BLOCK: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    OUTPUT_STEP: tl.constexpr, COLUMN_STEP: tl.constexpr,
 ):  # fmt: skip
+    num_outputs, num_inputs = known_columns(num_outputs, OUTPUT_STEP), known_columns(num_inputs, COLUMN_STEP)
     tile = tl.program_id(0) // column_blocks
     # The matrix of an expert, or of a part of its slots.
     matrix = tile // row_blocks
@@ -83,6 +85,8 @@ def weight_grad(
     block_n, block_k = (tile_width(size, 64 if wide else 128) for size in (num_outputs, num_inputs))
     row_blocks, column_blocks = triton.cdiv(num_outputs, block_n), triton.cdiv(num_inputs, block_k)
     cut = is_cut(num_slots, row_blocks * column_blocks)
+    # Tiles of more slots are faster where experts have many, slower where they have few, and leave the same bits.
+    is_full = not cut and min(block_n, block_k) == 128 and num_slots >= 64 * num_groups
     part_ends = plan.tile_ends(PART_SLOTS) if cut else None
     num_matrices = num_slots // PART_SLOTS + num_groups if cut else num_groups
     made = torch.empty(num_matrices, num_outputs, num_inputs, dtype=torch.float32, device=x.device)
@@ -91,7 +95,8 @@ def weight_grad(
         num_groups, row_blocks, column_blocks,
         GRAD_SLOTS=grad_slots, X_SLOTS=x_slots,
         PART=PART_SLOTS if cut else 0, GROUP_BLOCK=triton.next_power_of_2(num_groups) if cut else 0, WIDE=wide,
-        BLOCK_M=32, BLOCK_N=block_n, BLOCK_K=block_k,
+        BLOCK_M=64 if is_full else 32, BLOCK_N=block_n, BLOCK_K=block_k,
+        OUTPUT_STEP=column_step(num_outputs), COLUMN_STEP=column_step(num_inputs),
     )  # fmt: skip
     if part_ends is None:
         return made.reshape(num_groups * num_outputs, num_inputs)

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.optimized.kernels.common import narrow, widen
-from arbitor.optimized.kernels.launch import gradient_columns, row_grid, row_tile, runs_here
+from arbitor.optimized.kernels.common import known_columns, narrow, widen
+from arbitor.optimized.kernels.launch import column_step, gradient_columns, row_grid, row_tile, runs_here
 from arbitor.optimized.kernels.votes import rate_argument
 from arbitor.reference.constants import AVERAGE_EXPONENT_MIN
 
@@ -76,7 +76,8 @@ def _average_kernel(
 
 
 @triton.jit
-def _row_squares_kernel(grad_ptr, squares_ptr, num_columns, BLOCK: tl.constexpr):
+def _row_squares_kernel(grad_ptr, squares_ptr, num_columns, BLOCK: tl.constexpr, COLUMN_STEP: tl.constexpr):
+    num_columns = known_columns(num_columns, COLUMN_STEP)
     row = tl.program_id(0).to(tl.int64)
     squares = tl.zeros([BLOCK], dtype=tl.float64)
     for start in range(0, num_columns, BLOCK):
@@ -106,7 +107,10 @@ def _row_factors_kernel(squares_ptr, factors_ptr, num_rows, BLOCK: tl.constexpr)
 
 
 @triton.jit(do_not_specialize=["row_blocks"])
-def _scale_rows_kernel(grad_ptr, factors_ptr, out_ptr, num_columns, row_blocks, BLOCK: tl.constexpr):
+def _scale_rows_kernel(
+    grad_ptr, factors_ptr, out_ptr, num_columns, row_blocks, BLOCK: tl.constexpr, COLUMN_STEP: tl.constexpr
+):
+    num_columns = known_columns(num_columns, COLUMN_STEP)
     row = (tl.program_id(0) // row_blocks).to(tl.int64)
     columns = (tl.program_id(0) % row_blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < num_columns
@@ -197,7 +201,9 @@ def row_squares(grad_NK: Tensor) -> Tensor:
     gradient_columns(num_columns)
     squares_N = torch.empty(num_rows, dtype=torch.float64, device=grad_NK.device)
     block, _ = row_tile(num_columns, BLOCK_COLUMNS)
-    _row_squares_kernel[row_grid(num_rows, 1)](grad_NK, squares_N, num_columns, BLOCK=block)
+    _row_squares_kernel[row_grid(num_rows, 1)](
+        grad_NK, squares_N, num_columns, BLOCK=block, COLUMN_STEP=column_step(num_columns)
+    )
     return squares_N
 
 
@@ -218,7 +224,7 @@ def scale_rows(grad_NK: Tensor, factors_N: Tensor) -> Tensor:
     out_NK = torch.empty_like(grad_NK)
     block, row_blocks = row_tile(num_columns, BLOCK_COLUMNS)
     _scale_rows_kernel[row_grid(num_rows, row_blocks)](
-        grad_NK, factors_N, out_NK, num_columns, row_blocks, BLOCK=block
+        grad_NK, factors_N, out_NK, num_columns, row_blocks, BLOCK=block, COLUMN_STEP=column_step(num_columns)
     )
     return out_NK
 
