@@ -66,7 +66,6 @@ class Piece:
 
     Attributes:
         size: bytes of the piece.
-        sent: on the owner, uint8: the changes of the steps, once they were taken.
     """
 
     def __init__(self) -> None:
@@ -85,11 +84,11 @@ class Piece:
         self._tensors += tensors
         self.size += sum(each.numel() for each in tensors)
 
-    def step(self, apply: Callable[[Sequence[int]], None]) -> None:
-        """Step the weights on their owner by `apply`, which takes their tensor ids, and find what changes."""
+    def step(self, apply: Callable[[Sequence[int]], None]) -> Tensor:
+        """Step the weights on their owner by `apply`, which takes their tensor ids; return what changed, uint8."""
         before = torch.cat(self._tensors)
         apply(self._tensor_ids)
-        self.sent = changes(before, torch.cat(self._tensors))
+        return changes(before, torch.cat(self._tensors))
 
     def change(self, sent: Tensor) -> None:
         """Give the weights what their owner has sent."""

@@ -8,7 +8,7 @@ Legend: N rows of a gradient, K columns, S rows or matrices that one rank names.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import pairwise
@@ -35,8 +35,9 @@ from arbitor.reference.types import LaidOutWeight, TernaryWeight
 FULL, MXINT8 = EXCHANGES
 """In the dtype of the activations, or in eight bits."""
 
-PIECE_BYTES = 2**26
-"""Most bytes of the trits and levels of several weights that are sent as one. A larger weight is sent alone."""
+PIECE_BYTES, RUN_BYTES = 2**26, 2**30
+"""Most bytes of the trits and levels of several weights that are sent as one, and of the pieces that an owner steps before it sends
+what changed. A larger weight is sent alone."""
 
 
 class GroupRanks(Ranks):
@@ -60,7 +61,6 @@ class GroupRanks(Ranks):
         self._model = model
         self._traffic = Traffic(world, on_gpu=lambda: model.voting.faults.is_cuda)
         self._in_eight_bits = exchange == MXINT8
-        self._pieces: dict[int, list[Piece]] = {}
         self.owned = owned_rows(model, self.count)
         self._num_rows = {each.tensor_id: each.weight.shape[0] for each in model.ternary_modules().values()}
         self._spreads = {
@@ -195,22 +195,22 @@ class GroupRanks(Ranks):
         by_all = [tensor_id for tensor_id in weights if tensor_id not in self.owned]
         if by_all:
             apply(by_all)
+        pieces: list[list[Piece]] = [[] for _ in range(self.count)]
         for tensor_id, weight in weights.items():
-            for rank, rows in enumerate(self.owned.get(tensor_id, ())):
+            for of_owner, rows in zip(pieces, self.owned.get(tensor_id, ()), strict=False):
                 if rows:
-                    self._add_to_pieces(rank, tensor_id, weight.part(rows))
-        for piece in self._pieces.get(self.number, []):
-            piece.step(apply)
+                    _add_to_pieces(of_owner, tensor_id, weight.part(rows))
+        for places in _runs(pieces):
+            own = pieces[self.number][places.start : places.stop]
+            self._spread(pieces, places, [piece.step(apply) for piece in own])
 
     def finish(self) -> None:
         """See `Ranks`."""
-        self._spread()
         self._traffic.end_all()
 
     def abandon(self) -> None:
         """See `Ranks`."""
         self._traffic.forget()
-        self._pieces.clear()
 
     def recording(self) -> AbstractContextManager[Recorded]:
         """See `Traffic`."""
@@ -349,33 +349,26 @@ class GroupRanks(Ranks):
 
         self._traffic.later(gradient.grad_NK.nbytes, end)
 
-    def _add_to_pieces(self, owner: int, tensor_id: int, weight: LaidOutWeight) -> None:
-        """Let a weight, or some rows of one, be sent from their owner to all."""
-        read = [each for name, each in weight.tensors().items() if name not in VOTED_IN and each.numel()]
-        # A copy would arrive in place of the tensor.
-        assert all(each.is_contiguous() for each in read)
-        pieces, size = self._pieces.setdefault(owner, []), sum(each.nbytes for each in read)
-        if not pieces or pieces[-1].size + size > PIECE_BYTES:
-            pieces.append(Piece())
-        pieces[-1].add(tensor_id, [as_bytes(each) for each in read])
-
-    def _spread(self) -> None:
-        """Begin to send what the steps of owners have changed."""
-        pieces, self._pieces = self._pieces, {}
-        most = max(map(len, pieces.values()), default=0)
-        own = pieces.get(self.number, [])
-        sizes = torch.tensor([len(each.sent) for each in own] + [0] * (most - len(own)))
+    def _spread(self, pieces: Sequence[Sequence[Piece]], places: range, changes: Sequence[Tensor]) -> None:
+        """Begin to send what the steps of owners have changed of their pieces at some places. A rank has the changes of its own."""
+        own = torch.zeros(len(places), dtype=torch.int64)
+        own[: len(changes)] = torch.tensor([len(each) for each in changes], dtype=torch.int64)
         # The sizes are known to no other rank, as all else that is exchanged is.
-        all_sizes = self._traffic.gathered(sizes) if most else []
-        for place in range(most):
-            for owner in sorted(pieces):
-                if place < len(pieces[owner]):
-                    self._send(pieces[owner][place], owner, int(all_sizes[owner][place]))
+        sizes = self._traffic.gathered(own)
+        for place in places:
+            for owner, of_owner in enumerate(pieces):
+                if place < len(of_owner):
+                    step, is_mine = place - places.start, owner == self.number
+                    arriving = changes[step] if is_mine else int(sizes[owner][step])
+                    self._send(of_owner[place], owner, arriving)
 
-    def _send(self, piece: Piece, owner: int, size: int) -> None:
-        """Begin to send the changes of a piece from its owner to all."""
-        is_mine = owner == self.number
-        sent = piece.sent if is_mine else torch.empty(size, dtype=torch.uint8, device=piece.device)
+    def _send(self, piece: Piece, owner: int, changes: Tensor | int) -> None:
+        """Begin to send the changes of a piece from its owner to all. Other ranks have the number of their bytes."""
+        sent: Tensor
+        if is_mine := isinstance(changes, Tensor):
+            sent = changes
+        else:
+            sent = torch.empty(changes, dtype=torch.uint8, device=piece.device)
         wait = self._traffic.begin_broadcast(sent, owner)
 
         def end() -> None:
@@ -383,7 +376,7 @@ class GroupRanks(Ranks):
             if not is_mine:
                 piece.change(sent)
 
-        self._traffic.later(size, end)
+        self._traffic.later(sent.numel(), end)
 
     def _brought(self, tensors: Mapping[str, Tensor], owner: int) -> dict[str, Tensor]:
         """Return the tensors of an owner, which sends them to rank 0. Ranks other than 0 get the tensors that they have."""
@@ -480,6 +473,30 @@ def of_rows(gradient: Gradient, rows: range) -> Gradient:
     # What is not finite in a row of another rank is no fault of this part.
     grad_NK = torch.where(is_own[:, None], gradient.grad_NK, 0.0)[order]
     return replace(gradient, grad_NK=grad_NK, rows=torch.where(is_own, gradient.rows - rows.start, -1)[order])
+
+
+def _add_to_pieces(pieces: list[Piece], tensor_id: int, weight: LaidOutWeight) -> None:
+    """Let a weight, or some rows of one, be sent with the pieces of its owner."""
+    read = [each for name, each in weight.tensors().items() if name not in VOTED_IN and each.numel()]
+    # A copy would arrive in place of the tensor.
+    assert all(each.is_contiguous() for each in read)
+    if not pieces or pieces[-1].size + sum(each.nbytes for each in read) > PIECE_BYTES:
+        pieces.append(Piece())
+    pieces[-1].add(tensor_id, [as_bytes(each) for each in read])
+
+
+def _runs(pieces: Sequence[Sequence[Piece]]) -> Iterator[range]:
+    """Yield runs of places whose pieces of each owner have at most RUN_BYTES, or of a single place. Every rank has the same."""
+    begin, size = 0, 0
+    most = max(map(len, pieces))
+    for place in range(most):
+        largest = max(of_owner[place].size for of_owner in pieces if place < len(of_owner))
+        if place > begin and size + largest > RUN_BYTES:
+            yield range(begin, place)
+            begin, size = place, 0
+        size += largest
+    if most:
+        yield range(begin, most)
 
 
 def _part_of(rows: range, step: int, num_steps: int) -> range:
