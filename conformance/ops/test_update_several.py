@@ -36,11 +36,9 @@ def several(draw: st.DrawFn, *, alike: bool) -> tuple[TernaryWeight, ...]:
     for _ in range(number - 1):
         other = draw(ss.weights(first.shape, mantissa=False))
         # Of the draw only what every format has: trits and counts.
-        made.append(
-            first.with_tensors(
-                packed=other.packed, trit_accum=other.trit_accum, exponents=first.exponents.flip(0)
-            )
-        )
+        # The scales and their counts lie in memory of their own, so that weights can be written to.
+        mirrored = {name: first.tensors()[name].flip(0) for name in ("exponents", "exponent_accum")}
+        made.append(first.with_tensors(packed=other.packed, trit_accum=other.trit_accum, **mirrored))
     return tuple(made)
 
 
