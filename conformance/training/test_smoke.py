@@ -46,7 +46,7 @@ def test_an_update_is_timed_from_its_own_begin(monkeypatch: pytest.MonkeyPatch) 
 
     (_, times), waited = one_pass(monkeypatch, votes=backward)
     assert times == smoke.PassTimes(1, 1) and len(waited) == 3
-    assert taken == [{"rate": GAIN * models.nano().config.theta, "step": 3}]
+    assert taken == [{"rate": GAIN * models.nano().config.theta, "step": 3, "undo": False}]
 
 
 def test_a_loss_that_is_not_finite_is_no_time(monkeypatch: pytest.MonkeyPatch) -> None:

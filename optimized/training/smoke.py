@@ -124,7 +124,8 @@ def _one_pass(
         began = time.perf_counter()
         # The rate of the flat part of a run.
         peak = GAIN * model.config.theta
-        voted = model.backward(losses, rate=peak, step=step)
+        # As in a run, no copy is kept for undoing.
+        voted = model.backward(losses, rate=peak, step=step, undo=False)
         model.step()
         runtime.synchronize()
         update_seconds = time.perf_counter() - began
