@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,23 +141,40 @@ def test_a_check_comes_before_what_it_is_for() -> None:
     } == {"strong"}
 
 
+def run(*of_ranks: dict[str, Any], **changes: object) -> list[dict[str, Any]]:
+    """Return what came out of parts that share a start."""
+    return list(scaling.run(of_ranks, asked(part_seconds=120.0, **changes), lambda: 120.0))
+
+
 def test_two_ranks_are_checked() -> None:
-    found = scaling.run({"ranks": 2, "part": "check"}, asked(), seconds=120)
+    (found,) = run({"ranks": 2, "part": "check"})
     assert len(found["state_sha256"]) == 64 and found["compared_with_a_process_alone"] is False, found
 
 
 def test_a_step_is_timed_with_gradients_in_eight_bits_too() -> None:
     """On a CPU they take 33/32 bytes an element, where they took four. Which matrices votes leave as they are is alike."""
     two = {"ranks": 2, "model": "tiny", "scaling": "weak", "windows": 1}
-    found = {part: scaling.run({**two, "part": part}, asked(), seconds=120) for part in ("ours", "mxint8")}
-    full, compact = (each["received_bytes_a_weight"] for each in found.values())
+    of_ranks = [{**two, "part": part} for part in ("ours", "mxint8")]
+    found = run(*of_ranks)
+    full, compact = (each["received_bytes_a_weight"] for each in found)
     assert 1 / 4 < compact / full < 1 / 2, found
-    rows = [row for part, each in found.items() for row in scaling.rows_of({**two, "part": part, **each})]
+    parts = [{**part, **each} for part, each in zip(of_ranks, found, strict=True)]
+    rows = [row for part in parts for row in scaling.rows_of(part)]
     assert [(row["way"], row["received"]) for row in rows] == [("ours", full), ("ours, mxint8", compact)]
-    report = {"ranks": [2], "parts": [{**two, "part": part, **each} for part, each in found.items()]}
-    assert f"| tiny | weak | 2 | ours, mxint8 | 1 | {found['mxint8']['seconds']:.4f} |" in scaling.tables(
-        report
+    assert f"| tiny | weak | 2 | ours, mxint8 | 1 | {found[1]['seconds']:.4f} |" in scaling.tables(
+        {"ranks": [2], "parts": parts}
     )
+
+
+def test_a_part_that_fails_is_the_last_of_its_start(capfd: pytest.CaptureFixture[str]) -> None:
+    """Batches of no window have no loss. What came before is kept, and what follows has a start of its own."""
+    two = {"ranks": 1, "model": "tiny", "scaling": "weak", "part": "ours"}
+    good, bad = run({**two, "windows": 1}, {**two, "windows": 0}, {**two, "windows": 1})
+    assert good["seconds"] > 0 and "Error" in bad["failed"], bad
+    assert bad["failed"] in capfd.readouterr().err
+    began = time.monotonic()
+    (late,) = scaling.run([{**two, "windows": 1}], asked(part_seconds=1.0), lambda: 120.0)
+    assert late == {"failed": "took more than 1 s"} and time.monotonic() - began < 60
 
 
 def test_ranks_are_compared_with_a_process_alone_that_reads_as_much() -> None:
@@ -190,9 +209,9 @@ def test_a_check_that_fails_stops_what_follows(
 ) -> None:
     run: list[str] = []
 
-    def failing(part: dict[str, str], *_: object) -> dict[str, str]:
-        run.append(part["part"])
-        return {"failed": "RuntimeError: ranks differ"}
+    def failing(parts: list[dict[str, str]], *_: object) -> Iterator[dict[str, str]]:
+        run.append(parts[0]["part"])
+        yield {"failed": "RuntimeError: ranks differ"}
 
     monkeypatch.setattr(scaling, "run", failing)
     assert scaling.main(["--ranks", "2", "--models", *MODELS[:1], "--out", str(tmp_path / "out.json")]) == 1
@@ -207,9 +226,13 @@ def test_a_measurement_goes_on_where_it_was_cut_off(
     out, ran = tmp_path / "out.json", list[tuple[int, str]]()
     fails = {(2, "ours")}
 
-    def took(part: dict[str, Any], *_: object) -> dict[str, Any]:
-        ran.append(key := (part["ranks"], part["part"]))
-        return {"failed": "took more than 1 s"} if key in fails else {"bytes_per_second": 1, **NUMBERS}
+    def took(parts: list[dict[str, Any]], *_: object) -> Iterator[dict[str, Any]]:
+        for part in parts:
+            ran.append(key := (part["ranks"], part["part"]))
+            if key in fails:
+                yield {"failed": "took more than 1 s"}
+                return
+            yield {"bytes_per_second": 1, **NUMBERS}
 
     monkeypatch.setattr(scaling, "run", took)
     given = [

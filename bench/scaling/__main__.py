@@ -8,7 +8,8 @@ it fails, nothing is measured with that number. Then come the rates of exchanges
 each rank (weak scaling) and for all ranks together (strong scaling): ours with gradients as they are and in eight bits, and the
 float twin's under DDP and FSDP2, as it is and by torch.compile. Ours are compared with a process alone, which exchanges nothing,
 with as many windows as a rank and with as many as all ranks.
-Every part is a start of torchrun of its own, with a limit of time, and is written as soon as it is there.
+The parts of a number of ranks share a start of torchrun. If one fails or takes too long, the next ones have a start of their own.
+Each is written as soon as it is there.
 
 If the file of `--out` is there, the measurement goes on with it. Parts that it has are not measured again. Checks are made anew.
 So a measurement may take several leases of a machine. Each part names its commit.
@@ -21,8 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from json import loads
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from json import dumps, loads
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ from bench.scaling.floats import BYTES_A_WEIGHT
 WEAK, STRONG = "weak", "strong"
 """Scalings: as many windows for each rank, or for all ranks together."""
 
+
+POLL_SECONDS = 0.2
+"""Seconds between looks at whether a part is written."""
 
 OF_MODELS = ("ours", MXINT8, "floats", "compiled")
 """Parts that time steps of a model. The others come once for each number of ranks."""
@@ -108,32 +112,76 @@ def left(asked: argparse.Namespace, kept: Sequence[Mapping[str, Any]]) -> list[d
     return [part for part in parts if alone or part["ranks"] in measured]
 
 
-def run(part: Mapping[str, Any], asked: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """Run a part in at most so many seconds; return what came out, or why it `failed`."""
+def run(
+    asked_parts: Sequence[Mapping[str, Any]], asked: argparse.Namespace, budget: Callable[[], float]
+) -> Iterator[dict[str, Any]]:
+    """Run parts of one number of ranks by one start of torchrun; yield what came out of each. One that `failed` is the last.
+
+    Args:
+        asked_parts: what is to be run.
+        asked: the arguments of the command.
+        budget: returns the seconds that are left.
+    """
+    ours = [
+        {name: part[name] for name in ("part", "model", "windows") if name in part} for part in asked_parts
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "part.json"
+        out = Path(folder) / "parts.json"
         command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={part['ranks']}",
-            "-m", "bench.scaling.at_work", "--part", part["part"], "--device", asked.device, "--out", str(out),
+            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={asked_parts[0]['ranks']}",
+            "-m", "bench.scaling.at_work", "--parts", dumps(ours), "--device", asked.device, "--out", str(out),
             "--length", str(asked.length), "--steps", str(asked.steps), "--exchanged-bytes", str(asked.exchanged_bytes),
-            *(("--model", part["model"], "--windows", str(part["windows"])) if "model" in part else ()),
             *(("--share-gpu",) if asked.share_gpu else ()),
         ]  # fmt: skip
-        # torchrun ends its ranks when it is told to end, and would leave them if it were killed.
-        process = subprocess.Popen(
-            command, cwd=machine.ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        try:
-            _, err = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            process.communicate()
-            return {"failed": f"took more than {seconds:.0f} s"}
-        if process.returncode or not out.exists():
-            sys.stderr.write(err)
-            return {"failed": reason_of(err)}
-        found: dict[str, Any] = loads(out.read_text())
-        return found
+        with open(Path(folder) / "err", "w+") as err:
+            # torchrun ends its ranks when it is told to end, and would leave them if it were killed.
+            process = subprocess.Popen(command, cwd=machine.ROOT, stdin=subprocess.DEVNULL, stderr=err)
+            for place in range(len(ours)):
+                seconds = min(asked.part_seconds, budget())
+                if not _is_there(process, out, place, seconds):
+                    process.terminate()
+                    process.wait()
+                    yield {"failed": f"took more than {seconds:.0f} s"}
+                    return
+                found = _found(out)
+                if place >= len(found):
+                    err.seek(0)
+                    said = err.read()
+                    sys.stderr.write(said)
+                    yield {"failed": reason_of(said)}
+                    return
+                yield found[place]
+            process.wait()
+
+
+def _is_there(process: subprocess.Popen[bytes], out: Path, place: int, seconds: float) -> bool:
+    """Wait until the result of a place is written, or the process has ended; return whether that was in time."""
+    end = time.monotonic() + seconds
+    while process.poll() is None and len(_found(out)) <= place:
+        if time.monotonic() > end:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
+
+
+def _found(out: Path) -> list[dict[str, Any]]:
+    """Return what came out of the parts so far."""
+    found: list[dict[str, Any]] = loads(out.read_text()) if out.exists() else []
+    return found
+
+
+def results(
+    of_ranks: Sequence[Mapping[str, Any]], asked: argparse.Namespace, budget: Callable[[], float]
+) -> Iterator[dict[str, Any]]:
+    """Yield what came out of parts of one number of ranks, up to one that failed, or of all if nothing of them can be run."""
+    if budget() <= 0:
+        yield from ({"failed": "the budget was spent"} for _ in of_ranks)
+        return
+    for part, found in zip(of_ranks, run(of_ranks, asked, budget), strict=False):
+        yield found
+        if part["part"] == "check" and "failed" in found:
+            yield from ({"failed": "the check of this number of ranks failed"} for _ in of_ranks[1:])
+            return
 
 
 def reason_of(err: str) -> str:
@@ -262,20 +310,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     ranks = sorted({*asked.ranks, *(part["ranks"] for part in kept)})
     report: dict[str, Any] = {**facts, "ranks": ranks, "parts": kept}
     commit = machine.commit_name(asked.commit)
-    began, red = time.monotonic(), set()
-    for part in left(asked, kept):
-        seconds = asked.budget - (time.monotonic() - began)
-        if part["ranks"] in red:
-            found: dict[str, Any] = {"failed": "the check of this number of ranks failed"}
-        elif seconds <= 0:
-            found = {"failed": "the budget was spent"}
-        else:
-            found = run(part, asked, min(asked.part_seconds, seconds))
-        if part["part"] == "check" and "failed" in found:
-            red.add(part["ranks"])
-        others = [each for each in report["parts"] if identity(each) != part]
-        report["parts"] = [*others, {**part, **found, "commit": commit}]
-        parts.write(asked.out, report)
+    began, parts_left = time.monotonic(), left(asked, kept)
+
+    def budget() -> float:
+        return asked.budget - (time.monotonic() - began)
+
+    while parts_left:
+        of_ranks = [part for part in parts_left if part["ranks"] == parts_left[0]["ranks"]]
+        for part, found in zip(of_ranks, results(of_ranks, asked, budget), strict=False):
+            others = [each for each in report["parts"] if identity(each) != part]
+            report["parts"] = [*others, {**part, **found, "commit": commit}]
+            parts.write(asked.out, report)
+            parts_left.remove(part)
     print(tables(report))
     return parts.exit_status(report["parts"])
 

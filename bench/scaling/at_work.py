@@ -1,4 +1,4 @@
-"""One part of the measurement, on every rank that torchrun starts; rank 0 writes what came out. See `python -m bench.scaling`.
+"""Parts of the measurement, on every rank that torchrun starts; rank 0 writes what came out. See `python -m bench.scaling`.
 
 Legend: B windows of a rank, T bytes of a window.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import os
 import statistics
@@ -172,7 +173,8 @@ def ours(
     """Time steps of our model. A process alone exchanges nothing, as in a run."""
     config = trunk_of(asked.model)
     model = model_of(config, runtime, world if world.count > 1 else None, exchange)
-    step = our_step(model, world, runtime, asked)
+    passes = passes_of(model, runtime, asked)
+    step = our_step(passes, world, runtime, asked)
     ranks = model.voting.ranks if isinstance(model.voting.ranks, GroupRanks) else None
     if ranks is not None:
         ranks.measured()
@@ -182,6 +184,8 @@ def ours(
     waited, received = (0.0, 0) if ranks is None else ranks.measured()
     everyones = sum(each.item() for each in world.gathered(torch.tensor(float(received))))
     weights = audit(config).weights
+    # Parts that follow need the memory of the graphs.
+    passes.close()
     return {
         **sizes_of(world, asked, seconds),
         "weights": weights,
@@ -197,11 +201,9 @@ def passes_of(model: ArbModel, runtime: Runtime, asked: argparse.Namespace) -> P
     return RecordedPasses(model) if is_recorded else Passes(model)
 
 
-def our_step(
-    model: ArbModel, world: World, runtime: Runtime, asked: argparse.Namespace
-) -> Callable[[], None]:
+def our_step(passes: Passes, world: World, runtime: Runtime, asked: argparse.Namespace) -> Callable[[], None]:
     """Return what takes a step of our model, after steps in which all is compiled and recorded, and more moves than later."""
-    taken, passes = itertools.count(), passes_of(model, runtime, asked)
+    taken = itertools.count()
 
     def step() -> None:
         number = next(taken)
@@ -262,14 +264,12 @@ by `torch.compile`."""
 
 
 def main() -> None:
-    """Run a part, and write on rank 0 what came out."""
+    """Run parts one after the other. After each, rank 0 writes what came out of all so far."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.scaling.at_work", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--part", choices=list(PARTS), required=True)
+    parser.add_argument("--parts", type=json.loads, required=True, help="a JSON list: part, model, windows")
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
-    parser.add_argument("--model", choices=MODELS, default="tiny")
-    parser.add_argument("--windows", type=int, default=4, help="of a rank")
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--exchanged-bytes", type=int, default=EXCHANGED_BYTES)
@@ -279,10 +279,15 @@ def main() -> None:
     if asked.device == "cpu":
         torch.set_num_threads(1)
     runtime = choose_runtime(asked.device, None, None)
+    found = []
     with a_world(asked.device, share_gpu=asked.share_gpu) as world:
-        found = PARTS[asked.part](world, runtime, asked)
-        if world.is_first:
-            parts.write(asked.out, found)
+        for part in asked.parts:
+            # Compiled code of another model is of no use.
+            torch.compiler.reset()
+            found.append(PARTS[part["part"]](world, runtime, argparse.Namespace(**vars(asked), **part)))
+            parts.free()
+            if world.is_first:
+                parts.write(asked.out, found)
         sys.stdout.flush()
         sys.stderr.flush()
         dist.barrier()
