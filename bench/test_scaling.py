@@ -11,13 +11,19 @@ from typing import Any
 
 import pytest
 
+from arbitor.optimized.distributed.run import kept_rows
+from arbitor.optimized.distributed.sizes import read_bytes
+from arbitor.optimized.distributed.world import World
 from arbitor.reference.audit import audit
+from arbitor.reference.constants import VOTED_IN
 from arbitor.reference.graph import ArbModel
+from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.presets import preset
 from bench import largest, machine
 from bench.scaling import __main__ as scaling
 from bench.scaling import plan
 from bench.scaling.at_work import MODELS, PARTS, trunk_of
+from conformance.distributed.cuts_at_work import CUT
 from conformance.distributed.started import torchrun
 
 PAGE = machine.ROOT / "docs" / "scaling.md"
@@ -202,6 +208,24 @@ def test_ranks_step_a_model_together_and_keep_less_each(tmp_path: Path) -> None:
     report = json.loads(out.read_text())
     assert report["ranks"] == 2 and 0.7 < report["bytes_a_weight"] < 1.0
     assert min(report["steps"][-1]["changed_bytes_of_trits"]) > 0
+
+
+def test_accumulators_of_some_experts_are_bytes_that_a_rank_keeps() -> None:
+    """Two ranks keep the accumulators of all weights with an owner once, beside a byte where another rank keeps them."""
+    models = [
+        ArbModel(CUT, kept_rows=kept_rows(CUT, World(number, 2), {}, starts_rows_anew=False))
+        for number in (0, 1)
+    ]
+    wanted = 0
+    for whole, *parts in zip(
+        ArbModel(CUT, device="meta").modules(), *(model.modules() for model in models), strict=True
+    ):
+        if isinstance(whole, TernaryModule):
+            tensors, has_owner = whole.weight.tensors(), any(part.kept_rows is not None for part in parts)
+            wanted += 2 * read_bytes(whole.weight)
+            wanted += (1 if has_owner else 2) * sum(tensors[name].nbytes for name in VOTED_IN)
+    found = sum(map(largest.state_bytes, models))
+    assert wanted <= found <= wanted + 4 * len(models[0].ternary_modules())
 
 
 def test_a_check_that_fails_stops_what_follows(
