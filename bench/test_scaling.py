@@ -243,6 +243,30 @@ def test_a_check_that_fails_stops_what_follows(
     assert "| 2 | RuntimeError: ranks differ |" in capsys.readouterr().out
 
 
+def test_ranks_have_ended_before_others_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[str]()
+
+    def took(parts: list[dict[str, Any]], *_: object) -> Iterator[dict[str, Any]]:
+        seen.append(f"{parts[0]['ranks']} start")
+        for _ in parts:
+            yield {"state_sha256": "0"}
+        seen.append(f"{parts[0]['ranks']} end")
+
+    monkeypatch.setattr(scaling, "run", took)
+    given = [
+        "--parts",
+        "check",
+        "--device",
+        "cpu",
+        "--commit",
+        "0123456",
+        "--out",
+        str(tmp_path / "out.json"),
+    ]
+    assert scaling.main(["--ranks", "1", "2", *given]) == 0
+    assert seen == ["1 start", "1 end", "2 start", "2 end"]
+
+
 def test_a_measurement_goes_on_where_it_was_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
