@@ -120,9 +120,7 @@ def measured(
     runtime.synchronize()
     modules = model.ternary_modules()
     weights = sum(module.weight.shape[0] * module.weight.shape[1] for module in modules.values())
-    # Accumulators that another rank keeps have a shape here, and no memory.
-    kept = (each.untyped_storage().nbytes() for m in modules.values() for each in m.weight.tensors().values())
-    state = most(sum(kept))
+    state = most(state_bytes(model))
     report |= {
         "weights": weights,
         "state_bytes": state,
@@ -170,6 +168,13 @@ def measured(
         if min(changed) == 0.0:
             raise RuntimeError(f"step {step} changed no trit of the first or of the last layer")
     return {}
+
+
+def state_bytes(model: ArbModel) -> int:
+    """Return the bytes of memory that this rank keeps of the weights of a model."""
+    # Accumulators that another rank keeps have a shape here, and no memory. Those of some rows lie beside the weight.
+    buffers = (each for module in model.ternary_modules().values() for each in module.buffers(recurse=False))
+    return sum(each.untyped_storage().nbytes() for each in buffers)
 
 
 def written(world: World, out: Path | None, report: dict[str, Any]) -> None:

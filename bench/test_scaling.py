@@ -11,13 +11,19 @@ from typing import Any
 
 import pytest
 
+from arbitor.optimized.distributed.run import kept_rows
+from arbitor.optimized.distributed.sizes import read_bytes
+from arbitor.optimized.distributed.world import World
 from arbitor.reference.audit import audit
+from arbitor.reference.constants import VOTED_IN
 from arbitor.reference.graph import ArbModel
+from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.presets import preset
 from bench import largest, machine
 from bench.scaling import __main__ as scaling
 from bench.scaling import plan
 from bench.scaling.at_work import MODELS, PARTS, trunk_of
+from conformance.distributed.cuts_at_work import CUT
 from conformance.distributed.started import torchrun
 
 PAGE = machine.ROOT / "docs" / "scaling.md"
@@ -204,6 +210,24 @@ def test_ranks_step_a_model_together_and_keep_less_each(tmp_path: Path) -> None:
     assert min(report["steps"][-1]["changed_bytes_of_trits"]) > 0
 
 
+def test_accumulators_of_some_experts_are_bytes_that_a_rank_keeps() -> None:
+    """Two ranks keep the accumulators of all weights with an owner once, beside a byte where another rank keeps them."""
+    models = [
+        ArbModel(CUT, kept_rows=kept_rows(CUT, World(number, 2), {}, starts_rows_anew=False))
+        for number in (0, 1)
+    ]
+    wanted = 0
+    for whole, *parts in zip(
+        ArbModel(CUT, device="meta").modules(), *(model.modules() for model in models), strict=True
+    ):
+        if isinstance(whole, TernaryModule):
+            tensors, has_owner = whole.weight.tensors(), any(part.kept_rows is not None for part in parts)
+            wanted += 2 * read_bytes(whole.weight)
+            wanted += (1 if has_owner else 2) * sum(tensors[name].nbytes for name in VOTED_IN)
+    found = sum(map(largest.state_bytes, models))
+    assert wanted <= found <= wanted + 4 * len(models[0].ternary_modules())
+
+
 def test_a_check_that_fails_stops_what_follows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,6 +241,30 @@ def test_a_check_that_fails_stops_what_follows(
     assert scaling.main(["--ranks", "2", "--models", *MODELS[:1], "--out", str(tmp_path / "out.json")]) == 1
     assert run == ["check"]
     assert "| 2 | RuntimeError: ranks differ |" in capsys.readouterr().out
+
+
+def test_ranks_have_ended_before_others_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[str]()
+
+    def took(parts: list[dict[str, Any]], *_: object) -> Iterator[dict[str, Any]]:
+        seen.append(f"{parts[0]['ranks']} start")
+        for _ in parts:
+            yield {"state_sha256": "0"}
+        seen.append(f"{parts[0]['ranks']} end")
+
+    monkeypatch.setattr(scaling, "run", took)
+    given = [
+        "--parts",
+        "check",
+        "--device",
+        "cpu",
+        "--commit",
+        "0123456",
+        "--out",
+        str(tmp_path / "out.json"),
+    ]
+    assert scaling.main(["--ranks", "1", "2", *given]) == 0
+    assert seen == ["1 start", "1 end", "2 start", "2 end"]
 
 
 def test_a_measurement_goes_on_where_it_was_cut_off(

@@ -177,7 +177,8 @@ def results(
     if budget() <= 0:
         yield from ({"failed": "the budget was spent"} for _ in of_ranks)
         return
-    for part, found in zip(of_ranks, run(of_ranks, asked, budget), strict=False):
+    # `run` is asked once more after its last result, and then waits until the ranks have left their GPUs.
+    for found, part in zip(run(of_ranks, asked, budget), of_ranks, strict=False):
         yield found
         if part["part"] == "check" and "failed" in found:
             yield from ({"failed": "the check of this number of ranks failed"} for _ in of_ranks[1:])
@@ -317,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     while parts_left:
         of_ranks = [part for part in parts_left if part["ranks"] == parts_left[0]["ranks"]]
-        for part, found in zip(of_ranks, results(of_ranks, asked, budget), strict=False):
+        for found, part in zip(results(of_ranks, asked, budget), of_ranks, strict=False):
             others = [each for each in report["parts"] if identity(each) != part]
             report["parts"] = [*others, {**part, **found, "commit": commit}]
             parts.write(asked.out, report)
