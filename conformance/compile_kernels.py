@@ -31,6 +31,8 @@ from triton.runtime.jit import JITFunction
 
 from arbitor.optimized import kernels as kernel_package
 from arbitor.optimized import ops
+from arbitor.optimized.distributed.changes import BLOCK, num_blocks
+from arbitor.optimized.kernels.changes import counted, taken, written
 from arbitor.optimized.kernels.mxint8 import add_encoded, encode
 from arbitor.optimized.kernels.parts import MANY, add_parts
 from arbitor.optimized.kernels.unpack import unpacked_together
@@ -127,6 +129,11 @@ def recorded(families: list[str]) -> list[Specialisation]:
                 add_parts(torch.stack([grad, grad]), out)
                 content = encode(grad)
                 add_encoded(torch.stack([content, content]), out)
+            recorder.cause = "what the step of a rank has changed"
+            piece = torch.zeros(1000, dtype=torch.uint8, device=DEVICE)
+            counts = counted(piece, piece, num_blocks(1000), BLOCK)
+            ends = counts.to(torch.int64)
+            taken(piece, written(piece, piece, ends, 1, BLOCK), ends, BLOCK)
             recorder.cause = "the first product of a training pass"
             for shapes, dtype in matrices_of_passes():
                 weights = [ops.from_spec(preset_calls.weight(*shape)) for shape in shapes]

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
-from arbitor.optimized.distributed.changes import BLOCK, change, changes, changes_bytes
+from arbitor.optimized.distributed import changes as changes_module
+from arbitor.optimized.distributed.changes import BLOCK, Changed, change, changes_bytes, num_blocks
+from arbitor.optimized.kernels import changes as kernels
+from conformance.subject import Subject, needs_ours
+
+
+def changes(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Return what an owner sends."""
+    found = Changed(before, after)
+    return found.sent(int(found.number))
+
 
 SIZES = (1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7, 20 * BLOCK)
 
@@ -42,3 +54,28 @@ def test_a_whole_block_of_changes_is_counted() -> None:
     assert len(sent) == 9 + 2 * BLOCK and sent[1] == BLOCK
     change(before, sent)
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.2, 0.49])
+def test_kernels_send_and_take_the_same_bytes(subject: Subject, size: int, share: float) -> None:
+    """Ranks on GPUs count, write and take changes by kernels. A piece lies anywhere in what arrives."""
+    needs_ours(subject, "changes by kernels")
+    generator = torch.Generator().manual_seed(size)
+    before = torch.randint(256, (size,), generator=generator).to(torch.uint8)
+    after = torch.where(torch.rand(size, generator=generator) < share, before + 1, before)
+    after[-1] += 1
+    piece, stepped = before.to(subject.device), after.to(subject.device)
+    counts = kernels.counted(piece, stepped, num_blocks(size), BLOCK)
+    found = Changed(before, after)
+    ends = counts.cumsum(0)
+    number = int(found.number)
+    assert counts.dtype is torch.int32 and int(ends[-1]) == number
+    # As if they were fewer bytes than the piece.
+    with mock.patch.object(changes_module, "changes_bytes", lambda *_: 0):
+        want = found.sent(number)
+    got = kernels.written(piece, stepped, ends, number, BLOCK)
+    assert torch.equal(got.cpu(), want)
+    arrived = torch.cat([got[:1], got])[1:]
+    kernels.taken(piece, arrived, ends, BLOCK)
+    assert torch.equal(piece.cpu(), after)

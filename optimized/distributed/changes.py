@@ -26,20 +26,46 @@ def changes_bytes(num_bytes: int, num_changed: int) -> int:
     return min(num_blocks(num_bytes) + 2 * num_changed, num_bytes)
 
 
-def changes(before_P: Tensor, after_P: Tensor) -> Tensor:
-    """Return what makes one piece into another: uint8 counts [S], places [C] and values [C], or the piece [P] if that is no longer.
+class Changed:
+    """A piece before and after the steps of its owner.
 
-    Args:
-        before_P, after_P: uint8 [P].
+    Attributes:
+        number: int64 [], on the device of the piece: the bytes that differ.
     """
-    size, differ_P = after_P.numel(), before_P != after_P
-    blocks_SB = torch.nn.functional.pad(differ_P, (0, -size % BLOCK)).view(-1, BLOCK)
-    counts_S = blocks_SB.sum(dim=1, dtype=torch.int32)
-    # The host waits for the device here, and again for the places.
-    if changes_bytes(size, int(counts_S.sum())) == size:
-        return after_P
-    changed_C = differ_P.nonzero().flatten()
-    return torch.cat([counts_S.to(torch.uint8), (changed_C % BLOCK).to(torch.uint8), after_P[changed_C]])
+
+    def __init__(self, before_P: Tensor, after_P: Tensor) -> None:
+        """Count what changed. The host does not wait for the device."""
+        self._before_P, self._after_P = before_P, after_P
+        self._ends_S = _counts(before_P, after_P).cumsum(0)
+        self.number = self._ends_S[-1]
+
+    def sent(self, num_changed: int) -> Tensor:
+        """Return what makes the one into the other: uint8 counts [S], places [C], values [C]; or the piece [P] if it is no longer.
+
+        Args:
+            num_changed: C, as the host knows it.
+        """
+        before_P, after_P = self._before_P, self._after_P
+        if changes_bytes(after_P.numel(), num_changed) == after_P.numel():
+            return after_P
+        if after_P.is_cuda:
+            from arbitor.optimized.kernels.changes import written
+
+            return written(before_P, after_P, self._ends_S, num_changed, BLOCK)
+        changed_C = (before_P != after_P).nonzero().flatten()
+        counts_S = self._ends_S.diff(prepend=self._ends_S.new_zeros(1)).to(torch.uint8)
+        return torch.cat([counts_S, (changed_C % BLOCK).to(torch.uint8), after_P[changed_C]])
+
+
+def _counts(before_P: Tensor, after_P: Tensor) -> Tensor:
+    """Return how many bytes of each block differ, int32 [S]."""
+    size = before_P.numel()
+    if before_P.is_cuda:
+        from arbitor.optimized.kernels.changes import counted
+
+        return counted(before_P, after_P, num_blocks(size), BLOCK)
+    blocks_SB = torch.nn.functional.pad(before_P != after_P, (0, -size % BLOCK)).view(-1, BLOCK)
+    return blocks_SB.sum(dim=1, dtype=torch.int32)
 
 
 def change(piece_P: Tensor, sent: Tensor) -> None:
@@ -47,18 +73,21 @@ def change(piece_P: Tensor, sent: Tensor) -> None:
 
     Args:
         piece_P: uint8 [P], the piece before.
-        sent: uint8, what `changes` returned.
+        sent: uint8, what `Changed.sent` returned.
     """
     size = piece_P.numel()
     if sent.numel() == size:
         piece_P.copy_(sent)
         return
     counts_S, rest = sent[: num_blocks(size)].to(torch.int64), sent[num_blocks(size) :]
+    if piece_P.is_cuda:
+        from arbitor.optimized.kernels.changes import taken
+
+        taken(piece_P, sent, counts_S.cumsum(0), BLOCK)
+        return
     places_C, values_C = rest.chunk(2) if rest.numel() else (rest, rest)
     firsts_S = torch.arange(0, size, BLOCK, device=sent.device)
-    # The number of changes is known here, so the device need not be asked for it.
-    firsts_C = firsts_S.repeat_interleave(counts_S, output_size=places_C.numel())
-    piece_P[firsts_C + places_C] = values_C
+    piece_P[firsts_S.repeat_interleave(counts_S) + places_C] = values_C
 
 
 class Piece:
@@ -84,11 +113,11 @@ class Piece:
         self._tensors += tensors
         self.size += sum(each.numel() for each in tensors)
 
-    def step(self, apply: Callable[[Sequence[int]], None]) -> Tensor:
-        """Step the weights on their owner by `apply`, which takes their tensor ids; return what changed, uint8."""
+    def step(self, apply: Callable[[Sequence[int]], None]) -> Changed:
+        """Step the weights on their owner by `apply`, which takes their tensor ids; return what changed."""
         before = torch.cat(self._tensors)
         apply(self._tensor_ids)
-        return changes(before, torch.cat(self._tensors))
+        return Changed(before, torch.cat(self._tensors))
 
     def change(self, sent: Tensor) -> None:
         """Give the weights what their owner has sent."""

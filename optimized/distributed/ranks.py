@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arbitor.optimized.distributed.changes import Piece
+from arbitor.optimized.distributed.changes import Changed, Piece, changes_bytes
 from arbitor.optimized.distributed.sums import in_eight_bits, in_order, sum_eight_bits, sum_in_order
 from arbitor.optimized.distributed.traffic import Recorded, Traffic
 from arbitor.optimized.distributed.world import World, as_bytes
@@ -35,7 +35,7 @@ from arbitor.reference.types import LaidOutWeight, TernaryWeight
 FULL, MXINT8 = EXCHANGES
 """In the dtype of the activations, or in eight bits."""
 
-PIECE_BYTES, RUN_BYTES = 2**26, 2**30
+PIECE_BYTES, RUN_BYTES = 2**26, 2**28
 """Most bytes of the trits and levels of several weights that are sent as one, and of the pieces that an owner steps before it sends
 what changed. A larger weight is sent alone."""
 
@@ -349,32 +349,34 @@ class GroupRanks(Ranks):
 
         self._traffic.later(gradient.grad_NK.nbytes, end)
 
-    def _spread(self, pieces: Sequence[Sequence[Piece]], places: range, changes: Sequence[Tensor]) -> None:
+    def _spread(self, pieces: Sequence[Sequence[Piece]], places: range, own: Sequence[Changed]) -> None:
         """Begin to send what the steps of owners have changed of their pieces at some places. A rank has the changes of its own."""
-        own = torch.zeros(len(places), dtype=torch.int64)
-        own[: len(changes)] = torch.tensor([len(each) for each in changes], dtype=torch.int64)
-        # The sizes are known to no other rank, as all else that is exchanged is.
-        sizes = self._traffic.gathered(own)
-        for place in places:
-            for owner, of_owner in enumerate(pieces):
-                if place < len(of_owner):
-                    step, is_mine = place - places.start, owner == self.number
-                    arriving = changes[step] if is_mine else int(sizes[owner][step])
-                    self._send(of_owner[place], owner, arriving)
+        numbers = torch.zeros(len(places), dtype=torch.int64, device=self._model.voting.faults.device)
+        if own:
+            numbers[: len(own)] = torch.stack([each.number for each in own])
+        # They are known to no other rank, as all else that is exchanged is. The host waits for the device here, and nowhere else.
+        everyones = torch.stack(self._traffic.gathered(numbers)).tolist()
+        for owner, of_owner in enumerate(pieces):
+            if some := of_owner[places.start : places.stop]:
+                self._send(some, owner, everyones[owner], own)
 
-    def _send(self, piece: Piece, owner: int, changes: Tensor | int) -> None:
-        """Begin to send the changes of a piece from its owner to all. Other ranks have the number of their bytes."""
-        sent: Tensor
-        if is_mine := isinstance(changes, Tensor):
-            sent = changes
+    def _send(
+        self, pieces: Sequence[Piece], owner: int, numbers: Sequence[int], own: Sequence[Changed]
+    ) -> None:
+        """Begin to send the changes of pieces from their owner to all, as one. The ranks know how many bytes of each changed."""
+        is_mine = owner == self.number
+        sizes = [changes_bytes(piece.size, number) for piece, number in zip(pieces, numbers, strict=False)]
+        if is_mine:
+            sent = torch.cat([each.sent(number) for each, number in zip(own, numbers, strict=False)])
         else:
-            sent = torch.empty(changes, dtype=torch.uint8, device=piece.device)
+            sent = torch.empty(sum(sizes), dtype=torch.uint8, device=pieces[0].device)
         wait = self._traffic.begin_broadcast(sent, owner)
 
         def end() -> None:
             wait()
             if not is_mine:
-                piece.change(sent)
+                for piece, part in zip(pieces, sent.split(sizes), strict=True):
+                    piece.change(part)
 
         self._traffic.later(sent.numel(), end)
 
