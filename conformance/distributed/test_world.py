@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore
 
 from arbitor.optimized.distributed import world
-from arbitor.optimized.distributed.ranks import owned_rows
+from arbitor.optimized.distributed.ranks import of_rows, owned_rows
 from arbitor.optimized.distributed.run import (
     begin_measuring,
     check_agreement,
@@ -36,7 +36,7 @@ from arbitor.reference.config import ArbConfig
 from arbitor.reference.constants import VOTED_IN
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.growth import grow
-from arbitor.reference.graph.ranks import Ranks
+from arbitor.reference.graph.ranks import Gradient, Ranks
 from arbitor.reference.types import has_memory, without_memory
 from conformance.distributed.cuts_at_work import CUT
 from conformance.distributed.started import meeting_place
@@ -374,6 +374,20 @@ def test_a_stack_is_cut_between_its_matrices() -> None:
     ):
         owned = owned_rows(ArbModel(config, device="meta"), count, starts_rows_anew=True)
         assert all(sum(map(bool, rows)) == 1 for rows in owned.values())
+
+
+def test_a_part_of_a_stack_is_given_no_more_matrices_than_it_has() -> None:
+    """Of matrices 5, 2, 0, 3 and 4, two rows each, and an unused slot a part with 2 and 3 takes these. The others cost no work."""
+    matrices = torch.tensor([5, 2, 0, 3, 4, -1])
+    rows = torch.where(matrices[:, None] < 0, -1, 2 * matrices[:, None] + torch.tensor([0, 1])).flatten()
+    grad_NK = torch.arange(12.0)[:, None].expand(12, 5).clone()
+    grad_NK[0] = torch.nan
+    found = of_rows(Gradient(grad_NK, rows, 6, chosen=True), range(4, 8))
+    assert found.rows is not None and found.rows.tolist() == [0, 1, 2, 3]
+    assert found.num_matrices == 2 and found.grad_NK[:, 0].tolist() == [2, 3, 6, 7]
+    found = of_rows(Gradient(grad_NK, rows, 6, chosen=True), range(12, 20))
+    assert found.rows is not None and found.rows.tolist() == [-1] * 8
+    assert found.num_matrices == 4 and not found.grad_NK.any()
 
 
 @pytest.mark.parametrize("config", [nano.MEANS, CUT])

@@ -466,13 +466,24 @@ def cut(
 
 
 def of_rows(gradient: Gradient, rows: range) -> Gradient:
-    """Return a gradient of chosen rows for a part of a weight, which has some rows. The others become unused slots, at the end."""
+    """Return a gradient of chosen rows, or of chosen matrices, for a part of a weight, which has some rows.
+
+    The part has no more slots than there can be rows of it. Slots of other rows become unused ones, at the end.
+    """
     assert gradient.rows is not None
+    height = len(gradient.rows) // gradient.num_matrices if gradient.num_matrices else 1
+    most = len(rows) // height * height
     is_own = (gradient.rows >= rows.start) & (gradient.rows < rows.stop)
-    order = is_own.logical_not().argsort(stable=True)
+    order = is_own.logical_not().argsort(stable=True)[:most]
+    is_own = is_own[order]
     # What is not finite in a row of another rank is no fault of this part.
-    grad_NK = torch.where(is_own[:, None], gradient.grad_NK, 0.0)[order]
-    return replace(gradient, grad_NK=grad_NK, rows=torch.where(is_own, gradient.rows - rows.start, -1)[order])
+    grad_NK = torch.where(is_own[:, None], gradient.grad_NK[order], 0.0)
+    return replace(
+        gradient,
+        grad_NK=grad_NK,
+        rows=torch.where(is_own, gradient.rows[order] - rows.start, -1),
+        num_matrices=len(order) // height if gradient.num_matrices else 0,
+    )
 
 
 def _add_to_pieces(pieces: list[Piece], tensor_id: int, weight: LaidOutWeight) -> None:
