@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore
 
 from arbitor.optimized.distributed import world
-from arbitor.optimized.distributed.ranks import of_rows, owned_rows
+from arbitor.optimized.distributed.ranks import GroupRanks, of_rows, owned_rows
 from arbitor.optimized.distributed.run import (
     begin_measuring,
     check_agreement,
@@ -441,6 +442,40 @@ def test_what_votes_change_at_other_ranks_is_never_kept(number: int, grown: bool
                 assert torch.equal(of_table, wanted if is_here else torch.zeros_like(wanted)), (name, table)
     assert all(num_means.values()) == config.average_gradients
     assert kept_rows(config, world.World(), {}, starts_rows_anew=False) == {}
+
+
+def part_of_two() -> ArbModel:
+    """Return a model of which rank 1 of two keeps its part."""
+    return ArbModel(CUT, kept_rows=kept_rows(CUT, world.World(1, 2), {}, starts_rows_anew=False))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_is_refused_where_other_ranks_keep_accumulators(assign: bool) -> None:
+    """It would overwrite what reads as zeros, and leave what votes change."""
+    part = part_of_two()
+    before = {name: tensor.clone() for name, tensor in part.named_buffers()}
+    given = ArbModel(CUT, seed=1).state_dict()
+    with pytest.raises(
+        ValueError, match=r"^state_dict has '.*', but must have no tensor .*: load_state loads the part"
+    ):
+        part.load_state_dict(given, assign=assign)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in part.named_buffers())
+
+
+def test_a_weight_that_keeps_some_rows_is_not_asked_for_others() -> None:
+    """What it has left is nowhere. So a model that was built for one number of ranks is refused by another."""
+    part = part_of_two()
+    module = next(each for each in part.ternary_modules().values() if each.kept_rows)
+    kept = module.kept_rows
+    assert kept is not None
+    module.leave_votes(kept)
+    for other in (range(kept.start), range(kept.stop)):
+        with pytest.raises(
+            ValueError, match=rf"^kept is {re.escape(str(other))}, but must be {re.escape(str(kept))}, "
+        ):
+            module.leave_votes(other)
+    with pytest.raises(ValueError, match=r"^kept is range\(0, "):
+        GroupRanks(part, world.World(0, 1))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 5), (7, 1), (4, 6)])

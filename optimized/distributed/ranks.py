@@ -73,7 +73,7 @@ class GroupRanks(Ranks):
         }
         for module in model.ternary_modules().values():
             kept = self._kept(module.tensor_id)
-            if kept is not None and len(kept) < module.weight.shape[0]:
+            if kept is not None:
                 module.leave_votes(kept)
         model.voting.ranks = self
 
