@@ -418,10 +418,10 @@ def owned_rows(
 ) -> dict[int, tuple[range, ...]]:
     """Return the rows of each matrix that each rank owns, by tensor id. Tables, and weights that were built frozen, have no owner.
 
-    A stack of as many matrices as ranks, or more, is cut, if its gradients are made orthogonal and follow no running mean. Rank r
-    of P owns those of its E matrices from floor(r E / P) up to floor((r + 1) E / P). Of the other matrices the largest goes
-    first, each to the rank that has the fewest weights so far, and of equals to the lowest. So the ranks share the work of making
-    gradients orthogonal.
+    A stack of as many matrices as ranks, or more, is cut, if these are large enough to be made orthogonal and follow no running
+    mean. Rank r of P owns those of its E matrices from floor(r E / P) up to floor((r + 1) E / P). Of the other matrices the
+    largest goes first, each to the rank that has the fewest weights so far, and of equals to the lowest. So the ranks share the
+    work of making gradients orthogonal.
 
     Args:
         model, count: the model, which may be on the meta device, and the number of ranks.
