@@ -296,4 +296,5 @@ def _shown(values: Iterable[float | None], unit: str, missing: str) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.2f}".removesuffix(".00") if value >= 1000 else f"{value:.3g}"
+    # From here on three digits are rounded to a power of ten.
+    return f"{value:,.2f}".removesuffix(".00") if value >= 999.5 else f"{value:.3g}"

@@ -153,6 +153,10 @@ def test_goals_show_what_is_stored() -> None:
         "2,820.25 MiB, not measured",
         "1,734.90 MiB, 1,638.54 MiB",
     ]
+    r12["peak_bytes"] = 999 * 2**20 + 3 * 2**18
+    assert goals_by_work(results, scripts)["peaks of a step of 4 bytes, of r12 and without codes and graph"][
+        1
+    ] == ("999.75 MiB, not measured")
     first = "first step of r12, with no compiled kernel"
     assert cells[first] == ["22 s", "12.5 s", "10 s"]
     scripts["large-cold"]["cold"] = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore
 
 from arbitor.optimized.distributed import world
-from arbitor.optimized.distributed.ranks import owned_rows
+from arbitor.optimized.distributed.ranks import GroupRanks, of_rows, owned_rows
 from arbitor.optimized.distributed.run import (
     begin_measuring,
     check_agreement,
@@ -36,7 +37,7 @@ from arbitor.reference.config import ArbConfig
 from arbitor.reference.constants import VOTED_IN
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.growth import grow
-from arbitor.reference.graph.ranks import Ranks
+from arbitor.reference.graph.ranks import Gradient, Ranks
 from arbitor.reference.types import has_memory, without_memory
 from conformance.distributed.cuts_at_work import CUT
 from conformance.distributed.started import meeting_place
@@ -376,6 +377,20 @@ def test_a_stack_is_cut_between_its_matrices() -> None:
         assert all(sum(map(bool, rows)) == 1 for rows in owned.values())
 
 
+def test_a_part_of_a_stack_is_given_no_more_matrices_than_it_has() -> None:
+    """Of matrices 5, 2, 0, 3 and 4, two rows each, and an unused slot a part with 2 and 3 takes these. The others cost no work."""
+    matrices = torch.tensor([5, 2, 0, 3, 4, -1])
+    rows = torch.where(matrices[:, None] < 0, -1, 2 * matrices[:, None] + torch.tensor([0, 1])).flatten()
+    grad_NK = torch.arange(12.0)[:, None].expand(12, 5).clone()
+    grad_NK[0] = torch.nan
+    found = of_rows(Gradient(grad_NK, rows, 6, chosen=True), range(4, 8))
+    assert found.rows is not None and found.rows.tolist() == [0, 1, 2, 3]
+    assert found.num_matrices == 2 and found.grad_NK[:, 0].tolist() == [2, 3, 6, 7]
+    found = of_rows(Gradient(grad_NK, rows, 6, chosen=True), range(12, 20))
+    assert found.rows is not None and found.rows.tolist() == [-1] * 8
+    assert found.num_matrices == 4 and not found.grad_NK.any()
+
+
 @pytest.mark.parametrize("config", [nano.MEANS, CUT])
 @pytest.mark.parametrize("grown", [False, True])
 @pytest.mark.parametrize("number", [0, 1])
@@ -427,6 +442,40 @@ def test_what_votes_change_at_other_ranks_is_never_kept(number: int, grown: bool
                 assert torch.equal(of_table, wanted if is_here else torch.zeros_like(wanted)), (name, table)
     assert all(num_means.values()) == config.average_gradients
     assert kept_rows(config, world.World(), {}, starts_rows_anew=False) == {}
+
+
+def part_of_two() -> ArbModel:
+    """Return a model of which rank 1 of two keeps its part."""
+    return ArbModel(CUT, kept_rows=kept_rows(CUT, world.World(1, 2), {}, starts_rows_anew=False))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_is_refused_where_other_ranks_keep_accumulators(assign: bool) -> None:
+    """It would overwrite what reads as zeros, and leave what votes change."""
+    part = part_of_two()
+    before = {name: tensor.clone() for name, tensor in part.named_buffers()}
+    given = ArbModel(CUT, seed=1).state_dict()
+    with pytest.raises(
+        ValueError, match=r"^state_dict has '.*', but must have no tensor .*: load_state loads the part"
+    ):
+        part.load_state_dict(given, assign=assign)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in part.named_buffers())
+
+
+def test_a_weight_that_keeps_some_rows_is_not_asked_for_others() -> None:
+    """What it has left is nowhere. So a model that was built for one number of ranks is refused by another."""
+    part = part_of_two()
+    module = next(each for each in part.ternary_modules().values() if each.kept_rows)
+    kept = module.kept_rows
+    assert kept is not None
+    module.leave_votes(kept)
+    for other in (range(kept.start), range(kept.stop)):
+        with pytest.raises(
+            ValueError, match=rf"^kept is {re.escape(str(other))}, but must be {re.escape(str(kept))}, "
+        ):
+            module.leave_votes(other)
+    with pytest.raises(ValueError, match=r"^kept is range\(0, "):
+        GroupRanks(part, world.World(0, 1))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 5), (7, 1), (4, 6)])

@@ -73,7 +73,7 @@ class GroupRanks(Ranks):
         }
         for module in model.ternary_modules().values():
             kept = self._kept(module.tensor_id)
-            if kept is not None and len(kept) < module.weight.shape[0]:
+            if kept is not None:
                 module.leave_votes(kept)
         model.voting.ranks = self
 
@@ -420,10 +420,10 @@ def owned_rows(
 ) -> dict[int, tuple[range, ...]]:
     """Return the rows of each matrix that each rank owns, by tensor id. Tables, and weights that were built frozen, have no owner.
 
-    A stack of as many matrices as ranks, or more, is cut, if its gradients are made orthogonal and follow no running mean. Rank r
-    of P owns those of its E matrices from floor(r E / P) up to floor((r + 1) E / P). Of the other matrices the largest goes
-    first, each to the rank that has the fewest weights so far, and of equals to the lowest. So the ranks share the work of making
-    gradients orthogonal.
+    A stack of as many matrices as ranks, or more, is cut, if these are large enough to be made orthogonal and follow no running
+    mean. Rank r of P owns those of its E matrices from floor(r E / P) up to floor((r + 1) E / P). Of the other matrices the
+    largest goes first, each to the rank that has the fewest weights so far, and of equals to the lowest. So the ranks share the
+    work of making gradients orthogonal.
 
     Args:
         model, count: the model, which may be on the meta device, and the number of ranks.
@@ -468,13 +468,24 @@ def cut(
 
 
 def of_rows(gradient: Gradient, rows: range) -> Gradient:
-    """Return a gradient of chosen rows for a part of a weight, which has some rows. The others become unused slots, at the end."""
+    """Return a gradient of chosen rows, or of chosen matrices, for a part of a weight, which has some rows.
+
+    The part has no more slots than there can be rows of it. Slots of other rows become unused ones, at the end.
+    """
     assert gradient.rows is not None
+    height = len(gradient.rows) // gradient.num_matrices if gradient.num_matrices else 1
+    most = len(rows) // height * height
     is_own = (gradient.rows >= rows.start) & (gradient.rows < rows.stop)
-    order = is_own.logical_not().argsort(stable=True)
+    order = is_own.logical_not().argsort(stable=True)[:most]
+    is_own = is_own[order]
     # What is not finite in a row of another rank is no fault of this part.
-    grad_NK = torch.where(is_own[:, None], gradient.grad_NK, 0.0)[order]
-    return replace(gradient, grad_NK=grad_NK, rows=torch.where(is_own, gradient.rows - rows.start, -1)[order])
+    grad_NK = torch.where(is_own[:, None], gradient.grad_NK[order], 0.0)
+    return replace(
+        gradient,
+        grad_NK=grad_NK,
+        rows=torch.where(is_own, gradient.rows[order] - rows.start, -1),
+        num_matrices=len(order) // height if gradient.num_matrices else 0,
+    )
 
 
 def _add_to_pieces(pieces: list[Piece], tensor_id: int, weight: LaidOutWeight) -> None:

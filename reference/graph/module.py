@@ -256,9 +256,16 @@ class TernaryModule(ArbModule):
 
         In `weight` accumulators read as zeros from then on. `own_rows` has those of the rows that are kept. A weight whose gradient
         is led by a mean keeps all rows or none.
+
+        Raises ValueError if the weight keeps other rows already, since accumulators that were left are nowhere here.
         """
-        if self.kept_rows == kept:
+        before = range(self.weight.shape[0]) if self.kept_rows is None else self.kept_rows
+        if kept == before:
             return
+        if self.kept_rows is not None:
+            raise ValueError(
+                f"kept is {kept}, but must be {before}, the rows whose accumulators the weight keeps"
+            )
         tensors = self.weight.tensors()
         for name in VOTED_IN:
             own = tensors[name][kept.start : kept.stop].clone()
@@ -472,6 +479,11 @@ class TernaryModule(ArbModule):
         super().check_tensors(state_dict, prefix, assign=assign)
         own = self.own_tensors(state_dict, prefix)
         given = {name: value for name, value in own.items() if name in self._tensors}
+        if given and self.kept_rows is not None:
+            raise ValueError(
+                f"state_dict has {prefix + next(iter(given))!r}, but must have no tensor of a weight of which other ranks keep "
+                "accumulators: load_state loads the part of this rank"
+            )
         for name, value in given.items():
             checks.tensor(prefix + name, value, self._tensors[name].dtype, self._tensors[name].shape)
             self.weight.check_values(prefix, name, value)
