@@ -59,7 +59,9 @@ def random_weight(rows: int, columns: int) -> TernaryWeight:
 
 
 def holder(weight: Any, theta: int) -> Any:
-    return SimpleNamespace(weight=weight, config=SimpleNamespace(theta=theta), device=weight.exponents.device)
+    """Return what stands in for the module of a weight, all rows of which this rank keeps."""
+    config = SimpleNamespace(theta=theta)
+    return SimpleNamespace(own_rows=lambda: weight, config=config, device=weight.exponents.device)
 
 
 def test_every_weight_has_a_kind_and_every_kind_a_weight() -> None:
