@@ -145,15 +145,17 @@ MAKE_CONTEXT = click.Command.make_context
 
 def _torchrun(words: list[str], whole: bool) -> None:
     parser = get_args_parser()
-    if not whole:
+    if not whole and "-m" not in words:
         _options_are_known(words, _options_of(parser))
         return
     found = parser.parse_args(words)
-    package, _, command = found.training_script.partition(".")
-    assert found.module and package == "arbitor" and _path_of(found.training_script) is not None, (
-        f"there is no module {found.training_script} for ranks"
-    )
-    _arb([command, *found.training_script_args], whole)
+    module, arguments = found.training_script, found.training_script_args
+    assert found.module and _path_of(module) is not None, f"there is no module {module} for ranks"
+    package, _, command = module.partition(".")
+    if package == "arbitor":
+        _arb([command, *arguments], whole)
+    else:
+        _python(["-m", module, *arguments], whole)
 
 
 class _Parsed(BaseException):

@@ -39,6 +39,7 @@ def test_a_command_is_understood(command: pages.Shown, pytestconfig: pytest.Conf
         ("torchrun -m arbitor.train --wings", True, "No such option"),
         ("torchrun -m arbitor.finetune --wings", True, "No such option"),
         ("torchrun -m arbitor.wings", True, "there is no module arbitor.wings"),
+        ("torchrun -m bench.largest --wings", False, "there is no option --wings"),
         ("python -m conformance.wings", True, "no module conformance.wings"),
         ("python -m conformance.system.fuzz --wings 2", True, "2"),
         ("python -m conformance.system.fuzz --wings", False, "there is no option --wings"),
