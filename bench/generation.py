@@ -129,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--backend")
     parser.add_argument("--dtype")
+    machine.add_commit(parser)
     parser.add_argument("--out", type=Path, help="where to write the JSON file, without its suffix")
     args = parser.parse_args(argv)
 
@@ -141,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "preset": config.name,
         "model": json.loads(config.to_json()),
         "device": machine.device_name() if runtime.device == "cuda" else "CPU",
+        "commit": machine.commit_name(args.commit),
         "dtype": str(runtime.dtype),
         "backend": runtime.backend,
         "with_ledger": [],

@@ -262,11 +262,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cold", action="store_true", help="give every model an empty cache of kernels")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
+    machine.add_commit(parser)
     parser.add_argument("--out", type=Path, help="where to write the JSON file, without its suffix")
     arguments = parser.parse_args(argv)
     report: dict[str, Any] = {
         "device": machine.device_name(),
         "torch": torch.__version__,
+        "commit": machine.commit_name(arguments.commit),
         "seed": arguments.seed,
     }
     report |= {"passes": PASSES, "cold": arguments.cold, "rows": [], "checkpoints": []}

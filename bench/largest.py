@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--context", type=int, default=128, help="bytes of a window (128)")
     parser.add_argument("--steps", type=int, default=2, help="to take (2); the first compiles kernels")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--commit", help="that is measured, where git does not know it")
+    machine.add_commit(parser)
     parser.add_argument("--out", type=Path, help="where to write the JSON file")
     arguments = parser.parse_args(argv)
     runtime = choose_runtime(arguments.device, None, None)

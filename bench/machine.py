@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 import re
@@ -120,6 +121,11 @@ def commit_info(commit: str | None) -> dict[str, Any]:
         return {"id": UNKNOWN, "dirty": None, "time": None}
     changes = _git("status", "--porcelain", "--", ".", ":!bench/results")
     return {"id": found, "dirty": bool(changes), "time": _git("show", "-s", "--format=%cI")}
+
+
+def add_commit(parser: argparse.ArgumentParser) -> None:
+    """Add the option of a script that names the commit, see `commit_name`."""
+    parser.add_argument("--commit", metavar="ID", help="the commit that is measured, where git cannot say")
 
 
 def commit_name(commit: str | None) -> str:

@@ -294,7 +294,7 @@ def parser_of() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="train nothing, judge the runs of `best` in --out by a text that no choice was made on",
     )
-    parser.add_argument("--commit", metavar="ID", help="the commit that is measured, where git can't say")
+    machine.add_commit(parser)
     parser.add_argument("--out", type=Path, help="where to write JSON and PNG, without their suffix")
     return parser
 

@@ -299,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--budget", type=float, default=3600.0, help="start no part after so many seconds (3600)"
     )
-    parser.add_argument("--commit", help="that is measured, where git does not know it")
+    machine.add_commit(parser)
     parser.add_argument("--out", type=Path, help="where to write the JSON file, or to go on with it")
     asked = parser.parse_args(argv)
     facts = {"device": machine.device_name(), "torch": torch.__version__}
