@@ -43,7 +43,6 @@ PROGRAMS = 2 * 132
 # Not by name: `ops` has ops of the names of its files.
 expert_ops = import_module("arbitor.optimized.ops.experts")
 linear_ops = import_module("arbitor.optimized.ops.linear")
-orthogonal_ops = import_module("arbitor.optimized.ops.orthogonal")
 
 
 def tile(size: int, most: int) -> tuple[int, bool]:
@@ -163,9 +162,7 @@ def summing(s: Sizes) -> Any:
 
 
 def orthogonalized(s: Sizes) -> Any:
-    side = min(s["N"] // s["E"], s["K"])
-    in_quarters = side >= orthogonal_ops.LEAST_SIDE and side % orthogonal_ops.SIDE_MULTIPLE == 0
-    return tile(s["K"], orthogonal.BLOCK_COLUMNS), s["N"] // s["E"] > s["K"], in_quarters
+    return tile(s["K"], orthogonal.BLOCK_COLUMNS), s["N"] // s["E"] > s["K"]
 
 
 def convolved(s: Sizes) -> Any:

@@ -158,8 +158,8 @@ def of_updates() -> Iterator[tuple[str, Case]]:
     of_small = ((14, 1024, 512), (7, 512, 1024), (6, 512, 512), (6, 32, 512), (6, 512, 128), (6, 512, 256))
     for count, rows, columns in of_small:
         yield "orthogonalize", Case((torch.zeros(count * rows, columns, dtype=BF16),), {"num_groups": count})
-    # A side whose symmetric products are computed in quarters.
-    yield "orthogonalize", Case((torch.zeros(4096, 4112, dtype=BF16),))
+    # A side for which sums are long.
+    yield "orthogonalize", Case((torch.zeros(4096, 4096, dtype=BF16),))
     yield "average_gradient", Case((grad.to(BF16), votes, votes[:, 0].contiguous(), 0.5))
     yield "row_exponents", Case((grad,))
     yield "sign_votes", Case((grad, 3))

@@ -17,7 +17,6 @@ from conformance.subject import Subject, needs_ours
 
 # Not by name: `ops` has ops of the names of its files.
 linear_ops = import_module("arbitor.optimized.ops.linear")
-orthogonal_ops = import_module("arbitor.optimized.ops.orthogonal")
 
 BOTH_WAYS = tuple(itertools.product((False, True), repeat=2))
 
@@ -27,16 +26,26 @@ def ours(subject: Subject) -> None:
     needs_ours(subject, "products that are added")
 
 
+def operand(rng: torch.Generator, shape: tuple[int, int, int], *, turned: bool, device: str) -> torch.Tensor:
+    """Return a stack of matrices of whole numbers, or of transposes of them."""
+    num_matrices, rows, columns = shape
+    size = (num_matrices, columns, rows) if turned else shape
+    made = torch.randint(-16, 17, size, generator=rng).to(torch.bfloat16).to(device)
+    return made.mT if turned else made
+
+
 @pytest.mark.parametrize(
     ("shape", "turned", "tile"),
     [
         *(
             (shape, turned, product_sum.TILES[-1])
-            for shape in ((1, 70, 33, 129), (2, 1, 5, 7))
+            for shape in ((1, 72, 40, 136), (2, 8, 16, 8))
             for turned in BOTH_WAYS
         ),
         *(((3, 64, 128, 64), turned, product_sum.TILES[0]) for turned in BOTH_WAYS),
-        *(((1, 300, 520, 72), (False, False), tile) for tile in product_sum.TILES),
+        *(((1, 304, 520, 72), (False, False), tile) for tile in product_sum.TILES),
+        # Rows that are no multiple of 8.
+        ((2, 7, 16, 24), (False, True), product_sum.TILES[-1]),
     ],
 )
 def test_products_are_added_and_rounded_once(
@@ -49,23 +58,19 @@ def test_products_are_added_and_rounded_once(
     """Of whole numbers whose sums float32 holds, with ragged edges, turned operands, rows that are left out, and in place."""
     monkeypatch.setattr(product_sum, "TILES", (tile,))
     num_matrices, num_rows, num_columns, num_terms = shape
-    rng = torch.Generator().manual_seed(sum(shape))
-
-    def operand(rows: int, columns: int, is_turned: bool) -> torch.Tensor:
-        size = (num_matrices, columns, rows) if is_turned else (num_matrices, rows, columns)
-        made = torch.randint(-16, 17, size, generator=rng).to(torch.bfloat16).to(subject.device)
-        return made.mT if is_turned else made
-
-    a, b = operand(num_rows, num_terms, turned[0]), operand(num_terms, num_columns, turned[1])
+    rng, device = torch.Generator().manual_seed(sum(shape)), subject.device
+    a = operand(rng, (num_matrices, num_rows, num_terms), turned=turned[0], device=device)
+    b = operand(rng, (num_matrices, num_terms, num_columns), turned=turned[1], device=device)
     product = (a.to(torch.float64) @ b.to(torch.float64)).cpu()
     # The opposite, so that what bfloat16 cuts off is left.
     added = (-0.25 * product).to(torch.bfloat16)
     want = (0.5 * product + 2.0 * added.to(torch.float64)).to(torch.bfloat16)
     assert num_terms < 64 or not torch.equal((0.5 * product).to(torch.bfloat16) + 2.0 * added, want)
+    assert product_sum.has_descriptors(a, b, added)
     exact(product_sum.product_sum(a, b, factor=0.5).cpu(), (0.5 * product).to(torch.bfloat16))
-    squares = torch.ones(num_matrices * num_rows, dtype=torch.float64, device=subject.device)
+    squares = torch.ones(num_matrices * num_rows, dtype=torch.float64, device=device)
     squares[0], squares[-1] = torch.inf, torch.nan
-    there = added.to(subject.device)
+    there = added.to(device)
     options = {"factor": 0.5, "added": there, "added_factor": 2.0}
     exact(product_sum.product_sum(a, b, **options).cpu(), want)
     marked = product_sum.product_sum(a, b, squares_N=squares, **options).cpu().flatten(0, 1)
@@ -75,25 +80,95 @@ def test_products_are_added_and_rounded_once(
     exact(there.cpu(), want)
 
 
-# (matrices, rows, columns, terms), the tile that was chosen, and by how much it was slower than the best of all on an H200.
 @pytest.mark.parametrize(
-    ("shape", "rows", "columns"),
+    "tile",
+    [tile for tile in product_sum.TILES if tile.block_m == tile.block_n],
+    ids=lambda tile: f"{tile.block_m}",
+)
+@pytest.mark.parametrize(("side", "terms"), [(8, 24), (136, 40), (264, 72)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_half_of_a_symmetric_product(
+    subject: Subject,
+    monkeypatch: pytest.MonkeyPatch,
+    side: int,
+    terms: int,
+    turned: bool,
+    tile: product_sum.Tile,
+) -> None:
+    """It is what all of it would be, and no tile below the diagonal is computed."""
+    monkeypatch.setattr(product_sum, "TILES", (tile,))
+    rng, device = torch.Generator().manual_seed(side), subject.device
+    x = operand(rng, (2, side, terms), turned=turned, device=device)
+    s = product_sum.product_sum(x, x.mT, symmetric=True)
+    want = (x.to(torch.float64) @ x.to(torch.float64).mT).to(torch.bfloat16)
+    exact(s.cpu(), want.cpu())
+    options = {"factor": 0.25, "added": s, "added_factor": -1.5}
+    whole = product_sum.product_sum(s, s, **options)
+    exact(product_sum.product_sum(s, s, symmetric=True, **options), whole)
+    # With another matrix on the right the product has no symmetry, so what lies below the diagonal is what lies above.
+    other = operand(rng, (2, terms, side), turned=False, device=device)
+    above = product_sum.product_sum(x, other, symmetric=True)
+    product = (x.to(torch.float64) @ other.to(torch.float64)).to(torch.bfloat16)
+    block = torch.arange(side, device=device) // tile.block_m
+    exact(above.cpu(), torch.where(block[:, None] > block, product.mT, product).cpu())
+
+
+def test_matrices_at_odd_addresses(subject: Subject) -> None:
+    """A stack at an address that no descriptor takes gives the same bits: which way is taken follows from shapes alone."""
+    rng = torch.Generator().manual_seed(3)
+
+    def moved(stack: torch.Tensor) -> torch.Tensor:
+        room = torch.empty(stack.numel() + 1, dtype=stack.dtype, device=stack.device)
+        there = room[1:].view(stack.shape)
+        there.copy_(stack)
+        assert there.data_ptr() % 16
+        return there
+
+    a, b = (operand(rng, (2, 16, 16), turned=False, device=subject.device) for _ in range(2))
+    added = operand(rng, (2, 16, 16), turned=False, device=subject.device)
+    want = product_sum.product_sum(a, b, added=added, factor=0.5)
+    exact(
+        product_sum.product_sum(moved(a), moved(b).mT.contiguous().mT, added=moved(added), factor=0.5), want
+    )
+    out = moved(added)
+    assert product_sum.product_sum(a, b, added=out, out=out, factor=0.5) is out
+    exact(out, want)
+
+
+def test_which_matrices_have_descriptors() -> None:
+    def stack(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    assert product_sum.has_descriptors(stack(2, 3, 8), stack(1, 5, 16).mT)
+    assert not product_sum.has_descriptors(stack(2, 8, 12)) and not product_sum.has_descriptors(
+        stack(1, 12, 4).mT
+    )
+    assert not product_sum.has_descriptors(stack(2, 8, 8), stack(2, 8, 8, dtype=torch.float32))
+
+
+# (matrices, rows, columns, terms), whether the result is symmetric, and the tile that was fastest on an H200, or within a tenth.
+@pytest.mark.parametrize(
+    ("shape", "symmetric", "rows", "columns"),
     [
-        # So many that the largest tile fills all multiprocessors: 1.0 to 1.06.
-        ((1, 16384, 4096, 4096), 128, 256),
-        ((1, 16384, 768, 3072), 128, 256),
-        # Its 144 tiles of 128 x 128 would give 12 multiprocessors two of them: 1.19 in place of 1.0.
-        ((4, 768, 768, 768), 64, 128),
-        ((4, 3072, 768, 768), 64, 128),
-        # 112 tiles, a round: 1.05.
-        ((7, 512, 512, 512), 128, 128),
+        # Sums of so many terms that the end of a program does not count: 1.0.
+        ((1, 4096, 4096, 4096), False, 128, 256),
+        ((1, 7168, 21216, 7168), False, 128, 256),
+        # Two smaller programs hide each other's end: 1.0, where the largest tile took 1.1.
+        ((14, 1024, 512, 512), False, 128, 128),
+        ((4, 3072, 768, 768), False, 128, 128),
         # Few: 1.0 to 1.1.
-        ((1, 512, 512, 512), 64, 64),
-        ((6, 256, 256, 512), 64, 64),
+        ((1, 1024, 1024, 1024), False, 64, 128),
+        ((6, 256, 256, 256), False, 64, 64),
+        ((1, 7168, 7168, 21216), True, 128, 128),
+        ((4, 1536, 1536, 1536), True, 128, 128),
+        ((1, 1024, 1024, 1024), True, 64, 64),
+        ((6, 512, 512, 512), True, 64, 64),
     ],
 )
-def test_tiles_that_were_timed(shape: tuple[int, int, int, int], rows: int, columns: int) -> None:
-    tile = product_sum.tile_of(*shape)
+def test_tiles_that_were_timed(
+    shape: tuple[int, int, int, int], symmetric: bool, rows: int, columns: int
+) -> None:
+    tile = product_sum.tile_of(*shape, symmetric=symmetric)
     assert (tile.block_m, tile.block_n) == (rows, columns)
 
 
@@ -104,40 +179,41 @@ def test_tiles_of_a_product() -> None:
     assert len(places) == len(tiles)
     found = set()
     for shape in itertools.product(
-        (1, 6, 100), (1, 32, 160, 512, 16384), (1, 24, 128, 512, 3072), (5, 64, 1024)
+        (1, 6, 100), (1, 32, 160, 512, 16384), (1, 24, 128, 512, 3072), (5, 64, 4096)
     ):
-        tile = product_sum.tile_of(*shape)
-        place = places[tile.block_m, tile.block_n]
-        found.add(place)
-        assert product_sum.LEAST_TERMS <= tile.block_k <= tiles[place].block_k
-        assert tile.block_k < 2 * max(shape[3], product_sum.LEAST_TERMS)
-        fills = 2 * shape[1] > tile.block_m and 2 * shape[2] > tile.block_n
-        assert fills or place == len(tiles) - 1, (shape, tile)
+        for symmetric in {False, shape[1] == shape[2]}:
+            tile = product_sum.tile_of(*shape, symmetric=symmetric)
+            place = places[tile.block_m, tile.block_n]
+            found.add(place)
+            assert tile.block_m == tile.block_n or not symmetric
+            assert product_sum.LEAST_TERMS <= tile.block_k <= tiles[place].block_k
+            assert tile.block_k < 2 * max(shape[3], product_sum.LEAST_TERMS)
+            fills = 2 * shape[1] > tile.block_m and 2 * shape[2] > tile.block_n
+            assert fills or place == len(tiles) - 1, (shape, tile)
     assert found == set(places.values())
-    # Elements that are read one by one need an address each.
-    for unit in (1, 2, 4):
-        smallest = product_sum.tile_of(100, 512, 512, 512, unit)
-        assert (smallest.block_m, smallest.block_n) == (tiles[-1].block_m, tiles[-1].block_n)
 
 
 def test_every_tile_has_a_preset_like_call() -> None:
     """A tile that no call asks for is not compiled without a GPU."""
-    shapes = []
+    found = []
     for op, case in itertools.chain(preset_calls.of_rows(), preset_calls.of_updates()):
         if op == "linear_input_grad" and "out" in case.kwargs:
             grad, weight = case.args
-            shapes.append((1, len(grad), weight.shape[1], weight.shape[0]))
+            found.append(product_sum.tile_of(1, len(grad), weight.shape[1], weight.shape[0]))
         elif op == "orthogonalize":
             count = case.kwargs.get("num_groups", 1)
             rows, columns = len(case.args[0]) // count, case.args[0].shape[1]
-            side = min(rows, columns)
-            shapes += [(count, side, side, max(rows, columns)), (count, rows, columns, side)]
+            side, other = min(rows, columns), max(rows, columns)
+            found += [
+                product_sum.tile_of(count, rows, columns, side),
+                *(product_sum.tile_of(count, side, side, terms, symmetric=True) for terms in (side, other)),
+            ]
     tiles = {(tile.block_m, tile.block_n) for tile in product_sum.TILES}
-    assert {(tile.block_m, tile.block_n) for tile in itertools.starmap(product_sum.tile_of, shapes)} == tiles
+    assert {(tile.block_m, tile.block_n) for tile in found} == tiles
 
 
 def test_what_the_product_that_adds_takes(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums of bfloat16 with sides below those from which the library is faster, and no others."""
+    """Sums of bfloat16 with sides below those from which the library is faster, whose rows have descriptors, and no others."""
 
     class Taken(Exception):
         pass
@@ -145,33 +221,30 @@ def test_what_the_product_that_adds_takes(subject: Subject, monkeypatch: pytest.
     def take(*_: Any, **__: Any) -> torch.Tensor:
         raise Taken
 
-    for module in (linear_ops, orthogonal_ops):
-        monkeypatch.setattr(module, "product_sum", take)
+    monkeypatch.setattr(linear_ops, "product_sum", take)
     monkeypatch.setattr(linear_ops, "MOST_KERNEL_SIDE", 95)
-    monkeypatch.setattr(orthogonal_ops, "MOST_SIDE_OF_A_SUM", 95)
-    monkeypatch.setattr(orthogonal_ops, "MOST_SIDE_OF_S", 0)
 
-    def takes(op: str, *args: Any, **kwargs: Any) -> bool:
-        try:
-            getattr(optimized_ops, op)(*args, **kwargs)
-        except Taken:
-            return True
-        return False
-
-    def sums(num_rows: int, num_columns: int, dtype: torch.dtype) -> bool:
+    def takes(num_rows: int, num_columns: int, dtype: torch.dtype) -> bool:
         weight = optimized_ops.constant_weight(
             (num_rows, num_columns), trit=1, exponent=0, device=subject.device
         )
         grad, out = (
             torch.zeros(3, size, dtype=dtype, device=subject.device) for size in (num_rows, num_columns)
         )
-        return takes("linear_input_grad", grad, weight, out=out)
+        try:
+            optimized_ops.linear_input_grad(grad, weight, out=out)
+        except Taken:
+            return True
+        return False
 
-    assert sums(16, 24, torch.bfloat16) and sums(88, 192, torch.bfloat16) and sums(192, 84, torch.bfloat16)
-    assert not sums(96, 96, torch.bfloat16) and not sums(16, 24, torch.float32)
-    for shape, taken in (((95, 200), True), ((200, 95), True), ((96, 200), False), ((128, 128), False)):
-        grad = torch.zeros(shape, dtype=torch.bfloat16, device=subject.device)
-        assert takes("orthogonalize", grad) is taken, shape
-        assert not takes("orthogonalize", grad.float())
-    monkeypatch.setattr(orthogonal_ops, "MOST_SIDE_OF_S", 96)
-    assert takes("orthogonalize", torch.zeros(96, 200, dtype=torch.bfloat16, device=subject.device))
+    assert takes(16, 24, torch.bfloat16) and takes(88, 192, torch.bfloat16) and takes(192, 88, torch.bfloat16)
+    assert not takes(96, 96, torch.bfloat16) and not takes(16, 24, torch.float32)
+    assert not takes(192, 84, torch.bfloat16)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (7, 5), (66, 72), (130, 66)])
+def test_orthogonalize_returns_rows_that_touch(subject: Subject, shape: tuple[int, int]) -> None:
+    """Matrices whose rows no descriptor finds are computed with room between rows, which no result has."""
+    grad = torch.randn(2 * shape[0], shape[1], generator=torch.Generator().manual_seed(1))
+    for dtype in (torch.bfloat16, torch.float32):
+        assert optimized_ops.orthogonalize(grad.to(subject.device, dtype), num_groups=2).is_contiguous()

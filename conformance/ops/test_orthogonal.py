@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,11 +16,9 @@ from arbitor.reference.op_table import OP_TABLE
 from .. import strategies as ss
 from ..case import Case, calls, magnitude
 from ..compare import exact, no_worse
-from ..families import compare
 from ..law import law
 from ..mutant import mutants_of
 from ..refusal import I8, ones, refusals, refused
-from ..report import skip
 from ..subject import Subject
 
 mutant = mutants_of("orthogonal")
@@ -276,29 +272,6 @@ def test_orthogonalize_takes_each_matrix_on_its_own(
         alone[index] = grad[index]
         want = ops.orthogonalize(alone.flatten(0, 1), num_groups=num_groups)
         exact(got[index], want.unflatten(0, (num_groups, -1))[index])
-
-
-# --- how a GPU computes large sides ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("shape", "num_groups", "dtype"), [((64, 70), 1, torch.bfloat16), ((70, 64), 2, torch.float32)]
-)
-def test_symmetric_products_in_quarters(
-    subject: Subject,
-    monkeypatch: pytest.MonkeyPatch,
-    shape: tuple[int, int],
-    num_groups: int,
-    dtype: torch.dtype,
-) -> None:
-    """Where only the blocks on and above the diagonal are computed, as for sides of 4,096, the result is that of the rule."""
-    if subject.name != "arbitor.optimized.ops":
-        skip("quarters", f"they are how arbitor.optimized.ops computes, not {subject.name}")
-    monkeypatch.setattr(import_module("arbitor.optimized.ops.orthogonal"), "LEAST_SIDE", 64)
-    grad = torch.randn(num_groups * shape[0], shape[1], generator=ss.generator(5))
-    grad[1, 3] = torch.nan
-    options = {"iterations": 2, "num_groups": num_groups}
-    compare(subject, "orthogonalize", Case((grad.to(dtype),), options))
 
 
 AVERAGED = ss.matrix_shapes(40).flatmap(

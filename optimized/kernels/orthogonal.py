@@ -1,8 +1,6 @@
-"""Kernels around the products of `orthogonalize`: the average before them, a norm, the division by it, sums of two matrices, and
-symmetric matrices.
+"""Kernels around the products of `orthogonalize`: the average before them, a norm, and the division by it.
 
-Legend: E matrices of N rows each, stacked, K columns; R rows and columns of a symmetric matrix. Rows address in 64 bits, columns
-within a row in 32.
+Legend: E matrices of N rows each, stacked, K columns. Rows address in 64 bits, columns within a row in 32.
 """
 
 from __future__ import annotations
@@ -16,9 +14,6 @@ from arbitor.optimized.kernels.common import known_columns, narrow, widen
 from arbitor.optimized.kernels.launch import column_step, gradient_columns, row_grid, row_tile, runs_here
 from arbitor.optimized.kernels.votes import rate_argument
 from arbitor.reference.constants import AVERAGE_EXPONENT_MIN
-
-SYMMETRIC_BLOCK = 64
-"""Rows and columns of a tile of a symmetric matrix."""
 
 BLOCK_COLUMNS = 1024
 BLOCK = 1024
@@ -108,7 +103,14 @@ def _row_factors_kernel(squares_ptr, factors_ptr, num_rows, BLOCK: tl.constexpr)
 
 @triton.jit(do_not_specialize=["row_blocks"])
 def _scale_rows_kernel(
-    grad_ptr, factors_ptr, out_ptr, num_columns, row_blocks, BLOCK: tl.constexpr, COLUMN_STEP: tl.constexpr
+    grad_ptr,
+    factors_ptr,
+    out_ptr,
+    num_columns,
+    width,
+    row_blocks,
+    BLOCK: tl.constexpr,
+    COLUMN_STEP: tl.constexpr,
 ):
     num_columns = known_columns(num_columns, COLUMN_STEP)
     row = (tl.program_id(0) // row_blocks).to(tl.int64)
@@ -119,60 +121,7 @@ def _scale_rows_kernel(
     counts = columns < tl.where(factor == 0.0, 0, num_columns)
     grad = widen(tl.load(grad_ptr + row * num_columns + columns, mask=counts, other=0.0)).to(tl.float64)
     scaled = (grad * factor).to(tl.float32)
-    tl.store(out_ptr + row * num_columns + columns, narrow(scaled, out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["count"])
-def _sum_kernel(
-    x_ptr, y_ptr, out_ptr, squares_ptr, a, b, num_columns, count, MARK: tl.constexpr, BLOCK: tl.constexpr
-):
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = places < count
-    x = widen(tl.load(x_ptr + places, mask=mask, other=0.0))
-    y = tl.load(y_ptr + places, mask=mask, other=0.0)
-    values = a * x + b * y
-    if MARK:
-        squares = tl.load(squares_ptr + places // num_columns, mask=mask, other=0.0)
-        values = tl.where(squares < float("inf"), values, float("nan"))
-    tl.store(out_ptr + places, narrow(values, out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["quarter"])
-def _whole_kernel(
-    diagonals_ptr, beside_ptr, far_ptr, s_ptr, out_ptr, a, b, quarter, row_tiles,
-    ADDS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    # A program makes a tile within the block of two quarters.
-    tile = tl.program_id(0) % (row_tiles * row_tiles)
-    block = tl.program_id(0) // (row_tiles * row_tiles)
-    matrix, of_rows, of_columns = (block // 16).to(tl.int64), block // 4 % 4, block % 4
-    rows = tile // row_tiles * BLOCK + tl.arange(0, BLOCK)
-    columns = tile % row_tiles * BLOCK + tl.arange(0, BLOCK)
-    # Below the diagonal, the block of the swapped quarters is read along its rows and turned.
-    upper, lower = tl.minimum(of_rows, of_columns), tl.maximum(of_rows, of_columns)
-    turned = of_rows > of_columns
-    part_ptr, width = diagonals_ptr + (matrix * 4 + upper) * quarter * quarter, quarter
-    if upper != lower:
-        if upper // 2 == lower // 2:
-            part_ptr = beside_ptr + (matrix * 2 + upper // 2) * quarter * quarter
-        else:
-            width = 2 * quarter
-            part_ptr = far_ptr + (matrix * 2 * quarter + upper * quarter) * width + (lower - 2) * quarter
-    part_rows, part_columns = tl.where(turned, columns, rows), tl.where(turned, rows, columns)
-    mask = (part_rows < quarter)[:, None] & (part_columns < quarter)[None, :]
-    values = tl.load(
-        part_ptr + part_rows.to(tl.int64)[:, None] * width + part_columns[None, :], mask=mask, other=0.0
-    )
-    if turned:
-        values = tl.trans(values)
-    side = 4 * quarter
-    places = (
-        (matrix * side + of_rows * quarter + rows)[:, None] * side + of_columns * quarter + columns[None, :]
-    )
-    mask = (rows < quarter)[:, None] & (columns < quarter)[None, :]
-    if ADDS:
-        values = a * widen(tl.load(s_ptr + places, mask=mask, other=0.0)) + b * values
-    tl.store(out_ptr + places, narrow(values, out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + row * width + columns, narrow(scaled, out_ptr.dtype.element_ty), mask=mask)
 
 
 def average(
@@ -218,61 +167,16 @@ def row_factors(squares_N: Tensor, num_groups: int) -> Tensor:
     return factors_N
 
 
-def scale_rows(grad_NK: Tensor, factors_N: Tensor) -> Tensor:
-    """Return each row times its float64 factor, rounded to float32 and then to its dtype; zeros where the factor is 0."""
+def scale_rows(grad_NK: Tensor, factors_N: Tensor, *, out_NK: Tensor | None = None) -> Tensor:
+    """Return each row times its float64 factor, rounded to float32 and then to its dtype; zeros where the factor is 0.
+
+    out_NK: where the result goes, in the dtype of grad_NK, with rows that are contiguous and may lie apart; None for a new tensor
+    """
+    out_NK = torch.empty_like(grad_NK) if out_NK is None else out_NK
     num_rows, num_columns = grad_NK.shape
-    out_NK = torch.empty_like(grad_NK)
     block, row_blocks = row_tile(num_columns, BLOCK_COLUMNS)
     _scale_rows_kernel[row_grid(num_rows, row_blocks)](
-        grad_NK, factors_N, out_NK, num_columns, row_blocks, BLOCK=block, COLUMN_STEP=column_step(num_columns)
-    )
-    return out_NK
-
-
-def weighted_sum(x: Tensor, y: Tensor, a: float, b: float, *, squares_N: Tensor | None = None) -> Tensor:
-    """Return a x + b y in the dtype of x, rounded once; y is float32, of the shape of x.
-
-    squares_N: `row_squares` of the gradient that x came from; its rows that are not finite become NaN.
-    """
-    out = torch.empty_like(x)
-    _sum_kernel[row_grid(triton.cdiv(x.numel(), BLOCK), 1)](
-        x, y, out, out if squares_N is None else squares_N, a, b, x.shape[-1], x.numel(),
-        MARK=squares_N is not None, BLOCK=BLOCK,
+        grad_NK, factors_N, out_NK, num_columns, out_NK.stride(0), row_blocks,
+        BLOCK=block, COLUMN_STEP=column_step(num_columns),
     )  # fmt: skip
-    return out
-
-
-def whole_of_quarters(
-    diagonals: Tensor,
-    beside: Tensor,
-    far: Tensor,
-    dtype: torch.dtype,
-    *,
-    added: tuple[Tensor, float, float] | None = None,
-) -> Tensor:
-    """Return symmetric matrices [E, R, R] in a dtype, rounded once, of the blocks of their quarters that were computed.
-
-    diagonals: float32 [E, 4, R / 4, R / 4], each quarter with itself
-    beside:    float32 [E, 2, R / 4, R / 4], the first quarter with the second, and the third with the fourth
-    far:       float32 [E, R / 2, R / 2], the first half with the second
-    added:     (S, a, b) returns a S + b times the matrices, with S [E, R, R] in the dtype
-    """
-    runs_here(far)
-    num_matrices, half, _ = far.shape
-    out = torch.empty(num_matrices, 2 * half, 2 * half, dtype=dtype, device=far.device)
-    s, a, b = added or (out, 0.0, 0.0)
-    row_tiles = triton.cdiv(half // 2, SYMMETRIC_BLOCK)
-    _whole_kernel[row_grid(num_matrices * 16, row_tiles * row_tiles)](
-        diagonals,
-        beside,
-        far,
-        s,
-        out,
-        a,
-        b,
-        half // 2,
-        row_tiles,
-        ADDS=added is not None,
-        BLOCK=SYMMETRIC_BLOCK,
-    )
-    return out
+    return out_NK

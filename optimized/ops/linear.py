@@ -12,7 +12,7 @@ from torch import Tensor
 from arbitor.optimized.cuda import compiler, many_rows
 from arbitor.optimized.cuda import product as cuda_product
 from arbitor.optimized.kernels.float_rows import float_rows_product
-from arbitor.optimized.kernels.product_sum import product_sum
+from arbitor.optimized.kernels.product_sum import has_descriptors, product_sum
 from arbitor.optimized.kernels.products import packed_product
 from arbitor.optimized.kernels.scale import dense_rows
 from arbitor.optimized.layouts import MAX_COLUMNS, AnyWeight, DeviceWeight
@@ -126,7 +126,7 @@ def add_product(added: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """
     if a.dtype is torch.float32:
         return added.addmm_(a, b)
-    if min(b.shape) > MOST_KERNEL_SIDE:
+    if min(b.shape) > MOST_KERNEL_SIDE or not has_descriptors(a[None], b[None], added[None]):
         return torch.add(added, wide_product(a, b), out=added)
     product_sum(a[None], b[None], added=added[None], out=added[None])
     return added
