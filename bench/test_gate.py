@@ -137,7 +137,7 @@ def attending(s: Sizes) -> Any:
         s["R"],
         s["S"] > attention.PART_SLOTS,
         s["S"] > attention.NEAR_SLOTS,
-        s["H"] > attention.BLOCK_HEADS,
+        attention.tile_of(s["H"]),
     )
 
 

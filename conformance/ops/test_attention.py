@@ -32,8 +32,8 @@ mutant = mutants_of("attention")
 # --- how calls are drawn ---------------------------------------------------------------------------------------------
 
 
-COUNTS = st.sampled_from((1, 2, 5, 17))
-"""Numbers of heads worth trying: below, beside and above a tile of them."""
+COUNTS = st.sampled_from((1, 2, 5, 17, 33))
+"""Numbers of heads worth trying: below, beside and above the tiles of them."""
 
 
 SLOTS = st.sampled_from((0, 1, 2, 15, 64, 65, 130, 300))

@@ -7,6 +7,8 @@ Legend: B batch, H heads, S slots, L latent columns (the values), R rotary colum
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -15,8 +17,26 @@ from torch import Tensor
 from arbitor.optimized.kernels.common import narrow, widen
 from arbitor.optimized.kernels.launch import row_grid, row_tile, runs_here
 
-BLOCK_HEADS = 16
-BLOCK_SLOTS = 32
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program takes.
+
+    Fields:
+        heads: that share the loads of a slot.
+        slots: of a step.
+        num_warps, num_stages: of a program.
+    """
+
+    heads: int
+    slots: int
+    num_warps: int
+    num_stages: int
+
+
+FEW_HEADS, MANY_HEADS = Tile(16, 32, 4, 2), Tile(32, 32, 4, 2)
+"""Tiles for few heads, and for at least twice as many. Of 64 heads together the sums would take more registers than there are."""
+
 PART_SLOTS, LATER_PART_SLOTS = 128, 512
 """Slots of a part: of the first parts, and of those that follow NEAR_SLOTS.
 
@@ -25,22 +45,19 @@ short sequence has many parts, which occupy a GPU. A long one has few, since eac
 """
 NEAR_SLOTS = 1024
 BLOCK_COLUMNS = 128
-NUM_WARPS = 4
 
 
 @triton.jit
 def shares_dot(shares, values, sums, NATIVE: tl.constexpr):
     """Return sums + shares @ values in float32.
 
-    With NATIVE the values are bfloat16, and each share is the sum of three bfloat16 numbers, which keep all its 24 bits.
+    With NATIVE the values are bfloat16, and each share is the sum of two bfloat16 numbers, which keep 16 of its 24 bits. The result
+    is rounded to 8.
     """
     if NATIVE:
         high = shares.to(tl.bfloat16)
-        rest = shares - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        low = (shares - high.to(tl.float32)).to(tl.bfloat16)
         sums = tl.dot(low, values, sums)
-        sums = tl.dot(middle, values, sums)
         sums = tl.dot(high, values, sums)
     else:
         sums = tl.dot(shares, values, sums, input_precision="ieee")
@@ -155,6 +172,11 @@ def _decode_attention_combine_kernel(
     tl.store(y_ptr + row * num_latent + columns, narrow(y, y_ptr.dtype.element_ty), mask=mask)
 
 
+def tile_of(num_heads: int) -> Tile:
+    """Return the tile for so many heads."""
+    return MANY_HEADS if num_heads >= MANY_HEADS.heads else FEW_HEADS
+
+
 def parts_of_slots(num_slots: int) -> int:
     """Return how many parts the slots of a sequence have."""
     near, later = min(num_slots, NEAR_SLOTS), max(num_slots - NEAR_SLOTS, 0)
@@ -178,7 +200,8 @@ def attended(
     if not (batch and num_heads and num_slots):
         return torch.zeros(shape, dtype=q_BHK.dtype, device=q_BHK.device)
     y_BHL = torch.empty(shape, dtype=q_BHK.dtype, device=q_BHK.device)
-    head_blocks, num_parts = triton.cdiv(num_heads, BLOCK_HEADS), parts_of_slots(num_slots)
+    tile, num_parts = tile_of(num_heads), parts_of_slots(num_slots)
+    head_blocks = triton.cdiv(num_heads, tile.heads)
     sums = torch.empty(batch, num_heads, num_parts, num_latent, dtype=torch.float32, device=q_BHK.device)
     tops = torch.empty(batch, num_heads, num_parts, dtype=torch.float32, device=q_BHK.device)
     totals = torch.empty(batch, num_heads, num_parts, dtype=torch.float32, device=q_BHK.device)
@@ -201,14 +224,15 @@ def attended(
         PART=PART_SLOTS,
         NEAR=NEAR_SLOTS,
         LATER_PART=LATER_PART_SLOTS,
-        BLOCK_H=BLOCK_HEADS,
-        BLOCK_S=BLOCK_SLOTS,
+        BLOCK_H=tile.heads,
+        BLOCK_S=tile.slots,
         BLOCK_L=max(16, triton.next_power_of_2(num_latent)),
         BLOCK_R=max(16, triton.next_power_of_2(max(num_rotary, 1))),
         HAS_ROTARY=num_rotary > 0,
         # The interpreter's products of bfloat16 are wrong.
         NATIVE=q_BHK.dtype == torch.bfloat16 and q_BHK.device.type == "cuda",
-        num_warps=NUM_WARPS,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
     block, row_blocks = row_tile(num_latent, BLOCK_COLUMNS)
     _decode_attention_combine_kernel[row_grid(batch * num_heads, row_blocks)](
