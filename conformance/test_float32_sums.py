@@ -11,6 +11,9 @@ import torch
 
 from arbitor.optimized.float32_sums import CUTS, SETTING, float32_sums
 from arbitor.optimized.training.runtime import deterministic
+from conformance import strategies
+from conformance.compare import same_sums
+from conformance.subject import Subject, needs_ours
 
 
 def found(name: str = SETTING) -> bool:
@@ -63,3 +66,19 @@ def test_a_thread_does_not_end_the_block_of_another() -> None:
             thread.join()
             assert not found()
         assert found()
+
+
+@pytest.mark.parametrize("may_round", [True, False])
+def test_a_long_sum_of_a_weight_gradient_is_rounded_once(subject: Subject, may_round: bool) -> None:
+    """A library cuts long sums of small matrices into parts. No part is rounded, whatever torch is told.
+
+    The sums are whole numbers that float32 holds in any order.
+    """
+    needs_ours(subject, "settings of torch around a product")
+    rng = strategies.generator(5)
+    dy, x = (torch.randint(-8, 9, (16_384, width), generator=rng).to(torch.bfloat16) for width in (64, 72))
+    want = dy.to(torch.float64).T @ x.to(torch.float64)
+    with told(may_round):
+        got = subject.call("linear_weight_grad", dy, x, dtype=torch.bfloat16)
+        assert found() == may_round
+    same_sums(got, want.to(torch.bfloat16))

@@ -69,16 +69,22 @@ def grouped_linear_input_grad(
 
 @op()
 def grouped_linear_weight_grad(
-    grad_MN: Tensor, x_MK: Tensor, experts_M: Tensor, *, num_groups: int
+    grad_MN: Tensor,
+    x_MK: Tensor,
+    experts_M: Tensor,
+    *,
+    num_groups: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """See reference; float64 is not supported. The library's grouped product would write bfloat16, and votes read float32."""
+    """See reference; float64 is not supported."""
     checks.integer("num_groups", num_groups, 1, 2**31 - 1)
     checks.expert_pair(grad_MN, x_MK, DTYPES)
     checks.expert_slots(experts_M, grad_MN.shape[:-1], grad_MN=grad_MN, x_MK=x_MK)
+    checks.float_dtype("dtype", dtype, checks.GRADIENT_DTYPES)
     values_between("experts_M", experts_M, -1, num_groups - 1)
     plan = Plan.of(experts_M.flatten(), num_groups)
     (grad, grad_slots), (x, x_slots) = rows_of_slots(grad_MN), rows_of_slots(x_MK)
-    return weight_grad(grad, x, plan, num_groups, grad_slots=grad_slots, x_slots=x_slots)
+    return weight_grad(grad, x, plan, num_groups, dtype=dtype, grad_slots=grad_slots, x_slots=x_slots)
 
 
 def _weighed_grads(
