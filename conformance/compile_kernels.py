@@ -35,6 +35,7 @@ from arbitor.optimized.distributed.changes import BLOCK, num_blocks
 from arbitor.optimized.kernels.changes import counted, taken, written
 from arbitor.optimized.kernels.mxint8 import add_encoded, encode
 from arbitor.optimized.kernels.parts import MANY, add_parts
+from arbitor.optimized.kernels.slots import Plan, rows_by_expert
 from arbitor.optimized.kernels.unpack import unpacked_together
 from arbitor.optimized.ops.unpacked import OUTPUT_MULTIPLE
 from arbitor.reference.op_table import OP_TABLE
@@ -134,6 +135,11 @@ def recorded(families: list[str]) -> list[Specialisation]:
             counts = counted(piece, piece, num_blocks(1000), BLOCK)
             ends = counts.to(torch.int64)
             taken(piece, written(piece, piece, ends, 1, BLOCK), ends, BLOCK)
+            recorder.cause = "the library's gradient of experts"
+            experts = torch.zeros(64, dtype=torch.int64, device=DEVICE)
+            for num_groups, width, row_slots in itertools.product((5, 32), (1192, 3536), (1, 2)):
+                rows = torch.zeros(64, width, dtype=torch.bfloat16, device=DEVICE)
+                rows_by_expert(rows, Plan.of(experts, num_groups), num_groups, row_slots)
             recorder.cause = "the first product of a training pass"
             for shapes, dtype in matrices_of_passes():
                 weights = [ops.from_spec(preset_calls.weight(*shape)) for shape in shapes]

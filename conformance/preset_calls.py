@@ -105,6 +105,7 @@ def of_experts() -> Iterator[tuple[str, Case]]:
             yield "grouped_linear", Case((x, stacked, experts), groups)
             yield "grouped_linear_input_grad", Case((grad, stacked, experts), groups)
             yield "grouped_linear_weight_grad", Case((grad, x, experts), groups)
+            yield "grouped_linear_weight_grad", Case((grad, x, experts), {**groups, "dtype": BF16})
         # Two slots that share a row: of x as the experts of a position do, of the gradient as the terms of a sum do.
         pairs = dealt(2 * 4096, groups["num_groups"]).reshape(4096, 2)
         x, grad = (torch.zeros(4096, 1, width, dtype=BF16).expand(-1, 2, -1) for width in (columns, rows))

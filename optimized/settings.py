@@ -6,7 +6,8 @@ outside of it. If the variable is not set, ops check values, except inside of `v
 its ids are bytes, its rows and experts come from ops, and the values of a checkpoint are checked when it is read.
 `ARB_BACKEND` is `reference` or `triton`. It names the op set to use where `--backend` is not given.
 `ARB_PATH` is `cuda` or `triton`. It names the kernels of the optimized op set. With `cuda`, ops raise where CUDA C++ kernels cannot
-be had. If the variable is not set, ops use CUDA C++ kernels where they can be had, and Triton's elsewhere.
+be had. If the variable is not set, ops use CUDA C++ kernels where they can be had, and Triton's elsewhere. A product of the library
+may take the place of a kernel, but not with `triton`.
 `ARB_CACHE` is the folder that compiled CUDA C++ kernels are kept in. If it is not set, they are kept in `arbitor` within the user's
 cache folder, which is `XDG_CACHE_HOME` or `~/.cache`.
 

@@ -90,12 +90,14 @@ class DenseOps:
         out.view(-1, out.shape[-1]).addmm_(grad.reshape(-1, grad.shape[-1]), w)
         return out
 
-    def linear_weight_grad(self, grad: Tensor, x: Tensor, *, num_groups: int = 1) -> Tensor:
+    def linear_weight_grad(
+        self, grad: Tensor, x: Tensor, *, num_groups: int = 1, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         grad_MN, x_MK = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        if grad.device.type == "cuda" and grad.dtype is torch.bfloat16:
-            made = torch.mm(grad_MN.T, x_MK, out_dtype=torch.float32)
+        if grad.device.type == "cuda" and grad.dtype is not dtype is torch.float32:
+            made = torch.mm(grad_MN.T, x_MK, out_dtype=dtype)
         else:
-            made = torch.mm(grad_MN.T, x_MK).float()
+            made = torch.mm(grad_MN.T, x_MK).to(dtype)
         return made.unflatten(1, (num_groups, -1)).transpose(0, 1).flatten(0, 1)
 
     def choose_experts(
@@ -117,13 +119,19 @@ class DenseOps:
         return self._grouped(grad, experts, weight.value.to(grad.dtype).unflatten(0, (num_groups, -1)))
 
     def grouped_linear_weight_grad(
-        self, grad: Tensor, x: Tensor, experts: Tensor, *, num_groups: int
+        self,
+        grad: Tensor,
+        x: Tensor,
+        experts: Tensor,
+        *,
+        num_groups: int,
+        dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """Sum by expert, in the dtype of the activations, which is all that the library's product writes."""
         order, ends = by_expert(experts.flatten(), num_groups)
         grad_MN, x_MK = (each.flatten(0, -2)[order] for each in (grad, x))
         sums_ENK = F.grouped_mm(_aligned(grad_MN).T, _aligned(x_MK), offs=ends)
-        return sums_ENK[:, : grad.shape[-1], : x.shape[-1]].flatten(0, 1).float()
+        return sums_ENK[:, : grad.shape[-1], : x.shape[-1]].flatten(0, 1).to(dtype)
 
     def _grouped(self, x: Tensor, experts: Tensor, w: Tensor) -> Tensor:
         """Return each slot times the matrix [K, N] of its expert; every slot has one here."""

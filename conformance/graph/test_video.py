@@ -339,8 +339,8 @@ def test_weight_gradients_are_those_of_plain_autograd() -> None:
     found: dict[tuple[int, ...], Tensor] = {}
 
     def kept(op: Any) -> Any:
-        def run(*args: Any) -> Any:
-            result = op(*args)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            result = op(*args, **kwargs)
             grad = result[1] if isinstance(result, tuple) else result
             found[tuple(grad.shape)] = found.get(tuple(grad.shape), 0) + grad.double()
             return result

@@ -15,6 +15,7 @@ from arbitor.reference.graph import TernaryEmbedding, TernaryLinear, TernaryRMSN
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.grouped import TernaryGroupedLinear
 from arbitor.reference.graph.layers import union_of_rows
+from arbitor.reference.graph.ranks import Gradient
 from arbitor.reference.ops.packing import trits_of
 from arbitor.reference.ops.scale import dequantize
 from conformance.compare import exact
@@ -344,6 +345,64 @@ def test_the_gradient_of_a_matrix_is_made_orthogonal_before_it_votes(dtype: torc
         if made_so:
             grad = ops.orthogonalize(grad.to(dtype), iterations=config.get("orthogonal_steps", 3))
         exact(layer.weight, ops.accumulate_gradient(fresh, grad, 1.0, **clock))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("vote_rule", ["stochastic", "sign"])
+def test_an_op_rounds_a_gradient_to_what_it_votes_in(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, vote_rule: str
+) -> None:
+    """Gradients that are made orthogonal come out in bfloat16, if activations are, and all others in float32, also for ranks."""
+    asked: list[torch.dtype] = []
+    cast: list[torch.dtype] = []
+
+    def watched(op: Any) -> Any:
+        def run(*args: Any, **how: Any) -> torch.Tensor:
+            asked.append(how["dtype"])
+            return op(*args, **how)
+
+        return run
+
+    # Each weight votes in two parts.
+    monkeypatch.setattr(layers, "VOTE_ELEMENTS", 32 * 40)
+    watched_ops = models.ops_with(
+        linear_weight_grad=watched(ops.linear_weight_grad),
+        grouped_linear_weight_grad=watched(ops.grouped_linear_weight_grad),
+    )
+    parts = context(watched_ops, dtype, vote_rule=vote_rule)
+    wide, thin = TernaryLinear(parts, 40, 64), TernaryLinear(parts, 40, 24)
+    classes = TernaryLinear(parts, 40, 64, orthogonal=False)
+    experts, thin_experts = TernaryGroupedLinear(parts, 2, 40, 32), TernaryGroupedLinear(parts, 2, 40, 16)
+    slots = torch.tensor([0, 1, 1, 0, 1])
+    x, both = (models.integers(5, width, seed=width).to(dtype) for width in (40, 80))
+    cases = (
+        (wide, lambda: wide(x), True),
+        (thin, lambda: thin(x), False),
+        (classes, lambda: classes(x), False),
+        (experts, lambda: experts(x, slots), True),
+        (experts, lambda: experts(x[:1], slots[:1]), True),
+        (experts, lambda: experts.side_by_side(both), True),
+        (experts, lambda: layers.fan_out(x, experts)[0], True),
+        (thin_experts, lambda: thin_experts(x, slots), False),
+        (thin_experts, lambda: layers.fan_out(x, thin_experts)[0], False),
+    )
+    exchange = parts.voting.ranks.exchange
+
+    def noted(tensor_id: int, gradient: Gradient, cast_total: Any) -> None:
+        cast.append(gradient.grad_NK.dtype)
+        exchange(tensor_id, gradient, cast_total)
+
+    monkeypatch.setattr(parts.voting.ranks, "exchange", noted)
+    for module, forward, is_orthogonal in cases:
+        asked.clear()
+        cast.clear()
+        with parts.voting.taking(rate=1.0, step=0):
+            forward().square().sum().backward()
+        rounds = is_orthogonal and vote_rule == "stochastic" and dtype is torch.bfloat16
+        want = torch.bfloat16 if rounds else torch.float32
+        assert asked and set(asked) == {want}, (module, asked)
+        # A float64 gradient is cast as float32.
+        assert cast == asked, (module, cast)
 
 
 def test_each_expert_is_made_orthogonal_on_its_own() -> None:

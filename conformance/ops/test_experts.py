@@ -5,10 +5,13 @@ Legend: E experts, N outputs of an expert, K inputs, M slots.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from arbitor.reference.checks import GRADIENT_DTYPES
 from arbitor.reference.types import TernaryWeight
 
 from .. import oracle
@@ -106,7 +109,10 @@ def grouped_linear_weight_grad_calls(draw: st.DrawFn) -> Case:
         draw(slot_values(tuple(experts.shape), width, dtype, exact=exact_sums, kinds=kinds))
         for width in (num_rows, num_columns)
     ]
-    return Case((*both, experts), {"num_groups": num_groups}, sums_exact=exact_sums)
+    kwargs: dict[str, Any] = {"num_groups": num_groups}
+    if draw(st.booleans(), label="in bfloat16"):
+        kwargs["dtype"] = torch.bfloat16
+    return Case((*both, experts), kwargs, sums_exact=exact_sums)
 
 
 @calls("expert_load")
@@ -210,8 +216,8 @@ def test_grouped_linear_of_narrow_matrices(
 
 GROUPED_WEIGHT_GRAD_BY_ROW = mutant(
     "grouped_weight_grad_by_row",
-    "return grads_ENK.flatten(0, 1)",
-    "return grads_ENK.transpose(0, 1).reshape(-1, x_MK.shape[1])",
+    "grads_ENK.flatten(0, 1).to",
+    "grads_ENK.transpose(0, 1).reshape(-1, x_MK.shape[1]).to",
     compared="grouped_linear_weight_grad",
 )
 
@@ -219,6 +225,7 @@ GROUPED_WEIGHT_GRAD_BY_ROW = mutant(
 @law(
     shape=sizes(),
     dtype=ss.DTYPES,
+    made=st.sampled_from(GRADIENT_DTYPES),
     data=st.data(),
     rejects=[
         UNUSED_SLOTS_TAKE_THE_FIRST_EXPERT,
@@ -232,23 +239,24 @@ GROUPED_WEIGHT_GRAD_BY_ROW = mutant(
     ],
 )
 def test_grouped_linear_weight_grad_by_slot(
-    ops: Subject, shape: tuple[int, int, int], dtype: torch.dtype, data: st.DataObject
+    ops: Subject, shape: tuple[int, int, int], dtype: torch.dtype, made: torch.dtype, data: st.DataObject
 ) -> None:
-    """Every slot adds its outer product to its expert, in float32. Experts that no slot uses have zeros."""
+    """Every slot adds its outer product to its expert in float32, and a sum is rounded once. Experts without a slot have zeros."""
     experts = data.draw(expert_ids(shape[0]))
     dy, x = (_floats(data, experts.numel(), width, dtype=dtype) for width in shape[1:])
     want = torch.zeros(shape, dtype=torch.float64)
     for slot, expert in enumerate(experts.tolist()):
         if expert >= 0:
             want[expert] += torch.outer(dy[slot].to(torch.float64), x[slot].to(torch.float64))
-    got = ops.grouped_linear_weight_grad(dy, x, experts, num_groups=shape[0])
-    same_sums(got, want.flatten(0, 1).to(torch.float32))
+    got = ops.grouped_linear_weight_grad(dy, x, experts, num_groups=shape[0], dtype=made)
+    same_sums(got, want.flatten(0, 1).to(made))
 
 
 @law(
     counts=st.lists(st.sampled_from((1100, 513, 512, 255, 33, 1, 0)), min_size=1, max_size=2),
     seed=ss.GENERATOR_SEEDS,
     dtype=ss.DTYPES,
+    made=st.sampled_from(GRADIENT_DTYPES),
     data=st.data(),
     rejects=[
         mutant(
@@ -256,22 +264,29 @@ def test_grouped_linear_weight_grad_by_slot(
             "= grad_MN[slots].to(wide).T @ x_MK[slots].to(wide)",
             "= grad_MN[slots][:100].to(wide).T @ x_MK[slots][:100].to(wide)",
         ),
+        mutant(
+            "grouped_weight_grad_of_rounded_parts",
+            "= grad_MN[slots].to(wide).T @ x_MK[slots].to(wide)",
+            "= sum((dy.to(wide).T @ x.to(wide)).to(dtype).to(wide)\n"
+            "            for dy, x in zip(grad_MN[slots].split(16), x_MK[slots].split(16)))",
+            compared="grouped_linear_weight_grad",
+        ),
     ],
 )
 def test_grouped_linear_weight_grad_of_frequent_experts(
-    ops: Subject, counts: list[int], seed: int, dtype: torch.dtype, data: st.DataObject
+    ops: Subject, counts: list[int], seed: int, dtype: torch.dtype, made: torch.dtype, data: st.DataObject
 ) -> None:
-    """Experts of hundreds of slots, or of none: each slot counts, and counts once."""
+    """Experts of hundreds of slots, or of none: each slot counts, and counts once. Sums are rounded when they are whole."""
     num_groups = len(counts)
     experts = torch.arange(-1, num_groups).repeat_interleave(torch.tensor([3, *counts]))
     experts = experts[torch.randperm(len(experts), generator=ss.generator(seed))]
     dy = _floats(data, experts.numel(), 3, dtype=dtype)
     x = _floats(data, experts.numel(), 5, dtype=dtype)
-    got = ops.grouped_linear_weight_grad(dy, x, experts, num_groups=num_groups)
+    got = ops.grouped_linear_weight_grad(dy, x, experts, num_groups=num_groups, dtype=made)
     of_expert = [experts == expert for expert in range(num_groups)]
     wide_dy, wide_x = dy.to(torch.float64), x.to(torch.float64)
     want = torch.cat([wide_dy[own].T @ wide_x[own] for own in of_expert])
-    same_sums(got, want.to(torch.float32), "dW")
+    same_sums(got, want.to(made), "dW")
 
 
 def test_grouped_linear_weight_grad_of_a_large_expert(subject: Subject) -> None:
@@ -473,6 +488,8 @@ test_refusals_of_experts = refusals(
             "x_MK", ones(2, 3), ones(2, 14, dtype=_BF16), ids(0, 1), num_groups=3),
     refused("grouped_linear_weight_grad", "other slots", ValueError,
             "x_MK", ones(2, 3), ones(3, 14), ids(0, 1), num_groups=3),
+    refused("grouped_linear_weight_grad", "a gradient in float16", TypeError,
+            "dtype", ones(2, 3), ones(2, 14), ids(0, 1), num_groups=3, dtype=F16),
     refused("grouped_linear_weight_grad", "no columns", ValueError,
             "grad_MN", ones(2, 0), ones(2, 14), ids(0, 1), num_groups=3),
     refused("grouped_linear_weight_grad", "expert E", ValueError,

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from arbitor.reference import ops as reference_ops
+from arbitor.reference.checks import GRADIENT_DTYPES
 from arbitor.reference.constants import SILENT_ROW, groups_per_row
 from arbitor.reference.op_table import OP_TABLE
 from arbitor.reference.ops.packing import trits_of, weight_of_trits
@@ -65,7 +66,9 @@ def linear_weight_grad_calls(draw: st.DrawFn) -> Case:
     grad = draw(ss.activations((*rows, num_rows), dtype, exact=exact_sums, kinds=kinds[0]))
     num_groups = draw(NUM_GROUPS, label="E")
     x = draw(ss.activations((*rows, num_groups * num_columns), dtype, exact=exact_sums, kinds=kinds[1]))
-    kwargs = {"num_groups": num_groups} if num_groups > 1 else {}
+    kwargs: dict[str, Any] = {"num_groups": num_groups} if num_groups > 1 else {}
+    if draw(st.booleans(), label="in bfloat16"):
+        kwargs["dtype"] = torch.bfloat16
     return Case((grad, x), kwargs, sums_exact=exact_sums)
 
 
@@ -151,7 +154,7 @@ WEIGHT_GRAD_OF_THE_LAST_ROW = mutant(
 WEIGHT_GRAD_IN_BFLOAT16 = mutant(
     "weight_grad_in_bfloat16",
     WEIGHT_GRAD,
-    "_stacked((grad_MN.T @ x_MK).to(torch.bfloat16).to(dtype), num_groups)",
+    "_stacked((grad_MN.T @ x_MK).to(torch.bfloat16).to(wide), num_groups)",
     compared="linear_weight_grad",
 )
 
@@ -160,6 +163,7 @@ WEIGHT_GRAD_IN_BFLOAT16 = mutant(
     lead=ss.leading(),
     shape=ss.matrix_shapes(70),
     dtype=ss.DTYPES,
+    made=st.sampled_from(GRADIENT_DTYPES),
     data=st.data(),
     rejects=[
         WEIGHT_GRAD_OF_THE_LAST_ROW,
@@ -167,20 +171,47 @@ WEIGHT_GRAD_IN_BFLOAT16 = mutant(
         mutant(
             "weight_grad_unwritten",
             "return " + WEIGHT_GRAD,
-            "out = torch.empty(grad.shape[-1], x.shape[-1], dtype=dtype)\n"
+            "out = torch.empty(grad.shape[-1], x.shape[-1], dtype=wide)\n"
             "    out[:, :64] = (grad_MN.T @ x_MK)[:, :64]\n    return _stacked(out, num_groups)",
             compared="linear_weight_grad",
         ),
     ],
 )
 def test_linear_weight_grad_by_exact_sums(
-    ops: Subject, lead: tuple[int, ...], shape: tuple[int, int], dtype: torch.dtype, data: st.DataObject
+    ops: Subject,
+    lead: tuple[int, ...],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    made: torch.dtype,
+    data: st.DataObject,
 ) -> None:
-    """The weight gradient sums over every leading dimension, in float32 for both dtypes. No row to sum gives zeros."""
+    """The weight gradient sums over every leading dimension in float32 and is rounded once. No row to sum gives zeros."""
     dy, x = _floats(data, *lead, shape[0], dtype=dtype), _floats(data, *lead, shape[1], dtype=dtype)
-    got = ops.linear_weight_grad(dy, x)
+    got = ops.linear_weight_grad(dy, x, dtype=made)
     want = dy.reshape(-1, shape[0]).to(torch.float64).T @ x.reshape(-1, shape[1]).to(torch.float64)
-    same_sums(got, want.to(torch.float32))
+    same_sums(got, want.to(made))
+
+
+@law(
+    shape=ss.matrix_shapes(70),
+    rows=st.sampled_from((65, 66, 70, 129)),
+    seed=ss.GENERATOR_SEEDS,
+    rejects=[
+        mutant(
+            "weight_grad_of_rounded_parts",
+            WEIGHT_GRAD,
+            "_stacked(sum((dy.T @ x).to(dtype).to(wide) for dy, x in zip(grad_MN.split(8), x_MK.split(8))), num_groups)",
+        ),
+    ],
+)
+def test_linear_weight_grad_rounds_a_sum_once(
+    ops: Subject, shape: tuple[int, int], rows: int, seed: int
+) -> None:
+    """A bfloat16 gradient is the whole sum, rounded. The sums are whole numbers that float32 holds in any order."""
+    rng = ss.generator(seed)
+    dy, x = (torch.randint(-256, 257, (rows, width), generator=rng).to(torch.bfloat16) for width in shape)
+    want = dy.to(torch.float64).T @ x.to(torch.float64)
+    same_sums(ops.linear_weight_grad(dy, x, dtype=torch.bfloat16), want.to(torch.bfloat16))
 
 
 @law(
@@ -398,6 +429,7 @@ def test_linear_of_an_empty_batch(
     exact(ops.linear(x, weight), dy)
     exact(ops.linear_input_grad(dy, weight), x)
     exact(ops.linear_weight_grad(dy, x), torch.zeros(num_rows, num_columns))
+    exact(ops.linear_weight_grad(dy, x, dtype=dtype), torch.zeros(num_rows, num_columns, dtype=dtype))
 
 
 @law(
@@ -491,6 +523,11 @@ test_refusals_of_linear = refusals(
     refused("linear_weight_grad", "two devices", ValueError, "x", ones(2, 3), meta(2, 14)),
     refused("linear_weight_grad", "no rows of the weight", ValueError, "grad", ones(2, 0), ones(2, 14)),
     refused("linear_weight_grad", "no columns of the weight", ValueError, "x", ones(2, 3), ones(2, 0)),
+    refused("linear_weight_grad", "a gradient in float16", TypeError, "dtype", ones(2, 3), ones(2, 14), dtype=F16),
+    refused("linear_weight_grad", "a gradient in float64", TypeError,
+            "dtype", ones(2, 3), ones(2, 14), dtype=torch.float64),
+    refused("linear_weight_grad", "a dtype by its name", TypeError,
+            "dtype", ones(2, 3), ones(2, 14), dtype="bfloat16"),
     refused("linear_weight_grad", "a scalar x", ValueError, "x", ones(3), ones()),
     refused("linear_weight_grad", "a scalar grad", ValueError, "grad", ones(), ones(14)),
     rejects=[

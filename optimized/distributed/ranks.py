@@ -153,7 +153,7 @@ class GroupRanks(Ranks):
         row_bytes = encoded_bytes(1, num_columns) if compact else num_columns * grad_NK.element_size()
         step = max(self._traffic.most_pending // (4 * row_bytes), 1)
         # As `Voting` rounds the sum of a gradient that is made orthogonal.
-        dtype = voting.dtype if is_rounded else torch.float32
+        dtype = voting.dtype_of(gradient.num_matrices)
         total = (
             torch.empty_like(grad_NK, dtype=dtype, memory_format=torch.contiguous_format) if arrives else None
         )
@@ -301,7 +301,7 @@ class GroupRanks(Ranks):
         compact = self._in_eight_bits and is_rounded
         row_bytes = encoded_bytes(1, num_columns) if compact else num_columns * grad_NK.element_size()
         num_steps = max(-(-num_rows * row_bytes // max(self._traffic.most_pending // 4, 1)), 1)
-        dtype = voting.dtype if is_rounded else torch.float32
+        dtype = voting.dtype_of(gradient.num_matrices)
         total = torch.empty((len(own), num_columns), dtype=dtype, device=grad_NK.device)
         rows = None if gradient.rows is None else gradient.rows[own.start : own.stop] - kept.start
         of_all = replace(

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.optimized.kernels.common import known_columns, widen
+from arbitor.optimized.kernels.common import known_columns, narrow, widen
 from arbitor.optimized.kernels.launch import column_step, row_grid, runs_here
 from arbitor.optimized.kernels.parts import add_group_parts
 from arbitor.optimized.kernels.products import multiplies_wide, tile_width
@@ -68,13 +68,21 @@ def _grouped_weight_grad_kernel(
             sums = tl.dot(tl.trans(grad), x, sums)
     rows = matrix.to(tl.int64) * num_outputs + outputs
     mask = (outputs < num_outputs)[:, None] & (inputs < num_inputs)[None, :]
-    tl.store(out_ptr + rows[:, None] * num_inputs + inputs[None, :], sums, mask=mask)
+    made = narrow(sums, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + rows[:, None] * num_inputs + inputs[None, :], made, mask=mask)
 
 
 def weight_grad(
-    grad: Tensor, x: Tensor, plan: Plan, num_groups: int, *, grad_slots: int = 1, x_slots: int = 1
+    grad: Tensor,
+    x: Tensor,
+    plan: Plan,
+    num_groups: int,
+    *,
+    dtype: torch.dtype,
+    grad_slots: int = 1,
+    x_slots: int = 1,
 ) -> Tensor:
-    """Launch `grouped_linear_weight_grad`; returns float32 [E N, K].
+    """Launch `grouped_linear_weight_grad`; returns `dtype` [E N, K].
 
     grad, x:             rows of outputs and of inputs, contiguous
     grad_slots, x_slots: neighbouring slots that read one row
@@ -89,7 +97,10 @@ def weight_grad(
     is_full = not cut and min(block_n, block_k) == 128 and num_slots >= 64 * num_groups
     part_ends = plan.tile_ends(PART_SLOTS) if cut else None
     num_matrices = num_slots // PART_SLOTS + num_groups if cut else num_groups
-    made = torch.empty(num_matrices, num_outputs, num_inputs, dtype=torch.float32, device=x.device)
+    # Parts are rounded when they are added.
+    made = torch.empty(
+        num_matrices, num_outputs, num_inputs, dtype=torch.float32 if cut else dtype, device=x.device
+    )
     _grouped_weight_grad_kernel[row_grid(num_matrices * row_blocks, column_blocks)](
         grad, x, made, plan.order, plan.starts, part_ends, num_outputs, num_inputs,
         num_groups, row_blocks, column_blocks,
@@ -100,7 +111,7 @@ def weight_grad(
     )  # fmt: skip
     if part_ends is None:
         return made.reshape(num_groups * num_outputs, num_inputs)
-    grads = torch.empty(num_groups, num_outputs, num_inputs, dtype=torch.float32, device=x.device)
+    grads = torch.empty(num_groups, num_outputs, num_inputs, dtype=dtype, device=x.device)
     return add_group_parts(made, part_ends, grads).flatten(0, 1)
 
 

@@ -59,7 +59,7 @@ def _add_group_parts_kernel(parts_ptr, part_ends_ptr, out_ptr, size, group_block
     sums = tl.load(parts_ptr + begin * size + places, mask=places < first, other=0.0)
     for part in range(begin + 1, end):
         sums += tl.load(parts_ptr + part * size + places, mask=inside, other=0.0)
-    tl.store(out_ptr + group * size + places, sums, mask=inside)
+    tl.store(out_ptr + group * size + places, narrow(sums, out_ptr.dtype.element_ty), mask=inside)
 
 
 def parts_of(size: int, most: int, least: int = 1) -> tuple[int, int]:
@@ -83,7 +83,7 @@ def add_parts(parts: Tensor, out: Tensor) -> Tensor:
 
 
 def add_group_parts(parts: Tensor, part_ends: Tensor, out: Tensor) -> Tensor:
-    """Add the float32 parts [S, ...] of each group in their order into `out` [E, ...]; return `out`.
+    """Add the float32 parts [S, ...] of each group in their order into `out` [E, ...], rounded once; return `out`.
 
     part_ends: int32 [E] or longer, where each group's parts end; a group without parts gets zeros.
     """

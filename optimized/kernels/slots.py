@@ -1,6 +1,6 @@
 """Slots by expert: which slots each expert has, sorted on the device without waiting for it.
 
-Legend: E experts, M slots, S blocks of slots.
+Legend: E experts, M slots, S blocks of slots, K columns of a row.
 
 A slot counts how many slots of its expert come before it: those of earlier blocks, which a sum over all blocks gives, and those of
 its own block. Its place is that count after the slots of all experts before its own. So the order is that of a stable sort, in two
@@ -16,13 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.optimized.kernels.launch import runs_here
+from arbitor.optimized.kernels.common import known_columns
+from arbitor.optimized.kernels.launch import column_step, row_grid, row_tile, runs_here
 
 COUNTED_GROUPS = 63
 """Most experts whose slots are counted. A program compares each of its slots with every expert, so more experts are sorted."""
 
 BLOCK_SLOTS = 64
 """Slots of a block, each of which a program compares with every expert."""
+
+
+GATHERED_SLOTS, GATHERED_COLUMNS = 16, 256
+"""Slots and columns of a tile of rows that are brought in order."""
 
 
 @triton.jit
@@ -115,10 +120,62 @@ class Plan:
         bounds = torch.arange(num_groups + 2, dtype=dtype, device=experts_M.device)
         return cls(order, torch.searchsorted(sorted_M, bounds))
 
+    def ends_with_zeros(self, num_groups: int) -> Tensor:
+        """Return where the rows of each expert end in `rows_by_expert`, int32 [E]."""
+        zeros = torch.arange(1, num_groups + 1, device=self.starts.device)
+        return (self.starts[1 : num_groups + 1] + zeros).to(torch.int32)
+
     def tile_ends(self, block: int) -> Tensor:
         """Return where the tiles of `block` slots of each expert end, int32 [E + 1], and last where those of unused slots end."""
         tiles = (self.starts.diff() + (block - 1)) // block
         return tiles.cumsum(0, dtype=torch.int32)
+
+
+@triton.jit(do_not_specialize=["num_places", "num_groups", "column_blocks"])
+def _gather_rows_kernel(
+    rows_ptr, out_ptr, order_ptr, starts_ptr, num_columns, num_places, num_groups, column_blocks,
+    ROW_SLOTS: tl.constexpr, GROUP_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    COLUMN_STEP: tl.constexpr,
+):  # fmt: skip
+    num_columns = known_columns(num_columns, COLUMN_STEP)
+    places = (tl.program_id(0) // column_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = (tl.program_id(0) % column_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
+    groups = tl.arange(0, GROUP_BLOCK)
+    # The places of each group end behind a row of zeros for it and for each group before it.
+    ends = tl.load(starts_ptr + 1 + groups, mask=groups < num_groups, other=0) + groups + 1
+    is_before = (ends[None, :] <= places[:, None]) & (groups < num_groups)[None, :]
+    group = tl.sum(is_before.to(tl.int32), axis=1)
+    # Behind the last group nobody reads.
+    inside = (places < num_places) & (group < num_groups)
+    sorted_places = places - group
+    is_slot = inside & (sorted_places < tl.load(starts_ptr + 1 + group, mask=inside, other=0))
+    slots = tl.load(order_ptr + sorted_places, mask=is_slot, other=0)
+    columns_mask = (columns < num_columns)[None, :]
+    row_ptr = rows_ptr + (slots // ROW_SLOTS)[:, None] * num_columns
+    values = tl.load(row_ptr + columns[None, :], mask=is_slot[:, None] & columns_mask, other=0.0)
+    out_row_ptr = out_ptr + places.to(tl.int64)[:, None] * num_columns
+    tl.store(out_row_ptr + columns[None, :], values, mask=inside[:, None] & columns_mask)
+
+
+def rows_by_expert(rows: Tensor, plan: Plan, num_groups: int, row_slots: int = 1) -> Tensor:
+    """Return the rows of slots in the order of a plan, with a row of zeros behind those of each expert, [M + E + 1, K].
+
+    Where rows end, by expert, says `Plan.ends_with_zeros`. What stands behind the last end is not written.
+
+    rows:      what slots read, contiguous
+    row_slots: neighbouring slots that read one row
+    """
+    runs_here(rows)
+    num_places, num_columns = plan.order.numel() + num_groups, rows.shape[1]
+    block_k, column_blocks = row_tile(num_columns, GATHERED_COLUMNS)
+    # One place more than can be used, since torch asks for a last end before the length.
+    made = torch.empty(num_places + 1, num_columns, dtype=rows.dtype, device=rows.device)
+    _gather_rows_kernel[row_grid(triton.cdiv(num_places, GATHERED_SLOTS), column_blocks)](
+        rows, made, plan.order, plan.starts, num_columns, num_places, num_groups, column_blocks,
+        ROW_SLOTS=row_slots, GROUP_BLOCK=triton.next_power_of_2(num_groups),
+        BLOCK_M=GATHERED_SLOTS, BLOCK_K=block_k, COLUMN_STEP=column_step(num_columns),
+    )  # fmt: skip
+    return made
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from arbitor.optimized.cuda import compiler, many_rows
 from arbitor.optimized.cuda import product as cuda_product
+from arbitor.optimized.float32_sums import float32_sums
 from arbitor.optimized.kernels.float_rows import float_rows_product
 from arbitor.optimized.kernels.product_sum import has_descriptors, product_sum
 from arbitor.optimized.kernels.products import packed_product
@@ -87,7 +88,9 @@ def linear_input_grad(
 
 
 @op()
-def linear_weight_grad(grad: Tensor, x: Tensor, *, num_groups: int = 1) -> Tensor:
+def linear_weight_grad(
+    grad: Tensor, x: Tensor, *, num_groups: int = 1, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """See reference; float64 is not supported. Nothing here is ternary, so the library multiplies."""
     checks.dtype_in("grad", grad, DTYPES)
     checks.same_dtype("x", x, "grad", grad)
@@ -96,7 +99,8 @@ def linear_weight_grad(grad: Tensor, x: Tensor, *, num_groups: int = 1) -> Tenso
     checks.leading_dims("x", x, grad.shape[:-1], "grad", grad)
     checks.last_dim_not_empty("x", x)
     checks.side_by_side("x", x.shape[-1], num_groups)
-    w_NK = wide_product(padded(matrix_of(grad)).T, matrix_of(x))[: grad.shape[-1]]
+    checks.float_dtype("dtype", dtype, checks.GRADIENT_DTYPES)
+    w_NK = rounded_product(padded(matrix_of(grad)).T, matrix_of(x), dtype)[: grad.shape[-1]]
     if num_groups == 1:
         return w_NK
     return w_NK.unflatten(1, (num_groups, -1)).transpose(0, 1).flatten(0, 1)
@@ -107,6 +111,14 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
     if a.device.type == "cuda" and a.dtype is torch.bfloat16 and a.numel() and b.numel():
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a.float(), b.float())
+
+
+def rounded_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a @ b in `dtype`, for two matrices in float32 or bfloat16. Each sum runs in float32 and is rounded once."""
+    if a.device.type == "cuda" and a.dtype is dtype is torch.bfloat16:
+        with float32_sums():
+            return torch.mm(a, b)
+    return wide_product(a, b).to(dtype)
 
 
 def narrow_product(a: Tensor, b: Tensor) -> Tensor:

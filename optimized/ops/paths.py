@@ -1,9 +1,11 @@
-"""The one place where a path is picked: the CUDA C++ kernel of an op, or its Triton kernel.
+"""The one place where a path is picked: the CUDA C++ kernel of an op, a product of the library, or its Triton kernel.
 
 A CUDA C++ kernel takes some calls of an op, by the dtype, the shape and the memory of its arguments (`fits` of `optimized/cuda`).
 Triton takes every call, and is the only path in its interpreter. `ARB_PATH` is `triton` for Triton alone, and `cuda` for users who
 want an error where CUDA C++ kernels cannot be had. Without it, they are used where they can be, and a sentence says once why they
 cannot be. Integers are the same on both paths, and floats are held to the same class.
+
+A product of the library takes some calls too, by what `fits` says of it and by the GPU. `ARB_PATH=triton` keeps calls from it.
 """
 
 from __future__ import annotations
@@ -43,6 +45,20 @@ def takes_cuda(fits: bool, device: torch.device, *, only: tuple[int, int] | None
     if reason is not None:
         _warn_once(reason)
     return reason is None
+
+
+def takes_library(fits: bool, device: torch.device, *, only: tuple[int, int]) -> bool:
+    """Return whether a call goes to a product of the library where Triton has a kernel for it.
+
+    Args:
+        fits: whether the product takes such a call, and is worth it.
+        device: of the tensors.
+        only: the compute capability of the GPUs on which it is worth it.
+
+    Raises:
+        ValueError: `ARB_PATH` names no path.
+    """
+    return settings.path() != "triton" and fits and device.type == "cuda" and _is_for(device, only)
 
 
 def why_not(device: torch.device) -> str | None:

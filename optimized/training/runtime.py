@@ -16,6 +16,7 @@ from types import FrameType, ModuleType
 import torch
 
 from arbitor.optimized import settings
+from arbitor.optimized.float32_sums import float32_sums
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.options import ROWS
 from arbitor.optimized.version import package_version
@@ -159,19 +160,16 @@ def deterministic(threads: int | None = None) -> Iterator[None]:
     fill_before = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     # `use_deterministic_algorithms(True)` would import torch's compiler, which takes seconds, and a run compiles nothing with it.
     torch.set_deterministic_debug_mode("error")
-    matmul = torch.backends.cuda.matmul
-    reduced_before = matmul.allow_bf16_reduced_precision_reduction
-    # The specification sums in float32.
-    matmul.allow_bf16_reduced_precision_reduction = False
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Told even where it is the number that torch has: until then MKL may take fewer threads for a small product, and a resumed
     # run, which tells a number, would add up in another order.
     torch.set_num_threads(threads_before if threads is None else threads)
     try:
-        yield
+        # The specification sums in float32.
+        with float32_sums():
+            yield
     finally:
         torch.set_deterministic_debug_mode(mode_before)
-        matmul.allow_bf16_reduced_precision_reduction = reduced_before
         torch.utils.deterministic.fill_uninitialized_memory = fill_before  # type: ignore[attr-defined]
         torch.set_num_threads(threads_before)
 

@@ -162,14 +162,12 @@ def leading_dims(name: str, value: Tensor, size: Sequence[int], other_name: str,
         )
 
 
-def float_dtype(name: str, dtype: torch.dtype) -> None:
-    """Refuse a dtype that no activation has."""
+def float_dtype(name: str, dtype: torch.dtype, allowed: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
+    """Refuse a dtype that is not listed; activations have any of the default."""
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(
-            f"{name} is a {type(dtype).__name__}, but must be a torch.dtype: {names(FLOAT_DTYPES)}"
-        )
-    if dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} is {names((dtype,))}, but must be {names(FLOAT_DTYPES)}")
+        raise TypeError(f"{name} is a {type(dtype).__name__}, but must be a torch.dtype: {names(allowed)}")
+    if dtype not in allowed:
+        raise TypeError(f"{name} is {names((dtype,))}, but must be {names(allowed)}")
 
 
 def last_dim_not_empty(name: str, value: Tensor) -> None:

@@ -67,15 +67,20 @@ class TernaryGroupedLinear(Multiplier):
         """See `Multiplier`: the outputs of all experts, one expert after the other."""
         grad_EN = grad.unflatten(-1, (self.num_groups, -1))
 
-        def made(outputs: range) -> Tensor:
-            return self.ops.linear_weight_grad(grad_EN[..., outputs.start : outputs.stop].flatten(-2), x)
+        def made(outputs: range, dtype: torch.dtype) -> Tensor:
+            part = grad_EN[..., outputs.start : outputs.stop].flatten(-2)
+            return self.ops.linear_weight_grad(part, x, dtype=dtype)
 
         self.vote_in_parts(made)
 
     def vote_in_parts(
-        self, made: Callable[[range], Tensor], used_E: Tensor | None = None, *, num_used: int | None = None
+        self,
+        made: Callable[[range, torch.dtype], Tensor],
+        used_E: Tensor | None = None,
+        *,
+        num_used: int | None = None,
     ) -> None:
-        """Vote with the gradients that `made` returns for some outputs of each expert, float [E, outputs, K] in rows.
+        """Vote with the gradients that `made` returns for some outputs of each expert in some dtype, [E, outputs, K] in rows.
 
         Parts follow from the weight alone, because the votes of an expert must not depend on the number of slots.
         With `used_E` there are `num_used` gradients, of the experts that it names.
@@ -83,8 +88,9 @@ class TernaryGroupedLinear(Multiplier):
         num_outputs = self.weight.shape[0] // self.num_groups
         num_groups = self.num_groups if num_used is None else num_used
         num_matrices, chosen = num_groups if self.orthogonal else 0, used_E is not None
+        dtype = self.voting.dtype_of(num_matrices)
         for outputs in row_ranges(num_outputs, self.num_groups * self.weight.shape[1]):
-            grad = made(outputs)
+            grad = made(outputs, dtype)
             if used_E is None and len(outputs) == num_outputs:
                 self.vote(grad, num_matrices=num_matrices)
                 continue
@@ -148,9 +154,9 @@ def _vote_by_expert(module: TernaryGroupedLinear, grad_MN: Tensor, x_MK: Tensor,
     if num_groups == 0:
         return
 
-    def made(outputs: range) -> Tensor:
+    def made(outputs: range, dtype: torch.dtype) -> Tensor:
         part = grad_MN[..., outputs.start : outputs.stop]
-        return module.ops.grouped_linear_weight_grad(part, x_MK, groups_M, num_groups=num_groups)
+        return module.ops.grouped_linear_weight_grad(part, x_MK, groups_M, num_groups=num_groups, dtype=dtype)
 
     module.vote_in_parts(made, used_E, num_used=num_groups)
 
@@ -166,8 +172,8 @@ def _side_by_side_learns(
     grad_x = ops.linear_input_grad(grad, weight, num_groups=num_groups) if asked else None
     if module.moves:
         module.vote_in_parts(
-            lambda outputs: ops.linear_weight_grad(
-                grad[..., outputs.start : outputs.stop], x, num_groups=num_groups
+            lambda outputs, dtype: ops.linear_weight_grad(
+                grad[..., outputs.start : outputs.stop], x, num_groups=num_groups, dtype=dtype
             )
         )
     return grad_x

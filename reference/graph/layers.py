@@ -28,7 +28,7 @@ from arbitor.reference.promises import differentiable_once
 from arbitor.reference.types import LaidOutWeight, TernaryWeight
 
 VOTE_ELEMENTS = 2**27
-"""Most elements of a weight gradient that are made at a time, 512 MiB of float32. The rows of a larger one vote in parts."""
+"""Most elements of a weight gradient that are made at a time: 512 MiB of float32, 256 of bfloat16. A larger one votes in parts."""
 
 
 class Multiplier(TernaryModule):
@@ -78,9 +78,11 @@ class TernaryLinear(Multiplier):
 
     def vote_of(self, grad: Tensor, x: Tensor) -> None:
         """Vote with the gradient of the output and the input of a product, some rows of the weight at a time."""
+        num_matrices = int(self.orthogonal)
+        dtype = self.voting.dtype_of(num_matrices)
         for rows in row_ranges(*self.weight.shape):
-            grad_NK = self.ops.linear_weight_grad(grad[..., rows.start : rows.stop], x)
-            self.vote(grad_NK, named_rows(rows, self), num_matrices=int(self.orthogonal))
+            grad_NK = self.ops.linear_weight_grad(grad[..., rows.start : rows.stop], x, dtype=dtype)
+            self.vote(grad_NK, named_rows(rows, self), num_matrices=num_matrices)
 
 
 def plain(*linears: nn.Module) -> bool:

@@ -216,12 +216,8 @@ class Voting:
         on the size of the gradient, so votes at the full rate would together go too far. The `sign` rule has no rate to divide.
         The pass leaves a note for `voted`.
         """
-        grad_NK = gradient.grad_NK
-        if grad_NK.dtype == torch.float64:
-            grad_NK = grad_NK.to(torch.float32)
-        if self.makes_orthogonal(gradient.num_matrices):
-            # Ranks exchange no more bits than the votes come from.
-            grad_NK = grad_NK.to(self.dtype)
+        # Ranks exchange no more bits than the votes come from.
+        grad_NK = gradient.grad_NK.to(self.dtype_of(gradient.num_matrices))
         self.ranks.exchange(
             voter.tensor_id, replace(gradient, grad_NK=grad_NK), partial(self._cast_total, voter)
         )
@@ -229,6 +225,10 @@ class Voting:
     def makes_orthogonal(self, num_matrices: int) -> bool:
         """Return whether a gradient of so many stacked matrices is made orthogonal before it votes."""
         return bool(num_matrices and self.orthogonal_steps and self.vote_rule == "stochastic")
+
+    def dtype_of(self, num_matrices: int) -> torch.dtype:
+        """Return the dtype of a gradient of so many stacked matrices: `dtype` if it is made orthogonal, else float32."""
+        return self.dtype if self.makes_orthogonal(num_matrices) else torch.float32
 
     def _cast_total(self, voter: Voter, total: Gradient | None) -> None:
         """Count the votes of a gradient that was summed over ranks, unless it is None, and leave a note of them."""

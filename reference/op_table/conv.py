@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from arbitor.reference.op_table.row import TWICE, OpRow, Shape, wide
+from arbitor.reference.op_table.row import TWICE, OpRow, Shape, sums
 from arbitor.reference.op_table.work import elements, sizes, values
 
 
@@ -64,7 +64,7 @@ OPS = (
         "conv1d_weight_grad", "conv", TWICE, CONV,
         bytes_min=lambda s: conv_activations(s) + 4 * elements(conv_weight(s)),
         ops_min=conv_ops,
-        like=lambda grad_BNP, x_BCL, kernel_size, stride, padding: wide(
+        like=lambda grad_BNP, x_BCL, kernel_size, stride, padding: sums(
             x_BCL, grad_BNP.shape[1], x_BCL.shape[1] * kernel_size
         ),
     ),

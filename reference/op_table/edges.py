@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from arbitor.reference.op_table.row import EXACT, TWICE, OpRow, Shape, wide
+from arbitor.reference.op_table.row import EXACT, TWICE, OpRow, Shape, sums
 from arbitor.reference.op_table.work import sizes
 
 # Sizes: M rows gather from N nodes of K columns, each by J slots.
@@ -46,7 +46,7 @@ OPS = (
         "edge_sum_sign_grad", "edges", TWICE, EDGES,
         bytes_min=lambda s: edges(s) + s["M"] * s["J"] * (4 - s["float_bytes"]),
         ops_min=lambda s: 2 * s["M"] * s["J"] * s["K"],
-        like=lambda grad_RD, h_ND, neighbours_RJ: wide(h_ND, *neighbours_RJ.shape),
+        like=lambda grad_RD, h_ND, neighbours_RJ: sums(h_ND, *neighbours_RJ.shape),
     ),
     OpRow(
         "update_neighbours", "edges", EXACT, NEIGHBOURS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from arbitor.reference.op_table.row import EXACT, TWICE, OpRow, Shape, wide
+from arbitor.reference.op_table.row import EXACT, TWICE, OpRow, Shape, sums
 from arbitor.reference.op_table.work import elements, linear_activations, linear_ops, sizes, values
 
 
@@ -79,8 +79,8 @@ OPS = (
         "grouped_linear_weight_grad", "experts", TWICE, EXPERTS,
         bytes_min=lambda s: 8 * s["M"] + linear_activations(s) + 4 * s["E"] * elements(s),
         ops_min=linear_ops,
-        like=lambda grad_MN, x_MK, experts_M, num_groups: wide(
-            x_MK, num_groups * grad_MN.shape[-1], x_MK.shape[-1]
+        like=lambda grad_MN, x_MK, experts_M, num_groups, dtype: sums(
+            x_MK, num_groups * grad_MN.shape[-1], x_MK.shape[-1], dtype=dtype
         ),
     ),
     OpRow(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from arbitor.reference.op_table.row import TWICE, OpRow, wide
+from arbitor.reference.op_table.row import TWICE, OpRow, sums
 from arbitor.reference.op_table.work import elements, linear_activations, linear_ops, sizes, values
 
 LINEAR = sizes(
@@ -30,7 +30,9 @@ OPS = (
         "linear_weight_grad", "linear", TWICE, LINEAR,
         bytes_min=lambda s: linear_activations(s) + 4 * elements(s),
         ops_min=linear_ops,
-        like=lambda grad, x, num_groups: wide(x, num_groups * grad.shape[-1], x.shape[-1] // num_groups),
+        like=lambda grad, x, num_groups, dtype: sums(
+            x, num_groups * grad.shape[-1], x.shape[-1] // num_groups, dtype=dtype
+        ),
     ),
 )
 # fmt: on

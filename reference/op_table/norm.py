@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from arbitor.reference.op_table.row import TWICE, OpRow, wide
+from arbitor.reference.op_table.row import TWICE, OpRow, sums
 from arbitor.reference.op_table.work import ROWS, values
 
 # fmt: off
@@ -29,7 +29,7 @@ OPS = (
         "rms_norm_weight_grad", "norm", TWICE, ROWS,
         bytes_min=lambda s: 2 * s["float_bytes"] * s["M"] * s["K"] + 4 * s["K"],
         ops_min=lambda s: 5 * s["M"] * s["K"],
-        like=lambda grad, x, eps: wide(x, 1, x.shape[-1]),
+        like=lambda grad, x, eps: sums(x, 1, x.shape[-1]),
     ),
 )
 # fmt: on

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arbitor.reference.dtypes import wide_dtype
+from arbitor.reference.dtypes import sum_dtype
 
 Shape = Mapping[str, int]
 """Sizes of one case, by the names in the legend."""
@@ -66,6 +66,6 @@ class OpRow:
     like: Callable[..., Tensor | Sequence[Tensor]] | None = None
 
 
-def wide(x: Tensor, *shape: int) -> Tensor:
-    """Return an empty tensor of a shape in the dtype in which sums over x run."""
-    return torch.empty(shape, dtype=wide_dtype(x), device=x.device)
+def sums(x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return an empty tensor of a shape in the dtype of sums over x that are rounded to `dtype`."""
+    return torch.empty(shape, dtype=sum_dtype(x, dtype), device=x.device)

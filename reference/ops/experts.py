@@ -19,7 +19,7 @@ from arbitor.reference.constants import (
     QUERY_STEPS,
     ROUTER_OCTAVES,
 )
-from arbitor.reference.dtypes import wide_dtype, widened
+from arbitor.reference.dtypes import sum_dtype, wide_dtype, widened
 from arbitor.reference.ops.codebook import whole_sixteenths
 from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.promises import op
@@ -90,13 +90,19 @@ def grouped_linear_input_grad(
 
 @op
 def grouped_linear_weight_grad(
-    grad_MN: Tensor, x_MK: Tensor, experts_M: Tensor, *, num_groups: int
+    grad_MN: Tensor,
+    x_MK: Tensor,
+    experts_M: Tensor,
+    *,
+    num_groups: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return the gradient of the loss with respect to the stacked weight of `grouped_linear`.
 
     Math:    dW[e N + n, k] = sum over slots m with experts[m] = e of dy[m, n] * x[m, k]
     Shapes:  grad [M, N] and x [M, K] of one dtype, float32, bfloat16 or float64, experts int64 [M] in -1 .. E - 1
-    Returns: float32 [E N, K] (float64 for float64 inputs); zeros, which cast no votes, for an expert that no slot uses
+    Returns: `dtype`, float32 or bfloat16, to which each sum is rounded once (float64 for float64 inputs), [E N, K]; zeros, which
+             cast no votes, for an expert that no slot uses
     Raises:  TypeError or ValueError for a dtype, shape, device or expert that is not allowed
     Laws:    adjoint to `grouped_linear`: <grouped_linear_weight_grad(dy, x), W> = <dy, grouped_linear(x)>
     Source:  docs/spec/experts.md
@@ -104,6 +110,7 @@ def grouped_linear_weight_grad(
     checks.integer("num_groups", num_groups, 1, 2**31 - 1)
     checks.expert_pair(grad_MN, x_MK)
     checks.expert_slots(experts_M, grad_MN.shape[:-1], grad_MN=grad_MN, x_MK=x_MK)
+    checks.float_dtype("dtype", dtype, checks.GRADIENT_DTYPES)
     checks.values_between("experts_M", experts_M, -1, num_groups - 1)
     wide = wide_dtype(grad_MN)
     shape = (num_groups, grad_MN.shape[-1], x_MK.shape[-1])
@@ -111,7 +118,7 @@ def grouped_linear_weight_grad(
     for expert in _used(experts_M):
         slots = experts_M == expert
         grads_ENK[expert] = grad_MN[slots].to(wide).T @ x_MK[slots].to(wide)
-    return grads_ENK.flatten(0, 1)
+    return grads_ENK.flatten(0, 1).to(sum_dtype(grad_MN, dtype))
 
 
 @op

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from arbitor.reference import checks
-from arbitor.reference.dtypes import wide_dtype
+from arbitor.reference.dtypes import sum_dtype, wide_dtype
 from arbitor.reference.ops.scale import dequantize
 from arbitor.reference.promises import op
 from arbitor.reference.types import TernaryWeight
@@ -61,13 +61,16 @@ def linear_input_grad(
 
 
 @op
-def linear_weight_grad(grad: Tensor, x: Tensor, *, num_groups: int = 1) -> Tensor:
+def linear_weight_grad(
+    grad: Tensor, x: Tensor, *, num_groups: int = 1, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Return the gradient of the loss with respect to the weight of `linear`, from which votes are made.
 
     Math:    dW[n, k] = sum_m dy[m, n] * x[m, k]; with a stack dW[e N + n, k] = sum_m dy[m, n] * x[m, e K + k]
     Shapes:  grad [..., N] and x [..., K], or [..., E K] with a stack of E, of one dtype, float32, bfloat16 or float64, and with
              the same leading dimensions
-    Returns: float32 [N, K], or [E N, K] with a stack (float64 for float64 inputs); zero when there is no row to sum over
+    Returns: `dtype`, float32 or bfloat16, to which each sum is rounded once (float64 for float64 inputs), [N, K], or [E N, K]
+             with a stack; zero when there is no row to sum over
     Raises:  TypeError or ValueError for dtypes, shapes, devices or a number of matrices that do not fit
     Laws:    adjoint to `linear`: <linear_weight_grad(dy, x), W> = <dy, linear(x)>
     Source:  docs/spec/linear.md
@@ -79,10 +82,11 @@ def linear_weight_grad(grad: Tensor, x: Tensor, *, num_groups: int = 1) -> Tenso
     checks.leading_dims("x", x, grad.shape[:-1], "grad", grad)
     checks.last_dim_not_empty("x", x)
     checks.side_by_side("x", x.shape[-1], num_groups)
-    dtype = wide_dtype(grad)
-    grad_MN = grad.reshape(-1, grad.shape[-1]).to(dtype)
-    x_MK = x.reshape(-1, x.shape[-1]).to(dtype)
-    return _stacked(grad_MN.T @ x_MK, num_groups)
+    checks.float_dtype("dtype", dtype, checks.GRADIENT_DTYPES)
+    wide = wide_dtype(grad)
+    grad_MN = grad.reshape(-1, grad.shape[-1]).to(wide)
+    x_MK = x.reshape(-1, x.shape[-1]).to(wide)
+    return _stacked(grad_MN.T @ x_MK, num_groups).to(sum_dtype(grad, dtype))
 
 
 def _matrix(weight: TernaryWeight, num_groups: int, dtype: torch.dtype) -> Tensor:
