@@ -1,7 +1,8 @@
-"""Each use of a weight that a pass uses several times votes at its part of the rate."""
+"""A weight that a pass uses several times votes with the sum of its gradients, or, where rows are chosen, in parts of the rate."""
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +11,12 @@ import torch
 
 from arbitor.reference import ops
 from arbitor.reference.config import with_fields
-from arbitor.reference.graph import TernaryEmbedding
+from arbitor.reference.graph import TernaryEmbedding, layers
+from arbitor.reference.graph.grouped import TernaryGroupedLinear
 from arbitor.reference.graph.model import LOSS_REFERENCE
+from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.graph.voting import part_of_rate
+from conformance.compare import exact
 from conformance.graph import models
 from conformance.subject import Subject
 
@@ -27,36 +31,82 @@ from conformance.subject import Subject
         {"num_codes": 500, "num_hops": 3},
     ],
 )
-def test_each_of_several_uses_votes_at_its_part_of_the_rate(fields: dict[str, Any]) -> None:
-    """The rates at which a weight votes in one pass add up to the rate, for experts of the loop and matrices of the graph."""
+def test_a_weight_votes_once_whatever_its_uses(fields: dict[str, Any]) -> None:
+    """With the whole rate, and as if one product had had the inputs and the gradients of all uses."""
     noting, rates = models.ops_noting_rates()
-    config = with_fields(models.WHOLE, **fields)
+    gradients: dict[int, list[torch.Tensor]] = {}
+    config = with_fields(models.WHOLE, orthogonal_steps=0, **fields)
     model = models.whole(config, ops=noting)
     rates.clear()
+    several = {m.tensor_id: m for m in model.ternary_modules().values() if m.uses > 1}
+    cast = model.voting.cast
+
+    def note(voter: Any, gradient: Any) -> None:
+        if voter.tensor_id in several and not gradient.chosen:
+            gradients.setdefault(voter.tensor_id, []).append(gradient.grad_NK.clone())
+        cast(voter, gradient)
+
+    model.voting.cast = note
+    before = {tensor_id: deepcopy(module.weight) for tensor_id, module in several.items()}
     model.backward(model.losses(models.random_ids(3, 24)), rate=models.RATE, step=2)
     tables = {m.tensor_id for m in model.ternary_modules().values() if isinstance(m, TernaryEmbedding)}
-    matrices = {tensor_id: of_uses for tensor_id, of_uses in rates.items() if tensor_id not in tables}
-    for of_uses in matrices.values():
-        assert of_uses == [models.RATE / len(of_uses)] * len(of_uses)
+    matrices = {tensor_id: of for tensor_id, of in rates.items() if tensor_id not in tables}
+    assert all(of == [models.RATE] for of in matrices.values())
     most = max(config.max_moe_iters, config.num_hops + bool(config.composite_codes))
-    assert max(map(len, matrices.values())) == most and any(
-        len(of_uses) == 1 for of_uses in matrices.values()
-    )
-    assert all(set(rates[tensor_id]) == {models.RATE} for tensor_id in tables & rates.keys())
+    assert max(len(of) for of in gradients.values()) >= most > 1
+    for tensor_id, of_uses in gradients.items():
+        total = of_uses[0].clone()
+        for grad in of_uses[1:]:
+            total += grad
+        clock = {"seed": model.voting.seed, "step": 2, "tensor_id": tensor_id}
+        want = ops.accumulate_gradient(
+            before[tensor_id], total, models.RATE, exponent_rule=config.exponent_rule, **clock
+        )
+        exact(several[tensor_id].weight, want)
 
 
-def test_each_step_of_the_video_head_votes_at_its_part_of_the_rate() -> None:
+def test_experts_that_the_batch_chose_vote_at_parts_of_the_rate() -> None:
+    """Fewer slots than experts: turns choose other experts, and the rates at which a weight votes add up to the rate."""
+    noting, rates = models.ops_noting_rates()
+    model = models.whole(with_fields(models.WHOLE, max_moe_iters=3, num_experts=64), ops=noting)
+    moe = model.layers[-1].moe_graph.moe
+    rates.clear()
+    model.backward(model.losses(models.random_ids(1, 4)), rate=models.RATE, step=2)
+    of_experts = [rates[m.tensor_id] for m in moe.modules() if isinstance(m, TernaryGroupedLinear)]
+    assert of_experts and any(of == [models.RATE / 3] * 3 for of in of_experts)
+
+
+def test_parts_of_a_large_weight_are_summed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient that is made in parts leaves the state that it leaves whole."""
+
+    def state(most: int) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr(layers, "VOTE_ELEMENTS", most)
+        model = models.whole(with_fields(models.WHOLE, orthogonal_steps=0, max_moe_iters=3))
+        model.backward(model.losses(models.random_ids(3, 24)), rate=models.RATE, step=2)
+        return dict(model.state())
+
+    whole, parts = state(2**27), state(300)
+    for name, tensor in whole.items():
+        exact(parts[name], tensor, name)
+
+
+def test_steps_of_the_video_head_vote_once() -> None:
+    """Also if the loop ends before all steps are taken: what has come votes with the end of the pass."""
     noting, rates = models.ops_noting_rates()
     model = models.whole(ops=noting)
     head, steps = model.video_head, model.config.video_steps
     assert head is not None and steps > 1
-    rates.clear()
+    of_loop = (head.latent_in, head.query, head.latent_out)
     tokens_BPD = torch.randn(2, 5, model.config.width, generator=torch.Generator().manual_seed(1))
-    with model.voting.taking(rate=models.RATE, step=2):
-        head(tokens_BPD, halt_threshold=None).square().sum().backward()
-    for module in (head.latent_in, head.query, head.latent_out):
-        assert rates[module.tensor_id] == [models.RATE / steps] * steps
-    assert rates[head.steps.tensor_id] == [models.RATE]
+    for more in (0, 1):
+        rates.clear()
+        for module in of_loop:
+            module.uses = steps + more
+        with model.voting.taking(rate=models.RATE, step=2):
+            head(tokens_BPD, halt_threshold=None).square().sum().backward()
+        assert not rates.keys() - {m.tensor_id for m in head.modules() if isinstance(m, TernaryModule)}
+        for module in (*of_loop, head.steps):
+            assert rates[module.tensor_id] == [models.RATE]
 
 
 @pytest.mark.parametrize("uses", [1, 2, 3, 7])

@@ -97,7 +97,8 @@ class TernaryGroupedLinear(Multiplier):
             of_E = torch.arange(num_groups, device=self.device) if used_E is None else used_E
             offsets = torch.arange(outputs.start, outputs.stop, device=self.device)
             rows_EN = torch.where(of_E[:, None] < 0, -1, of_E[:, None] * num_outputs + offsets)
-            self.vote(grad, rows_EN.flatten(), num_matrices=num_matrices, chosen=chosen)
+            rows = rows_EN.flatten()
+            self.vote(grad, rows, num_matrices=num_matrices, chosen=chosen, part=outputs.start)
 
 
 def _multiplied(

@@ -82,7 +82,7 @@ class TernaryLinear(Multiplier):
         dtype = self.voting.dtype_of(num_matrices)
         for rows in row_ranges(*self.weight.shape):
             grad_NK = self.ops.linear_weight_grad(grad[..., rows.start : rows.stop], x, dtype=dtype)
-            self.vote(grad_NK, named_rows(rows, self), num_matrices=num_matrices)
+            self.vote(grad_NK, named_rows(rows, self), num_matrices=num_matrices, part=rows.start)
 
 
 def plain(*linears: nn.Module) -> bool:

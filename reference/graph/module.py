@@ -390,8 +390,9 @@ class TernaryModule(ArbModule):
         *,
         num_matrices: int = 0,
         chosen: bool = False,
+        part: int = 0,
     ) -> None:
-        """Count the votes of a gradient of the weight, or of its `rows`. Each use in a forward pass votes on its own.
+        """Count the votes of a gradient of the weight, or of its `rows`.
 
         The arguments are the fields of a `Gradient`.
         """
@@ -400,7 +401,7 @@ class TernaryModule(ArbModule):
             first_row = self.spread.rows.start
         self.voting.cast(
             Voter(self.own_rows(), self.tensor_id, self.uses, self.average, first_row, self.note_vote),
-            Gradient(grad_NK, rows, num_matrices, chosen),
+            Gradient(grad_NK, rows, num_matrices, chosen, part),
         )
 
     def note_vote(self, rows: Tensor | None) -> None:
@@ -517,7 +518,7 @@ def _same_memory(one: Tensor | None, other: Tensor) -> bool:
 
 
 def used(module: nn.Module, times: int) -> None:
-    """Set how many times a pass of the model uses every weight of `module`. Each use votes at its part of the rate."""
+    """Set how many times a pass of the model uses every weight of `module`. See `Voting.cast` for how such a weight votes."""
     for part in module.modules():
         if isinstance(part, TernaryModule):
             part.uses = times

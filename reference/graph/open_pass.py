@@ -51,7 +51,7 @@ class Voter:
     Fields:
         weight:    the weight.
         tensor_id: its place in definition order.
-        uses:      how often a pass uses it.
+        uses:      how many gradients of it a pass gives, of which each votes at its part of the rate.
         average:   the running mean that leads a gradient that is made orthogonal, or None.
         first_row: the row of a table that is the first one of the weight, where other ranks keep other rows.
         voted:     the method of a module that is told, with the next step, which rows voted on any rank (None: all); or None.
@@ -100,6 +100,7 @@ class Pass:
         moves:    whether weights vote and tables count; False at rate 0.
         recorded: whether a CUDA graph records the whole pass, so that its replays vote.
         notes:    the notes of the pass so far.
+        sums:     for each weight, or part of one, that a pass uses several times: how many of its gradients came, and their sum.
         waiting:  votes whose gradients are still to be made orthogonal, in the order in which they came.
         reached:  whether the pass came through a weight of the model.
         wrote:    whether a weight has voted.
@@ -111,11 +112,28 @@ class Pass:
         """Begin a pass. `keeps` says whether the pass keeps a copy of what votes change, for `undo`."""
         self.rate, self.step, self.size, self.moves, self.recorded = rate, step, size, moves, recorded
         self.notes: list[Note] = []
+        self.sums: dict[tuple[int, int], tuple[int, Voter, Gradient]] = {}
         self.waiting: list[Vote] = []
         self.reached = self.wrote = False
         self._keeps = keeps
         self._kept: list[tuple[Tensor, Tensor | None, Tensor]] = []
         self._kept_rows: dict[Any, int] = {}
+
+    def summed(self, voter: Voter, gradient: Gradient) -> tuple[Voter, Gradient] | None:
+        """Add a gradient to those of the other uses of its weight. Return the sum and who votes with it if it was the last one.
+
+        The memory of the gradient becomes that of the sum.
+        """
+        key = voter.tensor_id, gradient.part
+        count, _, so_far = self.sums.pop(key, (0, voter, None))
+        total = (
+            gradient if so_far is None else replace(gradient, grad_NK=so_far.grad_NK.add_(gradient.grad_NK))
+        )
+        count, one = count + 1, replace(voter, uses=1)
+        if count == voter.uses:
+            return one, total
+        self.sums[key] = count, one, total
+        return None
 
     def keep(self, tensor: Tensor, rows: Tensor | None = None) -> None:
         """Copy a tensor, or some of its rows, before it is written to. For a row of -1, which stands for none, row 0 is copied."""

@@ -22,12 +22,14 @@ class Gradient:
         rows:         int64 [N], the rows of the weight, each once, and -1 for unused slots, which stand last; None for all rows.
         num_matrices: matrices that are stacked in the gradient and are made orthogonal; 0 if the rows vote as they are.
         chosen:       whether the batch chose the rows, so that each rank may name others. A matrix of a stack is chosen as a whole.
+        part:         where the gradient of a large weight is made in parts, the first row of a matrix in this one.
     """
 
     grad_NK: Tensor
     rows: Tensor | None = None
     num_matrices: int = 0
     chosen: bool = False
+    part: int = 0
 
 
 class Ranks:

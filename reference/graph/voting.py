@@ -119,6 +119,7 @@ class Voting:
         self.current, self.strayed = taken, False
         try:
             yield taken
+            self._cast_sums(taken)
             self.ranks.finish()
             self._count_waiting(taken)
         except BaseException:
@@ -212,15 +213,31 @@ class Voting:
         A gradient of stacked matrices is first made orthogonal, in the dtype of the activations, unless the rule is `sign`. With 0
         matrices the gradient votes as it is, as the rows of a table do.
         With an `average` the gradient is led by it before it is made orthogonal. A gradient that votes as it is has none.
-        If a pass uses a weight several times, each of the `uses` votes at its part of the rate. The size of a vote does not depend
-        on the size of the gradient, so votes at the full rate would together go too far. The `sign` rule has no rate to divide.
+        If a pass uses a weight several times, the gradients of its `uses` are summed, each sum rounded to their dtype, and the sum
+        votes. Rows that the batch chose differ from use to use. So each use of these votes at its part of the rate: the size of a
+        vote does not depend on the size of the gradient, and votes at the full rate would together go too far. The `sign` rule
+        counts the votes of each use.
         The pass leaves a note for `voted`.
         """
+        taken = self.current
+        assert taken is not None
         # Ranks exchange no more bits than the votes come from.
         grad_NK = gradient.grad_NK.to(self.dtype_of(gradient.num_matrices))
-        self.ranks.exchange(
-            voter.tensor_id, replace(gradient, grad_NK=grad_NK), partial(self._cast_total, voter)
-        )
+        gradient = replace(gradient, grad_NK=grad_NK)
+        if voter.uses == 1 or gradient.chosen or self.vote_rule == "sign":
+            self._exchange(voter, gradient)
+        elif (found := taken.summed(voter, gradient)) is not None:
+            self._exchange(*found)
+
+    def _exchange(self, voter: Voter, gradient: Gradient) -> None:
+        """Sum a gradient over ranks, and count its votes."""
+        self.ranks.exchange(voter.tensor_id, gradient, partial(self._cast_total, voter))
+
+    def _cast_sums(self, taken: Pass) -> None:
+        """Count the votes of sums to which not every use of a weight has added, as of a loop that was left early."""
+        sums, taken.sums = taken.sums, {}
+        for _, (_, voter, gradient) in sorted(sums.items(), key=lambda item: item[0]):
+            self._exchange(voter, gradient)
 
     def makes_orthogonal(self, num_matrices: int) -> bool:
         """Return whether a gradient of so many stacked matrices is made orthogonal before it votes."""
