@@ -138,8 +138,10 @@ def recorded(families: list[str]) -> list[Specialisation]:
             recorder.cause = "the library's gradient of experts"
             experts = torch.zeros(64, dtype=torch.int64, device=DEVICE)
             for num_groups, width, row_slots in itertools.product((5, 32), (1192, 3536), (1, 2)):
-                rows = torch.zeros(64, width, dtype=torch.bfloat16, device=DEVICE)
-                rows_by_expert(rows, Plan.of(experts, num_groups), num_groups, row_slots)
+                # Contiguous rows, and some columns of wider ones.
+                for stride in (width, 21_216):
+                    rows = torch.zeros(64, stride, dtype=torch.bfloat16, device=DEVICE)[:, :width]
+                    rows_by_expert(rows, Plan.of(experts, num_groups), num_groups, row_slots)
             recorder.cause = "the first product of a training pass"
             for shapes, dtype in matrices_of_passes():
                 weights = [ops.from_spec(preset_calls.weight(*shape)) for shape in shapes]

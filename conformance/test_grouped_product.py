@@ -26,7 +26,7 @@ from conformance.compare import exact, same_sums
 from conformance.families import compare
 from conformance.poison import PATTERNS, poisoned
 from conformance.report import skip
-from conformance.subject import Subject, needs_cuda, needs_ours
+from conformance.subject import Subject, move, needs_cuda, needs_ours
 
 # Not by name: `ops` has ops of the names of its files.
 expert_ops = import_module("arbitor.optimized.ops.experts")
@@ -66,15 +66,17 @@ def wholes(*shape: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("kind", SPREADS)
 @pytest.mark.parametrize("num_groups", [1, 5, 70])
 @pytest.mark.parametrize("row_slots", [1, 2])
+@pytest.mark.parametrize("stride", [300, 344, 1000])
 def test_rows_are_in_the_order_of_experts_with_zeros_between(
-    subject: Subject, kind: str, num_groups: int, row_slots: int
+    subject: Subject, kind: str, num_groups: int, row_slots: int, stride: int
 ) -> None:
-    """A row of zeros ends each expert, also one without a slot. Unused slots are left out."""
+    """A row of zeros ends each expert, also one without a slot. Unused slots are left out. Rows may lie apart."""
     experts = spread_of(kind, num_groups, 130)
-    rows = wholes(130 // row_slots, 300, seed=1)
+    wider = wholes(130 // row_slots, stride, seed=1)
+    rows = wider[:, -300:]
     plan = Plan.of(experts.to(subject.device), num_groups)
     with poisoned(PATTERNS[0]):
-        got = rows_by_expert(rows.to(subject.device), plan, num_groups, row_slots).cpu()
+        got = rows_by_expert(wider.to(subject.device)[:, -300:], plan, num_groups, row_slots).cpu()
     ends = plan.ends_with_zeros(num_groups).cpu()
     of_slots = rows.repeat_interleave(row_slots, dim=0)
     want = [each for e in range(num_groups) for each in (of_slots[experts == e], torch.zeros(1, 300))]
@@ -87,35 +89,36 @@ def test_rows_are_in_the_order_of_experts_with_zeros_between(
 @pytest.mark.parametrize("kind", SPREADS)
 @pytest.mark.parametrize("num_groups", [1, 5])
 @pytest.mark.parametrize("sharing", ["nothing", "inputs", "gradients"])
+@pytest.mark.parametrize("before", [0, 8])
 def test_the_grouped_product_is_that_of_the_reference(
-    subject: Subject, kind: str, num_groups: int, sharing: str
+    subject: Subject, kind: str, num_groups: int, sharing: str, before: int
 ) -> None:
-    """Every sum is rounded once. Experts without a slot have zeros, and a NaN in an unused slot shows nowhere."""
+    """Every sum is rounded once. Experts without a slot have zeros, and a NaN in an unused slot shows nowhere.
+
+    A part of a gradient is some columns of a matrix, with others `before` them.
+    """
     needs_hopper(subject, "results of the library's grouped product")
     experts = spread_of(kind, num_groups, 650)
-    pairs = experts.reshape(-1, 2)
-    grad, x = wholes(325, 2, 24, seed=2), wholes(325, 2, 40, seed=3)
+    pairs, is_unused = experts.reshape(-1, 2), experts.reshape(-1, 2, 1) < 0
+    grad, x = wholes(325, 2, before + 24, seed=2), wholes(325, 2, 40, seed=3)
     if sharing == "inputs":
         x = x[:, :1].expand(-1, 2, -1)
     elif sharing == "gradients":
         grad = grad[:, :1].expand(-1, 2, -1)
+    else:
+        x, grad = (torch.where(is_unused, torch.nan, each) for each in (x, grad))
+    grad = grad[..., before:]
     how: dict[str, Any] = {"num_groups": num_groups, "dtype": torch.bfloat16}
     want = reference_ops.grouped_linear_weight_grad(grad, x, pairs, **how)
-    if sharing == "nothing":
-        grad, x = (torch.where(pairs[..., None] < 0, torch.nan, each) for each in (grad, x))
-    (grad_rows, grad_slots), (x_rows, x_slots) = map(expert_ops.rows_of_slots, (grad, x))
-    assert {grad_slots, x_slots} == ({1} if sharing == "nothing" else {1, 2})
+    grad, x = (move(each, subject.device) for each in (grad, x))
+    (grad, grad_slots), (x, x_slots) = (expert_ops.rows_of_slots(each, apart=True) for each in (grad, x))
+    assert (grad_slots, x_slots) == {"nothing": (1, 1), "inputs": (1, 2), "gradients": (2, 1)}[sharing]
+    assert not (before and grad.is_contiguous())
     plan = Plan.of(experts.to(subject.device), num_groups)
+    slots = {"grad_slots": grad_slots, "x_slots": x_slots}
     for pattern in PATTERNS:
         with poisoned(pattern):
-            got = expert_ops.library_weight_grad(
-                grad_rows.to(subject.device),
-                x_rows.to(subject.device),
-                plan,
-                num_groups,
-                grad_slots=grad_slots,
-                x_slots=x_slots,
-            )
+            got = expert_ops.library_weight_grad(grad, x, plan, num_groups, **slots)
         same_sums(got.cpu(), want)
 
 
@@ -196,10 +199,12 @@ def test_a_large_call_on_a_gpu(subject: Subject, monkeypatch: pytest.MonkeyPatch
     needs_hopper(subject, "the library's grouped product of a large call")
     monkeypatch.delenv("ARB_PATH", raising=False)
     num_groups, num_slots = 5, 5 * 600
-    grad, x = (
+    wider, x = (
         strategies.float_values((num_slots, width), "normal", width).to(torch.bfloat16)
-        for width in (1040, 1192)
+        for width in (1056, 1192)
     )
+    # As a part of the outputs of each expert.
+    grad = wider[:, 16:]
     how: dict[str, Any] = {"num_groups": num_groups, "dtype": torch.bfloat16}
     experts = spread_of(kind, num_groups, num_slots)
     called = []
@@ -210,7 +215,7 @@ def test_a_large_call_on_a_gpu(subject: Subject, monkeypatch: pytest.MonkeyPatch
     compare(subject, "grouped_linear_weight_grad", Case((grad, x, experts), how))
     assert called, "the kernel made the gradient"
     op = subject.raw("grouped_linear_weight_grad")
-    grad_there, x_there, experts_there = (each.to(subject.device) for each in (grad, x, experts))
+    grad_there, x_there, experts_there = (move(each, subject.device) for each in (grad, x, experts))
     want = op(grad_there, x_there, experts_there, **how)
     exact(op(grad_there, x_there, experts_there, **how).cpu(), want.cpu(), "again")
     slots = torch.arange(num_slots, device=subject.device) % num_groups

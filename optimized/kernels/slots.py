@@ -133,11 +133,11 @@ class Plan:
 
 @triton.jit(do_not_specialize=["num_places", "num_groups", "column_blocks"])
 def _gather_rows_kernel(
-    rows_ptr, out_ptr, order_ptr, starts_ptr, num_columns, num_places, num_groups, column_blocks,
+    rows_ptr, out_ptr, order_ptr, starts_ptr, num_columns, row_stride, num_places, num_groups, column_blocks,
     ROW_SLOTS: tl.constexpr, GROUP_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    COLUMN_STEP: tl.constexpr,
+    COLUMN_STEP: tl.constexpr, STRIDE_STEP: tl.constexpr,
 ):  # fmt: skip
-    num_columns = known_columns(num_columns, COLUMN_STEP)
+    num_columns, row_stride = known_columns(num_columns, COLUMN_STEP), known_columns(row_stride, STRIDE_STEP)
     places = (tl.program_id(0) // column_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = (tl.program_id(0) % column_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
     groups = tl.arange(0, GROUP_BLOCK)
@@ -151,7 +151,7 @@ def _gather_rows_kernel(
     is_slot = inside & (sorted_places < tl.load(starts_ptr + 1 + group, mask=inside, other=0))
     slots = tl.load(order_ptr + sorted_places, mask=is_slot, other=0)
     columns_mask = (columns < num_columns)[None, :]
-    row_ptr = rows_ptr + (slots // ROW_SLOTS)[:, None] * num_columns
+    row_ptr = rows_ptr + (slots // ROW_SLOTS)[:, None] * row_stride
     values = tl.load(row_ptr + columns[None, :], mask=is_slot[:, None] & columns_mask, other=0.0)
     out_row_ptr = out_ptr + places.to(tl.int64)[:, None] * num_columns
     tl.store(out_row_ptr + columns[None, :], values, mask=inside[:, None] & columns_mask)
@@ -162,7 +162,7 @@ def rows_by_expert(rows: Tensor, plan: Plan, num_groups: int, row_slots: int = 1
 
     Where rows end, by expert, says `Plan.ends_with_zeros`. What stands behind the last end is not written.
 
-    rows:      what slots read, contiguous
+    rows:      what slots read; rows may lie apart, but none of their elements
     row_slots: neighbouring slots that read one row
     """
     runs_here(rows)
@@ -171,9 +171,10 @@ def rows_by_expert(rows: Tensor, plan: Plan, num_groups: int, row_slots: int = 1
     # One place more than can be used, since torch asks for a last end before the length.
     made = torch.empty(num_places + 1, num_columns, dtype=rows.dtype, device=rows.device)
     _gather_rows_kernel[row_grid(triton.cdiv(num_places, GATHERED_SLOTS), column_blocks)](
-        rows, made, plan.order, plan.starts, num_columns, num_places, num_groups, column_blocks,
+        rows, made, plan.order, plan.starts, num_columns, rows.stride(0), num_places, num_groups, column_blocks,
         ROW_SLOTS=row_slots, GROUP_BLOCK=triton.next_power_of_2(num_groups),
-        BLOCK_M=GATHERED_SLOTS, BLOCK_K=block_k, COLUMN_STEP=column_step(num_columns),
+        BLOCK_M=GATHERED_SLOTS, BLOCK_K=block_k,
+        COLUMN_STEP=column_step(num_columns), STRIDE_STEP=column_step(rows.stride(0)),
     )  # fmt: skip
     return made
 

@@ -101,10 +101,11 @@ def grouped_linear_weight_grad(
     checks.float_dtype("dtype", dtype, checks.GRADIENT_DTYPES)
     values_between("experts_M", experts_M, -1, num_groups - 1)
     plan = Plan.of(experts_M.flatten(), num_groups)
-    (grad, grad_slots), (x, x_slots) = rows_of_slots(grad_MN), rows_of_slots(x_MK)
+    fits = dtype is torch.bfloat16 and library_fits(grad_MN, x_MK, experts_M.numel(), num_groups)
+    by_library = takes_library(fits, x_MK.device, only=compiler.HOPPER)
+    (grad, grad_slots), (x, x_slots) = (rows_of_slots(each, apart=by_library) for each in (grad_MN, x_MK))
     slots = {"grad_slots": grad_slots, "x_slots": x_slots}
-    fits = dtype is torch.bfloat16 and library_fits(grad, x, experts_M.numel(), num_groups)
-    if takes_library(fits, x.device, only=compiler.HOPPER):
+    if by_library:
         return library_weight_grad(grad, x, plan, num_groups, **slots)
     return weight_grad(grad, x, plan, num_groups, dtype=dtype, **slots)
 
@@ -205,12 +206,12 @@ def _product(
     return y.reshape(*experts_M.shape, num_outputs)
 
 
-def library_fits(grad: Tensor, x: Tensor, num_slots: int, num_groups: int) -> bool:
-    """Return whether the library's grouped product takes rows of outputs and of inputs, and is worth it for a bfloat16 gradient."""
-    num_outputs, num_inputs = grad.shape[1], x.shape[1]
+def library_fits(grad_MN: Tensor, x_MK: Tensor, num_slots: int, num_groups: int) -> bool:
+    """Return whether the library's grouped product takes outputs and inputs of slots, and is worth it for a bfloat16 gradient."""
+    num_outputs, num_inputs = grad_MN.shape[-1], x_MK.shape[-1]
     return (
         hasattr(F, "grouped_mm")
-        and x.dtype is torch.bfloat16
+        and x_MK.dtype is torch.bfloat16
         and num_outputs % LIBRARY_MULTIPLE == num_inputs % LIBRARY_MULTIPLE == 0
         and num_outputs * num_inputs >= LIBRARY_ELEMENTS
         and num_groups <= LIBRARY_GROUPS
@@ -227,20 +228,26 @@ def library_weight_grad(
 
     Every expert has a row of zeros behind its own, so that none is without rows, of which the library promises nothing. The ends of
     experts stay on the device.
+
+    grad, x:             rows of outputs and of inputs, which may lie apart
+    grad_slots, x_slots: neighbouring slots that read one row
     """
     grad_rows = rows_by_expert(grad, plan, num_groups, grad_slots)
     x_rows = rows_by_expert(x, plan, num_groups, x_slots)
     return F.grouped_mm(grad_rows.T, x_rows, offs=plan.ends_with_zeros(num_groups)).flatten(0, 1)
 
 
-def rows_of_slots(x: Tensor) -> tuple[Tensor, int]:
-    """Return the rows that slots [..., K] read, contiguous, and how many neighbouring slots read each of them.
+def rows_of_slots(x: Tensor, *, apart: bool = False) -> tuple[Tensor, int]:
+    """Return the rows that slots [..., K] read, and how many neighbouring slots read each of them.
 
-    Where `expand` made neighbouring slots of one row in memory, as for the experts of a position, nothing is copied.
+    Where `expand` made neighbouring slots of one row in memory, as for the experts of a position, nothing is copied. Rows are
+    contiguous, or, if they may lie `apart`, as those of some columns of a matrix do, each by itself.
     """
-    if x.ndim > 2 and x.stride(-2) == 0 and x.shape[-2] > 1:
-        return matrix_of(x.select(-2, 0)), x.shape[-2]
-    return matrix_of(x), 1
+    is_shared = x.ndim > 2 and x.stride(-2) == 0 and x.shape[-2] > 1
+    own, slots = (x.select(-2, 0), x.shape[-2]) if is_shared else (x, 1)
+    if apart and own.stride(-1) == 1:
+        return own.flatten(0, -2), slots
+    return matrix_of(own), slots
 
 
 def few_slots(num_slots: int, num_groups: int) -> bool:
