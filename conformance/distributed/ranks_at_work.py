@@ -240,7 +240,6 @@ def counts_bytes(world: World, folder: Path) -> Any:
                 world.count,
                 gradient_bytes=bytes_of_an_element(module, dtype, exchange),
                 changed=0,
-                uses=module.uses,
             )
             - (world.count - 1) * changes_bytes(read_bytes(module.weight), 0)
             for module in matrices.values()

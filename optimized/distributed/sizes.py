@@ -23,7 +23,7 @@ def kept_bytes(weight: LaidOutWeight, count: int) -> float:
 
 
 def received_bytes(
-    weight: LaidOutWeight, count: int, *, gradient_bytes: float, changed: int | None = None, uses: int = 1
+    weight: LaidOutWeight, count: int, *, gradient_bytes: float, changed: int | None = None
 ) -> float:
     """Return the bytes that all ranks together receive in a step of one micro-batch for a matrix that the batch does not choose.
 
@@ -32,13 +32,12 @@ def received_bytes(
         gradient_bytes: bytes of an element of the gradient: 2 if it is made orthogonal in bfloat16, 33/32 or a little more if it
             travels in eight bits, else 4.
         changed: bytes of trits and scales that the step changed; None if all are sent.
-        uses: how often a pass uses the matrix.
     """
     num_rows, num_columns = weight.shape
     read = read_bytes(weight)
     sent = read if changed is None else changes_bytes(read, changed)
     # The owner receives a gradient of every other rank, and every other rank receives what changed of trits and scales.
-    return (count - 1) * (uses * gradient_bytes * num_rows * num_columns + sent)
+    return (count - 1) * (gradient_bytes * num_rows * num_columns + sent)
 
 
 def read_bytes(weight: LaidOutWeight) -> int:
