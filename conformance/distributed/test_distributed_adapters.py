@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.console import Console
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.options import TrainOptions
 from conformance.distributed import adapters_at_work
-from conformance.distributed.started import Found, both, succeeded, torchrun, two
+from conformance.distributed.started import Found, both, copied, succeeded, torchrun, two
 from conformance.training import nano
 
 
@@ -73,14 +74,16 @@ def test_rank_0_alone_writes_a_run_of_adapters(found: Found) -> None:
 
 
 @both
-def test_one_process_goes_on_with_adapters_of_many(found: Found, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_goes_on_with_adapters_of_many(
+    found: Found, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     nano.register(monkeypatch)
     nano.without_pictures(monkeypatch)
     (folder, ranks), shown = found, io.StringIO()
-    left = TrainOptions(run=folder / "adapted-left", resume=True, finetune=True)
+    left = TrainOptions(run=copied(folder / "adapted-left", tmp_path), resume=True, finetune=True)
     assert train(left, console=Console(file=shown, width=999)).summary["steps"] == 6
     assert f"at step 3\nthe run had {len(ranks)} ranks and goes on with 1 rank: " in shown.getvalue()
-    finished = train(TrainOptions(run=folder / "adapted", resume=True)).summary
+    finished = train(TrainOptions(run=copied(folder / "adapted", tmp_path), resume=True)).summary
     assert finished["adapter_sha256"] == ranks[0]["finetunes"]["digests"]["saved"]
 
 
