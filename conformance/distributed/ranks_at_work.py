@@ -432,6 +432,12 @@ def a_world(patch: pytest.MonkeyPatch) -> Iterator[World]:
     dist.destroy_process_group()
 
 
+def threads_of_exchange() -> list[str]:
+    """Return the names of the threads of this process in which gloo exchanges."""
+    names = [each.read_text().strip() for each in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
 def main(folder: Path, device: str) -> None:
     torch.set_num_threads(1)
     if os.environ["RANK"] == "0" and os.environ["WORLD_SIZE"] == "2":
@@ -457,6 +463,10 @@ def main(folder: Path, device: str) -> None:
         else:
             # A rank that failed waits for nobody.
             dist.barrier()
+            found["leaves"] = [threads_of_exchange()]
+    if "leaves" in found:
+        found["leaves"].append(threads_of_exchange())
+        (folder / f"rank{world.number}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
