@@ -127,14 +127,14 @@ def sums_as_the_rule_says(world: World, folder: Path) -> Any:
     found = {}
     sizes = (
         (2**26, 2**31),
-        (2**12, 1),
+        (2**12, 2**12),
         (1, 2**13),
-        (2**26, 2**10),
+        (2**26, 2**12),
         (2**26, 2**31),
         (2**12, 2**31),
         (2**26, 2**13),
-        (2**12, 2**10),
-        (2**26, 2**12),
+        (2**12, 2**14),
+        (2**12, 2**13),
         (2**26, 2**31),
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -169,8 +169,10 @@ def sums_as_the_rule_says(world: World, folder: Path) -> Any:
 
 
 def adds_in_order(world: World, folder: Path) -> Any:
-    """Terms whose sum depends on the order, as values and as the gradient of a matrix that votes as it is."""
-    model = together(nano.NANO, world)
+    """Terms whose sum depends on the order: values, and the gradient of a matrix that votes as it is, which travels row by row."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(traffic, "HELD_BYTES", 1)
+        model = together(nano.NANO, world)
     ranks, head = model.voting.ranks, model.byte_head.vocabulary
     term = torch.tensor(TERMS[world.number], device=Place.device)
     totals = oracle.watch_totals(model)
