@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import math
 import os
+import runpy
 import shutil
 import signal
+import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,7 +49,7 @@ from conformance.distributed.at_work import (
 from conformance.training import nano
 from conformance.training.runs import train_until_killed
 
-STEPS, PASSES = 3, 2
+STEPS, PASSES = 2, 2
 """Steps that are compared with the oracle, and the passes of each."""
 
 SMALL_PIECE = 2**9
@@ -162,35 +165,56 @@ def moves_no_adapters_by_what_is_not_finite(world: World, folder: Path) -> Any:
 
 
 def finetunes(world: World, folder: Path) -> Any:
-    """Whole runs: two of one seed, one that is killed, one that one rank is told to stop, and one that one process began."""
+    """Whole runs: one that nothing happens to, one that is killed, one that one rank is told to stop, and one of one process."""
     shown, options, is_last = io.StringIO(), finetune_options(folder), world.number == world.count - 1
+    saved = train(
+        replace(options, run=folder / "adapted"),  # type: ignore[type-var]
+        console=Console(file=shown, width=999),
+    ).summary["adapter_sha256"]
+    train_until_killed(4, replace(options, run=folder / "adapted-left"))  # type: ignore[type-var]
+    if world.is_first:
+        # One process goes on with the run too.
+        shutil.copytree(folder / "adapted-left", folder / "adapted-killed")
+    world.wait()
+    killed = resumed(folder / "adapted-killed")
     # Another machine may have the base by another name.
     named = replace(options, init_from=str(folder / ("base-again" if is_last else "base")))  # type: ignore[type-var]
-    digests = {
-        "unsaved": train(replace(named, save=False, save_interval=None)).summary["adapter_sha256"],  # type: ignore[type-var]
-        "saved": train(
-            replace(options, run=folder / "adapted"),  # type: ignore[type-var]
-            console=Console(file=shown, width=999),
-        ).summary["adapter_sha256"],
-    }
-    for name in ("adapted-killed", "adapted-left"):
-        train_until_killed(4, replace(options, run=folder / name))  # type: ignore[type-var]
-    digests["killed"] = resumed(folder / "adapted-killed")
-    stopped = replace(options, run=folder / "adapted-stopped")  # type: ignore[type-var]
+    stopped = replace(named, run=folder / "adapted-stopped")  # type: ignore[type-var]
     with pytest.MonkeyPatch.context() as patch:
         if is_last:
             at_step(patch, 1, lambda run: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(Stopped) as says:
             train(stopped)
     # Rank 0 has written the checkpoint then. A process that was stopped is not there any more to read an older one.
-    world.gathered(torch.zeros(1))
-    digests["stopped"] = resumed(folder / "adapted-stopped")
+    world.wait()
     return {
-        "digests": digests,
+        "digests": {"saved": saved, "killed": killed, "stopped": resumed(folder / "adapted-stopped")},
+        "module": finetuned_by_the_module(folder),
         "shown": shown.getvalue(),
         "stopped": str(says.value),
         "of one": gone_on(folder / "adapted-alone"),
     }
+
+
+def finetuned_by_the_module(folder: Path) -> dict[str, Any]:
+    """Run `arbitor.finetune` as torchrun runs it on a rank that it has started, and return what it prints and how it ends."""
+    options = finetune_options(folder)
+    asked = {
+        "base": options.init_from,
+        "lora-rank": options.lora_rank,
+        "learning-rate": options.learning_rate,
+        "out": folder / "module",
+        **{name: getattr(options, name) for name in ("data", "device", "steps", "batch", "context", "accum")},
+    }
+    words = [word for name, value in asked.items() for word in (f"--{name}", str(value))]
+    printed, code = io.StringIO(), None
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr(sys, "argv", ["arbitor.finetune", *words])
+        try:
+            runpy.run_module("arbitor.finetune", run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            code = end.code
+    return {"printed": printed.getvalue(), "code": code}
 
 
 def finetune_options(folder: Path) -> TrainOptions:

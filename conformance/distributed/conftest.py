@@ -1,6 +1,7 @@
 """What ranks found, which the files of tests share.
 
-A process takes seconds to import torch. So torchrun is started three times, and each start serves many tests.
+A process takes seconds to import torch. So torchrun is started three times for the whole suite, whatever number of workers runs it,
+and each start serves many tests.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from conformance.distributed.started import (
     SECONDS,
     STEPS,
     STOPPED_AT,
+    Found,
     device_of_ranks,
     ended,
+    once,
     ranks_of,
     succeeded,
     torchrun,
@@ -37,9 +40,20 @@ from conformance.training.runs import options, train_until_killed
 
 
 @pytest.fixture(scope="session")
-def survivor(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run of two ranks: rank 1 is killed, torchrun starts both again, and SIGTERM stops them."""
-    folder = tmp_path_factory.mktemp("survivor")
+def everyones(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of pytest-xdist see."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def survivor(everyones: Path) -> dict[str, Any]:
+    """What became of a run of two ranks, and the folder in which it is. See `survive`."""
+    return once(everyones, "survivor", survive)
+
+
+def survive(folder: Path) -> dict[str, Any]:
+    """Begin a run of two ranks. Rank 1 is killed, torchrun starts both again, and SIGTERM stops them."""
     (folder / "text.txt").write_bytes(nano.TEXT)
     run = folder / "survivor"
     process = torchrun(
@@ -57,7 +71,7 @@ def survivor(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     process.send_signal(signal.SIGTERM)
     _, out, err = ended(process)
     return {
-        "folder": folder,
+        "folder": str(folder),
         "out": out,
         "err": err,
         "stopped_at": last_step(run / "metrics.jsonl"),
@@ -65,33 +79,16 @@ def survivor(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def already_found() -> dict[int, tuple[Path, list[dict[str, Any]]]]:
-    """What was found by numbers of ranks. Pytest ends a fixture of another parameter, and may come back to the first."""
-    return {}
-
-
-@pytest.fixture(scope="session")
-def found(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    already_found: dict[int, tuple[Path, list[dict[str, Any]]]],
-) -> tuple[Path, list[dict[str, Any]]]:
-    """What each rank found, and the folder in which they worked, for a number of ranks."""
+def found(request: pytest.FixtureRequest, everyones: Path) -> Found:
+    """What each rank found, and the folder in which they worked, for a number of ranks. Two work where a run survived."""
     count = request.param
-    if count not in already_found:
-        already_found[count] = find(request, tmp_path_factory, count)
-    return already_found[count]
+    survived = Path(request.getfixturevalue("survivor")["folder"]) if count == 2 else None
+    place, ranks = once(everyones, f"ranks{count}", lambda folder: find(count, survived or folder))
+    return Path(place), ranks
 
 
-def find(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, count: int
-) -> tuple[Path, list[dict[str, Any]]]:
-    """Let ranks work, and return the folder in which they do, and what each of them finds."""
-    device = device_of_ranks()
-    if count == 2:
-        folder = request.getfixturevalue("survivor")["folder"]
-    else:
-        folder = tmp_path_factory.mktemp("ranks")
+def find(count: int, folder: Path) -> tuple[str, list[dict[str, Any]]]:
+    """Let ranks work in a folder. Return it, and what each of them finds."""
     (folder / "text.txt").write_bytes(nano.TEXT)
     (folder / "other.txt").write_bytes(nano.TEXT + b"!")
     with pytest.MonkeyPatch.context() as patch:
@@ -103,5 +100,5 @@ def find(
         (folder / "base-again").symlink_to("base")
         begun = replace(adapters_at_work.finetune_options(folder), device="cpu", run=folder / "adapted-alone")  # type: ignore[type-var]
         train_until_killed(4, begun)
-    succeeded(torchrun(count, "conformance.distributed.ranks_at_work", str(folder), device))
-    return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(count)]
+    succeeded(torchrun(count, "conformance.distributed.ranks_at_work", str(folder), device_of_ranks()))
+    return str(folder), [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(count)]

@@ -27,8 +27,7 @@ LIVELY: dict[str, Any] = {"theta": 1, "theta_e": 1}
 
 CASES: dict[str, tuple[ArbConfig, torch.dtype, str]] = {
     "every module": (replace(nano.WHOLE, average_gradients=True, **LIVELY), torch.float32, "full"),
-    "eight bits": (replace(nano.NANO, **LIVELY), torch.bfloat16, "mxint8"),
-    "stacks of several owners": (replace(CUT, **LIVELY), torch.bfloat16, "full"),
+    "stacks of several owners in eight bits": (replace(CUT, **LIVELY), torch.bfloat16, "mxint8"),
 }
 """Models that are compared, their dtype, and how gradients travel."""
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,32 @@ def torchrun(
         stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
+
+
+def once(place: Path, name: str, make: Callable[[Path], Any]) -> Any:
+    """Return what `make` returns when it is given a new folder: JSON data, or the error that it raised as an AssertionError.
+
+    Of several processes, or threads, that name the same place and name, the first calls `make`, and the others wait for it.
+    """
+    folder, made = place / name, place / f"{name}.json"
+    with (place / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            folder.mkdir()
+            try:
+                found = {"made": make(folder)}
+            except Exception as error:
+                made.write_text(json.dumps({"failed": f"{type(error).__name__}: {error}"}))
+                raise
+            made.write_text(json.dumps(found))
+    found = json.loads(made.read_text())
+    assert "made" in found, found["failed"]
+    return found["made"]
+
+
+def copied(run: Path, folder: Path) -> Path:
+    """Return a copy of a run for a test that goes on with it. Other tests may read the run meanwhile, in another process."""
+    return Path(shutil.copytree(run, folder / run.name))
 
 
 def meeting_place() -> TCPStore:

@@ -13,7 +13,15 @@ from conformance.distributed.started import Found, both
 @both
 def test_every_check_ran(found: Found) -> None:
     for of_rank in found[1]:
-        assert list(of_rank) == [check.__name__ for check in ranks_at_work.CHECKS], of_rank
+        assert list(of_rank) == [*(check.__name__ for check in ranks_at_work.CHECKS), "leaves"], of_rank
+
+
+@both
+def test_a_rank_that_is_done_leaves_no_threads_of_exchange(found: Found) -> None:
+    """One that is busy when Python ends would abort the process. What trains adapters once kept them."""
+    for of_rank in found[1]:
+        before, after = of_rank["leaves"]
+        assert before and not after, after
 
 
 @both

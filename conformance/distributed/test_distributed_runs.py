@@ -6,6 +6,8 @@ import io
 import json
 import re
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,12 @@ from conformance.distributed.started import (
     STEPS,
     Found,
     both,
+    copied,
     device_of_ranks,
     ended,
     is_running,
     meeting_place,
+    once,
     succeeded,
     three,
     torchrun,
@@ -37,7 +41,9 @@ from conformance.training import nano
 
 
 @three
-def test_a_run_with_spread_codes_is_the_run_without(found: Found, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_spread_codes_is_the_run_without(
+    found: Found, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """So is what ranks that keep all codes say of its checkpoint, and one process."""
     folder, ranks = found
     for of_rank in ranks:
@@ -46,9 +52,8 @@ def test_a_run_with_spread_codes_is_the_run_without(found: Found, monkeypatch: p
     nano.register(monkeypatch)
     nano.without_pictures(monkeypatch)
     shown = io.StringIO()
-    summary = train(
-        TrainOptions(run=folder / "spread", resume=True), console=Console(file=shown, width=999)
-    ).summary
+    own = TrainOptions(run=copied(folder / "spread", tmp_path), resume=True)
+    summary = train(own, console=Console(file=shown, width=999)).summary
     assert f"the run had {len(ranks)} ranks and goes on with 1 rank: " in shown.getvalue()
     assert summary["state_sha256"] == ranks[0]["trains_with_spread_codes"]["runs"][0]["state_sha256"]
 
@@ -203,19 +208,41 @@ def test_ranks_that_hang_say_where_and_are_ended(tmp_path: Path) -> None:
     assert not any(is_running(int(rank.name)) for rank in tmp_path.iterdir())
 
 
+def test_what_workers_of_the_suite_share_is_made_once(tmp_path: Path) -> None:
+    """Who comes later waits for the first, and is told what the first made, or that it failed."""
+    calls: list[str] = []
+
+    def make(folder: Path) -> list[str]:
+        calls.append(folder.name)
+        assert not list(folder.iterdir())
+        (folder / "used").touch()
+        time.sleep(0.1)
+        assert folder.name != "broken", "no luck"
+        return [folder.name]
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda _: once(tmp_path, "whole", make), range(3))) == [["whole"]] * 3
+        failed = [pool.submit(once, tmp_path, "broken", make) for _ in range(3)]
+        assert {str(each.exception()).rpartition(": ")[2].partition("\n")[0] for each in failed} == {
+            "no luck"
+        }
+    assert calls == ["whole", "broken"]
+
+
 @both
-def test_one_process_goes_on_with_a_run_of_many(found: Found, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_goes_on_with_a_run_of_many(
+    found: Found, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     nano.register(monkeypatch)
     nano.without_pictures(monkeypatch)
     (folder, ranks), shown = found, io.StringIO()
-    summary = train(
-        TrainOptions(run=folder / "unfinished", resume=True), console=Console(file=shown, width=999)
-    ).summary
+    own = TrainOptions(run=copied(folder / "unfinished", tmp_path), resume=True)
+    summary = train(own, console=Console(file=shown, width=999)).summary
     assert summary["steps"] == 6
     assert f"at step 3\nthe run had {len(ranks)} ranks and goes on with 1 rank: " in shown.getvalue()
-    finished = train(TrainOptions(run=folder / "run", resume=True)).summary
+    finished = train(TrainOptions(run=copied(folder / "run", tmp_path), resume=True)).summary
     assert finished["state_sha256"] == ranks[0]["trains"]["hashes"][1]
-    with_means = gone_on(folder / "alone")
+    with_means = gone_on(copied(folder / "alone", tmp_path))
     took_up_the_means(with_means)
     assert with_means["state_sha256"] == ranks[0]["goes_on_with_a_run_of_one"]["state_sha256"]
 

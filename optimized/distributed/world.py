@@ -19,6 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Its functions take the group of the moment at which they are imported for a default, and AdamW imports them. With the group they
+# would keep its threads, and a thread that is busy when Python ends aborts the process.
+import torch.distributed.nn.functional
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
