@@ -77,12 +77,13 @@ class Figure:
     per: float
 
     def now(self, stored: Stored) -> float | None:
-        """Return the figure, or None where there is no such row, or where the row failed."""
+        """Return the figure of the first such row that has it, or None where all failed, or there is none."""
         report = stored.scripts.get(self.script, {})
         for row in report.get(self.rows, ()):
             if all(_at({**report, **row}, name) == value for name, value in self.where.items()):
                 found = [_at(row, name) for name in self.fields]
-                return None if None in found else sum(found) / self.per
+                if None not in found:
+                    return sum(found) / self.per
         return None
 
 
