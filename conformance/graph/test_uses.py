@@ -76,6 +76,27 @@ def test_experts_that_the_batch_chose_vote_at_parts_of_the_rate() -> None:
     assert of_experts and any(of == [models.RATE / 3] * 3 for of in of_experts)
 
 
+@pytest.mark.parametrize("most", [2**27, 100])
+@pytest.mark.parametrize(("slots", "want"), [([1, 5, 5], [1, 2]), ([5, 1, 1], [1, 1, 1]), ([5, 0, 5], [3])])
+def test_uses_in_which_the_batch_chose_experts_leave_the_others_their_part(
+    monkeypatch: pytest.MonkeyPatch, most: int, slots: list[int], want: list[int]
+) -> None:
+    """As where ranks keep experts for each other, and few slots arrive in some turns. Rates add up to the rate in each part."""
+    monkeypatch.setattr(layers, "VOTE_ELEMENTS", most)
+    noting, rates = models.ops_noting_rates()
+    model = models.whole(ops=noting)
+    experts = TernaryGroupedLinear(model.context, 4, 16, 8)
+    experts.uses = 3
+    rates.clear()
+    with model.voting.taking(rate=models.RATE, step=2):
+        for count in slots:
+            experts(torch.ones(count, 16), torch.arange(count) % 4).sum().backward()
+        assert len(model.voting.current.sums) == len(list(layers.row_ranges(8, 64)))
+    parts = len(list(layers.row_ranges(8, 64)))
+    assert parts == 1 or most < 2**27
+    assert sorted(rates[experts.tensor_id]) == sorted(models.RATE * share / 3 for share in want * parts)
+
+
 def test_parts_of_a_large_weight_are_summed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gradient that is made in parts leaves the state that it leaves whole."""
 
@@ -109,17 +130,17 @@ def test_steps_of_the_video_head_vote_once() -> None:
             assert rates[module.tensor_id] == [models.RATE]
 
 
-@pytest.mark.parametrize("uses", [1, 2, 3, 7])
-def test_a_rate_on_the_device_is_divided_alike(subject: Subject, uses: int) -> None:
+@pytest.mark.parametrize(("uses", "shares"), [(1, 1), (2, 1), (3, 1), (7, 1), (3, 2), (7, 5)])
+def test_a_rate_on_the_device_is_divided_alike(subject: Subject, uses: int, shares: int) -> None:
     """The op gets the float32 nearest to the quotient, of a number and of a tensor. CUDA's own division by a number is off."""
     for value in [*torch.linspace(0.01, 127, 200).tolist(), 5.3, 0.1]:
         rate = torch.tensor(value, device=subject.device)
         # The quotient has enough bits in float64 to be rounded once.
-        want = torch.tensor(float(rate) / uses, dtype=torch.float32).item()
-        part = part_of_rate(rate, uses)
+        want = torch.tensor(float(rate) * shares / uses, dtype=torch.float32).item()
+        part = part_of_rate(rate, uses, shares)
         # It stays where it is: a number would wait for the device.
         assert isinstance(part, torch.Tensor) and float(part) == want
-        assert torch.tensor(part_of_rate(value, uses), dtype=torch.float32).item() == want
+        assert torch.tensor(part_of_rate(value, uses, shares), dtype=torch.float32).item() == want
 
 
 def test_the_sign_rule_casts_every_vote_in_full() -> None:
