@@ -56,7 +56,7 @@ class Voter:
         average:   the running mean that leads a gradient that is made orthogonal, or None.
         first_row: the row of a table that is the first one of the weight, where other ranks keep other rows.
         voted:     the method of a module that is told, with the next step, which rows voted on any rank (None: all); or None.
-        shares:    for how many of the `uses` a vote stands, which is cast at `shares / uses` of the rate.
+        shares:    for how many of the `uses` a vote stands, which is cast at its part of the rate.
     """
 
     weight: LaidOutWeight
@@ -66,6 +66,11 @@ class Voter:
     first_row: int = 0
     voted: Callable[[Tensor | None], None] | None = None
     shares: int = 1
+
+    @property
+    def part(self) -> float:
+        """The part of the rate at which the weight votes."""
+        return self.shares / self.uses
 
 
 @dataclass(frozen=True)
@@ -86,12 +91,11 @@ class Vote:
         return grad_NK.shape[0] // self.gradient.num_matrices, grad_NK.shape[1], grad_NK.device
 
     @property
-    def kind(self) -> tuple[int, ...]:
+    def kind(self) -> tuple[float, ...]:
         """What votes have in common whose weights can be counted in together: whether all rows vote, shape, format and rate."""
         weight = self.voter.weight
         all_rows = int(self.gradient.rows is None)
-        part = self.voter.uses, self.voter.shares
-        return all_rows, *weight.shape, weight.group_size, weight.mantissa_bits, *part
+        return all_rows, *weight.shape, weight.group_size, weight.mantissa_bits, self.voter.part
 
 
 class Pass:
@@ -137,7 +141,7 @@ class Pass:
         )
         count += 1
         if count == voter.uses:
-            return replace(voter, uses=1), total
+            return replace(voter, shares=count), total
         self.sums[key] = count, voter, total
         return None
 
@@ -146,11 +150,10 @@ class Pass:
 
         A sum has the part of the rate that the gradients left which voted by themselves.
         """
-        sums, self.sums = self.sums, {}
-        for key in sorted(sums):
-            _, voter, total = sums.pop(key)
-            lone = self.lone[key] % voter.uses
-            yield replace(voter, shares=voter.uses - lone) if lone else replace(voter, uses=1), total
+        for key in sorted(self.sums):
+            _, voter, total = self.sums.pop(key)
+            # Several backward passes may have run, each with all uses.
+            yield replace(voter, shares=voter.uses - self.lone[key] % voter.uses), total
 
     def keep(self, tensor: Tensor, rows: Tensor | None = None) -> None:
         """Copy a tensor, or some of its rows, before it is written to. For a row of -1, which stands for none, row 0 is copied."""
