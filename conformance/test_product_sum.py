@@ -133,6 +133,13 @@ def test_matrices_at_odd_addresses(subject: Subject) -> None:
     out = moved(added)
     assert product_sum.product_sum(a, b, added=out, out=out, factor=0.5) is out
     exact(out, want)
+    # There is room between the rows of these.
+    few = [each[..., :12] for each in (a, b, added)]
+    want = product_sum.product_sum(few[0], few[1][:, :12], added=few[2])
+    moved_few = [moved(each)[..., :12] for each in (a, b, added)]
+    exact(product_sum.product_sum(moved_few[0], moved_few[1][:, :12], added=moved_few[2]), want)
+    want = product_sum.product_sum(few[0].mT, b)
+    exact(product_sum.product_sum(moved_few[0].mT, moved(b)), want)
 
 
 def test_which_matrices_have_descriptors() -> None:
@@ -248,3 +255,18 @@ def test_orthogonalize_returns_rows_that_touch(subject: Subject, shape: tuple[in
     grad = torch.randn(2 * shape[0], shape[1], generator=torch.Generator().manual_seed(1))
     for dtype in (torch.bfloat16, torch.float32):
         assert optimized_ops.orthogonalize(grad.to(subject.device, dtype), num_groups=2).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("turned", [False, True])
+def test_orthogonalize_takes_a_lone_row_of_a_wider_matrix(
+    subject: Subject, dtype: torch.dtype, turned: bool
+) -> None:
+    """Torch calls it contiguous, and so it calls a lone column of a row, but their strides are those of the wider matrix."""
+    wider = torch.randn(4, 104, generator=torch.Generator().manual_seed(1)).to(subject.device, dtype)
+    for width in (104, 100, 96):
+        row = wider[:1, :width]
+        grad = row.mT if turned else row
+        assert grad.is_contiguous() and 104 in grad.stride()
+        plain = torch.tensor(grad.tolist(), dtype=dtype, device=subject.device)
+        exact(optimized_ops.orthogonalize(grad), optimized_ops.orthogonalize(plain))

@@ -11,11 +11,13 @@ import torch
 
 from arbitor.reference import ops
 from arbitor.reference.config import with_fields
-from arbitor.reference.graph import TernaryEmbedding, layers
+from arbitor.reference.graph import TernaryEmbedding, TernaryLinear, layers, voting
 from arbitor.reference.graph.grouped import TernaryGroupedLinear
 from arbitor.reference.graph.model import LOSS_REFERENCE
 from arbitor.reference.graph.module import TernaryModule
+from arbitor.reference.graph.ranks import Ranks
 from arbitor.reference.graph.voting import part_of_rate
+from arbitor.reference.types import TernaryWeight
 from conformance.compare import exact
 from conformance.graph import models
 from conformance.subject import Subject
@@ -76,6 +78,101 @@ def test_experts_that_the_batch_chose_vote_at_parts_of_the_rate() -> None:
     assert of_experts and any(of == [models.RATE / 3] * 3 for of in of_experts)
 
 
+@pytest.mark.parametrize("most", [2**27, 100])
+@pytest.mark.parametrize(
+    ("slots", "want"),
+    [([1, 5, 5], [1, 2]), ([5, 1, 1], [1, 1, 1]), ([5, 0, 5], [3]), ([1, 1, 1, 1, 5, 5], [1, 1, 1, 1, 2])],
+)
+def test_uses_in_which_the_batch_chose_experts_leave_the_others_their_part(
+    monkeypatch: pytest.MonkeyPatch, most: int, slots: list[int], want: list[int]
+) -> None:
+    """As where ranks keep experts for each other, and few slots arrive in some turns. Rates add up to the rate in each part."""
+    monkeypatch.setattr(layers, "VOTE_ELEMENTS", most)
+    noting, rates = models.ops_noting_rates()
+    model = models.whole(ops=noting)
+    experts = TernaryGroupedLinear(model.context, 4, 16, 8)
+    experts.uses = 3
+    rates.clear()
+    with model.voting.taking(rate=models.RATE, step=2):
+        for count in slots:
+            experts(torch.ones(count, 16), torch.arange(count) % 4).sum().backward()
+        assert len(model.voting.current.sums) == len(list(layers.row_ranges(8, 64)))
+    parts = len(list(layers.row_ranges(8, 64)))
+    assert parts == 1 or most < 2**27
+    assert sorted(rates[experts.tensor_id]) == sorted(models.RATE * share / 3 for share in want * parts)
+
+
+def test_weights_that_vote_at_other_parts_of_the_rate_are_counted_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Alike stacks whose gradients wait together leave what each leaves that votes by itself."""
+
+    def voted(waiting: int) -> list[TernaryWeight]:
+        monkeypatch.setattr(voting, "WAITING_ELEMENTS", waiting)
+        model = models.whole()
+        stacks = [TernaryGroupedLinear(model.context, 4, 32, 32) for _ in range(4)]
+        draws = torch.Generator().manual_seed(3)
+        with model.voting.taking(rate=models.RATE, step=2):
+            for stack, uses, slots in zip(
+                stacks, (3, 3, 2, 1), ([1, 5, 5], [5, 5, 5], [1, 5], [5]), strict=True
+            ):
+                stack.uses = uses
+                for count in slots:
+                    x = torch.randn(count, 32, generator=draws)
+                    stack(x, torch.arange(count) % 4).square().sum().backward()
+        return [stack.weight for stack in stacks]
+
+    for got, want in zip(voted(2**25), voted(0), strict=True):
+        exact(got, want)
+
+
+def test_the_rest_of_a_pass_is_exchanged_in_the_order_of_weights_before_ranks_finish() -> None:
+    """Sums to which a use is missing, whatever weight the backward pass came to last."""
+    seen: list[Any] = []
+
+    class Watched(Ranks):
+        def exchange(self, tensor_id: int, *more: Any) -> None:
+            seen.append(tensor_id)
+            super().exchange(tensor_id, *more)
+
+        def finish(self) -> None:
+            seen.append("finish")
+
+    model = models.whole()
+    model.voting.ranks = Watched()
+    linears = [TernaryLinear(model.context, 16, 8) for _ in range(3)]
+    with model.voting.taking(rate=models.RATE, step=2):
+        for place in (1, 2, 0):
+            linears[place].uses = 2
+            linears[place](torch.ones(3, 16)).sum().backward()
+    assert seen == [*(layer.tensor_id for layer in linears), "finish"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_sum_of_uses_is_rounded_to_the_dtype_of_the_gradients(dtype: torch.dtype) -> None:
+    """A gradient that is made orthogonal in bfloat16 is summed in bfloat16, in the order in which uses come."""
+    made: list[torch.Tensor] = []
+
+    def note(grad_NK: torch.Tensor, **options: Any) -> torch.Tensor:
+        made.append(grad_NK.clone())
+        return ops.orthogonalize(grad_NK, **options)
+
+    parts = models.quick_context(dtype=dtype, ops=models.ops_with(orthogonalize=note))
+    layer = TernaryLinear(parts, 32, 32)
+    layer.uses = 4
+    # To 1 bfloat16 can add none of the others, of which each is half of its last place. Their sum it could.
+    sizes = [1.0, 2**-8, 2**-8, 2**-8]
+    with parts.voting.taking(rate=1.0, step=3):
+        for size in sizes:
+            layer(torch.ones(1, 32, dtype=dtype)).backward(torch.full((1, 32), size, dtype=dtype))
+    want = torch.zeros((), dtype=dtype)
+    for size in sizes:
+        want = want + torch.tensor(size, dtype=dtype)
+    assert float(want) == (1.0 if dtype is torch.bfloat16 else sum(sizes))
+    (grad,) = made
+    exact(grad, want.expand(32, 32).contiguous())
+
+
 def test_parts_of_a_large_weight_are_summed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gradient that is made in parts leaves the state that it leaves whole."""
 
@@ -109,17 +206,17 @@ def test_steps_of_the_video_head_vote_once() -> None:
             assert rates[module.tensor_id] == [models.RATE]
 
 
-@pytest.mark.parametrize("uses", [1, 2, 3, 7])
-def test_a_rate_on_the_device_is_divided_alike(subject: Subject, uses: int) -> None:
+@pytest.mark.parametrize(("uses", "shares"), [(1, 1), (2, 1), (3, 1), (7, 1), (3, 2), (7, 5)])
+def test_a_rate_on_the_device_is_divided_alike(subject: Subject, uses: int, shares: int) -> None:
     """The op gets the float32 nearest to the quotient, of a number and of a tensor. CUDA's own division by a number is off."""
     for value in [*torch.linspace(0.01, 127, 200).tolist(), 5.3, 0.1]:
         rate = torch.tensor(value, device=subject.device)
         # The quotient has enough bits in float64 to be rounded once.
-        want = torch.tensor(float(rate) / uses, dtype=torch.float32).item()
-        part = part_of_rate(rate, uses)
+        want = torch.tensor(float(rate) * shares / uses, dtype=torch.float32).item()
+        part = part_of_rate(rate, uses, shares)
         # It stays where it is: a number would wait for the device.
         assert isinstance(part, torch.Tensor) and float(part) == want
-        assert torch.tensor(part_of_rate(value, uses), dtype=torch.float32).item() == want
+        assert torch.tensor(part_of_rate(value, uses, shares), dtype=torch.float32).item() == want
 
 
 def test_the_sign_rule_casts_every_vote_in_full() -> None:

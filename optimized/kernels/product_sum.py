@@ -230,8 +230,13 @@ def _lies_apart(stack: Tensor) -> bool:
 
 
 def _aligned(stack: Tensor) -> Tensor:
-    """Return a stack, or a copy with the same strides if a descriptor cannot find it."""
-    return stack.clone() if _lies_apart(stack) else stack
+    """Return a stack, or a copy that is turned as it is if its address is one that no descriptor takes."""
+    if not _lies_apart(stack):
+        return stack
+    # A clone of a stack with room between its rows has none.
+    rows = _unturned(stack)
+    copy = room_for(*rows.shape, rows).copy_(rows)
+    return copy if rows is stack else copy.mT
 
 
 def _unturned(stack: Tensor) -> Tensor:

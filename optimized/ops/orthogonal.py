@@ -58,7 +58,8 @@ def orthogonalize(
     checks.stacked_rows("grad_NK", grad_NK.shape[0], num_groups)
     if grad_NK.numel() == 0:
         return grad_NK.clone()
-    grad_NK = grad_NK.contiguous()
+    # Torch calls a lone row or column contiguous whatever its strides are, and descriptors go by strides.
+    grad_NK = grad_NK.reshape(-1).view(grad_NK.shape)
     squares_N = row_squares(grad_NK)
     factors_N = row_factors(squares_N, num_groups)
     shape = (num_groups, -1, grad_NK.shape[1])

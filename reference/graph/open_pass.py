@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -51,10 +52,11 @@ class Voter:
     Fields:
         weight:    the weight.
         tensor_id: its place in definition order.
-        uses:      how many gradients of it a pass gives, of which each votes at its part of the rate.
+        uses:      how many gradients of it a pass gives.
         average:   the running mean that leads a gradient that is made orthogonal, or None.
         first_row: the row of a table that is the first one of the weight, where other ranks keep other rows.
         voted:     the method of a module that is told, with the next step, which rows voted on any rank (None: all); or None.
+        shares:    for how many of the `uses` a vote stands, which is cast at its part of the rate.
     """
 
     weight: LaidOutWeight
@@ -63,6 +65,12 @@ class Voter:
     average: Average | None = None
     first_row: int = 0
     voted: Callable[[Tensor | None], None] | None = None
+    shares: int = 1
+
+    @property
+    def part(self) -> float:
+        """The part of the rate at which the weight votes."""
+        return self.shares / self.uses
 
 
 @dataclass(frozen=True)
@@ -83,11 +91,11 @@ class Vote:
         return grad_NK.shape[0] // self.gradient.num_matrices, grad_NK.shape[1], grad_NK.device
 
     @property
-    def kind(self) -> tuple[int, ...]:
-        """What votes have in common whose weights can be counted in together: all rows or some, shape, format and uses."""
+    def kind(self) -> tuple[float, ...]:
+        """What votes have in common whose weights can be counted in together: whether all rows vote, shape, format and rate."""
         weight = self.voter.weight
         all_rows = int(self.gradient.rows is None)
-        return all_rows, *weight.shape, weight.group_size, weight.mantissa_bits, self.voter.uses
+        return all_rows, *weight.shape, weight.group_size, weight.mantissa_bits, self.voter.part
 
 
 class Pass:
@@ -101,6 +109,7 @@ class Pass:
         recorded: whether a CUDA graph records the whole pass, so that its replays vote.
         notes:    the notes of the pass so far.
         sums:     for each weight, or part of one, that a pass uses several times: how many of its gradients came, and their sum.
+        lone:     how many gradients of such a weight, or part of one, voted by themselves.
         waiting:  votes whose gradients are still to be made orthogonal, in the order in which they came.
         reached:  whether the pass came through a weight of the model.
         wrote:    whether a weight has voted.
@@ -113,6 +122,7 @@ class Pass:
         self.rate, self.step, self.size, self.moves, self.recorded = rate, step, size, moves, recorded
         self.notes: list[Note] = []
         self.sums: dict[tuple[int, int], tuple[int, Voter, Gradient]] = {}
+        self.lone: Counter[tuple[int, int]] = Counter()
         self.waiting: list[Vote] = []
         self.reached = self.wrote = False
         self._keeps = keeps
@@ -129,11 +139,21 @@ class Pass:
         total = (
             gradient if so_far is None else replace(gradient, grad_NK=so_far.grad_NK.add_(gradient.grad_NK))
         )
-        count, one = count + 1, replace(voter, uses=1)
+        count += 1
         if count == voter.uses:
-            return one, total
-        self.sums[key] = count, one, total
+            return replace(voter, shares=count), total
+        self.sums[key] = count, voter, total
         return None
+
+    def rest(self) -> Iterator[tuple[Voter, Gradient]]:
+        """Return the sums to which not every use of a weight has added, in the order of weights, and who votes with each.
+
+        A sum has the part of the rate that the gradients left which voted by themselves.
+        """
+        for key in sorted(self.sums):
+            _, voter, total = self.sums.pop(key)
+            # Several backward passes may have run, each with all uses.
+            yield replace(voter, shares=voter.uses - self.lone[key] % voter.uses), total
 
     def keep(self, tensor: Tensor, rows: Tensor | None = None) -> None:
         """Copy a tensor, or some of its rows, before it is written to. For a row of -1, which stands for none, row 0 is copied."""

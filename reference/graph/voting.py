@@ -215,8 +215,9 @@ class Voting:
         With an `average` the gradient is led by it before it is made orthogonal. A gradient that votes as it is has none.
         If a pass uses a weight several times, the gradients of its `uses` are summed, each sum rounded to their dtype, and the sum
         votes. Rows that the batch chose differ from use to use. So each use of these votes at its part of the rate: the size of a
-        vote does not depend on the size of the gradient, and votes at the full rate would together go too far. The `sign` rule
-        counts the votes of each use.
+        vote does not depend on the size of the gradient, and votes at the full rate would together go too far. If a batch chose
+        rows in some uses alone, the sum of the others votes at what is left of the rate. The `sign` rule counts the votes of each
+        use.
         The pass leaves a note for `voted`.
         """
         taken = self.current
@@ -224,7 +225,10 @@ class Voting:
         # Ranks exchange no more bits than the votes come from.
         grad_NK = gradient.grad_NK.to(self.dtype_of(gradient.num_matrices))
         gradient = replace(gradient, grad_NK=grad_NK)
-        if voter.uses == 1 or gradient.chosen or self.vote_rule == "sign":
+        if voter.uses == 1 or self.vote_rule == "sign":
+            self._exchange(voter, gradient)
+        elif gradient.chosen:
+            taken.lone[voter.tensor_id, gradient.part] += 1
             self._exchange(voter, gradient)
         elif (found := taken.summed(voter, gradient)) is not None:
             self._exchange(*found)
@@ -235,9 +239,8 @@ class Voting:
 
     def _cast_sums(self, taken: Pass) -> None:
         """Count the votes of sums to which not every use of a weight has added, as of a loop that was left early."""
-        sums, taken.sums = taken.sums, {}
-        for _, (_, voter, gradient) in sorted(sums.items(), key=lambda item: item[0]):
-            self._exchange(voter, gradient)
+        for voter, total in taken.rest():
+            self._exchange(voter, total)
 
     def makes_orthogonal(self, num_matrices: int) -> bool:
         """Return whether a gradient of so many stacked matrices is made orthogonal before it votes."""
@@ -317,7 +320,7 @@ class Voting:
         self.ops.accumulate_gradients(
             weights,
             grad_NK,
-            part_of_rate(taken.rate, votes[0].voter.uses),
+            part_of_rate(taken.rate, votes[0].voter.uses, votes[0].voter.shares),
             seed=self.seed,
             step=taken.step,
             tensor_ids=tuple(vote.voter.tensor_id for vote in votes),
@@ -361,7 +364,7 @@ class Voting:
             "out": weight,
         }
         if self.vote_rule == "stochastic":
-            rate = part_of_rate(taken.rate, voter.uses)
+            rate = part_of_rate(taken.rate, voter.uses, voter.shares)
             self.ops.accumulate_gradient(weight, grad_NK, rate, faults=self.faults, **clock)
         else:
             self.faults += self.ops.count_nonfinite_rows(grad_NK)
@@ -390,12 +393,13 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
 
 
-def part_of_rate(rate: float | Tensor, uses: int) -> float | Tensor:
-    """Return the float32 nearest to a float32 rate divided by the uses; the same for a number and for a tensor on a device."""
-    if uses == 1:
+def part_of_rate(rate: float | Tensor, uses: int, shares: int = 1) -> float | Tensor:
+    """Return the float32 nearest to `shares / uses` of a float32 rate; the same for a number and for a tensor on a device."""
+    if uses == shares:
         return rate
     if isinstance(rate, Tensor):
         # The divisor is a tensor. For a number CUDA would multiply by its reciprocal, which rounds differently.
-        return rate / torch.full_like(rate, uses)
+        wide = rate.to(torch.float64) * shares
+        return (wide / torch.full_like(wide, uses)).to(torch.float32)
     # An op rounds the quotient to float32, and so gets the same as from a tensor.
-    return torch.tensor(rate, dtype=torch.float32).item() / uses
+    return torch.tensor(rate, dtype=torch.float32).item() * shares / uses
