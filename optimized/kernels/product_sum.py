@@ -13,7 +13,7 @@ is read as 0 and is not written.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import triton
@@ -151,15 +151,21 @@ def tile_of(
 
     A tile of which no matrix would fill more than half is left out.
     """
+    return _fastest(TILES, (num_matrices, num_rows, num_columns, num_terms), symmetric)
+
+
+@lru_cache(maxsize=4096)
+def _fastest(tiles: tuple[Tile, ...], sizes: tuple[int, int, int, int], symmetric: bool) -> Tile:
+    """Return what `tile_of` says, which each launch asks for."""
+    _, num_rows, num_columns, num_terms = sizes
     fitting = [
         tile
-        for tile in TILES
+        for tile in tiles
         if tile.block_m < 2 * num_rows
         and tile.block_n < 2 * num_columns
         and (tile.block_m == tile.block_n or not symmetric)
     ]
-    sizes = (num_matrices, num_rows, num_columns, num_terms)
-    tile = min(fitting or [TILES[-1]], key=lambda each: each.time(*sizes, symmetric=symmetric))
+    tile = min(fitting or [tiles[-1]], key=lambda each: each.time(*sizes, symmetric=symmetric))
     return replace(tile, block_k=max(LEAST_TERMS, min(tile.block_k, triton.next_power_of_2(num_terms))))
 
 
