@@ -133,6 +133,17 @@ def test_matrices_at_odd_addresses(subject: Subject) -> None:
     out = moved(added)
     assert product_sum.product_sum(a, b, added=out, out=out, factor=0.5) is out
     exact(out, want)
+    # All that is asked for is handed on where the result goes to such an address.
+    x, other = (
+        operand(rng, shape, turned=False, device=subject.device) for shape in ((1, 136, 8), (1, 8, 136))
+    )
+    squares = torch.ones(136, dtype=torch.float64, device=subject.device)
+    squares[3] = torch.inf
+    options = {"factor": 0.5, "added": product_sum.product_sum(x, other), "added_factor": -1.5}
+    for more in ({"symmetric": True}, {"squares_N": squares}):
+        want = product_sum.product_sum(x, other, **options, **more)
+        out = moved(torch.zeros_like(want))
+        exact(product_sum.product_sum(x, other, out=out, **options, **more), want)
     # There is room between the rows of these.
     few = [each[..., :12] for each in (a, b, added)]
     want = product_sum.product_sum(few[0], few[1][:, :12], added=few[2])
