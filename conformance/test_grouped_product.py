@@ -131,6 +131,19 @@ def fits(
     return found
 
 
+def test_rows_whose_elements_lie_apart_are_copied(subject: Subject) -> None:
+    """As those of a transposed gradient. Rows that lie apart, each by itself, are read where they are."""
+    wider = wholes(130, 48, seed=6).to(subject.device)
+    rows, slots = expert_ops.rows_of_slots(wider[:, 8:], apart=True)
+    assert slots == 1 and rows.data_ptr() == wider[:, 8:].data_ptr()
+    turned = wholes(40, 130, seed=7).to(subject.device).T
+    experts = spread_of("any", 5, 130)
+    plan = Plan.of(experts.to(subject.device), 5)
+    rows, slots = expert_ops.rows_of_slots(turned, apart=True)
+    got = rows_by_expert(rows, plan, 5, slots)[: int((experts == 0).sum())]
+    exact(got.cpu(), turned.cpu()[experts == 0])
+
+
 def test_which_calls_the_grouped_product_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large matrices of many slots an expert, whose rows begin at multiples of 16 bytes."""
     assert fits(3536, 1192, 32_768, 32)

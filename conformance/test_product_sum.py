@@ -12,7 +12,9 @@ import torch
 from arbitor.optimized import ops as optimized_ops
 from arbitor.optimized.kernels import product_sum
 from conformance import preset_calls
+from conformance.case import Case
 from conformance.compare import exact
+from conformance.families import compare
 from conformance.subject import Subject, needs_ours
 
 # Not by name: `ops` has ops of the names of its files.
@@ -133,6 +135,17 @@ def test_matrices_at_odd_addresses(subject: Subject) -> None:
     out = moved(added)
     assert product_sum.product_sum(a, b, added=out, out=out, factor=0.5) is out
     exact(out, want)
+    # All that is asked for is handed on where the result goes to such an address.
+    x, other = (
+        operand(rng, shape, turned=False, device=subject.device) for shape in ((1, 136, 8), (1, 8, 136))
+    )
+    squares = torch.ones(136, dtype=torch.float64, device=subject.device)
+    squares[3] = torch.inf
+    options = {"factor": 0.5, "added": product_sum.product_sum(x, other), "added_factor": -1.5}
+    for more in ({"symmetric": True}, {"squares_N": squares}):
+        want = product_sum.product_sum(x, other, **options, **more)
+        out = moved(torch.zeros_like(want))
+        exact(product_sum.product_sum(x, other, out=out, **options, **more), want)
     # There is room between the rows of these.
     few = [each[..., :12] for each in (a, b, added)]
     want = product_sum.product_sum(few[0], few[1][:, :12], added=few[2])
@@ -251,10 +264,14 @@ def test_what_the_product_that_adds_takes(subject: Subject, monkeypatch: pytest.
 
 @pytest.mark.parametrize("shape", [(5, 7), (7, 5), (66, 72), (130, 66)])
 def test_orthogonalize_returns_rows_that_touch(subject: Subject, shape: tuple[int, int]) -> None:
-    """Matrices whose rows no descriptor finds are computed with room between rows, which no result has."""
+    """Matrices whose rows no descriptor finds are computed with room between rows, which no result has.
+
+    Where descriptors find the rows, the last product alone writes to the result, which no product reads. It may have several tiles.
+    """
     grad = torch.randn(2 * shape[0], shape[1], generator=torch.Generator().manual_seed(1))
     for dtype in (torch.bfloat16, torch.float32):
         assert optimized_ops.orthogonalize(grad.to(subject.device, dtype), num_groups=2).is_contiguous()
+        compare(subject, "orthogonalize", Case((grad.to(dtype),), {"iterations": 3, "num_groups": 2}))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

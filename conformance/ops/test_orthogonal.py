@@ -220,6 +220,7 @@ def test_orthogonalize_ignores_the_scale(
 @law(
     stack=stacks(empty=False),
     iterations=ITERATIONS,
+    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
     bad=st.sampled_from((float("nan"), float("inf"))),
     data=st.data(),
     rejects=[
@@ -238,12 +239,17 @@ def test_orthogonalize_ignores_the_scale(
     ],
 )
 def test_orthogonalize_leaves_bad_rows_out(
-    ops: Subject, stack: tuple[tuple[int, int], int], iterations: int, bad: float, data: st.DataObject
+    ops: Subject,
+    stack: tuple[tuple[int, int], int],
+    iterations: int,
+    dtype: torch.dtype,
+    bad: float,
+    data: st.DataObject,
 ) -> None:
     """A row with a NaN or an infinity is all NaN. Other rows are what they are with zeros in its place."""
     shape, num_groups = stack
     options = {"iterations": iterations, "num_groups": num_groups}
-    grad = torch.randn(shape, generator=ss.generator(data.draw(ss.GENERATOR_SEEDS)))
+    grad = torch.randn(shape, generator=ss.generator(data.draw(ss.GENERATOR_SEEDS))).to(dtype)
     row, column = data.draw(st.integers(0, shape[0] - 1)), data.draw(st.integers(0, shape[1] - 1))
     silent, faulty = grad.clone(), grad.clone()
     silent[row], faulty[row, column] = 0.0, bad

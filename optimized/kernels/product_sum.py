@@ -241,7 +241,8 @@ def _aligned(stack: Tensor) -> Tensor:
         return stack
     # A clone of a stack with room between its rows has none.
     rows = _unturned(stack)
-    copy = room_for(*rows.shape, rows).copy_(rows)
+    num_matrices, num_rows, num_columns = rows.shape
+    copy = room_for(num_matrices, num_rows, num_columns, rows).copy_(rows)
     return copy if rows is stack else copy.mT
 
 
