@@ -19,6 +19,7 @@ from conformance.subject import Subject, needs_ours
 
 # Not by name: `ops` has ops of the names of its files.
 linear_ops = import_module("arbitor.optimized.ops.linear")
+orthogonal_ops = import_module("arbitor.optimized.ops.orthogonal")
 
 BOTH_WAYS = tuple(itertools.product((False, True), repeat=2))
 
@@ -260,6 +261,8 @@ def test_what_the_product_that_adds_takes(subject: Subject, monkeypatch: pytest.
     assert takes(16, 24, torch.bfloat16) and takes(88, 192, torch.bfloat16) and takes(192, 88, torch.bfloat16)
     assert not takes(96, 96, torch.bfloat16) and not takes(16, 24, torch.float32)
     assert not takes(192, 84, torch.bfloat16)
+    monkeypatch.setattr(linear_ops, "copies_in_bulk", lambda device: False)
+    assert not takes(16, 24, torch.bfloat16)
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (7, 5), (66, 72), (130, 66)])
@@ -287,3 +290,27 @@ def test_orthogonalize_takes_a_lone_row_of_a_wider_matrix(
         assert grad.is_contiguous() and 104 in grad.stride()
         plain = torch.tensor(grad.tolist(), dtype=dtype, device=subject.device)
         exact(optimized_ops.orthogonalize(grad), optimized_ops.orthogonalize(plain))
+
+
+@pytest.mark.parametrize(("shape", "num_groups"), [((40, 72), 1), ((72, 40), 2), ((5, 7), 3)])
+def test_gpus_before_hopper_take_the_library(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], num_groups: int
+) -> None:
+    """The result is that of the rule, also with a row that is not finite."""
+    monkeypatch.setattr(orthogonal_ops, "copies_in_bulk", lambda device: False)
+    monkeypatch.delattr(orthogonal_ops, "product_sum")
+    grad = torch.randn(num_groups * shape[0], shape[1], generator=torch.Generator().manual_seed(5))
+    grad[1, 3] = torch.nan
+    options = {"iterations": 2, "num_groups": num_groups}
+    compare(subject, "orthogonalize", Case((grad.to(torch.bfloat16),), options))
+
+
+@pytest.mark.parametrize(
+    ("capability", "wanted"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((12, 0), True)]
+)
+def test_which_gpus_copy_in_bulk(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], wanted: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert product_sum.copies_in_bulk(torch.device("cuda", 0)) is wanted
+    assert product_sum.copies_in_bulk(torch.device("cpu"))

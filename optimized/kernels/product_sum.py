@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from arbitor.optimized.cuda.compiler import HOPPER
 from arbitor.optimized.kernels.common import narrow, widen
 from arbitor.optimized.kernels.launch import row_grid, runs_here
 from arbitor.optimized.kernels.products import multiplies_wide
@@ -167,6 +168,14 @@ def _fastest(tiles: tuple[Tile, ...], sizes: tuple[int, int, int, int], symmetri
     ]
     tile = min(fitting or [tiles[-1]], key=lambda each: each.time(*sizes, symmetric=symmetric))
     return replace(tile, block_k=max(LEAST_TERMS, min(tile.block_k, triton.next_power_of_2(num_terms))))
+
+
+def copies_in_bulk(device: torch.device) -> bool:
+    """Return whether descriptors are read by bulk copies on a device, as since Hopper. Before, Triton does not read tiles ahead.
+
+    True for a CPU, whose interpreter takes descriptors too.
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= HOPPER
 
 
 def has_descriptors(*stacks: Tensor) -> bool:

@@ -13,7 +13,7 @@ from arbitor.optimized.cuda import compiler, many_rows
 from arbitor.optimized.cuda import product as cuda_product
 from arbitor.optimized.float32_sums import float32_sums
 from arbitor.optimized.kernels.float_rows import float_rows_product
-from arbitor.optimized.kernels.product_sum import has_descriptors, product_sum
+from arbitor.optimized.kernels.product_sum import copies_in_bulk, has_descriptors, product_sum
 from arbitor.optimized.kernels.products import packed_product
 from arbitor.optimized.kernels.scale import dense_rows
 from arbitor.optimized.layouts import MAX_COLUMNS, AnyWeight, DeviceWeight
@@ -138,7 +138,8 @@ def add_product(added: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """
     if a.dtype is torch.float32:
         return added.addmm_(a, b)
-    if min(b.shape) > MOST_KERNEL_SIDE or not has_descriptors(a[None], b[None], added[None]):
+    fits = copies_in_bulk(a.device) and has_descriptors(a[None], b[None], added[None])
+    if min(b.shape) > MOST_KERNEL_SIDE or not fits:
         return torch.add(added, wide_product(a, b), out=added)
     product_sum(a[None], b[None], added=added[None], out=added[None])
     return added

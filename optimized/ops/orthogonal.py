@@ -12,7 +12,7 @@ from arbitor.optimized.kernels.orthogonal import (
     row_squares,
     scale_rows,
 )
-from arbitor.optimized.kernels.product_sum import has_descriptors, product_sum, room_for
+from arbitor.optimized.kernels.product_sum import copies_in_bulk, has_descriptors, product_sum, room_for
 from arbitor.optimized.ops.op import op
 from arbitor.reference import checks
 from arbitor.reference.constants import DEFAULT_ORTHOGONAL_STEPS, MAX_ORTHOGONAL_STEPS, NEWTON_SCHULZ
@@ -51,7 +51,7 @@ def orthogonalize(
 ) -> Tensor:
     """See reference; float64 is not supported. A launch multiplies all matrices of a stack.
 
-    S and b S + c S S are symmetric, so half of each is computed. In float32 the library multiplies.
+    S and b S + c S S are symmetric, so half of each is computed. In float32, and on GPUs before Hopper, the library multiplies.
     """
     checks.gradient_matrix("grad_NK", grad_NK)
     checks.integer("iterations", iterations, 1, MAX_ORTHOGONAL_STEPS)
@@ -63,7 +63,7 @@ def orthogonalize(
     squares_N = row_squares(grad_NK)
     factors_N = row_factors(squares_N, num_groups)
     shape = (num_groups, -1, grad_NK.shape[1])
-    if grad_NK.dtype is torch.float32:
+    if grad_NK.dtype is torch.float32 or not copies_in_bulk(grad_NK.device):
         return _by_the_library(scale_rows(grad_NK, factors_N).view(shape), squares_N, iterations)
     x = room_for(num_groups, len(grad_NK) // num_groups, grad_NK.shape[1], grad_NK)
     scale_rows(grad_NK, factors_N, out_NK=x.flatten(0, 1))
@@ -87,12 +87,20 @@ def orthogonalize(
 
 
 def _by_the_library(x: Tensor, squares_N: Tensor, iterations: int) -> Tensor:
-    """Return a stack in float32 after all steps, as rows. Rows whose sum of squares is not finite become NaN."""
-    tall = x.shape[1] > x.shape[2]
+    """Return a stack after all steps, as rows. Rows whose sum of squares is not finite become NaN."""
+    dtype, tall = x.dtype, x.shape[1] > x.shape[2]
     a, b, c = NEWTON_SCHULZ
     for _ in range(iterations):
         rows = x.mT if tall else x
-        s = torch.bmm(rows, rows.mT)
-        polynomial = torch.baddbmm(s, s, s, beta=b, alpha=c)
-        x = torch.baddbmm(x, *((x, polynomial) if tall else (polynomial, x)), beta=a)
+        s = _products(rows, rows.mT).to(dtype)
+        polynomial = torch.add(_products(s, s).mul_(c), s, alpha=b).to(dtype)
+        factors = (x, polynomial) if tall else (polynomial, x)
+        x = torch.add(_products(*factors), x, alpha=a).to(dtype)
     return torch.where((squares_N < torch.inf)[:, None], x.flatten(0, 1), torch.nan)
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Return the products of two stacks of matrices in float32, without rounding the sums to bfloat16."""
+    if a.device.type == "cuda" and a.dtype is torch.bfloat16:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())
