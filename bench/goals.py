@@ -179,7 +179,7 @@ GOALS: tuple[Goal, ...] = (
         "orthogonalizing a 7168 x 21216 gradient, share of the product limit",
         (Share("orthogonalize", "7168x21216"),),
         (None,), (90.0,),
-        "the same",
+        "as for 7168 x 7168: the product with X",
     ),
     Goal(
         "denoise loop of r9 and r14, one sample", ratios("denoise_loop", ("r9", "r14"), "torch dense float32"),
