@@ -118,9 +118,10 @@ def of_experts() -> Iterator[tuple[str, Case]]:
 def of_rows() -> Iterator[tuple[str, Case]]:
     x, ids = torch.zeros(64, WIDTH, dtype=BF16), dealt(64, 16)
     table = weight(64, WIDTH)
-    # A gradient that is added to another, as those of the layers of small are. Each width takes another tile.
-    for outputs, inputs in ((1024, 512), (160, 512), (32, 512), (512, 128)):
-        grad, other = (torch.zeros(16_384, width, dtype=BF16) for width in (outputs, inputs))
+    # A gradient that is added to another, as those of the layers of small are. They take all tiles.
+    sizes = ((16_384, 1024, 512), (16_384, 160, 512), (16_384, 32, 512), (16_384, 512, 128))
+    for rows, outputs, inputs in (*sizes, (8192, 3072, 512), (256, 64, 3072), (64, 64, 64)):
+        grad, other = (torch.zeros(rows, width, dtype=BF16) for width in (outputs, inputs))
         yield "linear_input_grad", Case((grad, weight(outputs, inputs)), {"out": other})
     for rows in (1, 16, 64):
         yield "linear", Case((x[:rows], table))

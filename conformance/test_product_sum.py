@@ -71,14 +71,11 @@ def test_products_are_added_and_rounded_once(
     assert num_terms < 64 or not torch.equal((0.5 * product).to(torch.bfloat16) + 2.0 * added, want)
     assert product_sum.has_descriptors(a, b, added)
     exact(product_sum.product_sum(a, b, factor=0.5).cpu(), (0.5 * product).to(torch.bfloat16))
-    squares = torch.ones(num_matrices * num_rows, dtype=torch.float64, device=device)
-    squares[0], squares[-1] = torch.inf, torch.nan
     there = added.to(device)
     options = {"factor": 0.5, "added": there, "added_factor": 2.0}
     exact(product_sum.product_sum(a, b, **options).cpu(), want)
-    marked = product_sum.product_sum(a, b, squares_N=squares, **options).cpu().flatten(0, 1)
-    assert marked[0].isnan().all() and marked[-1].isnan().all()
-    exact(marked[1:-1], want.flatten(0, 1)[1:-1])
+    with_diagonal = 0.5 * product + 2.0 * added.to(torch.float64) + 3.0 * torch.eye(num_rows, num_columns)
+    exact(product_sum.product_sum(a, b, diagonal=3.0, **options).cpu(), with_diagonal.to(torch.bfloat16))
     assert product_sum.product_sum(a, b, out=there, **options) is there
     exact(there.cpu(), want)
 
@@ -105,7 +102,7 @@ def test_half_of_a_symmetric_product(
     s = product_sum.product_sum(x, x.mT, symmetric=True)
     want = (x.to(torch.float64) @ x.to(torch.float64).mT).to(torch.bfloat16)
     exact(s.cpu(), want.cpu())
-    options = {"factor": 0.25, "added": s, "added_factor": -1.5}
+    options = {"factor": 0.25, "added": s, "added_factor": -1.5, "diagonal": 7.0}
     whole = product_sum.product_sum(s, s, **options)
     exact(product_sum.product_sum(s, s, symmetric=True, **options), whole)
     # With another matrix on the right the product has no symmetry, so what lies below the diagonal is what lies above.
@@ -140,10 +137,8 @@ def test_matrices_at_odd_addresses(subject: Subject) -> None:
     x, other = (
         operand(rng, shape, turned=False, device=subject.device) for shape in ((1, 136, 8), (1, 8, 136))
     )
-    squares = torch.ones(136, dtype=torch.float64, device=subject.device)
-    squares[3] = torch.inf
     options = {"factor": 0.5, "added": product_sum.product_sum(x, other), "added_factor": -1.5}
-    for more in ({"symmetric": True}, {"squares_N": squares}):
+    for more in ({"symmetric": True}, {"diagonal": 5.0}):
         want = product_sum.product_sum(x, other, **options, **more)
         out = moved(torch.zeros_like(want))
         exact(product_sum.product_sum(x, other, out=out, **options, **more), want)
@@ -226,8 +221,7 @@ def test_every_tile_has_a_preset_like_call() -> None:
             rows, columns = len(case.args[0]) // count, case.args[0].shape[1]
             side, other = min(rows, columns), max(rows, columns)
             found += [
-                product_sum.tile_of(count, rows, columns, side),
-                *(product_sum.tile_of(count, side, side, terms, symmetric=True) for terms in (side, other)),
+                product_sum.tile_of(count, side, side, terms, symmetric=True) for terms in (side, other)
             ]
     tiles = {(tile.block_m, tile.block_n) for tile in product_sum.TILES}
     assert {(tile.block_m, tile.block_n) for tile in found} == tiles
@@ -269,7 +263,7 @@ def test_what_the_product_that_adds_takes(subject: Subject, monkeypatch: pytest.
 def test_orthogonalize_returns_rows_that_touch(subject: Subject, shape: tuple[int, int]) -> None:
     """Matrices whose rows no descriptor finds are computed with room between rows, which no result has.
 
-    Where descriptors find the rows, the last product alone writes to the result, which no product reads. It may have several tiles.
+    It may have several tiles.
     """
     grad = torch.randn(2 * shape[0], shape[1], generator=torch.Generator().manual_seed(1))
     for dtype in (torch.bfloat16, torch.float32):

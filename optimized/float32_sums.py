@@ -1,4 +1,4 @@
-"""Products of the library whose sums stay in float32.
+"""Products of the library whose sums run in float32 and are rounded once.
 
 cuBLAS may cut a long sum into parts. Unless torch is told otherwise, it rounds the parts of a bfloat16 product to bfloat16.
 """
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 SETTING = "allow_bf16_reduced_precision_reduction"
 """The setting of `torch.backends.cuda.matmul` that lets parts be rounded."""
@@ -51,3 +52,19 @@ def _settings() -> bool | tuple[bool, bool]:
     rounds: bool = getattr(matmul, SETTING)
     cuts: bool | None = getattr(matmul, CUTS, None)
     return rounds if cuts is None else (rounds, cuts)
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b in float32, of two matrices or two stacks of them in float32 or bfloat16."""
+    product = torch.mm if a.ndim == 2 else torch.bmm
+    if a.device.type == "cuda" and a.dtype is torch.bfloat16 and a.numel() and b.numel():
+        return product(a, b, out_dtype=torch.float32)
+    return product(a.float(), b.float())
+
+
+def rounded_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a @ b in `dtype`, of two matrices or two stacks of them in float32 or bfloat16."""
+    if a.device.type == "cuda" and a.dtype is dtype is torch.bfloat16:
+        with float32_sums():
+            return torch.mm(a, b) if a.ndim == 2 else torch.bmm(a, b)
+    return wide_product(a, b).to(dtype)

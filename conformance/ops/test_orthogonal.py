@@ -113,8 +113,8 @@ def by_singular_values(grad_NK: Tensor, iterations: int) -> Tensor:
 
 ORTHOGONAL_GRADIENT_ASCENDS = mutant(
     "orthogonal_gradient_ascends",
-    "(a * x.to(wide) + polynomial",
-    "(-a * x.to(wide) - polynomial",
+    "x = product(q, x)",
+    "x = product(-q, x)",
     compared="orthogonalize",
 )
 ORTHOGONAL_STACK_AS_ONE_MATRIX = mutant(
@@ -139,8 +139,8 @@ ORTHOGONAL_STACK_AS_ONE_MATRIX = mutant(
         ),
         mutant(
             "orthogonal_one_step_short",
-            "in range(iterations)",
-            "in range(iterations - 1)",
+            "in range(length)",
+            "in range(length - 1)",
             compared="orthogonalize",
         ),
         mutant(

@@ -12,13 +12,13 @@ from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.grouped import TernaryGroupedLinear
 from arbitor.reference.graph.layers import TernaryEmbedding
 from arbitor.reference.graph.module import TernaryModule
+from arbitor.reference.op_table import OP_TABLE
 from arbitor.reference.types import TernaryWeight
 
-VOTE_WORK = 256
-"""Work of the votes and the step of a weight. A unit takes the time of making a weight of a matrix of one row orthogonal.
+VOTE_WORK = 2300
+"""Operations of `orthogonalize` that take as long as the votes and the step of a weight.
 
-On an H200 the trunk of r12 took 22 ps for each weight and 1,000 rows of its matrix to make gradients orthogonal, and 5.6 ps for
-each weight to vote and step.
+On an H200 the trunk of r12 took 5.6 ps for each weight to vote and step, and made gradients orthogonal at 410 TFLOP/s.
 """
 
 
@@ -85,12 +85,11 @@ def may_be_cut(module: TernaryGroupedLinear, count: int, *, starts_rows_anew: bo
 
 
 def work(module: TernaryModule) -> int:
-    """Return what a matrix, or a stack of matrices, is to its owner: the work of its votes, and of making them orthogonal.
-
-    The latter grows with the shorter side of a matrix.
-    """
+    """Return the operations that a matrix, or a stack of them, is to its owner: of making it orthogonal, and of its votes."""
     num_rows, num_columns = module.weight.shape
     num_matrices = module.num_groups if isinstance(module, TernaryGroupedLinear) else 1
-    is_orthogonal = getattr(module, "orthogonal", False) and module.voting.makes_orthogonal(num_matrices)
-    of_products = min(num_rows // num_matrices, num_columns) if is_orthogonal else 0
-    return num_rows * num_columns * (of_products + VOTE_WORK)
+    votes = VOTE_WORK * num_rows * num_columns
+    if not (getattr(module, "orthogonal", False) and module.voting.makes_orthogonal(num_matrices)):
+        return votes
+    sizes = {"N": num_rows, "K": num_columns, "E": num_matrices, "iterations": module.voting.orthogonal_steps}
+    return votes + OP_TABLE["orthogonalize"].ops_min(sizes)

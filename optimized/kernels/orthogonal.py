@@ -1,4 +1,4 @@
-"""Kernels around the products of `orthogonalize`: the average before them, a norm, and the division by it.
+"""Kernels around the products of `orthogonalize`: the average before them, a norm, the division by it, and rows to leave out.
 
 Legend: E matrices of N rows each, stacked, K columns. Rows address in 64 bits, columns within a row in 32.
 """
@@ -124,6 +124,18 @@ def _scale_rows_kernel(
     tl.store(out_ptr + row * width + columns, narrow(scaled, out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize=["num_columns"])
+def _mark_rows_kernel(out_ptr, squares_ptr, num_columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    # Neither an infinity nor a NaN is below infinity.
+    if tl.load(squares_ptr + row) < float("inf"):
+        return
+    for start in range(0, num_columns, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        nothing = tl.full([BLOCK], float("nan"), dtype=out_ptr.dtype.element_ty)
+        tl.store(out_ptr + row * num_columns + columns, nothing, mask=columns < num_columns)
+
+
 def average(
     grad_NK: Tensor,
     mean_NK: Tensor,
@@ -180,3 +192,10 @@ def scale_rows(grad_NK: Tensor, factors_N: Tensor, *, out_NK: Tensor | None = No
         BLOCK=block, COLUMN_STEP=column_step(num_columns),
     )  # fmt: skip
     return out_NK
+
+
+def mark_rows(out_NK: Tensor, squares_N: Tensor) -> None:
+    """Make each row NaN whose sum of squares, `row_squares` of another matrix, is not finite. The rows are contiguous."""
+    num_rows, num_columns = out_NK.shape
+    block, _ = row_tile(num_columns, BLOCK_COLUMNS)
+    _mark_rows_kernel[row_grid(num_rows, 1)](out_NK, squares_N, num_columns, BLOCK=block)

@@ -39,11 +39,11 @@ GROUP = 8
 """Rows of tiles whose programs run side by side, so that they share the columns of b in the cache."""
 
 
-@triton.jit(do_not_specialize=["factor", "added_factor", "num_rows", "num_columns", "num_terms"])
+@triton.jit(do_not_specialize=["factor", "added_factor", "diagonal", "num_rows", "num_columns", "num_terms"])
 def _product_sum_kernel(
-    a_descriptor, b_descriptor, added_descriptor, out_descriptor, squares_ptr, factor, added_factor,
+    a_descriptor, b_descriptor, added_descriptor, out_descriptor, factor, added_factor, diagonal,
     num_rows, num_columns, num_terms,
-    A_TURNED: tl.constexpr, B_TURNED: tl.constexpr, ADDS: tl.constexpr, MARK: tl.constexpr, SYMMETRIC: tl.constexpr,
+    A_TURNED: tl.constexpr, B_TURNED: tl.constexpr, ADDS: tl.constexpr, SYMMETRIC: tl.constexpr,
     WIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     row_tiles, column_tiles = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_columns, BLOCK_N)
@@ -75,11 +75,8 @@ def _product_sum_kernel(
     if ADDS:
         added = added_descriptor.load([matrix, row, column]).reshape(BLOCK_M, BLOCK_N)
         values += added_factor * widen(added)
-    if MARK:
-        rows = row + tl.arange(0, BLOCK_M)
-        places = matrix.to(tl.int64) * num_rows + rows
-        squares = tl.load(squares_ptr + places, mask=rows < num_rows, other=0.0)
-        values = tl.where((squares < float("inf"))[:, None], values, float("nan"))
+        on_diagonal = (row + tl.arange(0, BLOCK_M))[:, None] == (column + tl.arange(0, BLOCK_N))[None, :]
+        values += tl.where(on_diagonal, diagonal, 0.0)
     # A GPU has an instruction that rounds two values. The interpreter would truncate them.
     rounded = narrow(values, tl.bfloat16) if WIDE else values.to(tl.bfloat16)
     out_descriptor.store([matrix, row, column], rounded.reshape(1, BLOCK_M, BLOCK_N))
@@ -203,24 +200,23 @@ def product_sum(
     factor: float = 1.0,
     added: Tensor | None = None,
     added_factor: float = 1.0,
+    diagonal: float = 0.0,
     out: Tensor | None = None,
-    squares_N: Tensor | None = None,
     symmetric: bool = False,
 ) -> Tensor:
-    """Return factor (a @ b) + added_factor `added`, bfloat16 [E, M, N], rounded once from float32.
+    """Return factor (a @ b) + added_factor `added` + diagonal I, bfloat16 [E, M, N], rounded once from float32.
 
     a, b:      [E, M, K] and [E, K, N], not empty, see `has_descriptors`
-    added:     [E, M, N], see there, with rows that are contiguous; None adds nothing
+    added:     [E, M, N], see there, with rows that are contiguous; None adds nothing, and nothing to the diagonal
     out:       where the result goes, as `added`, which it may be; None for a new tensor, see `room_for`
-    squares_N: float64 [E M], sums of squares; rows whose sum is not finite become NaN
     symmetric: whether the result is its own transpose. Only tiles on and above its diagonal are computed
     """
     runs_here(a)
     (num_matrices, num_rows, num_terms), num_columns = a.shape, b.shape[2]
     if out is None:
         out = room_for(num_matrices, num_rows, num_columns, a)
-    elif _lies_apart(out):
-        again = partial(product_sum, a, b, added=added, squares_N=squares_N, symmetric=symmetric)
+    elif _is_unaligned(out):
+        again = partial(product_sum, a, b, added=added, diagonal=diagonal, symmetric=symmetric)
         return out.copy_(again(factor=factor, added_factor=added_factor))
     a, b = _aligned(a), _aligned(b)
     added = None if added is None else _aligned(added)
@@ -231,22 +227,22 @@ def product_sum(
     _product_sum_kernel[row_grid(num_matrices, tile.count(num_rows, num_columns))](
         _descriptor(a, *of_rows), _descriptor(b, *of_columns),
         out_descriptor if added is None else _descriptor(added, tile.block_m, tile.block_n), out_descriptor,
-        out if squares_N is None else squares_N, factor, added_factor, num_rows, num_columns, num_terms,
-        A_TURNED=a_turned, B_TURNED=b_turned, ADDS=added is not None, MARK=squares_N is not None, SYMMETRIC=symmetric,
+        factor, added_factor, diagonal, num_rows, num_columns, num_terms,
+        A_TURNED=a_turned, B_TURNED=b_turned, ADDS=added is not None, SYMMETRIC=symmetric,
         WIDE=multiplies_wide(a), GROUP=GROUP, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out
 
 
-def _lies_apart(stack: Tensor) -> bool:
-    """Return whether a stack starts at an address of which a descriptor knows nothing: no multiple of 16."""
+def _is_unaligned(stack: Tensor) -> bool:
+    """Return whether a stack starts at an address that no descriptor takes: no multiple of 16."""
     return stack.data_ptr() % 16 != 0
 
 
 def _aligned(stack: Tensor) -> Tensor:
     """Return a stack, or a copy that is turned as it is if its address is one that no descriptor takes."""
-    if not _lies_apart(stack):
+    if not _is_unaligned(stack):
         return stack
     # A clone of a stack with room between its rows has none.
     rows = _unturned(stack)

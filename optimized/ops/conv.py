@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import fold, pad
 
+from arbitor.optimized.float32_sums import wide_product
 from arbitor.optimized.layouts import AnyWeight
 from arbitor.optimized.ops.layout import on_device
-from arbitor.optimized.ops.linear import linear, linear_weight_grad, wide_product
+from arbitor.optimized.ops.linear import linear, linear_weight_grad
 from arbitor.optimized.ops.op import op
 from arbitor.optimized.ops.scale import DTYPES
 from arbitor.optimized.ops.unpacked import unpacked

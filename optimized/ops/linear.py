@@ -11,7 +11,7 @@ from torch import Tensor
 
 from arbitor.optimized.cuda import compiler, many_rows
 from arbitor.optimized.cuda import product as cuda_product
-from arbitor.optimized.float32_sums import float32_sums
+from arbitor.optimized.float32_sums import rounded_product, wide_product
 from arbitor.optimized.kernels.float_rows import float_rows_product
 from arbitor.optimized.kernels.product_sum import copies_in_bulk, has_descriptors, product_sum
 from arbitor.optimized.kernels.products import packed_product
@@ -104,21 +104,6 @@ def linear_weight_grad(
     if num_groups == 1:
         return w_NK
     return w_NK.unflatten(1, (num_groups, -1)).transpose(0, 1).flatten(0, 1)
-
-
-def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b in float32 for two matrices in float32 or bfloat16, without rounding the sums to bfloat16."""
-    if a.device.type == "cuda" and a.dtype is torch.bfloat16 and a.numel() and b.numel():
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())
-
-
-def rounded_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a @ b in `dtype`, for two matrices in float32 or bfloat16. Each sum runs in float32 and is rounded once."""
-    if a.device.type == "cuda" and a.dtype is dtype is torch.bfloat16:
-        with float32_sums():
-            return torch.mm(a, b)
-    return wide_product(a, b).to(dtype)
 
 
 def narrow_product(a: Tensor, b: Tensor) -> Tensor:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from arbitor.optimized.float32_sums import rounded_product, wide_product
 from arbitor.optimized.kernels.launch import vote_rate
-from arbitor.optimized.kernels.orthogonal import (
-    average,
-    row_factors,
-    row_squares,
-    scale_rows,
-)
-from arbitor.optimized.kernels.product_sum import copies_in_bulk, has_descriptors, product_sum, room_for
+from arbitor.optimized.kernels.orthogonal import average, mark_rows, row_factors, row_squares, scale_rows
+from arbitor.optimized.kernels.product_sum import copies_in_bulk, product_sum, room_for
 from arbitor.optimized.ops.op import op
 from arbitor.reference import checks
-from arbitor.reference.constants import DEFAULT_ORTHOGONAL_STEPS, MAX_ORTHOGONAL_STEPS, NEWTON_SCHULZ
+from arbitor.reference.constants import (
+    DEFAULT_ORTHOGONAL_STEPS,
+    MAX_ORTHOGONAL_STEPS,
+    NEWTON_SCHULZ,
+    ORTHOGONAL_ROUND,
+    orthogonal_rounds,
+)
 
 __all__ = ["average_gradient", "orthogonalize"]
 
@@ -51,7 +55,8 @@ def orthogonalize(
 ) -> Tensor:
     """See reference; float64 is not supported. A launch multiplies all matrices of a stack.
 
-    S and b S + c S S are symmetric, so half of each is computed. In float32, and on GPUs before Hopper, the library multiplies.
+    All products but those with the gradient's longer side are symmetric, and half of each is computed. In float32, and on GPUs
+    before Hopper, the library multiplies.
     """
     checks.gradient_matrix("grad_NK", grad_NK)
     checks.integer("iterations", iterations, 1, MAX_ORTHOGONAL_STEPS)
@@ -60,47 +65,41 @@ def orthogonalize(
         return grad_NK.clone()
     # Torch calls a lone row or column contiguous whatever its strides are, and descriptors go by strides.
     grad_NK = grad_NK.reshape(-1).view(grad_NK.shape)
+    by_kernel = grad_NK.dtype is torch.bfloat16 and copies_in_bulk(grad_NK.device)
+    symmetric = partial(product_sum, symmetric=True) if by_kernel else _by_the_library
     squares_N = row_squares(grad_NK)
-    factors_N = row_factors(squares_N, num_groups)
-    shape = (num_groups, -1, grad_NK.shape[1])
-    if grad_NK.dtype is torch.float32 or not copies_in_bulk(grad_NK.device):
-        return _by_the_library(scale_rows(grad_NK, factors_N).view(shape), squares_N, iterations)
     x = room_for(num_groups, len(grad_NK) // num_groups, grad_NK.shape[1], grad_NK)
-    scale_rows(grad_NK, factors_N, out_NK=x.flatten(0, 1))
+    scale_rows(grad_NK, row_factors(squares_N, num_groups), out_NK=x.flatten(0, 1))
     tall = x.shape[1] > x.shape[2]
-    # Where descriptors find contiguous rows, the last product writes what is returned.
-    whole = torch.empty_like(grad_NK).view(shape) if has_descriptors(grad_NK[None]) else None
     a, b, c = NEWTON_SCHULZ
-    for step in range(iterations):
+    for length in orthogonal_rounds(iterations):
         rows = x.mT if tall else x
-        s = product_sum(rows, rows.mT, symmetric=True)
-        polynomial = product_sum(s, s, factor=c, added=s, added_factor=b, symmetric=True)
-        last = step == iterations - 1
-        x = product_sum(
-            *((x, polynomial) if tall else (polynomial, x)),
-            added=x,
-            added_factor=a,
-            out=whole if last else None,
-            squares_N=squares_N if last else None,
-        )
-    return x.flatten(0, 1).contiguous()
+        s = symmetric(rows, rows.mT)
+        q = p = symmetric(s, s, factor=c, added=s, added_factor=b, diagonal=a)
+        for _ in range(length - 1):
+            s = symmetric(symmetric(p, s), p)
+            p = symmetric(s, s, factor=c, added=s, added_factor=b, diagonal=a)
+            q = symmetric(p, q)
+        made = rounded_product(*((x, q) if tall else (q, x)), x.dtype)
+        # The library's result has no room between its rows.
+        x = x.copy_(made) if iterations > ORTHOGONAL_ROUND else made
+    out_NK = x.flatten(0, 1).contiguous()
+    mark_rows(out_NK, squares_N)
+    return out_NK
 
 
-def _by_the_library(x: Tensor, squares_N: Tensor, iterations: int) -> Tensor:
-    """Return a stack after all steps, as rows. Rows whose sum of squares is not finite become NaN."""
-    dtype, tall = x.dtype, x.shape[1] > x.shape[2]
-    a, b, c = NEWTON_SCHULZ
-    for _ in range(iterations):
-        rows = x.mT if tall else x
-        s = _products(rows, rows.mT).to(dtype)
-        polynomial = torch.add(_products(s, s).mul_(c), s, alpha=b).to(dtype)
-        factors = (x, polynomial) if tall else (polynomial, x)
-        x = torch.add(_products(*factors), x, alpha=a).to(dtype)
-    return torch.where((squares_N < torch.inf)[:, None], x.flatten(0, 1), torch.nan)
-
-
-def _products(a: Tensor, b: Tensor) -> Tensor:
-    """Return the products of two stacks of matrices in float32, without rounding the sums to bfloat16."""
-    if a.device.type == "cuda" and a.dtype is torch.bfloat16:
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.bmm(a.float(), b.float())
+def _by_the_library(
+    a: Tensor,
+    b: Tensor,
+    *,
+    factor: float = 1.0,
+    added: Tensor | None = None,
+    added_factor: float = 1.0,
+    diagonal: float = 0.0,
+) -> Tensor:
+    """Return what `product_sum` returns of a symmetric product, in the dtype of a."""
+    if added is None:
+        return rounded_product(a, b, a.dtype)
+    made = wide_product(a, b).mul_(factor).add_(added, alpha=added_factor)
+    made.diagonal(dim1=1, dim2=2).add_(diagonal)
+    return made.to(a.dtype)

@@ -1,19 +1,22 @@
-"""Rows of the family orthogonal. An iteration has three products: S = X X^T, S S, and the polynomial in S times X.
+"""Rows of the family orthogonal. A round has two products with the gradient, S = X X^T and Q X. All others are of its smaller side.
 
-The first two are symmetric, so the least work computes half of each.
+All but Q X are symmetric, so the least work computes half of each.
 """
 
 from __future__ import annotations
 
+from arbitor.reference.constants import orthogonal_rounds
 from arbitor.reference.op_table.row import EXACT, TWICE, OpRow, Shape
 from arbitor.reference.op_table.work import elements, sizes
 
 
 def orthogonal_ops(s: Shape) -> int:
-    """Return the least operations of one step: half of S, half of S S, and the product with X."""
+    """Return the least operations of all steps: half of each product but that with X. The first P Q of a round is P."""
     rows, columns = s["N"] // s["E"], s["K"]
     side = min(rows, columns)
-    return s["E"] * (3 * rows * columns * side + side**3)
+    # A step that is not the last of its round has two more products, and one that is not the first has one more.
+    rounds = orthogonal_rounds(s["iterations"])
+    return s["E"] * sum(3 * rows * columns * side + (4 * length - 3) * side**3 for length in rounds)
 
 
 # Sizes: the gradients of a stack of E matrices of N / E rows.
@@ -43,7 +46,7 @@ OPS = (
     OpRow(
         "orthogonalize", "orthogonal", TWICE, GRADIENTS,
         bytes_min=lambda s: 2 * s["float_bytes"] * elements(s),
-        ops_min=lambda s: s["iterations"] * orthogonal_ops(s),
+        ops_min=orthogonal_ops,
         like=lambda grad_NK, iterations, num_groups: grad_NK.new_empty(grad_NK.shape),
     ),
 )

@@ -1,6 +1,6 @@
 """Orthogonalised gradients: every direction of a matrix weighs about the same in the votes. Before that, averages of them.
 
-Legend: E matrices of N rows each, stacked, K columns; r = min(N, K); s the r x r matrix of products of rows (or columns).
+Legend: E matrices of N rows each, stacked, K columns; r = min(N, K); S, P and Q are r x r matrices.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from arbitor.reference.constants import (
     DEFAULT_ORTHOGONAL_STEPS,
     MAX_ORTHOGONAL_STEPS,
     NEWTON_SCHULZ,
+    orthogonal_rounds,
 )
 from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.promises import op
@@ -79,14 +80,16 @@ def orthogonalize(
 ) -> Tensor:
     """Return the gradient with its singular values drawn towards 1, its singular vectors unchanged.
 
-    Math:    X = G / ||G||_F; then `iterations` times S = X X^T, X <- a X + (b S + c S S) X, with (a, b, c) = NEWTON_SCHULZ, which
-             maps each singular value x to a x + b x^3 + c x^5. For N > K, S = X^T X and X <- a X + X (b S + c S S)
+    Math:    X = G / ||G||_F; then `iterations` steps X <- P X with P = a I + b S + c S S, S = X X^T and (a, b, c) = NEWTON_SCHULZ,
+             each of which maps each singular value x to a x + b x^3 + c x^5. For N > K, S = X^T X and X <- X P
+    Rounds:  the first ORTHOGONAL_ROUND steps multiply X once, and each step after them multiplies it again: with S as above and
+             Q = I, a step is P as above, Q <- P Q and S <- P S P, which is what S would be of P X. Then X <- Q X
     Shapes:  grad_NK float32, bfloat16 or float64 [E N, K], a stack of `num_groups` = E matrices, each orthogonalised on its own
     Range:   iterations in 1 .. 10
     Returns: dtype of grad, same shape. A row that is not finite comes out as NaN and takes no part in the rest; a matrix
              of zeros stays zero
-    Rounding: the norm is taken in float64; X, S and b S + c S S are rounded to the dtype of grad each time; the sums
-             inside them run in float32 or wider
+    Rounding: the norm is taken in float64; X, P and every product (X X^T, P Q, P S, then that times P, and Q X) are rounded to the
+             dtype of grad; the sums inside them run in float32 or wider, and so does S S, which is not rounded
     Raises:  TypeError or ValueError for a dtype, shape or number that is not allowed
     Laws:    2 * g gives the same; <orthogonalize(g), g> > 0, even after votes scale each row by a positive number, so
              weights descend
@@ -114,8 +117,17 @@ def _one_matrix(grad_NK: Tensor, iterations: int) -> Tensor:
     x = (grad_NK.to(torch.float64) / torch.where(norm > 0, norm, 1.0)).to(dtype)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
-    for _ in range(iterations):
-        s = (x.to(wide) @ x.to(wide).T).to(dtype)
-        polynomial = (b * s.to(wide) + c * (s.to(wide) @ s.to(wide))).to(dtype)
-        x = (a * x.to(wide) + polynomial.to(wide) @ x.to(wide)).to(dtype)
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        return (left.to(wide) @ right.to(wide)).to(dtype)
+
+    identity = torch.eye(len(x), dtype=dtype, device=x.device)
+    for length in orthogonal_rounds(iterations):
+        s, q = product(x, x.T), identity
+        for step in range(length):
+            p = (a * identity.to(wide) + b * s.to(wide) + c * (s.to(wide) @ s.to(wide))).to(dtype)
+            q = product(p, q)
+            if step < length - 1:
+                s = product(product(p, s), p)
+        x = product(q, x)
     return x.T if tall else x
