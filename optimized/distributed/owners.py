@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from itertools import accumulate, pairwise
 
+from arbitor.reference.audit import AREA_OF, area_of
 from arbitor.reference.constants import TRITS_PER_BYTE
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.grouped import TernaryGroupedLinear
@@ -22,6 +23,10 @@ On an H200 the trunk of r12 took 5.6 ps for each weight to vote and step, and ma
 """
 
 
+MEDIA = {AREA_OF[name] for name in ("image_sequencer", "video_head", "router")}
+"""Areas of a model whose matrices a pass over text leaves alone."""
+
+
 def owned_rows(
     model: ArbModel, count: int, *, starts_rows_anew: bool | None = None
 ) -> dict[int, tuple[range, ...]]:
@@ -30,7 +35,8 @@ def owned_rows(
     Matrices are dealt by the `work` that they are to their owner, the largest first, each to the rank that has least so far. Those
     that are not stacked are dealt first, and stacks that `may_be_cut` refuses as if they were one matrix. Then each other stack is
     dealt, the one of the largest matrices first. Each rank owns at least one of its matrices. What a rank owns of a stack follows
-    what the ranks before it own. Of equal matrices the lowest tensor id goes first, and of equal ranks the lowest number.
+    what the ranks before it own. Of equal matrices the lowest tensor id goes first, and of equal ranks the lowest number. Matrices
+    that a pass over text leaves alone are dealt for themselves, so that ranks share the work of either kind.
 
     Args:
         model, count: the model, which may be on the meta device, and the number of ranks.
@@ -39,7 +45,8 @@ def owned_rows(
             cut.
     """
     found: dict[int, tuple[range, ...]] = {}
-    loads = [0] * count
+    loads_of = {of_media: [0] * count for of_media in (False, True)}
+    of_media = {each.tensor_id: area_of(name) in MEDIA for name, each in model.ternary_modules().items()}
     modules = {each.tensor_id: each for each in model.ternary_modules().values() if has_owner(each)}
     stacks = {
         tensor_id: module.num_groups
@@ -51,7 +58,8 @@ def owned_rows(
     for tensor_id in sorted(works, key=lambda each: (each in stacks, -works[each], each)):
         num_dealt, num_rows = stacks.get(tensor_id, 1), modules[tensor_id].weight.shape[0]
         shares = [int(tensor_id in stacks)] * count
-        loads = [load + each * works[tensor_id] for load, each in zip(loads, shares, strict=True)]
+        loads = loads_of[of_media[tensor_id]]
+        loads[:] = [load + each * works[tensor_id] for load, each in zip(loads, shares, strict=True)]
         for _ in range(num_dealt - sum(shares)):
             rank = loads.index(min(loads))
             shares[rank] += 1

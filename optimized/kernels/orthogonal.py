@@ -19,6 +19,9 @@ BLOCK_COLUMNS = 1024
 BLOCK = 1024
 """Elements of a tile that may cross rows."""
 
+MARKED_ROWS, MARKED_COLUMNS = 128, 32
+"""Rows that a program looks at, and columns that it writes at a time if one of them is faulty."""
+
 
 @triton.jit
 def _wide_power_of_two(exponents):
@@ -124,16 +127,19 @@ def _scale_rows_kernel(
     tl.store(out_ptr + row * width + columns, narrow(scaled, out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_columns"])
-def _mark_rows_kernel(out_ptr, squares_ptr, num_columns, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+@triton.jit(do_not_specialize=["num_rows", "num_columns"])
+def _mark_rows_kernel(out_ptr, squares_ptr, num_rows, num_columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    squares = tl.load(squares_ptr + rows, mask=rows < num_rows, other=0.0)
     # Neither an infinity nor a NaN is below infinity.
-    if tl.load(squares_ptr + row) < float("inf"):
+    faulty = tl.where(squares < float("inf"), 0, 1)
+    if tl.max(faulty, axis=0) == 0:
         return
+    nothing = tl.full([ROWS, BLOCK], float("nan"), dtype=out_ptr.dtype.element_ty)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        nothing = tl.full([BLOCK], float("nan"), dtype=out_ptr.dtype.element_ty)
-        tl.store(out_ptr + row * num_columns + columns, nothing, mask=columns < num_columns)
+        mask = (faulty != 0)[:, None] & (columns < num_columns)[None, :]
+        tl.store(out_ptr + rows[:, None] * num_columns + columns[None, :], nothing, mask=mask)
 
 
 def average(
@@ -197,5 +203,6 @@ def scale_rows(grad_NK: Tensor, factors_N: Tensor, *, out_NK: Tensor | None = No
 def mark_rows(out_NK: Tensor, squares_N: Tensor) -> None:
     """Make each row NaN whose sum of squares, `row_squares` of another matrix, is not finite. The rows are contiguous."""
     num_rows, num_columns = out_NK.shape
-    block, _ = row_tile(num_columns, BLOCK_COLUMNS)
-    _mark_rows_kernel[row_grid(num_rows, 1)](out_NK, squares_N, num_columns, BLOCK=block)
+    _mark_rows_kernel[row_grid(triton.cdiv(num_rows, MARKED_ROWS), 1)](
+        out_NK, squares_N, num_rows, num_columns, ROWS=MARKED_ROWS, BLOCK=MARKED_COLUMNS
+    )
