@@ -82,7 +82,7 @@ class ArbOptimizer(torch.optim.Optimizer):
         Raises RuntimeError for votes that wait for a step, as they cannot be taken back.
         """
         self.model.drop_gradients()
-        if self.model.voting.notes:
+        if self.model.voting.waits:
             raise RuntimeError(
                 "backward was called without a step after it, but zero_grad must follow step(), as votes cannot be taken back"
             )
