@@ -112,6 +112,8 @@ class Stateful(ArbModule):
         """Refuse a step as `step` does, let sums vote, and mark the model torn until the step inside of this context is done."""
         self.voting.check_whole()
         self.voting.check_answered()
+        # As before a pass.
+        self._follow_weights()
         self.voting.vote_sums()
         # The mark holds until the step is done, because a step that raises has moved some weights and not others.
         self.voting.torn = True
