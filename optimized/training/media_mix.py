@@ -283,7 +283,7 @@ class Mix:
             return None
         return Targets(torch.full((batch,), MODALITIES.index(ANSWERED_BY.get(kind, "text"))))
 
-    def take(self, model: ArbModel, *, rate: float, micro_step: int, accum: int) -> float | None:
+    def take(self, model: ArbModel, *, rate: float, micro_step: int, accum: int = 1) -> float | None:
         """Run one pass of this rank's samples, in which every weight behind the loss votes; see `Passes.take`."""
         batch = self.batch(micro_step)
         self._refuse_other_files(f"micro-batch {micro_step}", batch.items)
