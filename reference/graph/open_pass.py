@@ -214,15 +214,16 @@ class Pass:
         key, grad_NK = (voter.tensor_id, gradient.part), gradient.grad_NK
         if isinstance(self.rate, Tensor):
             # A product would not do, because the gradients of a loss that is not finite are not either.
-            grad_NK = torch.where(self.rate != 0, grad_NK, 0.0)
+            grad_NK = torch.where((self.rate != 0).to(grad_NK.device), grad_NK, 0.0)
         if key in self.held:
-            before, total = self.held[key]
+            # It has the same rows, which lie in no graph.
+            before, gradient = self.held[key]
             voter = replace(voter, shares=max(voter.shares, before.shares))
             if self._keeps:
-                grad_NK = total.grad_NK + grad_NK
+                grad_NK = gradient.grad_NK + grad_NK
             else:
                 self.wrote = True
-                grad_NK = total.grad_NK.add_(grad_NK)
+                grad_NK = gradient.grad_NK.add_(grad_NK)
         elif self.recorded:
             raise RuntimeError(
                 "a recorded pass came to a weight of which no sum is held, but must have been launched before it is recorded"
