@@ -402,6 +402,8 @@ def test_passes_that_do_not_make_a_step_are_refused() -> None:
             ValueError, match=f"^accum is {wrong}, but must be 2, as in the passes since the last step"
         ):
             take(model, 1, accum=wrong)
+    # One at rate 0 is none of them.
+    assert take(model, 1, accum=1, rate=0.0)
     for wrong, error in ((0, ValueError), (2**32, ValueError), (2.0, TypeError), (True, TypeError)):
         with pytest.raises(error, match=r"^accum is"):
             take(model, 1, accum=wrong)  # type: ignore[arg-type]

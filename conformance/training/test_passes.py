@@ -21,7 +21,7 @@ from arbitor.optimized.training.passes import Passes, RecordedPasses
 from arbitor.optimized.training.recording import LAUNCHED_FIRST, records
 from arbitor.optimized.training.runtime import Runtime
 from arbitor.reference.config import ArbConfig
-from arbitor.reference.graph import ArbModel, grouped, layers
+from arbitor.reference.graph import ArbModel, Targets, grouped, layers
 from conformance.compare import exact
 from conformance.graph import models
 from conformance.subject import Subject, needs_cuda
@@ -240,6 +240,37 @@ def test_passes_are_recorded_anew_where_other_weights_are_frozen(
         assert state_sha256(recorded.model.state()) == state_sha256(launched.model.state()), step
     # Of each four passes the first two are launched, and the step of fewer weights.
     assert (replayed.count("forward"), replayed.count("step")) == ((8, 7) if accum == 1 else (19, 0))
+
+
+def test_recorded_passes_add_to_sums_to_which_others_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that was launched, a weight that was loaded, and weights that these passes alone do not reach, whose means stay."""
+    replayed: list[str] = []
+    without_graphs(monkeypatch, replayed)
+    averaged = replace(LIVELY, average_gradients=True)
+    launched, recorded = (kind(ArbModel(averaged, seed=3), accum=4) for kind in (Passes, RecordedPasses))
+    latent = torch.randn(2, WHOLE.video_latent, generator=torch.Generator().manual_seed(1))
+    targets = Targets(torch.tensor([1, 1]), latent=latent)
+    for step in range(6):
+        for passes in (launched, recorded):
+            model, number = passes.model, 4 * step
+            do(passes, "accepted", number)
+            if step % 2:
+                losses = model.losses(models.random_ids(2, 16, seed=number), targets=targets)
+                assert model.backward(losses, rate=models.RATE, step=number + 1, accum=4)
+                gate = model.byte_head.gate
+                gate.load(gate.ops.to_spec(gate.weight))
+            else:
+                do(passes, "accepted", number + 1)
+            for place in (2, 3):
+                do(passes, "accepted", number + place)
+            with pytest.raises(
+                ValueError, match=r"^accum is 4, but so many passes were taken since the last step"
+            ):
+                do(passes, "accepted", number + 4)
+            passes.step()
+        assert state_sha256(recorded.model.state()) == state_sha256(launched.model.state()), step
+    mean = recorded.model.video_head.latent_in.average.get_buffer("mean")
+    assert mean.any() and replayed.count("forward") == 3 * 4 + 3 * 3 - 2
 
 
 def test_a_run_closes_its_passes_before_it_leaves_its_ranks(
