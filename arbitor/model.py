@@ -200,7 +200,7 @@ class ArbModel(Asked, graph.ArbModel):
                     f"save_pretrained was called, but {name!r} is a float weight, which its folder does not hold: "
                     "`arb export --merge float` writes float linears"
                 )
-        if self.voting.notes:
+        if self.voting.waits:
             raise RuntimeError(
                 "backward was called without a step after it, but save_pretrained must follow model.step()"
             )

@@ -32,23 +32,26 @@ class ArbOptimizer(torch.optim.Optimizer):
     optimizer.
 
     The size of a vote is the rate's. A factor on the loss changes no vote, and `clip_grad_norm_` of `param_groups` finds no
-    gradient. For k micro-batches a step, divide the rate by the root of k, as `arb train` does, and not the loss by k.
+    gradient. For k micro-batches a step, call `backward` k times before `step`, with `accum=k`: their gradients are summed, and the
+    sums vote once with the step, as those of one batch would. Neither rate nor loss is divided by k.
 
     Args:
         model: an `ArbModel`, or a `Ternary`.
         rate:  size of the votes, 0 .. 127; docs/training.md says what was measured for it.
+        accum: micro-batches of a step. A step may have fewer, as at the end of the data.
 
     Attributes:
-        passes: backward passes so far that voted; their number is a coordinate of the dither.
+        passes: backward passes so far that counted; their number is a coordinate of the dither.
     """
 
-    def __init__(self, model: ArbModel | Ternary, *, rate: float) -> None:
+    def __init__(self, model: ArbModel | Ternary, *, rate: float, accum: int = 1) -> None:
         if not isinstance(model, ArbModel | Ternary):
             raise TypeError(
                 f"model is a {type(model).__name__}, but must be an ArbModel or a Ternary{inner_model(model)}"
             )
         checks.vote_rate(rate)
-        self.model = model
+        checks.integer("accum", accum, 1, 2**32 - 1)
+        self.model, self.accum = model, accum
         self.passes = 0
         # torch asks for a parameter. Weights are none: they are integers.
         super().__init__([torch.nn.Parameter(torch.empty(0))], {"lr": rate})
@@ -56,14 +59,20 @@ class ArbOptimizer(torch.optim.Optimizer):
     def backward(self, loss: Tensor | Mapping[str, Tensor]) -> bool:
         """Run the backward pass of one micro-batch, in which the weights vote at the rate of now; see `backward` of the model.
 
+        Of several micro-batches a step, the gradients are added to sums, which vote with the step at the rate of the last pass.
+
         Args:
             loss: a scalar; or, of an `ArbModel`, its components by name.
 
         Returns:
             True; or False when the loss is not finite, in which case nothing has changed.
+
+        Raises:
+            ValueError: so many passes were taken since the last step as it has micro-batches; or as `backward` of the model.
         """
         given: Any = loss
-        accepted = self.model.backward(given, rate=self.param_groups[0]["lr"], step=self.passes)
+        rate = self.param_groups[0]["lr"]
+        accepted = self.model.backward(given, rate=rate, step=self.passes, accum=self.accum)
         self.passes += accepted
         return accepted
 
@@ -82,7 +91,7 @@ class ArbOptimizer(torch.optim.Optimizer):
         Raises RuntimeError for votes that wait for a step, as they cannot be taken back.
         """
         self.model.drop_gradients()
-        if self.model.voting.notes:
+        if self.model.voting.waits:
             raise RuntimeError(
                 "backward was called without a step after it, but zero_grad must follow step(), as votes cannot be taken back"
             )
@@ -101,7 +110,7 @@ class ArbOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle, which has a copy of the model."""
-        return {**super().__getstate__(), "model": self.model, "passes": self.passes}
+        return {**super().__getstate__(), "model": self.model, "accum": self.accum, "passes": self.passes}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse a second group: the weights of a model have one rate."""

@@ -547,7 +547,7 @@ def test_passes_of_a_mix_unpack_once() -> None:
     run: Any = SimpleNamespace(
         model=None,
         mix=SimpleNamespace(take=lambda model, **_: told.append("taken")),
-        passes=SimpleNamespace(unpacking=unpacking),
+        passes=SimpleNamespace(unpacking=unpacking, accum=3),
     )
     Run._take_pass(run, 1.0, 0)
     assert told == ["begins", "taken", "ends"]

@@ -26,7 +26,6 @@ CONFIGS: Mapping[str, ArbConfig] = {
     "two.json": preset("small"),
     "one.json": replace(preset("small"), mantissa_bits=1),
     "none.json": replace(preset("small"), mantissa_bits=0),
-    "mean.json": replace(preset("small"), average_gradients=True),
     "wide.json": replace(
         preset("small"),
         name="wide",
@@ -41,7 +40,7 @@ CONFIGS: Mapping[str, ArbConfig] = {
         head_inner=2048,
     ),
 }
-"""Configurations by file: `small` with two, one and no mantissa bits, with a mean of gradients, and with 105 M weights."""
+"""Configurations by file: `small` with two, one and no mantissa bits, and with 105 M weights."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +119,13 @@ WANTED = (
     ),
     # Four launched passes a step: 36 s of training.
     Wanted(
-        "what micro-batches cost, and what a mean of gradients gives back",
+        "what micro-batches cost, whose gradients are summed or which vote by themselves",
         tuple(
-            _ablation(f"--preset {name} --seeds 0 1 2 --steps 500 {SMALL} --out micro-{out}", options)
-            for name, out, options in (
-                ("small", "whole", "--batch 64"),
-                ("small", "four", "--batch 16 --accum 4"),
-                ("mean.json", "mean", "--batch 16 --accum 4 --context 256"),
+            _ablation(f"--preset small --seeds 0 1 2 --steps 500 {SMALL} --out micro-{out}", options)
+            for out, options in (
+                ("whole", "--batch 64"),
+                ("sums", "--batch 16 --accum 4"),
+                ("votes", "--batch 16 --accum 4 --accum-votes"),
             )
         ),
         150,

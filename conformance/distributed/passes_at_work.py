@@ -25,11 +25,12 @@ STEPS = ("one pass", "one pass", "one pass", "two passes", "one pass", "one pass
 
 LIVELY: dict[str, Any] = {"theta": 1, "theta_e": 1}
 
-CASES: dict[str, tuple[ArbConfig, torch.dtype, str]] = {
-    "every module": (replace(nano.WHOLE, average_gradients=True, **LIVELY), torch.float32, "full"),
-    "stacks of several owners in eight bits": (replace(CUT, **LIVELY), torch.bfloat16, "mxint8"),
+CASES: dict[str, tuple[ArbConfig, torch.dtype, str, int]] = {
+    "every module": (replace(nano.WHOLE, average_gradients=True, **LIVELY), torch.float32, "full", 1),
+    "stacks of several owners in eight bits": (replace(CUT, **LIVELY), torch.bfloat16, "mxint8", 1),
+    "sums of micro-batches": (replace(CUT, average_gradients=True, **LIVELY), torch.bfloat16, "full", 2),
 }
-"""Models that are compared, their dtype, and how gradients travel."""
+"""Models that are compared, their dtype, how gradients travel, and how many passes of a step are summed."""
 
 REPLAYED_PASSES, REPLAYED_STEPS = 5, 3
 """What is replayed of these steps. A step is launched once before it is recorded."""
@@ -43,7 +44,9 @@ def replays_what_it_launches(world: World, folder: Path) -> Any:
     return {name: compared(world, *case) for name, case in CASES.items()}
 
 
-def compared(world: World, config: ArbConfig, dtype: torch.dtype, exchange: str) -> dict[str, Any]:
+def compared(
+    world: World, config: ArbConfig, dtype: torch.dtype, exchange: str, accum: int
+) -> dict[str, Any]:
     """Return what passes of each kind come to, by its name, and how many replays there were."""
     found: dict[str, Any] = {}
     for kind in (Passes, RecordedPasses):
@@ -57,7 +60,7 @@ def compared(world: World, config: ArbConfig, dtype: torch.dtype, exchange: str)
             else:
                 replayed = []
                 without_graphs(patch, replayed)
-            passes = kind(together(config, world, dtype, exchange))
+            passes = kind(together(config, world, dtype, exchange), accum=accum)
             ranks = ranks_of(passes.model)
             ranks.measured()
             nats, number = [], 0

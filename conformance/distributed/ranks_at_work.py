@@ -75,6 +75,7 @@ from conformance.distributed.experts_at_work import (
     votes_as_one_process,
 )
 from conformance.distributed.means_at_work import keeps_means, spreads_means
+from conformance.distributed.micro_at_work import sums_micro_batches, trains_in_micro_batches
 from conformance.distributed.passes_at_work import replays_what_it_launches
 from conformance.distributed.runs_at_work import (
     goes_on,
@@ -211,18 +212,19 @@ def agrees_after_steps(world: World, folder: Path) -> Any:
 
 
 def counts_bytes(world: World, folder: Path) -> Any:
-    """What the ranks received for the matrices of a step, and the formula of docs/scaling.md."""
+    """What the ranks received for the matrices of a step, and the formula of docs/scaling.md. The last step is of three passes."""
     config = replace(nano.NANO, num_layers=1)
     found = {}
-    for name, dtype, exchange in (
-        ("float32", torch.float32, "full"),
-        ("bfloat16", torch.bfloat16, "full"),
-        ("eight bits", torch.bfloat16, "mxint8"),
+    for name, dtype, exchange, passes in (
+        ("float32", torch.float32, "full", 1),
+        ("bfloat16", torch.bfloat16, "full", 1),
+        ("eight bits", torch.bfloat16, "mxint8", 1),
+        ("three micro-batches", torch.bfloat16, "full", 3),
     ):
         model = together(config, world, dtype, exchange)
         ranks = ranks_of(model)
         ids_BT = world.share(random_ids())
-        losses = model.losses(ids_BT)
+        losses = [model.losses(ids_BT) for _ in range(passes)]
         read = model.state_dict()
         before = {each: tensor.clone() for each, tensor in read.items()}
         ranks.measured()
@@ -232,7 +234,8 @@ def counts_bytes(world: World, folder: Path) -> Any:
                 module.frozen = True
         for keeper in model.table_modules().values():
             keeper.frozen = True
-        model.backward(losses, rate=RATE, step=0)
+        for step, of_pass in enumerate(losses):
+            model.backward(of_pass, rate=RATE, step=step, accum=passes)
         model.step()
         received = ranks.measured()[1]
         matrices = {n: m for n, m in model.ternary_modules().items() if m.tensor_id in ranks.owned}
@@ -257,7 +260,7 @@ def counts_bytes(world: World, folder: Path) -> Any:
                         differ += int((after != was).sum())
             assert 0 < 2 * differ < size, "the changes are fewer than the bytes, or this compares nothing"
             wanted += (world.count - 1) * changes_bytes(size, differ)
-        loss_bytes = 4 * (world.count - 1) * world.count
+        loss_bytes = passes * 4 * (world.count - 1) * world.count
         sizes_bytes = 8 * (world.count - 1) * world.count
         everyones = int(ranks.total(torch.tensor(received)))
         found[name] = (everyones - loss_bytes - sizes_bytes, round(wanted))
@@ -397,6 +400,8 @@ CHECKS: tuple[Callable[[World, Path], Any], ...] = (
     counts_faults,
     agrees_on_triton,
     replays_what_it_launches,
+    sums_micro_batches,
+    trains_in_micro_batches,
     refuses_ranks_that_differ,
     passes_signals_on,
     shares_windows,

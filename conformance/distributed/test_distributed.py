@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from conformance.distributed import passes_at_work, ranks_at_work
+from conformance.distributed import micro_at_work, passes_at_work, ranks_at_work
 from conformance.distributed.started import Found, both
 
 
@@ -183,8 +183,33 @@ def test_each_rank_owns_some_matrices_of_a_stack(found: Found) -> None:
 def test_bytes_are_those_of_the_table(found: Found) -> None:
     for way, (counted, wanted) in found[1][0]["counts_bytes"].items():
         assert counted == wanted > 0, way
-    sizes = [counted for counted, _ in found[1][0]["counts_bytes"].values()]
+    *sizes, several = [counted for counted, _ in found[1][0]["counts_bytes"].values()]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
+    # Of three micro-batches the sums are exchanged, and no gradient. What a step changes is not the same.
+    assert several == pytest.approx(sizes[1], rel=0.1)
+
+
+@both
+@pytest.mark.parametrize("case", micro_at_work.CASES)
+def test_sums_of_micro_batches_are_exchanged_once_a_step(found: Found, case: str) -> None:
+    """And vote as the sum that one process has of all gradients, to the bit where these are whole numbers."""
+    for number, of_rank in enumerate(found[1]):
+        each = of_rank["sums_micro_batches"][case]
+        ours, alone = each["digests"]
+        assert ours == (None if number else alone) and not each["waits"]
+        of_passes, of_steps = (
+            each["exchanged"],
+            each["exchanged"][micro_at_work.ACCUM :: micro_at_work.ACCUM + 1],
+        )
+        assert len(of_passes) == 8 and sum(of_passes) == sum(of_steps) > 0
+    digests = [each["digests"][1] for each in found[1][0]["sums_micro_batches"].values()]
+    assert len(set(digests)) == len(digests)
+
+
+@both
+def test_runs_of_micro_batches_end_alike(found: Found) -> None:
+    whole, resumed, votes = found[1][0]["trains_in_micro_batches"]
+    assert whole == resumed != votes
 
 
 @both
@@ -224,8 +249,11 @@ def test_recorded_passes_of_ranks_are_those_that_are_launched(found: Found, case
         assert each["Passes"]["received"] > 0 and None not in each["Passes"]["nats"]
         assert each["Passes"]["refused"] is None and len(set(each["Passes"]["states"])) == 1
         # The pass that is refused is replayed too, and leaves nothing to step.
-        graphs = each["graphs of a step"]
-        assert graphs > (2 if case == "every module" else 1), "one of the tables, and those of pieces"
+        graphs, accum = each["graphs of a step"], passes_at_work.CASES[case][-1]
+        if accum == 1:
+            assert graphs > (2 if case == "every module" else 1), "one of the tables, and those of pieces"
+        else:
+            assert graphs == 0, "steps of sums are launched"
         assert (
             each["replays"]
             == 2 * (passes_at_work.REPLAYED_PASSES + 1) + graphs * passes_at_work.REPLAYED_STEPS

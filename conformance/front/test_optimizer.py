@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +34,50 @@ def test_it_does_what_the_model_does() -> None:
         plain.step()
     assert state_sha256(mine.state()) == state_sha256(plain.state())
     assert schedule.get_last_lr() == [6.0 / 16] and optimizer.passes == 4
+
+
+@pytest.mark.parametrize("make", [model, lambda: Ternary(Linear(40, 40, seed=0))])
+def test_micro_batches_of_a_step_vote_as_the_model_lets_them(make: Any) -> None:
+    """At the rate of the last one. A step may have fewer, and a refused loss is none of them."""
+    mine, plain = make(), make()
+    optimizer, number = ArbOptimizer(mine, rate=20.0, accum=3), 0
+
+    def loss_of(it: Any, place: int) -> Any:
+        if isinstance(it, ArbModel):
+            return it.loss(IDS[:, place:])
+        return it(torch.randn(64, 40, generator=torch.Generator().manual_seed(place))).square().mean()
+
+    for step, passes in enumerate((3, 2, 3)):
+        for place in range(passes):
+            optimizer.param_groups[0]["lr"] = rate = 20.0 - step - place
+            assert optimizer.backward(loss_of(mine, place))
+            assert not optimizer.backward(loss_of(mine, place) * float("nan"))
+            plain.backward(loss_of(plain, place), rate=rate, step=number, accum=3)
+            number += 1
+        with pytest.raises(RuntimeError, match="zero_grad must follow step"):
+            optimizer.zero_grad()
+        if passes == 3:
+            with pytest.raises(
+                ValueError, match=r"^accum is 3, but so many passes were taken since the last step"
+            ):
+                optimizer.backward(loss_of(mine, 0))
+        for each in (optimizer, plain):
+            each.step()
+        optimizer.zero_grad()
+    assert number == optimizer.passes == 8
+    assert state_sha256(mine.state()) == state_sha256(plain.state()) != state_sha256(make().state())
+    copied = copy.deepcopy(optimizer)
+    assert copied.accum == 3 and copied.model is not mine
+
+
+def test_a_model_whose_sums_wait_is_not_saved(tmp_path: Path) -> None:
+    it = ArbModel(nano.NANO, device="cpu", seed=1)
+    it.embedding.requires_grad_(False)
+    it.backward(it.loss(IDS), rate=6.0, step=0, accum=2)
+    with pytest.raises(RuntimeError, match=r"save_pretrained must follow model.step\(\)"):
+        it.save_pretrained(tmp_path / "model")
+    it.step()
+    it.save_pretrained(tmp_path / "model")
 
 
 def test_it_goes_on_as_it_was_saved() -> None:
@@ -87,6 +133,8 @@ def test_it_steps_ternary_layers() -> None:
         (lambda it: it.step(lambda: 1.0), ValueError, "closure is given"),
         (lambda it: it.add_param_group({"params": []}), ValueError, "have one group"),
         (lambda it: ArbOptimizer(it.model, rate=-1.0), ValueError, "rate is -1"),
+        (lambda it: ArbOptimizer(it.model, rate=1.0, accum=0), ValueError, "accum is 0"),
+        (lambda it: ArbOptimizer(it.model, rate=1.0, accum=2.0), TypeError, "accum is"),
         (lambda it: ArbOptimizer(it.model.parameters(), rate=1.0), TypeError, "model is a generator"),
     ],
 )

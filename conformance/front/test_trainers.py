@@ -31,14 +31,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trainer(
-    hub: Any, where: Path, model: Any, *, kind: Any = None, steps: int = 3, saves: Any = None, **more: Any
+    hub: Any,
+    where: Path,
+    model: Any,
+    *,
+    kind: Any = None,
+    steps: int = 3,
+    saves: Any = None,
+    batch: int = 2,
+    gradient_accumulation_steps: int = 1,
+    **more: Any,
 ) -> Any:
     if importlib.util.find_spec("accelerate") is None:
         skip("a Trainer of transformers", "accelerate is not installed")
     arguments = hub.TrainingArguments(
         output_dir=str(where),
         max_steps=steps,
-        per_device_train_batch_size=2,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=gradient_accumulation_steps,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
@@ -213,7 +223,7 @@ def test_a_trainer_trains_adapters(hub: Any, model: Any, tmp_path: Path) -> None
 
 def voting(hub: Any, where: Path, model: Any, **more: Any) -> Any:
     """A trainer whose passes vote, as docs/python.md has it."""
-    optimizer = ArbOptimizer(model.arb, rate=6.0)
+    optimizer = ArbOptimizer(model.arb, rate=6.0, accum=more.get("gradient_accumulation_steps", 1))
 
     class Voting(hub.Trainer):  # type: ignore[misc, name-defined]
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
@@ -243,14 +253,34 @@ def test_a_trainer_goes_on_from_its_own_checkpoint(hub: Any, folder: Path, tmp_p
     assert (whole.arb.steps_taken, stopped.arb.steps_taken, resumed.arb.steps_taken) == (4, 2, 4)
 
 
+def test_micro_batches_of_a_trainer_are_summed(hub: Any, folder: Path, tmp_path: Path) -> None:
+    """Two of one row each are a step, and their sums vote once."""
+    trained, plain = (hub.AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+    seen: list[Any] = []
+    its = voting(hub, tmp_path / "run", trained, steps=3, batch=1, gradient_accumulation_steps=2)
+    prepare = its._prepare_inputs
+    its._prepare_inputs = lambda inputs: seen.append(inputs["input_ids"]) or prepare(inputs)
+    its.train()
+    assert len(seen) == 6 and trained.arb.steps_taken == 3
+    for number, ids_BT in enumerate(seen):
+        rate = 6.0 * (1 - 0.9 * (number // 2) / 4)
+        loss = plain(input_ids=ids_BT, labels=ids_BT).loss
+        plain.arb.backward(loss, rate=rate, step=number, accum=2)
+        if number % 2:
+            plain.arb.step()
+    assert state_sha256(trained.arb.state()) == state_sha256(plain.arb.state())
+
+
 def test_a_loop_with_accelerate_votes(hub: Any, folder: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec("accelerate") is None:
         skip("a loop with accelerate", "accelerate is not installed")
     accelerate = importlib.import_module("accelerate")
+    # What a Trainer of this process left: the end of its data would end each step.
+    accelerate.state.GradientState._reset_state()
     states = []
     for prepares in (True, False):
         model = hub.AutoModelForCausalLM.from_pretrained(folder)
-        optimizer = ArbOptimizer(model.arb, rate=6.0)
+        optimizer = ArbOptimizer(model.arb, rate=6.0, accum=2)
         accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
         if prepares:
             model, prepared = accelerator.prepare(model, optimizer)

@@ -55,6 +55,28 @@ def test_a_linear_votes_and_steps_alike(subject: Subject, vote_rule: str, expone
     assert results[0][1].trit_accum.any() and not torch.equal(results[0][1].packed, start.packed)
 
 
+def test_micro_batches_vote_and_step_alike(subject: Subject) -> None:
+    """Sums of a matrix, and rows of a table in each pass, of three steps of three micro-batches."""
+    results = []
+    for parts in contexts(subject):
+        layer, table = TernaryLinear(parts, 29, 17), TernaryEmbedding(parts, 40, 29)
+        for number in range(9):
+            ids = torch.tensor([[3, 39, 3], [0, 17, 3]], device=parts.device) + number
+            with parts.voting.taking(rate=2.0, step=number, accum=3, undo=number % 2 == 0):
+                y = layer(integers(2, 3, 29, seed=number).to(parts.device))
+                (y * integers(2, 3, 17, seed=number).to(parts.device)).sum().backward()
+                (table(ids % 40) * integers(2, 3, 29, seed=number).to(parts.device)).sum().backward()
+            if number % 3 == 2:
+                parts.voting.vote_sums()
+                layer.step_weight()
+                table.step_weight()
+        results.append(tuple(parts.ops.to_spec(each.weight).to("cpu") for each in (layer, table)))
+    exact(results[1], results[0])
+    start = reference_ops.to_spec(TernaryLinear(contexts(subject)[0], 29, 17).weight)
+    assert all(weight.trit_accum.any() for weight in results[0])
+    assert not torch.equal(results[0][0].packed, start.packed)
+
+
 def test_a_table_votes_and_steps_alike(subject: Subject) -> None:
     results = []
     for parts in contexts(subject):

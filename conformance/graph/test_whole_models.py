@@ -164,6 +164,14 @@ def trained_once(model: ArbModel, ids_BT: Tensor, *, step: int) -> None:
     model.step()
 
 
+def trained_in_two(model: ArbModel, ids_BT: Tensor, *, step: int) -> None:
+    """Run one training step of two micro-batches, of which the second one is text alone."""
+    more_BT = models.random_ids(2, 9, seed=step).to(model.voting.faults.device)
+    assert model.backward(losses_of(model, ids_BT), rate=models.RATE, step=step, accum=2)
+    assert model.backward(model.losses(more_BT), rate=models.RATE, step=step + 1, accum=2)
+    model.step()
+
+
 def test_models_take_both_ways_to_their_experts() -> None:
     """In passes of 2 sequences of 8 bytes, as are compared: the chosen experts alone in float32, products of all in bfloat16."""
     for configs, takes_all in ((CONFIGS, False), (BFLOAT16_CONFIGS, True)):
@@ -260,11 +268,15 @@ def last_bytes(config: ArbConfig) -> Tensor:
 
 
 def stepped(
-    config: ArbConfig, ops: Any, device: torch.device | str, dtype: torch.dtype = torch.float32
+    config: ArbConfig,
+    ops: Any,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    take: Callable[..., None] = trained_once,
 ) -> dict[str, Any]:
     """Return the state, on the CPU, after one more step than `trained`."""
     model = again(config, models.drawn_by_the_reference(ops), device, dtype)
-    trained_once(model, last_bytes(config), step=3)
+    take(model, last_bytes(config), step=3)
     return {key: value.to("cpu") for key, value in model.state().items()}
 
 
@@ -313,6 +325,20 @@ def test_a_step_leaves_the_same_bits(subject: Subject, name: str) -> None:
     same_state(got.state, want.state)
     assert any(name.startswith("orthogonalize") for name, _ in calls), "no gradient was made orthogonal"
     all_moved(config, want.state, taught=True)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_step_of_two_micro_batches_leaves_the_same_bits(subject: Subject, name: str) -> None:
+    """Their gradients are summed, and the sums made orthogonal; the rows of tables vote in each of them."""
+    config = the_config(subject, CONFIGS, name)
+    calls: Calls = []
+    want, got = {}, {}
+    state = stepped(config, recording(reference_ops, calls, want), "cpu", take=trained_in_two)
+    replayed = replaying(subject.ops, calls, got)
+    same_state(stepped(config, replayed, subject.device, take=trained_in_two), state)
+    all_alike(got, want)
+    single, _ = recorded_step(config)
+    assert not all(same(value, single.state[key]) for key, value in state.items())
 
 
 @pytest.mark.parametrize("name", BFLOAT16_CONFIGS)

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from arbitor import ArbModel
 from arbitor.optimized import cli
-from arbitor.optimized.training.checkpoint import load_checkpoint
+from arbitor.optimized.training.checkpoint import load_checkpoint, state_sha256
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.loop import opened, train
 from arbitor.optimized.training.media import lead_of
@@ -150,6 +150,21 @@ def test_code_is_a_text_of_its_own(media: Path, tmp_path: Path) -> None:
     code.write_bytes(sources["code"].replace(b"f", b"g"))
     with pytest.raises(TrainingError, match="started with data for code"):
         train(TrainOptions(run=folder, resume=True))
+
+
+def test_micro_batches_of_several_kinds_are_summed(media: Path, cache: str) -> None:
+    """A step of six, written out: micro-batches of pictures add to the sums of the weights that texts reach, too."""
+    asked = options(media, None, "image", feature_cache=cache, accum=6, steps=1, save=False)
+    with opened(asked, None) as run:
+        assert run.mix is not None
+        batches = [run.mix.batch(micro_step) for micro_step in range(6)]
+        plain = ArbModel(run.model.config, device="cpu", seed=run.settings.seed)
+        for micro_step, batch in enumerate(batches):
+            losses = plain.losses(**batch.share(run.world).on(plain.device))
+            plain.backward(losses, rate=run._rate(0), step=micro_step, accum=6)
+        plain.step()
+    assert {batch.kind for batch in batches} == {"text", "image"}
+    assert train(asked).summary["state_sha256"] == state_sha256(plain.state())
 
 
 def test_kinds_come_as_often_as_the_mix_says(media: Path, cache: str) -> None:

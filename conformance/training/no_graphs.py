@@ -36,6 +36,8 @@ def without_graphs(monkeypatch: pytest.MonkeyPatch, replayed: list[str]) -> None
 
     def record(passes: RecordedPasses) -> list[Any]:
         in_graphs = [note.on(torch.clone) for note in passes._notes]
+        # Graphs add to the memory that was there when they were recorded.
+        totals = dict(passes._totals)
         unpacking = ExitStack()
 
         def forward() -> None:
@@ -50,12 +52,16 @@ def without_graphs(monkeypatch: pytest.MonkeyPatch, replayed: list[str]) -> None
             replayed.append("backward")
             strayed, torn = passes.model.voting.strayed, passes.model.voting.torn
             passes.model.voting.torn = False
+            python, passes._totals = (passes._totals, passes._added), dict(totals)
             with unpacking, monkeypatch.context() as patch:
                 # A recording does not read its rate, which counts as above 0.
                 patch.setattr(voting, "Pass", lambda **given: voting_pass(**{**given, "moves": True}))
                 passes._backward()
             # A replay runs no Python.
             passes.model.voting.strayed, passes.model.voting.torn = strayed, torn
+            assert passes._totals.keys() == totals.keys(), "a recording would have been refused"
+            assert all(passes._totals[key][1].grad_NK is total.grad_NK for key, (_, total) in totals.items())
+            passes._totals, passes._added = python
             for note, new in zip(in_graphs, passes._notes, strict=True):
                 for old_tensor, tensor in zip(note.seen, new.seen, strict=True):
                     if old_tensor is not None and tensor is not None:

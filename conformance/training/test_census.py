@@ -260,6 +260,22 @@ def test_a_report_does_not_depend_on_the_layout(subject: Subject) -> None:
     assert reports[0]["flip_rate"] > 0.3 and reports[0]["kinds"]["head"]["rail_share"] == 0
 
 
+def test_a_report_counts_the_votes_of_sums() -> None:
+    """Those of several micro-batches are cast with the step, and are there when the census looks. Nothing else becomes of them."""
+    counted, plain = ArbModel(NANO, seed=3), ArbModel(NANO, seed=3)
+    for number in range(2):
+        for each in (counted, plain):
+            losses = each.losses(random_ids(2, 16, seed=number))
+            each.backward(losses, rate=100.0, step=number, accum=2)
+    census = Census(counted)
+    census.before_step()
+    for each in (counted, plain):
+        each.step()
+    kinds = census.after_step()["kinds"]
+    assert kinds["head"]["rail_share"] > 0.05
+    assert state_sha256(counted.state()) == state_sha256(plain.state())
+
+
 def test_a_report_of_codes() -> None:
     model = ArbModel(WHOLE, seed=3)
     census = Census(model)

@@ -38,16 +38,19 @@ from conformance.training.nano import NANO, NANO_DEFAULTS, WHOLE
 from conformance.training.runs import options
 
 
-def test_train_is_the_plain_recipe(text: Path) -> None:
-    """The same eight steps, written out: a vote from every micro-batch, then one step."""
-    result = train(options(text, None, accum=2, seed=7, save=False))
+@pytest.mark.parametrize("accum_votes", [False, True])
+def test_train_is_the_plain_recipe(text: Path, *, accum_votes: bool) -> None:
+    """The same eight steps, written out: the gradients of two micro-batches are summed, or each votes, and then one step."""
+    result = train(options(text, None, accum=2, accum_votes=accum_votes, seed=7, save=False))
+    how = {"votes": 2} if accum_votes else {}
     corpus = load_corpus(str(text))
     split = split_corpus(corpus, 16)
     model = ArbModel(NANO, seed=7)
     for step in range(8):
         for micro_step in (2 * step, 2 * step + 1):
             ids = training_batch(corpus, split, batch=2, context=16, seed=7, micro_step=micro_step)
-            model.backward(model.losses(ids), rate=rate(step, 8, accum=2), step=micro_step)
+            size = rate(step, 8, **how)
+            model.backward(model.losses(ids), rate=size, step=micro_step, accum=1 if accum_votes else 2)
         model.step()
     assert result.summary["state_sha256"] == state_sha256(model.state())
     assert result.folder is None
@@ -200,7 +203,7 @@ def test_train_skips_a_loss_that_is_not_finite(
         for micro_step in (2 * step, 2 * step + 1):
             if micro_step not in (3, 8, 9):
                 ids = training_batch(corpus, split, batch=2, context=16, seed=0, micro_step=micro_step)
-                model.backward(model.losses(ids), rate=rate(step, 8, accum=2), step=micro_step)
+                model.backward(model.losses(ids), rate=rate(step, 8), step=micro_step, accum=2)
         model.step()
     expected = state_sha256(model.state())
     fault(monkeypatch, {3, 8, 9}, value)

@@ -21,7 +21,7 @@ from arbitor.optimized.training.passes import Passes, RecordedPasses
 from arbitor.optimized.training.recording import LAUNCHED_FIRST, records
 from arbitor.optimized.training.runtime import Runtime
 from arbitor.reference.config import ArbConfig
-from arbitor.reference.graph import ArbModel, grouped, layers
+from arbitor.reference.graph import ArbModel, Targets, grouped, layers
 from conformance.compare import exact
 from conformance.graph import models
 from conformance.subject import Subject, needs_cuda
@@ -108,17 +108,22 @@ def do(passes: Passes, what: str, micro_step: int) -> float | None:
         model.drop_gradients()
     else:
         ids_BT = ids_BT.to(model.voting.faults.device)
-        assert model.backward(model.losses(ids_BT), rate=models.RATE, step=micro_step)
+        losses = model.losses(ids_BT)
+        assert model.backward(losses, rate=models.RATE, step=micro_step, accum=passes.accum)
     return None
 
 
-def compared_with_launched(config: ArbConfig, **options: Any) -> tuple[RecordedPasses, list[list[str]]]:
+def compared_with_launched(
+    config: ArbConfig, *, accum: int = 1, **options: Any
+) -> tuple[RecordedPasses, list[list[str]]]:
     """Take STEPS with passes that are launched and with recorded ones, and compare the two after each step, bit by bit.
 
     Returns:
         the recorded passes, and what became of each of STEPS.
     """
-    launched, recorded = (kind(ArbModel(config, seed=3, **options)) for kind in (Passes, RecordedPasses))
+    launched, recorded = (
+        kind(ArbModel(config, seed=3, **options), accum=accum) for kind in (Passes, RecordedPasses)
+    )
     outcomes: list[list[str]] = []
     for step, events in enumerate(STEPS):
         outcomes.append([])
@@ -144,15 +149,18 @@ LIVELY = replace(WHOLE, theta=1, theta_e=1)
 """A model in which most counts are full at each step."""
 
 
-def test_recorded_passes_and_steps_are_those_that_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of recorded passes and steps but the graphs, on the CPU: buffers, notes, losses that are not finite.
+@pytest.mark.parametrize("accum", [1, 2])
+def test_recorded_passes_and_steps_are_those_that_are_launched(
+    monkeypatch: pytest.MonkeyPatch, accum: int
+) -> None:
+    """All of recorded passes and steps but the graphs, on the CPU: buffers, notes, sums, losses that are not finite.
 
     The first micro-batches are refused: nothing is recorded before a backward pass has run.
     """
     replayed: list[str] = []
     some_losses_are_not_finite(monkeypatch)
     without_graphs(monkeypatch, replayed)
-    passes, outcomes = compared_with_launched(LIVELY)
+    passes, outcomes = compared_with_launched(LIVELY, accum=accum)
     assert [
         event for events in STEPS for event in events if event in ("accepted", "at rate 0", "validated")
     ] == [
@@ -162,7 +170,7 @@ def test_recorded_passes_and_steps_are_those_that_are_launched(monkeypatch: pyte
         if outcome == "nats"
     ]
     assert replayed.count("forward") == replayed.count("backward") == REPLAYED_PASSES
-    assert replayed.count("step") == REPLAYED_STEPS
+    assert replayed.count("step") == (REPLAYED_STEPS if accum == 1 else 0)
     start = ArbModel(LIVELY, seed=3).tables()
     assert sum(not torch.equal(start[name], table) for name, table in passes.model.tables().items()) > 5
     with pytest.raises(ValueError, match=r"ids_BT has shape \(1, 16\), but must have that of all passes"):
@@ -179,43 +187,90 @@ def test_recorded_passes_and_steps_are_those_that_are_launched(monkeypatch: pyte
             again()
 
 
-def both_kinds(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Passes, RecordedPasses]:
+def both_kinds(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[list[str], Passes, RecordedPasses]:
     """Return the list in which replays are noted, and launched and recorded passes of equal models."""
     replayed: list[str] = []
     without_graphs(monkeypatch, replayed)
-    return replayed, Passes(ArbModel(LIVELY, seed=3)), RecordedPasses(ArbModel(LIVELY, seed=3))
+    launched, recorded = (kind(ArbModel(LIVELY, seed=3), **options) for kind in (Passes, RecordedPasses))
+    return replayed, launched, recorded
 
 
-def test_closed_passes_have_no_graphs_and_may_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    replayed, launched, recorded = both_kinds(monkeypatch)
+@pytest.mark.parametrize("accum", [1, 3])
+def test_closed_passes_have_no_graphs_and_may_go_on(monkeypatch: pytest.MonkeyPatch, accum: int) -> None:
+    """They are closed between two steps, and within one of several passes."""
+    replayed, launched, recorded = both_kinds(monkeypatch, accum=accum)
     for step in range(8):
         for passes in (launched, recorded):
-            do(passes, "accepted", step)
+            for place in range(accum):
+                do(passes, "accepted", accum * step + place)
+                if accum > 1 and step == 2 and place == 1:
+                    passes.close()
             passes.step()
             if step == 4:
                 graphs = [*getattr(passes, "_graphs", ()), *getattr(passes, "_step_graphs", {}).values()]
                 passes.close()
                 assert not any(hasattr(graph, "replay") for graph in graphs)
         assert state_sha256(recorded.model.state()) == state_sha256(launched.model.state()), step
-    # Three before they were closed, and three after: they are recorded at once.
-    assert replayed.count("forward") == 6 and replayed.count("step") == 6
+    # Two are launched. After they were closed they are recorded at once, but for one pass that makes the memory of sums.
+    assert replayed.count("forward") == 8 * accum - 2 - (2 if accum > 1 else 0)
+    assert replayed.count("step") == (6 if accum == 1 else 0)
 
 
-def test_passes_are_recorded_anew_where_other_weights_are_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
-    replayed, launched, recorded = both_kinds(monkeypatch)
+@pytest.mark.parametrize("accum", [1, 2])
+def test_passes_are_recorded_anew_where_other_weights_are_frozen(
+    monkeypatch: pytest.MonkeyPatch, accum: int
+) -> None:
+    """Also between the passes of a step: what was added before votes, and nothing else of a weight that is frozen."""
+    replayed, launched, recorded = both_kinds(monkeypatch, accum=accum)
     for step in range(14):
         for passes in (launched, recorded):
             layer = passes.model.layers[0]
             if step in (4, 8):
                 layer.requires_grad_(step == 8)
-            do(passes, "accepted", step)
+            if accum > 1:
+                # One more layer is frozen between the two passes of a step in which others are.
+                do(passes, "accepted", 2 * step)
+                passes.model.byte_head.requires_grad_(step != 6)
+            do(passes, "accepted", 2 * step + 1)
             # Of the last two steps the first is of fewer weights than voted.
             layer.requires_grad_(step not in (4, 5, 6, 7, 12))
             passes.step()
             layer.requires_grad_(step not in (4, 5, 6, 7))
+            passes.model.byte_head.requires_grad_(True)
         assert state_sha256(recorded.model.state()) == state_sha256(launched.model.state()), step
     # Of each four passes the first two are launched, and the step of fewer weights.
-    assert replayed.count("forward") == 8 and replayed.count("step") == 7
+    assert (replayed.count("forward"), replayed.count("step")) == ((8, 7) if accum == 1 else (19, 0))
+
+
+def test_recorded_passes_add_to_sums_to_which_others_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that was launched, a weight that was loaded, and weights that these passes alone do not reach, whose means stay."""
+    replayed: list[str] = []
+    without_graphs(monkeypatch, replayed)
+    averaged = replace(LIVELY, average_gradients=True)
+    launched, recorded = (kind(ArbModel(averaged, seed=3), accum=4) for kind in (Passes, RecordedPasses))
+    latent = torch.randn(2, WHOLE.video_latent, generator=torch.Generator().manual_seed(1))
+    targets = Targets(torch.tensor([1, 1]), latent=latent)
+    for step in range(6):
+        for passes in (launched, recorded):
+            model, number = passes.model, 4 * step
+            do(passes, "accepted", number)
+            if step % 2:
+                losses = model.losses(models.random_ids(2, 16, seed=number), targets=targets)
+                assert model.backward(losses, rate=models.RATE, step=number + 1, accum=4)
+                gate = model.byte_head.gate
+                gate.load(gate.ops.to_spec(gate.weight))
+            else:
+                do(passes, "accepted", number + 1)
+            for place in (2, 3):
+                do(passes, "accepted", number + place)
+            with pytest.raises(
+                ValueError, match=r"^accum is 4, but so many passes were taken since the last step"
+            ):
+                do(passes, "accepted", number + 4)
+            passes.step()
+        assert state_sha256(recorded.model.state()) == state_sha256(launched.model.state()), step
+    mean = recorded.model.video_head.latent_in.average.get_buffer("mean")
+    assert mean.any() and replayed.count("forward") == 3 * 4 + 3 * 3 - 2
 
 
 def test_a_run_closes_its_passes_before_it_leaves_its_ranks(
@@ -341,14 +396,15 @@ def test_what_keeps_a_pass_from_being_recorded_is_named() -> None:
             records(True, runtime, **given)
 
 
+@pytest.mark.parametrize("accum", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_graphs_of_passes_and_steps_are_those_that_are_launched(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, accum: int
 ) -> None:
     """As on the CPU, with CUDA graphs."""
     needs_cuda(subject, f"graphs of passes and steps, {dtype}")
     some_losses_are_not_finite(monkeypatch)
     replayed = replays(monkeypatch)
     with values_vouched_for():
-        compared_with_launched(LIVELY, ops=subject.ops, device=subject.device, dtype=dtype)
-    assert len(replayed) == 2 * REPLAYED_PASSES + REPLAYED_STEPS
+        compared_with_launched(LIVELY, accum=accum, ops=subject.ops, device=subject.device, dtype=dtype)
+    assert len(replayed) == 2 * REPLAYED_PASSES + (REPLAYED_STEPS if accum == 1 else 0)

@@ -121,12 +121,45 @@ def outcome(folder: Path, summary: dict[str, Any]) -> tuple[object, ...]:
 
 
 def test_train_killed_and_resumed_ends_the_same(text: Path, tmp_path: Path) -> None:
-    whole = outcome(tmp_path / "whole", train(options(text, tmp_path / "whole", accum=2)).summary)
-    # Before any save but the first, after it, just after one, and in the last step.
-    for step in (0, 1, 4, 7):
-        folder = tmp_path / f"killed-{step}"
-        train_until_killed(step, options(text, folder, accum=2))
-        assert outcome(folder, train(TrainOptions(run=folder, resume=True)).summary) == whole
+    outcomes = []
+    for accum_votes in (None, True):
+        asked = {"accum": 2, "accum_votes": accum_votes}
+        whole = outcome(
+            tmp_path / f"{accum_votes}", train(options(text, tmp_path / f"{accum_votes}", **asked)).summary
+        )
+        # Before any save but the first, after it, just after one, and in the last step.
+        for step in (0, 1, 4, 7):
+            folder = tmp_path / f"killed-{accum_votes}-{step}"
+            train_until_killed(step, options(text, folder, **asked))
+            assert outcome(folder, train(TrainOptions(run=folder, resume=True)).summary) == whole
+        outcomes.append(whole[0])
+    assert outcomes[0]["state_sha256"] != outcomes[1]["state_sha256"]
+
+
+def test_a_run_from_before_gradients_were_summed_goes_on_with_votes(text: Path, tmp_path: Path) -> None:
+    """Whose micro-batches voted one by one. It cannot go on with sums, nor a run with sums with such votes."""
+    expected = train(options(text, tmp_path / "whole", accum=2, accum_votes=True)).summary
+    folder = tmp_path / "old"
+    train_until_killed(5, options(text, folder, accum=2, accum_votes=True))
+    for path in folder.glob("*.safetensors"):
+        forged(path, lambda tensors, header: header["run"].pop("accum_votes"))
+    config = json.loads((folder / "config.json").read_text())
+    del config["run"]["accum_votes"]
+    (folder / "config.json").write_text(json.dumps(config))
+    rates = read_facts(RunFolder(folder))[0].planned_rate()
+    with pytest.raises(
+        TrainingError, match="started with accum_votes True and cannot go on with accum_votes False"
+    ):
+        train(TrainOptions(run=folder, resume=True, accum_votes=False))
+    summary = train(TrainOptions(run=folder, resume=True)).summary
+    assert {**summary, "seconds": 0} == {**expected, "seconds": 0}
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["step"] > 5]
+    assert lines and all(line["rate"] == rates(line["step"] - 1) for line in lines if "rate" in line)
+    train(options(text, tmp_path / "sums", accum=2))
+    with pytest.raises(
+        TrainingError, match="started with accum_votes False and cannot go on with accum_votes True"
+    ):
+        train(TrainOptions(run=tmp_path / "sums", resume=True, accum_votes=True))
 
 
 def test_train_killed_and_resumed_ends_the_same_with_every_module(

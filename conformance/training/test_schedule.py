@@ -60,15 +60,15 @@ def test_a_long_run_falls_from_the_start() -> None:
 
 
 def test_micro_batches_share_the_rate_by_the_root_of_their_number() -> None:
-    assert [rate(5, 20, theta=64, accum=accum) for accum in (1, 4, 16)] == [6.0, 3.0, 1.5]
-    assert rate(5, 20, accum=3) == float(np.float32(6 / 3**0.5))
-    with pytest.raises(ValueError, match=r"^accum is 0"):
-        rate(5, 20, accum=0)
+    assert [rate(5, 20, theta=64, votes=votes) for votes in (1, 4, 16)] == [6.0, 3.0, 1.5]
+    assert rate(5, 20, votes=3) == float(np.float32(6 / 3**0.5))
+    with pytest.raises(ValueError, match=r"^votes is 0"):
+        rate(5, 20, votes=0)
 
 
-@pytest.mark.parametrize("accum", [1, 3])
-def test_rate_is_a_float32(accum: int) -> None:
-    rates = [rate(step, 1000, accum=accum) for step in range(1000)]
+@pytest.mark.parametrize("votes", [1, 3])
+def test_rate_is_a_float32(votes: int) -> None:
+    rates = [rate(step, 1000, votes=votes) for step in range(1000)]
     assert rates == [float(np.float32(value)) for value in rates]
 
 

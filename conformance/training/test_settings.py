@@ -5,20 +5,25 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from arbitor.optimized import settings
-from arbitor.optimized.training import machine_memory, sizes
+from arbitor.optimized.training import machine_memory, prepared, sizes
 from arbitor.optimized.training.errors import TrainingError
+from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.options import TrainOptions, preset_defaults
 from arbitor.optimized.training.plan import decide, preset_config, settings_config
 from arbitor.optimized.training.runtime import choose_runtime, deterministic
 from arbitor.optimized.training.schedule import GAIN, gain_of, rate
 from arbitor.reference.config import with_modules
+from arbitor.reference.graph import ArbModel, TernaryEmbedding
+from arbitor.reference.graph.grouped import TernaryGroupedLinear
 from arbitor.reference.presets import PRESETS
-from conformance.training.nano import NANO, NANO_DEFAULTS
+from conformance.training.nano import NANO, NANO_DEFAULTS, WHOLE
+from conformance.training.runs import options
 
 
 @pytest.mark.parametrize(
@@ -157,6 +162,33 @@ def test_decide_refuses_other_types(options: dict[str, object], sentence: str) -
         decide(TrainOptions(**{"preset": "nano", **options}), None)
 
 
+def test_votes_of_micro_batches_are_refused_where_they_change_nothing() -> None:
+    asked = TrainOptions(preset="nano", accum=3, accum_votes=True)
+    assert decide(asked, None).summed == 1 and decide(replace(asked, accum_votes=None), None).summed == 3
+    for changes, sentence in (
+        (
+            {"accum": 1},
+            "accum_votes is True, but does nothing with accum 1, as a single micro-batch votes once",
+        ),
+        (
+            {"accum": None},
+            "accum_votes is True, but does nothing with accum 1, as a single micro-batch votes once",
+        ),
+        ({"sign_votes": True}, "accum_votes is True, but does nothing: sign votes are of each micro-batch"),
+        (
+            {"finetune": True, "init_from": "base"},
+            "accum_votes is True, but does nothing in arb finetune: it is of arb train",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"^{sentence}$"):
+            decide(replace(asked, **changes), None)
+    # Of older runs it says something where there were several micro-batches.
+    for accum in (1, 3):
+        old = {**recorded(), "accum": accum}
+        del old["accum_votes"]
+        assert decide(TrainOptions(), old).accum_votes is (accum > 1)
+
+
 def test_the_rate_can_be_chosen() -> None:
     """It is the rate of the flat part, whatever theta is. Sign votes do not read it, and a resumed run keeps it."""
     settings = decide(TrainOptions(preset="nano", rate=3, steps=100), None)
@@ -219,6 +251,64 @@ def test_a_preset_file_is_refused_in_a_sentence(
     with pytest.raises(error, match=sentence) as caught:
         decide(TrainOptions(preset=str(path)), None)
     assert str(caught.value).startswith(f"preset is the file {str(path)!r}") and "\n" not in str(caught.value)
+
+
+def test_sums_of_gradients_are_counted_as_memory_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a pass leaves them, in each dtype, where experts are chosen and where not. What has no room for them is refused."""
+    for config, (batch, length), dtype in (
+        (replace(WHOLE, num_layers=4, width=36, head_inner=36), (2, 16), torch.bfloat16),
+        (replace(WHOLE, num_layers=3), (2, 16), torch.float32),
+        (replace(WHOLE, num_experts=64), (1, 8), torch.float32),
+    ):
+        model = ArbModel(config, dtype=dtype, seed=3)
+        ids_BT = torch.randint(256, (batch, length), generator=torch.Generator().manual_seed(1))
+        model.backward(model.losses(ids_BT), rate=1.0, step=0, accum=2)
+        held = model.voting.sums
+        assert held is not None
+        size = sum(total.grad_NK.nbytes for _, total in held.totals.values())
+        named = {tensor_id for tensor_id, _ in held.totals}
+        # Weights of media and of their heads have no gradient in a pass of text.
+        silent = sum(
+            math.prod(m.weight.shape) * model.voting.dtype_of(int(getattr(m, "orthogonal", False))).itemsize
+            for m in model.ternary_modules().values()
+            if m.tensor_id not in named
+            and not m.built_frozen
+            and not isinstance(m, TernaryEmbedding | TernaryGroupedLinear)
+        )
+        counted = sizes.sum_bytes(config, dtype, positions=batch * (length - 2))
+        assert 0 < silent < size and size + silent == counted
+    pages = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": sizes.least_state_bytes(config) + counted}
+    monkeypatch.setattr(machine_memory.os, "sysconf", pages.__getitem__)
+    sizes.check_memory(config, "cpu", sums=counted)
+    pages["SC_PHYS_PAGES"] -= 1
+    state_and_sums = r"^the model 'whole' has a state of 0\.0 GiB and sums of gradients of 0\.0 GiB, but cpu has 0\.0 GiB of memory"
+    with pytest.raises(TrainingError, match=f"{state_and_sums}: --accum-votes takes no memory for sums$"):
+        sizes.check_memory(config, "cpu", sums=counted)
+    pages["SC_PHYS_PAGES"] = 100
+    with pytest.raises(TrainingError, match=f"{state_and_sums}$"):
+        sizes.check_memory(config, "cpu", sums=counted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "counts"),
+    [
+        ({"accum": 2}, True),
+        ({"accum": 1}, False),
+        ({"accum": 2, "accum_votes": True}, False),
+        ({"accum": 2, "sign_votes": True}, False),
+    ],
+)
+def test_a_run_is_refused_for_its_sums_alone(
+    text: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], *, counts: bool
+) -> None:
+    """Sums that no step would make are not counted."""
+    monkeypatch.setattr(prepared, "sum_bytes", lambda *_, **__: 2**60)
+    asked = options(text, None, save=False, steps=1, **changes)
+    if counts:
+        with pytest.raises(TrainingError, match="sums of gradients of"):
+            train(asked)
+    else:
+        train(asked)
 
 
 def test_a_state_beyond_the_memory_of_the_machine_is_refused(

@@ -25,6 +25,9 @@ SHARE = 0.75
 MOST_BYTES = 2**16
 """Bytes of a micro-batch at most: memory says nothing of how well a batch learns. `small` has 2**14 by default."""
 
+NO_STEP = 2**32 - 1
+"""As many micro-batches as a step can have: more than are measured."""
+
 PROCESS = Path("/proc/self")
 """Where Linux says what memory this process has."""
 
@@ -59,8 +62,12 @@ def fitting_batch(config: ArbConfig, settings: Settings, runtime: Runtime) -> Ba
     model = ArbModel(
         config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=settings.seed
     )
-    passes, memory = Passes(model), Memory(runtime.device)
+    # The sums of any number of micro-batches take the same memory, and no step is taken here.
+    passes, memory = Passes(model, accum=1 if settings.summed == 1 else NO_STEP), Memory(runtime.device)
     windows, before = 1, 0
+    if settings.summed > 1:
+        # They lie beside each later pass.
+        memory.of_pass(passes, 1, settings.context)
     most = max(1, MOST_BYTES // settings.context)
     while True:
         taken = memory.of_pass(passes, windows, settings.context)

@@ -90,6 +90,7 @@ class Census:
     def before_step(self) -> None:
         """Look at what the votes of the step have come to, before the step rule acts on them."""
         model = self._model
+        model.voting.vote_sums()
         # Empty the first time.
         self._drift = self._over_all_rows(model.changed_trits(self._snapshot))
         # The old snapshot is let go of before the next one is made, so that there is never a second.

@@ -67,12 +67,14 @@ class RunFacts:
 
     def planned_rate(self) -> Callable[[int], float]:
         """Return the rate of a step, as the schedule of now has it."""
-        steps, theta, accum = self.run["steps"], self.config.theta, self.run["accum"]
+        steps, theta = self.run["steps"], self.config.theta
+        # In a run from before there were sums, each micro-batch voted.
+        shared_by = self.run["accum"] if self.run.get("accum_votes", True) else 1
         flat = self.run.get("learning_rate")
         if flat is not None:
             return lambda step: learning_rate(step, steps, flat=flat)
         gain = gain_of(self.run.get("rate"), theta)
-        return lambda step: rate(step, steps, theta=theta, gain=gain, accum=accum)
+        return lambda step: rate(step, steps, theta=theta, gain=gain, votes=shared_by)
 
     def rate_in_words(self) -> tuple[str, str]:
         """Return what the rate is of, and its unit: of the votes, or of AdamW in a run with adapters."""

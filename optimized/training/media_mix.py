@@ -283,12 +283,12 @@ class Mix:
             return None
         return Targets(torch.full((batch,), MODALITIES.index(ANSWERED_BY.get(kind, "text"))))
 
-    def take(self, model: ArbModel, *, rate: float, micro_step: int) -> float | None:
+    def take(self, model: ArbModel, *, rate: float, micro_step: int, accum: int = 1) -> float | None:
         """Run one pass of this rank's samples, in which every weight behind the loss votes; see `Passes.take`."""
         batch = self.batch(micro_step)
         self._refuse_other_files(f"micro-batch {micro_step}", batch.items)
         losses = model.losses(**batch.share(self.world).on(model.voting.faults.device))
-        if not model.backward(losses, rate=rate, step=micro_step, undo=False):
+        if not model.backward(losses, rate=rate, step=micro_step, accum=accum, undo=False):
             return None
         self.ids_taken += batch.ids_BT.numel()
         names = [name for name in COMPONENTS if name in losses]

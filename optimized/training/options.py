@@ -211,6 +211,16 @@ class Settings:
         Option(help="Bytes of a window", default=128, low=4, high=2**20, bound=True, also=("--ctx",)),
     ]
     accum: Annotated[int, Option(help="Micro-batches of a step", default=1, low=1, bound=True)]
+    accum_votes: Annotated[
+        bool,
+        Option(
+            help="Each micro-batch votes by itself, which takes no memory for sums of gradients",
+            default=False,
+            bound=True,
+            before=True,
+            commands=("train",),
+        ),
+    ]
     seed: Annotated[
         int, Option(help="Of weights, batches and dither", default=0, low=0, high=2**63 - 1, bound=True)
     ]
@@ -368,6 +378,11 @@ class Settings:
         _of_adapters("learning_rate", "Of AdamW, where the schedule is flat", low=0, high=1),
     ]
     weight_decay: Annotated[float | None, _of_adapters("weight_decay", "Of AdamW", low=0, high=1)]
+
+    @property
+    def summed(self) -> int:
+        """How many micro-batches a step has whose gradients are summed; 1 where each votes by itself."""
+        return 1 if self.accum_votes else self.accum
 
     def as_json(self) -> dict[str, Any]:
         """Return the settings as JSON data."""

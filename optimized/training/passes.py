@@ -4,8 +4,10 @@ A pass has two CUDA graphs. The host reads the loss of the forward graph while t
 must change nothing, so the backward graph then votes at rate 0 and puts the count of faults back.
 
 The step of the weights has a third graph, because its some hundred launches from Python would take as long as a backward pass. The
-graph serves a step of one pass. A step of several passes, whose rows are united first, is launched. Tables are always counted by
-launched kernels.
+graph serves a step of one pass. A step of several passes, whose rows are united first, is launched, and so are the votes of the
+sums of their gradients. Tables are always counted by launched kernels.
+
+These sums lie in memory that no graph owns, because the next replay writes over all that a graph owns. A replay adds to them.
 
 Each weight is unpacked once in a pass, for all products of its forward and its backward pass (`optimized.ops.unpacked`). So the
 forward graph unpacks, and the backward graph reads what it has unpacked.
@@ -17,7 +19,7 @@ sent together. How much has changed is known to the device alone, so the changes
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from operator import is_
@@ -31,11 +33,12 @@ from arbitor.optimized.distributed.traffic import Recorded
 from arbitor.optimized.layouts import DeviceWeight
 from arbitor.optimized.training.recording import LAUNCHED_FIRST, Readout, in_branches, recorded
 from arbitor.reference import checks
+from arbitor.reference.graph.open_pass import Sums
 
 if TYPE_CHECKING:
     from arbitor.optimized.ops.unpacked import Copies
     from arbitor.reference.graph import ArbModel
-    from arbitor.reference.graph.open_pass import Note
+    from arbitor.reference.graph.open_pass import Key, Note, Sum
     from arbitor.reference.graph.stateful import Stateful
 
 
@@ -68,12 +71,13 @@ class Passes:
 
     Attributes:
         model:     as it was given.
+        accum:     as it was given.
         unpacking: makes the context of a pass.
     """
 
-    def __init__(self, model: ArbModel) -> None:
-        """Begin with a model."""
-        self.model = model
+    def __init__(self, model: ArbModel, *, accum: int = 1) -> None:
+        """Begin with a model, and the number of passes of a step whose gradients are summed (`ArbModel.backward`)."""
+        self.model, self.accum = model, accum
         self.unpacking = Unpacking(model)
 
     def take(self, ids_BT: Tensor, *, rate: float, step: int) -> float | None:
@@ -88,7 +92,7 @@ class Passes:
         """
         with self.unpacking():
             losses = self.model.losses(ids_BT.to(self.model.voting.faults.device))
-            accepted = self.model.backward(losses, rate=rate, step=step, undo=False)
+            accepted = self.model.backward(losses, rate=rate, step=step, accum=self.accum, undo=False)
         if not accepted:
             return None
         return float(self.model.voting.ranks.mean(losses["bytes"].detach()))
@@ -109,9 +113,9 @@ class RecordedPasses(Passes):
     than when the passes were recorded, they are recorded anew.
     """
 
-    def __init__(self, model: ArbModel) -> None:
-        """Begin with a model."""
-        super().__init__(model)
+    def __init__(self, model: ArbModel, *, accum: int = 1) -> None:
+        """See `Passes`."""
+        super().__init__(model, accum=accum)
         device = model.voting.faults.device
         self._ids_BT: Tensor | None = None
         self._rate = torch.zeros((), device=device)
@@ -122,6 +126,10 @@ class RecordedPasses(Passes):
         self._seen_2 = Readout(torch.zeros(2, dtype=torch.float64, device=device))
         # The notes of a pass, with the rows where replays write them.
         self._notes: list[Note] = []
+        # The memory to which passes add their gradients, by weight and part.
+        self._totals: dict[Key, Sum] = {}
+        # What of it a pass adds to. None until one was launched, which makes the memory.
+        self._added: dict[Key, Sum] | None = None
         self._accepted = 0
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._exchanges = Recorded()
@@ -143,12 +151,15 @@ class RecordedPasses(Passes):
             return super().take(ids_BT, rate=rate, step=step)
         voting = self.model.voting
         voting.check_ready()
+        voting.check_fits(self.accum)
         self._fill(ids_BT, rate, step)
         frozen = self._frozen_now()
         if frozen != self._frozen:
             self.close()
             self._frozen, self._accepted = frozen, 0
-        if self._accepted >= LAUNCHED_FIRST and not self._graphs:
+        held = self._fill_totals()
+        has_memory = self.accum == 1 or self._added is not None
+        if self._accepted >= LAUNCHED_FIRST and not self._graphs and has_memory:
             self._graphs = self._record()
         # Whatever becomes of this pass, it writes over the rows of the one before.
         self._left = []
@@ -160,6 +171,7 @@ class RecordedPasses(Passes):
         # Copies, as the next replay writes over what this one left; and the step as a number, as the step rule is launched.
         self._left = [note.on(torch.clone) for note in self._notes]
         voting.leave(self._left, step=step)
+        voting.hold({**held, **(self._added or {})}, accum=self.accum, rate=rate)
         voting.torn = False
         return nats
 
@@ -169,7 +181,7 @@ class RecordedPasses(Passes):
         # Notes of other passes may have come, and these notes may have been delivered or forgotten.
         lone = bool(left) and len(voting.notes) == len(left) and all(map(is_, voting.notes, left))
         # A weight that was frozen since the pass has no part in the step.
-        lone = lone and self._frozen_now() == self._frozen
+        lone = lone and self._frozen_now() == self._frozen and voting.sums is None
         if not (self._graphs and lone and self._lone_step_launched):
             super().step()
             self._lone_step_launched |= lone
@@ -187,6 +199,7 @@ class RecordedPasses(Passes):
             graph.reset()
         self._exchanges.close()
         self._graphs, self._left = [], []
+        self._totals, self._added = {}, None
         self._step_graphs.clear()
 
     def _frozen_now(self) -> list[bool]:
@@ -206,6 +219,23 @@ class RecordedPasses(Passes):
         self._ids_BT.copy_(pinned_BT, non_blocking=True)
         self._rate.fill_(rate)
         self._step.fill_(step)
+
+    def _fill_totals(self) -> Mapping[Key, Sum]:
+        """Write the sums of the step so far into the memory to which passes add, and zeros where there is none. Return these sums.
+
+        After each pass that was accepted the two are the same. A step, a load and other passes part them.
+        """
+        sums = self.model.voting.sums
+        held = {} if sums is None else sums.totals
+        for key, (_, total) in self._totals.items():
+            if key not in held:
+                total.grad_NK.zero_()
+            elif held[key][1].grad_NK is not total.grad_NK:
+                total.grad_NK.copy_(held[key][1].grad_NK)
+        for key, (voter, total) in held.items():
+            if key not in self._totals:
+                self._totals[key] = voter, total.on(torch.clone)
+        return held
 
     def _launch(self) -> list[float]:
         """Run the pass of the buffers, kernel by kernel, and return its objective and its nats per byte."""
@@ -247,8 +277,16 @@ class RecordedPasses(Passes):
         assert self._objective is not None
         voting = self.model.voting
         left_before, step_before, faults_before = len(voting.notes), voting.step, voting.faults.clone()
-        with voting.taking(rate=self._rate_taken, step=self._step, undo=False):
-            self._objective.backward()
+        held = voting.sums
+        # In a recording this is the memory that replays add to.
+        voting.sums = Sums(dict(self._totals), self.accum, 0, 0.0) if self._totals else None
+        try:
+            with voting.taking(rate=self._rate_taken, step=self._step, accum=self.accum, undo=False):
+                self._objective.backward()
+            before, self._totals = self._totals, {} if voting.sums is None else voting.sums.totals
+            self._added = {key: each for key, each in self._totals.items() if each is not before.get(key)}
+        finally:
+            voting.sums = held
         self._objective = None
         # A refused pass counts no faults. All else that a pass changes are counts of votes, and at rate 0 there are none.
         voting.faults.copy_(torch.where(self._seen_2.tensor[0].isfinite(), voting.faults, faults_before))

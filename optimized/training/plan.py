@@ -262,6 +262,8 @@ def decide(
         _check_known(recorded)
         # A run from before there was a setting that decides what it computes.
         known = {**BEFORE, **known}
+        # It says nothing of a run whose steps have one micro-batch, or of one without votes.
+        known["accum_votes"] &= known["accum"] > 1 and known["lora_rank"] is None
     # A run from before there was another setting has its default.
     name = model["name"] if model is not None else preset_config(preset).name
     known = {**preset_defaults(name), "preset": preset, **known}
@@ -273,6 +275,8 @@ def decide(
             raise ValueError(
                 f"rate is {asked['rate']}, but does nothing: the loss gives sign votes their size"
             )
+        if asked.get("accum_votes") and config.vote_rule == "sign":
+            raise ValueError("accum_votes is True, but does nothing: sign votes are of each micro-batch")
     else:
         _check_same_run(asked, known)
         _forget_what_suited_another_place(known, asked)
@@ -326,6 +330,10 @@ def _check_together(settings: Settings, asked: Mapping[str, Any]) -> None:
         )
     if settings.keep_votes and settings.init_from is None:
         raise ValueError("keep_votes is True, but does nothing without init_from, whose votes it keeps")
+    if asked.get("accum_votes") and settings.accum == 1:
+        raise ValueError(
+            "accum_votes is True, but does nothing with accum 1, as a single micro-batch votes once"
+        )
     if settings.steps * settings.accum >= MICRO_STEPS:
         raise ValueError(f"steps times accum is {settings.steps * settings.accum}, but must be below 2**32")
     if settings.batch * settings.context > BATCH_BYTES:

@@ -29,7 +29,8 @@ from arbitor.optimized.training.run_folder import Found
 from arbitor.optimized.training.run_text import RunText, read_text
 from arbitor.optimized.training.runtime import Runtime
 from arbitor.optimized.training.setting import AUTO
-from arbitor.optimized.training.sizes import check_memory
+from arbitor.optimized.training.sizes import check_memory, sum_bytes
+from arbitor.reference.config import NGRAM
 from arbitor.reference.graph import ArbModel
 
 
@@ -121,7 +122,12 @@ def prepare(
         raise ValueError(
             f"{sharded[0]} is True, but must be False with init_from {settings.init_from!r}, whose weights are taken over whole"
         )
-    check_memory(config, runtime.device, num_ranks=world.count, spreads=spreads)
+    sums = 0
+    if settings.summed > 1 and settings.lora_rank is None and config.vote_rule == "stochastic":
+        windows = 1 if auto_batch else settings.batch // world.count
+        positions = windows * (settings.context - NGRAM + 1)
+        sums = sum_bytes(config, runtime.dtype, positions=positions, spreads=spreads)
+    check_memory(config, runtime.device, num_ranks=world.count, spreads=spreads, sums=sums)
     batch_size = fitting_batch(config, settings, runtime) if auto_batch else None
     if batch_size is not None:
         settings = replace(settings, batch=batch_size.windows)

@@ -103,7 +103,8 @@ class Run:
             self.step = checkpoint.step
             self.best_bpb = checkpoint.best_bpb
             self.progress = Progress(**checkpoint.progress)
-        self.passes = RecordedPasses(self.model) if prepared.recorded else Passes(self.model)
+        kind = RecordedPasses if prepared.recorded else Passes
+        self.passes = kind(self.model, accum=self.settings.summed)
         self.census = Census(self.model)
 
     def begin(self, folder: RunFolder | None, *, saves: bool, console: Console | None) -> None:
@@ -303,7 +304,9 @@ class Run:
         """Run the pass of a micro-batch; see `Passes.take`."""
         if self.mix is not None:
             with self.passes.unpacking():
-                return self.mix.take(self.model, rate=step_rate, micro_step=micro_step)
+                return self.mix.take(
+                    self.model, rate=step_rate, micro_step=micro_step, accum=self.passes.accum
+                )
         ids_BT = self.world.share(self.text.batch(micro_step))
         return self.passes.take(ids_BT, rate=step_rate, step=micro_step)
 
@@ -353,7 +356,8 @@ class Run:
         settings = self.settings
         theta = self.model.config.theta
         gain = gain_of(settings.rate, theta)
-        return rate(step, settings.steps, theta=theta, gain=gain, accum=settings.accum)
+        votes = settings.accum if settings.accum_votes else 1
+        return rate(step, settings.steps, theta=theta, gain=gain, votes=votes)
 
     def _faulty_rows(self) -> int:
         return self.progress.faulty_rows + faults(self.model)

@@ -33,15 +33,16 @@ def rate(
     theta: int = DEFAULT_THETA,
     gain: float = GAIN,
     decay: float | None = None,
-    accum: int = 1,
+    votes: int = 1,
 ) -> float:
-    """Return the ``rate`` argument of ``stochastic_votes`` in each micro-batch of a step.
+    """Return the ``rate`` argument of ``stochastic_votes`` in a step.
 
     The rate climbs linearly over the first 3 % of the steps, and reaches ``gain * theta`` at the last of them unless it falls
     already. It falls linearly over the last ``decay`` of all steps, and would be 0 at ``step == steps``, where no step is taken
-    any more. At rate 0 no vote is cast and nothing moves. Where a step has several micro-batches, each votes as strongly as a
-    whole batch would. They share the rate as noise adds up: it is divided by the square root of their number. Sign votes take
-    their size from the loss, and look at the rate only to see whether it is 0.
+    any more. At rate 0 no vote is cast and nothing moves. A step votes once, with the sum of the gradients of its micro-batches.
+    Where each of these votes by itself, it votes as strongly as a whole batch would. They then share the rate as noise adds up: it
+    is divided by the square root of their number. Sign votes take their size from the loss, and look at the rate only to see
+    whether it is 0.
 
     Args:
         step: steps taken before this one, 0 to ``steps``.
@@ -49,20 +50,20 @@ def rate(
         theta: votes that move a trit, 1 to 127.
         gain: rate of the flat part in parts of theta, finite, at least 0.
         decay: share of the steps over which it falls, above 0, at most 1; None for `decay_of` the steps.
-        accum: micro-batches of a step, at least 1.
+        votes: how often a step votes, at least 1: 1 for a sum, the number of micro-batches if each votes by itself.
 
     Returns:
-        A float32 value held in a Python float, 0 to ``gain * theta / sqrt(accum)``.
+        A float32 value held in a Python float, 0 to ``gain * theta / sqrt(votes)``.
 
     Raises:
         ValueError: an argument is out of range.
     """
     if not (math.isfinite(gain) and gain >= 0):
         raise ValueError(f"gain is {gain}: it must be finite and at least 0")
-    if accum < 1:
-        raise ValueError(f"accum is {accum}: it must be at least 1")
+    if votes < 1:
+        raise ValueError(f"votes is {votes}: it must be at least 1")
     share = share_of_rate(step, steps, decay=decay_of(steps) if decay is None else decay)
-    return torch.tensor(gain * theta * share / math.sqrt(accum), dtype=torch.float32).item()
+    return torch.tensor(gain * theta * share / math.sqrt(votes), dtype=torch.float32).item()
 
 
 def decay_of(steps: int) -> float:

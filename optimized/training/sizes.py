@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -14,7 +16,9 @@ from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.machine_memory import total_bytes
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.constants import TRITS_PER_BYTE
-from arbitor.reference.graph import ArbModel
+from arbitor.reference.graph import ArbModel, TernaryEmbedding
+from arbitor.reference.graph.grouped import TernaryGroupedLinear
+from arbitor.reference.graph.voting import gradient_dtype
 
 REPEATS = {"num_layers": 1024, "num_hops": 64, "video_steps": 1024}
 """The most of what a model is built of one by one. Each takes milliseconds to build, however small it is."""
@@ -51,7 +55,12 @@ def check_size(config: ArbConfig) -> None:
 
 
 def check_memory(
-    config: ArbConfig, device: str, *, num_ranks: int = 1, spreads: Mapping[str, Any] = NO_SPREADS
+    config: ArbConfig,
+    device: str,
+    *,
+    num_ranks: int = 1,
+    spreads: Mapping[str, Any] = NO_SPREADS,
+    sums: int = 0,
 ) -> None:
     """Refuse to build a model whose state alone is larger than the memory of the machine, of its container or of the GPU.
 
@@ -60,19 +69,25 @@ def check_memory(
         device: where it would be built.
         num_ranks: ranks that train it together. Each keeps a part of the accumulators and means.
         spreads: what is spread over ranks, as `ArbModel` takes it.
+        sums: bytes of the sums of gradients over micro-batches, which are needed too (`sum_bytes`).
 
     Raises:
-        TrainingError: it is larger; the sentence has both sizes.
+        TrainingError: it is larger; the sentence has all sizes.
     """
-    needed = int(least_state_bytes(config, spreads) * (1 - _most_owned(config) * (1 - 1 / num_ranks)))
+    state = int(least_state_bytes(config, spreads) * (1 - _most_owned(config) * (1 - 1 / num_ranks)))
     if device == "cuda":
         there = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     else:
         there = total_bytes()
-    if needed > there:
+    if state + sums > there:
         gib = 2**30
+        with_sums, instead = "", ""
+        if sums:
+            with_sums = f" and sums of gradients of {sums / gib:,.1f} GiB"
+            instead = ": --accum-votes takes no memory for sums" if state <= there else ""
         raise TrainingError(
-            f"the model {config.name!r} has a state of {needed / gib:,.1f} GiB, but {device} has {there / gib:,.1f} GiB of memory"
+            f"the model {config.name!r} has a state of {state / gib:,.1f} GiB{with_sums}, but {device} has {there / gib:,.1f} GiB "
+            f"of memory{instead}"
         )
 
 
@@ -81,10 +96,29 @@ def least_state_bytes(config: ArbConfig, spreads: Mapping[str, Any] = NO_SPREADS
 
     With something spread over ranks, these are the bytes of the rank that `spreads` names.
     """
-    few = _state_bytes(_meta(config, config.num_layers, spreads))
+    return _of_all_layers(_state_bytes, config, spreads)
+
+
+def sum_bytes(
+    config: ArbConfig, dtype: torch.dtype, *, positions: int, spreads: Mapping[str, Any] = NO_SPREADS
+) -> int:
+    """Return the bytes of the sums of gradients over the micro-batches of a step.
+
+    Args:
+        config, spreads: as for `least_state_bytes`.
+        dtype: of activations.
+        positions: of a micro-batch. Where these have fewer slots than there are experts, experts are chosen and have no sums.
+    """
+    measure = partial(_sum_bytes, dtype=gradient_dtype(dtype), slots=positions * config.top_k)
+    return _of_all_layers(measure, config, spreads)
+
+
+def _of_all_layers(measure: Callable[[ArbModel], int], config: ArbConfig, spreads: Mapping[str, Any]) -> int:
+    """Return a size of a model of all layers, from those of models of few."""
+    few = measure(_meta(config, config.num_layers, spreads))
     if config.num_layers <= FEW:
         return few
-    return few + (config.num_layers - FEW) * (few - _state_bytes(_meta(config, FEW - 1, spreads)))
+    return few + (config.num_layers - FEW) * (few - measure(_meta(config, FEW - 1, spreads)))
 
 
 def _most_owned(config: ArbConfig) -> float:
@@ -105,6 +139,18 @@ def _meta(config: ArbConfig, num_layers: int, spreads: Mapping[str, Any] = NO_SP
     except (RuntimeError, OverflowError, MemoryError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"the model {config.name!r} has sizes that cannot be built: {reason}") from None
+
+
+def _sum_bytes(model: ArbModel, *, dtype: torch.dtype, slots: int) -> int:
+    """Return the bytes of the sums of gradients. Tables have none, nor have weights that were built frozen, or chosen experts."""
+    size = 0
+    for module in model.ternary_modules().values():
+        is_chosen = isinstance(module, TernaryGroupedLinear) and slots < module.num_groups
+        if module.built_frozen or is_chosen or isinstance(module, TernaryEmbedding):
+            continue
+        is_orthogonal = model.voting.makes_orthogonal(int(getattr(module, "orthogonal", False)))
+        size += math.prod(module.weight.shape) * (dtype if is_orthogonal else torch.float32).itemsize
+    return size
 
 
 def _state_bytes(model: ArbModel) -> int:

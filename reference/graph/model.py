@@ -310,6 +310,7 @@ class ArbModel(ArbTrunk):
         *,
         rate: float | Tensor,
         step: int | Tensor,
+        accum: int = 1,
         undo: bool = True,
     ) -> bool:
         """Run the backward pass of one micro-batch, in which every weight behind the loss votes.
@@ -320,18 +321,20 @@ class ArbModel(ArbTrunk):
             rate: schedule rate times gain, 0 .. 127, a number or a 0-dim float32 tensor. The `sign` rule asks only
                 whether it is 0.
             step: number of this micro-batch, a coordinate of the dither; a number or a 0-dim int64 tensor.
+            accum: how many micro-batches the next step has, the same for each of them. The gradients of several are summed, and the
+                sums vote once with that step, at `rate`. At 1 the weights vote in this pass. The `sign` rule has no sums.
             undo: whether a pass that raises leaves every byte as it was, for which the pass keeps copies (`Voting.taking`).
 
         Returns:
             True; or False if the loss, or a component of it, is not finite. Then every byte stays as it was.
 
         Raises:
-            TypeError or ValueError: a loss that is no scalar tensor, has no graph, or was not computed with this model; a rate
-                or step that is not allowed.
+            TypeError or ValueError: a loss that is no scalar tensor, has no graph, or was not computed with this model; a rate,
+                step or accum that is not allowed; another accum than in the passes since the last step, or a pass too many.
             RuntimeError: a weight was stepped or loaded since the loss was computed; gradients came by `loss.backward()` before;
                 the model is torn (`Voting`); or it is a model of `arbitor` in one process of several, whose votes nobody exchanges.
         """
-        return super().backward(self.objective(loss), rate=rate, step=step, undo=undo)
+        return super().backward(self.objective(loss), rate=rate, step=step, accum=accum, undo=undo)
 
     def vote_size(self, loss: float) -> int:
         """Return the size of the votes of a pass whose loss is finite, as the `sign` rule asks for it."""

@@ -400,7 +400,15 @@ class TernaryModule(ArbModule):
         if self.spread is not None:
             first_row = self.spread.rows.start
         self.voting.cast(
-            Voter(self.own_rows(), self.tensor_id, self.uses, self.average, first_row, self.note_vote),
+            Voter(
+                self.own_rows(),
+                self.tensor_id,
+                self.own_rows,
+                uses=self.uses,
+                average=self.average,
+                first_row=first_row,
+                voted=self.note_vote,
+            ),
             Gradient(grad_NK, rows, num_matrices, chosen, part),
         )
 

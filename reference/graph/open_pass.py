@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -57,10 +58,12 @@ class Voter:
         first_row: the row of a table that is the first one of the weight, where other ranks keep other rows.
         voted:     the method of a module that is told, with the next step, which rows voted on any rank (None: all); or None.
         shares:    for how many of the `uses` a vote stands, which is cast at its part of the rate.
+        now:       returns the weight as it is by now: a sum of several passes may vote after the model was moved.
     """
 
     weight: LaidOutWeight
     tensor_id: int
+    now: Callable[[], LaidOutWeight]
     uses: int = 1
     average: Average | None = None
     first_row: int = 0
@@ -71,6 +74,45 @@ class Voter:
     def part(self) -> float:
         """The part of the rate at which the weight votes."""
         return self.shares / self.uses
+
+
+Sum = tuple[Voter, Gradient]
+"""A sum of gradients, and who votes with it."""
+
+Key = tuple[int, int]
+"""A weight and a part of it: its tensor id, and `Gradient.part`."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The sums of gradients over the micro-batches of a step so far, which vote with the step.
+
+    Fields:
+        totals: the sums, by weight and part.
+        accum:  micro-batches of the step.
+        count:  micro-batches that have added to the sums.
+        rate:   the rate at which the sums vote, that of the last of these micro-batches.
+    """
+
+    totals: dict[Key, Sum]
+    accum: int
+    count: int
+    rate: float
+
+    def on(self, change: Callable[[Tensor], Tensor]) -> Sums:
+        """Return the sums with `change` applied to each tensor of a gradient."""
+        return replace(
+            self, totals={key: (voter, total.on(change)) for key, (voter, total) in self.totals.items()}
+        )
+
+    def without(self, module: object) -> Sums | None:
+        """Return the sums of the weights of all other modules, or None where there are none."""
+        left = {
+            key: each
+            for key, each in self.totals.items()
+            if getattr(each[0].voted, "__self__", None) is not module
+        }
+        return replace(self, totals=left) if left else None
 
 
 @dataclass(frozen=True)
@@ -103,6 +145,7 @@ class Pass:
 
     Attributes:
         rate:     `rate` of `stochastic_votes`, a number or a 0-dim float32 tensor.
+        accum:    how many micro-batches the step has, of which the pass takes one.
         step:     dither step of the micro-batch, a number or a 0-dim int64 tensor.
         size:     vote size of the `sign` rule, 1 .. 127.
         moves:    whether weights vote and tables count; False at rate 0.
@@ -110,26 +153,43 @@ class Pass:
         notes:    the notes of the pass so far.
         sums:     for each weight, or part of one, that a pass uses several times: how many of its gradients came, and their sum.
         lone:     how many gradients of such a weight, or part of one, voted by themselves.
+        held:     the sums over the micro-batches of the step, those of this pass among them (`hold`).
         waiting:  votes whose gradients are still to be made orthogonal, in the order in which they came.
         reached:  whether the pass came through a weight of the model.
-        wrote:    whether a weight has voted.
+        wrote:    whether the pass has changed something that it may have to undo: a weight, a mean or a sum that is held.
     """
 
     def __init__(
-        self, *, rate: float | Tensor, step: int | Tensor, size: int, moves: bool, recorded: bool, keeps: bool
+        self,
+        *,
+        rate: float | Tensor,
+        step: int | Tensor,
+        size: int,
+        moves: bool,
+        recorded: bool,
+        keeps: bool,
+        accum: int = 1,
+        held: Mapping[Key, Sum] = MappingProxyType({}),
     ) -> None:
-        """Begin a pass. `keeps` says whether the pass keeps a copy of what votes change, for `undo`."""
+        """Begin a pass.
+
+        Args:
+            rate, step, size, moves, recorded, accum: as the attributes.
+            keeps: whether the pass keeps a copy of what votes change, for `undo`.
+            held: the sums of the micro-batches before this one.
+        """
         self.rate, self.step, self.size, self.moves, self.recorded = rate, step, size, moves, recorded
+        self.accum, self.held = accum, dict(held)
         self.notes: list[Note] = []
-        self.sums: dict[tuple[int, int], tuple[int, Voter, Gradient]] = {}
-        self.lone: Counter[tuple[int, int]] = Counter()
+        self.sums: dict[Key, tuple[int, Voter, Gradient]] = {}
+        self.lone: Counter[Key] = Counter()
         self.waiting: list[Vote] = []
         self.reached = self.wrote = False
         self._keeps = keeps
         self._kept: list[tuple[Tensor, Tensor | None, Tensor]] = []
         self._kept_rows: dict[Any, int] = {}
 
-    def summed(self, voter: Voter, gradient: Gradient) -> tuple[Voter, Gradient] | None:
+    def summed(self, voter: Voter, gradient: Gradient) -> Sum | None:
         """Add a gradient to those of the other uses of its weight. Return the sum and who votes with it if it was the last one.
 
         The memory of the gradient becomes that of the sum.
@@ -145,7 +205,32 @@ class Pass:
         self.sums[key] = count, voter, total
         return None
 
-    def rest(self) -> Iterator[tuple[Voter, Gradient]]:
+    def hold(self, voter: Voter, gradient: Gradient) -> None:
+        """Add a gradient to the sum of its weight, or part of one, over the micro-batches of the step.
+
+        The memory of the first gradient becomes that of the sum. A pass that can be undone makes a new sum of the others, and so
+        leaves the old one to be found again. At a rate of 0 that is known to the device alone nothing is added.
+        """
+        key, grad_NK = (voter.tensor_id, gradient.part), gradient.grad_NK
+        if isinstance(self.rate, Tensor):
+            # A product would not do, because the gradients of a loss that is not finite are not either.
+            grad_NK = torch.where((self.rate != 0).to(grad_NK.device), grad_NK, 0.0)
+        if key in self.held:
+            # It has the same rows, which lie in no graph.
+            before, gradient = self.held[key]
+            voter = replace(voter, shares=max(voter.shares, before.shares))
+            if self._keeps:
+                grad_NK = gradient.grad_NK + grad_NK
+            else:
+                self.wrote = True
+                grad_NK = gradient.grad_NK.add_(grad_NK)
+        elif self.recorded:
+            raise RuntimeError(
+                "a recorded pass came to a weight of which no sum is held, but must have been launched before it is recorded"
+            )
+        self.held[key] = voter, replace(gradient, grad_NK=grad_NK)
+
+    def rest(self) -> Iterator[Sum]:
         """Return the sums to which not every use of a weight has added, in the order of weights, and who votes with each.
 
         A sum has the part of the rate that the gradients left which voted by themselves.

@@ -6,7 +6,7 @@ The rank of this file trains alone. Each method says what holds for any number o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -30,6 +30,11 @@ class Gradient:
     num_matrices: int = 0
     chosen: bool = False
     part: int = 0
+
+    def on(self, change: Callable[[Tensor], Tensor]) -> Gradient:
+        """Return the gradient with `change` applied to its tensors."""
+        rows = None if self.rows is None else change(self.rows)
+        return replace(self, grad_NK=change(self.grad_NK), rows=rows)
 
 
 class Ranks:

@@ -29,7 +29,15 @@ class Stateful(ArbModule):
         self.voting.whole = True
 
     @out_of_graphs
-    def backward(self, loss: Tensor, *, rate: float | Tensor, step: int | Tensor, undo: bool = True) -> bool:
+    def backward(
+        self,
+        loss: Tensor,
+        *,
+        rate: float | Tensor,
+        step: int | Tensor,
+        accum: int = 1,
+        undo: bool = True,
+    ) -> bool:
         """Run the backward pass of one micro-batch: ternary weights vote, and float parameters get gradients as always.
 
         Args:
@@ -37,14 +45,16 @@ class Stateful(ArbModule):
             rate: size of the votes, 0 .. 127, a number or a 0-dim float32 tensor; about 6 while training is under way, falling to 0
                 towards its end.
             step: number of this micro-batch, a coordinate of the dither; a number or a 0-dim int64 tensor.
+            accum: how many micro-batches the next step has, the same for each of them. The gradients of several are summed, and the
+                sums vote once with that step, at `rate`. At 1 the weights vote in this pass.
             undo: whether a pass that raises leaves every byte as it was, for which the pass keeps copies (`Voting.taking`).
 
         Returns:
             True; or False if the loss is not finite. Then every byte stays as it was.
 
         Raises:
-            TypeError or ValueError: a loss that is no scalar tensor, has no graph, or was not computed with this model; a rate
-                or step that is not allowed.
+            TypeError or ValueError: a loss that is no scalar tensor, has no graph, or was not computed with this model; a rate,
+                step or accum that is not allowed; another accum than in the passes since the last step, or a pass too many.
             RuntimeError: a weight was stepped or loaded since the loss was computed; gradients came by `loss.backward()` before;
                 the model is torn (`Voting`); or it is a model of `arbitor` in one process of several, whose votes nobody exchanges.
         """
@@ -62,7 +72,8 @@ class Stateful(ArbModule):
         value = float(ranks.total(loss.detach()))
         if not math.isfinite(value):
             return False
-        with self.voting.taking(rate=rate, step=step, size=self.vote_size(value), undo=undo) as taken:
+        size = self.vote_size(value)
+        with self.voting.taking(rate=rate, step=step, size=size, accum=accum, undo=undo) as taken:
             loss.backward()
             if not taken.reached and self._can_be_reached:
                 raise ValueError(
@@ -85,6 +96,7 @@ class Stateful(ArbModule):
     def step(self) -> None:
         """Apply the step rule to all weights that voted since the last step, as the notes of passes say, then count tables.
 
+        The sums of gradients over several micro-batches vote first.
         A step without votes changes nothing, for example after micro-batches that were all refused.
 
         Raises:
@@ -97,9 +109,12 @@ class Stateful(ArbModule):
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
-        """Refuse a step as `step` does, and mark the model torn until the step inside of this context is done."""
+        """Refuse a step as `step` does, let sums vote, and mark the model torn until the step inside of this context is done."""
         self.voting.check_whole()
         self.voting.check_answered()
+        # As before a pass.
+        self._follow_weights()
+        self.voting.vote_sums()
         # The mark holds until the step is done, because a step that raises has moved some weights and not others.
         self.voting.torn = True
         try:

@@ -4,15 +4,19 @@ A pass is open while `Voting.taking` is entered. Within it weights vote in place
 gradient that is made orthogonal first waits for others of its shape, so that one call makes them orthogonal together. Few gradients
 wait at a time, and none outlives the pass. All else that the next step must know becomes a note of the pass. A pass that ends well
 hands its notes to the model, whose next step delivers them. A pass that raises leaves neither votes nor notes.
+
+A step may have several passes, one for each of its micro-batches. Their gradients are then summed, and the sums vote with the step.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
+from operator import itemgetter
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +26,7 @@ from torch import Tensor
 from arbitor.reference import checks
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.graph.op_set import OpSet
-from arbitor.reference.graph.open_pass import Note, Pass, Vote, Voter
+from arbitor.reference.graph.open_pass import Key, Note, Pass, Sum, Sums, Vote, Voter
 from arbitor.reference.graph.ranks import Gradient, Ranks
 from arbitor.reference.graph.rule import is_recorded
 
@@ -36,7 +40,8 @@ class Voting:
     Attributes:
         current: the pass that is open, or None.
         notes:   the notes of the passes since the last step.
-        step:    dither step of the last pass that ended well. The step rule draws with it.
+        sums:    the sums of gradients that vote with the next step, or None.
+        step:    dither step of the last pass that ended well. The step rule and the sums draw with it.
         faults:  int64 [], gradient rows so far that were not finite and cast no votes.
         dtype:   dtype in which gradients are made orthogonal: bfloat16 if the activations are, else float32.
         version: steps and loads of the model's weights and tables so far. Each of them makes ledgers stale.
@@ -66,6 +71,7 @@ class Voting:
         self.seed = seed
         self.current: Pass | None = None
         self.notes: list[Note] = []
+        self.sums: Sums | None = None
         self.step: int | Tensor = 0
         self.faults = torch.zeros((), dtype=torch.int64, device=device)
         self.version = 0
@@ -87,25 +93,40 @@ class Voting:
         """Whether a backward pass running now takes votes."""
         return self.current is not None and self.current.moves
 
+    @property
+    def waits(self) -> bool:
+        """Whether passes have left something for the next step."""
+        return bool(self.notes) or self.sums is not None
+
     @contextmanager
     def taking(
-        self, *, rate: float | Tensor, step: int | Tensor, size: int = 1, undo: bool = True
+        self,
+        *,
+        rate: float | Tensor,
+        step: int | Tensor,
+        size: int = 1,
+        accum: int = 1,
+        undo: bool = True,
     ) -> Iterator[Pass]:
         """Take a pass: weights vote in the backward passes that are run inside of this context.
 
-        If the context raises, weights and `faults` are as before it. For this a pass keeps a copy of the counts that votes change,
-        a byte for each weight and a byte for each group. While a CUDA graph is recorded nothing runs, and so nothing is copied.
+        If the context raises, weights, sums and `faults` are as before it. For this a pass keeps a copy of the counts that votes
+        change, a byte for each weight and a byte for each group. While a CUDA graph is recorded nothing runs, and so nothing is
+        copied.
 
         Args:
             rate: 0 .. 127, a number or a 0-dim float32 tensor. At 0 nothing moves, and nothing is left for the step. In a
                 recording its value is not read, and counts as above 0.
             step: 0 .. 2^32 - 2, a number or a 0-dim int64 tensor.
             size: vote size of the `sign` rule.
+            accum: how many micro-batches the step has, of which this pass takes one. The gradients of several are summed, and vote
+                with the step (`vote_sums`), but for those whose rows a batch chose.
             undo: False keeps no copy, for callers that throw the model away if a pass raises. A pass that raises then leaves the
                 model `torn`.
 
         Raises:
-            TypeError or ValueError: a rate, step or size that is not allowed, before anything ran.
+            TypeError or ValueError: a rate, step, size or accum that is not allowed, before anything ran; or an accum that does not
+                fit the passes since the last step.
             RuntimeError: another pass is open, or the model is torn.
         """
         self.check_ready()
@@ -113,27 +134,82 @@ class Voting:
         checks.vote_rate(rate, values=not recorded)
         checks.vote_clock(self.seed, step, 0, values=not recorded)
         checks.threshold("size", size)
+        checks.integer("accum", accum, 1, 2**32 - 1)
         moves = recorded or float(rate) != 0
-        keeps = undo and not recorded
-        taken = Pass(rate=rate, step=step, size=size, moves=moves, recorded=recorded, keeps=keeps)
+        if moves:
+            self.check_fits(accum)
+        taken = Pass(
+            rate=rate,
+            step=step,
+            size=size,
+            moves=moves,
+            recorded=recorded,
+            keeps=undo and not recorded,
+            accum=accum,
+            held={} if self.sums is None else self.sums.totals,
+        )
+        with self._open(taken, undo=undo):
+            yield taken
+        if taken.moves:
+            self.leave(taken.notes, step=step)
+            # While a graph is recorded the rate has no value. Who replays it holds the sums at a number.
+            self.hold(taken.held, accum=accum, rate=0.0 if recorded else float(rate))
+
+    def check_fits(self, accum: int) -> None:
+        """Refuse, by a ValueError, a pass that cannot be of the step whose sums are held."""
+        if self.sums is None:
+            return
+        if accum != self.sums.accum:
+            raise ValueError(
+                f"accum is {accum}, but must be {self.sums.accum}, as in the passes since the last step, until the next one"
+            )
+        if self.sums.count == accum:
+            raise ValueError(
+                f"accum is {accum}, but so many passes were taken since the last step: a step must come before the next one"
+            )
+
+    @contextmanager
+    def _open(self, taken: Pass, *, undo: bool) -> Iterator[None]:
+        """Open a pass for the context, and end it: what waits in it votes, or all is undone if something raises."""
         self.current, self.strayed = taken, False
         try:
-            yield taken
+            yield
             self._cast_sums(taken)
             self.ranks.finish()
             self._count_waiting(taken)
         except BaseException:
             self.ranks.abandon()
             # The mark is set while the pass is undone, because undoing may be interrupted.
-            self.torn = taken.wrote and not recorded
+            self.torn = taken.wrote and not taken.recorded
             if undo:
                 taken.undo()
                 self.torn = False
             raise
         finally:
             self.current = None
-        if taken.moves:
-            self.leave(taken.notes, step=step)
+
+    def hold(self, totals: dict[Key, Sum], *, accum: int, rate: float) -> None:
+        """Hold sums for the next step, to which a pass that ended well has added. They vote at the rate of that pass."""
+        if totals:
+            count = 0 if self.sums is None else self.sums.count
+            self.sums = Sums(totals, accum, count + 1, rate)
+
+    def vote_sums(self) -> None:
+        """Let the sums vote that the passes since the last step have left, each once. A step does this first.
+
+        If it raises after a vote, the model is torn.
+        """
+        if self.sums is None:
+            return
+        self.check_ready()
+        taken = Pass(rate=self.sums.rate, step=self.step, size=1, moves=True, recorded=False, keeps=False)
+        with self._open(taken, undo=False):
+            # Every rank has the same order.
+            for _, (voter, total) in sorted(self.sums.totals.items(), key=itemgetter(0)):
+                grad_NK = total.grad_NK.to(self.dtype_of(total.num_matrices))
+                self._exchange(replace(voter, weight=voter.now()), replace(total, grad_NK=grad_NK))
+        self.sums = None
+        self.notes.extend(taken.notes)
 
     def leave(self, notes: Iterable[Note], *, step: int | Tensor) -> None:
         """Add the notes of a pass that ended well to those for the next step. `step` is the dither step of the pass."""
@@ -152,8 +228,9 @@ class Voting:
             note.tell(*note.seen)
 
     def forget(self, module: object) -> None:
-        """Drop the notes for one module."""
+        """Drop the notes for one module, and the sums of its weight."""
         self.notes = [note for note in self.notes if getattr(note.tell, "__self__", None) is not module]
+        self.sums = None if self.sums is None else self.sums.without(module)
 
     def stray(self) -> None:
         """Note that gradients came through weights outside of a pass, which the next pass or step refuses.
@@ -199,16 +276,21 @@ class Voting:
             )
 
     def move(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Move the count of faults and all notes as `change` moves a tensor. A count that was on the meta device begins at 0."""
+        """Move the count of faults, all notes and sums as `change` moves a tensor. A count from the meta device begins at 0."""
         was_meta = self.faults.is_meta
         self.faults = change(self.faults)
         if was_meta:
             self.faults = torch.zeros_like(self.faults)
         self.notes = [note.on(change) for note in self.notes]
+        self.sums = None if self.sums is None else self.sums.on(change)
         self.step = change(self.step) if isinstance(self.step, Tensor) else self.step
 
     def cast(self, voter: Voter, gradient: Gradient) -> None:
-        """Count the votes of a gradient, summed over ranks, in the accumulators of a weight, in place, now or before the pass ends.
+        """Count the votes of a gradient, summed over ranks, in the accumulators of a weight, in place.
+
+        This is done now or before the pass ends. If the step has several micro-batches, it is done with the step, for the sum of
+        the gradients of all passes, each sum rounded to their dtype. Rows that the batch chose differ from pass to pass. So their
+        gradients vote in each pass, at the rate divided by the square root of the number of micro-batches.
 
         A gradient of stacked matrices is first made orthogonal, in the dtype of the activations, unless the rule is `sign`. With 0
         matrices the gradient votes as it is, as the rows of a table do.
@@ -217,7 +299,7 @@ class Voting:
         votes. Rows that the batch chose differ from use to use. So each use of these votes at its part of the rate: the size of a
         vote does not depend on the size of the gradient, and votes at the full rate would together go too far. If a batch chose
         rows in some uses alone, the sum of the others votes at what is left of the rate. The `sign` rule counts the votes of each
-        use.
+        use, and of each pass.
         The pass leaves a note for `voted`.
         """
         taken = self.current
@@ -226,12 +308,19 @@ class Voting:
         grad_NK = gradient.grad_NK.to(self.dtype_of(gradient.num_matrices))
         gradient = replace(gradient, grad_NK=grad_NK)
         if voter.uses == 1 or self.vote_rule == "sign":
-            self._exchange(voter, gradient)
+            self._settle(taken, voter, gradient)
         elif gradient.chosen:
             taken.lone[voter.tensor_id, gradient.part] += 1
-            self._exchange(voter, gradient)
+            self._settle(taken, voter, gradient)
         elif (found := taken.summed(voter, gradient)) is not None:
-            self._exchange(*found)
+            self._settle(taken, *found)
+
+    def _settle(self, taken: Pass, voter: Voter, gradient: Gradient) -> None:
+        """Let a gradient vote, or hold it for the sum of the micro-batches of the step."""
+        if taken.accum > 1 and not gradient.chosen and self.vote_rule == "stochastic":
+            taken.hold(voter, gradient)
+        else:
+            self._exchange(voter, gradient)
 
     def _exchange(self, voter: Voter, gradient: Gradient) -> None:
         """Sum a gradient over ranks, and count its votes."""
@@ -240,7 +329,7 @@ class Voting:
     def _cast_sums(self, taken: Pass) -> None:
         """Count the votes of sums to which not every use of a weight has added, as of a loop that was left early."""
         for voter, total in taken.rest():
-            self._exchange(voter, total)
+            self._settle(taken, voter, total)
 
     def makes_orthogonal(self, num_matrices: int) -> bool:
         """Return whether a gradient of so many stacked matrices is made orthogonal before it votes."""
@@ -320,7 +409,7 @@ class Voting:
         self.ops.accumulate_gradients(
             weights,
             grad_NK,
-            part_of_rate(taken.rate, votes[0].voter.uses, votes[0].voter.shares),
+            _rate_of(taken, votes[0]),
             seed=self.seed,
             step=taken.step,
             tensor_ids=tuple(vote.voter.tensor_id for vote in votes),
@@ -364,7 +453,7 @@ class Voting:
             "out": weight,
         }
         if self.vote_rule == "stochastic":
-            rate = part_of_rate(taken.rate, voter.uses, voter.shares)
+            rate = _rate_of(taken, vote)
             self.ops.accumulate_gradient(weight, grad_NK, rate, faults=self.faults, **clock)
         else:
             self.faults += self.ops.count_nonfinite_rows(grad_NK)
@@ -393,7 +482,14 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
 
 
-def part_of_rate(rate: float | Tensor, uses: int, shares: int = 1) -> float | Tensor:
+def _rate_of(taken: Pass, vote: Vote) -> float | Tensor:
+    """Return the rate at which a vote is cast in a pass."""
+    # Votes of several micro-batches add up as noise does, and so they share the rate by the root of their number.
+    parts = math.sqrt(taken.accum) if vote.gradient.chosen else 1
+    return part_of_rate(taken.rate, vote.voter.uses * parts, vote.voter.shares)
+
+
+def part_of_rate(rate: float | Tensor, uses: float, shares: int = 1) -> float | Tensor:
     """Return the float32 nearest to `shares / uses` of a float32 rate; the same for a number and for a tensor on a device."""
     if uses == shares:
         return rate

@@ -1,6 +1,6 @@
 """Update: votes are counted in small integers, and a full count moves a trit or an exponent by one level.
 
-Order of a training step: every micro-batch accumulates; then one step moves the exponents, then the trits.
+Order of a training step: votes are counted, once or for each micro-batch; then one step moves the exponents, then the trits.
 Legend: N rows, K columns, G columns a group, KG groups a row, R selected rows, v votes.
 """
 
