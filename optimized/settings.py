@@ -28,6 +28,9 @@ PATHS = ("cuda", "triton")
 """The kernels of the optimized op set, by what they are written in."""
 
 
+WITHOUT_VALUE_CHECKS = {"ARB_VALUE_CHECKS": "0"}
+"""The environment of a process in which tensors have no values."""
+
 _vouchers = 0
 """Number of `values_vouched_for` that are entered. It is no context variable, because autograd's threads must see it."""
 

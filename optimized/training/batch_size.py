@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from arbitor.optimized.ahead.start import Ahead
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.machine_memory import free_bytes, is_full, text_of
 from arbitor.optimized.training.options import Settings
@@ -42,7 +43,14 @@ class BatchSize:
     reason: str
 
 
-def fitting_batch(config: ArbConfig, settings: Settings, runtime: Runtime) -> BatchSize:
+def most_windows(context: int) -> int:
+    """Return the most windows that a micro-batch may have by memory that never ends."""
+    return max(1, MOST_BYTES // context)
+
+
+def fitting_batch(
+    config: ArbConfig, settings: Settings, runtime: Runtime, *, ahead: Ahead | None = None
+) -> BatchSize:
     """Return the largest power of two of windows whose pass fits memory.
 
     A pass of 1, 2, 4, ... windows is measured while the next one is sure to fit. The memory of a pass grows by the same
@@ -52,6 +60,7 @@ def fitting_batch(config: ArbConfig, settings: Settings, runtime: Runtime) -> Ba
         config: of the model.
         settings: of the run; its batch is not read.
         runtime: where it runs.
+        ahead: what compiles the kernels of its passes, or None.
 
     Raises:
         TrainingError: a pass of one window does not fit.
@@ -59,9 +68,11 @@ def fitting_batch(config: ArbConfig, settings: Settings, runtime: Runtime) -> Ba
     model = ArbModel(
         config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=settings.seed
     )
+    if ahead is not None:
+        ahead.finish()
     passes, memory = Passes(model), Memory(runtime.device)
     windows, before = 1, 0
-    most = max(1, MOST_BYTES // settings.context)
+    most = most_windows(settings.context)
     while True:
         taken = memory.of_pass(passes, windows, settings.context)
         if taken > memory.allowed and windows > 1:

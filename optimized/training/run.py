@@ -142,6 +142,9 @@ class Run:
             self.monitor.warn(warning)
         for sentence in first_lines(prepared):
             self.monitor.say(sentence)
+        compiled = None if prepared.ahead is None else prepared.ahead.finish()
+        if compiled is not None:
+            self.monitor.say(compiled)
         if self.mix is not None:
             self.mix.begin(self.monitor.warn)
         self.clock = time.monotonic()

@@ -1,0 +1,202 @@
+"""The process that compiles ahead: what it is asked for, when it is started, and what became of it.
+
+A full cache costs next to nothing. Beside the CUDA C++ kernels lies a list of files for each order that was carried out. While
+all of them are there, no process is started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import weakref
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arbitor.optimized import settings
+from arbitor.optimized.distributed.world import code_sha256
+from arbitor.optimized.training.runtime import Runtime, versions
+
+MOST_AT_A_TIME = 16
+"""Kernels that are compiled at a time at most. Each takes some 100 MiB of memory."""
+
+MOST_SECONDS = 600
+"""Seconds after which nobody waits for the process any more."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What decides how kernels are chosen and compiled for a GPU.
+
+    Fields:
+        capability:      compute capability.
+        multiprocessors: how many it has.
+        shared_bytes:    bytes of shared memory that a block can have.
+    """
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_bytes: int
+
+    @classmethod
+    def here(cls) -> Gpu:
+        """Return the current GPU of this process."""
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return cls(
+            capability=(properties.major, properties.minor),
+            multiprocessors=properties.multi_processor_count,
+            shared_bytes=properties.shared_memory_per_block_optin,
+        )
+
+
+@dataclass(frozen=True)
+class Order:
+    """The passes whose kernels are compiled.
+
+    Fields:
+        config:   of the model, as `ArbConfig.to_json` writes it.
+        dtype:    of activations, by torch's name.
+        context:  bytes of a window.
+        windows:  numbers of windows of a pass, each of which is walked through.
+        passes:   `smoke` for those of `training.smoke`, `run` for those of a run.
+        backward: whether they have a backward pass and a step.
+        recorded: whether they are recorded once they have run, for which rates and steps are tensors.
+        accum:    passes of a step.
+        adapters: rank, alpha and targets of float adapters, which learn instead of the weights; or None.
+        gpu:      that they run on.
+    """
+
+    config: str
+    dtype: str
+    context: int
+    windows: tuple[int, ...]
+    passes: str
+    gpu: Gpu
+    backward: bool = True
+    recorded: bool = False
+    accum: int = 1
+    adapters: dict[str, Any] | None = None
+
+    def to_json(self) -> str:
+        """Return the order as JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Order:
+        """Return the order that `to_json` wrote."""
+        values = json.loads(text)
+        gpu = values["gpu"]
+        values["gpu"] = Gpu(**{**gpu, "capability": tuple(gpu["capability"])})
+        return cls(**{**values, "windows": tuple(values["windows"])})
+
+    def files(self) -> Path:
+        """Return where the list of the files of this order is kept, by all that decides what they are."""
+        triton = {name: value for name, value in sorted(os.environ.items()) if name.startswith("TRITON_")}
+        known = (self.to_json(), code_sha256(), versions(), torch.version.cuda, settings.path(), triton)
+        digest = hashlib.sha256(repr(known).encode()).hexdigest()
+        return settings.cache_folder() / "ahead" / f"{digest}.json"
+
+    def is_done(self) -> bool:
+        """Return whether all that the order asks for lies in the caches."""
+        try:
+            return all(map(os.path.exists, json.loads(self.files().read_text())))
+        except (OSError, ValueError):
+            return False
+
+
+class Ahead:
+    """A process that compiles kernels. It ends with the process that has started it, or when nobody holds this object."""
+
+    def __init__(self, order: Order) -> None:
+        """Start the process.
+
+        Raises:
+            OSError: it cannot be started.
+        """
+        paths = (path or os.getcwd() for path in sys.path)
+        environment = {
+            **os.environ,
+            **settings.WITHOUT_VALUE_CHECKS,
+            "PYTHONPATH": os.pathsep.join(paths),
+            # It has no use for a GPU, and it must have no threads, as it forks.
+            "CUDA_VISIBLE_DEVICES": "",
+            **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "arbitor.optimized.ahead"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            text=True,
+        )
+        self._said: str | None = None
+        self._stop = weakref.finalize(self, _stop, self._process)
+        assert self._process.stdin is not None
+        # Who has died already is found out by `finish`.
+        with contextlib.suppress(OSError):
+            self._process.stdin.write(order.to_json())
+            self._process.stdin.close()
+        self._process.stdin = None
+
+    def finish(self) -> str | None:
+        """Wait until the process has compiled what it found, and say what it has done; None if nothing was to do.
+
+        A later call says it again.
+        """
+        if self._stop.alive:
+            self._said = self._awaited()
+        return self._said
+
+    def _awaited(self) -> str | None:
+        try:
+            told, _ = self._process.communicate(timeout=MOST_SECONDS)
+            report = json.loads(told)
+        except (OSError, ValueError, subprocess.TimeoutExpired):
+            self._stop()
+            ended = f"ended with status {self._process.returncode}"
+            return f"kernels: compiled where they are launched, since the process that compiles them ahead {ended}"
+        self._stop()
+        if not report["compiled"]:
+            return None
+        return f"kernels: {report['compiled']:,} compiled in {report['seconds']:.1f} s, up to {report['at_a_time']} at a time"
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """End a process, if it has not ended. What it has forked ends with the kernel that it compiles."""
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
+def cores() -> int:
+    """Return how many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def compiled_ahead(runtime: Runtime, **order: Any) -> Ahead | None:
+    """Start to compile what some passes launch, or return None where that would gain nothing.
+
+    Args:
+        runtime: where they run.
+        order: fields of `Order` but `dtype` and `gpu`.
+    """
+    on_gpu = runtime.device == "cuda" and runtime.backend == "triton"
+    if not on_gpu or os.environ.get("TRITON_INTERPRET") == "1" or cores() == 1:
+        return None
+    asked = Order(dtype=str(runtime.dtype).removeprefix("torch."), gpu=Gpu.here(), **order)
+    if asked.is_done():
+        return None
+    try:
+        return Ahead(asked)
+    except OSError:
+        return None
