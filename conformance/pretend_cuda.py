@@ -1,6 +1,6 @@
 """A GPU that is not there: ops go the way that they go on CUDA, and their kernels are noted instead of run.
 
-Tensors stay in the memory of the host. Nothing that a kernel would write is written, so results mean nothing.
+Tensors stay in the memory of the host, which begins as zeros. Nothing that a kernel would write is written, so results mean nothing.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from triton.runtime import driver
 
-from arbitor.optimized.ahead.absent_gpu import DEVICE, HOST, StubDriver, backward_within, said_of
+from arbitor.optimized.ahead.absent_gpu import DEVICE, HOST, StubDriver, backward_within, placed, said_of
 from arbitor.optimized.ahead.start import Gpu
 
 H200 = Gpu(capability=(9, 0), multiprocessors=132, shared_bytes=227 * 1024)
 """The GPU that is pretended."""
+
+EMPTY = (torch.empty, torch.empty_like, Tensor.new_empty)
+"""Functions that make tensors of whatever memory held before."""
 
 
 class TensorsSayCuda(TorchFunctionMode):
@@ -35,16 +38,14 @@ class TensorsSayCuda(TorchFunctionMode):
             return args[0]
         if func == Tensor.backward:
             return backward_within(self, args[0])
-        kwargs = {name: on_host(value) for name, value in (kwargs or {}).items()}
+        kwargs = {name: placed(value, HOST) for name, value in (kwargs or {}).items()}
         # A product on the host has no `out_dtype`.
         wanted = kwargs.pop("out_dtype", None)
-        result = func(*map(on_host, args), **kwargs)
+        result = func(*(placed(value, HOST) for value in args), **kwargs)
+        # What a kernel would write is not written, and no walk may follow from what memory held before.
+        if func in EMPTY:
+            result.detach().zero_()
         return result if wanted is None else result.to(wanted)
-
-
-def on_host(value: Any) -> Any:
-    """Return the host for a device, anything else as it is."""
-    return HOST if isinstance(value, torch.device) else value
 
 
 @contextmanager

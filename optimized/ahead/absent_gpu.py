@@ -108,7 +108,8 @@ class WithoutMemory(TorchFunctionMode):
         kwargs.pop("pin_memory", None)
         # Torch for CPUs has no product with an `out_dtype`.
         wanted = kwargs.pop("out_dtype", None)
-        result = func(*map(placed, args), **{name: placed(value) for name, value in kwargs.items()})
+        kwargs = {name: placed(value, META) for name, value in kwargs.items()}
+        result = func(*(placed(value, META) for value in args), **kwargs)
         return result if wanted is None else result.to(wanted)
 
 
@@ -121,11 +122,10 @@ def backward_within(mode: TorchFunctionMode, loss: Tensor) -> None:
         )
 
 
-def placed(value: Any) -> Any:
-    """Return the meta device for the GPU, anything else as it is."""
-    if isinstance(value, str):
-        return META if value.partition(":")[0] == "cuda" else value
-    return META if isinstance(value, torch.device) and value.type == "cuda" else value
+def placed(value: Any, place: torch.device) -> Any:
+    """Return another place for an argument that names the GPU, and any other argument as it is."""
+    kind = value.partition(":")[0] if isinstance(value, str) else getattr(value, "type", None)
+    return place if isinstance(value, (str, torch.device)) and kind == "cuda" else value
 
 
 def is_host(value: Any) -> bool:

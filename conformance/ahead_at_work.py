@@ -1,0 +1,101 @@
+"""What `test_ahead` runs where kernels are compiled and not interpreted: one JSON object on stdout.
+
+    python -m conformance.ahead_at_work walks < order.json      # what a walk notes, with memory and without
+    python -m conformance.ahead_at_work launches < order.json   # what launches find in the caches, and what they compile
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+from arbitor.optimized.ahead.__main__ import walk
+from arbitor.optimized.ahead.absent_gpu import StubDriver, absent
+from arbitor.optimized.ahead.start import Order
+from arbitor.optimized.cuda.compiler import Kernel, kept_at
+from arbitor.optimized.cuda.launch import noted
+from arbitor.optimized.settings import values_vouched_for
+from conformance.pretend_cuda import H200, pretended
+
+
+def walked(order: Order, gpu: AbstractContextManager[None]) -> list[str]:
+    """Return the kernels that a walk notes on a GPU of some kind."""
+    kernels: set[str] = set()
+
+    def hook(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        kernels.add(f"{fn.module}.{fn.name} {compile['specialization_data']}")
+        return True
+
+    def note(kernel: Kernel) -> None:
+        kernels.add(str(kernel))
+
+    with triton.knobs.runtime.scope(), gpu, noted(note), values_vouched_for():
+        triton.knobs.runtime.jit_cache_hook = hook
+        walk(order)
+    return sorted(kernels)
+
+
+class LoadsNothing(StubDriver):
+    """A driver whose kernels are loaded and launched without effect, so that all that comes before is what it is on a GPU."""
+
+    utils = SimpleNamespace(
+        get_device_properties=lambda device: {"max_shared_mem": H200.shared_bytes},
+        load_binary=lambda *_: (None, None, 0, 0, 1024),
+        unload_module=lambda module: None,
+    )
+
+    @staticmethod
+    def launcher_cls(src: Any, metadata: Any) -> Any:
+        return lambda *_: None
+
+
+@contextmanager
+def launching() -> Iterator[dict[str, list[str]]]:
+    """Launch kernels without effect in the block. Yield where they came from: `found` in the caches, or `compiled`."""
+    seen: dict[str, list[str]] = {"found": [], "compiled": []}
+
+    def listen(*, src: Any, cache_hit: bool, **_: Any) -> None:
+        seen["found" if cache_hit else "compiled"].append(src.name)
+
+    def note(kernel: Kernel) -> None:
+        is_kept = kept_at(kernel, kernel.architecture(H200.capability)).exists()
+        seen["found" if is_kept else "compiled"].append(str(kernel))
+
+    with (
+        triton.knobs.compilation.scope(),
+        pretended(),
+        noted(note),
+        values_vouched_for(),
+        mock.patch.object(CompiledKernel, "__del__", lambda self: None, create=True),
+    ):
+        driver.set_active(LoadsNothing(H200))
+        triton.knobs.compilation.listener = listen
+        yield seen
+
+
+def main() -> None:
+    """Do what the command line says."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    order = Order.from_json(sys.stdin.read())
+    if sys.argv[1] == "walks":
+        print(json.dumps({"real": walked(order, pretended()), "absent": walked(order, absent(order.gpu))}))
+        return
+    with launching() as seen:
+        walk(order)
+    print(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()
