@@ -1,7 +1,7 @@
 """What `test_ahead` runs where kernels are compiled and not interpreted: one JSON object on stdout.
 
-    python -m conformance.ahead_at_work walks < order.json      # what a walk notes, with memory and without
-    python -m conformance.ahead_at_work launches < order.json   # what launches find in the caches, and what they compile
+python -m conformance.ahead_at_work walks < order.json      # what a walk notes, with memory and without
+python -m conformance.ahead_at_work launches < order.json   # what they find while it is carried out
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from triton.runtime import driver
 
 from arbitor.optimized.ahead.__main__ import walk
 from arbitor.optimized.ahead.absent_gpu import StubDriver, absent
-from arbitor.optimized.ahead.start import Order
-from arbitor.optimized.cuda.compiler import Kernel, kept_at
+from arbitor.optimized.ahead.start import Ahead, Order, awaited
+from arbitor.optimized.cuda import compiler
+from arbitor.optimized.cuda.compiler import Kernel
 from arbitor.optimized.cuda.launch import noted
 from arbitor.optimized.settings import values_vouched_for
 from conformance.pretend_cuda import H200, pretended
@@ -69,8 +70,9 @@ def launching() -> Iterator[dict[str, list[str]]]:
         seen["found" if cache_hit else "compiled"].append(src.name)
 
     def note(kernel: Kernel) -> None:
-        is_kept = kept_at(kernel, kernel.architecture(H200.capability)).exists()
-        seen["found" if is_kept else "compiled"].append(str(kernel))
+        with mock.patch.object(compiler, "_compile", return_value=b"") as compile:
+            compiler.machine_code(kernel, kernel.architecture(H200.capability))
+        seen["compiled" if compile.called else "found"].append(str(kernel))
 
     with (
         triton.knobs.compilation.scope(),
@@ -92,9 +94,10 @@ def main() -> None:
     if sys.argv[1] == "walks":
         print(json.dumps({"real": walked(order, pretended()), "absent": walked(order, absent(order.gpu))}))
         return
-    with launching() as seen:
+    ahead = None if order.is_done() else Ahead(order)
+    with launching() as seen, awaited(ahead):
         walk(order)
-    print(json.dumps(seen))
+    print(json.dumps({**seen, "said": None if ahead is None else ahead.finish(), "done": order.is_done()}))
 
 
 if __name__ == "__main__":

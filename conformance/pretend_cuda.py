@@ -1,6 +1,7 @@
 """A GPU that is not there: ops go the way that they go on CUDA, and their kernels are noted instead of run.
 
-Tensors stay in the memory of the host, which begins as zeros. Nothing that a kernel would write is written, so results mean nothing.
+Tensors stay in the memory of the host, which begins as zeros. Nothing that a kernel would write is written, so results mean
+nothing.
 """
 
 from __future__ import annotations

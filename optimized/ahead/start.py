@@ -12,8 +12,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,9 @@ MOST_AT_A_TIME = 16
 
 MOST_SECONDS = 600
 """Seconds after which nobody waits for the process any more."""
+
+BETWEEN_LOOKS = 0.005
+"""Seconds between two looks for a kernel that a launch waits for."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,7 @@ class Ahead:
             text=True,
         )
         self._said: str | None = None
+        self._deadline = time.monotonic() + MOST_SECONDS
         self._stop = weakref.finalize(self, _stop, self._process)
         assert self._process.stdin is not None
         # Who has died already is found out by `finish`.
@@ -145,18 +152,51 @@ class Ahead:
             self._process.stdin.close()
         self._process.stdin = None
 
+    @contextlib.contextmanager
+    def awaited(self) -> Iterator[None]:
+        """Let launches in the block wait for kernels that are not in the caches yet, while the process is at work."""
+        from triton import knobs
+        from triton.runtime.cache import FileCacheManager
+
+        from arbitor.optimized.cuda.compiler import waiting
+
+        before = knobs.cache.manager_class
+        base: Any = before or FileCacheManager
+        wait = self._wait
+
+        class Waiting(base):  # type: ignore[misc]
+            def get_group(self, filename: str) -> Any:
+                return wait(partial(base.get_group, self, filename))
+
+            def get_file(self, filename: str) -> Any:
+                return wait(partial(base.get_file, self, filename))
+
+        knobs.cache.manager_class = Waiting
+        try:
+            with waiting(wait):
+                yield
+        finally:
+            knobs.cache.manager_class = before
+
     def finish(self) -> str | None:
         """Wait until the process has compiled what it found, and say what it has done; None if nothing was to do.
 
         A later call says it again.
         """
         if self._stop.alive:
-            self._said = self._awaited()
+            self._said = self._report()
         return self._said
 
-    def _awaited(self) -> str | None:
+    def _wait(self, look: Callable[[], Any]) -> Any:
+        """Return what a look at a cache finds, when it finds something or the process has ended."""
+        while not (found := look()) and self._process.poll() is None and time.monotonic() < self._deadline:
+            time.sleep(BETWEEN_LOOKS)
+        # It may have ended right after the look.
+        return found or look()
+
+    def _report(self) -> str | None:
         try:
-            told, _ = self._process.communicate(timeout=MOST_SECONDS)
+            told, _ = self._process.communicate(timeout=max(0.0, self._deadline - time.monotonic()))
             report = json.loads(told)
         except (OSError, ValueError, subprocess.TimeoutExpired):
             self._stop()
@@ -181,6 +221,11 @@ def _stop(process: subprocess.Popen[str]) -> None:
 def cores() -> int:
     """Return how many CPU cores this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def awaited(ahead: Ahead | None) -> contextlib.AbstractContextManager[None]:
+    """Return `Ahead.awaited`, or a context that does nothing where nothing is compiled ahead."""
+    return contextlib.nullcontext() if ahead is None else ahead.awaited()
 
 
 def compiled_ahead(runtime: Runtime, **order: Any) -> Ahead | None:

@@ -12,6 +12,8 @@ import importlib
 import io
 import re
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,21 @@ def why_unknown(capability: tuple[int, int]) -> str | None:
     return f"NVRTC {release} does not know the compute capability {major}.{minor}; a newer torch brings a newer NVRTC"
 
 
+_wait: Callable[[Callable[[], object]], object] = lambda look: None  # noqa: E731
+"""Waits until a look at the disk finds what another process compiles now."""
+
+
+@contextmanager
+def waiting(wait: Callable[[Callable[[], object]], object]) -> Iterator[None]:
+    """Let `wait` wait for each kernel that is loaded in the block."""
+    global _wait
+    before, _wait = _wait, wait
+    try:
+        yield
+    finally:
+        _wait = before
+
+
 def machine_code(kernel: Kernel, architecture: str) -> bytes:
     """Return the machine code of a kernel for an architecture such as `sm_90`, from the disk if it was compiled before.
 
@@ -92,6 +109,7 @@ def machine_code(kernel: Kernel, architecture: str) -> bytes:
         RuntimeError: the compiler refuses the source, with what it says.
     """
     path = kept_at(kernel, architecture)
+    _wait(path.exists)
     try:
         return path.read_bytes()
     except FileNotFoundError:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from arbitor.optimized.ahead.start import Ahead
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.machine_memory import free_bytes, is_full, text_of
 from arbitor.optimized.training.options import Settings
@@ -48,9 +47,7 @@ def most_windows(context: int) -> int:
     return max(1, MOST_BYTES // context)
 
 
-def fitting_batch(
-    config: ArbConfig, settings: Settings, runtime: Runtime, *, ahead: Ahead | None = None
-) -> BatchSize:
+def fitting_batch(config: ArbConfig, settings: Settings, runtime: Runtime) -> BatchSize:
     """Return the largest power of two of windows whose pass fits memory.
 
     A pass of 1, 2, 4, ... windows is measured while the next one is sure to fit. The memory of a pass grows by the same
@@ -60,7 +57,6 @@ def fitting_batch(
         config: of the model.
         settings: of the run; its batch is not read.
         runtime: where it runs.
-        ahead: what compiles the kernels of its passes, or None.
 
     Raises:
         TrainingError: a pass of one window does not fit.
@@ -68,8 +64,6 @@ def fitting_batch(
     model = ArbModel(
         config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=settings.seed
     )
-    if ahead is not None:
-        ahead.finish()
     passes, memory = Passes(model), Memory(runtime.device)
     windows, before = 1, 0
     most = most_windows(settings.context)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from arbitor.optimized.ahead.start import Ahead, compiled_ahead
+from arbitor.optimized.ahead.start import Ahead, awaited, compiled_ahead
 from arbitor.optimized.distributed.run import (
     check_agreement,
     kept_rows,
@@ -137,7 +137,8 @@ def prepare(
         )
     )
     ahead = _ahead(config, settings, runtime, world, recorded=recorded, auto_batch=auto_batch)
-    batch_size = fitting_batch(config, settings, runtime, ahead=ahead) if auto_batch else None
+    with awaited(ahead):
+        batch_size = fitting_batch(config, settings, runtime) if auto_batch else None
     if batch_size is not None:
         settings = replace(settings, batch=batch_size.windows)
         text = replace(text, settings=settings)

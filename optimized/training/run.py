@@ -105,6 +105,7 @@ class Run:
             self.progress = Progress(**checkpoint.progress)
         self.passes = RecordedPasses(self.model) if prepared.recorded else Passes(self.model)
         self.census = Census(self.model)
+        self._ahead = prepared.ahead
 
     def begin(self, folder: RunFolder | None, *, saves: bool, console: Console | None) -> None:
         """Write how the run is started, and begin to report.
@@ -142,9 +143,6 @@ class Run:
             self.monitor.warn(warning)
         for sentence in first_lines(prepared):
             self.monitor.say(sentence)
-        compiled = None if prepared.ahead is None else prepared.ahead.finish()
-        if compiled is not None:
-            self.monitor.say(compiled)
         if self.mix is not None:
             self.mix.begin(self.monitor.warn)
         self.clock = time.monotonic()
@@ -226,6 +224,7 @@ class Run:
             counted = self._take_step(measured=now_logging)
             self.step += 1
             self.monitor.advance(self.step)
+            self._say_compiled()
             now_validating = self.step % settings.eval_interval == 0 or self.step == settings.steps
             values: dict[str, Any] = {}
             if counted is not None:
@@ -244,6 +243,13 @@ class Run:
             between = settings.save_interval > 0 and self.step % settings.save_interval == 0
             if between or self.step == settings.steps:
                 self._save_latest()
+
+    def _say_compiled(self) -> None:
+        """Say what was compiled ahead, once, when a step has found it."""
+        ahead, self._ahead = self._ahead, None
+        compiled = None if ahead is None else ahead.finish()
+        if compiled is not None:
+            self.monitor.say(compiled)
 
     def _numbers(self, flip_rate: float | None, seconds: float, steps: int) -> dict[str, Any]:
         """Return the numbers of a line of metrics: of the newest step, and of the steps since the line before.

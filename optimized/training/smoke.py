@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 
 import torch
 
-from arbitor.optimized.ahead.start import compiled_ahead
+from arbitor.optimized.ahead.start import awaited, compiled_ahead
 from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import NATS_PER_BIT
@@ -46,8 +46,7 @@ class SmokeReport:
         state_bytes: their canonical training state: trits, exponents and both accumulators.
         bpb: loss of the untrained model on random bytes, in bits per byte.
         build_seconds: drawing the weights.
-        cold: the first pass, with the wait for kernels that are compiled ahead of it; others are compiled in it, or fetched from
-            Triton's cache.
+        cold: the first pass; kernels are compiled for it, or fetched from Triton's cache.
         warm: medians of the others.
         peak_bytes: most CUDA memory that was allocated in the passes, weights included, or None on a CPU.
         compiled: what was compiled ahead of the first pass, in a sentence without its end mark, or None.
@@ -107,10 +106,7 @@ def smoke(
     if runtime.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
-    began = time.perf_counter()
-    compiled = None if ahead is None else ahead.finish()
-    waited = time.perf_counter() - began
-    with values_vouched_for():
+    with values_vouched_for(), awaited(ahead):
         taken = [
             one_pass(model, ids_BT, runtime.synchronize, backward=backward, step=step)
             for step in range(passes)
@@ -122,10 +118,10 @@ def smoke(
         state_bytes=counted.canonical_bytes,
         bpb=loss / NATS_PER_BIT,
         build_seconds=build_seconds,
-        cold=replace(cold, forward=waited + cold.forward),
+        cold=cold,
         warm=PassTimes(median(times.forward for times in warm), median(updates) if updates else None),
         peak_bytes=torch.cuda.max_memory_allocated() if runtime.device == "cuda" else None,
-        compiled=compiled,
+        compiled=None if ahead is None else ahead.finish(),
     )
 
 
