@@ -1,16 +1,21 @@
-"""What `test_ahead` runs where kernels are compiled and not interpreted: one JSON object on stdout.
+"""What `test_ahead` runs where kernels are compiled and not interpreted. Each line of stdin is an order, and each of stdout JSON.
 
-python -m conformance.ahead_at_work walks < order.json      # what a walk notes, with memory and without
-python -m conformance.ahead_at_work launches < order.json   # what they find while it is carried out
+python -m conformance.ahead_at_work walks      # what walks note, with memory and without
+python -m conformance.ahead_at_work launches   # what launches find in the caches while an order is carried out
+python -m conformance.ahead_at_work crew       # what becomes of work that fails; takes no order
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -20,7 +25,7 @@ import triton
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from arbitor.optimized.ahead.__main__ import walk
+from arbitor.optimized.ahead.__main__ import Crew, walk
 from arbitor.optimized.ahead.absent_gpu import StubDriver, absent
 from arbitor.optimized.ahead.start import Ahead, Order, awaited
 from arbitor.optimized.cuda import compiler
@@ -86,18 +91,41 @@ def launching() -> Iterator[dict[str, list[str]]]:
         yield seen
 
 
+def survived() -> dict[str, int]:
+    """Return how many works of a crew are done, and how many have failed, where some raise and one is killed."""
+
+    def work(number: int) -> None:
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if number % 3 == 0:
+            raise RuntimeError("the compiler has no good day")
+        os.write(done.fileno(), b"x")
+
+    with tempfile.TemporaryFile("a+b", buffering=0) as done:
+        crew = Crew(2)
+        for number in range(8):
+            crew.take(partial(work, number))
+        crew.end()
+        return {"done": done.seek(0, os.SEEK_END), "failed": crew.failed}
+
+
 def main() -> None:
     """Do what the command line says."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    order = Order.from_json(sys.stdin.read())
-    if sys.argv[1] == "walks":
-        print(json.dumps({"real": walked(order, pretended()), "absent": walked(order, absent(order.gpu))}))
-        return
-    ahead = None if order.is_done() else Ahead(order)
-    with launching() as seen, awaited(ahead):
-        walk(order)
-    print(json.dumps({**seen, "said": None if ahead is None else ahead.finish(), "done": order.is_done()}))
+    what, orders = sys.argv[1], [Order.from_json(line) for line in sys.stdin]
+    if what == "crew":
+        print(json.dumps(survived()))
+    for order in orders:
+        if what == "walks":
+            found = {"real": walked(order, pretended()), "absent": walked(order, absent(order.gpu))}
+        else:
+            ahead = None if order.is_done() else Ahead(order)
+            with launching() as seen, awaited(ahead):
+                walk(order)
+            said = None if ahead is None else ahead.finish()
+            found = {**seen, "said": said, "done": order.is_done()}
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":

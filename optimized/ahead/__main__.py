@@ -30,6 +30,7 @@ from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training.census import Census
 from arbitor.optimized.training.evaluate import validation_bpb
 from arbitor.optimized.training.passes import Passes, RecordedPasses
+from arbitor.optimized.training.recording import LAUNCHED_FIRST
 from arbitor.optimized.training.smoke import one_pass
 from arbitor.optimized.training.whole_file import write_among_others
 from arbitor.reference.config import ArbConfig
@@ -61,9 +62,12 @@ def _walk_run(model: ArbModel, ids_BT: Tensor, order: Order) -> None:
     """Walk through the beginning of a run: a checkpoint, a validation, and steps with what is reported of them."""
     model.state()
     validation_bpb(model, ids_BT, batch=len(ids_BT), device="cuda")
-    passes = (RecordedPasses if order.recorded else Passes)(model)
-    census = Census(model)
+    kind, census = RecordedPasses if order.recorded else Passes, Census(model)
+    passes = kind(model)
     for step in range(STEPS):
+        if step * order.accum >= LAUNCHED_FIRST:
+            # Others would be recorded, with the same kernels.
+            passes = kind(model)
         for micro_step in range(step * order.accum, (step + 1) * order.accum):
             passes.take(ids_BT, rate=1.0, step=micro_step)
         if order.adapters is not None:

@@ -135,7 +135,8 @@ class Ahead:
             **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "arbitor.optimized.ahead"],
+            # Nothing is imported from the folder that the user is in, unless this process does so.
+            [sys.executable, "-P", "-m", "arbitor.optimized.ahead"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -178,6 +179,10 @@ class Ahead:
         finally:
             knobs.cache.manager_class = before
 
+    def has_ended(self) -> bool:
+        """Return whether the process has ended, so that `finish` does not wait."""
+        return self._process.poll() is not None
+
     def finish(self) -> str | None:
         """Wait until the process has compiled what it found, and say what it has done; None if nothing was to do.
 
@@ -189,7 +194,7 @@ class Ahead:
 
     def _wait(self, look: Callable[[], Any]) -> Any:
         """Return what a look at a cache finds, when it finds something or the process has ended."""
-        while not (found := look()) and self._process.poll() is None and time.monotonic() < self._deadline:
+        while not (found := look()) and not self.has_ended() and time.monotonic() < self._deadline:
             time.sleep(BETWEEN_LOOKS)
         # It may have ended right after the look.
         return found or look()
@@ -205,7 +210,9 @@ class Ahead:
         self._stop()
         if not report["compiled"]:
             return None
-        return f"kernels: {report['compiled']:,} compiled in {report['seconds']:.1f} s, up to {report['at_a_time']} at a time"
+        compiled, seconds, most = report["compiled"], report["seconds"], report["at_a_time"]
+        failed = f"; {report['failed']:,} failed" if report["failed"] else ""
+        return f"kernels: {compiled:,} compiled in {seconds:.1f} s, up to {most} at a time{failed}"
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
@@ -236,7 +243,8 @@ def compiled_ahead(runtime: Runtime, **order: Any) -> Ahead | None:
         order: fields of `Order` but `dtype` and `gpu`.
     """
     on_gpu = runtime.device == "cuda" and runtime.backend == "triton"
-    if not on_gpu or os.environ.get("TRITON_INTERPRET") == "1" or cores() == 1:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not settings.compiles_ahead() or not on_gpu or interpreted or cores() == 1:
         return None
     asked = Order(dtype=str(runtime.dtype).removeprefix("torch."), gpu=Gpu.here(), **order)
     if asked.is_done():

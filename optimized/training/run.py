@@ -245,9 +245,10 @@ class Run:
                 self._save_latest()
 
     def _say_compiled(self) -> None:
-        """Say what was compiled ahead, once, when a step has found it."""
-        ahead, self._ahead = self._ahead, None
-        compiled = None if ahead is None else ahead.finish()
+        """Say once what was compiled ahead, when all of it is. No step waits for what it does not launch."""
+        if self._ahead is None or not self._ahead.has_ended():
+            return
+        compiled, self._ahead = self._ahead.finish(), None
         if compiled is not None:
             self.monitor.say(compiled)
 
