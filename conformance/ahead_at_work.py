@@ -12,10 +12,10 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -91,22 +91,33 @@ def launching() -> Iterator[dict[str, list[str]]]:
         yield seen
 
 
-def survived() -> dict[str, int]:
-    """Return how many works of a crew are done, and how many have failed, where some raise and one is killed."""
+def survived() -> dict[str, Any]:
+    """Return which messages a crew has worked off, where some work raises and one process is killed, and whether all may be."""
 
-    def work(number: int) -> None:
-        if number == 1:
+    def work(message: bytes) -> None:
+        if message == b"kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if number % 3 == 0:
+        if message == b"raise":
             raise RuntimeError("the compiler has no good day")
-        os.write(done.fileno(), b"x")
+        os.write(done.fileno(), message)
 
     with tempfile.TemporaryFile("a+b", buffering=0) as done:
-        crew = Crew(2)
-        for number in range(8):
-            crew.take(partial(work, number))
+        crew = Crew(2, work)
+        for message in (b"a", b"raise", b"kill", b"b", b"raise", b"c"):
+            crew.give(message)
         crew.end()
-        return {"done": done.seek(0, os.SEEK_END), "failed": crew.failed}
+        done.seek(0)
+        worked_off = sorted(done.read().decode())
+        lost = Crew(2, work)
+        try:
+            for _ in range(10_000):
+                lost.give(b"kill")
+                time.sleep(0.001)
+            is_refused = False
+        except OSError:
+            is_refused = True
+        lost.end()
+        return {"done": worked_off, "refused": is_refused}
 
 
 def main() -> None:

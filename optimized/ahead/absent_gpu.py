@@ -6,9 +6,10 @@ their place in a piece of memory gives them. Nothing else decides what Triton co
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -137,5 +138,26 @@ def is_host(value: Any) -> bool:
 def absent(gpu: Gpu) -> Iterator[None]:
     """Pretend that there is a GPU, until the block ends. Triton compiles for it from then on."""
     driver.set_active(StubDriver(gpu))
-    with mock.patch.multiple(torch.cuda, **said_of(gpu)), WithoutMemory():
+    with mock.patch.multiple(torch.cuda, **said_of(gpu)), WithoutMemory(), without_compiler():
         yield
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Keep torch from importing its compiler in the block, which takes a second.
+
+    Torch's rules for shapes ask the compiler not to look at them. They take what stands in its place here, and ask nothing else.
+    """
+    name = "torch._dynamo"
+    if name in sys.modules:
+        yield
+        return
+    stand_in = ModuleType(name)
+    stand_in.disable = lambda function, *_, **__: function  # type: ignore[attr-defined]
+    sys.modules[name] = stand_in
+    try:
+        yield
+    finally:
+        sys.modules.pop(name, None)
+        # Torch's package may have got it as an attribute.
+        vars(torch).pop("_dynamo", None)
