@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from arbitor.optimized import settings
+from arbitor.optimized.cuda.compiler import waiting
 from arbitor.optimized.distributed.world import code_sha256
 from arbitor.optimized.training.runtime import Runtime, versions
 
@@ -33,7 +34,7 @@ MOST_SECONDS = 600
 """Seconds after which nobody waits for the process any more."""
 
 LAUNCHER = "__triton_launcher"
-"""How the file of a launcher in C begins, which some releases of Triton compile for each signature. Nobody waits for another file."""
+"""How the file of a launcher in C begins, which some releases of Triton compile for each signature. Nobody waits for others."""
 
 BETWEEN_LOOKS = 0.005
 """Seconds between two looks for a kernel that a launch waits for."""
@@ -161,8 +162,6 @@ class Ahead:
         """Let launches in the block wait for kernels that are not in the caches yet, while the process is at work."""
         from triton import knobs
         from triton.runtime.cache import FileCacheManager
-
-        from arbitor.optimized.cuda.compiler import waiting
 
         before = knobs.cache.manager_class
         base: Any = before or FileCacheManager
