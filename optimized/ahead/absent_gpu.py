@@ -25,8 +25,8 @@ DEVICE, META, HOST = torch.device("cuda", 0), torch.device("meta"), torch.device
 
 SAID: dict[Any, Any] = {
     Tensor.device.__get__: DEVICE,
-    Tensor.is_cuda.__get__: True,
-    Tensor.is_meta.__get__: False,
+    Tensor.is_cuda.__get__: True,  # type: ignore[attr-defined]
+    Tensor.is_meta.__get__: False,  # type: ignore[attr-defined]
     Tensor.get_device: DEVICE.index,
 }
 """What a tensor without memory says of its place."""
@@ -90,7 +90,8 @@ class WithoutMemory(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Answer for the GPU, or run a function of torch."""
-        first, kwargs = (args[0] if args else None), dict(kwargs or {})
+        first: Any = args[0] if args else None
+        kwargs = dict(kwargs or {})
         if isinstance(first, Tensor) and first.is_meta:
             if func in SAID:
                 return SAID[func]
@@ -118,7 +119,7 @@ def backward_within(mode: TorchFunctionMode, loss: Tensor) -> None:
     """Run a backward pass in a mode, which torch has left for `Tensor.backward` and would not enter again for what that calls."""
     ones = torch.ones_like(loss)
     with mode:
-        torch.autograd.graph._engine_run_backward(  # type: ignore[attr-defined]
+        torch.autograd.graph._engine_run_backward(
             (loss,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True
         )
 

@@ -57,7 +57,8 @@ class Gpu:
     @classmethod
     def here(cls) -> Gpu:
         """Return the current GPU of this process."""
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        # Torch does not tell type checkers of all properties.
+        properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
         return cls(
             capability=(properties.major, properties.minor),
             multiprocessors=properties.multi_processor_count,
@@ -167,7 +168,7 @@ class Ahead:
         base: Any = before or FileCacheManager
         wait = self._wait
 
-        class Waiting(base):  # type: ignore[misc]
+        class Waiting(base):
             def get_group(self, filename: str) -> Any:
                 return wait(partial(base.get_group, self, filename))
 

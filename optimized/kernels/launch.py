@@ -37,7 +37,7 @@ def _update_hash_of_callee_first(self: DependenciesFinder, func: Any) -> None:
     _update_hash(self, func)
 
 
-DependenciesFinder._update_hash = _update_hash_of_callee_first  # type: ignore[method-assign]
+DependenciesFinder._update_hash = _update_hash_of_callee_first
 
 
 def runs_here(tensor: Tensor) -> None:

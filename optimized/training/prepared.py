@@ -22,7 +22,8 @@ from arbitor.optimized.training.adaptation import Adaptation, open_adaptation
 from arbitor.optimized.training.batch_size import BatchSize, fitting_batch, most_windows
 from arbitor.optimized.training.beginning import Beginning, begin_with, same_beginning
 from arbitor.optimized.training.checkpoint import check_fits
-from arbitor.optimized.training.media_mix import Mix, data_of, open_mix
+from arbitor.optimized.training.media import data_of
+from arbitor.optimized.training.media_mix import Mix, open_mix
 from arbitor.optimized.training.options import EXCHANGES, Settings
 from arbitor.optimized.training.plan import run_config
 from arbitor.optimized.training.recording import records
