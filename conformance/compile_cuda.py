@@ -17,14 +17,14 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 from unittest import mock
 
 import torch
 import triton
 
 from arbitor.optimized import ops
-from arbitor.optimized.cuda import compiler, denoise, many_rows, product, update
+from arbitor.optimized.cuda import compiler
+from arbitor.optimized.cuda import launch as launches
 from arbitor.optimized.cuda.compiler import Kernel
 from conformance import cuda_calls
 from conformance.pretend_cuda import DEVICE, pretended
@@ -33,23 +33,19 @@ from conformance.subject import Subject
 CAPABILITIES = (compiler.LEAST_CAPABILITY, compiler.HOPPER)
 """Compute capabilities that are compiled for."""
 
-HOSTS = (denoise, many_rows, product, update)
-"""Modules that launch kernels of the folder."""
-
 
 @contextmanager
 def noted(kernels: dict[Kernel, str], cause: list[str]) -> Iterator[None]:
     """Note the CUDA C++ kernels that ops ask for within the block, with their cause, and launch nothing."""
 
-    def note(kernel: Kernel, *_: Any, **__: Any) -> None:
+    def note(kernel: Kernel) -> None:
         kernels.setdefault(kernel, cause[0])
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, {"ARB_PATH": "cuda"}))
         stack.enter_context(mock.patch.object(compiler, "why_missing", lambda: None))
         stack.enter_context(cuda_calls.of_any_size())
-        for host in HOSTS:
-            stack.enter_context(mock.patch.object(host, "launch", note))
+        stack.enter_context(launches.noted(note))
         yield
 
 

@@ -42,6 +42,10 @@ EXAMPLES = {"interpreter": 10, "torch": 25, "cuda": 60}
 """Examples per op and law, unless `--examples` says how many. The interpreter is a thousand times slower than a GPU."""
 
 
+# Runs of a second each would start processes that compile for longer. `test_ahead` starts its own.
+os.environ.setdefault("ARB_AHEAD", "0")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("conformance")
     group.addoption("--impl", default=OURS, metavar="MODULE", help="ops to compare with the reference")

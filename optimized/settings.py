@@ -8,6 +8,8 @@ its ids are bytes, its rows and experts come from ops, and the values of a check
 `ARB_PATH` is `cuda` or `triton`. It names the kernels of the optimized op set. With `cuda`, ops raise where CUDA C++ kernels cannot
 be had. If the variable is not set, ops use CUDA C++ kernels where they can be had, and Triton's elsewhere. A product of the library
 may take the place of a kernel, but not with `triton`.
+`ARB_AHEAD` is 1 or 0. With 0, each kernel is compiled where it is first launched, by the process that launches it. If the
+variable is not set, other processes compile the kernels of a training pass ahead of it (`optimized.ahead`).
 `ARB_CACHE` is the folder that compiled CUDA C++ kernels are kept in. If it is not set, they are kept in `arbitor` within the user's
 cache folder, which is `XDG_CACHE_HOME` or `~/.cache`.
 
@@ -27,6 +29,9 @@ BACKENDS = ("reference", "triton")
 PATHS = ("cuda", "triton")
 """The kernels of the optimized op set, by what they are written in."""
 
+
+WITHOUT_VALUE_CHECKS = {"ARB_VALUE_CHECKS": "0"}
+"""The environment of a process in which tensors have no values."""
 
 _vouchers = 0
 """Number of `values_vouched_for` that are entered. It is no context variable, because autograd's threads must see it."""
@@ -51,10 +56,17 @@ def value_checks() -> bool:
     Raises:
         ValueError: the variable is set to something other than 0 or 1.
     """
-    value = os.environ.get("ARB_VALUE_CHECKS", "").strip()
-    if value not in ("", "0", "1"):
-        raise ValueError(f"ARB_VALUE_CHECKS is {value!r}, but must be 0 or 1")
-    return value == "1" if value else not _vouchers
+    asked = _switch("ARB_VALUE_CHECKS")
+    return not _vouchers if asked is None else asked
+
+
+def compiles_ahead() -> bool:
+    """Return whether other processes compile the kernels of a training pass ahead of it.
+
+    Raises:
+        ValueError: ``ARB_AHEAD`` is set to something other than 0 or 1.
+    """
+    return _switch("ARB_AHEAD") is not False
 
 
 def backend() -> str | None:
@@ -81,6 +93,12 @@ def cache_folder() -> Path:
     if named:
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME", "").strip() or Path.home() / ".cache") / "arbitor"
+
+
+def _switch(name: str) -> bool | None:
+    """Return whether a variable is 1 and not 0, or None where it is not set."""
+    value = _one_of(name, ("0", "1"))
+    return None if value is None else value == "1"
 
 
 def _one_of(name: str, allowed: tuple[str, ...]) -> str | None:

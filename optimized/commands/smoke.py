@@ -44,6 +44,8 @@ def smoke(
     click.echo(f"training state: {report.state_bytes / MIB:.2f} MiB")
     click.echo(f"loss: {report.bpb:.3f} bits per byte")
     click.echo(f"build: {report.build_seconds:.3f} s")
+    if report.compiled is not None:
+        click.echo(report.compiled)
     for name, times in (("cold", report.cold), ("warm", report.warm)):
         click.echo(f"forward, {name}: {times.forward:.3f} s")
         if times.update is not None:

@@ -10,16 +10,16 @@ import functools
 import hashlib
 import importlib
 import io
-import os
 import re
-import tempfile
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from arbitor.optimized import settings
-from arbitor.optimized.training.whole_file import write_whole
+from arbitor.optimized.training.whole_file import write_among_others
 
 FOLDER = Path(__file__).parent
 """Folder of the sources."""
@@ -87,33 +87,48 @@ def why_unknown(capability: tuple[int, int]) -> str | None:
     return f"NVRTC {release} does not know the compute capability {major}.{minor}; a newer torch brings a newer NVRTC"
 
 
+_wait: Callable[[Callable[[], object]], object] = lambda look: None  # noqa: E731
+"""Waits until a look at the disk finds what another process compiles now."""
+
+
+@contextmanager
+def waiting(wait: Callable[[Callable[[], object]], object]) -> Iterator[None]:
+    """Let `wait` wait for each kernel that is loaded in the block."""
+    global _wait
+    before, _wait = _wait, wait
+    try:
+        yield
+    finally:
+        _wait = before
+
+
 def machine_code(kernel: Kernel, architecture: str) -> bytes:
     """Return the machine code of a kernel for an architecture such as `sm_90`, from the disk if it was compiled before.
 
     Raises:
         RuntimeError: the compiler refuses the source, with what it says.
     """
-    text = source_text(kernel.source)
-    known = hashlib.sha256(
-        repr((text, kernel.constants, architecture, _compiler_version())).encode()
-    ).hexdigest()
-    path = settings.cache_folder() / f"{kernel.source}-{architecture}-{known}.cubin"
+    path = kept_at(kernel, architecture)
+    _wait(path.exists)
     try:
         return path.read_bytes()
     except FileNotFoundError:
         pass
     except OSError as error:
         _not_kept(path.parent, error)
-    code = _compile(text, kernel, architecture)
+    code = _compile(source_text(kernel.source), kernel, architecture)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Other processes may keep the same kernel now. Each writes it in a folder of its own and puts it in place whole.
-        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as own:
-            write_whole(Path(own) / path.name, code)
-            os.replace(Path(own) / path.name, path)
+        write_among_others(path, code)
     except OSError as error:
         _not_kept(path.parent, error)
     return code
+
+
+def kept_at(kernel: Kernel, architecture: str) -> Path:
+    """Return where the machine code of a kernel for an architecture is kept on disk, once it was compiled."""
+    known = (source_text(kernel.source), kernel.constants, architecture, _compiler_version())
+    digest = hashlib.sha256(repr(known).encode()).hexdigest()
+    return settings.cache_folder() / f"{kernel.source}-{architecture}-{digest}.cubin"
 
 
 def source_text(source: str) -> str:

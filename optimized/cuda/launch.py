@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,20 @@ UNASKED_BYTES = 47 * 1024
 
 Argument = Tensor | np.generic | None
 """An argument of a kernel: a tensor stands for its address, None for no address, and a number of NumPy has a type of C."""
+
+_note: Callable[[Kernel], None] | None = None
+"""What is told of each launch in the place of it."""
+
+
+@contextmanager
+def noted(note: Callable[[Kernel], None]) -> Iterator[None]:
+    """Tell `note` of the kernels that are launched in the block, and launch none of them."""
+    global _note
+    before, _note = _note, note
+    try:
+        yield
+    finally:
+        _note = before
 
 
 def launch(
@@ -44,6 +59,9 @@ def launch(
             (`griddepcontrol.wait`), and that launch says when they may (`griddepcontrol.launch_dependents`).
         waits: blocks wait for one another, so that all of them must be on the GPU at once.
     """
+    if _note is not None:
+        _note(kernel)
+        return
     core = importlib.import_module("cuda.core")
     # Torch's context is the one that cuda-core takes for a device, so nothing changes but what cuda-core knows of this thread.
     core.Device(device.index).set_current()

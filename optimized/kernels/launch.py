@@ -7,10 +7,12 @@ that change from batch to batch are therefore passed through `do_not_specialize`
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.jit import DependenciesFinder
 
 from arbitor.optimized import settings
 from arbitor.optimized.layouts import MAX_COLUMNS
@@ -21,6 +23,21 @@ MAX_PROGRAMS = 2**31 - 1
 """Programs that one launch can have along its first axis."""
 
 _WORD = 1 << 32
+
+_update_hash = DependenciesFinder._update_hash
+
+
+def _update_hash_of_callee_first(self: DependenciesFinder, func: Any) -> None:
+    """Hash a function that a kernel calls, before what its hash has found is taken over.
+
+    Later releases of Triton do so. With 3.6 the name of a kernel in the cache depends on what the process has launched before, so
+    that another process does not find it.
+    """
+    assert func.cache_key
+    _update_hash(self, func)
+
+
+DependenciesFinder._update_hash = _update_hash_of_callee_first
 
 
 def runs_here(tensor: Tensor) -> None:

@@ -45,6 +45,11 @@ class BatchSize:
     reason: str
 
 
+def most_windows(context: int) -> int:
+    """Return the most windows that a micro-batch may have by memory that never ends."""
+    return max(1, MOST_BYTES // context)
+
+
 def fitting_batch(config: ArbConfig, settings: Settings, runtime: Runtime) -> BatchSize:
     """Return the largest power of two of windows whose pass fits memory.
 
@@ -68,7 +73,7 @@ def fitting_batch(config: ArbConfig, settings: Settings, runtime: Runtime) -> Ba
     if settings.summed > 1:
         # They lie beside each later pass.
         memory.of_pass(passes, 1, settings.context)
-    most = max(1, MOST_BYTES // settings.context)
+    most = most_windows(settings.context)
     while True:
         taken = memory.of_pass(passes, windows, settings.context)
         if taken > memory.allowed and windows > 1:

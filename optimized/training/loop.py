@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from arbitor.optimized.ahead.start import awaited
 from arbitor.optimized.distributed.world import World, joined
 from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training.errors import TrainingError
@@ -83,7 +84,9 @@ def opened(options: TrainOptions, console: Console | None) -> Iterator[Run]:
         request = stack.enter_context(StopRequest(announced=announced).listening())
         options = _after_restart(options, world)
         folder = _folder(options, world, stack)
-        run = Run(_prepared(options, folder, world, stack), request)
+        prepared = _prepared(options, folder, world, stack)
+        stack.enter_context(awaited(prepared.ahead))
+        run = Run(prepared, request)
         stack.callback(run.passes.close)
         request.stop_before("its first step; nothing was written")
         # Rank 0 alone writes.

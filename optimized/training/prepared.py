@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from arbitor.optimized.ahead.start import Ahead, awaited, compiled_ahead
 from arbitor.optimized.distributed.run import (
     check_agreement,
     kept_rows,
@@ -18,9 +19,10 @@ from arbitor.optimized.distributed.run import (
 )
 from arbitor.optimized.distributed.world import World
 from arbitor.optimized.training.adaptation import Adaptation, open_adaptation
-from arbitor.optimized.training.batch_size import BatchSize, fitting_batch
+from arbitor.optimized.training.batch_size import BatchSize, fitting_batch, most_windows
 from arbitor.optimized.training.beginning import Beginning, begin_with, same_beginning
 from arbitor.optimized.training.checkpoint import check_fits
+from arbitor.optimized.training.media import data_of
 from arbitor.optimized.training.media_mix import Mix, open_mix
 from arbitor.optimized.training.options import EXCHANGES, Settings
 from arbitor.optimized.training.plan import run_config
@@ -30,7 +32,7 @@ from arbitor.optimized.training.run_text import RunText, read_text
 from arbitor.optimized.training.runtime import Runtime
 from arbitor.optimized.training.setting import AUTO
 from arbitor.optimized.training.sizes import check_memory, sum_bytes
-from arbitor.reference.config import NGRAM
+from arbitor.reference.config import NGRAM, ArbConfig
 from arbitor.reference.graph import ArbModel
 
 
@@ -53,6 +55,7 @@ class Prepared:
         document: settings of the run, and what is known of its data, as JSON data.
         warnings: sentences that the user should read.
         batch_size: why a micro-batch has as many windows as it has, where the machine decided it.
+        ahead: what compiles the kernels of its passes, or None.
     """
 
     settings: Settings
@@ -69,6 +72,7 @@ class Prepared:
     document: dict[str, Any]
     warnings: tuple[str, ...]
     batch_size: BatchSize | None = None
+    ahead: Ahead | None = None
 
     def is_longer(self) -> bool:
         """Return whether the run has more steps now than its newest checkpoint says."""
@@ -128,7 +132,19 @@ def prepare(
         positions = windows * (settings.context - NGRAM + 1)
         sums = sum_bytes(config, runtime.dtype, positions=positions, spreads=spreads)
     check_memory(config, runtime.device, num_ranks=world.count, spreads=spreads, sums=sums)
-    batch_size = fitting_batch(config, settings, runtime) if auto_batch else None
+    recorded = (
+        len(data_of(settings)) == 1
+        and settings.lora_rank is None
+        and records(
+            settings.cuda_graph,
+            runtime,
+            vote_rule=config.vote_rule,
+            exchange=unrecorded(world, spreads),
+        )
+    )
+    ahead = _ahead(config, settings, runtime, world, recorded=recorded, auto_batch=auto_batch)
+    with awaited(ahead):
+        batch_size = fitting_batch(config, settings, runtime) if auto_batch else None
     if batch_size is not None:
         settings = replace(settings, batch=batch_size.windows)
         text = replace(text, settings=settings)
@@ -141,16 +157,6 @@ def prepare(
         run=folder,
         recorded=found.settings,
         world=world,
-    )
-    recorded = (
-        mix is None
-        and settings.lora_rank is None
-        and records(
-            settings.cuda_graph,
-            runtime,
-            vote_rule=config.vote_rule,
-            exchange=unrecorded(world, spreads),
-        )
     )
     model = ArbModel(
         config,
@@ -203,5 +209,36 @@ def prepare(
         beginning=beginning,
         document=document,
         batch_size=batch_size,
+        ahead=ahead,
         warnings=(*found.warnings, *lost, *(() if beginning is None else beginning.all_warnings())),
+    )
+
+
+def _ahead(
+    config: ArbConfig,
+    settings: Settings,
+    runtime: Runtime,
+    world: World,
+    *,
+    recorded: bool,
+    auto_batch: bool,
+) -> Ahead | None:
+    """Start to compile the kernels of a run, or return None. Ranks compile theirs where they launch them."""
+    if world.count > 1:
+        return None
+    adapters = {
+        "rank": settings.lora_rank,
+        "alpha": settings.lora_alpha,
+        "targets": settings.lora_targets,
+    }
+    return compiled_ahead(
+        runtime,
+        config=config.to_json(),
+        context=settings.context,
+        windows=(1, most_windows(settings.context)) if auto_batch else (settings.batch,),
+        passes="run",
+        recorded=recorded,
+        # As many show how rows of several passes are united.
+        accum=min(settings.accum, 2),
+        adapters=None if settings.lora_rank is None else adapters,
     )

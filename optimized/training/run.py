@@ -106,6 +106,7 @@ class Run:
         kind = RecordedPasses if prepared.recorded else Passes
         self.passes = kind(self.model, accum=self.settings.summed)
         self.census = Census(self.model)
+        self._ahead = prepared.ahead
 
     def begin(self, folder: RunFolder | None, *, saves: bool, console: Console | None) -> None:
         """Write how the run is started, and begin to report.
@@ -224,6 +225,7 @@ class Run:
             counted = self._take_step(measured=now_logging)
             self.step += 1
             self.monitor.advance(self.step)
+            self._say_compiled()
             now_validating = self.step % settings.eval_interval == 0 or self.step == settings.steps
             values: dict[str, Any] = {}
             if counted is not None:
@@ -242,6 +244,14 @@ class Run:
             between = settings.save_interval > 0 and self.step % settings.save_interval == 0
             if between or self.step == settings.steps:
                 self._save_latest()
+
+    def _say_compiled(self) -> None:
+        """Say once what was compiled ahead, when all of it is. No step waits for what it does not launch."""
+        if self._ahead is None or not self._ahead.has_ended():
+            return
+        compiled, self._ahead = self._ahead.finish(), None
+        if compiled is not None:
+            self.monitor.say(compiled)
 
     def _numbers(self, flip_rate: float | None, seconds: float, steps: int) -> dict[str, Any]:
         """Return the numbers of a line of metrics: of the newest step, and of the steps since the line before.

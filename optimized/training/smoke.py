@@ -6,11 +6,13 @@ Shape legend: B windows of a batch, T bytes of a window.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 
+from arbitor.optimized.ahead.start import awaited, compiled_ahead
 from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.evaluate import NATS_PER_BIT
@@ -44,9 +46,10 @@ class SmokeReport:
         state_bytes: their canonical training state: trits, exponents and both accumulators.
         bpb: loss of the untrained model on random bytes, in bits per byte.
         build_seconds: drawing the weights.
-        cold: the first pass; kernels are compiled in it, or fetched from Triton's cache.
+        cold: the first pass; kernels are compiled for it, or fetched from Triton's cache.
         warm: medians of the others.
         peak_bytes: most CUDA memory that was allocated in the passes, weights included, or None on a CPU.
+        compiled: what was compiled ahead of the first pass, in a sentence without its end mark, or None.
     """
 
     weights: int
@@ -56,6 +59,7 @@ class SmokeReport:
     cold: PassTimes
     warm: PassTimes
     peak_bytes: int | None
+    compiled: str | None = None
 
 
 def smoke(
@@ -84,6 +88,14 @@ def smoke(
         TrainingError: the loss is not finite.
     """
     check_memory(config, runtime.device)
+    ahead = compiled_ahead(
+        runtime,
+        config=config.to_json(),
+        context=context,
+        windows=(batch,),
+        passes="smoke",
+        backward=backward,
+    )
     began = time.perf_counter()
     model = ArbModel(config, ops=runtime.ops(), device=runtime.device, dtype=runtime.dtype, seed=seed)
     runtime.synchronize()
@@ -94,8 +106,11 @@ def smoke(
     if runtime.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
-    with values_vouched_for():
-        taken = [_one_pass(model, ids_BT, runtime, backward=backward, step=step) for step in range(passes)]
+    with values_vouched_for(), awaited(ahead):
+        taken = [
+            one_pass(model, ids_BT, runtime.synchronize, backward=backward, step=step)
+            for step in range(passes)
+        ]
     (loss, cold), warm = taken[0], [times for _, times in taken[1:]]
     updates = [times.update for times in warm if times.update is not None]
     return SmokeReport(
@@ -106,18 +121,19 @@ def smoke(
         cold=cold,
         warm=PassTimes(median(times.forward for times in warm), median(updates) if updates else None),
         peak_bytes=torch.cuda.max_memory_allocated() if runtime.device == "cuda" else None,
+        compiled=None if ahead is None else ahead.finish(),
     )
 
 
-def _one_pass(
-    model: ArbModel, ids_BT: torch.Tensor, runtime: Runtime, *, backward: bool, step: int
+def one_pass(
+    model: ArbModel, ids_BT: torch.Tensor, synchronize: Callable[[], None], *, backward: bool, step: int
 ) -> tuple[float, PassTimes]:
-    """Run one step; return the loss in nats per byte, and the times."""
-    runtime.synchronize()
+    """Run one step; return the loss in nats per byte, and the times. `synchronize` waits for the device."""
+    synchronize()
     began = time.perf_counter()
     with torch.set_grad_enabled(backward):
         losses = model.losses(ids_BT)
-    runtime.synchronize()
+    synchronize()
     forward_seconds = time.perf_counter() - began
     update_seconds = None
     if backward:
@@ -127,7 +143,7 @@ def _one_pass(
         # As in a run, no copy is kept for undoing.
         voted = model.backward(losses, rate=peak, step=step, undo=False)
         model.step()
-        runtime.synchronize()
+        synchronize()
         update_seconds = time.perf_counter() - began
         if not voted:
             raise TrainingError(f"the loss of {model.config.name} on random bytes is not finite")

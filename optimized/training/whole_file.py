@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
@@ -42,6 +43,20 @@ def write_whole(path: Path, content: bytes | Writer) -> None:
             is left beside it.
     """
     rename(write_beside(path, content), path)
+
+
+def write_among_others(path: Path, content: bytes) -> None:
+    """Write a file of a cache whole. Other processes may write the same file now, and its folder need not be there.
+
+    Each process writes it in a folder of its own, and puts it in place.
+
+    Raises:
+        OSError: as `write_whole`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as own:
+        write_whole(Path(own) / path.name, content)
+        os.replace(Path(own) / path.name, path)
 
 
 def write_beside(path: Path, content: bytes | Writer) -> Path:

@@ -1,0 +1,143 @@
+"""What `test_ahead` runs where kernels are compiled and not interpreted. Each line of stdin is an order, and each of stdout JSON.
+
+python -m conformance.ahead_at_work walks      # what walks note, with memory and without
+python -m conformance.ahead_at_work launches   # what launches find in the caches while an order is carried out
+python -m conformance.ahead_at_work crew       # what becomes of work that fails; takes no order
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+from arbitor.optimized.ahead.__main__ import Crew, walk
+from arbitor.optimized.ahead.absent_gpu import StubDriver, absent
+from arbitor.optimized.ahead.start import Ahead, Order, awaited
+from arbitor.optimized.cuda import compiler
+from arbitor.optimized.cuda.compiler import Kernel
+from arbitor.optimized.cuda.launch import noted
+from arbitor.optimized.settings import values_vouched_for
+from conformance.pretend_cuda import H200, pretended
+
+
+def walked(order: Order, gpu: AbstractContextManager[None]) -> list[str]:
+    """Return the kernels that a walk notes on a GPU of some kind."""
+    kernels: set[str] = set()
+
+    def hook(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        kernels.add(f"{fn.module}.{fn.name} {compile['specialization_data']}")
+        return True
+
+    def note(kernel: Kernel) -> None:
+        kernels.add(str(kernel))
+
+    with triton.knobs.runtime.scope(), gpu, noted(note), values_vouched_for():
+        triton.knobs.runtime.jit_cache_hook = hook
+        walk(order)
+    return sorted(kernels)
+
+
+class LoadsNothing(StubDriver):
+    """A driver whose kernels are loaded and launched without effect, so that all that comes before is what it is on a GPU."""
+
+    utils = SimpleNamespace(
+        get_device_properties=lambda device: {"max_shared_mem": H200.shared_bytes},
+        load_binary=lambda *_: (None, None, 0, 0, 1024),
+        unload_module=lambda module: None,
+    )
+
+    @staticmethod
+    def launcher_cls(src: Any, metadata: Any) -> Any:
+        return lambda *_: None
+
+
+@contextmanager
+def launching() -> Iterator[dict[str, list[str]]]:
+    """Launch kernels without effect in the block. Yield where they came from: `found` in the caches, or `compiled`."""
+    seen: dict[str, list[str]] = {"found": [], "compiled": []}
+
+    def listen(*, src: Any, cache_hit: bool, **_: Any) -> None:
+        seen["found" if cache_hit else "compiled"].append(src.name)
+
+    def note(kernel: Kernel) -> None:
+        with mock.patch.object(compiler, "_compile", return_value=b"") as compile:
+            compiler.machine_code(kernel, kernel.architecture(H200.capability))
+        seen["compiled" if compile.called else "found"].append(str(kernel))
+
+    with (
+        triton.knobs.compilation.scope(),
+        pretended(),
+        noted(note),
+        values_vouched_for(),
+        mock.patch.object(CompiledKernel, "__del__", lambda self: None, create=True),
+    ):
+        driver.set_active(LoadsNothing(H200))
+        triton.knobs.compilation.listener = listen
+        yield seen
+
+
+def survived() -> dict[str, Any]:
+    """Return which messages a crew has worked off, where some work raises and one process is killed, and whether all may be."""
+
+    def work(message: bytes) -> None:
+        if message == b"kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if message == b"raise":
+            raise RuntimeError("the compiler has no good day")
+        os.write(done.fileno(), message)
+
+    with tempfile.TemporaryFile("a+b", buffering=0) as done:
+        crew = Crew(2, work)
+        for message in (b"a", b"raise", b"kill", b"b", b"raise", b"c"):
+            crew.give(message)
+        crew.end()
+        done.seek(0)
+        worked_off = sorted(done.read().decode())
+        lost = Crew(2, work)
+        try:
+            for _ in range(10_000):
+                lost.give(b"kill")
+                time.sleep(0.001)
+            is_refused = False
+        except OSError:
+            is_refused = True
+        lost.end()
+        return {"done": worked_off, "refused": is_refused}
+
+
+def main() -> None:
+    """Do what the command line says."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    what, orders = sys.argv[1], [Order.from_json(line) for line in sys.stdin]
+    if what == "crew":
+        print(json.dumps(survived()))
+    for order in orders:
+        if what == "walks":
+            found = {"real": walked(order, pretended()), "absent": walked(order, absent(order.gpu))}
+        else:
+            ahead = None if order.is_done() else Ahead(order)
+            with launching() as seen, awaited(ahead):
+                walk(order)
+            said = None if ahead is None else ahead.finish()
+            found = {**seen, "said": said, "done": order.is_done()}
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
