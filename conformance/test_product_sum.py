@@ -80,8 +80,12 @@ def test_products_are_added_and_rounded_once(
     exact(there.cpu(), want)
 
 
-@pytest.mark.parametrize("tile", product_sum.TILES, ids=lambda tile: f"{tile.block_m}x{tile.block_n}")
-@pytest.mark.parametrize(("side", "terms"), [(8, 24), (136, 40), (264, 72), (520, 8)])
+@pytest.mark.parametrize(
+    "tile",
+    [tile for tile in product_sum.TILES if tile.block_m == tile.block_n],
+    ids=lambda tile: f"{tile.block_m}",
+)
+@pytest.mark.parametrize(("side", "terms"), [(8, 24), (136, 40), (264, 72)])
 @pytest.mark.parametrize("turned", [False, True])
 def test_half_of_a_symmetric_product(
     subject: Subject,
@@ -91,7 +95,7 @@ def test_half_of_a_symmetric_product(
     turned: bool,
     tile: product_sum.Tile,
 ) -> None:
-    """It is what all of it would be, and no tile below the squares on the diagonal is computed."""
+    """It is what all of it would be, and no tile below the diagonal is computed."""
     monkeypatch.setattr(product_sum, "TILES", (tile,))
     rng, device = torch.Generator().manual_seed(side), subject.device
     x = operand(rng, (2, side, terms), turned=turned, device=device)
@@ -105,7 +109,7 @@ def test_half_of_a_symmetric_product(
     other = operand(rng, (2, terms, side), turned=False, device=device)
     above = product_sum.product_sum(x, other, symmetric=True)
     product = (x.to(torch.float64) @ other.to(torch.float64)).to(torch.bfloat16)
-    block = torch.arange(side, device=device) // tile.block_n
+    block = torch.arange(side, device=device) // tile.block_m
     exact(above.cpu(), torch.where(block[:, None] > block, product.mT, product).cpu())
 
 
@@ -197,6 +201,7 @@ def test_tiles_of_a_product() -> None:
             tile = product_sum.tile_of(*shape, symmetric=symmetric)
             place = places[tile.block_m, tile.block_n]
             found.add(place)
+            assert tile.block_m == tile.block_n or not symmetric
             assert product_sum.LEAST_TERMS <= tile.block_k <= tiles[place].block_k
             assert tile.block_k < 2 * max(shape[3], product_sum.LEAST_TERMS)
             fills = 2 * shape[1] > tile.block_m and 2 * shape[2] > tile.block_n

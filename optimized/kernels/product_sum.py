@@ -41,7 +41,7 @@ GROUP = 8
 
 @triton.jit(do_not_specialize=["factor", "added_factor", "diagonal", "num_rows", "num_columns", "num_terms"])
 def _product_sum_kernel(
-    a_descriptor, b_descriptor, added_descriptor, out_descriptor, turned_descriptor, factor, added_factor, diagonal,
+    a_descriptor, b_descriptor, added_descriptor, out_descriptor, factor, added_factor, diagonal,
     num_rows, num_columns, num_terms,
     A_TURNED: tl.constexpr, B_TURNED: tl.constexpr, ADDS: tl.constexpr, SYMMETRIC: tl.constexpr,
     WIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -54,9 +54,7 @@ def _product_sum_kernel(
     group_rows = tl.minimum(row_tiles - first_row_tile, GROUP)
     within = tile % (GROUP * column_tiles)
     row_tile, column_tile = first_row_tile + within % group_rows, within // group_rows
-    # Of a symmetric result, which square of tiles this one is in, in the rows of such squares.
-    square = row_tile // (BLOCK_N // BLOCK_M)
-    if SYMMETRIC and square > column_tile:
+    if SYMMETRIC and row_tile > column_tile:
         return
     row, column = row_tile * BLOCK_M, column_tile * BLOCK_N
     sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -82,8 +80,8 @@ def _product_sum_kernel(
     # A GPU has an instruction that rounds two values. The interpreter would truncate them.
     rounded = narrow(values, tl.bfloat16) if WIDE else values.to(tl.bfloat16)
     out_descriptor.store([matrix, row, column], rounded.reshape(1, BLOCK_M, BLOCK_N))
-    if SYMMETRIC and square < column_tile:
-        turned_descriptor.store([matrix, column, row], rounded.T.reshape(1, BLOCK_N, BLOCK_M))
+    if SYMMETRIC and row_tile < column_tile:
+        out_descriptor.store([matrix, column, row], rounded.T.reshape(1, BLOCK_N, BLOCK_M))
 
 
 @dataclass(frozen=True)
@@ -109,18 +107,18 @@ class Tile:
     speed: float
     ending: int = 0
 
-    def count(self, num_rows: int, num_columns: int, *, symmetric: bool = False) -> int:
-        """Return how many tiles a matrix has; of a symmetric one, how many are computed: none below the diagonal of squares."""
-        row_tiles, column_tiles = triton.cdiv(num_rows, self.block_m), triton.cdiv(num_columns, self.block_n)
-        if not symmetric:
-            return row_tiles * column_tiles
-        return sum(column_tiles - row * self.block_m // self.block_n for row in range(row_tiles))
+    def count(self, num_rows: int, num_columns: int) -> int:
+        """Return how many tiles a matrix has."""
+        return triton.cdiv(num_rows, self.block_m) * triton.cdiv(num_columns, self.block_n)
 
     def time(
         self, num_matrices: int, num_rows: int, num_columns: int, num_terms: int, *, symmetric: bool
     ) -> float:
         """Return the time of the multiprocessor that has most tiles, in no unit."""
-        tiles = num_matrices * self.count(num_rows, num_columns, symmetric=symmetric)
+        tiles = self.count(num_rows, num_columns)
+        if symmetric:
+            tiles = (tiles + triton.cdiv(num_rows, self.block_m)) // 2
+        tiles *= num_matrices
         # Programs that have a multiprocessor for themselves do not share its time.
         together = self.together if tiles > MULTIPROCESSORS else 1
         rounds = triton.cdiv(tiles, MULTIPROCESSORS * together)
@@ -147,7 +145,7 @@ LEAST_TERMS = 32
 def tile_of(
     num_matrices: int, num_rows: int, num_columns: int, num_terms: int, *, symmetric: bool = False
 ) -> Tile:
-    """Return the tile with the least `time`, and of equal ones the largest.
+    """Return the tile with the least `time`, and of equal ones the largest. A symmetric result takes square tiles.
 
     A tile of which no matrix would fill more than half is left out.
     """
@@ -163,8 +161,7 @@ def _fastest(tiles: tuple[Tile, ...], sizes: tuple[int, int, int, int], symmetri
         for tile in tiles
         if tile.block_m < 2 * num_rows
         and tile.block_n < 2 * num_columns
-        # Of the smaller tiles, those that are no squares were not timed.
-        and (not symmetric or tile.block_m == tile.block_n or tile is tiles[0])
+        and (tile.block_m == tile.block_n or not symmetric)
     ]
     tile = min(fitting or [tiles[-1]], key=lambda each: each.time(*sizes, symmetric=symmetric))
     return replace(tile, block_k=max(LEAST_TERMS, min(tile.block_k, triton.next_power_of_2(num_terms))))
@@ -212,7 +209,7 @@ def product_sum(
     a, b:      [E, M, K] and [E, K, N], not empty, see `has_descriptors`
     added:     [E, M, N], see there, with rows that are contiguous; None adds nothing, and nothing to the diagonal
     out:       where the result goes, as `added`, which it may be; None for a new tensor, see `room_for`
-    symmetric: whether the result is its own transpose. Tiles below a diagonal of squares are not computed
+    symmetric: whether the result is its own transpose. Only tiles on and above its diagonal are computed
     """
     runs_here(a)
     (num_matrices, num_rows, num_terms), num_columns = a.shape, b.shape[2]
@@ -229,8 +226,7 @@ def product_sum(
     out_descriptor = _descriptor(out, tile.block_m, tile.block_n)
     _product_sum_kernel[row_grid(num_matrices, tile.count(num_rows, num_columns))](
         _descriptor(a, *of_rows), _descriptor(b, *of_columns),
-        out_descriptor if added is None else _descriptor(added, tile.block_m, tile.block_n),
-        out_descriptor, _descriptor(out, tile.block_n, tile.block_m) if symmetric else out_descriptor,
+        out_descriptor if added is None else _descriptor(added, tile.block_m, tile.block_n), out_descriptor,
         factor, added_factor, diagonal, num_rows, num_columns, num_terms,
         A_TURNED=a_turned, B_TURNED=b_turned, ADDS=added is not None, SYMMETRIC=symmetric,
         WIDE=multiplies_wide(a), GROUP=GROUP, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
