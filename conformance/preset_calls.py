@@ -162,6 +162,8 @@ def of_updates() -> Iterator[tuple[str, Case]]:
         yield "orthogonalize", Case((torch.zeros(count * rows, columns, dtype=BF16),), {"num_groups": count})
     # A side for which sums are long.
     yield "orthogonalize", Case((torch.zeros(4096, 4096, dtype=BF16),))
+    # So many matrices that programs run together.
+    yield "orthogonalize", Case((torch.zeros(16 * 1192, 1192, dtype=BF16),), {"num_groups": 16})
     yield "average_gradient", Case((grad.to(BF16), votes, votes[:, 0].contiguous(), 0.5))
     yield "row_exponents", Case((grad,))
     yield "sign_votes", Case((grad, 3))

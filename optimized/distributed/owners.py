@@ -16,10 +16,11 @@ from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.op_table import OP_TABLE
 from arbitor.reference.types import TernaryWeight
 
-VOTE_WORK = 2300
-"""Operations of `orthogonalize` that take as long as the votes and the step of a weight.
+VOTE_WORK = 5000
+"""Operations of `orthogonalize` that take as long as all else that an owner does for a weight.
 
-On an H200 the trunk of r12 took 5.6 ps for each weight to vote and step, and made gradients orthogonal at 410 TFLOP/s.
+The trunk of r12 on two H200s took 11.9 ps for each weight to add its gradients, scale them, vote, step, and find what has changed. It
+made gradients orthogonal at 420 TFLOP/s.
 """
 
 

@@ -122,16 +122,19 @@ class Traffic:
         """
         number, arriving, like = self._world.number, list(lengths), parts[0]
         size = like.element_size() * math.prod(like.shape[1:])
-        sent = as_bytes(torch.cat(list(parts)))
-        arrived = sent.new_empty(sum(arriving) * size)
+        arrived = like.new_empty(sum(arriving) * size, dtype=torch.uint8)
+        sizes = [length * size for length in arriving]
         with answered():
-            work = dist.all_to_all_single(
-                arrived,
-                sent,
-                [length * size for length in arriving],
-                [len(part) * size for part in parts],
-                async_op=True,
-            )
+            if like.is_cuda and self._world.exchanges_over_nccl:
+                # It reads the parts where they are. Gloo would want them one below the other.
+                work = dist.all_to_all(
+                    list(arrived.split(sizes)), [as_bytes(part) for part in parts], async_op=True
+                )
+            else:
+                sent = as_bytes(torch.cat(list(parts)))
+                work = dist.all_to_all_single(
+                    arrived, sent, sizes, [len(part) * size for part in parts], async_op=True
+                )
         self._receive(arrived.nbytes - arriving[number] * size)
 
         def wait() -> Tensor:
