@@ -160,8 +160,9 @@ def of_updates() -> Iterator[tuple[str, Case]]:
     of_small = ((14, 1024, 512), (7, 512, 1024), (6, 512, 512), (6, 32, 512), (6, 512, 128), (6, 512, 256))
     for count, rows, columns in of_small:
         yield "orthogonalize", Case((torch.zeros(count * rows, columns, dtype=BF16),), {"num_groups": count})
-    # A side for which sums are long.
-    yield "orthogonalize", Case((torch.zeros(4096, 4096, dtype=BF16),))
+    # Sides for which sums are long.
+    for side in (3072, 4096):
+        yield "orthogonalize", Case((torch.zeros(side, side, dtype=BF16),))
     # So many matrices that programs run together.
     yield "orthogonalize", Case((torch.zeros(16 * 1192, 1192, dtype=BF16),), {"num_groups": 16})
     yield "average_gradient", Case((grad.to(BF16), votes, votes[:, 0].contiguous(), 0.5))

@@ -57,11 +57,36 @@ def test_the_largest_power_of_two_that_fits(
     assert f"batch: {windows:,} window" in chosen.reason
 
 
+@pytest.mark.parametrize(
+    ("changes", "summed"), [({}, False), ({"accum": 2}, True), ({"accum": 2, "accum_votes": True}, False)]
+)
+def test_sums_of_micro_batches_lie_beside_the_passes_that_are_measured(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], *, summed: bool
+) -> None:
+    """However many passes are measured: more than a step of the run has."""
+    monkeypatch.setattr(batch_size, "MOST_BYTES", 128)
+    real, seen = Memory.of_pass, []
+
+    def of_pass(memory: Memory, passes: Any, count: int, context: int) -> int:
+        seen.append((count, passes.model.voting.sums is not None))
+        return real(memory, passes, count, context)
+
+    monkeypatch.setattr(Memory, "of_pass", of_pass)
+    monkeypatch.setattr(batch_size, "free_bytes", lambda: 2**40)
+    settings = decide(TrainOptions(preset="nano", device="cpu", context=16, **changes), None)
+    assert fitting_batch(nano.NANO, settings, choose_runtime("cpu")).windows == 8
+    first = [(1, False)] if summed else []
+    assert seen == first + [(count, summed) for count in (1, 2, 4, 8)]
+
+
 def test_a_window_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_size, "free_bytes", lambda: 0)
     monkeypatch.setattr(Memory, "_held", lambda memory, name, on_device: 2**30 if name == "VmHWM" else 0)
-    with pytest.raises(TrainingError, match=r"a window of 16 bytes takes 1\.00 GiB of memory, .* 0\.00 GiB"):
-        fitting_batch(nano.NANO, settings_of_nano(), choose_runtime("cpu"))
+    for settings in (settings_of_nano(), replace(settings_of_nano(), accum=2)):
+        with pytest.raises(
+            TrainingError, match=r"a window of 16 bytes takes 1\.00 GiB of memory, .* 0\.00 GiB"
+        ):
+            fitting_batch(nano.NANO, settings, choose_runtime("cpu"))
 
 
 def test_a_run_has_the_number_from_then_on(

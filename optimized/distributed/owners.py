@@ -19,8 +19,8 @@ from arbitor.reference.types import TernaryWeight
 VOTE_WORK = 5000
 """Operations of `orthogonalize` that take as long as all else that an owner does for a weight.
 
-The trunk of r12 on two H200s took 11.9 ps for each weight to add its gradients, scale them, vote, step, and find what has changed. It
-made gradients orthogonal at 420 TFLOP/s.
+The trunk of r12 on two H200s took 11.9 ps for each weight to add its gradients, scale them, vote, step, and find what has changed.
+It made gradients orthogonal at 420 TFLOP/s.
 """
 
 

@@ -54,7 +54,8 @@ def fitting_batch(config: ArbConfig, settings: Settings, runtime: Runtime) -> Ba
     """Return the largest power of two of windows whose pass fits memory.
 
     A pass of 1, 2, 4, ... windows is measured while the next one is sure to fit. The memory of a pass grows by the same
-    amount for each window, so that two passes tell what the next will take.
+    amount for each window, so that two passes tell what the next will take. Where a step sums the gradients of several
+    micro-batches, the sums are measured too.
 
     Args:
         config: of the model.
@@ -70,12 +71,12 @@ def fitting_batch(config: ArbConfig, settings: Settings, runtime: Runtime) -> Ba
     # The sums of any number of micro-batches take the same memory, and no step is taken here.
     passes, memory = Passes(model, accum=1 if settings.summed == 1 else NO_STEP), Memory(runtime.device)
     windows, before = 1, 0
-    if settings.summed > 1:
-        # They lie beside each later pass.
-        memory.of_pass(passes, 1, settings.context)
     most = most_windows(settings.context)
     while True:
         taken = memory.of_pass(passes, windows, settings.context)
+        if windows == 1 and settings.summed > 1 and taken <= memory.allowed:
+            # The first pass made the sums, and they lie beside each later one.
+            taken = memory.of_pass(passes, windows, settings.context)
         if taken > memory.allowed and windows > 1:
             windows, taken = windows // 2, before
             break
