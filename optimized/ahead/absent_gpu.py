@@ -97,7 +97,8 @@ class WithoutMemory(TorchFunctionMode):
                 return SAID[func]
             if func == Tensor.backward:
                 return backward_within(self, first)
-            if func in READ or (func == Tensor.to and any(map(is_host, (*args[1:], *kwargs.values())))):
+            to_host = func == Tensor.to and HOST.type in map(kind_named, (*args[1:], *kwargs.values()))
+            if to_host or func in READ:
                 return func(torch.ones_like(first, device=HOST), *args[1:], **kwargs)
             if func == torch.bincount:
                 # Torch knows no shape for it without the elements.
@@ -126,13 +127,14 @@ def backward_within(mode: TorchFunctionMode, loss: Tensor) -> None:
 
 def placed(value: Any, place: torch.device) -> Any:
     """Return another place for an argument that names the GPU, and any other argument as it is."""
-    kind = value.partition(":")[0] if isinstance(value, str) else getattr(value, "type", None)
-    return place if isinstance(value, (str, torch.device)) and kind == "cuda" else value
+    return place if kind_named(value) == DEVICE.type else value
 
 
-def is_host(value: Any) -> bool:
-    """Return whether an argument names the host."""
-    return value == "cpu" or value == HOST
+def kind_named(value: Any) -> str | None:
+    """Return the kind of the device that an argument names, or None if it names no device."""
+    if isinstance(value, str):
+        return value.partition(":")[0]
+    return value.type if isinstance(value, torch.device) else None
 
 
 @contextmanager
