@@ -71,11 +71,12 @@ def said_of(gpu: Gpu) -> dict[str, Any]:
         multi_processor_count=gpu.multiprocessors, shared_memory_per_block_optin=gpu.shared_bytes
     )
     # What is copied to the GPU is there at once.
+    stream = SimpleNamespace(record_event=lambda: None)
     event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
     return {
         "Event": lambda: event,
         "current_device": lambda: 0,
-        "current_stream": lambda *_: SimpleNamespace(record_event=lambda: None),
+        "current_stream": lambda *_: stream,
         "get_device_capability": lambda *_: gpu.capability,
         "get_device_properties": lambda *_: properties,
         "is_current_stream_capturing": lambda: False,
