@@ -134,7 +134,7 @@ def recorded(families: list[str]) -> list[Specialisation]:
             piece = torch.zeros(1000, dtype=torch.uint8, device=DEVICE)
             counts = counted(piece, piece, num_blocks(1000), BLOCK)
             ends = counts.to(torch.int64)
-            taken(piece, written(piece, piece, ends, 1, BLOCK), ends, BLOCK)
+            taken(piece, written(piece, piece, ends, BLOCK)[: num_blocks(1000)], ends, BLOCK)
             recorder.cause = "the library's gradient of experts"
             experts = torch.zeros(64, dtype=torch.int64, device=DEVICE)
             for num_groups, width, row_slots in itertools.product((5, 32), (1192, 3536), (1, 2)):

@@ -163,11 +163,11 @@ def test_a_rank_keeps_the_means_of_its_experts(found: Found) -> None:
 def test_each_rank_owns_some_matrices_of_a_stack(found: Found) -> None:
     """Accumulators of seven experts lie in parts, and only there. One process and new ranks go on with the state."""
     each = [of_rank["cuts_stacks"] for of_rank in found[1]]
-    count = len(each)
     for name, rows in each[0]["owned"].items():
         heights = {"expert_down": 35, "expert_up": 40}[name.rpartition(".")[2]]
-        firsts = [rank * 7 // count * heights for rank in range(count + 1)]
-        assert rows == [list(range(*ends)) for ends in pairwise(firsts)]
+        ends = [each[-1] + 1 for each in rows]
+        assert rows == [list(range(*pair)) for pair in pairwise([0, *ends])]
+        assert ends[-1] == 7 * heights and not any(end % heights for end in ends)
         for rank, one in enumerate(each):
             columns, trit_accum, exponent_accum, *left = one["kept"][name]
             assert [trit_accum, exponent_accum] == [

@@ -34,10 +34,12 @@ class Changed:
     """
 
     def __init__(self, before_P: Tensor, after_P: Tensor) -> None:
-        """Count what changed. The host does not wait for the device."""
-        self._before_P, self._after_P = before_P, after_P
-        self._ends_S = _counts(before_P, after_P).cumsum(0)
-        self.number = self._ends_S[-1]
+        """Find what changed. The host does not wait for the device."""
+        self._after_P = after_P
+        ends_S = _counts(before_P, after_P).cumsum(0)
+        self.number = ends_S[-1]
+        # Written before the host knows how many changes there are, so that they are there when it does.
+        self._changes = _written(before_P, after_P, ends_S)
 
     def sent(self, num_changed: int) -> Tensor:
         """Return what makes the one into the other: uint8 counts [S], places [C], values [C]; or the piece [P] if it is no longer.
@@ -45,16 +47,8 @@ class Changed:
         Args:
             num_changed: C, as the host knows it.
         """
-        before_P, after_P = self._before_P, self._after_P
-        if changes_bytes(after_P.numel(), num_changed) == after_P.numel():
-            return after_P
-        if after_P.is_cuda:
-            from arbitor.optimized.kernels.changes import written
-
-            return written(before_P, after_P, self._ends_S, num_changed, BLOCK)
-        changed_C = (before_P != after_P).nonzero().flatten()
-        counts_S = self._ends_S.diff(prepend=self._ends_S.new_zeros(1)).to(torch.uint8)
-        return torch.cat([counts_S, (changed_C % BLOCK).to(torch.uint8), after_P[changed_C]])
+        size = changes_bytes(self._after_P.numel(), num_changed)
+        return self._after_P if size == self._after_P.numel() else self._changes[:size]
 
 
 def _counts(before_P: Tensor, after_P: Tensor) -> Tensor:
@@ -68,6 +62,17 @@ def _counts(before_P: Tensor, after_P: Tensor) -> Tensor:
     return blocks_SB.sum(dim=1, dtype=torch.int32)
 
 
+def _written(before_P: Tensor, after_P: Tensor, ends_S: Tensor) -> Tensor:
+    """Return what `Changed.sent` returns of a piece that is not sent as it is, with anything behind it."""
+    if before_P.is_cuda:
+        from arbitor.optimized.kernels.changes import written
+
+        return written(before_P, after_P, ends_S, BLOCK)
+    changed_C = (before_P != after_P).nonzero().flatten()
+    counts_S = ends_S.diff(prepend=ends_S.new_zeros(1)).to(torch.uint8)
+    return torch.cat([counts_S, (changed_C % BLOCK).to(torch.uint8), after_P[changed_C]])
+
+
 def change(piece_P: Tensor, sent: Tensor) -> None:
     """Make a piece what it is after its changes, in place.
 
@@ -79,15 +84,15 @@ def change(piece_P: Tensor, sent: Tensor) -> None:
     if sent.numel() == size:
         piece_P.copy_(sent)
         return
-    counts_S, rest = sent[: num_blocks(size)].to(torch.int64), sent[num_blocks(size) :]
+    counts_S, rest = sent[: num_blocks(size)], sent[num_blocks(size) :]
     if piece_P.is_cuda:
         from arbitor.optimized.kernels.changes import taken
 
-        taken(piece_P, sent, counts_S.cumsum(0), BLOCK)
+        taken(piece_P, sent, counts_S.cumsum(0, dtype=torch.int64), BLOCK)
         return
     places_C, values_C = rest.chunk(2) if rest.numel() else (rest, rest)
     firsts_S = torch.arange(0, size, BLOCK, device=sent.device)
-    piece_P[firsts_S.repeat_interleave(counts_S) + places_C] = values_C
+    piece_P[firsts_S.repeat_interleave(counts_S.to(torch.int64)) + places_C] = values_C
 
 
 class Piece:

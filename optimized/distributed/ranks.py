@@ -7,24 +7,23 @@ Legend: N rows of a gradient, K columns, S rows or matrices that one rank names.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from itertools import pairwise
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from arbitor.optimized.distributed.changes import Changed, Piece, changes_bytes
+from arbitor.optimized.distributed.owners import owned_rows
 from arbitor.optimized.distributed.sums import in_eight_bits, in_order, sum_eight_bits, sum_in_order
 from arbitor.optimized.distributed.traffic import Recorded, Traffic
 from arbitor.optimized.distributed.world import World, as_bytes
 from arbitor.optimized.training.options import EXCHANGES
-from arbitor.reference.constants import TRITS_PER_BYTE, VOTED_IN
+from arbitor.reference.constants import VOTED_IN
 from arbitor.reference.graph import ArbModel
-from arbitor.reference.graph.grouped import TernaryGroupedLinear
 from arbitor.reference.graph.layers import TernaryEmbedding
 from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.graph.mxint8 import encoded_bytes
@@ -75,6 +74,8 @@ class GroupRanks(Ranks):
             kept = self._kept(module.tensor_id)
             if kept is not None:
                 module.leave_votes(kept)
+        # The host waits before it sends. So it sends as late as it can, when all else of a step is launched.
+        self._unsent: Callable[[], None] | None = None
         model.voting.ranks = self
 
     def part(self, loss: Tensor) -> Tensor:
@@ -201,16 +202,25 @@ class GroupRanks(Ranks):
                 if rows:
                     _add_to_pieces(of_owner, tensor_id, weight.part(rows))
         for places in _runs(pieces):
+            self._send_changes()
             own = pieces[self.number][places.start : places.stop]
-            self._spread(pieces, places, [piece.step(apply) for piece in own])
+            self._unsent = partial(self._spread, pieces, places, [piece.step(apply) for piece in own])
 
     def finish(self) -> None:
         """See `Ranks`."""
+        self._send_changes()
         self._traffic.end_all()
 
     def abandon(self) -> None:
         """See `Ranks`."""
+        self._unsent = None
         self._traffic.forget()
+
+    def _send_changes(self) -> None:
+        """Begin to send what the last pieces that were stepped have changed, if they were not sent yet."""
+        unsent, self._unsent = self._unsent, None
+        if unsent is not None:
+            unsent()
 
     def recording(self) -> AbstractContextManager[Recorded]:
         """See `Traffic`."""
@@ -415,58 +425,6 @@ class GroupRanks(Ranks):
             faults.copy_(before)
 
 
-def owned_rows(
-    model: ArbModel, count: int, *, starts_rows_anew: bool | None = None
-) -> dict[int, tuple[range, ...]]:
-    """Return the rows of each matrix that each rank owns, by tensor id. Tables, and weights that were built frozen, have no owner.
-
-    A stack of as many matrices as ranks, or more, is cut, if these are large enough to be made orthogonal and follow no running
-    mean. Rank r of P owns those of its E matrices from floor(r E / P) up to floor((r + 1) E / P). Of the other matrices the
-    largest goes first, each to the rank that has the fewest weights so far, and of equals to the lowest. So the ranks share the
-    work of making gradients orthogonal.
-
-    Args:
-        model, count: the model, which may be on the meta device, and the number of ranks.
-        starts_rows_anew: whether the layout lets each row begin anew, so that a stack can be cut anywhere; None for what the layout
-            of the model does. In canonical form bytes hold trits of two rows, and a stack is cut if that cuts no byte.
-    """
-    found: dict[int, tuple[range, ...]] = {}
-    loads = [0] * count
-    whole = {}
-    for module in model.ternary_modules().values():
-        if not has_owner(module):
-            continue
-        rows = cut(module, count, starts_rows_anew=starts_rows_anew)
-        if rows is None:
-            whole[module.tensor_id] = module.weight.shape
-            continue
-        found[module.tensor_id] = rows
-        for rank, each in enumerate(rows):
-            loads[rank] += len(each) * module.weight.shape[1]
-    for tensor_id in sorted(whole, key=lambda each: (-math.prod(whole[each]), each)):
-        owner, shape = loads.index(min(loads)), whole[tensor_id]
-        loads[owner] += math.prod(shape)
-        found[tensor_id] = tuple(range(shape[0] if rank == owner else 0) for rank in range(count))
-    return found
-
-
-def cut(
-    module: TernaryModule, count: int, *, starts_rows_anew: bool | None = None
-) -> tuple[range, ...] | None:
-    """Return the rows of a stack of matrices that each rank owns; None if the stack has one owner. See `owned_rows`."""
-    if count == 1 or not isinstance(module, TernaryGroupedLinear) or module.num_groups < count:
-        return None
-    if not module.orthogonal or module.average is not None:
-        return None
-    (num_rows, num_columns), matrices = module.weight.shape, module.num_groups
-    firsts = [rank * matrices // count * (num_rows // matrices) for rank in range(count + 1)]
-    if starts_rows_anew is None:
-        starts_rows_anew = not isinstance(module.weight, TernaryWeight)
-    if not starts_rows_anew and any(first * num_columns % TRITS_PER_BYTE for first in firsts[:-1]):
-        return None
-    return tuple(range(first, last) for first, last in pairwise(firsts))
-
-
 def of_rows(gradient: Gradient, rows: range) -> Gradient:
     """Return a gradient of chosen rows, or of chosen matrices, for a part of a weight, which has some rows.
 
@@ -515,14 +473,6 @@ def _runs(pieces: Sequence[Sequence[Piece]]) -> Iterator[range]:
 def _part_of(rows: range, step: int, num_steps: int) -> range:
     """Return one of several equal parts of a range, as far as these can be equal."""
     return range(*(rows.start + each * len(rows) // num_steps for each in (step, step + 1)))
-
-
-def has_owner(module: TernaryModule) -> bool:
-    """Return whether a weight is stepped by one rank: a matrix that can vote is, unless ranks keep some of its rows each.
-
-    A table is stepped by all.
-    """
-    return not isinstance(module, TernaryEmbedding) and not module.built_frozen and module.spread is None
 
 
 def merged(grads: list[Tensor], rows: list[Tensor], num_matrices: int, most: int, ops: Any) -> Gradient:

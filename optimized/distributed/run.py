@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arbitor.optimized.distributed.ranks import GroupRanks, owned_rows
+from arbitor.optimized.distributed.owners import owned_rows
+from arbitor.optimized.distributed.ranks import GroupRanks
 from arbitor.optimized.distributed.traffic import Recorded
 from arbitor.optimized.distributed.world import World, code_sha256
 from arbitor.optimized.training.checkpoint import Checkpoint, adapter_sha256

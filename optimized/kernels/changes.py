@@ -44,11 +44,15 @@ def _count_changes_kernel(
     tl.store(counts_ptr + blocks, counts, mask=blocks < num_blocks)
 
 
-@triton.jit(do_not_specialize=["num_bytes", "num_blocks", "num_changed"])
+@triton.jit(do_not_specialize=["num_bytes", "num_blocks"])
 def _write_changes_kernel(
-    before_ptr, after_ptr, ends_ptr, sent_ptr, num_bytes, num_blocks, num_changed,
+    before_ptr, after_ptr, ends_ptr, sent_ptr, num_bytes, num_blocks,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
+    num_changed = tl.load(ends_ptr + num_blocks - 1)
+    # The piece is sent as it is.
+    if num_blocks + 2 * num_changed >= num_bytes:
+        return
     blocks, lanes, places, inside = _tile(num_bytes, BLOCK, ROWS, LANES)
     differ = _differ(before_ptr, after_ptr, places, inside)
     counts = tl.sum(differ, axis=1)
@@ -93,12 +97,15 @@ def counted(before_P: Tensor, after_P: Tensor, num_blocks: int, block: int) -> T
     return counts_S
 
 
-def written(before_P: Tensor, after_P: Tensor, ends_S: Tensor, num_changed: int, block: int) -> Tensor:
-    """Return counts [S], places [C] and values [C], uint8. `ends_S` int64 are the sums of the counts up to each block."""
+def written(before_P: Tensor, after_P: Tensor, ends_S: Tensor, block: int) -> Tensor:
+    """Return counts [S], places [C] and values [C] at the beginning of uint8 [P], if they are fewer than P bytes; else anything.
+
+    The device alone need know C. `ends_S` int64 are the sums of the counts up to each block.
+    """
     num_blocks = ends_S.numel()
-    sent = torch.empty(num_blocks + 2 * num_changed, dtype=torch.uint8, device=before_P.device)
+    sent = torch.empty_like(before_P)
     _write_changes_kernel[row_grid(triton.cdiv(num_blocks, ROWS), 1)](
-        before_P, after_P, ends_S, sent, before_P.numel(), num_blocks, num_changed, **_shape(block)
+        before_P, after_P, ends_S, sent, before_P.numel(), num_blocks, **_shape(block)
     )
     return sent
 

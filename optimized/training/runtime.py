@@ -41,7 +41,7 @@ class Runtime:
 
     @property
     def starts_rows_anew(self) -> bool:
-        """Whether the layout of the op set lets each row of a weight begin anew (`distributed.ranks.owned_rows`)."""
+        """Whether the layout of the op set lets each row of a weight begin anew (`distributed.owners.owned_rows`)."""
         return self.backend != "reference"
 
     def ops(self) -> ModuleType:

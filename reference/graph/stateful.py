@@ -104,6 +104,7 @@ class Stateful(ArbModule):
         self.voting.torn = True
         try:
             yield
+            self.voting.ranks.finish()
         except BaseException:
             self.voting.ranks.abandon()
             raise
@@ -134,7 +135,6 @@ class Stateful(ArbModule):
         ranks.step(due, apply or self.step_some)
         for module in modules:
             module.note_step()
-        ranks.finish()
 
     def step_some(self, tensor_ids: Sequence[int]) -> None:
         """Apply the step rule to the weights of some tensor ids, which voted and are not frozen, as far as notes were delivered."""
