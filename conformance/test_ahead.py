@@ -17,6 +17,7 @@ import torch
 
 from arbitor.optimized import settings
 from arbitor.optimized.ahead import start
+from arbitor.optimized.ahead.absent_gpu import DEVICE, said_of
 from arbitor.optimized.ahead.start import Ahead, Order, compiled_ahead
 from arbitor.optimized.cuda import compiler
 from arbitor.optimized.kernels import launch
@@ -81,6 +82,12 @@ def test_a_walk_without_memory_notes_what_the_passes_launch(tmp_path: Path) -> N
         counts[name] = len(real)
     assert counts["forward"] < counts["smoke"] < counts["every module"]
     assert not any(tmp_path.glob("**/*.cubin"))
+
+
+def test_a_stream_is_itself() -> None:
+    """A pass unpacks its weights together where it began. It would take each new stream for another place."""
+    said = said_of(H200)
+    assert said["current_stream"]() == said["current_stream"](DEVICE)
 
 
 def test_launches_find_what_is_compiled_ahead(tmp_path: Path) -> None:

@@ -71,11 +71,12 @@ def said_of(gpu: Gpu) -> dict[str, Any]:
         multi_processor_count=gpu.multiprocessors, shared_memory_per_block_optin=gpu.shared_bytes
     )
     # What is copied to the GPU is there at once.
+    stream = SimpleNamespace(record_event=lambda: None)
     event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
     return {
         "Event": lambda: event,
         "current_device": lambda: 0,
-        "current_stream": lambda *_: SimpleNamespace(record_event=lambda: None),
+        "current_stream": lambda *_: stream,
         "get_device_capability": lambda *_: gpu.capability,
         "get_device_properties": lambda *_: properties,
         "is_current_stream_capturing": lambda: False,
@@ -97,7 +98,8 @@ class WithoutMemory(TorchFunctionMode):
                 return SAID[func]
             if func == Tensor.backward:
                 return backward_within(self, first)
-            if func in READ or (func == Tensor.to and any(map(is_host, (*args[1:], *kwargs.values())))):
+            to_host = func == Tensor.to and HOST.type in map(kind_named, (*args[1:], *kwargs.values()))
+            if to_host or func in READ:
                 return func(torch.ones_like(first, device=HOST), *args[1:], **kwargs)
             if func == torch.bincount:
                 # Torch knows no shape for it without the elements.
@@ -126,13 +128,14 @@ def backward_within(mode: TorchFunctionMode, loss: Tensor) -> None:
 
 def placed(value: Any, place: torch.device) -> Any:
     """Return another place for an argument that names the GPU, and any other argument as it is."""
-    kind = value.partition(":")[0] if isinstance(value, str) else getattr(value, "type", None)
-    return place if isinstance(value, (str, torch.device)) and kind == "cuda" else value
+    return place if kind_named(value) == DEVICE.type else value
 
 
-def is_host(value: Any) -> bool:
-    """Return whether an argument names the host."""
-    return value == "cpu" or value == HOST
+def kind_named(value: Any) -> str | None:
+    """Return the kind of the device that an argument names, or None if it names no device."""
+    if isinstance(value, str):
+        return value.partition(":")[0]
+    return value.type if isinstance(value, torch.device) else None
 
 
 @contextmanager

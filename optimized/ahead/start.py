@@ -28,7 +28,7 @@ from arbitor.optimized.distributed.world import code_sha256
 from arbitor.optimized.training.runtime import Runtime, versions
 
 MOST_AT_A_TIME = 16
-"""Kernels that are compiled at a time at most. Each takes some 100 MiB of memory."""
+"""Kernels that are compiled at a time at most."""
 
 MOST_SECONDS = 600
 """Seconds after which nobody waits for the process any more."""
