@@ -83,13 +83,13 @@ def no_worse(
     assert not differs.any(), worst + _where(differs, got, wide, what)
 
 
-def alike(got: Tensor, want: Tensor, what: str = "output") -> None:
-    """Fail unless the norm of the difference is at most ALIKE times the norm of `want`.
+def alike(got: Tensor, want: Tensor, what: str = "output", *, times: float = 1.0) -> None:
+    """Fail unless the norm of the difference is at most `times` ALIKE of the norm of `want`.
 
     For outputs that many ops together have made, each of which is held to its own class elsewhere.
     """
-    error = relative_error(got, want, what)
-    assert error <= ALIKE, f"{what}: off by {error:.3g} of its norm, allowed {ALIKE:.3g}"
+    error, allowed = relative_error(got, want, what), times * ALIKE
+    assert error <= allowed, f"{what}: off by {error:.3g} of its norm, allowed {allowed:.3g}"
 
 
 def model_no_worse(

@@ -48,6 +48,10 @@ BY_ROW = ("edge_sum_sign_grad",)
 
 ORTHOGONALIZE = "orthogonalize"
 
+RAISED = 8
+"""How much farther than other values those of `orthogonalize` may lie apart. Each of its steps raises errors of S twelvefold.
+Where an H200 adds in another order they lay 2.6 times ALIKE apart."""
+
 LEVEL_BITS = 6
 """Bits of the integers that a recorded value is rounded to. Products have twice as many, so 4,096 products have an exact sum.
 With fewer, small values beside large ones become zeros, and weights behind them do not move."""
@@ -144,12 +148,15 @@ def all_alike(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
     rounding (the queries of a first position, which sees one key), and others cancel to a thousandth of their neighbours. Of
     the norm, float32 is off by 2**-19 at most in the models of test_whole_models.py, an eighth of what is allowed; a gradient
     that is scaled, negated or left out, by half of it or more.
+    What `orthogonalize` makes may be off by RAISED times as much.
     A twin's error is no yardstick here: the worst of all values is one with few, which one order of summation gets right by luck.
     """
     assert list(got) == list(want), "the models called the replayed ops differently"
     for what, value in want.items():
-        compare = alike if value.is_floating_point() else exact
-        compare(got[what], value, what)
+        if not value.is_floating_point():
+            exact(got[what], value, what)
+        else:
+            alike(got[what], value, what, times=RAISED if what.endswith(f" of {ORTHOGONALIZE}") else 1.0)
 
 
 def exchanged(args: tuple[Any, ...], name: str, given: tuple[Tensor, ...]) -> list[Any]:

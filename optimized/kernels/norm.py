@@ -69,6 +69,12 @@ def store_sum(x, branch_ptr, sum_ptr, row, columns, num_columns):
 
 
 @triton.jit
+def inverse_of(rms):
+    """Return 1 / rms, rounded once. A plain division is off by more, for which the class of a norm has no room."""
+    return tl.div_rn(tl.full([], 1.0, tl.float32), rms)
+
+
+@triton.jit
 def root_of_mean(total, num_columns, eps):
     """Return sqrt(mean + eps) for the sum of a row's squares, float32."""
     return tl.sqrt_rn(tl.div_rn(total, tl.cast(num_columns, tl.float32)) + eps)
@@ -121,7 +127,7 @@ def root_mean_square(x_ptr, row, stride, num_columns, eps, BLOCK: tl.constexpr):
 def inverse_rms(x_ptr, row, stride, num_columns, eps, BLOCK: tl.constexpr):
     """Return 1 / rms of a row times its power of two, and the power, float32: x^ is x times the power, times the inverse."""
     rms, power = root_mean_square(x_ptr, row, stride, num_columns, eps, BLOCK)
-    return 1.0 / rms, power
+    return inverse_of(rms), power
 
 
 @triton.jit(do_not_specialize=["num_m", "part_rows"])
@@ -141,7 +147,7 @@ def _rms_norm_kernel(
                 # The norm is that of the sum as it is stored.
                 x = store_sum(x, branch_ptr, sum_ptr, row, columns, num_columns)
             rms, power = root_mean_square_of(x, num_columns, eps)
-            inverse = 1.0 / rms
+            inverse = inverse_of(rms)
             store_row(y_ptr, row, columns, num_columns, x * power * inverse * w)
     else:
         if branch_ptr is not None:
@@ -185,7 +191,7 @@ def _rms_norm_input_grad_kernel(
         for row in tl.range(begin, end, num_stages=STAGES):
             x = load_row(x_ptr, row, x_stride, columns, num_columns)
             rms, power = root_mean_square_of(x, num_columns, eps)
-            inverse = 1.0 / rms
+            inverse = inverse_of(rms)
             # The root mean square of the row itself. To divide by a power of two is exact, so a quotient rounds as before.
             rms = rms / power
             unit = unit_row(x, rms)
@@ -199,7 +205,7 @@ def _rms_norm_input_grad_kernel(
     else:
         for row in range(begin, end):
             rms, power = root_mean_square(x_ptr, row, x_stride, num_columns, eps, BLOCK)
-            inverse = 1.0 / rms
+            inverse = inverse_of(rms)
             rms = rms / power
             products = tl.zeros([BLOCK], dtype=tl.float32)
             for start in range(0, num_columns, BLOCK):
