@@ -17,7 +17,6 @@ from torch import Tensor
 
 from arbitor.optimized.cuda import many_rows
 from arbitor.optimized.kernels.together import NARROW_COLUMNS
-from arbitor.optimized.layouts import TRITS_PER_WORD
 from arbitor.reference.constants import ACCUM_MAX, EXPONENT_RULES, ON_FLIP, groups_per_row, level_range
 from arbitor.reference.ops.packing import weight_of_trits
 from arbitor.reference.types import TernaryWeight
@@ -64,7 +63,7 @@ UPDATES = (
     (20, 784, 16, 0),
     (20, 784, 24, 2),
     (16, 1168, 48, 0),
-    # Odd multiples of eight columns. The step of these is for Triton, and so are votes of all rows of 88 columns.
+    # Odd multiples of eight columns. Votes of all rows of 88 columns are for Triton.
     (20, 1192, 12, 2),
     (9, 1176, 6, 2),
     (9, 88, 16, 0),
@@ -137,7 +136,7 @@ def calls() -> Iterator[tuple[str, Case]]:
         # An unused slot, here with a gradient that is not finite, votes for no row.
         rows[::3] = -1
         yield "accumulate_gradient", Case((weight, grad, rate), {"rows": rows, **given})
-    stepped = [shape for shape in UPDATES if shape[1] % TRITS_PER_WORD == 0]
+    stepped = [shape for shape in UPDATES if shape[1] % 8 == 0]
     for shape, on_flip, theta in product(stepped, ON_FLIP, (1, 64, 127)):
         yield "apply_step", Case((random_weight(draws, *shape),), {"theta": theta, "on_flip": on_flip})
     for num_samples, size, num_tokens, width, steps, group_size, mantissa_bits, dtype, threshold in LOOPS:

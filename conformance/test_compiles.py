@@ -96,9 +96,10 @@ def test_broken_cuda_kernels_are_found(subject: Subject, tmp_path: Path) -> None
     (copy / "cuda" / "orphan.cu").write_text("")
     status, output = compiled(tmp_path / "cache", "step", "orphan", tree=tmp_path, module="compile_cuda")
     assert status == 1, output
-    assert "step.cu with CARRY=0 does not compile for sm_80" in output and '"ny" is undefined' in output, (
-        output
-    )
+    assert (
+        "step.cu with CARRY=0, PIECE=16 does not compile for sm_80" in output
+        and '"ny" is undefined' in output
+    ), output
     assert "orphan.cu was not compiled" in output, output
 
 

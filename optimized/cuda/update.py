@@ -21,7 +21,7 @@ from arbitor.optimized.kernels.launch import (
 )
 from arbitor.optimized.kernels.update import step_exponents_
 from arbitor.optimized.kernels.votes import exponents_of_rows
-from arbitor.optimized.layouts import TRITS_PER_WORD, DeviceWeight
+from arbitor.optimized.layouts import DeviceWeight
 from arbitor.reference.constants import EXPONENT_RULES, SCORE_SHIFT, SILENT_ROW
 
 CHUNK = 48
@@ -102,18 +102,24 @@ def count_votes_(
 
 
 def fits_step(weight: DeviceWeight, rows: Tensor | None) -> bool:
-    """Return whether `step_` takes a weight: all rows of it, whose words have no empty lanes."""
-    whole_words = weight.shape[1] % TRITS_PER_WORD == 0 and aligned(weight.trit_accum, 16)
-    return rows is None and whole_words and weight.words.numel() <= MAX_PROGRAMS * THREADS
+    """Return whether `step_` takes a weight: all rows of it, which are whole pieces. Words are counted in 32 bits."""
+    num_columns, piece = weight.shape[1], _piece(weight.shape[1])
+    whole_pieces = num_columns % piece == 0 and aligned(weight.trit_accum, piece)
+    return rows is None and whole_pieces and weight.words.numel() < 2**32
 
 
 def step_(weight: DeviceWeight, theta: int, theta_e: int, carry: bool) -> None:
     """Move exponents and trits whose count is full, in place, of a weight that `fits_step`."""
     step_exponents_(weight, theta_e, None)
-    num_words = weight.words.numel()
+    num_words, num_columns = weight.words.numel(), weight.shape[1]
     launch(
-        Kernel.of("step", "step_trits", CARRY=int(carry)),
-        (weight.words, weight.trit_accum, np.int64(num_words), np.int32(theta)),
+        Kernel.of("step", "step_trits", CARRY=int(carry), PIECE=_piece(num_columns)),
+        (
+            weight.words,
+            weight.trit_accum,
+            np.int64(num_words),
+            *map(np.int32, (theta, weight.words.shape[1], num_columns)),
+        ),
         blocks=math.ceil(num_words / THREADS),
         threads=THREADS,
         device=weight.device,
