@@ -33,7 +33,8 @@ class ArbOptimizer(torch.optim.Optimizer):
 
     The size of a vote is the rate's. A factor on the loss changes no vote, and `clip_grad_norm_` of `param_groups` finds no
     gradient. For k micro-batches a step, call `backward` k times before `step`, with `accum=k`: their gradients are summed, and the
-    sums vote once with the step, as those of one batch would. Neither rate nor loss is divided by k.
+    sums vote once with the step, as those of one batch would. The rate is not divided by k. A loss that is divided by k casts the
+    same votes, and gives float parameters of a `Ternary` the mean gradient.
 
     Args:
         model: an `ArbModel`, or a `Ternary`.

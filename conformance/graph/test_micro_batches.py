@@ -386,7 +386,7 @@ def test_the_sign_rule_counts_each_micro_batch() -> None:
     for number in range(3):
         take(several, number, accum=3)
         take(single, number, accum=1)
-    assert several.voting.sums is None
+    assert not several.voting.totals
     for each in (several, single):
         each.step()
     same_state(several, single)
@@ -417,3 +417,71 @@ def test_passes_that_do_not_make_a_step_are_refused() -> None:
         take(each, 3, accum=1)
         each.step()
     same_state(model, plain)
+
+
+def test_passes_that_added_to_no_sum_make_a_step_too() -> None:
+    """Those that voted by themselves, those of rows that the batch chose alone, and those whose sums have voted already."""
+    by_itself, chosen, voted, signs = models.nano(), models.nano(), models.nano(), models.nano(**SIGN_VOTES)
+    for module in chosen.ternary_modules().values():
+        module.requires_grad_(isinstance(module, TernaryEmbedding))
+    for model, accum in ((by_itself, 1), (chosen, 2), (voted, 2), (signs, 2)):
+        for number in range(2):
+            take(model, number, accum=accum)
+        if model is voted:
+            assert model.voting.totals
+            model.voting.vote_sums()
+        assert not model.voting.totals
+        before = deepcopy(tuple(model.state().values()))
+        with pytest.raises(ValueError, match=f"^accum is 3, but must be {accum}, as in the passes since"):
+            take(model, 2, accum=3)
+        if accum == 2:
+            with pytest.raises(
+                ValueError, match=r"^accum is 2, but so many passes were taken since the last"
+            ):
+                take(model, 2, accum=2)
+        exact(tuple(model.state().values()), before)
+        if model is by_itself:
+            # There may be any number of these.
+            take(model, 2, accum=1)
+        model.step()
+        take(model, 3, accum=3)
+
+
+@pytest.mark.parametrize("undo", [False, True])
+def test_an_interrupt_loses_no_votes_of_a_pass(monkeypatch: pytest.MonkeyPatch, *, undo: bool) -> None:
+    """Even when all has voted: a pass is undone, or the model is torn, so that no vote stays of which a step does not know."""
+    model, plain = models.nano(), models.nano()
+    for each in (model, plain):
+        take(each, 0, accum=2)
+
+    def interrupted(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    for method in ("leave", "hold"):
+        with monkeypatch.context() as patch:
+            patch.setattr(model.voting, method, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                take(model, 1, accum=2, undo=undo)
+        if not undo:
+            assert model.voting.torn
+            return
+    for each in (model, plain):
+        take(each, 1, accum=2)
+        each.step()
+    same_state(model, plain)
+
+
+def test_sums_do_not_vote_twice_after_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which the last vote was counted."""
+    model = models.nano()
+    take(model, 0, accum=2)
+
+    def interrupted(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.voting, "leave", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.step()
+    with pytest.raises(RuntimeError, match="must be loaded anew"):
+        model.step()

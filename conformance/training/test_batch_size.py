@@ -68,7 +68,7 @@ def test_sums_of_micro_batches_lie_beside_the_passes_that_are_measured(
     real, seen = Memory.of_pass, []
 
     def of_pass(memory: Memory, passes: Any, count: int, context: int) -> int:
-        seen.append((count, passes.model.voting.sums is not None))
+        seen.append((count, bool(passes.model.voting.totals)))
         return real(memory, passes, count, context)
 
     monkeypatch.setattr(Memory, "of_pass", of_pass)
@@ -77,6 +77,27 @@ def test_sums_of_micro_batches_lie_beside_the_passes_that_are_measured(
     assert fitting_batch(nano.NANO, settings, choose_runtime("cpu")).windows == 8
     first = [(1, False)] if summed else []
     assert seen == first + [(count, summed) for count in (1, 2, 4, 8)]
+
+
+def test_sums_that_a_larger_micro_batch_makes_are_measured_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts have sums from the number of windows on that has slots for all of them."""
+    monkeypatch.setattr(batch_size, "MOST_BYTES", 128)
+    real, seen = Memory.of_pass, []
+
+    def of_pass(memory: Memory, passes: Any, count: int, context: int) -> int:
+        before = len(passes.model.voting.totals)
+        taken = real(memory, passes, count, context)
+        seen.append((count, before == len(passes.model.voting.totals)))
+        return taken
+
+    monkeypatch.setattr(Memory, "of_pass", of_pass)
+    monkeypatch.setattr(batch_size, "free_bytes", lambda: 2**40)
+    settings = decide(TrainOptions(preset="nano", device="cpu", context=16, accum=2), None)
+    fitting_batch(replace(nano.NANO, num_experts=64), settings, choose_runtime("cpu"))
+    made = [count for count, has_all in seen if not has_all]
+    assert made[0] == 1 and len(made) == 2
+    # The last measurement of each number of windows is one with all sums.
+    assert dict(seen) == dict.fromkeys((1, 2, 4, 8), True)
 
 
 def test_a_window_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

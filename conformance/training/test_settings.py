@@ -277,6 +277,7 @@ def test_sums_of_gradients_are_counted_as_memory_is(monkeypatch: pytest.MonkeyPa
         )
         counted = sizes.sum_bytes(config, dtype, positions=batch * (length - 2))
         assert 0 < silent < size and size + silent == counted
+        assert size == sizes.sum_bytes(config, dtype, positions=batch * (length - 2), of_media=False)
     pages = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": sizes.least_state_bytes(config) + counted}
     monkeypatch.setattr(machine_memory.os, "sysconf", pages.__getitem__)
     sizes.check_memory(config, "cpu", sums=counted)
@@ -301,8 +302,8 @@ def test_sums_of_gradients_are_counted_as_memory_is(monkeypatch: pytest.MonkeyPa
 def test_a_run_is_refused_for_its_sums_alone(
     text: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], *, counts: bool
 ) -> None:
-    """Sums that no step would make are not counted."""
-    monkeypatch.setattr(prepared, "sum_bytes", lambda *_, **__: 2**60)
+    """Sums that no step would make are not counted, nor those of media in a run of text."""
+    monkeypatch.setattr(prepared, "sum_bytes", lambda *_, of_media, **__: 0 if of_media else 2**60)
     asked = options(text, None, save=False, steps=1, **changes)
     if counts:
         with pytest.raises(TrainingError, match="sums of gradients of"):

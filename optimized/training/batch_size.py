@@ -73,9 +73,10 @@ def fitting_batch(config: ArbConfig, settings: Settings, runtime: Runtime) -> Ba
     windows, before = 1, 0
     most = most_windows(settings.context)
     while True:
+        num_sums = len(model.voting.totals)
         taken = memory.of_pass(passes, windows, settings.context)
-        if windows == 1 and settings.summed > 1 and taken <= memory.allowed:
-            # The first pass made the sums, and they lie beside each later one.
+        if len(model.voting.totals) > num_sums and taken <= memory.allowed:
+            # The pass made sums, which lie beside each later one.
             taken = memory.of_pass(passes, windows, settings.context)
         if taken > memory.allowed and windows > 1:
             windows, taken = windows // 2, before

@@ -181,7 +181,7 @@ class RecordedPasses(Passes):
         # Notes of other passes may have come, and these notes may have been delivered or forgotten.
         lone = bool(left) and len(voting.notes) == len(left) and all(map(is_, voting.notes, left))
         # A weight that was frozen since the pass has no part in the step.
-        lone = lone and self._frozen_now() == self._frozen and voting.sums is None
+        lone = lone and self._frozen_now() == self._frozen and not voting.totals
         if not (self._graphs and lone and self._lone_step_launched):
             super().step()
             self._lone_step_launched |= lone
@@ -225,8 +225,7 @@ class RecordedPasses(Passes):
 
         After each pass that was accepted the two are the same. A step, a load and other passes part them.
         """
-        sums = self.model.voting.sums
-        held = {} if sums is None else sums.totals
+        held = self.model.voting.totals
         for key, (_, total) in self._totals.items():
             if key not in held:
                 total.grad_NK.zero_()
@@ -283,7 +282,7 @@ class RecordedPasses(Passes):
         try:
             with voting.taking(rate=self._rate_taken, step=self._step, accum=self.accum, undo=False):
                 self._objective.backward()
-            before, self._totals = self._totals, {} if voting.sums is None else voting.sums.totals
+            before, self._totals = self._totals, voting.totals
             self._added = {key: each for key, each in self._totals.items() if each is not before.get(key)}
         finally:
             voting.sums = held

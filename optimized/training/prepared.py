@@ -22,7 +22,7 @@ from arbitor.optimized.training.adaptation import Adaptation, open_adaptation
 from arbitor.optimized.training.batch_size import BatchSize, fitting_batch, most_windows
 from arbitor.optimized.training.beginning import Beginning, begin_with, same_beginning
 from arbitor.optimized.training.checkpoint import check_fits
-from arbitor.optimized.training.media import data_of
+from arbitor.optimized.training.media import FOLDERS, data_of
 from arbitor.optimized.training.media_mix import Mix, open_mix
 from arbitor.optimized.training.options import EXCHANGES, Settings
 from arbitor.optimized.training.plan import run_config
@@ -130,7 +130,8 @@ def prepare(
     if settings.summed > 1 and settings.lora_rank is None and config.vote_rule == "stochastic":
         windows = 1 if auto_batch else settings.batch // world.count
         positions = windows * (settings.context - NGRAM + 1)
-        sums = sum_bytes(config, runtime.dtype, positions=positions, spreads=spreads)
+        of_media = not data_of(settings).keys().isdisjoint(FOLDERS)
+        sums = sum_bytes(config, runtime.dtype, positions=positions, of_media=of_media, spreads=spreads)
     check_memory(config, runtime.device, num_ranks=world.count, spreads=spreads, sums=sums)
     recorded = (
         len(data_of(settings)) == 1

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from arbitor.optimized.distributed.owners import MEDIA
 from arbitor.optimized.training.errors import TrainingError
 from arbitor.optimized.training.machine_memory import total_bytes
+from arbitor.reference.audit import area_of
 from arbitor.reference.config import ArbConfig
 from arbitor.reference.constants import TRITS_PER_BYTE
 from arbitor.reference.graph import ArbModel, TernaryEmbedding
@@ -100,7 +102,12 @@ def least_state_bytes(config: ArbConfig, spreads: Mapping[str, Any] = NO_SPREADS
 
 
 def sum_bytes(
-    config: ArbConfig, dtype: torch.dtype, *, positions: int, spreads: Mapping[str, Any] = NO_SPREADS
+    config: ArbConfig,
+    dtype: torch.dtype,
+    *,
+    positions: int,
+    of_media: bool = True,
+    spreads: Mapping[str, Any] = NO_SPREADS,
 ) -> int:
     """Return the bytes of the sums of gradients over the micro-batches of a step.
 
@@ -108,8 +115,10 @@ def sum_bytes(
         config, spreads: as for `least_state_bytes`.
         dtype: of activations.
         positions: of a micro-batch. Where these have fewer slots than there are experts, experts are chosen and have no sums.
+        of_media: whether some micro-batches are of media. Those of text have no gradients of heads and sequencers of media.
     """
-    measure = partial(_sum_bytes, dtype=gradient_dtype(dtype), slots=positions * config.top_k)
+    slots = positions * config.top_k
+    measure = partial(_sum_bytes, dtype=gradient_dtype(dtype), slots=slots, of_media=of_media)
     return _of_all_layers(measure, config, spreads)
 
 
@@ -141,12 +150,13 @@ def _meta(config: ArbConfig, num_layers: int, spreads: Mapping[str, Any] = NO_SP
         raise ValueError(f"the model {config.name!r} has sizes that cannot be built: {reason}") from None
 
 
-def _sum_bytes(model: ArbModel, *, dtype: torch.dtype, slots: int) -> int:
+def _sum_bytes(model: ArbModel, *, dtype: torch.dtype, slots: int, of_media: bool) -> int:
     """Return the bytes of the sums of gradients. Tables have none, nor have weights that were built frozen, or chosen experts."""
     size = 0
-    for module in model.ternary_modules().values():
+    for name, module in model.ternary_modules().items():
         is_chosen = isinstance(module, TernaryGroupedLinear) and slots < module.num_groups
-        if module.built_frozen or is_chosen or isinstance(module, TernaryEmbedding):
+        is_silent = not of_media and area_of(name) in MEDIA
+        if module.built_frozen or is_chosen or is_silent or isinstance(module, TernaryEmbedding):
             continue
         is_orthogonal = model.voting.makes_orthogonal(int(getattr(module, "orthogonal", False)))
         size += math.prod(module.weight.shape) * (dtype if is_orthogonal else torch.float32).itemsize

@@ -88,10 +88,10 @@ class Sums:
     """The sums of gradients over the micro-batches of a step so far, which vote with the step.
 
     Fields:
-        totals: the sums, by weight and part.
+        totals: the sums, by weight and part. There are none where weights vote in each pass, nor once the sums have voted.
         accum:  micro-batches of the step.
-        count:  micro-batches that have added to the sums.
-        rate:   the rate at which the sums vote, that of the last of these micro-batches.
+        count:  micro-batches that were taken.
+        rate:   the rate of the last of them, at which the sums vote.
     """
 
     totals: dict[Key, Sum]
@@ -105,14 +105,14 @@ class Sums:
             self, totals={key: (voter, total.on(change)) for key, (voter, total) in self.totals.items()}
         )
 
-    def without(self, module: object) -> Sums | None:
-        """Return the sums of the weights of all other modules, or None where there are none."""
+    def without(self, module: object) -> Sums:
+        """Return the sums of the weights of all other modules."""
         left = {
             key: each
             for key, each in self.totals.items()
             if getattr(each[0].voted, "__self__", None) is not module
         }
-        return replace(self, totals=left) if left else None
+        return replace(self, totals=left)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class Voting:
     Attributes:
         current: the pass that is open, or None.
         notes:   the notes of the passes since the last step.
-        sums:    the sums of gradients that vote with the next step, or None.
+        sums:    the sums of gradients that vote with the next step; None if no pass has left anything for it.
         step:    dither step of the last pass that ended well. The step rule and the sums draw with it.
         faults:  int64 [], gradient rows so far that were not finite and cast no votes.
         dtype:   dtype in which gradients are made orthogonal: bfloat16 if the activations are, else float32.
@@ -96,7 +96,12 @@ class Voting:
     @property
     def waits(self) -> bool:
         """Whether passes have left something for the next step."""
-        return bool(self.notes) or self.sums is not None
+        return bool(self.notes or self.totals)
+
+    @property
+    def totals(self) -> dict[Key, Sum]:
+        """The sums of gradients by weight and part."""
+        return {} if self.sums is None else self.sums.totals
 
     @contextmanager
     def taking(
@@ -146,41 +151,51 @@ class Voting:
             recorded=recorded,
             keeps=undo and not recorded,
             accum=accum,
-            held={} if self.sums is None else self.sums.totals,
+            held=self.totals,
         )
-        with self._open(taken, undo=undo):
+
+        def leave() -> None:
+            if taken.moves:
+                self.leave(taken.notes, step=step)
+                # While a graph is recorded the rate has no value. Who replays it holds the sums at a number.
+                self.hold(taken.held, accum=accum, rate=0.0 if recorded else float(rate))
+
+        with self._open(taken, undo=undo, leave=leave):
             yield taken
-        if taken.moves:
-            self.leave(taken.notes, step=step)
-            # While a graph is recorded the rate has no value. Who replays it holds the sums at a number.
-            self.hold(taken.held, accum=accum, rate=0.0 if recorded else float(rate))
 
     def check_fits(self, accum: int) -> None:
-        """Refuse, by a ValueError, a pass that cannot be of the step whose sums are held."""
+        """Refuse, by a ValueError, a pass that cannot be of the step for which passes have left something."""
         if self.sums is None:
             return
         if accum != self.sums.accum:
             raise ValueError(
                 f"accum is {accum}, but must be {self.sums.accum}, as in the passes since the last step, until the next one"
             )
-        if self.sums.count == accum:
+        # Passes of one micro-batch each vote by themselves, and a step may have any number of them.
+        if self.sums.count == accum > 1:
             raise ValueError(
                 f"accum is {accum}, but so many passes were taken since the last step: a step must come before the next one"
             )
 
     @contextmanager
-    def _open(self, taken: Pass, *, undo: bool) -> Iterator[None]:
-        """Open a pass for the context, and end it: what waits in it votes, or all is undone if something raises."""
+    def _open(self, taken: Pass, *, undo: bool, leave: Callable[[], None]) -> Iterator[None]:
+        """Open a pass for the context, and end it: what waits in it votes, and `leave` leaves what the next step must know.
+
+        If any of this raises, nothing is left, and all is undone.
+        """
+        left = list(self.notes), self.sums, self.step
         self.current, self.strayed = taken, False
         try:
             yield
             self._cast_sums(taken)
             self.ranks.finish()
             self._count_waiting(taken)
+            leave()
         except BaseException:
             self.ranks.abandon()
             # The mark is set while the pass is undone, because undoing may be interrupted.
             self.torn = taken.wrote and not taken.recorded
+            self.notes, self.sums, self.step = left
             if undo:
                 taken.undo()
                 self.torn = False
@@ -189,8 +204,8 @@ class Voting:
             self.current = None
 
     def hold(self, totals: dict[Key, Sum], *, accum: int, rate: float) -> None:
-        """Hold sums for the next step, to which a pass that ended well has added. They vote at the rate of that pass."""
-        if totals:
+        """Hold the sums for the next step after a pass that ended well and left its notes. They vote at the rate of that pass."""
+        if totals or self.notes:
             count = 0 if self.sums is None else self.sums.count
             self.sums = Sums(totals, accum, count + 1, rate)
 
@@ -199,17 +214,21 @@ class Voting:
 
         If it raises after a vote, the model is torn.
         """
-        if self.sums is None:
+        sums = self.sums
+        if sums is None or not sums.totals:
             return
         self.check_ready()
-        taken = Pass(rate=self.sums.rate, step=self.step, size=1, moves=True, recorded=False, keeps=False)
-        with self._open(taken, undo=False):
+        taken = Pass(rate=sums.rate, step=self.step, size=1, moves=True, recorded=False, keeps=False)
+
+        def leave() -> None:
+            self.leave(taken.notes, step=self.step)
+            self.sums = replace(sums, totals={})
+
+        with self._open(taken, undo=False, leave=leave):
             # Every rank has the same order.
-            for _, (voter, total) in sorted(self.sums.totals.items(), key=itemgetter(0)):
+            for _, (voter, total) in sorted(sums.totals.items(), key=itemgetter(0)):
                 grad_NK = total.grad_NK.to(self.dtype_of(total.num_matrices))
                 self._exchange(replace(voter, weight=voter.now()), replace(total, grad_NK=grad_NK))
-        self.sums = None
-        self.notes.extend(taken.notes)
 
     def leave(self, notes: Iterable[Note], *, step: int | Tensor) -> None:
         """Add the notes of a pass that ended well to those for the next step. `step` is the dither step of the pass."""
@@ -224,6 +243,7 @@ class Voting:
     def deliver(self) -> None:
         """Deliver the notes of the passes since the last step to the modules."""
         notes, self.notes = self.notes, []
+        self._end_step()
         for note in notes:
             note.tell(*note.seen)
 
@@ -231,6 +251,12 @@ class Voting:
         """Drop the notes for one module, and the sums of its weight."""
         self.notes = [note for note in self.notes if getattr(note.tell, "__self__", None) is not module]
         self.sums = None if self.sums is None else self.sums.without(module)
+        self._end_step()
+
+    def _end_step(self) -> None:
+        """Let the next pass be of another step, if nothing waits for this one."""
+        if not self.waits:
+            self.sums = None
 
     def stray(self) -> None:
         """Note that gradients came through weights outside of a pass, which the next pass or step refuses.
