@@ -43,6 +43,8 @@ WALKS = {
     "recorded": RUN,
     "launched": replace(RUN, recorded=False),
     "two passes a step, of two sizes": replace(RUN, accum=2, windows=(1, 4)),
+    "votes of two passes": replace(RUN, accum=2),
+    "sums of two passes": replace(RUN, accum=2, sums=True),
     "adapters": replace(RUN, recorded=False, adapters={"rank": 4, "alpha": 8.0, "targets": "all-linear"}),
     "means of gradients": replace(RUN, config=nano.MEANS.to_json()),
     "every module": replace(RUN, config=nano.WHOLE.to_json()),
@@ -75,12 +77,14 @@ def at_work(what: str, *orders: Order, cache: Path) -> list[dict[str, Any]]:
 def test_a_walk_without_memory_notes_what_the_passes_launch(tmp_path: Path) -> None:
     """The same passes on tensors with memory ask Triton for the same specialisations, and for the same CUDA C++ kernels."""
     found = at_work("walks", *WALKS.values(), cache=tmp_path)
-    counts = {}
+    walks = {}
     for name, of_walk in zip(WALKS, found, strict=True):
         real, absent = set(of_walk["real"]), set(of_walk["absent"])
         assert (name, real - absent, absent - real) == (name, set(), set())
-        counts[name] = len(real)
-    assert counts["forward"] < counts["smoke"] < counts["every module"]
+        walks[name] = real
+    assert len(walks["forward"]) < len(walks["smoke"]) < len(walks["every module"])
+    # Passes whose gradients are summed leave other rows to the step.
+    assert walks["sums of two passes"] - walks["votes of two passes"]
     assert not any(tmp_path.glob("**/*.cubin"))
 
 
@@ -218,6 +222,7 @@ def test_every_part_of_an_order_names_other_files(monkeypatch: pytest.MonkeyPatc
         "backward": False,
         "recorded": True,
         "accum": 2,
+        "sums": True,
         "adapters": {"rank": 4, "alpha": 8.0, "targets": "all-linear"},
     }
     orders = [SMOKE, *(replace(SMOKE, **{name: value}) for name, value in others.items())]
