@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -235,7 +236,7 @@ def test_every_part_of_an_order_names_other_files(monkeypatch: pytest.MonkeyPatc
     assert len(places) == len(orders) + 2 and {place.parent for place in places} == {tmp_path / "ahead"}
 
 
-def test_the_name_of_a_kernel_is_that_of_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_of_a_kernel_is_that_of_its_source() -> None:
     """What a called function needs is taken over after that function was hashed, whoever hashed it first."""
     order: list[str] = []
 
@@ -245,6 +246,19 @@ def test_the_name_of_a_kernel_is_that_of_its_source(monkeypatch: pytest.MonkeyPa
             order.append("hashed")
             return "its hash"
 
-    monkeypatch.setattr(launch, "_update_hash", lambda finder, func: order.append("taken over"))
-    launch.DependenciesFinder._update_hash(object(), Called())
+    class Finder:
+        def _update_hash(self, func: Called, *more: str) -> tuple[str, ...]:
+            order.append("taken over")
+            return more
+
+    release = SimpleNamespace(DependenciesFinder=Finder)
+    launch.hash_callees_first(release)
+    assert release.DependenciesFinder()._update_hash(Called(), "more") == ("more",)
     assert order == ["hashed", "taken over"]
+
+
+@pytest.mark.parametrize("release", [SimpleNamespace(), SimpleNamespace(DependenciesFinder=object)])
+def test_a_release_of_triton_with_other_names_is_left_alone(release: SimpleNamespace) -> None:
+    before = dict(vars(release))
+    launch.hash_callees_first(release)
+    assert vars(release) == before
