@@ -166,7 +166,7 @@ class Compiler:
     def _compile_cuda(self, kernel: Kernel) -> None:
         architecture = kernel.architecture(self._gpu.capability)
         path = kept_at(kernel, architecture)
-        missing = not path.exists()
+        missing = not os.path.exists(path)
         machine_code(kernel, architecture)
         self._write(str(path), compiled=missing)
 
