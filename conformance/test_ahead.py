@@ -110,7 +110,10 @@ def test_launches_find_what_is_compiled_ahead(tmp_path: Path) -> None:
 
 
 def test_a_kernel_that_fails_costs_no_other(tmp_path: Path) -> None:
-    assert at_work("crew", cache=tmp_path) == [{"done": ["a", "b", "c"], "refused": True}]
+    [found] = at_work("crew", cache=tmp_path)
+    # Each of the two that are left behind ends with what it does, and with nobody to work for none begins.
+    assert found.pop("orphaned") <= 8
+    assert found == {"done": ["a", "b", "c"], "refused": True, "unawaited": 0}
 
 
 @pytest.fixture
@@ -134,6 +137,43 @@ def test_a_process_that_dies_is_not_waited_for() -> None:
     assert "launched, since the process that compiles them ahead ended with status -9" in str(ahead.finish())
     assert ahead.has_ended() and not SMOKE.is_done()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_process_ends_with_what_has_started_it(caches: Path) -> None:
+    """Also where that is killed, and can stop nothing."""
+    code = (
+        "import sys, time; from arbitor.optimized.ahead.start import Ahead, Order;"
+        "ahead = Ahead(Order.from_json(sys.argv[1])); print(ahead._process.pid, flush=True); time.sleep(100)"
+    )
+    command = [sys.executable, "-c", code, replace(RUN, config=nano.WHOLE.to_json()).to_json()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as starter:
+        assert starter.stdout is not None
+        status = Path("/proc") / starter.stdout.readline().strip() / "status"
+        began = time.monotonic()
+        while not any(caches.glob("**/*.cubin")) and time.monotonic() < began + 60:
+            time.sleep(0.05)
+        assert status.exists()
+        starter.kill()
+
+    def is_at_work() -> bool:
+        return status.exists() and "State:\tZ" not in status.read_text()
+
+    began = time.monotonic()
+    while is_at_work() and time.monotonic() < began + 10:
+        time.sleep(0.05)
+    assert not is_at_work()
+
+
+def test_what_compilers_print_is_no_report() -> None:
+    """Nobody reads it. A pipe full of it would stop the processes that compile."""
+    code = (
+        "import os; from arbitor.optimized.ahead import __main__ as ahead;"
+        "ahead.carry_out = lambda order: {'printed': os.write(1, bytes(2**20))}; ahead.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=SMOKE.to_json(), capture_output=True, text=True, cwd=ROOT
+    )
+    assert json.loads(done.stdout) == {"printed": 2**20}, done.stderr
 
 
 @pytest.mark.usefixtures("caches")

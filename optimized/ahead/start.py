@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -124,7 +124,10 @@ class Order:
 
 
 class Ahead:
-    """A process that compiles kernels. It ends with the process that has started it, or when nobody holds this object."""
+    """A process that compiles kernels. It ends when the process that has started it has, or when nobody holds this object.
+
+    The pipe that its order comes from stays open. Where it closes, whatever closes it, nobody waits for the kernels any more.
+    """
 
     def __init__(self, order: Order) -> None:
         """Start the process.
@@ -152,12 +155,14 @@ class Ahead:
         )
         self._said: str | None = None
         self._deadline = time.monotonic() + MOST_SECONDS
-        self._stop = weakref.finalize(self, _stop, self._process)
-        assert self._process.stdin is not None
+        self._stop = weakref.finalize(self, _stop, self._process, self._process.stdin)
+        stdin = self._process.stdin
+        assert stdin is not None
         # Who has died already is found out by `finish`.
         with contextlib.suppress(OSError):
-            self._process.stdin.write(order.to_json())
-            self._process.stdin.close()
+            stdin.write(f"{order.to_json()}\n")
+            stdin.flush()
+        # `communicate` would close it.
         self._process.stdin = None
 
     @contextlib.contextmanager
@@ -221,11 +226,11 @@ class Ahead:
         return f"kernels: {compiled:,} compiled in {seconds:.1f} s, up to {most} at a time{failed}"
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
+def _stop(process: subprocess.Popen[str], order: IO[str] | None) -> None:
     """End a process, if it has not ended. What it has forked ends with the kernel that it compiles."""
     process.kill()
     process.wait()
-    for pipe in (process.stdin, process.stdout):
+    for pipe in (order, process.stdout):
         if pipe is not None:
             with contextlib.suppress(OSError):
                 pipe.close()
