@@ -224,10 +224,22 @@ def test_nothing_is_started_where_nothing_is_gained(monkeypatch: pytest.MonkeyPa
     assert started == [SMOKE]
     for runtime in (replace(ON_CUDA, device="cpu"), replace(ON_CUDA, backend="reference")):
         assert compiled_ahead(runtime, **order) is None
-    for name, value in (("ARB_AHEAD", "0"), ("TRITON_INTERPRET", "1")):
+    for name, value in (
+        ("ARB_AHEAD", "0"),
+        ("TRITON_INTERPRET", "1"),
+        ("TRITON_INTERPRET", "True"),
+        ("TRITON_ALWAYS_COMPILE", "1"),
+    ):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             assert compiled_ahead(ON_CUDA, **order) is None
+    for name, value in (("executable", None), ("executable", ""), ("frozen", True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, name, value, raising=False)
+            assert compiled_ahead(ON_CUDA, **order) is None
+    with monkeypatch.context() as patch:
+        patch.delattr(os, "sched_getaffinity")
+        assert compiled_ahead(ON_CUDA, **order) is None
     with monkeypatch.context() as patch:
         patch.setattr(start, "cores", lambda: 1)
         assert compiled_ahead(ON_CUDA, **order) is None
@@ -241,6 +253,55 @@ def test_nothing_is_started_where_nothing_is_gained(monkeypatch: pytest.MonkeyPa
     SMOKE.files().write_text("no list")
     monkeypatch.setattr(start, "Ahead", refused)
     assert compiled_ahead(ON_CUDA, **order) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "null", "5", '{"a": 1}', "[1]", "[null]", "[[]]", '["\\u0000"]', "[" * 10**5]
+)
+def test_a_list_that_is_none_says_nothing(caches: Path, text: str) -> None:
+    """A number would be a file descriptor, which exists."""
+    SMOKE.files().parent.mkdir()
+    SMOKE.files().write_text(text)
+    assert not SMOKE.is_done()
+
+
+def test_a_user_without_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ARB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert not SMOKE.is_done()
+
+
+@pytest.mark.usefixtures("caches")
+@pytest.mark.parametrize("missing", ["FileCacheManager", "manager_class"])
+def test_a_triton_whose_cache_has_other_names(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    """Launches wait for CUDA C++ kernels alone."""
+    import triton
+    from triton.runtime import cache
+
+    ahead = Ahead(SMOKE)
+    ahead._wait = lambda look: look()  # type: ignore[method-assign]
+    if missing == "FileCacheManager":
+        monkeypatch.delattr(cache, missing)
+    else:
+        monkeypatch.setattr(triton, "knobs", SimpleNamespace(cache=SimpleNamespace()))
+    with ahead.awaited():
+        assert compiler._wait(lambda: "found") == "found"
+
+
+@pytest.mark.usefixtures("caches")
+def test_what_failed_is_said() -> None:
+    ahead = Ahead(SMOKE)
+    ahead._process.kill()
+    report = {"compiled": 0, "failed": 7, "seconds": 1.0, "at_a_time": 2}
+    # A package that is imported for every process may print.
+    told = f"a banner\n{json.dumps(report)}\n"
+    ahead._process.communicate = lambda timeout: (told, None)  # type: ignore[method-assign, assignment]
+    assert ahead.finish() == "kernels: 0 compiled in 1.0 s, up to 2 at a time; 7 failed"
 
 
 def test_settings_say_whether_kernels_are_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +334,11 @@ def test_every_part_of_an_order_names_other_files(monkeypatch: pytest.MonkeyPatc
     for name, value in (("TRITON_CACHE_DIR", "/elsewhere"), ("ARB_PATH", "triton")):
         monkeypatch.setenv(name, value)
         places.add(SMOKE.files())
-    assert len(places) == len(orders) + 2 and {place.parent for place in places} == {tmp_path / "ahead"}
+    monkeypatch.setenv("HOME", "/elsewhere")
+    places.add(SMOKE.files())
+    monkeypatch.setattr(start, "_version", lambda package: "another")
+    places.add(SMOKE.files())
+    assert len(places) == len(orders) + 4 and {place.parent for place in places} == {tmp_path / "ahead"}
 
 
 def test_the_name_of_a_kernel_is_that_of_its_source() -> None:

@@ -246,7 +246,7 @@ def carry_out(order: Order) -> dict[str, Any]:
     failed = notes.count - len({number for number, _, _ in lines})
     if not failed:
         # Without a list the next process walks again, and finds everything in the caches.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RuntimeError):
             write_among_others(order.files(), json.dumps(sorted({path for _, _, path in lines})).encode())
     return {
         "noted": notes.count,
