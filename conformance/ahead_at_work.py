@@ -15,7 +15,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -102,13 +102,13 @@ def survived() -> dict[str, Any]:
         os.write(done.fileno(), message)
 
     with tempfile.TemporaryFile("a+b", buffering=0) as done:
-        crew = Crew(2, work)
+        crew = Crew(2, work, lambda: True)
         for message in (b"a", b"raise", b"kill", b"b", b"raise", b"c"):
             crew.give(message)
         crew.end()
         done.seek(0)
         worked_off = sorted(done.read().decode())
-        lost = Crew(2, work)
+        lost = Crew(2, work, lambda: True)
         try:
             for _ in range(10_000):
                 lost.give(b"kill")
@@ -117,7 +117,42 @@ def survived() -> dict[str, Any]:
         except OSError:
             is_refused = True
         lost.end()
-        return {"done": worked_off, "refused": is_refused}
+        return {"done": worked_off, "refused": is_refused, **left()}
+
+
+def left() -> dict[str, Any]:
+    """Return how much is worked off of 40 messages: after the process that sent them was killed, and when nobody waits for it.
+
+    The third crew is of a process that ignores how others end.
+    """
+    with tempfile.TemporaryFile("a+b", buffering=0) as done:
+
+        def work(message: bytes) -> None:
+            os.write(done.fileno(), message)
+            time.sleep(0.05)
+
+        def of_crew(goes_on: bool) -> None:
+            crew = Crew(2, work, lambda: goes_on)
+            with suppress(OSError):
+                for _ in range(40):
+                    crew.give(b"a")
+            if goes_on:
+                os.kill(os.getpid(), signal.SIGKILL)
+            crew.end()
+
+        if (process := os.fork()) == 0:
+            of_crew(True)
+        os.waitpid(process, 0)
+        # As long as the two would take for all.
+        time.sleep(1.5)
+        orphaned = os.fstat(done.fileno()).st_size
+        of_crew(False)
+        unawaited = os.fstat(done.fileno()).st_size - orphaned
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    ignoring = Crew(2, lambda message: None, lambda: True)
+    ignoring.end()
+    signal.signal(signal.SIGCHLD, before)
+    return {"orphaned": orphaned, "unawaited": unawaited}
 
 
 def main() -> None:

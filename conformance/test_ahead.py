@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,6 +44,8 @@ WALKS = {
     "recorded": RUN,
     "launched": replace(RUN, recorded=False),
     "two passes a step, of two sizes": replace(RUN, accum=2, windows=(1, 4)),
+    "votes of two passes": replace(RUN, accum=2),
+    "sums of two passes": replace(RUN, accum=2, sums=True),
     "adapters": replace(RUN, recorded=False, adapters={"rank": 4, "alpha": 8.0, "targets": "all-linear"}),
     "means of gradients": replace(RUN, config=nano.MEANS.to_json()),
     "every module": replace(RUN, config=nano.WHOLE.to_json()),
@@ -75,12 +78,14 @@ def at_work(what: str, *orders: Order, cache: Path) -> list[dict[str, Any]]:
 def test_a_walk_without_memory_notes_what_the_passes_launch(tmp_path: Path) -> None:
     """The same passes on tensors with memory ask Triton for the same specialisations, and for the same CUDA C++ kernels."""
     found = at_work("walks", *WALKS.values(), cache=tmp_path)
-    counts = {}
+    walks = {}
     for name, of_walk in zip(WALKS, found, strict=True):
         real, absent = set(of_walk["real"]), set(of_walk["absent"])
         assert (name, real - absent, absent - real) == (name, set(), set())
-        counts[name] = len(real)
-    assert counts["forward"] < counts["smoke"] < counts["every module"]
+        walks[name] = real
+    assert len(walks["forward"]) < len(walks["smoke"]) < len(walks["every module"])
+    # Passes whose gradients are summed leave other rows to the step.
+    assert walks["sums of two passes"] - walks["votes of two passes"]
     assert not any(tmp_path.glob("**/*.cubin"))
 
 
@@ -105,7 +110,10 @@ def test_launches_find_what_is_compiled_ahead(tmp_path: Path) -> None:
 
 
 def test_a_kernel_that_fails_costs_no_other(tmp_path: Path) -> None:
-    assert at_work("crew", cache=tmp_path) == [{"done": ["a", "b", "c"], "refused": True}]
+    [found] = at_work("crew", cache=tmp_path)
+    # Each of the two that are left behind ends with what it does, and with nobody to work for none begins.
+    assert found.pop("orphaned") <= 8
+    assert found == {"done": ["a", "b", "c"], "refused": True, "unawaited": 0}
 
 
 @pytest.fixture
@@ -129,6 +137,43 @@ def test_a_process_that_dies_is_not_waited_for() -> None:
     assert "launched, since the process that compiles them ahead ended with status -9" in str(ahead.finish())
     assert ahead.has_ended() and not SMOKE.is_done()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_process_ends_with_what_has_started_it(caches: Path) -> None:
+    """Also where that is killed, and can stop nothing."""
+    code = (
+        "import sys, time; from arbitor.optimized.ahead.start import Ahead, Order;"
+        "ahead = Ahead(Order.from_json(sys.argv[1])); print(ahead._process.pid, flush=True); time.sleep(100)"
+    )
+    command = [sys.executable, "-c", code, replace(RUN, config=nano.WHOLE.to_json()).to_json()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as starter:
+        assert starter.stdout is not None
+        status = Path("/proc") / starter.stdout.readline().strip() / "status"
+        began = time.monotonic()
+        while not any(caches.glob("**/*.cubin")) and time.monotonic() < began + 60:
+            time.sleep(0.05)
+        assert status.exists()
+        starter.kill()
+
+    def is_at_work() -> bool:
+        return status.exists() and "State:\tZ" not in status.read_text()
+
+    began = time.monotonic()
+    while is_at_work() and time.monotonic() < began + 10:
+        time.sleep(0.05)
+    assert not is_at_work()
+
+
+def test_what_compilers_print_is_no_report() -> None:
+    """Nobody reads it. A pipe full of it would stop the processes that compile."""
+    code = (
+        "import os; from arbitor.optimized.ahead import __main__ as ahead;"
+        "ahead.carry_out = lambda order: {'printed': os.write(1, bytes(2**20))}; ahead.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=SMOKE.to_json(), capture_output=True, text=True, cwd=ROOT
+    )
+    assert json.loads(done.stdout) == {"printed": 2**20}, done.stderr
 
 
 @pytest.mark.usefixtures("caches")
@@ -179,10 +224,22 @@ def test_nothing_is_started_where_nothing_is_gained(monkeypatch: pytest.MonkeyPa
     assert started == [SMOKE]
     for runtime in (replace(ON_CUDA, device="cpu"), replace(ON_CUDA, backend="reference")):
         assert compiled_ahead(runtime, **order) is None
-    for name, value in (("ARB_AHEAD", "0"), ("TRITON_INTERPRET", "1")):
+    for name, value in (
+        ("ARB_AHEAD", "0"),
+        ("TRITON_INTERPRET", "1"),
+        ("TRITON_INTERPRET", "True"),
+        ("TRITON_ALWAYS_COMPILE", "1"),
+    ):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             assert compiled_ahead(ON_CUDA, **order) is None
+    for name, value in (("executable", None), ("executable", ""), ("frozen", True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, name, value, raising=False)
+            assert compiled_ahead(ON_CUDA, **order) is None
+    with monkeypatch.context() as patch:
+        patch.delattr(os, "sched_getaffinity")
+        assert compiled_ahead(ON_CUDA, **order) is None
     with monkeypatch.context() as patch:
         patch.setattr(start, "cores", lambda: 1)
         assert compiled_ahead(ON_CUDA, **order) is None
@@ -196,6 +253,55 @@ def test_nothing_is_started_where_nothing_is_gained(monkeypatch: pytest.MonkeyPa
     SMOKE.files().write_text("no list")
     monkeypatch.setattr(start, "Ahead", refused)
     assert compiled_ahead(ON_CUDA, **order) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "null", "5", '{"a": 1}', "[1]", "[null]", "[[]]", '["\\u0000"]', "[" * 10**5]
+)
+def test_a_list_that_is_none_says_nothing(caches: Path, text: str) -> None:
+    """A number would be a file descriptor, which exists."""
+    SMOKE.files().parent.mkdir()
+    SMOKE.files().write_text(text)
+    assert not SMOKE.is_done()
+
+
+def test_a_user_without_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ARB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert not SMOKE.is_done()
+
+
+@pytest.mark.usefixtures("caches")
+@pytest.mark.parametrize("missing", ["FileCacheManager", "manager_class"])
+def test_a_triton_whose_cache_has_other_names(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    """Launches wait for CUDA C++ kernels alone."""
+    import triton
+    from triton.runtime import cache
+
+    ahead = Ahead(SMOKE)
+    ahead._wait = lambda look: look()  # type: ignore[method-assign]
+    if missing == "FileCacheManager":
+        monkeypatch.delattr(cache, missing)
+    else:
+        monkeypatch.setattr(triton, "knobs", SimpleNamespace(cache=SimpleNamespace()))
+    with ahead.awaited():
+        assert compiler._wait(lambda: "found") == "found"
+
+
+@pytest.mark.usefixtures("caches")
+def test_what_failed_is_said() -> None:
+    ahead = Ahead(SMOKE)
+    ahead._process.kill()
+    report = {"compiled": 0, "failed": 7, "seconds": 1.0, "at_a_time": 2}
+    # A package that is imported for every process may print.
+    told = f"a banner\n{json.dumps(report)}\n"
+    ahead._process.communicate = lambda timeout: (told, None)  # type: ignore[method-assign, assignment]
+    assert ahead.finish() == "kernels: 0 compiled in 1.0 s, up to 2 at a time; 7 failed"
 
 
 def test_settings_say_whether_kernels_are_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +324,7 @@ def test_every_part_of_an_order_names_other_files(monkeypatch: pytest.MonkeyPatc
         "backward": False,
         "recorded": True,
         "accum": 2,
+        "sums": True,
         "adapters": {"rank": 4, "alpha": 8.0, "targets": "all-linear"},
     }
     orders = [SMOKE, *(replace(SMOKE, **{name: value}) for name, value in others.items())]
@@ -227,10 +334,14 @@ def test_every_part_of_an_order_names_other_files(monkeypatch: pytest.MonkeyPatc
     for name, value in (("TRITON_CACHE_DIR", "/elsewhere"), ("ARB_PATH", "triton")):
         monkeypatch.setenv(name, value)
         places.add(SMOKE.files())
-    assert len(places) == len(orders) + 2 and {place.parent for place in places} == {tmp_path / "ahead"}
+    monkeypatch.setenv("HOME", "/elsewhere")
+    places.add(SMOKE.files())
+    monkeypatch.setattr(start, "_version", lambda package: "another")
+    places.add(SMOKE.files())
+    assert len(places) == len(orders) + 4 and {place.parent for place in places} == {tmp_path / "ahead"}
 
 
-def test_the_name_of_a_kernel_is_that_of_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_of_a_kernel_is_that_of_its_source() -> None:
     """What a called function needs is taken over after that function was hashed, whoever hashed it first."""
     order: list[str] = []
 
@@ -240,6 +351,19 @@ def test_the_name_of_a_kernel_is_that_of_its_source(monkeypatch: pytest.MonkeyPa
             order.append("hashed")
             return "its hash"
 
-    monkeypatch.setattr(launch, "_update_hash", lambda finder, func: order.append("taken over"))
-    launch.DependenciesFinder._update_hash(object(), Called())
+    class Finder:
+        def _update_hash(self, func: Called, *more: str) -> tuple[str, ...]:
+            order.append("taken over")
+            return more
+
+    release = SimpleNamespace(DependenciesFinder=Finder)
+    launch.hash_callees_first(release)
+    assert release.DependenciesFinder()._update_hash(Called(), "more") == ("more",)
     assert order == ["hashed", "taken over"]
+
+
+@pytest.mark.parametrize("release", [SimpleNamespace(), SimpleNamespace(DependenciesFinder=object)])
+def test_a_release_of_triton_with_other_names_is_left_alone(release: SimpleNamespace) -> None:
+    before = dict(vars(release))
+    launch.hash_callees_first(release)
+    assert vars(release) == before

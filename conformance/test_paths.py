@@ -210,6 +210,18 @@ def test_a_cache_that_cannot_be_written_costs_time_alone(
     assert len({str(warning.message) for warning in said}) == len(said) <= 2
 
 
+def test_a_wait_for_a_kernel_survives_a_cache_that_cannot_be_looked_into(
+    compiled: list[tuple[Kernel, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ARB_CACHE", str(tmp_path / ("x" * 300)))
+    with (
+        compiler.waiting(lambda look: look()),
+        pytest.warns(RuntimeWarning, match="compiled kernels are not kept in"),
+    ):
+        compiler.machine_code(Kernel.of("step", "step_trits", CARRY=0), "sm_90")
+    assert len(compiled) == 1
+
+
 def test_processes_that_compile_one_kernel_at_once_do_not_disturb_each_other(
     compiled: list[tuple[Kernel, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
-"""The process that walks through passes and compiles what they would launch: python -m arbitor.optimized.ahead < order.json
+"""The process that walks through passes and compiles what they would launch: python -m arbitor.optimized.ahead
 
-It prints one JSON object when all is compiled. Whatever ends the walk early, what was found until then is compiled.
+The first line of stdin is its order. It prints one JSON object when all is compiled. Whatever ends the walk early, what was found
+until then is compiled. Where stdin ends before that, nothing more is.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import importlib
 import json
 import os
 import pickle
+import select
 import socket
 import sys
 import tempfile
@@ -44,6 +46,9 @@ from arbitor.reference.graph.adapters import attach
 STEPS = 2
 """Steps that are walked through: the second finds what the first has left."""
 
+ORDER, REPORT = 0, 1
+"""File descriptors that the order comes from, and that the report goes to."""
+
 MOST_BYTES = 2**20
 """Bytes of a message to a process that compiles, at most. It has some thousands."""
 
@@ -68,11 +73,12 @@ def _walk_run(model: ArbModel, ids_BT: Tensor, order: Order) -> None:
     model.state()
     validation_bpb(model, ids_BT, batch=len(ids_BT), device="cuda")
     kind, census = RecordedPasses if order.recorded else Passes, Census(model)
-    passes = kind(model)
+    summed = order.accum if order.sums else 1
+    passes = kind(model, accum=summed)
     for step in range(STEPS):
         if step * order.accum >= LAUNCHED_FIRST:
             # Others would be recorded, with the same kernels.
-            passes = kind(model)
+            passes = kind(model, accum=summed)
         for micro_step in range(step * order.accum, (step + 1) * order.accum):
             passes.take(ids_BT, rate=1.0, step=micro_step)
         if order.adapters is not None:
@@ -89,14 +95,16 @@ def _walk_run(model: ArbModel, ids_BT: Tensor, order: Order) -> None:
 class Crew:
     """Processes that work off messages. Each message is for whoever is free, and is lost with the process that it ends."""
 
-    def __init__(self, number: int, work: Callable[[bytes], None]) -> None:
-        """Fork so many processes that do some work for each message."""
+    def __init__(self, number: int, work: Callable[[bytes], None], goes_on: Callable[[], bool]) -> None:
+        """Fork so many processes that do some work for each message, as long as this process lives and `goes_on`."""
+        parent = os.getpid()
         # Of several readers one gets a message, and gets the whole of it.
         self._messages, read = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for _ in range(number):
             if os.fork() == 0:
                 self._messages.close()
-                _work_off(read, work)
+                # Messages outlive the process that has sent them.
+                _work_off(read, work, lambda: os.getppid() == parent and goes_on())
         # Where nobody is left to read, a message is refused.
         read.close()
         self._number = number
@@ -113,14 +121,16 @@ class Crew:
         """Wait until all work is done."""
         self._messages.close()
         for _ in range(self._number):
-            os.waitpid(-1, 0)
+            # Where the user ignores the ends of processes, the last wait finds none, and none is left.
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(-1, 0)
 
 
-def _work_off(read: socket.socket, work: Callable[[bytes], None]) -> NoReturn:
+def _work_off(read: socket.socket, work: Callable[[bytes], None], goes_on: Callable[[], bool]) -> NoReturn:
     """Work until no message can come. This process ends here, and nothing of what it was forked in goes on."""
     status = 1
     try:
-        while message := read.recv(MOST_BYTES):
+        while (message := read.recv(MOST_BYTES)) and goes_on():
             # What fails here fails where it is launched, and says why.
             with contextlib.suppress(Exception):
                 work(message)
@@ -165,7 +175,7 @@ class Compiler:
     def _compile_cuda(self, kernel: Kernel) -> None:
         architecture = kernel.architecture(self._gpu.capability)
         path = kept_at(kernel, architecture)
-        missing = not path.exists()
+        missing = not os.path.exists(path)
         machine_code(kernel, architecture)
         self._write(str(path), compiled=missing)
 
@@ -221,7 +231,7 @@ def carry_out(order: Order) -> dict[str, Any]:
     triton_key()
     make_backend(stub.get_current_target()).hash()
     with tempfile.TemporaryFile("a+b", buffering=0) as files:
-        crew = Crew(at_a_time, Compiler(files, order.gpu))
+        crew = Crew(at_a_time, Compiler(files, order.gpu), is_awaited)
         notes = Notes(crew)
         with triton.knobs.runtime.scope(), absent(order.gpu), noted(notes.cuda), values_vouched_for():
             triton.knobs.runtime.jit_cache_hook = notes.triton
@@ -236,7 +246,7 @@ def carry_out(order: Order) -> dict[str, Any]:
     failed = notes.count - len({number for number, _, _ in lines})
     if not failed:
         # Without a list the next process walks again, and finds everything in the caches.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RuntimeError):
             write_among_others(order.files(), json.dumps(sorted({path for _, _, path in lines})).encode())
     return {
         "noted": notes.count,
@@ -248,11 +258,21 @@ def carry_out(order: Order) -> dict[str, Any]:
     }
 
 
+def is_awaited() -> bool:
+    """Return whether the process that sent the order lives. Nothing comes after the order but the end of the file, when it ends."""
+    return not select.select([ORDER], [], [], 0)[0]
+
+
 def main() -> None:
-    """Carry out the order on stdin."""
+    """Carry out the order that is the first line of stdin."""
     torch.set_num_threads(1)
-    report = carry_out(Order.from_json(sys.stdin.read()))
-    print(json.dumps(report))
+    order = Order.from_json(sys.stdin.readline())
+    # Nobody reads what compilers print, and a full pipe would stop them.
+    with os.fdopen(os.dup(REPORT), "w") as told:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, REPORT)
+        os.close(nowhere)
+        print(json.dumps(carry_out(order)), file=told)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -35,6 +36,9 @@ MOST_SECONDS = 600
 
 LAUNCHER = "__triton_launcher"
 """How the file of a launcher in C begins, which some releases of Triton compile for each signature. Nobody waits for others."""
+
+COMPILER = ("cuda-core", "cuda-bindings")
+"""Packages without which no kernel in CUDA C++ is compiled."""
 
 BETWEEN_LOOKS = 0.005
 """Seconds between two looks for a kernel that a launch waits for."""
@@ -79,6 +83,7 @@ class Order:
         backward: whether they have a backward pass and a step.
         recorded: whether they are recorded once they have run, for which rates and steps are tensors.
         accum:    passes of a step.
+        sums:     whether the gradients of these passes are summed, and vote once.
         adapters: rank, alpha and targets of float adapters, which learn instead of the weights; or None.
         gpu:      that they run on.
     """
@@ -92,6 +97,7 @@ class Order:
     backward: bool = True
     recorded: bool = False
     accum: int = 1
+    sums: bool = False
     adapters: dict[str, Any] | None = None
 
     def to_json(self) -> str:
@@ -109,20 +115,38 @@ class Order:
     def files(self) -> Path:
         """Return where the list of the files of this order is kept, by all that decides what they are."""
         triton = {name: value for name, value in sorted(os.environ.items()) if name.startswith("TRITON_")}
-        known = (self.to_json(), code_sha256(), versions(), torch.version.cuda, settings.path(), triton)
+        # Triton's cache lies in the user's folder, unless one of its variables says where.
+        place, compiler = os.path.expanduser("~"), [_version(name) for name in COMPILER]
+        known = (
+            self.to_json(),
+            code_sha256(),
+            versions(),
+            torch.version.cuda,
+            settings.path(),
+            triton,
+            place,
+            compiler,
+        )
         digest = hashlib.sha256(repr(known).encode()).hexdigest()
         return settings.cache_folder() / "ahead" / f"{digest}.json"
 
     def is_done(self) -> bool:
         """Return whether all that the order asks for lies in the caches."""
         try:
-            return all(map(os.path.exists, json.loads(self.files().read_text())))
-        except (OSError, ValueError):
+            paths = json.loads(self.files().read_text())
+        # A user who has no folder has no cache there.
+        except (OSError, ValueError, RuntimeError):
             return False
+        return isinstance(paths, list) and all(
+            isinstance(path, str) and os.path.exists(path) for path in paths
+        )
 
 
 class Ahead:
-    """A process that compiles kernels. It ends with the process that has started it, or when nobody holds this object."""
+    """A process that compiles kernels. It ends when the process that has started it has, or when nobody holds this object.
+
+    The pipe that its order comes from stays open. Where it closes, whatever closes it, nobody waits for the kernels any more.
+    """
 
     def __init__(self, order: Order) -> None:
         """Start the process.
@@ -150,23 +174,31 @@ class Ahead:
         )
         self._said: str | None = None
         self._deadline = time.monotonic() + MOST_SECONDS
-        self._stop = weakref.finalize(self, _stop, self._process)
-        assert self._process.stdin is not None
+        self._stop = weakref.finalize(self, _stop, self._process, self._process.stdin)
+        stdin = self._process.stdin
+        assert stdin is not None
         # Who has died already is found out by `finish`.
         with contextlib.suppress(OSError):
-            self._process.stdin.write(order.to_json())
-            self._process.stdin.close()
+            stdin.write(f"{order.to_json()}\n")
+            stdin.flush()
+        # `communicate` would close it.
         self._process.stdin = None
 
     @contextlib.contextmanager
     def awaited(self) -> Iterator[None]:
         """Let launches in the block wait for kernels that are not in the caches yet, while the process is at work."""
-        from triton import knobs
-        from triton.runtime.cache import FileCacheManager
-
-        before = knobs.cache.manager_class
-        base: Any = before or FileCacheManager
         wait = self._wait
+        try:
+            from triton import knobs
+            from triton.runtime.cache import FileCacheManager
+
+            before = knobs.cache.manager_class
+        # Another release of Triton may have other names. Its kernels are compiled where they are launched.
+        except (ImportError, AttributeError):
+            with waiting(wait):
+                yield
+            return
+        base: Any = before or FileCacheManager
 
         class Waiting(base):
             def get_group(self, filename: str) -> Any:
@@ -206,32 +238,55 @@ class Ahead:
     def _report(self) -> str | None:
         try:
             told, _ = self._process.communicate(timeout=max(0.0, self._deadline - time.monotonic()))
-            report = json.loads(told)
+            # What is imported before the walk may print too.
+            report = json.loads(told.rstrip("\n").rpartition("\n")[2])
         except (OSError, ValueError, subprocess.TimeoutExpired):
             self._stop()
             ended = f"ended with status {self._process.returncode}"
             return f"kernels: compiled where they are launched, since the process that compiles them ahead {ended}"
         self._stop()
-        if not report["compiled"]:
+        if not report["compiled"] and not report["failed"]:
             return None
         compiled, seconds, most = report["compiled"], report["seconds"], report["at_a_time"]
         failed = f"; {report['failed']:,} failed" if report["failed"] else ""
         return f"kernels: {compiled:,} compiled in {seconds:.1f} s, up to {most} at a time{failed}"
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
+def _stop(process: subprocess.Popen[str], order: IO[str] | None) -> None:
     """End a process, if it has not ended. What it has forked ends with the kernel that it compiles."""
     process.kill()
     process.wait()
-    for pipe in (process.stdin, process.stdout):
+    for pipe in (order, process.stdout):
         if pipe is not None:
             with contextlib.suppress(OSError):
                 pipe.close()
 
 
+def can_start() -> bool:
+    """Return whether this process has a Python to start another with, on a system where that can fork and share CPU cores.
+
+    The executable of a frozen program is the program itself.
+    """
+    is_python = bool(sys.executable) and not getattr(sys, "frozen", False)
+    return is_python and hasattr(os, "fork") and hasattr(os, "sched_getaffinity")
+
+
 def cores() -> int:
     """Return how many CPU cores this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def _is_set(name: str) -> bool:
+    """Return whether Triton takes a variable for true."""
+    return os.environ.get(name, "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _version(package: str) -> str | None:
+    """Return which release of a package is installed, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def awaited(ahead: Ahead | None) -> contextlib.AbstractContextManager[None]:
@@ -247,8 +302,9 @@ def compiled_ahead(runtime: Runtime, **order: Any) -> Ahead | None:
         order: fields of `Order` but `dtype` and `gpu`.
     """
     on_gpu = runtime.device == "cuda" and runtime.backend == "triton"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not settings.compiles_ahead() or not on_gpu or interpreted or cores() == 1:
+    # Triton runs kernels without a compiler, or looks into no cache.
+    in_vain = _is_set("TRITON_INTERPRET") or _is_set("TRITON_ALWAYS_COMPILE")
+    if not settings.compiles_ahead() or not on_gpu or in_vain or not can_start() or cores() == 1:
         return None
     asked = Order(dtype=str(runtime.dtype).removeprefix("torch."), gpu=Gpu.here(), **order)
     if asked.is_done():

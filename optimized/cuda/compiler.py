@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib
 import io
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -109,7 +110,8 @@ def machine_code(kernel: Kernel, architecture: str) -> bytes:
         RuntimeError: the compiler refuses the source, with what it says.
     """
     path = kept_at(kernel, architecture)
-    _wait(path.exists)
+    # `Path.exists` raises where a folder may not be searched or a name is too long.
+    _wait(functools.partial(os.path.exists, path))
     try:
         return path.read_bytes()
     except FileNotFoundError:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.jit import DependenciesFinder
+from triton.runtime import jit
 
 from arbitor.optimized import settings
 from arbitor.optimized.layouts import MAX_COLUMNS
@@ -24,20 +24,27 @@ MAX_PROGRAMS = 2**31 - 1
 
 _WORD = 1 << 32
 
-_update_hash = DependenciesFinder._update_hash
 
-
-def _update_hash_of_callee_first(self: DependenciesFinder, func: Any) -> None:
-    """Hash a function that a kernel calls, before what its hash has found is taken over.
+def hash_callees_first(module: Any) -> None:
+    """Let Triton hash a function that a kernel calls, before it takes over what that hash has found.
 
     Later releases of Triton do so. With 3.6 the name of a kernel in the cache depends on what the process has launched before, so
-    that another process does not find it.
+    that another process does not find it. A release whose private names are others is left as it is.
     """
-    assert func.cache_key
-    _update_hash(self, func)
+    finder = getattr(module, "DependenciesFinder", None)
+    take_over = getattr(finder, "_update_hash", None)
+    if finder is None or take_over is None:
+        return
+
+    def after_its_hash(self: Any, func: Any, *more: Any, **named: Any) -> Any:
+        # The hash is made when it is asked for.
+        getattr(func, "cache_key", None)
+        return take_over(self, func, *more, **named)
+
+    finder._update_hash = after_its_hash
 
 
-DependenciesFinder._update_hash = _update_hash_of_callee_first
+hash_callees_first(jit)
 
 
 def runs_here(tensor: Tensor) -> None:
