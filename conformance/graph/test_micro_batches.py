@@ -485,3 +485,25 @@ def test_sums_do_not_vote_twice_after_an_interrupt(monkeypatch: pytest.MonkeyPat
             model.step()
     with pytest.raises(RuntimeError, match="must be loaded anew"):
         model.step()
+
+
+def test_a_weight_that_was_frozen_before_the_step_stays_as_it_is() -> None:
+    """Its sum is dropped, for good. One that moves again before the step votes."""
+    model, plain = models.whole(SUMMED), models.whole(SUMMED)
+    for each in (model, plain):
+        take(each, 2, accum=2)
+    before, head = deepcopy(model.state()), model.byte_head
+    model.layers[0].requires_grad_(False)
+    head.requires_grad_(False)
+    head.requires_grad_(True)
+    for each in (model, plain):
+        each.step()
+    model.layers[0].requires_grad_(True)
+    model.step()
+    expected = {
+        name: before[name] if name.startswith("layers.0.") else state for name, state in plain.state().items()
+    }
+    exact(tuple(model.state().values()), tuple(expected.values()))
+    assert any(
+        name.startswith("layers.0.") and bool(part.trit_accum.any()) for name, part in plain.weights().items()
+    )

@@ -220,7 +220,7 @@ def test_closed_passes_have_no_graphs_and_may_go_on(monkeypatch: pytest.MonkeyPa
 def test_passes_are_recorded_anew_where_other_weights_are_frozen(
     monkeypatch: pytest.MonkeyPatch, accum: int
 ) -> None:
-    """Also between the passes of a step: what was added before votes, and nothing else of a weight that is frozen."""
+    """Also between the passes of a step: what was added to the sum of a weight that is frozen does not vote."""
     replayed, launched, recorded = both_kinds(monkeypatch, accum=accum)
     for step in range(14):
         for passes in (launched, recorded):

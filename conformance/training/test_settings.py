@@ -283,7 +283,9 @@ def test_sums_of_gradients_are_counted_as_memory_is(monkeypatch: pytest.MonkeyPa
     sizes.check_memory(config, "cpu", sums=counted)
     pages["SC_PHYS_PAGES"] -= 1
     state_and_sums = r"^the model 'whole' has a state of 0\.0 GiB and sums of gradients of 0\.0 GiB, but cpu has 0\.0 GiB of memory"
-    with pytest.raises(TrainingError, match=f"{state_and_sums}: --accum-votes takes no memory for sums$"):
+    with pytest.raises(
+        TrainingError, match=f"{state_and_sums}: a new run with --accum-votes needs no memory for sums$"
+    ):
         sizes.check_memory(config, "cpu", sums=counted)
     pages["SC_PHYS_PAGES"] = 100
     with pytest.raises(TrainingError, match=f"{state_and_sums}$"):

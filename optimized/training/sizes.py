@@ -86,7 +86,7 @@ def check_memory(
         with_sums, instead = "", ""
         if sums:
             with_sums = f" and sums of gradients of {sums / gib:,.1f} GiB"
-            instead = ": --accum-votes takes no memory for sums" if state <= there else ""
+            instead = ": a new run with --accum-votes needs no memory for sums" if state <= there else ""
         raise TrainingError(
             f"the model {config.name!r} has a state of {state / gib:,.1f} GiB{with_sums}, but {device} has {there / gib:,.1f} GiB "
             f"of memory{instead}"

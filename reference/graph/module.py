@@ -285,6 +285,10 @@ class TernaryModule(ArbModule):
         own = {name: self.get_buffer(f"own_{name}") for name in VOTED_IN}
         return self.weight.part(self.kept_rows).with_tensors(**own)
 
+    def voting_rows(self) -> LaidOutWeight | None:
+        """Return `own_rows`, or None if the weight is frozen."""
+        return None if self.frozen else self.own_rows()
+
     @property
     def weight(self) -> LaidOutWeight:
         """The weight, in the layout of the op set, made of the buffers that the module has now."""
@@ -403,7 +407,7 @@ class TernaryModule(ArbModule):
             Voter(
                 self.own_rows(),
                 self.tensor_id,
-                self.own_rows,
+                self.voting_rows,
                 uses=self.uses,
                 average=self.average,
                 first_row=first_row,

@@ -58,12 +58,13 @@ class Voter:
         first_row: the row of a table that is the first one of the weight, where other ranks keep other rows.
         voted:     the method of a module that is told, with the next step, which rows voted on any rank (None: all); or None.
         shares:    for how many of the `uses` a vote stands, which is cast at its part of the rate.
-        now:       returns the weight as it is by now: a sum of several passes may vote after the model was moved.
+        now:       returns the weight as it is by now, or None if it is frozen: a sum of several passes may vote after the model was
+                   moved or the weight was frozen.
     """
 
     weight: LaidOutWeight
     tensor_id: int
-    now: Callable[[], LaidOutWeight]
+    now: Callable[[], LaidOutWeight | None]
     uses: int = 1
     average: Average | None = None
     first_row: int = 0

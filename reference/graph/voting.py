@@ -212,6 +212,7 @@ class Voting:
     def vote_sums(self) -> None:
         """Let the sums vote that the passes since the last step have left, each once. A step does this first.
 
+        The sum of a weight that was frozen since then is dropped.
         If it raises after a vote, the model is torn.
         """
         sums = self.sums
@@ -227,8 +228,9 @@ class Voting:
         with self._open(taken, undo=False, leave=leave):
             # Every rank has the same order.
             for _, (voter, total) in sorted(sums.totals.items(), key=itemgetter(0)):
-                grad_NK = total.grad_NK.to(self.dtype_of(total.num_matrices))
-                self._exchange(replace(voter, weight=voter.now()), replace(total, grad_NK=grad_NK))
+                weight, grad_NK = voter.now(), total.grad_NK.to(self.dtype_of(total.num_matrices))
+                if weight is not None:
+                    self._exchange(replace(voter, weight=weight), replace(total, grad_NK=grad_NK))
 
     def leave(self, notes: Iterable[Note], *, step: int | Tensor) -> None:
         """Add the notes of a pass that ended well to those for the next step. `step` is the dither step of the pass."""
