@@ -177,6 +177,11 @@ def test_what_compilers_print_is_no_report() -> None:
 
 
 @pytest.mark.usefixtures("caches")
+def test_a_terminal_interrupts_no_process_that_a_step_waits_for() -> None:
+    assert os.getpgid(Ahead(SMOKE)._process.pid) != os.getpgrp()
+
+
+@pytest.mark.usefixtures("caches")
 def test_an_order_that_cannot_be_walked_is_no_fault() -> None:
     order = replace(SMOKE, config="{}")
     assert Ahead(order).finish() is None

@@ -49,7 +49,7 @@ MAX_ORTHOGONAL_STEPS = 10
 """Most Newton-Schulz steps. Ten steps raise a direction of 2^-17 of the norm to 1, and a smaller direction is noise."""
 
 ORTHOGONAL_ROUND = 3
-"""Newton-Schulz steps of the first round, which multiplies the gradient once. Of each later round one."""
+"""Most Newton-Schulz steps of a round, which multiplies the gradient once."""
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of x, x^3 and x^5 in a step. A singular value grows up to 3.44-fold while small, and never beyond 1.21."""
@@ -156,10 +156,10 @@ CONTEXT_CHILDREN = 4
 
 
 def orthogonal_rounds(iterations: int) -> list[int]:
-    """Return how many steps of `orthogonalize` each round has.
+    """Return how many steps of `orthogonalize` each round has: all of at most ORTHOGONAL_ROUND steps, and one of more.
 
-    The small directions of S sink below its rounding when they are squared, and each step raises their errors twelvefold. Rounds of
-    three are off by one to three parts in a hundred in bfloat16, and longer ones may grow without end.
+    The small directions of S sink below its rounding when they are squared, and each step of a round raises their errors
+    twelvefold. After a round of three a singular value may lie above 1.264 in bfloat16, from where each further step raises it
+    without end. A step that is a round stays below 1.21.
     """
-    first = min(iterations, ORTHOGONAL_ROUND)
-    return [first] + [1] * (iterations - first)
+    return [iterations] if iterations <= ORTHOGONAL_ROUND else [1] * iterations

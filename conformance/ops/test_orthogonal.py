@@ -280,6 +280,25 @@ def test_orthogonalize_takes_each_matrix_on_its_own(
         exact(got[index], want.unflatten(0, (num_groups, -1))[index])
 
 
+@law(
+    iterations=st.integers(6, 10),
+    rejects=[
+        mutant(
+            "orthogonal_steps_after_a_round_of_three",
+            "in orthogonal_rounds(iterations)",
+            "in (min(iterations, 3), *[1] * (iterations - 3))",
+        )
+    ],
+)
+def test_orthogonalize_stays_bounded(ops: Subject, iterations: int) -> None:
+    """No number of steps grows without end. After three in one round a singular value of this gradient is above 1.264."""
+    place = torch.arange(32, dtype=torch.float64)
+    cosines = torch.cos(torch.pi / 32 * (place[:, None] + 0.5) * (place + 0.5)) / 4
+    grad = (cosines * (1 + place) ** -0.8) @ cosines.roll(7, 0).T
+    got = ops.orthogonalize(grad.to(torch.bfloat16), iterations=iterations).to(torch.float64)
+    assert got.isfinite().all() and torch.linalg.matrix_norm(got, 2) < 1.264
+
+
 AVERAGED = ss.matrix_shapes(40).flatmap(
     lambda shape: st.tuples(st.just(shape), means(shape, least=-20, most=0))
 )

@@ -171,6 +171,8 @@ class Ahead:
             stderr=subprocess.DEVNULL,
             env=environment,
             text=True,
+            # Ctrl-C asks the run to end after its step, which still waits for kernels.
+            process_group=0,
         )
         self._said: str | None = None
         self._deadline = time.monotonic() + MOST_SECONDS

@@ -82,8 +82,8 @@ def orthogonalize(
 
     Math:    X = G / ||G||_F; then `iterations` steps X <- P X with P = a I + b S + c S S, S = X X^T and (a, b, c) = NEWTON_SCHULZ,
              each of which maps each singular value x to a x + b x^3 + c x^5. For N > K, S = X^T X and X <- X P
-    Rounds:  the first ORTHOGONAL_ROUND steps multiply X once, and each step after them multiplies it again: with S as above and
-             Q = I, a step is P as above, Q <- P Q and S <- P S P, which is what S would be of P X. Then X <- Q X
+    Rounds:  at most ORTHOGONAL_ROUND steps multiply X once, and of more steps each multiplies it: with S as above and Q = I, a step
+             of a round is P as above, Q <- P Q and S <- P S P, which is what S would be of P X. Then X <- Q X
     Shapes:  grad_NK float32, bfloat16 or float64 [E N, K], a stack of `num_groups` = E matrices, each orthogonalised on its own
     Range:   iterations in 1 .. 10
     Returns: dtype of grad, same shape. A row that is not finite comes out as NaN and takes no part in the rest; a matrix
