@@ -43,6 +43,8 @@ WALKS = {
     "recorded": RUN,
     "launched": replace(RUN, recorded=False),
     "two passes a step, of two sizes": replace(RUN, accum=2, windows=(1, 4)),
+    "sums of two passes": replace(RUN, accum=2, sums=True),
+    "two passes a step": replace(RUN, accum=2),
     "adapters": replace(RUN, recorded=False, adapters={"rank": 4, "alpha": 8.0, "targets": "all-linear"}),
     "means of gradients": replace(RUN, config=nano.MEANS.to_json()),
     "every module": replace(RUN, config=nano.WHOLE.to_json()),
@@ -81,6 +83,9 @@ def test_a_walk_without_memory_notes_what_the_passes_launch(tmp_path: Path) -> N
         assert (name, real - absent, absent - real) == (name, set(), set())
         counts[name] = len(real)
     assert counts["forward"] < counts["smoke"] < counts["every module"]
+    # Sums vote at the rate of a step, which is a number. Passes that are recorded vote at a tensor.
+    of_walks = dict(zip(WALKS, found, strict=True))
+    assert set(of_walks["sums of two passes"]["real"]) - set(of_walks["two passes a step"]["absent"])
     assert not any(tmp_path.glob("**/*.cubin"))
 
 
@@ -218,6 +223,7 @@ def test_every_part_of_an_order_names_other_files(monkeypatch: pytest.MonkeyPatc
         "backward": False,
         "recorded": True,
         "accum": 2,
+        "sums": True,
         "adapters": {"rank": 4, "alpha": 8.0, "targets": "all-linear"},
     }
     orders = [SMOKE, *(replace(SMOKE, **{name: value}) for name, value in others.items())]

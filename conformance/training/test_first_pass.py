@@ -66,7 +66,8 @@ def test_smoke_compiles_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     ("asked", "expected"),
     [
         ({}, {}),
-        ({"accum": 3}, {"accum": 2}),
+        ({"accum": 3}, {"accum": 2, "sums": True}),
+        ({"accum": 3, "accum_votes": True}, {"accum": 2}),
         ({"batch": "auto"}, {"windows": (1, most_windows(16))}),
     ],
 )

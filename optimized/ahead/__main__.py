@@ -68,11 +68,12 @@ def _walk_run(model: ArbModel, ids_BT: Tensor, order: Order) -> None:
     model.state()
     validation_bpb(model, ids_BT, batch=len(ids_BT), device="cuda")
     kind, census = RecordedPasses if order.recorded else Passes, Census(model)
-    passes = kind(model)
+    summed = order.accum if order.sums else 1
+    passes = kind(model, accum=summed)
     for step in range(STEPS):
         if step * order.accum >= LAUNCHED_FIRST:
             # Others would be recorded, with the same kernels.
-            passes = kind(model)
+            passes = kind(model, accum=summed)
         for micro_step in range(step * order.accum, (step + 1) * order.accum):
             passes.take(ids_BT, rate=1.0, step=micro_step)
         if order.adapters is not None:

@@ -79,6 +79,7 @@ class Order:
         backward: whether they have a backward pass and a step.
         recorded: whether they are recorded once they have run, for which rates and steps are tensors.
         accum:    passes of a step.
+        sums:     whether the gradients of these are summed, and the sums vote with the step.
         adapters: rank, alpha and targets of float adapters, which learn instead of the weights; or None.
         gpu:      that they run on.
     """
@@ -92,6 +93,7 @@ class Order:
     backward: bool = True
     recorded: bool = False
     accum: int = 1
+    sums: bool = False
     adapters: dict[str, Any] | None = None
 
     def to_json(self) -> str:
