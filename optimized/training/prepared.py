@@ -241,6 +241,6 @@ def _ahead(
         recorded=recorded,
         # As many show how rows of several passes are united.
         accum=min(settings.accum, 2),
-        sums=settings.summed > 1,
+        sums=settings.summed > 1 and settings.lora_rank is None,
         adapters=None if settings.lora_rank is None else adapters,
     )
