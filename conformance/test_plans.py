@@ -88,7 +88,13 @@ def test_what_an_update_takes() -> None:
     assert cuda_update.fits_count(weight, grad) and cuda_update.fits_step(weight, None)
     assert cuda_update.fits_count(weight, grad[:3]) and not cuda_update.fits_step(weight, torch.arange(20))
     odd = device_weight(20, 104)
-    assert cuda_update.fits_count(odd, torch.zeros(20, 104)) and not cuda_update.fits_step(odd, None)
+    assert cuda_update.fits_count(odd, torch.zeros(20, 104)) and cuda_update.fits_step(odd, None)
+    # Of such a weight a part may begin at a multiple of 8 bytes, and of another one at a multiple of 16.
+    moved = torch.zeros(20 * 104 + 8, dtype=torch.int8)[8:].view(20, 104)
+    assert moved.data_ptr() % 16 == 8 and cuda_update.fits_step(replace(odd, trit_accum=moved), None)
+    assert not cuda_update.fits_step(
+        replace(weight, trit_accum=moved.flatten()[: 20 * 96].view(20, 96)), None
+    )
     ragged = device_weight(20, 100)
     assert not cuda_update.fits_count(ragged, torch.zeros(20, 100))
     assert not cuda_update.fits_step(ragged, None)

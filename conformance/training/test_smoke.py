@@ -25,10 +25,14 @@ def one_pass(monkeypatch: pytest.MonkeyPatch, *, votes: Any = None) -> tuple[Any
     model = models.nano()
     if votes is not None:
         monkeypatch.setattr(model, "backward", votes)
-    runtime = SimpleNamespace(synchronize=lambda: waited.append("wait"))
-    return smoke._one_pass(
-        model, models.random_ids(2, 12), runtime, backward=votes is not None, step=3
-    ), waited
+    taken = smoke.one_pass(
+        model,
+        models.random_ids(2, 12),
+        lambda: waited.append("wait"),
+        backward=votes is not None,
+        step=3,
+    )
+    return taken, waited
 
 
 def test_a_forward_pass_has_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
