@@ -208,11 +208,13 @@ def product_sum(
     """Return factor (a @ b) + added_factor `added` + diagonal I, bfloat16 [E, M, N], rounded once from float32.
 
     a, b:      [E, M, K] and [E, K, N], not empty, see `has_descriptors`
-    added:     [E, M, N], see there, with rows that are contiguous; None adds nothing, and nothing to the diagonal
+    added:     [E, M, N], see there, with rows that are contiguous; None adds nothing, and the diagonal must be 0 then
     out:       where the result goes, as `added`, which it may be; None for a new tensor, see `room_for`
     symmetric: whether the result is its own transpose. Only tiles on and above its diagonal are computed
     """
     runs_here(a)
+    if diagonal and added is None:
+        raise ValueError(f"diagonal is {diagonal}, but must be 0 where nothing is added")
     (num_matrices, num_rows, num_terms), num_columns = a.shape, b.shape[2]
     if out is None:
         out = room_for(num_matrices, num_rows, num_columns, a)

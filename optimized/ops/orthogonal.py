@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -66,20 +64,19 @@ def orthogonalize(
     # Torch calls a lone row or column contiguous whatever its strides are, and descriptors go by strides.
     grad_NK = grad_NK.reshape(-1).view(grad_NK.shape)
     by_kernel = grad_NK.dtype is torch.bfloat16 and copies_in_bulk(grad_NK.device)
-    symmetric = partial(product_sum, symmetric=True) if by_kernel else _by_the_library
+    product, step_of = (_kernel_product, _kernel_step) if by_kernel else (_library_product, _library_step)
     squares_N = row_squares(grad_NK)
     x = room_for(num_groups, len(grad_NK) // num_groups, grad_NK.shape[1], grad_NK)
     scale_rows(grad_NK, row_factors(squares_N, num_groups), out_NK=x.flatten(0, 1))
     tall = x.shape[1] > x.shape[2]
-    a, b, c = NEWTON_SCHULZ
     for length in orthogonal_rounds(iterations):
         rows = x.mT if tall else x
-        s = symmetric(rows, rows.mT)
-        q = p = symmetric(s, s, factor=c, added=s, added_factor=b, diagonal=a)
+        s = product(rows, rows.mT)
+        q = p = step_of(s)
         for _ in range(length - 1):
-            s = symmetric(symmetric(p, s), p)
-            p = symmetric(s, s, factor=c, added=s, added_factor=b, diagonal=a)
-            q = symmetric(p, q)
+            s = product(product(p, s), p)
+            p = step_of(s)
+            q = product(p, q)
         made = rounded_product(*((x, q) if tall else (q, x)), x.dtype)
         # The library's result has no room between its rows.
         x = x.copy_(made) if iterations > ORTHOGONAL_ROUND else made
@@ -88,18 +85,25 @@ def orthogonalize(
     return out_NK
 
 
-def _by_the_library(
-    a: Tensor,
-    b: Tensor,
-    *,
-    factor: float = 1.0,
-    added: Tensor | None = None,
-    added_factor: float = 1.0,
-    diagonal: float = 0.0,
-) -> Tensor:
-    """Return what `product_sum` returns of a symmetric product, in the dtype of a."""
-    if added is None:
-        return rounded_product(a, b, a.dtype)
-    made = wide_product(a, b).mul_(factor).add_(added, alpha=added_factor)
-    made.diagonal(dim1=1, dim2=2).add_(diagonal)
-    return made.to(a.dtype)
+def _kernel_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a product of two stacks that is symmetric, of which half is computed."""
+    return product_sum(a, b, symmetric=True)
+
+
+def _kernel_step(s: Tensor) -> Tensor:
+    """Return P = a I + b S + c S S, of which half is computed."""
+    a, b, c = NEWTON_SCHULZ
+    return product_sum(s, s, factor=c, added=s, added_factor=b, diagonal=a, symmetric=True)
+
+
+def _library_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a product of two stacks in their dtype."""
+    return rounded_product(a, b, a.dtype)
+
+
+def _library_step(s: Tensor) -> Tensor:
+    """Return P = a I + b S + c S S in the dtype of S."""
+    a, b, c = NEWTON_SCHULZ
+    made = wide_product(s, s).mul_(c).add_(s, alpha=b)
+    made.diagonal(dim1=1, dim2=2).add_(a)
+    return made.to(s.dtype)
