@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore
 
 from arbitor.optimized.distributed import world
-from arbitor.optimized.distributed.owners import owned_rows, work
+from arbitor.optimized.distributed.owners import owned_rows
 from arbitor.optimized.distributed.ranks import GroupRanks, of_rows
 from arbitor.optimized.distributed.run import (
     begin_measuring,
@@ -355,62 +355,6 @@ def test_ranks_validate_pieces_of_one_size_at_a_time(sizes: list[int], count: in
     assert all(len(turn) == count and len({sizes[i] for i in turn}) == 1 for turn in found)
     counted = [i for turn in found for rank, i in enumerate(turn) if turn.index(i) == rank]
     assert counted == list(range(len(sizes)))
-
-
-HEADS = ("image_sequencer.", "audio_sequencer.", "video_head.", "talker_head.", "router.")
-"""What begins the names of matrices that a pass over text leaves alone."""
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-@pytest.mark.parametrize("config", [nano.WHOLE, CUT])
-def test_owners_share_the_work_evenly(count: int, config: ArbConfig) -> None:
-    """No rank has more work than another one by more than a matrix, or a stack that is not cut, in text and in media."""
-    model = ArbModel(config, device="meta")
-    shapes = {module.tensor_id: module.weight.shape for module in model.ternary_modules().values()}
-    works = {module.tensor_id: work(module) for module in model.ternary_modules().values()}
-    found = owned_rows(model, count)
-    for tensor_id, rows in found.items():
-        assert sum(map(len, rows)) == shapes[tensor_id][0] and len(rows) == count
-        owned = [each for each in rows if each]
-        assert [each.start for each in owned] == [0, *(each.stop for each in owned[:-1])]
-    is_cut = {each for each, rows in found.items() if sum(map(bool, rows)) > 1}
-    assert all(all(found[each]) for each in is_cut)
-    heads = {each.tensor_id for name, each in model.ternary_modules().items() if name.startswith(HEADS)}
-    assert heads.isdisjoint(is_cut) and bool(heads & found.keys()) == (config is nano.WHOLE)
-    for dealt in filter(None, (found.keys() - heads, found.keys() & heads)):
-        loads = [
-            sum(works[each] * len(found[each][rank]) // shapes[each][0] for each in dealt)
-            for rank in range(count)
-        ]
-        largest = max(works[each] // (7 if each in is_cut else 1) for each in dealt)
-        assert max(loads) - min(loads) <= largest
-    frozen_or_table = {
-        module.tensor_id
-        for name, module in model.ternary_modules().items()
-        if "norm" in name.rpartition(".")[2] or name == "embedding.table"
-    }
-    assert config is not CUT or found.keys() == shapes.keys() - frozen_or_table
-
-
-def test_a_stack_is_cut_between_its_matrices() -> None:
-    """Canonical bytes hold trits of two rows, so a stack whose matrices are no whole bytes is cut in a layout of rows alone."""
-    odd = replace(CUT, expert_rank=33, shared_inner=41)
-    for config, cuts in ((CUT, {None: 2, True: 2, False: 2}), (odd, {None: 0, True: 2, False: 0})):
-        model = ArbModel(config, device="meta")
-        for starts_rows_anew, wanted in cuts.items():
-            found = owned_rows(model, 3, starts_rows_anew=starts_rows_anew)
-            several = [rows for rows in found.values() if sum(map(bool, rows)) > 1]
-            assert len(several) == wanted
-            for rows in several:
-                height = sum(map(len, rows)) // 7
-                assert all(each and each.start % height == each.stop % height == 0 for each in rows)
-    for config, count in (
-        (CUT, 8),
-        (replace(CUT, average_gradients=True), 2),
-        (replace(CUT, expert_rank=30), 2),
-    ):
-        owned = owned_rows(ArbModel(config, device="meta"), count, starts_rows_anew=True)
-        assert all(sum(map(bool, rows)) == 1 for rows in owned.values())
 
 
 def test_a_part_of_a_stack_is_given_no_more_matrices_than_it_has() -> None:

@@ -46,8 +46,8 @@ def owned_rows(
             cut.
     """
     found: dict[int, tuple[range, ...]] = {}
-    loads_of = {of_media: [0] * count for of_media in (False, True)}
-    of_media = {each.tensor_id: area_of(name) in MEDIA for name, each in model.ternary_modules().items()}
+    of_text, of_others = [0] * count, [0] * count
+    is_of_media = {each.tensor_id: area_of(name) in MEDIA for name, each in model.ternary_modules().items()}
     modules = {each.tensor_id: each for each in model.ternary_modules().values() if has_owner(each)}
     stacks = {
         tensor_id: module.num_groups
@@ -59,7 +59,7 @@ def owned_rows(
     for tensor_id in sorted(works, key=lambda each: (each in stacks, -works[each], each)):
         num_dealt, num_rows = stacks.get(tensor_id, 1), modules[tensor_id].weight.shape[0]
         shares = [int(tensor_id in stacks)] * count
-        loads = loads_of[of_media[tensor_id]]
+        loads = of_others if is_of_media[tensor_id] else of_text
         loads[:] = [load + each * works[tensor_id] for load, each in zip(loads, shares, strict=True)]
         for _ in range(num_dealt - sum(shares)):
             rank = loads.index(min(loads))
