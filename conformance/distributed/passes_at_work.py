@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from arbitor.optimized.distributed.world import World
 from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training.passes import Passes, RecordedPasses
 from arbitor.reference.config import ArbConfig
+from arbitor.reference.graph import ArbModel
 from conformance.distributed.at_work import RATE, Place, digest_of, random_ids, ranks_of, together
 from conformance.distributed.cuts_at_work import CUT
 from conformance.training import nano
@@ -44,6 +46,19 @@ def replays_what_it_launches(world: World, folder: Path) -> Any:
     return {name: compared(world, *case) for name, case in CASES.items()}
 
 
+def parts_stepped(patch: pytest.MonkeyPatch, model: ArbModel) -> set[tuple[int, ...]]:
+    """Return a set that fills with the tensor ids of the weights that this rank steps together."""
+    found: set[tuple[int, ...]] = set()
+    step_some = model.step_some
+
+    def noted(tensor_ids: Sequence[int]) -> None:
+        found.add(tuple(tensor_ids))
+        step_some(tensor_ids)
+
+    patch.setattr(model, "step_some", noted)
+    return found
+
+
 def compared(
     world: World, config: ArbConfig, dtype: torch.dtype, exchange: str, accum: int
 ) -> dict[str, Any]:
@@ -60,7 +75,9 @@ def compared(
             else:
                 replayed = []
                 without_graphs(patch, replayed)
-            passes = kind(together(config, world, dtype, exchange), accum=accum)
+            model = together(config, world, dtype, exchange)
+            stepped = parts_stepped(patch, model)
+            passes = kind(model, accum=accum)
             ranks = ranks_of(passes.model)
             ranks.measured()
             nats, number = [], 0
@@ -74,6 +91,7 @@ def compared(
             refused = passes.take(ids_of(world, number, refused=True), rate=RATE, step=number)
             passes.step()
             found["graphs of a step"] = len(getattr(passes, "_step_graphs", ()))
+            found["parts of a step"] = len(stepped)
             passes.close()
             ranks.measured()
             found[kind.__name__] = {
