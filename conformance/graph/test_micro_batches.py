@@ -24,6 +24,7 @@ from arbitor.reference.graph.grouped import TernaryGroupedLinear
 from conformance.compare import alike, exact
 from conformance.distributed.oracle import watch_totals
 from conformance.graph import models
+from conformance.graph.test_voting_torn import failing_ops
 
 RATE = models.RATE
 
@@ -241,22 +242,9 @@ def test_the_memory_of_sums_is_freed_with_the_step() -> None:
 
 def test_a_pass_that_can_be_undone_leaves_earlier_sums_alone() -> None:
     """Each call of an op in the second pass raises once. Then the pass is taken as if none had raised."""
-    calls = {"made": 0, "fail": -1}
-
-    def watched(op: Any) -> Any:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            result = op(*args, **kwargs)
-            calls["made"] += 1
-            if calls["made"] - 1 == calls["fail"]:
-                raise RuntimeError("planted")
-            return result
-
-        return run
-
+    failing, calls = failing_ops()
     config = replace(SUMMED, num_layers=1)
-    model = models.whole(
-        config, ops=models.ops_with(**{name: watched(getattr(ops, name)) for name in ops.__all__})
-    )
+    model = models.whole(config, ops=failing)
     plain = models.whole(config)
     for each in (model, plain):
         take(each, 2, accum=3)
@@ -270,7 +258,7 @@ def test_a_pass_that_can_be_undone_leaves_earlier_sums_alone() -> None:
         try:
             with model.voting.taking(rate=RATE, step=3, accum=3):
                 loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
-        except RuntimeError:
+        except (RuntimeError, KeyboardInterrupt):
             raised += 1
         else:
             break
