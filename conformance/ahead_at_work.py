@@ -27,7 +27,7 @@ from triton.runtime import driver
 
 from arbitor.optimized.ahead.__main__ import Crew, walk
 from arbitor.optimized.ahead.absent_gpu import StubDriver, absent
-from arbitor.optimized.ahead.start import Ahead, Order, awaited
+from arbitor.optimized.ahead.start import Order, Own, awaited
 from arbitor.optimized.cuda import compiler
 from arbitor.optimized.cuda.compiler import Kernel
 from arbitor.optimized.cuda.launch import noted
@@ -166,7 +166,7 @@ def main() -> None:
         if what == "walks":
             found = {"real": walked(order, pretended()), "absent": walked(order, absent(order.gpu))}
         else:
-            ahead = None if order.is_done() else Ahead(order)
+            ahead = None if order.is_done() else Own(order)
             with launching() as seen, awaited(ahead):
                 walk(order)
             said = None if ahead is None else ahead.finish()

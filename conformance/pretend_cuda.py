@@ -34,12 +34,15 @@ class TensorsSayCuda(TorchFunctionMode):
     ) -> Any:
         if func == Tensor.device.__get__:
             return DEVICE
+        if func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+            return True
         # The host's memory is pinned by a driver that is not there.
         if func == Tensor.pin_memory:
             return args[0]
         if func == Tensor.backward:
             return backward_within(self, args[0])
         kwargs = {name: placed(value, HOST) for name, value in (kwargs or {}).items()}
+        kwargs.pop("pin_memory", None)
         # A product on the host has no `out_dtype`.
         wanted = kwargs.pop("out_dtype", None)
         result = func(*(placed(value, HOST) for value in args), **kwargs)

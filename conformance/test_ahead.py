@@ -19,7 +19,7 @@ import torch
 from arbitor.optimized import settings
 from arbitor.optimized.ahead import start
 from arbitor.optimized.ahead.absent_gpu import DEVICE, said_of
-from arbitor.optimized.ahead.start import Ahead, Order, compiled_ahead
+from arbitor.optimized.ahead.start import Order, Others, Own, compiled_ahead
 from arbitor.optimized.cuda import compiler
 from arbitor.optimized.kernels import launch
 from arbitor.optimized.training.runtime import Runtime
@@ -49,6 +49,10 @@ WALKS = {
     "adapters": replace(RUN, recorded=False, adapters={"rank": 4, "alpha": 8.0, "targets": "all-linear"}),
     "means of gradients": replace(RUN, config=nano.MEANS.to_json()),
     "every module": replace(RUN, config=nano.WHOLE.to_json()),
+    "two ranks": replace(RUN, config=nano.WHOLE.to_json(), ranks=(0, 1), of_ranks=2),
+    "one of three ranks": replace(RUN, ranks=(1,), of_ranks=3),
+    "ranks that send eight bits": replace(RUN, ranks=(1,), of_ranks=2, exchange="mxint8"),
+    "ranks that launch": replace(RUN, recorded=False, accum=2, sums=True, ranks=(0, 1), of_ranks=2),
     "tiny": replace(RUN, config=PRESETS["tiny"].to_json()),
     "small": replace(SMOKE, config=PRESETS["small"].to_json()),
 }
@@ -128,7 +132,7 @@ def caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.mark.usefixtures("caches")
 def test_a_process_that_dies_is_not_waited_for() -> None:
     state = torch.get_rng_state()
-    ahead = Ahead(SMOKE)
+    ahead = Own(SMOKE)
     ahead._process.kill()
     began = time.monotonic()
     assert ahead._wait(lambda: None) is None
@@ -142,8 +146,8 @@ def test_a_process_that_dies_is_not_waited_for() -> None:
 def test_a_process_ends_with_what_has_started_it(caches: Path) -> None:
     """Also where that is killed, and can stop nothing."""
     code = (
-        "import sys, time; from arbitor.optimized.ahead.start import Ahead, Order;"
-        "ahead = Ahead(Order.from_json(sys.argv[1])); print(ahead._process.pid, flush=True); time.sleep(100)"
+        "import sys, time; from arbitor.optimized.ahead.start import Order, Own;"
+        "ahead = Own(Order.from_json(sys.argv[1])); print(ahead._process.pid, flush=True); time.sleep(100)"
     )
     command = [sys.executable, "-c", code, replace(RUN, config=nano.WHOLE.to_json()).to_json()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as starter:
@@ -178,22 +182,22 @@ def test_what_compilers_print_is_no_report() -> None:
 
 @pytest.mark.usefixtures("caches")
 def test_a_terminal_interrupts_no_process_that_a_step_waits_for() -> None:
-    assert os.getpgid(Ahead(SMOKE)._process.pid) != os.getpgrp()
+    assert os.getpgid(Own(SMOKE)._process.pid) != os.getpgrp()
 
 
 @pytest.mark.usefixtures("caches")
 def test_an_order_that_cannot_be_walked_is_no_fault() -> None:
     order = replace(SMOKE, config="{}")
-    assert Ahead(order).finish() is None
+    assert Own(order).finish() is None
 
 
 def test_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch, caches: Path) -> None:
     monkeypatch.setattr(start, "MOST_SECONDS", 0)
-    ahead = Ahead(SMOKE)
+    ahead = Own(SMOKE)
     assert ahead._wait(lambda: None) is None and not ahead.has_ended()
     assert str(ahead.finish()).endswith("ended with status -9")
     # Who is let go of is stopped.
-    process = Ahead(SMOKE)._process
+    process = Own(SMOKE)._process
     assert process.poll() == -9
 
 
@@ -201,7 +205,7 @@ def test_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch, caches: Path) ->
 def test_looks_into_the_caches_wait_for_what_comes() -> None:
     from triton.runtime.cache import get_cache_manager
 
-    ahead = Ahead(SMOKE)
+    ahead = Own(SMOKE)
     looks = iter([None, {}, {"kernel.json": "path"}])
     assert ahead._wait(lambda: next(looks)) == {"kernel.json": "path"}
     waits = []
@@ -222,7 +226,7 @@ def test_nothing_is_started_where_nothing_is_gained(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("ARB_AHEAD", "1")
     monkeypatch.setattr(start, "cores", lambda: 2)
     monkeypatch.setattr(start.Gpu, "here", staticmethod(lambda: H200))
-    monkeypatch.setattr(start, "Ahead", started.append)
+    monkeypatch.setattr(start, "Own", lambda order, claim: started.append(order))
     order = {field.name: getattr(SMOKE, field.name) for field in fields(SMOKE)}
     del order["dtype"], order["gpu"]
     compiled_ahead(ON_CUDA, **order)
@@ -248,16 +252,63 @@ def test_nothing_is_started_where_nothing_is_gained(monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch:
         patch.setattr(start, "cores", lambda: 1)
         assert compiled_ahead(ON_CUDA, **order) is None
-    SMOKE.files().parent.mkdir()
     SMOKE.files().write_text(json.dumps([str(caches)]))
     assert compiled_ahead(ON_CUDA, **order) is None and started == [SMOKE]
 
-    def refused(order: Order) -> None:
+    def refused(order: Order, claim: Any) -> None:
         raise OSError("no process more")
 
     SMOKE.files().write_text("no list")
-    monkeypatch.setattr(start, "Ahead", refused)
+    monkeypatch.setattr(start, "Own", refused)
     assert compiled_ahead(ON_CUDA, **order) is None
+
+
+def test_one_process_compiles_for_all_that_want_the_same(
+    monkeypatch: pytest.MonkeyPatch, caches: Path
+) -> None:
+    """The others wait until it has ended, with all that it has forked. Nobody waits for a process with another order."""
+    monkeypatch.setenv("ARB_AHEAD", "1")
+    monkeypatch.setattr(start, "cores", lambda: 2)
+    monkeypatch.setattr(start.Gpu, "here", staticmethod(lambda: H200))
+    order = {field.name: getattr(SMOKE, field.name) for field in fields(SMOKE)}
+    del order["dtype"], order["gpu"]
+    own = compiled_ahead(ON_CUDA, **order)
+    assert isinstance(own, Own)
+    first, second = (compiled_ahead(ON_CUDA, **order) for _ in range(2))
+    assert isinstance(first, Others) and isinstance(second, Others)
+    other = compiled_ahead(ON_CUDA, **{**order, "windows": (3,)})
+    assert isinstance(other, Own)
+    other._stop()
+    looks = iter([None, "kernel"])
+    assert first._wait(lambda: next(looks)) == "kernel" and not first.has_ended() and not second.has_ended()
+    own._stop()
+    assert first.finish() == "kernels: compiled by a process of another run, or of another rank"
+    assert first.has_ended() and second.has_ended() and second._wait(lambda: None) is None
+    # The next one claims the order again, and looks again before it starts anything.
+    looked = iter([False, True])
+    monkeypatch.setattr(Order, "is_done", lambda order: next(looked))
+    assert compiled_ahead(ON_CUDA, **order) is None
+
+
+def test_a_folder_without_locks(monkeypatch: pytest.MonkeyPatch, caches: Path) -> None:
+    """A process compiles for itself."""
+    started: list[Any] = []
+    monkeypatch.setenv("ARB_AHEAD", "1")
+    monkeypatch.setattr(start, "cores", lambda: 2)
+    monkeypatch.setattr(start.Gpu, "here", staticmethod(lambda: H200))
+    monkeypatch.setattr(start, "Own", lambda order, claim: started.append(claim))
+    order = {field.name: getattr(SMOKE, field.name) for field in fields(SMOKE)}
+    del order["dtype"], order["gpu"]
+
+    def refused(file: Any, kind: int) -> None:
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(start.fcntl, "flock", refused)
+    compiled_ahead(ON_CUDA, **order)
+    shutil.rmtree(caches / "ahead")
+    (caches / "ahead").write_text("no folder")
+    compiled_ahead(ON_CUDA, **order)
+    assert started == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -288,7 +339,7 @@ def test_a_triton_whose_cache_has_other_names(monkeypatch: pytest.MonkeyPatch, m
     import triton
     from triton.runtime import cache
 
-    ahead = Ahead(SMOKE)
+    ahead = Own(SMOKE)
     ahead._wait = lambda look: look()  # type: ignore[method-assign]
     if missing == "FileCacheManager":
         monkeypatch.delattr(cache, missing)
@@ -300,7 +351,7 @@ def test_a_triton_whose_cache_has_other_names(monkeypatch: pytest.MonkeyPatch, m
 
 @pytest.mark.usefixtures("caches")
 def test_what_failed_is_said() -> None:
-    ahead = Ahead(SMOKE)
+    ahead = Own(SMOKE)
     ahead._process.kill()
     report = {"compiled": 0, "failed": 7, "seconds": 1.0, "at_a_time": 2}
     # A package that is imported for every process may print.
@@ -331,6 +382,9 @@ def test_every_part_of_an_order_names_other_files(monkeypatch: pytest.MonkeyPatc
         "accum": 2,
         "sums": True,
         "adapters": {"rank": 4, "alpha": 8.0, "targets": "all-linear"},
+        "ranks": (0, 1),
+        "of_ranks": 2,
+        "exchange": "mxint8",
     }
     orders = [SMOKE, *(replace(SMOKE, **{name: value}) for name, value in others.items())]
     assert set(others) == {field.name for field in fields(Order)}

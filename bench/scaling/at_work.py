@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from arbitor.optimized.ahead.start import awaited, compiled_ahead
 from arbitor.optimized.distributed.ranks import FULL, MXINT8, GroupRanks
 from arbitor.optimized.distributed.run import whole_state
 from arbitor.optimized.distributed.world import World, joined
@@ -174,7 +175,19 @@ def ours(
     config = trunk_of(asked.model)
     model = model_of(config, runtime, world if world.count > 1 else None, exchange)
     passes = passes_of(model, runtime, asked)
-    step = our_step(passes, world, runtime, asked)
+    ahead = compiled_ahead(
+        runtime,
+        config=config.to_json(),
+        context=asked.length,
+        windows=(asked.windows,),
+        passes="run",
+        recorded=is_recorded(runtime, asked),
+        ranks=tuple(world.of_host),
+        of_ranks=world.count,
+        exchange=exchange,
+    )
+    with awaited(ahead):
+        step = our_step(passes, world, runtime, asked)
     ranks = model.voting.ranks if isinstance(model.voting.ranks, GroupRanks) else None
     if ranks is not None:
         ranks.measured()
@@ -197,8 +210,12 @@ def ours(
 
 def passes_of(model: ArbModel, runtime: Runtime, asked: argparse.Namespace) -> Passes:
     """Return the passes that a run would take: recorded on GPUs that exchange over NCCL."""
-    is_recorded = runtime.device == "cuda" and not asked.share_gpu
-    return RecordedPasses(model) if is_recorded else Passes(model)
+    return RecordedPasses(model) if is_recorded(runtime, asked) else Passes(model)
+
+
+def is_recorded(runtime: Runtime, asked: argparse.Namespace) -> bool:
+    """Return whether a run would record its passes."""
+    return runtime.device == "cuda" and not asked.share_gpu
 
 
 def our_step(passes: Passes, world: World, runtime: Runtime, asked: argparse.Namespace) -> Callable[[], None]:

@@ -338,6 +338,18 @@ def test_each_rank_of_a_host_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPa
         world.World(2, 4).take_device("cuda")
 
 
+def test_a_rank_knows_the_ranks_of_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert world.World().of_host == range(1) and world.World(3, 4).of_host == range(4)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert world.World(5, 8).of_host == range(4, 6)
+    # As the last of an uneven deal.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert world.World(5, 8).of_host == range(4, 8)
+
+
 @pytest.mark.parametrize("name", ["shard_codes", "shard_experts"])
 def test_one_rank_refuses_to_spread_its_model(tmp_path: Path, name: str) -> None:
     (tmp_path / "text.txt").write_bytes(nano.TEXT)

@@ -15,9 +15,11 @@ import torch
 from rich.console import Console
 
 from arbitor.optimized.ahead.start import Order
+from arbitor.optimized.distributed.world import World
 from arbitor.optimized.training import prepared, smoke
 from arbitor.optimized.training.batch_size import most_windows
 from arbitor.optimized.training.loop import train
+from arbitor.optimized.training.plan import decide
 from arbitor.optimized.training.runtime import Runtime
 from conformance.pretend_cuda import H200
 from conformance.training import nano
@@ -84,3 +86,18 @@ def test_a_run_compiles_ahead(
     [place] = [number for number, line in enumerate(lines) if line == "kernels: 7 compiled"]
     assert lines[place + 1].startswith("step 2/8") and told.waited == 2
     assert Order(dtype="bfloat16", gpu=H200, **told.asked) == replace(RUN, **expected)
+
+
+def test_the_ranks_of_a_host_compile_ahead_together(monkeypatch: pytest.MonkeyPatch, text: Path) -> None:
+    """They give one order, so that one of them carries it out for all."""
+    told, orders = Told(), []
+    monkeypatch.setattr(prepared, "compiled_ahead", told.start)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    runtime = Runtime(device="cuda", backend="triton", dtype=torch.bfloat16)
+    settings = decide(options(text, None, save=False, batch=8, exchange="mxint8"), None)
+    for number in (2, 3):
+        monkeypatch.setenv("LOCAL_RANK", str(number - 2))
+        prepared._ahead(nano.NANO, settings, runtime, World(number, 4), recorded=True, auto_batch=False)
+        orders.append(Order(dtype="bfloat16", gpu=H200, **told.asked))
+    ranks = replace(RUN, recorded=True, windows=(2,), ranks=(2, 3), of_ranks=4, exchange="mxint8")
+    assert orders == [ranks, ranks]

@@ -28,10 +28,12 @@ from triton.runtime import driver
 from triton.runtime.cache import triton_key
 
 from arbitor.optimized import ops
-from arbitor.optimized.ahead.absent_gpu import DEVICE, StubDriver, absent
+from arbitor.optimized.ahead.absent_gpu import DEVICE, StubDriver, absent, exchanged_at_once
 from arbitor.optimized.ahead.start import MOST_AT_A_TIME, Gpu, Order, cores
 from arbitor.optimized.cuda.compiler import Kernel, kept_at, machine_code
 from arbitor.optimized.cuda.launch import noted
+from arbitor.optimized.distributed.run import train_together, whole_state
+from arbitor.optimized.distributed.world import World
 from arbitor.optimized.settings import values_vouched_for
 from arbitor.optimized.training.census import Census
 from arbitor.optimized.training.evaluate import validation_bpb
@@ -55,10 +57,19 @@ MOST_BYTES = 2**20
 
 def walk(order: Order) -> None:
     """Walk through the passes of an order."""
+    for number in order.ranks:
+        with exchanged_at_once() if order.of_ranks > 1 else contextlib.nullcontext():
+            _walk_rank(World(number, order.of_ranks), order)
+
+
+def _walk_rank(world: World, order: Order) -> None:
+    """Walk through the passes of a rank of an order."""
     config, dtype = ArbConfig.from_json(order.config), getattr(torch, order.dtype)
+    # Whole, also where ranks keep codes or experts for each other: how many rows they exchange is known by the rows alone.
     model = ArbModel(config, ops=ops, device=DEVICE, dtype=dtype)
     if order.adapters is not None:
         attach(model, **order.adapters)
+    train_together(model, world, exchange=order.exchange)
     for windows in order.windows:
         ids_BT = torch.zeros(windows, order.context, dtype=torch.int64)
         if order.passes == "smoke":
@@ -70,7 +81,7 @@ def walk(order: Order) -> None:
 
 def _walk_run(model: ArbModel, ids_BT: Tensor, order: Order) -> None:
     """Walk through the beginning of a run: a checkpoint, a validation, and steps with what is reported of them."""
-    model.state()
+    whole_state(model)
     validation_bpb(model, ids_BT, batch=len(ids_BT), device="cuda")
     kind, census = RecordedPasses if order.recorded else Passes, Census(model)
     summed = order.accum if order.sums else 1

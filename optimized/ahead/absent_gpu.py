@@ -7,13 +7,14 @@ their place in a piece of memory gives them. Nothing else decides what Triton co
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from triton.backends.compiler import GPUTarget
@@ -72,9 +73,11 @@ def said_of(gpu: Gpu) -> dict[str, Any]:
     )
     # What is copied to the GPU is there at once.
     stream = SimpleNamespace(record_event=lambda: None)
-    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+    event = SimpleNamespace(
+        record=lambda: None, synchronize=lambda: None, query=lambda: True, elapsed_time=lambda end: 0.0
+    )
     return {
-        "Event": lambda: event,
+        "Event": lambda **_: event,
         "current_device": lambda: 0,
         "current_stream": lambda *_: stream,
         "get_device_capability": lambda *_: gpu.capability,
@@ -165,3 +168,29 @@ def without_compiler() -> Iterator[None]:
         sys.modules.pop(name, None)
         # Torch's package may have got it as an attribute.
         vars(torch).pop("_dynamo", None)
+
+
+@contextmanager
+def exchanged_at_once() -> Iterator[None]:
+    """Let ranks that are not there exchange tensors in the block: each sends what this one sends, or as much of nothing."""
+
+    def gathered(parts: Sequence[Tensor] | None, sent: Tensor) -> None:
+        for part in parts or ():
+            part.copy_(sent)
+
+    def at_once(exchange: Callable[..., None]) -> Callable[..., Any]:
+        def begun(*args: Any, async_op: bool = False, **_: Any) -> Any:
+            exchange(*args)
+            return SimpleNamespace(wait=lambda: None)
+
+        return begun
+
+    exchanges: dict[str, Callable[..., None]] = {
+        "all_gather": gathered,
+        "gather": lambda sent, parts: gathered(parts, sent),
+        **dict.fromkeys(("all_to_all", "all_to_all_single", "broadcast", "send", "recv"), lambda *_: None),
+    }
+    here: dict[str, Any] = {name: at_once(exchange) for name, exchange in exchanges.items()}
+    here["is_initialized"], here["get_backend_config"] = lambda: True, lambda: "cpu:gloo,cuda:nccl"
+    with mock.patch.multiple(dist, **here):
+        yield

@@ -1,20 +1,24 @@
 """The process that compiles ahead: what it is asked for, when it is started, and what became of it.
 
 A full cache costs next to nothing. Beside the CUDA C++ kernels lies a list of files for each order that was carried out. While
-all of them are there, no process is started.
+all of them are there, no process is started. Of several processes of a machine with one order, as ranks have, one starts it, and
+the launches of all wait for what it compiles. It keeps a lock on a file meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,6 +30,7 @@ import torch
 from arbitor.optimized import settings
 from arbitor.optimized.cuda.compiler import waiting
 from arbitor.optimized.distributed.world import code_sha256
+from arbitor.optimized.training.options import EXCHANGES
 from arbitor.optimized.training.runtime import Runtime, versions
 
 MOST_AT_A_TIME = 16
@@ -85,6 +90,9 @@ class Order:
         accum:    passes of a step.
         sums:     whether the gradients of these passes are summed, and vote once.
         adapters: rank, alpha and targets of float adapters, which learn instead of the weights; or None.
+        ranks:    numbers of the ranks that take the passes on this machine, each of which is walked through.
+        of_ranks: how many ranks there are in all.
+        exchange: how ranks send gradients, one of `EXCHANGES`.
         gpu:      that they run on.
     """
 
@@ -99,6 +107,9 @@ class Order:
     accum: int = 1
     sums: bool = False
     adapters: dict[str, Any] | None = None
+    ranks: tuple[int, ...] = (0,)
+    of_ranks: int = 1
+    exchange: str = EXCHANGES[0]
 
     def to_json(self) -> str:
         """Return the order as JSON."""
@@ -110,7 +121,7 @@ class Order:
         values = json.loads(text)
         gpu = values["gpu"]
         values["gpu"] = Gpu(**{**gpu, "capability": tuple(gpu["capability"])})
-        return cls(**{**values, "windows": tuple(values["windows"])})
+        return cls(**{**values, **{name: tuple(values[name]) for name in ("windows", "ranks")}})
 
     def files(self) -> Path:
         """Return where the list of the files of this order is kept, by all that decides what they are."""
@@ -130,6 +141,14 @@ class Order:
         digest = hashlib.sha256(repr(known).encode()).hexdigest()
         return settings.cache_folder() / "ahead" / f"{digest}.json"
 
+    def claim(self) -> Path:
+        """Return the file that a process of this machine locks while it compiles for this order.
+
+        A folder may be shared by machines whose caches are not.
+        """
+        machine = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:16]
+        return self.files().with_suffix(f".{machine}.lock")
+
     def is_done(self) -> bool:
         """Return whether all that the order asks for lies in the caches."""
         try:
@@ -142,49 +161,12 @@ class Order:
         )
 
 
-class Ahead:
-    """A process that compiles kernels. It ends when the process that has started it has, or when nobody holds this object.
+class Ahead(ABC):
+    """A process that compiles kernels, whoever has started it."""
 
-    The pipe that its order comes from stays open. Where it closes, whatever closes it, nobody waits for the kernels any more.
-    """
-
-    def __init__(self, order: Order) -> None:
-        """Start the process.
-
-        Raises:
-            OSError: it cannot be started.
-        """
-        paths = (path or os.getcwd() for path in sys.path)
-        environment = {
-            **os.environ,
-            **settings.WITHOUT_VALUE_CHECKS,
-            "PYTHONPATH": os.pathsep.join(paths),
-            # It has no use for a GPU, and it must have no threads, as it forks.
-            "CUDA_VISIBLE_DEVICES": "",
-            **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
-        }
-        self._process = subprocess.Popen(
-            # Nothing is imported from the folder that the user is in, unless this process does so.
-            [sys.executable, "-P", "-m", "arbitor.optimized.ahead"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            text=True,
-            # Ctrl-C asks the run to end after its step, which still waits for kernels.
-            process_group=0,
-        )
-        self._said: str | None = None
+    def __init__(self) -> None:
+        """Begin to wait."""
         self._deadline = time.monotonic() + MOST_SECONDS
-        self._stop = weakref.finalize(self, _stop, self._process, self._process.stdin)
-        stdin = self._process.stdin
-        assert stdin is not None
-        # Who has died already is found out by `finish`.
-        with contextlib.suppress(OSError):
-            stdin.write(f"{order.to_json()}\n")
-            stdin.flush()
-        # `communicate` would close it.
-        self._process.stdin = None
 
     @contextlib.contextmanager
     def awaited(self) -> Iterator[None]:
@@ -217,18 +199,16 @@ class Ahead:
         finally:
             knobs.cache.manager_class = before
 
+    @abstractmethod
     def has_ended(self) -> bool:
         """Return whether the process has ended, so that `finish` does not wait."""
-        return self._process.poll() is not None
 
+    @abstractmethod
     def finish(self) -> str | None:
         """Wait until the process has compiled what it found, and say what it has done; None if nothing was to do.
 
         A later call says it again.
         """
-        if self._stop.alive:
-            self._said = self._report()
-        return self._said
 
     def _wait(self, look: Callable[[], Any]) -> Any:
         """Return what a look at a cache finds, when it finds something or the process has ended."""
@@ -236,6 +216,62 @@ class Ahead:
             time.sleep(BETWEEN_LOOKS)
         # It may have ended right after the look.
         return found or look()
+
+
+class Own(Ahead):
+    """A process that this one has started. It ends when this process has, or when nobody holds this object.
+
+    The pipe that its order comes from stays open. Where it closes, whatever closes it, nobody waits for the kernels any more.
+    """
+
+    def __init__(self, order: Order, claim: IO[bytes] | None = None) -> None:
+        """Start the process. It keeps the lock of a claim until it and all that it has forked have ended.
+
+        Raises:
+            OSError: it cannot be started.
+        """
+        super().__init__()
+        paths = (path or os.getcwd() for path in sys.path)
+        environment = {
+            **os.environ,
+            **settings.WITHOUT_VALUE_CHECKS,
+            "PYTHONPATH": os.pathsep.join(paths),
+            # It has no use for a GPU, and it must have no threads, as it forks.
+            "CUDA_VISIBLE_DEVICES": "",
+            **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
+        }
+        self._process = subprocess.Popen(
+            # Nothing is imported from the folder that the user is in, unless this process does so.
+            [sys.executable, "-P", "-m", "arbitor.optimized.ahead"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            text=True,
+            # Ctrl-C asks the run to end after its step, which still waits for kernels.
+            process_group=0,
+            pass_fds=() if claim is None else (claim.fileno(),),
+        )
+        self._said: str | None = None
+        self._stop = weakref.finalize(self, _stop, self._process, self._process.stdin)
+        stdin = self._process.stdin
+        assert stdin is not None
+        # Who has died already is found out by `finish`.
+        with contextlib.suppress(OSError):
+            stdin.write(f"{order.to_json()}\n")
+            stdin.flush()
+        # `communicate` would close it.
+        self._process.stdin = None
+
+    def has_ended(self) -> bool:
+        """See `Ahead`."""
+        return self._process.poll() is not None
+
+    def finish(self) -> str | None:
+        """See `Ahead`."""
+        if self._stop.alive:
+            self._said = self._report()
+        return self._said
 
     def _report(self) -> str | None:
         try:
@@ -252,6 +288,36 @@ class Ahead:
         compiled, seconds, most = report["compiled"], report["seconds"], report["at_a_time"]
         failed = f"; {report['failed']:,} failed" if report["failed"] else ""
         return f"kernels: {compiled:,} compiled in {seconds:.1f} s, up to {most} at a time{failed}"
+
+
+class Others(Ahead):
+    """A process that another one of this machine has started for the same order: another rank, or another run."""
+
+    def __init__(self, claim: IO[bytes]) -> None:
+        """Begin to wait for the lock of a claim, which the process keeps."""
+        super().__init__()
+        self._claim = claim
+
+    def has_ended(self) -> bool:
+        """See `Ahead`."""
+        if not self._claim.closed and locked(self._claim, fcntl.LOCK_SH):
+            # The lock goes with the file.
+            self._claim.close()
+        return self._claim.closed
+
+    def finish(self) -> str:
+        """See `Ahead`."""
+        self._wait(lambda: False)
+        return "kernels: compiled by a process of another run, or of another rank"
+
+
+def locked(claim: IO[bytes], kind: int) -> bool:
+    """Lock the file of a claim, unless another process has. Return whether it is locked now for this one."""
+    try:
+        fcntl.flock(claim, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _stop(process: subprocess.Popen[str], order: IO[str] | None) -> None:
@@ -311,7 +377,20 @@ def compiled_ahead(runtime: Runtime, **order: Any) -> Ahead | None:
     asked = Order(dtype=str(runtime.dtype).removeprefix("torch."), gpu=Gpu.here(), **order)
     if asked.is_done():
         return None
-    try:
-        return Ahead(asked)
-    except OSError:
-        return None
+    with contextlib.ExitStack() as stack:
+        try:
+            place = asked.claim()
+            place.parent.mkdir(parents=True, exist_ok=True)
+            claim = place.open("ab")
+            if not locked(claim, fcntl.LOCK_EX):
+                return Others(claim)
+            # The process has the lock too, and keeps it.
+            stack.enter_context(claim)
+        # Who has no folder, or one without locks, shares with nobody.
+        except (OSError, RuntimeError):
+            claim = None
+        try:
+            # Another process may have compiled all of it since the look.
+            return None if asked.is_done() else Own(asked, claim)
+        except OSError:
+            return None

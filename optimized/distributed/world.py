@@ -78,6 +78,13 @@ class World:
         """Whether tensors on GPUs are exchanged by NCCL."""
         return dist.is_initialized() and "cuda:nccl" in dist.get_backend_config()
 
+    @property
+    def of_host(self) -> range:
+        """The numbers of the ranks of this host, as torchrun deals them."""
+        local = _from_environment("LOCAL_RANK", self.number)
+        first = max(self.number - local, 0)
+        return range(first, min(first + _from_environment("LOCAL_WORLD_SIZE", self.count), self.count))
+
     def tells(self) -> bool:
         """Return whether this rank is the first that asks: of all ranks that end with an error one tells the user."""
         if self._store is None:

@@ -143,7 +143,12 @@ def prepare(
             exchange=unrecorded(world, spreads),
         )
     )
+    if world.number != world.of_host.start:
+        # So that the first rank of a host finds no other one at work, and says what is compiled.
+        world.wait()
     ahead = _ahead(config, settings, runtime, world, recorded=recorded, auto_batch=auto_batch)
+    if world.number == world.of_host.start:
+        world.wait()
     with awaited(ahead):
         batch_size = fitting_batch(config, settings, runtime) if auto_batch else None
     if batch_size is not None:
@@ -224,9 +229,7 @@ def _ahead(
     recorded: bool,
     auto_batch: bool,
 ) -> Ahead | None:
-    """Start to compile the kernels of a run, or return None. Ranks compile theirs where they launch them."""
-    if world.count > 1:
-        return None
+    """Start to compile the kernels of a run, or return None."""
     adapters = {
         "rank": settings.lora_rank,
         "alpha": settings.lora_alpha,
@@ -236,11 +239,14 @@ def _ahead(
         runtime,
         config=config.to_json(),
         context=settings.context,
-        windows=(1, most_windows(settings.context)) if auto_batch else (settings.batch,),
+        windows=(1, most_windows(settings.context)) if auto_batch else (settings.batch // world.count,),
         passes="run",
         recorded=recorded,
         # As many show how rows of several passes are united.
         accum=min(settings.accum, 2),
         sums=settings.summed > 1 and settings.lora_rank is None,
         adapters=None if settings.lora_rank is None else adapters,
+        ranks=tuple(world.of_host),
+        of_ranks=world.count,
+        exchange=settings.exchange,
     )
