@@ -113,8 +113,8 @@ def test_half_of_a_symmetric_product(
     exact(above.cpu(), torch.where(block[:, None] > block, product.mT, product).cpu())
 
 
-def test_a_diagonal_is_added_with_a_matrix_alone() -> None:
-    s = torch.zeros(1, 8, 8, dtype=torch.bfloat16)
+def test_a_diagonal_is_added_with_a_matrix_alone(subject: Subject) -> None:
+    s = torch.zeros(1, 8, 8, dtype=torch.bfloat16, device=subject.device)
     with pytest.raises(ValueError, match=r"^diagonal is 2\.0, but must be 0 where nothing is added$"):
         product_sum.product_sum(s, s, diagonal=2.0)
 

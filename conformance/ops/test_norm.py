@@ -277,6 +277,11 @@ SIZED = st.one_of(
         ),
         NORM_OF_HUGE_ROWS_OVERFLOWS,
         mutant("norm_tames_less_than_squares", "2.0**least", "2.0**64.5"),
+        mutant(
+            "norm_of_the_tamed_row",
+            "return x_wide / _rms(tame, tame_eps) * power",
+            "return tame / _rms(tame, tame_eps)",
+        ),
     ],
 )
 def test_rms_norm_ignores_the_scale(
@@ -284,11 +289,14 @@ def test_rms_norm_ignores_the_scale(
 ) -> None:
     """A power of two on x changes not one bit, once eps is too small to count beside the mean square.
 
-    This holds for the result and for the gradient of the weight, for rows whose squares overflow, and beside rows of another size.
+    This holds for the result and for the gradient of the weight, for rows whose squares overflow, beside rows of another size, and
+    for elements that are far smaller than others of their row.
     """
     (width, power), few = sized, {"eps": 1e-12}
-    weight = data.draw(ss.weights((1, width)))
-    x, grad = (data.draw(ordinary_rows(width, dtype)) for _ in range(2))
+    weight = data.draw(ss.weights((1, 2 * width), levels=(-5, 5)))
+    x, grad = (data.draw(ordinary_rows(2 * width, dtype)) for _ in range(2))
+    # With all bits of the dtype.
+    x[:, width:] *= 1.1 * 2.0**-120
     wanted = ops.rms_norm(x * 2.0**9, weight, **few)
     mixed = torch.cat([x * 2.0**power, x * 2.0**9])
     exact(ops.rms_norm(mixed, weight, **few), torch.cat([wanted, wanted]))

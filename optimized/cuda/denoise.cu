@@ -386,7 +386,7 @@ denoise_loop(const FourFloats* __restrict__ latents, const FourFloats* __restric
             inverses[sample] = 1 / sqrtf(squares / width + eps * power * power);
         }
         stage<width>(pairs, [&](int sample, int four) {
-            return scaled(scaled(reinterpret_cast<const float4*>(x)[sample * fours + four], powers[sample]), inverses[sample]);
+            return scaled(scaled(reinterpret_cast<const float4*>(x)[sample * fours + four], inverses[sample]), powers[sample]);
         });
         multiply(query, of_width, pairs, sums, [&](int sample, int row, float sum) {
             q[sample * width + row] = sum + weight_at(step_rows, step, row);

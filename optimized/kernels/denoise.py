@@ -98,7 +98,7 @@ def _unit_rows_kernel(x_ptr, n_ptr, num_columns, eps, BLOCK: tl.constexpr):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < num_columns
         x = tl.load(x_ptr + row * num_columns + columns, mask=mask, other=0.0)
-        tl.store(n_ptr + row * num_columns + columns, x * power * inverse, mask=mask)
+        tl.store(n_ptr + row * num_columns + columns, x * inverse * power, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "token_blocks", "step"])

@@ -125,7 +125,7 @@ def root_mean_square(x_ptr, row, stride, num_columns, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def inverse_rms(x_ptr, row, stride, num_columns, eps, BLOCK: tl.constexpr):
-    """Return 1 / rms of a row times its power of two, and the power, float32: x^ is x times the power, times the inverse."""
+    """Return 1 / rms of a row times its power of two, and the power, float32: x^ is x times the inverse, times the power."""
     rms, power = root_mean_square(x_ptr, row, stride, num_columns, eps, BLOCK)
     return inverse_of(rms), power
 
@@ -148,7 +148,7 @@ def _rms_norm_kernel(
                 x = store_sum(x, branch_ptr, sum_ptr, row, columns, num_columns)
             rms, power = root_mean_square_of(x, num_columns, eps)
             inverse = inverse_of(rms)
-            store_row(y_ptr, row, columns, num_columns, x * power * inverse * w)
+            store_row(y_ptr, row, columns, num_columns, x * inverse * power * w)
     else:
         if branch_ptr is not None:
             for row in range(begin, end):
@@ -164,17 +164,18 @@ def _rms_norm_kernel(
             for start in range(0, num_columns, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
                 w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
-                x = load_row(x_ptr, row, x_stride, columns, num_columns) * power
-                store_row(y_ptr, row, columns, num_columns, x * inverse * w)
+                x = load_row(x_ptr, row, x_stride, columns, num_columns)
+                store_row(y_ptr, row, columns, num_columns, x * inverse * power * w)
 
 
 @triton.jit
-def unit_row(x, rms):
-    """Return x^ by a division. An inverse would round once more, and where the terms of dx cancel, only roundings are left.
+def unit_row(x, rms, power):
+    """Return x^, from the root mean square of a row times its power.
 
-    The gradient itself may be multiplied by an inverse: both terms of dx then have the same rounding as a factor.
+    By a division, since an inverse would round once more, and where the terms of dx cancel, only roundings are left. The gradient
+    itself may be multiplied by an inverse: both terms of dx then have the same rounding as a factor.
     """
-    return tl.div_rn(x, rms)
+    return tl.div_rn(x, rms) * power
 
 
 @triton.jit(do_not_specialize=["num_m", "part_rows"])
@@ -192,9 +193,7 @@ def _rms_norm_input_grad_kernel(
             x = load_row(x_ptr, row, x_stride, columns, num_columns)
             rms, power = root_mean_square_of(x, num_columns, eps)
             inverse = inverse_of(rms)
-            # The root mean square of the row itself. To divide by a power of two is exact, so a quotient rounds as before.
-            rms = rms / power
-            unit = unit_row(x, rms)
+            unit = unit_row(x, rms, power)
             # Loaded last, since a branch keeps all that was loaded before it in registers, as a product before `unit` would.
             scaled = load_row(grad_ptr, row, num_columns, columns, num_columns) * w * inverse
             mean = tl.div_rn(tl.sum(unit * scaled, axis=0), width)
@@ -206,19 +205,20 @@ def _rms_norm_input_grad_kernel(
         for row in range(begin, end):
             rms, power = root_mean_square(x_ptr, row, x_stride, num_columns, eps, BLOCK)
             inverse = inverse_of(rms)
-            rms = rms / power
             products = tl.zeros([BLOCK], dtype=tl.float32)
             for start in range(0, num_columns, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
                 w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
                 scaled = load_row(grad_ptr, row, num_columns, columns, num_columns) * w * inverse
-                products += unit_row(load_row(x_ptr, row, x_stride, columns, num_columns), rms) * scaled
+                products += (
+                    unit_row(load_row(x_ptr, row, x_stride, columns, num_columns), rms, power) * scaled
+                )
             mean = tl.div_rn(tl.sum(products, axis=0), width)
             for start in range(0, num_columns, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
                 w = norm_weight(words_ptr, exponents_ptr, columns, num_columns, GROUP_SIZE, MANTISSA_BITS)
                 scaled = load_row(grad_ptr, row, num_columns, columns, num_columns) * w * inverse
-                unit = unit_row(load_row(x_ptr, row, x_stride, columns, num_columns), rms)
+                unit = unit_row(load_row(x_ptr, row, x_stride, columns, num_columns), rms, power)
                 dx = (scaled - unit * mean) * power
                 if added_ptr is not None:
                     dx += load_row(added_ptr, row, num_columns, columns, num_columns)
@@ -253,7 +253,7 @@ def _rms_norm_weight_grad_kernel(
         inverse = tl.load(inverse_ptr + rows, mask=rows < end, other=0.0)
         # The factors stay apart, because their product may be too small for float32.
         power = tl.load(powers_ptr + rows, mask=rows < end, other=0.0)
-        sums += grad * (x * power[:, None] * inverse[:, None])
+        sums += grad * (x * inverse[:, None] * power[:, None])
     parts = parts_ptr + part * num_columns + columns
     tl.store(parts, tl.sum(sums, axis=0), mask=columns < num_columns)
 

@@ -91,7 +91,7 @@ def rms_norm_input_grad(
         checks.matching("added", added, "x", x)
     tame, power, tame_eps = tamed(x.to(dtype), eps)
     rms = _rms(tame, tame_eps)
-    unit = tame / rms
+    unit = x.to(dtype) / rms * power
     # Divided first: beside a row near 0, unit times the mean may be too small for the dtype where its quotient is not.
     scaled = grad.to(dtype) * dequantize(weight, dtype=dtype)[0] / rms
     # The rms of the tame row is the power times the rms of x, so the power cancels.
@@ -118,8 +118,9 @@ def rms_norm_weight_grad(grad: Tensor, x: Tensor, *, eps: float = DEFAULT_EPS) -
 
 def unit_rows(x_wide: Tensor, eps: float = DEFAULT_EPS) -> Tensor:
     """Return x^, rows of root mean square 1: RMSNorm without a weight, in the dtype of x, float32 or float64."""
-    tame, _, tame_eps = tamed(x_wide, eps)
-    return tame / _rms(tame, tame_eps)
+    tame, power, tame_eps = tamed(x_wide, eps)
+    # The row itself is divided. Small elements of a huge row lose bits where the row is tamed.
+    return x_wide / _rms(tame, tame_eps) * power
 
 
 def tamed(x_wide: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
