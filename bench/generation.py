@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.settings import values_vouched_for
+from arbitor.optimized.training.drawing import STEPS_AHEAD, Chooser, Drawn, Likely
 from arbitor.optimized.training.generate import read_prompt
 from arbitor.optimized.training.plan import preset_config
 from arbitor.optimized.training.readers import Reader, RecordedReader
@@ -50,7 +51,7 @@ def choose(logits_BV: Tensor) -> Tensor:
 
 
 def seconds_of(step: Callable[[], Any], count: int) -> list[float]:
-    """Return the seconds of each of some calls that end with the device idle."""
+    """Return the seconds of each of some calls."""
     for _ in range(WARM_UP):
         step()
     taken = []
@@ -78,8 +79,14 @@ def measured(model: ArbModel, length: int, *, batch: int, count: int, record: bo
     for name, kind in READERS.items():
         if name == "launched" or record:
             reader = kind(model, ledger.copy())
-            reader.ledger.reserve(WARM_UP + count)
-            steps[name] = of_steps(seconds_of(partial(reader.step, choose), count))
+            reader.ledger.reserve(WARM_UP + count + STEPS_AHEAD)
+            drawn = Drawn(
+                reader,
+                Chooser(Likely(0.0), [torch.Generator()] * batch, device=ledger.device),
+                # As in the midst of a text: the last step that is timed has another one behind it.
+                num_steps=WARM_UP + count + STEPS_AHEAD,
+            )
+            steps[name] = of_steps(seconds_of(drawn.bytes_of_next, count))
     return {
         "prompt_seconds": prompt_seconds,
         "steps": steps,

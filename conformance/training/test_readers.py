@@ -43,14 +43,21 @@ def read(model: ArbModel) -> KVLedger:
     )
 
 
-def chooser(seen: list[Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return what keeps logits, and chooses ids by them that do not settle into a cycle."""
+class Chooses:
+    """Keeps logits, and chooses ids by them that do not settle into a cycle, on the device alone.
 
-    def choose(logits_BV: Tensor) -> Tensor:
-        seen.append(logits_BV.detach().cpu().clone())
-        return logits_BV[:, :256].topk(4).indices[:, len(seen) % 4].cpu()
+    Attributes:
+        logits_BV: those of the newest step.
+    """
 
-    return choose
+    def __init__(self, ledger: KVLedger) -> None:
+        self.logits_BV = torch.zeros(0)
+        self._count_1 = torch.zeros(1, dtype=torch.int64, device=ledger.device)
+
+    def __call__(self, logits_BV: Tensor) -> Tensor:
+        self.logits_BV = logits_BV.detach().clone()
+        self._count_1 += 1
+        return logits_BV[:, :256].topk(4).indices.index_select(1, self._count_1 % 4)[:, 0]
 
 
 def same(got: KVLedger, want: KVLedger) -> None:
@@ -68,10 +75,14 @@ def same(got: KVLedger, want: KVLedger) -> None:
 def compare(model: ArbModel, launched: KVLedger, replayed: KVLedger) -> None:
     """Take the same steps over two ledgers that hold the same, and fail where a logit or a row differs."""
     logits: tuple[list[Tensor], list[Tensor]] = ([], [])
-    both = (Reader(model, launched), RecordedReader(model, replayed))
+    both = [
+        (reader, Chooses(reader.ledger))
+        for reader in (Reader(model, launched), RecordedReader(model, replayed))
+    ]
     for _ in range(STEPS):
-        for reader, seen in zip(both, logits, strict=True):
-            reader.step(chooser(seen))
+        for (reader, choose), seen in zip(both, logits, strict=True):
+            reader.step(choose)
+            seen.append(choose.logits_BV.cpu())
     for step, (want, got) in enumerate(zip(*logits, strict=True)):
         exact(got, want, f"logits of step {step}")
     assert len({tuple(each.argmax(-1).tolist()) for each in logits[0]}) > 5, "the text goes on"
@@ -136,9 +147,9 @@ def test_room_that_was_reserved_is_enough(fields: dict[str, int]) -> None:
         ledger.reserve(STEPS)
         places = ledger.places()
         for each in (ledger, other):
-            seen: list[Tensor] = []
+            choose = Chooses(each)
             for _ in range(STEPS):
-                Reader(model, each).step(chooser(seen))
+                Reader(model, each).step(choose)
     assert ledger.places() == places != other.places()
     same(ledger, other)
 
@@ -190,7 +201,13 @@ def test_recorded_steps_give_the_same_bits(
 def test_the_same_text_from_recorded_steps(subject: Subject) -> None:
     needs_cuda(subject, "text from recorded steps")
     model = models.whole(ops=subject.ops, device=subject.device)
-    options: dict[str, Any] = {"temperature": 1.0, "seeds": [1, 2, 3]}
-    want = generate_batch(model, PROMPTS, 60, **options)
-    assert generate_batch(model, PROMPTS, 60, cuda_graph=True, **options) == want
-    assert generate_batch(model, PROMPTS, 1, cuda_graph=True, **options) == [text[:1] for text in want]
+    for how in ({"temperature": 1.0}, {"temperature": 0.0}, {"temperature": 2.0, "top_k": 9, "top_p": 0.7}):
+        options: dict[str, Any] = {**how, "seeds": [1, 2, 3]}
+        want = generate_batch(model, PROMPTS, 60, **options)
+        assert generate_batch(model, PROMPTS, 60, cuda_graph=True, **options) == want
+        assert generate_batch(model, PROMPTS, 1, cuda_graph=True, **options) == [text[:1] for text in want]
+        # Of which a step is launched that nobody asks for.
+        options["stop"] = [text[20:22] for text in want]
+        assert generate_batch(model, PROMPTS, 60, cuda_graph=True, **options) == generate_batch(
+            model, PROMPTS, 60, **options
+        )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.settings import values_vouched_for
+from arbitor.optimized.training.drawing import Chooser, Drawn, Likely, finite
 from arbitor.optimized.training.media import Features, lead_of
 from arbitor.optimized.training.options import MOST_BYTES
 from arbitor.optimized.training.readers import Reader, RecordedReader
@@ -149,7 +150,7 @@ def stream_batch(
         raise ValueError(
             f"media has {len(media)} entries, but must have one for each of {len(prompts)} prompts"
         )
-    draws = [_drawer(temperature, seed, top_k, top_p) for seed in seeds]
+    likely = Likely(temperature, top_k, top_p)
     before: Sequence[Features] = media or [{} for _ in prompts]
     windows = [
         _Window(_window(prompt, context, features), features)
@@ -157,7 +158,7 @@ def stream_batch(
     ]
     if not prompts or not num_bytes:
         return iter(())
-    return _streamed(model, windows, num_bytes, draws, [_Ending(stop) for _ in prompts], cuda_graph)
+    return _streamed(model, windows, num_bytes, likely, seeds, [_Ending(stop) for _ in prompts], cuda_graph)
 
 
 class _Window(NamedTuple):
@@ -179,33 +180,36 @@ def _streamed(
     model: ArbModel,
     windows: Sequence[_Window],
     num_bytes: int,
-    draws: Sequence[Draw],
+    likely: Likely,
+    seeds: Sequence[int],
     endings: Sequence[_Ending],
     cuda_graph: bool,
 ) -> Iterator[list[bytes]]:
     """Yield the pieces of `stream_batch`. What holds for a step is left before a piece is handed out."""
+    device = next(model.buffers()).device
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with _reading():
-        choosers = [_Chooser([draw]) for draw in draws]
-        ledger = KVLedger.stack(
-            [
-                read_prompt(model, window.ids, media=window.media, choose=choose)
-                for window, choose in zip(windows, choosers, strict=True)
-            ]
-        )
+        ledgers, first = [], []
+        for window, generator in zip(windows, generators, strict=True):
+            choose = Chooser(likely, [generator], device=device)
+            choose.prepare(0)
+            ledgers.append(read_prompt(model, window.ids, media=window.media, choose=choose))
+            first += finite(choose.drawn_B.tolist())
+        ledger = KVLedger.stack(ledgers)
         # With all the room it will need, a step is recorded once.
         ledger.reserve(num_bytes - 1)
         reader = RecordedReader(model, ledger) if cuda_graph else Reader(model, ledger)
-        choose = _Chooser(draws)
-        choose.chosen = [chooser.chosen[0] for chooser in choosers]
+        drawn = Drawn(reader, Chooser(likely, generators, device=device), num_steps=num_bytes - 1)
+    following = first
     for left in reversed(range(num_bytes)):
-        pieces = [ending.feed(byte) for ending, byte in zip(endings, choose.chosen, strict=True)]
+        pieces = [ending.feed(byte) for ending, byte in zip(endings, following, strict=True)]
         if left == 0:
             pieces = [piece + ending.rest() for piece, ending in zip(pieces, endings, strict=True)]
         yield pieces
         if left == 0 or all(ending.over for ending in endings):
             return
         with _reading():
-            reader.step(choose)
+            following = drawn.bytes_of_next()
 
 
 def _reading() -> ExitStack:
@@ -272,52 +276,3 @@ def first_window(prompt: bytes) -> list[int]:
     missing = NGRAM - len(prompt)
     lead = [SPECIAL_IDS["PAD"]] * (missing - 1) + [SPECIAL_IDS["BOS"]] if missing > 0 else []
     return lead + list(prompt)
-
-
-Draw = Callable[[Tensor], int]
-"""What draws a byte from its logits, float64 [256]."""
-
-
-class _Chooser:
-    """Draws a byte for each sequence from logits [B, V].
-
-    Attributes:
-        chosen: the bytes drawn last.
-    """
-
-    def __init__(self, draws: Sequence[Draw]) -> None:
-        self._draws = draws
-        self.chosen: list[int] = []
-
-    def __call__(self, logits_BV: Tensor) -> Tensor:
-        bytes_BV = logits_BV[:, :NUM_BYTES].to("cpu", torch.float64)
-        if not bool(bytes_BV.isfinite().all()):
-            raise ValueError("the model's logits are not finite, so no byte can be drawn from them")
-        self.chosen = [draw(logits_V) for draw, logits_V in zip(self._draws, bytes_BV, strict=True)]
-        return torch.tensor(self.chosen)
-
-
-def _drawer(temperature: float, seed: int, top_k: int | None, top_p: float | None) -> Draw:
-    """Return what draws a byte from its logits, with a generator of its own."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(logits_V: Tensor) -> int:
-        if temperature == 0:
-            return int(logits_V.argmax())
-        # The largest logit is 0 after the shift, so that no temperature can overflow.
-        weights_V = ((logits_V - logits_V.max()) / temperature).exp()
-        if top_k is not None or top_p is not None:
-            weights_V = _likeliest(weights_V, top_k or NUM_BYTES, 1.0 if top_p is None else top_p)
-        return int(torch.multinomial(weights_V, 1, generator=generator))
-
-    return draw
-
-
-def _likeliest(weights_V: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Return the weights with 0 for all but the likeliest bytes, the lower byte first among equals. One is always left."""
-    sorted_V, bytes_V = weights_V.sort(descending=True, stable=True)
-    sorted_V[top_k:] = 0
-    before_V = sorted_V.cumsum(0) - sorted_V
-    # A byte is left where those before it do not have the probability yet, so that the first always is.
-    left_V = torch.where(before_V < top_p * sorted_V.sum(), sorted_V, 0.0)
-    return torch.zeros_like(weights_V).scatter(0, bytes_V, left_V)

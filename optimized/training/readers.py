@@ -1,7 +1,8 @@
 """A step of generation: read the id that was predicted, predict the next. On a GPU it is recorded once and then replayed.
 
 What a step launches is the same for every position of a ledger, so that one CUDA graph serves until the ledger is given more
-memory. Drawing is left to the host, and so is what follows a draw: the id is appended, and a block that is complete summarised.
+memory. The draw and what follows it belong to the step: the id is appended to the ledger. A block that is complete is summarised by
+launches of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from arbitor.reference.graph import ArbModel
 
 Choose = Callable[[Tensor], Tensor]
-"""What is predicted from logits [B, V]: int64 [B]."""
+"""What is predicted from logits [B, V]: int64 [B]. A recorded step needs one that leaves all work to the device."""
 
 
 class Reader:
@@ -45,15 +46,15 @@ class RecordedReader(Reader):
         """Begin with a model and what it has read."""
         super().__init__(model, ledger)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._logits_BV: Tensor | None = None
+        self._choose: Choose | None = None
         self._places: list[tuple[int, int]] = []
         self._launched = 0
 
     def step(self, choose: Choose) -> None:
         """See `Reader.step`."""
         self.ledger.reserve(1)
-        if self._places != self.ledger.places():
-            self._places, self._graph, self._launched = self.ledger.places(), None, 0
+        if self._places != self.ledger.places() or self._choose is not choose:
+            self._places, self._choose, self._graph, self._launched = self.ledger.places(), choose, None, 0
         if self._launched < LAUNCHED_FIRST:
             super().step(choose)
             self._launched += 1
@@ -62,8 +63,8 @@ class RecordedReader(Reader):
             [self._graph] = recorded(self._read)
         self.ledger.replay()
         self._graph.replay()
-        assert self._logits_BV is not None
-        self.ledger.end(choose(self._logits_BV))
+        self.ledger.replayed()
 
     def _read(self) -> None:
-        self._logits_BV = self.model.read(None, self.ledger)[:, -1]
+        assert self._choose is not None
+        self.ledger.follow(self._choose(self.model.read(None, self.ledger)[:, -1]))

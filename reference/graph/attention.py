@@ -149,7 +149,8 @@ class LatentAttention(ArbModule):
         batch = q_BHC.shape[0]
         view = cache.seen(1)
         q_rotary, q_plain = q_BHC.split([self.rotary_dim, self.plain_dim], dim=-1)
-        heads_M = torch.arange(self.num_heads, device=q_BHC.device).repeat(batch)
+        heads_H = cache.ledger.ahead(self.num_heads)
+        heads_M = heads_H if batch == 1 else heads_H.repeat(batch)
         q_latent = self.ops.grouped_linear_input_grad(
             q_plain.flatten(0, 1), self.key_up.weight, heads_M, num_groups=self.num_heads
         )

@@ -74,6 +74,8 @@ class KVLedger:
         # reads them there.
         self._first_B = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self._read_B = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        # The first numbers, which a step of one position needs again and again.
+        self._numbers = torch.arange(max(batch, CONTEXT + 1, config.num_heads), device=self.device)
         self._pass: _Pass | None = None
         # The voting of the model whose rows these are. A copy of the ledger shares the weak reference, which keeps no model alive.
         self._owner: weakref.ref[Voting] | None = None
@@ -178,7 +180,7 @@ class KVLedger:
         return self._ids.read(self._lengths_B1() - count + self.ahead(count))
 
     def replay(self) -> None:
-        """Begin a pass over a single unread id, whose rows a recorded pass writes. `end` must follow.
+        """Begin a pass over a single unread id, whose rows a recorded pass writes, and `follow` in it. `replayed` must come next.
 
         Raises ValueError if not just one id is unread, or if nothing was read before. Raises RuntimeError if the model was
         stepped or loaded since it read.
@@ -193,21 +195,37 @@ class KVLedger:
         self._pass = _Pass(self)
         self._pass.count = 1
 
+    def replayed(self) -> None:
+        """Finish a pass that `replay` began, when the recorded pass is on its way."""
+        if self._pass is None:
+            raise RuntimeError("replayed was called, but must follow a replay")
+        self._finish(self._pass.count)
+
     def end(self, predicted_B: Tensor) -> None:
         """Finish a pass: note that all ids were read, and append the predicted ids, int64 [B], as unread."""
         if self._pass is None:
             raise RuntimeError("end was called, but must follow a begin")
-        checks.tensor("predicted_B", predicted_B, torch.int64, (self.batch,))
         count = self._pass.count
-        if count == 1:
-            for index in range(len(self._logs)):
-                self.layer(index).summarise(count)
-        self.positions = [position + count for position in self.positions]
-        self._first_B += count
+        self.follow(predicted_B)
+        self._finish(count)
+
+    def follow(self, predicted_B: Tensor) -> None:
+        """Do what can be recorded of the end of a pass: count positions and ids on the device, and write the predicted ids."""
+        if self._pass is None:
+            raise RuntimeError("follow was called, but must follow a begin")
+        checks.tensor("predicted_B", predicted_B, torch.int64, (self.batch,))
+        self._first_B += self._pass.count
         self._read_B += self.unread
+        self._ids.write(self._read_B[:, None], predicted_B[:, None].to(self.device), len(self) + 1)
+
+    def _finish(self, count: int) -> None:
+        """Note what `follow` has done, and write the summaries of the blocks that a single position has completed."""
+        if count == 1:
+            self.summarise(self._logs, count)
+        self.positions = [position + count for position in self.positions]
+        self.lengths = [length + 1 for length in self.lengths]
+        self.unread = 1
         self._pass = None
-        self.unread = 0
-        self._append(predicted_B[:, None].to(self.device))
 
     def previous_codes(self, count: int) -> Tensor:
         """Return the codes of the `count` positions before this pass, int64 [B, count]; -1 where there was no position."""
@@ -321,8 +339,37 @@ class KVLedger:
         return self._first_B
 
     def ahead(self, count: int) -> Tensor:
-        """Return 0 .. count - 1, int64 on the ledger's device."""
-        return torch.arange(count, device=self.device)
+        """Return 0 .. count - 1, int64 on the ledger's device; to be read alone."""
+        if count > len(self._numbers):
+            return torch.arange(count, device=self.device)
+        return self._numbers[:count]
+
+    def summarise(self, logs: Sequence[GrowingRows], count: int) -> None:
+        """Write the summaries of the blocks that the `count` positions of this pass complete, into the logs of some layers."""
+        block = self.scheduler.sizes[0]
+        for first in sorted(set(self.positions)):
+            if (first + count) // block != first // block:
+                here = [sequence for sequence, position in enumerate(self.positions) if position == first]
+                is_all = len(here) == self.batch
+                # A list would make the host wait for the device.
+                sequences = self.ahead(self.batch) if is_all else torch.tensor(here, device=self.device)
+                self._summarise(logs, sequences, first, first + count)
+
+    def _summarise(self, logs: Sequence[GrowingRows], sequences: Tensor, first: int, end: int) -> None:
+        """Write the summaries of the blocks that end within first .. end - 1, of some sequences."""
+        scheduler, rotary_dim = self.scheduler, self.config.rotary_dim
+        size = scheduler.log_size(end)
+        for level, block in enumerate(scheduler.sizes):
+            if end // block == first // block:
+                # A larger block ends only where a smaller one does.
+                return
+            blocks = torch.arange(first // block, end // block, device=self.device)
+            parts = scheduler.places_of_parts(level, blocks)
+            places = scheduler.place_of_block(level, blocks).expand(len(sequences), -1)
+            turns = turns_at(scheduler.middle(level, blocks), rotary_dim)
+            for log in logs:
+                rows = log.rows[sequences[:, None, None], parts, : log.rows.shape[-1] - rotary_dim]
+                log.write(places, with_turned_key(mean_of_parts(rows), turns), size, sequences)
 
     def expect(self, count: int) -> None:
         """Note that this pass has `count` positions; refuse a layer or codes with another number of positions."""
@@ -384,6 +431,7 @@ class GrowingRows:
         self, batch: int, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.rows = torch.zeros(batch, 0, *shape, dtype=dtype, device=device)
+        self._sequences_B1 = torch.arange(batch, device=device)[:, None]
 
     def reserve(self, size: int) -> None:
         """Make room for `size` rows of each sequence; new rows are 0."""
@@ -396,13 +444,11 @@ class GrowingRows:
     def write(self, places_BQ: Tensor, values: Tensor, size: int, sequences: Tensor | None = None) -> None:
         """Write values [B, Q, ...] to places below `size`; with `sequences` int64 [b], of those sequences only."""
         self.reserve(size)
-        if sequences is None:
-            sequences = torch.arange(self.rows.shape[0], device=self.rows.device)
-        self.rows[sequences[:, None], places_BQ] = values
+        self.rows[self._sequences_B1 if sequences is None else sequences[:, None], places_BQ] = values
 
     def read(self, places_BS: Tensor) -> Tensor:
         """Return the rows [B, S, ...] at places int64 [B, S]."""
-        return rows_at(self.rows, places_BS)
+        return self.rows[self._sequences_B1, places_BS]
 
 
 class LayerLedger:
@@ -439,34 +485,7 @@ class LayerLedger:
             places_BP = scheduler.place_of_position(ledger.first_B[:, None] + ledger.ahead(count))
         self.log.write(places_BP, rows_BPK.detach(), scheduler.log_size(max(ledger.positions) + count))
         if count > 1:
-            self.summarise(count)
-
-    def summarise(self, count: int) -> None:
-        """Write the summaries of the blocks that the `count` positions of this pass complete."""
-        positions, block = self.ledger.positions, self.ledger.scheduler.sizes[0]
-        for first in sorted(set(positions)):
-            if (first + count) // block != first // block:
-                here = [sequence for sequence, position in enumerate(positions) if position == first]
-                self._summarise(torch.tensor(here, device=self.ledger.device), first, first + count)
-
-    def _summarise(self, sequences: Tensor, first: int, end: int) -> None:
-        """Write the summaries of the blocks that end within first .. end - 1, of some sequences."""
-        scheduler, averaged = self.ledger.scheduler, self.log.rows.shape[-1] - self.rotary_dim
-        size = scheduler.log_size(end)
-        for level, block in enumerate(scheduler.sizes):
-            if end // block == first // block:
-                # A larger block ends only where a smaller one does.
-                return
-            blocks = torch.arange(first // block, end // block, device=self.ledger.device)
-            parts = self.log.rows[
-                sequences[:, None, None], scheduler.places_of_parts(level, blocks), :averaged
-            ]
-            rows = with_turned_key(
-                mean_of_parts(parts), turns_at(scheduler.middle(level, blocks), self.rotary_dim)
-            )
-            self.log.write(
-                scheduler.place_of_block(level, blocks).expand(len(sequences), -1), rows, size, sequences
-            )
+            ledger.summarise([self.log], count)
 
     def seen(self, num_queries: int, skipped: int = 0) -> Seen:
         """Return what the positions from first_B + skipped on see; all layers of a pass share it."""
