@@ -69,6 +69,7 @@ def _ablation(words: str, options: str) -> str:
 
 
 R12 = "--suite table --seeds 0 --steps 1000"
+R12_WINDOWS = "--batch 32 --context 256"
 SMALL = "--variants 'trunk alone' --side-by-side 3"
 
 WANTED = (
@@ -88,6 +89,29 @@ WANTED = (
         "its trunk alone, and float weights",
         (_learning(f"{R12} --size r12/trunk --rules integer 'float AdamW' 'float Muon' --out r12-trunk"),),
         500,
+    ),
+    # Seconds of seed 0, measured.
+    Wanted(
+        "the modules of r12, another seed",
+        (
+            _ablation(
+                "--preset r12 --steps 600 --seeds 1 --variants 'every module' 'no graph' 'one turn' 'no codes' --side-by-side 1 "
+                "--out r12-modules",
+                R12_WINDOWS,
+            ),
+        ),
+        450,
+    ),
+    # As many seconds as 600 steps of every module.
+    Wanted(
+        "the trunk of r12 at equal seconds",
+        (
+            _ablation(
+                "--preset r12 --steps 1700 --seeds 0 1 --variants 'trunk alone' --side-by-side 1 --out r12-trunk-seconds",
+                R12_WINDOWS,
+            ),
+        ),
+        280,
     ),
     # 40 ms a step; 7 rules with 6 settings or more, and two seeds more of each.
     Wanted(
