@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -263,52 +265,98 @@ def test_nothing_is_started_where_nothing_is_gained(monkeypatch: pytest.MonkeyPa
     assert compiled_ahead(ON_CUDA, **order) is None
 
 
-def test_one_process_compiles_for_all_that_want_the_same(
-    monkeypatch: pytest.MonkeyPatch, caches: Path
-) -> None:
-    """The others wait until it has ended, with all that it has forked. Nobody waits for a process with another order."""
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, caches: Path) -> Callable[..., Any]:
+    """Return what asks for kernels as a run on an H200 does, with changes to the fields of SMOKE."""
     monkeypatch.setenv("ARB_AHEAD", "1")
     monkeypatch.setattr(start, "cores", lambda: 2)
     monkeypatch.setattr(start.Gpu, "here", staticmethod(lambda: H200))
     order = {field.name: getattr(SMOKE, field.name) for field in fields(SMOKE)}
     del order["dtype"], order["gpu"]
-    own = compiled_ahead(ON_CUDA, **order)
+    return lambda **changes: compiled_ahead(ON_CUDA, **{**order, **changes})
+
+
+def test_one_process_compiles_for_all_that_want_the_same(
+    monkeypatch: pytest.MonkeyPatch, asked: Callable[..., Any]
+) -> None:
+    """The others wait until it has ended, with all that it has forked. Nobody waits for a process with another order."""
+    own = asked()
     assert isinstance(own, Own)
-    first, second = (compiled_ahead(ON_CUDA, **order) for _ in range(2))
+    first, second = asked(), asked()
     assert isinstance(first, Others) and isinstance(second, Others)
-    other = compiled_ahead(ON_CUDA, **{**order, "windows": (3,)})
+    other = asked(windows=(3,))
     assert isinstance(other, Own)
     other._stop()
     looks = iter([None, "kernel"])
     assert first._wait(lambda: next(looks)) == "kernel" and not first.has_ended() and not second.has_ended()
     own._stop()
+    monkeypatch.setattr(Order, "is_done", lambda order: True)
     assert first.finish() == "kernels: compiled by a process of another run, or of another rank"
     assert first.has_ended() and second.has_ended() and second._wait(lambda: None) is None
-    # The next one claims the order again, and looks again before it starts anything.
-    looked = iter([False, True])
-    monkeypatch.setattr(Order, "is_done", lambda order: next(looked))
-    assert compiled_ahead(ON_CUDA, **order) is None
 
 
-def test_a_folder_without_locks(monkeypatch: pytest.MonkeyPatch, caches: Path) -> None:
-    """A process compiles for itself."""
+def test_whoever_waits_for_a_process_that_dies_takes_over(asked: Callable[..., Any]) -> None:
+    """One of them does, and the others wait for it."""
+    own, first, second = asked(), asked(), asked()
+    own._stop()
+    while not (first._claim.closed or first.has_ended()):
+        time.sleep(0.01)
+    assert isinstance(first._own, Own) and not first.has_ended() and not second.has_ended()
+    first._own._stop()
+    while not second._claim.closed:
+        second.has_ended()
+        time.sleep(0.01)
+    assert isinstance(second._own, Own) and first.has_ended()
+    second._own._stop()
+    assert second.has_ended()
+
+
+def test_who_is_forked_meanwhile_keeps_no_claim(
+    monkeypatch: pytest.MonkeyPatch, asked: Callable[..., Any]
+) -> None:
+    own, waiting = asked(), asked()
+    began, ends = os.pipe()
+    if (child := os.fork()) == 0:
+        os.close(ends)
+        os.read(began, 1)
+        os._exit(0)
+    own._stop()
+    with monkeypatch.context() as patch:
+        patch.setattr(Order, "is_done", lambda order: True)
+        waiting.finish()
+    again = asked()
+    assert isinstance(again, Own)
+    again._stop()
+    os.close(ends)
+    os.waitpid(child, 0)
+
+
+def test_a_folder_without_locks(
+    monkeypatch: pytest.MonkeyPatch, caches: Path, asked: Callable[..., Any]
+) -> None:
+    """A process compiles for itself, and so does one that has waited, if locks are gone."""
     started: list[Any] = []
-    monkeypatch.setenv("ARB_AHEAD", "1")
-    monkeypatch.setattr(start, "cores", lambda: 2)
-    monkeypatch.setattr(start.Gpu, "here", staticmethod(lambda: H200))
+    own, waiting = asked(), asked()
+    own._stop()
     monkeypatch.setattr(start, "Own", lambda order, claim: started.append(claim))
-    order = {field.name: getattr(SMOKE, field.name) for field in fields(SMOKE)}
-    del order["dtype"], order["gpu"]
 
     def refused(file: Any, kind: int) -> None:
         raise OSError("no locks available")
 
     monkeypatch.setattr(start.fcntl, "flock", refused)
-    compiled_ahead(ON_CUDA, **order)
+    assert isinstance(waiting, Others) and waiting.has_ended() and waiting._claim.closed
+    asked()
     shutil.rmtree(caches / "ahead")
     (caches / "ahead").write_text("no folder")
-    compiled_ahead(ON_CUDA, **order)
-    assert started == [None, None]
+    asked()
+    assert [claim is None for claim in started] == [False, False, True]
+
+
+def test_a_claim_can_be_locked_where_that_asks_for_reading(asked: Callable[..., Any]) -> None:
+    """As on NFS, whose clients lock a file by its bytes."""
+    own, waiting = asked(), asked()
+    fcntl.lockf(waiting._claim, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    own._stop()
 
 
 @pytest.mark.parametrize(

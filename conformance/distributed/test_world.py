@@ -342,8 +342,13 @@ def test_a_rank_knows_the_ranks_of_its_host(monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert world.World().of_host == range(1) and world.World(3, 4).of_host == range(4)
+    # As notebooks and launchers leave it.
+    monkeypatch.setenv("LOCAL_RANK", "-1")
+    assert world.World().of_host == range(1)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert world.World(5, 8).of_host == range(4, 6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
     assert world.World(5, 8).of_host == range(4, 6)
     # As the last of an uneven deal.
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")

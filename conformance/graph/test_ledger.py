@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from arbitor.reference.graph import ArbModel
-from arbitor.reference.graph.ledger import KVLedger
+from arbitor.reference.graph.ledger import GrowingRows, KVLedger
+from conformance.compare import exact
 from conformance.graph import models
 
 ids = models.random_ids
@@ -349,3 +351,41 @@ def test_a_ledger_that_nobody_holds_is_freed_at_once() -> None:
         assert rows() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("owner", [GrowingRows, KVLedger], ids=["a row is written", "blocks are summarised"])
+def test_a_pass_that_is_interrupted_leaves_no_trace(owner: type) -> None:
+    """Wherever it is, as by Ctrl-C. The counters of the device go back too, so that the next pass reads what it would have read."""
+    model, interrupts = models.whole(), 0
+    name = "write" if owner is GrowingRows else "summarise"
+    with torch.no_grad():
+        # The next position is in the midst of a block, or completes one, or one of each of two levels.
+        for length in (6, 5, 17):
+            before = model.new_ledger()
+            model(ids(1, length), ledger=before)
+            for calls in itertools.count():
+                ledger, undisturbed = before.copy(), before.copy()
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(owner, name, interrupted(getattr(owner, name), after=calls))
+                    try:
+                        model(None, ledger=ledger)
+                        break
+                    except KeyboardInterrupt:
+                        interrupts += 1
+                for _ in range(3):
+                    exact(model(None, ledger=ledger), model(None, ledger=undisturbed))
+                assert ledger.first_B.tolist() == ledger.positions == undisturbed.positions
+    assert interrupts >= (18 if owner is GrowingRows else 3)
+
+
+def interrupted(real: Callable[..., Any], *, after: int) -> Callable[..., Any]:
+    """Return a method that is interrupted at the end of a call, after some calls that are not."""
+    calls = itertools.count()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        result = real(*args, **kwargs)
+        if next(calls) == after:
+            raise KeyboardInterrupt
+        return result
+
+    return run

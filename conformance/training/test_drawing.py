@@ -20,6 +20,7 @@ HOW = (
     Likely(5.0, top_k=7),
     Likely(2.0, top_p=0.6),
     Likely(1.5, top_k=20, top_p=0.4),
+    Likely(5e-324, top_p=0.5),
     Likely(0.0),
 )
 

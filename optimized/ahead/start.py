@@ -291,33 +291,64 @@ class Own(Ahead):
 
 
 class Others(Ahead):
-    """A process that another one of this machine has started for the same order: another rank, or another run."""
+    """A process that another one of this machine has started for the same order: another rank, or another run.
 
-    def __init__(self, claim: IO[bytes]) -> None:
+    If it ends before all is compiled, one of those that wait for it starts one in its place.
+    """
+
+    def __init__(self, order: Order, claim: IO[bytes]) -> None:
         """Begin to wait for the lock of a claim, which the process keeps."""
         super().__init__()
-        self._claim = claim
+        self._order, self._claim = order, claim
+        self._own: Own | None = None
 
     def has_ended(self) -> bool:
         """See `Ahead`."""
-        if not self._claim.closed and locked(self._claim, fcntl.LOCK_SH):
-            # The lock goes with the file.
-            self._claim.close()
-        return self._claim.closed
+        if not self._claim.closed and claimed(self._claim):
+            self._own = taken_over(self._order, self._claim)
+        return self._claim.closed and (self._own is None or self._own.has_ended())
 
-    def finish(self) -> str:
+    def finish(self) -> str | None:
         """See `Ahead`."""
         self._wait(lambda: False)
-        return "kernels: compiled by a process of another run, or of another rank"
+        if self._own is not None:
+            return self._own.finish()
+        return (
+            "kernels: compiled by a process of another run, or of another rank"
+            if self._order.is_done()
+            else None
+        )
 
 
-def locked(claim: IO[bytes], kind: int) -> bool:
-    """Lock the file of a claim, unless another process has. Return whether it is locked now for this one."""
+def claimed(claim: IO[bytes]) -> bool:
+    """Lock the file of a claim, unless another process has, and return whether nobody is to be waited for.
+
+    Where files have no locks, nobody is.
+    """
     try:
-        fcntl.flock(claim, kind | fcntl.LOCK_NB)
+        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError:
+        return True
     return True
+
+
+def taken_over(order: Order, claim: IO[bytes] | None) -> Own | None:
+    """Start the process of an order, which keeps the lock of a claim; or return None where nothing is left to do.
+
+    The file of the claim is closed here. So whoever is forked later does not have it.
+    """
+    with claim or contextlib.nullcontext():
+        # Another process may have compiled all of it since somebody looked.
+        if not order.is_done():
+            with contextlib.suppress(OSError):
+                return Own(order, claim)
+        if claim is not None:
+            # Who was forked meanwhile has the lock, too.
+            with contextlib.suppress(OSError):
+                fcntl.flock(claim, fcntl.LOCK_UN)
+    return None
 
 
 def _stop(process: subprocess.Popen[str], order: IO[str] | None) -> None:
@@ -377,20 +408,14 @@ def compiled_ahead(runtime: Runtime, **order: Any) -> Ahead | None:
     asked = Order(dtype=str(runtime.dtype).removeprefix("torch."), gpu=Gpu.here(), **order)
     if asked.is_done():
         return None
-    with contextlib.ExitStack() as stack:
-        try:
-            place = asked.claim()
-            place.parent.mkdir(parents=True, exist_ok=True)
-            claim = place.open("ab")
-            if not locked(claim, fcntl.LOCK_EX):
-                return Others(claim)
-            # The process has the lock too, and keeps it.
-            stack.enter_context(claim)
-        # Who has no folder, or one without locks, shares with nobody.
-        except (OSError, RuntimeError):
-            claim = None
-        try:
-            # Another process may have compiled all of it since the look.
-            return None if asked.is_done() else Own(asked, claim)
-        except OSError:
-            return None
+    try:
+        place = asked.claim()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        # Some systems lock a file to read it and to write it.
+        claim = place.open("a+b")
+    # Who has no folder shares with nobody.
+    except (OSError, RuntimeError):
+        claim = None
+    if claim is not None and not claimed(claim):
+        return Others(asked, claim)
+    return taken_over(asked, claim)

@@ -489,7 +489,7 @@ denoise_loop(const FourFloats* __restrict__ latents, const FourFloats* __restric
                 float power = powers[0], inverse = inverses[0];
 #pragma unroll
                 for (int i = 1; i < SAMPLES; i++) power = i == sample ? powers[i] : power, inverse = i == sample ? inverses[i] : inverse;
-                m[place] = silu(__ldcg(x + place) * power * inverse + column);
+                m[place] = silu(__ldcg(x + place) * inverse * power + column);
             }
         }
         barrier.arrive();

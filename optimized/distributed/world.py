@@ -81,9 +81,12 @@ class World:
     @property
     def of_host(self) -> range:
         """The numbers of the ranks of this host, as torchrun deals them."""
-        local = _from_environment("LOCAL_RANK", self.number)
-        first = max(self.number - local, 0)
-        return range(first, min(first + _from_environment("LOCAL_WORLD_SIZE", self.count), self.count))
+        # What stands in the environment of a process alone is nobody's rank.
+        if self.count == 1:
+            return range(1)
+        first = max(self.number - _from_environment("LOCAL_RANK", self.number), 0)
+        last = first + _from_environment("LOCAL_WORLD_SIZE", self.count)
+        return range(first, min(max(last, self.number + 1), self.count))
 
     def tells(self) -> bool:
         """Return whether this rank is the first that asks: of all ranks that end with an error one tells the user."""

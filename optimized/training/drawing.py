@@ -25,6 +25,9 @@ NOT_FINITE = -1
 LEAST_NOISE = torch.finfo(torch.float64).tiny
 """What random numbers are at least. A weight of 0 over 0 would be the largest of all."""
 
+LEAST_TEMPERATURE = 1e-300
+"""What logits are divided by at least. A GPU multiplies by the reciprocal, and that of a smaller number may be infinite."""
+
 
 class Likely(NamedTuple):
     """Which bytes may be drawn, and how likely each is.
@@ -85,7 +88,8 @@ class Chooser:
         else:
             # The largest logit is 0 after the shift, so that no temperature can overflow.
             shifted_BR = logits_BR - logits_BR.amax(dim=1, keepdim=True)
-            weights_BR = self._likeliest((shifted_BR / self._likely.temperature).exp())
+            temperature = max(self._likely.temperature, LEAST_TEMPERATURE)
+            weights_BR = self._likeliest((shifted_BR / temperature).exp())
             bytes_B = (weights_BR / self._noise_BR).argmax(dim=1)
         is_finite_B = logits_BR.isfinite().all(dim=1)
         self.drawn_B.copy_(bytes_B.where(is_finite_B, NOT_FINITE))

@@ -85,7 +85,7 @@ class Readout:
     """Reads a few numbers of a device, while the device goes on with the work that is launched after them.
 
     Attributes:
-        tensor: what is read. It must not be written to between `begin` and `numbers`.
+        tensor: what is read. Between `begin` and `numbers` only work may write to it that is launched after `begin` on its stream.
     """
 
     def __init__(self, tensor: Tensor) -> None:

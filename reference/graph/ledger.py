@@ -222,10 +222,12 @@ class KVLedger:
         """Note what `follow` has done, and write the summaries of the blocks that a single position has completed."""
         if count == 1:
             self.summarise(self._logs, count)
-        self.positions = [position + count for position in self.positions]
-        self.lengths = [length + 1 for length in self.lengths]
-        self.unread = 1
-        self._pass = None
+        positions, lengths = (
+            [position + count for position in self.positions],
+            [length + 1 for length in self.lengths],
+        )
+        # All of it or, where something raises before, nothing.
+        self.positions, self.lengths, self.unread, self._pass = positions, lengths, 1, None
 
     def previous_codes(self, count: int) -> Tensor:
         """Return the codes of the `count` positions before this pass, int64 [B, count]; -1 where there was no position."""
@@ -412,6 +414,9 @@ class KVLedger:
         """Take back the additions of a pass that began and did not end."""
         if self._pass is not None:
             self.lengths, self.unread = self._pass.lengths, self._pass.unread
+            # In place, where recorded passes read them. `follow` may have counted the pass.
+            self._first_B.copy_(torch.tensor(self.positions))
+            self._read_B.copy_(torch.tensor([length - self.unread for length in self.lengths]))
             self._pass = None
 
 
