@@ -66,6 +66,10 @@ def test_draws_are_those_of_torch(subject: Subject, likely: Likely) -> None:
             for logits_V, generator in zip(logits_BV.cpu(), theirs, strict=True)
         ]
         assert following_B.tolist() == choose.drawn_B.tolist() == want
+    # As many random numbers were taken: at temperature 0 none.
+    assert all(
+        torch.equal(our.get_state(), their.get_state()) for our, their in zip(ours, theirs, strict=True)
+    )
 
 
 def test_logits_that_are_not_finite_are_told_and_read_as_a_byte() -> None:
