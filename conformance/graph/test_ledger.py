@@ -324,6 +324,8 @@ def _twice(ledger: KVLedger) -> None:
         (lambda ledger: ledger.begin(ids(1, 5) + 300), ValueError, "ids_BT holds"),
         (lambda ledger: ledger.begin(ids(1, 5).float()), TypeError, "ids_BT has dtype"),
         (lambda ledger: ledger.end(torch.tensor([1])), RuntimeError, "must follow a begin"),
+        (lambda ledger: ledger.follow(torch.tensor([1])), RuntimeError, "must follow a begin"),
+        (lambda ledger: ledger.replayed(), RuntimeError, "must follow a replay"),
         (lambda ledger: ledger.layer(0).append(torch.zeros(1, 3, 20)), RuntimeError, "a pass must begin"),
         (lambda ledger: ledger.layer(0).seen(1), RuntimeError, "a pass must begin"),
         (_twice, ValueError, "appends 2 positions"),

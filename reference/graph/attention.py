@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.layers import TernaryLinear, TernaryRMSNorm, fan_out, plain
-from arbitor.reference.graph.ledger import LayerLedger, mean_of_parts, rows_at
+from arbitor.reference.graph.ledger import LayerLedger, mean_of_parts
 from arbitor.reference.graph.module import ArbModule
 from arbitor.reference.graph.rotary import Turns, rotary_turns, turns_at, turns_of_pass, with_turned_key
 from arbitor.reference.graph.scheduler import ContextAttentionScheduler, Seen
@@ -202,4 +202,4 @@ class LatentAttention(ArbModule):
         ahead_P = torch.arange(rows_BPK.shape[1], device=rows_BPK.device)
         places_BP = self.scheduler.place_of_position(cache.first_B[:, None] + ahead_P)
         log_BNK = cache.log.rows.index_put((each_B1, places_BP), rows_BPK)
-        return lambda places_BS: self._heads_of_rows(rows_at(log_BNK, places_BS))
+        return lambda places_BS: self._heads_of_rows(log_BNK[each_B1, places_BS])

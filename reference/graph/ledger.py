@@ -199,15 +199,14 @@ class KVLedger:
         """Finish a pass that `replay` began, when the recorded pass is on its way."""
         if self._pass is None:
             raise RuntimeError("replayed was called, but must follow a replay")
-        self._finish(self._pass.count)
+        self._finish(self._pass)
 
     def end(self, predicted_B: Tensor) -> None:
         """Finish a pass: note that all ids were read, and append the predicted ids, int64 [B], as unread."""
         if self._pass is None:
             raise RuntimeError("end was called, but must follow a begin")
-        count = self._pass.count
         self.follow(predicted_B)
-        self._finish(count)
+        self._finish(self._pass)
 
     def follow(self, predicted_B: Tensor) -> None:
         """Do what can be recorded of the end of a pass: count positions and ids on the device, and write the predicted ids."""
@@ -218,14 +217,12 @@ class KVLedger:
         self._read_B += self.unread
         self._ids.write(self._read_B[:, None], predicted_B[:, None].to(self.device), len(self) + 1)
 
-    def _finish(self, count: int) -> None:
+    def _finish(self, ended: _Pass) -> None:
         """Note what `follow` has done, and write the summaries of the blocks that a single position has completed."""
-        if count == 1:
-            self.summarise(self._logs, count)
-        positions, lengths = (
-            [position + count for position in self.positions],
-            [length + 1 for length in self.lengths],
-        )
+        if ended.count == 1:
+            self.summarise(self._logs, ended.count)
+        positions = [position + ended.count for position in self.positions]
+        lengths = [length + 1 for length in self.lengths]
         # All of it or, where something raises before, nothing.
         self.positions, self.lengths, self.unread, self._pass = positions, lengths, 1, None
 
@@ -495,11 +492,6 @@ class LayerLedger:
     def seen(self, num_queries: int, skipped: int = 0) -> Seen:
         """Return what the positions from first_B + skipped on see; all layers of a pass share it."""
         return self.ledger.seen(num_queries, skipped)
-
-
-def rows_at(rows: Tensor, places_BS: Tensor) -> Tensor:
-    """Return the rows [B, S, ...] of [B, N, ...] at places int64 [B, S]."""
-    return rows[torch.arange(rows.shape[0], device=rows.device)[:, None], places_BS]
 
 
 def mean_of_parts(parts_BncK: Tensor) -> Tensor:
