@@ -223,48 +223,6 @@ def test_looks_into_the_caches_wait_for_what_comes() -> None:
     assert waits == [None, None, True]
 
 
-def test_nothing_is_started_where_nothing_is_gained(monkeypatch: pytest.MonkeyPatch, caches: Path) -> None:
-    started: list[Order] = []
-    monkeypatch.setenv("ARB_AHEAD", "1")
-    monkeypatch.setattr(start, "cores", lambda: 2)
-    monkeypatch.setattr(start.Gpu, "here", staticmethod(lambda: H200))
-    monkeypatch.setattr(start, "Own", lambda order, claim: started.append(order))
-    order = {field.name: getattr(SMOKE, field.name) for field in fields(SMOKE)}
-    del order["dtype"], order["gpu"]
-    compiled_ahead(ON_CUDA, **order)
-    assert started == [SMOKE]
-    for runtime in (replace(ON_CUDA, device="cpu"), replace(ON_CUDA, backend="reference")):
-        assert compiled_ahead(runtime, **order) is None
-    for name, value in (
-        ("ARB_AHEAD", "0"),
-        ("TRITON_INTERPRET", "1"),
-        ("TRITON_INTERPRET", "True"),
-        ("TRITON_ALWAYS_COMPILE", "1"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setenv(name, value)
-            assert compiled_ahead(ON_CUDA, **order) is None
-    for name, value in (("executable", None), ("executable", ""), ("frozen", True)):
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, name, value, raising=False)
-            assert compiled_ahead(ON_CUDA, **order) is None
-    with monkeypatch.context() as patch:
-        patch.delattr(os, "sched_getaffinity")
-        assert compiled_ahead(ON_CUDA, **order) is None
-    with monkeypatch.context() as patch:
-        patch.setattr(start, "cores", lambda: 1)
-        assert compiled_ahead(ON_CUDA, **order) is None
-    SMOKE.files().write_text(json.dumps([str(caches)]))
-    assert compiled_ahead(ON_CUDA, **order) is None and started == [SMOKE]
-
-    def refused(order: Order, claim: Any) -> None:
-        raise OSError("no process more")
-
-    SMOKE.files().write_text("no list")
-    monkeypatch.setattr(start, "Own", refused)
-    assert compiled_ahead(ON_CUDA, **order) is None
-
-
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, caches: Path) -> Callable[..., Any]:
     """Return what asks for kernels as a run on an H200 does, with changes to the fields of SMOKE."""
@@ -273,7 +231,46 @@ def asked(monkeypatch: pytest.MonkeyPatch, caches: Path) -> Callable[..., Any]:
     monkeypatch.setattr(start.Gpu, "here", staticmethod(lambda: H200))
     order = {field.name: getattr(SMOKE, field.name) for field in fields(SMOKE)}
     del order["dtype"], order["gpu"]
-    return lambda **changes: compiled_ahead(ON_CUDA, **{**order, **changes})
+    return lambda runtime=ON_CUDA, **changes: compiled_ahead(runtime, **{**order, **changes})
+
+
+def test_nothing_is_started_where_nothing_is_gained(
+    monkeypatch: pytest.MonkeyPatch, caches: Path, asked: Callable[..., Any]
+) -> None:
+    started: list[Order] = []
+    monkeypatch.setattr(start, "Own", lambda order, claim: started.append(order))
+    asked()
+    assert started == [SMOKE]
+    for runtime in (replace(ON_CUDA, device="cpu"), replace(ON_CUDA, backend="reference")):
+        assert asked(runtime) is None
+    for name, value in (
+        ("ARB_AHEAD", "0"),
+        ("TRITON_INTERPRET", "1"),
+        ("TRITON_INTERPRET", "True"),
+        ("TRITON_ALWAYS_COMPILE", "1"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert asked() is None
+    for name, value in (("executable", None), ("executable", ""), ("frozen", True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, name, value, raising=False)
+            assert asked() is None
+    with monkeypatch.context() as patch:
+        patch.delattr(os, "sched_getaffinity")
+        assert asked() is None
+    with monkeypatch.context() as patch:
+        patch.setattr(start, "cores", lambda: 1)
+        assert asked() is None
+    SMOKE.files().write_text(json.dumps([str(caches)]))
+    assert asked() is None and started == [SMOKE]
+
+    def refused(order: Order, claim: Any) -> None:
+        raise OSError("no process more")
+
+    SMOKE.files().write_text("no list")
+    monkeypatch.setattr(start, "Own", refused)
+    assert asked() is None
 
 
 def test_one_process_compiles_for_all_that_want_the_same(
