@@ -143,11 +143,12 @@ def prepare(
             exchange=unrecorded(world, spreads),
         )
     )
-    if world.number != world.of_host.start:
+    is_first = world.number == world.of_host.start
+    if not is_first:
         # So that the first rank of a host finds no other one at work, and says what is compiled.
         world.wait()
     ahead = _ahead(config, settings, runtime, world, recorded=recorded, auto_batch=auto_batch)
-    if world.number == world.of_host.start:
+    if is_first:
         world.wait()
     with awaited(ahead):
         batch_size = fitting_batch(config, settings, runtime) if auto_batch else None
