@@ -60,7 +60,9 @@ class Chooser:
         self._likely, self._generators = likely, list(generators)
         num_sequences = len(self._generators)
         self.drawn_B = torch.zeros(num_sequences, dtype=torch.int64, device=device)
-        self._noise_BR = torch.empty(num_sequences, NUM_BYTES, dtype=torch.float64, device=device)
+        # At temperature 0 no numbers are drawn, which the host would have to pin memory for.
+        num_numbers = NUM_BYTES if likely.temperature else 0
+        self._noise_BR = torch.empty(num_sequences, num_numbers, dtype=torch.float64, device=device)
         # A copy may be on its way from one of them while the next is filled.
         self._room = [
             torch.empty_like(self._noise_BR, device="cpu", pin_memory=device.type == "cuda")
